@@ -1,0 +1,106 @@
+"""What goes into extra_state.pt: named states, chosen by `checkpoint.extra_state`. Knows names, never types."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from ftexp.errors import StateError
+from ftexp.registry import Registry
+
+if TYPE_CHECKING:
+    from ftexp.job import Job
+
+
+class State(Protocol):
+    """Something that a run must not lose. Made once per attempt, with the `Job` as its only argument.
+
+    `state_dict` is called on every rank; rank 0's result is saved, and must be plain: numbers, text, tensors,
+    lists, tuples, dicts, since it is read back with `weights_only=True`. `load_state_dict` gets it on every rank.
+
+    A class may also have `optional = True` (a checkpoint without it is fine, and so is one with it when the
+    run doesn't want it) and `migrate(state, version)`, a static method that turns a state of an older
+    `version` into today's.
+    """
+
+    version: int
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+StateClass = Callable[["Job"], State]
+C = TypeVar("C", bound=StateClass)
+
+_states: Registry[StateClass] = Registry("checkpoint.extra_state")
+
+
+def register_state(name: str) -> Callable[[C], C]:
+    """Class decorator: makes a state available to `checkpoint.extra_state` under `name`."""
+
+    def decorate(state_class: C) -> C:
+        if not isinstance(getattr(state_class, "version", None), int):
+            raise ValueError(f"state '{name}': give the class a whole number `version`, raised when its format changes")
+        _states.register(name)(state_class)
+        return state_class
+
+    return decorate
+
+
+def check_names(names: list[str]) -> None:
+    """Raise UnknownNameError if any of `names` is not registered."""
+    for name in names:
+        _states.get(name)
+
+
+class ExtraState:
+    """The states of one run, under the names by which its config chose them."""
+
+    def __init__(self, names: list[str], job: Job) -> None:
+        self._states = {name: _states.get(name)(job) for name in names}
+
+    def state_dict(self) -> dict[str, dict[str, Any]]:
+        """{name: state}; collective, since a state may sum over ranks."""
+        return {name: state.state_dict() for name, state in self._states.items()}
+
+    def versions(self) -> dict[str, int]:
+        """{name: version of its format}."""
+        return {name: state.version for name, state in self._states.items()}
+
+    def load(self, saved: dict[str, dict[str, Any]], versions: dict[str, int], written_by: str) -> None:
+        """Restore every state; StateError, naming the config that wrote them, if names or versions disagree."""
+        for name in saved:
+            if name not in self._states and not (name in _states and _is_optional(_states.get(name))):
+                raise StateError(
+                    f"the checkpoint holds a state '{name}' that this run would drop; {written_by} saved it with "
+                    f"checkpoint.extra_state=[{','.join(saved)}]. Use the same list"
+                    + ("" if name in _states else f", and the plugins=[...] that register '{name}'")
+                )
+        for name, state in self._states.items():
+            if name not in saved:
+                if not _is_optional(state):
+                    raise StateError(
+                        f"checkpoint.extra_state names '{name}', which the checkpoint does not hold; {written_by} "
+                        f"saved checkpoint.extra_state=[{','.join(saved)}]. Use that list, or start a new run"
+                    )
+                continue
+            state.load_state_dict(self._migrated(name, saved[name], versions.get(name, 1), written_by))
+
+    def _migrated(self, name: str, saved: dict[str, Any], version: int, written_by: str) -> dict[str, Any]:
+        state = self._states[name]
+        if version == state.version:
+            return saved
+        migrate = getattr(state, "migrate", None)
+        if version > state.version or migrate is None:
+            raise StateError(
+                f"state '{name}' was saved in version {version} of its format by {written_by}, and this code "
+                f"reads version {state.version}"
+                + (": update ftexp or the plug-in" if version > state.version else f": give '{name}' a migrate()")
+            )
+        migrated: dict[str, Any] = migrate(saved, version)
+        return migrated
+
+
+def _is_optional(state: object) -> bool:
+    return bool(getattr(state, "optional", False))

@@ -1,0 +1,108 @@
+"""The built-in states: progress, scheduler, scaler, rng, best."""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from ftexp.checkpoint.registry import register_state
+
+if TYPE_CHECKING:
+    from ftexp.job import Job
+
+
+@register_state("progress")
+class ProgressState:
+    """Epoch, step, position, and the sums of metrics that are being counted."""
+
+    version = 1
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._job.progress.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._job.progress.load_state_dict(state, self._job.rank)
+
+
+@register_state("scheduler")
+class SchedulerState:
+    """The schedule's place. Its shape comes from the config: train.epochs may have been raised since."""
+
+    version = 1
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"num_updates": self._job.progress.step}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._job.scheduler.step_update(state["num_updates"])
+
+
+@register_state("scaler")
+class ScalerState:
+    """The fp16 loss scale and its growth counter; empty in other precisions."""
+
+    version = 1
+
+    def __init__(self, job: Job) -> None:
+        self._scaler = job.scaler
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self._scaler.state_dict())
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state and self._scaler.is_enabled():
+            self._scaler.load_state_dict(state)
+
+
+@register_state("rng")
+class RngState:
+    """Generators of Python, numpy and torch on rank 0, for code of the user's that draws from them.
+
+    ftexp's own randomness needs none of it: it is a function of seed, position, step and rank.
+    """
+
+    version = 1
+
+    def __init__(self, job: Job) -> None:
+        self._rank = job.rank
+
+    def state_dict(self) -> dict[str, Any]:
+        _, keys, place, has_gauss, gauss = np.random.get_state()
+        return {
+            "python": random.getstate(),
+            "numpy": (torch.from_numpy(np.asarray(keys).astype(np.int64)), int(place), int(has_gauss), float(gauss)),
+            "torch": torch.get_rng_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if self._rank != 0:  # the other ranks' generators were not saved, and must not copy rank 0's
+            return
+        keys, *rest = state["numpy"]
+        random.setstate(state["python"])
+        np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), *rest))
+        torch.set_rng_state(state["torch"])
+
+
+@register_state("best")
+class BestState:
+    """The best value so far of `checkpoint.checkpoint_score_attribute`, and the step that had it."""
+
+    version = 1
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": dict(self._job.best)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._job.best = dict(state["best"])

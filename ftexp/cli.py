@@ -1,0 +1,145 @@
+"""From the command line to a checked `Config`, with every mistake told in one message and exit code 2.
+
+Hydra composes; this module only rewords its errors and turns the result into typed objects. Used by every
+entry point. Imports neither torch nor Ray.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ftexp.config import Config, config_dir
+from ftexp.errors import ConfigError, FtexpError
+from ftexp.registry import did_you_mean
+
+EXIT_INTERRUPTED = 130
+_OPEN_KEYS = re.compile(r"^(model|optim|data)\.kwargs\.[^=]+=")
+
+ConfigStore.instance().store(name="schema", node=Config)
+
+
+def run_hydra(task: Callable[[DictConfig], float | None], argv: Sequence[str]) -> int:
+    """Compose from `argv` and call `task` once, or once for each job of a multirun; return the exit code.
+
+    A job that fails with an FtexpError is reported, and the jobs after it still run.
+    """
+    failures: list[int] = []
+
+    def reporting(composed: DictConfig) -> float | None:
+        try:
+            return task(composed)
+        except FtexpError as error:
+            print_error(error)
+            failures.append(error.exit_code)
+            return None
+
+    # any key may be added under kwargs, so Hydra's "+" is put there for the user
+    sys.argv[1:] = [f"++{word}" if _OPEN_KEYS.match(word) else word for word in argv]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing, and we word the error
+    try:
+        hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")(reporting)()
+    except (HydraException, OmegaConfBaseException) as error:
+        print_error(ConfigError(explain(error)))
+        return ConfigError.exit_code
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    return max(failures, default=0)
+
+
+def print_error(error: FtexpError) -> None:
+    """Write an error for the user: no traceback, a line each where there are several."""
+    lines = str(error).splitlines()
+    title = "the config is wrong" if isinstance(error, ConfigError) else type(error).__name__
+    if len(lines) == 1:
+        print(f"ftexp: {lines[0]}", file=sys.stderr)
+    else:
+        print("\n  ".join([f"ftexp: {title}:", *lines]), file=sys.stderr)
+
+
+def to_config(composed: DictConfig) -> Config:
+    """Turn what Hydra composed into typed objects; ConfigError names what does not fit the schema."""
+    unknown = list(_unknown_keys(composed, Config, ""))
+    if unknown:
+        raise ConfigError("\n".join(unknown))
+    # a mandatory value may still be missing: `checks.validate` lists those with the other mistakes
+    try:
+        return _typed(composed, Config)
+    except OmegaConfBaseException as error:
+        raise ConfigError(explain(error)) from error
+
+
+def _typed(node: DictConfig, schema: type[Any]) -> Any:
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(schema):
+        default = field.default_factory() if callable(field.default_factory) else None
+        if OmegaConf.is_missing(node, field.name):
+            values[field.name] = "???"
+        elif dataclasses.is_dataclass(default):
+            values[field.name] = _typed(node[field.name], type(default))
+        else:
+            value = node[field.name]
+            values[field.name] = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+    return schema(**values)
+
+
+def _unknown_keys(node: DictConfig, schema: type[Any], prefix: str) -> Iterator[str]:
+    """Keys that a leading "+" slipped past Hydra's own check."""
+    fields = {field.name: field for field in dataclasses.fields(schema)}
+    for key in node:
+        name = str(key)
+        if name not in fields:
+            yield _unknown_key(f"{prefix}{name}")
+            continue
+        factory = fields[name].default_factory
+        default = factory() if callable(factory) else None
+        if dataclasses.is_dataclass(default) and not OmegaConf.is_missing(node, name):
+            yield from _unknown_keys(node[name], type(default), f"{prefix}{name}.")
+
+
+def explain(error: BaseException) -> str:
+    """Word an error of Hydra's or OmegaConf's: key, value, what is allowed, nearest valid name."""
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, option = str(error.missing_cfg_file).rpartition("/")
+        options = [str(name) for name in error.options or ()]
+        return f"{group}={option} is unknown.{did_you_mean(option, options)} Available: {', '.join(options)}"
+    if isinstance(error, OverrideParseException):
+        return f"can't read {error.override!r}: write key=value, and quote values that hold any of ,[]{{}}= or spaces"
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OmegaConfBaseException):
+        cause = cause.__cause__
+    if cause is None or not cause.full_key:
+        return str(error).replace("\n", " ")
+    key, first_line = str(cause.full_key), str(cause).splitlines()[0]
+    if first_line.startswith("Key '"):
+        return _unknown_key(key)
+    if wanted := re.search(r"could not be converted to (\w+)", first_line):
+        names = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false"}
+        return f"{key}={cause.value} is not {names.get(wanted[1], wanted[1])}"
+    if "is not Optional" in first_line:
+        return f"{key}=null is not allowed: it must have a value"
+    if "is not a ListConfig" in first_line:
+        return f"{key}={cause.value} must be a list: {key}=[{cause.value}]"
+    return f"{key}: {first_line}"
+
+
+def _unknown_key(key: str) -> str:
+    """The message for a key that the schema doesn't have, with the nearest that it has."""
+    node: Any = Config()
+    *parents, name = key.split(".")
+    for parent in parents:
+        node = getattr(node, parent, None)
+    siblings = [field.name for field in dataclasses.fields(node)] if dataclasses.is_dataclass(node) else []
+    prefix = "".join(f"{parent}." for parent in parents)
+    near = did_you_mean(name, siblings).replace("'", f"'{prefix}", 1)
+    return f"{key} is not a key.{near} Keys {f'of {prefix[:-1]}' if prefix else 'at the top'}: {', '.join(siblings)}"

@@ -1,0 +1,170 @@
+"""The schema: every field a config may hold, with its type, unit, range and meaning.
+
+The YAML groups under conf/ fill these classes; Hydra refuses a key or a type that is not here. What a
+type can't say (ranges, choices, contradictions between groups) is in `ftexp.checks`. Nothing heavier
+than omegaconf is imported, so that a mistake is told at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING
+
+AUTO = "auto"
+PRECISIONS = ("fp32", "bf16", "fp16")
+SCHEDULES = ("cosine", "poly", "tanh", "step", "constant")
+
+
+def ranged(default: Any, low: float | None = None, high: float | None = None, above: float | None = None) -> Any:
+    """A number field: low <= value <= high, and value > above, where given. None passes."""
+    return field(default=default, metadata={"low": low, "high": high, "above": above})
+
+
+def choice(default: Any, options: tuple[str, ...]) -> Any:
+    """A field that holds one of `options`."""
+    return field(default=default, metadata={"options": options})
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    name: str | None = None  # None: a new, timestamped run. Set: the same command goes on where it stopped
+    storage: str = "runs"  # a folder, or any URI that pyarrow.fs opens: s3://bucket/prefix
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    name: str = MISSING  # a timm model name
+    kwargs: dict[str, Any] = field(default_factory=dict)  # passed on to timm.create_model
+    # {timm name: kwargs} that hold while `name` is that one, under `kwargs`; a group file's own sizes, so that
+    # `model.name=...` alone doesn't hand them to another architecture
+    preset: dict[str, dict[str, Any]] = field(default_factory=dict)
+    pretrained: Any = False  # true: timm's hub weights; a path: local .pt, .pth or .safetensors
+
+    def all_kwargs(self) -> dict[str, Any]:
+        """What `timm.create_model` is given beside input size, channels and classes."""
+        return {**self.preset.get(self.name, {}), **self.kwargs}
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    name: str = MISSING  # a registered source
+    root: str | None = None  # folder or URI that holds the data, for sources that read files
+    download: bool = False  # let torchvision fetch what is missing under root
+    image_size: int = ranged(MISSING, low=1)  # pixels; images are square as the model sees them
+    channels: int = ranged(3, low=1, high=4)
+    num_classes: int | None = ranged(None, low=2)  # None: as many as the source has
+    mean: list[float] = MISSING  # per channel, of pixels scaled to 0..1
+    std: list[float] = MISSING
+    val_fraction: float = ranged(0.1, low=0, high=0.9)  # of the training samples, where the source has no split
+    test_fraction: float = ranged(0.1, low=0, high=0.9)  # likewise
+    split_seed: int = ranged(0, low=0)  # its own seed, so that runs that differ in `seed` share a test set
+    on_bad_sample: str = choice("fail", ("fail", "skip"))
+    image_column: str = "image"  # parquet: encoded bytes, {"bytes": ...}, or nested lists
+    label_column: str = "label"
+    num_samples: int | None = ranged(None, low=1)  # synthetic
+    kwargs: dict[str, Any] = field(default_factory=dict)  # for sources of your own
+    feed: str = choice("cached", ("cached",))
+    prefetch_batches: int | None = ranged(None, low=0)  # batches made ahead; None: 2 on GPU, none on CPU
+
+
+@dataclass(kw_only=True)
+class AugmentConfig:
+    pad_px: int = ranged(0, low=0)  # shift by up to this many pixels each way, zeros moving in
+    hflip: float = ranged(0.0, low=0, high=1)  # probability of a left-right flip
+    brightness: float = ranged(0.0, low=0, high=1)  # multiply pixels by 1 +- up to this
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    epochs: int = ranged(MISSING, low=1)
+    global_batch_size: int = ranged(MISSING, low=1)  # samples per optimiser step, over all workers
+    accumulate_steps: int = ranged(1, low=1)  # micro-batches per optimiser step on each worker
+    precision: str = choice("fp32", PRECISIONS)
+    compile: bool = False  # torch.compile; the first steps are slow
+    channels_last: bool = False
+    label_smoothing: float = ranged(0.0, low=0, high=0.999)
+    clip_grad_norm: float | None = ranged(None, above=0)
+    eval_every_epochs: int = ranged(1, low=1)  # the last epoch is always evaluated
+    eval_batch_size: int | None = ranged(None, low=1)  # per worker; None: four times its training share
+    log_every_steps: int = ranged(10, low=1)
+
+
+@dataclass(kw_only=True)
+class OptimConfig:
+    name: str = MISSING  # a timm optimiser name
+    lr: float = ranged(MISSING, above=0)  # peak learning rate at the configured global batch; never rescaled
+    weight_decay: float = ranged(0.0, low=0)  # not applied to biases and norms
+    kwargs: dict[str, Any] = field(default_factory=dict)  # passed on to timm's create_optimizer_v2
+
+
+@dataclass(kw_only=True)
+class ScheduleConfig:
+    name: str = choice(MISSING, SCHEDULES)  # timm's; stepped every optimiser step
+    warmup_epochs: float = ranged(0.0, low=0)
+    warmup_lr: float = ranged(1e-6, low=0)
+    min_lr: float = ranged(0.0, low=0)
+    decay_epochs: float = ranged(30.0, above=0)  # step schedule: epochs between drops
+    decay_rate: float = ranged(0.1, above=0)  # step: factor per drop; poly: exponent
+
+
+@dataclass(kw_only=True)
+class ScalingConfig:
+    num_workers: Any = AUTO  # int, [min, max] for elastic, or auto
+    use_gpu: Any = AUTO  # true, false, or auto: whether this machine has one
+    resources_per_worker: dict[str, float] | None = None
+    placement_strategy: str = choice("PACK", ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"))
+    accelerator_type: str | None = None
+    label_selector: Any = None  # {label: value}, or a list of such, one for each worker
+    elastic_resize_monitor_interval_s: float = ranged(60.0, low=0)
+    address: str | None = None  # None: start Ray here; auto or host:port: join that cluster
+    backend: str | None = None  # torch.distributed backend; None: nccl on GPU, gloo on CPU
+    timeout_s: int = ranged(1800, low=1)  # of one collective
+
+
+@dataclass(kw_only=True)
+class FailureConfig:
+    max_failures: int = ranged(3, low=-1)  # restarts of the worker group; -1: no limit
+    max_preemption_failures: int = ranged(-1, low=-1)
+    controller_failure_limit: int = ranged(-1, low=-1)
+    relax_collectives_on_preemption: bool = False
+    preemption_grace_s: float = ranged(0.0, low=0)
+
+
+@dataclass(kw_only=True)
+class CheckpointConfig:
+    every_epochs: int | None = ranged(1, low=1)  # None: only at the other cadence, and at the end
+    every_steps: int | None = ranged(None, low=1)  # optimiser steps
+    num_to_keep: int | None = ranged(2, low=2)  # 1 would leave no way back if the newest is torn; None: all
+    checkpoint_score_attribute: str = "val_accuracy"  # the best by this metric is kept as well
+    checkpoint_score_order: str = choice("max", ("max", "min"))
+    extra_state: list[str] = field(default_factory=lambda: ["progress", "scheduler", "scaler", "rng", "best"])
+
+
+@dataclass(kw_only=True)
+class Config:
+    """A whole run. `conf/config.yaml` names the group files that fill it."""
+
+    seed: int = ranged(0, low=0, high=2**32 - 1)
+    resume: str = choice("auto", ("auto",))
+    plugins: list[str] = field(default_factory=list)  # modules of yours to import: models, sources, states
+    verbose: bool = False  # show Ray's own output
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    scaling: ScalingConfig = field(default_factory=ScalingConfig)
+    failure: FailureConfig = field(default_factory=FailureConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+
+def config_dir() -> Path:
+    """The folder of the YAML groups: inside the package when installed, beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    installed = package / "conf"
+    return installed if installed.is_dir() else package.parent / "conf"

@@ -1,0 +1,45 @@
+"""Light augmentation on whole batches of tensors. What happens to a sample depends on (seed, position) only."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ftexp.config import AugmentConfig
+from ftexp.data.order import Int64s, derive_seed, uniforms
+
+_STREAM = 0x617567  # keeps these draws apart from other uses of the run's seed
+
+
+class Augment:
+    """Shift, flip and brightness. Called with uint8-valued floats in 0..1, [batch, channels, height, width]."""
+
+    def __init__(self, config: AugmentConfig, seed: int) -> None:
+        self._config = config
+        self._seed = derive_seed(seed, _STREAM)
+
+    def __call__(self, images: Tensor, positions: Int64s) -> Tensor:
+        """Return augmented images; row i is changed by the random stream of `positions[i]`."""
+        config = self._config
+        if config.pad_px:
+            images = self._shift(images, positions, config.pad_px)
+        if config.hflip:
+            flipped = self._draw(positions, 2) < config.hflip
+            images = torch.where(flipped.to(images.device).view(-1, 1, 1, 1), images.flip(3), images)
+        if config.brightness:
+            factor = 1 + config.brightness * (2 * self._draw(positions, 3) - 1)
+            images = (images * factor.to(images).view(-1, 1, 1, 1)).clamp(0, 1)
+        return images
+
+    def _draw(self, positions: Int64s, draw: int) -> Tensor:
+        return torch.from_numpy(uniforms(self._seed, positions, draw))
+
+    def _shift(self, images: Tensor, positions: Int64s, most: int) -> Tensor:
+        """Crop a window of the same size from the zero-padded image: the usual random crop."""
+        batch, channels, height, width = images.shape
+        down, right = ((self._draw(positions, draw) * (2 * most + 1)).long().to(images.device) for draw in (0, 1))
+        padded = torch.nn.functional.pad(images, (most, most, most, most))
+        rows = down.view(-1, 1) + torch.arange(height, device=images.device)
+        columns = right.view(-1, 1) + torch.arange(width, device=images.device)
+        index = (rows.unsqueeze(2) * padded.shape[3] + columns.unsqueeze(1)).view(batch, 1, -1)
+        return padded.flatten(2).gather(2, index.expand(-1, channels, -1)).view(images.shape)

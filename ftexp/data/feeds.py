@@ -1,0 +1,209 @@
+"""How rows reach a worker. A feed does one thing: iterate over batches from a position."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import numpy as np
+import torch
+from ray.data import DataIterator
+from torch import Tensor
+
+from ftexp.data.augment import Augment
+from ftexp.data.order import Int64s, Order
+from ftexp.data.sources import UInt8s
+from ftexp.data.splits import DataInfo
+
+T = TypeVar("T")
+
+# A micro-batch never has fewer rows: batch norm can't train on one. Rows that fill up weigh nothing.
+_MIN_ROWS = 2
+_PLAN_ROWS = 2048  # positions turned into samples at a time: the permutation costs per call, not per row
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Part of a rank's share, for one forward and backward pass."""
+
+    images: Tensor  # float32, normalised [rows, channels, image_size, image_size]
+    labels: Tensor  # int64 [rows]
+    weights: Tensor  # float32 [rows]; summed over all ranks and micro-batches, weight times loss is the global mean
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A rank's share of one global batch, which covers the positions [start, end)."""
+
+    start: int
+    end: int
+    micro_batches: list[MicroBatch]
+
+
+class Feed(Protocol):
+    """Where a training loop gets its batches from."""
+
+    def from_position(self, position: int) -> Iterator[Batch]:
+        """Yield this rank's share of every global batch from `position` to the end of the run."""
+        ...
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which positions a rank handles. The global batches depend on the batch size alone, never on the ranks."""
+
+    global_batch_size: int
+    accumulate_steps: int
+    total_positions: int
+    rank: int
+    world_size: int
+
+    def batch_ends(self, position: int) -> Iterator[tuple[int, int]]:
+        """The (start, end) of every global batch from `position`; the last may be short."""
+        for start in range(position, self.total_positions, self.global_batch_size):
+            yield start, min(start + self.global_batch_size, self.total_positions)
+
+    def share(self, start: int, end: int) -> tuple[int, int]:
+        """This rank's (start, end) within a global batch; shares differ by one at most."""
+        return even_part(start, end, self.rank, self.world_size)
+
+    def micro_shares(self, start: int, end: int) -> list[tuple[Int64s, int]]:
+        """Per micro-batch: its positions, and how many of them count; the rest only fill up."""
+        first, last = self.share(start, end)
+        shares = []
+        for number in range(self.accumulate_steps):
+            low, high = even_part(first, last, number, self.accumulate_steps)
+            positions = np.arange(low, high)
+            if (lacking := _MIN_ROWS - len(positions)) > 0:
+                filler = start + np.arange(lacking) % (end - start)
+                positions = np.concatenate([positions, filler])
+            shares.append((positions, high - low))
+        return shares
+
+
+def even_part(start: int, end: int, part: int, parts: int) -> tuple[int, int]:
+    """Cut [start, end) into contiguous parts whose sizes differ by one at most, the longer ones first."""
+    size, longer = divmod(end - start, parts)
+    first = start + part * size + min(part, longer)
+    return first, first + size + (part < longer)
+
+
+class Rows:
+    """A split's rows in the object store: read in place, gathered by index, never copied as a whole."""
+
+    def __init__(self, dataset: DataIterator) -> None:
+        blocks = list(dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0))
+        self._images: list[UInt8s] = [block["image"] for block in blocks]
+        sizes = [len(block) for block in self._images]
+        samples = np.concatenate([block["sample"] for block in blocks]) if blocks else np.empty(0, np.int64)
+        in_order = np.argsort(samples, kind="stable")  # blocks may arrive in any order; rows then still don't
+        labels = np.concatenate([block["label"] for block in blocks]) if blocks else np.empty(0, np.int64)
+        self.labels: Int64s = labels[in_order]
+        self._block = np.repeat(np.arange(len(sizes)), sizes)[in_order]
+        self._row = np.concatenate([np.arange(size) for size in sizes] or [np.empty(0, np.int64)])[in_order]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def images(self, samples: Int64s) -> UInt8s:
+        """Gather images: uint8 [len(samples), image_size, image_size, channels]."""
+        if len(self._images) == 1:
+            return self._images[0].take(self._row[samples], axis=0)
+        blocks, rows = self._block[samples], self._row[samples]
+        gathered = np.empty((len(samples), *self._images[0].shape[1:]), np.uint8)
+        for block in np.unique(blocks):
+            here = blocks == block
+            gathered[here] = self._images[block][rows[here]]
+        return gathered
+
+
+class ToTensors:
+    """uint8 rows -> normalised float tensors on the device, [rows, channels, height, width]."""
+
+    def __init__(self, info: DataInfo, device: torch.device, channels_last: bool) -> None:
+        self._device = device
+        self._format = torch.channels_last if channels_last else torch.contiguous_format
+        self._mean = torch.tensor(info.mean, device=device).view(1, -1, 1, 1)
+        self._std = torch.tensor(info.std, device=device).view(1, -1, 1, 1)
+
+    def __call__(self, rows: UInt8s, augment: Augment | None = None, positions: Int64s | None = None) -> Tensor:
+        """Scale to 0..1, augment if asked to, and normalise."""
+        moved = torch.from_numpy(rows)
+        if self._device.type == "cuda":
+            moved = moved.pin_memory().to(self._device, non_blocking=True)
+        images = moved.permute(0, 3, 1, 2).to(torch.float32, memory_format=self._format) / 255
+        if augment is not None and positions is not None:
+            images = augment(images, positions)
+        return (images - self._mean) / self._std
+
+
+class CachedFeed:
+    """Batches gathered by index from rows that are decoded and in memory."""
+
+    def __init__(self, rows: Rows, order: Order, plan: Plan, to_tensors: ToTensors, augment: Augment) -> None:
+        self._rows, self._order, self._plan = rows, order, plan
+        self._to_tensors, self._augment = to_tensors, augment
+
+    def from_position(self, position: int) -> Iterator[Batch]:
+        """Yield this rank's share of every global batch from `position` on."""
+        for start, end, shares in self._planned(position):
+            yield Batch(start, end, [self._micro_batch(*share, end - start) for share in shares])
+
+    def _planned(self, position: int) -> Iterator[tuple[int, int, list[tuple[Int64s, Int64s, int]]]]:
+        """(start, end, per micro-batch: positions, samples, how many count), looked up in chunks."""
+        chunk: list[tuple[int, int, list[tuple[Int64s, int]]]] = []
+        num_rows = 0
+        for start, end in self._plan.batch_ends(position):
+            chunk.append((start, end, self._plan.micro_shares(start, end)))
+            num_rows += sum(len(positions) for positions, _ in chunk[-1][2])
+            if num_rows >= _PLAN_ROWS:
+                yield from self._with_samples(chunk)
+                chunk, num_rows = [], 0
+        yield from self._with_samples(chunk)
+
+    def _with_samples(
+        self, chunk: list[tuple[int, int, list[tuple[Int64s, int]]]]
+    ) -> Iterator[tuple[int, int, list[tuple[Int64s, Int64s, int]]]]:
+        if not chunk:
+            return
+        flat = self._order.samples(np.concatenate([p for _, _, shares in chunk for p, _ in shares]))
+        used = 0
+        for start, end, shares in chunk:
+            looked_up = []
+            for positions, counted in shares:
+                looked_up.append((positions, flat[used : used + len(positions)], counted))
+                used += len(positions)
+            yield start, end, looked_up
+
+    def _micro_batch(self, positions: Int64s, samples: Int64s, counted: int, num_global: int) -> MicroBatch:
+        images = self._to_tensors(self._rows.images(samples), self._augment, positions)
+        weights = torch.zeros(len(positions), device=images.device)
+        # DDP averages gradients over ranks, so each rank's part counts world_size times
+        weights[:counted] = self._plan.world_size / num_global
+        labels = torch.from_numpy(self._rows.labels[samples]).to(images.device, non_blocking=True)
+        return MicroBatch(images, labels, weights)
+
+
+def evaluation_batches(
+    rows: Rows, to_tensors: ToTensors, batch_size: int, rank: int, world_size: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield (images, labels) of this rank's part of a split: over all ranks, each sample exactly once."""
+    first, last = even_part(0, len(rows), rank, world_size)
+    for start in range(first, last, batch_size):
+        samples = np.arange(start, min(start + batch_size, last))
+        images = to_tensors(rows.images(samples))
+        yield images, torch.from_numpy(rows.labels[samples]).to(images.device)
+
+
+def prefetched(batches: Iterator[T], depth: int) -> Iterator[T]:
+    """Make up to `depth` items ahead on a thread, in order. Errors surface where the item would have."""
+    if depth == 0:
+        yield from batches
+        return
+    with ThreadPoolExecutor(1, thread_name_prefix="feed") as pool:
+        pending = [pool.submit(next, batches, None) for _ in range(depth)]
+        while (item := pending.pop(0).result()) is not None:
+            pending.append(pool.submit(next, batches, None))
+            yield item

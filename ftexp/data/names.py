@@ -1,0 +1,16 @@
+"""The built-in sources and which source-specific `data.*` fields each reads.
+
+Kept apart from the sources so that a config can be checked without importing numpy or Ray. A field that
+the chosen source doesn't read may not be set: a setting is never silently ignored.
+"""
+
+from __future__ import annotations
+
+SOURCE_FIELDS: dict[str, tuple[str, ...]] = {
+    "digits": (),
+    "cifar10": ("root", "download"),
+    "cifar100": ("root", "download"),
+    "image_folder": ("root", "on_bad_sample"),
+    "parquet": ("root", "on_bad_sample", "image_column", "label_column"),
+    "synthetic": ("num_samples",),
+}

@@ -1,0 +1,179 @@
+"""What there is to train on. A source turns `DataConfig` into a `DataBundle` of Ray Datasets, on the driver.
+
+Add one with `@sources.register("name")` in a module named under `plugins`; it may read `config.kwargs`, and
+`bundle_from_arrays` does the rest for data that fits in memory. Ray must be running when one is called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ftexp.config import DataConfig
+from ftexp.data.order import derive_seed
+from ftexp.data.splits import SPLITS, DataBundle, DataInfo, Int64s, require_samples, stratified_split
+from ftexp.errors import DataError
+from ftexp.registry import Registry
+
+UInt8s = npt.NDArray[np.uint8]
+Source = Callable[[DataConfig], DataBundle]
+
+sources: Registry[Source] = Registry("data.name")
+
+_BLOCK_BYTES = 64 * 2**20  # Ray Data's blocks are best at 1 to 128 MiB
+
+
+def build_data(config: DataConfig) -> DataBundle:
+    """Read the data named by `config.name`; DataError if that can't be done."""
+    bundle = sources.get(config.name)(config)
+    require_samples(bundle.info.num_samples, config.name)
+    return bundle
+
+
+def bundle_from_arrays(
+    config: DataConfig,
+    images: UInt8s,
+    labels: Int64s,
+    class_names: list[str],
+    test: tuple[UInt8s, Int64s] | None = None,
+) -> DataBundle:
+    """Split arrays and put them into Ray's object store.
+
+    Args:
+        config: gives the split fractions and what `DataInfo` copies.
+        images: uint8 [num_samples, image_size, image_size, channels].
+        labels: [num_samples], in [0, len(class_names)).
+        class_names: in the order of the labels.
+        test: images and labels of the source's own test split; None: cut off by `config.test_fraction`.
+    """
+    expected = (config.image_size, config.image_size, config.channels)
+    if images.shape[1:] != expected:
+        raise DataError(
+            f"data.name={config.name} has images of shape {images.shape[1:]}, but data.image_size and "
+            f"data.channels say {expected}"
+        )
+    fractions = (config.val_fraction, 0.0 if test is not None else config.test_fraction)
+    parts = stratified_split(labels, fractions, config.split_seed)
+    arrays = {name: (images[part], labels[part]) for name, part in zip(SPLITS, parts, strict=True)}
+    if test is not None:
+        arrays["test"] = test
+    return DataBundle(
+        datasets={name: _dataset(*pair) for name, pair in arrays.items()},
+        info=make_info(config, class_names, {name: len(pair[1]) for name, pair in arrays.items()}),
+    )
+
+
+def make_info(config: DataConfig, class_names: list[str], num_samples: dict[str, int], **extra: Any) -> DataInfo:
+    """Assemble the `DataInfo` of a source; DataError if `data.num_classes` contradicts what was found."""
+    if config.num_classes is not None and config.num_classes < len(class_names):
+        raise DataError(
+            f"data.num_classes={config.num_classes}, but data.name={config.name} has {len(class_names)} classes"
+        )
+    spare = [f"class_{number}" for number in range(len(class_names), config.num_classes or 0)]
+    return DataInfo(
+        class_names=class_names + spare,
+        image_size=config.image_size,
+        channels=config.channels,
+        mean=list(config.mean),
+        std=list(config.std),
+        num_samples=num_samples,
+        **extra,
+    )
+
+
+def _dataset(images: UInt8s, labels: Int64s) -> Any:
+    import pyarrow as pa
+    import ray.data
+
+    rows = max(1, _BLOCK_BYTES // max(1, images[0].nbytes if len(images) else 1))
+    tables = [
+        pa.table(
+            {
+                "image": pa.FixedShapeTensorArray.from_numpy_ndarray(np.ascontiguousarray(images[start : start + rows])),
+                "label": labels[start : start + rows],
+                "sample": np.arange(start, min(start + rows, len(images))),
+            }
+        )
+        for start in range(0, len(images), rows)
+    ]
+    return ray.data.from_arrow(tables) if tables else ray.data.from_items([])
+
+
+@sources.register("digits")
+def digits(config: DataConfig) -> DataBundle:
+    """scikit-learn's handwritten digits: 1,797 grey images of 8x8 pixels with 17 levels."""
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    pixels = np.round(images.reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8)
+    return bundle_from_arrays(config, pixels, labels.astype(np.int64), [str(digit) for digit in range(10)])
+
+
+@sources.register("cifar10")
+def cifar10(config: DataConfig) -> DataBundle:
+    """CIFAR-10 as torchvision stores it: 50,000 + 10,000 colour images of 32x32 pixels."""
+    from torchvision.datasets import CIFAR10
+
+    return _cifar(config, CIFAR10)
+
+
+@sources.register("cifar100")
+def cifar100(config: DataConfig) -> DataBundle:
+    """CIFAR-100 as torchvision stores it: 50,000 + 10,000 colour images of 32x32 pixels, 100 classes."""
+    from torchvision.datasets import CIFAR100
+
+    return _cifar(config, CIFAR100)
+
+
+def _cifar(config: DataConfig, dataset_class: Any) -> DataBundle:
+    assert config.root is not None, "checked by ftexp.checks"
+    root = Path(config.root).expanduser()
+    try:
+        train = dataset_class(root, train=True, download=config.download)
+        test = dataset_class(root, train=False, download=config.download)
+    except (RuntimeError, OSError) as error:  # torchvision: files missing or corrupt; URLError is an OSError
+        hint = "check the network" if config.download else "set data.download=true, or point data.root at them"
+        raise DataError(
+            f"data.name={config.name}: no usable files of torchvision's layout under data.root={root} ({error}); {hint}"
+        ) from error
+    arrays = (np.asarray(test.data, np.uint8), np.asarray(test.targets, np.int64))
+    return bundle_from_arrays(
+        config, np.asarray(train.data, np.uint8), np.asarray(train.targets, np.int64), list(train.classes), arrays
+    )
+
+
+@sources.register("synthetic")
+def synthetic(config: DataConfig) -> DataBundle:
+    """Made images: each class has its own pattern, under noise. `num_samples` over all splits together."""
+    import ray.data
+
+    assert config.num_samples is not None, "conf/data/synthetic.yaml sets it"
+    num_classes = config.num_classes or 10
+    seed, size, channels = config.split_seed, config.image_size, config.channels
+    patterns = np.random.default_rng(seed).integers(64, 192, (num_classes, size, size, channels))
+
+    def make(batch: dict[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+        labels = batch["sample"] % num_classes
+        images = np.empty((len(labels), size, size, channels), np.uint8)
+        for row, sample in enumerate(batch["sample"]):
+            noise = np.random.default_rng(derive_seed(seed, int(sample))).integers(-64, 64, (size, size, channels))
+            images[row] = patterns[labels[row]] + noise
+        return {"image": images, "label": labels, "sample": batch["sample"]}
+
+    parts = stratified_split(
+        np.arange(config.num_samples) % num_classes, (config.val_fraction, config.test_fraction), seed
+    )
+    rows = max(1, _BLOCK_BYTES // (size * size * channels))
+    datasets = {
+        name: ray.data.from_numpy(part)
+        .rename_columns({"data": "sample"})
+        .map_batches(make, batch_size=min(rows, 4096))
+        .materialize()
+        for name, part in zip(SPLITS, parts, strict=True)
+    }
+    names = [f"pattern_{number}" for number in range(num_classes)]
+    return DataBundle(datasets, make_info(config, names, {n: len(p) for n, p in zip(SPLITS, parts, strict=True)}))

@@ -1,0 +1,83 @@
+"""Seeded, disjoint, stratified splits, and the facts about a data set that the rest of ftexp needs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ftexp.data.order import Int64s
+from ftexp.errors import DataError
+
+if TYPE_CHECKING:
+    from ray.data import Dataset
+
+SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class BadSample:
+    """A sample that could not be read: where it is, and why not."""
+
+    where: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class DataInfo:
+    """What models, feeds and reports need to know of the data. Travels to every worker."""
+
+    class_names: list[str]
+    image_size: int  # pixels, square
+    channels: int
+    mean: list[float]  # per channel, of pixels scaled to 0..1
+    std: list[float]
+    num_samples: dict[str, int]  # by split; unreadable samples that were skipped don't count
+    bad_samples: list[BadSample] = field(default_factory=list)
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+
+@dataclass(frozen=True)
+class DataBundle:
+    """A source's result. Each split is a materialised Ray Dataset with the columns
+
+    image: uint8 [image_size, image_size, channels]; label: int64 in [0, num_classes);
+    sample: int64, distinct in the split. Sorted by `sample`, row i is sample i of `Order`.
+    """
+
+    datasets: dict[str, Dataset]
+    info: DataInfo
+
+
+def stratified_split(labels: Int64s, fractions: Sequence[float], seed: int) -> list[Int64s]:
+    """Split indices into the rest and one part per fraction; each class is divided alike.
+
+    Args:
+        labels: class of each sample, [num_samples].
+        fractions: share of each part, e.g. (val_fraction, test_fraction); the rest comes first in the result.
+        seed: of the shuffle within each class.
+
+    Returns:
+        Sorted indices: [rest, part of fractions[0], ...]. Disjoint, and together all samples.
+    """
+    rng = np.random.default_rng(seed)
+    parts: list[list[Int64s]] = [[] for _ in range(len(fractions) + 1)]
+    for label in np.unique(labels):
+        members = rng.permutation(np.flatnonzero(labels == label))
+        # cumulative rounding keeps every class within one sample of its share, and never takes the last one
+        cuts = np.floor(np.cumsum(fractions) * len(members) + 0.5).astype(int)
+        cuts = np.minimum(cuts, max(len(members) - 1, 0))
+        for part, (start, stop) in enumerate(zip([0, *cuts], [*cuts, len(members)], strict=True)):
+            parts[(part + 1) % len(parts)].append(members[start:stop])
+    return [np.sort(np.concatenate(part)) if part else np.empty(0, np.int64) for part in parts]
+
+
+def require_samples(sizes: dict[str, int], name: str) -> None:
+    """Raise DataError if the training split is empty."""
+    if not sizes.get("train"):
+        raise DataError(f"data.name={name}: the training split has no samples; check data.root and the fractions")

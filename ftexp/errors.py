@@ -1,0 +1,51 @@
+"""Exceptions that ftexp raises for its users.
+
+FtexpError
+├── ConfigError      the command or a config value is wrong; exit code 2
+│   └── UnknownNameError   a registry has no entry of that name
+├── DataError        a data source is missing, empty, or holds unreadable samples
+├── StorageError     the run directory can't be read or written
+├── CheckpointError  a checkpoint is damaged, or does not fit the run
+│   └── StateError   a saved state and the configured states disagree
+└── RunFailedError   training stopped and the failure policy allows no further try
+
+Every message names the key or file, its value, and what to do about it.
+"""
+
+from __future__ import annotations
+
+
+class FtexpError(Exception):
+    """Base of every error that ftexp raises on purpose."""
+
+    exit_code = 1
+
+
+class ConfigError(FtexpError):
+    """The command or a config value is wrong. Raised before training starts."""
+
+    exit_code = 2
+
+
+class UnknownNameError(ConfigError):
+    """A name was looked up in a registry that has no such entry."""
+
+
+class DataError(FtexpError):
+    """A data source is missing, empty, or holds samples that can't be read."""
+
+
+class StorageError(FtexpError):
+    """The run directory can't be read or written."""
+
+
+class CheckpointError(FtexpError):
+    """A checkpoint is damaged, or does not fit the run that wants it."""
+
+
+class StateError(CheckpointError):
+    """A saved state and the states named in `checkpoint.extra_state` disagree."""
+
+
+class RunFailedError(FtexpError):
+    """Training stopped, and the failure policy allows no further try."""

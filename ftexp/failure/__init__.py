@@ -1,0 +1,1 @@
+"""Failures: what caused one, and what is told of it."""

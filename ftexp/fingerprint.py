@@ -1,0 +1,66 @@
+"""What defines a run, so that going on with another config is refused; and configs that are safe to write down."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any
+
+from ftexp.config import Config
+from ftexp.errors import ConfigError
+
+# model, data, optimiser, seed and batch define a run; epochs, workers, logging, failure and checkpoint settings
+# may change between calls
+_DEFINING = ("seed", "model", "data", "augment", "optim", "schedule")
+_DEFINING_TRAIN = ("global_batch_size", "precision", "label_smoothing", "clip_grad_norm")
+_FREE_DATA = ("root", "download", "feed", "prefetch_batches")  # where the data lies may change, and how it is read
+_SECRET = re.compile(r"(secret|password|passwd|token|api_?key|access_?key|credential)", re.IGNORECASE)
+_URI_SECRET = re.compile(r"(?<=://)[^/@\s]+(?=@)|(?<=secret_key=)[^&\s]+|(?<=access_key=)[^&\s]+")
+_MASK = "***"
+
+
+def fingerprint(config: Config) -> dict[str, Any]:
+    """{dotted key: value} of everything that defines the run."""
+    values = dataclasses.asdict(config)
+    chosen = {name: values[name] for name in _DEFINING} | {"train": {n: values["train"][n] for n in _DEFINING_TRAIN}}
+    for name in _FREE_DATA:
+        del chosen["data"][name]
+    return masked(dict(_flat(chosen, "")))
+
+
+def differences(recorded: dict[str, Any], own: dict[str, Any], location: str) -> None:
+    """Raise ConfigError, listing the keys, if `own` differs from what the run directory was made with."""
+    changed = [
+        f"{key} was {recorded.get(key)!r}, and is {own.get(key)!r} now"
+        for key in sorted({*recorded, *own})
+        if recorded.get(key) != own.get(key)
+    ]
+    if recorded and changed:
+        raise ConfigError(
+            "\n".join(
+                [f"{location} holds a run that is defined otherwise; choose another run.name, or put these back:", *changed]
+            )
+        )
+
+
+def masked(value: Any) -> Any:
+    """A copy of configs, dicts and lists with secrets replaced by ***."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return masked(dataclasses.asdict(value))
+    if isinstance(value, dict):
+        return {
+            key: _MASK if _SECRET.search(str(key)) and isinstance(item, str) else masked(item) for key, item in value.items()
+        }
+    if isinstance(value, (list, tuple)):
+        return [masked(item) for item in value]
+    return _URI_SECRET.sub(_MASK, value) if isinstance(value, str) else value
+
+
+def _flat(values: dict[str, Any], prefix: str) -> list[tuple[str, Any]]:
+    flat: list[tuple[str, Any]] = []
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            flat += _flat(value, f"{prefix}{key}.")
+        else:
+            flat.append((f"{prefix}{key}", value))
+    return flat

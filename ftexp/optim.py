@@ -1,0 +1,48 @@
+"""timm's optimisers and schedules by name, counted in optimiser steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from torch import nn
+
+from ftexp.config import OptimConfig, ScheduleConfig
+from ftexp.errors import ConfigError
+
+
+def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """Create the optimiser; biases and norms get no weight decay. ConfigError if timm refuses the arguments."""
+    try:
+        optimizer: torch.optim.Optimizer = create_optimizer_v2(
+            model, opt=config.name, lr=config.lr, weight_decay=config.weight_decay, **config.kwargs
+        )
+    except (TypeError, ValueError, AssertionError, ImportError) as error:
+        raise ConfigError(f"optim.name={config.name} can't be built: {error}. See optim.kwargs") from error
+    return optimizer
+
+
+def build_scheduler(
+    config: ScheduleConfig, optimizer: torch.optim.Optimizer, total_steps: int, steps_per_epoch: float
+) -> Any:
+    """Create a timm scheduler whose `step_update(n)` sets the learning rate after n optimiser steps.
+
+    The rate is a function of n alone, so a resumed run needs nothing but n.
+    """
+    warmup_steps = min(round(config.warmup_epochs * steps_per_epoch), total_steps - 1)
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        sched=config.name,
+        num_epochs=total_steps,  # timm's "epochs" are steps here, one update each
+        decay_epochs=max(1, round(config.decay_epochs * steps_per_epoch)),
+        warmup_epochs=warmup_steps,
+        warmup_lr=config.warmup_lr,
+        min_lr=config.min_lr,
+        decay_rate=config.decay_rate,
+        step_on_epochs=False,
+        updates_per_epoch=1,
+    )
+    scheduler.step_update(0)
+    return scheduler

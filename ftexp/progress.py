@@ -1,0 +1,80 @@
+"""How far a run has come, and running sums that come out the same however often it was interrupted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# Losses are summed as whole numbers of 2**-24: such sums don't depend on the order of addition, so a run that
+# was resumed, or resized, reports the very numbers that the undisturbed run reports.
+_UNIT = 2.0**24
+
+
+class Meter:
+    """Sums of loss, right answers and samples since the last reset, kept on the device without synchronising."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._sums = torch.zeros(4, dtype=torch.int64, device=device)
+
+    def add(self, losses: Tensor, correct: Tensor, counted: Tensor) -> None:
+        """Count samples: losses float [rows], correct bool [rows]; rows where `counted` is False are left out."""
+        finite = torch.isfinite(losses)
+        units = (torch.where(counted & finite, losses.detach(), 0).double() * _UNIT).round().long()
+        lost = (counted & ~finite).sum()
+        self._sums += torch.stack([units.sum(), (correct & counted).sum(), counted.sum(), lost])
+
+    def reset(self) -> None:
+        """Start again from nothing."""
+        self._sums.zero_()
+
+    def totals(self) -> list[int]:
+        """Over all ranks, and collective: loss in 2**-24, right answers, samples, samples of non-finite loss."""
+        totals = self._sums.clone()
+        if dist.is_initialized():
+            dist.all_reduce(totals)
+        return [int(value) for value in totals.tolist()]
+
+    def restore(self, totals: list[int], rank: int) -> None:
+        """Put back what `totals` returned: rank 0 holds the past of all ranks."""
+        self.reset()
+        if rank == 0:
+            self._sums += torch.tensor(totals, dtype=torch.int64, device=self._sums.device)
+
+
+def means(totals: list[int]) -> tuple[float, float]:
+    """(mean loss, accuracy) of what `Meter.totals` returned; NaN for nothing counted, or a non-finite loss."""
+    loss, correct, count, non_finite = totals
+    if count == 0:
+        return float("nan"), float("nan")
+    return float("nan") if non_finite else loss / _UNIT / count, correct / count
+
+
+@dataclass
+class Progress:
+    """Where a run stands. `position` is the one truth; `step` and `epoch` are counted along."""
+
+    train: Meter  # since the last logged point
+    step: int = 0  # optimiser steps done
+    position: int = 0  # samples that have driven an update
+    epoch: int = 0  # whole epochs done
+    metrics: dict[str, float] = field(default_factory=dict)  # the latest of each
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers, the same on every rank; collective, since meters are summed over ranks."""
+        return {
+            "epoch": self.epoch,
+            "step": self.step,
+            "position": self.position,
+            "train": self.train.totals(),
+            "metrics": dict(self.metrics),
+        }
+
+    def load_state_dict(self, state: dict[str, Any], rank: int) -> None:
+        """Go on from where `state_dict` was taken."""
+        self.epoch, self.step, self.position = state["epoch"], state["step"], state["position"]
+        self.metrics = dict(state["metrics"])
+        self.train.restore(state["train"], rank)

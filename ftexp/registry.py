@@ -1,0 +1,77 @@
+"""Names to builders. A config holds names only, so a config file can't name code to run."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from typing import Generic, TypeVar
+
+from ftexp.errors import ConfigError, UnknownNameError
+
+T = TypeVar("T")
+
+
+def did_you_mean(name: str, available: Iterable[str]) -> str:
+    """Return " Did you mean 'x'?" for the closest of `available`, or an empty string."""
+    close = difflib.get_close_matches(name, list(available), n=1, cutoff=0.6)
+    return f" Did you mean '{close[0]}'?" if close else ""
+
+
+class Registry(Generic[T]):
+    """Maps a name to whatever was registered under it.
+
+    `key` is the config key whose value is looked up here; messages name it.
+    """
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+        self._entries: dict[str, T] = {}
+
+    def register(self, name: str) -> Callable[[T], T]:
+        """Decorator that files its argument under `name`; ValueError if the name is taken."""
+
+        def decorate(entry: T) -> T:
+            if name in self._entries:
+                raise ValueError(f"{self.key}: '{name}' is registered already; choose another name")
+            self._entries[name] = entry
+            return entry
+
+        return decorate
+
+    def get(self, name: str) -> T:
+        """Return the entry called `name`; UnknownNameError names the nearest one there is."""
+        if name not in self._entries:
+            raise UnknownNameError(
+                f"{self.key}='{name}' is unknown.{did_you_mean(name, self._entries)} "
+                f"Available: {', '.join(sorted(self._entries))}. "
+                "A name of your own comes from a module listed under plugins=[...]."
+            )
+        return self._entries[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._entries))
+
+
+def load_plugins(modules: Iterable[str]) -> None:
+    """Import the user's modules, so that what they register can be named in the config.
+
+    The working directory counts as an import path, as it does for `python -m`.
+    """
+    if (cwd := os.getcwd()) not in sys.path and "" not in sys.path:
+        sys.path.append(cwd)
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if error.name is None or not module.startswith(error.name):
+                raise
+            raise ConfigError(
+                f"plugins=[{module}]: no module of that name can be imported. "
+                "Run from the folder that holds it, or install it."
+            ) from error

@@ -1,0 +1,121 @@
+"""How many workers with what, and the Ray that they run on."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from ftexp.checks import num_local_gpus
+from ftexp.config import AUTO, Config, ScalingConfig
+from ftexp.errors import ConfigError
+
+_MAX_AUTO_CPU_WORKERS = 2  # small models gain nothing from more processes on one machine
+_MAX_AUTO_THREADS = 8
+
+# Read by Ray when it is imported or when workers start. Only set where ftexp starts Ray itself.
+_OWN_CLUSTER = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # how soon a death is seen; Ray's default is 2
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # else every worker starts through `uv run` again
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+}
+_QUIET = {
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_LOG_TO_STDERR": "0",
+    "GLOG_minloglevel": "3",
+}
+
+
+@dataclass(frozen=True)
+class Workers:
+    """`ScalingConfig` with every `auto` decided."""
+
+    num_workers: int | tuple[int, int]
+    use_gpu: bool
+    resources_per_worker: dict[str, float]
+
+    @property
+    def most(self) -> int:
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
+
+    def __str__(self) -> str:
+        count = self.num_workers if isinstance(self.num_workers, int) else "{} to {}".format(*self.num_workers)
+        parts = ", ".join(f"{value:g} {name}" for name, value in self.resources_per_worker.items())
+        return f"{count} × ({parts})"
+
+
+def decide_workers(config: ScalingConfig, num_cpus: int | None = None) -> Workers:
+    """Fill in `auto`: a worker for each GPU, or up to two on CPU; the machine's cores shared out as threads."""
+    cpus = num_cpus or len(os.sched_getaffinity(0))
+    joins = config.address is not None
+    use_gpu = config.use_gpu if isinstance(config.use_gpu, bool) else not joins and num_local_gpus() > 0
+    num_workers: int | tuple[int, int]
+    if config.num_workers == AUTO:
+        num_workers = num_local_gpus() if use_gpu else min(cpus, _MAX_AUTO_CPU_WORKERS)
+    elif isinstance(config.num_workers, int):
+        num_workers = config.num_workers
+    else:
+        num_workers = (config.num_workers[0], config.num_workers[1])
+    most = num_workers if isinstance(num_workers, int) else num_workers[1]
+    threads = 1 if joins else max(1, min(cpus // most, _MAX_AUTO_THREADS))
+    resources = dict(config.resources_per_worker or {})
+    resources.setdefault("CPU", threads)
+    if use_gpu:
+        resources.setdefault("GPU", 1)
+    if not joins and resources["CPU"] * most > cpus:
+        raise ConfigError(
+            f"scaling.num_workers={most} with {resources['CPU']:g} CPU each want more than the {cpus} cores of this "
+            "machine: take fewer, or give scaling.resources_per_worker={CPU: 0.5}"
+        )
+    return Workers(num_workers, use_gpu, resources)
+
+
+def prepare_environment(config: Config) -> None:
+    """Set what Ray reads at import. Call before ray is imported."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    settings = {} if config.scaling.address else dict(_OWN_CLUSTER)
+    if not config.verbose:
+        settings |= _QUIET
+    for name, value in settings.items():
+        os.environ.setdefault(name, value)
+
+
+def start_ray(config: Config) -> str:
+    """Start Ray on this machine, or join `scaling.address`; returns this node's address. ConfigError if it fails."""
+    import ray
+
+    own = config.scaling.address is None
+    level = "INFO" if config.verbose else "ERROR"
+    for name in ("ray", "ray.data", "ray.train"):
+        logging.getLogger(name).setLevel(level)
+    options: dict[str, Any] = {"include_dashboard": False, "num_cpus": len(os.sched_getaffinity(0))} if own else {}
+    try:
+        context = ray.init(
+            address="local" if own else config.scaling.address,
+            log_to_driver=config.verbose,
+            logging_level=level,
+            configure_logging=config.verbose,
+            **options,
+        )
+    except ConnectionError as error:
+        raise ConfigError(f"scaling.address={config.scaling.address}: no Ray cluster answers there: {error}") from error
+    return str(context.address_info["node_ip_address"])
+
+
+def lacking_resources(workers: Workers) -> str | None:
+    """Say what the cluster lacks, as it is now, for the fewest workers that were asked for; None if it has it."""
+    import ray
+
+    fewest = workers.num_workers if isinstance(workers.num_workers, int) else workers.num_workers[0]
+    for name, amount in workers.resources_per_worker.items():
+        there = ray.cluster_resources().get(name, 0)
+        if there < fewest * amount:
+            return (
+                f"scaling.num_workers={fewest} with {amount:g} {name} each need {fewest * amount:g} {name}, and the "
+                f"cluster has {there:g}"
+            )
+    return None

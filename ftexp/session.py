@@ -1,0 +1,70 @@
+"""One call of the command once the config is good: Ray up, data in, train, Ray down."""
+
+from __future__ import annotations
+
+import importlib
+import threading
+
+import ray
+from omegaconf import OmegaConf
+
+from ftexp.config import Config
+from ftexp.errors import ConfigError
+from ftexp.fingerprint import masked
+from ftexp.registry import load_plugins
+from ftexp.scaling import Workers, lacking_resources, start_ray
+from ftexp.storage import Storage
+from ftexp.terminal import Terminal
+from ftexp.tracking import RunRecord, RunState
+
+
+def run_session(
+    config: Config, overrides: list[str], workers: Workers, run_dir: Storage, state: RunState
+) -> dict[str, float]:
+    """Train in a Ray that is started here, or joined, and left again; returns the last metrics."""
+    # torch takes seconds to import, and starting Ray is mostly waiting for its processes
+    importing = threading.Thread(target=importlib.import_module, args=("ftexp.trainer",), name="import")
+    importing.start()
+    host = start_ray(config)
+    try:
+        importing.join()
+        return _run(config, overrides, workers, run_dir, state, host)
+    finally:
+        ray.shutdown()
+
+
+def _run(
+    config: Config, overrides: list[str], workers: Workers, run_dir: Storage, state: RunState, host: str
+) -> dict[str, float]:
+    import ftexp.checkpoint.states
+    import ftexp.data.files  # noqa: F401 - both register what is built in
+    from ftexp.checkpoint.registry import check_names
+    from ftexp.data.sources import build_data
+    from ftexp.models import timm_arguments
+    from ftexp.trainer import run_training
+
+    terminal = Terminal()
+    load_plugins(config.plugins)
+    check_names(config.checkpoint.extra_state)
+    if lacking := lacking_resources(workers):
+        if config.scaling.address is None:
+            raise ConfigError(f"{lacking}: take fewer workers, or set scaling.resources_per_worker")
+        terminal.say(f"waiting: {lacking} now", "yellow")
+    bundle = build_data(config.data)
+    state.model = {"arguments": timm_arguments(config.model, bundle.info)}
+    state.data = {"name": config.data.name, **masked(bundle.info)}
+    run_dir.write_bytes("config.yaml", OmegaConf.to_yaml(OmegaConf.create(masked(config))).encode())
+    run_dir.write_bytes("overrides.yaml", OmegaConf.to_yaml(OmegaConf.create(masked(overrides))).encode())
+    checkpoint = config.checkpoint
+    record = RunRecord(run_dir, state, (checkpoint.checkpoint_score_attribute, checkpoint.checkpoint_score_order))
+    record.write()
+    if bundle.info.bad_samples:
+        samples = [vars(sample) for sample in bundle.info.bad_samples]
+        record.event("bad_samples", count=len(samples), samples=samples)
+    terminal.header(state.name, run_dir.uri, config.model.name, bundle.info, config.data.name, str(workers))
+    try:
+        return run_training(config, workers, bundle, run_dir, record, terminal, host)
+    finally:
+        if record.state.status != "running":
+            terminal.summary(record.state, run_dir.uri)
+

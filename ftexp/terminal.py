@@ -1,0 +1,145 @@
+"""What a person sees while a run goes on: a header, a progress bar, a line for each failure and recovery, a table.
+
+With a terminal, rich draws; without one (CI, nohup) the same comes as plain lines.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from ftexp.data.splits import DataInfo
+from ftexp.tracking import Failure, RunState
+
+_RATE_WINDOW_S = 10.0
+
+
+class Terminal:
+    """Prints one run. Values come from the run's records, so that what is seen is what is kept."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        # a file or pipe has no width of its own: let lines be as long as they are
+        plain = console is None and not sys.stdout.isatty()
+        self.console = console or Console(highlight=False, width=160 if plain else None, soft_wrap=plain)
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        self._epochs = 0
+        self._batch_size = 0
+        self._rates: list[tuple[float, int]] = []  # (time, step) of the last seconds
+        self._replay_until = 0
+
+    def say(self, text: str, style: str = "") -> None:
+        """Print a line above the bar."""
+        console = self._bar.console if self._bar is not None else self.console
+        console.print(text, style=style or None, markup=False, soft_wrap=True)
+
+    def header(self, run: str, location: str, model: str, data: DataInfo, data_name: str, workers: str) -> None:
+        """Print what is going to run, and where."""
+        sizes = " · ".join(f"{count:,} {split}" for split, count in data.num_samples.items())
+        shape = f"{data.image_size}×{data.image_size}×{data.channels}"
+        for title, text in (
+            ("run", f"{run}  ({location})"),
+            ("model", model),
+            ("data", f"{data_name}: {sizes} · {data.num_classes} classes · {shape}"),
+            ("workers", workers),
+        ):
+            self.say(f"{title:<9}{text}")
+        if data.bad_samples:
+            self.say(f"{'skipped':<9}{len(data.bad_samples)} samples that can't be read; see events.jsonl", "yellow")
+
+    def ready(self, state: RunState, total_steps: int, batch_size: int, epochs: int, pids: list[int], device: str) -> None:
+        """Training is about to start, or to start again."""
+        self._epochs, self._batch_size, self._rates = epochs, batch_size, []
+        pid_text = ", ".join(map(str, pids))
+        if state.attempts == 1 or not state.failures or state.failures[-1].seconds_to_restore is None:
+            parameters = state.model.get("num_parameters", 0)
+            self.say(f"{'started':<9}{parameters:,} parameters on {device} · {total_steps:,} steps · pids {pid_text}")
+        if self.console.is_terminal and self._bar is None:
+            columns = (
+                TextColumn("epoch {task.fields[epoch]}/{task.fields[epochs]}"),
+                BarColumn(),
+                TextColumn("step {task.completed:,.0f}/{task.total:,.0f} {task.fields[values]}"),
+                TimeRemainingColumn(),
+                TextColumn("left"),
+            )
+            self._bar = Progress(*columns, console=self.console, transient=True)
+            self._bar.start()
+            self._task = self._bar.add_task("", total=total_steps, epoch=0, epochs=epochs, values="")
+        self.step(state)
+
+    def step(self, state: RunState) -> None:
+        """Move the bar to the state's step."""
+        now = time.monotonic()
+        self._rates = [(when, step) for when, step in self._rates if now - when < _RATE_WINDOW_S] + [(now, state.step)]
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=state.step, epoch=state.epoch, values=self._values(state))
+
+    def epoch(self, state: RunState) -> None:
+        """An epoch was evaluated: without a terminal this is the line that shows life."""
+        self.step(state)
+        if self._bar is None:
+            self.say(f"epoch {state.epoch}/{self._epochs} step {state.step} {self._values(state)}")
+
+    def failure(self, failure: Failure, allowed: int, counted: int) -> None:
+        """A worker group failed; say what, where, and what happens now."""
+        where = f"rank {failure.rank}" if failure.rank is not None else "a worker"
+        limit = "no limit" if allowed < 0 else f"{allowed} allowed"
+        decision = "restarting the workers" if allowed < 0 or counted <= allowed else "giving up"
+        self.say(
+            f"✗ {where} failed after step {failure.step} [{failure.cause}]: {failure.error}; "
+            f"failure {counted} of {limit}: {decision}",
+            "red",
+        )
+
+    def recovered(self, failure: Failure, checkpoint: str | None, rejected: int, pids: list[int]) -> None:
+        """Training goes on after a failure."""
+        origin = f"restored {checkpoint}" if checkpoint else "no checkpoint yet, so from the start"
+        damaged = f" ({rejected} damaged skipped)" if rejected else ""
+        parts = [failure.seconds_to_detect, failure.seconds_to_restart, failure.seconds_to_restore]
+        total = sum(seconds for seconds in parts if seconds is not None)
+        self.say(
+            f"↻ training again after {total:.1f} s: {origin}{damaged}, replaying {failure.steps_replayed} steps · "
+            f"pids {', '.join(map(str, pids))}",
+            "green",
+        )
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def summary(self, state: RunState, location: str) -> None:
+        """Print the closing table."""
+        self.close()
+        last, best = state.metrics["last"], state.metrics["best"]
+        rows: list[tuple[str, Any]] = [("status", state.status + (f": {state.error}" if state.error else ""))]
+        rows += [(title, f"{last[key]:.4f}") for key, title in _SHOWN if last.get(key) is not None]
+        if best:
+            rows.append(("best", ", ".join(f"{k} {v:.4f}" for k, v in best.items() if isinstance(v, float)) + f" at epoch {best['epoch']}"))
+        survived = len(state.failures) - (state.status == "failed")
+        rows += [
+            ("steps", f"{state.step:,} in {state.epoch} epochs"),
+            ("time", f"{state.seconds:.1f} s"),
+            ("failures", f"{max(survived, 0)} survived"),
+            ("checkpoint", f"{location}/checkpoints/{state.checkpoint}" if state.checkpoint else "none"),
+        ]
+        self.say("─" * 60)
+        for title, text in rows:
+            self.say(f"{title:<15}{text}")
+
+    def _values(self, state: RunState) -> str:
+        last = state.metrics["last"]
+        shown = [f"{title} {last[key]:.3f}" for key, title in _LIVE if last.get(key) is not None]
+        if len(self._rates) > 1 and (seconds := self._rates[-1][0] - self._rates[0][0]) > 0:
+            rate = (self._rates[-1][1] - self._rates[0][1]) * self._batch_size / seconds
+            shown.append(f"{max(rate, 0):,.0f} images/s")
+        return " ".join(shown)
+
+
+_LIVE = (("train_loss", "loss"), ("train_accuracy", "acc"), ("val_loss", "val_loss"), ("val_accuracy", "val_acc"))
+_SHOWN = (("test_accuracy", "test accuracy"), ("test_loss", "test loss"), ("val_accuracy", "val accuracy"))

@@ -1,0 +1,233 @@
+"""The run's records: run.json, metrics.jsonl, events.jsonl. Written by the driver alone, fed by the hub."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from ftexp.storage import AppendLog, Storage
+from ftexp.versions import package_versions
+from ftexp.wire import Message
+
+RUN_FILE, METRICS_FILE, EVENTS_FILE = "run.json", "metrics.jsonl", "events.jsonl"
+RUNNING, FINISHED, FAILED, INTERRUPTED = "running", "finished", "failed", "interrupted"
+_FLUSH_INTERVAL_S = 10.0  # between copies to an object store
+
+
+@dataclass(kw_only=True)
+class Failure:
+    """One failure of the worker group. Times in seconds; None while it isn't known."""
+
+    attempt: int
+    cause: str
+    rank: int | None
+    step: int  # the last that was seen done
+    error: str
+    seconds_to_detect: float | None = None  # from the process's death, or the exception, to Ray's notice
+    seconds_to_restart: float | None = None  # from there to the new worker group's start
+    seconds_to_restore: float | None = None  # from there to the first batch
+    steps_replayed: int | None = None
+
+
+@dataclass(kw_only=True)
+class RunState:
+    """What run.json holds."""
+
+    name: str
+    status: str = RUNNING
+    model: dict[str, Any] = field(default_factory=dict)  # arguments of timm.create_model
+    data: dict[str, Any] = field(default_factory=dict)
+    fingerprint: dict[str, Any] = field(default_factory=dict)  # config keys that define the run
+    attempts: int = 0
+    world_sizes: list[int] = field(default_factory=list)  # of each attempt
+    failures: list[Failure] = field(default_factory=list)
+    step: int = 0
+    epoch: int = 0
+    metrics: dict[str, dict[str, float]] = field(default_factory=lambda: {"last": {}, "best": {}})
+    checkpoint: str | None = None  # the latest saved, under checkpoints/
+    error: str | None = None
+    started: float = field(default_factory=time.time)  # seconds since 1970
+    seconds: float = 0.0  # wall time over all calls of the command
+    versions: dict[str, str] = field(default_factory=package_versions)
+
+
+def read_state(storage: Storage) -> RunState | None:
+    """What a run directory says of its run; None if there is no run in it."""
+    try:
+        content = json.loads(storage.read_bytes(RUN_FILE))
+    except FileNotFoundError:
+        return None
+    known = {field.name for field in dataclasses.fields(RunState)}
+    content["failures"] = [Failure(**failure) for failure in content.get("failures", [])]
+    return RunState(**{key: value for key, value in content.items() if key in known})
+
+
+class RunRecord:
+    """Keeps the records of one call of the command. `handle` is called by the hub, one message at a time."""
+
+    def __init__(self, storage: Storage, state: RunState, score: tuple[str, str], clock: Callable[[], float] = time.time):
+        self.storage, self.state, self._clock = storage, state, clock
+        self._score_name, self._score_order = score
+        self._seen = _seen_points(storage)
+        self._metrics, self._events = AppendLog(storage, METRICS_FILE), AppendLog(storage, EVENTS_FILE)
+        self._began, self._seconds_before = clock(), state.seconds
+        self._flushed = clock()
+        self._died_at: float | None = None  # when the current attempt's first process was lost, or raised
+        self._died_rank: int | None = None
+        self._noticed_at: float | None = None
+        self._attempt_at = clock()
+        self.workers: dict[int, dict[str, Any]] = {}  # of the current attempt, by rank: pid, node
+
+    def handle(self, message: Message) -> Message | None:
+        """Take one message in; the answer goes to a worker that said hello."""
+        kind = message["kind"]
+        handler = getattr(self, f"_on_{kind}", None)
+        answer: Message | None = handler(message) if handler else None
+        if self._clock() - self._flushed > _FLUSH_INTERVAL_S:
+            self.write()
+        return answer
+
+    def event(self, name: str, **fields: Any) -> None:
+        """Add a line to events.jsonl."""
+        values = {"time": self._clock(), "event": name, "attempt": self.state.attempts, "step": self.state.step, **fields}
+        self._events.append(json.dumps(values))
+
+    def write(self) -> None:
+        """Bring run.json, and the copies on an object store, up to date."""
+        self._flushed = self._clock()
+        self.state.seconds = self._seconds_before + self._flushed - self._began
+        content = json.dumps(_finite(dataclasses.asdict(self.state)), indent=1)
+        self.storage.write_bytes(RUN_FILE, content.encode())
+        self._metrics.flush()
+        self._events.flush()
+
+    def close(self, status: str, error: str | None = None) -> None:
+        """Record how the call ended."""
+        self.state.status, self.state.error = status, error
+        self.event(status, **({"error": error} if error else {}))
+        self.write()
+        self._metrics.close()
+        self._events.close()
+
+    def fail(self, cause: str, rank: int | None, error: str) -> Failure:
+        """Record that the current attempt's worker group failed."""
+        self._noticed_at = self._clock()
+        died_at = self._died_at if self._died_at is not None else self._noticed_at
+        failure = Failure(
+            attempt=self.state.attempts,
+            cause=cause,
+            rank=rank if rank is not None else self._died_rank,
+            step=self.state.step,
+            error=error,
+            seconds_to_detect=round(max(0.0, self._noticed_at - died_at), 3),
+        )
+        self.state.failures.append(failure)
+        self.event("failure", **{key: value for key, value in vars(failure).items() if key not in ("attempt", "step")})
+        self.write()
+        return failure
+
+    def _on_hello(self, message: Message) -> Message | None:
+        state = self.state
+        self.workers[message["rank"]] = message
+        if message["rank"] != 0:
+            return None
+        state.attempts += 1
+        state.world_sizes.append(message["world_size"])
+        self._attempt_at, self._died_at, self._died_rank = self._clock(), None, None
+        if state.failures and state.failures[-1].seconds_to_restart is None and self._noticed_at is not None:
+            state.failures[-1].seconds_to_restart = round(self._attempt_at - self._noticed_at, 3)
+        self.event("attempt_started", world_size=message["world_size"], pid=message["pid"], node=message["node"])
+        self.write()
+        return {"attempt": state.attempts}
+
+    def _on_ready(self, message: Message) -> None:
+        self.state.model["num_parameters"] = message["num_parameters"]
+        self._note_recovery(message["step"])
+        self.state.step = message["step"]
+        if message["weights"]:
+            self.event("weights_loaded", report=message["weights"])
+        self.event("ready", device=message["device"], pids=self.pids())
+
+    def pids(self) -> list[int]:
+        """Process ids of the current attempt's workers, by rank."""
+        return [self.workers[rank]["pid"] for rank in range(self.state.world_sizes[-1]) if rank in self.workers]
+
+    def _note_recovery(self, step: int) -> None:
+        failures = self.state.failures
+        if failures and failures[-1].steps_replayed is None and self._noticed_at is not None:
+            failures[-1].seconds_to_restore = round(self._clock() - self._attempt_at, 3)
+            failures[-1].steps_replayed = max(0, failures[-1].step - step)
+            self.write()
+
+    def _on_tick(self, message: Message) -> None:
+        self.state.step, self.state.epoch = message["step"], message["epoch"]
+
+    def _on_metrics(self, message: Message) -> None:
+        state, values, point = self.state, message["values"], (message["split"], message["step"])
+        state.step, state.epoch = message["step"], message["epoch"]
+        state.metrics["last"].update(values)
+        if (score := values.get(self._score_name)) is not None and self._is_best(score):
+            state.metrics["best"] = {**values, "step": message["step"], "epoch": message["epoch"]}
+        if point in self._seen:  # replayed after a restart: the point is there already
+            return
+        self._seen.add(point)
+        head = {"time": message["time"], "split": point[0], "step": point[1], "epoch": message["epoch"]}
+        self._metrics.append(json.dumps(_finite({**head, **values})))
+
+    def _is_best(self, score: float) -> bool:
+        best = self.state.metrics["best"].get(self._score_name)
+        sign = 1 if self._score_order == "max" else -1
+        return math.isfinite(score) and (best is None or sign * score > sign * best)
+
+    def _on_event(self, message: Message) -> None:
+        fields = {key: value for key, value in message.items() if key not in ("kind", "name")}
+        if message["name"] == "checkpoint_saved":
+            self.state.checkpoint = message["checkpoint"]
+        self._events.append(
+            json.dumps(_finite({"event": message["name"], "attempt": self.state.attempts, "step": self.state.step, **fields}))
+        )
+        if message["name"] == "checkpoint_saved":
+            self.write()
+
+    def _on_raised(self, message: Message) -> None:
+        self._note_death(message["time"], message["rank"])
+
+    def _on_lost(self, message: Message) -> None:
+        self._note_death(message["time"], message["rank"])
+
+    def _note_death(self, when: float, rank: int) -> None:
+        if self._died_at is None:
+            self._died_at, self._died_rank = when, rank
+
+
+
+
+def _seen_points(storage: Storage) -> set[tuple[str, int]]:
+    try:
+        lines = storage.read_bytes(METRICS_FILE).decode().splitlines()
+    except FileNotFoundError:
+        return set()
+    points = set()
+    for line in lines:
+        try:
+            point = json.loads(line)
+        except ValueError:  # the last line, torn by a kill; AppendLog cuts it off
+            continue
+        points.add((point["split"], point["step"]))
+    return points
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN or infinity: they are written as null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return value

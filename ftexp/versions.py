@@ -1,0 +1,15 @@
+"""Versions of the packages that decide what a run computes."""
+
+from __future__ import annotations
+
+import functools
+import platform
+from importlib.metadata import version
+
+_PACKAGES = ("ftexp", "ray", "torch", "torchvision", "timm", "numpy", "hydra-core")
+
+
+@functools.cache
+def package_versions() -> dict[str, str]:
+    """{package: version}, with Python's own."""
+    return {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
