@@ -56,10 +56,10 @@ def _field_problems(node: Any, prefix: str) -> Iterator[str]:
         elif value == MISSING:
             yield f"{key} is not set, and has no default: add {key}=..."
         elif value is not None and field.metadata:
-            yield from _range_problem(key, value, **field.metadata)
+            yield from range_problem(key, value, **field.metadata)
 
 
-def _range_problem(
+def range_problem(
     key: str,
     value: Any,
     low: float | None = None,
@@ -67,6 +67,7 @@ def _range_problem(
     above: float | None = None,
     options: tuple[str, ...] = (),
 ) -> Iterator[str]:
+    """The message for a value outside its field's metadata (see `ftexp.config.ranged`), or nothing."""
     if options:
         if value not in options:
             yield f"{key}={value!r} is not one of {', '.join(options)}.{did_you_mean(str(value), options)}"

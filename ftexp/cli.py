@@ -107,8 +107,11 @@ def _unknown_keys(node: DictConfig, schema: type[Any], prefix: str) -> Iterator[
             yield from _unknown_keys(node[name], type(default), f"{prefix}{name}.")
 
 
-def explain(error: BaseException) -> str:
-    """Word an error of Hydra's or OmegaConf's: key, value, what is allowed, nearest valid name."""
+def explain(error: BaseException, schema: Any = None) -> str:
+    """Word an error of Hydra's or OmegaConf's: key, value, what is allowed, nearest valid name.
+
+    schema: an instance of the dataclass that was composed; None: `Config`.
+    """
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, option = str(error.missing_cfg_file).rpartition("/")
         options = [str(name) for name in error.options or ()]
@@ -122,7 +125,7 @@ def explain(error: BaseException) -> str:
         return str(error).replace("\n", " ")
     key, first_line = str(cause.full_key), str(cause).splitlines()[0]
     if first_line.startswith("Key '"):
-        return _unknown_key(key)
+        return _unknown_key(key, schema)
     if wanted := re.search(r"could not be converted to (\w+)", first_line):
         names = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false"}
         return f"{key}={cause.value} is not {names.get(wanted[1], wanted[1])}"
@@ -133,9 +136,9 @@ def explain(error: BaseException) -> str:
     return f"{key}: {first_line}"
 
 
-def _unknown_key(key: str) -> str:
+def _unknown_key(key: str, schema: Any = None) -> str:
     """The message for a key that the schema doesn't have, with the nearest that it has."""
-    node: Any = Config()
+    node: Any = schema if schema is not None else Config()
     *parents, name = key.split(".")
     for parent in parents:
         node = getattr(node, parent, None)

@@ -69,8 +69,10 @@ class Job:
 
     def seed_step(self) -> None:
         """Make dropout and the like of the coming step depend on (seed, step, rank) alone."""
-        seed = derive_seed(self.config.seed, _STEP, self.progress.step, self.rank)
-        torch.manual_seed(seed % 2**63)
+        seed = derive_seed(self.config.seed, _STEP, self.progress.step, self.rank) % 2**63
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed asks every backend, which takes longer
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
 
 
 def build_job(spec: JobSpec) -> Job:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -131,7 +132,8 @@ def build_trainer(
     spec = JobSpec(config, bundle.info, run_name, run_dir.child(CHECKPOINTS).uri, hub)
     return TorchTrainer(
         _train_function,
-        train_loop_config={"spec": spec},
+        # as bytes: Ray unpacks this config in its controller too, where importing torch and timm would only cost time
+        train_loop_config={"spec": pickle.dumps(spec)},
         torch_config=TorchConfig(backend=scaling.backend, timeout_s=scaling.timeout_s),
         scaling_config=ScalingConfig(
             num_workers=workers.num_workers,
@@ -158,7 +160,7 @@ def build_trainer(
 
 
 def _train_function(loop_config: dict[str, Any]) -> dict[str, float]:
-    return train_loop(loop_config["spec"])
+    return train_loop(pickle.loads(loop_config["spec"]))
 
 
 def _fit(fit: Callable[[], Any]) -> Any:

@@ -88,7 +88,7 @@ class CheckpointManager:
 
     def restore(self, manifest: Manifest, files: dict[str, bytes]) -> None:
         """Load a verified checkpoint into the job; StateError if its states are not the configured ones."""
-        loaded = {name: _load(name, content) for name, content in files.items()}
+        loaded = {name: load_part(name, content) for name, content in files.items()}
         try:
             self._job.model.load_state_dict(loaded[_MODEL])
             self._job.optimizer.load_state_dict(loaded[_OPTIMIZER])
@@ -149,7 +149,8 @@ def _serialised(part: Any) -> memoryview:
     return buffer.getbuffer()
 
 
-def _load(name: str, content: bytes) -> Any:
+def load_part(name: str, content: bytes) -> Any:
+    """Read one file of a checkpoint onto the CPU without running code in it; CheckpointError if it has any."""
     try:
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises UnpicklingError, RuntimeError or EOFError, by what is wrong

@@ -1,0 +1,202 @@
+"""`python -m ftexp.evaluate run=<dir> [key=value ...]`: how good is a saved checkpoint?
+
+Keys: run (a run directory or URI), checkpoint (best, latest, or a folder's name), split (train, val, test),
+batch_size, device (auto, cpu, cuda), out (a JSON file; evaluation_<split>.json in the run if not given).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ftexp.checks import range_problem
+from ftexp.cli import explain, print_error, to_config
+from ftexp.config import Config, choice, ranged
+from ftexp.errors import CheckpointError, ConfigError, FtexpError
+
+if TYPE_CHECKING:
+    from ftexp.checkpoint.store import CheckpointStore, Manifest
+    from ftexp.storage import Storage
+
+
+@dataclass(kw_only=True)
+class EvaluateConfig:
+    run: str = "???"
+    checkpoint: str = "best"  # best, latest, or the name of a folder under checkpoints/
+    split: str = choice("test", ("train", "val", "test"))
+    batch_size: int = ranged(256, low=1)
+    device: str = choice("auto", ("auto", "cpu", "cuda"))
+    out: str | None = None
+
+
+def main() -> None:
+    """Entry point of the command; exits with 0, 1 or 2."""
+    if any(word in ("-h", "--help") for word in sys.argv[1:]):
+        print(__doc__)
+        return
+    try:
+        result = evaluate(parse(sys.argv[1:]))
+    except FtexpError as error:
+        print_error(error)
+        sys.exit(error.exit_code)
+    _print(result)
+
+
+def parse(argv: list[str]) -> EvaluateConfig:
+    """Read key=value words; ConfigError names what is wrong."""
+    try:
+        values = OmegaConf.merge(OmegaConf.structured(EvaluateConfig), OmegaConf.from_dotlist(argv))
+    except OmegaConfBaseException as error:
+        raise ConfigError(explain(error, EvaluateConfig())) from error
+    if OmegaConf.is_missing(values, "run"):
+        raise ConfigError("run is not set: add run=<run directory>")
+    config = EvaluateConfig(**{str(key): value for key, value in values.items()})
+    problems = [
+        problem
+        for field in dataclasses.fields(config)
+        if field.metadata
+        for problem in range_problem(field.name, getattr(config, field.name), **field.metadata)
+    ]
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return config
+
+
+def evaluate(config: EvaluateConfig) -> dict[str, Any]:
+    """Load the checkpoint and count; returns what is also written as JSON.
+
+    Raises:
+        ConfigError: there is no run at `config.run`.
+        CheckpointError: the run has no such checkpoint, or it is damaged.
+        DataError: the data that the run was made with can't be read.
+    """
+    from ftexp.storage import Storage
+
+    storage = Storage.at(config.run)
+    run_config = load_run_config(storage)
+    from ftexp.scaling import prepare_environment
+
+    run_config = dataclasses.replace(run_config, scaling=dataclasses.replace(run_config.scaling, address=None))
+    prepare_environment(run_config)
+    import ray
+
+    from ftexp.scaling import start_ray
+
+    start_ray(run_config)
+    try:
+        return _evaluate(config, run_config, storage)
+    finally:
+        ray.shutdown()
+
+
+def load_run_config(storage: Storage) -> Config:
+    """The config of a run directory; ConfigError if there is no run."""
+    try:
+        text = storage.read_bytes("config.yaml").decode()
+    except OSError as error:
+        raise ConfigError(f"run={storage.uri} holds no config.yaml: give the directory of a run") from error
+    return to_config(OmegaConf.create(text))  # type: ignore[arg-type]
+
+
+def _evaluate(config: EvaluateConfig, run_config: Config, storage: Storage) -> dict[str, Any]:
+    import torch
+
+    import ftexp.data.files  # noqa: F401 - registers the sources that read files
+    from ftexp.checkpoint.manager import load_part
+    from ftexp.checkpoint.store import CheckpointStore
+    from ftexp.data.feeds import Rows, ToTensors, evaluation_batches
+    from ftexp.data.sources import build_data
+    from ftexp.evaluation import count_into
+    from ftexp.models import build_model
+    from ftexp.progress import Meter, means
+    from ftexp.registry import load_plugins
+
+    load_plugins(run_config.plugins)
+    store = CheckpointStore(storage.child("checkpoints"))
+    manifest = choose(store, config.checkpoint, run_config)
+    files = store.read(manifest)
+    bundle = build_data(run_config.data)
+    device = torch.device("cuda" if config.device == "auto" and torch.cuda.is_available() else config.device.replace("auto", "cpu"))
+    model, _ = build_model(dataclasses.replace(run_config.model, pretrained=False), bundle.info)
+    model.load_state_dict(load_part("model.pt", files["model.pt"]))
+    model.to(device)
+    rows, classes = Rows(bundle.datasets[config.split].iterator()), bundle.info.class_names
+    meter, confusion = Meter(device), torch.zeros(len(classes), len(classes), dtype=torch.int64, device=device)
+    batches = evaluation_batches(rows, ToTensors(bundle.info, device, False), config.batch_size, rank=0, world_size=1)
+    count_into(meter, model, batches, torch.autocast(device.type, enabled=False), confusion)
+    loss, accuracy = means(meter.totals())
+    result = {
+        "run": storage.uri,
+        "checkpoint": manifest.name,
+        "step": manifest.step,
+        "epoch": manifest.epoch,
+        "split": config.split,
+        "num_samples": len(rows),
+        "accuracy": accuracy,
+        "loss": loss,
+        "classes": [_class_row(name, number, confusion) for number, name in enumerate(classes)],
+        "confusion": confusion.tolist(),  # [label][prediction]
+    }
+    text = json.dumps(result, indent=1).encode()
+    if config.out is None:
+        storage.write_bytes(f"evaluation_{config.split}.json", text)
+        result["written"] = f"{storage.uri}/evaluation_{config.split}.json"
+    else:
+        folder, _, name = config.out.rpartition("/")
+        type(storage).at(folder or ".").write_bytes(name, text)
+        result["written"] = config.out
+    return result
+
+
+def choose(store: CheckpointStore, wanted: str, run_config: Config) -> Manifest:
+    """The manifest of the best, the latest, or a named checkpoint; CheckpointError if there is none."""
+    if wanted not in ("best", "latest"):
+        return store.by_name(wanted)
+    manifests = store.manifests(lambda name, reason: print(f"! {name}: {reason}", file=sys.stderr))
+    metric, order = run_config.checkpoint.checkpoint_score_attribute, run_config.checkpoint.checkpoint_score_order
+    if wanted == "best":
+        sign = 1 if order == "max" else -1
+        scored = [manifest for manifest in manifests if manifest.metrics.get(metric) is not None]
+        manifests = sorted(scored, key=lambda manifest: sign * manifest.metrics[metric], reverse=True) or manifests
+    if not manifests:
+        raise CheckpointError(f"{store.storage.uri} holds no checkpoint yet")
+    return manifests[0]
+
+
+def _class_row(name: str, number: int, confusion: Any) -> dict[str, Any]:
+    right, of_label, of_prediction = (
+        int(confusion[number, number]),
+        int(confusion[number].sum()),
+        int(confusion[:, number].sum()),
+    )
+    return {
+        "class": name,
+        "num_samples": of_label,
+        "recall": right / of_label if of_label else None,
+        "precision": right / of_prediction if of_prediction else None,
+    }
+
+
+def _print(result: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    console.print(f"{result['checkpoint']} (epoch {result['epoch']}) on {result['num_samples']} {result['split']} samples", markup=False)
+    console.print(f"accuracy {result['accuracy']:.4f}   loss {result['loss']:.4f}")
+    table = Table("class", "samples", "recall", "precision", box=None)
+    for row in result["classes"]:
+        shares = ("-" if row[key] is None else f"{row[key]:.4f}" for key in ("recall", "precision"))
+        table.add_row(row["class"], str(row["num_samples"]), *shares)
+    console.print(table)
+    console.print(f"written to {result['written']}", markup=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()
