@@ -95,7 +95,11 @@ def _model(config: Config) -> Iterator[str]:
     if not config.plugins and ":" not in model.name and architecture not in model_names():
         where = f"timm knows {len(model_names())} architectures; the groups under model= name the usual ones"
         yield _unknown("model.name", model.name, model_names(), where)
-    for key, owner in (("num_classes", "data.num_classes"), ("in_chans", "data.channels"), ("img_size", "data.image_size")):
+    for key, owner in (
+        ("num_classes", "data.num_classes"),
+        ("in_chans", "data.channels"),
+        ("img_size", "data.image_size"),
+    ):
         if key in model.kwargs:
             yield f"model.kwargs.{key}={model.kwargs[key]} follows the data: set {owner} instead"
     in_name = re.search(r"patch(\d+)", model.name)

@@ -74,9 +74,10 @@ def to_config(composed: DictConfig) -> Config:
         raise ConfigError("\n".join(unknown))
     # a mandatory value may still be missing: `checks.validate` lists those with the other mistakes
     try:
-        return _typed(composed, Config)
+        config: Config = _typed(composed, Config)
     except OmegaConfBaseException as error:
         raise ConfigError(explain(error)) from error
+    return config
 
 
 def _typed(node: DictConfig, schema: type[Any]) -> Any:

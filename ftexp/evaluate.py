@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class EvaluateConfig:
+    """What the command may be given."""
+
     run: str = "???"
     checkpoint: str = "best"  # best, latest, or the name of a folder under checkpoints/
     split: str = choice("test", ("train", "val", "test"))
@@ -86,9 +88,10 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     prepare_environment(run_config)
     import ray
 
-    from ftexp.scaling import start_ray
+    from ftexp.scaling import quiet_data, start_ray
 
     start_ray(run_config)
+    quiet_data(run_config)
     try:
         return _evaluate(config, run_config, storage)
     finally:
@@ -122,7 +125,9 @@ def _evaluate(config: EvaluateConfig, run_config: Config, storage: Storage) -> d
     manifest = choose(store, config.checkpoint, run_config)
     files = store.read(manifest)
     bundle = build_data(run_config.data)
-    device = torch.device("cuda" if config.device == "auto" and torch.cuda.is_available() else config.device.replace("auto", "cpu"))
+    device = torch.device(
+        "cuda" if config.device == "auto" and torch.cuda.is_available() else config.device.replace("auto", "cpu")
+    )
     model, _ = build_model(dataclasses.replace(run_config.model, pretrained=False), bundle.info)
     model.load_state_dict(load_part("model.pt", files["model.pt"]))
     model.to(device)
@@ -188,7 +193,10 @@ def _print(result: dict[str, Any]) -> None:
     from rich.table import Table
 
     console = Console(highlight=False)
-    console.print(f"{result['checkpoint']} (epoch {result['epoch']}) on {result['num_samples']} {result['split']} samples", markup=False)
+    console.print(
+        f"{result['checkpoint']} (epoch {result['epoch']}) on {result['num_samples']} {result['split']} samples",
+        markup=False,
+    )
     console.print(f"accuracy {result['accuracy']:.4f}   loss {result['loss']:.4f}")
     table = Table("class", "samples", "recall", "precision", box=None)
     for row in result["classes"]:

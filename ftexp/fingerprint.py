@@ -25,7 +25,8 @@ def fingerprint(config: Config) -> dict[str, Any]:
     chosen = {name: values[name] for name in _DEFINING} | {"train": {n: values["train"][n] for n in _DEFINING_TRAIN}}
     for name in _FREE_DATA:
         del chosen["data"][name]
-    return masked(dict(_flat(chosen, "")))
+    flat: dict[str, Any] = masked(dict(_flat(chosen, "")))
+    return flat
 
 
 def differences(recorded: dict[str, Any], own: dict[str, Any], location: str) -> None:
@@ -38,7 +39,10 @@ def differences(recorded: dict[str, Any], own: dict[str, Any], location: str) ->
     if recorded and changed:
         raise ConfigError(
             "\n".join(
-                [f"{location} holds a run that is defined otherwise; choose another run.name, or put these back:", *changed]
+                [
+                    f"{location} holds a run that is defined otherwise; choose another run.name, or put these back:",
+                    *changed,
+                ]
             )
         )
 
@@ -49,7 +53,8 @@ def masked(value: Any) -> Any:
         return masked(dataclasses.asdict(value))
     if isinstance(value, dict):
         return {
-            key: _MASK if _SECRET.search(str(key)) and isinstance(item, str) else masked(item) for key, item in value.items()
+            key: _MASK if _SECRET.search(str(key)) and isinstance(item, str) else masked(item)
+            for key, item in value.items()
         }
     if isinstance(value, (list, tuple)):
         return [masked(item) for item in value]

@@ -85,7 +85,7 @@ def build_job(spec: JobSpec) -> Job:
     torch.manual_seed(derive_seed(config.seed, _INIT) % 2**63)
     model, report = build_model(config.model, info)
     if config.train.channels_last:
-        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model = model.to(memory_format=torch.channels_last)
     if config.train.compile:
         model.compile()
     wrapped = prepare_model(model, parallel_strategy_kwargs={"gradient_as_bucket_view": True})

@@ -83,7 +83,7 @@ def train_step(job: Job, batch: Batch) -> None:
             losses = F.cross_entropy(
                 logits.float(), micro.labels, reduction="none", label_smoothing=config.label_smoothing
             )
-            job.scaler.scale((losses * micro.weights).sum()).backward()
+            job.scaler.scale((losses * micro.weights).sum()).backward()  # type: ignore[no-untyped-call]
         job.progress.train.add(losses, logits.argmax(1) == micro.labels, micro.weights > 0)
     if config.clip_grad_norm is not None:
         job.scaler.unscale_(job.optimizer)
@@ -111,7 +111,8 @@ def advance(job: Job, batch: Batch) -> bool:
 
 def restore(job: Job, store: CheckpointStore, checkpoints: CheckpointManager) -> None:
     """Go to the latest checkpoint that verifies. Rank 0 decides, and every rank loads what it decided."""
-    started, rejected = time.perf_counter(), {}
+    started = time.perf_counter()
+    rejected: dict[str, str] = {}
     chosen = store.latest(rejected.__setitem__) if job.rank == 0 else None
     for name, reason in rejected.items():
         job.line.send("event", name="checkpoint_rejected", checkpoint=name, reason=reason)

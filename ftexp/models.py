@@ -151,8 +151,10 @@ def _fit(model: nn.Module, name: str, value: torch.Tensor, own: torch.Tensor) ->
     if name == "pos_embed" and value.ndim == own.ndim == 3 and value.shape[-1] == own.shape[-1]:
         grid = list(model.patch_embed.grid_size)  # type: ignore[union-attr, arg-type]
         prefix = own.shape[1] - grid[0] * grid[1]
-        return resample_abs_pos_embed(value, new_size=grid, num_prefix_tokens=prefix)
+        resampled: torch.Tensor = resample_abs_pos_embed(value, new_size=grid, num_prefix_tokens=prefix)
+        return resampled
     if value.ndim == own.ndim == 4 and value.shape[0] == own.shape[0] and value.shape[2:] == own.shape[2:]:
         if value.shape[1] == 3:
-            return adapt_input_conv(own.shape[1], value)
+            adapted: torch.Tensor = adapt_input_conv(own.shape[1], value)
+            return adapted
     return value

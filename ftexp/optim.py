@@ -12,7 +12,6 @@ from torch import nn
 from ftexp.config import OptimConfig, ScheduleConfig
 from ftexp.errors import ConfigError
 
-
 # torch's own, whose fused kernels do a step in one pass; on a CPU that is 10 times faster than a loop
 _FUSED = ("adam", "adamw", "sgd", "momentum", "nesterov")
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Generic, TypeVar
 
 from ftexp.errors import ConfigError, UnknownNameError
@@ -63,7 +63,7 @@ def load_plugins(modules: Iterable[str]) -> None:
 
     The working directory counts as an import path, as it does for `python -m`.
     """
-    if (cwd := os.getcwd()) not in sys.path and "" not in sys.path:
+    if (cwd := str(Path.cwd())) not in sys.path and "" not in sys.path:
         sys.path.append(cwd)
     for module in modules:
         try:

@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+from ftexp import ray_private
 from ftexp.checks import num_local_gpus
 from ftexp.config import AUTO, Config, ScalingConfig
 from ftexp.errors import ConfigError
@@ -21,7 +22,6 @@ _OWN_CLUSTER = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
 }
 _QUIET = {
-    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_DEDUP_LOGS": "0",
     "RAY_LOG_TO_STDERR": "0",
@@ -39,6 +39,7 @@ class Workers:
 
     @property
     def most(self) -> int:
+        """The largest number of workers that may run at once."""
         return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
 
     def __str__(self) -> str:
@@ -90,8 +91,9 @@ def start_ray(config: Config) -> str:
 
     own = config.scaling.address is None
     level = "INFO" if config.verbose else "ERROR"
-    for name in ("ray", "ray.data", "ray.train"):
-        logging.getLogger(name).setLevel(level)
+    logging.getLogger("ray").setLevel(level)
+    if not config.verbose:
+        ray_private.silence_raylet_messages()
     options: dict[str, Any] = {"include_dashboard": False, "num_cpus": len(os.sched_getaffinity(0))} if own else {}
     try:
         context = ray.init(
@@ -104,6 +106,15 @@ def start_ray(config: Config) -> str:
     except ConnectionError as error:
         raise ConfigError(f"scaling.address={config.scaling.address}: no Ray cluster answers there: {error}") from error
     return str(context.address_info["node_ip_address"])
+
+
+def quiet_data(config: Config) -> None:
+    """Stop Ray Data's progress bars and lines, here and in the workers, unless `verbose`."""
+    from ray.data import DataContext
+
+    if not config.verbose:
+        DataContext.get_current().enable_progress_bars = False
+        logging.getLogger("ray.data").setLevel("ERROR")
 
 
 def lacking_resources(workers: Workers) -> str | None:

@@ -12,7 +12,7 @@ from ftexp.config import Config
 from ftexp.errors import ConfigError
 from ftexp.fingerprint import masked
 from ftexp.registry import load_plugins
-from ftexp.scaling import Workers, lacking_resources, start_ray
+from ftexp.scaling import Workers, lacking_resources, quiet_data, start_ray
 from ftexp.storage import Storage
 from ftexp.terminal import Terminal
 from ftexp.tracking import RunRecord, RunState
@@ -44,6 +44,7 @@ def _run(
     from ftexp.trainer import run_training
 
     terminal = Terminal()
+    quiet_data(config)
     load_plugins(config.plugins)
     check_names(config.checkpoint.extra_state)
     if lacking := lacking_resources(workers):
@@ -67,4 +68,3 @@ def _run(
     finally:
         if record.state.status != "running":
             terminal.summary(record.state, run_dir.uri)
-

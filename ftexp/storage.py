@@ -83,7 +83,7 @@ class Storage:
         target = path / name
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f"{_TEMPORARY}{target.name}")
-        with open(temporary, "wb") as file:
+        with temporary.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -145,7 +145,9 @@ class Storage:
                 filesystem, root = self.open()
                 filesystem.delete_file(f"{root}/.writable")
         except OSError as error:
-            raise StorageError(f"run.storage: {self.uri} can't be written: {error}. Give another run.storage") from error
+            raise StorageError(
+                f"run.storage: {self.uri} can't be written: {error}. Give another run.storage"
+            ) from error
 
 
 class AppendLog:
@@ -158,7 +160,7 @@ class AppendLog:
         if (path := storage.local_path) is not None:
             path.mkdir(parents=True, exist_ok=True)
             _end_torn_line(path / name)
-            self._file = open(path / name, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
+            self._file = (path / name).open("a", encoding="utf-8")
         elif storage.exists(name):
             self._lines = storage.read_bytes(name).decode().splitlines()
 

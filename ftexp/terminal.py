@@ -51,7 +51,9 @@ class Terminal:
         if data.bad_samples:
             self.say(f"{'skipped':<9}{len(data.bad_samples)} samples that can't be read; see events.jsonl", "yellow")
 
-    def ready(self, state: RunState, total_steps: int, batch_size: int, epochs: int, pids: list[int], device: str) -> None:
+    def ready(
+        self, state: RunState, total_steps: int, batch_size: int, epochs: int, pids: list[int], device: str
+    ) -> None:
         """Training is about to start, or to start again."""
         self._epochs, self._batch_size, self._rates = epochs, batch_size, []
         pid_text = ", ".join(map(str, pids))
@@ -120,7 +122,13 @@ class Terminal:
         rows: list[tuple[str, Any]] = [("status", state.status + (f": {state.error}" if state.error else ""))]
         rows += [(title, f"{last[key]:.4f}") for key, title in _SHOWN if last.get(key) is not None]
         if best:
-            rows.append(("best", ", ".join(f"{k} {v:.4f}" for k, v in best.items() if isinstance(v, float)) + f" at epoch {best['epoch']}"))
+            rows.append(
+                (
+                    "best",
+                    ", ".join(f"{k} {v:.4f}" for k, v in best.items() if isinstance(v, float))
+                    + f" at epoch {best['epoch']}",
+                )
+            )
         survived = len(state.failures) - (state.status == "failed")
         rows += [
             ("steps", f"{state.step:,} in {state.epoch} epochs"),
@@ -131,6 +139,8 @@ class Terminal:
         self.say("─" * 60)
         for title, text in rows:
             self.say(f"{title:<15}{text}")
+        if state.status in ("interrupted", "failed"):
+            self.say(f"What was saved is kept. To go on from there: the same command with run.name={state.name}")
 
     def _values(self, state: RunState) -> str:
         last = state.metrics["last"]

@@ -13,7 +13,8 @@ from pathlib import Path
 
 def _timm_folder() -> Path:
     spec = importlib.util.find_spec("timm")
-    assert spec is not None and spec.origin is not None, "timm is a dependency of ftexp"
+    assert spec is not None, "timm is a dependency of ftexp"
+    assert spec.origin is not None
     return Path(spec.origin).parent
 
 

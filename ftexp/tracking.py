@@ -70,7 +70,9 @@ def read_state(storage: Storage) -> RunState | None:
 class RunRecord:
     """Keeps the records of one call of the command. `handle` is called by the hub, one message at a time."""
 
-    def __init__(self, storage: Storage, state: RunState, score: tuple[str, str], clock: Callable[[], float] = time.time):
+    def __init__(
+        self, storage: Storage, state: RunState, score: tuple[str, str], clock: Callable[[], float] = time.time
+    ):
         self.storage, self.state, self._clock = storage, state, clock
         self._score_name, self._score_order = score
         self._seen = _seen_points(storage)
@@ -94,7 +96,13 @@ class RunRecord:
 
     def event(self, name: str, **fields: Any) -> None:
         """Add a line to events.jsonl."""
-        values = {"time": self._clock(), "event": name, "attempt": self.state.attempts, "step": self.state.step, **fields}
+        values = {
+            "time": self._clock(),
+            "event": name,
+            "attempt": self.state.attempts,
+            "step": self.state.step,
+            **fields,
+        }
         self._events.append(json.dumps(values))
 
     def write(self) -> None:
@@ -189,7 +197,9 @@ class RunRecord:
         if message["name"] == "checkpoint_saved":
             self.state.checkpoint = message["checkpoint"]
         self._events.append(
-            json.dumps(_finite({"event": message["name"], "attempt": self.state.attempts, "step": self.state.step, **fields}))
+            json.dumps(
+                _finite({"event": message["name"], "attempt": self.state.attempts, "step": self.state.step, **fields})
+            )
         )
         if message["name"] == "checkpoint_saved":
             self.write()
@@ -203,8 +213,6 @@ class RunRecord:
     def _note_death(self, when: float, rank: int) -> None:
         if self._died_at is None:
             self._died_at, self._died_rank = when, rank
-
-
 
 
 def _seen_points(storage: Storage) -> set[tuple[str, int]]:

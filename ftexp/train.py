@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from ftexp.cli import EXIT_INTERRUPTED, run_hydra, to_config
 from ftexp.checks import validate
+from ftexp.cli import EXIT_INTERRUPTED, run_hydra, to_config
 from ftexp.config import Config
 
 if TYPE_CHECKING:
@@ -33,7 +33,6 @@ def _task(composed: DictConfig) -> float | None:
     try:
         metrics = train(config, overrides)
     except KeyboardInterrupt:
-        print("interrupted; what was saved is kept. The same command with the same run.name goes on from there.")
         sys.exit(EXIT_INTERRUPTED)
     return metrics.get(config.checkpoint.checkpoint_score_attribute)
 

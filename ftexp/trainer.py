@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import pickle
+import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
-import ray
 import ray.train
 from ray.train import CheckpointConfig, DataConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from ftexp import ray_private
 from ftexp.config import Config
 from ftexp.data.splits import DataBundle
 from ftexp.errors import RunFailedError
@@ -25,7 +27,6 @@ from ftexp.terminal import Terminal
 from ftexp.tracking import FAILED, FINISHED, INTERRUPTED, RunRecord
 from ftexp.wire import Hub, HubAddress, Message
 
-RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
 CHECKPOINTS = "checkpoints"
 
 
@@ -89,7 +90,13 @@ class Supervisor:
 
 
 def run_training(
-    config: Config, workers: Workers, bundle: DataBundle, run_dir: Storage, record: RunRecord, terminal: Terminal, host: str
+    config: Config,
+    workers: Workers,
+    bundle: DataBundle,
+    run_dir: Storage,
+    record: RunRecord,
+    terminal: Terminal,
+    host: str,
 ) -> dict[str, float]:
     """Train to the end; returns the last metrics. Every way out leaves run.json telling how it ended.
 
@@ -98,24 +105,23 @@ def run_training(
     supervisor = Supervisor(record, terminal, config)
     hub = Hub(host, supervisor.handle)
     trainer = build_trainer(config, workers, bundle, run_dir, record.state.name, hub.address)
+    status, reason = FAILED, None
     try:
         result = _fit(trainer.fit)
+        status = FINISHED
     except KeyboardInterrupt:
-        record.close(INTERRUPTED)
-        terminal.close()
+        status = INTERRUPTED
         raise
     except ray.train.TrainingFailedError as error:
         reason = _reason(error, supervisor)
-        record.close(FAILED, reason)
-        terminal.close()
         raise RunFailedError(reason) from error
     except Exception as error:
-        record.close(FAILED, f"{type(error).__name__}: {error}")
-        terminal.close()
+        reason = f"{type(error).__name__}: {error}"
         raise
     finally:
         hub.close()
-    record.close(FINISHED)
+        record.close(status, reason)
+        terminal.close()
     metrics: dict[str, float] = result.return_value
     return metrics
 
@@ -124,9 +130,9 @@ def build_trainer(
     config: Config, workers: Workers, bundle: DataBundle, run_dir: Storage, run_name: str, hub: HubAddress
 ) -> TorchTrainer:
     """The TorchTrainer of a run. Ray's own snapshot of an earlier call is dropped: the manifests decide."""
-    if run_dir.exists(RAY_SNAPSHOT):
+    if run_dir.exists(ray_private.SNAPSHOT):
         filesystem, root = run_dir.open()
-        filesystem.delete_file(f"{root}/{RAY_SNAPSHOT}")
+        filesystem.delete_file(f"{root}/{ray_private.SNAPSHOT}")
     scaling, failure = config.scaling, config.failure
     base, _, name = run_dir.uri.rpartition("/")
     spec = JobSpec(config, bundle.info, run_name, run_dir.child(CHECKPOINTS).uri, hub)
@@ -164,7 +170,27 @@ def _train_function(loop_config: dict[str, Any]) -> dict[str, float]:
 
 
 def _fit(fit: Callable[[], Any]) -> Any:
-    """Run fit() on a thread, so that Ctrl-C reaches this one instead of Ray's own handler."""
+    """Run fit() on a thread, so that Ctrl-C reaches this one instead of Ray's own handler. SIGTERM does the same."""
+    with _interruptible():
+        return _fit_on_thread(fit)
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Make SIGINT (also where a shell's `&` left it ignored) and SIGTERM raise KeyboardInterrupt here."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, signal.default_int_handler) for number in signals]
+    try:
+        yield
+    finally:
+        for number, handler in zip(signals, before, strict=True):
+            signal.signal(number, handler)
+
+
+def _fit_on_thread(fit: Callable[[], Any]) -> Any:
     outcome: list[Any] = []
     errors: list[BaseException] = []
 

@@ -43,12 +43,15 @@ class Hub:
     def __init__(self, host: str, handler: Handler) -> None:
         self._handler = handler
         self._lock = threading.Lock()
+        self._closed = False
         self._listener = socket.create_server((host, 0))
         self.address = HubAddress(host, self._listener.getsockname()[1], secrets.token_hex(16))
         threading.Thread(target=self._accept, daemon=True, name="hub").start()
 
     def close(self) -> None:
-        """Stop listening. Lines that are open end with their processes."""
+        """Stop listening; no message is handled after this returns. Open lines end with their processes."""
+        with self._lock:
+            self._closed = True
         self._listener.close()
 
     def _accept(self) -> None:
@@ -89,7 +92,7 @@ class Hub:
 
     def _handle(self, message: Message) -> Message | None:
         with self._lock:
-            return self._handler(message) if message.get("kind") else None
+            return self._handler(message) if message.get("kind") and not self._closed else None
 
 
 class Line:

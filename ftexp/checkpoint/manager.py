@@ -100,7 +100,12 @@ class CheckpointManager:
         self._saved_step = manifest.step
 
     def _write(
-        self, manifest: Manifest, parts: tuple[Any, ...], metrics: dict[str, Any], best_step: int | None, blocked_s: float
+        self,
+        manifest: Manifest,
+        parts: tuple[Any, ...],
+        metrics: dict[str, Any],
+        best_step: int | None,
+        blocked_s: float,
     ) -> None:
         """On the thread, rank 0 only: write, thin out, report to Ray. The other ranks wait in their report."""
         started, checkpoint = time.perf_counter(), None
@@ -124,7 +129,7 @@ class CheckpointManager:
                 write_s=round(time.perf_counter() - started, 6),
                 metrics=saved.metrics,
             )
-            manifests = self._store.manifests(lambda name, reason: None)
+            manifests = self._store.manifests(lambda *_: None)
             self._store.delete_all_but(kept_names(manifests, self._config.num_to_keep, best_step))
             filesystem, path = self._store.storage.child(saved.name).open()
             checkpoint = ray.train.Checkpoint(path, filesystem)

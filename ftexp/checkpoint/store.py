@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,7 +46,7 @@ class CheckpointStore:
     def __init__(self, storage: Storage) -> None:
         self.storage = storage
 
-    def save(self, manifest: Manifest, files: dict[str, bytes | memoryview]) -> Manifest:
+    def save(self, manifest: Manifest, files: Mapping[str, bytes | memoryview]) -> Manifest:
         """Write a checkpoint, and read it back; returns its manifest once it has been verified.
 
         OSError if it can't be written, CheckpointError if what is there afterwards is not what was written.
@@ -107,7 +107,7 @@ class CheckpointStore:
     def delete_all_but(self, kept: Iterable[str]) -> None:
         """Remove the other checkpoints. The caller has verified one of `kept`."""
         keep = set(kept)
-        for manifest in self.manifests(lambda name, reason: None):
+        for manifest in self.manifests(lambda *_: None):
             if manifest.name not in keep:
                 self.storage.child(manifest.name).delete()
 

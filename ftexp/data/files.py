@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ftexp.config import DataConfig
+from ftexp.data.order import Int64s
 from ftexp.data.sources import UInt8s, make_info, sources
-from ftexp.data.splits import SPLITS, BadSample, DataBundle, Int64s, stratified_split
+from ftexp.data.splits import SPLITS, BadSample, DataBundle, stratified_split
 from ftexp.errors import DataError
 from ftexp.storage import open_uri
 
@@ -185,7 +186,9 @@ def _class_numbers(raw: dict[str, list[Any]], config: DataConfig) -> tuple[list[
         names = [str(number) for number in range(max(values) + 1)]
         return names, {split: np.array(column, np.int64) for split, column in raw.items()}
     wrong = next(value for value in values if not isinstance(value, (int, str)) or value == -1 or value is None)
-    raise DataError(f"data.label_column={config.label_column} holds {wrong!r}: labels are text, or whole numbers from 0")
+    raise DataError(
+        f"data.label_column={config.label_column} holds {wrong!r}: labels are text, or whole numbers from 0"
+    )
 
 
 def _split_items(config: DataConfig, labels: dict[str, Int64s]) -> dict[str, tuple[str, Int64s]]:
@@ -225,7 +228,9 @@ def _decoded(
     sizes: dict[str, int] = {}
     for split, dataset in decoded.items():
         errors = [
-            error for batch in dataset.select_columns(["error"]).iter_batches(batch_format="numpy") for error in batch["error"]
+            error
+            for batch in dataset.select_columns(["error"]).iter_batches(batch_format="numpy")
+            for error in batch["error"]
         ]
         wrong = [error for error in errors if error]
         bad += [BadSample(*error.split("\n", 1)) for error in wrong]

@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ftexp.config import DataConfig
-from ftexp.data.order import derive_seed
-from ftexp.data.splits import SPLITS, DataBundle, DataInfo, Int64s, require_samples, stratified_split
+from ftexp.data.order import Int64s, derive_seed
+from ftexp.data.splits import SPLITS, DataBundle, DataInfo, require_samples, stratified_split
 from ftexp.errors import DataError
 from ftexp.registry import Registry
 
@@ -93,7 +93,9 @@ def _dataset(images: UInt8s, labels: Int64s) -> Any:
     tables = [
         pa.table(
             {
-                "image": pa.FixedShapeTensorArray.from_numpy_ndarray(np.ascontiguousarray(images[start : start + rows])),
+                "image": pa.FixedShapeTensorArray.from_numpy_ndarray(
+                    np.ascontiguousarray(images[start : start + rows])
+                ),
                 "label": labels[start : start + rows],
                 "sample": np.arange(start, min(start + rows, len(images))),
             }

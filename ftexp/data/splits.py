@@ -39,6 +39,7 @@ class DataInfo:
 
     @property
     def num_classes(self) -> int:
+        """How many classes the model tells apart."""
         return len(self.class_names)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import ray.exceptions
 from ray.train import UserCallback
 
+from ftexp import ray_private
 from ftexp.errors import FtexpError
 from ftexp.wire import HubAddress, Line
 
@@ -28,7 +29,10 @@ def find_cause(worker_exceptions: dict[int, Exception]) -> Cause:
     Out of memory first, then a process that died, then an exception that is no broken connection.
     """
     ranked = sorted(
-        ((_kind(error), _is_collateral(error), rank, error) for rank, error in worker_exceptions.items()),
+        (
+            (_kind(error), _is_collateral(error), rank, error)
+            for rank, error in ((rank, ray_private.unwrap(error)) for rank, error in worker_exceptions.items())
+        ),
         key=lambda item: (item[1], (OUT_OF_MEMORY, CRASH, BUG).index(item[0]), item[2]),
     )
     if not ranked:
@@ -66,7 +70,8 @@ class FailureReporter(UserCallback):  # type: ignore[misc]
     def __init__(self, hub: HubAddress) -> None:
         self._hub = hub
 
-    def after_exception(self, run_context: object, worker_exceptions: dict[int, Exception]) -> None:
+    def after_exception(self, run_context: object, worker_exceptions: dict[int, Exception]) -> None:  # noqa: ARG002
+        """Ray's hook: one or more workers raised, or died."""
         cause = find_cause(worker_exceptions)
         try:
             line = Line(self._hub, {"kind": "controller"})

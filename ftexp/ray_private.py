@@ -1,0 +1,31 @@
+"""Every name of Ray's that isn't public, in one place. `tests/test_ray_private.py` fails when an upgrade moves one.
+
+- The snapshot file: Ray Train would take up checkpoints of an earlier call from it, and refuses to start if it
+  is torn or names a missing folder. Ours follow from manifests, so it is dropped before each fit.
+- The error of a dead worker wraps Ray's public RayActorError in a private class.
+- The thread that prints raylet's messages starts whatever log_to_driver says; what it prints is in Ray's logs too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+SNAPSHOT = "checkpoint_manager_snapshot.json"
+_WRAPPED_FAILURE = "health_check_failure"
+
+
+def unwrap(error: Exception) -> Exception:
+    """The error of a worker that stopped answering, without Ray Train's wrapper."""
+    inner = getattr(error, _WRAPPED_FAILURE, error)
+    assert isinstance(inner, Exception)
+    return inner
+
+
+def silence_raylet_messages() -> None:
+    """Keep raylet's messages off this process's standard output. Call before ray.init."""
+    import ray._private.worker as worker
+
+    def ignore(*_: Any) -> None:
+        return None
+
+    worker.listen_error_messages = ignore
