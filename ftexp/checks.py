@@ -7,17 +7,19 @@ the value, what is allowed, the nearest valid name.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING
 
-from ftexp.config import AUTO, Config
+from ftexp.config import AUTO, Config, config_dir
 from ftexp.data.names import SOURCE_FIELDS
 from ftexp.errors import ConfigError
 from ftexp.registry import did_you_mean
@@ -28,9 +30,11 @@ _SOURCE_ONLY = frozenset(name for names in SOURCE_FIELDS.values() for name in na
 
 def validate(config: Config) -> None:
     """Raise ConfigError, listing every mistake in `config`; return None if there is none."""
-    problems = list(_field_problems(config, ""))
-    if not problems:  # the rest assumes that fields hold what their types say
-        for check in (_model, _data, _optim, _schedule, _scaling, _batch, _checkpoint):
+    wrong = dict(_field_problems(config, ""))
+    problems = list(wrong.values())
+    # a check is left out if a field that it counts with is wrong by itself
+    for check, fields in _CHECKS.items():
+        if wrong.keys().isdisjoint(fields):
             problems += check(config)
     if problems:
         raise ConfigError("\n".join(problems))
@@ -48,15 +52,17 @@ def num_local_gpus() -> int:
     return min(found, len(visible.split(","))) if visible else found
 
 
-def _field_problems(node: Any, prefix: str) -> Iterator[str]:
+def _field_problems(node: Any, prefix: str) -> Iterator[tuple[str, str]]:
+    """(key, message) of every field that is missing or out of its range."""
     for field in dataclasses.fields(node):
         key, value = f"{prefix}{field.name}", getattr(node, field.name)
         if dataclasses.is_dataclass(value):
             yield from _field_problems(value, f"{key}.")
         elif value == MISSING:
-            yield f"{key} is not set, and has no default: add {key}=..."
+            yield key, f"{key} is not set, and has no default: add {key}=..."
         elif value is not None and field.metadata:
-            yield from range_problem(key, value, **field.metadata)
+            for problem in range_problem(key, value, **field.metadata):
+                yield key, problem
 
 
 def range_problem(
@@ -77,11 +83,20 @@ def range_problem(
         for bound, text in ((above, f"above {above}"), (low, f"at least {low}"), (high, f"at most {high}"))
         if bound is not None
     ]
-    inside = (
-        (above is None or value > above) and (low is None or value >= low) and (high is None or value <= high)
-    )  # also False for NaN
-    if not inside:
+    inside = (above is None or value > above) and (low is None or value >= low) and (high is None or value <= high)
+    if math.isinf(value) and inside:
+        yield f"{key}={value} is out of range: it must be finite"
+    elif not inside:  # NaN is not inside anything
         yield f"{key}={value} is out of range: it must be {' and '.join(bounds)}"
+
+
+def _as_typed(value: object) -> str:
+    """A value as it is written in YAML: null, true and 'text'."""
+    return (
+        {None: "null", True: "true", False: "false"}[value]
+        if value is None or value is True or value is False
+        else repr(value)
+    )
 
 
 def _unknown(key: str, value: str, known: frozenset[str], where: str) -> str:
@@ -93,8 +108,13 @@ def _model(config: Config) -> Iterator[str]:
     architecture = model.name.partition(".")[0]  # timm names read architecture.pretrained_tag
     # a plug-in may register models with timm; timm's own message comes later then
     if not config.plugins and ":" not in model.name and architecture not in model_names():
+        groups = [file.stem for file in (config_dir() / "model").glob("*.yaml")]
+        near_group = get_close_matches(model.name, groups, n=1, cutoff=0.85)
         where = f"timm knows {len(model_names())} architectures; the groups under model= name the usual ones"
-        yield _unknown("model.name", model.name, model_names(), where)
+        if near_group:
+            yield f"model.name='{model.name}' is unknown. Did you mean the group, model={near_group[0]}? {where}"
+        else:
+            yield _unknown("model.name", model.name, model_names(), where)
     for key, owner in (
         ("num_classes", "data.num_classes"),
         ("in_chans", "data.channels"),
@@ -102,6 +122,13 @@ def _model(config: Config) -> Iterator[str]:
     ):
         if key in model.kwargs:
             yield f"model.kwargs.{key}={model.kwargs[key]} follows the data: set {owner} instead"
+    for key, owner in (
+        ("model_name", "model.name"),
+        ("pretrained", "model.pretrained"),
+        ("checkpoint_path", "model.pretrained"),
+    ):
+        if key in model.kwargs:
+            yield f"model.kwargs.{key}={model.kwargs[key]} stands beside {owner}: set that one"
     in_name = re.search(r"patch(\d+)", model.name)
     patch = model.all_kwargs().get("patch_size", int(in_name[1]) if in_name else None)
     if isinstance(patch, int) and patch > 0 and config.data.image_size % patch:
@@ -116,7 +143,7 @@ def _model(config: Config) -> Iterator[str]:
         elif Path(model.pretrained).suffix not in (".pt", ".pth", ".safetensors"):
             yield f"model.pretrained={model.pretrained} must end in .pt, .pth or .safetensors"
     elif not isinstance(model.pretrained, bool):
-        yield f"model.pretrained={model.pretrained!r} must be true, false, or the path of a weights file"
+        yield f"model.pretrained={_as_typed(model.pretrained)} must be true, false, or the path of a weights file"
 
 
 def _data(config: Config) -> Iterator[str]:
@@ -139,8 +166,10 @@ def _data(config: Config) -> Iterator[str]:
         values = getattr(data, name)
         if len(values) != data.channels:
             yield f"data.{name}={values} has {len(values)} values, but data.channels={data.channels}: give one a channel"
-    if any(not value > 0 for value in data.std):
-        yield f"data.std={data.std} must be above 0 throughout: pixels are divided by it"
+    if not all(math.isfinite(value) for value in data.mean):
+        yield f"data.mean={data.mean} must be finite numbers: pixels are shifted by them"
+    if not all(0 < value < math.inf for value in data.std):
+        yield f"data.std={data.std} must be above 0 and finite throughout: pixels are divided by it"
     if data.val_fraction + data.test_fraction >= 1:
         yield (
             f"data.val_fraction={data.val_fraction} and data.test_fraction={data.test_fraction} leave nothing to "
@@ -161,7 +190,7 @@ def _optim(config: Config) -> Iterator[str]:
 def _schedule(config: Config) -> Iterator[str]:
     schedule, epochs = config.schedule, config.train.epochs
     if schedule.warmup_epochs and schedule.warmup_epochs >= epochs:
-        yield f"schedule.warmup_epochs={schedule.warmup_epochs} must be below train.epochs={epochs}"
+        yield f"schedule.warmup_epochs={schedule.warmup_epochs} must be below train.epochs={epochs}: lower it"
     if schedule.min_lr > config.optim.lr:
         yield f"schedule.min_lr={schedule.min_lr} must not be above optim.lr={config.optim.lr}"
 
@@ -173,18 +202,25 @@ def _scaling(config: Config) -> Iterator[str]:
     if pair and workers[0] > workers[1]:
         yield f"scaling.num_workers={list(workers)}: the first (fewest) must not be above the second (most)"
     elif not pair and not _is_count(workers) and workers != AUTO:
-        yield f"scaling.num_workers={workers!r} must be a whole number from 1, [fewest, most], or auto"
+        yield f"scaling.num_workers={_as_typed(workers)} must be a whole number from 1, [fewest, most], or auto"
     elif workers == AUTO and scaling.address is not None:
         yield "scaling.num_workers=auto counts this machine only: with scaling.address set, give a number"
-    if scaling.use_gpu not in (True, False, AUTO):
-        yield f"scaling.use_gpu={scaling.use_gpu!r} must be true, false or auto"
+    if not isinstance(scaling.use_gpu, bool) and scaling.use_gpu != AUTO:  # 1 == True, but is not read as true
+        yield f"scaling.use_gpu={_as_typed(scaling.use_gpu)} must be true, false or auto"
     elif scaling.use_gpu is True and scaling.address is None:
         found = num_local_gpus()
-        needed = max(workers) if pair else workers if _is_count(workers) else 1
+        each = scaling.resources_per_worker.get("GPU", 1)
+        needed = each * (max(workers) if pair else workers if _is_count(workers) else 1)
         if found == 0:
             yield "scaling.use_gpu=true, but this machine has no GPU: use scaling=local, or scaling.use_gpu=false"
         elif needed > found:
-            yield f"scaling.num_workers={workers} wants a GPU each, but this machine has {found}"
+            yield (
+                f"scaling.num_workers={workers} wants {each:g} GPU each, but this machine has {found}: take fewer, or "
+                "let them share with scaling.resources_per_worker={GPU: 0.5}"
+            )
+    for name, amount in scaling.resources_per_worker.items():
+        if not 0 <= amount < math.inf:
+            yield f"scaling.resources_per_worker.{name}={amount} must be a number from 0"
     if scaling.address is not None and scaling.address.startswith("ray://"):
         yield (
             f"scaling.address={scaling.address}: Ray Client is not supported, since workers must reach the driver. "
@@ -194,6 +230,12 @@ def _scaling(config: Config) -> Iterator[str]:
         yield f"scaling.backend={scaling.backend!r} must be gloo, nccl or null"
     elif scaling.backend == "nccl" and scaling.use_gpu is False:
         yield "scaling.backend=nccl needs GPUs, but scaling.use_gpu=false: use gloo"
+
+
+def _run(config: Config) -> Iterator[str]:
+    name = config.run.name
+    if name is not None and (not name.strip() or {".", ".."} & set(name.split("/")) or name.startswith("/")):
+        yield f"run.name={name!r} can't name a folder under run.storage: give a name, or leave it out for a new run"
 
 
 def _is_count(value: object) -> bool:
@@ -218,3 +260,19 @@ def _checkpoint(config: Config) -> Iterator[str]:
         yield f"checkpoint.extra_state names {name} more than once"
     if config.train.precision == "fp16" and "scaler" not in names:
         yield f"checkpoint.extra_state={names} must hold scaler, since train.precision=fp16 scales the loss"
+
+
+# each check, and the fields that it counts with
+_CHECKS: dict[Callable[[Config], Iterator[str]], tuple[str, ...]] = {
+    _run: (),
+    _model: ("model.name", "data.image_size"),
+    _data: (
+        *("data.name", "data.image_size", "data.channels", "data.mean", "data.std"),
+        *("data.val_fraction", "data.test_fraction", "augment.pad_px"),
+    ),
+    _optim: ("optim.name",),
+    _schedule: ("schedule.warmup_epochs", "schedule.min_lr", "train.epochs", "optim.lr"),
+    _scaling: (),
+    _batch: ("train.global_batch_size", "train.accumulate_steps"),
+    _checkpoint: (),
+}

@@ -24,7 +24,7 @@ from ftexp.errors import ConfigError, FtexpError
 from ftexp.registry import did_you_mean
 
 EXIT_INTERRUPTED = 130
-_OPEN_KEYS = re.compile(r"^(model|optim|data)\.kwargs\.[^=]+=")
+_OPEN_KEYS = re.compile(r"^((model|optim|data)\.kwargs|model\.preset|scaling\.resources_per_worker)(\.[^=]+)?=")
 
 ConfigStore.instance().store(name="schema", node=Config)
 
@@ -35,6 +35,7 @@ def run_hydra(task: Callable[[DictConfig], float | None], argv: Sequence[str]) -
     A job that fails with an FtexpError is reported, and the jobs after it still run.
     """
     failures: list[int] = []
+    crashes: list[Exception] = []  # bugs, in the task or in a plug-in: their traceback is what helps
 
     def reporting(composed: DictConfig) -> float | None:
         try:
@@ -43,17 +44,22 @@ def run_hydra(task: Callable[[DictConfig], float | None], argv: Sequence[str]) -
             print_error(error)
             failures.append(error.exit_code)
             return None
+        except Exception as error:
+            crashes.append(error)
+            raise
 
-    # any key may be added under kwargs, so Hydra's "+" is put there for the user
+    # any key may be added under these, so Hydra's "+" is put there for the user
     sys.argv[1:] = [f"++{word}" if _OPEN_KEYS.match(word) else word for word in argv]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing, and we word the error
     try:
         hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")(reporting)()
-    except (HydraException, OmegaConfBaseException) as error:
-        print_error(ConfigError(explain(error)))
-        return ConfigError.exit_code
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
+    except Exception as error:  # composing raises ValueError, AssertionError and AttributeError too
+        if any(error is crash for crash in crashes):
+            raise
+        print_error(ConfigError(_unknown_option(argv) or explain(error)))
+        return ConfigError.exit_code
     return max(failures, default=0)
 
 
@@ -108,6 +114,22 @@ def _unknown_keys(node: DictConfig, schema: type[Any], prefix: str) -> Iterator[
             yield from _unknown_keys(node[name], type(default), f"{prefix}{name}.")
 
 
+def _unknown_option(argv: Sequence[str]) -> str | None:
+    """The message for a word such as optim=null or optim=3, of which Hydra tells the type only."""
+    for word in argv:
+        group, _, option = word.lstrip("+").partition("=")
+        folder = config_dir() / group
+        if group and folder.is_dir() and not option.startswith("{"):
+            options = sorted(file.stem for file in folder.glob("*.yaml"))
+            if options and not set(option.split(",")) <= set(options):
+                return _unknown_option_text(group, option, options)
+    return None
+
+
+def _unknown_option_text(group: str, option: str, options: list[str]) -> str:
+    return f"{group}={option} is unknown.{did_you_mean(option, options)} Available: {', '.join(options)}"
+
+
 def explain(error: BaseException, schema: Any = None) -> str:
     """Word an error of Hydra's or OmegaConf's: key, value, what is allowed, nearest valid name.
 
@@ -116,7 +138,9 @@ def explain(error: BaseException, schema: Any = None) -> str:
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, option = str(error.missing_cfg_file).rpartition("/")
         options = [str(name) for name in error.options or ()]
-        return f"{group}={option} is unknown.{did_you_mean(option, options)} Available: {', '.join(options)}"
+        if not group:
+            return f"--config-name {option}: there is no such file in {config_dir()}; leave it out for config.yaml"
+        return _unknown_option_text(group, option, options)
     if isinstance(error, OverrideParseException):
         return f"can't read {error.override!r}: write key=value, and quote values that hold any of ,[]{{}}= or spaces"
     cause: BaseException | None = error
@@ -128,10 +152,14 @@ def explain(error: BaseException, schema: Any = None) -> str:
     if first_line.startswith("Key '"):
         return _unknown_key(key, schema)
     if wanted := re.search(r"could not be converted to (\w+)", first_line):
-        names = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false"}
+        names = {"Integer": "a whole number", "Float": "a number"}
         return f"{key}={cause.value} is not {names.get(wanted[1], wanted[1])}"
-    if "is not Optional" in first_line:
+    if wrong := re.search(r"Value '(.*)' is not a valid bool", first_line):
+        return f"{key}={wrong[1]} is not true or false"
+    if "is not Optional" in first_line or "NoneType is not a subclass" in first_line:
         return f"{key}=null is not allowed: it must have a value"
+    if "is not a subclass of" in first_line or "Cannot assign" in first_line:
+        return f"{key}={cause.value} is not allowed: {key} holds keys, so write {key}.<key>=..."
     if "is not a ListConfig" in first_line:
         return f"{key}={cause.value} must be a list: {key}=[{cause.value}]"
     return f"{key}: {first_line}"
@@ -145,5 +173,7 @@ def _unknown_key(key: str, schema: Any = None) -> str:
         node = getattr(node, parent, None)
     siblings = [field.name for field in dataclasses.fields(node)] if dataclasses.is_dataclass(node) else []
     prefix = "".join(f"{parent}." for parent in parents)
+    if not siblings:
+        return f"{key} is not a key" + (f": {prefix[:-1]} holds one value" if hasattr(Config(), parents[0]) else "")
     near = did_you_mean(name, siblings).replace("'", f"'{prefix}", 1)
     return f"{key} is not a key.{near} Keys {f'of {prefix[:-1]}' if prefix else 'at the top'}: {', '.join(siblings)}"

@@ -114,7 +114,7 @@ class ScheduleConfig:
 class ScalingConfig:
     num_workers: Any = AUTO  # int, [min, max] for elastic, or auto
     use_gpu: Any = AUTO  # true, false, or auto: whether this machine has one
-    resources_per_worker: dict[str, float] | None = None
+    resources_per_worker: dict[str, float] = field(default_factory=dict)  # what isn't named here is decided: CPU, GPU
     placement_strategy: str = choice("PACK", ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"))
     accelerator_type: str | None = None
     label_selector: Any = None  # {label: value}, or a list of such, one for each worker

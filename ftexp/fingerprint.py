@@ -15,7 +15,8 @@ _DEFINING = ("seed", "model", "data", "augment", "optim", "schedule")
 _DEFINING_TRAIN = ("global_batch_size", "precision", "label_smoothing", "clip_grad_norm")
 _FREE_DATA = ("root", "download", "feed", "prefetch_batches")  # where the data lies may change, and how it is read
 _SECRET = re.compile(r"(secret|password|passwd|token|api_?key|access_?key|credential)", re.IGNORECASE)
-_URI_SECRET = re.compile(r"(?<=://)[^/@\s]+(?=@)|(?<=secret_key=)[^&\s]+|(?<=access_key=)[^&\s]+")
+_URI_USER = re.compile(r"(?<=://)[^/\s]+(?=@)")
+_URI_OPTION = re.compile(rf"({_SECRET.pattern}\w*=)[^&\s]+", re.IGNORECASE)
 _MASK = "***"
 
 
@@ -52,13 +53,19 @@ def masked(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return masked(dataclasses.asdict(value))
     if isinstance(value, dict):
-        return {
-            key: _MASK if _SECRET.search(str(key)) and isinstance(item, str) else masked(item)
-            for key, item in value.items()
-        }
+        return {key: _without_text(item) if _SECRET.search(str(key)) else masked(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [masked(item) for item in value]
-    return _URI_SECRET.sub(_MASK, value) if isinstance(value, str) else value
+    return _URI_OPTION.sub(rf"\1{_MASK}", _URI_USER.sub(_MASK, value)) if isinstance(value, str) else value
+
+
+def _without_text(value: Any) -> Any:
+    """A copy with every string replaced; numbers stay, since class_token=1 or reg_tokens=4 are no secrets."""
+    if isinstance(value, dict):
+        return {key: _without_text(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_text(item) for item in value]
+    return _MASK if isinstance(value, str) else value
 
 
 def _flat(values: dict[str, Any], prefix: str) -> list[tuple[str, Any]]:

@@ -26,7 +26,7 @@ def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimi
         optimizer: torch.optim.Optimizer = create_optimizer_v2(
             model, opt=config.name, lr=config.lr, weight_decay=config.weight_decay, **kwargs
         )
-    except (TypeError, ValueError, AssertionError, ImportError) as error:
+    except (TypeError, ValueError, AssertionError, RuntimeError, ImportError) as error:
         raise ConfigError(f"optim.name={config.name} can't be built: {error}. See optim.kwargs") from error
     return optimizer
 

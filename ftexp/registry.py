@@ -66,10 +66,12 @@ def load_plugins(modules: Iterable[str]) -> None:
     if (cwd := str(Path.cwd())) not in sys.path and "" not in sys.path:
         sys.path.append(cwd)
     for module in modules:
+        if not all(module.split(".")):
+            raise ConfigError(f"plugins=[{module}] is not a module's name: write it as in an import, folder.module")
         try:
             importlib.import_module(module)
         except ModuleNotFoundError as error:
-            if error.name is None or not module.startswith(error.name):
+            if error.name is None or not f"{module}.".startswith(f"{error.name}."):
                 raise
             raise ConfigError(
                 f"plugins=[{module}]: no module of that name can be imported. "

@@ -50,11 +50,13 @@ class Storage:
         """The folder `names` under `base`; a local path is made absolute, since workers change directory."""
         if not is_remote(base):
             base = str(Path(base.removeprefix("file://")).expanduser().absolute())
-        return cls("/".join([base.rstrip("/") or "/", *names]))
+        return cls(base.rstrip("/") or "/").child(*names)
 
     def child(self, *names: str) -> Storage:
         """A folder inside this one."""
-        return Storage("/".join([self.uri, *names]))
+        # the options of a URI (s3://bucket/prefix?region=...) stay at its end
+        base, mark, options = self.uri.partition("?") if is_remote(self.uri) else (self.uri, "", "")
+        return Storage("/".join([base, *names]) + mark + options)
 
     @property
     def local_path(self) -> Path | None:
@@ -135,15 +137,19 @@ class Storage:
             filesystem, root = self.open()
             filesystem.delete_dir(root)
 
+    def delete_file(self, name: str) -> None:
+        """Remove a file; nothing happens if it isn't there."""
+        if (path := self.local_path) is not None:
+            (path / name).unlink(missing_ok=True)
+        elif self.exists(name):
+            filesystem, root = self.open()
+            filesystem.delete_file(f"{root}/{name}")
+
     def require_writable(self) -> None:
         """Raise StorageError, naming the key and the reason, if nothing can be written here."""
         try:
             self.write_bytes(".writable", b"")
-            if (path := self.local_path) is not None:
-                (path / ".writable").unlink()
-            else:
-                filesystem, root = self.open()
-                filesystem.delete_file(f"{root}/.writable")
+            self.delete_file(".writable")
         except OSError as error:
             raise StorageError(
                 f"run.storage: {self.uri} can't be written: {error}. Give another run.storage"

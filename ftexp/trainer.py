@@ -130,11 +130,10 @@ def build_trainer(
     config: Config, workers: Workers, bundle: DataBundle, run_dir: Storage, run_name: str, hub: HubAddress
 ) -> TorchTrainer:
     """The TorchTrainer of a run. Ray's own snapshot of an earlier call is dropped: the manifests decide."""
-    if run_dir.exists(ray_private.SNAPSHOT):
-        filesystem, root = run_dir.open()
-        filesystem.delete_file(f"{root}/{ray_private.SNAPSHOT}")
+    run_dir.delete_file(ray_private.SNAPSHOT)
     scaling, failure = config.scaling, config.failure
-    base, _, name = run_dir.uri.rpartition("/")
+    filesystem, path = run_dir.open()
+    base, _, name = path.rpartition("/")
     spec = JobSpec(config, bundle.info, run_name, run_dir.child(CHECKPOINTS).uri, hub)
     return TorchTrainer(
         _train_function,
@@ -153,6 +152,7 @@ def build_trainer(
         run_config=RunConfig(
             name=name,
             storage_path=base,
+            storage_filesystem=filesystem,
             failure_config=FailureConfig(**dataclasses.asdict(failure)),
             # the store thins out; Ray must not delete what it keeps
             checkpoint_config=CheckpointConfig(num_to_keep=None),

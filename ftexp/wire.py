@@ -64,7 +64,7 @@ class Hub:
 
     def _serve(self, connection: socket.socket) -> None:
         """First line: the token and who calls, answered by the handler. Then one message a line."""
-        with connection, connection.makefile("rw", encoding="utf-8") as stream:
+        with connection, connection.makefile("rw", encoding="utf-8", errors="replace") as stream:
             hello = self._read(stream.readline())
             if not hmac.compare_digest(str(hello.pop("token", "")), self.address.token):
                 return

@@ -51,11 +51,13 @@ def bundle_from_arrays(
         test: images and labels of the source's own test split; None: cut off by `config.test_fraction`.
     """
     expected = (config.image_size, config.image_size, config.channels)
-    if images.shape[1:] != expected:
-        raise DataError(
-            f"data.name={config.name} has images of shape {images.shape[1:]}, but data.image_size and "
-            f"data.channels say {expected}"
-        )
+    for pixels, numbers in ((images, labels), *([test] if test is not None else [])):
+        if pixels.shape[1:] != expected:
+            raise DataError(
+                f"data.name={config.name} has images of shape {pixels.shape[1:]}, but data.image_size and "
+                f"data.channels say {expected}"
+            )
+        _require_sound(config.name, pixels, numbers, len(class_names))
     fractions = (config.val_fraction, 0.0 if test is not None else config.test_fraction)
     parts = stratified_split(labels, fractions, config.split_seed)
     arrays = {name: (images[part], labels[part]) for name, part in zip(SPLITS, parts, strict=True)}
@@ -83,6 +85,19 @@ def make_info(config: DataConfig, class_names: list[str], num_samples: dict[str,
         num_samples=num_samples,
         **extra,
     )
+
+
+def _require_sound(name: str, images: UInt8s, labels: Int64s, num_classes: int) -> None:
+    """DataError for arrays that a source of the user's own got wrong; training would only fail later, or not at all."""
+    if images.dtype != np.uint8:
+        raise DataError(f"data.name={name} has images of type {images.dtype}: give pixels from 0 to 255 as uint8")
+    if labels.shape != (len(images),):
+        raise DataError(f"data.name={name} has {len(images)} images, but labels of shape {labels.shape}: one for each")
+    if len(labels) and not (labels.min() >= 0 and labels.max() < num_classes):
+        raise DataError(
+            f"data.name={name} has labels from {labels.min()} to {labels.max()}, but {num_classes} class names: "
+            f"labels are numbers from 0 to {num_classes - 1}"
+        )
 
 
 def _dataset(images: UInt8s, labels: Int64s) -> Any:

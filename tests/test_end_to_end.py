@@ -1,0 +1,210 @@
+"""The command, through Ray, on real images: it finishes, and what dies comes back."""
+
+import json
+import pickle
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+PLUGIN = """
+from ftexp.checkpoint.registry import register_state
+
+@register_state("counter")
+class Counter:
+    version = 1
+
+    def __init__(self, job):
+        self.job, self.restored = job, 0
+
+    def state_dict(self):
+        return {"restored": self.restored, "saved_at": self.job.progress.step}
+
+    def load_state_dict(self, state):
+        assert state["saved_at"] == self.job.progress.step
+        self.restored = state["restored"] + 1
+"""
+
+LOAD_WITHOUT_FTEXP = """
+import json, sys, timm, torch
+run, checkpoint = sys.argv[1:]
+arguments = json.load(open(f"{run}/run.json"))["model"]["arguments"]
+model = timm.create_model(**arguments)
+model.load_state_dict(torch.load(f"{run}/checkpoints/{checkpoint}/model.pt", weights_only=True))
+assert "ftexp" not in sys.modules and "ray" not in sys.modules
+print(sum(p.numel() for p in model.parameters()))
+"""
+
+
+def load(run, checkpoint, name):
+    return torch.load(run.path / "checkpoints" / checkpoint / name, weights_only=True)
+
+
+def assert_same_tree(first, second, where=""):
+    assert type(first) is type(second), where
+    if isinstance(first, torch.Tensor):
+        assert torch.equal(first, second), where
+    elif isinstance(first, dict):
+        assert list(first) == list(second), where
+        for key in first:
+            assert_same_tree(first[key], second[key], f"{where}/{key}")
+    elif isinstance(first, (list, tuple)):
+        assert len(first) == len(second), where
+        for number, pair in enumerate(zip(first, second, strict=True)):
+            assert_same_tree(*pair, f"{where}/{number}")
+    else:
+        assert first == second, where
+
+
+def points(run):
+    keys = ("split", "step", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "test_loss", "test_accuracy")
+    return [{key: point[key] for key in keys if key in point} for point in run.metrics()]
+
+
+def test_a_killed_run_ends_exactly_where_the_clean_run_ends(ftexp, run_folder, tmp_path):
+    (tmp_path / "my_states.py").write_text(PLUGIN)
+    options = [
+        "train.epochs=4", "failure.max_failures=1", "plugins=[my_states]",
+        "checkpoint.extra_state=[progress,scheduler,scaler,rng,best,counter]",
+    ]  # fmt: skip
+    clean_command = ftexp(*options, "run.name=clean")
+    assert clean_command.wait() == 0, clean_command.output
+    killed_command, killed, clean = ftexp(*options, "run.name=killed"), run_folder("killed"), run_folder("clean")
+    killed_command.wait_until(lambda: len(killed.events("checkpoint_saved")) == 2)
+    killed.kill_worker(rank=1)
+    assert killed_command.wait() == 0, killed_command.output
+
+    last = clean.record["checkpoint"]
+    assert last == "step_00000158.a1"
+    assert killed.record["checkpoint"] == "step_00000158.a2"
+    for name in ("model.pt", "optimizer.pt"):
+        assert_same_tree(load(clean, last, name), load(killed, "step_00000158.a2", name))
+    ours, theirs = load(clean, last, "extra_state.pt"), load(killed, "step_00000158.a2", "extra_state.pt")
+    assert ours.pop("counter") == {"restored": 0, "saved_at": 158}
+    assert theirs.pop("counter") == {"restored": 1, "saved_at": 158}
+    assert_same_tree({k: v for k, v in ours.items() if k != "rng"}, {k: v for k, v in theirs.items() if k != "rng"})
+    assert points(clean) == points(killed)
+
+    (failure,) = killed.record["failures"]
+    assert (failure["cause"], failure["rank"]) == ("crash", 1)
+    assert failure["seconds_to_detect"] < 5
+    assert failure["steps_replayed"] == failure["step"] - killed.events("restored")[0]["step"]
+    assert "✗ rank 1 failed" in killed_command.output
+    assert "failure 1 of 1 allowed: restarting the workers" in killed_command.output
+    assert "↻ training again after" in killed_command.output
+    assert clean.record["status"] == killed.record["status"] == "finished"
+    assert killed.record["world_sizes"] == [2, 2]
+    assert {"config.yaml", "overrides.yaml", "run.json", "metrics.jsonl", "events.jsonl"} <= {
+        path.name for path in killed.path.iterdir()
+    }
+    noise = [line for line in killed_command.lines if "raylet" in line or "WARNING" in line or "ray." in line]
+    assert noise == []
+
+    # the checkpoint stands on its own, and the evaluation agrees with the run
+    bare = [sys.executable, "-c", LOAD_WITHOUT_FTEXP, str(killed.path), "step_00000158.a2"]
+    loaded = subprocess.run(bare, capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert int(loaded.stdout) == killed.record["model"]["num_parameters"]
+    evaluation = ftexp(f"run={killed.path}", "checkpoint=latest", module="evaluate")
+    assert evaluation.wait() == 0, evaluation.output
+    result = json.loads((killed.path / "evaluation_test.json").read_text())
+    assert result["accuracy"] == killed.record["metrics"]["last"]["test_accuracy"]
+    assert sum(row["num_samples"] for row in result["classes"]) == result["num_samples"] == 360
+
+
+def test_spent_failures_end_the_run_with_its_cause_and_the_same_command_goes_on(ftexp, run_folder):
+    options = ["train.epochs=8", "failure=fail_fast", "run.name=spent", "data=synthetic", "data.num_samples=400"]
+    first, run = ftexp(*options), run_folder("spent")
+    first.wait_until(lambda: run.events("checkpoint_saved"))
+    run.kill_worker(rank=0)
+    assert first.wait() == 1, first.output
+    assert run.record["status"] == "failed"
+    assert "the process died" in run.record["error"]
+    assert "giving up" in first.output
+    assert "Traceback" not in first.output
+    assert run.checkpoints
+
+    saved = run.checkpoints[-1]
+    second = ftexp(*options)
+    assert second.wait() == 0, second.output
+    assert f"from {saved}" in second.output
+    assert run.events("restored")[-1]["step"] > 0
+    assert run.record["status"] == "finished"
+    assert run.record["attempts"] == 2
+    keys = [(point["split"], point["step"]) for point in run.metrics()]
+    assert len(keys) == len(set(keys))
+
+    before = (run.path / "run.json").stat().st_mtime_ns
+    third = ftexp(*options)
+    assert third.wait() == 0
+    assert "test accuracy" in third.output
+    assert (run.path / "run.json").stat().st_mtime_ns == before
+
+    changed = ftexp(*options, "optim.lr=0.5")
+    assert changed.wait() == 2
+    assert "optim.lr was 0.002, and is 0.5 now" in changed.output
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_says_so_and_leaves_no_process_behind(ftexp, run_folder, number):
+    command, run = ftexp("train.epochs=50", "run.name=stopped"), run_folder("stopped")
+    command.wait_for("epoch 1/50")
+    pids = run.events("ready")[-1]["pids"]
+    command.process.send_signal(number)
+    assert command.wait() == 130, command.output
+    assert run.record["status"] == "interrupted"
+    assert "the same command with run.name=stopped" in command.output
+    assert "Traceback" not in command.output
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+SMALL_CIFAR = """
+# CIFAR-10's files are known to torchvision by their MD5; those of the made set have their own
+import hashlib, pathlib
+from torchvision.datasets import CIFAR10
+
+folder = pathlib.Path({root!r}) / CIFAR10.base_folder
+
+def listed(names):
+    return [[name, hashlib.md5((folder / name).read_bytes()).hexdigest()] for name in names]
+
+CIFAR10.train_list, CIFAR10.test_list = listed(["data_batch_1"]), listed(["test_batch"])
+CIFAR10.meta = {{**CIFAR10.meta, "md5": listed(["batches.meta"])[0][1]}}
+"""
+
+
+def write_small_cifar(root, num_train, num_test):
+    """Files of torchvision's layout with images whose class shows in their colour."""
+    folder = root / "cifar-10-batches-py"
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for name, count in (("data_batch_1", num_train), ("test_batch", num_test)):
+        labels = np.arange(count) % 10
+        pixels = np.clip(labels[:, None] * 25 + rng.integers(-20, 20, (count, 3072)), 0, 255).astype(np.uint8)
+        (folder / name).write_bytes(pickle.dumps({"data": pixels, "labels": labels.tolist()}))
+    names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": names}))
+
+
+@pytest.mark.timeout(400)
+def test_the_tutorials_run_survives_a_crash_on_a_set_of_cifar10s_shape(ftexp, run_folder, tmp_path):
+    write_small_cifar(tmp_path / "cifar", num_train=580, num_test=20)
+    (tmp_path / "small_cifar.py").write_text(SMALL_CIFAR.format(root=str(tmp_path / "cifar")))
+    command = ftexp(
+        "experiment=fault_tolerant_cifar_vit", "plugins=[small_cifar]", f"data.root={tmp_path / 'cifar'}",
+        "data.download=false", "train.epochs=3", "schedule.warmup_epochs=0",
+    )  # fmt: skip
+    run = run_folder("fault-tolerant-cifar-vit")
+    command.wait_until(lambda: run.events("checkpoint_saved"))
+    run.kill_worker(rank=1)
+    assert command.wait() == 0, command.output
+    record = run.record
+    assert record["status"] == "finished"
+    assert [failure["cause"] for failure in record["failures"]] == ["crash"]
+    assert record["step"] == 4  # 3 epochs of 522 samples in global batches of 512
+    assert record["data"]["class_names"][0] == "airplane"
+    states = load(run, record["checkpoint"], "extra_state.pt")
+    assert states["progress"]["epoch"] == 3

@@ -1,0 +1,83 @@
+"""One way through: imports follow the order of the design, so that no lower part knows a higher one."""
+
+import ast
+from pathlib import Path
+
+import ftexp
+
+ROOT = Path(ftexp.__file__).parent
+
+# lowest first; a module may import from its own layer and from those above it in this list
+LAYERS = [
+    {"errors", "versions", "ray_private"},
+    {"registry", "timm_names", "storage", "data.names", "wire"},
+    {"config"},
+    {"checks", "fingerprint", "data.order"},
+    {"cli", "scaling", "data.splits", "data.augment"},
+    {"models", "optim", "data.sources", "data.files"},
+    {"data.feeds", "progress", "failure.causes"},
+    {"tracking", "evaluation"},
+    {"terminal", "job"},
+    {"checkpoint.registry", "checkpoint.store"},
+    {"checkpoint.states", "checkpoint.manager"},
+    {"loop"},
+    {"trainer"},
+    {"session"},
+    {"train", "evaluate"},
+]
+LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
+
+
+def modules():
+    for path in sorted(ROOT.rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        if parts[-1] != "__init__" and "conf" not in parts:
+            yield ".".join(parts), ast.parse(path.read_text(encoding="utf-8"))
+
+
+def imports_of(tree):
+    """ftexp modules that a module imports, other than for type checking alone."""
+    skipped = {
+        node
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If) and "TYPE_CHECKING" in ast.unparse(block.test)
+        for statement in block.body
+        for node in ast.walk(statement)
+    }
+    for node in ast.walk(tree):
+        if node in skipped:
+            continue
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("ftexp"):
+            inside = node.module.removeprefix("ftexp").removeprefix(".")
+            names = [f"{inside}.{alias.name}".removeprefix(".") for alias in node.names]
+            yield from (name if name in LEVEL else inside for name in names)
+        elif isinstance(node, ast.Import):
+            yield from (alias.name.removeprefix("ftexp.") for alias in node.names if alias.name.startswith("ftexp."))
+
+
+def test_every_module_has_a_layer():
+    assert {name for name, _ in modules()} == set(LEVEL)
+
+
+def test_imports_go_down_only():
+    upward = [
+        f"{name} imports {imported}"
+        for name, tree in modules()
+        for imported in imports_of(tree)
+        if LEVEL[imported] > LEVEL[name]
+    ]
+    assert upward == []
+
+
+def test_what_checks_a_config_imports_nothing_heavy():
+    heavy = {"torch", "ray", "timm", "torchvision", "pyarrow", "pandas", "numpy", "rich"}
+    light = {"errors", "registry", "timm_names", "data.names", "config", "checks", "cli", "train", "fingerprint"}
+    for name, tree in modules():
+        if name in light:
+            top_level = {
+                alias.name.split(".")[0]
+                for node in tree.body
+                if isinstance(node, (ast.Import, ast.ImportFrom))
+                for alias in ([ast.alias(node.module or "")] if isinstance(node, ast.ImportFrom) else node.names)
+            }
+            assert not top_level & heavy, name

@@ -1,0 +1,98 @@
+"""What a person sees."""
+
+import io
+
+from rich.console import Console
+
+from ftexp.data.splits import BadSample, DataInfo
+from ftexp.terminal import Terminal
+from ftexp.tracking import Failure, RunState
+
+INFO = DataInfo(["0", "1"], 8, 1, [0.5], [0.5], {"train": 1258, "val": 179, "test": 360}, [BadSample("a.png", "torn")])
+
+
+def state(**values):
+    fields = {"name": "demo", "attempts": 1, "step": 40, "epoch": 1, "checkpoint": "step_00000040.a1", "seconds": 12.34}
+    made = RunState(**{**fields, **values})
+    made.model["num_parameters"] = 797322
+    return made
+
+
+def failure(**values):
+    fields = {"attempt": 1, "cause": "crash", "rank": 1, "step": 57, "error": "the process died"}
+    return Failure(**{**fields, **values})
+
+
+def show(act, terminal=False):
+    output = io.StringIO()
+    act(Terminal(Console(file=output, width=100, force_terminal=terminal, highlight=False, color_system=None)))
+    return output.getvalue()
+
+
+def test_the_header_names_run_model_data_and_workers():
+    text = show(lambda t: t.header("demo", "/runs/demo", "vit_tiny", INFO, "digits", "2 × (1 CPU)"))
+    for part in ("demo  (/runs/demo)", "vit_tiny", "1,258 train · 179 val · 360 test", "2 classes", "2 × (1 CPU)"):
+        assert part in text
+    assert "1 samples that can't be read" in text
+
+
+def test_a_failure_is_one_line_with_cause_place_and_decision():
+    text = show(lambda t: t.failure(failure(), allowed=3, counted=1))
+    assert text.count("\n") == 1
+    assert "rank 1 failed after step 57 [crash]: the process died; failure 1 of 3 allowed: restarting" in text
+    assert "giving up" in show(lambda t: t.failure(failure(), allowed=0, counted=1))
+    assert "no limit: restarting" in show(lambda t: t.failure(failure(), allowed=-1, counted=9))
+
+
+def test_a_recovery_says_what_it_cost():
+    done = failure(seconds_to_detect=0.2, seconds_to_restart=8.0, seconds_to_restore=1.1, steps_replayed=17)
+    text = show(lambda t: t.recovered(done, "step_00000040.a1", 1, [7, 8]))
+    assert "training again after 9.3 s: restored step_00000040.a1 (1 damaged skipped), replaying 17 steps" in text
+    assert "pids 7, 8" in text
+    assert "from the start" in show(lambda t: t.recovered(done, None, 0, []))
+
+
+def test_without_a_terminal_each_epoch_is_a_plain_line():
+    metrics = {"last": {"train_loss": 0.5, "val_accuracy": 0.9}, "best": {}}
+
+    def act(terminal):
+        terminal.ready(state(step=0), 100, 32, 3, [1, 2], "cpu")
+        terminal.step(state(step=20))
+        terminal.epoch(state(metrics=metrics))
+
+    text = show(act)
+    assert "797,322 parameters on cpu · 100 steps · pids 1, 2" in text
+    assert "epoch 1/3 step 40 loss 0.500 val_acc 0.900" in text
+    assert "\x1b" not in text
+    assert text.count("\n") == 2
+
+
+def test_with_a_terminal_there_is_a_bar_that_goes_away():
+    def act(terminal):
+        terminal.ready(state(step=0), 100, 32, 3, [1], "cpu")
+        terminal.step(state(step=50))
+        assert terminal._bar.tasks[0].completed == 50
+        terminal.say("a line above the bar")
+        terminal.close()
+        assert terminal._bar is None
+
+    text = show(act, terminal=True)
+    assert "a line above the bar" in text
+    assert "epoch" in text
+
+
+def test_the_summary_tells_result_cost_and_place():
+    metrics = {"last": {"test_accuracy": 0.98125, "test_loss": 0.1}, "best": {"val_accuracy": 0.99, "step": 9, "epoch": 7}}
+    done = state(status="finished", metrics=metrics, failures=[failure()])
+    text = show(lambda t: t.summary(done, "/runs/demo"))
+    for part in ("finished", "0.9812", "val_accuracy 0.9900 at epoch 7", "1 survived", "12.3 s"):
+        assert part in text
+    assert "/runs/demo/checkpoints/step_00000040.a1" in text
+    assert "run.name=" not in text
+
+
+def test_a_run_that_did_not_finish_says_how_to_go_on():
+    text = show(lambda t: t.summary(state(status="failed", error="rank 1: gone", failures=[failure()]), "/runs/demo"))
+    assert "failed: rank 1: gone" in text
+    assert "0 survived" in text
+    assert "the same command with run.name=demo" in text

@@ -1,0 +1,133 @@
+"""The records of a run: each point once, failures with their account, numbers that survive the command."""
+
+import json
+
+import pytest
+
+from ftexp.storage import Storage
+from ftexp.tracking import RunRecord, RunState, read_state
+
+SCORE = ("val_accuracy", "max")
+
+
+class Clock:
+    def __init__(self):
+        self.now = 1000.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def storage(tmp_path):
+    return Storage.at(str(tmp_path / "run"))
+
+
+@pytest.fixture
+def record(storage, clock):
+    return RunRecord(storage, RunState(name="x", started=clock.now), SCORE, clock)
+
+
+def lines(storage, name):
+    return [json.loads(line) for line in storage.read_bytes(name).decode().splitlines()]
+
+
+def hello(record, rank, world_size=2, pid=100):
+    message = {"kind": "hello", "rank": rank, "world_size": world_size, "pid": pid + rank, "node": "n"}
+    return record.handle(message)
+
+
+def ready(record, step):
+    record.handle({"kind": "ready", "step": step, "num_parameters": 5, "device": "cpu", "weights": None})
+
+
+def metric(record, split, step, epoch=0, **values):
+    message = {"kind": "metrics", "split": split, "step": step, "epoch": epoch, "time": 1.0, "values": values}
+    record.handle(message)
+
+
+def test_a_replayed_point_is_not_written_twice_also_after_the_command_was_run_again(record, storage, clock):
+    for step in (10, 20, 10, 20, 30):
+        metric(record, "train", step, train_loss=1.0)
+    metric(record, "val", 20, val_loss=2.0)
+    record.close("interrupted")
+    again = RunRecord(storage, read_state(storage), SCORE, clock)
+    metric(again, "train", 30, train_loss=1.0)
+    metric(again, "train", 40, train_loss=1.0)
+    again.close("finished")
+    points = [(line["split"], line["step"]) for line in lines(storage, "metrics.jsonl")]
+    assert points == [("train", 10), ("train", 20), ("train", 30), ("val", 20), ("train", 40)]
+
+
+def test_the_attempt_number_goes_on_over_calls_of_the_command(record, storage, clock):
+    assert hello(record, 1) is None
+    assert hello(record, 0) == {"attempt": 1}
+    record.close("interrupted")
+    again = RunRecord(storage, read_state(storage), SCORE, clock)
+    assert hello(again, 0, world_size=3) == {"attempt": 2}
+    again.close("finished")
+    assert read_state(storage).world_sizes == [2, 3]
+
+
+def test_a_failure_is_accounted_for_from_death_to_the_first_new_step(record, storage, clock):
+    hello(record, 0), hello(record, 1)
+    ready(record, 0)
+    record.handle({"kind": "tick", "step": 57, "position": 0, "epoch": 1})
+    record.handle({"kind": "lost", "rank": 1, "time": clock.now})
+    clock.now += 0.25
+    record.fail("crash", 1, "the process died")
+    clock.now += 4
+    hello(record, 0, pid=200), hello(record, 1, pid=200)
+    clock.now += 2
+    ready(record, 40)
+    record.close("finished")
+    (failure,) = read_state(storage).failures
+    assert (failure.cause, failure.rank, failure.step, failure.attempt) == ("crash", 1, 57, 1)
+    assert (failure.seconds_to_detect, failure.seconds_to_restart, failure.seconds_to_restore) == (0.25, 4.0, 2.0)
+    assert failure.steps_replayed == 17
+    assert record.pids() == [200, 201]
+    assert [line["event"] for line in lines(storage, "events.jsonl")] == [
+        "attempt_started", "ready", "failure", "attempt_started", "ready", "finished",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("order", "best"), [("max", 0.9), ("min", 0.2)])
+def test_the_best_follows_the_score(storage, clock, order, best):
+    record = RunRecord(storage, RunState(name="x"), ("val_accuracy", order), clock)
+    for step, accuracy in ((1, 0.5), (2, 0.9), (3, 0.2), (4, float("nan"))):
+        metric(record, "val", step, val_accuracy=accuracy, val_loss=step)
+    record.close("finished")
+    assert read_state(storage).metrics["best"]["val_accuracy"] == best
+    assert read_state(storage).metrics["last"] == {"val_accuracy": None, "val_loss": 4}
+
+
+def test_saved_checkpoints_and_the_end_show_in_run_json(record, storage, clock):
+    hello(record, 0)
+    event = {"kind": "event", "name": "checkpoint_saved", "step": 5, "checkpoint": "step_5", "time": 1.0}
+    record.handle(event)
+    assert read_state(storage).checkpoint == "step_5"
+    clock.now += 90
+    record.close("failed", "disk gone")
+    state = read_state(storage)
+    assert (state.status, state.error, state.seconds) == ("failed", "disk gone", 90.0)
+    saved = lines(storage, "events.jsonl")[1]
+    assert (saved["event"], saved["attempt"], saved["step"]) == ("checkpoint_saved", 1, 5)
+
+
+def test_time_adds_up_over_calls(record, storage, clock):
+    clock.now += 10
+    record.close("interrupted")
+    clock.now += 1000
+    again = RunRecord(storage, read_state(storage), SCORE, clock)
+    clock.now += 5
+    again.close("finished")
+    assert read_state(storage).seconds == 15.0
+
+
+def test_a_folder_without_a_run_has_no_state(storage):
+    assert read_state(storage) is None

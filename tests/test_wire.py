@@ -1,0 +1,102 @@
+"""The line between workers and driver."""
+
+import queue
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from ftexp.errors import FtexpError
+from ftexp.wire import Hub, HubAddress, Line
+
+
+@pytest.fixture
+def messages():
+    return queue.Queue()
+
+
+@pytest.fixture
+def hub(messages):
+    def handle(message):
+        messages.put(message)
+        return {"attempt": 7} if message["kind"] == "hello" else None
+
+    hub = Hub("127.0.0.1", handle)
+    yield hub
+    hub.close()
+
+
+def next_message(messages):
+    return messages.get(timeout=20)
+
+
+def test_messages_arrive_in_order_and_a_hello_is_answered(hub, messages):
+    line = Line(hub.address, {"kind": "hello", "rank": 0})
+    assert line.answer == {"attempt": 7}
+    for step in range(100):
+        line.send("tick", step=step)
+    line.close()
+    assert next_message(messages)["kind"] == "hello"
+    assert [next_message(messages)["step"] for _ in range(100)] == list(range(100))
+    assert next_message(messages)["kind"] == "goodbye"
+
+
+def test_a_killed_process_is_told_at_once_and_what_it_flushed_is_not_lost(hub, messages):
+    code = (
+        "import os, signal, sys; from ftexp.wire import *\n"
+        "line = Line(HubAddress('127.0.0.1', int(sys.argv[1]), sys.argv[2]), {'kind': 'hello', 'rank': 1})\n"
+        "line.send('tick', step=1); line.flush(); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    child = subprocess.run([sys.executable, "-c", code, str(hub.address.port), hub.address.token], check=False)
+    assert child.returncode == -signal.SIGKILL
+    assert [next_message(messages)["kind"] for _ in range(3)] == ["hello", "tick", "lost"]
+
+
+def test_a_goodbye_is_not_a_loss(hub, messages):
+    Line(hub.address, {"kind": "hello", "rank": 0}).close()
+    Line(hub.address, {"kind": "hello", "rank": 1}).close()
+    kinds = sorted(next_message(messages)["kind"] for _ in range(4))
+    assert kinds == ["goodbye", "goodbye", "hello", "hello"]
+
+
+def test_a_caller_without_the_token_is_not_heard(hub, messages):
+    wrong = HubAddress(hub.address.host, hub.address.port, "guess")
+    line = Line(wrong, {"kind": "hello", "rank": 0})
+    assert line.answer == {}
+    Line(hub.address, {"kind": "hello", "rank": 5}).close()
+    assert next_message(messages)["rank"] == 5
+
+
+def test_garbage_does_not_stop_the_hub(hub, messages):
+    with socket.create_connection((hub.address.host, hub.address.port)) as raw:
+        raw.sendall(b"\xff\x00 not json\n")
+    Line(hub.address, {"kind": "hello", "rank": 3}).close()
+    assert next_message(messages)["rank"] == 3
+
+
+def test_nothing_is_handled_after_close(hub, messages):
+    line = Line(hub.address, {"kind": "hello", "rank": 0})
+    assert next_message(messages)["kind"] == "hello"
+    hub.close()
+    line.send("tick", step=1)
+    line.close()
+    assert messages.empty()
+
+
+def test_a_driver_that_can_not_be_reached_is_an_error_that_says_where():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    with pytest.raises(FtexpError, match=f"can't reach the driver at 127.0.0.1:{port}"):
+        Line(HubAddress("127.0.0.1", port, "t"), {"kind": "hello", "rank": 0})
+
+
+def test_a_worker_goes_on_when_the_driver_is_gone():
+    hub = Hub("127.0.0.1", lambda message: {})
+    line = Line(hub.address, {"kind": "hello", "rank": 0})
+    line._socket.shutdown(socket.SHUT_RDWR)
+    for _ in range(10):
+        line.send("tick", step=1)
+    line.flush()  # would wait for ever if the sending thread had died of the error
+    hub.close()
