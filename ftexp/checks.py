@@ -165,7 +165,8 @@ def _data(config: Config) -> Iterator[str]:
     for name in ("mean", "std"):
         values = getattr(data, name)
         if len(values) != data.channels:
-            yield f"data.{name}={values} has {len(values)} values, but data.channels={data.channels}: give one a channel"
+            found = f"{len(values)} value{'s' if len(values) != 1 else ''}"
+            yield f"data.{name}={values} has {found}, but data.channels={data.channels}: give one a channel"
     if not all(math.isfinite(value) for value in data.mean):
         yield f"data.mean={data.mean} must be finite numbers: pixels are shifted by them"
     if not all(0 < value < math.inf for value in data.std):

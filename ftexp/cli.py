@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import hydra
-from hydra.core.config_store import ConfigStore
-from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.core.config_store import ConfigNode, ConfigStore
+from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -26,7 +26,20 @@ from ftexp.registry import did_you_mean
 EXIT_INTERRUPTED = 130
 _OPEN_KEYS = re.compile(r"^((model|optim|data)\.kwargs|model\.preset|scaling\.resources_per_worker)(\.[^=]+)?=")
 
-ConfigStore.instance().store(name="schema", node=Config)
+
+class _Shared(ConfigNode):
+    """A schema that isn't copied with the store: for --help, Hydra copies the whole store a hundred times.
+
+    What it loads from the store is copied again, so the schema stays as it is.
+    """
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Shared:
+        return self
+
+
+ConfigStore.instance().repo["schema.yaml"] = _Shared(
+    name="schema.yaml", node=OmegaConf.structured(Config), group=None, package=None, provider="ftexp"
+)
 
 
 def run_hydra(task: Callable[[DictConfig], float | None], argv: Sequence[str]) -> int:
@@ -58,7 +71,8 @@ def run_hydra(task: Callable[[DictConfig], float | None], argv: Sequence[str]) -
     except Exception as error:  # composing raises ValueError, AssertionError and AttributeError too
         if any(error is crash for crash in crashes):
             raise
-        print_error(ConfigError(_unknown_option(argv) or explain(error)))
+        unknown = _unknown_option(argv) if "group override must be a string" in str(error) else None
+        print_error(ConfigError(unknown or explain(error)))
         return ConfigError.exit_code
     return max(failures, default=0)
 

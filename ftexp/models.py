@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from ftexp.errors import ConfigError, DataError
 log = logging.getLogger(__name__)
 
 StateDict = dict[str, torch.Tensor]
+_WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+")  # what DDP and torch.compile put before a tensor's name
 
 
 @dataclass(frozen=True)
@@ -84,13 +87,14 @@ def build_model(config: ModelConfig, info: DataInfo) -> tuple[nn.Module, Weights
 
 def load_weights(path: Path) -> StateDict:
     """Read a state dict from .safetensors, or from .pt/.pth without running any code in it."""
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return dict(load_file(path))
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises UnpicklingError, RuntimeError or EOFError, by what is wrong
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            loaded = load_file(path)
+        else:
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # UnpicklingError, RuntimeError, EOFError, OSError or SafetensorError, by what is wrong
         raise DataError(f"model.pretrained={path} can't be loaded as plain weights: {error}") from error
     for key in ("state_dict", "model"):  # how Lightning and timm, and DeiT, wrap theirs
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
@@ -98,9 +102,7 @@ def load_weights(path: Path) -> StateDict:
     if not isinstance(loaded, dict) or not any(isinstance(value, torch.Tensor) for value in loaded.values()):
         raise DataError(f"model.pretrained={path} holds no state dict")
     tensors = {name: value for name, value in loaded.items() if isinstance(value, torch.Tensor)}
-    for prefix in ("module.", "_orig_mod."):  # left by DDP and torch.compile
-        tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
-    return tensors
+    return {_WRAPPERS.sub("", name): value for name, value in tensors.items()}
 
 
 def _hub_weights(name: str) -> StateDict:
@@ -149,12 +151,27 @@ def _fit(model: nn.Module, name: str, value: torch.Tensor, own: torch.Tensor) ->
     if value.shape == own.shape:
         return value
     if name == "pos_embed" and value.ndim == own.ndim == 3 and value.shape[-1] == own.shape[-1]:
-        grid = list(model.patch_embed.grid_size)  # type: ignore[union-attr, arg-type]
-        prefix = own.shape[1] - grid[0] * grid[1]
-        resampled: torch.Tensor = resample_abs_pos_embed(value, new_size=grid, num_prefix_tokens=prefix)
-        return resampled
+        return _fit_positions(model, value, own)
     if value.ndim == own.ndim == 4 and value.shape[0] == own.shape[0] and value.shape[2:] == own.shape[2:]:
         if value.shape[1] == 3:
             adapted: torch.Tensor = adapt_input_conv(own.shape[1], value)
             return adapted
     return value
+
+
+def _fit_positions(model: nn.Module, value: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    """Resample a square grid of positions; `value` as it is if it holds other prefix tokens than the model's."""
+    grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
+    if grid is None:
+        return value
+    prefix = own.shape[1] - grid[0] * grid[1]
+    if not _is_square(value.shape[1] - prefix):
+        if prefix or not _is_square(value.shape[1] - 1):
+            return value
+        value = value[:, 1:]  # a class token's, which a mean-pooling model doesn't have
+    resampled: torch.Tensor = resample_abs_pos_embed(value, new_size=list(grid), num_prefix_tokens=prefix)
+    return resampled
+
+
+def _is_square(number: int) -> bool:
+    return number > 0 and math.isqrt(number) ** 2 == number

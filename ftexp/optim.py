@@ -21,7 +21,8 @@ def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimi
 
     The fused kernel is used where torch has one, unless `config.kwargs` says `fused: false`.
     """
-    kwargs = {"fused": True, **config.kwargs} if config.name in _FUSED else config.kwargs
+    fused = config.name in _FUSED and not config.kwargs.get("foreach")  # torch refuses both together
+    kwargs = {"fused": True, **config.kwargs} if fused else config.kwargs
     try:
         optimizer: torch.optim.Optimizer = create_optimizer_v2(
             model, opt=config.name, lr=config.lr, weight_decay=config.weight_decay, **kwargs
@@ -39,15 +40,16 @@ def build_scheduler(
     The rate is a function of n alone, so a resumed run needs nothing but n.
     """
     warmup_steps = min(round(config.warmup_epochs * steps_per_epoch), total_steps - 1)
+    constant = config.name == "constant"  # as a step that never drops: not every timm that we take knows "constant"
     scheduler, _ = create_scheduler_v2(
         optimizer,
-        sched=config.name,
+        sched="step" if constant else config.name,
         num_epochs=total_steps,  # timm's "epochs" are steps here, one update each
         decay_epochs=max(1, round(config.decay_epochs * steps_per_epoch)),
         warmup_epochs=warmup_steps,
         warmup_lr=config.warmup_lr,
         min_lr=config.min_lr,
-        decay_rate=config.decay_rate,
+        decay_rate=1.0 if constant else config.decay_rate,
         step_on_epochs=False,
         updates_per_epoch=1,
     )

@@ -50,8 +50,9 @@ class Workers:
 
 def decide_workers(config: ScalingConfig, num_cpus: int | None = None) -> Workers:
     """Fill in `auto`: a worker for each GPU, or up to two on CPU; the machine's cores shared out as threads."""
-    cpus = num_cpus or len(os.sched_getaffinity(0))
     joins = config.address is not None
+    assert not (joins and config.num_workers == AUTO), "refused by ftexp.checks"
+    cpus = 0 if joins else num_cpus or len(os.sched_getaffinity(0))
     use_gpu = config.use_gpu if isinstance(config.use_gpu, bool) else not joins and num_local_gpus() > 0
     num_workers: int | tuple[int, int]
     if config.num_workers == AUTO:

@@ -12,6 +12,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
 
 from ftexp.errors import ConfigError, StorageError
 
@@ -26,7 +27,7 @@ def open_uri(uri: str, key: str) -> tuple[FileSystem, str]:
     from pyarrow.fs import FileSystem, LocalFileSystem
 
     if not is_remote(uri):
-        return LocalFileSystem(), str(Path(uri.removeprefix("file://")).expanduser().absolute())
+        return LocalFileSystem(), _local_path(uri)
     try:
         filesystem, path = FileSystem.from_uri(uri)
     except Exception as error:  # pyarrow raises ArrowInvalid, OSError or ImportError, by scheme
@@ -39,6 +40,11 @@ def is_remote(uri: str) -> bool:
     return bool(re.match(r"^\w[\w+.-]*://", uri)) and not uri.startswith("file://")
 
 
+def _local_path(uri: str) -> str:
+    path = unquote(uri.removeprefix("file://")) if uri.startswith("file://") else uri
+    return str(Path(path).expanduser().absolute())
+
+
 @dataclass(frozen=True)
 class Storage:
     """A folder. Names are relative to it, with forward slashes; a missing folder is made on first write."""
@@ -49,7 +55,7 @@ class Storage:
     def at(cls, base: str, *names: str) -> Storage:
         """The folder `names` under `base`; a local path is made absolute, since workers change directory."""
         if not is_remote(base):
-            base = str(Path(base.removeprefix("file://")).expanduser().absolute())
+            base = _local_path(base)
         return cls(base.rstrip("/") or "/").child(*names)
 
     def child(self, *names: str) -> Storage:

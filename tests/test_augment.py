@@ -11,7 +11,9 @@ IMAGES = torch.rand(64, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 ALL = AugmentConfig(pad_px=2, hflip=0.5, brightness=0.2)
 
 
-@pytest.mark.parametrize("config", [AugmentConfig(pad_px=2), AugmentConfig(hflip=0.5), AugmentConfig(brightness=0.3), ALL])
+@pytest.mark.parametrize(
+    "config", [AugmentConfig(pad_px=2), AugmentConfig(hflip=0.5), AugmentConfig(brightness=0.3), ALL]
+)
 def test_a_sample_is_changed_by_its_position_not_by_its_batch(config):
     augment, positions = Augment(config, seed=1), np.arange(100, 164)
     together = augment(IMAGES, positions)

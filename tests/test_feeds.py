@@ -93,9 +93,7 @@ def test_weighted_gradients_averaged_over_ranks_are_the_global_mean(batch, world
     weight = torch.randn(16, 3, dtype=torch.float64, requires_grad=True)
 
     def gradient(images, labels, weights):
-        losses = torch.nn.functional.cross_entropy(
-            images.double().flatten(1) @ weight, labels % 3, reduction="none"
-        )
+        losses = torch.nn.functional.cross_entropy(images.double().flatten(1) @ weight, labels % 3, reduction="none")
         (grad,) = torch.autograd.grad((losses * weights).sum(), weight)
         return grad
 

@@ -150,7 +150,9 @@ def test_an_optional_state_may_be_missing_on_either_side(job, own_state):
 
 
 def test_an_older_version_goes_through_migrate(job, own_state):
-    loaded = own_state("counter", version=2, migrate=staticmethod(lambda state, version: {"count": state["n"] + version}))
+    loaded = own_state(
+        "counter", version=2, migrate=staticmethod(lambda state, version: {"count": state["n"] + version})
+    )
     saved = {**ExtraState(["progress"], job).state_dict(), "counter": {"n": 4}}
     ExtraState(["progress", "counter"], job).load(saved, {"progress": 1, "counter": 1}, "run 'x'")
     assert loaded == {"count": 5}

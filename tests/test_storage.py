@@ -51,7 +51,8 @@ def test_a_published_folder_appears_whole_or_not_at_all(storage, monkeypatch):
 def test_local_paths_become_absolute_and_uris_keep_their_options(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert Storage.at("runs", "x").uri == str(tmp_path / "runs" / "x")
-    assert Storage.at(f"file://{tmp_path}/runs", "x").local_path == tmp_path / "runs" / "x"
+    assert Storage.at(f"file://{tmp_path}/my%20runs", "x").local_path == tmp_path / "my runs" / "x"
+    assert Storage.at(f"{tmp_path}/my%20runs").local_path == tmp_path / "my%20runs"
     remote = Storage.at("s3://bucket/prefix?region=eu-west-1", "x").child("checkpoints")
     assert remote.uri == "s3://bucket/prefix/x/checkpoints?region=eu-west-1"
     assert remote.local_path is None

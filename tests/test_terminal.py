@@ -82,7 +82,10 @@ def test_with_a_terminal_there_is_a_bar_that_goes_away():
 
 
 def test_the_summary_tells_result_cost_and_place():
-    metrics = {"last": {"test_accuracy": 0.98125, "test_loss": 0.1}, "best": {"val_accuracy": 0.99, "step": 9, "epoch": 7}}
+    metrics = {
+        "last": {"test_accuracy": 0.98125, "test_loss": 0.1},
+        "best": {"val_accuracy": 0.99, "step": 9, "epoch": 7},
+    }
     done = state(status="finished", metrics=metrics, failures=[failure()])
     text = show(lambda t: t.summary(done, "/runs/demo"))
     for part in ("finished", "0.9812", "val_accuracy 0.9900 at epoch 7", "1 survived", "12.3 s"):

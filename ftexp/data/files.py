@@ -300,7 +300,8 @@ def _decoded(
         wrong = [error for error in errors if error]
         bad += [BadSample(*error.split("\n", 1)) for error in wrong]
         sizes[split] = len(errors) - len(wrong)
-        decoded[split] = dataset.filter(_is_good).materialize() if wrong else dataset
+        if wrong and config.on_bad_sample == "skip":
+            decoded[split] = dataset.map_batches(_only_good, batch_size=None).materialize()
     if bad and config.on_bad_sample == "fail":
         shown = [f"{sample.where}: {sample.reason}" for sample in bad[:_NUM_BAD_SHOWN]]
         more = [f"and {len(bad) - len(shown)} more"] if len(bad) > len(shown) else []
@@ -316,8 +317,9 @@ def _decoded(
     return DataBundle(decoded, make_info(config, class_names, sizes, bad_samples=bad))
 
 
-def _is_good(row: dict[str, Any]) -> bool:
-    return not row["error"]
+def _only_good(batch: dict[str, Any]) -> dict[str, Any]:
+    good = batch["error"] == ""
+    return {name: values[good] for name, values in batch.items()}
 
 
 def _as_image(value: Any, size: int, channels: int) -> UInt8s:

@@ -73,7 +73,8 @@ def make_info(config: DataConfig, class_names: list[str], num_samples: dict[str,
     """Assemble the `DataInfo` of a source; DataError if `data.num_classes` contradicts what was found."""
     if config.num_classes is not None and config.num_classes < len(class_names):
         raise DataError(
-            f"data.num_classes={config.num_classes}, but data.name={config.name} has {len(class_names)} classes"
+            f"data.num_classes={config.num_classes}, but data.name={config.name} has {len(class_names)} classes: "
+            "leave it out, or give at least as many"
         )
     spare = [f"class_{number}" for number in range(len(class_names), config.num_classes or 0)]
     return DataInfo(

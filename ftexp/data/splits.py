@@ -48,7 +48,7 @@ class DataBundle:
     """A source's result. Each split is a materialised Ray Dataset with the columns
 
     image: uint8 [image_size, image_size, channels]; label: int64 in [0, num_classes);
-    sample: int64, distinct in the split. Sorted by `sample`, row i is sample i of `Order`.
+    sample: int64, distinct in the split. Others are ignored. Sorted by `sample`, row i is sample i of `Order`.
     """
 
     datasets: dict[str, Dataset]

@@ -1,0 +1,181 @@
+"""Training speed and start-up, side by side: ftexp, a hand-written DDP loop, and a script like Ray's tutorials.
+
+    uv run python scripts/bench_train.py [--rounds 5] [--seeds 3] [--check] [--json FILE]
+
+Same model, data, batch and threads; the sides take turns. Steps per second are those of the steady state, the
+first epoch left out: once for the steps alone, and once with the ends of epochs, where each side evaluates and
+saves. "First step" counts from the start of the command to the end of the first optimiser step.
+Five rounds take 15 minutes on 2 cores, two rounds 8.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+RIVALS = Path(__file__).parent / "rivals"
+EPOCHS = 6
+BATCH = 32
+WORKERS = 2
+PLAIN, TUTORIAL, FTEXP = "plain DDP", "tutorial", "ftexp"
+
+
+def main() -> None:
+    """Measure, print a table, and exit with 1 under --check if a target is missed."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=2, help="runs of each side for speed and start-up")
+    parser.add_argument("--seeds", type=int, default=3, help="whole default runs, for accuracy and wall time")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a target is missed")
+    parser.add_argument("--json", type=Path, help="keep the numbers in this file")
+    options = parser.parse_args()
+    console = Console(highlight=False)
+    console.print(
+        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+    )
+    settings = {"epochs": EPOCHS, "global_batch_size": BATCH, "num_workers": WORKERS, **_default_recipe()}
+    speed: dict[str, list[dict[str, float]]] = {PLAIN: [], TUTORIAL: [], FTEXP: []}
+    for number in range(options.rounds):
+        settings["seed"] = number
+        for side, measure in ((FTEXP, _ftexp), (PLAIN, _plain), (TUTORIAL, _tutorial)):
+            speed[side].append(measure(settings))
+            console.print(f"round {number + 1}: {side}: " + _short(speed[side][-1]))
+    defaults = [_default_run(seed) for seed in range(options.seeds)]
+    for run in defaults:
+        console.print("default run: " + _short(run))
+    misses = _report(console, speed, defaults)
+    if options.json:
+        options.json.write_text(json.dumps({"speed": speed, "default": defaults}, indent=1))
+    if misses:
+        console.print(misses[-1] if len(misses) == 1 else "; ".join(misses))
+        sys.exit(1 if options.check else 0)
+
+
+def _default_recipe() -> dict[str, Any]:
+    """The default model and optimiser, as `timm.create_model` and AdamW take them."""
+    from hydra import compose, initialize_config_dir
+
+    import ftexp.cli  # registers the schema
+    from ftexp.config import config_dir
+
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        config = ftexp.cli.to_config(compose("config"))
+    arguments = {"model_name": config.model.name, "img_size": 8, "in_chans": 1, "num_classes": 10}
+    recipe = {"lr": config.optim.lr, "weight_decay": config.optim.weight_decay}
+    return {"model": {**arguments, **config.model.all_kwargs()}, **recipe}
+
+
+def _ftexp(settings: dict[str, Any]) -> dict[str, float]:
+    overrides = [f"train.epochs={settings['epochs']}", f"seed={settings['seed']}", "augment=none"]
+    folder, began, _ = _run_ftexp(overrides)
+    points = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steady = [point for point in points if point["epoch"] >= 1 and point["split"] == "train"]
+    within = [
+        (second["time"] - first["time"]) / (second["step"] - first["step"])
+        for first, second in itertools.pairwise(points)
+        if first["split"] == second["split"] == "train" and first["epoch"] >= 1
+    ]
+    first_step = json.loads((folder / "events.jsonl").read_text().splitlines()[1])
+    assert first_step["event"] == "ready"
+    step_s = statistics.mean(within)
+    return {
+        "steps_per_s": 1 / step_s,
+        "steps_per_s_with_epoch_ends": (steady[-1]["step"] - steady[0]["step"])
+        / (steady[-1]["time"] - steady[0]["time"]),
+        # the first logged point comes after ten steps: count nine of them back
+        "first_step_s": points[0]["time"] - began - (points[0]["step"] - 1) * step_s,
+    }
+
+
+def _plain(settings: dict[str, Any]) -> dict[str, float]:
+    printed, _ = _python(RIVALS / "plain_ddp.py", json.dumps(settings), OMP_NUM_THREADS="1")
+    return {key: printed[key] for key in ("steps_per_s", "steps_per_s_with_epoch_ends")}
+
+
+def _tutorial(settings: dict[str, Any]) -> dict[str, float]:
+    printed, began = _python(RIVALS / "tutorial.py", json.dumps(settings))
+    result = {key: printed[key] for key in ("steps_per_s", "steps_per_s_with_epoch_ends")}
+    return {**result, "first_step_s": printed["first_step"] - began}
+
+
+def _default_run(seed: int) -> dict[str, float]:
+    folder, _, seconds = _run_ftexp([f"seed={seed}"])
+    last = json.loads((folder / "run.json").read_text())["metrics"]["last"]
+    return {"seed": seed, "test_accuracy": last["test_accuracy"], "command_s": seconds}
+
+
+def _run_ftexp(overrides: list[str]) -> tuple[Path, float, float]:
+    """Run the command; returns its run directory, when it began, and how long it took."""
+    storage = tempfile.mkdtemp()
+    began = time.time()
+    command = [sys.executable, "-m", "ftexp.train", "run.name=bench", f"run.storage={storage}", *overrides]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return Path(storage) / "bench", began, time.time() - began
+
+
+def _python(script: Path, argument: str, **environment: str) -> tuple[dict[str, Any], float]:
+    began = time.time()
+    # workers of a plain Ray script started under `uv run` would each start through uv again
+    variables = {**os.environ, "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0", **environment}
+    done = subprocess.run(
+        [sys.executable, str(script), argument], check=True, capture_output=True, text=True, env=variables
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    return json.loads(lines[-1]), began
+
+
+def _report(console: Console, speed: dict[str, list[dict[str, float]]], defaults: list[dict[str, float]]) -> list[str]:
+    """Print the table; returns a line for each target that is missed."""
+    table = Table("", *speed, box=None)
+    titles = {
+        "steps_per_s": "steps/s, steps alone",
+        "steps_per_s_with_epoch_ends": "steps/s, with epoch ends",
+        "first_step_s": "command to first step, s",
+    }
+    medians: dict[str, dict[str, float]] = {}
+    for key, title in titles.items():
+        values = {side: [run[key] for run in runs if key in run] for side, runs in speed.items()}
+        medians[key] = {side: statistics.median(found) for side, found in values.items() if found}
+        cells = [f"{statistics.median(v):.1f} ({min(v):.1f} to {max(v):.1f})" if v else "-" for v in values.values()]
+        table.add_row(title, *cells)
+    console.print(table)
+    rate, start = medians["steps_per_s_with_epoch_ends"], medians["first_step_s"]
+    accuracies, seconds = [r["test_accuracy"] for r in defaults], [r["command_s"] for r in defaults]
+    spread = f"{min(accuracies):.4f} to {max(accuracies):.4f}"
+    results = [
+        (f"mean test accuracy ({spread})", statistics.mean(accuracies), 0.97, True),
+        ("slowest whole command, s", max(seconds), 120.0, False),
+        (f"steps/s, {FTEXP} : {PLAIN}", rate[FTEXP] / rate[PLAIN], 0.95, True),
+        (f"steps/s, {FTEXP} : {TUTORIAL}", rate[FTEXP] / rate[TUTORIAL], 2.0, True),
+        (f"first step, {FTEXP} : {TUTORIAL}", start[FTEXP] / start[TUTORIAL], 1.1, False),
+    ]
+    targets = Table("figure", "measured", "target", "", box=None)
+    misses = []
+    for title, value, target, at_least in results:
+        met = value >= target if at_least else value <= target
+        bound = f"{'at least' if at_least else 'at most'} {target:g}"
+        targets.add_row(title, f"{value:.3f}", bound, "ok" if met else "missed")
+        if not met:
+            misses.append(f"{title}: {value:.3f}, target {bound}")
+    console.print(targets)
+    return misses
+
+
+def _short(values: dict[str, float]) -> str:
+    return ", ".join(f"{key} {value:.4g}" for key, value in values.items())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,335 @@
+"""What the command says: to wrong words, to --help and to --cfg, and how fast."""
+
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+from omegaconf import OmegaConf
+
+import ftexp.checks
+from ftexp.checks import validate
+from ftexp.cli import print_error, run_hydra, to_config
+from ftexp.config import config_dir
+from ftexp.errors import ConfigError, DataError, FtexpError
+
+GROUPS = sorted(folder.name for folder in config_dir().iterdir() if folder.is_dir() and folder.name != "hydra")
+
+
+@pytest.fixture
+def command(monkeypatch, capsys, tmp_path):
+    """Run words as the command does, up to and including validation; returns (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # run_hydra sets it; put back afterwards
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    monkeypatch.setattr(ftexp.checks, "num_local_gpus", lambda: 0)
+
+    def run(*words, task=lambda job: validate(to_config(job))):
+        code = run_hydra(task, words)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+def process(*words, cwd, **environment):
+    return subprocess.run(
+        [sys.executable, *words],
+        cwd=cwd, env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **environment}, capture_output=True, text=True,
+        timeout=120, check=False,
+    )  # fmt: skip
+
+
+# words -> what stderr must hold: the key with its value, and what to do about it
+WRONG = {
+    # keys that aren't there
+    "unknown key": ("optim.lrr=1", "optim.lrr is not a key", "Did you mean 'optim.lr'?", "weight_decay"),
+    "unknown key with +": ("+optim.lrr=1", "optim.lrr is not a key", "Did you mean 'optim.lr'?"),
+    "unknown key with ++": ("++optim.lrr=1", "optim.lrr is not a key", "Did you mean 'optim.lr'?"),
+    "unknown top-level key": ("sed=1", "sed is not a key", "Did you mean 'seed'?", "Keys at the top: seed"),
+    "unknown top-level key with +": ("+sed=1", "sed is not a key", "Did you mean 'seed'?"),
+    "unknown group": ("optm=sgd", "optm is not a key", "Did you mean 'optim'?"),
+    "key under an unknown group": ("optm.lr=1", "optm is not a key", "Did you mean 'optim'?"),
+    "key of Hydra's that isn't": ("hydra.foo=1", "hydra.foo is not a key"),
+    "key under a value": ("scaling.label_selector.a=b", "scaling.label_selector holds one value"),
+    # group options
+    "unknown option": ("optim=sgdd", "optim=sgdd is unknown", "Did you mean 'sgd'?", "Available: adamw, lamb, sgd"),
+    "unknown augmentation": ("augment=nonne", "augment=nonne is unknown", "Did you mean 'none'?"),
+    "unknown experiment": ("experiment=smokee", "experiment=smokee is unknown", "Did you mean 'smoke'?"),
+    "option null": ("optim=null", "optim=null is unknown", "Available: adamw, lamb, sgd"),
+    "option that is a number": ("train=5", "train=5 is unknown", "Available: default"),
+    "group with a value": ("run=first", "run=first is not allowed", "write run.<key>=..."),
+    # types
+    "text for a number": ("optim.lr=fast", "optim.lr=fast is not a number"),
+    "text for a count": ("seed=one", "seed=one is not a whole number"),
+    "fraction for a count": ("train.epochs=2.5", "train.epochs=2.5 is not a whole number"),
+    "neither true nor false": ("train.compile=maybe", "train.compile=maybe is not true or false"),
+    "one value for a list": ("plugins=mine", "plugins=mine must be a list: plugins=[mine]"),
+    "text in a list of numbers": ("data.mean=[a]", "data.mean[0]=a is not a number"),
+    "null in a list of numbers": ("data.mean=[null]", "data.mean[0]=null is not allowed"),
+    "number for a dict": ("model.kwargs=3", "model.kwargs=3 is not allowed", "model.kwargs.<key>=..."),
+    "null": ("train.epochs=null", "train.epochs=null is not allowed: it must have a value"),
+    "null for a dict": ("model.kwargs=null", "model.kwargs=null is not allowed"),
+    "mandatory value left out": ("~optim", "optim.name is not set", "add optim.name=..."),
+    # ranges and choices
+    "no epochs": ("train.epochs=0", "train.epochs=0 is out of range", "at least 1"),
+    "negative rate": ("optim.lr=-1", "optim.lr=-1.0 is out of range", "above 0"),
+    "rate that is not a number": ("optim.lr=nan", "optim.lr=nan is out of range", "above 0"),
+    "infinite rate": ("optim.lr=inf", "optim.lr=inf is out of range", "finite"),
+    "mean that is not a number": ("data.mean=[nan]", "data.mean=[nan]", "finite"),
+    "infinite std": ("data.std=[inf]", "data.std=[inf]", "finite"),
+    "std 0": ("data.std=[0]", "data.std=[0.0]", "above 0"),
+    "too large a seed": ("seed=4294967296", "seed=4294967296 is out of range", "at most 4294967295"),
+    "one checkpoint kept": ("checkpoint.num_to_keep=1", "checkpoint.num_to_keep=1 is out of range", "at least 2"),
+    "choice": ("train.precision=bf61", "train.precision='bf61' is not one of fp32, bf16", "Did you mean 'bf16'?"),
+    "schedule": ("schedule.name=cosin", "schedule.name='cosin' is not one of", "Did you mean 'cosine'?"),
+    "number of workers": ("scaling.num_workers=0", "scaling.num_workers=0 must be a whole number", "or auto"),
+    "workers null": ("scaling.num_workers=null", "scaling.num_workers=null must be a whole number"),
+    "workers upside down": ("scaling.num_workers=[2,1]", "scaling.num_workers=[2, 1]", "the first (fewest)"),
+    "1 for true": ("scaling.use_gpu=1", "scaling.use_gpu=1 must be true, false or auto"),
+    "less than no CPU": ("scaling.resources_per_worker={CPU:-1}", "scaling.resources_per_worker.CPU=-1", "from 0"),
+    "no run name": ("run.name=", "run.name=''", "give a name"),
+    "run name that leaves": ("run.name=../other", "run.name='../other'", "give a name"),
+    # names
+    "unknown model": ("model.name=resnet_18", "model.name='resnet_18' is unknown", "Did you mean", "resnet18"),
+    "unknown model of no group": ("model.name=swin_tiny_patch4_window7_223", "Did you mean 'swin_tiny_patch4_"),
+    "a group's name": ("model.name=vit_tiny", "model.name='vit_tiny'", "Did you mean the group, model=vit_tiny?"),
+    "unknown optimiser": ("optim.name=adamww", "optim.name='adamww' is unknown", "Did you mean 'adamw'?"),
+    "unknown source": ("data.name=digit", "data.name='digit' is unknown", "Did you mean 'digits'?", "cifar10"),
+    "field of another source": ("data.num_samples=9", "data.num_samples=9 is not used by", "take it out"),
+    "root without files": ("data.root=x", "data.root=x is not used by data.name=digits", "take it out"),
+    "no root": ("data=parquet", "data.root is not set", "say where they are"),
+    "weights that aren't there": ("model.pretrained=no.pt", "model.pretrained=no.pt: no such file", "or true"),
+    # contradictions
+    "mean of another length": ("data.mean=[0.1,0.2]", "data.mean=[0.1, 0.2] has 2 values", "data.channels=1"),
+    "patches that don't fit": ("data.image_size=10", "data.image_size=10 is not divisible", "size 4", "[1, 2]"),
+    "more workers than samples": ("scaling.num_workers=64", "scaling.num_workers", "= 64 x 1", "global_batch_size=32"),
+    "GPU": ("scaling=single_gpu", "scaling.use_gpu=true, but this machine has no GPU", "use scaling=local"),
+    "GPU's backend without one": ("scaling.backend=nccl scaling.use_gpu=false", "scaling.backend=nccl", "use gloo"),
+    "auto on a cluster": ("scaling=cluster", "scaling.num_workers=auto counts this machine only", "give a number"),
+    "Ray Client": ("scaling.address=ray://h:1 scaling.num_workers=2", "scaling.address=ray://h:1", "address=auto"),
+    "kwargs that follow the data": ("model.kwargs.num_classes=3", "model.kwargs.num_classes=3", "set data.num_classes"),
+    "kwargs beside a field": ("model.kwargs.pretrained=true", "model.kwargs.pretrained=True", "model.pretrained"),
+    "rate given twice": ("optim.kwargs.lr=1", "optim.kwargs.lr", "optim.lr: set that one"),
+    "nothing to train on": ("data.val_fraction=0.6 data.test_fraction=0.6", "0.6", "below 1"),
+    "warm-up as long as training": ("schedule.warmup_epochs=30", "schedule.warmup_epochs=30.0", "train.epochs=30"),
+    "fp16 without its state": ("train.precision=fp16 checkpoint.extra_state=[progress]", "must hold scaler"),
+    "run without its position": ("checkpoint.extra_state=[rng]", "checkpoint.extra_state=['rng'] must hold progress"),
+    # syntax
+    "no value": ("optim.lr", "can't read 'optim.lr': write key=value"),
+    "open bracket": ("plugins=[a,", "can't read 'plugins=[a,'", "quote values"),
+    "two equals signs": ("run.name=a=b", "can't read 'run.name=a=b'", "quote values"),
+    "sweep without -m": ("optim.lr=1,2", "optim.lr=1,2", "--multirun"),
+    "interpolation of nothing": ("run.name=${nothing}", "run.name: Interpolation key 'nothing' not found"),
+    "interpolation of no kind": ("run.name=${no:kind}", "run.name: Unsupported interpolation type no"),
+    "variable that isn't set": ("run.name=${oc.env:FTEXP_NOT_SET}", "run.name", "'FTEXP_NOT_SET' not found"),
+    "config of another name": ("--config-name other", "--config-name other", "leave it out"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("words", WRONG)
+def test_a_wrong_command_names_the_key_the_value_and_the_fix(words, command):
+    typed, *expected = WRONG[words]
+    code, out, err = command(*typed.split())
+    assert code == 2
+    for text in expected:
+        assert text in err
+    assert err.startswith("ftexp: ")
+    assert "Traceback" not in out + err
+    assert len(err.splitlines()) <= 3  # no more than what was wrong
+    assert out == ""
+
+
+def test_mistakes_are_listed_together(command):
+    code, _, err = command(
+        *("train.epochs=0", "optim.lr=nan", "optim.name=addam", "model.name=vit_tinny"),
+        *("scaling.use_gpu=true", "data.num_samples=3", "checkpoint.extra_state=[rng]"),
+    )
+    assert code == 2
+    title, *lines = err.splitlines()
+    assert title == "ftexp: the config is wrong:"
+    keys = sorted(re.match(r"  ([\w.]+)", line)[1] for line in lines)
+    assert keys == [
+        *("checkpoint.extra_state", "data.num_samples", "model.name", "optim.lr", "optim.name"),
+        *("scaling.use_gpu", "train.epochs"),
+    ]
+
+
+def test_unknown_keys_are_listed_together(command):
+    _, _, err = command("+optim.lrr=1", "+run.nam=x", "+sed=3")
+    assert [line.split()[0] for line in err.splitlines()[1:]] == ["run.nam", "optim.lrr", "sed"]
+
+
+def test_a_right_command_prints_nothing_and_exits_with_0(command):
+    assert command("optim=sgd", "model=resnet18") == (0, "", "")
+
+
+def test_a_bug_in_the_task_is_not_passed_off_as_a_wrong_config(command):
+    def task(_):
+        raise ValueError("a bug")
+
+    with pytest.raises(ValueError, match="a bug"):
+        command(task=task)
+
+
+def test_ctrl_c_exits_with_130(command):
+    def task(_):
+        raise KeyboardInterrupt
+
+    assert command(task=task)[0] == 130
+
+
+def test_multirun_goes_on_after_a_failed_job_and_exits_with_the_worst_code(command):
+    began = []
+
+    def task(job):
+        began.append(job.seed)
+        if job.seed == 1:
+            raise ConfigError("seed=1 is refused here")
+        if job.seed == 2:
+            raise DataError("seed=2 finds no data")
+
+    code, _, err = command("-m", "seed=1,2,3", task=task)
+    assert began == [1, 2, 3]
+    assert code == 2
+    assert err.splitlines() == ["ftexp: seed=1 is refused here", "ftexp: seed=2 finds no data"]
+    assert command("-m", "seed=2,3", task=task)[0] == 1
+    assert command("-m", "seed=3,4", task=task)[0] == 0
+
+
+def test_multirun_sweeps_over_keys_that_need_a_plus(command):
+    depths = []
+    command("-m", "model.kwargs.depth=2,3", task=lambda job: depths.append(job.model.kwargs.depth))
+    assert depths == [2, 3]
+
+
+def test_multirun_validates_each_job(command):
+    code, _, err = command("-m", "optim.lr=-1,0.1,-2")
+    assert code == 2
+    assert [line.split("=")[1].split()[0] for line in err.splitlines()] == ["-1.0", "-2.0"]
+
+
+def test_an_error_of_several_lines_gets_a_title(capsys):
+    print_error(FtexpError("first\nsecond"))
+    assert capsys.readouterr().err == "ftexp: FtexpError:\n  first\n  second\n"
+
+
+@pytest.mark.parametrize("words", [["optim.lr=-1"], ["optim.lrr=1"], ["model=vitt"], ["--help"], ["--cfg", "job"]])
+def test_nothing_heavy_is_imported_before_the_config_is_known_to_be_good(words, tmp_path):
+    code = textwrap.dedent("""
+        import sys
+        from ftexp.train import main
+        try:
+            main()
+        except SystemExit as error:
+            code = error.code
+        heavy = {"torch", "ray", "timm", "numpy", "pandas", "pyarrow", "torchvision", "sklearn"} & set(sys.modules)
+        print("imported:", sorted(heavy), file=sys.stderr)
+        sys.exit(code)
+    """)
+    done = process("-c", code, *words, cwd=tmp_path)
+    assert "imported: []" in done.stderr
+    assert done.returncode == (0 if words[0].startswith("--") else 2)
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []  # and nothing is left behind
+
+
+def test_the_command_itself_exits_with_2_and_tells_why(tmp_path):
+    done = process("-m", "ftexp.train", "scaling=single_gpu", "train.epochs=0", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines() == [
+        "ftexp: the config is wrong:",
+        "  train.epochs=0 is out of range: it must be at least 1",
+        "  scaling.use_gpu=true, but this machine has no GPU: use scaling=local, or scaling.use_gpu=false",
+    ]
+
+
+def help_text(command, capsys):
+    with pytest.raises(SystemExit) as done:  # Hydra's way
+        command("--help")
+    assert done.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_help_lists_every_group_with_its_options_and_an_example(command, capsys):
+    out = help_text(command, capsys)
+    for group in GROUPS:
+        options = sorted(file.stem for file in (config_dir() / group).glob("*.yaml"))
+        assert f"{group}: {', '.join(options)}\n" in out
+    examples = re.findall(r"^\s+python -m ftexp\.train (.+?)\s*(?:#.*)?$", out, re.MULTILINE)
+    assert "model=vit failure.max_failures=3 run.name=first" in examples
+
+
+def test_every_example_of_the_help_composes(command, capsys):
+    examples = re.findall(r"^ +python -m ftexp\.train ?(.*?)\s*(?:#.*)?$", help_text(command, capsys), re.MULTILINE)
+    assert len(examples) >= 5
+    for example in examples:
+        words = [word for word in example.split() if word not in ("--cfg", "job")]
+        words = [word.replace("scaling=multi_gpu", "scaling=local") for word in words]
+        composed = []
+        code, _, err = command(*words, task=lambda job, composed=composed: composed.append(to_config(job)))
+        assert (code, err) == (0, ""), example
+        assert composed
+
+
+def test_cfg_job_prints_yaml_that_composes_to_the_same_config(command, tmp_path):
+    words = ["experiment=smoke", "model.kwargs.depth=2", "scaling=elastic", "run.name=a b"]
+    code, out, _ = command(*words, "--cfg", "job")
+    assert code == 0
+    direct = []
+    command(*words, task=lambda job: direct.append(to_config(job)))
+    assert to_config(OmegaConf.create(out)) == direct[0]
+    assert direct[0].model.kwargs["depth"] == 2
+
+
+BARE_APP = """
+import hydra
+
+@hydra.main(version_base="1.3", config_path={folder!r}, config_name="config")
+def app(config):
+    pass
+
+app()
+"""
+
+
+def bare_app(folder):
+    """A Hydra app that has the same groups, files and defaults, and nothing of ftexp: no schema, no help text."""
+    conf = folder / "conf"
+    shutil.copytree(config_dir(), conf, ignore=shutil.ignore_patterns("hydra"))
+    main = conf / "config.yaml"
+    lines = main.read_text().splitlines()
+    main.write_text(
+        "\n".join(line for line in lines if line.strip() not in ("- schema", "- override hydra/help: ftexp"))
+    )
+    script = folder / "bare.py"
+    script.write_text(BARE_APP.format(folder=str(conf)))
+    return str(script)
+
+
+def median_times(commands, repeats=5):
+    """Median wall-clock time of each command, run in turns so that the machine's mood strikes all alike."""
+    times = [[] for _ in commands]
+    for _ in range(repeats):
+        for words, taken in zip(commands, times, strict=True):
+            start = time.perf_counter()
+            done = process(*words, cwd=None)
+            taken.append(time.perf_counter() - start)
+            assert done.returncode == 0, done.stderr
+    return [statistics.median(taken) for taken in times]
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--cfg", "job"]], ids=" ".join)
+def test_help_and_cfg_take_little_longer_than_a_bare_hydra_app(words, tmp_path):
+    commands = [[bare_app(tmp_path), *words], ["-m", "ftexp.train", *words]]
+    for attempt in (1, 2):  # once more where the machine was busy
+        bare, own = median_times(commands)
+        print(f"{' '.join(words)}: bare {bare:.3f} s, ftexp {own:.3f} s, ratio {own / bare:.2f}, attempt {attempt}")
+        if own < 1.5 * bare:
+            return
+    raise AssertionError(f"{own:.3f} s against {bare:.3f} s")

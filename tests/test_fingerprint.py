@@ -1,0 +1,181 @@
+"""What makes two configs the same run, and what is never written down."""
+
+import copy
+import dataclasses
+import json
+
+import pytest
+
+from ftexp.config import Config
+from ftexp.errors import ConfigError
+from ftexp.fingerprint import differences, fingerprint, masked
+
+DEFINING = {
+    "seed": 1,
+    "model.name": "resnet34",
+    "model.kwargs": {"depth": 2},
+    "model.preset": {"resnet18": {"depth": 2}},
+    "model.pretrained": "weights.pt",
+    "data.name": "cifar10",
+    "data.image_size": 16,
+    "data.channels": 1,
+    "data.num_classes": 7,
+    "data.mean": [0.1],
+    "data.std": [0.1],
+    "data.val_fraction": 0.3,
+    "data.test_fraction": 0.3,
+    "data.split_seed": 1,
+    "data.on_bad_sample": "skip",
+    "data.image_column": "jpeg",
+    "data.label_column": "class",
+    "data.num_samples": 5,
+    "data.kwargs": {"a": 1},
+    "augment.pad_px": 3,
+    "augment.hflip": 0.3,
+    "augment.brightness": 0.3,
+    "optim.name": "lamb",
+    "optim.lr": 0.3,
+    "optim.weight_decay": 0.3,
+    "optim.kwargs": {"momentum": 0.3},
+    "schedule.name": "poly",
+    "schedule.warmup_epochs": 3.0,
+    "schedule.warmup_lr": 0.3,
+    "schedule.min_lr": 0.3,
+    "schedule.decay_epochs": 3.0,
+    "schedule.decay_rate": 0.3,
+    "train.global_batch_size": 7,
+    "train.precision": "bf16",
+    "train.label_smoothing": 0.3,
+    "train.clip_grad_norm": 0.3,
+}
+FREE = {
+    "plugins": ["mine"],
+    "verbose": True,
+    "run.name": "other",
+    "run.storage": "s3://bucket",
+    "data.root": "elsewhere",
+    "data.download": True,
+    "data.prefetch_batches": 4,
+    "train.epochs": 99,
+    "train.log_every_steps": 7,
+    "train.eval_every_epochs": 7,
+    "train.eval_batch_size": 7,
+    "scaling.num_workers": 4,
+    "scaling.use_gpu": True,
+    "failure.max_failures": 9,
+    "checkpoint.every_steps": 9,
+    "checkpoint.num_to_keep": None,
+}
+
+
+def config(**changes):
+    made = Config()
+    made.model.name, made.data.name, made.optim.name, made.schedule.name = "resnet18", "digits", "sgd", "cosine"
+    made.data.image_size, made.data.mean, made.data.std = 8, [0.5], [0.5]
+    made.train.epochs, made.train.global_batch_size, made.optim.lr = 3, 32, 0.1
+    for key, value in changes.items():
+        *groups, name = key.split(".")
+        node = made
+        for group in groups:
+            node = getattr(node, group)
+        assert getattr(node, name) != value, f"{key} must be another than the usual"
+        setattr(node, name, value)
+    return made
+
+
+@pytest.mark.parametrize("key", DEFINING)
+def test_a_key_that_defines_the_run_may_not_change(key):
+    recorded, own = fingerprint(config()), fingerprint(config(**{key: DEFINING[key]}))
+    with pytest.raises(ConfigError) as raised:
+        differences(recorded, own, "/runs/first")
+    first, *changed = str(raised.value).splitlines()
+    assert first.startswith("/runs/first holds a run that is defined otherwise; choose another run.name")
+    assert [line.split(" was ")[0].startswith(key) for line in changed] == [True] * len(changed)
+    assert changed
+
+
+@pytest.mark.parametrize("key", FREE)
+def test_a_key_that_does_not_define_the_run_may_change(key):
+    differences(fingerprint(config()), fingerprint(config(**{key: FREE[key]})), "/runs/first")
+
+
+def test_every_key_of_model_data_augment_optim_and_schedule_is_sorted_into_one_kind():
+    """A field added to one of these groups must be put in a table above."""
+    made = config()
+    keys = {
+        f"{group}.{field.name}"
+        for group in ("model", "data", "augment", "optim", "schedule")
+        for field in dataclasses.fields(getattr(made, group))
+    }
+    assert keys - {"data.feed"} <= DEFINING.keys() | FREE.keys()  # data.feed has one option so far
+    assert DEFINING.keys().isdisjoint(FREE)
+
+
+def test_differences_names_every_key_with_both_values():
+    own = fingerprint(config(**{"optim.lr": 0.3, "seed": 4}))
+    with pytest.raises(ConfigError) as raised:
+        differences(fingerprint(config()), own, "here")
+    assert str(raised.value).splitlines()[1:] == ["optim.lr was 0.1, and is 0.3 now", "seed was 0, and is 4 now"]
+
+
+def test_differences_tells_of_a_kwarg_that_came_or_went():
+    bare, more = fingerprint(config()), fingerprint(config(**{"model.kwargs": {"depth": 2}}))
+    for recorded, own, line in (
+        (bare, more, "model.kwargs.depth was None, and is 2 now"),
+        (more, bare, "model.kwargs.depth was 2, and is None now"),
+    ):
+        with pytest.raises(ConfigError) as raised:
+            differences(recorded, own, "here")
+        assert line in str(raised.value)
+
+
+def test_a_fingerprint_survives_json():
+    own = fingerprint(config(**{"optim.kwargs": {"betas": [0.9, 0.95], "nested": {"a": None}}}))
+    assert json.loads(json.dumps(own)) == own
+    assert own["optim.kwargs.nested.a"] is None
+    differences(json.loads(json.dumps(own)), own, "here")
+
+
+def test_a_run_directory_without_a_fingerprint_takes_any():
+    differences({}, fingerprint(config()), "here")
+
+
+def test_secrets_do_not_enter_a_fingerprint():
+    own = fingerprint(config(**{"data.kwargs": {"api_key": "hush", "url": "s3://me:hush@host/x"}}))
+    assert "hush" not in json.dumps(own)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ({"password": "hush"}, {"password": "***"}),
+        ({"a": [{"b": {"API_KEY": "hush"}}]}, {"a": [{"b": {"API_KEY": "***"}}]}),
+        ({"aws_secret_access_key": "hush", "region": "eu"}, {"aws_secret_access_key": "***", "region": "eu"}),
+        ({"credentials": {"user": "me", "pins": ["1"]}}, {"credentials": {"user": "***", "pins": ["***"]}}),
+        (
+            {"class_token": False, "reg_tokens": 4, "token": None},
+            {"class_token": False, "reg_tokens": 4, "token": None},
+        ),
+        ("s3://me:hush@host:9000/bucket", "s3://***@host:9000/bucket"),
+        ("s3://me:hu@sh@host/bucket", "s3://***@host/bucket"),
+        ("s3://b/p?secret_key=hush&region=eu", "s3://b/p?secret_key=***&region=eu"),
+        ("s3://b/p?region=eu&access_key=hush", "s3://b/p?region=eu&access_key=***"),
+        ("s3://b/p?session_token=hush", "s3://b/p?session_token=***"),
+        ("run.storage=s3://me:hush@host/b", "run.storage=s3://***@host/b"),
+        ("s3://bucket/mail@example.org", "s3://bucket/mail@example.org"),
+        ("/home/me@work/runs", "/home/me@work/runs"),
+        (("a", 1, None), ["a", 1, None]),
+    ],
+)
+def test_masked_hides_secrets_and_nothing_else(value, expected):
+    before = copy.deepcopy(value)
+    assert masked(value) == expected
+    assert value == before
+
+
+def test_masked_takes_a_whole_config():
+    made = config(**{"run.storage": "s3://me:hush@host/b", "model.kwargs": {"auth": {"token": "hush"}}})
+    safe = masked(made)
+    assert "hush" not in json.dumps(safe)
+    assert safe["run"]["storage"] == "s3://***@host/b"
+    assert made.run.storage == "s3://me:hush@host/b"

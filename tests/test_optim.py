@@ -1,0 +1,165 @@
+"""Optimisers and schedules as timm builds them for us."""
+
+import math
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from ftexp.config import SCHEDULES, OptimConfig, ScheduleConfig
+from ftexp.errors import ConfigError
+from ftexp.optim import build_optimizer, build_scheduler
+
+TOTAL, PER_EPOCH = 100, 10.0
+
+
+def small_model():
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.LayerNorm(4), nn.Linear(4, 2))
+
+
+def optimizer_of(model=None, **settings):
+    return build_optimizer(OptimConfig(**{"name": "adamw", "lr": 0.1, **settings}), model or small_model())
+
+
+def rates(config, steps):
+    """The learning rate after each of `steps`, asked in that order."""
+    optimizer = optimizer_of(name="sgd")
+    scheduler = build_scheduler(config, optimizer, TOTAL, PER_EPOCH)
+    got = []
+    for step in steps:
+        scheduler.step_update(step)
+        got.append(optimizer.param_groups[0]["lr"])
+    return got
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lamb"])
+def test_biases_and_norms_get_no_weight_decay(name):
+    model = small_model()
+    names = {id(parameter): key for key, parameter in model.named_parameters()}
+    decay = {
+        names[id(parameter)]: group["weight_decay"]
+        for group in optimizer_of(model, name=name, weight_decay=0.05).param_groups
+        for parameter in group["params"]
+    }
+    assert decay == {
+        "0.weight": 0.05, "4.weight": 0.05,
+        "0.bias": 0, "1.weight": 0, "1.bias": 0, "3.weight": 0, "3.bias": 0, "4.bias": 0,
+    }  # fmt: skip
+
+
+def test_a_vits_position_embedding_and_class_token_get_no_weight_decay():
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, num_classes=2)
+    free = {
+        id(p) for g in optimizer_of(model, weight_decay=0.05).param_groups if not g["weight_decay"] for p in g["params"]
+    }
+    assert {id(model.pos_embed), id(model.cls_token), id(model.norm.weight)} <= free
+    assert id(model.blocks[0].mlp.fc1.weight) not in free
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "sgd", "momentum", "nesterov"])
+def test_torchs_own_optimisers_are_fused_unless_told_otherwise(name):
+    assert optimizer_of(name=name).defaults["fused"] is True
+    assert optimizer_of(name=name, kwargs={"fused": False}).defaults["fused"] is False
+    assert not optimizer_of(name=name, kwargs={"foreach": True}).defaults.get("fused")  # torch takes one of the two
+
+
+def test_kwargs_reach_the_optimiser():
+    assert optimizer_of(kwargs={"betas": [0.8, 0.9]}).defaults["betas"] == [0.8, 0.9]
+    assert optimizer_of(name="sgd", kwargs={"momentum": 0.7}).defaults["momentum"] == 0.7
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lamb", "lion", "adopt"])
+def test_an_optimiser_makes_a_step_that_changes_every_weight(name):
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    before = [parameter.clone() for parameter in model.parameters()]
+    optimizer = optimizer_of(model, name=name)
+    model(torch.ones(4, 3)).square().sum().backward()
+    optimizer.step()
+    assert all(not torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "told"),
+    [
+        ("adamw", {"momentun": 0.9}, "momentun"),
+        ("lamb", {"fused": True}, "fused"),
+        ("adamw", {"fused": True, "foreach": True}, "foreach"),
+        ("adamw", {"betas": [2.0, 0.9]}, "2.0"),
+        ("no_such", {}, "no_such"),
+    ],
+)
+def test_arguments_that_the_optimiser_refuses_are_told(name, kwargs, told):
+    with pytest.raises(ConfigError) as raised:
+        optimizer_of(name=name, kwargs=kwargs)
+    assert str(raised.value).startswith(f"optim.name={name} can't be built: ")
+    assert told in str(raised.value)
+    assert str(raised.value).endswith("See optim.kwargs")
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("warmup_epochs", [0, 2, 2.5])
+def test_every_schedule_starts_at_its_warm_up_rate_and_stays_within_bounds(name, warmup_epochs):
+    config = ScheduleConfig(name=name, warmup_epochs=warmup_epochs, warmup_lr=0.001, min_lr=0.01, decay_epochs=3)
+    all_rates = rates(config, range(TOTAL + 1))
+    if warmup_epochs:
+        assert all_rates[0] == 0.001
+    else:
+        assert all_rates[0] == pytest.approx(0.1, rel=1e-6)
+    assert max(all_rates) <= 0.1
+    assert min(all_rates) >= 0.0001  # of step's three drops; the others end at min_lr
+
+
+def test_the_rate_is_set_before_the_first_step():
+    optimizer = optimizer_of(name="sgd")
+    build_scheduler(ScheduleConfig(name="cosine", warmup_epochs=2, warmup_lr=0.001), optimizer, TOTAL, PER_EPOCH)
+    assert optimizer.param_groups[0]["lr"] == 0.001
+
+
+def test_warm_up_is_linear_and_meets_the_cosine():
+    config = ScheduleConfig(name="cosine", warmup_epochs=2, warmup_lr=0.001, min_lr=0.01)
+    got = rates(config, range(TOTAL + 1))
+    for step in range(20):
+        assert got[step] == pytest.approx(0.001 + (0.1 - 0.001) * step / 20, rel=1e-12)
+    for step in range(20, TOTAL + 1):
+        assert got[step] == pytest.approx(0.01 + 0.09 * (1 + math.cos(math.pi * step / TOTAL)) / 2, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["cosine", "poly", "tanh"])
+def test_a_schedule_that_ends_ends_at_min_lr_and_stays_there(name):
+    config = ScheduleConfig(name=name, warmup_epochs=1, min_lr=0.01, decay_rate=1.0)
+    assert rates(config, [TOTAL, TOTAL + 1, 10 * TOTAL]) == [0.01] * 3
+
+
+def test_poly_with_exponent_one_is_a_straight_line():
+    config = ScheduleConfig(name="poly", min_lr=0.0, decay_rate=1.0)
+    assert rates(config, [0, 25, 50, 75]) == pytest.approx([0.1, 0.075, 0.05, 0.025])
+
+
+def test_step_drops_by_decay_rate_every_decay_epochs():
+    config = ScheduleConfig(name="step", decay_epochs=3, decay_rate=0.5)
+    assert rates(config, [0, 29, 30, 59, 60, 90]) == pytest.approx([0.1, 0.1, 0.05, 0.05, 0.025, 0.0125])
+
+
+def test_constant_holds_the_rate_after_warm_up():
+    config = ScheduleConfig(name="constant", warmup_epochs=2, warmup_lr=0.0, decay_epochs=1, decay_rate=0.1)
+    assert rates(config, [0, 10, 20, 50, 100]) == pytest.approx([0.0, 0.05, 0.1, 0.1, 0.1])
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_rate_depends_on_the_step_alone(name):
+    """So that a resumed run, which jumps to its step, goes on with the rates of a run that never stopped."""
+    config = ScheduleConfig(name=name, warmup_epochs=2, warmup_lr=0.001, min_lr=0.01, decay_epochs=3)
+    in_order = rates(config, range(TOTAL + 1))
+    jumps = [57, 3, 100, 0, 20, 19, 57]
+    assert rates(config, jumps) == [in_order[step] for step in jumps]
+
+
+def test_a_run_shorter_than_its_warm_up_is_built():
+    optimizer = optimizer_of(name="sgd")
+    scheduler = build_scheduler(
+        ScheduleConfig(name="cosine", warmup_epochs=5, warmup_lr=0.001), optimizer, 3, PER_EPOCH
+    )
+    scheduler.step_update(3)
+    assert optimizer.param_groups[0]["lr"] == 0.0

@@ -1,0 +1,120 @@
+"""How many workers with what."""
+
+import os
+
+import pytest
+
+import ftexp.scaling
+from ftexp.config import Config, ScalingConfig
+from ftexp.errors import ConfigError
+from ftexp.scaling import Workers, decide_workers, prepare_environment
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """Set how many GPUs this machine seems to have; none at first."""
+
+    def set_to(number):
+        monkeypatch.setattr(ftexp.scaling, "num_local_gpus", lambda: number)
+
+    set_to(0)
+    return set_to
+
+
+@pytest.mark.parametrize(
+    ("num_cpus", "num_workers", "threads"), [(1, 1, 1), (2, 2, 1), (3, 2, 1), (4, 2, 2), (8, 2, 4), (64, 2, 8)]
+)
+def test_auto_without_gpus_takes_two_workers_at_most_and_shares_the_cores(num_cpus, num_workers, threads, gpus):
+    assert decide_workers(ScalingConfig(), num_cpus) == Workers(num_workers, False, {"CPU": threads})
+
+
+@pytest.mark.parametrize(
+    ("num_cpus", "num_gpus", "threads"), [(1, 1, 1), (2, 1, 2), (2, 2, 1), (64, 4, 8), (64, 16, 4)]
+)
+def test_auto_with_gpus_takes_a_worker_for_each(num_cpus, num_gpus, threads, gpus):
+    gpus(num_gpus)
+    assert decide_workers(ScalingConfig(), num_cpus) == Workers(num_gpus, True, {"CPU": threads, "GPU": 1})
+
+
+def test_gpus_are_left_alone_where_use_gpu_is_false(monkeypatch):
+    monkeypatch.setattr(ftexp.scaling, "num_local_gpus", lambda: pytest.fail("asked for GPUs"))
+    assert decide_workers(ScalingConfig(use_gpu=False), 8) == Workers(2, False, {"CPU": 4})
+
+
+@pytest.mark.parametrize(("num_workers", "threads"), [(1, 8), (2, 8), (16, 4), (64, 1)])
+def test_a_number_of_workers_is_kept(num_workers, threads, gpus):
+    assert decide_workers(ScalingConfig(num_workers=num_workers), 64) == Workers(num_workers, False, {"CPU": threads})
+
+
+def test_an_elastic_range_becomes_a_pair_and_threads_are_shared_by_the_most(gpus):
+    workers = decide_workers(ScalingConfig(num_workers=[1, 2]), 8)
+    assert workers == Workers((1, 2), False, {"CPU": 4})
+    assert type(workers.num_workers) is tuple
+    assert workers.most == 2
+    assert str(workers) == "1 to 2 × (4 CPU)"
+
+
+def test_resources_that_are_given_are_kept(gpus):
+    gpus(1)
+    config = ScalingConfig(num_workers=2, resources_per_worker={"GPU": 0.5, "memory": 1e9})
+    workers = decide_workers(config, 8)
+    assert workers.resources_per_worker == {"CPU": 4, "GPU": 0.5, "memory": 1e9}
+    assert config.resources_per_worker == {"GPU": 0.5, "memory": 1e9}  # not written to
+
+
+@pytest.mark.parametrize(
+    ("config", "wanted"),
+    [
+        (ScalingConfig(num_workers=3), "scaling.num_workers=3 with 1 CPU each want more than the 2 cores"),
+        (ScalingConfig(num_workers=[1, 3]), "scaling.num_workers=3 with 1 CPU each want more than the 2 cores"),
+        (
+            ScalingConfig(num_workers=1, resources_per_worker={"CPU": 4}),
+            "scaling.num_workers=1 with 4 CPU each want more than the 2 cores",
+        ),
+    ],
+)
+def test_more_cpu_than_there_is_is_refused_and_the_way_out_named(config, wanted, gpus):
+    with pytest.raises(ConfigError) as raised:
+        decide_workers(config, 2)
+    assert wanted in str(raised.value)
+    assert "scaling.resources_per_worker={CPU: 0.5}" in str(raised.value)
+
+
+def test_the_way_out_that_the_error_names_works(gpus):
+    workers = decide_workers(ScalingConfig(num_workers=4, resources_per_worker={"CPU": 0.5}), 2)
+    assert workers == Workers(4, False, {"CPU": 0.5})
+
+
+def test_on_a_cluster_nothing_is_read_from_this_machine(monkeypatch):
+    monkeypatch.setattr(ftexp.scaling, "num_local_gpus", lambda: pytest.fail("asked for this machine's GPUs"))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: pytest.fail("asked for this machine's cores"))
+    joined = {"num_workers": 500, "address": "auto"}
+    assert decide_workers(ScalingConfig(use_gpu=True, **joined)) == Workers(500, True, {"CPU": 1, "GPU": 1})
+    assert decide_workers(ScalingConfig(use_gpu=False, **joined)) == Workers(500, False, {"CPU": 1})
+
+
+def test_cores_are_those_that_this_process_may_use(monkeypatch, gpus):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3, 4, 5})
+    assert decide_workers(ScalingConfig()) == Workers(2, False, {"CPU": 3})
+
+
+def test_the_environment_keeps_what_the_user_set(monkeypatch):
+    monkeypatch.setattr(os, "environ", {"RAY_CHDIR_TO_TRIAL_DIR": "1"})
+    prepare_environment(Config())
+    assert os.environ["RAY_CHDIR_TO_TRIAL_DIR"] == "1"
+    assert os.environ["RAY_TRAIN_V2_ENABLED"] == "1"
+    assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
+
+
+def test_a_cluster_that_runs_already_is_not_tuned(monkeypatch):
+    monkeypatch.setattr(os, "environ", {})
+    prepare_environment(Config(scaling=ScalingConfig(address="auto")))
+    assert "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S" not in os.environ
+
+
+def test_verbose_leaves_rays_output_alone(monkeypatch):
+    monkeypatch.setattr(os, "environ", {})
+    prepare_environment(Config(verbose=True))
+    assert "RAY_LOG_TO_STDERR" not in os.environ
+    prepare_environment(Config())
+    assert os.environ["RAY_LOG_TO_STDERR"] == "0"
