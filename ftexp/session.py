@@ -67,4 +67,4 @@ def _run(
         return run_training(config, workers, bundle, run_dir, record, terminal, host)
     finally:
         if record.state.status != "running":
-            terminal.summary(record.state, run_dir.uri)
+            terminal.summary(record.state, run_dir)

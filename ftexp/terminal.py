@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from ftexp.data.splits import DataInfo
+from ftexp.storage import Storage
 from ftexp.tracking import Failure, RunState
 
 _RATE_WINDOW_S = 10.0
@@ -115,7 +116,7 @@ class Terminal:
             self._bar.stop()
             self._bar = None
 
-    def summary(self, state: RunState, location: str) -> None:
+    def summary(self, state: RunState, run_dir: Storage) -> None:
         """Print the closing table."""
         self.close()
         last, best = state.metrics["last"], state.metrics["best"]
@@ -134,7 +135,7 @@ class Terminal:
             ("steps", f"{state.step:,} in {state.epoch} epochs"),
             ("time", f"{state.seconds:.1f} s"),
             ("failures", f"{max(survived, 0)} survived"),
-            ("checkpoint", f"{location}/checkpoints/{state.checkpoint}" if state.checkpoint else "none"),
+            ("checkpoint", run_dir.child("checkpoints", state.checkpoint).uri if state.checkpoint else "none"),
         ]
         self.say("─" * 60)
         for title, text in rows:

@@ -64,7 +64,7 @@ def _run(config: Config, overrides: list[str]) -> dict[str, float]:
     if state.status == "finished":
         from ftexp.terminal import Terminal
 
-        Terminal().summary(state, run_dir.uri)
+        Terminal().summary(state, run_dir)
         return state.metrics["last"]
     prepare_environment(config)
     from ftexp.session import run_session

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from ftexp.config import AugmentConfig
 from ftexp.data.augment import Augment
-from ftexp.data.feeds import CachedFeed, Plan, Rows, ToTensors, even_part, evaluation_batches, prefetched
+from ftexp.data.feeds import CachedFeed, Plan, Rows, ToTensors, evaluation_batches, even_part, prefetched
 from ftexp.data.order import Order
 from ftexp.data.splits import DataInfo
 
@@ -161,9 +161,8 @@ def test_prefetching_keeps_order_and_passes_errors_on(depth):
         yield from range(1, 6)
         raise KeyError("broken sample")
 
-    got = []
+    made = prefetched(items(), depth)
+    assert [next(made) for _ in range(5)] == [1, 2, 3, 4, 5]
     with pytest.raises(KeyError, match="broken sample"):
-        for item in prefetched(items(), depth):
-            got.append(item)
-    assert got == [1, 2, 3, 4, 5]
+        next(made)
     assert list(prefetched(iter([1, 2]), depth)) == [1, 2]

@@ -65,11 +65,11 @@ def test_torchs_own_optimisers_are_fused_unless_told_otherwise(name):
 
 
 def test_kwargs_reach_the_optimiser():
-    assert optimizer_of(kwargs={"betas": [0.8, 0.9]}).defaults["betas"] == [0.8, 0.9]
+    assert tuple(optimizer_of(kwargs={"betas": [0.8, 0.9]}).defaults["betas"]) == (0.8, 0.9)
     assert optimizer_of(name="sgd", kwargs={"momentum": 0.7}).defaults["momentum"] == 0.7
 
 
-@pytest.mark.parametrize("name", ["adamw", "sgd", "lamb", "lion", "adopt"])
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lamb", "lion"])
 def test_an_optimiser_makes_a_step_that_changes_every_weight(name):
     torch.manual_seed(0)
     model = nn.Linear(3, 2)

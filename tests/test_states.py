@@ -108,7 +108,9 @@ def test_a_state_of_the_users_own_is_saved_and_restored(job, own_state):
 
 
 def test_an_unknown_name_names_the_nearest():
-    with pytest.raises(UnknownNameError, match="checkpoint.extra_state='progres' is unknown. Did you mean 'progress'"):
+    with pytest.raises(UnknownNameError, match=r"extra_state='progres' is unknown\. Did you mean 'progress'"):
+        UnknownNameError, match=r"checkpoint\.extra_state='progres' is unknown\. Did you mean 'progress'"
+    ):
         check_names(["progres"])
 
 
@@ -119,7 +121,7 @@ def test_a_name_can_be_registered_once_only(own_state):
 
 
 def test_a_class_without_a_version_is_refused():
-    with pytest.raises(ValueError, match="'nameless'.*version"):
+    with pytest.raises(ValueError, match=r"'nameless'.*version"):
         register_state("nameless")(type("Nameless", (), {}))
 
 
@@ -170,7 +172,7 @@ class Payload:
     """What a hostile checkpoint holds."""
 
     def __reduce__(self):
-        return (exec, ("import pathlib; pathlib.Path(r'{}').touch()".format(Payload.trace),))
+        return (exec, (f"import pathlib; pathlib.Path(r'{Payload.trace}').touch()",))
 
 
 def test_code_in_a_checkpoint_is_refused_and_does_not_run(tmp_path):

@@ -5,6 +5,7 @@ import io
 from rich.console import Console
 
 from ftexp.data.splits import BadSample, DataInfo
+from ftexp.storage import Storage
 from ftexp.terminal import Terminal
 from ftexp.tracking import Failure, RunState
 
@@ -87,7 +88,7 @@ def test_the_summary_tells_result_cost_and_place():
         "best": {"val_accuracy": 0.99, "step": 9, "epoch": 7},
     }
     done = state(status="finished", metrics=metrics, failures=[failure()])
-    text = show(lambda t: t.summary(done, "/runs/demo"))
+    text = show(lambda t: t.summary(done, Storage("/runs/demo")))
     for part in ("finished", "0.9812", "val_accuracy 0.9900 at epoch 7", "1 survived", "12.3 s"):
         assert part in text
     assert "/runs/demo/checkpoints/step_00000040.a1" in text
@@ -95,7 +96,9 @@ def test_the_summary_tells_result_cost_and_place():
 
 
 def test_a_run_that_did_not_finish_says_how_to_go_on():
-    text = show(lambda t: t.summary(state(status="failed", error="rank 1: gone", failures=[failure()]), "/runs/demo"))
+    text = show(
+        lambda t: t.summary(state(status="failed", error="rank 1: gone", failures=[failure()]), Storage("/runs/demo"))
+    )
     assert "failed: rank 1: gone" in text
     assert "0 survived" in text
     assert "the same command with run.name=demo" in text

@@ -1,0 +1,312 @@
+"""The timm models that configs name, and pretrained weights."""
+
+import io
+import pickle
+import re
+
+import pytest
+import timm
+import timm.optim
+import torch
+from omegaconf import OmegaConf
+from safetensors.torch import save_file
+
+import ftexp.models
+from ftexp.config import ModelConfig, config_dir
+from ftexp.data.splits import DataInfo
+from ftexp.errors import ConfigError, DataError
+from ftexp.models import build_model, load_weights, timm_arguments
+from ftexp.timm_names import model_names, optimizer_names
+
+GROUP_FILES = sorted((config_dir() / "model").glob("*.yaml"))
+VIT = "vit_tiny_patch16_224"
+SMALL = {"embed_dim": 16, "depth": 1, "num_heads": 2, "patch_size": 4}
+
+
+def info(image_size=32, channels=3, num_classes=5):
+    names = [f"class {number}" for number in range(num_classes)]
+    return DataInfo(names, image_size, channels, [0.5] * channels, [0.5] * channels, {"train": 1, "val": 1, "test": 1})
+
+
+def vit(data=None, pretrained=False, **kwargs):
+    """A ViT of 5k parameters and the report on its weights."""
+    config = ModelConfig(name=VIT, kwargs={**SMALL, **kwargs}, pretrained=str(pretrained) if pretrained else False)
+    return build_model(config, data or info())
+
+
+def saved(model, path, wrap=lambda state: state):
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    if path.suffix == ".safetensors":
+        save_file(wrap(state), path)
+    else:
+        torch.save(wrap(state), path)
+    return path
+
+
+def test_the_model_names_are_timms():
+    assert model_names() == set(timm.list_models())
+
+
+def test_the_optimiser_names_are_timms():
+    assert optimizer_names() == set(timm.optim.list_optimizers())
+
+
+@pytest.mark.parametrize("file", GROUP_FILES, ids=lambda file: file.stem)
+def test_every_model_group_builds_for_the_data(file):
+    config = ModelConfig(**OmegaConf.to_container(OmegaConf.load(file)))
+    with torch.device("meta"):
+        model, report = build_model(config, info(image_size=32, channels=2, num_classes=7))
+        images = torch.empty(2, 2, 32, 32)
+        assert model(images).shape == (2, 7)
+    assert report is None
+    assert model.num_classes == 7
+
+
+def test_there_are_model_groups():
+    assert len(GROUP_FILES) >= 10
+
+
+def test_the_default_vit_has_the_size_that_its_file_names():
+    config = ModelConfig(**OmegaConf.to_container(OmegaConf.load(config_dir() / "model" / "vit.yaml")))
+    model, _ = build_model(config, info(image_size=8, channels=1, num_classes=10))
+    told = re.search(r"(\d+)k parameters", (config_dir() / "model" / "vit.yaml").read_text())[1]
+    assert round(sum(parameter.numel() for parameter in model.parameters()) / 1000) == int(told)
+    assert model(torch.zeros(1, 1, 8, 8)).shape == (1, 10)
+
+
+@pytest.mark.parametrize(
+    ("name", "takes_it"),
+    [(VIT, True), ("deit_small_patch16_224", True), ("swin_tiny_patch4_window7_224", True), ("resnet18", False),
+     ("convnext_atto", False), ("efficientnet_b0", False), ("vit_base_patch16_224.augreg_in21k_ft_in1k", True)],
+)  # fmt: skip
+def test_img_size_goes_to_architectures_of_a_fixed_size_only(name, takes_it):
+    arguments = timm_arguments(ModelConfig(name=name), info(image_size=64))
+    assert arguments.get("img_size") == (64 if takes_it else None)
+    assert ("img_size" in arguments) is takes_it
+
+
+def test_a_bare_timm_call_with_the_arguments_builds_the_same_model():
+    config = ModelConfig(name=VIT, kwargs={"drop_path_rate": 0.1}, preset={VIT: SMALL, "resnet18": {"x": 1}})
+    torch.manual_seed(3)
+    own, _ = build_model(config, info(channels=1))
+    torch.manual_seed(3)
+    bare = timm.create_model(**timm_arguments(config, info(channels=1)))
+    own_state, bare_state = own.state_dict(), bare.state_dict()
+    assert own_state.keys() == bare_state.keys()
+    assert all(torch.equal(own_state[name], bare_state[name]) for name in own_state)
+    assert str(own) == str(bare)
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [(VIT, {"patch_sice": 4}), ("resnet18", {"block_args": {"nope": 1}}), (VIT, {**SMALL, "num_heads": 3}),
+     ("resnet18.no_such_tag", {})],
+)  # fmt: skip
+def test_kwargs_that_timm_refuses_are_told(name, kwargs):
+    with pytest.raises(ConfigError) as raised:
+        build_model(ModelConfig(name=name, kwargs=kwargs), info())
+    assert str(raised.value).startswith(f"model.name={name} can't be built with {{")
+    assert all(key in str(raised.value) for key in kwargs)
+    assert "See model.kwargs" in str(raised.value)
+
+
+def test_a_name_that_no_plugin_registered_is_told():
+    with pytest.raises(ConfigError, match=r"^model\.name='my_net' is unknown to timm, also after importing the plugin"):
+        build_model(ModelConfig(name="my_net"), info())
+
+
+@pytest.mark.parametrize(
+    ("file_name", "wrap"),
+    [
+        ("plain.pt", lambda state: state),
+        ("lightning.pth", lambda state: {"state_dict": {f"module.{name}": v for name, v in state.items()}, "epoch": 3}),
+        ("deit.pth", lambda state: {"model": state}),
+        ("compiled.pt", lambda state: {f"_orig_mod.module.{name}": value for name, value in state.items()}),
+        ("wrapped.pt", lambda state: {f"module._orig_mod.{name}": value for name, value in state.items()}),
+        ("plain.safetensors", lambda state: state),
+        ("ddp.safetensors", lambda state: {f"module.{name}": value for name, value in state.items()}),
+    ],
+)
+def test_local_weights_are_loaded_whatever_wraps_them(file_name, wrap, tmp_path):
+    torch.manual_seed(1)
+    trained, _ = vit()
+    path = saved(trained, tmp_path / file_name, wrap)
+    torch.manual_seed(2)
+    model, report = vit(pretrained=path)
+    assert report.source == str(path)
+    assert sorted(report.matched) == sorted(trained.state_dict())
+    assert (report.resized, report.missing, report.unused) == ([], [], [])
+    for name, value in trained.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+    total = len(report.matched)
+    assert str(report) == f"{path}: {total} of {total} tensors loaded"
+
+
+def test_a_head_of_another_class_count_stays_as_it_was_initialised(tmp_path):
+    trained, _ = vit(info(num_classes=9))
+    path = saved(trained, tmp_path / "w.pt", lambda state: {**state, "extra.weight": torch.zeros(2)})
+    torch.manual_seed(2)
+    fresh, _ = vit()
+    torch.manual_seed(2)
+    model, report = vit(pretrained=path)
+    assert sorted(report.missing) == ["head.bias", "head.weight"]
+    assert sorted(report.unused) == ["extra.weight", "head.bias", "head.weight"]
+    assert torch.equal(model.head.weight, fresh.head.weight)
+    assert torch.equal(model.blocks[0].attn.qkv.weight, trained.blocks[0].attn.qkv.weight)
+    assert "; from scratch: head.weight, head.bias; unused: head.weight, head.bias, extra.weight" in str(report)
+
+
+def test_a_position_embedding_is_resampled_for_another_image_size(tmp_path):
+    trained, _ = vit(info(image_size=32))
+    ramp = torch.arange(8.0).repeat(8, 1)  # each row of patches 0..7, left to right
+    with torch.no_grad():
+        trained.pos_embed[0, 1:] = ramp.reshape(64, 1)
+        trained.pos_embed[0, 0] = 100.0
+    model, report = vit(info(image_size=64), pretrained=saved(trained, tmp_path / "w.pt"))
+    assert report.resized == ["pos_embed"]
+    assert (report.missing, report.unused) == ([], [])
+    assert model.pos_embed.shape == (1, 1 + 16 * 16, 16)
+    assert torch.equal(model.pos_embed[0, 0], torch.full((16,), 100.0))  # the class token's isn't touched
+    grid = model.pos_embed[0, 1:, 0].reshape(16, 16)
+    assert torch.allclose(grid, grid[:1].expand(16, 16), atol=1e-5)  # rows alike, as before
+    assert torch.all(grid[0].diff() > 0)  # and rising from left to right
+    assert grid.mean().item() == pytest.approx(3.5, abs=0.05)
+    model(torch.zeros(1, 3, 64, 64))
+
+
+@pytest.mark.parametrize("image_size", [32, 64])
+def test_a_mean_pooling_model_takes_the_positions_of_one_with_a_class_token(image_size, tmp_path):
+    trained, _ = vit()
+    path = saved(trained, tmp_path / "w.pt")
+    model, report = vit(info(image_size=image_size), path, class_token=False, global_pool="avg")
+    assert report.resized == ["pos_embed"]
+    assert "cls_token" in report.unused
+    if image_size == 32:
+        assert torch.equal(model.pos_embed, trained.pos_embed[:, 1:])
+
+
+def test_positions_that_do_not_fit_start_from_scratch(tmp_path):
+    trained, _ = vit(class_token=False, global_pool="avg")
+    _, report = vit(info(image_size=64), saved(trained, tmp_path / "w.pt"))
+    assert {"pos_embed", "cls_token"} <= set(report.missing)
+    assert "pos_embed" in report.unused
+
+
+def test_positions_of_a_model_without_a_patch_grid_start_from_scratch(tmp_path):
+    """Hiera has a position embedding, but no patch_embed.grid_size."""
+    kwargs = {"embed_dim": 8, "num_heads": 1, "stages": (1, 1, 1, 1)}
+    trained, _ = build_model(ModelConfig(name="hiera_tiny_224", kwargs=kwargs), info(image_size=64))
+    path = saved(trained, tmp_path / "w.pt")
+    _, report = build_model(
+        ModelConfig(name="hiera_tiny_224", kwargs=kwargs, pretrained=str(path)), info(image_size=128)
+    )
+    assert "pos_embed" in report.missing
+
+
+def test_an_input_convolution_is_adapted_from_three_channels_to_one(tmp_path):
+    trained, _ = vit()
+    model, report = vit(info(channels=1), saved(trained, tmp_path / "w.pt"))
+    assert report.resized == ["patch_embed.proj.weight"]
+    assert (report.missing, report.unused) == ([], [])
+    summed = trained.patch_embed.proj.weight.sum(dim=1, keepdim=True)  # so grey as r = g = b gives what it gave
+    assert torch.allclose(model.patch_embed.proj.weight, summed)
+
+
+def test_a_resnets_input_convolution_is_adapted_to_four_channels(tmp_path):
+    trained, _ = build_model(ModelConfig(name="resnet10t"), info())
+    path = saved(trained, tmp_path / "w.safetensors")
+    model, report = build_model(ModelConfig(name="resnet10t", pretrained=str(path)), info(channels=4))
+    assert report.resized == ["conv1.0.weight"]
+    assert model.conv1[0].weight.shape[1] == 4
+
+
+def test_weights_that_fit_nothing_are_refused(tmp_path):
+    path = tmp_path / "w.pt"
+    torch.save({"other.weight": torch.zeros(3), "head.weight": torch.zeros(1)}, path)
+    with pytest.raises(ConfigError) as raised:
+        vit(pretrained=path)
+    assert str(raised.value) == (
+        f"model.pretrained={path}: none of its tensors fits the model; is it another architecture?"
+    )
+
+
+class Payload:
+    """Pickled, it creates a file when it is loaded."""
+
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return (open, (str(self.target), "w"))
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_code_in_a_weights_file_is_refused_and_does_not_run(zipped, tmp_path):
+    path, target = tmp_path / "evil.pt", tmp_path / "ran"
+    state = {"head.weight": torch.zeros(1), "x": Payload(target)}
+    if zipped:
+        torch.save(state, path)
+    else:
+        path.write_bytes(pickle.dumps({"x": Payload(target)}))
+    with pytest.raises(DataError, match="can't be loaded as plain weights"):
+        vit(pretrained=path)
+    assert not target.exists()
+    torch.load(path, weights_only=False) if zipped else pickle.loads(path.read_bytes())
+    assert target.exists()  # the payload does run where nothing guards against it
+
+
+@pytest.mark.parametrize("name", ["broken.pt", "broken.pth", "broken.safetensors"])
+def test_a_damaged_weights_file_is_told(name, tmp_path):
+    path = tmp_path / name
+    path.write_bytes(b"this is no weights file")
+    with pytest.raises(DataError) as raised:
+        load_weights(path)
+    assert str(raised.value).startswith(f"model.pretrained={path} can't be loaded as plain weights: ")
+
+
+@pytest.mark.parametrize("content", [[torch.zeros(1)], {"epoch": 3}, torch.zeros(2), {}])
+def test_a_file_without_a_state_dict_is_told(content, tmp_path):
+    torch.save(content, tmp_path / "w.pt")
+    with pytest.raises(DataError, match=r"holds no state dict$"):
+        load_weights(tmp_path / "w.pt")
+
+
+def test_hub_weights_without_a_network_are_told(monkeypatch):
+    def offline(*args, **kwargs):
+        raise OSError("the network is unreachable")
+
+    monkeypatch.setattr(ftexp.models, "load_state_dict_from_hf", offline)
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
+    with pytest.raises(DataError) as raised:
+        build_model(ModelConfig(name="resnet18", pretrained=True), info())
+    assert str(raised.value) == (
+        "model.pretrained=true: the weights of resnet18 can't be fetched (the network is unreachable); "
+        "without a network, give the path of a weights file"
+    )
+
+
+def test_hub_weights_go_through_the_same_fitting(monkeypatch):
+    trained = timm.create_model("resnet10t", num_classes=1000)
+    buffer = io.BytesIO()
+    torch.save(trained.state_dict(), buffer)
+    asked = []
+
+    def hub(name, **kwargs):
+        asked.append((name, kwargs))
+        buffer.seek(0)
+        return torch.load(buffer, weights_only=True)
+
+    monkeypatch.setattr(ftexp.models, "load_state_dict_from_hf", hub)
+    model, report = build_model(ModelConfig(name="resnet10t", pretrained=True), info(channels=1))
+    assert asked[0][0].startswith("timm/resnet10t")
+    assert asked[0][1] == {"weights_only": True}
+    assert report.missing == ["fc.weight", "fc.bias"]
+    assert report.resized == ["conv1.0.weight"]
+    assert torch.equal(model.layer1[0].conv1.weight, trained.layer1[0].conv1.weight)
+
+
+def test_a_model_that_the_hub_has_no_weights_for_is_told():
+    with pytest.raises(
+        ConfigError, match=r"^model\.pretrained=true, but timm's hub has no weights for model\.name=vit_"
+    ):
+        build_model(ModelConfig(name="vit_base_patch16_18x2_224", pretrained=True, kwargs=SMALL), info())
