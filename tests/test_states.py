@@ -109,8 +109,6 @@ def test_a_state_of_the_users_own_is_saved_and_restored(job, own_state):
 
 def test_an_unknown_name_names_the_nearest():
     with pytest.raises(UnknownNameError, match=r"extra_state='progres' is unknown\. Did you mean 'progress'"):
-        UnknownNameError, match=r"checkpoint\.extra_state='progres' is unknown\. Did you mean 'progress'"
-    ):
         check_names(["progres"])
 
 
