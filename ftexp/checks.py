@@ -208,6 +208,8 @@ def _scaling(config: Config) -> Iterator[str]:
         yield "scaling.num_workers=auto counts this machine only: with scaling.address set, give a number"
     if not isinstance(scaling.use_gpu, bool) and scaling.use_gpu != AUTO:  # 1 == True, but is not read as true
         yield f"scaling.use_gpu={_as_typed(scaling.use_gpu)} must be true, false or auto"
+    elif scaling.use_gpu == AUTO and scaling.address is not None:
+        yield "scaling.use_gpu=auto looks at this machine only: with scaling.address set, give true or false"
     elif scaling.use_gpu is True and scaling.address is None:
         found = num_local_gpus()
         each = scaling.resources_per_worker.get("GPU", 1)

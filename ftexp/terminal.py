@@ -72,6 +72,8 @@ class Terminal:
             self._bar = Progress(*columns, console=self.console, transient=True)
             self._bar.start()
             self._task = self._bar.add_task("", total=total_steps, epoch=0, epochs=epochs, values="")
+        elif self._bar is not None and self._task is not None:
+            self._bar.reset(self._task, completed=state.step)  # or time left would count the restart as slow steps
         self.step(state)
 
     def step(self, state: RunState) -> None:
@@ -79,7 +81,8 @@ class Terminal:
         now = time.monotonic()
         self._rates = [(when, step) for when, step in self._rates if now - when < _RATE_WINDOW_S] + [(now, state.step)]
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=state.step, epoch=state.epoch, values=self._values(state))
+            current = min(state.epoch + 1, self._epochs)
+            self._bar.update(self._task, completed=state.step, epoch=current, values=self._values(state))
 
     def epoch(self, state: RunState) -> None:
         """An epoch was evaluated: without a terminal this is the line that shows life."""

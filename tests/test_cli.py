@@ -112,6 +112,11 @@ WRONG = {
     "GPU": ("scaling=single_gpu", "scaling.use_gpu=true, but this machine has no GPU", "use scaling=local"),
     "GPU's backend without one": ("scaling.backend=nccl scaling.use_gpu=false", "scaling.backend=nccl", "use gloo"),
     "auto on a cluster": ("scaling=cluster", "scaling.num_workers=auto counts this machine only", "give a number"),
+    "GPU left open on a cluster": (
+        "scaling.address=auto scaling.num_workers=2",
+        "scaling.use_gpu=auto looks at this machine only",
+        "give true or false",
+    ),
     "Ray Client": ("scaling.address=ray://h:1 scaling.num_workers=2", "scaling.address=ray://h:1", "address=auto"),
     "kwargs that follow the data": ("model.kwargs.num_classes=3", "model.kwargs.num_classes=3", "set data.num_classes"),
     "kwargs beside a field": ("model.kwargs.pretrained=true", "model.kwargs.pretrained=True", "model.pretrained"),
