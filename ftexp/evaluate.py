@@ -110,7 +110,8 @@ def load_run_config(storage: Storage) -> Config:
 def _evaluate(config: EvaluateConfig, run_config: Config, storage: Storage) -> dict[str, Any]:
     import torch
 
-    import ftexp.data.files  # noqa: F401 - registers the sources that read files
+    import ftexp.data.files
+    import ftexp.data.parquet  # noqa: F401 - both register the sources that read files
     from ftexp.checkpoint.manager import load_part
     from ftexp.checkpoint.store import CheckpointStore
     from ftexp.data.feeds import Rows, ToTensors, evaluation_batches

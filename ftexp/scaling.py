@@ -52,7 +52,7 @@ def decide_workers(config: ScalingConfig, num_cpus: int | None = None) -> Worker
     """Fill in `auto`: a worker for each GPU, or up to two on CPU; the machine's cores shared out as threads."""
     joins = config.address is not None
     assert not (joins and config.num_workers == AUTO), "refused by ftexp.checks"
-    cpus = 0 if joins else num_cpus or len(os.sched_getaffinity(0))
+    cpus = 0 if joins else num_cpus or _usable_cpus()
     use_gpu = config.use_gpu if isinstance(config.use_gpu, bool) else not joins and num_local_gpus() > 0
     num_workers: int | tuple[int, int]
     if config.num_workers == AUTO:
@@ -75,6 +75,11 @@ def decide_workers(config: ScalingConfig, num_cpus: int | None = None) -> Worker
     return Workers(num_workers, use_gpu, resources)
 
 
+def _usable_cpus() -> int:
+    """Cores that this process may run on; macOS doesn't tell, so there all of them."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def prepare_environment(config: Config) -> None:
     """Set what Ray reads at import. Call before ray is imported."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -95,7 +100,7 @@ def start_ray(config: Config) -> str:
     logging.getLogger("ray").setLevel(level)
     if not config.verbose:
         ray_private.silence_raylet_messages()
-    options: dict[str, Any] = {"include_dashboard": False, "num_cpus": len(os.sched_getaffinity(0))} if own else {}
+    options: dict[str, Any] = {"include_dashboard": False, "num_cpus": _usable_cpus()} if own else {}
     try:
         context = ray.init(
             address="local" if own else config.scaling.address,

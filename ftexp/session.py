@@ -37,7 +37,8 @@ def _run(
     config: Config, overrides: list[str], workers: Workers, run_dir: Storage, state: RunState, host: str
 ) -> dict[str, float]:
     import ftexp.checkpoint.states
-    import ftexp.data.files  # noqa: F401 - both register what is built in
+    import ftexp.data.files
+    import ftexp.data.parquet  # noqa: F401 - these register what is built in
     from ftexp.checkpoint.registry import check_names
     from ftexp.data.sources import build_data
     from ftexp.models import timm_arguments

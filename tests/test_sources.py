@@ -20,9 +20,10 @@ import ray
 from PIL import Image
 
 import ftexp.data.files
+import ftexp.data.parquet  # noqa: F401 - registers it
 from ftexp.config import DataConfig
 from ftexp.data import sources as sources_module
-from ftexp.data.files import decode_image
+from ftexp.data.decoding import decode_image
 from ftexp.data.sources import build_data, bundle_from_arrays, sources
 from ftexp.data.splits import SPLITS
 from ftexp.errors import DataError
@@ -624,7 +625,7 @@ def test_damaged_row_group_loses_its_own_rows_and_no_others(tmp_path):
 )
 def test_arrays_that_are_no_image_of_that_size_are_refused(pixels, reason):
     with pytest.raises(ValueError, match=reason):
-        ftexp.data.files._as_image(pixels, 2, 1)
+        ftexp.data.decoding._as_image(pixels, 2, 1)
 
 
 def test_file_that_is_no_parquet_is_named(tmp_path):
