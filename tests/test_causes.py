@@ -11,8 +11,9 @@ from ftexp.failure.causes import BUG, CRASH, OUT_OF_MEMORY, find_cause
 DIED = WorkerHealthCheckFailedError("A worker health check failed.", ray.exceptions.ActorDiedError())
 # gloo, when the other rank was killed in the middle of an all-reduce
 ECHO = RuntimeError(
-    "[../third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:41217. "
-    "This may indicate a remote worker has failed."
+    "[/__w/pytorch/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:545] Read error [127.0.0.1]:34444: Connection "
+    "reset by peer. This is typically caused by a remote worker hanging or bugs in the application. Check the logs of "
+    "the remote worker before reporting an error. GLHF! 🏖️"
 )
 BUG_ERROR = RuntimeError("mat1 and mat2 shapes cannot be multiplied (32x128 and 64x10)")
 
@@ -28,6 +29,7 @@ BUG_ERROR = RuntimeError("mat1 and mat2 shapes cannot be multiplied (32x128 and 
         ({2: ray.exceptions.OutOfMemoryError("killed by the memory monitor"), 1: ECHO}, OUT_OF_MEMORY, 2),
         ({0: torch.OutOfMemoryError("CUDA out of memory"), 1: DIED}, OUT_OF_MEMORY, 0),
         ({0: MemoryError()}, OUT_OF_MEMORY, 0),
+        ({0: ECHO}, CRASH, None),  # the dead rank itself wasn't polled yet
         ({}, CRASH, None),
     ],
 )

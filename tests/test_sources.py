@@ -20,7 +20,7 @@ import ray
 from PIL import Image
 
 import ftexp.data.files
-import ftexp.data.parquet  # noqa: F401 - registers it
+import ftexp.data.parquet
 from ftexp.config import DataConfig
 from ftexp.data import sources as sources_module
 from ftexp.data.decoding import decode_image

@@ -37,7 +37,9 @@ def find_cause(worker_exceptions: dict[int, Exception]) -> Cause:
     )
     if not ranked:
         return Cause(CRASH, None, "the worker group was lost")
-    kind, _, rank, error = ranked[0]
+    kind, collateral, rank, error = ranked[0]
+    if collateral:
+        return Cause(CRASH, None, "the connection to another worker was lost")
     return Cause(kind, rank, _in_a_line(kind, error))
 
 
