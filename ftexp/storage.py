@@ -6,6 +6,7 @@ Object stores make a single object visible whole, so there a plain write does.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -163,31 +164,43 @@ class Storage:
 
 
 class AppendLog:
-    """Lines added to the end of a file. On an object store, which can't append, the whole is written again."""
+    """Lines added to the end of a file. On an object store, which can't append, the whole is written again.
+
+    A line that can't be written waits, and is tried again with the next one: a full disk loses none.
+    """
 
     def __init__(self, storage: Storage, name: str) -> None:
         self._storage, self._name = storage, name
-        self._lines: list[str] = []
+        self._lines: list[str] = []  # local: those that wait; object store: all
         self._file: Any = None
         if (path := storage.local_path) is not None:
             path.mkdir(parents=True, exist_ok=True)
             _end_torn_line(path / name)
-            self._file = (path / name).open("a", encoding="utf-8")
+            self._file = (path / name).open("ab", buffering=0)  # closed by close()
         elif storage.exists(name):
             self._lines = storage.read_bytes(name).decode().splitlines()
 
     def append(self, line: str) -> None:
-        """Add one line; on a local disk it has left this process when the call returns."""
+        """Add one line; on a local disk it has left this process when the call returns, unless the disk is full."""
+        self._lines.append(line)
         if self._file is not None:
-            self._file.write(line + "\n")
-            self._file.flush()
-        else:
-            self._lines.append(line)
+            with contextlib.suppress(OSError):  # flush() tells
+                self.flush()
 
     def flush(self) -> None:
-        """Bring an object store's copy up to date."""
+        """Write what waits, or bring an object store's copy up to date; OSError if that can't be done."""
+        content = "".join(f"{line}\n" for line in self._lines).encode()
         if self._file is None:
-            self._storage.write_bytes(self._name, "".join(f"{line}\n" for line in self._lines).encode())
+            self._storage.write_bytes(self._name, content)
+            return
+        size = self._file.seek(0, os.SEEK_END)
+        try:
+            if self._file.write(content) != len(content):
+                raise OSError(f"{self._name} was written in part only: the disk is full")
+        except OSError:
+            self._file.truncate(size)  # no torn line in the middle of the file
+            raise
+        self._lines.clear()
 
     def close(self) -> None:
         """Flush, and release the file."""

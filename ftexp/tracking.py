@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from ftexp.errors import StorageError
 from ftexp.storage import AppendLog, Storage
 from ftexp.versions import package_versions
 from ftexp.wire import Message
@@ -79,6 +80,7 @@ class RunRecord:
         self._metrics, self._events = AppendLog(storage, METRICS_FILE), AppendLog(storage, EVENTS_FILE)
         self._began, self._seconds_before = clock(), state.seconds
         self._flushed = clock()
+        self.problem: str | None = None  # why the records couldn't be written the last time
         self._died_at: float | None = None  # when the current attempt's first process was lost, or raised
         self._died_rank: int | None = None
         self._noticed_at: float | None = None
@@ -106,7 +108,18 @@ class RunRecord:
         self._events.append(json.dumps(values))
 
     def write(self) -> None:
-        """Bring run.json, and the copies on an object store, up to date."""
+        """Bring run.json, and the copies on an object store, up to date.
+
+        What goes wrong stays in `problem` until a later call succeeds: a full disk must not end the training.
+        """
+        try:
+            self._write()
+        except OSError as error:
+            self.problem = str(error)
+        else:
+            self.problem = None
+
+    def _write(self) -> None:
         self._flushed = self._clock()
         self.state.seconds = self._seconds_before + self._flushed - self._began
         content = json.dumps(_finite(dataclasses.asdict(self.state)), indent=1)
@@ -115,10 +128,12 @@ class RunRecord:
         self._events.flush()
 
     def close(self, status: str, error: str | None = None) -> None:
-        """Record how the call ended."""
+        """Record how the call ended; StorageError if the records can't be written even now."""
         self.state.status, self.state.error = status, error
         self.event(status, **({"error": error} if error else {}))
         self.write()
+        if self.problem is not None:
+            raise StorageError(f"the records of {self.storage.uri} can't be written: {self.problem}; make room there")
         self._metrics.close()
         self._events.close()
 
@@ -208,7 +223,8 @@ class RunRecord:
         self._note_death(message["time"], message["rank"])
 
     def _on_lost(self, message: Message) -> None:
-        self._note_death(message["time"], message["rank"])
+        if "rank" in message:  # the controller's lines have none
+            self._note_death(message["time"], message["rank"])
 
     def _note_death(self, when: float, rank: int) -> None:
         if self._died_at is None:

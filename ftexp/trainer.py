@@ -39,6 +39,7 @@ class Supervisor:
         self.last_failure: str | None = None
         self._restored: dict[str, Any] = {}
         self._rejected = 0
+        self._problem: str | None = None
 
     def handle(self, message: Message) -> Message | None:
         """The hub's handler: one message at a time."""
@@ -47,6 +48,9 @@ class Supervisor:
             self._failed(Cause(message["cause"], message["rank"], message["error"]))
             return None
         answer = self._record.handle(message)
+        if self._record.problem != self._problem and (problem := self._record.problem) is not None:
+            self._terminal.say(f"! the run's records can't be written: {problem}; trying again", "yellow")
+        self._problem = self._record.problem
         if kind == "hello" and message["rank"] == 0:
             self._restored, self._rejected = {}, 0
         elif kind == "ready":
@@ -120,8 +124,8 @@ def run_training(
         raise
     finally:
         hub.close()
-        record.close(status, reason)
         terminal.close()
+        record.close(status, reason)
     metrics: dict[str, float] = result.return_value
     return metrics
 

@@ -90,3 +90,26 @@ def test_deleting_what_is_not_there_is_no_error(storage):
     storage.write_bytes("x", b"")
     storage.delete_file("x")
     assert not storage.exists("x")
+
+
+def test_a_line_that_was_cut_by_a_full_disk_is_written_whole_later(storage):
+    log = AppendLog(storage, "log.jsonl")
+    log.append("first")
+
+    class HalfFull:
+        def __init__(self, file):
+            self.file = file
+
+        def write(self, content):
+            return self.file.write(content[:3])
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+    real, log._file = log._file, HalfFull(log._file)
+    log.append("second")
+    assert storage.read_bytes("log.jsonl") == b"first\n"
+    log._file = real
+    log.append("third")
+    log.close()
+    assert storage.read_bytes("log.jsonl") == b"first\nsecond\nthird\n"

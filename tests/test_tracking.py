@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from ftexp.errors import StorageError
 from ftexp.storage import Storage
 from ftexp.tracking import RunRecord, RunState, read_state
 
@@ -131,3 +132,27 @@ def test_time_adds_up_over_calls(record, storage, clock):
 
 def test_a_folder_without_a_run_has_no_state(storage):
     assert read_state(storage) is None
+
+
+def test_a_full_disk_is_told_and_loses_nothing_once_there_is_room(record, storage, clock, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as disk:
+        disk.setattr(Storage, "write_bytes", full)
+        disk.setattr(record._metrics, "flush", full)
+        assert hello(record, 0) == {"attempt": 1}
+        metric(record, "train", 10, train_loss=1.0)
+        record.write()
+        assert "No space left" in record.problem
+        with pytest.raises(StorageError, match=r"No space left.*make room"):
+            record.close("finished")
+    metric(record, "train", 20, train_loss=1.0)
+    record.close("finished")
+    assert record.problem is None
+    assert [line["step"] for line in lines(storage, "metrics.jsonl")] == [10, 20]
+
+
+def test_a_lost_controller_is_no_workers_death(record):
+    record.handle({"kind": "lost", "time": 5.0})
+    assert record.fail("crash", None, "gone").rank is None
