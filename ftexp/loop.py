@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+import traceback
 from typing import Any
 
 import torch
@@ -16,7 +17,6 @@ from ftexp.checkpoint.manager import CheckpointManager
 from ftexp.checkpoint.registry import ExtraState
 from ftexp.checkpoint.store import CheckpointStore
 from ftexp.data.feeds import Batch, evaluation_batches, prefetched
-from ftexp.errors import FtexpError
 from ftexp.evaluation import count_into
 from ftexp.job import Job, JobSpec, build_job
 from ftexp.progress import Meter, means
@@ -35,13 +35,12 @@ def train_loop(spec: JobSpec) -> dict[str, float]:
     job = build_job(spec)
     try:
         return _train(job, CheckpointStore(Storage(spec.checkpoints_uri)))
-    except Exception as error:
+    except Exception:
         job.line.send(
             "raised",
             rank=job.rank,
             step=job.progress.step,
-            error=f"{type(error).__name__}: {error}",
-            expected=isinstance(error, FtexpError),
+            traceback=traceback.format_exc(),
         )
         raise
     finally:

@@ -220,6 +220,7 @@ class RunRecord:
             self.write()
 
     def _on_raised(self, message: Message) -> None:
+        self.event("raised", rank=message["rank"], traceback=message["traceback"])
         self._note_death(message["time"], message["rank"])
 
     def _on_lost(self, message: Message) -> None:

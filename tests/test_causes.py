@@ -39,7 +39,7 @@ def test_the_cause_is_that_of_the_rank_that_began_it(errors, kind, rank):
 
 
 def test_the_error_is_one_line_that_says_what_happened():
-    assert find_cause({0: BUG_ERROR}).error == str(BUG_ERROR)
+    assert find_cause({0: BUG_ERROR}).error == f"RuntimeError: {BUG_ERROR}"
     assert "process died" in find_cause({0: DIED}).error
     assert find_cause({0: StateError("the checkpoint holds 'ema'")}).error == "the checkpoint holds 'ema'"
     assert find_cause({0: KeyError()}).error == "KeyError"

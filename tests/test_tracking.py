@@ -156,3 +156,11 @@ def test_a_full_disk_is_told_and_loses_nothing_once_there_is_room(record, storag
 def test_a_lost_controller_is_no_workers_death(record):
     record.handle({"kind": "lost", "time": 5.0})
     assert record.fail("crash", None, "gone").rank is None
+
+
+def test_the_traceback_of_what_a_worker_raised_is_kept(record, storage, clock):
+    hello(record, 0)
+    record.handle({"kind": "raised", "rank": 0, "step": 3, "time": clock.now, "traceback": "TypeError: x"})
+    record.close("failed")
+    (raised,) = [line for line in lines(storage, "events.jsonl") if line["event"] == "raised"]
+    assert (raised["rank"], raised["traceback"]) == (0, "TypeError: x")

@@ -63,7 +63,7 @@ def _in_a_line(kind: str, error: Exception) -> str:
     if isinstance(error, FtexpError):
         return str(error)
     lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[-1].strip() if lines else type(error).__name__
+    return f"{type(error).__name__}: {lines[-1].strip()}" if lines else type(error).__name__
 
 
 class FailureReporter(UserCallback):  # type: ignore[misc]
