@@ -30,7 +30,7 @@ _SOURCE_ONLY = frozenset(name for names in SOURCE_FIELDS.values() for name in na
 
 def validate(config: Config) -> None:
     """Raise ConfigError, listing every mistake in `config`; return None if there is none."""
-    wrong = dict(_field_problems(config, ""))
+    wrong = dict(field_problems(config, ""))
     problems = list(wrong.values())
     # a check is left out if a field that it counts with is wrong by itself
     for check, fields in _CHECKS.items():
@@ -52,12 +52,12 @@ def num_local_gpus() -> int:
     return min(found, len(visible.split(","))) if visible else found
 
 
-def _field_problems(node: Any, prefix: str) -> Iterator[tuple[str, str]]:
+def field_problems(node: Any, prefix: str) -> Iterator[tuple[str, str]]:
     """(key, message) of every field that is missing or out of its range."""
     for field in dataclasses.fields(node):
         key, value = f"{prefix}{field.name}", getattr(node, field.name)
         if dataclasses.is_dataclass(value):
-            yield from _field_problems(value, f"{key}.")
+            yield from field_problems(value, f"{key}.")
         elif value == MISSING:
             yield key, f"{key} is not set, and has no default: add {key}=..."
         elif value is not None and field.metadata:

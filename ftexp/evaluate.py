@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ftexp.checks import range_problem
+from ftexp.checks import field_problems
 from ftexp.cli import explain, print_error, to_config
 from ftexp.config import Config, choice, ranged
 from ftexp.errors import CheckpointError, ConfigError, FtexpError
@@ -59,14 +59,8 @@ def parse(argv: list[str]) -> EvaluateConfig:
     if OmegaConf.is_missing(values, "run"):
         raise ConfigError("run is not set: add run=<run directory>")
     config = EvaluateConfig(**{str(key): value for key, value in values.items()})
-    problems = [
-        problem
-        for field in dataclasses.fields(config)
-        if field.metadata
-        for problem in range_problem(field.name, getattr(config, field.name), **field.metadata)
-    ]
-    if problems:
-        raise ConfigError("\n".join(problems))
+    if problems := dict(field_problems(config, "")):
+        raise ConfigError("\n".join(problems.values()))
     return config
 
 
@@ -152,7 +146,7 @@ def _evaluate(config: EvaluateConfig, run_config: Config, storage: Storage) -> d
     text = json.dumps(result, indent=1).encode()
     if config.out is None:
         storage.write_bytes(f"evaluation_{config.split}.json", text)
-        result["written"] = f"{storage.uri}/evaluation_{config.split}.json"
+        result["written"] = storage.child(f"evaluation_{config.split}.json").uri
     else:
         folder, _, name = config.out.rpartition("/")
         type(storage).at(folder or ".").write_bytes(name, text)
