@@ -15,16 +15,15 @@ import subprocess
 from collections.abc import Callable, Iterator
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
 
-from omegaconf import MISSING
-
-from ftexp.config import AUTO, Config, config_dir
+from ftexp.config import AUTO, CAUSES, FAULTS, Config, config_dir
 from ftexp.data.names import SOURCE_FIELDS
 from ftexp.errors import ConfigError
+from ftexp.field_checks import field_problems
 from ftexp.registry import did_you_mean
 from ftexp.timm_names import model_names, optimizer_names
 
+_FAULT_FIELDS = ("kind", "step", "rank", "count", "seconds")
 _SOURCE_ONLY = frozenset(name for names in SOURCE_FIELDS.values() for name in names) | {"kwargs"}
 
 
@@ -50,44 +49,6 @@ def num_local_gpus() -> int:
     listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30, check=False)
     found = sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
     return min(found, len(visible.split(","))) if visible else found
-
-
-def field_problems(node: Any, prefix: str) -> Iterator[tuple[str, str]]:
-    """(key, message) of every field that is missing or out of its range."""
-    for field in dataclasses.fields(node):
-        key, value = f"{prefix}{field.name}", getattr(node, field.name)
-        if dataclasses.is_dataclass(value):
-            yield from field_problems(value, f"{key}.")
-        elif value == MISSING:
-            yield key, f"{key} is not set, and has no default: add {key}=..."
-        elif value is not None and field.metadata:
-            for problem in range_problem(key, value, **field.metadata):
-                yield key, problem
-
-
-def range_problem(
-    key: str,
-    value: Any,
-    low: float | None = None,
-    high: float | None = None,
-    above: float | None = None,
-    options: tuple[str, ...] = (),
-) -> Iterator[str]:
-    """The message for a value outside its field's metadata (see `ftexp.config.ranged`), or nothing."""
-    if options:
-        if value not in options:
-            yield f"{key}={value!r} is not one of {', '.join(options)}.{did_you_mean(str(value), options)}"
-        return
-    bounds = [
-        text
-        for bound, text in ((above, f"above {above}"), (low, f"at least {low}"), (high, f"at most {high}"))
-        if bound is not None
-    ]
-    inside = (above is None or value > above) and (low is None or value >= low) and (high is None or value <= high)
-    if math.isinf(value) and inside:
-        yield f"{key}={value} is out of range: it must be finite"
-    elif not inside:  # NaN is not inside anything
-        yield f"{key}={value} is out of range: it must be {' and '.join(bounds)}"
 
 
 def _as_typed(value: object) -> str:
@@ -229,16 +190,64 @@ def _scaling(config: Config) -> Iterator[str]:
             f"scaling.address={scaling.address}: Ray Client is not supported, since workers must reach the driver. "
             "Run on a node of the cluster with scaling.address=auto (ray job submit does that)"
         )
+    if scaling.hot_start == "on" and scaling.address is not None:
+        yield "scaling.hot_start=on needs a Ray that ftexp starts: with scaling.address set, take auto or off"
     if scaling.backend not in (None, "gloo", "nccl"):
         yield f"scaling.backend={scaling.backend!r} must be gloo, nccl or null"
     elif scaling.backend == "nccl" and scaling.use_gpu is False:
         yield "scaling.backend=nccl needs GPUs, but scaling.use_gpu=false: use gloo"
 
 
+def _failure(config: Config) -> Iterator[str]:
+    failure = config.failure
+    for cause, count in failure.max_by_cause.items():
+        if cause not in CAUSES:
+            yield _unknown("failure.max_by_cause", cause, frozenset(CAUSES), f"Available: {', '.join(CAUSES)}")
+        if count < 0:
+            yield f"failure.max_by_cause.{cause}={count} must be at least 0; without a limit, leave it out"
+    if failure.backoff_s > failure.max_backoff_s:
+        yield f"failure.backoff_s={failure.backoff_s} must not be above failure.max_backoff_s={failure.max_backoff_s}"
+    if failure.on_nonfinite == "skip_step" and config.train.precision == "fp16":
+        yield "failure.on_nonfinite=skip_step is not for train.precision=fp16, whose loss scaler skips by itself"
+
+
 def _run(config: Config) -> Iterator[str]:
     name = config.run.name
     if name is not None and (not name.strip() or {".", ".."} & set(name.split("/")) or name.startswith("/")):
         yield f"run.name={name!r} can't name a folder under run.storage: give a name, or leave it out for a new run"
+
+    if name is None and config.resume == "must":
+        yield "resume=must needs run.name: without one, every call begins a new run"
+
+
+def _chaos(config: Config) -> Iterator[str]:
+    chaos = config.chaos
+    known = frozenset(FAULTS)
+    for number, fault in enumerate(chaos.faults):
+        key = f"chaos.faults[{number}]"
+        if not isinstance(fault, (str, dict)) or (isinstance(fault, dict) and "kind" not in fault):
+            yield f"{key}={fault} must be a fault's name, or {{kind: ..., step: ..., rank: ...}}"
+            continue
+        kind, fields = (fault, {}) if isinstance(fault, str) else (fault["kind"], fault)
+        if not isinstance(kind, str) or kind not in known:
+            yield _unknown(key, str(kind), known, f"Available: {', '.join(FAULTS)}")
+        for name in sorted(set(fields) - set(_FAULT_FIELDS)):
+            yield f"{key}.{name} is not a key.{did_you_mean(name, _FAULT_FIELDS)} Keys: {', '.join(_FAULT_FIELDS)}"
+        for name, low in (("step", 1), ("rank", 0), ("count", 1), ("seconds", 0)):
+            value = fields.get(name, low)
+            whole = isinstance(value, int) or (name == "seconds" and isinstance(value, float))
+            if isinstance(value, bool) or not whole or value < low:
+                yield f"{key}.{name}={value!r} must be a number, at least {low}"
+    for kind in chaos.kinds:
+        if kind not in known:
+            yield _unknown("chaos.kinds", kind, known, f"Available: {', '.join(FAULTS)}")
+    if chaos.step is not None and chaos.kind in ("none", "random"):
+        yield f"chaos.step={chaos.step} is not used by chaos={chaos.kind}: take it out, or choose a fault"
+    if chaos.kind == "random":
+        if not chaos.kinds:
+            yield "chaos.kinds=[] leaves chaos=random nothing to do: name some faults"
+        if chaos.faults:
+            yield "chaos.faults stands beside chaos.kind=random, which draws its own: take one of them"
 
 
 def _is_count(value: object) -> bool:
@@ -278,4 +287,6 @@ _CHECKS: dict[Callable[[Config], Iterator[str]], tuple[str, ...]] = {
     _scaling: (),
     _batch: ("train.global_batch_size", "train.accumulate_steps"),
     _checkpoint: (),
+    _chaos: ("chaos.kind",),
+    _failure: ("failure.backoff_s", "failure.max_backoff_s"),
 }

@@ -24,7 +24,10 @@ from ftexp.errors import ConfigError, FtexpError
 from ftexp.registry import did_you_mean
 
 EXIT_INTERRUPTED = 130
-_OPEN_KEYS = re.compile(r"^((model|optim|data)\.kwargs|model\.preset|scaling\.resources_per_worker)(\.[^=]+)?=")
+EXIT_TERMINATED = 75  # by SIGTERM, after a last save: EX_TEMPFAIL, the same command goes on
+_OPEN_KEYS = re.compile(
+    r"^((model|optim|data)\.kwargs|model\.preset|scaling\.resources_per_worker|failure\.max_by_cause)(\.[^=]+)?="
+)
 
 
 class _Shared(ConfigNode):
@@ -98,6 +101,16 @@ def to_config(composed: DictConfig) -> Config:
     except OmegaConfBaseException as error:
         raise ConfigError(explain(error)) from error
     return config
+
+
+def parse_words(schema: type[Any], words: Sequence[str]) -> Any:
+    """Read key=value words into `schema`, a dataclass; ConfigError names what doesn't fit it."""
+    try:
+        values = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.from_dotlist(list(words)))
+        assert isinstance(values, DictConfig), "a dataclass holds keys"
+        return _typed(values, schema)
+    except OmegaConfBaseException as error:
+        raise ConfigError(explain(error, schema())) from error
 
 
 def _typed(node: DictConfig, schema: type[Any]) -> Any:

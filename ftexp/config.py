@@ -15,6 +15,13 @@ from omegaconf import MISSING
 
 AUTO = "auto"
 PRECISIONS = ("fp32", "bf16", "fp16")
+CAUSES = ("bug", "out_of_memory", "crash", "hang", "preemption", "non_finite", "storage", "startup")
+DAMAGES = ("truncate_checkpoint", "flip_byte", "delete_manifest", "delete_checkpoint")  # to checkpoints
+FAULTS = (
+    *("raise", "kill_worker", "kill_driver", "hang", "nonfinite"),
+    *DAMAGES,
+    *("half_snapshot", "disk_full", "slow_storage"),
+)
 SCHEDULES = ("cosine", "poly", "tanh", "step", "constant")
 
 
@@ -90,6 +97,8 @@ class TrainConfig:
     eval_every_epochs: int = ranged(1, low=1)  # the last epoch is always evaluated
     eval_batch_size: int | None = ranged(None, low=1)  # per worker; None: four times its training share
     log_every_steps: int = ranged(10, low=1)
+    max_steps: int | None = ranged(None, low=1)  # stop after so many optimiser steps; the schedule stays as it is
+    ledger: bool = False  # write down which samples drove which update: ledger/*.jsonl
 
 
 @dataclass(kw_only=True)
@@ -122,21 +131,35 @@ class ScalingConfig:
     address: str | None = None  # None: start Ray here; auto or host:port: join that cluster
     backend: str | None = None  # torch.distributed backend; None: nccl on GPU, gloo on CPU
     timeout_s: int = ranged(1800, low=1)  # of one collective
+    hot_start: str = choice("auto", ("auto", "on", "off"))  # workers fork from a process that has imported everything
 
 
 @dataclass(kw_only=True)
 class FailureConfig:
     max_failures: int = ranged(3, low=-1)  # restarts of the worker group; -1: no limit
-    max_preemption_failures: int = ranged(-1, low=-1)
-    controller_failure_limit: int = ranged(-1, low=-1)
+    max_preemption_failures: int = ranged(-1, low=-1)  # preemptions are not charged to max_failures
+    max_by_cause: dict[str, int] = field(default_factory=dict)  # {cause: restarts}, beside max_failures
+    refill_after_steps: int | None = ranged(None, low=1)  # a failure this many steps back is forgiven; None: never
+    max_failures_without_progress: int = ranged(3, low=-1)  # in a row, none of which saw a new step: a crash loop
+    backoff_s: float = ranged(1.0, low=0)  # wait before a restart that follows no progress; doubled each time
+    max_backoff_s: float = ranged(60.0, low=0)
+    on_nonfinite: str = choice("raise", ("raise", "skip_step"))  # a loss or gradient that is NaN or infinite
+    max_nonfinite_steps: int = ranged(10, low=0)  # skipped in a row before the run gives up
+    hang_timeout_s: float | None = ranged(300.0, above=0)  # without a step, on any rank; None: never
+    start_timeout_s: float | None = ranged(1800.0, above=0)  # for building, restoring, compiling and the first step
+    evaluation_timeout_s: float | None = ranged(1800.0, above=0)
+    save_timeout_s: float | None = ranged(1800.0, above=0)  # waiting for the save before
+    controller_failure_limit: int = ranged(-1, low=-1)  # restarts of Ray's controller, and starts that failed
     relax_collectives_on_preemption: bool = False
     preemption_grace_s: float = ranged(0.0, low=0)
 
 
 @dataclass(kw_only=True)
 class CheckpointConfig:
-    every_epochs: int | None = ranged(1, low=1)  # None: only at the other cadence, and at the end
+    every_epochs: int | None = ranged(1, low=1)  # None: only at the other cadences, and at the end
     every_steps: int | None = ranged(None, low=1)  # optimiser steps
+    every_seconds: float | None = ranged(None, above=0)  # since the last save began
+    max_failed_saves: int | None = ranged(None, low=0)  # failed saves in a row that training survives; None: any number
     num_to_keep: int | None = ranged(2, low=2)  # 1 would leave no way back if the newest is torn; None: all
     checkpoint_score_attribute: str = "val_accuracy"  # the best by this metric is kept as well
     checkpoint_score_order: str = choice("max", ("max", "min"))
@@ -144,11 +167,25 @@ class CheckpointConfig:
 
 
 @dataclass(kw_only=True)
+class ChaosConfig:
+    kind: str = choice("none", ("none", *FAULTS, "random"))
+    step: int | None = ranged(None, low=1)  # fires after this optimiser step; None: in the middle of the run
+    rank: int = ranged(0, low=0)  # the worker that it happens to, modulo their number
+    count: int = ranged(1, low=1)  # newest checkpoints that are damaged; saves that fail or are slow
+    seconds: float = ranged(3600.0, low=0)  # hang: how long; slow_storage: how much longer a save takes
+    faults: list[Any] = field(default_factory=list)  # several: names, or {kind: ..., step: ..., rank: ...}
+    kinds: list[str] = field(default_factory=lambda: ["kill_worker"])  # random: what may happen
+    rate: float = ranged(0.01, low=0, high=1)  # random: probability of a fault at a step
+    seed: int = ranged(0, low=0)  # random: its own seed
+
+
+@dataclass(kw_only=True)
 class Config:
     """A whole run. `conf/config.yaml` names the group files that fill it."""
 
     seed: int = ranged(0, low=0, high=2**32 - 1)
-    resume: str = choice("auto", ("auto",))
+    resume: str = choice("auto", ("auto", "must", "never"))  # must, never: whether run.name must, or mustn't, exist
+    resume_from: str | None = None  # a run directory or a checkpoint, whose weights a new run starts from
     plugins: list[str] = field(default_factory=list)  # modules of yours to import: models, sources, states
     verbose: bool = False  # show Ray's own output
     run: RunConfig = field(default_factory=RunConfig)
@@ -161,6 +198,7 @@ class Config:
     scaling: ScalingConfig = field(default_factory=ScalingConfig)
     failure: FailureConfig = field(default_factory=FailureConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    chaos: ChaosConfig = field(default_factory=ChaosConfig)
 
 
 def config_dir() -> Path:

@@ -5,8 +5,10 @@ FtexpError
 │   └── UnknownNameError   a registry has no entry of that name
 ├── DataError        a data source is missing, empty, or holds unreadable samples
 ├── StorageError     the run directory can't be read or written
+│   └── RunInUseError      another command is running in it
 ├── CheckpointError  a checkpoint is damaged, or does not fit the run
 │   └── StateError   a saved state and the configured states disagree
+├── NonFiniteError   a loss or gradient is NaN or infinite
 └── RunFailedError   training stopped and the failure policy allows no further try
 
 Every message names the key or file, its value, and what to do about it.
@@ -39,12 +41,20 @@ class StorageError(FtexpError):
     """The run directory can't be read or written."""
 
 
+class RunInUseError(StorageError):
+    """Another living process has the run directory."""
+
+
 class CheckpointError(FtexpError):
     """A checkpoint is damaged, or does not fit the run that wants it."""
 
 
 class StateError(CheckpointError):
     """A saved state and the states named in `checkpoint.extra_state` disagree."""
+
+
+class NonFiniteError(FtexpError):
+    """A loss or a gradient is NaN or infinite."""
 
 
 class RunFailedError(FtexpError):

@@ -12,13 +12,12 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import MISSING, OmegaConf
 
-from ftexp.checks import field_problems
-from ftexp.cli import explain, print_error, to_config
+from ftexp.cli import parse_words, print_error, to_config
 from ftexp.config import Config, choice, ranged
 from ftexp.errors import CheckpointError, ConfigError, FtexpError
+from ftexp.field_checks import field_problems
 
 if TYPE_CHECKING:
     from ftexp.checkpoint.store import CheckpointStore, Manifest
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
 class EvaluateConfig:
     """What the command may be given."""
 
-    run: str = "???"
+    run: str = MISSING
     checkpoint: str = "best"  # best, latest, or the name of a folder under checkpoints/
     split: str = choice("test", ("train", "val", "test"))
     batch_size: int = ranged(256, low=1)
@@ -52,13 +51,9 @@ def main() -> None:
 
 def parse(argv: list[str]) -> EvaluateConfig:
     """Read key=value words; ConfigError names what is wrong."""
-    try:
-        values = OmegaConf.merge(OmegaConf.structured(EvaluateConfig), OmegaConf.from_dotlist(argv))
-    except OmegaConfBaseException as error:
-        raise ConfigError(explain(error, EvaluateConfig())) from error
-    if OmegaConf.is_missing(values, "run"):
+    config: EvaluateConfig = parse_words(EvaluateConfig, argv)
+    if config.run == MISSING:
         raise ConfigError("run is not set: add run=<run directory>")
-    config = EvaluateConfig(**{str(key): value for key, value in values.items()})
     if problems := dict(field_problems(config, "")):
         raise ConfigError("\n".join(problems.values()))
     return config

@@ -11,7 +11,7 @@ from ftexp.errors import ConfigError
 
 # model, data, optimiser, seed and batch define a run; epochs, workers, logging, failure and checkpoint settings
 # may change between calls
-_DEFINING = ("seed", "model", "data", "augment", "optim", "schedule")
+_DEFINING = ("seed", "resume_from", "model", "data", "augment", "optim", "schedule")
 _DEFINING_TRAIN = ("global_batch_size", "precision", "label_smoothing", "clip_grad_norm")
 _FREE_DATA = ("root", "download", "feed", "prefetch_batches")  # where the data lies may change, and how it is read
 _SECRET = re.compile(r"(secret|password|passwd|token|api_?key|access_?key|credential)", re.IGNORECASE)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import random
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import ray.train
 import torch
 import torch.distributed as dist
@@ -14,12 +16,15 @@ from torch import nn
 
 from ftexp.config import Config
 from ftexp.data.augment import Augment
-from ftexp.data.feeds import CachedFeed, Feed, Plan, Rows, ToTensors
+from ftexp.data.feeds import Batch, CachedFeed, Feed, Plan, Rows, ToTensors
 from ftexp.data.order import Order, derive_seed
 from ftexp.data.splits import SPLITS, DataInfo
+from ftexp.hot_start.preloader import MARK as HOT_START_MARK
+from ftexp.ledger import LEDGER, Ledger
 from ftexp.models import WeightsReport, build_model
 from ftexp.optim import build_optimizer, build_scheduler
 from ftexp.progress import Meter, Progress
+from ftexp.storage import Storage
 from ftexp.wire import HubAddress, Line
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -33,7 +38,8 @@ class JobSpec:
     config: Config
     info: DataInfo
     run_name: str
-    checkpoints_uri: str
+    run_uri: str
+    fingerprint: dict[str, Any]  # what defines the run
     hub: HubAddress
 
 
@@ -57,10 +63,45 @@ class Job:
     feed: Feed
     rows: dict[str, Rows]  # by split, for evaluation
     to_tensors: ToTensors
-    total_positions: int  # of the whole run: samples of an epoch times epochs
+    total_positions: int  # of the whole run: samples of an epoch times epochs, or as far as train.max_steps goes
     progress: Progress
+    fingerprint: dict[str, Any] = field(default_factory=dict)
+    ledger: Ledger = field(default_factory=lambda: Ledger(None, 0, 0))
     weights_report: WeightsReport | None = None
     best: dict[str, Any] = field(default_factory=dict)  # {"metric": name, "value": float, "step": int}
+    batch: Batch | None = None  # that is being trained on
+    num_skipped: int = 0  # steps in a row
+    poisoned: bool = False  # chaos: the coming step's loss is NaN on this rank
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last step is done."""
+        return self.progress.position >= self.total_positions
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        return math.ceil(self.total_positions / self.config.train.global_batch_size)
+
+    def agree(self, value: int) -> int:
+        """Rank 0's `value`, on every rank; collective."""
+        if not dist.is_initialized():
+            return value
+        box = torch.tensor([value], device=self.device)
+        dist.broadcast(box, src=0)
+        return int(box.item())
+
+    def all_agree(self, holds: bool) -> bool:
+        """Whether it holds on every rank; collective."""
+        if not dist.is_initialized():
+            return holds
+        box = torch.tensor([int(holds)], device=self.device)
+        dist.all_reduce(box, op=dist.ReduceOp.MIN)
+        return bool(box.item())
+
+    def agree_on(self, value: Any) -> Any:
+        """Rank 0's `value`, of any type that pickles, on every rank; collective."""
+        return _agree_on(value)
 
     def autocast(self) -> torch.autocast:
         """The context in which forward passes run."""
@@ -68,8 +109,10 @@ class Job:
         return torch.autocast(self.device.type, dtype=_DTYPES[precision], enabled=precision != "fp32")
 
     def seed_step(self) -> None:
-        """Make dropout and the like of the coming step depend on (seed, step, rank) alone."""
+        """Make what the coming step draws from torch, numpy or Python depend on (seed, step, rank) alone."""
         seed = derive_seed(self.config.seed, _STEP, self.progress.step, self.rank) % 2**63
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
         torch.default_generator.manual_seed(seed)  # torch.manual_seed asks every backend, which takes longer
         if self.device.type == "cuda":
             torch.cuda.manual_seed(seed)
@@ -81,7 +124,7 @@ def build_job(spec: JobSpec) -> Job:
     rank, world_size, device = context.get_world_rank(), context.get_world_size(), get_device()
     assert isinstance(device, torch.device)
     line = _connect(spec, rank, world_size)
-    attempt = _agree(line.answer.get("attempt"))
+    attempt = _agree_on(line.answer.get("attempt"))
     torch.manual_seed(derive_seed(config.seed, _INIT) % 2**63)
     model, report = build_model(config.model, info)
     if config.train.channels_last:
@@ -92,11 +135,14 @@ def build_job(spec: JobSpec) -> Job:
     model = wrapped.module if world_size > 1 else wrapped
     rows = {split: Rows(ray.train.get_dataset_shard(split)) for split in SPLITS}
     num_samples = len(rows["train"])
-    total_positions = num_samples * config.train.epochs
-    steps_per_epoch = num_samples / config.train.global_batch_size
+    global_batch_size, max_steps = config.train.global_batch_size, config.train.max_steps
+    all_positions = num_samples * config.train.epochs
+    total_positions = all_positions if max_steps is None else min(all_positions, max_steps * global_batch_size)
+    steps_per_epoch = num_samples / global_batch_size
     optimizer = build_optimizer(config.optim, model)
     to_tensors = ToTensors(info, device, config.train.channels_last)
-    plan = Plan(config.train.global_batch_size, config.train.accumulate_steps, total_positions, rank, world_size)
+    plan = Plan(global_batch_size, config.train.accumulate_steps, total_positions, rank, world_size)
+    ledger = Storage(spec.run_uri).child(LEDGER) if config.train.ledger else None
     return Job(
         config=config,
         info=info,
@@ -110,7 +156,7 @@ def build_job(spec: JobSpec) -> Job:
         wrapped=wrapped,
         optimizer=optimizer,
         scheduler=build_scheduler(
-            config.schedule, optimizer, math.ceil(total_positions / config.train.global_batch_size), steps_per_epoch
+            config.schedule, optimizer, math.ceil(all_positions / global_batch_size), steps_per_epoch
         ),
         scaler=torch.amp.GradScaler(device.type, enabled=config.train.precision == "fp16"),
         feed=CachedFeed(
@@ -124,6 +170,8 @@ def build_job(spec: JobSpec) -> Job:
         to_tensors=to_tensors,
         total_positions=total_positions,
         progress=Progress(Meter(device)),
+        fingerprint=spec.fingerprint,
+        ledger=Ledger(ledger, attempt, rank),
         weights_report=report,
     )
 
@@ -133,10 +181,11 @@ def _connect(spec: JobSpec, rank: int, world_size: int) -> Line:
     import socket
 
     hello = {"kind": "hello", "rank": rank, "world_size": world_size, "pid": os.getpid(), "node": socket.gethostname()}
+    hello["hot_start"] = HOT_START_MARK in os.environ
     return Line(spec.hub, hello)
 
 
-def _agree(value: Any) -> Any:
+def _agree_on(value: Any) -> Any:
     """Rank 0's value, on every rank."""
     if not dist.is_initialized():
         return value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import threading
 import time
 import traceback
 from typing import Any
@@ -11,13 +12,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch import Tensor
 
 import ftexp.checkpoint.states  # noqa: F401 - registers the built-in states
 from ftexp.checkpoint.manager import CheckpointManager
 from ftexp.checkpoint.registry import ExtraState
-from ftexp.checkpoint.store import CheckpointStore
+from ftexp.checkpoint.restore import restore
+from ftexp.checkpoint.store import CHECKPOINTS, CheckpointStore
+from ftexp.config import FailureConfig
 from ftexp.data.feeds import Batch, evaluation_batches, prefetched
+from ftexp.errors import NonFiniteError
 from ftexp.evaluation import count_into
+from ftexp.failure.chaos import Chaos, FaultyStore
+from ftexp.failure.watchdog import BETWEEN, EVALUATION, SAVE, START, STEP, Watchdog
 from ftexp.job import Job, JobSpec, build_job
 from ftexp.progress import Meter, means
 from ftexp.registry import load_plugins
@@ -26,20 +33,23 @@ from ftexp.storage import Storage
 _TICK_INTERVAL_S = 0.1  # between messages that only move the progress bar
 
 
-def train_loop(spec: JobSpec) -> dict[str, float]:
+def train_loop(spec: JobSpec) -> dict[str, float] | None:
     """Train from the latest verified checkpoint, or from the start, to the end; returns the last metrics.
 
+    None if it was stopped before the end, after a last save.
     Runs on every worker of a Ray Train group, with the datasets train, val and test.
     """
     load_plugins(spec.config.plugins)
     job = build_job(spec)
     try:
-        return _train(job, CheckpointStore(Storage(spec.checkpoints_uri)))
+        return _train(job, Storage(spec.run_uri))
     except Exception:
         job.line.send(
             "raised",
             rank=job.rank,
             step=job.progress.step,
+            position=job.progress.position,
+            samples=job.batch.samples.tolist() if job.batch is not None else [],
             traceback=traceback.format_exc(),
         )
         raise
@@ -47,32 +57,81 @@ def train_loop(spec: JobSpec) -> dict[str, float]:
         job.line.close()
 
 
-def _train(job: Job, store: CheckpointStore) -> dict[str, float]:
+def _train(job: Job, run_dir: Storage) -> dict[str, float] | None:
+    store = FaultyStore(run_dir.child(CHECKPOINTS))
     checkpoints = CheckpointManager(job, store, ExtraState(job.config.checkpoint.extra_state, job))
+    chaos = Chaos(job, store, checkpoints, run_dir)
+    watchdog = Watchdog(hang_limits(job.config.failure), lambda *found: report_hang(job, run_dir, *found))
+    watchdog.start()
+    try:
+        _run(job, store, checkpoints, chaos, watchdog)
+    finally:
+        watchdog.stop()
+    return dict(job.progress.metrics) if job.finished else None
+
+
+def _run(job: Job, store: CheckpointStore, checkpoints: CheckpointManager, chaos: Chaos, watchdog: Watchdog) -> None:
+    settle_gradient_order(job)
     restore(job, store, checkpoints)
     announce(job)
     progress, ticker = job.progress, Ticker(job)
-    batches = prefetched(job.feed.from_position(progress.position), prefetch_depth(job))
-    for batch in batches:
+    in_step = START  # until one step is done: the first compiles, and fills what is prefetched
+    for batch in prefetched(job.feed.from_position(progress.position), prefetch_depth(job)):
+        job.batch = batch
+        watchdog.beat(in_step)
         train_step(job, batch)
+        in_step = STEP
+        watchdog.beat(BETWEEN)
         epoch_ended = advance(job, batch)
         ticker.tick()
         if progress.step % job.config.train.log_every_steps == 0:
             log_train(job)
-        if epoch_ended and evaluation_due(job):
-            evaluate(job, "val")
+        if evaluation_due(job, epoch_ended):
+            with watchdog.during(EVALUATION):
+                evaluate(job, "val")
             update_best(job)
+        chaos.strike()
         if checkpoints.due(epoch_ended):
-            checkpoints.save()
-    checkpoints.finish()
-    evaluate(job, "test")
-    return dict(progress.metrics)
+            with watchdog.during(SAVE):
+                checkpoints.save()
+        if checkpoints.stopping:
+            break
+    with watchdog.during(SAVE):
+        checkpoints.finish()
+    if job.finished:
+        with watchdog.during(EVALUATION):
+            evaluate(job, "test")
+
+
+def hang_limits(config: FailureConfig) -> dict[str, float | None]:
+    """Seconds that each phase of the loop may stand still."""
+    return {
+        START: config.start_timeout_s,
+        STEP: config.hang_timeout_s,
+        BETWEEN: config.hang_timeout_s,
+        EVALUATION: config.evaluation_timeout_s,
+        SAVE: config.save_timeout_s,
+    }
+
+
+def report_hang(job: Job, run_dir: Storage, phase: str, seconds: float, stacks: str) -> None:
+    """Tell the driver, and leave the stacks of all threads in the run directory."""
+    name = f"a{job.attempt}.r{job.rank}.txt"
+    file = run_dir.child("hangs", name).uri
+    job.line.send("hung", rank=job.rank, doing=phase, seconds=seconds, file=file, step=job.progress.step)
+    # the storage may be what hangs
+    writing = threading.Thread(target=run_dir.child("hangs").write_bytes, args=(name, stacks.encode()), daemon=True)
+    writing.start()
+    writing.join(timeout=10)
+    job.line.flush()
 
 
 def train_step(job: Job, batch: Batch) -> None:
     """One optimiser step on this rank's share of a global batch."""
     config = job.config.train
     job.seed_step()
+    skips = job.config.failure.on_nonfinite == "skip_step"
+    before = [job.progress.train.taken(), *(buffer.clone() for buffer in job.model.buffers())] if skips else []
     job.optimizer.zero_grad(set_to_none=True)
     for number, micro in enumerate(batch.micro_batches):
         is_last = number == len(batch.micro_batches) - 1
@@ -82,13 +141,40 @@ def train_step(job: Job, batch: Batch) -> None:
             losses = F.cross_entropy(
                 logits.float(), micro.labels, reduction="none", label_smoothing=config.label_smoothing
             )
+            if job.poisoned:
+                losses, job.poisoned = losses * math.nan, False
             job.scaler.scale((losses * micro.weights).sum()).backward()  # type: ignore[no-untyped-call]
         job.progress.train.add(losses, logits.argmax(1) == micro.labels, micro.weights > 0)
-    if config.clip_grad_norm is not None:
+    if config.clip_grad_norm is not None or skips:
         job.scaler.unscale_(job.optimizer)
-        torch.nn.utils.clip_grad_norm_(job.model.parameters(), config.clip_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(job.model.parameters(), config.clip_grad_norm or math.inf)
+        # gradients are summed over ranks: where one rank's are not finite, all ranks' are
+        if skips and not job.scaler.is_enabled() and not bool(torch.isfinite(norm)):
+            skip_step(job, before)
+            return
+    job.num_skipped = 0
     job.scaler.step(job.optimizer)
     job.scaler.update()
+
+
+def skip_step(job: Job, before: list[Tensor]) -> None:
+    """Leave everything as it was before a step whose gradient is NaN or infinite; NonFiniteError if too many.
+
+    before: the meter's sums, and the model's buffers, in which batch norm may have taken up the NaN.
+    """
+    job.optimizer.zero_grad(set_to_none=True)
+    job.progress.train.put_back(before[0])
+    for buffer, value in zip(job.model.buffers(), before[1:], strict=True):
+        buffer.copy_(value)
+    job.num_skipped += 1
+    limit, step = job.config.failure.max_nonfinite_steps, job.progress.step + 1
+    if job.rank == 0:
+        job.line.send("event", name="step_skipped", step=step, reason="the gradient is not finite")
+    if job.num_skipped > limit:
+        raise NonFiniteError(
+            f"{job.num_skipped} steps in a row had a gradient that is not finite, the last of them step {step}, and "
+            f"failure.max_nonfinite_steps={limit}"
+        )
 
 
 def _gradient_sync(job: Job, enabled: bool) -> contextlib.AbstractContextManager[Any]:
@@ -103,31 +189,29 @@ def advance(job: Job, batch: Batch) -> bool:
     progress, samples = job.progress, len(job.rows["train"])
     progress.step += 1
     progress.position = batch.end
+    job.ledger.note(progress.step, batch)
     job.scheduler.step_update(progress.step)
     before, progress.epoch = progress.epoch, batch.end // samples
     return progress.epoch > before
 
 
-def restore(job: Job, store: CheckpointStore, checkpoints: CheckpointManager) -> None:
-    """Go to the latest checkpoint that verifies. Rank 0 decides, and every rank loads what it decided."""
-    started = time.perf_counter()
-    rejected: dict[str, str] = {}
-    chosen = store.latest(rejected.__setitem__) if job.rank == 0 else None
-    for name, reason in rejected.items():
-        job.line.send("event", name="checkpoint_rejected", checkpoint=name, reason=reason)
-    box = [chosen[0].name if chosen else None]
-    if dist.is_initialized():
-        dist.broadcast_object_list(box, src=0)
-    if box[0] is None:
+def settle_gradient_order(job: Job) -> None:
+    """Have DDP arrange its buckets for good before the first step; collective.
+
+    It does so after an attempt's first backward pass. Gradients then lie elsewhere in the buffers that are summed
+    over ranks, and with three ranks or more the sums are added up in another order: an attempt that resumed would
+    round its first step otherwise than the run that was never stopped.
+    """
+    if job.world_size < 3:  # a + b is b + a
         return
-    if chosen is None:
-        manifest = store.by_name(box[0])
-        chosen = manifest, store.read(manifest)
-    checkpoints.restore(*chosen)
-    if job.rank == 0:
-        seconds = round(time.perf_counter() - started, 3)
-        fields = {"checkpoint": box[0], "step": job.progress.step, "position": job.progress.position}
-        job.line.send("event", name="restored", rejected=len(rejected), restore_s=seconds, **fields)
+    buffers = [buffer.clone() for buffer in job.model.buffers()]
+    shape = (2, job.info.channels, job.info.image_size, job.info.image_size)
+    with job.autocast():
+        logits = job.wrapped(torch.zeros(shape, device=job.device))
+    logits.float().sum().backward()
+    job.optimizer.zero_grad(set_to_none=True)
+    for buffer, before in zip(job.model.buffers(), buffers, strict=True):
+        buffer.copy_(before)
 
 
 def announce(job: Job) -> None:
@@ -137,16 +221,15 @@ def announce(job: Job) -> None:
             "ready",
             num_parameters=sum(parameter.numel() for parameter in job.model.parameters()),
             device=str(job.device),
-            total_steps=math.ceil(job.total_positions / job.config.train.global_batch_size),
+            total_steps=job.total_steps,
             step=job.progress.step,
             weights=str(job.weights_report) if job.weights_report else None,
         )
 
 
-def evaluation_due(job: Job) -> bool:
-    """Whether the epoch just ended is one that is evaluated; the last always is."""
-    finished = job.progress.position >= job.total_positions
-    return finished or job.progress.epoch % job.config.train.eval_every_epochs == 0
+def evaluation_due(job: Job, epoch_ended: bool) -> bool:
+    """Whether to evaluate after the step just done: at the end, and after every so many epochs."""
+    return job.finished or (epoch_ended and job.progress.epoch % job.config.train.eval_every_epochs == 0)
 
 
 def evaluate(job: Job, split: str) -> None:
@@ -166,7 +249,10 @@ def evaluate(job: Job, split: str) -> None:
 
 def log_train(job: Job) -> None:
     """Log the mean training loss and accuracy since the last point; collective."""
-    loss, accuracy = means(job.progress.train.totals())
+    totals = job.progress.train.totals()
+    if totals[3]:
+        raise NonFiniteError(f"{totals[3]} losses were NaN or infinite by step {job.progress.step}")
+    loss, accuracy = means(totals)
     job.progress.train.reset()
     rate = job.optimizer.param_groups[0]["lr"]
     _log(job, "train", {"train_loss": loss, "train_accuracy": accuracy, "lr": rate})

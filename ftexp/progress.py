@@ -27,6 +27,14 @@ class Meter:
         lost = (counted & ~finite).sum()
         self._sums += torch.stack([units.sum(), (correct & counted).sum(), counted.sum(), lost])
 
+    def taken(self) -> Tensor:
+        """The sums as they are now, for `put_back`."""
+        return self._sums.clone()
+
+    def put_back(self, sums: Tensor) -> None:
+        """Forget what was counted since `taken`."""
+        self._sums.copy_(sums)
+
     def reset(self) -> None:
         """Start again from nothing."""
         self._sums.zero_()

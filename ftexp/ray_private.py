@@ -3,11 +3,15 @@
 - The snapshot file: Ray Train would take up checkpoints of an earlier call from it, and refuses to start if it
   is torn or names a missing folder. Ours follow from manifests, so it is dropped before each fit.
 - The error of a dead worker wraps Ray's public RayActorError in a private class.
+- Forks of a process that has imported Ray must not share its random numbers, from which Ray makes its ids. Its
+  generator is seeded at the first draw, and the decorator of actor classes draws when Ray's modules are imported.
 - The thread that prints raylet's messages starts whatever log_to_driver says; what it prints is in Ray's logs too.
 """
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from typing import Any
 
 SNAPSHOT = "checkpoint_manager_snapshot.json"
@@ -29,3 +33,29 @@ def silence_raylet_messages() -> None:
         return None
 
     worker.listen_error_messages = ignore
+
+
+def import_without_drawing(import_all: Callable[[], None]) -> None:
+    """Import what defines Ray actors, while their class ids come from the operating system's randomness."""
+    import ray.actor
+
+    original = ray.actor.ActorClassID
+
+    class Drawn:
+        @staticmethod
+        def from_random() -> Any:
+            return original(os.urandom(original.size()))
+
+    ray.actor.ActorClassID = Drawn
+    try:
+        import_all()
+    finally:
+        ray.actor.ActorClassID = original
+
+
+def random_id() -> str:
+    """An id as Ray draws it."""
+    from ray._raylet import UniqueID
+
+    drawn: str = UniqueID.from_random().hex()
+    return drawn

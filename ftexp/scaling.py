@@ -92,7 +92,7 @@ def prepare_environment(config: Config) -> None:
         os.environ.setdefault(name, value)
 
 
-def start_ray(config: Config) -> str:
+def start_ray(config: Config, runtime_env: dict[str, Any] | None = None) -> str:
     """Start Ray on this machine, or join `scaling.address`; returns this node's address. ConfigError if it fails."""
     import ray
 
@@ -108,6 +108,7 @@ def start_ray(config: Config) -> str:
             log_to_driver=config.verbose,
             logging_level=level,
             configure_logging=config.verbose,
+            runtime_env=runtime_env,
             **options,
         )
     except ConnectionError as error:

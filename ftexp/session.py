@@ -11,6 +11,8 @@ from omegaconf import OmegaConf
 from ftexp.config import Config
 from ftexp.errors import ConfigError
 from ftexp.fingerprint import masked
+from ftexp.hot_start.driver import HotStart
+from ftexp.lease import Lease
 from ftexp.registry import load_plugins
 from ftexp.scaling import Workers, lacking_resources, quiet_data, start_ray
 from ftexp.storage import Storage
@@ -19,22 +21,24 @@ from ftexp.tracking import RunRecord, RunState
 
 
 def run_session(
-    config: Config, overrides: list[str], workers: Workers, run_dir: Storage, state: RunState
+    config: Config, overrides: list[str], workers: Workers, run_dir: Storage, state: RunState, lease: Lease
 ) -> dict[str, float]:
     """Train in a Ray that is started here, or joined, and left again; returns the last metrics."""
     # torch takes seconds to import, and starting Ray is mostly waiting for its processes
+    hot_start = HotStart(config.scaling, max(1, int(workers.resources_per_worker.get("CPU", 1))))
     importing = threading.Thread(target=importlib.import_module, args=("ftexp.trainer",), name="import")
     importing.start()
-    host = start_ray(config)
     try:
+        host = start_ray(config, hot_start.runtime_env())
         importing.join()
-        return _run(config, overrides, workers, run_dir, state, host)
+        return _run(config, overrides, workers, run_dir, state, lease, host)
     finally:
         ray.shutdown()
+        hot_start.stop()
 
 
 def _run(
-    config: Config, overrides: list[str], workers: Workers, run_dir: Storage, state: RunState, host: str
+    config: Config, overrides: list[str], workers: Workers, run_dir: Storage, state: RunState, lease: Lease, host: str
 ) -> dict[str, float]:
     import ftexp.checkpoint.states
     import ftexp.data.files
@@ -65,7 +69,7 @@ def _run(
         record.event("bad_samples", count=len(samples), samples=samples)
     terminal.header(state.name, run_dir.uri, config.model.name, bundle.info, config.data.name, str(workers))
     try:
-        return run_training(config, workers, bundle, run_dir, record, terminal, host)
+        return run_training(config, workers, bundle, run_dir, record, terminal, lease, host)
     finally:
         if record.state.status != "running":
             terminal.summary(record.state, run_dir)

@@ -10,9 +10,10 @@ import contextlib
 import os
 import re
 import shutil
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 from urllib.parse import unquote
 
 from ftexp.errors import ConfigError, StorageError
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
 
 _TEMPORARY = ".tmp-"  # prefix of a name that is being written; never a result
+
+_S3_ATTEMPTS = 3  # an endpoint that never answers then costs about 10 s instead of 100 (pyarrow 26)
+
+Writer = Callable[[BinaryIO], object]  # writes a file's content into the stream that it is given
 
 
 def open_uri(uri: str, key: str) -> tuple[FileSystem, str]:
@@ -31,9 +36,23 @@ def open_uri(uri: str, key: str) -> tuple[FileSystem, str]:
         return LocalFileSystem(), _local_path(uri)
     try:
         filesystem, path = FileSystem.from_uri(uri)
+        filesystem = _less_patient(filesystem)
     except Exception as error:  # pyarrow raises ArrowInvalid, OSError or ImportError, by scheme
         raise ConfigError(f"{key}={uri} can't be opened: {error}. Give a folder, or a URI of pyarrow.fs") from error
     return filesystem, path
+
+
+def _less_patient(filesystem: FileSystem) -> FileSystem:
+    """An S3 that gives up a dead endpoint after seconds, not minutes: what rests on it is tried again later anyway.
+
+    pyarrow has no URI option for it; how a file system pickles says with which arguments it was made.
+    """
+    from pyarrow import fs
+
+    if filesystem.type_name != "s3":
+        return filesystem
+    _, (arguments,) = filesystem.__reduce__()
+    return fs.S3FileSystem(**{**arguments, "retry_strategy": fs.AwsStandardS3RetryStrategy(max_attempts=_S3_ATTEMPTS)})
 
 
 def is_remote(uri: str) -> bool:
@@ -61,9 +80,24 @@ class Storage:
 
     def child(self, *names: str) -> Storage:
         """A folder inside this one."""
-        # the options of a URI (s3://bucket/prefix?region=...) stay at its end
+        base, options = self._split()
+        return Storage("/".join([base, *names]) + options)
+
+    @property
+    def parent(self) -> Storage:
+        """The folder that holds this one."""
+        base, options = self._split()
+        return Storage((base.rpartition("/")[0] or "/") + options)
+
+    @property
+    def name(self) -> str:
+        """This folder's own name."""
+        return self._split()[0].rpartition("/")[2]
+
+    def _split(self) -> tuple[str, str]:
+        """The path, and the options of a URI (s3://bucket/prefix?region=...), which stay at its end."""
         base, mark, options = self.uri.partition("?") if is_remote(self.uri) else (self.uri, "", "")
-        return Storage("/".join([base, *names]) + mark + options)
+        return base, mark + options
 
     @property
     def local_path(self) -> Path | None:
@@ -76,58 +110,105 @@ class Storage:
 
     def read_bytes(self, name: str) -> bytes:
         """Read a file; FileNotFoundError if there is none, StorageError if it can't be read."""
+        with self.reading(name) as stream:
+            return bytes(stream.read())
+
+    @contextlib.contextmanager
+    def reading(self, name: str) -> Iterator[BinaryIO]:
+        """A stream of a file's content; FileNotFoundError if there is none."""
         if (path := self.local_path) is not None:
-            return (path / name).read_bytes()
+            with (path / name).open("rb", buffering=0) as file:
+                yield file
+            return
         filesystem, root = self.open()
-        with filesystem.open_input_file(f"{root}/{name}") as file:
-            return bytes(file.read())
+        with filesystem.open_input_stream(f"{root}/{name}") as stream:
+            yield stream
 
     def write_bytes(self, name: str, content: bytes | memoryview) -> None:
         """Write a file so that it is there whole, or not at all, whatever dies in between; OSError on failure."""
+        with self.writing(name) as stream:
+            write_all(stream, content)
+
+    @contextlib.contextmanager
+    def writing(self, name: str) -> Iterator[BinaryIO]:
+        """A stream for a file's content; on a local disk, the file appears when the block ends without an error."""
         if (path := self.local_path) is None:
             filesystem, root = self.open()
             with filesystem.open_output_stream(f"{root}/{name}") as stream:
-                stream.write(content)
+                yield stream
             return
         target = path / name
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f"{_TEMPORARY}{target.name}")
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
+        with temporary.open("wb", buffering=0) as file:
+            yield file
             os.fsync(file.fileno())
         temporary.replace(target)
         _sync_folder(target.parent)
 
-    def publish(self, files: dict[str, bytes | memoryview], last: str) -> None:
+    def publish(self, files: Mapping[str, Writer], last: str) -> None:
         """Write a folder of files that becomes visible only when complete. `last` is written after the others.
 
         Local: under a temporary name, renamed. Object store: `last` is the one that readers look for.
         """
-        ordered = [name for name in files if name != last] + [last]
         path = self.local_path
-        if path is None:
-            for name in ordered:
-                self.write_bytes(name, files[name])
-            return
-        temporary = path.with_name(f"{_TEMPORARY}{path.name}")
-        shutil.rmtree(temporary, ignore_errors=True)  # left by a process that died here before
-        for name in ordered:
-            Storage(str(temporary)).write_bytes(name, files[name])
-        temporary.rename(path)
-        _sync_folder(path.parent)
+        folder = self if path is None else Storage(str(path.with_name(f"{_TEMPORARY}{path.name}")))
+        if path is not None:
+            folder.delete()  # left by a process that died here before
+        try:
+            for name in [name for name in files if name != last] + [last]:
+                with folder.writing(name) as stream:
+                    files[name](stream)
+            if path is not None:
+                Path(folder.uri).rename(path)
+        except BaseException:
+            if path is not None:
+                folder.delete()  # a full disk needs the room
+            raise
+        if path is not None:
+            _sync_folder(path.parent)
 
     def list_folders(self) -> list[str]:
-        """Names of the folders directly inside, sorted, without half-written ones; empty if this isn't there."""
-        from pyarrow.fs import FileSelector, FileType
+        """Names of the folders directly inside, sorted, without hidden ones; empty if this isn't there."""
+        from pyarrow.fs import FileType
+
+        return [info.base_name for info in self._infos() if info.type == FileType.Directory and not _hidden(info)]
+
+    def list_files(self) -> list[str]:
+        """Names of the files directly inside, sorted, without hidden ones; empty if this isn't there."""
+        from pyarrow.fs import FileType
+
+        return [info.base_name for info in self._infos() if info.type == FileType.File and not _hidden(info)]
+
+    def _infos(self) -> list[Any]:
+        from pyarrow.fs import FileSelector
 
         filesystem, root = self.open()
         found = filesystem.get_file_info(FileSelector(root, allow_not_found=True))
-        return sorted(
-            info.base_name
-            for info in found
-            if info.type == FileType.Directory and not info.base_name.startswith(_TEMPORARY)
-        )
+        return sorted(found, key=lambda info: info.base_name)
+
+    def sweep(self) -> list[str]:
+        """Remove what a dead process left half-written directly inside; returns the names."""
+        from pyarrow.fs import FileType
+
+        torn = [info for info in self._infos() if info.base_name.startswith(_TEMPORARY)]
+        for info in torn:
+            if info.type == FileType.Directory:
+                self.child(info.base_name).delete()
+            else:
+                self.delete_file(info.base_name)
+        return [info.base_name for info in torn]
+
+    def move_to(self, target: Storage) -> None:
+        """Give this folder of files another place on the same file system; OSError if that can't be done."""
+        if (path := self.local_path) is not None:
+            Path(target.uri).parent.mkdir(parents=True, exist_ok=True)
+            path.rename(target.uri)
+            return
+        filesystem, root = self.open()
+        for name in self.list_files():
+            filesystem.copy_file(f"{root}/{name}", f"{target.open()[1]}/{name}")
+        self.delete()
 
     def exists(self, name: str = "") -> bool:
         """Whether a file or folder of that name is there."""
@@ -163,56 +244,16 @@ class Storage:
             ) from error
 
 
-class AppendLog:
-    """Lines added to the end of a file. On an object store, which can't append, the whole is written again.
-
-    A line that can't be written waits, and is tried again with the next one: a full disk loses none.
-    """
-
-    def __init__(self, storage: Storage, name: str) -> None:
-        self._storage, self._name = storage, name
-        self._lines: list[str] = []  # local: those that wait; object store: all
-        self._file: Any = None
-        if (path := storage.local_path) is not None:
-            path.mkdir(parents=True, exist_ok=True)
-            _end_torn_line(path / name)
-            self._file = (path / name).open("ab", buffering=0)  # closed by close()
-        elif storage.exists(name):
-            self._lines = storage.read_bytes(name).decode().splitlines()
-
-    def append(self, line: str) -> None:
-        """Add one line; on a local disk it has left this process when the call returns, unless the disk is full."""
-        self._lines.append(line)
-        if self._file is not None:
-            with contextlib.suppress(OSError):  # flush() tells
-                self.flush()
-
-    def flush(self) -> None:
-        """Write what waits, or bring an object store's copy up to date; OSError if that can't be done."""
-        content = "".join(f"{line}\n" for line in self._lines).encode()
-        if self._file is None:
-            self._storage.write_bytes(self._name, content)
-            return
-        size = self._file.seek(0, os.SEEK_END)
-        try:
-            if self._file.write(content) != len(content):
-                raise OSError(f"{self._name} was written in part only: the disk is full")
-        except OSError:
-            self._file.truncate(size)  # no torn line in the middle of the file
-            raise
-        self._lines.clear()
-
-    def close(self) -> None:
-        """Flush, and release the file."""
-        self.flush()
-        if self._file is not None:
-            self._file.close()
+def write_all(stream: BinaryIO, content: bytes | memoryview) -> None:
+    """Write all of `content`: a raw file may take only a part of what it is given."""
+    view = memoryview(content)
+    while view.nbytes:
+        # object stores' streams return nothing, and take everything
+        view = view[stream.write(view) or view.nbytes :]
 
 
-def _end_torn_line(path: Path) -> None:
-    """Cut a last line that a killed writer left without its end: it is no JSON."""
-    if path.exists() and (content := path.read_bytes()) and not content.endswith(b"\n"):
-        path.write_bytes(content[: content.rfind(b"\n") + 1])
+def _hidden(info: Any) -> bool:
+    return bool(info.base_name.startswith("."))
 
 
 def _sync_folder(path: Path) -> None:

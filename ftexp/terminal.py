@@ -31,12 +31,17 @@ class Terminal:
         self._epochs = 0
         self._batch_size = 0
         self._rates: list[tuple[float, int]] = []  # (time, step) of the last seconds
-        self._replay_until = 0
+        self._deaf = False  # nobody reads any more
 
     def say(self, text: str, style: str = "") -> None:
         """Print a line above the bar."""
+        if self._deaf:
+            return
         console = self._bar.console if self._bar is not None else self.console
-        console.print(text, style=style or None, markup=False, soft_wrap=True)
+        try:
+            console.print(text, style=style or None, markup=False, soft_wrap=True)
+        except (OSError, SystemExit):  # rich exits when its reader has gone, as in `... | head`; the run goes on
+            self._deaf = True
 
     def header(self, run: str, location: str, model: str, data: DataInfo, data_name: str, workers: str) -> None:
         """Print what is going to run, and where."""
@@ -90,16 +95,11 @@ class Terminal:
         if self._bar is None:
             self.say(f"epoch {state.epoch}/{self._epochs} step {state.step} {self._values(state)}")
 
-    def failure(self, failure: Failure, allowed: int, counted: int) -> None:
+    def failure(self, failure: Failure) -> None:
         """A worker group failed; say what, where, and what happens now."""
         where = f"rank {failure.rank}" if failure.rank is not None else "a worker"
-        limit = "no limit" if allowed < 0 else f"{allowed} allowed"
-        decision = "restarting the workers" if allowed < 0 or counted <= allowed else "giving up"
-        self.say(
-            f"✗ {where} failed after step {failure.step} [{failure.cause}]: {failure.error}; "
-            f"failure {counted} of {limit}: {decision}",
-            "red",
-        )
+        what = f"✗ {where} failed after step {failure.step} [{failure.cause}]: {failure.error}"
+        self.say(f"{what}; {failure.decision}", "red")
 
     def recovered(self, failure: Failure, checkpoint: str | None, rejected: int, pids: list[int]) -> None:
         """Training goes on after a failure."""
@@ -136,8 +136,9 @@ class Terminal:
         survived = len(state.failures) - (state.status == "failed")
         rows += [
             ("steps", f"{state.step:,} in {state.epoch} epochs"),
-            ("time", f"{state.seconds:.1f} s"),
+            ("time", f"{state.seconds:.1f} s" + _goodput(state)),
             ("failures", f"{max(survived, 0)} survived"),
+            *(("", _account(failure)) for failure in state.failures[-_MOST_FAILURES_SHOWN:]),
             ("checkpoint", run_dir.child("checkpoints", state.checkpoint).uri if state.checkpoint else "none"),
         ]
         self.say("─" * 60)
@@ -155,5 +156,23 @@ class Terminal:
         return " ".join(shown)
 
 
+def _goodput(state: RunState) -> str:
+    return f", {state.goodput:.0%} of it on steps that counted" if state.goodput is not None else ""
+
+
+def _account(failure: Failure) -> str:
+    """What one failure cost, in a line."""
+    where = f"rank {failure.rank}" if failure.rank is not None else "a worker"
+    parts = (
+        ("to detect", failure.seconds_to_detect),
+        ("to restart", failure.seconds_to_restart),
+        ("to restore", failure.seconds_to_restore),
+    )
+    costs = [f"{seconds:.1f} s {title}" for title, seconds in parts if seconds is not None]
+    costs += [f"{failure.steps_replayed} steps replayed"] if failure.steps_replayed is not None else []
+    return f"{failure.cause} of {where} at step {failure.step}: {', '.join(costs)}"
+
+
+_MOST_FAILURES_SHOWN = 10
 _LIVE = (("train_loss", "loss"), ("train_accuracy", "acc"), ("val_loss", "val_loss"), ("val_accuracy", "val_acc"))
 _SHOWN = (("test_accuracy", "test accuracy"), ("test_loss", "test loss"), ("val_accuracy", "val accuracy"))

@@ -10,8 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from ftexp.append_log import AppendLog, read_lines
 from ftexp.errors import StorageError
-from ftexp.storage import AppendLog, Storage
+from ftexp.storage import Storage
 from ftexp.versions import package_versions
 from ftexp.wire import Message
 
@@ -33,6 +34,9 @@ class Failure:
     seconds_to_restart: float | None = None  # from there to the new worker group's start
     seconds_to_restore: float | None = None  # from there to the first batch
     steps_replayed: int | None = None
+    node: str | None = None  # that the rank ran on
+    progressed: bool = True  # whether its attempt did a step that had never been done before
+    decision: str = ""  # what happened then, and the arithmetic behind it
 
 
 @dataclass(kw_only=True)
@@ -48,12 +52,15 @@ class RunState:
     world_sizes: list[int] = field(default_factory=list)  # of each attempt
     failures: list[Failure] = field(default_factory=list)
     step: int = 0
+    farthest_step: int = 0  # that was ever done: after a restart, `step` is behind it until what was lost is done again
     epoch: int = 0
     metrics: dict[str, dict[str, float]] = field(default_factory=lambda: {"last": {}, "best": {}})
     checkpoint: str | None = None  # the latest saved, under checkpoints/
     error: str | None = None
     started: float = field(default_factory=time.time)  # seconds since 1970
     seconds: float = 0.0  # wall time over all calls of the command
+    productive_s: float = 0.0  # of it, on steps that had not been done before, and what they brought along
+    goodput: float | None = None  # productive_s / seconds
     versions: dict[str, str] = field(default_factory=package_versions)
 
 
@@ -83,6 +90,8 @@ class RunRecord:
         self.problem: str | None = None  # why the records couldn't be written the last time
         self._died_at: float | None = None  # when the current attempt's first process was lost, or raised
         self._died_rank: int | None = None
+        self._farthest_before = state.farthest_step  # when the current attempt began
+        self._working_since = clock()  # the end of what was last counted as productive, or lost
         self._noticed_at: float | None = None
         self._attempt_at = clock()
         self.workers: dict[int, dict[str, Any]] = {}  # of the current attempt, by rank: pid, node
@@ -122,10 +131,11 @@ class RunRecord:
     def _write(self) -> None:
         self._flushed = self._clock()
         self.state.seconds = self._seconds_before + self._flushed - self._began
+        self.state.goodput = round(self.state.productive_s / self.state.seconds, 4) if self.state.seconds else None
         content = json.dumps(_finite(dataclasses.asdict(self.state)), indent=1)
         self.storage.write_bytes(RUN_FILE, content.encode())
-        self._metrics.flush()
-        self._events.flush()
+        self._metrics.sync()
+        self._events.sync()
 
     def close(self, status: str, error: str | None = None) -> None:
         """Record how the call ended; StorageError if the records can't be written even now."""
@@ -137,19 +147,30 @@ class RunRecord:
         self._metrics.close()
         self._events.close()
 
-    def fail(self, cause: str, rank: int | None, error: str) -> Failure:
+    @property
+    def has_progressed(self) -> bool:
+        """Whether the current attempt has done a step that had never been done before."""
+        return self.state.step > self._farthest_before
+
+    def fail(self, cause: str, rank: int | None, error: str, decision: str = "") -> Failure:
         """Record that the current attempt's worker group failed."""
         self._noticed_at = self._clock()
         died_at = self._died_at if self._died_at is not None else self._noticed_at
+        rank = rank if rank is not None else self._died_rank
         failure = Failure(
             attempt=self.state.attempts,
             cause=cause,
-            rank=rank if rank is not None else self._died_rank,
+            rank=rank,
+            node=self.workers[rank]["node"] if rank in self.workers else None,
+            progressed=self.has_progressed,
+            decision=decision,
             step=self.state.step,
             error=error,
             seconds_to_detect=round(max(0.0, self._noticed_at - died_at), 3),
         )
         self.state.failures.append(failure)
+        # the next group may die before it says hello
+        self._farthest_before, self._died_at, self._died_rank = self.state.farthest_step, None, None
         self.event("failure", **{key: value for key, value in vars(failure).items() if key not in ("attempt", "step")})
         self.write()
         return failure
@@ -162,14 +183,17 @@ class RunRecord:
         state.attempts += 1
         state.world_sizes.append(message["world_size"])
         self._attempt_at, self._died_at, self._died_rank = self._clock(), None, None
+        self._farthest_before = state.farthest_step
         if state.failures and state.failures[-1].seconds_to_restart is None and self._noticed_at is not None:
             state.failures[-1].seconds_to_restart = round(self._attempt_at - self._noticed_at, 3)
-        self.event("attempt_started", world_size=message["world_size"], pid=message["pid"], node=message["node"])
+        fields = {name: message.get(name) for name in ("world_size", "pid", "node", "hot_start")}
+        self.event("attempt_started", **fields)
         self.write()
         return {"attempt": state.attempts}
 
     def _on_ready(self, message: Message) -> None:
         self.state.model["num_parameters"] = message["num_parameters"]
+        self._working_since = self._clock()
         self._note_recovery(message["step"])
         self.state.step = message["step"]
         if message["weights"]:
@@ -188,11 +212,19 @@ class RunRecord:
             self.write()
 
     def _on_tick(self, message: Message) -> None:
-        self.state.step, self.state.epoch = message["step"], message["epoch"]
+        self._at(message["step"], message["epoch"])
+
+    def _at(self, step: int, epoch: int) -> None:
+        state, now = self.state, self._clock()
+        if step > state.farthest_step:
+            state.productive_s += now - self._working_since
+        if step != state.step:  # at the same step, the time goes to the step that comes next
+            self._working_since = now
+        state.step, state.epoch, state.farthest_step = step, epoch, max(step, state.farthest_step)
 
     def _on_metrics(self, message: Message) -> None:
         state, values, point = self.state, message["values"], (message["split"], message["step"])
-        state.step, state.epoch = message["step"], message["epoch"]
+        self._at(message["step"], message["epoch"])
         state.metrics["last"].update(values)
         if (score := values.get(self._score_name)) is not None and self._is_best(score):
             state.metrics["best"] = {**values, "step": message["step"], "epoch": message["epoch"]}
@@ -219,7 +251,12 @@ class RunRecord:
         if message["name"] == "checkpoint_saved":
             self.write()
 
+    def _on_sync(self, message: Message) -> Message:
+        self.write()
+        return {"synced": message["number"], "problem": self.problem}
+
     def _on_raised(self, message: Message) -> None:
+        self._at(message["step"], self.state.epoch)  # the exact one, by which a bug is known when it comes again
         self.event("raised", rank=message["rank"], traceback=message["traceback"])
         self._note_death(message["time"], message["rank"])
 
@@ -234,17 +271,9 @@ class RunRecord:
 
 def _seen_points(storage: Storage) -> set[tuple[str, int]]:
     try:
-        lines = storage.read_bytes(METRICS_FILE).decode().splitlines()
+        return {(point["split"], point["step"]) for point in read_lines(storage, METRICS_FILE)}
     except FileNotFoundError:
         return set()
-    points = set()
-    for line in lines:
-        try:
-            point = json.loads(line)
-        except ValueError:  # the last line, torn by a kill; AppendLog cuts it off
-            continue
-        points.add((point["split"], point["step"]))
-    return points
 
 
 def _finite(value: Any) -> Any:

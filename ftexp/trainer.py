@@ -2,95 +2,33 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
+import functools
 import pickle
-import signal
-import threading
-from collections.abc import Callable, Iterator
+import time
 from typing import Any
 
+import ray
+import ray.exceptions
 import ray.train
 from ray.train import CheckpointConfig, DataConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
 from ftexp import ray_private
 from ftexp.config import Config
 from ftexp.data.splits import DataBundle
-from ftexp.errors import RunFailedError
-from ftexp.failure.causes import Cause, FailureReporter, find_cause
+from ftexp.errors import RunFailedError, StorageError
+from ftexp.failure.causes import FailureReporter, find_cause
+from ftexp.fitting import fit_interruptibly
 from ftexp.job import JobSpec
+from ftexp.lease import Lease
 from ftexp.loop import train_loop
 from ftexp.scaling import Workers
 from ftexp.storage import Storage
+from ftexp.supervisor import Supervisor
 from ftexp.terminal import Terminal
-from ftexp.tracking import FAILED, FINISHED, INTERRUPTED, RunRecord
-from ftexp.wire import Hub, HubAddress, Message
-
-CHECKPOINTS = "checkpoints"
-
-
-class Supervisor:
-    """Turns what workers and controller say into records and lines on the terminal."""
-
-    def __init__(self, record: RunRecord, terminal: Terminal, config: Config) -> None:
-        self._record, self._terminal, self._config = record, terminal, config
-        self.num_failures = 0  # of this call; Ray counts against failure.max_failures likewise
-        self.last_failure: str | None = None
-        self._restored: dict[str, Any] = {}
-        self._rejected = 0
-        self._problem: str | None = None
-
-    def handle(self, message: Message) -> Message | None:
-        """The hub's handler: one message at a time."""
-        kind = message["kind"]
-        if kind == "failure":
-            self._failed(Cause(message["cause"], message["rank"], message["error"]))
-            return None
-        answer = self._record.handle(message)
-        if self._record.problem != self._problem and (problem := self._record.problem) is not None:
-            self._terminal.say(f"! the run's records can't be written: {problem}; trying again", "yellow")
-        self._problem = self._record.problem
-        if kind == "hello" and message["rank"] == 0:
-            self._restored, self._rejected = {}, 0
-        elif kind == "ready":
-            self._ready(message)
-        elif kind == "tick":
-            self._terminal.step(self._record.state)
-        elif kind == "metrics" and message["split"] == "val":
-            self._terminal.epoch(self._record.state)
-        elif kind == "event":
-            self._on_event(message)
-        return answer
-
-    def _failed(self, cause: Cause) -> None:
-        self.num_failures += 1
-        failure = self._record.fail(cause.kind, cause.rank, cause.error)
-        self.last_failure = f"rank {cause.rank}: {cause.error}" if cause.rank is not None else cause.error
-        self._terminal.failure(failure, self._config.failure.max_failures, self.num_failures)
-
-    def _ready(self, message: Message) -> None:
-        state, train = self._record.state, self._config.train
-        pids = self._record.pids()
-        if self.num_failures:
-            self._terminal.recovered(state.failures[-1], self._restored.get("checkpoint"), self._rejected, pids)
-        elif self._restored:
-            name = self._restored["checkpoint"]
-            self._terminal.say(f"{'resumed':<9}at step {message['step']} from {name}")
-        if message["weights"] and message["step"] == 0:
-            self._terminal.say(f"{'weights':<9}{message['weights']}")
-        self._terminal.ready(
-            state, message["total_steps"], train.global_batch_size, train.epochs, pids, message["device"]
-        )
-
-    def _on_event(self, message: Message) -> None:
-        if message["name"] == "restored":
-            self._restored = message
-        elif message["name"] == "checkpoint_rejected":
-            self._rejected += 1
-            self._terminal.say(f"! checkpoint {message['checkpoint']} is damaged: {message['reason']}", "yellow")
-        elif message["name"] == "checkpoint_failed":
-            self._terminal.say(f"! checkpoint at step {message['step']} not written: {message['error']}", "yellow")
+from ftexp.tracking import FAILED, FINISHED, INTERRUPTED, RunRecord, RunState
+from ftexp.wire import Hub, HubAddress
 
 
 def run_training(
@@ -100,6 +38,7 @@ def run_training(
     run_dir: Storage,
     record: RunRecord,
     terminal: Terminal,
+    lease: Lease,
     host: str,
 ) -> dict[str, float]:
     """Train to the end; returns the last metrics. Every way out leaves run.json telling how it ended.
@@ -108,10 +47,13 @@ def run_training(
     """
     supervisor = Supervisor(record, terminal, config)
     hub = Hub(host, supervisor.handle)
-    trainer = build_trainer(config, workers, bundle, run_dir, record.state.name, hub.address)
     status, reason = FAILED, None
     try:
-        result = _fit(trainer.fit)
+        fit = functools.partial(_fit, config, workers, bundle, run_dir, record, hub, supervisor)
+        result = fit_interruptibly(fit, lease, functools.partial(supervisor.stop, hub))
+        metrics: dict[str, float] | None = result.return_value
+        if metrics is None:
+            raise supervisor.interrupted()
         status = FINISHED
     except KeyboardInterrupt:
         status = INTERRUPTED
@@ -125,20 +67,62 @@ def run_training(
     finally:
         hub.close()
         terminal.close()
-        record.close(status, reason)
-    metrics: dict[str, float] = result.return_value
+        _close(record, status, reason, terminal)
     return metrics
 
 
+def _fit(
+    config: Config,
+    workers: Workers,
+    bundle: DataBundle,
+    run_dir: Storage,
+    record: RunRecord,
+    hub: Hub,
+    supervisor: Supervisor,
+) -> ray.train.Result:
+    """Fit, and again if Ray Train's controller itself dies, for as long as the policy allows.
+
+    In a Ray that was joined, what the controller held can't be told from what others hold: there the run ends.
+    """
+    while True:
+        trainer = build_trainer(config, workers, bundle, run_dir, record.state, hub.address)
+        try:
+            return trainer.fit()
+        except ray.exceptions.RayActorError:
+            answer = supervisor.controller_died()
+            if "stop" in answer or config.scaling.address is not None:
+                reason = answer.get("stop", "Ray Train's controller died: give the same command again")
+                raise RunFailedError(reason) from None
+            _release_workers()
+            time.sleep(answer["delay_s"])
+
+
+def _release_workers() -> None:
+    """Give back what a dead controller held: its workers' placement groups, for which the next would wait for ever."""
+    for group_id, group in placement_group_table().items():
+        if group["state"] != "REMOVED":
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group_id))))
+
+
+def _close(record: RunRecord, status: str, reason: str | None, terminal: Terminal) -> None:
+    """Close the records; what goes wrong then must not hide why the run failed."""
+    try:
+        record.close(status, reason)
+    except StorageError as error:
+        if status == FINISHED:
+            raise
+        terminal.say(f"! {error}", "yellow")
+
+
 def build_trainer(
-    config: Config, workers: Workers, bundle: DataBundle, run_dir: Storage, run_name: str, hub: HubAddress
+    config: Config, workers: Workers, bundle: DataBundle, run_dir: Storage, state: RunState, hub: HubAddress
 ) -> TorchTrainer:
     """The TorchTrainer of a run. Ray's own snapshot of an earlier call is dropped: the manifests decide."""
     run_dir.delete_file(ray_private.SNAPSHOT)
     scaling, failure = config.scaling, config.failure
     filesystem, path = run_dir.open()
     base, _, name = path.rpartition("/")
-    spec = JobSpec(config, bundle.info, run_name, run_dir.child(CHECKPOINTS).uri, hub)
+    spec = JobSpec(config, bundle.info, state.name, run_dir.uri, state.fingerprint, hub)
     return TorchTrainer(
         _train_function,
         # as bytes: Ray unpacks this config in its controller too, where importing torch and timm would only cost time
@@ -157,7 +141,14 @@ def build_trainer(
             name=name,
             storage_path=base,
             storage_filesystem=filesystem,
-            failure_config=FailureConfig(**dataclasses.asdict(failure)),
+            failure_config=FailureConfig(
+                # ftexp.failure.policy decides, and ends the run by FailureReporter
+                max_failures=-1,
+                max_preemption_failures=-1,
+                controller_failure_limit=failure.controller_failure_limit,
+                relax_collectives_on_preemption=failure.relax_collectives_on_preemption,
+                preemption_grace_s=failure.preemption_grace_s,
+            ),
             # the store thins out; Ray must not delete what it keeps
             checkpoint_config=CheckpointConfig(num_to_keep=None),
             callbacks=[FailureReporter(hub)],
@@ -169,54 +160,15 @@ def build_trainer(
     )
 
 
-def _train_function(loop_config: dict[str, Any]) -> dict[str, float]:
+def _train_function(loop_config: dict[str, Any]) -> dict[str, float] | None:
     return train_loop(pickle.loads(loop_config["spec"]))
 
 
-def _fit(fit: Callable[[], Any]) -> Any:
-    """Run fit() on a thread, so that Ctrl-C reaches this one instead of Ray's own handler. SIGTERM does the same."""
-    with _interruptible():
-        return _fit_on_thread(fit)
-
-
-@contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
-    """Make SIGINT (also where a shell's `&` left it ignored) and SIGTERM raise KeyboardInterrupt here."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    signals = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, signal.default_int_handler) for number in signals]
-    try:
-        yield
-    finally:
-        for number, handler in zip(signals, before, strict=True):
-            signal.signal(number, handler)
-
-
-def _fit_on_thread(fit: Callable[[], Any]) -> Any:
-    outcome: list[Any] = []
-    errors: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            outcome.append(fit())
-        except BaseException as error:  # raised again below, on the thread that waits
-            errors.append(error)
-
-    thread = threading.Thread(target=run, daemon=True, name="fit")
-    thread.start()
-    while thread.is_alive():
-        thread.join(timeout=0.5)
-    if errors:
-        raise errors[0]
-    return outcome[0]
-
-
 def _reason(error: Exception, supervisor: Supervisor) -> str:
+    if supervisor.stopped is not None:
+        return supervisor.stopped
     failures = getattr(error, "worker_failures", None)
-    cause = find_cause(failures) if failures else None
-    last = supervisor.last_failure or (f"rank {cause.rank}: {cause.error}" if cause else str(error))
-    if supervisor.num_failures:
-        return f"failure {supervisor.num_failures} was one more than failure.max_failures allows; {last}"
-    return last
+    if failures:
+        cause = find_cause(failures)
+        return f"rank {cause.rank}: {cause.error}"
+    return str(getattr(error, "controller_failure", error))

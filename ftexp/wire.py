@@ -8,6 +8,7 @@ process has died, seconds before Ray polls it.
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import json
 import queue
@@ -17,13 +18,15 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TextIO
 
 from ftexp.errors import FtexpError
 
 Message = dict[str, Any]
 Handler = Callable[[Message], Message | None]
 
+SYNC = "sync"  # kind of the message that asks whether what came before is safe; answered with its number as "synced"
+STOP = "stop"  # what the hub tells its lines when the run shall end
 LOST = "lost"  # kind of the message that the hub makes when a line closes without a goodbye
 _CONNECT_TIMEOUT_S = 30.0
 
@@ -44,9 +47,20 @@ class Hub:
         self._handler = handler
         self._lock = threading.Lock()
         self._closed = False
+        self._open: list[socket.socket] = []
         self._listener = socket.create_server((host, 0))
         self.address = HubAddress(host, self._listener.getsockname()[1], secrets.token_hex(16))
         threading.Thread(target=self._accept, daemon=True, name="hub").start()
+
+    def tell_to_stop(self) -> int:
+        """Ask every open line to end the run after a last save; returns how many there are."""
+        with self._lock:
+            told = 0
+            for connection in self._open:
+                with contextlib.suppress(OSError):  # died since
+                    connection.sendall((json.dumps({STOP: True}) + "\n").encode())
+                    told += 1
+            return told
 
     def close(self) -> None:
         """Stop listening; no message is handled after this returns. Open lines end with their processes."""
@@ -71,16 +85,28 @@ class Hub:
             answer = self._handle(hello)
             stream.write(json.dumps(answer or {}) + "\n")
             stream.flush()
+            with self._lock:
+                self._open.append(connection)
             said_goodbye = False
-            try:
-                for line in stream:
-                    message = self._read(line)
-                    said_goodbye = said_goodbye or message.get("kind") == "goodbye"
-                    self._handle(message)
-            except OSError:  # reset by a killed process
-                pass
+            while not said_goodbye and (line := self._next(stream)):
+                message = self._read(line)
+                said_goodbye = said_goodbye or message.get("kind") == "goodbye"
+                answer = self._handle(message)
+                if message.get("kind") == SYNC and answer is not None:
+                    with contextlib.suppress(OSError):  # killed since: the next line tells
+                        stream.write(json.dumps(answer) + "\n")
+                        stream.flush()
+            with self._lock:
+                self._open.remove(connection)
             if not said_goodbye:
                 self._handle({**hello, "kind": LOST, "time": time.time()})
+
+    @staticmethod
+    def _next(stream: TextIO) -> str:
+        try:
+            return stream.readline()
+        except OSError:  # reset by a killed process
+            return ""
 
     @staticmethod
     def _read(line: str) -> Message:
@@ -96,15 +122,17 @@ class Hub:
 
 
 class Line:
-    """A worker's end. `send` returns at once; `flush` waits until all has left this process."""
+    """A worker's end. `send` returns at once; `sync` waits until the driver has handled everything so far."""
 
     def __init__(self, address: HubAddress, hello: Message) -> None:
         try:
             self._socket = socket.create_connection((address.host, address.port), timeout=_CONNECT_TIMEOUT_S)
-            self._stream = self._socket.makefile("rw", encoding="utf-8")
+            # two, since a thread writes while another reads
+            self._stream = self._socket.makefile("w", encoding="utf-8")
+            self._incoming = self._socket.makefile("r", encoding="utf-8")
             self._stream.write(json.dumps({**hello, "token": address.token}) + "\n")
             self._stream.flush()
-            self.answer: Message = json.loads(self._stream.readline() or "null") or {}
+            self.answer: Message = json.loads(self._incoming.readline() or "null") or {}
         except (OSError, ValueError) as error:
             raise FtexpError(
                 f"this worker can't reach the driver at {address.host}:{address.port} ({error}); "
@@ -112,8 +140,15 @@ class Line:
             ) from error
         self._socket.settimeout(None)
         self._queue: queue.Queue[Message | None] = queue.Queue()
+        self._synced = 0  # number of the last sync that was answered
+        self._asked = 0
+        self._problem: str | None = None  # what the driver said with its last answer
+        self._broken = False
+        self.stop_requested = False  # by the driver
+        self._answered = threading.Condition()
         self._thread = threading.Thread(target=self._send_all, daemon=True, name="line-to-driver")
         self._thread.start()
+        threading.Thread(target=self._receive_all, daemon=True, name="line-from-driver").start()
 
     def send(self, kind: str, **fields: Any) -> None:
         """Queue a message; its time is now."""
@@ -123,6 +158,18 @@ class Line:
         """Return when every message so far is with the operating system, which delivers it even after a kill."""
         self._queue.join()
 
+    def sync(self, timeout_s: float = 60.0) -> None:
+        """Return when what was sent so far is safe with the driver; OSError if it isn't, or the driver is dead."""
+        with self._answered:
+            self._asked += 1
+            number = self._asked
+            self.send(SYNC, number=number)
+            self._answered.wait_for(lambda: self._synced >= number or self._broken, timeout_s)
+            if self._synced < number:
+                raise ConnectionError("the driver is gone, or does not answer")
+            if self._problem is not None:
+                raise OSError(f"the run's records can't be written: {self._problem}")
+
     def close(self) -> None:
         """Say goodbye and hang up."""
         self.send("goodbye")
@@ -131,16 +178,35 @@ class Line:
         self._socket.close()
 
     def _send_all(self) -> None:
-        broken = False
         while True:
             message = self._queue.get()
             try:
                 if message is None:
                     return
-                if not broken:
+                if not self._broken:
                     self._stream.write(json.dumps(message) + "\n")
                     self._stream.flush()
-            except OSError:  # the driver is gone, and Ray ends this process in a moment
-                broken = True
+            except OSError:
+                self._break()
             finally:
                 self._queue.task_done()
+
+    def _receive_all(self) -> None:
+        try:
+            for line in self._incoming:
+                message = json.loads(line)
+                if message.get(STOP):
+                    self.stop_requested = True
+                    continue
+                with self._answered:
+                    self._synced, self._problem = message["synced"], message.get("problem")
+                    self._answered.notify_all()
+        except (OSError, ValueError):
+            pass
+        self._break()
+
+    def _break(self) -> None:
+        """The driver is gone, and Ray ends this process in a moment."""
+        with self._answered:
+            self._broken = True
+            self._answered.notify_all()

@@ -14,7 +14,6 @@ import argparse
 import itertools
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -23,6 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benching import default_recipe, describe_machine, finish, print_targets
 from rich.console import Console
 from rich.table import Table
 
@@ -42,10 +42,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="keep the numbers in this file")
     options = parser.parse_args()
     console = Console(highlight=False)
-    console.print(
-        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
-    )
-    settings = {"epochs": EPOCHS, "global_batch_size": BATCH, "num_workers": WORKERS, **_default_recipe()}
+    describe_machine(console)
+    settings = {"epochs": EPOCHS, "global_batch_size": BATCH, "num_workers": WORKERS, **default_recipe()}
     speed: dict[str, list[dict[str, float]]] = {PLAIN: [], TUTORIAL: [], FTEXP: []}
     for number in range(options.rounds):
         settings["seed"] = number
@@ -56,25 +54,7 @@ def main() -> None:
     for run in defaults:
         console.print("default run: " + _short(run))
     misses = _report(console, speed, defaults)
-    if options.json:
-        options.json.write_text(json.dumps({"speed": speed, "default": defaults}, indent=1))
-    if misses:
-        console.print(misses[-1] if len(misses) == 1 else "; ".join(misses))
-        sys.exit(1 if options.check else 0)
-
-
-def _default_recipe() -> dict[str, Any]:
-    """The default model and optimiser, as `timm.create_model` and AdamW take them."""
-    from hydra import compose, initialize_config_dir
-
-    import ftexp.cli  # registers the schema
-    from ftexp.config import config_dir
-
-    with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        config = ftexp.cli.to_config(compose("config"))
-    arguments = {"model_name": config.model.name, "img_size": 8, "in_chans": 1, "num_classes": 10}
-    recipe = {"lr": config.optim.lr, "weight_decay": config.optim.weight_decay}
-    return {"model": {**arguments, **config.model.all_kwargs()}, **recipe}
+    finish(console, {"speed": speed, "default": defaults}, options.json, misses, options.check)
 
 
 def _ftexp(settings: dict[str, Any]) -> dict[str, float]:
@@ -161,16 +141,7 @@ def _report(console: Console, speed: dict[str, list[dict[str, float]]], defaults
         (f"steps/s, {FTEXP} : {TUTORIAL}", rate[FTEXP] / rate[TUTORIAL], 2.0, True),
         (f"first step, {FTEXP} : {TUTORIAL}", start[FTEXP] / start[TUTORIAL], 1.1, False),
     ]
-    targets = Table("figure", "measured", "target", "", box=None)
-    misses = []
-    for title, value, target, at_least in results:
-        met = value >= target if at_least else value <= target
-        bound = f"{'at least' if at_least else 'at most'} {target:g}"
-        targets.add_row(title, f"{value:.3f}", bound, "ok" if met else "missed")
-        if not met:
-            misses.append(f"{title}: {value:.3f}, target {bound}")
-    console.print(targets)
-    return misses
+    return print_targets(console, results)
 
 
 def _short(values: dict[str, float]) -> str:

@@ -91,6 +91,29 @@ class RunFolder:
 
 
 @pytest.fixture
+def memory(monkeypatch):
+    """A URI on something like an object store, in memory; every Storage under memory:// reads and writes there."""
+    import fsspec
+    from fsspec.implementations.memory import MemoryFileSystem
+    from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+    import ftexp.storage
+
+    monkeypatch.setattr(MemoryFileSystem, "store", {})
+    monkeypatch.setattr(MemoryFileSystem, "pseudo_dirs", [""])
+    filesystem = PyFileSystem(FSSpecHandler(fsspec.filesystem("memory", skip_instance_cache=True)))
+    open_uri = ftexp.storage.open_uri
+
+    def open_in_memory(uri, key):
+        if not uri.startswith("memory://"):
+            return open_uri(uri, key)
+        return filesystem, uri.removeprefix("memory://").partition("?")[0]
+
+    monkeypatch.setattr(ftexp.storage, "open_uri", open_in_memory)
+    return "memory://bucket/run"
+
+
+@pytest.fixture
 def ftexp(tmp_path):
     """Start `python -m ftexp.train <overrides>` with its storage in tmp_path/runs."""
     started = []

@@ -1,14 +1,40 @@
 """Causes: the failure that began it, told from those that followed. The errors are those of real failures."""
 
+import errno
+import io
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pyarrow.fs
+import pyarrow.parquet
 import pytest
 import ray.exceptions
 import torch
+import torch.nn.functional as F
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+from torch import nn
 
-from ftexp.errors import StateError
-from ftexp.failure.causes import BUG, CRASH, OUT_OF_MEMORY, find_cause
+from ftexp.errors import CheckpointError, ConfigError, DataError, NonFiniteError, StateError, StorageError
+from ftexp.failure.causes import (
+    BUG,
+    CRASH,
+    HANG,
+    NON_FINITE,
+    OUT_OF_MEMORY,
+    PREEMPTION,
+    STORAGE,
+    Cause,
+    FailureReporter,
+    StopRun,
+    as_hang,
+    find_cause,
+)
+from ftexp.wire import Hub
 
 DIED = WorkerHealthCheckFailedError("A worker health check failed.", ray.exceptions.ActorDiedError())
+PREEMPTED = WorkerHealthCheckFailedError("A worker health check failed.", ray.exceptions.RayActorError(preempted=True))
 # gloo, when the other rank was killed in the middle of an all-reduce
 ECHO = RuntimeError(
     "[/__w/pytorch/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:545] Read error [127.0.0.1]:34444: Connection "
@@ -29,6 +55,9 @@ BUG_ERROR = RuntimeError("mat1 and mat2 shapes cannot be multiplied (32x128 and 
         ({2: ray.exceptions.OutOfMemoryError("killed by the memory monitor"), 1: ECHO}, OUT_OF_MEMORY, 2),
         ({0: torch.OutOfMemoryError("CUDA out of memory"), 1: DIED}, OUT_OF_MEMORY, 0),
         ({0: MemoryError()}, OUT_OF_MEMORY, 0),
+        ({0: ECHO, 1: RuntimeError("x")}, CRASH, 1),
+        ({0: DIED, 1: PREEMPTED}, PREEMPTION, 1),
+        ({0: BUG_ERROR, 1: NonFiniteError("3 losses were NaN")}, NON_FINITE, 1),
         ({0: ECHO}, CRASH, None),  # the dead rank itself wasn't polled yet
         ({}, CRASH, None),
     ],
@@ -38,8 +67,210 @@ def test_the_cause_is_that_of_the_rank_that_began_it(errors, kind, rank):
     assert (cause.kind, cause.rank) == (kind, rank)
 
 
+def call(model, shape, dtype=torch.float32):
+    return lambda: model(torch.ones(shape, dtype=dtype))
+
+
+def load(state):
+    return lambda: nn.Linear(2, 2).load_state_dict(state)
+
+
+def write_to_a_full_disk():
+    with pyarrow.fs.LocalFileSystem().open_output_stream("/dev/full") as stream:
+        stream.write(b"x")
+
+
+# what a person's own model or data gets wrong, and what goes wrong around it
+REAL = {
+    "shapes of a product": (lambda: torch.ones(2, 3) @ torch.ones(4, 5), BUG),
+    "shapes of a sum": (lambda: torch.ones(3) + torch.ones(4), BUG),
+    "shape of a view": (lambda: torch.ones(3).view(2, 2), BUG),
+    "channels": (call(nn.Conv2d(3, 4, 3), (1, 1, 8, 8)), BUG),
+    "dtype of a convolution": (call(nn.Conv2d(1, 1, 1), (1, 1, 2, 2), torch.double), BUG),
+    "missing attribute": (lambda: nn.Linear(1, 1).missing, BUG),
+    "loss of whole numbers": (lambda: F.cross_entropy(torch.ones(2, 3).long(), torch.ones(2).long()), BUG),
+    "label that is no class": (lambda: F.cross_entropy(torch.ones(2, 3), torch.full((2,), 7)), BUG),
+    "batch of labels": (lambda: F.cross_entropy(torch.ones(2, 3), torch.zeros(3).long()), BUG),
+    "weights of another size": (load(nn.Linear(3, 2).state_dict()), BUG),
+    "index beyond an embedding": (lambda: nn.Embedding(2, 2)(torch.tensor([5])), BUG),
+    "nothing to differentiate": (lambda: torch.ones(2).sum().backward(), BUG),
+    "missing key": (lambda: {}["x"], BUG),
+    "wrong number of arguments": (lambda: nn.Linear(2, 2)(1, 2), BUG),
+    "torn Parquet": (lambda: pyarrow.parquet.read_table(io.BytesIO(b"not one at all")), BUG),
+    "numpy's memory": (lambda: np.ones(2**50), OUT_OF_MEMORY),
+    "full disk": (write_to_a_full_disk, STORAGE),
+    "missing file": (lambda: pyarrow.fs.LocalFileSystem().open_input_file("/missing/x"), CRASH),
+}
+
+
+def error_of(act):
+    try:
+        act()
+    except Exception as error:
+        return error
+    raise AssertionError("it did not fail")
+
+
+@pytest.mark.parametrize("what", REAL)
+def test_real_errors_have_their_kind(what):
+    act, kind = REAL[what]
+    cause = find_cause({1: error_of(act)})
+    assert (cause.kind, cause.rank, cause.is_final, cause.died) == (kind, 1, False, False)
+    assert "\n" not in cause.error
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda: F.cross_entropy(torch.ones(2, 3), torch.ones(2)),  # expected target dtype to be Long ...
+        lambda: nn.Linear(2, 2)(torch.ones(2, 2).long()),  # mat1 and mat2 must have the same dtype ...
+        lambda: nn.Conv2d(3, 4, 3)(torch.ones(8, 8)),  # Expected 3D (unbatched) or 4D ...
+        load({}),  # Missing key(s) in state_dict
+        lambda: nn.Linear(2, 2)(torch.ones(2, 2, device="meta")),  # ... is not on the expected device
+        lambda: torch.cat([torch.ones(2, 3), torch.ones(2, 4)]),  # Sizes of tensors must match except in ...
+    ],
+    ids=["dtype of labels", "dtype of a product", "dimensions", "missing weights", "device", "sizes of parts"],
+)
+def test_more_real_errors_of_torchs_are_bugs(act):
+    assert find_cause({0: error_of(act)}).kind == BUG
+
+
+def test_torchs_own_lack_of_memory_is_one():
+    assert find_cause({0: error_of(lambda: torch.empty(2**60, dtype=torch.uint8))}).kind == OUT_OF_MEMORY
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "is_final", "died"),
+    [
+        (RuntimeError("x"), CRASH, False, False),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), CRASH, False, False),
+        (OSError(errno.ENOSPC, "No space left on device"), STORAGE, False, False),
+        (OSError(errno.EIO, "Input/output error"), STORAGE, False, False),
+        (ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"), CRASH, False, False),
+        (StorageError("2 saves in a row failed"), STORAGE, True, False),
+        (ConfigError("x"), BUG, True, False),
+        (DataError("x"), BUG, True, False),
+        (StateError("x"), BUG, True, False),
+        (CheckpointError("torn"), CRASH, False, False),
+        (NonFiniteError("3 losses were NaN or infinite by step 5"), NON_FINITE, False, False),
+        (ray.exceptions.ActorDiedError(), CRASH, False, True),
+        (ray.exceptions.WorkerCrashedError(), CRASH, False, True),
+        (ray.exceptions.RayActorError(preempted=True), PREEMPTION, False, True),
+        (PREEMPTED, PREEMPTION, False, True),
+        (DIED, CRASH, False, True),
+        (ray.exceptions.OutOfMemoryError("killed"), OUT_OF_MEMORY, False, False),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_what_is_known_of_an_error_is_told(error, kind, is_final, died):
+    cause = find_cause({1: error})
+    assert (cause.kind, cause.rank, cause.is_final, cause.died) == (kind, 1, is_final, died)
+
+
+# rank 1 ends; rank 0 says what its collective raised of it
+RANK = """
+    import datetime, os, sys
+    import torch, torch.distributed as dist
+    rank, path, how = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+    wait = datetime.timedelta(seconds=1 if how == "hangs" else 60)
+    dist.init_process_group("gloo", f"file://{path}", rank=rank, world_size=2, timeout=wait)
+    dist.all_reduce(torch.ones(1))
+    if rank == 1:
+        if how == "dies":
+            os.kill(os.getpid(), 9)
+        sys.stdin.read()
+        os._exit(0)
+    try:
+        while True:
+            dist.all_reduce(torch.ones(100000))
+    except Exception as error:
+        sys.stdout.write(f"{type(error).__name__}|{error}")
+        sys.stdout.flush()
+        os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("how", ["dies", "hangs"])
+def test_what_gloo_says_of_another_rank_is_not_taken_for_its_cause(tmp_path, how):
+    command = [sys.executable, "-c", textwrap.dedent(RANK)]
+    other = subprocess.Popen([*command, "1", str(tmp_path / "store"), how], stdin=subprocess.PIPE)
+    try:
+        told = subprocess.run(
+            [*command, "0", str(tmp_path / "store"), how], capture_output=True, text=True, check=True, timeout=120
+        )
+    finally:
+        other.kill()
+        other.communicate()
+    name, _, text = told.stdout.partition("|")
+    assert issubclass(getattr(torch.distributed, name, RuntimeError), RuntimeError), told.stdout
+    alone, with_other = find_cause({0: RuntimeError(text)}), find_cause({0: RuntimeError(text), 1: BUG_ERROR})
+    assert (alone.kind, alone.rank, alone.died) == (CRASH, None, True), text
+    assert alone.error == "the connection to another worker was lost"
+    assert (with_other.kind, with_other.rank) == (BUG, 1)
+
+
+IN_STEP, BETWEEN = "in a step for 3 s; stacks in x", "between steps for 4 s; stacks in y"
+
+
+@pytest.mark.parametrize(
+    ("hung", "rank"),
+    [
+        ({0: IN_STEP, 1: BETWEEN}, 1),  # rank 0 waits for it in an all-reduce
+        ({1: BETWEEN, 0: IN_STEP}, 1),
+        ({2: IN_STEP, 1: IN_STEP}, 1),
+        ({3: "in an evaluation for 9 s", 2: IN_STEP}, 3),
+        ({0: BETWEEN}, 0),
+    ],
+)
+def test_of_ranks_that_stood_still_the_one_that_does_not_wait_for_another_is_blamed(hung, rank):
+    cause = as_hang(find_cause({0: DIED, 1: ECHO}), hung)
+    assert cause == Cause(HANG, rank, f"it stood still {hung[rank]}", died=True)
+
+
+def test_nobody_is_blamed_for_standing_still_who_did_not_or_where_something_was_raised():
+    died, raised = find_cause({0: DIED}), find_cause({0: ECHO, 1: BUG_ERROR})
+    assert as_hang(died, {}) == died
+    assert as_hang(raised, {0: IN_STEP}) == raised  # rank 0 waited for what rank 1 raised
+    lost = find_cause({0: ECHO})  # the hung rank has killed itself, and wasn't polled yet
+    assert (as_hang(lost, {1: BETWEEN}).kind, as_hang(lost, {1: BETWEEN}).rank) == (HANG, 1)
+
+
 def test_the_error_is_one_line_that_says_what_happened():
     assert find_cause({0: BUG_ERROR}).error == f"RuntimeError: {BUG_ERROR}"
     assert "process died" in find_cause({0: DIED}).error
     assert find_cause({0: StateError("the checkpoint holds 'ema'")}).error == "the checkpoint holds 'ema'"
     assert find_cause({0: KeyError()}).error == "KeyError"
+
+
+def reported(answer, monkeypatch):
+    """(what the driver was told, seconds slept) of one failure that the driver answers so."""
+    told, slept = [], []
+    monkeypatch.setattr("ftexp.failure.causes.time.sleep", slept.append)
+
+    def handle(message):
+        told.append(message)
+        return answer if message["kind"] == "failure" else None
+
+    hub = Hub("127.0.0.1", handle)
+    try:
+        FailureReporter(hub.address).after_exception(None, {0: ECHO, 1: BUG_ERROR})
+    finally:
+        hub.close()
+    return told, slept
+
+
+def test_the_controller_tells_the_driver_and_waits_as_long_as_it_says(monkeypatch):
+    told, slept = reported({"delay_s": 2.5}, monkeypatch)
+    assert Cause(**told[0]["cause"]) == find_cause({1: BUG_ERROR})
+    assert slept == [2.5]
+
+
+def test_the_controller_ends_the_run_if_the_driver_says_so(monkeypatch):
+    with pytest.raises(StopRun, match="giving up"):
+        reported({"stop": "rank 1 failed: giving up"}, monkeypatch)
+
+
+def test_a_controller_without_a_driver_does_nothing():
+    hub = Hub("127.0.0.1", lambda message: {})
+    hub.close()
+    FailureReporter(hub.address).after_exception(None, {0: DIED})

@@ -124,7 +124,49 @@ WRONG = {
     "nothing to train on": ("data.val_fraction=0.6 data.test_fraction=0.6", "0.6", "below 1"),
     "warm-up as long as training": ("schedule.warmup_epochs=30", "schedule.warmup_epochs=30.0", "train.epochs=30"),
     "fp16 without its state": ("train.precision=fp16 checkpoint.extra_state=[progress]", "must hold scaler"),
+    "unknown chaos": ("chaos=kill_wroker", "chaos=kill_wroker is unknown", "Did you mean 'kill_worker'?"),
+    "unknown kind of chaos": ("chaos.kind=rnadom", "chaos.kind='rnadom' is not one of", "Did you mean 'random'?"),
+    "unknown fault": ("chaos.faults=[nope]", "chaos.faults[0]='nope' is unknown", "Available: raise, kill_worker"),
+    "unknown fault in a dict": ("chaos.faults=[raise,{kind:flip_bite}]", "chaos.faults[1]='flip_bite' is unknown",
+        "Did you mean 'flip_byte'?"),
+    "unknown key of a fault": ("chaos.faults=[{kind:raise,stpe:3}]", "chaos.faults[0].stpe is not a key",
+        "Did you mean 'step'?", "Keys: kind, step, rank, count, seconds"),
+    "fault without a kind": ("chaos.faults=[{step:3}]", "chaos.faults[0]={'step': 3} must be a fault's name", "kind:"),
+    "fault that is a number": ("chaos.faults=[3]", "chaos.faults[0]=3 must be a fault's name, or {kind: ..."),
+    "fault before the first step": ("chaos.faults=[{kind:raise,step:0}]", "chaos.faults[0].step=0 must be a number",
+        "at least 1"),
+    "fault of half a step": ("chaos.faults=[{kind:raise,step:1.5}]", "chaos.faults[0].step=1.5 must be a number"),
+    "fault on rank true": ("chaos.faults=[{kind:raise,rank:true}]", "chaos.faults[0].rank=True must be a number"),
+    "unknown random fault": ("chaos=random chaos.kinds=[hnag]", "chaos.kinds='hnag' is unknown",
+        "Did you mean 'hang'?"),
+    "no random fault": ("chaos=random chaos.kinds=[]", "chaos.kinds=[]", "name some faults"),
+    "faults beside random ones": ("chaos=random chaos.faults=[raise]", "chaos.faults stands beside chaos.kind=random",
+        "take one of them"),
+    "rate above 1": ("chaos=random chaos.rate=1.5", "chaos.rate=1.5 is out of range", "at most 1"),
+    "chaos before the first step": ("chaos=raise chaos.step=0", "chaos.step=0 is out of range", "at least 1"),
+    "resume": ("resume=maybe", "resume='maybe' is not one of auto, must, never"),
+    "resume without a name": ("resume=must", "resume=must needs run.name", "every call begins a new run"),
+    "save every 0 s": ("checkpoint.every_seconds=0", "checkpoint.every_seconds=0.0 is out of range", "above 0"),
+    "save every infinite time": ("checkpoint.every_seconds=inf", "checkpoint.every_seconds=inf", "finite"),
+    "save every -1 failures": ("checkpoint.max_failed_saves=-1", "checkpoint.max_failed_saves=-1", "at least 0"),
+    "no steps": ("train.max_steps=0", "train.max_steps=0 is out of range", "at least 1"),
+    "ledger": ("train.ledger=some", "train.ledger=some is not true or false"),
     "run without its position": ("checkpoint.extra_state=[rng]", "checkpoint.extra_state=['rng'] must hold progress"),
+    # failures
+    "cause that isn't one": ("failure.max_by_cause={nope:1}", "failure.max_by_cause", "nope", "Available: bug, out_of"),
+    "cause misspelt": ("failure.max_by_cause.crahs=1", "Did you mean 'crash'?"),
+    "cause below 0": ("failure.max_by_cause.crash=-1", "crash=-1 must be at least 0", "leave it out"),
+    "cause of no number": ("failure.max_by_cause.crash=few", "failure.max_by_cause.crash=few is not a whole number"),
+    "wait above the longest": ("failure.backoff_s=90", "failure.backoff_s=90.0 must not be above",
+        "failure.max_backoff_s=60.0"),
+    "hang at once": ("failure.hang_timeout_s=0", "failure.hang_timeout_s=0.0 is out of range", "above 0"),
+    "forgiven at once": ("failure.refill_after_steps=0", "failure.refill_after_steps=0 is out of range", "at least 1"),
+    "bad numbers": ("failure.on_nonfinite=skip", "failure.on_nonfinite='skip' is not one of raise, skip_step"),
+    "skipping beside fp16": ("failure.on_nonfinite=skip_step train.precision=fp16",
+        "failure.on_nonfinite=skip_step is not for train.precision=fp16", "skips by itself"),
+    "hot start": ("scaling.hot_start=maybe", "scaling.hot_start='maybe' is not one of auto, on, off"),
+    "hot start elsewhere": ("scaling.hot_start=on scaling.address=auto scaling.num_workers=2 scaling.use_gpu=false",
+        "scaling.hot_start=on needs a Ray that ftexp starts", "take auto or off"),
     # syntax
     "no value": ("optim.lr", "can't read 'optim.lr': write key=value"),
     "open bracket": ("plugins=[a,", "can't read 'plugins=[a,'", "quote values"),
@@ -135,6 +177,13 @@ WRONG = {
     "variable that isn't set": ("run.name=${oc.env:FTEXP_NOT_SET}", "run.name", "'FTEXP_NOT_SET' not found"),
     "config of another name": ("--config-name other", "--config-name other", "leave it out"),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["3", "[a]", "{a:b}", "null"])
+def test_a_fault_whose_kind_is_no_text_is_a_wrong_config_too(kind, command):
+    code, _, err = command(f"chaos.faults=[{{kind:{kind}}}]")
+    assert code == 2
+    assert "chaos.faults[0]" in err
 
 
 @pytest.mark.parametrize("words", WRONG)
@@ -224,7 +273,39 @@ def test_an_error_of_several_lines_gets_a_title(capsys):
     assert capsys.readouterr().err == "ftexp: FtexpError:\n  first\n  second\n"
 
 
-@pytest.mark.parametrize("words", [["optim.lr=-1"], ["optim.lrr=1"], ["model=vitt"], ["--help"], ["--cfg", "job"]])
+def test_a_start_from_nowhere_is_told_before_anything_is_started(tmp_path):
+    code = textwrap.dedent("""
+        import sys
+        from ftexp.train import main
+        try:
+            main()
+        except SystemExit as error:
+            code = error.code
+        print("imported:", sorted({"torch", "ray", "timm", "torchvision"} & set(sys.modules)), file=sys.stderr)
+        sys.exit(code)
+    """)
+    done = process("-c", code, "resume_from=/nowhere", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines() == [
+        "ftexp: resume_from=/nowhere: /nowhere holds no checkpoint that verifies: "
+        "give a run directory, or a folder under its checkpoints/",
+        "imported: []",
+    ]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["optim.lr=-1"],
+        ["optim.lrr=1"],
+        ["model=vitt"],
+        ["chaos.faults=[nope]"],
+        ["resume=must"],
+        ["--help"],
+        ["--cfg", "job"],
+    ],
+)
 def test_nothing_heavy_is_imported_before_the_config_is_known_to_be_good(words, tmp_path):
     code = textwrap.dedent("""
         import sys

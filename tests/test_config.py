@@ -62,7 +62,7 @@ def from_command_line(monkeypatch, capsys, *words):
 
 def test_there_are_options_to_test():
     assert {group for group, _ in OPTIONS} == {
-        *("augment", "checkpoint", "data", "failure", "model", "optim", "scaling", "schedule", "train")
+        *("augment", "chaos", "checkpoint", "data", "failure", "model", "optim", "scaling", "schedule", "train")
     }
     assert "smoke" in EXPERIMENTS
 
@@ -160,6 +160,17 @@ def test_max_failures_lands_in_the_failure_group():
     assert composed("failure.max_failures=3").failure.max_failures == 3
     assert composed("failure=fail_fast").failure.max_failures == 0
     assert composed("failure=fail_fast", "failure.max_failures=5").failure.max_failures == 5
+
+
+def test_every_preset_of_failure_is_more_than_a_name(gpus):
+    presets = [option for group, option in OPTIONS if group == "failure"]
+    assert presets == ["endless", "fail_fast", "retry", "spot"]
+    for preset in presets:
+        validate(composed(f"failure={preset}"))
+    assert composed("failure=spot").failure.max_by_cause == {"hang": 3, "storage": 5}
+    assert composed("failure=spot", "failure.max_by_cause.hang=1").failure.max_by_cause == {"hang": 1, "storage": 5}
+    endless = composed("failure=endless").failure
+    assert (endless.max_failures, endless.max_preemption_failures, endless.max_failures_without_progress) == (-1,) * 3
 
 
 @pytest.mark.parametrize("data", sorted(SOURCE_FIELDS))

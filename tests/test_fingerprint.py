@@ -12,6 +12,7 @@ from ftexp.fingerprint import differences, fingerprint, masked
 
 DEFINING = {
     "seed": 1,
+    "resume_from": "/runs/other",
     "model.name": "resnet34",
     "model.kwargs": {"depth": 2},
     "model.preset": {"resnet18": {"depth": 2}},
@@ -64,6 +65,13 @@ FREE = {
     "scaling.use_gpu": True,
     "failure.max_failures": 9,
     "checkpoint.every_steps": 9,
+    "checkpoint.every_seconds": 9.0,
+    "checkpoint.max_failed_saves": 9,
+    "resume": "must",
+    "train.max_steps": 9,
+    "train.ledger": True,
+    "chaos.kind": "raise",
+    "chaos.faults": ["raise"],
     "checkpoint.num_to_keep": None,
 }
 

@@ -7,16 +7,21 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from ftexp.checkpoint.manager import CheckpointManager
+from ftexp.checkpoint.registry import ExtraState
+from ftexp.checkpoint.store import CheckpointStore
 from ftexp.config import AugmentConfig, CheckpointConfig, Config, ModelConfig, OptimConfig, ScheduleConfig, TrainConfig
 from ftexp.data.augment import Augment
 from ftexp.data.feeds import CachedFeed, Plan, Rows, ToTensors
 from ftexp.data.order import Order
 from ftexp.data.splits import DataInfo
+from ftexp.errors import NonFiniteError
 from ftexp.job import Job
-from ftexp.loop import advance, evaluate, evaluation_due, log_train, train_step, update_best
+from ftexp.loop import advance, evaluate, evaluation_due, log_train, report_hang, train_step, update_best
 from ftexp.models import build_model
 from ftexp.optim import build_optimizer, build_scheduler
 from ftexp.progress import Meter, Progress
+from ftexp.storage import Storage
 
 CPU = torch.device("cpu")
 SMALL_VIT = ModelConfig(
@@ -190,8 +195,41 @@ def test_the_last_epoch_is_evaluated_whatever_the_cadence():
     due = []
     for epoch in (1, 2, 3):
         job.progress.epoch, job.progress.position = epoch, epoch * 96
-        due.append(evaluation_due(job))
+        due.append(evaluation_due(job, epoch_ended=True))
     assert due == [False, True, True]
+
+
+def test_a_run_that_stops_in_an_epoch_is_evaluated_there_and_nowhere_else_in_it():
+    job = make_job()
+    job.total_positions = 96 + 48  # train.max_steps=6
+    due = []
+    for batch in job.feed.from_position(0):
+        due.append(evaluation_due(job, advance(job, batch)))
+        if job.finished:
+            break
+    assert due == [False, False, False, True, False, True]
+
+
+def test_a_poisoned_step_is_not_a_number_once():
+    job = make_job(accumulate_steps=3)
+    batches = job.feed.from_position(0)
+    train_step(job, next(batches))
+    assert all(torch.isfinite(parameter).all() for parameter in job.model.parameters())
+    job.poisoned = True
+    train_step(job, next(batches))
+    assert not job.poisoned
+    assert all(parameter.grad.isnan().all() for parameter in job.model.parameters())
+
+
+def test_a_batch_tells_which_samples_it_counts():
+    job = make_job(accumulate_steps=5, batch=7)  # micro-batches of one row are filled up
+    order, told = Order(0, 96), []
+    for batch in job.feed.from_position(0):
+        assert batch.positions.tolist() == list(range(batch.start, batch.end))
+        assert batch.samples.tolist() == order.samples(batch.positions).tolist()
+        assert len(batch.samples) == sum(int((micro.weights > 0).sum()) for micro in batch.micro_batches)
+        told += batch.samples.tolist()
+    assert sorted(told) == sorted(3 * list(range(96)))
 
 
 def test_an_empty_split_is_not_evaluated():
@@ -199,3 +237,158 @@ def test_an_empty_split_is_not_evaluated():
     job.rows["test"] = Rows(SimpleNamespace(iter_batches=lambda **_: iter([])))
     evaluate(job, "test")
     assert job.line.sent == []
+
+
+def copied(job):
+    """Weights, buffers, and what the optimiser holds of them, as they are now."""
+    held = [value for state in job.optimizer.state.values() for value in state.values()]
+    return [value.clone() for value in (*job.model.state_dict().values(), *held)]
+
+
+def same(first, second):
+    return len(first) == len(second) and all(torch.equal(*pair) for pair in zip(first, second, strict=True))
+
+
+def skipping_job(*arguments, most=10, **switches):
+    job = make_job(*arguments, **switches)
+    job.config.failure.on_nonfinite, job.config.failure.max_nonfinite_steps = "skip_step", most
+    return job
+
+
+def poisoned_step(job, batches):
+    job.poisoned = True
+    batch = next(batches)
+    train_step(job, batch)
+    advance(job, batch)
+
+
+@pytest.mark.parametrize(
+    "switches", [{}, {"accumulate_steps": 3}, {"clip_grad_norm": 0.5}, {"precision": "bf16"}], ids=str
+)
+def test_a_step_whose_gradient_is_not_finite_changes_nothing_and_the_next_one_does(switches):
+    job = skipping_job(**switches)
+    batches = job.feed.from_position(0)
+    batch = next(batches)
+    train_step(job, batch)
+    advance(job, batch)
+    weights, sums = copied(job), job.progress.train.taken()
+    poisoned_step(job, batches)
+    assert same(copied(job), weights)
+    assert torch.equal(job.progress.train.taken(), sums)  # neither a loss nor a sample was counted
+    assert all(parameter.grad is None for parameter in job.model.parameters())
+    assert (job.progress.step, job.progress.position, job.num_skipped) == (2, 48, 1)  # the samples are gone, though
+    assert job.line.sent == [
+        {"kind": "event", "name": "step_skipped", "step": 2, "reason": "the gradient is not finite"}
+    ]
+    train_step(job, next(batches))
+    assert job.num_skipped == 0
+    assert not same(copied(job), weights)
+    log_train(job)
+    assert math.isfinite(job.progress.metrics["train_loss"])
+
+
+def test_without_a_bad_gradient_skipping_changes_no_bit():
+    plain, skipping = make_job(), skipping_job()
+    train(plain), train(skipping)
+    assert same(copied(plain), copied(skipping))
+
+
+def test_a_bad_image_leaves_batch_norms_statistics_alone():
+    job = skipping_job(RESNET, optim=OptimConfig(name="sgd", lr=0.01))
+    before, batch = copied(job), next(job.feed.from_position(0))
+    batch.micro_batches[0].images[3, 0, 0, 0] = math.nan
+    train_step(job, batch)
+    assert job.num_skipped == 1
+    assert same(copied(job), before)
+
+
+def test_too_many_skipped_steps_in_a_row_are_an_error_and_as_many_in_all_are_not():
+    job = skipping_job(most=2)
+    batches = job.feed.from_position(0)
+    for _ in range(2):
+        poisoned_step(job, batches)
+    batch = next(batches)
+    train_step(job, batch)
+    advance(job, batch)
+    for _ in range(2):
+        poisoned_step(job, batches)
+    expected = "3 steps in a row had a gradient that is not finite, the last of them step 6, and .*_nonfinite_steps=2"
+    with pytest.raises(NonFiniteError, match=expected):
+        poisoned_step(job, batches)
+
+
+def test_only_rank_0_tells_of_a_skipped_step():
+    job = skipping_job()
+    job.rank = 1
+    poisoned_step(job, job.feed.from_position(0))
+    assert (job.num_skipped, job.line.sent) == (1, [])
+
+
+def test_where_steps_are_not_skipped_a_bad_loss_is_an_error_when_it_would_be_logged():
+    job = make_job()
+    batches = job.feed.from_position(0)
+    poisoned_step(job, batches)  # raises nothing yet: asking the device at each step would cost time
+    with pytest.raises(NonFiniteError, match="24 losses were NaN or infinite by step 1"):
+        log_train(job)
+    assert job.line.sent == []
+
+
+def test_nothing_is_saved_after_a_bad_loss(tmp_path):
+    job = make_job()
+    job.line.stop_requested = False
+    store = CheckpointStore(Storage.at(str(tmp_path)))
+    checkpoints = CheckpointManager(job, store, ExtraState(["progress"], job))
+    poisoned_step(job, job.feed.from_position(0))
+    with pytest.raises(NonFiniteError, match="24 losses were NaN or infinite by step 1: nothing was saved"):
+        checkpoints.save()
+    assert not checkpoints.busy
+    assert store.latest(lambda *_: None) is None
+
+
+def test_weights_that_are_not_finite_are_not_kept_as_a_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setattr("ray.train.report", lambda metrics: None)
+    job = make_job()
+    job.line.stop_requested, job.line.sync = False, lambda: None
+    store = CheckpointStore(Storage.at(str(tmp_path)))
+    checkpoints = CheckpointManager(job, store, ExtraState(["progress"], job))
+    job.progress.step = 1
+    checkpoints.save()
+    checkpoints.wait()
+    with torch.no_grad():
+        next(iter(job.model.parameters())).view(-1)[0] = math.inf
+    job.progress.step = 2
+    checkpoints.save()
+    checkpoints.wait()
+    assert [(event["name"], event["step"]) for event in job.line.sent] == [
+        ("checkpoint_saved", 1),
+        ("checkpoint_failed", 2),
+    ]
+    assert "the weights are not finite" in job.line.sent[1]["error"]
+    assert store.latest(lambda *_: None).step == 1
+
+
+def test_a_request_to_stop_is_taken_up_after_a_step_and_saved_there(tmp_path):
+    job = make_job()
+    job.line.stop_requested = False
+    checkpoints = CheckpointManager(job, CheckpointStore(Storage.at(str(tmp_path))), ExtraState(["progress"], job))
+    job.progress.step = 1
+    assert (checkpoints.due(epoch_ended=False), checkpoints.stopping) == (False, False)
+    job.line.stop_requested = True
+    due = []
+    while not checkpoints.stopping:
+        job.progress.step += 1
+        due.append(checkpoints.due(epoch_ended=False))
+    assert due[-1] is True
+    assert not any(due[:-1])
+
+
+def test_a_hang_is_told_and_its_stacks_are_left_in_the_run_directory(tmp_path):
+    job, order = make_job(), []
+    job.line.flush = lambda: order.append([*job.line.sent])
+    job.rank, job.attempt, job.progress.step = 3, 2, 17
+    run_dir = Storage.at(str(tmp_path))
+    report_hang(job, run_dir, "in a step", 12.5, "the stacks")
+    file = tmp_path / "hangs" / "a2.r3.txt"
+    assert file.read_text() == "the stacks"
+    told = {"rank": 3, "doing": "in a step", "seconds": 12.5, "file": str(file), "step": 17}
+    assert order == [[{"kind": "hung", **told}]]  # flushed once it was told

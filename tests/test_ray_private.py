@@ -1,7 +1,11 @@
 """Names of Ray's that aren't public. When one of these fails after an upgrade, mend ftexp/ray_private.py."""
 
 import inspect
+import json
+import subprocess
+import sys
 
+import pytest
 import ray.exceptions
 from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
@@ -27,3 +31,57 @@ def test_raylets_messages_are_printed_by_the_thread_that_is_silenced(monkeypatch
     monkeypatch.setattr(worker, "listen_error_messages", worker.listen_error_messages)
     ray_private.silence_raylet_messages()
     assert worker.listen_error_messages(None, None) is None
+
+
+def test_forks_of_a_process_that_imported_ray_without_drawing_have_ids_of_their_own():
+    code = """
+import importlib, json, sys
+from ftexp import ray_private
+from ftexp.hot_start.preloader import _in_a_fork
+def imports():
+    for name in ("ray.train", "ray.data"):
+        importlib.import_module(name)
+ray_private.import_without_drawing(imports)
+import ray.actor, ray._raylet
+assert "ray.data" in sys.modules
+assert ray.actor.ActorClassID is ray._raylet.ActorClassID, "the original is back"
+print(json.dumps([_in_a_fork(ray_private.random_id) for _ in range(2)]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    ids = json.loads(done.stdout)
+    assert len(set(ids)) == 2, (
+        "Ray has drawn while it was imported, so all forks would share their ids, and every worker starts plainly: "
+        "find what draws (break on ray._raylet's from_random) and have import_without_drawing stand in for it"
+    )
+
+
+def test_the_original_is_back_when_an_import_fails():
+    import ray.actor
+
+    original = ray.actor.ActorClassID
+    with pytest.raises(ImportError, match="broken"):
+        ray_private.import_without_drawing(fail)
+    assert ray.actor.ActorClassID is original
+
+
+def fail():
+    raise ImportError("broken")
+
+
+def test_the_decorator_of_actor_classes_draws_by_the_name_that_is_replaced():
+    """Else import_without_drawing would replace a name that nobody reads."""
+    import ray.actor
+
+    assert "ActorClassID.from_random()" in inspect.getsource(ray.actor), (
+        "Ray draws the ids of actor classes elsewhere now: have ray_private.import_without_drawing replace that name"
+    )
+    drawn = []
+    ray_private.import_without_drawing(lambda: drawn.append(ray.actor.ActorClassID.from_random()))
+    assert isinstance(drawn[0], ray.actor.ActorClassID)
+
+
+def test_an_id_is_drawn_from_rays_own_generator_of_unique_ids():
+    first, second = ray_private.random_id(), ray_private.random_id()
+    assert first != second
+    assert bytes.fromhex(first) != bytes(len(first) // 2)

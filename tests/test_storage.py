@@ -2,8 +2,9 @@
 
 import pytest
 
+from ftexp.append_log import AppendLog
 from ftexp.errors import ConfigError, StorageError
-from ftexp.storage import AppendLog, Storage, open_uri
+from ftexp.storage import Storage, open_uri, write_all
 
 
 @pytest.fixture
@@ -28,24 +29,139 @@ def test_a_write_that_fails_leaves_the_old_content(storage, monkeypatch):
     assert storage.read_bytes("run.json") == b"old"
 
 
-def test_a_published_folder_appears_whole_or_not_at_all(storage, monkeypatch):
-    real, seen = Storage.write_bytes, []
+def test_a_published_folder_appears_whole_or_not_at_all(storage):
+    seen = []
 
-    def write(self, name, content):
-        assert not storage.child("step").exists(), "visible before it was complete"
-        seen.append(name)
-        if name == "bad":
-            raise OSError("disk full")
-        real(self, name, content)
+    def writer(name):
+        def write(stream):
+            assert not storage.child("step").exists(), "visible before it was complete"
+            seen.append(name)
+            stream.write(name.encode())
+            if name == "bad":
+                raise OSError("disk full")
 
-    monkeypatch.setattr(Storage, "write_bytes", write)
+        return write
+
+    def publish(*names):
+        storage.child("step").publish({name: writer(name) for name in names}, last="last")
+
     with pytest.raises(OSError, match="disk full"):
-        storage.child("step").publish({"last": b"1", "good": b"2", "bad": b"3"}, last="last")
+        publish("last", "good", "bad")
     assert seen == ["good", "bad"]
-    assert storage.list_folders() == []
-    storage.child("step").publish({"last": b"1", "good": b"2"}, last="last")
+    assert list(storage.local_path.iterdir()) == []  # not even half of it: a full disk needs the room
+    publish("last", "good")
     assert storage.list_folders() == ["step"]
-    assert seen[-1] == "last"
+    assert seen[2:] == ["good", "last"]
+    assert [storage.child("step").read_bytes(name) for name in ("good", "last")] == [b"good", b"last"]
+
+
+def test_what_a_dead_process_left_of_a_folder_does_not_get_into_the_next(storage):
+    storage.write_bytes(".tmp-step/stale", b"of another time")
+    storage.child("step").publish({"last": lambda stream: stream.write(b"1")}, last="last")
+    assert storage.child("step").list_files() == ["last"]
+    assert [path.name for path in storage.local_path.iterdir()] == ["step"]
+
+
+def test_a_writer_that_fails_in_another_way_leaves_nothing_either(storage):
+    storage.write_bytes("other", b"")
+
+    def broken(stream):
+        stream.write(b"half")
+        raise RuntimeError("unexpected pos 704 vs 598")
+
+    with pytest.raises(RuntimeError):
+        storage.child("step").publish({"last": broken}, last="last")
+    assert [path.name for path in storage.local_path.iterdir()] == ["other"]
+
+
+def test_an_object_stores_folder_gets_the_deciding_file_last(memory):
+    order = []
+
+    def writer(name):
+        return lambda stream: (order.append(name), stream.write(name.encode()))
+
+    folder = Storage(memory).child("step")
+    folder.publish({name: writer(name) for name in ("last", "a", "b")}, last="last")
+    assert order == ["a", "b", "last"]
+    assert folder.list_files() == ["a", "b", "last"]
+    assert folder.read_bytes("b") == b"b"
+
+
+@pytest.mark.parametrize("place", ["local", "object store"])
+def test_files_and_folders_are_listed_apart_sorted_and_without_hidden_ones(storage, memory, place):
+    storage = storage if place == "local" else Storage(memory)
+    assert (storage.list_files(), storage.list_folders()) == ([], [])
+    for name in ("b", "a", "folder/inside", ".hidden", ".tmp-torn", ".hidden-folder/inside"):
+        storage.write_bytes(name, b"")
+    assert storage.list_files() == ["a", "b"]
+    assert storage.list_folders() == ["folder"]
+    assert storage.child("folder").list_files() == ["inside"]
+
+
+@pytest.mark.parametrize("place", ["local", "object store"])
+def test_sweeping_removes_what_is_half_written_and_nothing_else(storage, memory, place):
+    storage = storage if place == "local" else Storage(memory)
+    assert storage.sweep() == []
+    kept = ("run.json", "step/model.pt", ".rejected/step.0/model.pt", "tmp-notes", "step/.tmp-deeper")
+    for name in (*kept, ".tmp-run.json", ".tmp-step/model.pt", ".tmp-step/sub/x"):
+        storage.write_bytes(name, b"")
+    assert storage.sweep() == [".tmp-run.json", ".tmp-step"]
+    assert not storage.exists(".tmp-run.json")
+    assert not storage.exists(".tmp-step")
+    assert all(storage.exists(name) for name in kept)
+    assert storage.sweep() == []
+
+
+@pytest.mark.parametrize("place", ["local", "object store"])
+def test_a_folder_moves_with_its_files_into_a_folder_that_is_made(storage, memory, place):
+    storage = storage if place == "local" else Storage(memory)
+    for name in ("model.pt", "manifest.json"):
+        storage.child("step").write_bytes(name, name.encode())
+    storage.child("step").move_to(storage.child(".rejected", "step.0"))
+    assert not storage.child("step").exists()
+    moved = storage.child(".rejected", "step.0")
+    assert moved.list_files() == ["manifest.json", "model.pt"]
+    assert moved.read_bytes("model.pt") == b"model.pt"
+
+
+def test_a_folder_does_not_move_onto_another(storage):
+    for folder in ("one", "two"):
+        storage.write_bytes(f"{folder}/file", folder.encode())
+    with pytest.raises(OSError):
+        storage.child("one").move_to(storage.child("two"))
+    assert [storage.read_bytes(f"{folder}/file") for folder in ("one", "two")] == [b"one", b"two"]
+    with pytest.raises(OSError):
+        storage.child("nothing").move_to(storage.child("three"))
+
+
+@pytest.mark.parametrize(
+    ("uri", "parent", "name"),
+    [
+        ("/runs/first/checkpoints", "/runs/first", "checkpoints"),
+        ("/runs", "/", "runs"),
+        ("/odd?name/x?y", "/odd?name", "x?y"),  # a question mark means nothing in a local path
+        ("s3://bucket/first/step", "s3://bucket/first", "step"),
+        ("s3://bucket/first/step?region=eu-west-1&x=a/b", "s3://bucket/first?region=eu-west-1&x=a/b", "step"),
+    ],
+)
+def test_a_folder_knows_its_name_and_what_holds_it(uri, parent, name):
+    folder = Storage(uri)
+    assert (folder.parent.uri, folder.name) == (parent, name)
+    assert folder.parent.child(folder.name) == folder or parent == "/"
+
+
+def test_a_stream_is_written_whole_though_the_file_takes_a_part_at_a_time():
+    class Reluctant:
+        content = b""
+
+        def write(self, data):
+            self.content += bytes(data[:3])
+            return min(3, len(data))
+
+    stream = Reluctant()
+    write_all(stream, b"0123456789")
+    write_all(stream, memoryview(b""))
+    assert stream.content == b"0123456789"
 
 
 def test_local_paths_become_absolute_and_uris_keep_their_options(tmp_path, monkeypatch):

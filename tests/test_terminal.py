@@ -38,11 +38,11 @@ def test_the_header_names_run_model_data_and_workers():
 
 
 def test_a_failure_is_one_line_with_cause_place_and_decision():
-    text = show(lambda t: t.failure(failure(), allowed=3, counted=1))
+    decision = "failure 1 of 3 allowed: restarting the workers"
+    text = show(lambda t: t.failure(failure(decision=decision)))
     assert text.count("\n") == 1
-    assert "rank 1 failed after step 57 [crash]: the process died; failure 1 of 3 allowed: restarting" in text
-    assert "giving up" in show(lambda t: t.failure(failure(), allowed=0, counted=1))
-    assert "no limit: restarting" in show(lambda t: t.failure(failure(), allowed=-1, counted=9))
+    assert f"✗ rank 1 failed after step 57 [crash]: the process died; {decision}" in text
+    assert "✗ a worker failed" in show(lambda t: t.failure(failure(rank=None)))
 
 
 def test_a_recovery_says_what_it_cost():
@@ -93,6 +93,19 @@ def test_the_summary_tells_result_cost_and_place():
         assert part in text
     assert "/runs/demo/checkpoints/step_00000040.a1" in text
     assert "run.name=" not in text
+
+
+def test_the_summary_accounts_for_each_of_the_last_failures():
+    costs = {"seconds_to_detect": 0.25, "seconds_to_restart": 8.0, "seconds_to_restore": 1.0, "steps_replayed": 17}
+    failures = [failure(step=step, **costs) for step in range(1, 12)] + [failure(cause="hang", rank=None)]
+    text = show(lambda t: t.summary(state(status="finished", failures=failures, goodput=0.876), Storage("/runs/demo")))
+    assert "12.3 s, 88% of it on steps that counted" in text
+    assert "12 survived" in text
+    cost = "0.2 s to detect, 8.0 s to restart, 1.0 s to restore, 17 steps replayed"
+    shown = [line.strip() for line in text.splitlines() if " at step " in line]
+    assert shown == [f"crash of rank 1 at step {step}: {cost}" for step in range(3, 12)] + [
+        "hang of a worker at step 57:"  # nothing is known of what it cost
+    ]
 
 
 def test_a_run_that_did_not_finish_says_how_to_go_on():

@@ -164,3 +164,145 @@ def test_the_traceback_of_what_a_worker_raised_is_kept(record, storage, clock):
     record.close("failed")
     (raised,) = [line for line in lines(storage, "events.jsonl") if line["event"] == "raised"]
     assert (raised["rank"], raised["traceback"]) == (0, "TypeError: x")
+
+
+def tick(record, step, epoch=0):
+    record.handle({"kind": "tick", "step": step, "position": 0, "epoch": epoch})
+
+
+def test_goodput_is_the_share_of_time_on_steps_that_were_new(record, storage, clock):
+    clock.now += 5  # starting
+    hello(record, 0)
+    ready(record, 0)
+    for step in range(1, 11):
+        clock.now += 2
+        tick(record, step)
+    assert record.state.productive_s == 20
+    clock.now += 3  # in a step that was never finished
+    record.fail("crash", 1, "x")
+    clock.now += 7
+    hello(record, 0)
+    ready(record, 6)
+    for step in range(7, 13):  # 7 to 10 are replayed
+        clock.now += 2
+        tick(record, step)
+    record.close("finished")
+    assert read_state(storage).productive_s == 24
+    assert read_state(storage).seconds == 47
+    assert read_state(storage).goodput == round(24 / 47, 4)
+
+
+def test_the_time_of_an_evaluation_counts_for_the_step_that_follows_it(record, clock):
+    hello(record, 0)
+    ready(record, 0)
+    clock.now += 2
+    tick(record, 1)
+    clock.now += 30
+    metric(record, "val", 1, val_loss=1.0)
+    assert record.state.productive_s == 2
+    clock.now += 2
+    tick(record, 2)
+    assert record.state.productive_s == 34
+
+
+def test_an_evaluation_that_is_done_again_does_not_count(record, clock):
+    hello(record, 0)
+    ready(record, 0)
+    for step in (1, 2, 3):
+        clock.now += 2
+        tick(record, step)
+    record.fail("crash", 0, "x")
+    hello(record, 0)
+    ready(record, 0)
+    for step in (1, 2, 3):
+        clock.now += 2
+        tick(record, step)
+        clock.now += 30 * (step == 2)
+        metric(record, "val", step, val_loss=1.0)
+    clock.now += 2
+    tick(record, 4)
+    assert record.state.productive_s == 8
+
+
+def test_goodput_goes_on_over_calls(record, storage, clock):
+    hello(record, 0)
+    ready(record, 0)
+    clock.now += 6
+    tick(record, 3)
+    clock.now += 4
+    record.close("interrupted")
+    assert read_state(storage).goodput == 0.6
+    clock.now += 500
+    again = RunRecord(storage, read_state(storage), SCORE, clock)
+    hello(again, 0)
+    clock.now += 4
+    ready(again, 2)
+    clock.now += 3
+    tick(again, 3)
+    clock.now += 3
+    tick(again, 4)
+    again.close("finished")
+    assert (read_state(storage).productive_s, read_state(storage).seconds) == (9, 20)
+
+
+def test_a_run_of_no_time_has_no_goodput(record, storage):
+    record.close("failed")
+    assert read_state(storage).goodput is None
+
+
+def test_an_attempt_progressed_if_it_did_a_step_that_had_never_been_done(record, storage):
+    hello(record, 0)
+    ready(record, 0)
+    tick(record, 10)
+    assert record.fail("crash", 1, "x", "failure 1 of 3 allowed").progressed
+    for last, progressed in ((8, False), (10, False), (11, True), (11, False)):
+        hello(record, 0)
+        ready(record, 6)
+        tick(record, last)
+        assert record.fail("crash", 1, "x").progressed == progressed
+        assert record.state.step == last
+    assert record.state.farthest_step == 11
+    record.close("failed")
+    assert read_state(storage).failures[0].decision == "failure 1 of 3 allowed"
+    assert lines(storage, "events.jsonl")[2]["decision"] == "failure 1 of 3 allowed"
+
+
+def test_an_attempt_that_died_before_it_said_hello_did_not_progress(record, clock):
+    hello(record, 0)
+    ready(record, 0)
+    tick(record, 10)
+    record.handle({"kind": "lost", "rank": 1, "time": clock.now})
+    assert record.fail("crash", None, "x").progressed
+    clock.now += 60
+    failure = record.fail("crash", None, "x")  # no worker got as far as a hello
+    assert (failure.progressed, failure.rank, failure.seconds_to_detect) == (False, None, 0)
+
+
+def test_a_failure_names_the_node_of_its_rank(record):
+    hello(record, 0)
+    record.handle({"kind": "hello", "rank": 1, "world_size": 2, "pid": 5, "node": "other"})
+    assert record.fail("crash", 1, "x").node == "other"
+    assert record.fail("crash", 7, "x").node is None
+    record.handle({"kind": "raised", "rank": 1, "step": 0, "time": 1.0, "traceback": "x"})
+    assert record.fail("crash", None, "x").node == "other"
+
+
+def test_what_a_worker_raised_tells_its_exact_step(record):
+    hello(record, 0)
+    ready(record, 0)
+    tick(record, 7)  # ticks are seldom
+    record.handle({"kind": "raised", "rank": 1, "step": 9, "time": 1.0, "traceback": "x"})
+    assert record.fail("crash", 1, "x").step == 9
+
+
+def test_an_older_run_json_without_the_newer_keys_is_read(record, storage):
+    record.fail("crash", 1, "x")
+    record.close("failed")
+    content = json.loads(storage.read_bytes("run.json"))
+    for key in ("productive_s", "goodput", "farthest_step"):
+        del content[key]
+    for key in ("node", "progressed", "decision"):
+        del content["failures"][0][key]
+    storage.write_bytes("run.json", json.dumps(content).encode())
+    state = read_state(storage)
+    assert (state.farthest_step, state.failures[0].progressed) == (0, True)

@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -100,3 +101,32 @@ def test_a_worker_goes_on_when_the_driver_is_gone():
         line.send("tick", step=1)
     line.flush()  # would wait for ever if the sending thread had died of the error
     hub.close()
+
+
+def answer_syncs(message):
+    return {"synced": message["number"], "problem": None} if message["kind"] == "sync" else {}
+
+
+def test_every_open_line_is_told_to_stop_and_still_hears_whether_its_messages_are_safe():
+    hub = Hub("127.0.0.1", answer_syncs)
+    assert hub.tell_to_stop() == 0
+    lines = [Line(hub.address, {"kind": "hello", "rank": rank}) for rank in range(2)]
+    for line in lines:
+        line.sync()
+        assert not line.stop_requested
+    assert hub.tell_to_stop() == 2
+    for line in lines:
+        line.sync()  # answered after what was told, on the same line
+        assert line.stop_requested
+    for line in lines:
+        line.close()
+    hub.close()
+
+
+def test_a_line_that_said_goodbye_is_not_asked_to_stop(hub, messages):
+    Line(hub.address, {"kind": "hello", "rank": 0}).close()
+    assert [next_message(messages)["kind"] for _ in range(2)] == ["hello", "goodbye"]
+    for thread in threading.enumerate():
+        if "_serve" in thread.name:
+            thread.join(timeout=5)
+    assert hub.tell_to_stop() == 0

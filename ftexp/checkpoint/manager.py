@@ -1,11 +1,15 @@
-"""When to save, and what a save costs the training thread: a copy of the state, and nothing else.
+"""What a save costs the training thread: a copy of the state, and nothing else.
 
 Serialising, hashing, writing and Ray's report run on a thread; there is one save in flight at the most.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
+import os
+import sys
+import threading
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,15 +18,19 @@ from typing import TYPE_CHECKING, Any
 import ray.train
 import torch
 
+from ftexp.checkpoint.cadence import Cadence
 from ftexp.checkpoint.registry import ExtraState
 from ftexp.checkpoint.store import FILES, CheckpointStore, Manifest, kept_names
-from ftexp.errors import CheckpointError
+from ftexp.errors import CheckpointError, NonFiniteError, StorageError
+from ftexp.storage import Writer
 from ftexp.versions import package_versions
 
 if TYPE_CHECKING:
     from ftexp.job import Job
 
 _MODEL, _OPTIMIZER, _EXTRA = FILES
+_ASKS_PER_PREEMPTION_POLL = 3  # the cadence asks about once a second; a poll costs 30 ms
+_LAST_TRIES_S = (1, 2, 4, 8, 16)  # waits before trying again to write the checkpoint that ends the run
 
 
 class CheckpointManager:
@@ -31,47 +39,95 @@ class CheckpointManager:
     def __init__(self, job: Job, store: CheckpointStore, extra: ExtraState) -> None:
         self._job, self._store, self._extra = job, store, extra
         self._config = job.config.checkpoint
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._cadence = Cadence(
+            self._config,
+            job.agree,
+            stop_requested=lambda: job.line.stop_requested,
+            machine_goes=self._preemption_announced,
+        )
+        self._num_asked = 0
+        self._leaving: set[str] = set()  # nodes that were announced to go away
+        self._staging = Staging(job.device)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint", initializer=_give_way)
         self._pending: Future[None] | None = None
-        self._saved_step = -1  # of the last save that was begun
-        self._failure: Exception | None = None  # of the last save, if it failed
+        self._failures: list[Exception] = []  # of the last saves, if they failed
 
     def due(self, epoch_ended: bool) -> bool:
-        """Whether the cadence asks for a save after the step just done."""
-        progress, config = self._job.progress, self._config
-        if progress.step == self._saved_step:
+        """Whether to save after the step just done; StorageError if too many saves in a row have failed."""
+        limit = self._config.max_failed_saves
+        if limit is not None and len(self._failures) > limit:
+            raise StorageError(
+                f"{len(self._failures)} saves in a row failed, and checkpoint.max_failed_saves={limit}; the last: "
+                f"{self._failures[-1]}. Put {self._store.storage.uri} right, and give the same command again"
+            )
+        progress = self._job.progress
+        return self._cadence.due(progress.step, progress.epoch, epoch_ended, self._job.finished, self.busy)
+
+    def _preemption_announced(self) -> bool:
+        """Whether Ray tells of a node that is about to be taken away, and hadn't told before; collective."""
+        job = self._job
+        if job.config.scaling.address is None:  # a Ray on this machine alone goes when the machine goes
             return False
-        by_steps = config.every_steps is not None and progress.step % config.every_steps == 0
-        by_epochs = config.every_epochs is not None and epoch_ended and progress.epoch % config.every_epochs == 0
-        return by_steps or by_epochs or progress.position >= self._job.total_positions
+        self._num_asked += 1
+        # Ray's barrier here must not meet the one of a report in flight
+        if self._num_asked % _ASKS_PER_PREEMPTION_POLL or not job.all_agree(not self.busy):
+            return False
+        info = ray.train.get_preemption_info()
+        nodes = set(info.preempted_node_ids) if info is not None else set()
+        new, self._leaving = nodes - self._leaving, nodes
+        if new and info is not None and job.rank == 0:
+            fields = {"nodes": sorted(new), "ranks": info.preempted_ranks, "deadline_ms": info.deadline_ms}
+            job.line.send("event", name="preemption_notice", step=job.progress.step, **fields)
+        return bool(new)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a save is in flight on this rank."""
+        return self._pending is not None and not self._pending.done()
+
+    @property
+    def stopping(self) -> bool:
+        """Whether somebody wants the run to end after the save that is due now."""
+        return self._cadence.stopping
 
     def save(self) -> None:
         """Copy the state and have it written; collective. Waits if the save before isn't done yet."""
         started = time.perf_counter()
         self.wait()
         job, progress = self._job, self._job.progress
+        if not self._ledger_is_safe():
+            self._cadence.saved(progress.step)
+            return
         extra = self._extra.state_dict()
+        if lost := extra["progress"]["train"][3]:
+            raise NonFiniteError(f"{lost} losses were NaN or infinite by step {progress.step}: nothing was saved")
         metrics = {"epoch": progress.epoch, "step": progress.step, **progress.metrics}
         if job.rank != 0:
             self._pending = self._thread.submit(ray.train.report, metrics)
         else:
-            parts = _copied_to_cpu((job.model.state_dict(), job.optimizer.state_dict(), extra))
-            manifest = Manifest(
-                name=f"step_{progress.step:08d}.a{job.attempt}",
-                step=progress.step,
-                epoch=progress.epoch,
-                position=progress.position,
-                attempt=job.attempt,
-                world_size=job.world_size,
-                metrics=dict(progress.metrics),
-                state_versions=self._extra.versions(),
-                written_by=f"run '{job.run_name}' on {time.strftime('%Y-%m-%d %H:%M:%S')}",
-                versions=package_versions(),
-            )
+            parts = self._staging.copy((job.model.state_dict(), job.optimizer.state_dict(), extra))
+            manifest = self._manifest()
             blocked_s = time.perf_counter() - started
             best_step = job.best.get("step")
-            self._pending = self._thread.submit(self._write, manifest, parts, metrics, best_step, blocked_s)
-        self._saved_step = progress.step
+            self._pending = self._thread.submit(
+                self._write, manifest, parts, metrics, best_step, blocked_s, job.finished or self.stopping
+            )
+        self._cadence.saved(progress.step)
+
+    def _ledger_is_safe(self) -> bool:
+        """Whether every rank's ledger holds what was done so far: no checkpoint may be ahead of it."""
+        job, error = self._job, None
+        if not job.config.train.ledger:
+            return True
+        try:
+            job.ledger.flush()
+        except OSError as caught:
+            error = caught
+        if job.all_agree(error is None):
+            return True
+        if job.rank == 0:
+            self._failed(job.progress.step, error or OSError("another worker can't write its ledger"))
+        return False
 
     def wait(self) -> None:
         """Return when no save is in flight, on this rank."""
@@ -80,14 +136,19 @@ class CheckpointManager:
             self._pending = None
 
     def finish(self) -> None:
-        """Wait for the last save; CheckpointError if it could not be written."""
+        """Wait for the last save; StorageError if it could not be written."""
         self.wait()
         self._thread.shutdown()
-        if self._failure is not None:
-            raise CheckpointError(f"the last checkpoint could not be written: {self._failure}") from self._failure
+        if self._failures:
+            error = self._failures[-1]
+            raise StorageError(
+                f"the last checkpoint could not be written: {error}. Put {self._store.storage.uri} right, and give "
+                "the same command again"
+            ) from error
 
-    def restore(self, manifest: Manifest, files: dict[str, bytes]) -> None:
+    def restore(self, manifest: Manifest) -> None:
         """Load a verified checkpoint into the job; StateError if its states are not the configured ones."""
+        files = self._store.read(manifest)
         loaded = {name: load_part(name, content) for name, content in files.items()}
         try:
             self._job.model.load_state_dict(loaded[_MODEL])
@@ -97,7 +158,24 @@ class CheckpointManager:
                 f"checkpoint {manifest.name}, of {manifest.written_by}, does not fit this model or optimiser: {error}"
             ) from error
         self._extra.load(loaded[_EXTRA], manifest.state_versions, manifest.written_by)
-        self._saved_step = manifest.step
+        self._cadence.saved(manifest.step)
+
+    def _manifest(self) -> Manifest:
+        job, progress = self._job, self._job.progress
+        return Manifest(
+            name=f"step_{progress.step:08d}.a{job.attempt}",
+            step=progress.step,
+            epoch=progress.epoch,
+            position=progress.position,
+            attempt=job.attempt,
+            world_size=job.world_size,
+            metrics=dict(progress.metrics),
+            state_versions=self._extra.versions(),
+            written_by=f"run '{job.run_name}' on {time.strftime('%Y-%m-%d %H:%M:%S')}",
+            written_at=time.time(),
+            versions=package_versions(),
+            fingerprint=job.fingerprint,
+        )
 
     def _write(
         self,
@@ -106,52 +184,108 @@ class CheckpointManager:
         metrics: dict[str, Any],
         best_step: int | None,
         blocked_s: float,
+        is_last: bool,
     ) -> None:
-        """On the thread, rank 0 only: write, thin out, report to Ray. The other ranks wait in their report."""
-        started, checkpoint = time.perf_counter(), None
-        line = self._job.line
-        try:
-            files = {name: _serialised(part) for name, part in zip(FILES, parts, strict=True)}
-            line.flush()  # what was logged up to this step must not be lost once the step is saved
-            saved = self._store.save(manifest, files)
-        except (OSError, CheckpointError) as error:
-            self._failure = error
-            line.send("event", name="checkpoint_failed", step=manifest.step, error=str(error))
-        else:
-            self._failure = None
-            line.send(
-                "event",
-                name="checkpoint_saved",
-                step=saved.step,
-                checkpoint=saved.name,
-                bytes=sum(file["bytes"] for file in saved.files.values()),
-                blocked_s=round(blocked_s, 6),
-                write_s=round(time.perf_counter() - started, 6),
-                metrics=saved.metrics,
-            )
+        """On the thread, rank 0 only: write, thin out, report to Ray. The other ranks wait in their report.
+
+        Ray is not told of the checkpoint: it would write a snapshot of its own into the run directory, from its
+        control loop, where a store that is down for a moment ends the run. The manifests say what there is.
+        """
+        for wait_s in (*(_LAST_TRIES_S if is_last else ()), None):
+            try:
+                self._write_once(manifest, parts, best_step, blocked_s)
+                self._failures.clear()
+                break
+            except (OSError, CheckpointError) as error:
+                self._failed(manifest.step, error)
+                if wait_s is not None:
+                    time.sleep(wait_s)
+        ray.train.report(metrics)
+
+    def _failed(self, step: int, error: Exception) -> None:
+        self._failures.append(error)
+        self._job.line.send("event", name="checkpoint_failed", step=step, error=str(error))
+
+    def _write_once(self, manifest: Manifest, parts: tuple[Any, ...], best_step: int | None, blocked_s: float) -> None:
+        started, line = time.perf_counter(), self._job.line
+        if not all(_is_finite(tensor) for tensor in parts[0].values()):
+            raise CheckpointError("the weights are not finite, so this step is not worth keeping")
+        line.sync()  # what was logged up to this step must be written down before the step counts as done
+        saved = self._store.save(manifest, {name: writer(part) for name, part in zip(FILES, parts, strict=True)})
+        line.send(
+            "event",
+            name="checkpoint_saved",
+            step=saved.step,
+            checkpoint=saved.name,
+            bytes=saved.num_bytes,
+            blocked_s=round(blocked_s, 6),
+            write_s=round(time.perf_counter() - started, 6),
+            metrics=saved.metrics,
+        )
+        with contextlib.suppress(OSError):  # an object store that is down now: the next save thins out
             manifests = self._store.manifests(lambda *_: None)
             self._store.delete_all_but(kept_names(manifests, self._config.num_to_keep, best_step))
-            filesystem, path = self._store.storage.child(saved.name).open()
-            checkpoint = ray.train.Checkpoint(path, filesystem)
-        mode = ray.train.CheckpointUploadMode.NO_UPLOAD
-        ray.train.report(metrics, checkpoint=checkpoint, checkpoint_upload_mode=mode)
 
 
-def _copied_to_cpu(value: Any) -> Any:
-    """A deep copy with every tensor on the CPU, which later steps don't change."""
-    if isinstance(value, torch.Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, Mapping):
-        return {key: _copied_to_cpu(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_copied_to_cpu(item) for item in value)
-    return value
+def _give_way() -> None:
+    """Have this thread run when the training leaves a core idle; Linux knows priorities of threads."""
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 
 
-def _serialised(part: Any) -> memoryview:
-    buffer = io.BytesIO()
-    torch.save(part, buffer)
-    return buffer.getbuffer()
+def _is_finite(tensor: torch.Tensor) -> bool:
+    if not tensor.is_floating_point():
+        return True
+    # one pass and no copy: NaN and infinity survive a sum
+    narrow = tensor.dtype in (torch.float16, torch.bfloat16)
+    return bool(torch.isfinite(tensor.sum(dtype=torch.float32 if narrow else tensor.dtype)))
+
+
+class Staging:
+    """Copies state to the CPU, into memory that is kept: new memory costs several times as long as the copy."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._pin = device.type == "cuda"
+        self._kept: dict[tuple[Any, ...], torch.Tensor] = {}  # by their path in the tree
+
+    def copy(self, value: Any) -> Any:
+        """A deep copy whose tensors later steps don't change; it holds until the next call."""
+        copied = self._copy(value, ())
+        if self._pin:
+            torch.cuda.synchronize()
+        return copied
+
+    def _copy(self, value: Any, path: tuple[Any, ...]) -> Any:
+        if isinstance(value, torch.Tensor):
+            return self._copy_tensor(value.detach(), path)
+        if isinstance(value, Mapping):
+            return {key: self._copy(item, (*path, key)) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            items = [self._copy(item, (*path, number)) for number, item in enumerate(value)]
+            return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+        return value
+
+    def _copy_tensor(self, tensor: torch.Tensor, path: tuple[Any, ...]) -> torch.Tensor:
+        kept = self._kept.get(path)
+        if kept is None or (kept.shape, kept.dtype, kept.stride()) != (tensor.shape, tensor.dtype, tensor.stride()):
+            pin = self._pin and tensor.is_cuda
+            kept = self._kept[path] = torch.empty_like(tensor, device="cpu", pin_memory=pin)
+        return kept.copy_(tensor, non_blocking=True)
+
+
+def writer(part: Any) -> Writer:
+    """What writes one file of a checkpoint."""
+
+    def write(stream: Any) -> None:
+        # the zip's own checksums would be computed beside the SHA-256 of every byte; torch.load doesn't read them
+        before = torch.serialization.get_crc32_options()
+        torch.serialization.set_crc32_options(False)
+        try:
+            torch.save(part, stream)
+        finally:
+            torch.serialization.set_crc32_options(before)
+
+    return write
 
 
 def load_part(name: str, content: bytes) -> Any:

@@ -40,6 +40,8 @@ class Batch:
     start: int
     end: int
     micro_batches: list[MicroBatch]
+    positions: Int64s  # of this rank's share, [rows]
+    samples: Int64s  # at those positions, [rows]
 
 
 class Feed(Protocol):
@@ -149,7 +151,10 @@ class CachedFeed:
     def from_position(self, position: int) -> Iterator[Batch]:
         """Yield this rank's share of every global batch from `position` on."""
         for start, end, shares in self._planned(position):
-            yield Batch(start, end, [self._micro_batch(*share, end - start) for share in shares])
+            micro_batches = [self._micro_batch(*share, end - start) for share in shares]
+            positions = np.concatenate([positions[:counted] for positions, _, counted in shares])
+            samples = np.concatenate([samples[:counted] for _, samples, counted in shares])
+            yield Batch(start, end, micro_batches, positions, samples)
 
     def _planned(self, position: int) -> Iterator[tuple[int, int, list[tuple[Int64s, Int64s, int]]]]:
         """(start, end, per micro-batch: positions, samples, how many count), looked up in chunks."""

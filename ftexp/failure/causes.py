@@ -2,16 +2,43 @@
 
 from __future__ import annotations
 
+import errno
+import re
+import time
 from dataclasses import dataclass
 
 import ray.exceptions
 from ray.train import UserCallback
 
 from ftexp import ray_private
-from ftexp.errors import FtexpError
+from ftexp.config import CAUSES
+from ftexp.errors import ConfigError, DataError, FtexpError, NonFiniteError, StateError, StorageError
 from ftexp.wire import HubAddress, Line
 
-BUG, CRASH, OUT_OF_MEMORY = "bug", "crash", "out_of_memory"
+BUG, OUT_OF_MEMORY, CRASH, HANG, PREEMPTION, NON_FINITE, STORAGE, STARTUP = CAUSES
+
+# what begins a failure, before what follows from it
+_FIRST = (PREEMPTION, OUT_OF_MEMORY, HANG, CRASH, NON_FINITE, STORAGE, STARTUP, BUG)
+_FINAL = (ConfigError, DataError, StateError, StorageError)  # the next try would end the same way
+_BUGS = (
+    *(TypeError, AttributeError, NameError, ImportError, LookupError, AssertionError, ArithmeticError),
+    *(NotImplementedError, SyntaxError, ValueError),
+)
+# RuntimeErrors of torch's that say that shapes, types or devices don't fit
+_BUG_WORDS = re.compile(
+    r"shapes? cannot be multiplied|size mismatch|must match the size|shape '.*' is invalid|"
+    r"[Ss]izes of tensors must match|expected scalar type|expected target dtype|have the same dtype|should be the same|"
+    r"Expected .*-dimensional|Expected \dD |to have \d+ channels|Expected all tensors to be on the same device|"
+    r"is not on the expected device|"
+    r"(?:Missing|Unexpected) key\(s\) in state_dict|out of bounds|does not require grad|has no attribute|"
+    r"is not implemented for"
+)
+# gloo's and NCCL's, where another rank has gone
+_BROKEN_WORDS = re.compile(
+    r"Connection reset|Connection closed|Connection refused|Broken pipe|NCCL|[gG]loo|process group|Socket Timeout|"
+    r"[Tt]imed out waiting"
+)
+_STORAGE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.ESTALE)
 
 
 @dataclass(frozen=True)
@@ -21,44 +48,68 @@ class Cause:
     kind: str
     rank: int | None
     error: str
+    is_final: bool = False  # ftexp raised it on purpose: another try changes nothing
+    died: bool = False  # the process was gone, so that the error says nothing of what it did
 
 
 def find_cause(worker_exceptions: dict[int, Exception]) -> Cause:
-    """Tell the failure that began it from those that followed: a dead rank makes the others' collectives fail.
+    """Tell the failure that began it from those that followed: a dead rank makes the others' collectives fail."""
+    errors = {rank: ray_private.unwrap(error) for rank, error in worker_exceptions.items()}
+    if not errors:
+        return Cause(CRASH, None, "the worker group was lost", died=True)
+    ranked = sorted(errors.items(), key=lambda item: (_is_echo(item[1]), _FIRST.index(_kind(item[1])), item[0]))
+    rank, error = ranked[0]
+    if _is_echo(error):
+        return Cause(CRASH, None, "the connection to another worker was lost", died=True)
+    kind = _kind(error)
+    died = isinstance(error, _DEAD)
+    return Cause(kind, rank, _in_a_line(error), isinstance(error, _FINAL), died)
 
-    Out of memory first, then a process that died, then an exception that is no broken connection.
-    """
-    ranked = sorted(
-        (
-            (_kind(error), _is_collateral(error), rank, error)
-            for rank, error in ((rank, ray_private.unwrap(error)) for rank, error in worker_exceptions.items())
-        ),
-        key=lambda item: (item[1], (OUT_OF_MEMORY, CRASH, BUG).index(item[0]), item[2]),
-    )
-    if not ranked:
-        return Cause(CRASH, None, "the worker group was lost")
-    kind, collateral, rank, error = ranked[0]
-    if collateral:
-        return Cause(CRASH, None, "the connection to another worker was lost")
-    return Cause(kind, rank, _in_a_line(kind, error))
+
+def as_hang(cause: Cause, hung: dict[int, str]) -> Cause:
+    """The cause, once it is known which ranks killed themselves because they stood still: {rank: in doing what}."""
+    if not hung or not cause.died:
+        return cause
+    # ranks that wait for another one stand still too, but within a step
+    rank = min(hung, key=lambda rank: (hung[rank].startswith("in a step"), rank))
+    return Cause(HANG, rank, f"it stood still {hung[rank]}", died=True)
+
+
+def as_preemption(cause: Cause, leaving: list[int]) -> Cause:
+    """The cause, once it is known that the machines of the ranks `leaving` had been announced to be taken away."""
+    if not leaving or not cause.died:
+        return cause
+    return Cause(PREEMPTION, leaving[0], "its machine was taken away, as announced", died=True)
+
+
+_DEAD = (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError)
 
 
 def _kind(error: Exception) -> str:
     if isinstance(error, (ray.exceptions.OutOfMemoryError, MemoryError)) or type(error).__name__ == "OutOfMemoryError":
         return OUT_OF_MEMORY
-    if isinstance(error, (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError)):
-        return CRASH
-    return BUG
+    if isinstance(error, RuntimeError) and "can't allocate memory" in str(error):  # torch's, on the CPU
+        return OUT_OF_MEMORY
+    if isinstance(error, _DEAD):
+        return PREEMPTION if getattr(error, "preempted", False) else CRASH
+    if isinstance(error, NonFiniteError):
+        return NON_FINITE
+    if isinstance(error, StorageError) or (isinstance(error, OSError) and error.errno in _STORAGE_ERRNOS):
+        return STORAGE
+    if isinstance(error, FtexpError):
+        return BUG if isinstance(error, _FINAL) else CRASH
+    if isinstance(error, _BUGS) or (isinstance(error, RuntimeError) and _BUG_WORDS.search(str(error))):
+        return BUG
+    return CRASH
 
 
-def _is_collateral(error: Exception) -> bool:
-    """Whether this looks like the echo of another rank's death: gloo and NCCL raise RuntimeErrors of these words."""
-    words = ("Connection reset", "Connection closed", "Broken pipe", "NCCL", "gloo", "Gloo", "process group")
-    return _kind(error) == BUG and any(word in str(error) for word in words)
+def _is_echo(error: Exception) -> bool:
+    """Whether this looks like what another rank's death does to a collective."""
+    return isinstance(error, RuntimeError) and _BROKEN_WORDS.search(str(error)) is not None
 
 
-def _in_a_line(kind: str, error: Exception) -> str:
-    if kind == CRASH:
+def _in_a_line(error: Exception) -> str:
+    if isinstance(error, _DEAD):
         return "the process died (killed, or crashed below Python)"
     if isinstance(error, FtexpError):
         return str(error)
@@ -66,18 +117,23 @@ def _in_a_line(kind: str, error: Exception) -> str:
     return f"{type(error).__name__}: {lines[-1].strip()}" if lines else type(error).__name__
 
 
+class StopRun(Exception):
+    """Raised in Ray Train's controller to end the run; Ray retries everything but this."""
+
+
 class FailureReporter(UserCallback):  # type: ignore[misc]
-    """Tells the driver of every failure. Runs in Ray Train's controller; an exception here would end the run."""
+    """Tells the driver of every failure, and ends the run if the driver says so. Runs in Ray Train's controller."""
 
     def __init__(self, hub: HubAddress) -> None:
         self._hub = hub
 
     def after_exception(self, run_context: object, worker_exceptions: dict[int, Exception]) -> None:  # noqa: ARG002
-        """Ray's hook: one or more workers raised, or died."""
-        cause = find_cause(worker_exceptions)
+        """Ray's hook: one or more workers raised, or died. StopRun if there shall be no further try."""
         try:
-            line = Line(self._hub, {"kind": "controller"})
+            line = Line(self._hub, {"kind": "failure", "cause": vars(find_cause(worker_exceptions))})
         except FtexpError:  # the driver is gone; there is nobody to tell
             return
-        line.send("failure", cause=cause.kind, rank=cause.rank, error=cause.error)
         line.close()
+        if reason := line.answer.get("stop"):
+            raise StopRun(reason)
+        time.sleep(line.answer.get("delay_s", 0.0))  # Ray makes the next group when this returns

@@ -32,11 +32,7 @@ def train(rank: int, settings: dict[str, Any], folder: str) -> None:
     world, epochs, batch = settings["num_workers"], settings["epochs"], settings["global_batch_size"]
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
-    pixels, classes = load_digits(return_X_y=True)
-    images = (torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8) / 16 - 0.3053) / 0.3760
-    labels = torch.tensor(classes)
-    train_rows, held = train_test_split(np.arange(len(labels)), test_size=0.3, stratify=labels, random_state=0)
-    val_rows = held[: len(held) // 3]
+    images, labels, train_rows, val_rows = digits()
     torch.manual_seed(settings["seed"])
     model = timm.create_model(**settings["model"])
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -73,6 +69,14 @@ def train(rank: int, settings: dict[str, Any], folder: str) -> None:
             )
         )
     dist.destroy_process_group()
+
+
+def digits() -> tuple[torch.Tensor, torch.Tensor, np.ndarray, np.ndarray]:
+    pixels, classes = load_digits(return_X_y=True)
+    images = (torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8) / 16 - 0.3053) / 0.3760
+    labels = torch.tensor(classes)
+    train_rows, held = train_test_split(np.arange(len(labels)), test_size=0.3, stratify=labels, random_state=0)
+    return images, labels, train_rows, held[: len(held) // 3]
 
 
 def evaluate(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor, rows: np.ndarray) -> float:

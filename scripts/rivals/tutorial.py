@@ -7,6 +7,7 @@ epoch, FailureConfig(max_failures=3). Prints one JSON line: steps per second of 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tempfile
 import time
@@ -52,6 +53,7 @@ def train_func(settings: dict[str, Any]) -> dict[str, Any]:
             stepping = time.perf_counter() - started
             if first_step is None:
                 first_step = time.time()
+            note(settings, epoch, steps)
         right = count = 0
         model.eval()
         with torch.inference_mode():
@@ -76,6 +78,14 @@ def train_func(settings: dict[str, Any]) -> dict[str, Any]:
         "steps_per_s_with_epoch_ends": total_steps / sum(epoch for _, _, epoch in steady),
         "first_step": first_step,
     }
+
+
+def note(settings: dict[str, Any], epoch: int, step: int) -> None:
+    """For bench_recovery.py: when each worker had done which step, and its process."""
+    if "notes" in settings:
+        rank = ray.train.get_context().get_world_rank()
+        with Path(settings["notes"]).open("a") as file:
+            file.write(json.dumps([time.time(), rank, os.getpid(), epoch, step]) + "\n")
 
 
 def dataset(images: np.ndarray, labels: np.ndarray, rows: np.ndarray) -> ray.data.Dataset:

@@ -1,0 +1,78 @@
+"""Files of JSON lines that only grow, and outlive whoever writes them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from ftexp.storage import Storage
+
+
+class AppendLog:
+    """Lines added to the end of a file. On an object store, which can't append, the whole is written again.
+
+    A line that can't be written waits, and is tried again with the next one: a full disk loses none.
+    """
+
+    def __init__(self, storage: Storage, name: str) -> None:
+        self._storage, self._name = storage, name
+        self._lines: list[str] = []  # local: those that wait; object store: all
+        self._file: Any = None
+        if (path := storage.local_path) is not None:
+            path.mkdir(parents=True, exist_ok=True)
+            _end_torn_line(path / name)
+            self._file = (path / name).open("ab", buffering=0)  # closed by close()
+        elif storage.exists(name):
+            self._lines = storage.read_bytes(name).decode().splitlines()
+
+    def append(self, line: str) -> None:
+        """Add one line; on a local disk it has left this process when the call returns, unless the disk is full."""
+        self._lines.append(line)
+        if self._file is not None:
+            with contextlib.suppress(OSError):  # flush() tells
+                self.flush()
+
+    def flush(self) -> None:
+        """Write what waits, or bring an object store's copy up to date; OSError if that can't be done."""
+        content = "".join(f"{line}\n" for line in self._lines).encode()
+        if self._file is None:
+            self._storage.write_bytes(self._name, content)
+            return
+        size = self._file.seek(0, os.SEEK_END)
+        try:
+            if self._file.write(content) != len(content):
+                raise OSError(f"{self._name} was written in part only: the disk is full")
+        except OSError:
+            self._file.truncate(size)  # no torn line in the middle of the file
+            raise
+        self._lines.clear()
+
+    def sync(self) -> None:
+        """As `flush`; on a local disk the lines then survive a power cut."""
+        self.flush()
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Flush, and release the file."""
+        self.flush()
+        if self._file is not None:
+            self._file.close()
+
+
+def read_lines(storage: Storage, name: str) -> list[Any]:
+    """What an AppendLog holds, parsed; without a line that a kill has torn. FileNotFoundError if there is none."""
+    entries = []
+    for line in storage.read_bytes(name).decode().splitlines():
+        with contextlib.suppress(ValueError):  # torn
+            entries.append(json.loads(line))
+    return entries
+
+
+def _end_torn_line(path: Path) -> None:
+    """Cut a last line that a killed writer left without its end: it is no JSON."""
+    if path.exists() and (content := path.read_bytes()) and not content.endswith(b"\n"):
+        path.write_bytes(content[: content.rfind(b"\n") + 1])

@@ -1,0 +1,79 @@
+"""When a save is due. Every rank comes to the same answer at the same step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from ftexp.config import CheckpointConfig
+
+_ASK_EVERY_S = 1.0  # how late a request to stop is noticed
+_SAVE, _STOP = 0, -1  # answers; any other is the step at which to ask again
+
+
+class Cadence:
+    """Decides after each step. `agree(value)` returns rank 0's `value` on every rank, and is collective.
+
+    Steps and epochs are counted alike everywhere. The clock, and whether somebody wants the run to stop, are rank 0's,
+    and asked as seldom as will do: each answer says at which step to ask again. `machine_goes()`, whether one of the
+    workers' machines has newly been announced to go away, is collective and asked at the same steps.
+    """
+
+    def __init__(
+        self,
+        config: CheckpointConfig,
+        agree: Callable[[int], int],
+        clock: Callable[[], float] = time.monotonic,
+        stop_requested: Callable[[], bool] = lambda: False,
+        machine_goes: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self._config, self._agree, self._clock, self._stop_requested = config, agree, clock, stop_requested
+        self._machine_goes = machine_goes
+        self.stopping = False  # this save is the last: somebody wants the run to stop
+        self._wanted = False  # due, and waiting for the save before
+        self._saved_step = self._asked_step = self._ask_at = -1
+        self._saved_at = self._asked_at = clock()
+        self._gap = 1  # steps from one question to the next
+
+    def due(self, step: int, epoch: int, epoch_ended: bool, finished: bool, busy: bool) -> bool:
+        """Whether to save after `step`; collective. `busy` says that rank 0 has a save in flight: the next waits."""
+        if finished:
+            return step != self._saved_step
+        config = self._config
+        by_steps = config.every_steps is not None and step % config.every_steps == 0
+        by_epochs = config.every_epochs is not None and epoch_ended and epoch % config.every_epochs == 0
+        by_time = self._ask(step)
+        if self.stopping:
+            return True
+        self._wanted = (by_steps or by_epochs or self._wanted or by_time) and step != self._saved_step
+        return self._wanted and not self._agree(int(busy))
+
+    def saved(self, step: int) -> None:
+        """A save of `step` was begun, or restored."""
+        self._saved_step = self._asked_step = step
+        self._saved_at = self._asked_at = self._clock()
+        self._wanted, self._ask_at, self._gap = False, step + 1, 1
+
+    def _ask(self, step: int) -> bool:
+        """Whether rank 0's clock says that a save is due."""
+        if step < self._ask_at:
+            return False
+        now, every = self._clock(), self._config.every_seconds
+        left = _ASK_EVERY_S if every is None else self._saved_at + every - now
+        if self._asked_step < 0:  # nothing to estimate from yet
+            self._asked_step = step
+        if self._stop_requested():
+            answer = _STOP
+        elif left <= 0:
+            answer = _SAVE
+        else:
+            done = step - self._asked_step
+            step_s = max((now - self._asked_at) / max(done, 1), 1e-6)
+            # half of what is left, since steps may get slower, and twice as far as last time at the most, since the
+            # first estimates may be far off
+            answer = step + max(1, min(int(min(left / 2, _ASK_EVERY_S) / step_s), 2 * self._gap))
+        answer = self._agree(answer)
+        self._gap = answer - step
+        self._ask_at, self._asked_step, self._asked_at = answer, step, now
+        self.stopping = answer == _STOP
+        return self._machine_goes() or answer == _SAVE

@@ -1,0 +1,55 @@
+"""Where two checkpoints differ, to the bit."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from ftexp.checkpoint.manager import load_part
+from ftexp.checkpoint.store import CheckpointStore, Manifest
+
+
+def load(store: CheckpointStore, manifest: Manifest) -> dict[str, Any]:
+    """A checkpoint's content, {file name: tree}; CheckpointError if it doesn't verify."""
+    return {name: load_part(name, content) for name, content in store.read(manifest).items()}
+
+
+def tree_differences(first: Any, second: Any, where: str = "") -> Iterator[str]:
+    """A line for each place where two trees of tensors and plain values are not the same to the bit."""
+    if isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):
+        yield from _tensor_differences(first, second, where)
+    elif isinstance(first, dict) and isinstance(second, dict):
+        for key in [*first, *(key for key in second if key not in first)]:
+            place = f"{where}/{key}" if where else str(key)
+            if key not in first or key not in second:
+                yield f"{place} is in the {'first' if key in first else 'second'} only"
+            else:
+                yield from tree_differences(first[key], second[key], place)
+    elif isinstance(first, (list, tuple)) and type(first) is type(second):
+        if len(first) != len(second):
+            yield f"{where} has {len(first)} entries in the first, {len(second)} in the second"
+        for number, (one, other) in enumerate(zip(first, second, strict=False)):
+            yield from tree_differences(one, other, f"{where}/{number}")
+    elif type(first) is not type(second) or _bits(first) != _bits(second):
+        yield f"{where}: {first!r} in the first, {second!r} in the second"
+
+
+def _tensor_differences(first: torch.Tensor, second: torch.Tensor, where: str) -> Iterator[str]:
+    kinds = [f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}" for tensor in (first, second)]
+    if kinds[0] != kinds[1]:
+        yield f"{where}: {kinds[0]} in the first, {kinds[1]} in the second"
+        return
+    # bytes, not values: NaN differs from NaN by value, and 0.0 is -0.0
+    differing = first.contiguous().view(-1).view(torch.uint8) != second.contiguous().view(-1).view(torch.uint8)
+    if not differing.any():
+        return
+    elements = differing.view(first.numel(), -1).any(1)
+    largest = (first.double() - second.double()).abs().max().item()
+    yield f"{where}: {int(elements.sum())} of {first.numel()} values differ, by up to {largest:.3g}"
+
+
+def _bits(value: Any) -> Any:
+    return struct.pack("<d", value) if isinstance(value, float) else value

@@ -1,0 +1,58 @@
+"""Where an attempt starts from. Rank 0 decides, and every rank loads what it decided."""
+
+from __future__ import annotations
+
+import time
+
+from ftexp.checkpoint.manager import CheckpointManager, load_part
+from ftexp.checkpoint.store import CheckpointStore, Manifest, locate
+from ftexp.fingerprint import differences
+from ftexp.job import Job
+from ftexp.models import load_matching
+
+
+def restore(job: Job, store: CheckpointStore, checkpoints: CheckpointManager) -> None:
+    """Go to the latest checkpoint that verifies; collective. Without one, start from `resume_from`, or as built.
+
+    What doesn't verify is quarantined and told; ConfigError if the checkpoint is that of another run.
+    """
+    started = time.perf_counter()
+    name, num_rejected = job.agree_on(_choose(job, store) if job.rank == 0 else None)
+    if name is None:
+        if job.config.resume_from is not None:
+            _start_from(job, job.config.resume_from)
+            checkpoints.save()  # a restart must not depend on the other run's checkpoints, which may go
+        return
+    manifest = store.by_name(name)
+    differences(manifest.fingerprint, job.fingerprint, f"{store.storage.uri}/{name}")
+    checkpoints.restore(manifest)
+    if job.rank == 0:
+        seconds = round(time.perf_counter() - started, 3)
+        fields = {"checkpoint": name, "step": job.progress.step, "position": job.progress.position}
+        job.line.send("event", name="restored", rejected=num_rejected, restore_s=seconds, **fields)
+
+
+def _choose(job: Job, store: CheckpointStore) -> tuple[str | None, int]:
+    """The name of the checkpoint to load, and how many were rejected on the way."""
+    for name in store.storage.sweep():
+        job.line.send("event", name="swept", folder=name)
+    rejected: dict[str, str] = {}
+    chosen = store.latest(rejected.__setitem__)
+    for name, reason in rejected.items():
+        try:
+            store.quarantine(name)
+        except OSError as error:  # it stays, and is rejected again next time
+            reason = f"{reason}; it can't be moved away: {error}"
+        job.line.send("event", name="checkpoint_rejected", checkpoint=name, reason=reason)
+    return chosen.name if chosen else None, len(rejected)
+
+
+def _start_from(job: Job, uri: str) -> None:
+    """Load the weights of another run's checkpoint into the model: what fits, with a report of the rest."""
+    store, manifest = locate(uri)
+    weights = load_part("model.pt", store.read_file(manifest, "model.pt"))
+    job.weights_report = load_matching(job.model, weights, _described(store, manifest))
+
+
+def _described(store: CheckpointStore, manifest: Manifest) -> str:
+    return f"{store.storage.child(manifest.name).uri} (step {manifest.step})"

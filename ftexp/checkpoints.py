@@ -1,0 +1,108 @@
+"""`python -m ftexp.checkpoints <run directory> [--diff A B]`: what is saved, and does it verify?
+
+Lists every checkpoint with its step, size and age, and reads each to the last byte. `--diff` names two of them
+(a folder's name in the run, or the path of any other checkpoint or run) and shows every place where they differ.
+Exit codes: 0 all verify, or no difference; 1 otherwise; 2 the command was wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+
+from ftexp.checkpoint.store import CHECKPOINTS, REJECTED, CheckpointStore, Manifest, locate
+from ftexp.cli import print_error
+from ftexp.errors import CheckpointError, ConfigError, FtexpError
+from ftexp.storage import Storage
+
+_MOST_DIFFERENCES = 40  # shown; the rest is counted
+
+
+def main() -> None:
+    """Entry point of the command."""
+    parser = argparse.ArgumentParser(prog="python -m ftexp.checkpoints", description=__doc__.partition("\n\n")[0])
+    parser.add_argument("run", help="a run directory, or its URI")
+    parser.add_argument("--diff", nargs=2, metavar=("A", "B"), help="names, or paths, of two checkpoints to compare")
+    options = parser.parse_args()
+    try:
+        run_dir = Storage.at(options.run)
+        if not run_dir.child(CHECKPOINTS).exists():
+            raise ConfigError(f"{run_dir.uri} has no {CHECKPOINTS}/: give the directory of a run")
+        good = show_differences(run_dir, *options.diff) if options.diff else show(run_dir)
+    except FtexpError as error:
+        print_error(error)
+        sys.exit(error.exit_code)
+    sys.exit(0 if good else 1)
+
+
+def show(run_dir: Storage) -> bool:
+    """Print the table; returns whether everything that isn't in quarantine verifies."""
+    from rich.console import Console
+    from rich.table import Table
+
+    store = CheckpointStore(run_dir.child(CHECKPOINTS))
+    bad: dict[str, str] = {}
+    manifests = store.manifests(bad.__setitem__)
+    table = Table("checkpoint", "step", "epoch", "workers", "size", "age", "verified", box=None)
+    for manifest in manifests:
+        reason = _damage(store, manifest)
+        if reason:
+            bad[manifest.name] = reason
+        size, age = f"{manifest.num_bytes / 1e6:,.1f} MB", _age(time.time() - manifest.written_at)
+        cells = (str(manifest.step), str(manifest.epoch), str(manifest.world_size), size, age)
+        table.add_row(manifest.name, *cells, f"no: {reason}" if reason else "yes")
+    unreadable = [name for name in bad if name not in {manifest.name for manifest in manifests}]
+    for name in unreadable:
+        table.add_row(name, *"-----", f"no: {bad[name]}")
+    rejected = store.storage.child(REJECTED).list_folders()
+    for name in rejected:
+        table.add_row(f"{REJECTED}/{name}", *"-----", "no: in quarantine")
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    if manifests or unreadable or rejected:
+        console.print(table)
+    else:
+        console.print(f"{store.storage.uri} holds no checkpoint yet", markup=False)
+    return not bad
+
+
+def show_differences(run_dir: Storage, first: str, second: str) -> bool:
+    """Print every place where two checkpoints differ; returns whether there is none."""
+    from ftexp.checkpoint.compare import load, tree_differences
+
+    sides = [_find(run_dir, name) for name in (first, second)]
+    one, other = (load(*side) for side in sides)
+    differences = list(tree_differences(one, other))
+    for line in differences[:_MOST_DIFFERENCES]:
+        print(line)
+    if len(differences) > _MOST_DIFFERENCES:
+        print(f"... and {len(differences) - _MOST_DIFFERENCES} more")
+    names = " and ".join(manifest.name for _, manifest in sides)
+    print(f"{names}: {f'{len(differences)} differences' if differences else 'identical to the bit'}")
+    return not differences
+
+
+def _find(run_dir: Storage, name: str) -> tuple[CheckpointStore, Manifest]:
+    if "/" in name:
+        return locate(name)
+    store = CheckpointStore(run_dir.child(CHECKPOINTS))
+    return store, store.by_name(name)
+
+
+def _damage(store: CheckpointStore, manifest: Manifest) -> str | None:
+    try:
+        store.verify(manifest)
+    except CheckpointError as error:
+        return str(error)
+    return None
+
+
+def _age(seconds: float) -> str:
+    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+if __name__ == "__main__":
+    main()

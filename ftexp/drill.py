@@ -1,0 +1,217 @@
+"""`python -m ftexp.drill <any train overrides> [drill.faults=[kill_worker,flip_byte]] [drill.steps=200]`
+
+Runs your config twice, clean and with faults, and compares what came of it to the bit: weights, optimiser, extra
+state, every logged metric, and which samples drove which update. Exit codes: 0 identical, 1 not, 2 the command
+was wrong.
+
+drill.faults  names, or {kind: ..., step: ..., rank: ...}; see conf/chaos. Each strikes once, in this order
+drill.steps   stop both runs after so many optimiser steps (default: the whole run)
+
+Both runs lie under <run.storage>/drill_<time>/, with drill.json, and may be deleted. What the drill sets itself, and
+none of which changes a bit: train.ledger, train.log_every_steps=1, how often the broken run saves, and
+failure.max_failures where it allows fewer failures than there are faults.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig
+
+from ftexp.checks import validate
+from ftexp.cli import parse_words, print_error, run_hydra, to_config
+from ftexp.config import Config, ranged
+from ftexp.errors import ConfigError, RunFailedError
+from ftexp.field_checks import field_problems
+
+if TYPE_CHECKING:
+    from ftexp.drill_report import Report
+    from ftexp.storage import Storage
+
+_KILLED = -9
+_SHOWN = ("⚡", "✗", "↻", "!", "resumed")  # beginnings of the run's lines that are passed on
+CLEAN, BROKEN = "clean", "broken"
+
+
+@dataclass(kw_only=True)
+class DrillConfig:
+    """What stands under `drill.`"""
+
+    faults: list[Any] = field(
+        default_factory=lambda: ["kill_worker", "truncate_checkpoint", "disk_full", "flip_byte", "kill_driver"]
+    )
+    steps: int | None = ranged(None, low=2)
+
+
+def main() -> None:
+    """Entry point of the command."""
+    words = sys.argv[1:]
+    if any(word in ("-h", "--help") for word in words):
+        print(__doc__)
+        return
+    own = [word for word in words if word.startswith("drill.")]
+    overrides = [word for word in words if not word.startswith("drill.")]
+    try:
+        config = parse(own)
+        refuse(overrides)
+    except ConfigError as error:
+        print_error(error)
+        sys.exit(error.exit_code)
+    identical = False
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the run is stopped with the drill
+
+    def task(composed: DictConfig) -> None:
+        nonlocal identical
+        identical = drill(to_config(composed), config, overrides)
+
+    code = run_hydra(task, overrides)
+    sys.exit(code or (0 if identical else 1))
+
+
+def parse(words: list[str]) -> DrillConfig:
+    """Read drill.key=value words; ConfigError names what is wrong."""
+    config: DrillConfig = parse_words(_Root, words).drill
+    problems = list(dict(field_problems(config, "drill.")).values())
+    if not config.faults:
+        problems.append("drill.faults=[] leaves nothing to compare: name some faults")
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return config
+
+
+@dataclass
+class _Root:
+    drill: DrillConfig = field(default_factory=DrillConfig)
+
+
+def refuse(overrides: list[str]) -> None:
+    """ConfigError if the overrides set what the drill sets."""
+    for word in overrides:
+        key = word.lstrip("+~").partition("=")[0]
+        if key == "chaos" or key.startswith("chaos."):
+            raise ConfigError(f"{word}: the drill sets chaos itself; write drill.faults=[...]")
+        if key in ("run.name", "resume", "train.ledger", "train.max_steps"):
+            raise ConfigError(f"{word}: the drill sets {key} itself; take it out" + _instead(key))
+        if word in ("-m", "--multirun"):
+            raise ConfigError("-m: a drill is of one run; take it out")
+
+
+def _instead(key: str) -> str:
+    return ", and write drill.steps=..." if key == "train.max_steps" else ""
+
+
+def drill(config: Config, own: DrillConfig, overrides: list[str]) -> bool:
+    """Run clean and broken, compare, print; returns whether they are identical.
+
+    Raises:
+        ConfigError: the config is wrong; nothing was started.
+        RunFailedError: the clean run failed by itself, so that there is nothing to compare with.
+    """
+    with_faults = dataclasses.replace(config, chaos=dataclasses.replace(config.chaos, faults=own.faults))
+    validate(with_faults)
+    from ftexp.drill_report import compare
+    from ftexp.storage import Storage
+
+    name = f"drill_{time.strftime('%Y-%m-%d_%H-%M-%S')}"
+    folder = Storage.at(config.run.storage, name)
+    words = [*overrides, f"run.storage={_quoted(folder.uri)}", "train.ledger=true", "train.log_every_steps=1"]
+    if own.steps is not None:
+        words.append(f"train.max_steps={own.steps}")
+    print(f"drill    {folder.uri}")
+    began = time.time()
+    if _run(words, CLEAN, 1, folder) != 0:
+        raise RunFailedError(f"the clean run failed by itself: see {folder.child(CLEAN).uri} and {_log(folder, CLEAN)}")
+    total_steps = json.loads(folder.child(CLEAN).read_bytes("run.json"))["step"]
+    print(f"clean    {total_steps:,} steps, the whole command {time.time() - began:.1f} s")
+    code = _run([*words, *_broken_words(config, own, total_steps)], BROKEN, len(own.faults) + 1, folder)
+    report = compare(folder.child(CLEAN), folder.child(BROKEN), config.train.global_batch_size, code)
+    folder.write_bytes("drill.json", json.dumps(dataclasses.asdict(report), indent=1).encode())
+    _print(report)
+    return report.identical
+
+
+def _broken_words(config: Config, own: DrillConfig, total_steps: int) -> list[str]:
+    """What the broken run is given beside: its faults, each between two saves, and enough failures allowed."""
+    number = len(own.faults)
+    every = max(1, total_steps // (2 * (number + 1)))
+    faults = []
+    for place, fault in enumerate(own.faults, start=1):
+        chosen = {"kind": fault} if isinstance(fault, str) else dict(fault)
+        step = place * total_steps // (number + 1) // every * every + max(1, every // 2)
+        chosen.setdefault("step", max(1, min(step, total_steps - 1)))
+        chosen.setdefault("rank", place % 2)
+        faults.append("{" + ", ".join(f"{key}: {value}" for key, value in chosen.items()) + "}")
+    words = [f"chaos.faults=[{', '.join(faults)}]"]
+    words += [f"checkpoint.every_steps={every}", "checkpoint.every_epochs=null", "checkpoint.every_seconds=null"]
+    if 0 <= config.failure.max_failures < number:
+        words.append(f"failure.max_failures={number}")
+    return words
+
+
+def _run(words: list[str], name: str, most_starts: int, folder: Storage) -> int:
+    """Run the command, again if it is killed; returns the last exit code."""
+    command = [sys.executable, "-m", "ftexp.train", *words, f"run.name={name}"]
+    code = _KILLED
+    for _ in range(most_starts):
+        code = _run_once(command, _log(folder, name))
+        if code != _KILLED:
+            break
+        print("         the command was killed: giving the same command again", flush=True)
+    return code
+
+
+def _run_once(command: list[str], log: str) -> int:
+    with (
+        open(log, "a", encoding="utf-8") as file,  # noqa: PTH123 - beside a remote folder it is in the temporary one
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process,
+    ):
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                file.write(line)
+                file.flush()
+                if line.startswith(_SHOWN):
+                    print(f"         {line.rstrip()}", flush=True)
+        except KeyboardInterrupt:
+            process.terminate()
+            raise
+    return process.returncode
+
+
+def _log(folder: Storage, name: str) -> str:
+    """Where a run's own output goes: a local file, whatever the storage."""
+    import tempfile
+    from pathlib import Path
+
+    path = folder.local_path or Path(tempfile.gettempdir()) / folder.name
+    path.mkdir(parents=True, exist_ok=True)
+    return str(path / f"{name}.log")
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def _print(report: Report) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("fault", "at step", "what happened", "replayed", "lost", "identical", box=None, pad_edge=False)
+    for row in report.rows:
+        seconds = "" if row.seconds_lost is None else f"{row.seconds_lost:.1f} s"
+        cells = (str(row.step), row.happened, f"{row.steps_replayed} steps", seconds, "yes" if row.identical else "NO")
+        table.add_row(row.fault, *cells)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 150)
+    console.print(table)
+    console.print(report.verdict, markup=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""What to do about a failure: a pure function of its cause, its step, and what had happened before."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ftexp.config import FailureConfig
+from ftexp.failure.causes import BUG, CRASH, NON_FINITE, PREEMPTION, Cause
+
+
+@dataclass(frozen=True)
+class Past:
+    """An earlier failure of the run."""
+
+    cause: str
+    step: int  # the last that was done
+    error: str
+    progressed: bool  # whether its attempt had done a step that was never done before
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What happens now, and the arithmetic behind it."""
+
+    goes_on: bool
+    reason: str
+    delay_s: float = 0.0
+    cause: str = CRASH  # as the history shows it: the same exception at the same step is a bug
+
+
+def decide(cause: Cause, step: int, progressed: bool, past: Sequence[Past], config: FailureConfig) -> Decision:
+    """Whether to go on after a failure.
+
+    Args:
+        cause: what failed.
+        step: the last that was done when it did.
+        progressed: whether the attempt that failed had done a step that was never done before.
+        past: the failures of this run that came before, oldest first.
+        config: the budgets.
+    """
+    kind = cause.kind
+    if cause.is_final:
+        return Decision(False, "another try would end the same way: giving up", cause=kind)
+    if kind == BUG:
+        return Decision(False, "a bug does not go away by trying again: giving up", cause=BUG)
+    if (
+        kind in (CRASH, NON_FINITE)
+        and not cause.died
+        and past
+        and (past[-1].step, past[-1].error) == (step, cause.error)
+    ):
+        found = BUG if kind == CRASH else kind
+        return Decision(False, "the same at the same step a second time, so it is no accident: giving up", cause=found)
+    return _by_budgets(kind, step, progressed, past, config)
+
+
+def _by_budgets(kind: str, step: int, progressed: bool, past: Sequence[Past], config: FailureConfig) -> Decision:
+    refill = config.refill_after_steps
+    recent = [failure for failure in past if refill is None or step - failure.step < refill]
+    charged = [failure for failure in recent if failure.cause != PREEMPTION]
+    parts = []
+    if kind == PREEMPTION:
+        count, limit = sum(failure.cause == PREEMPTION for failure in past) + 1, config.max_preemption_failures
+        parts.append(f"preemption {count} of {_shown(limit)}, not charged to failure.max_failures")
+    else:
+        count, limit = len(charged) + 1, config.max_failures
+        since = f" in the last {refill} steps" if refill is not None else ""
+        parts.append(f"failure {count} of {_shown(limit)}{since}")
+    exceeded = 0 <= limit < count
+    own_limit = config.max_by_cause.get(kind)
+    if own_limit is not None:
+        own_count = sum(failure.cause == kind for failure in recent) + 1
+        parts.append(f"{kind} {own_count} of {own_limit} allowed")
+        exceeded = exceeded or own_count > own_limit
+    stuck = 0 if progressed else 1 + _num_stuck(past)
+    most_stuck = config.max_failures_without_progress
+    if stuck:
+        allowed = "" if most_stuck < 0 else f" of {most_stuck} allowed"
+        parts.append(f"{stuck}{allowed} in a row without a new step")
+    exceeded = exceeded or 0 <= most_stuck < stuck
+    arithmetic = ", ".join(parts)
+    if exceeded:
+        return Decision(False, f"{arithmetic}: giving up", cause=kind)
+    delay_s = min(config.backoff_s * 2.0 ** min(stuck - 1, 99), config.max_backoff_s) if stuck else 0.0
+    wait = f" in {delay_s:g} s" if delay_s else ""
+    return Decision(True, f"{arithmetic}: restarting the workers{wait}", delay_s, kind)
+
+
+def _num_stuck(past: Sequence[Past]) -> int:
+    """How many of the latest failures in a row came before a new step."""
+    return next((number for number, failure in enumerate(reversed(past)) if failure.progressed), len(past))
+
+
+def _shown(limit: int) -> str:
+    return "no limit" if limit < 0 else f"{limit} allowed"

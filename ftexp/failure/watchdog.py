@@ -1,0 +1,93 @@
+"""Makes a crash of a hang: Ray restarts a dead worker, and never notices one that stands still.
+
+The loop says what it is about to do, and each phase has a limit of its own. When one is exceeded the stacks of all
+threads go to the run directory, the driver is told, and the worker kills itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+# what the loop does, as it is told to users
+START, STEP, BETWEEN = "in its start", "in a step", "between steps"
+EVALUATION, SAVE = "in an evaluation", "waiting for a save"
+_MOST_POLL_S = 1.0
+_GRACE_S = 10.0  # beyond a limit, after which even a process that can't run Python is ended
+
+OnHang = Callable[[str, float, str], None]  # phase, seconds it stood still, stacks of all threads
+
+
+class Watchdog:
+    """Watches one worker's loop from a thread. `limits` are seconds by phase; None: never."""
+
+    def __init__(
+        self,
+        limits: dict[str, float | None],
+        on_hang: OnHang,
+        die: Callable[[], None] = lambda: os.kill(os.getpid(), signal.SIGKILL),
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._limits, self._on_hang, self._die, self._clock = limits, on_hang, die, clock
+        self._phase, self._since = START, clock()
+        self._ended = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Begin to watch; does nothing if no phase has a limit."""
+        given = [limit for limit in self._limits.values() if limit is not None]
+        if given:
+            self._thread = threading.Thread(target=self._watch, args=(min(given) / 4,), daemon=True, name="watchdog")
+            self._thread.start()
+
+    def stop(self) -> None:
+        """Watch no more."""
+        self._ended.set()
+        if self._thread is not None:
+            self._thread.join()
+            faulthandler.cancel_dump_traceback_later()
+
+    def beat(self, phase: str = STEP) -> None:
+        """The loop is alive, and enters `phase`."""
+        self._phase, self._since = phase, self._clock()
+
+    @contextlib.contextmanager
+    def during(self, phase: str) -> Iterator[None]:
+        """Within this block, the limit of `phase` holds."""
+        before = self._phase
+        self.beat(phase)
+        try:
+            yield
+        finally:
+            self.beat(before)
+
+    def check(self) -> None:
+        """Act if the limit of the current phase is exceeded."""
+        phase, still_s = self._phase, self._clock() - self._since
+        limit = self._limits.get(phase)
+        if limit is not None and still_s > limit:
+            self._on_hang(phase, still_s, self._dump())
+            self._die()
+
+    def _watch(self, poll_s: float) -> None:
+        while not self._ended.wait(min(poll_s, _MOST_POLL_S)):
+            self.check()
+            limit = self._limits.get(self._phase)
+            if limit is not None:
+                # a C thread's alarm, for code that never lets go of the interpreter: put off as long as this runs;
+                # the stacks then go to the worker's own log
+                faulthandler.dump_traceback_later(limit + _GRACE_S, exit=True)
+            else:
+                faulthandler.cancel_dump_traceback_later()
+
+    def _dump(self) -> str:
+        with tempfile.TemporaryFile("w+") as file:
+            faulthandler.dump_traceback(file, all_threads=True)
+            file.seek(0)
+            return file.read()

@@ -1,0 +1,99 @@
+"""Which samples drove which update: written beside the training when `train.ledger` is set, and read back to prove it.
+
+Every rank appends a line a step to its own file, ledger/a<attempt>.r<rank>.jsonl, before a checkpoint can hold
+that step. So a step that a checkpoint holds is in the ledger, whatever is killed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ftexp.append_log import AppendLog, read_lines
+from ftexp.storage import Storage
+
+if TYPE_CHECKING:
+    from ftexp.data.feeds import Batch
+
+LEDGER = "ledger"  # the folder in a run directory
+
+
+class Ledger:
+    """One rank's writer; does nothing if `storage` is None."""
+
+    def __init__(self, storage: Storage | None, attempt: int, rank: int) -> None:
+        self._log = AppendLog(storage, f"a{attempt:04d}.r{rank}.jsonl") if storage is not None else None
+
+    def note(self, step: int, batch: Batch) -> None:
+        """Record that this rank's share of `batch` drove update number `step`."""
+        if self._log is not None:
+            line = {"step": step, "positions": batch.positions.tolist(), "samples": batch.samples.tolist()}
+            self._log.append(json.dumps(line))
+
+    def flush(self) -> None:
+        """Return when every line can be read by others; OSError if that can't be done."""
+        if self._log is not None:
+            self._log.flush()
+
+
+@dataclass(frozen=True)
+class Update:
+    """What drove one optimiser step, over all ranks: positions ascending, and the sample at each."""
+
+    step: int
+    attempt: int  # the last that did this step: what it did is what the weights hold
+    positions: tuple[int, ...]
+    samples: tuple[int, ...]
+
+
+def last_attempt(run_dir: Storage) -> int:
+    """The highest attempt that has written a ledger; 0 if none has."""
+    return max((_attempt(name) for name in run_dir.child(LEDGER).list_files()), default=0)
+
+
+def _attempt(name: str) -> int:
+    return int(name.partition(".")[0].removeprefix("a"))
+
+
+def read_updates(run_dir: Storage) -> list[Update]:
+    """The updates that made the weights, by step: where a step was done again, the last time counts."""
+    rows: dict[int, dict[int, list[tuple[int, int]]]] = {}  # step -> attempt -> (position, sample)
+    folder = run_dir.child(LEDGER)
+    for name in folder.list_files():
+        attempt = _attempt(name)
+        for entry in read_lines(folder, name):  # no checkpoint holds the step of a line that was torn
+            pairs = zip(entry["positions"], entry["samples"], strict=True)
+            rows.setdefault(entry["step"], {}).setdefault(attempt, []).extend(pairs)
+    updates = []
+    for step in sorted(rows):
+        attempt = max(rows[step])
+        used = sorted(rows[step][attempt])
+        positions, samples = zip(*used, strict=True) if used else ((), ())
+        updates.append(Update(step, attempt, positions, samples))
+    return updates
+
+
+def problems(updates: list[Update], num_samples: int, global_batch_size: int) -> Iterator[tuple[int, str]]:
+    """(step, what contradicts exactly once): a missing step, other positions than its own, a sample twice an epoch."""
+    seen: dict[int, dict[int, int]] = {}  # epoch -> sample -> the step that used it
+    for expected, update in enumerate(updates, start=1):
+        if update.step != expected:
+            yield expected, f"step {expected} is missing"
+            return
+        start = (expected - 1) * global_batch_size
+        end = start + len(update.positions)
+        if update.positions != tuple(range(start, end)):
+            yield expected, f"step {expected} was driven by other positions than {start} to {end - 1}"
+        if len(update.positions) != global_batch_size and expected != len(updates):
+            yield expected, f"step {expected} was driven by {len(update.positions)} samples, not {global_batch_size}"
+        for position, sample in zip(update.positions, update.samples, strict=True):
+            used = seen.setdefault(position // num_samples, {})
+            if sample in used:
+                yield expected, f"sample {sample} drove step {used[sample]} and step {expected} of one epoch"
+            used[sample] = expected
+    epochs = sorted(seen)
+    for epoch in epochs[:-1]:
+        if len(seen[epoch]) != num_samples:
+            yield max(seen[epoch].values()), f"epoch {epoch} used {len(seen[epoch])} of {num_samples} samples"

@@ -1,0 +1,162 @@
+"""What the driver makes of what workers and controller say: records, lines on the terminal, and decisions."""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import Any
+
+from ftexp.config import Config
+from ftexp.failure.causes import CRASH, Cause, as_hang, as_preemption
+from ftexp.failure.policy import Past, decide
+from ftexp.fitting import STOP_GRACE_S
+from ftexp.terminal import Terminal
+from ftexp.tracking import RunRecord
+from ftexp.wire import Hub, Message
+
+_MOST_SAMPLES_SHOWN = 32
+_CONTROLLER_DIED = "Ray Train's controller died, and its workers with it"
+
+
+class Supervisor:
+    """Turns what workers and controller say into records and lines on the terminal."""
+
+    def __init__(self, record: RunRecord, terminal: Terminal, config: Config) -> None:
+        self._record, self._terminal, self._config = record, terminal, config
+        self._num_before = len(record.state.failures)  # of earlier calls, which had budgets of their own
+        self._hung: dict[int, str] = {}  # rank -> what it was doing, of this attempt
+        self._leaving: list[int] = []  # ranks whose machines were announced to be taken away
+        self._has_failed = False  # since the last worker group began to train
+        self._has_trained = False  # in this call
+        self._raised: Message | None = None  # the first of this attempt
+        self._asked = KeyboardInterrupt()
+        self.stopped: str | None = None  # why no further try was made
+        self._restored: dict[str, Any] = {}
+        self._rejected: list[str] = []
+        self._problem: str | None = None
+
+    def handle(self, message: Message) -> Message | None:
+        """The hub's handler: one message at a time."""
+        kind = message["kind"]
+        if kind == "failure":
+            return self._failed(Cause(**message["cause"]))
+        if kind == "kill_driver":  # chaos
+            os.kill(os.getpid(), signal.SIGKILL)
+        if kind == "raised" and self._raised is None:
+            self._raised = message
+        elif kind == "hung":
+            self._hung[message["rank"]] = (
+                f"{message['doing']} for {message['seconds']:.0f} s; stacks in {message['file']}"
+            )
+        answer = self._record.handle(message)
+        if self._record.problem != self._problem and (problem := self._record.problem) is not None:
+            self._terminal.say(f"! the run's records can't be written: {problem}; trying again", "yellow")
+        self._problem = self._record.problem
+        if kind == "hello" and message["rank"] == 0:
+            self._restored, self._rejected = {}, []
+        elif kind == "ready":
+            self._ready(message)
+        elif kind == "tick":
+            self._terminal.step(self._record.state)
+        elif kind == "metrics" and message["split"] == "val":
+            self._terminal.epoch(self._record.state)
+        elif kind == "event":
+            self._on_event(message)
+        return answer
+
+    def _failed(self, cause: Cause) -> Message:
+        """Decide and record; the answer tells the controller whether to stop, or how long to wait."""
+        state = self._record.state
+        cause = as_preemption(as_hang(cause, self._hung), self._leaving)
+        self._hung, self._leaving, self._has_failed = {}, [], True
+        past = [Past(failure.cause, failure.step, failure.error, failure.progressed) for failure in state.failures]
+        decision = decide(
+            cause, state.step, self._record.has_progressed, past[self._num_before :], self._config.failure
+        )
+        failure = self._record.fail(decision.cause, cause.rank, cause.error, decision.reason)
+        self._terminal.failure(failure)
+        raised, self._raised = self._raised, None
+        if decision.goes_on:
+            return {"delay_s": decision.delay_s}
+        self._diagnose(raised)
+        where = f"rank {failure.rank}" if failure.rank is not None else "a worker"
+        self.stopped = f"{where} failed after step {failure.step} [{failure.cause}]: {failure.error}; {decision.reason}"
+        return {"stop": self.stopped}
+
+    def controller_died(self) -> Message:
+        """As for a worker's failure; the driver itself has to fit again."""
+        return self._failed(Cause(CRASH, None, _CONTROLLER_DIED, died=True))
+
+    def _diagnose(self, raised: Message | None) -> None:
+        """Print what helps to find out why a run was given up."""
+        name = self._record.state.name
+        if raised is not None:
+            samples = ", ".join(map(str, raised["samples"][:_MOST_SAMPLES_SHOWN]))
+            more = len(raised["samples"]) - _MOST_SAMPLES_SHOWN
+            self._terminal.say(
+                f"  rank {raised['rank']} was at step {raised['step']}, position {raised['position']:,}, with samples "
+                f"{samples or 'none'}{f' and {more} more' if more > 0 else ''}; its traceback is in events.jsonl"
+            )
+        self._terminal.say(
+            f"  once that is put right, the same command with run.name={name} goes on from the last save"
+        )
+
+    def stop(self, hub: Hub, asked: KeyboardInterrupt) -> bool:
+        """Ask the workers to end after a last save; whether there are any."""
+        self._asked = asked
+        if not hub.tell_to_stop():
+            return False
+        self._terminal.say(
+            f"stopping after a last save, {STOP_GRACE_S:.0f} s at most; once more stops at once", "yellow"
+        )
+        return True
+
+    def interrupted(self) -> KeyboardInterrupt:
+        """What asked the run to stop."""
+        return self._asked
+
+    def _ready(self, message: Message) -> None:
+        state, train = self._record.state, self._config.train
+        self._note_missing(self._restored.get("checkpoint"))
+        pids = self._record.pids()
+        recovered, self._has_failed = self._has_failed, False
+        resized, self._has_trained = self._has_trained and not recovered, True
+        if resized:
+            self._record.event("resized", world_size=state.world_sizes[-1])
+            self._terminal.say(f"resized  to {state.world_sizes[-1]} workers, from step {message['step']}", "green")
+        elif recovered:
+            self._terminal.recovered(state.failures[-1], self._restored.get("checkpoint"), len(self._rejected), pids)
+        elif self._restored:
+            name = self._restored["checkpoint"]
+            self._terminal.say(f"{'resumed':<9}at step {message['step']} from {name}")
+        if message["weights"] and message["step"] == 0:
+            self._terminal.say(f"{'weights':<9}{message['weights']}")
+        self._terminal.ready(
+            state, message["total_steps"], train.global_batch_size, train.epochs, pids, message["device"]
+        )
+
+    def _on_event(self, message: Message) -> None:
+        if message["name"] == "restored":
+            self._restored = message
+        elif message["name"] == "checkpoint_rejected":
+            self._rejected.append(message["checkpoint"])
+            self._terminal.say(f"! checkpoint {message['checkpoint']} doesn't count: {message['reason']}", "yellow")
+        elif message["name"] == "preemption_notice":
+            self._leaving = message["ranks"]
+            ranks = ", ".join(map(str, message["ranks"]))
+            self._terminal.say(f"! the machine of rank {ranks} is about to be taken away: saving now", "yellow")
+        elif message["name"] == "chaos":
+            self._terminal.say(f"⚡ chaos: {message['fault']} after step {message['step']} on rank {message['rank']}")
+        elif message["name"] == "checkpoint_failed":
+            self._terminal.say(f"! checkpoint at step {message['step']} not written: {message['error']}", "yellow")
+
+    def _note_missing(self, restored: str | None) -> None:
+        """Tell of a checkpoint that was saved and is nowhere now."""
+        state = self._record.state
+        # names begin with the step: what is restored may well be newer than the last that was heard of
+        if state.checkpoint is not None and (restored is None or restored < state.checkpoint):
+            missing = {"checkpoint": state.checkpoint, "reason": "it is gone"}
+            if state.checkpoint not in self._rejected:
+                self._record.event("checkpoint_rejected", **missing)
+                self._on_event({"name": "checkpoint_rejected", **missing})
+            state.checkpoint = restored

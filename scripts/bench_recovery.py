@@ -1,0 +1,151 @@
+"""Recovery, side by side: from the SIGKILL of a worker to the first step that had not been done before.
+
+    uv run python scripts/bench_recovery.py [--rounds 5] [--check] [--json FILE]
+
+ftexp (with hot start, and without), a script like Ray Train's tutorials, and a DDP loop under torchrun with
+--max-restarts and a checkpoint at each epoch's end. Same model, data and batch, two workers; the sides take turns, and
+the worker is killed ten steps after the second epoch. Then the start: from the command to the first step.
+Five rounds take 12 minutes on 2 cores, two rounds 5.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from bench_train import BATCH, RIVALS, WORKERS
+from benching import default_recipe, describe_machine, finish, print_targets
+from rich.console import Console
+from rich.table import Table
+
+FTEXP, COLD, TUTORIAL, TORCHRUN = "ftexp", "ftexp, hot_start=off", "tutorial", "torchrun"
+EPOCHS, KILL_EPOCH, KILL_STEP = 8, 2, 10
+_DEADLINE_S = 180.0
+Note = tuple[float, int, int, int, int]  # time, rank, pid, epoch, step within it (from 1)
+
+
+def main() -> None:
+    """Measure, print a table, and exit with 1 under --check if a target is missed."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a target is missed")
+    parser.add_argument("--json", type=Path, help="keep the numbers in this file")
+    options = parser.parse_args()
+    console = Console(highlight=False, width=120)
+    describe_machine(console)
+    settings = {"epochs": EPOCHS, "global_batch_size": BATCH, "num_workers": WORKERS, "seed": 0, **default_recipe()}
+    sides: dict[str, Callable[[dict[str, Any]], dict[str, float]]] = {
+        FTEXP: lambda _: ftexp("auto"), TUTORIAL: tutorial, TORCHRUN: torchrun, COLD: lambda _: ftexp("off"),
+    }  # fmt: skip
+    results: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
+    for number in range(options.rounds):
+        for side, measure in sides.items():
+            results[side].append(measure(settings))
+            console.print(f"round {number + 1}: {side}: {results[side][-1]}")
+    misses = report(console, results)
+    finish(console, results, options.json, misses, options.check)
+
+
+def ftexp(hot_start: str) -> dict[str, float]:
+    """The command, with the default config but for its length."""
+    storage = Path(tempfile.mkdtemp(prefix="bench_"))
+    words = [f"run.storage={storage}", "run.name=bench", f"train.epochs={EPOCHS}", "train.log_every_steps=1"]
+    command = [sys.executable, "-m", "ftexp.train", *words, f"scaling.hot_start={hot_start}"]
+
+    def notes() -> list[Note]:
+        lines = _lines(storage / "bench" / "metrics.jsonl")
+        points = [point for point in lines if point["split"] == "train"]
+        ready = [event for event in _lines(storage / "bench" / "events.jsonl") if event["event"] == "ready"]
+        per_epoch = next((point["step"] for point in lines if point["split"] == "val"), 1 << 30)
+        return [
+            (point["time"], 1, ready[-1]["pids"][1], *divmod(point["step"] - 1, per_epoch)) for point in points if ready
+        ]
+
+    return _measure(command, notes, shift=1)
+
+
+def tutorial(settings: dict[str, Any]) -> dict[str, float]:
+    """Ray Train as its tutorials use it."""
+    path = Path(tempfile.mkdtemp(prefix="bench_")) / "notes"
+    command = [sys.executable, str(RIVALS / "tutorial.py"), json.dumps({**settings, "notes": str(path)})]
+    return _measure(command, lambda: [tuple(line) for line in _lines(path)])
+
+
+def torchrun(settings: dict[str, Any]) -> dict[str, float]:
+    """A DDP loop that torchrun restarts."""
+    folder = Path(tempfile.mkdtemp(prefix="bench_"))
+    given = {**settings, "notes": str(folder / "notes"), "checkpoint": str(folder / "checkpoint.pt")}
+    words = ["--standalone", "--nproc-per-node", str(WORKERS), "--max-restarts", "3"]
+    script = [str(RIVALS / "torchrun_ddp.py"), json.dumps(given)]
+    command = [sys.executable, "-m", "torch.distributed.run", *words, *script]
+    return _measure(command, lambda: [tuple(line) for line in _lines(folder / "notes")])
+
+
+def _measure(command: list[str], notes: Callable[[], list[Any]], shift: int = 0) -> dict[str, float]:
+    """Start, kill rank 1 at the place that was chosen, wait for a step that is new; then stop everything."""
+    environment = {**os.environ, "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0", "OMP_NUM_THREADS": "1"}
+    began = time.time()
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    ) as process:
+        try:
+            place = (KILL_EPOCH, KILL_STEP - shift)
+            seen = _until(process, lambda: [n for n in notes() if n[1] == 1 and (n[3], n[4]) >= place])
+            first_step = min(note[0] for note in notes()) - began
+            killed_at = time.time()
+            os.kill(seen[-1][2], signal.SIGKILL)
+            farthest = max((note[3], note[4]) for note in notes())
+            again = _until(process, lambda: [n for n in notes() if (n[3], n[4]) > farthest and n[0] > killed_at + 0.5])
+            return {"recovery_s": again[0][0] - killed_at, "first_step_s": first_step}
+        finally:
+            os.killpg(process.pid, signal.SIGTERM)
+            try:
+                process.wait(timeout=30)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def _until(process: subprocess.Popen[bytes], found: Callable[[], list[Any]]) -> list[Any]:
+    end = time.monotonic() + _DEADLINE_S
+    while not (result := found()):
+        assert process.poll() is None, f"{process.args} ended with {process.returncode}"
+        assert time.monotonic() < end, f"{process.args} took too long"
+        time.sleep(0.02)
+    return result
+
+
+def _lines(path: Path) -> list[Any]:
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+
+
+def report(console: Console, results: dict[str, list[dict[str, float]]]) -> list[str]:
+    """Print the tables; returns a line for each target that is missed."""
+    table = Table("", *results, box=None)
+    medians: dict[str, dict[str, float]] = {}
+    for key, title in (("recovery_s", "kill to first new step, s"), ("first_step_s", "command to first step, s")):
+        values = {side: [run[key] for run in runs] for side, runs in results.items()}
+        medians[key] = {side: statistics.median(found) for side, found in values.items()}
+        cells = [f"{statistics.median(v):.1f} ({min(v):.1f} to {max(v):.1f})" for v in values.values()]
+        table.add_row(title, *cells)
+    console.print(table)
+    recovery = medians["recovery_s"]
+    sides = ((TUTORIAL, 0.35), (TORCHRUN, 0.75))
+    return print_targets(
+        console, [(f"recovery, ftexp : {side}", recovery[FTEXP] / recovery[side], most, False) for side, most in sides]
+    )
+
+
+if __name__ == "__main__":
+    main()

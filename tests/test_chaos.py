@@ -1,0 +1,281 @@
+"""Chaos: what goes wrong is planned, the same for everyone, and happens once in a run."""
+
+import json
+from types import SimpleNamespace
+
+import hydra
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ftexp.checkpoint.store import FILES, CheckpointStore, Manifest
+from ftexp.checks import validate
+from ftexp.cli import to_config
+from ftexp.config import DAMAGES, FAULTS, ChaosConfig, config_dir
+from ftexp.failure import chaos
+from ftexp.failure.chaos import FIRED, Chaos, ChaosError, FaultyStore, damage, planned_faults
+from ftexp.storage import Storage
+
+CONTENT = {name: name.encode() * 50 for name in FILES}
+OPTIONS = sorted(file.stem for file in (config_dir() / "chaos").glob("*.yaml"))
+
+
+def plan(total_steps=100, **config):
+    return [(fault.step, fault.kind) for fault in planned_faults(ChaosConfig(**config), total_steps)]
+
+
+def test_one_fault_strikes_at_its_step_or_in_the_middle():
+    assert plan(kind="raise", step=7) == [(7, "raise")]
+    assert plan(kind="raise") == [(50, "raise")]
+    assert plan(kind="raise", total_steps=1) == [(1, "raise")]
+    assert plan() == []
+
+
+def test_several_faults_are_spread_evenly_over_the_run():
+    assert plan(faults=["raise", "kill_worker", "flip_byte"]) == [(25, "raise"), (50, "kill_worker"), (75, "flip_byte")]
+    assert plan(kind="hang", faults=["raise"]) == [(33, "hang"), (66, "raise")]
+
+
+def test_a_fault_may_say_its_own_step_rank_count_and_seconds():
+    config = ChaosConfig(
+        faults=[{"kind": "hang", "step": 90, "rank": 2, "seconds": 1.5}, {"kind": "disk_full", "step": 9, "count": 3}],
+        rank=1,
+        count=2,
+        seconds=8.0,
+    )
+    first, second = planned_faults(config, 100)
+    assert (first.kind, first.step, first.rank, first.count, first.seconds) == ("disk_full", 9, 1, 3, 8.0)
+    assert (second.kind, second.step, second.rank, second.count, second.seconds) == ("hang", 90, 2, 2, 1.5)
+
+
+def test_every_fault_of_a_run_has_a_name_of_its_own():
+    faults = planned_faults(ChaosConfig(faults=[{"kind": "raise", "step": 5}] * 3), 100)
+    assert len({fault.name for fault in faults}) == 3
+    assert all(fault.kind in fault.name for fault in faults)
+
+
+@given(
+    seed=st.integers(0, 50), rate=st.floats(0, 1), kinds=st.lists(st.sampled_from(FAULTS), min_size=1, max_size=4),
+    total=st.integers(1, 400),
+)  # fmt: skip
+def test_random_faults_follow_from_the_config_alone(seed, rate, kinds, total):
+    config = ChaosConfig(kind="random", seed=seed, rate=rate, kinds=kinds)
+    faults = planned_faults(config, total)
+    assert faults == planned_faults(ChaosConfig(kind="random", seed=seed, rate=rate, kinds=list(kinds)), total)
+    assert [fault.step for fault in faults] == sorted({fault.step for fault in faults})
+    assert all(1 <= fault.step < total and fault.kind in kinds for fault in faults)
+    assert len({fault.name for fault in faults}) == len(faults)
+    # a longer run has the same beginning
+    assert planned_faults(config, 2 * total)[: len(faults)] == faults
+
+
+def test_a_rate_of_0_strikes_never_1_always_and_another_seed_elsewhere():
+    assert plan(kind="random", rate=0.0) == []
+    assert plan(kind="random", rate=1.0) == [(step, "kill_worker") for step in range(1, 100)]
+    some, others = (plan(10_000, kind="random", rate=0.1, seed=seed, kinds=["raise", "hang"]) for seed in (0, 1))
+    assert 900 < len(some) < 1100
+    assert some != others
+    assert 0.4 < sum(kind == "raise" for _, kind in some) / len(some) < 0.6
+
+
+def test_every_kind_has_an_option_and_every_option_is_a_kind():
+    assert sorted(["none", "random", *FAULTS]) == OPTIONS
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_composes_validates_and_plans_what_it_is_called(option):
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(config_dir())):
+        config = to_config(hydra.compose("config", [f"chaos={option}"]))
+    validate(config)
+    kinds = {fault.kind for fault in planned_faults(config.chaos, 1000)}
+    assert kinds == {"none": set(), "random": {"kill_worker"}}.get(option, {option})
+
+
+def manifest(step):
+    return Manifest(
+        name=f"step_{step:08d}.a1", step=step, epoch=0, position=step, attempt=1, world_size=1, metrics={},
+        state_versions={}, written_by="run 'x'", written_at=0.0, versions={}, fingerprint={},
+    )  # fmt: skip
+
+
+def save(store, step):
+    return store.save(
+        manifest(step), {name: lambda stream, name=name: stream.write(CONTENT[name]) for name in FILES}
+    ).name
+
+
+def contents(folder):
+    return {name: folder.read_bytes(name) for name in folder.list_files()}
+
+
+@pytest.mark.parametrize("place", ["local", "object store"])
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_each_damage_does_what_it_says_and_no_more(tmp_path, memory, kind, place):
+    store = CheckpointStore(Storage.at(str(tmp_path)) if place == "local" else Storage(memory))
+    folder, other = (store.storage.child(save(store, step)) for step in (10, 20))
+    before, untouched = contents(folder), contents(other)
+    damage(folder, kind)
+    after = contents(folder)
+    if kind == "delete_checkpoint":
+        assert not folder.exists()
+    elif kind == "delete_manifest":
+        assert after == {name: before[name] for name in FILES}
+    elif kind == "truncate_checkpoint":
+        assert after == {**before, "model.pt": before["model.pt"][: len(before["model.pt"]) // 2]}
+    else:
+        one, two = before.pop("optimizer.pt"), after.pop("optimizer.pt")
+        assert after == before
+        assert len(one) == len(two)
+        assert sum((a ^ b).bit_count() for a, b in zip(one, two, strict=True)) == 1
+    assert contents(other) == untouched
+
+
+def test_a_damage_that_is_none_is_a_bug():
+    with pytest.raises(AssertionError, match="kill_worker is no damage"):
+        damage(Storage("/nowhere"), "kill_worker")
+
+
+class Run:
+    """One attempt's worker, without torch or Ray: what Chaos touches of it."""
+
+    def __init__(self, folder, rank=0, world_size=2, total_steps=10, **config):
+        self.sent, self.waited, self.killed = [], 0, []
+        self.job = SimpleNamespace(
+            config=SimpleNamespace(chaos=ChaosConfig(**config)), total_steps=total_steps, rank=rank,
+            world_size=world_size, progress=SimpleNamespace(step=0), poisoned=False, line=self,
+        )  # fmt: skip
+        self.run_dir = Storage.at(str(folder))
+        self.store = FaultyStore(self.run_dir.child("checkpoints"))
+        self.chaos = Chaos(self.job, self.store, self, self.run_dir)
+
+    def send(self, kind, **fields):
+        self.sent.append((kind, fields))
+
+    def flush(self):
+        self.sent.append("flushed")
+
+    def wait(self):
+        self.waited += 1
+
+    def reach(self, step):
+        self.job.progress.step = step
+        self.chaos.strike()
+
+    def told(self):
+        return [fields["fault"] for kind, fields in filter(lambda sent: sent != "flushed", self.sent)]
+
+
+def test_an_exception_is_raised_once_in_a_run_and_told_before(tmp_path):
+    run = Run(tmp_path, kind="raise", step=3)
+    run.reach(2)
+    assert run.sent == []
+    with pytest.raises(ChaosError, match="chaos=raise at step 3 on rank 0"):
+        run.reach(3)
+    assert run.sent == [("event", {"name": "chaos", "fault": "raise", "rank": 0, "step": 3}), "flushed"]
+    assert run.run_dir.child(FIRED).list_files() == ["00-raise"]
+    again = Run(tmp_path, kind="raise", step=3)  # the next attempt does the step again
+    again.reach(3)
+    run.reach(3)
+    assert again.sent == []
+
+
+def test_two_faults_of_one_kind_at_one_step_are_two(tmp_path):
+    faults = [{"kind": "raise", "step": 3}] * 2
+    for _ in range(2):
+        with pytest.raises(ChaosError):
+            Run(tmp_path, faults=faults).reach(3)
+    Run(tmp_path, faults=faults).reach(3)
+
+
+@pytest.mark.parametrize(("wanted", "world_size", "struck"), [(0, 2, 0), (1, 2, 1), (5, 2, 1), (1, 1, 0), (2, 3, 2)])
+def test_a_fault_strikes_one_rank_whatever_their_number(tmp_path, wanted, world_size, struck):
+    poisoned = []
+    for rank in range(world_size):
+        run = Run(tmp_path, rank, world_size, faults=[{"kind": "nonfinite", "step": 4, "rank": wanted}])
+        run.reach(4)
+        poisoned += [rank] * run.job.poisoned
+    assert poisoned == [struck]
+
+
+@pytest.mark.parametrize("kind", ["disk_full", "slow_storage"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_storage_fails_where_the_writing_is_done(tmp_path, kind, rank):
+    faults = [{"kind": kind, "step": 4, "rank": 1, "count": 2, "seconds": 0.25}]
+    follower = Run(tmp_path, rank=1, faults=faults)
+    follower.reach(4)
+    assert (follower.sent, follower.run_dir.child(FIRED).list_files()) == ([], [])
+    assert (follower.store.num_failing, follower.store.num_slow) == (0, 0)
+    leader = Run(tmp_path, rank=0, faults=faults)
+    leader.reach(4)
+    assert leader.told() == [kind]
+    assert (leader.store.num_failing, leader.store.num_slow) == ((2, 0) if kind == "disk_full" else (0, 2))
+    assert leader.store.delay_s == (0.25 if kind == "slow_storage" else 0.0)
+    again = Run(tmp_path, rank=0, faults=faults)
+    again.reach(4)
+    assert (again.store.num_failing, again.store.num_slow) == (0, 0)
+
+
+def test_a_full_disk_fails_so_many_saves_and_leaves_the_ones_before(tmp_path):
+    store = FaultyStore(Storage.at(str(tmp_path)))
+    save(store, 10)
+    store.num_failing = 2
+    for step in (20, 30):
+        with pytest.raises(OSError, match=r"No space left on device \(chaos\)"):
+            save(store, step)
+        assert [path.name for path in tmp_path.iterdir()] == ["step_00000010.a1"]
+    save(store, 40)
+    assert [m.step for m in store.manifests(lambda *_: None)] == [40, 10]
+    store.verify(store.by_name("step_00000040.a1"))
+
+
+def test_slow_storage_makes_so_many_saves_take_longer(tmp_path, monkeypatch):
+    slept = []
+    monkeypatch.setattr(chaos.time, "sleep", slept.append)
+    store = FaultyStore(Storage.at(str(tmp_path)))
+    store.num_slow, store.delay_s = 2, 7.5
+    for step in (10, 20, 30):
+        save(store, step)
+    assert slept == [7.5, 7.5]
+    assert store.latest(lambda *_: None).step == 30
+
+
+def test_a_hang_lasts_as_long_as_it_is_told_to(tmp_path, monkeypatch):
+    slept = []
+    monkeypatch.setattr(chaos.time, "sleep", slept.append)
+    Run(tmp_path, kind="hang", step=4, seconds=12.5).reach(4)
+    assert slept == [12.5]
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+@pytest.mark.parametrize("count", [1, 2])
+def test_damage_hits_the_newest_checkpoints_once_they_are_written_and_then_kills(tmp_path, monkeypatch, kind, count):
+    run = Run(tmp_path, kind=kind, step=35, count=count, total_steps=100)
+    monkeypatch.setattr(chaos.os, "kill", lambda pid, number: run.killed.append((pid, number)))
+    names = [save(run.store, step) for step in (10, 20)]
+    monkeypatch.setattr(run, "wait", lambda: names.append(save(run.store, 30)))  # a save was in flight
+    run.reach(35)
+    assert run.sent[0][1]["damaged"] == names[::-1][:count]
+    assert run.killed == [(chaos.os.getpid(), chaos.signal.SIGKILL)]
+    assert run.store.latest(lambda *_: None).step == 30 - 10 * count
+
+
+def test_killing_a_worker_waits_for_no_save(tmp_path, monkeypatch):
+    run = Run(tmp_path, kind="kill_worker", step=4)
+    monkeypatch.setattr(chaos.os, "kill", lambda pid, number: run.killed.append((pid, number)))
+    run.reach(4)
+    assert (run.waited, run.killed) == (0, [(chaos.os.getpid(), chaos.signal.SIGKILL)])
+
+
+@pytest.mark.parametrize("kind", ["kill_driver", "half_snapshot"])
+def test_the_driver_is_asked_to_kill_itself(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(chaos.time, "sleep", lambda seconds: None)  # the driver's death would end it
+    run = Run(tmp_path, kind=kind, step=4)
+    run.run_dir.write_bytes(chaos.ray_private.SNAPSHOT, b"0123456789")
+    run.reach(4)
+    assert run.sent[-1] == ("kill_driver", {})
+    left = run.run_dir.read_bytes(chaos.ray_private.SNAPSHOT)
+    if kind == "half_snapshot":
+        with pytest.raises(json.JSONDecodeError):
+            json.loads(left)
+    else:
+        assert left == b"0123456789"

@@ -1,0 +1,126 @@
+"""Failures of every kind, through Ray: the cause that is found, what it costs, and what is kept."""
+
+import json
+import signal
+
+import pytest
+from conftest import Command, RunFolder
+
+from ftexp.cli import EXIT_INTERRUPTED, EXIT_TERMINATED
+from ftexp.drill_report import compare
+from ftexp.storage import Storage
+
+OPTIONS = ["train.epochs=6", "train.ledger=true"]
+BATCH = 32
+
+PLUGIN = """
+from ftexp.checkpoint.registry import register_state
+
+@register_state("faulty")
+class Faulty:
+    version = 1
+
+    def __init__(self, job):
+        advance = job.scheduler.step_update
+
+        def step_update(step):
+            advance(step)
+            return len(step) if step == 20 else None  # an int has no len()
+
+        job.scheduler.step_update = step_update
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        pass
+"""
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory):
+    """A run that nothing happened to."""
+    folder = tmp_path_factory.mktemp("clean")
+    command = Command("train", [*OPTIONS, f"run.storage={folder}", "run.name=clean"], folder)
+    assert command.wait() == 0, command.output
+    return RunFolder(folder / "clean")
+
+
+def storage(run):
+    return Storage.at(str(run.path))
+
+
+@pytest.mark.timeout(400)
+def test_a_run_that_hung_lost_numbers_and_raised_ends_where_the_clean_run_ends(ftexp, run_folder, clean):
+    faults = "{kind: hang, step: 60, rank: 1}, {kind: nonfinite, step: 100}, {kind: raise, step: 150}"
+    command = ftexp(*OPTIONS, "run.name=faulty", f"chaos.faults=[{faults}]", "failure.hang_timeout_s=3")
+    run = run_folder("faulty")
+    assert command.wait() == 0, command.output
+    record = run.record
+    failures = record["failures"]
+    assert [failure["cause"] for failure in failures] == ["hang", "non_finite", "crash"]
+    assert [failure["decision"] for failure in failures] == [
+        f"failure {number} of 3 allowed: restarting the workers" for number in (1, 2, 3)
+    ]
+    assert all(failure["progressed"] for failure in failures)
+    # rank 0 waits for rank 1 in the next step's all-reduce, and tells of that
+    assert failures[0]["rank"] == 1
+    assert failures[0]["error"].startswith("it stood still between steps for ")
+    stacks = run.path / "hangs" / "a1.r1.txt"
+    assert f"stacks in {stacks}" in failures[0]["error"]
+    assert "chaos.py" in stacks.read_text()
+    assert failures[2]["step"] == 150
+    assert "ChaosError" in failures[2]["error"]
+    assert 0 < record["goodput"] <= 1
+    assert record["goodput"] == pytest.approx(record["productive_s"] / record["seconds"], abs=1e-4)
+    assert "on steps that counted" in command.output
+    report = compare(storage(clean), storage(run), BATCH, 0)
+    assert (report.differences, report.identical) == ([], True)
+
+
+def test_a_bug_ends_the_run_at_once_and_says_where_it_was(ftexp, run_folder, tmp_path):
+    (tmp_path / "my_states.py").write_text(PLUGIN)
+    extra = "checkpoint.extra_state=[progress,scheduler,scaler,rng,best,faulty]"
+    command = ftexp("run.name=bug", "plugins=[my_states]", extra)
+    run = run_folder("bug")
+    assert command.wait() == 1, command.output
+    record = run.record
+    assert (record["status"], record["attempts"]) == ("failed", 1)
+    (failure,) = record["failures"]
+    assert (failure["cause"], failure["step"]) == ("bug", 20)
+    assert failure["error"] == "TypeError: object of type 'int' has no len()"
+    assert "a bug does not go away by trying again: giving up" in record["error"]
+    assert record["error"] in command.output
+    (line,) = [line for line in command.lines if "with samples" in line]
+    samples = line.partition("with samples ")[2].partition(";")[0].split(", ")
+    assert f"was at step 20, position {20 * BATCH}, with samples" in line
+    assert len({int(sample) for sample in samples}) == BATCH / 2  # this rank's half
+    assert "the same command with run.name=bug goes on from the last save" in command.output
+    raised = run.events("raised")
+    assert any("has no len()" in event["traceback"] for event in raised)
+    assert "Traceback" not in command.output
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, EXIT_TERMINATED), (signal.SIGINT, EXIT_INTERRUPTED)])
+def test_a_run_that_is_told_to_stop_saves_the_step_it_stopped_at_and_goes_on_from_it(ftexp, run_folder, number, code):
+    options = ["run.name=stopped", "data=synthetic", "data.num_samples=600", "train.max_steps=400"]
+    options += ["train.epochs=50", "train.eval_every_epochs=5", "checkpoint.every_epochs=49"]
+    command, run = ftexp(*options), run_folder("stopped")
+    command.wait_for("epoch 5/50")
+    command.process.send_signal(number)
+    assert command.wait() == code, command.output
+    assert run.record["status"] == "interrupted"
+    assert "stopping after a last save" in command.output
+    (saved,) = run.checkpoints
+    assert saved == run.record["checkpoint"]
+    step = json.loads((run.path / "checkpoints" / saved / "manifest.json").read_text())["step"]
+    assert 0 < step < 400
+    assert saved == f"step_{step:08d}.a1"
+    assert run.record["farthest_step"] <= step  # what was done after the last tick was saved too
+    assert run.record["failures"] == []
+    if number == signal.SIGTERM:
+        again = ftexp(*options)
+        assert again.wait() == 0, again.output
+        assert f"at step {step} from {saved}" in again.output
+        assert run.record["status"] == "finished"
+        assert [event["step"] for event in run.events("restored")] == [step]

@@ -1,0 +1,97 @@
+"""Stopping a run from outside: the first signal asks for a last save, the second ends it."""
+
+import json
+import subprocess
+import sys
+import textwrap
+import threading
+from types import SimpleNamespace
+
+import pytest
+
+from ftexp.errors import StorageError
+from ftexp.fitting import fit_interruptibly
+
+FREE = SimpleNamespace(lost=None)
+
+# sends itself signals from the thread that fits, each while the main thread waits for that one
+CHILD = """
+    import json, os, signal, sys, threading
+    from types import SimpleNamespace
+    from ftexp import fitting
+
+    numbers, has_workers, grace_s = json.loads(sys.argv[1])
+    fitting.STOP_GRACE_S = grace_s
+    asked, ended = [], threading.Event()
+
+    def where():
+        frame, names = sys._current_frames()[threading.main_thread().ident], []
+        while frame is not None:
+            names.append(frame.f_code.co_name)
+            frame = frame.f_back
+        return names[:3]
+
+    def fit():
+        for count, number in enumerate(numbers):
+            while len(asked) < count or where() != ["wait", "wait", "_fit_on_thread"]:
+                pass
+            os.kill(os.getpid(), number)
+        while len(asked) < 1:
+            pass
+        if len(numbers) != 1 or grace_s < 1:
+            ended.wait(30)
+        return {"loss": 1.0}
+
+    def stop(why):
+        asked.append(type(why).__name__)
+        return has_workers
+
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        result = fitting.fit_interruptibly(fit, SimpleNamespace(lost=None), stop)
+    except KeyboardInterrupt as error:
+        result = type(error).__name__
+    same = before == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    print(json.dumps([asked, result, same]))
+    sys.stdout.flush()
+    os._exit(0)
+"""
+INT, TERM = 2, 15
+
+
+@pytest.mark.parametrize(
+    ("numbers", "has_workers", "grace_s", "asked", "result"),
+    [
+        ([INT], True, 30, ["KeyboardInterrupt"], {"loss": 1.0}),
+        ([TERM], True, 30, ["Terminated"], {"loss": 1.0}),
+        ([INT, INT], True, 30, ["KeyboardInterrupt"], "KeyboardInterrupt"),
+        ([TERM, TERM], True, 30, ["Terminated"], "Terminated"),
+        ([TERM, INT], True, 30, ["Terminated"], "KeyboardInterrupt"),
+        ([INT, TERM], True, 30, ["KeyboardInterrupt"], "Terminated"),
+        ([TERM], False, 30, ["Terminated"], "Terminated"),  # nobody could save
+        ([INT], True, 0.01, ["KeyboardInterrupt"], "KeyboardInterrupt"),  # the save takes too long
+        ([TERM], True, 0.01, ["Terminated"], "Terminated"),
+    ],
+)
+def test_the_first_signal_asks_for_a_last_save_and_the_second_ends_it(numbers, has_workers, grace_s, asked, result):
+    command = [sys.executable, "-c", textwrap.dedent(CHILD), json.dumps([numbers, has_workers, grace_s])]
+    child = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert child.returncode == 0, child.stderr
+    assert json.loads(child.stdout) == [asked, result, True]
+
+
+def never(why):
+    raise AssertionError("nobody asked")
+
+
+def test_what_fit_returns_or_raises_comes_through():
+    assert fit_interruptibly(lambda: 7, FREE, never) == 7
+    with pytest.raises(ZeroDivisionError):
+        fit_interruptibly(lambda: 1 / 0, FREE, never)
+
+
+def test_a_run_that_was_taken_over_stops():
+    ended = threading.Event()
+    with pytest.raises(StorageError, match="taken over by process 7"):
+        fit_interruptibly(ended.wait, SimpleNamespace(lost="process 7"), never)
+    ended.set()

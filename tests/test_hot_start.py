@@ -1,0 +1,561 @@
+"""Hot start: a fork is the worker that a plain start would have been, and nothing of it outlives what it belongs to."""
+
+import contextlib
+import json
+import os
+import select
+import shlex
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import textwrap
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+
+from ftexp.config import ScalingConfig
+from ftexp.hot_start import driver, launcher
+from ftexp.hot_start.driver import HotStart
+from ftexp.hot_start.preloader import MARK
+
+DEADLINE_S = 60
+FULL = ("-m", "ftexp.hot_start.preloader")
+LIGHT = (
+    "import sys, ftexp.hot_start.preloader as preloader;"
+    "preloader.BEFORE_THE_CLUSTER = (); preloader.WITH_THE_CLUSTER = ('ray',);"
+)  # a second instead of eight, for tests that need a preloader of their own
+DRAWS = """
+    import json, random, uuid
+    import numpy as np
+    from ftexp import ray_private
+    print(json.dumps([random.random(), np.random.rand(), str(uuid.uuid4()), ray_private.random_id()]))
+"""
+READY_THEN_READ = """
+    import os, sys
+    print(os.getpid(), flush=True)
+    sys.stdin.read()
+    print("read to the end")
+"""
+STEP = """
+    import json, sys, torch
+    from torch.nn.parallel import DistributedDataParallel
+    rank, store = int(sys.argv[1]), sys.argv[2]
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    model = DistributedDataParallel(torch.nn.Linear(8, 3))
+    model(torch.full((4, 8), rank + 0.3)).square().sum().backward()
+    print(json.dumps([parameter.grad.tolist() for parameter in model.parameters()]))
+    torch.distributed.destroy_process_group()
+"""
+
+
+class Preloaded:
+    """A preloaded process with its socket, and the launchers that were started on it."""
+
+    def __init__(self, folder, command):
+        self.folder, self.socket = folder, str(folder / "socket")
+        unwanted = ("RAY_", "PYTHONUNBUFFERED")
+        self.environment = {name: value for name, value in os.environ.items() if not name.startswith(unwanted)}
+        self.environment |= {"RAY_JOB_ID": "01000000", "RAY_RAYLET_PID": str(os.getpid())}
+        self.process = subprocess.Popen(
+            [sys.executable, *command, self.socket], stdin=subprocess.PIPE, cwd=folder, env=self.environment
+        )
+        self.launchers = []
+        wait_until(Path(self.socket).exists)
+
+    def start(self, script, *arguments, plain=False, socket=None, flags=(), **options):
+        """Start `script` through the launcher, or by the plain interpreter."""
+        path = self.folder / f"script_{len(self.launchers)}.py"
+        path.write_text(textwrap.dedent(script))
+        words = [] if plain else ["-S", "-E", launcher.__file__, socket or self.socket]
+        options = {"env": self.environment, "cwd": self.folder, "stdin": subprocess.PIPE, **options}
+        started = subprocess.Popen(
+            [sys.executable, *words, *flags, path, *arguments],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options,
+        )  # fmt: skip
+        self.launchers.append(started)
+        return started
+
+    def run(self, script, *arguments, **options):
+        """(exit code, standard output, standard error) of `script`."""
+        return outcome(self.start(script, *arguments, **options))
+
+    def stop(self):
+        for process in (*self.launchers, self.process):
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture(scope="module")
+def preloaded(tmp_path_factory):
+    """With everything imported."""
+    started = Preloaded(tmp_path_factory.mktemp("full"), FULL)
+    assert is_forked(started)  # its first worker, whose environment it takes
+    yield started
+    assert started.process.poll() is None, "a test has ended it"
+    started.stop()
+
+
+@pytest.fixture
+def light(tmp_path):
+    """With Ray only, for one test, which may end it."""
+    started = Preloaded(tmp_path, ("-c", LIGHT + "preloader.main()"))
+    yield started
+    started.stop()
+
+
+def outcome(started, given=""):
+    output, errors = started.communicate(given, timeout=DEADLINE_S)
+    return started.returncode, output, errors
+
+
+def is_forked(preloaded, **options):
+    code, output, errors = preloaded.run(f"import os; print(os.environ.get('{MARK}'))", **options)
+    assert code == 0, errors
+    return output == "1\n"
+
+
+def wait_until(condition):
+    end = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < end
+        select.select([], [], [], 0.01)
+
+
+def wait_for_end_of(pid):
+    try:
+        process = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    with open(process):  # noqa: PTH123 - a descriptor
+        assert select.select([process], [], [], DEADLINE_S)[0], f"{pid} goes on"
+
+
+def passes_on(pid, number):
+    """Whether the process has a handler for the signal."""
+    caught = Path(f"/proc/{pid}/status").read_text().partition("SigCgt:")[2].split()[0]
+    return bool(int(caught, 16) >> (number - 1) & 1)
+
+
+# What a script sees
+
+
+def test_a_script_sees_what_the_plain_interpreter_would_have_shown_it(preloaded, tmp_path):
+    look = """
+    import json, os, sys
+    mask = os.umask(0)
+    print("to stderr", file=sys.stderr)
+    print(json.dumps([
+        sys.argv[1:], dict(os.environ), os.getcwd(), mask, sys.stdin.read(), __name__, os.path.basename(__file__),
+        os.path.basename(sys.argv[0]), sys.path[0], sys.executable, sys.modules["__main__"].__name__,
+    ]))
+    """
+    unlike = preloaded.environment | {"ONE": "1", "LINES": "a\nb", "NAME": "\udcff"}
+    del unlike["PATH"]
+    options = {"env": unlike, "cwd": tmp_path, "umask": 0o027}
+    arguments = ("--text", "a b", "", "ü", "\udcff")
+    seen = []
+    for plain in (False, True):
+        code, output, errors = outcome(preloaded.start(look, *arguments, plain=plain, **options), "from stdin")
+        assert (code, errors) == (0, "to stderr\n")
+        seen.append(json.loads(output))
+        for value in (6, 7):
+            seen[-1][value] = seen[-1][value].startswith("script_")
+    assert seen[0][1].pop(MARK) == "1"
+    assert seen[0] == seen[1]
+    assert seen[0][0] == list(arguments)
+
+
+def test_a_script_may_have_an_argument_of_the_interpreters_name(preloaded):
+    assert preloaded.run("import sys; print(sys.argv[1:])", "-u", "-c")[1] == "['-u', '-c']\n"
+
+
+@pytest.mark.parametrize("flag", ["-s", "-u"])
+def test_an_option_of_the_interpreter_holds(preloaded, flag):
+    """Ray passes -s on from a driver that runs with PYTHONNOUSERSITE."""
+    code, output, errors = preloaded.run(
+        "import sys; print(sys.flags.no_user_site, sys.stdout.write_through)", flags=[flag]
+    )
+    assert (code, output) == (0, "1 False\n" if flag == "-s" else "0 True\n"), errors
+
+
+def test_a_process_title_leaves_the_environment_whole(preloaded):
+    code, output, errors = preloaded.run("""
+    import os, subprocess
+    from ray._raylet import setproctitle
+    before = dict(os.environ)
+    setproctitle("ray::title" + "-" * 200)
+    assert dict(os.environ) == before
+    print(open("/proc/self/cmdline").read().startswith("ray::title"))
+    print(subprocess.run(["env"], capture_output=True, text=True).stdout.count("RAY_JOB_ID=01000000"))
+    """)
+    assert (code, output) == (0, "True\n1\n"), errors
+
+
+# How it ends
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        "pass",
+        "raise SystemExit(7)",
+        "raise SystemExit(-1)",
+        "raise SystemExit('the reason')",
+        "raise ValueError('boom')",
+        "raise KeyboardInterrupt",
+        "import os; os._exit(9)",
+        "import os; os.abort()",
+        "import sys; sys.stdout.close()",
+        "import sys; sys.stdout = None",
+        "import atexit; atexit.register(print, 'at the end', flush=True)",
+        "import threading; threading.Timer(0.1, print, ['from a thread']).start()",
+    ],
+)
+def test_a_worker_ends_as_a_plain_one_ends(preloaded, script):
+    ends = []
+    for plain in (False, True):
+        code, output, errors = preloaded.run(script, plain=plain)
+        ends.append((code, output, errors.splitlines()[-1:]))
+    assert ends[0] == ends[1]
+
+
+def test_an_exception_is_told_with_the_line_that_raised_it(preloaded):
+    code, _, errors = preloaded.run("def deep():\n    return 1 / 0\ndeep()")
+    assert code == 1
+    assert "return 1 / 0" in errors
+    assert errors.endswith("ZeroDivisionError: division by zero\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])
+def test_a_signal_to_the_launcher_reaches_the_worker(preloaded, number):
+    worker = preloaded.start(f"""
+    import signal, sys
+    def end(number, frame):
+        print("got", number)
+        sys.exit(5)
+    signal.signal({number.value}, end)
+    print("ready", flush=True)
+    signal.pause()
+    """)
+    assert worker.stdout.readline() == "ready\n"
+    wait_until(lambda: passes_on(worker.pid, number))
+    worker.send_signal(number)
+    assert outcome(worker) == (5, f"got {number.value}\n", "")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGHUP])
+def test_the_launcher_ends_by_the_signal_that_ended_the_worker(preloaded, number):
+    worker = preloaded.start(READY_THEN_READ)
+    child = int(worker.stdout.readline())
+    assert child != worker.pid
+    os.kill(child, number)
+    assert worker.wait(DEADLINE_S) == -number
+
+
+def test_a_worker_is_gone_when_its_launcher_is_killed(preloaded):
+    worker = preloaded.start(READY_THEN_READ)
+    child = int(worker.stdout.readline())
+    worker.kill()
+    wait_for_end_of(child)
+
+
+def test_a_worker_is_gone_when_its_launcher_is_killed_after_the_preloader(light):
+    worker = light.start(READY_THEN_READ)
+    child = int(worker.stdout.readline())
+    light.process.kill()
+    light.process.wait()
+    worker.kill()
+    wait_for_end_of(child)
+
+
+def test_workers_do_not_share_a_process_group_with_the_preloader(preloaded):
+    """Ray kills the whole group of a worker that has died."""
+    groups = [int(preloaded.run("import os; print(os.getpgrp())")[1]) for _ in range(2)]
+    assert len({*groups, os.getpgid(preloaded.process.pid)}) == 3
+
+
+def test_a_signal_that_follows_the_fork_at_once_is_not_lost(preloaded):
+    for _ in range(20):
+        reading, writing = os.pipe()
+        connection = ask(preloaded, "import sys; sys.stdin.read()", stdin=reading)
+        with connection:
+            os.kill(int.from_bytes(connection.recv(8), "big"), signal.SIGTERM)
+            os.close(writing)
+            os.close(reading)
+            assert int.from_bytes(connection.recv(8), "big") == signal.SIGTERM
+
+
+# A fork is a whole process
+
+
+def test_forks_draw_different_numbers_and_ids(preloaded):
+    first, second = (json.loads(preloaded.run(DRAWS)[1]) for _ in range(2))
+    assert len({*first, *second}) == 8
+
+
+def test_torch_works_in_a_fork_and_no_gpu_was_touched(preloaded):
+    code, output, errors = preloaded.run("""
+    import sys
+    assert "torch" in sys.modules and "timm" in sys.modules and "ray.data" in sys.modules
+    import torch
+    assert not torch.cuda.is_initialized()
+    assert not torch.cuda._is_in_bad_fork()
+    a = torch.arange(250_000.0).reshape(500, 500) % 7
+    print(torch.equal(a @ a, (a.long() @ a.long()).float()))
+    """)
+    assert (code, output) == (0, "True\n"), errors
+
+
+def test_a_ddp_step_among_forks_has_the_gradient_of_plain_processes(preloaded, tmp_path):
+    gradients = []
+    for plain in (False, True):
+        store = tmp_path / f"store_{plain}"
+        ranks = [preloaded.start(STEP, str(rank), store, plain=plain) for rank in range(2)]
+        for code, output, errors in map(outcome, ranks):
+            assert code == 0, errors
+            gradients.append(json.loads(output))
+    assert gradients == gradients[:1] * 4
+
+
+def test_the_preloader_has_no_thread_of_pythons_or_torchs(preloaded):
+    """What threads there are is pyarrow's allocator's, which stops and restarts around a fork by itself."""
+    tasks = Path(f"/proc/{preloaded.process.pid}/task").iterdir()
+    names = [(task / "comm").read_text().strip() for task in tasks]
+    assert len([name for name in names if name != "jemalloc_bg_thd"]) == 1, names
+
+
+# Who may share one
+
+
+@pytest.mark.parametrize("name", ["RAY_JOB_ID", "RAY_RAYLET_PID", "PYTHONPATH"])
+def test_a_worker_of_another_job_raylet_or_path_starts_plainly(preloaded, name):
+    assert not is_forked(preloaded, env=preloaded.environment | {name: "1"})
+    assert is_forked(preloaded)
+
+
+def test_workers_start_plainly_without_a_socket(preloaded, tmp_path):
+    assert not is_forked(preloaded, socket=tmp_path / "none")
+
+
+@pytest.mark.parametrize("mode", [0o666, 0o620, 0o606])
+def test_workers_start_plainly_when_others_may_use_the_socket(light, mode):
+    Path(light.socket).chmod(mode)
+    assert not is_forked(light)
+    Path(light.socket).chmod(0o600)
+    assert is_forked(light)
+
+
+def test_a_socket_of_another_user_is_not_used(monkeypatch, preloaded):
+    monkeypatch.setattr(os, "getuid", lambda: os.stat(preloaded.socket).st_uid + 1)  # noqa: PTH116
+    with pytest.raises(ValueError, match="this user's alone"):
+        launcher.ask_for_a_fork(preloaded.socket, ["script.py"])
+
+
+def test_a_link_to_a_socket_is_not_used(preloaded, tmp_path):
+    (tmp_path / "link").symlink_to(preloaded.socket)
+    with pytest.raises(ValueError, match="this user's alone"):
+        launcher.ask_for_a_fork(str(tmp_path / "link"), ["script.py"])
+
+
+def test_workers_start_plainly_when_their_ids_would_be_the_same(tmp_path):
+    same = "import ftexp.ray_private as ray_private; ray_private.random_id = lambda: 'same';"
+    unfit = Preloaded(tmp_path, ("-c", LIGHT + same + "preloader.main()"))
+    try:
+        assert not is_forked(unfit)
+    finally:
+        unfit.stop()
+
+
+# What the preloader's end costs
+
+
+def test_workers_start_plainly_when_the_preloader_is_dead(light):
+    assert is_forked(light)
+    light.process.kill()
+    light.process.wait()
+    assert Path(light.socket).exists()
+    assert not is_forked(light)
+
+
+def test_a_worker_runs_to_its_end_when_the_preloader_is_killed(light):
+    worker = light.start(READY_THEN_READ)
+    worker.stdout.readline()
+    light.process.kill()
+    light.process.wait()
+    assert outcome(worker)[1:] == ("read to the end\n", "")
+
+
+def test_a_worker_starts_plainly_when_the_preloader_is_killed_while_it_asks(light):
+    light.process.send_signal(signal.SIGSTOP)
+    worker = light.start(READY_THEN_READ)
+    wait_until(lambda: is_connecting_to(light.socket))
+    light.process.kill()
+    child = int(worker.stdout.readline())
+    assert child == worker.pid
+    assert outcome(worker) == (0, "read to the end\n", "")
+
+
+def is_connecting_to(path):
+    """Whether somebody has connected to the socket beside its listener."""
+    lines = Path("/proc/net/unix").read_text().splitlines()
+    return sum(line.endswith(f" {path}") for line in lines) > 1
+
+
+def test_the_preloader_ends_with_its_standard_input_and_workers_go_on(light):
+    worker = light.start(READY_THEN_READ)
+    worker.stdout.readline()
+    light.process.stdin.close()
+    assert light.process.wait(DEADLINE_S) == 0
+    assert not Path(light.socket).exists()
+    assert worker.poll() is None
+    assert outcome(worker)[1:] == ("read to the end\n", "")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_in_the_terminal_does_not_end_the_preloader(light, number):
+    light.process.send_signal(number)
+    assert is_forked(light)
+
+
+def ask(preloaded, script, stdin=0):
+    """Send a request as a launcher does, and return the connection."""
+    path = preloaded.folder / "asked.py"
+    path.write_text(script)
+    request = {
+        "arguments": [str(path)],
+        "environment": preloaded.environment,
+        "folder": str(preloaded.folder),
+        "umask": 0o022,
+    }
+    message = json.dumps(request).encode()
+    connection = socket.socket(socket.AF_UNIX)
+    connection.settimeout(DEADLINE_S)
+    connection.connect(preloaded.socket)
+    socket.send_fds(connection, [len(message).to_bytes(8, "big")], [stdin, 1, 2])
+    connection.sendall(message)
+    return connection
+
+
+def test_launchers_that_hang_up_do_not_end_the_preloader(light):
+    assert is_forked(light)
+    light.process.send_signal(signal.SIGSTOP)  # so that it finds out when it answers
+    ask(light, f"open({str(light.folder / 'has_run')!r}, 'w')").close()
+    light.process.send_signal(signal.SIGCONT)
+    assert is_forked(light)
+    assert not (light.folder / "has_run").exists()  # it runs plainly by now: two workers would have its name
+
+
+def test_launchers_that_are_killed_while_they_ask_do_not_end_the_preloader(light):
+    for _ in range(20):
+        ask(light, "import signal; signal.pause()").close()
+    assert is_forked(light)
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 8, b"\0" * 7 + b"\x09[1, 2", b"\0" * 7 + b"\x06[1, 2]"])
+def test_what_is_no_request_does_not_end_the_preloader(light, content):
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(light.socket)
+        connection.sendall(content)
+    assert is_forked(light)
+
+
+# The driver
+
+
+def test_no_process_is_started_where_there_is_nothing_to_gain(monkeypatch):
+    monkeypatch.setattr(driver.subprocess, "Popen", lambda *_, **__: pytest.fail("started"))
+    for config in (ScalingConfig(hot_start="off"), ScalingConfig(address="ray://head:10001")):
+        hot_start = HotStart(config, 1)
+        assert hot_start.runtime_env() == {}
+        hot_start.stop()
+    monkeypatch.delattr(os, "pidfd_open")
+    assert not driver.supported()
+    assert HotStart(ScalingConfig(), 1).runtime_env() == {}
+
+
+def test_the_driver_starts_one_preloader_and_leaves_neither_process_nor_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(driver.tempfile, "tempdir", str(tmp_path))
+    hot_start = HotStart(ScalingConfig(), 1)
+    try:
+        words = shlex.split(hot_start.runtime_env()["py_executable"])
+        path = Path(words[-1])
+        wait_until(path.exists)
+        assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        script = tmp_path / "script.py"
+        script.write_text(f"import os; print(os.environ['{MARK}'], os.getppid())")
+        forked = subprocess.run([*words, script], capture_output=True, text=True, timeout=DEADLINE_S)
+        mark, preloader = forked.stdout.split()
+        assert mark == "1"
+    finally:
+        hot_start.stop()
+    wait_for_end_of(int(preloader))
+    assert list(tmp_path.glob("ftexp-*")) == []
+    assert hot_start.runtime_env() == {}
+    hot_start.stop()
+
+
+def test_nothing_is_left_when_the_driver_is_killed(tmp_path):
+    code = """
+import sys
+from ftexp.config import ScalingConfig
+from ftexp.hot_start import driver, preloader
+hot_start = driver.HotStart(ScalingConfig(), 1)
+print(hot_start._process.pid, flush=True)
+sys.stdin.read()
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        env=os.environ | {"TMPDIR": str(tmp_path)},
+        cwd=tmp_path,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as killed:
+        preloader = int(killed.stdout.readline())
+        wait_until(lambda: list(tmp_path.glob("*/socket")))
+        killed.kill()
+    wait_for_end_of(preloader)
+    assert list(tmp_path.glob("ftexp-*")) == []
+
+
+def test_rays_workers_are_forks_and_nothing_outlives_the_cluster(tmp_path):
+    code = f"""
+import json, os, ray
+from ftexp.config import ScalingConfig
+from ftexp.hot_start.driver import HotStart
+hot_start = HotStart(ScalingConfig(), 1)
+ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env=hot_start.runtime_env())
+@ray.remote
+class Worker:
+    def look(self):
+        return os.environ.get("{MARK}"), ray.get_runtime_context().get_actor_id(), os.getpid()
+workers = [Worker.remote() for _ in range(2)]
+print(json.dumps(ray.get([worker.look.remote() for worker in workers])))
+ray.shutdown()
+hot_start.stop()
+"""
+    name = f"FTEXP_TEST={uuid.uuid4().hex}"  # by which every process that it starts is known
+    environment = {**os.environ, **dict([name.split("=")])}
+    session = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=240, cwd=tmp_path
+    )
+    assert session.returncode == 0, session.stderr
+    (one, first, pid), (other, second, other_pid) = json.loads(session.stdout.splitlines()[-1])
+    assert (one, other) == ("1", "1")
+    assert first != second
+    for left in {pid, other_pid, *processes_with(name)}:
+        wait_for_end_of(left)
+
+
+def processes_with(text):
+    for folder in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if folder.name.isdigit() and text.encode() in (folder / "environ").read_bytes():
+                yield int(folder.name)

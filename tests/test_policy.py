@@ -1,0 +1,206 @@
+"""What is done about a failure: budgets, what is forgiven, what is no accident, and how long the wait is."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ftexp.config import CAUSES, FailureConfig
+from ftexp.failure.causes import BUG, CRASH, HANG, NON_FINITE, OUT_OF_MEMORY, PREEMPTION, STORAGE, Cause
+from ftexp.failure.policy import Past, decide
+
+
+def failed(kind=CRASH, error="ChaosError: x", **values):
+    return Cause(kind, 1, error, **values)
+
+
+def before(kind=CRASH, step=10, error="an earlier one", progressed=True):
+    return Past(kind, step, error, progressed)
+
+
+def decision(cause=None, step=100, progressed=True, past=(), **config):
+    return decide(cause or failed(), step, progressed, past, FailureConfig(**config))
+
+
+@pytest.mark.parametrize(
+    ("max_failures", "num_before", "goes_on", "reason"),
+    [
+        (0, 0, False, "failure 1 of 0 allowed: giving up"),
+        (3, 0, True, "failure 1 of 3 allowed: restarting the workers"),
+        (3, 2, True, "failure 3 of 3 allowed: restarting the workers"),
+        (3, 3, False, "failure 4 of 3 allowed: giving up"),
+        (-1, 3000, True, "failure 3001 of no limit: restarting the workers"),
+    ],
+)
+def test_failures_are_counted_against_their_number(max_failures, num_before, goes_on, reason):
+    got = decision(past=[before()] * num_before, max_failures=max_failures)
+    assert (got.goes_on, got.reason, got.delay_s, got.cause) == (goes_on, reason, 0.0, CRASH)
+
+
+@pytest.mark.parametrize(
+    ("kind", "past", "goes_on", "reason"),
+    [
+        (HANG, [HANG], True, "failure 2 of 9 allowed, hang 2 of 2 allowed: restarting the workers"),
+        (HANG, [HANG, CRASH, HANG], False, "failure 4 of 9 allowed, hang 3 of 2 allowed: giving up"),
+        (CRASH, [HANG, HANG], True, "failure 3 of 9 allowed: restarting the workers"),
+        (STORAGE, [], False, "failure 1 of 9 allowed, storage 1 of 0 allowed: giving up"),
+    ],
+)
+def test_a_cause_may_have_a_smaller_number_of_its_own(kind, past, goes_on, reason):
+    limits = {"max_failures": 9, "max_by_cause": {HANG: 2, STORAGE: 0}}
+    got = decision(failed(kind), past=[before(one) for one in past], **limits)
+    assert (got.goes_on, got.reason) == (goes_on, reason)
+
+
+@pytest.mark.parametrize(("num_before", "goes_on"), [(1, True), (2, False)])
+def test_preemption_may_have_a_number_among_the_causes_too(num_before, goes_on):
+    past = [before(PREEMPTION)] * num_before
+    assert decision(failed(PREEMPTION), past=past, max_by_cause={PREEMPTION: 2}).goes_on == goes_on
+
+
+@pytest.mark.parametrize(
+    ("step", "goes_on", "reason"),
+    [
+        (59, False, "failure 3 of 2 allowed in the last 50 steps: giving up"),  # steps 10 and 20 are less than 50 back
+        (60, True, "failure 2 of 2 allowed in the last 50 steps: restarting the workers"),
+        (70, True, "failure 1 of 2 allowed in the last 50 steps: restarting the workers"),
+    ],
+)
+def test_a_failure_that_many_steps_back_is_forgiven(step, goes_on, reason):
+    past = [before(step=10), before(step=20)]
+    got = decision(step=step, past=past, max_failures=2, refill_after_steps=50)
+    assert (got.goes_on, got.reason) == (goes_on, reason)
+
+
+def test_what_is_forgiven_does_not_count_for_its_cause_either():
+    past, limits = [before(HANG, step=10)] * 2, {"max_by_cause": {HANG: 1}}
+    assert not decision(failed(HANG), step=60, past=past, **limits).goes_on
+    assert decision(failed(HANG), step=60, past=past, refill_after_steps=50, **limits).goes_on
+
+
+def test_preemptions_are_not_charged_and_have_a_limit_of_their_own():
+    past = [before(PREEMPTION)] * 5
+    assert decision(past=past, max_failures=1).reason == "failure 1 of 1 allowed: restarting the workers"
+    got = decision(failed(PREEMPTION), past=[before()] * 9, max_failures=0)
+    assert got.goes_on
+    assert got.reason == ("preemption 1 of no limit, not charged to failure.max_failures: restarting the workers")
+    for limit, goes_on in ((6, True), (5, False), (0, False)):
+        got = decision(failed(PREEMPTION), past=past, max_failures=9, max_preemption_failures=limit)
+        assert got.goes_on == goes_on
+        assert got.reason.startswith(f"preemption 6 of {limit} allowed, not charged")
+
+
+ENDLESS = {"max_failures": -1, "max_failures_without_progress": -1}
+
+
+def test_a_bug_stops_at_once():
+    got = decision(failed(BUG), **ENDLESS)
+    assert (got.goes_on, got.cause) == (False, BUG)
+    assert got.reason == "a bug does not go away by trying again: giving up"
+
+
+@pytest.mark.parametrize("kind", [STORAGE, CRASH, BUG])
+def test_an_error_that_another_try_would_end_in_stops_at_once(kind):
+    got = decision(failed(kind, is_final=True), **ENDLESS)
+    assert (got.goes_on, got.cause) == (False, kind)
+    assert got.reason == "another try would end the same way: giving up"
+
+
+@pytest.mark.parametrize(
+    ("cause", "past", "found"),
+    [
+        (failed(), before(step=100, error="ChaosError: x"), BUG),
+        (failed(NON_FINITE), before(NON_FINITE, step=100, error="ChaosError: x"), NON_FINITE),
+        (failed(), before(step=99, error="ChaosError: x"), None),  # at another step
+        (failed(), before(step=100, error="ChaosError: y"), None),  # another exception
+        # a SIGKILL says nothing of what was done, and so does memory that was short
+        (failed(died=True), before(step=100, error="ChaosError: x"), None),
+        (failed(HANG, died=True), before(HANG, step=100, error="ChaosError: x"), None),
+        (failed(OUT_OF_MEMORY), before(OUT_OF_MEMORY, step=100, error="ChaosError: x"), None),
+        (failed(STORAGE), before(STORAGE, step=100, error="ChaosError: x"), None),
+    ],
+)
+def test_the_same_exception_at_the_same_step_twice_is_no_accident(cause, past, found):
+    got = decision(cause, step=100, past=[before(), past], **ENDLESS)
+    assert got.goes_on == (found is None)
+    assert got.cause == (found or cause.kind)
+    assert ("the same at the same step a second time" in got.reason) == (found is not None)
+
+
+def test_failures_in_a_row_without_a_new_step_are_a_crash_loop():
+    stuck = before(progressed=False)
+    limits = {"max_failures": -1, "max_failures_without_progress": 2}
+    got = [decision(progressed=False, past=[before()] + [stuck] * number, **limits) for number in range(3)]
+    assert [one.goes_on for one in got] == [True, True, False]
+    assert got[0].reason == (
+        "failure 2 of no limit, 1 of 2 allowed in a row without a new step: restarting the workers in 1 s"
+    )
+    assert got[2].reason == "failure 4 of no limit, 3 of 2 allowed in a row without a new step: giving up"
+    assert decision(progressed=False, past=[stuck, stuck, before()], **limits).goes_on  # not in a row
+    assert decision(progressed=True, past=[stuck] * 9, **limits).goes_on
+    assert not decision(progressed=False, max_failures_without_progress=0).goes_on
+    endless = decision(progressed=False, past=[stuck] * 9, **ENDLESS)
+    assert endless.goes_on
+    assert "10 in a row without a new step: restarting" in endless.reason
+
+
+def test_the_wait_doubles_up_to_its_limit_and_is_none_after_progress():
+    past, limits = [before()], {**ENDLESS, "backoff_s": 1.5, "max_backoff_s": 10}
+    delays = []
+    for _ in range(6):
+        delays.append(decision(progressed=False, past=past, **limits).delay_s)
+        past.append(before(progressed=False))
+    assert delays == [1.5, 3, 6, 10, 10, 10]
+    assert decision(progressed=True, past=past, **limits).delay_s == 0
+    assert decision(progressed=False, past=[*past, before()], **limits).delay_s == 1.5
+    assert decision(progressed=False, past=past, **limits).reason.endswith("restarting the workers in 10 s")
+
+
+@pytest.mark.parametrize("num_before", [1023, 1024, 5000])
+def test_a_loop_that_shall_never_end_does_not_end(num_before):
+    got = decision(progressed=False, past=[before(progressed=False)] * num_before, **ENDLESS)
+    assert (got.goes_on, got.delay_s) == (True, 60.0)
+
+
+@pytest.mark.parametrize("config", [{}, {"max_by_cause": {CRASH: 0}}, {"max_failures_without_progress": 0}])
+def test_one_limit_that_is_exceeded_is_enough(config):
+    limits = {"max_failures": 0, "max_by_cause": {CRASH: 5}, "max_failures_without_progress": 5, **config}
+    assert not decision(progressed=False, **limits).goes_on
+    limits = {"max_failures": 5, "max_by_cause": {CRASH: 5}, "max_failures_without_progress": 5, **config}
+    assert decision(progressed=False, **limits).goes_on == (not config)
+
+
+STEPS = st.integers(0, 300)
+FAILURES = st.tuples(st.sampled_from(CAUSES), STEPS, st.sampled_from("xyz"), st.booleans(), st.booleans())
+
+
+@given(
+    failures=st.lists(FAILURES, max_size=30),
+    max_failures=st.integers(0, 5),
+    refill=st.none() | st.integers(1, 100),
+    max_without_progress=st.integers(-1, 4),
+    backoff_s=st.floats(0, 5),
+    more_s=st.floats(0, 100),
+)
+def test_no_run_goes_on_beyond_its_budgets(failures, max_failures, refill, max_without_progress, backoff_s, more_s):
+    config = FailureConfig(
+        max_failures=max_failures,
+        refill_after_steps=refill,
+        max_failures_without_progress=max_without_progress,
+        backoff_s=backoff_s,
+        max_backoff_s=backoff_s + more_s,
+    )
+    past = []
+    for kind, step, error, progressed, died in failures:
+        got = decide(Cause(kind, 0, error, died=died), step, progressed, past, config)
+        assert 0 <= got.delay_s <= config.max_backoff_s
+        assert (got.delay_s == 0) or (got.goes_on and not progressed)
+        assert got.reason.endswith("giving up") != got.goes_on
+        past.append(Past(got.cause, step, error, progressed))
+        if not got.goes_on:
+            break
+        assert kind != BUG
+        window = [one for one in past if one.cause != PREEMPTION and (refill is None or step - one.step < refill)]
+        assert kind == PREEMPTION or len(window) <= max_failures
+        latest = past[-1 - max_without_progress :]
+        in_a_row = len(latest) > max_without_progress >= 0 and not any(one.progressed for one in latest)
+        assert not in_a_row

@@ -1,0 +1,193 @@
+"""What the driver makes of what it is told: decisions, answers to the controller, and lines on the terminal."""
+
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from ftexp.config import Config, FailureConfig
+from ftexp.failure.causes import BUG, CRASH, HANG, Cause
+from ftexp.fitting import Terminated
+from ftexp.storage import Storage
+from ftexp.supervisor import Supervisor
+from ftexp.terminal import Terminal
+from ftexp.tracking import Failure, RunRecord, RunState, read_state
+
+DIED = Cause(CRASH, 1, "the process died", died=True)
+
+
+class Driver:
+    """A supervisor, and what it wrote and printed."""
+
+    def __init__(self, folder, failures=(), **failure):
+        self.storage, self.output = Storage.at(str(folder)), io.StringIO()
+        self.record = RunRecord(self.storage, RunState(name="demo", failures=list(failures)), ("val_accuracy", "max"))
+        terminal = Terminal(Console(file=self.output, width=500, color_system=None, highlight=False))
+        self.supervisor = Supervisor(self.record, terminal, Config(failure=FailureConfig(**failure)))
+
+    def tell(self, kind, **fields):
+        return self.supervisor.handle({"kind": kind, "time": 1.0, **fields})
+
+    def attempt(self, ready=0, step=None):
+        """A worker group starts, and comes as far as `step`."""
+        for rank in range(2):
+            self.tell("hello", rank=rank, world_size=2, pid=100 + rank, node=f"node{rank}")
+        fields = {"num_parameters": 5, "device": "cpu", "weights": None, "total_steps": 100}
+        self.tell("ready", step=ready, **fields)
+        if step is not None:
+            self.tell("tick", step=step, position=step * 32, epoch=0)
+
+    def fail(self, cause=DIED):
+        return self.tell("failure", cause=vars(cause))
+
+    def raised(self, samples, rank=1):
+        where = {"step": 20, "position": 640, "samples": samples, "traceback": "TypeError: x"}
+        self.tell("raised", rank=rank, **where)
+
+    @property
+    def shown(self):
+        return self.output.getvalue()
+
+
+def test_a_failure_within_its_budget_is_answered_by_a_wait(tmp_path):
+    driver = Driver(tmp_path, max_failures=3, backoff_s=4)
+    driver.attempt(step=10)
+    assert driver.fail() == {"delay_s": 0.0}
+    driver.attempt(ready=5, step=8)
+    assert driver.fail() == {"delay_s": 4.0}
+    first, second = read_state(driver.storage).failures
+    assert (first.cause, first.rank, first.step, first.node, first.progressed) == ("crash", 1, 10, "node1", True)
+    assert (second.step, second.progressed) == (8, False)
+    assert first.decision == "failure 1 of 3 allowed: restarting the workers"
+    assert "✗ rank 1 failed after step 10 [crash]: the process died; failure 1 of 3 allowed: rest" in driver.shown
+    assert "restarting the workers in 4 s" in driver.shown
+    assert "once that is put right" not in driver.shown
+    assert (len(driver.record.state.failures), driver.supervisor.stopped) == (2, None)
+
+
+def test_a_spent_budget_is_answered_by_a_stop_that_says_why(tmp_path):
+    driver = Driver(tmp_path, max_failures=0)
+    driver.attempt(step=10)
+    reason = "rank 1 failed after step 10 [crash]: the process died; failure 1 of 0 allowed: giving up"
+    assert driver.fail() == {"stop": reason}
+    assert driver.supervisor.stopped == reason
+    assert "  once that is put right, the same command with run.name=demo goes on from the last save" in driver.shown
+    assert "with samples" not in driver.shown  # nothing was raised
+    unknown = Driver(tmp_path / "other", max_failures=0).fail(Cause(CRASH, None, "it was lost", died=True))
+    assert unknown["stop"].startswith("a worker failed after step 0 [crash]: it was lost; ")
+
+
+@pytest.mark.parametrize(
+    ("samples", "shown"),
+    [
+        ([5, 7], "with samples 5, 7; its traceback"),
+        (list(range(33)), f"with samples {', '.join(map(str, range(32)))} and 1 more; its traceback"),
+        ([], "with samples none; its traceback"),
+    ],
+)
+def test_a_run_that_is_given_up_says_where_its_first_error_was_raised(tmp_path, samples, shown):
+    driver = Driver(tmp_path)
+    driver.attempt(step=18)
+    driver.raised(samples)
+    driver.raised([99], rank=0)  # an echo
+    answer = driver.fail(Cause(BUG, 1, "TypeError: x"))
+    assert "failed after step 20 [bug]: TypeError: x; a bug does not go away" in answer["stop"]
+    assert f"  rank 1 was at step 20, position 640, {shown} is in events.jsonl" in driver.shown
+    assert "99" not in driver.shown
+
+
+def test_what_an_earlier_attempt_raised_is_not_told_of_a_later_one(tmp_path):
+    driver = Driver(tmp_path, max_failures=1)
+    driver.attempt(step=10)
+    driver.raised([5])
+    assert "delay_s" in driver.fail(Cause(CRASH, 1, "RuntimeError: x"))
+    driver.attempt(ready=5, step=30)
+    assert "stop" in driver.fail()
+    assert "with samples" not in driver.shown
+
+
+def test_the_same_exception_at_the_same_step_is_a_bug_the_second_time(tmp_path):
+    driver = Driver(tmp_path, max_failures=-1)
+    for ready in (0, 15):
+        driver.attempt(ready=ready)
+        driver.raised([5])
+        answer = driver.fail(Cause(CRASH, 1, "RuntimeError: x"))
+    assert "[bug]: RuntimeError: x; the same at the same step a second time" in answer["stop"]
+    assert [failure.cause for failure in read_state(driver.storage).failures] == [CRASH, BUG]
+
+
+def test_a_worker_that_died_because_it_stood_still_hung(tmp_path):
+    driver = Driver(tmp_path, max_failures=9)
+    driver.attempt(step=10)
+    for rank, doing in ((0, "in a step"), (1, "between steps")):
+        driver.tell("hung", rank=rank, doing=doing, seconds=3.2, file=f"/runs/a1.r{rank}.txt", step=10)
+    driver.fail(Cause(CRASH, 0, "the process died", died=True))
+    driver.attempt(ready=5, step=20)
+    driver.fail()
+    hang, crash = read_state(driver.storage).failures
+    assert (hang.cause, hang.rank, hang.node) == (HANG, 1, "node1")
+    assert hang.error == "it stood still between steps for 3 s; stacks in /runs/a1.r1.txt"
+    assert (crash.cause, crash.error) == (CRASH, "the process died")  # the next attempt's is its own
+
+
+def test_an_exception_is_not_a_hang_because_others_stood_still(tmp_path):
+    driver = Driver(tmp_path)
+    driver.attempt(step=10)
+    driver.tell("hung", rank=0, doing="in a step", seconds=3.2, file="x", step=10)
+    driver.fail(Cause(BUG, 1, "TypeError: x"))
+    assert [failure.cause for failure in read_state(driver.storage).failures] == [BUG]
+
+
+def test_each_call_of_the_command_has_its_own_budget(tmp_path):
+    earlier = [Failure(attempt=1, cause="crash", rank=0, step=3, error="x")] * 5
+    driver = Driver(tmp_path, earlier, max_failures=1)
+    driver.attempt(step=10)
+    driver.fail()
+    driver.attempt(ready=5, step=20)
+    assert "failure 2 of 1 allowed: giving up" in driver.fail()["stop"]
+    assert len(read_state(driver.storage).failures) == 7
+
+
+class Workers:
+    def __init__(self, number):
+        self.number = number
+
+    def tell_to_stop(self):
+        return self.number
+
+
+def test_who_asks_to_stop_is_remembered_and_told_whether_anybody_saves(tmp_path):
+    driver, asked = Driver(tmp_path), Terminated()
+    assert driver.supervisor.stop(Workers(0), KeyboardInterrupt()) is False
+    assert driver.shown == ""
+    assert driver.supervisor.stop(Workers(2), asked) is True
+    assert driver.supervisor.interrupted() is asked
+    assert "stopping after a last save, 30 s at most; once more stops at once" in driver.shown
+
+
+def test_a_recovery_tells_what_was_restored_and_what_was_damaged(tmp_path):
+    driver = Driver(tmp_path)
+    driver.attempt(step=57)
+    driver.tell("event", name="checkpoint_saved", step=40, checkpoint="step_00000040.a1")
+    driver.fail()
+    driver.tell("hello", rank=0, world_size=2, pid=200, node="n")
+    for name in ("step_00000040.a1", "step_00000030.a1"):
+        driver.tell("event", name="checkpoint_rejected", step=0, checkpoint=name, reason="torn")
+    driver.tell("event", name="restored", step=20, checkpoint="step_00000020.a1")
+    fields = {"num_parameters": 5, "device": "cpu", "weights": None, "total_steps": 100}
+    driver.tell("ready", step=20, **fields)
+    assert "checkpoint step_00000040.a1 doesn't count: torn" in driver.shown
+    assert "restored step_00000020.a1 (2 damaged skipped), replaying 37 steps" in driver.shown
+    (failure,) = driver.record.state.failures
+    assert failure.steps_replayed == 37
+
+
+def test_events_of_the_records_are_written_whatever_is_printed(tmp_path):
+    driver = Driver(tmp_path, max_failures=0)
+    driver.attempt(step=10)
+    driver.raised([5])
+    driver.fail()
+    events = [json.loads(line) for line in driver.storage.read_bytes("events.jsonl").decode().splitlines()]
+    assert [event["event"] for event in events] == ["attempt_started", "ready", "raised", "failure"]
+    assert events[-1]["decision"] == "failure 1 of 0 allowed: giving up"
