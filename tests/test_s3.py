@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import re
 import socket
 import threading
 
@@ -136,8 +137,8 @@ def test_a_run_on_s3_has_one_driver_at_a_time(s3):
 class Proxy:
     """A TCP port in front of an S3 server, whose service ends in the middle of a request, until `end` is called.
 
-    The request that holds `trigger` is cut off, with all others under way. Later ones are told 403, which pyarrow
-    doesn't try again: whatever else an outage says takes it 6 s for each operation.
+    The request in which `trigger` is found is cut off, with all others under way. Later ones are told 403, which
+    pyarrow doesn't try again: whatever else an outage says takes it 6 s for each operation.
     """
 
     REFUSED = (
@@ -181,10 +182,12 @@ class Proxy:
             self._pass_on(client, server)
 
     def _pass_on(self, source, target):
+        end_of_last = b""  # a request may arrive in pieces
         with contextlib.suppress(OSError):
             while content := source.recv(1 << 16):
-                if self._trigger is not None and self._trigger in content:
+                if self._trigger is not None and self._trigger.search(end_of_last + content):
                     self._down.set()
+                end_of_last = content[-200:]
                 if self._down.is_set():
                     break
                 target.sendall(content)
@@ -209,13 +212,13 @@ def test_an_outage_of_s3_in_the_middle_of_a_save_changes_nothing(ftexp, server, 
     clean = ftexp(*options, "run.name=run")
     assert clean.wait() == 0, clean.output
 
-    # as the second save is about to write its second file, the store is gone until two saves have failed
-    proxy = Proxy(server, b"step_00000050.a1/optimizer.pt")
+    # as the second save is about to write its second file, the store is gone until two saves have failed; the second
+    # comes after step 50, or later where the first one takes its time
+    proxy = Proxy(server, re.compile(rb"checkpoints/step_(?!00000025)\d+\.a1/optimizer\.pt"))
     through = Storage.at(uri(proxy.port, "bucket"), s3.name)
     words = [f"run.storage='{through.uri}'", "run.name=run", "chaos=kill_worker", "chaos.step=190", "chaos.rank=1"]
     command = Command("train", [*options, *words], tmp_path)
     try:
-        command.wait_for("! checkpoint at step 50 not written")
         command.wait_until(lambda: command.output.count(" not written") == 2)
         assert proxy.num_refused > 0
         proxy.end()
@@ -233,7 +236,7 @@ def test_an_outage_of_s3_in_the_middle_of_a_save_changes_nothing(ftexp, server, 
     store = CheckpointStore(run.child(CHECKPOINTS))
     kept = store.storage.list_folders()
     # training went on meanwhile, and saves did afterwards
-    assert failed[0] == 50
+    assert failed[0] >= 50
     assert len(failed) == len(set(failed)) >= 2
     before_the_kill = [name for name in saved if name.endswith(".a1")]
     assert before_the_kill[0] == "step_00000025.a1"
@@ -242,9 +245,10 @@ def test_an_outage_of_s3_in_the_middle_of_a_save_changes_nothing(ftexp, server, 
     (restored,) = [event for event in events if event["event"] == "restored"]
     assert restored["checkpoint"] >= before_the_kill[-1]
     rejected = {event["checkpoint"]: event["reason"] for event in events if event["event"] == "checkpoint_rejected"}
-    assert rejected["step_00000050.a1"] == "it has no manifest"
+    torn = f"step_{failed[0]:08d}.a1"
+    assert rejected[torn] == "it has no manifest"
     assert set(rejected.values()) == {"it has no manifest"}
-    assert "step_00000050.a1" not in kept
+    assert torn not in kept
     record = json.loads(run.read_bytes("run.json"))
     assert record["status"] == "finished"
     assert [failure["cause"] for failure in record["failures"]] == ["crash"]
