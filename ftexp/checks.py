@@ -207,8 +207,11 @@ def _failure(config: Config) -> Iterator[str]:
             yield f"failure.max_by_cause.{cause}={count} must be at least 0; without a limit, leave it out"
     if failure.backoff_s > failure.max_backoff_s:
         yield f"failure.backoff_s={failure.backoff_s} must not be above failure.max_backoff_s={failure.max_backoff_s}"
-    if failure.on_nonfinite == "skip_step" and config.train.precision == "fp16":
-        yield "failure.on_nonfinite=skip_step is not for train.precision=fp16, whose loss scaler skips by itself"
+    if failure.on_nonfinite != "raise" and config.train.precision == "fp16":
+        yield (
+            f"failure.on_nonfinite={failure.on_nonfinite} is not for train.precision=fp16, whose loss scaler skips "
+            "steps by itself: use raise"
+        )
 
 
 def _run(config: Config) -> Iterator[str]:

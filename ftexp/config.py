@@ -143,8 +143,10 @@ class FailureConfig:
     max_failures_without_progress: int = ranged(3, low=-1)  # in a row, none of which saw a new step: a crash loop
     backoff_s: float = ranged(1.0, low=0)  # wait before a restart that follows no progress; doubled each time
     max_backoff_s: float = ranged(60.0, low=0)
-    on_nonfinite: str = choice("raise", ("raise", "skip_step"))  # a loss or gradient that is NaN or infinite
+    # a loss or gradient that is NaN or infinite: restart, leave the batch out, or do that and go back to the last save
+    on_nonfinite: str = choice("raise", ("raise", "skip_step", "rollback"))
     max_nonfinite_steps: int = ranged(10, low=0)  # skipped in a row before the run gives up
+    max_rollbacks: int = ranged(5, low=0)  # to the same save before the run gives up
     hang_timeout_s: float | None = ranged(300.0, above=0)  # without a step, on any rank; None: never
     start_timeout_s: float | None = ranged(1800.0, above=0)  # for building, restoring, compiling and the first step
     evaluation_timeout_s: float | None = ranged(1800.0, above=0)

@@ -70,7 +70,7 @@ def compare(clean: Storage, broken: Storage, global_batch_size: int, exit_code: 
         for row, after in itertools.zip_longest(rows, rows[1:]):
             row.identical = after is not None and after.step < bad_from
         return Report(rows, differences, "\n".join(["NOT identical; the first differences:", *differences[:5]]))
-    num_positions = sum(len(update.positions) for update in updates)
+    num_positions = sum(len(update.positions) for update in updates if not update.skipped)
     verdict = (
         f"identical to the bit: model.pt, optimizer.pt, extra_state.pt, {len(logged):,} logged points, and the "
         f"{num_positions:,} samples that drove the updates"
@@ -99,6 +99,8 @@ def _in_ledgers(clean: list[Update], broken: list[Update]) -> Iterator[tuple[int
             yield update.step, f"step {update.step}: missing from the broken run's ledger"
         elif (mine.positions, mine.samples) != (update.positions, update.samples):
             yield update.step, f"step {update.step}: driven by other samples than in the clean run"
+        elif mine.skipped != update.skipped:
+            yield update.step, f"step {update.step}: left out in the {'broken' if mine.skipped else 'clean'} run only"
     for step in updates:
         yield step, f"step {step}: not in the clean run's ledger"
 

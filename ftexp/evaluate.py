@@ -101,7 +101,7 @@ def _evaluate(config: EvaluateConfig, run_config: Config, storage: Storage) -> d
 
     import ftexp.data.files
     import ftexp.data.parquet  # noqa: F401 - both register the sources that read files
-    from ftexp.checkpoint.manager import load_part
+    from ftexp.checkpoint.staging import load_part
     from ftexp.checkpoint.store import CheckpointStore
     from ftexp.data.feeds import Rows, ToTensors, evaluation_batches
     from ftexp.data.sources import build_data

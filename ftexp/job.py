@@ -24,6 +24,7 @@ from ftexp.ledger import LEDGER, Ledger
 from ftexp.models import WeightsReport, build_model
 from ftexp.optim import build_optimizer, build_scheduler
 from ftexp.progress import Meter, Progress
+from ftexp.skips import Skips
 from ftexp.storage import Storage
 from ftexp.wire import HubAddress, Line
 
@@ -70,7 +71,9 @@ class Job:
     weights_report: WeightsReport | None = None
     best: dict[str, Any] = field(default_factory=dict)  # {"metric": name, "value": float, "step": int}
     batch: Batch | None = None  # that is being trained on
+    skips: Skips = field(default_factory=Skips)
     num_skipped: int = 0  # steps in a row
+    num_rollbacks: int = 0  # since the last save
     poisoned: bool = False  # chaos: the coming step's loss is NaN on this rank
 
     @property
@@ -124,7 +127,7 @@ def build_job(spec: JobSpec) -> Job:
     rank, world_size, device = context.get_world_rank(), context.get_world_size(), get_device()
     assert isinstance(device, torch.device)
     line = _connect(spec, rank, world_size)
-    attempt = _agree_on(line.answer.get("attempt"))
+    answer = _agree_on(line.answer)
     torch.manual_seed(derive_seed(config.seed, _INIT) % 2**63)
     model, report = build_model(config.model, info)
     if config.train.channels_last:
@@ -147,7 +150,7 @@ def build_job(spec: JobSpec) -> Job:
         config=config,
         info=info,
         run_name=spec.run_name,
-        attempt=attempt,
+        attempt=answer["attempt"],
         rank=rank,
         world_size=world_size,
         device=device,
@@ -171,7 +174,8 @@ def build_job(spec: JobSpec) -> Job:
         total_positions=total_positions,
         progress=Progress(Meter(device)),
         fingerprint=spec.fingerprint,
-        ledger=Ledger(ledger, attempt, rank),
+        ledger=Ledger(ledger, answer["attempt"], rank),
+        skips=Skips(answer["skipped"]),
         weights_report=report,
     )
 

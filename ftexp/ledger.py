@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ftexp.append_log import AppendLog, read_lines
 from ftexp.storage import Storage
@@ -26,10 +26,17 @@ class Ledger:
     def __init__(self, storage: Storage | None, attempt: int, rank: int) -> None:
         self._log = AppendLog(storage, f"a{attempt:04d}.r{rank}.jsonl") if storage is not None else None
 
-    def note(self, step: int, batch: Batch) -> None:
-        """Record that this rank's share of `batch` drove update number `step`."""
+    def note(self, step: int, batch: Batch, skipped: bool = False) -> None:
+        """Record that this rank's share of `batch` drove update number `step`, or was left out of it."""
+        line = {"step": step, "positions": batch.positions.tolist(), "samples": batch.samples.tolist()}
+        self._append({**line, "skipped": True} if skipped else line)
+
+    def back_to(self, step: int) -> None:
+        """Record that the weights went back to those after `step`: the steps after it are done again."""
+        self._append({"back_to": step})
+
+    def _append(self, line: dict[str, Any]) -> None:
         if self._log is not None:
-            line = {"step": step, "positions": batch.positions.tolist(), "samples": batch.samples.tolist()}
             self._log.append(json.dumps(line))
 
     def flush(self) -> None:
@@ -46,6 +53,7 @@ class Update:
     attempt: int  # the last that did this step: what it did is what the weights hold
     positions: tuple[int, ...]
     samples: tuple[int, ...]
+    skipped: bool = False  # the gradient was not finite: the samples changed nothing
 
 
 def last_attempt(run_dir: Storage) -> int:
@@ -59,20 +67,30 @@ def _attempt(name: str) -> int:
 
 def read_updates(run_dir: Storage) -> list[Update]:
     """The updates that made the weights, by step: where a step was done again, the last time counts."""
-    rows: dict[int, dict[int, list[tuple[int, int]]]] = {}  # step -> attempt -> (position, sample)
+    shares: dict[int, dict[int, list[dict[str, Any]]]] = {}  # step -> attempt -> a line of each rank
     folder = run_dir.child(LEDGER)
     for name in folder.list_files():
-        attempt = _attempt(name)
-        for entry in read_lines(folder, name):  # no checkpoint holds the step of a line that was torn
-            pairs = zip(entry["positions"], entry["samples"], strict=True)
-            rows.setdefault(entry["step"], {}).setdefault(attempt, []).extend(pairs)
+        for step, line in _standing(read_lines(folder, name)).items():
+            shares.setdefault(step, {}).setdefault(_attempt(name), []).append(line)
     updates = []
-    for step in sorted(rows):
-        attempt = max(rows[step])
-        used = sorted(rows[step][attempt])
+    for step in sorted(shares):
+        attempt = max(shares[step])
+        lines = shares[step][attempt]
+        used = sorted(pair for line in lines for pair in zip(line["positions"], line["samples"], strict=True))
         positions, samples = zip(*used, strict=True) if used else ((), ())
-        updates.append(Update(step, attempt, positions, samples))
+        updates.append(Update(step, attempt, positions, samples, any("skipped" in line for line in lines)))
     return updates
+
+
+def _standing(lines: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    """One rank's lines of one attempt by step, without what was rolled back."""
+    standing: dict[int, dict[str, Any]] = {}
+    for line in lines:  # no checkpoint holds the step of a line that was torn
+        if "back_to" in line:
+            standing = {step: kept for step, kept in standing.items() if step <= line["back_to"]}
+        else:
+            standing[line["step"]] = line
+    return standing
 
 
 def problems(updates: list[Update], num_samples: int, global_batch_size: int) -> Iterator[tuple[int, str]]:

@@ -4,27 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import math
-import threading
 import time
 import traceback
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
 
 import ftexp.checkpoint.states  # noqa: F401 - registers the built-in states
 from ftexp.checkpoint.manager import CheckpointManager
 from ftexp.checkpoint.registry import ExtraState
 from ftexp.checkpoint.restore import restore
 from ftexp.checkpoint.store import CHECKPOINTS, CheckpointStore
-from ftexp.config import FailureConfig
 from ftexp.data.feeds import Batch, evaluation_batches, prefetched
 from ftexp.errors import NonFiniteError
 from ftexp.evaluation import count_into
 from ftexp.failure.chaos import Chaos, FaultyStore
-from ftexp.failure.watchdog import BETWEEN, EVALUATION, SAVE, START, STEP, Watchdog
+from ftexp.failure.nonfinite import put_back, roll_back, skip_step
+from ftexp.failure.watchdog import BETWEEN, EVALUATION, SAVE, START, STEP, Watchdog, hang_limits, report_hang
 from ftexp.job import Job, JobSpec, build_job
 from ftexp.progress import Meter, means
 from ftexp.registry import load_plugins
@@ -74,12 +73,19 @@ def _run(job: Job, store: CheckpointStore, checkpoints: CheckpointManager, chaos
     settle_gradient_order(job)
     restore(job, store, checkpoints)
     announce(job)
+    checkpoints.keep_in_memory()
     progress, ticker = job.progress, Ticker(job)
     in_step = START  # until one step is done: the first compiles, and fills what is prefetched
-    for batch in prefetched(job.feed.from_position(progress.position), prefetch_depth(job)):
+    for batch in batches(job):
         job.batch = batch
         watchdog.beat(in_step)
-        train_step(job, batch)
+        if job.skips.cover(batch.start):
+            job.num_skipped += 1
+        elif not train_step(job, batch):
+            if job.config.failure.on_nonfinite == "rollback":
+                roll_back(job, batch, checkpoints)
+                continue
+            skip_step(job, batch)
         in_step = STEP
         watchdog.beat(BETWEEN)
         epoch_ended = advance(job, batch)
@@ -103,35 +109,24 @@ def _run(job: Job, store: CheckpointStore, checkpoints: CheckpointManager, chaos
             evaluate(job, "test")
 
 
-def hang_limits(config: FailureConfig) -> dict[str, float | None]:
-    """Seconds that each phase of the loop may stand still."""
-    return {
-        START: config.start_timeout_s,
-        STEP: config.hang_timeout_s,
-        BETWEEN: config.hang_timeout_s,
-        EVALUATION: config.evaluation_timeout_s,
-        SAVE: config.save_timeout_s,
-    }
+def batches(job: Job) -> Iterator[Batch]:
+    """Yield this rank's share of every global batch from where the run stands, also where it was put back meanwhile."""
+    while not job.finished:
+        for batch in prefetched(job.feed.from_position(job.progress.position), prefetch_depth(job)):
+            yield batch
+            if job.progress.position != batch.end:
+                break
 
 
-def report_hang(job: Job, run_dir: Storage, phase: str, seconds: float, stacks: str) -> None:
-    """Tell the driver, and leave the stacks of all threads in the run directory."""
-    name = f"a{job.attempt}.r{job.rank}.txt"
-    file = run_dir.child("hangs", name).uri
-    job.line.send("hung", rank=job.rank, doing=phase, seconds=seconds, file=file, step=job.progress.step)
-    # the storage may be what hangs
-    writing = threading.Thread(target=run_dir.child("hangs").write_bytes, args=(name, stacks.encode()), daemon=True)
-    writing.start()
-    writing.join(timeout=10)
-    job.line.flush()
+def train_step(job: Job, batch: Batch) -> bool:
+    """One optimiser step on this rank's share of a global batch; False if its gradient was NaN or infinite.
 
-
-def train_step(job: Job, batch: Batch) -> None:
-    """One optimiser step on this rank's share of a global batch."""
+    Then everything is as before, where failure.on_nonfinite asks to look; else the next logged point tells.
+    """
     config = job.config.train
     job.seed_step()
-    skips = job.config.failure.on_nonfinite == "skip_step"
-    before = [job.progress.train.taken(), *(buffer.clone() for buffer in job.model.buffers())] if skips else []
+    looks = job.config.failure.on_nonfinite != "raise"
+    before = [job.progress.train.taken(), *(buffer.clone() for buffer in job.model.buffers())] if looks else []
     job.optimizer.zero_grad(set_to_none=True)
     for number, micro in enumerate(batch.micro_batches):
         is_last = number == len(batch.micro_batches) - 1
@@ -145,36 +140,17 @@ def train_step(job: Job, batch: Batch) -> None:
                 losses, job.poisoned = losses * math.nan, False
             job.scaler.scale((losses * micro.weights).sum()).backward()  # type: ignore[no-untyped-call]
         job.progress.train.add(losses, logits.argmax(1) == micro.labels, micro.weights > 0)
-    if config.clip_grad_norm is not None or skips:
+    if config.clip_grad_norm is not None or looks:
         job.scaler.unscale_(job.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(job.model.parameters(), config.clip_grad_norm or math.inf)
         # gradients are summed over ranks: where one rank's are not finite, all ranks' are
-        if skips and not job.scaler.is_enabled() and not bool(torch.isfinite(norm)):
-            skip_step(job, before)
-            return
+        if looks and not bool(torch.isfinite(norm)):
+            put_back(job, before)
+            return False
     job.num_skipped = 0
     job.scaler.step(job.optimizer)
     job.scaler.update()
-
-
-def skip_step(job: Job, before: list[Tensor]) -> None:
-    """Leave everything as it was before a step whose gradient is NaN or infinite; NonFiniteError if too many.
-
-    before: the meter's sums, and the model's buffers, in which batch norm may have taken up the NaN.
-    """
-    job.optimizer.zero_grad(set_to_none=True)
-    job.progress.train.put_back(before[0])
-    for buffer, value in zip(job.model.buffers(), before[1:], strict=True):
-        buffer.copy_(value)
-    job.num_skipped += 1
-    limit, step = job.config.failure.max_nonfinite_steps, job.progress.step + 1
-    if job.rank == 0:
-        job.line.send("event", name="step_skipped", step=step, reason="the gradient is not finite")
-    if job.num_skipped > limit:
-        raise NonFiniteError(
-            f"{job.num_skipped} steps in a row had a gradient that is not finite, the last of them step {step}, and "
-            f"failure.max_nonfinite_steps={limit}"
-        )
+    return True
 
 
 def _gradient_sync(job: Job, enabled: bool) -> contextlib.AbstractContextManager[Any]:
@@ -189,7 +165,7 @@ def advance(job: Job, batch: Batch) -> bool:
     progress, samples = job.progress, len(job.rows["train"])
     progress.step += 1
     progress.position = batch.end
-    job.ledger.note(progress.step, batch)
+    job.ledger.note(progress.step, batch, skipped=job.skips.cover(batch.start))
     job.scheduler.step_update(progress.step)
     before, progress.epoch = progress.epoch, batch.end // samples
     return progress.epoch > before

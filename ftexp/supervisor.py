@@ -147,6 +147,15 @@ class Supervisor:
             self._terminal.say(f"! the machine of rank {ranks} is about to be taken away: saving now", "yellow")
         elif message["name"] == "chaos":
             self._terminal.say(f"⚡ chaos: {message['fault']} after step {message['step']} on rank {message['rank']}")
+        elif message["name"] == "step_skipped":
+            self._terminal.say(f"! step {message['step']} left out: {message['reason']}", "yellow")
+        elif message["name"] == "rolled_back":
+            first, end = message["positions"]
+            self._terminal.say(
+                f"! the gradient of step {message['step']} is not finite: back to step {message['to_step']} in memory, "
+                f"leaving out positions {first:,} to {end - 1:,}",
+                "yellow",
+            )
         elif message["name"] == "checkpoint_failed":
             self._terminal.say(f"! checkpoint at step {message['step']} not written: {message['error']}", "yellow")
 

@@ -51,6 +51,7 @@ class RunState:
     attempts: int = 0
     world_sizes: list[int] = field(default_factory=list)  # of each attempt
     failures: list[Failure] = field(default_factory=list)
+    skipped: list[list[int]] = field(default_factory=list)  # [start, end) positions that drive no update
     step: int = 0
     farthest_step: int = 0  # that was ever done: after a restart, `step` is behind it until what was lost is done again
     epoch: int = 0
@@ -150,7 +151,7 @@ class RunRecord:
     @property
     def has_progressed(self) -> bool:
         """Whether the current attempt has done a step that had never been done before."""
-        return self.state.step > self._farthest_before
+        return self.state.farthest_step > self._farthest_before
 
     def fail(self, cause: str, rank: int | None, error: str, decision: str = "") -> Failure:
         """Record that the current attempt's worker group failed."""
@@ -189,7 +190,7 @@ class RunRecord:
         fields = {name: message.get(name) for name in ("world_size", "pid", "node", "hot_start")}
         self.event("attempt_started", **fields)
         self.write()
-        return {"attempt": state.attempts}
+        return {"attempt": state.attempts, "skipped": state.skipped}
 
     def _on_ready(self, message: Message) -> None:
         self.state.model["num_parameters"] = message["num_parameters"]
@@ -243,6 +244,8 @@ class RunRecord:
         fields = {key: value for key, value in message.items() if key not in ("kind", "name")}
         if message["name"] == "checkpoint_saved":
             self.state.checkpoint = message["checkpoint"]
+        if message["name"] in ("step_skipped", "rolled_back"):
+            self.state.skipped.append(message["positions"])
         self._events.append(
             json.dumps(
                 _finite({"event": message["name"], "attempt": self.state.attempts, "step": self.state.step, **fields})

@@ -12,7 +12,7 @@ import shutil
 import pytest
 import torch
 
-from ftexp.checkpoint.manager import load_part, writer
+from ftexp.checkpoint.staging import load_part, writer
 from ftexp.checkpoint.store import (
     CHECKPOINTS,
     FILES,

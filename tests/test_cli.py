@@ -163,7 +163,7 @@ WRONG = {
     "forgiven at once": ("failure.refill_after_steps=0", "failure.refill_after_steps=0 is out of range", "at least 1"),
     "bad numbers": ("failure.on_nonfinite=skip", "failure.on_nonfinite='skip' is not one of raise, skip_step"),
     "skipping beside fp16": ("failure.on_nonfinite=skip_step train.precision=fp16",
-        "failure.on_nonfinite=skip_step is not for train.precision=fp16", "skips by itself"),
+        "failure.on_nonfinite=skip_step is not for train.precision=fp16", "skips steps by itself"),
     "hot start": ("scaling.hot_start=maybe", "scaling.hot_start='maybe' is not one of auto, on, off"),
     "hot start elsewhere": ("scaling.hot_start=on scaling.address=auto scaling.num_workers=2 scaling.use_gpu=false",
         "scaling.hot_start=on needs a Ray that ftexp starts", "take auto or off"),

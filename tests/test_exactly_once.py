@@ -11,7 +11,7 @@ import torch
 from conftest import Command, RunFolder
 
 from ftexp.checkpoint.compare import load
-from ftexp.checkpoint.manager import writer
+from ftexp.checkpoint.staging import writer
 from ftexp.checkpoint.store import CheckpointStore, locate
 from ftexp.drill_report import compare
 from ftexp.lease import LOCK_FILE

@@ -9,7 +9,7 @@ ROOT = Path(ftexp.__file__).parent
 
 # lowest first; a module may import from its own layer and from those above it in this list
 LAYERS = [
-    {"errors", "versions", "ray_private"},
+    {"errors", "versions", "ray_private", "skips"},
     {"registry", "timm_names", "storage", "data.names", "wire"},
     {"lease", "append_log"},
     {"ledger"},
@@ -23,10 +23,10 @@ LAYERS = [
     {"data.feeds", "progress", "failure.causes"},
     {"tracking", "evaluation"},
     {"terminal", "job"},
-    {"checkpoint.registry", "checkpoint.store", "checkpoint.cadence"},
+    {"checkpoint.registry", "checkpoint.store", "checkpoint.cadence", "checkpoint.staging"},
     {"checkpoint.states", "checkpoint.manager"},
     {"checkpoint.restore", "checkpoint.compare", "failure.chaos"},
-    {"failure.policy", "failure.watchdog", "fitting"},
+    {"failure.policy", "failure.nonfinite", "failure.watchdog", "fitting"},
     {"loop", "supervisor"},
     {"trainer"},
     {"session"},

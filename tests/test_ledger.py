@@ -188,3 +188,17 @@ def test_no_swap_of_a_sample_goes_unnoticed(data):
     other = data.draw(st.integers(0, NUM_SAMPLES - 1).filter(lambda sample: sample != samples[place]))
     samples[place] = other
     assert found(changed(step, samples=tuple(samples))) != []
+
+
+def test_what_was_rolled_back_does_not_stand_and_what_was_left_out_is_marked(run_dir):
+    for rank in range(2):
+        ledger = Ledger(run_dir.child(LEDGER), 1, rank)
+        done = dict(batches(2, rank))
+        for step in (1, 2, 3, 4):
+            ledger.note(step, done[step])
+        ledger.back_to(1)
+        for step in (2, 3):  # and then the power went
+            ledger.note(step, done[step], skipped=step == 3)
+        ledger.flush()
+    one, two, three, *_ = correct()
+    assert read_updates(run_dir) == [one, two, dataclasses.replace(three, skipped=True)]

@@ -16,8 +16,10 @@ from ftexp.data.feeds import CachedFeed, Plan, Rows, ToTensors
 from ftexp.data.order import Order
 from ftexp.data.splits import DataInfo
 from ftexp.errors import NonFiniteError
+from ftexp.failure.nonfinite import skip_step
+from ftexp.failure.watchdog import report_hang
 from ftexp.job import Job
-from ftexp.loop import advance, evaluate, evaluation_due, log_train, report_hang, train_step, update_best
+from ftexp.loop import advance, evaluate, evaluation_due, log_train, train_step, update_best
 from ftexp.models import build_model
 from ftexp.optim import build_optimizer, build_scheduler
 from ftexp.progress import Meter, Progress
@@ -38,6 +40,9 @@ class Lines:
 
     def send(self, kind, **fields):
         self.sent.append({"kind": kind, **fields})
+
+    def sync(self):
+        pass
 
 
 def make_job(model=SMALL_VIT, num_samples=96, batch=24, optim=None, **train):
@@ -258,7 +263,8 @@ def skipping_job(*arguments, most=10, **switches):
 def poisoned_step(job, batches):
     job.poisoned = True
     batch = next(batches)
-    train_step(job, batch)
+    if not train_step(job, batch):
+        skip_step(job, batch)
     advance(job, batch)
 
 
@@ -277,8 +283,9 @@ def test_a_step_whose_gradient_is_not_finite_changes_nothing_and_the_next_one_do
     assert torch.equal(job.progress.train.taken(), sums)  # neither a loss nor a sample was counted
     assert all(parameter.grad is None for parameter in job.model.parameters())
     assert (job.progress.step, job.progress.position, job.num_skipped) == (2, 48, 1)  # the samples are gone, though
+    reason = "the gradient is not finite"
     assert job.line.sent == [
-        {"kind": "event", "name": "step_skipped", "step": 2, "reason": "the gradient is not finite"}
+        {"kind": "event", "name": "step_skipped", "positions": [24, 48], "step": 2, "reason": reason}
     ]
     train_step(job, next(batches))
     assert job.num_skipped == 0
@@ -297,8 +304,7 @@ def test_a_bad_image_leaves_batch_norms_statistics_alone():
     job = skipping_job(RESNET, optim=OptimConfig(name="sgd", lr=0.01))
     before, batch = copied(job), next(job.feed.from_position(0))
     batch.micro_batches[0].images[3, 0, 0, 0] = math.nan
-    train_step(job, batch)
-    assert job.num_skipped == 1
+    assert not train_step(job, batch)
     assert same(copied(job), before)
 
 

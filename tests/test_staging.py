@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from ftexp.checkpoint.manager import Staging
+from ftexp.checkpoint.staging import Staging
 
 CPU = torch.device("cpu")
 

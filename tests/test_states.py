@@ -11,8 +11,8 @@ import torch
 
 import ftexp.checkpoint.states
 from ftexp.checkpoint import registry
-from ftexp.checkpoint.manager import load_part
 from ftexp.checkpoint.registry import ExtraState, check_names, register_state
+from ftexp.checkpoint.staging import load_part
 from ftexp.config import ScheduleConfig
 from ftexp.errors import CheckpointError, StateError, UnknownNameError
 from ftexp.optim import build_scheduler

@@ -9,8 +9,7 @@ import textwrap
 import pytest
 
 from ftexp.config import FailureConfig
-from ftexp.failure.watchdog import BETWEEN, EVALUATION, SAVE, START, STEP, Watchdog
-from ftexp.loop import hang_limits
+from ftexp.failure.watchdog import BETWEEN, EVALUATION, SAVE, START, STEP, Watchdog, hang_limits
 
 LIMITS = {START: 100.0, STEP: 10.0, BETWEEN: 20.0, EVALUATION: 50.0, SAVE: None}
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ftexp.checkpoint.manager import load_part
+from ftexp.checkpoint.staging import load_part
 from ftexp.checkpoint.store import CheckpointStore, Manifest
 
 

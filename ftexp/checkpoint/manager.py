@@ -6,23 +6,21 @@ Serialising, hashing, writing and Ray's report run on a thread; there is one sav
 from __future__ import annotations
 
 import contextlib
-import io
+import copy
 import os
 import sys
 import threading
 import time
-from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import ray.train
-import torch
 
 from ftexp.checkpoint.cadence import Cadence
 from ftexp.checkpoint.registry import ExtraState
+from ftexp.checkpoint.staging import Staging, is_finite, load_part, writer
 from ftexp.checkpoint.store import FILES, CheckpointStore, Manifest, kept_names
 from ftexp.errors import CheckpointError, NonFiniteError, StorageError
-from ftexp.storage import Writer
 from ftexp.versions import package_versions
 
 if TYPE_CHECKING:
@@ -30,6 +28,7 @@ if TYPE_CHECKING:
 
 _MODEL, _OPTIMIZER, _EXTRA = FILES
 _ASKS_PER_PREEMPTION_POLL = 3  # the cadence asks about once a second; a poll costs 30 ms
+_NOT_FINITE = "the weights are not finite, so this step is not worth keeping"
 _LAST_TRIES_S = (1, 2, 4, 8, 16)  # waits before trying again to write the checkpoint that ends the run
 
 
@@ -48,6 +47,7 @@ class CheckpointManager:
         self._num_asked = 0
         self._leaving: set[str] = set()  # nodes that were announced to go away
         self._staging = Staging(job.device)
+        self._in_memory: tuple[Any, ...] | None = None  # the state of the last save, where a rollback may want it
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint", initializer=_give_way)
         self._pending: Future[None] | None = None
         self._failures: list[Exception] = []  # of the last saves, if they failed
@@ -95,17 +95,14 @@ class CheckpointManager:
         started = time.perf_counter()
         self.wait()
         job, progress = self._job, self._job.progress
-        if not self._ledger_is_safe():
+        if not self._ledger_is_safe() or not self._is_worth_keeping():
             self._cadence.saved(progress.step)
             return
-        extra = self._extra.state_dict()
-        if lost := extra["progress"]["train"][3]:
-            raise NonFiniteError(f"{lost} losses were NaN or infinite by step {progress.step}: nothing was saved")
+        parts = self._copied_state()
         metrics = {"epoch": progress.epoch, "step": progress.step, **progress.metrics}
         if job.rank != 0:
             self._pending = self._thread.submit(ray.train.report, metrics)
         else:
-            parts = self._staging.copy((job.model.state_dict(), job.optimizer.state_dict(), extra))
             manifest = self._manifest()
             blocked_s = time.perf_counter() - started
             best_step = job.best.get("step")
@@ -128,6 +125,46 @@ class CheckpointManager:
         if job.rank == 0:
             self._failed(job.progress.step, error or OSError("another worker can't write its ledger"))
         return False
+
+    def _copied_state(self) -> tuple[Any, ...]:
+        """What a save writes, which later steps don't change; empty where nobody needs it. Collective."""
+        job, keeps = self._job, self._job.config.failure.on_nonfinite == "rollback"
+        extra = self._extra.state_dict()
+        if lost := extra["progress"]["train"][3]:
+            raise NonFiniteError(f"{lost} losses were NaN or infinite by step {job.progress.step}: nothing was saved")
+        if job.rank != 0 and not keeps:
+            return ()
+        parts: tuple[Any, ...] = self._staging.copy((job.model.state_dict(), job.optimizer.state_dict(), extra))
+        if keeps:
+            self._in_memory, job.num_rollbacks = parts, 0
+        return parts
+
+    def _is_worth_keeping(self) -> bool:
+        """Whether the weights are finite, where the copy in memory is what a rollback goes back to; collective."""
+        job = self._job
+        if job.config.failure.on_nonfinite != "rollback":
+            return True  # asked beside the training, of the copy
+        if job.all_agree(all(is_finite(tensor) for tensor in job.model.state_dict().values())):
+            return True
+        if job.rank == 0:
+            self._failed(job.progress.step, CheckpointError(_NOT_FINITE))
+        return False
+
+    def keep_in_memory(self) -> None:
+        """Let a rollback go back to here; collective."""
+        if self._job.config.failure.on_nonfinite == "rollback":
+            self._copied_state()
+
+    def roll_back(self) -> None:
+        """Go back to the state of the last save, without any process starting again."""
+        assert self._in_memory is not None, "kept since the attempt began"
+        job = self._job
+        # an optimiser takes the tensors that it is given for its own
+        model, optimizer, extra = copy.deepcopy(self._in_memory)
+        job.model.load_state_dict(model)
+        job.optimizer.load_state_dict(optimizer)
+        self._extra.load(extra, self._extra.versions(), "this run")
+        job.ledger.back_to(job.progress.step)
 
     def wait(self) -> None:
         """Return when no save is in flight, on this rank."""
@@ -208,8 +245,8 @@ class CheckpointManager:
 
     def _write_once(self, manifest: Manifest, parts: tuple[Any, ...], best_step: int | None, blocked_s: float) -> None:
         started, line = time.perf_counter(), self._job.line
-        if not all(_is_finite(tensor) for tensor in parts[0].values()):
-            raise CheckpointError("the weights are not finite, so this step is not worth keeping")
+        if not all(is_finite(tensor) for tensor in parts[0].values()):
+            raise CheckpointError(_NOT_FINITE)
         line.sync()  # what was logged up to this step must be written down before the step counts as done
         saved = self._store.save(manifest, {name: writer(part) for name, part in zip(FILES, parts, strict=True)})
         line.send(
@@ -231,66 +268,3 @@ def _give_way() -> None:
     """Have this thread run when the training leaves a core idle; Linux knows priorities of threads."""
     if sys.platform == "linux":
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
-
-
-def _is_finite(tensor: torch.Tensor) -> bool:
-    if not tensor.is_floating_point():
-        return True
-    # one pass and no copy: NaN and infinity survive a sum
-    narrow = tensor.dtype in (torch.float16, torch.bfloat16)
-    return bool(torch.isfinite(tensor.sum(dtype=torch.float32 if narrow else tensor.dtype)))
-
-
-class Staging:
-    """Copies state to the CPU, into memory that is kept: new memory costs several times as long as the copy."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._pin = device.type == "cuda"
-        self._kept: dict[tuple[Any, ...], torch.Tensor] = {}  # by their path in the tree
-
-    def copy(self, value: Any) -> Any:
-        """A deep copy whose tensors later steps don't change; it holds until the next call."""
-        copied = self._copy(value, ())
-        if self._pin:
-            torch.cuda.synchronize()
-        return copied
-
-    def _copy(self, value: Any, path: tuple[Any, ...]) -> Any:
-        if isinstance(value, torch.Tensor):
-            return self._copy_tensor(value.detach(), path)
-        if isinstance(value, Mapping):
-            return {key: self._copy(item, (*path, key)) for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            items = [self._copy(item, (*path, number)) for number, item in enumerate(value)]
-            return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-        return value
-
-    def _copy_tensor(self, tensor: torch.Tensor, path: tuple[Any, ...]) -> torch.Tensor:
-        kept = self._kept.get(path)
-        if kept is None or (kept.shape, kept.dtype, kept.stride()) != (tensor.shape, tensor.dtype, tensor.stride()):
-            pin = self._pin and tensor.is_cuda
-            kept = self._kept[path] = torch.empty_like(tensor, device="cpu", pin_memory=pin)
-        return kept.copy_(tensor, non_blocking=True)
-
-
-def writer(part: Any) -> Writer:
-    """What writes one file of a checkpoint."""
-
-    def write(stream: Any) -> None:
-        # the zip's own checksums would be computed beside the SHA-256 of every byte; torch.load doesn't read them
-        before = torch.serialization.get_crc32_options()
-        torch.serialization.set_crc32_options(False)
-        try:
-            torch.save(part, stream)
-        finally:
-            torch.serialization.set_crc32_options(before)
-
-    return write
-
-
-def load_part(name: str, content: bytes) -> Any:
-    """Read one file of a checkpoint onto the CPU without running code in it; CheckpointError if it has any."""
-    try:
-        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises UnpicklingError, RuntimeError or EOFError, by what is wrong
-        raise CheckpointError(f"{name} can't be loaded as plain data: {error}") from error

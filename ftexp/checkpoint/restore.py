@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 
-from ftexp.checkpoint.manager import CheckpointManager, load_part
+from ftexp.checkpoint.manager import CheckpointManager
+from ftexp.checkpoint.staging import load_part
 from ftexp.checkpoint.store import CheckpointStore, Manifest, locate
 from ftexp.fingerprint import differences
 from ftexp.job import Job

@@ -14,6 +14,13 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from ftexp.config import FailureConfig
+from ftexp.storage import Storage
+
+if TYPE_CHECKING:
+    from ftexp.job import Job
 
 # what the loop does, as it is told to users
 START, STEP, BETWEEN = "in its start", "in a step", "between steps"
@@ -91,3 +98,26 @@ class Watchdog:
             faulthandler.dump_traceback(file, all_threads=True)
             file.seek(0)
             return file.read()
+
+
+def hang_limits(config: FailureConfig) -> dict[str, float | None]:
+    """Seconds that each phase of the loop may stand still."""
+    return {
+        START: config.start_timeout_s,
+        STEP: config.hang_timeout_s,
+        BETWEEN: config.hang_timeout_s,
+        EVALUATION: config.evaluation_timeout_s,
+        SAVE: config.save_timeout_s,
+    }
+
+
+def report_hang(job: Job, run_dir: Storage, phase: str, seconds: float, stacks: str) -> None:
+    """Tell the driver, and leave the stacks of all threads in the run directory."""
+    name = f"a{job.attempt}.r{job.rank}.txt"
+    file = run_dir.child("hangs", name).uri
+    job.line.send("hung", rank=job.rank, doing=phase, seconds=seconds, file=file, step=job.progress.step)
+    # the storage may be what hangs
+    writing = threading.Thread(target=run_dir.child("hangs").write_bytes, args=(name, stacks.encode()), daemon=True)
+    writing.start()
+    writing.join(timeout=10)
+    job.line.flush()

@@ -1,0 +1,37 @@
+"""Batches that drive no update, because their gradient was not finite."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+Range = tuple[int, int]  # positions [start, end)
+
+
+class Skips:
+    """Ranges of positions, each of one or more whole global batches. The same on every rank."""
+
+    def __init__(self, ranges: Iterable[Iterable[int]] = ()) -> None:
+        self._ranges: list[Range] = []
+        for start, end in ranges:
+            self.add((start, end))
+
+    def cover(self, start: int) -> bool:
+        """Whether the batch that begins at position `start` is left out."""
+        return any(first <= start < end for first, end in self._ranges)
+
+    def add(self, added: Range) -> None:
+        """Leave a range out too; ranges that touch become one."""
+        start, end = added
+        apart = [(first, last) for first, last in self._ranges if last < start or first > end]
+        touching = [other for other in self._ranges if other not in apart]
+        joined = (min([start, *(first for first, _ in touching)]), max([end, *(last for _, last in touching)]))
+        self._ranges = sorted([*apart, joined])
+
+    def widened(self, start: int, end: int, first: int) -> Range:
+        """The range to leave out for a batch [start, end) that was bad, from `first` on at the earliest.
+
+        Alone if it comes alone. Where the batches just before it are left out already, what went wrong began
+        earlier, in weights that were still finite: then as many again before those are left out with it.
+        """
+        before = next((other for other, last in self._ranges if last == start), start)
+        return max(first, before - (start - before)), end
