@@ -147,6 +147,8 @@ class FailureConfig:
     on_nonfinite: str = choice("raise", ("raise", "skip_step", "rollback"))
     max_nonfinite_steps: int = ranged(10, low=0)  # skipped in a row before the run gives up
     max_rollbacks: int = ranged(5, low=0)  # to the same save before the run gives up
+    # retry: as the budgets say; fail: stop; halve_micro_batch: restart with twice the accumulate_steps, uncharged
+    on_out_of_memory: str = choice("retry", ("retry", "fail", "halve_micro_batch"))
     hang_timeout_s: float | None = ranged(300.0, above=0)  # without a step, on any rank; None: never
     start_timeout_s: float | None = ranged(1800.0, above=0)  # for building, restoring, compiling and the first step
     evaluation_timeout_s: float | None = ranged(1800.0, above=0)

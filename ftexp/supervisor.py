@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 from typing import Any
@@ -70,9 +71,12 @@ class Supervisor:
         cause = as_preemption(as_hang(cause, self._hung), self._leaving)
         self._hung, self._leaving, self._has_failed = {}, [], True
         past = [Past(failure.cause, failure.step, failure.error, failure.progressed) for failure in state.failures]
-        decision = decide(
-            cause, state.step, self._record.has_progressed, past[self._num_before :], self._config.failure
-        )
+        progressed, accumulate_steps = self._record.has_progressed, self._accumulate_steps()
+        share = math.ceil(self._config.train.global_batch_size / (state.world_sizes or [1])[-1])
+        micro_batch = math.ceil(share / accumulate_steps)
+        decision = decide(cause, state.step, progressed, past[self._num_before :], self._config.failure, micro_batch)
+        if decision.halves:
+            state.accumulate_steps = 2 * accumulate_steps
         failure = self._record.fail(decision.cause, cause.rank, cause.error, decision.reason)
         self._terminal.failure(failure)
         raised, self._raised = self._raised, None
@@ -82,6 +86,9 @@ class Supervisor:
         where = f"rank {failure.rank}" if failure.rank is not None else "a worker"
         self.stopped = f"{where} failed after step {failure.step} [{failure.cause}]: {failure.error}; {decision.reason}"
         return {"stop": self.stopped}
+
+    def _accumulate_steps(self) -> int:
+        return max(self._config.train.accumulate_steps, self._record.state.accumulate_steps or 1)
 
     def controller_died(self) -> Message:
         """As for a worker's failure; the driver itself has to fit again."""

@@ -51,6 +51,7 @@ class RunState:
     attempts: int = 0
     world_sizes: list[int] = field(default_factory=list)  # of each attempt
     failures: list[Failure] = field(default_factory=list)
+    accumulate_steps: int | None = None  # since memory ran out, if more than configured
     skipped: list[list[int]] = field(default_factory=list)  # [start, end) positions that drive no update
     step: int = 0
     farthest_step: int = 0  # that was ever done: after a restart, `step` is behind it until what was lost is done again
@@ -190,7 +191,11 @@ class RunRecord:
         fields = {name: message.get(name) for name in ("world_size", "pid", "node", "hot_start")}
         self.event("attempt_started", **fields)
         self.write()
-        return {"attempt": state.attempts, "skipped": state.skipped}
+        return {
+            "attempt": state.attempts,
+            "skipped": state.skipped,
+            "accumulate_steps": state.accumulate_steps,
+        }
 
     def _on_ready(self, message: Message) -> None:
         self.state.model["num_parameters"] = message["num_parameters"]

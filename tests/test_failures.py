@@ -8,6 +8,7 @@ from conftest import Command, RunFolder
 
 from ftexp.cli import EXIT_INTERRUPTED, EXIT_TERMINATED
 from ftexp.drill_report import compare
+from ftexp.ledger import problems, read_updates
 from ftexp.storage import Storage
 
 OPTIONS = ["train.epochs=6", "train.ledger=true"]
@@ -124,3 +125,46 @@ def test_a_run_that_is_told_to_stop_saves_the_step_it_stopped_at_and_goes_on_fro
         assert f"at step {step} from {saved}" in again.output
         assert run.record["status"] == "finished"
         assert [event["step"] for event in run.events("restored")] == [step]
+
+
+HUNGRY = """
+import torch
+from ftexp.checkpoint.registry import register_state
+
+@register_state("hungry")
+class Hungry:
+    version = 1
+
+    def __init__(self, job):
+        def take(model, arguments):
+            images = len(arguments[0])
+            sizes.append(images)
+            if model.training and images > 4:
+                torch.empty(images << 44)  # more than there is
+
+        sizes = self.sizes = []
+        job.model.register_forward_pre_hook(take)
+
+    def state_dict(self):
+        return {"largest": max(self.sizes)}
+
+    def load_state_dict(self, state):
+        pass
+"""
+
+
+def test_micro_batches_that_do_not_fit_are_halved_until_they_do(ftexp, run_folder, tmp_path):
+    (tmp_path / "my_states.py").write_text(HUNGRY)
+    extra = "checkpoint.extra_state=[progress,scheduler,scaler,rng,best,hungry]"
+    options = ["train.max_steps=20", "train.ledger=true", "failure.on_out_of_memory=halve_micro_batch"]
+    command = ftexp("run.name=hungry", "plugins=[my_states]", extra, *options, "data.val_fraction=0")
+    run = run_folder("hungry")
+    assert command.wait() == 0, command.output
+    record = run.record
+    assert [failure["cause"] for failure in record["failures"]] == ["out_of_memory", "out_of_memory"]
+    assert all("can't allocate memory" in failure["error"] for failure in record["failures"])
+    assert "with micro-batches of 4 images, not 8, at the same global batch" in record["failures"][1]["decision"]
+    assert record["accumulate_steps"] == 4
+    updates = read_updates(storage(run))
+    assert len(updates) == 20
+    assert list(problems(updates, record["data"]["num_samples"]["train"], BATCH)) == []

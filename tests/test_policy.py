@@ -17,8 +17,8 @@ def before(kind=CRASH, step=10, error="an earlier one", progressed=True):
     return Past(kind, step, error, progressed)
 
 
-def decision(cause=None, step=100, progressed=True, past=(), **config):
-    return decide(cause or failed(), step, progressed, past, FailureConfig(**config))
+def decision(cause=None, step=100, progressed=True, past=(), micro_batch=16, **config):
+    return decide(cause or failed(), step, progressed, past, FailureConfig(**config), micro_batch)
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,7 @@ def test_no_run_goes_on_beyond_its_budgets(failures, max_failures, refill, max_w
     )
     past = []
     for kind, step, error, progressed, died in failures:
-        got = decide(Cause(kind, 0, error, died=died), step, progressed, past, config)
+        got = decide(Cause(kind, 0, error, died=died), step, progressed, past, config, 16)
         assert 0 <= got.delay_s <= config.max_backoff_s
         assert (got.delay_s == 0) or (got.goes_on and not progressed)
         assert got.reason.endswith("giving up") != got.goes_on
@@ -204,3 +204,28 @@ def test_no_run_goes_on_beyond_its_budgets(failures, max_failures, refill, max_w
         latest = past[-1 - max_without_progress :]
         in_a_row = len(latest) > max_without_progress >= 0 and not any(one.progressed for one in latest)
         assert not in_a_row
+
+
+@pytest.mark.parametrize(
+    ("policy", "micro_batch", "goes_on", "halves", "reason"),
+    [
+        ("retry", 16, True, False, "failure 1 of 3 allowed: restarting the workers"),
+        ("fail", 16, False, False, "failure.on_out_of_memory=fail: giving up; train.accumulate_steps makes micro-"),
+        ("halve_micro_batch", 17, True, True, "restarting the workers with micro-batches of 9 images, not 17"),
+        ("halve_micro_batch", 2, False, False, "micro-batches can't get smaller than they are: giving up"),
+    ],
+)
+def test_a_lack_of_memory_may_be_met_with_smaller_micro_batches(policy, micro_batch, goes_on, halves, reason):
+    got = decision(failed(OUT_OF_MEMORY), micro_batch=micro_batch, on_out_of_memory=policy)
+    assert (got.goes_on, got.halves, got.cause) == (goes_on, halves, OUT_OF_MEMORY)
+    assert reason in got.reason
+
+
+def test_halving_is_not_charged_and_other_causes_halve_nothing():
+    halving = {"on_out_of_memory": "halve_micro_batch", "max_failures": 1, "max_failures_without_progress": 1}
+    halved = [before(OUT_OF_MEMORY, progressed=False)] * 9
+    assert decision(failed(OUT_OF_MEMORY), past=[before(CRASH), *halved], progressed=False, **halving).halves
+    crash = decision(progressed=False, past=halved, **halving)
+    assert (crash.goes_on, crash.halves) == (True, False)
+    assert crash.reason.startswith("failure 1 of 1 allowed, 1 of 1 allowed in a row without a new step")
+    assert not decision(progressed=False, past=halved, **{**halving, "on_out_of_memory": "retry"}).goes_on

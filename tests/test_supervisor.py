@@ -6,8 +6,8 @@ import json
 import pytest
 from rich.console import Console
 
-from ftexp.config import Config, FailureConfig
-from ftexp.failure.causes import BUG, CRASH, HANG, Cause
+from ftexp.config import Config, FailureConfig, TrainConfig
+from ftexp.failure.causes import BUG, CRASH, HANG, OUT_OF_MEMORY, Cause
 from ftexp.fitting import Terminated
 from ftexp.storage import Storage
 from ftexp.supervisor import Supervisor
@@ -24,7 +24,8 @@ class Driver:
         self.storage, self.output = Storage.at(str(folder)), io.StringIO()
         self.record = RunRecord(self.storage, RunState(name="demo", failures=list(failures)), ("val_accuracy", "max"))
         terminal = Terminal(Console(file=self.output, width=500, color_system=None, highlight=False))
-        self.supervisor = Supervisor(self.record, terminal, Config(failure=FailureConfig(**failure)))
+        config = Config(train=TrainConfig(epochs=4, global_batch_size=32), failure=FailureConfig(**failure))
+        self.supervisor = Supervisor(self.record, terminal, config)
 
     def tell(self, kind, **fields):
         return self.supervisor.handle({"kind": kind, "time": 1.0, **fields})
@@ -191,3 +192,15 @@ def test_events_of_the_records_are_written_whatever_is_printed(tmp_path):
     events = [json.loads(line) for line in driver.storage.read_bytes("events.jsonl").decode().splitlines()]
     assert [event["event"] for event in events] == ["attempt_started", "ready", "raised", "failure"]
     assert events[-1]["decision"] == "failure 1 of 0 allowed: giving up"
+
+
+def test_micro_batches_are_halved_for_the_attempts_after_a_lack_of_memory(tmp_path):
+    driver = Driver(tmp_path, on_out_of_memory="halve_micro_batch", max_failures=0)
+    full = Cause(OUT_OF_MEMORY, 1, "OutOfMemoryError: CUDA out of memory")
+    for attempt, (before, after) in enumerate([(16, 8), (8, 4), (4, 2)], start=1):
+        driver.attempt(step=attempt)
+        assert driver.fail(full) == {"delay_s": 0.0}
+        assert f"with micro-batches of {after} images, not {before}, at the same global batch" in driver.shown
+        answer = driver.tell("hello", rank=0, world_size=2, pid=1, node="node0")
+        assert answer["accumulate_steps"] == 2**attempt
+    assert read_state(driver.storage).accumulate_steps == 8  # a later call of the command goes on with it

@@ -67,10 +67,10 @@ def test_a_replayed_point_is_not_written_twice_also_after_the_command_was_run_ag
 
 def test_the_attempt_number_goes_on_over_calls_of_the_command(record, storage, clock):
     assert hello(record, 1) is None
-    assert hello(record, 0) == {"attempt": 1, "skipped": []}
+    assert hello(record, 0) == {"attempt": 1, "skipped": [], "accumulate_steps": None}
     record.close("interrupted")
     again = RunRecord(storage, read_state(storage), SCORE, clock)
-    assert hello(again, 0, world_size=3) == {"attempt": 2, "skipped": []}
+    assert hello(again, 0, world_size=3) == {"attempt": 2, "skipped": [], "accumulate_steps": None}
     again.close("finished")
     assert read_state(storage).world_sizes == [2, 3]
 
@@ -141,7 +141,7 @@ def test_a_full_disk_is_told_and_loses_nothing_once_there_is_room(record, storag
     with monkeypatch.context() as disk:
         disk.setattr(Storage, "write_bytes", full)
         disk.setattr(record._metrics, "flush", full)
-        assert hello(record, 0) == {"attempt": 1, "skipped": []}
+        assert hello(record, 0) == {"attempt": 1, "skipped": [], "accumulate_steps": None}
         metric(record, "train", 10, train_loss=1.0)
         record.write()
         assert "No space left" in record.problem

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ftexp.config import FailureConfig
-from ftexp.failure.causes import BUG, CRASH, NON_FINITE, PREEMPTION, Cause
+from ftexp.failure.causes import BUG, CRASH, NON_FINITE, OUT_OF_MEMORY, PREEMPTION, Cause
+
+SMALLEST_MICRO_BATCH = 2  # images: batch norm can't train on one
 
 
 @dataclass(frozen=True)
@@ -27,9 +30,12 @@ class Decision:
     reason: str
     delay_s: float = 0.0
     cause: str = CRASH  # as the history shows it: the same exception at the same step is a bug
+    halves: bool = False  # the next attempt has micro-batches of half the size
 
 
-def decide(cause: Cause, step: int, progressed: bool, past: Sequence[Past], config: FailureConfig) -> Decision:
+def decide(
+    cause: Cause, step: int, progressed: bool, past: Sequence[Past], config: FailureConfig, micro_batch: int
+) -> Decision:
     """Whether to go on after a failure.
 
     Args:
@@ -38,6 +44,7 @@ def decide(cause: Cause, step: int, progressed: bool, past: Sequence[Past], conf
         progressed: whether the attempt that failed had done a step that was never done before.
         past: the failures of this run that came before, oldest first.
         config: the budgets.
+        micro_batch: images of a worker's largest micro-batch.
     """
     kind = cause.kind
     if cause.is_final:
@@ -52,7 +59,22 @@ def decide(cause: Cause, step: int, progressed: bool, past: Sequence[Past], conf
     ):
         found = BUG if kind == CRASH else kind
         return Decision(False, "the same at the same step a second time, so it is no accident: giving up", cause=found)
+    if kind == OUT_OF_MEMORY and config.on_out_of_memory == "fail":
+        advice = f"train.accumulate_steps makes micro-batches smaller than {micro_batch}, at the same global batch"
+        return Decision(False, f"failure.on_out_of_memory=fail: giving up; {advice}", cause=kind)
+    if config.on_out_of_memory == "halve_micro_batch":
+        if kind == OUT_OF_MEMORY:
+            return _halve(micro_batch)
+        past = [failure for failure in past if failure.cause != OUT_OF_MEMORY]
     return _by_budgets(kind, step, progressed, past, config)
+
+
+def _halve(micro_batch: int) -> Decision:
+    """Not charged to any budget: it ends by itself."""
+    if micro_batch <= SMALLEST_MICRO_BATCH:
+        return Decision(False, "micro-batches can't get smaller than they are: giving up", cause=OUT_OF_MEMORY)
+    smaller = f"micro-batches of {math.ceil(micro_batch / 2)} images, not {micro_batch}, at the same global batch"
+    return Decision(True, f"restarting the workers with {smaller}", cause=OUT_OF_MEMORY, halves=True)
 
 
 def _by_budgets(kind: str, step: int, progressed: bool, past: Sequence[Past], config: FailureConfig) -> Decision:
