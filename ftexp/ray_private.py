@@ -3,6 +3,7 @@
 - The snapshot file: Ray Train would take up checkpoints of an earlier call from it, and refuses to start if it
   is torn or names a missing folder. Ours follow from manifests, so it is dropped before each fit.
 - The error of a dead worker wraps Ray's public RayActorError in a private class.
+- What ends a fit() whose workers never began is a private class inside the public ControllerError.
 - Forks of a process that has imported Ray must not share its random numbers, from which Ray makes its ids. Its
   generator is seeded at the first draw, and the decorator of actor classes draws when Ray's modules are imported.
 - The thread that prints raylet's messages starts whatever log_to_driver says; what it prints is in Ray's logs too.
@@ -23,6 +24,18 @@ def unwrap(error: Exception) -> Exception:
     inner = getattr(error, _WRAPPED_FAILURE, error)
     assert isinstance(inner, Exception)
     return inner
+
+
+def is_startup_failure(error: Exception) -> bool:
+    """Whether fit() ended with this because no group of workers began."""
+    from ray.train.v2._internal import exceptions
+
+    kinds = (
+        exceptions.WorkerGroupStartupTimeoutError,
+        exceptions.WorkerGroupStartupFailedError,
+        exceptions.InsufficientClusterResourcesError,
+    )
+    return isinstance(getattr(error, "controller_failure", None), kinds)
 
 
 def silence_raylet_messages() -> None:

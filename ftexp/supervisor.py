@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import os
 import signal
+import time
 from typing import Any
 
 from ftexp.config import Config
-from ftexp.failure.causes import CRASH, Cause, as_hang, as_preemption
+from ftexp.failure.causes import CRASH, STARTUP, Cause, as_hang, as_preemption
 from ftexp.failure.policy import Past, decide
 from ftexp.fitting import STOP_GRACE_S
 from ftexp.terminal import Terminal
@@ -30,6 +31,8 @@ class Supervisor:
         self._has_failed = False  # since the last worker group began to train
         self._has_trained = False  # in this call
         self._raised: Message | None = None  # the first of this attempt
+        self._waiting_since: float | None = time.monotonic()  # while there is no worker group
+        self._waiting_for: str | None = None
         self._asked = KeyboardInterrupt()
         self.stopped: str | None = None  # why no further try was made
         self._restored: dict[str, Any] = {}
@@ -41,6 +44,9 @@ class Supervisor:
         kind = message["kind"]
         if kind == "failure":
             return self._failed(Cause(**message["cause"]))
+        if kind == "waiting":
+            self._waiting(message["reason"])
+            return None
         if kind == "kill_driver":  # chaos
             os.kill(os.getpid(), signal.SIGKILL)
         if kind == "raised" and self._raised is None:
@@ -55,6 +61,9 @@ class Supervisor:
         self._problem = self._record.problem
         if kind == "hello" and message["rank"] == 0:
             self._restored, self._rejected = {}, []
+            self._waiting_since = self._waiting_for = None
+        elif kind == "lost" and self._waiting_since is None:
+            self._waiting_since = time.monotonic()
         elif kind == "ready":
             self._ready(message)
         elif kind == "tick":
@@ -70,6 +79,7 @@ class Supervisor:
         state = self._record.state
         cause = as_preemption(as_hang(cause, self._hung), self._leaving)
         self._hung, self._leaving, self._has_failed = {}, [], True
+        self._waiting_since = self._waiting_since or time.monotonic()
         past = [Past(failure.cause, failure.step, failure.error, failure.progressed) for failure in state.failures]
         progressed, accumulate_steps = self._record.has_progressed, self._accumulate_steps()
         share = math.ceil(self._config.train.global_batch_size / (state.world_sizes or [1])[-1])
@@ -89,6 +99,23 @@ class Supervisor:
 
     def _accumulate_steps(self) -> int:
         return max(self._config.train.accumulate_steps, self._record.state.accumulate_steps or 1)
+
+    @property
+    def waiting_s(self) -> float:
+        """For how long there has been no worker group, in seconds."""
+        return time.monotonic() - self._waiting_since if self._waiting_since is not None else 0.0
+
+    def _waiting(self, reason: str) -> None:
+        if reason != self._waiting_for and self._waiting_since is not None:
+            self._waiting_for = reason
+            self._record.event("waiting", reason=reason)
+            self._terminal.say(f"! no workers for {self.waiting_s:.0f} s: {reason}", "yellow")
+
+    def could_not_start(self, error: str) -> None:
+        """Ray Train gave up: no worker group began to train."""
+        limit = self._config.failure.controller_failure_limit
+        decision = f"failure.controller_failure_limit={limit} is spent: giving up"
+        self._terminal.failure(self._record.fail(STARTUP, None, error, decision))
 
     def controller_died(self) -> Message:
         """As for a worker's failure; the driver itself has to fit again."""

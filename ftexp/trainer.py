@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import pickle
+import threading
 import time
 from typing import Any
 
@@ -23,12 +24,14 @@ from ftexp.fitting import fit_interruptibly
 from ftexp.job import JobSpec
 from ftexp.lease import Lease
 from ftexp.loop import train_loop
-from ftexp.scaling import Workers
+from ftexp.scaling import Workers, lacking_resources
 from ftexp.storage import Storage
 from ftexp.supervisor import Supervisor
 from ftexp.terminal import Terminal
 from ftexp.tracking import FAILED, FINISHED, INTERRUPTED, RunRecord, RunState
 from ftexp.wire import Hub, HubAddress
+
+_WAITING_S, _LOOK_EVERY_S = 20.0, 5.0  # without workers, before it is told
 
 
 def run_training(
@@ -48,6 +51,8 @@ def run_training(
     supervisor = Supervisor(record, terminal, config)
     hub = Hub(host, supervisor.handle)
     status, reason = FAILED, None
+    done = threading.Event()
+    threading.Thread(target=_tell_of_waiting, args=(hub, supervisor, workers, done), daemon=True).start()
     try:
         fit = functools.partial(_fit, config, workers, bundle, run_dir, record, hub, supervisor)
         result = fit_interruptibly(fit, lease, functools.partial(supervisor.stop, hub))
@@ -60,11 +65,14 @@ def run_training(
         raise
     except ray.train.TrainingFailedError as error:
         reason = _reason(error, supervisor)
+        if ray_private.is_startup_failure(error):
+            supervisor.could_not_start(reason)
         raise RunFailedError(reason) from error
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         raise
     finally:
+        done.set()
         hub.close()
         terminal.close()
         _close(record, status, reason, terminal)
@@ -95,6 +103,14 @@ def _fit(
                 raise RunFailedError(reason) from None
             _release_workers()
             time.sleep(answer["delay_s"])
+
+
+def _tell_of_waiting(hub: Hub, supervisor: Supervisor, workers: Workers, done: threading.Event) -> None:
+    """Ray tries to start workers in silence, for as long as it takes."""
+    while not done.wait(_LOOK_EVERY_S):
+        if supervisor.waiting_s > _WAITING_S:
+            reason = lacking_resources(workers) or "what they need is there, but taken by others, or they don't start"
+            hub.handle({"kind": "waiting", "reason": reason})
 
 
 def _release_workers() -> None:

@@ -82,7 +82,7 @@ class Hub:
             hello = self._read(stream.readline())
             if not hmac.compare_digest(str(hello.pop("token", "")), self.address.token):
                 return
-            answer = self._handle(hello)
+            answer = self.handle(hello)
             stream.write(json.dumps(answer or {}) + "\n")
             stream.flush()
             with self._lock:
@@ -91,7 +91,7 @@ class Hub:
             while not said_goodbye and (line := self._next(stream)):
                 message = self._read(line)
                 said_goodbye = said_goodbye or message.get("kind") == "goodbye"
-                answer = self._handle(message)
+                answer = self.handle(message)
                 if message.get("kind") == SYNC and answer is not None:
                     with contextlib.suppress(OSError):  # killed since: the next line tells
                         stream.write(json.dumps(answer) + "\n")
@@ -99,7 +99,7 @@ class Hub:
             with self._lock:
                 self._open.remove(connection)
             if not said_goodbye:
-                self._handle({**hello, "kind": LOST, "time": time.time()})
+                self.handle({**hello, "kind": LOST, "time": time.time()})
 
     @staticmethod
     def _next(stream: TextIO) -> str:
@@ -116,7 +116,8 @@ class Hub:
             return {}
         return message if isinstance(message, dict) else {}
 
-    def _handle(self, message: Message) -> Message | None:
+    def handle(self, message: Message) -> Message | None:
+        """Give the handler a message, as if a worker had sent it; returns its answer."""
         with self._lock:
             return self._handler(message) if message.get("kind") and not self._closed else None
 

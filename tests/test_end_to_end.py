@@ -2,10 +2,8 @@
 
 import json
 import pickle
-import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -146,19 +144,6 @@ def test_spent_failures_end_the_run_with_its_cause_and_the_same_command_goes_on(
     changed = ftexp(*options, "optim.lr=0.5")
     assert changed.wait() == 2
     assert "optim.lr was 0.002, and is 0.5 now" in changed.output
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
-def test_an_interrupted_run_says_so_and_leaves_no_process_behind(ftexp, run_folder, number, code):
-    command, run = ftexp("train.epochs=50", "run.name=stopped"), run_folder("stopped")
-    command.wait_for("epoch 1/50")
-    pids = run.events("ready")[-1]["pids"]
-    command.process.send_signal(number)
-    assert command.wait() == code, command.output
-    assert run.record["status"] == "interrupted"
-    assert "the same command with run.name=stopped" in command.output
-    assert "Traceback" not in command.output
-    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
 
 SMALL_CIFAR = """

@@ -2,11 +2,11 @@
 
 import json
 import signal
+from pathlib import Path
 
 import pytest
 from conftest import Command, RunFolder
 
-from ftexp.cli import EXIT_INTERRUPTED, EXIT_TERMINATED
 from ftexp.drill_report import compare
 from ftexp.ledger import problems, read_updates
 from ftexp.storage import Storage
@@ -102,14 +102,18 @@ def test_a_bug_ends_the_run_at_once_and_says_where_it_was(ftexp, run_folder, tmp
     assert "Traceback" not in command.output
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, EXIT_TERMINATED), (signal.SIGINT, EXIT_INTERRUPTED)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
 def test_a_run_that_is_told_to_stop_saves_the_step_it_stopped_at_and_goes_on_from_it(ftexp, run_folder, number, code):
     options = ["run.name=stopped", "data=synthetic", "data.num_samples=600", "train.max_steps=400"]
     options += ["train.epochs=50", "train.eval_every_epochs=5", "checkpoint.every_epochs=49"]
     command, run = ftexp(*options), run_folder("stopped")
     command.wait_for("epoch 5/50")
+    pids = run.events("ready")[-1]["pids"]
     command.process.send_signal(number)
     assert command.wait() == code, command.output
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+    assert "the same command with run.name=stopped" in command.output
+    assert "Traceback" not in command.output
     assert run.record["status"] == "interrupted"
     assert "stopping after a last save" in command.output
     (saved,) = run.checkpoints
@@ -168,3 +172,16 @@ def test_micro_batches_that_do_not_fit_are_halved_until_they_do(ftexp, run_folde
     updates = read_updates(storage(run))
     assert len(updates) == 20
     assert list(problems(updates, record["data"]["num_samples"]["train"], BATCH)) == []
+
+
+def test_workers_that_cannot_start_are_told_and_end_the_run_when_it_is_asked_for(ftexp, run_folder, monkeypatch):
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "25")
+    command = ftexp("run.name=nowhere", "scaling.label_selector={zone: nowhere}", "failure.controller_failure_limit=0")
+    assert command.wait() == 1, command.output
+    assert "no workers for 2" in command.output
+    run = run_folder("nowhere")
+    (failure,) = run.record["failures"]
+    assert failure["cause"] == "startup"
+    assert "startup timed out after 25.0 seconds" in failure["error"]
+    assert run.record["status"] == "failed"
+    assert len(run.events("waiting")) == 1

@@ -7,8 +7,14 @@ import sys
 
 import pytest
 import ray.exceptions
+import ray.train
 from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
-from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+from ray.train.v2._internal.exceptions import (
+    InsufficientClusterResourcesError,
+    WorkerGroupStartupFailedError,
+    WorkerGroupStartupTimeoutError,
+    WorkerHealthCheckFailedError,
+)
 
 from ftexp import ray_private
 
@@ -22,6 +28,18 @@ def test_the_error_of_a_dead_worker_is_unwrapped():
     assert ray_private.unwrap(WorkerHealthCheckFailedError("no answer", died)) is died
     bug = TypeError("x")
     assert ray_private.unwrap(bug) is bug
+
+
+def test_a_group_that_never_began_is_told_from_one_that_failed():
+    reasons = [
+        WorkerGroupStartupTimeoutError(2),
+        WorkerGroupStartupFailedError("x"),
+        InsufficientClusterResourcesError(),
+    ]
+    for reason in reasons:
+        assert ray_private.is_startup_failure(ray.train.ControllerError(reason))
+    assert not ray_private.is_startup_failure(ray.train.ControllerError(TypeError("x")))
+    assert not ray_private.is_startup_failure(ray.train.WorkerGroupError("x", {0: TypeError("x")}))
 
 
 def test_raylets_messages_are_printed_by_the_thread_that_is_silenced(monkeypatch):

@@ -204,3 +204,31 @@ def test_micro_batches_are_halved_for_the_attempts_after_a_lack_of_memory(tmp_pa
         answer = driver.tell("hello", rank=0, world_size=2, pid=1, node="node0")
         assert answer["accumulate_steps"] == 2**attempt
     assert read_state(driver.storage).accumulate_steps == 8  # a later call of the command goes on with it
+
+
+def test_who_waits_for_workers_is_told_what_is_lacking_once(tmp_path):
+    driver = Driver(tmp_path)
+    assert driver.supervisor.waiting_s > 0
+    for _ in range(2):
+        driver.tell("waiting", reason="the cluster has 1 CPU")
+    driver.tell("waiting", reason="taken by others")
+    driver.attempt(step=3)
+    assert driver.supervisor.waiting_s == 0
+    driver.tell("waiting", reason="too late")
+    driver.tell("lost", rank=1)
+    assert driver.supervisor.waiting_s > 0
+    driver.attempt()
+    driver.fail()
+    assert driver.supervisor.waiting_s > 0
+    lines = (tmp_path / "events.jsonl").read_text().splitlines()
+    waits = [event["reason"] for event in map(json.loads, lines) if event["event"] == "waiting"]
+    assert waits == ["the cluster has 1 CPU", "taken by others"]
+    assert "no workers for 0 s: taken by others" in driver.shown
+
+
+def test_workers_that_never_start_are_on_record(tmp_path):
+    driver = Driver(tmp_path, controller_failure_limit=2)
+    driver.supervisor.could_not_start("no such zone")
+    (failure,) = read_state(driver.storage).failures
+    assert (failure.cause, failure.rank, failure.error) == ("startup", None, "no such zone")
+    assert "[startup]: no such zone; failure.controller_failure_limit=2 is spent: giving up" in driver.shown
