@@ -12,6 +12,7 @@ from typing import Any
 from ftexp.errors import StorageError
 from ftexp.lease import Lease
 
+_LOOK_EVERY_S = 0.1
 STOP_GRACE_S = 30.0  # for the save that a signal asks for
 
 
@@ -25,30 +26,29 @@ def fit_interruptibly(fit: Callable[[], Any], lease: Lease, stop: Callable[[Keyb
     The first asks the workers for a last save by `stop`, which tells whether there are any; the second ends it at once.
     StorageError if another command has taken the run directory over.
     """
-    with _interruptible():
-        return _fit_on_thread(fit, lease, stop)
+    with _signals() as asked:
+        return _fit_on_thread(fit, lease, stop, asked)
 
 
 @contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
-    """Make SIGINT (also where a shell's `&` left it ignored) and SIGTERM raise KeyboardInterrupt here."""
+def _signals() -> Iterator[list[KeyboardInterrupt]]:
+    """Collect SIGINT (also where a shell's `&` left it ignored) and SIGTERM, which then interrupt nothing."""
+    asked: list[KeyboardInterrupt] = []
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield asked
         return
-
-    def terminate(*_: object) -> None:
-        raise Terminated
-
-    signals = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(signal.SIGINT, signal.default_int_handler), signal.signal(signal.SIGTERM, terminate)]
+    kinds: dict[int, type[KeyboardInterrupt]] = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}
+    before = {number: signal.signal(number, lambda got, _: asked.append(kinds[got]())) for number in kinds}
     try:
-        yield
+        yield asked
     finally:
-        for number, handler in zip(signals, before, strict=True):
+        for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def _fit_on_thread(fit: Callable[[], Any], lease: Lease, stop: Callable[[KeyboardInterrupt], bool]) -> Any:
+def _fit_on_thread(
+    fit: Callable[[], Any], lease: Lease, stop: Callable[[KeyboardInterrupt], bool], asked: list[KeyboardInterrupt]
+) -> Any:
     outcome: list[Any] = []
     errors: list[BaseException] = []
     done = threading.Event()
@@ -63,17 +63,16 @@ def _fit_on_thread(fit: Callable[[], Any], lease: Lease, stop: Callable[[Keyboar
 
     threading.Thread(target=run, daemon=True, name="fit").start()
     stop_by: float | None = None
-    first: KeyboardInterrupt | None = None
     # not thread.join(): a signal that comes while it waits may leave a thread that runs for dead (Python 3.11)
-    while not done.is_set():
-        try:
-            done.wait(timeout=0.5)
-        except KeyboardInterrupt as asked:
-            if stop_by is not None or not stop(asked):
-                raise
-            first, stop_by = asked, time.monotonic() + STOP_GRACE_S
-        if first is not None and stop_by is not None and time.monotonic() > stop_by:
-            raise first
+    while not done.wait(timeout=_LOOK_EVERY_S):
+        if asked and stop_by is None:
+            if not stop(asked[0]):
+                raise asked[0]
+            stop_by = time.monotonic() + STOP_GRACE_S
+        elif len(asked) > 1:
+            raise asked[1]
+        elif stop_by is not None and time.monotonic() > stop_by:
+            raise asked[0]
         if lease.lost is not None:
             raise StorageError(f"the run was taken over by {lease.lost}, since this process seemed dead: it stops here")
     if errors:

@@ -144,7 +144,7 @@ def build_job(spec: JobSpec) -> Job:
     steps_per_epoch = num_samples / global_batch_size
     optimizer = build_optimizer(config.optim, model)
     to_tensors = ToTensors(info, device, config.train.channels_last)
-    accumulate_steps = max(config.train.accumulate_steps, answer["accumulate_steps"] or 1)
+    accumulate_steps = max(config.train.accumulate_steps, answer.get("accumulate_steps") or 1)
     plan = Plan(global_batch_size, accumulate_steps, total_positions, rank, world_size)
     ledger = Storage(spec.run_uri).child(LEDGER) if config.train.ledger else None
     return Job(
@@ -176,7 +176,7 @@ def build_job(spec: JobSpec) -> Job:
         progress=Progress(Meter(device)),
         fingerprint=spec.fingerprint,
         ledger=Ledger(ledger, answer["attempt"], rank),
-        skips=Skips(answer["skipped"]),
+        skips=Skips(answer.get("skipped", ())),
         weights_report=report,
     )
 

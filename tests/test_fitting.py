@@ -1,6 +1,8 @@
 """Stopping a run from outside: the first signal asks for a last save, the second ends it."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -10,13 +12,13 @@ from types import SimpleNamespace
 import pytest
 
 from ftexp.errors import StorageError
-from ftexp.fitting import fit_interruptibly
+from ftexp.fitting import Terminated, fit_interruptibly
 
 FREE = SimpleNamespace(lost=None)
 
-# sends itself signals from the thread that fits, each while the main thread waits for that one
+# sends itself signals from the thread that fits, the second once the first was answered
 CHILD = """
-    import json, os, signal, sys, threading
+    import json, os, signal, sys, threading, time
     from types import SimpleNamespace
     from ftexp import fitting
 
@@ -24,20 +26,13 @@ CHILD = """
     fitting.STOP_GRACE_S = grace_s
     asked, ended = [], threading.Event()
 
-    def where():
-        frame, names = sys._current_frames()[threading.main_thread().ident], []
-        while frame is not None:
-            names.append(frame.f_code.co_name)
-            frame = frame.f_back
-        return names[:3]
-
     def fit():
         for count, number in enumerate(numbers):
-            while len(asked) < count or where() != ["wait", "wait", "_fit_on_thread"]:
-                pass
+            while len(asked) < count:
+                time.sleep(0.001)
             os.kill(os.getpid(), number)
         while len(asked) < 1:
-            pass
+            time.sleep(0.001)
         if len(numbers) != 1 or grace_s < 1:
             ended.wait(30)
         return {"loss": 1.0}
@@ -56,7 +51,7 @@ CHILD = """
     sys.stdout.flush()
     os._exit(0)
 """
-INT, TERM = 2, 15
+INT, TERM = signal.SIGINT, signal.SIGTERM
 
 
 @pytest.mark.parametrize(
@@ -82,6 +77,22 @@ def test_the_first_signal_asks_for_a_last_save_and_the_second_ends_it(numbers, h
 
 def never(why):
     raise AssertionError("nobody asked")
+
+
+def test_a_signal_that_comes_while_the_first_is_answered_is_not_lost():
+    def stop(why):
+        os.kill(os.getpid(), signal.SIGTERM)  # somebody is impatient
+        return True
+
+    ended = threading.Event()
+
+    def fit():
+        os.kill(os.getpid(), signal.SIGINT)
+        ended.wait(30)
+
+    with pytest.raises(Terminated):
+        fit_interruptibly(fit, FREE, stop)
+    ended.set()
 
 
 def test_what_fit_returns_or_raises_comes_through():

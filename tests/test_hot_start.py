@@ -432,6 +432,7 @@ def ask(preloaded, script, stdin=0):
         "environment": preloaded.environment,
         "folder": str(preloaded.folder),
         "umask": 0o022,
+        "oom_score_adj": "",
     }
     message = json.dumps(request).encode()
     connection = socket.socket(socket.AF_UNIX)
@@ -440,6 +441,14 @@ def ask(preloaded, script, stdin=0):
     socket.send_fds(connection, [len(message).to_bytes(8, "big")], [stdin, 1, 2])
     connection.sendall(message)
     return connection
+
+
+def test_where_memory_runs_out_a_forked_worker_goes_as_early_as_a_plain_one(light):
+    score = Path("/proc/self/oom_score_adj")
+    look = "print(open('/proc/self/oom_score_adj').read().strip())"
+    for plain in (False, True):
+        started = light.start(look, plain=plain, preexec_fn=lambda: score.write_text("700"))  # as raylet does
+        assert outcome(started)[:2] == (0, "700\n")
 
 
 def test_launchers_that_hang_up_do_not_end_the_preloader(light):

@@ -363,6 +363,8 @@ def test_weights_that_are_not_finite_are_not_kept_as_a_checkpoint(tmp_path, monk
     with torch.no_grad():
         next(iter(job.model.parameters())).view(-1)[0] = math.inf
     job.progress.step = 2
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("waiting doesn't mend it"))
+    job.total_positions = 0  # so that it is the last
     checkpoints.save()
     checkpoints.wait()
     assert [(event["name"], event["step"]) for event in job.line.sent] == [

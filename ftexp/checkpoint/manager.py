@@ -235,8 +235,9 @@ class CheckpointManager:
                 break
             except (OSError, CheckpointError) as error:
                 self._failed(manifest.step, error)
-                if wait_s is not None:
-                    time.sleep(wait_s)
+                if wait_s is None or str(error) == _NOT_FINITE:  # which waiting doesn't mend
+                    break
+                time.sleep(wait_s)
         ray.train.report(metrics)
 
     def _failed(self, step: int, error: Exception) -> None:

@@ -50,6 +50,7 @@ def ask_for_a_fork(path: str, arguments: list[str]) -> tuple[socket.socket, int]
         "environment": dict(os.environ),
         "folder": os.getcwd(),
         "umask": _umask(),
+        "oom_score_adj": _oom_score_adj(),
     }
     message = json.dumps(request).encode()
     socket.send_fds(connection, [len(message).to_bytes(8, "big")], [0, 1, 2])
@@ -99,6 +100,15 @@ def _pass_on(child: int, number: int) -> None:
         os.kill(child, number)
     except ProcessLookupError:
         pass
+
+
+def _oom_score_adj() -> str:
+    """What raylet gave this process, so that the kernel ends workers first where memory runs out; empty if unknown."""
+    try:
+        with open("/proc/self/oom_score_adj", encoding="ascii") as file:
+            return file.read()
+    except OSError:
+        return ""
 
 
 def _umask() -> int:

@@ -211,6 +211,8 @@ def _run(request: dict[str, Any]) -> int:
     os.environ.update(request["environment"], **{MARK: "1"})
     os.chdir(request["folder"])
     os.umask(request["umask"])
+    with contextlib.suppress(OSError):  # a system that doesn't know it
+        Path("/proc/self/oom_score_adj").write_text(request["oom_score_adj"], encoding="ascii")
     np.random.seed()  # or every worker would draw the same; Python sees to its own
     sys.argv = [script, *arguments]
     sys.path[0] = str(Path(script).parent)
