@@ -24,8 +24,11 @@ def main() -> None:
     settings = json.loads(sys.argv[1])
     epochs, batch, path = settings["epochs"], settings["global_batch_size"], Path(settings["checkpoint"])
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    rank, world = dist.get_rank(), dist.get_world_size()
+    store, rank, world = next(dist.rendezvous("env://"))
+    # torchrun's store outlives its workers: without a prefix of its own, a restart may take up the addresses of the
+    # attempt before it, and wait for them for ever (torch 2.15 on one node)
+    store = dist.PrefixStore(f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
     images, labels, train_rows, val_rows = digits()
     torch.manual_seed(settings["seed"])
     model = timm.create_model(**settings["model"])
