@@ -19,6 +19,7 @@ from ftexp.data.augment import Augment
 from ftexp.data.feeds import Batch, CachedFeed, Feed, Plan, Rows, ToTensors
 from ftexp.data.order import Order, derive_seed
 from ftexp.data.splits import SPLITS, DataInfo
+from ftexp.errors import RunFailedError
 from ftexp.hot_start.preloader import MARK as HOT_START_MARK
 from ftexp.ledger import LEDGER, Ledger
 from ftexp.models import WeightsReport, build_model
@@ -187,7 +188,11 @@ def _connect(spec: JobSpec, rank: int, world_size: int) -> Line:
 
     hello = {"kind": "hello", "rank": rank, "world_size": world_size, "pid": os.getpid(), "node": socket.gethostname()}
     hello["hot_start"] = HOT_START_MARK in os.environ
-    return Line(spec.hub, hello)
+    line = Line(spec.hub, hello)
+    if "stop" in line.answer:
+        line.close()
+        raise RunFailedError(line.answer["stop"])
+    return line
 
 
 def _agree_on(value: Any) -> Any:

@@ -9,7 +9,7 @@ import time
 from typing import Any
 
 from ftexp.config import Config
-from ftexp.failure.causes import CRASH, STARTUP, Cause, as_hang, as_preemption
+from ftexp.failure.causes import CRASH, PREEMPTION, STARTUP, Cause, as_hang, as_preemption
 from ftexp.failure.policy import Past, decide
 from ftexp.fitting import STOP_GRACE_S
 from ftexp.terminal import Terminal
@@ -47,6 +47,8 @@ class Supervisor:
         if kind == "waiting":
             self._waiting(message["reason"])
             return None
+        if kind == "hello" and self._leaving and "stop" in (decided := self._taken_away()):
+            return decided
         if kind == "kill_driver":  # chaos
             os.kill(os.getpid(), signal.SIGKILL)
         if kind == "raised" and self._raised is None:
@@ -74,8 +76,15 @@ class Supervisor:
             self._on_event(message)
         return answer
 
-    def _failed(self, cause: Cause) -> Message:
+    def _taken_away(self) -> Message:
+        """Decide and record, when a new group says hello: at the end that was announced, Ray asks no callback."""
+        cause = Cause(PREEMPTION, self._leaving[0], "its machine was taken away, as announced", died=True)
+        return self._failed(cause, told_late=True)
+
+    def _failed(self, cause: Cause, told_late: bool = False) -> Message:
         """Decide and record; the answer tells the controller whether to stop, or how long to wait."""
+        if self.stopped is not None:  # by workers that were told to stop
+            return {"stop": self.stopped}
         state = self._record.state
         cause = as_preemption(as_hang(cause, self._hung), self._leaving)
         self._hung, self._leaving, self._has_failed = {}, [], True
@@ -87,7 +96,7 @@ class Supervisor:
         decision = decide(cause, state.step, progressed, past[self._num_before :], self._config.failure, micro_batch)
         if decision.halves:
             state.accumulate_steps = 2 * accumulate_steps
-        failure = self._record.fail(decision.cause, cause.rank, cause.error, decision.reason)
+        failure = self._record.fail(decision.cause, cause.rank, cause.error, decision.reason, told_late)
         self._terminal.failure(failure)
         raised, self._raised = self._raised, None
         if decision.goes_on:

@@ -154,10 +154,12 @@ class RunRecord:
         """Whether the current attempt has done a step that had never been done before."""
         return self.state.farthest_step > self._farthest_before
 
-    def fail(self, cause: str, rank: int | None, error: str, decision: str = "") -> Failure:
-        """Record that the current attempt's worker group failed."""
+    def fail(self, cause: str, rank: int | None, error: str, decision: str = "", told_late: bool = False) -> Failure:
+        """Record that the current attempt's worker group failed. `told_late`: Ray knew when the first process ended."""
         self._noticed_at = self._clock()
         died_at = self._died_at if self._died_at is not None else self._noticed_at
+        if told_late:
+            self._noticed_at = died_at
         rank = rank if rank is not None else self._died_rank
         failure = Failure(
             attempt=self.state.attempts,

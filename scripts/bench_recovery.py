@@ -31,6 +31,7 @@ from rich.table import Table
 FTEXP, COLD, TUTORIAL, TORCHRUN = "ftexp", "ftexp, hot_start=off", "tutorial", "torchrun"
 EPOCHS, KILL_EPOCH, KILL_STEP = 8, 2, 10
 _DEADLINE_S = 180.0
+_DYING_S = 0.5  # no side is back by then; until then the worker that lives may still end the step it is in
 Note = tuple[float, int, int, int, int]  # time, rank, pid, epoch, step within it (from 1)
 
 
@@ -104,15 +105,21 @@ def _measure(command: list[str], notes: Callable[[], list[Any]], shift: int = 0)
             first_step = min(note[0] for note in notes()) - began
             killed_at = time.time()
             os.kill(seen[-1][2], signal.SIGKILL)
-            farthest = max((note[3], note[4]) for note in notes())
-            again = _until(process, lambda: [n for n in notes() if (n[3], n[4]) > farthest and n[0] > killed_at + 0.5])
+            again = _until(process, lambda: _new_steps(notes(), killed_at + _DYING_S))
             return {"recovery_s": again[0][0] - killed_at, "first_step_s": first_step}
         finally:
-            os.killpg(process.pid, signal.SIGTERM)
+            if process.poll() is None:  # else what _until says of its end is to be seen, not that it is gone
+                os.killpg(process.pid, signal.SIGTERM)
             try:
                 process.wait(timeout=30)
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
+
+
+def _new_steps(notes: list[Note], stopped_at: float) -> list[Note]:
+    """Those after `stopped_at` that nobody had done by then."""
+    farthest = max(note[3:] for note in notes if note[0] <= stopped_at)
+    return [note for note in notes if note[0] > stopped_at and note[3:] > farthest]
 
 
 def _until(process: subprocess.Popen[bytes], found: Callable[[], list[Any]]) -> list[Any]:
