@@ -102,33 +102,29 @@ def test_a_bug_ends_the_run_at_once_and_says_where_it_was(ftexp, run_folder, tmp
     assert "Traceback" not in command.output
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
-def test_a_run_that_is_told_to_stop_saves_the_step_it_stopped_at_and_goes_on_from_it(ftexp, run_folder, number, code):
-    options = ["run.name=stopped", "data=synthetic", "data.num_samples=600", "train.max_steps=400"]
-    options += ["train.epochs=50", "train.eval_every_epochs=5", "checkpoint.every_epochs=49"]
-    command, run = ftexp(*options), run_folder("stopped")
-    command.wait_for("epoch 5/50")
-    pids = run.events("ready")[-1]["pids"]
-    command.process.send_signal(number)
-    assert command.wait() == code, command.output
-    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
-    assert "the same command with run.name=stopped" in command.output
-    assert "Traceback" not in command.output
-    assert run.record["status"] == "interrupted"
-    assert "stopping after a last save" in command.output
-    (saved,) = run.checkpoints
-    assert saved == run.record["checkpoint"]
-    step = json.loads((run.path / "checkpoints" / saved / "manifest.json").read_text())["step"]
-    assert 0 < step < 400
-    assert saved == f"step_{step:08d}.a1"
-    assert run.record["farthest_step"] <= step  # what was done after the last tick was saved too
-    assert run.record["failures"] == []
-    if number == signal.SIGTERM:
-        again = ftexp(*options)
-        assert again.wait() == 0, again.output
-        assert f"at step {step} from {saved}" in again.output
-        assert run.record["status"] == "finished"
-        assert [event["step"] for event in run.events("restored")] == [step]
+@pytest.mark.timeout(400)
+def test_a_run_that_is_told_to_stop_saves_the_step_it_stopped_at_and_goes_on_from_it(ftexp, run_folder):
+    options = ["run.name=stopped", "data=synthetic", "data.num_samples=600", "train.epochs=100"]
+    options += ["train.eval_every_epochs=5", "checkpoint.every_epochs=99"]
+    run, steps = run_folder("stopped"), [0]
+    for number, code, epoch in ((signal.SIGINT, 130, 5), (signal.SIGTERM, 75, 20)):
+        command = ftexp(*options)
+        command.wait_for(f"epoch {epoch}/100")
+        pids = run.events("ready")[-1]["pids"]
+        command.process.send_signal(number)
+        assert command.wait() == code, command.output
+        assert "stopping after a last save" in command.output
+        assert "the same command with run.name=stopped" in command.output
+        assert "Traceback" not in command.output
+        assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+        assert (run.record["status"], run.record["failures"]) == ("interrupted", [])
+        saved = run.checkpoints[-1]
+        assert saved == run.record["checkpoint"]
+        steps.append(json.loads((run.path / "checkpoints" / saved / "manifest.json").read_text())["step"])
+        assert steps[-2] < steps[-1] < 1300
+        assert run.record["farthest_step"] <= steps[-1]  # what was done after the last tick was saved too
+    assert f"at step {steps[1]} from step_{steps[1]:08d}.a1" in command.output
+    assert [event["step"] for event in run.events("restored")] == [steps[1]]
 
 
 HUNGRY = """
@@ -143,7 +139,7 @@ class Hungry:
         def take(model, arguments):
             images = len(arguments[0])
             sizes.append(images)
-            if model.training and images > 4:
+            if model.training and images > 8:
                 torch.empty(images << 44)  # more than there is
 
         sizes = self.sizes = []
@@ -157,7 +153,7 @@ class Hungry:
 """
 
 
-def test_micro_batches_that_do_not_fit_are_halved_until_they_do(ftexp, run_folder, tmp_path):
+def test_micro_batches_that_do_not_fit_are_halved(ftexp, run_folder, tmp_path):
     (tmp_path / "my_states.py").write_text(HUNGRY)
     extra = "checkpoint.extra_state=[progress,scheduler,scaler,rng,best,hungry]"
     options = ["train.max_steps=20", "train.ledger=true", "failure.on_out_of_memory=halve_micro_batch"]
@@ -165,10 +161,10 @@ def test_micro_batches_that_do_not_fit_are_halved_until_they_do(ftexp, run_folde
     run = run_folder("hungry")
     assert command.wait() == 0, command.output
     record = run.record
-    assert [failure["cause"] for failure in record["failures"]] == ["out_of_memory", "out_of_memory"]
-    assert all("can't allocate memory" in failure["error"] for failure in record["failures"])
-    assert "with micro-batches of 4 images, not 8, at the same global batch" in record["failures"][1]["decision"]
-    assert record["accumulate_steps"] == 4
+    assert [failure["cause"] for failure in record["failures"]] == ["out_of_memory"]
+    assert "can't allocate memory" in record["failures"][0]["error"]
+    assert "with micro-batches of 8 images, not 16, at the same global batch" in record["failures"][0]["decision"]
+    assert record["accumulate_steps"] == 2
     updates = read_updates(storage(run))
     assert len(updates) == 20
     assert list(problems(updates, record["data"]["num_samples"]["train"], BATCH)) == []

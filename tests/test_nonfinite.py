@@ -13,7 +13,6 @@ from ftexp.checkpoint.manager import CheckpointManager
 from ftexp.checkpoint.registry import ExtraState
 from ftexp.checkpoint.store import CheckpointStore
 from ftexp.config import FailureConfig, OptimConfig
-from ftexp.drill_report import compare
 from ftexp.errors import NonFiniteError
 from ftexp.failure.chaos import Chaos, FaultyStore
 from ftexp.failure.watchdog import Watchdog, hang_limits
@@ -181,30 +180,22 @@ def test_a_wider_range_holds_the_bad_batch_all_before_it_and_as_many_again(num_b
 
 
 @pytest.mark.timeout(400)
-def test_a_run_that_rolled_back_and_was_killed_ends_where_the_one_that_only_rolled_back_ends(
-    ftexp, run_folder, tmp_path
-):
-    options = [
-        "failure.on_nonfinite=rollback", "train.max_steps=120", "train.log_every_steps=1", "train.ledger=true",
-        "checkpoint.every_steps=20", "checkpoint.every_epochs=null", "train.epochs=4",
-    ]  # fmt: skip
-    bad = "{kind: nonfinite, step: 49, rank: 1}"
-    once = ftexp(*options, f"chaos.faults=[{bad}]", "run.name=once")
-    assert once.wait() == 0, once.output
-    killed = ftexp(*options, f"chaos.faults=[{bad}, {{kind: kill_worker, step: 55, rank: 1}}]", "run.name=killed")
-    assert killed.wait() == 0, killed.output
-    runs = [run_folder(name) for name in ("once", "killed")]
-    for run, command in zip(runs, (once, killed), strict=True):
-        (event,) = run.events("rolled_back")
-        assert (event["step"], event["to_step"], event["positions"]) == (50, 40, [1568, 1600])
-        assert run.record["skipped"] == [[1568, 1600]]
-        assert "the gradient of step 50 is not finite: back to step 40 in memory" in command.output
-    assert runs[0].record["failures"] == []
-    # the restart went back to the same step, and knew without finding it out again
-    assert [event["step"] for event in runs[1].events("restored")] == [40]
-    storages = [Storage.at(str(run.path)) for run in runs]
-    report = compare(*storages, 32, 0)
-    assert report.differences == []
-    updates = read_updates(storages[1])
-    assert [update.step for update in updates if update.skipped] == [50]
-    assert len(updates) == 120
+def test_a_run_that_rolled_back_and_was_killed_leaves_out_the_same_without_finding_it_out_again(ftexp, run_folder):
+    command = ftexp(
+        "failure.on_nonfinite=rollback", "train.max_steps=80", "train.ledger=true", "checkpoint.every_steps=20",
+        "checkpoint.every_epochs=null", "run.name=killed",
+        "chaos.faults=[{kind: nonfinite, step: 49, rank: 1}, {kind: kill_worker, step: 55, rank: 1}]",
+    )  # fmt: skip
+    run = run_folder("killed")
+    assert command.wait() == 0, command.output
+    (event,) = run.events("rolled_back")
+    assert (event["step"], event["to_step"], event["positions"]) == (50, 40, [1568, 1600])
+    assert "the gradient of step 50 is not finite: back to step 40 in memory" in command.output
+    # the restart goes back to the same step, and the fault does not come a second time
+    assert [event["step"] for event in run.events("restored")] == [40]
+    assert [failure["cause"] for failure in run.record["failures"]] == ["crash"]
+    assert run.record["skipped"] == [[1568, 1600]]
+    updates = read_updates(Storage.at(str(run.path)))
+    assert [(update.step, update.attempt) for update in updates if update.skipped] == [(50, 2)]
+    assert list(problems(updates, run.record["data"]["num_samples"]["train"], 32)) == []
+    assert len(updates) == 80
