@@ -102,7 +102,7 @@ def test_without_a_limit_there_is_no_thread():
 
 def test_every_phase_of_the_loop_has_the_limit_of_its_key():
     config = FailureConfig(hang_timeout_s=1, start_timeout_s=2, evaluation_timeout_s=3, save_timeout_s=None)
-    assert hang_limits(config) == {START: 2, STEP: 1, BETWEEN: 1, EVALUATION: 3, SAVE: None}
+    assert hang_limits(config) == {START: 2, STEP: 3, BETWEEN: 1, EVALUATION: 3, SAVE: None}
 
 
 # the module is loaded by its path: importing the package's other parts takes seconds
