@@ -104,7 +104,7 @@ def test_a_bug_ends_the_run_at_once_and_says_where_it_was(ftexp, run_folder, tmp
 
 @pytest.mark.timeout(400)
 def test_a_run_that_is_told_to_stop_saves_the_step_it_stopped_at_and_goes_on_from_it(ftexp, run_folder):
-    options = ["run.name=stopped", "data=synthetic", "data.num_samples=600", "train.epochs=100"]
+    options = ["run.name=stopped", "data=synthetic", "data.image_size=8", "data.num_samples=600", "train.epochs=100"]
     options += ["train.eval_every_epochs=5", "checkpoint.every_epochs=99"]
     run, steps = run_folder("stopped"), [0]
     for number, code, epoch in ((signal.SIGINT, 130, 5), (signal.SIGTERM, 75, 10)):
