@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterator
 from difflib import get_close_matches
 from pathlib import Path
 
-from ftexp.config import AUTO, CAUSES, FAULTS, Config, config_dir
-from ftexp.data.names import SOURCE_FIELDS
+from ftexp.config import AUTO, CAUSES, FAULTS, Config, config_dir, fault_fields
+from ftexp.data.names import SOURCE_FIELDS, can_stream
 from ftexp.errors import ConfigError
 from ftexp.field_checks import field_problems
 from ftexp.registry import did_you_mean
@@ -121,6 +121,8 @@ def _data(config: Config) -> Iterator[str]:
             default = field.default_factory() if callable(field.default_factory) else field.default
             if value != default:
                 yield f"data.{name}={value} is not used by data.name={data.name}: take it out"
+        if data.feed == "streaming" and not can_stream(data.name):
+            yield f"data.feed=streaming: data.name={data.name} is in memory as a whole; take data.feed=cached"
         if "root" in used and data.root is None:
             yield f"data.root is not set: data.name={data.name} reads files, so say where they are"
     for name in ("mean", "std"):
@@ -231,7 +233,8 @@ def _chaos(config: Config) -> Iterator[str]:
         if not isinstance(fault, (str, dict)) or (isinstance(fault, dict) and "kind" not in fault):
             yield f"{key}={fault} must be a fault's name, or {{kind: ..., step: ..., rank: ...}}"
             continue
-        kind, fields = (fault, {}) if isinstance(fault, str) else (fault["kind"], fault)
+        fields = fault_fields(fault)
+        kind = fields["kind"]
         if not isinstance(kind, str) or kind not in known:
             yield _unknown(key, str(kind), known, f"Available: {', '.join(FAULTS)}")
         for name in sorted(set(fields) - set(_FAULT_FIELDS)):

@@ -73,7 +73,10 @@ class DataConfig:
     label_column: str = "label"
     num_samples: int | None = ranged(None, low=1)  # synthetic
     kwargs: dict[str, Any] = field(default_factory=dict)  # for sources of your own
-    feed: str = choice("cached", ("cached",))
+    # cached: decoded once, in memory; streaming: decoded while the run trains; auto: cached if it fits
+    feed: str = choice(AUTO, (AUTO, "cached", "streaming"))
+    shuffle_window: int | None = ranged(None, low=1)  # blocks (row groups, ..) shuffled together; None: a whole epoch
+    decode_cpus: int | None = ranged(None, low=1)  # streaming: over all nodes; None: what the workers leave
     prefetch_batches: int | None = ranged(None, low=0)  # batches made ahead; None: 2 on GPU, none on CPU
 
 
@@ -168,6 +171,11 @@ class CheckpointConfig:
     checkpoint_score_attribute: str = "val_accuracy"  # the best by this metric is kept as well
     checkpoint_score_order: str = choice("max", ("max", "min"))
     extra_state: list[str] = field(default_factory=lambda: ["progress", "scheduler", "scaler", "rng", "best"])
+
+
+def fault_fields(fault: Any) -> dict[str, Any]:
+    """An entry of `chaos.faults`, a name or {kind: ..., step: ...}, as the latter; a new dict."""
+    return {"kind": fault} if isinstance(fault, str) else dict(fault)
 
 
 @dataclass(kw_only=True)

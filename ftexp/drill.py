@@ -27,7 +27,7 @@ from omegaconf import DictConfig
 
 from ftexp.checks import validate
 from ftexp.cli import parse_words, print_error, run_hydra, to_config
-from ftexp.config import Config, ranged
+from ftexp.config import Config, fault_fields, ranged
 from ftexp.errors import ConfigError, RunFailedError
 from ftexp.field_checks import field_problems
 
@@ -143,7 +143,7 @@ def _broken_words(config: Config, own: DrillConfig, total_steps: int) -> list[st
     every = max(1, total_steps // (2 * (number + 1)))
     faults = []
     for place, fault in enumerate(own.faults, start=1):
-        chosen = {"kind": fault} if isinstance(fault, str) else dict(fault)
+        chosen = fault_fields(fault)
         step = place * total_steps // (number + 1) // every * every + max(1, every // 2)
         chosen.setdefault("step", max(1, min(step, total_steps - 1)))
         chosen.setdefault("rank", place % 2)

@@ -21,6 +21,8 @@ from ftexp.field_checks import field_problems
 
 if TYPE_CHECKING:
     from ftexp.checkpoint.store import CheckpointStore, Manifest
+    from ftexp.data.feeds import Rows
+    from ftexp.data.splits import DataBundle
     from ftexp.storage import Storage
 
 
@@ -99,12 +101,10 @@ def load_run_config(storage: Storage) -> Config:
 def _evaluate(config: EvaluateConfig, run_config: Config, storage: Storage) -> dict[str, Any]:
     import torch
 
-    import ftexp.data.files
-    import ftexp.data.parquet  # noqa: F401 - both register the sources that read files
     from ftexp.checkpoint.staging import load_part
     from ftexp.checkpoint.store import CheckpointStore
-    from ftexp.data.feeds import Rows, ToTensors, evaluation_batches
-    from ftexp.data.sources import build_data
+    from ftexp.data.build import build_data
+    from ftexp.data.feeds import ToTensors, evaluation_batches
     from ftexp.evaluation import count_into
     from ftexp.models import build_model
     from ftexp.progress import Meter, means
@@ -121,7 +121,7 @@ def _evaluate(config: EvaluateConfig, run_config: Config, storage: Storage) -> d
     model, _ = build_model(dataclasses.replace(run_config.model, pretrained=False), bundle.info)
     model.load_state_dict(load_part("model.pt", files["model.pt"]))
     model.to(device)
-    rows, classes = Rows(bundle.datasets[config.split].iterator()), bundle.info.class_names
+    rows, classes = _rows(config, run_config, bundle), bundle.info.class_names
     meter, confusion = Meter(device), torch.zeros(len(classes), len(classes), dtype=torch.int64, device=device)
     batches = evaluation_batches(rows, ToTensors(bundle.info, device, False), config.batch_size, rank=0, world_size=1)
     count_into(meter, model, batches, torch.autocast(device.type, enabled=False), confusion)
@@ -162,6 +162,15 @@ def choose(store: CheckpointStore, wanted: str, run_config: Config) -> Manifest:
     if not manifests:
         raise CheckpointError(f"{store.storage.uri} holds no checkpoint yet")
     return manifests[0]
+
+
+def _rows(config: EvaluateConfig, run_config: Config, bundle: DataBundle) -> Rows:
+    from ftexp.data.decoding import refuse_bad
+    from ftexp.data.stream import bundle_rows
+    from ftexp.scaling import decoding_cpus, no_workers
+
+    cpus = decoding_cpus(run_config, no_workers())
+    return bundle_rows(bundle, config.split, cpus, lambda bad: refuse_bad(run_config.data, bad))
 
 
 def _class_row(name: str, number: int, confusion: Any) -> dict[str, Any]:

@@ -13,7 +13,8 @@ from ftexp.errors import ConfigError
 # may change between calls
 _DEFINING = ("seed", "resume_from", "model", "data", "augment", "optim", "schedule")
 _DEFINING_TRAIN = ("global_batch_size", "precision", "label_smoothing", "clip_grad_norm")
-_FREE_DATA = ("root", "download", "feed", "prefetch_batches")  # where the data lies may change, and how it is read
+# where the data lies may change, and how it is read
+_FREE_DATA = ("root", "download", "feed", "decode_cpus", "prefetch_batches")
 _SECRET = re.compile(r"(secret|password|passwd|token|api_?key|access_?key|credential)", re.IGNORECASE)
 _URI_USER = re.compile(r"(?<=://)[^/\s]+(?=@)")
 _URI_OPTION = re.compile(rf"({_SECRET.pattern}\w*=)[^&\s]+", re.IGNORECASE)

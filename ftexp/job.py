@@ -16,9 +16,12 @@ from torch import nn
 
 from ftexp.config import Config
 from ftexp.data.augment import Augment
-from ftexp.data.feeds import Batch, CachedFeed, Feed, Plan, Rows, ToTensors
-from ftexp.data.order import Order, derive_seed
-from ftexp.data.splits import SPLITS, DataInfo
+from ftexp.data.decoding import refuse_bad
+from ftexp.data.feeds import Batch, CachedRows, Feed, IndexedFeed, Plan, Rows, ToTensors
+from ftexp.data.listing import IndexedSplit
+from ftexp.data.order import Int64s, derive_seed, run_order
+from ftexp.data.splits import SPLITS, BadSample, DataInfo
+from ftexp.data.stream import StreamedRows
 from ftexp.errors import RunFailedError
 from ftexp.hot_start.preloader import MARK as HOT_START_MARK
 from ftexp.ledger import LEDGER, Ledger
@@ -30,7 +33,7 @@ from ftexp.storage import Storage
 from ftexp.wire import HubAddress, Line
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_ORDER, _INIT, _STEP = 1, 2, 3  # streams of the run's seed
+_INIT, _STEP = 2, 3  # streams of the run's seed; 1 is the order's
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,8 @@ class JobSpec:
     run_uri: str
     fingerprint: dict[str, Any]  # what defines the run
     hub: HubAddress
+    blocks: Int64s | None = None  # samples of train in each block, where they are read in blocks
+    decode_cpus: int = 0  # of the cluster, for streams
 
 
 @dataclass(kw_only=True)
@@ -122,7 +127,7 @@ class Job:
             torch.cuda.manual_seed(seed)
 
 
-def build_job(spec: JobSpec) -> Job:
+def build_job(spec: JobSpec, streams: dict[str, IndexedSplit]) -> Job:
     """Connect to the driver and build this rank's job; collective."""
     config, info, context = spec.config, spec.info, ray.train.get_context()
     rank, world_size, device = context.get_world_rank(), context.get_world_size(), get_device()
@@ -137,7 +142,7 @@ def build_job(spec: JobSpec) -> Job:
         model.compile()
     wrapped = prepare_model(model, parallel_strategy_kwargs={"gradient_as_bucket_view": True})
     model = wrapped.module if world_size > 1 else wrapped
-    rows = {split: Rows(ray.train.get_dataset_shard(split)) for split in SPLITS}
+    rows = _rows(spec, streams, line, world_size)
     num_samples = len(rows["train"])
     global_batch_size, max_steps = config.train.global_batch_size, config.train.max_steps
     all_positions = num_samples * config.train.epochs
@@ -164,9 +169,9 @@ def build_job(spec: JobSpec) -> Job:
             config.schedule, optimizer, math.ceil(all_positions / global_batch_size), steps_per_epoch
         ),
         scaler=torch.amp.GradScaler(device.type, enabled=config.train.precision == "fp16"),
-        feed=CachedFeed(
+        feed=IndexedFeed(
             rows["train"],
-            Order(derive_seed(config.seed, _ORDER), num_samples),
+            run_order(config.seed, num_samples, config.data.shuffle_window, spec.blocks),
             plan,
             to_tensors,
             Augment(config.augment, config.seed),
@@ -180,6 +185,27 @@ def build_job(spec: JobSpec) -> Job:
         skips=Skips(answer.get("skipped", ())),
         weights_report=report,
     )
+
+
+def _rows(spec: JobSpec, streams: dict[str, IndexedSplit], line: Line, world_size: int) -> dict[str, Rows]:
+    """Each split's rows: cached, or streamed if there are `streams`."""
+    if not streams:
+        return {split: CachedRows(ray.train.get_dataset_shard(split)) for split in SPLITS}
+    data = spec.config.data
+    told: set[str] = set()
+
+    def on_bad(samples: list[BadSample]) -> None:
+        refuse_bad(data, samples)
+        if new := [sample for sample in samples if sample.where not in told]:
+            told.update(sample.where for sample in new)
+            line.send("event", name="bad_samples", count=len(new), samples=[vars(sample) for sample in new])
+
+    def on_slow(seconds: float) -> None:
+        free = ray.available_resources().get("CPU", 0)
+        line.send("waiting", reason=f"nothing decoded for {seconds:.0f} s; {free:g} CPUs of the cluster are free")
+
+    num_tasks = max(1, spec.decode_cpus // world_size)
+    return {split: StreamedRows(streams[split], spec.info, num_tasks, on_bad, on_slow) for split in SPLITS}
 
 
 def _connect(spec: JobSpec, rank: int, world_size: int) -> Line:

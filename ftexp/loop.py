@@ -6,7 +6,7 @@ import contextlib
 import math
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import torch
@@ -19,10 +19,11 @@ from ftexp.checkpoint.registry import ExtraState
 from ftexp.checkpoint.restore import restore
 from ftexp.checkpoint.store import CHECKPOINTS, CheckpointStore
 from ftexp.data.feeds import Batch, evaluation_batches, prefetched
+from ftexp.data.listing import IndexedSplit
 from ftexp.errors import NonFiniteError
 from ftexp.evaluation import count_into
 from ftexp.failure.chaos import Chaos, FaultyStore
-from ftexp.failure.nonfinite import put_back, roll_back, skip_step
+from ftexp.failure.nonfinite import before_step, put_back, roll_back, skip_step
 from ftexp.failure.watchdog import BETWEEN, EVALUATION, SAVE, START, STEP, Watchdog, hang_limits, report_hang
 from ftexp.job import Job, JobSpec, build_job
 from ftexp.progress import Meter, means
@@ -32,14 +33,14 @@ from ftexp.storage import Storage
 _TICK_INTERVAL_S = 0.1  # between messages that only move the progress bar
 
 
-def train_loop(spec: JobSpec) -> dict[str, float] | None:
+def train_loop(spec: JobSpec, streams: dict[str, IndexedSplit]) -> dict[str, float] | None:
     """Train from the latest verified checkpoint, or from the start, to the end; returns the last metrics.
 
     None if it was stopped before the end, after a last save.
-    Runs on every worker of a Ray Train group, with the datasets train, val and test.
+    Runs on every worker of a Ray Train group, with the datasets train, val and test, or else with `streams` of them.
     """
     load_plugins(spec.config.plugins)
-    job = build_job(spec)
+    job = build_job(spec, streams)
     try:
         return _train(job, Storage(spec.run_uri))
     except Exception:
@@ -61,22 +62,31 @@ def _train(job: Job, run_dir: Storage) -> dict[str, float] | None:
     checkpoints = CheckpointManager(job, store, ExtraState(job.config.checkpoint.extra_state, job))
     chaos = Chaos(job, store, checkpoints, run_dir)
     watchdog = Watchdog(hang_limits(job.config.failure), lambda *found: report_hang(job, run_dir, *found))
+    fed = batches(job)
     watchdog.start()
     try:
-        _run(job, store, checkpoints, chaos, watchdog)
+        _run(job, fed, store, checkpoints, chaos, watchdog)
     finally:
         watchdog.stop()
+        fed.close()  # ends what decodes for it
     return dict(job.progress.metrics) if job.finished else None
 
 
-def _run(job: Job, store: CheckpointStore, checkpoints: CheckpointManager, chaos: Chaos, watchdog: Watchdog) -> None:
+def _run(
+    job: Job,
+    fed: Iterator[Batch],
+    store: CheckpointStore,
+    checkpoints: CheckpointManager,
+    chaos: Chaos,
+    watchdog: Watchdog,
+) -> None:
     settle_gradient_order(job)
     restore(job, store, checkpoints)
     announce(job)
     checkpoints.keep_in_memory()
     progress, ticker = job.progress, Ticker(job)
     in_step = START  # until one step is done: the first compiles, and fills what is prefetched
-    for batch in batches(job):
+    for batch in fed:
         job.batch = batch
         watchdog.beat(in_step)
         if job.skips.cover(batch.start):
@@ -109,13 +119,15 @@ def _run(job: Job, store: CheckpointStore, checkpoints: CheckpointManager, chaos
             evaluate(job, "test")
 
 
-def batches(job: Job) -> Iterator[Batch]:
+def batches(job: Job) -> Generator[Batch]:
     """Yield this rank's share of every global batch from where the run stands, also where it was put back meanwhile."""
     while not job.finished:
-        for batch in prefetched(job.feed.from_position(job.progress.position), prefetch_depth(job)):
-            yield batch
-            if job.progress.position != batch.end:
-                break
+        feed = job.feed.from_position(job.progress.position)
+        with contextlib.closing(feed), contextlib.closing(prefetched(feed, prefetch_depth(job))) as ahead:
+            for batch in ahead:
+                yield batch
+                if job.progress.position != batch.end:
+                    break
 
 
 def train_step(job: Job, batch: Batch) -> bool:
@@ -126,7 +138,7 @@ def train_step(job: Job, batch: Batch) -> bool:
     config = job.config.train
     job.seed_step()
     looks = job.config.failure.on_nonfinite != "raise"
-    before = [job.progress.train.taken(), *(buffer.clone() for buffer in job.model.buffers())] if looks else []
+    before = before_step(job) if looks else []
     job.optimizer.zero_grad(set_to_none=True)
     for number, micro in enumerate(batch.micro_batches):
         is_last = number == len(batch.micro_batches) - 1
@@ -180,14 +192,12 @@ def settle_gradient_order(job: Job) -> None:
     """
     if job.world_size < 3:  # a + b is b + a
         return
-    buffers = [buffer.clone() for buffer in job.model.buffers()]
+    before = before_step(job)
     shape = (2, job.info.channels, job.info.image_size, job.info.image_size)
     with job.autocast():
         logits = job.wrapped(torch.zeros(shape, device=job.device))
     logits.float().sum().backward()
-    job.optimizer.zero_grad(set_to_none=True)
-    for buffer, before in zip(job.model.buffers(), buffers, strict=True):
-        buffer.copy_(before)
+    put_back(job, before)
 
 
 def announce(job: Job) -> None:

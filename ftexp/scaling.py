@@ -9,7 +9,8 @@ from typing import Any
 
 from ftexp import ray_private
 from ftexp.checks import num_local_gpus
-from ftexp.config import AUTO, Config, ScalingConfig
+from ftexp.config import AUTO, Config, DataConfig, ScalingConfig
+from ftexp.data.names import can_stream
 from ftexp.errors import ConfigError
 
 _MAX_AUTO_CPU_WORKERS = 2  # small models gain nothing from more processes on one machine
@@ -42,6 +43,11 @@ class Workers:
     def most(self) -> int:
         """The largest number of workers that may run at once."""
         return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
+
+    @property
+    def fewest(self) -> int:
+        """The smallest number of workers that may run at once."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
 
     def __str__(self) -> str:
         count = self.num_workers if isinstance(self.num_workers, int) else "{} to {}".format(*self.num_workers)
@@ -76,6 +82,11 @@ def decide_workers(config: ScalingConfig, num_cpus: int | None = None) -> Worker
     return Workers(num_workers, use_gpu, resources)
 
 
+def may_stream(config: DataConfig) -> bool:
+    """Whether the data may turn out to be streamed."""
+    return config.feed != "cached" and can_stream(config.name)
+
+
 def _usable_cpus() -> int:
     """Cores that this process may run on; macOS doesn't tell, so there all of them."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -92,6 +103,26 @@ def prepare_environment(config: Config) -> None:
         os.environ.setdefault(name, value)
 
 
+def no_workers() -> Workers:
+    """For commands that need none."""
+    return Workers(0, use_gpu=False, resources_per_worker={})
+
+
+def decoding_cpus(config: Config, workers: Workers) -> int:
+    """CPUs of the cluster that may decode while the workers train; ConfigError if the workers leave none."""
+    import ray
+
+    taken = workers.fewest * workers.resources_per_worker.get("CPU", 1)
+    there = ray.cluster_resources().get("CPU", 0)
+    if there - taken < 1:
+        raise ConfigError(
+            f"data.feed=streaming decodes on CPUs that the workers leave, and {workers.fewest} workers take {taken:g} "
+            f"of the cluster's {there:g}: take fewer workers, scaling.resources_per_worker={{CPU: 0.5}}, or "
+            "data.feed=cached"
+        )
+    return config.data.decode_cpus or int(there - taken)
+
+
 def start_ray(config: Config, runtime_env: dict[str, Any] | None = None) -> str:
     """Start Ray on this machine, or join `scaling.address`; returns this node's address. ConfigError if it fails."""
     import ray
@@ -101,7 +132,9 @@ def start_ray(config: Config, runtime_env: dict[str, Any] | None = None) -> str:
     logging.getLogger("ray").setLevel(level)
     if not config.verbose:
         ray_private.silence_raylet_messages()
-    options: dict[str, Any] = {"include_dashboard": False, "num_cpus": _usable_cpus()} if own else {}
+    # a machine's workers may take all its cores: what decodes beside them is counted on top, and shares them
+    decoding = (config.data.decode_cpus or _usable_cpus()) if may_stream(config.data) else 0
+    options: dict[str, Any] = {"include_dashboard": False, "num_cpus": _usable_cpus() + decoding} if own else {}
     try:
         context = ray.init(
             address="local" if own else config.scaling.address,
@@ -129,7 +162,7 @@ def lacking_resources(workers: Workers) -> str | None:
     """Say what the cluster lacks, as it is now, for the fewest workers that were asked for; None if it has it."""
     import ray
 
-    fewest = workers.num_workers if isinstance(workers.num_workers, int) else workers.num_workers[0]
+    fewest = workers.fewest
     for name, amount in workers.resources_per_worker.items():
         there = ray.cluster_resources().get(name, 0)
         if there < fewest * amount:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import threading
 
@@ -9,12 +10,13 @@ import ray
 from omegaconf import OmegaConf
 
 from ftexp.config import Config
+from ftexp.data.splits import DataInfo
 from ftexp.errors import ConfigError
 from ftexp.fingerprint import masked
 from ftexp.hot_start.driver import HotStart
 from ftexp.lease import Lease
 from ftexp.registry import load_plugins
-from ftexp.scaling import Workers, lacking_resources, quiet_data, start_ray
+from ftexp.scaling import Workers, decoding_cpus, lacking_resources, quiet_data, start_ray
 from ftexp.storage import Storage
 from ftexp.terminal import Terminal
 from ftexp.tracking import RunRecord, RunState
@@ -40,11 +42,9 @@ def run_session(
 def _run(
     config: Config, overrides: list[str], workers: Workers, run_dir: Storage, state: RunState, lease: Lease, host: str
 ) -> dict[str, float]:
-    import ftexp.checkpoint.states
-    import ftexp.data.files
-    import ftexp.data.parquet  # noqa: F401 - these register what is built in
+    import ftexp.checkpoint.states  # noqa: F401 - registers what is built in
     from ftexp.checkpoint.registry import check_names
-    from ftexp.data.sources import build_data
+    from ftexp.data.build import build_data
     from ftexp.models import timm_arguments
     from ftexp.trainer import run_training
 
@@ -57,8 +57,11 @@ def _run(
             raise ConfigError(f"{lacking}: take fewer workers, or set scaling.resources_per_worker")
         terminal.say(f"waiting: {lacking} now", "yellow")
     bundle = build_data(config.data)
+    _require_same_data(config, state, bundle.info)
+    if bundle.streams:
+        bundle = dataclasses.replace(bundle, decode_cpus=decoding_cpus(config, workers))
     state.model = {"arguments": timm_arguments(config.model, bundle.info)}
-    state.data = {"name": config.data.name, **masked(bundle.info)}
+    state.data = {"name": config.data.name, "feed": bundle.feed, **masked(bundle.info)}
     run_dir.write_bytes("config.yaml", OmegaConf.to_yaml(OmegaConf.create(masked(config))).encode())
     run_dir.write_bytes("overrides.yaml", OmegaConf.to_yaml(OmegaConf.create(masked(overrides))).encode())
     checkpoint = config.checkpoint
@@ -67,9 +70,28 @@ def _run(
     if bundle.info.bad_samples:
         samples = [vars(sample) for sample in bundle.info.bad_samples]
         record.event("bad_samples", count=len(samples), samples=samples)
-    terminal.header(state.name, run_dir.uri, config.model.name, bundle.info, config.data.name, str(workers))
+    terminal.header(
+        state.name,
+        run_dir.uri,
+        config.model.name,
+        bundle.info,
+        config.data.name,
+        str(workers),
+        f"{bundle.feed}: {bundle.why}" + (f" · {bundle.decode_cpus} CPUs decode" if bundle.streams else ""),
+    )
     try:
         return run_training(config, workers, bundle, run_dir, record, terminal, lease, host)
     finally:
         if record.state.status != "running":
             terminal.summary(record.state, run_dir)
+
+
+def _require_same_data(config: Config, state: RunState, info: DataInfo) -> None:
+    """ConfigError if the run began with another number of training samples: which one comes when depends on it."""
+    before, now = state.data.get("num_samples", {}).get("train"), info.num_samples["train"]
+    if before is not None and before != now:
+        raise ConfigError(
+            f"data.name={config.data.name} has {now:,} training samples now, and had {before:,} when the run began: "
+            "put the data back as it was, or begin another run (resume_from=... keeps the weights). Samples that can't "
+            "be read count when they are streamed, and don't when they are cached: so data.feed must stay as it was too"
+        )

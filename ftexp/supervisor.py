@@ -9,7 +9,7 @@ import time
 from typing import Any
 
 from ftexp.config import Config
-from ftexp.failure.causes import CRASH, PREEMPTION, STARTUP, Cause, as_hang, as_preemption
+from ftexp.failure.causes import CRASH, STARTUP, Cause, as_hang, as_preemption, find_cause
 from ftexp.failure.policy import Past, decide
 from ftexp.fitting import STOP_GRACE_S
 from ftexp.terminal import Terminal
@@ -78,8 +78,7 @@ class Supervisor:
 
     def _taken_away(self) -> Message:
         """Decide and record, when a new group says hello: at the end that was announced, Ray asks no callback."""
-        cause = Cause(PREEMPTION, self._leaving[0], "its machine was taken away, as announced", died=True)
-        return self._failed(cause, told_late=True)
+        return self._failed(find_cause({}), told_late=True)
 
     def _failed(self, cause: Cause, told_late: bool = False) -> Message:
         """Decide and record; the answer tells the controller whether to stop, or how long to wait."""
@@ -199,6 +198,9 @@ class Supervisor:
                 f"leaving out positions {first:,} to {end - 1:,}",
                 "yellow",
             )
+        elif message["name"] == "bad_samples":
+            for sample in message["samples"]:
+                self._terminal.say(f"! left out, can't be read: {sample['where']}: {sample['reason']}", "yellow")
         elif message["name"] == "checkpoint_failed":
             self._terminal.say(f"! checkpoint at step {message['step']} not written: {message['error']}", "yellow")
 

@@ -43,7 +43,9 @@ class Terminal:
         except (OSError, SystemExit):  # rich exits when its reader has gone, as in `... | head`; the run goes on
             self._deaf = True
 
-    def header(self, run: str, location: str, model: str, data: DataInfo, data_name: str, workers: str) -> None:
+    def header(
+        self, run: str, location: str, model: str, data: DataInfo, data_name: str, workers: str, feed: str
+    ) -> None:
         """Print what is going to run, and where."""
         sizes = " · ".join(f"{count:,} {split}" for split, count in data.num_samples.items())
         shape = f"{data.image_size}×{data.image_size}×{data.channels}"
@@ -51,6 +53,7 @@ class Terminal:
             ("run", f"{run}  ({location})"),
             ("model", model),
             ("data", f"{data_name}: {sizes} · {data.num_classes} classes · {shape}"),
+            ("feed", feed),
             ("workers", workers),
         ):
             self.say(f"{title:<9}{text}")

@@ -138,11 +138,13 @@ def build_trainer(
     scaling, failure = config.scaling, config.failure
     filesystem, path = run_dir.open()
     base, _, name = path.rpartition("/")
-    spec = JobSpec(config, bundle.info, state.name, run_dir.uri, state.fingerprint, hub)
+    spec = JobSpec(
+        config, bundle.info, state.name, run_dir.uri, state.fingerprint, hub, bundle.blocks, bundle.decode_cpus
+    )
     return TorchTrainer(
         _train_function,
         # as bytes: Ray unpacks this config in its controller too, where importing torch and timm would only cost time
-        train_loop_config={"spec": pickle.dumps(spec)},
+        train_loop_config={"spec": pickle.dumps(spec), "streams": bundle.streams},
         torch_config=TorchConfig(backend=scaling.backend, timeout_s=scaling.timeout_s),
         scaling_config=ScalingConfig(
             num_workers=workers.num_workers,
@@ -177,7 +179,7 @@ def build_trainer(
 
 
 def _train_function(loop_config: dict[str, Any]) -> dict[str, float] | None:
-    return train_loop(pickle.loads(loop_config["spec"]))
+    return train_loop(pickle.loads(loop_config["spec"]), loop_config["streams"])
 
 
 def _reason(error: Exception, supervisor: Supervisor) -> str:

@@ -13,7 +13,6 @@ The windows' target is out of reach where the training keeps every core busy: a 
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import pickle
@@ -23,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benching import Check, describe_machine, finish, print_targets
+from benching import Check, composed, describe_machine, finish, options_parser, print_targets
 from rich.console import Console
 from rich.table import Table
 
@@ -45,11 +44,8 @@ MODELS = {
 
 def main() -> None:
     """Measure, print tables, and exit with 1 under --check if a target is missed."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5, help="saves of each side, and pairs of windows")
+    parser = options_parser(__doc__, 5, "saves of each side, and pairs of windows")
     parser.add_argument("--window", type=float, default=20.0, help="seconds of training in a window")
-    parser.add_argument("--check", action="store_true", help="exit with 1 if a target is missed")
-    parser.add_argument("--json", type=Path, help="keep the numbers in this file")
     options = parser.parse_args()
     console = Console(highlight=False, width=120)
     describe_machine(console)
@@ -63,16 +59,11 @@ def main() -> None:
 
 def run_job(overrides: list[str], rounds: int, window_s: float) -> dict[str, Any]:
     """Start Ray, measure in one job of two workers, stop Ray."""
-    from hydra import compose, initialize_config_dir
-
-    import ftexp.cli  # registers the schema
-    from ftexp.config import config_dir
     from ftexp.scaling import decide_workers, prepare_environment, quiet_data, start_ray
 
     storage = tempfile.mkdtemp(prefix="bench_")
     words = [*overrides, f"run.storage={storage}", "checkpoint.every_epochs=null", "scaling.num_workers=2"]
-    with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        config = ftexp.cli.to_config(compose("config", words))
+    config = composed(*words)
     prepare_environment(config)
     host = start_ray(config)
     quiet_data(config)
@@ -81,7 +72,7 @@ def run_job(overrides: list[str], rounds: int, window_s: float) -> dict[str, Any
         from ray.train import DataConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchTrainer
 
-        from ftexp.data.sources import build_data
+        from ftexp.data.build import build_data
         from ftexp.job import JobSpec
         from ftexp.storage import Storage
         from ftexp.wire import Hub
@@ -114,7 +105,7 @@ def measure(settings: dict[str, Any]) -> dict[str, Any]:
     from ftexp.storage import Storage
 
     spec = pickle.loads(settings["spec"])
-    job = build_job(spec)
+    job = build_job(spec, {})
     names = job.config.checkpoint.extra_state
     store = CheckpointStore(Storage(spec.run_uri).child(CHECKPOINTS))
     checkpoints = CheckpointManager(job, store, ExtraState(names, job))

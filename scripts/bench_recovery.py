@@ -10,7 +10,6 @@ Five rounds take 12 minutes on 2 cores, two rounds 5.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import signal
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from bench_train import BATCH, RIVALS, WORKERS
-from benching import default_recipe, describe_machine, finish, print_targets
+from benching import default_recipe, describe_machine, finish, options_parser, print_targets
 from rich.console import Console
 from rich.table import Table
 
@@ -37,11 +36,7 @@ Note = tuple[float, int, int, int, int]  # time, rank, pid, epoch, step within i
 
 def main() -> None:
     """Measure, print a table, and exit with 1 under --check if a target is missed."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--check", action="store_true", help="exit with 1 if a target is missed")
-    parser.add_argument("--json", type=Path, help="keep the numbers in this file")
-    options = parser.parse_args()
+    options = options_parser(__doc__, 2, "recoveries of each side").parse_args()
     console = Console(highlight=False, width=120)
     describe_machine(console)
     settings = {"epochs": EPOCHS, "global_batch_size": BATCH, "num_workers": WORKERS, "seed": 0, **default_recipe()}

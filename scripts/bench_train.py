@@ -10,7 +10,6 @@ Five rounds take 15 minutes on 2 cores, two rounds 8.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import os
@@ -22,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benching import default_recipe, describe_machine, finish, print_targets
+from benching import default_recipe, describe_machine, finish, options_parser, print_targets
 from rich.console import Console
 from rich.table import Table
 
@@ -35,11 +34,8 @@ PLAIN, TUTORIAL, FTEXP = "plain DDP", "tutorial", "ftexp"
 
 def main() -> None:
     """Measure, print a table, and exit with 1 under --check if a target is missed."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=2, help="runs of each side for speed and start-up")
+    parser = options_parser(__doc__, 2, "runs of each side for speed and start-up")
     parser.add_argument("--seeds", type=int, default=3, help="whole default runs, for accuracy and wall time")
-    parser.add_argument("--check", action="store_true", help="exit with 1 if a target is missed")
-    parser.add_argument("--json", type=Path, help="keep the numbers in this file")
     options = parser.parse_args()
     console = Console(highlight=False)
     describe_machine(console)

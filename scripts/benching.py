@@ -1,7 +1,8 @@
-"""What the benchmarks share: the machine's line, the table of targets, and how they end."""
+"""What the benchmarks share: the options, the machine's line, the table of targets, and how they end."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -13,6 +14,15 @@ from rich.console import Console
 from rich.table import Table
 
 Check = tuple[str, float, float, bool]  # title, measured, target, whether the target is a lower bound
+
+
+def options_parser(description: str, rounds: int, rounds_help: str) -> argparse.ArgumentParser:
+    """The options that every benchmark has: --rounds, --check and --json."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=rounds, help=rounds_help)
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a target is missed")
+    parser.add_argument("--json", type=Path, help="keep the numbers in this file")
+    return parser
 
 
 def describe_machine(console: Console) -> None:
@@ -45,15 +55,20 @@ def finish(console: Console, results: Any, file: Path | None, misses: list[str],
         sys.exit(1 if check else 0)
 
 
-def default_recipe() -> dict[str, Any]:
-    """The default model and optimiser, as `timm.create_model` and AdamW take them."""
+def composed(*overrides: str) -> Any:
+    """The config of a run with these overrides."""
     from hydra import compose, initialize_config_dir
 
     import ftexp.cli  # registers the schema
     from ftexp.config import config_dir
 
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        config = ftexp.cli.to_config(compose("config"))
+        return ftexp.cli.to_config(compose("config", list(overrides)))
+
+
+def default_recipe() -> dict[str, Any]:
+    """The default model and optimiser, as `timm.create_model` and AdamW take them."""
+    config = composed()
     arguments = {"model_name": config.model.name, "img_size": 8, "in_chans": 1, "num_classes": 10}
     recipe = {"lr": config.optim.lr, "weight_decay": config.optim.weight_decay}
     return {"model": {**arguments, **config.model.all_kwargs()}, **recipe}

@@ -52,14 +52,14 @@ def main() -> None:
     began = time.time()
     subprocess.run(_command(words, _CLEAN), check=True, stdout=subprocess.DEVNULL)
     clean_s = time.time() - began
-    total_steps = json.loads((storage / _CLEAN / "run.json").read_text())["step"]
+    record = json.loads((storage / _CLEAN / "run.json").read_text())
+    total_steps = record["step"]
     console.print(f"{storage}: clean run of {total_steps} steps in {clean_s:.0f} s")
     soak = Soak(
         [*words, "failure.max_failures=-1"], storage / _SOAKED, options.kills, options.seed, total_steps, console
     )
     code = soak.run()
-    config = json.loads((storage / _CLEAN / "run.json").read_text())
-    batch = config["fingerprint"]["train.global_batch_size"]
+    batch = record["fingerprint"]["train.global_batch_size"]
     report = compare(Storage.at(str(storage / _CLEAN)), Storage.at(str(storage / _SOAKED)), batch, code)
     problems = [*report.differences, *_lost_checkpoints(soak.events())]
     if len(soak.kills) < options.kills:
@@ -111,9 +111,7 @@ class Soak:
 
     def _kill_once(self, process: subprocess.Popen[bytes]) -> None:
         """Wait for the attempt to train, then for the moment that was drawn, and kill."""
-        if not self._wait(
-            process, lambda: bool(ready := self._events("ready")) and ready[-1]["attempt"] > self._killed
-        ):
+        if not self._wait(process, self._trains_again):
             return
         ready = self._events("ready")[-1]
         left, kills_left = self._total_steps - ready["step"], self._num_kills - len(self.kills)

@@ -11,9 +11,14 @@ import threading
 import time
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 DEADLINE_S = 240
+
+# how long an example takes is the machine's affair
+hypothesis.settings.register_profile("ftexp", deadline=None)
+hypothesis.settings.load_profile("ftexp")
 
 
 class Command:
@@ -69,6 +74,12 @@ class RunFolder:
         self.path = Path(path)
 
     @property
+    def storage(self):
+        from ftexp.storage import Storage
+
+        return Storage.at(str(self.path))
+
+    @property
     def record(self):
         return json.loads((self.path / "run.json").read_text())
 
@@ -88,6 +99,32 @@ class RunFolder:
     def kill_worker(self, rank):
         """SIGKILL a worker of the latest attempt."""
         os.kill(self.events("ready")[-1]["pids"][rank], signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def data_ray():
+    """A Ray on this machine for the tests of a module; its workers ask a store again at once."""
+    import logging
+
+    import ray
+
+    def hurry():  # in here, so that it is sent whole: workers can't import this file
+        import ftexp.data.listing
+
+        ftexp.data.listing._RETRY_AFTER_S = (0.0, 0.0, 0.0)
+
+    logging.getLogger("ray").setLevel(logging.WARNING)  # it fills the report of a failed test otherwise
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        configure_logging=False,
+        runtime_env={"worker_process_setup_hook": hurry},
+    )
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    yield
+    ray.shutdown()
 
 
 @pytest.fixture

@@ -104,6 +104,17 @@ WRONG = {
     "field of another source": ("data.num_samples=9", "data.num_samples=9 is not used by", "take it out"),
     "root without files": ("data.root=x", "data.root=x is not used by data.name=digits", "take it out"),
     "no root": ("data=parquet", "data.root is not set", "say where they are"),
+    "window without blocks": (
+        "data=image_folder data.root=x data.shuffle_window=8",
+        "data.shuffle_window=8 is not used by data.name=image_folder",
+        "take it out",
+    ),
+    "streaming what is in memory": (
+        "data.feed=streaming",
+        "data.feed=streaming: data.name=digits is in memory as a whole",
+        "take data.feed=cached",
+    ),
+    "window of nothing": ("data.shuffle_window=0", "data.shuffle_window=0 is out of range", "at least 1"),
     "weights that aren't there": ("model.pretrained=no.pt", "model.pretrained=no.pt: no such file", "or true"),
     # contradictions
     "mean of another length": ("data.mean=[0.1,0.2]", "data.mean=[0.1, 0.2] has 2 values", "data.channels=1"),

@@ -15,7 +15,6 @@ from conftest import Command, RunFolder
 from ftexp.checkpoint.store import CHECKPOINTS
 from ftexp.drill_report import compare
 from ftexp.ledger import problems, read_updates
-from ftexp.storage import Storage
 
 BATCH = 32
 SAVE_EVERY = 25
@@ -202,10 +201,6 @@ def switches(tmp_path):
     return tmp_path
 
 
-def storage(run):
-    return Storage.at(str(run.path))
-
-
 def parent_of(pid):
     """A process's parent; None if there is no such process any more."""
     with contextlib.suppress(OSError):
@@ -228,7 +223,7 @@ def process_of(title, ancestor):
 
 
 def assert_ends_as(clean, run):
-    report = compare(storage(clean), storage(run), BATCH, 0)
+    report = compare(clean.storage, run.storage, BATCH, 0)
     assert (report.differences, report.identical) == ([], True)
 
 
@@ -281,7 +276,7 @@ def test_a_run_that_lost_and_gained_nodes_finishes_with_each_position_done_once(
     assert story.exit_code == 0, story.output
     record = story.run.record
     assert (record["status"], record["attempts"], len(record["failures"])) == ("finished", 4, 2)
-    updates = read_updates(storage(story.run))
+    updates = read_updates(story.run.storage)
     num_samples = record["data"]["num_samples"]["train"]
     assert sum(len(update.positions) for update in updates) == EPOCHS * num_samples
     assert list(problems(updates, num_samples, BATCH)) == []

@@ -25,9 +25,11 @@ EXPERIMENTS = sorted(file.stem for file in (config_dir() / "experiment").glob("*
 COMPANIONS = {
     ("data", "image_folder"): ["data.root=photos"],
     ("data", "parquet"): ["data.root=tables"],
+    ("data", "webdataset"): ["data.root=shards"],
     ("scaling", "cluster"): ["scaling.num_workers=2"],
     ("augment", "image_folder"): ["data=image_folder", "data.root=photos"],  # shifts by more than a digit is wide
     ("augment", "parquet"): ["data=parquet", "data.root=tables"],
+    ("augment", "webdataset"): ["data=webdataset", "data.root=shards"],
 }
 # for the eight pixels of the default data; the other data groups have more
 NEEDS_SIXTEEN_PX = {"vit_base", "vit_small", "vit_tiny", "deit_small"}

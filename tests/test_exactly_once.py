@@ -6,9 +6,12 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import Command, RunFolder
+from PIL import Image
+from sklearn.datasets import load_digits
 
 from ftexp.checkpoint.compare import load
 from ftexp.checkpoint.staging import writer
@@ -24,17 +27,31 @@ OPTIONS = ["train.epochs=3", "train.ledger=true", "train.log_every_steps=1"]
 
 
 @pytest.fixture(scope="module")
-def clean(tmp_path_factory):
-    """A run of 80 steps that nothing happened to."""
+def pictures(tmp_path_factory):
+    """The default data as a folder of images: the words that train on it, by either feed."""
+    root = tmp_path_factory.mktemp("pictures")
+    for number, (pixels, label) in enumerate(zip(*load_digits(return_X_y=True), strict=True)):
+        path = root / str(label) / f"{number:04d}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(np.rint(pixels.reshape(8, 8) * (255 / 16)).astype(np.uint8)).save(path)
+    shape = [
+        "data.image_size=8",
+        "data.channels=1",
+        "data.mean=[0.3053]",
+        "data.std=[0.3760]",
+        "data.test_fraction=0.2",
+    ]
+    return ["data=image_folder", f"data.root={root}", "augment=digits", *shape]
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory, pictures):
+    """A run of 80 steps that nothing happened to, with cached data: what it ends with, streamed data must end with."""
     folder = tmp_path_factory.mktemp("clean")
-    words = [*OPTIONS, f"train.max_steps={STEPS}", f"run.storage={folder}", "run.name=clean"]
+    words = [*OPTIONS, *pictures, f"train.max_steps={STEPS}", f"run.storage={folder}", "run.name=clean"]
     command = Command("train", words, folder)
     assert command.wait() == 0, command.output
     return RunFolder(folder / "clean")
-
-
-def storage(run):
-    return Storage.at(str(run.path))
 
 
 @contextmanager
@@ -123,18 +140,19 @@ DAMAGE = [  # (kind, how many of the newest, the reason that is told)
 
 
 @pytest.mark.timeout(900)
-def test_each_damage_to_the_newest_checkpoints_is_named_and_changes_nothing(ftexp, run_folder, clean):
+def test_each_damage_to_the_newest_checkpoints_is_named_and_changes_nothing(ftexp, run_folder, clean, pictures):
     faults = [
         f"{{kind: {kind}, count: {count}, step: {9 * number + 9}}}" for number, (kind, count, _) in enumerate(DAMAGE)
     ]
     command = ftexp(
-        *OPTIONS, f"train.max_steps={STEPS}", f"chaos.faults=[{', '.join(faults)}]", "checkpoint.every_epochs=null",
+        *OPTIONS, *pictures, "data.feed=streaming", f"train.max_steps={STEPS}",
+        f"chaos.faults=[{', '.join(faults)}]", "checkpoint.every_epochs=null",
         "checkpoint.every_steps=1", "checkpoint.num_to_keep=4", "failure.max_failures=-1", "run.name=damaged",
     )  # fmt: skip
     command.wait_until(lambda: len(run_folder("damaged").events("failure")) >= 4)
     assert command.wait() == 0, command.output
     run = run_folder("damaged")
-    report = compare(storage(clean), storage(run), BATCH, 0)
+    report = compare(clean.storage, run.storage, BATCH, 0)
     assert report.differences == []
     assert [row.fault for row in report.rows] == [kind for kind, _, _ in DAMAGE]
 
@@ -159,45 +177,46 @@ def test_each_damage_to_the_newest_checkpoints_is_named_and_changes_nothing(ftex
 
 
 @pytest.mark.timeout(600)
-def test_a_run_that_goes_on_with_other_numbers_of_workers_sees_the_same_batches(ftexp, run_folder, clean):
+def test_a_run_that_goes_on_with_other_numbers_of_workers_sees_the_same_batches(ftexp, run_folder, clean, pictures):
     run = run_folder("elastic")
     one_worker = "scaling.num_workers=1"
     three_workers = ["scaling.num_workers=3", "scaling.resources_per_worker={CPU: 0.5}"]
-    first = ftexp(*OPTIONS, "run.name=elastic", "train.max_steps=40")
+    streamed = [*OPTIONS, *pictures, "data.feed=streaming", "run.name=elastic"]
+    first = ftexp(*streamed, "train.max_steps=40")
     first.wait_until(lambda: (run.path / LOCK_FILE).exists())
     # a second driver meanwhile: it is turned away, and what it would have harmed ends as the clean run does
-    second = ftexp(*OPTIONS, "run.name=elastic", "train.max_steps=40")
+    second = ftexp(*streamed, "train.max_steps=40")
     assert second.wait() == 1, second.output
     assert f"in use by process {first.process.pid} on " in second.output
     assert first.wait() == 0, first.output
     for words in ([one_worker, "train.max_steps=60"], [*three_workers, f"train.max_steps={STEPS}"]):
-        command = ftexp(*OPTIONS, "run.name=elastic", *words)
+        command = ftexp(*streamed, *words)
         assert command.wait() == 0, command.output
 
     assert run.record["world_sizes"] == [2, 1, 3]
     assert [event["step"] for event in run.events("restored")] == [40, 60]
-    ours, theirs = ([(u.step, u.positions, u.samples) for u in read_updates(storage(r))] for r in (run, clean))
+    ours, theirs = ([(u.step, u.positions, u.samples) for u in read_updates(r.storage)] for r in (run, clean))
     assert len(ours) == STEPS
     assert ours == theirs
     num_samples = run.record["data"]["num_samples"]["train"]
-    assert list(problems(read_updates(storage(run)), num_samples, BATCH)) == []
+    assert list(problems(read_updates(run.storage), num_samples, BATCH)) == []
     # gradients are added up in another order: equal but for rounding, 1e-6 after 40 steps as measured
     ours, theirs = ([point["train_loss"] for point in r.metrics() if point["split"] == "train"] for r in (run, clean))
     assert ours[:40] == theirs[:40]
     assert ours[40:] == pytest.approx(theirs[40:], rel=1e-5)
 
 
-def test_a_new_run_starts_from_exactly_the_weights_of_another(ftexp, run_folder, clean):
+def test_a_new_run_starts_from_exactly_the_weights_of_another(ftexp, run_folder, clean, pictures):
     words = [
-        f"resume_from={clean.path}", "run.name=new", "train.max_steps=2", "scaling.num_workers=1", "resume=never",
-        "checkpoint.num_to_keep=null",
+        *pictures, f"resume_from={clean.path}", "run.name=new", "train.max_steps=2", "scaling.num_workers=1",
+        "resume=never", "checkpoint.num_to_keep=null",
     ]  # fmt: skip
     command = ftexp(*words)
     assert command.wait() == 0, command.output
     run = run_folder("new")
     saved = [(event["step"], event["checkpoint"]) for event in run.events("checkpoint_saved")]
     assert saved == [(0, "step_00000000.a1"), (2, "step_00000002.a1")]
-    store = CheckpointStore(storage(run).child("checkpoints"))
+    store = CheckpointStore(run.storage.child("checkpoints"))
     source = load(*locate(str(clean.path)))["model.pt"]
     start, end = (load(store, store.by_name(name))["model.pt"] for _, name in saved)
     assert list(start) == list(source)

@@ -9,7 +9,6 @@ from conftest import Command, RunFolder
 
 from ftexp.drill_report import compare
 from ftexp.ledger import problems, read_updates
-from ftexp.storage import Storage
 
 OPTIONS = ["train.epochs=6", "train.ledger=true"]
 BATCH = 32
@@ -47,10 +46,6 @@ def clean(tmp_path_factory):
     return RunFolder(folder / "clean")
 
 
-def storage(run):
-    return Storage.at(str(run.path))
-
-
 @pytest.mark.timeout(400)
 def test_a_run_that_hung_lost_numbers_and_raised_ends_where_the_clean_run_ends(ftexp, run_folder, clean):
     faults = "{kind: hang, step: 60, rank: 1}, {kind: nonfinite, step: 100}, {kind: raise, step: 150}"
@@ -75,7 +70,7 @@ def test_a_run_that_hung_lost_numbers_and_raised_ends_where_the_clean_run_ends(f
     assert 0 < record["goodput"] <= 1
     assert record["goodput"] == pytest.approx(record["productive_s"] / record["seconds"], abs=1e-4)
     assert "on steps that counted" in command.output
-    report = compare(storage(clean), storage(run), BATCH, 0)
+    report = compare(clean.storage, run.storage, BATCH, 0)
     assert (report.differences, report.identical) == ([], True)
 
 
@@ -165,7 +160,7 @@ def test_micro_batches_that_do_not_fit_are_halved(ftexp, run_folder, tmp_path):
     assert "can't allocate memory" in record["failures"][0]["error"]
     assert "with micro-batches of 8 images, not 16, at the same global batch" in record["failures"][0]["decision"]
     assert record["accumulate_steps"] == 2
-    updates = read_updates(storage(run))
+    updates = read_updates(run.storage)
     assert len(updates) == 20
     assert list(problems(updates, record["data"]["num_samples"]["train"], BATCH)) == []
 

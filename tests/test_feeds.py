@@ -1,5 +1,7 @@
 """Feeds: every position in one share of one batch, gradients that are the global mean, rows in order."""
 
+import contextlib
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from hypothesis import strategies as st
 
 from ftexp.config import AugmentConfig
 from ftexp.data.augment import Augment
-from ftexp.data.feeds import CachedFeed, Plan, Rows, ToTensors, evaluation_batches, even_part, prefetched
+from ftexp.data.feeds import CachedRows, IndexedFeed, Plan, Taken, ToTensors, evaluation_batches, even_part, prefetched
 from ftexp.data.order import Order
 from ftexp.data.splits import DataInfo
 
@@ -31,10 +33,27 @@ def block(samples, size=4, channels=1):
     return {"image": images, "label": samples * 10, "sample": samples}
 
 
-def make_feed(num_samples, plan, channels=1, augment=None):
+class Unreadable:
+    """Rows of which some can't be read, the others as `CachedRows` has them."""
+
+    def __init__(self, num_samples, unreadable):
+        self._rows, self._unreadable = CachedRows(Blocks(block(np.arange(num_samples)))), list(unreadable)
+
+    def __len__(self):
+        return len(self._rows)
+
+    def open(self, requests):
+        return contextlib.nullcontext(self.take)
+
+    def take(self, samples):
+        taken, readable = self._rows.take(samples), ~np.isin(samples, self._unreadable)
+        return Taken(taken.images * readable[:, None, None, None], taken.labels, None if readable.all() else readable)
+
+
+def make_feed(num_samples, plan, channels=1, augment=None, rows=None):
     info = DataInfo(["a", "b"], 4, channels, [0.0] * channels, [1.0] * channels, {})
-    return CachedFeed(
-        Rows(Blocks(block(np.arange(num_samples), channels=channels))),
+    return IndexedFeed(
+        rows or CachedRows(Blocks(block(np.arange(num_samples), channels=channels))),
         Order(0, num_samples),
         plan,
         ToTensors(info, CPU, channels_last=False),
@@ -110,31 +129,74 @@ def test_weighted_gradients_averaged_over_ranks_are_the_global_mean(batch, world
 
 
 def test_rows_are_in_sample_order_however_blocks_arrive():
-    rows = Rows(Blocks(block([5, 4]), block([0, 3, 1]), block([2])))
-    assert rows.labels.tolist() == [0, 10, 20, 30, 40, 50]
-    assert rows.images(np.array([5, 0, 2, 2]))[:, 0, 0, 0].tolist() == [5, 0, 2, 2]
+    rows = CachedRows(Blocks(block([5, 4]), block([0, 3, 1]), block([2])))
+    taken = rows.take(np.array([5, 0, 2, 2]))
+    assert taken.labels.tolist() == [50, 0, 20, 20]
+    assert taken.images[:, 0, 0, 0].tolist() == [5, 0, 2, 2]
+    assert rows.take(np.arange(6)).labels.tolist() == [0, 10, 20, 30, 40, 50]
 
 
 def test_a_single_block_is_read_in_place():
     blocks = block(np.arange(6))
-    rows = Rows(Blocks(blocks))
+    rows = CachedRows(Blocks(blocks))
     assert np.shares_memory(rows._images[0], blocks["image"])
 
 
 def test_an_empty_split_has_no_rows():
-    assert len(Rows(Blocks())) == 0
+    assert len(CachedRows(Blocks())) == 0
 
 
 @given(num_samples=st.integers(0, 60), world=st.integers(1, 5), batch=st.integers(1, 20))
 def test_evaluation_sees_each_sample_exactly_once(num_samples, world, batch):
     info = DataInfo(["a", "b"], 4, 1, [0.0], [1.0], {})
-    rows = Rows(Blocks(block(np.arange(num_samples)))) if num_samples else Rows(Blocks())
+    rows = CachedRows(Blocks(block(np.arange(num_samples)))) if num_samples else CachedRows(Blocks())
     seen = []
     for rank in range(world):
         for images, labels in evaluation_batches(rows, ToTensors(info, CPU, False), batch, rank, world):
             assert len(images) == len(labels) <= batch
             seen += labels.tolist()
     assert sorted(seen) == [10 * number for number in range(num_samples)]
+
+
+@given(unreadable=st.sets(st.integers(0, 29)), accumulate=st.integers(1, 3))
+def test_rows_that_cannot_be_read_weigh_nothing_and_the_others_what_they_did(unreadable, accumulate):
+    plan = Plan(8, accumulate, 90, rank=1, world_size=2)
+    whole = make_feed(30, plan).from_position(0)
+    holey = make_feed(30, plan, rows=Unreadable(30, unreadable)).from_position(0)
+    for ours, theirs in zip(holey, whole, strict=True):
+        assert ours.samples.tolist() == theirs.samples.tolist()
+        for mine, other in zip(ours.micro_batches, theirs.micro_batches, strict=True):
+            read = ~torch.isin(mine.labels, torch.tensor([10 * sample for sample in unreadable], dtype=torch.int64))
+            assert torch.equal(mine.labels, other.labels)
+            assert torch.equal(mine.weights, other.weights * read)
+            assert torch.equal(mine.images[read], other.images[read])
+
+
+def test_a_feed_opens_its_rows_with_all_that_it_will_take_in_that_order():
+    class Recorded(Unreadable):
+        def open(self, requests):
+            self.asked, self.taken = np.concatenate(list(requests)), []
+            return contextlib.nullcontext(self.take)
+
+        def take(self, samples):
+            self.taken.append(samples)
+            return super().take(samples)
+
+    rows = Recorded(3000, [])
+    feed = make_feed(3000, Plan(7, 2, 6001, rank=1, world_size=3), rows=rows)  # more than is planned at a time
+    assert sum(1 for _ in feed.from_position(14)) == len(range(14, 6001, 7))
+    assert rows.asked.tolist() == np.concatenate(rows.taken).tolist()
+
+
+@given(unreadable=st.sets(st.integers(0, 29)), world=st.integers(1, 3), batch=st.integers(1, 12))
+def test_evaluation_leaves_out_what_cannot_be_read(unreadable, world, batch):
+    info = DataInfo(["a", "b"], 4, 1, [0.0], [1.0], {})
+    rows, seen = Unreadable(30, unreadable), []
+    for rank in range(world):
+        for images, labels in evaluation_batches(rows, ToTensors(info, CPU, False), batch, rank, world):
+            torch.testing.assert_close(images[:, 0, 0, 0] * 255, labels / 10)
+            seen += labels.tolist()
+    assert sorted(seen) == [10 * number for number in range(30) if number not in unreadable]
 
 
 def test_pixels_are_scaled_and_normalised_per_channel():

@@ -18,27 +18,27 @@ FREE = SimpleNamespace(lost=None)
 
 # sends itself signals from the thread that fits, the second once the first was answered
 CHILD = """
-    import json, os, signal, sys, threading, time
+    import json, os, signal, sys, threading
     from types import SimpleNamespace
     from ftexp import fitting
 
     numbers, has_workers, grace_s = json.loads(sys.argv[1])
     fitting.STOP_GRACE_S = grace_s
-    asked, ended = [], threading.Event()
+    asked, answered, ended = [], threading.Event(), threading.Event()
 
     def fit():
         for count, number in enumerate(numbers):
-            while len(asked) < count:
-                time.sleep(0.001)
+            if count:
+                answered.wait(30)
             os.kill(os.getpid(), number)
-        while len(asked) < 1:
-            time.sleep(0.001)
+        answered.wait(30)
         if len(numbers) != 1 or grace_s < 1:
             ended.wait(30)
         return {"loss": 1.0}
 
     def stop(why):
         asked.append(type(why).__name__)
+        answered.set()
         return has_workers
 
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]

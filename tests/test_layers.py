@@ -17,11 +17,12 @@ LAYERS = [
     {"field_checks", "fingerprint", "data.order"},
     {"checks"},
     {"cli", "scaling", "data.splits", "data.augment", "hot_start.driver", "hot_start.launcher", "hot_start.preloader"},
-    {"models", "optim", "data.sources"},
-    {"data.decoding"},
-    {"data.files", "data.parquet"},
+    {"models", "optim", "data.sources", "data.listing", "data.named_files"},
+    {"data.decoding", "data.blocks"},
+    {"data.files", "data.parquet", "data.webdataset"},
+    {"data.build"},
     {"data.feeds", "progress", "failure.causes"},
-    {"tracking", "evaluation"},
+    {"tracking", "evaluation", "data.stream"},
     {"terminal", "job"},
     {"checkpoint.registry", "checkpoint.store", "checkpoint.cadence", "checkpoint.staging"},
     {"checkpoint.states", "checkpoint.manager"},
@@ -30,8 +31,9 @@ LAYERS = [
     {"loop", "supervisor"},
     {"trainer"},
     {"session"},
+    {"data.inspect"},
     {"drill_report"},
-    {"train", "evaluate", "drill", "checkpoints"},
+    {"train", "evaluate", "drill", "checkpoints", "data.inspect", "data.__main__"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 

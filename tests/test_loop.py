@@ -12,7 +12,7 @@ from ftexp.checkpoint.registry import ExtraState
 from ftexp.checkpoint.store import CheckpointStore
 from ftexp.config import AugmentConfig, CheckpointConfig, Config, ModelConfig, OptimConfig, ScheduleConfig, TrainConfig
 from ftexp.data.augment import Augment
-from ftexp.data.feeds import CachedFeed, Plan, Rows, ToTensors
+from ftexp.data.feeds import CachedRows, IndexedFeed, Plan, ToTensors
 from ftexp.data.order import Order
 from ftexp.data.splits import DataInfo
 from ftexp.errors import NonFiniteError
@@ -62,7 +62,7 @@ def make_job(model=SMALL_VIT, num_samples=96, batch=24, optim=None, **train):
         "label": labels.numpy(),
         "sample": torch.arange(num_samples).numpy(),
     }
-    rows = Rows(SimpleNamespace(iter_batches=lambda **_: iter([block])))
+    rows = CachedRows(SimpleNamespace(iter_batches=lambda **_: iter([block])))
     torch.manual_seed(0)
     built, _ = build_model(config.model, info)
     if config.train.channels_last:
@@ -78,7 +78,7 @@ def make_job(model=SMALL_VIT, num_samples=96, batch=24, optim=None, **train):
         model=built, wrapped=built, optimizer=optimizer,
         scheduler=build_scheduler(config.schedule, optimizer, math.ceil(total / batch), num_samples / batch),
         scaler=torch.amp.GradScaler("cpu", enabled=config.train.precision == "fp16"),
-        feed=CachedFeed(rows, Order(0, num_samples), plan, to_tensors, Augment(AugmentConfig(), 0)),
+        feed=IndexedFeed(rows, Order(0, num_samples), plan, to_tensors, Augment(AugmentConfig(), 0)),
         rows={"train": rows, "val": rows, "test": rows}, to_tensors=to_tensors, total_positions=total,
         progress=Progress(Meter(CPU)),
     )  # fmt: skip
@@ -239,7 +239,7 @@ def test_a_batch_tells_which_samples_it_counts():
 
 def test_an_empty_split_is_not_evaluated():
     job = make_job()
-    job.rows["test"] = Rows(SimpleNamespace(iter_batches=lambda **_: iter([])))
+    job.rows["test"] = CachedRows(SimpleNamespace(iter_batches=lambda **_: iter([])))
     evaluate(job, "test")
     assert job.line.sent == []
 

@@ -17,7 +17,7 @@ from ftexp.errors import NonFiniteError
 from ftexp.failure.chaos import Chaos, FaultyStore
 from ftexp.failure.watchdog import Watchdog, hang_limits
 from ftexp.ledger import Ledger, problems, read_updates
-from ftexp.loop import _run
+from ftexp.loop import _run, batches
 from ftexp.skips import Skips
 from ftexp.storage import Storage
 
@@ -60,6 +60,7 @@ def run(tmp_path, monkeypatch):
         job.folder = folder
         _run(
             job,
+            batches(job),
             store,
             checkpoints,
             Chaos(job, store, checkpoints, folder),

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ftexp.data.order import Order, derive_seed, uniforms
+from ftexp.data.order import Order, WindowOrder, derive_seed, uniforms
 
 seeds = st.integers(0, 2**64 - 1)
 
@@ -35,12 +35,16 @@ def test_epochs_and_seeds_differ():
 def test_the_order_of_a_seed_never_changes_between_versions():
     # a run that resumes under a newer ftexp must go on in the order that it began in
     assert Order(7, 10).samples(np.arange(20)).tolist() == [4, 9, 0, 6, 3, 2, 8, 1, 5, 7, 5, 9, 1, 2, 7, 4, 3, 6, 8, 0]
+    windows = WindowOrder(7, np.array([3, 0, 4, 3]), 2)
+    assert windows.samples(np.arange(20)).tolist() == [4, 3, 6, 5, 1, 2, 7, 0, 8, 9, 3, 0, 2, 4, 6, 1, 5, 7, 9, 8]
     assert derive_seed(1, 2, 3) == 2869315087210772132
 
 
-def test_places_in_successive_epochs_are_uncorrelated():
+@pytest.mark.parametrize(
+    "order", [Order(3, 1257), WindowOrder(3, np.full(419, 3), 419)], ids=["all", "a window of all blocks"]
+)
+def test_places_in_successive_epochs_are_uncorrelated(order):
     num_samples, num_epochs = 1257, 200
-    order = Order(3, num_samples)
     epochs = order.samples(np.arange(num_samples * num_epochs)).reshape(num_epochs, num_samples)
     places = np.argsort(epochs, axis=1)
     correlations = [np.corrcoef(places[e], places[e + 1])[0, 1] for e in range(num_epochs - 1)]
@@ -59,3 +63,60 @@ def test_uniforms_are_uniform_and_of_their_position_alone(draw):
 def test_draws_of_one_position_are_independent():
     first, second = uniforms(5, np.arange(50_000), 0), uniforms(5, np.arange(50_000), 1)
     assert abs(np.corrcoef(first, second)[0, 1]) < 0.02
+
+
+# WindowOrder
+
+sizes_of_blocks = st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(any).map(np.array)
+windows = st.integers(1, 14)
+
+
+@given(seed=seeds, sizes=sizes_of_blocks, window=windows, epoch=st.integers(0, 2**20))
+def test_every_epoch_of_windows_visits_every_sample_once(seed, sizes, window, epoch):
+    order = WindowOrder(seed, sizes, window)
+    positions = epoch * order.num_samples + np.arange(sizes.sum())
+    assert sorted(order.samples(positions)) == list(range(sizes.sum()))
+
+
+@given(
+    seed=seeds, sizes=sizes_of_blocks, window=windows, positions=st.lists(st.integers(0, 2000), min_size=1, max_size=12)
+)
+def test_a_sample_depends_on_its_position_alone_whatever_it_is_asked_for_with(seed, sizes, window, positions):
+    order = WindowOrder(seed, sizes, window)  # it holds two epochs at a time, and is asked for them in any order
+    alone = [int(WindowOrder(seed, sizes, window).samples(np.array([position]))[0]) for position in positions]
+    assert order.samples(np.array(positions)).tolist() == alone
+    assert [int(order.samples(np.array(position))) for position in positions] == alone
+
+
+@given(seed=seeds, count=st.integers(1, 12), size=st.integers(1, 30), window=windows, epoch=st.integers(0, 100))
+def test_a_window_gives_all_rows_of_its_blocks_and_of_no_others(seed, count, size, window, epoch):
+    samples = WindowOrder(seed, np.full(count, size), window).samples(np.arange(count * size) + epoch * count * size)
+    for start in range(0, count * size, window * size):
+        inside = samples[start : start + window * size]
+        assert np.unique(inside // size, return_counts=True)[1].tolist() == [size] * min(window, count - start // size)
+
+
+@given(seed=seeds, sizes=sizes_of_blocks, window=windows)
+def test_rows_of_a_block_lie_no_further_apart_than_a_window_is_long(seed, sizes, window):
+    blocks = np.repeat(np.arange(len(sizes)), sizes)[WindowOrder(seed, sizes, window).samples(np.arange(sizes.sum()))]
+    longest = np.sort(sizes)[-window:].sum()
+    for block in np.unique(blocks):
+        assert np.ptp(np.flatnonzero(blocks == block)) < longest
+
+
+def test_blocks_come_in_another_order_in_the_next_epoch_and_under_another_seed():
+    sizes = np.full(50, 4)
+
+    def blocks(seed, epoch):
+        found = WindowOrder(seed, sizes, 1).samples(epoch * 200 + np.arange(200)) // 4
+        return found.reshape(50, 4)[:, 0]
+
+    assert (blocks(0, 0) != blocks(0, 1)).mean() > 0.8
+    assert (blocks(0, 0) != blocks(1, 0)).mean() > 0.8
+
+
+def test_rows_of_a_block_come_in_another_order_in_the_next_epoch():
+    order = WindowOrder(0, np.array([500]), 1)
+    first, second = order.samples(np.arange(1000)).reshape(2, 500)
+    assert (first != second).mean() > 0.98
+    assert (first != np.arange(500)).mean() > 0.98

@@ -4,110 +4,33 @@ Real Ray Data pipelines on small files that the tests write; one Ray for the mod
 """
 
 import hashlib
-import io
-import logging
-import os
 import pickle
 
 import numpy as np
-import pytest
-
-os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
-
 import pyarrow as pa
 import pyarrow.parquet as pq
-import ray
-from PIL import Image
+import pytest
+from image_files import (
+    SIZE,
+    data_config,
+    encoded,
+    expected_pairs,
+    pairs,
+    picture,
+    put,
+    read_all,
+    read_back,
+    write_parquet,
+)
 
-import ftexp.data.files
-import ftexp.data.parquet
-from ftexp.config import DataConfig
 from ftexp.data import sources as sources_module
-from ftexp.data.decoding import decode_image
-from ftexp.data.sources import build_data, bundle_from_arrays, sources
+from ftexp.data.build import build_data
+from ftexp.data.decoding import as_image, decode_image
+from ftexp.data.sources import bundle_from_arrays, sources
 from ftexp.data.splits import SPLITS
 from ftexp.errors import DataError
 
-SIZE = 8
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster():
-    logging.getLogger("ray").setLevel(logging.WARNING)  # it fills the report of a failed test otherwise
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    yield
-    ray.shutdown()
-
-
-def data_config(name, root=None, channels=3, image_size=SIZE, **values):
-    values = {"val_fraction": 0.2, "test_fraction": 0.2} | values
-    return DataConfig(
-        name=name,
-        root=None if root is None else str(root),
-        image_size=image_size,
-        channels=channels,
-        mean=[0.5] * channels,
-        std=[0.25] * channels,
-        **values,
-    )
-
-
-def read_back(dataset):
-    """All rows of a split, by `sample`."""
-    batches = list(dataset.iter_batches(batch_size=None, batch_format="numpy"))
-    if not batches:
-        return {"image": np.empty((0, 0)), "label": np.empty(0, np.int64), "sample": np.empty(0, np.int64)}
-    rows = {name: np.concatenate([batch[name] for batch in batches]) for name in ("image", "label", "sample")}
-    order = np.argsort(rows["sample"])
-    return {name: values[order] for name, values in rows.items()}
-
-
-def read_all(bundle):
-    """{split: rows}, after checks that hold for every source."""
-    assert tuple(bundle.datasets) == SPLITS
-    splits = {name: read_back(dataset) for name, dataset in bundle.datasets.items()}
-    info = bundle.info
-    assert {name: len(rows["label"]) for name, rows in splits.items()} == info.num_samples
-    for rows in splits.values():
-        assert len(set(rows["sample"].tolist())) == len(rows["sample"])
-        assert rows["label"].dtype == rows["sample"].dtype == np.int64
-        if len(rows["label"]):
-            assert rows["image"].dtype == np.uint8
-            assert rows["image"].shape[1:] == (info.image_size, info.image_size, info.channels)
-            assert rows["label"].min() >= 0
-            assert rows["label"].max() < info.num_classes
-    return splits
-
-
-def pairs(*row_sets, names=None):
-    """The (pixels, label) of each row as a sorted list, which compares regardless of order."""
-    found = []
-    for rows in row_sets:
-        for image, label in zip(rows["image"], rows["label"], strict=True):
-            found.append((image.tobytes(), names[label] if names else int(label)))
-    return sorted(found)
-
-
-def expected_pairs(images, labels):
-    return sorted((np.ascontiguousarray(image).tobytes(), label) for image, label in zip(images, labels, strict=True))
-
-
-def picture(seed, channels=3, size=SIZE):
-    """An image like no other."""
-    pixels = np.random.default_rng(seed).integers(0, 256, (size, size, channels), dtype=np.uint8)
-    return pixels if channels > 1 else pixels[..., 0]
-
-
-def encoded(pixels, kind="PNG"):
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, kind)
-    return buffer.getvalue()
-
-
-def put(path, content):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content)
+pytestmark = pytest.mark.usefixtures("data_ray")
 
 
 # digits
@@ -447,12 +370,6 @@ def test_image_folder_without_images_is_refused(tmp_path, files, message):
 # parquet
 
 
-def write_parquet(path, images, labels, row_group_size=None, **columns):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    table = pa.table({"image": images, "label": labels, **columns})
-    pq.write_table(table, path, row_group_size=row_group_size or len(labels))
-
-
 def test_encoded_parquet_keeps_rows_and_text_labels_together_over_files_and_row_groups(tmp_path):
     names = ["ant", "bee", "cow"]
     images = [picture(row) for row in range(30)]
@@ -625,7 +542,7 @@ def test_damaged_row_group_loses_its_own_rows_and_no_others(tmp_path):
 )
 def test_arrays_that_are_no_image_of_that_size_are_refused(pixels, reason):
     with pytest.raises(ValueError, match=reason):
-        ftexp.data.decoding._as_image(pixels, 2, 1)
+        as_image(pixels, 2, 1)
 
 
 def test_file_that_is_no_parquet_is_named(tmp_path):

@@ -1,12 +1,10 @@
 """Splits: disjoint, complete, stratified, and the same for the same seed."""
 
 import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ftexp.data.splits import DataInfo, require_samples, stratified_split
-from ftexp.errors import DataError
+from ftexp.data.splits import DataInfo, stratified_split
 
 label_lists = st.lists(st.integers(0, 4), max_size=120).map(lambda values: np.array(values, np.int64))
 fraction_pairs = st.tuples(st.floats(0, 0.5), st.floats(0, 0.45))
@@ -71,16 +69,6 @@ def test_without_fractions_all_samples_stay_together():
     (rest,) = stratified_split(np.array([3, 1, 3]), (), 0)
 
     assert rest.tolist() == [0, 1, 2]
-
-
-@pytest.mark.parametrize("sizes", [{"train": 0, "val": 3}, {"val": 3}])
-def test_empty_training_split_is_an_error_that_names_the_source(sizes):
-    with pytest.raises(DataError, match=r"data\.name=mine: the training split has no samples; check data\.root"):
-        require_samples(sizes, "mine")
-
-
-def test_empty_validation_split_is_allowed():
-    require_samples({"train": 1, "val": 0, "test": 0}, "mine")
 
 
 def test_number_of_classes_is_that_of_the_class_names():

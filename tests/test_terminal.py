@@ -30,10 +30,11 @@ def show(act, terminal=False):
     return output.getvalue()
 
 
-def test_the_header_names_run_model_data_and_workers():
-    text = show(lambda t: t.header("demo", "/runs/demo", "vit_tiny", INFO, "digits", "2 × (1 CPU)"))
+def test_the_header_names_run_model_data_feed_and_workers():
+    text = show(lambda t: t.header("demo", "/runs/demo", "vit_tiny", INFO, "digits", "2 × (1 CPU)", "cached: it fits"))
     for part in ("demo  (/runs/demo)", "vit_tiny", "1,258 train · 179 val · 360 test", "2 classes", "2 × (1 CPU)"):
         assert part in text
+    assert "feed     cached: it fits" in text
     assert "1 samples that can't be read" in text
 
 

@@ -47,6 +47,7 @@ class CheckpointManager:
         self._num_asked = 0
         self._leaving: set[str] = set()  # nodes that were announced to go away
         self._staging = Staging(job.device)
+        self._keeps = job.config.failure.on_nonfinite == "rollback"  # each save's state in memory, on every rank
         self._in_memory: tuple[Any, ...] | None = None  # the state of the last save, where a rollback may want it
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint", initializer=_give_way)
         self._pending: Future[None] | None = None
@@ -128,21 +129,21 @@ class CheckpointManager:
 
     def _copied_state(self) -> tuple[Any, ...]:
         """What a save writes, which later steps don't change; empty where nobody needs it. Collective."""
-        job, keeps = self._job, self._job.config.failure.on_nonfinite == "rollback"
+        job = self._job
         extra = self._extra.state_dict()
         if lost := extra["progress"]["train"][3]:
             raise NonFiniteError(f"{lost} losses were NaN or infinite by step {job.progress.step}: nothing was saved")
-        if job.rank != 0 and not keeps:
+        if job.rank != 0 and not self._keeps:
             return ()
         parts: tuple[Any, ...] = self._staging.copy((job.model.state_dict(), job.optimizer.state_dict(), extra))
-        if keeps:
+        if self._keeps:
             self._in_memory, job.num_rollbacks = parts, 0
         return parts
 
     def _is_worth_keeping(self) -> bool:
         """Whether the weights are finite, where the copy in memory is what a rollback goes back to; collective."""
         job = self._job
-        if job.config.failure.on_nonfinite != "rollback":
+        if not self._keeps:
             return True  # asked beside the training, of the copy
         if job.all_agree(all(is_finite(tensor) for tensor in job.model.state_dict().values())):
             return True
@@ -152,7 +153,7 @@ class CheckpointManager:
 
     def keep_in_memory(self) -> None:
         """Let a rollback go back to here; collective."""
-        if self._job.config.failure.on_nonfinite == "rollback":
+        if self._keeps:
             self._copied_state()
 
     def roll_back(self) -> None:
@@ -228,16 +229,18 @@ class CheckpointManager:
         Ray is not told of the checkpoint: it would write a snapshot of its own into the run directory, from its
         control loop, where a store that is down for a moment ends the run. The manifests say what there is.
         """
-        for wait_s in (*(_LAST_TRIES_S if is_last else ()), None):
+        is_good = all(is_finite(tensor) for tensor in parts[0].values())
+        if not is_good:
+            self._failed(manifest.step, CheckpointError(_NOT_FINITE))
+        for wait_s in (*(_LAST_TRIES_S if is_last else ()), None) if is_good else ():
             try:
                 self._write_once(manifest, parts, best_step, blocked_s)
                 self._failures.clear()
                 break
             except (OSError, CheckpointError) as error:
                 self._failed(manifest.step, error)
-                if wait_s is None or str(error) == _NOT_FINITE:  # which waiting doesn't mend
-                    break
-                time.sleep(wait_s)
+                if wait_s is not None:
+                    time.sleep(wait_s)
         ray.train.report(metrics)
 
     def _failed(self, step: int, error: Exception) -> None:
@@ -246,8 +249,6 @@ class CheckpointManager:
 
     def _write_once(self, manifest: Manifest, parts: tuple[Any, ...], best_step: int | None, blocked_s: float) -> None:
         started, line = time.perf_counter(), self._job.line
-        if not all(is_finite(tensor) for tensor in parts[0].values()):
-            raise CheckpointError(_NOT_FINITE)
         line.sync()  # what was logged up to this step must be written down before the step counts as done
         saved = self._store.save(manifest, {name: writer(part) for name, part in zip(FILES, parts, strict=True)})
         line.send(

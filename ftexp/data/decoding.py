@@ -1,31 +1,37 @@
-"""What sources of files share: reading rows as Ray tasks, and what becomes of those that can't be read."""
+"""Decoding as Ray tasks, and what becomes of samples that can't be read."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import ray.data
 
 from ftexp.config import DataConfig
+from ftexp.data.listing import IndexedSplit, Listing
 from ftexp.data.order import Int64s
 from ftexp.data.sources import UInt8s, make_info
-from ftexp.data.splits import BadSample, DataBundle, stratified_split
+from ftexp.data.splits import BadSample, DataBundle, DataInfo
 from ftexp.errors import DataError
 
 if TYPE_CHECKING:
-    import pyarrow as pa
+    from ray.data import Dataset
 
-Row = tuple[int, int, str, Callable[[], Any]]  # sample, label, where it is, how to get the image
 _NUM_BAD_SHOWN = 10
+_FILES = 64  # decoded by one task
 
 
 def decode_image(encoded: bytes, size: int, channels: int) -> UInt8s:
     """Decode anything Pillow reads into uint8 [size, size, channels]: shorter side to `size`, centre crop."""
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
-    with Image.open(io.BytesIO(encoded)) as opened:
+    try:
+        file = Image.open(io.BytesIO(encoded))
+    except UnidentifiedImageError:  # Pillow's own words name an address in memory, another one each time
+        raise UnidentifiedImageError("no format that Pillow reads") from None
+    with file as opened:
         readable = opened if opened.mode[0] not in "IF" else Image.fromarray(_high_bytes(opened))
         image = readable.convert({1: "L", 3: "RGB", 4: "RGBA"}[channels])
     if image.size != (size, size):
@@ -40,74 +46,83 @@ def _high_bytes(image: Any) -> UInt8s:
     return (np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8)
 
 
-def split_items(config: DataConfig, labels: dict[str, Int64s]) -> dict[str, tuple[str, Int64s]]:
-    """{split: (the listed split its samples come from, their positions there)}."""
-    missing = [name for name in ("val", "test") if name not in labels]
-    fractions = [getattr(config, f"{name}_fraction") for name in missing]
-    rest, *cut = stratified_split(labels["train"], fractions, config.split_seed)
-    items = {name: (name, np.arange(len(values))) for name, values in labels.items() if name != "train"}
-    items |= {name: ("train", part) for name, part in zip(missing, cut, strict=True)}
-    return {"train": ("train", rest), **{name: items[name] for name in ("val", "test")}}
+@dataclass(frozen=True)
+class Decode:
+    """A map stage of Ray Data: {"sample": [n]} -> image, label, sample, and an error where there is no image."""
 
+    split: IndexedSplit
+    size: int
+    channels: int
 
-def decoded_bundle(
-    config: DataConfig,
-    raw: dict[str, Any],
-    read: Callable[[dict[str, Any]], Iterator[Row]],
-    class_names: list[str],
-    batch_size: int,
-) -> DataBundle:
-    """Decode every split, and deal with what can't be decoded as `data.on_bad_sample` says.
-
-    A task decodes `batch_size` rows of `raw`.
-    """
-    size, channels = config.image_size, config.channels
-
-    def decode(batch: dict[str, Any]) -> pa.Table:
-        rows = list(read(batch))
-        images, errors = np.zeros((len(rows), size, size, channels), np.uint8), []
-        for row, (_, _, where, get) in enumerate(rows):
+    def __call__(self, batch: dict[str, Int64s]) -> dict[str, Any]:
+        """Decode a block of samples; `error` is "" or "where\\nwhat", and the image then black."""
+        samples = batch["sample"]
+        items, labels = self.split.table.get()
+        images, errors = np.zeros((len(samples), self.size, self.size, self.channels), np.uint8), []
+        for row, (where, get) in enumerate(self.split.read(items[samples])):
             try:
-                images[row] = _as_image(get(), size, channels)
+                images[row] = as_image(get(), self.size, self.channels)
                 errors.append("")
             except Exception as error:  # whatever a codec raises on bytes from outside; recorded, never dropped
                 errors.append(f"{where}\n{type(error).__name__}: {error}")
-        return {
-            "image": images,
-            "label": np.array([row[1] for row in rows], np.int64),
-            "sample": np.array([row[0] for row in rows], np.int64),
-            "error": np.array(errors),
-        }
+        return {"image": images, "label": labels[samples], "sample": samples, "error": np.array(errors)}
 
+
+def decoding(split: IndexedSplit, info: DataInfo, units: list[Int64s], concurrency: int | None = None) -> Dataset:
+    """A Ray Dataset that decodes samples on any node: a task and a block for each unit, in the order of `units`."""
+    import pyarrow as pa
+
+    tables = [pa.table({"sample": unit}) for unit in units]
+    decode = Decode(split, info.image_size, info.channels)
+    most = min(concurrency, len(units)) if concurrency is not None else None  # Ray warns of tasks that can't all begin
+    return ray.data.from_arrow(tables).map_batches(decode, batch_size=None, concurrency=most)
+
+
+def decoded_bundle(config: DataConfig, listing: Listing) -> DataBundle:
+    """Decode every split into the object store, and deal with what can't be decoded as `data.on_bad_sample` says."""
+    splits = listing.splits(config, listing.readers)
+    info = make_info(config, listing.class_names, {name: split.num_samples for name, split in splits.items()})
     decoded = {
-        split: dataset.map_batches(decode, batch_size=batch_size).materialize() for split, dataset in raw.items()
+        name: decoding(split, info, _whole_blocks(split)).materialize() for name, split in splits.items() if len(split)
     }
-    bad: list[BadSample] = []
-    sizes: dict[str, int] = {}
-    for split, dataset in decoded.items():
-        errors = [
-            error
-            for batch in dataset.select_columns(["error"]).iter_batches(batch_format="numpy")
-            for error in batch["error"]
-        ]
-        wrong = [error for error in errors if error]
-        bad += [BadSample(*error.split("\n", 1)) for error in wrong]
-        sizes[split] = len(errors) - len(wrong)
+    bad = list(listing.bad)
+    sizes, blocks = dict(info.num_samples), splits["train"].block_sizes
+    for name, dataset in decoded.items():
+        rows = list(dataset.select_columns(["sample", "error"]).iter_batches(batch_size=None, batch_format="numpy"))
+        wrong = {int(n): error for row in rows for n, error in zip(row["sample"], row["error"], strict=True) if error}
+        bad += [bad_sample(wrong[number]) for number in sorted(wrong)]
+        sizes[name] -= len(wrong)
         if wrong and config.on_bad_sample == "skip":
-            decoded[split] = dataset.map_batches(_only_good, batch_size=None).materialize()
-    if bad and config.on_bad_sample == "fail":
-        shown = [f"{sample.where}: {sample.reason}" for sample in bad[:_NUM_BAD_SHOWN]]
-        more = [f"and {len(bad) - len(shown)} more"] if len(bad) > len(shown) else []
-        raise DataError(
-            "\n".join(
-                [
-                    f"{len(bad)} samples can't be read; mend them, or leave them out with data.on_bad_sample=skip:",
-                    *shown,
-                    *more,
-                ]
-            )
-        )
-    return DataBundle(decoded, make_info(config, class_names, sizes, bad_samples=bad))
+            decoded[name] = dataset.map_batches(_only_good, batch_size=None).materialize()
+            if name == "train" and blocks is not None:
+                blocks = blocks - np.histogram(sorted(wrong), np.concatenate([[0], np.cumsum(blocks)]))[0]
+    refuse_bad(config, bad)
+    datasets = {name: decoded.get(name) or ray.data.from_items([]) for name in splits}
+    return DataBundle(datasets, make_info(config, listing.class_names, sizes, bad_samples=bad), blocks=blocks)
+
+
+def _whole_blocks(split: IndexedSplit) -> list[Int64s]:
+    """All samples in order: a unit for each block, since any may be large, or 64 files."""
+    sizes = split.block_sizes if split.block_sizes is not None else np.full(-(-len(split) // _FILES), _FILES)
+    samples = np.arange(len(split))
+    return [unit for unit in np.split(samples, np.cumsum(sizes)[:-1]) if len(unit)]
+
+
+def bad_sample(error: str) -> BadSample:
+    """What an entry of `Decode`'s column `error` says."""
+    return BadSample(*error.split("\n", 1))
+
+
+def refuse_bad(config: DataConfig, bad: list[BadSample]) -> None:
+    """DataError that names samples that can't be read, unless they shall be skipped."""
+    if not bad or config.on_bad_sample == "skip":
+        return
+    shown = [f"{sample.where}: {sample.reason}" for sample in bad[:_NUM_BAD_SHOWN]]
+    more = [f"and {len(bad) - len(shown)} more"] if len(bad) > len(shown) else []
+    count = f"{len(bad)} samples" if len(bad) > 1 else "1 sample"
+    raise DataError(
+        "\n".join([f"{count} can't be read; mend them, or leave them out with data.on_bad_sample=skip:", *shown, *more])
+    )
 
 
 def _only_good(batch: dict[str, Any]) -> dict[str, Any]:
@@ -115,7 +130,8 @@ def _only_good(batch: dict[str, Any]) -> dict[str, Any]:
     return {name: values[good] for name, values in batch.items()}
 
 
-def _as_image(value: Any, size: int, channels: int) -> UInt8s:
+def as_image(value: Any, size: int, channels: int) -> UInt8s:
+    """An image as uint8 [size, size, channels], from encoded bytes, {"bytes": ...} or an array."""
     if isinstance(value, dict):
         value = value.get("bytes")
     if isinstance(value, bytes):

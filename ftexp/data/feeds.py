@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from ray.data import DataIterator
 from torch import Tensor
 
 from ftexp.data.augment import Augment
-from ftexp.data.order import Int64s, Order
+from ftexp.data.order import AnyOrder, Int64s
 from ftexp.data.sources import UInt8s
 from ftexp.data.splits import DataInfo
 
@@ -47,7 +49,7 @@ class Batch:
 class Feed(Protocol):
     """Where a training loop gets its batches from."""
 
-    def from_position(self, position: int) -> Iterator[Batch]:
+    def from_position(self, position: int) -> Generator[Batch]:
         """Yield this rank's share of every global batch from `position` to the end of the run."""
         ...
 
@@ -92,7 +94,29 @@ def even_part(start: int, end: int, part: int, parts: int) -> tuple[int, int]:
     return first, first + size + (part < longer)
 
 
-class Rows:
+@dataclass(frozen=True)
+class Taken:
+    """Decoded samples, in the order in which they were asked for."""
+
+    images: UInt8s  # [rows, image_size, image_size, channels]
+    labels: Int64s  # [rows]
+    readable: npt.NDArray[np.bool_] | None = None  # [rows]; None: all. What isn't has no image, and weighs nothing
+
+
+Take = Callable[[Int64s], Taken]
+
+
+class Rows(Protocol):
+    """Where a feed gets a split's decoded samples."""
+
+    def __len__(self) -> int: ...
+
+    def open(self, requests: Iterator[Int64s]) -> AbstractContextManager[Take]:
+        """Be ready to take samples, which will be asked for in the order of `requests`, if not in its pieces."""
+        ...
+
+
+class CachedRows:
     """A split's rows in the object store: read in place, gathered by index, never copied as a whole."""
 
     def __init__(self, dataset: DataIterator) -> None:
@@ -102,15 +126,22 @@ class Rows:
         samples = np.concatenate([block["sample"] for block in blocks]) if blocks else np.empty(0, np.int64)
         in_order = np.argsort(samples, kind="stable")  # blocks may arrive in any order; rows then still don't
         labels = np.concatenate([block["label"] for block in blocks]) if blocks else np.empty(0, np.int64)
-        self.labels: Int64s = labels[in_order]
+        self._labels: Int64s = labels[in_order]
         self._block = np.repeat(np.arange(len(sizes)), sizes)[in_order]
         self._row = np.concatenate([np.arange(size) for size in sizes] or [np.empty(0, np.int64)])[in_order]
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self._labels)
 
-    def images(self, samples: Int64s) -> UInt8s:
-        """Gather images: uint8 [len(samples), image_size, image_size, channels]."""
+    def open(self, requests: Iterator[Int64s]) -> AbstractContextManager[Take]:  # noqa: ARG002 - any order is as good
+        """Nothing has to be made ready."""
+        return nullcontext(self.take)
+
+    def take(self, samples: Int64s) -> Taken:
+        """Gather samples."""
+        return Taken(self._gather(samples), self._labels[samples])
+
+    def _gather(self, samples: Int64s) -> UInt8s:
         if len(self._images) == 1:
             return self._images[0].take(self._row[samples], axis=0)
         blocks, rows = self._block[samples], self._row[samples]
@@ -135,29 +166,34 @@ class ToTensors:
         moved = torch.from_numpy(rows)
         if self._device.type == "cuda":
             moved = moved.pin_memory().to(self._device, non_blocking=True)
-        images = moved.permute(0, 3, 1, 2).to(torch.float32, memory_format=self._format) / 255
+        # in place: on a CPU, memory that is new costs more than the arithmetic
+        images = moved.permute(0, 3, 1, 2).to(torch.float32, memory_format=self._format).div_(255)
         if augment is not None and positions is not None:
             images = augment(images, positions)
-        return (images - self._mean) / self._std
+        return images.sub_(self._mean).div_(self._std)
 
 
-class CachedFeed:
-    """Batches gathered by index from rows that are decoded and in memory."""
+Share = tuple[Int64s, Int64s, int]  # of a micro-batch: positions, samples, how many count; the rest only fill up
 
-    def __init__(self, rows: Rows, order: Order, plan: Plan, to_tensors: ToTensors, augment: Augment) -> None:
+
+class IndexedFeed:
+    """Batches of samples that are looked up by position."""
+
+    def __init__(self, rows: Rows, order: AnyOrder, plan: Plan, to_tensors: ToTensors, augment: Augment) -> None:
         self._rows, self._order, self._plan = rows, order, plan
         self._to_tensors, self._augment = to_tensors, augment
 
-    def from_position(self, position: int) -> Iterator[Batch]:
+    def from_position(self, position: int) -> Generator[Batch]:
         """Yield this rank's share of every global batch from `position` on."""
-        for start, end, shares in self._planned(position):
-            micro_batches = [self._micro_batch(*share, end - start) for share in shares]
-            positions = np.concatenate([positions[:counted] for positions, _, counted in shares])
-            samples = np.concatenate([samples[:counted] for _, samples, counted in shares])
-            yield Batch(start, end, micro_batches, positions, samples)
+        with self._rows.open(samples for *_, shares in self._planned(position) for _, samples, _ in shares) as take:
+            for start, end, shares in self._planned(position):
+                micro_batches = [self._micro_batch(take, *share, end - start) for share in shares]
+                positions = np.concatenate([positions[:counted] for positions, _, counted in shares])
+                samples = np.concatenate([samples[:counted] for _, samples, counted in shares])
+                yield Batch(start, end, micro_batches, positions, samples)
 
-    def _planned(self, position: int) -> Iterator[tuple[int, int, list[tuple[Int64s, Int64s, int]]]]:
-        """(start, end, per micro-batch: positions, samples, how many count), looked up in chunks."""
+    def _planned(self, position: int) -> Iterator[tuple[int, int, list[Share]]]:
+        """(start, end, a share for each micro-batch) of every global batch, looked up in chunks."""
         chunk: list[tuple[int, int, list[tuple[Int64s, int]]]] = []
         num_rows = 0
         for start, end in self._plan.batch_ends(position):
@@ -170,7 +206,7 @@ class CachedFeed:
 
     def _with_samples(
         self, chunk: list[tuple[int, int, list[tuple[Int64s, int]]]]
-    ) -> Iterator[tuple[int, int, list[tuple[Int64s, Int64s, int]]]]:
+    ) -> Iterator[tuple[int, int, list[Share]]]:
         if not chunk:
             return
         flat = self._order.samples(np.concatenate([p for _, _, shares in chunk for p, _ in shares]))
@@ -182,27 +218,42 @@ class CachedFeed:
                 used += len(positions)
             yield start, end, looked_up
 
-    def _micro_batch(self, positions: Int64s, samples: Int64s, counted: int, num_global: int) -> MicroBatch:
-        images = self._to_tensors(self._rows.images(samples), self._augment, positions)
-        weights = torch.zeros(len(positions), device=images.device)
+    def _micro_batch(self, take: Take, positions: Int64s, samples: Int64s, counted: int, num_global: int) -> MicroBatch:
+        taken = take(samples)
+        images = self._to_tensors(taken.images, self._augment, positions)
         # DDP averages gradients over ranks, so each rank's part counts world_size times
-        weights[:counted] = self._plan.world_size / num_global
-        labels = torch.from_numpy(self._rows.labels[samples]).to(images.device, non_blocking=True)
+        weight = np.zeros(len(positions), np.float32)
+        weight[:counted] = self._plan.world_size / num_global
+        if taken.readable is not None:
+            weight *= taken.readable
+        labels, weights = (
+            torch.from_numpy(values).to(images.device, non_blocking=True) for values in (taken.labels, weight)
+        )
         return MicroBatch(images, labels, weights)
+
+
+def read(rows: Rows, batches: Sequence[Int64s]) -> Iterator[Taken]:
+    """Yield the samples of each batch."""
+    with rows.open(iter(batches)) as take:
+        yield from map(take, batches)
 
 
 def evaluation_batches(
     rows: Rows, to_tensors: ToTensors, batch_size: int, rank: int, world_size: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (images, labels) of this rank's part of a split: over all ranks, each sample exactly once."""
+    """Yield (images, labels) of this rank's part of a split: over all ranks, each sample exactly once.
+
+    Samples that can't be read, and shall be skipped, are left out.
+    """
     first, last = even_part(0, len(rows), rank, world_size)
-    for start in range(first, last, batch_size):
-        samples = np.arange(start, min(start + batch_size, last))
-        images = to_tensors(rows.images(samples))
-        yield images, torch.from_numpy(rows.labels[samples]).to(images.device)
+    cuts = range(first, last, batch_size)
+    for taken in read(rows, [np.arange(start, min(start + batch_size, last)) for start in cuts]):
+        keep = slice(None) if taken.readable is None else taken.readable
+        images = to_tensors(taken.images[keep])
+        yield images, torch.from_numpy(taken.labels[keep]).to(images.device)
 
 
-def prefetched(batches: Iterator[T], depth: int) -> Iterator[T]:
+def prefetched(batches: Iterator[T], depth: int) -> Generator[T]:
     """Make up to `depth` items ahead on a thread, in order. Errors surface where the item would have."""
     if depth == 0:
         yield from batches

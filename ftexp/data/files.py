@@ -1,18 +1,20 @@
-"""Folders of images. Decoding runs as Ray tasks, on any node."""
+"""Folders of images."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ftexp.config import DataConfig
-from ftexp.data.decoding import Row, decoded_bundle, split_items
+from ftexp.data.listing import Listing, Raw, Reader, Shared, retried
 from ftexp.data.order import Int64s
 from ftexp.data.sources import sources
-from ftexp.data.splits import SPLITS, DataBundle
+from ftexp.data.splits import SPLITS
 from ftexp.errors import DataError
 from ftexp.storage import open_uri
 
@@ -23,9 +25,9 @@ _SPLIT_NAMES = {"valid": "val", "validation": "val"}
 
 
 @sources.register("image_folder")
-def image_folder(config: DataConfig) -> DataBundle:
+def image_folder(config: DataConfig) -> Listing:
     """One folder a class, or train/, val/, test/ with such folders inside; any format that Pillow reads."""
-    import ray.data
+    import pyarrow as pa
 
     filesystem, root = open_uri(config.root or "", "data.root")
     listed = _list_images(filesystem, root, config)
@@ -37,36 +39,37 @@ def image_folder(config: DataConfig) -> DataBundle:
         by_split = {"train": [(f"{name}/{rest}", name) for name, files in listed.items() for rest, _ in files]}
         class_names = sorted(listed)
     numbers = {name: number for number, name in enumerate(class_names)}
-    paths = {name: [path for path, _ in sorted(files)] for name, files in by_split.items()}
-    labels = {name: np.array([numbers[c] for _, c in sorted(files)], np.int64) for name, files in by_split.items()}
-    prefixes = {name: f"{root}/{_folder_of(listed, name)}" if own_splits else root for name in by_split}
-    items = split_items(config, labels)
-
-    def rows_of(split: str, positions: Int64s) -> Any:
-        origin = items[split][0]
-        table = {
-            "sample": positions,
-            "label": labels[origin][positions],
-            "path": [f"{prefixes[origin]}/{paths[origin][position]}" for position in positions],
-        }
-        import pyarrow as pa
-
-        return ray.data.from_arrow(pa.table(table)).repartition(max(1, min(len(positions) // 64, 256)))
-
-    def read(batch: dict[str, Any]) -> Iterator[Row]:
-        for sample, label, path in zip(batch["sample"], batch["label"], batch["path"], strict=True):
-            yield int(sample), int(label), str(path), _reader(filesystem, str(path))
-
-    raw = {split: rows_of(split, positions) for split, (_, positions) in items.items()}
-    return decoded_bundle(config, raw, read, class_names, batch_size=64)
+    labels: dict[str, Int64s] = {}
+    readers: dict[str, Reader] = {}
+    for split, files in by_split.items():
+        files.sort()
+        labels[split] = np.array([numbers[label] for _, label in files], np.int64)
+        folder = f"{root}/{_folder_of(listed, split)}" if own_splits else root
+        readers[split] = FileReader(
+            filesystem, folder, Shared(pa.array([path for path, _ in files], pa.large_string()))
+        )
+    return Listing(class_names, labels, readers)
 
 
-def _reader(filesystem: FileSystem, path: str) -> Callable[[], bytes]:
-    def read() -> bytes:
-        with filesystem.open_input_file(path) as file:
-            return bytes(file.read())
+@dataclass(frozen=True)
+class FileReader:
+    """Reads files one by one. Item i is the file `paths[i]` below `folder`."""
 
-    return read
+    filesystem: FileSystem
+    folder: str
+    paths: Shared[Any]
+
+    def __call__(self, items: Int64s) -> Iterator[Raw]:
+        """Yield where each file is, and how to read it."""
+        for path in self.paths.get().take(items).to_pylist():
+            yield f"{self.folder}/{path}", functools.partial(self._read, f"{self.folder}/{path}")
+
+    def _read(self, path: str) -> bytes:
+        def read() -> bytes:
+            with self.filesystem.open_input_file(path) as file:
+                return bytes(file.read())
+
+        return retried(read)
 
 
 def _inside_splits(listed: dict[str, list[tuple[str, str]]], config: DataConfig) -> dict[str, list[tuple[str, str]]]:

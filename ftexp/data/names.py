@@ -10,7 +10,13 @@ SOURCE_FIELDS: dict[str, tuple[str, ...]] = {
     "digits": (),
     "cifar10": ("root", "download"),
     "cifar100": ("root", "download"),
-    "image_folder": ("root", "on_bad_sample"),
-    "parquet": ("root", "on_bad_sample", "image_column", "label_column"),
+    "image_folder": ("root", "on_bad_sample", "decode_cpus"),
+    "parquet": ("root", "on_bad_sample", "decode_cpus", "shuffle_window", "image_column", "label_column"),
     "synthetic": ("num_samples",),
+    "webdataset": ("root", "on_bad_sample", "decode_cpus", "shuffle_window"),
 }
+
+
+def can_stream(name: str) -> bool:
+    """Whether a source may be too large for memory; sources of the user's own may."""
+    return "decode_cpus" in SOURCE_FIELDS.get(name, ("decode_cpus",))

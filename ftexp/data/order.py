@@ -4,12 +4,17 @@ Position p of a run over `num_samples` samples belongs to epoch `p // num_sample
 sample once, in an order drawn from (seed, epoch) by a Feistel network, evaluated at any position at the same
 cost and without a permutation in memory (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002:
 cycle-walking). Nothing here knows the number of workers.
+
+Where samples can only be read in blocks (row groups, stretches of a tar file), `WindowOrder` shuffles the blocks,
+and then the rows within a few blocks at a time. Every sample still comes once an epoch, but rows that lie in one
+block come near one another: where a file is sorted by class, so is a batch, in part.
 """
 
 from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +22,7 @@ import numpy.typing as npt
 Int64s = npt.NDArray[np.int64]
 UInt64s = npt.NDArray[np.uint64]
 
+_STREAM = 1  # of the run's seed, apart from those of ftexp.job
 _NUM_ROUNDS = 8
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
@@ -49,6 +55,14 @@ def uniforms(seed: int, positions: Int64s, draw: int) -> npt.NDArray[np.float64]
     return (mix(mix(counters)) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
+class AnyOrder(Protocol):
+    """A sequence of samples: position -> sample."""
+
+    def samples(self, positions: Int64s) -> Int64s:
+        """The sample at each position; `positions` is any shape of non-negative integers."""
+        ...
+
+
 @dataclass(frozen=True)
 class Order:
     """The sequence of samples of a run: position -> (epoch, sample), `0 <= sample < num_samples`."""
@@ -59,32 +73,88 @@ class Order:
     def __post_init__(self) -> None:
         assert self.num_samples > 0, "sources refuse an empty split"
 
-    def epoch_of(self, position: int) -> int:
-        """The epoch that `position` belongs to."""
-        return position // self.num_samples
-
     def samples(self, positions: Int64s) -> Int64s:
         """The sample at each position; `positions` is any shape of non-negative integers."""
         epochs, offsets = np.divmod(np.asarray(positions, np.int64), self.num_samples)
         samples = np.empty_like(offsets)
         for epoch in np.unique(epochs):
             here = epochs == epoch
-            samples[here] = self._permute(offsets[here], int(epoch))
+            samples[here] = permute(offsets[here], self.num_samples, _round_keys(self.seed, int(epoch)))
         return samples
 
-    def _permute(self, offsets: Int64s, epoch: int) -> Int64s:
-        num_bits = max(2, (self.num_samples - 1).bit_length())
-        keys = _round_keys(self.seed, epoch)
-        values = _feistel(offsets.astype(np.uint64), num_bits, keys)
-        # the network permutes a domain of up to twice num_samples: walk on until inside
-        while (outside := np.flatnonzero(values >= np.uint64(self.num_samples))).size:
-            values[outside] = _feistel(values[outside], num_bits, keys)
-        return values.astype(np.int64)
+
+class _Epoch(NamedTuple):
+    """How one epoch goes through the blocks. Blocks are in this epoch's order."""
+
+    first_samples: Int64s  # of each block
+    block_ends: Int64s  # offset in the epoch at which each block would end if its window weren't shuffled
+    window_ends: Int64s
+
+
+class WindowOrder:
+    """Blocks of samples in a new order each epoch, and the rows of `window` blocks at a time among themselves.
+
+    Block b holds the next `block_sizes[b]` samples. Costs one look at all block sizes an epoch.
+    """
+
+    def __init__(self, seed: int, block_sizes: Int64s, window: int) -> None:
+        self.num_samples = int(block_sizes.sum())
+        assert self.num_samples > 0, "sources refuse an empty split"
+        self._seed, self._sizes, self._window = seed, block_sizes, window
+        self._first_samples = np.cumsum(block_sizes) - block_sizes
+        self._epochs: dict[int, _Epoch] = {}  # the last two
+
+    def samples(self, positions: Int64s) -> Int64s:
+        """The sample at each position; `positions` is any shape of non-negative integers."""
+        epochs, offsets = np.divmod(np.asarray(positions, np.int64), self.num_samples)
+        samples = np.empty_like(offsets)
+        for number in np.unique(epochs):
+            epoch = self._epoch(int(number))
+            windows = np.searchsorted(epoch.window_ends, offsets, side="right")
+            for window in np.unique(windows[epochs == number]):
+                here = (epochs == number) & (windows == window)
+                start = int(epoch.window_ends[window - 1]) if window else 0
+                size = int(epoch.window_ends[window]) - start
+                keys = _round_keys(self._seed, int(number), 1 + int(window))
+                shuffled = start + permute(offsets[here] - start, size, keys)
+                block = np.searchsorted(epoch.block_ends, shuffled, side="right")
+                row = shuffled - np.where(block > 0, epoch.block_ends[block - 1], 0)
+                samples[here] = epoch.first_samples[block] + row
+        return samples
+
+    def _epoch(self, number: int) -> _Epoch:
+        if number not in self._epochs:
+            count = len(self._sizes)
+            blocks = permute(np.arange(count), count, _round_keys(self._seed, number))
+            ends = np.cumsum(self._sizes[blocks])
+            last = np.minimum(np.arange(self._window, count + self._window, self._window), count) - 1
+            self._epochs = {n: e for n, e in self._epochs.items() if n == number - 1}
+            self._epochs[number] = _Epoch(self._first_samples[blocks], ends, ends[last])
+        return self._epochs[number]
+
+
+def run_order(seed: int, num_samples: int, window: int | None, block_sizes: Int64s | None) -> AnyOrder:
+    """The order of a run with this seed; `window` is data.shuffle_window, in blocks of `block_sizes` samples."""
+    seed = derive_seed(seed, _STREAM)
+    if window is None:
+        return Order(seed, num_samples)
+    assert block_sizes is not None, "data.shuffle_window is refused for other sources"
+    return WindowOrder(seed, block_sizes, window)
+
+
+def permute(offsets: Int64s, size: int, keys: tuple[np.uint64, ...]) -> Int64s:
+    """Where a permutation of [0, size), chosen by `keys`, takes each of `offsets`."""
+    num_bits = max(2, (size - 1).bit_length())
+    values = _feistel(offsets.astype(np.uint64), num_bits, keys)
+    # the network permutes a domain of up to twice the size: walk on until inside
+    while (outside := np.flatnonzero(values >= np.uint64(size))).size:
+        values[outside] = _feistel(values[outside], num_bits, keys)
+    return values.astype(np.int64)
 
 
 @functools.lru_cache(maxsize=64)
-def _round_keys(seed: int, epoch: int) -> tuple[np.uint64, ...]:
-    return tuple(np.uint64(derive_seed(seed, epoch, number)) for number in range(_NUM_ROUNDS))
+def _round_keys(seed: int, *stream: int) -> tuple[np.uint64, ...]:
+    return tuple(np.uint64(derive_seed(seed, *stream, number)) for number in range(_NUM_ROUNDS))
 
 
 def _feistel(values: UInt64s, num_bits: int, keys: tuple[np.uint64, ...]) -> UInt64s:

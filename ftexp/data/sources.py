@@ -1,4 +1,5 @@
-"""What there is to train on. A source turns `DataConfig` into a `DataBundle` of Ray Datasets, on the driver.
+"""What there is to train on. A source turns `DataConfig` into a `DataBundle` of Ray Datasets, on the driver,
+or into a `Listing` of files that are too many to decode at once.
 
 Add one with `@sources.register("name")` in a module named under `plugins`; it may read `config.kwargs`, and
 `bundle_from_arrays` does the rest for data that fits in memory. Ray must be running when one is called.
@@ -8,30 +9,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ftexp.config import DataConfig
 from ftexp.data.order import Int64s, derive_seed
-from ftexp.data.splits import SPLITS, DataBundle, DataInfo, require_samples, stratified_split
+from ftexp.data.splits import SPLITS, DataBundle, DataInfo, stratified_split
 from ftexp.errors import DataError
 from ftexp.registry import Registry
 
+if TYPE_CHECKING:
+    from ftexp.data.listing import Listing
+
 UInt8s = npt.NDArray[np.uint8]
-Source = Callable[[DataConfig], DataBundle]
+Source = Callable[[DataConfig], "DataBundle | Listing"]  # all in memory; or files, which ftexp.data.build reads
 
 sources: Registry[Source] = Registry("data.name")
 
 _BLOCK_BYTES = 64 * 2**20  # Ray Data's blocks are best at 1 to 128 MiB
-
-
-def build_data(config: DataConfig) -> DataBundle:
-    """Read the data named by `config.name`; DataError if that can't be done."""
-    bundle = sources.get(config.name)(config)
-    require_samples(bundle.info.num_samples, config.name)
-    return bundle
 
 
 def bundle_from_arrays(

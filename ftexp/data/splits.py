@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ftexp.data.order import Int64s
-from ftexp.errors import DataError
 
 if TYPE_CHECKING:
     from ray.data import Dataset
+
+    from ftexp.data.listing import IndexedSplit
 
 SPLITS = ("train", "val", "test")
 
@@ -45,14 +46,20 @@ class DataInfo:
 
 @dataclass(frozen=True)
 class DataBundle:
-    """A source's result. Each split is a materialised Ray Dataset with the columns
+    """What a run trains on: every split cached, or every split streamed.
 
+    A cached split is a materialised Ray Dataset with the columns
     image: uint8 [image_size, image_size, channels]; label: int64 in [0, num_classes);
     sample: int64, distinct in the split. Others are ignored. Sorted by `sample`, row i is sample i of `Order`.
     """
 
     datasets: dict[str, Dataset]
     info: DataInfo
+    streams: dict[str, IndexedSplit] = field(default_factory=dict)
+    blocks: Int64s | None = None  # samples of train in each block, in order, for data.shuffle_window
+    feed: str = "cached"
+    why: str = ""  # this feed
+    decode_cpus: int = 0  # of the cluster, for streams
 
 
 def stratified_split(labels: Int64s, fractions: Sequence[float], seed: int) -> list[Int64s]:
@@ -76,9 +83,3 @@ def stratified_split(labels: Int64s, fractions: Sequence[float], seed: int) -> l
         for part, (start, stop) in enumerate(zip([0, *cuts], [*cuts, len(members)], strict=True)):
             parts[(part + 1) % len(parts)].append(members[start:stop])
     return [np.sort(np.concatenate(part)) if part else np.empty(0, np.int64) for part in parts]
-
-
-def require_samples(sizes: dict[str, int], name: str) -> None:
-    """Raise DataError if the training split is empty."""
-    if not sizes.get("train"):
-        raise DataError(f"data.name={name}: the training split has no samples; check data.root and the fractions")

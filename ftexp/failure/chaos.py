@@ -17,7 +17,7 @@ import numpy as np
 
 from ftexp import ray_private
 from ftexp.checkpoint.store import FILES, MANIFEST, CheckpointStore, Manifest
-from ftexp.config import DAMAGES, ChaosConfig
+from ftexp.config import DAMAGES, ChaosConfig, fault_fields
 from ftexp.data.order import derive_seed, uniforms
 from ftexp.storage import Storage, Writer
 
@@ -49,7 +49,7 @@ def planned_faults(config: ChaosConfig, total_steps: int) -> list[Fault]:
     """Every fault of a run of `total_steps`, by step: a pure function, the same on every rank and in every attempt."""
     if config.kind == "random":
         return _random_faults(config, total_steps)
-    listed = [_as_dict(fault) for fault in config.faults]
+    listed = [fault_fields(fault) for fault in config.faults]
     if config.kind != "none":
         listed.insert(0, {"kind": config.kind, "step": config.step})
     faults = []
@@ -59,10 +59,6 @@ def planned_faults(config: ChaosConfig, total_steps: int) -> list[Fault]:
         own = {name: fault.get(name, getattr(config, name)) for name in ("rank", "count", "seconds")}
         faults.append(Fault(f"{number:02d}-{fault['kind']}", fault["kind"], step, **own))
     return sorted(faults, key=lambda fault: fault.step)
-
-
-def _as_dict(fault: Any) -> dict[str, Any]:
-    return {"kind": fault} if isinstance(fault, str) else dict(fault)
 
 
 def _random_faults(config: ChaosConfig, total_steps: int) -> list[Fault]:

@@ -16,11 +16,13 @@ if TYPE_CHECKING:
     from ftexp.job import Job
 
 
-def put_back(job: Job, before: list[Tensor]) -> None:
-    """Undo a step whose gradient is not finite.
+def before_step(job: Job) -> list[Tensor]:
+    """What `put_back` needs: the meter's sums, and the model's buffers, which batch norm changes in a forward pass."""
+    return [job.progress.train.taken(), *(buffer.clone() for buffer in job.model.buffers())]
 
-    before: the meter's sums, and the model's buffers, in which batch norm may have taken up the NaN.
-    """
+
+def put_back(job: Job, before: list[Tensor]) -> None:
+    """Undo a step whose gradient shall not be applied."""
     job.optimizer.zero_grad(set_to_none=True)
     job.progress.train.put_back(before[0])
     for buffer, value in zip(job.model.buffers(), before[1:], strict=True):

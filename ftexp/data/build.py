@@ -1,0 +1,89 @@
+"""What a run trains on, and by which feed: cached in memory if it fits, streamed if not."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import ray
+
+import ftexp.data.files
+import ftexp.data.parquet
+import ftexp.data.webdataset  # noqa: F401 - these register what is built in
+from ftexp.config import AUTO, DataConfig
+from ftexp.data.blocks import BlockReader
+from ftexp.data.decoding import decoded_bundle, refuse_bad
+from ftexp.data.listing import Listing, Reader
+from ftexp.data.sources import make_info, sources
+from ftexp.data.splits import DataBundle
+from ftexp.errors import DataError
+
+_SHARE = 0.5  # of the object store that a cached data set may take
+
+
+def build_data(config: DataConfig) -> DataBundle:
+    """Read the data named by `config.name`; DataError if that can't be done. Ray must be running."""
+    found = sources.get(config.name)(config)
+    if isinstance(found, Listing):
+        bundle = _from_files(config, found)
+    elif config.feed == "streaming":
+        raise DataError(
+            f"data.feed=streaming, but data.name={config.name} is in memory as a whole: take data.feed=cached"
+        )
+    else:
+        bundle = dataclasses.replace(found, why=f"data.name={config.name} is in memory as a whole")
+    if not bundle.info.num_samples.get("train"):
+        raise DataError(
+            f"data.name={config.name}: the training split has no samples; check data.root and the fractions"
+        )
+    return bundle
+
+
+def _from_files(config: DataConfig, listing: Listing) -> DataBundle:
+    num_samples = sum(len(labels) for labels in listing.labels.values())
+    needed, there = num_samples * config.image_size**2 * config.channels, _object_store_bytes()
+    sizes = f"decoded it takes {_size(needed)}, and a node's object store has {_size(there)}"
+    if config.feed != AUTO:
+        feed, why = config.feed, f"as data.feed says; {sizes}"
+    else:
+        feed, why = ("cached" if needed <= _SHARE * there else "streaming"), sizes
+    bundle = decoded_bundle(config, listing) if feed == "cached" else _streamed(config, listing, sizes)
+    return dataclasses.replace(bundle, feed=feed, why=why)
+
+
+def _streamed(config: DataConfig, listing: Listing, sizes: str) -> DataBundle:
+    refuse_bad(config, listing.bad)
+    splits = listing.splits(config, _stream_readers(config, listing, sizes))
+    info = make_info(
+        config,
+        listing.class_names,
+        {name: split.num_samples for name, split in splits.items()},
+        bad_samples=listing.bad,
+    )
+    return DataBundle({}, info, splits, splits["train"].block_sizes)
+
+
+def _stream_readers(config: DataConfig, listing: Listing, sizes: str) -> dict[str, Reader]:
+    """How samples are read in the order of `data.shuffle_window`."""
+    if config.shuffle_window is None:
+        if listing.block_sizes and not listing.single_readers:
+            raise DataError(
+                f"data.shuffle_window is not set, and streaming shuffled single rows of data.name={config.name} would "
+                "read a whole row group for each: set data.shuffle_window=8, say, to shuffle row groups, and rows "
+                f"within 8 of them at a time; or take data.feed=cached ({sizes})"
+            )
+        return listing.single_readers or listing.readers
+    readers: dict[str, Reader] = {}
+    for split, reader in listing.readers.items():
+        assert isinstance(reader, BlockReader), "data.shuffle_window is refused for other sources"
+        readers[split] = reader.with_cache(config.shuffle_window)
+    return readers
+
+
+def _object_store_bytes() -> float:
+    """Of the node that has least: every node that trains holds the whole of a cached data set."""
+    nodes = [node["Resources"].get("object_store_memory", 0.0) for node in ray.nodes() if node["Alive"]]
+    return float(min(nodes))
+
+
+def _size(num_bytes: float) -> str:
+    return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.0f} MiB"

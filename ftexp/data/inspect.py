@@ -1,0 +1,262 @@
+"""What a data set holds, and what the model will see of it: counts, pixels, bad samples, a contact sheet.
+
+Tasks that measure decoding import this module, so nothing at its top imports torch.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import ray
+from PIL import Image, ImageDraw, ImageFont
+
+from ftexp.config import Config, DataConfig
+from ftexp.data.decoding import as_image
+from ftexp.data.listing import IndexedSplit, Listing
+from ftexp.data.names import can_stream
+from ftexp.data.order import Int64s, run_order
+from ftexp.data.sources import UInt8s, sources
+from ftexp.data.splits import SPLITS, BadSample, DataBundle, DataInfo
+from ftexp.errors import DataError
+
+if TYPE_CHECKING:
+    from ftexp.data.feeds import Rows, Taken
+    from ftexp.data.order import AnyOrder
+
+MOST_READ = 20_000  # samples of train; and of val and test together, which are read for their bad samples only
+SHOWN = 64  # samples of the contact sheet
+
+_READ_BYTES = 32 * 2**20  # of a batch while reading
+_RATE_SECONDS, _RATE_SAMPLES = 2.0, 1024  # that one CPU decodes at most, to measure its rate
+
+_COLUMNS, _GAP, _MARGIN = 8, 8, 16
+_LEAST_TILE, _MOST_TILE = 64, 256  # pixels
+_PAPER, _INK, _FAINT, _EMPTY = "#ffffff", "#1a1a1a", "#6b6b6b", "#e4e4e4"
+
+
+@dataclass
+class Pixels:
+    """How often each value from 0 to 255 occurs, by channel: exact, whatever their number."""
+
+    counts: npt.NDArray[np.int64]  # [channels, 256]
+
+    @classmethod
+    def of(cls, channels: int) -> Pixels:
+        """Nothing counted yet."""
+        return cls(np.zeros((channels, 256), np.int64))
+
+    def add(self, images: UInt8s) -> None:
+        """Count a batch, [rows, height, width, channels]."""
+        if len(images):
+            # Pillow counts many times as fast as numpy; to it the batch is one tall image
+            tall = images.reshape(-1, *images.shape[2:])
+            values = Image.fromarray(tall[..., 0] if tall.shape[2] == 1 else tall).histogram()
+            self.counts += np.reshape(values, self.counts.shape)
+
+    def mean_std(self) -> tuple[list[float], list[float]]:
+        """Per channel, of pixels scaled to 0..1; the std is numpy's, of all there are."""
+        values, numbers = np.arange(256) / 255, self.counts.sum(axis=1)
+        mean = self.counts @ values / numbers
+        variance = np.array([counts @ (values - center) ** 2 for counts, center in zip(self.counts, mean, strict=True)])
+        return mean.tolist(), np.sqrt(variance / numbers).tolist()
+
+
+@dataclass
+class Found:
+    """What there is to tell of a data set."""
+
+    labels: dict[str, Int64s]  # of each sample, by split
+    pixels: Pixels  # of the training samples that were read
+    num_read: int  # training samples, bad ones included
+    others_read: bool  # whether what is bad in val and test is known
+    bad: list[BadSample]
+    images: (
+        UInt8s  # the first positions of epoch 0 as the model gets them, back in 0..255; [rows, size, size, channels]
+    )
+    names: list[str | None]  # their classes; None: a sample that can't be read
+    rate: Rate | None  # None: nothing is decoded
+
+
+@dataclass(frozen=True)
+class Rate:
+    """How fast samples decode."""
+
+    images_per_s: float
+    num_images: int  # that this was measured on
+    num_cpus: int
+
+
+@dataclass
+class _Bad:
+    """Bad samples, each told once."""
+
+    samples: dict[str, BadSample] = field(default_factory=dict)
+
+    def __call__(self, samples: list[BadSample]) -> None:
+        for sample in samples:
+            self.samples.setdefault(sample.where, sample)
+
+
+def look(config: Config, bundle: DataBundle, num_cpus: int) -> Found:
+    """Read what there is to read; `config.data` must skip bad samples. DataError if no training sample can be read."""
+    from ftexp.data.stream import bundle_rows
+
+    bad = _Bad()
+    bad(bundle.info.bad_samples)
+    rows = bundle_rows(bundle, "train", num_cpus, bad)
+    order = run_order(config.seed, len(rows), config.data.shuffle_window, bundle.blocks)
+    pixels, num_read, first = _read_train(rows, order, bundle.info)
+    others_read = not bundle.streams
+    if bundle.streams and sum(len(bundle.streams[split]) for split in ("val", "test")) <= MOST_READ:
+        others_read = True
+        for split in ("val", "test"):
+            others = bundle_rows(bundle, split, num_cpus, bad)
+            for _ in _taken(others, np.arange(len(others)), bundle.info):
+                pass
+    if not pixels.counts.any():
+        one = next(iter(bad.samples.values()))
+        raise DataError(f"of {num_read:,} training samples not one can be read; the first: {one.where}: {one.reason}")
+    readable = np.ones(len(first.labels), bool) if first.readable is None else first.readable
+    names = [
+        bundle.info.class_names[label] if good else None for label, good in zip(first.labels, readable, strict=True)
+    ]
+    return Found(
+        labels={split: _labels(bundle, split) for split in SPLITS},
+        pixels=pixels,
+        num_read=num_read,
+        others_read=others_read,
+        bad=list(bad.samples.values()),
+        images=as_the_model_sees(config, bundle.info, first.images),
+        names=names,
+        rate=_rate(config.data, bundle, num_cpus),
+    )
+
+
+def _read_train(rows: Rows, order: AnyOrder, info: DataInfo) -> tuple[Pixels, int, Taken]:
+    """Pixels of the samples at the first positions of epoch 0, how many were read, and the first few themselves."""
+    from ftexp.data.feeds import Taken
+
+    pixels, num_read = Pixels.of(info.channels), min(len(rows), MOST_READ)
+    first: list[tuple[UInt8s, Int64s, npt.NDArray[np.bool_]]] = []
+    for taken in _taken(rows, order.samples(np.arange(num_read)), info):
+        good = np.ones(len(taken.labels), bool) if taken.readable is None else taken.readable
+        pixels.add(taken.images[good])
+        if sum(len(labels) for _, labels, _ in first) < SHOWN:
+            first.append((taken.images, taken.labels, good))
+    return pixels, num_read, Taken(*(np.concatenate(parts)[:SHOWN] for parts in zip(*first, strict=True)))
+
+
+def _taken(rows: Rows, samples: Int64s, info: DataInfo) -> Iterator[Taken]:
+    """The rows of `samples`, in order and in batches."""
+    from ftexp.data.feeds import read
+
+    size = max(1, min(256, _READ_BYTES // (info.image_size**2 * info.channels)))
+    batches = [samples[start : start + size] for start in range(0, len(samples), size)]
+    yield from read(rows, batches)
+
+
+def _labels(bundle: DataBundle, split: str) -> Int64s:
+    if bundle.streams:
+        return bundle.streams[split].table.get()[1]
+    rows = bundle.datasets[split].iterator()
+    blocks = rows.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0)
+    return np.concatenate([np.empty(0, np.int64), *(block["label"] for block in blocks)])
+
+
+def as_the_model_sees(config: Config, info: DataInfo, images: UInt8s) -> UInt8s:
+    """The samples at positions 0, 1, ... augmented and normalised as in training, and de-normalised again."""
+    import torch
+
+    from ftexp.data.augment import Augment
+    from ftexp.data.feeds import ToTensors
+
+    to_tensors = ToTensors(info, torch.device("cpu"), config.train.channels_last)
+    seen = to_tensors(images, Augment(config.augment, config.seed), np.arange(len(images)))
+    mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (info.mean, info.std))
+    pixels: UInt8s = (seen * std + mean).clamp(0, 1).mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    return pixels
+
+
+def _rate(config: DataConfig, bundle: DataBundle, num_cpus: int) -> Rate | None:
+    """Decode training samples on every CPU for some seconds; None for a source that has nothing to decode."""
+    if bundle.streams:
+        split = bundle.streams["train"]
+    else:
+        # a cached split no longer says how it was read, so it is listed again
+        found = sources.get(config.name)(config) if can_stream(config.name) else None
+        if not isinstance(found, Listing):
+            return None
+        split = found.splits(config, found.readers)["train"]
+    parts = [part[:_RATE_SAMPLES] for part in np.array_split(np.arange(len(split)), num_cpus) if len(part)]
+    task = ray.remote(num_cpus=1)(_decode_for)
+    decoded = ray.get([task.remote(split, config.image_size, config.channels, part) for part in parts])
+    speed = sum(count / seconds for count, seconds in decoded if count)
+    return Rate(speed, sum(count for count, _ in decoded), len(parts))
+
+
+def _decode_for(split: IndexedSplit, size: int, channels: int, samples: Int64s) -> tuple[int, float]:
+    """Decode for some seconds at most; returns how many images, and in how many seconds."""
+    items, _ = split.table.get()
+    for part in (samples[:1], samples):  # the first call also imports, and opens files
+        began, count = time.perf_counter(), 0
+        for _, get in split.read(items[part]):
+            try:
+                as_image(get(), size, channels)
+            except Exception:  # whatever a codec raises; reading the splits has named it
+                continue
+            count += 1
+            if time.perf_counter() - began > _RATE_SECONDS:
+                break
+    return count, time.perf_counter() - began
+
+
+def contact_sheet(images: UInt8s, names: Sequence[str | None], title: str, subtitle: str) -> Image.Image:
+    """Tiles with their class names below, in rows of eight; None for a name: a sample that can't be read."""
+    tile, scaled = _scaling(images.shape[1])
+    font_size = min(18, max(12, tile // 10))
+    font, title_font = ImageFont.load_default(font_size), ImageFont.load_default(font_size + 4)
+    line = round(font_size * 1.4)
+    top = _MARGIN + round(2.4 * line) + _GAP
+    step_x, step_y = tile + _GAP, tile + line + _GAP
+    width = 2 * _MARGIN + _COLUMNS * step_x - _GAP
+    sheet = Image.new("RGB", (width, top + -(-len(images) // _COLUMNS) * step_y - _GAP + _MARGIN), _PAPER)
+    draw = ImageDraw.Draw(sheet)
+    room = width - 2 * _MARGIN
+    draw.text((_MARGIN, _MARGIN), _cut(title, room, title_font), _INK, title_font)
+    draw.text((_MARGIN, _MARGIN + round(1.4 * line)), _cut(subtitle, room, font), _FAINT, font)
+    for number, (pixels, name) in enumerate(zip(images, names, strict=True)):
+        row, column = divmod(number, _COLUMNS)
+        x, y = _MARGIN + column * step_x, top + row * step_y
+        draw.rectangle((x - 1, y - 1, x + tile, y + tile), _EMPTY)  # its edge stays, around images on white
+        if name is not None:
+            sheet.paste(scaled(_picture(pixels)), (x, y))
+        text = _cut("unreadable" if name is None else name, tile, font)
+        draw.text((x + tile / 2, y + tile + 2), text, _FAINT if name is None else _INK, font, anchor="ma")
+    return sheet
+
+
+def _scaling(size: int) -> tuple[int, Callable[[Image.Image], Image.Image]]:
+    """The pixels of a tile, and how a picture of `size` pixels comes to it: whole pixels repeated if it is tiny."""
+    tile = size * -(-_LEAST_TILE // size)
+    if tile > _MOST_TILE:
+        return _MOST_TILE, lambda picture: picture.resize((_MOST_TILE, _MOST_TILE), Image.Resampling.LANCZOS)
+    return tile, lambda picture: picture.resize((tile, tile), Image.Resampling.NEAREST)
+
+
+def _picture(pixels: UInt8s) -> Image.Image:
+    """One, three or more channels as a colour picture; a second or fourth channel, Pillow's alpha, isn't shown."""
+    return Image.fromarray(pixels[..., 0] if pixels.shape[2] in (1, 2) else pixels[..., :3]).convert("RGB")
+
+
+def _cut(text: str, room: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    """As much of `text` as fits into `room` pixels."""
+    if font.getlength(text) <= room:
+        return text
+    while text and font.getlength(f"{text}…") > room:
+        text = text[:-1]
+    return f"{text}…"

@@ -1,0 +1,122 @@
+"""What sources of files give: samples that can be read by number, on any node and in any order.
+
+A `Listing` is what was found; an `IndexedSplit` is one split of it, ready to be sent to the tasks that decode.
+Items are numbered as they were listed, samples as they are in their split.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Generic, Protocol, TypeVar
+
+import numpy as np
+import ray
+
+from ftexp.config import DataConfig
+from ftexp.data.order import Int64s
+from ftexp.data.splits import SPLITS, BadSample, stratified_split
+
+T = TypeVar("T")
+
+_RETRY_AFTER_S = (0.2, 1.0, 3.0)  # a store that fails is asked again
+
+
+class Shared(Generic[T]):
+    """A value that many tasks read: once in the object store, and read there in place."""
+
+    def __init__(self, value: T) -> None:
+        self._ref = ray.put(value)
+        self._here: T | None = None  # once it was got; asked for again for every row
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_here": None}
+
+    def get(self) -> T:
+        """The value; arrays in it can't be written to."""
+        if self._here is None:
+            self._here = ray.get(self._ref)
+        return self._here
+
+
+Raw = tuple[str, Callable[[], Any]]  # where an image is, and how to get it: encoded, or as an array
+
+
+class Reader(Protocol):
+    """Reads items of one listed split; pickled into every decoding task."""
+
+    def __call__(self, items: Int64s) -> Iterator[Raw]:
+        """Yield an entry for each item, in this order. What can't be read raises where it is got, not here."""
+        ...
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What a source of files found, by listed split: train, and val and test if the source has them."""
+
+    class_names: list[str]
+    labels: dict[str, Int64s]  # of each item
+    readers: dict[str, Reader]
+    # items that `readers` read together, in stretches of this many; none: each by itself
+    block_sizes: dict[str, Int64s] = field(default_factory=dict)
+    single_readers: dict[str, Reader] = field(default_factory=dict)  # that read each by itself, where it is possible
+    bad: list[BadSample] = field(default_factory=list)  # found unreadable while listing
+
+    def splits(self, config: DataConfig, readers: dict[str, Reader]) -> dict[str, IndexedSplit]:
+        """Every split, read by `readers`; what the source has no split for is cut off from train as `config` says."""
+        missing = [name for name in ("val", "test") if name not in self.labels]
+        fractions = [getattr(config, f"{name}_fraction") for name in missing]
+        rest, *cut = stratified_split(self.labels["train"], fractions, config.split_seed)
+        chosen = {name: (name, np.arange(len(labels))) for name, labels in self.labels.items() if name != "train"}
+        chosen |= {name: ("train", part) for name, part in zip(missing, cut, strict=True)}
+        chosen["train"] = ("train", rest)
+        splits = {}
+        for name in SPLITS:
+            listed, items = chosen[name]
+            blocks = self.block_sizes.get(listed)
+            sizes = (
+                None if blocks is None else np.diff(np.searchsorted(items, np.concatenate([[0], np.cumsum(blocks)])))
+            )
+            table = Shared((items, self.labels[listed][items]))
+            splits[name] = IndexedSplit(len(items), readers[listed], table, sizes)
+        return splits
+
+
+@dataclass(frozen=True)
+class IndexedSplit:
+    """One split's samples, 0 to num_samples - 1, as tasks read them."""
+
+    num_samples: int
+    read: Reader
+    table: Shared[tuple[Int64s, Int64s]]  # of each sample: its item, its label
+    block_sizes: Int64s | None  # samples of each block, in order; None: no blocks
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+
+def retried(get: Callable[[], T]) -> T:
+    """Get again what a store failed to give, for some seconds; what isn't there fails at once.
+
+    Raises:
+        FileNotFoundError: it was listed, and is gone now.
+        OSError: of the last try.
+    """
+    for delay_s in _RETRY_AFTER_S:
+        try:
+            return get()
+        except FileNotFoundError:
+            raise
+        except OSError:
+            time.sleep(delay_s)
+    return get()
+
+
+def raiser(error: Exception) -> Callable[[], Any]:
+    """A way to get an image that can't be got."""
+
+    def get() -> Any:
+        raise error
+
+    return get

@@ -1,0 +1,180 @@
+"""Rows that are decoded while the run trains, by a Ray Data pipeline that this rank drives over its own samples.
+
+Each rank's pipeline decodes the samples that the rank will ask for, in that order, on any node's CPUs. Nothing is
+handed out to ranks, so nothing can reach the wrong one or come in another order; a pipeline begins anywhere at the same
+cost; and a rank that goes back to an earlier position begins a new one, in the same process.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import numpy as np
+
+from ftexp.data.decoding import bad_sample, decoding
+from ftexp.data.feeds import CachedRows, Rows, Take, Taken
+from ftexp.data.listing import IndexedSplit
+from ftexp.data.order import Int64s
+from ftexp.data.splits import BadSample, DataBundle, DataInfo
+
+_UNIT_ROWS, _UNIT_BYTES = 256, 32 * 2**20  # of what one task decodes at most; a smaller task costs more than it does
+_FIRST_ROWS = 32  # of the first task, so that the first batch comes soon; then twice as many each time
+_SPAN_UNITS = 128  # of one Ray Dataset: its plan is made in advance, and a run's would have millions
+_OVERLAP_UNITS = 8  # left of one span when the next begins
+
+_ROW_EXTRA_BYTES = 64  # label, sample number and error
+_SLOW_S = 20.0
+
+T = TypeVar("T")
+Block = dict[str, Any]  # columns of ftexp.data.decoding.Decode
+
+
+class StreamedRows:
+    """A split's rows, decoded on the way. Every pass over them is a pipeline of its own."""
+
+    def __init__(
+        self,
+        split: IndexedSplit,
+        info: DataInfo,
+        num_tasks: int,
+        on_bad: Callable[[list[BadSample]], None],
+        on_slow: Callable[[float], None],
+    ) -> None:
+        """`num_tasks` decode at a time, on a CPU each.
+
+        `on_bad` is told what can't be read, and ends the pass by raising; `on_slow` is told of every so many seconds
+        in which nothing was decoded.
+        """
+        self._split, self._info, self._num_tasks = split, info, num_tasks
+        self._on_bad, self._on_slow = on_bad, on_slow
+        self._row_bytes = info.image_size**2 * info.channels + _ROW_EXTRA_BYTES
+
+    def __len__(self) -> int:
+        return self._split.num_samples
+
+    @contextmanager
+    def open(self, requests: Iterator[Int64s]) -> Iterator[Take]:
+        """Begin to decode; ends the pipeline when it is left."""
+        rows = max(16, min(_UNIT_ROWS, _UNIT_BYTES // self._row_bytes))
+        blocks = chained(spans(units(requests, rows)), self._start, self._on_slow)
+        try:
+            yield _Window(blocks, self._on_bad).take
+        finally:
+            blocks.close()
+
+    def _start(self, span: list[Int64s]) -> Iterator[Block]:
+        num_tasks = self._num_tasks + 1  # one waits, so that no CPU does
+        dataset = decoding(self._split, self._info, span, num_tasks)
+        context = dataset.context
+        options = context.execution_options
+        options.preserve_order = True
+        unit_bytes = max(len(unit) for unit in span) * self._row_bytes
+        # what tasks are making, as much again that waits, and what is being read
+        store = (2 * num_tasks + 2) * unit_bytes
+        options.resource_limits = options.resource_limits.copy(cpu=num_tasks, object_store_memory=store)
+        context.enable_progress_bars = False
+        return iter(dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=1))
+
+
+def bundle_rows(bundle: DataBundle, split: str, num_tasks: int, on_bad: Callable[[list[BadSample]], None]) -> Rows:
+    """A split's rows outside of a run, by the bundle's feed. `on_bad` is told of bad samples that a stream meets."""
+    if not bundle.streams:
+        return CachedRows(bundle.datasets[split].iterator())
+    return StreamedRows(bundle.streams[split], bundle.info, num_tasks, on_bad, lambda _: None)
+
+
+def units(requests: Iterator[Int64s], rows: int) -> Iterator[Int64s]:
+    """The same samples, in the same order, in pieces that grow to `rows`."""
+    size, waiting, num_waiting = min(_FIRST_ROWS, rows), [np.empty(0, np.int64)], 0
+    for samples in requests:
+        waiting.append(samples)
+        num_waiting += len(samples)
+        while num_waiting >= size:
+            joined = np.concatenate(waiting)
+            yield joined[:size]
+            waiting, num_waiting = [joined[size:]], num_waiting - size
+            size = min(2 * size, rows)
+    if num_waiting:
+        yield np.concatenate(waiting)
+
+
+def spans(pieces: Iterator[Int64s]) -> Iterator[list[Int64s]]:
+    """Lists of units, each for one Ray Dataset; the first is short, so that it is soon made."""
+    size = 2 * _OVERLAP_UNITS
+    while span := list(itertools.islice(pieces, size)):
+        yield span
+        size = _SPAN_UNITS
+
+
+def chained(
+    spans: Iterator[list[Int64s]],
+    start: Callable[[list[Int64s]], Iterator[Block]],
+    on_slow: Callable[[float], None],
+) -> Generator[Block]:
+    """The blocks of one span after the other; each span has begun to decode before the one before it ends."""
+
+    def begin() -> tuple[int, Iterator[Block]] | None:
+        span = next(spans, None)
+        if span is None:
+            return None
+        blocks = start(span)
+        first = next(blocks)  # this is what makes Ray Data begin
+        return len(span), itertools.chain([first], blocks)
+
+    with ThreadPoolExecutor(1, thread_name_prefix="stream") as pool:
+        coming: Future[tuple[int, Iterator[Block]] | None] = pool.submit(begin)
+        while (begun := _awaited(coming, on_slow)) is not None:
+            num_units, blocks = begun
+            for number, block in enumerate(blocks):
+                if number == max(0, num_units - _OVERLAP_UNITS):
+                    coming = pool.submit(begin)
+                yield block
+
+
+def _awaited(future: Future[T], on_slow: Callable[[float], None]) -> T:
+    started = time.monotonic()
+    while not wait([future], _SLOW_S).done:
+        on_slow(time.monotonic() - started)
+    return future.result()
+
+
+class _Window:
+    """The block that is being read: hands out its rows in the order in which they were asked for."""
+
+    def __init__(self, blocks: Iterator[Block], on_bad: Callable[[list[BadSample]], None]) -> None:
+        self._blocks, self._on_bad = blocks, on_bad
+        self._block: Block | None = None
+        self._used = 0
+
+    def take(self, samples: Int64s) -> Taken:
+        """The next rows; they must be those of `samples`."""
+        parts = list(self._next_rows(len(samples)))
+        image, label, sample, error = (
+            np.concatenate([part[name] for part in parts]) for name in ("image", "label", "sample", "error")
+        )
+        if not np.array_equal(sample, samples):
+            raise RuntimeError("the pipeline gave other samples than it was asked for")
+        bad = error != ""
+        return Taken(image, label, ~bad if bad.any() else None)
+
+    def _next_rows(self, count: int) -> Iterator[Block]:
+        while count:
+            if self._block is None or self._used == len(self._block["sample"]):
+                self._block, self._used = self._next_block(), 0
+            end = min(self._used + count, len(self._block["sample"]))
+            yield {name: values[self._used : end] for name, values in self._block.items()}
+            count -= end - self._used
+            self._used = end
+
+    def _next_block(self) -> Block:
+        block = next(self._blocks, None)
+        if block is None:
+            raise RuntimeError("the pipeline ended before everything was decoded that it was asked for")
+        if errors := {error: None for error in block["error"].tolist() if error}:  # epochs may meet in a block
+            self._on_bad([bad_sample(error) for error in errors])
+        return block

@@ -1,0 +1,209 @@
+"""Tar shards in the layout of github.com/webdataset/webdataset: 000123.jpg and 000123.cls make a sample."""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import ray
+
+from ftexp.config import DataConfig
+from ftexp.data.blocks import BlockReader
+from ftexp.data.listing import Listing, Raw, Reader, Shared, retried
+from ftexp.data.named_files import class_numbers, files_by_split
+from ftexp.data.order import Int64s
+from ftexp.data.sources import sources
+from ftexp.data.splits import BadSample
+from ftexp.errors import DataError
+from ftexp.storage import open_uri
+
+if TYPE_CHECKING:
+    from pyarrow.fs import FileSystem
+
+_IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "ppm", "tif", "tiff")
+_LABEL = "cls"
+_BLOCK_BYTES = 32 * 2**20  # of a shard that are read at once
+
+
+class Entry(NamedTuple):
+    """A sample of a shard."""
+
+    name: str
+    offset: int  # of the image in the shard
+    num_bytes: int
+    label: str
+
+
+@sources.register("webdataset")
+def webdataset(config: DataConfig) -> Listing:
+    """Tar shards whose samples have an image and a .cls (a whole number, or text). Not compressed.
+
+    Shards named train*, val* and test* (or in such folders) are splits if there is a train one. Every shard is read
+    through once for its index: locally its headers only, and all of it from an object store.
+    """
+    import pyarrow as pa
+
+    filesystem, root = open_uri(config.root or "", "data.root")
+    scan = ray.remote(scan_shard)
+    bad: list[BadSample] = []
+    raw_labels: dict[str, list[Any]] = {}
+    readers: dict[str, Reader] = {}
+    single: dict[str, Reader] = {}
+    block_sizes: dict[str, Int64s] = {}
+    for split, paths in files_by_split(filesystem, root, config, ".tar").items():
+        shards = ray.get([scan.remote(filesystem, path) for path in paths])
+        bad += [problem for _, problems in shards for problem in problems]
+        entries = [(number, entry) for number, (found, _) in enumerate(shards) for entry in found]
+        raw_labels[split] = [int(label) if label.isascii() and label.isdigit() else label for _, (*_, label) in entries]
+        index = Index(
+            paths,
+            pa.array([entry.name for _, entry in entries], pa.large_string()),
+            np.array([shard for shard, _ in entries], np.int64),
+            np.array([entry.offset for _, entry in entries], np.int64),
+            np.array([entry.num_bytes for _, entry in entries], np.int64),
+        )
+        stretches = Stretches(filesystem, Shared(index), Shared(index.cut(_BLOCK_BYTES)))
+        readers[split], single[split] = BlockReader(stretches), EntryReader(stretches)
+        block_sizes[split] = np.diff(np.append(stretches.first_items(), len(entries)))
+    if bad and config.on_bad_sample == "fail":
+        shown = "\n".join(f"{problem.where}: {problem.reason}" for problem in bad[:10])
+        raise DataError(
+            f"{len(bad)} problems with the shards of data.root={config.root}; mend them, or leave what is spoilt out "
+            f"with data.on_bad_sample=skip:\n{shown}"
+        )
+    class_names, labels = class_numbers(raw_labels, config)
+    return Listing(class_names, labels, readers, block_sizes, single, bad)
+
+
+def scan_shard(filesystem: FileSystem, path: str) -> tuple[list[Entry], list[BadSample]]:
+    """The samples of a shard, in order, and what is wrong with it."""
+    try:
+        return retried(lambda: _scan(filesystem, path))
+    except (OSError, tarfile.TarError) as error:
+        return [], [BadSample(path, f"{type(error).__name__}: {error}")]
+
+
+def _scan(filesystem: FileSystem, path: str) -> tuple[list[Entry], list[BadSample]]:
+    from pyarrow.fs import LocalFileSystem
+
+    local = isinstance(filesystem, LocalFileSystem)
+    images: dict[str, tuple[int, int]] = {}
+    labels: dict[str, str] = {}
+    problems = []
+    with (
+        filesystem.open_input_file(path) if local else filesystem.open_input_stream(path, buffer_size=2**20) as file,
+        tarfile.open(fileobj=file, mode="r:" if local else "r|") as tar,
+    ):
+        size = file.size() if local else None
+        for member in tar:
+            folder, _, base = member.name.rpartition("/")
+            name, _, extension = base.partition(".")
+            if not member.isfile() or not name:
+                continue
+            name = f"{folder}/{name}" if folder else name
+            if extension.lower() in _IMAGES:
+                images[name] = (member.offset_data, member.size)
+            elif extension == _LABEL:
+                content = tar.extractfile(member)
+                assert content is not None, "it is a file"
+                labels[name] = content.read().decode(errors="replace").strip()
+        end = max((offset + num_bytes for offset, num_bytes in images.values()), default=0)
+    if size is not None and end > size:
+        problems.append(BadSample(path, f"it ends at {size} bytes, within an image"))
+    for name in sorted(images.keys() ^ labels.keys()):
+        problems.append(BadSample(f"{path} {name}", "it has no ." + (_LABEL if name in images else "image")))
+    for name in (name for name, label in labels.items() if "\N{REPLACEMENT CHARACTER}" in label):
+        problems.append(BadSample(f"{path} {name}", f"its .{_LABEL} is no text"))
+        images.pop(name, None)
+    whole = (name for name in images if name in labels and (size is None or sum(images[name]) <= size))
+    return [Entry(name, *images[name], labels[name]) for name in whole], problems
+
+
+@dataclass(frozen=True)
+class Index:
+    """Where each item is, columns by item."""
+
+    paths: list[str]  # of the shards
+    names: Any  # pyarrow's large_string
+    shards: Int64s
+    offsets: Int64s
+    num_bytes: Int64s
+
+    def cut(self, block_bytes: int) -> Int64s:
+        """First items of stretches of at most about `block_bytes`, none of which goes over the end of a shard."""
+        firsts: list[int] = []
+        start = 0
+        for item in range(len(self.names)):
+            if not firsts or self.shards[item] != self.shards[item - 1] or self.offsets[item] - start >= block_bytes:
+                firsts.append(item)
+                start = int(self.offsets[item])
+        return np.array(firsts, np.int64)
+
+
+@dataclass(frozen=True)
+class Stretches:
+    """Stretches of shards as blocks."""
+
+    filesystem: FileSystem
+    index: Shared[Index]
+    firsts: Shared[Int64s]
+
+    def first_items(self) -> Int64s:
+        """The first item of each stretch."""
+        return self.firsts.get()
+
+    def fetch(self, block: int) -> Any:
+        """The bytes from the first image of a stretch to the end of its last."""
+        index, firsts = self.index.get(), np.append(self.firsts.get(), len(self.index.get().names))
+        first, last = int(firsts[block]), int(firsts[block + 1]) - 1
+        start = int(index.offsets[first])
+        return self.read(first, start, int(index.offsets[last] + index.num_bytes[last]) - start)
+
+    def read(self, item: int, offset: int, num_bytes: int) -> bytes:
+        """Bytes of the shard that holds an item."""
+        index = self.index.get()
+        path = index.paths[index.shards[item]]
+
+        def read() -> bytes:
+            with self.filesystem.open_input_file(path) as file:
+                found = bytes(file.read_at(num_bytes, offset))
+            if len(found) != num_bytes:
+                raise ValueError(f"{path} has become shorter")
+            return found
+
+        return retried(read)
+
+    def pick(self, data: Any, block: int, row: int) -> Raw:
+        """An image out of a stretch."""
+        index, first = self.index.get(), int(self.firsts.get()[block])
+        start = int(index.offsets[first + row] - index.offsets[first])
+        view = memoryview(data)[start : start + int(index.num_bytes[first + row])]
+        return self.where(block, row), view.tobytes
+
+    def where(self, block: int, row: int) -> str:
+        """The shard, and the sample in it."""
+        return self.where_item(int(self.firsts.get()[block]) + row)
+
+    def where_item(self, item: int) -> str:
+        """The shard, and the sample in it."""
+        index = self.index.get()
+        return f"{index.paths[index.shards[item]]} {index.names[item]}"
+
+
+@dataclass(frozen=True)
+class EntryReader:
+    """Reads samples out of shards one by one: a tar file that isn't compressed can be read anywhere."""
+
+    stretches: Stretches
+
+    def __call__(self, items: Int64s) -> Iterator[Raw]:
+        """Yield where each sample is, and how to read it."""
+        index = self.stretches.index.get()
+        for item in items.tolist():
+            yield self.stretches.where_item(item), self._reader(index, item)
+
+    def _reader(self, index: Index, item: int) -> Callable[[], bytes]:
+        return lambda: self.stretches.read(item, int(index.offsets[item]), int(index.num_bytes[item]))

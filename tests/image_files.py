@@ -1,0 +1,111 @@
+"""Small files of images for the tests of sources and feeds, and what was read from them."""
+
+import io
+import os
+import tarfile
+
+import numpy as np
+
+os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from ftexp.config import DataConfig
+from ftexp.data.splits import SPLITS
+
+SIZE = 8
+
+
+def data_config(name, root=None, channels=3, image_size=SIZE, **values):
+    values = {"val_fraction": 0.2, "test_fraction": 0.2} | values
+    return DataConfig(
+        name=name,
+        root=None if root is None else str(root),
+        image_size=image_size,
+        channels=channels,
+        mean=[0.5] * channels,
+        std=[0.25] * channels,
+        **values,
+    )
+
+
+def read_back(dataset):
+    """All rows of a split, by `sample`."""
+    batches = list(dataset.iter_batches(batch_size=None, batch_format="numpy"))
+    if not batches:
+        return {"image": np.empty((0, 0)), "label": np.empty(0, np.int64), "sample": np.empty(0, np.int64)}
+    rows = {name: np.concatenate([batch[name] for batch in batches]) for name in ("image", "label", "sample")}
+    order = np.argsort(rows["sample"])
+    return {name: values[order] for name, values in rows.items()}
+
+
+def read_all(bundle):
+    """{split: rows}, after checks that hold for every source."""
+    assert tuple(bundle.datasets) == SPLITS
+    splits = {name: read_back(dataset) for name, dataset in bundle.datasets.items()}
+    info = bundle.info
+    assert {name: len(rows["label"]) for name, rows in splits.items()} == info.num_samples
+    for rows in splits.values():
+        assert len(set(rows["sample"].tolist())) == len(rows["sample"])
+        assert rows["label"].dtype == rows["sample"].dtype == np.int64
+        if len(rows["label"]):
+            assert rows["image"].dtype == np.uint8
+            assert rows["image"].shape[1:] == (info.image_size, info.image_size, info.channels)
+            assert rows["label"].min() >= 0
+            assert rows["label"].max() < info.num_classes
+    return splits
+
+
+def pairs(*row_sets, names=None):
+    """The (pixels, label) of each row as a sorted list, which compares regardless of order."""
+    found = []
+    for rows in row_sets:
+        for image, label in zip(rows["image"], rows["label"], strict=True):
+            found.append((image.tobytes(), names[label] if names else int(label)))
+    return sorted(found)
+
+
+def expected_pairs(images, labels):
+    return sorted((np.ascontiguousarray(image).tobytes(), label) for image, label in zip(images, labels, strict=True))
+
+
+def picture(seed, channels=3, size=SIZE):
+    """An image like no other."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (size, size, channels), dtype=np.uint8)
+    return pixels if channels > 1 else pixels[..., 0]
+
+
+def encoded(pixels, kind="PNG"):
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def put(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+
+
+def write_parquet(path, images, labels, row_group_size=None, **columns):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = pa.table({"image": images, "label": labels, **columns})
+    pq.write_table(table, path, row_group_size=row_group_size or len(labels))
+
+
+def write_shard(path, entries, kind=tarfile.USTAR_FORMAT):
+    """A tar file; `entries`: (name in it, content)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", format=kind) as tar:
+        for name, content in entries:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+def tar_sample(name, pixels, label, extension="png"):
+    """The two entries of a shard that make a sample."""
+    kind = {"png": "PNG", "bmp": "BMP"}[extension.lower()]
+    return [(f"{name}.{extension}", encoded(pixels, kind)), (f"{name}.cls", str(label).encode())]

@@ -1,0 +1,120 @@
+"""`python -m ftexp.data`: what it counts, measures, names and draws, held against the same worked out here."""
+
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from ftexp.data.order import Order, derive_seed
+from ftexp.data.splits import stratified_split
+
+SEED = 3
+ORDER = 1  # stream of the run's seed that the order is drawn from; see ftexp.job
+TILE, LEFT, TOP, STEP_X, STEP_Y, MARGIN = 64, 16, 65, 72, 89, 16  # of the picture, where images are tiny
+
+
+@pytest.fixture
+def look(ftexp):
+    """Run the command to its end; returns (exit code, output)."""
+
+    def run(*words):
+        command = ftexp(f"seed={SEED}", "augment=none", *words, module="data")
+        return command.wait(), command.output
+
+    return run
+
+
+def cells(output, name):
+    """The numbers of a table's row."""
+    (row,) = [line for line in output.splitlines() if re.match(rf"{re.escape(name)} +[\d.]+ ", line)]
+    return row.removeprefix(name).split()
+
+
+def rounded(values):
+    return [f"{value:.4f}" for value in values]
+
+
+def first_sample(num_samples):
+    return int(Order(derive_seed(SEED, ORDER), num_samples).samples(np.array([0]))[0])
+
+
+def tile(path, number):
+    column, row = number % 8, number // 8
+    x, y = LEFT + column * STEP_X, TOP + row * STEP_Y
+    return np.asarray(Image.open(path))[y : y + TILE, x : x + TILE]
+
+
+def enlarged(image):
+    """[size, size, channels] as a tile shows it."""
+    times = TILE // len(image)
+    return np.broadcast_to(image.repeat(times, axis=0).repeat(times, axis=1), (TILE, TILE, 3))
+
+
+def sheet_size(rows):
+    return (2 * MARGIN + 8 * STEP_X - 8, TOP + rows * STEP_Y - 8 + MARGIN)
+
+
+def test_digits_are_counted_measured_and_drawn_as_they_are(look, tmp_path):
+    code, output = look()
+
+    images, labels = load_digits(return_X_y=True)
+    pixels = np.round(images.reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8)
+    train, val, test = stratified_split(labels, (0.1, 0.2), 0)
+    assert code == 0, output
+    assert f"samples  {len(train):,} train · {len(val)} val · {len(test)} test · 10 classes" in output
+    for digit in range(10):
+        assert cells(output, str(digit)) == [str((labels[part] == digit).sum()) for part in (train, val, test)]
+    scaled = pixels[train] / 255
+    (mean,), (std,) = rounded([scaled.mean()]), rounded([scaled.std()])
+    assert cells(output, "grey") == [mean, "0.3053", std, "0.3760"]
+    assert "differ by more" not in output
+    assert "feed     cached: data.name=digits is in memory as a whole" in output
+    assert "decoding nothing to decode" in output
+    assert "bad      none" in output
+    picture = tmp_path / "digits_samples.png"
+    assert Image.open(picture).size == sheet_size(rows=8)
+    assert np.array_equal(tile(picture, 0), enlarged(pixels[train][first_sample(len(train))]))
+
+
+def test_a_torn_file_is_named_and_left_out_of_all_that_is_measured_and_drawn(look, tmp_path):
+    rng = np.random.default_rng(0)
+    names, labels = ("ant", "bee[s]"), np.repeat([0, 1], [12, 8])
+    images = rng.integers(0, 120, (20, 16, 16, 3), np.uint8)
+    paths = [tmp_path / "photos" / names[label] / f"{number:02}.png" for number, label in enumerate(labels)]
+    for path, image in zip(paths, images, strict=True):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+    train, val, test = stratified_split(labels, (0.2, 0.2), 0)
+    torn, good = train[3], np.delete(train, 3)
+    paths[torn].write_bytes(paths[torn].read_bytes()[:200])
+
+    overrides = ["data=image_folder", f"data.root={tmp_path / 'photos'}", "data.image_size=16", "model=resnet18"]
+    code, output = look(*overrides, "data.val_fraction=0.2", "data.test_fraction=0.2", "out=sheet.png")
+
+    assert code == 0, output
+    assert "bad      1 sample can't be read:" in output
+    assert f"{paths[torn]}: " in output
+    assert "training would refuse to start: mend them, or leave them out with data.on_bad_sample=skip" in output
+    for label, name in enumerate(names):
+        expected = [str((labels[part] == label).sum()) for part in (good, val, test)]
+        assert cells(output, name) == expected
+    scaled = images[good] / 255
+    mean, std = rounded(scaled.mean((0, 1, 2))), rounded(scaled.std((0, 1, 2)))
+    for channel, color in enumerate(("red", "green", "blue")):
+        assert cells(output, color)[::2] == [mean[channel], std[channel]]
+    assert f"add: data.mean=[{','.join(mean)}] data.std=[{','.join(std)}]" in output
+    assert re.search(r"decoding [\d,]+ images/s on \d+ CPUs? \(measured on 11 images\)", output)
+    picture = tmp_path / "sheet.png"
+    assert Image.open(picture).size == sheet_size(rows=2)
+    assert np.array_equal(tile(picture, 0), enlarged(images[good][first_sample(len(good))]))
+    assert not list(tmp_path.glob("*_samples.png"))
+
+
+def test_a_wrong_key_is_told_and_nothing_is_drawn(look, tmp_path):
+    code, output = look("data.rot=photos", "out=sheet.png")
+
+    assert code == 2
+    assert output.startswith("ftexp: data.rot is not a key. Did you mean 'data.root'?")
+    assert not list(tmp_path.glob("*.png"))

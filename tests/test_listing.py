@@ -1,0 +1,93 @@
+"""Listings: what a store fails to give is asked for again, and splits keep every item, its label and its block."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import ftexp.data.listing
+from ftexp.config import DataConfig
+from ftexp.data.listing import Listing, raiser, retried
+
+
+@pytest.fixture
+def slept(monkeypatch):
+    """The seconds that would have been slept."""
+    seconds = []
+    monkeypatch.setattr(ftexp.data.listing.time, "sleep", seconds.append)
+    return seconds
+
+
+class Store:
+    """Raises the errors it is given, one a call, then gives its content."""
+
+    def __init__(self, *errors):
+        self.errors, self.calls = list(errors), 0
+
+    def __call__(self):
+        self.calls += 1
+        if self.errors:
+            raise self.errors.pop(0)
+        return b"content"
+
+
+def test_what_a_store_fails_to_give_is_asked_for_again_after_ever_longer(slept):
+    store = Store(OSError("slow down"), ConnectionResetError("gone"))
+    assert retried(store) == b"content"
+    assert store.calls == 3
+    assert slept == sorted(slept) == [0.2, 1.0]
+
+
+def test_what_a_store_never_gives_fails_with_the_last_error(slept):
+    store = Store(*[OSError(f"failure {number}") for number in range(9)])
+    with pytest.raises(OSError, match="failure 3"):
+        retried(store)
+    assert store.calls == 4
+    assert len(slept) == 3
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError("no such file"), ValueError("no image")], ids=repr)
+def test_what_another_try_cannot_mend_fails_at_once(error, slept):
+    store = Store(error)
+    with pytest.raises(type(error), match=str(error)):
+        retried(store)
+    assert (store.calls, slept) == (1, [])
+
+
+def test_what_cannot_be_got_raises_where_it_is_got():
+    get = raiser(OSError("torn"))
+    with pytest.raises(OSError, match="torn"):
+        get()
+
+
+class Local:
+    """Stands in for `Shared`: without Ray, the value itself."""
+
+    def __init__(self, value):
+        self.get = lambda: value
+
+
+@given(sizes=st.lists(st.integers(0, 9), min_size=1, max_size=12), seed=st.integers(0, 99), own_test=st.booleans())
+@settings(max_examples=50)
+def test_splits_keep_each_item_with_its_label_and_each_block_its_items(sizes, seed, own_test):
+    num_items = sum(sizes)
+    labels = {"train": np.random.default_rng(seed).integers(0, 3, num_items)}
+    blocks, readers = {"train": np.array(sizes)}, {"train": "train's reader"}
+    if own_test:
+        labels["test"], blocks["test"], readers["test"] = np.array([2, 0, 1]), np.array([1, 2]), "test's reader"
+    config = DataConfig(val_fraction=0.2, test_fraction=0.3, split_seed=seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ftexp.data.listing, "Shared", Local)
+        splits = Listing(["a", "b", "c"], labels, readers, blocks).splits(config, readers)
+
+    found = []
+    for name, split in splits.items():
+        listed = "test" if own_test and name == "test" else "train"
+        items, own_labels = split.table.get()
+        assert split.read == readers[listed]
+        assert len(split) == len(items)
+        assert own_labels.tolist() == labels[listed][items].tolist()
+        block_of = np.repeat(np.arange(len(blocks[listed])), blocks[listed])[items]
+        assert split.block_sizes.tolist() == np.bincount(block_of, minlength=len(blocks[listed])).tolist()
+        found += [(listed, item) for item in items.tolist()]
+    assert sorted(found) == sorted((name, item) for name, own in labels.items() for item in range(len(own)))
