@@ -100,7 +100,7 @@ def _run(
         watchdog.beat(BETWEEN)
         epoch_ended = advance(job, batch)
         ticker.tick()
-        if progress.step % job.config.train.log_every_steps == 0:
+        if progress.step % job.config.train.log_every_steps == 0 or job.finished:
             log_train(job)
         if evaluation_due(job, epoch_ended):
             with watchdog.during(EVALUATION):
@@ -112,6 +112,7 @@ def _run(
                 checkpoints.save()
         if checkpoints.stopping:
             break
+    ticker.tick(at_once=True)
     with watchdog.during(SAVE):
         checkpoints.finish()
     if job.finished:
@@ -277,10 +278,10 @@ class Ticker:
         self._job = job
         self._last = 0.0
 
-    def tick(self) -> None:
-        """Tell the driver the step, unless it was told a moment ago."""
+    def tick(self, at_once: bool = False) -> None:
+        """Tell the driver the step, unless it was told a moment ago and this isn't to be `at_once`."""
         now = time.monotonic()
-        if self._job.rank == 0 and now - self._last >= _TICK_INTERVAL_S:
+        if self._job.rank == 0 and (at_once or now - self._last >= _TICK_INTERVAL_S):
             self._last = now
             progress = self._job.progress
             self._job.line.send("tick", step=progress.step, position=progress.position, epoch=progress.epoch)
