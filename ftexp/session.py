@@ -58,7 +58,7 @@ def _run(
         terminal.say(f"waiting: {lacking} now", "yellow")
     bundle = build_data(config.data)
     _require_same_data(config, state, bundle.info)
-    if bundle.streams:
+    if bundle.streamed:
         bundle = dataclasses.replace(bundle, decode_cpus=decoding_cpus(config, workers))
     state.model = {"arguments": timm_arguments(config.model, bundle.info)}
     state.data = {"name": config.data.name, "feed": bundle.feed, **masked(bundle.info)}
@@ -77,7 +77,7 @@ def _run(
         bundle.info,
         config.data.name,
         str(workers),
-        f"{bundle.feed}: {bundle.why}" + (f" · {bundle.decode_cpus} CPUs decode" if bundle.streams else ""),
+        f"{bundle.feed}: {bundle.why}" + (f" · {bundle.decode_cpus} CPUs decode" if bundle.streamed else ""),
     )
     try:
         return run_training(config, workers, bundle, run_dir, record, terminal, lease, host)

@@ -1,13 +1,19 @@
 """Listings: what a store fails to give is asked for again, and splits keep every item, its label and its block."""
 
+import io
+
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pyarrow.fs import LocalFileSystem
 
 import ftexp.data.listing
 from ftexp.config import DataConfig
-from ftexp.data.listing import Listing, raiser, retried
+from ftexp.data.listing import Listing, SteadyFile, raiser, retried
+from ftexp.data.parquet import RowGroup, RowGroups
 
 
 @pytest.fixture
@@ -52,6 +58,76 @@ def test_what_another_try_cannot_mend_fails_at_once(error, slept):
     with pytest.raises(type(error), match=str(error)):
         retried(store)
     assert (store.calls, slept) == (1, [])
+
+
+class FlakyFiles:
+    """A filesystem of one file, whose every call fails once before it does as it is asked."""
+
+    def __init__(self, content):
+        self._file, self._failed, self.closed = pa.BufferReader(content), set(), False
+
+    def _fail_once(self, *call):
+        if call not in self._failed:
+            self._failed.add(call)
+            raise OSError("slow down")
+
+    def open_input_file(self, path):
+        self._fail_once("open", path)
+        return self
+
+    def size(self):
+        return self._file.size()
+
+    def read_at(self, num_bytes, offset):
+        self._fail_once(num_bytes, offset)
+        return self._file.read_at(num_bytes, offset)
+
+    def close(self):
+        self.closed = True
+
+
+def test_a_file_of_a_failing_store_reads_like_a_file(slept):
+    content = bytes(range(200))
+    store = FlakyFiles(content)
+    with SteadyFile(store, "a.bin") as file, io.BytesIO(content) as expected:
+        for opened in (file, expected):
+            opened.seek(-50, io.SEEK_END)
+            opened.seek(10, io.SEEK_CUR)
+        assert file.tell() == expected.tell() == 160
+        assert file.read(15) == expected.read(15)
+        assert file.read() == expected.read()
+        assert file.read(1) == b""
+        file.seek(0)
+        assert file.read() == content
+    assert store.closed
+    assert set(slept) == {0.2}
+
+
+def test_a_damaged_row_group_fails_at_once_and_a_failing_store_does_not(tmp_path, slept):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"image": [bytes([n]) * 300 for n in range(8)]}), path, compression="snappy")
+    content = bytearray(path.read_bytes())
+    store = FlakyFiles(bytes(content))
+    groups = RowGroups(store, "image", Here([RowGroup("a.parquet", 0, 0)]))
+    assert groups.fetch(0).to_pylist() == [bytes([n]) * 300 for n in range(8)]
+    assert slept
+    slept.clear()
+    content[20:60] = bytes(40)  # within the column's only page
+    path.write_bytes(content)
+    damaged = RowGroups(LocalFileSystem(), "image", Here([RowGroup(str(path), 0, 0)]))
+    with pytest.raises(OSError, match=r"."):
+        damaged.fetch(0)
+    assert not slept
+
+
+class Here:
+    """Stands in for `Shared`, without Ray."""
+
+    def __init__(self, value):
+        self._value = value
+
+    def get(self):
+        return self._value
 
 
 def test_what_cannot_be_got_raises_where_it_is_got():

@@ -120,3 +120,19 @@ def test_rows_of_a_block_come_in_another_order_in_the_next_epoch():
     first, second = order.samples(np.arange(1000)).reshape(2, 500)
     assert (first != second).mean() > 0.98
     assert (first != np.arange(500)).mean() > 0.98
+
+
+def test_another_thread_may_ask_for_other_epochs_meanwhile():
+    order = WindowOrder(0, np.array([2, 1]), 1)
+    expected = order.samples(np.arange(3)).tolist()
+
+    class Interrupted(dict):
+        def __contains__(self, number):
+            found = super().__contains__(number)
+            order._epochs = dict(self)
+            for epoch in (5, 9):  # as another thread would, between a look at what is held and its use
+                WindowOrder.samples(order, np.arange(3) + 3 * epoch)
+            return found
+
+    order._epochs = Interrupted(order._epochs)
+    assert order.samples(np.arange(3)).tolist() == expected

@@ -1,7 +1,11 @@
 """Streamed against cached: the same images and labels, whatever the source, the order and the pieces asked for."""
 
+import os
+import time
+
 import numpy as np
 import pytest
+import ray
 from image_files import (
     data_config,
     encoded,
@@ -16,11 +20,13 @@ from image_files import (
 )
 
 import ftexp.data.webdataset
-from ftexp.data import build, stream
+from ftexp.data import build, decoding, stream
+from ftexp.data.blocks import BlockCache
 from ftexp.data.build import build_data
 from ftexp.data.decoding import refuse_bad
 from ftexp.data.feeds import CachedRows
 from ftexp.data.order import Order, WindowOrder
+from ftexp.data.sources import sources
 from ftexp.data.splits import SPLITS
 from ftexp.data.stream import StreamedRows
 from ftexp.errors import DataError
@@ -60,7 +66,7 @@ def never(*_):
 
 
 def streamed(bundle, split="train", on_bad=never):
-    return StreamedRows(bundle.streams[split], bundle.info, 1, on_bad, lambda _: None)
+    return StreamedRows(bundle.indexed[split], bundle.info, 1, on_bad, lambda _: None)
 
 
 def assert_same_rows(streams, cached, requests):
@@ -87,7 +93,7 @@ def test_streamed_rows_are_those_that_are_cached(roots, small_units, name, windo
 
     assert (cached.feed, streams.feed) == ("cached", "streaming")
     assert cached.info == streams.info
-    assert (cached.streams, streams.datasets) == ({}, {})
+    assert (list(cached.datasets), streams.datasets) == (list(SPLITS), {})
     found = pairs(*read_all(cached).values(), names=cached.info.class_names)
     assert found == expected_pairs(IMAGES, [str(label) for label in LABELS])
     rows = {split: CachedRows(cached.datasets[split].iterator()) for split in SPLITS}
@@ -109,7 +115,7 @@ def test_streamed_rows_are_those_that_are_cached(roots, small_units, name, windo
 
 def test_a_pass_that_is_left_early_leaves_the_next_one_whole(roots, small_units):
     bundle = build_data(data_config("image_folder", roots / "image_folder", feed="streaming", val_fraction=0))
-    rows, asked = streamed(bundle), np.arange(len(bundle.streams["train"]))
+    rows, asked = streamed(bundle), np.arange(len(bundle.indexed["train"]))
     with rows.open(iter([asked] * 9)) as take:
         first = take(asked[:3])
     with rows.open(iter([asked])) as take:
@@ -217,3 +223,37 @@ def test_blocks_count_what_is_left_of_them_after_bad_rows_are_skipped(tmp_path):
     assert bundle.blocks.tolist() == [2, 3, 3]
     assert bundle.blocks.sum() == bundle.info.num_samples["train"] == 8
     assert len(bundle.info.bad_samples) == 4
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_a_window_needs_a_source_that_is_read_in_blocks(roots, monkeypatch, in_memory):
+    found = build_data(data_config("synthetic", num_samples=4, num_classes=2))
+    if not in_memory:
+        found = sources.get("image_folder")(data_config("image_folder", roots / "image_folder"))
+    monkeypatch.setattr(build.sources, "get", lambda name: lambda config: found)
+    with pytest.raises(DataError, match=r"data\.shuffle_window=4, but data\.name=own is not read in blocks"):
+        build_data(data_config("own", shuffle_window=4))
+
+
+def test_few_processes_read_however_many_blocks_are_asked_for():
+    def fetch(block):  # so slowly that others are asked for meanwhile
+        time.sleep(1)
+        return os.getpid()
+
+    cache = ray.remote(num_cpus=0)(BlockCache).remote(fetch, 12)
+    readers = ray.get(ray.get(cache.refs.remote(list(range(12)))))
+    assert 1 <= len(set(readers)) <= 4  # two for each of this Ray's two CPUs
+
+
+@pytest.mark.parametrize("num_cpus", [None, 1])
+def test_decode_cpus_count_while_data_is_cached_too(roots, monkeypatch, num_cpus):
+    sizes = []
+    made = decoding.TaskPoolStrategy
+
+    def pool(size):
+        sizes.append(size)
+        return made(size)
+
+    monkeypatch.setattr(decoding, "TaskPoolStrategy", pool)
+    build_data(data_config("image_folder", roots / "image_folder", feed="cached", decode_cpus=num_cpus))
+    assert set(sizes) == {num_cpus}

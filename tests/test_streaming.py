@@ -168,4 +168,5 @@ def test_a_run_names_counts_and_leaves_out_what_cannot_be_read(ftexp, run_folder
     assert f"! left out, can't be read: {torn}: " in command.output
     assert run.record["step"] == 8
     (point,) = run.metrics()
-    assert point["step"] == 8 and np.isfinite(point["train_loss"])
+    assert point["step"] == 8
+    assert np.isfinite(point["train_loss"])

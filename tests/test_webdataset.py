@@ -179,3 +179,24 @@ def test_a_label_that_is_no_text_is_a_bad_sample_and_one_that_only_looks_like_a_
     listing = webdataset(data_config("webdataset", tmp_path, on_bad_sample="skip"))
     assert listing.class_names == ["ant", "²"]
     assert [(bad.where, bad.reason) for bad in listing.bad] == [(f"{tmp_path}/a.tar 1", "its .cls is no text")]
+
+
+def test_a_sample_with_two_images_is_a_bad_one_and_its_neighbours_are_read(tmp_path):
+    entries = [entry for number in range(4) for entry in tar_sample(f"{number}", picture(number), number % 2)]
+    entries += [("1.jpg", encoded(picture(9))), ("2.png", encoded(picture(9)))]
+    shard = write_shard(tmp_path / "a.tar", entries)
+
+    listing = webdataset(data_config("webdataset", tmp_path, on_bad_sample="skip"))
+
+    assert [(bad.where, bad.reason) for bad in listing.bad] == [
+        (f"{shard} {name}", "it has more than one image") for name in ("1", "2")
+    ]
+    assert listed(listing) == expected_pairs([picture(0), picture(3)], ["0", "1"])
+
+
+def test_labels_that_are_numbers_and_text_are_refused(tmp_path):
+    write_shard(tmp_path / "a.tar", [*tar_sample("0", picture(0), 3), *tar_sample("1", picture(1), "ant")])
+    with pytest.raises(
+        DataError, match=r"/a\.tar: \.cls holds 'ant': labels are all text, or all whole numbers from 0"
+    ):
+        webdataset(data_config("webdataset", tmp_path / "a.tar"))

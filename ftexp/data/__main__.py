@@ -150,7 +150,7 @@ def _decode_cpus(config: Config, bundle: DataBundle, workers: Workers) -> int:
     from ftexp.scaling import decoding_cpus, may_stream, no_workers
 
     # a Ray that is started here counts cores twice if the data may be streamed: once for workers, once for decoding
-    beside = bundle.streams or (config.scaling.address is None and may_stream(config.data))
+    beside = bundle.streamed or (config.scaling.address is None and may_stream(config.data))
     return decoding_cpus(config, workers if beside else no_workers())
 
 
@@ -189,7 +189,7 @@ def _print_bad(console: Console, config: Config, bundle: DataBundle, found: Foun
     if config.data.on_bad_sample == "skip":
         told = "training leaves them out, as data.on_bad_sample=skip says"
     else:
-        refusal = "stop at the first of them" if bundle.streams else "refuse to start"
+        refusal = "stop at the first of them" if bundle.streamed else "refuse to start"
         told = f"training would {refusal}: mend them, or leave them out with data.on_bad_sample=skip"
     console.print(f"         {told}", soft_wrap=True)
 

@@ -14,6 +14,10 @@ import ray
 from ftexp.data.listing import Raw, raiser
 from ftexp.data.order import Int64s
 
+# of a CPU that reading a block takes: Ray starts a process for each that it finds room for. Tasks that decode give
+# their CPU back while they wait for a block.
+_READ_CPUS = 0.5
+
 
 class BlockSource(Protocol):
     """How one kind of file is read in blocks; pickled into every task that reads."""
@@ -40,7 +44,7 @@ class BlockCache:
 
     def __init__(self, fetch: Callable[[int], Any], capacity: int) -> None:
         self._fetch, self._capacity = fetch, capacity
-        self._read = ray.remote(num_cpus=0, scheduling_strategy="SPREAD")(_fetched)
+        self._read = ray.remote(num_cpus=_READ_CPUS, scheduling_strategy="SPREAD")(_fetched)
         self._refs: OrderedDict[int, ray.ObjectRef] = OrderedDict()
 
     def refs(self, blocks: list[int]) -> list[ray.ObjectRef]:

@@ -23,6 +23,12 @@ _SHARE = 0.5  # of the object store that a cached data set may take
 def build_data(config: DataConfig) -> DataBundle:
     """Read the data named by `config.name`; DataError if that can't be done. Ray must be running."""
     found = sources.get(config.name)(config)
+    in_blocks = bool(found.block_sizes) if isinstance(found, Listing) else found.blocks is not None
+    if config.shuffle_window is not None and not in_blocks:
+        raise DataError(
+            f"data.shuffle_window={config.shuffle_window}, but data.name={config.name} is not read in blocks: take out "
+            "data.shuffle_window"
+        )
     if isinstance(found, Listing):
         bundle = _from_files(config, found)
     elif config.feed == "streaming":
@@ -74,7 +80,7 @@ def _stream_readers(config: DataConfig, listing: Listing, sizes: str) -> dict[st
         return listing.single_readers or listing.readers
     readers: dict[str, Reader] = {}
     for split, reader in listing.readers.items():
-        assert isinstance(reader, BlockReader), "data.shuffle_window is refused for other sources"
+        assert isinstance(reader, BlockReader), "what a Listing has block_sizes for is read by one"
         readers[split] = reader.with_cache(config.shuffle_window)
     return readers
 

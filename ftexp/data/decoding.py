@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray.data
+from ray.data import TaskPoolStrategy
 
 from ftexp.config import DataConfig
 from ftexp.data.listing import IndexedSplit, Listing
@@ -72,10 +73,10 @@ def decoding(split: IndexedSplit, info: DataInfo, units: list[Int64s], concurren
     """A Ray Dataset that decodes samples on any node: a task and a block for each unit, in the order of `units`."""
     import pyarrow as pa
 
+    most = min(concurrency, len(units)) if concurrency is not None else None  # Ray warns of tasks that can't all begin
     tables = [pa.table({"sample": unit}) for unit in units]
     decode = Decode(split, info.image_size, info.channels)
-    most = min(concurrency, len(units)) if concurrency is not None else None  # Ray warns of tasks that can't all begin
-    return ray.data.from_arrow(tables).map_batches(decode, batch_size=None, concurrency=most)
+    return ray.data.from_arrow(tables).map_batches(decode, batch_size=None, compute=TaskPoolStrategy(size=most))
 
 
 def decoded_bundle(config: DataConfig, listing: Listing) -> DataBundle:
@@ -83,7 +84,9 @@ def decoded_bundle(config: DataConfig, listing: Listing) -> DataBundle:
     splits = listing.splits(config, listing.readers)
     info = make_info(config, listing.class_names, {name: split.num_samples for name, split in splits.items()})
     decoded = {
-        name: decoding(split, info, _whole_blocks(split)).materialize() for name, split in splits.items() if len(split)
+        name: decoding(split, info, _whole_blocks(split), config.decode_cpus).materialize()
+        for name, split in splits.items()
+        if len(split)
     }
     bad = list(listing.bad)
     sizes, blocks = dict(info.num_samples), splits["train"].block_sizes
@@ -98,7 +101,7 @@ def decoded_bundle(config: DataConfig, listing: Listing) -> DataBundle:
                 blocks = blocks - np.histogram(sorted(wrong), np.concatenate([[0], np.cumsum(blocks)]))[0]
     refuse_bad(config, bad)
     datasets = {name: decoded.get(name) or ray.data.from_items([]) for name in splits}
-    return DataBundle(datasets, make_info(config, listing.class_names, sizes, bad_samples=bad), blocks=blocks)
+    return DataBundle(datasets, make_info(config, listing.class_names, sizes, bad_samples=bad), splits, blocks)
 
 
 def _whole_blocks(split: IndexedSplit) -> list[Int64s]:

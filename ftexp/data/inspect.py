@@ -17,10 +17,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ftexp.config import Config, DataConfig
 from ftexp.data.decoding import as_image
-from ftexp.data.listing import IndexedSplit, Listing
-from ftexp.data.names import can_stream
+from ftexp.data.listing import IndexedSplit
 from ftexp.data.order import Int64s, run_order
-from ftexp.data.sources import UInt8s, sources
+from ftexp.data.sources import UInt8s
 from ftexp.data.splits import SPLITS, BadSample, DataBundle, DataInfo
 from ftexp.errors import DataError
 
@@ -111,8 +110,8 @@ def look(config: Config, bundle: DataBundle, num_cpus: int) -> Found:
     rows = bundle_rows(bundle, "train", num_cpus, bad)
     order = run_order(config.seed, len(rows), config.data.shuffle_window, bundle.blocks)
     pixels, num_read, first = _read_train(rows, order, bundle.info)
-    others_read = not bundle.streams
-    if bundle.streams and sum(len(bundle.streams[split]) for split in ("val", "test")) <= MOST_READ:
+    others_read = not bundle.streamed
+    if bundle.streamed and sum(len(bundle.indexed[split]) for split in ("val", "test")) <= MOST_READ:
         others_read = True
         for split in ("val", "test"):
             others = bundle_rows(bundle, split, num_cpus, bad)
@@ -161,8 +160,8 @@ def _taken(rows: Rows, samples: Int64s, info: DataInfo) -> Iterator[Taken]:
 
 
 def _labels(bundle: DataBundle, split: str) -> Int64s:
-    if bundle.streams:
-        return bundle.streams[split].table.get()[1]
+    if bundle.streamed:
+        return bundle.indexed[split].table.get()[1]
     rows = bundle.datasets[split].iterator()
     blocks = rows.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0)
     return np.concatenate([np.empty(0, np.int64), *(block["label"] for block in blocks)])
@@ -184,14 +183,9 @@ def as_the_model_sees(config: Config, info: DataInfo, images: UInt8s) -> UInt8s:
 
 def _rate(config: DataConfig, bundle: DataBundle, num_cpus: int) -> Rate | None:
     """Decode training samples on every CPU for some seconds; None for a source that has nothing to decode."""
-    if bundle.streams:
-        split = bundle.streams["train"]
-    else:
-        # a cached split no longer says how it was read, so it is listed again
-        found = sources.get(config.name)(config) if can_stream(config.name) else None
-        if not isinstance(found, Listing):
-            return None
-        split = found.splits(config, found.readers)["train"]
+    if not bundle.indexed:
+        return None
+    split = bundle.indexed["train"]
     parts = [part[:_RATE_SAMPLES] for part in np.array_split(np.arange(len(split)), num_cpus) if len(part)]
     task = ray.remote(num_cpus=1)(_decode_for)
     decoded = ray.get([task.remote(split, config.image_size, config.channels, part) for part in parts])

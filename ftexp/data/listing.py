@@ -6,10 +6,11 @@ Items are numbered as they were listed, samples as they are in their split.
 
 from __future__ import annotations
 
+import io
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import ray
@@ -17,6 +18,9 @@ import ray
 from ftexp.config import DataConfig
 from ftexp.data.order import Int64s
 from ftexp.data.splits import SPLITS, BadSample, stratified_split
+
+if TYPE_CHECKING:
+    from pyarrow.fs import FileSystem
 
 T = TypeVar("T")
 
@@ -111,6 +115,47 @@ def retried(get: Callable[[], T]) -> T:
         except OSError:
             time.sleep(delay_s)
     return get()
+
+
+class SteadyFile(io.RawIOBase):
+    """A file of a store that may fail for a while, for formats whose library reads it.
+
+    The bytes are what is got again: what a library makes of them, of a damaged file say, is an OSError too.
+    """
+
+    def __init__(self, filesystem: FileSystem, path: str) -> None:
+        """FileNotFoundError if it isn't there; OSError if it can't be opened."""
+        self._file = retried(lambda: filesystem.open_input_file(path))
+        self._size, self._position = self._file.size(), 0
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def seekable(self) -> bool:
+        """It is."""
+        return True
+
+    def tell(self) -> int:
+        """Where the next read begins, in bytes."""
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Go to `offset`, counted from where `whence` says."""
+        self._position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        """Read on. OSError of the last try."""
+        found = retried(lambda: self._file.read_at(len(buffer), self._position))
+        buffer[: len(found)] = found
+        self._position += len(found)
+        return len(found)
+
+    def close(self) -> None:
+        """Close the file below, too."""
+        self._file.close()
+        super().close()
 
 
 def raiser(error: Exception) -> Callable[[], Any]:

@@ -51,8 +51,11 @@ def _by_split(root: str, paths: list[str]) -> dict[str, list[str]]:
     return named if explicit else {"train": paths}
 
 
-def class_numbers(raw: dict[str, list[Any]], config: DataConfig) -> tuple[list[str], dict[str, Int64s]]:
-    """Class names, and each split's labels as numbers; DataError unless all are text, or whole numbers from 0."""
+def class_numbers(raw: dict[str, list[Any]], where: str) -> tuple[list[str], dict[str, Int64s]]:
+    """Class names, and each split's labels as numbers; DataError unless all are text, or whole numbers from 0.
+
+    `where` they stand, for that error.
+    """
     values = [value for column in raw.values() for value in column]
     if all(isinstance(value, str) for value in values):
         names = sorted(set(values))
@@ -62,6 +65,4 @@ def class_numbers(raw: dict[str, list[Any]], config: DataConfig) -> tuple[list[s
         names = [str(number) for number in range(max(values) + 1)]
         return names, {split: np.array(column, np.int64) for split, column in raw.items()}
     shown = ", ".join(sorted({repr(value) for value in values if not (isinstance(value, int) and value >= 0)})[:5])
-    raise DataError(
-        f"data.label_column={config.label_column} holds {shown}: labels are all text, or all whole numbers from 0"
-    )
+    raise DataError(f"{where} holds {shown}: labels are all text, or all whole numbers from 0")

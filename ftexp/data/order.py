@@ -123,14 +123,16 @@ class WindowOrder:
         return samples
 
     def _epoch(self, number: int) -> _Epoch:
-        if number not in self._epochs:
+        # the loop's thread and the pipeline's both come here: what they see is never changed, only put in its place
+        epochs = self._epochs
+        if number not in epochs:
             count = len(self._sizes)
             blocks = permute(np.arange(count), count, _round_keys(self._seed, number))
             ends = np.cumsum(self._sizes[blocks])
             last = np.minimum(np.arange(self._window, count + self._window, self._window), count) - 1
-            self._epochs = {n: e for n, e in self._epochs.items() if n == number - 1}
-            self._epochs[number] = _Epoch(self._first_samples[blocks], ends, ends[last])
-        return self._epochs[number]
+            made = _Epoch(self._first_samples[blocks], ends, ends[last])
+            self._epochs = epochs = {n: e for n, e in epochs.items() if n == number - 1} | {number: made}
+        return epochs[number]
 
 
 def run_order(seed: int, num_samples: int, window: int | None, block_sizes: Int64s | None) -> AnyOrder:

@@ -10,7 +10,7 @@ import numpy as np
 
 from ftexp.config import DataConfig
 from ftexp.data.blocks import BlockReader
-from ftexp.data.listing import Listing, Raw, Shared, retried
+from ftexp.data.listing import Listing, Raw, Shared, SteadyFile
 from ftexp.data.named_files import class_numbers, files_by_split
 from ftexp.data.order import Int64s
 from ftexp.data.sources import sources
@@ -51,7 +51,7 @@ def parquet(config: DataConfig) -> Listing:
             for group, values in enumerate(found):
                 groups[split].append(RowGroup(path, group, len(raw_labels[split])))
                 raw_labels[split] += values
-    class_names, labels = class_numbers(raw_labels, config)
+    class_names, labels = class_numbers(raw_labels, f"data.label_column={config.label_column}")
     return Listing(
         class_names,
         labels,
@@ -93,11 +93,8 @@ class RowGroups:
 
         path, number, _ = self.groups.get()[block]
 
-        def read() -> Any:
-            with pq.ParquetFile(self.filesystem.open_input_file(path)) as file:
-                return file.read_row_group(number, [self.image_column])[self.image_column]
-
-        return retried(read)
+        with SteadyFile(self.filesystem, path) as opened, pq.ParquetFile(opened) as file:
+            return file.read_row_group(number, [self.image_column])[self.image_column]
 
     def pick(self, data: Any, block: int, row: int) -> Raw:
         """A cell of the column."""
@@ -113,7 +110,7 @@ def _labels_of(filesystem: FileSystem, path: str, config: DataConfig) -> Iterato
     """The labels of each row group."""
     import pyarrow.parquet as pq
 
-    with pq.ParquetFile(filesystem.open_input_file(path)) as file:
+    with SteadyFile(filesystem, path) as opened, pq.ParquetFile(opened) as file:
         for column in (config.image_column, config.label_column):
             if column not in file.schema_arrow.names:
                 raise DataError(

@@ -55,11 +55,16 @@ class DataBundle:
 
     datasets: dict[str, Dataset]
     info: DataInfo
-    streams: dict[str, IndexedSplit] = field(default_factory=dict)
+    indexed: dict[str, IndexedSplit] = field(default_factory=dict)  # of files, cached or not: how each split is read
     blocks: Int64s | None = None  # samples of train in each block, in order, for data.shuffle_window
     feed: str = "cached"
     why: str = ""  # this feed
-    decode_cpus: int = 0  # of the cluster, for streams
+    decode_cpus: int = 0  # of the cluster, where it is streamed
+
+    @property
+    def streamed(self) -> bool:
+        """Whether samples are decoded while the run trains."""
+        return self.feed == "streaming"
 
 
 def stratified_split(labels: Int64s, fractions: Sequence[float], seed: int) -> list[Int64s]:

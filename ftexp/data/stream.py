@@ -29,6 +29,7 @@ _OVERLAP_UNITS = 8  # left of one span when the next begins
 
 _ROW_EXTRA_BYTES = 64  # label, sample number and error
 _SLOW_S = 20.0
+_CLOSE_S = 5.0
 
 T = TypeVar("T")
 Block = dict[str, Any]  # columns of ftexp.data.decoding.Decode
@@ -83,9 +84,9 @@ class StreamedRows:
 
 def bundle_rows(bundle: DataBundle, split: str, num_tasks: int, on_bad: Callable[[list[BadSample]], None]) -> Rows:
     """A split's rows outside of a run, by the bundle's feed. `on_bad` is told of bad samples that a stream meets."""
-    if not bundle.streams:
+    if not bundle.streamed:
         return CachedRows(bundle.datasets[split].iterator())
-    return StreamedRows(bundle.streams[split], bundle.info, num_tasks, on_bad, lambda _: None)
+    return StreamedRows(bundle.indexed[split], bundle.info, num_tasks, on_bad, lambda _: None)
 
 
 def units(requests: Iterator[Int64s], rows: int) -> Iterator[Int64s]:
@@ -123,17 +124,26 @@ def chained(
         if span is None:
             return None
         blocks = start(span)
-        first = next(blocks)  # this is what makes Ray Data begin
-        return len(span), itertools.chain([first], blocks)
+        first = list(itertools.islice(blocks, 1))  # this is what makes Ray Data begin
+        return len(span), itertools.chain(first, blocks)
 
-    with ThreadPoolExecutor(1, thread_name_prefix="stream") as pool:
-        coming: Future[tuple[int, Iterator[Block]] | None] = pool.submit(begin)
+    pool = ThreadPoolExecutor(2, thread_name_prefix="stream")  # one begins a span while the other waits for a block
+    coming: Future[tuple[int, Iterator[Block]] | None] = pool.submit(begin)
+    try:
         while (begun := _awaited(coming, on_slow)) is not None:
-            num_units, blocks = begun
-            for number, block in enumerate(blocks):
-                if number == max(0, num_units - _OVERLAP_UNITS):
+            (num_units, blocks), given = begun, 0
+            while (block := _awaited(pool.submit(next, blocks, None), on_slow)) is not None:
+                given += 1
+                if given == max(1, num_units - _OVERLAP_UNITS + 1):
                     coming = pool.submit(begin)
                 yield block
+            if given < num_units:
+                raise RuntimeError(f"the pipeline ended after {given} blocks of {num_units}")
+    finally:
+        # what has begun ends when nothing refers to it; what can't begin for want of a CPU isn't waited for
+        pool.shutdown(wait=False)
+        if not coming.cancel():
+            wait([coming], _CLOSE_S)
 
 
 def _awaited(future: Future[T], on_slow: Callable[[float], None]) -> T:

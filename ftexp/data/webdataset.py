@@ -74,7 +74,7 @@ def webdataset(config: DataConfig) -> Listing:
             f"{len(bad)} problems with the shards of data.root={config.root}; mend them, or leave what is spoilt out "
             f"with data.on_bad_sample=skip:\n{shown}"
         )
-    class_names, labels = class_numbers(raw_labels, config)
+    class_names, labels = class_numbers(raw_labels, f"data.root={config.root}: .{_LABEL}")
     return Listing(class_names, labels, readers, block_sizes, single, bad)
 
 
@@ -91,6 +91,7 @@ def _scan(filesystem: FileSystem, path: str) -> tuple[list[Entry], list[BadSampl
 
     local = isinstance(filesystem, LocalFileSystem)
     images: dict[str, tuple[int, int]] = {}
+    doubled: dict[str, None] = {}
     labels: dict[str, str] = {}
     problems = []
     with (
@@ -104,7 +105,9 @@ def _scan(filesystem: FileSystem, path: str) -> tuple[list[Entry], list[BadSampl
             if not member.isfile() or not name:
                 continue
             name = f"{folder}/{name}" if folder else name
-            if extension.lower() in _IMAGES:
+            if extension.lower() in _IMAGES and name in images:
+                doubled[name] = None
+            elif extension.lower() in _IMAGES:
                 images[name] = (member.offset_data, member.size)
             elif extension == _LABEL:
                 content = tar.extractfile(member)
@@ -117,6 +120,9 @@ def _scan(filesystem: FileSystem, path: str) -> tuple[list[Entry], list[BadSampl
         problems.append(BadSample(f"{path} {name}", "it has no ." + (_LABEL if name in images else "image")))
     for name in (name for name, label in labels.items() if "\N{REPLACEMENT CHARACTER}" in label):
         problems.append(BadSample(f"{path} {name}", f"its .{_LABEL} is no text"))
+        images.pop(name, None)
+    for name in doubled:
+        problems.append(BadSample(f"{path} {name}", "it has more than one image"))
         images.pop(name, None)
     whole = (name for name in images if name in labels and (size is None or sum(images[name]) <= size))
     return [Entry(name, *images[name], labels[name]) for name in whole], problems
