@@ -19,7 +19,7 @@ from ftexp.data.augment import Augment
 from ftexp.data.decoding import refuse_bad
 from ftexp.data.feeds import Batch, CachedRows, Feed, IndexedFeed, Plan, Rows, ToTensors
 from ftexp.data.listing import IndexedSplit
-from ftexp.data.order import Int64s, derive_seed, run_order
+from ftexp.data.order import derive_seed, run_order
 from ftexp.data.splits import SPLITS, BadSample, DataInfo
 from ftexp.data.stream import StreamedRows
 from ftexp.errors import RunFailedError
@@ -29,25 +29,12 @@ from ftexp.models import WeightsReport, build_model
 from ftexp.optim import build_optimizer, build_scheduler
 from ftexp.progress import Meter, Progress
 from ftexp.skips import Skips
+from ftexp.spec import JobSpec
 from ftexp.storage import Storage
-from ftexp.wire import HubAddress, Line
+from ftexp.wire import Line
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _INIT, _STEP = 2, 3  # streams of the run's seed; 1 is the order's
-
-
-@dataclass(frozen=True)
-class JobSpec:
-    """What the driver sends to every worker."""
-
-    config: Config
-    info: DataInfo
-    run_name: str
-    run_uri: str
-    fingerprint: dict[str, Any]  # what defines the run
-    hub: HubAddress
-    blocks: Int64s | None = None  # samples of train in each block, where they are read in blocks
-    decode_cpus: int = 0  # of the cluster, for streams
 
 
 @dataclass(kw_only=True)

@@ -25,9 +25,11 @@ from ftexp.evaluation import count_into
 from ftexp.failure.chaos import Chaos, FaultyStore
 from ftexp.failure.nonfinite import before_step, put_back, roll_back, skip_step
 from ftexp.failure.watchdog import BETWEEN, EVALUATION, SAVE, START, STEP, Watchdog, hang_limits, report_hang
-from ftexp.job import Job, JobSpec, build_job
+from ftexp.job import Job, build_job
+from ftexp.models import timm_arguments
 from ftexp.progress import Meter, means
 from ftexp.registry import load_plugins
+from ftexp.spec import JobSpec
 from ftexp.storage import Storage
 
 _TICK_INTERVAL_S = 0.1  # between messages that only move the progress bar
@@ -206,6 +208,7 @@ def announce(job: Job) -> None:
     if job.rank == 0:
         job.line.send(
             "ready",
+            arguments=timm_arguments(job.config.model, job.info),
             num_parameters=sum(parameter.numel() for parameter in job.model.parameters()),
             device=str(job.device),
             total_steps=job.total_steps,

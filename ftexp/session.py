@@ -45,7 +45,6 @@ def _run(
     import ftexp.checkpoint.states  # noqa: F401 - registers what is built in
     from ftexp.checkpoint.registry import check_names
     from ftexp.data.build import build_data
-    from ftexp.models import timm_arguments
     from ftexp.trainer import run_training
 
     terminal = Terminal()
@@ -60,7 +59,6 @@ def _run(
     _require_same_data(config, state, bundle.info)
     if bundle.streamed:
         bundle = dataclasses.replace(bundle, decode_cpus=decoding_cpus(config, workers))
-    state.model = {"arguments": timm_arguments(config.model, bundle.info)}
     state.data = {"name": config.data.name, "feed": bundle.feed, **masked(bundle.info)}
     run_dir.write_bytes("config.yaml", OmegaConf.to_yaml(OmegaConf.create(masked(config))).encode())
     run_dir.write_bytes("overrides.yaml", OmegaConf.to_yaml(OmegaConf.create(masked(overrides))).encode())

@@ -200,7 +200,7 @@ class RunRecord:
         }
 
     def _on_ready(self, message: Message) -> None:
-        self.state.model["num_parameters"] = message["num_parameters"]
+        self.state.model = {name: message[name] for name in ("arguments", "num_parameters")}
         self._working_since = self._clock()
         self._note_recovery(message["step"])
         self.state.step = message["step"]

@@ -21,10 +21,9 @@ from ftexp.data.splits import DataBundle
 from ftexp.errors import RunFailedError, StorageError
 from ftexp.failure.causes import FailureReporter, find_cause
 from ftexp.fitting import fit_interruptibly
-from ftexp.job import JobSpec
 from ftexp.lease import Lease
-from ftexp.loop import train_loop
 from ftexp.scaling import Workers, lacking_resources
+from ftexp.spec import JobSpec
 from ftexp.storage import Storage
 from ftexp.supervisor import Supervisor
 from ftexp.terminal import Terminal
@@ -179,6 +178,8 @@ def build_trainer(
 
 
 def _train_function(loop_config: dict[str, Any]) -> dict[str, float] | None:
+    from ftexp.loop import train_loop  # it imports timm, which takes seconds that the driver can do without
+
     return train_loop(pickle.loads(loop_config["spec"]), loop_config["streams"])
 
 

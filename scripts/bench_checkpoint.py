@@ -73,7 +73,7 @@ def run_job(overrides: list[str], rounds: int, window_s: float) -> dict[str, Any
         from ray.train.torch import TorchTrainer
 
         from ftexp.data.build import build_data
-        from ftexp.job import JobSpec
+        from ftexp.spec import JobSpec
         from ftexp.storage import Storage
         from ftexp.wire import Hub
 

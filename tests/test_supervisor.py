@@ -34,7 +34,7 @@ class Driver:
         """A worker group starts, and comes as far as `step`."""
         for rank in range(2):
             self.tell("hello", rank=rank, world_size=2, pid=100 + rank, node=f"node{rank}")
-        fields = {"num_parameters": 5, "device": "cpu", "weights": None, "total_steps": 100}
+        fields = {"arguments": {}, "num_parameters": 5, "device": "cpu", "weights": None, "total_steps": 100}
         self.tell("ready", step=ready, **fields)
         if step is not None:
             self.tell("tick", step=step, position=step * 32, epoch=0)
@@ -176,7 +176,7 @@ def test_a_recovery_tells_what_was_restored_and_what_was_damaged(tmp_path):
     for name in ("step_00000040.a1", "step_00000030.a1"):
         driver.tell("event", name="checkpoint_rejected", step=0, checkpoint=name, reason="torn")
     driver.tell("event", name="restored", step=20, checkpoint="step_00000020.a1")
-    fields = {"num_parameters": 5, "device": "cpu", "weights": None, "total_steps": 100}
+    fields = {"arguments": {}, "num_parameters": 5, "device": "cpu", "weights": None, "total_steps": 100}
     driver.tell("ready", step=20, **fields)
     assert "checkpoint step_00000040.a1 doesn't count: torn" in driver.shown
     assert "restored step_00000020.a1 (2 damaged skipped), replaying 37 steps" in driver.shown

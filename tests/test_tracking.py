@@ -44,7 +44,9 @@ def hello(record, rank, world_size=2, pid=100):
 
 
 def ready(record, step):
-    record.handle({"kind": "ready", "step": step, "num_parameters": 5, "device": "cpu", "weights": None})
+    record.handle(
+        {"kind": "ready", "step": step, "arguments": {}, "num_parameters": 5, "device": "cpu", "weights": None}
+    )
 
 
 def metric(record, split, step, epoch=0, **values):
