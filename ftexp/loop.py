@@ -24,7 +24,8 @@ from ftexp.errors import NonFiniteError
 from ftexp.evaluation import count_into
 from ftexp.failure.chaos import Chaos, FaultyStore
 from ftexp.failure.nonfinite import before_step, put_back, roll_back, skip_step
-from ftexp.failure.watchdog import BETWEEN, EVALUATION, SAVE, START, STEP, Watchdog, hang_limits, report_hang
+from ftexp.failure.phases import AGREEMENT, BETWEEN, EVALUATION, SAVE, START, STEP
+from ftexp.failure.watchdog import Watchdog, hang_limits, report_hang
 from ftexp.job import Job, build_job
 from ftexp.models import timm_arguments
 from ftexp.progress import Meter, means
@@ -103,13 +104,16 @@ def _run(
         epoch_ended = advance(job, batch)
         ticker.tick()
         if progress.step % job.config.train.log_every_steps == 0 or job.finished:
-            log_train(job)
+            with watchdog.during(AGREEMENT):
+                log_train(job)
         if evaluation_due(job, epoch_ended):
             with watchdog.during(EVALUATION):
                 evaluate(job, "val")
             update_best(job)
         chaos.strike()
-        if checkpoints.due(epoch_ended):
+        with watchdog.during(AGREEMENT):
+            due = checkpoints.due(epoch_ended)
+        if due:
             with watchdog.during(SAVE):
                 checkpoints.save()
         if checkpoints.stopping:

@@ -15,6 +15,7 @@ import hypothesis
 import pytest
 
 DEADLINE_S = 240
+FOUR_EPOCHS = ["train.epochs=4", "train.ledger=true"]
 
 # how long an example takes is the machine's affair
 hypothesis.settings.register_profile("ftexp", deadline=None)
@@ -99,6 +100,15 @@ class RunFolder:
     def kill_worker(self, rank):
         """SIGKILL a worker of the latest attempt."""
         os.kill(self.events("ready")[-1]["pids"][rank], signal.SIGKILL)
+
+
+@pytest.fixture(scope="session")
+def clean_run(tmp_path_factory):
+    """A run of FOUR_EPOCHS that nothing happened to: others, to which something does, must end as it did."""
+    folder = tmp_path_factory.mktemp("clean")
+    command = Command("train", [*FOUR_EPOCHS, f"run.storage={folder}", "run.name=clean"], folder)
+    assert command.wait() == 0, command.output
+    return RunFolder(folder / "clean")
 
 
 @pytest.fixture(scope="module")

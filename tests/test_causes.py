@@ -219,6 +219,7 @@ IN_STEP, BETWEEN = "in a step for 3 s; stacks in x", "between steps for 4 s; sta
         ({1: BETWEEN, 0: IN_STEP}, 1),
         ({2: IN_STEP, 1: IN_STEP}, 1),
         ({3: "in an evaluation for 9 s", 2: IN_STEP}, 3),
+        ({0: "in an agreement of all ranks for 5 s", 1: BETWEEN}, 1),
         ({0: BETWEEN}, 0),
     ],
 )

@@ -5,12 +5,11 @@ import signal
 from pathlib import Path
 
 import pytest
-from conftest import Command, RunFolder
+from conftest import FOUR_EPOCHS
 
 from ftexp.drill_report import compare
 from ftexp.ledger import problems, read_updates
 
-OPTIONS = ["train.epochs=6", "train.ledger=true"]
 BATCH = 32
 
 PLUGIN = """
@@ -37,19 +36,10 @@ class Faulty:
 """
 
 
-@pytest.fixture(scope="module")
-def clean(tmp_path_factory):
-    """A run that nothing happened to."""
-    folder = tmp_path_factory.mktemp("clean")
-    command = Command("train", [*OPTIONS, f"run.storage={folder}", "run.name=clean"], folder)
-    assert command.wait() == 0, command.output
-    return RunFolder(folder / "clean")
-
-
 @pytest.mark.timeout(400)
-def test_a_run_that_hung_lost_numbers_and_raised_ends_where_the_clean_run_ends(ftexp, run_folder, clean):
-    faults = "{kind: hang, step: 60, rank: 1}, {kind: nonfinite, step: 100}, {kind: raise, step: 150}"
-    command = ftexp(*OPTIONS, "run.name=faulty", f"chaos.faults=[{faults}]", "failure.hang_timeout_s=3")
+def test_a_run_that_hung_lost_numbers_and_raised_ends_where_the_clean_run_ends(ftexp, run_folder, clean_run):
+    faults = "{kind: hang, step: 40, rank: 1}, {kind: nonfinite, step: 80}, {kind: raise, step: 120}"
+    command = ftexp(*FOUR_EPOCHS, "run.name=faulty", f"chaos.faults=[{faults}]", "failure.hang_timeout_s=3")
     run = run_folder("faulty")
     assert command.wait() == 0, command.output
     record = run.record
@@ -65,12 +55,12 @@ def test_a_run_that_hung_lost_numbers_and_raised_ends_where_the_clean_run_ends(f
     stacks = run.path / "hangs" / "a1.r1.txt"
     assert f"stacks in {stacks}" in failures[0]["error"]
     assert "chaos.py" in stacks.read_text()
-    assert failures[2]["step"] == 150
+    assert failures[2]["step"] == 120
     assert "ChaosError" in failures[2]["error"]
     assert 0 < record["goodput"] <= 1
     assert record["goodput"] == pytest.approx(record["productive_s"] / record["seconds"], abs=1e-4)
     assert "on steps that counted" in command.output
-    report = compare(clean.storage, run.storage, BATCH, 0)
+    report = compare(clean_run.storage, run.storage, BATCH, 0)
     assert (report.differences, report.identical) == ([], True)
 
 

@@ -9,7 +9,7 @@ ROOT = Path(ftexp.__file__).parent
 
 # lowest first; a module may import from its own layer and from those above it in this list
 LAYERS = [
-    {"errors", "versions", "ray_private", "skips"},
+    {"errors", "versions", "ray_private", "skips", "failure.phases"},
     {"registry", "timm_names", "storage", "data.names", "wire"},
     {"lease", "append_log"},
     {"ledger"},

@@ -1,6 +1,7 @@
 """One optimiser step in one process: every switch of `train` trains, and accumulation changes no result."""
 
 import dataclasses
+import functools
 import math
 from types import SimpleNamespace
 
@@ -114,7 +115,9 @@ def test_every_switch_learns_what_can_be_learned(switches):
     assert ends == [False, False, False, True] * 3
 
 
-def test_a_compiled_model_takes_the_steps_of_the_plain_one():
+def test_a_compiled_model_takes_the_steps_of_the_plain_one(monkeypatch):
+    # traced and differentiated as ever; the C++ that would come of it takes half a minute
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     shallow = dataclasses.replace(SMALL_VIT, kwargs={**SMALL_VIT.kwargs, "depth": 1})
     plain, compiled = make_job(shallow), make_job(shallow, compile=True)
     for job in (plain, compiled):

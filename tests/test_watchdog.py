@@ -9,7 +9,8 @@ import textwrap
 import pytest
 
 from ftexp.config import FailureConfig
-from ftexp.failure.watchdog import BETWEEN, EVALUATION, SAVE, START, STEP, Watchdog, hang_limits
+from ftexp.failure.phases import AGREEMENT, BETWEEN, EVALUATION, SAVE, START, STEP
+from ftexp.failure.watchdog import Watchdog, hang_limits
 
 LIMITS = {START: 100.0, STEP: 10.0, BETWEEN: 20.0, EVALUATION: 50.0, SAVE: None}
 
@@ -102,7 +103,7 @@ def test_without_a_limit_there_is_no_thread():
 
 def test_every_phase_of_the_loop_has_the_limit_of_its_key():
     config = FailureConfig(hang_timeout_s=1, start_timeout_s=2, evaluation_timeout_s=3, save_timeout_s=None)
-    assert hang_limits(config) == {START: 2, STEP: 3, BETWEEN: 1, EVALUATION: 3, SAVE: None}
+    assert hang_limits(config) == {START: 2, STEP: 3, AGREEMENT: 3, BETWEEN: 1, EVALUATION: 3, SAVE: None}
 
 
 # the module is loaded by its path: importing the package's other parts takes seconds

@@ -13,6 +13,7 @@ from ray.train import UserCallback
 from ftexp import ray_private
 from ftexp.config import CAUSES
 from ftexp.errors import ConfigError, DataError, FtexpError, NonFiniteError, StateError, StorageError
+from ftexp.failure.phases import WAITED_IN
 from ftexp.wire import HubAddress, Line
 
 BUG, OUT_OF_MEMORY, CRASH, HANG, PREEMPTION, NON_FINITE, STORAGE, STARTUP = CAUSES
@@ -70,8 +71,8 @@ def as_hang(cause: Cause, hung: dict[int, str]) -> Cause:
     """The cause, once it is known which ranks killed themselves because they stood still: {rank: in doing what}."""
     if not hung or not cause.died:
         return cause
-    # ranks that wait for another one stand still too, but within a step
-    rank = min(hung, key=lambda rank: (hung[rank].startswith("in a step"), rank))
+    # ranks that wait for another one stand still too
+    rank = min(hung, key=lambda rank: (hung[rank].startswith(WAITED_IN), rank))
     return Cause(HANG, rank, f"it stood still {hung[rank]}", died=True)
 
 

@@ -17,14 +17,12 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from ftexp.config import FailureConfig
+from ftexp.failure.phases import BETWEEN, EVALUATION, SAVE, START, STEP, WAITED_IN
 from ftexp.storage import Storage
 
 if TYPE_CHECKING:
     from ftexp.job import Job
 
-# what the loop does, as it is told to users
-START, STEP, BETWEEN = "in its start", "in a step", "between steps"
-EVALUATION, SAVE = "in an evaluation", "waiting for a save"
 _MOST_POLL_S = 1.0
 _LATER_S = 2.0
 _GRACE_S = 10.0  # beyond a limit, after which even a process that can't run Python is ended
@@ -105,8 +103,8 @@ def hang_limits(config: FailureConfig) -> dict[str, float | None]:
     """Seconds that each phase of the loop may stand still."""
     return {
         START: config.start_timeout_s,
-        # ranks that wait for another one wait in a step: the one that keeps them waiting shall be the first to tell
-        STEP: config.hang_timeout_s + _LATER_S if config.hang_timeout_s is not None else None,
+        # the rank that keeps others waiting shall be the first to tell
+        **dict.fromkeys(WAITED_IN, config.hang_timeout_s + _LATER_S if config.hang_timeout_s is not None else None),
         BETWEEN: config.hang_timeout_s,
         EVALUATION: config.evaluation_timeout_s,
         SAVE: config.save_timeout_s,

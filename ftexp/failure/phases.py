@@ -1,0 +1,9 @@
+"""What a worker's loop is doing, for the watchdog that watches it and in the words that users read."""
+
+from __future__ import annotations
+
+START, STEP, BETWEEN = "in its start", "in a step", "between steps"
+AGREEMENT = "in an agreement of all ranks"
+EVALUATION, SAVE = "in an evaluation", "waiting for a save"
+
+WAITED_IN = (STEP, AGREEMENT)  # where ranks wait for one that stands still elsewhere
