@@ -76,7 +76,7 @@ class DataConfig:
     # cached: decoded once, in memory; streaming: decoded while the run trains; auto: cached if it fits
     feed: str = choice(AUTO, (AUTO, "cached", "streaming"))
     shuffle_window: int | None = ranged(None, low=1)  # blocks (row groups, ..) shuffled together; None: a whole epoch
-    decode_cpus: int | None = ranged(None, low=1)  # streaming: over all nodes; None: what the workers leave
+    decode_cpus: int | None = ranged(None, low=1)  # over all nodes; None: all, or what the workers leave
     prefetch_batches: int | None = ranged(None, low=0)  # batches made ahead; None: 2 on GPU, none on CPU
 
 

@@ -66,14 +66,16 @@ def points(run):
 
 def test_a_killed_run_ends_exactly_where_the_clean_run_ends(ftexp, run_folder, clean_run, tmp_path):
     (tmp_path / "my_states.py").write_text(PLUGIN)
-    killed_command, killed, clean = (
-        ftexp(
-            *FOUR_EPOCHS, "failure.max_failures=1", "plugins=[my_states]", "run.name=killed",
-            "checkpoint.extra_state=[progress,scheduler,scaler,rng,best,counter]",
-        ), run_folder("killed"), clean_run,
+    clean, killed = clean_run, run_folder("killed")
+    killed_command = ftexp(
+        *FOUR_EPOCHS, "failure.max_failures=1", "plugins=[my_states]", "run.name=killed",
+        "checkpoint.extra_state=[progress,scheduler,scaler,rng,best,counter]",
     )  # fmt: skip
     killed_command.wait_until(lambda: len(killed.events("checkpoint_saved")) == 2)
     killed.kill_worker(rank=1)
+    before = killed.events("checkpoint_saved")[1]
+    counter = load(killed, before["checkpoint"], "extra_state.pt")["counter"]
+    assert counter == {"restored": 0, "saved_at": before["step"]}
     assert killed_command.wait() == 0, killed_command.output
 
     last = clean.record["checkpoint"]
