@@ -311,6 +311,7 @@ def test_a_run_whose_storage_is_gone_stops_and_goes_on_once_it_is_back(ftexp, ru
     folder, away = run.path / CHECKPOINTS, switches / "away"
     shutil.move(folder, away)
     folder.touch()  # a file, in which not even root can make a folder
+    (switches / "slow").touch()  # or the run might end before its second save has failed
     (switches / "held").unlink()
     assert command.wait() == 1, command.output
     record = run.record
@@ -326,6 +327,7 @@ def test_a_run_whose_storage_is_gone_stops_and_goes_on_once_it_is_back(ftexp, ru
 
     folder.unlink()
     shutil.move(away, folder)
+    (switches / "slow").unlink()
     again = ftexp(*words)
     assert again.wait() == 0, again.output
     assert f"at step {latest} from step_{latest:08d}.a1" in again.output

@@ -235,13 +235,14 @@ def test_an_exception_is_told_with_the_line_that_raised_it(preloaded):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])
 def test_a_signal_to_the_launcher_reaches_the_worker(preloaded, number):
     worker = preloaded.start(f"""
-    import signal, sys
+    import signal, sys, time
     def end(number, frame):
         print("got", number)
         sys.exit(5)
     signal.signal({number.value}, end)
     print("ready", flush=True)
-    signal.pause()
+    while True:  # a pause() that begins just after the signal came would last for ever
+        time.sleep(0.05)
     """)
     assert worker.stdout.readline() == "ready\n"
     wait_until(lambda: passes_on(worker.pid, number))
