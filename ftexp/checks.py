@@ -192,8 +192,6 @@ def _scaling(config: Config) -> Iterator[str]:
             f"scaling.address={scaling.address}: Ray Client is not supported, since workers must reach the driver. "
             "Run on a node of the cluster with scaling.address=auto (ray job submit does that)"
         )
-    if scaling.hot_start == "on" and scaling.address is not None:
-        yield "scaling.hot_start=on needs a Ray that ftexp starts: with scaling.address set, take auto or off"
     if scaling.backend not in (None, "gloo", "nccl"):
         yield f"scaling.backend={scaling.backend!r} must be gloo, nccl or null"
     elif scaling.backend == "nccl" and scaling.use_gpu is False:

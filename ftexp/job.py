@@ -23,7 +23,7 @@ from ftexp.data.order import derive_seed, run_order
 from ftexp.data.splits import SPLITS, BadSample, DataInfo
 from ftexp.data.stream import StreamedRows
 from ftexp.errors import RunFailedError
-from ftexp.hot_start.preloader import MARK as HOT_START_MARK
+from ftexp.hot_start.forker import MARK as HOT_START_MARK
 from ftexp.ledger import LEDGER, Ledger
 from ftexp.models import WeightsReport, build_model
 from ftexp.optim import build_optimizer, build_scheduler

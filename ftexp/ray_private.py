@@ -7,12 +7,15 @@
 - Forks of a process that has imported Ray must not share its random numbers, from which Ray makes its ids. Its
   generator is seeded at the first draw, and the decorator of actor classes draws when Ray's modules are imported.
 - The thread that prints raylet's messages starts whatever log_to_driver says; what it prints is in Ray's logs too.
+- The script that raylet starts for each worker, which imports all of ray to become the worker's interpreter.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 SNAPSHOT = "checkpoint_manager_snapshot.json"
@@ -72,3 +75,16 @@ def random_id() -> str:
 
     drawn: str = UniqueID.from_random().hex()
     return drawn
+
+
+@contextlib.contextmanager
+def workers_set_up_by(script: Path) -> Iterator[None]:
+    """Have the raylet that is started meanwhile run `script`, an absolute path, where it would run Ray's own."""
+    from ray._private import ray_constants
+
+    original = ray_constants.SETUP_WORKER_FILENAME  # joined to a folder, which an absolute path replaces
+    ray_constants.SETUP_WORKER_FILENAME = str(script)
+    try:
+        yield
+    finally:
+        ray_constants.SETUP_WORKER_FILENAME = original

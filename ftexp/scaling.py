@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ftexp import ray_private
@@ -38,6 +38,12 @@ class Workers:
     num_workers: int | tuple[int, int]
     use_gpu: bool
     resources_per_worker: dict[str, float]
+    runtime_env: dict[str, Any] = field(default_factory=dict)  # Ray's, for the train workers alone
+
+    @property
+    def num_threads(self) -> int:
+        """Of one worker: as many as it has whole CPUs, and one at least."""
+        return max(1, int(self.resources_per_worker.get("CPU", 1)))
 
     @property
     def most(self) -> int:

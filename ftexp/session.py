@@ -13,7 +13,7 @@ from ftexp.config import Config
 from ftexp.data.splits import DataInfo
 from ftexp.errors import ConfigError
 from ftexp.fingerprint import masked
-from ftexp.hot_start.driver import HotStart
+from ftexp.hot_start.driver import HotStart, on_joined_nodes
 from ftexp.lease import Lease
 from ftexp.registry import load_plugins
 from ftexp.scaling import Workers, decoding_cpus, lacking_resources, quiet_data, start_ray
@@ -27,11 +27,12 @@ def run_session(
 ) -> dict[str, float]:
     """Train in a Ray that is started here, or joined, and left again; returns the last metrics."""
     # torch takes seconds to import, and starting Ray is mostly waiting for its processes
-    hot_start = HotStart(config.scaling, max(1, int(workers.resources_per_worker.get("CPU", 1))))
+    hot_start = HotStart(config.scaling, workers.num_threads)
     importing = threading.Thread(target=importlib.import_module, args=("ftexp.trainer",), name="import")
     importing.start()
     try:
-        host = start_ray(config, hot_start.runtime_env())
+        with hot_start.raylet_settings():
+            host = start_ray(config, hot_start.runtime_env())
         importing.join()
         return _run(config, overrides, workers, run_dir, state, lease, host)
     finally:
@@ -65,6 +66,11 @@ def _run(
     checkpoint = config.checkpoint
     record = RunRecord(run_dir, state, (checkpoint.checkpoint_score_attribute, checkpoint.checkpoint_score_order))
     record.write()
+    if config.scaling.address is not None:
+        runtime_env, why_not = on_joined_nodes(config.scaling, workers.num_threads)
+        workers = dataclasses.replace(workers, runtime_env=runtime_env)
+        if why_not:
+            record.event("cold_start", reason=why_not)
     if bundle.info.bad_samples:
         samples = [vars(sample) for sample in bundle.info.bad_samples]
         record.event("bad_samples", count=len(samples), samples=samples)

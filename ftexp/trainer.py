@@ -169,6 +169,7 @@ def build_trainer(
             # the store thins out; Ray must not delete what it keeps
             checkpoint_config=CheckpointConfig(num_to_keep=None),
             callbacks=[FailureReporter(hub)],
+            worker_runtime_env=workers.runtime_env,
             logging_config=LoggingConfig("INFO" if config.verbose else "CRITICAL"),
         ),
         datasets=bundle.datasets,

@@ -176,8 +176,6 @@ WRONG = {
     "skipping beside fp16": ("failure.on_nonfinite=skip_step train.precision=fp16",
         "failure.on_nonfinite=skip_step is not for train.precision=fp16", "skips steps by itself"),
     "hot start": ("scaling.hot_start=maybe", "scaling.hot_start='maybe' is not one of auto, on, off"),
-    "hot start elsewhere": ("scaling.hot_start=on scaling.address=auto scaling.num_workers=2 scaling.use_gpu=false",
-        "scaling.hot_start=on needs a Ray that ftexp starts", "take auto or off"),
     # syntax
     "no value": ("optim.lr", "can't read 'optim.lr': write key=value"),
     "open bracket": ("plugins=[a,", "can't read 'plugins=[a,'", "quote values"),

@@ -1,6 +1,7 @@
 """Hot start: a fork is the worker that a plain start would have been, and nothing of it outlives what it belongs to."""
 
 import contextlib
+import importlib
 import json
 import os
 import select
@@ -16,17 +17,19 @@ import uuid
 from pathlib import Path
 
 import pytest
+from ray._private.runtime_env.context import RuntimeEnvContext
+from ray._private.utils import update_envs
 
 from ftexp.config import ScalingConfig
 from ftexp.hot_start import driver, launcher
 from ftexp.hot_start.driver import HotStart
-from ftexp.hot_start.preloader import MARK
+from ftexp.hot_start.forker import MARK
 
 DEADLINE_S = 60
 FULL = ("-m", "ftexp.hot_start.preloader")
 LIGHT = (
-    "import sys, ftexp.hot_start.preloader as preloader;"
-    "preloader.BEFORE_THE_CLUSTER = (); preloader.WITH_THE_CLUSTER = ('ray',);"
+    "import sys, ftexp.hot_start.preloader as preloader, ftexp.hot_start.forker as forker;"
+    "preloader.BEFORE_THE_CLUSTER = (); forker.WITH_THE_CLUSTER = ('ray',);"
 )  # a second instead of eight, for tests that need a preloader of their own
 DRAWS = """
     import json, random, uuid
@@ -62,11 +65,13 @@ class Preloaded:
         unwanted = ("RAY_", "PYTHONUNBUFFERED")
         self.environment = {name: value for name, value in os.environ.items() if not name.startswith(unwanted)}
         self.environment |= {"RAY_JOB_ID": "01000000", "RAY_RAYLET_PID": str(os.getpid())}
-        self.process = subprocess.Popen(
-            [sys.executable, *command, self.socket], stdin=subprocess.PIPE, cwd=folder, env=self.environment
-        )
+        with launcher.listen(self.socket) as listener:
+            number = listener.fileno()
+            self.process = subprocess.Popen(
+                [sys.executable, *command, self.socket, str(number)],
+                stdin=subprocess.PIPE, cwd=folder, env=self.environment, pass_fds=[number],
+            )  # fmt: skip
         self.launchers = []
-        wait_until(Path(self.socket).exists)
 
     def start(self, script, *arguments, plain=False, socket=None, flags=(), **options):
         """Start `script` through the launcher, or by the plain interpreter."""
@@ -109,6 +114,13 @@ def light(tmp_path):
     started.stop()
 
 
+def forker_of(preloaded):
+    """The process that workers are forked from."""
+    code, output, errors = preloaded.run("import os; print(os.getppid())")
+    assert code == 0, errors
+    return int(output)
+
+
 def outcome(started, given=""):
     output, errors = started.communicate(given, timeout=DEADLINE_S)
     return started.returncode, output, errors
@@ -136,10 +148,10 @@ def wait_for_end_of(pid):
         assert select.select([process], [], [], DEADLINE_S)[0], f"{pid} goes on"
 
 
-def passes_on(pid, number):
-    """Whether the process has a handler for the signal."""
-    caught = Path(f"/proc/{pid}/status").read_text().partition("SigCgt:")[2].split()[0]
-    return bool(int(caught, 16) >> (number - 1) & 1)
+def has_signal(pid, number, field):
+    """Whether the process has the signal among those that it catches (SigCgt), or ignores (SigIgn)."""
+    signals = Path(f"/proc/{pid}/status").read_text().partition(f"{field}:")[2].split()[0]
+    return bool(int(signals, 16) >> (number - 1) & 1)
 
 
 # What a script sees
@@ -245,7 +257,7 @@ def test_a_signal_to_the_launcher_reaches_the_worker(preloaded, number):
         time.sleep(0.05)
     """)
     assert worker.stdout.readline() == "ready\n"
-    wait_until(lambda: passes_on(worker.pid, number))
+    wait_until(lambda: has_signal(worker.pid, number, "SigCgt"))
     worker.send_signal(number)
     assert outcome(worker) == (5, f"got {number.value}\n", "")
 
@@ -324,20 +336,45 @@ def test_a_ddp_step_among_forks_has_the_gradient_of_plain_processes(preloaded, t
     assert gradients == gradients[:1] * 4
 
 
-def test_the_preloader_has_no_thread_of_pythons_or_torchs(preloaded):
+def test_what_is_forked_from_has_no_thread_of_pythons_or_torchs(preloaded):
     """What threads there are is pyarrow's allocator's, which stops and restarts around a fork by itself."""
-    tasks = Path(f"/proc/{preloaded.process.pid}/task").iterdir()
-    names = [(task / "comm").read_text().strip() for task in tasks]
-    assert len([name for name in names if name != "jemalloc_bg_thd"]) == 1, names
+    forker = forker_of(preloaded)
+    assert forker != preloaded.process.pid
+    for pid in (preloaded.process.pid, forker):
+        names = [(task / "comm").read_text().strip() for task in Path(f"/proc/{pid}/task").iterdir()]
+        assert len([name for name in names if name != "jemalloc_bg_thd"]) == 1, names
 
 
 # Who may share one
 
 
-@pytest.mark.parametrize("name", ["RAY_JOB_ID", "RAY_RAYLET_PID", "PYTHONPATH"])
-def test_a_worker_of_another_job_raylet_or_path_starts_plainly(preloaded, name):
-    assert not is_forked(preloaded, env=preloaded.environment | {name: "1"})
+def test_a_worker_that_imports_from_elsewhere_starts_plainly(preloaded):
+    assert not is_forked(preloaded, env=preloaded.environment | {"PYTHONPATH": "1"})
     assert is_forked(preloaded)
+
+
+@pytest.mark.parametrize("name", ["RAY_JOB_ID", "RAY_RAYLET_PID"])
+def test_a_worker_of_another_job_or_raylet_has_another_forker_where_ray_knows_them(light, name):
+    """Ray reads both when it is imported."""
+    look = f"import os, ray; print(os.getppid(), os.environ['{name}'], os.environ['{MARK}'])"
+    seen = [light.run(look, env=light.environment | {name: value})[1].split() for value in ("02000000", "3", "3")]
+    assert [value for _, value, _ in seen] == ["02000000", "3", "3"]
+    assert seen[0][0] != seen[1][0] == seen[2][0]
+
+
+def test_a_forker_ends_when_its_job_asks_for_nothing_and_comes_back_when_it_does(tmp_path):
+    idle = Preloaded(tmp_path, ("-c", LIGHT + "forker._IDLE_S = 0.05; preloader.main()"))
+    try:
+        worker = idle.start("import os, sys; print(os.getppid(), flush=True); sys.stdin.read()")
+        first = int(worker.stdout.readline())
+        assert first != idle.process.pid
+        outcome(worker)
+        wait_for_end_of(first)
+        second = forker_of(idle)
+        assert second not in (first, idle.process.pid)
+        wait_for_end_of(second)
+    finally:
+        idle.stop()
 
 
 def test_workers_start_plainly_without_a_socket(preloaded, tmp_path):
@@ -420,6 +457,7 @@ def test_the_preloader_ends_with_its_standard_input_and_workers_go_on(light):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_in_the_terminal_does_not_end_the_preloader(light, number):
+    wait_until(lambda: has_signal(light.process.pid, number, "SigIgn"))
     light.process.send_signal(number)
     assert is_forked(light)
 
@@ -501,11 +539,11 @@ def test_the_driver_starts_one_preloader_and_leaves_neither_process_nor_folder(t
         script = tmp_path / "script.py"
         script.write_text(f"import os; print(os.environ['{MARK}'], os.getppid())")
         forked = subprocess.run([*words, script], capture_output=True, text=True, timeout=DEADLINE_S)
-        mark, preloader = forked.stdout.split()
+        mark, forker = forked.stdout.split()
         assert mark == "1"
     finally:
         hot_start.stop()
-    wait_for_end_of(int(preloader))
+    wait_for_end_of(int(forker))
     assert list(tmp_path.glob("ftexp-*")) == []
     assert hot_start.runtime_env() == {}
     hot_start.stop()
@@ -515,7 +553,7 @@ def test_nothing_is_left_when_the_driver_is_killed(tmp_path):
     code = """
 import sys
 from ftexp.config import ScalingConfig
-from ftexp.hot_start import driver, preloader
+from ftexp.hot_start import driver
 hot_start = driver.HotStart(ScalingConfig(), 1)
 print(hot_start._process.pid, flush=True)
 sys.stdin.read()
@@ -538,30 +576,203 @@ sys.stdin.read()
 def test_rays_workers_are_forks_and_nothing_outlives_the_cluster(tmp_path):
     code = f"""
 import json, os, ray
+from pathlib import Path
 from ftexp.config import ScalingConfig
 from ftexp.hot_start.driver import HotStart
 hot_start = HotStart(ScalingConfig(), 1)
-ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env=hot_start.runtime_env())
-@ray.remote
+options = dict(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env=hot_start.runtime_env())
+with hot_start.raylet_settings():
+    ray.init(address="local", **options)
+@ray.remote(runtime_env={{"env_vars": {{"GIVEN": "${{FTEXP_TEST}}!"}}}})
 class Worker:
     def look(self):
-        return os.environ.get("{MARK}"), ray.get_runtime_context().get_actor_id(), os.getpid()
+        raylet = int(os.environ["RAY_RAYLET_PID"])
+        started = [Path(f"/proc/{{pid}}/cmdline").read_text().split("\\0") for pid in children(raylet)]
+        ways = {{Path(words[1]).parent.name for words in started if words[1].endswith("setup_worker.py")}}
+        actor = ray.get_runtime_context().get_actor_id()
+        return os.environ.get("{MARK}"), actor, os.getpid(), sorted(ways), os.environ["GIVEN"]
+def children(pid):
+    return Path(f"/proc/{{pid}}/task/{{pid}}/children").read_text().split()
 workers = [Worker.remote() for _ in range(2)]
 print(json.dumps(ray.get([worker.look.remote() for worker in workers])))
 ray.shutdown()
 hot_start.stop()
 """
     name = f"FTEXP_TEST={uuid.uuid4().hex}"  # by which every process that it starts is known
-    environment = {**os.environ, **dict([name.split("=")])}
+    environment = {**os.environ, **dict([name.split("=")]), "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
     session = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=240, cwd=tmp_path
     )
     assert session.returncode == 0, session.stderr
-    (one, first, pid), (other, second, other_pid) = json.loads(session.stdout.splitlines()[-1])
+    (one, first, pid, *ways), (other, second, other_pid, *others) = json.loads(session.stdout.splitlines()[-1])
     assert (one, other) == ("1", "1")
     assert first != second
+    assert ways == others == [["hot_start"], name.split("=")[1] + "!"]  # and not Ray's own setup_worker.py
     for left in {pid, other_pid, *processes_with(name)}:
         wait_for_end_of(left)
+
+
+# Raylet's own start of a worker
+
+
+SETUP_WORDS = ["default_worker.py", "--node-id=1", "--language=PYTHON", "--worker-launch-time-ms=2"]
+
+
+def context_of(**fields):
+    return RuntimeEnvContext(**fields).serialize()
+
+
+@pytest.fixture(scope="module")
+def setup_worker():
+    """The script as a module."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(Path(launcher.__file__).parent))
+        yield importlib.import_module("setup_worker")
+
+
+@pytest.mark.parametrize("joined", [True, False])
+def test_a_workers_context_is_read_as_ray_reads_it(setup_worker, joined):
+    context = context_of(env_vars={"A": "1"})
+    name = "--serialized-runtime-env-context"
+    words = [*SETUP_WORDS, *([f"{name}={context}"] if joined else [name, context]), "--last"]
+    assert setup_worker.read(words) == (
+        json.loads(context), "PYTHON", ["default_worker.py", "--node-id=1", "--worker-launch-time-ms=2", "--last"]
+    )  # fmt: skip
+
+
+def test_variables_are_set_as_ray_sets_them(setup_worker, monkeypatch):
+    values = {"ONE": "a", "TWO": "${ONE}:$ONE", "THREE": "${NOT_THERE}x$NOT_THERE", "FOUR": "${not_there}", "ONE_": ""}
+    found = []
+    for set_variables in (setup_worker.set_variables, update_envs):
+        with monkeypatch.context() as patch:
+            for name in values:
+                patch.setenv(name, "before")
+            set_variables(values)
+            found.append({name: os.environ[name] for name in values})
+    assert found[0] == found[1]
+    assert found[0]["TWO"] == "a:a"
+
+
+@pytest.mark.parametrize(
+    "fields", [{"command_prefix": ["nice"]}, {"override_worker_entrypoint": "x"}, {"java_jars": ["x"]}, {"new": 1}]
+)
+def test_a_worker_that_needs_more_gets_rays_own_setup(setup_worker, monkeypatch, fields):
+    context = json.dumps({**json.loads(context_of()), **fields})
+    words = [*SETUP_WORDS, f"--serialized-runtime-env-context={context}"]
+    monkeypatch.setattr(sys, "argv", ["setup_worker.py", *words])
+    monkeypatch.setattr(os, "execv", lambda *command: pytest.fail(str(command)))
+    with pytest.raises(pytest.fail.Exception, match=r"'-m', 'ray\._private\.workers\.setup_worker', 'default_worker"):
+        setup_worker.main()
+
+
+def test_rays_own_setup_is_where_it_is_looked_for(tmp_path):
+    (tmp_path / "default_worker.py").write_text("import os, sys; print(sys.argv[1:], os.environ['A'], os.environ['C'])")
+    context = context_of(env_vars={"A": "b"}, command_prefix=["export", "C=d", "&&"])
+    command = [sys.executable, setup_path(), *SETUP_WORDS, f"--serialized-runtime-env-context={context}"]
+    output = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=DEADLINE_S, check=True)
+    assert output.stdout == "['--node-id=1', '--worker-launch-time-ms=2'] b d\n"
+
+
+def setup_path():
+    return str(Path(launcher.__file__).with_name("setup_worker.py"))
+
+
+@pytest.mark.parametrize("executable", [None, "env NAMED=1 " + shlex.quote(sys.executable)])
+def test_a_worker_without_the_launcher_has_the_interpreter_that_was_named(tmp_path, executable):
+    (tmp_path / "default_worker.py").write_text("import os, sys; print(sys.argv[1:], os.environ.get('NAMED'))")
+    context = json.dumps({**json.loads(context_of()), "py_executable": executable})
+    command = [sys.executable, setup_path(), *SETUP_WORDS, f"--serialized-runtime-env-context={context}"]
+    output = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=DEADLINE_S, check=True)
+    named = "1" if executable else None
+    assert output.stdout == f"['--node-id=1', '--worker-launch-time-ms=2'] {named}\n"
+
+
+# The nodes of a Ray that was joined
+
+
+class Node:
+    """A process in the place of a raylet, and launchers that look for its preloader."""
+
+    def __init__(self, folder):
+        self.folder, self.prefix = folder, str(folder / "ftexp-key")
+        self.raylet = subprocess.Popen(["sleep", "600"])
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        self.environment = environment | {"RAY_RAYLET_PID": str(self.raylet.pid)}
+
+    @property
+    def kept(self):
+        return Path(f"{self.prefix}-{self.raylet.pid}")
+
+    def start(self, job="01000000"):
+        script = self.folder / "worker.py"
+        script.write_text(f"import os; print(os.environ.get('{MARK}'), os.getppid())")
+        command = [sys.executable, "-S", "-E", launcher.__file__, f"node:{self.prefix}", str(script)]
+        environment = self.environment | {"RAY_JOB_ID": job}
+        return subprocess.Popen(command, env=environment, cwd=self.folder, stdout=subprocess.PIPE, text=True)
+
+    def run(self, job="01000000"):
+        """(whether it was forked, by whom)"""
+        return self.told(self.start(job))
+
+    @staticmethod
+    def told(worker):
+        mark, parent = worker.communicate(timeout=DEADLINE_S)[0].split()
+        return mark == "1", int(parent)
+
+    def preloaders(self):
+        """Process ids."""
+        text = f"{self.kept}/socket"
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                words = (folder / "cmdline").read_text().split("\0")
+                if text in words and parent_of(int(folder.name)) == 1:
+                    yield int(folder.name)
+
+
+def parent_of(pid):
+    return int(Path(f"/proc/{pid}/status").read_text().partition("PPid:")[2].split()[0])
+
+
+@pytest.fixture(scope="module")
+def node(tmp_path_factory):
+    started = Node(tmp_path_factory.mktemp("node"))
+    yield started
+    started.raylet.kill()
+    started.raylet.wait()
+
+
+def test_workers_that_start_together_on_a_node_start_one_preloader_that_later_jobs_find(node):
+    told = [node.told(worker) for worker in [node.start() for _ in range(3)]]
+    (preloader,) = node.preloaders()
+    assert {forked for forked, _ in told} == {True}
+    (forker,) = {parent for _, parent in told}
+    assert parent_of(forker) == preloader
+    forked, other_forker = node.run(job="02000000")
+    assert forked
+    assert other_forker != forker
+    assert list(node.preloaders()) == [preloader]
+    assert stat.S_IMODE(node.kept.stat().st_mode) == 0o700
+
+
+def test_workers_start_plainly_when_others_may_use_the_nodes_folder(node):
+    node.run()
+    node.kept.chmod(0o750)
+    assert not node.run()[0]
+    node.kept.chmod(0o700)
+    assert node.run()[0]
+
+
+def test_a_nodes_preloader_that_was_killed_is_replaced_and_the_last_ends_with_the_raylet(node):
+    node.run()
+    (first,) = node.preloaders()
+    os.kill(first, signal.SIGKILL)
+    wait_for_end_of(first)
+    assert node.run()[0]
+    (second,) = node.preloaders()
+    node.raylet.kill()
+    node.raylet.wait()
+    wait_for_end_of(second)
+    assert not node.kept.exists()
 
 
 def processes_with(text):

@@ -55,7 +55,7 @@ def test_forks_of_a_process_that_imported_ray_without_drawing_have_ids_of_their_
     code = """
 import importlib, json, sys
 from ftexp import ray_private
-from ftexp.hot_start.preloader import _in_a_fork
+from ftexp.hot_start.forker import _in_a_fork
 def imports():
     for name in ("ray.train", "ray.data"):
         importlib.import_module(name)

@@ -1,7 +1,13 @@
-"""The driver's side: one preloaded process for the Ray that it starts, which ends with it."""
+"""The driver's side: which interpreter Ray is to start workers with, and the preloaded process that it asks.
+
+For a Ray that is started here, the driver runs one, which ends with it. On the nodes of a Ray that was joined, the
+first worker starts one for its raylet, which later runs find there.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import os
 import shlex
 import shutil
@@ -11,32 +17,44 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from ftexp import ray_private
 from ftexp.config import ScalingConfig
+from ftexp.errors import ConfigError
+from ftexp.hot_start.launcher import NODE, listen
+from ftexp.versions import package_versions
 
 _LAUNCHER = Path(__file__).with_name("launcher.py")
+_SETUP = Path(__file__).with_name("setup_worker.py")
+_ASK_TIMEOUT_S = 20.0  # a node that takes longer to start a task has other troubles
 
 
 class HotStart:
-    """A preloaded process on this machine, or none if `scaling.hot_start` or the platform doesn't allow it."""
+    """Of a Ray that is started here: a preloaded process, unless `scaling.hot_start` or the platform is against it."""
 
     def __init__(self, config: ScalingConfig, num_threads: int) -> None:
         self._folder: str | None = None
         if config.hot_start == "off" or config.address is not None or not supported():
             return
         self._folder = tempfile.mkdtemp(prefix="ftexp-")  # 0700: its socket is this user's alone
-        threads = str(num_threads)  # read when the libraries are loaded, so before the fork
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "ftexp.hot_start.preloader", self._socket],
-            stdin=subprocess.PIPE,
-            env={**os.environ, "OMP_NUM_THREADS": threads},
-        )
+        with listen(self._socket) as listener:
+            number = listener.fileno()
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "ftexp.hot_start.preloader", self._socket, str(number)],
+                stdin=subprocess.PIPE,
+                pass_fds=[number],
+                env={**os.environ, **_threads(num_threads)},
+            )
 
     def runtime_env(self) -> dict[str, Any]:
         """What ray.init is given, so that workers begin as forks."""
+        return {"py_executable": _py_executable(self._socket)} if self._folder is not None else {}
+
+    def raylet_settings(self) -> contextlib.AbstractContextManager[None]:
+        """Where Ray is to be started: its raylet then starts workers the short way, and none before it is asked."""
         if self._folder is None:
-            return {}
-        words = [sys.executable, "-S", "-E", str(_LAUNCHER), self._socket]
-        return {"py_executable": shlex.join(words)}
+            return contextlib.nullcontext()
+        os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # they would have no runtime env, so no use
+        return ray_private.workers_set_up_by(_SETUP)
 
     def stop(self) -> None:
         """End the preloaded process; workers that run go on without it."""
@@ -50,6 +68,62 @@ class HotStart:
     @property
     def _socket(self) -> str:
         return f"{self._folder}/socket"
+
+
+def on_joined_nodes(config: ScalingConfig, num_threads: int) -> tuple[dict[str, Any], str | None]:
+    """The train workers' runtime env in a Ray that was joined; empty, with the reason, where they start plainly.
+
+    ConfigError if `scaling.hot_start=on` and that can't be.
+    """
+    if config.hot_start == "off":
+        return {}, "scaling.hot_start=off"
+    if reason := _unfit_nodes():
+        if config.hot_start == "on":
+            raise ConfigError(f"scaling.hot_start=on, but {reason}: take auto, or off")
+        return {}, reason
+    environment = {**package_versions(), **_threads(num_threads), "interpreter": sys.executable, "code": str(_LAUNCHER)}
+    key = hashlib.sha256(repr(sorted(environment.items())).encode()).hexdigest()[:16]
+    where = f"{NODE}{tempfile.gettempdir()}/ftexp-{os.getuid()}-{key}"
+    return {"py_executable": _py_executable(where), "env_vars": _threads(num_threads)}, None
+
+
+def _unfit_nodes() -> str | None:
+    """Why workers can't be forked everywhere in the cluster; None if they can."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    if not supported():
+        return "it needs Linux"
+    if ray.get_runtime_context().runtime_env.get("py_executable"):
+        return "the job's runtime env has a py_executable already (uv run sets one)"
+    launcher, python = str(_LAUNCHER), sys.executable
+
+    def has_both() -> bool:  # sent by value: a node may not have ftexp
+        import os
+
+        return os.access(launcher, os.R_OK) and os.access(python, os.X_OK)
+
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    places = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
+    task = ray.remote(has_both)
+    asked = [task.options(num_cpus=0, max_retries=0, scheduling_strategy=place).remote() for place in places]
+    for node, answer in zip(nodes, asked, strict=True):
+        try:
+            found = ray.get(answer, timeout=_ASK_TIMEOUT_S)
+        except (ray.exceptions.RayError, TimeoutError):
+            found = False
+        if not found:
+            return f"node {node['NodeManagerHostname']} has no {python} with {launcher}"
+    return None
+
+
+def _py_executable(where: str) -> str:
+    return shlex.join([sys.executable, "-S", "-E", str(_LAUNCHER), where])
+
+
+def _threads(number: int) -> dict[str, str]:
+    """Read when the libraries are loaded, so before the fork."""
+    return {"OMP_NUM_THREADS": str(number)}
 
 
 def supported() -> bool:

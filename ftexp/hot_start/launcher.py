@@ -1,11 +1,15 @@
 """Stands where Ray expects a worker's interpreter: asks the preloaded process for a fork, and is its proxy.
 
-Run by path, as `python -S -E launcher.py <socket> <script> <arguments>`, so it may import the standard library
-only, and as little of it as will do. It passes signals on, ends as the child ends, and takes the child with it
-when it is killed: the child notices that the connection has closed. Whatever goes wrong before there is a child,
-it becomes the plain interpreter.
+Run by path, as `python -S -E launcher.py <where> <script> <arguments>`, so it may import the standard library only,
+and as little of it as will do. <where> is the socket of a preloaded process, or `node:<prefix>`: then there is one for
+each raylet, which the first launcher starts. It passes signals on, ends as the child ends, and takes the child with it
+when it is killed: the child notices that the connection has closed. Whatever goes wrong before there is a child, it
+becomes the plain interpreter.
 """
 
+from __future__ import annotations
+
+import fcntl
 import json
 import os
 import select
@@ -14,6 +18,12 @@ import socket
 import stat
 import sys
 
+TYPE_CHECKING = False  # typing takes longer to import than all the rest
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+NODE = "node:"
+LOCK = "lock"  # beside the socket
 _ANSWER_TIMEOUT_S = 30.0  # the preloaded process may still be importing; longer than a plain start makes no sense
 _PASSED_ON = (
     signal.SIGTERM,
@@ -27,10 +37,11 @@ _PASSED_ON = (
 
 def main() -> None:
     """Become a proxy of a forked worker, or the plain interpreter."""
-    path, arguments = sys.argv[1], sys.argv[2:]
+    where, arguments = sys.argv[1], sys.argv[2:]
     try:
+        path = on_this_node(where[len(NODE) :]) if where.startswith(NODE) else where
         connection, child = ask_for_a_fork(path, arguments)
-    except (OSError, ValueError):
+    except (OSError, ValueError, KeyError):
         os.execv(sys.executable, [sys.executable, *arguments])
     end_like(wait_for(connection, child))
 
@@ -39,9 +50,7 @@ def ask_for_a_fork(path: str, arguments: list[str]) -> tuple[socket.socket, int]
     """(connection, pid of the child); OSError or ValueError if there is no child to be had."""
     if arguments[0].startswith("-"):
         raise ValueError("an option of the interpreter, which has started already")
-    owner = os.lstat(path)
-    if owner.st_uid != os.getuid() or not stat.S_ISSOCK(owner.st_mode) or stat.S_IMODE(owner.st_mode) & 0o077:
-        raise ValueError("the socket isn't this user's alone")
+    _require_own(path, stat.S_ISSOCK)
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     connection.settimeout(_ANSWER_TIMEOUT_S)
     connection.connect(path)
@@ -52,14 +61,83 @@ def ask_for_a_fork(path: str, arguments: list[str]) -> tuple[socket.socket, int]
         "umask": _umask(),
         "oom_score_adj": _oom_score_adj(),
     }
-    message = json.dumps(request).encode()
-    socket.send_fds(connection, [len(message).to_bytes(8, "big")], [0, 1, 2])
-    connection.sendall(message)
+    send(connection, json.dumps(request).encode(), [0, 1, 2])
     answer = connection.recv(8)
-    if len(answer) != 8 or not (child := int.from_bytes(answer, "big")):
+    if len(answer) != 8:
         raise ValueError("refused")
     connection.settimeout(None)
-    return connection, child
+    return connection, int.from_bytes(answer, "big")
+
+
+def send(channel: socket.socket, message: bytes, descriptors: list[int]) -> None:
+    """Send a message with open files; its length goes first."""
+    socket.send_fds(channel, [len(message).to_bytes(8, "big")], descriptors)
+    channel.sendall(message)
+
+
+def on_this_node(prefix: str) -> str:
+    """The socket of the preloaded process that belongs to this worker's raylet, which is started if there is none.
+
+    KeyError, OSError or ValueError if there is none to be had.
+    """
+    raylet = os.environ["RAY_RAYLET_PID"]
+    folder = f"{prefix}-{raylet}"
+    try:
+        os.mkdir(folder, 0o700)
+    except FileExistsError:
+        _require_own(folder, stat.S_ISDIR)
+    path = f"{folder}/socket"
+    lock = os.open(f"{folder}/{LOCK}", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    fcntl.flock(lock, fcntl.LOCK_EX)  # workers start several at a time
+    try:
+        if not _answers(path):
+            _start(path, raylet)
+    finally:
+        os.close(lock)
+    return path
+
+
+def listen(path: str) -> socket.socket:
+    """A socket at `path` for this user alone; one that was left there is replaced."""
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        pass
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    before = os.umask(0o177)  # 0600 from the start
+    listener.bind(path)
+    os.umask(before)
+    listener.listen(128)
+    return listener
+
+
+def _answers(path: str) -> bool:
+    """Whether somebody listens. A connection that asks nothing is taken for a launcher that hung up."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        try:
+            connection.connect(path)
+        except OSError:
+            return False
+    return True
+
+
+def _start(path: str, raylet: str) -> None:
+    """Start the preloaded process of a raylet, as nobody's child: it must not end with this worker."""
+    listener = listen(path)
+    if (pid := os.fork()) == 0:
+        try:
+            os.setsid()
+            if os.fork() == 0:
+                silent = os.open(os.devnull, os.O_RDWR)
+                for descriptor in (0, 1, 2):
+                    os.dup2(silent, descriptor)
+                os.set_inheritable(listener.fileno(), True)
+                command = [sys.executable, "-m", "ftexp.hot_start.preloader", path, str(listener.fileno()), raylet]
+                os.execv(sys.executable, command)
+        finally:
+            os._exit(0)
+    os.waitpid(pid, 0)
+    listener.close()
 
 
 def wait_for(connection: socket.socket, child: int) -> int:
@@ -93,6 +171,13 @@ def end_like(status: int) -> None:
         signal.signal(number, signal.SIG_DFL) if number != signal.SIGKILL else None
         os.kill(os.getpid(), number)
     os._exit(os.WEXITSTATUS(status))
+
+
+def _require_own(path: str, is_kind: Callable[[int], bool]) -> None:
+    """ValueError unless it is what it should be, and this user's alone."""
+    found = os.lstat(path)
+    if found.st_uid != os.getuid() or not is_kind(found.st_mode) or stat.S_IMODE(found.st_mode) & 0o077:
+        raise ValueError(f"{path} isn't this user's alone")
 
 
 def _pass_on(child: int, number: int) -> None:

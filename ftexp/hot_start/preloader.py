@@ -1,266 +1,108 @@
-"""The process that has everything imported, and forks workers on request.
+"""The process that has everything imported but Ray, from which a forker is forked for each job.
 
-Run as `python -m ftexp.hot_start.preloader <socket>`, by the driver that starts a Ray of its own. Ray itself it
-imports when the first worker is asked for, in that worker's environment: Ray reads its job, its raylet and the
-cluster's token then. When standard input closes, the driver is gone, and this ends; workers go on without it.
+Run as `python -m ftexp.hot_start.preloader <socket> <descriptor>` by the driver that starts a Ray of its own, and ends
+when its standard input closes: the driver is gone. On a node of a Ray that was joined, a launcher runs it, with the
+raylet's process id as a last argument, and it ends with that raylet. The socket listens already, as the descriptor
+says. Workers that run go on without it.
 
-It never starts a thread and never touches a GPU, so that a fork is a whole process.
+Neither it nor a forker ever starts a thread or touches a GPU, so that a fork is a whole process.
 """
 
 from __future__ import annotations
 
-import atexit
 import contextlib
-import importlib
 import json
 import os
-import runpy
 import select
 import signal
 import socket
 import sys
-import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from ftexp.hot_start.forker import ANSWERED_BY_A_WORKER, Forker, import_all, receive
+from ftexp.hot_start.launcher import LOCK, send
 
 # what a worker imports; a name that isn't there costs the worker what it would have cost without
 BEFORE_THE_CLUSTER = (
     *("numpy", "pandas", "pyarrow", "pyarrow.fs", "pyarrow.parquet", "pyarrow.compute", "pyarrow.dataset"),
     *("torch", "torch.distributed", "torch.nn.parallel", "torchvision", "timm", "timm.optim", "timm.scheduler"),
-    *("sklearn.model_selection", "omegaconf"),
+    "omegaconf",
 )
-WITH_THE_CLUSTER = ("ray", "ray.train", "ray.train.torch", "ray.data", "ftexp.loop", "ftexp.trainer")
-_ANSWERED_BY_A_WORKER = (signal.SIGINT, signal.SIGTERM)  # but ignored here
-_SAME = ("PYTHONPATH", "RAY_JOB_ID", "RAY_RAYLET_PID")
-MARK = "FTEXP_HOT_START"  # in a forked worker's environment
 
 
 def main() -> None:
-    """Import, then fork on request until standard input closes."""
-    for number in _ANSWERED_BY_A_WORKER:
+    """Import, then serve until what it belongs to has ended."""
+    path, descriptor, *raylet = sys.argv[1:]
+    for number in ANSWERED_BY_A_WORKER:
         signal.signal(number, signal.SIG_IGN)  # Ctrl-C in a terminal reaches the whole group; the driver decides
-    listener = _listen(sys.argv[1])
+    listener = socket.socket(fileno=int(descriptor))
+    listener.set_inheritable(False)
     try:
-        _import(BEFORE_THE_CLUSTER)
-        Preloader(listener).serve()
+        owner = os.pidfd_open(int(raylet[0])) if raylet else 0
+        import_all(BEFORE_THE_CLUSTER)
+        Preloader(listener, owner).serve()
     finally:
-        path = Path(sys.argv[1])
-        path.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # the driver was killed, or removes it itself
-            path.parent.rmdir()
+        folder = Path(path).parent
+        with contextlib.suppress(OSError):  # the driver removes it itself
+            for name in (Path(path).name, LOCK):
+                (folder / name).unlink(missing_ok=True)
+            folder.rmdir()
     os._exit(0)  # taking the modules down would take a second or two, for which the driver waits
 
 
-def _listen(path: str) -> socket.socket:
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    before = os.umask(0o177)  # 0600 from the start
-    listener.bind(path)
-    os.umask(before)
-    listener.listen(128)
-    return listener
-
-
-def _import(names: tuple[str, ...]) -> None:
-    for name in names:
-        try:
-            importlib.import_module(name)
-        except ImportError:
-            continue
-
-
 class Preloader:
-    """Forks a child for each connection, tells its pid, and later its wait status."""
+    """Hands each launcher to the forker of its job, which it forks when it meets the job for the first time."""
 
-    def __init__(self, listener: socket.socket) -> None:
-        self._listener = listener
-        self._children: dict[int, socket.socket] = {}  # pid -> its launcher's connection
-        self._wakeup = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self._has_ray = False
-        self._is_fit = False  # whether forks draw ids of their own; if a new Ray breaks that, workers start plainly
+    def __init__(self, listener: socket.socket, owner: int) -> None:
+        self._listener, self._owner = listener, owner
+        self._path = os.environ.get("PYTHONPATH")  # what was imported came from there
+        self._forkers: dict[tuple[str | None, ...], socket.socket] = {}  # by job and raylet
 
     def serve(self) -> None:
-        """Until standard input closes."""
-        signal.set_wakeup_fd(self._wakeup[1])
-        signal.signal(signal.SIGCHLD, lambda *_: None)
+        """Until the owner, a pipe or another process, has ended."""
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # forkers that have ended want no further attention
         while True:
-            launchers = {connection.fileno(): pid for pid, connection in self._children.items()}
-            watched = [0, self._listener.fileno(), self._wakeup[0], *launchers]
-            readable, _, _ = select.select(watched, [], [])
-            if 0 in readable and not os.read(0, 4096):
+            jobs = {channel.fileno(): job for job, channel in self._forkers.items()}
+            readable, _, _ = select.select([self._owner, self._listener.fileno(), *jobs], [], [])
+            if self._owner in readable and (self._owner != 0 or not os.read(0, 4096)):
                 return
-            if self._wakeup[0] in readable:
-                os.read(self._wakeup[0], 4096)
-                self._reap()
             for descriptor in readable:
-                if descriptor in launchers:
-                    self._launcher_died(launchers[descriptor])
+                if descriptor in jobs:  # a forker never says a word: it has ended
+                    self._forkers.pop(jobs[descriptor]).close()
             if self._listener.fileno() in readable:
                 self._accept()
-
-    def _launcher_died(self, pid: int) -> None:
-        """A launcher sends nothing after its request: what can be read is the end."""
-        if pid in self._children:
-            _kill(pid)
-
-    def _reap(self) -> None:
-        for pid in list(self._children):
-            done, status = os.waitpid(pid, os.WNOHANG)
-            if done:
-                connection = self._children.pop(pid)
-                with contextlib.suppress(OSError):  # the launcher went first
-                    connection.sendall(status.to_bytes(8, "big"))
-                connection.close()
 
     def _accept(self) -> None:
         connection, _ = self._listener.accept()
         connection.settimeout(5)
         descriptors: list[int] = []
-        try:
-            request, descriptors = _receive(connection)
-            if not self._has_ray:
-                self._import_ray(request["environment"])
-            if not self._is_fit or not _fits(request["environment"]):
-                connection.sendall(bytes(8))
-                connection.close()
-                return
-            if _hung_up(connection):  # it has waited too long and runs plainly: a second worker must not start
-                raise ValueError("the launcher hung up")
-            signal.pthread_sigmask(signal.SIG_BLOCK, _ANSWERED_BY_A_WORKER)  # until the child answers them itself
-            pid = os.fork()
-            if pid == 0:
-                self._become(request, descriptors, connection)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, _ANSWERED_BY_A_WORKER)
-            self._children[pid] = connection
-            with contextlib.suppress(OSError):  # the launcher died: what can be read of it tells serve()
-                connection.sendall(pid.to_bytes(8, "big"))
-        except (OSError, ValueError, KeyError, TypeError):  # the launcher died, or isn't one
-            connection.close()
-        finally:
-            for descriptor in descriptors:
-                os.close(descriptor)
+        # the launcher died, or isn't one; or its forker has just ended. It starts plainly when the connection closes
+        with connection, contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            request, descriptors = receive(connection, 3)
+            environment = request["environment"]
+            if environment.get("PYTHONPATH") == self._path:
+                handed_over = [connection.fileno(), *descriptors]
+                send(self._forker(environment, handed_over), json.dumps(request).encode(), handed_over)
+        for descriptor in descriptors:
+            os.close(descriptor)
 
-    def _import_ray(self, environment: dict[str, str]) -> None:
-        """Ray reads its job, its raylet and the cluster's token when it is imported: the first worker brings them."""
-        os.environ.update({name: value for name, value in environment.items() if os.environ.get(name) != value})
-        from ftexp import ray_private
-
-        ray_private.import_without_drawing(lambda: _import(WITH_THE_CLUSTER))
-        self._is_fit = len({_in_a_fork(ray_private.random_id) for _ in range(2)}) == 2
-        self._has_ray = True
-
-    def _become(self, request: dict[str, Any], descriptors: list[int], connection: socket.socket) -> None:
-        """In the child: be the worker that was asked for. Never returns."""
-        code = 1
-        try:
-            os.setpgid(0, 0)  # Ray kills a dead worker's whole process group
-            signal.set_wakeup_fd(-1)
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, _ANSWERED_BY_A_WORKER)
-            for number, descriptor in enumerate(descriptors):
-                os.dup2(descriptor, number)
-                os.close(descriptor)
-            self._listener.close()
-            for descriptor in self._wakeup:
-                os.close(descriptor)
-            for other in self._children.values():
-                other.close()
-            connection.settimeout(None)
-            threading.Thread(target=_die_with, args=(connection,), daemon=True, name="launcher").start()
-            code = _end(_run, request)
-        finally:  # whatever happens, a child never goes on as a second preloaded process
-            os._exit(code & 0xFF)
-
-
-def _end(run: Callable[[dict[str, Any]], int], request: dict[str, Any]) -> int:
-    """The exit code of `run`, after what the interpreter does at its end, short of taking the modules down."""
-    interrupted = False
-    try:
-        code = run(request)
-    except SystemExit as error:
-        code = error.code if isinstance(error.code, int) else int(error.code is not None)
-        if error.code is not None and not isinstance(error.code, int):
-            print(error.code, file=sys.stderr)
-    except BaseException as error:
-        code, interrupted = 1, isinstance(error, KeyboardInterrupt)
-        sys.excepthook(*sys.exc_info())
-    threading._shutdown()  # type: ignore[attr-defined]  # joins threads that aren't daemons, as multiprocessing does
-    atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or None
-            stream.flush()
-    if interrupted:  # a shell and a launcher tell by this
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        os.kill(os.getpid(), signal.SIGINT)
-    return code
-
-
-def _hung_up(connection: socket.socket) -> bool:
-    """A launcher sends nothing after its request: what can be read is the end."""
-    return bool(select.select([connection], [], [], 0)[0])
-
-
-def _run(request: dict[str, Any]) -> int:
-    """Run the script as the interpreter would have."""
-    import numpy as np
-
-    script, *arguments = request["arguments"]
-    os.environ.clear()
-    os.environ.update(request["environment"], **{MARK: "1"})
-    os.chdir(request["folder"])
-    os.umask(request["umask"])
-    with contextlib.suppress(OSError):  # a system that doesn't know it
-        Path("/proc/self/oom_score_adj").write_text(request["oom_score_adj"], encoding="ascii")
-    np.random.seed()  # or every worker would draw the same; Python sees to its own
-    sys.argv = [script, *arguments]
-    sys.path[0] = str(Path(script).parent)
-    runpy.run_path(script, run_name="__main__")
-    return 0
-
-
-def _die_with(connection: socket.socket) -> None:
-    """The launcher is what Ray knows: when it is killed, this goes too."""
-    with contextlib.suppress(OSError):
-        while connection.recv(64):
-            pass
-    _kill(os.getpid())
-
-
-def _in_a_fork(draw: Callable[[], str]) -> str:
-    """What `draw` returns in a forked child."""
-    reading, writing = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        os.write(writing, draw().encode())
-        os._exit(0)
-    os.close(writing)
-    with open(reading, encoding="ascii") as stream:  # noqa: PTH123 - a descriptor
-        drawn = stream.read()
-    os.waitpid(pid, 0)
-    return drawn
-
-
-def _receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
-    header, descriptors, _, _ = socket.recv_fds(connection, 8, 3)
-    length, content = int.from_bytes(header, "big"), b""
-    while len(content) < length:
-        part = connection.recv(min(65536, length - len(content)))
-        if not part:
-            raise ValueError("the launcher hung up")
-        content += part
-    return json.loads(content), descriptors
-
-
-def _fits(environment: dict[str, str]) -> bool:
-    """Whether the worker would import from where this process did."""
-    return all(environment.get(name) == os.environ.get(name) for name in _SAME)
-
-
-def _kill(pid: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
+    def _forker(self, environment: dict[str, Any], not_its_own: list[int]) -> socket.socket:
+        job = environment.get("RAY_JOB_ID"), environment.get("RAY_RAYLET_PID")
+        if job not in self._forkers:
+            ours, theirs = socket.socketpair()
+            if os.fork() == 0:
+                try:
+                    for other in (ours, self._listener, *self._forkers.values()):
+                        other.close()
+                    for descriptor in not_its_own:  # else a worker's output would stay open after the worker
+                        os.close(descriptor)
+                    Forker(theirs, environment).serve()
+                finally:  # whatever happens, it never goes on as a second preloaded process
+                    os._exit(0)
+            theirs.close()
+            self._forkers[job] = ours
+        return self._forkers[job]
 
 
 if __name__ == "__main__":

@@ -1,0 +1,227 @@
+"""Forks the workers of one job: a fork of the preloaded process that has imported Ray as well.
+
+Ray reads its job, its raylet and the cluster's token when it is imported, so the job's first worker brings the
+environment for that. Ends when the preloaded process ends, or when the job hasn't asked for anything for a while.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import importlib
+import json
+import os
+import runpy
+import select
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+WITH_THE_CLUSTER = ("ray", "ray.train", "ray.train.torch", "ray.data", "ftexp.loop", "ftexp.trainer")
+ANSWERED_BY_A_WORKER = (signal.SIGINT, signal.SIGTERM)  # but ignored here
+MARK = "FTEXP_HOT_START"  # in a forked worker's environment
+_IDLE_S = 300.0  # without a worker, before it ends: a job waits for less between two worker groups
+
+
+def import_all(names: tuple[str, ...]) -> None:
+    """Import what is there of these."""
+    for name in names:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+
+
+class Forker:
+    """Forks a child for each launcher that is handed over, tells its pid, and later its wait status."""
+
+    def __init__(self, channel: socket.socket, environment: dict[str, str]) -> None:
+        self._channel = channel
+        self._children: dict[int, socket.socket] = {}  # pid -> its launcher's connection
+        self._wakeup = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        os.environ.update({name: value for name, value in environment.items() if os.environ.get(name) != value})
+        self._is_fit = self._import_ray()
+
+    def _import_ray(self) -> bool:
+        """Import; whether forks draw ids of their own. If a new Ray breaks that, workers start plainly."""
+        from ftexp import ray_private
+
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        ray_private.import_without_drawing(lambda: import_all(WITH_THE_CLUSTER))
+        return len({_in_a_fork(ray_private.random_id) for _ in range(2)}) == 2
+
+    def serve(self) -> None:
+        """Until the preloaded process ends, or nothing has been asked for in a while."""
+        signal.set_wakeup_fd(self._wakeup[1])
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        while True:
+            launchers = {connection.fileno(): pid for pid, connection in self._children.items()}
+            watched = [self._channel.fileno(), self._wakeup[0], *launchers]
+            readable, _, _ = select.select(watched, [], [], None if launchers else _IDLE_S)
+            if not readable:
+                return
+            if self._wakeup[0] in readable:
+                os.read(self._wakeup[0], 4096)
+                self._reap()
+            for descriptor in readable:
+                if descriptor in launchers:
+                    self._launcher_died(launchers[descriptor])
+            if self._channel.fileno() in readable and not self._take():
+                return
+
+    def _launcher_died(self, pid: int) -> None:
+        """A launcher sends nothing after its request: what can be read is the end."""
+        if pid in self._children:
+            _kill(pid)
+
+    def _reap(self) -> None:
+        for pid in list(self._children):
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                connection = self._children.pop(pid)
+                with contextlib.suppress(OSError):  # the launcher went first
+                    connection.sendall(status.to_bytes(8, "big"))
+                connection.close()
+
+    def _take(self) -> bool:
+        """Fork a worker for the next launcher that is handed over; False once there is nobody to hand one over."""
+        try:
+            request, (asker, *descriptors) = receive(self._channel, 4)
+        except (OSError, ValueError):
+            return False
+        connection = socket.socket(fileno=asker)
+        try:
+            # it may have waited too long, and run plainly: a second worker must not start
+            if not self._is_fit or _hung_up(connection):
+                connection.close()
+                return True
+            signal.pthread_sigmask(signal.SIG_BLOCK, ANSWERED_BY_A_WORKER)  # until the child answers them itself
+            pid = os.fork()
+            if pid == 0:
+                self._become(request, descriptors, connection)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, ANSWERED_BY_A_WORKER)
+            self._children[pid] = connection
+            with contextlib.suppress(OSError):  # the launcher died: what can be read of it tells serve()
+                connection.sendall(pid.to_bytes(8, "big"))
+        finally:
+            for descriptor in descriptors:
+                os.close(descriptor)
+        return True
+
+    def _become(self, request: dict[str, Any], descriptors: list[int], connection: socket.socket) -> None:
+        """In the child: be the worker that was asked for. Never returns."""
+        code = 1
+        try:
+            os.setpgid(0, 0)  # Ray kills a dead worker's whole process group
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, ANSWERED_BY_A_WORKER)
+            for number, descriptor in enumerate(descriptors):
+                os.dup2(descriptor, number)
+                os.close(descriptor)
+            self._channel.close()
+            for descriptor in self._wakeup:
+                os.close(descriptor)
+            for other in self._children.values():
+                other.close()
+            connection.settimeout(None)
+            threading.Thread(target=_die_with, args=(connection,), daemon=True, name="launcher").start()
+            code = _end(_run, request)
+        finally:  # whatever happens, a child never goes on as a second forker
+            os._exit(code & 0xFF)
+
+
+def _end(run: Callable[[dict[str, Any]], int], request: dict[str, Any]) -> int:
+    """The exit code of `run`, after what the interpreter does at its end, short of taking the modules down."""
+    interrupted = False
+    try:
+        code = run(request)
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
+        if error.code is not None and not isinstance(error.code, int):
+            print(error.code, file=sys.stderr)
+    except BaseException as error:
+        code, interrupted = 1, isinstance(error, KeyboardInterrupt)
+        sys.excepthook(*sys.exc_info())
+    threading._shutdown()  # type: ignore[attr-defined]  # joins threads that aren't daemons, as multiprocessing does
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or None
+            stream.flush()
+    if interrupted:  # a shell and a launcher tell by this
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+    return code
+
+
+def _hung_up(connection: socket.socket) -> bool:
+    """A launcher sends nothing after its request: what can be read is the end."""
+    return bool(select.select([connection], [], [], 0)[0])
+
+
+def _run(request: dict[str, Any]) -> int:
+    """Run the script as the interpreter would have."""
+    import numpy as np
+
+    script, *arguments = request["arguments"]
+    os.environ.clear()
+    os.environ.update(request["environment"], **{MARK: "1"})
+    os.chdir(request["folder"])
+    os.umask(request["umask"])
+    with contextlib.suppress(OSError):  # a system that doesn't know it
+        Path("/proc/self/oom_score_adj").write_text(request["oom_score_adj"], encoding="ascii")
+    np.random.seed()  # or every worker would draw the same; Python sees to its own
+    sys.argv = [script, *arguments]
+    sys.path[0] = str(Path(script).parent)
+    runpy.run_path(script, run_name="__main__")
+    return 0
+
+
+def _die_with(connection: socket.socket) -> None:
+    """The launcher is what Ray knows: when it is killed, this goes too."""
+    with contextlib.suppress(OSError):
+        while connection.recv(64):
+            pass
+    _kill(os.getpid())
+
+
+def _in_a_fork(draw: Callable[[], str]) -> str:
+    """What `draw` returns in a forked child."""
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.write(writing, draw().encode())
+        os._exit(0)
+    os.close(writing)
+    with open(reading, encoding="ascii") as stream:  # noqa: PTH123 - a descriptor
+        drawn = stream.read()
+    os.waitpid(pid, 0)
+    return drawn
+
+
+def receive(channel: socket.socket, num_descriptors: int) -> tuple[dict[str, Any], list[int]]:
+    """What `launcher.send` sent: a request and open files. ValueError or OSError if there is no whole one."""
+    header, descriptors, _, _ = socket.recv_fds(channel, 8, num_descriptors)
+    try:
+        length, content = int.from_bytes(header, "big"), b""
+        while len(content) < length:
+            part = channel.recv(min(65536, length - len(content)))
+            if not part:
+                raise ValueError("the sender hung up")
+            content += part
+        if len(descriptors) != num_descriptors:
+            raise ValueError("files are missing")
+        return json.loads(content), descriptors
+    except (OSError, ValueError):
+        for descriptor in descriptors:
+            os.close(descriptor)
+        raise
+
+
+def _kill(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)

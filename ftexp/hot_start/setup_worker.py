@@ -1,0 +1,64 @@
+"""Stands where raylet expects Ray's own setup_worker.py, on a Ray that ftexp starts.
+
+Ray's own imports all of ray, half a CPU-second for each worker, to read one JSON object and become a shell. This does
+the same for a worker whose runtime env names nothing but variables and an interpreter, and is the launcher at once
+where that is ftexp's. Every other worker gets Ray's own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import sys
+
+import launcher  # type: ignore[import-not-found]  # beside this file, which is run by path
+
+TYPE_CHECKING = False  # typing takes longer to import than all the rest
+if TYPE_CHECKING:
+    from typing import Any
+
+_RAYS_OWN = "ray._private.workers.setup_worker"
+_CONTEXT, _LANGUAGE = "--serialized-runtime-env-context", "--language"
+
+
+def main() -> None:
+    """Become what raylet asked for."""
+    context, language, worker = read(sys.argv[1:])
+    if not is_plain(context, language):
+        os.execv(sys.executable, [sys.executable, "-m", _RAYS_OWN, *sys.argv[1:]])
+    set_variables(context.get("env_vars") or {})
+    executable = str(context.get("py_executable") or shlex.quote(sys.executable))
+    words = shlex.split(executable)
+    if launcher.__file__ in words:
+        sys.argv = words[words.index(launcher.__file__) :] + worker
+        launcher.main()
+    os.execvp("bash", ["bash", "-c", f"exec {executable} {shlex.join(worker)}"])
+
+
+def read(arguments: list[str]) -> tuple[dict[str, Any], str, list[str]]:
+    """The runtime env's context, the worker's language, and the words for the worker itself."""
+    found, worker, words = {}, [], iter(arguments)
+    for word in words:
+        name, is_joined, value = word.partition("=")
+        if name in (_CONTEXT, _LANGUAGE):
+            found[name] = value if is_joined else next(words)
+        else:
+            worker.append(word)
+    return json.loads(found.get(_CONTEXT, "{}")), found.get(_LANGUAGE, ""), worker
+
+
+def is_plain(context: dict[str, Any], language: str) -> bool:
+    """Whether the worker is Python's, and needs nothing but variables and the name of its interpreter."""
+    return language == "PYTHON" and {name for name, value in context.items() if value} <= {"py_executable", "env_vars"}
+
+
+def set_variables(values: dict[str, str]) -> None:
+    """Set environment variables; ${X} in one stands for X as it is by then, or for nothing."""
+    for name, value in values.items():
+        os.environ[name] = re.sub(r"\$\{[A-Z0-9_]+\}", "", os.path.expandvars(value))
+
+
+if __name__ == "__main__":
+    main()
