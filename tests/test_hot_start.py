@@ -1,6 +1,7 @@
 """Hot start: a fork is the worker that a plain start would have been, and nothing of it outlives what it belongs to."""
 
 import contextlib
+import fcntl
 import importlib
 import json
 import os
@@ -729,6 +730,12 @@ class Node:
                     yield int(folder.name)
 
 
+def num_waiting_for(lock):
+    """Processes that want the lock, and don't have it."""
+    inode = f":{os.fstat(lock.fileno()).st_ino} "
+    return sum("->" in line and inode in line for line in Path("/proc/locks").read_text().splitlines())
+
+
 def parent_of(pid):
     return int(Path(f"/proc/{pid}/status").read_text().partition("PPid:")[2].split()[0])
 
@@ -742,7 +749,12 @@ def node(tmp_path_factory):
 
 
 def test_workers_that_start_together_on_a_node_start_one_preloader_that_later_jobs_find(node):
-    told = [node.told(worker) for worker in [node.start() for _ in range(3)]]
+    node.kept.mkdir(mode=0o700)
+    with (node.kept / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        workers = [node.start() for _ in range(3)]
+        wait_until(lambda: num_waiting_for(lock) == 3)
+    told = [node.told(worker) for worker in workers]
     (preloader,) = node.preloaders()
     assert {forked for forked, _ in told} == {True}
     (forker,) = {parent for _, parent in told}
