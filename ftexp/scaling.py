@@ -164,6 +164,16 @@ def quiet_data(config: Config) -> None:
         logging.getLogger("ray.data").setLevel("ERROR")
 
 
+def num_possible(workers: Workers) -> int:
+    """How many workers the cluster's nodes have room for, were nothing else on them; as many as are wanted at most."""
+    import ray
+
+    wanted = {name: amount for name, amount in workers.resources_per_worker.items() if amount}
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    room = sum(min((int(node.get(name, 0) / amount) for name, amount in wanted.items()), default=0) for node in nodes)
+    return min(room, workers.most)
+
+
 def lacking_resources(workers: Workers) -> str | None:
     """Say what the cluster lacks, as it is now, for the fewest workers that were asked for; None if it has it."""
     import ray

@@ -14,7 +14,7 @@ from ftexp.failure.policy import Past, decide
 from ftexp.fitting import STOP_GRACE_S
 from ftexp.terminal import Terminal
 from ftexp.tracking import RunRecord
-from ftexp.wire import Hub, Message
+from ftexp.wire import STOP, Hub, Message
 
 _MOST_SAMPLES_SHOWN = 32
 _CONTROLLER_DIED = "Ray Train's controller died, and its workers with it"
@@ -46,6 +46,9 @@ class Supervisor:
             return self._failed(Cause(**message["cause"]))
         if kind == "waiting":
             self._waiting(message["reason"])
+            return None
+        if kind == "resize_expected":
+            self._resize_expected(message["num_workers"])
             return None
         if kind == "hello" and self._leaving and "stop" in (decided := self._taken_away()):
             return decided
@@ -119,6 +122,16 @@ class Supervisor:
             self._record.event("waiting", reason=reason)
             self._terminal.say(f"! no workers for {self.waiting_s:.0f} s: {reason}", "yellow")
 
+    @property
+    def world_size(self) -> int | None:
+        """Of the workers that train; None while there are none."""
+        return self._record.state.world_sizes[-1] if self._waiting_since is None else None
+
+    def _resize_expected(self, num_workers: int) -> None:
+        """There is room for more workers: Ray Train will stop those that train, without a word."""
+        self._record.event("resize_expected", num_workers=num_workers)
+        self._terminal.say(f"there is room for {num_workers} workers: saving until Ray Train starts them")
+
     def could_not_start(self, error: str) -> None:
         """Ray Train gave up: no worker group began to train."""
         limit = self._config.failure.controller_failure_limit
@@ -146,7 +159,7 @@ class Supervisor:
     def stop(self, hub: Hub, asked: KeyboardInterrupt) -> bool:
         """Ask the workers to end after a last save; whether there are any."""
         self._asked = asked
-        if not hub.tell_to_stop():
+        if not hub.tell(STOP):
             return False
         self._terminal.say(
             f"stopping after a last save, {STOP_GRACE_S:.0f} s at most; once more stops at once", "yellow"

@@ -22,15 +22,18 @@ from ftexp.errors import RunFailedError, StorageError
 from ftexp.failure.causes import FailureReporter, find_cause
 from ftexp.fitting import fit_interruptibly
 from ftexp.lease import Lease
-from ftexp.scaling import Workers, lacking_resources
+from ftexp.scaling import Workers, lacking_resources, num_possible
 from ftexp.spec import JobSpec
 from ftexp.storage import Storage
 from ftexp.supervisor import Supervisor
 from ftexp.terminal import Terminal
 from ftexp.tracking import FAILED, FINISHED, INTERRUPTED, RunRecord, RunState
-from ftexp.wire import Hub, HubAddress
+from ftexp.wire import SAVE, Hub, HubAddress
 
-_WAITING_S, _LOOK_EVERY_S = 20.0, 5.0  # without workers, before it is told
+_LOOK_EVERY_S = 1.0
+_WAITING_S = 20.0  # without workers, before it is told
+_SAVE_EVERY_S = 5.0  # while Ray Train is about to resize the group
+_RESIZE_TAKES_S = 30.0  # on top of its monitor's interval; if nothing has happened by then, others have the room
 
 
 def run_training(
@@ -52,6 +55,10 @@ def run_training(
     status, reason = FAILED, None
     done = threading.Event()
     threading.Thread(target=_tell_of_waiting, args=(hub, supervisor, workers, done), daemon=True).start()
+    if workers.fewest < workers.most:
+        interval_s = config.scaling.elastic_resize_monitor_interval_s
+        arguments = (hub, supervisor, workers, done, interval_s)
+        threading.Thread(target=_save_before_a_resize, args=arguments, daemon=True).start()
     try:
         fit = functools.partial(_fit, config, workers, bundle, run_dir, record, hub, supervisor)
         result = fit_interruptibly(fit, lease, functools.partial(supervisor.stop, hub))
@@ -110,6 +117,24 @@ def _tell_of_waiting(hub: Hub, supervisor: Supervisor, workers: Workers, done: t
         if supervisor.waiting_s > _WAITING_S:
             reason = lacking_resources(workers) or "what they need is there, but taken by others, or they don't start"
             hub.handle({"kind": "waiting", "reason": reason})
+
+
+def _save_before_a_resize(
+    hub: Hub, supervisor: Supervisor, workers: Workers, done: threading.Event, interval_s: float
+) -> None:
+    """Where there is room for more workers, Ray Train will soon stop those that train: have them save until then."""
+    expected, since, saved = None, 0.0, -_SAVE_EVERY_S
+    while not done.wait(_LOOK_EVERY_S):
+        now, possible, there = time.monotonic(), num_possible(workers), supervisor.world_size
+        if there is None or possible <= there:
+            expected = None
+            continue
+        if expected != possible:
+            expected, since = possible, now
+            hub.handle({"kind": "resize_expected", "num_workers": possible})
+        if now - since < interval_s + _RESIZE_TAKES_S and now - saved >= _SAVE_EVERY_S:
+            saved = now
+            hub.tell(SAVE)
 
 
 def _release_workers() -> None:

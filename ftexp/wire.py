@@ -26,7 +26,7 @@ Message = dict[str, Any]
 Handler = Callable[[Message], Message | None]
 
 SYNC = "sync"  # kind of the message that asks whether what came before is safe; answered with its number as "synced"
-STOP = "stop"  # what the hub tells its lines when the run shall end
+STOP, SAVE = "stop", "save"  # what the hub tells its lines: the run shall end, or save soon
 LOST = "lost"  # kind of the message that the hub makes when a line closes without a goodbye
 _CONNECT_TIMEOUT_S = 30.0
 
@@ -52,13 +52,13 @@ class Hub:
         self.address = HubAddress(host, self._listener.getsockname()[1], secrets.token_hex(16))
         threading.Thread(target=self._accept, daemon=True, name="hub").start()
 
-    def tell_to_stop(self) -> int:
-        """Ask every open line to end the run after a last save; returns how many there are."""
+    def tell(self, word: str) -> int:
+        """Tell every open line to STOP (after a last save) or to SAVE; returns how many there are."""
         with self._lock:
             told = 0
             for connection in self._open:
                 with contextlib.suppress(OSError):  # died since
-                    connection.sendall((json.dumps({STOP: True}) + "\n").encode())
+                    connection.sendall((json.dumps({word: True}) + "\n").encode())
                     told += 1
             return told
 
@@ -145,7 +145,7 @@ class Line:
         self._asked = 0
         self._problem: str | None = None  # what the driver said with its last answer
         self._broken = False
-        self.stop_requested = False  # by the driver
+        self.stop_requested = self.save_requested = False  # by the driver
         self._answered = threading.Condition()
         self._thread = threading.Thread(target=self._send_all, daemon=True, name="line-to-driver")
         self._thread.start()
@@ -198,6 +198,9 @@ class Line:
                 message = json.loads(line)
                 if message.get(STOP):
                     self.stop_requested = True
+                    continue
+                if message.get(SAVE):
+                    self.save_requested = True
                     continue
                 with self._answered:
                     self._synced, self._problem = message["synced"], message.get("problem")

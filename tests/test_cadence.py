@@ -11,11 +11,12 @@ from ftexp.config import CheckpointConfig
 class Rank:
     """One rank's cadence, its clock, and what it was told to agree on."""
 
-    def __init__(self, agree=None, start=100.0, stop_requested=lambda: False, **config):
+    def __init__(self, agree=None, start=100.0, stop_requested=lambda: False, save_requested=lambda: False, **config):
         self.now, self.asked = start, []
         self._agree = agree or (lambda value: value)
         everything = {"every_epochs": None, **config}
-        self.cadence = Cadence(CheckpointConfig(**everything), self.agree, lambda: self.now, stop_requested)
+        requests = {"stop_requested": stop_requested, "save_requested": save_requested}
+        self.cadence = Cadence(CheckpointConfig(**everything), self.agree, lambda: self.now, **requests)
 
     def agree(self, value):
         self.asked.append(value)
@@ -44,6 +45,16 @@ def test_a_save_is_due_every_so_many_epochs():
     # four steps an epoch; `epoch` counts those that are done
     done = [step for step in range(1, 25) if rank.step(step, step // 4, epoch_ended=step % 4 == 0)]
     assert done == [8, 16, 24]
+
+
+def test_a_save_that_is_asked_for_comes_within_a_second_and_the_run_goes_on():
+    requests = []
+    rank = Rank(save_requested=lambda: bool(requests and requests.pop()))
+    assert saves(rank, range(1, 100), seconds=0.1) == []
+    requests.append(True)
+    (step,) = saves(rank, range(100, 200), seconds=0.1)
+    assert step <= 110
+    assert not rank.cadence.stopping
 
 
 def test_steps_and_epochs_stand_beside_each_other():

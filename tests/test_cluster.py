@@ -73,6 +73,7 @@ ENVIRONMENT = {
     "RAY_health_check_timeout_ms": "10000",
     "RAY_health_check_failure_threshold": "3",
 }
+RESIZES_EVERY_S = 6  # how often Ray Train looks whether there is room for more workers
 NOTICE_S = 8.0  # from the announcement that a node goes to its end
 GOES_ON_WITHIN_S = 45.0  # 18 to 29 as measured; each of Ray's tries with the dead node costs 5
 EPOCHS = 10  # of the run on the cluster: a minute at least, if every step is slowed
@@ -108,9 +109,11 @@ class TwoNodes:
         return end
 
     def rank_on_second(self, pids):
-        """The rank, of those with these process ids, that runs on the second node: a child of its raylet."""
+        """The rank, of those with these process ids, that runs on the second node."""
         raylet = self.second.all_processes["raylet"][0].process.pid
-        (rank,) = [rank for rank, pid in enumerate(pids) if parent_of(pid) == raylet]
+        variable = f"RAY_RAYLET_PID={raylet}"
+        found = [Path(f"/proc/{pid}/environ").read_text().split("\0") for pid in pids]
+        (rank,) = [rank for rank, environment in enumerate(found) if variable in environment]
         return rank
 
     def shutdown(self):
@@ -148,7 +151,8 @@ def story(tmp_path_factory):
         nodes = TwoNodes()
         words = [
             *OPTIONS, "run.name=run", f"run.storage={folder}", f"scaling.address={nodes.address}",
-            "scaling.num_workers=[1,2]", "scaling.use_gpu=false", "scaling.elastic_resize_monitor_interval_s=1",
+            "scaling.num_workers=[1,2]", f"scaling.elastic_resize_monitor_interval_s={RESIZES_EVERY_S}",
+            "scaling.use_gpu=false",
             f"train.epochs={EPOCHS}", f"train.eval_every_epochs={EPOCHS}", "failure.max_failures=1",
         ]  # fmt: skip
         command = Command("train", words, folder)
@@ -246,6 +250,20 @@ def test_a_run_grows_again_when_a_node_is_added(story):
     assert (resized["attempt"], resized["world_size"]) == (3, 2)
     saved = [event["step"] for event in story.run.events("checkpoint_saved") if event["attempt"] < 3]
     assert [event["step"] for event in story.run.events("restored")][1] == saved[-1] == resized["step"]
+
+
+def test_a_run_saves_when_it_is_about_to_grow(story):
+    (expected,) = story.run.events("resize_expected")
+    assert (expected["attempt"], expected["num_workers"]) == (2, 2)
+    saved = next(event for event in story.run.events("checkpoint_saved") if event["time"] > expected["time"])
+    assert saved["attempt"] == 2
+    assert saved["step"] % SAVE_EVERY  # nothing else asked for it
+
+
+def test_workers_on_every_node_of_a_cluster_are_forked(story):
+    started = story.run.events("attempt_started")
+    assert [event["hot_start"] for event in started] == [True] * 4
+    assert story.run.events("cold_start") == []
 
 
 def test_a_run_saves_before_an_announced_end_of_a_node_and_is_not_charged_for_it(story, record_property):

@@ -7,7 +7,7 @@ import pytest
 import ftexp.scaling
 from ftexp.config import Config, ScalingConfig
 from ftexp.errors import ConfigError
-from ftexp.scaling import Workers, decide_workers, prepare_environment
+from ftexp.scaling import Workers, decide_workers, num_possible, prepare_environment
 
 
 @pytest.fixture
@@ -118,3 +118,23 @@ def test_verbose_leaves_rays_output_alone(monkeypatch):
     assert "RAY_LOG_TO_STDERR" not in os.environ
     prepare_environment(Config())
     assert os.environ["RAY_LOG_TO_STDERR"] == "0"
+
+
+def test_there_is_room_for_as_many_workers_as_fit_on_living_nodes_and_no_more_than_wanted(monkeypatch):
+    import ray
+
+    nodes = [
+        {"Alive": True, "Resources": {"CPU": 5.0, "GPU": 2.0}},
+        {"Alive": False, "Resources": {"CPU": 8.0, "GPU": 8.0}},
+        {"Alive": True, "Resources": {"CPU": 3.0}},
+    ]
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+
+    def room(most, **resources):
+        return num_possible(Workers((1, most), use_gpu=False, resources_per_worker=resources))
+
+    assert room(9, CPU=2) == 2 + 1  # not 8 CPUs by 2
+    assert room(9, CPU=0.5, GPU=0) == 9
+    assert room(99, CPU=0.5, GPU=0) == 16
+    assert room(9, CPU=2, GPU=1) == 2
+    assert room(9, CPU=1, TPU=1) == 0

@@ -10,7 +10,7 @@ import threading
 import pytest
 
 from ftexp.errors import FtexpError
-from ftexp.wire import Hub, HubAddress, Line
+from ftexp.wire import SAVE, STOP, Hub, HubAddress, Line
 
 
 @pytest.fixture
@@ -107,17 +107,18 @@ def answer_syncs(message):
     return {"synced": message["number"], "problem": None} if message["kind"] == "sync" else {}
 
 
-def test_every_open_line_is_told_to_stop_and_still_hears_whether_its_messages_are_safe():
+@pytest.mark.parametrize("word", [STOP, SAVE])
+def test_every_open_line_is_told_to_stop_or_save_and_still_hears_whether_its_messages_are_safe(word):
     hub = Hub("127.0.0.1", answer_syncs)
-    assert hub.tell_to_stop() == 0
+    assert hub.tell(word) == 0
     lines = [Line(hub.address, {"kind": "hello", "rank": rank}) for rank in range(2)]
     for line in lines:
         line.sync()
-        assert not line.stop_requested
-    assert hub.tell_to_stop() == 2
+        assert (line.stop_requested, line.save_requested) == (False, False)
+    assert hub.tell(word) == 2
     for line in lines:
         line.sync()  # answered after what was told, on the same line
-        assert line.stop_requested
+        assert (line.stop_requested, line.save_requested) == (word == STOP, word == SAVE)
     for line in lines:
         line.close()
     hub.close()
@@ -129,4 +130,4 @@ def test_a_line_that_said_goodbye_is_not_asked_to_stop(hub, messages):
     for thread in threading.enumerate():
         if "_serve" in thread.name:
             thread.join(timeout=5)
-    assert hub.tell_to_stop() == 0
+    assert hub.tell(STOP) == 0

@@ -14,9 +14,9 @@ _SAVE, _STOP = 0, -1  # answers; any other is the step at which to ask again
 class Cadence:
     """Decides after each step. `agree(value)` returns rank 0's `value` on every rank, and is collective.
 
-    Steps and epochs are counted alike everywhere. The clock, and whether somebody wants the run to stop, are rank 0's,
-    and asked as seldom as will do: each answer says at which step to ask again. `machine_goes()`, whether one of the
-    workers' machines has newly been announced to go away, is collective and asked at the same steps.
+    Steps and epochs are counted alike everywhere. The clock, and whether somebody wants the run to stop or to save, are
+    rank 0's, and asked as seldom as will do: each answer says at which step to ask again. `machine_goes()`, whether one
+    of the workers' machines has newly been announced to go away, is collective and asked at the same steps.
     """
 
     def __init__(
@@ -26,9 +26,10 @@ class Cadence:
         clock: Callable[[], float] = time.monotonic,
         stop_requested: Callable[[], bool] = lambda: False,
         machine_goes: Callable[[], bool] = lambda: False,
+        save_requested: Callable[[], bool] = lambda: False,
     ) -> None:
         self._config, self._agree, self._clock, self._stop_requested = config, agree, clock, stop_requested
-        self._machine_goes = machine_goes
+        self._machine_goes, self._save_requested = machine_goes, save_requested
         self.stopping = False  # this save is the last: somebody wants the run to stop
         self._wanted = False  # due, and waiting for the save before
         self._saved_step = self._asked_step = self._ask_at = -1
@@ -64,7 +65,7 @@ class Cadence:
             self._asked_step = step
         if self._stop_requested():
             answer = _STOP
-        elif left <= 0:
+        elif left <= 0 or self._save_requested():
             answer = _SAVE
         else:
             done = step - self._asked_step

@@ -43,6 +43,7 @@ class CheckpointManager:
             job.agree,
             stop_requested=lambda: job.line.stop_requested,
             machine_goes=self._preemption_announced,
+            save_requested=self._save_requested,
         )
         self._num_asked = 0
         self._leaving: set[str] = set()  # nodes that were announced to go away
@@ -63,6 +64,12 @@ class CheckpointManager:
             )
         progress = self._job.progress
         return self._cadence.due(progress.step, progress.epoch, epoch_ended, self._job.finished, self.busy)
+
+    def _save_requested(self) -> bool:
+        """Whether the driver has asked for a save since this was last asked."""
+        line = self._job.line
+        requested, line.save_requested = line.save_requested, False
+        return requested
 
     def _preemption_announced(self) -> bool:
         """Whether Ray tells of a node that is about to be taken away, and hadn't told before; collective."""
