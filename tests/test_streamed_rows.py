@@ -40,15 +40,9 @@ LABELS = [number % 3 for number in range(NUM_IMAGES)]
 
 @pytest.fixture(scope="module")
 def roots(tmp_path_factory):
-    """The same images in every layout; neither shards nor row groups are of one size."""
+    """The same images in every layout."""
     folder = tmp_path_factory.mktemp("roots")
-    content = [encoded(pixels) for pixels in IMAGES]
-    for number, png in enumerate(content):
-        put(folder / "image_folder" / str(LABELS[number]) / f"{number:02}.png", png)
-    for part, (start, end) in enumerate([(0, 17), (17, 18), (18, NUM_IMAGES)]):
-        write_parquet(folder / "parquet" / f"{part}.parquet", content[start:end], LABELS[start:end], row_group_size=5)
-        entries = [entry for n in range(start, end) for entry in tar_sample(f"{n:02}", IMAGES[n], LABELS[n])]
-        write_shard(folder / "webdataset" / f"{part}.tar", entries)
+    write_layouts(folder, IMAGES, LABELS)
     return folder
 
 
