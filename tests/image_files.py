@@ -112,7 +112,7 @@ def tar_sample(name, pixels, label, extension="png"):
 
 
 def write_layouts(folder, images, labels):
-    """The same images in every layout, each in a folder named after it; neither shards nor row groups are of one size."""
+    """The same images in every layout, in a folder named after it; neither shards nor row groups are of one size."""
     content, num_images = [encoded(pixels) for pixels in images], len(images)
     for number, png in enumerate(content):
         put(folder / "image_folder" / str(labels[number]) / f"{number:02}.png", png)

@@ -1,6 +1,6 @@
 """The two feeds against each other and the order: whatever the sizes, every position once, and the same bits.
 
-Without Ray: cached rows lie in blocks of any sizes, and streamed ones are decoded here, by the stage that Ray Data runs.
+Without Ray: cached rows lie in blocks of any sizes; streamed ones are decoded here, by the stage that Ray Data runs.
 """
 
 from collections import Counter

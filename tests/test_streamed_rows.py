@@ -14,9 +14,8 @@ from image_files import (
     picture,
     put,
     read_all,
-    tar_sample,
+    write_layouts,
     write_parquet,
-    write_shard,
 )
 
 import ftexp.data.webdataset
