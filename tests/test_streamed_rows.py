@@ -142,6 +142,26 @@ def test_an_image_that_vanished_is_named_and_the_others_stay(tmp_path):
         take(samples)
 
 
+@pytest.mark.parametrize(("name", "window"), [("webdataset", None), ("webdataset", 2), ("parquet", 2)])
+def test_a_shard_that_vanished_costs_its_own_samples_alone_and_each_is_named(tmp_path, name, window):
+    write_layouts(tmp_path, IMAGES, LABELS)
+    fractions = {"val_fraction": 0, "test_fraction": 0}
+    bundle = build_data(data_config(name, tmp_path / name, feed="streaming", shuffle_window=window, **fractions))
+    (shard,) = (tmp_path / name).glob("0.*")
+    shard.unlink()
+
+    told, samples = [], np.array([28, 0, 17, 16, 3, 18])
+    with streamed(bundle, on_bad=told.extend).open(iter([samples])) as take:
+        taken = take(samples)
+
+    assert taken.readable.tolist() == [True, False, True, False, False, True]
+    for row in (0, 2, 5):
+        np.testing.assert_array_equal(taken.images[row], IMAGES[samples[row]])
+    assert taken.labels.tolist() == [LABELS[sample] for sample in samples]
+    assert len({bad.where for bad in told}) == 3
+    assert all(bad.where.startswith(f"{shard} ") and "FileNotFoundError" in bad.reason for bad in told)
+
+
 # which feed
 
 
