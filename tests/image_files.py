@@ -116,6 +116,8 @@ def write_layouts(folder, images, labels):
     content, num_images = [encoded(pixels) for pixels in images], len(images)
     for number, png in enumerate(content):
         put(folder / "image_folder" / str(labels[number]) / f"{number:02}.png", png)
+    lines = [f"image_folder/{label}/{number:02}.png,{label}" for number, label in enumerate(labels)]
+    put(folder / "image_list", "\n".join(["path,label", *lines]).encode())
     first = num_images * 3 // 5
     for part, (start, end) in enumerate([(0, first), (first, first + 1), (first + 1, num_images)]):
         write_parquet(folder / "parquet" / f"{part}.parquet", content[start:end], labels[start:end], row_group_size=5)

@@ -19,7 +19,7 @@ LAYERS = [
     {"cli", "scaling", "data.splits", "data.augment", "hot_start.driver", "hot_start.launcher", "hot_start.preloader"},
     {"models", "optim", "data.sources", "data.listing", "data.named_files"},
     {"data.decoding", "data.blocks"},
-    {"data.files", "data.parquet", "data.webdataset"},
+    {"data.files", "data.image_list", "data.parquet", "data.webdataset"},
     {"data.build"},
     {"data.feeds", "progress", "failure.causes"},
     {"tracking", "evaluation", "data.stream"},

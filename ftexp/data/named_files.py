@@ -46,6 +46,11 @@ def _by_split(root: str, paths: list[str]) -> dict[str, list[str]]:
     return named if explicit else {"train": paths}
 
 
+def as_label(text: str) -> str | int:
+    """A label that was written as text: a number if it looks like one."""
+    return int(text) if text.isascii() and text.isdigit() else text
+
+
 def class_numbers(raw: dict[str, list[Any]], where: str) -> tuple[list[str], dict[str, Int64s]]:
     """Class names, and each split's labels as numbers; DataError unless all are text, or whole numbers from 0.
 
