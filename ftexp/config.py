@@ -69,7 +69,7 @@ class DataConfig:
     test_fraction: float = ranged(0.1, low=0, high=0.9)  # likewise
     split_seed: int = ranged(0, low=0)  # its own seed, so that runs that differ in `seed` share a test set
     on_bad_sample: str = choice("fail", ("fail", "skip"))
-    image_column: str = "image"  # parquet: encoded bytes, {"bytes": ...}, or nested lists
+    image_column: str = "image"  # parquet: encoded bytes, {"bytes": ...}, or nested lists; image_list: paths
     label_column: str = "label"
     num_samples: int | None = ranged(None, low=1)  # synthetic
     kwargs: dict[str, Any] = field(default_factory=dict)  # for sources of your own

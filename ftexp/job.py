@@ -21,7 +21,7 @@ from ftexp.data.feeds import Batch, CachedRows, Feed, IndexedFeed, Plan, Rows, T
 from ftexp.data.listing import IndexedSplit
 from ftexp.data.order import derive_seed, run_order
 from ftexp.data.splits import SPLITS, BadSample, DataInfo
-from ftexp.data.stream import StreamedRows
+from ftexp.data.stream import StreamedRows, slow_reason
 from ftexp.errors import RunFailedError
 from ftexp.hot_start.forker import MARK as HOT_START_MARK
 from ftexp.ledger import LEDGER, Ledger
@@ -129,7 +129,7 @@ def build_job(spec: JobSpec, streams: dict[str, IndexedSplit]) -> Job:
         model.compile()
     wrapped = prepare_model(model, parallel_strategy_kwargs={"gradient_as_bucket_view": True})
     model = wrapped.module if world_size > 1 else wrapped
-    rows = _rows(spec, streams, line, world_size)
+    rows = _rows(spec, streams, line, rank, world_size)
     num_samples = len(rows["train"])
     global_batch_size, max_steps = config.train.global_batch_size, config.train.max_steps
     all_positions = num_samples * config.train.epochs
@@ -174,7 +174,7 @@ def build_job(spec: JobSpec, streams: dict[str, IndexedSplit]) -> Job:
     )
 
 
-def _rows(spec: JobSpec, streams: dict[str, IndexedSplit], line: Line, world_size: int) -> dict[str, Rows]:
+def _rows(spec: JobSpec, streams: dict[str, IndexedSplit], line: Line, rank: int, world_size: int) -> dict[str, Rows]:
     """Each split's rows: cached, or streamed if there are `streams`."""
     if not streams:
         return {split: CachedRows(ray.train.get_dataset_shard(split)) for split in SPLITS}
@@ -188,8 +188,8 @@ def _rows(spec: JobSpec, streams: dict[str, IndexedSplit], line: Line, world_siz
             line.send("event", name="bad_samples", count=len(new), samples=[vars(sample) for sample in new])
 
     def on_slow(seconds: float) -> None:
-        free = ray.available_resources().get("CPU", 0)
-        line.send("waiting", reason=f"nothing decoded for {seconds:.0f} s; {free:g} CPUs of the cluster are free")
+        free, there = (found.get("CPU", 0) for found in (ray.available_resources(), ray.cluster_resources()))
+        line.send("event", name="slow_data", rank=rank, reason=slow_reason(seconds, free, there))
 
     num_tasks = max(1, spec.decode_cpus // world_size)
     return {split: StreamedRows(streams[split], spec.info, num_tasks, on_bad, on_slow) for split in SPLITS}

@@ -211,6 +211,8 @@ class Supervisor:
                 f"leaving out positions {first:,} to {end - 1:,}",
                 "yellow",
             )
+        elif message["name"] == "slow_data":
+            self._terminal.say(f"! rank {message['rank']}: {message['reason']}", "yellow")
         elif message["name"] == "bad_samples":
             for sample in message["samples"]:
                 self._terminal.say(f"! left out, can't be read: {sample['where']}: {sample['reason']}", "yellow")

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import os
 import queue
 import signal
@@ -114,8 +115,6 @@ def clean_run(tmp_path_factory):
 @pytest.fixture(scope="module")
 def data_ray():
     """A Ray on this machine for the tests of a module; its workers ask a store again at once."""
-    import logging
-
     import ray
 
     def hurry():  # in here, so that it is sent whole: workers can't import this file
@@ -135,6 +134,30 @@ def data_ray():
     ray.data.DataContext.get_current().enable_progress_bars = False
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def s3_server():
+    """The port of an S3 server with an empty bucket named `bucket`."""
+    from moto.server import ThreadedMotoServer
+
+    from ftexp.storage import Storage
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            patch.setenv(name, "testing")
+        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        logging.getLogger("werkzeug").setLevel("ERROR")  # it logs every request
+        server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+        server.start()
+        port = server.get_host_and_port()[1]
+        Storage(s3_uri(port, "bucket")).open()[0].create_dir("bucket")
+        yield port
+        server.stop()
+
+
+def s3_uri(port, path):
+    return f"s3://{path}?endpoint_override=127.0.0.1:{port}&scheme=http&region=us-east-1&allow_bucket_creation=true"
 
 
 @pytest.fixture

@@ -24,10 +24,12 @@ EXPERIMENTS = sorted(file.stem for file in (config_dir() / "experiment").glob("*
 # what an option can't do without; empty: it validates alone
 COMPANIONS = {
     ("data", "image_folder"): ["data.root=photos"],
+    ("data", "image_list"): ["data.root=photos.csv"],
     ("data", "parquet"): ["data.root=tables"],
     ("data", "webdataset"): ["data.root=shards"],
     ("scaling", "cluster"): ["scaling.num_workers=2"],
     ("augment", "image_folder"): ["data=image_folder", "data.root=photos"],  # shifts by more than a digit is wide
+    ("augment", "image_list"): ["data=image_list", "data.root=photos.csv"],
     ("augment", "parquet"): ["data=parquet", "data.root=tables"],
     ("augment", "webdataset"): ["data=webdataset", "data.root=shards"],
 }

@@ -21,7 +21,7 @@ LAYERS = [
     {"hot_start.preloader"},
     {"models", "optim", "data.sources", "data.listing", "data.named_files"},
     {"data.decoding", "data.blocks"},
-    {"data.files", "data.parquet", "data.webdataset"},
+    {"data.files", "data.image_list", "data.parquet", "data.webdataset"},
     {"data.build"},
     {"data.feeds", "progress", "failure.causes"},
     {"tracking", "evaluation", "data.stream"},

@@ -1,5 +1,7 @@
 """Order: a true permutation per epoch, at any position, independent of everything but the seed."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -40,16 +42,55 @@ def test_the_order_of_a_seed_never_changes_between_versions():
     assert derive_seed(1, 2, 3) == 2869315087210772132
 
 
-@pytest.mark.parametrize(
-    "order", [Order(3, 1257), WindowOrder(3, np.full(419, 3), 419)], ids=["all", "a window of all blocks"]
-)
-def test_places_in_successive_epochs_are_uncorrelated(order):
+@pytest.fixture(scope="module", params=["all", "a window of all blocks"])
+def places(request):
+    """The place of each sample in each of 200 epochs, [epochs, samples]."""
     num_samples, num_epochs = 1257, 200
-    epochs = order.samples(np.arange(num_samples * num_epochs)).reshape(num_epochs, num_samples)
-    places = np.argsort(epochs, axis=1)
-    correlations = [np.corrcoef(places[e], places[e + 1])[0, 1] for e in range(num_epochs - 1)]
+    order = Order(3, num_samples) if request.param == "all" else WindowOrder(3, np.full(419, 3), 419)
+    return np.argsort(order.samples(np.arange(num_samples * num_epochs)).reshape(num_epochs, num_samples), axis=1)
+
+
+def excess(counts, expected, freedom):
+    """Chi-squared of counts that should all be alike, in standard deviations above what chance gives."""
+    return (((counts - expected) ** 2 / expected).sum() - freedom) / np.sqrt(2 * freedom)
+
+
+def test_places_in_successive_epochs_are_uncorrelated(places):
+    correlations = [np.corrcoef(*pair)[0, 1] for pair in itertools.pairwise(places)]
     # the mean of 199 correlations of independent permutations has a spread of 1/sqrt(1257 * 199) = 0.002
     assert abs(np.mean(correlations)) < 0.008
+
+
+@pytest.mark.parametrize("apart", [1, 2, 7])
+def test_where_a_sample_comes_in_one_epoch_says_nothing_about_a_later_one(places, apart):
+    now, later = places[:-apart].ravel(), places[apart:].ravel()
+    num_epochs, num_samples = places.shape
+    parts = 16
+    pairs = np.histogram2d(now, later, bins=parts, range=[[0, num_samples]] * 2)[0]
+    ends = np.histogram(np.arange(num_samples), bins=parts, range=(0, num_samples))[0]
+    expected = (num_epochs - apart) * np.outer(ends, ends) / num_samples
+    assert abs(excess(pairs, expected, (parts - 1) ** 2)) < 4
+    # nor does it move by some distances rather than by others
+    moves = np.bincount((later - now) % num_samples, minlength=num_samples)
+    assert abs(excess(moves, num_epochs - apart, num_samples - 1)) < 4
+
+
+def test_no_single_sample_comes_early_or_late_by_habit(places):
+    num_samples = places.shape[1]
+    centred = (places - (num_samples - 1) / 2) / np.sqrt((num_samples**2 - 1) / 12)
+    for statistic in (centred[:-1] * centred[1:], centred):  # with the epoch before, and with all epochs
+        # a sum of independent values of spread 1, over its own spread: its squares are chi-squared
+        scores = statistic.sum(axis=0) / np.sqrt(len(statistic))
+        assert abs((scores**2).sum() - num_samples) < 4 * np.sqrt(2 * num_samples)
+
+
+def test_neighbours_in_one_epoch_are_no_neighbours_in_the_next(places):
+    num_epochs, num_samples = places.shape
+    together = sum(
+        np.count_nonzero(np.abs(np.diff(later[np.argsort(now)])) == 1) for now, later in itertools.pairwise(places)
+    )
+    expected = (num_epochs - 1) * (num_samples - 1) * 2 / num_samples  # of independent permutations; Poisson
+    assert abs(together - expected) < 4 * np.sqrt(expected)
 
 
 @pytest.mark.parametrize("draw", [0, 1])

@@ -8,10 +8,12 @@ import ftexp.scaling
 import ftexp.train
 from ftexp.checkpoint.store import CHECKPOINTS, FILES, CheckpointStore, Manifest
 from ftexp.config import Config
+from ftexp.data.splits import DataInfo
 from ftexp.errors import CheckpointError, ConfigError
 from ftexp.failure.chaos import damage
 from ftexp.fingerprint import fingerprint
 from ftexp.lease import Lease
+from ftexp.session import _require_same_data
 from ftexp.storage import Storage
 from ftexp.tracking import RUN_FILE, RunState
 from ftexp.train import _located, _open_run, _require_resumable
@@ -178,3 +180,18 @@ def test_attempts_are_counted_on_when_run_json_is_lost(run_dir):
     save(run_dir, 10)
     run_dir.child("ledger").write_bytes("a0007.r1.jsonl", b"")
     assert _open_run(config(), run_dir, "first").attempts == 7
+
+
+@pytest.mark.parametrize(("now", "told"), [(99, "99"), (1001, "1,001")])
+def test_a_run_goes_on_with_as_many_samples_as_it_began_with(now, told):
+    def info(num_train):
+        return DataInfo(["a", "b"], 8, 1, [0.5], [0.5], {"train": num_train, "val": 3, "test": 0})
+
+    state = RunState(name="first")
+    _require_same_data(config(), state, info(now))  # it begins
+    state.data = {"num_samples": {"train": 100, "val": 5}}
+    _require_same_data(config(), state, info(100))
+    with pytest.raises(
+        ConfigError, match=f"^data.name=digits has {told} training samples now, and had 100 when the run"
+    ):
+        _require_same_data(config(), state, info(now))

@@ -2,13 +2,12 @@
 
 import contextlib
 import json
-import logging
 import re
 import socket
 import threading
 
 import pytest
-from conftest import Command
+from conftest import Command, s3_uri
 
 from ftexp.append_log import AppendLog
 from ftexp.checkpoint.store import CHECKPOINTS, FILES, MANIFEST, REJECTED, CheckpointStore, Manifest, locate
@@ -21,32 +20,10 @@ CONTENT = {name: name.encode() * 50 for name in FILES}
 WRITERS = {name: lambda stream, content=content: stream.write(content) for name, content in CONTENT.items()}
 
 
-@pytest.fixture(scope="module")
-def server():
-    """The port of an S3 server with an empty bucket named `bucket`."""
-    from moto.server import ThreadedMotoServer
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            patch.setenv(name, "testing")
-        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        logging.getLogger("werkzeug").setLevel("ERROR")  # it logs every request
-        server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-        server.start()
-        port = server.get_host_and_port()[1]
-        Storage(uri(port, "bucket")).open()[0].create_dir("bucket")
-        yield port
-        server.stop()
-
-
-def uri(port, path):
-    return f"s3://{path}?endpoint_override=127.0.0.1:{port}&scheme=http&region=us-east-1&allow_bucket_creation=true"
-
-
 @pytest.fixture
-def s3(server, request):
+def s3(s3_server, request):
     """A folder of the test's own."""
-    return Storage.at(uri(server, "bucket"), request.node.name)
+    return Storage.at(s3_uri(s3_server, "bucket"), request.node.name)
 
 
 def manifest(step):
@@ -204,7 +181,7 @@ class Proxy:
 
 
 @pytest.mark.timeout(600)
-def test_an_outage_of_s3_in_the_middle_of_a_save_changes_nothing(ftexp, server, tmp_path, s3):
+def test_an_outage_of_s3_in_the_middle_of_a_save_changes_nothing(ftexp, s3_server, tmp_path, s3):
     options = [
         "train.epochs=10", "train.max_steps=200", "train.log_every_steps=1", "checkpoint.every_epochs=null",
         "checkpoint.every_steps=25",
@@ -214,8 +191,8 @@ def test_an_outage_of_s3_in_the_middle_of_a_save_changes_nothing(ftexp, server, 
 
     # as the second save is about to write its second file, the store is gone until two saves have failed; the second
     # comes after step 50, or later where the first one takes its time
-    proxy = Proxy(server, re.compile(rb"checkpoints/step_(?!00000025)\d+\.a1/optimizer\.pt"))
-    through = Storage.at(uri(proxy.port, "bucket"), s3.name)
+    proxy = Proxy(s3_server, re.compile(rb"checkpoints/step_(?!00000025)\d+\.a1/optimizer\.pt"))
+    through = Storage.at(s3_uri(proxy.port, "bucket"), s3.name)
     words = [f"run.storage='{through.uri}'", "run.name=run", "chaos=kill_worker", "chaos.step=190", "chaos.rank=1"]
     command = Command("train", [*options, *words], tmp_path)
     try:

@@ -5,9 +5,9 @@ import os
 import pytest
 
 import ftexp.scaling
-from ftexp.config import Config, ScalingConfig
+from ftexp.config import Config, DataConfig, ScalingConfig
 from ftexp.errors import ConfigError
-from ftexp.scaling import Workers, decide_workers, num_possible, prepare_environment
+from ftexp.scaling import Workers, decide_workers, decoding_cpus, num_possible, prepare_environment
 
 
 @pytest.fixture
@@ -138,3 +138,40 @@ def test_there_is_room_for_as_many_workers_as_fit_on_living_nodes_and_no_more_th
     assert room(99, CPU=0.5, GPU=0) == 16
     assert room(9, CPU=2, GPU=1) == 2
     assert room(9, CPU=1, TPU=1) == 0
+
+
+@pytest.fixture
+def cluster(monkeypatch):
+    """Set how many CPUs a Ray seems to have."""
+    import ray
+
+    return lambda num_cpus: monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": float(num_cpus)})
+
+
+@pytest.mark.parametrize(
+    ("num_workers", "cpus_each", "taken", "there"),
+    [(4, 1, "4 workers take 4", 4), (2, 2, "2 workers take 4", 4.5), (3, 1, "3 workers take 3", 2)],
+)
+def test_workers_that_leave_no_cpu_to_decode_on_are_refused_and_the_ways_out_named(
+    cluster, num_workers, cpus_each, taken, there
+):
+    cluster(there)
+    with pytest.raises(ConfigError) as raised:
+        decoding_cpus(Config(), Workers(num_workers, False, {"CPU": cpus_each}))
+    assert f"{taken} of the cluster's {there:g}: take fewer workers" in str(raised.value)
+    assert "scaling.resources_per_worker={CPU: 0.5}, or data.feed=cached" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("workers", "configured", "expected"),
+    [
+        (Workers(2, False, {"CPU": 1}), None, 6),
+        (Workers(8, False, {"CPU": 0.5}), None, 4),
+        (Workers((1, 8), False, {"CPU": 1}), None, 7),  # as many as the fewest leave
+        (Workers(2, True, {"GPU": 1}), None, 6),
+        (Workers(2, False, {"CPU": 1}), 3, 3),
+    ],
+)
+def test_what_workers_leave_decodes_unless_a_number_is_given(cluster, workers, configured, expected):
+    cluster(8)
+    assert decoding_cpus(Config(data=DataConfig(decode_cpus=configured)), workers) == expected

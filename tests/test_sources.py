@@ -367,6 +367,70 @@ def test_image_folder_without_images_is_refused(tmp_path, files, message):
         build_data(data_config("image_folder", root))
 
 
+# image_list
+
+
+def listed(tmp_path, text, name="lists/all.csv", **values):
+    put(tmp_path / name, text.encode())
+    return sources.get("image_list")(data_config("image_list", tmp_path / name, image_column="path", **values))
+
+
+def found(listing, split="train"):
+    """The (path, class name) of each item of a split, in order."""
+    items = np.arange(len(listing.labels[split]))
+    names = [listing.class_names[label] for label in listing.labels[split]]
+    return [(where, name) for (where, _), name in zip(listing.readers[split](items), names, strict=True)]
+
+
+def test_a_list_gives_each_image_its_label_in_the_order_of_the_list_wherever_the_files_lie(tmp_path):
+    other = tmp_path / "other folder" / "2.png"
+    for number, path in enumerate(["lists/1.png", "images/0.png", "other folder/2.png"]):
+        put(tmp_path / path, encoded(picture(number)))
+    text = f'path,note,label\n../images/0.png,"a, b",eel\n1.png,,cat\n"{other}",x,eel\n'
+    listing = listed(tmp_path, text)
+
+    assert listing.class_names == ["cat", "eel"]
+    assert [name for _, name in found(listing)] == ["eel", "cat", "eel"]
+    paths = [tmp_path / "images" / "0.png", tmp_path / "lists" / "1.png", other]
+    for (_, get), path in zip(listing.readers["train"](np.arange(3)), paths, strict=True):
+        assert get() == path.read_bytes()
+
+
+def test_a_lists_own_splits_are_kept_and_numbers_are_labels(tmp_path):
+    text = "file\tsplit\tclass\na.png\ttrain\t2\nb.png\ttest\t0\nc.png\ttrain\t0\n"
+    put(tmp_path / "all.tsv", text.encode())
+    config = data_config("image_list", tmp_path / "all.tsv", image_column="file", label_column="class")
+    listing = sources.get("image_list")(config)
+
+    assert listing.class_names == ["0", "1", "2"]
+    assert found(listing) == [(f"{tmp_path}/a.png", "2"), (f"{tmp_path}/c.png", "0")]
+    assert found(listing, "test") == [(f"{tmp_path}/b.png", "0")]
+    assert "val" not in listing.labels  # to be cut from train
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("image,label\na.png,0\n", r"all\.csv has no column 'path', but \['image', 'label'\]: set data\.image_column"),
+        ("path,label\n", r"data\.root=.* lists no image"),
+        ("", r"data\.root=.* can't be read as a list of images: Empty CSV file"),
+        ("path,label\na.png,0,1\n", r"data\.root=.* can't be read as a list of images: .*Expected 2 columns, got 3"),
+        ("path,label,split\na.png,0,dev\n", r"its column 'split' holds 'dev'; allowed: train, val, test"),
+        ("path,label\ns3://b/a.png,0\n", r"all\.csv lists s3://b/a\.png: paths are relative to the list"),
+        ("path,label\na.png,0\nb.png,cat\n", r"data\.label_column=label holds 'cat'"),
+        ("path,label\na.png,1.0\nb.png,0\n", r"data\.label_column=label holds '1\.0'"),
+    ],
+)
+def test_a_list_that_is_none_is_refused(tmp_path, text, message):
+    with pytest.raises(DataError, match=message):
+        listed(tmp_path, text)
+
+
+def test_a_list_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(DataError, match=r"data\.root=.*nowhere\.csv can't be read as a list of images: .*No such file"):
+        sources.get("image_list")(data_config("image_list", tmp_path / "nowhere.csv", image_column="path"))
+
+
 # parquet
 
 
@@ -552,11 +616,17 @@ def test_file_that_is_no_parquet_is_named(tmp_path):
         build_data(data_config("parquet", tmp_path))
 
 
-@pytest.mark.parametrize("exists", [True, False])
-def test_root_without_parquet_files_is_refused(tmp_path, exists):
-    root = tmp_path if exists else tmp_path / "nowhere"
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("", "is neither a parquet file nor a folder with .parquet files in it"),
+        ("nowhere", "can't be listed: .*No such"),
+    ],
+)
+def test_root_without_parquet_files_is_refused(tmp_path, name, message):
+    root = tmp_path / name
 
-    with pytest.raises(DataError, match=rf"data\.root={root} is neither a parquet file nor a folder with"):
+    with pytest.raises(DataError, match=rf"data\.root={root} {message}"):
         build_data(data_config("parquet", root))
 
 

@@ -14,9 +14,8 @@ from image_files import (
     picture,
     put,
     read_all,
-    tar_sample,
+    write_layouts,
     write_parquet,
-    write_shard,
 )
 
 import ftexp.data.webdataset
@@ -40,15 +39,9 @@ LABELS = [number % 3 for number in range(NUM_IMAGES)]
 
 @pytest.fixture(scope="module")
 def roots(tmp_path_factory):
-    """The same images in every layout; neither shards nor row groups are of one size."""
+    """The same images in every layout."""
     folder = tmp_path_factory.mktemp("roots")
-    content = [encoded(pixels) for pixels in IMAGES]
-    for number, png in enumerate(content):
-        put(folder / "image_folder" / str(LABELS[number]) / f"{number:02}.png", png)
-    for part, (start, end) in enumerate([(0, 17), (17, 18), (18, NUM_IMAGES)]):
-        write_parquet(folder / "parquet" / f"{part}.parquet", content[start:end], LABELS[start:end], row_group_size=5)
-        entries = [entry for n in range(start, end) for entry in tar_sample(f"{n:02}", IMAGES[n], LABELS[n])]
-        write_shard(folder / "webdataset" / f"{part}.tar", entries)
+    write_layouts(folder, IMAGES, LABELS)
     return folder
 
 
@@ -147,6 +140,26 @@ def test_an_image_that_vanished_is_named_and_the_others_stay(tmp_path):
     refusing = streamed(bundle, on_bad=lambda bad: refuse_bad(config, bad))
     with refusing.open(iter([samples])) as take, pytest.raises(DataError, match=rf"{tmp_path}/b/3\.png: FileNotFound"):
         take(samples)
+
+
+@pytest.mark.parametrize(("name", "window"), [("webdataset", None), ("webdataset", 2), ("parquet", 2)])
+def test_a_shard_that_vanished_costs_its_own_samples_alone_and_each_is_named(tmp_path, name, window):
+    write_layouts(tmp_path, IMAGES, LABELS)
+    fractions = {"val_fraction": 0, "test_fraction": 0}
+    bundle = build_data(data_config(name, tmp_path / name, feed="streaming", shuffle_window=window, **fractions))
+    (shard,) = (tmp_path / name).glob("0.*")
+    shard.unlink()
+
+    told, samples = [], np.array([28, 0, 17, 16, 3, 18])
+    with streamed(bundle, on_bad=told.extend).open(iter([samples])) as take:
+        taken = take(samples)
+
+    assert taken.readable.tolist() == [True, False, True, False, False, True]
+    for row in (0, 2, 5):
+        np.testing.assert_array_equal(taken.images[row], IMAGES[samples[row]])
+    assert taken.labels.tolist() == [LABELS[sample] for sample in samples]
+    assert len({bad.where for bad in told}) == 3
+    assert all(bad.where.startswith(f"{shard} ") and "FileNotFoundError" in bad.reason for bad in told)
 
 
 # which feed

@@ -2,11 +2,15 @@
 
 import logging
 import os
+import queue
+import shutil
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
 
@@ -16,13 +20,15 @@ import ray
 import torch
 from PIL import Image
 
-from ftexp.config import AugmentConfig
+from ftexp.config import AugmentConfig, Config
+from ftexp.data import stream
 from ftexp.data.augment import Augment
 from ftexp.data.feeds import IndexedFeed, Plan, ToTensors
 from ftexp.data.listing import IndexedSplit, Shared
 from ftexp.data.order import Order
-from ftexp.data.splits import DataInfo
+from ftexp.data.splits import SPLITS, DataInfo
 from ftexp.data.stream import _UNIT_ROWS, StreamedRows
+from ftexp.job import _rows
 
 SIZE = 24  # so that an image outweighs what comes with it
 INFO = DataInfo(["a", "b"], SIZE, 1, [0.0], [1.0], {})
@@ -141,6 +147,31 @@ def test_a_pass_that_is_left_ends_its_pipeline(tmp_path):
     assert not pipelines()
 
 
+def test_a_worker_that_finds_no_cpu_to_decode_on_says_so_and_goes_on_when_there_is_one(tmp_path, monkeypatch):
+    @ray.remote(num_cpus=2)
+    class Everything:
+        def held(self):
+            return True
+
+    monkeypatch.setattr(stream, "_SLOW_S", 0.2)
+    told = queue.Queue()
+    spec = SimpleNamespace(config=Config(), info=INFO, decode_cpus=1)
+    line = SimpleNamespace(send=lambda kind, **fields: told.put({"kind": kind, **fields}))
+    rows = _rows(spec, dict.fromkeys(SPLITS, split_of(tmp_path, 40)), line, rank=3, world_size=1)["train"]
+    other = Everything.remote()
+    assert ray.get(other.held.remote())
+    samples = np.arange(40)
+    with rows.open(iter([samples])) as take, ThreadPoolExecutor(1) as pool:
+        taking = pool.submit(take, samples)
+        message = told.get(timeout=60)
+        assert not taking.done()
+        ray.kill(other)
+        taken = taking.result(timeout=60)
+    assert (message["kind"], message["name"], message["rank"]) == ("event", "slow_data", 3)
+    assert message["reason"].startswith("nothing decoded for 0 s: none of the cluster's 2 CPUs is free to decode on.")
+    assert taken.labels.tolist() == (samples % 2).tolist()
+
+
 @pytest.mark.timeout(300)
 def test_a_run_names_counts_and_leaves_out_what_cannot_be_read(ftexp, run_folder, tmp_path):
     for number in range(64):
@@ -159,6 +190,12 @@ def test_a_run_names_counts_and_leaves_out_what_cannot_be_read(ftexp, run_folder
     assert failing.wait() == 1, failing.output
     assert "1 sample can't be read; mend" in failing.output
     assert f"{torn}: " in failing.output
+    # which sample comes when depends on their number: the run goes on with no other
+    shutil.copy(tmp_path / "pictures" / "a" / "12.png", tmp_path / "pictures" / "b" / "new.png")
+    grown = ftexp(*words, "run.name=fails")
+    assert grown.wait() == 2, grown.output
+    assert "data.name=image_folder has 65 training samples now, and had 64 when the run began: put" in grown.output
+    (tmp_path / "pictures" / "b" / "new.png").unlink()
     command = ftexp(*words, "run.name=skips", "data.on_bad_sample=skip")
     assert command.wait() == 0, command.output
     run = run_folder("skips")

@@ -226,6 +226,19 @@ def test_who_waits_for_workers_is_told_what_is_lacking_once(tmp_path):
     assert "no workers for 0 s: taken by others" in driver.shown
 
 
+def test_a_worker_that_waits_for_data_is_told_of_and_on_record(tmp_path):
+    driver = Driver(tmp_path)
+    driver.attempt(step=3)
+    driver.tell("event", name="slow_data", rank=1, reason="nothing decoded for 20 s: no CPU is free")
+    assert "! rank 1: nothing decoded for 20 s: no CPU is free\n" in driver.shown
+    (event,) = [
+        event
+        for event in map(json.loads, (tmp_path / "events.jsonl").read_text().splitlines())
+        if event["event"] == "slow_data"
+    ]
+    assert (event["step"], event["rank"]) == (3, 1)
+
+
 def test_workers_that_never_start_are_on_record(tmp_path):
     driver = Driver(tmp_path, controller_failure_limit=2)
     driver.supervisor.could_not_start("no such zone")

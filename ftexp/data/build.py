@@ -7,6 +7,7 @@ import dataclasses
 import ray
 
 import ftexp.data.files
+import ftexp.data.image_list
 import ftexp.data.parquet
 import ftexp.data.webdataset  # noqa: F401 - these register what is built in
 from ftexp.config import AUTO, DataConfig

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ftexp.config import DataConfig
-from ftexp.data.listing import Listing, Raw, Reader, Shared, retried
+from ftexp.data.listing import Listing, Raw, Reader, Shared, files_at, retried
 from ftexp.data.order import Int64s
 from ftexp.data.sources import sources
 from ftexp.data.splits import SPLITS
@@ -94,16 +94,10 @@ def _folder_of(listed: dict[str, Any], split: str) -> str:
 
 def _list_images(filesystem: FileSystem, root: str, config: DataConfig) -> dict[str, list[tuple[str, str]]]:
     """{top folder: [(path below it, its first folder)]} of every file that is not hidden."""
-    from pyarrow.fs import FileSelector, FileType
-
-    try:
-        found = filesystem.get_file_info(FileSelector(root, recursive=True))
-    except OSError as error:
-        raise DataError(f"data.root={config.root} can't be listed: {error}") from error
     listed: dict[str, list[tuple[str, str]]] = {}
-    for info in found:
+    for info in files_at(filesystem, root, config):
         parts = PurePosixPath(info.path).relative_to(root).parts
-        if info.type == FileType.File and len(parts) > 1 and not any(part.startswith(".") for part in parts):
+        if len(parts) > 1 and not any(part.startswith(".") for part in parts):
             listed.setdefault(parts[0], []).append(("/".join(parts[1:]), parts[1]))
     if not listed:
         raise DataError(f"data.root={config.root} holds no image in a class folder: root/class/image is expected")

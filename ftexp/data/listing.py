@@ -18,9 +18,10 @@ import ray
 from ftexp.config import DataConfig
 from ftexp.data.order import Int64s
 from ftexp.data.splits import SPLITS, BadSample, stratified_split
+from ftexp.errors import DataError
 
 if TYPE_CHECKING:
-    from pyarrow.fs import FileSystem
+    from pyarrow.fs import FileInfo, FileSystem
 
 T = TypeVar("T")
 
@@ -104,17 +105,32 @@ def retried(get: Callable[[], T]) -> T:
     """Get again what a store failed to give, for some seconds; what isn't there fails at once.
 
     Raises:
-        FileNotFoundError: it was listed, and is gone now.
+        FileNotFoundError, NotADirectoryError: it was listed, and is gone now.
         OSError: of the last try.
     """
     for delay_s in _RETRY_AFTER_S:
         try:
             return get()
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise
         except OSError:
             time.sleep(delay_s)
     return get()
+
+
+def files_at(filesystem: FileSystem, root: str, config: DataConfig) -> list[FileInfo]:
+    """The file at data.root, or all files below it; DataError if it can't be listed."""
+    from pyarrow.fs import FileSelector, FileType
+
+    def look() -> list[FileInfo]:
+        info = filesystem.get_file_info(root)
+        found = [info] if info.type == FileType.File else filesystem.get_file_info(FileSelector(root, recursive=True))
+        return [info for info in found if info.type == FileType.File]
+
+    try:
+        return retried(look)
+    except OSError as error:
+        raise DataError(f"data.root={config.root} can't be listed: {error}") from error
 
 
 class SteadyFile(io.RawIOBase):

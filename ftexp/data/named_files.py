@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ftexp.config import DataConfig
+from ftexp.data.listing import files_at
 from ftexp.data.order import Int64s
 from ftexp.data.splits import SPLITS
 from ftexp.errors import DataError
@@ -19,22 +20,16 @@ if TYPE_CHECKING:
 def files_by_split(filesystem: FileSystem, root: str, config: DataConfig, suffix: str) -> dict[str, list[str]]:
     """{split: files}, sorted. Files, or folders of them, named train*, val* and test* are splits if there is a train.
 
-    DataError if `root` is neither a file nor a folder that holds one ending in `suffix`.
+    DataError if `root` can't be listed, or is neither a file nor a folder that holds one ending in `suffix`.
     """
-    from pyarrow.fs import FileSelector, FileType
-
-    info = filesystem.get_file_info(root)
-    files = [info] if info.type == FileType.File else []
-    if info.type == FileType.Directory:
-        found = filesystem.get_file_info(FileSelector(root, recursive=True))
-        files = [
-            f for f in found if f.type == FileType.File and _is_data(PurePosixPath(f.path).relative_to(root), suffix)
-        ]
-    if not files:
+    paths = [info.path for info in files_at(filesystem, root, config)]
+    if paths != [root]:
+        paths = [path for path in paths if _is_data(PurePosixPath(path).relative_to(root), suffix)]
+    if not paths:
         raise DataError(
             f"data.root={config.root} is neither a {suffix[1:]} file nor a folder with {suffix} files in it"
         )
-    return _by_split(root, sorted(f.path for f in files))
+    return _by_split(root, sorted(paths))
 
 
 def _is_data(path: PurePosixPath, suffix: str) -> bool:
@@ -49,6 +44,11 @@ def _by_split(root: str, paths: list[str]) -> dict[str, list[str]]:
         named.setdefault(split, []).append(path)
     explicit = any(part.startswith("train") for path in paths for part in PurePosixPath(path).relative_to(root).parts)
     return named if explicit else {"train": paths}
+
+
+def as_label(text: str) -> str | int:
+    """A label that was written as text: a number if it looks like one."""
+    return int(text) if text.isascii() and text.isdigit() else text
 
 
 def class_numbers(raw: dict[str, list[Any]], where: str) -> tuple[list[str], dict[str, Int64s]]:

@@ -11,6 +11,7 @@ SOURCE_FIELDS: dict[str, tuple[str, ...]] = {
     "cifar10": ("root", "download"),
     "cifar100": ("root", "download"),
     "image_folder": ("root", "on_bad_sample", "decode_cpus"),
+    "image_list": ("root", "on_bad_sample", "decode_cpus", "image_column", "label_column"),
     "parquet": ("root", "on_bad_sample", "decode_cpus", "shuffle_window", "image_column", "label_column"),
     "synthetic": ("num_samples",),
     "webdataset": ("root", "on_bad_sample", "decode_cpus", "shuffle_window"),

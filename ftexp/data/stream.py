@@ -48,8 +48,8 @@ class StreamedRows:
     ) -> None:
         """`num_tasks` decode at a time, on a CPU each.
 
-        `on_bad` is told what can't be read, and ends the pass by raising; `on_slow` is told of every so many seconds
-        in which nothing was decoded.
+        `on_bad` is told what can't be read, and ends the pass by raising; `on_slow` is told for how many seconds
+        nothing was decoded, ever more rarely while that lasts.
         """
         self._split, self._info, self._num_tasks = split, info, num_tasks
         self._on_bad, self._on_slow = on_bad, on_slow
@@ -147,10 +147,23 @@ def chained(
 
 
 def _awaited(future: Future[T], on_slow: Callable[[float], None]) -> T:
-    started = time.monotonic()
-    while not wait([future], _SLOW_S).done:
+    started, patience_s = time.monotonic(), _SLOW_S
+    while not wait([future], patience_s).done:
         on_slow(time.monotonic() - started)
+        patience_s *= 2
     return future.result()
+
+
+def slow_reason(seconds: float, free_cpus: float, num_cpus: float) -> str:
+    """What to tell of `seconds` in which nothing was decoded, in a cluster with so many CPUs."""
+    if free_cpus >= 1:
+        why = f"{free_cpus:g} of the cluster's {num_cpus:g} CPUs are free, so it is reading that takes long"
+    else:
+        why = (
+            f"none of the cluster's {num_cpus:g} CPUs is free to decode on. If workers or other jobs hold them, take "
+            "fewer workers, or scaling.resources_per_worker={CPU: 0.5}; if not, reading takes long"
+        )
+    return f"nothing decoded for {seconds:.0f} s: {why}"
 
 
 class _Window:

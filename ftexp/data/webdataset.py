@@ -13,7 +13,7 @@ import ray
 from ftexp.config import DataConfig
 from ftexp.data.blocks import BlockReader
 from ftexp.data.listing import Listing, Raw, Reader, Shared, retried
-from ftexp.data.named_files import class_numbers, files_by_split
+from ftexp.data.named_files import as_label, class_numbers, files_by_split
 from ftexp.data.order import Int64s
 from ftexp.data.sources import sources
 from ftexp.data.splits import BadSample
@@ -57,7 +57,7 @@ def webdataset(config: DataConfig) -> Listing:
         shards = ray.get([scan.remote(filesystem, path) for path in paths])
         bad += [problem for _, problems in shards for problem in problems]
         entries = [(number, entry) for number, (found, _) in enumerate(shards) for entry in found]
-        raw_labels[split] = [int(label) if label.isascii() and label.isdigit() else label for _, (*_, label) in entries]
+        raw_labels[split] = [as_label(label) for _, (*_, label) in entries]
         index = Index(
             paths,
             pa.array([entry.name for _, entry in entries], pa.large_string()),

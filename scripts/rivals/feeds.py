@@ -33,7 +33,8 @@ class Files(Dataset[tuple[Tensor, int]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         path, label = self.items[index]
-        return self.normalise(decode_image(Path(path).read_bytes(), self.image_size, 3)), label
+        pixels = decode_image(Path(path).read_bytes(), self.image_size, 3)
+        return self.normalise(pixels.copy()), label  # torch warns of memory that it may not write to
 
 
 def data_loader(paths: list[Path], image_size: int, batch_size: int, num_workers: int) -> Batches:
