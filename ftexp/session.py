@@ -64,6 +64,7 @@ def _run(
     run_dir.write_bytes("overrides.yaml", OmegaConf.to_yaml(OmegaConf.create(masked(overrides))).encode())
     checkpoint = config.checkpoint
     record = RunRecord(run_dir, state, (checkpoint.checkpoint_score_attribute, checkpoint.checkpoint_score_order))
+    record.event("command_started")
     record.write()
     if bundle.info.bad_samples:
         samples = [vars(sample) for sample in bundle.info.bad_samples]
