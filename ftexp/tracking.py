@@ -177,7 +177,8 @@ class RunRecord:
         self.state.failures.append(failure)
         # the next group may die before it says hello
         self._farthest_before, self._died_at, self._died_rank = self.state.farthest_step, None, None
-        self.event("failure", **{key: value for key, value in vars(failure).items() if key not in ("attempt", "step")})
+        fields = {key: value for key, value in vars(failure).items() if key not in ("attempt", "step")}
+        self.event("failure", **fields, time=self._noticed_at)
         self.write()
         return failure
 
