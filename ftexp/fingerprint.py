@@ -27,8 +27,8 @@ def fingerprint(config: Config) -> dict[str, Any]:
     chosen = {name: values[name] for name in _DEFINING} | {"train": {n: values["train"][n] for n in _DEFINING_TRAIN}}
     for name in _FREE_DATA:
         del chosen["data"][name]
-    values = masked(dict(flat(chosen, "")))
-    return values
+    defining: dict[str, Any] = masked(dict(flat(chosen, "")))
+    return defining
 
 
 def differences(recorded: dict[str, Any], own: dict[str, Any], location: str) -> None:

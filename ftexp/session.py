@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import threading
@@ -83,6 +84,21 @@ def _run(
     finally:
         if record.state.status != "running":
             terminal.summary(record.state, run_dir)
+            if config.report.enabled:
+                _leave_report(run_dir, record, terminal)
+
+
+def _leave_report(run_dir: Storage, record: RunRecord, terminal: Terminal) -> None:
+    """Write the run's report. What goes wrong with that is told, and takes nothing from the run."""
+    try:
+        from ftexp.report.write import write_report
+
+        terminal.say(f"{'report':<15}{write_report(run_dir)}")
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        terminal.say(f"! the report can't be written: {reason}; later: python -m ftexp.report {run_dir.uri}", "yellow")
+        with contextlib.suppress(OSError):
+            record.late_event("report_failed", error=reason)
 
 
 def _require_same_data(config: Config, state: RunState, info: DataInfo) -> None:

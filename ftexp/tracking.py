@@ -151,6 +151,12 @@ class RunRecord:
         self._metrics.close()
         self._events.close()
 
+    def late_event(self, name: str, **fields: Any) -> None:
+        """As `event`, once the records are closed; OSError if it can't be written."""
+        self._events = AppendLog(self.storage, EVENTS_FILE)
+        self.event(name, **fields)
+        self._events.close()
+
     @property
     def has_progressed(self) -> bool:
         """Whether the current attempt has done a step that had never been done before."""

@@ -32,10 +32,16 @@ LAYERS = [
     {"failure.policy", "failure.nonfinite", "failure.watchdog", "fitting"},
     {"loop", "supervisor"},
     {"trainer"},
+    {"report.markup", "report.palette", "report.source", "report.defaults"},
+    {"report.timeline", "report.drawing"},
+    {"report.series", "report.png"},
+    {"report.charts", "report.tables"},
+    {"report.page"},
+    {"report.write"},
     {"session"},
     {"data.inspect"},
     {"drill_report"},
-    {"train", "evaluate", "drill", "checkpoints", "data.inspect", "data.__main__"},
+    {"train", "evaluate", "drill", "checkpoints", "data.inspect", "data.__main__", "report.__main__"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 

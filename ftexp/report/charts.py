@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from ftexp.report.drawing import Area, Box, Dot, Drawing, Label, Line, Point
@@ -30,19 +31,23 @@ class Mark:
 
 
 def line_chart(
-    title: str, series: Sequence[Series], attempts: Sequence[float] = (), faults: Sequence[Mark] = (), unit: str = ""
+    title: str,
+    series: Sequence[Series],
+    attempts: Sequence[float] = (),
+    faults: Sequence[Mark] = (),
+    from_zero: bool = False,
 ) -> Drawing:
     """Curves by step. `attempts`: the steps at which one gave way to the next; `faults` are marked."""
     series = [one for one in series if one.points]
     drawing = Drawing(title, _WIDTH, _HEIGHT)
     values = [y for one in series for y in one.values]
     low, high = min(values, default=0.0), max(values, default=1.0)
-    log = low > 0 and high / low >= _LOG_FROM
+    log = low > 0 and high / low >= _LOG_FROM and not from_zero
     steps = [x for one in series for x, _ in one.points]
-    x_axis, y_axis = Axis(min([0.0, *steps]), max(steps, default=1.0) or 1.0), Axis.over(values, log)
+    x_axis, y_axis = Axis(min([0.0, *steps]), max(steps, default=1.0) or 1.0), Axis.over(values, log, from_zero)
     plot = _Plot(drawing, x_axis, y_axis)
     plot.shade(attempts)
-    plot.grid(unit + (" (log)" if log else ""))
+    plot.grid("log scale" if log else "")
     for one in series:
         plot.curve(one)
     plot.faults(faults)
@@ -69,10 +74,10 @@ class _Plot:
     def shade(self, attempts: Sequence[float]) -> None:
         """Every other attempt."""
         edges = [_LEFT, *(self.x(step) for step in attempts), self._right]
-        for begin, end in list(zip(edges, edges[1:], strict=False))[1::2]:
+        for begin, end in list(pairwise(edges))[1::2]:
             self._drawing.add(Box(begin, _TOP, max(end - begin, 0.5), self._bottom - _TOP, "shade"))
 
-    def grid(self, unit: str) -> None:
+    def grid(self, note: str) -> None:
         """Axes, and what they say."""
         for value in self._y_axis.ticks():
             y = self.y(value)
@@ -84,7 +89,7 @@ class _Plot:
             self._drawing.add(Label(x, self._bottom + 17, short(value), anchor="middle"))
         self._drawing.add(Line([(_LEFT, self._bottom), (self._right, self._bottom)], "faint"))
         self._drawing.add(Label(self._right, self._bottom + 30, "step", anchor="end"))
-        self._drawing.add(Label(self._right, 14, unit, anchor="end"))
+        self._drawing.add(Label(self._right, 14, note, anchor="end"))
 
     def curve(self, series: Series) -> None:
         """The mean of what falls together as a line, its extremes as a band."""
@@ -157,7 +162,7 @@ def timeline_chart(run: RunFiles, timeline: Timeline, width: float) -> Drawing:
     top = _legend(drawing, [*used, ("save", "save")], 0) + 28
     place = _clock(timeline, width)
     ends = [timeline.running_s(call.end) for call in timeline.calls]
-    for begin, end in zip([0.0, *ends], ends, strict=False):
+    for begin, end in pairwise([0.0, *ends]):
         x, right = (seconds / (timeline.total_s or 1) * width for seconds in (begin, end))
         drawing.add(Box(x, top, max(right - x - 1, 0.5), 34, TRAINING))
     lost = [(place(s.begin), place(s.end), s.phase, s.seconds) for s in timeline.segments if s.phase != TRAINING]
@@ -219,25 +224,23 @@ def confusion_chart(names: Sequence[str], confusion: Sequence[Sequence[int]]) ->
     cell = max(5.0, min(34.0, 400.0 / count))
     named = count <= 30
     shown = [cut(name, 12) for name in names] if named else []
-    left = 30.0 + (max(map(len, shown)) * _LETTER + 6 if shown else 0)
-    size = cell * count
-    drawing = Drawing("Confusion", left + size + 6, 30 + size + (left - 24 if named else 22))
+    left = max(map(len, shown), default=0) * _LETTER + 10
+    size, top = cell * count, 24.0
+    drawing = Drawing("Confusion", max(left + size + 6, 260), top + size + 22)
     worst = max((n for row, line in enumerate(confusion) for col, n in enumerate(line) if row != col), default=1) or 1
     for row, line in enumerate(confusion):
         total = sum(line) or 1
         for column, number in enumerate(line):
             if number:
                 drawing.add(*_cell(left, cell, row, column, number, total, worst, names))
-    top = 24.0
     drawing.add(*(Line([(left, top + k * cell), (left + size, top + k * cell)], "grid") for k in (0, count)))
     drawing.add(*(Line([(left + k * cell, top), (left + k * cell, top + size)], "grid") for k in (0, count)))
-    drawing.add(Label(left, 14, "predicted →", size=11), Label(2, 14, "label ↓", size=11))
+    drawing.add(Label(left, 14, "rows: label · columns: predicted"))
     for number, name in enumerate(shown):
         middle = (number + 0.5) * cell
         drawing.add(Label(left - 5, top + middle + 4, name, anchor="end"))
         if max(map(len, shown)) * _LETTER < cell + 4:
             drawing.add(Label(left + middle, top + size + 15, name, anchor="middle"))
-    drawing.height = top + size + 22
     return drawing
 
 

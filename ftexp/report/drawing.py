@@ -1,4 +1,7 @@
-"""A chart as a list of shapes, in pixels, and as SVG. Colours are roles: the page, or the PNG, says what they look like."""
+"""A chart as a list of shapes, in pixels, and as SVG.
+
+Colours are roles: the page, or the PNG, says what they look like.
+"""
 
 from __future__ import annotations
 

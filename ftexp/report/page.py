@@ -14,9 +14,9 @@ from ftexp.report.charts import Mark, confusion_chart, line_chart, timeline_char
 from ftexp.report.drawing import Drawing, svg
 from ftexp.report.markup import Child, Markup, cut, element
 from ftexp.report.palette import DARK, LIGHT, css, css_classes
-from ftexp.report.series import Series, curve, duration, short, throughput
+from ftexp.report.series import Series, curve, duration, throughput
 from ftexp.report.source import RunFiles
-from ftexp.report.timeline import Timeline, build_timeline
+from ftexp.report.timeline import build_timeline
 
 _WIDE, _NARROW = 1000.0, 360.0  # of the timeline, in pixels; which one is seen depends on the screen
 _MOST_CELLS = 100  # classes of a confusion matrix that is drawn
@@ -37,15 +37,15 @@ class Report:
         farthest = [max(one.step, step) for one, step in zip(timeline.interruptions, starts[1:], strict=False)]
         faults = [Mark(one.step, f"{one.cause} after step {one.step:,}") for one in timeline.interruptions]
 
-        def chart(title: str, *series: Series, unit: str = "") -> Drawing:
-            return line_chart(title, series, farthest, faults, unit)
+        def chart(title: str, *series: Series, from_zero: bool = False) -> Drawing:
+            return line_chart(title, series, farthest, faults, from_zero)
 
         for name in ("loss", "accuracy"):
             curves = [curve(run, split, f"{split}_{name}", split, split) for split in ("train", "val", "test")]
             if any(one.points for one in curves):
                 yield name, chart(name.capitalize(), *curves)
         if self._rates:
-            yield "throughput", chart("Throughput", Series("images/s", "train", self._rates))
+            yield "throughput", chart("Throughput", Series("images/s", "train", self._rates), from_zero=True)
         rates = curve(run, "train", "lr", "learning rate", "val")
         if rates.points:
             yield "learning_rate", chart("Learning rate", rates)
@@ -115,14 +115,14 @@ class Report:
         survived = len(failures) - (state.get("status") == "failed" and bool(failures))
         yield "failures", f"{survived:,}", f"survived, {duration(lost)} lost" if lost else "survived"
         if self._rates:
-            yield "images/s", short(round(statistics.median(rate for _, rate in self._rates))), "median while training"
+            yield "images/s", f"{statistics.median(rate for _, rate in self._rates):,.0f}", "median while training"
 
     def _sections(self) -> Iterator[Markup]:
         run, timeline = self._run, self._timeline
         pairs = [self._figure(name) for name in ("loss", "accuracy", "throughput", "learning_rate")]
         if any(pairs):
             note = "Shaded: every other attempt. Dashed: failures. Bands hold the extremes of what falls together."
-            yield _section("Learning curves", element("div", pairs, class_="grid"), note=note)
+            yield _section("Curves", element("div", pairs, class_="grid"), note=note)
         if timeline.calls:
             both = (
                 element("figure", svg(drawing), class_=kind)
@@ -156,7 +156,9 @@ class Report:
         found = self._run.evaluation
         if found is None:
             command = f"python -m ftexp.evaluate run={shlex.quote(self._run.uri)}"
-            how = element("p", "Nothing was left of a test. ", element("code", command), " measures the best checkpoint;")
+            how = element(
+                "p", "Nothing was left of a test. ", element("code", command), " measures the best checkpoint;"
+            )
             return _section("Test", how, element("p", "then write this report again."))
         where = f"{found['checkpoint']}, after" if found.get("checkpoint") else "The weights after"
         note = (

@@ -1,4 +1,4 @@
-"""Drawings as PNG, for where no HTML goes. Drawn three times as large and scaled down, since Pillow's edges are hard."""
+"""Drawings as PNG, for where no HTML goes. Drawn larger and scaled down, since Pillow's edges are hard."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from ftexp.report.source import RunFiles
 from ftexp.report.timeline import Timeline
@@ -69,7 +70,7 @@ def throughput(run: RunFiles, timeline: Timeline) -> list[tuple[float, float]]:
     pure: list[tuple[float, float]] = []
     others: list[tuple[float, float]] = []
     points = run.split("train")
-    for before, after in zip(points, points[1:], strict=False):
+    for before, after in pairwise(points):
         seconds = after["time"] - before["time"]
         if seconds <= 0 or _any_between(starts, before["time"], after["time"]):
             continue
@@ -138,9 +139,9 @@ def short(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds in words: 43.1 s, 12 min 3 s, 5 h 20 min."""
+    """Seconds in words: 785 ms, 43.1 s, 12 min 3 s, 5 h 20 min."""
     if seconds < 100:
-        return f"{seconds:.3g} s" if seconds < 1 else f"{seconds:.1f} s"
+        return f"{1000 * seconds:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 100:
         return f"{minutes} min {rest} s" if rest else f"{minutes} min"

@@ -52,7 +52,18 @@ def phases(timeline: Timeline) -> Markup:
 
 def interruptions(timeline: Timeline) -> Markup:
     """Each failure, and what it cost."""
-    head = ("after step", "what", "detect", "restart", "restore", "replay", "steps replayed", "lost", "restored", "then")
+    head = (
+        "after step",
+        "what",
+        "detect",
+        "restart",
+        "restore",
+        "replay",
+        "steps replayed",
+        "lost",
+        "restored",
+        "then",
+    )
     rows = [
         (
             f"{one.step:,}",
@@ -76,10 +87,10 @@ def _seconds(seconds: float) -> str:
 
 
 def checkpoints(run: RunFiles) -> Markup:
-    """Every save: those that are there, those that were thinned out, those that came to nothing."""
+    """Every save, the newest first: those that are there, were thinned out, or came to nothing."""
     rejected = {event["checkpoint"]: event.get("reason", "") for event in run.named("checkpoint_rejected")}
     rows = []
-    for event in run.named("checkpoint_saved", "checkpoint_failed"):
+    for event in reversed(run.named("checkpoint_saved", "checkpoint_failed")):
         name = event.get("checkpoint")
         if name is None:
             state = f"not written: {cut(str(event.get('error')), _ERROR_LETTERS)}"
@@ -133,7 +144,7 @@ def facts(run: RunFiles) -> Markup:
     rows: list[tuple[str, Any]] = [(name, version) for name, version in state.get("versions", {}).items()]
     if "memory_bytes" in hardware:
         hardware["memory"] = f"{hardware.pop('memory_bytes') / 2**30:.1f} GiB"
-    rows += [(name, value) for name, value in hardware.items()]
+    rows += hardware.items()
     rows += [("device", ready[-1].get("device"))] if ready else []
     sizes = state.get("world_sizes", [])
     distinct = list(dict.fromkeys(sizes))
@@ -150,9 +161,7 @@ def _bar(share: float | None, role: str) -> Markup | str:
     if share is None:
         return "no samples"
     width = f"width:{100 * min(1.0, max(0.0, share)):.1f}%;background:var(--{role})"
-    return element(
-        "span", element("span", element("i", style=width), class_="bar"), f"{share:.1%}", class_="share"
-    )
+    return element("span", element("span", element("i", style=width), class_="bar"), f"{share:.1%}", class_="share")
 
 
 def _percent(value: float | None) -> str:
