@@ -14,12 +14,13 @@ from ftexp.report.source import RunFiles
 from ftexp.report.timeline import PHASES, TRAINING, Timeline, saves
 
 _WIDTH, _HEIGHT = 480.0, 250.0
-_LEFT, _RIGHT, _TOP, _BOTTOM = 46.0, 10.0, 30.0, 34.0
+_LEFT, _RIGHT, _TOP, _BOTTOM = 54.0, 10.0, 30.0, 34.0
 _HOVERS = 120  # places of a chart that tell their numbers
 _NEAR = 5.0  # pixels within which marks are one
 _LETTER = 6.0  # pixels of a letter of a label, about
 _LOG_FROM = 30.0  # ratio of the largest to the smallest value
 _MOST_TITLES = 3  # of marks that are one
+_MOST_LINES = 30  # through a chart; more would hide it, and leave their marks above it
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,8 @@ class _Plot:
 
     def shade(self, attempts: Sequence[float]) -> None:
         """Every other attempt."""
+        if len(attempts) > _MOST_LINES:
+            return
         edges = [_LEFT, *(self.x(step) for step in attempts), self._right]
         for begin, end in list(pairwise(edges))[1::2]:
             self._drawing.add(Box(begin, _TOP, max(end - begin, 0.5), self._bottom - _TOP, "shade"))
@@ -86,18 +89,18 @@ class _Plot:
         for value in self._x_axis.ticks(6):
             x = self.x(value)
             self._drawing.add(Line([(x, self._bottom), (x, self._bottom + 4)], "faint"))
-            self._drawing.add(Label(x, self._bottom + 17, short(value), anchor="middle"))
+            anchor = "end" if x > self._right - 12 else "middle"
+            self._drawing.add(Label(min(x, self._right + 6), self._bottom + 17, short(value), anchor=anchor))
         self._drawing.add(Line([(_LEFT, self._bottom), (self._right, self._bottom)], "faint"))
         self._drawing.add(Label(self._right, self._bottom + 30, "step", anchor="end"))
         self._drawing.add(Label(self._right, 14, note, anchor="end"))
 
     def curve(self, series: Series) -> None:
-        """The mean of what falls together as a line, its extremes as a band."""
+        """The mean of what falls together as a line, and a fainter one from extreme to extreme."""
         buckets = series.buckets()
         if any(bucket.low < bucket.high for bucket in buckets):
-            upper = [(self.x(bucket.x), self.y(bucket.high)) for bucket in buckets]
-            lower = [(self.x(bucket.x), self.y(bucket.low)) for bucket in reversed(buckets)]
-            self._drawing.add(Area([*upper, *lower], series.role, 0.3))
+            extremes = [(self.x(bucket.x), self.y(y)) for bucket in buckets for y in (bucket.low, bucket.high)]
+            self._drawing.add(Line(extremes, series.role, 1, opacity=0.45))
         if len(buckets) == 1:
             self._drawing.add(Dot(self.x(buckets[0].x), self.y(buckets[0].mean), 3.5, series.role))
         points = [(self.x(bucket.x), self.y(bucket.mean)) for bucket in buckets]
@@ -105,9 +108,10 @@ class _Plot:
 
     def faults(self, faults: Sequence[Mark]) -> None:
         """A line through the chart for each, or for those that are too near to be told apart."""
-        for x, title in _merged(faults, self.x):
-            points = [(x, _TOP), (x, self._bottom)]
-            self._drawing.add(Line(points, "fault", 1.2, True, 0.75))
+        merged = _merged(faults, self.x)
+        for x, title in merged:
+            if len(merged) <= _MOST_LINES:
+                self._drawing.add(Line([(x, _TOP), (x, self._bottom)], "fault", 1.2, True, 0.75))
             self._drawing.add(Area(_triangle(x, _TOP), "fault", title=title))
             self._drawing.add(Box(x - 3, _TOP, 6, self._bottom - _TOP, "none", title=title))
 

@@ -121,7 +121,7 @@ class Report:
         run, timeline = self._run, self._timeline
         pairs = [self._figure(name) for name in ("loss", "accuracy", "throughput", "learning_rate")]
         if any(pairs):
-            note = "Shaded: every other attempt. Dashed: failures. Bands hold the extremes of what falls together."
+            note = "Shaded: every other attempt. Dashed: failures. Fainter: the extremes of points that fall together."
             yield _section("Curves", element("div", pairs, class_="grid"), note=note)
         if timeline.calls:
             both = (
@@ -156,10 +156,8 @@ class Report:
         found = self._run.evaluation
         if found is None:
             command = f"python -m ftexp.evaluate run={shlex.quote(self._run.uri)}"
-            how = element(
-                "p", "Nothing was left of a test. ", element("code", command), " measures the best checkpoint;"
-            )
-            return _section("Test", how, element("p", "then write this report again."))
+            how = (element("code", command), " measures the best checkpoint; then write this report again.")
+            return _section("Test", element("p", "The run left no ", _FILE, ". ", how))
         where = f"{found['checkpoint']}, after" if found.get("checkpoint") else "The weights after"
         note = (
             f"{where} step {found['step']:,}, on {found['num_samples']:,} {found['split']} samples: "
@@ -175,6 +173,7 @@ class Report:
         return _section("Test", element("div", left, right, class_="grid"), *shown, note=note)
 
 
+_FILE = element("code", "evaluation_test.json")
 _DARK_IF = "@media (prefers-color-scheme: dark)"
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # nothing is loaded, nothing runs
 _STATUS = {"finished": "good", "failed": "bad", "interrupted": "paused", "running": "paused"}

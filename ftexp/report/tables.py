@@ -134,6 +134,8 @@ def confused(evaluation: Record) -> Markup:
 def config(run: RunFiles) -> Markup:
     """Where the config isn't the default."""
     rows = [(key, _value(own), _value(usual)) for key, own, usual in config_differences(run.config)]
+    if not rows:
+        return element("p", "Nothing does.")
     return table(("key", "value", "default"), rows, words=(0, 1, 2))
 
 
