@@ -33,12 +33,11 @@ class Report:
 
     def _charts(self) -> Iterator[tuple[str, Drawing]]:
         run, timeline = self._run, self._timeline
-        starts = [step for step, _ in timeline.attempts]
-        farthest = [max(one.step, step) for one, step in zip(timeline.interruptions, starts[1:], strict=False)]
+        starts = [step for step, _ in timeline.attempts[1:]]
         faults = [Mark(one.step, f"{one.cause} after step {one.step:,}") for one in timeline.interruptions]
 
         def chart(title: str, *series: Series, from_zero: bool = False) -> Drawing:
-            return line_chart(title, series, farthest, faults, from_zero)
+            return line_chart(title, series, starts, faults, from_zero)
 
         for name in ("loss", "accuracy"):
             curves = [curve(run, split, f"{split}_{name}", split, split) for split in ("train", "val", "test")]

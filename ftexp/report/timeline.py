@@ -72,7 +72,7 @@ class Timeline:
     calls: list[Call]
     segments: list[Segment] = field(default_factory=list)
     interruptions: list[Interruption] = field(default_factory=list)
-    attempts: list[tuple[int, float]] = field(default_factory=list)  # (first step, when it was ready)
+    attempts: list[tuple[int, float]] = field(default_factory=list)  # (where its new steps began, when it was ready)
 
     @property
     def total_s(self) -> float:
@@ -157,7 +157,7 @@ class _Follower:
 
     def _on_ready(self, event: Record) -> None:
         self._close(self._phase, event["time"])
-        self._timeline.attempts.append((event["step"], event["time"]))
+        self._timeline.attempts.append((max(event["step"], self._farthest), event["time"]))
         if self._open is not None:
             self._open.steps_replayed = max(0, self._open.step - event["step"])
         self._phase = REPLAYING if event["step"] < self._farthest else TRAINING
