@@ -72,7 +72,7 @@ def test_a_killed_run_ends_exactly_where_the_clean_run_ends(ftexp, run_folder, c
     clean, killed = clean_run, run_folder("killed")
     killed_command = ftexp(
         *FOUR_EPOCHS, "failure.max_failures=1", "plugins=[my_states]", "run.name=killed",
-        "checkpoint.extra_state=[progress,scheduler,scaler,rng,best,counter]",
+        "checkpoint.extra_state=[progress,scheduler,scaler,rng,best,counter]", "report.enabled=true",
     )  # fmt: skip
     killed_command.wait_until(lambda: len(killed.events("checkpoint_saved")) == 2)
     killed.kill_worker(rank=1)
@@ -134,11 +134,12 @@ def test_a_killed_run_ends_exactly_where_the_clean_run_ends(ftexp, run_folder, c
 
 def test_spent_failures_end_the_run_with_its_cause_and_the_same_command_goes_on(ftexp, run_folder):
     options = ["train.epochs=8", "failure=fail_fast", "run.name=spent", "data=synthetic", "data.num_samples=400"]
-    first, run = ftexp(*options), run_folder("spent")
+    first, run = ftexp(*options, "report.enabled=true"), run_folder("spent")
     first.wait_until(lambda: run.events("checkpoint_saved"))
     run.kill_worker(rank=0)
     assert first.wait() == 1, first.output
     assert run.record["status"] == "failed"
+    assert ">failed<" in (run.path / "report.html").read_text()
     assert "the process died" in run.record["error"]
     assert "giving up" in first.output
     assert "Traceback" not in first.output

@@ -35,7 +35,8 @@ def png(drawing: Drawing) -> bytes:
         elif shape.role != "none":
             pen.area(_corners(shape), shape.role, shape.opacity)
     stream = io.BytesIO()
-    picture.resize((size[0] // _OVER, size[1] // _OVER), Image.Resampling.BOX).quantize(64).save(stream, "png")
+    few = picture.reduce(_OVER).quantize(64, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)  # much the fastest
+    few.save(stream, "png")
     return stream.getvalue()
 
 
