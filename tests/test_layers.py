@@ -35,7 +35,7 @@ LAYERS = [
     {"report.markup", "report.palette", "report.source", "report.defaults"},
     {"report.timeline", "report.drawing"},
     {"report.series", "report.png"},
-    {"report.charts", "report.tables"},
+    {"report.charts", "report.confusion", "report.tables"},
     {"report.page"},
     {"report.write"},
     {"session"},

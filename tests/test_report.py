@@ -188,6 +188,19 @@ def test_a_driver_that_was_killed_is_an_interruption_and_the_night_after_it_is_l
     assert "The command was given 2 times" in Report(read_run(storage)).html()
 
 
+def test_what_comes_after_a_run_was_finished_is_not_charged_to_a_failure_that_was_over(storage):
+    story = three_kills(storage)
+    story.record.late_event("report_failed", error="x")
+    before = [one.seconds for one in build_timeline(read_run(storage)).interruptions]
+    again = Story(storage, now=story.now + 60, state=read_state(storage))
+    again.after(9).attempt(again.record.state.step)
+    again.steps(again.record.state.step + 1, again.record.state.step + 20)
+    again.end("failed")
+    timeline = build_timeline(read_run(storage))
+    assert [one.seconds for one in timeline.interruptions] == before
+    assert timeline.seconds_by_phase()["starting"] == pytest.approx(3 + 9)
+
+
 def test_the_page_shows_what_the_records_hold_and_loads_nothing(storage):
     three_kills(storage)
     storage.write_bytes("evaluation_test.json", json.dumps(EVALUATION).encode())
@@ -195,7 +208,7 @@ def test_the_page_shows_what_the_records_hold_and_loads_nothing(storage):
     page = Page(storage.read_bytes("report.html").decode())
     state = read_state(storage)
     for part in (
-        "finished", "0.9000", f"{state.goodput:.1%}", "crash of rank 1", "250 ms", "step_00000040.a1", "thinned out",
+        "finished", "0.9000", f"{state.goodput:.1%}", "crash of rank 1", "250 ms", "step_00000040.a1", "removed",
         "dog taken for cat", "98.7% sure", "failure.max_failures 5 3", "python -m ftexp.train failure.max_failures=5",
         "a fast one", "2.0 GiB",
     ):  # fmt: skip

@@ -1,11 +1,10 @@
-"""The charts of a run."""
+"""The charts of a run: curves by step, and the timeline."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 from ftexp.report.drawing import Area, Box, Dot, Drawing, Label, Line, Point
 from ftexp.report.markup import cut
@@ -44,7 +43,7 @@ def line_chart(
     values = [y for one in series for y in one.values]
     low, high = min(values, default=0.0), max(values, default=1.0)
     log = low > 0 and high / low >= _LOG_FROM and not from_zero
-    steps = [x for one in series for x, _ in one.points]
+    steps = [*(x for one in series for x, _ in one.points), *(fault.at for fault in faults)]
     x_axis, y_axis = Axis(min([0.0, *steps]), max(steps, default=1.0) or 1.0), Axis.over(values, log, from_zero)
     plot = _Plot(drawing, x_axis, y_axis)
     plot.shade(attempts)
@@ -164,11 +163,12 @@ def timeline_chart(run: RunFiles, timeline: Timeline, width: float) -> Drawing:
     sums = timeline.seconds_by_phase()
     used = [(phase, phase) for phase in PHASES if sums[phase]]
     top = _legend(drawing, [*used, ("save", "save")], 0) + 28
-    place = _clock(timeline, width)
-    ends = [timeline.running_s(call.end) for call in timeline.calls]
-    for begin, end in pairwise([0.0, *ends]):
-        x, right = (seconds / (timeline.total_s or 1) * width for seconds in (begin, end))
-        drawing.add(Box(x, top, max(right - x - 1, 0.5), 34, TRAINING))
+
+    def place(when: float) -> float:
+        return timeline.running_s(when) / (timeline.total_s or 1) * width
+
+    for begin, end in pairwise([0.0, *(place(call.end) for call in timeline.calls)]):
+        drawing.add(Box(begin, top, max(end - begin - 1, 0.5), 34, TRAINING))
     lost = [(place(s.begin), place(s.end), s.phase, s.seconds) for s in timeline.segments if s.phase != TRAINING]
     for x, right, phase, title in _strips(lost):
         drawing.add(Box(x, top, right - x, 34, phase, title=title))
@@ -184,10 +184,6 @@ def timeline_chart(run: RunFiles, timeline: Timeline, width: float) -> Drawing:
     _time_axis(drawing, timeline.total_s, top + 52)
     drawing.height = top + 76
     return drawing
-
-
-def _clock(timeline: Timeline, width: float) -> Callable[[float], float]:
-    return lambda when: timeline.running_s(when) / (timeline.total_s or 1) * width
 
 
 def _strips(found: Sequence[tuple[float, float, str, float]]) -> list[tuple[float, float, str, str]]:
@@ -220,40 +216,3 @@ def _time_axis(drawing: Drawing, total_s: float, y: float) -> None:
         anchor = "start" if number == 0 else "end" if x > drawing.width - 20 else "middle"
         drawing.add(Line([(x, y), (x, y + 4)], "faint"))
         drawing.add(Label(x, y + 17, f"{number * step:g} {name}", anchor=anchor))
-
-
-def confusion_chart(names: Sequence[str], confusion: Sequence[Sequence[int]]) -> Drawing:
-    """Labels down, predictions across; what is right in one colour, what isn't in the other."""
-    count = len(names)
-    cell = max(5.0, min(34.0, 400.0 / count))
-    named = count <= 30
-    shown = [cut(name, 12) for name in names] if named else []
-    left = max(map(len, shown), default=0) * _LETTER + 10
-    size, top = cell * count, 24.0
-    drawing = Drawing("Confusion", max(left + size + 6, 260), top + size + 22)
-    worst = max((n for row, line in enumerate(confusion) for col, n in enumerate(line) if row != col), default=1) or 1
-    for row, line in enumerate(confusion):
-        total = sum(line) or 1
-        for column, number in enumerate(line):
-            if number:
-                drawing.add(*_cell(left, cell, row, column, number, total, worst, names))
-    drawing.add(*(Line([(left, top + k * cell), (left + size, top + k * cell)], "grid") for k in (0, count)))
-    drawing.add(*(Line([(left + k * cell, top), (left + k * cell, top + size)], "grid") for k in (0, count)))
-    drawing.add(Label(left, 14, "rows: label · columns: predicted"))
-    for number, name in enumerate(shown):
-        middle = (number + 0.5) * cell
-        drawing.add(Label(left - 5, top + middle + 4, name, anchor="end"))
-        if max(map(len, shown)) * _LETTER < cell + 4:
-            drawing.add(Label(left + middle, top + size + 15, name, anchor="middle"))
-    return drawing
-
-
-def _cell(left: float, cell: float, row: int, column: int, number: int, total: int, worst: int, names: Any) -> Any:
-    right = row == column
-    strength = 0.15 + 0.75 * (number / total if right else number / worst)
-    title = f"{names[row]} taken for {names[column]}: {number:,} of {total:,}"
-    x, y = left + column * cell, 24 + row * cell
-    gap = 1.0 if cell > 8 else 0.0
-    yield Box(x + gap, y + gap, cell - 2 * gap, cell - 2 * gap, "right" if right else "fault", strength, title)
-    if cell > 20:
-        yield Label(x + cell / 2, y + cell / 2 + 4, short(number), "ink", "middle", 11)

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ftexp.report import tables
-from ftexp.report.charts import Mark, confusion_chart, line_chart, timeline_chart
+from ftexp.report.charts import Mark, line_chart, timeline_chart
+from ftexp.report.confusion import confusion_chart
 from ftexp.report.drawing import Drawing, svg
 from ftexp.report.markup import Child, Markup, cut, element
 from ftexp.report.palette import DARK, LIGHT, css, css_classes
@@ -75,17 +76,9 @@ class Report:
         status = str(state.get("status", "unknown"))
         data, model = state.get("data", {}), self._run.config.get("model", {}).get("name", "")
         parameters = state.get("model", {}).get("num_parameters")
-        subtitle = " · ".join(
-            filter(
-                None,
-                (
-                    str(model),
-                    f"{parameters:,} parameters" if parameters else "",
-                    str(data.get("name", "")),
-                    time.strftime("%Y-%m-%d %H:%M", time.localtime(state["started"])) if "started" in state else "",
-                ),
-            )
-        )
+        began = time.strftime("%Y-%m-%d %H:%M", time.localtime(state["started"])) if "started" in state else ""
+        told = (str(model), f"{parameters:,} parameters" if parameters else "", str(data.get("name", "")), began)
+        subtitle = " · ".join(filter(None, told))
         return element(
             "header",
             element("h1", name, " ", element("span", status, class_=f"status {_STATUS.get(status, '')}")),
@@ -100,7 +93,8 @@ class Report:
         state = self._state
         last, best = (state.get("metrics", {}).get(which) or {} for which in ("last", "best"))
         if (accuracy := last.get("test_accuracy")) is not None:
-            yield "test accuracy", f"{accuracy:.4f}", f"loss {last.get('test_loss') or 0:.4f}"
+            loss = last.get("test_loss")  # null where it was not finite
+            yield "test accuracy", f"{accuracy:.4f}", "" if loss is None else f"loss {loss:.4f}"
         if (accuracy := last.get("val_accuracy")) is not None:
             top = f"best {best['val_accuracy']:.4f} at epoch {best['epoch']}" if best.get("val_accuracy") else ""
             yield "val accuracy", f"{accuracy:.4f}", top

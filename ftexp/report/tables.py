@@ -87,7 +87,7 @@ def _seconds(seconds: float) -> str:
 
 
 def checkpoints(run: RunFiles) -> Markup:
-    """Every save, the newest first: those that are there, were thinned out, or came to nothing."""
+    """Every save, the newest first: those that are there, were removed since, or came to nothing."""
     rejected = {event["checkpoint"]: event.get("reason", "") for event in run.named("checkpoint_rejected")}
     rows = []
     for event in reversed(run.named("checkpoint_saved", "checkpoint_failed")):
@@ -96,7 +96,7 @@ def checkpoints(run: RunFiles) -> Markup:
             state = f"not written: {cut(str(event.get('error')), _ERROR_LETTERS)}"
             rows.append(("", f"{event['step']:,}", "", "", "", "", state))
             continue
-        state = "kept" if name in run.kept else "thinned out"
+        state = "kept" if name in run.kept else "removed"
         state = f"rejected: {cut(rejected[name], _ERROR_LETTERS)}" if name in rejected else state
         sizes = (f"{event['bytes'] / 1e6:,.1f} MB", f"{1000 * event['blocked_s']:.0f} ms", duration(event["write_s"]))
         score = event.get("metrics", {}).get("val_accuracy")
@@ -113,7 +113,7 @@ def classes(evaluation: Record) -> Markup:
         for row in found[:_MOST_CLASSES]
     ]
     if len(found) > _MOST_CLASSES:
-        rows.append((f"… and {len(found) - _MOST_CLASSES:,} that do better", "", "", ""))
+        rows.append((f"… and {len(found) - _MOST_CLASSES:,} more", "", "", ""))
     return table(("class", "samples", "accuracy (recall)", "precision"), rows, words=(0, 2))
 
 

@@ -39,7 +39,7 @@ class Segment:
 
 @dataclass
 class Interruption:
-    """One failure, or end of a command, and what it took to go on. Seconds; None while it isn't known."""
+    """One failure, or end of a command, and what it took to go on."""
 
     at: float  # when the first process died; since 1970
     step: int
@@ -48,7 +48,7 @@ class Interruption:
     error: str = ""
     decision: str = ""
     seconds: dict[str, float] = field(default_factory=dict)  # by phase
-    steps_replayed: int | None = None
+    steps_replayed: int | None = None  # None: it didn't go on
     restored: str | None = None  # the checkpoint
 
     @property
@@ -95,57 +95,60 @@ def build_timeline(run: RunFiles) -> Timeline:
     """Follow a run's events."""
     if not run.events:
         return Timeline([])
-    starts = [event["time"] for event in run.named("command_started")] or [run.events[0]["time"]]
+    starts = sorted({run.events[0]["time"], *(event["time"] for event in run.named("command_started"))})
     times = sorted([event["time"] for event in run.events] + [point["time"] for point in run.points])
     calls = []
     for begin, after in zip(starts, [*starts[1:], float("inf")], strict=True):
         calls.append(Call(begin, times[bisect.bisect_left(times, after) - 1]))  # to the last sign of life
-    timeline = Timeline(calls)
-    farthest = 0
+    follower = _Follower(Timeline(calls))
     for call in calls:
-        events = [event for event in run.events if call.begin <= event["time"] <= call.end]
-        points = [point for point in run.points if call.begin <= point["time"] <= call.end]
-        farthest = _Follower(timeline, call, points, farthest).follow(events, goes_on=call is not calls[-1])
-    return timeline
+        events, points = (
+            [one for one in lines if call.begin <= one["time"] <= call.end] for lines in (run.events, run.points)
+        )
+        follower.follow(call, events, points)
+    return follower.timeline
 
 
 class _Follower:
-    """Walks through the events of one call."""
+    """Walks through the events of one call after the other."""
 
-    def __init__(self, timeline: Timeline, call: Call, points: list[Record], farthest: int) -> None:
-        self._timeline, self._call, self._points = timeline, call, points
+    def __init__(self, timeline: Timeline) -> None:
+        self.timeline = timeline
+        self._phase, self._since = STARTING, 0.0
+        self._farthest = 0  # step that was ever done
+        self._open: Interruption | None = None  # that isn't caught up with
+
+    def follow(self, call: Call, events: list[Record], points: list[Record]) -> None:
+        """Add what happened in a call to the timeline."""
         self._phase, self._since = STARTING, call.begin
-        self._farthest = farthest  # step that was ever done
-        self._open = timeline.interruptions[-1] if timeline.interruptions else None  # not yet caught up with
-
-    def follow(self, events: list[Record], goes_on: bool) -> int:
-        """Add what happened to the timeline; returns the farthest step done."""
+        end = next((event for event in reversed(events) if event["event"] in _ENDS), None)
         for event in events:
+            if event is end:
+                self._end(event, points)
             handler = getattr(self, f"_on_{event['event']}", None)
             if handler is not None:
                 handler(event)
             if event["event"] != "ready":  # whose step is what the attempt goes back to
                 self._farthest = max(self._farthest, event.get("step") or 0)
-        last = events[-1] if events else {}
-        if last.get("event") in _ENDS:
-            self._end(last)
-        self._close(self._phase, self._call.end)
-        self._farthest = max([self._farthest, *(point["step"] for point in self._points)])
-        cause = last["event"] if last.get("event") in _ENDS else "command killed"
-        if goes_on and cause not in ("finished", "failed"):  # the failure that ended it is there
-            told = Interruption(self._call.end, self._farthest, cause, decision="the command was given again")
-            self._timeline.interruptions.append(told)
-        return self._farthest
+        self._close(self._phase, call.end)
+        self._farthest = max([self._farthest, *(point["step"] for point in points)])
+        cause = end["event"] if end is not None else "command killed"
+        if call is self.timeline.calls[-1] or cause == "failed":  # the failure that ended it is there
+            return
+        self._open = None
+        if cause != "finished":
+            self._open = Interruption(call.end, self._farthest, cause, decision="the command was given again")
+            self.timeline.interruptions.append(self._open)
 
-    def _close(self, phase: str, until: float) -> float:
-        """End the phase that is under way; returns how long it took."""
-        until = max(until, self._since)
-        if until > self._since:
-            self._timeline.segments.append(Segment(phase, self._since, until))
-        seconds, self._since = until - self._since, until
+    def _close(self, phase: str, until: float) -> None:
+        """End the phase that is under way."""
+        seconds = until - self._since
+        if seconds <= 0:
+            return
+        self.timeline.segments.append(Segment(phase, self._since, until))
+        self._since = until
         if self._open is not None and phase not in (TRAINING, ENDING):
             self._open.seconds[phase] = self._open.seconds.get(phase, 0.0) + seconds
-        return seconds
 
     def _on_attempt_started(self, event: Record) -> None:
         self._close(self._phase, event["time"])
@@ -157,7 +160,7 @@ class _Follower:
 
     def _on_ready(self, event: Record) -> None:
         self._close(self._phase, event["time"])
-        self._timeline.attempts.append((max(event["step"], self._farthest), event["time"]))
+        self.timeline.attempts.append((max(event["step"], self._farthest), event["time"]))
         if self._open is not None:
             self._open.steps_replayed = max(0, self._open.step - event["step"])
         self._phase = REPLAYING if event["step"] < self._farthest else TRAINING
@@ -174,13 +177,13 @@ class _Follower:
         self._open = Interruption(
             self._since, event["step"], event["cause"], event.get("rank"), event["error"], event.get("decision", "")
         )
-        self._timeline.interruptions.append(self._open)
+        self.timeline.interruptions.append(self._open)
         self._close(DETECTING, event["time"])
         self._phase = RESTARTING
 
-    def _end(self, event: Record) -> None:
-        if event["event"] == "finished" and self._points:
-            trained = [point["time"] for point in self._points if point["split"] != "test"]
+    def _end(self, event: Record, points: list[Record]) -> None:
+        if event["event"] == "finished":
+            trained = [point["time"] for point in points if point["split"] != "test"]
             self._close(self._phase, max(trained, default=self._since))
         if event["event"] == "finished" or self._phase == RESTARTING:
             self._phase = ENDING
