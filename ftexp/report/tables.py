@@ -14,7 +14,7 @@ from ftexp.report.timeline import DETECTING, PHASES, REPLAYING, RESTARTING, REST
 MOST_ROWS = 200  # of a table; what is in the middle of a longer one is left out
 _MOST_CLASSES = 100
 _MOST_PAIRS = 12
-_ERROR_LETTERS = 160
+_ERROR_LETTERS, _NAME_LETTERS = 160, 60
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[Child]], words: Iterable[int] = ()) -> Markup:
@@ -109,7 +109,12 @@ def classes(evaluation: Record) -> Markup:
     """Recall and precision of each class, the worst first."""
     found = sorted(evaluation["classes"], key=lambda row: (row["recall"] is None, row["recall"], row["class"]))
     rows = [
-        (row["class"], f"{row['num_samples']:,}", _bar(row["recall"], "right"), _percent(row["precision"]))
+        (
+            cut(row["class"], _NAME_LETTERS),
+            f"{row['num_samples']:,}",
+            _bar(row["recall"], "right"),
+            _percent(row["precision"]),
+        )
         for row in found[:_MOST_CLASSES]
     ]
     if len(found) > _MOST_CLASSES:
@@ -119,7 +124,7 @@ def classes(evaluation: Record) -> Markup:
 
 def confused(evaluation: Record) -> Markup:
     """The pairs that are taken for each other most often."""
-    names = [row["class"] for row in evaluation["classes"]]
+    names = [cut(row["class"], _NAME_LETTERS) for row in evaluation["classes"]]
     pairs = [
         (number, names[row], names[column], sum(line))
         for row, line in enumerate(evaluation["confusion"])

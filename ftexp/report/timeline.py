@@ -133,10 +133,8 @@ class _Follower:
         self._close(self._phase, call.end)
         self._farthest = max([self._farthest, *(point["step"] for point in points)])
         cause = end["event"] if end is not None else "command killed"
-        if call is self.timeline.calls[-1] or cause == "failed":  # the failure that ended it is there
-            return
-        self._open = None
-        if cause != "finished":
+        # where it failed, the failure that ended it is there
+        if call is not self.timeline.calls[-1] and cause not in ("finished", "failed"):
             self._open = Interruption(call.end, self._farthest, cause, decision="the command was given again")
             self.timeline.interruptions.append(self._open)
 
