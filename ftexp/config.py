@@ -192,6 +192,11 @@ class ChaosConfig:
 
 
 @dataclass(kw_only=True)
+class ReportConfig:
+    enabled: bool = True  # write report.html at the end, and evaluation_test.json for it
+
+
+@dataclass(kw_only=True)
 class Config:
     """A whole run. `conf/config.yaml` names the group files that fill it."""
 
@@ -211,6 +216,7 @@ class Config:
     failure: FailureConfig = field(default_factory=FailureConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     chaos: ChaosConfig = field(default_factory=ChaosConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
 
 
 def config_dir() -> Path:

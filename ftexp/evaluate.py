@@ -106,6 +106,7 @@ def _evaluate(config: EvaluateConfig, run_config: Config, storage: Storage) -> d
     from ftexp.data.build import build_data
     from ftexp.data.feeds import ToTensors, evaluation_batches
     from ftexp.evaluation import count_into
+    from ftexp.findings import Findings, described, evaluation_file
     from ftexp.models import build_model
     from ftexp.progress import Meter, means
     from ftexp.registry import load_plugins
@@ -121,10 +122,10 @@ def _evaluate(config: EvaluateConfig, run_config: Config, storage: Storage) -> d
     model, _ = build_model(dataclasses.replace(run_config.model, pretrained=False), bundle.info)
     model.load_state_dict(load_part("model.pt", files["model.pt"]))
     model.to(device)
-    rows, classes = _rows(config, run_config, bundle), bundle.info.class_names
-    meter, confusion = Meter(device), torch.zeros(len(classes), len(classes), dtype=torch.int64, device=device)
-    batches = evaluation_batches(rows, ToTensors(bundle.info, device, False), config.batch_size, rank=0, world_size=1)
-    count_into(meter, model, batches, torch.autocast(device.type, enabled=False), confusion)
+    rows, to_tensors = _rows(config, run_config, bundle), ToTensors(bundle.info, device, False)
+    meter, findings = Meter(device), Findings(bundle.info.num_classes, to_tensors.pixels)
+    batches = evaluation_batches(rows, to_tensors, config.batch_size, rank=0, world_size=1)
+    count_into(meter, model, batches, torch.autocast(device.type, enabled=False), findings)
     loss, accuracy = means(meter.totals())
     result = {
         "run": storage.uri,
@@ -132,16 +133,14 @@ def _evaluate(config: EvaluateConfig, run_config: Config, storage: Storage) -> d
         "step": manifest.step,
         "epoch": manifest.epoch,
         "split": config.split,
-        "num_samples": len(rows),
         "accuracy": accuracy,
         "loss": loss,
-        "classes": [_class_row(name, number, confusion) for number, name in enumerate(classes)],
-        "confusion": confusion.tolist(),  # [label][prediction]
+        **described(findings.gathered(), bundle.info.class_names),
     }
     text = json.dumps(result, indent=1).encode()
     if config.out is None:
-        storage.write_bytes(f"evaluation_{config.split}.json", text)
-        result["written"] = storage.child(f"evaluation_{config.split}.json").uri
+        storage.write_bytes(evaluation_file(config.split), text)
+        result["written"] = storage.child(evaluation_file(config.split)).uri
     else:
         folder, _, name = config.out.rpartition("/")
         type(storage).at(folder or ".").write_bytes(name, text)
@@ -171,20 +170,6 @@ def _rows(config: EvaluateConfig, run_config: Config, bundle: DataBundle) -> Row
 
     cpus = decoding_cpus(run_config, no_workers())
     return bundle_rows(bundle, config.split, cpus, lambda bad: refuse_bad(run_config.data, bad))
-
-
-def _class_row(name: str, number: int, confusion: Any) -> dict[str, Any]:
-    right, of_label, of_prediction = (
-        int(confusion[number, number]),
-        int(confusion[number].sum()),
-        int(confusion[:, number].sum()),
-    )
-    return {
-        "class": name,
-        "num_samples": of_label,
-        "recall": right / of_label if of_label else None,
-        "precision": right / of_prediction if of_prediction else None,
-    }
 
 
 def _print(result: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ftexp.findings import Findings
 from ftexp.progress import Meter
 
 
@@ -17,11 +18,11 @@ def count_into(
     model: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
     autocast: torch.autocast,
-    confusion: Tensor | None = None,
+    findings: Findings | None = None,
 ) -> None:
-    """Add loss and right answers of `batches` to `meter`; the model is left in training mode.
+    """Add loss and right answers of `batches` to `meter`, and the rest to `findings`.
 
-    confusion: int64 [num_classes, num_classes], counted up in place as [label, prediction].
+    The model is left in training mode.
     """
     model.eval()
     for images, labels in batches:
@@ -30,6 +31,6 @@ def count_into(
         predictions = logits.argmax(1)
         losses = F.cross_entropy(logits.float(), labels, reduction="none")
         meter.add(losses, predictions == labels, torch.ones_like(labels, dtype=torch.bool))
-        if confusion is not None:
-            confusion.index_put_((labels, predictions), torch.ones_like(labels), accumulate=True)
+        if findings is not None:
+            findings.add(images, labels, logits)
     model.train()

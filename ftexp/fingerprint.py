@@ -27,8 +27,8 @@ def fingerprint(config: Config) -> dict[str, Any]:
     chosen = {name: values[name] for name in _DEFINING} | {"train": {n: values["train"][n] for n in _DEFINING_TRAIN}}
     for name in _FREE_DATA:
         del chosen["data"][name]
-    flat: dict[str, Any] = masked(dict(_flat(chosen, "")))
-    return flat
+    defining: dict[str, Any] = masked(dict(flat(chosen, "")))
+    return defining
 
 
 def differences(recorded: dict[str, Any], own: dict[str, Any], location: str) -> None:
@@ -69,11 +69,12 @@ def _without_text(value: Any) -> Any:
     return _MASK if isinstance(value, str) else value
 
 
-def _flat(values: dict[str, Any], prefix: str) -> list[tuple[str, Any]]:
-    flat: list[tuple[str, Any]] = []
+def flat(values: dict[str, Any], prefix: str) -> list[tuple[str, Any]]:
+    """(dotted key, value) of nested keys; `prefix` comes before each."""
+    found: list[tuple[str, Any]] = []
     for key, value in values.items():
         if isinstance(value, dict) and value:
-            flat += _flat(value, f"{prefix}{key}.")
+            found += flat(value, f"{prefix}{key}.")
         else:
-            flat.append((f"{prefix}{key}", value))
-    return flat
+            found.append((f"{prefix}{key}", value))
+    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import time
 import traceback
@@ -26,6 +27,8 @@ from ftexp.failure.chaos import Chaos, FaultyStore
 from ftexp.failure.nonfinite import before_step, put_back, roll_back, skip_step
 from ftexp.failure.phases import AGREEMENT, BETWEEN, EVALUATION, SAVE, START, STEP
 from ftexp.failure.watchdog import Watchdog, hang_limits, report_hang
+from ftexp.findings import Findings, described, evaluation_file
+from ftexp.hardware import describe
 from ftexp.job import Job, build_job
 from ftexp.models import timm_arguments
 from ftexp.progress import Meter, means
@@ -69,6 +72,9 @@ def _train(job: Job, run_dir: Storage) -> dict[str, float] | None:
     watchdog.start()
     try:
         _run(job, fed, store, checkpoints, chaos, watchdog)
+        if job.finished:
+            with watchdog.during(EVALUATION):
+                test(job, run_dir)
     finally:
         watchdog.stop()
         fed.close()  # ends what decodes for it
@@ -121,9 +127,6 @@ def _run(
     ticker.tick(at_once=True)
     with watchdog.during(SAVE):
         checkpoints.finish()
-    if job.finished:
-        with watchdog.during(EVALUATION):
-            evaluate(job, "test")
 
 
 def batches(job: Job) -> Generator[Batch]:
@@ -215,6 +218,7 @@ def announce(job: Job) -> None:
             arguments=timm_arguments(job.config.model, job.info),
             num_parameters=sum(parameter.numel() for parameter in job.model.parameters()),
             device=str(job.device),
+            hardware=describe(job.device),
             total_steps=job.total_steps,
             step=job.progress.step,
             weights=str(job.weights_report) if job.weights_report else None,
@@ -226,7 +230,7 @@ def evaluation_due(job: Job, epoch_ended: bool) -> bool:
     return job.finished or (epoch_ended and job.progress.epoch % job.config.train.eval_every_epochs == 0)
 
 
-def evaluate(job: Job, split: str) -> None:
+def evaluate(job: Job, split: str, findings: Findings | None = None) -> None:
     """Measure `<split>_loss` and `<split>_accuracy` over all ranks; collective. An empty split has none."""
     if not len(job.rows[split]):
         return
@@ -236,9 +240,27 @@ def evaluate(job: Job, split: str) -> None:
     config, meter = job.config.train, Meter(job.device)
     size = config.eval_batch_size or max(1, 4 * config.global_batch_size // job.world_size)
     batches = evaluation_batches(job.rows[split], job.to_tensors, size, job.rank, job.world_size)
-    count_into(meter, job.model, batches, job.autocast())
+    count_into(meter, job.model, batches, job.autocast(), findings)
     loss, accuracy = means(meter.totals())
     _log(job, split, {f"{split}_loss": loss, f"{split}_accuracy": accuracy})
+
+
+def test(job: Job, run_dir: Storage) -> None:
+    """Evaluate the test split, and leave what a report shows of it in the run directory; collective."""
+    if not job.config.report.enabled or not len(job.rows["test"]):
+        evaluate(job, "test")
+        return
+    findings = Findings(job.info.num_classes, job.to_tensors.pixels)
+    evaluate(job, "test", findings)
+    found, progress = findings.gathered(), job.progress
+    if job.rank == 0:
+        values = {name: progress.metrics[f"test_{name}"] for name in ("accuracy", "loss")}
+        head = {"run": run_dir.uri, "checkpoint": None, "step": progress.step, "epoch": progress.epoch, "split": "test"}
+        content = {**head, **values, **described(found, job.info.class_names)}
+        try:
+            run_dir.write_bytes(evaluation_file("test"), json.dumps(content).encode())
+        except OSError as error:  # the run is as good without
+            job.line.send("event", name="report_failed", error=f"{evaluation_file('test')}: {error}")
 
 
 def log_train(job: Job) -> None:

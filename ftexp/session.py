@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import threading
@@ -65,6 +66,7 @@ def _run(
     run_dir.write_bytes("overrides.yaml", OmegaConf.to_yaml(OmegaConf.create(masked(overrides))).encode())
     checkpoint = config.checkpoint
     record = RunRecord(run_dir, state, (checkpoint.checkpoint_score_attribute, checkpoint.checkpoint_score_order))
+    record.event("command_started")
     record.write()
     if config.scaling.address is not None:
         runtime_env, why_not = on_joined_nodes(config.scaling, workers.num_threads)
@@ -88,6 +90,21 @@ def _run(
     finally:
         if record.state.status != "running":
             terminal.summary(record.state, run_dir)
+            if config.report.enabled:
+                _leave_report(run_dir, record, terminal)
+
+
+def _leave_report(run_dir: Storage, record: RunRecord, terminal: Terminal) -> None:
+    """Write the run's report. What goes wrong with that is told, and takes nothing from the run."""
+    try:
+        from ftexp.report.write import write_report
+
+        terminal.say(f"{'report':<15}{write_report(run_dir)}")
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        terminal.say(f"! the report can't be written: {reason}; later: python -m ftexp.report {run_dir.uri}", "yellow")
+        with contextlib.suppress(OSError):
+            record.late_event("report_failed", error=reason)
 
 
 def _require_same_data(config: Config, state: RunState, info: DataInfo) -> None:

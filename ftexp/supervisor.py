@@ -216,6 +216,8 @@ class Supervisor:
         elif message["name"] == "bad_samples":
             for sample in message["samples"]:
                 self._terminal.say(f"! left out, can't be read: {sample['where']}: {sample['reason']}", "yellow")
+        elif message["name"] == "report_failed":
+            self._terminal.say(f"! the report will lack something: {message['error']}", "yellow")
         elif message["name"] == "checkpoint_failed":
             self._terminal.say(f"! checkpoint at step {message['step']} not written: {message['error']}", "yellow")
 

@@ -64,6 +64,7 @@ class RunState:
     productive_s: float = 0.0  # of it, on steps that had not been done before, and what they brought along
     goodput: float | None = None  # productive_s / seconds
     versions: dict[str, str] = field(default_factory=package_versions)
+    hardware: dict[str, Any] = field(default_factory=dict)  # of rank 0's node, in the latest attempt
 
 
 def read_state(storage: Storage) -> RunState | None:
@@ -96,6 +97,7 @@ class RunRecord:
         self._working_since = clock()  # the end of what was last counted as productive, or lost
         self._noticed_at: float | None = None
         self._attempt_at = clock()
+        self._replayed_from: int | None = None  # the step that the attempt began at, while it replays
         self.workers: dict[int, dict[str, Any]] = {}  # of the current attempt, by rank: pid, node
 
     def handle(self, message: Message) -> Message | None:
@@ -149,6 +151,12 @@ class RunRecord:
         self._metrics.close()
         self._events.close()
 
+    def late_event(self, name: str, **fields: Any) -> None:
+        """As `event`, once the records are closed; OSError if it can't be written."""
+        self._events = AppendLog(self.storage, EVENTS_FILE)
+        self.event(name, **fields)
+        self._events.close()
+
     @property
     def has_progressed(self) -> bool:
         """Whether the current attempt has done a step that had never been done before."""
@@ -175,7 +183,8 @@ class RunRecord:
         self.state.failures.append(failure)
         # the next group may die before it says hello
         self._farthest_before, self._died_at, self._died_rank = self.state.farthest_step, None, None
-        self.event("failure", **{key: value for key, value in vars(failure).items() if key not in ("attempt", "step")})
+        fields = {key: value for key, value in vars(failure).items() if key not in ("attempt", "step")}
+        self.event("failure", **fields, time=self._noticed_at)
         self.write()
         return failure
 
@@ -201,7 +210,9 @@ class RunRecord:
 
     def _on_ready(self, message: Message) -> None:
         self.state.model = {name: message[name] for name in ("arguments", "num_parameters")}
+        self.state.hardware = message.get("hardware", {})
         self._working_since = self._clock()
+        self._replayed_from = message["step"] if message["step"] < self.state.farthest_step else None
         self._note_recovery(message["step"])
         self.state.step = message["step"]
         if message["weights"]:
@@ -225,6 +236,9 @@ class RunRecord:
     def _at(self, step: int, epoch: int) -> None:
         state, now = self.state, self._clock()
         if step > state.farthest_step:
+            if self._replayed_from is not None:
+                self.event("caught_up", step=state.farthest_step, replayed_from=self._replayed_from)
+                self._replayed_from = None
             state.productive_s += now - self._working_since
         if step != state.step:  # at the same step, the time goes to the step that comes next
             self._working_since = now

@@ -10,6 +10,9 @@ import pytest
 import torch
 from conftest import FOUR_EPOCHS
 
+from ftexp.report.source import read_run
+from ftexp.report.timeline import build_timeline
+
 PLUGIN = """
 from ftexp.checkpoint.registry import register_state
 
@@ -69,7 +72,7 @@ def test_a_killed_run_ends_exactly_where_the_clean_run_ends(ftexp, run_folder, c
     clean, killed = clean_run, run_folder("killed")
     killed_command = ftexp(
         *FOUR_EPOCHS, "failure.max_failures=1", "plugins=[my_states]", "run.name=killed",
-        "checkpoint.extra_state=[progress,scheduler,scaler,rng,best,counter]",
+        "checkpoint.extra_state=[progress,scheduler,scaler,rng,best,counter]", "report.enabled=true",
     )  # fmt: skip
     killed_command.wait_until(lambda: len(killed.events("checkpoint_saved")) == 2)
     killed.kill_worker(rank=1)
@@ -107,20 +110,36 @@ def test_a_killed_run_ends_exactly_where_the_clean_run_ends(ftexp, run_folder, c
     bare = [sys.executable, "-c", LOAD_WITHOUT_FTEXP, str(killed.path), "step_00000158.a2"]
     loaded = subprocess.run(bare, capture_output=True, text=True, check=True, cwd=tmp_path)
     assert int(loaded.stdout) == killed.record["model"]["num_parameters"]
+    left = [json.loads((run.path / "evaluation_test.json").read_text()) for run in (clean, killed)]
+    assert left[0] == {**left[1], "run": str(clean.path)}  # its surest mistakes with their pictures, too
     evaluation = ftexp(f"run={killed.path}", "checkpoint=latest", module="evaluate")
     assert evaluation.wait() == 0, evaluation.output
     result = json.loads((killed.path / "evaluation_test.json").read_text())
+    assert result["confusion"] == left[1]["confusion"]
     assert result["accuracy"] == killed.record["metrics"]["last"]["test_accuracy"]
     assert sum(row["num_samples"] for row in result["classes"]) == result["num_samples"] == 360
+
+    # the report that the run wrote shows the kill, with what the records say that it took
+    timeline = build_timeline(read_run(killed.storage))
+    (told,) = timeline.interruptions
+    assert (told.cause, told.step, told.rank) == ("crash", failure["step"], 1)
+    for phase, key in (("detecting", "detect"), ("restarting", "restart"), ("restoring", "restore")):
+        assert told.seconds[phase] == pytest.approx(failure[f"seconds_to_{key}"], abs=0.05)  # the clock is read twice
+    assert timeline.total_s == pytest.approx(killed.record["seconds"], abs=0.5)
+    report = (killed.path / "report.html").read_text()
+    assert f"report         {killed.path}/report.html" in killed_command.output
+    for text in ("<h1>killed", "crash of rank 1", f">{before['checkpoint']}<", ">plugins<", "my_states"):
+        assert text in report, text
 
 
 def test_spent_failures_end_the_run_with_its_cause_and_the_same_command_goes_on(ftexp, run_folder):
     options = ["train.epochs=8", "failure=fail_fast", "run.name=spent", "data=synthetic", "data.num_samples=400"]
-    first, run = ftexp(*options), run_folder("spent")
+    first, run = ftexp(*options, "report.enabled=true"), run_folder("spent")
     first.wait_until(lambda: run.events("checkpoint_saved"))
     run.kill_worker(rank=0)
     assert first.wait() == 1, first.output
     assert run.record["status"] == "failed"
+    assert ">failed<" in (run.path / "report.html").read_text()
     assert "the process died" in run.record["error"]
     assert "giving up" in first.output
     assert "Traceback" not in first.output

@@ -209,7 +209,7 @@ def test_a_run_that_goes_on_with_other_numbers_of_workers_sees_the_same_batches(
 def test_a_new_run_starts_from_exactly_the_weights_of_another(ftexp, run_folder, clean, pictures):
     words = [
         *pictures, f"resume_from={clean.path}", "run.name=new", "train.max_steps=2", "scaling.num_workers=1",
-        "resume=never", "checkpoint.num_to_keep=null",
+        "resume=never", "checkpoint.num_to_keep=null", "report.enabled=false",
     ]  # fmt: skip
     command = ftexp(*words)
     assert command.wait() == 0, command.output
@@ -227,6 +227,7 @@ def test_a_new_run_starts_from_exactly_the_weights_of_another(ftexp, run_folder,
     again = ftexp(*words)
     assert again.wait() == 2, again.output
     assert "resume=never, but" in again.output
+    assert not {"report.html", "charts", "evaluation_test.json"} & {path.name for path in run.path.iterdir()}
 
 
 @pytest.mark.timeout(500)

@@ -19,7 +19,8 @@ LAYERS = [
     {"cli", "scaling", "data.splits", "data.augment", "hot_start.launcher", "hot_start.setup_worker"},
     {"hot_start.driver", "hot_start.forker"},
     {"hot_start.preloader"},
-    {"models", "optim", "data.sources", "data.listing", "data.named_files"},
+    {"models", "optim", "data.sources", "data.listing", "data.named_files", "hardware"},
+    {"findings"},
     {"data.decoding", "data.blocks"},
     {"data.files", "data.image_list", "data.parquet", "data.webdataset"},
     {"data.build"},
@@ -33,10 +34,16 @@ LAYERS = [
     {"failure.policy", "failure.nonfinite", "failure.watchdog", "fitting"},
     {"loop", "supervisor"},
     {"trainer"},
+    {"report.markup", "report.palette", "report.source", "report.defaults"},
+    {"report.timeline", "report.drawing"},
+    {"report.series", "report.png"},
+    {"report.charts", "report.confusion", "report.tables"},
+    {"report.page"},
+    {"report.write"},
     {"session"},
     {"data.inspect"},
     {"drill_report"},
-    {"train", "evaluate", "drill", "checkpoints", "data.inspect", "data.__main__"},
+    {"train", "evaluate", "drill", "checkpoints", "data.inspect", "data.__main__", "report.__main__"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 

@@ -172,6 +172,12 @@ class ToTensors:
             images = augment(images, positions)
         return images.sub_(self._mean).div_(self._std)
 
+    def pixels(self, images: Tensor) -> UInt8s:
+        """Back from what this returned: uint8 rows, the given ones unless they were augmented."""
+        scaled = (images * self._std + self._mean).clamp(0, 1).mul(255).round()
+        rows: UInt8s = scaled.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+        return rows
+
 
 Share = tuple[Int64s, Int64s, int]  # of a micro-batch: positions, samples, how many count; the rest only fill up
 

@@ -176,9 +176,7 @@ def as_the_model_sees(config: Config, info: DataInfo, images: UInt8s) -> UInt8s:
 
     to_tensors = ToTensors(info, torch.device("cpu"), config.train.channels_last)
     seen = to_tensors(images, Augment(config.augment, config.seed), np.arange(len(images)))
-    mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (info.mean, info.std))
-    pixels: UInt8s = (seen * std + mean).clamp(0, 1).mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
-    return pixels
+    return to_tensors.pixels(seen)
 
 
 def _rate(config: DataConfig, bundle: DataBundle, num_cpus: int) -> Rate | None:

@@ -1,7 +1,8 @@
 """Forks the workers of one job: a fork of the preloaded process that has imported Ray as well.
 
 Ray reads its job, its raylet and the cluster's token when it is imported, so the job's first worker brings the
-environment for that. Ends when the preloaded process ends, or when the job hasn't asked for anything for a while.
+environment for that. What belongs to no job, as the drivers of a sweep's trials, is forked without Ray. Ends when the
+preloaded process ends, or when the job hasn't asked for anything for a while.
 """
 
 from __future__ import annotations
@@ -42,13 +43,13 @@ class Forker:
         self._children: dict[int, socket.socket] = {}  # pid -> its launcher's connection
         self._wakeup = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         os.environ.update({name: value for name, value in environment.items() if os.environ.get(name) != value})
-        self._is_fit = self._import_ray()
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        self._is_fit = "RAY_JOB_ID" not in environment or self._import_ray()
 
     def _import_ray(self) -> bool:
         """Import; whether forks draw ids of their own. If a new Ray breaks that, workers start plainly."""
         from ftexp import ray_private
 
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         ray_private.import_without_drawing(lambda: import_all(WITH_THE_CLUSTER))
         return len({_in_a_fork(ray_private.random_id) for _ in range(2)}) == 2
 

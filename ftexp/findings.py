@@ -1,0 +1,134 @@
+"""What a test tells beside loss and accuracy: which class was taken for which, and the mistakes it was surest of."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch.distributed as dist
+from PIL import Image
+from torch import Tensor
+
+from ftexp.data.sources import UInt8s
+
+MOST_MISTAKES = 24  # kept, with their pictures
+_MOST_PIXELS = 96  # a side of a picture
+_MOST_CLASSES = 1000  # of a confusion matrix that is written whole: a million numbers
+
+
+def evaluation_file(split: str) -> str:
+    """Where a run directory holds what is known of a split."""
+    return f"evaluation_{split}.json"
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """One sample that was taken for another class."""
+
+    confidence: float  # the probability that the model gave to its prediction
+    label: int
+    prediction: int
+    png: bytes  # the picture, as the model sees it
+
+
+@dataclass
+class Part:
+    """What was found on one rank's part of a split, or on all of it."""
+
+    pairs: Counter[tuple[int, int]] = field(default_factory=Counter)  # how often (label, prediction)
+    mistakes: list[Mistake] = field(default_factory=list)  # the surest first
+
+
+class Findings:
+    """Collects on one rank. `to_pixels` turns images as the model gets them back into uint8 rows."""
+
+    def __init__(self, num_classes: int, to_pixels: Callable[[Tensor], UInt8s]) -> None:
+        self._num_classes, self._to_pixels = num_classes, to_pixels
+        self._pairs: list[Tensor] = []  # label * num_classes + prediction, of each sample
+        self._mistakes: list[Mistake] = []
+
+    def add(self, images: Tensor, labels: Tensor, logits: Tensor) -> None:
+        """Count a batch: images [rows, channels, height, width], labels [rows], logits [rows, num_classes]."""
+        predictions = logits.argmax(1)
+        confidences = logits.float().softmax(1).gather(1, predictions.unsqueeze(1)).squeeze(1)
+        self._pairs.append((labels * self._num_classes + predictions).cpu())
+        wrong = (predictions != labels).nonzero().flatten()
+        # stable: samples that tie stay in their order, however many ranks share them
+        surest = wrong[confidences[wrong].argsort(descending=True, stable=True)][:MOST_MISTAKES]
+        sure, of_label, guesses = (column[surest].tolist() for column in (confidences, labels, predictions))
+        pngs = map(_png, self._to_pixels(images[surest]))
+        found = [Mistake(*values) for values in zip(sure, of_label, guesses, pngs, strict=True)]
+        self._mistakes = _surest([*self._mistakes, *found])
+
+    def gathered(self) -> Part:
+        """What all ranks found, on rank 0, and this rank's part on the others; collective."""
+        counted = Counter(pair for pairs in self._pairs for pair in pairs.tolist())
+        own = Part(Counter({divmod(pair, self._num_classes): count for pair, count in counted.items()}), self._mistakes)
+        if not dist.is_initialized():
+            return own
+        parts: list[Part] | None = [own] * dist.get_world_size() if dist.get_rank() == 0 else None
+        dist.gather_object(own, parts)
+        return _together(parts) if parts is not None else own
+
+
+def described(part: Part, class_names: list[str]) -> dict[str, Any]:
+    """What `evaluation_<split>.json` says of them; confusion is [label][prediction], null beyond 1,000 classes."""
+    num_classes = len(class_names)
+    confusion = None
+    if num_classes <= _MOST_CLASSES:
+        confusion = [[part.pairs[label, guess] for guess in range(num_classes)] for label in range(num_classes)]
+    of_label, of_prediction = Counter[int](), Counter[int]()
+    for (label, guess), count in part.pairs.items():
+        of_label[label] += count
+        of_prediction[guess] += count
+    return {
+        "num_samples": part.pairs.total(),
+        "classes": [
+            {
+                "class": name,
+                "num_samples": of_label[number],
+                "recall": _share(part.pairs[number, number], of_label[number]),
+                "precision": _share(part.pairs[number, number], of_prediction[number]),
+            }
+            for number, name in enumerate(class_names)
+        ],
+        "confusion": confusion,
+        "mistakes": [
+            {
+                "label": class_names[mistake.label],
+                "prediction": class_names[mistake.prediction],
+                "confidence": mistake.confidence,
+                "png": base64.b64encode(mistake.png).decode(),
+            }
+            for mistake in part.mistakes
+        ],
+    }
+
+
+def _share(right: int, total: int) -> float | None:
+    return right / total if total else None
+
+
+def _together(parts: list[Part]) -> Part:
+    """Ranks hold consecutive stretches of the split: in their order, mistakes are in the order of samples."""
+    pairs = Counter[tuple[int, int]]()
+    for part in parts:
+        pairs.update(part.pairs)
+    return Part(pairs, _surest([mistake for part in parts for mistake in part.mistakes]))
+
+
+def _surest(mistakes: list[Mistake]) -> list[Mistake]:
+    return sorted(mistakes, key=lambda mistake: -mistake.confidence)[:MOST_MISTAKES]
+
+
+def _png(pixels: UInt8s) -> bytes:
+    """[height, width, channels]; a second or fourth channel, Pillow's alpha, isn't shown."""
+    picture = Image.fromarray(pixels[..., 0] if pixels.shape[2] in (1, 2) else pixels[..., :3])
+    picture.thumbnail((_MOST_PIXELS, _MOST_PIXELS))
+    stream = io.BytesIO()
+    picture.save(stream, "png")
+    return stream.getvalue()

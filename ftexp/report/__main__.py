@@ -1,0 +1,44 @@
+"""`python -m ftexp.report <run directory or URI> [--out FILE]`: one HTML file that shows what a run did.
+
+Written into the run directory as report.html, with its charts as PNG in charts/, or to FILE, with charts/ beside it.
+A run writes its report by itself when it ends, unless report.enabled=false.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from ftexp.cli import print_error
+from ftexp.errors import FtexpError, StorageError
+from ftexp.report.write import REPORT_FILE, write_report
+from ftexp.storage import Storage
+
+
+def main() -> None:
+    """Entry point of the command; exits with 0, or 2 if there is no run."""
+    parser = argparse.ArgumentParser(prog="python -m ftexp.report", description=__doc__.partition("\n\n")[0])
+    parser.add_argument("run", help="a run directory, or its URI")
+    parser.add_argument("--out", help=f"a file or URI; {REPORT_FILE} in the run directory if not given")
+    options = parser.parse_args()
+    target, name = None, REPORT_FILE
+    if options.out is not None:
+        place = Storage.at(options.out)
+        target, name = place.parent, place.name
+    try:
+        print(f"written to {_written(options.run, target, name)}")
+    except FtexpError as error:
+        print_error(error)
+        sys.exit(error.exit_code)
+
+
+def _written(run: str, target: Storage | None, name: str) -> str:
+    try:
+        return write_report(Storage.at(run), target, name)
+    except OSError as error:
+        where = target.uri if target else run
+        raise StorageError(f"the report can't be written to {where}: {error}; give another place by --out") from error
+
+
+if __name__ == "__main__":
+    main()

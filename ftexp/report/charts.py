@@ -1,0 +1,218 @@
+"""The charts of a run: curves by step, and the timeline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from ftexp.report.drawing import Area, Box, Dot, Drawing, Label, Line, Point
+from ftexp.report.markup import cut
+from ftexp.report.series import Axis, Series, duration, round_step, short
+from ftexp.report.source import RunFiles
+from ftexp.report.timeline import PHASES, TRAINING, Timeline, saves
+
+_WIDTH, _HEIGHT = 480.0, 250.0
+_LEFT, _RIGHT, _TOP, _BOTTOM = 54.0, 10.0, 30.0, 34.0
+_HOVERS = 120  # places of a chart that tell their numbers
+_NEAR = 5.0  # pixels within which marks are one
+_LETTER = 6.0  # pixels of a letter of a label, about
+_LOG_FROM = 30.0  # ratio of the largest to the smallest value
+_MOST_TITLES = 3  # of marks that are one
+_MOST_LINES = 30  # through a chart; more would hide it, and leave their marks above it
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Something that happened."""
+
+    at: float
+    title: str
+
+
+def line_chart(
+    title: str,
+    series: Sequence[Series],
+    attempts: Sequence[float] = (),
+    faults: Sequence[Mark] = (),
+    from_zero: bool = False,
+) -> Drawing:
+    """Curves by step. `attempts`: the steps at which one gave way to the next; `faults` are marked."""
+    series = [one for one in series if one.points]
+    drawing = Drawing(title, _WIDTH, _HEIGHT)
+    values = [y for one in series for y in one.values]
+    low, high = min(values, default=0.0), max(values, default=1.0)
+    log = low > 0 and high / low >= _LOG_FROM and not from_zero
+    steps = [*(x for one in series for x, _ in one.points), *(fault.at for fault in faults)]
+    x_axis, y_axis = Axis(min([0.0, *steps]), max(steps, default=1.0) or 1.0), Axis.over(values, log, from_zero)
+    plot = _Plot(drawing, x_axis, y_axis)
+    plot.shade(attempts)
+    plot.grid("log scale" if log else "")
+    for one in series:
+        plot.curve(one)
+    plot.faults(faults)
+    plot.hovers(series)
+    _legend(drawing, [(one.name, one.role) for one in series], _LEFT)
+    return drawing
+
+
+class _Plot:
+    """Draws into the frame of a line chart."""
+
+    def __init__(self, drawing: Drawing, x_axis: Axis, y_axis: Axis) -> None:
+        self._drawing, self._x_axis, self._y_axis = drawing, x_axis, y_axis
+        self._right, self._bottom = drawing.width - _RIGHT, drawing.height - _BOTTOM
+
+    def x(self, value: float) -> float:
+        """Where a step lies."""
+        return _LEFT + self._x_axis.at(value) * (self._right - _LEFT)
+
+    def y(self, value: float) -> float:
+        """Where a value lies."""
+        return self._bottom - self._y_axis.at(value) * (self._bottom - _TOP)
+
+    def shade(self, attempts: Sequence[float]) -> None:
+        """Every other attempt."""
+        if len(attempts) > _MOST_LINES:
+            return
+        edges = [_LEFT, *(self.x(step) for step in attempts), self._right]
+        for begin, end in list(pairwise(edges))[1::2]:
+            self._drawing.add(Box(begin, _TOP, max(end - begin, 0.5), self._bottom - _TOP, "shade"))
+
+    def grid(self, note: str) -> None:
+        """Axes, and what they say."""
+        for value in self._y_axis.ticks():
+            y = self.y(value)
+            self._drawing.add(Line([(_LEFT, y), (self._right, y)], "grid"))
+            self._drawing.add(Label(_LEFT - 6, y + 4, short(value), anchor="end"))
+        for value in self._x_axis.ticks(6):
+            x = self.x(value)
+            self._drawing.add(Line([(x, self._bottom), (x, self._bottom + 4)], "faint"))
+            anchor = "end" if x > self._right - 12 else "middle"
+            self._drawing.add(Label(min(x, self._right + 6), self._bottom + 17, short(value), anchor=anchor))
+        self._drawing.add(Line([(_LEFT, self._bottom), (self._right, self._bottom)], "faint"))
+        self._drawing.add(Label(self._right, self._bottom + 30, "step", anchor="end"))
+        self._drawing.add(Label(self._right, 14, note, anchor="end"))
+
+    def curve(self, series: Series) -> None:
+        """The mean of what falls together as a line, and a fainter one from extreme to extreme."""
+        buckets = series.buckets()
+        if any(bucket.low < bucket.high for bucket in buckets):
+            extremes = [(self.x(bucket.x), self.y(y)) for bucket in buckets for y in (bucket.low, bucket.high)]
+            self._drawing.add(Line(extremes, series.role, 1, opacity=0.45))
+        if len(buckets) == 1:
+            self._drawing.add(Dot(self.x(buckets[0].x), self.y(buckets[0].mean), 3.5, series.role))
+        points = [(self.x(bucket.x), self.y(bucket.mean)) for bucket in buckets]
+        self._drawing.add(Line(points, series.role, 1.6))
+
+    def faults(self, faults: Sequence[Mark]) -> None:
+        """A line through the chart for each, or for those that are too near to be told apart."""
+        merged = _merged(faults, self.x)
+        for x, title in merged:
+            if len(merged) <= _MOST_LINES:
+                self._drawing.add(Line([(x, _TOP), (x, self._bottom)], "fault", 1.2, True, 0.75))
+            self._drawing.add(Area(_triangle(x, _TOP), "fault", title=title))
+            self._drawing.add(Box(x - 3, _TOP, 6, self._bottom - _TOP, "none", title=title))
+
+    def hovers(self, series: Sequence[Series]) -> None:
+        """Numbers that show when the mouse is over them."""
+        told: dict[float, list[str]] = {}
+        for one in series:
+            for bucket in one.buckets(_HOVERS):
+                told.setdefault(bucket.x, []).append(f"{one.name} {bucket.mean:.4g}")
+        for x, texts in told.items():
+            title = f"step {x:,.0f}: {', '.join(texts)}"
+            self._drawing.add(Box(self.x(x) - 2, _TOP + 8, 4, self._bottom - _TOP - 8, "none", title=title))
+
+
+def _merged(marks: Sequence[Mark], place: Callable[[float], float]) -> list[tuple[float, str]]:
+    """(x, title) of marks, those that are near each other together."""
+    groups: list[tuple[float, list[str]]] = []
+    for mark in sorted(marks, key=lambda mark: mark.at):
+        x = place(mark.at)
+        if groups and x - groups[-1][0] < _NEAR:
+            groups[-1][1].append(mark.title)
+        else:
+            groups.append((x, [mark.title]))
+    return [(x, "\n".join([*titles[:_MOST_TITLES], *_more(len(titles) - _MOST_TITLES)])) for x, titles in groups]
+
+
+def _more(number: int) -> list[str]:
+    return [f"and {number} more"] if number > 0 else []
+
+
+def _triangle(x: float, y: float) -> list[Point]:
+    return [(x - 4, y - 7), (x + 4, y - 7), (x, y)]
+
+
+def _legend(drawing: Drawing, entries: Sequence[tuple[str, str]], x: float, y: float = 14) -> float:
+    """Swatches with names, in as many lines as it takes; returns the y of the last."""
+    begin = x
+    for name, role in entries:
+        width = 22 + _LETTER * len(name)
+        if x + width > drawing.width and x > begin:
+            x, y = begin, y + 16
+        drawing.add(Box(x, y - 8, 10, 8, role), Label(x + 14, y, name, "ink"))
+        x += width
+    return y
+
+
+def timeline_chart(run: RunFiles, timeline: Timeline, width: float) -> Drawing:
+    """A strip of what each second went to, the saves below it, failures above."""
+    drawing = Drawing("Timeline", width, 0)
+    sums = timeline.seconds_by_phase()
+    used = [(phase, phase) for phase in PHASES if sums[phase]]
+    top = _legend(drawing, [*used, ("save", "save")], 0) + 28
+
+    def place(when: float) -> float:
+        return timeline.running_s(when) / (timeline.total_s or 1) * width
+
+    for begin, end in pairwise([0.0, *(place(call.end) for call in timeline.calls)]):
+        drawing.add(Box(begin, top, max(end - begin - 1, 0.5), 34, TRAINING))
+    lost = [(place(s.begin), place(s.end), s.phase, s.seconds) for s in timeline.segments if s.phase != TRAINING]
+    for x, right, phase, title in _strips(lost):
+        drawing.add(Box(x, top, right - x, 34, phase, title=title))
+    written = [(place(begin), place(end), "save", end - begin) for begin, end, _ in saves(run)]
+    for x, right, role, title in _strips(written):
+        drawing.add(Box(x, top + 38, right - x, 10, role, title=title))
+    marks = [
+        Mark(cause.at, f"{cause.cause} after step {cause.step:,}: {cut(cause.error, 80)}".rstrip(": "))
+        for cause in timeline.interruptions
+    ]
+    for x, title in _merged(marks, place):
+        drawing.add(Area(_triangle(min(max(x, 4), width - 4), top - 2), "fault", title=title))
+    _time_axis(drawing, timeline.total_s, top + 52)
+    drawing.height = top + 76
+    return drawing
+
+
+def _strips(found: Sequence[tuple[float, float, str, float]]) -> list[tuple[float, float, str, str]]:
+    """(x, right, role, title): each at least a pixel wide, and those of less that touch together."""
+    strips: list[tuple[float, float, str, list[tuple[str, float]]]] = []
+    for x, right, role, seconds in found:
+        right = max(right, x + 1)
+        if strips and x < strips[-1][1] and right - strips[-1][0] < 2:
+            strips[-1][3].append((role, seconds))
+        else:
+            strips.append((x, right, role, [(role, seconds)]))
+    return [(x, right, *_told(inside)) for x, right, _, inside in strips]
+
+
+def _told(inside: list[tuple[str, float]]) -> tuple[str, str]:
+    """The role that took most, and a title."""
+    total = sum(seconds for _, seconds in inside)
+    role = max(inside, key=lambda one: one[1])[0]
+    name = role if len(inside) == 1 else f"{len(inside)} stretches, most of it {role}"
+    return role, f"{name}: {duration(total)}"
+
+
+def _time_axis(drawing: Drawing, total_s: float, y: float) -> None:
+    unit, name = next((u, n) for u, n, least in ((3600, "h", 7200), (60, "min", 180), (1, "s", 0)) if total_s >= least)
+    total = total_s / unit or 1.0
+    step = round_step(total / max(3, drawing.width // 110))
+    drawing.add(Line([(0, y), (drawing.width, y)], "faint"))
+    for number in range(int(total / step + 1e-9) + 1):
+        x = number * step / total * drawing.width
+        anchor = "start" if number == 0 else "end" if x > drawing.width - 20 else "middle"
+        drawing.add(Line([(x, y), (x, y + 4)], "faint"))
+        drawing.add(Label(x, y + 17, f"{number * step:g} {name}", anchor=anchor))

@@ -1,0 +1,48 @@
+"""The confusion matrix as a chart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from ftexp.report.drawing import Box, Drawing, Label, Line, Shape
+from ftexp.report.markup import cut
+from ftexp.report.series import short
+
+_SIDE, _MOST_CELL, _LEAST_CELL = 400.0, 34.0, 5.0  # pixels
+_MOST_NAMED = 30  # classes whose names find room
+_LETTER, _TOP = 6.0, 24.0
+
+
+def confusion_chart(names: Sequence[str], confusion: Sequence[Sequence[int]]) -> Drawing:
+    """Labels down, predictions across; what is right in one colour, what isn't in the other."""
+    cell = max(_LEAST_CELL, min(_MOST_CELL, _SIDE / len(names)))
+    shown = [cut(name, 12) for name in names] if len(names) <= _MOST_NAMED else []
+    widest = max(map(len, shown), default=0) * _LETTER
+    left, size = widest + 10, cell * len(names)
+    drawing = Drawing("Confusion", max(left + size + 6, 260), _TOP + size + 22)
+    drawing.add(Label(left, 14, "rows: label · columns: predicted"))
+    drawing.add(*_cells(names, confusion, left, cell))
+    bottom, right = _TOP + size, left + size
+    drawing.add(Line([(left, _TOP), (right, _TOP), (right, bottom), (left, bottom), (left, _TOP)], "grid"))
+    for number, name in enumerate(shown):
+        middle = (number + 0.5) * cell
+        drawing.add(Label(left - 5, _TOP + middle + 4, name, anchor="end"))
+        if widest < cell + 4:
+            drawing.add(Label(left + middle, bottom + 15, name, anchor="middle"))
+    return drawing
+
+
+def _cells(names: Sequence[str], confusion: Sequence[Sequence[int]], left: float, cell: float) -> Iterator[Shape]:
+    wrong = (number for row, line in enumerate(confusion) for column, number in enumerate(line) if row != column)
+    worst = max([1, *wrong])
+    gap = 1.0 if cell > 8 else 0.0
+    for row, line in enumerate(confusion):
+        for column, number in enumerate(line):
+            if not number:
+                continue
+            role, share = ("right", number / sum(line)) if row == column else ("fault", number / worst)
+            x, y = left + column * cell, _TOP + row * cell
+            title = f"{names[row]} taken for {names[column]}: {number:,} of {sum(line):,}"
+            yield Box(x + gap, y + gap, cell - 2 * gap, cell - 2 * gap, role, 0.15 + 0.75 * share, title)
+            if cell > 20:
+                yield Label(x + cell / 2, y + cell / 2 + 4, short(number), "ink", "middle")

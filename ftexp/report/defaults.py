@@ -1,0 +1,37 @@
+"""In what a run's config differs from that of a command without any words."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.singleton import Singleton
+
+from ftexp.cli import to_config
+from ftexp.config import config_dir
+from ftexp.fingerprint import flat, masked
+
+ABSENT = "—"
+
+
+def config_differences(config: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(key, value, default) of every key whose value isn't the default's."""
+    own, usual = dict(flat(config, "")), _defaults()
+    return [
+        (key, own.get(key, ABSENT), usual.get(key, ABSENT))
+        for key in dict.fromkeys([*usual, *own])
+        if own.get(key, ABSENT) != usual.get(key, ABSENT)
+    ]
+
+
+@functools.cache
+def _defaults() -> dict[str, Any]:
+    state = Singleton.get_state()  # of the command that this is called in, if Hydra runs it
+    try:
+        GlobalHydra.instance().clear()
+        with initialize_config_dir(str(config_dir()), version_base="1.3"):
+            return dict(flat(masked(to_config(compose("config"))), ""))
+    finally:
+        Singleton.set_state(state)

@@ -1,0 +1,194 @@
+"""What each second of a run went to, from its events."""
+
+from __future__ import annotations
+
+import bisect
+from dataclasses import dataclass, field
+from typing import Any
+
+from ftexp.report.source import Record, RunFiles
+
+# of one command, in the order in which they come; a failure's account in run.json has the same three in the middle
+STARTING, DETECTING, RESTARTING, RESTORING = "starting", "detecting", "restarting", "restoring"
+REPLAYING, TRAINING, ENDING = "replaying", "training", "ending"
+PHASES = {
+    TRAINING: "steps that had not been done before, with evaluation and saving",
+    REPLAYING: "steps that were lost, once more",
+    DETECTING: "from a process's death, or its exception, to Ray's notice",
+    RESTARTING: "from there to new workers",
+    RESTORING: "building the model and reading the checkpoint, to the first batch",
+    STARTING: "from the command to its first workers",
+    ENDING: "the test, and taking everything down",
+}
+_ENDS = ("finished", "failed", "interrupted")
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of time. Seconds since 1970."""
+
+    phase: str
+    begin: float
+    end: float
+
+    @property
+    def seconds(self) -> float:
+        """How long."""
+        return self.end - self.begin
+
+
+@dataclass
+class Interruption:
+    """One failure, or end of a command, and what it took to go on."""
+
+    at: float  # when the first process died; since 1970
+    step: int
+    cause: str
+    rank: int | None = None
+    error: str = ""
+    decision: str = ""
+    seconds: dict[str, float] = field(default_factory=dict)  # by phase
+    steps_replayed: int | None = None  # None: it didn't go on
+    restored: str | None = None  # the checkpoint
+
+    @property
+    def lost_s(self) -> float:
+        """All that it cost."""
+        return sum(self.seconds.values())
+
+
+@dataclass
+class Call:
+    """One time that the command was given."""
+
+    begin: float
+    end: float
+
+
+@dataclass
+class Timeline:
+    """A run's time, without the time between its commands."""
+
+    calls: list[Call]
+    segments: list[Segment] = field(default_factory=list)
+    interruptions: list[Interruption] = field(default_factory=list)
+    attempts: list[tuple[int, float]] = field(default_factory=list)  # (where its new steps began, when it was ready)
+
+    @property
+    def total_s(self) -> float:
+        """Seconds that a command was running."""
+        return sum(call.end - call.begin for call in self.calls)
+
+    def running_s(self, when: float) -> float:
+        """How many of them had passed then."""
+        return sum(min(max(when - call.begin, 0.0), call.end - call.begin) for call in self.calls)
+
+    def seconds_by_phase(self) -> dict[str, float]:
+        """The sum of each."""
+        sums = dict.fromkeys(PHASES, 0.0)
+        for segment in self.segments:
+            sums[segment.phase] += segment.seconds
+        return sums
+
+
+def build_timeline(run: RunFiles) -> Timeline:
+    """Follow a run's events."""
+    if not run.events:
+        return Timeline([])
+    starts = sorted({run.events[0]["time"], *(event["time"] for event in run.named("command_started"))})
+    times = sorted([event["time"] for event in run.events] + [point["time"] for point in run.points])
+    calls = []
+    for begin, after in zip(starts, [*starts[1:], float("inf")], strict=True):
+        calls.append(Call(begin, times[bisect.bisect_left(times, after) - 1]))  # to the last sign of life
+    follower = _Follower(Timeline(calls))
+    for call in calls:
+        events, points = (
+            [one for one in lines if call.begin <= one["time"] <= call.end] for lines in (run.events, run.points)
+        )
+        follower.follow(call, events, points)
+    return follower.timeline
+
+
+class _Follower:
+    """Walks through the events of one call after the other."""
+
+    def __init__(self, timeline: Timeline) -> None:
+        self.timeline = timeline
+        self._phase, self._since = STARTING, 0.0
+        self._farthest = 0  # step that was ever done
+        self._open: Interruption | None = None  # that isn't caught up with
+
+    def follow(self, call: Call, events: list[Record], points: list[Record]) -> None:
+        """Add what happened in a call to the timeline."""
+        self._phase, self._since = STARTING, call.begin
+        end = next((event for event in reversed(events) if event["event"] in _ENDS), None)
+        for event in events:
+            if event is end:
+                self._end(event, points)
+            handler = getattr(self, f"_on_{event['event']}", None)
+            if handler is not None:
+                handler(event)
+            if event["event"] != "ready":  # whose step is what the attempt goes back to
+                self._farthest = max(self._farthest, event.get("step") or 0)
+        self._close(self._phase, call.end)
+        self._farthest = max([self._farthest, *(point["step"] for point in points)])
+        cause = end["event"] if end is not None else "command killed"
+        # where it failed, the failure that ended it is there
+        if call is not self.timeline.calls[-1] and cause not in ("finished", "failed"):
+            self._open = Interruption(call.end, self._farthest, cause, decision="the command was given again")
+            self.timeline.interruptions.append(self._open)
+
+    def _close(self, phase: str, until: float) -> None:
+        """End the phase that is under way."""
+        seconds = until - self._since
+        if seconds <= 0:
+            return
+        self.timeline.segments.append(Segment(phase, self._since, until))
+        self._since = until
+        if self._open is not None and phase not in (TRAINING, ENDING):
+            self._open.seconds[phase] = self._open.seconds.get(phase, 0.0) + seconds
+
+    def _on_attempt_started(self, event: Record) -> None:
+        self._close(self._phase, event["time"])
+        self._phase = RESTORING
+
+    def _on_restored(self, event: Record) -> None:
+        if self._open is not None:
+            self._open.restored = event.get("checkpoint")
+
+    def _on_ready(self, event: Record) -> None:
+        self._close(self._phase, event["time"])
+        self.timeline.attempts.append((max(event["step"], self._farthest), event["time"]))
+        if self._open is not None:
+            self._open.steps_replayed = max(0, self._open.step - event["step"])
+        self._phase = REPLAYING if event["step"] < self._farthest else TRAINING
+        if self._phase == TRAINING:
+            self._open = None
+
+    def _on_caught_up(self, event: Record) -> None:
+        self._close(self._phase, event["time"])
+        self._phase, self._open = TRAINING, None
+
+    def _on_failure(self, event: Record) -> None:
+        detect_s = event.get("seconds_to_detect") or 0.0
+        self._close(self._phase, event["time"] - detect_s)
+        self._open = Interruption(
+            self._since, event["step"], event["cause"], event.get("rank"), event["error"], event.get("decision", "")
+        )
+        self.timeline.interruptions.append(self._open)
+        self._close(DETECTING, event["time"])
+        self._phase = RESTARTING
+
+    def _end(self, event: Record, points: list[Record]) -> None:
+        if event["event"] == "finished":
+            trained = [point["time"] for point in points if point["split"] != "test"]
+            self._close(self._phase, max(trained, default=self._since))
+        if event["event"] == "finished" or self._phase == RESTARTING:
+            self._phase = ENDING
+
+
+def saves(run: RunFiles) -> list[tuple[float, float, dict[str, Any]]]:
+    """(begin, end, event) of every checkpoint that was written."""
+    return [
+        (event["time"] - event.get("write_s", 0.0), event["time"], event) for event in run.named("checkpoint_saved")
+    ]
