@@ -2,7 +2,9 @@
 
 Run as `python -m ftexp.hot_start.preloader <socket>`, by the driver that starts a Ray of its own. Ray itself it
 imports when the first worker is asked for, in that worker's environment: Ray reads its job, its raylet and the
-cluster's token then. When standard input closes, the driver is gone, and this ends; workers go on without it.
+cluster's token then. So one process serves one job; a sweep, whose trials are jobs, has one that never imports Ray
+(`without_ray`), and forks from it one for each trial. When standard input closes, the driver is gone, and this ends;
+workers go on without it.
 
 It never starts a thread and never touches a GPU, so that a fork is a whole process.
 """
@@ -43,7 +45,7 @@ def main() -> None:
     listener = _listen(sys.argv[1])
     try:
         _import(BEFORE_THE_CLUSTER)
-        Preloader(listener).serve()
+        Preloader(listener, without_ray="without_ray" in sys.argv[2:]).serve()
     finally:
         path = Path(sys.argv[1])
         path.unlink(missing_ok=True)
@@ -72,8 +74,8 @@ def _import(names: tuple[str, ...]) -> None:
 class Preloader:
     """Forks a child for each connection, tells its pid, and later its wait status."""
 
-    def __init__(self, listener: socket.socket) -> None:
-        self._listener = listener
+    def __init__(self, listener: socket.socket, without_ray: bool = False) -> None:
+        self._listener, self._without_ray = listener, without_ray
         self._children: dict[int, socket.socket] = {}  # pid -> its launcher's connection
         self._wakeup = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._has_ray = False
@@ -118,9 +120,9 @@ class Preloader:
         descriptors: list[int] = []
         try:
             request, descriptors = _receive(connection)
-            if not self._has_ray:
+            if not self._has_ray and not self._without_ray:
                 self._import_ray(request["environment"])
-            if not self._is_fit or not _fits(request["environment"]):
+            if not self._may_fork(request["environment"]):
                 connection.sendall(bytes(8))
                 connection.close()
                 return
@@ -139,6 +141,12 @@ class Preloader:
         finally:
             for descriptor in descriptors:
                 os.close(descriptor)
+
+    def _may_fork(self, environment: dict[str, str]) -> bool:
+        """Whether a fork would be the process that a plain start is."""
+        if self._without_ray:
+            return environment.get("PYTHONPATH") == os.environ.get("PYTHONPATH")
+        return self._is_fit and _fits(environment)
 
     def _import_ray(self, environment: dict[str, str]) -> None:
         """Ray reads its job, its raylet and the cluster's token when it is imported: the first worker brings them."""
@@ -168,7 +176,8 @@ class Preloader:
             for other in self._children.values():
                 other.close()
             connection.settimeout(None)
-            threading.Thread(target=_die_with, args=(connection,), daemon=True, name="launcher").start()
+            if request["arguments"][0] != __file__:  # another of these has no threads, and ends with its driver
+                threading.Thread(target=_die_with, args=(connection,), daemon=True, name="launcher").start()
             code = _end(_run, request)
         finally:  # whatever happens, a child never goes on as a second preloaded process
             os._exit(code & 0xFF)
