@@ -26,7 +26,7 @@ def main() -> None:
     words = sys.argv[1:]
     if is_multirun(words):
         register_launcher()
-        words = [f"hydra/launcher={LAUNCHER}", *words]
+        words = [*words, f"hydra/launcher={LAUNCHER}"]
     sys.exit(run_hydra(_task, words))
 
 

@@ -11,6 +11,9 @@ to be installed beside ftexp.
 
 from __future__ import annotations
 
+import importlib
+import sys
+import types
 from collections.abc import Sequence
 from typing import Any
 
@@ -40,8 +43,14 @@ def is_multirun(words: Sequence[str]) -> bool:
 
 
 def register_launcher() -> None:
-    """Make `hydra/launcher=ftexp` known."""
-    Plugins.instance().register(SweepLauncher)
+    """Make `hydra/launcher=ftexp` known, and the module that the class says it is from."""
+    plugins = Plugins.instance()  # looks through what is installed, so before anything is added
+    try:
+        package = importlib.import_module(_PLUGINS)
+    except ModuleNotFoundError:  # no plug-in is installed
+        package = sys.modules[_PLUGINS] = types.ModuleType(_PLUGINS)
+    setattr(package, LAUNCHER, types.SimpleNamespace(SweepLauncher=SweepLauncher))
+    plugins.register(SweepLauncher)
     node = {"_target_": f"{SweepLauncher.__module__}.{SweepLauncher.__name__}"}
     ConfigStore.instance().store(group="hydra/launcher", name=LAUNCHER, node=node, provider="ftexp")
 
@@ -49,7 +58,7 @@ def register_launcher() -> None:
 class SweepLauncher(Launcher):
     """Runs a batch of jobs as the trials of one sweep."""
 
-    __module__ = f"{_PLUGINS}.ftexp"
+    __module__ = f"{_PLUGINS}.{LAUNCHER}"
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Keep what composing takes; the task of a job is ftexp's own training, in another process."""
