@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+import ftexp.running
 import ftexp.scaling
-import ftexp.train
 from ftexp.checkpoint.store import CHECKPOINTS, FILES, CheckpointStore, Manifest
 from ftexp.config import Config
 from ftexp.errors import CheckpointError, ConfigError
@@ -81,7 +81,7 @@ def test_a_refusal_touches_nothing(tmp_path, monkeypatch, resume):
     made = config(resume=resume)
     made.run.name, made.run.storage = "first", str(tmp_path)
     with pytest.raises(ConfigError, match=f"^resume={resume}, but"):
-        ftexp.train._run(made, [])
+        ftexp.running._run(made, [])
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -171,7 +171,7 @@ def test_a_run_goes_on_though_the_one_it_started_from_is_gone(tmp_path, run_dir,
     monkeypatch.setattr(ftexp.scaling, "decide_workers", lambda *_, **__: None)
     monkeypatch.setattr(ftexp.scaling, "prepare_environment", lambda config: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):  # as far as to where Ray would start
-        ftexp.train._run(made, [])
+        ftexp.running._run(made, [])
 
 
 def test_attempts_are_counted_on_when_run_json_is_lost(run_dir):

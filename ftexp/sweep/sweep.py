@@ -10,7 +10,7 @@ from ftexp.config import Config
 from ftexp.errors import ConfigError, SweepFailedError
 from ftexp.lease import Lease
 from ftexp.opening import open_run, require_resumable
-from ftexp.scaling import decide_workers, num_shares, prepare_environment
+from ftexp.scaling import Workers, decide_workers, num_shares, prepare_environment
 from ftexp.storage import Storage
 from ftexp.sweep.identity import swept_keys, trial_name
 from ftexp.sweep.ledger import Ledger, Trial, read_ledger
@@ -37,11 +37,12 @@ def run_sweep(configs: Sequence[Config], jobs: Sequence[dict[str, str]], words: 
     name = first.sweep.name or time.strftime("%Y-%m-%d_%H-%M-%S")
     folder = Storage.at(first.run.storage, SWEEPS, name)
     share = num_shares(configs, first.sweep.max_concurrent)
+    workers = [decide_workers(config.scaling, share=share) for config in configs]
     folder.require_writable()
     lease = Lease.take(folder, key="sweep.name")
     try:
         ledger = _ledger(folder, name, first, jobs)
-        planned = [_job(folder, ledger.keys, share, *each) for each in zip(configs, jobs, words, strict=True)]
+        planned = [_job(folder, ledger.keys, *each) for each in zip(configs, jobs, words, workers, strict=True)]
         _mark_what_is_done(folder, planned, first.sweep.retry_failed, ledger)
         ledger.take_over([job.trial for job in planned])
         prepare_environment(first)
@@ -65,11 +66,12 @@ def _ledger(folder: Storage, name: str, config: Config, jobs: Sequence[dict[str,
     return before
 
 
-def _job(folder: Storage, keys: list[str], share: int, config: Config, job: dict[str, str], words: list[str]) -> Job:
+def _job(
+    folder: Storage, keys: list[str], config: Config, job: dict[str, str], words: list[str], workers: Workers
+) -> Job:
     name = trial_name(job, keys)
     own = dataclasses.replace(config, run=dataclasses.replace(config.run, name=name, storage=folder.uri))
     trial = Trial(name=name, values={key: job[key] for key in keys if key in job}, epochs=config.train.epochs)
-    workers = decide_workers(config.scaling, share=share)
     return Job(trial, own, words, workers, folder.child(name))
 
 

@@ -42,7 +42,7 @@ def run(order: Order) -> int:
     """The exit code of one trial."""
     from ftexp.cli import interrupted_code, print_error
     from ftexp.errors import FtexpError
-    from ftexp.train import train
+    from ftexp.running import train
 
     try:
         train(order.config, order.overrides, order.shared)
