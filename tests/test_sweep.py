@@ -21,7 +21,8 @@ DOOMED = "model=vit,optim.lr=0.01"
 NUM_ENDED = 3  # trials, when the driver is killed
 WORDS = [
     "-m", f"model={','.join(MODELS)}", "optim.lr=1e-3,3e-3,1e-2,3e-2", "sweep.name=grid", "plugins=[doom]",
-    "train.epochs=3", "schedule.warmup_epochs=0", "sweep.max_concurrent=2",
+    "train.epochs=3", "schedule.warmup_epochs=0", "sweep.max_concurrent=2", "data.val_fraction=0.3",
+    "data.test_fraction=0.5",
     "checkpoint.extra_state=[progress,scheduler,scaler,rng,best,doom]",
 ]  # fmt: skip
 
@@ -138,8 +139,9 @@ def test_the_same_command_goes_on_with_broken_trials_from_their_last_save(story)
     for name, each in story["told"].items():
         run = RunFolder(story["sweep"] / name)
         if each.status == "interrupted" and each.state is not None and each.state.checkpoint is not None:
-            restored = run.events("restored")
-            assert restored[-1]["step"] > 0, name
+            (restored,) = run.events("restored")[-1:] or [None]
+            assert restored is not None, (name, each.state, run.events(), (run.path / "train.log").read_text())
+            assert restored["step"] > 0, name
             assert run.record["attempts"] > 1
             resumed += 1
     assert resumed >= 1

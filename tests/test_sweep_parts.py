@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 import subprocess
 import sys
 import textwrap
@@ -12,10 +13,12 @@ from omegaconf import OmegaConf
 import ftexp.scaling
 from ftexp.config import Config, ScalingConfig
 from ftexp.errors import ConfigError
+from ftexp.fitting import Terminated
 from ftexp.lease import Lease, is_held
 from ftexp.scaling import Workers, decide_workers, num_shares
 from ftexp.storage import Storage
 from ftexp.sweep import sweep as sweeping
+from ftexp.sweep.display import Display
 from ftexp.sweep.identity import parse_words, swept_keys, trial_name
 from ftexp.sweep.leaderboard import as_csv, ranked, varying
 from ftexp.sweep.ledger import Ledger, Reached, Trial, look, read_ledger
@@ -154,6 +157,105 @@ def test_no_more_run_at_once_than_fit_or_are_allowed(tmp_path, monkeypatch, most
     assert [name for name, status in changes if status == RUNNING] == list("abcd")
 
 
+STOPS = """
+import signal, time
+def stop(number, _):
+    print("stopped", flush=True)
+    sys.exit(75)
+signal.signal(signal.SIGTERM, stop)
+print("ready", flush=True)
+while True:
+    signal.pause()
+"""
+
+
+def test_sigterm_stops_every_trial_and_starts_no_other(tmp_path, monkeypatch):
+    import ftexp.sweep.runner as runner
+
+    monkeypatch.setattr(runner, "_SCRIPT", tmp_path / "child.py")
+    (tmp_path / "child.py").write_text(CHILD.format(body=STOPS))
+    jobs = [job(tmp_path, name) for name in "abc"]
+    asked = []
+
+    def tick():
+        logs = [each.log for each in jobs[:2]]
+        if not asked and all(log.exists() and "ready" in log.read_text() for log in logs):
+            asked.append(Terminated())
+
+    running = Runner(
+        jobs, {"CPU": 2.0}, None, [sys.executable], lambda each: each.trial.name, lambda _: None, tick, asked
+    )  # fmt: skip
+    with pytest.raises(Terminated):
+        running.run()
+    assert [each.trial.status for each in jobs] == [INTERRUPTED, INTERRUPTED, "waiting"]
+    assert all("stopped" in each.log.read_text() for each in jobs[:2])
+
+
+def test_what_a_trial_that_hangs_on_after_a_signal_gets_is_sigkill(tmp_path, monkeypatch):
+    import ftexp.sweep.runner as runner
+
+    monkeypatch.setattr(runner, "_SCRIPT", tmp_path / "child.py")
+    monkeypatch.setattr(runner, "_END_WITHIN_S", 0.2)
+    (tmp_path / "child.py").write_text(CHILD.format(body=STOPS.replace("sys.exit(75)", "return")))
+    jobs, asked = [job(tmp_path)], []
+
+    def tick():
+        if not asked and jobs[0].log.exists() and "ready" in jobs[0].log.read_text():
+            asked.append(Terminated())
+
+    running = Runner(
+        jobs, {"CPU": 2.0}, None, [sys.executable], lambda each: each.trial.name, lambda _: None, tick, asked
+    )  # fmt: skip
+    with pytest.raises(Terminated):
+        running.run()
+    assert jobs[0].trial.status == INTERRUPTED
+
+
+# What is seen
+
+
+def displayed(tmp_path, *jobs, terminal):
+    from rich.console import Console
+
+    console = Console(file=io.StringIO(), force_terminal=terminal, width=100, height=20, highlight=False)
+    display = Display(Storage.at(str(tmp_path)), ledger(*(each.trial for each in jobs)), list(jobs), console)
+    for each in jobs:
+        display.changed(each)
+    display.close()
+    return console.file.getvalue()
+
+
+def test_without_a_terminal_each_change_is_a_line(tmp_path):
+    done, bad = job(tmp_path, "done"), job(tmp_path, "bad")
+    done.trial.status, bad.trial.status, bad.trial.error = FINISHED, FAILED, "out of luck"
+    finish(Storage.at(str(tmp_path)), "done", 0.75)
+    lines = displayed(tmp_path, done, bad, terminal=False).splitlines()
+    assert re.fullmatch(r"2/2 finished    done: val_accuracy 0\.7500 after \d+ s", lines[0])
+    assert lines[1] == "2/2 failed      bad: out of luck"
+
+
+def test_a_terminal_shows_one_table_with_what_differs(tmp_path):
+    shown = job(tmp_path, "a")
+    shown.trial.status, shown.trial.values = RUNNING, {"model": "vit", "optim.lr": "[a,b]"}
+    finish(Storage.at(str(tmp_path)), "a", 0.25, RUNNING)
+    text = displayed(tmp_path, shown, terminal=True)
+    for part in ("model", "optim.lr", "vit", "[a,b]", "running", "2/2", "0.2500"):
+        assert part in text
+
+
+def test_time_left_follows_the_epochs_of_this_call(tmp_path, monkeypatch):
+    import ftexp.sweep.display as display
+
+    running = job(tmp_path)
+    running.trial.status, running.trial.epochs = RUNNING, 10
+    running.began, running.began_at_epoch = 100.0, 4
+    monkeypatch.setattr(display.time, "monotonic", lambda: 120.0)
+    state = RunState(name="a", epoch=6)
+    assert display.time_left(running, Reached(running.trial, RUNNING, state)) == 40.0
+    state.epoch = 4
+    assert display.time_left(running, Reached(running.trial, RUNNING, state)) is None
+
+
 # The ledger
 
 
@@ -186,13 +288,14 @@ def test_what_a_dead_driver_left_running_is_interrupted_or_has_finished(folder):
 
 
 def test_while_the_driver_lives_its_ledger_is_what_counts(folder):
-    ledger(trial("a", RUNNING)).write(folder)
+    ledger(trial("a", RUNNING), trial("more epochs", "waiting")).write(folder)
+    finish(folder, "more epochs", 0.1)
     lease = Lease.take(folder, key="sweep.name")
     try:
-        assert [each.status for each in look(folder)[1]] == [RUNNING]
+        assert [each.status for each in look(folder)[1]] == [RUNNING, "waiting"]
     finally:
         lease.release()
-    assert [each.status for each in look(folder)[1]] == [INTERRUPTED]
+    assert [each.status for each in look(folder)[1]] == [INTERRUPTED, FINISHED]
 
 
 def test_a_claim_on_an_object_store_is_alive_while_it_beats(memory):

@@ -7,6 +7,7 @@ import time
 
 from rich.console import Console
 from rich.live import Live
+from rich.markup import escape
 from rich.table import Table
 
 from ftexp.storage import Storage
@@ -88,7 +89,7 @@ class Display:
             seen = self._known.get(job.trial.name) or self._look(job)
             value, left = seen.value(self._ledger.metric), time_left(job, seen)
             table.add_row(
-                *(job.trial.values.get(key, "") for key in self._ledger.keys),
+                *(escape(job.trial.values.get(key, "")) for key in self._ledger.keys),
                 f"[{STYLES[job.trial.status]}]{job.trial.status}",
                 f"{seen.epoch}/{job.trial.epochs}",
                 f"{value:.4f}" if value is not None else "",

@@ -72,6 +72,7 @@ def _draw_curves(panel: Any, folder: Storage, ledger: Ledger, ordered: list[Reac
             style["linestyle"] = "--"
         label = f"best: {_short(each)}" if is_best else None
         panel.plot([x for x, _ in points], [y for _, y in points], label=label, **style)
+    panel.xaxis.get_major_locator().set_params(integer=True)
     panel.set_xlabel("epoch")
     panel.set_ylabel(ledger.metric)
     if done:
