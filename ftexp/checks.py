@@ -223,6 +223,15 @@ def _run(config: Config) -> Iterator[str]:
         yield "resume=must needs run.name: without one, every call begins a new run"
 
 
+def _sweep(config: Config) -> Iterator[str]:
+    name = config.sweep.name
+    if name is not None and (not name.strip() or name in (".", "..") or "/" in name):
+        yield f"sweep.name={name!r} can't name a folder under run.storage/sweeps: give a name without slashes"
+    if config.sweep.metric is not None and config.sweep.mode is None:
+        if config.sweep.metric != config.checkpoint.checkpoint_score_attribute:
+            yield f"sweep.metric={config.sweep.metric} needs sweep.mode=max or min: which is better?"
+
+
 def _chaos(config: Config) -> Iterator[str]:
     chaos = config.chaos
     known = frozenset(FAULTS)
@@ -281,6 +290,7 @@ def _checkpoint(config: Config) -> Iterator[str]:
 # each check, and the fields that it counts with
 _CHECKS: dict[Callable[[Config], Iterator[str]], tuple[str, ...]] = {
     _run: (),
+    _sweep: (),
     _model: ("model.name", "data.image_size"),
     _data: (
         *("data.name", "data.image_size", "data.channels", "data.mean", "data.std"),

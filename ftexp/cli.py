@@ -71,6 +71,9 @@ def run_hydra(task: Callable[[DictConfig], float | None], argv: Sequence[str]) -
         hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")(reporting)()
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
+    except FtexpError as error:  # of a launcher, which speaks for all jobs
+        print_error(error)
+        return error.exit_code
     except Exception as error:  # composing raises ValueError, AssertionError and AttributeError too
         if any(error is crash for crash in crashes):
             raise
@@ -78,6 +81,11 @@ def run_hydra(task: Callable[[DictConfig], float | None], argv: Sequence[str]) -
         print_error(ConfigError(unknown or explain(error)))
         return ConfigError.exit_code
     return max(failures, default=0)
+
+
+def interrupted_code(interrupt: KeyboardInterrupt) -> int:
+    """The exit code after Ctrl-C or SIGTERM. By name: `fitting` is only imported where something ran."""
+    return EXIT_TERMINATED if type(interrupt).__name__ == "Terminated" else EXIT_INTERRUPTED
 
 
 def print_error(error: FtexpError) -> None:

@@ -197,6 +197,17 @@ class ReportConfig:
 
 
 @dataclass(kw_only=True)
+class SweepConfig:
+    """Of a multirun (-m). None of it defines a trial."""
+
+    name: str | None = None  # None: a new, timestamped sweep. Set: the same command goes on where it stopped
+    max_concurrent: int | None = ranged(None, low=1)  # trials at once; None: as many as fit
+    retry_failed: bool = True  # whether the same command tries failed trials again
+    metric: str | None = None  # the objective, of a trial's last metrics; None: checkpoint.checkpoint_score_attribute
+    mode: str | None = choice(None, ("max", "min"))  # None: checkpoint.checkpoint_score_order
+
+
+@dataclass(kw_only=True)
 class Config:
     """A whole run. `conf/config.yaml` names the group files that fill it."""
 
@@ -217,6 +228,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     chaos: ChaosConfig = field(default_factory=ChaosConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
 
 
 def config_dir() -> Path:

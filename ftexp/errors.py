@@ -9,7 +9,8 @@ FtexpError
 ├── CheckpointError  a checkpoint is damaged, or does not fit the run
 │   └── StateError   a saved state and the configured states disagree
 ├── NonFiniteError   a loss or gradient is NaN or infinite
-└── RunFailedError   training stopped and the failure policy allows no further try
+├── RunFailedError   training stopped and the failure policy allows no further try
+└── SweepFailedError   trials of a sweep failed; the others are done
 
 Every message names the key or file, its value, and what to do about it.
 """
@@ -59,3 +60,7 @@ class NonFiniteError(FtexpError):
 
 class RunFailedError(FtexpError):
     """Training stopped, and the failure policy allows no further try."""
+
+
+class SweepFailedError(FtexpError):
+    """Trials of a sweep failed; the others ran to their end."""

@@ -26,12 +26,12 @@ def fit_interruptibly(fit: Callable[[], Any], lease: Lease, stop: Callable[[Keyb
     The first asks the workers for a last save by `stop`, which tells whether there are any; the second ends it at once.
     StorageError if another command has taken the run directory over.
     """
-    with _signals() as asked:
+    with collected_signals() as asked:
         return _fit_on_thread(fit, lease, stop, asked)
 
 
 @contextlib.contextmanager
-def _signals() -> Iterator[list[KeyboardInterrupt]]:
+def collected_signals() -> Iterator[list[KeyboardInterrupt]]:
     """Collect SIGINT (also where a shell's `&` left it ignored) and SIGTERM, which then interrupt nothing."""
     asked: list[KeyboardInterrupt] = []
     if threading.current_thread() is not threading.main_thread():

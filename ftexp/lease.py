@@ -35,6 +35,7 @@ class Lease:
         self._token = secrets.token_hex(8)
         self._lock: int | None = None  # descriptor
         self._beats = 0
+        self._key = "run.name"
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
         self.lost: str | None = None  # who took it over: this process was taken for dead
@@ -46,9 +47,11 @@ class Lease:
         say: Callable[[str], None] = print,
         beat_s: float = _BEAT_S,
         watch_s: float = _WATCH_S,
+        key: str = "run.name",
     ) -> Lease:
-        """Claim the run directory; RunInUseError, naming the owner, if a living process has it."""
+        """Claim the directory; RunInUseError, naming the owner, if a living process has it. `key` chooses another."""
         lease = cls(storage, say, beat_s, watch_s)
+        lease._key = key
         if storage.local_path is None or not lease._take_lock():
             lease._take_file()
         return lease
@@ -135,9 +138,37 @@ class Lease:
 
     def _in_use(self, owner: str) -> str:
         return (
-            f"{self._storage.uri} is in use by {owner}: wait for it, stop it, or choose another run.name. "
+            f"{self._storage.uri} is in use by {owner}: wait for it, stop it, or choose another {self._key}. "
             "Nothing was changed"
         )
+
+
+def is_held(storage: Storage, watch_s: float = _WATCH_S) -> bool:
+    """Whether a living process has the directory. Where there are only files, that takes up to `watch_s` to see."""
+    if (path := storage.local_path) is not None and (path / LOCK_FILE).exists() and _is_locked(str(path / LOCK_FILE)):
+        return True
+    watched = Lease(storage, print, _BEAT_S, watch_s)
+    if (found := watched._read()) is None:
+        return False
+    end = time.monotonic() + watch_s
+    while (now := watched._read()) == found and time.monotonic() < end:
+        time.sleep(min(1.0, watch_s / 10))
+    return now is not None and now != found
+
+
+def _is_locked(path: str) -> bool:
+    import fcntl
+
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # no locks here: the file tells
+        return False
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def _myself() -> str:

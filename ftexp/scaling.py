@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,21 +62,41 @@ class Workers:
         return f"{count} × ({parts})"
 
 
-def decide_workers(config: ScalingConfig, num_cpus: int | None = None) -> Workers:
-    """Fill in `auto`: a worker for each GPU, or up to two on CPU; the machine's cores shared out as threads."""
+@dataclass(frozen=True)
+class SharedRay:
+    """A Ray that a sweep has started or joined, for its trials."""
+
+    address: str
+    runtime_env: dict[str, Any]  # of the trials' jobs
+    share: int  # trials that share this machine
+
+
+@dataclass(frozen=True)
+class RunningRay:
+    """The Ray that this process has connected to."""
+
+    host: str  # this node's address
+    is_own: bool  # started here, so that everything in it is this run's
+
+
+def decide_workers(config: ScalingConfig, num_cpus: int | None = None, share: int = 1) -> Workers:
+    """Fill in `auto`: a worker for each GPU, or up to two on CPU; the machine's cores shared out as threads.
+
+    share: runs that are to fit on the machine side by side; numbers that are given are kept all the same.
+    """
     joins = config.address is not None
     assert not (joins and config.num_workers == AUTO), "refused by ftexp.checks"
-    cpus = 0 if joins else num_cpus or _usable_cpus()
+    cpus = 0 if joins else num_cpus or usable_cpus()
     use_gpu = config.use_gpu if isinstance(config.use_gpu, bool) else not joins and num_local_gpus() > 0
     num_workers: int | tuple[int, int]
     if config.num_workers == AUTO:
-        num_workers = num_local_gpus() if use_gpu else min(cpus, _MAX_AUTO_CPU_WORKERS)
+        num_workers = max(1, num_local_gpus() // share if use_gpu else min(cpus // share, _MAX_AUTO_CPU_WORKERS))
     elif isinstance(config.num_workers, int):
         num_workers = config.num_workers
     else:
         num_workers = (config.num_workers[0], config.num_workers[1])
     most = num_workers if isinstance(num_workers, int) else num_workers[1]
-    threads = 1 if joins else max(1, min(cpus // most, _MAX_AUTO_THREADS))
+    threads = 1 if joins else max(1, min(cpus // share // most, _MAX_AUTO_THREADS))
     resources = dict(config.resources_per_worker or {})
     resources.setdefault("CPU", threads)
     if use_gpu:
@@ -88,12 +109,21 @@ def decide_workers(config: ScalingConfig, num_cpus: int | None = None) -> Worker
     return Workers(num_workers, use_gpu, resources)
 
 
+def num_shares(configs: Sequence[Config], most: int | None) -> int:
+    """How many of these runs are to share this machine at once: as many as it has cores, or GPUs, if not `most`."""
+    use_gpu = any(config.scaling.use_gpu is True for config in configs) or (
+        any(config.scaling.use_gpu == AUTO for config in configs) and num_local_gpus() > 0
+    )
+    slots = num_local_gpus() if use_gpu else usable_cpus()
+    return max(1, min(len(configs), slots, most or slots))
+
+
 def may_stream(config: DataConfig) -> bool:
     """Whether the data may turn out to be streamed."""
     return config.feed != "cached" and can_stream(config.name)
 
 
-def _usable_cpus() -> int:
+def usable_cpus() -> int:
     """Cores that this process may run on; macOS doesn't tell, so there all of them."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -129,21 +159,22 @@ def decoding_cpus(config: Config, workers: Workers) -> int:
     return config.data.decode_cpus or int(there - taken)
 
 
-def start_ray(config: Config, runtime_env: dict[str, Any] | None = None) -> str:
-    """Start Ray on this machine, or join `scaling.address`; returns this node's address. ConfigError if it fails."""
+def start_ray(config: Config, runtime_env: dict[str, Any] | None = None, shared: SharedRay | None = None) -> RunningRay:
+    """Start Ray on this machine, or join a sweep's, or `scaling.address`; ConfigError if it fails."""
     import ray
 
-    own = config.scaling.address is None
+    address = shared.address if shared is not None else config.scaling.address
+    own = address is None
     level = "INFO" if config.verbose else "ERROR"
     logging.getLogger("ray").setLevel(level)
     if not config.verbose:
         ray_private.silence_raylet_messages()
     # a machine's workers may take all its cores: what decodes beside them is counted on top, and shares them
-    decoding = (config.data.decode_cpus or _usable_cpus()) if may_stream(config.data) else 0
-    options: dict[str, Any] = {"include_dashboard": False, "num_cpus": _usable_cpus() + decoding} if own else {}
+    decoding = (config.data.decode_cpus or usable_cpus()) if may_stream(config.data) else 0
+    options: dict[str, Any] = {"include_dashboard": False, "num_cpus": usable_cpus() + decoding} if own else {}
     try:
         context = ray.init(
-            address="local" if own else config.scaling.address,
+            address="local" if own else address,
             log_to_driver=config.verbose,
             logging_level=level,
             configure_logging=config.verbose,
@@ -151,8 +182,8 @@ def start_ray(config: Config, runtime_env: dict[str, Any] | None = None) -> str:
             **options,
         )
     except ConnectionError as error:
-        raise ConfigError(f"scaling.address={config.scaling.address}: no Ray cluster answers there: {error}") from error
-    return str(context.address_info["node_ip_address"])
+        raise ConfigError(f"scaling.address={address}: no Ray cluster answers there: {error}") from error
+    return RunningRay(str(context.address_info["node_ip_address"]), own)
 
 
 def quiet_data(config: Config) -> None:

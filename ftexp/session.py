@@ -17,32 +17,44 @@ from ftexp.fingerprint import masked
 from ftexp.hot_start.driver import HotStart, on_joined_nodes
 from ftexp.lease import Lease
 from ftexp.registry import load_plugins
-from ftexp.scaling import Workers, decoding_cpus, lacking_resources, quiet_data, start_ray
+from ftexp.scaling import RunningRay, SharedRay, Workers, decoding_cpus, lacking_resources, quiet_data, start_ray
 from ftexp.storage import Storage
 from ftexp.terminal import Terminal
 from ftexp.tracking import RunRecord, RunState
 
 
 def run_session(
-    config: Config, overrides: list[str], workers: Workers, run_dir: Storage, state: RunState, lease: Lease
+    config: Config,
+    overrides: list[str],
+    workers: Workers,
+    run_dir: Storage,
+    state: RunState,
+    lease: Lease,
+    shared: SharedRay | None,
 ) -> dict[str, float]:
     """Train in a Ray that is started here, or joined, and left again; returns the last metrics."""
     # torch takes seconds to import, and starting Ray is mostly waiting for its processes
-    hot_start = HotStart(config.scaling, workers.num_threads)
+    hot_start = HotStart(config.scaling, workers.num_threads, joins=shared is not None)
     importing = threading.Thread(target=importlib.import_module, args=("ftexp.trainer",), name="import")
     importing.start()
     try:
         with hot_start.raylet_settings():
-            host = start_ray(config, hot_start.runtime_env())
+            running = start_ray(config, shared.runtime_env if shared else hot_start.runtime_env(), shared)
         importing.join()
-        return _run(config, overrides, workers, run_dir, state, lease, host)
+        return _run(config, overrides, workers, run_dir, state, lease, running)
     finally:
         ray.shutdown()
         hot_start.stop()
 
 
 def _run(
-    config: Config, overrides: list[str], workers: Workers, run_dir: Storage, state: RunState, lease: Lease, host: str
+    config: Config,
+    overrides: list[str],
+    workers: Workers,
+    run_dir: Storage,
+    state: RunState,
+    lease: Lease,
+    running: RunningRay,
 ) -> dict[str, float]:
     import ftexp.checkpoint.states  # noqa: F401 - registers what is built in
     from ftexp.checkpoint.registry import check_names
@@ -86,7 +98,7 @@ def _run(
         f"{bundle.feed}: {bundle.why}" + (f" · {bundle.decode_cpus} CPUs decode" if bundle.streamed else ""),
     )
     try:
-        return run_training(config, workers, bundle, run_dir, record, terminal, lease, host)
+        return run_training(config, workers, bundle, run_dir, record, terminal, lease, running)
     finally:
         if record.state.status != "running":
             terminal.summary(record.state, run_dir)

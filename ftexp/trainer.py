@@ -22,7 +22,7 @@ from ftexp.errors import RunFailedError, StorageError
 from ftexp.failure.causes import FailureReporter, find_cause
 from ftexp.fitting import fit_interruptibly
 from ftexp.lease import Lease
-from ftexp.scaling import Workers, lacking_resources, num_possible
+from ftexp.scaling import RunningRay, Workers, lacking_resources, num_possible
 from ftexp.spec import JobSpec
 from ftexp.storage import Storage
 from ftexp.supervisor import Supervisor
@@ -44,14 +44,14 @@ def run_training(
     record: RunRecord,
     terminal: Terminal,
     lease: Lease,
-    host: str,
+    running: RunningRay,
 ) -> dict[str, float]:
     """Train to the end; returns the last metrics. Every way out leaves run.json telling how it ended.
 
     RunFailedError when failures are spent; KeyboardInterrupt passes through once the run is marked interrupted.
     """
     supervisor = Supervisor(record, terminal, config)
-    hub = Hub(host, supervisor.handle)
+    hub = Hub(running.host, supervisor.handle)
     status, reason = FAILED, None
     done = threading.Event()
     threading.Thread(target=_tell_of_waiting, args=(hub, supervisor, workers, done), daemon=True).start()
@@ -60,7 +60,7 @@ def run_training(
         arguments = (hub, supervisor, workers, done, interval_s)
         threading.Thread(target=_save_before_a_resize, args=arguments, daemon=True).start()
     try:
-        fit = functools.partial(_fit, config, workers, bundle, run_dir, record, hub, supervisor)
+        fit = functools.partial(_fit, config, workers, bundle, run_dir, record, hub, supervisor, running)
         result = fit_interruptibly(fit, lease, functools.partial(supervisor.stop, hub))
         metrics: dict[str, float] | None = result.return_value
         if metrics is None:
@@ -93,6 +93,7 @@ def _fit(
     record: RunRecord,
     hub: Hub,
     supervisor: Supervisor,
+    running: RunningRay,
 ) -> ray.train.Result:
     """Fit, and again if Ray Train's controller itself dies, for as long as the policy allows.
 
@@ -104,7 +105,7 @@ def _fit(
             return trainer.fit()
         except ray.exceptions.RayActorError:
             answer = supervisor.controller_died()
-            if "stop" in answer or config.scaling.address is not None:
+            if "stop" in answer or not running.is_own:
                 reason = answer.get("stop", "Ray Train's controller died: give the same command again")
                 raise RunFailedError(reason) from None
             _release_workers()

@@ -65,7 +65,7 @@ def run_job(overrides: list[str], rounds: int, window_s: float) -> dict[str, Any
     words = [*overrides, f"run.storage={storage}", "checkpoint.every_epochs=null", "scaling.num_workers=2"]
     config = composed(*words)
     prepare_environment(config)
-    host = start_ray(config)
+    host = start_ray(config).host
     quiet_data(config)
     try:
         import ray

@@ -363,13 +363,6 @@ def test_a_worker_of_another_job_or_raylet_has_another_forker_where_ray_knows_th
     assert seen[0][0] != seen[1][0] == seen[2][0]
 
 
-def test_what_belongs_to_no_job_is_forked_without_ray(light):
-    environment = {name: value for name, value in light.environment.items() if name != "RAY_JOB_ID"}
-    look = f"import os, sys; print(os.environ['{MARK}'], 'ray' in sys.modules)"
-    assert light.run(look, env=environment) == (0, "1 False\n", "")
-    assert light.run(look) == (0, "1 True\n", "")
-
-
 def test_a_forker_ends_when_its_job_asks_for_nothing_and_comes_back_when_it_does(tmp_path):
     idle = Preloaded(tmp_path, ("-c", LIGHT + "forker._IDLE_S = 0.05; preloader.main()"))
     try:

@@ -43,6 +43,15 @@ LAYERS = [
     {"session"},
     {"data.inspect"},
     {"drill_report"},
+    {"opening", "sweep.identity", "sweep.ledger"},
+    {"running"},
+    {"sweep.trial"},
+    {"sweep.runner"},
+    {"sweep.display"},
+    {"sweep.leaderboard", "sweep.picture"},
+    {"sweep.sweep", "sweep.session"},
+    {"sweep.launcher"},
+    {"sweeps"},
     {"train", "evaluate", "drill", "checkpoints", "data.inspect", "data.__main__", "report.__main__"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
@@ -91,7 +100,18 @@ def test_imports_go_down_only():
 
 def test_what_checks_a_config_imports_nothing_heavy():
     heavy = {"torch", "ray", "timm", "torchvision", "pyarrow", "pandas", "numpy", "rich"}
-    light = {"errors", "registry", "timm_names", "data.names", "config", "checks", "cli", "train", "fingerprint"}
+    light = {
+        "errors",
+        "registry",
+        "timm_names",
+        "data.names",
+        "config",
+        "checks",
+        "cli",
+        "train",
+        "running",
+        "fingerprint",
+    }
     for name, tree in modules():
         if name in light:
             top_level = {

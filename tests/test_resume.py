@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+import ftexp.running
 import ftexp.scaling
-import ftexp.train
 from ftexp.checkpoint.store import CHECKPOINTS, FILES, CheckpointStore, Manifest
 from ftexp.config import Config
 from ftexp.data.splits import DataInfo
@@ -13,10 +13,10 @@ from ftexp.errors import CheckpointError, ConfigError
 from ftexp.failure.chaos import damage
 from ftexp.fingerprint import fingerprint
 from ftexp.lease import Lease
+from ftexp.opening import located, open_run, require_resumable
 from ftexp.session import _require_same_data
 from ftexp.storage import Storage
 from ftexp.tracking import RUN_FILE, RunState
-from ftexp.train import _located, _open_run, _require_resumable
 
 
 @pytest.fixture
@@ -54,22 +54,22 @@ def folder_of_a_checkpoint(run_dir):
 @pytest.mark.parametrize("leave", [note, folder_of_a_checkpoint], ids=["run.json", "a checkpoint"])
 def test_must_and_never_tell_a_run_by_its_record_or_by_its_checkpoints(run_dir, leave):
     for resume in ("auto", "never"):
-        _require_resumable(config(resume=resume), run_dir)
+        require_resumable(config(resume=resume), run_dir)
     with pytest.raises(ConfigError, match=rf"^resume=must, but {run_dir.uri} holds no run: .*run\.name.*resume=auto$"):
-        _require_resumable(config(resume="must"), run_dir)
+        require_resumable(config(resume="must"), run_dir)
     leave(run_dir)
     for resume in ("auto", "must"):
-        _require_resumable(config(resume=resume), run_dir)
+        require_resumable(config(resume=resume), run_dir)
     with pytest.raises(ConfigError, match=rf"^resume=never, but {run_dir.uri} holds a run: .*run\.name.*resume=auto$"):
-        _require_resumable(config(resume="never"), run_dir)
+        require_resumable(config(resume="never"), run_dir)
 
 
 def test_what_no_run_has_left_is_no_run(run_dir):
     for name in ("notes.txt", f"{CHECKPOINTS}/.tmp-step_00000010.a1/model.pt", ".lock"):
         run_dir.write_bytes(name, b"")
-    _require_resumable(config(resume="never"), run_dir)
+    require_resumable(config(resume="never"), run_dir)
     with pytest.raises(ConfigError, match="resume=must"):
-        _require_resumable(config(resume="must"), run_dir)
+        require_resumable(config(resume="must"), run_dir)
 
 
 @pytest.mark.parametrize("resume", ["must", "never"])
@@ -78,27 +78,27 @@ def test_a_refusal_touches_nothing(tmp_path, monkeypatch, resume):
     if resume == "never":
         save(run_dir, 10)
     before = sorted(tmp_path.rglob("*"))
-    monkeypatch.setattr(ftexp.scaling, "decide_workers", lambda scaling: None)
+    monkeypatch.setattr(ftexp.scaling, "decide_workers", lambda *_, **__: None)
     monkeypatch.setattr(Lease, "take", lambda *_: pytest.fail("a claim was laid"))
     made = config(resume=resume)
     made.run.name, made.run.storage = "first", str(tmp_path)
     with pytest.raises(ConfigError, match=f"^resume={resume}, but"):
-        ftexp.train._run(made, [])
+        ftexp.running._run(made, [])
     assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_an_empty_folder_opens_as_a_new_run(run_dir):
-    state = _open_run(config(), run_dir, "first")
+    state = open_run(config(), run_dir, "first")
     assert (state.name, state.status, state.step, state.fingerprint) == ("first", "running", 0, fingerprint(config()))
 
 
 def test_a_run_that_is_defined_otherwise_is_refused_with_the_differences(run_dir):
     note(run_dir)
-    assert _open_run(config(), run_dir, "first").fingerprint == fingerprint(config())
+    assert open_run(config(), run_dir, "first").fingerprint == fingerprint(config())
     other = config(seed=3)
     other.optim.lr = 0.2
     with pytest.raises(ConfigError) as refused:
-        _open_run(other, run_dir, "first")
+        open_run(other, run_dir, "first")
     first, *changed = str(refused.value).splitlines()
     assert first.startswith(f"{run_dir.uri} holds a run that is defined otherwise; choose another run.name")
     assert changed == ["optim.lr was 0.1, and is 0.2 now", "seed was 0, and is 3 now"]
@@ -107,17 +107,17 @@ def test_a_run_that_is_defined_otherwise_is_refused_with_the_differences(run_dir
 def test_where_run_json_is_lost_the_newest_checkpoint_tells_what_the_run_is(run_dir):
     save(run_dir, 10, of=config(seed=9))
     save(run_dir, 20)
-    state = _open_run(config(), run_dir, "first")
+    state = open_run(config(), run_dir, "first")
     assert (state.name, state.status, state.step) == ("first", "running", 0)
     with pytest.raises(ConfigError) as refused:
-        _open_run(config(seed=9), run_dir, "first")
+        open_run(config(seed=9), run_dir, "first")
     assert str(refused.value).splitlines()[1:] == ["seed was 0, and is 9 now"]
 
 
 def test_where_all_is_lost_but_damaged_checkpoints_the_run_begins_anew(run_dir):
     saved = save(run_dir, 10, of=config(seed=9))
     damage(run_dir.child(CHECKPOINTS, saved.name), "delete_manifest")
-    assert _open_run(config(), run_dir, "first").step == 0
+    assert open_run(config(), run_dir, "first").step == 0
 
 
 @pytest.mark.parametrize(
@@ -137,31 +137,31 @@ def test_a_run_is_finished_when_it_said_so_and_nothing_is_left_to_do(run_dir, wa
     note(run_dir, status=was, epoch=epoch, step=step)
     made = config()
     made.train.max_steps = max_steps
-    assert _open_run(made, run_dir, "first").status == now
+    assert open_run(made, run_dir, "first").status == now
 
 
 def test_the_start_from_another_run_is_told_as_a_whole_path(tmp_path, run_dir, monkeypatch):
     saved = save(run_dir, 10)
     monkeypatch.chdir(tmp_path)
     new = Storage.at(str(tmp_path), "new")
-    assert _located("runs/first", new) == run_dir.uri
-    assert _located(f"runs/first/{CHECKPOINTS}/{saved.name}/", new) == run_dir.child(CHECKPOINTS, saved.name).uri
+    assert located("runs/first", new) == run_dir.uri
+    assert located(f"runs/first/{CHECKPOINTS}/{saved.name}/", new) == run_dir.child(CHECKPOINTS, saved.name).uri
     with pytest.raises(ConfigError, match=rf"^resume_from=runs: {tmp_path}/runs holds no checkpoint that verifies"):
-        _located("runs", new)
+        located("runs", new)
 
 
 def test_a_start_from_a_damaged_run_is_refused_with_the_damage(tmp_path, run_dir):
     saved = save(run_dir, 10)
     damage(run_dir.child(CHECKPOINTS, saved.name), "flip_byte")
     with pytest.raises(ConfigError, match=r"step_00000010\.a1: optimizer\.pt differs from its SHA-256"):
-        _located(run_dir.uri, Storage.at(str(tmp_path), "new"))
+        located(run_dir.uri, Storage.at(str(tmp_path), "new"))
 
 
 def test_a_start_from_a_damaged_checkpoint_is_refused_before_anything_starts(tmp_path, run_dir):
     saved = save(run_dir, 10)
     damage(run_dir.child(CHECKPOINTS, saved.name), "truncate_checkpoint")
     with pytest.raises((ConfigError, CheckpointError)):
-        _located(run_dir.child(CHECKPOINTS, saved.name).uri, Storage.at(str(tmp_path), "new"))
+        located(run_dir.child(CHECKPOINTS, saved.name).uri, Storage.at(str(tmp_path), "new"))
 
 
 def test_a_run_goes_on_though_the_one_it_started_from_is_gone(tmp_path, run_dir, monkeypatch):
@@ -170,16 +170,16 @@ def test_a_run_goes_on_though_the_one_it_started_from_is_gone(tmp_path, run_dir,
     made.run.name, made.run.storage = "first", run_dir.parent.uri
     save(run_dir, 10, of=made)
     note(run_dir, fingerprint=fingerprint(made))
-    monkeypatch.setattr(ftexp.scaling, "decide_workers", lambda scaling: None)
+    monkeypatch.setattr(ftexp.scaling, "decide_workers", lambda *_, **__: None)
     monkeypatch.setattr(ftexp.scaling, "prepare_environment", lambda config: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):  # as far as to where Ray would start
-        ftexp.train._run(made, [])
+        ftexp.running._run(made, [])
 
 
 def test_attempts_are_counted_on_when_run_json_is_lost(run_dir):
     save(run_dir, 10)
     run_dir.child("ledger").write_bytes("a0007.r1.jsonl", b"")
-    assert _open_run(config(), run_dir, "first").attempts == 7
+    assert open_run(config(), run_dir, "first").attempts == 7
 
 
 @pytest.mark.parametrize(("now", "told"), [(99, "99"), (1001, "1,001")])

@@ -29,11 +29,15 @@ _ASK_TIMEOUT_S = 20.0  # a node that takes longer to start a task has other trou
 
 
 class HotStart:
-    """Of a Ray that is started here: a preloaded process, unless `scaling.hot_start` or the platform is against it."""
+    """Of a Ray that is started here: a preloaded process, unless `scaling.hot_start` or the platform is against it.
 
-    def __init__(self, config: ScalingConfig, num_threads: int) -> None:
+    joins: whether Ray runs already, so that there is nothing to start; None: as `scaling.address` says.
+    """
+
+    def __init__(self, config: ScalingConfig, num_threads: int, joins: bool | None = None) -> None:
         self._folder: str | None = None
-        if config.hot_start == "off" or config.address is not None or not supported():
+        joins = config.address is not None if joins is None else joins
+        if config.hot_start == "off" or joins or not supported():
             return
         self._folder = tempfile.mkdtemp(prefix="ftexp-")  # 0700: its socket is this user's alone
         with listen(self._socket) as listener:
@@ -45,9 +49,13 @@ class HotStart:
                 env={**os.environ, **_threads(num_threads)},
             )
 
+    def python(self) -> list[str]:
+        """A command line up to the script: the interpreter's, or that of a fork with everything imported, Ray too."""
+        return _fork_words(self._socket) if self._folder is not None else [sys.executable]
+
     def runtime_env(self) -> dict[str, Any]:
         """What ray.init is given, so that workers begin as forks."""
-        return {"py_executable": _py_executable(self._socket)} if self._folder is not None else {}
+        return {"py_executable": shlex.join(self.python())} if self._folder is not None else {}
 
     def raylet_settings(self) -> contextlib.AbstractContextManager[None]:
         """Where Ray is to be started: its raylet then starts workers the short way, and none before it is asked."""
@@ -84,7 +92,7 @@ def on_joined_nodes(config: ScalingConfig, num_threads: int) -> tuple[dict[str, 
     environment = {**package_versions(), **_threads(num_threads), "interpreter": sys.executable, "code": str(_LAUNCHER)}
     key = hashlib.sha256(repr(sorted(environment.items())).encode()).hexdigest()[:16]
     where = f"{NODE}{tempfile.gettempdir()}/ftexp-{os.getuid()}-{key}"
-    return {"py_executable": _py_executable(where), "env_vars": _threads(num_threads)}, None
+    return {"py_executable": shlex.join(_fork_words(where)), "env_vars": _threads(num_threads)}, None
 
 
 def _unfit_nodes() -> str | None:
@@ -117,8 +125,8 @@ def _unfit_nodes() -> str | None:
     return None
 
 
-def _py_executable(where: str) -> str:
-    return shlex.join([sys.executable, "-S", "-E", str(_LAUNCHER), where])
+def _fork_words(where: str) -> list[str]:
+    return [sys.executable, "-S", "-E", str(_LAUNCHER), where]
 
 
 def _threads(number: int) -> dict[str, str]:

@@ -1,8 +1,8 @@
 """Forks the workers of one job: a fork of the preloaded process that has imported Ray as well.
 
 Ray reads its job, its raylet and the cluster's token when it is imported, so the job's first worker brings the
-environment for that. What belongs to no job, as the drivers of a sweep's trials, is forked without Ray. Ends when the
-preloaded process ends, or when the job hasn't asked for anything for a while.
+environment for that; what belongs to no job, as the drivers of a sweep's trials, has a forker as well. Ends when the
+preloaded process ends, or when nothing has been asked for in a while.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Forker:
         self._wakeup = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         os.environ.update({name: value for name, value in environment.items() if os.environ.get(name) != value})
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        self._is_fit = "RAY_JOB_ID" not in environment or self._import_ray()
+        self._is_fit = self._import_ray()
 
     def _import_ray(self) -> bool:
         """Import; whether forks draw ids of their own. If a new Ray breaks that, workers start plainly."""

@@ -1,0 +1,58 @@
+"""Finding out what a run directory holds before a run begins, or goes on, in it."""
+
+from __future__ import annotations
+
+from ftexp.checkpoint.store import CHECKPOINTS, CheckpointStore, locate
+from ftexp.config import Config
+from ftexp.errors import CheckpointError, ConfigError
+from ftexp.fingerprint import differences, fingerprint
+from ftexp.ledger import last_attempt
+from ftexp.storage import Storage
+from ftexp.tracking import RUN_FILE, RunState, read_state
+
+
+def has_run(run_dir: Storage) -> bool:
+    """Whether a run has begun here."""
+    return run_dir.exists(RUN_FILE) or bool(run_dir.child(CHECKPOINTS).list_folders())
+
+
+def located(uri: str, run_dir: Storage) -> str:
+    """`resume_from` as workers in another folder can open it; ConfigError if a new run finds no checkpoint there."""
+    try:
+        if not has_run(run_dir):  # a run that has begun has checkpoints of its own
+            locate(uri)
+    except CheckpointError as error:
+        raise ConfigError(f"resume_from={uri}: {error}") from error
+    return Storage.at(uri).uri
+
+
+def require_resumable(config: Config, run_dir: Storage) -> None:
+    """ConfigError if `resume` says that there must, or mustn't, be a run already."""
+    if config.resume == "auto":
+        return
+    begun = has_run(run_dir)
+    if config.resume == "must" and not begun:
+        raise ConfigError(
+            f"resume=must, but {run_dir.uri} holds no run: see run.name and run.storage, or take resume=auto"
+        )
+    if config.resume == "never" and begun:
+        raise ConfigError(
+            f"resume=never, but {run_dir.uri} holds a run: choose another run.name, or go on with it by resume=auto"
+        )
+
+
+def open_run(config: Config, run_dir: Storage, run_name: str) -> RunState:
+    """The state to go on from; ConfigError if the directory holds a run that is defined otherwise."""
+    own = fingerprint(config)
+    state = read_state(run_dir)
+    if state is None:  # run.json may be lost: the checkpoints still tell what they are
+        manifests = CheckpointStore(run_dir.child(CHECKPOINTS)).manifests(lambda *_: None)
+        for manifest in manifests[:1]:
+            differences(manifest.fingerprint, own, run_dir.uri)
+        attempts = max([last_attempt(run_dir), *(manifest.attempt for manifest in manifests)])
+        return RunState(name=run_name, fingerprint=own, attempts=attempts)
+    differences(state.fingerprint, own, run_dir.uri)
+    train = config.train
+    done = state.epoch >= train.epochs or (train.max_steps is not None and state.step >= train.max_steps)
+    state.status = state.status if state.status == "finished" and done else "running"
+    return state

@@ -1,0 +1,59 @@
+"""One run, from a config to its last metrics. Nothing heavy is imported before the config is known to be good."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import TYPE_CHECKING
+
+from ftexp.checks import validate
+from ftexp.config import Config
+
+if TYPE_CHECKING:
+    from ftexp.scaling import SharedRay
+
+
+def train(config: Config, overrides: list[str] | None = None, shared: SharedRay | None = None) -> dict[str, float]:
+    """Check `config`, run it to the end and return its last metrics.
+
+    Args:
+        config: a whole run.
+        overrides: what was typed, for overrides.yaml.
+        shared: the Ray of the sweep that this is a trial of; None: one of its own, or `scaling.address`.
+
+    Raises:
+        ConfigError: the config is wrong; nothing was started.
+        DataError: the data can't be read.
+        RunFailedError: failures are spent. Everything saved is still there.
+    """
+    validate(config)
+    return _run(config, overrides or [], shared)
+
+
+def _run(config: Config, overrides: list[str], shared: SharedRay | None = None) -> dict[str, float]:
+    from ftexp.lease import Lease
+    from ftexp.opening import located, open_run, require_resumable
+    from ftexp.scaling import decide_workers, prepare_environment
+    from ftexp.storage import Storage
+
+    workers = decide_workers(config.scaling, share=shared.share if shared else 1)
+    run_name = config.run.name or time.strftime("%Y-%m-%d_%H-%M-%S")
+    run_dir = Storage.at(config.run.storage, run_name)
+    require_resumable(config, run_dir)
+    if config.resume_from is not None:
+        config = dataclasses.replace(config, resume_from=located(config.resume_from, run_dir))
+    run_dir.require_writable()
+    lease = Lease.take(run_dir)
+    try:
+        state = open_run(config, run_dir, run_name)
+        if state.status == "finished":
+            from ftexp.terminal import Terminal
+
+            Terminal().summary(state, run_dir)
+            return state.metrics["last"]
+        prepare_environment(config)
+        from ftexp.session import run_session
+
+        return run_session(config, overrides, workers, run_dir, state, lease, shared)
+    finally:
+        lease.release()

@@ -1,0 +1,1 @@
+"""Many trials of one command: side by side, resumable, compared."""

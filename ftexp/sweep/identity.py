@@ -1,0 +1,49 @@
+"""What a trial is called: by what differs from its siblings, never by its number, so that it is found again."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+_UNSAFE = re.compile(r"[^A-Za-z0-9._=,+-]+")  # for folders, and for object stores' keys
+_LONGEST = 100  # characters; file systems take 255, and Ray adds to it
+_NOT_OF_A_TRIAL = ("sweep.", "run.", "hydra.", "hydra/")
+
+
+def parse_words(words: Sequence[str], composed: DictConfig) -> dict[str, str]:
+    """{key: value} of a job's overrides; values as they were composed, so that 1e-3 and 0.001 are one trial."""
+    chosen = {}
+    for word in words:
+        key, _, text = word.lstrip("+").partition("=")
+        if not key.startswith(_NOT_OF_A_TRIAL):
+            value = None if "/" in key or "~" in key else OmegaConf.select(composed, key, throw_on_missing=False)
+            chosen[key] = text if value is None or isinstance(value, DictConfig) else _compact(value)
+    return chosen
+
+
+def swept_keys(jobs: Sequence[dict[str, str]], before: Sequence[str]) -> list[str]:
+    """Keys that differ between jobs, or did in an earlier call (`before`); of a single job, all of its keys."""
+    keys = {key for job in jobs for key in job}
+    swept = {key for key in keys if len({job.get(key) for job in jobs}) > 1} | set(before)
+    return sorted(swept or keys)
+
+
+def trial_name(job: dict[str, str], swept: Sequence[str]) -> str:
+    """A name for a folder: readable, and with a hash where it would be long or hold what folders can't."""
+    text = ",".join(f"{key}={job[key]}" for key in sorted(swept) if key in job) or "default"
+    safe = _UNSAFE.sub("-", text)
+    if safe == text and len(text) <= _LONGEST:
+        return text
+    return f"{safe[: _LONGEST - 9].rstrip('.-,')}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def _compact(value: Any) -> str:
+    """A value as it is typed, without spaces."""
+    plain = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+    if isinstance(plain, bool):
+        return str(plain).lower()
+    return re.sub(r"\s+", "", str(plain)) if isinstance(plain, list) else str(plain)

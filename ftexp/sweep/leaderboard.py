@@ -1,0 +1,82 @@
+"""Which trial is best: a table, leaderboard.csv, leaderboard.png. Only what varies gets a column."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ftexp.storage import Storage
+from ftexp.sweep.display import STYLES
+from ftexp.sweep.ledger import Ledger, Reached
+from ftexp.tracking import FINISHED
+
+CSV_FILE, PNG_FILE = "leaderboard.csv", "leaderboard.png"
+
+
+def publish(folder: Storage, ledger: Ledger, trials: list[Reached], console: Console) -> None:
+    """Print the table, and write both files into the sweep's directory."""
+    from ftexp.sweep.picture import draw
+
+    ordered = ranked(ledger, trials)
+    console.print(table(ledger, ordered))
+    folder.write_bytes(CSV_FILE, as_csv(ledger, ordered).encode())
+    if any(trial.status == FINISHED for trial in ordered):
+        folder.write_bytes(PNG_FILE, draw(folder, ledger, ordered))
+
+
+def ranked(ledger: Ledger, trials: list[Reached]) -> list[Reached]:
+    """Finished trials, the best first; then the others as they come."""
+    sign = -1 if ledger.mode == "max" else 1
+
+    def place(trial: Reached) -> tuple[bool, float]:
+        value = trial.value(ledger.metric)
+        is_ranked = trial.status == FINISHED and value is not None and math.isfinite(value)
+        return (not is_ranked, sign * value if is_ranked and value is not None else 0.0)
+
+    return sorted(trials, key=place)
+
+
+def varying(ledger: Ledger, trials: list[Reached]) -> list[str]:
+    """The swept keys that differ between these trials."""
+    return [key for key in ledger.keys if len({trial.trial.values.get(key) for trial in trials}) > 1]
+
+
+def table(ledger: Ledger, ordered: list[Reached]) -> Table:
+    """The leaderboard for a terminal."""
+    keys = varying(ledger, ordered) or ledger.keys
+    extra = [name for name in ("val_loss", "test_accuracy") if name != ledger.metric]
+    drawn = Table("", *keys, ledger.metric, *extra, "epochs", "time", "failures", "state", box=None, pad_edge=False)
+    for place, each in enumerate(ordered, start=1):
+        numbers = [each.value(name) for name in (ledger.metric, *extra)]
+        state = each.state
+        drawn.add_row(
+            str(place) if each.status == FINISHED else "",
+            *(escape(each.trial.values.get(key, "")) for key in keys),
+            *(f"{number:.4f}" if number is not None else "" for number in numbers),
+            f"{each.epoch}/{each.trial.epochs}",
+            f"{state.seconds:.0f} s" if state is not None else "",
+            str(len(state.failures)) if state is not None else "",
+            f"[{STYLES[each.status]}]{each.status}",
+        )
+    return drawn
+
+
+def as_csv(ledger: Ledger, ordered: list[Reached]) -> str:
+    """The leaderboard with every metric, one line a trial."""
+    keys = varying(ledger, ordered) or ledger.keys
+    metrics = sorted({name for each in ordered for name in each.last} - {ledger.metric})
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["trial", *keys, "state", ledger.metric, *metrics, "epochs", "steps", "seconds", "failures"])
+    for each in ordered:
+        state = each.state
+        values = [each.trial.values.get(key, "") for key in keys]
+        numbers = [each.last.get(name, "") for name in (ledger.metric, *metrics)]
+        spent = [state.epoch, state.step, round(state.seconds, 1), len(state.failures)] if state else [0, 0, 0, 0]
+        writer.writerow([each.trial.name, *values, each.status, *numbers, *spent])
+    return text.getvalue()

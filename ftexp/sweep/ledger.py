@@ -1,0 +1,116 @@
+"""sweep.json: which trials there are, and how each try ended. Written by the sweep's driver alone.
+
+What a trial has reached is in its own run.json. So the ledger is right after a SIGKILL too: a trial that it has as
+running, though nobody holds the sweep any more, was cut off; and one whose run.json says finished is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from ftexp.append_log import read_lines
+from ftexp.errors import ConfigError
+from ftexp.lease import is_held
+from ftexp.storage import Storage
+from ftexp.tracking import FAILED, FINISHED, INTERRUPTED, METRICS_FILE, RUNNING, RunState, read_state
+
+SWEEP_FILE = "sweep.json"
+WAITING = "waiting"
+
+
+@dataclass(kw_only=True)
+class Trial:
+    """One job of a sweep."""
+
+    name: str  # of its run directory, inside the sweep's
+    values: dict[str, str]  # of the swept keys
+    epochs: int
+    status: str = WAITING
+    error: str | None = None  # why it failed
+
+
+@dataclass(kw_only=True)
+class Ledger:
+    """What sweep.json holds."""
+
+    name: str
+    metric: str  # the objective, of a trial's last metrics
+    mode: str  # max, or min
+    keys: list[str]  # that were ever swept: they name the trials
+    trials: list[Trial] = field(default_factory=list)
+    started: float = field(default_factory=time.time)  # seconds since 1970
+
+    def write(self, folder: Storage) -> None:
+        """Bring sweep.json up to date; it is there whole, or as it was."""
+        folder.write_bytes(SWEEP_FILE, json.dumps(dataclasses.asdict(self), indent=1).encode())
+
+    def take_over(self, trials: list[Trial]) -> None:
+        """Put `trials` first, in this order; those of earlier calls that aren't among them stay."""
+        names = {trial.name for trial in trials}
+        self.trials = [*trials, *(trial for trial in self.trials if trial.name not in names)]
+
+
+def read_ledger(folder: Storage) -> Ledger | None:
+    """What a sweep's directory says of its trials; None if there is no sweep in it."""
+    try:
+        content = json.loads(folder.read_bytes(SWEEP_FILE))
+    except FileNotFoundError:
+        return None
+    content["trials"] = [Trial(**trial) for trial in content["trials"]]
+    return Ledger(**content)
+
+
+@dataclass(frozen=True)
+class Reached:
+    """A trial with what its run directory says."""
+
+    trial: Trial
+    status: str
+    state: RunState | None  # None: it has not begun
+
+    def value(self, metric: str) -> float | None:
+        """A metric, as it was last."""
+        return self.last.get(metric)
+
+    @property
+    def last(self) -> dict[str, float]:
+        """The last of every metric."""
+        return self.state.metrics["last"] if self.state is not None else {}
+
+    @property
+    def epoch(self) -> int:
+        """Epochs that are done."""
+        return self.state.epoch if self.state is not None else 0
+
+
+def look(folder: Storage) -> tuple[Ledger, list[Reached]]:
+    """A sweep as it is now, whether or not it is running; ConfigError if there is none."""
+    ledger = read_ledger(folder)
+    if ledger is None:
+        raise ConfigError(f"{folder.uri} has no {SWEEP_FILE}: give the directory of a sweep")
+    is_alive = is_held(folder)
+    return ledger, [reached(folder, trial, is_alive) for trial in ledger.trials]
+
+
+def reached(folder: Storage, trial: Trial, is_alive: bool) -> Reached:
+    """A trial as it is now; `is_alive`: whether the driver that keeps the ledger is at work."""
+    state = read_state(folder.child(trial.name))
+    status = trial.status
+    if not is_alive and state is not None and state.status == FINISHED and status != FAILED:
+        status = FINISHED
+    elif not is_alive and status == RUNNING:
+        status = INTERRUPTED
+    return Reached(trial, status, state)
+
+
+def curve(folder: Storage, trial: Trial, metric: str) -> list[tuple[int, float]]:
+    """(epoch, value) of every logged point that has the metric."""
+    try:
+        points: list[dict[str, Any]] = read_lines(folder.child(trial.name), METRICS_FILE)
+    except FileNotFoundError:
+        return []
+    return [(point["epoch"], point[metric]) for point in points if point.get(metric) is not None]

@@ -1,0 +1,202 @@
+"""Runs trials side by side, as many as fit, each in its own process; what ends one leaves the others alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ftexp.cli import EXIT_INTERRUPTED, EXIT_TERMINATED
+from ftexp.config import Config
+from ftexp.fitting import STOP_GRACE_S, Terminated
+from ftexp.scaling import Workers
+from ftexp.storage import Storage
+from ftexp.sweep.ledger import WAITING, Trial
+from ftexp.sweep.trial import Order
+from ftexp.tracking import FAILED, FINISHED, INTERRUPTED, RUNNING, read_state
+
+_SCRIPT = Path(__file__).with_name("trial.py")
+_LOOK_EVERY_S = 0.1
+_MOST_RESTARTS = 3  # of a driver that was killed, whatever failure.max_failures allows
+_END_WITHIN_S = STOP_GRACE_S + 15.0  # of being asked to stop; then trials are killed
+LOG_FILE = "train.log"
+
+
+@dataclass
+class Job:
+    """A trial with what it takes to run it."""
+
+    trial: Trial
+    config: Config
+    overrides: list[str]
+    workers: Workers
+    run_dir: Storage
+    process: subprocess.Popen[bytes] | None = None
+    began: float = 0.0  # time.monotonic() of its start in this call
+    began_at_epoch: int = 0
+    num_starts: int = 0
+
+    @property
+    def needs(self) -> dict[str, float]:
+        """What it takes of the cluster, with the fewest workers that it runs with."""
+        return {name: self.workers.fewest * amount for name, amount in self.workers.resources_per_worker.items()}
+
+    @property
+    def log(self) -> Path:
+        """Where its output goes: a local file, whatever the storage."""
+        folder = self.run_dir.local_path
+        if folder is None:
+            folder = Path(tempfile.gettempdir()) / self.run_dir.parent.name / self.run_dir.name
+        return folder / LOG_FILE
+
+
+@dataclass
+class Runner:
+    """Starts, watches and stops trials. `changed` is told of every change of a trial's status."""
+
+    jobs: list[Job]
+    capacity: dict[str, float]  # of the cluster
+    most: int | None  # trials at once
+    python: list[str]  # a command line up to the script
+    order: Callable[[Job], Order]
+    changed: Callable[[Job], None]
+    tick: Callable[[], None]  # called ten times a second
+    asked: list[KeyboardInterrupt] = field(default_factory=list)  # signals, as they come
+    _num_told: int = 0
+    _kill_at: float = float("inf")
+
+    def run(self) -> None:
+        """Until every trial has ended; KeyboardInterrupt once all have stopped because a signal asked for it."""
+        try:
+            while self._running() or (not self.asked and self._waiting()):
+                self._start_what_fits()
+                self.tick()
+                time.sleep(_LOOK_EVERY_S)
+                self._pass_signals_on()
+                for job in self._running():
+                    assert job.process is not None
+                    if (code := job.process.poll()) is not None:
+                        self._ended(job, code)
+        finally:
+            self._kill_all()  # none, unless something here raised
+        if self.asked:
+            raise self.asked[0]
+
+    def _running(self) -> list[Job]:
+        return [job for job in self.jobs if job.process is not None]
+
+    def _waiting(self) -> list[Job]:
+        return [job for job in self.jobs if job.trial.status == WAITING]
+
+    def _start_what_fits(self) -> None:
+        if self.asked:
+            return
+        for job in self._waiting():
+            running = self._running()
+            if self.most is not None and len(running) >= self.most:
+                return
+            # nothing running: let Ray find out, and tell, if the cluster has shrunk
+            if not running or fits(job.needs, self.capacity, [other.needs for other in running]):
+                self._start(job)
+
+    def _start(self, job: Job) -> None:
+        job.log.parent.mkdir(parents=True, exist_ok=True)
+        state = read_state(job.run_dir)
+        job.began, job.began_at_epoch = time.monotonic(), state.epoch if state is not None else 0
+        job.num_starts += 1
+        with job.log.open("ab") as log:
+            job.process = subprocess.Popen(
+                [*self.python, str(_SCRIPT), json.dumps(sys.path)],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C in a terminal is the sweep's, which passes it on once
+            )
+        assert job.process.stdin is not None
+        try:
+            job.process.stdin.write(pickle.dumps(self.order(job)))
+            job.process.stdin.flush()
+        except BrokenPipeError:  # its end tells
+            pass
+        self._set(job, RUNNING)
+
+    def _ended(self, job: Job, code: int) -> None:
+        assert job.process is not None
+        assert job.process.stdin is not None
+        job.process.stdin.close()
+        job.process = None
+        was_stopped = self.asked and code in (-signal.SIGINT, -signal.SIGTERM, -signal.SIGKILL)
+        if code == 0:
+            self._set(job, FINISHED)
+        elif was_stopped or code in (EXIT_INTERRUPTED, EXIT_TERMINATED):
+            self._set(job, INTERRUPTED)
+        elif code < 0 and job.num_starts <= self._restarts(job):
+            self._set(job, WAITING)  # its driver was killed: it goes on from its last save, as the command would
+        else:
+            self._set(job, FAILED, _reason(job, code))
+
+    def _restarts(self, job: Job) -> int:
+        allowed = job.config.failure.max_failures
+        return _MOST_RESTARTS if allowed == -1 else min(allowed, _MOST_RESTARTS)
+
+    def _set(self, job: Job, status: str, error: str | None = None) -> None:
+        job.trial.status, job.trial.error = status, error
+        self.changed(job)
+
+    def _pass_signals_on(self) -> None:
+        """Every signal goes to every trial: the first asks for a last save, the second ends them at once."""
+        for interrupt in self.asked[self._num_told :]:
+            number = signal.SIGTERM if isinstance(interrupt, Terminated) else signal.SIGINT
+            for job in self._running():
+                assert job.process is not None
+                job.process.send_signal(number)
+            self._kill_at = min(self._kill_at, time.monotonic() + _END_WITHIN_S)
+        self._num_told = len(self.asked)
+        if time.monotonic() > self._kill_at:
+            self._kill_all()
+
+    def _kill_all(self) -> None:
+        for job in self._running():
+            assert job.process is not None
+            os.kill(job.process.pid, signal.SIGKILL)
+
+
+def fits(needs: dict[str, float], capacity: dict[str, float], taken: list[dict[str, float]]) -> bool:
+    """Whether `capacity` has `needs` beside what is taken; what rounding adds doesn't count."""
+    return all(
+        amount <= capacity.get(name, 0) - sum(other.get(name, 0) for other in taken) + 1e-6
+        for name, amount in needs.items()
+    )
+
+
+def _reason(job: Job, code: int) -> str:
+    """Why a trial failed: what its run.json says, else the last that it printed."""
+    state = read_state(job.run_dir)
+    if state is not None and state.status == FAILED and state.error:
+        return state.error
+    if code < 0:
+        return f"its driver was killed by {signal.Signals(-code).name}"
+    lines = [line for line in job.log.read_text(errors="replace").splitlines() if line.strip()]
+    return f"{lines[-1].removeprefix('ftexp: ') if lines else 'nothing was printed'} (exit code {code})"
+
+
+def require_room(jobs: list[Job], capacity: dict[str, float]) -> list[str]:
+    """A line for each trial that the cluster could never hold."""
+    return [
+        f"{job.trial.name} needs {_named(job.needs)}, and the cluster has {_named(capacity, job.needs)}"
+        for job in jobs
+        if not fits(job.needs, capacity, [])
+    ]
+
+
+def _named(amounts: dict[str, float], names: Any = None) -> str:
+    return ", ".join(f"{amounts.get(name, 0):g} {name}" for name in names or amounts)

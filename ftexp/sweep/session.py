@@ -1,0 +1,104 @@
+"""The part of a sweep that has a Ray: started or joined once, for all trials."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+
+import ray
+
+from ftexp.cli import interrupted_code
+from ftexp.config import Config
+from ftexp.errors import ConfigError
+from ftexp.fitting import collected_signals
+from ftexp.hot_start.driver import HotStart
+from ftexp.scaling import SharedRay, may_stream, start_ray, usable_cpus
+from ftexp.storage import Storage
+from ftexp.sweep.display import Display
+from ftexp.sweep.leaderboard import publish
+from ftexp.sweep.ledger import WAITING, Ledger, reached
+from ftexp.sweep.runner import Job, Runner, require_room
+from ftexp.sweep.sweep import failures_of
+from ftexp.sweep.trial import Order
+from ftexp.tracking import FINISHED
+
+_LOOK_EVERY_S, _LOOK_EVERY_REMOTE_S = 1.0, 10.0  # at the run directories of running trials
+
+
+def run_trials(folder: Storage, ledger: Ledger, jobs: list[Job], share: int) -> list[float | None]:
+    """Run the trials that wait; returns the objective of each job. Every way out leaves the ledger right.
+
+    SweepFailedError if trials failed, ConfigError if one can never fit, SystemExit after a signal.
+    """
+    display = Display(folder, ledger, jobs)
+    display.header()
+    if any(job.trial.status == WAITING for job in jobs):
+        with collected_signals() as asked:
+            try:
+                _with_ray(folder, ledger, jobs, share, display, asked)
+            except KeyboardInterrupt as interrupt:
+                display.close()
+                display.say(f"stopped; the same command with sweep.name={ledger.name} goes on")
+                raise SystemExit(interrupted_code(interrupt)) from None
+            finally:
+                display.close()
+                ledger.write(folder)
+    else:
+        ledger.write(folder)
+    trials = [reached(folder, trial, is_alive=True) for trial in ledger.trials]
+    publish(folder, ledger, trials, display.console)
+    if (failure := failures_of(ledger)) is not None:
+        raise failure
+    by_name = {each.trial.name: each.value(ledger.metric) for each in trials if each.status == FINISHED}
+    return [by_name.get(job.trial.name) for job in jobs]
+
+
+def _with_ray(
+    folder: Storage, ledger: Ledger, jobs: list[Job], share: int, display: Display, asked: list[KeyboardInterrupt]
+) -> None:
+    """Start or join Ray, and run."""
+    config = _widest(jobs)
+    # trials' drivers are forked here, whoever started Ray; and their workers, if that was this process
+    hot_start = HotStart(config.scaling, max(job.workers.num_threads for job in jobs), joins=False)
+    is_own = config.scaling.address is None
+    try:
+        with hot_start.raylet_settings() if is_own else contextlib.nullcontext():
+            start_ray(config)
+        capacity = dict(ray.cluster_resources())
+        if is_own:
+            capacity["CPU"] = usable_cpus()  # what decodes is counted on top
+        if too_large := require_room(jobs, capacity):
+            raise ConfigError("\n".join(["trials that can never run:", *too_large]))
+        address = ray.get_runtime_context().gcs_address
+        shared = SharedRay(address, hot_start.runtime_env() if is_own else {}, share)
+        interval_s = _LOOK_EVERY_S if folder.local_path is not None else _LOOK_EVERY_REMOTE_S
+        looked = 0.0
+
+        def tick() -> None:
+            nonlocal looked
+            if time.monotonic() - looked > interval_s:
+                looked = time.monotonic()
+                display.update()
+
+        def changed(job: Job) -> None:
+            ledger.write(folder)
+            display.changed(job)
+
+        Runner(
+            jobs=jobs,
+            capacity=capacity,
+            most=config.sweep.max_concurrent,
+            python=hot_start.python(),
+            order=lambda job: Order(job.config, job.overrides, shared),
+            changed=changed,
+            tick=tick,
+            asked=asked,
+        ).run()
+    finally:
+        ray.shutdown()
+        hot_start.stop()
+
+
+def _widest(jobs: list[Job]) -> Config:
+    """The config that Ray is started by: one whose data is decoded beside training, if there is one."""
+    return next((job.config for job in jobs if may_stream(job.config.data)), jobs[0].config)

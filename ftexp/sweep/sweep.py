@@ -1,0 +1,109 @@
+"""One call of a sweep once its configs are good: what is done already, Ray up, trials, leaderboard, Ray down."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+
+from ftexp.config import Config
+from ftexp.errors import ConfigError, SweepFailedError
+from ftexp.lease import Lease
+from ftexp.opening import open_run, require_resumable
+from ftexp.scaling import Workers, decide_workers, num_shares, prepare_environment
+from ftexp.storage import Storage
+from ftexp.sweep.identity import swept_keys, trial_name
+from ftexp.sweep.ledger import Ledger, Trial, read_ledger
+from ftexp.sweep.runner import Job
+from ftexp.tracking import FAILED, FINISHED
+
+SWEEPS = "sweeps"  # the folder under run.storage
+
+
+def run_sweep(configs: Sequence[Config], jobs: Sequence[dict[str, str]], words: list[list[str]]) -> list[float | None]:
+    """Run what is not done yet; the objective of each job, in order, None where there is none.
+
+    Args:
+        configs: one for each job; `sweep` is the same in all.
+        jobs: {key: value} of each job's overrides.
+        words: the overrides as typed, for overrides.yaml.
+
+    Raises:
+        ConfigError: the sweep began with another config, or a trial can never fit; nothing was started.
+        SweepFailedError: some trials failed; the others are done.
+        SystemExit: a signal stopped the sweep.
+    """
+    first = configs[0]
+    name = first.sweep.name or time.strftime("%Y-%m-%d_%H-%M-%S")
+    folder = Storage.at(first.run.storage, SWEEPS, name)
+    share = num_shares(configs, first.sweep.max_concurrent)
+    workers = [decide_workers(config.scaling, share=share) for config in configs]
+    folder.require_writable()
+    lease = Lease.take(folder, key="sweep.name")
+    try:
+        ledger = _ledger(folder, name, first, jobs)
+        planned = [_job(folder, ledger.keys, *each) for each in zip(configs, jobs, words, workers, strict=True)]
+        _mark_what_is_done(folder, planned, first.sweep.retry_failed, ledger)
+        ledger.take_over([job.trial for job in planned])
+        prepare_environment(first)
+        from ftexp.sweep.session import run_trials
+
+        return run_trials(folder, ledger, planned, share)
+    finally:
+        lease.release()
+
+
+def _ledger(folder: Storage, name: str, config: Config, jobs: Sequence[dict[str, str]]) -> Ledger:
+    """The sweep's ledger, or a new one, with the keys that this call sweeps and its objective."""
+    checkpoint, sweep = config.checkpoint, config.sweep
+    before = read_ledger(folder)
+    keys = swept_keys(jobs, before.keys if before is not None else [])
+    metric = sweep.metric or checkpoint.checkpoint_score_attribute
+    mode = sweep.mode or checkpoint.checkpoint_score_order
+    if before is None:
+        return Ledger(name=name, metric=metric, mode=mode, keys=keys)
+    before.keys, before.metric, before.mode = keys, metric, mode
+    return before
+
+
+def _job(
+    folder: Storage, keys: list[str], config: Config, job: dict[str, str], words: list[str], workers: Workers
+) -> Job:
+    name = trial_name(job, keys)
+    own = dataclasses.replace(config, run=dataclasses.replace(config.run, name=name, storage=folder.uri))
+    trial = Trial(name=name, values={key: job[key] for key in keys if key in job}, epochs=config.train.epochs)
+    return Job(trial, own, words, workers, folder.child(name))
+
+
+def _mark_what_is_done(folder: Storage, jobs: list[Job], retry_failed: bool, ledger: Ledger) -> None:
+    """Set each trial's status by its run directory; ConfigError, once, if what defines the trials has changed."""
+    before = {trial.name: trial for trial in ledger.trials}
+    changed: dict[str, None] = {}
+    for job in jobs:
+        trial = job.trial
+        require_resumable(job.config, job.run_dir)
+        try:
+            state = open_run(job.config, job.run_dir, trial.name)
+        except ConfigError as error:
+            changed |= dict.fromkeys(str(error).splitlines()[1:])
+            continue
+        failed = before.get(trial.name)
+        if state.status == FINISHED:
+            trial.status = FINISHED
+        elif failed is not None and failed.status == FAILED and not retry_failed:
+            trial.status, trial.error = FAILED, failed.error
+    if changed:
+        title = f"{folder.uri} holds trials that are defined otherwise; choose another sweep.name, or put these back:"
+        raise ConfigError("\n".join([title, *changed]))
+    names = [job.trial.name for job in jobs]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ConfigError("\n".join(["trials that are the same; give each value once:", *twice]))
+
+
+def failures_of(ledger: Ledger) -> SweepFailedError | None:
+    """What failed and why, in a line each; None if nothing did."""
+    failed = [trial for trial in ledger.trials if trial.status == FAILED]
+    if not failed:
+        return None
+    title = f"{len(failed)} of {len(ledger.trials)} trials failed:"
+    return SweepFailedError("\n".join([title, *(f"{trial.name}: {trial.error}" for trial in failed)]))

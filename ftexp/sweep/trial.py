@@ -1,0 +1,64 @@
+"""The driver of one trial, in a process of its own: `python trial.py <JSON of sys.path>`, the order on standard input.
+
+A process of its own, and so a job of its own in Ray: what it crashes, prints, catches or leaves behind is nobody
+else's, and Ray takes back what a dead job held. Standard input stays open as long as the sweep lives: when it ends,
+the sweep is gone, and so is the trial.
+"""
+
+import json
+import os
+import pickle
+import signal
+import sys
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ftexp.config import Config
+    from ftexp.scaling import SharedRay
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a trial is given."""
+
+    config: "Config"
+    overrides: list[str]
+    shared: "SharedRay"
+
+
+def main() -> None:
+    """Read the order, train, and end with the exit code that `python -m ftexp.train` would end with."""
+    sys.path[:] = json.loads(sys.argv[1])  # the sweep's: plug-ins lie where it looks for them
+    order: Any = pickle.load(sys.stdin.buffer)
+    threading.Thread(target=_end_with_the_sweep, daemon=True, name="sweep").start()
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # its log is read while it runs
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # may have been left ignored by a shell's `&`
+    sys.exit(run(order))
+
+
+def run(order: Order) -> int:
+    """The exit code of one trial."""
+    from ftexp.cli import interrupted_code, print_error
+    from ftexp.errors import FtexpError
+    from ftexp.running import train
+
+    try:
+        train(order.config, order.overrides, order.shared)
+    except FtexpError as error:
+        print_error(error)
+        return error.exit_code
+    except KeyboardInterrupt as interrupt:
+        return interrupted_code(interrupt)
+    return 0
+
+
+def _end_with_the_sweep() -> None:
+    while sys.stdin.buffer.read(4096):
+        pass
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main()

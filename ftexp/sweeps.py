@@ -1,0 +1,44 @@
+"""`python -m ftexp.sweeps <sweep directory>`: the leaderboard of a sweep, also while it runs.
+
+Exit codes: 0 printed, 2 the command was wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from ftexp.cli import print_error
+from ftexp.errors import FtexpError
+from ftexp.storage import Storage
+
+
+def main() -> None:
+    """Entry point of the command."""
+    parser = argparse.ArgumentParser(prog="python -m ftexp.sweeps", description=__doc__.partition("\n\n")[0])
+    parser.add_argument("sweep", help="a sweep's directory, or its URI: <run.storage>/sweeps/<sweep.name>")
+    options = parser.parse_args()
+    try:
+        show(Storage.at(options.sweep))
+    except FtexpError as error:
+        print_error(error)
+        sys.exit(error.exit_code)
+
+
+def show(folder: Storage) -> None:
+    """Print the table, and why what failed did."""
+    from rich.console import Console
+
+    from ftexp.sweep.leaderboard import ranked, table
+    from ftexp.sweep.ledger import look
+
+    ledger, trials = look(folder)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    console.print(table(ledger, ranked(ledger, trials)))
+    for each in trials:
+        if each.trial.error is not None:
+            console.print(f"{each.trial.name}: {each.trial.error}", markup=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()
