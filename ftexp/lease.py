@@ -29,13 +29,15 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.
 class Lease:
     """The claim of this process on a run directory. Take it with `take`, give it back with `release`."""
 
-    def __init__(self, storage: Storage, say: Callable[[str], None], beat_s: float, watch_s: float) -> None:
+    def __init__(
+        self, storage: Storage, say: Callable[[str], None], beat_s: float, watch_s: float, key: str = "run.name"
+    ) -> None:
         self._storage, self._say = storage, say
         self._beat_s, self._watch_s = beat_s, watch_s
         self._token = secrets.token_hex(8)
         self._lock: int | None = None  # descriptor
         self._beats = 0
-        self._key = "run.name"
+        self._key = key
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
         self.lost: str | None = None  # who took it over: this process was taken for dead
@@ -50,8 +52,7 @@ class Lease:
         key: str = "run.name",
     ) -> Lease:
         """Claim the directory; RunInUseError, naming the owner, if a living process has it. `key` chooses another."""
-        lease = cls(storage, say, beat_s, watch_s)
-        lease._key = key
+        lease = cls(storage, say, beat_s, watch_s, key)
         if storage.local_path is None or not lease._take_lock():
             lease._take_file()
         return lease

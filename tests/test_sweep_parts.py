@@ -11,8 +11,9 @@ import pytest
 from omegaconf import OmegaConf
 
 import ftexp.scaling
+from ftexp.cli import run_hydra
 from ftexp.config import Config, ScalingConfig
-from ftexp.errors import ConfigError
+from ftexp.errors import ConfigError, SweepFailedError
 from ftexp.fitting import Terminated
 from ftexp.lease import Lease, is_held
 from ftexp.scaling import Workers, decide_workers, num_shares
@@ -209,6 +210,33 @@ def test_what_a_trial_that_hangs_on_after_a_signal_gets_is_sigkill(tmp_path, mon
     with pytest.raises(Terminated):
         running.run()
     assert jobs[0].trial.status == INTERRUPTED
+
+
+def test_what_failed_is_listed_with_its_reason(tmp_path):
+    good, bad = job(tmp_path, "good"), job(tmp_path, "bad")
+    assert sweeping.failures_of([good, bad]) is None
+    bad.trial.status, bad.trial.error = FAILED, "out of luck"
+    error = sweeping.failures_of([good, bad])
+    assert (str(error), error.exit_code) == ("1 of 2 trials failed:\nbad: out of luck", 1)
+
+
+def test_the_command_ends_with_what_the_launcher_says(monkeypatch, capsys):
+    import hydra
+
+    def fail(**_):
+        def main(_):
+            def run():
+                raise SweepFailedError("1 of 2 trials failed:\nbad: out of luck")
+
+            return run
+
+        return main
+
+    monkeypatch.setattr(hydra, "main", fail)
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    assert run_hydra(lambda _: None, []) == 1
+    assert "bad: out of luck" in capsys.readouterr().err
 
 
 # What is seen

@@ -47,7 +47,7 @@ def run_trials(folder: Storage, ledger: Ledger, jobs: list[Job], share: int) -> 
         ledger.write(folder)
     trials = [reached(folder, trial, is_alive=True) for trial in ledger.trials]
     publish(folder, ledger, trials, display.console)
-    if (failure := failures_of(ledger)) is not None:
+    if (failure := failures_of(jobs)) is not None:
         raise failure
     by_name = {each.trial.name: each.value(ledger.metric) for each in trials if each.status == FINISHED}
     return [by_name.get(job.trial.name) for job in jobs]

@@ -100,10 +100,10 @@ def _mark_what_is_done(folder: Storage, jobs: list[Job], retry_failed: bool, led
         raise ConfigError("\n".join(["trials that are the same; give each value once:", *twice]))
 
 
-def failures_of(ledger: Ledger) -> SweepFailedError | None:
-    """What failed and why, in a line each; None if nothing did."""
-    failed = [trial for trial in ledger.trials if trial.status == FAILED]
+def failures_of(jobs: Sequence[Job]) -> SweepFailedError | None:
+    """What failed of these and why, in a line each; None if nothing did."""
+    failed = [job.trial for job in jobs if job.trial.status == FAILED]
     if not failed:
         return None
-    title = f"{len(failed)} of {len(ledger.trials)} trials failed:"
+    title = f"{len(failed)} of {len(jobs)} trials failed:"
     return SweepFailedError("\n".join([title, *(f"{trial.name}: {trial.error}" for trial in failed)]))
