@@ -54,7 +54,7 @@ class Findings:
     def add(self, images: Tensor, labels: Tensor, logits: Tensor) -> None:
         """Count a batch: images [rows, channels, height, width], labels [rows], logits [rows, num_classes]."""
         predictions = logits.argmax(1)
-        confidences = logits.float().softmax(1).gather(1, predictions.unsqueeze(1)).squeeze(1)
+        confidences = logits.float().softmax(1).gather(1, predictions.unsqueeze(1)).squeeze(1).nan_to_num()
         self._pairs.append((labels * self._num_classes + predictions).cpu())
         wrong = (predictions != labels).nonzero().flatten()
         # stable: samples that tie stay in their order, however many ranks share them
