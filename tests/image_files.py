@@ -20,6 +20,8 @@ SIZE = 8
 
 def data_config(name, root=None, channels=3, image_size=SIZE, **values):
     values = {"val_fraction": 0.2, "test_fraction": 0.2} | values
+    if name == "image_list":  # as its group file says
+        values = {"image_column": "path"} | values
     return DataConfig(
         name=name,
         root=None if root is None else str(root),

@@ -370,9 +370,9 @@ def test_image_folder_without_images_is_refused(tmp_path, files, message):
 # image_list
 
 
-def listed(tmp_path, text, name="lists/all.csv", **values):
-    put(tmp_path / name, text.encode())
-    return sources.get("image_list")(data_config("image_list", tmp_path / name, image_column="path", **values))
+def listed(tmp_path, text):
+    put(tmp_path / "lists" / "all.csv", text.encode())
+    return sources.get("image_list")(data_config("image_list", tmp_path / "lists" / "all.csv"))
 
 
 def found(listing, split="train"):
@@ -428,7 +428,7 @@ def test_a_list_that_is_none_is_refused(tmp_path, text, message):
 
 def test_a_list_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(DataError, match=r"data\.root=.*nowhere\.csv can't be read as a list of images: .*No such file"):
-        sources.get("image_list")(data_config("image_list", tmp_path / "nowhere.csv", image_column="path"))
+        sources.get("image_list")(data_config("image_list", tmp_path / "nowhere.csv"))
 
 
 # parquet

@@ -103,9 +103,9 @@ def test_what_nobody_takes_is_not_decoded(tmp_path):
     with closing(feed(tmp_path, 100_000, 16, 10**9).from_position(0)) as batches:
         next(batches)
         first = settled(reads.num_reads)
-        for _ in range(150):  # 2,400 samples: tasks of full size
+        for _ in range(60):  # 960 samples: the next tasks are of full size
             next(batches)
-        ahead = settled(reads.num_reads) - 151 * 16
+        ahead = settled(reads.num_reads) - 61 * 16
     assert first < 8 * _UNIT_ROWS
     # two tasks, as much again that waits, what is handed over and what is read; twice where one span meets the next
     assert ahead < 16 * _UNIT_ROWS
