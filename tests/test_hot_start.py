@@ -511,6 +511,32 @@ def test_the_driver_starts_one_preloader_and_leaves_neither_process_nor_folder(t
     hot_start.stop()
 
 
+def test_a_preloaded_process_without_ray_forks_others_that_serve_a_job_each(tmp_path, monkeypatch):
+    monkeypatch.setattr(driver.tempfile, "tempdir", str(tmp_path))
+    script = tmp_path / "script.py"
+    script.write_text(f"import os, sys; print(os.environ.get('{MARK}'), 'torch' in sys.modules, 'ray' in sys.modules)")
+
+    def look(hot_start, job):
+        environment = {**os.environ, "RAY_JOB_ID": job, "RAY_RAYLET_PID": str(os.getpid())}
+        words = [*hot_start.python(), script]
+        done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=DEADLINE_S)
+        return done.stdout.split()
+
+    source = HotStart(ScalingConfig(address="joined"), 1, without_ray=True)
+    wait_until(Path(source.socket).exists)
+    jobs = [HotStart(ScalingConfig(), 1, source=source.socket) for _ in range(2)]
+    try:
+        assert look(jobs[0], "01000000") == look(jobs[1], "02000000") == ["1", "True", "True"]
+        assert look(jobs[0], "02000000")[0] == "None"  # another job's: a plain start
+        assert look(source, "03000000") == ["1", "True", "False"]
+        jobs[0].stop()
+        assert look(jobs[1], "02000000")[0] == "1"
+    finally:
+        for hot_start in (*jobs, source):
+            hot_start.stop()
+    assert list(tmp_path.glob("ftexp-*")) == []
+
+
 def test_nothing_is_left_when_the_driver_is_killed(tmp_path):
     code = """
 import sys
