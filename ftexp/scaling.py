@@ -23,6 +23,7 @@ _OWN_CLUSTER = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # else every worker starts through `uv run` again
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process in each run that asks whether this one node is drained
 }
 _QUIET = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",

@@ -66,7 +66,19 @@ def from_command_line(monkeypatch, capsys, *words):
 
 def test_there_are_options_to_test():
     assert {group for group, _ in OPTIONS} == {
-        *("augment", "chaos", "checkpoint", "data", "failure", "model", "optim", "scaling", "schedule", "train")
+        *(
+            "augment",
+            "chaos",
+            "checkpoint",
+            "data",
+            "failure",
+            "model",
+            "optim",
+            "scaling",
+            "schedule",
+            "sweep",
+            "train",
+        )
     }
     assert "smoke" in EXPERIMENTS
 

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "stress_sweep.py"
-NUM_TRIALS = 4
+NUM_TRIALS = 2
 
 
 def test_trials_share_the_cpus_of_a_cluster_and_leave_nothing_behind(tmp_path):

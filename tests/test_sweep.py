@@ -1,4 +1,4 @@
-"""A sweep, for real: eight trials, one of which fails, a driver that is killed, and the same command again."""
+"""A sweep, for real: eight trials, one of which fails; stopped by SIGTERM, killed, and given once more."""
 
 import csv
 import json
@@ -18,7 +18,7 @@ from ftexp.sweep.ledger import look
 RATES = ["0.001", "0.003", "0.01", "0.03"]
 MODELS = ["vit", "vit_tiny"]
 DOOMED = "model=vit,optim.lr=0.01"
-NUM_ENDED = 3  # trials, when the driver is killed
+NUM_FINISHED = 2  # trials, when the driver is killed
 WORDS = [
     "-m", f"model={','.join(MODELS)}", "optim.lr=1e-3,3e-3,1e-2,3e-2", "sweep.name=grid", "plugins=[doom]",
     "train.epochs=3", "schedule.warmup_epochs=0", "sweep.max_concurrent=2", "data.val_fraction=0.3",
@@ -56,10 +56,7 @@ def descendants_with(text):
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            if (
-                text.encode() in (folder / "environ").read_bytes()
-                and "Z" not in (folder / "stat").read_text().split()[2]
-            ):
+            if text.encode() in (folder / "environ").read_bytes():  # empty for a zombie
                 found.append(int(folder.name))
         except OSError:
             continue
@@ -68,7 +65,7 @@ def descendants_with(text):
 
 @pytest.fixture(scope="module")
 def story(tmp_path_factory):
-    """The command, killed in the middle, and given again; what was seen in between."""
+    """The command, stopped, given again and killed, and given once more; what was seen in between."""
     folder = tmp_path_factory.mktemp("sweep")
     (folder / "doom.py").write_text(PLUGIN)
     (folder / "on").touch()
@@ -76,6 +73,12 @@ def story(tmp_path_factory):
     sweep = folder / "sweeps" / "grid"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(*mark.split("=", 1))
+        stopped = Command("train", [*WORDS, f"run.storage={folder}"], folder)
+        stopped.wait_until(lambda: any_has_saved(sweep, "running"))
+        stopped.process.terminate()
+        stop_code = stopped.wait()
+        wait_until_none(lambda: descendants_with(mark))
+        after_stop = look(Storage.at(str(sweep)))[1]
         first = Command("train", [*WORDS, f"run.storage={folder}"], folder)
         first.wait_until(lambda: is_in_the_middle(sweep))
         os.kill(first.process.pid, signal.SIGKILL)
@@ -90,18 +93,31 @@ def story(tmp_path_factory):
         finally:
             second.process.kill()
     assert code == 0, second.output
-    return {"sweep": sweep, "told": told, "before": before, "first": first.output, "second": second.output}
+    return {
+        "sweep": sweep, "stopped": stopped.output, "stop_code": stop_code, "after_stop": after_stop, "told": told,
+        "before": before, "first": first.output, "second": second.output,
+    }  # fmt: skip
+
+
+def trials_with(sweep, status):
+    if not (sweep / "sweep.json").exists():
+        return []
+    trials = json.loads((sweep / "sweep.json").read_text())["trials"]
+    return [RunFolder(sweep / trial["name"]) for trial in trials if trial["status"] == status]
+
+
+def any_has_saved(sweep, status):
+    """Whether a trial of that status has saved in its latest attempt."""
+    return any(
+        events and events[-1]["event"] == "checkpoint_saved"
+        for events in (run.events() for run in trials_with(sweep, status))
+    )
 
 
 def is_in_the_middle(sweep):
     """Some have ended, one of them by its doom, and one that runs has saved."""
-    if not (sweep / "sweep.json").exists():
-        return False
-    trials = json.loads((sweep / "sweep.json").read_text())["trials"]
-    statuses = [trial["status"] for trial in trials]
-    running = [RunFolder(sweep / trial["name"]) for trial in trials if trial["status"] == "running"]
-    has_saved = any(run.events("checkpoint_saved") for run in running)
-    return "failed" in statuses and statuses.count("finished") >= NUM_ENDED - 1 and has_saved
+    has_enough = trials_with(sweep, "failed") and len(trials_with(sweep, "finished")) >= NUM_FINISHED
+    return has_enough and any_has_saved(sweep, "running")
 
 
 def wait_until_none(found):
@@ -109,6 +125,20 @@ def wait_until_none(found):
     while left := found():
         assert time.monotonic() < end, left
         time.sleep(0.05)
+
+
+def test_sigterm_stops_all_trials_after_a_last_save(story):
+    assert story["stop_code"] == 75, story["stopped"]
+    assert "the same command with sweep.name=grid goes on" in story["stopped"]
+    begun = [each for each in story["after_stop"] if each.state is not None]
+    assert begun
+    assert {each.status for each in begun} <= {"interrupted", "finished", "failed"}
+    trained = [each for each in begun if each.state.step > 0]
+    assert trained
+    for each in trained:
+        assert each.state.status == each.status
+        if each.status == "interrupted":
+            assert f"step_{each.state.step:08}" in each.state.checkpoint
 
 
 def test_a_failed_trial_leaves_the_others_alone_and_its_reason_is_kept(story):
@@ -128,7 +158,7 @@ def test_the_ledger_is_right_after_a_sigkill_and_nothing_runs_on(story):
 
 
 def test_the_same_command_leaves_finished_trials_untouched(story):
-    assert len(story["before"]) >= NUM_ENDED - 1
+    assert len(story["before"]) >= NUM_FINISHED
     for name, seen in story["before"].items():
         assert files(story["sweep"] / name) == seen, name
 

@@ -4,6 +4,7 @@ Why not hydra-ray-launcher (1.2.2): it gives every job one and the same resource
 that knows nothing of the workers that its trainer will ask for, returns when the whole batch has, numbers jobs anew in
 every call and keeps no record of them, so that nothing can be gone on with. It also wants boto3, ray[default] and
 cloudpickle < 3. What it does do, handing composed configs to processes, is a small part of what is here.
+hydra-optuna-sweeper (1.3.0) is no help for a search either: it wants optuna < 3, which is at 5.
 
 Hydra takes plug-ins from the package hydra_plugins alone. This class says that it is from there, so that nothing has
 to be installed beside ftexp.

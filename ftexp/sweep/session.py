@@ -33,16 +33,15 @@ def run_trials(folder: Storage, ledger: Ledger, jobs: list[Job], share: int) -> 
     display = Display(folder, ledger, jobs)
     display.header()
     if any(job.trial.status == WAITING for job in jobs):
-        with collected_signals() as asked:
-            try:
-                _with_ray(folder, ledger, jobs, share, display, asked)
-            except KeyboardInterrupt as interrupt:
-                display.close()
-                display.say(f"stopped; the same command with sweep.name={ledger.name} goes on")
-                raise SystemExit(interrupted_code(interrupt)) from None
-            finally:
-                display.close()
-                ledger.write(folder)
+        try:
+            _with_ray(folder, ledger, jobs, share, display)
+        except KeyboardInterrupt as interrupt:
+            display.close()
+            display.say(f"stopped; the same command with sweep.name={ledger.name} goes on")
+            raise SystemExit(interrupted_code(interrupt)) from None
+        finally:
+            display.close()
+            ledger.write(folder)
     else:
         ledger.write(folder)
     trials = [reached(folder, trial, is_alive=True) for trial in ledger.trials]
@@ -53,9 +52,7 @@ def run_trials(folder: Storage, ledger: Ledger, jobs: list[Job], share: int) -> 
     return [by_name.get(job.trial.name) for job in jobs]
 
 
-def _with_ray(
-    folder: Storage, ledger: Ledger, jobs: list[Job], share: int, display: Display, asked: list[KeyboardInterrupt]
-) -> None:
+def _with_ray(folder: Storage, ledger: Ledger, jobs: list[Job], share: int, display: Display) -> None:
     """Start or join Ray, and run."""
     config = _widest(jobs)
     # trials' drivers are forked here, whoever started Ray; and their workers, if that was this process
@@ -84,16 +81,17 @@ def _with_ray(
             ledger.write(folder)
             display.changed(job)
 
-        Runner(
-            jobs=jobs,
-            capacity=capacity,
-            most=config.sweep.max_concurrent,
-            python=hot_start.python(),
-            order=lambda job: Order(job.config, job.overrides, shared),
-            changed=changed,
-            tick=tick,
-            asked=asked,
-        ).run()
+        with collected_signals() as asked:  # now, since Ray has set a handler of its own
+            Runner(
+                jobs=jobs,
+                capacity=capacity,
+                most=config.sweep.max_concurrent,
+                python=hot_start.python(),
+                order=lambda job: Order(job.config, job.overrides, shared),
+                changed=changed,
+                tick=tick,
+                asked=asked,
+            ).run()
     finally:
         ray.shutdown()
         hot_start.stop()
