@@ -34,7 +34,7 @@ def run_session(
 ) -> dict[str, float]:
     """Train in a Ray that is started here, or joined, and left again; returns the last metrics."""
     # torch takes seconds to import, and starting Ray is mostly waiting for its processes
-    hot_start = HotStart(config.scaling, workers.num_threads, joins=shared is not None)
+    hot_start = HotStart(config.scaling, workers.num_threads, joins=True if shared is not None else None)
     importing = threading.Thread(target=importlib.import_module, args=("ftexp.trainer",), name="import")
     importing.start()
     try:
