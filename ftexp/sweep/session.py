@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import threading
 import time
 
 import ray
@@ -15,7 +17,7 @@ from ftexp.scaling import SharedRay, may_stream, start_ray, usable_cpus
 from ftexp.storage import Storage
 from ftexp.sweep.display import Display
 from ftexp.sweep.leaderboard import publish
-from ftexp.sweep.ledger import WAITING, Ledger, reached
+from ftexp.sweep.ledger import Ledger, reached
 from ftexp.sweep.runner import Job, Runner, require_room
 from ftexp.sweep.sweep import failures_of
 from ftexp.sweep.trial import Order
@@ -24,16 +26,19 @@ from ftexp.tracking import FINISHED
 _LOOK_EVERY_S, _LOOK_EVERY_REMOTE_S = 1.0, 10.0  # at the run directories of running trials
 
 
-def run_trials(folder: Storage, ledger: Ledger, jobs: list[Job], share: int) -> list[float | None]:
+def run_trials(
+    folder: Storage, ledger: Ledger, jobs: list[Job], share: int, source: HotStart | None
+) -> list[float | None]:
     """Run the trials that wait; returns the objective of each job. Every way out leaves the ledger right.
 
+    source: a process that has all but Ray imported; None if no trial waits.
     SweepFailedError if trials failed, ConfigError if one can never fit, SystemExit after a signal.
     """
     display = Display(folder, ledger, jobs)
     display.header()
-    if any(job.trial.status == WAITING for job in jobs):
+    if source is not None:
         try:
-            _with_ray(folder, ledger, jobs, share, display)
+            _with_ray(folder, ledger, jobs, share, display, source)
         except KeyboardInterrupt as interrupt:
             display.close()
             display.say(f"stopped; the same command with sweep.name={ledger.name} goes on")
@@ -51,13 +56,11 @@ def run_trials(folder: Storage, ledger: Ledger, jobs: list[Job], share: int) -> 
     return [by_name.get(job.trial.name) for job in jobs]
 
 
-def _with_ray(folder: Storage, ledger: Ledger, jobs: list[Job], share: int, display: Display) -> None:
+def _with_ray(folder: Storage, ledger: Ledger, jobs: list[Job], share: int, display: Display, source: HotStart) -> None:
     """Start or join Ray, and run."""
     config = _widest(jobs)
     threads = max(job.workers.num_threads for job in jobs)
-    # a process that has all but Ray imported, and from it one for the trials' drivers, which have it too
-    source = HotStart(config.scaling, threads, without_ray=True)
-    drivers = None
+    drivers = source  # unless it preloads: then one that has Ray too
     try:
         start_ray(config)
         capacity = dict(ray.cluster_resources())
@@ -66,7 +69,8 @@ def _with_ray(folder: Storage, ledger: Ledger, jobs: list[Job], share: int, disp
         if too_large := require_room(jobs, capacity):
             raise ConfigError("\n".join(["trials that can never run:", *too_large]))
         address = ray.get_runtime_context().gcs_address
-        drivers = HotStart(config.scaling, threads, source=source.socket) if source.socket else source
+        if source.socket:
+            drivers = HotStart(config.scaling, threads, source=source.socket)
         shared = SharedRay(address, source.socket if _is_one_machine() else None, share)
         interval_s = _LOOK_EVERY_S if folder.local_path is not None else _LOOK_EVERY_REMOTE_S
         looked = 0.0
@@ -93,10 +97,10 @@ def _with_ray(folder: Storage, ledger: Ledger, jobs: list[Job], share: int, disp
                 asked=asked,
             ).run()
     finally:
+        # the leaderboard is next, and Ray takes a second to stop
+        threading.Thread(target=importlib.import_module, args=("matplotlib.figure",), daemon=True).start()
         ray.shutdown()
-        for preloaded in (drivers, source):
-            if preloaded is not None:
-                preloaded.stop()
+        drivers.stop()
 
 
 def _widest(jobs: list[Job]) -> Config:
