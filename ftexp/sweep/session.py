@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
+import threading
 import time
 
 import ray
@@ -16,7 +18,7 @@ from ftexp.scaling import SharedRay, may_stream, start_ray, usable_cpus
 from ftexp.storage import Storage
 from ftexp.sweep.display import Display
 from ftexp.sweep.leaderboard import publish
-from ftexp.sweep.ledger import WAITING, Ledger, reached
+from ftexp.sweep.ledger import Ledger, reached
 from ftexp.sweep.runner import Job, Runner, require_room
 from ftexp.sweep.sweep import failures_of
 from ftexp.sweep.trial import Order
@@ -25,16 +27,20 @@ from ftexp.tracking import FINISHED
 _LOOK_EVERY_S, _LOOK_EVERY_REMOTE_S = 1.0, 10.0  # at the run directories of running trials
 
 
-def run_trials(folder: Storage, ledger: Ledger, jobs: list[Job], share: int) -> list[float | None]:
+def run_trials(
+    folder: Storage, ledger: Ledger, jobs: list[Job], share: int, hot_start: HotStart | None
+) -> list[float | None]:
     """Run the trials that wait; returns the objective of each job. Every way out leaves the ledger right.
 
+    hot_start: what trials' drivers are forked by, whoever started Ray, and their workers, if that is done here; None if
+    no trial waits.
     SweepFailedError if trials failed, ConfigError if one can never fit, SystemExit after a signal.
     """
     display = Display(folder, ledger, jobs)
     display.header()
-    if any(job.trial.status == WAITING for job in jobs):
+    if hot_start is not None:
         try:
-            _with_ray(folder, ledger, jobs, share, display)
+            _with_ray(folder, ledger, jobs, share, display, hot_start)
         except KeyboardInterrupt as interrupt:
             display.close()
             display.say(f"stopped; the same command with sweep.name={ledger.name} goes on")
@@ -52,11 +58,11 @@ def run_trials(folder: Storage, ledger: Ledger, jobs: list[Job], share: int) -> 
     return [by_name.get(job.trial.name) for job in jobs]
 
 
-def _with_ray(folder: Storage, ledger: Ledger, jobs: list[Job], share: int, display: Display) -> None:
+def _with_ray(
+    folder: Storage, ledger: Ledger, jobs: list[Job], share: int, display: Display, hot_start: HotStart
+) -> None:
     """Start or join Ray, and run."""
     config = _widest(jobs)
-    # trials' drivers are forked here, whoever started Ray; and their workers, if that was this process
-    hot_start = HotStart(config.scaling, max(job.workers.num_threads for job in jobs), joins=False)
     is_own = config.scaling.address is None
     try:
         with hot_start.raylet_settings() if is_own else contextlib.nullcontext():
@@ -93,8 +99,9 @@ def _with_ray(folder: Storage, ledger: Ledger, jobs: list[Job], share: int, disp
                 asked=asked,
             ).run()
     finally:
+        # the leaderboard is next, and Ray takes a second to stop
+        threading.Thread(target=importlib.import_module, args=("matplotlib.figure",), daemon=True).start()
         ray.shutdown()
-        hot_start.stop()
 
 
 def _widest(jobs: list[Job]) -> Config:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from ftexp.config import Config
 from ftexp.errors import ConfigError, SweepFailedError
+from ftexp.hot_start.driver import HotStart
 from ftexp.lease import Lease
 from ftexp.opening import open_run, require_resumable
 from ftexp.scaling import Workers, decide_workers, num_shares, prepare_environment
 from ftexp.storage import Storage
 from ftexp.sweep.identity import swept_keys, trial_name
-from ftexp.sweep.ledger import Ledger, Trial, read_ledger
+from ftexp.sweep.ledger import WAITING, Ledger, Trial, read_ledger
 from ftexp.sweep.runner import Job
 from ftexp.tracking import FAILED, FINISHED
 
@@ -46,11 +48,25 @@ def run_sweep(configs: Sequence[Config], jobs: Sequence[dict[str, str]], words: 
         _mark_what_is_done(folder, planned, first.sweep.retry_failed, ledger)
         ledger.take_over([job.trial for job in planned])
         prepare_environment(first)
-        from ftexp.sweep.session import run_trials
+        with _preloading(planned) as hot_start:  # seconds of imports, beside those of Ray here
+            from ftexp.sweep.session import run_trials
 
-        return run_trials(folder, ledger, planned, share)
+            return run_trials(folder, ledger, planned, share, hot_start)
     finally:
         lease.release()
+
+
+@contextlib.contextmanager
+def _preloading(jobs: list[Job]) -> Iterator[HotStart | None]:
+    """A process that has everything imported, from which others are forked; None if nothing is to be run."""
+    if not any(job.trial.status == WAITING for job in jobs):
+        yield None
+        return
+    hot_start = HotStart(jobs[0].config.scaling, max(job.workers.num_threads for job in jobs), joins=False)
+    try:
+        yield hot_start
+    finally:
+        hot_start.stop()
 
 
 def _ledger(folder: Storage, name: str, config: Config, jobs: Sequence[dict[str, str]]) -> Ledger:
