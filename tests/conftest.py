@@ -15,6 +15,9 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+# read when Ray is imported: else `uv run pytest` has Ray start every worker through `uv run`, in an environment anew
+os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
+
 DEADLINE_S = 240
 FOUR_EPOCHS = ["train.epochs=4", "train.ledger=true"]
 

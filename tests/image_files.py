@@ -1,13 +1,9 @@
 """Small files of images for the tests of sources and feeds, and what was read from them."""
 
 import io
-import os
 import tarfile
 
 import numpy as np
-
-os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
-
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image

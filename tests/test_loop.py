@@ -344,7 +344,7 @@ def test_where_steps_are_not_skipped_a_bad_loss_is_an_error_when_it_would_be_log
 
 def test_nothing_is_saved_after_a_bad_loss(tmp_path):
     job = make_job()
-    job.line.stop_requested = False
+    job.line.stop_requested = job.line.save_requested = False
     store = CheckpointStore(Storage.at(str(tmp_path)))
     checkpoints = CheckpointManager(job, store, ExtraState(["progress"], job))
     poisoned_step(job, job.feed.from_position(0))
@@ -357,7 +357,8 @@ def test_nothing_is_saved_after_a_bad_loss(tmp_path):
 def test_weights_that_are_not_finite_are_not_kept_as_a_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr("ray.train.report", lambda metrics: None)
     job = make_job()
-    job.line.stop_requested, job.line.sync = False, lambda: None
+    job.line.stop_requested = job.line.save_requested = False
+    job.line.sync = lambda: None
     store = CheckpointStore(Storage.at(str(tmp_path)))
     checkpoints = CheckpointManager(job, store, ExtraState(["progress"], job))
     job.progress.step = 1
@@ -380,7 +381,7 @@ def test_weights_that_are_not_finite_are_not_kept_as_a_checkpoint(tmp_path, monk
 
 def test_a_request_to_stop_is_taken_up_after_a_step_and_saved_there(tmp_path):
     job = make_job()
-    job.line.stop_requested = False
+    job.line.stop_requested = job.line.save_requested = False
     checkpoints = CheckpointManager(job, CheckpointStore(Storage.at(str(tmp_path))), ExtraState(["progress"], job))
     job.progress.step = 1
     assert (checkpoints.due(epoch_ended=False), checkpoints.stopping) == (False, False)

@@ -48,7 +48,7 @@ def run(tmp_path, monkeypatch):
 
     def start(policy, bad_steps=(), skips=(), name="run", model=None, **failure):
         job = make_job(model, optim=OptimConfig(name="sgd", lr=0.01)) if model else make_job()
-        job.line.stop_requested = False
+        job.line.stop_requested = job.line.save_requested = False
         job.config.failure = dataclasses.replace(job.config.failure, on_nonfinite=policy, **failure)
         job.config.checkpoint.every_steps, job.config.checkpoint.every_epochs = 3, None
         job.config.train.ledger, job.config.train.log_every_steps = True, 4
@@ -131,7 +131,8 @@ def test_known_batches_are_left_out_whatever_the_policy_and_count_for_its_limit(
 def test_weights_that_are_not_finite_are_nothing_to_go_back_to(tmp_path, monkeypatch):
     monkeypatch.setattr("ray.train.report", lambda metrics: None)
     job = make_job()
-    job.line.stop_requested, job.config.failure.on_nonfinite = False, "rollback"
+    job.line.stop_requested = job.line.save_requested = False
+    job.config.failure.on_nonfinite = "rollback"
     checkpoints = CheckpointManager(job, CheckpointStore(Storage.at(str(tmp_path))), ExtraState(STATES, job))
     checkpoints.keep_in_memory()
     good = copied(job)

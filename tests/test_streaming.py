@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
-os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
-
 import numpy as np
 import pytest
 import ray
