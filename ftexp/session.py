@@ -41,7 +41,7 @@ def run_session(
         with hot_start.raylet_settings():
             running = start_ray(config, shared.runtime_env if shared else hot_start.runtime_env(), shared)
         importing.join()
-        return _run(config, overrides, workers, run_dir, state, lease, running)
+        return _run(config, overrides, workers, run_dir, state, lease, running, shared)
     finally:
         ray.shutdown()
         hot_start.stop()
@@ -55,6 +55,7 @@ def _run(
     state: RunState,
     lease: Lease,
     running: RunningRay,
+    shared: SharedRay | None,
 ) -> dict[str, float]:
     import ftexp.checkpoint.states  # noqa: F401 - registers what is built in
     from ftexp.checkpoint.registry import check_names
@@ -80,7 +81,7 @@ def _run(
     record = RunRecord(run_dir, state, (checkpoint.checkpoint_score_attribute, checkpoint.checkpoint_score_order))
     record.event("command_started")
     record.write()
-    if config.scaling.address is not None:
+    if config.scaling.address is not None and shared is None:  # a sweep has seen to it for its trials' jobs
         runtime_env, why_not = on_joined_nodes(config.scaling, workers.num_threads)
         workers = dataclasses.replace(workers, runtime_env=runtime_env)
         if why_not:

@@ -13,7 +13,7 @@ from ftexp.cli import interrupted_code
 from ftexp.config import Config
 from ftexp.errors import ConfigError
 from ftexp.fitting import collected_signals
-from ftexp.hot_start.driver import HotStart
+from ftexp.hot_start.driver import HotStart, on_joined_nodes
 from ftexp.scaling import SharedRay, may_stream, start_ray, usable_cpus
 from ftexp.storage import Storage
 from ftexp.sweep.display import Display
@@ -73,7 +73,10 @@ def _with_ray(
         if too_large := require_room(jobs, capacity):
             raise ConfigError("\n".join(["trials that can never run:", *too_large]))
         address = ray.get_runtime_context().gcs_address
-        shared = SharedRay(address, hot_start.runtime_env() if is_own else {}, share)
+        runtime_env = hot_start.runtime_env()
+        if not is_own:  # with one thread, or as many as the widest takes: what is preloaded is the same for all
+            runtime_env, _ = on_joined_nodes(config.scaling, max(job.workers.num_threads for job in jobs))
+        shared = SharedRay(address, runtime_env, share)
         interval_s = _LOOK_EVERY_S if folder.local_path is not None else _LOOK_EVERY_REMOTE_S
         looked = 0.0
 
