@@ -12,6 +12,7 @@ import ftexp.data.listing
 from ftexp.data.build import build_data
 from ftexp.data.feeds import CachedRows
 from ftexp.data.stream import StreamedRows
+from ftexp.errors import DataError
 from ftexp.storage import Storage
 
 IMAGES = [picture(number) for number in range(23)]
@@ -101,6 +102,12 @@ def test_rows_from_a_store_that_fails_now_and_then_are_those_of_the_disk(roots, 
     np.testing.assert_array_equal(taken.labels, expected.labels)
     num_files = len(IMAGES) if name.startswith("image") else 3
     assert store.num_refused > 2 * num_files  # each was looked at, and read, in vain at first
+
+
+def test_a_list_in_a_store_may_not_name_files_of_a_disk(roots, flaky, s3_server):
+    Storage.at(s3_uri(s3_server, "bucket")).write_bytes("own.csv", b"path,label\n/disk/0.png,0\n1.png,1\n")
+    with pytest.raises(DataError, match=r"^bucket/own\.csv lists /disk/0\.png: paths are relative to the list"):
+        build_data(data_config("image_list", flaky[0]("own.csv")))
 
 
 def test_images_that_a_store_never_gives_are_named_and_the_others_cached(roots, flaky):

@@ -24,7 +24,7 @@ _SPLIT = "split"
 def image_list(config: DataConfig) -> Listing:
     """A CSV file (.tsv: with tabs) with a column of paths, one of labels, and perhaps `split`: train, val or test.
 
-    Paths are relative to the list's folder, or absolute where it lies itself. Labels are whole numbers from 0, or text.
+    Paths are relative to the list's folder, or absolute if it is on a disk. Labels are whole numbers from 0, or text.
     """
     import pyarrow as pa
 
@@ -37,8 +37,9 @@ def image_list(config: DataConfig) -> Listing:
         raise DataError(
             f"{root}: its column '{_SPLIT}' holds {', '.join(map(repr, unknown))}; allowed: {', '.join(SPLITS)}"
         )
-    if foreign := next((path for path in paths if "://" in path), None):
-        raise DataError(f"{root} lists {foreign}: paths are relative to the list, or absolute where it lies itself")
+    on_disk = root.startswith("/")
+    if foreign := next((path for path in paths if "://" in path or (path.startswith("/") and not on_disk)), None):
+        raise DataError(f"{root} lists {foreign}: paths are relative to the list, or absolute where it is on a disk")
     files = [posixpath.join(posixpath.dirname(root), path) for path in paths]
     folder = posixpath.commonpath([posixpath.dirname(file) for file in files]).rstrip("/")
     below = [file[len(folder) + 1 :] for file in files]
