@@ -69,6 +69,7 @@ class SharedRay:
 
     address: str
     runtime_env: dict[str, Any]  # of the trials' jobs
+    why_cold: str | None  # why trials' workers aren't forked, if they aren't
     share: int  # trials that share this machine
 
 

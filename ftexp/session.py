@@ -34,7 +34,8 @@ def run_session(
 ) -> dict[str, float]:
     """Train in a Ray that is started here, or joined, and left again; returns the last metrics."""
     # torch takes seconds to import, and starting Ray is mostly waiting for its processes
-    hot_start = HotStart(config.scaling, workers.num_threads, joins=True if shared is not None else None)
+    joins = shared is not None or config.scaling.address is not None
+    hot_start = HotStart(config.scaling, workers.num_threads, joins)
     importing = threading.Thread(target=importlib.import_module, args=("ftexp.trainer",), name="import")
     importing.start()
     try:
@@ -81,11 +82,12 @@ def _run(
     record = RunRecord(run_dir, state, (checkpoint.checkpoint_score_attribute, checkpoint.checkpoint_score_order))
     record.event("command_started")
     record.write()
-    if config.scaling.address is not None and shared is None:  # a sweep has seen to it for its trials' jobs
-        runtime_env, why_not = on_joined_nodes(config.scaling, workers.num_threads)
+    why_cold = shared.why_cold if shared is not None else None  # a sweep has seen to its trials' jobs
+    if config.scaling.address is not None and shared is None:
+        runtime_env, why_cold = on_joined_nodes(config.scaling, workers.num_threads)
         workers = dataclasses.replace(workers, runtime_env=runtime_env)
-        if why_not:
-            record.event("cold_start", reason=why_not)
+    if why_cold is not None:
+        record.event("cold_start", reason=why_cold)
     if bundle.info.bad_samples:
         samples = [vars(sample) for sample in bundle.info.bad_samples]
         record.event("bad_samples", count=len(samples), samples=samples)

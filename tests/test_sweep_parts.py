@@ -183,13 +183,17 @@ def test_sigterm_stops_every_trial_and_starts_no_other(tmp_path, monkeypatch):
         if not asked and all(log.exists() and "ready" in log.read_text() for log in logs):
             asked.append(Terminated())
 
+    run_until_terminated(jobs, tick, asked)
+    assert [each.trial.status for each in jobs] == [INTERRUPTED, INTERRUPTED, "waiting"]
+    assert all("stopped" in each.log.read_text() for each in jobs[:2])
+
+
+def run_until_terminated(jobs, tick, asked):
     running = Runner(
         jobs, {"CPU": 2.0}, None, [sys.executable], lambda each: each.trial.name, lambda _: None, tick, asked
     )  # fmt: skip
     with pytest.raises(Terminated):
         running.run()
-    assert [each.trial.status for each in jobs] == [INTERRUPTED, INTERRUPTED, "waiting"]
-    assert all("stopped" in each.log.read_text() for each in jobs[:2])
 
 
 def test_what_a_trial_that_hangs_on_after_a_signal_gets_is_sigkill(tmp_path, monkeypatch):
@@ -204,11 +208,7 @@ def test_what_a_trial_that_hangs_on_after_a_signal_gets_is_sigkill(tmp_path, mon
         if not asked and jobs[0].log.exists() and "ready" in jobs[0].log.read_text():
             asked.append(Terminated())
 
-    running = Runner(
-        jobs, {"CPU": 2.0}, None, [sys.executable], lambda each: each.trial.name, lambda _: None, tick, asked
-    )  # fmt: skip
-    with pytest.raises(Terminated):
-        running.run()
+    run_until_terminated(jobs, tick, asked)
     assert jobs[0].trial.status == INTERRUPTED
 
 

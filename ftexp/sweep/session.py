@@ -20,7 +20,7 @@ from ftexp.sweep.display import Display
 from ftexp.sweep.leaderboard import publish
 from ftexp.sweep.ledger import Ledger, reached
 from ftexp.sweep.runner import Job, Runner, require_room
-from ftexp.sweep.sweep import failures_of
+from ftexp.sweep.sweep import failures_of, most_threads
 from ftexp.sweep.trial import Order
 from ftexp.tracking import FINISHED
 
@@ -73,10 +73,10 @@ def _with_ray(
         if too_large := require_room(jobs, capacity):
             raise ConfigError("\n".join(["trials that can never run:", *too_large]))
         address = ray.get_runtime_context().gcs_address
-        runtime_env = hot_start.runtime_env()
-        if not is_own:  # with one thread, or as many as the widest takes: what is preloaded is the same for all
-            runtime_env, _ = on_joined_nodes(config.scaling, max(job.workers.num_threads for job in jobs))
-        shared = SharedRay(address, runtime_env, share)
+        runtime_env, why_cold = hot_start.runtime_env(), None
+        if not is_own:
+            runtime_env, why_cold = on_joined_nodes(config.scaling, most_threads(jobs))
+        shared = SharedRay(address, runtime_env, why_cold, share)
         interval_s = _LOOK_EVERY_S if folder.local_path is not None else _LOOK_EVERY_REMOTE_S
         looked = 0.0
 

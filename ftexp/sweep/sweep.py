@@ -62,11 +62,16 @@ def _preloading(jobs: list[Job]) -> Iterator[HotStart | None]:
     if not any(job.trial.status == WAITING for job in jobs):
         yield None
         return
-    hot_start = HotStart(jobs[0].config.scaling, max(job.workers.num_threads for job in jobs), joins=False)
+    hot_start = HotStart(jobs[0].config.scaling, most_threads(jobs), joins=False)
     try:
         yield hot_start
     finally:
         hot_start.stop()
+
+
+def most_threads(jobs: Sequence[Job]) -> int:
+    """Of a worker of any trial: what is preloaded serves them all."""
+    return max(job.workers.num_threads for job in jobs)
 
 
 def _ledger(folder: Storage, name: str, config: Config, jobs: Sequence[dict[str, str]]) -> Ledger:
