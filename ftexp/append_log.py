@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +58,14 @@ class AppendLog:
         if self._file is not None:
             os.fsync(self._file.fileno())
 
+    def lines(self) -> list[str]:
+        """Every line so far, also those that couldn't be written yet."""
+        if self._file is None:
+            return list(self._lines)
+        path = self._storage.local_path
+        assert path is not None, "it has a file"
+        return [*(path / self._name).read_text(encoding="utf-8").splitlines(), *self._lines]
+
     def close(self) -> None:
         """Flush, and release the file."""
         self.flush()
@@ -63,13 +73,34 @@ class AppendLog:
             self._file.close()
 
 
-def read_lines(storage: Storage, name: str) -> list[Any]:
-    """What an AppendLog holds, parsed; without a line that a kill has torn. FileNotFoundError if there is none."""
+def as_json(value: Any, indent: int | None = None) -> str:
+    """A line, unless it is indented."""
+    return json.dumps(finite(value), indent=indent)
+
+
+def finite(value: Any) -> Any:
+    """A copy in which NaN and infinity are None: JSON has neither."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [finite(item) for item in value]
+    return value
+
+
+def parse_lines(lines: Iterable[str]) -> list[Any]:
+    """What the lines hold, without one that a kill has torn."""
     entries = []
-    for line in storage.read_bytes(name).decode().splitlines():
+    for line in lines:
         with contextlib.suppress(ValueError):  # torn
             entries.append(json.loads(line))
     return entries
+
+
+def read_lines(storage: Storage, name: str) -> list[Any]:
+    """What an AppendLog holds, parsed; without a line that a kill has torn. FileNotFoundError if there is none."""
+    return parse_lines(storage.read_bytes(name).decode().splitlines())
 
 
 def _end_torn_line(path: Path) -> None:

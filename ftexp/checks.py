@@ -16,24 +16,33 @@ from collections.abc import Callable, Iterator
 from difflib import get_close_matches
 from pathlib import Path
 
-from ftexp.config import AUTO, CAUSES, FAULTS, Config, config_dir, fault_fields
+from ftexp.config import AUTO, CAUSES, FAULTS, METRICS, Config, config_dir, fault_fields
 from ftexp.data.names import SOURCE_FIELDS, can_stream
 from ftexp.errors import ConfigError
 from ftexp.field_checks import field_problems
+from ftexp.recipe_checks import (
+    check_augment,
+    check_average,
+    check_drop_path,
+    check_freeze,
+    check_optim,
+    check_schedule,
+)
 from ftexp.registry import did_you_mean
-from ftexp.timm_names import model_names, optimizer_names
+from ftexp.timm_names import model_names
+from ftexp.trackers.checks import tracker_problems
 
 _FAULT_FIELDS = ("kind", "step", "rank", "count", "seconds")
 _SOURCE_ONLY = frozenset(name for names in SOURCE_FIELDS.values() for name in names) | {"kwargs"}
 
 
-def validate(config: Config) -> None:
-    """Raise ConfigError, listing every mistake in `config`; return None if there is none."""
+def validate(config: Config, trains: bool = True) -> None:
+    """Raise ConfigError, listing every mistake in `config`; of model, data and scaling alone if nothing `trains`."""
     wrong = dict(field_problems(config, ""))
     problems = list(wrong.values())
     # a check is left out if a field that it counts with is wrong by itself
     for check, fields in _CHECKS.items():
-        if wrong.keys().isdisjoint(fields):
+        if (trains or check in (_model, _data, _scaling)) and wrong.keys().isdisjoint(fields):
             problems += check(config)
     if problems:
         raise ConfigError("\n".join(problems))
@@ -143,22 +152,6 @@ def _data(config: Config) -> Iterator[str]:
         yield f"augment.pad_px={config.augment.pad_px} must be below data.image_size={data.image_size}"
 
 
-def _optim(config: Config) -> Iterator[str]:
-    if config.optim.name not in optimizer_names() and not config.plugins:
-        yield _unknown("optim.name", config.optim.name, optimizer_names(), "Any optimiser of timm's can be named")
-    for key in ("opt", "lr", "weight_decay"):
-        if key in config.optim.kwargs:
-            yield f"optim.kwargs.{key} stands beside optim.{'name' if key == 'opt' else key}: set that one"
-
-
-def _schedule(config: Config) -> Iterator[str]:
-    schedule, epochs = config.schedule, config.train.epochs
-    if schedule.warmup_epochs and schedule.warmup_epochs >= epochs:
-        yield f"schedule.warmup_epochs={schedule.warmup_epochs} must be below train.epochs={epochs}: lower it"
-    if schedule.min_lr > config.optim.lr:
-        yield f"schedule.min_lr={schedule.min_lr} must not be above optim.lr={config.optim.lr}"
-
-
 def _scaling(config: Config) -> Iterator[str]:
     scaling = config.scaling
     workers = scaling.num_workers
@@ -207,11 +200,6 @@ def _failure(config: Config) -> Iterator[str]:
             yield f"failure.max_by_cause.{cause}={count} must be at least 0; without a limit, leave it out"
     if failure.backoff_s > failure.max_backoff_s:
         yield f"failure.backoff_s={failure.backoff_s} must not be above failure.max_backoff_s={failure.max_backoff_s}"
-    if failure.on_nonfinite != "raise" and config.train.precision == "fp16":
-        yield (
-            f"failure.on_nonfinite={failure.on_nonfinite} is not for train.precision=fp16, whose loss scaler skips "
-            "steps by itself: use raise"
-        )
 
 
 def _run(config: Config) -> Iterator[str]:
@@ -227,7 +215,10 @@ def _sweep(config: Config) -> Iterator[str]:
     name = config.sweep.name
     if name is not None and (not name.strip() or name in (".", "..") or "/" in name):
         yield f"sweep.name={name!r} can't name a folder under run.storage/sweeps: give a name without slashes"
-    if config.sweep.metric is not None and config.sweep.mode is None:
+    if config.sweep.metric is not None and config.sweep.metric not in METRICS:
+        near = did_you_mean(config.sweep.metric, METRICS)
+        yield f"sweep.metric={config.sweep.metric} is written by no run.{near} Metrics: {', '.join(METRICS)}"
+    elif config.sweep.metric is not None and config.sweep.mode is None:
         if config.sweep.metric != config.checkpoint.checkpoint_score_attribute:
             yield f"sweep.metric={config.sweep.metric} needs sweep.mode=max or min: which is better?"
 
@@ -296,11 +287,16 @@ _CHECKS: dict[Callable[[Config], Iterator[str]], tuple[str, ...]] = {
         *("data.name", "data.image_size", "data.channels", "data.mean", "data.std"),
         *("data.val_fraction", "data.test_fraction", "augment.pad_px"),
     ),
-    _optim: ("optim.name",),
-    _schedule: ("schedule.warmup_epochs", "schedule.min_lr", "train.epochs", "optim.lr"),
+    check_augment: ("train.global_batch_size", "data.channels", "augment.mixup_alpha", "augment.cutmix_alpha"),
+    check_optim: ("optim.name",),
+    check_schedule: ("schedule.warmup_epochs", "schedule.min_lr", "train.epochs", "optim.lr"),
+    check_average: (),
+    check_drop_path: ("model.name",),
+    check_freeze: ("train.epochs",),
     _scaling: (),
     _batch: ("train.global_batch_size", "train.accumulate_steps"),
     _checkpoint: (),
     _chaos: ("chaos.kind",),
+    tracker_problems: (),
     _failure: ("failure.backoff_s", "failure.max_backoff_s"),
 }

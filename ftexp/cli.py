@@ -16,17 +16,19 @@ from typing import Any
 import hydra
 from hydra.core.config_store import ConfigNode, ConfigStore
 from hydra.errors import MissingConfigException, OverrideParseException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ftexp.config import Config, config_dir
+from ftexp.config import Config, SearchConfig, config_dir
 from ftexp.errors import ConfigError, FtexpError
+from ftexp.field_checks import field_problems
 from ftexp.registry import did_you_mean
 
 EXIT_INTERRUPTED = 130
 EXIT_TERMINATED = 75  # by SIGTERM, after a last save: EX_TEMPFAIL, the same command goes on
 _OPEN_KEYS = re.compile(
-    r"^((model|optim|data)\.kwargs|model\.preset|scaling\.resources_per_worker|failure\.max_by_cause)(\.[^=]+)?="
+    r"^((model|optim|data)\.kwargs|model\.preset|scaling\.resources_per_worker|failure\.max_by_cause|train\.freeze"
+    r"|tracker\.(use|tags|kwargs))(\.[^=]+)?="
 )
 
 
@@ -43,6 +45,11 @@ class _Shared(ConfigNode):
 ConfigStore.instance().repo["schema.yaml"] = _Shared(
     name="schema.yaml", node=OmegaConf.structured(Config), group=None, package=None, provider="ftexp"
 )
+
+
+def offer_option(group: str, name: str, node: Any) -> None:
+    """Let `group=name` stand for a dataclass, as if it were a file of that group."""
+    ConfigStore.instance().store(name, dataclasses.asdict(node), group=group, provider="ftexp")
 
 
 def run_hydra(task: Callable[[DictConfig], float | None], argv: Sequence[str]) -> int:
@@ -65,7 +72,7 @@ def run_hydra(task: Callable[[DictConfig], float | None], argv: Sequence[str]) -
             raise
 
     # any key may be added under these, so Hydra's "+" is put there for the user
-    sys.argv[1:] = [f"++{word}" if _OPEN_KEYS.match(word) else word for word in argv]
+    sys.argv[1:] = [f"++{word}" if _OPEN_KEYS.match(word) else _in_full(word) for word in argv]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing, and we word the error
     try:
         hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")(reporting)()
@@ -78,9 +85,17 @@ def run_hydra(task: Callable[[DictConfig], float | None], argv: Sequence[str]) -
         if any(error is crash for crash in crashes):
             raise
         unknown = _unknown_option(argv) if "group override must be a string" in str(error) else None
+        if "does not support sweep type" in str(error):
+            unknown = _open_interval(argv)
         print_error(ConfigError(unknown or explain(error)))
         return ConfigError.exit_code
     return max(failures, default=0)
+
+
+def _in_full(word: str) -> str:
+    """`profile=true` for `profile.enabled=true`: under profile there are further keys."""
+    key, _, value = word.partition("=")
+    return f"profile.enabled={value}" if key == "profile" and value.lower() in ("true", "false") else word
 
 
 def interrupted_code(interrupt: KeyboardInterrupt) -> int:
@@ -121,6 +136,17 @@ def parse_words(schema: type[Any], words: Sequence[str]) -> Any:
         raise ConfigError(explain(error, schema())) from error
 
 
+def read_command(schema: type[Any], words: Sequence[str], **needed: str) -> Any:
+    """As `parse_words`, with every field in its range; `needed` says what those look like that have no default."""
+    config = parse_words(schema, words)
+    for key, example in needed.items():
+        if getattr(config, key) == MISSING:
+            raise ConfigError(f"{key} is not set: add {key}={example}")
+    if problems := dict(field_problems(config, "")):
+        raise ConfigError("\n".join(problems.values()))
+    return config
+
+
 def _typed(node: DictConfig, schema: type[Any]) -> Any:
     values: dict[str, Any] = {}
     for field in dataclasses.fields(schema):
@@ -155,10 +181,20 @@ def _unknown_option(argv: Sequence[str]) -> str | None:
         group, _, option = word.lstrip("+").partition("=")
         folder = config_dir() / group
         if group and folder.is_dir() and not option.startswith("{"):
-            options = sorted(file.stem for file in folder.glob("*.yaml"))
+            options = _options(group)
             if options and not set(option.split(",")) <= set(options):
                 return _unknown_option_text(group, option, options)
     return None
+
+
+def _options(group: str) -> list[str]:
+    return sorted(file.stem for file in (config_dir() / group).glob("*.yaml"))
+
+
+def _open_interval(argv: Sequence[str]) -> str:
+    """The message for a grid with an interval in it, of which Hydra names the type only."""
+    (typed, *_) = [word for word in argv if "interval(" in word]
+    return f"{typed}: a grid needs values that can be counted: list them, or add hydra/sweeper=tune, which searches"
 
 
 def _unknown_option_text(group: str, option: str, options: list[str]) -> str:
@@ -172,7 +208,7 @@ def explain(error: BaseException, schema: Any = None) -> str:
     """
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, option = str(error.missing_cfg_file).rpartition("/")
-        options = [str(name) for name in error.options or ()]
+        options = [str(name) for name in error.options or ()] or _options(group)  # of a list, Hydra tells none
         if not group:
             return f"--config-name {option}: there is no such file in {config_dir()}; leave it out for config.yaml"
         return _unknown_option_text(group, option, options)
@@ -204,6 +240,10 @@ def _unknown_key(key: str, schema: Any = None) -> str:
     """The message for a key that the schema doesn't have, with the nearest that it has."""
     node: Any = schema if schema is not None else Config()
     *parents, name = key.split(".")
+    if parents == ["hydra", "sweeper"]:
+        names = [field.name for field in dataclasses.fields(SearchConfig)]
+        near = did_you_mean(name, names).replace("'", "'hydra.sweeper.", 1)
+        return f"{key} is not a key.{near} Keys of hydra/sweeper=tune: {', '.join(names)}"
     for parent in parents:
         node = getattr(node, parent, None)
     siblings = [field.name for field in dataclasses.fields(node)] if dataclasses.is_dataclass(node) else []

@@ -13,6 +13,9 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from ftexp.fields import choice, ranged
+from ftexp.trackers.settings import TrackerConfig
+
 AUTO = "auto"
 PRECISIONS = ("fp32", "bf16", "fp16")
 CAUSES = ("bug", "out_of_memory", "crash", "hang", "preemption", "non_finite", "storage", "startup")
@@ -23,16 +26,16 @@ FAULTS = (
     *("half_snapshot", "disk_full", "slow_storage"),
 )
 SCHEDULES = ("cosine", "poly", "tanh", "step", "constant")
-
-
-def ranged(default: Any, low: float | None = None, high: float | None = None, above: float | None = None) -> Any:
-    """A number field: low <= value <= high, and value > above, where given. None passes."""
-    return field(default=default, metadata={"low": low, "high": high, "above": above})
-
-
-def choice(default: Any, options: tuple[str, ...]) -> Any:
-    """A field that holds one of `options`."""
-    return field(default=default, metadata={"options": options})
+MIX_MODES = ("batch", "pair", "elem")
+ERASE_MODES = ("const", "rand", "pixel")
+SGD_NAMES = ("sgd", "momentum", "nesterov")  # timm's, of torch's SGD
+METRICS = tuple(
+    f"{split}_{kind}{of}"
+    for of in ("", "_ema")
+    for split in ("train", "val", "test")
+    for kind in ("loss", "accuracy")
+    if not (of and split == "train")
+)
 
 
 @dataclass(kw_only=True)
@@ -49,10 +52,13 @@ class ModelConfig:
     # `model.name=...` alone doesn't hand them to another architecture
     preset: dict[str, dict[str, Any]] = field(default_factory=dict)
     pretrained: Any = False  # true: timm's hub weights; a path: local .pt, .pth or .safetensors
+    # stochastic depth: probability that the last block is left out for a sample, falling to 0 at the first
+    drop_path_rate: float | None = ranged(None, low=0, high=0.99)
 
     def all_kwargs(self) -> dict[str, Any]:
         """What `timm.create_model` is given beside input size, channels and classes."""
-        return {**self.preset.get(self.name, {}), **self.kwargs}
+        drop_path = {} if self.drop_path_rate is None else {"drop_path_rate": self.drop_path_rate}
+        return {**self.preset.get(self.name, {}), **drop_path, **self.kwargs}
 
 
 @dataclass(kw_only=True)
@@ -85,6 +91,20 @@ class AugmentConfig:
     pad_px: int = ranged(0, low=0)  # shift by up to this many pixels each way, zeros moving in
     hflip: float = ranged(0.0, low=0, high=1)  # probability of a left-right flip
     brightness: float = ranged(0.0, low=0, high=1)  # multiply pixels by 1 +- up to this
+    rand_augment: str | None = None  # timm's words, rand-m9-n2-mstd0.5-inc1, say; drawn and applied sample by sample
+    erase_prob: float = ranged(0.0, low=0, high=1)  # random erasing, after normalising
+    erase_mode: str = choice("const", ERASE_MODES)  # the mean; a colour; noise
+    erase_count: int = ranged(1, low=1)  # rectangles at most
+    mixup_alpha: float = ranged(0.0, low=0)  # of the beta distribution; 0: no mixup
+    cutmix_alpha: float = ranged(0.0, low=0)  # likewise; where both are given, one of them is drawn
+    mix_prob: float = ranged(1.0, low=0, high=1)  # of mixing at all
+    mix_switch_prob: float = ranged(0.5, low=0, high=1)  # of cutmix, where both are given
+    mix_mode: str = choice("batch", MIX_MODES)  # one draw for a global batch, for two samples, or for each
+
+    @property
+    def mixes(self) -> bool:
+        """Whether samples are mixed with one another."""
+        return self.mixup_alpha > 0 or self.cutmix_alpha > 0
 
 
 @dataclass(kw_only=True)
@@ -96,7 +116,11 @@ class TrainConfig:
     compile: bool = False  # torch.compile; the first steps are slow
     channels_last: bool = False
     label_smoothing: float = ranged(0.0, low=0, high=0.999)
-    clip_grad_norm: float | None = ranged(None, above=0)
+    clip_grad_norm: float | None = ranged(None, above=0)  # of all gradients together; one of these three, or none
+    clip_grad_value: float | None = ranged(None, above=0)  # each gradient within +- this
+    clip_grad_agc: float | None = ranged(None, above=0)  # each unit's, as a share of its weights' norm; not the head's
+    # {part: first epoch that trains it, from 1, or null for none}: backbone, layers.0-5, or a pattern of timm's names
+    freeze: dict[str, Any] = field(default_factory=dict)
     eval_every_epochs: int = ranged(1, low=1)  # the last epoch is always evaluated
     eval_batch_size: int | None = ranged(None, low=1)  # per worker; None: four times its training share
     log_every_steps: int = ranged(10, low=1)
@@ -109,7 +133,22 @@ class OptimConfig:
     name: str = MISSING  # a timm optimiser name
     lr: float = ranged(MISSING, above=0)  # peak learning rate at the configured global batch; never rescaled
     weight_decay: float = ranged(0.0, low=0)  # not applied to biases and norms
+    filter_bias_and_bn: bool = True  # false: weight decay for all but what the model itself excludes
+    layer_decay: float | None = ranged(None, above=0, high=1)  # rate of a layer, as a share of the next one's
     kwargs: dict[str, Any] = field(default_factory=dict)  # passed on to timm's create_optimizer_v2
+
+
+@dataclass(kw_only=True)
+class EmaConfig:
+    """A moving average of the weights, timm's ModelEmaV3: saved, and evaluated beside the weights themselves."""
+
+    decay: float | None = ranged(
+        None, above=0, high=0.999999
+    )  # share of the average that a step keeps; None: no average
+    use_warmup: bool = False  # begin with less, and come up to `decay`: 1 - (1 + step / gamma) ** -power
+    warmup_gamma: float = ranged(1.0, above=0)
+    warmup_power: float = ranged(2 / 3, above=0)
+    update_after_step: int = ranged(0, low=0)  # until then the average is the weights themselves
 
 
 @dataclass(kw_only=True)
@@ -170,7 +209,7 @@ class CheckpointConfig:
     num_to_keep: int | None = ranged(2, low=2)  # 1 would leave no way back if the newest is torn; None: all
     checkpoint_score_attribute: str = "val_accuracy"  # the best by this metric is kept as well
     checkpoint_score_order: str = choice("max", ("max", "min"))
-    extra_state: list[str] = field(default_factory=lambda: ["progress", "scheduler", "scaler", "rng", "best"])
+    extra_state: list[str] = field(default_factory=lambda: ["progress", "scheduler", "scaler", "ema", "rng", "best"])
 
 
 def fault_fields(fault: Any) -> dict[str, Any]:
@@ -197,6 +236,14 @@ class ReportConfig:
 
 
 @dataclass(kw_only=True)
+class ProfileConfig:
+    enabled: bool = False  # leave a torch profiler trace of some steps in the run directory; profile=true for short
+    start_step: int = ranged(20, low=1)  # the first that is traced; the first steps of all are slower than the rest
+    num_steps: int = ranged(5, low=1, high=1000)
+    rank: int = ranged(0, low=0)  # modulo the number of workers
+
+
+@dataclass(kw_only=True)
 class SweepConfig:
     """Of a multirun (-m). None of it defines a trial."""
 
@@ -205,6 +252,18 @@ class SweepConfig:
     retry_failed: bool = True  # whether the same command tries failed trials again
     metric: str | None = None  # the objective, of a trial's last metrics; None: checkpoint.checkpoint_score_attribute
     mode: str | None = choice(None, ("max", "min"))  # None: checkpoint.checkpoint_score_order
+
+
+@dataclass(kw_only=True)
+class SearchConfig:
+    """Of `hydra/sweeper=tune`, under hydra.sweeper; the objective is sweep.metric. None of it defines a trial."""
+
+    num_trials: int = ranged(MISSING, low=1)  # in all, over all calls of the command
+    search: str = choice(MISSING, ("random", "tpe"))
+    seed: int = ranged(0, low=0)  # of what is proposed; not the trials' own
+    scheduler: str = choice("none", ("none", "asha"))  # asha: stop early what lags behind
+    grace_epochs: int = ranged(1, low=1)  # asha: the first rung; no trial is stopped before it
+    reduction_factor: float = ranged(3.0, above=1)  # asha: about 1 trial in so many goes on beyond a rung
 
 
 @dataclass(kw_only=True)
@@ -222,12 +281,15 @@ class Config:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     scaling: ScalingConfig = field(default_factory=ScalingConfig)
     failure: FailureConfig = field(default_factory=FailureConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     chaos: ChaosConfig = field(default_factory=ChaosConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
 
 

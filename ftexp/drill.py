@@ -27,9 +27,10 @@ from omegaconf import DictConfig
 
 from ftexp.checks import validate
 from ftexp.cli import parse_words, print_error, run_hydra, to_config
-from ftexp.config import Config, fault_fields, ranged
+from ftexp.config import Config, fault_fields
 from ftexp.errors import ConfigError, RunFailedError
 from ftexp.field_checks import field_problems
+from ftexp.fields import ranged
 
 if TYPE_CHECKING:
     from ftexp.drill_report import Report

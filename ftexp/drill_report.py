@@ -14,6 +14,7 @@ from ftexp.checkpoint.store import locate
 from ftexp.errors import CheckpointError
 from ftexp.ledger import Update, problems, read_updates
 from ftexp.storage import Storage
+from ftexp.timing import SPEEDS
 from ftexp.tracking import EVENTS_FILE, METRICS_FILE, RUN_FILE
 
 Events = list[dict[str, Any]]
@@ -115,10 +116,10 @@ def _in_checkpoints(clean: Storage, broken: Storage) -> list[str]:
 
 
 def _by_place(points: Events) -> Points:
-    """{(split, step): values} of logged points, without times."""
+    """{(split, step): values} of logged points, without times and speeds."""
     return {
         (point["split"], point["step"]): {
-            key: value for key, value in point.items() if key not in ("split", "step", "time")
+            key: value for key, value in point.items() if key not in ("split", "step", "time", *SPEEDS)
         }
         for point in points
     }

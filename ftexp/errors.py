@@ -9,6 +9,7 @@ FtexpError
 ├── CheckpointError  a checkpoint is damaged, or does not fit the run
 │   └── StateError   a saved state and the configured states disagree
 ├── NonFiniteError   a loss or gradient is NaN or infinite
+├── ExportError      an exported model doesn't say what the original says
 ├── RunFailedError   training stopped and the failure policy allows no further try
 └── SweepFailedError   trials of a sweep failed; the others are done
 
@@ -56,6 +57,10 @@ class StateError(CheckpointError):
 
 class NonFiniteError(FtexpError):
     """A loss or a gradient is NaN or infinite."""
+
+
+class ExportError(FtexpError):
+    """An exported model doesn't say what the original says."""
 
 
 class RunFailedError(FtexpError):

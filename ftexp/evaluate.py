@@ -1,7 +1,8 @@
 """`python -m ftexp.evaluate run=<dir> [key=value ...]`: how good is a saved checkpoint?
 
 Keys: run (a run directory or URI), checkpoint (best, latest, or a folder's name), split (train, val, test),
-batch_size, device (auto, cpu, cuda), out (a JSON file; evaluation_<split>.json in the run if not given).
+weights (raw, ema), batch_size, device (auto, cpu, cuda), out (a JSON file; evaluation_<split>.json in the run if not
+given, evaluation_<split>_ema.json for weights=ema).
 """
 
 from __future__ import annotations
@@ -12,15 +13,14 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import MISSING, OmegaConf
+from omegaconf import MISSING
 
-from ftexp.cli import parse_words, print_error, to_config
-from ftexp.config import Config, choice, ranged
-from ftexp.errors import CheckpointError, ConfigError, FtexpError
-from ftexp.field_checks import field_problems
+from ftexp.cli import print_error, read_command
+from ftexp.config import Config
+from ftexp.errors import FtexpError
+from ftexp.fields import choice, ranged
 
 if TYPE_CHECKING:
-    from ftexp.checkpoint.store import CheckpointStore, Manifest
     from ftexp.data.feeds import Rows
     from ftexp.data.splits import DataBundle
     from ftexp.storage import Storage
@@ -33,6 +33,7 @@ class EvaluateConfig:
     run: str = MISSING
     checkpoint: str = "best"  # best, latest, or the name of a folder under checkpoints/
     split: str = choice("test", ("train", "val", "test"))
+    weights: str = choice("raw", ("raw", "ema"))  # those that were trained, or their moving average
     batch_size: int = ranged(256, low=1)
     device: str = choice("auto", ("auto", "cpu", "cuda"))
     out: str | None = None
@@ -53,11 +54,7 @@ def main() -> None:
 
 def parse(argv: list[str]) -> EvaluateConfig:
     """Read key=value words; ConfigError names what is wrong."""
-    config: EvaluateConfig = parse_words(EvaluateConfig, argv)
-    if config.run == MISSING:
-        raise ConfigError("run is not set: add run=<run directory>")
-    if problems := dict(field_problems(config, "")):
-        raise ConfigError("\n".join(problems.values()))
+    config: EvaluateConfig = read_command(EvaluateConfig, argv, run="<run directory>")
     return config
 
 
@@ -69,33 +66,15 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         CheckpointError: the run has no such checkpoint, or it is damaged.
         DataError: the data that the run was made with can't be read.
     """
+    from ftexp.saved_run import load_run_config
     from ftexp.storage import Storage
 
     storage = Storage.at(config.run)
     run_config = load_run_config(storage)
-    from ftexp.scaling import prepare_environment
+    from ftexp.scaling import private_ray
 
-    run_config = dataclasses.replace(run_config, scaling=dataclasses.replace(run_config.scaling, address=None))
-    prepare_environment(run_config)
-    import ray
-
-    from ftexp.scaling import quiet_data, start_ray
-
-    start_ray(run_config)
-    quiet_data(run_config)
-    try:
+    with private_ray(run_config) as run_config:
         return _evaluate(config, run_config, storage)
-    finally:
-        ray.shutdown()
-
-
-def load_run_config(storage: Storage) -> Config:
-    """The config of a run directory; ConfigError if there is no run."""
-    try:
-        text = storage.read_bytes("config.yaml").decode()
-    except OSError as error:
-        raise ConfigError(f"run={storage.uri} holds no config.yaml: give the directory of a run") from error
-    return to_config(OmegaConf.create(text))  # type: ignore[arg-type]
 
 
 def _evaluate(config: EvaluateConfig, run_config: Config, storage: Storage) -> dict[str, Any]:
@@ -110,22 +89,23 @@ def _evaluate(config: EvaluateConfig, run_config: Config, storage: Storage) -> d
     from ftexp.models import build_model
     from ftexp.progress import Meter, means
     from ftexp.registry import load_plugins
+    from ftexp.saved_run import choose, read_weights
 
     load_plugins(run_config.plugins)
     store = CheckpointStore(storage.child("checkpoints"))
     manifest = choose(store, config.checkpoint, run_config)
-    files = store.read(manifest)
+    weights = read_weights(store, manifest, config.weights)
     bundle = build_data(run_config.data)
     device = torch.device(
         "cuda" if config.device == "auto" and torch.cuda.is_available() else config.device.replace("auto", "cpu")
     )
     model, _ = build_model(dataclasses.replace(run_config.model, pretrained=False), bundle.info)
-    model.load_state_dict(load_part("model.pt", files["model.pt"]))
+    model.load_state_dict(load_part("model.pt", weights))
     model.to(device)
     rows, to_tensors = _rows(config, run_config, bundle), ToTensors(bundle.info, device, False)
     meter, findings = Meter(device), Findings(bundle.info.num_classes, to_tensors.pixels)
     batches = evaluation_batches(rows, to_tensors, config.batch_size, rank=0, world_size=1)
-    count_into(meter, model, batches, torch.autocast(device.type, enabled=False), findings)
+    count_into([(model, meter)], batches, torch.autocast(device.type, enabled=False), findings)
     loss, accuracy = means(meter.totals())
     result = {
         "run": storage.uri,
@@ -133,34 +113,21 @@ def _evaluate(config: EvaluateConfig, run_config: Config, storage: Storage) -> d
         "step": manifest.step,
         "epoch": manifest.epoch,
         "split": config.split,
+        "weights": config.weights,
         "accuracy": accuracy,
         "loss": loss,
         **described(findings.gathered(), bundle.info.class_names),
     }
     text = json.dumps(result, indent=1).encode()
     if config.out is None:
-        storage.write_bytes(evaluation_file(config.split), text)
-        result["written"] = storage.child(evaluation_file(config.split)).uri
+        name = evaluation_file(config.split if config.weights == "raw" else f"{config.split}_{config.weights}")
+        storage.write_bytes(name, text)
+        result["written"] = storage.child(name).uri
     else:
         folder, _, name = config.out.rpartition("/")
         type(storage).at(folder or ".").write_bytes(name, text)
         result["written"] = config.out
     return result
-
-
-def choose(store: CheckpointStore, wanted: str, run_config: Config) -> Manifest:
-    """The manifest of the best, the latest, or a named checkpoint; CheckpointError if there is none."""
-    if wanted not in ("best", "latest"):
-        return store.by_name(wanted)
-    manifests = store.manifests(lambda name, reason: print(f"! {name}: {reason}", file=sys.stderr))
-    metric, order = run_config.checkpoint.checkpoint_score_attribute, run_config.checkpoint.checkpoint_score_order
-    if wanted == "best":
-        sign = 1 if order == "max" else -1
-        scored = [manifest for manifest in manifests if manifest.metrics.get(metric) is not None]
-        manifests = sorted(scored, key=lambda manifest: sign * manifest.metrics[metric], reverse=True) or manifests
-    if not manifests:
-        raise CheckpointError(f"{store.storage.uri} holds no checkpoint yet")
-    return manifests[0]
 
 
 def _rows(config: EvaluateConfig, run_config: Config, bundle: DataBundle) -> Rows:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,23 +14,25 @@ from ftexp.progress import Meter
 
 @torch.inference_mode()
 def count_into(
-    meter: Meter,
-    model: nn.Module,
+    models: Sequence[tuple[nn.Module, Meter]],
     batches: Iterable[tuple[Tensor, Tensor]],
     autocast: torch.autocast,
     findings: Findings | None = None,
 ) -> None:
-    """Add loss and right answers of `batches` to `meter`, and the rest to `findings`.
+    """Add each model's loss and right answers on `batches` to its meter, and the rest of the first's to `findings`.
 
-    The model is left in training mode.
+    The models' parts are left in the mode that each was in: what is frozen doesn't train.
     """
-    model.eval()
+    training = [module for model, _ in models for module in model.modules() if module.training]
+    for model, _ in models:
+        model.eval()
     for images, labels in batches:
-        with autocast:
-            logits = model(images)
-        predictions = logits.argmax(1)
-        losses = F.cross_entropy(logits.float(), labels, reduction="none")
-        meter.add(losses, predictions == labels, torch.ones_like(labels, dtype=torch.bool))
-        if findings is not None:
-            findings.add(images, labels, logits)
-    model.train()
+        for number, (model, meter) in enumerate(models):
+            with autocast:
+                logits = model(images)
+            losses = F.cross_entropy(logits.float(), labels, reduction="none")
+            meter.add(losses, logits.argmax(1) == labels, torch.ones_like(labels, dtype=torch.bool))
+            if findings is not None and number == 0:
+                findings.add(images, labels, logits)
+    for module in training:
+        module.training = True

@@ -1,4 +1,4 @@
-"""What a field's metadata asks of its value: see `ftexp.config.ranged` and `ftexp.config.choice`."""
+"""What a field's metadata asks of its value: see `ftexp.fields.ranged` and `ftexp.fields.choice`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def range_problem(
     above: float | None = None,
     options: tuple[str, ...] = (),
 ) -> Iterator[str]:
-    """The message for a value outside its field's metadata (see `ftexp.config.ranged`), or nothing."""
+    """The message for a value outside its field's metadata (see `ftexp.fields.ranged`), or nothing."""
     if options:
         if value not in options:
             yield f"{key}={value!r} is not one of {', '.join(options)}.{did_you_mean(str(value), options)}"

@@ -11,8 +11,11 @@ from ftexp.errors import ConfigError
 
 # model, data, optimiser, seed and batch define a run; epochs, workers, logging, failure and checkpoint settings
 # may change between calls
-_DEFINING = ("seed", "resume_from", "model", "data", "augment", "optim", "schedule")
-_DEFINING_TRAIN = ("global_batch_size", "precision", "label_smoothing", "clip_grad_norm")
+_DEFINING = ("seed", "resume_from", "model", "data", "augment", "optim", "ema", "schedule")
+_DEFINING_TRAIN = (
+    *("global_batch_size", "precision", "label_smoothing", "freeze"),
+    *("clip_grad_norm", "clip_grad_value", "clip_grad_agc"),
+)
 # where the data lies may change, and how it is read
 _FREE_DATA = ("root", "download", "feed", "decode_cpus", "prefetch_batches")
 _SECRET = re.compile(r"(secret|password|passwd|token|api_?key|access_?key|credential)", re.IGNORECASE)
@@ -32,11 +35,15 @@ def fingerprint(config: Config) -> dict[str, Any]:
 
 
 def differences(recorded: dict[str, Any], own: dict[str, Any], location: str) -> None:
-    """Raise ConfigError, listing the keys, if `own` differs from what the run directory was made with."""
+    """Raise ConfigError, listing the keys, if `own` differs from what the run directory was made with.
+
+    A key of the schema that is not recorded is younger than the run, which then was made with its default.
+    """
+    before = {**fingerprint(Config()), **recorded}
     changed = [
-        f"{key} was {recorded.get(key)!r}, and is {own.get(key)!r} now"
+        f"{key} was {before.get(key)!r}, and is {own.get(key)!r} now"
         for key in sorted({*recorded, *own})
-        if recorded.get(key) != own.get(key)
+        if before.get(key) != own.get(key)
     ]
     if recorded and changed:
         raise ConfigError(

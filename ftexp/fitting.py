@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import signal
 import threading
 import time
@@ -14,6 +15,7 @@ from ftexp.lease import Lease
 
 _LOOK_EVERY_S = 0.1
 STOP_GRACE_S = 30.0  # for the save that a signal asks for
+_END_WITHIN_S = 2.0
 
 
 class Terminated(KeyboardInterrupt):
@@ -61,7 +63,21 @@ def _fit_on_thread(
         finally:
             done.set()
 
-    threading.Thread(target=run, daemon=True, name="fit").start()
+    thread = threading.Thread(target=run, daemon=True, name="fit")
+    thread.start()
+    try:
+        _wait(done, lease, stop, asked)
+    except BaseException:
+        _interrupt(thread, done)
+        raise
+    if errors:
+        raise errors[0]
+    return outcome[0]
+
+
+def _wait(
+    done: threading.Event, lease: Lease, stop: Callable[[KeyboardInterrupt], bool], asked: list[KeyboardInterrupt]
+) -> None:
     stop_by: float | None = None
     # not thread.join(): a signal that comes while it waits may leave a thread that runs for dead (Python 3.11)
     while not done.wait(timeout=_LOOK_EVERY_S):
@@ -75,6 +91,10 @@ def _fit_on_thread(
             raise asked[0]
         if lease.lost is not None:
             raise StorageError(f"the run was taken over by {lease.lost}, since this process seemed dead: it stops here")
-    if errors:
-        raise errors[0]
-    return outcome[0]
+
+
+def _interrupt(thread: threading.Thread, done: threading.Event) -> None:
+    """End a thread, unless it is in C and stays there: shut down under one that uses it, Ray ends the process, by 1."""
+    assert thread.ident is not None
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(KeyboardInterrupt))
+    done.wait(_END_WITHIN_S)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,27 +15,38 @@ import torch.distributed as dist
 from ray.train.torch import get_device, prepare_model
 from torch import nn
 
+from ftexp.averaging import Average
 from ftexp.config import Config
 from ftexp.data.augment import Augment
 from ftexp.data.decoding import refuse_bad
-from ftexp.data.feeds import Batch, CachedRows, Feed, IndexedFeed, Plan, Rows, ToTensors
+from ftexp.data.erasing import Erasing
+from ftexp.data.feeds import Batch, CachedRows, Feed, IndexedFeed, Rows, ToTensors
 from ftexp.data.listing import IndexedSplit
+from ftexp.data.mixing import Mixing
 from ftexp.data.order import derive_seed, run_order
+from ftexp.data.plan import Plan
 from ftexp.data.splits import SPLITS, BadSample, DataInfo
 from ftexp.data.stream import StreamedRows, slow_reason
 from ftexp.errors import RunFailedError
+from ftexp.freezing import Freezing
 from ftexp.hot_start.forker import MARK as HOT_START_MARK
 from ftexp.ledger import LEDGER, Ledger
+from ftexp.mfu import Utilisation
 from ftexp.models import WeightsReport, build_model
 from ftexp.optim import build_optimizer, build_scheduler
 from ftexp.progress import Meter, Progress
 from ftexp.skips import Skips
 from ftexp.spec import JobSpec
 from ftexp.storage import Storage
+from ftexp.timing import Stopwatch
 from ftexp.wire import Line
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _INIT, _STEP = 2, 3  # streams of the run's seed; 1 is the order's
+
+
+def _as_it_is(model: nn.Module) -> nn.Module:
+    return model
 
 
 @dataclass(kw_only=True)
@@ -59,6 +71,11 @@ class Job:
     to_tensors: ToTensors
     total_positions: int  # of the whole run: samples of an epoch times epochs, or as far as train.max_steps goes
     progress: Progress
+    wrap: Callable[[nn.Module], nn.Module] = _as_it_is  # makes `wrapped` of `model`; collective
+    freezing: Freezing | None = None
+    average: Average | None = None  # of the weights
+    erasing: Erasing | None = None
+    mixing: Mixing | None = None
     fingerprint: dict[str, Any] = field(default_factory=dict)
     ledger: Ledger = field(default_factory=lambda: Ledger(None, 0, 0))
     weights_report: WeightsReport | None = None
@@ -67,7 +84,10 @@ class Job:
     skips: Skips = field(default_factory=Skips)
     num_skipped: int = 0  # steps in a row
     num_rollbacks: int = 0  # since the last save
+    num_overflows: int = 0  # steps that fp16's loss scaler left out, of the whole run
     poisoned: bool = False  # chaos: the coming step's loss is NaN on this rank
+    stopwatch: Stopwatch = field(default_factory=Stopwatch)
+    utilisation: Utilisation | None = None
 
     @property
     def finished(self) -> bool:
@@ -127,18 +147,24 @@ def build_job(spec: JobSpec, streams: dict[str, IndexedSplit]) -> Job:
         model = model.to(memory_format=torch.channels_last)
     if config.train.compile:
         model.compile()
-    wrapped = prepare_model(model, parallel_strategy_kwargs={"gradient_as_bucket_view": True})
-    model = wrapped.module if world_size > 1 else wrapped
+    model = model.to(device)
+    optimizer = build_optimizer(
+        config.optim, config.train, model
+    )  # of all parameters, those that are frozen at first too
+    average = Average(config.ema, model) if config.ema.decay is not None else None
+    freezing = Freezing(config.train.freeze, model)
+    freezing.settle(epoch=0)
+    wrapped = _under_ddp(model)
     rows = _rows(spec, streams, line, rank, world_size)
     num_samples = len(rows["train"])
     global_batch_size, max_steps = config.train.global_batch_size, config.train.max_steps
     all_positions = num_samples * config.train.epochs
     total_positions = all_positions if max_steps is None else min(all_positions, max_steps * global_batch_size)
     steps_per_epoch = num_samples / global_batch_size
-    optimizer = build_optimizer(config.optim, model)
     to_tensors = ToTensors(info, device, config.train.channels_last)
     accumulate_steps = max(config.train.accumulate_steps, answer.get("accumulate_steps") or 1)
-    plan = Plan(global_batch_size, accumulate_steps, total_positions, rank, world_size)
+    augment = config.augment
+    plan = Plan(global_batch_size, accumulate_steps, total_positions, rank, world_size, augment.mixes)
     ledger = Storage(spec.run_uri).child(LEDGER) if config.train.ledger else None
     return Job(
         config=config,
@@ -161,17 +187,31 @@ def build_job(spec: JobSpec, streams: dict[str, IndexedSplit]) -> Job:
             run_order(config.seed, num_samples, config.data.shuffle_window, spec.blocks),
             plan,
             to_tensors,
-            Augment(config.augment, config.seed),
+            Augment(augment, config.seed, info.mean),
         ),
         rows=rows,
         to_tensors=to_tensors,
         total_positions=total_positions,
         progress=Progress(Meter(device)),
+        wrap=_under_ddp,
+        freezing=freezing,
+        average=average,
+        erasing=Erasing(augment, config.seed, device) if augment.erase_prob else None,
+        mixing=Mixing(augment, info.num_classes, config.train.label_smoothing, config.seed) if augment.mixes else None,
         fingerprint=spec.fingerprint,
         ledger=Ledger(ledger, answer["attempt"], rank),
         skips=Skips(answer.get("skipped", ())),
         weights_report=report,
+        stopwatch=Stopwatch(device),
+        utilisation=Utilisation(
+            device, config.train.precision, world_size, (info.channels, info.image_size, info.image_size)
+        ),
     )
+
+
+def _under_ddp(model: nn.Module) -> nn.Module:
+    wrapped: nn.Module = prepare_model(model, parallel_strategy_kwargs={"gradient_as_bucket_view": True})
+    return wrapped
 
 
 def _rows(spec: JobSpec, streams: dict[str, IndexedSplit], line: Line, rank: int, world_size: int) -> dict[str, Rows]:

@@ -8,11 +8,8 @@ import math
 import time
 import traceback
 from collections.abc import Generator, Iterator
-from typing import Any
 
-import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 
 import ftexp.checkpoint.states  # noqa: F401 - registers the built-in states
 from ftexp.checkpoint.manager import CheckpointManager
@@ -24,17 +21,21 @@ from ftexp.data.listing import IndexedSplit
 from ftexp.errors import NonFiniteError
 from ftexp.evaluation import count_into
 from ftexp.failure.chaos import Chaos, FaultyStore
-from ftexp.failure.nonfinite import before_step, put_back, roll_back, skip_step
+from ftexp.failure.nonfinite import roll_back, skip_step
 from ftexp.failure.phases import AGREEMENT, BETWEEN, EVALUATION, SAVE, START, STEP
 from ftexp.failure.watchdog import Watchdog, hang_limits, report_hang
 from ftexp.findings import Findings, described, evaluation_file
 from ftexp.hardware import describe
 from ftexp.job import Job, build_job
 from ftexp.models import timm_arguments
+from ftexp.profiling import profiled
 from ftexp.progress import Meter, means
 from ftexp.registry import load_plugins
 from ftexp.spec import JobSpec
+from ftexp.speed import speeds
+from ftexp.step import settle_gradient_order, thaw, train_step
 from ftexp.storage import Storage
+from ftexp.timing import SAVE as SAVING
 
 _TICK_INTERVAL_S = 0.1  # between messages that only move the progress bar
 
@@ -68,7 +69,7 @@ def _train(job: Job, run_dir: Storage) -> dict[str, float] | None:
     checkpoints = CheckpointManager(job, store, ExtraState(job.config.checkpoint.extra_state, job))
     chaos = Chaos(job, store, checkpoints, run_dir)
     watchdog = Watchdog(hang_limits(job.config.failure), lambda *found: report_hang(job, run_dir, *found))
-    fed = batches(job)
+    fed = profiled(job, run_dir, job.stopwatch.feeding(batches(job), lambda: job.progress.position))
     watchdog.start()
     try:
         _run(job, fed, store, checkpoints, chaos, watchdog)
@@ -98,6 +99,7 @@ def _run(
     for batch in fed:
         job.batch = batch
         watchdog.beat(in_step)
+        thaw(job)
         if job.skips.cover(batch.start):
             job.num_skipped += 1
         elif not train_step(job, batch):
@@ -113,14 +115,14 @@ def _run(
             with watchdog.during(AGREEMENT):
                 log_train(job)
         if evaluation_due(job, epoch_ended):
-            with watchdog.during(EVALUATION):
+            with watchdog.during(EVALUATION), job.stopwatch.apart():
                 evaluate(job, "val")
             update_best(job)
         chaos.strike()
         with watchdog.during(AGREEMENT):
             due = checkpoints.due(epoch_ended)
         if due:
-            with watchdog.during(SAVE):
+            with watchdog.during(SAVE), job.stopwatch.section(SAVING):
                 checkpoints.save()
         if checkpoints.stopping:
             break
@@ -140,48 +142,6 @@ def batches(job: Job) -> Generator[Batch]:
                     break
 
 
-def train_step(job: Job, batch: Batch) -> bool:
-    """One optimiser step on this rank's share of a global batch; False if its gradient was NaN or infinite.
-
-    Then everything is as before, where failure.on_nonfinite asks to look; else the next logged point tells.
-    """
-    config = job.config.train
-    job.seed_step()
-    looks = job.config.failure.on_nonfinite != "raise"
-    before = before_step(job) if looks else []
-    job.optimizer.zero_grad(set_to_none=True)
-    for number, micro in enumerate(batch.micro_batches):
-        is_last = number == len(batch.micro_batches) - 1
-        with _gradient_sync(job, is_last):
-            with job.autocast():
-                logits = job.wrapped(micro.images)
-            losses = F.cross_entropy(
-                logits.float(), micro.labels, reduction="none", label_smoothing=config.label_smoothing
-            )
-            if job.poisoned:
-                losses, job.poisoned = losses * math.nan, False
-            job.scaler.scale((losses * micro.weights).sum()).backward()  # type: ignore[no-untyped-call]
-        job.progress.train.add(losses, logits.argmax(1) == micro.labels, micro.weights > 0)
-    if config.clip_grad_norm is not None or looks:
-        job.scaler.unscale_(job.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(job.model.parameters(), config.clip_grad_norm or math.inf)
-        # gradients are summed over ranks: where one rank's are not finite, all ranks' are
-        if looks and not bool(torch.isfinite(norm)):
-            put_back(job, before)
-            return False
-    job.num_skipped = 0
-    job.scaler.step(job.optimizer)
-    job.scaler.update()
-    return True
-
-
-def _gradient_sync(job: Job, enabled: bool) -> contextlib.AbstractContextManager[Any]:
-    """DDP averages gradients in the last micro-batch of a step only."""
-    if enabled or not isinstance(job.wrapped, torch.nn.parallel.DistributedDataParallel):
-        return contextlib.nullcontext()
-    return job.wrapped.no_sync()
-
-
 def advance(job: Job, batch: Batch) -> bool:
     """Count the step just done; returns whether an epoch ended in it."""
     progress, samples = job.progress, len(job.rows["train"])
@@ -191,23 +151,6 @@ def advance(job: Job, batch: Batch) -> bool:
     job.scheduler.step_update(progress.step)
     before, progress.epoch = progress.epoch, batch.end // samples
     return progress.epoch > before
-
-
-def settle_gradient_order(job: Job) -> None:
-    """Have DDP arrange its buckets for good before the first step; collective.
-
-    It does so after an attempt's first backward pass. Gradients then lie elsewhere in the buffers that are summed
-    over ranks, and with three ranks or more the sums are added up in another order: an attempt that resumed would
-    round its first step otherwise than the run that was never stopped.
-    """
-    if job.world_size < 3:  # a + b is b + a
-        return
-    before = before_step(job)
-    shape = (2, job.info.channels, job.info.image_size, job.info.image_size)
-    with job.autocast():
-        logits = job.wrapped(torch.zeros(shape, device=job.device))
-    logits.float().sum().backward()
-    put_back(job, before)
 
 
 def announce(job: Job) -> None:
@@ -231,18 +174,26 @@ def evaluation_due(job: Job, epoch_ended: bool) -> bool:
 
 
 def evaluate(job: Job, split: str, findings: Findings | None = None) -> None:
-    """Measure `<split>_loss` and `<split>_accuracy` over all ranks; collective. An empty split has none."""
+    """Measure `<split>_loss` and `<split>_accuracy` over all ranks, the average's with `_ema` at the end; collective.
+
+    An empty split has none. `findings` are the weights' own, not the average's.
+    """
     if not len(job.rows[split]):
         return
+    models = {"": job.model} if job.average is None else {"": job.model, "_ema": job.average.model}
     if dist.is_initialized():
-        for buffer in job.model.buffers():  # batch norm's statistics are each rank's own between steps
-            dist.broadcast(buffer, src=0)
-    config, meter = job.config.train, Meter(job.device)
+        for model in models.values():
+            for buffer in model.buffers():  # batch norm's statistics are each rank's own between steps
+                dist.broadcast(buffer, src=0)
+    config, meters = job.config.train, {suffix: Meter(job.device) for suffix in models}
     size = config.eval_batch_size or max(1, 4 * config.global_batch_size // job.world_size)
     batches = evaluation_batches(job.rows[split], job.to_tensors, size, job.rank, job.world_size)
-    count_into(meter, job.model, batches, job.autocast(), findings)
-    loss, accuracy = means(meter.totals())
-    _log(job, split, {f"{split}_loss": loss, f"{split}_accuracy": accuracy})
+    count_into(list(zip(models.values(), meters.values(), strict=True)), batches, job.autocast(), findings)
+    values: dict[str, float] = {}
+    for suffix, meter in meters.items():
+        loss, accuracy = means(meter.totals())
+        values |= {f"{split}_loss{suffix}": loss, f"{split}_accuracy{suffix}": accuracy}
+    _log(job, split, values)
 
 
 def test(job: Job, run_dir: Storage) -> None:
@@ -270,14 +221,24 @@ def log_train(job: Job) -> None:
         raise NonFiniteError(f"{totals[3]} losses were NaN or infinite by step {job.progress.step}")
     loss, accuracy = means(totals)
     job.progress.train.reset()
-    rate = job.optimizer.param_groups[0]["lr"]
-    _log(job, "train", {"train_loss": loss, "train_accuracy": accuracy, "lr": rate})
+    rate = max(group["lr"] for group in job.optimizer.param_groups)  # layer-wise decay has the head's the largest
+    values = {"train_loss": loss, "train_accuracy": accuracy, "lr": rate}
+    if job.scaler.is_enabled():
+        values |= {"loss_scale": job.scaler.get_scale(), "num_overflows": job.num_overflows}
+    _log(job, "train", values, speeds(job))
+    if values.get("loss_scale", 1) < 1:
+        raise NonFiniteError(
+            f"gradients overflow in fp16 whatever the loss scale, which has come down to {values['loss_scale']} by "
+            f"step {job.progress.step}: lower optim.lr, clip gradients, or take train.precision=bf16"
+        )
 
 
-def _log(job: Job, split: str, values: dict[str, float]) -> None:
+def _log(job: Job, split: str, values: dict[str, float], beside: dict[str, float] | None = None) -> None:
+    """Log a point. What is `beside` is no part of what the run computes: checkpoints don't hold it."""
     progress = job.progress
     progress.metrics.update(values)
     if job.rank == 0:
+        values = {**values, **(beside or {})}
         job.line.send("metrics", split=split, step=progress.step, epoch=progress.epoch, values=values)
 
 

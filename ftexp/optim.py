@@ -9,27 +9,45 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from torch import nn
 
-from ftexp.config import OptimConfig, ScheduleConfig
+from ftexp.config import SGD_NAMES, OptimConfig, ScheduleConfig, TrainConfig
 from ftexp.errors import ConfigError
 
 # torch's own, whose fused kernels do a step in one pass; on a CPU that is 10 times faster than a loop
-_FUSED = ("adam", "adamw", "sgd", "momentum", "nesterov")
+_FUSED = ("adam", "adamw", *SGD_NAMES)
 
 
-def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """Create the optimiser; biases and norms get no weight decay. ConfigError if timm refuses the arguments.
+def build_optimizer(config: OptimConfig, train: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """Create the optimiser. ConfigError if timm refuses the arguments.
 
-    The fused kernel is used where torch has one, unless `config.kwargs` says `fused: false`.
+    Biases and norms get no weight decay, unless `config.filter_bias_and_bn` is false; nor does what the model excludes.
+    With `config.layer_decay`, timm's groups carry an lr_scale, which its schedules respect.
+
+    The fused kernel is used where torch has one and it is sound, unless `config.kwargs` says `fused: false`.
     """
     fused = config.name in _FUSED and not config.kwargs.get("foreach")  # torch refuses both together
+    fused = fused and not (config.name in SGD_NAMES and begins_unevenly(train))
     kwargs = {"fused": True, **config.kwargs} if fused else config.kwargs
     try:
         optimizer: torch.optim.Optimizer = create_optimizer_v2(
-            model, opt=config.name, lr=config.lr, weight_decay=config.weight_decay, **kwargs
+            model,
+            opt=config.name,
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            filter_bias_and_bn=config.filter_bias_and_bn,
+            layer_decay=config.layer_decay,
+            **kwargs,
         )
     except (TypeError, ValueError, AssertionError, RuntimeError, ImportError) as error:
         raise ConfigError(f"optim.name={config.name} can't be built: {error}. See optim.kwargs") from error
     return optimizer
+
+
+def begins_unevenly(train: TrainConfig) -> bool:
+    """Whether a parameter's first step may be left out, or come later than others'.
+
+    torch's fused SGD takes neither: momentum then begins as whatever lay in memory, or the step raises.
+    """
+    return bool(train.freeze) or train.precision == "fp16"
 
 
 def build_scheduler(

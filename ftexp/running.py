@@ -48,8 +48,11 @@ def _run(config: Config, overrides: list[str], shared: SharedRay | None = None) 
         state = open_run(config, run_dir, run_name)
         if state.status == "finished":
             from ftexp.terminal import Terminal
+            from ftexp.tracked import deliver_late
 
-            Terminal().summary(state, run_dir)
+            terminal = Terminal()
+            terminal.summary(state, run_dir)
+            deliver_late(config, run_dir, state, terminal)
             return state.metrics["last"]
         prepare_environment(config)
         from ftexp.session import run_session

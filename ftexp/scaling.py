@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import importlib
 import logging
 import os
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -161,8 +165,27 @@ def decoding_cpus(config: Config, workers: Workers) -> int:
     return config.data.decode_cpus or int(there - taken)
 
 
-def start_ray(config: Config, runtime_env: dict[str, Any] | None = None, shared: SharedRay | None = None) -> RunningRay:
-    """Start Ray on this machine, or join a sweep's, or `scaling.address`; ConfigError if it fails."""
+def import_meanwhile(module: str) -> threading.Thread:
+    """Import a module that takes seconds while Ray starts, which is mostly waiting for its processes; join it then."""
+    # it registers a lock with fork(): imported on the thread while Ray's processes are forked, that would be released
+    # without having been taken, which Python complains of on the terminal
+    import concurrent.futures.thread  # noqa: F401
+
+    thread = threading.Thread(target=importlib.import_module, args=(module,), name="import")
+    thread.start()
+    return thread
+
+
+def start_ray(
+    config: Config,
+    runtime_env: dict[str, Any] | None = None,
+    shared: SharedRay | None = None,
+    decodes: bool | None = None,
+) -> RunningRay:
+    """Start Ray on this machine, or join a sweep's, or `scaling.address`; ConfigError if it fails.
+
+    decodes: whether CPUs are to decode beside the workers; None: if the data may be streamed.
+    """
     import ray
 
     address = shared.address if shared is not None else config.scaling.address
@@ -172,7 +195,8 @@ def start_ray(config: Config, runtime_env: dict[str, Any] | None = None, shared:
     if not config.verbose:
         ray_private.silence_raylet_messages()
     # a machine's workers may take all its cores: what decodes beside them is counted on top, and shares them
-    decoding = (config.data.decode_cpus or usable_cpus()) if may_stream(config.data) else 0
+    decodes = may_stream(config.data) if decodes is None else decodes
+    decoding = (config.data.decode_cpus or usable_cpus()) if decodes else 0
     options: dict[str, Any] = {"include_dashboard": False, "num_cpus": usable_cpus() + decoding} if own else {}
     try:
         context = ray.init(
@@ -195,6 +219,21 @@ def quiet_data(config: Config) -> None:
     if not config.verbose:
         DataContext.get_current().enable_progress_bars = False
         logging.getLogger("ray.data").setLevel("ERROR")
+
+
+@contextlib.contextmanager
+def private_ray(config: Config) -> Iterator[Config]:
+    """A Ray of this machine's own while the block runs, for what only reads data; yields the config without address."""
+    config = dataclasses.replace(config, scaling=dataclasses.replace(config.scaling, address=None))
+    prepare_environment(config)
+    import ray
+
+    start_ray(config)
+    quiet_data(config)
+    try:
+        yield config
+    finally:
+        ray.shutdown()
 
 
 def num_possible(workers: Workers) -> int:

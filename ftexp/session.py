@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib
-import threading
 
 import ray
 from omegaconf import OmegaConf
@@ -17,9 +15,20 @@ from ftexp.fingerprint import masked
 from ftexp.hot_start.driver import HotStart, on_joined_nodes
 from ftexp.lease import Lease
 from ftexp.registry import load_plugins
-from ftexp.scaling import RunningRay, SharedRay, Workers, decoding_cpus, lacking_resources, quiet_data, start_ray
+from ftexp.scaling import (
+    RunningRay,
+    SharedRay,
+    Workers,
+    decoding_cpus,
+    import_meanwhile,
+    lacking_resources,
+    quiet_data,
+    start_ray,
+)
 from ftexp.storage import Storage
 from ftexp.terminal import Terminal
+from ftexp.tracked import close_trackers, outcome_of, trackers_of
+from ftexp.trackers.run import check_names as check_trackers
 from ftexp.tracking import RunRecord, RunState
 
 
@@ -33,11 +42,9 @@ def run_session(
     shared: SharedRay | None,
 ) -> dict[str, float]:
     """Train in a Ray that is started here, or joined, and left again; returns the last metrics."""
-    # torch takes seconds to import, and starting Ray is mostly waiting for its processes
     joins = shared is not None or config.scaling.address is not None
     hot_start = HotStart(config.scaling, workers.num_threads, joins)
-    importing = threading.Thread(target=importlib.import_module, args=("ftexp.trainer",), name="import")
-    importing.start()
+    importing = import_meanwhile("ftexp.trainer")
     try:
         with hot_start.raylet_settings():
             running = start_ray(config, shared.runtime_env if shared else hot_start.runtime_env(), shared)
@@ -67,6 +74,7 @@ def _run(
     quiet_data(config)
     load_plugins(config.plugins)
     check_names(config.checkpoint.extra_state)
+    check_trackers(config.tracker.names)
     if lacking := lacking_resources(workers):
         if config.scaling.address is None:
             raise ConfigError(f"{lacking}: take fewer workers, or set scaling.resources_per_worker")
@@ -80,6 +88,7 @@ def _run(
     run_dir.write_bytes("overrides.yaml", OmegaConf.to_yaml(OmegaConf.create(masked(overrides))).encode())
     checkpoint = config.checkpoint
     record = RunRecord(run_dir, state, (checkpoint.checkpoint_score_attribute, checkpoint.checkpoint_score_order))
+    trackers = trackers_of(config, record, run_dir.parent if shared is not None else None)
     record.event("command_started")
     record.write()
     why_cold = shared.why_cold if shared is not None else None  # a sweep has seen to its trials' jobs
@@ -101,12 +110,14 @@ def _run(
         f"{bundle.feed}: {bundle.why}" + (f" · {bundle.decode_cpus} CPUs decode" if bundle.streamed else ""),
     )
     try:
-        return run_training(config, workers, bundle, run_dir, record, terminal, lease, running)
+        return run_training(config, workers, bundle, run_dir, record, terminal, lease, running, trackers)
     finally:
         if record.state.status != "running":
+            trackers.end(outcome_of(record.state, run_dir))
             terminal.summary(record.state, run_dir)
             if config.report.enabled:
                 _leave_report(run_dir, record, terminal)
+            close_trackers(trackers, record, terminal)
 
 
 def _leave_report(run_dir: Storage, record: RunRecord, terminal: Terminal) -> None:
@@ -123,11 +134,17 @@ def _leave_report(run_dir: Storage, record: RunRecord, terminal: Terminal) -> No
 
 
 def _require_same_data(config: Config, state: RunState, info: DataInfo) -> None:
-    """ConfigError if the run began with another number of training samples: which one comes when depends on it."""
+    """ConfigError if the run began with other samples: which one comes when depends on their number and order."""
     before, now = state.data.get("num_samples", {}).get("train"), info.num_samples["train"]
     if before is not None and before != now:
         raise ConfigError(
             f"data.name={config.data.name} has {now:,} training samples now, and had {before:,} when the run began: "
             "put the data back as it was, or begin another run (resume_from=... keeps the weights). Samples that can't "
             "be read count when they are streamed, and don't when they are cached: so data.feed must stay as it was too"
+        )
+    if None not in (then := state.data.get("digest"), info.digest) and then != info.digest:
+        raise ConfigError(
+            f"data.name={config.data.name} has as many training samples as when the run began, but not the same ones: "
+            "their names, labels or splits differ. Put the data back as it was, or begin another run (resume_from=... "
+            "keeps the weights)"
         )

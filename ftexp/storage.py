@@ -233,15 +233,13 @@ class Storage:
             filesystem, root = self.open()
             filesystem.delete_file(f"{root}/{name}")
 
-    def require_writable(self) -> None:
-        """Raise StorageError, naming the key and the reason, if nothing can be written here."""
+    def require_writable(self, key: str = "run.storage") -> None:
+        """Raise StorageError, naming the key that says where and the reason, if nothing can be written here."""
         try:
             self.write_bytes(".writable", b"")
             self.delete_file(".writable")
         except OSError as error:
-            raise StorageError(
-                f"run.storage: {self.uri} can't be written: {error}. Give another run.storage"
-            ) from error
+            raise StorageError(f"{key}: {self.uri} can't be written: {error}. Give another {key}") from error
 
 
 def write_all(stream: BinaryIO, content: bytes | memoryview) -> None:

@@ -13,6 +13,7 @@ from ftexp.failure.causes import CRASH, STARTUP, Cause, as_hang, as_preemption, 
 from ftexp.failure.policy import Past, decide
 from ftexp.fitting import STOP_GRACE_S
 from ftexp.terminal import Terminal
+from ftexp.trackers.follower import FAILED_EVENT, OPENED_EVENT, described
 from ftexp.tracking import RunRecord
 from ftexp.wire import STOP, Hub, Message
 
@@ -216,6 +217,12 @@ class Supervisor:
         elif message["name"] == "bad_samples":
             for sample in message["samples"]:
                 self._terminal.say(f"! left out, can't be read: {sample['where']}: {sample['reason']}", "yellow")
+        elif message["name"] in (FAILED_EVENT, OPENED_EVENT):
+            self._terminal.say(described(message), "yellow" if message["name"] == FAILED_EVENT else "")
+        elif message["name"] == "profile_written":
+            self._terminal.say(f"{'profile':<9}{message['where']} (chrome://tracing, or ui.perfetto.dev)")
+        elif message["name"] == "profile_failed":
+            self._terminal.say(f"! no profile: {message['error']}", "yellow")
         elif message["name"] == "report_failed":
             self._terminal.say(f"! the report will lack something: {message['error']}", "yellow")
         elif message["name"] == "checkpoint_failed":
@@ -230,4 +237,4 @@ class Supervisor:
             if state.checkpoint not in self._rejected:
                 self._record.event("checkpoint_rejected", **missing)
                 self._on_event({"name": "checkpoint_rejected", **missing})
-            state.checkpoint = restored
+        state.checkpoint = restored  # a worker that died after a save may not have told of it

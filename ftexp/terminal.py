@@ -177,5 +177,11 @@ def _account(failure: Failure) -> str:
 
 
 _MOST_FAILURES_SHOWN = 10
-_LIVE = (("train_loss", "loss"), ("train_accuracy", "acc"), ("val_loss", "val_loss"), ("val_accuracy", "val_acc"))
-_SHOWN = (("test_accuracy", "test accuracy"), ("test_loss", "test loss"), ("val_accuracy", "val accuracy"))
+_LIVE = (
+    *(("train_loss", "loss"), ("train_accuracy", "acc"), ("val_loss", "val_loss"), ("val_accuracy", "val_acc")),
+    ("val_accuracy_ema", "val_acc_ema"),
+)
+_SHOWN = (
+    *(("test_accuracy", "test accuracy"), ("test_accuracy_ema", "… averaged"), ("test_loss", "test loss")),
+    *(("val_accuracy", "val accuracy"), ("val_accuracy_ema", "… averaged")),
+)

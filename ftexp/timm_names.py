@@ -18,12 +18,25 @@ def _timm_folder() -> Path:
     return Path(spec.origin).parent
 
 
+_REGISTERED = re.compile(r"^@register_model\ndef (\w+)\(", re.MULTILINE)
+_OTHER_MODELS = re.compile(r"^from (?:\.|timm\.models\.)[a-z]", re.MULTILINE)  # built on those of another file
+
+
+def _model_files() -> list[str]:
+    return [file.read_text(encoding="utf-8") for file in (_timm_folder() / "models").glob("*.py")]
+
+
 @functools.cache
 def model_names() -> frozenset[str]:
     """Every architecture name `timm.create_model` takes."""
-    pattern = re.compile(r"^@register_model\ndef (\w+)\(", re.MULTILINE)
-    files = (_timm_folder() / "models").glob("*.py")
-    return frozenset(name for file in files for name in pattern.findall(file.read_text(encoding="utf-8")))
+    return frozenset(name for text in _model_files() for name in _REGISTERED.findall(text))
+
+
+@functools.cache
+def without_drop_path() -> frozenset[str]:
+    """Architectures that are sure to have no stochastic depth. timm itself refuses it for some of the others."""
+    files = [text for text in _model_files() if "drop_path" not in text and not _OTHER_MODELS.search(text)]
+    return frozenset(name for text in files for name in _REGISTERED.findall(text))
 
 
 @functools.cache

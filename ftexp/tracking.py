@@ -1,4 +1,4 @@
-"""The run's records: run.json, metrics.jsonl, events.jsonl. Written by the driver alone, fed by the hub."""
+"""The run's records: run.json, metrics.jsonl and .csv, events.jsonl. Written by the driver alone, fed by the hub."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from ftexp.append_log import AppendLog, read_lines
+from ftexp.append_log import AppendLog, as_json, finite, parse_lines
 from ftexp.errors import StorageError
+from ftexp.metrics_csv import MetricsCsv
 from ftexp.storage import Storage
 from ftexp.versions import package_versions
 from ftexp.wire import Message
@@ -86,8 +87,10 @@ class RunRecord:
     ):
         self.storage, self.state, self._clock = storage, state, clock
         self._score_name, self._score_order = score
-        self._seen = _seen_points(storage)
         self._metrics, self._events = AppendLog(storage, METRICS_FILE), AppendLog(storage, EVENTS_FILE)
+        self._seen = {(point["split"], point["step"]) for point in self.points()}
+        self._table = MetricsCsv(storage, self.points)
+        self.on_point: Callable[[dict[str, Any]], None] = lambda _: None  # told of each new one
         self._began, self._seconds_before = clock(), state.seconds
         self._flushed = clock()
         self.problem: str | None = None  # why the records couldn't be written the last time
@@ -109,16 +112,14 @@ class RunRecord:
             self.write()
         return answer
 
+    def points(self) -> list[dict[str, Any]]:
+        """What metrics.jsonl holds, or will hold once it can be written."""
+        return parse_lines(self._metrics.lines())
+
     def event(self, name: str, **fields: Any) -> None:
         """Add a line to events.jsonl."""
-        values = {
-            "time": self._clock(),
-            "event": name,
-            "attempt": self.state.attempts,
-            "step": self.state.step,
-            **fields,
-        }
-        self._events.append(json.dumps(values))
+        head = {"time": self._clock(), "event": name, "attempt": self.state.attempts, "step": self.state.step}
+        self._events.append(json.dumps({**head, **fields}))
 
     def write(self) -> None:
         """Bring run.json, and the copies on an object store, up to date.
@@ -136,9 +137,9 @@ class RunRecord:
         self._flushed = self._clock()
         self.state.seconds = self._seconds_before + self._flushed - self._began
         self.state.goodput = round(self.state.productive_s / self.state.seconds, 4) if self.state.seconds else None
-        content = json.dumps(_finite(dataclasses.asdict(self.state)), indent=1)
-        self.storage.write_bytes(RUN_FILE, content.encode())
+        self.storage.write_bytes(RUN_FILE, as_json(dataclasses.asdict(self.state), indent=1).encode())
         self._metrics.sync()
+        self._table.sync()
         self._events.sync()
 
     def close(self, status: str, error: str | None = None) -> None:
@@ -149,6 +150,7 @@ class RunRecord:
         if self.problem is not None:
             raise StorageError(f"the records of {self.storage.uri} can't be written: {self.problem}; make room there")
         self._metrics.close()
+        self._table.close()
         self._events.close()
 
     def late_event(self, name: str, **fields: Any) -> None:
@@ -254,7 +256,10 @@ class RunRecord:
             return
         self._seen.add(point)
         head = {"time": message["time"], "split": point[0], "step": point[1], "epoch": message["epoch"]}
-        self._metrics.append(json.dumps(_finite({**head, **values})))
+        logged = finite({**head, **values})
+        self._metrics.append(json.dumps(logged))
+        self._table.append(logged)
+        self.on_point(logged)
 
     def _is_best(self, score: float) -> bool:
         best = self.state.metrics["best"].get(self._score_name)
@@ -267,11 +272,8 @@ class RunRecord:
             self.state.checkpoint = message["checkpoint"]
         if message["name"] in ("step_skipped", "rolled_back"):
             self.state.skipped.append(message["positions"])
-        self._events.append(
-            json.dumps(
-                _finite({"event": message["name"], "attempt": self.state.attempts, "step": self.state.step, **fields})
-            )
-        )
+        head = {"event": message["name"], "attempt": self.state.attempts, "step": self.state.step}
+        self._events.append(as_json({**head, **fields}))
         if message["name"] == "checkpoint_saved":
             self.write()
 
@@ -291,21 +293,3 @@ class RunRecord:
     def _note_death(self, when: float, rank: int) -> None:
         if self._died_at is None:
             self._died_at, self._died_rank = when, rank
-
-
-def _seen_points(storage: Storage) -> set[tuple[str, int]]:
-    try:
-        return {(point["split"], point["step"]) for point in read_lines(storage, METRICS_FILE)}
-    except FileNotFoundError:
-        return set()
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN or infinity: they are written as null."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return value

@@ -9,17 +9,19 @@ import sys
 
 from omegaconf import DictConfig
 
-from ftexp.cli import interrupted_code, run_hydra, to_config
+from ftexp.cli import interrupted_code, print_error, run_hydra, to_config
+from ftexp.errors import ConfigError
 from ftexp.running import train
-from ftexp.sweep.launcher import LAUNCHER, is_multirun, register_launcher
+from ftexp.sweep.plugins import with_plugins
 
 
 def main() -> None:
     """Entry point of the command; exits with 0, 1, 2, 75 or 130."""
-    words = sys.argv[1:]
-    if is_multirun(words):
-        register_launcher()
-        words = [*words, f"hydra/launcher={LAUNCHER}"]
+    try:
+        words = with_plugins(sys.argv[1:])
+    except ConfigError as error:
+        print_error(error)
+        sys.exit(error.exit_code)
     sys.exit(run_hydra(_task, words))
 
 

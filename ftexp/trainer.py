@@ -27,6 +27,7 @@ from ftexp.spec import JobSpec
 from ftexp.storage import Storage
 from ftexp.supervisor import Supervisor
 from ftexp.terminal import Terminal
+from ftexp.trackers.run import Trackers
 from ftexp.tracking import FAILED, FINISHED, INTERRUPTED, RunRecord, RunState
 from ftexp.wire import SAVE, Hub, HubAddress
 
@@ -45,6 +46,7 @@ def run_training(
     terminal: Terminal,
     lease: Lease,
     running: RunningRay,
+    trackers: Trackers,
 ) -> dict[str, float]:
     """Train to the end; returns the last metrics. Every way out leaves run.json telling how it ended.
 
@@ -52,6 +54,7 @@ def run_training(
     """
     supervisor = Supervisor(record, terminal, config)
     hub = Hub(running.host, supervisor.handle)
+    trackers.start(hub.handle)
     status, reason = FAILED, None
     done = threading.Event()
     threading.Thread(target=_tell_of_waiting, args=(hub, supervisor, workers, done), daemon=True).start()

@@ -58,7 +58,7 @@ class Hub:
             told = 0
             for connection in self._open:
                 with contextlib.suppress(OSError):  # died since
-                    connection.sendall((json.dumps({word: True}) + "\n").encode())
+                    _send(connection, {word: True})
                     told += 1
             return told
 
@@ -78,13 +78,13 @@ class Hub:
 
     def _serve(self, connection: socket.socket) -> None:
         """First line: the token and who calls, answered by the handler. Then one message a line."""
-        with connection, connection.makefile("rw", encoding="utf-8", errors="replace") as stream:
+        # answers go past the stream: one that reads and writes forgets, when written to, what it has read ahead
+        with connection, connection.makefile("r", encoding="utf-8", errors="replace") as stream:
             hello = self._read(stream.readline())
             if not hmac.compare_digest(str(hello.pop("token", "")), self.address.token):
                 return
             answer = self.handle(hello)
-            stream.write(json.dumps(answer or {}) + "\n")
-            stream.flush()
+            _send(connection, answer or {})
             with self._lock:
                 self._open.append(connection)
             said_goodbye = False
@@ -94,8 +94,7 @@ class Hub:
                 answer = self.handle(message)
                 if message.get("kind") == SYNC and answer is not None:
                     with contextlib.suppress(OSError):  # killed since: the next line tells
-                        stream.write(json.dumps(answer) + "\n")
-                        stream.flush()
+                        _send(connection, answer)
             with self._lock:
                 self._open.remove(connection)
             if not said_goodbye:
@@ -120,6 +119,10 @@ class Hub:
         """Give the handler a message, as if a worker had sent it; returns its answer."""
         with self._lock:
             return self._handler(message) if message.get("kind") and not self._closed else None
+
+
+def _send(connection: socket.socket, message: Message) -> None:
+    connection.sendall((json.dumps(message) + "\n").encode())
 
 
 class Line:

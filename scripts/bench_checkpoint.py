@@ -142,7 +142,8 @@ def measure(settings: dict[str, Any]) -> dict[str, Any]:
 
 def steps(job: Any, batches: Any, count: int) -> None:
     """Take optimiser steps."""
-    from ftexp.loop import advance, train_step
+    from ftexp.loop import advance
+    from ftexp.step import train_step
 
     for _ in range(count):
         batch = next(batches)

@@ -123,8 +123,9 @@ def ftexp_feed(root: Path, image_size: int, feed: str) -> Callable[[int], Iterat
 
     from ftexp.data.augment import Augment
     from ftexp.data.build import build_data
-    from ftexp.data.feeds import IndexedFeed, Plan, ToTensors
+    from ftexp.data.feeds import IndexedFeed, ToTensors
     from ftexp.data.order import Order
+    from ftexp.data.plan import Plan
     from ftexp.data.stream import bundle_rows
     from ftexp.scaling import decoding_cpus, no_workers
 
@@ -217,14 +218,14 @@ def measure_memory(folder: Path) -> dict[str, float]:
     return most
 
 
-def memory_mib() -> float:
-    """Of this process and all below it, shared pages counted once (proportional set size)."""
+def memory_mib(root: int | None = None) -> float:
+    """Of a process (None: this one) and all below it, shared pages counted once (proportional set size)."""
     children: dict[int, list[int]] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
             fields = stat.read_text().rpartition(")")[2].split()
             children.setdefault(int(fields[1]), []).append(int(stat.parent.name))
-    total, waiting = 0, [os.getpid()]
+    total, waiting = 0, [root or os.getpid()]
     while waiting:
         process = waiting.pop()
         waiting += children.get(process, [])

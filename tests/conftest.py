@@ -14,16 +14,60 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+from xdist.scheduler import LoadFileScheduling
 
 # read when Ray is imported: else `uv run pytest` has Ray start every worker through `uv run`, in an environment anew
 os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
+# Ray's own is 15: beside tests that keep a core busy, a run would stand still
+os.environ |= {"RAY_worker_niceness": "0"}
+
+# else every process that a test starts compiles ftexp anew
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+# Two workers of pytest-xdist share the files: those of FIRST run one after the other on one worker, since they mind
+# most what runs beside them; the other worker begins with what is light, and ends with what starts the command, too.
+FIRST = ("cluster", "exactly_once", "end_to_end")
+LAST = ("experiments", "streaming", "failures", "sweep", "trackers", "s3", "search_sweep", "hot_start", "predict",
+    "data_command", "nonfinite", "export")  # fmt: skip
 
 DEADLINE_S = 240
+
+# ends as the command does, and tells on standard error which of some modules were imported by then
+TELL_IMPORTS = """
+import sys
+from ftexp.train import main
+heavy, code = sys.argv.pop(1).split(","), 0
+try:
+    main()
+except SystemExit as error:
+    code = error.code
+print("imported:", sorted({*heavy} & set(sys.modules)), file=sys.stderr)
+sys.exit(code)
+"""
 FOUR_EPOCHS = ["train.epochs=4", "train.ledger=true"]
 
 # how long an example takes is the machine's affair
 hypothesis.settings.register_profile("ftexp", deadline=None)
 hypothesis.settings.load_profile("ftexp")
+
+
+def pytest_xdist_make_scheduler(config, log):
+    class ByFile(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            name = _name(Path(nodeid.partition("::")[0]))
+            return "first" if name in FIRST else name
+
+    return ByFile(config, log)
+
+
+def pytest_collection_modifyitems(items):
+    places = {name: place - len(FIRST) for place, name in enumerate(FIRST)}
+    places |= {name: place + 1 for place, name in enumerate(LAST)}
+    items.sort(key=lambda item: places.get(_name(item.path), 0))
+
+
+def _name(path):
+    return path.stem.removeprefix("test_")
 
 
 class Command:
@@ -106,6 +150,26 @@ class RunFolder:
         os.kill(self.events("ready")[-1]["pids"][rank], signal.SIGKILL)
 
 
+def descendants_with(text):
+    """Living processes whose environment holds `text`."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if text.encode() in (folder / "environ").read_bytes():  # empty for a zombie
+                found.append(int(folder.name))
+        except OSError:
+            continue
+    return found
+
+
+def wait_until_none(found):
+    """Return once `found()` is empty."""
+    end = time.monotonic() + DEADLINE_S
+    while left := found():
+        assert time.monotonic() < end, left
+        time.sleep(0.05)
+
+
 @pytest.fixture(scope="session")
 def clean_run(tmp_path_factory):
     """A run of FOUR_EPOCHS that nothing happened to: others, to which something does, must end as it did."""
@@ -113,6 +177,28 @@ def clean_run(tmp_path_factory):
     command = Command("train", [*FOUR_EPOCHS, f"run.storage={folder}", "run.name=clean"], folder)
     assert command.wait() == 0, command.output
     return RunFolder(folder / "clean")
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    """The default data as a folder of images: the words that train on it, by either feed."""
+    import numpy as np
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    root = tmp_path_factory.mktemp("pictures")
+    for number, (pixels, label) in enumerate(zip(*load_digits(return_X_y=True), strict=True)):
+        path = root / str(label) / f"{number:04d}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(np.rint(pixels.reshape(8, 8) * (255 / 16)).astype(np.uint8)).save(path)
+    shape = [
+        "data.image_size=8",
+        "data.channels=1",
+        "data.mean=[0.3053]",
+        "data.std=[0.3760]",
+        "data.test_fraction=0.2",
+    ]
+    return ["data=image_folder", f"data.root={root}", "augment=digits", *shape]
 
 
 @pytest.fixture(scope="module")

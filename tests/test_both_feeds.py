@@ -16,9 +16,10 @@ from ftexp.config import AugmentConfig
 from ftexp.data import stream
 from ftexp.data.augment import Augment
 from ftexp.data.decoding import Decode
-from ftexp.data.feeds import CachedRows, IndexedFeed, Plan, ToTensors, evaluation_batches
+from ftexp.data.feeds import CachedRows, IndexedFeed, ToTensors, evaluation_batches
 from ftexp.data.listing import IndexedSplit
 from ftexp.data.order import Order, WindowOrder
+from ftexp.data.plan import Plan
 from ftexp.data.splits import DataInfo
 from ftexp.data.stream import StreamedRows
 

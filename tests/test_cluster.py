@@ -73,7 +73,7 @@ ENVIRONMENT = {
     "RAY_health_check_timeout_ms": "10000",
     "RAY_health_check_failure_threshold": "3",
 }
-RESIZES_EVERY_S = 6  # how often Ray Train looks whether there is room for more workers
+RESIZES_EVERY_S = 11  # how often Ray Train looks whether there is room for more workers: time for two saves
 NOTICE_S = 8.0  # from the announcement that a node goes to its end
 GOES_ON_WITHIN_S = 45.0  # 18 to 29 as measured; each of Ray's tries with the dead node costs 5
 EPOCHS = 10  # of the run on the cluster: a minute at least, if every step is slowed
@@ -189,11 +189,11 @@ def tell(command, run, nodes, slow):
 
 
 @pytest.fixture(scope="module")
-def clean(tmp_path_factory):
-    """A run that nothing happened to, on a Ray of its own."""
+def clean(tmp_path_factory, pictures):
+    """A run that nothing happened to, with cached data, on a Ray of its own."""
     folder = tmp_path_factory.mktemp("clean")
     (folder / "obedient.py").write_text(PLUGIN)
-    command = Command("train", [*OPTIONS, f"run.storage={folder}", "run.name=clean"], folder)
+    command = Command("train", [*OPTIONS, *pictures, f"run.storage={folder}", "run.name=clean"], folder)
     assert command.wait() == 0, command.output
     return RunFolder(folder / "clean")
 
@@ -255,9 +255,8 @@ def test_a_run_grows_again_when_a_node_is_added(story):
 def test_a_run_saves_when_it_is_about_to_grow(story):
     (expected,) = story.run.events("resize_expected")
     assert (expected["attempt"], expected["num_workers"]) == (2, 2)
-    saved = next(event for event in story.run.events("checkpoint_saved") if event["time"] > expected["time"])
-    assert saved["attempt"] == 2
-    assert saved["step"] % SAVE_EVERY  # nothing else asked for it
+    saved = [event for event in story.run.events("checkpoint_saved") if event["time"] > expected["time"]]
+    assert any(event["step"] % SAVE_EVERY for event in saved if event["attempt"] == 2)  # nothing else asked for that
 
 
 def test_workers_on_every_node_of_a_cluster_are_forked(story):
@@ -301,10 +300,13 @@ def test_a_run_that_lost_and_gained_nodes_finishes_with_each_position_done_once(
     assert {update.attempt for update in updates} == {1, 2, 3, 4}
 
 
+@pytest.mark.parametrize("feed", ["cached", "streaming"])
 @pytest.mark.timeout(400)
-def test_a_run_whose_controller_is_killed_ends_where_the_clean_run_ends(ftexp, run_folder, switches, clean):
+def test_a_run_whose_controller_is_killed_ends_where_the_clean_run_ends(
+    ftexp, run_folder, switches, clean, pictures, feed
+):
     (switches / "hold").touch()
-    command, run = ftexp(*OPTIONS, "run.name=headless"), run_folder("headless")
+    command, run = ftexp(*OPTIONS, *pictures, f"data.feed={feed}", "run.name=headless"), run_folder("headless")
     command.wait_until((switches / "held").exists)
     killed_at = time.time()
     os.kill(process_of("ray::TrainController", command.process.pid), signal.SIGKILL)
@@ -319,13 +321,12 @@ def test_a_run_whose_controller_is_killed_ends_where_the_clean_run_ends(ftexp, r
 
 
 @pytest.mark.timeout(400)
-def test_a_run_whose_storage_is_gone_stops_and_goes_on_once_it_is_back(ftexp, run_folder, switches, clean):
+def test_a_run_whose_storage_is_gone_stops_and_goes_on_once_it_is_back(ftexp, run_folder, switches, clean, pictures):
     (switches / "hold").touch()
-    words = [*OPTIONS, "run.name=full", "checkpoint.max_failed_saves=1"]
+    words = [*OPTIONS, *pictures, "data.feed=streaming", "run.name=full", "checkpoint.max_failed_saves=1"]
     command, run = ftexp(*words), run_folder("full")
     command.wait_until((switches / "held").exists)
-    command.wait_until(lambda: len(run.events("checkpoint_saved")) == HELD_AT // SAVE_EVERY)
-    latest = run.events("checkpoint_saved")[-1]["step"]
+    command.wait_until(lambda: run.events("checkpoint_saved"))  # of the next, one may be under way
     folder, away = run.path / CHECKPOINTS, switches / "away"
     shutil.move(folder, away)
     folder.touch()  # a file, in which not even root can make a folder
@@ -342,6 +343,7 @@ def test_a_run_whose_storage_is_gone_stops_and_goes_on_once_it_is_back(ftexp, ru
     assert "another try would end the same way: giving up" in command.output
     assert len(run.events("checkpoint_failed")) == 2
     assert "Traceback" not in command.output
+    latest = run.events("checkpoint_saved")[-1]["step"]
 
     folder.unlink()
     shutil.move(away, folder)

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 import ftexp.checks
 from ftexp.checks import validate
 from ftexp.cli import run_hydra, to_config
-from ftexp.config import Config, config_dir
+from ftexp.config import AugmentConfig, Config, config_dir
 from ftexp.data.names import SOURCE_FIELDS
 from ftexp.errors import ConfigError
 
@@ -71,12 +71,14 @@ def test_there_are_options_to_test():
             "chaos",
             "checkpoint",
             "data",
+            "ema",
             "failure",
             "model",
             "optim",
             "scaling",
             "schedule",
             "sweep",
+            "tracker",
             "train",
         )
     }
@@ -106,7 +108,16 @@ def test_every_option_composes_alone_and_validates(group, option, gpus):
     written = OmegaConf.load(config_dir() / group / f"{option}.yaml")
     for key, value in written.items():
         if f"{group}.{key}" not in {word.partition("=")[0] for word in COMPANIONS.get((group, option), [])}:
-            assert getattr(getattr(config, group), str(key)) == value, key
+            arrived = getattr(getattr(config, group), str(key))
+            assert (dataclasses.asdict(arrived) if dataclasses.is_dataclass(arrived) else arrived) == value, key
+
+
+def test_several_trackers_come_with_their_settings(monkeypatch, capsys):
+    words = ["tracker=[tensorboard,mlflow]", "tracker.mlflow.experiment=mine", "tracker.tags.team=blue", "profile=true"]
+    config = from_command_line(monkeypatch, capsys, *words)
+    assert (config.tracker.names, config.tracker.mlflow.experiment) == (["tensorboard", "mlflow"], "mine")
+    assert config.tracker.tags == {"team": "blue"}
+    assert config.profile.enabled
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -192,12 +203,12 @@ def test_every_preset_of_failure_is_more_than_a_name(gpus):
 @pytest.mark.parametrize("data", sorted(SOURCE_FIELDS))
 def test_augmentation_follows_the_data(data):
     written = OmegaConf.to_container(OmegaConf.load(config_dir() / "augment" / f"{data}.yaml"))
-    assert dataclasses.asdict(composed(f"data={data}").augment) == written
+    assert composed(f"data={data}").augment == AugmentConfig(**written)
 
 
 def test_augment_none_wins_over_the_datas_own():
     for words in (["data=cifar10", "augment=none"], ["augment=none", "data=cifar10"]):
-        assert dataclasses.asdict(composed(*words).augment) == {"pad_px": 0, "hflip": 0.0, "brightness": 0.0}
+        assert composed(*words).augment == AugmentConfig()
 
 
 def test_another_architecture_does_not_inherit_the_vits_sizes():
@@ -223,6 +234,8 @@ def test_kwargs_replace_a_presets_values_one_by_one(monkeypatch, capsys):
         ("data.kwargs.shards=4", "data", "kwargs", {"shards": 4}),
         ("scaling.resources_per_worker.CPU=0.5", "scaling", "resources_per_worker", {"CPU": 0.5}),
         ("scaling.resources_per_worker={CPU: 0.5}", "scaling", "resources_per_worker", {"CPU": 0.5}),
+        ("train.freeze.backbone=2", "train", "freeze", {"backbone": 2}),
+        ("train.freeze={blocks.0: 1, *.bias: null}", "train", "freeze", {"blocks.0": 1, "*.bias": None}),
         ("scaling.label_selector={zone: a}", "scaling", "label_selector", {"zone": "a"}),
         ("scaling.num_workers=[1,2]", "scaling", "num_workers", [1, 2]),
         ("plugins=[mine]", None, "plugins", ["mine"]),

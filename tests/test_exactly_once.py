@@ -6,12 +6,9 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from conftest import Command, RunFolder
-from PIL import Image
-from sklearn.datasets import load_digits
 
 from ftexp.checkpoint.compare import load
 from ftexp.checkpoint.staging import writer
@@ -25,23 +22,14 @@ STEPS = 80  # of 39.5 an epoch
 BATCH = 32
 OPTIONS = ["train.epochs=3", "train.ledger=true", "train.log_every_steps=1"]
 
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    """The default data as a folder of images: the words that train on it, by either feed."""
-    root = tmp_path_factory.mktemp("pictures")
-    for number, (pixels, label) in enumerate(zip(*load_digits(return_X_y=True), strict=True)):
-        path = root / str(label) / f"{number:04d}.png"
-        path.parent.mkdir(exist_ok=True)
-        Image.fromarray(np.rint(pixels.reshape(8, 8) * (255 / 16)).astype(np.uint8)).save(path)
-    shape = [
-        "data.image_size=8",
-        "data.channels=1",
-        "data.mean=[0.3053]",
-        "data.std=[0.3760]",
-        "data.test_fraction=0.2",
-    ]
-    return ["data=image_folder", f"data.root={root}", "augment=digits", *shape]
+DRILL_STEPS, DRILL_BATCH = 16, 254  # 4.95 steps an epoch; shares of 127, micro-batches of 64 and 63
+RECIPE = [
+    "model.drop_path_rate=0.1", "augment.rand_augment=rand-m5-mstd0.5-inc1", "augment.erase_prob=0.5",
+    "augment.erase_mode=pixel", "augment.mixup_alpha=0.2", "augment.cutmix_alpha=1.0", "augment.mix_mode=elem",
+    "train.label_smoothing=0.1", "train.clip_grad_norm=1.0", "train.precision=fp16", "train.accumulate_steps=2",
+    "train.freeze={blocks.0: 1, patch_embed: 2, pos_embed: null}", "optim.layer_decay=0.8",
+    "ema.decay=0.9", "ema.use_warmup=true", f"train.global_batch_size={DRILL_BATCH}",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -64,11 +52,12 @@ def changed(path, change):
 
 
 @pytest.mark.timeout(600)
-def test_a_drill_tells_a_run_that_survived_its_faults_from_one_that_did_not(ftexp, tmp_path):
-    faults = ["kill_worker", "truncate_checkpoint", "kill_driver"]
+def test_a_drill_with_the_full_recipe_on_tells_a_run_that_survived_its_faults_from_one_that_did_not(ftexp, tmp_path):
+    faults = ["kill_worker", "truncate_checkpoint", "kill_driver"]  # as parts are unfrozen, between, and after
     command = ftexp(
-        "drill.steps=60", f"drill.faults=[{','.join(faults)}]", f"run.storage={tmp_path / 'runs'}", module="drill"
-    )
+        *RECIPE, f"drill.steps={DRILL_STEPS}", f"drill.faults=[{','.join(faults)}]",
+        f"run.storage={tmp_path / 'runs'}", module="drill",
+    )  # fmt: skip
     command.wait_for("clean ")  # whatever waits has its own deadline, and this is three commands
     command.wait_for("giving the same command again")
     assert command.wait() == 0, command.output
@@ -76,16 +65,17 @@ def test_a_drill_tells_a_run_that_survived_its_faults_from_one_that_did_not(ftex
     table = [line.split() for line in command.lines if line.split()[-1:] == ["yes"]]
     assert [row[0] for row in table] == faults
     assert "the command was killed, and given again" in command.output
-    assert command.lines[-1].startswith("identical to the bit")
-    assert "1,920 samples that drove the updates" in command.lines[-1]
+    assert command.lines[-1].startswith("identical to the bit: model.pt, optimizer.pt, extra_state.pt")
+    assert f"{DRILL_STEPS * DRILL_BATCH:,} samples that drove the updates" in command.lines[-1]
     report = json.loads((folder / "drill.json").read_text())
     assert report["differences"] == []
     steps = [row["step"] for row in report["rows"]]
     assert [row["identical"] for row in report["rows"]] == [True, True, True]
+    assert_the_recipe_was_on(RunFolder(folder / "clean"), RunFolder(folder / "broken"))
 
     # a drill that finds nothing in whatever it is given would have said the same
     first, second = Storage.at(str(folder), "clean"), Storage.at(str(folder), "broken")
-    assert compare(first, second, BATCH, 0).identical
+    assert compare(first, second, DRILL_BATCH, 0).identical
     at = steps[1] + 2  # after the second fault, before the third
 
     def one_loss_is_another(lines):
@@ -96,7 +86,7 @@ def test_a_drill_tells_a_run_that_survived_its_faults_from_one_that_did_not(ftex
         return map(json.dumps, points)
 
     with changed(folder / "broken" / "metrics.jsonl", one_loss_is_another):
-        report = compare(first, second, BATCH, 0)
+        report = compare(first, second, DRILL_BATCH, 0)
     assert report.differences[0].startswith(f"step {at}: train_loss is ")
     assert len(report.differences) == 1
     assert [row.identical for row in report.rows] == [True, False, False]
@@ -105,7 +95,7 @@ def test_a_drill_tells_a_run_that_survived_its_faults_from_one_that_did_not(ftex
     attempt = next(update.attempt for update in read_updates(second) if update.step == at)
     ledger = folder / "broken" / "ledger" / f"a{attempt:04d}.r1.jsonl"
     with changed(ledger, lambda lines: [line for line in lines if json.loads(line)["step"] != at]):
-        report = compare(first, second, BATCH, 0)
+        report = compare(first, second, DRILL_BATCH, 0)
     assert f"step {at}: driven by other samples than in the clean run" in report.differences
     assert not report.rows[1].identical
 
@@ -115,16 +105,28 @@ def test_a_drill_tells_a_run_that_survived_its_faults_from_one_that_did_not(ftex
     tensor.view(-1)[0] += 1e-3
     forged = type(manifest)(**{**vars(manifest), "name": f"step_{manifest.step:08d}.a9", "attempt": 9})
     store.save(forged, {file: writer(part) for file, part in parts.items()})
-    report = compare(first, second, BATCH, 0)
+    report = compare(first, second, DRILL_BATCH, 0)
     assert [text.partition(",")[0] for text in report.differences] == [
         f"model.pt/{name}: 1 of {tensor.numel()} values differ"
     ]
     assert [row.identical for row in report.rows] == [True, True, False]
     store.storage.child(forged.name).delete()
 
-    report = compare(first, second, BATCH, 1)
+    report = compare(first, second, DRILL_BATCH, 1)
     assert report.differences[0].startswith("the broken run ended with exit code 1")
-    assert compare(first, second, BATCH, 0).identical
+    assert compare(first, second, DRILL_BATCH, 0).identical
+
+
+def assert_the_recipe_was_on(clean, broken):
+    assert [event["epoch"] for event in clean.events("thawed")] == [1, 2]
+    restored = [event["step"] for event in broken.events("restored")]
+    assert len(restored) == 3
+    assert restored[-1] >= 10, "after the second part was unfrozen"
+    newest = broken.path / "checkpoints" / broken.checkpoints[-1]
+    states, weights = (torch.load(newest / name, weights_only=True) for name in ("extra_state.pt", "model.pt"))
+    assert states["scaler"]["scale"] > 1
+    assert states["ema"]["weights"].keys() == weights.keys()
+    assert {"test_accuracy", "test_accuracy_ema", "val_loss_ema"} <= broken.record["metrics"]["last"].keys()
 
 
 DAMAGE = [  # (kind, how many of the newest, the reason that is told)
@@ -140,26 +142,26 @@ DAMAGE = [  # (kind, how many of the newest, the reason that is told)
 
 
 @pytest.mark.timeout(900)
-def test_each_damage_to_the_newest_checkpoints_is_named_and_changes_nothing(ftexp, run_folder, clean, pictures):
-    faults = [
-        f"{{kind: {kind}, count: {count}, step: {9 * number + 9}}}" for number, (kind, count, _) in enumerate(DAMAGE)
-    ]
+def test_each_damage_to_checkpoints_and_each_fault_of_a_worker_changes_nothing(ftexp, run_folder, clean, pictures):
+    kinds = [(kind, count) for kind, count, _ in DAMAGE] + [(kind, 1) for kind in ("hang", "raise", "nonfinite")]
+    faults = [f"{{kind: {kind}, count: {count}, step: {9 * number + 9}}}" for number, (kind, count) in enumerate(kinds)]
     command = ftexp(
         *OPTIONS, *pictures, "data.feed=streaming", f"train.max_steps={STEPS}",
         f"chaos.faults=[{', '.join(faults)}]", "checkpoint.every_epochs=null",
-        "checkpoint.every_steps=1", "checkpoint.num_to_keep=4", "failure.max_failures=-1", "run.name=damaged",
+        "checkpoint.every_steps=1", "checkpoint.num_to_keep=4", "failure.max_failures=-1", "failure.hang_timeout_s=3",
+        "run.name=damaged",
     )  # fmt: skip
     command.wait_until(lambda: len(run_folder("damaged").events("failure")) >= 4)
     assert command.wait() == 0, command.output
     run = run_folder("damaged")
     report = compare(clean.storage, run.storage, BATCH, 0)
     assert report.differences == []
-    assert [row.fault for row in report.rows] == [kind for kind, _, _ in DAMAGE]
+    assert [row.fault for row in report.rows] == [kind for kind, _ in kinds]
 
     events = run.events()
     struck = [number for number, event in enumerate(events) if event["event"] == "chaos"]
     standing = [event["checkpoint"] for event in events[: struck[0]] if event["event"] == "checkpoint_saved"]
-    for (kind, count, reason), start, end in zip(DAMAGE, struck, [*struck[1:], len(events)], strict=True):
+    for (kind, count, reason), start, end in zip(DAMAGE, struck, struck[1:], strict=False):
         after = events[start + 1 : end]
         damaged = events[start]["damaged"]
         assert damaged == standing[-count:][::-1], kind
@@ -172,8 +174,8 @@ def test_each_damage_to_the_newest_checkpoints_is_named_and_changes_nothing(ftex
         restored = [event["checkpoint"] for event in after if event["event"] == "restored"]
         assert restored == standing[-count - 1 :][: len(standing) > count], kind
         standing = standing[:-count] + [event["checkpoint"] for event in after if event["event"] == "checkpoint_saved"]
-    assert {failure["cause"] for failure in run.record["failures"]} == {"crash"}
-    assert len(run.record["failures"]) == len(DAMAGE)
+    causes = [failure["cause"] for failure in run.record["failures"]]
+    assert causes == ["crash"] * len(DAMAGE) + ["hang", "crash", "non_finite"]
 
 
 @pytest.mark.timeout(600)

@@ -18,6 +18,16 @@ GOLDEN = Path(__file__).parent / "golden"
 EXPERIMENTS = sorted(file.stem for file in (config_dir() / "experiment").glob("*.yaml"))
 UPDATE = "FTEXP_UPDATE_GOLDEN"  # environment variable
 SHORT = ["train.max_steps=2", "schedule.warmup_epochs=0", "train.eval_every_epochs=1", "scaling.num_workers=1"]
+SYNTHETIC = ["data=synthetic", "data.root=null", "train.precision=fp32"]
+# where a preset is for larger models and data than a test has
+TINY = {
+    "fault_tolerant_cifar_vit": ["train.global_batch_size=64"],  # its own, and a crash: tests/test_end_to_end.py
+    "finetune_vit": [
+        *SYNTHETIC, "model.pretrained=false", "model.kwargs={patch_size: 4, embed_dim: 64, depth: 2, num_heads: 2}",
+        "train.global_batch_size=16",
+    ],
+    "photos_resnet50": [*SYNTHETIC, "model=resnet18", "train.global_batch_size=16"],
+}  # fmt: skip
 
 
 def flat(values, prefix=""):
@@ -51,9 +61,9 @@ def test_nothing_is_kept_of_an_experiment_that_is_gone():
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_an_experiment_runs_for_two_steps(experiment, tmp_path):
-    words = [f"experiment={experiment}", *SHORT, f"run.storage={tmp_path}", "run.name=short"]
+    words = [f"experiment={experiment}", *SHORT, *TINY.get(experiment, []), f"run.storage={tmp_path}", "run.name=short"]
     if "data.name: 'cifar10'\n" in composed(experiment):
-        write_small_cifar(tmp_path / "cifar", num_train=1160, num_test=20)
+        write_small_cifar(tmp_path / "cifar", num_train=160, num_test=20)
         (tmp_path / "small_cifar.py").write_text(SMALL_CIFAR.format(root=str(tmp_path / "cifar")))
         words += ["plugins=[small_cifar]", f"data.root={tmp_path / 'cifar'}", "data.download=false"]
     command = Command("train", words, tmp_path)

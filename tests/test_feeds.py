@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from ftexp.config import AugmentConfig
 from ftexp.data.augment import Augment
-from ftexp.data.feeds import CachedRows, IndexedFeed, Plan, Taken, ToTensors, evaluation_batches, even_part, prefetched
+from ftexp.data.feeds import CachedRows, IndexedFeed, Taken, ToTensors, evaluation_batches, prefetched
 from ftexp.data.order import Order
+from ftexp.data.plan import Plan, even_part
 from ftexp.data.splits import DataInfo
 
 CPU = torch.device("cpu")
@@ -74,10 +75,10 @@ def test_every_position_counts_in_exactly_one_micro_batch(batch, accumulate, tot
     for rank in range(world):
         plan = Plan(batch, accumulate, total, rank, world)
         for start, end in plan.batch_ends(start_at):
-            for positions, number in plan.micro_shares(start, end):
-                assert len(positions) >= 2, "batch norm can't train on one row"
-                assert ((positions >= start) & (positions < end)).all()
-                counted += positions[:number].tolist()
+            for share in plan.micro_shares(start, end):
+                assert len(share.positions) >= 2, "batch norm can't train on one row"
+                assert ((share.positions >= start) & (share.positions < end)).all()
+                counted += share.positions[: share.num_counted].tolist()
     assert sorted(counted) == list(range(start_at, total))
 
 

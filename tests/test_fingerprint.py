@@ -17,6 +17,7 @@ DEFINING = {
     "model.kwargs": {"depth": 2},
     "model.preset": {"resnet18": {"depth": 2}},
     "model.pretrained": "weights.pt",
+    "model.drop_path_rate": 0.1,
     "data.name": "cifar10",
     "data.image_size": 16,
     "data.channels": 1,
@@ -35,10 +36,26 @@ DEFINING = {
     "augment.pad_px": 3,
     "augment.hflip": 0.3,
     "augment.brightness": 0.3,
+    "augment.rand_augment": "rand-m9",
+    "augment.erase_prob": 0.3,
+    "augment.erase_mode": "rand",
+    "augment.erase_count": 3,
+    "augment.mixup_alpha": 0.3,
+    "augment.cutmix_alpha": 0.3,
+    "augment.mix_prob": 0.3,
+    "augment.mix_switch_prob": 0.3,
+    "augment.mix_mode": "pair",
     "optim.name": "lamb",
     "optim.lr": 0.3,
     "optim.weight_decay": 0.3,
+    "optim.filter_bias_and_bn": False,
+    "optim.layer_decay": 0.7,
     "optim.kwargs": {"momentum": 0.3},
+    "ema.decay": 0.9,
+    "ema.use_warmup": True,
+    "ema.warmup_gamma": 3.0,
+    "ema.warmup_power": 0.9,
+    "ema.update_after_step": 3,
     "schedule.name": "poly",
     "schedule.warmup_epochs": 3.0,
     "schedule.warmup_lr": 0.3,
@@ -49,6 +66,9 @@ DEFINING = {
     "train.precision": "bf16",
     "train.label_smoothing": 0.3,
     "train.clip_grad_norm": 0.3,
+    "train.clip_grad_value": 0.3,
+    "train.clip_grad_agc": 0.3,
+    "train.freeze": {"backbone": 2},
 }
 FREE = {
     "plugins": ["mine"],
@@ -110,12 +130,12 @@ def test_a_key_that_does_not_define_the_run_may_change(key):
     differences(fingerprint(config()), fingerprint(config(**{key: FREE[key]})), "/runs/first")
 
 
-def test_every_key_of_model_data_augment_optim_and_schedule_is_sorted_into_one_kind():
+def test_every_key_of_model_data_augment_optim_ema_and_schedule_is_sorted_into_one_kind():
     """A field added to one of these groups must be put in a table above."""
     made = config()
     keys = {
         f"{group}.{field.name}"
-        for group in ("model", "data", "augment", "optim", "schedule")
+        for group in ("model", "data", "augment", "optim", "ema", "schedule")
         for field in dataclasses.fields(getattr(made, group))
     }
     assert keys <= DEFINING.keys() | FREE.keys()
@@ -138,6 +158,19 @@ def test_differences_tells_of_a_kwarg_that_came_or_went():
         with pytest.raises(ConfigError) as raised:
             differences(recorded, own, "here")
         assert line in str(raised.value)
+
+
+def test_a_run_from_before_there_was_a_key_has_its_default():
+    own = fingerprint(config())
+    older = {key: value for key, value in own.items() if not key.startswith(("ema.", "train.freeze", "augment.mix"))}
+    differences(older, own, "here")
+    with pytest.raises(ConfigError) as raised:
+        differences(older, fingerprint(config(**{"augment.mixup_alpha": 0.8, "train.freeze": {"head": 2}})), "here")
+    changed = str(raised.value).splitlines()[1:]
+    assert changed == [
+        "augment.mixup_alpha was 0.0, and is 0.8 now",
+        "train.freeze.head was None, and is 2 now",
+    ]
 
 
 def test_a_fingerprint_survives_json():

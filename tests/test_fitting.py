@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -93,6 +94,22 @@ def test_a_signal_that_comes_while_the_first_is_answered_is_not_lost():
     with pytest.raises(Terminated):
         fit_interruptibly(fit, FREE, stop)
     ended.set()
+
+
+def test_nothing_runs_on_once_it_was_interrupted():
+    ended = threading.Event()
+
+    def fit():
+        os.kill(os.getpid(), signal.SIGINT)
+        try:
+            while True:
+                time.sleep(0.01)
+        finally:
+            ended.set()
+
+    with pytest.raises(KeyboardInterrupt):
+        fit_interruptibly(fit, FREE, lambda _: False)
+    assert ended.is_set()
 
 
 def test_what_fit_returns_or_raises_comes_through():

@@ -326,6 +326,13 @@ def test_torch_works_in_a_fork_and_no_gpu_was_touched(preloaded):
     assert (code, output) == (0, "True\n"), errors
 
 
+def test_the_collector_of_a_fork_leaves_alone_what_it_shares_with_others(preloaded):
+    code, output, errors = preloaded.run("import gc; print(len(gc.get_objects()), gc.get_freeze_count())")
+    own, shared = map(int, output.split())
+    assert code == 0, errors
+    assert own < shared / 10
+
+
 def test_a_ddp_step_among_forks_has_the_gradient_of_plain_processes(preloaded, tmp_path):
     gradients = []
     for plain in (False, True):

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ftexp.data.feeds import Batch, Plan
+from ftexp.data.feeds import Batch
 from ftexp.data.order import Order
+from ftexp.data.plan import Plan
 from ftexp.ledger import LEDGER, Ledger, Update, last_attempt, problems, read_updates
 from ftexp.storage import Storage
 
@@ -26,7 +27,7 @@ def batches(world_size, rank, start_step=0, seed=0, accumulate=1):
     """(step, Batch) of one rank's share from after `start_step`, as its feed gives them."""
     plan, order = Plan(BATCH, accumulate, TOTAL, rank, world_size), Order(seed, NUM_SAMPLES)
     for step, (start, end) in enumerate(plan.batch_ends(start_step * BATCH), start=start_step + 1):
-        positions = np.concatenate([positions[:counted] for positions, counted in plan.micro_shares(start, end)])
+        positions = np.concatenate([share.positions[: share.num_counted] for share in plan.micro_shares(start, end)])
         yield step, Batch(start, end, [], positions, order.samples(positions))
 
 

@@ -8,22 +8,37 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from ftexp.averaging import Average
 from ftexp.checkpoint.manager import CheckpointManager
 from ftexp.checkpoint.registry import ExtraState
 from ftexp.checkpoint.store import CheckpointStore
-from ftexp.config import AugmentConfig, CheckpointConfig, Config, ModelConfig, OptimConfig, ScheduleConfig, TrainConfig
+from ftexp.config import (
+    AugmentConfig,
+    CheckpointConfig,
+    Config,
+    EmaConfig,
+    ModelConfig,
+    OptimConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
 from ftexp.data.augment import Augment
-from ftexp.data.feeds import CachedRows, IndexedFeed, Plan, ToTensors
+from ftexp.data.erasing import Erasing
+from ftexp.data.feeds import CachedRows, IndexedFeed, ToTensors
+from ftexp.data.mixing import Mixing
 from ftexp.data.order import Order
+from ftexp.data.plan import Plan
 from ftexp.data.splits import DataInfo
 from ftexp.errors import NonFiniteError
 from ftexp.failure.nonfinite import skip_step
 from ftexp.failure.watchdog import report_hang
+from ftexp.freezing import Freezing
 from ftexp.job import Job
-from ftexp.loop import advance, evaluate, evaluation_due, log_train, train_step, update_best
+from ftexp.loop import advance, evaluate, evaluation_due, log_train, update_best
 from ftexp.models import build_model
 from ftexp.optim import build_optimizer, build_scheduler
 from ftexp.progress import Meter, Progress
+from ftexp.step import thaw, train_step
 from ftexp.storage import Storage
 
 CPU = torch.device("cpu")
@@ -46,11 +61,13 @@ class Lines:
         pass
 
 
-def make_job(model=SMALL_VIT, num_samples=96, batch=24, optim=None, **train):
+def make_job(model=SMALL_VIT, num_samples=96, batch=24, optim=None, augment=None, ema=None, **train):
     config = Config(
         model=model,
         optim=optim or OptimConfig(name="adamw", lr=3e-3),
         schedule=ScheduleConfig(name="constant"),
+        augment=augment or AugmentConfig(),
+        ema=ema or EmaConfig(),
         train=TrainConfig(epochs=3, global_batch_size=batch, **train),
         checkpoint=CheckpointConfig(),
     )
@@ -70,24 +87,31 @@ def make_job(model=SMALL_VIT, num_samples=96, batch=24, optim=None, **train):
         built = built.to(memory_format=torch.channels_last)
     if config.train.compile:
         built.compile()
-    optimizer = build_optimizer(config.optim, built)
+    optimizer = build_optimizer(config.optim, config.train, built)
     total = 3 * num_samples
     to_tensors = ToTensors(info, CPU, config.train.channels_last)
-    plan = Plan(batch, config.train.accumulate_steps, total, 0, 1)
+    augment = config.augment
+    plan = Plan(batch, config.train.accumulate_steps, total, 0, 1, augment.mixes)
+    average = Average(config.ema, built) if config.ema.decay is not None else None
+    freezing = Freezing(config.train.freeze, built)
+    freezing.settle(epoch=0)
     return Job(
         config=config, info=info, run_name="x", attempt=1, rank=0, world_size=1, device=CPU, line=Lines(),
         model=built, wrapped=built, optimizer=optimizer,
         scheduler=build_scheduler(config.schedule, optimizer, math.ceil(total / batch), num_samples / batch),
         scaler=torch.amp.GradScaler("cpu", enabled=config.train.precision == "fp16"),
-        feed=IndexedFeed(rows, Order(0, num_samples), plan, to_tensors, Augment(AugmentConfig(), 0)),
+        feed=IndexedFeed(rows, Order(0, num_samples), plan, to_tensors, Augment(augment, 0)),
         rows={"train": rows, "val": rows, "test": rows}, to_tensors=to_tensors, total_positions=total,
-        progress=Progress(Meter(CPU)),
+        progress=Progress(Meter(CPU)), freezing=freezing, average=average,
+        erasing=Erasing(augment, 0, CPU) if augment.erase_prob else None,
+        mixing=Mixing(augment, info.num_classes, config.train.label_smoothing, 0) if augment.mixes else None,
     )  # fmt: skip
 
 
 def train(job):
     ends = []
     for batch in job.feed.from_position(job.progress.position):
+        thaw(job)
         train_step(job, batch)
         ends.append(advance(job, batch))
     return ends
@@ -101,6 +125,10 @@ SWITCHES = [
     {"clip_grad_norm": 0.5},
     {"accumulate_steps": 3},
     {"precision": "fp16", "clip_grad_norm": 1.0, "accumulate_steps": 2},
+    {"clip_grad_value": 0.01},
+    {"clip_grad_agc": 0.1},
+    {"freeze": {"blocks.0": 1}},
+    {"augment": AugmentConfig(mixup_alpha=0.2, erase_prob=0.25), "label_smoothing": 0.1, "accumulate_steps": 2},
     {},
 ]
 

@@ -9,10 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_loop import RESNET, copied, make_job, same
 
+from ftexp.checkpoint.compare import tree_differences
 from ftexp.checkpoint.manager import CheckpointManager
 from ftexp.checkpoint.registry import ExtraState
 from ftexp.checkpoint.store import CheckpointStore
-from ftexp.config import FailureConfig, OptimConfig
+from ftexp.config import AugmentConfig, EmaConfig, FailureConfig, OptimConfig
 from ftexp.errors import NonFiniteError
 from ftexp.failure.chaos import Chaos, FaultyStore
 from ftexp.failure.watchdog import Watchdog, hang_limits
@@ -22,7 +23,7 @@ from ftexp.skips import Skips
 from ftexp.storage import Storage
 
 BATCH = 24
-STATES = ["progress", "scheduler", "scaler", "rng", "best"]
+STATES = ["progress", "scheduler", "scaler", "ema", "rng", "best"]
 
 
 class BadFeed:
@@ -46,8 +47,10 @@ def run(tmp_path, monkeypatch):
     # these steps are quicker than a save, and a save that falls due meanwhile would wait
     monkeypatch.setattr(CheckpointManager, "save", lambda self: (save(self), self.wait()))
 
-    def start(policy, bad_steps=(), skips=(), name="run", model=None, **failure):
-        job = make_job(model, optim=OptimConfig(name="sgd", lr=0.01)) if model else make_job()
+    def start(policy, bad_steps=(), skips=(), name="run", model=None, recipe=None, **failure):
+        job = make_job(model, optim=OptimConfig(name="sgd", lr=0.01)) if model else make_job(**recipe or {})
+        if job.scaler.is_enabled():
+            job.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**21, growth_interval=2)  # grows, and overflows
         job.line.stop_requested = job.line.save_requested = False
         job.config.failure = dataclasses.replace(job.config.failure, on_nonfinite=policy, **failure)
         job.config.checkpoint.every_steps, job.config.checkpoint.every_epochs = 3, None
@@ -96,6 +99,24 @@ def test_a_rollback_leaves_out_the_bad_batch_and_does_the_rest_again(run, model)
     assert [update.step for update in updates if update.skipped] == [5, 9]
     assert list(problems(updates, 96, BATCH)) == []
     assert updates == read_updates(skipped.folder)
+
+
+def test_a_rollback_takes_the_average_fp16s_scaler_and_what_was_unfrozen_back_with_it(run):
+    recipe = {
+        "precision": "fp16",
+        "ema": EmaConfig(decay=0.9, use_warmup=True),
+        "freeze": {"blocks.0": 1},  # the fifth step is the first that trains it
+        "augment": AugmentConfig(mixup_alpha=0.8, erase_prob=0.5, erase_mode="pixel"),
+    }
+    skipped = run("skip_step", {5, 9}, name="skipped", recipe=recipe)
+    rolled = run("rollback", {5, 9}, name="rolled", recipe=recipe)
+    assert [(event["step"], event["to_step"]) for event in events(rolled, "rolled_back")] == [(5, 3), (9, 6)]
+    assert [event["epoch"] for event in events(rolled, "thawed")] == [1, 0, 1]
+    assert same(copied(rolled), copied(skipped))
+    states = [ExtraState(["scaler", "ema"], job).state_dict() for job in (rolled, skipped)]
+    assert list(tree_differences(*states)) == []
+    assert points(rolled) == points(skipped)
+    assert 0 < rolled.num_overflows < 10, "some of the ten steps were taken"
 
 
 def test_bad_batches_in_a_row_are_blamed_on_those_before_them(run):

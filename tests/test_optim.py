@@ -7,7 +7,7 @@ import timm
 import torch
 from torch import nn
 
-from ftexp.config import SCHEDULES, OptimConfig, ScheduleConfig
+from ftexp.config import SCHEDULES, SGD_NAMES, OptimConfig, ScheduleConfig, TrainConfig
 from ftexp.errors import ConfigError
 from ftexp.optim import build_optimizer, build_scheduler
 
@@ -18,8 +18,9 @@ def small_model():
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.LayerNorm(4), nn.Linear(4, 2))
 
 
-def optimizer_of(model=None, **settings):
-    return build_optimizer(OptimConfig(**{"name": "adamw", "lr": 0.1, **settings}), model or small_model())
+def optimizer_of(model=None, train=None, **settings):
+    optim = OptimConfig(**{"name": "adamw", "lr": 0.1, **settings})
+    return build_optimizer(optim, TrainConfig(**(train or {})), model or small_model())
 
 
 def rates(config, steps):
@@ -62,6 +63,13 @@ def test_torchs_own_optimisers_are_fused_unless_told_otherwise(name):
     assert optimizer_of(name=name).defaults["fused"] is True
     assert optimizer_of(name=name, kwargs={"fused": False}).defaults["fused"] is False
     assert not optimizer_of(name=name, kwargs={"foreach": True}).defaults.get("fused")  # torch takes one of the two
+
+
+@pytest.mark.parametrize("name", SGD_NAMES)
+@pytest.mark.parametrize("train", [{"precision": "fp16"}, {"freeze": {"0": 1}}], ids=str)
+def test_torchs_sgd_is_not_fused_where_a_first_step_may_be_left_out(name, train):
+    assert not optimizer_of(name=name, train=train).defaults.get("fused")
+    assert optimizer_of(name="adamw", train=train).defaults["fused"] is True
 
 
 def test_kwargs_reach_the_optimiser():

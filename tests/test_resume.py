@@ -195,3 +195,16 @@ def test_a_run_goes_on_with_as_many_samples_as_it_began_with(now, told):
         ConfigError, match=f"^data.name=digits has {told} training samples now, and had 100 when the run"
     ):
         _require_same_data(config(), state, info(now))
+
+
+def test_a_run_goes_on_with_the_samples_that_it_began_with_and_not_with_others_as_many():
+    def info(digest):
+        return DataInfo(["a", "b"], 8, 1, [0.5], [0.5], {"train": 100, "val": 3, "test": 0}, digest=digest)
+
+    state = RunState(name="first", data={"num_samples": {"train": 100}, "digest": "aa"})
+    _require_same_data(config(), state, info("aa"))
+    _require_same_data(config(), state, info(None))
+    with pytest.raises(ConfigError, match="as many training samples as when the run began, but not the same ones"):
+        _require_same_data(config(), state, info("ab"))
+    state.data["digest"] = None  # of a run by an older ftexp
+    _require_same_data(config(), state, info("ab"))

@@ -687,10 +687,19 @@ def test_more_classes_than_found_are_spare():
 
 
 def test_images_of_another_size_name_the_key():
-    with pytest.raises(
-        DataError, match=r"shape \(8, 8, 1\), but data\.image_size and data\.channels say \(16, 16, 1\)"
-    ):
-        build_data(data_config("digits", channels=1, image_size=16))
+    with pytest.raises(DataError, match=r"shape \(8, 8, 1\), but data\.image_size and data\.channels say \(8, 8, 3\)"):
+        build_data(data_config("digits", channels=3))
+
+
+def test_digits_can_be_scaled(digits):
+    _, splits = digits
+    larger = build_data(data_config("digits", channels=1, val_fraction=0.1, image_size=32))
+    assert larger.info.image_size == 32
+    images, small = read_all(larger)["train"]["image"], splits["train"]["image"]
+    assert images.shape == (len(small), 32, 32, 1)
+    # bicubic weights sum to 1: blocks of 4x4 are about as bright as the pixels that they were
+    blocks = images.reshape(-1, 8, 4, 8, 4).mean((2, 4))
+    assert np.corrcoef(blocks.ravel(), small.ravel())[0, 1] > 0.95
 
 
 @pytest.fixture

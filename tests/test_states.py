@@ -18,7 +18,7 @@ from ftexp.errors import CheckpointError, StateError, UnknownNameError
 from ftexp.optim import build_scheduler
 from ftexp.progress import Meter, Progress
 
-BUILT_IN = ["progress", "scheduler", "scaler", "rng", "best"]
+BUILT_IN = ["progress", "scheduler", "scaler", "ema", "rng", "best"]
 
 
 @pytest.fixture
@@ -30,6 +30,8 @@ def job():
         optimizer=optimizer,
         scheduler=build_scheduler(ScheduleConfig(name="cosine", warmup_epochs=1), optimizer, 100, 10.0),
         scaler=torch.amp.GradScaler("cpu", enabled=True, init_scale=1024.0),
+        average=None,
+        num_overflows=5,
         best={"metric": "val_accuracy", "value": 0.75, "step": 20},
     )
 
@@ -74,12 +76,12 @@ def test_every_built_in_state_survives_the_file_and_comes_back(job):
     rate = job.optimizer.param_groups[0]["lr"]
 
     job.progress = Progress(Meter(torch.device("cpu")))
-    job.best, job.scaler._scale = {}, None
+    job.best, job.scaler._scale, job.num_overflows = {}, None, 0
     job.scheduler.step_update(0)
     ExtraState(BUILT_IN, job).load(saved, versions, "run 'x'")
     assert (job.progress.step, job.progress.position, job.progress.epoch) == (40, 1280, 1)
     assert job.best == {"metric": "val_accuracy", "value": 0.75, "step": 20}
-    assert job.scaler.get_scale() == 1024.0
+    assert (job.scaler.get_scale(), job.num_overflows) == (1024.0, 5)
     assert job.optimizer.param_groups[0]["lr"] == rate
     assert (random.random(), np.random.random(), torch.rand(1).item()) == expected
 
@@ -186,4 +188,4 @@ def test_an_fp16_scale_comes_back_while_other_precisions_have_none(job):
     job.scaler = torch.amp.GradScaler("cpu", enabled=False)
     assert ExtraState(["scaler"], job).state_dict() == {"scaler": {}}
     assert math.isclose(job.scaler.get_scale(), 1.0)
-    assert ftexp.checkpoint.states.ScalerState.version == 1
+    assert ftexp.checkpoint.states.ScalerState.version == 2

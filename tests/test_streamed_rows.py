@@ -270,3 +270,18 @@ def test_decode_cpus_count_while_data_is_cached_too(roots, monkeypatch, num_cpus
     monkeypatch.setattr(decoding, "TaskPoolStrategy", pool)
     build_data(data_config("image_folder", roots / "image_folder", feed="cached", decode_cpus=num_cpus))
     assert set(sizes) == {num_cpus}
+
+
+@pytest.mark.parametrize("name", ["image_folder", "image_list", "parquet", "webdataset"])
+def test_other_names_or_labels_give_another_digest_and_another_place_the_same(tmp_path, name):
+    def digest(labels, folder):
+        write_layouts(tmp_path / folder, [picture(number) for number in range(6)], labels)
+        return build_data(data_config(name, tmp_path / folder / name, feed="cached")).info.digest
+
+    first = digest([0, 1, 0, 1, 0, 1], "first")
+    assert len(first) == 64
+    assert digest([0, 1, 0, 1, 0, 1], "second") == first
+    assert digest([1, 0, 0, 1, 0, 1], "third") != first
+    if name == "image_folder":
+        (tmp_path / "second" / name / "0" / "02.png").rename(tmp_path / "second" / name / "0" / "06.png")
+        assert build_data(data_config(name, tmp_path / "second" / name, feed="streaming")).info.digest != first

@@ -21,9 +21,10 @@ from PIL import Image
 from ftexp.config import AugmentConfig, Config
 from ftexp.data import stream
 from ftexp.data.augment import Augment
-from ftexp.data.feeds import IndexedFeed, Plan, ToTensors
+from ftexp.data.feeds import IndexedFeed, ToTensors
 from ftexp.data.listing import IndexedSplit, Shared
 from ftexp.data.order import Order
+from ftexp.data.plan import Plan
 from ftexp.data.splits import SPLITS, DataInfo
 from ftexp.data.stream import _UNIT_ROWS, StreamedRows
 from ftexp.job import _rows

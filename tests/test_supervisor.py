@@ -34,10 +34,13 @@ class Driver:
         """A worker group starts, and comes as far as `step`."""
         for rank in range(2):
             self.tell("hello", rank=rank, world_size=2, pid=100 + rank, node=f"node{rank}")
-        fields = {"arguments": {}, "num_parameters": 5, "device": "cpu", "weights": None, "total_steps": 100}
-        self.tell("ready", step=ready, **fields)
+        self.ready(ready)
         if step is not None:
             self.tell("tick", step=step, position=step * 32, epoch=0)
+
+    def ready(self, step):
+        fields = {"arguments": {}, "num_parameters": 5, "device": "cpu", "weights": None, "total_steps": 100}
+        self.tell("ready", step=step, **fields)
 
     def fail(self, cause=DIED):
         return self.tell("failure", cause=vars(cause))
@@ -176,12 +179,24 @@ def test_a_recovery_tells_what_was_restored_and_what_was_damaged(tmp_path):
     for name in ("step_00000040.a1", "step_00000030.a1"):
         driver.tell("event", name="checkpoint_rejected", step=0, checkpoint=name, reason="torn")
     driver.tell("event", name="restored", step=20, checkpoint="step_00000020.a1")
-    fields = {"arguments": {}, "num_parameters": 5, "device": "cpu", "weights": None, "total_steps": 100}
-    driver.tell("ready", step=20, **fields)
+    driver.ready(20)
     assert "checkpoint step_00000040.a1 doesn't count: torn" in driver.shown
     assert "restored step_00000020.a1 (2 damaged skipped), replaying 37 steps" in driver.shown
     (failure,) = driver.record.state.failures
     assert failure.steps_replayed == 37
+
+
+@pytest.mark.parametrize(("restored", "is_gone"), [("step_00000050.a1", False), ("step_00000030.a1", True)])
+def test_what_was_restored_is_the_latest_checkpoint_and_one_that_is_gone_is_told(tmp_path, restored, is_gone):
+    driver = Driver(tmp_path)
+    driver.attempt(step=57)
+    driver.tell("event", name="checkpoint_saved", step=40, checkpoint="step_00000040.a1")
+    driver.fail()  # of a save at step 50, if there was one, nothing was heard
+    driver.tell("hello", rank=0, world_size=2, pid=200, node="n")
+    driver.tell("event", name="restored", step=int(restored[5:13]), checkpoint=restored)
+    driver.ready(50)
+    assert ("checkpoint step_00000040.a1 doesn't count: it is gone" in driver.shown) == is_gone
+    assert driver.record.state.checkpoint == restored
 
 
 def test_events_of_the_records_are_written_whatever_is_printed(tmp_path):

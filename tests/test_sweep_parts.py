@@ -8,6 +8,7 @@ import sys
 import textwrap
 
 import pytest
+from conftest import TELL_IMPORTS
 from omegaconf import OmegaConf
 
 import ftexp.scaling
@@ -212,6 +213,63 @@ def test_what_a_trial_that_hangs_on_after_a_signal_gets_is_sigkill(tmp_path, mon
     assert jobs[0].trial.status == INTERRUPTED
 
 
+def test_jobs_that_are_made_one_by_one_are_made_when_there_is_room_for_them(tmp_path, monkeypatch):
+    import ftexp.sweep.runner as runner
+
+    monkeypatch.setattr(runner, "_SCRIPT", tmp_path / "child.py")
+    (tmp_path / "child.py").write_text(CHILD.format(body=""))
+    names, jobs, running = list("abcd"), [], []
+
+    def more():
+        running.append(sum(each.process is not None for each in jobs))
+        if not names:
+            return None
+        made = job(tmp_path, names.pop(0))
+        if made.trial.name == "b":
+            made.trial.status = FAILED  # as a proposal that makes no good config is
+        return made
+
+    changes = []
+    Runner(
+        jobs, {"CPU": 2.0}, None, [sys.executable], lambda each: each.trial.name,
+        lambda each: changes.append((each.trial.name, each.trial.status)), lambda: None, more=more, least={"CPU": 1},
+    ).run()  # fmt: skip
+    assert [each.trial.name for each in jobs] == list("abcd")
+    assert [each.trial.status for each in jobs] == [FINISHED, FAILED, FINISHED, FINISHED]
+    assert max(running) <= 1  # two fit
+    assert ("b", FAILED) in changes
+    assert ("b", RUNNING) not in changes
+
+
+@pytest.mark.parametrize(
+    ("end", "status"),
+    [
+        ("sys.exit(130)", "stopped"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", "stopped"),
+        ("return", "stopped"),  # it hangs on
+        ("sys.exit(1)", FAILED),
+        ("sys.exit(0)", FINISHED),  # it had finished before it heard of it
+    ],
+)
+def test_a_trial_that_is_stopped_early_is_no_failure(tmp_path, monkeypatch, end, status):
+    import ftexp.sweep.runner as runner
+
+    body = STOPS.replace("sys.exit(75)", end).replace("SIGTERM", "SIGINT").replace("import signal", "import os, signal")
+    monkeypatch.setattr(runner, "_SCRIPT", tmp_path / "child.py")
+    monkeypatch.setattr(runner, "_END_WITHIN_S", 0.2)
+    (tmp_path / "child.py").write_text(CHILD.format(body=body))
+    jobs = [job(tmp_path)]
+
+    def tick():
+        log = jobs[0].log
+        if jobs[0].trial.stopped_at is None and log.exists() and "ready" in log.read_text():
+            running.stop_early(jobs[0], 3)
+
+    running = Runner(jobs, {"CPU": 2.0}, None, [sys.executable], lambda each: "a", lambda _: None, tick)
+    running.run()
+    assert (jobs[0].trial.status, jobs[0].trial.stopped_at) == (status, None if status == FAILED else 3)
+
+
 def test_what_failed_is_listed_with_its_reason(tmp_path):
     good, bad = job(tmp_path, "good"), job(tmp_path, "bad")
     assert sweeping.failures_of([good, bad]) is None
@@ -260,6 +318,23 @@ def test_without_a_terminal_each_change_is_a_line(tmp_path):
     lines = displayed(tmp_path, done, bad, terminal=False).splitlines()
     assert re.fullmatch(r"2/2 finished    done: val_accuracy 0\.7500 after \d+ s", lines[0])
     assert lines[1] == "2/2 failed      bad: out of luck"
+
+
+def test_of_a_trial_that_was_stopped_early_the_line_says_where_and_a_search_says_how_many_there_will_be(tmp_path):
+    from rich.console import Console
+
+    behind, folder = job(tmp_path, "behind"), Storage.at(str(tmp_path))
+    behind.trial.status, behind.trial.epochs = "stopped", 9
+    finish(folder, "behind", 0.25, INTERRUPTED)
+    console = Console(file=io.StringIO(), width=100, highlight=False)
+    display = Display(folder, ledger(behind.trial), [behind], console, total=20)
+    display.header("tpe, seed 0")
+    display.changed(behind)
+    assert console.file.getvalue().splitlines()[1:] == [
+        "trials   20 over model, optim.lr, 1 stopped early",
+        "search   tpe, seed 0",
+        "1/20 stopped     behind: val_accuracy 0.2500 at epoch 2 of 9",
+    ]
 
 
 def test_a_terminal_shows_one_table_with_what_differs(tmp_path):
@@ -356,6 +431,8 @@ def reached(name, value, status=FINISHED, **values):
 def test_the_best_comes_first_and_what_failed_last():
     trials = [reached("low", 0.1), reached("bad", 0.99, FAILED), reached("nan", float("nan")), reached("high", 0.9)]
     assert [each.trial.name for each in ranked(ledger(), trials)] == ["high", "low", "bad", "nan"]
+    early = [*trials, reached("earlier", 0.05, "stopped"), reached("early", 0.95, "stopped")]
+    assert [each.trial.name for each in ranked(ledger(), early)] == ["high", "low", "early", "earlier", "bad", "nan"]
     lowest = ledger()
     lowest.mode = "min"
     assert [each.trial.name for each in ranked(lowest, trials)][:2] == ["low", "high"]
@@ -379,12 +456,12 @@ def test_a_picture_is_drawn_of_any_number_of_trials(folder, values):
 # What is refused, before anything is started
 
 
-def plan(folder, *configs, retry_failed=True, before=()):
+def plan(folder, *configs, retry_failed=True, before=(), keeps_stopped=False):
     jobs = [
         Job(Trial(name=name, values={}, epochs=2), config, [], Workers(1, False, {}), folder.child(name))
         for name, config in configs
     ]
-    sweeping._mark_what_is_done(folder, jobs, retry_failed, ledger(*before))
+    sweeping.mark_what_is_done(folder, jobs, retry_failed, ledger(*before), keeps_stopped)
     return [each.trial.status for each in jobs]
 
 
@@ -403,6 +480,17 @@ def test_finished_trials_are_done_and_failed_ones_are_retried_if_asked(folder):
     assert fingerprint(config())
     assert plan(folder, *both, before=[bad]) == [FINISHED, "waiting"]
     assert plan(folder, *both, before=[bad], retry_failed=False) == [FINISHED, FAILED]
+
+
+def test_what_was_stopped_early_stays_so_in_its_search_and_goes_on_in_a_grid(folder):
+    finish(folder, "a", 0.5, INTERRUPTED)
+    state = folder.child("a").read_bytes(RUN_FILE).replace(b'"attempts": 0', b'"attempts": 1')
+    folder.child("a").write_bytes(RUN_FILE, state)
+    early, gone = trial("a", "stopped"), trial("gone", "stopped")
+    early.stopped_at = gone.stopped_at = 2
+    assert plan(folder, ("a", config()), before=[early], keeps_stopped=True) == ["stopped"]
+    assert plan(folder, ("a", config()), before=[early]) == ["waiting"]
+    assert plan(folder, ("gone", config()), before=[gone], keeps_stopped=True) == ["waiting"]  # its folder is
 
 
 def test_a_changed_base_is_told_once(folder):
@@ -434,24 +522,14 @@ def test_the_same_trial_twice_is_refused(folder):
         (["seed=1,2", "sweep.max_concurrent=0"], ["sweep.max_concurrent=0 is out of range"]),
         (["seed=1,2", "sweep.name=a/b"], ["sweep.name='a/b' can't name a folder"]),
         (["seed=1,2", "sweep.metric=val_loss"], ["sweep.metric=val_loss needs sweep.mode"]),
+        (["seed=1,2", "sweep.metric=val_los"], ["sweep.metric=val_los is written by no run. Did you mean 'val_loss'?"]),
         (["sweep.retry_failed=true,false"], ["sweep can't differ between the trials"]),
         (["seed=1,2", "scaling.num_workers=32"], ["scaling.num_workers=32 with 1 CPU each want more than"]),
     ],
 )
 def test_a_wrong_sweep_is_told_before_anything_heavy_is_imported(words, told, tmp_path):
-    code = """
-import sys
-from ftexp.train import main
-try:
-    main()
-except SystemExit as error:
-    code = error.code
-print("imported:", sorted({"torch", "ray", "timm", "matplotlib"} & set(sys.modules)), file=sys.stderr)
-sys.exit(code)
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", code, "-m", *words], capture_output=True, text=True, cwd=tmp_path, timeout=60
-    )
+    words = [sys.executable, "-c", TELL_IMPORTS, "torch,ray,timm,matplotlib", "-m", *words]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, timeout=60, check=False)
     assert done.returncode == 2, done.stderr
     assert "imported: []" in done.stderr
     for line in told:

@@ -1,5 +1,6 @@
 """The line between workers and driver."""
 
+import json
 import queue
 import signal
 import socket
@@ -131,3 +132,21 @@ def test_a_line_that_said_goodbye_is_not_asked_to_stop(hub, messages):
         if "_serve" in thread.name:
             thread.join(timeout=5)
     assert hub.tell(STOP) == 0
+
+
+def test_what_comes_while_a_sync_is_handled_is_not_lost(messages):
+    def handle(message):
+        messages.put(message)
+        return answer_syncs(message)
+
+    hub = Hub("127.0.0.1", handle)
+    with socket.create_connection((hub.address.host, hub.address.port)) as connection:
+        answers = connection.makefile("r")
+        connection.sendall(json.dumps({"kind": "hello", "token": hub.address.token}).encode() + b"\n")
+        assert answers.readline() == "{}\n"
+        # all of it is there when the first line is read, as after a record that took its time
+        lines = [{"kind": "sync", "number": 1}, *({"kind": "tick", "step": step} for step in range(3))]
+        connection.sendall(b"".join(json.dumps(line).encode() + b"\n" for line in lines))
+        assert json.loads(answers.readline()) == {"synced": 1, "problem": None}
+        assert [next_message(messages)["kind"] for _ in range(5)] == ["hello", "sync", "tick", "tick", "tick"]
+    hub.close()

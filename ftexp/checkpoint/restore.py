@@ -53,6 +53,8 @@ def _start_from(job: Job, uri: str) -> None:
     store, manifest = locate(uri)
     weights = load_part("model.pt", store.read_file(manifest, "model.pt"))
     job.weights_report = load_matching(job.model, weights, _described(store, manifest))
+    if job.average is not None:
+        job.average.begin_at(job.model)
 
 
 def _described(store: CheckpointStore, manifest: Manifest) -> str:

@@ -1,4 +1,4 @@
-"""The built-in states: progress, scheduler, scaler, rng, best."""
+"""The built-in states: progress, scheduler, scaler, ema, rng, best."""
 
 from __future__ import annotations
 
@@ -48,19 +48,48 @@ class SchedulerState:
 
 @register_state("scaler")
 class ScalerState:
-    """The fp16 loss scale and its growth counter; empty in other precisions."""
+    """The fp16 loss scale, its growth counter, and how many steps it left out; empty in other precisions."""
 
-    version = 1
+    version = 2
 
     def __init__(self, job: Job) -> None:
-        self._scaler = job.scaler
+        self._job = job
 
     def state_dict(self) -> dict[str, Any]:
-        return dict(self._scaler.state_dict())
+        state = dict(self._job.scaler.state_dict())
+        return {**state, "num_overflows": self._job.num_overflows} if state else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state and self._scaler.is_enabled():
-            self._scaler.load_state_dict(state)
+        if state and self._job.scaler.is_enabled():
+            self._job.num_overflows = state["num_overflows"]
+            self._job.scaler.load_state_dict({key: state[key] for key in state if key != "num_overflows"})
+
+    @staticmethod
+    def migrate(state: dict[str, Any], version: int) -> dict[str, Any]:  # noqa: ARG004 - there is one older version
+        """Version 1 counted no steps."""
+        return {**state, "num_overflows": 0} if state else {}
+
+
+@register_state("ema")
+class EmaState:
+    """The moving average of the weights, as a state dict of the bare model under "weights"; empty without one.
+
+    How far it has come is the run's step.
+    """
+
+    version = 1
+    optional = True  # runs from before there was an average have none
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+
+    def state_dict(self) -> dict[str, Any]:
+        average = self._job.average
+        return {} if average is None else {"weights": dict(average.model.state_dict())}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if self._job.average is not None:
+            self._job.average.model.load_state_dict(state["weights"])
 
 
 @register_state("rng")

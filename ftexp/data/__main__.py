@@ -13,10 +13,8 @@ samples the pixels are those of the first 20,000 positions of the run.
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import os
 import sys
-import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +22,7 @@ from omegaconf import DictConfig
 
 from ftexp.checks import validate
 from ftexp.cli import print_error, run_hydra, to_config
-from ftexp.config import Config
+from ftexp.config import AugmentConfig, Config
 from ftexp.errors import ConfigError, StorageError
 
 if TYPE_CHECKING:
@@ -95,11 +93,9 @@ def inspect(config: Config, out: Path | None = None) -> None:
     import ray
 
     from ftexp.registry import load_plugins
-    from ftexp.scaling import quiet_data, start_ray
+    from ftexp.scaling import import_meanwhile, quiet_data, start_ray
 
-    # torch takes seconds to import, and starting Ray is mostly waiting for its processes
-    importing = threading.Thread(target=importlib.import_module, args=("ftexp.data.stream",), name="import")
-    importing.start()
+    importing = import_meanwhile("ftexp.data.stream")
     try:
         start_ray(config)
         importing.join()
@@ -134,8 +130,8 @@ def _draw(config: Config, found: Found, out: Path) -> None:
     from ftexp.data.inspect import contact_sheet
     from ftexp.fingerprint import masked
 
-    augment = dataclasses.asdict(config.augment)
-    changes = ", ".join(f"{name}={value:g}" for name, value in augment.items() if value) or "none"
+    augment, usual = dataclasses.asdict(config.augment), dataclasses.asdict(AugmentConfig())
+    changes = ", ".join(f"{name}={value}" for name, value in augment.items() if value != usual[name]) or "none"
     title = f"{config.data.name} · seed {config.seed} · augment: {changes}"
     where = f" · {masked(config.data.root)}" if config.data.root else ""
     subtitle = f"positions 0 to {len(found.names) - 1} of epoch 0, as the model sees them{where}"

@@ -1,22 +1,37 @@
-"""Light augmentation on whole batches of tensors. What happens to a sample depends on (seed, position) only."""
+"""Augmentation of single samples before they are normalised. What happens to one depends on (seed, position) only.
+
+Shift, flip and brightness work on whole batches of tensors; RandAugment goes image by image.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ftexp.config import AugmentConfig
 from ftexp.data.order import Int64s, derive_seed, uniforms
+from ftexp.data.rand_augment import RandAugment
+from ftexp.data.sources import UInt8s
 
 _STREAM = 0x617567  # keeps these draws apart from other uses of the run's seed
 
 
 class Augment:
-    """Shift, flip and brightness. Called with uint8-valued floats in 0..1, [batch, channels, height, width]."""
+    """Shift, flip and brightness. Called with uint8-valued floats in 0..1, [batch, channels, height, width].
 
-    def __init__(self, config: AugmentConfig, seed: int) -> None:
+    `mean` of the data's pixels, a value a channel, is what RandAugment has move in at the edges.
+    """
+
+    def __init__(self, config: AugmentConfig, seed: int, mean: Sequence[float] = ()) -> None:
         self._config = config
         self._seed = derive_seed(seed, _STREAM)
+        self._rand_augment = RandAugment(config.rand_augment, seed, mean) if config.rand_augment else None
+
+    def pixels(self, rows: UInt8s, positions: Int64s) -> UInt8s:
+        """RandAugment, if there is any, of uint8 rows [batch, height, width, channels]; comes before all else."""
+        return rows if self._rand_augment is None else self._rand_augment(rows, positions)
 
     def __call__(self, images: Tensor, positions: Int64s) -> Tensor:
         """Return augmented images; row i is changed by the random stream of `positions[i]`."""

@@ -65,6 +65,7 @@ def _streamed(config: DataConfig, listing: Listing, sizes: str) -> DataBundle:
         listing.class_names,
         {name: split.num_samples for name, split in splits.items()},
         bad_samples=listing.bad,
+        digest=listing.digest,
     )
     return DataBundle({}, info, splits, splits["train"].block_sizes)
 

@@ -58,15 +58,27 @@ class Decode:
     def __call__(self, batch: dict[str, Int64s]) -> dict[str, Any]:
         """Decode a block of samples; `error` is "" or "where\\nwhat", and the image then black."""
         samples = batch["sample"]
-        items, labels = self.split.table.get()
-        images, errors = np.zeros((len(samples), self.size, self.size, self.channels), np.uint8), []
-        for row, (where, get) in enumerate(self.split.read(items[samples])):
-            try:
-                images[row] = as_image(get(), self.size, self.channels)
-                errors.append("")
-            except Exception as error:  # whatever a codec raises on bytes from outside; recorded, never dropped
-                errors.append(f"{where}\n{type(error).__name__}: {error}")
+        images, places, reasons = decode_samples(self.split, samples, self.size, self.channels)
+        errors = [f"{where}\n{reason}" if reason else "" for where, reason in zip(places, reasons, strict=True)]
+        _, labels = self.split.table.get()
         return {"image": images, "label": labels[samples], "sample": samples, "error": np.array(errors)}
+
+
+def decode_samples(
+    split: IndexedSplit, samples: Int64s, size: int, channels: int
+) -> tuple[UInt8s, list[str], list[str]]:
+    """Decode samples: pixels, where each is, and why it can't be read: "" if it can; it is black otherwise."""
+    items, _ = split.table.get()
+    images = np.zeros((len(samples), size, size, channels), np.uint8)
+    places, reasons = [], []
+    for row, (where, get) in enumerate(split.read(items[samples])):
+        places.append(where)
+        try:
+            images[row] = as_image(get(), size, channels)
+            reasons.append("")
+        except Exception as error:  # whatever a codec raises on bytes from outside; recorded, never dropped
+            reasons.append(f"{type(error).__name__}: {error}")
+    return images, places, reasons
 
 
 def decoding(split: IndexedSplit, info: DataInfo, units: list[Int64s], concurrency: int | None = None) -> Dataset:
@@ -101,7 +113,9 @@ def decoded_bundle(config: DataConfig, listing: Listing) -> DataBundle:
                 blocks = blocks - np.histogram(sorted(wrong), np.concatenate([[0], np.cumsum(blocks)]))[0]
     refuse_bad(config, bad)
     datasets = {name: decoded.get(name) or ray.data.from_items([]) for name in splits}
-    return DataBundle(datasets, make_info(config, listing.class_names, sizes, bad_samples=bad), splits, blocks)
+    return DataBundle(
+        datasets, make_info(config, listing.class_names, sizes, bad_samples=bad, digest=listing.digest), splits, blocks
+    )
 
 
 def _whole_blocks(split: IndexedSplit) -> list[Int64s]:

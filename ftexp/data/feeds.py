@@ -16,13 +16,12 @@ from torch import Tensor
 
 from ftexp.data.augment import Augment
 from ftexp.data.order import AnyOrder, Int64s
+from ftexp.data.plan import MicroShare, Plan, even_part
 from ftexp.data.sources import UInt8s
 from ftexp.data.splits import DataInfo
 
 T = TypeVar("T")
 
-# A micro-batch never has fewer rows: batch norm can't train on one. Rows that fill up weigh nothing.
-_MIN_ROWS = 2
 _PLAN_ROWS = 2048  # positions turned into samples at a time: the permutation costs per call, not per row
 
 
@@ -33,6 +32,10 @@ class MicroBatch:
     images: Tensor  # float32, normalised [rows, channels, image_size, image_size]
     labels: Tensor  # int64 [rows]
     weights: Tensor  # float32 [rows]; summed over all ranks and micro-batches, weight times loss is the global mean
+    positions: Int64s  # [rows]
+    pairs: Int64s | None = None  # [2, pairs]: rows to be mixed with one another
+    num_partners: int = 0  # rows at the end that are only there to be mixed into others
+    targets: Tensor | None = None  # float32 [rows, num_classes], where samples were mixed
 
 
 @dataclass(frozen=True)
@@ -52,46 +55,6 @@ class Feed(Protocol):
     def from_position(self, position: int) -> Generator[Batch]:
         """Yield this rank's share of every global batch from `position` to the end of the run."""
         ...
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Which positions a rank handles. The global batches depend on the batch size alone, never on the ranks."""
-
-    global_batch_size: int
-    accumulate_steps: int
-    total_positions: int
-    rank: int
-    world_size: int
-
-    def batch_ends(self, position: int) -> Iterator[tuple[int, int]]:
-        """The (start, end) of every global batch from `position`; the last may be short."""
-        for start in range(position, self.total_positions, self.global_batch_size):
-            yield start, min(start + self.global_batch_size, self.total_positions)
-
-    def share(self, start: int, end: int) -> tuple[int, int]:
-        """This rank's (start, end) within a global batch; shares differ by one at most."""
-        return even_part(start, end, self.rank, self.world_size)
-
-    def micro_shares(self, start: int, end: int) -> list[tuple[Int64s, int]]:
-        """Per micro-batch: its positions, and how many of them count; the rest only fill up."""
-        first, last = self.share(start, end)
-        shares = []
-        for number in range(self.accumulate_steps):
-            low, high = even_part(first, last, number, self.accumulate_steps)
-            positions = np.arange(low, high)
-            if (lacking := _MIN_ROWS - len(positions)) > 0:
-                filler = start + np.arange(lacking) % (end - start)
-                positions = np.concatenate([positions, filler])
-            shares.append((positions, high - low))
-        return shares
-
-
-def even_part(start: int, end: int, part: int, parts: int) -> tuple[int, int]:
-    """Cut [start, end) into contiguous parts whose sizes differ by one at most, the longer ones first."""
-    size, longer = divmod(end - start, parts)
-    first = start + part * size + min(part, longer)
-    return first, first + size + (part < longer)
 
 
 @dataclass(frozen=True)
@@ -163,6 +126,8 @@ class ToTensors:
 
     def __call__(self, rows: UInt8s, augment: Augment | None = None, positions: Int64s | None = None) -> Tensor:
         """Scale to 0..1, augment if asked to, and normalise."""
+        if augment is not None and positions is not None:
+            rows = augment.pixels(rows, positions)
         moved = torch.from_numpy(rows)
         if self._device.type == "cuda":
             moved = moved.pin_memory().to(self._device, non_blocking=True)
@@ -179,7 +144,7 @@ class ToTensors:
         return rows
 
 
-Share = tuple[Int64s, Int64s, int]  # of a micro-batch: positions, samples, how many count; the rest only fill up
+Share = tuple[MicroShare, Int64s]  # of a micro-batch, and the samples at its positions
 
 
 class IndexedFeed:
@@ -191,51 +156,50 @@ class IndexedFeed:
 
     def from_position(self, position: int) -> Generator[Batch]:
         """Yield this rank's share of every global batch from `position` on."""
-        with self._rows.open(samples for *_, shares in self._planned(position) for _, samples, _ in shares) as take:
+        with self._rows.open(samples for *_, shares in self._planned(position) for _, samples in shares) as take:
             for start, end, shares in self._planned(position):
-                micro_batches = [self._micro_batch(take, *share, end - start) for share in shares]
-                positions = np.concatenate([positions[:counted] for positions, _, counted in shares])
-                samples = np.concatenate([samples[:counted] for _, samples, counted in shares])
+                micro_batches = [self._micro_batch(take, *share, start, end) for share in shares]
+                positions = np.concatenate([share.positions[: share.num_counted] for share, _ in shares])
+                samples = np.concatenate([samples[: share.num_counted] for share, samples in shares])
                 yield Batch(start, end, micro_batches, positions, samples)
 
     def _planned(self, position: int) -> Iterator[tuple[int, int, list[Share]]]:
         """(start, end, a share for each micro-batch) of every global batch, looked up in chunks."""
-        chunk: list[tuple[int, int, list[tuple[Int64s, int]]]] = []
+        chunk: list[tuple[int, int, list[MicroShare]]] = []
         num_rows = 0
         for start, end in self._plan.batch_ends(position):
             chunk.append((start, end, self._plan.micro_shares(start, end)))
-            num_rows += sum(len(positions) for positions, _ in chunk[-1][2])
+            num_rows += sum(len(share.positions) for share in chunk[-1][2])
             if num_rows >= _PLAN_ROWS:
                 yield from self._with_samples(chunk)
                 chunk, num_rows = [], 0
         yield from self._with_samples(chunk)
 
-    def _with_samples(
-        self, chunk: list[tuple[int, int, list[tuple[Int64s, int]]]]
-    ) -> Iterator[tuple[int, int, list[Share]]]:
+    def _with_samples(self, chunk: list[tuple[int, int, list[MicroShare]]]) -> Iterator[tuple[int, int, list[Share]]]:
         if not chunk:
             return
-        flat = self._order.samples(np.concatenate([p for _, _, shares in chunk for p, _ in shares]))
+        flat = self._order.samples(np.concatenate([share.positions for _, _, shares in chunk for share in shares]))
         used = 0
         for start, end, shares in chunk:
             looked_up = []
-            for positions, counted in shares:
-                looked_up.append((positions, flat[used : used + len(positions)], counted))
-                used += len(positions)
+            for share in shares:
+                looked_up.append((share, flat[used : used + len(share.positions)]))
+                used += len(share.positions)
             yield start, end, looked_up
 
-    def _micro_batch(self, take: Take, positions: Int64s, samples: Int64s, counted: int, num_global: int) -> MicroBatch:
-        taken = take(samples)
-        images = self._to_tensors(taken.images, self._augment, positions)
+    def _micro_batch(self, take: Take, share: MicroShare, samples: Int64s, start: int, end: int) -> MicroBatch:
+        taken, rows = take(samples), len(samples)
+        images = self._to_tensors(taken.images, self._augment, share.positions)
         # DDP averages gradients over ranks, so each rank's part counts world_size times
-        weight = np.zeros(len(positions), np.float32)
-        weight[:counted] = self._plan.world_size / num_global
+        weight = np.zeros(rows, np.float32)
+        weight[: share.num_counted] = self._plan.world_size / (end - start)
         if taken.readable is not None:
             weight *= taken.readable
         labels, weights = (
             torch.from_numpy(values).to(images.device, non_blocking=True) for values in (taken.labels, weight)
         )
-        return MicroBatch(images, labels, weights)
+        pairs = share.pairs(start, taken.readable) if self._plan.in_pairs else None
+        return MicroBatch(images, labels, weights, share.positions, pairs, share.num_partners)
 
 
 def read(rows: Rows, batches: Sequence[Int64s]) -> Iterator[Taken]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ftexp.config import DataConfig
-from ftexp.data.listing import Listing, Raw, Reader, Shared, files_at, retried
+from ftexp.data.listing import Listing, Raw, Reader, Shared, digest_of, files_at, retried
 from ftexp.data.order import Int64s
 from ftexp.data.sources import sources
 from ftexp.data.splits import SPLITS
@@ -40,15 +40,15 @@ def image_folder(config: DataConfig) -> Listing:
         class_names = sorted(listed)
     numbers = {name: number for number, name in enumerate(class_names)}
     labels: dict[str, Int64s] = {}
+    paths: dict[str, list[str]] = {}
     readers: dict[str, Reader] = {}
     for split, files in by_split.items():
         files.sort()
         labels[split] = np.array([numbers[label] for _, label in files], np.int64)
         folder = f"{root}/{_folder_of(listed, split)}" if own_splits else root
-        readers[split] = FileReader(
-            filesystem, folder, Shared(pa.array([path for path, _ in files], pa.large_string()))
-        )
-    return Listing(class_names, labels, readers)
+        paths[split] = [path for path, _ in files]
+        readers[split] = FileReader(filesystem, folder, Shared(pa.array(paths[split], pa.large_string())))
+    return Listing(class_names, labels, readers, digest=digest_of(class_names, labels, paths))
 
 
 @dataclass(frozen=True)
@@ -92,12 +92,17 @@ def _folder_of(listed: dict[str, Any], split: str) -> str:
     return next(name for name in listed if _SPLIT_NAMES.get(name, name) == split)
 
 
+def visible_files(filesystem: FileSystem, root: str, config: DataConfig) -> list[tuple[tuple[str, ...], int]]:
+    """(parts of its path below data.root, size in bytes) of every file that is not hidden."""
+    below = ((PurePosixPath(info.path).relative_to(root).parts, info) for info in files_at(filesystem, root, config))
+    return [(parts, info.size) for parts, info in below if not any(part.startswith(".") for part in parts)]
+
+
 def _list_images(filesystem: FileSystem, root: str, config: DataConfig) -> dict[str, list[tuple[str, str]]]:
     """{top folder: [(path below it, its first folder)]} of every file that is not hidden."""
     listed: dict[str, list[tuple[str, str]]] = {}
-    for info in files_at(filesystem, root, config):
-        parts = PurePosixPath(info.path).relative_to(root).parts
-        if len(parts) > 1 and not any(part.startswith(".") for part in parts):
+    for parts, _ in visible_files(filesystem, root, config):
+        if len(parts) > 1:
             listed.setdefault(parts[0], []).append(("/".join(parts[1:]), parts[1]))
     if not listed:
         raise DataError(f"data.root={config.root} holds no image in a class folder: root/class/image is expected")

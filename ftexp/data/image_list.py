@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import posixpath
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ftexp.config import DataConfig
 from ftexp.data.files import FileReader
-from ftexp.data.listing import Listing, Reader, Shared, SteadyFile
+from ftexp.data.listing import Listing, Reader, Shared, SteadyFile, digest_of
 from ftexp.data.named_files import as_label, class_numbers
 from ftexp.data.sources import sources
 from ftexp.data.splits import SPLITS
@@ -28,31 +29,52 @@ def image_list(config: DataConfig) -> Listing:
     """
     import pyarrow as pa
 
-    filesystem, root = open_uri(config.root or "", "data.root")
-    paths, raw_labels, splits = _columns(filesystem, root, config)
+    listed = read_list(config)
+    assert listed.labels is not None, "they are needed"
     rows: dict[str, list[int]] = {"train": []}
-    for row, split in enumerate(splits):
+    for row, split in enumerate(listed.splits):
         rows.setdefault(split, []).append(row)
     if unknown := sorted(rows.keys() - set(SPLITS)):
         raise DataError(
-            f"{root}: its column '{_SPLIT}' holds {', '.join(map(repr, unknown))}; allowed: {', '.join(SPLITS)}"
+            f"data.root={config.root}: its column '{_SPLIT}' holds {', '.join(map(repr, unknown))}; allowed: "
+            f"{', '.join(SPLITS)}"
         )
+    raw = {split: [as_label(listed.labels[row]) for row in own] for split, own in rows.items()}
+    class_names, labels = class_numbers(raw, f"data.label_column={config.label_column}")
+    names = {split: [listed.paths[row] for row in own] for split, own in rows.items()}
+    readers: dict[str, Reader] = {
+        split: FileReader(listed.filesystem, listed.folder, Shared(pa.array(own, pa.large_string())))
+        for split, own in names.items()
+    }
+    return Listing(class_names, labels, readers, digest=digest_of(class_names, labels, names))
+
+
+@dataclass(frozen=True)
+class ListedFiles:
+    """The rows of a list."""
+
+    filesystem: FileSystem
+    folder: str  # that holds all of them
+    paths: list[str]  # below it
+    labels: list[str] | None  # None: the list has no such column
+    splits: list[str]
+
+
+def read_list(config: DataConfig, labelled: bool = True) -> ListedFiles:
+    """The list at data.root; DataError if it can't be read, or lacks a column. `labelled`: whether it needs labels."""
+    filesystem, root = open_uri(config.root or "", "data.root")
+    paths, labels, splits = _columns(filesystem, root, config, labelled)
     on_disk = root.startswith("/")
     if foreign := next((path for path in paths if "://" in path or (path.startswith("/") and not on_disk)), None):
         raise DataError(f"{root} lists {foreign}: paths are relative to the list, or absolute where it is on a disk")
     files = [posixpath.join(posixpath.dirname(root), path) for path in paths]
     folder = posixpath.commonpath([posixpath.dirname(file) for file in files]).rstrip("/")
-    below = [file[len(folder) + 1 :] for file in files]
-    raw = {split: [as_label(raw_labels[row]) for row in own] for split, own in rows.items()}
-    class_names, labels = class_numbers(raw, f"data.label_column={config.label_column}")
-    readers: dict[str, Reader] = {
-        split: FileReader(filesystem, folder, Shared(pa.array([below[row] for row in own], pa.large_string())))
-        for split, own in rows.items()
-    }
-    return Listing(class_names, labels, readers)
+    return ListedFiles(filesystem, folder, [file[len(folder) + 1 :] for file in files], labels, splits)
 
 
-def _columns(filesystem: FileSystem, root: str, config: DataConfig) -> tuple[list[str], list[str], list[str]]:
+def _columns(
+    filesystem: FileSystem, root: str, config: DataConfig, labelled: bool
+) -> tuple[list[str], list[str] | None, list[str]]:
     """Path, label and split of each row."""
     import pyarrow as pa
     from pyarrow import csv
@@ -68,7 +90,7 @@ def _columns(filesystem: FileSystem, root: str, config: DataConfig) -> tuple[lis
             )
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"data.root={config.root} can't be read as a list of images: {error}") from error
-    for column in names[:2]:
+    for column in names[: 2 if labelled else 1]:
         if column not in table.column_names:
             raise DataError(
                 f"{root} has no column '{column}', but {table.column_names}: set data.image_column and "
@@ -76,5 +98,6 @@ def _columns(filesystem: FileSystem, root: str, config: DataConfig) -> tuple[lis
             )
     if not len(table):
         raise DataError(f"data.root={config.root} lists no image")
-    paths, labels = (table[column].to_pylist() for column in names[:2])
-    return paths, labels, table[_SPLIT].to_pylist() if _SPLIT in table.column_names else ["train"] * len(table)
+    paths, labels, splits = (table[column].to_pylist() if column in table.column_names else None for column in names)
+    assert paths is not None, "it was looked for"
+    return paths, labels, splits if splits is not None else ["train"] * len(table)

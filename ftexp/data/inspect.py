@@ -168,14 +168,28 @@ def _labels(bundle: DataBundle, split: str) -> Int64s:
 
 
 def as_the_model_sees(config: Config, info: DataInfo, images: UInt8s) -> UInt8s:
-    """The samples at positions 0, 1, ... augmented and normalised as in training, and de-normalised again."""
+    """The samples at positions 0, 1, ... augmented, normalised, erased and mixed as in training; as pixels again."""
     import torch
 
     from ftexp.data.augment import Augment
-    from ftexp.data.feeds import ToTensors
+    from ftexp.data.erasing import Erasing
+    from ftexp.data.feeds import MicroBatch, ToTensors
+    from ftexp.data.mixing import Mixing
+    from ftexp.data.plan import MicroShare
 
     to_tensors = ToTensors(info, torch.device("cpu"), config.train.channels_last)
-    seen = to_tensors(images, Augment(config.augment, config.seed), np.arange(len(images)))
+    augment, positions = config.augment, np.arange(len(images))
+    seen = to_tensors(images, Augment(augment, config.seed, info.mean), positions)
+    if augment.erase_prob:
+        seen = Erasing(augment, config.seed, seen.device)(seen, positions)
+    if augment.mixes:
+        mixing = Mixing(augment, info.num_classes, config.train.label_smoothing, config.seed)
+        for start in range(0, len(images), config.train.global_batch_size):
+            own = positions[start : start + config.train.global_batch_size]
+            rows = slice(start, start + len(own))
+            none = torch.zeros(len(own), dtype=torch.long)  # what is mixed of the labels isn't shown
+            pairs = MicroShare(own, len(own)).pairs(start, None)
+            seen[rows] = mixing(MicroBatch(seen[rows], none, none, own, pairs), start).images
     return to_tensors.pixels(seen)
 
 

@@ -6,9 +6,11 @@ Items are numbered as they were listed, samples as they are in their split.
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
@@ -67,6 +69,7 @@ class Listing:
     block_sizes: dict[str, Int64s] = field(default_factory=dict)
     single_readers: dict[str, Reader] = field(default_factory=dict)  # that read each by itself, where it is possible
     bad: list[BadSample] = field(default_factory=list)  # found unreadable while listing
+    digest: str | None = None  # `digest_of` it; None: not known, and other samples go unnoticed if they are as many
 
     def splits(self, config: DataConfig, readers: dict[str, Reader]) -> dict[str, IndexedSplit]:
         """Every split, read by `readers`; what the source has no split for is cut off from train as `config` says."""
@@ -86,6 +89,18 @@ class Listing:
             table = Shared((items, self.labels[listed][items]))
             splits[name] = IndexedSplit(len(items), readers[listed], table, sizes)
         return splits
+
+
+def digest_of(class_names: list[str], labels: dict[str, Int64s], names: Mapping[str, Iterable[str]]) -> str:
+    """SHA-256 of which samples there are, in which order, and of their labels; not of what is in them.
+
+    `names` are each split's, below the root, so that data may move.
+    """
+    found = hashlib.sha256(json.dumps(class_names).encode())
+    for split, numbers in sorted(labels.items()):
+        listed = "\0".join(names[split]).encode()
+        found.update(f"{split} {len(numbers)} {len(listed)} ".encode() + numbers.tobytes() + listed)
+    return found.hexdigest()
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from ftexp.data.splits import SPLITS
 from ftexp.errors import DataError
 
 if TYPE_CHECKING:
-    from pyarrow.fs import FileSystem
+    from pyarrow.fs import FileInfo, FileSystem
 
 
 def files_by_split(filesystem: FileSystem, root: str, config: DataConfig, suffix: str) -> dict[str, list[str]]:
@@ -22,14 +22,19 @@ def files_by_split(filesystem: FileSystem, root: str, config: DataConfig, suffix
 
     DataError if `root` can't be listed, or is neither a file nor a folder that holds one ending in `suffix`.
     """
-    paths = [info.path for info in files_at(filesystem, root, config)]
-    if paths != [root]:
-        paths = [path for path in paths if _is_data(PurePosixPath(path).relative_to(root), suffix)]
-    if not paths:
+    return _by_split(root, [info.path for info in data_files(filesystem, root, config, suffix)])
+
+
+def data_files(filesystem: FileSystem, root: str, config: DataConfig, suffix: str) -> list[FileInfo]:
+    """The file at data.root, or all below it that end in `suffix` and aren't hidden, sorted; DataError if none."""
+    infos = files_at(filesystem, root, config)
+    if [info.path for info in infos] != [root]:
+        infos = [info for info in infos if _is_data(PurePosixPath(info.path).relative_to(root), suffix)]
+    if not infos:
         raise DataError(
             f"data.root={config.root} is neither a {suffix[1:]} file nor a folder with {suffix} files in it"
         )
-    return _by_split(root, sorted(paths))
+    return sorted(infos, key=lambda info: info.path)
 
 
 def _is_data(path: PurePosixPath, suffix: str) -> bool:

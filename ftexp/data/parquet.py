@@ -10,7 +10,7 @@ import numpy as np
 
 from ftexp.config import DataConfig
 from ftexp.data.blocks import BlockReader
-from ftexp.data.listing import Listing, Raw, Shared, SteadyFile
+from ftexp.data.listing import Listing, Raw, Shared, SteadyFile, digest_of
 from ftexp.data.named_files import class_numbers, files_by_split
 from ftexp.data.order import Int64s
 from ftexp.data.sources import sources
@@ -39,7 +39,7 @@ def parquet(config: DataConfig) -> Listing:
         raw_labels[split], groups[split] = [], []
         for path in paths:
             try:
-                found = list(_labels_of(filesystem, path, config))
+                found = list(labels_of(filesystem, path, config))
             except (OSError, pa.ArrowException) as error:
                 if config.on_bad_sample == "fail":
                     raise DataError(
@@ -64,6 +64,14 @@ def parquet(config: DataConfig) -> Listing:
             for split, found in groups.items()
         },
         bad=bad,
+        digest=digest_of(
+            class_names,
+            labels,
+            {
+                split: [f"{group.path.removeprefix(root)} {group.number} {group.first_item}" for group in found]
+                for split, found in groups.items()
+            },
+        ),
     )
 
 
@@ -106,16 +114,20 @@ class RowGroups:
         return f"{path} row {row} of group {number}"
 
 
-def _labels_of(filesystem: FileSystem, path: str, config: DataConfig) -> Iterator[list[Any]]:
-    """The labels of each row group."""
+def labels_of(filesystem: FileSystem, path: str, config: DataConfig, labelled: bool = True) -> Iterator[list[Any]]:
+    """The labels of each row group; DataError if a column isn't there. `labelled`: else labels are None then."""
     import pyarrow.parquet as pq
 
     with SteadyFile(filesystem, path) as opened, pq.ParquetFile(opened) as file:
-        for column in (config.image_column, config.label_column):
+        has_labels = config.label_column in file.schema_arrow.names
+        for column in (config.image_column, *([config.label_column] if labelled else [])):
             if column not in file.schema_arrow.names:
                 raise DataError(
                     f"{path} has no column '{column}', but {file.schema_arrow.names}: set data.image_column "
                     "and data.label_column"
                 )
         for group in range(file.num_row_groups):
-            yield file.read_row_group(group, [config.label_column])[0].to_pylist()
+            if has_labels:
+                yield file.read_row_group(group, [config.label_column])[0].to_pylist()
+            else:
+                yield [None] * file.metadata.row_group(group).num_rows

@@ -120,11 +120,16 @@ def _dataset(images: UInt8s, labels: Int64s) -> Any:
 
 @sources.register("digits")
 def digits(config: DataConfig) -> DataBundle:
-    """scikit-learn's handwritten digits: 1,797 grey images of 8x8 pixels with 17 levels."""
+    """scikit-learn's handwritten digits: 1,797 grey images of 8x8 pixels with 17 levels, scaled to `image_size`."""
+    from PIL import Image
     from sklearn.datasets import load_digits
 
     images, labels = load_digits(return_X_y=True)
     pixels = np.round(images.reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8)
+    size = (config.image_size, config.image_size)
+    if size != (8, 8):
+        small = (Image.fromarray(image[..., 0]) for image in pixels)
+        pixels = np.stack([np.asarray(image.resize(size, Image.Resampling.BICUBIC))[..., None] for image in small])
     return bundle_from_arrays(config, pixels, labels.astype(np.int64), [str(digit) for digit in range(10)])
 
 

@@ -37,6 +37,7 @@ class DataInfo:
     std: list[float]
     num_samples: dict[str, int]  # by split; unreadable samples that were skipped don't count
     bad_samples: list[BadSample] = field(default_factory=list)
+    digest: str | None = None  # of a listing, see listing.digest_of; None: of data that is in memory as a whole
 
     @property
     def num_classes(self) -> int:

@@ -12,7 +12,7 @@ import ray
 
 from ftexp.config import DataConfig
 from ftexp.data.blocks import BlockReader
-from ftexp.data.listing import Listing, Raw, Reader, Shared, retried
+from ftexp.data.listing import Listing, Raw, Reader, Shared, digest_of, retried
 from ftexp.data.named_files import as_label, class_numbers, files_by_split
 from ftexp.data.order import Int64s
 from ftexp.data.sources import sources
@@ -44,30 +44,20 @@ def webdataset(config: DataConfig) -> Listing:
     Shards named train*, val* and test* (or in such folders) are splits if there is a train one. Every shard is read
     through once for its index: locally its headers only, and all of it from an object store.
     """
-    import pyarrow as pa
-
     filesystem, root = open_uri(config.root or "", "data.root")
-    scan = ray.remote(scan_shard)
     bad: list[BadSample] = []
     raw_labels: dict[str, list[Any]] = {}
     readers: dict[str, Reader] = {}
     single: dict[str, Reader] = {}
     block_sizes: dict[str, Int64s] = {}
+    names: dict[str, list[str]] = {}
     for split, paths in files_by_split(filesystem, root, config, ".tar").items():
-        shards = ray.get([scan.remote(filesystem, path) for path in paths])
-        bad += [problem for _, problems in shards for problem in problems]
-        entries = [(number, entry) for number, (found, _) in enumerate(shards) for entry in found]
-        raw_labels[split] = [as_label(label) for _, (*_, label) in entries]
-        index = Index(
-            paths,
-            pa.array([entry.name for _, entry in entries], pa.large_string()),
-            np.array([shard for shard, _ in entries], np.int64),
-            np.array([entry.offset for _, entry in entries], np.int64),
-            np.array([entry.num_bytes for _, entry in entries], np.int64),
-        )
-        stretches = Stretches(filesystem, Shared(index), Shared(index.cut(_BLOCK_BYTES)))
+        stretches, found, problems = scan_shards(filesystem, paths)
+        bad += problems
+        raw_labels[split] = [as_label(label) for label in found]
+        names[split] = stretches.names(root)
         readers[split], single[split] = BlockReader(stretches), EntryReader(stretches)
-        block_sizes[split] = np.diff(np.append(stretches.first_items(), len(entries)))
+        block_sizes[split] = np.diff(np.append(stretches.first_items(), len(found)))
     if bad and config.on_bad_sample == "fail":
         shown = "\n".join(f"{problem.where}: {problem.reason}" for problem in bad[:10])
         raise DataError(
@@ -75,18 +65,42 @@ def webdataset(config: DataConfig) -> Listing:
             f"with data.on_bad_sample=skip:\n{shown}"
         )
     class_names, labels = class_numbers(raw_labels, f"data.root={config.root}: .{_LABEL}")
-    return Listing(class_names, labels, readers, block_sizes, single, bad)
+    digest = digest_of(class_names, labels, names)
+    return Listing(class_names, labels, readers, block_sizes, single, bad, digest)
 
 
-def scan_shard(filesystem: FileSystem, path: str) -> tuple[list[Entry], list[BadSample]]:
+def scan_shards(
+    filesystem: FileSystem, paths: list[str], labelled: bool = True
+) -> tuple[Stretches, list[str], list[BadSample]]:
+    """How the samples of shards are read, their labels, and what is wrong with them; each shard is read by a task.
+
+    labelled: whether a sample needs a label; one that has none has "".
+    """
+    import pyarrow as pa
+
+    scan = ray.remote(scan_shard)
+    shards = ray.get([scan.remote(filesystem, path, labelled) for path in paths])
+    entries = [(number, entry) for number, (found, _) in enumerate(shards) for entry in found]
+    index = Index(
+        paths,
+        pa.array([entry.name for _, entry in entries], pa.large_string()),
+        np.array([shard for shard, _ in entries], np.int64),
+        np.array([entry.offset for _, entry in entries], np.int64),
+        np.array([entry.num_bytes for _, entry in entries], np.int64),
+    )
+    stretches = Stretches(filesystem, Shared(index), Shared(index.cut(_BLOCK_BYTES)))
+    return stretches, [label for _, (*_, label) in entries], [problem for _, found in shards for problem in found]
+
+
+def scan_shard(filesystem: FileSystem, path: str, labelled: bool = True) -> tuple[list[Entry], list[BadSample]]:
     """The samples of a shard, in order, and what is wrong with it."""
     try:
-        return retried(lambda: _scan(filesystem, path))
+        return retried(lambda: _scan(filesystem, path, labelled))
     except (OSError, tarfile.TarError) as error:
         return [], [BadSample(path, f"{type(error).__name__}: {error}")]
 
 
-def _scan(filesystem: FileSystem, path: str) -> tuple[list[Entry], list[BadSample]]:
+def _scan(filesystem: FileSystem, path: str, labelled: bool) -> tuple[list[Entry], list[BadSample]]:
     from pyarrow.fs import LocalFileSystem
 
     local = isinstance(filesystem, LocalFileSystem)
@@ -116,6 +130,8 @@ def _scan(filesystem: FileSystem, path: str) -> tuple[list[Entry], list[BadSampl
         end = max((offset + num_bytes for offset, num_bytes in images.values()), default=0)
     if size is not None and end > size:
         problems.append(BadSample(path, f"it ends at {size} bytes, within an image"))
+    if not labelled:
+        labels = dict.fromkeys(images, "") | labels
     for name in sorted(images.keys() ^ labels.keys()):
         problems.append(BadSample(f"{path} {name}", "it has no ." + (_LABEL if name in images else "image")))
     for name in (name for name, label in labels.items() if "\N{REPLACEMENT CHARACTER}" in label):
@@ -160,6 +176,12 @@ class Stretches:
     def first_items(self) -> Int64s:
         """The first item of each stretch."""
         return self.firsts.get()
+
+    def names(self, root: str) -> list[str]:
+        """Of each sample: its shard, below `root`, and its name there."""
+        index = self.index.get()
+        pairs = zip(index.shards.tolist(), index.names.to_pylist(), strict=True)
+        return [f"{index.paths[shard].removeprefix(root)} {name}" for shard, name in pairs]
 
     def fetch(self, block: int) -> Any:
         """The bytes from the first image of a stretch to the end of its last."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -29,10 +30,12 @@ _IDLE_S = 300.0  # without a worker, before it ends: a job waits for less betwee
 
 
 def import_all(names: tuple[str, ...]) -> None:
-    """Import what is there of these."""
+    """Import what is there of these, for good: the collector of a fork would write to, and so copy, every page."""
     for name in names:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
+    gc.collect()
+    gc.freeze()
 
 
 class Forker:

@@ -1,6 +1,6 @@
-"""`python -m ftexp.report <run directory or URI> [--out FILE]`: one HTML file that shows what a run did.
+"""`python -m ftexp.report <run directory or URI> [--out FILE]`: one HTML file that shows what a run, or a sweep, did.
 
-Written into the run directory as report.html, with its charts as PNG in charts/, or to FILE, with charts/ beside it.
+Written into its directory as report.html, with its charts as PNG in charts/, or to FILE, with charts/ beside it.
 A run writes its report by itself when it ends, unless report.enabled=false.
 """
 
@@ -16,10 +16,10 @@ from ftexp.storage import Storage
 
 
 def main() -> None:
-    """Entry point of the command; exits with 0, or 2 if there is no run."""
+    """Entry point of the command; exits with 0, or 2 if there is neither."""
     parser = argparse.ArgumentParser(prog="python -m ftexp.report", description=__doc__.partition("\n\n")[0])
-    parser.add_argument("run", help="a run directory, or its URI")
-    parser.add_argument("--out", help=f"a file or URI; {REPORT_FILE} in the run directory if not given")
+    parser.add_argument("run", help="the directory of a run or a sweep, or its URI")
+    parser.add_argument("--out", help=f"a file or URI; {REPORT_FILE} in that directory if not given")
     options = parser.parse_args()
     target, name = None, REPORT_FILE
     if options.out is not None:

@@ -13,7 +13,7 @@ from ftexp.report.source import RunFiles
 from ftexp.report.timeline import PHASES, TRAINING, Timeline, saves
 
 _WIDTH, _HEIGHT = 480.0, 250.0
-_LEFT, _RIGHT, _TOP, _BOTTOM = 54.0, 10.0, 30.0, 34.0
+LEFT, _RIGHT, _TOP, _BOTTOM = 54.0, 10.0, 30.0, 34.0
 _HOVERS = 120  # places of a chart that tell their numbers
 _NEAR = 5.0  # pixels within which marks are one
 _LETTER = 6.0  # pixels of a letter of a label, about
@@ -45,27 +45,27 @@ def line_chart(
     log = low > 0 and high / low >= _LOG_FROM and not from_zero
     steps = [*(x for one in series for x, _ in one.points), *(fault.at for fault in faults)]
     x_axis, y_axis = Axis(min([0.0, *steps]), max(steps, default=1.0) or 1.0), Axis.over(values, log, from_zero)
-    plot = _Plot(drawing, x_axis, y_axis)
+    plot = Plot(drawing, x_axis, y_axis)
     plot.shade(attempts)
     plot.grid("log scale" if log else "")
     for one in series:
         plot.curve(one)
     plot.faults(faults)
     plot.hovers(series)
-    _legend(drawing, [(one.name, one.role) for one in series], _LEFT)
+    legend(drawing, [(one.name, one.role) for one in series], LEFT)
     return drawing
 
 
-class _Plot:
-    """Draws into the frame of a line chart."""
+class Plot:
+    """Draws into the frame of a line chart; `x_name` is what it goes by."""
 
-    def __init__(self, drawing: Drawing, x_axis: Axis, y_axis: Axis) -> None:
-        self._drawing, self._x_axis, self._y_axis = drawing, x_axis, y_axis
+    def __init__(self, drawing: Drawing, x_axis: Axis, y_axis: Axis, x_name: str = "step") -> None:
+        self._drawing, self._x_axis, self._y_axis, self._x_name = drawing, x_axis, y_axis, x_name
         self._right, self._bottom = drawing.width - _RIGHT, drawing.height - _BOTTOM
 
     def x(self, value: float) -> float:
         """Where a step lies."""
-        return _LEFT + self._x_axis.at(value) * (self._right - _LEFT)
+        return LEFT + self._x_axis.at(value) * (self._right - LEFT)
 
     def y(self, value: float) -> float:
         """Where a value lies."""
@@ -75,7 +75,7 @@ class _Plot:
         """Every other attempt."""
         if len(attempts) > _MOST_LINES:
             return
-        edges = [_LEFT, *(self.x(step) for step in attempts), self._right]
+        edges = [LEFT, *(self.x(step) for step in attempts), self._right]
         for begin, end in list(pairwise(edges))[1::2]:
             self._drawing.add(Box(begin, _TOP, max(end - begin, 0.5), self._bottom - _TOP, "shade"))
 
@@ -83,15 +83,15 @@ class _Plot:
         """Axes, and what they say."""
         for value in self._y_axis.ticks():
             y = self.y(value)
-            self._drawing.add(Line([(_LEFT, y), (self._right, y)], "grid"))
-            self._drawing.add(Label(_LEFT - 6, y + 4, short(value), anchor="end"))
+            self._drawing.add(Line([(LEFT, y), (self._right, y)], "grid"))
+            self._drawing.add(Label(LEFT - 6, y + 4, short(value), anchor="end"))
         for value in self._x_axis.ticks(6):
             x = self.x(value)
             self._drawing.add(Line([(x, self._bottom), (x, self._bottom + 4)], "faint"))
             anchor = "end" if x > self._right - 12 else "middle"
             self._drawing.add(Label(min(x, self._right + 6), self._bottom + 17, short(value), anchor=anchor))
-        self._drawing.add(Line([(_LEFT, self._bottom), (self._right, self._bottom)], "faint"))
-        self._drawing.add(Label(self._right, self._bottom + 30, "step", anchor="end"))
+        self._drawing.add(Line([(LEFT, self._bottom), (self._right, self._bottom)], "faint"))
+        self._drawing.add(Label(self._right, self._bottom + 30, self._x_name, anchor="end"))
         self._drawing.add(Label(self._right, 14, note, anchor="end"))
 
     def curve(self, series: Series) -> None:
@@ -145,7 +145,7 @@ def _triangle(x: float, y: float) -> list[Point]:
     return [(x - 4, y - 7), (x + 4, y - 7), (x, y)]
 
 
-def _legend(drawing: Drawing, entries: Sequence[tuple[str, str]], x: float, y: float = 14) -> float:
+def legend(drawing: Drawing, entries: Sequence[tuple[str, str]], x: float, y: float = 14) -> float:
     """Swatches with names, in as many lines as it takes; returns the y of the last."""
     begin = x
     for name, role in entries:
@@ -162,7 +162,7 @@ def timeline_chart(run: RunFiles, timeline: Timeline, width: float) -> Drawing:
     drawing = Drawing("Timeline", width, 0)
     sums = timeline.seconds_by_phase()
     used = [(phase, phase) for phase in PHASES if sums[phase]]
-    top = _legend(drawing, [*used, ("save", "save")], 0) + 28
+    top = legend(drawing, [*used, ("save", "save")], 0) + 28
 
     def place(when: float) -> float:
         return timeline.running_s(when) / (timeline.total_s or 1) * width

@@ -6,18 +6,18 @@ import shlex
 import statistics
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from ftexp.report import tables
 from ftexp.report.charts import Mark, line_chart, timeline_chart
 from ftexp.report.confusion import confusion_chart
 from ftexp.report.drawing import Drawing, svg
-from ftexp.report.markup import Child, Markup, cut, element
-from ftexp.report.palette import DARK, LIGHT, css, css_classes
+from ftexp.report.frame import document, section, tile
+from ftexp.report.markup import Markup, cut, element
 from ftexp.report.series import Series, curve, duration, throughput
 from ftexp.report.source import RunFiles
 from ftexp.report.timeline import build_timeline
+from ftexp.timing import SECTIONS
 
 _WIDE, _NARROW = 1000.0, 360.0  # of the timeline, in pixels; which one is seen depends on the screen
 _MOST_CELLS = 100  # classes of a confusion matrix that is drawn
@@ -46,6 +46,9 @@ class Report:
                 yield name, chart(name.capitalize(), *curves)
         if self._rates:
             yield "throughput", chart("Throughput", Series("images/s", "train", self._rates), from_zero=True)
+        parts = [curve(run, "train", f"{section}_ms", section, role) for section, role in _SECTIONS.items()]
+        if any(one.points for one in parts):
+            yield "step_time", chart("Where a step's time goes, in ms", *parts, from_zero=True)
         rates = curve(run, "train", "lr", "learning rate", "val")
         if rates.points:
             yield "learning_rate", chart("Learning rate", rates)
@@ -58,18 +61,7 @@ class Report:
     def html(self) -> str:
         """The whole file."""
         name = cut(str(self._state.get("name", "run")), 200)
-        styles = f":root{{color-scheme:light dark;{css(LIGHT)}}}{_DARK_IF}{{:root{{{css(DARK)}}}}}{css_classes()}"
-        page = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
-        head = element(
-            "head",
-            element("meta", charset="utf-8"),
-            element("meta", name="viewport", content="width=device-width, initial-scale=1"),
-            element("meta", http_equiv="Content-Security-Policy", content=_POLICY),
-            element("title", f"{name} · ftexp"),
-            element("style", Markup(styles + page)),
-        )
-        body = element("body", element("main", self._header(name), *self._sections(), _footer()))
-        return f"<!doctype html>\n{element('html', head, body, lang='en')}\n"
+        return document(name, self._header(name), *self._sections())
 
     def _header(self, name: str) -> Markup:
         state = self._state
@@ -85,7 +77,7 @@ class Report:
             element("p", subtitle, class_="faint"),
             element("p", element("code", self._run.uri), class_="faint"),
             element("p", state["error"], class_="error") if state.get("error") else None,
-            element("dl", (_tile(*one) for one in self._numbers()), class_="tiles"),
+            element("dl", (tile(*one) for one in self._numbers()), class_="tiles"),
         )
 
     def _numbers(self) -> Iterator[tuple[str, str, str]]:
@@ -112,10 +104,10 @@ class Report:
 
     def _sections(self) -> Iterator[Markup]:
         run, timeline = self._run, self._timeline
-        pairs = [self._figure(name) for name in ("loss", "accuracy", "throughput", "learning_rate")]
+        pairs = [self._figure(name) for name in ("loss", "accuracy", "throughput", "step_time", "learning_rate")]
         if any(pairs):
             note = "Shaded: every other attempt. Dashed: failures. Fainter: the extremes of points that fall together."
-            yield _section("Curves", element("div", pairs, class_="grid"), note=note)
+            yield section("Curves", element("div", pairs, class_="grid"), note=note)
         if timeline.calls:
             both = (
                 element("figure", svg(drawing), class_=kind)
@@ -127,17 +119,17 @@ class Report:
             note = "What is shorter than a pixel is drawn a pixel wide; the table has what it took."
             commands = f" The command was given {len(timeline.calls)} times; time between is left out."
             more = commands if len(timeline.calls) > 1 else ""
-            yield _section("Timeline", *both, tables.phases(timeline), note=note + more)
+            yield section("Timeline", *both, tables.phases(timeline), note=note + more)
         if timeline.interruptions:
-            yield _section("Failures and recoveries", tables.interruptions(timeline))
+            yield section("Failures and recoveries", tables.interruptions(timeline))
         if run.named("checkpoint_saved", "checkpoint_failed"):
-            yield _section("Checkpoints", tables.checkpoints(run))
+            yield section("Checkpoints", tables.checkpoints(run))
         yield self._evaluation()
         words = element("pre", " ".join(["python -m ftexp.train", *map(shlex.quote, run.overrides)]))
         whole = element("details", element("summary", "config.yaml"), element("pre", run.config_text))
         note = "Where it differs from the defaults; below, the whole."
-        yield _section("Config", words, tables.config(run), whole, note=note)
-        yield _section("Versions and hardware", tables.facts(run))
+        yield section("Config", words, tables.config(run), whole, note=note)
+        yield section("Versions and hardware", tables.facts(run))
 
     def _figure(self, name: str) -> Markup | None:
         drawing = self.charts.get(name)
@@ -150,7 +142,7 @@ class Report:
         if found is None:
             command = f"python -m ftexp.evaluate run={shlex.quote(self._run.uri)}"
             how = (element("code", command), " measures the best checkpoint; then write this report again.")
-            return _section("Test", element("p", "The run left no ", _FILE, ". ", how))
+            return section("Test", element("p", "The run left no ", _FILE, ". ", how))
         where = f"{found['checkpoint']}, after" if found.get("checkpoint") else "The weights after"
         note = (
             f"{where} step {found['step']:,}, on {found['num_samples']:,} {found['split']} samples: "
@@ -163,21 +155,12 @@ class Report:
         mistakes = found.get("mistakes") or []
         pictures = element("div", (_mistake(one) for one in mistakes), class_="pictures")
         shown = (element("h3", "Most confident mistakes"), pictures) if mistakes else ()
-        return _section("Test", element("div", left, right, class_="grid"), *shown, note=note)
+        return section("Test", element("div", left, right, class_="grid"), *shown, note=note)
 
 
 _FILE = element("code", "evaluation_test.json")
-_DARK_IF = "@media (prefers-color-scheme: dark)"
-_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # nothing is loaded, nothing runs
+_SECTIONS = dict(zip(SECTIONS, ("val", "train", "restoring", "test", "replaying"), strict=True))  # their colours
 _STATUS = {"finished": "good", "failed": "bad", "interrupted": "paused", "running": "paused"}
-
-
-def _section(title: str, *children: Child, note: str = "") -> Markup:
-    return element("section", element("h2", title), element("p", note, class_="faint") if note else None, children)
-
-
-def _tile(title: str, value: str, below: str) -> Markup:
-    return element("div", element("dt", title), element("dd", value), element("dd", below, class_="faint"))
 
 
 def _mistake(one: dict[str, Any]) -> Markup:
@@ -186,7 +169,3 @@ def _mistake(one: dict[str, Any]) -> Markup:
         element("span", f"{one['confidence']:.1%} sure", class_="faint"),
     )  # fmt: skip
     return element("figure", element("img", src=f"data:image/png;base64,{one['png']}", alt=""), told)
-
-
-def _footer() -> Markup:
-    return element("footer", f"Written by ftexp on {time.strftime('%Y-%m-%d %H:%M:%S')}.", class_="faint")

@@ -1,25 +1,28 @@
-"""Writing a run's report where it belongs."""
+"""Writing the report of a run, or of a sweep, where it belongs."""
 
 from __future__ import annotations
 
 from ftexp.report.page import Report
 from ftexp.report.png import png
 from ftexp.report.source import read_run
+from ftexp.report.sweep_page import SweepReport
 from ftexp.storage import Storage
+from ftexp.sweep.ledger import read_ledger
 
 REPORT_FILE = "report.html"
 CHARTS = "charts"  # the folder of the PNGs
 
 
 def write_report(run_dir: Storage, target: Storage | None = None, name: str = REPORT_FILE) -> str:
-    """Write the report and its PNGs into the run directory, or into `target`; returns where the report is.
+    """Write the report and its PNGs into the run's or sweep's directory, or into `target`; returns where it is.
 
     Raises:
-        ConfigError: there is no run in `run_dir`.
+        ConfigError: there is neither a run nor a sweep in `run_dir`.
         OSError: it can't be written.
     """
     target = target or run_dir
-    report = Report(read_run(run_dir))
+    is_sweep = read_ledger(run_dir) is not None
+    report = SweepReport(run_dir, REPORT_FILE) if is_sweep else Report(read_run(run_dir))
     target.write_bytes(name, report.html().encode())
     for chart, drawing in report.charts.items():
         target.child(CHARTS).write_bytes(f"{chart}.png", png(drawing))

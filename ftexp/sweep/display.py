@@ -11,20 +11,34 @@ from rich.markup import escape
 from rich.table import Table
 
 from ftexp.storage import Storage
-from ftexp.sweep.ledger import WAITING, Ledger, Reached, reached
+from ftexp.sweep.ledger import STOPPED, WAITING, Ledger, Reached, reached
 from ftexp.sweep.runner import Job
 from ftexp.tracking import FAILED, FINISHED, INTERRUPTED, RUNNING
 
-STYLES = {RUNNING: "cyan", FINISHED: "green", FAILED: "red", INTERRUPTED: "yellow", WAITING: "dim"}
+STYLES = {
+    RUNNING: "cyan",
+    FINISHED: "green",
+    STOPPED: "magenta",
+    FAILED: "red",
+    INTERRUPTED: "yellow",
+    WAITING: "dim",
+}
 
 
 class Display:
     """Shows one sweep. Only what runs is looked up again; what has ended stays as it was."""
 
-    def __init__(self, folder: Storage, ledger: Ledger, jobs: list[Job], console: Console | None = None) -> None:
+    def __init__(
+        self,
+        folder: Storage,
+        ledger: Ledger,
+        jobs: list[Job],
+        console: Console | None = None,
+        total: int | None = None,  # trials there will be; None: as many as there are jobs
+    ) -> None:
         plain = console is None and not sys.stdout.isatty()
         self.console = console or Console(highlight=False, width=160 if plain else None, soft_wrap=plain)
-        self._folder, self._ledger, self._jobs = folder, ledger, jobs
+        self._folder, self._ledger, self._jobs, self._total = folder, ledger, jobs, total
         self._known: dict[str, Reached] = {}
         self._live: Live | None = None
 
@@ -32,13 +46,23 @@ class Display:
         """Print a line above the table."""
         self.console.print(text, style=style or None, markup=False, soft_wrap=True)
 
-    def header(self) -> None:
-        """What is about to run, and what is done already."""
-        counts = {status: sum(job.trial.status == status for job in self._jobs) for status in (FINISHED, FAILED)}
+    @property
+    def total(self) -> int:
+        """How many trials there will be in all."""
+        return self._total or len(self._jobs)
+
+    def header(self, search: str | None = None) -> None:
+        """What is about to run, how it is searched for, and what is done already."""
+        counts = {
+            status: sum(job.trial.status == status for job in self._jobs) for status in (FINISHED, STOPPED, FAILED)
+        }
         done = f", {counts[FINISHED]} finished already" if counts[FINISHED] else ""
+        early = f", {counts[STOPPED]} stopped early" if counts[STOPPED] else ""
         left = f", {counts[FAILED]} failed before (sweep.retry_failed=false)" if counts[FAILED] else ""
         self.say(f"sweep    {self._ledger.name}  ({self._folder.uri})")
-        self.say(f"trials   {len(self._jobs)} over {', '.join(self._ledger.keys) or 'nothing'}{done}{left}")
+        self.say(f"trials   {self.total} over {', '.join(self._ledger.keys) or 'nothing'}{done}{early}{left}")
+        if search is not None:
+            self.say(f"search   {search}")
 
     def changed(self, job: Job) -> None:
         """A trial's status has changed: without a terminal, this is the line that shows life."""
@@ -46,10 +70,10 @@ class Display:
         if self.console.is_terminal:
             self.update()
             return
-        ended = sum(other.trial.status in (FINISHED, FAILED) for other in self._jobs)
+        ended = sum(other.trial.status in (FINISHED, STOPPED, FAILED) for other in self._jobs)
         state = f"{seen.status:<11}" if seen.status != WAITING else "again      "
         what = seen.trial.error or self._outcome(job, seen)
-        self.say(f"{ended}/{len(self._jobs)} {state} {seen.trial.name}{f': {what}' if what else ''}")
+        self.say(f"{ended}/{self.total} {state} {seen.trial.name}{f': {what}' if what else ''}")
 
     def update(self) -> None:
         """Draw the table anew."""
@@ -75,14 +99,16 @@ class Display:
 
     def _outcome(self, job: Job, seen: Reached) -> str:
         value = seen.value(self._ledger.metric)
-        if seen.status != FINISHED or value is None:
+        if seen.status not in (FINISHED, STOPPED) or value is None:
             return ""
+        if seen.status == STOPPED:
+            return f"{self._ledger.metric} {value:.4f} at epoch {seen.epoch} of {job.trial.epochs}"
         return f"{self._ledger.metric} {value:.4f} after {time.monotonic() - job.began:.0f} s"
 
     def _table(self) -> Table:
         """As many rows as the terminal has lines: what runs, then what waits, then what is done."""
         table = Table(*self._ledger.keys, "state", "epoch", self._ledger.metric, "left", box=None, pad_edge=False)
-        order = {RUNNING: 0, FAILED: 1, INTERRUPTED: 2, WAITING: 3, FINISHED: 4}
+        order = {RUNNING: 0, FAILED: 1, INTERRUPTED: 2, WAITING: 3, FINISHED: 4, STOPPED: 5}
         jobs = sorted(self._jobs, key=lambda job: order[job.trial.status])
         shown = jobs[: max(3, self.console.height - 4)]
         for job in shown:

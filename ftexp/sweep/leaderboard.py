@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import math
 
 from rich.console import Console
 from rich.markup import escape
@@ -13,6 +12,7 @@ from rich.table import Table
 from ftexp.storage import Storage
 from ftexp.sweep.display import STYLES
 from ftexp.sweep.ledger import Ledger, Reached
+from ftexp.sweep.ranking import ranked, varying
 from ftexp.tracking import FINISHED
 
 CSV_FILE, PNG_FILE = "leaderboard.csv", "leaderboard.png"
@@ -27,23 +27,6 @@ def publish(folder: Storage, ledger: Ledger, trials: list[Reached], console: Con
     folder.write_bytes(CSV_FILE, as_csv(ledger, ordered).encode())
     if any(trial.status == FINISHED for trial in ordered):
         folder.write_bytes(PNG_FILE, draw(folder, ledger, ordered))
-
-
-def ranked(ledger: Ledger, trials: list[Reached]) -> list[Reached]:
-    """Finished trials, the best first; then the others as they come."""
-    sign = -1 if ledger.mode == "max" else 1
-
-    def place(trial: Reached) -> tuple[bool, float]:
-        value = trial.value(ledger.metric)
-        is_ranked = trial.status == FINISHED and value is not None and math.isfinite(value)
-        return (not is_ranked, sign * value if is_ranked and value is not None else 0.0)
-
-    return sorted(trials, key=place)
-
-
-def varying(ledger: Ledger, trials: list[Reached]) -> list[str]:
-    """The swept keys that differ between these trials."""
-    return [key for key in ledger.keys if len({trial.trial.values.get(key) for trial in trials}) > 1]
 
 
 def table(ledger: Ledger, ordered: list[Reached]) -> Table:

@@ -19,7 +19,7 @@ from ftexp.storage import Storage
 from ftexp.tracking import FAILED, FINISHED, INTERRUPTED, METRICS_FILE, RUNNING, RunState, read_state
 
 SWEEP_FILE = "sweep.json"
-WAITING = "waiting"
+WAITING, STOPPED = "waiting", "stopped"  # stopped: early, since others do better; no failure
 
 
 @dataclass(kw_only=True)
@@ -31,6 +31,8 @@ class Trial:
     epochs: int
     status: str = WAITING
     error: str | None = None  # why it failed
+    proposal: dict[str, str] | None = None  # {key: word} of the search that proposed it
+    stopped_at: int | None = None  # the epoch whose value had it stopped early, unless it finished before it heard
 
 
 @dataclass(kw_only=True)

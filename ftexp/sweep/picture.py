@@ -6,8 +6,8 @@ import io
 from typing import Any
 
 from ftexp.storage import Storage
-from ftexp.sweep.leaderboard import varying
 from ftexp.sweep.ledger import Ledger, Reached, curve
+from ftexp.sweep.ranking import varying
 from ftexp.tracking import FINISHED
 
 _BEST, _OTHER = "#c0392b", "#5b7083"

@@ -20,7 +20,7 @@ from ftexp.config import Config
 from ftexp.fitting import STOP_GRACE_S, Terminated
 from ftexp.scaling import Workers
 from ftexp.storage import Storage
-from ftexp.sweep.ledger import WAITING, Trial
+from ftexp.sweep.ledger import STOPPED, WAITING, Trial
 from ftexp.sweep.trial import Order
 from ftexp.tracking import FAILED, FINISHED, INTERRUPTED, RUNNING, read_state
 
@@ -44,6 +44,7 @@ class Job:
     began: float = 0.0  # time.monotonic() of its start in this call
     began_at_epoch: int = 0
     num_starts: int = 0
+    kill_at: float = float("inf")  # time.monotonic(); of a trial that was asked to stop early
 
     @property
     def needs(self) -> dict[str, float]:
@@ -71,14 +72,16 @@ class Runner:
     changed: Callable[[Job], None]
     tick: Callable[[], None]  # called ten times a second
     asked: list[KeyboardInterrupt] = field(default_factory=list)  # signals, as they come
+    more: Callable[[], Job | None] = lambda: None  # a job that isn't among them yet, once there is room for it
+    least: dict[str, float] = field(default_factory=dict)  # what such a job takes at the least
     _num_told: int = 0
     _kill_at: float = float("inf")
 
     def run(self) -> None:
         """Until every trial has ended; KeyboardInterrupt once all have stopped because a signal asked for it."""
         try:
-            while self._running() or (not self.asked and self._waiting()):
-                self._start_what_fits()
+            self._start_what_fits()
+            while self._running():
                 self.tick()
                 time.sleep(_LOOK_EVERY_S)
                 self._pass_signals_on()
@@ -86,6 +89,9 @@ class Runner:
                     assert job.process is not None
                     if (code := job.process.poll()) is not None:
                         self._ended(job, code)
+                    elif time.monotonic() > job.kill_at:
+                        job.process.kill()
+                self._start_what_fits()
         finally:
             self._kill_all()  # none, unless something here raised
         if self.asked:
@@ -101,12 +107,27 @@ class Runner:
         if self.asked:
             return
         for job in self._waiting():
-            running = self._running()
-            if self.most is not None and len(running) >= self.most:
-                return
-            # nothing running: let Ray find out, and tell, if the cluster has shrunk
-            if not running or fits(job.needs, self.capacity, [other.needs for other in running]):
+            if self._has_room(job.needs):
                 self._start(job)
+        while not self._waiting() and self._has_room(self.least) and (new := self.more()) is not None:
+            self.jobs.append(new)
+            if new.trial.status != WAITING:  # there is nothing to run
+                self.changed(new)
+            elif self._has_room(new.needs):
+                self._start(new)
+
+    def _has_room(self, needs: dict[str, float]) -> bool:
+        running = self._running()
+        if self.most is not None and len(running) >= self.most:
+            return False
+        # nothing running: let Ray find out, and tell, if the cluster has shrunk
+        return not running or fits(needs, self.capacity, [other.needs for other in running])
+
+    def stop_early(self, job: Job, epoch: int) -> None:
+        """Have a trial that runs end after a last save, because of its value after `epoch`; that is no failure."""
+        assert job.process is not None
+        job.trial.stopped_at, job.kill_at = epoch, time.monotonic() + _END_WITHIN_S
+        job.process.send_signal(signal.SIGINT)
 
     def _start(self, job: Job) -> None:
         job.log.parent.mkdir(parents=True, exist_ok=True)
@@ -135,8 +156,13 @@ class Runner:
         job.process.stdin.close()
         job.process = None
         was_stopped = self.asked and code in (-signal.SIGINT, -signal.SIGTERM, -signal.SIGKILL)
+        stopped_early = job.trial.stopped_at is not None and (code < 0 or code in (EXIT_INTERRUPTED, EXIT_TERMINATED))
+        if code != 0 and not stopped_early:
+            job.trial.stopped_at = None  # it failed, or was killed, before it heard of it
         if code == 0:
             self._set(job, FINISHED)
+        elif stopped_early:
+            self._set(job, STOPPED)
         elif was_stopped or code in (EXIT_INTERRUPTED, EXIT_TERMINATED):
             self._set(job, INTERRUPTED)
         elif code < 0 and job.num_starts <= self._restarts(job):

@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import threading
 import time
+from typing import TYPE_CHECKING
 
 import ray
 
@@ -14,33 +15,45 @@ from ftexp.config import Config
 from ftexp.errors import ConfigError
 from ftexp.fitting import collected_signals
 from ftexp.hot_start.driver import HotStart, on_joined_nodes
-from ftexp.scaling import SharedRay, may_stream, start_ray, usable_cpus
+from ftexp.scaling import SharedRay, import_meanwhile, may_stream, start_ray, usable_cpus
 from ftexp.storage import Storage
 from ftexp.sweep.display import Display
 from ftexp.sweep.leaderboard import publish
 from ftexp.sweep.ledger import Ledger, reached
+from ftexp.sweep.parent import tracked_sweep
 from ftexp.sweep.runner import Job, Runner, require_room
 from ftexp.sweep.sweep import failures_of, most_threads
 from ftexp.sweep.trial import Order
 from ftexp.tracking import FINISHED
 
+if TYPE_CHECKING:
+    from ftexp.sweep.search import Search
+
 _LOOK_EVERY_S, _LOOK_EVERY_REMOTE_S = 1.0, 10.0  # at the run directories of running trials
 
 
 def run_trials(
-    folder: Storage, ledger: Ledger, jobs: list[Job], share: int, hot_start: HotStart | None
+    folder: Storage,
+    ledger: Ledger,
+    jobs: list[Job],
+    share: int,
+    hot_start: HotStart | None,
+    search: Search | None = None,
 ) -> list[float | None]:
     """Run the trials that wait; returns the objective of each job. Every way out leaves the ledger right.
 
+    search: what adds more of them to `jobs`.
     hot_start: what trials' drivers are forked by, whoever started Ray, and their workers, if that is done here; None if
     no trial waits.
     SweepFailedError if trials failed, ConfigError if one can never fit, SystemExit after a signal.
     """
-    display = Display(folder, ledger, jobs)
-    display.header()
+    display = Display(folder, ledger, jobs, total=search.plan.num_trials if search is not None else None)
+    display.header(search.plan.describe() if search is not None else None)
     if hot_start is not None:
         try:
-            _with_ray(folder, ledger, jobs, share, display, hot_start)
+            like = search.probes if search is not None else jobs
+            with tracked_sweep(like[0].config, folder, ledger, display):
+                _with_ray(folder, ledger, jobs, share, display, hot_start, search)
         except KeyboardInterrupt as interrupt:
             display.close()
             display.say(f"stopped; the same command with sweep.name={ledger.name} goes on")
@@ -59,23 +72,31 @@ def run_trials(
 
 
 def _with_ray(
-    folder: Storage, ledger: Ledger, jobs: list[Job], share: int, display: Display, hot_start: HotStart
+    folder: Storage,
+    ledger: Ledger,
+    jobs: list[Job],
+    share: int,
+    display: Display,
+    hot_start: HotStart,
+    search: Search | None,
 ) -> None:
     """Start or join Ray, and run."""
-    config = _widest(jobs)
+    like = search.probes if search is not None else jobs  # every trial's needs are among those of these
+    config = _widest(like)
     is_own = config.scaling.address is None
+    importing = import_meanwhile("ray.tune.search.optuna") if search is not None else None
     try:
         with hot_start.raylet_settings() if is_own else contextlib.nullcontext():
             start_ray(config)
         capacity = dict(ray.cluster_resources())
         if is_own:
             capacity["CPU"] = usable_cpus()  # what decodes is counted on top
-        if too_large := require_room(jobs, capacity):
+        if too_large := require_room(like, capacity):
             raise ConfigError("\n".join(["trials that can never run:", *too_large]))
         address = ray.get_runtime_context().gcs_address
         runtime_env, why_cold = hot_start.runtime_env(), None
         if not is_own:
-            runtime_env, why_cold = on_joined_nodes(config.scaling, most_threads(jobs))
+            runtime_env, why_cold = on_joined_nodes(config.scaling, most_threads(like))
         shared = SharedRay(address, runtime_env, why_cold, share)
         interval_s = _LOOK_EVERY_S if folder.local_path is not None else _LOOK_EVERY_REMOTE_S
         looked = 0.0
@@ -85,13 +106,21 @@ def _with_ray(
             if time.monotonic() - looked > interval_s:
                 looked = time.monotonic()
                 display.update()
+                for job, epoch in search.to_stop() if search is not None else ():
+                    runner.stop_early(job, epoch)
+                    ledger.write(folder)
 
         def changed(job: Job) -> None:
+            if search is not None:
+                search.settle()
             ledger.write(folder)
             display.changed(job)
 
+        if search is not None and importing is not None:
+            importing.join()
+            search.begin()
         with collected_signals() as asked:  # now, since Ray has set a handler of its own
-            Runner(
+            runner = Runner(
                 jobs=jobs,
                 capacity=capacity,
                 most=config.sweep.max_concurrent,
@@ -100,7 +129,10 @@ def _with_ray(
                 changed=changed,
                 tick=tick,
                 asked=asked,
-            ).run()
+                more=search.next_job if search is not None else lambda: None,
+                least=search.least if search is not None else {},
+            )
+            runner.run()
     finally:
         # the leaderboard is next, and Ray takes a second to stop
         threading.Thread(target=importlib.import_module, args=("matplotlib.figure",), daemon=True).start()

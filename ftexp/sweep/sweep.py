@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from ftexp.config import Config
 from ftexp.errors import ConfigError, SweepFailedError
@@ -15,7 +15,7 @@ from ftexp.opening import open_run, require_resumable
 from ftexp.scaling import Workers, decide_workers, num_shares, prepare_environment
 from ftexp.storage import Storage
 from ftexp.sweep.identity import swept_keys, trial_name
-from ftexp.sweep.ledger import WAITING, Ledger, Trial, read_ledger
+from ftexp.sweep.ledger import STOPPED, WAITING, Ledger, Trial, read_ledger
 from ftexp.sweep.runner import Job
 from ftexp.tracking import FAILED, FINISHED
 
@@ -35,31 +35,36 @@ def run_sweep(configs: Sequence[Config], jobs: Sequence[dict[str, str]], words: 
         SweepFailedError: some trials failed; the others are done.
         SystemExit: a signal stopped the sweep.
     """
-    first = configs[0]
-    name = first.sweep.name or time.strftime("%Y-%m-%d_%H-%M-%S")
-    folder = Storage.at(first.run.storage, SWEEPS, name)
-    share = num_shares(configs, first.sweep.max_concurrent)
+    share = num_shares(configs, configs[0].sweep.max_concurrent)
     workers = [decide_workers(config.scaling, share=share) for config in configs]
-    folder.require_writable()
-    lease = Lease.take(folder, key="sweep.name")
-    try:
-        ledger = _ledger(folder, name, first, jobs)
-        planned = [_job(folder, ledger.keys, *each) for each in zip(configs, jobs, words, workers, strict=True)]
-        _mark_what_is_done(folder, planned, first.sweep.retry_failed, ledger)
+    with claimed(configs[0]) as folder:
+        ledger = open_ledger(folder, configs[0], lambda before: swept_keys(jobs, before))
+        planned = [make_job(folder, ledger.keys, *each) for each in zip(configs, jobs, words, workers, strict=True)]
+        mark_what_is_done(folder, planned, configs[0].sweep.retry_failed, ledger)
         ledger.take_over([job.trial for job in planned])
-        prepare_environment(first)
-        with _preloading(planned) as hot_start:  # seconds of imports, beside those of Ray here
+        prepare_environment(configs[0])
+        with preloading(planned, any(job.trial.status == WAITING for job in planned)) as hot_start:
             from ftexp.sweep.session import run_trials
 
             return run_trials(folder, ledger, planned, share, hot_start)
+
+
+@contextlib.contextmanager
+def claimed(config: Config) -> Iterator[Storage]:
+    """The sweep's directory, which no other command has meanwhile."""
+    folder = Storage.at(config.run.storage, SWEEPS, config.sweep.name or time.strftime("%Y-%m-%d_%H-%M-%S"))
+    folder.require_writable()
+    lease = Lease.take(folder, key="sweep.name")
+    try:
+        yield folder
     finally:
         lease.release()
 
 
 @contextlib.contextmanager
-def _preloading(jobs: list[Job]) -> Iterator[HotStart | None]:
-    """A process that has everything imported, from which others are forked; None if nothing is to be run."""
-    if not any(job.trial.status == WAITING for job in jobs):
+def preloading(jobs: list[Job], is_needed: bool) -> Iterator[HotStart | None]:
+    """A process that has everything imported, from which others are forked, beside what Ray imports here."""
+    if not is_needed:
         yield None
         return
     hot_start = HotStart(jobs[0].config.scaling, most_threads(jobs), joins=False)
@@ -74,30 +79,39 @@ def most_threads(jobs: Sequence[Job]) -> int:
     return max(job.workers.num_threads for job in jobs)
 
 
-def _ledger(folder: Storage, name: str, config: Config, jobs: Sequence[dict[str, str]]) -> Ledger:
-    """The sweep's ledger, or a new one, with the keys that this call sweeps and its objective."""
+def open_ledger(folder: Storage, config: Config, keys: Callable[[list[str]], list[str]]) -> Ledger:
+    """The sweep's ledger, or a new one, with the keys that this call sweeps and its objective.
+
+    keys: of what was swept before, those that name trials now.
+    """
     checkpoint, sweep = config.checkpoint, config.sweep
     before = read_ledger(folder)
-    keys = swept_keys(jobs, before.keys if before is not None else [])
+    now = keys(before.keys if before is not None else [])
     metric = sweep.metric or checkpoint.checkpoint_score_attribute
     mode = sweep.mode or checkpoint.checkpoint_score_order
     if before is None:
-        return Ledger(name=name, metric=metric, mode=mode, keys=keys)
-    before.keys, before.metric, before.mode = keys, metric, mode
+        return Ledger(name=folder.name, metric=metric, mode=mode, keys=now)
+    before.keys, before.metric, before.mode = now, metric, mode
     return before
 
 
-def _job(
+def make_job(
     folder: Storage, keys: list[str], config: Config, job: dict[str, str], words: list[str], workers: Workers
 ) -> Job:
+    """A trial that waits, in a run directory of its name."""
     name = trial_name(job, keys)
     own = dataclasses.replace(config, run=dataclasses.replace(config.run, name=name, storage=folder.uri))
     trial = Trial(name=name, values={key: job[key] for key in keys if key in job}, epochs=config.train.epochs)
     return Job(trial, own, words, workers, folder.child(name))
 
 
-def _mark_what_is_done(folder: Storage, jobs: list[Job], retry_failed: bool, ledger: Ledger) -> None:
-    """Set each trial's status by its run directory; ConfigError, once, if what defines the trials has changed."""
+def mark_what_is_done(
+    folder: Storage, jobs: list[Job], retry_failed: bool, ledger: Ledger, keeps_stopped: bool = False
+) -> None:
+    """Set each trial's status by its run directory; ConfigError, once, if what defines the trials has changed.
+
+    keeps_stopped: whether what was stopped early stays so; a grid has it go on.
+    """
     before = {trial.name: trial for trial in ledger.trials}
     changed: dict[str, None] = {}
     for job in jobs:
@@ -108,11 +122,13 @@ def _mark_what_is_done(folder: Storage, jobs: list[Job], retry_failed: bool, led
         except ConfigError as error:
             changed |= dict.fromkeys(str(error).splitlines()[1:])
             continue
-        failed = before.get(trial.name)
+        known = before.get(trial.name)
         if state.status == FINISHED:
-            trial.status = FINISHED
-        elif failed is not None and failed.status == FAILED and not retry_failed:
-            trial.status, trial.error = FAILED, failed.error
+            trial.status, trial.stopped_at = FINISHED, known.stopped_at if known is not None else None
+        elif known is not None and known.status == FAILED and not retry_failed:
+            trial.status, trial.error = FAILED, known.error
+        elif known is not None and known.stopped_at is not None and keeps_stopped and state.attempts:
+            trial.status, trial.stopped_at = STOPPED, known.stopped_at
     if changed:
         title = f"{folder.uri} holds trials that are defined otherwise; choose another sweep.name, or put these back:"
         raise ConfigError("\n".join([title, *changed]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,9 @@ class Files(Dataset[tuple[Tensor, int]]):
 
 def data_loader(paths: list[Path], image_size: int, batch_size: int, num_workers: int) -> Batches:
     """Epochs without end."""
+    # forking a process in which Ray runs now and then crashes it, in gRPC
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
     loader = DataLoader(
         Files(paths, image_size),
         batch_size,
@@ -46,6 +50,7 @@ def data_loader(paths: list[Path], image_size: int, batch_size: int, num_workers
         num_workers=num_workers,
         persistent_workers=True,
         drop_last=True,
+        multiprocessing_context=context,
     )
     while True:
         yield from loader

@@ -1,0 +1,38 @@
+"""Random erasing, by timm's own class, on normalised images. What is erased depends on (seed, position) only."""
+
+from __future__ import annotations
+
+import random
+
+import torch
+from timm.data.random_erasing import RandomErasing
+from torch import Tensor
+
+from ftexp.config import AugmentConfig
+from ftexp.data.order import Int64s, derive_seed
+
+_STREAM = 0x657261  # keeps these draws apart from other uses of the run's seed
+
+
+class Erasing:
+    """Erases rectangles, image by image. Draws from Python's and torch's global generators, which it seeds."""
+
+    def __init__(self, config: AugmentConfig, seed: int, device: torch.device) -> None:
+        self._seed = derive_seed(seed, _STREAM)
+        self._device = device
+        self._draws_pixels = config.erase_mode != "const"
+        self._erase = RandomErasing(
+            config.erase_prob, mode=config.erase_mode, max_count=config.erase_count, device=device
+        )
+
+    def __call__(self, images: Tensor, positions: Int64s) -> Tensor:
+        """`images`, [rows, channels, height, width], changed in place; row i as `positions[i]` says."""
+        for image, position in zip(images, positions.tolist(), strict=True):
+            seed = derive_seed(self._seed, position) % 2**63
+            random.seed(seed)
+            if self._draws_pixels:
+                torch.default_generator.manual_seed(seed)
+                if self._device.type == "cuda":
+                    torch.cuda.manual_seed(seed)
+            self._erase(image)
+        return images

@@ -1,0 +1,211 @@
+"""`python -m ftexp.export run=<dir> format=safetensors|torch_export|onnx [key=value ...]`: a model without ftexp.
+
+safetensors   model.safetensors and config.json: timm.create_model("local-dir:<out>", pretrained=True)
+torch_export  model.pt2: torch.export.load("model.pt2").module(); any batch size
+onnx          model.onnx, for ONNX Runtime and others; any batch size. Needs: pip install "ftexp[onnx]"
+
+The last two take pixels, uint8 [batch, size, size, channels], and normalise them; all give logits. Beside each lies
+export.json: labels, input size, mean and std, and how far the exported model is from the original on images of the
+run's data. One that is farther than the tolerance is not left behind. Exit codes: 0 done, 1 failed, 2 the command was
+wrong.
+
+run         a run directory or URI
+checkpoint  best, latest, or a folder's name under checkpoints/ (default: best)
+weights     raw, or ema: their moving average, where the run had one (default: raw)
+out         a new folder or URI (default: <run>/exports/<format>_<checkpoint>, _ema behind it for weights=ema)
+samples     images to compare on (64)
+tolerance   of the largest difference of a logit (0.001)
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from omegaconf import MISSING
+
+from ftexp.cli import print_error, read_command
+from ftexp.errors import ConfigError, ExportError, FtexpError
+from ftexp.fields import choice, ranged
+
+if TYPE_CHECKING:
+    from ftexp.checkpoint.store import Manifest
+    from ftexp.exporting.checking import Difference, Samples
+    from ftexp.saved_run import SavedRun
+    from ftexp.storage import Storage
+
+_ABOUT_FILE = "export.json"
+_FORMATS = ("safetensors", "torch_export", "onnx")
+_NEEDED = ("onnx", "onnxscript", "onnxruntime")  # by format=onnx
+
+
+@dataclass(kw_only=True)
+class ExportConfig:
+    """What the command may be given."""
+
+    run: str = MISSING
+    format: str = choice(MISSING, _FORMATS)
+    checkpoint: str = "best"
+    weights: str = choice("raw", ("raw", "ema"))
+    out: str | None = None
+    samples: int = ranged(64, low=2)
+    tolerance: float = ranged(1e-3, above=0)
+
+
+def main() -> None:
+    """Entry point of the command; exits with 0, 1, 2 or 130."""
+    words = sys.argv[1:]
+    if any(word in ("-h", "--help") for word in words):
+        print(__doc__)
+        return
+    try:
+        export(parse(words))
+    except FtexpError as error:
+        print_error(error)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt as interrupt:
+        from ftexp.cli import interrupted_code
+
+        sys.exit(interrupted_code(interrupt))
+
+
+def parse(words: list[str]) -> ExportConfig:
+    """Read key=value words; ConfigError names what is wrong."""
+    config: ExportConfig = read_command(ExportConfig, words, run="<run directory>", format="|".join(_FORMATS))
+    missing = [name for name in _NEEDED if config.format == "onnx" and importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(f'format=onnx needs {", ".join(missing)}: pip install "ftexp[onnx]", or take torch_export')
+    return config
+
+
+def export(config: ExportConfig) -> dict[str, Any]:
+    """Write the model, checked against the original; returns what export.json says.
+
+    Raises:
+        ConfigError: there is no such run, or something lies at `out` already.
+        CheckpointError: the run has no such checkpoint, or it is damaged.
+        ExportError: the exported model differs from the original by more than the tolerance. Nothing is left behind.
+        StorageError: `out` can't be written.
+    """
+    from ftexp.saved_run import SavedRun, choose, read_weights
+    from ftexp.storage import Storage
+
+    run = SavedRun.at(config.run)
+    manifest = choose(run.store, config.checkpoint, run.config)
+    which = "" if config.weights == "raw" else f"_{config.weights}"
+    default = run.storage.child("exports", f"{config.format}_{manifest.name}{which}")
+    out = Storage.at(config.out) if config.out is not None else default
+    if out.exists():
+        raise ConfigError(f"out={out.uri} is there already: remove it, or give another out=...")
+    out.parent.require_writable("out")
+    weights = read_weights(run.store, manifest, config.weights)
+    samples = _samples(run, config.samples)
+    with tempfile.TemporaryDirectory() as name:
+        return _export(config, run, manifest, weights, samples, Path(name), out)
+
+
+def _samples(run: SavedRun, num_samples: int) -> Samples:
+    """Images to compare on. They are read as training reads them, which takes a Ray of its own for some seconds."""
+    from ftexp.scaling import private_ray
+
+    with private_ray(run.config):
+        from ftexp.exporting.checking import samples_of
+        from ftexp.registry import load_plugins
+
+        load_plugins(run.config.plugins)
+        return samples_of(run, num_samples)
+
+
+def _export(
+    config: ExportConfig,
+    run: SavedRun,
+    manifest: Manifest,
+    weights: bytes,
+    samples: Samples,
+    folder: Path,
+    out: Storage,
+) -> dict[str, Any]:
+    from ftexp.exporting.checking import compare
+    from ftexp.exporting.formats import answers, formats
+
+    model = run.model(weights)
+    about = _about(config, run, manifest)
+    exported = formats.get(config.format)(model, run.info, about, folder)
+    difference = compare(answers(model, run.info), exported, samples.pixels)
+    about["checked"] = {
+        "images": len(samples.pixels),
+        "of": samples.origin,
+        "same_class": difference.num_same,
+        "largest_difference": difference.largest,
+        "largest_logit": difference.largest_logit,
+        "tolerance": config.tolerance,
+    }
+    _print(about, samples, difference)
+    if not difference.largest <= config.tolerance:  # NaN is no agreement
+        raise ExportError(
+            f"the exported model differs from the original by {difference.largest:.3g} in a logit, and tolerance="
+            f"{config.tolerance:g}: nothing was written. Give a larger one if that is good enough"
+        )
+    (folder / _ABOUT_FILE).write_text(json.dumps(about, indent=1), encoding="utf-8")
+    files = sorted(path.name for path in folder.iterdir())
+    out.publish({name: functools.partial(_copy, folder / name) for name in files}, last=_ABOUT_FILE)
+    print(f"written  {out.uri}: {', '.join(files)}")
+    return about
+
+
+def _about(config: ExportConfig, run: SavedRun, manifest: Manifest) -> dict[str, Any]:
+    from ftexp.fingerprint import masked
+    from ftexp.models import timm_arguments
+    from ftexp.versions import package_versions
+
+    info = run.info
+    size = info.image_size
+    graph = config.format != "safetensors"
+    layout = "uint8 pixels, [batch, height, width, channels]" if graph else "float32, [batch, channels, height, width]"
+    prepared = "scaled to 0..1 and normalised inside" if graph else "to be scaled to 0..1, less mean, by std"
+    return {
+        "format": config.format,
+        "run": masked(run.storage.uri),
+        "checkpoint": manifest.name,
+        "weights": config.weights,
+        "epoch": manifest.epoch,
+        "metrics": manifest.metrics,
+        "arguments": timm_arguments(run.config.model, info),
+        "labels": info.class_names,
+        "input": f"{layout}; {prepared}",
+        "input_size": [size, size, info.channels] if graph else [info.channels, size, size],
+        "resize": "shorter side to the size by Pillow's bicubic, then the centre: PIL.ImageOps.fit",
+        "mean": info.mean,
+        "std": info.std,
+        "output": "logits, float32 [batch, labels]",
+        "versions": package_versions(),
+    }
+
+
+def _copy(path: Path, stream: BinaryIO) -> None:
+    from ftexp.storage import write_all
+
+    with path.open("rb") as file:
+        while chunk := file.read(2**20):
+            write_all(stream, chunk)
+
+
+def _print(about: dict[str, Any], samples: Samples, difference: Difference) -> None:
+    print(f"model    {about['arguments']['model_name']}, {about['checkpoint']} (epoch {about['epoch']})")
+    if samples.why_noise:
+        print(f"!        no image of the run's data can be read, so noise is compared on: {samples.why_noise}")
+    number, origin = len(samples.pixels), "of noise" if samples.why_noise else f"of the {samples.origin} split"
+    print(
+        f"checked  {number} images {origin}: largest difference of a logit {difference.largest:.3g} "
+        f"(largest logit {difference.largest_logit:.3g}); same class for {difference.num_same} of {number}"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""Parts of a model that are not trained, or only from some epoch on.
+
+A frozen parameter has requires_grad=False: no gradient is computed for it, DDP leaves it out, the optimiser passes it
+over and keeps no state of it. The optimiser knows all parameters from the beginning, so that a part's state begins when
+the part is unfrozen, and a checkpoint has the same parameter groups before and after. Which parts are frozen follows
+from the epoch alone. Batch norm in a frozen part uses the statistics that it has, and leaves them as they are.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from timm.models import group_parameters
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ftexp.errors import ConfigError
+from ftexp.registry import did_you_mean
+
+BACKBONE = "backbone"
+_LAYERS = re.compile(r"layers\.(\d+)(?:-(\d+))?")
+_NEVER = float("inf")
+
+
+class Freezing:
+    """Which parameters train in which epoch. ConfigError if the model hasn't a part of `freeze`, or all is frozen."""
+
+    def __init__(self, freeze: dict[str, Any], model: nn.Module) -> None:
+        self._model = model
+        self._first_epoch: dict[str, float] = {}  # of frozen parameters, by name
+        for part, epoch in freeze.items():
+            for name in parameters_of(part, model):
+                first = _NEVER if epoch is None else float(epoch)
+                self._first_epoch[name] = max(first, self._first_epoch.get(name, 0.0))
+        self._stages = sorted({0.0, *self._first_epoch.values()} - {_NEVER})
+        self._stage: float | None = None
+        if freeze and all(self._first_epoch.get(name, 0.0) > 0 for name, _ in model.named_parameters()):
+            raise ConfigError(
+                f"train.freeze={freeze} leaves nothing to train in epoch 0: let a part of {_parts(model)} be trained"
+            )
+
+    def settle(self, epoch: int) -> bool:
+        """Freeze and unfreeze as `epoch`, counted from 0, has it; whether that changed anything."""
+        stage = max(first for first in self._stages if first <= epoch)
+        if stage == self._stage:
+            return False
+        self._stage = stage
+        for name, parameter in self._model.named_parameters():
+            trains = self._first_epoch.get(name, 0.0) <= stage
+            parameter.requires_grad_(trains)
+            if not trains:
+                parameter.grad = None
+        for module in self._model.modules():
+            if isinstance(module, _BatchNorm):
+                own = list(module.parameters(recurse=False))
+                module.train(not own or any(parameter.requires_grad for parameter in own))
+        return bool(self._first_epoch)
+
+    @property
+    def num_frozen(self) -> int:
+        """Values of parameters that are frozen now."""
+        return sum(parameter.numel() for parameter in self._model.parameters() if not parameter.requires_grad)
+
+
+def parameters_of(part: str, model: nn.Module) -> list[str]:
+    """Names of the parameters that `part` means; ConfigError if there is none.
+
+    `backbone`: all but timm's classifier. `layers.0-5`: those of timm's numbering, as in layer-wise decay. Else a
+    pattern with * and ?, of a parameter's name or of a module's that holds it.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    if part == BACKBONE:
+        head = classifier_parameters(model)
+        found = [name for name in names if name not in head]
+        if not head:
+            raise ConfigError(f"train.freeze.{part}: timm doesn't tell the classifier of this model; name its parts")
+    elif numbers := _LAYERS.fullmatch(part):
+        number = _layer_numbers(model, part)
+        first, last = int(numbers[1]), int(numbers[2] or numbers[1])
+        found = [name for name in names if first <= number.get(name, -1) <= last]
+        if not found:
+            raise ConfigError(f"train.freeze.{part}: the model has layers 0 to {max(number.values())}")
+    else:
+        found = [name for name in names if _matches(name, part)]
+        if not found:
+            raise ConfigError(
+                f"train.freeze.{part} matches no parameter of the model.{did_you_mean(part, _modules(names))} "
+                f"Its parts: {_parts(model)}; or write {BACKBONE}, or layers.0-5"
+            )
+    return found
+
+
+def classifier_parameters(model: nn.Module) -> set[str]:
+    """Names of the parameters of timm's classifier; empty where the model doesn't tell."""
+    get_classifier: Callable[[], Any] | None = getattr(model, "get_classifier", None)
+    if get_classifier is None:
+        return set()
+    heads = get_classifier()
+    own = {
+        id(parameter)
+        for head in (heads if isinstance(heads, (list, tuple)) else (heads,))
+        if isinstance(head, nn.Module)
+        for parameter in head.parameters()
+    }
+    return {name for name, parameter in model.named_parameters() if id(parameter) in own}
+
+
+def _layer_numbers(model: nn.Module, part: str) -> dict[str, int]:
+    matcher = getattr(model, "group_matcher", None)
+    if matcher is None:
+        raise ConfigError(f"train.freeze.{part}: the model numbers no layers (it has no group_matcher); name its parts")
+    numbers: dict[str, int] = group_parameters(model, matcher(coarse=False), reverse=True)
+    return numbers
+
+
+def _matches(name: str, pattern: str) -> bool:
+    parts = name.split(".")
+    return any(fnmatch.fnmatchcase(".".join(parts[:count]), pattern) for count in range(1, len(parts) + 1))
+
+
+def _modules(names: Iterable[str]) -> set[str]:
+    return {".".join(name.split(".")[:count]) for name in names for count in (1, 2)}
+
+
+def _parts(model: nn.Module) -> str:
+    """The model's outermost parts that have parameters."""
+    return ", ".join(dict.fromkeys(name.split(".")[0] for name, _ in model.named_parameters()))

@@ -1,0 +1,184 @@
+"""The images that predictions are made for, in a fixed order. They need no labels. Ray must be running."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+import ftexp.data.build  # noqa: F401 - registers the sources that are built in
+from ftexp.config import DataConfig
+from ftexp.data.blocks import BlockReader
+from ftexp.data.feeds import CachedRows
+from ftexp.data.files import FileReader, visible_files
+from ftexp.data.image_list import read_list
+from ftexp.data.listing import IndexedSplit, Listing, Raw, Reader, Shared, files_at
+from ftexp.data.named_files import as_label, data_files
+from ftexp.data.order import Int64s
+from ftexp.data.parquet import RowGroup, RowGroups, labels_of
+from ftexp.data.sources import UInt8s, sources
+from ftexp.data.splits import BadSample
+from ftexp.data.webdataset import scan_shards
+from ftexp.errors import DataError
+from ftexp.registry import Registry
+from ftexp.storage import open_uri
+
+ALL = "all"  # of the splits: every image there is, with a label or without
+_NONE = -1  # the label of an image whose class isn't known
+_BLOCKS_KEPT = 1  # a window of blocks, as BlockReader counts them: samples are read in the order of their files
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Samples 0 to len(split) - 1, as tasks read them; a label of -1 says that the class isn't known."""
+
+    split: IndexedSplit
+    label_names: list[str]
+    digest: str  # of which images there are, and how large their files are
+    bad: list[BadSample] = field(default_factory=list)  # files with an unknown number of images
+
+
+def find_inputs(config: DataConfig, split: str, class_names: list[str]) -> Inputs:
+    """Look for the images that `config` names; DataError if there is none.
+
+    Args:
+        config: the data; samples that can't be read must be skipped, as it says.
+        split: train, val or test, as training would cut them; or all.
+        class_names: of the model. A folder of one of these names tells the class of what is in it.
+    """
+    found = every_image.get(config.name)(config, class_names) if split == ALL else _one_split(config, split)
+    if not len(found.split):
+        reasons = "".join(f"\n{sample.where}: {sample.reason}" for sample in found.bad[:10])
+        raise DataError(f"data.name={config.name} has no image for split={split}{reasons}")
+    return found
+
+
+every_image: Registry[Any] = Registry("data.name")  # (config, class names) -> Inputs, for sources of files
+
+
+def _one_split(config: DataConfig, split: str) -> Inputs:
+    found = sources.get(config.name)(config)
+    if isinstance(found, Listing):
+        own, names = found.splits(config, found.readers)[split], found.class_names
+        files: Iterable[tuple[str, int]] = []
+        if config.root is not None:
+            filesystem, root = open_uri(config.root, "data.root")
+            files = sorted((info.path.removeprefix(root), info.size) for info in files_at(filesystem, root, config))
+        items, labels = own.table.get()
+        return Inputs(_kept(own), names, _digest(files, items.tobytes(), labels.tobytes()), found.bad)
+    images, labels = _arrays(found.datasets[split])
+    table = Shared((np.arange(len(labels)), labels))
+    own = IndexedSplit(len(labels), ArrayReader(f"{config.name}/{split}", Shared(images)), table, None)
+    return Inputs(own, found.info.class_names, _digest([], images.tobytes(), labels.tobytes()))
+
+
+def _arrays(dataset: Any) -> tuple[UInt8s, Int64s]:
+    rows = CachedRows(dataset.iterator())
+    if not len(rows):
+        return np.empty(0, np.uint8), np.empty(0, np.int64)
+    taken = rows.take(np.arange(len(rows)))
+    return taken.images, taken.labels
+
+
+@dataclass(frozen=True)
+class ArrayReader:
+    """Reads images that are in memory as a whole."""
+
+    name: str
+    images: Shared[UInt8s]
+
+    def __call__(self, items: Int64s) -> Iterator[Raw]:
+        """Yield a number for a place, and how to get it."""
+        images = self.images.get()
+        for item in items.tolist():
+            yield f"{self.name}/{item}", functools.partial(images.__getitem__, item)
+
+
+@every_image.register("image_folder")
+def _folder(config: DataConfig, class_names: list[str]) -> Inputs:
+    """Every file below data.root that isn't hidden; in class folders, or not."""
+    import pyarrow as pa
+
+    filesystem, root = open_uri(config.root or "", "data.root")
+    files = sorted((parts, size) for parts, size in visible_files(filesystem, root, config) if parts)
+    known = set(class_names)
+    classes = [next((part for part in parts[:-1] if part in known), None) for parts, _ in files]
+    paths = ["/".join(parts) for parts, _ in files]
+    reader = FileReader(filesystem, root, Shared(pa.array(paths, pa.large_string())))
+    digest = _digest(zip(paths, (size for _, size in files), strict=True))
+    return _inputs(reader, classes, digest)
+
+
+@every_image.register("image_list")
+def _list(config: DataConfig, _: list[str]) -> Inputs:
+    """Every row, whatever its split."""
+    import pyarrow as pa
+
+    listed = read_list(config, labelled=False)
+    labels: Sequence[Any] = listed.labels or [None] * len(listed.paths)
+    reader = FileReader(listed.filesystem, listed.folder, Shared(pa.array(listed.paths, pa.large_string())))
+    return _inputs(reader, labels, _digest((path, 0) for path in listed.paths))
+
+
+@every_image.register("parquet")
+def _parquet(config: DataConfig, _: list[str]) -> Inputs:
+    """Every row of every file."""
+    import pyarrow as pa
+
+    filesystem, root = open_uri(config.root or "", "data.root")
+    infos = data_files(filesystem, root, config, ".parquet")
+    labels: list[Any] = []
+    groups: list[RowGroup] = []
+    bad = []
+    for info in infos:
+        try:
+            found = list(labels_of(filesystem, info.path, config, labelled=False))
+        except (OSError, pa.ArrowException) as error:
+            bad.append(BadSample(info.path, f"{type(error).__name__}: {error}"))
+            continue
+        for number, values in enumerate(found):
+            groups.append(RowGroup(info.path, number, len(labels)))
+            labels += values
+    reader = BlockReader(RowGroups(filesystem, config.image_column, Shared(groups)))
+    return _inputs(reader, labels, _digest((info.path.removeprefix(root), info.size) for info in infos), bad)
+
+
+@every_image.register("webdataset")
+def _webdataset(config: DataConfig, _: list[str]) -> Inputs:
+    """Every image of every shard."""
+    filesystem, root = open_uri(config.root or "", "data.root")
+    infos = data_files(filesystem, root, config, ".tar")
+    stretches, labels, bad = scan_shards(filesystem, [info.path for info in infos], labelled=False)
+    digest = _digest((info.path.removeprefix(root), info.size) for info in infos)
+    return _inputs(BlockReader(stretches), labels, digest, bad)
+
+
+def _inputs(reader: Reader, labels: Sequence[Any], digest: str, bad: list[BadSample] | None = None) -> Inputs:
+    """Of labels as they were written; None or "": there is none."""
+    written = [None if label in (None, "") else str(as_label(label) if isinstance(label, str) else label)
+               for label in labels]  # fmt: skip
+    names = sorted({label for label in written if label is not None})
+    numbers: dict[str | None, int] = {None: _NONE, **{name: number for number, name in enumerate(names)}}
+    table = Shared((np.arange(len(written)), np.array([numbers[label] for label in written], np.int64)))
+    return Inputs(_kept(IndexedSplit(len(written), reader, table, None)), names, digest, bad or [])
+
+
+def _kept(split: IndexedSplit) -> IndexedSplit:
+    """The same, where neighbouring tasks share the blocks that they read."""
+    if not isinstance(split.read, BlockReader):
+        return split
+    return IndexedSplit(split.num_samples, split.read.with_cache(_BLOCKS_KEPT), split.table, split.block_sizes)
+
+
+def _digest(files: Iterable[tuple[str, int]], *more: bytes) -> str:
+    """Of paths and sizes in bytes, in this order."""
+    digest = hashlib.sha256()
+    for path, size in files:
+        digest.update(f"{path}\0{size}\n".encode(errors="surrogateescape"))
+    for content in more:
+        digest.update(content)
+    return digest.hexdigest()

@@ -1,0 +1,152 @@
+"""Images in, parts out: decoding on any node's CPUs, ahead of actors that hold the model, ahead of writing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray.data
+from ray.data import ActorPoolStrategy, TaskPoolStrategy
+
+from ftexp.data.decoding import decode_samples
+from ftexp.data.listing import IndexedSplit, Shared
+from ftexp.data.order import Int64s
+from ftexp.inference.inputs import Inputs
+from ftexp.inference.parts import Plan, WritePart
+from ftexp.saved_run import SavedRun
+from ftexp.scaling import Workers
+from ftexp.storage import Storage
+
+_UNIT_ROWS, _UNIT_BYTES = 256, 32 * 2**20  # of what one task decodes; a smaller task costs more than it does
+_DATASET_UNITS = 4096  # of one Ray Dataset, whose plan is made in advance
+_WRITERS = 2
+_IN_FLIGHT = 2  # units that an actor has: one that it works on, and the next
+_ROW_EXTRA_BYTES = 256  # path, sample number, label and error
+
+
+@dataclass(frozen=True)
+class DecodeNamed:
+    """A map stage of Ray Data: {"sample": [n]} -> image, label, where it is, and what is wrong with it."""
+
+    split: IndexedSplit
+    size: int
+    channels: int
+
+    def __call__(self, batch: dict[str, Int64s]) -> dict[str, Any]:
+        """Decode a unit, as training and evaluation do."""
+        samples = batch["sample"]
+        images, places, reasons = decode_samples(self.split, samples, self.size, self.channels)
+        _, labels = self.split.table.get()
+        columns = {"where": np.array(places, object), "error": np.array(reasons, object)}
+        return {"sample": samples, "image": images, "label": labels[samples], **columns}
+
+
+class Predict:
+    """An actor of a map stage: holds the model, and takes images away for the surest classes of each."""
+
+    def __init__(
+        self, run: SavedRun, weights: Shared[Any], top_k: int, batch_size: int, use_gpu: bool, num_threads: int
+    ) -> None:
+        import torch
+
+        from ftexp.data.feeds import ToTensors
+
+        torch.set_num_threads(num_threads)
+        device = torch.device("cuda" if use_gpu else "cpu")
+        self._model = run.model(weights.get().tobytes()).to(device)
+        self._to_tensors = ToTensors(run.info, device, False)
+        self._top_k, self._batch_size = top_k, batch_size
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Predict a unit; what can't be read keeps its row, with nothing in it."""
+        import torch
+
+        images = batch.pop("image")
+        readable = np.flatnonzero(batch["error"] == "")
+        classes = np.zeros((len(images), self._top_k), np.int64)
+        probabilities = np.zeros((len(images), self._top_k), np.float32)
+        with torch.inference_mode():
+            for start in range(0, len(readable), self._batch_size):
+                rows = readable[start : start + self._batch_size]
+                logits = self._model(self._to_tensors(images[rows]))
+                surest = logits.float().softmax(1).topk(self._top_k)
+                classes[rows], probabilities[rows] = surest.indices.cpu(), surest.values.cpu()
+        return {**batch, "classes": classes, "probabilities": probabilities}
+
+
+@dataclass(frozen=True)
+class Job:
+    """What it takes to make predictions."""
+
+    run: SavedRun
+    weights: Shared[Any]  # model.pt as an array of bytes
+    inputs: Inputs
+    plan: Plan
+    out: Storage
+    workers: Workers
+    num_decoding: int  # tasks at a time, on a CPU each
+    batch_size: int
+
+    def write(self, parts: list[int]) -> Iterator[tuple[int, int]]:
+        """Make these parts; yields the number of each, once it is written, with how many images in it are bad."""
+        row_bytes = self.run.info.image_size**2 * self.run.info.channels + _ROW_EXTRA_BYTES
+        most_rows = max(self.batch_size, min(_UNIT_ROWS, _UNIT_BYTES // row_bytes))
+        waiting: list[Int64s] = []
+        for part in parts:
+            samples = self.plan.samples(part)
+            waiting += np.array_split(samples, -(-len(samples) // most_rows))
+            if len(waiting) >= _DATASET_UNITS or part == parts[-1]:
+                yield from self._write_units(waiting, row_bytes)
+                waiting = []
+
+    def _write_units(self, units: list[Int64s], row_bytes: int) -> Iterator[tuple[int, int]]:
+        import pyarrow as pa
+
+        info, workers = self.run.info, self.workers
+        num_decoding = self.num_decoding + 1  # one waits, so that no CPU does
+        decode = DecodeNamed(self.inputs.split, info.image_size, info.channels)
+        write = WritePart(self.plan, self.out, info.class_names, self.inputs.label_names)
+        dataset = ray.data.from_arrow([pa.table({"sample": unit}) for unit in units])
+        dataset.context.enable_progress_bars = False
+        options = dataset.context.execution_options
+        options.preserve_order = True  # so that a part's rows come together
+        unit_bytes = max(len(unit) for unit in units) * row_bytes
+        # what tasks are making, as much again that waits for an actor, and what actors have
+        store = (2 * num_decoding + (_IN_FLIGHT + 1) * workers.most + 2) * unit_bytes
+        options.resource_limits = options.resource_limits.copy(object_store_memory=store)
+        written = (
+            dataset.map_batches(
+                decode, batch_size=None, num_cpus=1, compute=TaskPoolStrategy(size=min(num_decoding, len(units)))
+            )
+            .map_batches(
+                Predict,
+                fn_constructor_args=(
+                    *(self.run, self.weights, self.plan.top_k, self.batch_size),
+                    *(workers.use_gpu, workers.num_threads),
+                ),
+                batch_size=None,
+                compute=ActorPoolStrategy(
+                    min_size=workers.fewest, max_size=workers.most, max_tasks_in_flight_per_actor=_IN_FLIGHT
+                ),
+                **self._actor_options(),
+            )
+            .map_batches(
+                write,
+                batch_size=self.plan.part_rows,
+                num_cpus=0,
+                compute=TaskPoolStrategy(size=min(_WRITERS, len(units))),
+            )
+        )
+        for batch in written.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0):
+            yield from zip(batch["part"].tolist(), batch["num_bad"].tolist(), strict=True)
+
+    def _actor_options(self) -> dict[str, Any]:
+        resources = dict(self.workers.resources_per_worker)
+        options: dict[str, Any] = {"num_cpus": resources.pop("CPU", 1), "num_gpus": resources.pop("GPU", 0)}
+        if resources:
+            options["resources"] = resources
+        if self.workers.runtime_env:
+            options["runtime_env"] = self.workers.runtime_env
+        return options

@@ -1,0 +1,169 @@
+"""One call of `python -m ftexp.predict` once its config is good: Ray up, images found, predicted, Ray down."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import ray  # before a thread imports what imports it
+
+from ftexp.checkpoint.store import Manifest
+from ftexp.config import Config
+from ftexp.errors import ConfigError, DataError
+from ftexp.fingerprint import masked
+from ftexp.fitting import fit_interruptibly
+from ftexp.hot_start.driver import HotStart, on_joined_nodes
+from ftexp.inference.parts import BAD_FILE, PARTS, Plan, begin, collect_bad
+from ftexp.lease import Lease
+from ftexp.saved_run import AS_TRAINED, SavedRun, read_weights
+from ftexp.scaling import Workers, import_meanwhile, lacking_resources, quiet_data, start_ray
+from ftexp.storage import Storage
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ftexp.inference.inputs import Inputs
+
+_MOST_BAD_SHOWN = 10
+_SPLITTING = ("val_fraction", "test_fraction", "split_seed")  # data fields that decide which image is in which split
+_FILE_OF = {"raw": "model.pt", "ema": "extra_state.pt"}  # that holds the weights
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be predicted, by what, and to where."""
+
+    config: Config  # of the data as the model sees it, the model, the scaling
+    run: SavedRun
+    manifest: Manifest  # of the checkpoint
+    weights: str  # raw, or ema
+    split: str
+    out: Storage
+    top_k: int
+    batch_size: int
+    part_rows: int
+    format: str
+
+    def plan(self, inputs: Inputs) -> Plan:
+        """What is written down of it, to go on by."""
+        data = self.config.data
+        fields = [*AS_TRAINED, *([] if self.split == "all" else _SPLITTING)]
+        root = Storage.at(data.root).uri if data.root is not None else None
+        described = {"name": data.name, "root": root, "split": self.split, **{n: getattr(data, n) for n in fields}}
+        return Plan(
+            run=masked(self.run.storage.uri),
+            checkpoint=self.manifest.name,
+            weights=self.weights,
+            weights_sha256=self.manifest.files[_FILE_OF[self.weights]]["sha256"],
+            data=masked(described),
+            num_images=len(inputs.split),
+            listing_sha256=inputs.digest,
+            top_k=self.top_k,
+            format=self.format,
+            part_rows=self.part_rows,
+        )
+
+
+def run_session(request: Request, workers: Workers) -> None:
+    """Predict what isn't predicted yet, and tell what there is.
+
+    Raises:
+        ConfigError: the folder holds predictions of something else, or the cluster lacks something.
+        DataError: the images can't be listed, or not one of them can be read.
+        KeyboardInterrupt: Ctrl-C or SIGTERM came. What is written stays.
+    """
+    config = request.config
+    lease = Lease.take(request.out, key="out")
+    hot_start = HotStart(config.scaling, workers.num_threads)
+    importing = import_meanwhile("ftexp.inference.pipeline")
+    try:
+        with hot_start.raylet_settings():
+            start_ray(config, hot_start.runtime_env(), decodes=True)
+        importing.join()
+        fit_interruptibly(lambda: _predict(request, workers), lease, lambda _: False)
+    finally:
+        ray.shutdown()
+        hot_start.stop()
+        lease.release()
+
+
+def _predict(request: Request, workers: Workers) -> None:
+    from rich.console import Console
+
+    from ftexp.data.listing import Shared
+    from ftexp.inference.inputs import find_inputs
+    from ftexp.inference.pipeline import Job
+    from ftexp.inference.progress import ImageProgress
+    from ftexp.registry import load_plugins
+
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    config, run = request.config, request.run
+    quiet_data(config)
+    load_plugins(config.plugins)
+    workers, num_decoding = _placed(config, workers)
+    inputs = find_inputs(config.data, request.split, run.info.class_names)
+    plan = request.plan(inputs)
+    missing = begin(request.out, plan)
+    _print_header(console, request, plan, missing, f"{workers} · {num_decoding} CPUs decode")
+    weights = Shared(_as_array(read_weights(run.store, request.manifest, request.weights)))
+    job = Job(run, weights, inputs, plan, request.out, workers, num_decoding, request.batch_size)
+    with ImageProgress(console, sum(len(plan.samples(part)) for part in missing)) as progress:
+        for part, _ in job.write(missing):
+            progress.advance(len(plan.samples(part)))
+    _print_summary(console, request, plan, collect_bad(plan, request.out, inputs.bad), progress if missing else None)
+
+
+def _as_array(content: bytes) -> Any:
+    """Bytes as what Ray's object store hands out without a copy."""
+    import numpy as np
+
+    return np.frombuffer(content, np.uint8)
+
+
+def _placed(config: Config, workers: Workers) -> tuple[Workers, int]:
+    """The workers as they are started on this cluster, and the number of CPUs that decode; ConfigError if none."""
+    if lacking := lacking_resources(workers):
+        raise ConfigError(f"{lacking}: take fewer workers, or set scaling.resources_per_worker")
+    taken = workers.fewest * workers.resources_per_worker.get("CPU", 1)
+    there = ray.cluster_resources().get("CPU", 0)
+    if there - taken < 1:
+        raise ConfigError(
+            f"scaling.num_workers={workers.fewest} take {taken:g} of the cluster's {there:g} CPUs, and leave none to "
+            "decode on: take fewer workers, or scaling.resources_per_worker={CPU: 0.5}"
+        )
+    if config.scaling.address is not None:
+        runtime_env, _ = on_joined_nodes(config.scaling, workers.num_threads)
+        workers = dataclasses.replace(workers, runtime_env=runtime_env)
+    return workers, config.data.decode_cpus or int(there - taken)
+
+
+def _print_header(console: Console, request: Request, plan: Plan, missing: list[int], workers: str) -> None:
+    done = plan.num_parts - len(missing)
+    root = plan.data["root"] or plan.data["name"]
+    already = f" · {done:,} of {plan.num_parts:,} parts are written already" if done else ""
+    for title, text in (
+        ("run", request.run.storage.uri),
+        ("model", f"{request.run.config.model.name}, {plan.checkpoint} (epoch {request.manifest.epoch})"),
+        ("images", f"{plan.num_images:,} of {root} (split {plan.data['split']}){already}"),
+        ("workers", workers),
+    ):
+        console.print(f"{title:<9}{text}", markup=False, soft_wrap=True)
+
+
+def _print_summary(console: Console, request: Request, plan: Plan, bad: list[Any], progress: Any) -> None:
+    if len(bad) >= plan.num_images:
+        first = bad[0]
+        raise DataError(f"of {plan.num_images:,} images not one can be read; the first: {first.where}: {first.reason}")
+    if progress is not None:
+        console.print(f"{'speed':<9}{progress.rate:,.0f} images/s over {progress.seconds:.1f} s", markup=False)
+    files = f"{plan.num_parts:,} {plan.format} file{'s' if plan.num_parts > 1 else ''}"
+    told = f"{plan.num_images:,} images in {files}: {request.out.child(PARTS).uri}"
+    console.print(f"{'written':<9}{told}", markup=False, soft_wrap=True)
+    if bad:
+        number = "1 image" if len(bad) == 1 else f"{len(bad):,} images"
+        listed = request.out.uri.rstrip("/") + f"/{BAD_FILE}"
+        console.print(f"{'bad':<9}{number} can't be read: {listed}", style="yellow", markup=False, soft_wrap=True)
+    for sample in bad[:_MOST_BAD_SHOWN]:
+        console.print(f"         {sample.where}: {sample.reason}", markup=False, soft_wrap=True)

@@ -1,0 +1,201 @@
+"""`python -m ftexp.predict run=<dir> [data=image_folder data.root=<dir>] [key=value ...]`: classes for many images.
+
+Any number of them, in files that hold path, label, probability, the next best, and error where an image can't be read.
+The same command goes on where it stopped. Exit codes: 0 done, 1 failed, 2 the command was wrong, 75 ended by SIGTERM,
+130 interrupted.
+
+run         a run directory or URI
+checkpoint  best, latest, or a folder's name under checkpoints/ (default: best)
+weights     raw, or ema: their moving average, where the run had one (default: raw)
+data, data.*  what to predict, as for training (image_folder, image_list, parquet, webdataset); without labels, too.
+            Without data=..., what the run was trained on. Size and normalisation are always the run's
+split       all, train, val or test (default: all where data=... reads files, else test)
+out         a folder or URI (default: <run>/predictions/<name of the data>, with split and weights if given)
+scaling, scaling.*  num_workers processes hold the model (auto: up to two, or one on each GPU); address joins a cluster
+predict.top_k       classes for each image (5, or as many as there are)
+predict.format      parquet or csv
+predict.part_rows   images in a file (1000); what is lost when the command is killed
+predict.batch_size  images that the model takes at once (64)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import sys
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from omegaconf import MISSING, DictConfig
+
+from ftexp.checks import validate
+from ftexp.cli import interrupted_code, offer_option, print_error, read_command, run_hydra, to_config
+from ftexp.config import AUTO, Config, DataConfig
+from ftexp.data.names import SOURCE_FIELDS, can_stream
+from ftexp.errors import ConfigError, FtexpError
+from ftexp.fields import choice, ranged
+
+if TYPE_CHECKING:
+    from ftexp.saved_run import SavedRun
+    from ftexp.storage import Storage
+
+_OWN = ("run", "checkpoint", "weights", "split", "out")
+_SCALING = ("num_workers", "use_gpu", "resources_per_worker", "address", "hot_start")  # what is read of it
+_FOLLOWS = ("image_size", "channels", "mean", "std", "num_classes")
+_OF_TRAINING = ("feed", "shuffle_window", "prefetch_batches", "on_bad_sample")
+_SPLITTING = ("val_fraction", "test_fraction", "split_seed")
+_RUNS_DATA = "of_the_run"  # the option of the group `data` that holds the run's own
+_TOP_K = 5
+
+
+@dataclass(kw_only=True)
+class Settings:
+    """What stands under `predict.`"""
+
+    top_k: int | None = ranged(None, low=1)
+    batch_size: int = ranged(64, low=1)
+    part_rows: int = ranged(1000, low=1)
+    format: str = choice("parquet", ("parquet", "csv"))
+
+
+@dataclass(kw_only=True)
+class PredictConfig:
+    """What the command may be given beside data and scaling."""
+
+    run: str = MISSING
+    checkpoint: str = "best"
+    weights: str = choice("raw", ("raw", "ema"))
+    split: str | None = choice(None, ("all", "train", "val", "test"))
+    out: str | None = None
+    predict: Settings = field(default_factory=Settings)
+
+
+def main() -> None:
+    """Entry point of the command; exits with 0, 1, 2, 75 or 130."""
+    words = sys.argv[1:]
+    if any(word in ("-h", "--help") for word in words):
+        print(__doc__)
+        return
+    own = [word for word in words if _key(word) in _OWN or _key(word).partition(".")[0] == "predict"]
+    rest = [word for word in words if word not in own]
+    chosen = any(_key(word) == "data" for word in rest)
+    try:
+        config = parse(own)
+        refuse(rest)
+        from ftexp.saved_run import SavedRun
+
+        run = SavedRun.at(config.run)
+        top_k(config, run)
+    except FtexpError as error:
+        print_error(error)
+        sys.exit(error.exit_code)
+    if not chosen:
+        offer_option("data", _RUNS_DATA, run.config.data)
+        rest.append(f"data={_RUNS_DATA}")
+
+    def task(composed: DictConfig) -> None:
+        try:
+            predict(to_config(composed), config, run, chosen, rest)
+        except KeyboardInterrupt as interrupt:
+            sys.exit(interrupted_code(interrupt))
+
+    sys.exit(run_hydra(task, ["augment=none", *rest]))
+
+
+def _key(word: str) -> str:
+    return word.lstrip("+~").partition("=")[0]
+
+
+def parse(words: list[str]) -> PredictConfig:
+    """Read the command's own key=value words; ConfigError names what is wrong."""
+    config: PredictConfig = read_command(PredictConfig, words, run="<run directory>")
+    return config
+
+
+def refuse(words: list[str]) -> None:
+    """ConfigError if one of the words sets what predicting doesn't read, or what the run has settled."""
+    for word in words:
+        group, _, name = _key(word).partition(".")
+        if word.startswith("-"):
+            if word in ("-m", "--multirun"):
+                raise ConfigError(f"{word}: this is one job; take it out")
+        elif group not in ("data", "scaling", "plugins", "verbose"):
+            raise ConfigError(f"{word} is not read: give {', '.join(_OWN)}, predict.*, data, scaling, plugins, verbose")
+        elif group == "data" and name in _FOLLOWS:
+            raise ConfigError(f"{word}: the model was trained on such images as the run says; take it out")
+        elif group == "data" and name in _OF_TRAINING:
+            raise ConfigError(
+                f"{word} is for training: images are decoded on the way, in their order, and those that can't be read "
+                "are listed; take it out"
+            )
+        elif group == "scaling" and name and name.partition(".")[0] not in _SCALING:
+            raise ConfigError(f"{word} is not read: of scaling, give {', '.join(_SCALING)}; take it out")
+
+
+def top_k(config: PredictConfig, run: SavedRun) -> int:
+    """How many classes to write for each image; ConfigError if the model has fewer."""
+    wanted, there = config.predict.top_k, run.info.num_classes
+    if wanted is not None and wanted > there:
+        raise ConfigError(f"predict.top_k={wanted}, but the model tells {there} classes apart: give {there} at most")
+    return min(_TOP_K, there) if wanted is None else wanted
+
+
+def predict(composed: Config, own: PredictConfig, run: SavedRun, chosen: bool, words: list[str]) -> None:
+    """Predict what isn't predicted yet; `composed` holds the data and the scaling.
+
+    chosen: whether the data are others than the run's. words: what was typed of data and scaling.
+
+    Raises:
+        ConfigError: something doesn't fit; nothing was predicted.
+        CheckpointError: the run has no such checkpoint, or it is damaged.
+        DataError: the images can't be listed, or not one of them can be read.
+        StorageError: `out` can't be written, or is being written by another command.
+    """
+    data = run.data_as_seen(dataclasses.replace(composed.data, feed=AUTO, shuffle_window=None, on_bad_sample="fail"))
+    config = dataclasses.replace(
+        composed,
+        data=data,
+        model=dataclasses.replace(run.config.model, pretrained=False),
+        plugins=[*run.config.plugins, *(name for name in composed.plugins if name not in run.config.plugins)],
+    )
+    validate(config, trains=False)
+    split = _split(own, data, chosen, words)
+    config = dataclasses.replace(config, data=dataclasses.replace(data, on_bad_sample="skip"))
+    from ftexp.saved_run import choose
+    from ftexp.scaling import decide_workers, prepare_environment
+    from ftexp.storage import Storage
+
+    workers = decide_workers(config.scaling)
+    manifest = choose(run.store, own.checkpoint, run.config)
+    out = Storage.at(own.out) if own.out is not None else _default_out(run, data, split, own.weights)
+    out.require_writable("out")
+    prepare_environment(config)
+    from ftexp.inference.session import Request, run_session
+
+    settings = own.predict
+    shape = (settings.batch_size, settings.part_rows, settings.format)
+    run_session(Request(config, run, manifest, own.weights, split, out, top_k(own, run), *shape), workers)
+
+
+def _split(own: PredictConfig, data: DataConfig, chosen: bool, words: list[str]) -> str:
+    reads_files = data.name in SOURCE_FIELDS and can_stream(data.name)
+    split = own.split or ("all" if chosen and reads_files else "test")
+    if split != "all":
+        return split
+    if not reads_files:
+        raise ConfigError(f"split=all, but data.name={data.name} is read by split: give train, val or test")
+    for word in words:
+        if _key(word) in {f"data.{name}" for name in _SPLITTING}:
+            raise ConfigError(f"{word} cuts splits, and split=all takes every image: take it out, or give split=test")
+    return split
+
+
+def _default_out(run: SavedRun, data: DataConfig, split: str, weights: str) -> Storage:
+    name = (data.root or "").partition("?")[0].rstrip("/").rpartition("/")[2] or data.name
+    name = re.sub(r"[^\w.-]+", "_", name)
+    parts = [name, *([] if split == "all" else [split]), *([] if weights == "raw" else [weights])]
+    return run.storage.child("predictions", "_".join(parts))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""profile=true: a torch profiler trace of chosen steps of one rank, as chrome://tracing and Perfetto read it."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
+
+import torch
+
+from ftexp.data.feeds import Batch
+from ftexp.job import Job
+from ftexp.storage import Storage
+
+PROFILES = "profile"  # the folder in a run directory
+
+
+def profiled(job: Job, run_dir: Storage, batches: Generator[Batch]) -> Generator[Batch]:
+    """`batches`, with `profile.num_steps` steps from `profile.start_step` on traced, if `profile.enabled`.
+
+    The trace goes into the run directory when the last of these steps is done, or the run ends in them.
+    """
+    config, progress = job.config.profile, job.progress
+    with contextlib.closing(batches):
+        if config.enabled and job.rank == config.rank % job.world_size:
+            first, end = config.start_step, config.start_step + config.num_steps
+            if first > job.total_steps:
+                error = f"profile.start_step={first} never comes: the run has {job.total_steps} steps"
+                job.line.send("event", name="profile_failed", error=error)
+                end = first
+            yield from _while(batches, lambda: progress.step + 1 < first)
+            if first <= progress.step + 1 < end:
+                with _trace(job, run_dir):
+                    yield from _while(batches, lambda: progress.step + 1 < end)
+        yield from batches
+
+
+def _while(batches: Generator[Batch], goes_on: Callable[[], bool]) -> Iterator[Batch]:
+    while goes_on() and (batch := next(batches, None)) is not None:
+        yield batch
+
+
+@contextlib.contextmanager
+def _trace(job: Job, run_dir: Storage) -> Iterator[None]:
+    """Trace the block. What goes wrong with writing that down is told, and takes nothing from the run."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if job.device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    profiler = torch.profiler.profile(activities=activities, record_shapes=True)
+    profiler.start()
+    try:
+        yield
+    finally:
+        profiler.stop()
+        folder, name = run_dir.child(PROFILES), f"rank{job.rank}.json.gz"
+        try:
+            with tempfile.TemporaryDirectory() as scratch:
+                profiler.export_chrome_trace(f"{scratch}/{name}")
+                folder.write_bytes(name, (Path(scratch) / name).read_bytes())
+        except OSError as error:
+            job.line.send("event", name="profile_failed", error=f"{name}: {error}")
+        else:
+            job.line.send("event", name="profile_written", where=folder.child(name).uri)

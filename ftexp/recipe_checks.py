@@ -1,0 +1,148 @@
+"""Contradictions within what a model is trained with: augmentation, optimiser, average, freezing.
+
+Each check yields a message for every mistake; `ftexp.checks` runs them. A switch that another one makes useless is a
+mistake too: it would be ignored in silence.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from ftexp.config import SGD_NAMES, Config
+from ftexp.fingerprint import flat
+from ftexp.registry import did_you_mean
+from ftexp.timm_names import optimizer_names, without_drop_path
+
+# as timm's rand_augment_transform reads it
+_RAND_AUGMENT = re.compile(r"rand(-(m\d+|n[1-9]\d*|p(0|1|0?\.\d+|1\.0+)|mstd\d+(\.\d+)?|mmax\d+|inc[01]|t\w+))*")
+_RAND_AUGMENT_SETS = ("weights", "3a", "3aw")
+_CLIPPING = ("clip_grad_norm", "clip_grad_value", "clip_grad_agc")
+_BESIDE = {"opt": "name", **{name: name for name in ("lr", "weight_decay", "filter_bias_and_bn", "layer_decay")}}
+
+
+def check_augment(config: Config) -> Iterator[str]:
+    """Mixing, erasing and RandAugment."""
+    augment = config.augment
+    if augment.mixes:
+        if config.train.global_batch_size < 2:
+            yield "augment.mixup_alpha and augment.cutmix_alpha mix two samples; train.global_batch_size=1: raise it"
+        if not (augment.mixup_alpha and augment.cutmix_alpha):
+            yield from _unused(augment, "augment", ("mix_switch_prob",), "needs both mixup_alpha and cutmix_alpha")
+    else:
+        names = ("mix_prob", "mix_switch_prob", "mix_mode")
+        yield from _unused(augment, "augment", names, "needs augment.mixup_alpha or augment.cutmix_alpha above 0")
+    if not augment.erase_prob:
+        yield from _unused(augment, "augment", ("erase_mode", "erase_count"), "needs augment.erase_prob above 0")
+    if augment.rand_augment is not None:
+        if not _RAND_AUGMENT.fullmatch(augment.rand_augment):
+            yield (
+                f"augment.rand_augment={augment.rand_augment} can't be read: write rand-m9-n2-mstd0.5-inc1, where m is "
+                "the magnitude, n the operations, mstd its spread, p the probability of each, inc1 for sets that grow"
+            )
+        for name in re.findall(r"-t(\w+)", augment.rand_augment):
+            if name not in _RAND_AUGMENT_SETS:
+                yield (
+                    f"augment.rand_augment={augment.rand_augment}: t{name} is no set of timm's: t"
+                    + ", t".join(_RAND_AUGMENT_SETS)
+                )
+        if config.data.channels not in (1, 3):
+            yield (
+                f"augment.rand_augment={augment.rand_augment} works on grey or RGB, and data.channels="
+                f"{config.data.channels}: take it out"
+            )
+
+
+def check_optim(config: Config) -> Iterator[str]:
+    """The optimiser's name, and what is given twice."""
+    optim = config.optim
+    if optim.name not in optimizer_names() and not config.plugins:
+        suggestion = did_you_mean(optim.name, optimizer_names())
+        yield f"optim.name='{optim.name}' is unknown.{suggestion} Any optimiser of timm's can be named"
+    for key, name in _BESIDE.items():
+        if key in optim.kwargs:
+            yield f"optim.kwargs.{key} stands beside optim.{name}: set that one"
+    if (
+        optim.kwargs.get("fused")
+        and optim.name in SGD_NAMES
+        and (config.train.freeze or config.train.precision == "fp16")
+    ):
+        yield (
+            f"optim.kwargs.fused={optim.kwargs['fused']}: torch's fused SGD is not for train.freeze or train.precision="
+            "fp16, since its momentum must begin with the first step for all parameters: take it out"
+        )
+    given = [f"train.{name}={getattr(config.train, name)}" for name in _CLIPPING if getattr(config.train, name)]
+    if len(given) > 1:
+        yield f"{' and '.join(given)}: gradients are clipped in one way, so take one of them"
+
+
+def check_schedule(config: Config) -> Iterator[str]:
+    """Warm-up and rates."""
+    schedule, epochs = config.schedule, config.train.epochs
+    if schedule.warmup_epochs and schedule.warmup_epochs >= epochs:
+        yield f"schedule.warmup_epochs={schedule.warmup_epochs} must be below train.epochs={epochs}: lower it"
+    if schedule.min_lr > config.optim.lr:
+        yield f"schedule.min_lr={schedule.min_lr} must not be above optim.lr={config.optim.lr}"
+
+
+def check_average(config: Config) -> Iterator[str]:
+    """The moving average of the weights."""
+    ema, names = config.ema, config.checkpoint.extra_state
+    if ema.decay is None:
+        others = tuple(field.name for field in dataclasses.fields(ema) if field.name != "decay")
+        yield from _unused(ema, "ema", others, "needs ema.decay")
+        for key, metric in (
+            ("checkpoint.checkpoint_score_attribute", config.checkpoint.checkpoint_score_attribute),
+            ("sweep.metric", config.sweep.metric or ""),
+        ):
+            if metric.endswith("_ema"):
+                yield f"{key}={metric} is of the average: set ema.decay"
+        return
+    if "ema" not in names:
+        yield f"checkpoint.extra_state={names} must hold ema, since ema.decay={ema.decay} averages the weights"
+    if not ema.use_warmup:
+        yield from _unused(ema, "ema", ("warmup_gamma", "warmup_power"), "needs ema.use_warmup=true")
+
+
+def check_drop_path(config: Config) -> Iterator[str]:
+    """Stochastic depth."""
+    model = config.model
+    if model.drop_path_rate is None:
+        return
+    if "drop_path_rate" in model.kwargs:
+        yield "model.kwargs.drop_path_rate stands beside model.drop_path_rate: set that one"
+    if model.name.partition(".")[0] in without_drop_path():
+        given = f"model.drop_path_rate={model.drop_path_rate}"
+        yield f"{given}: model.name={model.name} has no stochastic depth; take it out"
+
+
+def check_freeze(config: Config) -> Iterator[str]:
+    """Until when which parts are frozen. Whether the model has such parts is seen when it is built."""
+    for part, epoch in config.train.freeze.items():
+        key = f"train.freeze.{part}={'null' if epoch is None else epoch}"
+        if not str(part).strip():
+            yield f"{key} names no part: write backbone, layers.0-5, or a pattern of parameter names"
+        if epoch is None:
+            continue
+        if isinstance(epoch, dict):
+            meant = ", ".join(f"{name}: {value}" for name, value in flat(epoch, f"{part}."))
+            yield f"{key} is no epoch; a part with dots in its name needs braces: 'train.freeze={{{meant}}}'"
+            continue
+        if not isinstance(epoch, int) or isinstance(epoch, bool) or epoch < 1:
+            yield f"{key} must be the first epoch that trains this part, a whole number from 1, or null for none"
+        elif epoch >= config.train.epochs:
+            yield (
+                f"{key} comes after the last epoch, of train.epochs={config.train.epochs} counted from 0: lower it, "
+                "or write null, for a part that is never trained"
+            )
+
+
+def _unused(node: Any, prefix: str, names: tuple[str, ...], needs: str) -> Iterator[str]:
+    """A message for each of `names` that isn't at its default, where nothing reads it."""
+    defaults = type(node)()
+    for name in names:
+        value = getattr(node, name)
+        if value != getattr(defaults, name):
+            yield f"{prefix}.{name}={value} {needs}: take it out, or set that too"

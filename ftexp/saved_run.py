@@ -1,0 +1,111 @@
+"""A run that was trained before, for commands that use what came of it: its config, its data's facts, its weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import OmegaConf
+
+from ftexp.checkpoint.store import CHECKPOINTS, CheckpointStore, Manifest
+from ftexp.cli import to_config
+from ftexp.config import Config, DataConfig
+from ftexp.data.splits import DataInfo
+from ftexp.errors import CheckpointError, ConfigError
+from ftexp.storage import Storage
+from ftexp.tracking import read_state
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """A run directory, opened."""
+
+    storage: Storage
+    config: Config
+    info: DataInfo  # of the data that it was trained on
+
+    @classmethod
+    def at(cls, uri: str) -> SavedRun:
+        """ConfigError if there is no run, or one that never began to train."""
+        storage = Storage.at(uri)
+        config = load_run_config(storage)
+        state = read_state(storage)
+        if state is None or not state.data:
+            raise ConfigError(
+                f"run={storage.uri} holds no run.json that tells of its data: give a run that has trained"
+            )
+        known = {field.name for field in dataclasses.fields(DataInfo)}
+        return cls(storage, config, DataInfo(**{key: value for key, value in state.data.items() if key in known}))
+
+    @property
+    def store(self) -> CheckpointStore:
+        """Its checkpoints."""
+        return CheckpointStore(self.storage.child(CHECKPOINTS))
+
+    def model(self, weights: bytes) -> nn.Module:
+        """The model with the content of a checkpoint's model.pt, for evaluation, on the CPU. Imports torch."""
+        from ftexp.checkpoint.staging import load_part
+        from ftexp.models import build_model
+        from ftexp.registry import load_plugins
+
+        load_plugins(self.config.plugins)
+        model, _ = build_model(dataclasses.replace(self.config.model, pretrained=False), self.info)
+        model.load_state_dict(load_part("model.pt", weights))
+        return model.eval()
+
+    def data_as_seen(self, data: DataConfig) -> DataConfig:
+        """The same images, cropped, scaled and normalised as the model has seen its own."""
+        seen: dict[str, Any] = {name: getattr(self.config.data, name) for name in AS_TRAINED}
+        return dataclasses.replace(data, **seen)
+
+
+AS_TRAINED = ("image_size", "channels", "mean", "std", "num_classes")  # fields of DataConfig that the weights rest on
+
+
+def read_weights(store: CheckpointStore, manifest: Manifest, weights: str) -> bytes:
+    """What a model.pt holds, verified: the `raw` weights, or `ema`, their moving average, as one. Imports torch.
+
+    CheckpointError if the file is damaged, or there is no average in the checkpoint.
+    """
+    if weights == "raw":
+        return store.read_file(manifest, "model.pt")
+    import torch
+
+    from ftexp.checkpoint.staging import load_part
+
+    extra = load_part("extra_state.pt", store.read_file(manifest, "extra_state.pt"))
+    if not (average := extra.get("ema", {}).get("weights")):
+        raise CheckpointError("weights=ema, but the run had no average of its weights (ema.decay): take weights=raw")
+    content = io.BytesIO()
+    torch.save(average, content)
+    return content.getvalue()
+
+
+def load_run_config(storage: Storage) -> Config:
+    """The config of a run directory; ConfigError if there is no run."""
+    try:
+        text = storage.read_bytes("config.yaml").decode()
+    except OSError as error:
+        raise ConfigError(f"run={storage.uri} holds no config.yaml: give the directory of a run") from error
+    return to_config(OmegaConf.create(text))  # type: ignore[arg-type]
+
+
+def choose(store: CheckpointStore, wanted: str, run_config: Config) -> Manifest:
+    """The manifest of the best, the latest, or a named checkpoint; CheckpointError if there is none."""
+    if wanted not in ("best", "latest"):
+        return store.by_name(wanted)
+    manifests = store.manifests(lambda name, reason: print(f"! {name}: {reason}", file=sys.stderr))
+    metric, order = run_config.checkpoint.checkpoint_score_attribute, run_config.checkpoint.checkpoint_score_order
+    if wanted == "best":
+        sign = 1 if order == "max" else -1
+        scored = [manifest for manifest in manifests if manifest.metrics.get(metric) is not None]
+        manifests = sorted(scored, key=lambda manifest: sign * manifest.metrics[metric], reverse=True) or manifests
+    if not manifests:
+        raise CheckpointError(f"{store.storage.uri} holds no checkpoint yet")
+    return manifests[0]

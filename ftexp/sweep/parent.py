@@ -1,0 +1,58 @@
+"""A sweep as a run of its own in the trackers that group runs that way: its trials are the children."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from ftexp.config import Config
+from ftexp.registry import load_plugins
+from ftexp.storage import Storage
+from ftexp.sweep.display import Display
+from ftexp.sweep.ledger import Ledger, reached
+from ftexp.sweep.ranking import ranked
+from ftexp.trackers.follower import described
+from ftexp.trackers.registry import Outcome, trackers
+from ftexp.trackers.run import Trackers, check_names, shown, tracked_run
+from ftexp.tracking import FAILED, FINISHED, INTERRUPTED
+
+
+@contextlib.contextmanager
+def tracked_sweep(config: Config, folder: Storage, ledger: Ledger, display: Display) -> Iterator[None]:
+    """Tell the trackers of the sweep that runs in this block. They hear of trials from the trials alone.
+
+    UnknownNameError if a tracker isn't registered.
+    """
+    names = config.tracker.names
+    if not names:
+        yield
+        return
+    load_plugins(config.plugins)
+    check_names(names)
+    params = {"trials over": ", ".join(ledger.keys), "metric": ledger.metric, "mode": ledger.mode}
+    run = tracked_run(config, folder, ledger.name, ledger.started, params=params)
+    parents = Trackers(
+        config.tracker, run, folder, lambda: (), [name for name in names if trackers.get(name).has_parents]
+    )
+    parents.start(lambda event: display.say(described(event)))
+    status = FAILED
+    try:
+        yield
+        status = FINISHED
+    except KeyboardInterrupt:
+        status = INTERRUPTED
+        raise
+    finally:
+        parents.end(_outcome(folder, ledger, status))
+        for failure in parents.wait():
+            display.say(described(failure), "yellow")
+
+
+def _outcome(folder: Storage, ledger: Ledger, status: str) -> Outcome:
+    found = [reached(folder, trial, is_alive=True) for trial in ledger.trials]
+    tags = {"trials": str(len(found)), "finished": str(sum(each.status == FINISHED for each in found))}
+    best = next(iter(ranked(ledger, found)), None)
+    if best is not None and (value := best.value(ledger.metric)) is not None:
+        tags |= {"best_trial": best.trial.name, f"best.{ledger.metric}": str(value)}
+        tags["best_run"] = shown(folder.child(best.trial.name))
+    return Outcome(status=status, tags=tags)

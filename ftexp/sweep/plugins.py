@@ -1,0 +1,63 @@
+"""How Hydra comes to know ftexp's launcher and sweeper.
+
+Hydra takes plug-ins from the package hydra_plugins alone. These classes say that they are from there, so that nothing
+has to be installed beside ftexp.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import types
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hydra.core.config_store import ConfigStore
+from hydra.core.plugins import Plugins
+from hydra.plugins.plugin import Plugin
+
+from ftexp.config import SearchConfig
+from ftexp.errors import ConfigError
+from ftexp.sweep.launcher import PLUGINS, SweepLauncher
+from ftexp.sweep.sweeper import TuneSweeper
+
+LAUNCHER = "ftexp"
+_SWEEPER = "hydra/sweeper=tune"
+
+
+@dataclass(kw_only=True)
+class _SweeperNode(SearchConfig):
+    _target_: str = f"{PLUGINS}.{TuneSweeper.__name__}"
+
+
+def with_plugins(words: Sequence[str]) -> list[str]:
+    """The command's words, and for a multirun ftexp's launcher unless they name another; Hydra then knows the plug-ins.
+
+    ConfigError for a search that isn't a multirun, or with another launcher.
+    """
+    names_launcher = any(word.startswith("hydra/launcher=") for word in words)
+    if not any(word in ("-m", "--multirun", "hydra.mode=MULTIRUN") for word in words):
+        if _SWEEPER in words:
+            raise ConfigError(f"{_SWEEPER} is for a sweep: add -m")
+        return list(words)
+    if _SWEEPER in words and names_launcher:
+        raise ConfigError(f"{_SWEEPER} runs its trials itself: take hydra/launcher=... out")
+    _register()
+    return list(words) if names_launcher else [*words, f"hydra/launcher={LAUNCHER}"]
+
+
+def _register() -> None:
+    plugins = Plugins.instance()  # looks through what is installed, so before anything is added
+    package_name, _, module = PLUGINS.partition(".")
+    try:
+        package = importlib.import_module(package_name)
+    except ModuleNotFoundError:  # no plug-in is installed
+        package = sys.modules[package_name] = types.ModuleType(package_name)
+    classes: tuple[type[Plugin], ...] = (SweepLauncher, TuneSweeper)
+    setattr(package, module, types.SimpleNamespace(**{each.__name__: each for each in classes}))
+    for each in classes:
+        plugins.register(each)
+    store = ConfigStore.instance()
+    launcher = {"_target_": f"{PLUGINS}.{SweepLauncher.__name__}"}
+    store.store(group="hydra/launcher", name=LAUNCHER, node=launcher, provider="ftexp")
+    store.store(group="hydra/sweeper", name="tune_schema", node=_SweeperNode, provider="ftexp")

@@ -1,0 +1,37 @@
+"""The order of a sweep's trials, and in what they differ. Light: a report needs no more of a sweep."""
+
+from __future__ import annotations
+
+import math
+
+from ftexp.sweep.ledger import STOPPED, Ledger, Reached
+from ftexp.tracking import FINISHED
+
+
+def ranked(ledger: Ledger, trials: list[Reached]) -> list[Reached]:
+    """Finished trials, the best first; then those that were stopped early, likewise; then the others as they come."""
+    sign = -1 if ledger.mode == "max" else 1
+    groups = (FINISHED, STOPPED)
+
+    def place(trial: Reached) -> tuple[int, float]:
+        value = _number(ledger, trial)
+        if trial.status not in groups or value is None:
+            return len(groups), 0.0
+        return groups.index(trial.status), sign * value
+
+    return sorted(trials, key=place)
+
+
+def has_place(ledger: Ledger, trial: Reached) -> bool:
+    """Whether a trial is to be compared with others: it has finished, with a number."""
+    return trial.status == FINISHED and _number(ledger, trial) is not None
+
+
+def _number(ledger: Ledger, trial: Reached) -> float | None:
+    value = trial.value(ledger.metric)
+    return value if value is not None and math.isfinite(value) else None
+
+
+def varying(ledger: Ledger, trials: list[Reached]) -> list[str]:
+    """The swept keys that differ between these trials."""
+    return [key for key in ledger.keys if len({trial.trial.values.get(key) for trial in trials}) > 1]

@@ -1,0 +1,156 @@
+"""What a search may propose: the values that Hydra's own override grammar spans, and the words that stand for them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Override, RangeSweep
+
+from ftexp.errors import ConfigError
+
+_DIGITS = 4  # of a number that is drawn: it names a folder, and more would tell nobody anything
+_EXAMPLE = "optim.lr=tag(log, interval(1e-4, 1e-2))"
+
+
+@dataclass(frozen=True)
+class Options:
+    """A key that takes one of some words. A value, for whoever draws it, is a word's index."""
+
+    key: str  # as it is overridden: with + or ++ where Hydra asks for one
+    words: tuple[str, ...]
+    is_ordered: bool  # steps of a range, of which neighbours are alike
+
+    @property
+    def all_words(self) -> Sequence[str]:
+        """Every word that may be drawn."""
+        return self.words
+
+    @property
+    def ends(self) -> Sequence[str]:
+        """Words which, if they are good, tell that all are."""
+        return self.words
+
+    def word(self, value: int) -> str:
+        """The word for a value that was drawn."""
+        return self.words[value]
+
+    def value(self, word: str) -> int | None:
+        """The value that a word stands for; None for a word that isn't among these."""
+        return self.words.index(word) if word in self.words else None
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A key that takes a number from `low` to `high`, both included; a whole one if they are whole."""
+
+    key: str
+    low: float
+    high: float
+    is_log: bool
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the numbers are whole."""
+        return isinstance(self.low, int)
+
+    @property
+    def all_words(self) -> Sequence[str] | None:
+        """Every word that may be drawn; None for too many."""
+        return [str(number) for number in range(int(self.low), int(self.high) + 1)] if self.is_whole else None
+
+    @property
+    def ends(self) -> Sequence[str]:
+        """Words which, if they are good, tell that all are."""
+        return (self.word(self.low), self.word(self.high))
+
+    def word(self, value: float) -> str:
+        """The word for a value that was drawn, of few digits."""
+        if self.is_whole:
+            return str(int(value))
+        return repr(min(max(float(f"{value:.{_DIGITS}g}"), self.low), self.high))
+
+    def value(self, word: str) -> float | None:
+        """The value that a word stands for; None outside of the interval."""
+        number = int(word) if self.is_whole and word.lstrip("-").isdigit() else float(word)
+        return number if self.low <= number <= self.high and isinstance(number, int) == self.is_whole else None
+
+
+Dimension = Options | Interval
+
+
+def plain_key(dimension: Dimension) -> str:
+    """The key, without what Hydra wants before it."""
+    return dimension.key.lstrip("+")
+
+
+def read_space(overrides: Sequence[Override]) -> tuple[list[str], list[Dimension]]:
+    """The words that all trials share, and the dimensions that they differ in, by key; later words win, as in Hydra.
+
+    ConfigError for a dimension that nothing can be drawn from, or if there is none at all.
+    """
+    fixed: dict[str, str] = {}
+    space: dict[str, Dimension] = {}
+    for override in overrides:
+        key = override.get_key_element()
+        fixed.pop(key, None)
+        space.pop(key, None)
+        if not override.is_sweep_override():
+            fixed[key] = override.input_line or key
+        else:
+            space[key] = _dimension(key, override)
+    if not space:
+        raise ConfigError(
+            f"hydra/sweeper=tune has nothing to search: give a key several values, such as '{_EXAMPLE}', "
+            "model=vit,resnet18 or 'train.accumulate_steps=int(interval(1, 4))'"
+        )
+    return list(fixed.values()), sorted(space.values(), key=plain_key)
+
+
+def inside(space: Sequence[Dimension], words: dict[str, str]) -> bool:
+    """Whether a proposal, {plain key: word}, is a point of the space."""
+    keys = {plain_key(dimension) for dimension in space}
+    return keys == words.keys() and all(each.value(words[plain_key(each)]) is not None for each in space)
+
+
+def num_points(space: Sequence[Dimension]) -> int | None:
+    """How many points the space has; None for too many."""
+    words = [dimension.all_words for dimension in space]
+    return math.prod(len(each) for each in words if each is not None) if None not in words else None
+
+
+def probes(space: Sequence[Dimension]) -> list[dict[str, str]]:
+    """Points in which every option, and both ends of every interval, come up: what is wrong with one is wrong."""
+    count = max(len(dimension.ends) for dimension in space)
+    return [{plain_key(each): each.ends[i % len(each.ends)] for each in space} for i in range(count)]
+
+
+def _dimension(key: str, override: Override) -> Dimension:
+    typed, sweep = f"{key}={override.get_value_string()}", override.value()
+    tags: set[str] = getattr(sweep, "tags", set())
+    if unknown := tags - {"log"}:
+        raise ConfigError(f"{typed}: the tag {min(unknown)} means nothing here; log is the only one that does")
+    if isinstance(sweep, IntervalSweep):
+        return _interval(key, typed, sweep)
+    if tags:
+        raise ConfigError(f"{typed}: the tag log is for an interval: {key}=tag(log, interval(...))")
+    if isinstance(sweep, (ChoiceSweep, RangeSweep)):
+        sweep.shuffle = False  # the order of the options is part of what a seed means
+    words = tuple(override.sweep_string_iterator())
+    if not words:
+        raise ConfigError(f"{typed} holds no value: give at least one")
+    if twice := sorted({word for word in words if words.count(word) > 1}):
+        raise ConfigError(f"{typed} holds {', '.join(twice)} more than once: give each value once")
+    return Options(key, words, is_ordered=isinstance(sweep, RangeSweep))
+
+
+def _interval(key: str, typed: str, sweep: IntervalSweep) -> Interval:
+    low: Any = sweep.start
+    high: Any = sweep.end
+    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        raise ConfigError(f"{typed}: an interval goes from a number up to a larger one")
+    if "log" in sweep.tags and low <= 0:
+        raise ConfigError(f"{typed}: the tag log needs an interval that begins above 0")
+    return Interval(key, low, high, is_log="log" in sweep.tags)

@@ -1,0 +1,139 @@
+"""The Hydra sweeper behind `hydra/sweeper=tune`: checks the command, then hands it to the search.
+
+hydra-optuna-sweeper (1.3.0) is no help: it wants optuna < 3, and Optuna is at 5. It would also propose in batches, each
+waiting for its slowest trial, and stop nothing early.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Sequence
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+
+from ftexp.checks import validate
+from ftexp.cli import to_config
+from ftexp.config import METRICS, Config, SearchConfig
+from ftexp.errors import ConfigError
+from ftexp.field_checks import field_problems
+from ftexp.sweep.identity import parse_words
+from ftexp.sweep.launcher import PLUGINS, checked, compose
+from ftexp.sweep.space import Dimension, Options, plain_key, probes, read_space
+
+_KEY = "hydra.sweeper"
+_OPTUNA = 5  # the oldest major version that will do
+
+
+class TuneSweeper(Sweeper):
+    """Runs a search over what the command's words leave open."""
+
+    __module__ = PLUGINS
+
+    def __init__(self, **settings: Any) -> None:
+        self._settings = SearchConfig(**settings)
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Keep what composing takes; the task of a job is ftexp's own training, in another process."""
+        del task_function
+        self._context, self._config = hydra_context, config
+
+    def sweep(self, arguments: list[str]) -> None:
+        """Run the search to its end.
+
+        Raises:
+            ConfigError: the command is wrong, or differs from what the sweep began with; nothing was started.
+            SweepFailedError: some trials failed; the others are done.
+        """
+        parser = OverridesParser.create(config_loader=self._context.config_loader)
+        fixed, space = read_space(parser.parse_overrides(arguments))
+        points = probes(space)
+        composed = [compose(self._context, self._config, _words(fixed, space, point)) for point in points]
+        configs = checked(composed)
+        problems = [*self._problems(configs[0]), *_same_values(space, points, fixed, composed)]
+        problems += [
+            line for config in configs for line in _unlike(config, configs[0], self._settings.scheduler == "asha")
+        ]
+        if problems:
+            raise ConfigError("\n".join(dict.fromkeys(problems)))
+        from ftexp.sweep.search import Plan, run_search
+
+        run_search(Plan(self._settings, space, fixed, configs, self._compose))
+
+    def _compose(self, words: list[str]) -> tuple[Config, dict[str, str]]:
+        composed = compose(self._context, self._config, words)
+        config = to_config(composed)
+        validate(config)
+        return config, parse_words(words, composed)
+
+    def _problems(self, config: Config) -> list[str]:
+        """What is wrong with the search, apart from its space."""
+        settings = self._settings
+        if wrong := dict(field_problems(settings, f"{_KEY}.")):
+            return list(wrong.values())
+        problems = []
+        metric = config.sweep.metric or config.checkpoint.checkpoint_score_attribute
+        if metric not in METRICS:
+            problems.append(f"{metric} is written by no run; set sweep.metric to one of {', '.join(METRICS)}")
+        if settings.scheduler == "asha":
+            if metric.startswith("test_"):
+                problems.append(
+                    f"{_KEY}.scheduler=asha goes by each epoch's value, and {metric} is measured once, at the end: set "
+                    "sweep.metric=val_accuracy or another, or take hydra.sweeper.scheduler=none"
+                )
+            if settings.grace_epochs >= config.train.epochs:
+                problems.append(
+                    f"{_KEY}.grace_epochs={settings.grace_epochs} must be below train.epochs={config.train.epochs}: "
+                    "nothing would ever be stopped early"
+                )
+        else:
+            for name, default in (("grace_epochs", 1), ("reduction_factor", 3.0)):
+                if (value := getattr(settings, name)) != default:
+                    problems.append(f"{_KEY}.{name}={value} is for {_KEY}.scheduler=asha: set that, or take it out")
+        if settings.search == "tpe" and (lacking := _lacking_optuna()) is not None:
+            problems.append(lacking)
+        return problems
+
+
+def _words(fixed: Sequence[str], space: Sequence[Dimension], point: dict[str, str]) -> list[str]:
+    return [*fixed, *(f"{each.key}={point[plain_key(each)]}" for each in space)]
+
+
+def _same_values(
+    space: Sequence[Dimension], points: Sequence[dict[str, str]], fixed: list[str], composed: Sequence[DictConfig]
+) -> list[str]:
+    """Options that are one value, such as 1e-3 and 0.001: trials are named by values."""
+    jobs = [parse_words(_words(fixed, space, point), config) for point, config in zip(points, composed, strict=True)]
+    problems = []
+    for each in space:
+        key = plain_key(each)
+        values = {point[key]: job[key] for point, job in zip(points, jobs, strict=True)}
+        if isinstance(each, Options) and len(set(values.values())) < len(each.words):
+            problems.append(f"{key}={','.join(each.words)} holds one value more than once: give each value once")
+    return problems
+
+
+def _unlike(config: Config, first: Config, is_halved: bool) -> list[str]:
+    """What a search needs to be the same in all trials, beside what every sweep does."""
+    problems = []
+    if is_halved and config.train.epochs != first.train.epochs:
+        problems.append(
+            f"train.epochs can't be searched with {_KEY}.scheduler=asha, which compares trials on their way"
+        )
+    if config.checkpoint.checkpoint_score_attribute != first.checkpoint.checkpoint_score_attribute:
+        problems.append("checkpoint.checkpoint_score_attribute can't be searched: it is the objective")
+    return problems
+
+
+def _lacking_optuna() -> str | None:
+    wanted = f"{_KEY}.search=tpe needs Optuna {_OPTUNA}"
+    try:
+        found = importlib.metadata.version("optuna")
+    except importlib.metadata.PackageNotFoundError:
+        return f"{wanted}: uv run --extra tune ..., or pip install 'ftexp[tune]'; search=random does without"
+    if int(found.split(".")[0]) < _OPTUNA:
+        return f"{wanted} or newer, and {found} is installed: pip install 'optuna>={_OPTUNA}'"
+    return None

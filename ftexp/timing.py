@@ -1,0 +1,116 @@
+"""Where a step's time goes, on rank 0: what it waits for data, the forward and backward pass, the optimiser, saving.
+
+On a GPU, sections of a step are told apart by events in the stream, which are read where the loop waits for the GPU
+anyway, at a logged point: nothing is synchronised for it. Waiting for data and for a save is the host's time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Generator, Iterator
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    import torch
+
+FEED, FORWARD, BACKWARD, OPTIMIZER, SAVE = SECTIONS = ("feed", "forward", "backward", "optimizer", "save")
+# keys of a logged point that differ from run to run; `<section>_ms` is the mean over the steps since the last point
+SPEEDS = ("images_per_s", "mfu", *(f"{section}_ms" for section in SECTIONS))
+
+T = TypeVar("T")
+
+
+class Stopwatch:
+    """Adds up seconds by section. `laps` within a step; `feeding`, `section` and `apart` around what is not in it.
+
+    device: whose time the laps take; None: the host's.
+    """
+
+    def __init__(self, device: torch.device | None = None, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+        self._on_gpu = device is not None and device.type == "cuda"
+        self._spent = dict.fromkeys(SECTIONS, 0.0)  # seconds since the last point
+        self._laps: list[tuple[str, Any, Any]] = []  # (section, event at its start, at its end), to be read
+        self._used: list[Any] = []  # events since the last point
+        self._free: list[Any] = []  # those to use again
+        self._mark: Any = None  # when the section that runs began
+        self._since, self._apart_s = clock(), 0.0
+        self._num_steps = self._position = 0
+
+    def feeding(self, batches: Generator[T], position: Callable[[], int]) -> Generator[T]:
+        """`batches`, with the time that is waited for each; `position` tells how many samples are done."""
+        self._since, self._position = self._clock(), position()
+        with contextlib.closing(batches):
+            while True:
+                began = self._clock()
+                try:
+                    batch = next(batches)
+                except StopIteration:
+                    return
+                self._spent[FEED] += self._clock() - began
+                self._num_steps += 1
+                self.begin()
+                yield batch
+
+    def begin(self) -> None:
+        """What comes belongs to the section of the next lap."""
+        self._mark = self._now()
+
+    def lap(self, section: str) -> None:
+        """What came since the last lap, or the step's beginning, was `section`."""
+        now = self._now()
+        if self._mark is None:
+            pass  # no step has begun
+        elif self._on_gpu:
+            self._laps.append((section, self._mark, now))
+        else:
+            self._spent[section] += now - self._mark
+        self._mark = now
+
+    def _now(self) -> Any:
+        if not self._on_gpu:
+            return self._clock()
+        import torch
+
+        event = self._free.pop() if self._free else torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        self._used.append(event)
+        return event
+
+    @contextlib.contextmanager
+    def section(self, name: str) -> Iterator[None]:
+        """The block is `name`, by the host's clock."""
+        began = self._clock()
+        try:
+            yield
+        finally:
+            self._spent[name] += self._clock() - began
+
+    @contextlib.contextmanager
+    def apart(self) -> Iterator[None]:
+        """The block is no part of training, so that it doesn't count for images/s."""
+        began = self._clock()
+        try:
+            yield
+        finally:
+            self._apart_s += self._clock() - began
+
+    def take(self, position: int) -> dict[str, float]:
+        """`images_per_s` over all ranks and `<section>_ms` of a step, since the last call, once the GPU has caught up.
+
+        Empty if no sample was new.
+        """
+        for section, start, end in self._laps:
+            self._spent[section] += start.elapsed_time(end) / 1000
+        self._free += self._used
+        self._used, self._mark = [], None
+        now = self._clock()
+        seconds, samples, steps = now - self._since - self._apart_s, position - self._position, self._num_steps
+        speeds = {}
+        if samples > 0 and steps > 0 and seconds > 0:
+            speeds = {f"{name}_ms": round(1000 * spent / steps, 3) for name, spent in self._spent.items()}
+            speeds["images_per_s"] = round(samples / seconds, 1)
+        self._laps, self._spent = [], dict.fromkeys(SECTIONS, 0.0)
+        self._since, self._apart_s, self._num_steps, self._position = now, 0.0, 0, position
+        return speeds

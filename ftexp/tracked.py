@@ -1,0 +1,72 @@
+"""Between a run's records and its trackers: what these are fed, what they are told at the end, what is said of them."""
+
+from __future__ import annotations
+
+import contextlib
+
+from ftexp.append_log import read_lines
+from ftexp.checkpoint.store import CHECKPOINTS
+from ftexp.config import Config
+from ftexp.registry import load_plugins
+from ftexp.storage import Storage
+from ftexp.terminal import Terminal
+from ftexp.trackers.follower import FAILED_EVENT, described
+from ftexp.trackers.registry import Outcome
+from ftexp.trackers.run import Trackers, read_complete, shown, tracked_run
+from ftexp.tracking import METRICS_FILE, RunRecord, RunState
+
+
+def trackers_of(config: Config, record: RunRecord, sweep: Storage | None) -> Trackers:
+    """The trackers of a run that is about to train; `sweep`: the folder of the one that it is a trial of."""
+    run_dir, state = record.storage, record.state
+    run = tracked_run(config, run_dir, state.name, state.started, sweep) if config.tracker.names else None
+    trackers = Trackers(config.tracker, run, run_dir, record.points)
+    record.on_point = trackers.offer
+    return trackers
+
+
+def outcome_of(state: RunState, run_dir: Storage) -> Outcome:
+    """How a run stands now that a call of the command ends."""
+    folder, best_step = run_dir.child(CHECKPOINTS), state.metrics["best"].get("step")
+    names = {"checkpoint": state.checkpoint}
+    if best_step is not None:
+        with contextlib.suppress(OSError):  # the store is down: it may still have it
+            found = [name for name in folder.list_folders() if name.startswith(f"step_{best_step:08d}.")]
+            names["best_checkpoint"] = found[-1] if found else None
+    counted = {
+        "attempts": state.attempts,
+        "failures": len(state.failures),
+        "goodput": state.goodput,
+        "step": state.step,
+    }
+    return Outcome(
+        status=state.status,
+        tags={
+            **{key: shown(folder.child(name)) for key, name in names.items() if name is not None},
+            **{key: str(value) for key, value in counted.items() if value is not None},
+        },
+        metrics={name: value for name, value in state.metrics["last"].items() if value is not None},
+    )
+
+
+def close_trackers(trackers: Trackers, record: RunRecord, terminal: Terminal) -> None:
+    """After `Trackers.end`, once the records are closed: wait, and tell what is lacking. Takes nothing from the run."""
+    for failure in trackers.wait():
+        terminal.say(described(failure), "yellow")
+        fields = {key: value for key, value in failure.items() if key not in ("kind", "name", "time")}
+        with contextlib.suppress(OSError):
+            record.late_event(FAILED_EVENT, **fields)
+
+
+def deliver_late(config: Config, run_dir: Storage, state: RunState, terminal: Terminal) -> None:
+    """Give a run that has finished to the trackers that haven't got all of it: they were down, or are new."""
+    late = [name for name in config.tracker.names if name not in read_complete(run_dir)]
+    if not late:
+        return
+    load_plugins(config.plugins)
+    run = tracked_run(config, run_dir, state.name, state.started)
+    trackers = Trackers(config.tracker, run, run_dir, lambda: read_lines(run_dir, METRICS_FILE), late)
+    trackers.start(lambda event: terminal.say(described(event)))
+    trackers.end(outcome_of(state, run_dir))
+    for failure in trackers.wait():
+        terminal.say(described(failure), "yellow")

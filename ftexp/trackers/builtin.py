@@ -1,0 +1,7 @@
+"""Registers the trackers that come with ftexp. None of their packages is imported before a run uses it."""
+
+from __future__ import annotations
+
+import ftexp.trackers.mlflow
+import ftexp.trackers.tensorboard
+import ftexp.trackers.wandb  # noqa: F401

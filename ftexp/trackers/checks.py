@@ -1,0 +1,63 @@
+"""What is wrong with `tracker.*`, told before anything is imported."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+from collections.abc import Iterator
+
+import ftexp.trackers.builtin  # noqa: F401 - registers them
+from ftexp.config import Config
+from ftexp.registry import did_you_mean
+from ftexp.storage import is_remote
+from ftexp.trackers.registry import trackers
+from ftexp.trackers.settings import TrackerConfig
+
+_OWN_SETTINGS = ("tensorboard", "mlflow", "wandb")
+_WRITE_FILES = ("tensorboard", "wandb")
+
+
+def tracker_problems(config: Config) -> Iterator[str]:
+    """A line for each mistake; a plug-in's trackers are looked up once it is imported."""
+    tracker = config.tracker
+    for name in tracker.names:
+        if name not in trackers:
+            if not config.plugins:
+                yield (
+                    f"tracker.use names '{name}', which is unknown.{did_you_mean(name, trackers)} Available: "
+                    f"{', '.join(trackers)}. One of your own comes from a module listed under plugins=[...]"
+                )
+        elif (package := trackers.get(name).package) is not None and importlib.util.find_spec(package) is None:
+            yield (
+                f"tracker={name} needs the package {package}, which isn't installed: write uv run --extra {name} in "
+                f"front of the command, or pip install 'ftexp[{name}]'"
+            )
+    yield from _unused(tracker)
+    if is_remote(config.run.storage):
+        for name in (each for each in _WRITE_FILES if each in tracker.names):
+            if getattr(tracker, name).dir is None:
+                yield (
+                    f"tracker={name} writes files to a disk, and run.storage={config.run.storage} isn't one: set "
+                    f"tracker.{name}.dir"
+                )
+        if "mlflow" in tracker.names and not (tracker.mlflow.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")):
+            yield (
+                f"tracker=mlflow keeps its database on a disk, and run.storage={config.run.storage} isn't one: set "
+                "tracker.mlflow.tracking_uri"
+            )
+
+
+def _unused(tracker: TrackerConfig) -> Iterator[str]:
+    """Settings that nothing would look at."""
+    usual = TrackerConfig()
+    for name in _OWN_SETTINGS:
+        own = getattr(tracker, name)
+        for field in dataclasses.fields(own):
+            value = getattr(own, field.name)
+            if name not in tracker.names and value != getattr(getattr(usual, name), field.name):
+                yield f"tracker.{name}.{field.name}={value} is not used: take it out, or add tracker={name}"
+    if not tracker.names:
+        for key in ("tags", "kwargs"):
+            if getattr(tracker, key):
+                yield f"tracker.{key}={getattr(tracker, key)} is not used by tracker=none: take it out"

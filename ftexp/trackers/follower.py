@@ -1,0 +1,154 @@
+"""Hands the points of a run to one tracker, on a thread of its own. Whatever happens there, training goes on."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from ftexp.fingerprint import masked
+from ftexp.trackers.registry import Key, Outcome, Point, Tracker
+from ftexp.wire import Message
+
+FAILED_EVENT, OPENED_EVENT = "tracker_failed", "tracker_opened"
+_MOST_WAITING = 10_000  # points in memory; what is beyond is read from the run directory again
+_LONGEST_REASON = 500  # characters
+_BATCH = 500  # points that a tracker is handed at once
+_RETRY_S = (5.0, 15.0, 60.0)  # between tries with a tracker that is down; the last for good
+
+Tell = Callable[[Message], object]
+
+
+class Follower:
+    """Keeps one tracker up to the run's points.
+
+    A tracker that fails is made anew, asked what it holds, and given the rest: what was sent, but not known to have
+    arrived, is neither lost nor there twice.
+
+    Args:
+        name: the tracker's.
+        make: makes or finds the tracker's run; may take its time, and may raise.
+        points: reads all points of the run so far.
+        tell: is told `tracker_opened` and `tracker_failed`, as workers' messages are.
+        retry_s: how long to wait after the first failure in a row, after the second, and so on.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        make: Callable[[], Tracker],
+        points: Callable[[], Iterable[Point]],
+        tell: Tell,
+        retry_s: tuple[float, ...] = _RETRY_S,
+    ) -> None:
+        self.name = name
+        self._make, self._points, self._tell, self._retry_s = make, points, tell, retry_s
+        self._changed = threading.Condition()
+        self._waiting: deque[Point] = deque()
+        self._overflowed = False  # some that came are only in the run directory
+        self._held: set[Key] = set()  # what the tracker is known to have
+        self._outcome: Outcome | None = None
+        self._problem: str | None = None  # while it is down
+        self.complete = False  # it has everything, and was told how the run ended
+        self._stopped = threading.Event()
+        threading.Thread(target=self._run, daemon=True, name=f"tracker-{name}").start()
+
+    def offer(self, point: Point) -> None:
+        """A point was logged; returns at once."""
+        with self._changed:
+            if len(self._waiting) < _MOST_WAITING:
+                self._waiting.append(point)
+            else:
+                self._overflowed = True
+            self._changed.notify()
+
+    def end(self, outcome: Outcome) -> None:
+        """No point comes any more; returns at once."""
+        with self._changed:
+            self._outcome = outcome
+            self._changed.notify()
+
+    def wait(self, timeout_s: float) -> Message | None:
+        """After `end`: None once the tracker has everything, or else the event that tells what it lacks."""
+        self._stopped.wait(timeout_s)
+        if self.complete:
+            return None
+        return self._failure(self._problem or "it has not answered in time")
+
+    def _run(self) -> None:
+        self._try_until_the_end()
+        self._stopped.set()
+
+    def _try_until_the_end(self) -> None:
+        num_failures = 0
+        while True:
+            is_last_try = self._outcome is not None
+            try:
+                self._follow()
+                self.complete = True
+                return
+            # of any kind: other people's code, on a thread where nobody else would notice
+            except Exception as error:
+                num_failures = 1 if self._problem is None else num_failures + 1
+                self._fail(f"{type(error).__name__}: {error}")
+            if is_last_try:
+                return
+            pause_s = self._retry_s[min(num_failures, len(self._retry_s)) - 1]
+            with self._changed:
+                self._changed.wait_for(lambda: self._outcome is not None, pause_s)
+
+    def _fail(self, problem: str) -> None:
+        was_well, self._problem = self._problem is None, problem
+        if was_well:  # further failures in a row are no news
+            self._tell(self._failure(problem))
+
+    def _failure(self, problem: str) -> Message:
+        num_undelivered = sum(not point.keys() <= self._held for point in self._points())
+        reason = masked(" ".join(problem.split()))[:_LONGEST_REASON]
+        return _event(FAILED_EVENT, tracker=self.name, reason=reason, num_undelivered=num_undelivered)
+
+    def _follow(self) -> None:
+        tracker = self._make()
+        self._held = set(tracker.held())
+        self._deliver(tracker, self._points())
+        self._problem = None
+        self._tell(_event(OPENED_EVENT, tracker=self.name, where=masked(tracker.where)))
+        while points := self._next():
+            if self._overflowed:
+                self._overflowed = False
+                self._deliver(tracker, self._points())
+            self._deliver(tracker, points)
+        assert self._outcome is not None, "that is what ended the loop"
+        tracker.close(self._outcome)
+
+    def _next(self) -> list[Point]:
+        """What has come since, waiting for it; empty once the run has ended and nothing is left."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._outcome is not None)
+            points = list(self._waiting)
+            self._waiting.clear()
+            return points
+
+    def _deliver(self, tracker: Tracker, points: Iterable[Point]) -> None:
+        """Give the tracker what it hasn't got: points may come from the run directory and from memory, too."""
+        missing = [left for point in points if (left := point.without(self._held)).values]
+        for start in range(0, len(missing), _BATCH):
+            batch = missing[start : start + _BATCH]
+            tracker.log(batch)
+            self._held.update(*(point.keys() for point in batch))
+
+
+def _event(name: str, **fields: Any) -> Message:
+    return {"kind": "event", "name": name, "time": time.time(), **fields}
+
+
+def described(event: Message) -> str:
+    """A line for people."""
+    if event["name"] != FAILED_EVENT:
+        return f"{'tracker':<9}{event['tracker']}: {event['where']}"
+    return (
+        f"! tracker {event['tracker']}: {event['reason']}; nothing else is lost by it, and what it lacks "
+        f"({event['num_undelivered']} points now) is sent when it is back, or by the same command later"
+    )

@@ -1,0 +1,137 @@
+"""MLflow: one run in a server or a database; a sweep's runs are the children of one.
+
+A run is found again by its tag `ftexp.id`, which is written down before the run is made, and asked for its metrics
+before any are sent. MLflow's databases keep a (metric, time, step, value) once, however often it comes: so even a
+request that a server carries out after its client gave up adds nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from ftexp.storage import Storage, is_remote
+from ftexp.trackers.registry import Key, Outcome, Point, TrackedRun, register_tracker
+from ftexp.trackers.settings import TrackerConfig
+
+ID, PARENT = "ftexp.id", "mlflow.parentRunId"
+_STATUS = {"finished": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
+_MOST_PARAMS, _MOST_METRICS = 100, 1000  # of one request
+_LONGEST = 500  # characters of a param: what every version and store takes
+
+
+@register_tracker("mlflow", package="mlflow", has_parents=True)
+class MlflowTracker:
+    """Metrics by step; the config as params; what came of it as tags."""
+
+    def __init__(self, config: TrackerConfig, run: TrackedRun) -> None:
+        _prepare(config.timeout_s)
+        from mlflow import MlflowClient
+
+        self._run = run
+        uri = tracking_uri(config.mlflow.tracking_uri, run.storage)
+        self._client: Any = MlflowClient(uri)
+        self._experiment = self._find_experiment(config.mlflow.experiment)
+        found = self._find(run.id) or self._create()
+        self._id = found.info.run_id
+        self.where = f"{uri}, experiment {config.mlflow.experiment}, run {self._id}"
+        self._metrics = list(found.data.metrics)
+        self._describe(found.data.params)
+        self._has_parent = PARENT in found.data.tags
+        self._adopt()
+        if found.info.status != "RUNNING":
+            self._client.update_run(self._id, status="RUNNING")
+
+    def held(self) -> set[Key]:
+        """What the server has, by its own word."""
+        found = [metric for name in self._metrics for metric in self._client.get_metric_history(self._id, name)]
+        return {(metric.key, metric.step) for metric in found}
+
+    def log(self, points: Sequence[Point]) -> None:
+        """Carried out by the server when this returns."""
+        from mlflow.entities import Metric
+
+        metrics = [
+            Metric(name, value, round(1000 * point.time), point.step)
+            for point in points
+            for name, value in point.values.items()
+        ]
+        for start in range(0, len(metrics), _MOST_METRICS):
+            self._client.log_batch(self._id, metrics=metrics[start : start + _MOST_METRICS], synchronous=True)
+
+    def close(self, outcome: Outcome) -> None:
+        """Tell what came of it."""
+        self._adopt()
+        self._tag({"status": outcome.status, **outcome.tags})
+        self._client.set_terminated(self._id, _STATUS[outcome.status])
+
+    def _find_experiment(self, name: str) -> str:
+        from mlflow.exceptions import MlflowException
+
+        experiment = self._client.get_experiment_by_name(name)
+        if experiment is None:
+            try:
+                return str(self._client.create_experiment(name))
+            except MlflowException:  # another run was quicker, or this raises the same
+                experiment = self._client.get_experiment_by_name(name)
+                if experiment is None:
+                    raise
+        return str(experiment.experiment_id)
+
+    def _find(self, number: str) -> Any:
+        found = self._client.search_runs([self._experiment], f"tags.`{ID}` = '{number}'", max_results=1)
+        return found[0] if found else None
+
+    def _create(self) -> Any:
+        run = self._run
+        tags = {ID: run.id, **run.tags}
+        if "git_commit" in tags:
+            tags["mlflow.source.git.commit"] = tags["git_commit"]
+        return self._client.create_run(self._experiment, round(1000 * run.started), tags, run.name)
+
+    def _describe(self, recorded: dict[str, str]) -> None:
+        """MLflow never lets a param change: what another call has set otherwise becomes a tag."""
+        from mlflow.entities import Param
+
+        wanted = {key: str(value)[:_LONGEST] for key, value in self._run.params.items()}
+        new = [Param(key, value) for key, value in wanted.items() if key not in recorded]
+        for start in range(0, len(new), _MOST_PARAMS):
+            self._client.log_batch(self._id, params=new[start : start + _MOST_PARAMS], synchronous=True)
+        self._tag({f"now.{key}": value for key, value in wanted.items() if recorded.get(key, value) != value})
+
+    def _adopt(self) -> None:
+        """Put the run under that of its sweep, if it is a trial, and once that is there."""
+        if self._run.sweep_id is None or self._has_parent:
+            return
+        if (parent := self._find(self._run.sweep_id)) is not None:
+            self._tag({PARENT: parent.info.run_id})
+            self._has_parent = True
+
+    def _tag(self, tags: dict[str, str]) -> None:
+        from mlflow.entities import RunTag
+
+        if tags:
+            given = [RunTag(key, value) for key, value in tags.items()]
+            self._client.log_batch(self._id, tags=given, synchronous=True)
+
+
+def tracking_uri(configured: str | None, storage: str) -> str:
+    """Where the run goes; a database under `storage`, which is on a disk then, if nothing else is said."""
+    if uri := configured or os.environ.get("MLFLOW_TRACKING_URI"):
+        return uri
+    assert not is_remote(storage), "checks ask for a URI then"
+    return f"sqlite:///{Storage.at(storage).uri}/mlflow.db"
+
+
+def _prepare(timeout_s: float) -> None:
+    """Read by MLflow when it is imported, or at each request. What the user has set stays."""
+    for name, value in {
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_LOGGING_LEVEL": "ERROR",
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": str(math.ceil(timeout_s)),
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # the follower tries again, and asks what arrived
+    }.items():
+        os.environ.setdefault(name, value)

@@ -1,0 +1,16 @@
+"""Where trackers that write files write them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ftexp.storage import Storage, is_remote
+from ftexp.trackers.registry import TrackedRun
+
+
+def own_folder(base: str | None, run: TrackedRun) -> Path:
+    """A folder of one run's: its run directory, or, with a `base`, its name (in that of its sweep) below that."""
+    if base is not None:
+        return Path(Storage.at(base, *([run.sweep] if run.sweep else []), run.name).uri)
+    assert not is_remote(run.uri), "checks ask for a base then"
+    return Path(run.uri)

@@ -1,0 +1,160 @@
+"""The trackers of one run, or of a sweep as a whole: opened, fed and closed together."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import secrets
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import ftexp.trackers.builtin  # noqa: F401 - registers them
+from ftexp.config import Config
+from ftexp.fingerprint import flat, masked
+from ftexp.storage import Storage
+from ftexp.trackers.follower import Follower, Tell
+from ftexp.trackers.registry import Outcome, Point, TrackedRun, trackers
+from ftexp.trackers.settings import TrackerConfig
+from ftexp.wire import Message
+
+TRACKERS_FILE = "trackers.json"  # {"id": of the run in every tracker, "complete": trackers that lack nothing}
+_GIT_TIMEOUT_S = 5.0
+
+
+class Trackers:
+    """What `tracker=...` names, or of these only `names`. Once made, nothing here raises or takes its time.
+
+    run: None if there are no trackers.
+    points: reads the run's points so far, as metrics.jsonl has them.
+    UnknownNameError if a name isn't registered.
+    """
+
+    def __init__(
+        self,
+        config: TrackerConfig,
+        run: TrackedRun | None,
+        folder: Storage,
+        points: Callable[[], Iterable[dict[str, Any]]],
+        names: Sequence[str] | None = None,
+    ) -> None:
+        self._config, self._run, self._folder, self._points = config, run, folder, points
+        self._chosen = {name: trackers.get(name) for name in (config.names if names is None else names)}
+        self._followers: list[Follower] = []
+        self._end = 0.0  # time.monotonic() until which it is waited for them
+
+    def start(self, tell: Tell) -> None:
+        """Begin to feed them; `tell` is told what becomes of them, as workers' messages are."""
+        if self._chosen:
+            self._note_complete(set())
+        for name, registered in self._chosen.items():
+            assert self._run is not None, "there are trackers"
+            make = functools.partial(registered.make, self._config, self._run)
+            self._followers.append(Follower(name, make, self._read, tell))
+
+    def _read(self) -> list[Point]:
+        return [Point.of(line) for line in self._points()]
+
+    def offer(self, line: dict[str, Any]) -> None:
+        """Pass a new line of metrics.jsonl on; returns at once."""
+        if self._followers:
+            point = Point.of(line)
+            for follower in self._followers:
+                follower.offer(point)
+
+    def end(self, outcome: Outcome) -> None:
+        """No point comes any more; returns at once."""
+        self._end = time.monotonic() + self._config.timeout_s
+        for follower in self._followers:
+            follower.end(outcome)
+
+    def wait(self) -> list[Message]:
+        """Let them take the rest, for `tracker.timeout_s` since `end`; an event for each that couldn't."""
+        failures = [follower.wait(max(0.0, self._end - time.monotonic())) for follower in self._followers]
+        if self._followers:
+            done = {follower.name for follower in self._followers if follower.complete}
+            with contextlib.suppress(OSError):  # then they are asked once more than needed
+                self._note_complete(done)
+        return [failure for failure in failures if failure is not None]
+
+    def _note_complete(self, done: set[str]) -> None:
+        assert self._run is not None, "there are trackers"
+        _write(self._folder, self._run.id, read_complete(self._folder) - {*self._chosen} | done)
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raise UnknownNameError if any of `names` is not registered."""
+    for name in names:
+        trackers.get(name)
+
+
+def tracked_run(
+    config: Config,
+    folder: Storage,
+    name: str,
+    started: float,
+    sweep: Storage | None = None,
+    params: dict[str, Any] | None = None,
+) -> TrackedRun:
+    """What trackers are told of the run in `folder`, or with `params` of a sweep; `sweep`: the one that it is part of.
+
+    Sweeps lie two folders below `run.storage`, which is that of their own folder in a trial's config.
+
+    Its id is made now, and kept in the folder, if that hasn't one yet.
+    """
+    tags = {"run_dir": shown(folder), "git_commit": git_commit(), "sweep": sweep.name if sweep is not None else None}
+    return TrackedRun(
+        id=tracking_id(folder),
+        name=name,
+        uri=folder.uri,
+        params=params if params is not None else dict(flat(masked(config), "")),
+        tags={**{key: value for key, value in tags.items() if value is not None}, **masked(config.tracker.tags)},
+        started=started,
+        storage=config.run.storage if sweep is None and params is None else (sweep or folder).parent.parent.uri,
+        sweep=sweep.name if sweep is not None else None,
+        sweep_id=tracking_id(sweep) if sweep is not None else None,
+    )
+
+
+def shown(folder: Storage) -> str:
+    """Where a folder is, without what is secret in a URI."""
+    return folder.uri if folder.local_path is not None else str(masked(folder.uri))
+
+
+def tracking_id(folder: Storage) -> str:
+    """What the run in `folder` is called in every tracker; written down before any tracker hears of it."""
+    content = _content(folder)
+    if "id" not in content:
+        content = _write(folder, secrets.token_hex(8), set())
+    return str(content["id"])
+
+
+def read_complete(folder: Storage) -> set[str]:
+    """The trackers that have all of the run in `folder`, and know how it ended."""
+    return set(_content(folder).get("complete", ()))
+
+
+def _content(folder: Storage) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(folder.read_bytes(TRACKERS_FILE))
+    except FileNotFoundError:
+        return {}
+    return content
+
+
+def _write(folder: Storage, number: str, complete: set[str]) -> dict[str, Any]:
+    content = {"id": number, "complete": sorted(complete)}
+    folder.write_bytes(TRACKERS_FILE, json.dumps(content).encode())
+    return content
+
+
+def git_commit() -> str | None:
+    """Of the working directory; None where there is no git, or no repository."""
+    try:
+        words = ["git", "rev-parse", "HEAD"]
+        found = subprocess.run(words, capture_output=True, text=True, timeout=_GIT_TIMEOUT_S, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip()

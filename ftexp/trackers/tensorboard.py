@@ -1,0 +1,72 @@
+"""TensorBoard: event files in the run directory, or below `tracker.tensorboard.dir`.
+
+Every call of the command adds a file of its own, and TensorBoard shows a folder's files as one run. What they hold is
+read back first, so that a point that was written, by whomever and killed whenever, isn't written again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ftexp.trackers.places import own_folder
+from ftexp.trackers.registry import Key, Outcome, Point, TrackedRun, register_tracker
+from ftexp.trackers.settings import TrackerConfig
+
+_DESCRIBED = "run"  # the tag of the text that tells what ran
+
+
+@register_tracker("tensorboard", package="tensorboard")
+class TensorBoardTracker:
+    """Scalars by metric and step; config and outcome as a text, and as hparams to compare runs by."""
+
+    def __init__(self, config: TrackerConfig, run: TrackedRun) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._run = run
+        base = config.tensorboard.dir
+        folder = own_folder(base, run) / ("tensorboard" if base is None else "")
+        self.where = str(folder)
+        self._held = set(scalars(folder))
+        self._writer: Any = SummaryWriter(self.where)
+
+    def held(self) -> set[Key]:
+        """What the folder's files hold."""
+        return self._held
+
+    def log(self, points: Sequence[Point]) -> None:
+        """Written, and with the operating system, when this returns."""
+        for point in points:
+            for name, value in point.values.items():
+                self._writer.add_scalar(name, value, point.step, point.time)
+        self._writer.flush()
+
+    def close(self, outcome: Outcome) -> None:
+        """Add what was set and what came of it."""
+        from torch.utils.tensorboard.summary import hparams
+
+        run = self._run
+        told = {"name": run.name, "status": outcome.status, **run.tags, **outcome.tags}
+        rows = "".join(f"| {key} | `{value}` |\n" for key, value in [*told.items(), *run.params.items()])
+        self._writer.add_text(_DESCRIBED, f"| | |\n|-|-|\n{rows}")
+        for summary in hparams({key: _plain(value) for key, value in run.params.items()}, outcome.metrics):
+            self._writer.file_writer.add_summary(summary)
+        self._writer.close()
+
+
+def _plain(value: Any) -> bool | str | float:
+    """A value as hparams take it."""
+    return value if isinstance(value, (bool, str, int, float)) else json.dumps(value)
+
+
+def scalars(folder: Path) -> Iterator[Key]:
+    """(tag, step) of every scalar in the event files of a folder; each file up to where a kill has torn it."""
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+    for file in sorted(folder.glob("events.out.tfevents.*")):
+        for event in EventFileLoader(str(file)).Load():
+            for value in event.summary.value:
+                if value.metadata.plugin_data.plugin_name == "scalars":
+                    yield value.tag, event.step

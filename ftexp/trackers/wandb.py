@@ -1,0 +1,95 @@
+"""Weights & Biases: one run, by its id. Offline, each call of the command leaves a folder; `wandb sync` joins them.
+
+wandb's own process writes what is logged into a file, run-<id>.wandb, in online mode too. Those files are read back
+before anything is logged, so that no point is logged twice.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ftexp.trackers.places import own_folder
+from ftexp.trackers.registry import Key, Outcome, Point, TrackedRun, register_tracker
+from ftexp.trackers.settings import TrackerConfig
+from ftexp.trackers.wandb_log import records
+
+_STEP = "step"  # the axis. wandb's own, `_step`, counts rows: it must grow, and a step may have a row for each split
+_INHERITED = "WANDB_SERVICE"  # where wandb tells processes that it starts which of its own to talk to
+_FLUSH_EVERY_S = 1.0
+_LONGEST_TAG = 64
+
+
+@register_tracker("wandb", package="wandb")
+class WandbTracker:
+    """A row for each point; the config, and what came of it as summary."""
+
+    def __init__(self, config: TrackerConfig, run: TrackedRun) -> None:
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # offline means offline
+        # another process's wandb, which would hold on to the run of a command that was killed: "run ID is in use"
+        os.environ.pop(_INHERITED, None)
+        import wandb
+
+        mode: Any = config.wandb.mode
+        folder = own_folder(config.wandb.dir, run)
+        folder.mkdir(parents=True, exist_ok=True)  # else wandb takes another
+        rows = list(logged_rows(folder, run.id))
+        self._held = {(name, row[_STEP]) for row in rows for name in row}
+        self._run: Any = wandb.init(
+            project=config.wandb.project,
+            entity=config.wandb.entity,
+            id=run.id,
+            name=run.name,
+            group=run.sweep,
+            tags=[f"{key}={value}"[:_LONGEST_TAG] for key, value in config.tags.items()],
+            config={**run.params, **run.tags},
+            dir=str(folder),
+            mode=mode,
+            resume="allow" if mode == "online" else None,
+            settings=wandb.Settings(
+                console="off",  # what a run prints is its own
+                silent=True,
+                reinit="create_new",
+                init_timeout=config.timeout_s,
+                disable_git=True,
+                disable_code=True,
+                x_disable_stats=True,
+                x_save_requirements=False,
+                x_transaction_log_flush_interval=_FLUSH_EVERY_S,
+            ),
+        )
+        self._run.define_metric("*", step_metric=_STEP)
+        self._next = max([self._run.step, *(row["_step"] + 1 for row in rows)])
+        self.where = self._run.url if mode == "online" else str(folder / "wandb")
+
+    def held(self) -> set[Key]:
+        """What wandb's files hold."""
+        return self._held
+
+    def log(self, points: Sequence[Point]) -> None:
+        """With wandb's process when this returns: it writes them, whatever becomes of this one."""
+        for point in points:
+            self._run.log({_STEP: point.step, "epoch": point.epoch, **point.values}, step=self._next, commit=True)
+            self._next += 1
+
+    def close(self, outcome: Outcome) -> None:
+        """Tell what came of it, and wait until wandb has written all."""
+        self._run.summary.update({"status": outcome.status, **outcome.tags})
+        self._run.finish(exit_code=0 if outcome.status == "finished" else 1)
+
+
+def logged_rows(folder: Path, number: str) -> Iterator[dict[str, Any]]:
+    """Every row of history that wandb has written for the run of that id, with `_step`."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    # a folder that is begun in the same second as another has -1 behind its name
+    for file in sorted(folder.glob(f"wandb/*run-*-{number}*/run-{number}.wandb")):
+        for content in records(file.read_bytes()):
+            record = Record()
+            record.ParseFromString(content)
+            if record.HasField("history"):
+                row = {"/".join(item.nested_key) or item.key: item.value_json for item in record.history.item}
+                yield {name: json.loads(value) for name, value in row.items()}

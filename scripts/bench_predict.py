@@ -1,0 +1,173 @@
+"""`python -m ftexp.predict` over many JPEGs: its speed beside a plain loop's, its memory, and what a kill costs.
+
+    uv run python scripts/bench_predict.py [--rounds 3] [--images 20000] [--only speed kill] [--check] [--json FILE]
+
+JPEGs of 160x160 pixels (to 128), cut from scikit-learn's two photographs, and a model that was trained for two steps:
+what it says doesn't matter here. The other side is rivals/predict_loop.py: one process that decodes by the same
+function, predicts by the same model, and writes the same. Sides take turns; they are compared within each round. Memory
+is that of all processes of the command, early (at 20 to 50 % of the images) and late (from 70 %). Last, a command is
+killed by SIGKILL half-way, and given again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bench_feed import SETS, SMALL, figures, memory_mib, quotients, write_images
+from benching import Check, describe_machine, finish, options_parser, print_targets
+from rich.console import Console
+from rich.table import Table
+
+MODEL = "mobilenetv3_small"
+TRAINING_IMAGES = 200
+EARLY, LATE = (0.2, 0.5), (0.7, 1.0)
+LOOP = Path(__file__).parent / "rivals" / "predict_loop.py"
+OURS, LOOPS = "ftexp.predict", "plain loop"
+SPEED, KILL = "speed", "kill"
+
+
+@dataclass
+class Results:
+    """What was measured."""
+
+    images_per_s: dict[str, list[float]] = field(default_factory=lambda: {OURS: [], LOOPS: []})
+    command_s: dict[str, list[float]] = field(default_factory=lambda: {OURS: [], LOOPS: []})
+    memory_mib: dict[str, float] = field(default_factory=dict)
+    killed: dict[str, Any] = field(default_factory=dict)
+
+
+def main() -> None:
+    """Measure, print tables, and exit with 1 under --check if a target is missed."""
+    parser = options_parser(__doc__, 3, "turns of each side")
+    parser.add_argument("--images", type=int, default=20_000)
+    parser.add_argument("--only", nargs="+", choices=(SPEED, KILL), default=(SPEED, KILL), help="measure no more")
+    options = parser.parse_args()
+    console, results = Console(highlight=False, width=120), Results()
+    describe_machine(console)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        paths = write_images(folder / "images", SETS[SMALL][0], options.images)
+        run = trained(folder)
+        console.print(f"{len(paths):,} JPEGs, and a run of {MODEL}: made")
+        samples: list[tuple[float, float]] = []
+        for number in range(options.rounds if SPEED in options.only else 0):
+            samples += measure_ours(run, folder / f"out_{number}", len(paths), results)
+            measure_loop(run, folder, results)
+            console.print(f"round {number + 1}: {results.images_per_s[OURS][-1]:,.0f} and "
+                          f"{results.images_per_s[LOOPS][-1]:,.0f} images/s")  # fmt: skip
+        for title, (low, high) in (("early", EARLY), ("late", LATE)) if samples else ():
+            results.memory_mib[title] = max(held for done, held in samples if low <= done < high)
+        if KILL in options.only:
+            results.killed = measure_kill(run, folder, len(paths))
+        finish(console, vars(results), options.json, report(console, results), options.check)
+
+
+def trained(folder: Path) -> Path:
+    """A run directory."""
+    write_images(folder / "training", SETS[SMALL][0], TRAINING_IMAGES)
+    words = [
+        *("data=image_folder", f"data.root={folder / 'training'}", f"data.image_size={SETS[SMALL][1]}"),
+        *(f"model={MODEL}", "train.max_steps=2", "train.global_batch_size=32", "schedule.warmup_epochs=0"),
+        *(f"run.storage={folder}", "run.name=run", "report.enabled=false"),
+    ]
+    subprocess.run([sys.executable, "-m", "ftexp.train", *words], check=True, stdout=subprocess.DEVNULL)
+    return folder / "run"
+
+
+def command(run: Path, out: Path) -> list[str]:
+    """The command, over all images."""
+    words = [f"run={run}", "data=image_folder", f"data.root={run.parent / 'images'}", f"out={out}"]
+    return [sys.executable, "-m", "ftexp.predict", *words]
+
+
+def measure_ours(run: Path, out: Path, num_images: int, results: Results) -> list[tuple[float, float]]:
+    """Run the command to its end; returns (share of the images that is written, MiB that all processes hold)."""
+    samples, began = [], time.perf_counter()
+    with subprocess.Popen(command(run, out), stdout=subprocess.PIPE, text=True) as process:
+        while process.poll() is None:
+            done = 1000 * len(list((out / "parts").glob("part_*"))) / num_images
+            samples.append((done, memory_mib(process.pid)))
+            time.sleep(0.5)
+        assert process.stdout is not None
+        printed = process.stdout.read()
+    assert process.returncode == 0, printed
+    results.command_s[OURS].append(time.perf_counter() - began)
+    speed = re.search(r"speed +([\d,]+) images/s", printed)
+    assert speed is not None, printed
+    results.images_per_s[OURS].append(float(speed[1].replace(",", "")))
+    return samples
+
+
+def measure_loop(run: Path, folder: Path, results: Results) -> None:
+    """Run the other side to its end."""
+    (checkpoint,) = (path.name for path in (run / "checkpoints").iterdir() if path.name.startswith("step"))
+    words = [str(run), checkpoint, str(folder / "images"), str(folder / "loop.csv")]
+    began = time.perf_counter()
+    done = subprocess.run([sys.executable, str(LOOP), *words], check=True, capture_output=True, text=True)
+    results.command_s[LOOPS].append(time.perf_counter() - began)
+    results.images_per_s[LOOPS].append(float(done.stdout))
+
+
+def measure_kill(run: Path, folder: Path, num_images: int) -> dict[str, Any]:
+    """Kill the command half-way, give it again, and compare what came of it with what came of a whole one."""
+    import pyarrow.parquet as pq
+
+    out, whole = folder / "killed", folder / "out_0"
+    if not whole.exists():
+        subprocess.run(command(run, whole), check=True, stdout=subprocess.DEVNULL)
+    parts, half = out / "parts", num_images // 2000
+    with subprocess.Popen(command(run, out), stdout=subprocess.DEVNULL) as process:
+        while len(list(parts.glob("part_*"))) < half:
+            assert process.poll() is None, "ended too early"
+            time.sleep(0.1)
+        os.kill(process.pid, signal.SIGKILL)
+    before = {path.name: path.stat().st_mtime_ns for path in parts.glob("part_*")}
+    subprocess.run(command(run, out), check=True, stdout=subprocess.DEVNULL)
+    touched = [name for name, when in before.items() if (parts / name).stat().st_mtime_ns != when]
+    found, expected = (pq.read_table(path / "parts") for path in (out, whole))
+    paths = found["path"].to_pylist()
+    return {
+        "parts_before": len(before),
+        "parts_made_again": len(touched),
+        "images_twice": len(paths) - len(set(paths)),
+        "images_missing": num_images - len(set(paths)),
+        "rows_that_differ": sum(
+            one != other for one, other in zip(found.to_pylist(), expected.to_pylist(), strict=True)
+        ),
+    }
+
+
+def report(console: Console, results: Results) -> list[str]:
+    """Print the tables; returns a line for each target that is missed."""
+    checks: list[Check] = []
+    if results.memory_mib:
+        table = Table("", "images/s", "least", "most", "whole command, s", "least", "most", box=None)
+        for side in (OURS, LOOPS):
+            speeds, seconds = figures(results.images_per_s[side]), figures(results.command_s[side])
+            table.add_row(side, *(f"{speed:,.0f}" for speed in speeds), *(f"{value:.1f}" for value in seconds))
+        console.print(table)
+        told = ", ".join(f"{value:,.0f} MiB {title}" for title, value in results.memory_mib.items())
+        console.print(f"most memory: {told}")
+        ratio = statistics.median(quotients(results.images_per_s[OURS], results.images_per_s[LOOPS]))
+        checks.append((f"images/s: {OURS} : {LOOPS}", ratio, 0.9, True))
+        checks.append(("memory: late : early", results.memory_mib["late"] / results.memory_mib["early"], 1.1, False))
+    if results.killed:
+        console.print(f"killed half-way: {json.dumps(results.killed)}")
+        wrong = sum(value for key, value in results.killed.items() if key != "parts_before")
+        checks.append(("after a kill: made again, twice, missing, different", float(wrong), 0.0, False))
+    return print_targets(console, checks)
+
+
+if __name__ == "__main__":
+    main()
