@@ -37,9 +37,9 @@ def test_units_take_no_more_requests_than_they_need():
     assert next(requests)[0] == 40
 
 
-def test_the_first_span_is_short_and_the_others_long_and_none_is_lost():
+def test_spans_are_equally_long_and_no_unit_is_lost():
     made = list(spans(iter([np.array([number]) for number in range(400)])))
-    assert [len(span) for span in made] == [16, 128, 128, 128]
+    assert [len(span) for span in made] == [128, 128, 128, 16]
     assert np.concatenate([unit for span in made for unit in span]).tolist() == list(range(400))
     assert list(spans(iter([]))) == []
 

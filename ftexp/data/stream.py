@@ -105,11 +105,11 @@ def units(requests: Iterator[Int64s], rows: int) -> Iterator[Int64s]:
 
 
 def spans(pieces: Iterator[Int64s]) -> Iterator[list[Int64s]]:
-    """Lists of units, each for one Ray Dataset; the first is short, so that it is soon made."""
-    size = 2 * _OVERLAP_UNITS
-    while span := list(itertools.islice(pieces, size)):
-        yield span
-        size = _SPAN_UNITS
+    """Lists of units, each for one Ray Dataset.
+
+    All are long, the first too: a new pipeline decodes one unit at a time until Ray has seen how large blocks are.
+    """
+    return iter(lambda: list(itertools.islice(pieces, _SPAN_UNITS)), [])
 
 
 def chained(
