@@ -6,7 +6,9 @@ entry point. Imports neither torch nor Ray.
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
+import gc
 import os
 import re
 import sys
@@ -30,6 +32,9 @@ _OPEN_KEYS = re.compile(
     r"^((model|optim|data)\.kwargs|model\.preset|scaling\.resources_per_worker|failure\.max_by_cause|train\.freeze"
     r"|tracker\.(use|tags|kwargs))(\.[^=]+)?="
 )
+
+# the interpreter's last collections go through all that torch and Ray brought along, for most of a second
+atexit.register(gc.freeze)
 
 
 class _Shared(ConfigNode):

@@ -7,6 +7,7 @@ Add one with `@sources.register("name")` in a module named under `plugins`; it m
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -122,15 +123,23 @@ def _dataset(images: UInt8s, labels: Int64s) -> Any:
 def digits(config: DataConfig) -> DataBundle:
     """scikit-learn's handwritten digits: 1,797 grey images of 8x8 pixels with 17 levels, scaled to `image_size`."""
     from PIL import Image
-    from sklearn.datasets import load_digits
 
-    images, labels = load_digits(return_X_y=True)
+    rows = np.loadtxt(_digits_file(), delimiter=",")
+    images, labels = rows[:, :-1], rows[:, -1]
     pixels = np.round(images.reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8)
     size = (config.image_size, config.image_size)
     if size != (8, 8):
         small = (Image.fromarray(image[..., 0]) for image in pixels)
         pixels = np.stack([np.asarray(image.resize(size, Image.Resampling.BICUBIC))[..., None] for image in small])
     return bundle_from_arrays(config, pixels, labels.astype(np.int64), [str(digit) for digit in range(10)])
+
+
+def _digits_file() -> Path:
+    """What sklearn.datasets.load_digits reads; importing scikit-learn for it would take a second of every run."""
+    found = importlib.util.find_spec("sklearn")
+    if found is None or found.origin is None:
+        raise DataError("data.name=digits comes with scikit-learn, which isn't installed: pip install scikit-learn")
+    return Path(found.origin).parent / "datasets" / "data" / "digits.csv.gz"
 
 
 @sources.register("cifar10")
