@@ -276,6 +276,14 @@ def _checkpoint(config: Config) -> Iterator[str]:
         yield f"checkpoint.extra_state names {name} more than once"
     if config.train.precision == "fp16" and "scaler" not in names:
         yield f"checkpoint.extra_state={names} must hold scaler, since train.precision=fp16 scales the loss"
+    metric, order = config.checkpoint.checkpoint_score_attribute, config.checkpoint.checkpoint_score_order
+    key = f"checkpoint.checkpoint_score_attribute={metric}"
+    saved = [name for name in METRICS if not name.startswith("test_")]
+    if metric not in saved:
+        why = "is measured once, at the end" if metric in METRICS else "is written by no run"
+        yield f"{key} {why}.{did_you_mean(metric, saved)} Metrics: {', '.join(saved)}"
+    elif order != (better := "min" if "_loss" in metric else "max"):
+        yield f"{key} is best at its {better}imum, and checkpoint.checkpoint_score_order={order}: set that to {better}"
 
 
 # each check, and the fields that it counts with
@@ -295,7 +303,7 @@ _CHECKS: dict[Callable[[Config], Iterator[str]], tuple[str, ...]] = {
     check_freeze: ("train.epochs",),
     _scaling: (),
     _batch: ("train.global_batch_size", "train.accumulate_steps"),
-    _checkpoint: (),
+    _checkpoint: ("checkpoint.checkpoint_score_order",),
     _chaos: ("chaos.kind",),
     tracker_problems: (),
     _failure: ("failure.backoff_s", "failure.max_backoff_s"),

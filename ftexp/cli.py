@@ -6,9 +6,8 @@ entry point. Imports neither torch nor Ray.
 
 from __future__ import annotations
 
-import atexit
+import contextlib
 import dataclasses
-import gc
 import os
 import re
 import sys
@@ -33,9 +32,6 @@ _OPEN_KEYS = re.compile(
     r"|tracker\.(use|tags|kwargs))(\.[^=]+)?="
 )
 
-# the interpreter's last collections go through all that torch and Ray brought along, for most of a second
-atexit.register(gc.freeze)
-
 
 class _Shared(ConfigNode):
     """A schema that isn't copied with the store: for --help, Hydra copies the whole store a hundred times.
@@ -57,24 +53,39 @@ def offer_option(group: str, name: str, node: Any) -> None:
     ConfigStore.instance().store(name, dataclasses.asdict(node), group=group, provider="ftexp")
 
 
+_crashes: list[Exception] = []
+
+
+@contextlib.contextmanager
+def past_composing() -> Iterator[None]:
+    """What goes wrong in this block is no mistake in the command but a bug, here or in a plug-in, or the machine's.
+
+    `run_hydra` lets its traceback through: that is what helps.
+    """
+    try:
+        yield
+    except FtexpError:
+        raise
+    except Exception as error:
+        _crashes.append(error)
+        raise
+
+
 def run_hydra(task: Callable[[DictConfig], float | None], argv: Sequence[str]) -> int:
     """Compose from `argv` and call `task` once, or once for each job of a multirun; return the exit code.
 
     A job that fails with an FtexpError is reported, and the jobs after it still run.
     """
     failures: list[int] = []
-    crashes: list[Exception] = []  # bugs, in the task or in a plug-in: their traceback is what helps
 
     def reporting(composed: DictConfig) -> float | None:
         try:
-            return task(composed)
+            with past_composing():
+                return task(composed)
         except FtexpError as error:
             print_error(error)
             failures.append(error.exit_code)
             return None
-        except Exception as error:
-            crashes.append(error)
-            raise
 
     # any key may be added under these, so Hydra's "+" is put there for the user
     sys.argv[1:] = [f"++{word}" if _OPEN_KEYS.match(word) else _in_full(word) for word in argv]
@@ -87,7 +98,7 @@ def run_hydra(task: Callable[[DictConfig], float | None], argv: Sequence[str]) -
         print_error(error)
         return error.exit_code
     except Exception as error:  # composing raises ValueError, AssertionError and AttributeError too
-        if any(error is crash for crash in crashes):
+        if any(error is crash for crash in _crashes):
             raise
         unknown = _unknown_option(argv) if "group override must be a string" in str(error) else None
         if "does not support sweep type" in str(error):

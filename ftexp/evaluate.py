@@ -17,7 +17,7 @@ from omegaconf import MISSING
 
 from ftexp.cli import print_error, read_command
 from ftexp.config import Config
-from ftexp.errors import FtexpError
+from ftexp.errors import ConfigError, FtexpError
 from ftexp.fields import choice, ranged
 
 if TYPE_CHECKING:
@@ -62,13 +62,18 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Load the checkpoint and count; returns what is also written as JSON.
 
     Raises:
-        ConfigError: there is no run at `config.run`.
+        ConfigError: there is no run at `config.run`, or no GPU for device=cuda.
         CheckpointError: the run has no such checkpoint, or it is damaged.
         DataError: the data that the run was made with can't be read.
     """
     from ftexp.saved_run import load_run_config
     from ftexp.storage import Storage
 
+    if config.device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise ConfigError("device=cuda, and torch finds no GPU here: take device=auto, or cpu")
     storage = Storage.at(config.run)
     run_config = load_run_config(storage)
     from ftexp.scaling import private_ray

@@ -55,7 +55,7 @@ def flops_per_image(model: nn.Module, shape: tuple[int, int, int]) -> float:
 
 
 class Utilisation:
-    """Turns images/s into MFU, where the device's peak is known. The model is counted once, when first asked.
+    """Turns images/s into MFU, where the device's peak is known. The model is counted when first asked.
 
     `problem` tells why it can't be counted, if it can't.
     """
@@ -67,6 +67,10 @@ class Utilisation:
         self._shape = shape  # of an image: channels, height, width
         self._flops: float | None = None
         self.problem: str | None = None
+
+    def count_anew(self) -> None:
+        """Other parts of the model are trained from now on."""
+        self._flops = None
 
     def at(self, images_per_s: float, model: nn.Module) -> float | None:
         """The share of the devices' peak that so many images a second are; None where that isn't known."""

@@ -17,9 +17,11 @@ from ftexp.registry import did_you_mean
 from ftexp.timm_names import optimizer_names, without_drop_path
 
 # as timm's rand_augment_transform reads it
-_RAND_AUGMENT = re.compile(r"rand(-(m\d+|n[1-9]\d*|p(0|1|0?\.\d+|1\.0+)|mstd\d+(\.\d+)?|mmax\d+|inc[01]|t\w+))*")
+_RAND_AUGMENT = re.compile(r"rand(-(m\d+|n[1-9]\d*|p(0|1|0\.\d+|1\.0+)|mstd\d+(\.\d+)?|mmax\d+|inc[01]|t\w+))*")
 _RAND_AUGMENT_SETS = ("weights", "3a", "3aw")
+_SECOND_ORDER = ("adahessian",)  # of timm's optimisers
 _CLIPPING = ("clip_grad_norm", "clip_grad_value", "clip_grad_agc")
+_SCHEDULED_BY = {"min_lr": ("cosine", "poly"), "decay_epochs": ("step",), "decay_rate": ("step", "poly")}
 _BESIDE = {"opt": "name", **{name: name for name in ("lr", "weight_decay", "filter_bias_and_bn", "layer_decay")}}
 
 
@@ -61,6 +63,8 @@ def check_optim(config: Config) -> Iterator[str]:
     if optim.name not in optimizer_names() and not config.plugins:
         suggestion = did_you_mean(optim.name, optimizer_names())
         yield f"optim.name='{optim.name}' is unknown.{suggestion} Any optimiser of timm's can be named"
+    if optim.name in _SECOND_ORDER:
+        yield f"optim.name={optim.name} needs second derivatives, which the training step doesn't compute: take another"
     for key, name in _BESIDE.items():
         if key in optim.kwargs:
             yield f"optim.kwargs.{key} stands beside optim.{name}: set that one"
@@ -85,6 +89,9 @@ def check_schedule(config: Config) -> Iterator[str]:
         yield f"schedule.warmup_epochs={schedule.warmup_epochs} must be below train.epochs={epochs}: lower it"
     if schedule.min_lr > config.optim.lr:
         yield f"schedule.min_lr={schedule.min_lr} must not be above optim.lr={config.optim.lr}"
+    for name, users in _SCHEDULED_BY.items():
+        if schedule.name not in users:
+            yield from _unused(schedule, "schedule", (name,), f"is for schedule={' or '.join(users)}")
 
 
 def check_average(config: Config) -> Iterator[str]:

@@ -105,7 +105,8 @@ def choose(store: CheckpointStore, wanted: str, run_config: Config) -> Manifest:
     if wanted == "best":
         sign = 1 if order == "max" else -1
         scored = [manifest for manifest in manifests if manifest.metrics.get(metric) is not None]
-        manifests = sorted(scored, key=lambda manifest: sign * manifest.metrics[metric], reverse=True) or manifests
+        # a save between two evaluations repeats the value of the one before: of equals, the first was evaluated
+        manifests = sorted(scored, key=lambda each: (-sign * each.metrics[metric], each.step)) or manifests
     if not manifests:
         raise CheckpointError(f"{store.storage.uri} holds no checkpoint yet")
     return manifests[0]

@@ -129,6 +129,8 @@ def thaw(job: Job) -> None:
     job.wrapped = job.model  # the old one's hooks go with it, before the new one's come
     job.wrapped = job.wrap(job.model)
     settle_gradient_order(job)
+    if job.utilisation is not None:
+        job.utilisation.count_anew()
     if job.rank == 0:
         job.line.send("event", name="thawed", epoch=job.progress.epoch, num_frozen=job.freezing.num_frozen)
 

@@ -5,11 +5,13 @@ Nothing heavy is imported before the config is known to be good.
 
 from __future__ import annotations
 
+import os
 import sys
 
 from omegaconf import DictConfig
 
 from ftexp.cli import interrupted_code, print_error, run_hydra, to_config
+from ftexp.ending import code_of
 from ftexp.errors import ConfigError
 from ftexp.running import train
 from ftexp.sweep.plugins import with_plugins
@@ -38,4 +40,4 @@ def _task(composed: DictConfig) -> float | None:
 
 
 if __name__ == "__main__":
-    main()
+    os._exit(code_of(main) & 0xFF)

@@ -24,9 +24,11 @@ from ftexp.checkpoint.store import (
     kept_names,
     locate,
 )
-from ftexp.config import DAMAGES
-from ftexp.errors import CheckpointError
+from ftexp.config import DAMAGES, Config
+from ftexp.errors import CheckpointError, ConfigError
+from ftexp.evaluate import EvaluateConfig, evaluate
 from ftexp.failure import chaos
+from ftexp.saved_run import choose
 from ftexp.storage import Storage
 
 CONTENT = {name: name.encode() * 50 for name in FILES}
@@ -367,13 +369,27 @@ def test_asking_for_a_checkpoint_that_is_not_there_names_those_that_are(store):
         (2, 10, {10, 30, 40}),
         (2, 40, {30, 40}),
         (None, 10, {10, 20, 30, 40}),
-        (2, 11, {30, 40}),
+        (2, 11, {20, 30, 40}),  # not saved: the next that was is the nearest
+        (2, 41, {30, 40}),
     ],
 )
 def test_the_newest_and_the_best_are_kept(num_to_keep, best_step, expected):
     manifests = [manifest(step) for step in (20, 40, 10, 30)]
     kept = kept_names(manifests, num_to_keep, best_step)
     assert kept == {manifest(step).name for step in expected}
+
+
+def test_of_saves_with_one_value_the_best_is_the_first_since_it_was_evaluated(store):
+    for step, value in ((10, 0.5), (20, 0.9), (27, 0.9), (30, 0.7), (38, 0.7)):
+        store.save(manifest(step, metrics={"val_accuracy": value}), WRITERS)
+    assert choose(store, "best", Config()).step == 20
+    assert choose(store, "latest", Config()).step == 38
+
+
+def test_an_evaluation_on_a_gpu_that_is_not_there_is_refused(store, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="device=cuda, and torch finds no GPU here: take device=auto, or cpu"):
+        evaluate(EvaluateConfig(run=store.storage.uri, device="cuda"))
 
 
 def test_of_two_saves_of_one_step_the_later_attempt_counts(store):

@@ -152,6 +152,33 @@ WRONG = {
     "mixing one sample": ("augment.mixup_alpha=1 train.global_batch_size=1", "mix two samples", "raise it"),
     "erasing nothing": ("augment.erase_mode=pixel", "augment.erase_mode=pixel needs augment.erase_prob above 0"),
     "RandAugment misspelt": ("augment.rand_augment=randm9", "augment.rand_augment=randm9 can't be read", "rand-m9-n2"),
+    "RandAugment's probability": ("augment.rand_augment=rand-m9-p.5", "rand-m9-p.5 can't be read", "probability"),
+    "second derivatives": ("optim.name=adahessian", "adahessian needs second derivatives", "take another"),
+    "score of no metric": (
+        "checkpoint.checkpoint_score_attribute=val_acuracy",
+        "checkpoint.checkpoint_score_attribute=val_acuracy is written by no run",
+        "Did you mean 'val_accuracy'?",
+    ),
+    "score at the end only": (
+        "checkpoint.checkpoint_score_attribute=test_accuracy",
+        "checkpoint.checkpoint_score_attribute=test_accuracy is measured once, at the end",
+        "val_accuracy",
+    ),
+    "score's order": (
+        "checkpoint.checkpoint_score_attribute=val_loss",
+        "val_loss is best at its minimum, and checkpoint.checkpoint_score_order=max",
+        "set that to min",
+    ),
+    "decay of another schedule": (
+        "schedule.decay_epochs=5",
+        "schedule.decay_epochs=5",
+        "is for schedule=step",
+    ),
+    "least rate of a schedule without": (
+        "schedule=constant schedule.min_lr=1e-6",
+        "schedule.min_lr=1e-06",
+        "is for schedule=cosine or poly",
+    ),
     "RandAugment of no set": ("augment.rand_augment=rand-m9-tnope", "tnope is no set of timm's", "tweights"),
     "RandAugment on four channels": (
         "data=synthetic augment.rand_augment=rand-m9 data.channels=4 data.mean=[0,0,0,0] data.std=[1,1,1,1]",
@@ -185,6 +212,11 @@ WRONG = {
         "tracker=tensorboard writes files to a disk",
         "set tracker.tensorboard.dir",
         "set tracker.mlflow.tracking_uri",
+    ),
+    "an object store for files": (
+        "tracker=tensorboard tracker.tensorboard.dir=s3://bucket/boards",
+        "tracker.tensorboard.dir=s3://bucket/boards isn't on a disk",
+        "name a folder on one",
     ),
     "mode of wandb": ("tracker=wandb tracker.wandb.mode=of", "tracker.wandb.mode='of' is not one of offline, online"),
     "unknown chaos": ("chaos=kill_wroker", "chaos=kill_wroker is unknown", "Did you mean 'kill_worker'?"),

@@ -88,6 +88,29 @@ def test_a_listing_that_has_changed_has_another_digest(tmp_path):
     assert digest() == one
 
 
+def test_labels_are_named_as_training_names_them(tmp_path):
+    put(tmp_path / "folder" / "007" / "a.png", encoded(IMAGES[0]))
+    write_parquet(tmp_path / "rows" / "a.parquet", [encoded(IMAGES[0])], ["007"])
+    put(tmp_path / "list.csv", b"path,label\nfolder/007/a.png,007\n")
+    write_shard(tmp_path / "shards" / "a.tar", [("a.png", encoded(IMAGES[0])), ("a.cls", b"007")])
+    found = {
+        name: read(find_inputs(data_config(name, tmp_path / root, on_bad_sample="skip"), ALL, ["007"]))[3]
+        for name, root in (
+            ("image_folder", "folder"), ("parquet", "rows"), ("image_list", "list.csv"), ("webdataset", "shards"),
+        )
+    }  # fmt: skip
+    assert found == {"image_folder": ["007"], "parquet": ["007"], "image_list": ["7"], "webdataset": ["7"]}
+
+
+def test_a_list_whose_labels_have_changed_has_another_digest(tmp_path):
+    put(tmp_path / "a.png", encoded(IMAGES[0]))
+    digests = set()
+    for label in "01":
+        put(tmp_path / "list.csv", f"path,label\na.png,{label}\n".encode())
+        digests.add(find_inputs(data_config("image_list", tmp_path / "list.csv"), ALL, CLASSES).digest)
+    assert len(digests) == 2
+
+
 def test_an_empty_folder_is_told(tmp_path):
     with pytest.raises(DataError, match="has no image for split=all"):
         find_inputs(data_config("image_folder", tmp_path), ALL, CLASSES)

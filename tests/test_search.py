@@ -72,7 +72,7 @@ def test_a_drawn_number_has_few_digits_and_stays_inside():
     assert [drawn.value(word) for word in ("0.001235", "0.6")] == [0.001235, None]
 
 
-@pytest.mark.parametrize("word", ["0", "4", "2.0", "2.5"])
+@pytest.mark.parametrize("word", ["0", "4", "2.0", "2.5", "null"])
 def test_a_word_outside_of_an_interval_of_whole_numbers_is_no_point(word):
     (depth,) = space_of(DEPTH)[1]
     assert [depth.value(each) for each in ("1", "3")] == [1, 3]
@@ -180,6 +180,15 @@ def test_what_is_left_of_a_small_space_is_counted_out_where_draws_do_not_hit_it(
     _, space = space_of(RATE)
     (first,) = proposals("random", 1, RATE)
     assert propose(space, "random", "max", 0, 0, [Known(first, FINISHED)]) is None  # no end of others, but none drawn
+
+
+def test_a_space_of_very_many_points_is_neither_counted_out_nor_held_in_memory(monkeypatch):
+    _, space = space_of("seed=int(interval(0, 2147483647))", "optim.lr=1e-3,3e-3")
+    assert num_points(space) == 2**32
+    monkeypatch.setattr(proposing, "_MOST_DRAWS", 0)  # so that what is left is counted out
+    first = propose(space, "random", "max", 0, 0, [])
+    second = propose(space, "random", "max", 0, 1, [Known(first, FINISHED)])
+    assert [first, second] == [{"optim.lr": "0.001", "seed": "0"}, {"optim.lr": "0.001", "seed": "1"}]
 
 
 # Early stopping
@@ -517,8 +526,8 @@ WRONG = {
     "unknown metric": ([*TUNE, RATE, "sweep.metric=val_acc"], "sweep.metric=val_acc", "Did you mean 'val_accuracy'"),
     "unknown metric of checkpoints": (
         [*TUNE, RATE, "checkpoint.checkpoint_score_attribute=f1"],
-        "f1 is written by no run",
-        "sweep.metric",
+        "checkpoint.checkpoint_score_attribute=f1 is written by no run",
+        "val_accuracy",
     ),
     "wrong mode": (
         [*TUNE, RATE, "sweep.metric=val_loss", "sweep.mode=lowest"],

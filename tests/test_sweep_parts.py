@@ -10,6 +10,7 @@ import textwrap
 import pytest
 from conftest import TELL_IMPORTS
 from omegaconf import OmegaConf
+from rich.console import Console
 
 import ftexp.scaling
 from ftexp.cli import run_hydra
@@ -22,10 +23,12 @@ from ftexp.storage import Storage
 from ftexp.sweep import sweep as sweeping
 from ftexp.sweep.display import Display
 from ftexp.sweep.identity import parse_words, swept_keys, trial_name
-from ftexp.sweep.leaderboard import as_csv, ranked, varying
+from ftexp.sweep.leaderboard import CSV_FILE, PNG_FILE, as_csv, publish, ranked, varying
 from ftexp.sweep.ledger import Ledger, Reached, Trial, look, read_ledger
 from ftexp.sweep.picture import draw
-from ftexp.sweep.runner import Job, Runner, fits, require_room
+from ftexp.sweep.plugins import with_plugins
+from ftexp.sweep.records import Records
+from ftexp.sweep.runner import Job, Runner, config_of, fits, require_room
 from ftexp.tracking import FAILED, FINISHED, INTERRUPTED, RUN_FILE, RUNNING, RunState
 
 COMPOSED = OmegaConf.create({"optim": {"lr": 0.001}, "seed": 1, "data": {"mean": [0.5, 0.5]}, "model": {"name": "a"}})
@@ -141,11 +144,64 @@ def test_one_failure_is_its_own_and_has_a_reason(tmp_path, monkeypatch):
     assert jobs[1].trial.error == "bad (exit code 1)"
 
 
-def test_a_killed_driver_is_started_again_as_often_as_failures_are_allowed(tmp_path, monkeypatch):
-    kill = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
-    jobs, changes = run(tmp_path, {"killed": kill}, monkeypatch)
+@pytest.mark.parametrize(
+    ("end", "told"),
+    [
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "its driver was killed by SIGKILL"),
+        ("sys.exit(75)", "killed (exit code 75)"),  # as after a SIGTERM that didn't come from the sweep
+    ],
+)
+def test_a_driver_that_somebody_ends_is_started_again_as_often_as_failures_are_allowed(
+    tmp_path, monkeypatch, end, told
+):
+    jobs, changes = run(tmp_path, {"killed": end}, monkeypatch)
     assert changes.count(("killed", RUNNING)) == 1 + Config().failure.max_failures
-    assert jobs[0].trial.error == "its driver was killed by SIGKILL"
+    assert (jobs[0].trial.status, jobs[0].trial.error) == (FAILED, told)
+
+
+def test_a_trial_that_is_started_again_goes_on_whatever_resume_said(tmp_path):
+    never = job(tmp_path)
+    never.config.resume = "never"
+    found = []
+    for never.num_starts in (1, 2):
+        found.append(config_of(never).resume)
+    assert found == ["never", "auto"]
+
+
+def test_a_trial_that_cannot_be_started_leaves_the_others_alone(tmp_path, monkeypatch):
+    (tmp_path / "bad").write_text("where its run directory should be")
+    jobs, _ = run(tmp_path, {"good": "pass", "bad": "pass", "also": "pass"}, monkeypatch)
+    assert [each.trial.status for each in jobs] == [FINISHED, FAILED, FINISHED]
+    assert jobs[1].trial.error.startswith("it could not be started: [Errno ")
+
+
+class Flaky(Storage):
+    """Fails to write as long as it is told to."""
+
+    is_down = False
+
+    def write_bytes(self, name, content):
+        if Flaky.is_down:
+            raise OSError("no space left")
+        super().write_bytes(name, content)
+
+
+def test_a_store_that_is_down_costs_a_sweep_nothing_but_the_wait(folder, monkeypatch):
+    said, settled = [], []
+    records = Records(Flaky(folder.uri), ledger(trial("a")), lambda: settled.append(1), lambda *text: said.append(text))
+    monkeypatch.setattr(Flaky, "is_down", True)
+    for _ in range(2):
+        with records.riding_out():
+            records.write()
+    assert (records.is_written, len(settled)) == (False, 2)
+    assert said == [("! the sweep's records can't be kept: no space left; trying again", "yellow")]
+    monkeypatch.setattr(Flaky, "is_down", False)
+    with records.riding_out():
+        records.write()
+    assert records.is_written
+    assert [each.name for each in read_ledger(folder).trials] == ["a"]
+    with pytest.raises(TypeError), records.riding_out():  # a bug is no outage
+        raise TypeError
 
 
 @pytest.mark.parametrize(("most", "capacity", "at_once"), [(None, 2.0, 2), (1, 2.0, 1), (None, 1.0, 1), (3, 9.0, 3)])
@@ -295,6 +351,16 @@ def test_the_command_ends_with_what_the_launcher_says(monkeypatch, capsys):
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     assert run_hydra(lambda _: None, []) == 1
     assert "bad: out of luck" in capsys.readouterr().err
+
+
+def test_a_bug_in_a_sweep_is_no_mistake_in_the_command(monkeypatch):
+    def fail(*_):
+        raise ValueError("of a bug")
+
+    monkeypatch.setattr(sweeping, "run_sweep", fail)
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    with pytest.raises(ValueError, match="of a bug"):
+        run_hydra(lambda _: None, with_plugins(["-m", "optim.lr=1e-3,3e-3"]))
 
 
 # What is seen
@@ -451,6 +517,15 @@ def test_only_what_varies_is_a_column():
 @pytest.mark.parametrize("values", [{}, {"model": "vit"}], ids=["one trial", "words"])
 def test_a_picture_is_drawn_of_any_number_of_trials(folder, values):
     assert draw(folder, ledger(), [reached("a", 0.5, **values)]).startswith(b"\x89PNG")
+
+
+def test_trials_without_the_objective_are_listed_and_not_drawn(folder, capsys):
+    trials = [Reached(trial(name, **{"optim.lr": name}), FINISHED, RunState(name=name)) for name in ("0.1", "0.2")]
+    assert draw(folder, ledger(), trials).startswith(b"\x89PNG")
+    publish(folder, ledger(), trials, Console(width=120))
+    assert "0.2" in capsys.readouterr().out
+    assert folder.exists(CSV_FILE)
+    assert not folder.exists(PNG_FILE)
 
 
 # What is refused, before anything is started

@@ -13,6 +13,7 @@ import ftexp.mfu
 from ftexp.loop import log_train
 from ftexp.mfu import Utilisation, flops_per_image, peak_flops
 from ftexp.profiling import PROFILES, profiled
+from ftexp.step import thaw
 from ftexp.storage import Storage
 from ftexp.timing import BACKWARD, FORWARD, OPTIMIZER, SAVE, SPEEDS, Stopwatch
 
@@ -152,6 +153,17 @@ def test_utilisation_is_the_share_of_all_devices_peaks(monkeypatch):
     monkeypatch.setattr(ftexp.mfu, "flops_per_image", lambda model, shape: 121e9)
     assert Utilisation(torch.device("cuda"), "bf16", 2, (3, 8, 8)).at(500.0, nn.Identity()) == 0.25
     assert Utilisation(torch.device("cpu"), "bf16", 2, (3, 8, 8)).at(500.0, nn.Identity()) is None
+
+
+def test_what_is_unfrozen_counts_from_then_on(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA L4")
+    job = make_job(freeze={"backbone": 1})
+    job.utilisation = Utilisation(torch.device("cuda"), "bf16", 1, (1, 8, 8))
+    thaw(job)
+    frozen = job.utilisation.at(1e9, job.model)
+    job.progress.epoch = 1
+    thaw(job)
+    assert job.utilisation.at(1e9, job.model) > 2 * frozen
 
 
 def test_a_model_that_cannot_be_counted_has_no_utilisation_and_says_why(monkeypatch):

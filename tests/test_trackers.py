@@ -195,6 +195,38 @@ def test_params_tags_and_the_end_are_told_and_secrets_are_not(server, tmp_path):
         assert not file.is_file() or b"very secret" not in file.read_bytes(), file
 
 
+def test_a_key_that_mlflow_refuses_is_told_in_characters_that_it_takes(server, tmp_path):
+    folder = tmp_path / "pattern"
+    plain = settings(folder, server, ["mlflow"])
+    plain.train.freeze, plain.tracker.tags = {"blocks.0.*": None}, {"who?": "me"}
+    run_dir = Storage.at(str(folder))
+    followed = Trackers(plain.tracker, tracked_run(plain, run_dir, "pattern", 1e9), run_dir, list)
+    followed.start(lambda event: None)
+    followed.end(Outcome(status="finished"))
+    assert followed.wait() == []
+    _, found = mlflow_run(server, folder)
+    assert (found.data.params["train.freeze.blocks.0._"], found.data.tags["who_"]) == ("None", "me")
+
+
+def test_a_folder_of_tensorboards_keeps_runs_of_one_name_apart(tmp_path):
+    def log_a_point(storage):
+        config, run_dir = settings(tmp_path / storage / "first", "", ["tensorboard"]), tmp_path / storage / "first"
+        config.tracker.tensorboard.dir = str(tmp_path / "boards")
+        run_dir.mkdir(parents=True, exist_ok=True)
+        folder = Storage.at(str(run_dir))
+        followed = Trackers(config.tracker, tracked_run(config, folder, "first", 1e9), folder, lambda: points_of([1]))
+        followed.start(lambda event: None)
+        followed.end(Outcome(status="finished"))
+        assert followed.wait() == []
+
+    for storage in ("one", "two", "one"):
+        log_a_point(storage)
+    boards = sorted((tmp_path / "boards").iterdir())
+    assert [len(path.name) for path in boards] == [len("first"), len("first-01234567")]
+    for path in boards:
+        assert Counter(scalars(path)) == {("train_loss", 1): 1, ("lr", 1): 1}
+
+
 def test_what_another_call_sets_otherwise_becomes_a_tag(server, tmp_path, monkeypatch):
     folder = tmp_path / "longer"
     deliver(folder, server, names=["mlflow"])

@@ -261,7 +261,13 @@ def locate(uri: str) -> tuple[CheckpointStore, Manifest]:
 
 
 def kept_names(manifests: list[Manifest], num_to_keep: int | None, best_step: int | None) -> set[str]:
-    """Names to keep: the `num_to_keep` of the highest steps (None: all), and the one of the best step."""
+    """Names to keep: the `num_to_keep` of the highest steps (None: all), and the one of the best step.
+
+    That step may not have been saved: then the next that was is the nearest to it.
+    """
     newest_first = sorted(manifests, key=lambda manifest: (manifest.step, manifest.attempt), reverse=True)
     kept = {manifest.name for manifest in newest_first[:num_to_keep]}
-    return kept | {next((m.name for m in newest_first if m.step == best_step), "")} - {""}
+    if best_step is not None and (since := [each for each in newest_first if each.step >= best_step]):
+        nearest = min(each.step for each in since)
+        kept.add(next(each.name for each in since if each.step == nearest))
+    return kept

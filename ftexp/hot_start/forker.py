@@ -7,7 +7,6 @@ preloaded process ends, or when nothing has been asked for in a while.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import gc
 import importlib
@@ -22,6 +21,8 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from ftexp.ending import code_of
 
 WITH_THE_CLUSTER = ("ray", "ray.train", "ray.train.torch", "ray.data", "ftexp.loop", "ftexp.trainer")
 ANSWERED_BY_A_WORKER = (signal.SIGINT, signal.SIGTERM)  # but ignored here
@@ -134,32 +135,9 @@ class Forker:
                 other.close()
             connection.settimeout(None)
             threading.Thread(target=_die_with, args=(connection,), daemon=True, name="launcher").start()
-            code = _end(_run, request)
+            code = code_of(lambda: _run(request))
         finally:  # whatever happens, a child never goes on as a second forker
             os._exit(code & 0xFF)
-
-
-def _end(run: Callable[[dict[str, Any]], int], request: dict[str, Any]) -> int:
-    """The exit code of `run`, after what the interpreter does at its end, short of taking the modules down."""
-    interrupted = False
-    try:
-        code = run(request)
-    except SystemExit as error:
-        code = error.code if isinstance(error.code, int) else int(error.code is not None)
-        if error.code is not None and not isinstance(error.code, int):
-            print(error.code, file=sys.stderr)
-    except BaseException as error:
-        code, interrupted = 1, isinstance(error, KeyboardInterrupt)
-        sys.excepthook(*sys.exc_info())
-    threading._shutdown()  # type: ignore[attr-defined]  # joins threads that aren't daemons, as multiprocessing does
-    atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or None
-            stream.flush()
-    if interrupted:  # a shell and a launcher tell by this
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        os.kill(os.getpid(), signal.SIGINT)
-    return code
 
 
 def _hung_up(connection: socket.socket) -> bool:

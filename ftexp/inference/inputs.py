@@ -119,9 +119,9 @@ def _list(config: DataConfig, _: list[str]) -> Inputs:
     import pyarrow as pa
 
     listed = read_list(config, labelled=False)
-    labels: Sequence[Any] = listed.labels or [None] * len(listed.paths)
+    labels = _as_labels(listed.labels or [None] * len(listed.paths))
     reader = FileReader(listed.filesystem, listed.folder, Shared(pa.array(listed.paths, pa.large_string())))
-    return _inputs(reader, labels, _digest((path, 0) for path in listed.paths))
+    return _inputs(reader, labels, _digest(((path, 0) for path in listed.paths), repr(labels).encode()))
 
 
 @every_image.register("parquet")
@@ -154,17 +154,21 @@ def _webdataset(config: DataConfig, _: list[str]) -> Inputs:
     infos = data_files(filesystem, root, config, ".tar")
     stretches, labels, bad = scan_shards(filesystem, [info.path for info in infos], labelled=False)
     digest = _digest((info.path.removeprefix(root), info.size) for info in infos)
-    return _inputs(BlockReader(stretches), labels, digest, bad)
+    return _inputs(BlockReader(stretches), _as_labels(labels), digest, bad)
 
 
 def _inputs(reader: Reader, labels: Sequence[Any], digest: str, bad: list[BadSample] | None = None) -> Inputs:
-    """Of labels as they were written; None or "": there is none."""
-    written = [None if label in (None, "") else str(as_label(label) if isinstance(label, str) else label)
-               for label in labels]  # fmt: skip
+    """Of labels as training takes them; None or "": there is none."""
+    written = [None if label in (None, "") else str(label) for label in labels]
     names = sorted({label for label in written if label is not None})
     numbers: dict[str | None, int] = {None: _NONE, **{name: number for number, name in enumerate(names)}}
     table = Shared((np.arange(len(written)), np.array([numbers[label] for label in written], np.int64)))
     return Inputs(_kept(IndexedSplit(len(written), reader, table, None)), names, digest, bad or [])
+
+
+def _as_labels(texts: Sequence[str | None]) -> list[str | int | None]:
+    """Of a source that holds text only, where training takes what looks like a number for one."""
+    return [None if text is None else as_label(text) for text in texts]
 
 
 def _kept(split: IndexedSplit) -> IndexedSplit:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ftexp.inference.inputs import Inputs
 
 _MOST_BAD_SHOWN = 10
+_COLUMNS = ("image_column", "label_column")
 _SPLITTING = ("val_fraction", "test_fraction", "split_seed")  # data fields that decide which image is in which split
 _FILE_OF = {"raw": "model.pt", "ema": "extra_state.pt"}  # that holds the weights
 
@@ -49,7 +50,7 @@ class Request:
     def plan(self, inputs: Inputs) -> Plan:
         """What is written down of it, to go on by."""
         data = self.config.data
-        fields = [*AS_TRAINED, *([] if self.split == "all" else _SPLITTING)]
+        fields = [*AS_TRAINED, *_COLUMNS, *([] if self.split == "all" else _SPLITTING)]
         root = Storage.at(data.root).uri if data.root is not None else None
         described = {"name": data.name, "root": root, "split": self.split, **{n: getattr(data, n) for n in fields}}
         return Plan(

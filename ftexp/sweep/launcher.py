@@ -17,7 +17,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
 from ftexp.checks import validate
-from ftexp.cli import to_config
+from ftexp.cli import past_composing, to_config
 from ftexp.config import Config
 from ftexp.errors import ConfigError
 from ftexp.sweep.identity import parse_words
@@ -50,7 +50,8 @@ class SweepLauncher(Launcher):
         jobs = [parse_words(words, config) for words, config in zip(job_overrides, composed, strict=True)]
         from ftexp.sweep.sweep import run_sweep
 
-        values = run_sweep(configs, jobs, [list(words) for words in job_overrides])
+        with past_composing():
+            values = run_sweep(configs, jobs, [list(words) for words in job_overrides])
         return [_returned(value) for value in values]
 
 

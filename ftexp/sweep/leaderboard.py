@@ -25,7 +25,7 @@ def publish(folder: Storage, ledger: Ledger, trials: list[Reached], console: Con
     ordered = ranked(ledger, trials)
     console.print(table(ledger, ordered))
     folder.write_bytes(CSV_FILE, as_csv(ledger, ordered).encode())
-    if any(trial.status == FINISHED for trial in ordered):
+    if any(trial.status == FINISHED and trial.value(ledger.metric) is not None for trial in ordered):
         folder.write_bytes(PNG_FILE, draw(folder, ledger, ordered))
 
 

@@ -46,7 +46,7 @@ def _draw_values(panel: Any, ledger: Ledger, key: str, done: list[Reached]) -> N
     if labels:
         panel.set_xticks(range(len(labels)), labels, rotation=20 if max(map(len, labels)) > 8 else 0)
         panel.set_xlim(-0.5, len(labels) - 0.5)
-    elif min(places) > 0 and max(places) / min(places) > _LOG_SPAN:
+    elif places and min(places) > 0 and max(places) / min(places) > _LOG_SPAN:
         panel.set_xscale("log")
     panel.set_xlabel(key)
     panel.set_ylabel(ledger.metric)

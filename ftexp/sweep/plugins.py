@@ -53,6 +53,7 @@ def _register() -> None:
         package = importlib.import_module(package_name)
     except ModuleNotFoundError:  # no plug-in is installed
         package = sys.modules[package_name] = types.ModuleType(package_name)
+        package.__path__ = []  # Hydra looks through it if it begins anew in this process, as its compose API does
     classes: tuple[type[Plugin], ...] = (SweepLauncher, TuneSweeper)
     setattr(package, module, types.SimpleNamespace(**{each.__name__: each for each in classes}))
     for each in classes:

@@ -13,13 +13,12 @@ end it assumes the worst of them (Optuna's constant liar), so that trials side b
 from __future__ import annotations
 
 import hashlib
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from ftexp.sweep.ledger import STOPPED
-from ftexp.sweep.space import Dimension, Options, plain_key
+from ftexp.sweep.space import Dimension, Options, all_points, num_points, plain_key
 from ftexp.tracking import FINISHED, RUNNING
 
 _MOST_DRAWS = 20  # before the points that are left are counted out
@@ -54,16 +53,9 @@ def propose(
 
 
 def _first_left(space: Sequence[Dimension], taken: set[tuple[tuple[str, str], ...]]) -> dict[str, str] | None:
-    columns = []
-    for dimension in space:
-        if (
-            words := dimension.all_words
-        ) is None:  # twenty draws that were there already: it is no wider than its digits
-            return None
-        columns.append([(plain_key(dimension), word) for word in words])
-    points = (point for point in itertools.product(*columns) if tuple(sorted(point)) not in taken)
-    found = next(points, None)
-    return dict(found) if found is not None else None
+    if num_points(space) is None:  # twenty draws that were there already: it is no wider than its digits
+        return None
+    return next((point for point in all_points(space) if tuple(sorted(point.items())) not in taken), None)
 
 
 def _random(space: Sequence[Dimension], seed: int) -> list[Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import os
 import pickle
@@ -130,10 +132,18 @@ class Runner:
         job.process.send_signal(signal.SIGINT)
 
     def _start(self, job: Job) -> None:
+        job.num_starts += 1
+        try:
+            self._launch(job)
+        except OSError as error:  # of the disk that its output goes to, or of the store
+            self._set(job, FAILED, f"it could not be started: {error}")
+            return
+        self._set(job, RUNNING)
+
+    def _launch(self, job: Job) -> None:
         job.log.parent.mkdir(parents=True, exist_ok=True)
         state = read_state(job.run_dir)
         job.began, job.began_at_epoch = time.monotonic(), state.epoch if state is not None else 0
-        job.num_starts += 1
         with job.log.open("ab") as log:
             job.process = subprocess.Popen(
                 [*self.python, str(_SCRIPT), json.dumps(sys.path)],
@@ -148,25 +158,25 @@ class Runner:
             job.process.stdin.flush()
         except BrokenPipeError:  # its end tells
             pass
-        self._set(job, RUNNING)
 
     def _ended(self, job: Job, code: int) -> None:
         assert job.process is not None
         assert job.process.stdin is not None
         job.process.stdin.close()
         job.process = None
-        was_stopped = self.asked and code in (-signal.SIGINT, -signal.SIGTERM, -signal.SIGKILL)
-        stopped_early = job.trial.stopped_at is not None and (code < 0 or code in (EXIT_INTERRUPTED, EXIT_TERMINATED))
+        told_to_end = (EXIT_INTERRUPTED, EXIT_TERMINATED, -signal.SIGINT, -signal.SIGTERM, -signal.SIGKILL)
+        was_ended = code < 0 or code in told_to_end  # by a signal, from here or from elsewhere
+        stopped_early = job.trial.stopped_at is not None and was_ended
         if code != 0 and not stopped_early:
             job.trial.stopped_at = None  # it failed, or was killed, before it heard of it
         if code == 0:
             self._set(job, FINISHED)
         elif stopped_early:
             self._set(job, STOPPED)
-        elif was_stopped or code in (EXIT_INTERRUPTED, EXIT_TERMINATED):
+        elif self.asked and code in told_to_end:
             self._set(job, INTERRUPTED)
-        elif code < 0 and job.num_starts <= self._restarts(job):
-            self._set(job, WAITING)  # its driver was killed: it goes on from its last save, as the command would
+        elif was_ended and job.num_starts <= self._restarts(job):
+            self._set(job, WAITING)  # somebody ended its driver: it goes on from its last save, as the command would
         else:
             self._set(job, FAILED, _reason(job, code))
 
@@ -196,6 +206,11 @@ class Runner:
             os.kill(job.process.pid, signal.SIGKILL)
 
 
+def config_of(job: Job) -> Config:
+    """A trial's; one that is started again goes on, whatever `resume` said of the first time."""
+    return job.config if job.num_starts == 1 else dataclasses.replace(job.config, resume="auto")
+
+
 def fits(needs: dict[str, float], capacity: dict[str, float], taken: list[dict[str, float]]) -> bool:
     """Whether `capacity` has `needs` beside what is taken; what rounding adds doesn't count."""
     return all(
@@ -206,9 +221,10 @@ def fits(needs: dict[str, float], capacity: dict[str, float], taken: list[dict[s
 
 def _reason(job: Job, code: int) -> str:
     """Why a trial failed: what its run.json says, else the last that it printed."""
-    state = read_state(job.run_dir)
-    if state is not None and state.status == FAILED and state.error:
-        return state.error
+    with contextlib.suppress(OSError):  # a store that is down now
+        state = read_state(job.run_dir)
+        if state is not None and state.status == FAILED and state.error:
+            return state.error
     if code < 0:
         return f"its driver was killed by {signal.Signals(-code).name}"
     lines = [line for line in job.log.read_text(errors="replace").splitlines() if line.strip()]

@@ -169,12 +169,12 @@ class Search:
             trial = job.trial
             if trial.status not in (FINISHED, STOPPED, FAILED) or trial.name in self._whole:
                 continue
-            self._whole.add(trial.name)
             if trial.status == FINISHED and trial.name in self._undecided and trial.stopped_at is None:
                 # it was too quick to be stopped; what the search makes of it mustn't depend on that
                 trial.stopped_at = halving.decide(trial.name, self._curve(job))
             else:
                 halving.take(trial.name, self._curve(job))
+            self._whole.add(trial.name)
 
     def _curve(self, job: Job) -> list[tuple[int, float]]:
         """(epoch, objective) points, up to the one that had the trial stopped."""

@@ -21,7 +21,8 @@ from ftexp.sweep.display import Display
 from ftexp.sweep.leaderboard import publish
 from ftexp.sweep.ledger import Ledger, reached
 from ftexp.sweep.parent import tracked_sweep
-from ftexp.sweep.runner import Job, Runner, require_room
+from ftexp.sweep.records import Records
+from ftexp.sweep.runner import Job, Runner, config_of, require_room
 from ftexp.sweep.sweep import failures_of, most_threads
 from ftexp.sweep.trial import Order
 from ftexp.tracking import FINISHED
@@ -101,20 +102,35 @@ def _with_ray(
         interval_s = _LOOK_EVERY_S if folder.local_path is not None else _LOOK_EVERY_REMOTE_S
         looked = 0.0
 
+        settle = search.settle if search is not None else lambda: None
+        records = Records(folder, ledger, settle, display.say)
+
         def tick() -> None:
             nonlocal looked
             if time.monotonic() - looked > interval_s:
                 looked = time.monotonic()
-                display.update()
-                for job, epoch in search.to_stop() if search is not None else ():
-                    runner.stop_early(job, epoch)
-                    ledger.write(folder)
+                with records.riding_out():
+                    if not records.is_written:
+                        records.write()
+                    display.update()
+                    for job, epoch in search.to_stop() if search is not None else ():
+                        runner.stop_early(job, epoch)
+                        records.write()
 
         def changed(job: Job) -> None:
-            if search is not None:
-                search.settle()
-            ledger.write(folder)
-            display.changed(job)
+            with records.riding_out():
+                records.write()
+            with records.riding_out():
+                display.changed(job)
+
+        def more() -> Job | None:
+            while search is not None:
+                with records.riding_out():
+                    return search.next_job()
+                if asked or any(job.process is not None for job in jobs):
+                    return None  # it is asked for again
+                time.sleep(interval_s)
+            return None
 
         if search is not None and importing is not None:
             importing.join()
@@ -125,11 +141,11 @@ def _with_ray(
                 capacity=capacity,
                 most=config.sweep.max_concurrent,
                 python=hot_start.python(),
-                order=lambda job: Order(job.config, job.overrides, shared),
+                order=lambda job: Order(config_of(job), job.overrides, shared),
                 changed=changed,
                 tick=tick,
                 asked=asked,
-                more=search.next_job if search is not None else lambda: None,
+                more=more,
                 least=search.least if search is not None else {},
             )
             runner.run()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,12 @@ class Options:
     is_ordered: bool  # steps of a range, of which neighbours are alike
 
     @property
-    def all_words(self) -> Sequence[str]:
+    def num_words(self) -> int:
+        """How many words may be drawn."""
+        return len(self.words)
+
+    @property
+    def all_words(self) -> Iterable[str]:
         """Every word that may be drawn."""
         return self.words
 
@@ -57,9 +62,14 @@ class Interval:
         return isinstance(self.low, int)
 
     @property
-    def all_words(self) -> Sequence[str] | None:
-        """Every word that may be drawn; None for too many."""
-        return [str(number) for number in range(int(self.low), int(self.high) + 1)] if self.is_whole else None
+    def num_words(self) -> int | None:
+        """How many words may be drawn; None for too many."""
+        return int(self.high) - int(self.low) + 1 if self.is_whole else None
+
+    @property
+    def all_words(self) -> Iterable[str]:
+        """Every word that may be drawn, of whole numbers, which may be very many."""
+        return map(str, range(int(self.low), int(self.high) + 1))
 
     @property
     def ends(self) -> Sequence[str]:
@@ -73,8 +83,11 @@ class Interval:
         return repr(min(max(float(f"{value:.{_DIGITS}g}"), self.low), self.high))
 
     def value(self, word: str) -> float | None:
-        """The value that a word stands for; None outside of the interval."""
-        number = int(word) if self.is_whole and word.lstrip("-").isdigit() else float(word)
+        """The value that a word stands for; None outside of the interval, and for what is no number."""
+        try:
+            number = int(word) if self.is_whole and word.lstrip("-").isdigit() else float(word)
+        except ValueError:
+            return None
         return number if self.low <= number <= self.high and isinstance(number, int) == self.is_whole else None
 
 
@@ -117,8 +130,19 @@ def inside(space: Sequence[Dimension], words: dict[str, str]) -> bool:
 
 def num_points(space: Sequence[Dimension]) -> int | None:
     """How many points the space has; None for too many."""
-    words = [dimension.all_words for dimension in space]
-    return math.prod(len(each) for each in words if each is not None) if None not in words else None
+    counts = [dimension.num_words for dimension in space]
+    return math.prod(count for count in counts if count is not None) if None not in counts else None
+
+
+def all_points(space: Sequence[Dimension]) -> Iterator[dict[str, str]]:
+    """Every point of a space that has so many, one by one."""
+    if not space:
+        yield {}
+        return
+    first, *others = space
+    for word in first.all_words:
+        for point in all_points(others):
+            yield {plain_key(first): word, **point}
 
 
 def probes(space: Sequence[Dimension]) -> list[dict[str, str]]:

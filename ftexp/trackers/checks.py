@@ -34,6 +34,9 @@ def tracker_problems(config: Config) -> Iterator[str]:
                 f"front of the command, or pip install 'ftexp[{name}]'"
             )
     yield from _unused(tracker)
+    for name in (each for each in _WRITE_FILES if each in tracker.names):
+        if (folder := getattr(tracker, name).dir) is not None and is_remote(folder):
+            yield f"tracker.{name}.dir={folder} isn't on a disk: {name} writes files, so name a folder on one"
     if is_remote(config.run.storage):
         for name in (each for each in _WRITE_FILES if each in tracker.names):
             if getattr(tracker, name).dir is None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from ftexp.trackers.settings import TrackerConfig
 ID, PARENT = "ftexp.id", "mlflow.parentRunId"
 _STATUS = {"finished": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
 _MOST_PARAMS, _MOST_METRICS = 100, 1000  # of one request
+_REFUSED = re.compile(r"[^/\w.\- :]")
 _LONGEST = 500  # characters of a param: what every version and store takes
 
 
@@ -86,7 +88,7 @@ class MlflowTracker:
 
     def _create(self) -> Any:
         run = self._run
-        tags = {ID: run.id, **run.tags}
+        tags = {ID: run.id, **{_allowed(key): value for key, value in run.tags.items()}}
         if "git_commit" in tags:
             tags["mlflow.source.git.commit"] = tags["git_commit"]
         return self._client.create_run(self._experiment, round(1000 * run.started), tags, run.name)
@@ -95,7 +97,7 @@ class MlflowTracker:
         """MLflow never lets a param change: what another call has set otherwise becomes a tag."""
         from mlflow.entities import Param
 
-        wanted = {key: str(value)[:_LONGEST] for key, value in self._run.params.items()}
+        wanted = {_allowed(key): str(value)[:_LONGEST] for key, value in self._run.params.items()}
         new = [Param(key, value) for key, value in wanted.items() if key not in recorded]
         for start in range(0, len(new), _MOST_PARAMS):
             self._client.log_batch(self._id, params=new[start : start + _MOST_PARAMS], synchronous=True)
@@ -113,8 +115,13 @@ class MlflowTracker:
         from mlflow.entities import RunTag
 
         if tags:
-            given = [RunTag(key, value) for key, value in tags.items()]
+            given = [RunTag(_allowed(key), value) for key, value in tags.items()]
             self._client.log_batch(self._id, tags=given, synchronous=True)
+
+
+def _allowed(key: str) -> str:
+    """A key as MLflow takes it: a pattern of layers' names, say, holds what it refuses."""
+    return _REFUSED.sub("_", key)
 
 
 def tracking_uri(configured: str | None, storage: str) -> str:

@@ -16,6 +16,7 @@ from ftexp.trackers.registry import Key, Outcome, Point, TrackedRun, register_tr
 from ftexp.trackers.settings import TrackerConfig
 
 _DESCRIBED = "run"  # the tag of the text that tells what ran
+_MARK = "ftexp_run_id"  # a file beside the event files, where a folder isn't the run's own
 
 
 @register_tracker("tensorboard", package="tensorboard")
@@ -27,7 +28,7 @@ class TensorBoardTracker:
 
         self._run = run
         base = config.tensorboard.dir
-        folder = own_folder(base, run) / ("tensorboard" if base is None else "")
+        folder = own_folder(None, run) / "tensorboard" if base is None else _claimed(own_folder(base, run), run.id)
         self.where = str(folder)
         self._held = set(scalars(folder))
         self._writer: Any = SummaryWriter(self.where)
@@ -54,6 +55,18 @@ class TensorBoardTracker:
         for summary in hparams({key: _plain(value) for key, value in run.params.items()}, outcome.metrics):
             self._writer.file_writer.add_summary(summary)
         self._writer.close()
+
+
+def _claimed(folder: Path, number: str) -> Path:
+    """The folder; one beside it if it holds another run of the same name, whose points would count as this one's."""
+    for place in (folder, folder.with_name(f"{folder.name}-{number[:8]}")):
+        mark = place / _MARK
+        place.mkdir(parents=True, exist_ok=True)
+        if not any(place.iterdir()):
+            mark.write_text(number)
+        if mark.exists() and mark.read_text() == number:
+            return place
+    raise FileExistsError(f"{place} holds another run: set tracker.tensorboard.dir to another folder")
 
 
 def _plain(value: Any) -> bool | str | float:

@@ -1,0 +1,36 @@
+"""The ledger of a sweep that runs, also while its store is down: trials ride that out, and so does what starts them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+from ftexp.storage import Storage
+from ftexp.sweep.ledger import Ledger
+
+
+class Records:
+    """Writes the ledger down, now or as soon as that is possible again."""
+
+    def __init__(
+        self, folder: Storage, ledger: Ledger, settle: Callable[[], None], say: Callable[[str, str], None]
+    ) -> None:
+        """`settle` comes before each writing; `say(text, style)` is told of an outage, once."""
+        self._folder, self._ledger, self._settle, self._say = folder, ledger, settle, say
+        self.is_written = True
+
+    @contextlib.contextmanager
+    def riding_out(self) -> Iterator[None]:
+        """Have an OSError of this block take nothing from the trials; the ledger is then to be written again."""
+        try:
+            yield
+        except OSError as error:
+            if self.is_written:
+                self._say(f"! the sweep's records can't be kept: {error}; trying again", "yellow")
+            self.is_written = False
+
+    def write(self) -> None:
+        """Bring sweep.json up to date; OSError if that can't be."""
+        self._settle()
+        self._ledger.write(self._folder)
+        self.is_written = True
