@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from difflib import get_close_matches
 from pathlib import Path
 
-from ftexp.config import AUTO, CAUSES, FAULTS, METRICS, Config, config_dir, fault_fields
+from ftexp.config import AUTO, CAUSES, FAULTS, Config, config_dir, fault_fields
 from ftexp.data.names import SOURCE_FIELDS, can_stream
 from ftexp.errors import ConfigError
 from ftexp.field_checks import field_problems
@@ -29,6 +29,8 @@ from ftexp.recipe_checks import (
     check_schedule,
 )
 from ftexp.registry import did_you_mean
+from ftexp.saving_checks import check_checkpoint, check_sweep
+from ftexp.storage import is_remote
 from ftexp.timm_names import model_names
 from ftexp.trackers.checks import tracker_problems
 
@@ -175,7 +177,7 @@ def _scaling(config: Config) -> Iterator[str]:
         elif needed > found:
             yield (
                 f"scaling.num_workers={workers} wants {each:g} GPU each, but this machine has {found}: take fewer, or "
-                "let them share with scaling.resources_per_worker={GPU: 0.5}"
+                "let them share with scaling.resources_per_worker={GPU: 0.5} scaling.backend=gloo"
             )
     for name, amount in scaling.resources_per_worker.items():
         if not 0 <= amount < math.inf:
@@ -187,6 +189,9 @@ def _scaling(config: Config) -> Iterator[str]:
         )
     if scaling.backend not in (None, "gloo", "nccl"):
         yield f"scaling.backend={scaling.backend!r} must be gloo, nccl or null"
+    elif scaling.backend != "gloo" and 0 < scaling.resources_per_worker.get("GPU", 1) < 1 and workers != 1:
+        share = scaling.resources_per_worker["GPU"]
+        yield f"scaling.resources_per_worker.GPU={share}: NCCL wants a GPU for each worker; set scaling.backend=gloo"
     elif scaling.backend == "nccl" and scaling.use_gpu is False:
         yield "scaling.backend=nccl needs GPUs, but scaling.use_gpu=false: use gloo"
 
@@ -209,18 +214,10 @@ def _run(config: Config) -> Iterator[str]:
 
     if name is None and config.resume == "must":
         yield "resume=must needs run.name: without one, every call begins a new run"
-
-
-def _sweep(config: Config) -> Iterator[str]:
-    name = config.sweep.name
-    if name is not None and (not name.strip() or name in (".", "..") or "/" in name):
-        yield f"sweep.name={name!r} can't name a folder under run.storage/sweeps: give a name without slashes"
-    if config.sweep.metric is not None and config.sweep.metric not in METRICS:
-        near = did_you_mean(config.sweep.metric, METRICS)
-        yield f"sweep.metric={config.sweep.metric} is written by no run.{near} Metrics: {', '.join(METRICS)}"
-    elif config.sweep.metric is not None and config.sweep.mode is None:
-        if config.sweep.metric != config.checkpoint.checkpoint_score_attribute:
-            yield f"sweep.metric={config.sweep.metric} needs sweep.mode=max or min: which is better?"
+    if is_remote(config.run.storage):
+        for key, value in (("run.storage", config.run.storage), ("run.name", name), ("sweep.name", config.sweep.name)):
+            if value is not None and (found := sorted(set(value) & set("#" if key == "run.storage" else "#%?"))):
+                yield f"{key}={value} holds {' and '.join(found)}, which mean something else in a URI: leave them out"
 
 
 def _chaos(config: Config) -> Iterator[str]:
@@ -268,28 +265,10 @@ def _batch(config: Config) -> Iterator[str]:
         )
 
 
-def _checkpoint(config: Config) -> Iterator[str]:
-    names = config.checkpoint.extra_state
-    if "progress" not in names:
-        yield f"checkpoint.extra_state={names} must hold progress: a run can't resume without its position"
-    for name in sorted({name for name in names if names.count(name) > 1}):
-        yield f"checkpoint.extra_state names {name} more than once"
-    if config.train.precision == "fp16" and "scaler" not in names:
-        yield f"checkpoint.extra_state={names} must hold scaler, since train.precision=fp16 scales the loss"
-    metric, order = config.checkpoint.checkpoint_score_attribute, config.checkpoint.checkpoint_score_order
-    key = f"checkpoint.checkpoint_score_attribute={metric}"
-    saved = [name for name in METRICS if not name.startswith("test_")]
-    if metric not in saved:
-        why = "is measured once, at the end" if metric in METRICS else "is written by no run"
-        yield f"{key} {why}.{did_you_mean(metric, saved)} Metrics: {', '.join(saved)}"
-    elif order != (better := "min" if "_loss" in metric else "max"):
-        yield f"{key} is best at its {better}imum, and checkpoint.checkpoint_score_order={order}: set that to {better}"
-
-
 # each check, and the fields that it counts with
 _CHECKS: dict[Callable[[Config], Iterator[str]], tuple[str, ...]] = {
     _run: (),
-    _sweep: (),
+    check_sweep: (),
     _model: ("model.name", "data.image_size"),
     _data: (
         *("data.name", "data.image_size", "data.channels", "data.mean", "data.std"),
@@ -303,7 +282,7 @@ _CHECKS: dict[Callable[[Config], Iterator[str]], tuple[str, ...]] = {
     check_freeze: ("train.epochs",),
     _scaling: (),
     _batch: ("train.global_batch_size", "train.accumulate_steps"),
-    _checkpoint: ("checkpoint.checkpoint_score_order",),
+    check_checkpoint: ("checkpoint.checkpoint_score_order",),
     _chaos: ("chaos.kind",),
     tracker_problems: (),
     _failure: ("failure.backoff_s", "failure.max_backoff_s"),

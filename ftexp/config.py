@@ -115,6 +115,7 @@ class TrainConfig:
     precision: str = choice("fp32", PRECISIONS)
     compile: bool = False  # torch.compile; the first steps are slow
     channels_last: bool = False
+    deterministic: bool = True  # on GPUs: the same bits each time, at some cost; CPUs do that anyway
     label_smoothing: float = ranged(0.0, low=0, high=0.999)
     clip_grad_norm: float | None = ranged(None, above=0)  # of all gradients together; one of these three, or none
     clip_grad_value: float | None = ranged(None, above=0)  # each gradient within +- this
@@ -122,7 +123,7 @@ class TrainConfig:
     # {part: first epoch that trains it, from 1, or null for none}: backbone, layers.0-5, or a pattern of timm's names
     freeze: dict[str, Any] = field(default_factory=dict)
     eval_every_epochs: int = ranged(1, low=1)  # the last epoch is always evaluated
-    eval_batch_size: int | None = ranged(None, low=1)  # per worker; None: four times its training share
+    eval_batch_size: int | None = ranged(None, low=1)  # per worker; None: four times a micro-batch
     log_every_steps: int = ranged(10, low=1)
     max_steps: int | None = ranged(None, low=1)  # stop after so many optimiser steps; the schedule stays as it is
     ledger: bool = False  # write down which samples drove which update: ledger/*.jsonl

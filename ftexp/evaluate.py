@@ -92,15 +92,19 @@ def _evaluate(config: EvaluateConfig, run_config: Config, storage: Storage) -> d
     from ftexp.evaluation import count_into
     from ftexp.findings import Findings, described, evaluation_file
     from ftexp.models import build_model
+    from ftexp.opening import require_trained_on
     from ftexp.progress import Meter, means
     from ftexp.registry import load_plugins
     from ftexp.saved_run import choose, read_weights
+    from ftexp.tracking import read_state
 
     load_plugins(run_config.plugins)
     store = CheckpointStore(storage.child("checkpoints"))
     manifest = choose(store, config.checkpoint, run_config)
     weights = read_weights(store, manifest, config.weights)
     bundle = build_data(run_config.data)
+    data = run_config.data
+    require_trained_on(f"data.root={data.root}", bundle.info.digest, read_state(storage))
     device = torch.device(
         "cuda" if config.device == "auto" and torch.cuda.is_available() else config.device.replace("auto", "cpu")
     )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import random
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -77,6 +79,7 @@ class Job:
     erasing: Erasing | None = None
     mixing: Mixing | None = None
     fingerprint: dict[str, Any] = field(default_factory=dict)
+    accumulate_steps: int = 1  # micro-batches of a step: more than configured once memory has run out
     ledger: Ledger = field(default_factory=lambda: Ledger(None, 0, 0))
     weights_report: WeightsReport | None = None
     best: dict[str, Any] = field(default_factory=dict)  # {"metric": name, "value": float, "step": int}
@@ -136,11 +139,25 @@ class Job:
 
 def build_job(spec: JobSpec, streams: dict[str, IndexedSplit]) -> Job:
     """Connect to the driver and build this rank's job; collective."""
-    config, info, context = spec.config, spec.info, ray.train.get_context()
+    context = ray.train.get_context()
     rank, world_size, device = context.get_world_rank(), context.get_world_size(), get_device()
     assert isinstance(device, torch.device)
     line = _connect(spec, rank, world_size)
+    try:
+        return _build(spec, streams, line, rank, world_size, device)
+    except Exception:
+        line.send("raised", rank=rank, step=0, position=0, samples=[], traceback=traceback.format_exc())
+        line.close()
+        raise
+
+
+def _build(
+    spec: JobSpec, streams: dict[str, IndexedSplit], line: Line, rank: int, world_size: int, device: torch.device
+) -> Job:
+    config, info = spec.config, spec.info
     answer = _agree_on(line.answer)
+    if config.train.deterministic:
+        settle_kernels(device)
     torch.manual_seed(derive_seed(config.seed, _INIT) % 2**63)
     model, report = build_model(config.model, info)
     if config.train.channels_last:
@@ -199,6 +216,7 @@ def build_job(spec: JobSpec, streams: dict[str, IndexedSplit]) -> Job:
         erasing=Erasing(augment, config.seed, device) if augment.erase_prob else None,
         mixing=Mixing(augment, info.num_classes, config.train.label_smoothing, config.seed) if augment.mixes else None,
         fingerprint=spec.fingerprint,
+        accumulate_steps=accumulate_steps,
         ledger=Ledger(ledger, answer["attempt"], rank),
         skips=Skips(answer.get("skipped", ())),
         weights_report=report,
@@ -207,6 +225,16 @@ def build_job(spec: JobSpec, streams: dict[str, IndexedSplit]) -> Job:
             device, config.train.precision, world_size, (info.channels, info.image_size, info.image_size)
         ),
     )
+
+
+def settle_kernels(device: torch.device) -> None:
+    """Have a GPU's kernels give the same bits each time, as a CPU's do anyway; torch warns of those that can't."""
+    if device.type != "cuda":
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read with the first matrix product
+    torch.backends.cudnn.benchmark = False  # it would choose a kernel by timing
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def _under_ddp(model: nn.Module) -> nn.Module:
@@ -236,7 +264,6 @@ def _rows(spec: JobSpec, streams: dict[str, IndexedSplit], line: Line, rank: int
 
 
 def _connect(spec: JobSpec, rank: int, world_size: int) -> Line:
-    import os
     import socket
 
     hello = {"kind": "hello", "rank": rank, "world_size": world_size, "pid": os.getpid(), "node": socket.gethostname()}

@@ -186,7 +186,10 @@ def evaluate(job: Job, split: str, findings: Findings | None = None) -> None:
             for buffer in model.buffers():  # batch norm's statistics are each rank's own between steps
                 dist.broadcast(buffer, src=0)
     config, meters = job.config.train, {suffix: Meter(job.device) for suffix in models}
-    size = config.eval_batch_size or max(1, 4 * config.global_batch_size // job.world_size)
+    most = max(1, 4 * config.global_batch_size // (job.world_size * job.accumulate_steps))  # what surely has room
+    size = config.eval_batch_size or most
+    if job.accumulate_steps > config.accumulate_steps:  # memory has run out before
+        size = min(size, most)
     batches = evaluation_batches(job.rows[split], job.to_tensors, size, job.rank, job.world_size)
     count_into(list(zip(models.values(), meters.values(), strict=True)), batches, job.autocast(), findings)
     values: dict[str, float] = {}

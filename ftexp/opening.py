@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ftexp.checkpoint.store import CHECKPOINTS, CheckpointStore, locate
 from ftexp.config import Config
+from ftexp.data.splits import DataInfo
 from ftexp.errors import CheckpointError, ConfigError
 from ftexp.fingerprint import differences, fingerprint
 from ftexp.ledger import last_attempt
@@ -56,3 +57,31 @@ def open_run(config: Config, run_dir: Storage, run_name: str) -> RunState:
     done = state.epoch >= train.epochs or (train.max_steps is not None and state.step >= train.max_steps)
     state.status = state.status if state.status == "finished" and done else "running"
     return state
+
+
+def require_same_data(config: Config, state: RunState, info: DataInfo) -> None:
+    """ConfigError if the run began with other samples: which one comes when depends on their number and order."""
+    before, now = state.data.get("num_samples", {}).get("train"), info.num_samples["train"]
+    if before is not None and before != now:
+        raise ConfigError(
+            f"data.name={config.data.name} has {now:,} training samples now, and had {before:,} when the run began: "
+            "put the data back as it was, or begin another run (resume_from=... keeps the weights). Samples that can't "
+            "be read count when they are streamed, and don't when they are cached: so data.feed must stay as it was too"
+        )
+    if None not in (then := state.data.get("digest"), info.digest) and then != info.digest:
+        raise ConfigError(
+            f"data.name={config.data.name} has as many training samples as when the run began, but not the same ones: "
+            "their names, labels or splits differ. Put the data back as it was, or begin another run (resume_from=... "
+            "keeps the weights)"
+        )
+
+
+def require_trained_on(what: str, digest: str | None, state: RunState | None) -> None:
+    """ConfigError if a data set isn't the one that a run was cut into splits from; `digest` as of its listing."""
+    before = state.data.get("digest") if state is not None else None
+    if None not in (before, digest) and before != digest:
+        raise ConfigError(
+            f"{what} doesn't hold the samples any more that the run was trained on: their names, labels or splits "
+            "differ, so what would be its test split may have been trained on. Put the data back as it was, or predict "
+            "with data=... split=all"
+        )

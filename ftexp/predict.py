@@ -174,7 +174,7 @@ def predict(composed: Config, own: PredictConfig, run: SavedRun, chosen: bool, w
 
     settings = own.predict
     shape = (settings.batch_size, settings.part_rows, settings.format)
-    run_session(Request(config, run, manifest, own.weights, split, out, top_k(own, run), *shape), workers)
+    run_session(Request(config, run, manifest, own.weights, split, out, top_k(own, run), *shape, not chosen), workers)
 
 
 def _split(own: PredictConfig, data: DataConfig, chosen: bool, words: list[str]) -> str:

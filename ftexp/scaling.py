@@ -25,6 +25,8 @@ _MAX_AUTO_THREADS = 8
 _OWN_CLUSTER = {
     # how soon a death is seen; Ray's default is 2, and polling five times a second costs training speed
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    # for workers whose group is given up anyway; NCCL may wait for a rank that is gone
+    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "2",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # else every worker starts through `uv run` again
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process in each run that asks whether this one node is drained

@@ -9,11 +9,11 @@ import ray
 from omegaconf import OmegaConf
 
 from ftexp.config import Config
-from ftexp.data.splits import DataInfo
 from ftexp.errors import ConfigError
 from ftexp.fingerprint import masked
 from ftexp.hot_start.driver import HotStart, on_joined_nodes
 from ftexp.lease import Lease
+from ftexp.opening import require_same_data
 from ftexp.registry import load_plugins
 from ftexp.scaling import (
     RunningRay,
@@ -80,7 +80,7 @@ def _run(
             raise ConfigError(f"{lacking}: take fewer workers, or set scaling.resources_per_worker")
         terminal.say(f"waiting: {lacking} now", "yellow")
     bundle = build_data(config.data)
-    _require_same_data(config, state, bundle.info)
+    require_same_data(config, state, bundle.info)
     if bundle.streamed:
         bundle = dataclasses.replace(bundle, decode_cpus=decoding_cpus(config, workers))
     state.data = {"name": config.data.name, "feed": bundle.feed, **masked(bundle.info)}
@@ -131,20 +131,3 @@ def _leave_report(run_dir: Storage, record: RunRecord, terminal: Terminal) -> No
         terminal.say(f"! the report can't be written: {reason}; later: python -m ftexp.report {run_dir.uri}", "yellow")
         with contextlib.suppress(OSError):
             record.late_event("report_failed", error=reason)
-
-
-def _require_same_data(config: Config, state: RunState, info: DataInfo) -> None:
-    """ConfigError if the run began with other samples: which one comes when depends on their number and order."""
-    before, now = state.data.get("num_samples", {}).get("train"), info.num_samples["train"]
-    if before is not None and before != now:
-        raise ConfigError(
-            f"data.name={config.data.name} has {now:,} training samples now, and had {before:,} when the run began: "
-            "put the data back as it was, or begin another run (resume_from=... keeps the weights). Samples that can't "
-            "be read count when they are streamed, and don't when they are cached: so data.feed must stay as it was too"
-        )
-    if None not in (then := state.data.get("digest"), info.digest) and then != info.digest:
-        raise ConfigError(
-            f"data.name={config.data.name} has as many training samples as when the run began, but not the same ones: "
-            "their names, labels or splits differ. Put the data back as it was, or begin another run (resume_from=... "
-            "keeps the weights)"
-        )

@@ -51,6 +51,8 @@ class Supervisor:
         if kind == "resize_expected":
             self._resize_expected(message["num_workers"])
             return None
+        if kind == "hello" and self.stopped is not None:  # Ray's controller didn't wait for that answer
+            return {"stop": self.stopped}
         if kind == "hello" and self._leaving and "stop" in (decided := self._taken_away()):
             return decided
         if kind == "kill_driver":  # chaos

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import pickle
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -167,7 +169,14 @@ def build_trainer(
     filesystem, path = run_dir.open()
     base, _, name = path.rpartition("/")
     spec = JobSpec(
-        config, bundle.info, state.name, run_dir.uri, state.fingerprint, hub, bundle.blocks, bundle.decode_cpus
+        _anywhere(config),
+        bundle.info,
+        state.name,
+        run_dir.uri,
+        state.fingerprint,
+        hub,
+        bundle.blocks,
+        bundle.decode_cpus,
     )
     return TorchTrainer(
         _train_function,
@@ -205,6 +214,14 @@ def build_trainer(
         # every rank reads the blocks in place and picks its rows by index
         dataset_config=DataConfig(datasets_to_split=[]),
     )
+
+
+def _anywhere(config: Config) -> Config:
+    """With the path of the weights absolute: Ray Train lets workers begin in a folder of its own."""
+    if not isinstance(config.model.pretrained, str):
+        return config
+    path = str(Path(config.model.pretrained).absolute())
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, pretrained=path))
 
 
 def _train_function(loop_config: dict[str, Any]) -> dict[str, float] | None:

@@ -46,16 +46,19 @@ class Hub:
     def __init__(self, host: str, handler: Handler) -> None:
         self._handler = handler
         self._lock = threading.Lock()
-        self._closed = False
+        self._closed = self._stopping = False
         self._open: list[socket.socket] = []
         self._listener = socket.create_server((host, 0))
         self.address = HubAddress(host, self._listener.getsockname()[1], secrets.token_hex(16))
         threading.Thread(target=self._accept, daemon=True, name="hub").start()
 
     def tell(self, word: str) -> int:
-        """Tell every open line to STOP (after a last save) or to SAVE; returns how many there are."""
+        """Tell every open line to STOP (after a last save) or to SAVE; returns how many there are.
+
+        Lines that are opened later are told to STOP as well.
+        """
         with self._lock:
-            told = 0
+            told, self._stopping = 0, self._stopping or word == STOP
             for connection in self._open:
                 with contextlib.suppress(OSError):  # died since
                     _send(connection, {word: True})
@@ -87,6 +90,8 @@ class Hub:
             _send(connection, answer or {})
             with self._lock:
                 self._open.append(connection)
+                if self._stopping:
+                    _send(connection, {STOP: True})
             said_goodbye = False
             while not said_goodbye and (line := self._next(stream)):
                 message = self._read(line)

@@ -236,6 +236,43 @@ def test_nobody_is_blamed_for_standing_still_who_did_not_or_where_something_was_
     assert (as_hang(lost, {1: BETWEEN}).kind, as_hang(lost, {1: BETWEEN}).rank) == (HANG, 1)
 
 
+# as CUDA and NCCL word them, in reports of users; no GPU was at hand
+CUDA = "CUDA kernel errors might be asynchronously reported.\nCompile with `TORCH_USE_CUDA_DSA` to enable assertions."
+NCCL = "NCCL error in: ProcessGroupNCCL.cpp:3356, {}, NCCL version 2.27.5\n{}\nLast error:\n{}"
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "told"),
+    [
+        (f"CUDA error: device-side assert triggered\n{CUDA}", CRASH, "CUDA error: device-side assert triggered"),
+        (f"CUDA error: out of memory\n{CUDA}", OUT_OF_MEMORY, "CUDA error: out of memory"),
+        (
+            "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+            OUT_OF_MEMORY,
+            "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        ),
+        (
+            NCCL.format("unhandled cuda error", "ncclUnhandledCudaError: ...", "Cuda failure 2 'out of memory'"),
+            OUT_OF_MEMORY,
+            "Cuda failure 2 'out of memory'",
+        ),
+        (
+            NCCL.format("invalid usage", "ncclInvalidUsage: ...", "Duplicate GPU detected : rank 0 and rank 1"),
+            CRASH,
+            "Duplicate GPU detected : rank 0 and rank 1",
+        ),
+    ],
+)
+def test_what_a_gpu_cannot_do_is_told_and_is_no_echo_of_another_rank(text, kind, told):
+    cause = find_cause({0: RuntimeError(text), 1: RuntimeError(text)})
+    assert (cause.kind, cause.rank, cause.error, cause.died) == (kind, 0, f"RuntimeError: {told}", False)
+
+
+def test_nccl_of_a_rank_that_has_gone_is_an_echo():
+    remote = NCCL.format("remote process exited or there was a network error", "ncclRemoteError: ...", "socket closed")
+    assert find_cause({0: RuntimeError(remote), 1: DIED}).rank == 1
+
+
 def test_the_error_is_one_line_that_says_what_happened():
     assert find_cause({0: BUG_ERROR}).error == f"RuntimeError: {BUG_ERROR}"
     assert "process died" in find_cause({0: DIED}).error

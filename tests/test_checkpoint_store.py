@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
 
 import pytest
@@ -125,6 +126,29 @@ def test_an_object_store_that_does_not_answer_is_no_damage(memory, monkeypatch):
     for ask in (lambda: store.latest(never), lambda: store.verify(saved), lambda: store.read(saved)):
         with pytest.raises(OSError, match="no route to host"):
             ask()
+
+
+def test_a_mount_that_does_not_answer_is_no_damage_and_a_disk_that_cannot_read_is(store, monkeypatch):
+    store.save(manifest(10), WRITERS)
+    store.save(manifest(20), WRITERS)
+    reading = Storage.reading
+
+    def failing(number):
+        def fail(self, name):
+            if name == "optimizer.pt" and self.name == manifest(20).name:
+                raise OSError(number, os.strerror(number))
+            return reading(self, name)
+
+        monkeypatch.setattr(Storage, "reading", fail)
+
+    for number in (errno.ESTALE, errno.EMFILE, errno.EACCES):
+        failing(number)
+        with pytest.raises(OSError, match=re.escape(os.strerror(number))):
+            store.latest(never)
+    failing(errno.EIO)
+    rejected = {}
+    assert store.latest(rejected.__setitem__).step == 10
+    assert rejected == {manifest(20).name: "optimizer.pt can't be read (OSError)"}
 
 
 def test_latest_is_the_highest_step_not_the_last_written_nor_the_last_name(store):

@@ -129,6 +129,16 @@ WRONG = {
         "scaling.use_gpu=auto looks at this machine only",
         "give true or false",
     ),
+    "a GPU for two": (
+        "scaling.use_gpu=auto scaling.num_workers=2 scaling.resources_per_worker.GPU=0.5",
+        "scaling.resources_per_worker.GPU=0.5: NCCL wants a GPU for each worker",
+        "set scaling.backend=gloo",
+    ),
+    "a name that a URI reads otherwise": (
+        "run.storage=gs://bucket/runs run.name='lr#1'",
+        "run.name=lr#1 holds #, which mean something else in a URI",
+        "leave them out",
+    ),
     "Ray Client": ("scaling.address=ray://h:1 scaling.num_workers=2", "scaling.address=ray://h:1", "address=auto"),
     "kwargs that follow the data": ("model.kwargs.num_classes=3", "model.kwargs.num_classes=3", "set data.num_classes"),
     "kwargs beside a field": ("model.kwargs.pretrained=true", "model.kwargs.pretrained=True", "model.pretrained"),

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -33,7 +34,7 @@ from ftexp.errors import NonFiniteError
 from ftexp.failure.nonfinite import skip_step
 from ftexp.failure.watchdog import report_hang
 from ftexp.freezing import Freezing
-from ftexp.job import Job
+from ftexp.job import Job, settle_kernels
 from ftexp.loop import advance, evaluate, evaluation_due, log_train, update_best
 from ftexp.models import build_model
 from ftexp.optim import build_optimizer, build_scheduler
@@ -115,6 +116,36 @@ def train(job):
         train_step(job, batch)
         ends.append(advance(job, batch))
     return ends
+
+
+@pytest.mark.parametrize(
+    ("configured", "accumulate_steps", "now", "largest"),
+    [(None, 1, 1, 96), (None, 4, 4, 24), (64, 4, 4, 64), (None, 1, 4, 24), (64, 1, 4, 24), (10, 1, 4, 10)],
+)
+def test_an_evaluation_takes_as_much_at_a_time_as_surely_has_room(
+    monkeypatch, configured, accumulate_steps, now, largest
+):
+    job, sizes = make_job(eval_batch_size=configured, accumulate_steps=accumulate_steps), []
+    job.accumulate_steps = now  # more than configured: memory has run out before
+    job.model.register_forward_pre_hook(lambda _, images: sizes.append(len(images[0])))
+    evaluate(job, "val")
+    assert max(sizes) == largest
+    assert sum(sizes) == 96
+
+
+def test_a_gpus_kernels_are_asked_for_the_same_bits_each_time(monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    try:
+        settle_kernels(CPU)
+        assert not torch.are_deterministic_algorithms_enabled()
+        settle_kernels(torch.device("cuda"))
+        assert torch.are_deterministic_algorithms_enabled()
+        assert torch.is_deterministic_algorithms_warn_only_enabled()  # what has no such kernel still trains
+        assert not torch.backends.cudnn.benchmark
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 SWITCHES = [

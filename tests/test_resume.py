@@ -13,8 +13,7 @@ from ftexp.errors import CheckpointError, ConfigError
 from ftexp.failure.chaos import damage
 from ftexp.fingerprint import fingerprint
 from ftexp.lease import Lease
-from ftexp.opening import located, open_run, require_resumable
-from ftexp.session import _require_same_data
+from ftexp.opening import located, open_run, require_resumable, require_same_data, require_trained_on
 from ftexp.storage import Storage
 from ftexp.tracking import RUN_FILE, RunState
 
@@ -188,13 +187,23 @@ def test_a_run_goes_on_with_as_many_samples_as_it_began_with(now, told):
         return DataInfo(["a", "b"], 8, 1, [0.5], [0.5], {"train": num_train, "val": 3, "test": 0})
 
     state = RunState(name="first")
-    _require_same_data(config(), state, info(now))  # it begins
+    require_same_data(config(), state, info(now))  # it begins
     state.data = {"num_samples": {"train": 100, "val": 5}}
-    _require_same_data(config(), state, info(100))
+    require_same_data(config(), state, info(100))
     with pytest.raises(
         ConfigError, match=f"^data.name=digits has {told} training samples now, and had 100 when the run"
     ):
-        _require_same_data(config(), state, info(now))
+        require_same_data(config(), state, info(now))
+
+
+def test_what_a_run_was_not_trained_on_is_not_evaluated_as_its_own():
+    state = RunState(name="first", data={"digest": "aa"})
+    for digest, known in (("aa", state), (None, state), ("ab", None), ("ab", RunState(name="first"))):
+        require_trained_on("data.root=x", digest, known)
+    with pytest.raises(
+        ConfigError, match=r"^data\.root=x doesn't hold the samples any more that the run was trained on"
+    ):
+        require_trained_on("data.root=x", "ab", state)
 
 
 def test_a_run_goes_on_with_the_samples_that_it_began_with_and_not_with_others_as_many():
@@ -202,9 +211,9 @@ def test_a_run_goes_on_with_the_samples_that_it_began_with_and_not_with_others_a
         return DataInfo(["a", "b"], 8, 1, [0.5], [0.5], {"train": 100, "val": 3, "test": 0}, digest=digest)
 
     state = RunState(name="first", data={"num_samples": {"train": 100}, "digest": "aa"})
-    _require_same_data(config(), state, info("aa"))
-    _require_same_data(config(), state, info(None))
+    require_same_data(config(), state, info("aa"))
+    require_same_data(config(), state, info(None))
     with pytest.raises(ConfigError, match="as many training samples as when the run began, but not the same ones"):
-        _require_same_data(config(), state, info("ab"))
+        require_same_data(config(), state, info("ab"))
     state.data["digest"] = None  # of a run by an older ftexp
-    _require_same_data(config(), state, info("ab"))
+    require_same_data(config(), state, info("ab"))

@@ -5,6 +5,7 @@ Real Ray Data pipelines on small files that the tests write; one Ray for the mod
 
 import hashlib
 import pickle
+import re
 
 import numpy as np
 import pyarrow as pa
@@ -282,6 +283,27 @@ def test_split_that_has_no_folder_is_cut_from_training(tmp_path):
     assert [len(splits[name]["label"]) for name in SPLITS] == [6, 4, 10]
     for found, split in ((pairs(splits["train"], splits["val"]), "train"), (pairs(splits["test"]), "test")):
         assert found == expected_pairs([images[split, row] for row in range(10)], [row % 2 for row in range(10)])
+
+
+@pytest.mark.parametrize(
+    ("folders", "told"),
+    [
+        (("train/a", "test/a", "extra/a"), "test, train, which look like splits, beside extra: move these away"),
+        (("Training/a", "Testing/a"), "Testing, Training, which look like splits, under other names"),
+    ],
+)
+def test_folders_that_look_like_splits_are_not_taken_for_classes(tmp_path, folders, told):
+    for folder in folders:
+        put(tmp_path / folder / "0.png", encoded(COLOUR))
+    with pytest.raises(DataError, match=re.escape(told)):
+        build_data(data_config("image_folder", tmp_path))
+
+
+def test_classes_may_be_called_like_splits(tmp_path):
+    for folder in ("train", "test", "bus"):
+        for number in range(9):
+            put(tmp_path / folder / f"{number}.png", encoded(COLOUR))
+    assert build_data(data_config("image_folder", tmp_path)).info.class_names == ["bus", "test", "train"]
 
 
 def test_two_validation_folders_are_refused(tmp_path):

@@ -70,6 +70,13 @@ def test_a_failure_within_its_budget_is_answered_by_a_wait(tmp_path):
     assert (len(driver.record.state.failures), driver.supervisor.stopped) == (2, None)
 
 
+def test_workers_that_start_although_the_run_was_given_up_are_told_to_end(tmp_path):
+    driver = Driver(tmp_path, max_failures=0)
+    driver.attempt(step=10)
+    stop = driver.fail()
+    assert driver.tell("hello", rank=0, world_size=2, pid=1, node="a") == stop == {"stop": driver.supervisor.stopped}
+
+
 def test_a_spent_budget_is_answered_by_a_stop_that_says_why(tmp_path):
     driver = Driver(tmp_path, max_failures=0)
     driver.attempt(step=10)

@@ -111,7 +111,7 @@ def answer_syncs(message):
 @pytest.mark.parametrize("word", [STOP, SAVE])
 def test_every_open_line_is_told_to_stop_or_save_and_still_hears_whether_its_messages_are_safe(word):
     hub = Hub("127.0.0.1", answer_syncs)
-    assert hub.tell(word) == 0
+    assert hub.tell(SAVE) == 0
     lines = [Line(hub.address, {"kind": "hello", "rank": rank}) for rank in range(2)]
     for line in lines:
         line.sync()
@@ -121,6 +121,21 @@ def test_every_open_line_is_told_to_stop_or_save_and_still_hears_whether_its_mes
         line.sync()  # answered after what was told, on the same line
         assert (line.stop_requested, line.save_requested) == (word == STOP, word == SAVE)
     for line in lines:
+        line.close()
+    hub.close()
+
+
+def test_a_line_that_opens_after_the_run_was_told_to_stop_is_told_too():
+    hub = Hub("127.0.0.1", answer_syncs)
+    hub.tell(SAVE)
+    before = Line(hub.address, {"kind": "hello", "rank": 0})
+    before.sync()
+    assert (before.stop_requested, before.save_requested) == (False, False)
+    hub.tell(STOP)
+    after = Line(hub.address, {"kind": "hello", "rank": 1})
+    after.sync()
+    assert after.stop_requested
+    for line in (before, after):
         line.close()
     hub.close()
 

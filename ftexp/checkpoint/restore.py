@@ -10,6 +10,7 @@ from ftexp.checkpoint.store import CheckpointStore, Manifest, locate
 from ftexp.fingerprint import differences
 from ftexp.job import Job
 from ftexp.models import load_matching
+from ftexp.storage import Storage
 
 
 def restore(job: Job, store: CheckpointStore, checkpoints: CheckpointManager) -> None:
@@ -49,8 +50,11 @@ def _choose(job: Job, store: CheckpointStore) -> tuple[str | None, int]:
 
 
 def _start_from(job: Job, uri: str) -> None:
-    """Load the weights of another run's checkpoint into the model: what fits, with a report of the rest."""
-    store, manifest = locate(uri)
+    """Load the weights of another run's checkpoint into the model: what fits, with a report of the rest; collective."""
+    found = locate(uri) if job.rank == 0 else None  # of a run that trains on, another rank might find a newer one
+    where, name = job.agree_on(found and (found[0].storage.uri, found[1].name))
+    store = CheckpointStore(Storage.at(where))
+    manifest = store.by_name(name)
     weights = load_part("model.pt", store.read_file(manifest, "model.pt"))
     job.weights_report = load_matching(job.model, weights, _described(store, manifest))
     if job.average is not None:

@@ -8,6 +8,7 @@ moved to `.rejected/`, where nobody takes it for a checkpoint and its owner can 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import itertools
 import json
@@ -25,6 +26,7 @@ REJECTED = ".rejected"
 _FORMAT = 2
 _CHUNK_BYTES = 1 << 20
 # what reading a torn or missing manifest raises
+_GONE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)
 
 Rejected = Callable[[str, str], None]  # name of the checkpoint, and the reason
@@ -190,8 +192,9 @@ class CheckpointStore:
         return manifest
 
     def _damage(self, name: str, error: OSError) -> CheckpointError:
-        """The damage that `error` shows. An object store that doesn't answer shows none: its error goes on."""
-        if self.storage.local_path is None and not isinstance(error, FileNotFoundError):
+        """The damage that `error` shows. A store, or a mount, that doesn't answer shows none: its error goes on."""
+        shows_damage = isinstance(error, _GONE) or (self.storage.local_path is not None and error.errno == errno.EIO)
+        if not shows_damage:
             raise error
         return CheckpointError(f"{name} can't be read ({type(error).__name__})")
 

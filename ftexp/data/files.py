@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -21,6 +22,7 @@ from ftexp.storage import open_uri
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
 
+_LIKE_SPLITS = re.compile(r"(train|test|val|valid)(ing|idation)?", re.IGNORECASE)
 _SPLIT_NAMES = {"valid": "val", "validation": "val"}
 
 
@@ -36,6 +38,7 @@ def image_folder(config: DataConfig) -> Listing:
         by_split = _inside_splits(listed, config)
         class_names = sorted({label for files in by_split.values() for _, label in files})
     else:
+        _refuse_half_splits(listed, config)
         by_split = {"train": [(f"{name}/{rest}", name) for name, files in listed.items() for rest, _ in files]}
         class_names = sorted(listed)
     numbers = {name: number for number, name in enumerate(class_names)}
@@ -49,6 +52,18 @@ def image_folder(config: DataConfig) -> Listing:
         paths[split] = [path for path, _ in files]
         readers[split] = FileReader(filesystem, folder, Shared(pa.array(paths[split], pa.large_string())))
     return Listing(class_names, labels, readers, digest=digest_of(class_names, labels, paths))
+
+
+def _refuse_half_splits(listed: dict[str, list[tuple[str, str]]], config: DataConfig) -> None:
+    """DataError if folders that look like splits, with folders inside, would be taken for classes."""
+    like = [name for name in listed if _LIKE_SPLITS.fullmatch(name)]
+    if len(like) > 1 and all("/" in rest for name in like for rest, _ in listed[name]):
+        others = sorted(set(listed) - set(like))
+        raise DataError(
+            f"data.root={config.root} holds {', '.join(sorted(like))}, which look like splits, "
+            + (f"beside {', '.join(others[:5])}: move these away" if others else "under other names")
+            + ", and name the splits train, val and test (or valid, validation); else every folder there is a class"
+        )
 
 
 @dataclass(frozen=True)

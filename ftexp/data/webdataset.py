@@ -107,29 +107,40 @@ def _scan(filesystem: FileSystem, path: str, labelled: bool) -> tuple[list[Entry
     images: dict[str, tuple[int, int]] = {}
     doubled: dict[str, None] = {}
     labels: dict[str, str] = {}
-    problems = []
+    problems, torn = [], None
     with (
         filesystem.open_input_file(path) if local else filesystem.open_input_stream(path, buffer_size=2**20) as file,
         tarfile.open(fileobj=file, mode="r:" if local else "r|") as tar,
     ):
         size = file.size() if local else None
-        for member in tar:
-            folder, _, base = member.name.rpartition("/")
-            name, _, extension = base.partition(".")
-            if not member.isfile() or not name:
-                continue
-            name = f"{folder}/{name}" if folder else name
-            if extension.lower() in _IMAGES and name in images:
-                doubled[name] = None
-            elif extension.lower() in _IMAGES:
-                images[name] = (member.offset_data, member.size)
-            elif extension == _LABEL:
-                content = tar.extractfile(member)
-                assert content is not None, "it is a file"
-                labels[name] = content.read().decode(errors="replace").strip()
-        end = max((offset + num_bytes for offset, num_bytes in images.values()), default=0)
+        try:
+            for member in tar:
+                folder, _, base = member.name.rpartition("/")
+                name, _, extension = base.partition(".")
+                name = f"{folder}/{name}" if folder and name else name
+                if not member.isfile() or not name:
+                    continue
+                if extension.lower() in _IMAGES and name in images:
+                    doubled[name] = None
+                elif extension.lower() in _IMAGES:
+                    images[name] = (member.offset_data, member.size)
+                elif extension == _LABEL:
+                    content = tar.extractfile(member)
+                    assert content is not None, "it is a file"
+                    labels[name] = content.read().decode(errors="replace").strip()
+        except tarfile.ReadError as error:  # it is torn; what comes before is whole
+            if not images:
+                raise
+            torn = f"{type(error).__name__}: {error}"
+            # of a stream, it isn't known whether the last was read to its end
+            if size is None or (labelled and (name in images) != (name in labels)):
+                images.pop(name, None)
+                labels.pop(name, None)
+    end = max((offset + num_bytes for offset, num_bytes in images.values()), default=0)
     if size is not None and end > size:
-        problems.append(BadSample(path, f"it ends at {size} bytes, within an image"))
+        torn = f"it ends at {size} bytes, within an image"
+    if torn is not None:
+        problems.append(BadSample(path, f"{torn}; what comes before is kept"))
     if not labelled:
         labels = dict.fromkeys(images, "") | labels
     for name in sorted(images.keys() ^ labels.keys()):

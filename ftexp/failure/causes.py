@@ -34,10 +34,14 @@ _BUG_WORDS = re.compile(
     r"(?:Missing|Unexpected) key\(s\) in state_dict|out of bounds|does not require grad|has no attribute|"
     r"is not implemented for"
 )
-# gloo's and NCCL's, where another rank has gone
+# gloo's and NCCL's, where another rank has gone; what NCCL can't do on this machine is none of it
 _BROKEN_WORDS = re.compile(
-    r"Connection reset|Connection closed|Connection refused|Broken pipe|NCCL|[gG]loo|process group|Socket Timeout|"
-    r"[Tt]imed out waiting"
+    r"Connection reset|Connection closed|Connection refused|Broken pipe|[gG]loo|process group|Socket Timeout|"
+    r"[Tt]imed out waiting|ncclRemoteError|remote process exit|communicator was aborted|Watchdog caught collective"
+)
+# torch's, on the CPU, and what CUDA and its libraries say where it isn't torch's allocator that finds no room
+_NO_MEMORY_WORDS = re.compile(
+    r"can't allocate memory|CUDA error: out of memory|Cuda failure 2\b|CU(?:BLAS|DNN)_STATUS_ALLOC_FAILED"
 )
 _STORAGE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.ESTALE)
 
@@ -89,7 +93,7 @@ _DEAD = (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError)
 def _kind(error: Exception) -> str:
     if isinstance(error, (ray.exceptions.OutOfMemoryError, MemoryError)) or type(error).__name__ == "OutOfMemoryError":
         return OUT_OF_MEMORY
-    if isinstance(error, RuntimeError) and "can't allocate memory" in str(error):  # torch's, on the CPU
+    if isinstance(error, RuntimeError) and _NO_MEMORY_WORDS.search(str(error)):
         return OUT_OF_MEMORY
     if isinstance(error, _DEAD):
         return PREEMPTION if getattr(error, "preempted", False) else CRASH
@@ -115,7 +119,9 @@ def _in_a_line(error: Exception) -> str:
     if isinstance(error, FtexpError):
         return str(error)
     lines = [line for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[-1].strip()}" if lines else type(error).__name__
+    # the last says most, but of a CUDA error, which ends with advice
+    telling = next((line for line in lines if "CUDA error" in line), lines[-1] if lines else "")
+    return f"{type(error).__name__}: {telling.strip()}" if lines else type(error).__name__
 
 
 class StopRun(Exception):

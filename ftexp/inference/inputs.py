@@ -40,6 +40,7 @@ class Inputs:
     label_names: list[str]
     digest: str  # of which images there are, and how large their files are
     bad: list[BadSample] = field(default_factory=list)  # files with an unknown number of images
+    listing: str | None = None  # the digest of all splits together, as a run has it; None: not known
 
 
 def find_inputs(config: DataConfig, split: str, class_names: list[str]) -> Inputs:
@@ -69,7 +70,7 @@ def _one_split(config: DataConfig, split: str) -> Inputs:
             filesystem, root = open_uri(config.root, "data.root")
             files = sorted((info.path.removeprefix(root), info.size) for info in files_at(filesystem, root, config))
         items, labels = own.table.get()
-        return Inputs(_kept(own), names, _digest(files, items.tobytes(), labels.tobytes()), found.bad)
+        return Inputs(_kept(own), names, _digest(files, items.tobytes(), labels.tobytes()), found.bad, found.digest)
     images, labels = _arrays(found.datasets[split])
     table = Shared((np.arange(len(labels)), labels))
     own = IndexedSplit(len(labels), ArrayReader(f"{config.name}/{split}", Shared(images)), table, None)

@@ -17,9 +17,11 @@ from ftexp.fitting import fit_interruptibly
 from ftexp.hot_start.driver import HotStart, on_joined_nodes
 from ftexp.inference.parts import BAD_FILE, PARTS, Plan, begin, collect_bad
 from ftexp.lease import Lease
+from ftexp.opening import require_trained_on
 from ftexp.saved_run import AS_TRAINED, SavedRun, read_weights
 from ftexp.scaling import Workers, import_meanwhile, lacking_resources, quiet_data, start_ray
 from ftexp.storage import Storage
+from ftexp.tracking import read_state
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -46,6 +48,7 @@ class Request:
     batch_size: int
     part_rows: int
     format: str
+    is_runs_own: bool  # the data that the run was trained on, cut into the same splits
 
     def plan(self, inputs: Inputs) -> Plan:
         """What is written down of it, to go on by."""
@@ -105,6 +108,8 @@ def _predict(request: Request, workers: Workers) -> None:
     load_plugins(config.plugins)
     workers, num_decoding = _placed(config, workers)
     inputs = find_inputs(config.data, request.split, run.info.class_names)
+    if request.is_runs_own:
+        require_trained_on(f"data.root={config.data.root}", inputs.listing, read_state(run.storage))
     plan = request.plan(inputs)
     missing = begin(request.out, plan)
     _print_header(console, request, plan, missing, f"{workers} · {num_decoding} CPUs decode")

@@ -1,0 +1,40 @@
+"""What is wrong with how a run is saved and ranked; `ftexp.checks` runs these. Each yields every mistake."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ftexp.config import METRICS, Config
+from ftexp.registry import did_you_mean
+
+
+def check_sweep(config: Config) -> Iterator[str]:
+    """A sweep's name and objective."""
+    name = config.sweep.name
+    if name is not None and (not name.strip() or name in (".", "..") or "/" in name):
+        yield f"sweep.name={name!r} can't name a folder under run.storage/sweeps: give a name without slashes"
+    if config.sweep.metric is not None and config.sweep.metric not in METRICS:
+        near = did_you_mean(config.sweep.metric, METRICS)
+        yield f"sweep.metric={config.sweep.metric} is written by no run.{near} Metrics: {', '.join(METRICS)}"
+    elif config.sweep.metric is not None and config.sweep.mode is None:
+        if config.sweep.metric != config.checkpoint.checkpoint_score_attribute:
+            yield f"sweep.metric={config.sweep.metric} needs sweep.mode=max or min: which is better?"
+
+
+def check_checkpoint(config: Config) -> Iterator[str]:
+    """What goes into a checkpoint, and which is the best."""
+    names = config.checkpoint.extra_state
+    if "progress" not in names:
+        yield f"checkpoint.extra_state={names} must hold progress: a run can't resume without its position"
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        yield f"checkpoint.extra_state names {name} more than once"
+    if config.train.precision == "fp16" and "scaler" not in names:
+        yield f"checkpoint.extra_state={names} must hold scaler, since train.precision=fp16 scales the loss"
+    metric, order = config.checkpoint.checkpoint_score_attribute, config.checkpoint.checkpoint_score_order
+    key = f"checkpoint.checkpoint_score_attribute={metric}"
+    saved = [name for name in METRICS if not name.startswith("test_")]
+    if metric not in saved:
+        why = "is measured once, at the end" if metric in METRICS else "is written by no run"
+        yield f"{key} {why}.{did_you_mean(metric, saved)} Metrics: {', '.join(saved)}"
+    elif order != (better := "min" if "_loss" in metric else "max"):
+        yield f"{key} is best at its {better}imum, and checkpoint.checkpoint_score_order={order}: set that to {better}"
