@@ -156,7 +156,12 @@ def test_gpu_options_count_the_gpus(gpus):
 
 def test_workers_may_share_a_gpu(gpus, monkeypatch, capsys):
     gpus(1)
-    words = ["scaling=single_gpu", "scaling.num_workers=2", "scaling.resources_per_worker={GPU:0.5}", "scaling.backend=gloo"]
+    words = [
+        "scaling=single_gpu",
+        "scaling.num_workers=2",
+        "scaling.resources_per_worker={GPU:0.5}",
+        "scaling.backend=gloo",
+    ]
     validate(from_command_line(monkeypatch, capsys, *words))
 
 

@@ -1,0 +1,62 @@
+"""What workers are sent, and what becomes of a model that can't be built."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import ftexp.job
+from ftexp.checkpoint import restore
+from ftexp.config import Config
+from ftexp.data.splits import DataInfo
+from ftexp.errors import ConfigError
+from ftexp.trainer import _anywhere
+
+
+def test_workers_in_another_folder_find_the_weights(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    config = Config()
+    for given, sent in (("w.pt", f"{tmp_path}/w.pt"), ("/data/w.pt", "/data/w.pt"), (True, True), (False, False)):
+        config.model.pretrained = given
+        assert _anywhere(config).model.pretrained == sent
+        assert config.model.pretrained == given  # what defines the run stays as it was typed
+
+
+def test_what_fails_while_a_model_is_built_is_on_record(monkeypatch):
+    sent, closed = [], []
+    line = SimpleNamespace(
+        answer={"attempt": 2},
+        close=lambda: closed.append(True),
+        send=lambda kind, **fields: sent.append((kind, fields)),
+    )
+    context = SimpleNamespace(get_world_rank=lambda: 1, get_world_size=lambda: 2)
+    monkeypatch.setattr(ftexp.job.ray.train, "get_context", lambda: context)
+    monkeypatch.setattr(ftexp.job, "get_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(ftexp.job, "_connect", lambda *_: line)
+    config = Config()
+    config.model.name = "no_such_model"
+    spec = SimpleNamespace(config=config, info=DataInfo(["a"], 8, 1, [0.5], [0.5], {}))
+    with pytest.raises(ConfigError, match="no_such_model"):
+        ftexp.job.build_job(spec, {})
+    ((kind, fields),) = sent
+    assert (kind, fields["rank"], closed) == ("raised", 1, [True])
+    assert "no_such_model" in fields["traceback"]
+
+
+def test_of_a_run_that_trains_on_every_rank_takes_the_checkpoint_that_rank_0_found(monkeypatch):
+    """Rank 1 doesn't look: it is told."""
+    monkeypatch.setattr(restore, "locate", lambda uri: pytest.fail("rank 1 looked for itself"))
+    read, loaded = [], []
+    monkeypatch.setattr(restore, "CheckpointStore", lambda storage: SimpleNamespace(
+        storage=storage,
+        by_name=lambda name: SimpleNamespace(name=name, step=7),
+        read_file=lambda manifest, name: read.append((storage.uri, manifest.name, name)) or b"",
+    ))  # fmt: skip
+    monkeypatch.setattr(restore, "load_part", lambda name, content: {})
+    monkeypatch.setattr(restore, "load_matching", lambda model, weights, source: loaded.append(source))
+    job = SimpleNamespace(
+        rank=1, model=None, average=None, agree_on=lambda mine: ("/runs/other/checkpoints", "step_7.a1")
+    )
+    restore._start_from(job, "/runs/other")
+    assert read == [("/runs/other/checkpoints", "step_7.a1", "model.pt")]
+    assert loaded == ["/runs/other/checkpoints/step_7.a1 (step 7)"]
