@@ -174,6 +174,26 @@ def test_a_shard_in_a_store_is_listed_as_one_on_disk(tmp_path):
     assert [bad.where.rpartition(" ")[2] for bad in bad_on_disk + bad_stored] == ["4", "4"]
 
 
+@pytest.mark.parametrize("label_first", [False, True])
+@pytest.mark.parametrize("is_stored", [False, True])
+def test_a_shard_torn_within_an_image_is_one_problem_wherever_it_lies(tmp_path, label_first, is_stored):
+    from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
+
+    samples = [tar_sample(f"{number}", picture(number), number) for number in range(4)]
+    order = slice(None, None, -1 if label_first else 1)
+    path = write_shard(tmp_path / "a.tar", [entry for sample in samples for entry in sample[order]])
+    with tarfile.open(path) as tar:
+        (image,) = [member for member in tar if member.name == "2.png"]
+    path.write_bytes(path.read_bytes()[: image.offset_data + 20])
+    filesystem = SubTreeFileSystem(str(tmp_path), LocalFileSystem()) if is_stored else LocalFileSystem()
+
+    found, bad = scan_shard(filesystem, "a.tar" if is_stored else str(path))
+
+    assert [entry.label for entry in found] == ["0", "1"]
+    assert len(bad) == 1
+    assert bad[0].reason.endswith("; what comes before is kept")
+
+
 def test_a_label_that_is_no_text_is_a_bad_sample_and_one_that_only_looks_like_a_number_is_text(tmp_path):
     entries = [
         *tar_sample("0", picture(0), "ant"), *tar_sample("1", picture(1), 0)[:1], ("1.cls", b"\xff"),
