@@ -63,8 +63,6 @@ def _ftexp(settings: dict[str, Any]) -> dict[str, float]:
         for first, second in itertools.pairwise(points)
         if first["split"] == second["split"] == "train" and first["epoch"] >= 1
     ]
-    first_step = json.loads((folder / "events.jsonl").read_text().splitlines()[1])
-    assert first_step["event"] == "ready"
     step_s = statistics.mean(within)
     return {
         "steps_per_s": 1 / step_s,
