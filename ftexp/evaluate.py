@@ -103,8 +103,9 @@ def _evaluate(config: EvaluateConfig, run_config: Config, storage: Storage) -> d
     manifest = choose(store, config.checkpoint, run_config)
     weights = read_weights(store, manifest, config.weights)
     bundle = build_data(run_config.data)
-    data = run_config.data
-    require_trained_on(f"data.root={data.root}", bundle.info.digest, read_state(storage))
+    state = read_state(storage)
+    if state is not None:  # run.json may be lost
+        require_trained_on(f"data.root={run_config.data.root}", state.data.get("digest"), bundle.info.digest)
     device = torch.device(
         "cuda" if config.device == "auto" and torch.cuda.is_available() else config.device.replace("auto", "cpu")
     )

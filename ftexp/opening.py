@@ -68,7 +68,7 @@ def require_same_data(config: Config, state: RunState, info: DataInfo) -> None:
             "put the data back as it was, or begin another run (resume_from=... keeps the weights). Samples that can't "
             "be read count when they are streamed, and don't when they are cached: so data.feed must stay as it was too"
         )
-    if None not in (then := state.data.get("digest"), info.digest) and then != info.digest:
+    if _are_others(state.data.get("digest"), info.digest):
         raise ConfigError(
             f"data.name={config.data.name} has as many training samples as when the run began, but not the same ones: "
             "their names, labels or splits differ. Put the data back as it was, or begin another run (resume_from=... "
@@ -76,12 +76,16 @@ def require_same_data(config: Config, state: RunState, info: DataInfo) -> None:
         )
 
 
-def require_trained_on(what: str, digest: str | None, state: RunState | None) -> None:
-    """ConfigError if a data set isn't the one that a run was cut into splits from; `digest` as of its listing."""
-    before = state.data.get("digest") if state is not None else None
-    if None not in (before, digest) and before != digest:
+def require_trained_on(what: str, before: str | None, now: str | None) -> None:
+    """ConfigError if a data set isn't the one that a run was cut into splits from, by the digests of their listings."""
+    if _are_others(before, now):
         raise ConfigError(
             f"{what} doesn't hold the samples any more that the run was trained on: their names, labels or splits "
             "differ, so what would be its test split may have been trained on. Put the data back as it was, or predict "
             "with data=... split=all"
         )
+
+
+def _are_others(before: str | None, now: str | None) -> bool:
+    """Whether digests of two listings differ, where both are known."""
+    return None not in (before, now) and before != now

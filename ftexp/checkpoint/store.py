@@ -25,8 +25,8 @@ FILES = ("model.pt", "optimizer.pt", "extra_state.pt")
 REJECTED = ".rejected"
 _FORMAT = 2
 _CHUNK_BYTES = 1 << 20
-# what reading a torn or missing manifest raises
 _GONE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+# what reading a torn or missing manifest raises
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)
 
 Rejected = Callable[[str, str], None]  # name of the checkpoint, and the reason
@@ -271,6 +271,5 @@ def kept_names(manifests: list[Manifest], num_to_keep: int | None, best_step: in
     newest_first = sorted(manifests, key=lambda manifest: (manifest.step, manifest.attempt), reverse=True)
     kept = {manifest.name for manifest in newest_first[:num_to_keep]}
     if best_step is not None and (since := [each for each in newest_first if each.step >= best_step]):
-        nearest = min(each.step for each in since)
-        kept.add(next(each.name for each in since if each.step == nearest))
+        kept.add(min(since, key=lambda each: each.step).name)  # of its attempts, the newest comes first
     return kept

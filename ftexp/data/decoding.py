@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -81,13 +82,22 @@ def decode_samples(
     return images, places, reasons
 
 
-def decoding(split: IndexedSplit, info: DataInfo, units: list[Int64s], concurrency: int | None = None) -> Dataset:
-    """A Ray Dataset that decodes samples on any node: a task and a block for each unit, in the order of `units`."""
+def decoding(
+    split: IndexedSplit,
+    info: DataInfo,
+    units: list[Int64s],
+    concurrency: int | None = None,
+    stage: Callable[[IndexedSplit, int, int], Callable[[dict[str, Int64s]], dict[str, Any]]] = Decode,
+) -> Dataset:
+    """A Ray Dataset that decodes samples on any node: a task and a block for each unit, in the order of `units`.
+
+    stage: makes the map stage of a split, a size and a number of channels.
+    """
     import pyarrow as pa
 
     most = min(concurrency, len(units)) if concurrency is not None else None  # Ray warns of tasks that can't all begin
     tables = [pa.table({"sample": unit}) for unit in units]
-    decode = Decode(split, info.image_size, info.channels)
+    decode = stage(split, info.image_size, info.channels)
     return ray.data.from_arrow(tables).map_batches(decode, batch_size=None, compute=TaskPoolStrategy(size=most))
 
 

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import ray.data
 from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
-from ftexp.data.decoding import decode_samples
+from ftexp.data.decoding import decode_samples, decoding
 from ftexp.data.listing import IndexedSplit, Shared
 from ftexp.data.order import Int64s
 from ftexp.inference.inputs import Inputs
@@ -102,13 +101,10 @@ class Job:
                 waiting = []
 
     def _write_units(self, units: list[Int64s], row_bytes: int) -> Iterator[tuple[int, int]]:
-        import pyarrow as pa
-
         info, workers = self.run.info, self.workers
         num_decoding = self.num_decoding + 1  # one waits, so that no CPU does
-        decode = DecodeNamed(self.inputs.split, info.image_size, info.channels)
         write = WritePart(self.plan, self.out, info.class_names, self.inputs.label_names)
-        dataset = ray.data.from_arrow([pa.table({"sample": unit}) for unit in units])
+        dataset = decoding(self.inputs.split, info, units, num_decoding, DecodeNamed)
         dataset.context.enable_progress_bars = False
         options = dataset.context.execution_options
         options.preserve_order = True  # so that a part's rows come together
@@ -116,28 +112,22 @@ class Job:
         # what tasks are making, as much again that waits for an actor, and what actors have
         store = (2 * num_decoding + (_IN_FLIGHT + 1) * workers.most + 2) * unit_bytes
         options.resource_limits = options.resource_limits.copy(object_store_memory=store)
-        written = (
-            dataset.map_batches(
-                decode, batch_size=None, num_cpus=1, compute=TaskPoolStrategy(size=min(num_decoding, len(units)))
-            )
-            .map_batches(
-                Predict,
-                fn_constructor_args=(
-                    *(self.run, self.weights, self.plan.top_k, self.batch_size),
-                    *(workers.use_gpu, workers.num_threads),
-                ),
-                batch_size=None,
-                compute=ActorPoolStrategy(
-                    min_size=workers.fewest, max_size=workers.most, max_tasks_in_flight_per_actor=_IN_FLIGHT
-                ),
-                **self._actor_options(),
-            )
-            .map_batches(
-                write,
-                batch_size=self.plan.part_rows,
-                num_cpus=0,
-                compute=TaskPoolStrategy(size=min(_WRITERS, len(units))),
-            )
+        written = dataset.map_batches(
+            Predict,
+            fn_constructor_args=(
+                *(self.run, self.weights, self.plan.top_k, self.batch_size),
+                *(workers.use_gpu, workers.num_threads),
+            ),
+            batch_size=None,
+            compute=ActorPoolStrategy(
+                min_size=workers.fewest, max_size=workers.most, max_tasks_in_flight_per_actor=_IN_FLIGHT
+            ),
+            **self._actor_options(),
+        ).map_batches(
+            write,
+            batch_size=self.plan.part_rows,
+            num_cpus=0,
+            compute=TaskPoolStrategy(size=min(_WRITERS, len(units))),
         )
         for batch in written.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0):
             yield from zip(batch["part"].tolist(), batch["num_bad"].tolist(), strict=True)

@@ -21,7 +21,6 @@ from ftexp.opening import require_trained_on
 from ftexp.saved_run import AS_TRAINED, SavedRun, read_weights
 from ftexp.scaling import Workers, import_meanwhile, lacking_resources, quiet_data, start_ray
 from ftexp.storage import Storage
-from ftexp.tracking import read_state
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -109,7 +108,7 @@ def _predict(request: Request, workers: Workers) -> None:
     workers, num_decoding = _placed(config, workers)
     inputs = find_inputs(config.data, request.split, run.info.class_names)
     if request.is_runs_own:
-        require_trained_on(f"data.root={config.data.root}", inputs.listing, read_state(run.storage))
+        require_trained_on(f"data.root={config.data.root}", run.info.digest, inputs.listing)
     plan = request.plan(inputs)
     missing = begin(request.out, plan)
     _print_header(console, request, plan, missing, f"{workers} · {num_decoding} CPUs decode")

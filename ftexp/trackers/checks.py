@@ -35,15 +35,15 @@ def tracker_problems(config: Config) -> Iterator[str]:
             )
     yield from _unused(tracker)
     for name in (each for each in _WRITE_FILES if each in tracker.names):
-        if (folder := getattr(tracker, name).dir) is not None and is_remote(folder):
+        folder = getattr(tracker, name).dir
+        if folder is not None and is_remote(folder):
             yield f"tracker.{name}.dir={folder} isn't on a disk: {name} writes files, so name a folder on one"
+        elif folder is None and is_remote(config.run.storage):
+            yield (
+                f"tracker={name} writes files to a disk, and run.storage={config.run.storage} isn't one: set "
+                f"tracker.{name}.dir"
+            )
     if is_remote(config.run.storage):
-        for name in (each for each in _WRITE_FILES if each in tracker.names):
-            if getattr(tracker, name).dir is None:
-                yield (
-                    f"tracker={name} writes files to a disk, and run.storage={config.run.storage} isn't one: set "
-                    f"tracker.{name}.dir"
-                )
         if "mlflow" in tracker.names and not (tracker.mlflow.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")):
             yield (
                 f"tracker=mlflow keeps its database on a disk, and run.storage={config.run.storage} isn't one: set "
