@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from ftexp.lease import Lease
 _LOOK_EVERY_S = 0.1
 STOP_GRACE_S = 30.0  # for the save that a signal asks for
 _END_WITHIN_S = 2.0
+_RETRY_EVERY_S = 0.01
 
 
 class Terminated(KeyboardInterrupt):
@@ -96,5 +98,25 @@ def _wait(
 def _interrupt(thread: threading.Thread, done: threading.Event) -> None:
     """End a thread, unless it is in C and stays there: shut down under one that uses it, Ray ends the process, by 1."""
     assert thread.ident is not None
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(KeyboardInterrupt))
-    done.wait(_END_WITHIN_S)
+    ends_by = time.monotonic() + _END_WITHIN_S
+    is_due = True
+    hook = sys.unraisablehook
+
+    def again(raised: sys.UnraisableHookArgs) -> None:  # it struck in a place that can't raise, such as a __del__
+        nonlocal is_due
+        if raised.exc_type is KeyboardInterrupt:
+            is_due = True
+        else:
+            hook(raised)
+
+    sys.unraisablehook = again
+    try:
+        while not done.is_set() and time.monotonic() < ends_by:
+            # Python 3.11 takes a thread that is being started for the one that starts it, which then waits for ever
+            if is_due and all(other.ident is not None for other in threading.enumerate()):
+                is_due = False
+                thread_id, kind = ctypes.c_ulong(thread.ident), ctypes.py_object(KeyboardInterrupt)
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(thread_id, kind)
+            done.wait(_RETRY_EVERY_S)
+    finally:
+        sys.unraisablehook = hook

@@ -112,6 +112,56 @@ def test_nothing_runs_on_once_it_was_interrupted():
     assert ended.is_set()
 
 
+def test_an_interruption_that_strikes_where_nothing_can_be_raised_is_told_again(capsys):
+    struck, ended = threading.Event(), threading.Event()
+
+    class Cleanup:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGINT)
+            try:
+                while True:
+                    time.sleep(0.01)
+            finally:
+                struck.set()
+
+    def fit():
+        Cleanup()
+        try:
+            while True:
+                time.sleep(0.01)
+        finally:
+            ended.set()
+
+    hook = sys.unraisablehook
+    with pytest.raises(KeyboardInterrupt):
+        fit_interruptibly(fit, FREE, lambda _: False)
+    assert struck.is_set()
+    assert ended.is_set()
+    assert sys.unraisablehook is hook
+    assert capsys.readouterr().err == ""
+
+
+def test_no_interruption_strikes_a_thread_that_is_being_started(monkeypatch):
+    """Python 3.11 would raise it in that one, print it, and leave the one that starts it waiting for ever."""
+    starting, started, ended = threading.Thread(), threading.Event(), threading.Event()
+    monkeypatch.setattr(threading, "enumerate", lambda: [] if started.is_set() else [starting])
+
+    def fit():
+        os.kill(os.getpid(), signal.SIGINT)
+        try:
+            time.sleep(0.5)
+            started.set()
+            while True:
+                time.sleep(0.01)
+        finally:
+            ended.set()
+
+    with pytest.raises(KeyboardInterrupt):
+        fit_interruptibly(fit, FREE, lambda _: False)
+    assert started.is_set()
+    assert ended.is_set()
+
+
 def test_what_fit_returns_or_raises_comes_through():
     assert fit_interruptibly(lambda: 7, FREE, never) == 7
     with pytest.raises(ZeroDivisionError):
