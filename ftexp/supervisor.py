@@ -17,6 +17,8 @@ from ftexp.trackers.follower import FAILED_EVENT, OPENED_EVENT, described
 from ftexp.tracking import RunRecord
 from ftexp.wire import STOP, Hub, Message
 
+CONTROLLER_DIED = "controller_died"  # kinds of messages, from the thread that fits: Ray Train's controller is gone;
+COULD_NOT_START = "could_not_start"  # it gave up before any worker group began to train
 _MOST_SAMPLES_SHOWN = 32
 _CONTROLLER_DIED = "Ray Train's controller died, and its workers with it"
 
@@ -50,6 +52,11 @@ class Supervisor:
             return None
         if kind == "resize_expected":
             self._resize_expected(message["num_workers"])
+            return None
+        if kind == CONTROLLER_DIED:  # as for a worker's failure; the driver itself has to fit again
+            return self._failed(Cause(CRASH, None, _CONTROLLER_DIED, died=True), of_all=True)
+        if kind == COULD_NOT_START:
+            self._could_not_start(message["error"])
             return None
         if kind == "hello" and self.stopped is not None:  # Ray's controller didn't wait for that answer
             return {"stop": self.stopped}
@@ -86,7 +93,7 @@ class Supervisor:
         """Decide and record, when a new group says hello: at the end that was announced, Ray asks no callback."""
         return self._failed(find_cause({}), told_late=True)
 
-    def _failed(self, cause: Cause, told_late: bool = False) -> Message:
+    def _failed(self, cause: Cause, told_late: bool = False, of_all: bool = False) -> Message:
         """Decide and record; the answer tells the controller whether to stop, or how long to wait."""
         if self.stopped is not None:  # by workers that were told to stop
             return {"stop": self.stopped}
@@ -98,10 +105,11 @@ class Supervisor:
         progressed, accumulate_steps = self._record.has_progressed, self._accumulate_steps()
         share = math.ceil(self._config.train.global_batch_size / (state.world_sizes or [1])[-1])
         micro_batch = math.ceil(share / accumulate_steps)
+        rank = cause.rank if cause.rank is not None or of_all else self._record.died_rank
         decision = decide(cause, state.step, progressed, past[self._num_before :], self._config.failure, micro_batch)
         if decision.halves:
             state.accumulate_steps = 2 * accumulate_steps
-        failure = self._record.fail(decision.cause, cause.rank, cause.error, decision.reason, told_late)
+        failure = self._record.fail(decision.cause, rank, cause.error, decision.reason, told_late)
         self._terminal.failure(failure)
         raised, self._raised = self._raised, None
         if decision.goes_on:
@@ -135,15 +143,10 @@ class Supervisor:
         self._record.event("resize_expected", num_workers=num_workers)
         self._terminal.say(f"there is room for {num_workers} workers: saving until Ray Train starts them")
 
-    def could_not_start(self, error: str) -> None:
-        """Ray Train gave up: no worker group began to train."""
+    def _could_not_start(self, error: str) -> None:
         limit = self._config.failure.controller_failure_limit
         decision = f"failure.controller_failure_limit={limit} is spent: giving up"
         self._terminal.failure(self._record.fail(STARTUP, None, error, decision))
-
-    def controller_died(self) -> Message:
-        """As for a worker's failure; the driver itself has to fit again."""
-        return self._failed(Cause(CRASH, None, _CONTROLLER_DIED, died=True))
 
     def _diagnose(self, raised: Message | None) -> None:
         """Print what helps to find out why a run was given up."""

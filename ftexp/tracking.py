@@ -95,7 +95,7 @@ class RunRecord:
         self._flushed = clock()
         self.problem: str | None = None  # why the records couldn't be written the last time
         self._died_at: float | None = None  # when the current attempt's first process was lost, or raised
-        self._died_rank: int | None = None
+        self.died_rank: int | None = None  # that of the first
         self._farthest_before = state.farthest_step  # when the current attempt began
         self._working_since = clock()  # the end of what was last counted as productive, or lost
         self._noticed_at: float | None = None
@@ -170,7 +170,6 @@ class RunRecord:
         died_at = self._died_at if self._died_at is not None else self._noticed_at
         if told_late:
             self._noticed_at = died_at
-        rank = rank if rank is not None else self._died_rank
         failure = Failure(
             attempt=self.state.attempts,
             cause=cause,
@@ -184,7 +183,7 @@ class RunRecord:
         )
         self.state.failures.append(failure)
         # the next group may die before it says hello
-        self._farthest_before, self._died_at, self._died_rank = self.state.farthest_step, None, None
+        self._farthest_before, self._died_at, self.died_rank = self.state.farthest_step, None, None
         fields = {key: value for key, value in vars(failure).items() if key not in ("attempt", "step")}
         self.event("failure", **fields, time=self._noticed_at)
         self.write()
@@ -197,7 +196,7 @@ class RunRecord:
             return None
         state.attempts += 1
         state.world_sizes.append(message["world_size"])
-        self._attempt_at, self._died_at, self._died_rank = self._clock(), None, None
+        self._attempt_at, self._died_at, self.died_rank = self._clock(), None, None
         self._farthest_before = state.farthest_step
         if state.failures and state.failures[-1].seconds_to_restart is None and self._noticed_at is not None:
             state.failures[-1].seconds_to_restart = round(self._attempt_at - self._noticed_at, 3)
@@ -215,11 +214,11 @@ class RunRecord:
         self.state.hardware = message.get("hardware", {})
         self._working_since = self._clock()
         self._replayed_from = message["step"] if message["step"] < self.state.farthest_step else None
-        self._note_recovery(message["step"])
         self.state.step = message["step"]
         if message["weights"]:
             self.event("weights_loaded", report=message["weights"])
         self.event("ready", device=message["device"], pids=self.pids())
+        self._note_recovery(message["step"])
 
     def pids(self) -> list[int]:
         """Process ids of the current attempt's workers, by rank."""
@@ -292,4 +291,4 @@ class RunRecord:
 
     def _note_death(self, when: float, rank: int) -> None:
         if self._died_at is None:
-            self._died_at, self._died_rank = when, rank
+            self._died_at, self.died_rank = when, rank

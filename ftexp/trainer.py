@@ -27,7 +27,7 @@ from ftexp.lease import Lease
 from ftexp.scaling import RunningRay, Workers, lacking_resources, num_possible
 from ftexp.spec import JobSpec
 from ftexp.storage import Storage
-from ftexp.supervisor import Supervisor
+from ftexp.supervisor import CONTROLLER_DIED, COULD_NOT_START, Supervisor
 from ftexp.terminal import Terminal
 from ftexp.trackers.run import Trackers
 from ftexp.tracking import FAILED, FINISHED, INTERRUPTED, RunRecord, RunState
@@ -65,7 +65,7 @@ def run_training(
         arguments = (hub, supervisor, workers, done, interval_s)
         threading.Thread(target=_save_before_a_resize, args=arguments, daemon=True).start()
     try:
-        fit = functools.partial(_fit, config, workers, bundle, run_dir, record, hub, supervisor, running)
+        fit = functools.partial(_fit, config, workers, bundle, run_dir, record, hub, running)
         result = fit_interruptibly(fit, lease, functools.partial(supervisor.stop, hub))
         metrics: dict[str, float] | None = result.return_value
         if metrics is None:
@@ -77,7 +77,7 @@ def run_training(
     except ray.train.TrainingFailedError as error:
         reason = _reason(error, supervisor)
         if ray_private.is_startup_failure(error):
-            supervisor.could_not_start(reason)
+            hub.handle({"kind": COULD_NOT_START, "error": reason})
         raise RunFailedError(reason) from error
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
@@ -97,7 +97,6 @@ def _fit(
     run_dir: Storage,
     record: RunRecord,
     hub: Hub,
-    supervisor: Supervisor,
     running: RunningRay,
 ) -> ray.train.Result:
     """Fit, and again if Ray Train's controller itself dies, for as long as the policy allows.
@@ -109,7 +108,9 @@ def _fit(
         try:
             return trainer.fit()
         except ray.exceptions.RayActorError:
-            answer = supervisor.controller_died()
+            answer = hub.handle({"kind": CONTROLLER_DIED})
+            if answer is None:  # the command ends, and nothing is heard any more
+                raise
             if "stop" in answer or not running.is_own:
                 reason = answer.get("stop", "Ray Train's controller died: give the same command again")
                 raise RunFailedError(reason) from None

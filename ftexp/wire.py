@@ -83,27 +83,30 @@ class Hub:
         """First line: the token and who calls, answered by the handler. Then one message a line."""
         # answers go past the stream: one that reads and writes forgets, when written to, what it has read ahead
         with connection, connection.makefile("r", encoding="utf-8", errors="replace") as stream:
-            hello = self._read(stream.readline())
+            hello = self._read(self._next(stream))
             if not hmac.compare_digest(str(hello.pop("token", "")), self.address.token):
                 return
-            answer = self.handle(hello)
-            _send(connection, answer or {})
+            self._answer(connection, self.handle(hello) or {})
             with self._lock:
                 self._open.append(connection)
                 if self._stopping:
-                    _send(connection, {STOP: True})
+                    self._answer(connection, {STOP: True})
             said_goodbye = False
             while not said_goodbye and (line := self._next(stream)):
                 message = self._read(line)
                 said_goodbye = said_goodbye or message.get("kind") == "goodbye"
                 answer = self.handle(message)
                 if message.get("kind") == SYNC and answer is not None:
-                    with contextlib.suppress(OSError):  # killed since: the next line tells
-                        _send(connection, answer)
+                    self._answer(connection, answer)
             with self._lock:
                 self._open.remove(connection)
             if not said_goodbye:
                 self.handle({**hello, "kind": LOST, "time": time.time()})
+
+    @staticmethod
+    def _answer(connection: socket.socket, message: Message) -> None:
+        with contextlib.suppress(OSError):  # killed since: the next line tells
+            _send(connection, message)
 
     @staticmethod
     def _next(stream: TextIO) -> str:

@@ -172,9 +172,9 @@ RANK = """
     import datetime, os, sys
     import torch, torch.distributed as dist
     rank, path, how = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-    wait = datetime.timedelta(seconds=1 if how == "hangs" else 60)
-    dist.init_process_group("gloo", f"file://{path}", rank=rank, world_size=2, timeout=wait)
+    dist.init_process_group("gloo", f"file://{path}", rank=rank, world_size=2)
     dist.all_reduce(torch.ones(1))
+    group = dist.new_group(timeout=datetime.timedelta(seconds=3 if how == "hangs" else 60))
     if rank == 1:
         if how == "dies":
             os.kill(os.getpid(), 9)
@@ -182,7 +182,7 @@ RANK = """
         os._exit(0)
     try:
         while True:
-            dist.all_reduce(torch.ones(100000))
+            dist.all_reduce(torch.ones(100000), group=group)
     except Exception as error:
         sys.stdout.write(f"{type(error).__name__}|{error}")
         sys.stdout.flush()

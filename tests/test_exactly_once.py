@@ -148,7 +148,7 @@ def test_each_damage_to_checkpoints_and_each_fault_of_a_worker_changes_nothing(f
     command = ftexp(
         *OPTIONS, *pictures, "data.feed=streaming", f"train.max_steps={STEPS}",
         f"chaos.faults=[{', '.join(faults)}]", "checkpoint.every_epochs=null",
-        "checkpoint.every_steps=1", "checkpoint.num_to_keep=4", "failure.max_failures=-1", "failure.hang_timeout_s=3",
+        "checkpoint.every_steps=1", "checkpoint.num_to_keep=4", "failure.max_failures=-1", "failure.hang_timeout_s=15",
         "run.name=damaged",
     )  # fmt: skip
     command.wait_until(lambda: len(run_folder("damaged").events("failure")) >= 4)

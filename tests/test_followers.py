@@ -178,7 +178,9 @@ def test_a_tracker_that_stays_down_is_given_up_when_the_run_ends(backend):
 
 def test_what_fails_when_the_end_is_told_is_tried_once_more(backend):
     backend.trouble = [well, down]  # make, close
-    assert Following(backend, retry_s=(3600.0,)).finish() is None
+    following = Following(backend, retry_s=(3600.0,))
+    following.wait_until_told("tracker_opened")
+    assert following.finish() is None
     assert (backend.num_made, backend.outcomes) == (2, ["finished"])
 
 

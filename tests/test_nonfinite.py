@@ -204,11 +204,13 @@ def test_a_wider_range_holds_the_bad_batch_all_before_it_and_as_many_again(num_b
 
 @pytest.mark.timeout(400)
 def test_a_run_that_rolled_back_and_was_killed_leaves_out_the_same_without_finding_it_out_again(ftexp, run_folder):
-    # the save at 40 is the first, so no other is in its way, and has until the kill to be written
+    # the save at 40 is the first, so no other is in its way, and it is written while rank 1 stands still
+    faults = "{kind: nonfinite, step: 49, rank: 1}, {kind: hang, step: 60, rank: 1, seconds: 8}, "
+    faults += "{kind: kill_worker, step: 78, rank: 1}"
     command = ftexp(
         "failure.on_nonfinite=rollback", "train.max_steps=120", "train.ledger=true", "checkpoint.every_steps=40",
         "checkpoint.every_epochs=null", "run.name=killed",
-        "chaos.faults=[{kind: nonfinite, step: 49, rank: 1}, {kind: kill_worker, step: 78, rank: 1}]",
+        f"chaos.faults=[{faults}]",
     )  # fmt: skip
     run = run_folder("killed")
     assert command.wait() == 0, command.output

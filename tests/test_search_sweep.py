@@ -15,13 +15,14 @@ from ftexp.tracking import FINISHED, INTERRUPTED
 SEED = 7
 LOW, HIGH = 1e-8, 1e-2
 NUM_TRIALS = 2
-EPOCHS = 8
+EPOCHS = 40  # seconds of training after what stops a trial
 WORDS = [
     "-m", "hydra/sweeper=tune", f"optim.lr=tag(log, interval({LOW}, {HIGH}))", "sweep.name=search",
     f"hydra.sweeper.num_trials={NUM_TRIALS}", f"hydra.sweeper.seed={SEED}", "hydra.sweeper.scheduler=asha",
     "hydra.sweeper.reduction_factor=2", "sweep.max_concurrent=1", f"train.epochs={EPOCHS}",
     "schedule.warmup_epochs=0", "schedule.min_lr=0", "report.enabled=false", "data.test_fraction=0.5",
-    "scaling.num_workers=1", "model.kwargs={patch_size: 4, depth: 1, embed_dim: 48}",
+    "scaling.num_workers=1", "scaling.resources_per_worker={CPU: 1}",
+    "model.kwargs={patch_size: 4, depth: 1, embed_dim: 48}",
 ]  # fmt: skip
 
 

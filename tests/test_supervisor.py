@@ -263,7 +263,19 @@ def test_a_worker_that_waits_for_data_is_told_of_and_on_record(tmp_path):
 
 def test_workers_that_never_start_are_on_record(tmp_path):
     driver = Driver(tmp_path, controller_failure_limit=2)
-    driver.supervisor.could_not_start("no such zone")
+    driver.tell("could_not_start", error="no such zone")
     (failure,) = read_state(driver.storage).failures
     assert (failure.cause, failure.rank, failure.error) == ("startup", None, "no such zone")
     assert "[startup]: no such zone; failure.controller_failure_limit=2 is spent: giving up" in driver.shown
+
+
+def test_the_death_of_the_controller_is_no_workers_fault(tmp_path):
+    driver = Driver(tmp_path, max_failures=1)
+    driver.attempt(step=3)
+    driver.tell("lost", rank=1)  # it ends with its owner
+    answer = driver.tell("controller_died")
+    assert answer.keys() == {"delay_s"}
+    (failure,) = read_state(driver.storage).failures
+    assert (failure.cause, failure.rank, failure.node) == ("crash", None, None)
+    assert failure.error == "Ray Train's controller died, and its workers with it"
+    assert "✗ a worker failed after step 3 [crash]: Ray Train's controller died" in driver.shown

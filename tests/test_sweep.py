@@ -98,7 +98,9 @@ def trials_with(sweep, status):
 def is_in_the_middle(sweep):
     """Some have ended, one of them by its doom, and one that runs has saved."""
     has_enough = trials_with(sweep, "failed") and len(trials_with(sweep, "finished")) >= NUM_FINISHED
-    return has_enough and any(run.events("checkpoint_saved") for run in trials_with(sweep, "running"))
+    return has_enough and any(
+        run.events("checkpoint_saved") and run.record["status"] == "running" for run in trials_with(sweep, "running")
+    )
 
 
 def test_a_failed_trial_leaves_the_others_alone_and_its_reason_is_kept(story):

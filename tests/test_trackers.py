@@ -17,7 +17,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import Command, RunFolder
+from conftest import Command, RunFolder, descendants_with, wait_until_none
 
 from ftexp.append_log import AppendLog, read_lines
 from ftexp.config import Config
@@ -42,7 +42,7 @@ folder, uri = sys.argv[1:]
 opened = threading.Semaphore(0)
 followed, lines = made(folder, uri)
 followed.start(lambda event: opened.release())
-assert all(opened.acquire(timeout=60) for _ in range(3))
+assert all(opened.acquire(timeout=240) for _ in range(3))
 for point in points_of(range(51, 101)):
     log(lines, followed, point)
 os.kill(os.getpid(), signal.SIGKILL)
@@ -171,9 +171,11 @@ def test_after_a_kill_in_the_middle_of_sending_each_tracker_has_one_run_with_eac
     assert deliver(tmp_path / "before", None, names=["wandb"]) == []
     # the killed one inherits this process's wandb, and must not leave its run to it
     assert "WANDB_SERVICE" in os.environ
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    mark = f"FTEXP_TRACKERS_TEST={folder}"
+    environment = {**os.environ, **dict([mark.split("=", 1)]), "PYTHONPATH": str(Path(__file__).parent)}
     killed = subprocess.run([sys.executable, "-c", KILLED, str(folder), server], env=environment, check=False)
     assert killed.returncode == -signal.SIGKILL
+    wait_until_none(lambda: descendants_with(mark))  # wandb's process outlives it
     assert len(list((folder / "tensorboard").iterdir())) == 1
     assert deliver(folder, server, points_of(range(101, 121))) == []
     assert_each_point_once(folder, server)

@@ -157,7 +157,7 @@ def test_a_full_disk_is_told_and_loses_nothing_once_there_is_room(record, storag
 
 def test_a_lost_controller_is_no_workers_death(record):
     record.handle({"kind": "lost", "time": 5.0})
-    assert record.fail("crash", None, "gone").rank is None
+    assert record.died_rank is None
 
 
 def test_the_traceback_of_what_a_worker_raised_is_kept(record, storage, clock):
@@ -274,10 +274,11 @@ def test_an_attempt_that_died_before_it_said_hello_did_not_progress(record, cloc
     ready(record, 0)
     tick(record, 10)
     record.handle({"kind": "lost", "rank": 1, "time": clock.now})
-    assert record.fail("crash", None, "x").progressed
+    assert record.fail("crash", record.died_rank, "x").progressed
     clock.now += 60
+    assert record.died_rank is None
     failure = record.fail("crash", None, "x")  # no worker got as far as a hello
-    assert (failure.progressed, failure.rank, failure.seconds_to_detect) == (False, None, 0)
+    assert (failure.progressed, failure.seconds_to_detect) == (False, 0)
 
 
 def test_a_failure_names_the_node_of_its_rank(record):
@@ -286,7 +287,7 @@ def test_a_failure_names_the_node_of_its_rank(record):
     assert record.fail("crash", 1, "x").node == "other"
     assert record.fail("crash", 7, "x").node is None
     record.handle({"kind": "raised", "rank": 1, "step": 0, "time": 1.0, "traceback": "x"})
-    assert record.fail("crash", None, "x").node == "other"
+    assert record.fail("crash", record.died_rank, "x").node == "other"
 
 
 def test_what_a_worker_raised_tells_its_exact_step(record):

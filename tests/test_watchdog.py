@@ -110,10 +110,10 @@ def test_every_phase_of_the_loop_has_the_limit_of_its_key():
 CHILD = """
     import ctypes, json, os, sys, threading, time
     from ftexp.failure import watchdog
-    watchdog._GRACE_S = 0.2
+    watchdog._GRACE_S = {grace_s}
     def tell(phase, seconds, stacks):
         print(json.dumps([phase, seconds, stacks]), flush=True)
-    dog = watchdog.Watchdog({watchdog.STEP: 0.2}, tell)
+    dog = watchdog.Watchdog({{watchdog.STEP: {limit_s}}}, tell)
     dog.beat()
     dog.start()
 """
@@ -146,8 +146,8 @@ STOPPED = """
 """
 
 
-def run(script):
-    code = textwrap.dedent(CHILD) + textwrap.dedent(script)
+def run(script, limit_s=0.2, grace_s=60.0):
+    code = textwrap.dedent(CHILD.format(limit_s=limit_s, grace_s=grace_s)) + textwrap.dedent(script)
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
 
 
@@ -161,7 +161,7 @@ def test_a_loop_that_stands_still_is_ended_once_it_was_told():
 
 
 def test_a_loop_that_never_lets_go_of_the_interpreter_is_ended_too():
-    child = run(HOLDS_THE_INTERPRETER)
+    child = run(HOLDS_THE_INTERPRETER, limit_s=2.0, grace_s=0.2)
     assert child.returncode == 1, child.stderr  # faulthandler's exit
     assert child.stdout == ""
     assert "in hold_the_interpreter" in child.stderr

@@ -4,6 +4,7 @@ import json
 import queue
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -54,6 +55,28 @@ def test_a_killed_process_is_told_at_once_and_what_it_flushed_is_not_lost(hub, m
     child = subprocess.run([sys.executable, "-c", code, str(hub.address.port), hub.address.token], check=False)
     assert child.returncode == -signal.SIGKILL
     assert [next_message(messages)["kind"] for _ in range(3)] == ["hello", "tick", "lost"]
+
+
+def test_who_is_killed_before_its_hello_is_answered_is_told_as_lost():
+    held, messages = threading.Event(), queue.Queue()
+
+    def handle(message):
+        messages.put(message)
+        assert held.wait(20)
+        return {"attempt": 7}
+
+    hub = Hub("127.0.0.1", handle)
+    hub.tell(STOP)  # which a new line is told once its hello is answered
+    with socket.create_connection((hub.address.host, hub.address.port)) as raw:
+        raw.sendall(json.dumps({"kind": "hello", "rank": 1, "token": hub.address.token}).encode() + b"\n")
+        assert next_message(messages)["kind"] == "hello"
+        raw.setsockopt(
+            socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
+        )  # closing resets it, as a kill does
+    held.set()
+    assert next_message(messages)["kind"] == "lost"
+    assert hub.tell(SAVE) == 0
+    hub.close()
 
 
 def test_a_goodbye_is_not_a_loss(hub, messages):

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 NODE = "node:"
 LOCK = "lock"  # beside the socket
-_ANSWER_TIMEOUT_S = 30.0  # the preloaded process may still be importing; longer than a plain start makes no sense
+_ANSWER_TIMEOUT_S = 45.0  # the preloaded process may still be importing; raylet gives a worker 60 s to report
 _PASSED_ON = (
     signal.SIGTERM,
     signal.SIGINT,
