@@ -41,7 +41,7 @@ LAYERS = [
     {"checkpoint.registry", "checkpoint.store", "checkpoint.cadence", "checkpoint.staging"},
     {"checkpoint.states", "checkpoint.manager"},
     {"checkpoint.restore", "checkpoint.compare", "failure.chaos", "saved_run", "opening"},
-    {"inference.inputs", "inference.parts", "inference.progress"},
+    {"inference.inputs", "inference.parts", "inference.progress", "inference.stopping"},
     {"inference.pipeline", "exporting.formats"},
     {"exporting.checking"},
     {"failure.policy", "failure.nonfinite", "failure.watchdog", "fitting", "profiling", "speed"},

@@ -2,17 +2,23 @@
 
 import dataclasses
 import json
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import ray
 import timm
 import torch
+from conftest import wait_until_none
 from image_files import SIZE, data_config, encoded, picture, put, write_layouts, write_parquet, write_shard
 from test_config import composed
 
 from ftexp.data.decoding import decode_samples
 from ftexp.errors import DataError
+from ftexp.inference import stopping
 from ftexp.inference.inputs import ALL, find_inputs
 from ftexp.inference.parts import PARTS, Plan, begin
 from ftexp.saved_run import SavedRun
@@ -187,3 +193,30 @@ def test_parts_hold_what_the_model_says_of_each_image_and_name_what_is_unreadabl
         assert [row[key] for key in ("label", "label_2", "label_3")] == [CLASSES[n] for n in surest.indices]
         found = [row[key] for key in ("probability", "probability_2", "probability_3")]
         assert found == pytest.approx(surest.values.tolist(), abs=1e-6)
+
+
+def test_a_pipeline_of_which_nothing_comes_ends_when_it_is_asked_to_and_so_does_the_next(tmp_path, monkeypatch):
+    for event in ("_asked", "_running"):
+        monkeypatch.setattr(stopping, event, threading.Event())
+
+    def wait_for_ever(batch):
+        (tmp_path / "began").touch()
+        while True:
+            time.sleep(0.1)
+
+    def results():
+        dataset = ray.data.range(1).map_batches(wait_for_ever)
+        dataset.context.custom_execution_callback_classes = [stopping.StopWhenAsked]
+        return list(dataset.iter_batches())
+
+    with ThreadPoolExecutor(1) as pool:
+        assert not stopping.ask_to_stop()  # nobody would hear it
+        stopping._asked.clear()
+        waiting = pool.submit(results)
+        wait_until_none(lambda: not (tmp_path / "began").exists())
+        assert stopping.ask_to_stop()
+        with pytest.raises(stopping.Stopped):
+            waiting.result(timeout=60)
+        assert not stopping.ask_to_stop()
+        with pytest.raises(stopping.Stopped):
+            pool.submit(results).result(timeout=60)

@@ -14,6 +14,7 @@ from ftexp.data.listing import IndexedSplit, Shared
 from ftexp.data.order import Int64s
 from ftexp.inference.inputs import Inputs
 from ftexp.inference.parts import Plan, WritePart
+from ftexp.inference.stopping import StopWhenAsked
 from ftexp.saved_run import SavedRun
 from ftexp.scaling import Workers
 from ftexp.storage import Storage
@@ -106,6 +107,7 @@ class Job:
         write = WritePart(self.plan, self.out, info.class_names, self.inputs.label_names)
         dataset = decoding(self.inputs.split, info, units, num_decoding, DecodeNamed)
         dataset.context.enable_progress_bars = False
+        dataset.context.custom_execution_callback_classes = [StopWhenAsked]
         options = dataset.context.execution_options
         options.preserve_order = True  # so that a part's rows come together
         unit_bytes = max(len(unit) for unit in units) * row_bytes

@@ -16,6 +16,7 @@ from ftexp.fingerprint import masked
 from ftexp.fitting import fit_interruptibly
 from ftexp.hot_start.driver import HotStart, on_joined_nodes
 from ftexp.inference.parts import BAD_FILE, PARTS, Plan, begin, collect_bad
+from ftexp.inference.stopping import Stopped, ask_to_stop
 from ftexp.lease import Lease
 from ftexp.opening import require_trained_on
 from ftexp.saved_run import AS_TRAINED, SavedRun, read_weights
@@ -81,11 +82,19 @@ def run_session(request: Request, workers: Workers) -> None:
     lease = Lease.take(request.out, key="out")
     hot_start = HotStart(config.scaling, workers.num_threads)
     importing = import_meanwhile("ftexp.inference.pipeline")
+    asked: list[KeyboardInterrupt] = []
+
+    def stop(why: KeyboardInterrupt) -> bool:
+        asked.append(why)
+        return ask_to_stop()
+
     try:
         with hot_start.raylet_settings():
             start_ray(config, hot_start.runtime_env(), decodes=True)
         importing.join()
-        fit_interruptibly(lambda: _predict(request, workers), lease, lambda _: False)
+        fit_interruptibly(lambda: _predict(request, workers), lease, stop)
+    except Stopped:
+        raise asked[0] from None
     finally:
         ray.shutdown()
         hot_start.stop()
