@@ -1,6 +1,7 @@
 """Helpers for tests that run the command for real."""
 
 import contextlib
+import io
 import json
 import logging
 import os
@@ -252,15 +253,30 @@ def s3_uri(port, path):
 @pytest.fixture
 def memory(monkeypatch):
     """A URI on something like an object store, in memory; every Storage under memory:// reads and writes there."""
-    import fsspec
-    from fsspec.implementations.memory import MemoryFileSystem
+    from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
     from pyarrow.fs import FSSpecHandler, PyFileSystem
 
     import ftexp.storage
 
+    class Written(MemoryFile):
+        is_whole = False
+
+        def close(self):
+            if not self.is_whole:  # it is closed once more when it is collected
+                self.is_whole = True
+                self.commit()
+
+    class WholeFiles(MemoryFileSystem):
+        """As an object store: nobody sees a file before it is whole, and each reader has a place of its own."""
+
+        def _open(self, path, mode="rb", **kwargs):
+            if mode == "wb":
+                return Written(self, self._strip_protocol(path))
+            return io.BytesIO(super()._open(path, mode, **kwargs).getvalue())
+
     monkeypatch.setattr(MemoryFileSystem, "store", {})
     monkeypatch.setattr(MemoryFileSystem, "pseudo_dirs", [""])
-    filesystem = PyFileSystem(FSSpecHandler(fsspec.filesystem("memory", skip_instance_cache=True)))
+    filesystem = PyFileSystem(FSSpecHandler(WholeFiles(skip_instance_cache=True)))
     open_uri = ftexp.storage.open_uri
 
     def open_in_memory(uri, key):
