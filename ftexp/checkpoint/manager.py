@@ -30,6 +30,7 @@ _MODEL, _OPTIMIZER, _EXTRA = FILES
 _ASKS_PER_PREEMPTION_POLL = 3  # the cadence asks about once a second; a poll costs 30 ms
 _NOT_FINITE = "the weights are not finite, so this step is not worth keeping"
 _LAST_TRIES_S = (1, 2, 4, 8, 16)  # waits before trying again to write the checkpoint that ends the run
+_NICE = 10  # a tenth of a core where training wants it all; with less (19: a hundredth), saves could starve
 
 
 class CheckpointManager:
@@ -274,6 +275,6 @@ class CheckpointManager:
 
 
 def _give_way() -> None:
-    """Have this thread run when the training leaves a core idle; Linux knows priorities of threads."""
+    """Have this thread run where the training leaves a core idle; Linux knows priorities of threads."""
     if sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
