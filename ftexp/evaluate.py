@@ -65,6 +65,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         ConfigError: there is no run at `config.run`, or no GPU for device=cuda.
         CheckpointError: the run has no such checkpoint, or it is damaged.
         DataError: the data that the run was made with can't be read.
+        StorageError: `out` can't be written.
     """
     from ftexp.saved_run import load_run_config
     from ftexp.storage import Storage
@@ -76,6 +77,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             raise ConfigError("device=cuda, and torch finds no GPU here: take device=auto, or cpu")
     storage = Storage.at(config.run)
     run_config = load_run_config(storage)
+    if config.out is not None:
+        Storage.at(config.out).parent.require_writable("out")
     from ftexp.scaling import private_ray
 
     with private_ray(run_config) as run_config:
@@ -134,9 +137,9 @@ def _evaluate(config: EvaluateConfig, run_config: Config, storage: Storage) -> d
         storage.write_bytes(name, text)
         result["written"] = storage.child(name).uri
     else:
-        folder, _, name = config.out.rpartition("/")
-        type(storage).at(folder or ".").write_bytes(name, text)
-        result["written"] = config.out
+        target = type(storage).at(config.out)  # with the folder's options where it is a URI
+        target.parent.write_bytes(target.name, text)
+        result["written"] = target.uri
     return result
 
 
