@@ -132,14 +132,10 @@ def _evaluate(config: EvaluateConfig, run_config: Config, storage: Storage) -> d
         **described(findings.gathered(), bundle.info.class_names),
     }
     text = json.dumps(result, indent=1).encode()
-    if config.out is None:
-        name = evaluation_file(config.split if config.weights == "raw" else f"{config.split}_{config.weights}")
-        storage.write_bytes(name, text)
-        result["written"] = storage.child(name).uri
-    else:
-        target = type(storage).at(config.out)  # with the folder's options where it is a URI
-        target.parent.write_bytes(target.name, text)
-        result["written"] = target.uri
+    name = evaluation_file(config.split if config.weights == "raw" else f"{config.split}_{config.weights}")
+    target = type(storage).at(config.out) if config.out is not None else storage.child(name)
+    target.parent.write_bytes(target.name, text)
+    result["written"] = target.uri
     return result
 
 

@@ -17,8 +17,6 @@ from ftexp.trackers.follower import FAILED_EVENT, OPENED_EVENT, described
 from ftexp.tracking import RunRecord
 from ftexp.wire import STOP, Hub, Message
 
-CONTROLLER_DIED = "controller_died"  # kinds of messages, from the thread that fits: Ray Train's controller is gone;
-COULD_NOT_START = "could_not_start"  # it gave up before any worker group began to train
 _MOST_SAMPLES_SHOWN = 32
 _CONTROLLER_DIED = "Ray Train's controller died, and its workers with it"
 
@@ -53,9 +51,9 @@ class Supervisor:
         if kind == "resize_expected":
             self._resize_expected(message["num_workers"])
             return None
-        if kind == CONTROLLER_DIED:  # as for a worker's failure; the driver itself has to fit again
+        if kind == "controller_died":  # as for a worker's failure; the driver itself has to fit again
             return self._failed(Cause(CRASH, None, _CONTROLLER_DIED, died=True), of_all=True)
-        if kind == COULD_NOT_START:
+        if kind == "could_not_start":  # before any worker group began to train, Ray Train gave up
             self._could_not_start(message["error"])
             return None
         if kind == "hello" and self.stopped is not None:  # Ray's controller didn't wait for that answer

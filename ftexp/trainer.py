@@ -27,7 +27,7 @@ from ftexp.lease import Lease
 from ftexp.scaling import RunningRay, Workers, lacking_resources, num_possible
 from ftexp.spec import JobSpec
 from ftexp.storage import Storage
-from ftexp.supervisor import CONTROLLER_DIED, COULD_NOT_START, Supervisor
+from ftexp.supervisor import Supervisor
 from ftexp.terminal import Terminal
 from ftexp.trackers.run import Trackers
 from ftexp.tracking import FAILED, FINISHED, INTERRUPTED, RunRecord, RunState
@@ -77,7 +77,7 @@ def run_training(
     except ray.train.TrainingFailedError as error:
         reason = _reason(error, supervisor)
         if ray_private.is_startup_failure(error):
-            hub.handle({"kind": COULD_NOT_START, "error": reason})
+            hub.handle({"kind": "could_not_start", "error": reason})
         raise RunFailedError(reason) from error
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
@@ -108,7 +108,7 @@ def _fit(
         try:
             return trainer.fit()
         except ray.exceptions.RayActorError:
-            answer = hub.handle({"kind": CONTROLLER_DIED})
+            answer = hub.handle({"kind": "controller_died"})
             if answer is None:  # the command ends, and nothing is heard any more
                 raise
             if "stop" in answer or not running.is_own:

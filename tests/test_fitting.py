@@ -96,16 +96,21 @@ def test_a_signal_that_comes_while_the_first_is_answered_is_not_lost():
     ended.set()
 
 
+def stand_still(ended):
+    """Never come to an end by itself; `ended` tells that something else has ended it."""
+    try:
+        while True:
+            time.sleep(0.01)
+    finally:
+        ended.set()
+
+
 def test_nothing_runs_on_once_it_was_interrupted():
     ended = threading.Event()
 
     def fit():
         os.kill(os.getpid(), signal.SIGINT)
-        try:
-            while True:
-                time.sleep(0.01)
-        finally:
-            ended.set()
+        stand_still(ended)
 
     with pytest.raises(KeyboardInterrupt):
         fit_interruptibly(fit, FREE, lambda _: False)
@@ -118,19 +123,11 @@ def test_an_interruption_that_strikes_where_nothing_can_be_raised_is_told_again(
     class Cleanup:
         def __del__(self):
             os.kill(os.getpid(), signal.SIGINT)
-            try:
-                while True:
-                    time.sleep(0.01)
-            finally:
-                struck.set()
+            stand_still(struck)
 
     def fit():
         Cleanup()
-        try:
-            while True:
-                time.sleep(0.01)
-        finally:
-            ended.set()
+        stand_still(ended)
 
     hook = sys.unraisablehook
     with pytest.raises(KeyboardInterrupt):
@@ -143,18 +140,20 @@ def test_an_interruption_that_strikes_where_nothing_can_be_raised_is_told_again(
 
 def test_no_interruption_strikes_a_thread_that_is_being_started(monkeypatch):
     """Python 3.11 would raise it in that one, print it, and leave the one that starts it waiting for ever."""
-    starting, started, ended = threading.Thread(), threading.Event(), threading.Event()
-    monkeypatch.setattr(threading, "enumerate", lambda: [] if started.is_set() else [starting])
+    starting, started, ended, asked = threading.Thread(), threading.Event(), threading.Event(), []
+
+    def threads():
+        asked.append(started.is_set())
+        return [] if started.is_set() else [starting]
+
+    monkeypatch.setattr(threading, "enumerate", threads)
 
     def fit():
         os.kill(os.getpid(), signal.SIGINT)
-        try:
-            time.sleep(0.5)
-            started.set()
-            while True:
-                time.sleep(0.01)
-        finally:
-            ended.set()
+        while len(asked) < 3:
+            time.sleep(0.01)
+        started.set()
+        stand_still(ended)
 
     with pytest.raises(KeyboardInterrupt):
         fit_interruptibly(fit, FREE, lambda _: False)

@@ -171,11 +171,10 @@ def test_after_a_kill_in_the_middle_of_sending_each_tracker_has_one_run_with_eac
     assert deliver(tmp_path / "before", None, names=["wandb"]) == []
     # the killed one inherits this process's wandb, and must not leave its run to it
     assert "WANDB_SERVICE" in os.environ
-    mark = f"FTEXP_TRACKERS_TEST={folder}"
-    environment = {**os.environ, **dict([mark.split("=", 1)]), "PYTHONPATH": str(Path(__file__).parent)}
+    environment = {**os.environ, "FTEXP_TRACKERS_TEST": str(folder), "PYTHONPATH": str(Path(__file__).parent)}
     killed = subprocess.run([sys.executable, "-c", KILLED, str(folder), server], env=environment, check=False)
     assert killed.returncode == -signal.SIGKILL
-    wait_until_none(lambda: descendants_with(mark))  # wandb's process outlives it
+    wait_until_none(lambda: descendants_with(f"FTEXP_TRACKERS_TEST={folder}"))  # wandb's process outlives it
     assert len(list((folder / "tensorboard").iterdir())) == 1
     assert deliver(folder, server, points_of(range(101, 121))) == []
     assert_each_point_once(folder, server)

@@ -70,9 +70,8 @@ def test_who_is_killed_before_its_hello_is_answered_is_told_as_lost():
     with socket.create_connection((hub.address.host, hub.address.port)) as raw:
         raw.sendall(json.dumps({"kind": "hello", "rank": 1, "token": hub.address.token}).encode() + b"\n")
         assert next_message(messages)["kind"] == "hello"
-        raw.setsockopt(
-            socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
-        )  # closing resets it, as a kill does
+        # closing resets it, as a kill does
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     held.set()
     assert next_message(messages)["kind"] == "lost"
     assert hub.tell(SAVE) == 0
