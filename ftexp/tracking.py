@@ -95,7 +95,7 @@ class RunRecord:
         self._flushed = clock()
         self.problem: str | None = None  # why the records couldn't be written the last time
         self._died_at: float | None = None  # when the current attempt's first process was lost, or raised
-        self.died_rank: int | None = None  # that of the first
+        self.died_rank: int | None = None  # that of the first process that was lost
         self._farthest_before = state.farthest_step  # when the current attempt began
         self._working_since = clock()  # the end of what was last counted as productive, or lost
         self._noticed_at: float | None = None
@@ -283,12 +283,14 @@ class RunRecord:
     def _on_raised(self, message: Message) -> None:
         self._at(message["step"], self.state.epoch)  # the exact one, by which a bug is known when it comes again
         self.event("raised", rank=message["rank"], traceback=message["traceback"])
-        self._note_death(message["time"], message["rank"])
+        self._note_death(message["time"])
 
     def _on_lost(self, message: Message) -> None:
-        if "rank" in message:  # the controller's lines have none
-            self._note_death(message["time"], message["rank"])
+        if "rank" not in message:  # a line of the controller's
+            return
+        self._note_death(message["time"])
+        # a rank that raised may be heard of first, though it raised because this one had died
+        self.died_rank = message["rank"] if self.died_rank is None else self.died_rank
 
-    def _note_death(self, when: float, rank: int) -> None:
-        if self._died_at is None:
-            self._died_at, self.died_rank = when, rank
+    def _note_death(self, when: float) -> None:
+        self._died_at = when if self._died_at is None else self._died_at

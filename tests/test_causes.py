@@ -1,5 +1,6 @@
 """Causes: the failure that began it, told from those that followed. The errors are those of real failures."""
 
+import datetime
 import errno
 import io
 import subprocess
@@ -207,6 +208,31 @@ def test_what_gloo_says_of_another_rank_is_not_taken_for_its_cause(tmp_path, how
     assert (alone.kind, alone.rank, alone.died) == (CRASH, None, True), text
     assert alone.error == "the connection to another worker was lost"
     assert (with_other.kind, with_other.rank) == (BUG, 1)
+
+
+# rank 0's store, which every rank asks when groups are made
+STORE = """
+    import sys
+    from torch.distributed import TCPStore
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    print(store.port, flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_what_the_store_says_of_a_dead_or_silent_rank_is_not_taken_for_its_cause():
+    command = [sys.executable, "-c", textwrap.dedent(STORE)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as host:
+        port, timeout = int(host.stdout.readline()), datetime.timedelta(seconds=1)
+        store = torch.distributed.TCPStore("127.0.0.1", port, timeout=timeout, wait_for_workers=False)
+        with pytest.raises(torch.distributed.DistStoreError) as silent:
+            store.wait(["never set"])
+        host.kill()
+        host.wait()
+        with pytest.raises(torch.distributed.DistNetworkError) as dead:
+            store.get("x")
+    lost = Cause(CRASH, None, "the connection to another worker was lost", died=True)
+    assert find_cause({0: silent.value}) == find_cause({0: dead.value}) == lost
 
 
 IN_STEP, BETWEEN = "in a step for 3 s; stacks in x", "between steps for 4 s; stacks in y"

@@ -286,8 +286,22 @@ def test_a_failure_names_the_node_of_its_rank(record):
     record.handle({"kind": "hello", "rank": 1, "world_size": 2, "pid": 5, "node": "other"})
     assert record.fail("crash", 1, "x").node == "other"
     assert record.fail("crash", 7, "x").node is None
-    record.handle({"kind": "raised", "rank": 1, "step": 0, "time": 1.0, "traceback": "x"})
-    assert record.fail("crash", record.died_rank, "x").node == "other"
+
+
+@pytest.mark.parametrize("first", ["raised", "lost"])
+def test_the_rank_that_died_is_one_that_was_lost_whether_or_not_another_raised_first(record, first):
+    messages = {
+        "raised": {"kind": "raised", "rank": 1, "step": 0, "time": 1.0, "traceback": "x"},
+        "lost": {"kind": "lost", "rank": 0, "time": 2.0},
+    }
+    hello(record, 0)
+    record.handle(messages.pop(first))
+    assert record.died_rank == {"raised": None, "lost": 0}[first]
+    record.handle(*messages.values())
+    record.handle({"kind": "lost", "rank": 2, "time": 3.0})
+    assert record.died_rank == 0
+    record.fail("crash", record.died_rank, "x")
+    assert record.died_rank is None
 
 
 def test_what_a_worker_raised_tells_its_exact_step(record):

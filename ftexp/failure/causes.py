@@ -34,10 +34,11 @@ _BUG_WORDS = re.compile(
     r"(?:Missing|Unexpected) key\(s\) in state_dict|out of bounds|does not require grad|has no attribute|"
     r"is not implemented for"
 )
-# gloo's and NCCL's, where another rank has gone; what NCCL can't do on this machine is none of it
+# gloo's, NCCL's and the store's, where another rank has gone; what NCCL can't do on this machine is none of it
 _BROKEN_WORDS = re.compile(
-    r"Connection reset|Connection closed|Connection refused|Broken pipe|[gG]loo|process group|Socket Timeout|"
-    r"[Tt]imed out waiting|ncclRemoteError|remote process exit|communicator was aborted|Watchdog caught collective"
+    r"Connection reset|Connection closed|Connection was likely closed|Connection refused|Broken pipe|[gG]loo|"
+    r"process group|Socket Timeout|[Tt]imed out waiting|wait timeout after|ncclRemoteError|remote process exit|"
+    r"communicator was aborted|Watchdog caught collective"
 )
 # torch's, on the CPU, and what CUDA and its libraries say where it isn't torch's allocator that finds no room
 _NO_MEMORY_WORDS = re.compile(
