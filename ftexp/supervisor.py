@@ -9,7 +9,7 @@ import time
 from typing import Any
 
 from ftexp.config import Config
-from ftexp.failure.causes import CRASH, STARTUP, Cause, as_hang, as_preemption, find_cause
+from ftexp.failure.causes import CRASH, STARTUP, Cause, as_death, as_hang, as_preemption, find_cause
 from ftexp.failure.policy import Past, decide
 from ftexp.fitting import STOP_GRACE_S
 from ftexp.terminal import Terminal
@@ -44,7 +44,7 @@ class Supervisor:
         """The hub's handler: one message at a time."""
         kind = message["kind"]
         if kind == "failure":
-            return self._failed(Cause(**message["cause"]))
+            return self._failed(as_death(Cause(**message["cause"]), self._record.died_rank))
         if kind == "waiting":
             self._waiting(message["reason"])
             return None
@@ -52,9 +52,11 @@ class Supervisor:
             self._resize_expected(message["num_workers"])
             return None
         if kind == "controller_died":  # as for a worker's failure; the driver itself has to fit again
-            return self._failed(Cause(CRASH, None, _CONTROLLER_DIED, died=True), of_all=True)
+            return self._failed(Cause(CRASH, None, _CONTROLLER_DIED, died=True))
         if kind == "could_not_start":  # before any worker group began to train, Ray Train gave up
             self._could_not_start(message["error"])
+            return None
+        if kind == "lost" and self._record.is_of_the_past(message):
             return None
         if kind == "hello" and self.stopped is not None:  # Ray's controller didn't wait for that answer
             return {"stop": self.stopped}
@@ -89,9 +91,9 @@ class Supervisor:
 
     def _taken_away(self) -> Message:
         """Decide and record, when a new group says hello: at the end that was announced, Ray asks no callback."""
-        return self._failed(find_cause({}), told_late=True)
+        return self._failed(as_death(find_cause({}), self._record.died_rank), told_late=True)
 
-    def _failed(self, cause: Cause, told_late: bool = False, of_all: bool = False) -> Message:
+    def _failed(self, cause: Cause, told_late: bool = False) -> Message:
         """Decide and record; the answer tells the controller whether to stop, or how long to wait."""
         if self.stopped is not None:  # by workers that were told to stop
             return {"stop": self.stopped}
@@ -103,11 +105,10 @@ class Supervisor:
         progressed, accumulate_steps = self._record.has_progressed, self._accumulate_steps()
         share = math.ceil(self._config.train.global_batch_size / (state.world_sizes or [1])[-1])
         micro_batch = math.ceil(share / accumulate_steps)
-        rank = cause.rank if cause.rank is not None or of_all else self._record.died_rank
         decision = decide(cause, state.step, progressed, past[self._num_before :], self._config.failure, micro_batch)
         if decision.halves:
             state.accumulate_steps = 2 * accumulate_steps
-        failure = self._record.fail(decision.cause, rank, cause.error, decision.reason, told_late)
+        failure = self._record.fail(decision.cause, cause.rank, cause.error, decision.reason, told_late)
         self._terminal.failure(failure)
         raised, self._raised = self._raised, None
         if decision.goes_on:

@@ -285,6 +285,11 @@ class RunRecord:
         self.event("raised", rank=message["rank"], traceback=message["traceback"])
         self._note_death(message["time"])
 
+    def is_of_the_past(self, lost: Message) -> bool:
+        """Whether a line that was closed is one of an earlier worker group: another may say hello meanwhile."""
+        known = self.workers.get(lost.get("rank", -1))
+        return known is not None and known["pid"] != lost["pid"]
+
     def _on_lost(self, message: Message) -> None:
         if "rank" not in message:  # a line of the controller's
             return

@@ -29,6 +29,7 @@ SYNC = "sync"  # kind of the message that asks whether what came before is safe;
 STOP, SAVE = "stop", "save"  # what the hub tells its lines: the run shall end, or save soon
 LOST = "lost"  # kind of the message that the hub makes when a line closes without a goodbye
 _CONNECT_TIMEOUT_S = 30.0
+_GOODBYE_S = 10.0  # for what is still to be sent, and for the driver to take it in
 
 
 @dataclass(frozen=True)
@@ -183,10 +184,12 @@ class Line:
                 raise OSError(f"the run's records can't be written: {self._problem}")
 
     def close(self) -> None:
-        """Say goodbye and hang up."""
+        """Say goodbye, and return when the driver has handled all that was sent: it hangs up then."""
         self.send("goodbye")
         self._queue.put(None)
-        self._thread.join(timeout=10)
+        self._thread.join(timeout=_GOODBYE_S)
+        with self._answered:
+            self._answered.wait_for(lambda: self._broken, _GOODBYE_S)
         self._socket.close()
 
     def _send_all(self) -> None:

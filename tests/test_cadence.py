@@ -11,12 +11,12 @@ from ftexp.config import CheckpointConfig
 class Rank:
     """One rank's cadence, its clock, and what it was told to agree on."""
 
-    def __init__(self, agree=None, start=100.0, stop_requested=lambda: False, save_requested=lambda: False, **config):
+    def __init__(self, agree=None, start=100.0, requests=None, **config):
         self.now, self.asked = start, []
+        self.reasons = []  # of each save
         self._agree = agree or (lambda value: value)
         everything = {"every_epochs": None, **config}
-        requests = {"stop_requested": stop_requested, "save_requested": save_requested}
-        self.cadence = Cadence(CheckpointConfig(**everything), self.agree, lambda: self.now, **requests)
+        self.cadence = Cadence(CheckpointConfig(**everything), self.agree, lambda: self.now, **(requests or {}))
 
     def agree(self, value):
         self.asked.append(value)
@@ -27,6 +27,7 @@ class Rank:
         self.now += seconds
         due = self.cadence.due(step, epoch, epoch_ended, finished, busy)
         if due:
+            self.reasons.append(self.cadence.reasons)
             self.cadence.saved(step)
         return due
 
@@ -49,12 +50,40 @@ def test_a_save_is_due_every_so_many_epochs():
 
 def test_a_save_that_is_asked_for_comes_within_a_second_and_the_run_goes_on():
     requests = []
-    rank = Rank(save_requested=lambda: bool(requests and requests.pop()))
+    rank = Rank(requests={"save_requested": lambda: bool(requests and requests.pop())})
     assert saves(rank, range(1, 100), seconds=0.1) == []
     requests.append(True)
     (step,) = saves(rank, range(100, 200), seconds=0.1)
     assert step <= 110
+    assert rank.reasons == [["requested"]]
     assert not rank.cadence.stopping
+
+
+def test_a_save_says_why_it_was_due():
+    wanted = set()
+    requests = {
+        name: lambda name=name: name in wanted and not wanted.remove(name)
+        for name in ("stop_requested", "save_requested", "machine_goes")
+    }
+    rank = Rank(requests=requests, every_steps=4, every_epochs=1, every_seconds=11)
+    assert saves(rank, range(1, 6)) == [4]
+    assert rank.step(6, 1, epoch_ended=True)
+    wanted.add("save_requested")
+    assert not rank.step(7, busy=True)
+    assert rank.step(8)  # that of step 7 was put off
+    wanted.add("machine_goes")
+    assert rank.step(9)
+    assert not rank.step(10)
+    assert rank.step(11, seconds=20)
+    wanted.add("stop_requested")
+    assert rank.step(13)
+    assert rank.step(14, finished=True)
+    assert rank.reasons == [
+        *(["every_steps"], ["every_epochs"], ["requested", "every_steps"], ["preemption"], ["every_seconds"]),
+        *(["stop"], ["end"]),
+    ]
+    follower = Rank(agree=lambda _: 0)  # it only knows that rank 0 has a reason
+    assert follower.step(1)
 
 
 def test_steps_and_epochs_stand_beside_each_other():
@@ -71,7 +100,7 @@ def test_without_a_cadence_only_the_end_is_saved():
 
 
 def test_a_request_to_stop_makes_a_save_within_about_a_second_and_is_agreed_on():
-    rank = Rank(stop_requested=lambda: rank.now > 150)
+    rank = Rank(requests={"stop_requested": lambda: rank.now > 150})
     done = saves(rank, range(1, 20_000), seconds=1 / 128)
     assert rank.cadence.stopping
     assert 50 * 128 <= done[0] <= 52 * 128

@@ -29,6 +29,7 @@ from ftexp.failure.causes import (
     Cause,
     FailureReporter,
     StopRun,
+    as_death,
     as_hang,
     find_cause,
 )
@@ -223,10 +224,9 @@ STORE = """
 def test_what_the_store_says_of_a_dead_or_silent_rank_is_not_taken_for_its_cause():
     command = [sys.executable, "-c", textwrap.dedent(STORE)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as host:
-        port, timeout = int(host.stdout.readline()), datetime.timedelta(seconds=1)
-        store = torch.distributed.TCPStore("127.0.0.1", port, timeout=timeout, wait_for_workers=False)
+        store = torch.distributed.TCPStore("127.0.0.1", int(host.stdout.readline()), wait_for_workers=False)
         with pytest.raises(torch.distributed.DistStoreError) as silent:
-            store.wait(["never set"])
+            store.wait(["never set"], datetime.timedelta(seconds=1))
         host.kill()
         host.wait()
         with pytest.raises(torch.distributed.DistNetworkError) as dead:
@@ -260,6 +260,16 @@ def test_nobody_is_blamed_for_standing_still_who_did_not_or_where_something_was_
     assert as_hang(raised, {0: IN_STEP}) == raised  # rank 0 waited for what rank 1 raised
     lost = find_cause({0: ECHO})  # the hung rank has killed itself, and wasn't polled yet
     assert (as_hang(lost, {1: BETWEEN}).kind, as_hang(lost, {1: BETWEEN}).rank) == (HANG, 1)
+
+
+def test_a_process_that_is_known_to_have_died_is_told_instead_of_what_followed():
+    lost = find_cause({0: ECHO})
+    told = as_death(lost, 1)
+    assert told == find_cause({1: DIED})
+    assert as_death(lost, None) == lost
+    assert as_hang(told, {1: BETWEEN}).kind == HANG
+    for other in (find_cause({0: DIED}), find_cause({0: BUG_ERROR})):
+        assert as_death(other, 1) == other
 
 
 # as CUDA and NCCL word them, in reports of users; no GPU was at hand

@@ -73,9 +73,9 @@ ENVIRONMENT = {
     "RAY_health_check_timeout_ms": "10000",
     "RAY_health_check_failure_threshold": "3",
 }
-RESIZES_EVERY_S = 11  # how often Ray Train looks whether there is room for more workers: time for two saves
+RESIZES_EVERY_S = 13  # how often Ray Train looks whether there is room for more workers: time for two saves
 NOTICE_S = 20.0  # from the announcement that a node goes to its end
-GOES_ON_WITHIN_S = 60.0  # 18 to 29 as measured; each of Ray's tries with the dead node costs 5
+GOES_ON_WITHIN_S = 75.0  # 6 to 29 as measured; each of Ray's tries with the dead node costs 5, by default 60
 EPOCHS = 14  # of the run on the cluster: 80 s at least, if every step is slowed
 
 
@@ -266,7 +266,7 @@ def test_a_run_saves_when_it_is_about_to_grow(story):
     (expected,) = story.run.events("resize_expected")
     assert (expected["attempt"], expected["num_workers"]) == (2, 2)
     saved = [event for event in story.run.events("checkpoint_saved") if event["time"] > expected["time"]]
-    assert any(event["step"] % SAVE_EVERY for event in saved if event["attempt"] == 2)  # nothing else asked for that
+    assert any("requested" in event["reasons"] for event in saved if event["attempt"] == 2)
 
 
 def test_workers_on_every_node_of_a_cluster_are_forked(story):
@@ -281,7 +281,7 @@ def test_a_run_saves_before_an_announced_end_of_a_node_and_is_not_charged_for_it
     assert (notice["attempt"], notice["ranks"]) == (3, [story.announced_rank])
     saved = next(event for event in run.events("checkpoint_saved") if event["time"] > notice["time"])
     assert saved["step"] == notice["step"]
-    assert saved["step"] % SAVE_EVERY  # nothing else asked for it
+    assert "preemption" in saved["reasons"]
     assert saved["time"] < story.taken_at
     seconds = saved["time"] - story.announced_at
     record_property("seconds_from_the_announcement_to_the_save", seconds)

@@ -237,7 +237,7 @@ def test_who_waits_for_workers_is_told_what_is_lacking_once(tmp_path):
     driver.attempt(step=3)
     assert driver.supervisor.waiting_s == 0
     driver.tell("waiting", reason="too late")
-    driver.tell("lost", rank=1)
+    driver.tell("lost", rank=1, pid=101)
     assert driver.supervisor.waiting_s > 0
     driver.attempt()
     driver.fail()
@@ -269,10 +269,34 @@ def test_workers_that_never_start_are_on_record(tmp_path):
     assert "[startup]: no such zone; failure.controller_failure_limit=2 is spent: giving up" in driver.shown
 
 
+def test_a_process_that_outlived_its_group_takes_nothing_from_the_next(tmp_path):
+    driver = Driver(tmp_path)
+    driver.attempt(step=3)
+    driver.fail()
+    driver.tell("hello", rank=0, world_size=1, pid=200, node="node0")
+    driver.ready(3)
+    driver.tell("lost", rank=0, pid=100)
+    assert driver.supervisor.waiting_s == 0
+    assert driver.record.died_rank is None
+    driver.tell("lost", rank=0, pid=200)
+    assert driver.record.died_rank == 0
+
+
+def test_where_only_what_followed_is_handed_over_the_process_that_died_is_told(tmp_path):
+    driver = Driver(tmp_path)
+    driver.attempt(step=3)
+    driver.raised([], rank=0)
+    driver.tell("lost", rank=1, pid=101)
+    driver.fail(Cause(CRASH, None, "the connection to another worker was lost", died=True))
+    (failure,) = read_state(driver.storage).failures
+    assert (failure.rank, failure.node) == (1, "node1")
+    assert failure.error == "the process died (killed, or crashed below Python)"
+
+
 def test_the_death_of_the_controller_is_no_workers_fault(tmp_path):
     driver = Driver(tmp_path, max_failures=1)
     driver.attempt(step=3)
-    driver.tell("lost", rank=1)  # it ends with its owner
+    driver.tell("lost", rank=1, pid=101)  # it ends with its owner
     answer = driver.tell("controller_died")
     assert answer.keys() == {"delay_s"}
     (failure,) = read_state(driver.storage).failures

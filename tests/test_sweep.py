@@ -27,7 +27,9 @@ WORDS = [
     "checkpoint.extra_state=[progress,scheduler,scaler,rng,best,doom]",
 ]  # fmt: skip
 
+# while there is a file `on`, one trial fails, and the next stands still in its third epoch, having saved
 PLUGIN = """
+import time
 from pathlib import Path
 
 from ftexp.checkpoint.registry import register_state
@@ -37,8 +39,17 @@ class Doom:
     version = 1
 
     def __init__(self, job):
-        if Path(__file__).with_name("on").exists() and job.config.optim.lr == 0.01 and job.config.model.preset:
+        on, rate = Path(__file__).with_name("on"), job.config.optim.lr
+        if on.exists() and rate == 0.01 and job.config.model.preset:
             raise TypeError("doomed")
+        advance = job.scheduler.step_update
+
+        def step_update(step):
+            advance(step)
+            while step == 24 and rate == 0.03 and on.exists():
+                time.sleep(0.05)
+
+        job.scheduler.step_update = step_update
 
     def state_dict(self):
         return {}
@@ -63,6 +74,7 @@ def story(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(*mark.split("=", 1))
         first = Command("train", [*WORDS, f"run.storage={folder}"], folder)
+        first.wait_for(f"failed      {DOOMED}")  # told after it is in the ledger
         first.wait_until(lambda: is_in_the_middle(sweep))
         os.kill(first.process.pid, signal.SIGKILL)
         first.wait()

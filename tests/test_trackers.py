@@ -333,7 +333,7 @@ def three_kills(server, tmp_path_factory):
     assert first.wait() == -signal.SIGKILL, first.output
     second = Command("train", words, folder)
     assert second.wait() == 0, second.output
-    return RunFolder(folder / "three"), second
+    return RunFolder(folder / "three"), [*first.lines, *second.lines]
 
 
 def test_a_run_with_three_kills_is_one_run_in_each_tracker_with_each_point_once(server, three_kills):
@@ -350,7 +350,7 @@ def test_a_run_with_three_kills_is_one_run_in_each_tracker_with_each_point_once(
 
 
 def test_a_run_with_three_kills_is_described_in_its_trackers(server, three_kills):
-    run, command = three_kills
+    run, lines = three_kills
     _, found = mlflow_run(server, run.path)
     last = run.path / "checkpoints" / run.record["checkpoint"]
     assert last.is_dir()
@@ -364,4 +364,4 @@ def test_a_run_with_three_kills_is_described_in_its_trackers(server, three_kills
     assert found.data.params["optim.name"] == "adamw"
     assert found.info.status == "FINISHED"
     for name in ALL:
-        assert any(line.startswith(f"tracker  {name}: ") for line in command.lines), command.output
+        assert any(line.startswith(f"tracker  {name}: ") for line in lines), lines

@@ -46,6 +46,26 @@ def test_messages_arrive_in_order_and_a_hello_is_answered(hub, messages):
     assert next_message(messages)["kind"] == "goodbye"
 
 
+def test_who_says_goodbye_stays_until_the_driver_has_handled_it_all():
+    handled, held = [], threading.Event()
+
+    def handle(message):
+        assert message["kind"] == "hello" or held.wait(20)
+        handled.append(message["kind"])
+
+    hub = Hub("127.0.0.1", handle)
+    line = Line(hub.address, {"kind": "hello", "rank": 0})
+    line.send("metrics")
+    closing = threading.Thread(target=line.close)
+    closing.start()
+    closing.join(0.5)
+    assert closing.is_alive()
+    held.set()
+    closing.join(20)
+    hub.close()  # as when fit() returns, since the workers have ended
+    assert handled == ["hello", "metrics", "goodbye"]
+
+
 def test_a_killed_process_is_told_at_once_and_what_it_flushed_is_not_lost(hub, messages):
     code = (
         "import os, signal, sys; from ftexp.wire import *\n"

@@ -17,6 +17,9 @@ class Cadence:
     Steps and epochs are counted alike everywhere. The clock, and whether somebody wants the run to stop or to save, are
     rank 0's, and asked as seldom as will do: each answer says at which step to ask again. `machine_goes()`, whether one
     of the workers' machines has newly been announced to go away, is collective and asked at the same steps.
+
+    `reasons` says why a save is due, or waits for the one before: every_steps, every_epochs, every_seconds, requested,
+    preemption, stop, end. Ranks other than 0 can't tell every_seconds from requested.
     """
 
     def __init__(
@@ -31,7 +34,7 @@ class Cadence:
         self._config, self._agree, self._clock, self._stop_requested = config, agree, clock, stop_requested
         self._machine_goes, self._save_requested = machine_goes, save_requested
         self.stopping = False  # this save is the last: somebody wants the run to stop
-        self._wanted = False  # due, and waiting for the save before
+        self.reasons: list[str] = []
         self._saved_step = self._asked_step = self._ask_at = -1
         self._saved_at = self._asked_at = clock()
         self._gap = 1  # steps from one question to the next
@@ -39,33 +42,45 @@ class Cadence:
     def due(self, step: int, epoch: int, epoch_ended: bool, finished: bool, busy: bool) -> bool:
         """Whether to save after `step`; collective. `busy` says that rank 0 has a save in flight: the next waits."""
         if finished:
+            if step != self._saved_step:
+                self._note("end")
             return step != self._saved_step
         config = self._config
-        by_steps = config.every_steps is not None and step % config.every_steps == 0
-        by_epochs = config.every_epochs is not None and epoch_ended and epoch % config.every_epochs == 0
-        by_time = self._ask(step)
+        if config.every_steps is not None and step % config.every_steps == 0:
+            self._note("every_steps")
+        if config.every_epochs is not None and epoch_ended and epoch % config.every_epochs == 0:
+            self._note("every_epochs")
+        self._ask(step)
         if self.stopping:
             return True
-        self._wanted = (by_steps or by_epochs or self._wanted or by_time) and step != self._saved_step
-        return self._wanted and not self._agree(int(busy))
+        if step == self._saved_step:
+            self.reasons = []
+        return bool(self.reasons) and not self._agree(int(busy))
 
     def saved(self, step: int) -> None:
         """A save of `step` was begun, or restored."""
         self._saved_step = self._asked_step = step
         self._saved_at = self._asked_at = self._clock()
-        self._wanted, self._ask_at, self._gap = False, step + 1, 1
+        self.reasons, self._ask_at, self._gap = [], step + 1, 1
 
-    def _ask(self, step: int) -> bool:
-        """Whether rank 0's clock says that a save is due."""
+    def _note(self, reason: str) -> None:
+        if reason not in self.reasons:
+            self.reasons.append(reason)
+
+    def _ask(self, step: int) -> None:
+        """Note whether a save is due by rank 0's clock, or because somebody wants it."""
         if step < self._ask_at:
-            return False
+            return
         now, every = self._clock(), self._config.every_seconds
         left = _ASK_EVERY_S if every is None else self._saved_at + every - now
+        reason = "every_seconds"
         if self._asked_step < 0:  # nothing to estimate from yet
             self._asked_step = step
         if self._stop_requested():
-            answer = _STOP
-        elif left <= 0 or self._save_requested():
+            answer, reason = _STOP, "stop"
+        elif self._save_requested():
+            answer, reason = _SAVE, "requested"
+        elif left <= 0:
             answer = _SAVE
         else:
             done = step - self._asked_step
@@ -77,4 +92,7 @@ class Cadence:
         self._gap = answer - step
         self._ask_at, self._asked_step, self._asked_at = answer, step, now
         self.stopping = answer == _STOP
-        return self._machine_goes() or answer == _SAVE
+        if answer in (_SAVE, _STOP):
+            self._note(reason)
+        if self._machine_goes():
+            self._note("preemption")

@@ -115,9 +115,10 @@ class CheckpointManager:
             manifest = self._manifest()
             blocked_s = time.perf_counter() - started
             best_step = job.best.get("step")
-            self._pending = self._thread.submit(
-                self._write, manifest, parts, metrics, best_step, blocked_s, job.finished or self.stopping
-            )
+            # told with the checkpoint, beside what it cost
+            about = {"reasons": self._cadence.reasons, "blocked_s": round(blocked_s, 6)}
+            is_last = job.finished or self.stopping
+            self._pending = self._thread.submit(self._write, manifest, parts, metrics, best_step, about, is_last)
         self._cadence.saved(progress.step)
 
     def _ledger_is_safe(self) -> bool:
@@ -229,7 +230,7 @@ class CheckpointManager:
         parts: tuple[Any, ...],
         metrics: dict[str, Any],
         best_step: int | None,
-        blocked_s: float,
+        about: dict[str, Any],
         is_last: bool,
     ) -> None:
         """On the thread, rank 0 only: write, thin out, report to Ray. The other ranks wait in their report.
@@ -242,7 +243,7 @@ class CheckpointManager:
             self._failed(manifest.step, CheckpointError(_NOT_FINITE))
         for wait_s in (*(_LAST_TRIES_S if is_last else ()), None) if is_good else ():
             try:
-                self._write_once(manifest, parts, best_step, blocked_s)
+                self._write_once(manifest, parts, best_step, about)
                 self._failures.clear()
                 break
             except (OSError, CheckpointError) as error:
@@ -255,7 +256,9 @@ class CheckpointManager:
         self._failures.append(error)
         self._job.line.send("event", name="checkpoint_failed", step=step, error=str(error))
 
-    def _write_once(self, manifest: Manifest, parts: tuple[Any, ...], best_step: int | None, blocked_s: float) -> None:
+    def _write_once(
+        self, manifest: Manifest, parts: tuple[Any, ...], best_step: int | None, about: dict[str, Any]
+    ) -> None:
         started, line = time.perf_counter(), self._job.line
         line.sync()  # what was logged up to this step must be written down before the step counts as done
         saved = self._store.save(manifest, {name: writer(part) for name, part in zip(FILES, parts, strict=True)})
@@ -265,9 +268,9 @@ class CheckpointManager:
             step=saved.step,
             checkpoint=saved.name,
             bytes=saved.num_bytes,
-            blocked_s=round(blocked_s, 6),
             write_s=round(time.perf_counter() - started, 6),
             metrics=saved.metrics,
+            **about,
         )
         with contextlib.suppress(OSError):  # an object store that is down now: the next save thins out
             manifests = self._store.manifests(lambda *_: None)

@@ -72,6 +72,13 @@ def find_cause(worker_exceptions: dict[int, Exception]) -> Cause:
     return Cause(kind, rank, _in_a_line(error), isinstance(error, _FINAL), died)
 
 
+def as_death(cause: Cause, died_rank: int | None) -> Cause:
+    """The cause, once it is known which rank's process ended first, where Ray handed over what followed from it."""
+    if cause.rank is not None or died_rank is None or not cause.died:
+        return cause
+    return Cause(CRASH, died_rank, _DIED, died=True)
+
+
 def as_hang(cause: Cause, hung: dict[int, str]) -> Cause:
     """The cause, once it is known which ranks killed themselves because they stood still: {rank: in doing what}."""
     if not hung or not cause.died:
@@ -89,6 +96,7 @@ def as_preemption(cause: Cause, leaving: list[int]) -> Cause:
 
 
 _DEAD = (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError)
+_DIED = "the process died (killed, or crashed below Python)"
 
 
 def _kind(error: Exception) -> str:
@@ -116,7 +124,7 @@ def _is_echo(error: Exception) -> bool:
 
 def _in_a_line(error: Exception) -> str:
     if isinstance(error, _DEAD):
-        return "the process died (killed, or crashed below Python)"
+        return _DIED
     if isinstance(error, FtexpError):
         return str(error)
     lines = [line for line in str(error).splitlines() if line.strip()]
