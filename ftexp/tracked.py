@@ -50,12 +50,12 @@ def outcome_of(state: RunState, run_dir: Storage) -> Outcome:
 
 
 def close_trackers(trackers: Trackers, record: RunRecord, terminal: Terminal) -> None:
-    """After `Trackers.end`, once the records are closed: wait, and tell what is lacking. Takes nothing from the run."""
-    for failure in trackers.wait():
-        terminal.say(described(failure), "yellow")
-        fields = {key: value for key, value in failure.items() if key not in ("kind", "name", "time")}
+    """After `Trackers.end`, once the records are closed: wait, and tell the rest. Takes nothing from the run."""
+    for event in trackers.wait():
+        terminal.say(described(event), "yellow" if event["name"] == FAILED_EVENT else "")
+        fields = {key: value for key, value in event.items() if key not in ("kind", "name", "time")}
         with contextlib.suppress(OSError):
-            record.late_event(FAILED_EVENT, **fields)
+            record.late_event(event["name"], **fields)
 
 
 def deliver_late(config: Config, run_dir: Storage, state: RunState, terminal: Terminal) -> None:

@@ -56,7 +56,7 @@ def run_training(
     """
     supervisor = Supervisor(record, terminal, config)
     hub = Hub(running.host, supervisor.handle)
-    trackers.start(hub.handle)
+    trackers.start(hub.take)
     status, reason = FAILED, None
     done = threading.Event()
     threading.Thread(target=_tell_of_waiting, args=(hub, supervisor, workers, done), daemon=True).start()

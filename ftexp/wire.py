@@ -129,6 +129,13 @@ class Hub:
         with self._lock:
             return self._handler(message) if message.get("kind") and not self._closed else None
 
+    def take(self, message: Message) -> bool:
+        """As `handle`, where there is no answer; False if the hub was closed before."""
+        with self._lock:
+            if not self._closed:
+                self._handler(message)
+            return not self._closed
+
 
 def _send(connection: socket.socket, message: Message) -> None:
     connection.sendall((json.dumps(message) + "\n").encode())

@@ -1,6 +1,7 @@
 """Runs in the real TensorBoard, MLflow (a server with SQLite, on loopback) and wandb (offline), read back."""
 
 import csv
+import io
 import json
 import logging
 import os
@@ -18,18 +19,19 @@ from pathlib import Path
 
 import pytest
 from conftest import Command, RunFolder, descendants_with, wait_until_none
+from rich.console import Console
 
 from ftexp.append_log import AppendLog, read_lines
 from ftexp.config import Config
 from ftexp.storage import Storage
 from ftexp.terminal import Terminal
-from ftexp.tracked import deliver_late
+from ftexp.tracked import close_trackers, deliver_late, trackers_of
 from ftexp.trackers.mlflow import PARENT
 from ftexp.trackers.registry import Outcome, trackers
 from ftexp.trackers.run import Trackers, tracked_run, tracking_id
 from ftexp.trackers.tensorboard import scalars
 from ftexp.trackers.wandb import logged_rows
-from ftexp.tracking import METRICS_FILE, RunState
+from ftexp.tracking import EVENTS_FILE, METRICS_FILE, RunRecord, RunState
 
 ALL = ("tensorboard", "mlflow", "wandb")
 PATIENCE_S = 60.0
@@ -291,6 +293,22 @@ def test_without_a_server_the_runs_of_a_storage_and_its_sweeps_are_in_one_databa
         assert deliver(folder, None, points_of([1]), names=["mlflow"], sweep=of) == []
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     assert in_mlflow(uri, tmp_path / "alone") == in_mlflow(uri, sweep.child("seed=1").uri) == once(points_of([1]))
+
+
+def test_a_tracker_that_opens_when_the_run_has_ended_is_told_of_all_the_same(tmp_path):
+    folder = Storage.at(str(tmp_path / "short"))
+    record = RunRecord(folder, RunState(name="short"), ("val_accuracy", "max"))
+    config, output, closed = settings(tmp_path / "short", None, ["tensorboard"]), io.StringIO(), []
+    followed = trackers_of(config, record, None)
+    followed.start(lambda event: closed.append(event) or False)
+    record.close("finished")
+    followed.end(Outcome(status="finished"))
+    close_trackers(followed, record, Terminal(Console(file=output, width=500)))
+    assert [event["name"] for event in closed] == ["tracker_opened"]
+    where = f"{tmp_path}/short/tensorboard"
+    assert output.getvalue() == f"tracker  tensorboard: {where}\n"
+    event = [*read_lines(folder, EVENTS_FILE)][-1]
+    assert (event["event"], event["tracker"], event["where"]) == ("tracker_opened", "tensorboard", where)
 
 
 def test_a_finished_run_is_given_to_trackers_that_lack_it_and_to_no_other(tmp_path, capsys):

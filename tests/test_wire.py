@@ -123,9 +123,12 @@ def test_garbage_does_not_stop_the_hub(hub, messages):
 def test_nothing_is_handled_after_close(hub, messages):
     line = Line(hub.address, {"kind": "hello", "rank": 0})
     assert next_message(messages)["kind"] == "hello"
+    assert hub.take({"kind": "event"})
+    assert next_message(messages) == {"kind": "event"}
     hub.close()
     line.send("tick", step=1)
     line.close()
+    assert not hub.take({"kind": "event"})
     assert messages.empty()
 
 

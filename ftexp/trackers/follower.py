@@ -31,7 +31,7 @@ class Follower:
         name: the tracker's.
         make: makes or finds the tracker's run; may take its time, and may raise.
         points: reads all points of the run so far.
-        tell: is told `tracker_opened` and `tracker_failed`, as workers' messages are.
+        tell: is told `tracker_opened` and `tracker_failed`, as workers' messages are; False if nobody listens any more.
         retry_s: how long to wait after the first failure in a row, after the second, and so on.
     """
 
@@ -52,6 +52,7 @@ class Follower:
         self._outcome: Outcome | None = None
         self._problem: str | None = None  # while it is down
         self.complete = False  # it has everything, and was told how the run ended
+        self.unheard: Message | None = None  # that it was opened, if nobody listened any more
         self._stopped = threading.Event()
         threading.Thread(target=self._run, daemon=True, name=f"tracker-{name}").start()
 
@@ -114,7 +115,8 @@ class Follower:
         self._held = set(tracker.held())
         self._deliver(tracker, self._points())
         self._problem = None
-        self._tell(_event(OPENED_EVENT, tracker=self.name, where=masked(tracker.where)))
+        opened = _event(OPENED_EVENT, tracker=self.name, where=masked(tracker.where))
+        self.unheard = opened if self._tell(opened) is False else None
         while points := self._next():
             if self._overflowed:
                 self._overflowed = False

@@ -71,13 +71,14 @@ class Trackers:
             follower.end(outcome)
 
     def wait(self) -> list[Message]:
-        """Let them take the rest, for `tracker.timeout_s` since `end`; an event for each that couldn't."""
+        """Let them take the rest, for `tracker.timeout_s` since `end`; events of what they lack, and nobody heard."""
         failures = [follower.wait(max(0.0, self._end - time.monotonic())) for follower in self._followers]
         if self._followers:
             done = {follower.name for follower in self._followers if follower.complete}
             with contextlib.suppress(OSError):  # then they are asked once more than needed
                 self._note_complete(done)
-        return [failure for failure in failures if failure is not None]
+        events = [follower.unheard for follower in self._followers] + failures
+        return [event for event in events if event is not None]
 
     def _note_complete(self, done: set[str]) -> None:
         assert self._run is not None, "there are trackers"
