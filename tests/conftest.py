@@ -27,9 +27,10 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 # Two workers of pytest-xdist share the files: those of FIRST run one after the other on one worker, since they mind
 # most what runs beside them; the other worker begins with what is light, and ends with what starts the command, too.
+# The tests of EACH need nothing of one another: they are given out singly, so that both workers end at about one time.
 FIRST = ("cluster", "exactly_once", "end_to_end")
-LAST = ("experiments", "streaming", "failures", "sweep", "trackers", "s3", "search_sweep", "hot_start", "predict",
-    "data_command", "nonfinite", "export")  # fmt: skip
+EACH = ("failures", "experiments", "nonfinite", "data_command")
+LAST = ("streaming", "sweep", "search_sweep", "trackers", "s3", "predict", "hot_start", "export", *EACH)
 
 DEADLINE_S = 240
 
@@ -56,7 +57,7 @@ def pytest_xdist_make_scheduler(config, log):
     class ByFile(LoadFileScheduling):
         def _split_scope(self, nodeid):
             name = _name(Path(nodeid.partition("::")[0]))
-            return "first" if name in FIRST else name
+            return nodeid if name in EACH else "first" if name in FIRST else name
 
     return ByFile(config, log)
 

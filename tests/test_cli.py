@@ -490,7 +490,7 @@ def bare_app(folder):
     return str(script)
 
 
-def median_times(commands, repeats=5):
+def median_times(commands, repeats=3):
     """Median wall-clock time of each command, run in turns so that the machine's mood strikes all alike."""
     times = [[] for _ in commands]
     for _ in range(repeats):

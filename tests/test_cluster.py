@@ -57,7 +57,7 @@ class Obedient:
 OPTIONS = [
     "plugins=[obedient]", "checkpoint.extra_state=[progress,scheduler,scaler,rng,best,obedient]",
     "model.kwargs.depth=1", "train.epochs=3", "train.eval_every_epochs=3", "train.log_every_steps=1",
-    "train.ledger=true", "checkpoint.every_epochs=null", f"checkpoint.every_steps={SAVE_EVERY}",
+    "train.ledger=true", "checkpoint.every_epochs=null", f"checkpoint.every_steps={SAVE_EVERY}", "report.enabled=false",
 ]  # fmt: skip
 
 # what a cluster is started with, and what the command is started with on it

@@ -201,7 +201,7 @@ def test_the_tutorials_run_survives_a_crash_on_a_set_of_cifar10s_shape(ftexp, ru
     (tmp_path / "small_cifar.py").write_text(SMALL_CIFAR.format(root=str(tmp_path / "cifar")))
     command = ftexp(
         "experiment=fault_tolerant_cifar_vit", "plugins=[small_cifar]", f"data.root={tmp_path / 'cifar'}",
-        "data.download=false", "train.epochs=2", "schedule.warmup_epochs=0",
+        "data.download=false", "train.epochs=2", "schedule.warmup_epochs=0", "model.kwargs.depth=2",
     )  # fmt: skip
     run = run_folder("fault-tolerant-cifar-vit")
     command.wait_until(lambda: run.events("checkpoint_saved"))

@@ -61,7 +61,8 @@ def test_nothing_is_kept_of_an_experiment_that_is_gone():
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_an_experiment_runs_for_two_steps(experiment, tmp_path):
-    words = [f"experiment={experiment}", *SHORT, *TINY.get(experiment, []), f"run.storage={tmp_path}", "run.name=short"]
+    words = [f"experiment={experiment}", *SHORT, *TINY.get(experiment, []), f"run.storage={tmp_path}"]
+    words += ["run.name=short", "report.enabled=false"]
     if "data.name: 'cifar10'\n" in composed(experiment):
         write_small_cifar(tmp_path / "cifar", num_train=160, num_test=20)
         (tmp_path / "small_cifar.py").write_text(SMALL_CIFAR.format(root=str(tmp_path / "cifar")))

@@ -92,7 +92,7 @@ def test_a_run_that_is_told_to_stop_saves_the_step_it_stopped_at_and_goes_on_fro
     options = ["run.name=stopped", "data=synthetic", "data.image_size=8", "data.num_samples=600", "train.epochs=100"]
     options += ["train.eval_every_epochs=5", "checkpoint.every_epochs=99"]
     run, steps = run_folder("stopped"), [0]
-    for number, code, epoch in ((signal.SIGINT, 130, 5), (signal.SIGTERM, 75, 20)):
+    for number, code, epoch in ((signal.SIGINT, 130, 5), (signal.SIGTERM, 75, 10)):
         command = ftexp(*options)
         command.wait_for(f"epoch {epoch}/100")
         pids = run.events("ready")[-1]["pids"]
