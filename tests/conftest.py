@@ -29,7 +29,7 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # most what runs beside them; the other worker begins with what is light, and ends with what starts the command, too.
 # The tests of EACH need nothing of one another: they are given out singly, so that both workers end at about one time.
 FIRST = ("cluster", "exactly_once", "end_to_end")
-EACH = ("failures", "experiments", "nonfinite", "data_command")
+EACH = ("data_command", "failures", "nonfinite", "experiments", "loop", "fitting")  # the longest first
 LAST = ("streaming", "sweep", "search_sweep", "trackers", "s3", "predict", "hot_start", "export", *EACH)
 
 DEADLINE_S = 240
