@@ -201,7 +201,7 @@ class RunRecord:
         if state.failures and state.failures[-1].seconds_to_restart is None and self._noticed_at is not None:
             state.failures[-1].seconds_to_restart = round(self._attempt_at - self._noticed_at, 3)
         fields = {name: message.get(name) for name in ("world_size", "pid", "node", "hot_start")}
-        self.event("attempt_started", **fields)
+        self.event("attempt_started", **fields, time=self._attempt_at)
         self.write()
         return {
             "attempt": state.attempts,
@@ -217,7 +217,7 @@ class RunRecord:
         self.state.step = message["step"]
         if message["weights"]:
             self.event("weights_loaded", report=message["weights"])
-        self.event("ready", device=message["device"], pids=self.pids())
+        self.event("ready", device=message["device"], pids=self.pids(), time=self._working_since)
         self._note_recovery(message["step"])
 
     def pids(self) -> list[int]:
@@ -227,7 +227,7 @@ class RunRecord:
     def _note_recovery(self, step: int) -> None:
         failures = self.state.failures
         if failures and failures[-1].steps_replayed is None and self._noticed_at is not None:
-            failures[-1].seconds_to_restore = round(self._clock() - self._attempt_at, 3)
+            failures[-1].seconds_to_restore = round(self._working_since - self._attempt_at, 3)
             failures[-1].steps_replayed = max(0, failures[-1].step - step)
             self.write()
 
@@ -291,11 +291,10 @@ class RunRecord:
         return known is not None and known["pid"] != lost["pid"]
 
     def _on_lost(self, message: Message) -> None:
-        if "rank" not in message:  # a line of the controller's
-            return
-        self._note_death(message["time"])
-        # a rank that raised may be heard of first, though it raised because this one had died
-        self.died_rank = message["rank"] if self.died_rank is None else self.died_rank
+        if "rank" in message:  # the controller's lines have none
+            self._note_death(message["time"])
+            # a rank that raised may be heard of first, though it raised because this one had died
+            self.died_rank = message["rank"] if self.died_rank is None else self.died_rank
 
     def _note_death(self, when: float) -> None:
         self._died_at = when if self._died_at is None else self._died_at

@@ -93,7 +93,7 @@ def test_a_killed_run_ends_exactly_where_the_clean_run_ends(ftexp, run_folder, c
 
     (failure,) = killed.record["failures"]
     assert (failure["cause"], failure["rank"]) == ("crash", 1)
-    assert failure["seconds_to_detect"] < 30
+    assert failure["seconds_to_detect"] < 10
     assert failure["steps_replayed"] == failure["step"] - killed.events("restored")[0]["step"]
     assert "✗ rank 1 failed" in killed_command.output
     assert "failure 1 of 1 allowed: restarting the workers" in killed_command.output
@@ -124,8 +124,7 @@ def test_a_killed_run_ends_exactly_where_the_clean_run_ends(ftexp, run_folder, c
     (told,) = timeline.interruptions
     assert (told.cause, told.step, told.rank) == ("crash", failure["step"], 1)
     for phase, key in (("detecting", "detect"), ("restarting", "restart"), ("restoring", "restore")):
-        seconds = failure[f"seconds_to_{key}"]  # by a clock that was read a moment before
-        assert told.seconds[phase] == pytest.approx(seconds, abs=0.5)
+        assert told.seconds[phase] == pytest.approx(failure[f"seconds_to_{key}"], abs=0.002)  # which is rounded
     assert timeline.total_s == pytest.approx(killed.record["seconds"], abs=0.5)
     report = (killed.path / "report.html").read_text()
     assert f"report         {killed.path}/report.html" in killed_command.output

@@ -42,9 +42,10 @@ class Cadence:
     def due(self, step: int, epoch: int, epoch_ended: bool, finished: bool, busy: bool) -> bool:
         """Whether to save after `step`; collective. `busy` says that rank 0 has a save in flight: the next waits."""
         if finished:
-            if step != self._saved_step:
-                self._note("end")
-            return step != self._saved_step
+            if step == self._saved_step:
+                return False
+            self._note("end")
+            return True
         config = self._config
         if config.every_steps is not None and step % config.every_steps == 0:
             self._note("every_steps")
