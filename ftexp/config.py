@@ -29,13 +29,6 @@ SCHEDULES = ("cosine", "poly", "tanh", "step", "constant")
 MIX_MODES = ("batch", "pair", "elem")
 ERASE_MODES = ("const", "rand", "pixel")
 SGD_NAMES = ("sgd", "momentum", "nesterov")  # timm's, of torch's SGD
-METRICS = tuple(
-    f"{split}_{kind}{of}"
-    for of in ("", "_ema")
-    for split in ("train", "val", "test")
-    for kind in ("loss", "accuracy")
-    if not (of and split == "train")
-)
 
 
 @dataclass(kw_only=True)
