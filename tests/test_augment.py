@@ -6,6 +6,7 @@ import torch
 
 from ftexp.config import AugmentConfig
 from ftexp.data.augment import Augment
+from ftexp.data.rand_augment import RandAugment
 
 IMAGES = torch.rand(64, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 ALL = AugmentConfig(pad_px=2, hflip=0.5, brightness=0.2)
@@ -64,3 +65,31 @@ def test_brightness_scales_a_whole_image_and_stays_in_range():
     assert bright.min() >= 0.4
     assert bright.max() <= 0.6
     assert bright[:, 0, 0, 0].std() > 0.05
+
+
+# every word that augment.rand_augment takes, and the recipes' own
+RAND_AUGMENTS = [
+    *("rand-m9-mstd0.5-inc1", "rand-m7-mstd0.5-inc1", "rand-m10-mstd101-inc1", "rand-m15-mstd0.5-mmax20-inc1"),
+    *("rand-m12-n3", "rand-m9-p0.3-inc0", "rand-m9-mstd0.5-inc1-tweights", "rand-m9-n3-mstd0.5-t3a", "rand-m9-t3aw"),
+]
+
+
+@pytest.mark.parametrize("words", RAND_AUGMENTS)
+def test_rand_augment_has_an_answer_at_each_of_20_000_positions(words):
+    rows = np.random.default_rng(0).integers(0, 256, (20_000, 2, 2, 3), np.uint8)
+    changed = RandAugment(words, 0, [0.5] * 3)(rows, np.arange(20_000))
+    assert changed.shape == rows.shape
+    assert (changed != rows).any((1, 2, 3)).mean() > 0.1
+
+
+def test_posterize_at_no_bits_gives_a_black_image_and_leaves_every_other_draw_alone(monkeypatch):
+    rows, positions = np.full((5_000, 4, 4, 3), 200, np.uint8), np.arange(5_000)
+    rand_augment = RandAugment("rand-m9-n1-mstd0.5-inc1", 0, [0.5] * 3)
+    black = (rand_augment(rows, positions) == 0).all((1, 2, 3))
+    assert 1 <= black.sum() <= 20, "a few of 5,000"
+    one = int(np.flatnonzero(black)[0])
+    assert (rand_augment(rows[:1], np.array([one])) == 0).all()
+    bits = []
+    monkeypatch.setattr("PIL.ImageOps.posterize", lambda image, kept: bits.append(kept) or image)
+    rand_augment(rows, positions)
+    assert set(bits) == {1}, "Pillow is asked only for what it can do"

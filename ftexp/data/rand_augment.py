@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from ftexp.data.order import Int64s, derive_seed
 from ftexp.data.sources import UInt8s
@@ -29,7 +29,7 @@ class RandAugment:
         self._seed = derive_seed(seed, _STREAM)
         self._random, self._numpy_random = random.Random(), np.random.RandomState()
         module = _copy_of_timms()
-        module.random, module.np = self._random, _Numpy(self._numpy_random)
+        module.random, module.np, module.ImageOps = self._random, _Numpy(self._numpy_random), _ImageOps()
         fill = tuple(min(255, round(255 * value)) for value in mean or (_GREY,))  # as timm's create_transform has it
         self._transform = module.rand_augment_transform(words, {"img_mean": fill if len(fill) > 1 else fill[0]})
 
@@ -53,6 +53,16 @@ class _Numpy:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(np, name)
+
+
+class _ImageOps:
+    """PIL.ImageOps, whose posterize refuses the 0 bits that timm may draw: a black image, as in older Pillow."""
+
+    def posterize(self, image: Image.Image, bits: int) -> Image.Image:
+        return ImageOps.posterize(image, bits) if bits > 0 else Image.new(image.mode, image.size)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(ImageOps, name)
 
 
 def _copy_of_timms() -> Any:
