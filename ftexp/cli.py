@@ -23,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from ftexp.config import Config, SearchConfig, config_dir
 from ftexp.errors import ConfigError, FtexpError
 from ftexp.field_checks import field_problems
+from ftexp.recipe_checks import fitted
 from ftexp.registry import did_you_mean
 
 EXIT_INTERRUPTED = 130
@@ -54,6 +55,7 @@ def offer_option(group: str, name: str, node: Any) -> None:
 
 
 _crashes: list[Exception] = []
+_noted: set[str] = set()  # printed once, not for every trial of a sweep
 
 
 @contextlib.contextmanager
@@ -129,8 +131,12 @@ def print_error(error: FtexpError) -> None:
         print("\n  ".join([f"ftexp: {title}:", *lines]), file=sys.stderr)
 
 
-def to_config(composed: DictConfig) -> Config:
-    """Turn what Hydra composed into typed objects; ConfigError names what does not fit the schema."""
+def to_config(composed: DictConfig, typed: Sequence[str] | None = None) -> Config:
+    """Turn what Hydra composed into typed objects; ConfigError names what does not fit the schema.
+
+    typed: the overrides of this command. With them, recipe values that don't fit the others are fitted, and the user is
+    told on standard error: see `fitted`. None (a stored config): nothing is changed.
+    """
     unknown = list(_unknown_keys(composed, Config, ""))
     if unknown:
         raise ConfigError("\n".join(unknown))
@@ -139,6 +145,12 @@ def to_config(composed: DictConfig) -> Config:
         config: Config = _typed(composed, Config)
     except OmegaConfBaseException as error:
         raise ConfigError(explain(error)) from error
+    if typed is not None:
+        config, notes = fitted(config, typed)
+        for note in notes:
+            if note not in _noted:
+                print(f"ftexp: {note}", file=sys.stderr)
+        _noted.update(notes)
     return config
 
 

@@ -70,7 +70,7 @@ def main() -> None:
 
     def task(composed: DictConfig) -> None:
         nonlocal identical
-        identical = drill(to_config(composed), config, overrides)
+        identical = drill(to_config(composed, overrides), config, overrides)
 
     code = run_hydra(task, overrides)
     sys.exit(code or (0 if identical else 1))

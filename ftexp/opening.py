@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
 from ftexp.checkpoint.store import CHECKPOINTS, CheckpointStore, locate
 from ftexp.config import Config
 from ftexp.data.splits import DataInfo
 from ftexp.errors import CheckpointError, ConfigError
-from ftexp.fingerprint import differences, fingerprint
+from ftexp.fingerprint import differences, fingerprint, flat, masked
 from ftexp.ledger import last_attempt
 from ftexp.storage import Storage
 from ftexp.tracking import RUN_FILE, RunState, read_state
+
+CONFIG_FILE = "config.yaml"
+_MAY_CHANGE = ("train", "data", "scaling", "failure", "checkpoint")  # groups of which a resumed run says what changed
 
 
 def has_run(run_dir: Storage) -> bool:
@@ -59,6 +69,24 @@ def open_run(config: Config, run_dir: Storage, run_name: str) -> RunState:
     return state
 
 
+def changes(config: Config, state: RunState, run_dir: Storage) -> list[str]:
+    """Return what is different from the run's last invocation, a line each: of what may change (see `fingerprint`).
+
+    [] for a new run, and where config.yaml can't be read.
+    """
+    epochs, lines = config.train.epochs, []
+    if state.epoch > epochs:
+        lines.append(f"train.epochs={epochs}: the run has trained {state.epoch} epochs already, so no more is trained")
+    try:
+        stored = OmegaConf.to_container(OmegaConf.create(run_dir.read_bytes(CONFIG_FILE).decode()))
+    except (OSError, ValueError, OmegaConfBaseException, YAMLError):
+        return lines
+    before: dict[str, Any] = dict(flat(dict(stored), "")) if isinstance(stored, dict) else {}  # type: ignore[arg-type]
+    now = dict(flat(masked({name: getattr(config, name) for name in _MAY_CHANGE}), ""))
+    changed = [key for key in sorted(now) if key in before and before[key] != now[key]]
+    return [*lines, *(f"{key} was {before[key]}, is {now[key]}" for key in changed)]
+
+
 def require_same_data(config: Config, state: RunState, info: DataInfo) -> None:
     """ConfigError if the run began with other samples: which one comes when depends on their number and order."""
     before, now = state.data.get("num_samples", {}).get("train"), info.num_samples["train"]
@@ -74,6 +102,17 @@ def require_same_data(config: Config, state: RunState, info: DataInfo) -> None:
             "their names, labels or splits differ. Put the data back as it was, or begin another run (resume_from=... "
             "keeps the weights)"
         )
+
+
+def repeated_samples(config: Config, info: DataInfo) -> str | None:
+    """Return a warning if a global batch is larger than the training split; None if it isn't."""
+    batch, samples = config.train.global_batch_size, info.num_samples["train"]
+    if batch <= samples:
+        return None
+    return (
+        f"train.global_batch_size={batch:,} is more than the {samples:,} training samples: one step trains on each up to "
+        f"{math.ceil(batch / samples)} times. Lower it"
+    )
 
 
 def require_trained_on(what: str, before: str | None, now: str | None) -> None:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
+
+from omegaconf import MISSING
 
 from ftexp.config import SGD_NAMES, Config
 from ftexp.fingerprint import flat
@@ -20,6 +22,8 @@ from ftexp.timm_names import optimizer_names, without_drop_path
 _RAND_AUGMENT = re.compile(r"rand(-(m\d+|n[1-9]\d*|p(0|1|0\.\d+|1\.0+)|mstd\d+(\.\d+)?|mmax\d+|inc[01]|t\w+))*")
 _RAND_AUGMENT_SETS = ("weights", "3a", "3aw")
 _SECOND_ORDER = ("adahessian",)  # of timm's optimisers
+_WARMUP_SHARE = 0.1  # of the epochs, and of the learning rate the lowest, where a recipe's own doesn't fit
+_MIN_LR_SHARE = 0.01
 _CLIPPING = ("clip_grad_norm", "clip_grad_value", "clip_grad_agc")
 _SCHEDULED_BY = {"min_lr": ("cosine", "poly"), "decay_epochs": ("step",), "decay_rate": ("step", "poly")}
 _BESIDE = {"opt": "name", **{name: name for name in ("lr", "weight_decay", "filter_bias_and_bn", "layer_decay")}}
@@ -80,6 +84,39 @@ def check_optim(config: Config) -> Iterator[str]:
     given = [f"train.{name}={getattr(config.train, name)}" for name in _CLIPPING if getattr(config.train, name)]
     if len(given) > 1:
         yield f"{' and '.join(given)}: gradients are clipped in one way, so take one of them"
+
+
+def fitted(config: Config, typed: Iterable[str]) -> tuple[Config, list[str]]:
+    """Fit to `config` what a recipe chose for more epochs, or a higher learning rate, than it trains with.
+
+    typed: the overrides of this command. What they set stays as it is, for `check_schedule` and `check_freeze`.
+
+    Returns:
+        The config, and a line for each value that was changed.
+    """
+    keys = {word.lstrip("+").partition("=")[0] for word in typed}
+    schedule, train, notes = config.schedule, config.train, list[str]()
+    if MISSING in (train.epochs, config.optim.lr) or train.epochs < 1 or config.optim.lr <= 0:
+        return config, notes  # `validate` says so
+    if "schedule.warmup_epochs" not in keys and schedule.warmup_epochs >= train.epochs:
+        warmup = train.epochs * _WARMUP_SHARE
+        notes.append(
+            f"schedule.warmup_epochs={warmup:g} instead of {schedule.warmup_epochs:g}: train.epochs={train.epochs}"
+        )
+        schedule = dataclasses.replace(schedule, warmup_epochs=warmup)
+    if "schedule.min_lr" not in keys and schedule.min_lr > config.optim.lr:
+        lowest = config.optim.lr * _MIN_LR_SHARE
+        notes.append(f"schedule.min_lr={lowest:g} instead of {schedule.min_lr:g}: optim.lr={config.optim.lr:g}")
+        schedule = dataclasses.replace(schedule, min_lr=lowest)
+    for part, epoch in train.freeze.items():
+        if (
+            isinstance(epoch, int)
+            and epoch >= train.epochs
+            and keys.isdisjoint((f"train.freeze.{part}", "train.freeze"))
+        ):
+            notes.append(f"train.freeze.{part}=null instead of {epoch}: train.epochs={train.epochs}")
+            train = dataclasses.replace(train, freeze={**train.freeze, part: None})
+    return dataclasses.replace(config, schedule=schedule, train=train), notes
 
 
 def check_schedule(config: Config) -> Iterator[str]:

@@ -32,7 +32,7 @@ def train(config: Config, overrides: list[str] | None = None, shared: SharedRay 
 
 def _run(config: Config, overrides: list[str], shared: SharedRay | None = None) -> dict[str, float]:
     from ftexp.lease import Lease
-    from ftexp.opening import located, open_run, require_resumable
+    from ftexp.opening import changes, located, open_run, require_resumable
     from ftexp.scaling import decide_workers, prepare_environment
     from ftexp.storage import Storage
 
@@ -51,6 +51,7 @@ def _run(config: Config, overrides: list[str], shared: SharedRay | None = None) 
             from ftexp.tracked import deliver_late
 
             terminal = Terminal()
+            terminal.changed(changes(config, state, run_dir))
             terminal.summary(state, run_dir)
             deliver_late(config, run_dir, state, terminal)
             return state.metrics["last"]

@@ -13,7 +13,7 @@ from ftexp.errors import ConfigError
 from ftexp.fingerprint import masked
 from ftexp.hot_start.driver import HotStart, on_joined_nodes
 from ftexp.lease import Lease
-from ftexp.opening import require_same_data
+from ftexp.opening import CONFIG_FILE, changes, repeated_samples, require_same_data
 from ftexp.registry import load_plugins
 from ftexp.scaling import (
     RunningRay,
@@ -84,12 +84,13 @@ def _run(
     if bundle.streamed:
         bundle = dataclasses.replace(bundle, decode_cpus=decoding_cpus(config, workers))
     state.data = {"name": config.data.name, "feed": bundle.feed, **masked(bundle.info)}
-    run_dir.write_bytes("config.yaml", OmegaConf.to_yaml(OmegaConf.create(masked(config))).encode())
+    changed = changes(config, state, run_dir)
+    run_dir.write_bytes(CONFIG_FILE, OmegaConf.to_yaml(OmegaConf.create(masked(config))).encode())
     run_dir.write_bytes("overrides.yaml", OmegaConf.to_yaml(OmegaConf.create(masked(overrides))).encode())
     checkpoint = config.checkpoint
     record = RunRecord(run_dir, state, (checkpoint.checkpoint_score_attribute, checkpoint.checkpoint_score_order))
     trackers = trackers_of(config, record, run_dir.parent if shared is not None else None)
-    record.event("command_started")
+    record.event("command_started", **({"changed": changed} if changed else {}))
     record.write()
     why_cold = shared.why_cold if shared is not None else None  # a sweep has seen to its trials' jobs
     if config.scaling.address is not None and shared is None:
@@ -109,6 +110,10 @@ def _run(
         str(workers),
         f"{bundle.feed}: {bundle.why}" + (f" · {bundle.decode_cpus} CPUs decode" if bundle.streamed else ""),
     )
+    terminal.changed(changed)
+    if (repeated := repeated_samples(config, bundle.info)) is not None:
+        terminal.say(f"! {repeated}", "yellow")
+        record.event("repeated_samples", reason=repeated)
     try:
         return run_training(config, workers, bundle, run_dir, record, terminal, lease, running, trackers)
     finally:

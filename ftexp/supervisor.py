@@ -216,6 +216,12 @@ class Supervisor:
                 f"leaving out positions {first:,} to {end - 1:,}",
                 "yellow",
             )
+        elif message["name"] == "learning_rate_changed":
+            self._terminal.say(
+                f"! learning rate {message['after']:.3g} from step {message['step']}, {message['before']:.3g} in the "
+                f"checkpoint: the schedule now spans train.epochs={self._config.train.epochs}",
+                "yellow",
+            )
         elif message["name"] == "slow_data":
             self._terminal.say(f"! rank {message['rank']}: {message['reason']}", "yellow")
         elif message["name"] == "bad_samples":

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
@@ -59,6 +60,11 @@ class Terminal:
             self.say(f"{title:<9}{text}")
         if data.bad_samples:
             self.say(f"{'skipped':<9}{len(data.bad_samples)} samples that can't be read; see events.jsonl", "yellow")
+
+    def changed(self, lines: Sequence[str]) -> None:
+        """Print what is different from the run's last invocation."""
+        for line in lines:
+            self.say(f"{'changed':<9}{line}", "yellow")
 
     def ready(
         self, state: RunState, total_steps: int, batch_size: int, epochs: int, pids: list[int], device: str

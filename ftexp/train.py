@@ -30,8 +30,8 @@ def main() -> None:
 def _task(composed: DictConfig) -> float | None:
     from hydra.core.hydra_config import HydraConfig
 
-    config = to_config(composed)
     overrides = list(HydraConfig.get().overrides.task)
+    config = to_config(composed, overrides)
     try:
         metrics = train(config, overrides)
     except KeyboardInterrupt as interrupt:

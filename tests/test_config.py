@@ -1,6 +1,7 @@
 """The groups under conf/ and the schema: what composes, what it composes to, and what is refused."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import hydra
@@ -309,3 +310,41 @@ def test_the_config_folder_exists_wherever_ftexp_lies():
     assert (config_dir() / "config.yaml").is_file()
     assert config_dir().is_absolute()
     assert Path(ftexp.checks.__file__).parent in {config_dir().parent, config_dir().parent / "ftexp"}
+
+
+def test_recipe_values_that_do_not_fit_fewer_epochs_or_a_lower_rate_are_fitted_and_named(capsys):
+    overrides = ["experiment=finetune_vit", "train.epochs=1", "optim.lr=1e-6"]
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(config_dir())):
+        config = to_config(hydra.compose("config", overrides), overrides)
+    validate(config)
+    assert (config.schedule.warmup_epochs, config.schedule.min_lr) == (0.1, 1e-8)
+    assert config.train.freeze == {"backbone": None}
+    assert capsys.readouterr().err == (
+        "ftexp: schedule.warmup_epochs=0.1 instead of 2: train.epochs=1\n"
+        "ftexp: schedule.min_lr=1e-08 instead of 1e-05: optim.lr=1e-06\n"
+        "ftexp: train.freeze.backbone=null instead of 1: train.epochs=1\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("typed", "told"),
+    [
+        ("schedule.warmup_epochs=2", "schedule.warmup_epochs=2.0 must be below train.epochs=1"),
+        ("schedule.min_lr=1", "schedule.min_lr=1.0 must not be above"),
+        ("++train.freeze={backbone:1}", "train.freeze.backbone=1 comes after the last epoch"),
+    ],
+)
+def test_what_was_typed_is_never_fitted(typed, told):
+    overrides = ["train.epochs=1", typed]
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(config_dir())):
+        config = to_config(hydra.compose("config", overrides), overrides)
+    with pytest.raises(ConfigError, match=re.escape(told)):
+        validate(config)
+
+
+def test_a_stored_config_and_one_that_fits_stay_as_they_are(capsys):
+    assert composed("train.epochs=1").schedule.warmup_epochs == 2
+    stored = composed("train.epochs=3")
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(config_dir())):
+        assert to_config(hydra.compose("config", ["train.epochs=3"]), ["train.epochs=3"]) == stored
+    assert capsys.readouterr().err == ""

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from omegaconf import OmegaConf
 
 import ftexp.running
 import ftexp.scaling
@@ -11,9 +12,18 @@ from ftexp.config import Config
 from ftexp.data.splits import DataInfo
 from ftexp.errors import CheckpointError, ConfigError
 from ftexp.failure.chaos import damage
-from ftexp.fingerprint import fingerprint
+from ftexp.fingerprint import fingerprint, masked
 from ftexp.lease import Lease
-from ftexp.opening import located, open_run, require_resumable, require_same_data, require_trained_on
+from ftexp.opening import (
+    CONFIG_FILE,
+    changes,
+    located,
+    open_run,
+    repeated_samples,
+    require_resumable,
+    require_same_data,
+    require_trained_on,
+)
 from ftexp.storage import Storage
 from ftexp.tracking import RUN_FILE, RunState
 
@@ -216,3 +226,36 @@ def test_a_run_goes_on_with_the_samples_that_it_began_with_and_not_with_others_a
         require_same_data(config(), state, info("ab"))
     state.data["digest"] = None  # of a run by an older ftexp
     require_same_data(config(), state, info("ab"))
+
+
+def test_a_resumed_run_says_which_free_settings_changed_and_nothing_of_the_others(run_dir):
+    was = config()
+    run_dir.write_bytes(CONFIG_FILE, OmegaConf.to_yaml(OmegaConf.create(masked(was))).encode())
+    now = config()
+    now.train.epochs, now.scaling.num_workers, now.chaos.kind, now.report.enabled = 60, 1, "kill_worker", False
+    assert changes(was, RunState(name="first", epoch=2), run_dir) == []
+    assert changes(now, RunState(name="first", epoch=2), run_dir) == [
+        "scaling.num_workers was auto, is 1",
+        "train.epochs was 3, is 60",
+    ]
+
+
+def test_fewer_epochs_than_were_trained_are_named_whatever_was_stored(run_dir):
+    now = config()
+    now.train.epochs = 2
+    told = "train.epochs=2: the run has trained 3 epochs already, so no more is trained"
+    assert changes(now, RunState(name="first", epoch=3), run_dir) == [told]
+    run_dir.write_bytes(CONFIG_FILE, b"train: [")
+    assert changes(now, RunState(name="first", epoch=3), run_dir) == [told]
+
+
+def test_a_setting_that_is_younger_than_the_stored_config_has_not_changed(run_dir):
+    run_dir.write_bytes(CONFIG_FILE, b"train: {epochs: 5}")
+    assert changes(config(), RunState(name="first"), run_dir) == ["train.epochs was 5, is 3"]
+
+
+@pytest.mark.parametrize(("samples", "told"), [(32, None), (31, "31 training samples"), (10, "up to 4 times")])
+def test_a_batch_larger_than_the_training_split_is_named(samples, told):
+    info = DataInfo([], 8, 1, [0.5], [0.5], {"train": samples, "val": 1, "test": 1})
+    found = repeated_samples(config(), info)
+    assert found is None if told is None else told in found

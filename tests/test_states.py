@@ -26,6 +26,7 @@ def job():
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.5)
     return SimpleNamespace(
         rank=0,
+        line=SimpleNamespace(send=lambda *_, **__: None),
         progress=Progress(Meter(torch.device("cpu")), step=40, position=1280, epoch=1),
         optimizer=optimizer,
         scheduler=build_scheduler(ScheduleConfig(name="cosine", warmup_epochs=1), optimizer, 100, 10.0),
@@ -84,6 +85,23 @@ def test_every_built_in_state_survives_the_file_and_comes_back(job):
     assert (job.scaler.get_scale(), job.num_overflows) == (1024.0, 5)
     assert job.optimizer.param_groups[0]["lr"] == rate
     assert (random.random(), np.random.random(), torch.rand(1).item()) == expected
+
+
+def test_a_schedule_that_goes_on_otherwise_than_the_checkpoint_says_so_and_only_then(job):
+    events = []
+    job.line = SimpleNamespace(send=lambda kind, **fields: events.append((kind, fields)))
+    job.scheduler.step_update(40)
+    before, extra = job.optimizer.param_groups[0]["lr"], ExtraState(["scheduler"], job)
+    saved, versions = round_trip(extra.state_dict()), extra.versions()
+    extra.load(saved, versions, "run 'x'")
+    assert events == []
+    longer = build_scheduler(ScheduleConfig(name="cosine", warmup_epochs=1), job.optimizer, 300, 10.0)
+    longer.step_update(40)
+    after, job.scheduler = job.optimizer.param_groups[0]["lr"], longer
+    job.optimizer.param_groups[0]["lr"] = before  # as restored from optimizer.pt
+    extra.load(saved, versions, "run 'x'")
+    assert before != after
+    assert events == [("event", {"name": "learning_rate_changed", "step": 40, "before": before, "after": after})]
 
 
 def test_extra_state_has_the_tutorials_epoch(job):

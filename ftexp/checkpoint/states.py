@@ -43,7 +43,13 @@ class SchedulerState:
         return {"num_updates": self._job.progress.step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        # the optimiser's state was loaded before: it holds the rates with which the run would have gone on
+        before = [group["lr"] for group in self._job.optimizer.param_groups]
         self._job.scheduler.step_update(state["num_updates"])
+        after = [group["lr"] for group in self._job.optimizer.param_groups]
+        if before != after and self._job.rank == 0:
+            rates = {"before": max(before), "after": max(after)}
+            self._job.line.send("event", name="learning_rate_changed", step=state["num_updates"], **rates)
 
 
 @register_state("scaler")

@@ -55,7 +55,7 @@ def main() -> None:
         sys.exit(error.exit_code)
 
     def task(composed: DictConfig) -> None:
-        inspect(to_config(composed), out)
+        inspect(to_config(composed, words), out)
 
     sys.exit(run_hydra(task, [word for word in words if word not in own]))
 
@@ -111,6 +111,7 @@ def _inspect(config: Config, workers: Workers, out: Path) -> None:
 
     from ftexp.data.build import build_data
     from ftexp.data.inspect import look
+    from ftexp.opening import repeated_samples
 
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
     skipping = dataclasses.replace(config, data=dataclasses.replace(config.data, on_bad_sample="skip"))
@@ -119,6 +120,8 @@ def _inspect(config: Config, workers: Workers, out: Path) -> None:
         found = look(skipping, bundle, _decode_cpus(config, bundle, workers))
     _draw(config, found, out)  # before anything is printed: the reader may leave, as in `... | head`
     _print_facts(console, config, bundle, found)
+    if (repeated := repeated_samples(config, bundle.info)) is not None:
+        console.print(repeated, style="yellow", markup=False, soft_wrap=True)
     _print_bad(console, config, bundle, found)
     _print_classes(console, bundle.info, found)
     _print_pixels(console, config, bundle.info, found)

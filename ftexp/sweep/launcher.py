@@ -46,7 +46,7 @@ class SweepLauncher(Launcher):
         """
         del initial_job_idx  # a trial is never its number
         composed = [compose(self._context, self._config, words) for words in job_overrides]
-        configs = checked(composed)
+        configs = checked(composed, job_overrides)
         jobs = [parse_words(words, config) for words, config in zip(job_overrides, composed, strict=True)]
         from ftexp.sweep.sweep import run_sweep
 
@@ -63,13 +63,13 @@ def compose(context: HydraContext, config: DictConfig, words: Sequence[str]) -> 
     return composed
 
 
-def checked(composed: Sequence[DictConfig]) -> list[Config]:
-    """The typed configs; ConfigError with every mistake of every trial, each once."""
+def checked(composed: Sequence[DictConfig], typed: Sequence[Sequence[str]]) -> list[Config]:
+    """The typed configs; ConfigError with every mistake of every trial, each once. `typed`: each one's overrides."""
     configs: list[Config] = []
     problems: dict[str, None] = {}
-    for each in composed:
+    for each, words in zip(composed, typed, strict=True):
         try:
-            config = to_config(each)
+            config = to_config(each, words)
             validate(config)
             configs.append(config)
         except ConfigError as error:

@@ -51,8 +51,9 @@ class TuneSweeper(Sweeper):
         parser = OverridesParser.create(config_loader=self._context.config_loader)
         fixed, space = read_space(parser.parse_overrides(arguments))
         points = probes(space)
-        composed = [compose(self._context, self._config, _words(fixed, space, point)) for point in points]
-        configs = checked(composed)
+        words = [_words(fixed, space, point) for point in points]
+        composed = [compose(self._context, self._config, each) for each in words]
+        configs = checked(composed, words)
         problems = [*self._problems(configs[0]), *_same_values(space, points, fixed, composed)]
         problems += [
             line for config in configs for line in _unlike(config, configs[0], self._settings.scheduler == "asha")
@@ -66,7 +67,7 @@ class TuneSweeper(Sweeper):
 
     def _compose(self, words: list[str]) -> tuple[Config, dict[str, str]]:
         composed = compose(self._context, self._config, words)
-        config = to_config(composed)
+        config = to_config(composed, words)
         validate(config)
         return config, parse_words(words, composed)
 
