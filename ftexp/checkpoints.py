@@ -12,7 +12,7 @@ import sys
 import time
 
 from ftexp.checkpoint.store import CHECKPOINTS, REJECTED, CheckpointStore, Manifest, locate
-from ftexp.cli import print_error
+from ftexp.cli import prepare_streams, print_error
 from ftexp.errors import CheckpointError, ConfigError, FtexpError
 from ftexp.storage import Storage
 
@@ -21,6 +21,7 @@ _MOST_DIFFERENCES = 40  # shown; the rest is counted
 
 def main() -> None:
     """Entry point of the command."""
+    prepare_streams()
     parser = argparse.ArgumentParser(prog="python -m ftexp.checkpoints", description=__doc__.partition("\n\n")[0])
     parser.add_argument("run", help="a run directory, or its URI")
     parser.add_argument("--diff", nargs=2, metavar=("A", "B"), help="names, or paths, of two checkpoints to compare")

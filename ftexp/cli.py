@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import os
 import re
 import sys
@@ -119,6 +120,23 @@ def _in_full(word: str) -> str:
 def interrupted_code(interrupt: KeyboardInterrupt) -> int:
     """The exit code after Ctrl-C or SIGTERM. By name: `fitting` is only imported where something ran."""
     return EXIT_TERMINATED if type(interrupt).__name__ == "Terminated" else EXIT_INTERRUPTED
+
+
+def prepare_streams() -> None:
+    """Let standard output and error take any text: what their encoding lacks is replaced; closed ones lead nowhere.
+
+    The first thing that a command does: a file opened before would get the number of a closed stream.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is this one
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(number, "w" if number else "r", encoding="utf-8", closefd=False))  # noqa: SIM115
+        elif number and isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def print_error(error: FtexpError) -> None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from ftexp.checks import validate
-from ftexp.cli import parse_words, print_error, run_hydra, to_config
+from ftexp.cli import parse_words, prepare_streams, print_error, run_hydra, to_config
 from ftexp.config import Config, fault_fields
 from ftexp.errors import ConfigError, RunFailedError
 from ftexp.field_checks import field_problems
@@ -53,6 +54,7 @@ class DrillConfig:
 
 def main() -> None:
     """Entry point of the command."""
+    prepare_streams()
     words = sys.argv[1:]
     if any(word in ("-h", "--help") for word in words):
         print(__doc__)
@@ -67,6 +69,8 @@ def main() -> None:
         sys.exit(error.exit_code)
     identical = False
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the run is stopped with the drill
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # by nohup
+        signal.signal(signal.SIGHUP, signal.default_int_handler)
 
     def task(composed: DictConfig) -> None:
         nonlocal identical
@@ -171,7 +175,14 @@ def _run(words: list[str], name: str, most_starts: int, folder: Storage) -> int:
 def _run_once(command: list[str], log: str) -> int:
     with (
         open(log, "a", encoding="utf-8") as file,  # noqa: PTH123 - beside a remote folder it is in the temporary one
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process,
+        subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            encoding="utf-8",
+            errors="replace",
+            env={**os.environ, "PYTHONIOENCODING": "utf-8"},
+        ) as process,  # fmt: skip
     ):
         assert process.stdout is not None
         try:

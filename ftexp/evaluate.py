@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
 
-from ftexp.cli import print_error, read_command
+from ftexp.cli import prepare_streams, print_error, read_command
 from ftexp.config import Config
 from ftexp.errors import ConfigError, FtexpError
 from ftexp.fields import choice, ranged
@@ -41,6 +41,7 @@ class EvaluateConfig:
 
 def main() -> None:
     """Entry point of the command; exits with 0, 1 or 2."""
+    prepare_streams()
     if any(word in ("-h", "--help") for word in sys.argv[1:]):
         print(__doc__)
         return

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from omegaconf import MISSING
 
-from ftexp.cli import print_error, read_command
+from ftexp.cli import prepare_streams, print_error, read_command
 from ftexp.errors import ConfigError, ExportError, FtexpError
 from ftexp.fields import choice, ranged
 
@@ -60,6 +60,7 @@ class ExportConfig:
 
 def main() -> None:
     """Entry point of the command; exits with 0, 1, 2 or 130."""
+    prepare_streams()
     words = sys.argv[1:]
     if any(word in ("-h", "--help") for word in words):
         print(__doc__)

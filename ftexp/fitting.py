@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import signal
 import sys
 import threading
@@ -24,24 +25,35 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM: somebody wants the machine back, and will start the command again elsewhere."""
 
 
-def fit_interruptibly(fit: Callable[[], Any], lease: Lease, stop: Callable[[KeyboardInterrupt], bool]) -> Any:
-    """Run fit() on a thread, so that Ctrl-C reaches this one instead of Ray's own handler. SIGTERM does the same.
+def fit_interruptibly(
+    fit: Callable[[], Any],
+    lease: Lease,
+    stop: Callable[[KeyboardInterrupt], bool],
+    failed: Callable[[], Exception | None] = lambda: None,
+) -> Any:
+    """Run fit() on a thread, so that Ctrl-C, SIGTERM and SIGHUP reach this one, not Ray's own handler.
 
     The first asks the workers for a last save by `stop`, which tells whether there are any; the second ends it at once.
+    `failed` tells what went wrong elsewhere in this process: it is raised, and ends the run.
     StorageError if another command has taken the run directory over.
     """
     with collected_signals() as asked:
-        return _fit_on_thread(fit, lease, stop, asked)
+        return _fit_on_thread(fit, functools.partial(_wait, lease, stop, failed, asked))
 
 
 @contextlib.contextmanager
 def collected_signals() -> Iterator[list[KeyboardInterrupt]]:
-    """Collect SIGINT (also where a shell's `&` left it ignored) and SIGTERM, which then interrupt nothing."""
+    """Collect SIGINT (also where a shell's `&` left it ignored), SIGTERM and SIGHUP, which then interrupt nothing.
+
+    SIGHUP (the terminal is gone) stays ignored where it is: `nohup` asks for that.
+    """
     asked: list[KeyboardInterrupt] = []
     if threading.current_thread() is not threading.main_thread():
         yield asked
         return
     kinds: dict[int, type[KeyboardInterrupt]] = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        kinds[signal.SIGHUP] = Terminated
     before = {number: signal.signal(number, lambda got, _: asked.append(kinds[got]())) for number in kinds}
     try:
         yield asked
@@ -50,9 +62,7 @@ def collected_signals() -> Iterator[list[KeyboardInterrupt]]:
             signal.signal(number, handler)
 
 
-def _fit_on_thread(
-    fit: Callable[[], Any], lease: Lease, stop: Callable[[KeyboardInterrupt], bool], asked: list[KeyboardInterrupt]
-) -> Any:
+def _fit_on_thread(fit: Callable[[], Any], wait: Callable[[threading.Event], None]) -> Any:
     outcome: list[Any] = []
     errors: list[BaseException] = []
     done = threading.Event()
@@ -68,7 +78,7 @@ def _fit_on_thread(
     thread = threading.Thread(target=run, daemon=True, name="fit")
     thread.start()
     try:
-        _wait(done, lease, stop, asked)
+        wait(done)
     except BaseException:
         _interrupt(thread, done)
         raise
@@ -78,7 +88,11 @@ def _fit_on_thread(
 
 
 def _wait(
-    done: threading.Event, lease: Lease, stop: Callable[[KeyboardInterrupt], bool], asked: list[KeyboardInterrupt]
+    lease: Lease,
+    stop: Callable[[KeyboardInterrupt], bool],
+    failed: Callable[[], Exception | None],
+    asked: list[KeyboardInterrupt],
+    done: threading.Event,
 ) -> None:
     stop_by: float | None = None
     # not thread.join(): a signal that comes while it waits may leave a thread that runs for dead (Python 3.11)
@@ -91,6 +105,8 @@ def _wait(
             raise asked[1]
         elif stop_by is not None and time.monotonic() > stop_by:
             raise asked[0]
+        if (error := failed()) is not None:
+            raise error
         if lease.lost is not None:
             raise StorageError(f"the run was taken over by {lease.lost}, since this process seemed dead: it stops here")
 

@@ -110,8 +110,8 @@ def repeated_samples(config: Config, info: DataInfo) -> str | None:
     if batch <= samples:
         return None
     return (
-        f"train.global_batch_size={batch:,} is more than the {samples:,} training samples: one step trains on each up to "
-        f"{math.ceil(batch / samples)} times. Lower it"
+        f"train.global_batch_size={batch:,} is more than the {samples:,} training samples: one step trains on each "
+        f"up to {math.ceil(batch / samples)} times. Lower it"
     )
 
 

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING
 from omegaconf import MISSING, DictConfig
 
 from ftexp.checks import validate
-from ftexp.cli import interrupted_code, offer_option, print_error, read_command, run_hydra, to_config
+from ftexp.cli import interrupted_code, offer_option, prepare_streams, print_error, read_command, run_hydra, to_config
 from ftexp.config import AUTO, Config, DataConfig
 from ftexp.data.names import SOURCE_FIELDS, can_stream
 from ftexp.errors import ConfigError, FtexpError
@@ -72,6 +72,7 @@ class PredictConfig:
 
 def main() -> None:
     """Entry point of the command; exits with 0, 1, 2, 75 or 130."""
+    prepare_streams()
     words = sys.argv[1:]
     if any(word in ("-h", "--help") for word in words):
         print(__doc__)

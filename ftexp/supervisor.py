@@ -48,6 +48,10 @@ class Supervisor:
         if kind == "waiting":
             self._waiting(message["reason"])
             return None
+        if kind == "advice_failed":
+            self._record.event("advice_failed", error=message["error"])
+            self._terminal.say(f"! {message['error']}; the run does without", "yellow")
+            return None
         if kind == "resize_expected":
             self._resize_expected(message["num_workers"])
             return None

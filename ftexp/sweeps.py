@@ -8,13 +8,14 @@ from __future__ import annotations
 import argparse
 import sys
 
-from ftexp.cli import print_error
+from ftexp.cli import prepare_streams, print_error
 from ftexp.errors import FtexpError
 from ftexp.storage import Storage
 
 
 def main() -> None:
     """Entry point of the command."""
+    prepare_streams()
     parser = argparse.ArgumentParser(prog="python -m ftexp.sweeps", description=__doc__.partition("\n\n")[0])
     parser.add_argument("sweep", help="a sweep's directory, or its URI: <run.storage>/sweeps/<sweep.name>")
     options = parser.parse_args()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -36,13 +36,17 @@ class Terminal:
 
     def say(self, text: str, style: str = "") -> None:
         """Print a line above the bar."""
+        console = self._bar.console if self._bar is not None else self.console
+        self._draw(lambda: console.print(text, style=style or None, markup=False, soft_wrap=True))
+
+    def _draw(self, draw: Callable[[], None]) -> None:
+        """Call `draw`. What can't be shown never ends a run: from the first failure on, nothing is drawn."""
         if self._deaf:
             return
-        console = self._bar.console if self._bar is not None else self.console
         try:
-            console.print(text, style=style or None, markup=False, soft_wrap=True)
-        except (OSError, SystemExit):  # rich exits when its reader has gone, as in `... | head`; the run goes on
-            self._deaf = True
+            draw()
+        except (OSError, ValueError, SystemExit):  # rich exits when its reader has gone, as in `... | head`
+            self._deaf, self._bar = True, None
 
     def header(
         self, run: str, location: str, model: str, data: DataInfo, data_name: str, workers: str, feed: str
@@ -75,6 +79,10 @@ class Terminal:
         if state.attempts == 1 or not state.failures or state.failures[-1].seconds_to_restore is None:
             parameters = state.model.get("num_parameters", 0)
             self.say(f"{'started':<9}{parameters:,} parameters on {device} · {total_steps:,} steps · pids {pid_text}")
+        self._draw(lambda: self._open_bar(total_steps, epochs, state.step))
+        self.step(state)
+
+    def _open_bar(self, total_steps: int, epochs: int, step: int) -> None:
         if self.console.is_terminal and self._bar is None:
             columns = (
                 TextColumn("epoch {task.fields[epoch]}/{task.fields[epochs]}"),
@@ -87,16 +95,15 @@ class Terminal:
             self._bar.start()
             self._task = self._bar.add_task("", total=total_steps, epoch=0, epochs=epochs, values="")
         elif self._bar is not None and self._task is not None:
-            self._bar.reset(self._task, completed=state.step)  # or time left would count the restart as slow steps
-        self.step(state)
+            self._bar.reset(self._task, completed=step)  # or time left would count the restart as slow steps
 
     def step(self, state: RunState) -> None:
         """Move the bar to the state's step."""
         now = time.monotonic()
         self._rates = [(when, step) for when, step in self._rates if now - when < _RATE_WINDOW_S] + [(now, state.step)]
-        if self._bar is not None and self._task is not None:
-            current = min(state.epoch + 1, self._epochs)
-            self._bar.update(self._task, completed=state.step, epoch=current, values=self._values(state))
+        if (bar := self._bar) is not None and (task := self._task) is not None:
+            current, values = min(state.epoch + 1, self._epochs), self._values(state)
+            self._draw(lambda: bar.update(task, completed=state.step, epoch=current, values=values))
 
     def epoch(self, state: RunState) -> None:
         """An epoch was evaluated: without a terminal this is the line that shows life."""
@@ -124,8 +131,8 @@ class Terminal:
 
     def close(self) -> None:
         """Take the bar away."""
-        if self._bar is not None:
-            self._bar.stop()
+        if (bar := self._bar) is not None:
+            self._draw(bar.stop)
             self._bar = None
 
     def summary(self, state: RunState, run_dir: Storage) -> None:

@@ -10,7 +10,7 @@ import sys
 
 from omegaconf import DictConfig
 
-from ftexp.cli import interrupted_code, print_error, run_hydra, to_config
+from ftexp.cli import interrupted_code, prepare_streams, print_error, run_hydra, to_config
 from ftexp.ending import code_of
 from ftexp.errors import ConfigError
 from ftexp.running import train
@@ -19,6 +19,7 @@ from ftexp.sweep.plugins import with_plugins
 
 def main() -> None:
     """Entry point of the command; exits with 0, 1, 2, 75 or 130."""
+    prepare_streams()
     try:
         words = with_plugins(sys.argv[1:])
     except ConfigError as error:

@@ -7,6 +7,8 @@ import functools
 import pickle
 import threading
 import time
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,14 +61,13 @@ def run_training(
     trackers.start(hub.take)
     status, reason = FAILED, None
     done = threading.Event()
-    threading.Thread(target=_tell_of_waiting, args=(hub, supervisor, workers, done), daemon=True).start()
+    _advise(hub, _tell_of_waiting, hub, supervisor, workers, done)
     if workers.fewest < workers.most:
         interval_s = config.scaling.elastic_resize_monitor_interval_s
-        arguments = (hub, supervisor, workers, done, interval_s)
-        threading.Thread(target=_save_before_a_resize, args=arguments, daemon=True).start()
+        _advise(hub, _save_before_a_resize, hub, supervisor, workers, done, interval_s)
     try:
         fit = functools.partial(_fit, config, workers, bundle, run_dir, record, hub, running)
-        result = fit_interruptibly(fit, lease, functools.partial(supervisor.stop, hub))
+        result = fit_interruptibly(fit, lease, functools.partial(supervisor.stop, hub), lambda: hub.failed)
         metrics: dict[str, float] | None = result.return_value
         if metrics is None:
             raise supervisor.interrupted()
@@ -81,6 +82,7 @@ def run_training(
         raise RunFailedError(reason) from error
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
+        record.event("driver_failed", error=reason, traceback=traceback.format_exc())
         raise
     finally:
         done.set()
@@ -116,6 +118,18 @@ def _fit(
                 raise RunFailedError(reason) from None
             _release_workers()
             time.sleep(answer["delay_s"])
+
+
+def _advise(hub: Hub, advise: Callable[..., None], *arguments: Any) -> None:
+    """Run `advise` on a thread. The run does without it, so what it raises is recorded and ends only the advice."""
+
+    def run() -> None:
+        try:
+            advise(*arguments)
+        except Exception as error:
+            hub.handle({"kind": "advice_failed", "error": f"{advise.__name__}: {type(error).__name__}: {error}"})
+
+    threading.Thread(target=run, daemon=True, name=advise.__name__).start()
 
 
 def _tell_of_waiting(hub: Hub, supervisor: Supervisor, workers: Workers, done: threading.Event) -> None:

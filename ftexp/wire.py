@@ -48,6 +48,7 @@ class Hub:
         self._handler = handler
         self._lock = threading.Lock()
         self._closed = self._stopping = False
+        self.failed: Exception | None = None  # raised by the handler; nothing is handled any more, and all shall end
         self._open: list[socket.socket] = []
         self._listener = socket.create_server((host, 0))
         self.address = HubAddress(host, self._listener.getsockname()[1], secrets.token_hex(16))
@@ -127,14 +128,23 @@ class Hub:
     def handle(self, message: Message) -> Message | None:
         """Give the handler a message, as if a worker had sent it; returns its answer."""
         with self._lock:
-            return self._handler(message) if message.get("kind") and not self._closed else None
+            return self._handled(message) if message.get("kind") and not self._closed else None
 
     def take(self, message: Message) -> bool:
         """As `handle`, where there is no answer; False if the hub was closed before."""
         with self._lock:
             if not self._closed:
-                self._handler(message)
+                self._handled(message)
             return not self._closed
+
+    def _handled(self, message: Message) -> Message | None:
+        """The handler's answer; once it has raised, always one that ends whoever asks: nobody waits for a decision."""
+        if self.failed is None:
+            try:
+                return self._handler(message)
+            except Exception as error:  # raised again on the thread that waits for the run
+                self.failed = error
+        return {STOP: f"the driver failed: {type(self.failed).__name__}: {self.failed}"}
 
 
 def _send(connection: socket.socket, message: Message) -> None:

@@ -344,7 +344,14 @@ def test_the_controller_ends_the_run_if_the_driver_says_so(monkeypatch):
         reported({"stop": "rank 1 failed: giving up"}, monkeypatch)
 
 
-def test_a_controller_without_a_driver_does_nothing():
+@pytest.mark.parametrize("answer", [{}, {"attempt": 3}])
+def test_the_controller_ends_the_run_if_the_driver_decides_nothing(monkeypatch, answer):
+    with pytest.raises(StopRun, match="no decision from the driver"):
+        reported(answer, monkeypatch)
+
+
+def test_a_controller_without_a_driver_ends_the_run_too():
     hub = Hub("127.0.0.1", lambda message: {})
     hub.close()
-    FailureReporter(hub.address).after_exception(None, {0: DIED})
+    with pytest.raises(StopRun, match="no decision from the driver: this worker can't reach the driver"):
+        FailureReporter(hub.address).after_exception(None, {0: DIED})

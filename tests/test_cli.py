@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import re
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -423,6 +424,23 @@ def test_the_command_itself_exits_with_2_and_tells_why(tmp_path):
         "  train.epochs=0 is out of range: it must be at least 1",
         "  scaling.use_gpu=true, but this machine has no GPU: use scaling=local, or scaling.use_gpu=false",
     ]
+
+
+COMMANDS = ["train", "evaluate", "predict", "export", "drill", "checkpoints", "sweeps", "data", "report"]
+
+
+@pytest.mark.parametrize("module", COMMANDS)
+def test_no_command_minds_what_its_streams_can_not_take(module, tmp_path):
+    wrong = {"train": "seed=é⚡", "data": "seed=é⚡", "drill": "seed=é⚡", "export": "split=é⚡"}.get(module, "run=é⚡")
+    wrong = "é⚡" if module in ("checkpoints", "sweeps", "report") else wrong
+    command = f"{shlex.quote(sys.executable)} -m ftexp.{module} {shlex.quote(wrong)}"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    for streams in ("", ">&-", ">&- 2>&- <&-"):
+        shell = ["sh", "-c", f"{command} {streams}"]
+        done = subprocess.run(shell, cwd=tmp_path, env=environment, capture_output=True, check=False, timeout=120)
+        assert done.returncode == 2, done.stderr
+        assert b"Traceback" not in done.stdout + done.stderr
+        assert ("2>" in streams) or b"??" in done.stderr, "the message, with what ASCII lacks replaced"
 
 
 def help_text(command, capsys):

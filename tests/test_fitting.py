@@ -172,3 +172,35 @@ def test_a_run_that_was_taken_over_stops():
     with pytest.raises(StorageError, match="taken over by process 7"):
         fit_interruptibly(ended.wait, SimpleNamespace(lost="process 7"), never)
     ended.set()
+
+
+def test_what_failed_elsewhere_in_the_driver_ends_the_run_as_what_it_is():
+    ended, error = threading.Event(), UnicodeEncodeError("ascii", "x", 0, 1, "no")
+    with pytest.raises(UnicodeEncodeError) as raised:
+        fit_interruptibly(ended.wait, FREE, never, lambda: error)
+    ended.set()
+    assert raised.value is error
+
+
+def test_a_terminal_that_goes_away_is_a_sigterm_unless_nohup_asked_to_ignore_it():
+    ended, hangup = threading.Event(), signal.getsignal(signal.SIGHUP)
+
+    def fit():
+        os.kill(os.getpid(), signal.SIGHUP)
+        return ended.wait(20)
+
+    stopped = []
+
+    def stop(asked):
+        stopped.append(asked)
+        ended.set()
+        return True
+
+    try:
+        assert fit_interruptibly(fit, FREE, stop) is True
+        assert [type(asked) for asked in stopped] == [Terminated]
+        assert signal.getsignal(signal.SIGHUP) is hangup
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        assert fit_interruptibly(lambda: os.kill(os.getpid(), signal.SIGHUP), FREE, never) is None
+    finally:
+        signal.signal(signal.SIGHUP, hangup)

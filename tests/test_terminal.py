@@ -2,6 +2,7 @@
 
 import io
 
+import pytest
 from rich.console import Console
 
 from ftexp.data.splits import BadSample, DataInfo
@@ -116,3 +117,30 @@ def test_a_run_that_did_not_finish_says_how_to_go_on():
     assert "failed: rank 1: gone" in text
     assert "0 survived" in text
     assert "the same command with run.name=demo" in text
+
+
+class Unwritable(io.StringIO):
+    """A stream whose encoding lacks symbols, or whose terminal has gone."""
+
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+
+    def isatty(self):
+        return True
+
+    def write(self, text):
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(5, "Input/output error"), UnicodeEncodeError("ascii", "x", 0, 1, "no"), ValueError("closed file")]
+)
+def test_what_can_not_be_shown_ends_nothing(error):
+    terminal = Terminal(Console(file=Unwritable(error), force_terminal=True))
+    for _ in range(2):
+        terminal.ready(state(), 100, 32, 3, [1, 2], "cpu")
+        terminal.step(state())
+        terminal.epoch(state())
+        terminal.say("⚡")
+        terminal.close()

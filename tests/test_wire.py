@@ -46,6 +46,28 @@ def test_messages_arrive_in_order_and_a_hello_is_answered(hub, messages):
     assert next_message(messages)["kind"] == "goodbye"
 
 
+def test_once_the_handler_has_raised_everybody_is_told_to_stop_and_nobody_waits():
+    handled = []
+
+    def handle(message):
+        handled.append(message["kind"])
+        if message["kind"] == "metrics":
+            raise UnicodeEncodeError("latin-1", "⚡", 0, 1, "ordinal not in range(256)")
+        return {"attempt": 1}
+
+    hub = Hub("127.0.0.1", handle)
+    first = Line(hub.address, {"kind": "hello", "rank": 0})
+    first.send("metrics")
+    first.flush()
+    first.close()  # returns when all was taken in
+    assert isinstance(hub.failed, UnicodeEncodeError)
+    told = Line(hub.address, {"kind": "failure"}).answer
+    assert told.keys() == {"stop"}
+    assert told["stop"].startswith("the driver failed: UnicodeEncodeError: 'latin-1' codec can't encode")
+    assert handled == ["hello", "metrics"], "a handler that failed half-way isn't called again"
+    hub.close()
+
+
 def test_who_says_goodbye_stays_until_the_driver_has_handled_it_all():
     handled, held = [], threading.Event()
 

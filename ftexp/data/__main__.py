@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig
 
 from ftexp.checks import validate
-from ftexp.cli import print_error, run_hydra, to_config
+from ftexp.cli import prepare_streams, print_error, run_hydra, to_config
 from ftexp.config import AugmentConfig, Config
 from ftexp.errors import ConfigError, StorageError
 
@@ -41,6 +41,7 @@ _CHANNELS = {1: ("grey",), 3: ("red", "green", "blue"), 4: ("red", "green", "blu
 
 def main() -> None:
     """Entry point of the command; exits with 0, 1 or 2."""
+    prepare_streams()
     words = sys.argv[1:]
     if any(word in ("-h", "--help") for word in words):
         print(__doc__)

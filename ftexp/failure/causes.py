@@ -147,9 +147,9 @@ class FailureReporter(UserCallback):  # type: ignore[misc]
         """Ray's hook: one or more workers raised, or died. StopRun if there shall be no further try."""
         try:
             line = Line(self._hub, {"kind": "failure", "cause": vars(find_cause(worker_exceptions))})
-        except FtexpError:  # the driver is gone; there is nobody to tell
-            return
+        except FtexpError as error:  # without a decision Ray would retry for ever
+            raise StopRun(f"no decision from the driver: {error}") from error
         line.close()
-        if reason := line.answer.get("stop"):
-            raise StopRun(reason)
-        time.sleep(line.answer.get("delay_s", 0.0))  # Ray makes the next group when this returns
+        if "delay_s" not in line.answer:
+            raise StopRun(line.answer.get("stop", "no decision from the driver"))
+        time.sleep(line.answer["delay_s"])  # Ray makes the next group when this returns

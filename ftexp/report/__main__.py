@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from ftexp.cli import print_error
+from ftexp.cli import prepare_streams, print_error
 from ftexp.errors import FtexpError, StorageError
 from ftexp.report.write import REPORT_FILE, write_report
 from ftexp.storage import Storage
@@ -17,6 +17,7 @@ from ftexp.storage import Storage
 
 def main() -> None:
     """Entry point of the command; exits with 0, or 2 if there is neither."""
+    prepare_streams()
     parser = argparse.ArgumentParser(prog="python -m ftexp.report", description=__doc__.partition("\n\n")[0])
     parser.add_argument("run", help="the directory of a run or a sweep, or its URI")
     parser.add_argument("--out", help=f"a file or URI; {REPORT_FILE} in that directory if not given")

@@ -33,7 +33,8 @@ def main() -> None:
     sys.path[:] = json.loads(sys.argv[1])  # the sweep's: plug-ins lie where it looks for them
     order: Any = pickle.load(sys.stdin.buffer)
     threading.Thread(target=_end_with_the_sweep, daemon=True, name="sweep").start()
-    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # its log is read while it runs
+    sys.stdout.reconfigure(encoding="utf-8", errors="replace", line_buffering=True)  # type: ignore[union-attr]  # its log is read now
+    sys.stderr.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
     signal.signal(signal.SIGINT, signal.default_int_handler)  # may have been left ignored by a shell's `&`
     sys.exit(run(order))
 

@@ -155,7 +155,9 @@ def git_commit() -> str | None:
     """Of the working directory; None where there is no git, or no repository."""
     try:
         words = ["git", "rev-parse", "HEAD"]
-        found = subprocess.run(words, capture_output=True, text=True, timeout=_GIT_TIMEOUT_S, check=True)
+        found = subprocess.run(
+            words, capture_output=True, encoding="utf-8", errors="replace", timeout=_GIT_TIMEOUT_S, check=True
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     return found.stdout.strip()
