@@ -14,6 +14,7 @@ from conftest import TELL_IMPORTS
 from omegaconf import OmegaConf
 
 import ftexp.checks
+from ftexp import evaluate
 from ftexp.checks import validate
 from ftexp.cli import print_error, run_hydra, to_config
 from ftexp.config import config_dir
@@ -74,6 +75,25 @@ WRONG = {
     "text in a list of numbers": ("data.mean=[a]", "data.mean[0]=a is not a number"),
     "null in a list of numbers": ("data.mean=[null]", "data.mean[0]=null is not allowed"),
     "number for a dict": ("model.kwargs=3", "model.kwargs=3 is not allowed", "model.kwargs.<key>=..."),
+    "text for an open mapping": (
+        "model.kwargs=${run.storage}",
+        "model.kwargs=runs is not allowed: model.kwargs holds keys, so write model.kwargs.<key>=...",
+    ),
+    "text for a group": ("run=${data.name}", "run=digits is not allowed: run holds keys"),
+    "list for a mapping": ("train.freeze=[1]", "train.freeze=[1] is not allowed: train.freeze holds keys"),
+    "number in a mapping of such": ("model.preset.vit=3", "model.preset.vit=3 is not allowed", "vit.<key>="),
+    "mapping for a list": ("chaos.kinds={a:1}", "chaos.kinds={a:1} is not allowed: chaos.kinds is a list"),
+    "text for a list": ("plugins=${run.storage}", "plugins=runs must be a list: plugins=[runs]"),
+    "list in a list of text": ("chaos.kinds=[1,[2]]", "chaos.kinds[1]=[2] is not text"),
+    "list for text": ("run.name=[1]", "run.name=[1] is not text"),
+    "key that is a number": ("model.kwargs={3:1}", "model.kwargs.3: a key must be text, and 3 is not"),
+    "option in a list of lists": ("ema=[[a]]", "ema=[[a]] is unknown", "Available: none, warmup"),
+    "no workers in a list": ("scaling.num_workers=[]", "scaling.num_workers=[] must be a whole number", "or auto"),
+    "labels that are none": ("scaling.label_selector=[zone]", "scaling.label_selector=['zone'] must be {label: text}"),
+    "labels for others": (
+        "scaling.label_selector=[{zone:a}] scaling.num_workers=2",
+        "scaling.label_selector=[{'zone': 'a'}] has 1 entries for scaling.num_workers=2: give 2, one for each worker",
+    ),
     "null": ("train.epochs=null", "train.epochs=null is not allowed: it must have a value"),
     "null for a dict": ("model.kwargs=null", "model.kwargs=null is not allowed"),
     "mandatory value left out": ("~optim", "optim.name is not set", "add optim.name=..."),
@@ -285,6 +305,14 @@ def test_a_fault_whose_kind_is_no_text_is_a_wrong_config_too(kind, command):
     code, _, err = command(f"chaos.faults=[{{kind:{kind}}}]")
     assert code == 2
     assert "chaos.faults[0]" in err
+
+
+@pytest.mark.parametrize("word", ["run=[", "run=@here", "run=*", "run=!x"])
+def test_a_word_that_yaml_cannot_read_is_told_with_the_quotes_that_it_needs(word):
+    with pytest.raises(ConfigError, match=r"put the value in quotes, run=\"'") as raised:
+        evaluate.parse([word])
+    quoted = str(raised.value).rpartition(", ")[2].removeprefix('run="').removesuffix('"')
+    assert evaluate.parse([f"run={quoted}"]).run == word.removeprefix("run=")
 
 
 def test_a_tracker_whose_package_is_missing_names_the_extra(command, monkeypatch):
