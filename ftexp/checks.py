@@ -36,6 +36,7 @@ from ftexp.timm_names import model_names
 from ftexp.trackers.checks import tracker_problems
 
 _FAULT_FIELDS = ("kind", "step", "rank", "count", "seconds")
+_NO_LOGITS = {"features_only": "a list of feature maps", "aux_logits": "a tuple while it trains"}
 _SOURCE_ONLY = frozenset(name for names in SOURCE_FIELDS.values() for name in names) | {"kwargs"}
 
 
@@ -102,6 +103,10 @@ def _model(config: Config) -> Iterator[str]:
     ):
         if key in model.kwargs:
             yield f"model.kwargs.{key}={model.kwargs[key]} stands beside {owner}: set that one"
+    for key, output in _NO_LOGITS.items():
+        if model.all_kwargs().get(key) and not config.plugins:  # a plug-in's model may mean something else by it
+            given = f"model.kwargs.{key}={model.all_kwargs()[key]}"
+            yield f"{given}: the model then returns {output}, not logits: take it out"
     in_name = re.search(r"patch(\d+)", model.name)
     patch = model.all_kwargs().get("patch_size", int(in_name[1]) if in_name else None)
     if isinstance(patch, int) and patch > 0 and config.data.image_size % patch:

@@ -85,6 +85,21 @@ def build_model(config: ModelConfig, info: DataInfo) -> tuple[nn.Module, Weights
     return model, load_matching(model, weights, source)
 
 
+def as_logits(output: Any, config: ModelConfig, num_classes: int) -> torch.Tensor:
+    """Return what a model gave for some images; ConfigError if that isn't logits, [images, num_classes]."""
+    if isinstance(output, torch.Tensor):
+        if output.ndim == 2 and output.shape[1] == num_classes:
+            return output
+        found = f"a tensor of shape {list(output.shape)}"
+    else:
+        found = f"a {type(output).__name__}" + (f" of {len(output)}" if isinstance(output, (tuple, list, dict)) else "")
+    given = ", ".join(f"model.kwargs.{key}={value}" for key, value in config.all_kwargs().items())
+    raise ConfigError(
+        f"model.name={config.name} returns {found}, not logits of shape [images, {num_classes}]: its forward must "
+        "return those alone" + (f"; see {given}" if given else "")
+    )
+
+
 def load_weights(path: Path) -> StateDict:
     """Read a state dict from .safetensors, or from .pt/.pth without running any code in it."""
     try:

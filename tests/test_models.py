@@ -15,7 +15,7 @@ import ftexp.models
 from ftexp.config import ModelConfig, config_dir
 from ftexp.data.splits import DataInfo
 from ftexp.errors import ConfigError, DataError
-from ftexp.models import build_model, load_weights, timm_arguments
+from ftexp.models import as_logits, build_model, load_weights, timm_arguments
 from ftexp.timm_names import model_names, optimizer_names
 
 GROUP_FILES = sorted((config_dir() / "model").glob("*.yaml"))
@@ -113,6 +113,31 @@ def test_kwargs_that_timm_refuses_are_told(name, kwargs):
 def test_a_name_that_no_plugin_registered_is_told():
     with pytest.raises(ConfigError, match=r"^model\.name='my_net' is unknown to timm, also after importing the plugin"):
         build_model(ModelConfig(name="my_net"), info())
+
+
+@pytest.mark.parametrize(
+    ("output", "found"),
+    [
+        ((torch.zeros(2, 5), torch.zeros(2, 5)), "a tuple of 2"),
+        ([torch.zeros(2, 8, 4, 4)], "a list of 1"),
+        ({"logits": torch.zeros(2, 5)}, "a dict of 1"),
+        (None, "a NoneType"),
+        (torch.zeros(2, 65, 5), "a tensor of shape [2, 65, 5]"),
+        (torch.zeros(2, 512), "a tensor of shape [2, 512]"),
+    ],
+)
+def test_what_is_no_logits_is_told_with_the_arguments_that_may_be_why(output, found):
+    with pytest.raises(ConfigError) as raised:
+        as_logits(output, ModelConfig(name="resnet18", kwargs={"global_pool": ""}), 5)
+    told = f"model.name=resnet18 returns {found}, not logits of shape [images, 5]: its forward must return those alone"
+    assert str(raised.value) == f"{told}; see model.kwargs.global_pool="
+    with pytest.raises(ConfigError, match=r"return those alone$"):
+        as_logits(output, ModelConfig(name="resnet18"), 5)
+
+
+def test_logits_are_returned_as_they_are():
+    logits = torch.zeros(2, 5)
+    assert as_logits(logits, ModelConfig(name="resnet18"), 5) is logits
 
 
 @pytest.mark.parametrize(
