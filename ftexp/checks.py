@@ -117,9 +117,8 @@ def _model(config: Config) -> Iterator[str]:
         )
     if isinstance(model.pretrained, str):
         if not Path(model.pretrained).is_file():
-            yield f"model.pretrained={model.pretrained}: no such file. Give a .pt, .pth or .safetensors file, or true"
-        elif Path(model.pretrained).suffix not in (".pt", ".pth", ".safetensors"):
-            yield f"model.pretrained={model.pretrained} must end in .pt, .pth or .safetensors"
+            found = "a directory" if Path(model.pretrained).is_dir() else "no such file"
+            yield f"model.pretrained={model.pretrained}: {found}. Give a file of PyTorch's or safetensors', or true"
     elif not isinstance(model.pretrained, bool):
         yield f"model.pretrained={_as_typed(model.pretrained)} must be true, false, or the path of a weights file"
 

@@ -10,6 +10,7 @@ import sys
 import time
 
 import pytest
+import torch
 from conftest import TELL_IMPORTS
 from omegaconf import OmegaConf
 
@@ -423,6 +424,16 @@ def test_a_start_from_nowhere_is_told_before_anything_is_started(tmp_path):
         "imported: []",
     ]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_that_fit_nothing_are_told_before_ray_is_imported(tmp_path):
+    torch.save({"other.weight": torch.zeros(1)}, tmp_path / "w.bin")
+    done = process("-c", TELL_IMPORTS, "ray", "model.pretrained=w.bin", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    told, imported = done.stderr.splitlines()
+    assert told.startswith("ftexp: model.pretrained=w.bin: 0 of the model's 55 tensors can be taken from its 1: none")
+    assert imported == "imported: []"
+    assert [path.name for path in tmp_path.iterdir()] == ["w.bin"]
 
 
 @pytest.mark.parametrize(
