@@ -15,8 +15,9 @@ import subprocess
 from collections.abc import Callable, Iterator
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
-from ftexp.config import AUTO, CAUSES, FAULTS, Config, config_dir, fault_fields
+from ftexp.config import AUTO, CAUSES, FAULTS, Config, ScalingConfig, config_dir, fault_fields
 from ftexp.data.names import SOURCE_FIELDS, can_stream
 from ftexp.errors import ConfigError
 from ftexp.field_checks import field_problems
@@ -35,6 +36,7 @@ from ftexp.timm_names import model_names
 from ftexp.trackers.checks import tracker_problems
 
 _FAULT_FIELDS = ("kind", "step", "rank", "count", "seconds")
+_NO_LOGITS = {"features_only": "a list of feature maps", "aux_logits": "a tuple while it trains"}
 _SOURCE_ONLY = frozenset(name for names in SOURCE_FIELDS.values() for name in names) | {"kwargs"}
 
 
@@ -101,6 +103,10 @@ def _model(config: Config) -> Iterator[str]:
     ):
         if key in model.kwargs:
             yield f"model.kwargs.{key}={model.kwargs[key]} stands beside {owner}: set that one"
+    for key, output in _NO_LOGITS.items():
+        if model.all_kwargs().get(key) and not config.plugins:  # a plug-in's model may mean something else by it
+            given = f"model.kwargs.{key}={model.all_kwargs()[key]}"
+            yield f"{given}: the model then returns {output}, not logits: take it out"
     in_name = re.search(r"patch(\d+)", model.name)
     patch = model.all_kwargs().get("patch_size", int(in_name[1]) if in_name else None)
     if isinstance(patch, int) and patch > 0 and config.data.image_size % patch:
@@ -111,9 +117,8 @@ def _model(config: Config) -> Iterator[str]:
         )
     if isinstance(model.pretrained, str):
         if not Path(model.pretrained).is_file():
-            yield f"model.pretrained={model.pretrained}: no such file. Give a .pt, .pth or .safetensors file, or true"
-        elif Path(model.pretrained).suffix not in (".pt", ".pth", ".safetensors"):
-            yield f"model.pretrained={model.pretrained} must end in .pt, .pth or .safetensors"
+            found = "a directory" if Path(model.pretrained).is_dir() else "no such file"
+            yield f"model.pretrained={model.pretrained}: {found}. Give a file of PyTorch's or safetensors', or true"
     elif not isinstance(model.pretrained, bool):
         yield f"model.pretrained={_as_typed(model.pretrained)} must be true, false, or the path of a weights file"
 
@@ -157,7 +162,7 @@ def _data(config: Config) -> Iterator[str]:
 def _scaling(config: Config) -> Iterator[str]:
     scaling = config.scaling
     workers = scaling.num_workers
-    pair = isinstance(workers, (list, tuple)) and len(workers) == 2 and all(_is_count(count) for count in workers)
+    pair = _is_pair(workers)
     if pair and workers[0] > workers[1]:
         yield f"scaling.num_workers={list(workers)}: the first (fewest) must not be above the second (most)"
     elif not pair and not _is_count(workers) and workers != AUTO:
@@ -187,6 +192,7 @@ def _scaling(config: Config) -> Iterator[str]:
             f"scaling.address={scaling.address}: Ray Client is not supported, since workers must reach the driver. "
             "Run on a node of the cluster with scaling.address=auto (ray job submit does that)"
         )
+    yield from _label_selector(scaling)
     if scaling.backend not in (None, "gloo", "nccl"):
         yield f"scaling.backend={scaling.backend!r} must be gloo, nccl or null"
     elif scaling.backend != "gloo" and 0 < scaling.resources_per_worker.get("GPU", 1) < 1 and workers != 1:
@@ -194,6 +200,16 @@ def _scaling(config: Config) -> Iterator[str]:
         yield f"scaling.resources_per_worker.GPU={share}: NCCL wants a GPU for each worker; set scaling.backend=gloo"
     elif scaling.backend == "nccl" and scaling.use_gpu is False:
         yield "scaling.backend=nccl needs GPUs, but scaling.use_gpu=false: use gloo"
+
+
+def _label_selector(scaling: ScalingConfig) -> Iterator[str]:
+    selector, workers = scaling.label_selector, scaling.num_workers
+    given = f"scaling.label_selector={_as_typed(selector)}"
+    each = selector if isinstance(selector, list) else [{} if selector is None else selector]
+    if not all(isinstance(labels, dict) and all(isinstance(text, str) for text in labels.values()) for labels in each):
+        yield f"{given} must be {{label: text}}, or a list of such, one for each worker"
+    elif isinstance(selector, list) and (most := _max_workers(workers)) not in (None, len(selector)):
+        yield f"{given} has {len(selector)} entries for scaling.num_workers={workers}: give {most}, one for each worker"
 
 
 def _failure(config: Config) -> Iterator[str]:
@@ -255,9 +271,18 @@ def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
+def _is_pair(workers: object) -> bool:
+    return isinstance(workers, (list, tuple)) and len(workers) == 2 and all(_is_count(count) for count in workers)
+
+
+def _max_workers(workers: Any) -> int | None:
+    """The largest number of workers; None where that isn't known yet, or `workers` is wrong."""
+    return max(workers) if _is_pair(workers) else workers if _is_count(workers) else None
+
+
 def _batch(config: Config) -> Iterator[str]:
     train, workers = config.train, config.scaling.num_workers
-    most = max(workers) if isinstance(workers, (list, tuple)) else workers if _is_count(workers) else 1
+    most = _max_workers(workers) or 1
     if train.global_batch_size < most * train.accumulate_steps:
         yield (
             f"train.global_batch_size={train.global_batch_size} is smaller than scaling.num_workers x "

@@ -12,10 +12,12 @@ import io
 import os
 import re
 import sys
+import typing
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import hydra
+import yaml
 from hydra.core.config_store import ConfigNode, ConfigStore
 from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -23,16 +25,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ftexp.config import Config, SearchConfig, config_dir
 from ftexp.errors import ConfigError, FtexpError
-from ftexp.field_checks import field_problems
+from ftexp.field_checks import field_problems, keys_problem, list_problem, null_problem, shown, type_problems
 from ftexp.recipe_checks import fitted
 from ftexp.registry import did_you_mean
 
 EXIT_INTERRUPTED = 130
 EXIT_TERMINATED = 75  # by SIGTERM, after a last save: EX_TEMPFAIL, the same command goes on
-_OPEN_KEYS = re.compile(
-    r"^((model|optim|data)\.kwargs|model\.preset|scaling\.resources_per_worker|failure\.max_by_cause|train\.freeze"
-    r"|tracker\.(use|tags|kwargs))(\.[^=]+)?="
-)
 
 
 class _Shared(ConfigNode):
@@ -91,7 +89,8 @@ def run_hydra(task: Callable[[DictConfig], float | None], argv: Sequence[str]) -
             return None
 
     # any key may be added under these, so Hydra's "+" is put there for the user
-    sys.argv[1:] = [f"++{word}" if _OPEN_KEYS.match(word) else _in_full(word) for word in argv]
+    open_key = re.compile(rf"({'|'.join(map(re.escape, open_keys(Config)))})(\.[^=]+)?=")
+    sys.argv[1:] = [f"++{word}" if open_key.match(word) else _in_full(word) for word in argv]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing, and we word the error
     try:
         hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")(reporting)()
@@ -103,12 +102,24 @@ def run_hydra(task: Callable[[DictConfig], float | None], argv: Sequence[str]) -
     except Exception as error:  # composing raises ValueError, AssertionError and AttributeError too
         if any(error is crash for crash in _crashes):
             raise
-        unknown = _unknown_option(argv) if "group override must be a string" in str(error) else None
+        is_type_only = isinstance(error, TypeError) or "group override must be a string" in str(error)
+        unknown = _unknown_option(argv) if is_type_only else None
         if "does not support sweep type" in str(error):
             unknown = _open_interval(argv)
         print_error(ConfigError(unknown or explain(error)))
         return ConfigError.exit_code
     return max(failures, default=0)
+
+
+def open_keys(schema: type[Any], prefix: str = "") -> Iterator[str]:
+    """Yield the fields of `schema` that hold a mapping with any keys."""
+    hints = typing.get_type_hints(schema)
+    for field in dataclasses.fields(schema):
+        key, hint = f"{prefix}{field.name}", hints[field.name]
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+            yield from open_keys(hint, f"{key}.")
+        elif typing.get_origin(hint) is dict:
+            yield key
 
 
 def _in_full(word: str) -> str:
@@ -174,6 +185,12 @@ def to_config(composed: DictConfig, typed: Sequence[str] | None = None) -> Confi
 
 def parse_words(schema: type[Any], words: Sequence[str]) -> Any:
     """Read key=value words into `schema`, a dataclass; ConfigError names what doesn't fit it."""
+    for word in words:
+        try:
+            OmegaConf.from_dotlist([word])
+        except yaml.YAMLError as error:
+            key, _, value = word.partition("=")
+            raise ConfigError(f"can't read {word!r}: put the value in quotes, {key}=\"'{value}'\"") from error
     try:
         values = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.from_dotlist(list(words)))
         assert isinstance(values, DictConfig), "a dataclass holds keys"
@@ -194,13 +211,31 @@ def read_command(schema: type[Any], words: Sequence[str], **needed: str) -> Any:
 
 
 def _typed(node: DictConfig, schema: type[Any]) -> Any:
+    """`node` as an instance of `schema`; ConfigError names each value that is of another type."""
+    values = _values(node, schema)
+    if problems := list(_type_problems(values, "")):
+        raise ConfigError("\n".join(problems))
+    return values
+
+
+def _type_problems(node: Any, prefix: str) -> Iterator[str]:
+    hints = typing.get_type_hints(type(node))
+    for field in dataclasses.fields(node):
+        value = getattr(node, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from _type_problems(value, f"{prefix}{field.name}.")
+        elif value != MISSING:
+            yield from type_problems(f"{prefix}{field.name}", value, hints[field.name])
+
+
+def _values(node: DictConfig, schema: type[Any]) -> Any:
     values: dict[str, Any] = {}
     for field in dataclasses.fields(schema):
         default = field.default_factory() if callable(field.default_factory) else None
         if OmegaConf.is_missing(node, field.name):
             values[field.name] = "???"
         elif dataclasses.is_dataclass(default):
-            values[field.name] = _typed(node[field.name], type(default))
+            values[field.name] = _values(node[field.name], type(default))
         else:
             value = node[field.name]
             values[field.name] = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
@@ -218,7 +253,10 @@ def _unknown_keys(node: DictConfig, schema: type[Any], prefix: str) -> Iterator[
         factory = fields[name].default_factory
         default = factory() if callable(factory) else None
         if dataclasses.is_dataclass(default) and not OmegaConf.is_missing(node, name):
-            yield from _unknown_keys(node[name], type(default), f"{prefix}{name}.")
+            if isinstance(node[name], DictConfig):
+                yield from _unknown_keys(node[name], type(default), f"{prefix}{name}.")
+            else:  # of an interpolation
+                yield keys_problem(f"{prefix}{name}", node[name])
 
 
 def _unknown_option(argv: Sequence[str]) -> str | None:
@@ -270,16 +308,32 @@ def explain(error: BaseException, schema: Any = None) -> str:
         return _unknown_key(key, schema)
     if wanted := re.search(r"could not be converted to (\w+)", first_line):
         names = {"Integer": "a whole number", "Float": "a number"}
-        return f"{key}={cause.value} is not {names.get(wanted[1], wanted[1])}"
+        return f"{key}={shown(cause.value)} is not {names.get(wanted[1], wanted[1])}"
     if wrong := re.search(r"Value '(.*)' is not a valid bool", first_line):
         return f"{key}={wrong[1]} is not true or false"
-    if "is not Optional" in first_line or "NoneType is not a subclass" in first_line:
-        return f"{key}=null is not allowed: it must have a value"
+    if wrong := re.search(r"Cannot convert '(\w+)' to string: '(.*)'$", first_line):
+        return f"{key}={shown(wrong[2])} is not text"
+    if wrong := re.search(r"Key (.+) \(\w+\) is incompatible with \(str\)", first_line):
+        return f"{key}: a key must be text, and {wrong[1]} is not"
+    if "is not Optional" in first_line or "NoneType is not a subclass" in first_line or "value 'None'" in first_line:
+        return null_problem(key)
+    # of a node that is made before it is put in its place, OmegaConf knows neither the whole key nor the value
+    typed = re.search(r"Error merging override \+*([^=]+)=(.*)", str(error))
     if "is not a subclass of" in first_line or "Cannot assign" in first_line:
-        return f"{key}={cause.value} is not allowed: {key} holds keys, so write {key}.<key>=..."
+        return keys_problem(*typed.groups()) if typed and cause.value is None else keys_problem(key, cause.value)
     if "is not a ListConfig" in first_line:
-        return f"{key}={cause.value} must be a list: {key}=[{cause.value}]"
+        return list_problem(key, cause.value)
+    if typed and ("Cannot merge" in first_line or "is incompatible with type hint" in first_line):
+        allowed = f"is a list, so write {key}=[...]" if _holds_list(key) else f"holds keys, so write {key}.<key>=..."
+        return f"{typed[1]}={shown(typed[2])} is not allowed: {key} {allowed}"
     return f"{key}: {first_line}"
+
+
+def _holds_list(key: str) -> bool:
+    hint: Any = Config
+    for name in key.split("."):
+        hint = typing.get_type_hints(hint).get(name) if dataclasses.is_dataclass(hint) else None
+    return typing.get_origin(hint) is list
 
 
 def _unknown_key(key: str, schema: Any = None) -> str:

@@ -44,7 +44,7 @@ class ModelConfig:
     # {timm name: kwargs} that hold while `name` is that one, under `kwargs`; a group file's own sizes, so that
     # `model.name=...` alone doesn't hand them to another architecture
     preset: dict[str, dict[str, Any]] = field(default_factory=dict)
-    pretrained: Any = False  # true: timm's hub weights; a path: local .pt, .pth or .safetensors
+    pretrained: Any = False  # true: timm's hub weights; a path: a local file, PyTorch's or safetensors'
     # stochastic depth: probability that the last block is left out for a sample, falling to 0 at the first
     drop_path_rate: float | None = ranged(None, low=0, high=0.99)
 

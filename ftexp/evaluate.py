@@ -8,6 +8,7 @@ given, evaluation_<split>_ema.json for weights=ema).
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import sys
 from dataclasses import dataclass
@@ -95,7 +96,7 @@ def _evaluate(config: EvaluateConfig, run_config: Config, storage: Storage) -> d
     from ftexp.data.feeds import ToTensors, evaluation_batches
     from ftexp.evaluation import count_into
     from ftexp.findings import Findings, described, evaluation_file
-    from ftexp.models import build_model
+    from ftexp.models import as_logits, build_model
     from ftexp.opening import require_trained_on
     from ftexp.progress import Meter, means
     from ftexp.registry import load_plugins
@@ -119,7 +120,8 @@ def _evaluate(config: EvaluateConfig, run_config: Config, storage: Storage) -> d
     rows, to_tensors = _rows(config, run_config, bundle), ToTensors(bundle.info, device, False)
     meter, findings = Meter(device), Findings(bundle.info.num_classes, to_tensors.pixels)
     batches = evaluation_batches(rows, to_tensors, config.batch_size, rank=0, world_size=1)
-    count_into([(model, meter)], batches, torch.autocast(device.type, enabled=False), findings)
+    checked = functools.partial(as_logits, config=run_config.model, num_classes=bundle.info.num_classes)
+    count_into([(model, meter)], checked, batches, torch.autocast(device.type, enabled=False), findings)
     loss, accuracy = means(meter.totals())
     result = {
         "run": storage.uri,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,12 +16,14 @@ from ftexp.progress import Meter
 @torch.inference_mode()
 def count_into(
     models: Sequence[tuple[nn.Module, Meter]],
+    as_logits: Callable[[Any], Tensor],
     batches: Iterable[tuple[Tensor, Tensor]],
     autocast: torch.autocast,
     findings: Findings | None = None,
 ) -> None:
     """Add each model's loss and right answers on `batches` to its meter, and the rest of the first's to `findings`.
 
+    `as_logits` checks what a model returns: see `ftexp.models.as_logits`.
     The models' parts are left in the mode that each was in: what is frozen doesn't train.
     """
     training = [module for model, _ in models for module in model.modules() if module.training]
@@ -29,7 +32,7 @@ def count_into(
     for images, labels in batches:
         for number, (model, meter) in enumerate(models):
             with autocast:
-                logits = model(images)
+                logits = as_logits(model(images))
             losses = F.cross_entropy(logits.float(), labels, reduction="none")
             meter.add(losses, logits.argmax(1) == labels, torch.ones_like(labels, dtype=torch.bool))
             if findings is not None and number == 0:

@@ -132,10 +132,16 @@ def _export(
     folder: Path,
     out: Storage,
 ) -> dict[str, Any]:
+    import torch
+
     from ftexp.exporting.checking import compare
     from ftexp.exporting.formats import answers, formats
+    from ftexp.models import as_logits
 
     model = run.model(weights)
+    with torch.inference_mode():
+        images = torch.zeros(1, run.info.channels, run.info.image_size, run.info.image_size)
+        as_logits(model(images), run.config.model, run.info.num_classes)
     about = _about(config, run, manifest)
     exported = formats.get(config.format)(model, run.info, about, folder)
     difference = compare(answers(model, run.info), exported, samples.pixels)

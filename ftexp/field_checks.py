@@ -1,15 +1,68 @@
-"""What a field's metadata asks of its value: see `ftexp.fields.ranged` and `ftexp.fields.choice`."""
+"""What a field's type and metadata ask of its value: see `ftexp.fields.ranged` and `ftexp.fields.choice`."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import types
+import typing
 from collections.abc import Iterator
 from typing import Any
 
 from omegaconf import MISSING
 
 from ftexp.registry import did_you_mean
+
+_MAX_SHOWN = 60  # characters of a value that is of the wrong type
+_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+
+
+def type_problems(key: str, value: Any, hint: Any) -> Iterator[str]:
+    """Yield a message for each part of `value` that isn't of the type `hint`, a field's annotation.
+
+    OmegaConf converts single values, but lets an interpolation stand for a mapping or a list, and containers nest.
+    """
+    if isinstance(hint, types.UnionType):  # with None
+        if value is None:
+            return
+        (hint,) = (each for each in typing.get_args(hint) if each is not types.NoneType)
+    if hint is Any:
+        return
+    container = typing.get_origin(hint)
+    if value is None:
+        yield null_problem(key)
+    elif container is None:
+        if not isinstance(value, (int, float) if hint is float else hint):
+            yield f"{key}={shown(value)} is not {_NAMES[hint]}"
+    elif not isinstance(value, container):
+        yield keys_problem(key, value) if container is dict else list_problem(key, value)
+    else:
+        named = value.items() if container is dict else enumerate(value)
+        for name, part in named:
+            part_key = f"{key}.{name}" if container is dict else f"{key}[{name}]"
+            yield from type_problems(part_key, part, typing.get_args(hint)[-1])
+
+
+def null_problem(key: str) -> str:
+    """The message for a null where there must be a value."""
+    return f"{key}=null is not allowed: it must have a value"
+
+
+def keys_problem(key: str, value: Any) -> str:
+    """The message for a value that is no mapping where there must be one."""
+    return f"{key}={shown(value)} is not allowed: {key} holds keys, so write {key}.<key>=..."
+
+
+def list_problem(key: str, value: Any) -> str:
+    """The message for a value that is no list where there must be one."""
+    single = "..." if isinstance(value, dict) else shown(value)
+    return f"{key}={shown(value)} must be a list: {key}=[{single}]"
+
+
+def shown(value: Any) -> str:
+    """A value as a message shows it: in a line, and cut where it is long."""
+    text = " ".join(str(value).split())
+    return text if len(text) <= _MAX_SHOWN else f"{text[: _MAX_SHOWN - 3]}..."
 
 
 def field_problems(node: Any, prefix: str) -> Iterator[tuple[str, str]]:

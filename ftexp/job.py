@@ -34,7 +34,7 @@ from ftexp.freezing import Freezing
 from ftexp.hot_start.forker import MARK as HOT_START_MARK
 from ftexp.ledger import LEDGER, Ledger
 from ftexp.mfu import Utilisation
-from ftexp.models import WeightsReport, build_model
+from ftexp.models import WeightsReport, as_logits, build_model
 from ftexp.optim import build_optimizer, build_scheduler
 from ftexp.progress import Meter, Progress
 from ftexp.skips import Skips
@@ -121,6 +121,10 @@ class Job:
     def agree_on(self, value: Any) -> Any:
         """Rank 0's `value`, of any type that pickles, on every rank; collective."""
         return _agree_on(value)
+
+    def as_logits(self, output: Any) -> torch.Tensor:
+        """What the model gave for some images; ConfigError if that isn't logits, [images, classes]."""
+        return as_logits(output, self.config.model, self.info.num_classes)
 
     def autocast(self) -> torch.autocast:
         """The context in which forward passes run."""

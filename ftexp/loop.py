@@ -191,7 +191,8 @@ def evaluate(job: Job, split: str, findings: Findings | None = None) -> None:
     if job.accumulate_steps > config.accumulate_steps:  # memory has run out before
         size = min(size, most)
     batches = evaluation_batches(job.rows[split], job.to_tensors, size, job.rank, job.world_size)
-    count_into(list(zip(models.values(), meters.values(), strict=True)), batches, job.autocast(), findings)
+    measured = list(zip(models.values(), meters.values(), strict=True))
+    count_into(measured, job.as_logits, batches, job.autocast(), findings)
     values: dict[str, float] = {}
     for suffix, meter in meters.items():
         loss, accuracy = means(meter.totals())

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,12 @@ from timm.layers import resample_abs_pos_embed
 from timm.models import adapt_input_conv, get_pretrained_cfg, is_model, load_state_dict_from_hf
 from torch import nn
 
-from ftexp.config import ModelConfig
+from ftexp.config import DataConfig, ModelConfig
 from ftexp.data.splits import DataInfo
 from ftexp.errors import ConfigError, DataError
+from ftexp.weights import StateDict, load_weights, nothing_fits, without_prefix
 
 log = logging.getLogger(__name__)
-
-StateDict = dict[str, torch.Tensor]
-_WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+")  # what DDP and torch.compile put before a tensor's name
 
 
 @dataclass(frozen=True)
@@ -81,28 +79,23 @@ def build_model(config: ModelConfig, info: DataInfo) -> tuple[nn.Module, Weights
     if config.pretrained is True:
         source, weights = f"timm hub, {config.name}", _hub_weights(config.name)
     else:
-        source, weights = str(config.pretrained), load_weights(Path(config.pretrained))
+        weights, source = load_weights(Path(config.pretrained))
     return model, load_matching(model, weights, source)
 
 
-def load_weights(path: Path) -> StateDict:
-    """Read a state dict from .safetensors, or from .pt/.pth without running any code in it."""
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            loaded = load_file(path)
-        else:
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # UnpicklingError, RuntimeError, EOFError, OSError or SafetensorError, by what is wrong
-        raise DataError(f"model.pretrained={path} can't be loaded as plain weights: {error}") from error
-    for key in ("state_dict", "model"):  # how Lightning and timm, and DeiT, wrap theirs
-        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
-            loaded = loaded[key]
-    if not isinstance(loaded, dict) or not any(isinstance(value, torch.Tensor) for value in loaded.values()):
-        raise DataError(f"model.pretrained={path} holds no state dict")
-    tensors = {name: value for name, value in loaded.items() if isinstance(value, torch.Tensor)}
-    return {_WRAPPERS.sub("", name): value for name, value in tensors.items()}
+def as_logits(output: Any, config: ModelConfig, num_classes: int) -> torch.Tensor:
+    """Return what a model gave for some images; ConfigError if that isn't logits, [images, num_classes]."""
+    if isinstance(output, torch.Tensor):
+        if output.ndim == 2 and output.shape[1] == num_classes:
+            return output
+        found = f"a tensor of shape {list(output.shape)}"
+    else:
+        found = f"a {type(output).__name__}" + (f" of {len(output)}" if isinstance(output, (tuple, list, dict)) else "")
+    given = ", ".join(f"model.kwargs.{key}={value}" for key, value in config.all_kwargs().items())
+    raise ConfigError(
+        f"model.name={config.name} returns {found}, not logits of shape [images, {num_classes}]: its forward must "
+        "return those alone" + (f"; see {given}" if given else "")
+    )
 
 
 def _hub_weights(name: str) -> StateDict:
@@ -120,13 +113,39 @@ def _hub_weights(name: str) -> StateDict:
         ) from error
 
 
-def load_matching(model: nn.Module, weights: StateDict, source: str) -> WeightsReport:
-    """Load what fits into `model` and report the rest; ConfigError if nothing fits.
+def check_weights(config: ModelConfig, data: DataConfig) -> None:
+    """ConfigError if the weights file can't be read or nothing in it fits the model; looks at names and shapes alone.
+
+    The number of classes may not be known yet, but it decides about the head only.
+    """
+    names = [str(number) for number in range(data.num_classes or 2)]
+    info = DataInfo(names, data.image_size, data.channels, data.mean, data.std, {})
+    without = dataclasses.replace(config, pretrained=False)
+    weights, source = load_weights(Path(config.pretrained), "meta")
+    try:
+        with torch.device("meta"):
+            model, _ = build_model(without, info)
+    except Exception:  # it can't do with shapes alone, or can't be built at all
+        model, _ = build_model(without, info)
+        model = model.to("meta")
+    _matching(model, weights, source, "model.pretrained")
+
+
+def load_matching(model: nn.Module, weights: StateDict, source: str, key: str = "model.pretrained") -> WeightsReport:
+    """Load what fits into `model` and report the rest; ConfigError, which names `key`, if nothing fits.
 
     A position embedding is resampled and an input convolution adapted to the channels, as timm does. A head
     with another number of classes is left as it was initialised.
     """
-    own, fitting, resized = model.state_dict(), {}, []
+    fitting, report = _matching(model, weights, source, key)
+    model.load_state_dict(fitting, strict=False)
+    return report
+
+
+def _matching(model: nn.Module, weights: StateDict, source: str, key: str) -> tuple[StateDict, WeightsReport]:
+    own: StateDict = model.state_dict()
+    weights = without_prefix(weights, own)
+    fitting, resized = {}, []
     for name, value in weights.items():
         if name not in own:
             continue
@@ -136,9 +155,8 @@ def load_matching(model: nn.Module, weights: StateDict, source: str) -> WeightsR
             if fitted.shape != value.shape:
                 resized.append(name)
     if not fitting:
-        raise ConfigError(f"model.pretrained={source}: none of its tensors fits the model; is it another architecture?")
-    model.load_state_dict(fitting, strict=False)
-    return WeightsReport(
+        raise ConfigError(nothing_fits(key, source, weights, own))
+    return fitting, WeightsReport(
         source=source,
         matched=[name for name in fitting if name not in resized],
         resized=resized,

@@ -32,7 +32,7 @@ def train(config: Config, overrides: list[str] | None = None, shared: SharedRay 
 
 def _run(config: Config, overrides: list[str], shared: SharedRay | None = None) -> dict[str, float]:
     from ftexp.lease import Lease
-    from ftexp.opening import changes, located, open_run, require_resumable
+    from ftexp.opening import changes, has_run, located, open_run, require_resumable
     from ftexp.scaling import decide_workers, prepare_environment
     from ftexp.storage import Storage
 
@@ -42,6 +42,8 @@ def _run(config: Config, overrides: list[str], shared: SharedRay | None = None) 
     require_resumable(config, run_dir)
     if config.resume_from is not None:
         config = dataclasses.replace(config, resume_from=located(config.resume_from, run_dir))
+    if isinstance(config.model.pretrained, str) and not has_run(run_dir):
+        _check_weights(config)
     run_dir.require_writable()
     lease = Lease.take(run_dir)
     try:
@@ -61,3 +63,15 @@ def _run(config: Config, overrides: list[str], shared: SharedRay | None = None) 
         return run_session(config, overrides, workers, run_dir, state, lease, shared)
     finally:
         lease.release()
+
+
+def _check_weights(config: Config) -> None:
+    """ConfigError if the weights file fits nothing. It takes torch and timm, so that it costs seconds."""
+    from ftexp.scaling import prepare_environment
+
+    prepare_environment(config)  # a plug-in may import Ray
+    from ftexp.models import check_weights
+    from ftexp.registry import load_plugins
+
+    load_plugins(config.plugins)
+    check_weights(config.model, config.data)

@@ -65,7 +65,7 @@ def prepared(job: Job, micro: MicroBatch, start: int) -> MicroBatch:
 def _forward_backward(job: Job, micro: MicroBatch) -> Tensor:
     """Add the gradient of a micro-batch; returns its losses, [rows]."""
     with job.autocast():
-        logits = job.wrapped(micro.images)
+        logits = job.as_logits(job.wrapped(micro.images))
     if micro.targets is None:
         smoothing, best = job.config.train.label_smoothing, micro.labels
         losses = F.cross_entropy(logits.float(), micro.labels, reduction="none", label_smoothing=smoothing)
@@ -147,6 +147,6 @@ def settle_gradient_order(job: Job) -> None:
     before = before_step(job)
     shape = (2, job.info.channels, job.info.image_size, job.info.image_size)
     with job.autocast():
-        logits = job.wrapped(torch.zeros(shape, device=job.device))
-    logits.float().sum().backward()
+        logits = job.as_logits(job.wrapped(torch.zeros(shape, device=job.device)))
+    logits.float().sum().backward()  # type: ignore[no-untyped-call]
     put_back(job, before)

@@ -9,7 +9,7 @@ import time
 from typing import Any
 
 from ftexp.config import Config
-from ftexp.failure.causes import CRASH, STARTUP, Cause, as_death, as_hang, as_preemption, find_cause
+from ftexp.failure.causes import CONFIG, CRASH, STARTUP, Cause, as_death, as_hang, as_preemption, find_cause
 from ftexp.failure.policy import Past, decide
 from ftexp.fitting import STOP_GRACE_S
 from ftexp.terminal import Terminal
@@ -36,6 +36,7 @@ class Supervisor:
         self._waiting_for: str | None = None
         self._asked = KeyboardInterrupt()
         self.stopped: str | None = None  # why no further try was made
+        self.is_config_wrong = False  # that is why
         self._restored: dict[str, Any] = {}
         self._rejected: list[str] = []
         self._problem: str | None = None
@@ -117,6 +118,9 @@ class Supervisor:
         raised, self._raised = self._raised, None
         if decision.goes_on:
             return {"delay_s": decision.delay_s}
+        if decision.cause == CONFIG:
+            self.stopped, self.is_config_wrong = cause.error, True
+            return {"stop": self.stopped}
         self._diagnose(raised)
         where = f"rank {failure.rank}" if failure.rank is not None else "a worker"
         self.stopped = f"{where} failed after step {failure.step} [{failure.cause}]: {failure.error}; {decision.reason}"

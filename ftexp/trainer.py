@@ -22,7 +22,7 @@ from ray.util.placement_group import PlacementGroup, placement_group_table, remo
 from ftexp import ray_private
 from ftexp.config import Config
 from ftexp.data.splits import DataBundle
-from ftexp.errors import RunFailedError, StorageError
+from ftexp.errors import ConfigError, RunFailedError, StorageError
 from ftexp.failure.causes import FailureReporter, find_cause
 from ftexp.fitting import fit_interruptibly
 from ftexp.lease import Lease
@@ -79,7 +79,7 @@ def run_training(
         reason = _reason(error, supervisor)
         if ray_private.is_startup_failure(error):
             hub.handle({"kind": "could_not_start", "error": reason})
-        raise RunFailedError(reason) from error
+        raise (ConfigError if supervisor.is_config_wrong else RunFailedError)(reason) from error
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         record.event("driver_failed", error=reason, traceback=traceback.format_exc())

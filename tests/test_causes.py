@@ -20,6 +20,7 @@ from torch import nn
 from ftexp.errors import CheckpointError, ConfigError, DataError, NonFiniteError, StateError, StorageError
 from ftexp.failure.causes import (
     BUG,
+    CONFIG,
     CRASH,
     HANG,
     NON_FINITE,
@@ -150,7 +151,7 @@ def test_torchs_own_lack_of_memory_is_one():
         (OSError(errno.EIO, "Input/output error"), STORAGE, False, False),
         (ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"), CRASH, False, False),
         (StorageError("2 saves in a row failed"), STORAGE, True, False),
-        (ConfigError("x"), BUG, True, False),
+        (ConfigError("x"), CONFIG, True, False),
         (DataError("x"), BUG, True, False),
         (StateError("x"), BUG, True, False),
         (CheckpointError("torn"), CRASH, False, False),

@@ -11,10 +11,12 @@ import sys
 import time
 
 import pytest
+import torch
 from conftest import TELL_IMPORTS
 from omegaconf import OmegaConf
 
 import ftexp.checks
+from ftexp import evaluate
 from ftexp.checks import validate
 from ftexp.cli import print_error, run_hydra, to_config
 from ftexp.config import config_dir
@@ -75,6 +77,25 @@ WRONG = {
     "text in a list of numbers": ("data.mean=[a]", "data.mean[0]=a is not a number"),
     "null in a list of numbers": ("data.mean=[null]", "data.mean[0]=null is not allowed"),
     "number for a dict": ("model.kwargs=3", "model.kwargs=3 is not allowed", "model.kwargs.<key>=..."),
+    "text for an open mapping": (
+        "model.kwargs=${run.storage}",
+        "model.kwargs=runs is not allowed: model.kwargs holds keys, so write model.kwargs.<key>=...",
+    ),
+    "text for a group": ("run=${data.name}", "run=digits is not allowed: run holds keys"),
+    "list for a mapping": ("train.freeze=[1]", "train.freeze=[1] is not allowed: train.freeze holds keys"),
+    "number in a mapping of such": ("model.preset.vit=3", "model.preset.vit=3 is not allowed", "vit.<key>="),
+    "mapping for a list": ("chaos.kinds={a:1}", "chaos.kinds={a:1} is not allowed: chaos.kinds is a list"),
+    "text for a list": ("plugins=${run.storage}", "plugins=runs must be a list: plugins=[runs]"),
+    "list in a list of text": ("chaos.kinds=[1,[2]]", "chaos.kinds[1]=[2] is not text"),
+    "list for text": ("run.name=[1]", "run.name=[1] is not text"),
+    "key that is a number": ("model.kwargs={3:1}", "model.kwargs.3: a key must be text, and 3 is not"),
+    "option in a list of lists": ("ema=[[a]]", "ema=[[a]] is unknown", "Available: none, warmup"),
+    "no workers in a list": ("scaling.num_workers=[]", "scaling.num_workers=[] must be a whole number", "or auto"),
+    "labels that are none": ("scaling.label_selector=[zone]", "scaling.label_selector=['zone'] must be {label: text}"),
+    "labels for others": (
+        "scaling.label_selector=[{zone:a}] scaling.num_workers=2",
+        "scaling.label_selector=[{'zone': 'a'}] has 1 entries for scaling.num_workers=2: give 2, one for each worker",
+    ),
     "null": ("train.epochs=null", "train.epochs=null is not allowed: it must have a value"),
     "null for a dict": ("model.kwargs=null", "model.kwargs=null is not allowed"),
     "mandatory value left out": ("~optim", "optim.name is not set", "add optim.name=..."),
@@ -142,6 +163,9 @@ WRONG = {
     ),
     "Ray Client": ("scaling.address=ray://h:1 scaling.num_workers=2", "scaling.address=ray://h:1", "address=auto"),
     "kwargs that follow the data": ("model.kwargs.num_classes=3", "model.kwargs.num_classes=3", "set data.num_classes"),
+    "feature maps": ("model.kwargs.features_only=true", "features_only=True: the model then returns a list",
+        "take it out"),
+    "a tuple": ("model.name=inception_v3 model.kwargs.aux_logits=true", "model.kwargs.aux_logits=True", "take it out"),
     "kwargs beside a field": ("model.kwargs.pretrained=true", "model.kwargs.pretrained=True", "model.pretrained"),
     "rate given twice": ("optim.kwargs.lr=1", "optim.kwargs.lr", "optim.lr: set that one"),
     "nothing to train on": ("data.val_fraction=0.6 data.test_fraction=0.6", "0.6", "below 1"),
@@ -288,6 +312,14 @@ def test_a_fault_whose_kind_is_no_text_is_a_wrong_config_too(kind, command):
     assert "chaos.faults[0]" in err
 
 
+@pytest.mark.parametrize("word", ["run=[", "run=@here", "run=*", "run=!x"])
+def test_a_word_that_yaml_cannot_read_is_told_with_the_quotes_that_it_needs(word):
+    with pytest.raises(ConfigError, match=r"put the value in quotes, run=\"'") as raised:
+        evaluate.parse([word])
+    quoted = str(raised.value).rpartition(", ")[2].removeprefix('run="').removesuffix('"')
+    assert evaluate.parse([f"run={quoted}"]).run == word.removeprefix("run=")
+
+
 def test_a_tracker_whose_package_is_missing_names_the_extra(command, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "mlflow" else find(name))
@@ -393,6 +425,16 @@ def test_a_start_from_nowhere_is_told_before_anything_is_started(tmp_path):
         "imported: []",
     ]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_that_fit_nothing_are_told_before_ray_is_imported(tmp_path):
+    torch.save({"other.weight": torch.zeros(1)}, tmp_path / "w.bin")
+    done = process("-c", TELL_IMPORTS, "ray", "model.pretrained=w.bin", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    told, imported = done.stderr.splitlines()
+    assert told.startswith("ftexp: model.pretrained=w.bin: 0 of the model's 55 tensors can be taken from its 1: none")
+    assert imported == "imported: []"
+    assert [path.name for path in tmp_path.iterdir()] == ["w.bin"]
 
 
 @pytest.mark.parametrize(

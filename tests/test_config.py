@@ -1,16 +1,23 @@
 """The groups under conf/ and the schema: what composes, what it composes to, and what is refused."""
 
+import copy
 import dataclasses
 import re
 from pathlib import Path
+from typing import get_origin, get_type_hints
+from unittest import mock
 
 import hydra
 import pytest
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 import ftexp.checks
 from ftexp.checks import validate
-from ftexp.cli import run_hydra, to_config
+from ftexp.cli import explain, open_keys, run_hydra, to_config
 from ftexp.config import AugmentConfig, Config, config_dir
 from ftexp.data.names import SOURCE_FIELDS
 from ftexp.errors import ConfigError
@@ -274,6 +281,81 @@ def schema_keys(schema, prefix=""):
             if dataclasses.is_dataclass(value)
             else (f"{prefix}{field.name}",)
         )
+
+
+WRONG_VALUES = st.one_of(
+    st.sampled_from(
+        ["null", "true", "3", "-1", "1.5", "nan", "inf", "word", "''", "[]", "{}", "[[1],[2]]", "{a:{b:1}}"]
+    ),
+    st.sampled_from(["${run.storage}", "${model}", "${data.mean}", "${nothing}", "[${model}]", "{a:${data.mean}}"]),
+    st.recursive(
+        st.sampled_from(["null", "true", "0", "2.5", "a"]),
+        lambda inner: st.one_of(
+            st.lists(inner, max_size=3).map(lambda items: f"[{','.join(items)}]"),
+            st.dictionaries(st.sampled_from(["a", "kind", "1"]), inner, max_size=2).map(
+                lambda items: "{" + ",".join(f"{name}:{value}" for name, value in items.items()) + "}"
+            ),
+        ),
+        max_leaves=5,
+    ),
+)
+
+
+def overridden(base, word):
+    """What Hydra and `to_config` make of an override, without composing the groups again; errors as `run_hydra`'s."""
+    key = word.partition("=")[0]
+    word = f"++{word}" if key in set(open_keys(Config)) else word
+    cfg = copy.deepcopy(base)
+    try:
+        ConfigLoaderImpl._apply_overrides_to_config(OverridesParser.create().parse_overrides([word]), cfg)
+    except Exception as error:
+        raise ConfigError(explain(error)) from error
+    return to_config(cfg)
+
+
+def wrong(check):
+    """The text of the ConfigError that `check` raises, or None; any other error passes."""
+    try:
+        check()
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+@pytest.fixture(scope="module")
+def base():
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(config_dir())):
+        return hydra.compose("config")
+
+
+@settings(max_examples=200)
+@given(key=st.sampled_from(sorted(schema_keys(Config()))), value=WRONG_VALUES)
+def test_no_value_of_any_field_gives_another_error_than_a_wrong_config(base, key, value):
+    with mock.patch("ftexp.checks.num_local_gpus", return_value=0):
+        text = wrong(lambda: validate(overridden(base, f"{key}={value}")))
+    assert text is None or key.partition(".")[0] in text
+    assert "Cannot" not in (text or "")  # OmegaConf's own words
+
+
+def containers(schema, prefix=""):
+    """(key, dict or list) of every field that holds one."""
+    hints = get_type_hints(schema)
+    for field in dataclasses.fields(schema):
+        hint = hints[field.name]
+        if dataclasses.is_dataclass(hint):
+            yield from containers(hint, f"{prefix}{field.name}.")
+        elif get_origin(hint) in (dict, list):
+            yield f"{prefix}{field.name}", get_origin(hint)
+
+
+def test_a_mapping_and_a_list_take_nothing_else(base):
+    found = dict(containers(Config))
+    assert len(found) > 12
+    for key, kind in found.items():
+        other = "[1]" if kind is dict else "{a:1}"
+        for value in (other, "3", "text", "${run.storage}", "${data.mean}" if kind is dict else "${model}"):
+            with pytest.raises(ConfigError, match=re.escape(f"{key}=")):
+                overridden(base, f"{key}={value}")
 
 
 def test_cfg_job_shows_every_field_of_the_schema(monkeypatch, capsys):

@@ -113,6 +113,13 @@ def test_a_model_that_says_something_else_is_not_left_behind(run, tmp_path, monk
     assert export(parse([*words, "tolerance=0.02"]))["checked"]["largest_difference"] == pytest.approx(0.01, abs=1e-4)
 
 
+def test_a_model_that_returns_a_list_is_refused_before_it_is_written(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(run.__class__, "model", lambda *_: lambda images: [images])
+    with pytest.raises(ConfigError, match=r"^model\.name=test_resnet returns a list of 1, not logits"):
+        export(parse([f"run={run.storage.uri}", "format=torch_export", f"out={tmp_path / 'out'}"]))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_model_that_says_nan_is_no_agreement(run, tmp_path, monkeypatch):
     monkeypatch.setitem(
         formats._entries, "onnx", lambda *_: lambda pixels: np.full((len(pixels), 3), np.nan, np.float32)

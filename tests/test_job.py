@@ -53,7 +53,7 @@ def test_of_a_run_that_trains_on_every_rank_takes_the_checkpoint_that_rank_0_fou
         read_file=lambda manifest, name: read.append((storage.uri, manifest.name, name)) or b"",
     ))  # fmt: skip
     monkeypatch.setattr(restore, "load_part", lambda name, content: {})
-    monkeypatch.setattr(restore, "load_matching", lambda model, weights, source: loaded.append(source))
+    monkeypatch.setattr(restore, "load_matching", lambda model, weights, source, key: loaded.append(source))
     job = SimpleNamespace(
         rank=1, model=None, average=None, agree_on=lambda mine: ("/runs/other/checkpoints", "step_7.a1")
     )

@@ -25,6 +25,7 @@ LAYERS = [
     {"cli", "scaling", "data.splits", "data.plan", "hot_start.launcher", "hot_start.setup_worker"},
     {"hot_start.driver", "hot_start.forker"},
     {"hot_start.preloader"},
+    {"weights"},
     {"models", "optim", "freezing", "averaging", "data.sources", "data.listing", "data.named_files", "hardware"},
     {"data.rand_augment"},
     {"data.augment", "data.erasing"},

@@ -30,7 +30,7 @@ from ftexp.data.mixing import Mixing
 from ftexp.data.order import Order
 from ftexp.data.plan import Plan
 from ftexp.data.splits import DataInfo
-from ftexp.errors import NonFiniteError
+from ftexp.errors import ConfigError, NonFiniteError
 from ftexp.failure.nonfinite import skip_step
 from ftexp.failure.watchdog import report_hang
 from ftexp.freezing import Freezing
@@ -116,6 +116,28 @@ def train(job):
         train_step(job, batch)
         ends.append(advance(job, batch))
     return ends
+
+
+class Pair(torch.nn.Module):
+    """Returns its logits twice, in the mode that it is given."""
+
+    def __init__(self, inner, mode):
+        super().__init__()
+        self.inner, self.mode = inner, mode
+
+    def forward(self, images):
+        logits = self.inner(images)
+        return (logits, logits) if self.training == self.mode else logits
+
+
+def test_a_model_that_returns_a_tuple_is_refused_in_the_first_step_and_evaluation():
+    job = make_job()
+    job.wrapped = Pair(job.model, mode=True)
+    with pytest.raises(ConfigError, match=r"^model\.name=vit_tiny_patch16_224 returns a tuple of 2, not logits"):
+        train(job)
+    job.model = Pair(job.model, mode=False)
+    with pytest.raises(ConfigError, match=r"returns a tuple of 2, not logits"):
+        evaluate(job, "val")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """The timm models that configs name, and pretrained weights."""
 
+import argparse
+import contextlib
 import io
 import pickle
 import re
@@ -12,11 +14,12 @@ from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
 import ftexp.models
-from ftexp.config import ModelConfig, config_dir
+from ftexp.config import DataConfig, ModelConfig, config_dir
 from ftexp.data.splits import DataInfo
 from ftexp.errors import ConfigError, DataError
-from ftexp.models import build_model, load_weights, timm_arguments
+from ftexp.models import as_logits, build_model, check_weights, timm_arguments
 from ftexp.timm_names import model_names, optimizer_names
+from ftexp.weights import load_weights
 
 GROUP_FILES = sorted((config_dir() / "model").glob("*.yaml"))
 VIT = "vit_tiny_patch16_224"
@@ -36,7 +39,7 @@ def vit(data=None, pretrained=False, **kwargs):
 
 def saved(model, path, wrap=lambda state: state):
     state = {name: value.clone() for name, value in model.state_dict().items()}
-    if path.suffix == ".safetensors":
+    if "safetensors" in path.name:  # whatever the ending
         save_file(wrap(state), path)
     else:
         torch.save(wrap(state), path)
@@ -116,6 +119,31 @@ def test_a_name_that_no_plugin_registered_is_told():
 
 
 @pytest.mark.parametrize(
+    ("output", "found"),
+    [
+        ((torch.zeros(2, 5), torch.zeros(2, 5)), "a tuple of 2"),
+        ([torch.zeros(2, 8, 4, 4)], "a list of 1"),
+        ({"logits": torch.zeros(2, 5)}, "a dict of 1"),
+        (None, "a NoneType"),
+        (torch.zeros(2, 65, 5), "a tensor of shape [2, 65, 5]"),
+        (torch.zeros(2, 512), "a tensor of shape [2, 512]"),
+    ],
+)
+def test_what_is_no_logits_is_told_with_the_arguments_that_may_be_why(output, found):
+    with pytest.raises(ConfigError) as raised:
+        as_logits(output, ModelConfig(name="resnet18", kwargs={"global_pool": ""}), 5)
+    told = f"model.name=resnet18 returns {found}, not logits of shape [images, 5]: its forward must return those alone"
+    assert str(raised.value) == f"{told}; see model.kwargs.global_pool="
+    with pytest.raises(ConfigError, match=r"return those alone$"):
+        as_logits(output, ModelConfig(name="resnet18"), 5)
+
+
+def test_logits_are_returned_as_they_are():
+    logits = torch.zeros(2, 5)
+    assert as_logits(logits, ModelConfig(name="resnet18"), 5) is logits
+
+
+@pytest.mark.parametrize(
     ("file_name", "wrap"),
     [
         ("plain.pt", lambda state: state),
@@ -123,6 +151,12 @@ def test_a_name_that_no_plugin_registered_is_told():
         ("deit.pth", lambda state: {"model": state}),
         ("compiled.pt", lambda state: {f"_orig_mod.module.{name}": value for name, value in state.items()}),
         ("wrapped.pt", lambda state: {f"module._orig_mod.{name}": value for name, value in state.items()}),
+        ("args.pth", lambda state: {"model": state, "args": argparse.Namespace(lr=0.1, augment=["x"])}),
+        ("ema.pth.tar", lambda state: {"meters": {"loss": torch.ones(1)}, "state_dict_ema": state}),
+        ("prefix.bin", lambda state: {f"net.{name}": value for name, value in state.items()}),
+        ("lightning.ckpt", lambda state: {"state_dict": {f"model.{name}": v for name, v in state.items()}, "step": 3}),
+        ("unknown_key.pt", lambda state: {"mine": state, "epoch": 3}),
+        ("safetensors.bin", lambda state: state),
         ("plain.safetensors", lambda state: state),
         ("ddp.safetensors", lambda state: {f"module.{name}": value for name, value in state.items()}),
     ],
@@ -140,6 +174,28 @@ def test_local_weights_are_loaded_whatever_wraps_them(file_name, wrap, tmp_path)
         assert torch.equal(model.state_dict()[name], value), name
     total = len(report.matched)
     assert str(report) == f"{path}: {total} of {total} tensors loaded"
+
+
+def test_of_several_state_dicts_the_one_that_is_taken_is_told(tmp_path):
+    torch.manual_seed(1)
+    trained, _ = vit()
+
+    def dino(state):
+        teacher = {f"backbone.{name}": value for name, value in state.items()}
+        student = {f"module.backbone.{name}": value + 1 for name, value in state.items()}
+        return {"student": student, "teacher": {**teacher, "head.mlp.weight": torch.zeros(1)}, "epoch": 1}
+
+    model, report = vit(pretrained=saved(trained, tmp_path / "dino.pth", dino))
+    assert report.source == f"{tmp_path / 'dino.pth'} (teacher; also there: student)"
+    assert (report.missing, report.unused) == ([], ["head.mlp.weight"])
+    assert torch.equal(model.head.weight, trained.head.weight)
+
+
+def test_a_prefix_is_kept_where_few_names_match_without_it(tmp_path):
+    path = tmp_path / "w.pt"
+    torch.save({"net.head.weight": torch.zeros(5, 16)}, path)  # as a part of another architecture may be called
+    with pytest.raises(ConfigError, match=r"none match by name \(it has net\.head\.weight, the model"):
+        vit(pretrained=path)
 
 
 def test_a_head_of_another_class_count_stays_as_it_was_initialised(tmp_path):
@@ -226,7 +282,16 @@ def test_weights_that_fit_nothing_are_refused(tmp_path):
     with pytest.raises(ConfigError) as raised:
         vit(pretrained=path)
     assert str(raised.value) == (
-        f"model.pretrained={path}: none of its tensors fits the model; is it another architecture?"
+        f"model.pretrained={path}: 0 of the model's 20 tensors can be taken from its 2: 1 match by name, none by shape "
+        "(head.weight is [1] there, [5, 16] in the model); take weights of a model of this size"
+    )
+    torch.save({"other.weight": torch.zeros(3), "x": torch.zeros(3)}, path)
+    with pytest.raises(ConfigError) as raised:
+        vit(pretrained=path)
+    assert str(raised.value) == (
+        f"model.pretrained={path}: 0 of the model's 20 tensors can be taken from its 2: none match by name (it has "
+        "other.weight, x, the model cls_token, pos_embed, patch_embed.proj.weight and 17 more); take weights of this "
+        "architecture, or rename them as in the model"
     )
 
 
@@ -248,26 +313,78 @@ def test_code_in_a_weights_file_is_refused_and_does_not_run(zipped, tmp_path):
         torch.save(state, path)
     else:
         path.write_bytes(pickle.dumps({"x": Payload(target)}))
-    with pytest.raises(DataError, match="can't be loaded as plain weights"):
+    with pytest.raises(ConfigError, match="can't be loaded as plain weights") as raised:
         vit(pretrained=path)
+    if zipped:
+        assert "it holds io.open, which is no plain data: loading it could run code; where you trust" in str(
+            raised.value
+        )
     assert not target.exists()
     torch.load(path, weights_only=False) if zipped else pickle.loads(path.read_bytes())
     assert target.exists()  # the payload does run where nothing guards against it
 
 
-@pytest.mark.parametrize("name", ["broken.pt", "broken.pth", "broken.safetensors"])
-def test_a_damaged_weights_file_is_told(name, tmp_path):
-    path = tmp_path / name
-    path.write_bytes(b"this is no weights file")
-    with pytest.raises(DataError) as raised:
-        load_weights(path)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("page.pth", lambda good: b"<!DOCTYPE html><html>", "it is no file of PyTorch's or safetensors', or a corrupt"),
+        ("empty.ckpt", lambda good: b"", "it is empty; fetch it again"),
+        ("cut.pt", lambda good: good[:-200], "it is truncated or corrupt; fetch it again"),
+        ("cut.safetensors", lambda good: good[:-4], "or a corrupt one (SafetensorError: "),
+    ],
+)
+def test_a_file_that_holds_no_weights_is_told_in_a_line(name, content, reason, device, tmp_path):
+    trained, _ = vit()
+    path = saved(trained, tmp_path / name)
+    path.write_bytes(content(path.read_bytes()))
+    with pytest.raises(ConfigError) as raised:
+        load_weights(path, device)
     assert str(raised.value).startswith(f"model.pretrained={path} can't be loaded as plain weights: ")
+    assert reason in str(raised.value)
+    assert not {"\n", "\x1b"} & set(str(raised.value))
+
+
+def test_a_whole_model_in_a_file_is_told_with_what_to_save_instead(tmp_path):
+    torch.save({"model": torch.nn.Linear(1, 1)}, tmp_path / "w.pt")
+    with pytest.raises(ConfigError) as raised:
+        load_weights(tmp_path / "w.pt")
+    assert str(raised.value).endswith(
+        "it holds torch.nn.modules.linear.Linear, which is no plain data: loading it could run code; where you trust "
+        "it, load it by torch.load(..., weights_only=False), and torch.save its state dict alone"
+    )
+
+
+@pytest.mark.parametrize("resized", [False, True])
+def test_weights_are_checked_by_names_and_shapes_before_there_is_data(resized, tmp_path):
+    trained, _ = vit(info(num_classes=9))
+    path = saved(trained, tmp_path / "w.bin", lambda state: {f"net.{name}": value for name, value in state.items()})
+    size, channels = (64, 1) if resized else (32, 3)
+    data = DataConfig(name="x", image_size=size, channels=channels, mean=[0.5] * channels, std=[0.5] * channels)
+    check_weights(ModelConfig(name=VIT, kwargs=SMALL, pretrained=str(path)), data)
+    for name, kwargs in (("resnet10t", {}), (VIT, {**SMALL, "embed_dim": 8, "patch_size": 8})):
+        with pytest.raises(ConfigError, match=rf"^model\.pretrained={path}: 0 of the model's \d+ tensors can be taken"):
+            check_weights(ModelConfig(name=name, kwargs=kwargs, pretrained=str(path)), data)
+
+
+def test_weights_of_a_model_that_needs_values_to_be_built_are_checked_too(tmp_path, monkeypatch):
+    def build(**arguments):
+        model = torch.nn.Linear(2, 2)
+        model.scale = model.weight.sum().item()  # the device "meta" has no values
+        return model
+
+    monkeypatch.setattr(ftexp.models.timm, "create_model", build)
+    data = DataConfig(name="x", image_size=8, channels=1, mean=[0.5], std=[0.5])
+    for names, fits in ((("weight",), True), (("other",), False)):
+        torch.save({name: torch.zeros(2, 2) for name in names}, tmp_path / "w.pt")
+        with contextlib.nullcontext() if fits else pytest.raises(ConfigError, match="none match by name"):
+            check_weights(ModelConfig(name="resnet18", pretrained=str(tmp_path / "w.pt")), data)
 
 
 @pytest.mark.parametrize("content", [[torch.zeros(1)], {"epoch": 3}, torch.zeros(2), {}])
 def test_a_file_without_a_state_dict_is_told(content, tmp_path):
     torch.save(content, tmp_path / "w.pt")
-    with pytest.raises(DataError, match=r"holds no state dict$"):
+    with pytest.raises(ConfigError, match=r"holds no state dict, but a (list|dict of epoch|Tensor|dict of nothing): "):
         load_weights(tmp_path / "w.pt")
 
 

@@ -6,15 +6,20 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
+import torch
 
+from ftexp.config import Config, ModelConfig
+from ftexp.data.splits import DataInfo
 from ftexp.errors import ConfigError, StorageError
 from ftexp.inference.parts import BAD_FILE, PARTS, PLAN_FILE, Plan, WritePart, begin, collect_bad, encoded, part_table
+from ftexp.inference.pipeline import Predict
 from ftexp.inference.progress import ImageProgress
 from ftexp.predict import parse, refuse
 from ftexp.storage import Storage
@@ -285,3 +290,17 @@ def test_progress_tells_rate_and_time_left(monkeypatch):
         now[0] = 2.0
         progress.advance(200)
         assert str(progress) == "200/1,000 images  100 images/s  8 s left"
+
+
+def test_a_model_that_returns_a_tuple_is_refused_with_its_first_images():
+    class Twice(torch.nn.Module):
+        def forward(self, images):
+            return images, images
+
+    info = DataInfo(["a", "b"], 8, 1, [0.5], [0.5], {})
+    run = SimpleNamespace(model=lambda _: Twice(), config=Config(model=ModelConfig(name="mine")), info=info)
+    threads = torch.get_num_threads()
+    weights = SimpleNamespace(get=lambda: np.zeros(1, np.uint8))
+    actor = Predict(run, weights, top_k=1, batch_size=2, use_gpu=False, num_threads=threads)
+    with pytest.raises(ConfigError, match=r"^model\.name=mine returns a tuple of 2, not logits of shape \[images, 2\]"):
+        actor({"image": np.zeros((2, 8, 8, 1), np.uint8), "error": np.array(["", ""])})

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from ftexp.config import Config, FailureConfig, TrainConfig
-from ftexp.failure.causes import BUG, CRASH, HANG, OUT_OF_MEMORY, Cause
+from ftexp.failure.causes import BUG, CONFIG, CRASH, HANG, OUT_OF_MEMORY, Cause
 from ftexp.fitting import Terminated
 from ftexp.storage import Storage
 from ftexp.supervisor import Supervisor
@@ -75,6 +75,17 @@ def test_workers_that_start_although_the_run_was_given_up_are_told_to_end(tmp_pa
     driver.attempt(step=10)
     stop = driver.fail()
     assert driver.tell("hello", rank=0, world_size=2, pid=1, node="a") == stop == {"stop": driver.supervisor.stopped}
+
+
+def test_a_wrong_config_that_a_worker_finds_ends_the_run_with_its_message_alone(tmp_path):
+    driver = Driver(tmp_path, max_failures=3)
+    driver.attempt()
+    driver.raised([])
+    answer = driver.fail(Cause(CONFIG, 1, "model.name=x returns a list", is_final=True))
+    assert answer == {"stop": "model.name=x returns a list"}
+    assert driver.supervisor.is_config_wrong
+    assert "failed after step 20 [config]: model.name=x returns a list; another try would end the same" in driver.shown
+    assert "the same command" not in driver.shown  # it would fail again
 
 
 def test_a_spent_budget_is_answered_by_a_stop_that_says_why(tmp_path):

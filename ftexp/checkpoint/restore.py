@@ -56,7 +56,7 @@ def _start_from(job: Job, uri: str) -> None:
     store = CheckpointStore(Storage.at(where))
     manifest = store.by_name(name)
     weights = load_part("model.pt", store.read_file(manifest, "model.pt"))
-    job.weights_report = load_matching(job.model, weights, _described(store, manifest))
+    job.weights_report = load_matching(job.model, weights, _described(store, manifest), "resume_from")
     if job.average is not None:
         job.average.begin_at(job.model)
 

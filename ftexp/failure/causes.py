@@ -17,9 +17,10 @@ from ftexp.failure.phases import WAITED_IN
 from ftexp.wire import HubAddress, Line
 
 BUG, OUT_OF_MEMORY, CRASH, HANG, PREEMPTION, NON_FINITE, STORAGE, STARTUP = CAUSES
+CONFIG = "config"  # a mistake in the config that only a worker could find; it ends the run, so it has no budget
 
 # what begins a failure, before what follows from it
-_FIRST = (PREEMPTION, OUT_OF_MEMORY, HANG, CRASH, NON_FINITE, STORAGE, STARTUP, BUG)
+_FIRST = (PREEMPTION, OUT_OF_MEMORY, HANG, CRASH, NON_FINITE, STORAGE, STARTUP, CONFIG, BUG)
 _FINAL = (ConfigError, DataError, StateError, StorageError)  # the next try would end the same way
 _BUGS = (
     *(TypeError, AttributeError, NameError, ImportError, LookupError, AssertionError, ArithmeticError),
@@ -110,6 +111,8 @@ def _kind(error: Exception) -> str:
         return NON_FINITE
     if isinstance(error, StorageError) or (isinstance(error, OSError) and error.errno in _STORAGE_ERRNOS):
         return STORAGE
+    if isinstance(error, ConfigError):
+        return CONFIG
     if isinstance(error, FtexpError):
         return BUG if isinstance(error, _FINAL) else CRASH
     if isinstance(error, _BUGS) or (isinstance(error, RuntimeError) and _BUG_WORDS.search(str(error))):

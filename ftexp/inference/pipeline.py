@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -52,10 +53,12 @@ class Predict:
         import torch
 
         from ftexp.data.feeds import ToTensors
+        from ftexp.models import as_logits
 
         torch.set_num_threads(num_threads)
         device = torch.device("cuda" if use_gpu else "cpu")
         self._model = run.model(weights.get().tobytes()).to(device)
+        self._as_logits = functools.partial(as_logits, config=run.config.model, num_classes=run.info.num_classes)
         self._to_tensors = ToTensors(run.info, device, False)
         self._top_k, self._batch_size = top_k, batch_size
 
@@ -70,7 +73,7 @@ class Predict:
         with torch.inference_mode():
             for start in range(0, len(readable), self._batch_size):
                 rows = readable[start : start + self._batch_size]
-                logits = self._model(self._to_tensors(images[rows]))
+                logits = self._as_logits(self._model(self._to_tensors(images[rows])))
                 surest = logits.float().softmax(1).topk(self._top_k)
                 classes[rows], probabilities[rows] = surest.indices.cpu(), surest.values.cpu()
         return {**batch, "classes": classes, "probabilities": probabilities}
