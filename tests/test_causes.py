@@ -353,6 +353,6 @@ def test_the_controller_ends_the_run_if_the_driver_decides_nothing(monkeypatch, 
 
 def test_a_controller_without_a_driver_ends_the_run_too():
     hub = Hub("127.0.0.1", lambda message: {})
-    hub.close()
-    with pytest.raises(StopRun, match="no decision from the driver: this worker can't reach the driver"):
+    hub.close()  # its thread may still take one call, which it leaves without an answer
+    with pytest.raises(StopRun, match="no decision from the driver"):
         FailureReporter(hub.address).after_exception(None, {0: DIED})

@@ -473,9 +473,11 @@ COMMANDS = ["train", "evaluate", "predict", "export", "drill", "checkpoints", "s
 
 @pytest.mark.parametrize("module", COMMANDS)
 def test_no_command_minds_what_its_streams_can_not_take(module, tmp_path):
-    wrong = {"train": "seed=é⚡", "data": "seed=é⚡", "drill": "seed=é⚡", "export": "split=é⚡"}.get(module, "run=é⚡")
+    wrong = {"train": "seed=é⚡", "data": "seed=é⚡", "drill": "seed=é⚡", "export": "run=é⚡ format=onnx"}.get(
+        module, "run=é⚡"
+    )
     wrong = "é⚡" if module in ("checkpoints", "sweeps", "report") else wrong
-    command = f"{shlex.quote(sys.executable)} -m ftexp.{module} {shlex.quote(wrong)}"
+    command = f"{shlex.quote(sys.executable)} -m ftexp.{module} {' '.join(map(shlex.quote, wrong.split()))}"
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     for streams in ("", ">&-", ">&- 2>&- <&-"):
         shell = ["sh", "-c", f"{command} {streams}"]
