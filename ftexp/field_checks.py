@@ -1,4 +1,4 @@
-"""What a field's type and metadata ask of its value: see `ftexp.fields.ranged` and `ftexp.fields.choice`."""
+"""Checks of a value against its field's type and metadata: see `ftexp.fields.ranged` and `ftexp.fields.choice`."""
 
 from __future__ import annotations
 

@@ -123,7 +123,7 @@ class Job:
         return _agree_on(value)
 
     def as_logits(self, output: Any) -> torch.Tensor:
-        """What the model gave for some images; ConfigError if that isn't logits, [images, classes]."""
+        """Return the model's `output` for some images; ConfigError if that isn't logits, [images, classes]."""
         return as_logits(output, self.config.model, self.info.num_classes)
 
     def autocast(self) -> torch.autocast:

@@ -16,9 +16,8 @@ from ftexp.errors import CheckpointError, ConfigError
 from ftexp.fingerprint import differences, fingerprint, flat, masked
 from ftexp.ledger import last_attempt
 from ftexp.storage import Storage
-from ftexp.tracking import RUN_FILE, RunState, read_state
+from ftexp.tracking import CONFIG_FILE, RUN_FILE, RunState, read_state
 
-CONFIG_FILE = "config.yaml"
 _MAY_CHANGE = ("train", "data", "scaling", "failure", "checkpoint")  # groups of which a resumed run says what changed
 
 

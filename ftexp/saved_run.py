@@ -16,7 +16,7 @@ from ftexp.config import Config, DataConfig
 from ftexp.data.splits import DataInfo
 from ftexp.errors import CheckpointError, ConfigError
 from ftexp.storage import Storage
-from ftexp.tracking import read_state
+from ftexp.tracking import CONFIG_FILE, read_state
 
 if TYPE_CHECKING:
     from torch import nn
@@ -90,7 +90,7 @@ def read_weights(store: CheckpointStore, manifest: Manifest, weights: str) -> by
 def load_run_config(storage: Storage) -> Config:
     """The config of a run directory; ConfigError if there is no run."""
     try:
-        text = storage.read_bytes("config.yaml").decode()
+        text = storage.read_bytes(CONFIG_FILE).decode()
     except OSError as error:
         raise ConfigError(f"run={storage.uri} holds no config.yaml: give the directory of a run") from error
     return to_config(OmegaConf.create(text))  # type: ignore[arg-type]

@@ -13,7 +13,7 @@ from ftexp.errors import ConfigError
 from ftexp.fingerprint import masked
 from ftexp.hot_start.driver import HotStart, on_joined_nodes
 from ftexp.lease import Lease
-from ftexp.opening import CONFIG_FILE, changes, repeated_samples, require_same_data
+from ftexp.opening import changes, repeated_samples, require_same_data
 from ftexp.registry import load_plugins
 from ftexp.scaling import (
     RunningRay,
@@ -29,7 +29,7 @@ from ftexp.storage import Storage
 from ftexp.terminal import Terminal
 from ftexp.tracked import close_trackers, outcome_of, trackers_of
 from ftexp.trackers.run import check_names as check_trackers
-from ftexp.tracking import RunRecord, RunState
+from ftexp.tracking import CONFIG_FILE, RunRecord, RunState
 
 
 def run_session(

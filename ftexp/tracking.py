@@ -17,7 +17,7 @@ from ftexp.storage import Storage
 from ftexp.versions import package_versions
 from ftexp.wire import Message
 
-RUN_FILE, METRICS_FILE, EVENTS_FILE = "run.json", "metrics.jsonl", "events.jsonl"
+CONFIG_FILE, RUN_FILE, METRICS_FILE, EVENTS_FILE = "config.yaml", "run.json", "metrics.jsonl", "events.jsonl"
 RUNNING, FINISHED, FAILED, INTERRUPTED = "running", "finished", "failed", "interrupted"
 _FLUSH_INTERVAL_S = 10.0  # between copies to an object store
 

@@ -82,7 +82,8 @@ def run_training(
         raise (ConfigError if supervisor.is_config_wrong else RunFailedError)(reason) from error
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
-        record.event("driver_failed", error=reason, traceback=traceback.format_exc())
+        if error is hub.failed:
+            record.event("driver_failed", error=reason, traceback=traceback.format_exc())
         raise
     finally:
         done.set()

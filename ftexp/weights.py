@@ -107,7 +107,7 @@ def _has_tensors(value: dict[Any, Any]) -> bool:
 
 
 def _reason(path: Path, error: Exception) -> str:
-    """What is wrong with a file and what to do, in a line, without torch's advice to run what is in it."""
+    """Return in a line what is wrong with a file and what to do, without torch's advice to run what is in it."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
     if wanted := re.search(r"Unsupported (?:global|class|function|operand).*?GLOBAL (\S+)", text):
         return f"it holds {wanted[1]}, which is no plain data: loading it could run code; {_RESAVE}"

@@ -302,7 +302,7 @@ WRONG_VALUES = st.one_of(
 
 
 def overridden(base, word):
-    """What Hydra and `to_config` make of an override, without composing the groups again; errors as `run_hydra`'s."""
+    """Return what Hydra and `to_config` make of an override without composing again; errors as `run_hydra`'s."""
     key = word.partition("=")[0]
     word = f"++{word}" if key in set(open_keys(Config)) else word
     cfg = copy.deepcopy(base)

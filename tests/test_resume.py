@@ -15,7 +15,6 @@ from ftexp.failure.chaos import damage
 from ftexp.fingerprint import fingerprint, masked
 from ftexp.lease import Lease
 from ftexp.opening import (
-    CONFIG_FILE,
     changes,
     located,
     open_run,
@@ -25,7 +24,7 @@ from ftexp.opening import (
     require_trained_on,
 )
 from ftexp.storage import Storage
-from ftexp.tracking import RUN_FILE, RunState
+from ftexp.tracking import CONFIG_FILE, RUN_FILE, RunState
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from ftexp.append_log import read_lines
 from ftexp.checkpoint.store import CHECKPOINTS
 from ftexp.errors import ConfigError
 from ftexp.storage import Storage
-from ftexp.tracking import EVENTS_FILE, METRICS_FILE, RUN_FILE
+from ftexp.tracking import CONFIG_FILE, EVENTS_FILE, METRICS_FILE, RUN_FILE
 
 _SPLITS = ("test", "val", "train")  # of which an evaluation is shown, the first that there is
 
@@ -56,7 +56,7 @@ def read_run(storage: Storage) -> RunFiles:
     except OSError as error:
         raise ConfigError(f"{storage.uri} holds no {RUN_FILE}: give the directory of a run") from error
     events = [event for event in _lines(storage, EVENTS_FILE) if "time" in event and "event" in event]
-    config_text = _text(storage, "config.yaml")
+    config_text = _text(storage, CONFIG_FILE)
     overrides = OmegaConf.to_container(OmegaConf.create(_text(storage, "overrides.yaml") or "[]"))
     return RunFiles(
         uri=storage.uri,
