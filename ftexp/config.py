@@ -70,6 +70,8 @@ class DataConfig:
     on_bad_sample: str = choice("fail", ("fail", "skip"))
     image_column: str = "image"  # parquet: encoded bytes, {"bytes": ...}, or nested lists; image_list: paths
     label_column: str = "label"
+    # what whole numbers mean as labels: values, each that occurs is a class; indices, n is class n of 0 to the largest
+    integer_labels: str = choice("values", ("values", "indices"))
     num_samples: int | None = ranged(None, low=1)  # synthetic
     kwargs: dict[str, Any] = field(default_factory=dict)  # for sources of your own
     # cached: decoded once, in memory; streaming: decoded while the run trains; auto: cached if it fits

@@ -97,7 +97,7 @@ def _evaluate(config: EvaluateConfig, run_config: Config, storage: Storage) -> d
     from ftexp.evaluation import count_into
     from ftexp.findings import Findings, described, evaluation_file
     from ftexp.models import as_logits, build_model
-    from ftexp.opening import require_trained_on
+    from ftexp.opening import labels_as_begun, require_trained_on
     from ftexp.progress import Meter, means
     from ftexp.registry import load_plugins
     from ftexp.saved_run import choose, read_weights
@@ -107,10 +107,12 @@ def _evaluate(config: EvaluateConfig, run_config: Config, storage: Storage) -> d
     store = CheckpointStore(storage.child("checkpoints"))
     manifest = choose(store, config.checkpoint, run_config)
     weights = read_weights(store, manifest, config.weights)
-    bundle = build_data(run_config.data)
     state = read_state(storage)
     if state is not None:  # run.json may be lost
-        require_trained_on(f"data.root={run_config.data.root}", state.data.get("digest"), bundle.info.digest)
+        run_config = dataclasses.replace(run_config, data=labels_as_begun(run_config.data, state.data))
+    bundle = build_data(run_config.data)
+    if state is not None:
+        require_trained_on(f"data.root={run_config.data.root}", state.data, bundle.info.digest)
     device = torch.device(
         "cuda" if config.device == "auto" and torch.cuda.is_available() else config.device.replace("auto", "cpu")
     )

@@ -16,8 +16,8 @@ _DEFINING_TRAIN = (
     *("global_batch_size", "precision", "label_smoothing", "freeze"),
     *("clip_grad_norm", "clip_grad_value", "clip_grad_agc"),
 )
-# where the data lies may change, and how it is read
-_FREE_DATA = ("root", "download", "feed", "decode_cpus", "prefetch_batches")
+# where the data lies may change, and how it is read; what integers mean is recorded with the data
+_FREE_DATA = ("root", "download", "feed", "decode_cpus", "prefetch_batches", "integer_labels")
 _SECRET = re.compile(r"(secret|password|passwd|token|api_?key|access_?key|credential)", re.IGNORECASE)
 _URI_USER = re.compile(r"(?<=://)[^/\s]+(?=@)")
 _URI_OPTION = re.compile(rf"({_SECRET.pattern}\w*=)[^&\s]+", re.IGNORECASE)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -10,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from ftexp.checkpoint.store import CHECKPOINTS, CheckpointStore, locate
-from ftexp.config import Config
+from ftexp.config import Config, DataConfig
 from ftexp.data.splits import DataInfo
 from ftexp.errors import CheckpointError, ConfigError
 from ftexp.fingerprint import differences, fingerprint, flat, masked
@@ -86,20 +88,33 @@ def changes(config: Config, state: RunState, run_dir: Storage) -> list[str]:
     return [*lines, *(f"{key} was {before[key]}, is {now[key]}" for key in changed)]
 
 
+def labels_as_begun(data: DataConfig, before: Mapping[str, Any]) -> DataConfig:
+    """The same, where whole numbers as labels mean what they meant when the run began.
+
+    before: the fields of the run's DataInfo; none for a new run. Runs without `integer_labels` began before there was
+    a choice.
+    """
+    if not before:
+        return data
+    return dataclasses.replace(data, integer_labels=before.get("integer_labels", "indices"))
+
+
 def require_same_data(config: Config, state: RunState, info: DataInfo) -> None:
     """ConfigError if the run began with other samples: which one comes when depends on their number and order."""
     before, now = state.data.get("num_samples", {}).get("train"), info.num_samples["train"]
+    earlier = _listed_otherwise(state.data)
     if before is not None and before != now:
         raise ConfigError(
             f"data.name={config.data.name} has {now:,} training samples now, and had {before:,} when the run began: "
             "put the data back as it was, or begin another run (resume_from=... keeps the weights). Samples that can't "
-            "be read count when they are streamed, and don't when they are cached: so data.feed must stay as it was too"
+            "be read count when they are streamed, and don't when they are cached: so data.feed must stay as it was "
+            f"too{earlier}"
         )
     if _are_others(state.data.get("digest"), info.digest):
         raise ConfigError(
             f"data.name={config.data.name} has as many training samples as when the run began, but not the same ones: "
             "their names, labels or splits differ. Put the data back as it was, or begin another run (resume_from=... "
-            "keeps the weights)"
+            f"keeps the weights){earlier}"
         )
 
 
@@ -114,14 +129,31 @@ def repeated_samples(config: Config, info: DataInfo) -> str | None:
     )
 
 
-def require_trained_on(what: str, before: str | None, now: str | None) -> None:
-    """ConfigError if a data set isn't the one that a run was cut into splits from, by the digests of their listings."""
-    if _are_others(before, now):
+def require_trained_on(what: str, before: Mapping[str, Any], now: str | None) -> None:
+    """ConfigError if a data set isn't the one that a run was cut into splits from.
+
+    Args:
+        what: names the data set in the error.
+        before: the fields of the run's DataInfo.
+        now: the digest of the listing of the data set.
+    """
+    if _are_others(before.get("digest"), now):
         raise ConfigError(
             f"{what} doesn't hold the samples any more that the run was trained on: their names, labels or splits "
             "differ, so what would be its test split may have been trained on. Put the data back as it was, or predict "
-            "with data=... split=all"
+            f"with data=... split=all{_listed_otherwise(before)}"
         )
+
+
+def _listed_otherwise(data: Mapping[str, Any]) -> str:
+    """Return what else may have changed the samples of a run: an earlier ftexp listed other entries."""
+    if data.get("excluded") is not None:
+        return ""
+    return (
+        ". If the data has not changed: an earlier ftexp began the run; it took files without an image extension, in "
+        "system directories and in directory cycles for samples, and missed shard entries with a dot in their name. "
+        "Resume the run with that version, or begin another run"
+    )
 
 
 def _are_others(before: str | None, now: str | None) -> bool:

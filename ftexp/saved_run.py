@@ -41,7 +41,9 @@ class SavedRun:
                 f"run={storage.uri} holds no run.json that tells of its data: give a run that has trained"
             )
         known = {field.name for field in dataclasses.fields(DataInfo)}
-        return cls(storage, config, DataInfo(**{key: value for key, value in state.data.items() if key in known}))
+        info = DataInfo(**{key: value for key, value in state.data.items() if key in known})
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, integer_labels=info.integer_labels))
+        return cls(storage, config, info)
 
     @property
     def store(self) -> CheckpointStore:
@@ -60,9 +62,9 @@ class SavedRun:
         return model.eval()
 
     def data_as_seen(self, data: DataConfig) -> DataConfig:
-        """The same images, cropped, scaled and normalised as the model has seen its own."""
+        """The same images, cropped, scaled and normalised as the model has seen its own, with labels read likewise."""
         seen: dict[str, Any] = {name: getattr(self.config.data, name) for name in AS_TRAINED}
-        return dataclasses.replace(data, **seen)
+        return dataclasses.replace(data, integer_labels=self.info.integer_labels, **seen)
 
 
 AS_TRAINED = ("image_size", "channels", "mean", "std", "num_classes")  # fields of DataConfig that the weights rest on

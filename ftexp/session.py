@@ -13,7 +13,7 @@ from ftexp.errors import ConfigError
 from ftexp.fingerprint import masked
 from ftexp.hot_start.driver import HotStart, on_joined_nodes
 from ftexp.lease import Lease
-from ftexp.opening import changes, repeated_samples, require_same_data
+from ftexp.opening import changes, labels_as_begun, repeated_samples, require_same_data
 from ftexp.registry import load_plugins
 from ftexp.scaling import (
     RunningRay,
@@ -79,6 +79,7 @@ def _run(
         if config.scaling.address is None:
             raise ConfigError(f"{lacking}: take fewer workers, or set scaling.resources_per_worker")
         terminal.say(f"waiting: {lacking} now", "yellow")
+    config = dataclasses.replace(config, data=labels_as_begun(config.data, state.data))
     bundle = build_data(config.data)
     require_same_data(config, state, bundle.info)
     if bundle.streamed:
@@ -101,6 +102,10 @@ def _run(
     if bundle.info.bad_samples:
         samples = [vars(sample) for sample in bundle.info.bad_samples]
         record.event("bad_samples", count=len(samples), samples=samples)
+    if bundle.info.warnings:
+        record.event("data_warnings", warnings=bundle.info.warnings)
+    if bundle.info.excluded:
+        record.event("entries_excluded", entries=[vars(excluded) for excluded in bundle.info.excluded])
     terminal.header(
         state.name,
         run_dir.uri,

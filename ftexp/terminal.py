@@ -62,8 +62,14 @@ class Terminal:
             ("workers", workers),
         ):
             self.say(f"{title:<9}{text}")
+        for excluded in data.excluded or []:
+            self.say(f"excluded {excluded}")
+        for warning in data.warnings:
+            self.say(f"! {warning}", "yellow")
         if data.bad_samples:
-            self.say(f"{'skipped':<9}{len(data.bad_samples)} samples that can't be read; see events.jsonl", "yellow")
+            first = f"{data.bad_samples[0].where}: {data.bad_samples[0].reason}"
+            told = f"{len(data.bad_samples)} samples that can't be read (the first: {first}); see events.jsonl"
+            self.say(f"{'skipped':<9}{told}", "yellow")
 
     def changed(self, lines: Sequence[str]) -> None:
         """Print what is different from the run's last invocation."""

@@ -89,11 +89,13 @@ def test_a_torn_file_is_named_and_left_out_of_all_that_is_measured_and_drawn(loo
     train, val, test = stratified_split(labels, (0.2, 0.2), 0)
     torn, good = train[3], np.delete(train, 3)
     paths[torn].write_bytes(paths[torn].read_bytes()[:200])
+    (paths[0].parent / "Thumbs.db").touch()
 
     overrides = ["data=image_folder", f"data.root={tmp_path / 'photos'}", "data.image_size=16", "model=resnet18"]
     code, output = look(*overrides, "data.val_fraction=0.2", "data.test_fraction=0.2", "out=sheet.png")
 
     assert code == 0, output
+    assert f"excluded 1 entry: no image extension ({paths[0].parent / 'Thumbs.db'})" in output
     assert "bad      1 sample can't be read:" in output
     assert f"{paths[torn]}: " in output
     assert "training would refuse to start: mend them, or leave them out with data.on_bad_sample=skip" in output

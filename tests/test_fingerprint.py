@@ -80,6 +80,7 @@ FREE = {
     "data.prefetch_batches": 4,
     "data.feed": "streaming",
     "data.decode_cpus": 4,
+    "data.integer_labels": "indices",
     "train.epochs": 99,
     "train.log_every_steps": 7,
     "train.eval_every_epochs": 7,

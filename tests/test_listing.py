@@ -12,9 +12,8 @@ from pyarrow.fs import LocalFileSystem
 
 import ftexp.data.listing
 from ftexp.config import DataConfig
-from ftexp.data.listing import Listing, SteadyFile, files_at, raiser, retried
+from ftexp.data.listing import Listing, SteadyFile, raiser, retried
 from ftexp.data.parquet import RowGroup, RowGroups
-from ftexp.errors import DataError
 
 
 @pytest.fixture
@@ -55,7 +54,12 @@ def test_what_a_store_never_gives_fails_with_the_last_error(slept):
 
 @pytest.mark.parametrize(
     "error",
-    [FileNotFoundError("no such file"), NotADirectoryError("no folder any more"), ValueError("no image")],
+    [
+        FileNotFoundError("no such file"),
+        NotADirectoryError("no folder any more"),
+        PermissionError("forbidden"),
+        ValueError("no image"),
+    ],
     ids=repr,
 )
 def test_what_another_try_cannot_mend_fails_at_once(error, slept):
@@ -106,36 +110,6 @@ def test_a_file_of_a_failing_store_reads_like_a_file(slept):
         assert file.read() == content
     assert store.closed
     assert set(slept) == {0.2}
-
-
-class FlakyFolder:
-    """A filesystem whose every call fails so often before it does as it is asked."""
-
-    def __init__(self, num_failures):
-        self._local, self._left = LocalFileSystem(), num_failures
-
-    def get_file_info(self, what):
-        if self._left:
-            self._left -= 1
-            raise OSError("slow down")
-        return self._local.get_file_info(what)
-
-
-def test_a_store_that_fails_while_it_is_listed_is_asked_again(tmp_path, slept):
-    for name in ("a/0.png", "b/c/1.png"):
-        (tmp_path / name).parent.mkdir(parents=True)
-        (tmp_path / name).touch()
-    config = DataConfig(root=str(tmp_path))
-    found = files_at(FlakyFolder(3), str(tmp_path), config)
-    assert sorted(info.path for info in found) == [f"{tmp_path}/a/0.png", f"{tmp_path}/b/c/1.png"]
-    assert [info.path for info in files_at(FlakyFolder(0), f"{tmp_path}/a/0.png", config)] == [f"{tmp_path}/a/0.png"]
-    assert slept == [0.2, 1.0, 3.0]
-    with pytest.raises(DataError, match=rf"^data\.root={tmp_path} can't be listed: slow down$"):
-        files_at(FlakyFolder(4), str(tmp_path), config)
-    slept.clear()
-    with pytest.raises(DataError, match=r"can't be listed: .*No such file"):
-        files_at(FlakyFolder(0), f"{tmp_path}/nowhere", config)
-    assert not slept
 
 
 def test_a_damaged_row_group_fails_at_once_and_a_failing_store_does_not(tmp_path, slept):

@@ -91,21 +91,23 @@ def test_a_listing_that_has_changed_has_another_digest(tmp_path):
     put(tmp_path / "b.png", encoded(IMAGES[1]) + b"more")
     assert len({one, two, digest()}) == 3
     (tmp_path / "b.png").unlink()
+    put(tmp_path / "readme.md", b"no image")
     assert digest() == one
 
 
-def test_labels_are_named_as_training_names_them(tmp_path):
+@pytest.mark.parametrize(("integer_labels", "named"), [("values", "007"), ("indices", "7")])
+def test_labels_are_named_as_training_names_them(tmp_path, integer_labels, named):
     put(tmp_path / "folder" / "007" / "a.png", encoded(IMAGES[0]))
     write_parquet(tmp_path / "rows" / "a.parquet", [encoded(IMAGES[0])], ["007"])
     put(tmp_path / "list.csv", b"path,label\nfolder/007/a.png,007\n")
     write_shard(tmp_path / "shards" / "a.tar", [("a.png", encoded(IMAGES[0])), ("a.cls", b"007")])
     found = {
-        name: read(find_inputs(data_config(name, tmp_path / root, on_bad_sample="skip"), ALL, ["007"]))[3]
+        name: read(find_inputs(data_config(name, tmp_path / root, integer_labels=integer_labels), ALL, ["007"]))[3]
         for name, root in (
             ("image_folder", "folder"), ("parquet", "rows"), ("image_list", "list.csv"), ("webdataset", "shards"),
         )
     }  # fmt: skip
-    assert found == {"image_folder": ["007"], "parquet": ["007"], "image_list": ["7"], "webdataset": ["7"]}
+    assert found == {"image_folder": ["007"], "parquet": ["007"], "image_list": [named], "webdataset": [named]}
 
 
 def test_a_list_whose_labels_have_changed_has_another_digest(tmp_path):
@@ -160,8 +162,8 @@ def test_parts_hold_what_the_model_says_of_each_image_and_name_what_is_unreadabl
     for path, image in zip(paths, IMAGES, strict=True):
         put(path, encoded(image))
     paths[4].write_bytes(paths[4].read_bytes()[:60])
-    put(tmp_path / "images" / "notes.txt", b"no image")
-    in_order = sorted([*paths, tmp_path / "images" / "notes.txt"])
+    put(tmp_path / "images" / "torn.png", b"no image")
+    in_order = sorted([*paths, tmp_path / "images" / "torn.png"])
     torch.manual_seed(0)
     model = timm.create_model(**json.loads(run.storage.read_bytes("run.json"))["model"]["arguments"]).eval()
     torch.save(model.state_dict(), tmp_path / "model.pt")

@@ -1,5 +1,6 @@
 """Which run a command goes on with, and when it refuses to: before anything is started."""
 
+import dataclasses
 import json
 
 import pytest
@@ -207,11 +208,26 @@ def test_a_run_goes_on_with_as_many_samples_as_it_began_with(now, told):
 
 def test_what_a_run_was_not_trained_on_is_not_evaluated_as_its_own():
     for before, now in (("aa", "aa"), ("aa", None), (None, "ab"), (None, None)):
-        require_trained_on("data.root=x", before, now)
+        require_trained_on("data.root=x", {"digest": before}, now)
     with pytest.raises(
         ConfigError, match=r"^data\.root=x doesn't hold the samples any more that the run was trained on"
     ):
-        require_trained_on("data.root=x", "aa", "ab")
+        require_trained_on("data.root=x", {"digest": "aa"}, "ab")
+
+
+@pytest.mark.parametrize("excluded", [{}, {"excluded": None}, {"excluded": []}], ids=str)
+def test_a_run_from_before_entries_were_excluded_says_that_its_listing_was_another(excluded):
+    data = {"num_samples": {"train": 100}, "digest": "aa", **excluded}
+    info = DataInfo(["a", "b"], 8, 1, [0.5], [0.5], {"train": 100}, digest="ab", excluded=[])
+    fewer = dataclasses.replace(info, num_samples={"train": 98})
+    for check in (
+        lambda: require_same_data(config(), RunState(name="first", data=data), info),
+        lambda: require_same_data(config(), RunState(name="first", data=data), fewer),
+        lambda: require_trained_on("data.root=x", data, "ab"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            check()
+        assert ("an earlier ftexp began the run" in str(caught.value)) == (excluded.get("excluded") is None)
 
 
 def test_a_run_goes_on_with_the_samples_that_it_began_with_and_not_with_others_as_many():

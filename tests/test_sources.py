@@ -322,6 +322,40 @@ def test_split_folder_without_class_folders_is_refused(tmp_path):
         build_data(data_config("image_folder", tmp_path))
 
 
+def test_what_is_no_image_is_counted_and_makes_neither_a_sample_nor_a_class(tmp_path):
+    images = [(picture([number, row]), name) for number, name in enumerate("ab") for row in range(4)]
+    for row, (pixels, name) in enumerate(images):
+        put(tmp_path / name / f"{row}.png", encoded(pixels))
+    put(tmp_path / "a" / "Thumbs.db", b"junk")
+    put(tmp_path / "notes" / "readme.md", b"text")
+    put(tmp_path / "a" / "@eaDir" / "0.png" / "THUMB.png", encoded(COLOUR))
+    put(tmp_path / "overview.png", encoded(COLOUR))
+
+    bundle = build_data(data_config("image_folder", tmp_path))
+
+    assert bundle.info.class_names == ["a", "b"]
+    assert pairs(*read_all(bundle).values(), names="ab") == expected_pairs(*zip(*images, strict=True))
+    assert {rule.reason: rule.count for rule in bundle.info.excluded} == {
+        "no image extension": 2,
+        "system directory": 1,
+        "image outside of a class directory": 1,
+    }
+
+
+def test_a_link_to_nothing_is_treated_like_any_image_that_cannot_be_read(tmp_path):
+    for row in range(4):
+        put(tmp_path / "a" / f"{row}.png", encoded(picture(row)))
+    (tmp_path / "a" / "gone.png").symlink_to("/nowhere.png")
+
+    with pytest.raises(
+        DataError, match=r"^1 sample can't be read(.|\n)*gone\.png: a symbolic link to /nowhere\.png, w"
+    ):
+        build_data(data_config("image_folder", tmp_path))
+    bundle = build_data(data_config("image_folder", tmp_path, on_bad_sample="skip", feed="streaming"))
+    assert [sample.where for sample in bundle.info.bad_samples] == [f"{tmp_path}/a/gone.png"]
+    assert sum(bundle.info.num_samples.values()) == 4
+
+
 @pytest.fixture(scope="module")
 def spoilt_folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("spoilt")
@@ -373,8 +407,8 @@ def test_long_list_of_unreadable_images_is_cut_but_counted(tmp_path):
     [
         (None, r"data\.root=.*data can't be listed"),
         ([], r"data\.root=.*data holds no image in a class folder"),
-        (["0.png"], r"data\.root=.*data holds no image in a class folder"),
-        ([".hidden/a/0.png"], r"data\.root=.*data holds no image in a class folder"),
+        (["0.png"], r"holds no image in a class folder(.|\n)*excluded 1 entry: image outside of a class directory"),
+        ([".hidden/a/0.png"], r"holds no image in a class folder(.|\n)*excluded 1 entry: hidden \(.*/\.hidden\)"),
     ],
     ids=["missing", "empty", "no class folder", "hidden only"],
 )
@@ -424,7 +458,7 @@ def test_a_lists_own_splits_are_kept_and_numbers_are_labels(tmp_path):
     config = data_config("image_list", tmp_path / "all.tsv", image_column="file", label_column="class")
     listing = sources.get("image_list")(config)
 
-    assert listing.class_names == ["0", "1", "2"]
+    assert listing.class_names == ["0", "2"]
     assert found(listing) == [(f"{tmp_path}/a.png", "2"), (f"{tmp_path}/c.png", "0")]
     assert found(listing, "test") == [(f"{tmp_path}/b.png", "0")]
     assert "val" not in listing.labels  # to be cut from train
@@ -439,8 +473,10 @@ def test_a_lists_own_splits_are_kept_and_numbers_are_labels(tmp_path):
         ("path,label\na.png,0,1\n", r"data\.root=.* can't be read as a list of images: .*Expected 2 columns, got 3"),
         ("path,label,split\na.png,0,dev\n", r"its column 'split' holds 'dev'; allowed: train, val, test"),
         ("path,label\ns3://b/a.png,0\n", r"all\.csv lists s3://b/a\.png: paths are relative to the list"),
-        ("path,label\na.png,0\nb.png,cat\n", r"data\.label_column=label holds 'cat'"),
-        ("path,label\na.png,1.0\nb.png,0\n", r"data\.label_column=label holds '1\.0'"),
+        (
+            "path,label\na.png,0\nb.png,\n",
+            r"label_column=label holds no label at row 2 of data\.root=.*all\.csv: ",
+        ),
     ],
 )
 def test_a_list_that_is_none_is_refused(tmp_path, text, message):
@@ -541,18 +577,24 @@ def test_columns_of_other_names_are_read(tmp_path):
 
     rows = read_all(build_data(config))["train"]
 
-    assert rows["label"].tolist() == [1, 1]
+    assert rows["label"].tolist() == [0, 0]
     np.testing.assert_array_equal(rows["image"], [COLOUR] * 2)
 
 
 @pytest.mark.parametrize(
     ("labels", "shown"),
-    [([0, -2], "-2"), ([0, None], "None"), ([0.0, 1.5], "0.0, 1.5"), ([[0], [1]], r"\[0\], \[1\]")],
+    [
+        ([0, 1, -2], "-2 at {} row 2 of group 0"),
+        ([0, 1, None], "no label at {} row 2 of group 0"),
+        ([0.0, 1.5], "0.0 at {} row 0 of group 0, and 1 more like it"),
+        ([[0], [1]], r"\[0\] at {} row 0 of group 0, and 1 more like it"),
+    ],
     ids=["negative", "null", "fraction", "list"],
 )
 def test_labels_that_are_no_class_are_refused(tmp_path, labels, shown):
-    write_parquet(tmp_path / "a.parquet", [encoded(COLOUR)] * 2, labels)
+    write_parquet(tmp_path / "a.parquet", [encoded(COLOUR)] * len(labels), labels)
 
+    shown = shown.format(tmp_path / "a.parquet")
     with pytest.raises(DataError, match=rf"data\.label_column=label holds {shown}: labels are all text, or all whole"):
         build_data(data_config("parquet", tmp_path))
 
@@ -561,7 +603,7 @@ def test_text_labels_in_one_file_and_numbers_in_another_are_refused(tmp_path):
     write_parquet(tmp_path / "a.parquet", [encoded(COLOUR)], ["ant"])
     write_parquet(tmp_path / "b.parquet", [encoded(COLOUR)], [0])
 
-    with pytest.raises(DataError, match=r"data\.label_column=label holds 'ant'"):
+    with pytest.raises(DataError, match=r"data\.label_column=label holds 0 at .*/b\.parquet row 0 of group 0"):
         build_data(data_config("parquet", tmp_path))
 
 

@@ -183,6 +183,8 @@ def test_a_run_names_counts_and_leaves_out_what_cannot_be_read(ftexp, run_folder
         Image.fromarray(np.random.default_rng(number).integers(0, 255, (8, 8), np.uint8)).save(path)
     torn = tmp_path / "pictures" / "a" / "10.png"
     torn.write_bytes(torn.read_bytes()[:40])
+    junk = tmp_path / "pictures" / "a" / "Thumbs.db"
+    junk.touch()
     words = [
         "data=image_folder", f"data.root={tmp_path / 'pictures'}", "data.image_size=8", "data.channels=1",
         "data.mean=[0.5]", "data.std=[0.25]", "data.val_fraction=0", "data.test_fraction=0", "augment=none",
@@ -206,6 +208,10 @@ def test_a_run_names_counts_and_leaves_out_what_cannot_be_read(ftexp, run_folder
     assert event["count"] == 1
     assert [sample["where"] for sample in event["samples"]] == [str(torn)]
     assert f"! left out, can't be read: {torn}: " in command.output
+    rules = [{"reason": "no image extension", "count": 1, "example": str(junk)}]
+    assert [event["entries"] for event in run.events("entries_excluded")] == [rules]
+    assert run.record["data"]["excluded"] == rules
+    assert f"excluded 1 entry: no image extension ({junk})" in command.output
     assert run.record["step"] == 8
     (point,) = run.metrics()
     assert point["step"] == 8

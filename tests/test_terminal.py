@@ -5,12 +5,15 @@ import io
 import pytest
 from rich.console import Console
 
-from ftexp.data.splits import BadSample, DataInfo
+from ftexp.data.splits import BadSample, DataInfo, Excluded
 from ftexp.storage import Storage
 from ftexp.terminal import Terminal
 from ftexp.tracking import Failure, RunState
 
-INFO = DataInfo(["0", "1"], 8, 1, [0.5], [0.5], {"train": 1258, "val": 179, "test": 360}, [BadSample("a.png", "torn")])
+INFO = DataInfo(
+    ["0", "1"], 8, 1, [0.5], [0.5], {"train": 1258, "val": 179, "test": 360}, [BadSample("a.png", "torn")],
+    excluded=[Excluded("no image extension", 3, "a/Thumbs.db")],
+)  # fmt: skip
 
 
 def state(**values):
@@ -36,7 +39,8 @@ def test_the_header_names_run_model_data_feed_and_workers():
     for part in ("demo  (/runs/demo)", "vit_tiny", "1,258 train · 179 val · 360 test", "2 classes", "2 × (1 CPU)"):
         assert part in text
     assert "feed     cached: it fits" in text
-    assert "1 samples that can't be read" in text
+    assert "1 samples that can't be read (the first: a.png: torn)" in text
+    assert "excluded 3 entries: no image extension (such as a/Thumbs.db)" in text
 
 
 def test_a_failure_is_one_line_with_cause_place_and_decision():

@@ -7,12 +7,13 @@ import tarfile
 
 import numpy as np
 import pytest
-from image_files import SIZE, data_config, encoded, expected_pairs, picture, tar_sample, write_shard
+from image_files import SIZE, data_config, encoded, expected_pairs, picture, put, tar_sample, write_shard
+from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
 
 import ftexp.data.webdataset as module
 from ftexp.data.build import build_data
 from ftexp.data.decoding import decode_image
-from ftexp.data.splits import SPLITS
+from ftexp.data.splits import SPLITS, Excluded
 from ftexp.data.webdataset import scan_shard, webdataset
 from ftexp.errors import DataError
 
@@ -54,6 +55,8 @@ def test_images_and_text_labels_are_those_of_the_shards(tmp_path, monkeypatch, k
 
     assert listing.class_names == names
     assert listing.bad == []
+    counts = {rule.reason: rule.count for rule in listing.excluded}
+    assert counts == {"neither an image nor .cls": 22 + 3 * 2, "hidden": 3}
     assert listed(listing) == expected_pairs(images, labels)
     assert len(listing.block_sizes["train"]) > 3
 
@@ -68,7 +71,7 @@ def test_shards_named_after_splits_are_the_splits_and_numbers_are_labels(tmp_pat
 
     listing = webdataset(data_config("webdataset", tmp_path))
 
-    assert listing.class_names == [str(number) for number in range(11)]
+    assert listing.class_names == ["0", "10"]
     for split in SPLITS:
         assert listed(listing, split) == expected_pairs(images[split], ["0", "10", "0", "10"])
 
@@ -156,13 +159,11 @@ def test_a_shard_that_became_shorter_since_it_was_listed_fails_where_it_is_read(
 
 
 def test_a_shard_in_a_store_is_listed_as_one_on_disk(tmp_path):
-    from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
-
     entries = [entry for number in range(5) for entry in tar_sample(f"{number}", picture(number), f"class {number}")]
     content = write_shard(tmp_path / "a.tar", entries[:-1]).read_bytes()
     store = SubTreeFileSystem(str(tmp_path), LocalFileSystem())  # not taken for a disk: it is read as a stream
 
-    (on_disk, bad_on_disk), (stored, bad_stored) = (
+    (on_disk, account_on_disk), (stored, account_stored) = (
         scan_shard(LocalFileSystem(), str(tmp_path / "a.tar")),
         scan_shard(store, "a.tar"),
     )
@@ -171,14 +172,12 @@ def test_a_shard_in_a_store_is_listed_as_one_on_disk(tmp_path):
     assert [entry.label for entry in stored] == [f"class {number}" for number in range(4)]
     for number, entry in enumerate(stored):
         assert content[entry.offset : entry.offset + entry.num_bytes] == encoded(picture(number))
-    assert [bad.where.rpartition(" ")[2] for bad in bad_on_disk + bad_stored] == ["4", "4"]
+    assert [bad.where.rpartition(" ")[2] for bad in account_on_disk.bad + account_stored.bad] == ["4", "4"]
 
 
 @pytest.mark.parametrize("label_first", [False, True])
 @pytest.mark.parametrize("is_stored", [False, True])
 def test_a_shard_torn_within_an_image_is_one_problem_wherever_it_lies(tmp_path, label_first, is_stored):
-    from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
-
     samples = [tar_sample(f"{number}", picture(number), number) for number in range(4)]
     order = slice(None, None, -1 if label_first else 1)
     path = write_shard(tmp_path / "a.tar", [entry for sample in samples for entry in sample[order]])
@@ -187,11 +186,11 @@ def test_a_shard_torn_within_an_image_is_one_problem_wherever_it_lies(tmp_path, 
     path.write_bytes(path.read_bytes()[: image.offset_data + 20])
     filesystem = SubTreeFileSystem(str(tmp_path), LocalFileSystem()) if is_stored else LocalFileSystem()
 
-    found, bad = scan_shard(filesystem, "a.tar" if is_stored else str(path))
+    found, account = scan_shard(filesystem, "a.tar" if is_stored else str(path))
 
     assert [entry.label for entry in found] == ["0", "1"]
-    assert len(bad) == 1
-    assert bad[0].reason.endswith("; what comes before is kept")
+    (bad,) = account.bad
+    assert bad.reason.endswith("; what comes before is kept")
 
 
 def test_a_label_that_is_no_text_is_a_bad_sample_and_one_that_only_looks_like_a_number_is_text(tmp_path):
@@ -218,9 +217,74 @@ def test_a_sample_with_two_images_is_a_bad_one_and_its_neighbours_are_read(tmp_p
     assert listed(listing) == expected_pairs([picture(0), picture(3)], ["0", "1"])
 
 
-def test_labels_that_are_numbers_and_text_are_refused(tmp_path):
+def test_a_label_that_is_no_number_makes_all_of_them_text(tmp_path):
     write_shard(tmp_path / "a.tar", [*tar_sample("0", picture(0), 3), *tar_sample("1", picture(1), "ant")])
-    with pytest.raises(
-        DataError, match=r"/a\.tar: \.cls holds 'ant': labels are all text, or all whole numbers from 0"
-    ):
-        webdataset(data_config("webdataset", tmp_path / "a.tar"))
+    assert webdataset(data_config("webdataset", tmp_path / "a.tar")).class_names == ["3", "ant"]
+
+
+def test_an_empty_label_is_refused_with_shard_and_name(tmp_path):
+    shard = write_shard(tmp_path / "a.tar", [*tar_sample("0", picture(0), "ant"), *tar_sample("b/1", picture(1), "")])
+    with pytest.raises(DataError, match=rf"\.cls holds no label at {shard} b/1: labels are all text, or all whole"):
+        webdataset(data_config("webdataset", tmp_path))
+
+
+def test_names_may_hold_dots_and_endings_are_known_in_any_case(tmp_path):
+    images = [picture(number) for number in range(6)]
+    names = ["scan4.05", "scan4.06", "v1.2/scan", "v1.2/scan.b.c", "7", "7.1"]
+    entries = [entry for name, image in zip(names, images, strict=True) for entry in tar_sample(name, image, name)]
+    entries = [
+        (name.replace(".cls", ".CLS") if number % 4 > 1 else name, c) for number, (name, c) in enumerate(entries)
+    ]
+    write_shard(tmp_path / "a.TAR", entries)
+    put(tmp_path / "b.tar.gz", b"")
+
+    listing = webdataset(data_config("webdataset", tmp_path))
+
+    assert listing.bad == []
+    assert [(rule.reason, rule.count) for rule in listing.excluded] == [("no .tar file", 1)]
+    assert listed(listing) == expected_pairs(images, names)
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_further_fields_of_a_sample_are_counted_and_make_no_sample(tmp_path, labelled):
+    more = [("0.left.png", encoded(picture(8))), ("0.mask.PNG", encoded(picture(9))), ("0.coarse.cls", b"animal")]
+    path = write_shard(tmp_path / "a.tar", [*tar_sample("0", picture(0), "ant"), *more])
+
+    found, account = scan_shard(LocalFileSystem(), str(path), labelled)
+
+    assert [(entry.name, entry.label) for entry in found] == [("0", "ant")]
+    assert account.bad == []
+    assert account.excluded == [Excluded("further field of a sample", 3, f"{path} 0.coarse")]
+
+
+def test_a_link_and_two_labels_that_differ_spoil_their_samples_and_no_others(tmp_path):
+    path = tmp_path / "a.tar"
+    entries = [entry for number in range(3) for entry in tar_sample(f"{number}", picture(number), number)]
+    write_shard(path, [*entries, ("1.CLS", b"2"), ("2.CLS", b"2")])
+    with tarfile.open(path, "a") as tar:
+        for name, kind in (("3.png", tarfile.SYMTYPE), ("4.cls", tarfile.LNKTYPE), ("5.json", tarfile.SYMTYPE)):
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = kind, "0.png"
+            tar.addfile(link)
+
+    found, account = scan_shard(LocalFileSystem(), str(path))
+
+    assert [entry.name for entry in found] == ["0", "2"]
+    packed = "is a link: pack it with tar --dereference --hard-dereference"
+    assert [(bad.where, bad.reason) for bad in account.bad] == [
+        (f"{path} 1", "it has more than one .cls"),
+        (f"{path} 3", f"its .png {packed}"),
+        (f"{path} 4", f"its .cls {packed}"),
+    ]
+    assert [(rule.reason, rule.count) for rule in account.excluded] == [("neither an image nor .cls", 1)]
+
+
+def test_shards_without_a_sample_say_what_is_in_them(tmp_path):
+    entries = [("0.gif", b"GIF"), ("0.txt", b"a cat"), *tar_sample("1", picture(1), 0)[:1]]
+    path = write_shard(tmp_path / "a.tar", entries)
+
+    with pytest.raises(DataError, match="the training split has no samples") as caught:
+        build_data(data_config("webdataset", tmp_path, on_bad_sample="skip", feed="streaming"))
+
+    assert f"\nexcluded 2 entries: neither an image nor .cls (such as {path} 0.gif)" in str(caught.value)
+    assert f"\n{path} 1: it has no .cls" in str(caught.value)

@@ -173,6 +173,10 @@ def _print_facts(console: Console, config: Config, bundle: DataBundle, found: Fo
     ):
         if text is not None:
             console.print(f"{title:<9}{text}", markup=False, soft_wrap=True)
+    for excluded in info.excluded or []:
+        console.print(f"excluded {excluded}", markup=False, soft_wrap=True)
+    for warning in info.warnings:
+        console.print(f"! {warning}", markup=False, soft_wrap=True, style="yellow")
 
 
 def _print_bad(console: Console, config: Config, bundle: DataBundle, found: Found) -> None:

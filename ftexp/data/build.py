@@ -15,7 +15,7 @@ from ftexp.data.blocks import BlockReader
 from ftexp.data.decoding import decoded_bundle, refuse_bad
 from ftexp.data.listing import Listing, Reader
 from ftexp.data.sources import make_info, sources
-from ftexp.data.splits import DataBundle
+from ftexp.data.splits import DataBundle, reasons
 from ftexp.errors import DataError
 
 _SHARE = 0.5  # of the object store that a cached data set may take
@@ -41,6 +41,7 @@ def build_data(config: DataConfig) -> DataBundle:
     if not bundle.info.num_samples.get("train"):
         raise DataError(
             f"data.name={config.name}: the training split has no samples; check data.root and the fractions"
+            + reasons(bundle.info.excluded or [], bundle.info.bad_samples)
         )
     return bundle
 
@@ -64,8 +65,7 @@ def _streamed(config: DataConfig, listing: Listing, sizes: str) -> DataBundle:
         config,
         listing.class_names,
         {name: split.num_samples for name, split in splits.items()},
-        bad_samples=listing.bad,
-        digest=listing.digest,
+        **listing.facts(splits),
     )
     return DataBundle({}, info, splits, splits["train"].block_sizes)
 

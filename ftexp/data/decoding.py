@@ -123,9 +123,8 @@ def decoded_bundle(config: DataConfig, listing: Listing) -> DataBundle:
                 blocks = blocks - np.histogram(sorted(wrong), np.concatenate([[0], np.cumsum(blocks)]))[0]
     refuse_bad(config, bad)
     datasets = {name: decoded.get(name) or ray.data.from_items([]) for name in splits}
-    return DataBundle(
-        datasets, make_info(config, listing.class_names, sizes, bad_samples=bad, digest=listing.digest), splits, blocks
-    )
+    info = make_info(config, listing.class_names, sizes, **listing.facts(splits) | {"bad_samples": bad})
+    return DataBundle(datasets, info, splits, blocks)
 
 
 def _whole_blocks(split: IndexedSplit) -> list[Int64s]:

@@ -12,30 +12,40 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ftexp.config import DataConfig
-from ftexp.data.listing import Listing, Raw, Reader, Shared, digest_of, files_at, retried
+from ftexp.data.entries import Account, files_at
+from ftexp.data.listing import Listing, Raw, Reader, Shared, digest_of, retried
 from ftexp.data.order import Int64s
 from ftexp.data.sources import sources
-from ftexp.data.splits import SPLITS
+from ftexp.data.splits import SPLITS, reasons
 from ftexp.errors import DataError
 from ftexp.storage import open_uri
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
 
+# Formats that Pillow reads, and heic, heif and jxl: these are images too, so they are bad rather than excluded if no
+# plugin reads them. Not taken from Pillow, whose next version would make other samples of the same directory.
+_ENDINGS = (
+    ".apng", ".avif", ".bmp", ".dds", ".dib", ".gif", ".heic", ".heif", ".icns", ".ico", ".j2c", ".j2k", ".jfif",
+    ".jp2", ".jpc", ".jpe", ".jpeg", ".jpf", ".jpg", ".jpx", ".jxl", ".mpo", ".pbm", ".pcx", ".pfm", ".pgm", ".png",
+    ".pnm", ".ppm", ".psd", ".qoi", ".ras", ".sgi", ".tga", ".tif", ".tiff", ".webp", ".xbm", ".xpm",
+)  # fmt: skip
 _LIKE_SPLITS = re.compile(r"(train|test|val|valid)(ing|idation)?", re.IGNORECASE)
+_NO_CLASS = "image outside of a class directory"
 _SPLIT_NAMES = {"valid": "val", "validation": "val"}
 
 
 @sources.register("image_folder")
 def image_folder(config: DataConfig) -> Listing:
-    """One folder a class, or train/, val/, test/ with such folders inside; any format that Pillow reads."""
+    """One folder a class, or train/, val/, test/ with such folders inside; images by their extension."""
     import pyarrow as pa
 
     filesystem, root = open_uri(config.root or "", "data.root")
-    listed = _list_images(filesystem, root, config)
+    account = Account()
+    listed = _list_images(filesystem, root, config, account)
     own_splits = set(listed) <= {*SPLITS, "valid", "validation"} and "train" in listed
     if own_splits:
-        by_split = _inside_splits(listed, config)
+        by_split = _inside_splits(listed, root, config, account)
         class_names = sorted({label for files in by_split.values() for _, label in files})
     else:
         _refuse_half_splits(listed, config)
@@ -51,7 +61,8 @@ def image_folder(config: DataConfig) -> Listing:
         folder = f"{root}/{_folder_of(listed, split)}" if own_splits else root
         paths[split] = [path for path, _ in files]
         readers[split] = FileReader(filesystem, folder, Shared(pa.array(paths[split], pa.large_string())))
-    return Listing(class_names, labels, readers, digest=digest_of(class_names, labels, paths))
+    digest = digest_of(class_names, labels, paths)
+    return Listing(class_names, labels, readers, bad=account.bad, digest=digest, excluded=account.excluded)
 
 
 def _refuse_half_splits(listed: dict[str, list[tuple[str, str]]], config: DataConfig) -> None:
@@ -87,18 +98,23 @@ class FileReader:
         return retried(read)
 
 
-def _inside_splits(listed: dict[str, list[tuple[str, str]]], config: DataConfig) -> dict[str, list[tuple[str, str]]]:
-    """What is in class folders of the splits' folders; files beside those are left alone, as in the root."""
+def _inside_splits(
+    listed: dict[str, list[tuple[str, str]]], root: str, config: DataConfig, account: Account
+) -> dict[str, list[tuple[str, str]]]:
+    """What is in class folders of the splits' folders; files beside those are excluded, as in the root."""
     by_split: dict[str, list[tuple[str, str]]] = {}
     for folder, files in listed.items():
         split = _SPLIT_NAMES.get(folder, folder)
         if split in by_split:
             raise DataError(f"data.root={config.root} holds more than one validation folder ({folder}/); keep one")
         by_split[split] = [(path, label) for path, label in files if path != label]
+        for path in (path for path, label in files if path == label):
+            account.exclude(f"{root}/{folder}/{path}", _NO_CLASS)
         if not by_split[split]:
             raise DataError(
                 f"data.root={config.root}: {folder}/ holds no image in a class folder; {folder}/class/image is "
                 f"expected. Without {folder}/, its samples are cut from train/ by data.val_fraction, data.test_fraction"
+                + reasons(account.excluded, account.bad)
             )
     return by_split
 
@@ -107,18 +123,27 @@ def _folder_of(listed: dict[str, Any], split: str) -> str:
     return next(name for name in listed if _SPLIT_NAMES.get(name, name) == split)
 
 
-def visible_files(filesystem: FileSystem, root: str, config: DataConfig) -> list[tuple[tuple[str, ...], int]]:
-    """(parts of its path below data.root, size in bytes) of every file that is not hidden."""
-    below = ((PurePosixPath(info.path).relative_to(root).parts, info) for info in files_at(filesystem, root, config))
-    return [(parts, info.size) for parts, info in below if not any(part.startswith(".") for part in parts)]
+def image_files(
+    filesystem: FileSystem, root: str, config: DataConfig, account: Account
+) -> list[tuple[tuple[str, ...], int]]:
+    """(parts of its path below data.root, size in bytes) of every image file."""
+    infos = files_at(filesystem, root, config, account, _ENDINGS)
+    return [(PurePosixPath(info.path).relative_to(root).parts, info.size) for info in infos]
 
 
-def _list_images(filesystem: FileSystem, root: str, config: DataConfig) -> dict[str, list[tuple[str, str]]]:
-    """{top folder: [(path below it, its first folder)]} of every file that is not hidden."""
+def _list_images(
+    filesystem: FileSystem, root: str, config: DataConfig, account: Account
+) -> dict[str, list[tuple[str, str]]]:
+    """{top folder: [(path below it, its first folder)]} of every image file."""
     listed: dict[str, list[tuple[str, str]]] = {}
-    for parts, _ in visible_files(filesystem, root, config):
+    for parts, _ in image_files(filesystem, root, config, account):
         if len(parts) > 1:
             listed.setdefault(parts[0], []).append(("/".join(parts[1:]), parts[1]))
+        else:
+            account.exclude("/".join([root, *parts]), _NO_CLASS)
     if not listed:
-        raise DataError(f"data.root={config.root} holds no image in a class folder: root/class/image is expected")
+        raise DataError(
+            f"data.root={config.root} holds no image in a class folder: root/class/image is expected"
+            + reasons(account.excluded, account.bad)
+        )
     return listed

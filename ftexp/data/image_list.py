@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from ftexp.config import DataConfig
 from ftexp.data.files import FileReader
+from ftexp.data.labels import class_numbers, from_text
 from ftexp.data.listing import Listing, Reader, Shared, SteadyFile, digest_of
-from ftexp.data.named_files import as_label, class_numbers
 from ftexp.data.sources import sources
 from ftexp.data.splits import SPLITS
 from ftexp.errors import DataError
@@ -25,7 +25,7 @@ _SPLIT = "split"
 def image_list(config: DataConfig) -> Listing:
     """A CSV file (.tsv: with tabs) with a column of paths, one of labels, and perhaps `split`: train, val or test.
 
-    Paths are relative to the list's folder, or absolute if it is on a disk. Labels are whole numbers from 0, or text.
+    Paths are relative to the list, or absolute if it is on a disk. Labels are text, or all whole numbers from 0.
     """
     import pyarrow as pa
 
@@ -39,8 +39,13 @@ def image_list(config: DataConfig) -> Listing:
             f"data.root={config.root}: its column '{_SPLIT}' holds {', '.join(map(repr, unknown))}; allowed: "
             f"{', '.join(SPLITS)}"
         )
-    raw = {split: [as_label(listed.labels[row]) for row in own] for split, own in rows.items()}
-    class_names, labels = class_numbers(raw, f"data.label_column={config.label_column}")
+    raw = from_text({split: [listed.labels[row] for row in own] for split, own in rows.items()}, config)
+    class_names, labels = class_numbers(
+        raw,
+        config,
+        f"data.label_column={config.label_column}",
+        lambda split, item: f"row {rows[split][item] + 1} of data.root={config.root}",
+    )
     names = {split: [listed.paths[row] for row in own] for split, own in rows.items()}
     readers: dict[str, Reader] = {
         split: FileReader(listed.filesystem, listed.folder, Shared(pa.array(own, pa.large_string())))
@@ -84,7 +89,7 @@ def _columns(
         with SteadyFile(filesystem, root) as opened:
             table = csv.read_csv(
                 opened,
-                parse_options=csv.ParseOptions(delimiter="\t" if root.endswith(".tsv") else ","),
+                parse_options=csv.ParseOptions(delimiter="\t" if root.lower().endswith(".tsv") else ","),
                 # pyarrow guesses types otherwise: a label 1.0 would become 1
                 convert_options=csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string())),
             )

@@ -18,12 +18,12 @@ import numpy as np
 import ray
 
 from ftexp.config import DataConfig
+from ftexp.data.labels import class_warnings
 from ftexp.data.order import Int64s
-from ftexp.data.splits import SPLITS, BadSample, stratified_split
-from ftexp.errors import DataError
+from ftexp.data.splits import SPLITS, BadSample, Excluded, stratified_split
 
 if TYPE_CHECKING:
-    from pyarrow.fs import FileInfo, FileSystem
+    from pyarrow.fs import FileSystem
 
 T = TypeVar("T")
 
@@ -70,6 +70,7 @@ class Listing:
     single_readers: dict[str, Reader] = field(default_factory=dict)  # that read each by itself, where it is possible
     bad: list[BadSample] = field(default_factory=list)  # found unreadable while listing
     digest: str | None = None  # `digest_of` it; None: not known, and other samples go unnoticed if they are as many
+    excluded: list[Excluded] = field(default_factory=list)  # entries that a rule keeps from being samples
 
     def splits(self, config: DataConfig, readers: dict[str, Reader]) -> dict[str, IndexedSplit]:
         """Every split, read by `readers`; what the source has no split for is cut off from train as `config` says."""
@@ -89,6 +90,16 @@ class Listing:
             table = Shared((items, self.labels[listed][items]))
             splits[name] = IndexedSplit(len(items), readers[listed], table, sizes)
         return splits
+
+    def facts(self, splits: dict[str, IndexedSplit]) -> dict[str, Any]:
+        """Return what `DataInfo` takes over of it."""
+        labels = {name: split.table.get()[1] for name, split in splits.items()}
+        return {
+            "bad_samples": self.bad,
+            "digest": self.digest,
+            "excluded": self.excluded,
+            "warnings": class_warnings(self.class_names, labels),
+        }
 
 
 def digest_of(class_names: list[str], labels: dict[str, Int64s], names: Mapping[str, Iterable[str]]) -> str:
@@ -117,35 +128,21 @@ class IndexedSplit:
 
 
 def retried(get: Callable[[], T]) -> T:
-    """Get again what a store failed to give, for some seconds; what isn't there fails at once.
+    """Get again what a store failed to give, for some seconds; what isn't there, or is forbidden, fails at once.
 
     Raises:
         FileNotFoundError, NotADirectoryError: it was listed, and is gone now.
+        PermissionError: of a local disk; a store's refusal is a plain OSError.
         OSError: of the last try.
     """
     for delay_s in _RETRY_AFTER_S:
         try:
             return get()
-        except (FileNotFoundError, NotADirectoryError):
+        except (FileNotFoundError, NotADirectoryError, PermissionError):
             raise
         except OSError:
             time.sleep(delay_s)
     return get()
-
-
-def files_at(filesystem: FileSystem, root: str, config: DataConfig) -> list[FileInfo]:
-    """The file at data.root, or all files below it; DataError if it can't be listed."""
-    from pyarrow.fs import FileSelector, FileType
-
-    def look() -> list[FileInfo]:
-        info = filesystem.get_file_info(root)
-        found = [info] if info.type == FileType.File else filesystem.get_file_info(FileSelector(root, recursive=True))
-        return [info for info in found if info.type == FileType.File]
-
-    try:
-        return retried(look)
-    except OSError as error:
-        raise DataError(f"data.root={config.root} can't be listed: {error}") from error
 
 
 class SteadyFile(io.RawIOBase):

@@ -10,11 +10,12 @@ import numpy as np
 
 from ftexp.config import DataConfig
 from ftexp.data.blocks import BlockReader
+from ftexp.data.entries import Account
+from ftexp.data.labels import class_numbers
 from ftexp.data.listing import Listing, Raw, Shared, SteadyFile, digest_of
-from ftexp.data.named_files import class_numbers, files_by_split
+from ftexp.data.named_files import files_by_split
 from ftexp.data.order import Int64s
 from ftexp.data.sources import sources
-from ftexp.data.splits import BadSample
 from ftexp.errors import DataError
 from ftexp.storage import open_uri
 
@@ -34,8 +35,8 @@ def parquet(config: DataConfig) -> Listing:
     filesystem, root = open_uri(config.root or "", "data.root")
     raw_labels: dict[str, list[Any]] = {}
     groups: dict[str, list[RowGroup]] = {}
-    bad: list[BadSample] = []
-    for split, paths in files_by_split(filesystem, root, config, ".parquet").items():
+    account = Account()
+    for split, paths in files_by_split(filesystem, root, config, ".parquet", account).items():
         raw_labels[split], groups[split] = [], []
         for path in paths:
             try:
@@ -46,12 +47,17 @@ def parquet(config: DataConfig) -> Listing:
                         f"{path} can't be read as parquet: {error}; mend it, take it out of data.root, or leave such "
                         "files out with data.on_bad_sample=skip"
                     ) from error
-                bad.append(BadSample(path, f"{type(error).__name__}: {error}"))
+                account.add_bad(path, f"{type(error).__name__}: {error}")
                 continue
             for group, values in enumerate(found):
                 groups[split].append(RowGroup(path, group, len(raw_labels[split])))
                 raw_labels[split] += values
-    class_names, labels = class_numbers(raw_labels, f"data.label_column={config.label_column}")
+    class_names, labels = class_numbers(
+        raw_labels,
+        config,
+        f"data.label_column={config.label_column}",
+        lambda split, item: _place(groups[split], item),
+    )
     return Listing(
         class_names,
         labels,
@@ -63,7 +69,8 @@ def parquet(config: DataConfig) -> Listing:
             split: np.diff([*(group.first_item for group in found), len(labels[split])])
             for split, found in groups.items()
         },
-        bad=bad,
+        bad=account.bad,
+        excluded=account.excluded,
         digest=digest_of(
             class_names,
             labels,
@@ -81,6 +88,11 @@ class RowGroup(NamedTuple):
     path: str
     number: int  # in its file
     first_item: int
+
+
+def _place(groups: list[RowGroup], item: int) -> str:
+    group = max((group for group in groups if group.first_item <= item), key=lambda group: group.first_item)
+    return f"{group.path} row {item - group.first_item} of group {group.number}"
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ftexp.config import DataConfig
+from ftexp.data.labels import class_warnings
 from ftexp.data.order import Int64s, derive_seed
 from ftexp.data.splits import SPLITS, DataBundle, DataInfo, stratified_split
 from ftexp.errors import DataError
@@ -63,7 +64,12 @@ def bundle_from_arrays(
         arrays["test"] = test
     return DataBundle(
         datasets={name: _dataset(*pair) for name, pair in arrays.items()},
-        info=make_info(config, class_names, {name: len(pair[1]) for name, pair in arrays.items()}),
+        info=make_info(
+            config,
+            class_names,
+            {name: len(pair[1]) for name, pair in arrays.items()},
+            warnings=class_warnings(class_names, {name: labels for name, (_, labels) in arrays.items()}),
+        ),
     )
 
 
@@ -82,7 +88,8 @@ def make_info(config: DataConfig, class_names: list[str], num_samples: dict[str,
         mean=list(config.mean),
         std=list(config.std),
         num_samples=num_samples,
-        **extra,
+        integer_labels=config.integer_labels,
+        **{"excluded": [], **extra},
     )
 
 

@@ -27,6 +27,26 @@ class BadSample:
 
 
 @dataclass(frozen=True)
+class Excluded:
+    """Entries of a source that a rule excludes from the samples."""
+
+    reason: str
+    count: int
+    example: str  # where the first of them is
+
+    def __str__(self) -> str:
+        such = f"such as {self.example}" if self.count > 1 else self.example
+        return f"{self.count:,} entr{'ies' if self.count > 1 else 'y'}: {self.reason} ({such})"
+
+
+def reasons(excluded: Sequence[Excluded], bad: Sequence[BadSample], most: int = 10) -> str:
+    """Return why entries of a source are no samples: a line each, begun by a newline, for the end of an error."""
+    lines = [f"excluded {rule}" for rule in excluded] + [f"{sample.where}: {sample.reason}" for sample in bad[:most]]
+    more = [f"and {len(bad) - most:,} more"] if len(bad) > most else []
+    return "".join(f"\n{line}" for line in [*lines, *more])
+
+
+@dataclass(frozen=True)
 class DataInfo:
     """What models, feeds and reports need to know of the data. Travels to every worker."""
 
@@ -38,6 +58,9 @@ class DataInfo:
     num_samples: dict[str, int]  # by split; unreadable samples that were skipped don't count
     bad_samples: list[BadSample] = field(default_factory=list)
     digest: str | None = None  # of a listing, see listing.digest_of; None: of data that is in memory as a whole
+    excluded: list[Excluded] | None = None  # None: of a run that began before ftexp counted them
+    warnings: list[str] = field(default_factory=list)  # of what looks wrong about its classes
+    integer_labels: str = "indices"  # data.integer_labels as the run began with; the default of runs without it
 
     @property
     def num_classes(self) -> int:

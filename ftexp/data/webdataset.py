@@ -5,6 +5,7 @@ from __future__ import annotations
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -12,11 +13,13 @@ import ray
 
 from ftexp.config import DataConfig
 from ftexp.data.blocks import BlockReader
+from ftexp.data.entries import Account, path_exclusion
+from ftexp.data.labels import class_numbers, from_text
 from ftexp.data.listing import Listing, Raw, Reader, Shared, digest_of, retried
-from ftexp.data.named_files import as_label, class_numbers, files_by_split
+from ftexp.data.named_files import files_by_split
 from ftexp.data.order import Int64s
 from ftexp.data.sources import sources
-from ftexp.data.splits import BadSample
+from ftexp.data.splits import reasons
 from ftexp.errors import DataError
 from ftexp.storage import open_uri
 
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
 
 _IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "ppm", "tif", "tiff")
 _LABEL = "cls"
+_OTHER = "neither an image nor .cls"
 _BLOCK_BYTES = 32 * 2**20  # of a shard that are read at once
 
 
@@ -45,34 +49,38 @@ def webdataset(config: DataConfig) -> Listing:
     through once for its index: locally its headers only, and all of it from an object store.
     """
     filesystem, root = open_uri(config.root or "", "data.root")
-    bad: list[BadSample] = []
-    raw_labels: dict[str, list[Any]] = {}
+    account = Account()
+    texts: dict[str, list[str]] = {}
     readers: dict[str, Reader] = {}
     single: dict[str, Reader] = {}
     block_sizes: dict[str, Int64s] = {}
     names: dict[str, list[str]] = {}
-    for split, paths in files_by_split(filesystem, root, config, ".tar").items():
-        stretches, found, problems = scan_shards(filesystem, paths)
-        bad += problems
-        raw_labels[split] = [as_label(label) for label in found]
+    for split, paths in files_by_split(filesystem, root, config, ".tar", account).items():
+        stretches, found, of_shards = scan_shards(filesystem, paths)
+        account.add(of_shards)
+        texts[split] = found
         names[split] = stretches.names(root)
         readers[split], single[split] = BlockReader(stretches), EntryReader(stretches)
         block_sizes[split] = np.diff(np.append(stretches.first_items(), len(found)))
-    if bad and config.on_bad_sample == "fail":
-        shown = "\n".join(f"{problem.where}: {problem.reason}" for problem in bad[:10])
+    if account.bad and config.on_bad_sample == "fail":
         raise DataError(
-            f"{len(bad)} problems with the shards of data.root={config.root}; mend them, or leave what is spoilt out "
-            f"with data.on_bad_sample=skip:\n{shown}"
+            f"{len(account.bad)} problems with the shards of data.root={config.root}; mend them, or leave what is "
+            "spoilt out with data.on_bad_sample=skip:" + reasons([], account.bad)
         )
-    class_names, labels = class_numbers(raw_labels, f"data.root={config.root}: .{_LABEL}")
+    class_names, labels = class_numbers(
+        from_text(texts, config),
+        config,
+        f"data.root={config.root}: .{_LABEL}",
+        lambda split, item: f"{root}{names[split][item]}",
+    )
     digest = digest_of(class_names, labels, names)
-    return Listing(class_names, labels, readers, block_sizes, single, bad, digest)
+    return Listing(class_names, labels, readers, block_sizes, single, account.bad, digest, account.excluded)
 
 
 def scan_shards(
     filesystem: FileSystem, paths: list[str], labelled: bool = True
-) -> tuple[Stretches, list[str], list[BadSample]]:
-    """How the samples of shards are read, their labels, and what is wrong with them; each shard is read by a task.
+) -> tuple[Stretches, list[str], Account]:
+    """How the samples of shards are read, their labels, and what else is in them; each shard is read by a task.
 
     labelled: whether a sample needs a label; one that has none has "".
     """
@@ -81,6 +89,9 @@ def scan_shards(
     scan = ray.remote(scan_shard)
     shards = ray.get([scan.remote(filesystem, path, labelled) for path in paths])
     entries = [(number, entry) for number, (found, _) in enumerate(shards) for entry in found]
+    account = Account()
+    for _, of_shard in shards:
+        account.add(of_shard)
     index = Index(
         paths,
         pa.array([entry.name for _, entry in entries], pa.large_string()),
@@ -89,25 +100,28 @@ def scan_shards(
         np.array([entry.num_bytes for _, entry in entries], np.int64),
     )
     stretches = Stretches(filesystem, Shared(index), Shared(index.cut(_BLOCK_BYTES)))
-    return stretches, [label for _, (*_, label) in entries], [problem for _, found in shards for problem in found]
+    return stretches, [label for _, (*_, label) in entries], account
 
 
-def scan_shard(filesystem: FileSystem, path: str, labelled: bool = True) -> tuple[list[Entry], list[BadSample]]:
-    """The samples of a shard, in order, and what is wrong with it."""
+def scan_shard(filesystem: FileSystem, path: str, labelled: bool = True) -> tuple[list[Entry], Account]:
+    """The samples of a shard, in order, and an account of its other entries."""
     try:
         return retried(lambda: _scan(filesystem, path, labelled))
     except (OSError, tarfile.TarError) as error:
-        return [], [BadSample(path, f"{type(error).__name__}: {error}")]
+        account = Account()
+        account.add_bad(path, f"{type(error).__name__}: {error}")
+        return [], account
 
 
-def _scan(filesystem: FileSystem, path: str, labelled: bool) -> tuple[list[Entry], list[BadSample]]:
+def _scan(filesystem: FileSystem, path: str, labelled: bool) -> tuple[list[Entry], Account]:
     from pyarrow.fs import LocalFileSystem
 
     local = isinstance(filesystem, LocalFileSystem)
+    account = Account()
     images: dict[str, tuple[int, int]] = {}
-    doubled: dict[str, None] = {}
     labels: dict[str, str] = {}
-    problems, torn = [], None
+    spoilt: dict[str, str] = {}  # why, by name
+    torn = None
     with (
         filesystem.open_input_file(path) if local else filesystem.open_input_stream(path, buffer_size=2**20) as file,
         tarfile.open(fileobj=file, mode="r:" if local else "r|") as tar,
@@ -115,19 +129,24 @@ def _scan(filesystem: FileSystem, path: str, labelled: bool) -> tuple[list[Entry
         size = file.size() if local else None
         try:
             for member in tar:
-                folder, _, base = member.name.rpartition("/")
-                name, _, extension = base.partition(".")
-                name = f"{folder}/{name}" if folder and name else name
-                if not member.isfile() or not name:
+                if member.isdir():
                     continue
-                if extension.lower() in _IMAGES and name in images:
-                    doubled[name] = None
-                elif extension.lower() in _IMAGES:
+                name, ending = _split_name(member.name)
+                hidden = path_exclusion(PurePosixPath(member.name).parts)
+                if hidden is not None or ending is None:
+                    account.exclude(f"{path} {member.name}", hidden[1] if hidden is not None else _OTHER)
+                elif not member.isfile():
+                    spoilt[name] = f"its .{ending} is a link: pack it with tar --dereference --hard-dereference"
+                elif ending in _IMAGES and name in images:
+                    spoilt[name] = "it has more than one image"
+                elif ending in _IMAGES:
                     images[name] = (member.offset_data, member.size)
-                elif extension == _LABEL:
+                else:
                     content = tar.extractfile(member)
                     assert content is not None, "it is a file"
-                    labels[name] = content.read().decode(errors="replace").strip()
+                    label = content.read().decode(errors="replace").strip()
+                    if labels.setdefault(name, label) != label:
+                        spoilt[name] = f"it has more than one .{_LABEL}"
         except tarfile.ReadError as error:  # it is torn; what comes before is whole
             if not images:
                 raise
@@ -140,19 +159,42 @@ def _scan(filesystem: FileSystem, path: str, labelled: bool) -> tuple[list[Entry
     if size is not None and end > size:
         torn = f"it ends at {size} bytes, within an image"
     if torn is not None:
-        problems.append(BadSample(path, f"{torn}; what comes before is kept"))
+        account.add_bad(path, f"{torn}; what comes before is kept")
+    samples = images.keys() & labels.keys() if labelled else set(images)
+    for name in sorted(images.keys() ^ labels.keys()):
+        if (own := _before_dot(name)) != name and own in samples:
+            account.exclude(f"{path} {name}", "further field of a sample")
+            images.pop(name, None)
+            labels.pop(name, None)
     if not labelled:
         labels = dict.fromkeys(images, "") | labels
-    for name in sorted(images.keys() ^ labels.keys()):
-        problems.append(BadSample(f"{path} {name}", "it has no ." + (_LABEL if name in images else "image")))
+    for name in sorted((images.keys() ^ labels.keys()) - spoilt.keys()):
+        account.add_bad(f"{path} {name}", "it has no ." + (_LABEL if name in images else "image"))
     for name in (name for name, label in labels.items() if "\N{REPLACEMENT CHARACTER}" in label):
-        problems.append(BadSample(f"{path} {name}", f"its .{_LABEL} is no text"))
-        images.pop(name, None)
-    for name in doubled:
-        problems.append(BadSample(f"{path} {name}", "it has more than one image"))
+        spoilt.setdefault(name, f"its .{_LABEL} is no text")
+    for name, reason in spoilt.items():
+        account.add_bad(f"{path} {name}", reason)
         images.pop(name, None)
     whole = (name for name in images if name in labels and (size is None or sum(images[name]) <= size))
-    return [Entry(name, *images[name], labels[name]) for name in whole], problems
+    return [Entry(name, *images[name], labels[name]) for name in whole], account
+
+
+def _split_name(path: str) -> tuple[str, str | None]:
+    """Name of the sample that an entry belongs to, and its ending in lower case; None if it is none of those read.
+
+    The name of a sample may hold dots, so a known ending is cut off; of other entries, all from the first dot on.
+    """
+    folder, _, base = path.rpartition("/")
+    stem, _, ending = base.rpartition(".")
+    known = bool(stem) and ending.lower() in (*_IMAGES, _LABEL)
+    name = stem if known else base.partition(".")[0]
+    return f"{folder}/{name}" if folder and name else name, ending.lower() if known else None
+
+
+def _before_dot(name: str) -> str:
+    """The name of the sample whose field an entry is, where a dot within a name begins a field, as in 7.left.png."""
+    folder, slash, base = name.rpartition("/")
+    return f"{folder}{slash}{base.partition('.')[0]}"
 
 
 @dataclass(frozen=True)

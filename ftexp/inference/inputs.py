@@ -13,15 +13,17 @@ import numpy as np
 import ftexp.data.build  # noqa: F401 - registers the sources that are built in
 from ftexp.config import DataConfig
 from ftexp.data.blocks import BlockReader
+from ftexp.data.entries import Account, files_at
 from ftexp.data.feeds import CachedRows
-from ftexp.data.files import FileReader, visible_files
+from ftexp.data.files import FileReader, image_files
 from ftexp.data.image_list import read_list
-from ftexp.data.listing import IndexedSplit, Listing, Raw, Reader, Shared, files_at
-from ftexp.data.named_files import as_label, data_files
+from ftexp.data.labels import written_number
+from ftexp.data.listing import IndexedSplit, Listing, Raw, Reader, Shared
+from ftexp.data.named_files import data_files
 from ftexp.data.order import Int64s
 from ftexp.data.parquet import RowGroup, RowGroups, labels_of
 from ftexp.data.sources import UInt8s, sources
-from ftexp.data.splits import BadSample
+from ftexp.data.splits import BadSample, Excluded, reasons
 from ftexp.data.webdataset import scan_shards
 from ftexp.errors import DataError
 from ftexp.registry import Registry
@@ -40,6 +42,7 @@ class Inputs:
     label_names: list[str]
     digest: str  # of which images there are, and how large their files are
     bad: list[BadSample] = field(default_factory=list)  # files with an unknown number of images
+    excluded: list[Excluded] = field(default_factory=list)  # entries that a rule keeps from being images
     listing: str | None = None  # the digest of all splits together, as a run has it; None: not known
 
 
@@ -53,8 +56,7 @@ def find_inputs(config: DataConfig, split: str, class_names: list[str]) -> Input
     """
     found = every_image.get(config.name)(config, class_names) if split == ALL else _one_split(config, split)
     if not len(found.split):
-        reasons = "".join(f"\n{sample.where}: {sample.reason}" for sample in found.bad[:10])
-        raise DataError(f"data.name={config.name} has no image for split={split}{reasons}")
+        raise DataError(f"data.name={config.name} has no image for split={split}{reasons(found.excluded, found.bad)}")
     return found
 
 
@@ -68,9 +70,11 @@ def _one_split(config: DataConfig, split: str) -> Inputs:
         files: Iterable[tuple[str, int]] = []
         if config.root is not None:
             filesystem, root = open_uri(config.root, "data.root")
-            files = sorted((info.path.removeprefix(root), info.size) for info in files_at(filesystem, root, config))
+            infos = files_at(filesystem, root, config, Account())  # the source has accounted for the others
+            files = sorted((info.path.removeprefix(root), info.size) for info in infos)
         items, labels = own.table.get()
-        return Inputs(_kept(own), names, _digest(files, items.tobytes(), labels.tobytes()), found.bad, found.digest)
+        digest = _digest(files, items.tobytes(), labels.tobytes())
+        return Inputs(_kept(own), names, digest, found.bad, found.excluded, found.digest)
     images, labels = _arrays(found.datasets[split])
     table = Shared((np.arange(len(labels)), labels))
     own = IndexedSplit(len(labels), ArrayReader(f"{config.name}/{split}", Shared(images)), table, None)
@@ -101,17 +105,18 @@ class ArrayReader:
 
 @every_image.register("image_folder")
 def _folder(config: DataConfig, class_names: list[str]) -> Inputs:
-    """Every file below data.root that isn't hidden; in class folders, or not."""
+    """Every image file below data.root; in class folders, or not."""
     import pyarrow as pa
 
     filesystem, root = open_uri(config.root or "", "data.root")
-    files = sorted((parts, size) for parts, size in visible_files(filesystem, root, config) if parts)
+    account = Account()
+    files = sorted((parts, size) for parts, size in image_files(filesystem, root, config, account) if parts)
     known = set(class_names)
     classes = [next((part for part in parts[:-1] if part in known), None) for parts, _ in files]
     paths = ["/".join(parts) for parts, _ in files]
     reader = FileReader(filesystem, root, Shared(pa.array(paths, pa.large_string())))
     digest = _digest(zip(paths, (size for _, size in files), strict=True))
-    return _inputs(reader, classes, digest)
+    return _inputs(reader, classes, digest, account)
 
 
 @every_image.register("image_list")
@@ -120,7 +125,7 @@ def _list(config: DataConfig, _: list[str]) -> Inputs:
     import pyarrow as pa
 
     listed = read_list(config, labelled=False)
-    labels = _as_labels(listed.labels or [None] * len(listed.paths))
+    labels = _as_labels(listed.labels or [None] * len(listed.paths), config)
     reader = FileReader(listed.filesystem, listed.folder, Shared(pa.array(listed.paths, pa.large_string())))
     return _inputs(reader, labels, _digest(((path, 0) for path in listed.paths), repr(labels).encode()))
 
@@ -131,45 +136,49 @@ def _parquet(config: DataConfig, _: list[str]) -> Inputs:
     import pyarrow as pa
 
     filesystem, root = open_uri(config.root or "", "data.root")
-    infos = data_files(filesystem, root, config, ".parquet")
+    account = Account()
+    infos = data_files(filesystem, root, config, ".parquet", account)
     labels: list[Any] = []
     groups: list[RowGroup] = []
-    bad = []
     for info in infos:
         try:
             found = list(labels_of(filesystem, info.path, config, labelled=False))
         except (OSError, pa.ArrowException) as error:
-            bad.append(BadSample(info.path, f"{type(error).__name__}: {error}"))
+            account.add_bad(info.path, f"{type(error).__name__}: {error}")
             continue
         for number, values in enumerate(found):
             groups.append(RowGroup(info.path, number, len(labels)))
             labels += values
     reader = BlockReader(RowGroups(filesystem, config.image_column, Shared(groups)))
-    return _inputs(reader, labels, _digest((info.path.removeprefix(root), info.size) for info in infos), bad)
+    return _inputs(reader, labels, _digest((info.path.removeprefix(root), info.size) for info in infos), account)
 
 
 @every_image.register("webdataset")
 def _webdataset(config: DataConfig, _: list[str]) -> Inputs:
     """Every image of every shard."""
     filesystem, root = open_uri(config.root or "", "data.root")
-    infos = data_files(filesystem, root, config, ".tar")
-    stretches, labels, bad = scan_shards(filesystem, [info.path for info in infos], labelled=False)
+    account = Account()
+    infos = data_files(filesystem, root, config, ".tar", account)
+    stretches, labels, of_shards = scan_shards(filesystem, [info.path for info in infos], labelled=False)
+    account.add(of_shards)
     digest = _digest((info.path.removeprefix(root), info.size) for info in infos)
-    return _inputs(BlockReader(stretches), _as_labels(labels), digest, bad)
+    return _inputs(BlockReader(stretches), _as_labels(labels, config), digest, account)
 
 
-def _inputs(reader: Reader, labels: Sequence[Any], digest: str, bad: list[BadSample] | None = None) -> Inputs:
+def _inputs(reader: Reader, labels: Sequence[Any], digest: str, account: Account | None = None) -> Inputs:
     """Of labels as training takes them; None or "": there is none."""
     written = [None if label in (None, "") else str(label) for label in labels]
     names = sorted({label for label in written if label is not None})
     numbers: dict[str | None, int] = {None: _NONE, **{name: number for number, name in enumerate(names)}}
     table = Shared((np.arange(len(written)), np.array([numbers[label] for label in written], np.int64)))
-    return Inputs(_kept(IndexedSplit(len(written), reader, table, None)), names, digest, bad or [])
+    account = account or Account()
+    split = IndexedSplit(len(written), reader, table, None)
+    return Inputs(_kept(split), names, digest, account.bad, account.excluded)
 
 
-def _as_labels(texts: Sequence[str | None]) -> list[str | int | None]:
+def _as_labels(texts: Sequence[str | None], config: DataConfig) -> list[str | int | None]:
     """Of a source that holds text only, where training takes what looks like a number for one."""
-    return [None if text is None else as_label(text) for text in texts]
+    return [None if text is None else written_number(text, config) for text in texts]
 
 
 def _kept(split: IndexedSplit) -> IndexedSplit:

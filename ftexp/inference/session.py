@@ -117,10 +117,12 @@ def _predict(request: Request, workers: Workers) -> None:
     workers, num_decoding = _placed(config, workers)
     inputs = find_inputs(config.data, request.split, run.info.class_names)
     if request.is_runs_own:
-        require_trained_on(f"data.root={config.data.root}", run.info.digest, inputs.listing)
+        require_trained_on(f"data.root={config.data.root}", vars(run.info), inputs.listing)
     plan = request.plan(inputs)
     missing = begin(request.out, plan)
     _print_header(console, request, plan, missing, f"{workers} · {num_decoding} CPUs decode")
+    for excluded in inputs.excluded:
+        console.print(f"excluded {excluded}", markup=False, soft_wrap=True)
     weights = Shared(_as_array(read_weights(run.store, request.manifest, request.weights)))
     job = Job(run, weights, inputs, plan, request.out, workers, num_decoding, request.batch_size)
     with ImageProgress(console, sum(len(plan.samples(part)) for part in missing)) as progress:
