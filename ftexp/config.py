@@ -18,7 +18,7 @@ from ftexp.trackers.settings import TrackerConfig
 
 AUTO = "auto"
 PRECISIONS = ("fp32", "bf16", "fp16")
-CAUSES = ("bug", "out_of_memory", "crash", "hang", "preemption", "non_finite", "storage", "startup")
+CAUSES = ("bug", "out_of_memory", "crash", "hang", "preemption", "non_finite", "storage", "startup", "ray")
 DAMAGES = ("truncate_checkpoint", "flip_byte", "delete_manifest", "delete_checkpoint")  # to checkpoints
 FAULTS = (
     *("raise", "kill_worker", "kill_driver", "hang", "nonfinite"),
@@ -176,6 +176,7 @@ class ScalingConfig:
 class FailureConfig:
     max_failures: int = ranged(3, low=-1)  # restarts of the worker group; -1: no limit
     max_preemption_failures: int = ranged(-1, low=-1)  # preemptions are not charged to max_failures
+    max_ray_failures: int = ranged(3, low=-1)  # new Rays for one of our own that died; not charged to max_failures
     max_by_cause: dict[str, int] = field(default_factory=dict)  # {cause: restarts}, beside max_failures
     refill_after_steps: int | None = ranged(None, low=1)  # a failure this many steps back is forgiven; None: never
     max_failures_without_progress: int = ranged(3, low=-1)  # in a row, none of which saw a new step: a crash loop

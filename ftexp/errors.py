@@ -11,6 +11,7 @@ FtexpError
 ├── NonFiniteError   a loss or gradient is NaN or infinite
 ├── ExportError      an exported model doesn't say what the original says
 ├── RunFailedError   training stopped and the failure policy allows no further try
+│   └── RayLostError       Ray's own processes died, and no new Ray is started
 └── SweepFailedError   trials of a sweep failed; the others are done
 
 Every message names the key or file, its value, and what to do about it.
@@ -65,6 +66,15 @@ class ExportError(FtexpError):
 
 class RunFailedError(FtexpError):
     """Training stopped, and the failure policy allows no further try."""
+
+
+class RayLostError(RunFailedError):
+    """Ray's own processes died: its raylet, or its GCS. The checkpoints are still there.
+
+    begins_again: whether the run goes on with a new Ray, so that this is no end.
+    """
+
+    begins_again = False
 
 
 class SweepFailedError(FtexpError):

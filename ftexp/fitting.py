@@ -1,4 +1,4 @@
-"""Running Ray Train's fit() so that it can be stopped: by Ctrl-C, by SIGTERM, or because the run was taken over."""
+"""Running Ray Train's fit() so that it can be stopped: by a signal, by another command, or by Ray's own death."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from ftexp.errors import StorageError
+from ftexp.errors import RayLostError, StorageError
 from ftexp.lease import Lease
 
 _LOOK_EVERY_S = 0.1
@@ -30,15 +30,17 @@ def fit_interruptibly(
     lease: Lease,
     stop: Callable[[KeyboardInterrupt], bool],
     failed: Callable[[], Exception | None] = lambda: None,
+    lost: Callable[[], str | None] = lambda: None,
 ) -> Any:
     """Run fit() on a thread, so that Ctrl-C, SIGTERM and SIGHUP reach this one, not Ray's own handler.
 
     The first asks the workers for a last save by `stop`, which tells whether there are any; the second ends it at once.
     `failed` tells what went wrong elsewhere in this process: it is raised, and ends the run.
-    StorageError if another command has taken the run directory over.
+    StorageError if another command has taken the run directory over; RayLostError once `lost` tells that Ray has died.
     """
     with collected_signals() as asked:
-        return _fit_on_thread(fit, functools.partial(_wait, lease, stop, failed, asked))
+        require = functools.partial(_require, failed, lost, asked)
+        return _fit_on_thread(fit, functools.partial(_wait, lease, stop, require, asked), require)
 
 
 @contextlib.contextmanager
@@ -62,7 +64,9 @@ def collected_signals() -> Iterator[list[KeyboardInterrupt]]:
             signal.signal(number, handler)
 
 
-def _fit_on_thread(fit: Callable[[], Any], wait: Callable[[threading.Event], None]) -> Any:
+def _fit_on_thread(
+    fit: Callable[[], Any], wait: Callable[[threading.Event], None], require: Callable[[Exception | None], None]
+) -> Any:
     outcome: list[Any] = []
     errors: list[BaseException] = []
     done = threading.Event()
@@ -83,14 +87,35 @@ def _fit_on_thread(fit: Callable[[], Any], wait: Callable[[threading.Event], Non
         _interrupt(thread, done)
         raise
     if errors:
+        if isinstance(errors[0], Exception):
+            require(errors[0])  # what fit() makes of it says nothing
         raise errors[0]
     return outcome[0]
+
+
+def _require(
+    failed: Callable[[], Exception | None],
+    lost: Callable[[], str | None],
+    asked: list[KeyboardInterrupt],
+    error: Exception | None,
+) -> None:
+    """Raise what failed elsewhere, and RayLostError if Ray has died; or the signal that had asked for the end before.
+
+    error: that of fit(), if it has ended by one.
+    """
+    if error is None and (other := failed()) is not None:
+        raise other
+    if (reason := lost()) is not None:
+        died = RayLostError(reason)
+        if asked:
+            raise asked[0] from died
+        raise died from error
 
 
 def _wait(
     lease: Lease,
     stop: Callable[[KeyboardInterrupt], bool],
-    failed: Callable[[], Exception | None],
+    require: Callable[[Exception | None], None],
     asked: list[KeyboardInterrupt],
     done: threading.Event,
 ) -> None:
@@ -105,8 +130,7 @@ def _wait(
             raise asked[1]
         elif stop_by is not None and time.monotonic() > stop_by:
             raise asked[0]
-        if (error := failed()) is not None:
-            raise error
+        require(None)
         if lease.lost is not None:
             raise StorageError(f"the run was taken over by {lease.lost}, since this process seemed dead: it stops here")
 

@@ -8,18 +8,22 @@
   generator is seeded at the first draw, and the decorator of actor classes draws when Ray's modules are imported.
 - The thread that prints raylet's messages starts whatever log_to_driver says; what it prints is in Ray's logs too.
 - The script that raylet starts for each worker, which imports all of ray to become the worker's interpreter.
+- The processes that ray.init has started: by them a Ray that has died is noticed, and ended for good.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import signal
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 SNAPSHOT = "checkpoint_manager_snapshot.json"
 _WRAPPED_FAILURE = "health_check_failure"
+_VITAL = {"gcs_server": "GCS", "raylet": "raylet"}  # kind of process -> as Ray's documentation calls it
 
 
 def unwrap(error: Exception) -> Exception:
@@ -88,3 +92,39 @@ def workers_set_up_by(script: Path) -> Iterator[None]:
         yield
     finally:
         ray_constants.SETUP_WORKER_FILENAME = original
+
+
+def started_processes() -> dict[str, subprocess.Popen[bytes]]:
+    """The processes that a Ray started here can't do without, by what they are called; none of one that was joined."""
+    import ray._private.worker as worker
+
+    node = worker._global_node
+    found = node.all_processes if node is not None else {}
+    return {name: found[kind][0].process for kind, name in _VITAL.items() if kind in found}
+
+
+def logs_dir() -> str:
+    """Where the processes of the Ray that this process is connected to leave their logs."""
+    import ray._private.worker as worker
+
+    node = worker._global_node
+    return str(node.get_logs_dir_path()) if node is not None else "none"
+
+
+def kill_started() -> None:
+    """End every process that ray.init has started here, at once; also where it gave up halfway, and forgot them."""
+    import ray
+    import ray._private.worker as worker
+
+    node = worker._global_node
+    for infos in node.all_processes.values() if node is not None else ():
+        for info in infos:
+            info.process.kill()
+            info.process.wait()
+    code = f"{Path(ray.__file__).parent}/".encode()
+    for entry in Path("/proc").glob("[0-9]*"):  # nothing where there is no /proc
+        with contextlib.suppress(OSError):  # ended meanwhile
+            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            words = (entry / "cmdline").read_bytes().split(b"\0")
+            if parent == os.getpid() and any(word.startswith(code) for word in words):
+                os.kill(int(entry.name), signal.SIGKILL)

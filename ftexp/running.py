@@ -4,33 +4,49 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NoReturn
 
 from ftexp.checks import validate
 from ftexp.config import Config
 
 if TYPE_CHECKING:
+    from ftexp.restart import Restart
     from ftexp.scaling import SharedRay
 
 
-def train(config: Config, overrides: list[str] | None = None, shared: SharedRay | None = None) -> dict[str, float]:
+def train(
+    config: Config,
+    overrides: list[str] | None = None,
+    shared: SharedRay | None = None,
+    restart: Restart | None = None,
+    begin_again: Callable[[Restart], NoReturn] | None = None,
+) -> dict[str, float]:
     """Check `config`, run it to the end and return its last metrics.
 
     Args:
         config: a whole run.
         overrides: what was typed, for overrides.yaml.
         shared: the Ray of the sweep that this is a trial of; None: one of its own, or `scaling.address`.
+        restart: what a command that has begun again, because its Ray had died, goes on with.
+        begin_again: how a command does that; None: in this process it can't, and a Ray that dies ends the run.
 
     Raises:
         ConfigError: the config is wrong; nothing was started.
         DataError: the data can't be read.
-        RunFailedError: failures are spent. Everything saved is still there.
+        RunFailedError: failures are spent, or Ray died. Everything saved is still there.
     """
     validate(config)
-    return _run(config, overrides or [], shared)
+    return _run(config, overrides or [], shared, restart, begin_again)
 
 
-def _run(config: Config, overrides: list[str], shared: SharedRay | None = None) -> dict[str, float]:
+def _run(
+    config: Config,
+    overrides: list[str],
+    shared: SharedRay | None = None,
+    restart: Restart | None = None,
+    begin_again: Callable[[Restart], NoReturn] | None = None,
+) -> dict[str, float]:
     from ftexp.lease import Lease
     from ftexp.opening import changes, has_run, located, open_run, require_resumable
     from ftexp.scaling import decide_workers, prepare_environment
@@ -60,7 +76,7 @@ def _run(config: Config, overrides: list[str], shared: SharedRay | None = None) 
         prepare_environment(config)
         from ftexp.session import run_session
 
-        return run_session(config, overrides, workers, run_dir, state, lease, shared)
+        return run_session(config, overrides, workers, run_dir, state, lease, shared, restart, begin_again)
     finally:
         lease.release()
 

@@ -8,7 +8,7 @@ import importlib
 import logging
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,8 @@ from ftexp import ray_private
 from ftexp.checks import num_local_gpus
 from ftexp.config import AUTO, Config, DataConfig, ScalingConfig
 from ftexp.data.names import can_stream
-from ftexp.errors import ConfigError
+from ftexp.errors import ConfigError, RayLostError, RunFailedError
+from ftexp.ray_watch import JoinedRay, OwnRay
 
 _MAX_AUTO_CPU_WORKERS = 2  # small models gain nothing from more processes on one machine
 _MAX_AUTO_THREADS = 8
@@ -85,6 +86,7 @@ class RunningRay:
 
     host: str  # this node's address
     is_own: bool  # started here, so that everything in it is this run's
+    lost: Callable[[], str | None] = lambda: None  # why it is no more, if it isn't
 
 
 def decide_workers(config: ScalingConfig, num_cpus: int | None = None, share: int = 1) -> Workers:
@@ -184,7 +186,12 @@ def start_ray(
     shared: SharedRay | None = None,
     decodes: bool | None = None,
 ) -> RunningRay:
-    """Start Ray on this machine, or join a sweep's, or `scaling.address`; ConfigError if it fails.
+    """Start Ray on this machine, or join a sweep's, or `scaling.address`.
+
+    Raises:
+        ConfigError: no cluster answers at the address.
+        RayLostError: a process of the Ray that was started here died meanwhile.
+        RunFailedError: Ray doesn't start on this machine.
 
     decodes: whether CPUs are to decode beside the workers; None: if the data may be streamed.
     """
@@ -209,9 +216,37 @@ def start_ray(
             runtime_env=runtime_env,
             **options,
         )
-    except ConnectionError as error:
+    except Exception as error:
+        if own:
+            raise _not_started(error) from error
+        if not isinstance(error, ConnectionError):
+            raise
         raise ConfigError(f"scaling.address={address}: no Ray cluster answers there: {error}") from error
-    return RunningRay(str(context.address_info["node_ip_address"]), own)
+    host = str(context.address_info["node_ip_address"])
+    if own:
+        watch = OwnRay()
+        if (reason := watch.lost() or _no_node()) is not None:
+            raise RayLostError(reason)
+        return RunningRay(host, own, watch.lost)
+    sockets = [node["RayletSocketName"] for node in ray.nodes() if node["NodeID"] == context.address_info["node_id"]]
+    return RunningRay(host, own, JoinedRay(sockets[0], ray.get_runtime_context().gcs_address).lost)
+
+
+def _no_node() -> str | None:
+    """Say so if the raylet has left the Ray that was started: it ends when a helper of its own dies at the start."""
+    import ray
+
+    return None if ray.cluster_resources().get("CPU") else "Ray's raylet process gave up while it started"
+
+
+def _not_started(error: Exception) -> RunFailedError:
+    """An error of ray.init's, as one that another try may not meet, if it isn't about this machine or the settings."""
+    reason = f"{type(error).__name__}: {str(error).strip() or 'no reason given'}".splitlines()[0]
+    if isinstance(error, (OSError, ValueError, TypeError)):
+        return RunFailedError(f"Ray can't be started on this machine: {reason}")
+    lost = OwnRay().lost()
+    ray_private.kill_started()  # also what Ray has forgotten, since it gave up halfway
+    return RayLostError(lost or f"Ray did not start: {reason}")
 
 
 def quiet_data(config: Config) -> None:

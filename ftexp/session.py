@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NoReturn
 
 import ray
 from omegaconf import OmegaConf
 
 from ftexp.config import Config
-from ftexp.errors import ConfigError
+from ftexp.errors import ConfigError, RayLostError
 from ftexp.fingerprint import masked
+from ftexp.fitting import fit_interruptibly
 from ftexp.hot_start.driver import HotStart, on_joined_nodes
 from ftexp.lease import Lease
 from ftexp.opening import changes, labels_as_begun, repeated_samples, require_same_data
 from ftexp.registry import load_plugins
+from ftexp.restart import Restart
 from ftexp.scaling import (
     RunningRay,
     SharedRay,
@@ -29,7 +34,11 @@ from ftexp.storage import Storage
 from ftexp.terminal import Terminal
 from ftexp.tracked import close_trackers, outcome_of, trackers_of
 from ftexp.trackers.run import check_names as check_trackers
-from ftexp.tracking import CONFIG_FILE, RunRecord, RunState
+from ftexp.tracking import CONFIG_FILE, FAILED, RUNNING, RunRecord, RunState
+
+if TYPE_CHECKING:
+    from ftexp.data.splits import DataBundle
+    from ftexp.supervisor import Supervisor
 
 
 def run_session(
@@ -40,37 +49,74 @@ def run_session(
     state: RunState,
     lease: Lease,
     shared: SharedRay | None,
+    restart: Restart | None = None,
+    begin_again: Callable[[Restart], NoReturn] | None = None,
 ) -> dict[str, float]:
-    """Train in a Ray that is started here, or joined, and left again; returns the last metrics."""
+    """Train in a Ray that is started here, or joined, and left again; returns the last metrics.
+
+    restart: where this is a command that has begun again, since its Ray had died.
+    begin_again: how it does; None: it can't, so that the run fails.
+    """
     joins = shared is not None or config.scaling.address is not None
+    terminal = Terminal()
     hot_start = HotStart(config.scaling, workers.num_threads, joins)
     importing = import_meanwhile("ftexp.trainer")
+
+    def records() -> tuple[RunRecord, Supervisor]:
+        from ftexp.supervisor import Supervisor
+
+        score = (config.checkpoint.checkpoint_score_attribute, config.checkpoint.checkpoint_score_order)
+        record = RunRecord(run_dir, state, score, noticed_at=restart.noticed_at if restart else None)
+        num_before = restart.num_before if restart else None
+        return record, Supervisor(record, terminal, config, num_before, _no_new_ray(joins, begin_again is not None))
+
     try:
-        with hot_start.raylet_settings():
-            running = start_ray(config, shared.runtime_env if shared else hot_start.runtime_env(), shared)
-        importing.join()
-        return _run(config, overrides, workers, run_dir, state, lease, running, shared)
+        try:
+            with hot_start.raylet_settings():
+                running = start_ray(config, shared.runtime_env if shared else hot_start.runtime_env(), shared)
+            importing.join()
+            build = functools.partial(_build, config, workers, state, terminal)
+            bundle = fit_interruptibly(build, lease, lambda _: False, lost=running.lost)
+        except RayLostError as error:
+            importing.join()
+            record, supervisor = records()
+            supervisor.ray_lost(error)
+            if not error.begins_again:
+                record.close(FAILED, supervisor.stopped)
+            raise
+        record, supervisor = records()
+        return _run(
+            config, overrides, workers, run_dir, record, terminal, lease, running, shared, bundle, supervisor, restart
+        )
+    except RayLostError as error:
+        if begin_again is None or not error.begins_again:
+            raise
+        hot_start.stop()
+        lease.release()
+        try:
+            begin_again(supervisor.restart(overrides))
+        except OSError as failed:
+            reason = f"{error}; the command could not begin again: {failed}"
+            record.close(FAILED, reason)
+            raise RayLostError(reason) from failed
     finally:
         ray.shutdown()
         hot_start.stop()
 
 
-def _run(
-    config: Config,
-    overrides: list[str],
-    workers: Workers,
-    run_dir: Storage,
-    state: RunState,
-    lease: Lease,
-    running: RunningRay,
-    shared: SharedRay | None,
-) -> dict[str, float]:
+def _no_new_ray(joins: bool, is_command: bool) -> str | None:
+    """Why a Ray that has died can't be replaced; None if it can."""
+    if joins:
+        return "a Ray that was joined can't be started again from here"
+    return None if is_command else "only python -m ftexp.train starts a new Ray by itself"
+
+
+def _build(config: Config, workers: Workers, state: RunState, terminal: Terminal) -> DataBundle:
+    """What is trained on, once what else is named in the config is there; ConfigError if something isn't."""
     import ftexp.checkpoint.states  # noqa: F401 - registers what is built in
     from ftexp.checkpoint.registry import check_names
     from ftexp.data.build import build_data
-    from ftexp.trainer import run_training
 
-    terminal = Terminal()
     quiet_data(config)
     load_plugins(config.plugins)
     check_names(config.checkpoint.extra_state)
@@ -84,14 +130,33 @@ def _run(
     require_same_data(config, state, bundle.info)
     if bundle.streamed:
         bundle = dataclasses.replace(bundle, decode_cpus=decoding_cpus(config, workers))
+    return bundle
+
+
+def _run(
+    config: Config,
+    overrides: list[str],
+    workers: Workers,
+    run_dir: Storage,
+    record: RunRecord,
+    terminal: Terminal,
+    lease: Lease,
+    running: RunningRay,
+    shared: SharedRay | None,
+    bundle: DataBundle,
+    supervisor: Supervisor,
+    restart: Restart | None,
+) -> dict[str, float]:
+    from ftexp.trainer import run_training
+
+    state = record.state
     state.data = {"name": config.data.name, "feed": bundle.feed, **masked(bundle.info)}
     changed = changes(config, state, run_dir)
     run_dir.write_bytes(CONFIG_FILE, OmegaConf.to_yaml(OmegaConf.create(masked(config))).encode())
     run_dir.write_bytes("overrides.yaml", OmegaConf.to_yaml(OmegaConf.create(masked(overrides))).encode())
-    checkpoint = config.checkpoint
-    record = RunRecord(run_dir, state, (checkpoint.checkpoint_score_attribute, checkpoint.checkpoint_score_order))
     trackers = trackers_of(config, record, run_dir.parent if shared is not None else None)
-    record.event("command_started", **({"changed": changed} if changed else {}))
+    if restart is None:
+        record.event("command_started", **({"changed": changed} if changed else {}))
     record.write()
     why_cold = shared.why_cold if shared is not None else None  # a sweep has seen to its trials' jobs
     if config.scaling.address is not None and shared is None:
@@ -106,23 +171,24 @@ def _run(
         record.event("data_warnings", warnings=bundle.info.warnings)
     if bundle.info.excluded:
         record.event("entries_excluded", entries=[vars(excluded) for excluded in bundle.info.excluded])
-    terminal.header(
-        state.name,
-        run_dir.uri,
-        config.model.name,
-        bundle.info,
-        config.data.name,
-        str(workers),
-        f"{bundle.feed}: {bundle.why}" + (f" · {bundle.decode_cpus} CPUs decode" if bundle.streamed else ""),
-    )
-    terminal.changed(changed)
-    if (repeated := repeated_samples(config, bundle.info)) is not None:
-        terminal.say(f"! {repeated}", "yellow")
-        record.event("repeated_samples", reason=repeated)
+    if restart is None or not state.attempts:
+        terminal.header(
+            state.name,
+            run_dir.uri,
+            config.model.name,
+            bundle.info,
+            config.data.name,
+            str(workers),
+            f"{bundle.feed}: {bundle.why}" + (f" · {bundle.decode_cpus} CPUs decode" if bundle.streamed else ""),
+        )
+        terminal.changed(changed)
+        if (repeated := repeated_samples(config, bundle.info)) is not None:
+            terminal.say(f"! {repeated}", "yellow")
+            record.event("repeated_samples", reason=repeated)
     try:
-        return run_training(config, workers, bundle, run_dir, record, terminal, lease, running, trackers)
+        return run_training(config, workers, bundle, run_dir, record, terminal, lease, running, trackers, supervisor)
     finally:
-        if record.state.status != "running":
+        if record.state.status != RUNNING:
             trackers.end(outcome_of(record.state, run_dir))
             terminal.summary(record.state, run_dir)
             if config.report.enabled:

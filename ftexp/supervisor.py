@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import signal
@@ -9,9 +10,11 @@ import time
 from typing import Any
 
 from ftexp.config import Config
-from ftexp.failure.causes import CONFIG, CRASH, STARTUP, Cause, as_death, as_hang, as_preemption, find_cause
-from ftexp.failure.policy import Past, decide
+from ftexp.errors import RayLostError
+from ftexp.failure.causes import CONFIG, CRASH, RAY, STARTUP, Cause, as_death, as_hang, as_preemption, find_cause
+from ftexp.failure.policy import Decision, Past, decide
 from ftexp.fitting import STOP_GRACE_S
+from ftexp.restart import Restart
 from ftexp.terminal import Terminal
 from ftexp.trackers.follower import FAILED_EVENT, OPENED_EVENT, described
 from ftexp.tracking import RunRecord
@@ -24,12 +27,21 @@ _CONTROLLER_DIED = "Ray Train's controller died, and its workers with it"
 class Supervisor:
     """Turns what workers and controller say into records and lines on the terminal."""
 
-    def __init__(self, record: RunRecord, terminal: Terminal, config: Config) -> None:
+    def __init__(
+        self,
+        record: RunRecord,
+        terminal: Terminal,
+        config: Config,
+        num_before: int | None = None,
+        no_new_ray: str | None = None,
+    ) -> None:
         self._record, self._terminal, self._config = record, terminal, config
-        self._num_before = len(record.state.failures)  # of earlier calls, which had budgets of their own
+        # failures of earlier calls, which had budgets of their own; a new Ray in the middle of this one begins none
+        self._num_before = len(record.state.failures) if num_before is None else num_before
+        self._no_new_ray = no_new_ray  # why there can't be one, whatever the budget
         self._hung: dict[int, str] = {}  # rank -> what it was doing, of this attempt
         self._leaving: list[int] = []  # ranks whose machines were announced to be taken away
-        self._has_failed = False  # since the last worker group began to train
+        self._has_failed = num_before is not None  # since the last worker group began to train
         self._has_trained = False  # in this call
         self._raised: Message | None = None  # the first of this attempt
         self._waiting_since: float | None = time.monotonic()  # while there is no worker group
@@ -98,19 +110,36 @@ class Supervisor:
         """Decide and record, when a new group says hello: at the end that was announced, Ray asks no callback."""
         return self._failed(as_death(find_cause({}), self._record.died_rank), told_late=True)
 
-    def _failed(self, cause: Cause, told_late: bool = False) -> Message:
+    def ray_lost(self, error: RayLostError) -> None:
+        """Decide and record whether the run begins again with a new Ray; `error` takes the answer along."""
+        no_new_ray = Decision(False, f"{self._no_new_ray}: giving up", cause=RAY) if self._no_new_ray else None
+        answer = self._failed(Cause(RAY, None, str(error), died=True), decision=no_new_ray)
+        error.begins_again = "stop" not in answer
+
+    def restart(self, overrides: list[str]) -> Restart:
+        """What the command goes on with, in a new interpreter, once that is decided."""
+        config, name, noticed_at = self._config, self._record.state.name, self._record.noticed_at
+        assert noticed_at is not None, "by what was decided upon"
+        run = dataclasses.replace(config.run, name=name)
+        config = dataclasses.replace(config, run=run, resume="auto")
+        return Restart(config, overrides, self._num_before, noticed_at)
+
+    def _failed(self, cause: Cause, told_late: bool = False, decision: Decision | None = None) -> Message:
         """Decide and record; the answer tells the controller whether to stop, or how long to wait."""
         if self.stopped is not None:  # by workers that were told to stop
             return {"stop": self.stopped}
         state = self._record.state
-        cause = as_preemption(as_hang(cause, self._hung), self._leaving)
+        if cause.kind != RAY:
+            cause = as_preemption(as_hang(cause, self._hung), self._leaving)
         self._hung, self._leaving, self._has_failed = {}, [], True
         self._waiting_since = self._waiting_since or time.monotonic()
-        past = [Past(failure.cause, failure.step, failure.error, failure.progressed) for failure in state.failures]
+        failures = state.failures[self._num_before :]
+        past = [Past(failure.cause, failure.step, failure.error, failure.progressed) for failure in failures]
         progressed, accumulate_steps = self._record.has_progressed, self._accumulate_steps()
         share = math.ceil(self._config.train.global_batch_size / (state.world_sizes or [1])[-1])
         micro_batch = math.ceil(share / accumulate_steps)
-        decision = decide(cause, state.step, progressed, past[self._num_before :], self._config.failure, micro_batch)
+        if decision is None:
+            decision = decide(cause, state.step, progressed, past, self._config.failure, micro_batch)
         if decision.halves:
             state.accumulate_steps = 2 * accumulate_steps
         failure = self._record.fail(decision.cause, cause.rank, cause.error, decision.reason, told_late)
@@ -122,8 +151,8 @@ class Supervisor:
             self.stopped, self.is_config_wrong = cause.error, True
             return {"stop": self.stopped}
         self._diagnose(raised)
-        where = f"rank {failure.rank}" if failure.rank is not None else "a worker"
-        self.stopped = f"{where} failed after step {failure.step} [{failure.cause}]: {failure.error}; {decision.reason}"
+        what = f"{failure.where} failed after step {failure.step} [{failure.cause}]"
+        self.stopped = f"{what}: {failure.error}; {decision.reason}"
         return {"stop": self.stopped}
 
     def _accumulate_steps(self) -> int:

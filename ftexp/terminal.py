@@ -119,8 +119,7 @@ class Terminal:
 
     def failure(self, failure: Failure) -> None:
         """A worker group failed; say what, where, and what happens now."""
-        where = f"rank {failure.rank}" if failure.rank is not None else "a worker"
-        what = f"✗ {where} failed after step {failure.step} [{failure.cause}]: {failure.error}"
+        what = f"✗ {failure.where} failed after step {failure.step} [{failure.cause}]: {failure.error}"
         self.say(f"{what}; {failure.decision}", "red")
 
     def recovered(self, failure: Failure, checkpoint: str | None, rejected: int, pids: list[int]) -> None:
@@ -184,7 +183,6 @@ def _goodput(state: RunState) -> str:
 
 def _account(failure: Failure) -> str:
     """What one failure cost, in a line."""
-    where = f"rank {failure.rank}" if failure.rank is not None else "a worker"
     parts = (
         ("to detect", failure.seconds_to_detect),
         ("to restart", failure.seconds_to_restart),
@@ -192,7 +190,8 @@ def _account(failure: Failure) -> str:
     )
     costs = [f"{seconds:.1f} s {title}" for title, seconds in parts if seconds is not None]
     costs += [f"{failure.steps_replayed} steps replayed"] if failure.steps_replayed is not None else []
-    return f"{failure.cause} of {where} at step {failure.step}: {', '.join(costs)}"
+    what = failure.cause if failure.where == "Ray" else f"{failure.cause} of {failure.where}"
+    return f"{what} at step {failure.step}: {', '.join(costs)}"
 
 
 _MOST_FAILURES_SHOWN = 10

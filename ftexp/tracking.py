@@ -39,6 +39,13 @@ class Failure:
     progressed: bool = True  # whether its attempt did a step that had never been done before
     decision: str = ""  # what happened then, and the arithmetic behind it
 
+    @property
+    def where(self) -> str:
+        """What failed, as a sentence about it begins."""
+        if self.cause == "ray":
+            return "Ray"
+        return f"rank {self.rank}" if self.rank is not None else "a worker"
+
 
 @dataclass(kw_only=True)
 class RunState:
@@ -83,7 +90,12 @@ class RunRecord:
     """Keeps the records of one call of the command. `handle` is called by the hub, one message at a time."""
 
     def __init__(
-        self, storage: Storage, state: RunState, score: tuple[str, str], clock: Callable[[], float] = time.time
+        self,
+        storage: Storage,
+        state: RunState,
+        score: tuple[str, str],
+        clock: Callable[[], float] = time.time,
+        noticed_at: float | None = None,
     ):
         self.storage, self.state, self._clock = storage, state, clock
         self._score_name, self._score_order = score
@@ -91,14 +103,15 @@ class RunRecord:
         self._seen = {(point["split"], point["step"]) for point in self.points()}
         self._table = MetricsCsv(storage, self.points)
         self.on_point: Callable[[dict[str, Any]], None] = lambda _: None  # told of each new one
-        self._began, self._seconds_before = clock(), state.seconds
+        # noticed_at: when the same command, before it began again with a new Ray, noticed that its first had died
+        self._began, self._seconds_before = clock() if noticed_at is None else noticed_at, state.seconds
         self._flushed = clock()
         self.problem: str | None = None  # why the records couldn't be written the last time
         self._died_at: float | None = None  # when the current attempt's first process was lost, or raised
         self.died_rank: int | None = None  # that of the first process that was lost
         self._farthest_before = state.farthest_step  # when the current attempt began
         self._working_since = clock()  # the end of what was last counted as productive, or lost
-        self._noticed_at: float | None = None
+        self.noticed_at = noticed_at  # the last failure
         self._attempt_at = clock()
         self._replayed_from: int | None = None  # the step that the attempt began at, while it replays
         self.workers: dict[int, dict[str, Any]] = {}  # of the current attempt, by rank: pid, node
@@ -166,10 +179,10 @@ class RunRecord:
 
     def fail(self, cause: str, rank: int | None, error: str, decision: str = "", told_late: bool = False) -> Failure:
         """Record that the current attempt's worker group failed. `told_late`: Ray knew when the first process ended."""
-        self._noticed_at = self._clock()
-        died_at = self._died_at if self._died_at is not None else self._noticed_at
+        self.noticed_at = self._clock()
+        died_at = self._died_at if self._died_at is not None else self.noticed_at
         if told_late:
-            self._noticed_at = died_at
+            self.noticed_at = died_at
         failure = Failure(
             attempt=self.state.attempts,
             cause=cause,
@@ -179,13 +192,13 @@ class RunRecord:
             decision=decision,
             step=self.state.step,
             error=error,
-            seconds_to_detect=round(max(0.0, self._noticed_at - died_at), 3),
+            seconds_to_detect=round(max(0.0, self.noticed_at - died_at), 3),
         )
         self.state.failures.append(failure)
         # the next group may die before it says hello
         self._farthest_before, self._died_at, self.died_rank = self.state.farthest_step, None, None
         fields = {key: value for key, value in vars(failure).items() if key not in ("attempt", "step")}
-        self.event("failure", **fields, time=self._noticed_at)
+        self.event("failure", **fields, time=self.noticed_at)
         self.write()
         return failure
 
@@ -198,8 +211,8 @@ class RunRecord:
         state.world_sizes.append(message["world_size"])
         self._attempt_at, self._died_at, self.died_rank = self._clock(), None, None
         self._farthest_before = state.farthest_step
-        if state.failures and state.failures[-1].seconds_to_restart is None and self._noticed_at is not None:
-            state.failures[-1].seconds_to_restart = round(self._attempt_at - self._noticed_at, 3)
+        if state.failures and state.failures[-1].seconds_to_restart is None and self.noticed_at is not None:
+            state.failures[-1].seconds_to_restart = round(self._attempt_at - self.noticed_at, 3)
         fields = {name: message.get(name) for name in ("world_size", "pid", "node", "hot_start")}
         self.event("attempt_started", **fields, time=self._attempt_at)
         self.write()
@@ -222,11 +235,12 @@ class RunRecord:
 
     def pids(self) -> list[int]:
         """Process ids of the current attempt's workers, by rank."""
-        return [self.workers[rank]["pid"] for rank in range(self.state.world_sizes[-1]) if rank in self.workers]
+        world_size = (self.state.world_sizes or [0])[-1]
+        return [self.workers[rank]["pid"] for rank in range(world_size) if rank in self.workers]
 
     def _note_recovery(self, step: int) -> None:
         failures = self.state.failures
-        if failures and failures[-1].steps_replayed is None and self._noticed_at is not None:
+        if failures and failures[-1].steps_replayed is None and self.noticed_at is not None:
             failures[-1].seconds_to_restore = round(self._working_since - self._attempt_at, 3)
             failures[-1].steps_replayed = max(0, failures[-1].step - step)
             self.write()

@@ -12,7 +12,8 @@ from omegaconf import DictConfig
 
 from ftexp.cli import interrupted_code, prepare_streams, print_error, run_hydra, to_config
 from ftexp.ending import code_of
-from ftexp.errors import ConfigError
+from ftexp.errors import ConfigError, FtexpError
+from ftexp.restart import Restart, begin_again, begun_again
 from ftexp.running import train
 from ftexp.sweep.plugins import with_plugins
 
@@ -20,6 +21,8 @@ from ftexp.sweep.plugins import with_plugins
 def main() -> None:
     """Entry point of the command; exits with 0, 1, 2, 75 or 130."""
     prepare_streams()
+    if (restart := begun_again()) is not None:
+        sys.exit(_again(restart))
     try:
         words = with_plugins(sys.argv[1:])
     except ConfigError as error:
@@ -30,14 +33,28 @@ def main() -> None:
 
 def _task(composed: DictConfig) -> float | None:
     from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
 
     overrides = list(HydraConfig.get().overrides.task)
     config = to_config(composed, overrides)
+    alone = HydraConfig.get().mode == RunMode.RUN  # not one of several jobs, of which others have finished
     try:
-        metrics = train(config, overrides)
+        metrics = train(config, overrides, begin_again=begin_again if alone else None)
     except KeyboardInterrupt as interrupt:
         sys.exit(interrupted_code(interrupt))
     return metrics.get(config.checkpoint.checkpoint_score_attribute)
+
+
+def _again(restart: Restart) -> int:
+    """The exit code of the command that goes on with what it had begun."""
+    try:
+        train(restart.config, restart.overrides, restart=restart, begin_again=begin_again)
+    except FtexpError as error:
+        print_error(error)
+        return error.exit_code
+    except KeyboardInterrupt as interrupt:
+        return interrupted_code(interrupt)
+    return 0
 
 
 if __name__ == "__main__":

@@ -22,17 +22,18 @@ from ray.util.placement_group import PlacementGroup, placement_group_table, remo
 from ftexp import ray_private
 from ftexp.config import Config
 from ftexp.data.splits import DataBundle
-from ftexp.errors import ConfigError, RunFailedError, StorageError
+from ftexp.errors import ConfigError, RayLostError, RunFailedError, StorageError
 from ftexp.failure.causes import FailureReporter, find_cause
 from ftexp.fitting import fit_interruptibly
 from ftexp.lease import Lease
+from ftexp.ray_watch import end_workers
 from ftexp.scaling import RunningRay, Workers, lacking_resources, num_possible
 from ftexp.spec import JobSpec
 from ftexp.storage import Storage
 from ftexp.supervisor import Supervisor
 from ftexp.terminal import Terminal
 from ftexp.trackers.run import Trackers
-from ftexp.tracking import FAILED, FINISHED, INTERRUPTED, RunRecord, RunState
+from ftexp.tracking import FAILED, FINISHED, INTERRUPTED, RUNNING, RunRecord, RunState
 from ftexp.wire import SAVE, Hub, HubAddress
 
 _LOOK_EVERY_S = 1.0
@@ -51,29 +52,45 @@ def run_training(
     lease: Lease,
     running: RunningRay,
     trackers: Trackers,
+    supervisor: Supervisor,
 ) -> dict[str, float]:
     """Train to the end; returns the last metrics. Every way out leaves run.json telling how it ended.
 
     RunFailedError when failures are spent; KeyboardInterrupt passes through once the run is marked interrupted.
+    A RayLostError that `begins_again` is no end: the run's records stay open.
     """
-    supervisor = Supervisor(record, terminal, config)
     hub = Hub(running.host, supervisor.handle)
     trackers.start(hub.take)
     status, reason = FAILED, None
     done = threading.Event()
     _advise(hub, _tell_of_waiting, hub, supervisor, workers, done)
+
+    def lost() -> str | None:
+        if (why := running.lost()) is not None:
+            hub.close()  # what follows from it is no failure of its own
+            if running.is_own:
+                end_workers(record.pids())
+        return why
+
     if workers.fewest < workers.most:
         interval_s = config.scaling.elastic_resize_monitor_interval_s
         _advise(hub, _save_before_a_resize, hub, supervisor, workers, done, interval_s)
     try:
         fit = functools.partial(_fit, config, workers, bundle, run_dir, record, hub, running)
-        result = fit_interruptibly(fit, lease, functools.partial(supervisor.stop, hub), lambda: hub.failed)
+        stop = functools.partial(supervisor.stop, hub)
+        result = fit_interruptibly(fit, lease, stop, lambda: hub.failed, lost)
         metrics: dict[str, float] | None = result.return_value
         if metrics is None:
             raise supervisor.interrupted()
         status = FINISHED
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         status = INTERRUPTED
+        if isinstance(interrupt.__cause__, RayLostError):
+            terminal.say(f"! no last save: {interrupt.__cause__}", "yellow")
+        raise
+    except RayLostError as error:
+        supervisor.ray_lost(error)
+        status, reason = RUNNING if error.begins_again else FAILED, supervisor.stopped
         raise
     except ray.train.TrainingFailedError as error:
         reason = _reason(error, supervisor)
@@ -89,7 +106,8 @@ def run_training(
         done.set()
         hub.close()
         terminal.close()
-        _close(record, status, reason, terminal)
+        if status != RUNNING:
+            _close(record, status, reason, terminal)
     return metrics
 
 

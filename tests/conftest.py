@@ -111,6 +111,17 @@ class Command:
             with contextlib.suppress(queue.Empty):
                 self._new.get(timeout=0.1)
 
+    def kill_child(self, program):
+        """SIGKILL the child process that runs the program of this name."""
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):  # ended meanwhile
+                parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+                run = (folder / "cmdline").read_text().partition("\0")[0]
+                if parent == self.process.pid and Path(run).name == program:
+                    os.kill(int(folder.name), signal.SIGKILL)
+                    return
+        raise AssertionError(f"no child process runs {program}")
+
     def wait(self):
         """Return the exit code."""
         code = self.process.wait(timeout=DEADLINE_S)

@@ -37,13 +37,23 @@ class Faulty:
 
 
 @pytest.mark.timeout(400)
-def test_a_run_that_hung_lost_numbers_and_raised_ends_where_the_clean_run_ends(ftexp, run_folder, clean_run):
+def test_a_run_that_lost_ray_hung_lost_numbers_and_raised_ends_where_the_clean_run_ends(ftexp, run_folder, clean_run):
     faults = "{kind: hang, step: 40, rank: 1}, {kind: nonfinite, step: 80}, {kind: raise, step: 120}"
     command = ftexp(*FOUR_EPOCHS, "run.name=faulty", f"chaos.faults=[{faults}]", "failure.hang_timeout_s=15")
     run = run_folder("faulty")
+    command.wait_until(lambda: run.events("ready"))
+    pids = run.events("ready")[0]["pids"]
+    command.kill_child("gcs_server")
+    command.wait_until(lambda: len(run.events("ready")) == 2)
+    assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
     assert command.wait() == 0, command.output
+    assert len(run.events("command_started")) == 1
     record = run.record
-    failures = record["failures"]
+    ray, *failures = record["failures"]
+    assert (ray["cause"], ray["rank"]) == ("ray", None)
+    assert f"✗ Ray failed after step {ray['step']} [ray]: Ray's GCS process was killed by SIGKILL" in command.output
+    assert "new Ray 1 of 3 allowed, not charged to failure.max_failures: starting a new Ray" in ray["decision"]
+    assert ray["steps_replayed"] == ray["step"]
     assert [failure["cause"] for failure in failures] == ["hang", "non_finite", "crash"]
     assert [failure["decision"] for failure in failures] == [
         f"failure {number} of 3 allowed: restarting the workers" for number in (1, 2, 3)
@@ -52,7 +62,7 @@ def test_a_run_that_hung_lost_numbers_and_raised_ends_where_the_clean_run_ends(f
     # rank 0 waits for rank 1 in the next step's all-reduce, and tells of that
     assert failures[0]["rank"] == 1
     assert failures[0]["error"].startswith("it stood still between steps for ")
-    stacks = run.path / "hangs" / "a1.r1.txt"
+    stacks = run.path / "hangs" / "a2.r1.txt"
     assert f"stacks in {stacks}" in failures[0]["error"]
     assert "chaos.py" in stacks.read_text()
     assert failures[2]["step"] == 120

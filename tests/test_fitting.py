@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from ftexp.errors import StorageError
+from ftexp.errors import RayLostError, StorageError
 from ftexp.fitting import Terminated, fit_interruptibly
 
 FREE = SimpleNamespace(lost=None)
@@ -204,3 +204,21 @@ def test_a_terminal_that_goes_away_is_a_sigterm_unless_nohup_asked_to_ignore_it(
         assert fit_interruptibly(lambda: os.kill(os.getpid(), signal.SIGHUP), FREE, never) is None
     finally:
         signal.signal(signal.SIGHUP, hangup)
+
+
+@pytest.mark.parametrize("fit", [threading.Event().wait, lambda: 1 / 0], ids=["it waits", "it raises what follows"])
+def test_the_fit_ends_when_ray_has_died(fit):
+    with pytest.raises(RayLostError, match="Ray's GCS process was killed"):
+        fit_interruptibly(fit, FREE, never, lost=lambda: "Ray's GCS process was killed")
+
+
+def test_who_asked_for_the_end_before_ray_died_gets_it():
+    asked = []
+
+    def fit():
+        os.kill(os.getpid(), signal.SIGTERM)
+        threading.Event().wait()
+
+    with pytest.raises(Terminated) as ended:
+        fit_interruptibly(fit, FREE, lambda why: asked.append(why) or True, lost=lambda: "it died" if asked else None)
+    assert isinstance(ended.value.__cause__, RayLostError)

@@ -14,7 +14,7 @@ LAYERS = [
     {"lease", "append_log"},
     {"ledger", "metrics_csv", "trackers.settings"},
     {"config"},
-    {"ending"},
+    {"ending", "ray_watch", "restart"},
     {"field_checks", "fingerprint", "data.order"},
     {"recipe_checks", "saving_checks", "trackers.registry", "trackers.wandb_log"},
     {"trackers.places", "trackers.follower"},

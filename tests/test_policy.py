@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ftexp.config import CAUSES, FailureConfig
-from ftexp.failure.causes import BUG, CRASH, HANG, NON_FINITE, OUT_OF_MEMORY, PREEMPTION, STORAGE, Cause
+from ftexp.failure.causes import BUG, CRASH, HANG, NON_FINITE, OUT_OF_MEMORY, PREEMPTION, RAY, STORAGE, Cause
 from ftexp.failure.policy import Past, decide
 
 
@@ -87,6 +87,24 @@ def test_preemptions_are_not_charged_and_have_a_limit_of_their_own():
         got = decision(failed(PREEMPTION), past=past, max_failures=9, max_preemption_failures=limit)
         assert got.goes_on == goes_on
         assert got.reason.startswith(f"preemption 6 of {limit} allowed, not charged")
+
+
+def test_new_rays_are_not_charged_have_a_limit_of_their_own_and_are_forgiven_like_failures():
+    past = [before(RAY)] * 2
+    assert decision(past=past, max_failures=1).reason == "failure 1 of 1 allowed: restarting the workers"
+    got = decision(failed(RAY), past=[*past, before()], max_failures=0)
+    reason = "new Ray 3 of 3 allowed, not charged to failure.max_failures: starting a new Ray"
+    assert (got.goes_on, got.reason, got.cause) == (True, reason, RAY)
+    for limits, goes_on in (
+        ({"max_ray_failures": 2}, False),
+        ({"max_ray_failures": 2, "refill_after_steps": 90}, True),
+        ({"max_ray_failures": -1}, True),
+        ({"max_by_cause": {RAY: 2}}, False),
+    ):
+        assert decision(failed(RAY), past=past, **limits).goes_on == goes_on
+    stuck = [before(RAY, step=0, progressed=False)]
+    got = decision(failed(RAY), step=0, progressed=False, past=stuck, backoff_s=8, max_failures_without_progress=1)
+    assert (got.goes_on, got.delay_s) == (False, 0.0)
 
 
 ENDLESS = {"max_failures": -1, "max_failures_without_progress": -1}
@@ -176,14 +194,18 @@ FAILURES = st.tuples(st.sampled_from(CAUSES), STEPS, st.sampled_from("xyz"), st.
 @given(
     failures=st.lists(FAILURES, max_size=30),
     max_failures=st.integers(0, 5),
+    max_rays=st.integers(0, 5),
     refill=st.none() | st.integers(1, 100),
     max_without_progress=st.integers(-1, 4),
     backoff_s=st.floats(0, 5),
     more_s=st.floats(0, 100),
 )
-def test_no_run_goes_on_beyond_its_budgets(failures, max_failures, refill, max_without_progress, backoff_s, more_s):
+def test_no_run_goes_on_beyond_its_budgets(
+    failures, max_failures, max_rays, refill, max_without_progress, backoff_s, more_s
+):
     config = FailureConfig(
         max_failures=max_failures,
+        max_ray_failures=max_rays,
         refill_after_steps=refill,
         max_failures_without_progress=max_without_progress,
         backoff_s=backoff_s,
@@ -199,8 +221,9 @@ def test_no_run_goes_on_beyond_its_budgets(failures, max_failures, refill, max_w
         if not got.goes_on:
             break
         assert kind != BUG
-        window = [one for one in past if one.cause != PREEMPTION and (refill is None or step - one.step < refill)]
-        assert kind == PREEMPTION or len(window) <= max_failures
+        window = [one.cause for one in past if refill is None or step - one.step < refill]
+        assert kind in (PREEMPTION, RAY) or sum(one not in (PREEMPTION, RAY) for one in window) <= max_failures
+        assert kind != RAY or window.count(RAY) <= max_rays
         latest = past[-1 - max_without_progress :]
         in_a_row = len(latest) > max_without_progress >= 0 and not any(one.progressed for one in latest)
         assert not in_a_row

@@ -103,3 +103,16 @@ def test_an_id_is_drawn_from_rays_own_generator_of_unique_ids():
     first, second = ray_private.random_id(), ray_private.random_id()
     assert first != second
     assert bytes.fromhex(first) != bytes(len(first) // 2)
+
+
+def test_the_processes_that_ray_has_started_are_where_they_are_looked_for():
+    import ray._private.ray_constants as constants
+    import ray._private.services as services
+    from ray._private.node import Node
+
+    assert set(ray_private._VITAL) == {constants.PROCESS_TYPE_GCS_SERVER, constants.PROCESS_TYPE_RAYLET}
+    assert "process" in services.ProcessInfo._fields
+    for start in (Node.start_gcs_server, Node.start_raylet):
+        assert "self.all_processes[ray_constants.PROCESS_TYPE_" in inspect.getsource(start)
+    assert callable(Node.get_logs_dir_path)
+    assert ray_private.started_processes() == {}

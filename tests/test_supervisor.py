@@ -7,7 +7,8 @@ import pytest
 from rich.console import Console
 
 from ftexp.config import Config, FailureConfig, TrainConfig
-from ftexp.failure.causes import BUG, CONFIG, CRASH, HANG, OUT_OF_MEMORY, Cause
+from ftexp.errors import RayLostError
+from ftexp.failure.causes import BUG, CONFIG, CRASH, HANG, OUT_OF_MEMORY, RAY, Cause
 from ftexp.fitting import Terminated
 from ftexp.storage import Storage
 from ftexp.supervisor import Supervisor
@@ -20,12 +21,12 @@ DIED = Cause(CRASH, 1, "the process died", died=True)
 class Driver:
     """A supervisor, and what it wrote and printed."""
 
-    def __init__(self, folder, failures=(), **failure):
+    def __init__(self, folder, failures=(), num_before=None, no_new_ray=None, **failure):
         self.storage, self.output = Storage.at(str(folder)), io.StringIO()
         self.record = RunRecord(self.storage, RunState(name="demo", failures=list(failures)), ("val_accuracy", "max"))
         terminal = Terminal(Console(file=self.output, width=500, color_system=None, highlight=False))
         config = Config(train=TrainConfig(epochs=4, global_batch_size=32), failure=FailureConfig(**failure))
-        self.supervisor = Supervisor(self.record, terminal, config)
+        self.supervisor = Supervisor(self.record, terminal, config, num_before, no_new_ray)
 
     def tell(self, kind, **fields):
         return self.supervisor.handle({"kind": kind, "time": 1.0, **fields})
@@ -314,3 +315,43 @@ def test_the_death_of_the_controller_is_no_workers_fault(tmp_path):
     assert (failure.cause, failure.rank, failure.node) == ("crash", None, None)
     assert failure.error == "Ray Train's controller died, and its workers with it"
     assert "✗ a worker failed after step 3 [crash]: Ray Train's controller died" in driver.shown
+
+
+def lost():
+    return RayLostError("Ray's GCS process was killed by SIGKILL")
+
+
+def test_where_ray_died_the_run_begins_again_with_the_same_config_and_the_budgets_as_they_are(tmp_path):
+    driver = Driver(
+        tmp_path, [Failure(attempt=0, cause=CRASH, rank=1, step=5, error="of an earlier command")] * 3, max_failures=2
+    )
+    driver.attempt(step=5)
+    assert driver.fail() == {"delay_s": 0.0}
+    driver.attempt(step=10)
+    error = lost()
+    driver.supervisor.ray_lost(error)
+    assert error.begins_again
+    assert driver.supervisor.stopped is None
+    reason = "new Ray 1 of 3 allowed, not charged to failure.max_failures: starting a new Ray"
+    assert f"✗ Ray failed after step 10 [ray]: {error}; {reason}" in driver.shown
+    state = read_state(driver.storage)
+    assert (state.status, state.failures[-1].cause, state.failures[-1].rank) == ("running", RAY, None)
+
+    restart = driver.supervisor.restart(["seed=1"])
+    assert (restart.config.run.name, restart.config.resume, restart.overrides) == ("demo", "auto", ["seed=1"])
+    again = Driver(tmp_path, state.failures, restart.num_before, max_failures=2)
+    again.attempt(step=20)
+    assert "↻ training again" in again.shown
+    assert again.fail() == {"delay_s": 0.0}
+    assert "stop" in again.fail()  # its third; those of earlier commands don't count, nor does Ray's
+
+
+def test_where_there_can_be_no_new_ray_the_run_ends_with_the_reason(tmp_path):
+    driver = Driver(tmp_path, no_new_ray="a Ray that was joined can't be started again from here")
+    driver.attempt(step=10)
+    error = lost()
+    driver.supervisor.ray_lost(error)
+    assert not error.begins_again
+    assert driver.supervisor.stopped.startswith(f"Ray failed after step 10 [ray]: {error}; a Ray that was joined can't")
+    assert driver.supervisor.stopped.endswith(": giving up")
+    assert "the same command with run.name=demo goes on" in driver.shown

@@ -16,7 +16,7 @@ from ftexp.errors import ConfigError, DataError, FtexpError, NonFiniteError, Sta
 from ftexp.failure.phases import WAITED_IN
 from ftexp.wire import HubAddress, Line
 
-BUG, OUT_OF_MEMORY, CRASH, HANG, PREEMPTION, NON_FINITE, STORAGE, STARTUP = CAUSES
+BUG, OUT_OF_MEMORY, CRASH, HANG, PREEMPTION, NON_FINITE, STORAGE, STARTUP, RAY = CAUSES
 CONFIG = "config"  # a mistake in the config that only a worker could find; it ends the run, so it has no budget
 
 # what begins a failure, before what follows from it

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ftexp.config import FailureConfig
-from ftexp.failure.causes import BUG, CRASH, NON_FINITE, OUT_OF_MEMORY, PREEMPTION, Cause
+from ftexp.failure.causes import BUG, CRASH, NON_FINITE, OUT_OF_MEMORY, PREEMPTION, RAY, Cause
 
 SMALLEST_MICRO_BATCH = 2  # images: batch norm can't train on one
 
@@ -80,11 +80,14 @@ def _halve(micro_batch: int) -> Decision:
 def _by_budgets(kind: str, step: int, progressed: bool, past: Sequence[Past], config: FailureConfig) -> Decision:
     refill = config.refill_after_steps
     recent = [failure for failure in past if refill is None or step - failure.step < refill]
-    charged = [failure for failure in recent if failure.cause != PREEMPTION]
+    charged = [failure for failure in recent if failure.cause not in (PREEMPTION, RAY)]
     parts = []
     if kind == PREEMPTION:
         count, limit = sum(failure.cause == PREEMPTION for failure in past) + 1, config.max_preemption_failures
         parts.append(f"preemption {count} of {_shown(limit)}, not charged to failure.max_failures")
+    elif kind == RAY:
+        count, limit = sum(failure.cause == RAY for failure in recent) + 1, config.max_ray_failures
+        parts.append(f"new Ray {count} of {_shown(limit)}, not charged to failure.max_failures")
     else:
         count, limit = len(charged) + 1, config.max_failures
         since = f" in the last {refill} steps" if refill is not None else ""
@@ -104,6 +107,8 @@ def _by_budgets(kind: str, step: int, progressed: bool, past: Sequence[Past], co
     arithmetic = ", ".join(parts)
     if exceeded:
         return Decision(False, f"{arithmetic}: giving up", cause=kind)
+    if kind == RAY:  # its start is wait enough
+        return Decision(True, f"{arithmetic}: starting a new Ray", cause=kind)
     delay_s = min(config.backoff_s * 2.0 ** min(stuck - 1, 99), config.max_backoff_s) if stuck else 0.0
     wait = f" in {delay_s:g} s" if delay_s else ""
     return Decision(True, f"{arithmetic}: restarting the workers{wait}", delay_s, kind)

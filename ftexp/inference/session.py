@@ -11,7 +11,7 @@ import ray  # before a thread imports what imports it
 
 from ftexp.checkpoint.store import Manifest
 from ftexp.config import Config
-from ftexp.errors import ConfigError, DataError
+from ftexp.errors import ConfigError, DataError, RayLostError
 from ftexp.fingerprint import masked
 from ftexp.fitting import fit_interruptibly
 from ftexp.hot_start.driver import HotStart, on_joined_nodes
@@ -90,11 +90,13 @@ def run_session(request: Request, workers: Workers) -> None:
 
     try:
         with hot_start.raylet_settings():
-            start_ray(config, hot_start.runtime_env(), decodes=True)
+            running = start_ray(config, hot_start.runtime_env(), decodes=True)
         importing.join()
-        fit_interruptibly(lambda: _predict(request, workers), lease, stop)
+        fit_interruptibly(lambda: _predict(request, workers), lease, stop, lost=running.lost)
     except Stopped:
         raise asked[0] from None
+    except RayLostError as error:
+        raise RayLostError(f"{error}; the same command with out={request.out.uri} goes on") from error
     finally:
         ray.shutdown()
         hot_start.stop()

@@ -19,6 +19,7 @@ from typing import Any
 
 from ftexp.cli import EXIT_INTERRUPTED, EXIT_TERMINATED
 from ftexp.config import Config
+from ftexp.errors import RayLostError
 from ftexp.fitting import STOP_GRACE_S, Terminated
 from ftexp.scaling import Workers
 from ftexp.storage import Storage
@@ -29,6 +30,7 @@ from ftexp.tracking import FAILED, FINISHED, INTERRUPTED, RUNNING, read_state
 _SCRIPT = Path(__file__).with_name("trial.py")
 _LOOK_EVERY_S = 0.1
 _MOST_RESTARTS = 3  # of a driver that was killed, whatever failure.max_failures allows
+_CLOSE_WITHIN_S = 15.0  # after the death of Ray
 _END_WITHIN_S = STOP_GRACE_S + 15.0  # of being asked to stop; then trials are killed
 LOG_FILE = "train.log"
 
@@ -76,17 +78,24 @@ class Runner:
     asked: list[KeyboardInterrupt] = field(default_factory=list)  # signals, as they come
     more: Callable[[], Job | None] = lambda: None  # a job that isn't among them yet, once there is room for it
     least: dict[str, float] = field(default_factory=dict)  # what such a job takes at the least
+    lost: Callable[[], str | None] = lambda: None  # why the trials' Ray is no more, if it isn't
     _num_told: int = 0
     _kill_at: float = float("inf")
 
     def run(self) -> None:
-        """Until every trial has ended; KeyboardInterrupt once all have stopped because a signal asked for it."""
+        """Until every trial has ended; KeyboardInterrupt once all have stopped because a signal asked for it.
+
+        RayLostError once all have stopped because their Ray has died: they are as good as interrupted.
+        """
         try:
             self._start_what_fits()
             while self._running():
                 self.tick()
                 time.sleep(_LOOK_EVERY_S)
                 self._pass_signals_on()
+                if (reason := self.lost()) is not None:
+                    self._let_all_end()
+                    raise self.asked[0] if self.asked else RayLostError(reason)
                 for job in self._running():
                     assert job.process is not None
                     if (code := job.process.poll()) is not None:
@@ -199,6 +208,17 @@ class Runner:
         self._num_told = len(self.asked)
         if time.monotonic() > self._kill_at:
             self._kill_all()
+
+    def _let_all_end(self) -> None:
+        """Have trials that have lost their Ray, as each notices by itself, close their records; then kill them."""
+        ends_by = time.monotonic() + _CLOSE_WITHIN_S
+        for job in self._running():
+            assert job.process is not None
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                job.process.wait(max(0.0, ends_by - time.monotonic()))
+            job.process.kill()
+            job.process = None
+            self._set(job, INTERRUPTED)
 
     def _kill_all(self) -> None:
         for job in self._running():

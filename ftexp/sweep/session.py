@@ -12,7 +12,7 @@ import ray
 
 from ftexp.cli import interrupted_code
 from ftexp.config import Config
-from ftexp.errors import ConfigError
+from ftexp.errors import ConfigError, RayLostError
 from ftexp.fitting import collected_signals
 from ftexp.hot_start.driver import HotStart, on_joined_nodes
 from ftexp.scaling import SharedRay, import_meanwhile, may_stream, start_ray, usable_cpus
@@ -59,6 +59,8 @@ def run_trials(
             display.close()
             display.say(f"stopped; the same command with sweep.name={ledger.name} goes on")
             raise SystemExit(interrupted_code(interrupt)) from None
+        except RayLostError as error:
+            raise RayLostError(f"{error}; the same command with sweep.name={ledger.name} goes on") from error
         finally:
             display.close()
             ledger.write(folder)
@@ -88,7 +90,7 @@ def _with_ray(
     importing = import_meanwhile("ray.tune.search.optuna") if search is not None else None
     try:
         with hot_start.raylet_settings() if is_own else contextlib.nullcontext():
-            start_ray(config)
+            running = start_ray(config)
         capacity = dict(ray.cluster_resources())
         if is_own:
             capacity["CPU"] = usable_cpus()  # what decodes is counted on top
@@ -147,6 +149,7 @@ def _with_ray(
                 asked=asked,
                 more=more,
                 least=search.least if search is not None else {},
+                lost=running.lost,
             )
             runner.run()
     finally:

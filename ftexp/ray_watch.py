@@ -1,0 +1,81 @@
+"""Noticing that Ray itself has died, before Ray ends this process for it: 13 s after its raylet, 60 s after its GCS."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import socket
+import threading
+import time
+from pathlib import Path
+
+from ftexp import ray_private
+
+_PROBE_EVERY_S = 5.0
+_GCS_SILENT_S = 45.0  # a GCS that is restarted elsewhere may come back; Ray gives it 60 s
+
+
+def end_workers(pids: list[int]) -> None:
+    """End a dead Ray's train workers on this machine: they outlive it by ten seconds, and would train on."""
+    for pid in pids:
+        with contextlib.suppress(OSError):  # it has ended, or this system has no /proc
+            if b"ray::" in Path(f"/proc/{pid}/cmdline").read_bytes():  # no other process that has got its number
+                os.kill(pid, signal.SIGKILL)
+
+
+class OwnRay:
+    """Watches a Ray that this process has started, by the processes that it can't do without."""
+
+    def __init__(self) -> None:
+        self._processes = ray_private.started_processes()
+        self._logs = ray_private.logs_dir()
+
+    def lost(self) -> str | None:
+        """Say which of them has ended, and how, and end the others; None while all run."""
+        for name, process in self._processes.items():
+            if (code := process.poll()) is not None:
+                ray_private.kill_started()
+                how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+                return f"Ray's {name} process {how} (its logs: {self._logs})"
+        return None
+
+
+class JoinedRay:
+    """Watches a Ray that was joined: this machine's raylet by an open connection, the GCS by asking now and then."""
+
+    def __init__(self, raylet_socket: str, gcs_address: str) -> None:
+        self._gcs_address = gcs_address
+        self._silent_since: float | None = None
+        self._raylet: socket.socket | None = None
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            connection.connect(raylet_socket)
+            self._raylet = connection
+        except OSError:  # in another container than the raylet: then Ray ends this process, as it does without this
+            connection.close()
+        threading.Thread(target=self._probe_for_ever, daemon=True, name="gcs-probe").start()
+
+    def lost(self) -> str | None:
+        """Say what has gone; None while Ray is there."""
+        if self._raylet is not None and select.select([self._raylet], [], [], 0)[0]:  # the raylet never sends a word
+            return "the raylet of this machine, a process of the Ray that was joined, has died"
+        since = self._silent_since
+        if since is not None and time.monotonic() - since > _GCS_SILENT_S:
+            return f"Ray's GCS at {self._gcs_address} has not answered for {_GCS_SILENT_S:.0f} s"
+        return None
+
+    def probe(self) -> None:
+        """Ask the GCS for a connection, and note whether it answers."""
+        host, _, port = self._gcs_address.rpartition(":")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=_PROBE_EVERY_S).close()
+            self._silent_since = None
+        except OSError:
+            self._silent_since = self._silent_since or time.monotonic()
+
+    def _probe_for_ever(self) -> None:
+        while True:
+            self.probe()
+            time.sleep(_PROBE_EVERY_S)

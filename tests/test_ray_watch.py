@@ -1,0 +1,77 @@
+"""Whether a Ray is still there: one that was started here by its processes, one that was joined by who answers."""
+
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from ftexp import ray_private, ray_watch
+from ftexp.ray_watch import JoinedRay, OwnRay, end_workers
+
+
+def waiting():
+    return subprocess.Popen([sys.executable, "-S", "-c", "input()"], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
+
+
+def test_a_ray_of_our_own_is_lost_with_its_gcs_or_its_raylet_and_all_of_it_is_ended(monkeypatch):
+    gcs, raylet, ended = waiting(), waiting(), []
+    monkeypatch.setattr(ray_private, "started_processes", lambda: {"GCS": gcs, "raylet": raylet})
+    monkeypatch.setattr(ray_private, "logs_dir", lambda: "/logs")
+    monkeypatch.setattr(ray_private, "kill_started", lambda: ended.append(True))
+    watch = OwnRay()
+    assert (watch.lost(), ended) == (None, [])
+    raylet.communicate(b"")  # EOFError
+    assert watch.lost() == "Ray's raylet process ended with exit code 1 (its logs: /logs)"
+    assert ended
+    gcs.kill()
+    gcs.communicate()
+    assert watch.lost() == "Ray's GCS process was killed by SIGKILL (its logs: /logs)"
+
+
+def test_a_dead_rays_workers_are_ended_and_no_process_that_got_their_numbers():
+    worker = subprocess.Popen(["ray::worker", "-S", "-c", "input()"], executable=sys.executable, stdin=subprocess.PIPE)
+    other = waiting()
+    end_workers([worker.pid, other.pid])
+    worker.communicate()
+    other.communicate(b"1\n")
+    assert (worker.returncode, other.returncode) == (-signal.SIGKILL, 0)
+
+
+@pytest.fixture
+def raylet(tmp_path):
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "raylet"))
+        listener.listen()
+        yield listener
+
+
+def test_a_joined_ray_is_lost_when_this_machines_raylet_hangs_up(raylet):
+    with socket.create_server(("127.0.0.1", 0)) as gcs:
+        watch = JoinedRay(raylet.getsockname(), f"127.0.0.1:{gcs.getsockname()[1]}")
+        connection, _ = raylet.accept()
+        assert watch.lost() is None
+        connection.close()
+        assert "the raylet of this machine" in watch.lost()
+
+
+def test_a_joined_ray_is_lost_when_its_gcs_has_been_silent_for_long_and_only_then(tmp_path, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(ray_watch.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(ray_watch.threading, "Thread", lambda **_: raylet_thread)
+    raylet_thread = type("Never", (), {"start": lambda self: None})()
+    with socket.create_server(("127.0.0.1", 0)) as gcs:
+        port = gcs.getsockname()[1]
+        watch = JoinedRay(str(tmp_path / "in another container"), f"127.0.0.1:{port}")
+        watch.probe()
+        assert watch.lost() is None
+    watch.probe()
+    now[0] += ray_watch._GCS_SILENT_S
+    assert watch.lost() is None
+    now[0] += 1
+    watch.probe()
+    assert watch.lost() == f"Ray's GCS at 127.0.0.1:{port} has not answered for 45 s"
+    with socket.create_server(("127.0.0.1", port)):
+        watch.probe()
+        assert watch.lost() is None

@@ -1,0 +1,50 @@
+"""A command that becomes a new interpreter: the same process to others, with nothing of what it held."""
+
+import json
+import os
+import subprocess
+import sys
+
+PROGRAM = """
+import json, os, sys
+from ftexp.restart import Restart, begin_again, begun_again
+from ftexp.config import Config, RunConfig
+
+restart = begun_again()
+if restart is None:
+    print(json.dumps([os.getpid(), os.getcwd()]))
+    os.environ["SET_BY_RAY"] = "1"
+    os.set_inheritable(os.open(os.devnull, os.O_RDONLY), True)
+    os.chdir("elsewhere")
+    begin_again(Restart(Config(run=RunConfig(name="demo")), ["seed=1"], 3, 1.5))
+again = begun_again() is not None
+left = [number for number in range(3, 50) if os.path.exists(f"/dev/fd/{number}")]
+found = [restart.config.run.name, restart.overrides, restart.num_before, restart.noticed_at, sys.argv[1:]]
+print(json.dumps([os.getpid(), os.getcwd(), found, left, os.environ.get("SET_BY_RAY"), again]))
+"""
+
+
+def test_the_new_interpreter_is_the_same_process_where_the_old_one_was_and_finds_what_to_go_on_with(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "program.py").write_text(PROGRAM)
+    child = subprocess.run(
+        [sys.executable, "program.py", "key=value"], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    (pid, folder), again = map(json.loads, child.stdout.splitlines())
+    assert folder == str(tmp_path)
+    expected = ["demo", ["seed=1"], 3, 1.5, ["key=value"]]
+    assert again == [pid, f"{tmp_path}/elsewhere", expected, [], None, False]
+
+
+def test_an_order_that_another_process_was_given_is_not_taken(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    from ftexp import restart
+
+    taken = {}
+    monkeypatch.setattr(os, "execve", lambda *arguments: taken.update(arguments[2]))
+    monkeypatch.setattr(os, "set_inheritable", lambda *_: None)
+    restart.begin_again("an order")
+    monkeypatch.setenv("FTEXP_RESTART", taken["FTEXP_RESTART"])
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    assert restart.begun_again() is None
+    assert "FTEXP_RESTART" not in os.environ
