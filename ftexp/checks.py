@@ -116,8 +116,9 @@ def _model(config: Config) -> Iterator[str]:
             f"model.name={model.name}: set model.kwargs.patch_size to one of {sizes}, or another data.image_size"
         )
     if isinstance(model.pretrained, str):
-        if not Path(model.pretrained).is_file():
-            found = "a directory" if Path(model.pretrained).is_dir() else "no such file"
+        path = Path(model.pretrained).expanduser()
+        if not path.is_file():
+            found = "a directory" if path.is_dir() else "no such file"
             yield f"model.pretrained={model.pretrained}: {found}. Give a file of PyTorch's or safetensors', or true"
     elif not isinstance(model.pretrained, bool):
         yield f"model.pretrained={_as_typed(model.pretrained)} must be true, false, or the path of a weights file"

@@ -26,6 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from ftexp.config import Config, SearchConfig, config_dir
 from ftexp.errors import ConfigError, FtexpError
 from ftexp.field_checks import field_problems, keys_problem, list_problem, null_problem, shown, type_problems
+from ftexp.overrides import as_typed, as_typed_yaml, quoted_word
 from ftexp.recipe_checks import fitted
 from ftexp.registry import did_you_mean
 
@@ -90,7 +91,8 @@ def run_hydra(task: Callable[[DictConfig], float | None], argv: Sequence[str]) -
 
     # any key may be added under these, so Hydra's "+" is put there for the user
     open_key = re.compile(rf"({'|'.join(map(re.escape, open_keys(Config)))})(\.[^=]+)?=")
-    sys.argv[1:] = [f"++{word}" if open_key.match(word) else _in_full(word) for word in argv]
+    words = [f"++{word}" if open_key.match(word) else _in_full(word) for word in argv]
+    sys.argv[1:] = [as_typed(Config, word) for word in words]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing, and we word the error
     try:
         hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")(reporting)()
@@ -185,6 +187,7 @@ def to_config(composed: DictConfig, typed: Sequence[str] | None = None) -> Confi
 
 def parse_words(schema: type[Any], words: Sequence[str]) -> Any:
     """Read key=value words into `schema`, a dataclass; ConfigError names what doesn't fit it."""
+    words = [as_typed_yaml(schema, word) for word in words]
     for word in words:
         try:
             OmegaConf.from_dotlist([word])
@@ -297,7 +300,9 @@ def explain(error: BaseException, schema: Any = None) -> str:
             return f"--config-name {option}: there is no such file in {config_dir()}; leave it out for config.yaml"
         return _unknown_option_text(group, option, options)
     if isinstance(error, OverrideParseException):
-        return f"can't read {error.override!r}: write key=value, and quote values that hold any of ,[]{{}}= or spaces"
+        word = error.override or ""
+        told = f"if it is text, quote it: {quoted_word(word)}" if "=" in word else "write key=value"
+        return f"can't read {word!r}: {told}"
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OmegaConfBaseException):
         cause = cause.__cause__

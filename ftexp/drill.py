@@ -32,6 +32,7 @@ from ftexp.config import Config, fault_fields
 from ftexp.errors import ConfigError, RunFailedError
 from ftexp.field_checks import field_problems
 from ftexp.fields import ranged
+from ftexp.lease import unused_name
 
 if TYPE_CHECKING:
     from ftexp.drill_report import Report
@@ -124,7 +125,7 @@ def drill(config: Config, own: DrillConfig, overrides: list[str]) -> bool:
     from ftexp.drill_report import compare
     from ftexp.storage import Storage
 
-    name = f"drill_{time.strftime('%Y-%m-%d_%H-%M-%S')}"
+    name = f"drill_{unused_name()}"
     folder = Storage.at(config.run.storage, name)
     words = [*overrides, f"run.storage={_quoted(folder.uri)}", "train.ledger=true", "train.log_every_steps=1"]
     if own.steps is not None:

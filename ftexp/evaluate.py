@@ -1,8 +1,8 @@
 """`python -m ftexp.evaluate run=<dir> [key=value ...]`: how good is a saved checkpoint?
 
 Keys: run (a run directory or URI), checkpoint (best, latest, or a folder's name), split (train, val, test),
-weights (raw, ema), batch_size, device (auto, cpu, cuda), out (a JSON file; evaluation_<split>.json in the run if not
-given, evaluation_<split>_ema.json for weights=ema).
+weights (raw, ema), batch_size, device (auto, cpu, cuda), data.root (where the run's data lies now, if it has moved),
+out (a JSON file; evaluation_<split>.json in the run if not given, evaluation_<split>_ema.json for weights=ema).
 """
 
 from __future__ import annotations
@@ -11,20 +11,27 @@ import dataclasses
 import functools
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
 
 from ftexp.cli import prepare_streams, print_error, read_command
 from ftexp.config import Config
-from ftexp.errors import ConfigError, FtexpError
+from ftexp.errors import ConfigError, FtexpError, StorageError
 from ftexp.fields import choice, ranged
 
 if TYPE_CHECKING:
     from ftexp.data.feeds import Rows
     from ftexp.data.splits import DataBundle
     from ftexp.storage import Storage
+
+
+@dataclass(kw_only=True)
+class MovedData:
+    """Where the run's data lies now."""
+
+    root: str | None = None  # None: where it lay when the run was trained
 
 
 @dataclass(kw_only=True)
@@ -38,6 +45,7 @@ class EvaluateConfig:
     batch_size: int = ranged(256, low=1)
     device: str = choice("auto", ("auto", "cpu", "cuda"))
     out: str | None = None
+    data: MovedData = field(default_factory=MovedData)
 
 
 def main() -> None:
@@ -69,8 +77,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         DataError: the data that the run was made with can't be read.
         StorageError: `out` can't be written.
     """
-    from ftexp.saved_run import load_run_config
-    from ftexp.storage import Storage
+    from ftexp.saved_run import load_run_config, require_data
+    from ftexp.storage import Storage, absolute
 
     if config.device == "cuda":
         import torch
@@ -79,6 +87,10 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             raise ConfigError("device=cuda, and torch finds no GPU here: take device=auto, or cpu")
     storage = Storage.at(config.run)
     run_config = load_run_config(storage)
+    if config.data.root is not None:
+        data = dataclasses.replace(run_config.data, root=absolute(config.data.root))
+        run_config = dataclasses.replace(run_config, data=data)
+    require_data(run_config.data)
     if config.out is not None:
         Storage.at(config.out).parent.require_writable("out")
     from ftexp.scaling import private_ray
@@ -139,8 +151,13 @@ def _evaluate(config: EvaluateConfig, run_config: Config, storage: Storage) -> d
     text = json.dumps(result, indent=1).encode()
     name = evaluation_file(config.split if config.weights == "raw" else f"{config.split}_{config.weights}")
     target = type(storage).at(config.out) if config.out is not None else storage.child(name)
-    target.parent.write_bytes(target.name, text)
-    result["written"] = target.uri
+    try:
+        target.parent.write_bytes(target.name, text)
+        result["written"] = target.uri
+    except OSError as error:  # such as of a run on a disk that is mounted to be read only
+        if config.out is not None:
+            raise StorageError(f"out={config.out} can't be written: {error}") from error
+        result["not_written"] = f"{target.uri}: {error}; add out=<file> for another place"
     return result
 
 
@@ -168,7 +185,8 @@ def _print(result: dict[str, Any]) -> None:
         shares = ("-" if row[key] is None else f"{row[key]:.4f}" for key in ("recall", "precision"))
         table.add_row(row["class"], str(row["num_samples"]), *shares)
     console.print(table)
-    console.print(f"written to {result['written']}", markup=False, soft_wrap=True)
+    told = f"written to {result['written']}" if "written" in result else f"! not written to {result['not_written']}"
+    console.print(told, markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

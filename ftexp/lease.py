@@ -26,6 +26,11 @@ _WATCH_S = 3 * _BEAT_S  # an owner whose two beats were lost is still alive
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
+def unused_name() -> str:
+    """Return a name for a run, sweep or drill that was given none: commands of the same second get different ones."""
+    return f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{secrets.token_hex(3)}"
+
+
 class Lease:
     """The claim of this process on a run directory. Take it with `take`, give it back with `release`."""
 

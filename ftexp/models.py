@@ -79,7 +79,7 @@ def build_model(config: ModelConfig, info: DataInfo) -> tuple[nn.Module, Weights
     if config.pretrained is True:
         source, weights = f"timm hub, {config.name}", _hub_weights(config.name)
     else:
-        weights, source = load_weights(Path(config.pretrained))
+        weights, source = load_weights(Path(config.pretrained).expanduser())
     return model, load_matching(model, weights, source)
 
 
@@ -121,7 +121,7 @@ def check_weights(config: ModelConfig, data: DataConfig) -> None:
     names = [str(number) for number in range(data.num_classes or 2)]
     info = DataInfo(names, data.image_size, data.channels, data.mean, data.std, {})
     without = dataclasses.replace(config, pretrained=False)
-    weights, source = load_weights(Path(config.pretrained), "meta")
+    weights, source = load_weights(Path(config.pretrained).expanduser(), "meta")
     try:
         with torch.device("meta"):
             model, _ = build_model(without, info)

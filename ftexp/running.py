@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NoReturn
 
 from ftexp.checks import validate
 from ftexp.config import Config
+from ftexp.storage import absolute
 
 if TYPE_CHECKING:
     from ftexp.restart import Restart
@@ -37,6 +37,8 @@ def train(
         RunFailedError: failures are spent, or Ray died. Everything saved is still there.
     """
     validate(config)
+    if config.data.root is not None:  # the run's config.yaml is read from other directories
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, root=absolute(config.data.root)))
     return _run(config, overrides or [], shared, restart, begin_again)
 
 
@@ -47,13 +49,13 @@ def _run(
     restart: Restart | None = None,
     begin_again: Callable[[Restart], NoReturn] | None = None,
 ) -> dict[str, float]:
-    from ftexp.lease import Lease
+    from ftexp.lease import Lease, unused_name
     from ftexp.opening import changes, has_run, located, open_run, require_resumable
     from ftexp.scaling import decide_workers, prepare_environment
     from ftexp.storage import Storage
 
     workers = decide_workers(config.scaling, share=shared.share if shared else 1)
-    run_name = config.run.name or time.strftime("%Y-%m-%d_%H-%M-%S")
+    run_name = config.run.name or unused_name()
     run_dir = Storage.at(config.run.storage, run_name)
     require_resumable(config, run_dir)
     if config.resume_from is not None:

@@ -6,6 +6,7 @@ import dataclasses
 import io
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
@@ -15,7 +16,7 @@ from ftexp.cli import to_config
 from ftexp.config import Config, DataConfig
 from ftexp.data.splits import DataInfo
 from ftexp.errors import CheckpointError, ConfigError
-from ftexp.storage import Storage
+from ftexp.storage import Storage, is_remote
 from ftexp.tracking import CONFIG_FILE, read_state
 
 if TYPE_CHECKING:
@@ -96,6 +97,12 @@ def load_run_config(storage: Storage) -> Config:
     except OSError as error:
         raise ConfigError(f"run={storage.uri} holds no config.yaml: give the directory of a run") from error
     return to_config(OmegaConf.create(text))  # type: ignore[arg-type]
+
+
+def require_data(data: DataConfig) -> None:
+    """ConfigError if a run's data lay on a disk, and doesn't any more where it did."""
+    if data.root is not None and not is_remote(data.root) and not Path(data.root).expanduser().exists():
+        raise ConfigError(f"data.root={data.root} does not exist, the run's data: add data.root=<where it is now>")
 
 
 def choose(store: CheckpointStore, wanted: str, run_config: Config) -> Manifest:

@@ -42,6 +42,11 @@ def open_uri(uri: str, key: str) -> tuple[FileSystem, str]:
     return filesystem, path
 
 
+def absolute(uri: str) -> str:
+    """Return a path of this machine from its root; a URI as it is."""
+    return uri if is_remote(uri) else _local_path(uri)
+
+
 def _less_patient(filesystem: FileSystem) -> FileSystem:
     """An S3 that gives up a dead endpoint after seconds, not minutes: what rests on it is tried again later anyway.
 

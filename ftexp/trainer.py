@@ -254,7 +254,7 @@ def _anywhere(config: Config) -> Config:
     """With the path of the weights absolute: Ray Train lets workers begin in a folder of its own."""
     if not isinstance(config.model.pretrained, str):
         return config
-    path = str(Path(config.model.pretrained).absolute())
+    path = str(Path(config.model.pretrained).expanduser().absolute())
     return dataclasses.replace(config, model=dataclasses.replace(config.model, pretrained=path))
 
 

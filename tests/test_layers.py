@@ -9,7 +9,7 @@ ROOT = Path(ftexp.__file__).parent
 
 # lowest first; a module may import from its own layer and from those above it in this list
 LAYERS = [
-    {"errors", "versions", "ray_private", "skips", "failure.phases", "timing", "mfu", "fields"},
+    {"errors", "versions", "ray_private", "skips", "failure.phases", "timing", "mfu", "fields", "overrides"},
     {"registry", "timm_names", "storage", "data.names", "wire"},
     {"lease", "append_log"},
     {"ledger", "metrics_csv", "trackers.settings"},

@@ -8,11 +8,12 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 
 import pytest
 
 from ftexp.errors import RunInUseError
-from ftexp.lease import LEASE_FILE, LOCK_FILE, Lease
+from ftexp.lease import LEASE_FILE, LOCK_FILE, Lease, unused_name
 from ftexp.storage import Storage
 
 FAST = {"beat_s": 0.02, "watch_s": 0.1}  # as beat_s=5, watch_s=15 in earnest
@@ -222,3 +223,9 @@ def test_an_outage_of_the_store_does_not_end_the_beat(without_locks, take, monke
     before = json.loads(without_locks.read_bytes(LEASE_FILE))["beats"]
     wait_for(lambda: json.loads(without_locks.read_bytes(LEASE_FILE))["beats"] > before)
     assert lease.lost is None
+
+
+def test_names_that_nobody_gave_differ_within_a_second_and_tell_when():
+    names = {unused_name() for _ in range(50)}
+    assert len(names) == 50
+    assert all(time.strptime(name[:19], "%Y-%m-%d_%H-%M-%S") and len(name) == 26 for name in names)

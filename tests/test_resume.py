@@ -5,6 +5,7 @@ import json
 
 import pytest
 from omegaconf import OmegaConf
+from test_config import composed
 
 import ftexp.running
 import ftexp.scaling
@@ -94,6 +95,16 @@ def test_a_refusal_touches_nothing(tmp_path, monkeypatch, resume):
     with pytest.raises(ConfigError, match=f"^resume={resume}, but"):
         ftexp.running._run(made, [])
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_folder_of_data_is_kept_from_the_root_on_wherever_the_command_was_given(tmp_path, monkeypatch):
+    (tmp_path / "photos").mkdir()
+    monkeypatch.chdir(tmp_path)
+    seen = []
+    monkeypatch.setattr(ftexp.running, "_run", lambda made, *_: seen.append(made.data.root))
+    for root in ("photos", "./photos/", "s3://bucket/photos/", str(tmp_path / "photos")):
+        ftexp.running.train(composed("data=image_folder", f"data.root={root}"))
+    assert seen == [f"{tmp_path}/photos", f"{tmp_path}/photos", "s3://bucket/photos/", f"{tmp_path}/photos"]
 
 
 def test_an_empty_folder_opens_as_a_new_run(run_dir):

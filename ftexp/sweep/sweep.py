@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import time
 from collections.abc import Callable, Iterator, Sequence
 
 from ftexp.config import Config
 from ftexp.errors import ConfigError, SweepFailedError
 from ftexp.hot_start.driver import HotStart
-from ftexp.lease import Lease
+from ftexp.lease import Lease, unused_name
 from ftexp.opening import open_run, require_resumable
 from ftexp.scaling import Workers, decide_workers, num_shares, prepare_environment
 from ftexp.storage import Storage
@@ -52,7 +51,7 @@ def run_sweep(configs: Sequence[Config], jobs: Sequence[dict[str, str]], words: 
 @contextlib.contextmanager
 def claimed(config: Config) -> Iterator[Storage]:
     """The sweep's directory, which no other command has meanwhile."""
-    folder = Storage.at(config.run.storage, SWEEPS, config.sweep.name or time.strftime("%Y-%m-%d_%H-%M-%S"))
+    folder = Storage.at(config.run.storage, SWEEPS, config.sweep.name or unused_name())
     folder.require_writable()
     lease = Lease.take(folder, key="sweep.name")
     try:

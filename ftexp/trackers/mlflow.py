@@ -11,6 +11,7 @@ import math
 import os
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from ftexp.storage import Storage, is_remote
@@ -127,7 +128,7 @@ def _allowed(key: str) -> str:
 def tracking_uri(configured: str | None, storage: str) -> str:
     """Where the run goes; a database under `storage`, which is on a disk then, if nothing else is said."""
     if uri := configured or os.environ.get("MLFLOW_TRACKING_URI"):
-        return uri
+        return str(Path(uri).expanduser()) if uri.startswith("~") else uri
     assert not is_remote(storage), "checks ask for a URI then"
     return f"sqlite:///{Storage.at(storage).uri}/mlflow.db"
 
