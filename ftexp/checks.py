@@ -21,6 +21,7 @@ from ftexp.config import AUTO, CAUSES, FAULTS, Config, ScalingConfig, config_dir
 from ftexp.data.names import SOURCE_FIELDS, can_stream
 from ftexp.errors import ConfigError
 from ftexp.field_checks import field_problems
+from ftexp.machine import check_compiler
 from ftexp.recipe_checks import (
     check_augment,
     check_average,
@@ -307,6 +308,7 @@ _CHECKS: dict[Callable[[Config], Iterator[str]], tuple[str, ...]] = {
     check_drop_path: ("model.name",),
     check_freeze: ("train.epochs",),
     _scaling: (),
+    check_compiler: (),
     _batch: ("train.global_batch_size", "train.accumulate_steps"),
     check_checkpoint: ("checkpoint.checkpoint_score_order",),
     _chaos: ("chaos.kind",),

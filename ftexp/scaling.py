@@ -17,6 +17,7 @@ from ftexp.checks import num_local_gpus
 from ftexp.config import AUTO, Config, DataConfig, ScalingConfig
 from ftexp.data.names import can_stream
 from ftexp.errors import ConfigError, RayLostError, RunFailedError
+from ftexp.machine import prepare_machine
 from ftexp.ray_watch import JoinedRay, OwnRay
 
 _MAX_AUTO_CPU_WORKERS = 2  # small models gain nothing from more processes on one machine
@@ -139,7 +140,9 @@ def usable_cpus() -> int:
 
 
 def prepare_environment(config: Config) -> None:
-    """Set what Ray reads at import. Call before ray is imported."""
+    """Set what Ray reads at import; ConfigError if this machine lacks what it needs. Call before ray is imported."""
+    if config.scaling.address is None:
+        prepare_machine()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     settings = {} if config.scaling.address else dict(_OWN_CLUSTER)

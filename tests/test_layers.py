@@ -16,7 +16,7 @@ LAYERS = [
     {"config"},
     {"ending", "ray_watch", "restart"},
     {"field_checks", "fingerprint", "data.order"},
-    {"recipe_checks", "saving_checks", "trackers.registry", "trackers.wandb_log"},
+    {"recipe_checks", "machine", "saving_checks", "trackers.registry", "trackers.wandb_log"},
     {"trackers.places", "trackers.follower"},
     {"trackers.tensorboard", "trackers.mlflow", "trackers.wandb"},
     {"trackers.builtin"},

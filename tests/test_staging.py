@@ -1,5 +1,7 @@
 """Staging: a copy that later steps don't change, in memory that is used again."""
 
+import subprocess
+import sys
 from collections import OrderedDict
 
 import pytest
@@ -143,3 +145,18 @@ def test_a_mapping_becomes_a_plain_dict_that_can_be_loaded_without_running_code(
 )
 def test_two_places_never_share_memory_whatever_their_keys(tree):
     assert same(Staging(CPU).copy(tree), tree)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of threads, Linux knows priorities")
+@pytest.mark.parametrize("lower", [0, 5, 15])
+def test_the_writing_thread_gives_way_to_its_process_and_never_asks_for_more_than_that_has(lower):
+    program = (
+        f"import os, threading; own = os.nice({lower})\n"
+        "from concurrent.futures import ThreadPoolExecutor\n"
+        "from ftexp.checkpoint.manager import _give_way\n"
+        "pool = ThreadPoolExecutor(1, initializer=_give_way)\n"
+        "print(own, pool.submit(lambda: os.getpriority(os.PRIO_PROCESS, threading.get_native_id())).result())"
+    )
+    child = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    own, thread = map(int, child.stdout.split())
+    assert thread == min(19, own + 10)

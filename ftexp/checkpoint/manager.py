@@ -30,6 +30,7 @@ _MODEL, _OPTIMIZER, _EXTRA = FILES
 _ASKS_PER_PREEMPTION_POLL = 3  # the cadence asks about once a second; a poll costs 30 ms
 _NOT_FINITE = "the weights are not finite, so this step is not worth keeping"
 _LAST_TRIES_S = (1, 2, 4, 8, 16)  # waits before trying again to write the checkpoint that ends the run
+_LOWEST = 19
 _NICE = 10  # a tenth of a core where training wants it all; with less (19: a hundredth), saves could starve
 
 
@@ -278,6 +279,10 @@ class CheckpointManager:
 
 
 def _give_way() -> None:
-    """Have this thread run where the training leaves a core idle; Linux knows priorities of threads."""
+    """Have this thread run where the training leaves a core idle; Linux knows priorities of threads.
+
+    From the process's own on, which Ray has lowered: only root may raise one.
+    """
     if sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
+        lower = min(_LOWEST, os.getpriority(os.PRIO_PROCESS, 0) + _NICE)
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), lower)

@@ -39,7 +39,9 @@ class HotStart:
         joins = config.address is not None if joins is None else joins
         if config.hot_start == "off" or joins or not supported():
             return
-        self._folder = tempfile.mkdtemp(prefix="ftexp-")  # 0700: its socket is this user's alone
+        self._folder = tempfile.mkdtemp(
+            prefix="ftexp-", dir=os.environ.get("RAY_TMPDIR")
+        )  # 0700: its socket is this user's alone
         with listen(self._socket) as listener:
             number = listener.fileno()
             self._process = subprocess.Popen(

@@ -1,0 +1,90 @@
+"""What this machine must have before Ray starts on it: found out beforehand, and put elsewhere where that is safe.
+
+Ray keeps sockets and logs below RAY_TMPDIR, else TMPDIR, else /tmp, and a token in the home directory. Imports neither
+torch nor Ray.
+"""
+
+from __future__ import annotations
+
+import getpass
+import os
+import secrets
+import shutil
+import stat
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from ftexp.config import Config
+from ftexp.errors import ConfigError
+
+_LONGEST = 107 if sys.platform == "linux" else 103  # bytes of a socket's path
+_BELOW = len(
+    "/ray/session_2026-11-26_13-50-07_432371_4194304/sockets/plasma_store"
+)  # of the longest, for any process id
+
+
+def prepare_machine() -> None:
+    """See to directories that Ray and torch can write; ConfigError, naming what to set, if there are none."""
+    if os.environ.get("TMPDIR") == "":  # Ray would take it for a relative path
+        del os.environ["TMPDIR"]
+    base = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+    if (problem := _unfit(base)) is not None:
+        if "RAY_TMPDIR" in os.environ:
+            raise ConfigError(f"RAY_TMPDIR={base}: {problem}. Set RAY_TMPDIR to a short folder that you can write")
+        base = os.environ["RAY_TMPDIR"] = _private(problem)
+    Path(base).mkdir(parents=True, exist_ok=True)
+    if not _writable(Path.home() / ".ray"):
+        token = Path(_private("the home directory can't be written")) / "auth_token"
+        if not token.exists():
+            token.write_text(secrets.token_hex(32))
+            token.chmod(0o600)
+        os.environ.setdefault("RAY_AUTH_TOKEN_PATH", str(token))
+    if not _has_name():
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{_private('this user has no name')}/inductor")
+
+
+def check_compiler(config: Config) -> Iterator[str]:
+    """Yield what train.compile=true lacks on this machine, if workers are to run here."""
+    if not config.train.compile or config.scaling.address is not None:
+        return
+    chosen = os.environ.get("CXX")
+    if shutil.which((chosen or "g++").split()[0]) is None:
+        found = "there is no g++" if chosen is None else f"CXX={chosen} is no program here"
+        yield f"train.compile=true needs a C++ compiler, and {found}: install g++, set CXX to another, or don't compile"
+
+
+def _unfit(base: str) -> str | None:
+    """Say why Ray can't keep its files below `base`; None if it can."""
+    if len(os.fsencode(base)) + _BELOW > _LONGEST:
+        return f"{base} is too long for the path of a socket, by {len(os.fsencode(base)) + _BELOW - _LONGEST} bytes"
+    return None if _writable(Path(base) / "ray") else f"{base}/ray can't be written by this user"
+
+
+def _writable(folder: Path) -> bool:
+    """Whether files can be made in a folder, or it can be made itself."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
+
+
+def _private(problem: str) -> str:
+    """Return this user's own short folder; ConfigError, giving `problem`, if it can't be had."""
+    folder = Path(f"/tmp/ftexp-{os.getuid()}")
+    advice = "set RAY_TMPDIR and HOME to folders that you can write"
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        status = folder.lstat()
+    except OSError as error:
+        raise ConfigError(f"{problem}, and neither can {folder} ({error}): {advice}") from error
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
+        raise ConfigError(f"{problem}, and {folder} is not this user's alone: {advice}")
+    return str(folder)
+
+
+def _has_name() -> bool:
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):
+        return False
+    return True
