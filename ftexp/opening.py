@@ -63,7 +63,13 @@ def open_run(config: Config, run_dir: Storage, run_name: str) -> RunState:
             differences(manifest.fingerprint, own, run_dir.uri)
         attempts = max([last_attempt(run_dir), *(manifest.attempt for manifest in manifests)])
         return RunState(name=run_name, fingerprint=own, attempts=attempts)
-    differences(state.fingerprint, own, run_dir.uri)
+    try:
+        differences(state.fingerprint, own, run_dir.uri)
+    except ConfigError:
+        if state.step or state.farthest_step or run_dir.child(CHECKPOINTS).list_folders():
+            raise
+        # it ended before its first step, by a mistake in its config, say: there is nothing to mix with another run's
+        return RunState(name=run_name, fingerprint=own, attempts=state.attempts)
     train = config.train
     done = state.epoch >= train.epochs or (train.max_steps is not None and state.step >= train.max_steps)
     state.status = state.status if state.status == "finished" and done else "running"

@@ -3,6 +3,7 @@
 import datetime
 import errno
 import io
+import socket
 import subprocess
 import sys
 import textwrap
@@ -34,7 +35,7 @@ from ftexp.failure.causes import (
     as_hang,
     find_cause,
 )
-from ftexp.wire import Hub
+from ftexp.wire import Hub, HubAddress
 
 DIED = WorkerHealthCheckFailedError("A worker health check failed.", ray.exceptions.ActorDiedError())
 PREEMPTED = WorkerHealthCheckFailedError("A worker health check failed.", ray.exceptions.RayActorError(preempted=True))
@@ -352,7 +353,8 @@ def test_the_controller_ends_the_run_if_the_driver_decides_nothing(monkeypatch, 
 
 
 def test_a_controller_without_a_driver_ends_the_run_too():
-    hub = Hub("127.0.0.1", lambda message: {})
-    hub.close()  # its thread may still take one call, which it leaves without an answer
-    with pytest.raises(StopRun, match="no decision from the driver"):
-        FailureReporter(hub.address).after_exception(None, {0: DIED})
+    with socket.socket() as taken:  # bound, and nobody listens
+        taken.bind(("127.0.0.1", 0))
+        address = HubAddress("127.0.0.1", taken.getsockname()[1], "token")
+        with pytest.raises(StopRun, match=r"no decision from the driver: .+"):
+            FailureReporter(address).after_exception(None, {0: DIED})

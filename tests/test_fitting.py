@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from ftexp import fitting
 from ftexp.errors import RayLostError, StorageError
 from ftexp.fitting import Terminated, fit_interruptibly
 
@@ -201,7 +202,14 @@ def test_a_terminal_that_goes_away_is_a_sigterm_unless_nohup_asked_to_ignore_it(
         assert [type(asked) for asked in stopped] == [Terminated]
         assert signal.getsignal(signal.SIGHUP) is hangup
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        assert fit_interruptibly(lambda: os.kill(os.getpid(), signal.SIGHUP), FREE, never) is None
+        ended.clear()
+
+        def linger():
+            os.kill(os.getpid(), signal.SIGHUP)
+            return ended.wait(10 * fitting._LOOK_EVERY_S)
+
+        assert fit_interruptibly(linger, FREE, stop) is False
+        assert len(stopped) == 1
     finally:
         signal.signal(signal.SIGHUP, hangup)
 

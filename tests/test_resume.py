@@ -112,8 +112,23 @@ def test_an_empty_folder_opens_as_a_new_run(run_dir):
     assert (state.name, state.status, state.step, state.fingerprint) == ("first", "running", 0, fingerprint(config()))
 
 
+@pytest.mark.parametrize("begun", [{}, {"step": 3}, {"farthest_step": 3}, "checkpoint"])
+def test_a_run_that_ended_before_its_first_step_may_be_defined_otherwise(run_dir, begun):
+    if begun == "checkpoint":
+        save(run_dir, 10)
+    note(run_dir, status="failed", attempts=2, **({} if begun == "checkpoint" else {"step": 0} | begun))
+    other = config(seed=3)
+    if begun:
+        with pytest.raises(ConfigError, match="holds a run that is defined otherwise"):
+            open_run(other, run_dir, "first")
+    else:
+        state = open_run(other, run_dir, "first")
+        assert (state.status, state.attempts, state.fingerprint) == ("running", 2, fingerprint(other))
+        assert (state.failures, state.data) == ([], {})
+
+
 def test_a_run_that_is_defined_otherwise_is_refused_with_the_differences(run_dir):
-    note(run_dir)
+    note(run_dir, step=30)
     assert open_run(config(), run_dir, "first").fingerprint == fingerprint(config())
     other = config(seed=3)
     other.optim.lr = 0.2
