@@ -7,12 +7,16 @@ import os
 import select
 import signal
 import socket
+import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ftexp import ray_private
+from ftexp.errors import RayLostError
 
+_LOOK_EVERY_S = 0.5
 _PROBE_EVERY_S = 5.0
 _GCS_SILENT_S = 45.0  # a GCS that is restarted elsewhere may come back; Ray gives it 60 s
 
@@ -23,6 +27,25 @@ def end_workers(pids: list[int]) -> None:
         with contextlib.suppress(OSError):  # it has ended, or this system has no /proc
             if b"ray::" in Path(f"/proc/{pid}/cmdline").read_bytes():  # no other process that has got its number
                 os.kill(pid, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def ending_with(lost: Callable[[], str | None]) -> Iterator[None]:
+    """End this process by one line if Ray dies while the block runs: for commands that only read, and begin anew."""
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(_LOOK_EVERY_S):
+            if (reason := lost()) is not None:
+                print(f"ftexp: {reason}: give the same command again", file=sys.stderr, flush=True)
+                sys.stdout.flush()
+                os._exit(RayLostError.exit_code)  # what waits in Ray can't be interrupted
+
+    threading.Thread(target=watch, daemon=True, name="ray-watch").start()
+    try:
+        yield
+    finally:
+        done.set()
 
 
 class OwnRay:

@@ -18,7 +18,7 @@ from ftexp.config import AUTO, Config, DataConfig, ScalingConfig
 from ftexp.data.names import can_stream
 from ftexp.errors import ConfigError, RayLostError, RunFailedError
 from ftexp.machine import prepare_machine
-from ftexp.ray_watch import JoinedRay, OwnRay
+from ftexp.ray_watch import JoinedRay, OwnRay, ending_with
 
 _MAX_AUTO_CPU_WORKERS = 2  # small models gain nothing from more processes on one machine
 _MAX_AUTO_THREADS = 8
@@ -268,10 +268,11 @@ def private_ray(config: Config) -> Iterator[Config]:
     prepare_environment(config)
     import ray
 
-    start_ray(config)
+    running = start_ray(config)
     quiet_data(config)
     try:
-        yield config
+        with ending_with(running.lost):
+            yield config
     finally:
         ray.shutdown()
 

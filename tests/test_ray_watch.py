@@ -75,3 +75,18 @@ def test_a_joined_ray_is_lost_when_its_gcs_has_been_silent_for_long_and_only_the
     with socket.create_server(("127.0.0.1", port)):
         watch.probe()
         assert watch.lost() is None
+
+
+def test_a_command_that_only_reads_ends_by_one_line_when_ray_dies_and_not_after_it_is_done():
+    program = (
+        "import time\n"
+        "from ftexp.ray_watch import ending_with\n"
+        "with ending_with(lambda: None): pass\n"
+        "done = ending_with(lambda: 'it died later')\n"
+        "with done: pass\n"
+        "time.sleep(1.2); print('so far', end='')\n"
+        "with ending_with(lambda: 'the raylet has died'): time.sleep(60)"
+    )
+    child = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=50)
+    assert (child.returncode, child.stdout) == (1, "so far")
+    assert child.stderr == "ftexp: the raylet has died: give the same command again\n"

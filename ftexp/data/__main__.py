@@ -93,16 +93,18 @@ def inspect(config: Config, out: Path | None = None) -> None:
     prepare_environment(config)
     import ray
 
+    from ftexp.ray_watch import ending_with
     from ftexp.registry import load_plugins
     from ftexp.scaling import import_meanwhile, quiet_data, start_ray
 
     importing = import_meanwhile("ftexp.data.stream")
     try:
-        start_ray(config)
+        running = start_ray(config)
         importing.join()
         quiet_data(config)
         load_plugins(config.plugins)
-        _inspect(config, workers, out)
+        with ending_with(running.lost):
+            _inspect(config, workers, out)
     finally:
         ray.shutdown()
 
