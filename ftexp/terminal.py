@@ -68,7 +68,8 @@ class Terminal:
             self.say(f"! {warning}", "yellow")
         if data.bad_samples:
             first = f"{data.bad_samples[0].where}: {data.bad_samples[0].reason}"
-            told = f"{len(data.bad_samples)} samples that can't be read (the first: {first}); see events.jsonl"
+            what = "sample" if len(data.bad_samples) == 1 else "samples"
+            told = f"{len(data.bad_samples)} {what} that can't be read (the first: {first}); see events.jsonl"
             self.say(f"{'skipped':<9}{told}", "yellow")
 
     def changed(self, lines: Sequence[str]) -> None:
