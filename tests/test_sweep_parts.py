@@ -576,7 +576,7 @@ def test_a_changed_base_is_told_once(folder):
     from ftexp.fingerprint import fingerprint
 
     for name in "ab":
-        state = RunState(name=name, fingerprint=fingerprint(config(seed=1)))
+        state = RunState(name=name, fingerprint=fingerprint(config(seed=1)), step=30)
         folder.child(name).write_bytes(RUN_FILE, json.dumps(dataclasses.asdict(state)).encode())
     with pytest.raises(ConfigError) as refused:
         plan(folder, ("a", config(seed=2)), ("b", config(seed=2)))
