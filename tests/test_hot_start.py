@@ -54,6 +54,8 @@ STEP = """
     model = DistributedDataParallel(torch.nn.Linear(8, 3))
     model(torch.full((4, 8), rank + 0.3)).square().sum().backward()
     print(json.dumps([parameter.grad.tolist() for parameter in model.parameters()]))
+    torch.distributed.barrier()
+    del model  # it holds the group, whose threads would outlive Python's end now and then, and abort the process
     torch.distributed.destroy_process_group()
 """
 
