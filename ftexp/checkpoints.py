@@ -14,7 +14,7 @@ import time
 from ftexp.checkpoint.store import CHECKPOINTS, REJECTED, CheckpointStore, Manifest, locate
 from ftexp.cli import prepare_streams, print_error
 from ftexp.errors import CheckpointError, ConfigError, FtexpError
-from ftexp.storage import Storage
+from ftexp.storage.directory import Storage
 
 _MOST_DIFFERENCES = 40  # shown; the rest is counted
 

@@ -32,7 +32,7 @@ from ftexp.recipe_checks import (
 )
 from ftexp.registry import did_you_mean
 from ftexp.saving_checks import check_checkpoint, check_sweep
-from ftexp.storage import is_remote
+from ftexp.storage.directory import is_remote
 from ftexp.timm_names import model_names
 from ftexp.trackers.checks import tracker_problems
 

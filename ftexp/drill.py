@@ -32,11 +32,11 @@ from ftexp.config import Config, fault_fields
 from ftexp.errors import ConfigError, RunFailedError
 from ftexp.field_checks import field_problems
 from ftexp.fields import ranged
-from ftexp.lease import unused_name
+from ftexp.storage.lease import unused_name
 
 if TYPE_CHECKING:
     from ftexp.drill_report import Report
-    from ftexp.storage import Storage
+    from ftexp.storage.directory import Storage
 
 _KILLED = -9
 _SHOWN = ("⚡", "✗", "↻", "!", "resumed")  # beginnings of the run's lines that are passed on
@@ -123,7 +123,7 @@ def drill(config: Config, own: DrillConfig, overrides: list[str]) -> bool:
     with_faults = dataclasses.replace(config, chaos=dataclasses.replace(config.chaos, faults=own.faults))
     validate(with_faults)
     from ftexp.drill_report import compare
-    from ftexp.storage import Storage
+    from ftexp.storage.directory import Storage
 
     name = f"drill_{unused_name()}"
     folder = Storage.at(config.run.storage, name)

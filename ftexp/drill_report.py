@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from ftexp.append_log import read_lines
 from ftexp.checkpoint.compare import load, tree_differences
 from ftexp.checkpoint.store import locate
 from ftexp.errors import CheckpointError
 from ftexp.ledger import Update, problems, read_updates
-from ftexp.storage import Storage
+from ftexp.storage.append_log import read_lines
+from ftexp.storage.directory import Storage
 from ftexp.timing import SPEEDS
 from ftexp.tracking import EVENTS_FILE, METRICS_FILE, RUN_FILE
 

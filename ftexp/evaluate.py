@@ -24,7 +24,7 @@ from ftexp.fields import choice, ranged
 if TYPE_CHECKING:
     from ftexp.data.feeds import Rows
     from ftexp.data.splits import DataBundle
-    from ftexp.storage import Storage
+    from ftexp.storage.directory import Storage
 
 
 @dataclass(kw_only=True)
@@ -78,7 +78,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         StorageError: `out` can't be written.
     """
     from ftexp.saved_run import load_run_config, require_data
-    from ftexp.storage import Storage, absolute
+    from ftexp.storage.directory import Storage, absolute
 
     if config.device == "cuda":
         import torch

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from ftexp.checkpoint.store import Manifest
     from ftexp.exporting.checking import Difference, Samples
     from ftexp.saved_run import SavedRun
-    from ftexp.storage import Storage
+    from ftexp.storage.directory import Storage
 
 _ABOUT_FILE = "export.json"
 _FORMATS = ("safetensors", "torch_export", "onnx")
@@ -95,7 +95,7 @@ def export(config: ExportConfig) -> dict[str, Any]:
         StorageError: `out` can't be written.
     """
     from ftexp.saved_run import SavedRun, choose, read_weights
-    from ftexp.storage import Storage
+    from ftexp.storage.directory import Storage
 
     run = SavedRun.at(config.run)
     manifest = choose(run.store, config.checkpoint, run.config)
@@ -196,7 +196,7 @@ def _about(config: ExportConfig, run: SavedRun, manifest: Manifest) -> dict[str,
 
 
 def _copy(path: Path, stream: BinaryIO) -> None:
-    from ftexp.storage import write_all
+    from ftexp.storage.directory import write_all
 
     with path.open("rb") as file:
         while chunk := file.read(2**20):

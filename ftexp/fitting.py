@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from ftexp.errors import RayLostError, StorageError
-from ftexp.lease import Lease
+from ftexp.storage.lease import Lease
 
 _LOOK_EVERY_S = 0.1
 STOP_GRACE_S = 30.0  # for the save that a signal asks for

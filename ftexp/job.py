@@ -39,7 +39,7 @@ from ftexp.optim import build_optimizer, build_scheduler
 from ftexp.progress import Meter, Progress
 from ftexp.skips import Skips
 from ftexp.spec import JobSpec
-from ftexp.storage import Storage
+from ftexp.storage.directory import Storage
 from ftexp.timing import Stopwatch
 from ftexp.wire import Line
 

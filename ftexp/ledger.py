@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ftexp.append_log import AppendLog, read_lines
-from ftexp.storage import Storage
+from ftexp.storage.append_log import AppendLog, read_lines
+from ftexp.storage.directory import Storage
 
 if TYPE_CHECKING:
     from ftexp.data.feeds import Batch

@@ -34,7 +34,7 @@ from ftexp.registry import load_plugins
 from ftexp.spec import JobSpec
 from ftexp.speed import speeds
 from ftexp.step import settle_gradient_order, thaw, train_step
-from ftexp.storage import Storage
+from ftexp.storage.directory import Storage
 from ftexp.timing import SAVE as SAVING
 
 _TICK_INTERVAL_S = 0.1  # between messages that only move the progress bar

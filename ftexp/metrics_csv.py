@@ -8,8 +8,8 @@ import io
 from collections.abc import Callable
 from typing import Any
 
-from ftexp.append_log import AppendLog
-from ftexp.storage import Storage
+from ftexp.storage.append_log import AppendLog
+from ftexp.storage.directory import Storage
 
 CSV_FILE = "metrics.csv"
 _HEAD = ("time", "split", "step", "epoch")

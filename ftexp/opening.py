@@ -17,7 +17,7 @@ from ftexp.data.splits import DataInfo
 from ftexp.errors import CheckpointError, ConfigError
 from ftexp.fingerprint import differences, fingerprint, flat, masked
 from ftexp.ledger import last_attempt
-from ftexp.storage import Storage
+from ftexp.storage.directory import Storage
 from ftexp.tracking import CONFIG_FILE, RUN_FILE, RunState, read_state
 
 _MAY_CHANGE = ("train", "data", "scaling", "failure", "checkpoint")  # groups of which a resumed run says what changed

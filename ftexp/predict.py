@@ -37,7 +37,7 @@ from ftexp.fields import choice, ranged
 
 if TYPE_CHECKING:
     from ftexp.saved_run import SavedRun
-    from ftexp.storage import Storage
+    from ftexp.storage.directory import Storage
 
 _OWN = ("run", "checkpoint", "weights", "split", "out")
 _SCALING = ("num_workers", "use_gpu", "resources_per_worker", "address", "hot_start")  # what is read of it
@@ -164,7 +164,7 @@ def predict(composed: Config, own: PredictConfig, run: SavedRun, chosen: bool, w
     config = dataclasses.replace(config, data=dataclasses.replace(data, on_bad_sample="skip"))
     from ftexp.saved_run import choose
     from ftexp.scaling import decide_workers, prepare_environment
-    from ftexp.storage import Storage
+    from ftexp.storage.directory import Storage
 
     workers = decide_workers(config.scaling)
     manifest = choose(run.store, own.checkpoint, run.config)

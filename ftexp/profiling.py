@@ -11,7 +11,7 @@ import torch
 
 from ftexp.data.feeds import Batch
 from ftexp.job import Job
-from ftexp.storage import Storage
+from ftexp.storage.directory import Storage
 
 PROFILES = "profile"  # the folder in a run directory
 

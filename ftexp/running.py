@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from ftexp.checks import validate
 from ftexp.config import Config
-from ftexp.storage import absolute
+from ftexp.storage.directory import absolute
 
 if TYPE_CHECKING:
     from ftexp.restart import Restart
@@ -49,10 +49,10 @@ def _run(
     restart: Restart | None = None,
     begin_again: Callable[[Restart], NoReturn] | None = None,
 ) -> dict[str, float]:
-    from ftexp.lease import Lease, unused_name
     from ftexp.opening import changes, has_run, located, open_run, require_resumable
     from ftexp.scaling import decide_workers, prepare_environment
-    from ftexp.storage import Storage
+    from ftexp.storage.directory import Storage
+    from ftexp.storage.lease import Lease, unused_name
 
     workers = decide_workers(config.scaling, share=shared.share if shared else 1)
     run_name = config.run.name or unused_name()

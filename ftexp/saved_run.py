@@ -16,7 +16,7 @@ from ftexp.cli import to_config
 from ftexp.config import Config, DataConfig
 from ftexp.data.splits import DataInfo
 from ftexp.errors import CheckpointError, ConfigError
-from ftexp.storage import Storage, is_remote
+from ftexp.storage.directory import Storage, is_remote
 from ftexp.tracking import CONFIG_FILE, read_state
 
 if TYPE_CHECKING:

@@ -16,7 +16,6 @@ from ftexp.errors import ConfigError, RayLostError
 from ftexp.fingerprint import masked
 from ftexp.fitting import fit_interruptibly
 from ftexp.hot_start.driver import HotStart, on_joined_nodes
-from ftexp.lease import Lease
 from ftexp.opening import changes, labels_as_begun, repeated_samples, require_same_data
 from ftexp.registry import load_plugins
 from ftexp.restart import Restart
@@ -30,7 +29,8 @@ from ftexp.scaling import (
     quiet_data,
     start_ray,
 )
-from ftexp.storage import Storage
+from ftexp.storage.directory import Storage
+from ftexp.storage.lease import Lease
 from ftexp.terminal import Terminal
 from ftexp.tracked import close_trackers, outcome_of, trackers_of
 from ftexp.trackers.run import check_names as check_trackers

@@ -10,7 +10,7 @@ import sys
 
 from ftexp.cli import prepare_streams, print_error
 from ftexp.errors import FtexpError
-from ftexp.storage import Storage
+from ftexp.storage.directory import Storage
 
 
 def main() -> None:

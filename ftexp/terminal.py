@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from ftexp.data.splits import DataInfo
-from ftexp.storage import Storage
+from ftexp.storage.directory import Storage
 from ftexp.tracking import Failure, RunState
 
 _RATE_WINDOW_S = 10.0

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 
-from ftexp.append_log import read_lines
 from ftexp.checkpoint.store import CHECKPOINTS
 from ftexp.config import Config
 from ftexp.registry import load_plugins
-from ftexp.storage import Storage
+from ftexp.storage.append_log import read_lines
+from ftexp.storage.directory import Storage
 from ftexp.terminal import Terminal
 from ftexp.trackers.follower import FAILED_EVENT, described
 from ftexp.trackers.registry import Outcome

@@ -10,10 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from ftexp.append_log import AppendLog, as_json, finite, parse_lines
 from ftexp.errors import StorageError
 from ftexp.metrics_csv import MetricsCsv
-from ftexp.storage import Storage
+from ftexp.storage.append_log import AppendLog, as_json, finite, parse_lines
+from ftexp.storage.directory import Storage
 from ftexp.versions import package_versions
 from ftexp.wire import Message
 

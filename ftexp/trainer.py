@@ -25,11 +25,11 @@ from ftexp.data.splits import DataBundle
 from ftexp.errors import ConfigError, RayLostError, RunFailedError, StorageError
 from ftexp.failure.causes import FailureReporter, find_cause
 from ftexp.fitting import fit_interruptibly
-from ftexp.lease import Lease
 from ftexp.ray_watch import end_workers
 from ftexp.scaling import RunningRay, Workers, lacking_resources, num_possible
 from ftexp.spec import JobSpec
-from ftexp.storage import Storage
+from ftexp.storage.directory import Storage
+from ftexp.storage.lease import Lease
 from ftexp.supervisor import Supervisor
 from ftexp.terminal import Terminal
 from ftexp.trackers.run import Trackers

@@ -74,7 +74,7 @@ def run_job(overrides: list[str], rounds: int, window_s: float) -> dict[str, Any
 
         from ftexp.data.build import build_data
         from ftexp.spec import JobSpec
-        from ftexp.storage import Storage
+        from ftexp.storage.directory import Storage
         from ftexp.wire import Hub
 
         workers, bundle = decide_workers(config.scaling), build_data(config.data)
@@ -102,7 +102,7 @@ def measure(settings: dict[str, Any]) -> dict[str, Any]:
     from ftexp.checkpoint.registry import ExtraState
     from ftexp.checkpoint.store import CHECKPOINTS, CheckpointStore
     from ftexp.job import build_job
-    from ftexp.storage import Storage
+    from ftexp.storage.directory import Storage
 
     spec = pickle.loads(settings["spec"])
     job = build_job(spec, {})

@@ -28,7 +28,7 @@ from rich.table import Table
 
 from ftexp.drill_report import compare
 from ftexp.ledger import read_updates
-from ftexp.storage import Storage
+from ftexp.storage.directory import Storage
 
 _POLL_S = 0.005
 _DEADLINE_S = 300.0

@@ -137,7 +137,7 @@ class RunFolder:
 
     @property
     def storage(self):
-        from ftexp.storage import Storage
+        from ftexp.storage.directory import Storage
 
         return Storage.at(str(self.path))
 
@@ -243,7 +243,7 @@ def s3_server():
     """The port of an S3 server with an empty bucket named `bucket`."""
     from moto.server import ThreadedMotoServer
 
-    from ftexp.storage import Storage
+    from ftexp.storage.directory import Storage
 
     with pytest.MonkeyPatch.context() as patch:
         for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
@@ -268,7 +268,7 @@ def memory(monkeypatch):
     from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
     from pyarrow.fs import FSSpecHandler, PyFileSystem
 
-    import ftexp.storage
+    import ftexp.storage.directory
 
     class Written(MemoryFile):
         is_whole = False
@@ -289,14 +289,14 @@ def memory(monkeypatch):
     monkeypatch.setattr(MemoryFileSystem, "store", {})
     monkeypatch.setattr(MemoryFileSystem, "pseudo_dirs", [""])
     filesystem = PyFileSystem(FSSpecHandler(WholeFiles(skip_instance_cache=True)))
-    open_uri = ftexp.storage.open_uri
+    open_uri = ftexp.storage.directory.open_uri
 
     def open_in_memory(uri, key):
         if not uri.startswith("memory://"):
             return open_uri(uri, key)
         return filesystem, uri.removeprefix("memory://").partition("?")[0]
 
-    monkeypatch.setattr(ftexp.storage, "open_uri", open_in_memory)
+    monkeypatch.setattr(ftexp.storage.directory, "open_uri", open_in_memory)
     return "memory://bucket/run"
 
 

@@ -14,7 +14,7 @@ from ftexp.checkpoint.store import CHECKPOINTS, CheckpointStore, Manifest
 from ftexp.data.splits import DataInfo
 from ftexp.models import timm_arguments
 from ftexp.saved_run import SavedRun
-from ftexp.storage import Storage
+from ftexp.storage.directory import Storage
 from ftexp.tracking import RUN_FILE
 
 CLASSES = ["ant", "bee", "cow"]

@@ -14,7 +14,7 @@ from ftexp.cli import to_config
 from ftexp.config import DAMAGES, FAULTS, ChaosConfig, config_dir
 from ftexp.failure import chaos
 from ftexp.failure.chaos import FIRED, Chaos, ChaosError, FaultyStore, damage, planned_faults
-from ftexp.storage import Storage
+from ftexp.storage.directory import Storage
 
 CONTENT = {name: name.encode() * 50 for name in FILES}
 OPTIONS = sorted(file.stem for file in (config_dir() / "chaos").glob("*.yaml"))

@@ -30,7 +30,7 @@ from ftexp.errors import CheckpointError, ConfigError
 from ftexp.evaluate import EvaluateConfig, evaluate
 from ftexp.failure import chaos
 from ftexp.saved_run import choose
-from ftexp.storage import Storage
+from ftexp.storage.directory import Storage
 
 CONTENT = {name: name.encode() * 50 for name in FILES}
 
@@ -352,8 +352,8 @@ def test_a_manifest_that_can_not_be_written_leaves_nothing_either(store, monkeyp
             raise OSError(errno.ENOSPC, "No space left on device")
         fsync(descriptor)
 
-    monkeypatch.setattr("ftexp.storage.os.fsync", full)
-    monkeypatch.setattr("ftexp.storage._sync_folder", lambda path: None)
+    monkeypatch.setattr("ftexp.storage.directory.os.fsync", full)
+    monkeypatch.setattr("ftexp.storage.directory._sync_folder", lambda path: None)
     with pytest.raises(OSError, match="No space left"):
         store.save(manifest(20), WRITERS)
     assert files_under(store.storage.local_path) == before

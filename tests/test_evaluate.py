@@ -10,7 +10,7 @@ import ftexp.scaling
 from ftexp import evaluate as module
 from ftexp.errors import ConfigError, StorageError
 from ftexp.evaluate import EvaluateConfig, MovedData, _evaluate, evaluate
-from ftexp.storage import Storage
+from ftexp.storage.directory import Storage
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,9 @@ from ftexp.checkpoint.compare import load
 from ftexp.checkpoint.staging import writer
 from ftexp.checkpoint.store import CheckpointStore, locate
 from ftexp.drill_report import compare
-from ftexp.lease import LOCK_FILE
 from ftexp.ledger import problems, read_updates
-from ftexp.storage import Storage
+from ftexp.storage.directory import Storage
+from ftexp.storage.lease import LOCK_FILE
 
 STEPS = 80  # of 39.5 an epoch
 BATCH = 32

@@ -6,7 +6,7 @@ import time
 import pytest
 
 import ftexp.trackers.follower
-from ftexp.storage import Storage
+from ftexp.storage.directory import Storage
 from ftexp.trackers.follower import Follower
 from ftexp.trackers.registry import Outcome, Point
 from ftexp.tracking import RunRecord, RunState, read_state

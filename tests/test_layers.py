@@ -10,8 +10,8 @@ ROOT = Path(ftexp.__file__).parent
 # lowest first; a module may import from its own layer and from those above it in this list
 LAYERS = [
     {"errors", "versions", "ray_private", "skips", "failure.phases", "timing", "mfu", "fields", "overrides"},
-    {"registry", "timm_names", "storage", "data.names", "wire"},
-    {"lease", "append_log"},
+    {"registry", "timm_names", "storage.directory", "data.names", "wire"},
+    {"storage.lease", "storage.append_log"},
     {"ledger", "metrics_csv", "trackers.settings"},
     {"config"},
     {"ending", "ray_watch", "restart"},

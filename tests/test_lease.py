@@ -13,8 +13,8 @@ import time
 import pytest
 
 from ftexp.errors import RunInUseError
-from ftexp.lease import LEASE_FILE, LOCK_FILE, Lease, unused_name
-from ftexp.storage import Storage
+from ftexp.storage.directory import Storage
+from ftexp.storage.lease import LEASE_FILE, LOCK_FILE, Lease, unused_name
 
 FAST = {"beat_s": 0.02, "watch_s": 0.1}  # as beat_s=5, watch_s=15 in earnest
 DEADLINE_S = 30
@@ -106,8 +106,8 @@ def test_the_owners_name_is_the_present_one_however_long_the_last_was(run_dir, t
 def test_a_killed_process_leaves_the_run_free(run_dir, take, keeps_child):
     code = textwrap.dedent(f"""
         import subprocess, sys, time
-        from ftexp.lease import Lease
-        from ftexp.storage import Storage
+        from ftexp.storage.lease import Lease
+        from ftexp.storage.directory import Storage
         lease = Lease.take(Storage({run_dir.uri!r}))
         child = subprocess.Popen(["sleep", "60"]) if {keeps_child} else None
         print(child.pid if child else 0, flush=True)
@@ -175,7 +175,7 @@ def test_without_locks_a_dead_owners_run_is_taken_over(without_locks, take):
 def test_without_locks_an_owner_that_ends_while_it_is_watched_makes_way(without_locks, take, monkeypatch):
     dead = {"owner": "process 1 on a host", "token": "ending", "beats": 7}
     without_locks.write_bytes(LEASE_FILE, json.dumps(dead).encode())
-    monkeypatch.setattr("ftexp.lease.time.sleep", lambda seconds: without_locks.delete_file(LEASE_FILE))
+    monkeypatch.setattr("ftexp.storage.lease.time.sleep", lambda seconds: without_locks.delete_file(LEASE_FILE))
     take(without_locks, watch_s=3600)
 
 

@@ -12,7 +12,7 @@ from ftexp.data.feeds import Batch
 from ftexp.data.order import Order
 from ftexp.data.plan import Plan
 from ftexp.ledger import LEDGER, Ledger, Update, last_attempt, problems, read_updates
-from ftexp.storage import Storage
+from ftexp.storage.directory import Storage
 
 NUM_SAMPLES, BATCH, EPOCHS = 10, 4, 3
 TOTAL = NUM_SAMPLES * EPOCHS  # seven steps of four, and one of two

@@ -40,7 +40,7 @@ from ftexp.models import build_model
 from ftexp.optim import build_optimizer, build_scheduler
 from ftexp.progress import Meter, Progress
 from ftexp.step import thaw, train_step
-from ftexp.storage import Storage
+from ftexp.storage.directory import Storage
 
 CPU = torch.device("cpu")
 SMALL_VIT = ModelConfig(

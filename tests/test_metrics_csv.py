@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from ftexp.storage import Storage
+from ftexp.storage.directory import Storage
 from ftexp.tracking import RunRecord, RunState, read_state
 
 SCORE = ("val_accuracy", "max")

@@ -20,7 +20,7 @@ from ftexp.failure.watchdog import Watchdog, hang_limits
 from ftexp.ledger import Ledger, problems, read_updates
 from ftexp.loop import _run, batches
 from ftexp.skips import Skips
-from ftexp.storage import Storage
+from ftexp.storage.directory import Storage
 
 BATCH = 24
 STATES = ["progress", "scheduler", "scaler", "ema", "rng", "best"]

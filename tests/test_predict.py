@@ -22,7 +22,7 @@ from ftexp.inference.parts import BAD_FILE, PARTS, PLAN_FILE, Plan, WritePart, b
 from ftexp.inference.pipeline import Predict
 from ftexp.inference.progress import ImageProgress
 from ftexp.predict import parse, refuse
-from ftexp.storage import Storage
+from ftexp.storage.directory import Storage
 
 PLAN = Plan("run", "step_1", "raw", "abc", {"name": "image_folder", "root": "/a"}, 10, "def", 2, "parquet", 4)
 # the digits as a source whose images past a certain one can't be read until a file is there: a command stands still

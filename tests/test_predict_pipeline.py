@@ -23,7 +23,7 @@ from ftexp.inference.inputs import ALL, find_inputs
 from ftexp.inference.parts import PARTS, Plan, begin
 from ftexp.saved_run import SavedRun
 from ftexp.scaling import Workers
-from ftexp.storage import Storage
+from ftexp.storage.directory import Storage
 
 CLASSES = ["0", "1", "2"]
 IMAGES = [picture(seed) for seed in range(20)]

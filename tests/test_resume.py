@@ -15,7 +15,6 @@ from ftexp.data.splits import DataInfo
 from ftexp.errors import CheckpointError, ConfigError
 from ftexp.failure.chaos import damage
 from ftexp.fingerprint import fingerprint, masked
-from ftexp.lease import Lease
 from ftexp.opening import (
     changes,
     located,
@@ -25,7 +24,8 @@ from ftexp.opening import (
     require_same_data,
     require_trained_on,
 )
-from ftexp.storage import Storage
+from ftexp.storage.directory import Storage
+from ftexp.storage.lease import Lease
 from ftexp.tracking import CONFIG_FILE, RUN_FILE, RunState
 
 

@@ -11,12 +11,12 @@ import threading
 import pytest
 from conftest import Command, s3_uri
 
-from ftexp.append_log import AppendLog
 from ftexp.checkpoint.store import CHECKPOINTS, FILES, MANIFEST, REJECTED, CheckpointStore, Manifest, locate
 from ftexp.drill_report import compare
 from ftexp.errors import CheckpointError, RunInUseError
-from ftexp.lease import LEASE_FILE, Lease
-from ftexp.storage import Storage
+from ftexp.storage.append_log import AppendLog
+from ftexp.storage.directory import Storage
+from ftexp.storage.lease import LEASE_FILE, Lease
 
 CONTENT = {name: name.encode() * 50 for name in FILES}
 WRITERS = {name: lambda stream, content=content: stream.write(content) for name, content in CONTENT.items()}

@@ -13,7 +13,7 @@ from ftexp.data.build import build_data
 from ftexp.data.feeds import CachedRows
 from ftexp.data.stream import StreamedRows
 from ftexp.errors import DataError
-from ftexp.storage import Storage
+from ftexp.storage.directory import Storage
 
 IMAGES = [picture(number) for number in range(23)]
 LABELS = [number % 3 for number in range(23)]

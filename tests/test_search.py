@@ -14,7 +14,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from ftexp.config import Config, SearchConfig, config_dir
 from ftexp.errors import ConfigError
 from ftexp.fingerprint import fingerprint
-from ftexp.storage import Storage
+from ftexp.storage.directory import Storage
 from ftexp.sweep import proposing
 from ftexp.sweep.halving import Halving
 from ftexp.sweep.ledger import STOPPED, WAITING, look

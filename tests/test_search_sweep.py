@@ -5,7 +5,7 @@ import csv
 import pytest
 from conftest import Command, RunFolder, descendants_with, wait_until_none
 
-from ftexp.storage import Storage
+from ftexp.storage.directory import Storage
 from ftexp.sweep.ledger import look
 from ftexp.sweep.proposing import Known, propose
 from ftexp.sweep.space import Interval

@@ -2,9 +2,9 @@
 
 import pytest
 
-from ftexp.append_log import AppendLog
 from ftexp.errors import ConfigError, StorageError
-from ftexp.storage import Storage, open_uri, write_all
+from ftexp.storage.append_log import AppendLog
+from ftexp.storage.directory import Storage, open_uri, write_all
 
 
 @pytest.fixture
@@ -23,7 +23,9 @@ def test_what_is_written_is_read(storage):
 
 def test_a_write_that_fails_leaves_the_old_content(storage, monkeypatch):
     storage.write_bytes("run.json", b"old")
-    monkeypatch.setattr("ftexp.storage.os.fsync", lambda descriptor: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(
+        "ftexp.storage.directory.os.fsync", lambda descriptor: (_ for _ in ()).throw(OSError("disk full"))
+    )
     with pytest.raises(OSError, match="disk full"):
         storage.write_bytes("run.json", b"new")
     assert storage.read_bytes("run.json") == b"old"

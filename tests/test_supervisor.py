@@ -10,7 +10,7 @@ from ftexp.config import Config, FailureConfig, TrainConfig
 from ftexp.errors import RayLostError
 from ftexp.failure.causes import BUG, CONFIG, CRASH, HANG, OUT_OF_MEMORY, RAY, Cause
 from ftexp.fitting import Terminated
-from ftexp.storage import Storage
+from ftexp.storage.directory import Storage
 from ftexp.supervisor import Supervisor
 from ftexp.terminal import Terminal
 from ftexp.tracking import Failure, RunRecord, RunState, read_state

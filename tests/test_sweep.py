@@ -12,7 +12,7 @@ import pytest
 from conftest import Command, RunFolder, descendants_with, wait_until_none
 
 from ftexp.checkpoint.store import CHECKPOINTS, CheckpointStore
-from ftexp.storage import Storage
+from ftexp.storage.directory import Storage
 from ftexp.sweep.ledger import look
 
 RATES = ["0.001", "0.003", "0.01", "0.03"]

@@ -17,9 +17,9 @@ from ftexp.cli import run_hydra
 from ftexp.config import Config, ScalingConfig
 from ftexp.errors import ConfigError, SweepFailedError
 from ftexp.fitting import Terminated
-from ftexp.lease import Lease, is_held
 from ftexp.scaling import Workers, decide_workers, num_shares
-from ftexp.storage import Storage
+from ftexp.storage.directory import Storage
+from ftexp.storage.lease import Lease, is_held
 from ftexp.sweep import sweep as sweeping
 from ftexp.sweep.display import Display
 from ftexp.sweep.identity import parse_words, swept_keys, trial_name

@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from ftexp.data.splits import BadSample, DataInfo, Excluded
-from ftexp.storage import Storage
+from ftexp.storage.directory import Storage
 from ftexp.terminal import Terminal
 from ftexp.tracking import Failure, RunState
 

@@ -14,7 +14,7 @@ from ftexp.loop import log_train
 from ftexp.mfu import Utilisation, flops_per_image, peak_flops
 from ftexp.profiling import PROFILES, profiled
 from ftexp.step import thaw
-from ftexp.storage import Storage
+from ftexp.storage.directory import Storage
 from ftexp.timing import BACKWARD, FORWARD, OPTIMIZER, SAVE, SPEEDS, Stopwatch
 
 

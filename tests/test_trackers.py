@@ -21,9 +21,9 @@ import pytest
 from conftest import Command, RunFolder, descendants_with, wait_until_none
 from rich.console import Console
 
-from ftexp.append_log import AppendLog, read_lines
 from ftexp.config import Config
-from ftexp.storage import Storage
+from ftexp.storage.append_log import AppendLog, read_lines
+from ftexp.storage.directory import Storage
 from ftexp.terminal import Terminal
 from ftexp.tracked import close_trackers, deliver_late, trackers_of
 from ftexp.trackers.mlflow import PARENT

@@ -10,7 +10,7 @@ from ftexp.checkpoint.store import CheckpointStore, Manifest, locate
 from ftexp.fingerprint import differences
 from ftexp.job import Job
 from ftexp.models import load_matching
-from ftexp.storage import Storage
+from ftexp.storage.directory import Storage
 
 
 def restore(job: Job, store: CheckpointStore, checkpoints: CheckpointManager) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ftexp.errors import CheckpointError
-from ftexp.storage import Writer
+from ftexp.storage.directory import Writer
 
 
 class Staging:

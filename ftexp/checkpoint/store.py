@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 from ftexp.errors import CheckpointError
-from ftexp.storage import Storage, Writer, write_all
+from ftexp.storage.directory import Storage, Writer, write_all
 
 CHECKPOINTS = "checkpoints"  # the store's folder in a run directory
 MANIFEST = "manifest.json"

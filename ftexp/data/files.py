@@ -18,7 +18,7 @@ from ftexp.data.order import Int64s
 from ftexp.data.sources import sources
 from ftexp.data.splits import SPLITS, reasons
 from ftexp.errors import DataError
-from ftexp.storage import open_uri
+from ftexp.storage.directory import open_uri
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem

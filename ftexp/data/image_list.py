@@ -13,7 +13,7 @@ from ftexp.data.listing import Listing, Reader, Shared, SteadyFile, digest_of
 from ftexp.data.sources import sources
 from ftexp.data.splits import SPLITS
 from ftexp.errors import DataError
-from ftexp.storage import open_uri
+from ftexp.storage.directory import open_uri
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem

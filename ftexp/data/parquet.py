@@ -17,7 +17,7 @@ from ftexp.data.named_files import files_by_split
 from ftexp.data.order import Int64s
 from ftexp.data.sources import sources
 from ftexp.errors import DataError
-from ftexp.storage import open_uri
+from ftexp.storage.directory import open_uri
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem

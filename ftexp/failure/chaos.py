@@ -19,7 +19,7 @@ from ftexp import ray_private
 from ftexp.checkpoint.store import FILES, MANIFEST, CheckpointStore, Manifest
 from ftexp.config import DAMAGES, ChaosConfig, fault_fields
 from ftexp.data.order import derive_seed, uniforms
-from ftexp.storage import Storage, Writer
+from ftexp.storage.directory import Storage, Writer
 
 if TYPE_CHECKING:
     from ftexp.checkpoint.manager import CheckpointManager

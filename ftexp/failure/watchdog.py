@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from ftexp.config import FailureConfig
 from ftexp.failure.phases import BETWEEN, EVALUATION, SAVE, START, STEP, WAITED_IN
-from ftexp.storage import Storage
+from ftexp.storage.directory import Storage
 
 if TYPE_CHECKING:
     from ftexp.job import Job

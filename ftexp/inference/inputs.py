@@ -27,7 +27,7 @@ from ftexp.data.splits import BadSample, Excluded, reasons
 from ftexp.data.webdataset import scan_shards
 from ftexp.errors import DataError
 from ftexp.registry import Registry
-from ftexp.storage import open_uri
+from ftexp.storage.directory import open_uri
 
 ALL = "all"  # of the splits: every image there is, with a label or without
 _NONE = -1  # the label of an image whose class isn't known

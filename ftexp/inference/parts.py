@@ -22,7 +22,7 @@ import numpy.typing as npt
 from ftexp.data.order import Int64s
 from ftexp.data.splits import BadSample
 from ftexp.errors import ConfigError, StorageError
-from ftexp.storage import Storage
+from ftexp.storage.directory import Storage
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -18,7 +18,7 @@ from ftexp.inference.parts import Plan, WritePart
 from ftexp.inference.stopping import StopWhenAsked
 from ftexp.saved_run import SavedRun
 from ftexp.scaling import Workers
-from ftexp.storage import Storage
+from ftexp.storage.directory import Storage
 
 _UNIT_ROWS, _UNIT_BYTES = 256, 32 * 2**20  # of what one task decodes; a smaller task costs more than it does
 _DATASET_UNITS = 4096  # of one Ray Dataset, whose plan is made in advance

@@ -17,11 +17,11 @@ from ftexp.fitting import fit_interruptibly
 from ftexp.hot_start.driver import HotStart, on_joined_nodes
 from ftexp.inference.parts import BAD_FILE, PARTS, Plan, begin, collect_bad
 from ftexp.inference.stopping import Stopped, ask_to_stop
-from ftexp.lease import Lease
 from ftexp.opening import require_trained_on
 from ftexp.saved_run import AS_TRAINED, SavedRun, read_weights
 from ftexp.scaling import Workers, import_meanwhile, lacking_resources, quiet_data, start_ray
-from ftexp.storage import Storage
+from ftexp.storage.directory import Storage
+from ftexp.storage.lease import Lease
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -12,7 +12,7 @@ import sys
 from ftexp.cli import prepare_streams, print_error
 from ftexp.errors import FtexpError, StorageError
 from ftexp.report.write import REPORT_FILE, write_report
-from ftexp.storage import Storage
+from ftexp.storage.directory import Storage
 
 
 def main() -> None:

@@ -10,10 +10,10 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from ftexp.append_log import read_lines
 from ftexp.checkpoint.store import CHECKPOINTS
 from ftexp.errors import ConfigError
-from ftexp.storage import Storage
+from ftexp.storage.append_log import read_lines
+from ftexp.storage.directory import Storage
 from ftexp.tracking import CONFIG_FILE, EVENTS_FILE, METRICS_FILE, RUN_FILE
 
 _SPLITS = ("test", "val", "train")  # of which an evaluation is shown, the first that there is

@@ -13,7 +13,7 @@ from ftexp.report.markup import Child, Markup, cut, element, plain
 from ftexp.report.series import duration
 from ftexp.report.sweep_charts import TrialLine, curves_chart, parallel_chart
 from ftexp.report.tables import table
-from ftexp.storage import Storage
+from ftexp.storage.directory import Storage
 from ftexp.sweep.ledger import Reached, curve, look
 from ftexp.sweep.ranking import has_place, ranked, varying
 from ftexp.tracking import FAILED, FINISHED

@@ -6,7 +6,7 @@ from ftexp.report.page import Report
 from ftexp.report.png import png
 from ftexp.report.source import read_run
 from ftexp.report.sweep_page import SweepReport
-from ftexp.storage import Storage
+from ftexp.storage.directory import Storage
 from ftexp.sweep.ledger import read_ledger
 
 REPORT_FILE = "report.html"

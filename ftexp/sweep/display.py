@@ -10,7 +10,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from ftexp.storage import Storage
+from ftexp.storage.directory import Storage
 from ftexp.sweep.ledger import STOPPED, WAITING, Ledger, Reached, reached
 from ftexp.sweep.runner import Job
 from ftexp.tracking import FAILED, FINISHED, INTERRUPTED, RUNNING

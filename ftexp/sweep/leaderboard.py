@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ftexp.storage import Storage
+from ftexp.storage.directory import Storage
 from ftexp.sweep.display import STYLES
 from ftexp.sweep.ledger import Ledger, Reached
 from ftexp.sweep.ranking import ranked, varying

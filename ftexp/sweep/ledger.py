@@ -12,10 +12,10 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from ftexp.append_log import read_lines
 from ftexp.errors import ConfigError
-from ftexp.lease import is_held
-from ftexp.storage import Storage
+from ftexp.storage.append_log import read_lines
+from ftexp.storage.directory import Storage
+from ftexp.storage.lease import is_held
 from ftexp.tracking import FAILED, FINISHED, INTERRUPTED, METRICS_FILE, RUNNING, RunState, read_state
 
 SWEEP_FILE = "sweep.json"

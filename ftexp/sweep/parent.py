@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from ftexp.config import Config
 from ftexp.registry import load_plugins
-from ftexp.storage import Storage
+from ftexp.storage.directory import Storage
 from ftexp.sweep.display import Display
 from ftexp.sweep.ledger import Ledger, reached
 from ftexp.sweep.ranking import ranked

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from typing import Any
 
-from ftexp.storage import Storage
+from ftexp.storage.directory import Storage
 from ftexp.sweep.ledger import Ledger, Reached, curve
 from ftexp.sweep.ranking import varying
 from ftexp.tracking import FINISHED

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 
-from ftexp.storage import Storage
+from ftexp.storage.directory import Storage
 from ftexp.sweep.ledger import Ledger
 
 

@@ -22,7 +22,7 @@ from ftexp.config import Config
 from ftexp.errors import RayLostError
 from ftexp.fitting import STOP_GRACE_S, Terminated
 from ftexp.scaling import Workers
-from ftexp.storage import Storage
+from ftexp.storage.directory import Storage
 from ftexp.sweep.ledger import STOPPED, WAITING, Trial
 from ftexp.sweep.trial import Order
 from ftexp.tracking import FAILED, FINISHED, INTERRUPTED, RUNNING, read_state

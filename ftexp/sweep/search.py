@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from ftexp.config import Config, SearchConfig
 from ftexp.errors import ConfigError, SweepFailedError
 from ftexp.scaling import decide_workers, num_shares, prepare_environment
-from ftexp.storage import Storage
+from ftexp.storage.directory import Storage
 from ftexp.sweep.ledger import STOPPED, WAITING, Ledger, curve
 from ftexp.sweep.proposing import Known, propose
 from ftexp.sweep.runner import Job

@@ -16,7 +16,7 @@ from ftexp.errors import ConfigError, RayLostError
 from ftexp.fitting import collected_signals
 from ftexp.hot_start.driver import HotStart, on_joined_nodes
 from ftexp.scaling import SharedRay, import_meanwhile, may_stream, start_ray, usable_cpus
-from ftexp.storage import Storage
+from ftexp.storage.directory import Storage
 from ftexp.sweep.display import Display
 from ftexp.sweep.leaderboard import publish
 from ftexp.sweep.ledger import Ledger, reached

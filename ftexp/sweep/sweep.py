@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator, Sequence
 from ftexp.config import Config
 from ftexp.errors import ConfigError, SweepFailedError
 from ftexp.hot_start.driver import HotStart
-from ftexp.lease import Lease, unused_name
 from ftexp.opening import open_run, require_resumable
 from ftexp.scaling import Workers, decide_workers, num_shares, prepare_environment
-from ftexp.storage import Storage
+from ftexp.storage.directory import Storage
+from ftexp.storage.lease import Lease, unused_name
 from ftexp.sweep.identity import swept_keys, trial_name
 from ftexp.sweep.ledger import STOPPED, WAITING, Ledger, Trial, read_ledger
 from ftexp.sweep.runner import Job

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import ftexp.trackers.builtin  # noqa: F401 - registers them
 from ftexp.config import Config
 from ftexp.registry import did_you_mean
-from ftexp.storage import is_remote
+from ftexp.storage.directory import is_remote
 from ftexp.trackers.registry import trackers
 from ftexp.trackers.settings import TrackerConfig
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ftexp.storage import Storage, is_remote
+from ftexp.storage.directory import Storage, is_remote
 from ftexp.trackers.registry import Key, Outcome, Point, TrackedRun, register_tracker
 from ftexp.trackers.settings import TrackerConfig
 

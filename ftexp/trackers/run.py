@@ -14,7 +14,7 @@ from typing import Any
 import ftexp.trackers.builtin  # noqa: F401 - registers them
 from ftexp.config import Config
 from ftexp.fingerprint import flat, masked
-from ftexp.storage import Storage
+from ftexp.storage.directory import Storage
 from ftexp.trackers.follower import Follower, Tell
 from ftexp.trackers.registry import Outcome, Point, TrackedRun, trackers
 from ftexp.trackers.settings import TrackerConfig

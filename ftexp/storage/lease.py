@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ftexp.errors import RunInUseError
-from ftexp.storage import Storage
+from ftexp.storage.directory import Storage
 
 LOCK_FILE, LEASE_FILE = ".lock", "lease.json"
 _BEAT_S = 5.0

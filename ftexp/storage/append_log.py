@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ftexp.storage import Storage
+from ftexp.storage.directory import Storage
 
 
 class AppendLog:

@@ -1,0 +1,1 @@
+"""Durable bytes, on a disk or at a URI."""
