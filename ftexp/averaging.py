@@ -5,7 +5,7 @@ from __future__ import annotations
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from ftexp.config import EmaConfig
+from ftexp.config.schema import EmaConfig
 
 
 class Average:

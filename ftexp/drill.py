@@ -26,12 +26,12 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from ftexp.checks import validate
 from ftexp.cli import parse_words, prepare_streams, print_error, run_hydra, to_config
-from ftexp.config import Config, fault_fields
+from ftexp.config.checks.validate import validate
+from ftexp.config.field_checks import field_problems
+from ftexp.config.fields import ranged
+from ftexp.config.schema import Config, fault_fields
 from ftexp.errors import ConfigError, RunFailedError
-from ftexp.field_checks import field_problems
-from ftexp.fields import ranged
 from ftexp.storage.lease import unused_name
 
 if TYPE_CHECKING:

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import MISSING
 
 from ftexp.cli import prepare_streams, print_error, read_command
-from ftexp.config import Config
+from ftexp.config.fields import choice, ranged
+from ftexp.config.schema import Config
 from ftexp.errors import ConfigError, FtexpError, StorageError
-from ftexp.fields import choice, ranged
 
 if TYPE_CHECKING:
     from ftexp.data.feeds import Rows

@@ -31,8 +31,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from omegaconf import MISSING
 
 from ftexp.cli import prepare_streams, print_error, read_command
+from ftexp.config.fields import choice, ranged
 from ftexp.errors import ConfigError, ExportError, FtexpError
-from ftexp.fields import choice, ranged
 
 if TYPE_CHECKING:
     from ftexp.checkpoint.store import Manifest
@@ -167,9 +167,9 @@ def _export(
 
 
 def _about(config: ExportConfig, run: SavedRun, manifest: Manifest) -> dict[str, Any]:
-    from ftexp.fingerprint import masked
+    from ftexp.config.fingerprint import masked
+    from ftexp.config.versions import package_versions
     from ftexp.models import timm_arguments
-    from ftexp.versions import package_versions
 
     info = run.info
     size = info.image_size

@@ -18,7 +18,7 @@ from ray.train.torch import get_device, prepare_model
 from torch import nn
 
 from ftexp.averaging import Average
-from ftexp.config import Config
+from ftexp.config.schema import Config
 from ftexp.data.augment import Augment
 from ftexp.data.decoding import refuse_bad
 from ftexp.data.erasing import Erasing

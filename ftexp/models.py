@@ -15,7 +15,7 @@ from timm.layers import resample_abs_pos_embed
 from timm.models import adapt_input_conv, get_pretrained_cfg, is_model, load_state_dict_from_hf
 from torch import nn
 
-from ftexp.config import DataConfig, ModelConfig
+from ftexp.config.schema import DataConfig, ModelConfig
 from ftexp.data.splits import DataInfo
 from ftexp.errors import ConfigError, DataError
 from ftexp.weights import StateDict, load_weights, nothing_fits, without_prefix

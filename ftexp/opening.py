@@ -12,10 +12,10 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from ftexp.checkpoint.store import CHECKPOINTS, CheckpointStore, locate
-from ftexp.config import Config, DataConfig
+from ftexp.config.fingerprint import differences, fingerprint, flat, masked
+from ftexp.config.schema import Config, DataConfig
 from ftexp.data.splits import DataInfo
 from ftexp.errors import CheckpointError, ConfigError
-from ftexp.fingerprint import differences, fingerprint, flat, masked
 from ftexp.ledger import last_attempt
 from ftexp.storage.directory import Storage
 from ftexp.tracking import CONFIG_FILE, RUN_FILE, RunState, read_state

@@ -9,7 +9,7 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from torch import nn
 
-from ftexp.config import SGD_NAMES, OptimConfig, ScheduleConfig, TrainConfig
+from ftexp.config.schema import SGD_NAMES, OptimConfig, ScheduleConfig, TrainConfig
 from ftexp.errors import ConfigError
 
 # torch's own, whose fused kernels do a step in one pass; on a CPU that is 10 times faster than a loop

@@ -28,12 +28,12 @@ from typing import TYPE_CHECKING
 
 from omegaconf import MISSING, DictConfig
 
-from ftexp.checks import validate
 from ftexp.cli import interrupted_code, offer_option, prepare_streams, print_error, read_command, run_hydra, to_config
-from ftexp.config import AUTO, Config, DataConfig
-from ftexp.data.names import SOURCE_FIELDS, can_stream
+from ftexp.config.checks.validate import validate
+from ftexp.config.fields import choice, ranged
+from ftexp.config.schema import AUTO, Config, DataConfig
+from ftexp.config.source_names import SOURCE_FIELDS, can_stream
 from ftexp.errors import ConfigError, FtexpError
-from ftexp.fields import choice, ranged
 
 if TYPE_CHECKING:
     from ftexp.saved_run import SavedRun

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from ftexp.config import Config
+from ftexp.config.schema import Config
 
 _VARIABLE = "FTEXP_RESTART"
 _BEGUN_WITH = (dict(os.environ), Path.cwd())  # Ray, Hydra and the libraries change theirs

@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NoReturn
 
-from ftexp.checks import validate
-from ftexp.config import Config
+from ftexp.config.checks.validate import validate
+from ftexp.config.schema import Config
 from ftexp.storage.directory import absolute
 
 if TYPE_CHECKING:

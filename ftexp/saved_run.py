@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from ftexp.checkpoint.store import CHECKPOINTS, CheckpointStore, Manifest
 from ftexp.cli import to_config
-from ftexp.config import Config, DataConfig
+from ftexp.config.schema import Config, DataConfig
 from ftexp.data.splits import DataInfo
 from ftexp.errors import CheckpointError, ConfigError
 from ftexp.storage.directory import Storage, is_remote

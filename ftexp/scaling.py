@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ftexp import ray_private
-from ftexp.checks import num_local_gpus
-from ftexp.config import AUTO, Config, DataConfig, ScalingConfig
-from ftexp.data.names import can_stream
+from ftexp.config.checks.validate import num_local_gpus
+from ftexp.config.machine import prepare_machine
+from ftexp.config.schema import AUTO, Config, DataConfig, ScalingConfig
+from ftexp.config.source_names import can_stream
 from ftexp.errors import ConfigError, RayLostError, RunFailedError
-from ftexp.machine import prepare_machine
 from ftexp.ray_watch import JoinedRay, OwnRay, ending_with
 
 _MAX_AUTO_CPU_WORKERS = 2  # small models gain nothing from more processes on one machine
@@ -96,7 +96,7 @@ def decide_workers(config: ScalingConfig, num_cpus: int | None = None, share: in
     share: runs that are to fit on the machine side by side; numbers that are given are kept all the same.
     """
     joins = config.address is not None
-    assert not (joins and config.num_workers == AUTO), "refused by ftexp.checks"
+    assert not (joins and config.num_workers == AUTO), "refused by ftexp.config.checks.validate"
     cpus = 0 if joins else num_cpus or usable_cpus()
     use_gpu = config.use_gpu if isinstance(config.use_gpu, bool) else not joins and num_local_gpus() > 0
     num_workers: int | tuple[int, int]

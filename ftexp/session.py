@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, NoReturn
 import ray
 from omegaconf import OmegaConf
 
-from ftexp.config import Config
+from ftexp.config.fingerprint import masked
+from ftexp.config.schema import Config
 from ftexp.errors import ConfigError, RayLostError
-from ftexp.fingerprint import masked
 from ftexp.fitting import fit_interruptibly
 from ftexp.hot_start.driver import HotStart, on_joined_nodes
 from ftexp.opening import changes, labels_as_begun, repeated_samples, require_same_data

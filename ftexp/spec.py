@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ftexp.config import Config
+from ftexp.config.schema import Config
 from ftexp.data.order import Int64s
 from ftexp.data.splits import DataInfo
 from ftexp.wire import HubAddress

@@ -9,7 +9,7 @@ import signal
 import time
 from typing import Any
 
-from ftexp.config import Config
+from ftexp.config.schema import Config
 from ftexp.errors import RayLostError
 from ftexp.failure.causes import CONFIG, CRASH, RAY, STARTUP, Cause, as_death, as_hang, as_preemption, find_cause
 from ftexp.failure.policy import Decision, Past, decide

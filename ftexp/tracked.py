@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 
 from ftexp.checkpoint.store import CHECKPOINTS
-from ftexp.config import Config
+from ftexp.config.schema import Config
 from ftexp.registry import load_plugins
 from ftexp.storage.append_log import read_lines
 from ftexp.storage.directory import Storage

@@ -10,11 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from ftexp.config.versions import package_versions
 from ftexp.errors import StorageError
 from ftexp.metrics_csv import MetricsCsv
 from ftexp.storage.append_log import AppendLog, as_json, finite, parse_lines
 from ftexp.storage.directory import Storage
-from ftexp.versions import package_versions
 from ftexp.wire import Message
 
 CONFIG_FILE, RUN_FILE, METRICS_FILE, EVENTS_FILE = "config.yaml", "run.json", "metrics.jsonl", "events.jsonl"

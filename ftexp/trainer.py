@@ -20,7 +20,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
 from ftexp import ray_private
-from ftexp.config import Config
+from ftexp.config.schema import Config
 from ftexp.data.splits import DataBundle
 from ftexp.errors import ConfigError, RayLostError, RunFailedError, StorageError
 from ftexp.failure.causes import FailureReporter, find_cause

@@ -60,7 +60,7 @@ def composed(*overrides: str) -> Any:
     from hydra import compose, initialize_config_dir
 
     import ftexp.cli  # registers the schema
-    from ftexp.config import config_dir
+    from ftexp.config.schema import config_dir
 
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         return ftexp.cli.to_config(compose("config", list(overrides)))

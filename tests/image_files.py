@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from ftexp.config import DataConfig
+from ftexp.config.schema import DataConfig
 from ftexp.data.splits import SPLITS
 
 SIZE = 8

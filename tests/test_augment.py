@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from ftexp.config import AugmentConfig
+from ftexp.config.schema import AugmentConfig
 from ftexp.data.augment import Augment
 from ftexp.data.rand_augment import RandAugment
 

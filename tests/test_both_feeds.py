@@ -12,7 +12,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from ftexp.config import AugmentConfig
+from ftexp.config.schema import AugmentConfig
 from ftexp.data import stream
 from ftexp.data.augment import Augment
 from ftexp.data.decoding import Decode

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ftexp.checkpoint.cadence import Cadence
-from ftexp.config import CheckpointConfig
+from ftexp.config.schema import CheckpointConfig
 
 
 class Rank:

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ftexp.checkpoint.store import FILES, CheckpointStore, Manifest
-from ftexp.checks import validate
 from ftexp.cli import to_config
-from ftexp.config import DAMAGES, FAULTS, ChaosConfig, config_dir
+from ftexp.config.checks.validate import validate
+from ftexp.config.schema import DAMAGES, FAULTS, ChaosConfig, config_dir
 from ftexp.failure import chaos
 from ftexp.failure.chaos import FIRED, Chaos, ChaosError, FaultyStore, damage, planned_faults
 from ftexp.storage.directory import Storage

@@ -25,7 +25,7 @@ from ftexp.checkpoint.store import (
     kept_names,
     locate,
 )
-from ftexp.config import DAMAGES, Config
+from ftexp.config.schema import DAMAGES, Config
 from ftexp.errors import CheckpointError, ConfigError
 from ftexp.evaluate import EvaluateConfig, evaluate
 from ftexp.failure import chaos

@@ -15,11 +15,11 @@ import torch
 from conftest import TELL_IMPORTS
 from omegaconf import OmegaConf
 
-import ftexp.checks
+import ftexp.config.checks.validate
 from ftexp import evaluate
-from ftexp.checks import validate
 from ftexp.cli import print_error, run_hydra, to_config
-from ftexp.config import config_dir
+from ftexp.config.checks.validate import validate
+from ftexp.config.schema import config_dir
 from ftexp.errors import ConfigError, DataError, FtexpError
 
 GROUPS = sorted(folder.name for folder in config_dir().iterdir() if folder.is_dir() and folder.name != "hydra")
@@ -31,7 +31,7 @@ def command(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # run_hydra sets it; put back afterwards
     monkeypatch.setattr("sys.argv", ["train.py"])
-    monkeypatch.setattr(ftexp.checks, "num_local_gpus", lambda: 0)
+    monkeypatch.setattr(ftexp.config.checks.validate, "num_local_gpus", lambda: 0)
 
     def run(*words, task=lambda job: validate(to_config(job))):
         code = run_hydra(task, words)

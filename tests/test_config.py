@@ -15,11 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-import ftexp.checks
-from ftexp.checks import validate
+import ftexp
 from ftexp.cli import explain, open_keys, run_hydra, to_config
-from ftexp.config import AugmentConfig, Config, config_dir
-from ftexp.data.names import SOURCE_FIELDS
+from ftexp.config.checks.validate import validate
+from ftexp.config.schema import AugmentConfig, Config, config_dir
+from ftexp.config.source_names import SOURCE_FIELDS
 from ftexp.errors import ConfigError
 
 OPTIONS = sorted(
@@ -51,7 +51,7 @@ def gpus(monkeypatch):
     """Set how many GPUs this machine seems to have; none at first."""
 
     def set_to(number):
-        monkeypatch.setattr(ftexp.checks, "num_local_gpus", lambda: number)
+        monkeypatch.setattr(ftexp.config.checks.validate, "num_local_gpus", lambda: number)
 
     set_to(0)
     return set_to
@@ -174,7 +174,7 @@ def test_workers_may_share_a_gpu(gpus, monkeypatch, capsys):
 
 
 def test_a_cluster_is_not_asked_for_local_gpus(monkeypatch):
-    monkeypatch.setattr(ftexp.checks, "num_local_gpus", lambda: pytest.fail("this machine was asked"))
+    monkeypatch.setattr(ftexp.config.checks.validate, "num_local_gpus", lambda: pytest.fail("this machine was asked"))
     validate(composed("scaling=cluster", "scaling.num_workers=16"))
 
 
@@ -182,7 +182,7 @@ def test_no_gpu_is_visible_where_cuda_visible_devices_hides_them(monkeypatch):
     monkeypatch.setattr("shutil.which", lambda name: pytest.fail("the driver was asked"))
     for hidden in ("", "-1", " "):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
-        assert ftexp.checks.num_local_gpus() == 0
+        assert ftexp.config.checks.validate.num_local_gpus() == 0
 
 
 def test_gpus_are_counted_from_the_drivers_list(monkeypatch, tmp_path):
@@ -191,9 +191,9 @@ def test_gpus_are_counted_from_the_drivers_list(monkeypatch, tmp_path):
     driver.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert ftexp.checks.num_local_gpus() == 3
+    assert ftexp.config.checks.validate.num_local_gpus() == 3
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,2")
-    assert ftexp.checks.num_local_gpus() == 2
+    assert ftexp.config.checks.validate.num_local_gpus() == 2
 
 
 def test_max_failures_lands_in_the_failure_group():
@@ -331,7 +331,7 @@ def base():
 @settings(max_examples=200)
 @given(key=st.sampled_from(sorted(schema_keys(Config()))), value=WRONG_VALUES)
 def test_no_value_of_any_field_gives_another_error_than_a_wrong_config(base, key, value):
-    with mock.patch("ftexp.checks.num_local_gpus", return_value=0):
+    with mock.patch("ftexp.config.checks.validate.num_local_gpus", return_value=0):
         text = wrong(lambda: validate(overridden(base, f"{key}={value}")))
     assert text is None or key.partition(".")[0] in text
     assert "Cannot" not in (text or "")  # OmegaConf's own words
@@ -391,7 +391,7 @@ def test_a_missing_value_is_asked_for():
 def test_the_config_folder_exists_wherever_ftexp_lies():
     assert (config_dir() / "config.yaml").is_file()
     assert config_dir().is_absolute()
-    assert Path(ftexp.checks.__file__).parent in {config_dir().parent, config_dir().parent / "ftexp"}
+    assert Path(ftexp.__file__).parent in {config_dir().parent, config_dir().parent / "ftexp"}
 
 
 def test_recipe_values_that_do_not_fit_fewer_epochs_or_a_lower_rate_are_fitted_and_named(capsys):

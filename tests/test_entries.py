@@ -6,7 +6,7 @@ import pytest
 from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
 
 import ftexp.data.listing
-from ftexp.config import DataConfig
+from ftexp.config.schema import DataConfig
 from ftexp.data import entries as module
 from ftexp.data.entries import Account, files_at
 from ftexp.data.splits import BadSample, Excluded, reasons

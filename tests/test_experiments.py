@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from test_end_to_end import SMALL_CIFAR, write_small_cifar
 
 from ftexp.cli import to_config
-from ftexp.config import Config, config_dir
+from ftexp.config.schema import Config, config_dir
 
 GOLDEN = Path(__file__).parent / "golden"
 EXPERIMENTS = sorted(file.stem for file in (config_dir() / "experiment").glob("*.yaml"))

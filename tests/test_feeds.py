@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ftexp.config import AugmentConfig
+from ftexp.config.schema import AugmentConfig
 from ftexp.data.augment import Augment
 from ftexp.data.feeds import CachedRows, IndexedFeed, Taken, ToTensors, evaluation_batches, prefetched
 from ftexp.data.order import Order

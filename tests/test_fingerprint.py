@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from ftexp.config import Config
+from ftexp.config.fingerprint import differences, fingerprint, masked
+from ftexp.config.schema import Config
 from ftexp.errors import ConfigError
-from ftexp.fingerprint import differences, fingerprint, masked
 
 DEFINING = {
     "seed": 1,

@@ -21,7 +21,7 @@ import pytest
 from ray._private.runtime_env.context import RuntimeEnvContext
 from ray._private.utils import update_envs
 
-from ftexp.config import ScalingConfig
+from ftexp.config.schema import ScalingConfig
 from ftexp.hot_start import driver, launcher
 from ftexp.hot_start.driver import HotStart
 from ftexp.hot_start.forker import MARK
@@ -563,7 +563,7 @@ def test_the_driver_starts_one_preloader_and_leaves_neither_process_nor_folder(t
 def test_nothing_is_left_when_the_driver_is_killed(tmp_path):
     code = """
 import sys
-from ftexp.config import ScalingConfig
+from ftexp.config.schema import ScalingConfig
 from ftexp.hot_start import driver
 hot_start = driver.HotStart(ScalingConfig(), 1)
 print(hot_start._process.pid, flush=True)
@@ -588,7 +588,7 @@ def test_rays_workers_are_forks_and_nothing_outlives_the_cluster(tmp_path):
     code = f"""
 import json, os, ray
 from pathlib import Path
-from ftexp.config import ScalingConfig
+from ftexp.config.schema import ScalingConfig
 from ftexp.hot_start.driver import HotStart
 hot_start = HotStart(ScalingConfig(), 1)
 options = dict(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env=hot_start.runtime_env())

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pyarrow.fs import LocalFileSystem
 
 import ftexp.data.listing
-from ftexp.config import DataConfig
+from ftexp.config.schema import DataConfig
 from ftexp.data.listing import Listing, SteadyFile, raiser, retried
 from ftexp.data.parquet import RowGroup, RowGroups
 

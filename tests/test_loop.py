@@ -13,7 +13,7 @@ from ftexp.averaging import Average
 from ftexp.checkpoint.manager import CheckpointManager
 from ftexp.checkpoint.registry import ExtraState
 from ftexp.checkpoint.store import CheckpointStore
-from ftexp.config import (
+from ftexp.config.schema import (
     AugmentConfig,
     CheckpointConfig,
     Config,

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from test_config import composed
 
-from ftexp import machine
-from ftexp.checks import validate
+from ftexp.config import machine
+from ftexp.config.checks.validate import validate
 from ftexp.errors import ConfigError
 
 PRIVATE = f"/tmp/ftexp-{os.getuid()}"

@@ -15,7 +15,7 @@ from test_feeds import Unreadable, make_feed
 from timm.data.auto_augment import rand_augment_transform
 from timm.data.random_erasing import RandomErasing
 
-from ftexp.config import ERASE_MODES, MIX_MODES, AugmentConfig
+from ftexp.config.schema import ERASE_MODES, MIX_MODES, AugmentConfig
 from ftexp.data.augment import Augment
 from ftexp.data.erasing import Erasing
 from ftexp.data.feeds import CachedRows, IndexedFeed, MicroBatch, ToTensors

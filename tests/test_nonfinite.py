@@ -13,7 +13,7 @@ from ftexp.checkpoint.compare import tree_differences
 from ftexp.checkpoint.manager import CheckpointManager
 from ftexp.checkpoint.registry import ExtraState
 from ftexp.checkpoint.store import CheckpointStore
-from ftexp.config import AugmentConfig, EmaConfig, FailureConfig, OptimConfig
+from ftexp.config.schema import AugmentConfig, EmaConfig, FailureConfig, OptimConfig
 from ftexp.errors import NonFiniteError
 from ftexp.failure.chaos import Chaos, FaultyStore
 from ftexp.failure.watchdog import Watchdog, hang_limits

@@ -7,7 +7,7 @@ import timm
 import torch
 from torch import nn
 
-from ftexp.config import SCHEDULES, SGD_NAMES, OptimConfig, ScheduleConfig, TrainConfig
+from ftexp.config.schema import SCHEDULES, SGD_NAMES, OptimConfig, ScheduleConfig, TrainConfig
 from ftexp.errors import ConfigError
 from ftexp.optim import build_optimizer, build_scheduler
 

@@ -6,7 +6,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from ftexp.config import Config
+from ftexp.config.schema import Config
 from ftexp.evaluate import EvaluateConfig
 from ftexp.overrides import as_typed, as_typed_yaml, quoted_word
 

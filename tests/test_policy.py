@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ftexp.config import CAUSES, FailureConfig
+from ftexp.config.schema import CAUSES, FailureConfig
 from ftexp.failure.causes import BUG, CRASH, HANG, NON_FINITE, OUT_OF_MEMORY, PREEMPTION, RAY, STORAGE, Cause
 from ftexp.failure.policy import Past, decide
 

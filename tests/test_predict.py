@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from ftexp.config import Config, ModelConfig
+from ftexp.config.schema import Config, ModelConfig
 from ftexp.data.splits import DataInfo
 from ftexp.errors import ConfigError, StorageError
 from ftexp.inference.parts import BAD_FILE, PARTS, PLAN_FILE, Plan, WritePart, begin, collect_bad, encoded, part_table

@@ -19,7 +19,8 @@ from torch import nn
 from ftexp.checkpoint.compare import tree_differences
 from ftexp.checkpoint.registry import ExtraState
 from ftexp.checkpoint.staging import Staging, load_part
-from ftexp.config import AugmentConfig, EmaConfig, ModelConfig, OptimConfig, ScheduleConfig, TrainConfig
+from ftexp.config.schema import AugmentConfig, EmaConfig, ModelConfig, OptimConfig, ScheduleConfig, TrainConfig
+from ftexp.config.timm_names import without_drop_path
 from ftexp.data.splits import DataInfo
 from ftexp.errors import ConfigError, NonFiniteError
 from ftexp.freezing import Freezing, classifier_parameters, parameters_of
@@ -27,7 +28,6 @@ from ftexp.loop import advance, evaluate, log_train
 from ftexp.models import build_model, timm_arguments
 from ftexp.optim import build_optimizer, build_scheduler
 from ftexp.step import thaw, train_step
-from ftexp.timm_names import without_drop_path
 
 STATES = ["progress", "scheduler", "scaler", "ema", "rng", "best"]
 EMA = EmaConfig(decay=0.9, use_warmup=True, warmup_power=0.75, update_after_step=1)

@@ -8,7 +8,7 @@ import sys
 PROGRAM = """
 import json, os, sys
 from ftexp.restart import Restart, begin_again, begun_again
-from ftexp.config import Config, RunConfig
+from ftexp.config.schema import Config, RunConfig
 
 restart = begun_again()
 if restart is None:

@@ -10,11 +10,11 @@ from test_config import composed
 import ftexp.running
 import ftexp.scaling
 from ftexp.checkpoint.store import CHECKPOINTS, FILES, CheckpointStore, Manifest
-from ftexp.config import Config
+from ftexp.config.fingerprint import fingerprint, masked
+from ftexp.config.schema import Config
 from ftexp.data.splits import DataInfo
 from ftexp.errors import CheckpointError, ConfigError
 from ftexp.failure.chaos import damage
-from ftexp.fingerprint import fingerprint, masked
 from ftexp.opening import (
     changes,
     located,

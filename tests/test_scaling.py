@@ -5,7 +5,7 @@ import os
 import pytest
 
 import ftexp.scaling
-from ftexp.config import Config, DataConfig, ScalingConfig
+from ftexp.config.schema import Config, DataConfig, ScalingConfig
 from ftexp.errors import ConfigError
 from ftexp.scaling import Workers, decide_workers, decoding_cpus, num_possible, prepare_environment
 

@@ -11,9 +11,9 @@ import pytest
 from conftest import TELL_IMPORTS
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from ftexp.config import Config, SearchConfig, config_dir
+from ftexp.config.fingerprint import fingerprint
+from ftexp.config.schema import Config, SearchConfig, config_dir
 from ftexp.errors import ConfigError
-from ftexp.fingerprint import fingerprint
 from ftexp.storage.directory import Storage
 from ftexp.sweep import proposing
 from ftexp.sweep.halving import Halving
@@ -431,7 +431,7 @@ def command(monkeypatch, capsys, tmp_path):
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
-    monkeypatch.setattr(ftexp.checks, "num_local_gpus", lambda: 0)
+    monkeypatch.setattr(ftexp.config.checks.validate, "num_local_gpus", lambda: 0)
     reached = []
     monkeypatch.setattr(ftexp.sweep.search, "run_search", reached.append)
     monkeypatch.setattr(

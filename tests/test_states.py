@@ -13,7 +13,7 @@ import ftexp.checkpoint.states
 from ftexp.checkpoint import registry
 from ftexp.checkpoint.registry import ExtraState, check_names, register_state
 from ftexp.checkpoint.staging import load_part
-from ftexp.config import ScheduleConfig
+from ftexp.config.schema import ScheduleConfig
 from ftexp.errors import CheckpointError, StateError, UnknownNameError
 from ftexp.optim import build_scheduler
 from ftexp.progress import Meter, Progress

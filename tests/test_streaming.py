@@ -20,7 +20,7 @@ import torch
 from conftest import wait_until_none
 from PIL import Image
 
-from ftexp.config import AugmentConfig, Config
+from ftexp.config.schema import AugmentConfig, Config
 from ftexp.data import stream
 from ftexp.data.augment import Augment
 from ftexp.data.feeds import IndexedFeed, ToTensors

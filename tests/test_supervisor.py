@@ -6,7 +6,7 @@ import json
 import pytest
 from rich.console import Console
 
-from ftexp.config import Config, FailureConfig, TrainConfig
+from ftexp.config.schema import Config, FailureConfig, TrainConfig
 from ftexp.errors import RayLostError
 from ftexp.failure.causes import BUG, CONFIG, CRASH, HANG, OUT_OF_MEMORY, RAY, Cause
 from ftexp.fitting import Terminated

@@ -14,7 +14,7 @@ from rich.console import Console
 
 import ftexp.scaling
 from ftexp.cli import run_hydra
-from ftexp.config import Config, ScalingConfig
+from ftexp.config.schema import Config, ScalingConfig
 from ftexp.errors import ConfigError, SweepFailedError
 from ftexp.fitting import Terminated
 from ftexp.scaling import Workers, decide_workers, num_shares
@@ -548,7 +548,7 @@ def config(**changes):
 
 
 def test_finished_trials_are_done_and_failed_ones_are_retried_if_asked(folder):
-    from ftexp.fingerprint import fingerprint
+    from ftexp.config.fingerprint import fingerprint
 
     finish(folder, "a", 0.5)
     both = [("a", config()), ("b", config())]
@@ -573,7 +573,7 @@ def test_a_changed_base_is_told_once(folder):
     import dataclasses
     import json
 
-    from ftexp.fingerprint import fingerprint
+    from ftexp.config.fingerprint import fingerprint
 
     for name in "ab":
         state = RunState(name=name, fingerprint=fingerprint(config(seed=1)), step=30)

@@ -21,7 +21,7 @@ import pytest
 from conftest import Command, RunFolder, descendants_with, wait_until_none
 from rich.console import Console
 
-from ftexp.config import Config
+from ftexp.config.schema import Config
 from ftexp.storage.append_log import AppendLog, read_lines
 from ftexp.storage.directory import Storage
 from ftexp.terminal import Terminal

@@ -8,7 +8,7 @@ import textwrap
 
 import pytest
 
-from ftexp.config import FailureConfig
+from ftexp.config.schema import FailureConfig
 from ftexp.failure.phases import AGREEMENT, BETWEEN, EVALUATION, SAVE, START, STEP
 from ftexp.failure.watchdog import Watchdog, hang_limits
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from ftexp.config import CheckpointConfig
+from ftexp.config.schema import CheckpointConfig
 
 _ASK_EVERY_S = 1.0  # how late a request to stop is noticed
 _SAVE, _STOP = 0, -1  # answers; any other is the step at which to ask again

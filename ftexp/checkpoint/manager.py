@@ -20,8 +20,8 @@ from ftexp.checkpoint.cadence import Cadence
 from ftexp.checkpoint.registry import ExtraState
 from ftexp.checkpoint.staging import Staging, is_finite, load_part, writer
 from ftexp.checkpoint.store import FILES, CheckpointStore, Manifest, kept_names
+from ftexp.config.versions import package_versions
 from ftexp.errors import CheckpointError, NonFiniteError, StorageError
-from ftexp.versions import package_versions
 
 if TYPE_CHECKING:
     from ftexp.job import Job

@@ -7,7 +7,7 @@ import time
 from ftexp.checkpoint.manager import CheckpointManager
 from ftexp.checkpoint.staging import load_part
 from ftexp.checkpoint.store import CheckpointStore, Manifest, locate
-from ftexp.fingerprint import differences
+from ftexp.config.fingerprint import differences
 from ftexp.job import Job
 from ftexp.models import load_matching
 from ftexp.storage.directory import Storage

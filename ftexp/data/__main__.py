@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from ftexp.checks import validate
 from ftexp.cli import prepare_streams, print_error, run_hydra, to_config
-from ftexp.config import AugmentConfig, Config
+from ftexp.config.checks.validate import validate
+from ftexp.config.schema import AugmentConfig, Config
 from ftexp.errors import ConfigError, StorageError
 
 if TYPE_CHECKING:
@@ -133,8 +133,8 @@ def _inspect(config: Config, workers: Workers, out: Path) -> None:
 
 
 def _draw(config: Config, found: Found, out: Path) -> None:
+    from ftexp.config.fingerprint import masked
     from ftexp.data.inspect import contact_sheet
-    from ftexp.fingerprint import masked
 
     augment, usual = dataclasses.asdict(config.augment), dataclasses.asdict(AugmentConfig())
     changes = ", ".join(f"{name}={value}" for name, value in augment.items() if value != usual[name]) or "none"
@@ -157,7 +157,7 @@ def _decode_cpus(config: Config, bundle: DataBundle, workers: Workers) -> int:
 
 
 def _print_facts(console: Console, config: Config, bundle: DataBundle, found: Found) -> None:
-    from ftexp.fingerprint import masked
+    from ftexp.config.fingerprint import masked
 
     info, rate = bundle.info, found.rate
     sizes = " · ".join(f"{count:,} {split}" for split, count in info.num_samples.items())

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ftexp.config import AugmentConfig
+from ftexp.config.schema import AugmentConfig
 from ftexp.data.order import Int64s, derive_seed, uniforms
 from ftexp.data.rand_augment import RandAugment
 from ftexp.data.sources import UInt8s

@@ -10,7 +10,7 @@ import ftexp.data.files
 import ftexp.data.image_list
 import ftexp.data.parquet
 import ftexp.data.webdataset  # noqa: F401 - these register what is built in
-from ftexp.config import AUTO, DataConfig
+from ftexp.config.schema import AUTO, DataConfig
 from ftexp.data.blocks import BlockReader
 from ftexp.data.decoding import decoded_bundle, refuse_bad
 from ftexp.data.listing import Listing, Reader

@@ -11,7 +11,7 @@ import numpy as np
 import ray.data
 from ray.data import TaskPoolStrategy
 
-from ftexp.config import DataConfig
+from ftexp.config.schema import DataConfig
 from ftexp.data.listing import IndexedSplit, Listing
 from ftexp.data.order import Int64s
 from ftexp.data.sources import UInt8s, make_info

@@ -9,7 +9,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, NamedTuple
 
-from ftexp.config import DataConfig
+from ftexp.config.schema import DataConfig
 from ftexp.data.listing import retried
 from ftexp.data.splits import BadSample, Excluded
 from ftexp.errors import DataError

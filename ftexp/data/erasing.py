@@ -8,7 +8,7 @@ import torch
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
-from ftexp.config import AugmentConfig
+from ftexp.config.schema import AugmentConfig
 from ftexp.data.order import Int64s, derive_seed
 
 _STREAM = 0x657261  # keeps these draws apart from other uses of the run's seed

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ftexp.config import DataConfig
+from ftexp.config.schema import DataConfig
 from ftexp.data.entries import Account, files_at
 from ftexp.data.listing import Listing, Raw, Reader, Shared, digest_of, retried
 from ftexp.data.order import Int64s

@@ -6,7 +6,7 @@ import posixpath
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ftexp.config import DataConfig
+from ftexp.config.schema import DataConfig
 from ftexp.data.files import FileReader
 from ftexp.data.labels import class_numbers, from_text
 from ftexp.data.listing import Listing, Reader, Shared, SteadyFile, digest_of

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import ray
 from PIL import Image, ImageDraw, ImageFont
 
-from ftexp.config import Config, DataConfig
+from ftexp.config.schema import Config, DataConfig
 from ftexp.data.decoding import as_image
 from ftexp.data.listing import IndexedSplit
 from ftexp.data.order import Int64s, run_order

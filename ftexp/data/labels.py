@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ftexp.config import DataConfig
+from ftexp.config.schema import DataConfig
 from ftexp.data.order import Int64s
 from ftexp.errors import DataError
 

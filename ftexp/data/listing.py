@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 import numpy as np
 import ray
 
-from ftexp.config import DataConfig
+from ftexp.config.schema import DataConfig
 from ftexp.data.labels import class_warnings
 from ftexp.data.order import Int64s
 from ftexp.data.splits import SPLITS, BadSample, Excluded, stratified_split

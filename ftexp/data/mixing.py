@@ -15,7 +15,7 @@ import torch
 from timm.data.mixup import Mixup
 from torch import Tensor
 
-from ftexp.config import AugmentConfig
+from ftexp.config.schema import AugmentConfig
 from ftexp.data.feeds import MicroBatch
 from ftexp.data.order import Int64s, derive_seed
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
-from ftexp.config import DataConfig
+from ftexp.config.schema import DataConfig
 from ftexp.data.entries import Account, files_at
 from ftexp.data.splits import SPLITS, reasons
 from ftexp.errors import DataError

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from ftexp.config import DataConfig
+from ftexp.config.schema import DataConfig
 from ftexp.data.blocks import BlockReader
 from ftexp.data.entries import Account
 from ftexp.data.labels import class_numbers

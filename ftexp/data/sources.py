@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from ftexp.config import DataConfig
+from ftexp.config.schema import DataConfig
 from ftexp.data.labels import class_warnings
 from ftexp.data.order import Int64s, derive_seed
 from ftexp.data.splits import SPLITS, DataBundle, DataInfo, stratified_split
@@ -166,7 +166,7 @@ def cifar100(config: DataConfig) -> DataBundle:
 
 
 def _cifar(config: DataConfig, dataset_class: Any) -> DataBundle:
-    assert config.root is not None, "checked by ftexp.checks"
+    assert config.root is not None, "checked by ftexp.config.checks.validate"
     root = Path(config.root).expanduser()
     try:
         train = dataset_class(root, train=True, download=config.download)

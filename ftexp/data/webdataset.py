@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import ray
 
-from ftexp.config import DataConfig
+from ftexp.config.schema import DataConfig
 from ftexp.data.blocks import BlockReader
 from ftexp.data.entries import Account, path_exclusion
 from ftexp.data.labels import class_numbers, from_text

@@ -11,7 +11,7 @@ import ray.exceptions
 from ray.train import UserCallback
 
 from ftexp import ray_private
-from ftexp.config import CAUSES
+from ftexp.config.schema import CAUSES
 from ftexp.errors import ConfigError, DataError, FtexpError, NonFiniteError, StateError, StorageError
 from ftexp.failure.phases import WAITED_IN
 from ftexp.wire import HubAddress, Line

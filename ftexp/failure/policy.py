@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ftexp.config import FailureConfig
+from ftexp.config.schema import FailureConfig
 from ftexp.failure.causes import BUG, CRASH, NON_FINITE, OUT_OF_MEMORY, PREEMPTION, RAY, Cause
 
 SMALLEST_MICRO_BATCH = 2  # images: batch norm can't train on one

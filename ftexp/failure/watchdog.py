@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from ftexp.config import FailureConfig
+from ftexp.config.schema import FailureConfig
 from ftexp.failure.phases import BETWEEN, EVALUATION, SAVE, START, STEP, WAITED_IN
 from ftexp.storage.directory import Storage
 

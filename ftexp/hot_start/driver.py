@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from ftexp import ray_private
-from ftexp.config import ScalingConfig
+from ftexp.config.schema import ScalingConfig
+from ftexp.config.versions import package_versions
 from ftexp.errors import ConfigError
 from ftexp.hot_start.launcher import NODE, listen
-from ftexp.versions import package_versions
 
 _LAUNCHER = Path(__file__).with_name("launcher.py")
 _SETUP = Path(__file__).with_name("setup_worker.py")

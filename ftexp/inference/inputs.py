@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 import ftexp.data.build  # noqa: F401 - registers the sources that are built in
-from ftexp.config import DataConfig
+from ftexp.config.schema import DataConfig
 from ftexp.data.blocks import BlockReader
 from ftexp.data.entries import Account, files_at
 from ftexp.data.feeds import CachedRows

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import ray  # before a thread imports what imports it
 
 from ftexp.checkpoint.store import Manifest
-from ftexp.config import Config
+from ftexp.config.fingerprint import masked
+from ftexp.config.schema import Config
 from ftexp.errors import ConfigError, DataError, RayLostError
-from ftexp.fingerprint import masked
 from ftexp.fitting import fit_interruptibly
 from ftexp.hot_start.driver import HotStart, on_joined_nodes
 from ftexp.inference.parts import BAD_FILE, PARTS, Plan, begin, collect_bad

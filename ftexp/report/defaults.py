@@ -10,8 +10,8 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.singleton import Singleton
 
 from ftexp.cli import to_config
-from ftexp.config import config_dir
-from ftexp.fingerprint import flat, masked
+from ftexp.config.fingerprint import flat, masked
+from ftexp.config.schema import config_dir
 
 ABSENT = "—"
 

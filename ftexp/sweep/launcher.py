@@ -16,9 +16,9 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
-from ftexp.checks import validate
 from ftexp.cli import past_composing, to_config
-from ftexp.config import Config
+from ftexp.config.checks.validate import validate
+from ftexp.config.schema import Config
 from ftexp.errors import ConfigError
 from ftexp.sweep.identity import parse_words
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from ftexp.config import Config
+from ftexp.config.schema import Config
 from ftexp.registry import load_plugins
 from ftexp.storage.directory import Storage
 from ftexp.sweep.display import Display

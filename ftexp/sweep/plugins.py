@@ -16,7 +16,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
 from hydra.plugins.plugin import Plugin
 
-from ftexp.config import SearchConfig
+from ftexp.config.schema import SearchConfig
 from ftexp.errors import ConfigError
 from ftexp.sweep.launcher import PLUGINS, SweepLauncher
 from ftexp.sweep.sweeper import TuneSweeper

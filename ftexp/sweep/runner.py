@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ftexp.cli import EXIT_INTERRUPTED, EXIT_TERMINATED
-from ftexp.config import Config
+from ftexp.config.schema import Config
 from ftexp.errors import RayLostError
 from ftexp.fitting import STOP_GRACE_S, Terminated
 from ftexp.scaling import Workers

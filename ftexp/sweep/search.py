@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ftexp.config import Config, SearchConfig
+from ftexp.config.schema import Config, SearchConfig
 from ftexp.errors import ConfigError, SweepFailedError
 from ftexp.scaling import decide_workers, num_shares, prepare_environment
 from ftexp.storage.directory import Storage

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import ray
 
 from ftexp.cli import interrupted_code
-from ftexp.config import Config
+from ftexp.config.schema import Config
 from ftexp.errors import ConfigError, RayLostError
 from ftexp.fitting import collected_signals
 from ftexp.hot_start.driver import HotStart, on_joined_nodes

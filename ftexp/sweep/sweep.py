@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 
-from ftexp.config import Config
+from ftexp.config.schema import Config
 from ftexp.errors import ConfigError, SweepFailedError
 from ftexp.hot_start.driver import HotStart
 from ftexp.opening import open_run, require_resumable

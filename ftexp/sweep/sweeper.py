@@ -15,11 +15,11 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-from ftexp.checks import validate
 from ftexp.cli import past_composing, to_config
-from ftexp.config import Config, SearchConfig
+from ftexp.config.checks.validate import validate
+from ftexp.config.field_checks import field_problems
+from ftexp.config.schema import Config, SearchConfig
 from ftexp.errors import ConfigError
-from ftexp.field_checks import field_problems
 from ftexp.sweep.identity import parse_words
 from ftexp.sweep.launcher import PLUGINS, checked, compose
 from ftexp.sweep.space import Dimension, Options, plain_key, probes, read_space

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ftexp.config import Config
+    from ftexp.config.schema import Config
     from ftexp.scaling import SharedRay
 
 

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ftexp.config.tracker_schema import TrackerConfig
 from ftexp.storage.directory import Storage, is_remote
 from ftexp.trackers.registry import Key, Outcome, Point, TrackedRun, register_tracker
-from ftexp.trackers.settings import TrackerConfig
 
 ID, PARENT = "ftexp.id", "mlflow.parentRunId"
 _STATUS = {"finished": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
+from ftexp.config.tracker_schema import TrackerConfig
 from ftexp.registry import Registry
-from ftexp.trackers.settings import TrackerConfig
 
 Key = tuple[str, int]  # a metric's name and a step: what a tracker must have once, and never twice
 _HEAD = ("time", "split", "step", "epoch")

@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import ftexp.trackers.builtin  # noqa: F401 - registers them
-from ftexp.config import Config
-from ftexp.fingerprint import flat, masked
+from ftexp.config.fingerprint import flat, masked
+from ftexp.config.schema import Config
+from ftexp.config.tracker_schema import TrackerConfig
 from ftexp.storage.directory import Storage
 from ftexp.trackers.follower import Follower, Tell
 from ftexp.trackers.registry import Outcome, Point, TrackedRun, trackers
-from ftexp.trackers.settings import TrackerConfig
 from ftexp.wire import Message
 
 TRACKERS_FILE = "trackers.json"  # {"id": of the run in every tracker, "complete": trackers that lack nothing}

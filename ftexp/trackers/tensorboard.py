@@ -11,9 +11,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from ftexp.config.tracker_schema import TrackerConfig
 from ftexp.trackers.places import own_folder
 from ftexp.trackers.registry import Key, Outcome, Point, TrackedRun, register_tracker
-from ftexp.trackers.settings import TrackerConfig
 
 _DESCRIBED = "run"  # the tag of the text that tells what ran
 _MARK = "ftexp_run_id"  # a file beside the event files, where a folder isn't the run's own

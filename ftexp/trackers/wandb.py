@@ -12,9 +12,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from ftexp.config.tracker_schema import TrackerConfig
 from ftexp.trackers.places import own_folder
 from ftexp.trackers.registry import Key, Outcome, Point, TrackedRun, register_tracker
-from ftexp.trackers.settings import TrackerConfig
 from ftexp.trackers.wandb_log import records
 
 _STEP = "step"  # the axis. wandb's own, `_step`, counts rows: it must grow, and a step may have a row for each split

@@ -6,7 +6,7 @@ import dataclasses
 import re
 from typing import Any
 
-from ftexp.config import Config
+from ftexp.config.schema import Config
 from ftexp.errors import ConfigError
 
 # model, data, optimiser, seed and batch define a run; epochs, workers, logging, failure and checkpoint settings

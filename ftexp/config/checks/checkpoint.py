@@ -1,10 +1,10 @@
-"""What is wrong with how a run is saved and ranked; `ftexp.checks` runs these. Each yields every mistake."""
+"""What is wrong with how a run is saved and ranked; `validate` runs these. Each yields every mistake."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ftexp.config import Config
+from ftexp.config.schema import Config
 from ftexp.registry import did_you_mean
 
 _METRICS = tuple(  # that a run writes

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from ftexp.fields import choice, ranged
+from ftexp.config.fields import choice, ranged
 
 
 @dataclass(kw_only=True)

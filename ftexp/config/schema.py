@@ -1,7 +1,7 @@
 """The schema: every field a config may hold, with its type, unit, range and meaning.
 
 The YAML groups under conf/ fill these classes; Hydra refuses a key or a type that is not here. What a
-type can't say (ranges, choices, contradictions between groups) is in `ftexp.checks`. Nothing heavier
+type can't say (ranges, choices, contradictions between groups) is in `ftexp.config.checks.validate`. Nothing heavier
 than omegaconf is imported, so that a mistake is told at once.
 """
 
@@ -13,8 +13,8 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from ftexp.fields import choice, ranged
-from ftexp.trackers.settings import TrackerConfig
+from ftexp.config.fields import choice, ranged
+from ftexp.config.tracker_schema import TrackerConfig
 
 AUTO = "auto"
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -292,6 +292,6 @@ class Config:
 
 def config_dir() -> Path:
     """The folder of the YAML groups: inside the package when installed, beside it in a checkout."""
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parents[1]
     installed = package / "conf"
     return installed if installed.is_dir() else package.parent / "conf"

@@ -1,6 +1,6 @@
 """Contradictions within what a model is trained with: augmentation, optimiser, average, freezing.
 
-Each check yields a message for every mistake; `ftexp.checks` runs them. A switch that another one makes useless is a
+Each check yields a message for every mistake; `validate` runs them. A switch that another one makes useless is a
 mistake too: it would be ignored in silence.
 """
 
@@ -13,10 +13,10 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from ftexp.config import SGD_NAMES, Config
-from ftexp.fingerprint import flat
+from ftexp.config.fingerprint import flat
+from ftexp.config.schema import SGD_NAMES, Config
+from ftexp.config.timm_names import optimizer_names, without_drop_path
 from ftexp.registry import did_you_mean
-from ftexp.timm_names import optimizer_names, without_drop_path
 
 # as timm's rand_augment_transform reads it
 _RAND_AUGMENT = re.compile(r"rand(-(m\d+|n[1-9]\d*|p(0|1|0\.\d+|1\.0+)|mstd\d+(\.\d+)?|mmax\d+|inc[01]|t\w+))*")

@@ -1,4 +1,4 @@
-"""Fields of a schema that say more than their type; `ftexp.field_checks` holds values to it."""
+"""Fields of a schema that say more than their type; `ftexp.config.field_checks` holds values to it."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from ftexp.config import Config
+from ftexp.config.schema import Config
 from ftexp.errors import ConfigError
 
 _LONGEST = 107 if sys.platform == "linux" else 103  # bytes of a socket's path

@@ -17,12 +17,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from ftexp.config import AUTO, CAUSES, FAULTS, Config, ScalingConfig, config_dir, fault_fields
-from ftexp.data.names import SOURCE_FIELDS, can_stream
-from ftexp.errors import ConfigError
-from ftexp.field_checks import field_problems
-from ftexp.machine import check_compiler
-from ftexp.recipe_checks import (
+from ftexp.config.checks.checkpoint import check_checkpoint, check_sweep
+from ftexp.config.checks.recipe import (
     check_augment,
     check_average,
     check_drop_path,
@@ -30,11 +26,15 @@ from ftexp.recipe_checks import (
     check_optim,
     check_schedule,
 )
+from ftexp.config.checks.trackers import tracker_problems
+from ftexp.config.field_checks import field_problems
+from ftexp.config.machine import check_compiler
+from ftexp.config.schema import AUTO, CAUSES, FAULTS, Config, ScalingConfig, config_dir, fault_fields
+from ftexp.config.source_names import SOURCE_FIELDS, can_stream
+from ftexp.config.timm_names import model_names
+from ftexp.errors import ConfigError
 from ftexp.registry import did_you_mean
-from ftexp.saving_checks import check_checkpoint, check_sweep
 from ftexp.storage.directory import is_remote
-from ftexp.timm_names import model_names
-from ftexp.trackers.checks import tracker_problems
 
 _FAULT_FIELDS = ("kind", "step", "rank", "count", "seconds")
 _NO_LOGITS = {"features_only": "a list of feature maps", "aux_logits": "a tuple while it trains"}

@@ -1,4 +1,4 @@
-"""Checks of a value against its field's type and metadata: see `ftexp.fields.ranged` and `ftexp.fields.choice`."""
+"""Checks of a value against its field's type and metadata: see `ftexp.config.fields.ranged` and `ftexp.config.fields.choice`."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def range_problem(
     above: float | None = None,
     options: tuple[str, ...] = (),
 ) -> Iterator[str]:
-    """The message for a value outside its field's metadata (see `ftexp.fields.ranged`), or nothing."""
+    """The message for a value outside its field's metadata (see `ftexp.config.fields.ranged`), or nothing."""
     if options:
         if value not in options:
             yield f"{key}={value!r} is not one of {', '.join(options)}.{did_you_mean(str(value), options)}"

@@ -8,11 +8,11 @@ import os
 from collections.abc import Iterator
 
 import ftexp.trackers.builtin  # noqa: F401 - registers them
-from ftexp.config import Config
+from ftexp.config.schema import Config
+from ftexp.config.tracker_schema import TrackerConfig
 from ftexp.registry import did_you_mean
 from ftexp.storage.directory import is_remote
 from ftexp.trackers.registry import trackers
-from ftexp.trackers.settings import TrackerConfig
 
 _OWN_SETTINGS = ("tensorboard", "mlflow", "wandb")
 _WRITE_FILES = ("tensorboard", "wandb")

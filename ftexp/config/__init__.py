@@ -1,0 +1,1 @@
+"""The schema and every check of it; imports neither torch, Ray, numpy nor pyarrow."""
