@@ -41,7 +41,7 @@ from ftexp.skips import Skips
 from ftexp.spec import JobSpec
 from ftexp.storage.directory import Storage
 from ftexp.timing import Stopwatch
-from ftexp.wire import Line
+from ftexp.wire.hub import Line
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _INIT, _STEP = 2, 3  # streams of the run's seed; 1 is the order's

@@ -8,7 +8,7 @@ from typing import Any
 from ftexp.config.schema import Config
 from ftexp.data.order import Int64s
 from ftexp.data.splits import DataInfo
-from ftexp.wire import HubAddress
+from ftexp.wire.hub import HubAddress
 
 
 @dataclass(frozen=True)

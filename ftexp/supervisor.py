@@ -18,7 +18,7 @@ from ftexp.restart import Restart
 from ftexp.terminal import Terminal
 from ftexp.trackers.follower import FAILED_EVENT, OPENED_EVENT, described
 from ftexp.tracking import RunRecord
-from ftexp.wire import STOP, Hub, Message
+from ftexp.wire.hub import STOP, Hub, Message
 
 _MOST_SAMPLES_SHOWN = 32
 _CONTROLLER_DIED = "Ray Train's controller died, and its workers with it"

@@ -15,7 +15,7 @@ from ftexp.errors import StorageError
 from ftexp.metrics_csv import MetricsCsv
 from ftexp.storage.append_log import AppendLog, as_json, finite, parse_lines
 from ftexp.storage.directory import Storage
-from ftexp.wire import Message
+from ftexp.wire.hub import Message
 
 CONFIG_FILE, RUN_FILE, METRICS_FILE, EVENTS_FILE = "config.yaml", "run.json", "metrics.jsonl", "events.jsonl"
 RUNNING, FINISHED, FAILED, INTERRUPTED = "running", "finished", "failed", "interrupted"

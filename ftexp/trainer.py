@@ -34,7 +34,7 @@ from ftexp.supervisor import Supervisor
 from ftexp.terminal import Terminal
 from ftexp.trackers.run import Trackers
 from ftexp.tracking import FAILED, FINISHED, INTERRUPTED, RUNNING, RunRecord, RunState
-from ftexp.wire import SAVE, Hub, HubAddress
+from ftexp.wire.hub import SAVE, Hub, HubAddress
 
 _LOOK_EVERY_S = 1.0
 _WAITING_S = 20.0  # without workers, before it is told

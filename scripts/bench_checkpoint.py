@@ -75,7 +75,7 @@ def run_job(overrides: list[str], rounds: int, window_s: float) -> dict[str, Any
         from ftexp.data.build import build_data
         from ftexp.spec import JobSpec
         from ftexp.storage.directory import Storage
-        from ftexp.wire import Hub
+        from ftexp.wire.hub import Hub
 
         workers, bundle = decide_workers(config.scaling), build_data(config.data)
         hub = Hub(host, lambda message: {"attempt": 1, "synced": message.get("number")})

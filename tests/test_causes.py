@@ -35,7 +35,7 @@ from ftexp.failure.causes import (
     as_hang,
     find_cause,
 )
-from ftexp.wire import Hub, HubAddress
+from ftexp.wire.hub import Hub, HubAddress
 
 DIED = WorkerHealthCheckFailedError("A worker health check failed.", ray.exceptions.ActorDiedError())
 PREEMPTED = WorkerHealthCheckFailedError("A worker health check failed.", ray.exceptions.RayActorError(preempted=True))

@@ -20,7 +20,7 @@ LAYERS = [
         "config.fields",
         "overrides",
     },
-    {"registry", "config.timm_names", "storage.directory", "config.source_names", "wire"},
+    {"registry", "config.timm_names", "storage.directory", "config.source_names", "wire.hub"},
     {"storage.lease", "storage.append_log"},
     {"ledger", "metrics_csv", "config.tracker_schema"},
     {"config.schema"},

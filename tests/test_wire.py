@@ -12,7 +12,7 @@ import threading
 import pytest
 
 from ftexp.errors import FtexpError
-from ftexp.wire import SAVE, STOP, Hub, HubAddress, Line
+from ftexp.wire.hub import SAVE, STOP, Hub, HubAddress, Line
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ def test_who_says_goodbye_stays_until_the_driver_has_handled_it_all():
 
 def test_a_killed_process_is_told_at_once_and_what_it_flushed_is_not_lost(hub, messages):
     code = (
-        "import os, signal, sys; from ftexp.wire import *\n"
+        "import os, signal, sys; from ftexp.wire.hub import *\n"
         "line = Line(HubAddress('127.0.0.1', int(sys.argv[1]), sys.argv[2]), {'kind': 'hello', 'rank': 1})\n"
         "line.send('tick', step=1); line.flush(); os.kill(os.getpid(), signal.SIGKILL)"
     )

@@ -1,4 +1,4 @@
-"""Checks of a value against its field's type and metadata: see `ftexp.config.fields.ranged` and `ftexp.config.fields.choice`."""
+"""Checks of a value against its field's type and metadata: see `ranged` and `choice` of ftexp.config.fields."""
 
 from __future__ import annotations
 

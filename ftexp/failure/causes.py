@@ -14,7 +14,7 @@ from ftexp import ray_private
 from ftexp.config.schema import CAUSES
 from ftexp.errors import ConfigError, DataError, FtexpError, NonFiniteError, StateError, StorageError
 from ftexp.failure.phases import WAITED_IN
-from ftexp.wire import HubAddress, Line
+from ftexp.wire.hub import HubAddress, Line
 
 BUG, OUT_OF_MEMORY, CRASH, HANG, PREEMPTION, NON_FINITE, STORAGE, STARTUP, RAY = CAUSES
 CONFIG = "config"  # a mistake in the config that only a worker could find; it ends the run, so it has no budget

@@ -10,7 +10,7 @@ from typing import Any
 
 from ftexp.config.fingerprint import masked
 from ftexp.trackers.registry import Key, Outcome, Point, Tracker
-from ftexp.wire import Message
+from ftexp.wire.hub import Message
 
 FAILED_EVENT, OPENED_EVENT = "tracker_failed", "tracker_opened"
 _MOST_WAITING = 10_000  # points in memory; what is beyond is read from the run directory again

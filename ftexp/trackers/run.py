@@ -18,7 +18,7 @@ from ftexp.config.tracker_schema import TrackerConfig
 from ftexp.storage.directory import Storage
 from ftexp.trackers.follower import Follower, Tell
 from ftexp.trackers.registry import Outcome, Point, TrackedRun, trackers
-from ftexp.wire import Message
+from ftexp.wire.hub import Message
 
 TRACKERS_FILE = "trackers.json"  # {"id": of the run in every tracker, "complete": trackers that lack nothing}
 _GIT_TIMEOUT_S = 5.0
