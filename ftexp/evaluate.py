@@ -93,7 +93,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     require_data(run_config.data)
     if config.out is not None:
         Storage.at(config.out).parent.require_writable("out")
-    from ftexp.scaling import private_ray
+    from ftexp.cluster.ray_cluster import private_ray
 
     with private_ray(run_config) as run_config:
         return _evaluate(config, run_config, storage)
@@ -162,9 +162,9 @@ def _evaluate(config: EvaluateConfig, run_config: Config, storage: Storage) -> d
 
 
 def _rows(config: EvaluateConfig, run_config: Config, bundle: DataBundle) -> Rows:
+    from ftexp.cluster.ray_cluster import decoding_cpus, no_workers
     from ftexp.data.decoding import refuse_bad
     from ftexp.data.stream import bundle_rows
-    from ftexp.scaling import decoding_cpus, no_workers
 
     cpus = decoding_cpus(run_config, no_workers())
     return bundle_rows(bundle, config.split, cpus, lambda bad: refuse_bad(run_config.data, bad))

@@ -113,7 +113,7 @@ def export(config: ExportConfig) -> dict[str, Any]:
 
 def _samples(run: SavedRun, num_samples: int) -> Samples:
     """Images to compare on. They are read as training reads them, which takes a Ray of its own for some seconds."""
-    from ftexp.scaling import private_ray
+    from ftexp.cluster.ray_cluster import private_ray
 
     with private_ray(run.config):
         from ftexp.exporting.checking import samples_of

@@ -18,6 +18,7 @@ from ray.train.torch import get_device, prepare_model
 from torch import nn
 
 from ftexp.averaging import Average
+from ftexp.cluster.hot_start.forker import MARK as HOT_START_MARK
 from ftexp.config.schema import Config
 from ftexp.data.augment import Augment
 from ftexp.data.decoding import refuse_bad
@@ -31,7 +32,6 @@ from ftexp.data.splits import SPLITS, BadSample, DataInfo
 from ftexp.data.stream import StreamedRows, slow_reason
 from ftexp.errors import RunFailedError
 from ftexp.freezing import Freezing
-from ftexp.hot_start.forker import MARK as HOT_START_MARK
 from ftexp.ledger import LEDGER, Ledger
 from ftexp.mfu import Utilisation
 from ftexp.models import WeightsReport, as_logits, build_model

@@ -162,8 +162,8 @@ def predict(composed: Config, own: PredictConfig, run: SavedRun, chosen: bool, w
     validate(config, trains=False)
     split = _split(own, data, chosen, words)
     config = dataclasses.replace(config, data=dataclasses.replace(data, on_bad_sample="skip"))
+    from ftexp.cluster.ray_cluster import decide_workers, prepare_environment
     from ftexp.saved_run import choose
-    from ftexp.scaling import decide_workers, prepare_environment
     from ftexp.storage.directory import Storage
 
     workers = decide_workers(config.scaling)

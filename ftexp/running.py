@@ -11,8 +11,8 @@ from ftexp.config.schema import Config
 from ftexp.storage.directory import absolute
 
 if TYPE_CHECKING:
+    from ftexp.cluster.ray_cluster import SharedRay
     from ftexp.restart import Restart
-    from ftexp.scaling import SharedRay
 
 
 def train(
@@ -49,8 +49,8 @@ def _run(
     restart: Restart | None = None,
     begin_again: Callable[[Restart], NoReturn] | None = None,
 ) -> dict[str, float]:
+    from ftexp.cluster.ray_cluster import decide_workers, prepare_environment
     from ftexp.opening import changes, has_run, located, open_run, require_resumable
-    from ftexp.scaling import decide_workers, prepare_environment
     from ftexp.storage.directory import Storage
     from ftexp.storage.lease import Lease, unused_name
 
@@ -85,7 +85,7 @@ def _run(
 
 def _check_weights(config: Config) -> None:
     """ConfigError if the weights file fits nothing. It takes torch and timm, so that it costs seconds."""
-    from ftexp.scaling import prepare_environment
+    from ftexp.cluster.ray_cluster import prepare_environment
 
     prepare_environment(config)  # a plug-in may import Ray
     from ftexp.models import check_weights

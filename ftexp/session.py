@@ -11,15 +11,9 @@ from typing import TYPE_CHECKING, NoReturn
 import ray
 from omegaconf import OmegaConf
 
-from ftexp.config.fingerprint import masked
-from ftexp.config.schema import Config
-from ftexp.errors import ConfigError, RayLostError
-from ftexp.fitting import fit_interruptibly
-from ftexp.hot_start.driver import HotStart, on_joined_nodes
-from ftexp.opening import changes, labels_as_begun, repeated_samples, require_same_data
-from ftexp.registry import load_plugins
-from ftexp.restart import Restart
-from ftexp.scaling import (
+from ftexp.cluster.hot_start.driver import HotStart, on_joined_nodes
+from ftexp.cluster.interruptible import fit_interruptibly
+from ftexp.cluster.ray_cluster import (
     RunningRay,
     SharedRay,
     Workers,
@@ -29,6 +23,12 @@ from ftexp.scaling import (
     quiet_data,
     start_ray,
 )
+from ftexp.config.fingerprint import masked
+from ftexp.config.schema import Config
+from ftexp.errors import ConfigError, RayLostError
+from ftexp.opening import changes, labels_as_begun, repeated_samples, require_same_data
+from ftexp.registry import load_plugins
+from ftexp.restart import Restart
 from ftexp.storage.directory import Storage
 from ftexp.storage.lease import Lease
 from ftexp.terminal import Terminal

@@ -9,11 +9,11 @@ import signal
 import time
 from typing import Any
 
+from ftexp.cluster.interruptible import STOP_GRACE_S
 from ftexp.config.schema import Config
 from ftexp.errors import RayLostError
 from ftexp.failure.causes import CONFIG, CRASH, RAY, STARTUP, Cause, as_death, as_hang, as_preemption, find_cause
 from ftexp.failure.policy import Decision, Past, decide
-from ftexp.fitting import STOP_GRACE_S
 from ftexp.restart import Restart
 from ftexp.terminal import Terminal
 from ftexp.trackers.follower import FAILED_EVENT, OPENED_EVENT, described

@@ -11,7 +11,7 @@ import sys
 from omegaconf import DictConfig
 
 from ftexp.cli import interrupted_code, prepare_streams, print_error, run_hydra, to_config
-from ftexp.ending import code_of
+from ftexp.cluster.process_exit import code_of
 from ftexp.errors import ConfigError, FtexpError
 from ftexp.restart import Restart, begin_again, begun_again
 from ftexp.running import train

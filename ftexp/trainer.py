@@ -19,14 +19,14 @@ from ray.train import CheckpointConfig, DataConfig, FailureConfig, LoggingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
-from ftexp import ray_private
+from ftexp.cluster import ray_private
+from ftexp.cluster.interruptible import fit_interruptibly
+from ftexp.cluster.ray_cluster import RunningRay, Workers, lacking_resources, num_possible
+from ftexp.cluster.ray_watch import end_workers
 from ftexp.config.schema import Config
 from ftexp.data.splits import DataBundle
 from ftexp.errors import ConfigError, RayLostError, RunFailedError, StorageError
 from ftexp.failure.causes import FailureReporter, find_cause
-from ftexp.fitting import fit_interruptibly
-from ftexp.ray_watch import end_workers
-from ftexp.scaling import RunningRay, Workers, lacking_resources, num_possible
 from ftexp.spec import JobSpec
 from ftexp.storage.directory import Storage
 from ftexp.storage.lease import Lease

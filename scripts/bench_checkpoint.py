@@ -59,7 +59,7 @@ def main() -> None:
 
 def run_job(overrides: list[str], rounds: int, window_s: float) -> dict[str, Any]:
     """Start Ray, measure in one job of two workers, stop Ray."""
-    from ftexp.scaling import decide_workers, prepare_environment, quiet_data, start_ray
+    from ftexp.cluster.ray_cluster import decide_workers, prepare_environment, quiet_data, start_ray
 
     storage = tempfile.mkdtemp(prefix="bench_")
     words = [*overrides, f"run.storage={storage}", "checkpoint.every_epochs=null", "scaling.num_workers=2"]

@@ -78,7 +78,7 @@ class Results:
 @contextlib.contextmanager
 def ray_of_this_machine() -> Iterator[None]:
     """Ray as a run starts it, with CPUs to decode on beside those of the workers."""
-    from ftexp.scaling import prepare_environment, quiet_data, start_ray
+    from ftexp.cluster.ray_cluster import prepare_environment, quiet_data, start_ray
 
     config = run_config()
     prepare_environment(config)
@@ -121,13 +121,13 @@ def ftexp_feed(root: Path, image_size: int, feed: str) -> Callable[[int], Iterat
     """A feed of one rank, as a worker builds it: from a position on."""
     import dataclasses
 
+    from ftexp.cluster.ray_cluster import decoding_cpus, no_workers
     from ftexp.data.augment import Augment
     from ftexp.data.build import build_data
     from ftexp.data.feeds import IndexedFeed, ToTensors
     from ftexp.data.order import Order
     from ftexp.data.plan import Plan
     from ftexp.data.stream import bundle_rows
-    from ftexp.scaling import decoding_cpus, no_workers
 
     config = run_config(
         f"data.image_size={image_size}", f"data.feed={feed}", "data.val_fraction=0", "data.test_fraction=0"

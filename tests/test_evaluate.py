@@ -6,7 +6,7 @@ import json
 import pytest
 from saved_runs import CHECKPOINT, saved_run
 
-import ftexp.scaling
+import ftexp.cluster.ray_cluster
 from ftexp import evaluate as module
 from ftexp.errors import ConfigError, StorageError
 from ftexp.evaluate import EvaluateConfig, MovedData, _evaluate, evaluate
@@ -62,7 +62,7 @@ def test_where_the_run_cannot_be_written_the_result_is_told_and_so_is_why(run, m
 def test_data_that_is_not_where_it_was_is_asked_for_and_taken_from_where_it_is(tmp_path, monkeypatch):
     run = saved_run(tmp_path / "run", "data=image_folder", f"data.root={tmp_path}/photos", "data.image_size=8")
     seen = []
-    monkeypatch.setattr(ftexp.scaling, "private_ray", contextlib.nullcontext)
+    monkeypatch.setattr(ftexp.cluster.ray_cluster, "private_ray", contextlib.nullcontext)
     monkeypatch.setattr(module, "_evaluate", lambda _, run_config, __: seen.append(run_config.data.root))
     with pytest.raises(ConfigError, match=rf"data.root={tmp_path}/photos does not exist.*add data\.root=<where it is"):
         evaluate(EvaluateConfig(run=run.storage.uri))

@@ -12,9 +12,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from ftexp import fitting
+from ftexp.cluster import interruptible as fitting
+from ftexp.cluster.interruptible import Terminated, fit_interruptibly
 from ftexp.errors import RayLostError, StorageError
-from ftexp.fitting import Terminated, fit_interruptibly
 
 FREE = SimpleNamespace(lost=None)
 
@@ -22,7 +22,7 @@ FREE = SimpleNamespace(lost=None)
 CHILD = """
     import json, os, signal, sys, threading
     from types import SimpleNamespace
-    from ftexp import fitting
+    from ftexp.cluster import interruptible as fitting
 
     numbers, has_workers, grace_s = json.loads(sys.argv[1])
     fitting.STOP_GRACE_S = grace_s

@@ -21,21 +21,21 @@ import pytest
 from ray._private.runtime_env.context import RuntimeEnvContext
 from ray._private.utils import update_envs
 
+from ftexp.cluster.hot_start import driver, launcher
+from ftexp.cluster.hot_start.driver import HotStart
+from ftexp.cluster.hot_start.forker import MARK
 from ftexp.config.schema import ScalingConfig
-from ftexp.hot_start import driver, launcher
-from ftexp.hot_start.driver import HotStart
-from ftexp.hot_start.forker import MARK
 
 DEADLINE_S = 60
-FULL = ("-m", "ftexp.hot_start.preloader")
+FULL = ("-m", "ftexp.cluster.hot_start.preloader")
 LIGHT = (
-    "import sys, ftexp.hot_start.preloader as preloader, ftexp.hot_start.forker as forker;"
+    "import sys, ftexp.cluster.hot_start.preloader as preloader, ftexp.cluster.hot_start.forker as forker;"
     "preloader.BEFORE_THE_CLUSTER = (); forker.WITH_THE_CLUSTER = ('ray',);"
 )  # a second instead of eight, for tests that need a preloader of their own
 DRAWS = """
     import json, random, uuid
     import numpy as np
-    from ftexp import ray_private
+    from ftexp.cluster import ray_private
     print(json.dumps([random.random(), np.random.rand(), str(uuid.uuid4()), ray_private.random_id()]))
 """
 READY_THEN_READ = """
@@ -413,7 +413,7 @@ def test_a_link_to_a_socket_is_not_used(preloaded, tmp_path):
 
 
 def test_workers_start_plainly_when_their_ids_would_be_the_same(tmp_path):
-    same = "import ftexp.ray_private as ray_private; ray_private.random_id = lambda: 'same';"
+    same = "import ftexp.cluster.ray_private as ray_private; ray_private.random_id = lambda: 'same';"
     unfit = Preloaded(tmp_path, ("-c", LIGHT + same + "preloader.main()"))
     try:
         assert not is_forked(unfit)
@@ -564,7 +564,7 @@ def test_nothing_is_left_when_the_driver_is_killed(tmp_path):
     code = """
 import sys
 from ftexp.config.schema import ScalingConfig
-from ftexp.hot_start import driver
+from ftexp.cluster.hot_start import driver
 hot_start = driver.HotStart(ScalingConfig(), 1)
 print(hot_start._process.pid, flush=True)
 sys.stdin.read()
@@ -589,7 +589,7 @@ def test_rays_workers_are_forks_and_nothing_outlives_the_cluster(tmp_path):
 import json, os, ray
 from pathlib import Path
 from ftexp.config.schema import ScalingConfig
-from ftexp.hot_start.driver import HotStart
+from ftexp.cluster.hot_start.driver import HotStart
 hot_start = HotStart(ScalingConfig(), 1)
 options = dict(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env=hot_start.runtime_env())
 with hot_start.raylet_settings():

@@ -16,13 +16,13 @@ from conftest import wait_until_none
 from image_files import SIZE, data_config, encoded, picture, put, write_layouts, write_parquet, write_shard
 from test_config import composed
 
+from ftexp.cluster.ray_cluster import Workers
 from ftexp.data.decoding import decode_samples
 from ftexp.errors import DataError
 from ftexp.inference import stopping
 from ftexp.inference.inputs import ALL, find_inputs
 from ftexp.inference.parts import PARTS, Plan, begin
 from ftexp.saved_run import SavedRun
-from ftexp.scaling import Workers
 from ftexp.storage.directory import Storage
 
 CLASSES = ["0", "1", "2"]

@@ -1,4 +1,4 @@
-"""Names of Ray's that aren't public. When one of these fails after an upgrade, mend ftexp/ray_private.py."""
+"""Names of Ray's that aren't public. When one of these fails after an upgrade, mend ftexp/cluster/ray_private.py."""
 
 import inspect
 import json
@@ -16,7 +16,7 @@ from ray.train.v2._internal.exceptions import (
     WorkerHealthCheckFailedError,
 )
 
-from ftexp import ray_private
+from ftexp.cluster import ray_private
 
 
 def test_the_snapshot_has_the_name_that_is_dropped_before_a_fit():
@@ -54,8 +54,8 @@ def test_raylets_messages_are_printed_by_the_thread_that_is_silenced(monkeypatch
 def test_forks_of_a_process_that_imported_ray_without_drawing_have_ids_of_their_own():
     code = """
 import importlib, json, sys
-from ftexp import ray_private
-from ftexp.hot_start.forker import _in_a_fork
+from ftexp.cluster import ray_private
+from ftexp.cluster.hot_start.forker import _in_a_fork
 def imports():
     for name in ("ray.train", "ray.data"):
         importlib.import_module(name)

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from ftexp import ray_private, ray_watch
-from ftexp.ray_watch import JoinedRay, OwnRay, end_workers
+from ftexp.cluster import ray_private, ray_watch
+from ftexp.cluster.ray_watch import JoinedRay, OwnRay, end_workers
 
 
 def waiting():
@@ -80,7 +80,7 @@ def test_a_joined_ray_is_lost_when_its_gcs_has_been_silent_for_long_and_only_the
 def test_a_command_that_only_reads_ends_by_one_line_when_ray_dies_and_not_after_it_is_done():
     program = (
         "import time\n"
-        "from ftexp.ray_watch import ending_with\n"
+        "from ftexp.cluster.ray_watch import ending_with\n"
         "with ending_with(lambda: None): pass\n"
         "done = ending_with(lambda: 'it died later')\n"
         "with done: pass\n"

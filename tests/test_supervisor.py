@@ -6,10 +6,10 @@ import json
 import pytest
 from rich.console import Console
 
+from ftexp.cluster.interruptible import Terminated
 from ftexp.config.schema import Config, FailureConfig, TrainConfig
 from ftexp.errors import RayLostError
 from ftexp.failure.causes import BUG, CONFIG, CRASH, HANG, OUT_OF_MEMORY, RAY, Cause
-from ftexp.fitting import Terminated
 from ftexp.storage.directory import Storage
 from ftexp.supervisor import Supervisor
 from ftexp.terminal import Terminal

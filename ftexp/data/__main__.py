@@ -28,9 +28,9 @@ from ftexp.errors import ConfigError, StorageError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from ftexp.cluster.ray_cluster import Workers
     from ftexp.data.inspect import Found
     from ftexp.data.splits import DataBundle, DataInfo
-    from ftexp.scaling import Workers
 
 _MOST_CLASSES = 25  # more are cut to the largest and the smallest
 _LARGEST, _SMALLEST = 20, 5
@@ -87,15 +87,15 @@ def inspect(config: Config, out: Path | None = None) -> None:
     out = out or Path(f"{config.data.name.replace('/', '_')}_samples.png")
     if out.is_dir() or not os.access(out if out.exists() else out.parent, os.W_OK):
         raise ConfigError(f"{out} can't be written: name another file with out=...")
-    from ftexp.scaling import decide_workers, prepare_environment
+    from ftexp.cluster.ray_cluster import decide_workers, prepare_environment
 
     workers = decide_workers(config.scaling)
     prepare_environment(config)
     import ray
 
-    from ftexp.ray_watch import ending_with
+    from ftexp.cluster.ray_cluster import import_meanwhile, quiet_data, start_ray
+    from ftexp.cluster.ray_watch import ending_with
     from ftexp.registry import load_plugins
-    from ftexp.scaling import import_meanwhile, quiet_data, start_ray
 
     importing = import_meanwhile("ftexp.data.stream")
     try:
@@ -149,7 +149,7 @@ def _draw(config: Config, found: Found, out: Path) -> None:
 
 def _decode_cpus(config: Config, bundle: DataBundle, workers: Workers) -> int:
     """How many decode for this run: beside the workers if it streams, before they start if not."""
-    from ftexp.scaling import decoding_cpus, may_stream, no_workers
+    from ftexp.cluster.ray_cluster import decoding_cpus, may_stream, no_workers
 
     # a Ray that is started here counts cores twice if the data may be streamed: once for workers, once for decoding
     beside = bundle.streamed or (config.scaling.address is None and may_stream(config.data))

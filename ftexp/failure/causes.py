@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import ray.exceptions
 from ray.train import UserCallback
 
-from ftexp import ray_private
+from ftexp.cluster import ray_private
 from ftexp.config.schema import CAUSES
 from ftexp.errors import ConfigError, DataError, FtexpError, NonFiniteError, StateError, StorageError
 from ftexp.failure.phases import WAITED_IN

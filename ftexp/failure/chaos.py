@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from ftexp import ray_private
 from ftexp.checkpoint.store import FILES, MANIFEST, CheckpointStore, Manifest
+from ftexp.cluster import ray_private
 from ftexp.config.schema import DAMAGES, ChaosConfig, fault_fields
 from ftexp.data.order import derive_seed, uniforms
 from ftexp.storage.directory import Storage, Writer

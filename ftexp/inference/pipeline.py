@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
+from ftexp.cluster.ray_cluster import Workers
 from ftexp.data.decoding import decode_samples, decoding
 from ftexp.data.listing import IndexedSplit, Shared
 from ftexp.data.order import Int64s
@@ -17,7 +18,6 @@ from ftexp.inference.inputs import Inputs
 from ftexp.inference.parts import Plan, WritePart
 from ftexp.inference.stopping import StopWhenAsked
 from ftexp.saved_run import SavedRun
-from ftexp.scaling import Workers
 from ftexp.storage.directory import Storage
 
 _UNIT_ROWS, _UNIT_BYTES = 256, 32 * 2**20  # of what one task decodes; a smaller task costs more than it does

@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any
 import ray  # before a thread imports what imports it
 
 from ftexp.checkpoint.store import Manifest
+from ftexp.cluster.hot_start.driver import HotStart, on_joined_nodes
+from ftexp.cluster.interruptible import fit_interruptibly
+from ftexp.cluster.ray_cluster import Workers, import_meanwhile, lacking_resources, quiet_data, start_ray
 from ftexp.config.fingerprint import masked
 from ftexp.config.schema import Config
 from ftexp.errors import ConfigError, DataError, RayLostError
-from ftexp.fitting import fit_interruptibly
-from ftexp.hot_start.driver import HotStart, on_joined_nodes
 from ftexp.inference.parts import BAD_FILE, PARTS, Plan, begin, collect_bad
 from ftexp.inference.stopping import Stopped, ask_to_stop
 from ftexp.opening import require_trained_on
 from ftexp.saved_run import AS_TRAINED, SavedRun, read_weights
-from ftexp.scaling import Workers, import_meanwhile, lacking_resources, quiet_data, start_ray
 from ftexp.storage.directory import Storage
 from ftexp.storage.lease import Lease
 

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from ftexp.cli import EXIT_INTERRUPTED, EXIT_TERMINATED
+from ftexp.cluster.interruptible import STOP_GRACE_S, Terminated
+from ftexp.cluster.ray_cluster import Workers
 from ftexp.config.schema import Config
 from ftexp.errors import RayLostError
-from ftexp.fitting import STOP_GRACE_S, Terminated
-from ftexp.scaling import Workers
 from ftexp.storage.directory import Storage
 from ftexp.sweep.ledger import STOPPED, WAITING, Trial
 from ftexp.sweep.trial import Order

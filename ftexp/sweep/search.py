@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ftexp.cluster.ray_cluster import decide_workers, num_shares, prepare_environment
 from ftexp.config.schema import Config, SearchConfig
 from ftexp.errors import ConfigError, SweepFailedError
-from ftexp.scaling import decide_workers, num_shares, prepare_environment
 from ftexp.storage.directory import Storage
 from ftexp.sweep.ledger import STOPPED, WAITING, Ledger, curve
 from ftexp.sweep.proposing import Known, propose

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 import ray
 
 from ftexp.cli import interrupted_code
+from ftexp.cluster.hot_start.driver import HotStart, on_joined_nodes
+from ftexp.cluster.interruptible import collected_signals
+from ftexp.cluster.ray_cluster import SharedRay, import_meanwhile, may_stream, start_ray, usable_cpus
 from ftexp.config.schema import Config
 from ftexp.errors import ConfigError, RayLostError
-from ftexp.fitting import collected_signals
-from ftexp.hot_start.driver import HotStart, on_joined_nodes
-from ftexp.scaling import SharedRay, import_meanwhile, may_stream, start_ray, usable_cpus
 from ftexp.storage.directory import Storage
 from ftexp.sweep.display import Display
 from ftexp.sweep.leaderboard import publish

@@ -6,11 +6,11 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 
+from ftexp.cluster.hot_start.driver import HotStart
+from ftexp.cluster.ray_cluster import Workers, decide_workers, num_shares, prepare_environment
 from ftexp.config.schema import Config
 from ftexp.errors import ConfigError, SweepFailedError
-from ftexp.hot_start.driver import HotStart
 from ftexp.opening import open_run, require_resumable
-from ftexp.scaling import Workers, decide_workers, num_shares, prepare_environment
 from ftexp.storage.directory import Storage
 from ftexp.storage.lease import Lease, unused_name
 from ftexp.sweep.identity import swept_keys, trial_name

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ftexp.cluster.ray_cluster import SharedRay
     from ftexp.config.schema import Config
-    from ftexp.scaling import SharedRay
 
 
 @dataclass(frozen=True)

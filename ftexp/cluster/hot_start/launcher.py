@@ -132,7 +132,14 @@ def _start(path: str, raylet: str) -> None:
                 for descriptor in (0, 1, 2):
                     os.dup2(silent, descriptor)
                 os.set_inheritable(listener.fileno(), True)
-                command = [sys.executable, "-m", "ftexp.hot_start.preloader", path, str(listener.fileno()), raylet]
+                command = [
+                    sys.executable,
+                    "-m",
+                    "ftexp.cluster.hot_start.preloader",
+                    path,
+                    str(listener.fileno()),
+                    raylet,
+                ]
                 os.execv(sys.executable, command)
         finally:
             os._exit(0)

@@ -22,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ftexp.ending import code_of
+from ftexp.cluster.process_exit import code_of
 
 WITH_THE_CLUSTER = ("ray", "ray.train", "ray.train.torch", "ray.data", "ftexp.loop", "ftexp.trainer")
 ANSWERED_BY_A_WORKER = (signal.SIGINT, signal.SIGTERM)  # but ignored here
@@ -52,7 +52,7 @@ class Forker:
 
     def _import_ray(self) -> bool:
         """Import; whether forks draw ids of their own. If a new Ray breaks that, workers start plainly."""
-        from ftexp import ray_private
+        from ftexp.cluster import ray_private
 
         ray_private.import_without_drawing(lambda: import_all(WITH_THE_CLUSTER))
         return len({_in_a_fork(ray_private.random_id) for _ in range(2)}) == 2

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from ftexp import ray_private
+from ftexp.cluster import ray_private
 from ftexp.errors import RayLostError
 
 _LOOK_EVERY_S = 0.5

@@ -1,9 +1,9 @@
 """The process that has everything imported but Ray, from which a forker is forked for each job.
 
-Run as `python -m ftexp.hot_start.preloader <socket> <descriptor>` by the driver that starts a Ray of its own, and ends
-when its standard input closes: the driver is gone. On a node of a Ray that was joined, a launcher runs it, with the
-raylet's process id as a last argument, and it ends with that raylet. The socket listens already, as the descriptor
-says. Workers that run go on without it.
+Run as `python -m ftexp.cluster.hot_start.preloader <socket> <descriptor>` by the driver that starts a Ray of its own,
+and ends when its standard input closes: the driver is gone. On a node of a Ray that was joined, a launcher runs it,
+with the raylet's process id as a last argument, and it ends with that raylet. The socket listens already, as the
+descriptor says. Workers that run go on without it.
 
 Neither it nor a forker ever starts a thread or touches a GPU, so that a fork is a whole process.
 """
@@ -20,8 +20,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ftexp.hot_start.forker import ANSWERED_BY_A_WORKER, Forker, import_all, receive
-from ftexp.hot_start.launcher import LOCK, send
+from ftexp.cluster.hot_start.forker import ANSWERED_BY_A_WORKER, Forker, import_all, receive
+from ftexp.cluster.hot_start.launcher import LOCK, send
 
 # what a worker imports; a name that isn't there costs the worker what it would have cost without
 BEFORE_THE_CLUSTER = (

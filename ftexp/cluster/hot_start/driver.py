@@ -17,11 +17,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from ftexp import ray_private
+from ftexp.cluster import ray_private
+from ftexp.cluster.hot_start.launcher import NODE, listen
 from ftexp.config.schema import ScalingConfig
 from ftexp.config.versions import package_versions
 from ftexp.errors import ConfigError
-from ftexp.hot_start.launcher import NODE, listen
 
 _LAUNCHER = Path(__file__).with_name("launcher.py")
 _SETUP = Path(__file__).with_name("setup_worker.py")
@@ -45,7 +45,7 @@ class HotStart:
         with listen(self._socket) as listener:
             number = listener.fileno()
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "ftexp.hot_start.preloader", self._socket, str(number)],
+                [sys.executable, "-m", "ftexp.cluster.hot_start.preloader", self._socket, str(number)],
                 stdin=subprocess.PIPE,
                 pass_fds=[number],
                 env={**os.environ, **_threads(num_threads)},

@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ftexp import ray_private
+from ftexp.cluster import ray_private
+from ftexp.cluster.ray_watch import JoinedRay, OwnRay, ending_with
 from ftexp.config.checks.validate import num_local_gpus
 from ftexp.config.machine import prepare_machine
 from ftexp.config.schema import AUTO, Config, DataConfig, ScalingConfig
 from ftexp.config.source_names import can_stream
 from ftexp.errors import ConfigError, RayLostError, RunFailedError
-from ftexp.ray_watch import JoinedRay, OwnRay, ending_with
 
 _MAX_AUTO_CPU_WORKERS = 2  # small models gain nothing from more processes on one machine
 _MAX_AUTO_THREADS = 8

@@ -1,0 +1,1 @@
+"""Ray and its processes: where it is started, joined and ended."""

@@ -1,1 +1,0 @@
-"""Workers that begin with everything imported: forked from a process that has imported it once."""
