@@ -22,8 +22,8 @@ from ftexp.config.schema import Config
 from ftexp.errors import ConfigError, FtexpError, StorageError
 
 if TYPE_CHECKING:
-    from ftexp.data.feeds import Rows
-    from ftexp.data.splits import DataBundle
+    from ftexp.data.feeds.feed import Rows
+    from ftexp.data.stratify import DataBundle
     from ftexp.storage.directory import Storage
 
 
@@ -105,7 +105,7 @@ def _evaluate(config: EvaluateConfig, run_config: Config, storage: Storage) -> d
     from ftexp.checkpoint.staging import load_part
     from ftexp.checkpoint.store import CheckpointStore
     from ftexp.data.build import build_data
-    from ftexp.data.feeds import ToTensors, evaluation_batches
+    from ftexp.data.feeds.feed import ToTensors, evaluation_batches
     from ftexp.evaluation import count_into
     from ftexp.findings import Findings, described, evaluation_file
     from ftexp.models import as_logits, build_model
@@ -163,8 +163,8 @@ def _evaluate(config: EvaluateConfig, run_config: Config, storage: Storage) -> d
 
 def _rows(config: EvaluateConfig, run_config: Config, bundle: DataBundle) -> Rows:
     from ftexp.cluster.ray_cluster import decoding_cpus, no_workers
-    from ftexp.data.decoding import refuse_bad
-    from ftexp.data.stream import bundle_rows
+    from ftexp.data.feeds.decoding import refuse_bad
+    from ftexp.data.feeds.streamed import bundle_rows
 
     cpus = decoding_cpus(run_config, no_workers())
     return bundle_rows(bundle, config.split, cpus, lambda bad: refuse_bad(run_config.data, bad))

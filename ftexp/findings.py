@@ -13,7 +13,7 @@ import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
 
-from ftexp.data.sources import UInt8s
+from ftexp.data.sources.arrays import UInt8s
 
 MOST_MISTAKES = 24  # kept, with their pictures
 _MOST_PIXELS = 96  # a side of a picture

@@ -20,16 +20,16 @@ from torch import nn
 from ftexp.averaging import Average
 from ftexp.cluster.hot_start.forker import MARK as HOT_START_MARK
 from ftexp.config.schema import Config
-from ftexp.data.augment import Augment
-from ftexp.data.decoding import refuse_bad
-from ftexp.data.erasing import Erasing
-from ftexp.data.feeds import Batch, CachedRows, Feed, IndexedFeed, Rows, ToTensors
+from ftexp.data.augment.erasing import Erasing
+from ftexp.data.augment.mixing import Mixing
+from ftexp.data.augment.pixels import Augment
+from ftexp.data.feeds.decoding import refuse_bad
+from ftexp.data.feeds.feed import Batch, CachedRows, Feed, IndexedFeed, Rows, ToTensors
+from ftexp.data.feeds.streamed import StreamedRows, slow_reason
 from ftexp.data.listing import IndexedSplit
-from ftexp.data.mixing import Mixing
 from ftexp.data.order import derive_seed, run_order
 from ftexp.data.plan import Plan
-from ftexp.data.splits import SPLITS, BadSample, DataInfo
-from ftexp.data.stream import StreamedRows, slow_reason
+from ftexp.data.stratify import SPLITS, BadSample, DataInfo
 from ftexp.errors import RunFailedError
 from ftexp.freezing import Freezing
 from ftexp.ledger import LEDGER, Ledger

@@ -16,7 +16,7 @@ from ftexp.checkpoint.manager import CheckpointManager
 from ftexp.checkpoint.registry import ExtraState
 from ftexp.checkpoint.restore import restore
 from ftexp.checkpoint.store import CHECKPOINTS, CheckpointStore
-from ftexp.data.feeds import Batch, evaluation_batches, prefetched
+from ftexp.data.feeds.feed import Batch, evaluation_batches, prefetched
 from ftexp.data.listing import IndexedSplit
 from ftexp.errors import NonFiniteError
 from ftexp.evaluation import count_into

@@ -14,7 +14,7 @@ from yaml import YAMLError
 from ftexp.checkpoint.store import CHECKPOINTS, CheckpointStore, locate
 from ftexp.config.fingerprint import differences, fingerprint, flat, masked
 from ftexp.config.schema import Config, DataConfig
-from ftexp.data.splits import DataInfo
+from ftexp.data.stratify import DataInfo
 from ftexp.errors import CheckpointError, ConfigError
 from ftexp.ledger import last_attempt
 from ftexp.storage.directory import Storage

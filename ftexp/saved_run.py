@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from ftexp.checkpoint.store import CHECKPOINTS, CheckpointStore, Manifest
 from ftexp.cli import to_config
 from ftexp.config.schema import Config, DataConfig
-from ftexp.data.splits import DataInfo
+from ftexp.data.stratify import DataInfo
 from ftexp.errors import CheckpointError, ConfigError
 from ftexp.storage.directory import Storage, is_remote
 from ftexp.tracking import CONFIG_FILE, read_state

@@ -37,7 +37,7 @@ from ftexp.trackers.run import check_names as check_trackers
 from ftexp.tracking import CONFIG_FILE, FAILED, RUNNING, RunRecord, RunState
 
 if TYPE_CHECKING:
-    from ftexp.data.splits import DataBundle
+    from ftexp.data.stratify import DataBundle
     from ftexp.supervisor import Supervisor
 
 

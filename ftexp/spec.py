@@ -7,7 +7,7 @@ from typing import Any
 
 from ftexp.config.schema import Config
 from ftexp.data.order import Int64s
-from ftexp.data.splits import DataInfo
+from ftexp.data.stratify import DataInfo
 from ftexp.wire.hub import HubAddress
 
 

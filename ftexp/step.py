@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from timm.utils.agc import adaptive_clip_grad
 from torch import Tensor
 
-from ftexp.data.feeds import Batch, MicroBatch
+from ftexp.data.feeds.feed import Batch, MicroBatch
 from ftexp.failure.nonfinite import before_step, put_back
 from ftexp.freezing import classifier_parameters
 from ftexp.job import Job

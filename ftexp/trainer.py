@@ -24,7 +24,7 @@ from ftexp.cluster.interruptible import fit_interruptibly
 from ftexp.cluster.ray_cluster import RunningRay, Workers, lacking_resources, num_possible
 from ftexp.cluster.ray_watch import end_workers
 from ftexp.config.schema import Config
-from ftexp.data.splits import DataBundle
+from ftexp.data.stratify import DataBundle
 from ftexp.errors import ConfigError, RayLostError, RunFailedError, StorageError
 from ftexp.failure.causes import FailureReporter, find_cause
 from ftexp.spec import JobSpec

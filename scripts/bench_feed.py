@@ -122,12 +122,12 @@ def ftexp_feed(root: Path, image_size: int, feed: str) -> Callable[[int], Iterat
     import dataclasses
 
     from ftexp.cluster.ray_cluster import decoding_cpus, no_workers
-    from ftexp.data.augment import Augment
+    from ftexp.data.augment.pixels import Augment
     from ftexp.data.build import build_data
-    from ftexp.data.feeds import IndexedFeed, ToTensors
+    from ftexp.data.feeds.feed import IndexedFeed, ToTensors
+    from ftexp.data.feeds.streamed import bundle_rows
     from ftexp.data.order import Order
     from ftexp.data.plan import Plan
-    from ftexp.data.stream import bundle_rows
 
     config = run_config(
         f"data.image_size={image_size}", f"data.feed={feed}", "data.val_fraction=0", "data.test_fraction=0"

@@ -11,7 +11,7 @@ from test_config import composed
 
 from ftexp.checkpoint.staging import writer
 from ftexp.checkpoint.store import CHECKPOINTS, CheckpointStore, Manifest
-from ftexp.data.splits import DataInfo
+from ftexp.data.stratify import DataInfo
 from ftexp.models import timm_arguments
 from ftexp.saved_run import SavedRun
 from ftexp.storage.directory import Storage

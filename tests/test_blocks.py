@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ftexp.data import blocks
-from ftexp.data.blocks import BlockCache, BlockReader
+from ftexp.data.sources import blocks
+from ftexp.data.sources.blocks import BlockCache, BlockReader
 
 
 class Remote:

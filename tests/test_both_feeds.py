@@ -13,15 +13,15 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ftexp.config.schema import AugmentConfig
-from ftexp.data import stream
-from ftexp.data.augment import Augment
-from ftexp.data.decoding import Decode
-from ftexp.data.feeds import CachedRows, IndexedFeed, ToTensors, evaluation_batches
+from ftexp.data.augment.pixels import Augment
+from ftexp.data.feeds import streamed as stream
+from ftexp.data.feeds.decoding import Decode
+from ftexp.data.feeds.feed import CachedRows, IndexedFeed, ToTensors, evaluation_batches
+from ftexp.data.feeds.streamed import StreamedRows
 from ftexp.data.listing import IndexedSplit
 from ftexp.data.order import Order, WindowOrder
 from ftexp.data.plan import Plan
-from ftexp.data.splits import DataInfo
-from ftexp.data.stream import StreamedRows
+from ftexp.data.stratify import DataInfo
 
 SIZE = 4
 INFO = DataInfo(["a", "b"], SIZE, 1, [0.0], [1.0], {})

@@ -8,7 +8,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from ftexp.data.order import Order, derive_seed
-from ftexp.data.splits import stratified_split
+from ftexp.data.stratify import stratified_split
 
 SEED = 3
 ORDER = 1  # stream of the run's seed that the order is drawn from; see ftexp.job

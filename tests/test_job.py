@@ -8,7 +8,7 @@ import torch
 import ftexp.job
 from ftexp.checkpoint import restore
 from ftexp.config.schema import Config
-from ftexp.data.splits import DataInfo
+from ftexp.data.stratify import DataInfo
 from ftexp.errors import ConfigError
 from ftexp.trainer import _anywhere
 

@@ -13,7 +13,7 @@ from pyarrow.fs import LocalFileSystem
 import ftexp.data.listing
 from ftexp.config.schema import DataConfig
 from ftexp.data.listing import Listing, SteadyFile, raiser, retried
-from ftexp.data.parquet import RowGroup, RowGroups
+from ftexp.data.sources.parquet import RowGroup, RowGroups
 
 
 @pytest.fixture

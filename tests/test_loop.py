@@ -23,13 +23,13 @@ from ftexp.config.schema import (
     ScheduleConfig,
     TrainConfig,
 )
-from ftexp.data.augment import Augment
-from ftexp.data.erasing import Erasing
-from ftexp.data.feeds import CachedRows, IndexedFeed, ToTensors
-from ftexp.data.mixing import Mixing
+from ftexp.data.augment.erasing import Erasing
+from ftexp.data.augment.mixing import Mixing
+from ftexp.data.augment.pixels import Augment
+from ftexp.data.feeds.feed import CachedRows, IndexedFeed, ToTensors
 from ftexp.data.order import Order
 from ftexp.data.plan import Plan
-from ftexp.data.splits import DataInfo
+from ftexp.data.stratify import DataInfo
 from ftexp.errors import ConfigError, NonFiniteError
 from ftexp.failure.nonfinite import skip_step
 from ftexp.failure.watchdog import report_hang

@@ -16,14 +16,14 @@ from timm.data.auto_augment import rand_augment_transform
 from timm.data.random_erasing import RandomErasing
 
 from ftexp.config.schema import ERASE_MODES, MIX_MODES, AugmentConfig
-from ftexp.data.augment import Augment
-from ftexp.data.erasing import Erasing
-from ftexp.data.feeds import CachedRows, IndexedFeed, MicroBatch, ToTensors
+from ftexp.data.augment.erasing import Erasing
+from ftexp.data.augment.mixing import Mixing
+from ftexp.data.augment.pixels import Augment
+from ftexp.data.feeds.feed import CachedRows, IndexedFeed, MicroBatch, ToTensors
 from ftexp.data.inspect import as_the_model_sees
-from ftexp.data.mixing import Mixing
 from ftexp.data.order import Order, derive_seed
 from ftexp.data.plan import Plan, cut_off
-from ftexp.data.splits import DataInfo
+from ftexp.data.stratify import DataInfo
 
 CPU = torch.device("cpu")
 CLASSES = 5

@@ -17,7 +17,7 @@ from image_files import SIZE, data_config, encoded, picture, put, write_layouts,
 from test_config import composed
 
 from ftexp.cluster.ray_cluster import Workers
-from ftexp.data.decoding import decode_samples
+from ftexp.data.feeds.decoding import decode_samples
 from ftexp.errors import DataError
 from ftexp.inference import stopping
 from ftexp.inference.inputs import ALL, find_inputs
@@ -143,7 +143,7 @@ def run(tmp_path_factory):
     data = {**info, "mean": [0.5] * 3, "std": [0.25] * 3}
     from omegaconf import OmegaConf
 
-    from ftexp.data.splits import DataInfo
+    from ftexp.data.stratify import DataInfo
     from ftexp.models import timm_arguments
     from ftexp.tracking import RUN_FILE
 

@@ -21,7 +21,7 @@ from ftexp.checkpoint.registry import ExtraState
 from ftexp.checkpoint.staging import Staging, load_part
 from ftexp.config.schema import AugmentConfig, EmaConfig, ModelConfig, OptimConfig, ScheduleConfig, TrainConfig
 from ftexp.config.timm_names import without_drop_path
-from ftexp.data.splits import DataInfo
+from ftexp.data.stratify import DataInfo
 from ftexp.errors import ConfigError, NonFiniteError
 from ftexp.freezing import Freezing, classifier_parameters, parameters_of
 from ftexp.loop import advance, evaluate, log_train

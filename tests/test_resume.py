@@ -12,7 +12,7 @@ import ftexp.running
 from ftexp.checkpoint.store import CHECKPOINTS, FILES, CheckpointStore, Manifest
 from ftexp.config.fingerprint import fingerprint, masked
 from ftexp.config.schema import Config
-from ftexp.data.splits import DataInfo
+from ftexp.data.stratify import DataInfo
 from ftexp.errors import CheckpointError, ConfigError
 from ftexp.failure.chaos import damage
 from ftexp.opening import (

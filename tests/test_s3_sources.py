@@ -10,8 +10,8 @@ from image_files import data_config, pairs, picture, read_all, write_layouts
 
 import ftexp.data.listing
 from ftexp.data.build import build_data
-from ftexp.data.feeds import CachedRows
-from ftexp.data.stream import StreamedRows
+from ftexp.data.feeds.feed import CachedRows
+from ftexp.data.feeds.streamed import StreamedRows
 from ftexp.errors import DataError
 from ftexp.storage.directory import Storage
 

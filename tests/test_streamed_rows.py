@@ -18,16 +18,18 @@ from image_files import (
     write_parquet,
 )
 
-import ftexp.data.webdataset
-from ftexp.data import build, decoding, stream
-from ftexp.data.blocks import BlockCache
+import ftexp.data.sources.webdataset
+from ftexp.data import build
 from ftexp.data.build import build_data
-from ftexp.data.decoding import refuse_bad
-from ftexp.data.feeds import CachedRows
+from ftexp.data.feeds import decoding
+from ftexp.data.feeds import streamed as stream
+from ftexp.data.feeds.decoding import refuse_bad
+from ftexp.data.feeds.feed import CachedRows
+from ftexp.data.feeds.streamed import StreamedRows
 from ftexp.data.order import Order, WindowOrder
-from ftexp.data.sources import sources
-from ftexp.data.splits import SPLITS
-from ftexp.data.stream import StreamedRows
+from ftexp.data.sources.arrays import sources
+from ftexp.data.sources.blocks import BlockCache
+from ftexp.data.stratify import SPLITS
 from ftexp.errors import DataError
 
 pytestmark = pytest.mark.usefixtures("data_ray")
@@ -51,7 +53,7 @@ def small_units(monkeypatch):
     monkeypatch.setattr(stream, "_FIRST_ROWS", 4)
     monkeypatch.setattr(stream, "_UNIT_ROWS", 16)
     monkeypatch.setattr(stream, "_OVERLAP_UNITS", 2)
-    monkeypatch.setattr(ftexp.data.webdataset, "_BLOCK_BYTES", 9000)
+    monkeypatch.setattr(ftexp.data.sources.webdataset, "_BLOCK_BYTES", 9000)
 
 
 def never(*_):

@@ -21,14 +21,14 @@ from conftest import wait_until_none
 from PIL import Image
 
 from ftexp.config.schema import AugmentConfig, Config
-from ftexp.data import stream
-from ftexp.data.augment import Augment
-from ftexp.data.feeds import IndexedFeed, ToTensors
+from ftexp.data.augment.pixels import Augment
+from ftexp.data.feeds import streamed as stream
+from ftexp.data.feeds.feed import IndexedFeed, ToTensors
+from ftexp.data.feeds.streamed import _UNIT_ROWS, StreamedRows
 from ftexp.data.listing import IndexedSplit, Shared
 from ftexp.data.order import Order
 from ftexp.data.plan import Plan
-from ftexp.data.splits import SPLITS, DataInfo
-from ftexp.data.stream import _UNIT_ROWS, StreamedRows
+from ftexp.data.stratify import SPLITS, DataInfo
 from ftexp.job import _rows
 
 SIZE = 24  # so that an image outweighs what comes with it

@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from ftexp.data.splits import BadSample, DataInfo, Excluded
+from ftexp.data.stratify import BadSample, DataInfo, Excluded
 from ftexp.storage.directory import Storage
 from ftexp.terminal import Terminal
 from ftexp.tracking import Failure, RunState

@@ -10,11 +10,11 @@ import pytest
 from image_files import SIZE, data_config, encoded, expected_pairs, picture, put, tar_sample, write_shard
 from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
 
-import ftexp.data.webdataset as module
+import ftexp.data.sources.webdataset as module
 from ftexp.data.build import build_data
-from ftexp.data.decoding import decode_image
-from ftexp.data.splits import SPLITS, Excluded
-from ftexp.data.webdataset import scan_shard, webdataset
+from ftexp.data.feeds.decoding import decode_image
+from ftexp.data.sources.webdataset import scan_shard, webdataset
+from ftexp.data.stratify import SPLITS, Excluded
 from ftexp.errors import DataError
 
 pytestmark = pytest.mark.usefixtures("data_ray")

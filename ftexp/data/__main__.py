@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from ftexp.cluster.ray_cluster import Workers
     from ftexp.data.inspect import Found
-    from ftexp.data.splits import DataBundle, DataInfo
+    from ftexp.data.stratify import DataBundle, DataInfo
 
 _MOST_CLASSES = 25  # more are cut to the largest and the smallest
 _LARGEST, _SMALLEST = 20, 5
@@ -97,7 +97,7 @@ def inspect(config: Config, out: Path | None = None) -> None:
     from ftexp.cluster.ray_watch import ending_with
     from ftexp.registry import load_plugins
 
-    importing = import_meanwhile("ftexp.data.stream")
+    importing = import_meanwhile("ftexp.data.feeds.streamed")
     try:
         running = start_ray(config)
         importing.join()

@@ -6,16 +6,16 @@ import dataclasses
 
 import ray
 
-import ftexp.data.files
-import ftexp.data.image_list
-import ftexp.data.parquet
-import ftexp.data.webdataset  # noqa: F401 - these register what is built in
+import ftexp.data.sources.files
+import ftexp.data.sources.image_list
+import ftexp.data.sources.parquet
+import ftexp.data.sources.webdataset  # noqa: F401 - these register what is built in
 from ftexp.config.schema import AUTO, DataConfig
-from ftexp.data.blocks import BlockReader
-from ftexp.data.decoding import decoded_bundle, refuse_bad
+from ftexp.data.feeds.decoding import decoded_bundle, refuse_bad
 from ftexp.data.listing import Listing, Reader
-from ftexp.data.sources import make_info, sources
-from ftexp.data.splits import DataBundle, reasons
+from ftexp.data.sources.arrays import make_info, sources
+from ftexp.data.sources.blocks import BlockReader
+from ftexp.data.stratify import DataBundle, reasons
 from ftexp.errors import DataError
 
 _SHARE = 0.5  # of the object store that a cached data set may take

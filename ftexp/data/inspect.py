@@ -16,15 +16,15 @@ import ray
 from PIL import Image, ImageDraw, ImageFont
 
 from ftexp.config.schema import Config, DataConfig
-from ftexp.data.decoding import as_image
+from ftexp.data.feeds.decoding import as_image
 from ftexp.data.listing import IndexedSplit
 from ftexp.data.order import Int64s, run_order
-from ftexp.data.sources import UInt8s
-from ftexp.data.splits import SPLITS, BadSample, DataBundle, DataInfo
+from ftexp.data.sources.arrays import UInt8s
+from ftexp.data.stratify import SPLITS, BadSample, DataBundle, DataInfo
 from ftexp.errors import DataError
 
 if TYPE_CHECKING:
-    from ftexp.data.feeds import Rows, Taken
+    from ftexp.data.feeds.feed import Rows, Taken
     from ftexp.data.order import AnyOrder
 
 MOST_READ = 20_000  # samples of train; and of val and test together, which are read for their bad samples only
@@ -103,7 +103,7 @@ class _Bad:
 
 def look(config: Config, bundle: DataBundle, num_cpus: int) -> Found:
     """Read what there is to read; `config.data` must skip bad samples. DataError if no training sample can be read."""
-    from ftexp.data.stream import bundle_rows
+    from ftexp.data.feeds.streamed import bundle_rows
 
     bad = _Bad()
     bad(bundle.info.bad_samples)
@@ -138,7 +138,7 @@ def look(config: Config, bundle: DataBundle, num_cpus: int) -> Found:
 
 def _read_train(rows: Rows, order: AnyOrder, info: DataInfo) -> tuple[Pixels, int, Taken]:
     """Pixels of the samples at the first positions of epoch 0, how many were read, and the first few themselves."""
-    from ftexp.data.feeds import Taken
+    from ftexp.data.feeds.feed import Taken
 
     pixels, num_read = Pixels.of(info.channels), min(len(rows), MOST_READ)
     first: list[tuple[UInt8s, Int64s, npt.NDArray[np.bool_]]] = []
@@ -152,7 +152,7 @@ def _read_train(rows: Rows, order: AnyOrder, info: DataInfo) -> tuple[Pixels, in
 
 def _taken(rows: Rows, samples: Int64s, info: DataInfo) -> Iterator[Taken]:
     """The rows of `samples`, in order and in batches."""
-    from ftexp.data.feeds import read
+    from ftexp.data.feeds.feed import read
 
     size = max(1, min(256, _READ_BYTES // (info.image_size**2 * info.channels)))
     batches = [samples[start : start + size] for start in range(0, len(samples), size)]
@@ -171,10 +171,10 @@ def as_the_model_sees(config: Config, info: DataInfo, images: UInt8s) -> UInt8s:
     """The samples at positions 0, 1, ... augmented, normalised, erased and mixed as in training; as pixels again."""
     import torch
 
-    from ftexp.data.augment import Augment
-    from ftexp.data.erasing import Erasing
-    from ftexp.data.feeds import MicroBatch, ToTensors
-    from ftexp.data.mixing import Mixing
+    from ftexp.data.augment.erasing import Erasing
+    from ftexp.data.augment.mixing import Mixing
+    from ftexp.data.augment.pixels import Augment
+    from ftexp.data.feeds.feed import MicroBatch, ToTensors
     from ftexp.data.plan import MicroShare
 
     to_tensors = ToTensors(info, torch.device("cpu"), config.train.channels_last)

@@ -20,7 +20,7 @@ import ray
 from ftexp.config.schema import DataConfig
 from ftexp.data.labels import class_warnings
 from ftexp.data.order import Int64s
-from ftexp.data.splits import SPLITS, BadSample, Excluded, stratified_split
+from ftexp.data.stratify import SPLITS, BadSample, Excluded, stratified_split
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem

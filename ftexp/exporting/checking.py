@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from ftexp.config.source_names import can_stream
-from ftexp.data.decoding import decode_samples
-from ftexp.data.sources import UInt8s
+from ftexp.data.feeds.decoding import decode_samples
+from ftexp.data.sources.arrays import UInt8s
 from ftexp.errors import DataError
 from ftexp.exporting.formats import Answer
 from ftexp.inference.inputs import find_inputs

@@ -17,9 +17,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from ftexp.data.feeds import ToTensors
-from ftexp.data.sources import UInt8s
-from ftexp.data.splits import DataInfo
+from ftexp.data.feeds.feed import ToTensors
+from ftexp.data.sources.arrays import UInt8s
+from ftexp.data.stratify import DataInfo
 from ftexp.registry import Registry
 
 Answer = Callable[[UInt8s], npt.NDArray[np.float32]]  # pixels -> logits

@@ -12,19 +12,19 @@ import numpy as np
 
 import ftexp.data.build  # noqa: F401 - registers the sources that are built in
 from ftexp.config.schema import DataConfig
-from ftexp.data.blocks import BlockReader
-from ftexp.data.entries import Account, files_at
-from ftexp.data.feeds import CachedRows
-from ftexp.data.files import FileReader, image_files
-from ftexp.data.image_list import read_list
+from ftexp.data.feeds.feed import CachedRows
 from ftexp.data.labels import written_number
 from ftexp.data.listing import IndexedSplit, Listing, Raw, Reader, Shared
-from ftexp.data.named_files import data_files
 from ftexp.data.order import Int64s
-from ftexp.data.parquet import RowGroup, RowGroups, labels_of
-from ftexp.data.sources import UInt8s, sources
-from ftexp.data.splits import BadSample, Excluded, reasons
-from ftexp.data.webdataset import scan_shards
+from ftexp.data.sources.arrays import UInt8s, sources
+from ftexp.data.sources.blocks import BlockReader
+from ftexp.data.sources.entries import Account, files_at
+from ftexp.data.sources.files import FileReader, image_files
+from ftexp.data.sources.image_list import read_list
+from ftexp.data.sources.named_files import data_files
+from ftexp.data.sources.parquet import RowGroup, RowGroups, labels_of
+from ftexp.data.sources.webdataset import scan_shards
+from ftexp.data.stratify import BadSample, Excluded, reasons
 from ftexp.errors import DataError
 from ftexp.registry import Registry
 from ftexp.storage.directory import open_uri

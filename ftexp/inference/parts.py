@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ftexp.data.order import Int64s
-from ftexp.data.splits import BadSample
+from ftexp.data.stratify import BadSample
 from ftexp.errors import ConfigError, StorageError
 from ftexp.storage.directory import Storage
 

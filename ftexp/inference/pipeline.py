@@ -11,7 +11,7 @@ import numpy as np
 from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
 from ftexp.cluster.ray_cluster import Workers
-from ftexp.data.decoding import decode_samples, decoding
+from ftexp.data.feeds.decoding import decode_samples, decoding
 from ftexp.data.listing import IndexedSplit, Shared
 from ftexp.data.order import Int64s
 from ftexp.inference.inputs import Inputs
@@ -52,7 +52,7 @@ class Predict:
     ) -> None:
         import torch
 
-        from ftexp.data.feeds import ToTensors
+        from ftexp.data.feeds.feed import ToTensors
         from ftexp.models import as_logits
 
         torch.set_num_threads(num_threads)

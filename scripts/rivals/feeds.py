@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from ftexp.data.decoding import decode_image
+from ftexp.data.feeds.decoding import decode_image
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 Batches = Iterator[tuple[Tensor, Tensor]]

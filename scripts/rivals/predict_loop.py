@@ -17,7 +17,7 @@ import numpy as np
 import timm
 import torch
 
-from ftexp.data.decoding import decode_image
+from ftexp.data.feeds.decoding import decode_image
 
 BATCH, TOP_K = 64, 5
 

@@ -16,11 +16,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from ftexp.data.decoding import bad_sample, decoding
-from ftexp.data.feeds import CachedRows, Rows, Take, Taken
+from ftexp.data.feeds.decoding import bad_sample, decoding
+from ftexp.data.feeds.feed import CachedRows, Rows, Take, Taken
 from ftexp.data.listing import IndexedSplit
 from ftexp.data.order import Int64s
-from ftexp.data.splits import BadSample, DataBundle, DataInfo
+from ftexp.data.stratify import BadSample, DataBundle, DataInfo
 
 _UNIT_ROWS, _UNIT_BYTES = 256, 32 * 2**20  # of what one task decodes at most; a smaller task costs more than it does
 _FIRST_ROWS = 32  # of the first task, so that the first batch comes soon; then twice as many each time
@@ -32,7 +32,7 @@ _SLOW_S = 20.0
 _CLOSE_S = 5.0
 
 T = TypeVar("T")
-Block = dict[str, Any]  # columns of ftexp.data.decoding.Decode
+Block = dict[str, Any]  # columns of ftexp.data.feeds.decoding.Decode
 
 
 class StreamedRows:

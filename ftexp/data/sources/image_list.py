@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ftexp.config.schema import DataConfig
-from ftexp.data.files import FileReader
 from ftexp.data.labels import class_numbers, from_text
 from ftexp.data.listing import Listing, Reader, Shared, SteadyFile, digest_of
-from ftexp.data.sources import sources
-from ftexp.data.splits import SPLITS
+from ftexp.data.sources.arrays import sources
+from ftexp.data.sources.files import FileReader
+from ftexp.data.stratify import SPLITS
 from ftexp.errors import DataError
 from ftexp.storage.directory import open_uri
 

@@ -14,11 +14,11 @@ import torch
 from ray.data import DataIterator
 from torch import Tensor
 
-from ftexp.data.augment import Augment
+from ftexp.data.augment.pixels import Augment
 from ftexp.data.order import AnyOrder, Int64s
 from ftexp.data.plan import MicroShare, Plan, even_part
-from ftexp.data.sources import UInt8s
-from ftexp.data.splits import DataInfo
+from ftexp.data.sources.arrays import UInt8s
+from ftexp.data.stratify import DataInfo
 
 T = TypeVar("T")
 

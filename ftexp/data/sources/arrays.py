@@ -18,7 +18,7 @@ import numpy.typing as npt
 from ftexp.config.schema import DataConfig
 from ftexp.data.labels import class_warnings
 from ftexp.data.order import Int64s, derive_seed
-from ftexp.data.splits import SPLITS, DataBundle, DataInfo, stratified_split
+from ftexp.data.stratify import SPLITS, DataBundle, DataInfo, stratified_split
 from ftexp.errors import DataError
 from ftexp.registry import Registry
 

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from ftexp.data.order import Int64s, derive_seed
-from ftexp.data.sources import UInt8s
+from ftexp.data.sources.arrays import UInt8s
 
 _MODULE = "timm.data.auto_augment"
 _STREAM = 0x72616E64  # keeps these draws apart from other uses of the run's seed

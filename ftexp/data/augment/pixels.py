@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ftexp.config.schema import AugmentConfig
+from ftexp.data.augment.rand_augment import RandAugment
 from ftexp.data.order import Int64s, derive_seed, uniforms
-from ftexp.data.rand_augment import RandAugment
-from ftexp.data.sources import UInt8s
+from ftexp.data.sources.arrays import UInt8s
 
 _STREAM = 0x617567  # keeps these draws apart from other uses of the run's seed
 

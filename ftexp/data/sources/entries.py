@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ftexp.config.schema import DataConfig
 from ftexp.data.listing import retried
-from ftexp.data.splits import BadSample, Excluded
+from ftexp.data.stratify import BadSample, Excluded
 from ftexp.errors import DataError
 
 if TYPE_CHECKING:

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from ftexp.config.schema import DataConfig
-from ftexp.data.blocks import BlockReader
-from ftexp.data.entries import Account
 from ftexp.data.labels import class_numbers
 from ftexp.data.listing import Listing, Raw, Shared, SteadyFile, digest_of
-from ftexp.data.named_files import files_by_split
 from ftexp.data.order import Int64s
-from ftexp.data.sources import sources
+from ftexp.data.sources.arrays import sources
+from ftexp.data.sources.blocks import BlockReader
+from ftexp.data.sources.entries import Account
+from ftexp.data.sources.named_files import files_by_split
 from ftexp.errors import DataError
 from ftexp.storage.directory import open_uri
 

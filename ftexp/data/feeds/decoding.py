@@ -14,8 +14,8 @@ from ray.data import TaskPoolStrategy
 from ftexp.config.schema import DataConfig
 from ftexp.data.listing import IndexedSplit, Listing
 from ftexp.data.order import Int64s
-from ftexp.data.sources import UInt8s, make_info
-from ftexp.data.splits import BadSample, DataBundle, DataInfo
+from ftexp.data.sources.arrays import UInt8s, make_info
+from ftexp.data.stratify import BadSample, DataBundle, DataInfo
 from ftexp.errors import DataError
 
 if TYPE_CHECKING:

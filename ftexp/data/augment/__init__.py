@@ -1,0 +1,1 @@
+"""What is done to images, seeded by their position."""

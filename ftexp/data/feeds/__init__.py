@@ -1,0 +1,1 @@
+"""How rows reach a worker: cached or streamed."""

@@ -1,0 +1,5 @@
+"""Where images come from."""
+
+from ftexp.data.sources.arrays import bundle_from_arrays, sources
+
+__all__ = ["bundle_from_arrays", "sources"]
