@@ -108,7 +108,7 @@ def _evaluate(config: EvaluateConfig, run_config: Config, storage: Storage) -> d
     from ftexp.data.feeds.feed import ToTensors, evaluation_batches
     from ftexp.evaluation import count_into
     from ftexp.findings import Findings, described, evaluation_file
-    from ftexp.models import as_logits, build_model
+    from ftexp.model.build import as_logits, build_model
     from ftexp.opening import labels_as_begun, require_trained_on
     from ftexp.progress import Meter, means
     from ftexp.registry import load_plugins

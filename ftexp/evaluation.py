@@ -23,7 +23,7 @@ def count_into(
 ) -> None:
     """Add each model's loss and right answers on `batches` to its meter, and the rest of the first's to `findings`.
 
-    `as_logits` checks what a model returns: see `ftexp.models.as_logits`.
+    `as_logits` checks what a model returns: see `ftexp.model.build.as_logits`.
     The models' parts are left in the mode that each was in: what is frozen doesn't train.
     """
     training = [module for model, _ in models for module in model.modules() if module.training]

@@ -136,7 +136,7 @@ def _export(
 
     from ftexp.exporting.checking import compare
     from ftexp.exporting.formats import answers, formats
-    from ftexp.models import as_logits
+    from ftexp.model.build import as_logits
 
     model = run.model(weights)
     with torch.inference_mode():
@@ -169,7 +169,7 @@ def _export(
 def _about(config: ExportConfig, run: SavedRun, manifest: Manifest) -> dict[str, Any]:
     from ftexp.config.fingerprint import masked
     from ftexp.config.versions import package_versions
-    from ftexp.models import timm_arguments
+    from ftexp.model.build import timm_arguments
 
     info = run.info
     size = info.image_size

@@ -17,7 +17,6 @@ import torch.distributed as dist
 from ray.train.torch import get_device, prepare_model
 from torch import nn
 
-from ftexp.averaging import Average
 from ftexp.cluster.hot_start.forker import MARK as HOT_START_MARK
 from ftexp.config.schema import Config
 from ftexp.data.augment.erasing import Erasing
@@ -31,11 +30,12 @@ from ftexp.data.order import derive_seed, run_order
 from ftexp.data.plan import Plan
 from ftexp.data.stratify import SPLITS, BadSample, DataInfo
 from ftexp.errors import RunFailedError
-from ftexp.freezing import Freezing
 from ftexp.ledger import LEDGER, Ledger
 from ftexp.mfu import Utilisation
-from ftexp.models import WeightsReport, as_logits, build_model
-from ftexp.optim import build_optimizer, build_scheduler
+from ftexp.model.build import WeightsReport, as_logits, build_model
+from ftexp.model.ema import Average
+from ftexp.model.freezing import Freezing
+from ftexp.model.optim import build_optimizer, build_scheduler
 from ftexp.progress import Meter, Progress
 from ftexp.skips import Skips
 from ftexp.spec import JobSpec

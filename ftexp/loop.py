@@ -27,7 +27,7 @@ from ftexp.failure.watchdog import Watchdog, hang_limits, report_hang
 from ftexp.findings import Findings, described, evaluation_file
 from ftexp.hardware import describe
 from ftexp.job import Job, build_job
-from ftexp.models import timm_arguments
+from ftexp.model.build import timm_arguments
 from ftexp.profiling import profiled
 from ftexp.progress import Meter, means
 from ftexp.registry import load_plugins

@@ -88,7 +88,7 @@ def _check_weights(config: Config) -> None:
     from ftexp.cluster.ray_cluster import prepare_environment
 
     prepare_environment(config)  # a plug-in may import Ray
-    from ftexp.models import check_weights
+    from ftexp.model.build import check_weights
     from ftexp.registry import load_plugins
 
     load_plugins(config.plugins)

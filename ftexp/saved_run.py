@@ -54,7 +54,7 @@ class SavedRun:
     def model(self, weights: bytes) -> nn.Module:
         """The model with the content of a checkpoint's model.pt, for evaluation, on the CPU. Imports torch."""
         from ftexp.checkpoint.staging import load_part
-        from ftexp.models import build_model
+        from ftexp.model.build import build_model
         from ftexp.registry import load_plugins
 
         load_plugins(self.config.plugins)

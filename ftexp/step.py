@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ftexp.data.feeds.feed import Batch, MicroBatch
 from ftexp.failure.nonfinite import before_step, put_back
-from ftexp.freezing import classifier_parameters
 from ftexp.job import Job
+from ftexp.model.freezing import classifier_parameters
 from ftexp.timing import BACKWARD, FORWARD, OPTIMIZER
 
 

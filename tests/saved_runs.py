@@ -12,7 +12,7 @@ from test_config import composed
 from ftexp.checkpoint.staging import writer
 from ftexp.checkpoint.store import CHECKPOINTS, CheckpointStore, Manifest
 from ftexp.data.stratify import DataInfo
-from ftexp.models import timm_arguments
+from ftexp.model.build import timm_arguments
 from ftexp.saved_run import SavedRun
 from ftexp.storage.directory import Storage
 from ftexp.tracking import RUN_FILE

@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ftexp.averaging import Average
 from ftexp.checkpoint.manager import CheckpointManager
 from ftexp.checkpoint.registry import ExtraState
 from ftexp.checkpoint.store import CheckpointStore
@@ -33,11 +32,12 @@ from ftexp.data.stratify import DataInfo
 from ftexp.errors import ConfigError, NonFiniteError
 from ftexp.failure.nonfinite import skip_step
 from ftexp.failure.watchdog import report_hang
-from ftexp.freezing import Freezing
 from ftexp.job import Job, settle_kernels
 from ftexp.loop import advance, evaluate, evaluation_due, log_train, update_best
-from ftexp.models import build_model
-from ftexp.optim import build_optimizer, build_scheduler
+from ftexp.model.build import build_model
+from ftexp.model.ema import Average
+from ftexp.model.freezing import Freezing
+from ftexp.model.optim import build_optimizer, build_scheduler
 from ftexp.progress import Meter, Progress
 from ftexp.step import thaw, train_step
 from ftexp.storage.directory import Storage

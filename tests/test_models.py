@@ -13,13 +13,13 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
-import ftexp.models
+import ftexp.model.build
 from ftexp.config.schema import DataConfig, ModelConfig, config_dir
 from ftexp.config.timm_names import model_names, optimizer_names
 from ftexp.data.stratify import DataInfo
 from ftexp.errors import ConfigError, DataError
-from ftexp.models import as_logits, build_model, check_weights, timm_arguments
-from ftexp.weights import load_weights
+from ftexp.model.build import as_logits, build_model, check_weights, timm_arguments
+from ftexp.model.weights import load_weights
 
 GROUP_FILES = sorted((config_dir() / "model").glob("*.yaml"))
 VIT = "vit_tiny_patch16_224"
@@ -373,7 +373,7 @@ def test_weights_of_a_model_that_needs_values_to_be_built_are_checked_too(tmp_pa
         model.scale = model.weight.sum().item()  # the device "meta" has no values
         return model
 
-    monkeypatch.setattr(ftexp.models.timm, "create_model", build)
+    monkeypatch.setattr(ftexp.model.build.timm, "create_model", build)
     data = DataConfig(name="x", image_size=8, channels=1, mean=[0.5], std=[0.5])
     for names, fits in ((("weight",), True), (("other",), False)):
         torch.save({name: torch.zeros(2, 2) for name in names}, tmp_path / "w.pt")
@@ -392,7 +392,7 @@ def test_hub_weights_without_a_network_are_told(monkeypatch):
     def offline(*args, **kwargs):
         raise OSError("the network is unreachable")
 
-    monkeypatch.setattr(ftexp.models, "load_state_dict_from_hf", offline)
+    monkeypatch.setattr(ftexp.model.build, "load_state_dict_from_hf", offline)
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
     with pytest.raises(DataError) as raised:
         build_model(ModelConfig(name="resnet18", pretrained=True), info())
@@ -413,7 +413,7 @@ def test_hub_weights_go_through_the_same_fitting(monkeypatch):
         buffer.seek(0)
         return torch.load(buffer, weights_only=True)
 
-    monkeypatch.setattr(ftexp.models, "load_state_dict_from_hf", hub)
+    monkeypatch.setattr(ftexp.model.build, "load_state_dict_from_hf", hub)
     model, report = build_model(ModelConfig(name="resnet10t", pretrained=True), info(channels=1))
     assert asked[0][0].startswith("timm/resnet10t")
     assert asked[0][1] == {"weights_only": True}

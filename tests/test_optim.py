@@ -9,7 +9,7 @@ from torch import nn
 
 from ftexp.config.schema import SCHEDULES, SGD_NAMES, OptimConfig, ScheduleConfig, TrainConfig
 from ftexp.errors import ConfigError
-from ftexp.optim import build_optimizer, build_scheduler
+from ftexp.model.optim import build_optimizer, build_scheduler
 
 TOTAL, PER_EPOCH = 100, 10.0
 

@@ -144,7 +144,7 @@ def run(tmp_path_factory):
     from omegaconf import OmegaConf
 
     from ftexp.data.stratify import DataInfo
-    from ftexp.models import timm_arguments
+    from ftexp.model.build import timm_arguments
     from ftexp.tracking import RUN_FILE
 
     folder.write_bytes("config.yaml", OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config))).encode())

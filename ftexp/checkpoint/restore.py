@@ -9,7 +9,7 @@ from ftexp.checkpoint.staging import load_part
 from ftexp.checkpoint.store import CheckpointStore, Manifest, locate
 from ftexp.config.fingerprint import differences
 from ftexp.job import Job
-from ftexp.models import load_matching
+from ftexp.model.build import load_matching
 from ftexp.storage.directory import Storage
 
 

@@ -53,7 +53,7 @@ class Predict:
         import torch
 
         from ftexp.data.feeds.feed import ToTensors
-        from ftexp.models import as_logits
+        from ftexp.model.build import as_logits
 
         torch.set_num_threads(num_threads)
         device = torch.device("cuda" if use_gpu else "cpu")

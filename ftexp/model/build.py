@@ -18,7 +18,7 @@ from torch import nn
 from ftexp.config.schema import DataConfig, ModelConfig
 from ftexp.data.stratify import DataInfo
 from ftexp.errors import ConfigError, DataError
-from ftexp.weights import StateDict, load_weights, nothing_fits, without_prefix
+from ftexp.model.weights import StateDict, load_weights, nothing_fits, without_prefix
 
 log = logging.getLogger(__name__)
 
