@@ -30,13 +30,13 @@ from ftexp.data.order import derive_seed, run_order
 from ftexp.data.plan import Plan
 from ftexp.data.stratify import SPLITS, BadSample, DataInfo
 from ftexp.errors import RunFailedError
+from ftexp.evaluation.meter import Meter, Progress
 from ftexp.ledger import LEDGER, Ledger
 from ftexp.mfu import Utilisation
 from ftexp.model.build import WeightsReport, as_logits, build_model
 from ftexp.model.ema import Average
 from ftexp.model.freezing import Freezing
 from ftexp.model.optim import build_optimizer, build_scheduler
-from ftexp.progress import Meter, Progress
 from ftexp.skips import Skips
 from ftexp.spec import JobSpec
 from ftexp.storage.directory import Storage

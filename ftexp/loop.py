@@ -19,17 +19,17 @@ from ftexp.checkpoint.store import CHECKPOINTS, CheckpointStore
 from ftexp.data.feeds.feed import Batch, evaluation_batches, prefetched
 from ftexp.data.listing import IndexedSplit
 from ftexp.errors import NonFiniteError
-from ftexp.evaluation import count_into
+from ftexp.evaluation.counting import count_into
+from ftexp.evaluation.meter import Meter, means
+from ftexp.evaluation.mistakes import Findings, described, evaluation_file
 from ftexp.failure.chaos import Chaos, FaultyStore
 from ftexp.failure.nonfinite import roll_back, skip_step
 from ftexp.failure.phases import AGREEMENT, BETWEEN, EVALUATION, SAVE, START, STEP
 from ftexp.failure.watchdog import Watchdog, hang_limits, report_hang
-from ftexp.findings import Findings, described, evaluation_file
 from ftexp.hardware import describe
 from ftexp.job import Job, build_job
 from ftexp.model.build import timm_arguments
 from ftexp.profiling import profiled
-from ftexp.progress import Meter, means
 from ftexp.registry import load_plugins
 from ftexp.spec import JobSpec
 from ftexp.speed import speeds

@@ -30,6 +30,7 @@ from ftexp.data.order import Order
 from ftexp.data.plan import Plan
 from ftexp.data.stratify import DataInfo
 from ftexp.errors import ConfigError, NonFiniteError
+from ftexp.evaluation.meter import Meter, Progress
 from ftexp.failure.nonfinite import skip_step
 from ftexp.failure.watchdog import report_hang
 from ftexp.job import Job, settle_kernels
@@ -38,7 +39,6 @@ from ftexp.model.build import build_model
 from ftexp.model.ema import Average
 from ftexp.model.freezing import Freezing
 from ftexp.model.optim import build_optimizer, build_scheduler
-from ftexp.progress import Meter, Progress
 from ftexp.step import thaw, train_step
 from ftexp.storage.directory import Storage
 

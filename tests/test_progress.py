@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ftexp.progress import Meter, Progress, means
+from ftexp.evaluation.meter import Meter, Progress, means
 
 CPU = torch.device("cpu")
 floats = st.lists(st.floats(0, 100, width=32), min_size=1, max_size=30)

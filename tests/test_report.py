@@ -20,7 +20,7 @@ from ftexp.cli import to_config
 from ftexp.config.fingerprint import masked
 from ftexp.config.schema import config_dir
 from ftexp.errors import ConfigError
-from ftexp.findings import Findings, _together, described
+from ftexp.evaluation.mistakes import Findings, _together, described
 from ftexp.report.page import Report
 from ftexp.report.series import Axis, Series, duration
 from ftexp.report.source import read_run

@@ -15,8 +15,8 @@ from ftexp.checkpoint.registry import ExtraState, check_names, register_state
 from ftexp.checkpoint.staging import load_part
 from ftexp.config.schema import ScheduleConfig
 from ftexp.errors import CheckpointError, StateError, UnknownNameError
+from ftexp.evaluation.meter import Meter, Progress
 from ftexp.model.optim import build_scheduler
-from ftexp.progress import Meter, Progress
 
 BUILT_IN = ["progress", "scheduler", "scaler", "ema", "rng", "best"]
 

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ftexp.findings import Findings
-from ftexp.progress import Meter
+from ftexp.evaluation.meter import Meter
+from ftexp.evaluation.mistakes import Findings
 
 
 @torch.inference_mode()

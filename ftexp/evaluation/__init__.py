@@ -1,0 +1,1 @@
+"""Counting each sample of a split once."""
