@@ -112,8 +112,8 @@ def _evaluate(config: EvaluateConfig, run_config: Config, storage: Storage) -> d
     from ftexp.model.build import as_logits, build_model
     from ftexp.opening import labels_as_begun, require_trained_on
     from ftexp.registry import load_plugins
+    from ftexp.rundir.record import read_state
     from ftexp.saved_run import choose, read_weights
-    from ftexp.tracking import read_state
 
     load_plugins(run_config.plugins)
     store = CheckpointStore(storage.child("checkpoints"))

@@ -31,12 +31,12 @@ from ftexp.data.plan import Plan
 from ftexp.data.stratify import SPLITS, BadSample, DataInfo
 from ftexp.errors import RunFailedError
 from ftexp.evaluation.meter import Meter, Progress
-from ftexp.ledger import LEDGER, Ledger
 from ftexp.mfu import Utilisation
 from ftexp.model.build import WeightsReport, as_logits, build_model
 from ftexp.model.ema import Average
 from ftexp.model.freezing import Freezing
 from ftexp.model.optim import build_optimizer, build_scheduler
+from ftexp.rundir.sample_ledger import LEDGER, Ledger
 from ftexp.skips import Skips
 from ftexp.spec import JobSpec
 from ftexp.storage.directory import Storage

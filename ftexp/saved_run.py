@@ -16,8 +16,8 @@ from ftexp.cli import to_config
 from ftexp.config.schema import Config, DataConfig
 from ftexp.data.stratify import DataInfo
 from ftexp.errors import CheckpointError, ConfigError
+from ftexp.rundir.record import CONFIG_FILE, read_state
 from ftexp.storage.directory import Storage, is_remote
-from ftexp.tracking import CONFIG_FILE, read_state
 
 if TYPE_CHECKING:
     from torch import nn

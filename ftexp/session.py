@@ -29,12 +29,12 @@ from ftexp.errors import ConfigError, RayLostError
 from ftexp.opening import changes, labels_as_begun, repeated_samples, require_same_data
 from ftexp.registry import load_plugins
 from ftexp.restart import Restart
+from ftexp.rundir.record import CONFIG_FILE, FAILED, RUNNING, RunRecord, RunState
 from ftexp.storage.directory import Storage
 from ftexp.storage.lease import Lease
 from ftexp.terminal import Terminal
 from ftexp.tracked import close_trackers, outcome_of, trackers_of
 from ftexp.trackers.run import check_names as check_trackers
-from ftexp.tracking import CONFIG_FILE, FAILED, RUNNING, RunRecord, RunState
 
 if TYPE_CHECKING:
     from ftexp.data.stratify import DataBundle

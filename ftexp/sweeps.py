@@ -30,9 +30,9 @@ def show(folder: Storage) -> None:
     """Print the table, and why what failed did."""
     from rich.console import Console
 
+    from ftexp.rundir.ranking import ranked
+    from ftexp.rundir.sweep_record import look
     from ftexp.sweep.leaderboard import table
-    from ftexp.sweep.ledger import look
-    from ftexp.sweep.ranking import ranked
 
     ledger, trials = look(folder)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)

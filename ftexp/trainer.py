@@ -27,13 +27,13 @@ from ftexp.config.schema import Config
 from ftexp.data.stratify import DataBundle
 from ftexp.errors import ConfigError, RayLostError, RunFailedError, StorageError
 from ftexp.failure.causes import FailureReporter, find_cause
+from ftexp.rundir.record import FAILED, FINISHED, INTERRUPTED, RUNNING, RunRecord, RunState
 from ftexp.spec import JobSpec
 from ftexp.storage.directory import Storage
 from ftexp.storage.lease import Lease
 from ftexp.supervisor import Supervisor
 from ftexp.terminal import Terminal
 from ftexp.trackers.run import Trackers
-from ftexp.tracking import FAILED, FINISHED, INTERRUPTED, RUNNING, RunRecord, RunState
 from ftexp.wire.hub import SAVE, Hub, HubAddress
 
 _LOOK_EVERY_S = 1.0

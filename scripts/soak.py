@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ftexp.drill_report import compare
-from ftexp.ledger import read_updates
+from ftexp.rundir.sample_ledger import read_updates
 from ftexp.storage.directory import Storage
 
 _POLL_S = 0.005

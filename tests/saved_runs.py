@@ -13,9 +13,9 @@ from ftexp.checkpoint.staging import writer
 from ftexp.checkpoint.store import CHECKPOINTS, CheckpointStore, Manifest
 from ftexp.data.stratify import DataInfo
 from ftexp.model.build import timm_arguments
+from ftexp.rundir.record import RUN_FILE
 from ftexp.saved_run import SavedRun
 from ftexp.storage.directory import Storage
-from ftexp.tracking import RUN_FILE
 
 CLASSES = ["ant", "bee", "cow"]
 CHECKPOINT = "step_00000007.a1"

@@ -14,7 +14,7 @@ from conftest import Command, RunFolder
 
 from ftexp.checkpoint.store import CHECKPOINTS
 from ftexp.drill_report import compare
-from ftexp.ledger import problems, read_updates
+from ftexp.rundir.sample_ledger import problems, read_updates
 
 BATCH = 32
 SAVE_EVERY = 17

@@ -8,7 +8,7 @@ import pytest
 from conftest import FOUR_EPOCHS, wait_until_none
 
 from ftexp.drill_report import compare
-from ftexp.ledger import problems, read_updates
+from ftexp.rundir.sample_ledger import problems, read_updates
 
 BATCH = 32
 

@@ -6,10 +6,10 @@ import time
 import pytest
 
 import ftexp.trackers.follower
+from ftexp.rundir.record import RunRecord, RunState, read_state
 from ftexp.storage.directory import Storage
 from ftexp.trackers.follower import Follower
 from ftexp.trackers.registry import Outcome, Point
-from ftexp.tracking import RunRecord, RunState, read_state
 
 SCORE = ("val_accuracy", "max")
 DONE = Outcome(status="finished")

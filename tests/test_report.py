@@ -26,8 +26,8 @@ from ftexp.report.series import Axis, Series, duration
 from ftexp.report.source import read_run
 from ftexp.report.timeline import PHASES, build_timeline
 from ftexp.report.write import write_report
+from ftexp.rundir.record import RunRecord, RunState, read_state
 from ftexp.storage.directory import Storage
-from ftexp.tracking import RunRecord, RunState, read_state
 
 SCORE = ("val_accuracy", "max")
 

@@ -24,9 +24,9 @@ from ftexp.opening import (
     require_same_data,
     require_trained_on,
 )
+from ftexp.rundir.record import CONFIG_FILE, RUN_FILE, RunState
 from ftexp.storage.directory import Storage
 from ftexp.storage.lease import Lease
-from ftexp.tracking import CONFIG_FILE, RUN_FILE, RunState
 
 
 @pytest.fixture

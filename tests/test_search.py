@@ -14,15 +14,15 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from ftexp.config.fingerprint import fingerprint
 from ftexp.config.schema import Config, SearchConfig, config_dir
 from ftexp.errors import ConfigError
+from ftexp.rundir.record import FAILED, FINISHED, METRICS_FILE, RUN_FILE, RUNNING, Failure, RunState
+from ftexp.rundir.sweep_record import STOPPED, WAITING, look
 from ftexp.storage.directory import Storage
 from ftexp.sweep import proposing
 from ftexp.sweep.halving import Halving
-from ftexp.sweep.ledger import STOPPED, WAITING, look
 from ftexp.sweep.proposing import Known, propose
 from ftexp.sweep.search import Plan, Search
 from ftexp.sweep.space import Interval, Options, inside, num_points, probes, read_space
 from ftexp.sweep.sweep import open_ledger
-from ftexp.tracking import FAILED, FINISHED, METRICS_FILE, RUN_FILE, RUNNING, Failure, RunState
 
 RATE = "optim.lr=tag(log, interval(1e-4, 1e-1))"
 DEPTH = "++model.kwargs.depth=int(interval(1, 3))"

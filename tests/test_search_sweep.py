@@ -5,11 +5,11 @@ import csv
 import pytest
 from conftest import Command, RunFolder, descendants_with, wait_until_none
 
+from ftexp.rundir.record import FINISHED, INTERRUPTED
+from ftexp.rundir.sweep_record import look
 from ftexp.storage.directory import Storage
-from ftexp.sweep.ledger import look
 from ftexp.sweep.proposing import Known, propose
 from ftexp.sweep.space import Interval
-from ftexp.tracking import FINISHED, INTERRUPTED
 
 # the first two draws are a rate that learns, and one that doesn't
 SEED = 7

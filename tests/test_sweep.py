@@ -12,8 +12,8 @@ import pytest
 from conftest import Command, RunFolder, descendants_with, wait_until_none
 
 from ftexp.checkpoint.store import CHECKPOINTS, CheckpointStore
+from ftexp.rundir.sweep_record import look
 from ftexp.storage.directory import Storage
-from ftexp.sweep.ledger import look
 
 RATES = ["0.001", "0.003", "0.01", "0.03"]
 MODELS = ["vit", "vit_tiny"]

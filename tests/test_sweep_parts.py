@@ -18,18 +18,18 @@ from ftexp.cluster.interruptible import Terminated
 from ftexp.cluster.ray_cluster import Workers, decide_workers, num_shares
 from ftexp.config.schema import Config, ScalingConfig
 from ftexp.errors import ConfigError, SweepFailedError
+from ftexp.rundir.record import FAILED, FINISHED, INTERRUPTED, RUN_FILE, RUNNING, RunState
+from ftexp.rundir.sweep_record import Ledger, Reached, Trial, look, read_ledger
 from ftexp.storage.directory import Storage
 from ftexp.storage.lease import Lease, is_held
 from ftexp.sweep import sweep as sweeping
 from ftexp.sweep.display import Display
 from ftexp.sweep.identity import parse_words, swept_keys, trial_name
 from ftexp.sweep.leaderboard import CSV_FILE, PNG_FILE, as_csv, publish, ranked, varying
-from ftexp.sweep.ledger import Ledger, Reached, Trial, look, read_ledger
 from ftexp.sweep.picture import draw
 from ftexp.sweep.plugins import with_plugins
 from ftexp.sweep.records import Records
 from ftexp.sweep.runner import Job, Runner, config_of, fits, require_room
-from ftexp.tracking import FAILED, FINISHED, INTERRUPTED, RUN_FILE, RUNNING, RunState
 
 COMPOSED = OmegaConf.create({"optim": {"lr": 0.001}, "seed": 1, "data": {"mean": [0.5, 0.5]}, "model": {"name": "a"}})
 

@@ -14,9 +14,9 @@ from ftexp.report.drawing import Line
 from ftexp.report.sweep_charts import TrialLine, curves_chart, parallel_chart
 from ftexp.report.sweep_page import SweepReport
 from ftexp.report.write import write_report
+from ftexp.rundir.record import FAILED, FINISHED, INTERRUPTED, RUN_FILE, RunState
+from ftexp.rundir.sweep_record import Ledger, Trial
 from ftexp.storage.directory import Storage
-from ftexp.sweep.ledger import Ledger, Trial
-from ftexp.tracking import FAILED, FINISHED, INTERRUPTED, RUN_FILE, RunState
 
 
 @pytest.fixture

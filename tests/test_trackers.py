@@ -22,6 +22,7 @@ from conftest import Command, RunFolder, descendants_with, wait_until_none
 from rich.console import Console
 
 from ftexp.config.schema import Config
+from ftexp.rundir.record import EVENTS_FILE, METRICS_FILE, RunRecord, RunState
 from ftexp.storage.append_log import AppendLog, read_lines
 from ftexp.storage.directory import Storage
 from ftexp.terminal import Terminal
@@ -31,7 +32,6 @@ from ftexp.trackers.registry import Outcome, trackers
 from ftexp.trackers.run import Trackers, tracked_run, tracking_id
 from ftexp.trackers.tensorboard import scalars
 from ftexp.trackers.wandb import logged_rows
-from ftexp.tracking import EVENTS_FILE, METRICS_FILE, RunRecord, RunState
 
 ALL = ("tensorboard", "mlflow", "wandb")
 PATIENCE_S = 60.0

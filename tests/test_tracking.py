@@ -5,8 +5,8 @@ import json
 import pytest
 
 from ftexp.errors import StorageError
+from ftexp.rundir.record import RunRecord, RunState, read_state
 from ftexp.storage.directory import Storage
-from ftexp.tracking import RunRecord, RunState, read_state
 
 SCORE = ("val_accuracy", "max")
 

@@ -13,10 +13,10 @@ from ftexp.report.markup import Child, Markup, cut, element, plain
 from ftexp.report.series import duration
 from ftexp.report.sweep_charts import TrialLine, curves_chart, parallel_chart
 from ftexp.report.tables import table
+from ftexp.rundir.ranking import has_place, ranked, varying
+from ftexp.rundir.record import FAILED, FINISHED
+from ftexp.rundir.sweep_record import Reached, curve, look
 from ftexp.storage.directory import Storage
-from ftexp.sweep.ledger import Reached, curve, look
-from ftexp.sweep.ranking import has_place, ranked, varying
-from ftexp.tracking import FAILED, FINISHED
 
 _WIDE = 1000.0
 _MOST_LINES = 300  # of a chart: the best, since more would be a surface

@@ -6,8 +6,8 @@ from ftexp.report.page import Report
 from ftexp.report.png import png
 from ftexp.report.source import read_run
 from ftexp.report.sweep_page import SweepReport
+from ftexp.rundir.sweep_record import read_ledger
 from ftexp.storage.directory import Storage
-from ftexp.sweep.ledger import read_ledger
 
 REPORT_FILE = "report.html"
 CHARTS = "charts"  # the folder of the PNGs

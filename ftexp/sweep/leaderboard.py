@@ -9,11 +9,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ftexp.rundir.ranking import ranked, varying
+from ftexp.rundir.record import FINISHED
+from ftexp.rundir.sweep_record import Ledger, Reached
 from ftexp.storage.directory import Storage
 from ftexp.sweep.display import STYLES
-from ftexp.sweep.ledger import Ledger, Reached
-from ftexp.sweep.ranking import ranked, varying
-from ftexp.tracking import FINISHED
 
 CSV_FILE, PNG_FILE = "leaderboard.csv", "leaderboard.png"
 

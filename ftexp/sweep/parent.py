@@ -7,14 +7,14 @@ from collections.abc import Iterator
 
 from ftexp.config.schema import Config
 from ftexp.registry import load_plugins
+from ftexp.rundir.ranking import ranked
+from ftexp.rundir.record import FAILED, FINISHED, INTERRUPTED
+from ftexp.rundir.sweep_record import Ledger, reached
 from ftexp.storage.directory import Storage
 from ftexp.sweep.display import Display
-from ftexp.sweep.ledger import Ledger, reached
-from ftexp.sweep.ranking import ranked
 from ftexp.trackers.follower import described
 from ftexp.trackers.registry import Outcome, trackers
 from ftexp.trackers.run import Trackers, check_names, shown, tracked_run
-from ftexp.tracking import FAILED, FINISHED, INTERRUPTED
 
 
 @contextlib.contextmanager

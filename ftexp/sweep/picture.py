@@ -5,10 +5,10 @@ from __future__ import annotations
 import io
 from typing import Any
 
+from ftexp.rundir.ranking import varying
+from ftexp.rundir.record import FINISHED
+from ftexp.rundir.sweep_record import Ledger, Reached, curve
 from ftexp.storage.directory import Storage
-from ftexp.sweep.ledger import Ledger, Reached, curve
-from ftexp.sweep.ranking import varying
-from ftexp.tracking import FINISHED
 
 _BEST, _OTHER = "#c0392b", "#5b7083"
 _PANEL_INCHES = (4.2, 3.6)

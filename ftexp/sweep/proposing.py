@@ -17,9 +17,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ftexp.sweep.ledger import STOPPED
+from ftexp.rundir.record import FINISHED, RUNNING
+from ftexp.rundir.sweep_record import STOPPED
 from ftexp.sweep.space import Dimension, Options, all_points, num_points, plain_key
-from ftexp.tracking import FINISHED, RUNNING
 
 _MOST_DRAWS = 20  # before the points that are left are counted out
 _OBJECTIVE = "objective"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 
+from ftexp.rundir.sweep_record import Ledger
 from ftexp.storage.directory import Storage
-from ftexp.sweep.ledger import Ledger
 
 
 class Records:

@@ -22,10 +22,10 @@ from ftexp.cluster.interruptible import STOP_GRACE_S, Terminated
 from ftexp.cluster.ray_cluster import Workers
 from ftexp.config.schema import Config
 from ftexp.errors import RayLostError
+from ftexp.rundir.record import FAILED, FINISHED, INTERRUPTED, RUNNING, read_state
+from ftexp.rundir.sweep_record import STOPPED, WAITING, Trial
 from ftexp.storage.directory import Storage
-from ftexp.sweep.ledger import STOPPED, WAITING, Trial
 from ftexp.sweep.trial import Order
-from ftexp.tracking import FAILED, FINISHED, INTERRUPTED, RUNNING, read_state
 
 _SCRIPT = Path(__file__).with_name("trial.py")
 _LOOK_EVERY_S = 0.1

@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING
 from ftexp.cluster.ray_cluster import decide_workers, num_shares, prepare_environment
 from ftexp.config.schema import Config, SearchConfig
 from ftexp.errors import ConfigError, SweepFailedError
+from ftexp.rundir.record import FAILED, FINISHED, INTERRUPTED, RUNNING, read_state
+from ftexp.rundir.sweep_record import STOPPED, WAITING, Ledger, curve
 from ftexp.storage.directory import Storage
-from ftexp.sweep.ledger import STOPPED, WAITING, Ledger, curve
 from ftexp.sweep.proposing import Known, propose
 from ftexp.sweep.runner import Job
 from ftexp.sweep.space import Dimension, inside, num_points, plain_key
 from ftexp.sweep.sweep import claimed, make_job, mark_what_is_done, open_ledger, preloading
-from ftexp.tracking import FAILED, FINISHED, INTERRUPTED, RUNNING, read_state
 
 if TYPE_CHECKING:
     from ftexp.sweep.halving import Halving

@@ -16,16 +16,16 @@ from ftexp.cluster.interruptible import collected_signals
 from ftexp.cluster.ray_cluster import SharedRay, import_meanwhile, may_stream, start_ray, usable_cpus
 from ftexp.config.schema import Config
 from ftexp.errors import ConfigError, RayLostError
+from ftexp.rundir.record import FINISHED
+from ftexp.rundir.sweep_record import Ledger, reached
 from ftexp.storage.directory import Storage
 from ftexp.sweep.display import Display
 from ftexp.sweep.leaderboard import publish
-from ftexp.sweep.ledger import Ledger, reached
 from ftexp.sweep.parent import tracked_sweep
 from ftexp.sweep.records import Records
 from ftexp.sweep.runner import Job, Runner, config_of, require_room
 from ftexp.sweep.sweep import failures_of, most_threads
 from ftexp.sweep.trial import Order
-from ftexp.tracking import FINISHED
 
 if TYPE_CHECKING:
     from ftexp.sweep.search import Search

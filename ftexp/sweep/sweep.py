@@ -11,12 +11,12 @@ from ftexp.cluster.ray_cluster import Workers, decide_workers, num_shares, prepa
 from ftexp.config.schema import Config
 from ftexp.errors import ConfigError, SweepFailedError
 from ftexp.opening import open_run, require_resumable
+from ftexp.rundir.record import FAILED, FINISHED
+from ftexp.rundir.sweep_record import STOPPED, WAITING, Ledger, Trial, read_ledger
 from ftexp.storage.directory import Storage
 from ftexp.storage.lease import Lease, unused_name
 from ftexp.sweep.identity import swept_keys, trial_name
-from ftexp.sweep.ledger import STOPPED, WAITING, Ledger, Trial, read_ledger
 from ftexp.sweep.runner import Job
-from ftexp.tracking import FAILED, FINISHED
 
 SWEEPS = "sweeps"  # the folder under run.storage
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from ftexp.config.versions import package_versions
 from ftexp.errors import StorageError
-from ftexp.metrics_csv import MetricsCsv
+from ftexp.rundir.metrics_csv import MetricsCsv
 from ftexp.storage.append_log import AppendLog, as_json, finite, parse_lines
 from ftexp.storage.directory import Storage
 from ftexp.wire.hub import Message

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-from ftexp.sweep.ledger import STOPPED, Ledger, Reached
-from ftexp.tracking import FINISHED
+from ftexp.rundir.record import FINISHED
+from ftexp.rundir.sweep_record import STOPPED, Ledger, Reached
 
 
 def ranked(ledger: Ledger, trials: list[Reached]) -> list[Reached]:

@@ -1,0 +1,1 @@
+"""Every file of a run or sweep directory: its one writer and its readers."""
