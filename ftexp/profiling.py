@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from ftexp.data.feeds.feed import Batch
-from ftexp.job import Job
+from ftexp.job.job import Job
 from ftexp.storage.directory import Storage
 
 PROFILES = "profile"  # the folder in a run directory

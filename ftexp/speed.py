@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from ftexp.job import Job
+from ftexp.job.job import Job
 
 
 def speeds(job: Job) -> dict[str, float]:
-    """images/s over all ranks, MFU, and milliseconds of a step, since the last logged point; see `ftexp.timing`.
+    """images/s over all ranks, MFU, and milliseconds of a step, since the last logged point; see `ftexp.job.stopwatch`.
 
     To be called where the GPU has caught up with the loop. Empty on other ranks than 0, which log nothing.
     """

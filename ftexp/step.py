@@ -14,9 +14,9 @@ from torch import Tensor
 
 from ftexp.data.feeds.feed import Batch, MicroBatch
 from ftexp.failure.nonfinite import before_step, put_back
-from ftexp.job import Job
+from ftexp.job.job import Job
+from ftexp.job.stopwatch import BACKWARD, FORWARD, OPTIMIZER
 from ftexp.model.freezing import classifier_parameters
-from ftexp.timing import BACKWARD, FORWARD, OPTIMIZER
 
 
 def train_step(job: Job, batch: Batch) -> bool:

@@ -27,8 +27,8 @@ from ftexp.config.schema import Config
 from ftexp.data.stratify import DataBundle
 from ftexp.errors import ConfigError, RayLostError, RunFailedError, StorageError
 from ftexp.failure.causes import FailureReporter, find_cause
+from ftexp.job.spec import JobSpec
 from ftexp.rundir.record import FAILED, FINISHED, INTERRUPTED, RUNNING, RunRecord, RunState
-from ftexp.spec import JobSpec
 from ftexp.storage.directory import Storage
 from ftexp.storage.lease import Lease
 from ftexp.supervisor import Supervisor

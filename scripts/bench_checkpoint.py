@@ -73,7 +73,7 @@ def run_job(overrides: list[str], rounds: int, window_s: float) -> dict[str, Any
         from ray.train.torch import TorchTrainer
 
         from ftexp.data.build import build_data
-        from ftexp.spec import JobSpec
+        from ftexp.job.spec import JobSpec
         from ftexp.storage.directory import Storage
         from ftexp.wire.hub import Hub
 
@@ -101,7 +101,7 @@ def measure(settings: dict[str, Any]) -> dict[str, Any]:
     from ftexp.checkpoint.manager import CheckpointManager
     from ftexp.checkpoint.registry import ExtraState
     from ftexp.checkpoint.store import CHECKPOINTS, CheckpointStore
-    from ftexp.job import build_job
+    from ftexp.job.job import build_job
     from ftexp.storage.directory import Storage
 
     spec = pickle.loads(settings["spec"])

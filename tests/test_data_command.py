@@ -11,7 +11,7 @@ from ftexp.data.order import Order, derive_seed
 from ftexp.data.stratify import stratified_split
 
 SEED = 3
-ORDER = 1  # stream of the run's seed that the order is drawn from; see ftexp.job
+ORDER = 1  # stream of the run's seed that the order is drawn from; see ftexp.job.job
 TILE, LEFT, TOP, STEP_X, STEP_Y, MARGIN = 64, 16, 65, 72, 89, 16  # of the picture, where images are tiny
 
 

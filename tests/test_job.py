@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import ftexp.job
+import ftexp.job.job
 from ftexp.checkpoint import restore
 from ftexp.config.schema import Config
 from ftexp.data.stratify import DataInfo
@@ -30,14 +30,14 @@ def test_what_fails_while_a_model_is_built_is_on_record(monkeypatch):
         send=lambda kind, **fields: sent.append((kind, fields)),
     )
     context = SimpleNamespace(get_world_rank=lambda: 1, get_world_size=lambda: 2)
-    monkeypatch.setattr(ftexp.job.ray.train, "get_context", lambda: context)
-    monkeypatch.setattr(ftexp.job, "get_device", lambda: torch.device("cpu"))
-    monkeypatch.setattr(ftexp.job, "_connect", lambda *_: line)
+    monkeypatch.setattr(ftexp.job.job.ray.train, "get_context", lambda: context)
+    monkeypatch.setattr(ftexp.job.job, "get_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(ftexp.job.job, "_connect", lambda *_: line)
     config = Config()
     config.model.name = "no_such_model"
     spec = SimpleNamespace(config=config, info=DataInfo(["a"], 8, 1, [0.5], [0.5], {}))
     with pytest.raises(ConfigError, match="no_such_model"):
-        ftexp.job.build_job(spec, {})
+        ftexp.job.job.build_job(spec, {})
     ((kind, fields),) = sent
     assert (kind, fields["rank"], closed) == ("raised", 1, [True])
     assert "no_such_model" in fields["traceback"]

@@ -33,7 +33,7 @@ from ftexp.errors import ConfigError, NonFiniteError
 from ftexp.evaluation.meter import Meter, Progress
 from ftexp.failure.nonfinite import skip_step
 from ftexp.failure.watchdog import report_hang
-from ftexp.job import Job, settle_kernels
+from ftexp.job.job import Job, settle_kernels
 from ftexp.loop import advance, evaluate, evaluation_due, log_train, update_best
 from ftexp.model.build import build_model
 from ftexp.model.ema import Average

@@ -17,9 +17,9 @@ from ftexp.config.schema import AugmentConfig, EmaConfig, FailureConfig, OptimCo
 from ftexp.errors import NonFiniteError
 from ftexp.failure.chaos import Chaos, FaultyStore
 from ftexp.failure.watchdog import Watchdog, hang_limits
+from ftexp.job.skipped_batches import Skips
 from ftexp.loop import _run, batches
 from ftexp.rundir.sample_ledger import Ledger, problems, read_updates
-from ftexp.skips import Skips
 from ftexp.storage.directory import Storage
 
 BATCH = 24

@@ -29,7 +29,7 @@ from ftexp.data.listing import IndexedSplit, Shared
 from ftexp.data.order import Order
 from ftexp.data.plan import Plan
 from ftexp.data.stratify import SPLITS, DataInfo
-from ftexp.job import _rows
+from ftexp.job.job import _rows
 
 SIZE = 24  # so that an image outweighs what comes with it
 INFO = DataInfo(["a", "b"], SIZE, 1, [0.0], [1.0], {})

@@ -9,13 +9,13 @@ import torch
 from test_loop import RESNET, make_job, train
 from torch import nn
 
-import ftexp.mfu
+import ftexp.job.mfu
+from ftexp.job.mfu import Utilisation, flops_per_image, peak_flops
+from ftexp.job.stopwatch import BACKWARD, FORWARD, OPTIMIZER, SAVE, SPEEDS, Stopwatch
 from ftexp.loop import log_train
-from ftexp.mfu import Utilisation, flops_per_image, peak_flops
 from ftexp.profiling import PROFILES, profiled
 from ftexp.step import thaw
 from ftexp.storage.directory import Storage
-from ftexp.timing import BACKWARD, FORWARD, OPTIMIZER, SAVE, SPEEDS, Stopwatch
 
 
 class Clock:
@@ -150,7 +150,7 @@ def test_an_unknown_peak_is_never_guessed(device, precision, peak):
 
 def test_utilisation_is_the_share_of_all_devices_peaks(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA L4")
-    monkeypatch.setattr(ftexp.mfu, "flops_per_image", lambda model, shape: 121e9)
+    monkeypatch.setattr(ftexp.job.mfu, "flops_per_image", lambda model, shape: 121e9)
     assert Utilisation(torch.device("cuda"), "bf16", 2, (3, 8, 8)).at(500.0, nn.Identity()) == 0.25
     assert Utilisation(torch.device("cpu"), "bf16", 2, (3, 8, 8)).at(500.0, nn.Identity()) is None
 

@@ -24,7 +24,7 @@ from ftexp.config.versions import package_versions
 from ftexp.errors import CheckpointError, NonFiniteError, StorageError
 
 if TYPE_CHECKING:
-    from ftexp.job import Job
+    from ftexp.job.job import Job
 
 _MODEL, _OPTIMIZER, _EXTRA = FILES
 _ASKS_PER_PREEMPTION_POLL = 3  # the cadence asks about once a second; a poll costs 30 ms

@@ -9,7 +9,7 @@ from ftexp.errors import StateError
 from ftexp.registry import Registry
 
 if TYPE_CHECKING:
-    from ftexp.job import Job
+    from ftexp.job.job import Job
 
 
 class State(Protocol):

@@ -8,7 +8,7 @@ from ftexp.checkpoint.manager import CheckpointManager
 from ftexp.checkpoint.staging import load_part
 from ftexp.checkpoint.store import CheckpointStore, Manifest, locate
 from ftexp.config.fingerprint import differences
-from ftexp.job import Job
+from ftexp.job.job import Job
 from ftexp.model.build import load_matching
 from ftexp.storage.directory import Storage
 

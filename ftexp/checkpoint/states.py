@@ -11,7 +11,7 @@ import torch
 from ftexp.checkpoint.registry import register_state
 
 if TYPE_CHECKING:
-    from ftexp.job import Job
+    from ftexp.job.job import Job
 
 
 @register_state("progress")

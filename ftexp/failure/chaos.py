@@ -23,7 +23,7 @@ from ftexp.storage.directory import Storage, Writer
 
 if TYPE_CHECKING:
     from ftexp.checkpoint.manager import CheckpointManager
-    from ftexp.job import Job
+    from ftexp.job.job import Job
 
 _OF_THE_STORE = ("disk_full", "slow_storage")  # happen to rank 0, which does the writing
 FIRED = "chaos"  # the folder of what has happened

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from ftexp.data.feeds.feed import Batch
 from ftexp.errors import NonFiniteError
-from ftexp.skips import Range
+from ftexp.job.skipped_batches import Range
 
 if TYPE_CHECKING:
     from ftexp.checkpoint.manager import CheckpointManager
-    from ftexp.job import Job
+    from ftexp.job.job import Job
 
 
 def before_step(job: Job) -> list[Tensor]:

@@ -21,7 +21,7 @@ from ftexp.failure.phases import BETWEEN, EVALUATION, SAVE, START, STEP, WAITED_
 from ftexp.storage.directory import Storage
 
 if TYPE_CHECKING:
-    from ftexp.job import Job
+    from ftexp.job.job import Job
 
 _MOST_POLL_S = 1.0
 _LATER_S = 2.0

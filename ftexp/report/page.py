@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+from ftexp.job.stopwatch import SECTIONS
 from ftexp.report import tables
 from ftexp.report.charts import Mark, line_chart, timeline_chart
 from ftexp.report.confusion import confusion_chart
@@ -17,7 +18,6 @@ from ftexp.report.markup import Markup, cut, element
 from ftexp.report.series import Series, curve, duration, throughput
 from ftexp.report.source import RunFiles
 from ftexp.report.timeline import build_timeline
-from ftexp.timing import SECTIONS
 
 _WIDE, _NARROW = 1000.0, 360.0  # of the timeline, in pixels; which one is seen depends on the screen
 _MOST_CELLS = 100  # classes of a confusion matrix that is drawn

@@ -31,16 +31,16 @@ from ftexp.data.plan import Plan
 from ftexp.data.stratify import SPLITS, BadSample, DataInfo
 from ftexp.errors import RunFailedError
 from ftexp.evaluation.meter import Meter, Progress
-from ftexp.mfu import Utilisation
+from ftexp.job.mfu import Utilisation
+from ftexp.job.skipped_batches import Skips
+from ftexp.job.spec import JobSpec
+from ftexp.job.stopwatch import Stopwatch
 from ftexp.model.build import WeightsReport, as_logits, build_model
 from ftexp.model.ema import Average
 from ftexp.model.freezing import Freezing
 from ftexp.model.optim import build_optimizer, build_scheduler
 from ftexp.rundir.sample_ledger import LEDGER, Ledger
-from ftexp.skips import Skips
-from ftexp.spec import JobSpec
 from ftexp.storage.directory import Storage
-from ftexp.timing import Stopwatch
 from ftexp.wire.hub import Line
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -1,4 +1,4 @@
-"""What the driver tells its workers. Apart from ftexp.job, which imports timm: the driver has no use for that."""
+"""What the driver tells its workers. Apart from ftexp.job.job, which imports timm: the driver has no use for that."""
 
 from __future__ import annotations
 
