@@ -12,6 +12,7 @@ from collections.abc import Generator, Iterator
 import torch.distributed as dist
 
 import ftexp.checkpoint.states  # noqa: F401 - registers the built-in states
+from ftexp.chaos.strike import Chaos, FaultyStore
 from ftexp.checkpoint.manager import CheckpointManager
 from ftexp.checkpoint.registry import ExtraState
 from ftexp.checkpoint.restore import restore
@@ -22,7 +23,6 @@ from ftexp.errors import NonFiniteError
 from ftexp.evaluation.counting import count_into
 from ftexp.evaluation.meter import Meter, means
 from ftexp.evaluation.mistakes import Findings, described, evaluation_file
-from ftexp.failure.chaos import Chaos, FaultyStore
 from ftexp.failure.nonfinite import roll_back, skip_step
 from ftexp.failure.phases import AGREEMENT, BETWEEN, EVALUATION, SAVE, START, STEP
 from ftexp.failure.watchdog import Watchdog, hang_limits, report_hang

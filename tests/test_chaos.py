@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ftexp.chaos import strike as chaos
+from ftexp.chaos.strike import FIRED, Chaos, ChaosError, FaultyStore, damage, planned_faults
 from ftexp.checkpoint.store import FILES, CheckpointStore, Manifest
 from ftexp.cli import to_config
 from ftexp.config.checks.validate import validate
 from ftexp.config.schema import DAMAGES, FAULTS, ChaosConfig, config_dir
-from ftexp.failure import chaos
-from ftexp.failure.chaos import FIRED, Chaos, ChaosError, FaultyStore, damage, planned_faults
 from ftexp.storage.directory import Storage
 
 CONTENT = {name: name.encode() * 50 for name in FILES}

@@ -13,6 +13,7 @@ import shutil
 import pytest
 import torch
 
+from ftexp.chaos import strike as chaos
 from ftexp.checkpoint.staging import load_part, writer
 from ftexp.checkpoint.store import (
     CHECKPOINTS,
@@ -28,7 +29,6 @@ from ftexp.checkpoint.store import (
 from ftexp.config.schema import DAMAGES, Config
 from ftexp.errors import CheckpointError, ConfigError
 from ftexp.evaluate import EvaluateConfig, evaluate
-from ftexp.failure import chaos
 from ftexp.saved_run import choose
 from ftexp.storage.directory import Storage
 

@@ -64,7 +64,7 @@ def test_a_run_that_lost_ray_hung_lost_numbers_and_raised_ends_where_the_clean_r
     assert failures[0]["error"].startswith("it stood still between steps for ")
     stacks = run.path / "hangs" / "a2.r1.txt"
     assert f"stacks in {stacks}" in failures[0]["error"]
-    assert "chaos.py" in stacks.read_text()
+    assert "strike.py" in stacks.read_text()
     assert failures[2]["step"] == 120
     assert "ChaosError" in failures[2]["error"]
     assert 0 < record["goodput"] <= 1

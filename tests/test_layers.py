@@ -61,7 +61,7 @@ LAYERS = [
     {"job.job"},
     {"checkpoint.registry", "checkpoint.store", "checkpoint.cadence", "checkpoint.staging"},
     {"checkpoint.states", "checkpoint.manager"},
-    {"checkpoint.restore", "checkpoint.compare", "failure.chaos", "saved_run", "opening"},
+    {"checkpoint.restore", "checkpoint.compare", "chaos.strike", "saved_run", "opening"},
     {"inference.inputs", "inference.parts", "inference.progress", "inference.stopping"},
     {"inference.pipeline", "exporting.formats"},
     {"exporting.checking"},

@@ -9,13 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_loop import RESNET, copied, make_job, same
 
+from ftexp.chaos.strike import Chaos, FaultyStore
 from ftexp.checkpoint.compare import tree_differences
 from ftexp.checkpoint.manager import CheckpointManager
 from ftexp.checkpoint.registry import ExtraState
 from ftexp.checkpoint.store import CheckpointStore
 from ftexp.config.schema import AugmentConfig, EmaConfig, FailureConfig, OptimConfig
 from ftexp.errors import NonFiniteError
-from ftexp.failure.chaos import Chaos, FaultyStore
 from ftexp.failure.watchdog import Watchdog, hang_limits
 from ftexp.job.skipped_batches import Skips
 from ftexp.loop import _run, batches

@@ -9,12 +9,12 @@ from test_config import composed
 
 import ftexp.cluster.ray_cluster
 import ftexp.running
+from ftexp.chaos.strike import damage
 from ftexp.checkpoint.store import CHECKPOINTS, FILES, CheckpointStore, Manifest
 from ftexp.config.fingerprint import fingerprint, masked
 from ftexp.config.schema import Config
 from ftexp.data.stratify import DataInfo
 from ftexp.errors import CheckpointError, ConfigError
-from ftexp.failure.chaos import damage
 from ftexp.opening import (
     changes,
     located,
