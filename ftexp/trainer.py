@@ -259,7 +259,7 @@ def _anywhere(config: Config) -> Config:
 
 
 def _train_function(loop_config: dict[str, Any]) -> dict[str, float] | None:
-    from ftexp.loop import train_loop  # it imports timm, which takes seconds that the driver can do without
+    from ftexp.worker.loop import train_loop  # it imports timm, which takes seconds that the driver can do without
 
     return train_loop(pickle.loads(loop_config["spec"]), loop_config["streams"])
 

@@ -142,8 +142,8 @@ def measure(settings: dict[str, Any]) -> dict[str, Any]:
 
 def steps(job: Any, batches: Any, count: int) -> None:
     """Take optimiser steps."""
-    from ftexp.loop import advance
-    from ftexp.step import train_step
+    from ftexp.worker.loop import advance
+    from ftexp.worker.step import train_step
 
     for _ in range(count):
         batch = next(batches)

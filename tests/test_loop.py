@@ -34,13 +34,13 @@ from ftexp.evaluation.meter import Meter, Progress
 from ftexp.failure.nonfinite import skip_step
 from ftexp.failure.watchdog import report_hang
 from ftexp.job.job import Job, settle_kernels
-from ftexp.loop import advance, evaluate, evaluation_due, log_train, update_best
 from ftexp.model.build import build_model
 from ftexp.model.ema import Average
 from ftexp.model.freezing import Freezing
 from ftexp.model.optim import build_optimizer, build_scheduler
-from ftexp.step import thaw, train_step
 from ftexp.storage.directory import Storage
+from ftexp.worker.loop import advance, evaluate, evaluation_due, log_train, update_best
+from ftexp.worker.step import thaw, train_step
 
 CPU = torch.device("cpu")
 SMALL_VIT = ModelConfig(

@@ -18,9 +18,9 @@ from ftexp.config.schema import AugmentConfig, EmaConfig, FailureConfig, OptimCo
 from ftexp.errors import NonFiniteError
 from ftexp.failure.watchdog import Watchdog, hang_limits
 from ftexp.job.skipped_batches import Skips
-from ftexp.loop import _run, batches
 from ftexp.rundir.sample_ledger import Ledger, problems, read_updates
 from ftexp.storage.directory import Storage
+from ftexp.worker.loop import _run, batches
 
 BATCH = 24
 STATES = ["progress", "scheduler", "scaler", "ema", "rng", "best"]

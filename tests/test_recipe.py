@@ -23,11 +23,11 @@ from ftexp.config.schema import AugmentConfig, EmaConfig, ModelConfig, OptimConf
 from ftexp.config.timm_names import without_drop_path
 from ftexp.data.stratify import DataInfo
 from ftexp.errors import ConfigError, NonFiniteError
-from ftexp.loop import advance, evaluate, log_train
 from ftexp.model.build import build_model, timm_arguments
 from ftexp.model.freezing import Freezing, classifier_parameters, parameters_of
 from ftexp.model.optim import build_optimizer, build_scheduler
-from ftexp.step import thaw, train_step
+from ftexp.worker.loop import advance, evaluate, log_train
+from ftexp.worker.step import thaw, train_step
 
 STATES = ["progress", "scheduler", "scaler", "ema", "rng", "best"]
 EMA = EmaConfig(decay=0.9, use_warmup=True, warmup_power=0.75, update_after_step=1)

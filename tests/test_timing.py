@@ -12,10 +12,10 @@ from torch import nn
 import ftexp.job.mfu
 from ftexp.job.mfu import Utilisation, flops_per_image, peak_flops
 from ftexp.job.stopwatch import BACKWARD, FORWARD, OPTIMIZER, SAVE, SPEEDS, Stopwatch
-from ftexp.loop import log_train
-from ftexp.profiling import PROFILES, profiled
-from ftexp.step import thaw
 from ftexp.storage.directory import Storage
+from ftexp.worker.loop import log_train
+from ftexp.worker.profiler import PROFILES, profiled
+from ftexp.worker.step import thaw
 
 
 class Clock:

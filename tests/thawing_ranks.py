@@ -10,8 +10,8 @@ from test_loop import copied, make_job, same
 from torch.nn.parallel import DistributedDataParallel
 
 from ftexp.data.plan import Plan
-from ftexp.loop import advance
-from ftexp.step import settle_gradient_order, thaw, train_step
+from ftexp.worker.loop import advance
+from ftexp.worker.step import settle_gradient_order, thaw, train_step
 
 WORLD, FREEZE, KEPT_AT = 3, {"blocks.0": 1, "patch_embed": 2}, 6
 

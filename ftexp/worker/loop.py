@@ -26,16 +26,16 @@ from ftexp.evaluation.mistakes import Findings, described, evaluation_file
 from ftexp.failure.nonfinite import roll_back, skip_step
 from ftexp.failure.phases import AGREEMENT, BETWEEN, EVALUATION, SAVE, START, STEP
 from ftexp.failure.watchdog import Watchdog, hang_limits, report_hang
-from ftexp.hardware import describe
 from ftexp.job.job import Job, build_job
 from ftexp.job.spec import JobSpec
 from ftexp.job.stopwatch import SAVE as SAVING
 from ftexp.model.build import timm_arguments
-from ftexp.profiling import profiled
 from ftexp.registry import load_plugins
-from ftexp.speed import speeds
-from ftexp.step import settle_gradient_order, thaw, train_step
 from ftexp.storage.directory import Storage
+from ftexp.worker.hardware import describe
+from ftexp.worker.profiler import profiled
+from ftexp.worker.speed import speeds
+from ftexp.worker.step import settle_gradient_order, thaw, train_step
 
 _TICK_INTERVAL_S = 0.1  # between messages that only move the progress bar
 
