@@ -106,11 +106,11 @@ def _evaluate(config: EvaluateConfig, run_config: Config, storage: Storage) -> d
     from ftexp.checkpoint.store import CheckpointStore
     from ftexp.data.build import build_data
     from ftexp.data.feeds.feed import ToTensors, evaluation_batches
+    from ftexp.driver.resume import labels_as_begun, require_trained_on
     from ftexp.evaluation.counting import count_into
     from ftexp.evaluation.meter import Meter, means
     from ftexp.evaluation.mistakes import Findings, described, evaluation_file
     from ftexp.model.build import as_logits, build_model
-    from ftexp.opening import labels_as_begun, require_trained_on
     from ftexp.registry import load_plugins
     from ftexp.rundir.record import read_state
     from ftexp.saved_run import choose, read_weights

@@ -12,9 +12,9 @@ from omegaconf import DictConfig
 
 from ftexp.cli import interrupted_code, prepare_streams, print_error, run_hydra, to_config
 from ftexp.cluster.process_exit import code_of
+from ftexp.driver.restart import Restart, begin_again, begun_again
+from ftexp.driver.run import train
 from ftexp.errors import ConfigError, FtexpError
-from ftexp.restart import Restart, begin_again, begun_again
-from ftexp.running import train
 from ftexp.sweep.plugins import with_plugins
 
 

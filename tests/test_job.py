@@ -9,8 +9,8 @@ import ftexp.job.job
 from ftexp.checkpoint import restore
 from ftexp.config.schema import Config
 from ftexp.data.stratify import DataInfo
+from ftexp.driver.trainer import _anywhere
 from ftexp.errors import ConfigError
-from ftexp.trainer import _anywhere
 
 
 def test_workers_in_another_folder_find_the_weights(monkeypatch, tmp_path):

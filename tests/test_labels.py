@@ -8,8 +8,8 @@ from image_files import data_config, encoded, picture, put, tar_sample, write_pa
 
 from ftexp.data.build import build_data
 from ftexp.data.labels import class_numbers, class_warnings, from_text
+from ftexp.driver.resume import labels_as_begun
 from ftexp.errors import DataError
-from ftexp.opening import labels_as_begun
 
 
 def numbered(*labels, **values):

@@ -425,8 +425,8 @@ def test_the_command_imports_nothing_heavy_and_writes_where_it_is_told(storage, 
 
 
 def test_a_report_that_fails_is_an_event_and_a_line_and_no_more(storage, monkeypatch, capsys):
-    from ftexp.session import _leave_report
-    from ftexp.terminal import Terminal
+    from ftexp.driver.session import _leave_report
+    from ftexp.driver.terminal import Terminal
 
     story = three_kills(storage)
     monkeypatch.setattr("ftexp.report.write.read_run", lambda run_dir: 1 / 0)

@@ -7,7 +7,7 @@ import sys
 
 PROGRAM = """
 import json, os, sys
-from ftexp.restart import Restart, begin_again, begun_again
+from ftexp.driver.restart import Restart, begin_again, begun_again
 from ftexp.config.schema import Config, RunConfig
 
 restart = begun_again()
@@ -38,7 +38,7 @@ def test_the_new_interpreter_is_the_same_process_where_the_old_one_was_and_finds
 
 def test_an_order_that_another_process_was_given_is_not_taken(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    from ftexp import restart
+    from ftexp.driver import restart
 
     taken = {}
     monkeypatch.setattr(os, "execve", lambda *arguments: taken.update(arguments[2]))

@@ -8,14 +8,13 @@ from omegaconf import OmegaConf
 from test_config import composed
 
 import ftexp.cluster.ray_cluster
-import ftexp.running
+import ftexp.driver.run
 from ftexp.chaos.strike import damage
 from ftexp.checkpoint.store import CHECKPOINTS, FILES, CheckpointStore, Manifest
 from ftexp.config.fingerprint import fingerprint, masked
 from ftexp.config.schema import Config
 from ftexp.data.stratify import DataInfo
-from ftexp.errors import CheckpointError, ConfigError
-from ftexp.opening import (
+from ftexp.driver.resume import (
     changes,
     located,
     open_run,
@@ -24,6 +23,7 @@ from ftexp.opening import (
     require_same_data,
     require_trained_on,
 )
+from ftexp.errors import CheckpointError, ConfigError
 from ftexp.rundir.record import CONFIG_FILE, RUN_FILE, RunState
 from ftexp.storage.directory import Storage
 from ftexp.storage.lease import Lease
@@ -93,7 +93,7 @@ def test_a_refusal_touches_nothing(tmp_path, monkeypatch, resume):
     made = config(resume=resume)
     made.run.name, made.run.storage = "first", str(tmp_path)
     with pytest.raises(ConfigError, match=f"^resume={resume}, but"):
-        ftexp.running._run(made, [])
+        ftexp.driver.run._run(made, [])
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -101,9 +101,9 @@ def test_a_folder_of_data_is_kept_from_the_root_on_wherever_the_command_was_give
     (tmp_path / "photos").mkdir()
     monkeypatch.chdir(tmp_path)
     seen = []
-    monkeypatch.setattr(ftexp.running, "_run", lambda made, *_: seen.append(made.data.root))
+    monkeypatch.setattr(ftexp.driver.run, "_run", lambda made, *_: seen.append(made.data.root))
     for root in ("photos", "./photos/", "s3://bucket/photos/", str(tmp_path / "photos")):
-        ftexp.running.train(composed("data=image_folder", f"data.root={root}"))
+        ftexp.driver.run.train(composed("data=image_folder", f"data.root={root}"))
     assert seen == [f"{tmp_path}/photos", f"{tmp_path}/photos", "s3://bucket/photos/", f"{tmp_path}/photos"]
 
 
@@ -210,7 +210,7 @@ def test_a_run_goes_on_though_the_one_it_started_from_is_gone(tmp_path, run_dir,
         ftexp.cluster.ray_cluster, "prepare_environment", lambda config: (_ for _ in ()).throw(KeyboardInterrupt)
     )
     with pytest.raises(KeyboardInterrupt):  # as far as to where Ray would start
-        ftexp.running._run(made, [])
+        ftexp.driver.run._run(made, [])
 
 
 def test_attempts_are_counted_on_when_run_json_is_lost(run_dir):

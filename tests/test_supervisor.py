@@ -8,12 +8,12 @@ from rich.console import Console
 
 from ftexp.cluster.interruptible import Terminated
 from ftexp.config.schema import Config, FailureConfig, TrainConfig
+from ftexp.driver.supervisor import Supervisor
+from ftexp.driver.terminal import Terminal
 from ftexp.errors import RayLostError
 from ftexp.failure.causes import BUG, CONFIG, CRASH, HANG, OUT_OF_MEMORY, RAY, Cause
 from ftexp.rundir.record import Failure, RunRecord, RunState, read_state
 from ftexp.storage.directory import Storage
-from ftexp.supervisor import Supervisor
-from ftexp.terminal import Terminal
 
 DIED = Cause(CRASH, 1, "the process died", died=True)
 

@@ -6,9 +6,9 @@ import pytest
 from rich.console import Console
 
 from ftexp.data.stratify import BadSample, DataInfo, Excluded
+from ftexp.driver.terminal import Terminal
 from ftexp.rundir.record import Failure, RunState
 from ftexp.storage.directory import Storage
-from ftexp.terminal import Terminal
 
 INFO = DataInfo(
     ["0", "1"], 8, 1, [0.5], [0.5], {"train": 1258, "val": 179, "test": 360}, [BadSample("a.png", "torn")],

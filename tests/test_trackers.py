@@ -22,11 +22,11 @@ from conftest import Command, RunFolder, descendants_with, wait_until_none
 from rich.console import Console
 
 from ftexp.config.schema import Config
+from ftexp.driver.terminal import Terminal
+from ftexp.driver.tracker_session import close_trackers, deliver_late, trackers_of
 from ftexp.rundir.record import EVENTS_FILE, METRICS_FILE, RunRecord, RunState
 from ftexp.storage.append_log import AppendLog, read_lines
 from ftexp.storage.directory import Storage
-from ftexp.terminal import Terminal
-from ftexp.tracked import close_trackers, deliver_late, trackers_of
 from ftexp.trackers.mlflow import PARENT
 from ftexp.trackers.registry import Outcome, trackers
 from ftexp.trackers.run import Trackers, tracked_run, tracking_id

@@ -114,7 +114,7 @@ def _inspect(config: Config, workers: Workers, out: Path) -> None:
 
     from ftexp.data.build import build_data
     from ftexp.data.inspect import look
-    from ftexp.opening import repeated_samples
+    from ftexp.driver.resume import repeated_samples
 
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
     skipping = dataclasses.replace(config, data=dataclasses.replace(config.data, on_bad_sample="skip"))

@@ -15,10 +15,10 @@ from ftexp.cluster.interruptible import fit_interruptibly
 from ftexp.cluster.ray_cluster import Workers, import_meanwhile, lacking_resources, quiet_data, start_ray
 from ftexp.config.fingerprint import masked
 from ftexp.config.schema import Config
+from ftexp.driver.resume import require_trained_on
 from ftexp.errors import ConfigError, DataError, RayLostError
 from ftexp.inference.parts import BAD_FILE, PARTS, Plan, begin, collect_bad
 from ftexp.inference.stopping import Stopped, ask_to_stop
-from ftexp.opening import require_trained_on
 from ftexp.saved_run import AS_TRAINED, SavedRun, read_weights
 from ftexp.storage.directory import Storage
 from ftexp.storage.lease import Lease

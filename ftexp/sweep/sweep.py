@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from ftexp.cluster.hot_start.driver import HotStart
 from ftexp.cluster.ray_cluster import Workers, decide_workers, num_shares, prepare_environment
 from ftexp.config.schema import Config
+from ftexp.driver.resume import open_run, require_resumable
 from ftexp.errors import ConfigError, SweepFailedError
-from ftexp.opening import open_run, require_resumable
 from ftexp.rundir.record import FAILED, FINISHED
 from ftexp.rundir.sweep_record import STOPPED, WAITING, Ledger, Trial, read_ledger
 from ftexp.storage.directory import Storage

@@ -42,8 +42,8 @@ def main() -> None:
 def run(order: Order) -> int:
     """The exit code of one trial."""
     from ftexp.cli import interrupted_code, print_error
+    from ftexp.driver.run import train
     from ftexp.errors import FtexpError
-    from ftexp.running import train
 
     try:
         train(order.config, order.overrides, order.shared)

@@ -24,7 +24,7 @@ from typing import Any
 
 from ftexp.cluster.process_exit import code_of
 
-WITH_THE_CLUSTER = ("ray", "ray.train", "ray.train.torch", "ray.data", "ftexp.worker.loop", "ftexp.trainer")
+WITH_THE_CLUSTER = ("ray", "ray.train", "ray.train.torch", "ray.data", "ftexp.worker.loop", "ftexp.driver.trainer")
 ANSWERED_BY_A_WORKER = (signal.SIGINT, signal.SIGTERM)  # but ignored here
 MARK = "FTEXP_HOT_START"  # in a forked worker's environment
 _IDLE_S = 300.0  # without a worker, before it ends: a job waits for less between two worker groups

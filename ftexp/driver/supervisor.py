@@ -11,12 +11,12 @@ from typing import Any
 
 from ftexp.cluster.interruptible import STOP_GRACE_S
 from ftexp.config.schema import Config
+from ftexp.driver.restart import Restart
+from ftexp.driver.terminal import Terminal
 from ftexp.errors import RayLostError
 from ftexp.failure.causes import CONFIG, CRASH, RAY, STARTUP, Cause, as_death, as_hang, as_preemption, find_cause
 from ftexp.failure.policy import Decision, Past, decide
-from ftexp.restart import Restart
 from ftexp.rundir.record import RunRecord
-from ftexp.terminal import Terminal
 from ftexp.trackers.follower import FAILED_EVENT, OPENED_EVENT, described
 from ftexp.wire.hub import STOP, Hub, Message
 

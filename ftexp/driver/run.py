@@ -12,7 +12,7 @@ from ftexp.storage.directory import absolute
 
 if TYPE_CHECKING:
     from ftexp.cluster.ray_cluster import SharedRay
-    from ftexp.restart import Restart
+    from ftexp.driver.restart import Restart
 
 
 def train(
@@ -50,7 +50,7 @@ def _run(
     begin_again: Callable[[Restart], NoReturn] | None = None,
 ) -> dict[str, float]:
     from ftexp.cluster.ray_cluster import decide_workers, prepare_environment
-    from ftexp.opening import changes, has_run, located, open_run, require_resumable
+    from ftexp.driver.resume import changes, has_run, located, open_run, require_resumable
     from ftexp.storage.directory import Storage
     from ftexp.storage.lease import Lease, unused_name
 
@@ -67,8 +67,8 @@ def _run(
     try:
         state = open_run(config, run_dir, run_name)
         if state.status == "finished":
-            from ftexp.terminal import Terminal
-            from ftexp.tracked import deliver_late
+            from ftexp.driver.terminal import Terminal
+            from ftexp.driver.tracker_session import deliver_late
 
             terminal = Terminal()
             terminal.changed(changes(config, state, run_dir))
@@ -76,7 +76,7 @@ def _run(
             deliver_late(config, run_dir, state, terminal)
             return state.metrics["last"]
         prepare_environment(config)
-        from ftexp.session import run_session
+        from ftexp.driver.session import run_session
 
         return run_session(config, overrides, workers, run_dir, state, lease, shared, restart, begin_again)
     finally:

@@ -25,14 +25,14 @@ from ftexp.cluster.ray_cluster import RunningRay, Workers, lacking_resources, nu
 from ftexp.cluster.ray_watch import end_workers
 from ftexp.config.schema import Config
 from ftexp.data.stratify import DataBundle
+from ftexp.driver.supervisor import Supervisor
+from ftexp.driver.terminal import Terminal
 from ftexp.errors import ConfigError, RayLostError, RunFailedError, StorageError
 from ftexp.failure.causes import FailureReporter, find_cause
 from ftexp.job.spec import JobSpec
 from ftexp.rundir.record import FAILED, FINISHED, INTERRUPTED, RUNNING, RunRecord, RunState
 from ftexp.storage.directory import Storage
 from ftexp.storage.lease import Lease
-from ftexp.supervisor import Supervisor
-from ftexp.terminal import Terminal
 from ftexp.trackers.run import Trackers
 from ftexp.wire.hub import SAVE, Hub, HubAddress
 

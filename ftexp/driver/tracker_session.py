@@ -6,11 +6,11 @@ import contextlib
 
 from ftexp.checkpoint.store import CHECKPOINTS
 from ftexp.config.schema import Config
+from ftexp.driver.terminal import Terminal
 from ftexp.registry import load_plugins
 from ftexp.rundir.record import METRICS_FILE, RunRecord, RunState
 from ftexp.storage.append_log import read_lines
 from ftexp.storage.directory import Storage
-from ftexp.terminal import Terminal
 from ftexp.trackers.follower import FAILED_EVENT, described
 from ftexp.trackers.registry import Outcome
 from ftexp.trackers.run import Trackers, read_complete, shown, tracked_run

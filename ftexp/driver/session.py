@@ -25,20 +25,20 @@ from ftexp.cluster.ray_cluster import (
 )
 from ftexp.config.fingerprint import masked
 from ftexp.config.schema import Config
+from ftexp.driver.restart import Restart
+from ftexp.driver.resume import changes, labels_as_begun, repeated_samples, require_same_data
+from ftexp.driver.terminal import Terminal
+from ftexp.driver.tracker_session import close_trackers, outcome_of, trackers_of
 from ftexp.errors import ConfigError, RayLostError
-from ftexp.opening import changes, labels_as_begun, repeated_samples, require_same_data
 from ftexp.registry import load_plugins
-from ftexp.restart import Restart
 from ftexp.rundir.record import CONFIG_FILE, FAILED, RUNNING, RunRecord, RunState
 from ftexp.storage.directory import Storage
 from ftexp.storage.lease import Lease
-from ftexp.terminal import Terminal
-from ftexp.tracked import close_trackers, outcome_of, trackers_of
 from ftexp.trackers.run import check_names as check_trackers
 
 if TYPE_CHECKING:
     from ftexp.data.stratify import DataBundle
-    from ftexp.supervisor import Supervisor
+    from ftexp.driver.supervisor import Supervisor
 
 
 def run_session(
@@ -60,10 +60,10 @@ def run_session(
     joins = shared is not None or config.scaling.address is not None
     terminal = Terminal()
     hot_start = HotStart(config.scaling, workers.num_threads, joins)
-    importing = import_meanwhile("ftexp.trainer")
+    importing = import_meanwhile("ftexp.driver.trainer")
 
     def records() -> tuple[RunRecord, Supervisor]:
-        from ftexp.supervisor import Supervisor
+        from ftexp.driver.supervisor import Supervisor
 
         score = (config.checkpoint.checkpoint_score_attribute, config.checkpoint.checkpoint_score_order)
         record = RunRecord(run_dir, state, score, noticed_at=restart.noticed_at if restart else None)
@@ -147,7 +147,7 @@ def _run(
     supervisor: Supervisor,
     restart: Restart | None,
 ) -> dict[str, float]:
-    from ftexp.trainer import run_training
+    from ftexp.driver.trainer import run_training
 
     state = record.state
     state.data = {"name": config.data.name, "feed": bundle.feed, **masked(bundle.info)}
