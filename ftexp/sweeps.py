@@ -32,7 +32,7 @@ def show(folder: Storage) -> None:
 
     from ftexp.rundir.ranking import ranked
     from ftexp.rundir.sweep_record import look
-    from ftexp.sweep.leaderboard import table
+    from ftexp.sweep.show.leaderboard import table
 
     ledger, trials = look(folder)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)

@@ -15,7 +15,7 @@ from ftexp.cluster.process_exit import code_of
 from ftexp.driver.restart import Restart, begin_again, begun_again
 from ftexp.driver.run import train
 from ftexp.errors import ConfigError, FtexpError
-from ftexp.sweep.plugins import with_plugins
+from ftexp.sweep.hydra.plugins import with_plugins
 
 
 def main() -> None:

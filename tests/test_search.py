@@ -17,12 +17,12 @@ from ftexp.errors import ConfigError
 from ftexp.rundir.record import FAILED, FINISHED, METRICS_FILE, RUN_FILE, RUNNING, Failure, RunState
 from ftexp.rundir.sweep_record import STOPPED, WAITING, look
 from ftexp.storage.directory import Storage
-from ftexp.sweep import proposing
-from ftexp.sweep.halving import Halving
-from ftexp.sweep.proposing import Known, propose
-from ftexp.sweep.search import Plan, Search
-from ftexp.sweep.space import Interval, Options, inside, num_points, probes, read_space
-from ftexp.sweep.sweep import open_ledger
+from ftexp.sweep.run.sweep import open_ledger
+from ftexp.sweep.search import proposing
+from ftexp.sweep.search.halving import Halving
+from ftexp.sweep.search.proposing import Known, propose
+from ftexp.sweep.search.search import Plan, Search
+from ftexp.sweep.search.space import Interval, Options, inside, num_points, probes, read_space
 
 RATE = "optim.lr=tag(log, interval(1e-4, 1e-1))"
 DEPTH = "++model.kwargs.depth=int(interval(1, 3))"
@@ -425,17 +425,17 @@ def test_a_proposal_is_in_the_ledger_before_its_trial_begins(tmp_path):
 @pytest.fixture
 def command(monkeypatch, capsys, tmp_path):
     """Give the command; returns (exit code, stderr, what reached the grid or the search)."""
-    import ftexp.sweep.search
-    import ftexp.sweep.sweep
+    import ftexp.sweep.run.sweep
+    import ftexp.sweep.search.search
     from ftexp.train import main
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     monkeypatch.setattr(ftexp.config.checks.validate, "num_local_gpus", lambda: 0)
     reached = []
-    monkeypatch.setattr(ftexp.sweep.search, "run_search", reached.append)
+    monkeypatch.setattr(ftexp.sweep.search.search, "run_search", reached.append)
     monkeypatch.setattr(
-        ftexp.sweep.sweep, "run_sweep", lambda configs, jobs, _: reached.extend(jobs) or [0.0] * len(jobs)
+        ftexp.sweep.run.sweep, "run_sweep", lambda configs, jobs, _: reached.extend(jobs) or [0.0] * len(jobs)
     )
 
     def run(*words):

@@ -8,8 +8,8 @@ from conftest import Command, RunFolder, descendants_with, wait_until_none
 from ftexp.rundir.record import FINISHED, INTERRUPTED
 from ftexp.rundir.sweep_record import look
 from ftexp.storage.directory import Storage
-from ftexp.sweep.proposing import Known, propose
-from ftexp.sweep.space import Interval
+from ftexp.sweep.search.proposing import Known, propose
+from ftexp.sweep.search.space import Interval
 
 # the first two draws are a rate that learns, and one that doesn't
 SEED = 7

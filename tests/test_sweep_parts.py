@@ -22,14 +22,14 @@ from ftexp.rundir.record import FAILED, FINISHED, INTERRUPTED, RUN_FILE, RUNNING
 from ftexp.rundir.sweep_record import Ledger, Reached, Trial, look, read_ledger
 from ftexp.storage.directory import Storage
 from ftexp.storage.lease import Lease, is_held
-from ftexp.sweep import sweep as sweeping
-from ftexp.sweep.display import Display
-from ftexp.sweep.identity import parse_words, swept_keys, trial_name
-from ftexp.sweep.leaderboard import CSV_FILE, PNG_FILE, as_csv, publish, ranked, varying
-from ftexp.sweep.picture import draw
-from ftexp.sweep.plugins import with_plugins
-from ftexp.sweep.records import Records
-from ftexp.sweep.runner import Job, Runner, config_of, fits, require_room
+from ftexp.sweep.hydra.plugins import with_plugins
+from ftexp.sweep.run import sweep as sweeping
+from ftexp.sweep.run.identity import parse_words, swept_keys, trial_name
+from ftexp.sweep.run.records import Records
+from ftexp.sweep.run.runner import Job, Runner, config_of, fits, require_room
+from ftexp.sweep.show.display import Display
+from ftexp.sweep.show.leaderboard import CSV_FILE, PNG_FILE, as_csv, publish, ranked, varying
+from ftexp.sweep.show.picture import draw
 
 COMPOSED = OmegaConf.create({"optim": {"lr": 0.001}, "seed": 1, "data": {"mean": [0.5, 0.5]}, "model": {"name": "a"}})
 
@@ -122,7 +122,7 @@ print("ftexp:", order)
 
 def run(tmp_path, bodies, monkeypatch, most=None, capacity=2.0):
     """Run a job for each body in place of a trial; returns the jobs and the order of their changes."""
-    import ftexp.sweep.runner as runner
+    import ftexp.sweep.run.runner as runner
 
     jobs, changes = [], []
     for name in bodies:
@@ -228,7 +228,7 @@ while True:
 
 
 def test_sigterm_stops_every_trial_and_starts_no_other(tmp_path, monkeypatch):
-    import ftexp.sweep.runner as runner
+    import ftexp.sweep.run.runner as runner
 
     monkeypatch.setattr(runner, "_SCRIPT", tmp_path / "child.py")
     (tmp_path / "child.py").write_text(CHILD.format(body=STOPS))
@@ -254,7 +254,7 @@ def run_until_terminated(jobs, tick, asked):
 
 
 def test_what_a_trial_that_hangs_on_after_a_signal_gets_is_sigkill(tmp_path, monkeypatch):
-    import ftexp.sweep.runner as runner
+    import ftexp.sweep.run.runner as runner
 
     monkeypatch.setattr(runner, "_SCRIPT", tmp_path / "child.py")
     monkeypatch.setattr(runner, "_END_WITHIN_S", 0.2)
@@ -270,7 +270,7 @@ def test_what_a_trial_that_hangs_on_after_a_signal_gets_is_sigkill(tmp_path, mon
 
 
 def test_jobs_that_are_made_one_by_one_are_made_when_there_is_room_for_them(tmp_path, monkeypatch):
-    import ftexp.sweep.runner as runner
+    import ftexp.sweep.run.runner as runner
 
     monkeypatch.setattr(runner, "_SCRIPT", tmp_path / "child.py")
     (tmp_path / "child.py").write_text(CHILD.format(body=""))
@@ -308,7 +308,7 @@ def test_jobs_that_are_made_one_by_one_are_made_when_there_is_room_for_them(tmp_
     ],
 )
 def test_a_trial_that_is_stopped_early_is_no_failure(tmp_path, monkeypatch, end, status):
-    import ftexp.sweep.runner as runner
+    import ftexp.sweep.run.runner as runner
 
     body = STOPS.replace("sys.exit(75)", end).replace("SIGTERM", "SIGINT").replace("import signal", "import os, signal")
     monkeypatch.setattr(runner, "_SCRIPT", tmp_path / "child.py")
@@ -414,7 +414,7 @@ def test_a_terminal_shows_one_table_with_what_differs(tmp_path):
 
 
 def test_time_left_follows_the_epochs_of_this_call(tmp_path, monkeypatch):
-    import ftexp.sweep.display as display
+    import ftexp.sweep.show.display as display
 
     running = job(tmp_path)
     running.trial.status, running.trial.epochs = RUNNING, 10

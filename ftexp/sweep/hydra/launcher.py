@@ -20,9 +20,11 @@ from ftexp.cli import past_composing, to_config
 from ftexp.config.checks.validate import validate
 from ftexp.config.schema import Config
 from ftexp.errors import ConfigError
-from ftexp.sweep.identity import parse_words
+from ftexp.sweep.run.identity import parse_words
 
-PLUGINS = "hydra_plugins.ftexp"  # the module that Hydra shall think its plug-ins are from: see ftexp.sweep.plugins
+PLUGINS = (
+    "hydra_plugins.ftexp"  # the module that Hydra shall think its plug-ins are from: see ftexp.sweep.hydra.plugins
+)
 _OF_THE_SWEEP = ("sweep", "verbose", "plugins", "tracker")  # one Ray, one command: the same for all trials
 
 
@@ -48,7 +50,7 @@ class SweepLauncher(Launcher):
         composed = [compose(self._context, self._config, words) for words in job_overrides]
         configs = checked(composed, job_overrides)
         jobs = [parse_words(words, config) for words, config in zip(job_overrides, composed, strict=True)]
-        from ftexp.sweep.sweep import run_sweep
+        from ftexp.sweep.run.sweep import run_sweep
 
         with past_composing():
             values = run_sweep(configs, jobs, [list(words) for words in job_overrides])

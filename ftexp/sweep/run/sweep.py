@@ -15,8 +15,8 @@ from ftexp.rundir.record import FAILED, FINISHED
 from ftexp.rundir.sweep_record import STOPPED, WAITING, Ledger, Trial, read_ledger
 from ftexp.storage.directory import Storage
 from ftexp.storage.lease import Lease, unused_name
-from ftexp.sweep.identity import swept_keys, trial_name
-from ftexp.sweep.runner import Job
+from ftexp.sweep.run.identity import swept_keys, trial_name
+from ftexp.sweep.run.runner import Job
 
 SWEEPS = "sweeps"  # the folder under run.storage
 
@@ -43,7 +43,7 @@ def run_sweep(configs: Sequence[Config], jobs: Sequence[dict[str, str]], words: 
         ledger.take_over([job.trial for job in planned])
         prepare_environment(configs[0])
         with preloading(planned, any(job.trial.status == WAITING for job in planned)) as hot_start:
-            from ftexp.sweep.session import run_trials
+            from ftexp.sweep.run.session import run_trials
 
             return run_trials(folder, ledger, planned, share, hot_start)
 

@@ -18,8 +18,8 @@ from hydra.plugins.plugin import Plugin
 
 from ftexp.config.schema import SearchConfig
 from ftexp.errors import ConfigError
-from ftexp.sweep.launcher import PLUGINS, SweepLauncher
-from ftexp.sweep.sweeper import TuneSweeper
+from ftexp.sweep.hydra.launcher import PLUGINS, SweepLauncher
+from ftexp.sweep.hydra.sweeper import TuneSweeper
 
 LAUNCHER = "ftexp"
 _SWEEPER = "hydra/sweeper=tune"

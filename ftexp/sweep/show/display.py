@@ -13,7 +13,7 @@ from rich.table import Table
 from ftexp.rundir.record import FAILED, FINISHED, INTERRUPTED, RUNNING
 from ftexp.rundir.sweep_record import STOPPED, WAITING, Ledger, Reached, reached
 from ftexp.storage.directory import Storage
-from ftexp.sweep.runner import Job
+from ftexp.sweep.run.runner import Job
 
 STYLES = {
     RUNNING: "cyan",

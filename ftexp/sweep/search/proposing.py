@@ -19,7 +19,7 @@ from typing import Any
 
 from ftexp.rundir.record import FINISHED, RUNNING
 from ftexp.rundir.sweep_record import STOPPED
-from ftexp.sweep.space import Dimension, Options, all_points, num_points, plain_key
+from ftexp.sweep.search.space import Dimension, Options, all_points, num_points, plain_key
 
 _MOST_DRAWS = 20  # before the points that are left are counted out
 _OBJECTIVE = "objective"

@@ -19,16 +19,16 @@ from ftexp.errors import ConfigError, RayLostError
 from ftexp.rundir.record import FINISHED
 from ftexp.rundir.sweep_record import Ledger, reached
 from ftexp.storage.directory import Storage
-from ftexp.sweep.display import Display
-from ftexp.sweep.leaderboard import publish
-from ftexp.sweep.parent import tracked_sweep
-from ftexp.sweep.records import Records
-from ftexp.sweep.runner import Job, Runner, config_of, require_room
-from ftexp.sweep.sweep import failures_of, most_threads
-from ftexp.sweep.trial import Order
+from ftexp.sweep.run.parent import tracked_sweep
+from ftexp.sweep.run.records import Records
+from ftexp.sweep.run.runner import Job, Runner, config_of, require_room
+from ftexp.sweep.run.sweep import failures_of, most_threads
+from ftexp.sweep.run.trial import Order
+from ftexp.sweep.show.display import Display
+from ftexp.sweep.show.leaderboard import publish
 
 if TYPE_CHECKING:
-    from ftexp.sweep.search import Search
+    from ftexp.sweep.search.search import Search
 
 _LOOK_EVERY_S, _LOOK_EVERY_REMOTE_S = 1.0, 10.0  # at the run directories of running trials
 

@@ -25,7 +25,7 @@ from ftexp.errors import RayLostError
 from ftexp.rundir.record import FAILED, FINISHED, INTERRUPTED, RUNNING, read_state
 from ftexp.rundir.sweep_record import STOPPED, WAITING, Trial
 from ftexp.storage.directory import Storage
-from ftexp.sweep.trial import Order
+from ftexp.sweep.run.trial import Order
 
 _SCRIPT = Path(__file__).with_name("trial.py")
 _LOOK_EVERY_S = 0.1

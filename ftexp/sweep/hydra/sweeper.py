@@ -20,9 +20,9 @@ from ftexp.config.checks.validate import validate
 from ftexp.config.field_checks import field_problems
 from ftexp.config.schema import Config, SearchConfig
 from ftexp.errors import ConfigError
-from ftexp.sweep.identity import parse_words
-from ftexp.sweep.launcher import PLUGINS, checked, compose
-from ftexp.sweep.space import Dimension, Options, plain_key, probes, read_space
+from ftexp.sweep.hydra.launcher import PLUGINS, checked, compose
+from ftexp.sweep.run.identity import parse_words
+from ftexp.sweep.search.space import Dimension, Options, plain_key, probes, read_space
 
 _KEY = "hydra.sweeper"
 _OPTUNA = 5  # the oldest major version that will do
@@ -60,7 +60,7 @@ class TuneSweeper(Sweeper):
         ]
         if problems:
             raise ConfigError("\n".join(dict.fromkeys(problems)))
-        from ftexp.sweep.search import Plan, run_search
+        from ftexp.sweep.search.search import Plan, run_search
 
         with past_composing():
             run_search(Plan(self._settings, space, fixed, configs, self._compose))

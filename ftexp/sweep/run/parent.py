@@ -11,7 +11,7 @@ from ftexp.rundir.ranking import ranked
 from ftexp.rundir.record import FAILED, FINISHED, INTERRUPTED
 from ftexp.rundir.sweep_record import Ledger, reached
 from ftexp.storage.directory import Storage
-from ftexp.sweep.display import Display
+from ftexp.sweep.show.display import Display
 from ftexp.trackers.follower import described
 from ftexp.trackers.registry import Outcome, trackers
 from ftexp.trackers.run import Trackers, check_names, shown, tracked_run

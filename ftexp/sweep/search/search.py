@@ -20,13 +20,13 @@ from ftexp.errors import ConfigError, SweepFailedError
 from ftexp.rundir.record import FAILED, FINISHED, INTERRUPTED, RUNNING, read_state
 from ftexp.rundir.sweep_record import STOPPED, WAITING, Ledger, curve
 from ftexp.storage.directory import Storage
-from ftexp.sweep.proposing import Known, propose
-from ftexp.sweep.runner import Job
-from ftexp.sweep.space import Dimension, inside, num_points, plain_key
-from ftexp.sweep.sweep import claimed, make_job, mark_what_is_done, open_ledger, preloading
+from ftexp.sweep.run.runner import Job
+from ftexp.sweep.run.sweep import claimed, make_job, mark_what_is_done, open_ledger, preloading
+from ftexp.sweep.search.proposing import Known, propose
+from ftexp.sweep.search.space import Dimension, inside, num_points, plain_key
 
 if TYPE_CHECKING:
-    from ftexp.sweep.halving import Halving
+    from ftexp.sweep.search.halving import Halving
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class Search:
         if settings.scheduler == "none":
             return
         epochs = self.plan.probes[0].train.epochs
-        from ftexp.sweep.halving import Halving
+        from ftexp.sweep.search.halving import Halving
 
         self._halving = Halving(self._ledger.mode, settings.grace_epochs, settings.reduction_factor, epochs)
         self._take_what_has_ended(self._halving)
@@ -243,7 +243,7 @@ def run_search(plan: Plan) -> None:
         prepare_environment(config)
         waits = any(job.trial.status == WAITING for job in search.jobs)
         with preloading(search.probes, waits or search.has_more) as hot_start:
-            from ftexp.sweep.session import run_trials
+            from ftexp.sweep.run.session import run_trials
 
             run_trials(folder, ledger, search.jobs, share, hot_start, search)
             if (problem := search.problem()) is not None:
