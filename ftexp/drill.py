@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from ftexp.cli import parse_words, prepare_streams, print_error, run_hydra, to_config
+from ftexp.cli.compose import parse_words, prepare_streams, print_error, run_hydra, to_config
 from ftexp.config.checks.validate import validate
 from ftexp.config.field_checks import field_problems
 from ftexp.config.fields import ranged
@@ -35,7 +35,7 @@ from ftexp.errors import ConfigError, RunFailedError
 from ftexp.storage.lease import unused_name
 
 if TYPE_CHECKING:
-    from ftexp.drill_report import Report
+    from ftexp.drilling.report import Report
     from ftexp.storage.directory import Storage
 
 _KILLED = -9
@@ -122,7 +122,7 @@ def drill(config: Config, own: DrillConfig, overrides: list[str]) -> bool:
     """
     with_faults = dataclasses.replace(config, chaos=dataclasses.replace(config.chaos, faults=own.faults))
     validate(with_faults)
-    from ftexp.drill_report import compare
+    from ftexp.drilling.report import compare
     from ftexp.storage.directory import Storage
 
     name = f"drill_{unused_name()}"

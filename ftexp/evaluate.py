@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
 
-from ftexp.cli import prepare_streams, print_error, read_command
+from ftexp.cli.compose import prepare_streams, print_error, read_command
 from ftexp.config.fields import choice, ranged
 from ftexp.config.schema import Config
 from ftexp.errors import ConfigError, FtexpError, StorageError
@@ -77,7 +77,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         DataError: the data that the run was made with can't be read.
         StorageError: `out` can't be written.
     """
-    from ftexp.saved_run import load_run_config, require_data
+    from ftexp.cli.trained_run import load_run_config, require_data
     from ftexp.storage.directory import Storage, absolute
 
     if config.device == "cuda":
@@ -104,6 +104,7 @@ def _evaluate(config: EvaluateConfig, run_config: Config, storage: Storage) -> d
 
     from ftexp.checkpoint.staging import load_part
     from ftexp.checkpoint.store import CheckpointStore
+    from ftexp.cli.trained_run import choose, read_weights
     from ftexp.data.build import build_data
     from ftexp.data.feeds.feed import ToTensors, evaluation_batches
     from ftexp.driver.resume import labels_as_begun, require_trained_on
@@ -113,7 +114,6 @@ def _evaluate(config: EvaluateConfig, run_config: Config, storage: Storage) -> d
     from ftexp.model.build import as_logits, build_model
     from ftexp.registry import load_plugins
     from ftexp.rundir.record import read_state
-    from ftexp.saved_run import choose, read_weights
 
     load_plugins(run_config.plugins)
     store = CheckpointStore(storage.child("checkpoints"))

@@ -30,14 +30,14 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from omegaconf import MISSING
 
-from ftexp.cli import prepare_streams, print_error, read_command
+from ftexp.cli.compose import prepare_streams, print_error, read_command
 from ftexp.config.fields import choice, ranged
 from ftexp.errors import ConfigError, ExportError, FtexpError
 
 if TYPE_CHECKING:
     from ftexp.checkpoint.store import Manifest
+    from ftexp.cli.trained_run import SavedRun
     from ftexp.exporting.checking import Difference, Samples
-    from ftexp.saved_run import SavedRun
     from ftexp.storage.directory import Storage
 
 _ABOUT_FILE = "export.json"
@@ -71,7 +71,7 @@ def main() -> None:
         print_error(error)
         sys.exit(error.exit_code)
     except KeyboardInterrupt as interrupt:
-        from ftexp.cli import interrupted_code
+        from ftexp.cli.compose import interrupted_code
 
         sys.exit(interrupted_code(interrupt))
 
@@ -94,7 +94,7 @@ def export(config: ExportConfig) -> dict[str, Any]:
         ExportError: the exported model differs from the original by more than the tolerance. Nothing is left behind.
         StorageError: `out` can't be written.
     """
-    from ftexp.saved_run import SavedRun, choose, read_weights
+    from ftexp.cli.trained_run import SavedRun, choose, read_weights
     from ftexp.storage.directory import Storage
 
     run = SavedRun.at(config.run)

@@ -28,7 +28,15 @@ from typing import TYPE_CHECKING
 
 from omegaconf import MISSING, DictConfig
 
-from ftexp.cli import interrupted_code, offer_option, prepare_streams, print_error, read_command, run_hydra, to_config
+from ftexp.cli.compose import (
+    interrupted_code,
+    offer_option,
+    prepare_streams,
+    print_error,
+    read_command,
+    run_hydra,
+    to_config,
+)
 from ftexp.config.checks.validate import validate
 from ftexp.config.fields import choice, ranged
 from ftexp.config.schema import AUTO, Config, DataConfig
@@ -36,7 +44,7 @@ from ftexp.config.source_names import SOURCE_FIELDS, can_stream
 from ftexp.errors import ConfigError, FtexpError
 
 if TYPE_CHECKING:
-    from ftexp.saved_run import SavedRun
+    from ftexp.cli.trained_run import SavedRun
     from ftexp.storage.directory import Storage
 
 _OWN = ("run", "checkpoint", "weights", "split", "out")
@@ -83,7 +91,7 @@ def main() -> None:
     try:
         config = parse(own)
         refuse(rest)
-        from ftexp.saved_run import SavedRun
+        from ftexp.cli.trained_run import SavedRun
 
         run = SavedRun.at(config.run)
         top_k(config, run)
@@ -162,8 +170,8 @@ def predict(composed: Config, own: PredictConfig, run: SavedRun, chosen: bool, w
     validate(config, trains=False)
     split = _split(own, data, chosen, words)
     config = dataclasses.replace(config, data=dataclasses.replace(data, on_bad_sample="skip"))
+    from ftexp.cli.trained_run import choose
     from ftexp.cluster.ray_cluster import decide_workers, prepare_environment
-    from ftexp.saved_run import choose
     from ftexp.storage.directory import Storage
 
     workers = decide_workers(config.scaling)
@@ -171,7 +179,7 @@ def predict(composed: Config, own: PredictConfig, run: SavedRun, chosen: bool, w
     out = Storage.at(own.out) if own.out is not None else _default_out(run, data, split, own.weights)
     out.require_writable("out")
     prepare_environment(config)
-    from ftexp.inference.session import Request, run_session
+    from ftexp.predicting.session import Request, run_session
 
     settings = own.predict
     shape = (settings.batch_size, settings.part_rows, settings.format)

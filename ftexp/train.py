@@ -10,7 +10,7 @@ import sys
 
 from omegaconf import DictConfig
 
-from ftexp.cli import interrupted_code, prepare_streams, print_error, run_hydra, to_config
+from ftexp.cli.compose import interrupted_code, prepare_streams, print_error, run_hydra, to_config
 from ftexp.cluster.process_exit import code_of
 from ftexp.driver.restart import Restart, begin_again, begun_again
 from ftexp.driver.run import train

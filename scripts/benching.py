@@ -59,11 +59,11 @@ def composed(*overrides: str) -> Any:
     """The config of a run with these overrides."""
     from hydra import compose, initialize_config_dir
 
-    import ftexp.cli  # registers the schema
+    import ftexp.cli.compose  # registers the schema
     from ftexp.config.schema import config_dir
 
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        return ftexp.cli.to_config(compose("config", list(overrides)))
+        return ftexp.cli.compose.to_config(compose("config", list(overrides)))
 
 
 def default_recipe() -> dict[str, Any]:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from ftexp.chaos import strike as chaos
 from ftexp.chaos.strike import FIRED, Chaos, ChaosError, FaultyStore, damage, planned_faults
 from ftexp.checkpoint.store import FILES, CheckpointStore, Manifest
-from ftexp.cli import to_config
+from ftexp.cli.compose import to_config
 from ftexp.config.checks.validate import validate
 from ftexp.config.schema import DAMAGES, FAULTS, ChaosConfig, config_dir
 from ftexp.storage.directory import Storage

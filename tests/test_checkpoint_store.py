@@ -26,10 +26,10 @@ from ftexp.checkpoint.store import (
     kept_names,
     locate,
 )
+from ftexp.cli.trained_run import choose
 from ftexp.config.schema import DAMAGES, Config
 from ftexp.errors import CheckpointError, ConfigError
 from ftexp.evaluate import EvaluateConfig, evaluate
-from ftexp.saved_run import choose
 from ftexp.storage.directory import Storage
 
 CONTENT = {name: name.encode() * 50 for name in FILES}

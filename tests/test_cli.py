@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 
 import ftexp.config.checks.validate
 from ftexp import evaluate
-from ftexp.cli import print_error, run_hydra, to_config
+from ftexp.cli.compose import print_error, run_hydra, to_config
 from ftexp.config.checks.validate import validate
 from ftexp.config.schema import config_dir
 from ftexp.errors import ConfigError, DataError, FtexpError

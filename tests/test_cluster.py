@@ -13,7 +13,7 @@ import pytest
 from conftest import Command, RunFolder
 
 from ftexp.checkpoint.store import CHECKPOINTS
-from ftexp.drill_report import compare
+from ftexp.drilling.report import compare
 from ftexp.rundir.sample_ledger import problems, read_updates
 
 BATCH = 32

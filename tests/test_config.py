@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 import ftexp
-from ftexp.cli import explain, open_keys, run_hydra, to_config
+from ftexp.cli.compose import explain, open_keys, run_hydra, to_config
 from ftexp.config.checks.validate import validate
 from ftexp.config.schema import AugmentConfig, Config, config_dir
 from ftexp.config.source_names import SOURCE_FIELDS

@@ -11,7 +11,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from test_end_to_end import SMALL_CIFAR, write_small_cifar
 
-from ftexp.cli import to_config
+from ftexp.cli.compose import to_config
 from ftexp.config.schema import Config, config_dir
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -10,11 +10,11 @@ import torch
 from saved_runs import CHECKPOINT, CLASSES, pictures, saved_run
 
 import ftexp.export
+from ftexp.cli.trained_run import read_weights
 from ftexp.errors import CheckpointError, ConfigError, ExportError
 from ftexp.export import export, parse
 from ftexp.exporting.checking import Samples, compare
 from ftexp.exporting.formats import answers, formats
-from ftexp.saved_run import read_weights
 
 IMAGES = pictures(5)
 # without ftexp: what README shows, over the folder and the pixels that are given

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import FOUR_EPOCHS, wait_until_none
 
-from ftexp.drill_report import compare
+from ftexp.drilling.report import compare
 from ftexp.rundir.sample_ledger import problems, read_updates
 
 BATCH = 32

@@ -20,10 +20,10 @@ from ftexp.data.augment.erasing import Erasing
 from ftexp.data.augment.mixing import Mixing
 from ftexp.data.augment.pixels import Augment
 from ftexp.data.feeds.feed import CachedRows, IndexedFeed, MicroBatch, ToTensors
-from ftexp.data.inspect import as_the_model_sees
 from ftexp.data.order import Order, derive_seed
 from ftexp.data.plan import Plan, cut_off
 from ftexp.data.stratify import DataInfo
+from ftexp.inspecting.inspect import as_the_model_sees
 
 CPU = torch.device("cpu")
 CLASSES = 5

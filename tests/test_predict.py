@@ -18,10 +18,10 @@ import torch
 from ftexp.config.schema import Config, ModelConfig
 from ftexp.data.stratify import DataInfo
 from ftexp.errors import ConfigError, StorageError
-from ftexp.inference.parts import BAD_FILE, PARTS, PLAN_FILE, Plan, WritePart, begin, collect_bad, encoded, part_table
-from ftexp.inference.pipeline import Predict
-from ftexp.inference.progress import ImageProgress
 from ftexp.predict import parse, refuse
+from ftexp.predicting.parts import BAD_FILE, PARTS, PLAN_FILE, Plan, WritePart, begin, collect_bad, encoded, part_table
+from ftexp.predicting.pipeline import Predict
+from ftexp.predicting.progress import ImageProgress
 from ftexp.storage.directory import Storage
 
 PLAN = Plan("run", "step_1", "raw", "abc", {"name": "image_folder", "root": "/a"}, 10, "def", 2, "parquet", 4)

@@ -16,13 +16,13 @@ from conftest import wait_until_none
 from image_files import SIZE, data_config, encoded, picture, put, write_layouts, write_parquet, write_shard
 from test_config import composed
 
+from ftexp.cli.trained_run import SavedRun
 from ftexp.cluster.ray_cluster import Workers
 from ftexp.data.feeds.decoding import decode_samples
 from ftexp.errors import DataError
-from ftexp.inference import stopping
-from ftexp.inference.inputs import ALL, find_inputs
-from ftexp.inference.parts import PARTS, Plan, begin
-from ftexp.saved_run import SavedRun
+from ftexp.predicting import stopping
+from ftexp.predicting.inputs import ALL, find_inputs
+from ftexp.predicting.parts import PARTS, Plan, begin
 from ftexp.storage.directory import Storage
 
 CLASSES = ["0", "1", "2"]
@@ -156,7 +156,7 @@ def run(tmp_path_factory):
 
 def test_parts_hold_what_the_model_says_of_each_image_and_name_what_is_unreadable(run, tmp_path):
     from ftexp.data.listing import Shared
-    from ftexp.inference.pipeline import Job
+    from ftexp.predicting.pipeline import Job
 
     paths = [tmp_path / "images" / f"{'012'[n % 3]}/{n:02}.png" for n in range(20)]
     for path, image in zip(paths, IMAGES, strict=True):

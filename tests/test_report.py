@@ -16,7 +16,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from PIL import Image
 
-from ftexp.cli import to_config
+from ftexp.cli.compose import to_config
 from ftexp.config.fingerprint import masked
 from ftexp.config.schema import config_dir
 from ftexp.errors import ConfigError

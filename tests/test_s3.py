@@ -12,7 +12,7 @@ import pytest
 from conftest import Command, s3_uri
 
 from ftexp.checkpoint.store import CHECKPOINTS, FILES, MANIFEST, REJECTED, CheckpointStore, Manifest, locate
-from ftexp.drill_report import compare
+from ftexp.drilling.report import compare
 from ftexp.errors import CheckpointError, RunInUseError
 from ftexp.storage.append_log import AppendLog
 from ftexp.storage.directory import Storage

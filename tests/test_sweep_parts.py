@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 import ftexp.cluster.ray_cluster
-from ftexp.cli import run_hydra
+from ftexp.cli.compose import run_hydra
 from ftexp.cluster.interruptible import Terminated
 from ftexp.cluster.ray_cluster import Workers, decide_workers, num_shares
 from ftexp.config.schema import Config, ScalingConfig

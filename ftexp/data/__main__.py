@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from ftexp.cli import prepare_streams, print_error, run_hydra, to_config
+from ftexp.cli.compose import prepare_streams, print_error, run_hydra, to_config
 from ftexp.config.checks.validate import validate
 from ftexp.config.schema import AugmentConfig, Config
 from ftexp.errors import ConfigError, StorageError
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from ftexp.cluster.ray_cluster import Workers
-    from ftexp.data.inspect import Found
     from ftexp.data.stratify import DataBundle, DataInfo
+    from ftexp.inspecting.inspect import Found
 
 _MOST_CLASSES = 25  # more are cut to the largest and the smallest
 _LARGEST, _SMALLEST = 20, 5
@@ -113,8 +113,8 @@ def _inspect(config: Config, workers: Workers, out: Path) -> None:
     from rich.console import Console
 
     from ftexp.data.build import build_data
-    from ftexp.data.inspect import look
     from ftexp.driver.resume import repeated_samples
+    from ftexp.inspecting.inspect import look
 
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
     skipping = dataclasses.replace(config, data=dataclasses.replace(config.data, on_bad_sample="skip"))
@@ -134,7 +134,7 @@ def _inspect(config: Config, workers: Workers, out: Path) -> None:
 
 def _draw(config: Config, found: Found, out: Path) -> None:
     from ftexp.config.fingerprint import masked
-    from ftexp.data.inspect import contact_sheet
+    from ftexp.inspecting.inspect import contact_sheet
 
     augment, usual = dataclasses.asdict(config.augment), dataclasses.asdict(AugmentConfig())
     changes = ", ".join(f"{name}={value}" for name, value in augment.items() if value != usual[name]) or "none"

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ftexp.cli.trained_run import SavedRun
 from ftexp.config.source_names import can_stream
 from ftexp.data.feeds.decoding import decode_samples
 from ftexp.data.sources.arrays import UInt8s
 from ftexp.errors import DataError
 from ftexp.exporting.formats import Answer
-from ftexp.inference.inputs import find_inputs
-from ftexp.saved_run import SavedRun
+from ftexp.predicting.inputs import find_inputs
 
 NOISE = "noise"
 

@@ -9,7 +9,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.singleton import Singleton
 
-from ftexp.cli import to_config
+from ftexp.cli.compose import to_config
 from ftexp.config.fingerprint import flat, masked
 from ftexp.config.schema import config_dir
 

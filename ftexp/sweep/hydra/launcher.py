@@ -16,7 +16,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
-from ftexp.cli import past_composing, to_config
+from ftexp.cli.compose import past_composing, to_config
 from ftexp.config.checks.validate import validate
 from ftexp.config.schema import Config
 from ftexp.errors import ConfigError

@@ -15,7 +15,7 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-from ftexp.cli import past_composing, to_config
+from ftexp.cli.compose import past_composing, to_config
 from ftexp.config.checks.validate import validate
 from ftexp.config.field_checks import field_problems
 from ftexp.config.schema import Config, SearchConfig

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ftexp.cli import EXIT_INTERRUPTED, EXIT_TERMINATED
+from ftexp.cli.compose import EXIT_INTERRUPTED, EXIT_TERMINATED
 from ftexp.cluster.interruptible import STOP_GRACE_S, Terminated
 from ftexp.cluster.ray_cluster import Workers
 from ftexp.config.schema import Config

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import ray
 
-from ftexp.cli import interrupted_code
+from ftexp.cli.compose import interrupted_code
 from ftexp.cluster.hot_start.driver import HotStart, on_joined_nodes
 from ftexp.cluster.interruptible import collected_signals
 from ftexp.cluster.ray_cluster import SharedRay, import_meanwhile, may_stream, start_ray, usable_cpus

@@ -41,7 +41,7 @@ def main() -> None:
 
 def run(order: Order) -> int:
     """The exit code of one trial."""
-    from ftexp.cli import interrupted_code, print_error
+    from ftexp.cli.compose import interrupted_code, print_error
     from ftexp.driver.run import train
     from ftexp.errors import FtexpError
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import OmegaConf
 
 from ftexp.checkpoint.store import CHECKPOINTS, CheckpointStore, Manifest
-from ftexp.cli import to_config
+from ftexp.cli.compose import to_config
 from ftexp.config.schema import Config, DataConfig
 from ftexp.data.stratify import DataInfo
 from ftexp.errors import CheckpointError, ConfigError

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
+from ftexp.cli.trained_run import SavedRun
 from ftexp.cluster.ray_cluster import Workers
 from ftexp.data.feeds.decoding import decode_samples, decoding
 from ftexp.data.listing import IndexedSplit, Shared
 from ftexp.data.order import Int64s
-from ftexp.inference.inputs import Inputs
-from ftexp.inference.parts import Plan, WritePart
-from ftexp.inference.stopping import StopWhenAsked
-from ftexp.saved_run import SavedRun
+from ftexp.predicting.inputs import Inputs
+from ftexp.predicting.parts import Plan, WritePart
+from ftexp.predicting.stopping import StopWhenAsked
 from ftexp.storage.directory import Storage
 
 _UNIT_ROWS, _UNIT_BYTES = 256, 32 * 2**20  # of what one task decodes; a smaller task costs more than it does

@@ -23,11 +23,11 @@ from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ftexp.cli.overrides import as_typed, as_typed_yaml, quoted_word
 from ftexp.config.checks.recipe import fitted
 from ftexp.config.field_checks import field_problems, keys_problem, list_problem, null_problem, shown, type_problems
 from ftexp.config.schema import Config, SearchConfig, config_dir
 from ftexp.errors import ConfigError, FtexpError
-from ftexp.overrides import as_typed, as_typed_yaml, quoted_word
 from ftexp.registry import did_you_mean
 
 EXIT_INTERRUPTED = 130

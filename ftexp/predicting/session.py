@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import ray  # before a thread imports what imports it
 
 from ftexp.checkpoint.store import Manifest
+from ftexp.cli.trained_run import AS_TRAINED, SavedRun, read_weights
 from ftexp.cluster.hot_start.driver import HotStart, on_joined_nodes
 from ftexp.cluster.interruptible import fit_interruptibly
 from ftexp.cluster.ray_cluster import Workers, import_meanwhile, lacking_resources, quiet_data, start_ray
@@ -17,16 +18,15 @@ from ftexp.config.fingerprint import masked
 from ftexp.config.schema import Config
 from ftexp.driver.resume import require_trained_on
 from ftexp.errors import ConfigError, DataError, RayLostError
-from ftexp.inference.parts import BAD_FILE, PARTS, Plan, begin, collect_bad
-from ftexp.inference.stopping import Stopped, ask_to_stop
-from ftexp.saved_run import AS_TRAINED, SavedRun, read_weights
+from ftexp.predicting.parts import BAD_FILE, PARTS, Plan, begin, collect_bad
+from ftexp.predicting.stopping import Stopped, ask_to_stop
 from ftexp.storage.directory import Storage
 from ftexp.storage.lease import Lease
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ftexp.inference.inputs import Inputs
+    from ftexp.predicting.inputs import Inputs
 
 _MOST_BAD_SHOWN = 10
 _COLUMNS = ("image_column", "label_column")
@@ -81,7 +81,7 @@ def run_session(request: Request, workers: Workers) -> None:
     config = request.config
     lease = Lease.take(request.out, key="out")
     hot_start = HotStart(config.scaling, workers.num_threads)
-    importing = import_meanwhile("ftexp.inference.pipeline")
+    importing = import_meanwhile("ftexp.predicting.pipeline")
     asked: list[KeyboardInterrupt] = []
 
     def stop(why: KeyboardInterrupt) -> bool:
@@ -107,9 +107,9 @@ def _predict(request: Request, workers: Workers) -> None:
     from rich.console import Console
 
     from ftexp.data.listing import Shared
-    from ftexp.inference.inputs import find_inputs
-    from ftexp.inference.pipeline import Job
-    from ftexp.inference.progress import ImageProgress
+    from ftexp.predicting.inputs import find_inputs
+    from ftexp.predicting.pipeline import Job
+    from ftexp.predicting.progress import ImageProgress
     from ftexp.registry import load_plugins
 
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)

@@ -1,0 +1,1 @@
+"""Breaking a run on purpose and comparing what came of it."""

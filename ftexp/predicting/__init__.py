@@ -1,0 +1,1 @@
+"""Classes for any number of images."""
