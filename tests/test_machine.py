@@ -3,7 +3,6 @@
 import getpass
 import os
 import stat
-from pathlib import Path
 
 import pytest
 from test_config import composed
@@ -91,11 +90,15 @@ def test_a_private_folder_that_is_not_private_is_refused(home, monkeypatch, tmp_
         machine._private("it is lacking")
 
 
-def test_without_a_home_or_a_name_ray_and_torch_keep_their_files_in_the_private_folder(home, forbid, monkeypatch):
+def test_without_a_home_or_a_name_ray_and_torch_keep_their_files_in_the_private_folder(
+    home, forbid, monkeypatch, tmp_path_factory
+):
+    own = tmp_path_factory.mktemp("own")
+    monkeypatch.setattr(machine, "_private", lambda _: str(own))
     forbid(str(home))
     machine.prepare_machine()
-    assert changed() == {"RAY_AUTH_TOKEN_PATH": f"{PRIVATE}/auth_token"}
-    token = Path(f"{PRIVATE}/auth_token").stat()
+    assert changed() == {"RAY_AUTH_TOKEN_PATH": f"{own}/auth_token"}
+    token = (own / "auth_token").stat()
     assert (token.st_size, stat.S_IMODE(token.st_mode)) == (64, 0o600)
 
     def nobody():
@@ -103,7 +106,7 @@ def test_without_a_home_or_a_name_ray_and_torch_keep_their_files_in_the_private_
 
     monkeypatch.setattr(getpass, "getuser", nobody)
     machine.prepare_machine()
-    assert changed()["TORCHINDUCTOR_CACHE_DIR"] == f"{PRIVATE}/inductor"
+    assert changed()["TORCHINDUCTOR_CACHE_DIR"] == f"{own}/inductor"
 
 
 def test_compiling_without_a_compiler_is_a_wrong_config(monkeypatch):
