@@ -10,11 +10,11 @@ import sys
 
 from omegaconf import DictConfig
 
-from ftexp.cli.compose import interrupted_code, prepare_streams, print_error, run_hydra, to_config
+from ftexp.cli.compose import exit_code_of, interrupted_code, prepare_streams, print_error, run_hydra, to_config
 from ftexp.cluster.process_exit import code_of
 from ftexp.driver.restart import Restart, begin_again, begun_again
 from ftexp.driver.run import train
-from ftexp.errors import ConfigError, FtexpError
+from ftexp.errors import ConfigError
 from ftexp.sweep.hydra.plugins import with_plugins
 
 
@@ -47,14 +47,7 @@ def _task(composed: DictConfig) -> float | None:
 
 def _again(restart: Restart) -> int:
     """The exit code of the command that goes on with what it had begun."""
-    try:
-        train(restart.config, restart.overrides, restart=restart, begin_again=begin_again)
-    except FtexpError as error:
-        print_error(error)
-        return error.exit_code
-    except KeyboardInterrupt as interrupt:
-        return interrupted_code(interrupt)
-    return 0
+    return exit_code_of(lambda: train(restart.config, restart.overrides, restart=restart, begin_again=begin_again))
 
 
 if __name__ == "__main__":

@@ -17,10 +17,11 @@ from omegaconf import OmegaConf
 
 import ftexp.config.checks.validate
 from ftexp import evaluate
-from ftexp.cli.compose import print_error, run_hydra, to_config
+from ftexp.cli.compose import exit_code_of, print_error, run_hydra, to_config
+from ftexp.cluster.interruptible import Terminated
 from ftexp.config.checks.validate import validate
 from ftexp.config.schema import config_dir
-from ftexp.errors import ConfigError, DataError, FtexpError
+from ftexp.errors import ConfigError, DataError, FtexpError, RunFailedError
 
 GROUPS = sorted(folder.name for folder in config_dir().iterdir() if folder.is_dir() and folder.name != "hydra")
 
@@ -575,3 +576,23 @@ def test_help_and_cfg_take_little_longer_than_a_bare_hydra_app(words, tmp_path):
         if own < 1.5 * bare:
             return
     raise AssertionError(f"{own:.3f} s against {bare:.3f} s")
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "told"),
+    [
+        (None, 0, ""),
+        (ConfigError("seed=x is wrong"), 2, "ftexp: seed=x is wrong\n"),
+        (RunFailedError("spent"), 1, "ftexp: spent\n"),
+        (KeyboardInterrupt(), 130, ""),
+        (Terminated(), 75, ""),
+    ],
+    ids=str,
+)
+def test_a_training_outside_of_hydra_ends_with_the_commands_exit_codes(raised, code, told, capsys):
+    def run():
+        if raised is not None:
+            raise raised
+
+    assert exit_code_of(run) == code
+    assert capsys.readouterr().err == told

@@ -135,6 +135,18 @@ def interrupted_code(interrupt: KeyboardInterrupt) -> int:
     return EXIT_TERMINATED if type(interrupt).__name__ == "Terminated" else EXIT_INTERRUPTED
 
 
+def exit_code_of(run: Callable[[], object]) -> int:
+    """Run a training outside of Hydra; its errors are told, and become exit codes."""
+    try:
+        run()
+    except FtexpError as error:
+        print_error(error)
+        return error.exit_code
+    except KeyboardInterrupt as interrupt:
+        return interrupted_code(interrupt)
+    return 0
+
+
 def prepare_streams() -> None:
     """Let standard output and error take any text: what their encoding lacks is replaced; closed ones lead nowhere.
 

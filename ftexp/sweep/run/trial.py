@@ -41,18 +41,10 @@ def main() -> None:
 
 def run(order: Order) -> int:
     """The exit code of one trial."""
-    from ftexp.cli.compose import interrupted_code, print_error
+    from ftexp.cli.compose import exit_code_of
     from ftexp.driver.run import train
-    from ftexp.errors import FtexpError
 
-    try:
-        train(order.config, order.overrides, order.shared)
-    except FtexpError as error:
-        print_error(error)
-        return error.exit_code
-    except KeyboardInterrupt as interrupt:
-        return interrupted_code(interrupt)
-    return 0
+    return exit_code_of(lambda: train(order.config, order.overrides, order.shared))
 
 
 def _end_with_the_sweep() -> None:
