@@ -7,15 +7,14 @@ import re
 import shlex
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from ftexp.config.checks.validate import validate
-from ftexp.config.schema import Config
+from ftexp.config.schema import Config, config_dir
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = config_dir().parent
 LISTED = subprocess.run(
     ["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.md"],
     cwd=ROOT, capture_output=True, text=True, check=True,
