@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ftexp.data.batches import Batch
-from ftexp.data.order import Order
+from ftexp.data.order import SampleOrder
 from ftexp.data.plan import Plan
 from ftexp.rundir.sample_ledger import LEDGER, Ledger, Update, last_attempt, problems, read_updates
 from ftexp.storage.directory import Storage
@@ -25,7 +25,7 @@ def run_dir(tmp_path):
 
 def batches(world_size, rank, start_step=0, seed=0, accumulate=1):
     """(step, Batch) of one rank's share from after `start_step`, as its feed gives them."""
-    plan, order = Plan(BATCH, accumulate, TOTAL, rank, world_size), Order(seed, NUM_SAMPLES)
+    plan, order = Plan(BATCH, accumulate, TOTAL, rank, world_size), SampleOrder(seed, NUM_SAMPLES)
     for step, (start, end) in enumerate(plan.batch_ends(start_step * BATCH), start=start_step + 1):
         positions = np.concatenate([share.positions[: share.num_counted] for share in plan.micro_shares(start, end)])
         yield step, Batch(start, end, [], positions, order.samples(positions))
@@ -46,7 +46,7 @@ def found(updates):
 
 def correct():
     """What a run without a fault leaves, made from the order alone."""
-    order, updates = Order(0, NUM_SAMPLES), []
+    order, updates = SampleOrder(0, NUM_SAMPLES), []
     for step, start in enumerate(range(0, TOTAL, BATCH), start=1):
         positions = np.arange(start, min(start + BATCH, TOTAL))
         updates.append(Update(step, 1, tuple(positions.tolist()), tuple(order.samples(positions).tolist())))
@@ -105,7 +105,7 @@ def test_every_line_can_be_read_once_it_is_flushed(run_dir, memory):
 def test_a_line_is_plain_json_with_the_step_its_positions_and_its_samples(run_dir):
     write(run_dir, attempt=1, world_size=2, last_step=1)
     lines = run_dir.child(LEDGER).read_bytes("a0001.r1.jsonl").decode().splitlines()
-    samples = Order(0, NUM_SAMPLES).samples(np.array([2, 3])).tolist()
+    samples = SampleOrder(0, NUM_SAMPLES).samples(np.array([2, 3])).tolist()
     assert [json.loads(line) for line in lines] == [{"step": 1, "positions": [2, 3], "samples": samples}]
 
 

@@ -27,7 +27,7 @@ from ftexp.data.augment.mixing import Mixing
 from ftexp.data.augment.pixels import Augment
 from ftexp.data.feeds.feed import CachedRows, IndexedFeed, ToTensors
 from ftexp.data.info import DataInfo
-from ftexp.data.order import Order
+from ftexp.data.order import SampleOrder
 from ftexp.data.plan import Plan
 from ftexp.errors import ConfigError, NonFiniteError
 from ftexp.evaluation.meter import Meter, Progress
@@ -102,7 +102,7 @@ def make_job(model=SMALL_VIT, num_samples=96, batch=24, optim=None, augment=None
         model=built, wrapped=built, optimizer=optimizer,
         scheduler=build_scheduler(config.schedule, optimizer, math.ceil(total / batch), num_samples / batch),
         scaler=torch.amp.GradScaler("cpu", enabled=config.train.precision == "fp16"),
-        feed=IndexedFeed(rows, Order(0, num_samples), plan, to_tensors, Augment(augment, 0)),
+        feed=IndexedFeed(rows, SampleOrder(0, num_samples), plan, to_tensors, Augment(augment, 0)),
         rows={"train": rows, "val": rows, "test": rows}, to_tensors=to_tensors, total_positions=total,
         progress=Progress(Meter(CPU)), freezing=freezing, average=average,
         erasing=Erasing(augment, 0, CPU) if augment.erase_prob else None,
@@ -313,7 +313,7 @@ def test_a_poisoned_step_is_not_a_number_once():
 
 def test_a_batch_tells_which_samples_it_counts():
     job = make_job(accumulate_steps=5, batch=7)  # micro-batches of one row are filled up
-    order, told = Order(0, 96), []
+    order, told = SampleOrder(0, 96), []
     for batch in job.feed.from_position(0):
         assert batch.positions.tolist() == list(range(batch.start, batch.end))
         assert batch.samples.tolist() == order.samples(batch.positions).tolist()

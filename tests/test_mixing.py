@@ -22,7 +22,7 @@ from ftexp.data.augment.pixels import Augment
 from ftexp.data.batches import MicroBatch
 from ftexp.data.feeds.feed import CachedRows, IndexedFeed, ToTensors
 from ftexp.data.info import DataInfo
-from ftexp.data.order import Order, derive_seed
+from ftexp.data.order import SampleOrder, derive_seed
 from ftexp.data.plan import Plan, cut_off
 from ftexp.inspecting.inspect import as_the_model_sees
 
@@ -135,7 +135,7 @@ def test_what_can_not_be_read_is_mixed_into_nothing():
     readable = np.array([True, True, True, False, True, True])
     assert share.pairs(0, readable).tolist() == [[0, 4], [1, 5]]
 
-    sample = int(Order(0, 6).samples(np.arange(6))[3])
+    sample = int(SampleOrder(0, 6).samples(np.arange(6))[3])
     feed = make_feed(6, Plan(6, 1, 6, 0, 1, True), rows=Unreadable(6, [sample]))
     micro = next(feed.from_position(0)).micro_batches[0]
     mixed = Mixing(configured("elem"), 51, 0.0, 0)(micro, 0)
@@ -197,7 +197,7 @@ def test_a_feed_gives_what_rand_augment_makes_of_its_rows():
     block = {"image": pixels, "label": np.arange(6), "sample": np.arange(6)}
     rows = CachedRows(SimpleNamespace(iter_batches=lambda **_: iter([block])))
     info = DataInfo([str(n) for n in range(6)], 8, 1, [0.0], [1.0], {})
-    augment, order = Augment(AugmentConfig(rand_augment="rand-m9-inc1"), 2, info.mean), Order(0, 6)
+    augment, order = Augment(AugmentConfig(rand_augment="rand-m9-inc1"), 2, info.mean), SampleOrder(0, 6)
     to_tensors = ToTensors(info, CPU, False)
     batch = next(IndexedFeed(rows, order, Plan(6, 1, 12, 0, 1), to_tensors, augment).from_position(6))
     changed = augment.pixels(pixels[order.samples(np.arange(6, 12))], np.arange(6, 12))

@@ -64,7 +64,7 @@ class AnyOrder(Protocol):
 
 
 @dataclass(frozen=True)
-class Order:
+class SampleOrder:
     """The sequence of samples of a run: position -> (epoch, sample), `0 <= sample < num_samples`."""
 
     seed: int
@@ -139,7 +139,7 @@ def run_order(seed: int, num_samples: int, window: int | None, block_sizes: Int6
     """The order of a run with this seed; `window` is data.shuffle_window, in blocks of `block_sizes` samples."""
     seed = derive_seed(seed, _STREAM)
     if window is None:
-        return Order(seed, num_samples)
+        return SampleOrder(seed, num_samples)
     assert block_sizes is not None, "data.shuffle_window is refused for other sources"
     return WindowOrder(seed, block_sizes, window)
 
