@@ -5,6 +5,8 @@ from __future__ import annotations
 import html
 from collections.abc import Iterable
 
+from ftexp.report.text import plain
+
 _VOID = frozenset({"img", "meta", "br", "hr"})
 Child = object  # Markup, None, an iterable of such, or anything else: its text
 
@@ -39,14 +41,3 @@ def _rendered(child: Child) -> str:
     if isinstance(child, Iterable) and not isinstance(child, str):
         return joined(child)
     return html.escape(plain(child))
-
-
-def plain(value: Child) -> str:
-    """The text of a value, as UTF-8 can hold it: JSON may have brought half a surrogate pair."""
-    return str(value).encode("utf-8", "replace").decode()
-
-
-def cut(text: str, most: int) -> str:
-    """One line of at most so many characters."""
-    line = " ".join(plain(text).split())
-    return line if len(line) <= most else f"{line[: most - 1]}…"

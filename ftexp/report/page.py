@@ -14,9 +14,10 @@ from ftexp.report.charts import Mark, line_chart, timeline_chart
 from ftexp.report.confusion import confusion_chart
 from ftexp.report.drawing import Drawing, svg
 from ftexp.report.frame import document, section, tile
-from ftexp.report.markup import Markup, cut, element
+from ftexp.report.markup import Markup, element
 from ftexp.report.series import Series, curve, duration, throughput
 from ftexp.report.source import RunFiles
+from ftexp.report.text import cut
 from ftexp.report.timeline import build_timeline
 
 _WIDE, _NARROW = 1000.0, 360.0  # of the timeline, in pixels; which one is seen depends on the screen

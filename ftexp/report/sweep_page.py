@@ -9,13 +9,14 @@ from urllib.parse import quote
 
 from ftexp.report.drawing import Drawing, svg
 from ftexp.report.frame import document, section, tile
-from ftexp.report.markup import Child, Markup, cut, element, plain
+from ftexp.report.markup import Child, Markup, element
 from ftexp.report.series import duration
-from ftexp.report.sweep_charts import TrialLine, curves_chart, parallel_chart
+from ftexp.report.sweep_charts import curves_chart, learning_curve, parallel_chart, trial_lines
 from ftexp.report.tables import table
-from ftexp.rundir.ranking import has_place, ranked, varying
+from ftexp.report.text import cut, plain
+from ftexp.rundir.ranking import ranked, varying
 from ftexp.rundir.record import FAILED, FINISHED
-from ftexp.rundir.sweep_record import Reached, curve, look
+from ftexp.rundir.sweep_record import Reached, look
 from ftexp.storage.directory import Storage
 
 _WIDE = 1000.0
@@ -34,17 +35,10 @@ class SweepReport:
         self._ledger, trials = look(folder)
         self._ordered = ranked(self._ledger, trials)
         self._keys = varying(self._ledger, self._ordered) or self._ledger.keys
-        self._lines = [self._line(number, each) for number, each in enumerate(self._ordered)]
-        self._curves = [
-            (line, [(float(x), y) for x, y in curve(folder, each.trial, self._ledger.metric)])
-            for line, each in zip(self._lines[:_MOST_LINES], self._ordered, strict=False)
-        ]
+        self._lines = trial_lines(self._ledger, self._ordered, self._keys)
+        few = zip(self._lines[:_MOST_LINES], self._ordered, strict=False)
+        self._curves = [(line, learning_curve(folder, self._ledger, each)) for line, each in few]
         self.charts = dict(self._charts())
-
-    def _line(self, place: int, each: Reached) -> TrialLine:
-        values = {key: each.trial.values.get(key, "") for key in self._keys}
-        score = each.value(self._ledger.metric)
-        return TrialLine(each.trial.name, values, score, has_place(self._ledger, each), place)
 
     def _charts(self) -> Iterator[tuple[str, Drawing]]:
         metric, lines = self._ledger.metric, self._lines[:_MOST_LINES]

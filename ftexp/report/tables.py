@@ -6,9 +6,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ftexp.report.defaults import config_differences
-from ftexp.report.markup import Child, Markup, cut, element
+from ftexp.report.markup import Child, Markup, element
 from ftexp.report.series import duration
 from ftexp.report.source import Record, RunFiles
+from ftexp.report.text import cut
 from ftexp.report.timeline import DETECTING, PHASES, REPLAYING, RESTARTING, RESTORING, STARTING, Timeline
 
 MOST_ROWS = 200  # of a table; what is in the middle of a longer one is left out
