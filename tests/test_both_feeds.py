@@ -20,7 +20,7 @@ from ftexp.data.feeds.feed import CachedRows, IndexedFeed, ToTensors, evaluation
 from ftexp.data.feeds.streamed import StreamedRows
 from ftexp.data.listing import IndexedSplit
 from ftexp.data.order import Order, WindowOrder
-from ftexp.data.plan import Plan
+from ftexp.data.plan import ShardPlan
 from ftexp.data.stratify import DataInfo
 
 SIZE = 4
@@ -101,7 +101,7 @@ def test_every_position_comes_once_from_both_feeds_with_the_same_bits(
     begin = min(steps_done * batch, total)
     counted, weight_of_step = {}, Counter()
     for rank in range(world):
-        plan, augment = Plan(batch, accumulate, total, rank, world), Augment(AUGMENT, seed=0)
+        plan, augment = ShardPlan(batch, accumulate, total, rank, world), Augment(AUGMENT, seed=0)
         streamed, cached = (
             IndexedFeed(rows, order, plan, TO_TENSORS, augment).from_position(begin)
             for rows in (streamed_rows(num_samples), cached_rows(sizes))

@@ -27,7 +27,7 @@ from ftexp.data.augment.mixing import Mixing
 from ftexp.data.augment.pixels import Augment
 from ftexp.data.feeds.feed import CachedRows, IndexedFeed, ToTensors
 from ftexp.data.order import Order
-from ftexp.data.plan import Plan
+from ftexp.data.plan import ShardPlan
 from ftexp.data.stratify import DataInfo
 from ftexp.errors import ConfigError, NonFiniteError
 from ftexp.evaluation.meter import Meter, Progress
@@ -35,7 +35,7 @@ from ftexp.failure.nonfinite import skip_step
 from ftexp.failure.watchdog import report_hang
 from ftexp.job.job import Job, settle_kernels
 from ftexp.model.build import build_model
-from ftexp.model.ema import Average
+from ftexp.model.ema import WeightsEMA
 from ftexp.model.freezing import Freezing
 from ftexp.model.optim import build_optimizer, build_scheduler
 from ftexp.storage.directory import Storage
@@ -92,8 +92,8 @@ def make_job(model=SMALL_VIT, num_samples=96, batch=24, optim=None, augment=None
     total = 3 * num_samples
     to_tensors = ToTensors(info, CPU, config.train.channels_last)
     augment = config.augment
-    plan = Plan(batch, config.train.accumulate_steps, total, 0, 1, augment.mixes)
-    average = Average(config.ema, built) if config.ema.decay is not None else None
+    plan = ShardPlan(batch, config.train.accumulate_steps, total, 0, 1, augment.mixes)
+    average = WeightsEMA(config.ema, built) if config.ema.decay is not None else None
     freezing = Freezing(config.train.freeze, built)
     freezing.settle(epoch=0)
     return Job(

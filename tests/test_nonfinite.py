@@ -17,8 +17,8 @@ from ftexp.checkpoint.store import CheckpointStore
 from ftexp.config.schema import AugmentConfig, EmaConfig, FailureConfig, OptimConfig
 from ftexp.errors import NonFiniteError
 from ftexp.failure.watchdog import Watchdog, hang_limits
-from ftexp.job.skipped_batches import Skips
-from ftexp.rundir.sample_ledger import Ledger, problems, read_updates
+from ftexp.job.skipped_batches import SkippedBatches
+from ftexp.rundir.sample_ledger import SampleLedger, problems, read_updates
 from ftexp.storage.directory import Storage
 from ftexp.worker.loop import _run, batches
 
@@ -55,9 +55,9 @@ def run(tmp_path, monkeypatch):
         job.config.failure = dataclasses.replace(job.config.failure, on_nonfinite=policy, **failure)
         job.config.checkpoint.every_steps, job.config.checkpoint.every_epochs = 3, None
         job.config.train.ledger, job.config.train.log_every_steps = True, 4
-        job.feed, job.skips = BadFeed(job.feed, bad_steps), Skips(skips)
+        job.feed, job.skips = BadFeed(job.feed, bad_steps), SkippedBatches(skips)
         folder = Storage.at(str(tmp_path), name)
-        job.ledger = Ledger(folder.child("ledger"), 1, 0)
+        job.ledger = SampleLedger(folder.child("ledger"), 1, 0)
         store = FaultyStore(folder.child("checkpoints"))
         checkpoints = CheckpointManager(job, store, ExtraState(STATES, job))
         job.folder = folder
@@ -174,7 +174,7 @@ def test_weights_that_are_not_finite_are_nothing_to_go_back_to(tmp_path, monkeyp
 
 
 def test_ranges_that_touch_become_one():
-    skips = Skips([(48, 72), (0, 24)])
+    skips = SkippedBatches([(48, 72), (0, 24)])
     assert [skips.cover(position) for position in (0, 23, 24, 47, 48, 71, 72)] == [
         True,
         True,
@@ -190,13 +190,13 @@ def test_ranges_that_touch_become_one():
 
 @given(st.lists(st.tuples(st.integers(0, 30), st.integers(1, 6)), max_size=8), st.integers(0, 40))
 def test_what_was_added_is_covered_and_nothing_else(added, position):
-    skips = Skips((start, start + length) for start, length in added)
+    skips = SkippedBatches((start, start + length) for start, length in added)
     assert skips.cover(position) == any(start <= position < start + length for start, length in added)
 
 
 @given(st.integers(0, 8), st.integers(0, 10))
 def test_a_wider_range_holds_the_bad_batch_all_before_it_and_as_many_again(num_before, first):
-    skips = Skips([(10, 10 + num_before)] if num_before else [])
+    skips = SkippedBatches([(10, 10 + num_before)] if num_before else [])
     start, end = skips.widened(10 + num_before, 11 + num_before, first)
     assert end == 11 + num_before
     assert start == max(first, 10 - num_before)

@@ -27,7 +27,7 @@ from ftexp.data.feeds.feed import IndexedFeed, ToTensors
 from ftexp.data.feeds.streamed import _UNIT_ROWS, StreamedRows
 from ftexp.data.listing import IndexedSplit, Shared
 from ftexp.data.order import Order
-from ftexp.data.plan import Plan
+from ftexp.data.plan import ShardPlan
 from ftexp.data.stratify import SPLITS, DataInfo
 from ftexp.job.job import _rows
 
@@ -81,7 +81,7 @@ def split_of(folder, num_samples):
 def feed(folder, num_samples, batch, total, num_tasks=1):
     rows = StreamedRows(split_of(folder, num_samples), INFO, num_tasks, nothing_is_bad, lambda _: None)
     to_tensors = ToTensors(INFO, torch.device("cpu"), channels_last=False)
-    plan = Plan(batch, 1, total, rank=0, world_size=1)
+    plan = ShardPlan(batch, 1, total, rank=0, world_size=1)
     return IndexedFeed(rows, Order(0, num_samples), plan, to_tensors, Augment(AugmentConfig(), 0))
 
 

@@ -9,7 +9,7 @@ import torch.multiprocessing
 from test_loop import copied, make_job, same
 from torch.nn.parallel import DistributedDataParallel
 
-from ftexp.data.plan import Plan
+from ftexp.data.plan import ShardPlan
 from ftexp.worker.loop import advance
 from ftexp.worker.step import settle_gradient_order, thaw, train_step
 
@@ -20,7 +20,7 @@ def rank_of(rank, world):
     job = make_job(freeze=FREEZE)
     job.rank, job.world_size = rank, world
     job.wrap = lambda model: DistributedDataParallel(model, gradient_as_bucket_view=True)
-    job.feed._plan = Plan(24, 1, 288, rank, world)
+    job.feed._plan = ShardPlan(24, 1, 288, rank, world)
     job.wrapped = job.wrap(job.model)
     settle_gradient_order(job)
     return job

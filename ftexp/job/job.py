@@ -27,19 +27,19 @@ from ftexp.data.feeds.feed import Batch, CachedRows, Feed, IndexedFeed, Rows, To
 from ftexp.data.feeds.streamed import StreamedRows, slow_reason
 from ftexp.data.listing import IndexedSplit
 from ftexp.data.order import derive_seed, run_order
-from ftexp.data.plan import Plan
+from ftexp.data.plan import ShardPlan
 from ftexp.data.stratify import SPLITS, BadSample, DataInfo
 from ftexp.errors import RunFailedError
 from ftexp.evaluation.meter import Meter, Progress
 from ftexp.job.mfu import Utilisation
-from ftexp.job.skipped_batches import Skips
+from ftexp.job.skipped_batches import SkippedBatches
 from ftexp.job.spec import JobSpec
 from ftexp.job.stopwatch import Stopwatch
 from ftexp.model.build import WeightsReport, as_logits, build_model
-from ftexp.model.ema import Average
+from ftexp.model.ema import WeightsEMA
 from ftexp.model.freezing import Freezing
 from ftexp.model.optim import build_optimizer, build_scheduler
-from ftexp.rundir.sample_ledger import LEDGER, Ledger
+from ftexp.rundir.sample_ledger import LEDGER, SampleLedger
 from ftexp.storage.directory import Storage
 from ftexp.wire.hub import Line
 
@@ -75,16 +75,16 @@ class Job:
     progress: Progress
     wrap: Callable[[nn.Module], nn.Module] = _as_it_is  # makes `wrapped` of `model`; collective
     freezing: Freezing | None = None
-    average: Average | None = None  # of the weights
+    average: WeightsEMA | None = None  # of the weights
     erasing: Erasing | None = None
     mixing: Mixing | None = None
     fingerprint: dict[str, Any] = field(default_factory=dict)
     accumulate_steps: int = 1  # micro-batches of a step: more than configured once memory has run out
-    ledger: Ledger = field(default_factory=lambda: Ledger(None, 0, 0))
+    ledger: SampleLedger = field(default_factory=lambda: SampleLedger(None, 0, 0))
     weights_report: WeightsReport | None = None
     best: dict[str, Any] = field(default_factory=dict)  # {"metric": name, "value": float, "step": int}
     batch: Batch | None = None  # that is being trained on
-    skips: Skips = field(default_factory=Skips)
+    skips: SkippedBatches = field(default_factory=SkippedBatches)
     num_skipped: int = 0  # steps in a row
     num_rollbacks: int = 0  # since the last save
     num_overflows: int = 0  # steps that fp16's loss scaler left out, of the whole run
@@ -172,7 +172,7 @@ def _build(
     optimizer = build_optimizer(
         config.optim, config.train, model
     )  # of all parameters, those that are frozen at first too
-    average = Average(config.ema, model) if config.ema.decay is not None else None
+    average = WeightsEMA(config.ema, model) if config.ema.decay is not None else None
     freezing = Freezing(config.train.freeze, model)
     freezing.settle(epoch=0)
     wrapped = _under_ddp(model)
@@ -185,7 +185,7 @@ def _build(
     to_tensors = ToTensors(info, device, config.train.channels_last)
     accumulate_steps = max(config.train.accumulate_steps, answer.get("accumulate_steps") or 1)
     augment = config.augment
-    plan = Plan(global_batch_size, accumulate_steps, total_positions, rank, world_size, augment.mixes)
+    plan = ShardPlan(global_batch_size, accumulate_steps, total_positions, rank, world_size, augment.mixes)
     ledger = Storage(spec.run_uri).child(LEDGER) if config.train.ledger else None
     return Job(
         config=config,
@@ -221,8 +221,8 @@ def _build(
         mixing=Mixing(augment, info.num_classes, config.train.label_smoothing, config.seed) if augment.mixes else None,
         fingerprint=spec.fingerprint,
         accumulate_steps=accumulate_steps,
-        ledger=Ledger(ledger, answer["attempt"], rank),
-        skips=Skips(answer.get("skipped", ())),
+        ledger=SampleLedger(ledger, answer["attempt"], rank),
+        skips=SkippedBatches(answer.get("skipped", ())),
         weights_report=report,
         stopwatch=Stopwatch(device),
         utilisation=Utilisation(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ftexp.data.augment.pixels import Augment
 from ftexp.data.order import AnyOrder, Int64s
-from ftexp.data.plan import MicroShare, Plan, even_part
+from ftexp.data.plan import MicroShare, ShardPlan, even_part
 from ftexp.data.sources.arrays import UInt8s
 from ftexp.data.stratify import DataInfo
 
@@ -150,7 +150,7 @@ Share = tuple[MicroShare, Int64s]  # of a micro-batch, and the samples at its po
 class IndexedFeed:
     """Batches of samples that are looked up by position."""
 
-    def __init__(self, rows: Rows, order: AnyOrder, plan: Plan, to_tensors: ToTensors, augment: Augment) -> None:
+    def __init__(self, rows: Rows, order: AnyOrder, plan: ShardPlan, to_tensors: ToTensors, augment: Augment) -> None:
         self._rows, self._order, self._plan = rows, order, plan
         self._to_tensors, self._augment = to_tensors, augment
 
