@@ -15,7 +15,8 @@ from ftexp.checkpoint.registry import ExtraState, check_names, register_state
 from ftexp.checkpoint.staging import load_part
 from ftexp.config.schema import ScheduleConfig
 from ftexp.errors import CheckpointError, StateError, UnknownNameError
-from ftexp.evaluation.meter import Meter, Progress
+from ftexp.evaluation.meter import Meter
+from ftexp.job.progress import Progress
 from ftexp.model.optim import build_scheduler
 
 BUILT_IN = ["progress", "scheduler", "scaler", "ema", "rng", "best"]
@@ -27,13 +28,19 @@ def job():
     return SimpleNamespace(
         rank=0,
         line=SimpleNamespace(send=lambda *_, **__: None),
-        progress=Progress(Meter(torch.device("cpu")), step=40, position=1280, epoch=1),
+        progress=Progress(
+            Meter(torch.device("cpu")),
+            3200,
+            step=40,
+            position=1280,
+            epoch=1,
+            best={"metric": "val_accuracy", "value": 0.75, "step": 20},
+            num_overflows=5,
+        ),
         optimizer=optimizer,
         scheduler=build_scheduler(ScheduleConfig(name="cosine", warmup_epochs=1), optimizer, 100, 10.0),
         scaler=torch.amp.GradScaler("cpu", enabled=True, init_scale=1024.0),
-        average=None,
-        num_overflows=5,
-        best={"metric": "val_accuracy", "value": 0.75, "step": 20},
+        ema=None,
     )
 
 
@@ -76,13 +83,13 @@ def test_every_built_in_state_survives_the_file_and_comes_back(job):
     assert job.optimizer.param_groups[0]["lr"] != rate
     rate = job.optimizer.param_groups[0]["lr"]
 
-    job.progress = Progress(Meter(torch.device("cpu")))
-    job.best, job.scaler._scale, job.num_overflows = {}, None, 0
+    job.progress = Progress(Meter(torch.device("cpu")), 3200)
+    job.scaler._scale = None
     job.scheduler.step_update(0)
     ExtraState(BUILT_IN, job).load(saved, versions, "run 'x'")
     assert (job.progress.step, job.progress.position, job.progress.epoch) == (40, 1280, 1)
-    assert job.best == {"metric": "val_accuracy", "value": 0.75, "step": 20}
-    assert (job.scaler.get_scale(), job.num_overflows) == (1024.0, 5)
+    assert job.progress.best == {"metric": "val_accuracy", "value": 0.75, "step": 20}
+    assert (job.scaler.get_scale(), job.progress.num_overflows) == (1024.0, 5)
     assert job.optimizer.param_groups[0]["lr"] == rate
     assert (random.random(), np.random.random(), torch.rand(1).item()) == expected
 

@@ -29,7 +29,7 @@ from ftexp.data.listing import IndexedSplit, Shared
 from ftexp.data.order import Order
 from ftexp.data.plan import ShardPlan
 from ftexp.data.stratify import SPLITS, DataInfo
-from ftexp.job.job import _rows
+from ftexp.job.build import _rows
 
 SIZE = 24  # so that an image outweighs what comes with it
 INFO = DataInfo(["a", "b"], SIZE, 1, [0.0], [1.0], {})
@@ -158,7 +158,9 @@ def test_a_worker_that_finds_no_cpu_to_decode_on_says_so_and_goes_on_when_there_
     told = queue.Queue()
     spec = SimpleNamespace(config=Config(), info=INFO, decode_cpus=1)
     line = SimpleNamespace(send=lambda kind, **fields: told.put({"kind": kind, **fields}))
-    rows = _rows(spec, dict.fromkeys(SPLITS, split_of(tmp_path, 40)), line, rank=3, world_size=1)["train"]
+    rows = _rows(spec, dict.fromkeys(SPLITS, split_of(tmp_path, 40)), line, SimpleNamespace(rank=3, world_size=1))[
+        "train"
+    ]
     other = Everything.remote()
     assert ray.get(other.held.remote())
     wait_until_none(lambda: ray.available_resources().get("CPU", 0))  # it takes a moment until that is known
