@@ -8,14 +8,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from test_loop import make_job
 
 import ftexp.checkpoint.states
 from ftexp.checkpoint import registry
+from ftexp.checkpoint.build import state_context
 from ftexp.checkpoint.registry import ExtraState, check_names, register_state
 from ftexp.checkpoint.staging import load_part
-from ftexp.config.schema import ScheduleConfig
+from ftexp.config.schema import EmaConfig, ScheduleConfig
 from ftexp.errors import CheckpointError, StateError, UnknownNameError
 from ftexp.evaluation.meter import Meter
+from ftexp.job.group import ProcessGroup
 from ftexp.job.progress import Progress
 from ftexp.model.optim import build_scheduler
 
@@ -132,6 +135,18 @@ def test_a_state_of_the_users_own_is_saved_and_restored(job, own_state):
     assert saved["counter"] == {"count": 3}
     extra.load(saved, extra.versions(), "run 'x'")
     assert loaded == {"count": 3}
+
+
+def test_a_state_is_given_the_very_objects_that_train():
+    job = make_job(ema=EmaConfig(decay=0.9), group=ProcessGroup(1, 2, torch.device("cpu")))
+    context = state_context(job)
+    learner = job.learner
+    given = (context.config, context.progress, context.line, context.model, context.optimizer, context.scheduler)
+    held = (job.config, job.progress, job.line, learner.model, learner.optimizer, learner.scheduler)
+    assert all(one is other for one, other in zip(given, held, strict=True))
+    assert context.scaler is learner.scaler
+    assert context.ema is learner.ema
+    assert (context.rank, context.world_size, context.device) == (1, 2, torch.device("cpu"))
 
 
 def test_an_unknown_name_names_the_nearest():

@@ -27,28 +27,30 @@ def evaluate(job: Job, split: str, findings: Findings | None = None) -> None:
     """
     if not len(job.data.rows[split]):
         return
-    models = (
-        {"": job.learner.model} if job.learner.ema is None else {"": job.learner.model, "_ema": job.learner.ema.model}
-    )
+    group, learner, data = job.group, job.learner, job.data
+    models = {"": learner.model} if learner.ema is None else {"": learner.model, "_ema": learner.ema.model}
     if dist.is_initialized():
         for model in models.values():
             for buffer in model.buffers():  # batch norm's statistics are each rank's own between steps
                 dist.broadcast(buffer, src=0)
-    config, meters = job.config.train, {suffix: Meter(job.group.device) for suffix in models}
-    most = max(
-        1, 4 * config.global_batch_size // (job.group.world_size * job.data.accumulate_steps)
-    )  # what surely has room
-    size = config.eval_batch_size or most
-    if job.data.accumulate_steps > config.accumulate_steps:  # memory has run out before
-        size = min(size, most)
-    batches = evaluation_batches(job.data.rows[split], job.data.to_tensors, size, job.group.rank, job.group.world_size)
+    meters = {suffix: Meter(group.device) for suffix in models}
+    batches = evaluation_batches(data.rows[split], data.to_tensors, _batch_size(job), group.rank, group.world_size)
     measured = list(zip(models.values(), meters.values(), strict=True))
-    count_into(measured, job.learner.as_logits, batches, job.learner.autocast, findings)
+    count_into(measured, learner.as_logits, batches, learner.autocast, findings)
     values: dict[str, float] = {}
     for suffix, meter in meters.items():
         loss, accuracy = means(meter.totals())
         values |= {f"{split}_loss{suffix}": loss, f"{split}_accuracy{suffix}": accuracy}
     log_point(job, split, values)
+
+
+def _batch_size(job: Job) -> int:
+    """Rows that a rank evaluates at a time: as configured, or what surely has room."""
+    config, accumulate_steps = job.config.train, job.data.accumulate_steps
+    has_room = max(1, 4 * config.global_batch_size // (job.group.world_size * accumulate_steps))
+    size = config.eval_batch_size or has_room
+    # with more micro-batches than configured, memory has run out before
+    return min(size, has_room) if accumulate_steps > config.accumulate_steps else size
 
 
 def test(job: Job, run_dir: Storage) -> None:
