@@ -1,4 +1,4 @@
-"""Which faults a run shall suffer: computed from its config alone."""
+"""Planned faults, computed from the config alone."""
 
 from __future__ import annotations
 

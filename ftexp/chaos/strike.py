@@ -70,7 +70,7 @@ def poisoned(batch: Batch) -> Batch:
 
 
 class Chaos:
-    """Lets one rank's planned faults happen. `store` is the one to save to."""
+    """Injects one rank's planned faults. The run saves to `store`, and trains on the batches of `feeding`."""
 
     def __init__(
         self,

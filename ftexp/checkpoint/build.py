@@ -1,4 +1,4 @@
-"""Hands a job's parts to what saves them."""
+"""Builds a job's checkpoint manager."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ftexp.job.job import Job
 
 
 def build_manager(job: Job, store: CheckpointStore) -> CheckpointManager:
-    """Build what saves this rank's job to `store`, with the states that its config names."""
+    """Build the manager that saves this rank's job to `store`, with the states that the config names."""
     return CheckpointManager(
         config=job.config,
         run=job.run,
@@ -25,7 +25,7 @@ def build_manager(job: Job, store: CheckpointStore) -> CheckpointManager:
 
 
 def state_context(job: Job) -> StateContext:
-    """Return what the job's states may read of it."""
+    """Return the context that the job's states are built with."""
     group, learner = job.group, job.learner
     return StateContext(
         config=job.config,

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StateContext:
-    """What a state may read of the run that it belongs to, on one rank. The objects are those that train.
+    """The run that a state belongs to, on one rank. The objects are those that train.
 
     A state is made before a checkpoint is loaded: `progress` then stands at the beginning, the model's weights are as
     they were built, and `load_state_dict` of the model and the optimiser comes before that of the states.

@@ -115,7 +115,7 @@ def hang_limits(config: FailureConfig) -> dict[str, float | None]:
 
 
 def hang_reporter(run: RunIdentity, group: ProcessGroup, progress: Progress, line: Line, run_dir: Storage) -> OnHang:
-    """Return what tells the driver, and leaves the stacks of all threads in the run directory."""
+    """Return a callback that reports a hang to the driver, and writes all threads' stacks to the run directory."""
 
     def report(phase: str, seconds: float, stacks: str) -> None:
         name = f"a{run.attempt}.r{group.rank}.txt"

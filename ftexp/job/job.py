@@ -1,4 +1,4 @@
-"""What one worker holds while it trains."""
+"""The parts of one worker's job."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class RunIdentity:
 
     name: str
     attempt: int  # worker groups of this run so far, this one included
-    fingerprint: dict[str, Any]  # what defines the run
+    fingerprint: dict[str, Any]  # the config keys that define the run
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""What a run measures on its validation and test splits."""
+"""Evaluation of the validation and test splits."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def evaluation_due(job: Job, epoch_ended: bool) -> bool:
 
 
 def evaluate(job: Job, split: str, findings: Findings | None = None) -> None:
-    """Measure `<split>_loss` and `<split>_accuracy` over all ranks, the average's with `_ema` at the end; collective.
+    """Measure `<split>_loss` and `<split>_accuracy` over all ranks, the EMA's with `_ema` after; collective.
 
-    An empty split has none. `findings` are the weights' own, not the average's.
+    An empty split has none. `findings` are the weights' own, not the EMA's.
     """
     if not len(job.data.rows[split]):
         return

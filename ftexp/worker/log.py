@@ -1,4 +1,4 @@
-"""What a worker tells the driver while it trains."""
+"""Messages from a worker to the driver while it trains."""
 
 from __future__ import annotations
 

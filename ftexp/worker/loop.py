@@ -80,7 +80,7 @@ def _train(job: Job, run_dir: Storage) -> dict[str, float] | None:
 
 
 def planned_chaos(job: Job, run_dir: Storage) -> Chaos | None:
-    """What makes the faults that the config plans; None if it plans none."""
+    """Build the injector of the faults that the config plans; None if it plans none."""
     faults = planned_faults(job.config.chaos, job.total_steps)
     if not faults:
         return None
@@ -90,7 +90,7 @@ def planned_chaos(job: Job, run_dir: Storage) -> Chaos | None:
 
 
 def begin(job: Job, store: CheckpointStore, checkpoints: CheckpointManager) -> None:
-    """Go to where the attempt starts from; collective."""
+    """Restore the state that the attempt starts from; collective."""
     settle_gradient_order(job)
     restore(job, store, checkpoints)
     announce(job)
@@ -104,7 +104,7 @@ def run_steps(
     watchdog: Watchdog,
     chaos: Chaos | None = None,
 ) -> None:
-    """Train on `batches`, evaluate, and save, until they end or somebody wants the run to stop; collective."""
+    """Train on `batches`, evaluate and save, until they end or a stop is requested; collective."""
     progress, config, ticker = job.progress, job.config, Ticker(job)
     recovery = NonFiniteRecovery(config.failure, job.group, progress, job.data.skipped, job.line, checkpoints)
     in_step = START  # until one step is done: the first compiles, and fills what is prefetched
