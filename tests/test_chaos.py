@@ -19,7 +19,7 @@ from ftexp.checkpoint.store import FILES, CheckpointStore, Manifest
 from ftexp.cli.compose import to_config
 from ftexp.config.checks.validate import validate
 from ftexp.config.schema import DAMAGES, FAULTS, ChaosConfig, config_dir
-from ftexp.data.feeds.feed import Batch, MicroBatch
+from ftexp.data.batches import Batch, MicroBatch
 from ftexp.job.group import ProcessGroup
 from ftexp.job.skipped_batches import SkippedBatches
 from ftexp.storage.directory import Storage

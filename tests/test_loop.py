@@ -26,9 +26,9 @@ from ftexp.data.augment.erasing import Erasing
 from ftexp.data.augment.mixing import Mixing
 from ftexp.data.augment.pixels import Augment
 from ftexp.data.feeds.feed import CachedRows, IndexedFeed, ToTensors
+from ftexp.data.info import DataInfo
 from ftexp.data.order import Order
 from ftexp.data.plan import ShardPlan
-from ftexp.data.stratify import DataInfo
 from ftexp.errors import ConfigError, NonFiniteError
 from ftexp.evaluation.meter import Meter
 from ftexp.failure.nonfinite import NonFiniteRecovery
@@ -44,7 +44,8 @@ from ftexp.job.stopwatch import Stopwatch
 from ftexp.model.build import as_logits, build_model
 from ftexp.model.ema import WeightsEMA
 from ftexp.model.freezing import Freezing
-from ftexp.model.optim import build_optimizer, build_scheduler
+from ftexp.model.optim import build_optimizer
+from ftexp.model.schedule import build_scheduler
 from ftexp.rundir.sample_ledger import SampleLedger
 from ftexp.storage.directory import Storage
 from ftexp.worker.evaluation import evaluate, evaluation_due

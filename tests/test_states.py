@@ -20,7 +20,7 @@ from ftexp.errors import CheckpointError, StateError, UnknownNameError
 from ftexp.evaluation.meter import Meter
 from ftexp.job.group import ProcessGroup
 from ftexp.job.progress import Progress
-from ftexp.model.optim import build_scheduler
+from ftexp.model.schedule import build_scheduler
 
 BUILT_IN = ["progress", "scheduler", "scaler", "ema", "rng", "best"]
 

@@ -23,7 +23,7 @@ from ftexp.storage.directory import Storage, Writer
 
 if TYPE_CHECKING:
     from ftexp.checkpoint.manager import CheckpointManager
-    from ftexp.data.feeds.feed import Batch
+    from ftexp.data.batches import Batch
     from ftexp.job.group import ProcessGroup
     from ftexp.job.progress import Progress
     from ftexp.job.skipped_batches import SkippedBatches

@@ -20,10 +20,9 @@ from ftexp.data.augment.pixels import Augment
 from ftexp.data.feeds.decoding import refuse_bad
 from ftexp.data.feeds.feed import CachedRows, IndexedFeed, Rows, ToTensors
 from ftexp.data.feeds.streamed import StreamedRows, slow_reason
-from ftexp.data.listing import IndexedSplit
+from ftexp.data.info import SPLITS, BadSample, DataInfo, IndexedSplit
 from ftexp.data.order import derive_seed, run_order
 from ftexp.data.plan import ShardPlan
-from ftexp.data.stratify import SPLITS, BadSample, DataInfo
 from ftexp.errors import RunFailedError
 from ftexp.evaluation.meter import Meter
 from ftexp.job.data import TrainingData
@@ -38,7 +37,8 @@ from ftexp.job.stopwatch import Stopwatch
 from ftexp.model.build import WeightsReport, as_logits, build_model
 from ftexp.model.ema import WeightsEMA
 from ftexp.model.freezing import Freezing
-from ftexp.model.optim import build_optimizer, build_scheduler
+from ftexp.model.optim import build_optimizer
+from ftexp.model.schedule import build_scheduler
 from ftexp.rundir.sample_ledger import LEDGER, SampleLedger
 from ftexp.storage.directory import Storage
 from ftexp.wire.hub import Line

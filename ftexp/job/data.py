@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 from ftexp.data.augment.erasing import Erasing
 from ftexp.data.augment.mixing import Mixing
-from ftexp.data.feeds.feed import Batch, Feed, MicroBatch, Rows, ToTensors
+from ftexp.data.batches import Batch, MicroBatch
+from ftexp.data.feeds.feed import Feed, Rows, ToTensors
 from ftexp.job.skipped_batches import SkippedBatches
 
 

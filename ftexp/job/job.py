@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ftexp.config.schema import Config
-from ftexp.data.stratify import DataInfo
+from ftexp.data.info import DataInfo
 from ftexp.job.data import TrainingData
 from ftexp.job.group import ProcessGroup
 from ftexp.job.learner import Learner

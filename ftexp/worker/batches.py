@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Generator
 
-from ftexp.data.feeds.feed import Batch, prefetched
+from ftexp.data.batches import Batch
+from ftexp.data.feeds.feed import prefetched
 from ftexp.job.job import Job
 from ftexp.storage.directory import Storage
 from ftexp.worker.profiler import profiled

@@ -11,8 +11,8 @@ from ftexp.checkpoint.build import build_manager
 from ftexp.checkpoint.manager import CheckpointManager
 from ftexp.checkpoint.restore import restore
 from ftexp.checkpoint.store import CHECKPOINTS, CheckpointStore
-from ftexp.data.feeds.feed import Batch
-from ftexp.data.listing import IndexedSplit
+from ftexp.data.batches import Batch
+from ftexp.data.info import IndexedSplit
 from ftexp.failure.nonfinite import NonFiniteRecovery
 from ftexp.failure.phases import AGREEMENT, BETWEEN, EVALUATION, SAVE, START, STEP
 from ftexp.failure.watchdog import Watchdog, hang_limits, hang_reporter

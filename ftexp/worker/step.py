@@ -13,7 +13,7 @@ from timm.utils.agc import adaptive_clip_grad
 from torch import Tensor
 
 from ftexp.config.schema import TrainConfig
-from ftexp.data.feeds.feed import Batch, MicroBatch
+from ftexp.data.batches import Batch, MicroBatch
 from ftexp.data.order import derive_seed
 from ftexp.failure.nonfinite import before_step, put_back
 from ftexp.job.job import Job
