@@ -20,7 +20,7 @@ from ftexp.data.feeds.feed import CachedRows, IndexedFeed, ToTensors, evaluation
 from ftexp.data.feeds.streamed import StreamedRows
 from ftexp.data.info import DataInfo, IndexedSplit
 from ftexp.data.order import SampleOrder, WindowOrder
-from ftexp.data.plan import Plan
+from ftexp.data.plan import ShardPlan
 
 SIZE = 4
 INFO = DataInfo(["a", "b"], SIZE, 1, [0.0], [1.0], {})
@@ -100,7 +100,7 @@ def test_every_position_comes_once_from_both_feeds_with_the_same_bits(
     begin = min(steps_done * batch, total)
     counted, weight_of_step = {}, Counter()
     for rank in range(world):
-        plan, augment = Plan(batch, accumulate, total, rank, world), Augment(AUGMENT, seed=0)
+        plan, augment = ShardPlan(batch, accumulate, total, rank, world), Augment(AUGMENT, seed=0)
         streamed, cached = (
             IndexedFeed(rows, order, plan, TO_TENSORS, augment).from_position(begin)
             for rows in (streamed_rows(num_samples), cached_rows(sizes))

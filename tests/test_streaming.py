@@ -27,9 +27,9 @@ from ftexp.data.feeds.feed import IndexedFeed, ToTensors
 from ftexp.data.feeds.streamed import _UNIT_ROWS, StreamedRows
 from ftexp.data.info import SPLITS, DataInfo, IndexedSplit
 from ftexp.data.order import SampleOrder
-from ftexp.data.plan import Plan
+from ftexp.data.plan import ShardPlan
 from ftexp.data.shared import Shared
-from ftexp.job.job import _rows
+from ftexp.job.build import _rows
 
 SIZE = 24  # so that an image outweighs what comes with it
 INFO = DataInfo(["a", "b"], SIZE, 1, [0.0], [1.0], {})
@@ -81,7 +81,7 @@ def split_of(folder, num_samples):
 def feed(folder, num_samples, batch, total, num_tasks=1):
     rows = StreamedRows(split_of(folder, num_samples), INFO, num_tasks, nothing_is_bad, lambda _: None)
     to_tensors = ToTensors(INFO, torch.device("cpu"), channels_last=False)
-    plan = Plan(batch, 1, total, rank=0, world_size=1)
+    plan = ShardPlan(batch, 1, total, rank=0, world_size=1)
     return IndexedFeed(rows, SampleOrder(0, num_samples), plan, to_tensors, Augment(AugmentConfig(), 0))
 
 
@@ -158,7 +158,9 @@ def test_a_worker_that_finds_no_cpu_to_decode_on_says_so_and_goes_on_when_there_
     told = queue.Queue()
     spec = SimpleNamespace(config=Config(), info=INFO, decode_cpus=1)
     line = SimpleNamespace(send=lambda kind, **fields: told.put({"kind": kind, **fields}))
-    rows = _rows(spec, dict.fromkeys(SPLITS, split_of(tmp_path, 40)), line, rank=3, world_size=1)["train"]
+    rows = _rows(spec, dict.fromkeys(SPLITS, split_of(tmp_path, 40)), line, SimpleNamespace(rank=3, world_size=1))[
+        "train"
+    ]
     other = Everything.remote()
     assert ray.get(other.held.remote())
     wait_until_none(lambda: ray.available_resources().get("CPU", 0))  # it takes a moment until that is known

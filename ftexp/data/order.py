@@ -22,7 +22,7 @@ import numpy.typing as npt
 Int64s = npt.NDArray[np.int64]
 UInt64s = npt.NDArray[np.uint64]
 
-_STREAM = 1  # of the run's seed, apart from those of ftexp.job.job
+_STREAM = 1  # of the run's seed, apart from those of ftexp.job.build and ftexp.worker.step
 _NUM_ROUNDS = 8
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
