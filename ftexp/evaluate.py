@@ -113,7 +113,7 @@ def _evaluate(config: EvaluateConfig, run_config: Config, storage: Storage) -> d
     from ftexp.evaluation.mistakes import Findings, described, evaluation_file
     from ftexp.model.build import as_logits, build_model
     from ftexp.registry import load_plugins
-    from ftexp.rundir.record import read_state
+    from ftexp.rundir.state import read_state
 
     load_plugins(run_config.plugins)
     store = CheckpointStore(storage.child("checkpoints"))

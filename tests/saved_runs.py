@@ -14,7 +14,7 @@ from ftexp.checkpoint.store import CHECKPOINTS, CheckpointStore, Manifest
 from ftexp.cli.trained_run import SavedRun
 from ftexp.data.stratify import DataInfo
 from ftexp.model.build import timm_arguments
-from ftexp.rundir.record import RUN_FILE
+from ftexp.rundir.names import RUN_FILE
 from ftexp.storage.directory import Storage
 
 CLASSES = ["ant", "bee", "cow"]

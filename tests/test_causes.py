@@ -29,13 +29,13 @@ from ftexp.failure.causes import (
     PREEMPTION,
     STORAGE,
     Cause,
-    FailureReporter,
-    StopRun,
     as_death,
     as_hang,
     find_cause,
 )
+from ftexp.failure.reporter import FailureReporter, StopRun
 from ftexp.wire.hub import Hub, HubAddress
+from ftexp.wire.messages import Begin, GroupFailed, Retry, Stop
 
 DIED = WorkerHealthCheckFailedError("A worker health check failed.", ray.exceptions.ActorDiedError())
 PREEMPTED = WorkerHealthCheckFailedError("A worker health check failed.", ray.exceptions.RayActorError(preempted=True))
@@ -321,11 +321,11 @@ def test_the_error_is_one_line_that_says_what_happened():
 def reported(answer, monkeypatch):
     """(what the driver was told, seconds slept) of one failure that the driver answers so."""
     told, slept = [], []
-    monkeypatch.setattr("ftexp.failure.causes.time.sleep", slept.append)
+    monkeypatch.setattr("ftexp.failure.reporter.time.sleep", slept.append)
 
     def handle(message):
         told.append(message)
-        return answer if message["kind"] == "failure" else None
+        return answer if isinstance(message, GroupFailed) else None
 
     hub = Hub("127.0.0.1", handle)
     try:
@@ -336,17 +336,17 @@ def reported(answer, monkeypatch):
 
 
 def test_the_controller_tells_the_driver_and_waits_as_long_as_it_says(monkeypatch):
-    told, slept = reported({"delay_s": 2.5}, monkeypatch)
-    assert Cause(**told[0]["cause"]) == find_cause({1: BUG_ERROR})
+    told, slept = reported(Retry(2.5), monkeypatch)
+    assert told[0] == GroupFailed(*vars(find_cause({1: BUG_ERROR})).values())
     assert slept == [2.5]
 
 
 def test_the_controller_ends_the_run_if_the_driver_says_so(monkeypatch):
     with pytest.raises(StopRun, match="giving up"):
-        reported({"stop": "rank 1 failed: giving up"}, monkeypatch)
+        reported(Stop("rank 1 failed: giving up"), monkeypatch)
 
 
-@pytest.mark.parametrize("answer", [{}, {"attempt": 3}])
+@pytest.mark.parametrize("answer", [None, Begin(3)])
 def test_the_controller_ends_the_run_if_the_driver_decides_nothing(monkeypatch, answer):
     with pytest.raises(StopRun, match="no decision from the driver"):
         reported(answer, monkeypatch)

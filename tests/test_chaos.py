@@ -15,6 +15,8 @@ from ftexp.cli.compose import to_config
 from ftexp.config.checks.validate import validate
 from ftexp.config.schema import DAMAGES, FAULTS, ChaosConfig, config_dir
 from ftexp.storage.directory import Storage
+from ftexp.wire import events
+from ftexp.wire.messages import Happened, KillDriver
 
 CONTENT = {name: name.encode() * 50 for name in FILES}
 OPTIONS = sorted(file.stem for file in (config_dir() / "chaos").glob("*.yaml"))
@@ -148,8 +150,8 @@ class Run:
         self.store = FaultyStore(self.run_dir.child("checkpoints"))
         self.chaos = Chaos(self.job, self.store, self, self.run_dir)
 
-    def send(self, kind, **fields):
-        self.sent.append((kind, fields))
+    def send(self, message):
+        self.sent.append(message)
 
     def flush(self):
         self.sent.append("flushed")
@@ -162,7 +164,7 @@ class Run:
         self.chaos.strike()
 
     def told(self):
-        return [fields["fault"] for kind, fields in filter(lambda sent: sent != "flushed", self.sent)]
+        return [message.event.fault for message in self.sent if message != "flushed"]
 
 
 def test_an_exception_is_raised_once_in_a_run_and_told_before(tmp_path):
@@ -171,7 +173,7 @@ def test_an_exception_is_raised_once_in_a_run_and_told_before(tmp_path):
     assert run.sent == []
     with pytest.raises(ChaosError, match="chaos=raise at step 3 on rank 0"):
         run.reach(3)
-    assert run.sent == [("event", {"name": "chaos", "fault": "raise", "rank": 0, "step": 3}), "flushed"]
+    assert run.sent == [Happened(events.Chaos("raise", 0, 3)), "flushed"]
     assert run.run_dir.child(FIRED).list_files() == ["00-raise"]
     again = Run(tmp_path, kind="raise", step=3)  # the next attempt does the step again
     again.reach(3)
@@ -254,7 +256,7 @@ def test_damage_hits_the_newest_checkpoints_once_they_are_written_and_then_kills
     names = [save(run.store, step) for step in (10, 20)]
     monkeypatch.setattr(run, "wait", lambda: names.append(save(run.store, 30)))  # a save was in flight
     run.reach(35)
-    assert run.sent[0][1]["damaged"] == names[::-1][:count]
+    assert run.sent[0].event.damaged == names[::-1][:count]
     assert run.killed == [(chaos.os.getpid(), chaos.signal.SIGKILL)]
     assert run.store.latest(lambda *_: None).step == 30 - 10 * count
 
@@ -272,7 +274,7 @@ def test_the_driver_is_asked_to_kill_itself(tmp_path, monkeypatch, kind):
     run = Run(tmp_path, kind=kind, step=4)
     run.run_dir.write_bytes(chaos.ray_private.SNAPSHOT, b"0123456789")
     run.reach(4)
-    assert run.sent[-1] == ("kill_driver", {})
+    assert run.sent[-1] == KillDriver()
     left = run.run_dir.read_bytes(chaos.ray_private.SNAPSHOT)
     if kind == "half_snapshot":
         with pytest.raises(json.JSONDecodeError):

@@ -39,6 +39,8 @@ from ftexp.model.ema import Average
 from ftexp.model.freezing import Freezing
 from ftexp.model.optim import build_optimizer, build_scheduler
 from ftexp.storage.directory import Storage
+from ftexp.wire import events
+from ftexp.wire.messages import Happened, Hung, Metrics
 from ftexp.worker.loop import advance, evaluate, evaluation_due, log_train, update_best
 from ftexp.worker.step import thaw, train_step
 
@@ -55,8 +57,15 @@ class Lines:
     def __init__(self):
         self.sent = []
 
-    def send(self, kind, **fields):
-        self.sent.append({"kind": kind, **fields})
+    def send(self, message):
+        self.sent.append(message)
+
+    def events(self, kind=events.Event):
+        happened = [message.event for message in self.sent if isinstance(message, Happened)]
+        return [event for event in happened if isinstance(event, kind)]
+
+    def points(self):
+        return [message for message in self.sent if isinstance(message, Metrics)]
 
     def sync(self):
         pass
@@ -263,10 +272,10 @@ def test_the_logged_loss_is_the_mean_since_the_last_point():
         advance(job, batch)
     log_train(job)
     (point,) = job.line.sent
-    assert (point["split"], point["step"]) == ("train", 3)
-    assert point["values"]["train_loss"] == pytest.approx(sum(expected) / 3, rel=1e-5)
+    assert (point.split, point.step) == ("train", 3)
+    assert point.values["train_loss"] == pytest.approx(sum(expected) / 3, rel=1e-5)
     log_train(job)
-    assert math.isnan(job.line.sent[1]["values"]["train_loss"])
+    assert math.isnan(job.line.sent[1].values["train_loss"])
 
 
 @pytest.mark.parametrize(("order", "best_step"), [("max", 2), ("min", 3)])
@@ -367,10 +376,7 @@ def test_a_step_whose_gradient_is_not_finite_changes_nothing_and_the_next_one_do
     assert torch.equal(job.progress.train.taken(), sums)  # neither a loss nor a sample was counted
     assert all(parameter.grad is None for parameter in job.model.parameters())
     assert (job.progress.step, job.progress.position, job.num_skipped) == (2, 48, 1)  # the samples are gone, though
-    reason = "the gradient is not finite"
-    assert job.line.sent == [
-        {"kind": "event", "name": "step_skipped", "positions": [24, 48], "step": 2, "reason": reason}
-    ]
+    assert job.line.sent == [Happened(events.StepSkipped([24, 48], 2, "the gradient is not finite"))]
     train_step(job, next(batches))
     assert job.num_skipped == 0
     assert not same(copied(job), weights)
@@ -452,11 +458,9 @@ def test_weights_that_are_not_finite_are_not_kept_as_a_checkpoint(tmp_path, monk
     job.total_positions = 0  # so that it is the last
     checkpoints.save()
     checkpoints.wait()
-    assert [(event["name"], event["step"]) for event in job.line.sent] == [
-        ("checkpoint_saved", 1),
-        ("checkpoint_failed", 2),
-    ]
-    assert "the weights are not finite" in job.line.sent[1]["error"]
+    saved, failed = job.line.events()
+    assert (type(saved), saved.step, failed.step) == (events.CheckpointSaved, 1, 2)
+    assert "the weights are not finite" in failed.error
     assert store.latest(lambda *_: None).step == 1
 
 
@@ -483,5 +487,4 @@ def test_a_hang_is_told_and_its_stacks_are_left_in_the_run_directory(tmp_path):
     report_hang(job, run_dir, "in a step", 12.5, "the stacks")
     file = tmp_path / "hangs" / "a2.r3.txt"
     assert file.read_text() == "the stacks"
-    told = {"rank": 3, "doing": "in a step", "seconds": 12.5, "file": str(file), "step": 17}
-    assert order == [[{"kind": "hung", **told}]]  # flushed once it was told
+    assert order == [[Hung(3, "in a step", 12.5, str(file))]]  # flushed once it was told

@@ -24,7 +24,8 @@ from ftexp.driver.resume import (
     require_trained_on,
 )
 from ftexp.errors import CheckpointError, ConfigError
-from ftexp.rundir.record import CONFIG_FILE, RUN_FILE, RunState
+from ftexp.rundir.names import CONFIG_FILE, RUN_FILE
+from ftexp.rundir.state import RunState
 from ftexp.storage.directory import Storage
 from ftexp.storage.lease import Lease
 

@@ -17,6 +17,8 @@ from ftexp.config.schema import ScheduleConfig
 from ftexp.errors import CheckpointError, StateError, UnknownNameError
 from ftexp.evaluation.meter import Meter, Progress
 from ftexp.model.optim import build_scheduler
+from ftexp.wire.events import LearningRateChanged
+from ftexp.wire.messages import Happened
 
 BUILT_IN = ["progress", "scheduler", "scaler", "ema", "rng", "best"]
 
@@ -26,7 +28,7 @@ def job():
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.5)
     return SimpleNamespace(
         rank=0,
-        line=SimpleNamespace(send=lambda *_, **__: None),
+        line=SimpleNamespace(send=lambda message: None),
         progress=Progress(Meter(torch.device("cpu")), step=40, position=1280, epoch=1),
         optimizer=optimizer,
         scheduler=build_scheduler(ScheduleConfig(name="cosine", warmup_epochs=1), optimizer, 100, 10.0),
@@ -88,20 +90,20 @@ def test_every_built_in_state_survives_the_file_and_comes_back(job):
 
 
 def test_a_schedule_that_goes_on_otherwise_than_the_checkpoint_says_so_and_only_then(job):
-    events = []
-    job.line = SimpleNamespace(send=lambda kind, **fields: events.append((kind, fields)))
+    sent = []
+    job.line = SimpleNamespace(send=sent.append)
     job.scheduler.step_update(40)
     before, extra = job.optimizer.param_groups[0]["lr"], ExtraState(["scheduler"], job)
     saved, versions = round_trip(extra.state_dict()), extra.versions()
     extra.load(saved, versions, "run 'x'")
-    assert events == []
+    assert sent == []
     longer = build_scheduler(ScheduleConfig(name="cosine", warmup_epochs=1), job.optimizer, 300, 10.0)
     longer.step_update(40)
     after, job.scheduler = job.optimizer.param_groups[0]["lr"], longer
     job.optimizer.param_groups[0]["lr"] = before  # as restored from optimizer.pt
     extra.load(saved, versions, "run 'x'")
     assert before != after
-    assert events == [("event", {"name": "learning_rate_changed", "step": 40, "before": before, "after": after})]
+    assert sent == [Happened(LearningRateChanged(40, before, after))]
 
 
 def test_extra_state_has_the_tutorials_epoch(job):

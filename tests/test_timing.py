@@ -13,6 +13,7 @@ import ftexp.job.mfu
 from ftexp.job.mfu import Utilisation, flops_per_image, peak_flops
 from ftexp.job.stopwatch import BACKWARD, FORWARD, OPTIMIZER, SAVE, SPEEDS, Stopwatch
 from ftexp.storage.directory import Storage
+from ftexp.wire import events
 from ftexp.worker.loop import log_train
 from ftexp.worker.profiler import PROFILES, profiled
 from ftexp.worker.step import thaw
@@ -111,7 +112,7 @@ def test_points_tell_of_speed_and_checkpoints_do_not():
     job.feed = SimpleNamespace(from_position=lambda _: fed)
     train(job)
     log_train(job)
-    (point,) = [sent["values"] for sent in job.line.sent if sent["kind"] == "metrics"]
+    (point,) = [sent.values for sent in job.line.points()]
     assert set(SPEEDS) - {"mfu"} <= point.keys()
     assert min(point[f"{section}_ms"] for section in (FORWARD, BACKWARD, OPTIMIZER)) > 0
     assert not set(SPEEDS) & job.progress.metrics.keys()
@@ -186,9 +187,9 @@ def test_a_trace_of_the_chosen_steps_is_left(tmp_path, first, count, traced):
     job.feed = SimpleNamespace(from_position=lambda at: profiled(job, run_dir, (b for b in feed.from_position(at))))
     train(job)
     assert job.progress.step == 12
-    sent = [message["where"] for message in job.line.sent if message.get("name") == "profile_written"]
+    sent = job.line.events(events.ProfileWritten)
     assert len(sent) == (1 if traced else 0)
-    failed = [message["error"] for message in job.line.sent if message.get("name") == "profile_failed"]
+    failed = [event.error for event in job.line.events(events.ProfileFailed)]
     assert failed == ([] if traced else ["profile.start_step=13 never comes: the run has 12 steps"])
     if traced:
         content = gzip.decompress((tmp_path / PROFILES / "rank0.json.gz").read_bytes())
@@ -203,4 +204,4 @@ def test_a_profile_that_cannot_be_written_is_told_and_no_more(tmp_path):
     feed = job.feed
     job.feed = SimpleNamespace(from_position=lambda at: profiled(job, run_dir, (b for b in feed.from_position(at))))
     train(job)
-    assert [message["name"] for message in job.line.sent] == ["profile_failed"]
+    assert [type(event) for event in job.line.events()] == [events.ProfileFailed]

@@ -24,7 +24,9 @@ from rich.console import Console
 from ftexp.config.schema import Config
 from ftexp.driver.terminal import Terminal
 from ftexp.driver.tracker_session import close_trackers, deliver_late, trackers_of
-from ftexp.rundir.record import EVENTS_FILE, METRICS_FILE, RunRecord, RunState
+from ftexp.rundir.names import EVENTS_FILE, METRICS_FILE
+from ftexp.rundir.record import RunRecord
+from ftexp.rundir.state import RunState
 from ftexp.storage.append_log import AppendLog, read_lines
 from ftexp.storage.directory import Storage
 from ftexp.trackers.mlflow import PARENT
@@ -304,7 +306,7 @@ def test_a_tracker_that_opens_when_the_run_has_ended_is_told_of_all_the_same(tmp
     record.close("finished")
     followed.end(Outcome(status="finished"))
     close_trackers(followed, record, Terminal(Console(file=output, width=500)))
-    assert [event["name"] for event in closed] == ["tracker_opened"]
+    assert [event.name for event in closed] == ["tracker_opened"]
     where = f"{tmp_path}/short/tensorboard"
     assert output.getvalue() == f"tracker  tensorboard: {where}\n"
     event = [*read_lines(folder, EVENTS_FILE)][-1]

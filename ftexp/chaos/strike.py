@@ -11,7 +11,7 @@ import signal
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
@@ -20,6 +20,8 @@ from ftexp.cluster import ray_private
 from ftexp.config.schema import DAMAGES, ChaosConfig, fault_fields
 from ftexp.data.order import derive_seed, uniforms
 from ftexp.storage.directory import Storage, Writer
+from ftexp.wire import events
+from ftexp.wire.messages import Happened, KillDriver
 
 if TYPE_CHECKING:
     from ftexp.checkpoint.manager import CheckpointManager
@@ -118,9 +120,8 @@ class Chaos:
         if fault.kind in DAMAGES or fault.kind == "half_snapshot":
             self._checkpoints.wait()  # so that it is the newest checkpoint that is hit
         self._run_dir.child(FIRED).write_bytes(fault.name, b"")
-        damaged = self._damage(fault) if fault.kind in DAMAGES else []
-        fields: dict[str, Any] = {"damaged": damaged} if fault.kind in DAMAGES else {}
-        job.line.send("event", name="chaos", fault=fault.kind, rank=job.rank, step=fault.step, **fields)
+        damaged = self._damage(fault) if fault.kind in DAMAGES else None
+        job.line.send(Happened(events.Chaos(fault.kind, job.rank, fault.step, damaged)))
         job.line.flush()
         match fault.kind:
             case "raise":
@@ -142,7 +143,7 @@ class Chaos:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     def _kill_driver(self) -> None:
-        self._job.line.send("kill_driver")
+        self._job.line.send(KillDriver())
         time.sleep(3600)  # the driver's death ends this process
 
     def _halve_snapshot(self) -> None:

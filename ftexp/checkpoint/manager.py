@@ -22,6 +22,8 @@ from ftexp.checkpoint.staging import Staging, is_finite, load_part, writer
 from ftexp.checkpoint.store import FILES, CheckpointStore, Manifest, kept_names
 from ftexp.config.versions import package_versions
 from ftexp.errors import CheckpointError, NonFiniteError, StorageError
+from ftexp.wire import events
+from ftexp.wire.messages import Happened
 
 if TYPE_CHECKING:
     from ftexp.job.job import Job
@@ -86,8 +88,8 @@ class CheckpointManager:
         nodes = set(info.preempted_node_ids) if info is not None else set()
         new, self._leaving = nodes - self._leaving, nodes
         if new and info is not None and job.rank == 0:
-            fields = {"nodes": sorted(new), "ranks": info.preempted_ranks, "deadline_ms": info.deadline_ms}
-            job.line.send("event", name="preemption_notice", step=job.progress.step, **fields)
+            notice = events.PreemptionNotice(job.progress.step, sorted(new), info.preempted_ranks, info.deadline_ms)
+            job.line.send(Happened(notice))
         return bool(new)
 
     @property
@@ -255,7 +257,7 @@ class CheckpointManager:
 
     def _failed(self, step: int, error: Exception) -> None:
         self._failures.append(error)
-        self._job.line.send("event", name="checkpoint_failed", step=step, error=str(error))
+        self._job.line.send(Happened(events.CheckpointFailed(step, str(error))))
 
     def _write_once(
         self, manifest: Manifest, parts: tuple[Any, ...], best_step: int | None, about: dict[str, Any]
@@ -263,9 +265,7 @@ class CheckpointManager:
         started, line = time.perf_counter(), self._job.line
         line.sync()  # what was logged up to this step must be written down before the step counts as done
         saved = self._store.save(manifest, {name: writer(part) for name, part in zip(FILES, parts, strict=True)})
-        line.send(
-            "event",
-            name="checkpoint_saved",
+        event = events.CheckpointSaved(
             step=saved.step,
             checkpoint=saved.name,
             bytes=saved.num_bytes,
@@ -273,6 +273,7 @@ class CheckpointManager:
             metrics=saved.metrics,
             **about,
         )
+        line.send(Happened(event))
         with contextlib.suppress(OSError):  # an object store that is down now: the next save thins out
             manifests = self._store.manifests(lambda *_: None)
             self._store.delete_all_but(kept_names(manifests, self._config.num_to_keep, best_step))

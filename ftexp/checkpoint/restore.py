@@ -11,6 +11,8 @@ from ftexp.config.fingerprint import differences
 from ftexp.job.job import Job
 from ftexp.model.build import load_matching
 from ftexp.storage.directory import Storage
+from ftexp.wire import events
+from ftexp.wire.messages import Happened
 
 
 def restore(job: Job, store: CheckpointStore, checkpoints: CheckpointManager) -> None:
@@ -30,14 +32,13 @@ def restore(job: Job, store: CheckpointStore, checkpoints: CheckpointManager) ->
     checkpoints.restore(manifest)
     if job.rank == 0:
         seconds = round(time.perf_counter() - started, 3)
-        fields = {"checkpoint": name, "step": job.progress.step, "position": job.progress.position}
-        job.line.send("event", name="restored", rejected=num_rejected, restore_s=seconds, **fields)
+        job.line.send(Happened(events.Restored(num_rejected, seconds, name, job.progress.step, job.progress.position)))
 
 
 def _choose(job: Job, store: CheckpointStore) -> tuple[str | None, int]:
     """The name of the checkpoint to load, and how many were rejected on the way."""
     for name in store.storage.sweep():
-        job.line.send("event", name="swept", folder=name)
+        job.line.send(Happened(events.Swept(name)))
     rejected: dict[str, str] = {}
     chosen = store.latest(rejected.__setitem__)
     for name, reason in rejected.items():
@@ -45,7 +46,7 @@ def _choose(job: Job, store: CheckpointStore) -> tuple[str | None, int]:
             store.quarantine(name)
         except OSError as error:  # it stays, and is rejected again next time
             reason = f"{reason}; it can't be moved away: {error}"
-        job.line.send("event", name="checkpoint_rejected", checkpoint=name, reason=reason)
+        job.line.send(Happened(events.CheckpointRejected(name, reason)))
     return chosen.name if chosen else None, len(rejected)
 
 

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 
 from ftexp.checkpoint.registry import register_state
+from ftexp.wire import events
+from ftexp.wire.messages import Happened
 
 if TYPE_CHECKING:
     from ftexp.job.job import Job
@@ -48,8 +50,8 @@ class SchedulerState:
         self._job.scheduler.step_update(state["num_updates"])
         after = [group["lr"] for group in self._job.optimizer.param_groups]
         if before != after and self._job.rank == 0:
-            rates = {"before": max(before), "after": max(after)}
-            self._job.line.send("event", name="learning_rate_changed", step=state["num_updates"], **rates)
+            changed = events.LearningRateChanged(state["num_updates"], max(before), max(after))
+            self._job.line.send(Happened(changed))
 
 
 @register_state("scaler")

@@ -16,7 +16,8 @@ from ftexp.cli.compose import to_config
 from ftexp.config.schema import Config, DataConfig
 from ftexp.data.stratify import DataInfo
 from ftexp.errors import CheckpointError, ConfigError
-from ftexp.rundir.record import CONFIG_FILE, read_state
+from ftexp.rundir.names import CONFIG_FILE
+from ftexp.rundir.state import read_state
 from ftexp.storage.directory import Storage, is_remote
 
 if TYPE_CHECKING:

@@ -16,8 +16,9 @@ from ftexp.config.fingerprint import differences, fingerprint, flat, masked
 from ftexp.config.schema import Config, DataConfig
 from ftexp.data.stratify import DataInfo
 from ftexp.errors import CheckpointError, ConfigError
-from ftexp.rundir.record import CONFIG_FILE, RUN_FILE, RunState, read_state
+from ftexp.rundir.names import CONFIG_FILE, RUN_FILE
 from ftexp.rundir.sample_ledger import last_attempt
+from ftexp.rundir.state import RunState, read_state
 from ftexp.storage.directory import Storage
 
 _MAY_CHANGE = ("train", "data", "scaling", "failure", "checkpoint")  # groups of which a resumed run says what changed

@@ -31,10 +31,13 @@ from ftexp.driver.terminal import Terminal
 from ftexp.driver.tracker_session import close_trackers, outcome_of, trackers_of
 from ftexp.errors import ConfigError, RayLostError
 from ftexp.registry import load_plugins
-from ftexp.rundir.record import CONFIG_FILE, FAILED, RUNNING, RunRecord, RunState
+from ftexp.rundir.names import CONFIG_FILE
+from ftexp.rundir.record import RunRecord
+from ftexp.rundir.state import FAILED, RUNNING, RunState
 from ftexp.storage.directory import Storage
 from ftexp.storage.lease import Lease
 from ftexp.trackers.run import check_names as check_trackers
+from ftexp.wire import events
 
 if TYPE_CHECKING:
     from ftexp.data.stratify import DataBundle
@@ -82,7 +85,7 @@ def run_session(
             record, supervisor = records()
             supervisor.ray_lost(error)
             if not error.begins_again:
-                record.close(FAILED, supervisor.stopped)
+                record.close(FAILED, str(supervisor.given_up))
             raise
         record, supervisor = records()
         return _run(
@@ -156,21 +159,21 @@ def _run(
     run_dir.write_bytes("overrides.yaml", OmegaConf.to_yaml(OmegaConf.create(masked(overrides))).encode())
     trackers = trackers_of(config, record, run_dir.parent if shared is not None else None)
     if restart is None:
-        record.event("command_started", **({"changed": changed} if changed else {}))
+        record.event(events.CommandStarted(changed or None))
     record.write()
     why_cold = shared.why_cold if shared is not None else None  # a sweep has seen to its trials' jobs
     if config.scaling.address is not None and shared is None:
         runtime_env, why_cold = on_joined_nodes(config.scaling, workers.num_threads)
         workers = dataclasses.replace(workers, runtime_env=runtime_env)
     if why_cold is not None:
-        record.event("cold_start", reason=why_cold)
+        record.event(events.ColdStart(why_cold))
     if bundle.info.bad_samples:
         samples = [vars(sample) for sample in bundle.info.bad_samples]
-        record.event("bad_samples", count=len(samples), samples=samples)
+        record.event(events.BadSamples(len(samples), samples))
     if bundle.info.warnings:
-        record.event("data_warnings", warnings=bundle.info.warnings)
+        record.event(events.DataWarnings(bundle.info.warnings))
     if bundle.info.excluded:
-        record.event("entries_excluded", entries=[vars(excluded) for excluded in bundle.info.excluded])
+        record.event(events.EntriesExcluded([vars(excluded) for excluded in bundle.info.excluded]))
     if restart is None or not state.attempts:
         terminal.header(
             state.name,
@@ -184,7 +187,7 @@ def _run(
         terminal.changed(changed)
         if (repeated := repeated_samples(config, bundle.info)) is not None:
             terminal.say(f"! {repeated}", "yellow")
-            record.event("repeated_samples", reason=repeated)
+            record.event(events.RepeatedSamples(repeated))
     try:
         return run_training(config, workers, bundle, run_dir, record, terminal, lease, running, trackers, supervisor)
     finally:
@@ -206,4 +209,4 @@ def _leave_report(run_dir: Storage, record: RunRecord, terminal: Terminal) -> No
         reason = f"{type(error).__name__}: {error}"
         terminal.say(f"! the report can't be written: {reason}; later: python -m ftexp.report {run_dir.uri}", "yellow")
         with contextlib.suppress(OSError):
-            record.late_event("report_failed", error=reason)
+            record.late_event(events.ReportFailed(reason))

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from ftexp.data.stratify import DataInfo
-from ftexp.rundir.record import Failure, RunState
+from ftexp.rundir.state import Failure, RunState
 from ftexp.storage.directory import Storage
 
 _RATE_WINDOW_S = 10.0

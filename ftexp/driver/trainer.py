@@ -27,14 +27,18 @@ from ftexp.config.schema import Config
 from ftexp.data.stratify import DataBundle
 from ftexp.driver.supervisor import Supervisor
 from ftexp.driver.terminal import Terminal
-from ftexp.errors import ConfigError, RayLostError, RunFailedError, StorageError
-from ftexp.failure.causes import FailureReporter, find_cause
+from ftexp.errors import RayLostError, RunFailedError, StorageError
+from ftexp.failure.causes import find_cause
+from ftexp.failure.reporter import FailureReporter
 from ftexp.job.spec import JobSpec
-from ftexp.rundir.record import FAILED, FINISHED, INTERRUPTED, RUNNING, RunRecord, RunState
+from ftexp.rundir.record import RunRecord
+from ftexp.rundir.state import FAILED, FINISHED, INTERRUPTED, RUNNING, RunState
 from ftexp.storage.directory import Storage
 from ftexp.storage.lease import Lease
 from ftexp.trackers.run import Trackers
-from ftexp.wire.hub import SAVE, Hub, HubAddress
+from ftexp.wire import events
+from ftexp.wire.hub import Hub, HubAddress
+from ftexp.wire.messages import ControllerDied, CouldNotStart, Happened, Retry, Save, Stop
 
 _LOOK_EVERY_S = 1.0
 _WAITING_S = 20.0  # without workers, before it is told
@@ -60,7 +64,7 @@ def run_training(
     A RayLostError that `begins_again` is no end: the run's records stay open.
     """
     hub = Hub(running.host, supervisor.handle)
-    trackers.start(hub.take)
+    trackers.start(lambda event: hub.take(Happened(event)))
     status, reason = FAILED, None
     done = threading.Event()
     _advise(hub, _tell_of_waiting, hub, supervisor, workers, done)
@@ -90,17 +94,21 @@ def run_training(
         raise
     except RayLostError as error:
         supervisor.ray_lost(error)
-        status, reason = RUNNING if error.begins_again else FAILED, supervisor.stopped
+        if error.begins_again:
+            status = RUNNING
+        else:
+            reason = str(supervisor.given_up)
         raise
     except ray.train.TrainingFailedError as error:
-        reason = _reason(error, supervisor)
+        failed = supervisor.given_up or RunFailedError(_reason(error))
+        reason = str(failed)
         if ray_private.is_startup_failure(error):
-            hub.handle({"kind": "could_not_start", "error": reason})
-        raise (ConfigError if supervisor.is_config_wrong else RunFailedError)(reason) from error
+            hub.handle(CouldNotStart(reason))
+        raise failed from error
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         if error is hub.failed:
-            record.event("driver_failed", error=reason, traceback=traceback.format_exc())
+            record.event(events.DriverFailed(reason, traceback.format_exc()))
         raise
     finally:
         done.set()
@@ -129,14 +137,16 @@ def _fit(
         try:
             return trainer.fit()
         except ray.exceptions.RayActorError:
-            answer = hub.handle({"kind": "controller_died"})
-            if answer is None:  # the command ends, and nothing is heard any more
-                raise
-            if "stop" in answer or not running.is_own:
-                reason = answer.get("stop", "Ray Train's controller died: give the same command again")
-                raise RunFailedError(reason) from None
-            _release_workers()
-            time.sleep(answer["delay_s"])
+            match hub.handle(ControllerDied()):
+                case Retry(delay_s) if running.is_own:
+                    _release_workers()
+                    time.sleep(delay_s)
+                case Retry():
+                    raise RunFailedError("Ray Train's controller died: give the same command again") from None
+                case Stop(reason):
+                    raise RunFailedError(reason) from None
+                case _:  # the command ends, and nothing is heard any more
+                    raise
 
 
 def _advise(hub: Hub, advise: Callable[..., None], *arguments: Any) -> None:
@@ -146,7 +156,7 @@ def _advise(hub: Hub, advise: Callable[..., None], *arguments: Any) -> None:
         try:
             advise(*arguments)
         except Exception as error:
-            hub.handle({"kind": "advice_failed", "error": f"{advise.__name__}: {type(error).__name__}: {error}"})
+            hub.handle(Happened(events.AdviceFailed(f"{advise.__name__}: {type(error).__name__}: {error}")))
 
     threading.Thread(target=run, daemon=True, name=advise.__name__).start()
 
@@ -154,9 +164,9 @@ def _advise(hub: Hub, advise: Callable[..., None], *arguments: Any) -> None:
 def _tell_of_waiting(hub: Hub, supervisor: Supervisor, workers: Workers, done: threading.Event) -> None:
     """Ray tries to start workers in silence, for as long as it takes."""
     while not done.wait(_LOOK_EVERY_S):
-        if supervisor.waiting_s > _WAITING_S:
+        if supervisor.group.waiting_s > _WAITING_S:
             reason = lacking_resources(workers) or "what they need is there, but taken by others, or they don't start"
-            hub.handle({"kind": "waiting", "reason": reason})
+            hub.handle(Happened(events.Waiting(reason)))
 
 
 def _save_before_a_resize(
@@ -165,16 +175,16 @@ def _save_before_a_resize(
     """Where there is room for more workers, Ray Train will soon stop those that train: have them save until then."""
     expected, since, saved = None, 0.0, -_SAVE_EVERY_S
     while not done.wait(_LOOK_EVERY_S):
-        now, possible, there = time.monotonic(), num_possible(workers), supervisor.world_size
+        now, possible, there = time.monotonic(), num_possible(workers), supervisor.group.world_size
         if there is None or possible <= there:
             expected = None
             continue
         if expected != possible:
             expected, since = possible, now
-            hub.handle({"kind": "resize_expected", "num_workers": possible})
+            hub.handle(Happened(events.ResizeExpected(possible)))
         if now - since < interval_s + _RESIZE_TAKES_S and now - saved >= _SAVE_EVERY_S:
             saved = now
-            hub.tell(SAVE)
+            hub.tell(Save())
 
 
 def _release_workers() -> None:
@@ -264,9 +274,7 @@ def _train_function(loop_config: dict[str, Any]) -> dict[str, float] | None:
     return train_loop(pickle.loads(loop_config["spec"]), loop_config["streams"])
 
 
-def _reason(error: Exception, supervisor: Supervisor) -> str:
-    if supervisor.stopped is not None:
-        return supervisor.stopped
+def _reason(error: Exception) -> str:
     failures = getattr(error, "worker_failures", None)
     if failures:
         cause = find_cause(failures)

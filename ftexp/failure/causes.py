@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import errno
 import re
-import time
 from dataclasses import dataclass
 
 import ray.exceptions
-from ray.train import UserCallback
 
 from ftexp.cluster import ray_private
 from ftexp.config.schema import CAUSES
 from ftexp.errors import ConfigError, DataError, FtexpError, NonFiniteError, StateError, StorageError
 from ftexp.failure.phases import WAITED_IN
-from ftexp.wire.hub import HubAddress, Line
 
 BUG, OUT_OF_MEMORY, CRASH, HANG, PREEMPTION, NON_FINITE, STORAGE, STARTUP, RAY = CAUSES
 CONFIG = "config"  # a mistake in the config that only a worker could find; it ends the run, so it has no budget
@@ -134,25 +131,3 @@ def _in_a_line(error: Exception) -> str:
     # the last says most, but of a CUDA error, which ends with advice
     telling = next((line for line in lines if "CUDA error" in line), lines[-1] if lines else "")
     return f"{type(error).__name__}: {telling.strip()}" if lines else type(error).__name__
-
-
-class StopRun(Exception):
-    """Raised in Ray Train's controller to end the run; Ray retries everything but this."""
-
-
-class FailureReporter(UserCallback):  # type: ignore[misc]
-    """Tells the driver of every failure, and ends the run if the driver says so. Runs in Ray Train's controller."""
-
-    def __init__(self, hub: HubAddress) -> None:
-        self._hub = hub
-
-    def after_exception(self, run_context: object, worker_exceptions: dict[int, Exception]) -> None:  # noqa: ARG002
-        """Ray's hook: one or more workers raised, or died. StopRun if there shall be no further try."""
-        try:
-            line = Line(self._hub, {"kind": "failure", "cause": vars(find_cause(worker_exceptions))})
-        except FtexpError as error:  # without a decision Ray would retry for ever
-            raise StopRun(f"no decision from the driver: {error}") from error
-        line.close()
-        if "delay_s" not in line.answer:
-            raise StopRun(line.answer.get("stop", "no decision from the driver"))
-        time.sleep(line.answer["delay_s"])  # Ray makes the next group when this returns

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from ftexp.data.feeds.feed import Batch
 from ftexp.errors import NonFiniteError
 from ftexp.job.skipped_batches import Range
+from ftexp.wire import events
+from ftexp.wire.messages import Happened
 
 if TYPE_CHECKING:
     from ftexp.checkpoint.manager import CheckpointManager
@@ -38,7 +40,8 @@ def skip_step(job: Job, batch: Batch) -> None:
             f"{job.num_skipped} steps in a row had a gradient that is not finite, the last of them step {step}, and "
             f"failure.max_nonfinite_steps={limit}"
         )
-    _leave_out(job, (batch.start, batch.end), "step_skipped", step=step, reason="the gradient is not finite")
+    positions = (batch.start, batch.end)
+    _leave_out(job, positions, events.StepSkipped([*positions], step, "the gradient is not finite"))
 
 
 def roll_back(job: Job, batch: Batch, checkpoints: CheckpointManager) -> None:
@@ -55,13 +58,13 @@ def roll_back(job: Job, batch: Batch, checkpoints: CheckpointManager) -> None:
     checkpoints.roll_back()
     job.num_rollbacks += 1
     left_out = job.skips.widened(batch.start, batch.end, job.progress.position)
-    _leave_out(job, left_out, "rolled_back", step=step, to_step=job.progress.step)
+    _leave_out(job, left_out, events.RolledBack([*left_out], step, job.progress.step))
 
 
-def _leave_out(job: Job, positions: Range, event: str, **fields: Any) -> None:
+def _leave_out(job: Job, positions: Range, event: events.Event) -> None:
     """Have the batches at `positions` drive no update; on record before training goes on, so that it stays so."""
     job.skips.add(positions)
     if job.rank == 0:
-        job.line.send("event", name=event, positions=list(positions), **fields)
+        job.line.send(Happened(event))
         with contextlib.suppress(OSError):  # the records wait for a disk; without them another attempt looks again
             job.line.sync()

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from ftexp.config.schema import FailureConfig
 from ftexp.failure.phases import BETWEEN, EVALUATION, SAVE, START, STEP, WAITED_IN
 from ftexp.storage.directory import Storage
+from ftexp.wire.messages import Hung
 
 if TYPE_CHECKING:
     from ftexp.job.job import Job
@@ -115,7 +116,7 @@ def report_hang(job: Job, run_dir: Storage, phase: str, seconds: float, stacks: 
     """Tell the driver, and leave the stacks of all threads in the run directory."""
     name = f"a{job.attempt}.r{job.rank}.txt"
     file = run_dir.child("hangs", name).uri
-    job.line.send("hung", rank=job.rank, doing=phase, seconds=seconds, file=file, step=job.progress.step)
+    job.line.send(Hung(job.rank, phase, seconds, file))
     # the storage may be what hangs
     writing = threading.Thread(target=run_dir.child("hangs").write_bytes, args=(name, stacks.encode()), daemon=True)
     writing.start()

@@ -41,7 +41,9 @@ from ftexp.model.freezing import Freezing
 from ftexp.model.optim import build_optimizer, build_scheduler
 from ftexp.rundir.sample_ledger import LEDGER, Ledger
 from ftexp.storage.directory import Storage
-from ftexp.wire.hub import Line
+from ftexp.wire import events
+from ftexp.wire.channel import Channel
+from ftexp.wire.messages import Begin, Happened, Hello, Raised, Stop
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _INIT, _STEP = 2, 3  # streams of the run's seed; 1 is the order's
@@ -62,7 +64,7 @@ class Job:
     rank: int
     world_size: int
     device: torch.device
-    line: Line
+    line: Channel
     model: nn.Module  # the bare model: what is saved
     wrapped: nn.Module  # the same under DDP: what is trained
     optimizer: torch.optim.Optimizer
@@ -150,16 +152,16 @@ def build_job(spec: JobSpec, streams: dict[str, IndexedSplit]) -> Job:
     try:
         return _build(spec, streams, line, rank, world_size, device)
     except Exception:
-        line.send("raised", rank=rank, step=0, position=0, samples=[], traceback=traceback.format_exc())
+        line.send(Raised(rank, step=0, position=0, samples=[], traceback=traceback.format_exc()))
         line.close()
         raise
 
 
 def _build(
-    spec: JobSpec, streams: dict[str, IndexedSplit], line: Line, rank: int, world_size: int, device: torch.device
+    spec: JobSpec, streams: dict[str, IndexedSplit], line: Channel, rank: int, world_size: int, device: torch.device
 ) -> Job:
     config, info = spec.config, spec.info
-    answer = _agree_on(line.answer)
+    begin: Begin = _agree_on(line.answer)
     if config.train.deterministic:
         settle_kernels(device)
     torch.manual_seed(derive_seed(config.seed, _INIT) % 2**63)
@@ -183,7 +185,7 @@ def _build(
     total_positions = all_positions if max_steps is None else min(all_positions, max_steps * global_batch_size)
     steps_per_epoch = num_samples / global_batch_size
     to_tensors = ToTensors(info, device, config.train.channels_last)
-    accumulate_steps = max(config.train.accumulate_steps, answer.get("accumulate_steps") or 1)
+    accumulate_steps = max(config.train.accumulate_steps, begin.accumulate_steps or 1)
     augment = config.augment
     plan = Plan(global_batch_size, accumulate_steps, total_positions, rank, world_size, augment.mixes)
     ledger = Storage(spec.run_uri).child(LEDGER) if config.train.ledger else None
@@ -191,7 +193,7 @@ def _build(
         config=config,
         info=info,
         run_name=spec.run_name,
-        attempt=answer["attempt"],
+        attempt=begin.attempt,
         rank=rank,
         world_size=world_size,
         device=device,
@@ -221,8 +223,8 @@ def _build(
         mixing=Mixing(augment, info.num_classes, config.train.label_smoothing, config.seed) if augment.mixes else None,
         fingerprint=spec.fingerprint,
         accumulate_steps=accumulate_steps,
-        ledger=Ledger(ledger, answer["attempt"], rank),
-        skips=Skips(answer.get("skipped", ())),
+        ledger=Ledger(ledger, begin.attempt, rank),
+        skips=Skips(begin.skipped),
         weights_report=report,
         stopwatch=Stopwatch(device),
         utilisation=Utilisation(
@@ -246,7 +248,9 @@ def _under_ddp(model: nn.Module) -> nn.Module:
     return wrapped
 
 
-def _rows(spec: JobSpec, streams: dict[str, IndexedSplit], line: Line, rank: int, world_size: int) -> dict[str, Rows]:
+def _rows(
+    spec: JobSpec, streams: dict[str, IndexedSplit], line: Channel, rank: int, world_size: int
+) -> dict[str, Rows]:
     """Each split's rows: cached, or streamed if there are `streams`."""
     if not streams:
         return {split: CachedRows(ray.train.get_dataset_shard(split)) for split in SPLITS}
@@ -257,25 +261,24 @@ def _rows(spec: JobSpec, streams: dict[str, IndexedSplit], line: Line, rank: int
         refuse_bad(data, samples)
         if new := [sample for sample in samples if sample.where not in told]:
             told.update(sample.where for sample in new)
-            line.send("event", name="bad_samples", count=len(new), samples=[vars(sample) for sample in new])
+            line.send(Happened(events.BadSamples(len(new), [vars(sample) for sample in new])))
 
     def on_slow(seconds: float) -> None:
         free, there = (found.get("CPU", 0) for found in (ray.available_resources(), ray.cluster_resources()))
-        line.send("event", name="slow_data", rank=rank, reason=slow_reason(seconds, free, there))
+        line.send(Happened(events.SlowData(rank, slow_reason(seconds, free, there))))
 
     num_tasks = max(1, spec.decode_cpus // world_size)
     return {split: StreamedRows(streams[split], spec.info, num_tasks, on_bad, on_slow) for split in SPLITS}
 
 
-def _connect(spec: JobSpec, rank: int, world_size: int) -> Line:
+def _connect(spec: JobSpec, rank: int, world_size: int) -> Channel:
     import socket
 
-    hello = {"kind": "hello", "rank": rank, "world_size": world_size, "pid": os.getpid(), "node": socket.gethostname()}
-    hello["hot_start"] = HOT_START_MARK in os.environ
-    line = Line(spec.hub, hello)
-    if "stop" in line.answer:
+    hello = Hello(rank, world_size, os.getpid(), socket.gethostname(), hot_start=HOT_START_MARK in os.environ)
+    line = Channel(spec.hub, hello)
+    if isinstance(line.answer, Stop):
         line.close()
-        raise RunFailedError(line.answer["stop"])
+        raise RunFailedError(line.answer.reason)
     return line
 
 

@@ -14,7 +14,7 @@ from ftexp.report.series import duration
 from ftexp.report.sweep_charts import TrialLine, curves_chart, parallel_chart
 from ftexp.report.tables import table
 from ftexp.rundir.ranking import has_place, ranked, varying
-from ftexp.rundir.record import FAILED, FINISHED
+from ftexp.rundir.state import FAILED, FINISHED
 from ftexp.rundir.sweep_record import Reached, curve, look
 from ftexp.storage.directory import Storage
 

@@ -32,6 +32,8 @@ from ftexp.job.stopwatch import SAVE as SAVING
 from ftexp.model.build import timm_arguments
 from ftexp.registry import load_plugins
 from ftexp.storage.directory import Storage
+from ftexp.wire import events
+from ftexp.wire.messages import Happened, Metrics, Raised, Ready, Tick
 from ftexp.worker.hardware import describe
 from ftexp.worker.profiler import profiled
 from ftexp.worker.speed import speeds
@@ -51,14 +53,9 @@ def train_loop(spec: JobSpec, streams: dict[str, IndexedSplit]) -> dict[str, flo
     try:
         return _train(job, Storage(spec.run_uri))
     except Exception:
-        job.line.send(
-            "raised",
-            rank=job.rank,
-            step=job.progress.step,
-            position=job.progress.position,
-            samples=job.batch.samples.tolist() if job.batch is not None else [],
-            traceback=traceback.format_exc(),
-        )
+        samples = job.batch.samples.tolist() if job.batch is not None else []
+        progress = job.progress
+        job.line.send(Raised(job.rank, progress.step, progress.position, samples, traceback.format_exc()))
         raise
     finally:
         job.line.close()
@@ -156,16 +153,16 @@ def advance(job: Job, batch: Batch) -> bool:
 def announce(job: Job) -> None:
     """Tell the driver what was built, once everything is ready to train."""
     if job.rank == 0:
-        job.line.send(
-            "ready",
+        ready = Ready(
+            step=job.progress.step,
+            total_steps=job.total_steps,
+            device=str(job.device),
             arguments=timm_arguments(job.config.model, job.info),
             num_parameters=sum(parameter.numel() for parameter in job.model.parameters()),
-            device=str(job.device),
             hardware=describe(job.device),
-            total_steps=job.total_steps,
-            step=job.progress.step,
             weights=str(job.weights_report) if job.weights_report else None,
         )
+        job.line.send(ready)
 
 
 def evaluation_due(job: Job, epoch_ended: bool) -> bool:
@@ -215,7 +212,7 @@ def test(job: Job, run_dir: Storage) -> None:
         try:
             run_dir.write_bytes(evaluation_file("test"), json.dumps(content).encode())
         except OSError as error:  # the run is as good without
-            job.line.send("event", name="report_failed", error=f"{evaluation_file('test')}: {error}")
+            job.line.send(Happened(events.ReportFailed(f"{evaluation_file('test')}: {error}")))
 
 
 def log_train(job: Job) -> None:
@@ -243,7 +240,7 @@ def _log(job: Job, split: str, values: dict[str, float], beside: dict[str, float
     progress.metrics.update(values)
     if job.rank == 0:
         values = {**values, **(beside or {})}
-        job.line.send("metrics", split=split, step=progress.step, epoch=progress.epoch, values=values)
+        job.line.send(Metrics(split, progress.step, progress.epoch, values))
 
 
 def update_best(job: Job) -> None:
@@ -278,4 +275,4 @@ class Ticker:
         if self._job.rank == 0 and (at_once or now - self._last >= _TICK_INTERVAL_S):
             self._last = now
             progress = self._job.progress
-            self._job.line.send("tick", step=progress.step, position=progress.position, epoch=progress.epoch)
+            self._job.line.send(Tick(progress.step, progress.epoch))

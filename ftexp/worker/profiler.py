@@ -12,6 +12,8 @@ import torch
 from ftexp.data.feeds.feed import Batch
 from ftexp.job.job import Job
 from ftexp.storage.directory import Storage
+from ftexp.wire import events
+from ftexp.wire.messages import Happened
 
 PROFILES = "profile"  # the folder in a run directory
 
@@ -27,7 +29,7 @@ def profiled(job: Job, run_dir: Storage, batches: Generator[Batch]) -> Generator
             first, end = config.start_step, config.start_step + config.num_steps
             if first > job.total_steps:
                 error = f"profile.start_step={first} never comes: the run has {job.total_steps} steps"
-                job.line.send("event", name="profile_failed", error=error)
+                job.line.send(Happened(events.ProfileFailed(error)))
                 end = first
             yield from _while(batches, lambda: progress.step + 1 < first)
             if first <= progress.step + 1 < end:
@@ -59,6 +61,6 @@ def _trace(job: Job, run_dir: Storage) -> Iterator[None]:
                 profiler.export_chrome_trace(f"{scratch}/{name}")
                 folder.write_bytes(name, (Path(scratch) / name).read_bytes())
         except OSError as error:
-            job.line.send("event", name="profile_failed", error=f"{name}: {error}")
+            job.line.send(Happened(events.ProfileFailed(f"{name}: {error}")))
         else:
-            job.line.send("event", name="profile_written", where=folder.child(name).uri)
+            job.line.send(Happened(events.ProfileWritten(folder.child(name).uri)))

@@ -17,6 +17,8 @@ from ftexp.failure.nonfinite import before_step, put_back
 from ftexp.job.job import Job
 from ftexp.job.stopwatch import BACKWARD, FORWARD, OPTIMIZER
 from ftexp.model.freezing import classifier_parameters
+from ftexp.wire import events
+from ftexp.wire.messages import Happened
 
 
 def train_step(job: Job, batch: Batch) -> bool:
@@ -132,7 +134,7 @@ def thaw(job: Job) -> None:
     if job.utilisation is not None:
         job.utilisation.count_anew()
     if job.rank == 0:
-        job.line.send("event", name="thawed", epoch=job.progress.epoch, num_frozen=job.freezing.num_frozen)
+        job.line.send(Happened(events.Thawed(job.progress.epoch, job.freezing.num_frozen)))
 
 
 def settle_gradient_order(job: Job) -> None:

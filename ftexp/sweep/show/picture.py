@@ -6,7 +6,7 @@ import io
 from typing import Any
 
 from ftexp.rundir.ranking import varying
-from ftexp.rundir.record import FINISHED
+from ftexp.rundir.state import FINISHED
 from ftexp.rundir.sweep_record import Ledger, Reached, curve
 from ftexp.storage.directory import Storage
 
