@@ -11,9 +11,10 @@ import argparse
 import sys
 import time
 
-from ftexp.checkpoint.store import CHECKPOINTS, REJECTED, CheckpointStore, Manifest, locate
+from ftexp.checkpoint.store import REJECTED, CheckpointStore, Manifest, locate
 from ftexp.cli.compose import prepare_streams, print_error
 from ftexp.errors import CheckpointError, ConfigError, FtexpError
+from ftexp.rundir.names import CHECKPOINTS
 from ftexp.storage.directory import Storage
 
 _MOST_DIFFERENCES = 40  # shown; the rest is counted

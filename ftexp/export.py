@@ -33,6 +33,7 @@ from omegaconf import MISSING
 from ftexp.cli.compose import prepare_streams, print_error, read_command
 from ftexp.config.fields import choice, ranged
 from ftexp.errors import ConfigError, ExportError, FtexpError
+from ftexp.rundir.names import EXPORTS
 
 if TYPE_CHECKING:
     from ftexp.checkpoint.store import Manifest
@@ -100,7 +101,7 @@ def export(config: ExportConfig) -> dict[str, Any]:
     run = SavedRun.at(config.run)
     manifest = choose(run.store, config.checkpoint, run.config)
     which = "" if config.weights == "raw" else f"_{config.weights}"
-    default = run.storage.child("exports", f"{config.format}_{manifest.name}{which}")
+    default = run.storage.child(EXPORTS, f"{config.format}_{manifest.name}{which}")
     out = Storage.at(config.out) if config.out is not None else default
     if out.exists():
         raise ConfigError(f"out={out.uri} is there already: remove it, or give another out=...")

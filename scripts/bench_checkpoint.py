@@ -101,8 +101,9 @@ def measure(settings: dict[str, Any]) -> dict[str, Any]:
     import ftexp.checkpoint.states  # noqa: F401 - registers the built-in states
     from ftexp.checkpoint.manager import CheckpointManager
     from ftexp.checkpoint.registry import ExtraState
-    from ftexp.checkpoint.store import CHECKPOINTS, CheckpointStore
+    from ftexp.checkpoint.store import CheckpointStore
     from ftexp.job.job import build_job
+    from ftexp.rundir.names import CHECKPOINTS
     from ftexp.storage.directory import Storage
 
     spec = pickle.loads(settings["spec"])

@@ -9,11 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ftexp.chaos import strike as chaos
-from ftexp.chaos.strike import FIRED, Chaos, ChaosError, FaultyStore, damage, planned_faults
+from ftexp.chaos.strike import Chaos, ChaosError, FaultyStore, damage, planned_faults
 from ftexp.checkpoint.store import FILES, CheckpointStore, Manifest
 from ftexp.cli.compose import to_config
 from ftexp.config.checks.validate import validate
 from ftexp.config.schema import DAMAGES, FAULTS, ChaosConfig, config_dir
+from ftexp.rundir.names import CHAOS
 from ftexp.storage.directory import Storage
 from ftexp.wire import events
 from ftexp.wire.messages import Happened, KillDriver
@@ -174,7 +175,7 @@ def test_an_exception_is_raised_once_in_a_run_and_told_before(tmp_path):
     with pytest.raises(ChaosError, match="chaos=raise at step 3 on rank 0"):
         run.reach(3)
     assert run.sent == [Happened(events.Chaos("raise", 0, 3)), "flushed"]
-    assert run.run_dir.child(FIRED).list_files() == ["00-raise"]
+    assert run.run_dir.child(CHAOS).list_files() == ["00-raise"]
     again = Run(tmp_path, kind="raise", step=3)  # the next attempt does the step again
     again.reach(3)
     run.reach(3)
@@ -205,7 +206,7 @@ def test_storage_fails_where_the_writing_is_done(tmp_path, kind, rank):
     faults = [{"kind": kind, "step": 4, "rank": 1, "count": 2, "seconds": 0.25}]
     follower = Run(tmp_path, rank=1, faults=faults)
     follower.reach(4)
-    assert (follower.sent, follower.run_dir.child(FIRED).list_files()) == ([], [])
+    assert (follower.sent, follower.run_dir.child(CHAOS).list_files()) == ([], [])
     assert (follower.store.num_failing, follower.store.num_slow) == (0, 0)
     leader = Run(tmp_path, rank=0, faults=faults)
     leader.reach(4)

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from ftexp.data.feeds.feed import Batch
 from ftexp.data.order import Order
 from ftexp.data.plan import Plan
-from ftexp.rundir.sample_ledger import LEDGER, Ledger, Update, last_attempt, problems, read_updates
+from ftexp.rundir.names import LEDGER
+from ftexp.rundir.sample_ledger import Ledger, Update, last_attempt, problems, read_updates
 from ftexp.storage.directory import Storage
 
 NUM_SAMPLES, BATCH, EPOCHS = 10, 4, 3

@@ -423,6 +423,7 @@ def test_the_command_imports_nothing_heavy_and_writes_where_it_is_told(storage, 
     assert done.stdout.splitlines() == [f"written to {tmp_path}/elsewhere/first.html", "[]"], done.stderr
     assert "<h1>told" in (tmp_path / "elsewhere" / "first.html").read_text()
     assert (tmp_path / "elsewhere" / "charts" / "timeline.png").exists()
+    assert (tmp_path / "elsewhere" / "metrics.csv").read_text() == (storage.local_path / "metrics.csv").read_text()
     assert not (storage.local_path / "report.html").exists()
 
 
@@ -432,7 +433,7 @@ def test_a_report_that_fails_is_an_event_and_a_line_and_no_more(storage, monkeyp
 
     story = three_kills(storage)
     monkeypatch.setattr("ftexp.report.write.read_run", lambda run_dir: 1 / 0)
-    _leave_report(storage, story.record, Terminal())
+    _leave_report(story.record, Terminal())
     assert "! the report can't be written: ZeroDivisionError" in capsys.readouterr().out
     last = json.loads(storage.read_bytes("events.jsonl").splitlines()[-1])
     assert (last["event"], last["error"]) == ("report_failed", "ZeroDivisionError: division by zero")

@@ -10,7 +10,7 @@ from test_config import composed
 import ftexp.cluster.ray_cluster
 import ftexp.driver.run
 from ftexp.chaos.strike import damage
-from ftexp.checkpoint.store import CHECKPOINTS, FILES, CheckpointStore, Manifest
+from ftexp.checkpoint.store import FILES, CheckpointStore, Manifest
 from ftexp.config.fingerprint import fingerprint, masked
 from ftexp.config.schema import Config
 from ftexp.data.stratify import DataInfo
@@ -24,7 +24,7 @@ from ftexp.driver.resume import (
     require_trained_on,
 )
 from ftexp.errors import CheckpointError, ConfigError
-from ftexp.rundir.names import CONFIG_FILE, RUN_FILE
+from ftexp.rundir.names import CHECKPOINTS, CONFIG_FILE, RUN_FILE
 from ftexp.rundir.state import RunState
 from ftexp.storage.directory import Storage
 from ftexp.storage.lease import Lease
@@ -91,10 +91,9 @@ def test_a_refusal_touches_nothing(tmp_path, monkeypatch, resume):
     before = sorted(tmp_path.rglob("*"))
     monkeypatch.setattr(ftexp.cluster.ray_cluster, "decide_workers", lambda *_, **__: None)
     monkeypatch.setattr(Lease, "take", lambda *_: pytest.fail("a claim was laid"))
-    made = config(resume=resume)
-    made.run.name, made.run.storage = "first", str(tmp_path)
+    made = composed(f"resume={resume}", "run.name=first", f"run.storage={tmp_path}")
     with pytest.raises(ConfigError, match=f"^resume={resume}, but"):
-        ftexp.driver.run._run(made, [])
+        ftexp.driver.run.train(made)
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -102,9 +101,15 @@ def test_a_folder_of_data_is_kept_from_the_root_on_wherever_the_command_was_give
     (tmp_path / "photos").mkdir()
     monkeypatch.chdir(tmp_path)
     seen = []
-    monkeypatch.setattr(ftexp.driver.run, "_run", lambda made, *_: seen.append(made.data.root))
+
+    def check(made, _):
+        seen.append(made.data.root)
+        raise ConfigError("that is enough")
+
+    monkeypatch.setattr(ftexp.driver.run, "_checked", check)
     for root in ("photos", "./photos/", "s3://bucket/photos/", str(tmp_path / "photos")):
-        ftexp.driver.run.train(composed("data=image_folder", f"data.root={root}"))
+        with pytest.raises(ConfigError, match="that is enough"):
+            ftexp.driver.run.train(composed("data=image_folder", f"data.root={root}"))
     assert seen == [f"{tmp_path}/photos", f"{tmp_path}/photos", "s3://bucket/photos/", f"{tmp_path}/photos"]
 
 

@@ -12,10 +12,11 @@ from torch import nn
 import ftexp.job.mfu
 from ftexp.job.mfu import Utilisation, flops_per_image, peak_flops
 from ftexp.job.stopwatch import BACKWARD, FORWARD, OPTIMIZER, SAVE, SPEEDS, Stopwatch
+from ftexp.rundir.names import PROFILE
 from ftexp.storage.directory import Storage
 from ftexp.wire import events
 from ftexp.worker.loop import log_train
-from ftexp.worker.profiler import PROFILES, profiled
+from ftexp.worker.profiler import profiled
 from ftexp.worker.step import thaw
 
 
@@ -192,13 +193,13 @@ def test_a_trace_of_the_chosen_steps_is_left(tmp_path, first, count, traced):
     failed = [event.error for event in job.line.events(events.ProfileFailed)]
     assert failed == ([] if traced else ["profile.start_step=13 never comes: the run has 12 steps"])
     if traced:
-        content = gzip.decompress((tmp_path / PROFILES / "rank0.json.gz").read_bytes())
+        content = gzip.decompress((tmp_path / PROFILE / "rank0.json.gz").read_bytes())
         names = [event.get("name", "") for event in json.loads(content)["traceEvents"]]
         assert sum(name.startswith("Optimizer.step#") for name in names) == traced
 
 
 def test_a_profile_that_cannot_be_written_is_told_and_no_more(tmp_path):
-    (tmp_path / PROFILES).write_text("in the way")
+    (tmp_path / PROFILE).write_text("in the way")
     job, run_dir = make_job(), Storage.at(str(tmp_path))
     job.config.profile.enabled, job.config.profile.start_step = True, 2
     feed = job.feed

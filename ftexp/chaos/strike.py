@@ -19,6 +19,7 @@ from ftexp.checkpoint.store import FILES, MANIFEST, CheckpointStore, Manifest
 from ftexp.cluster import ray_private
 from ftexp.config.schema import DAMAGES, ChaosConfig, fault_fields
 from ftexp.data.order import derive_seed, uniforms
+from ftexp.rundir.names import CHAOS
 from ftexp.storage.directory import Storage, Writer
 from ftexp.wire import events
 from ftexp.wire.messages import Happened, KillDriver
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from ftexp.job.job import Job
 
 _OF_THE_STORE = ("disk_full", "slow_storage")  # happen to rank 0, which does the writing
-FIRED = "chaos"  # the folder of what has happened
 
 
 class ChaosError(RuntimeError):
@@ -112,14 +112,14 @@ class Chaos:
     def strike(self) -> None:
         """Let happen what is planned after the step just done, unless it has happened before."""
         for fault in self._by_step.get(self._job.progress.step, ()):
-            if not self._run_dir.exists(f"{FIRED}/{fault.name}"):
+            if not self._run_dir.exists(f"{CHAOS}/{fault.name}"):
                 self._strike(fault)
 
     def _strike(self, fault: Fault) -> None:
         job, store = self._job, self._store
         if fault.kind in DAMAGES or fault.kind == "half_snapshot":
             self._checkpoints.wait()  # so that it is the newest checkpoint that is hit
-        self._run_dir.child(FIRED).write_bytes(fault.name, b"")
+        self._run_dir.child(CHAOS).write_bytes(fault.name, b"")
         damaged = self._damage(fault) if fault.kind in DAMAGES else None
         job.line.send(Happened(events.Chaos(fault.kind, job.rank, fault.step, damaged)))
         job.line.flush()

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 
-from ftexp.checkpoint.store import CHECKPOINTS
 from ftexp.config.schema import Config
+from ftexp.driver.context import RunContext
 from ftexp.driver.terminal import Terminal
 from ftexp.registry import load_plugins
-from ftexp.rundir.names import METRICS_FILE
+from ftexp.rundir.names import CHECKPOINTS, METRICS_FILE
 from ftexp.rundir.record import RunRecord
 from ftexp.rundir.state import RunState
 from ftexp.storage.append_log import read_lines
@@ -60,8 +60,9 @@ def close_trackers(trackers: Trackers, record: RunRecord, terminal: Terminal) ->
             record.late_event(event)
 
 
-def deliver_late(config: Config, run_dir: Storage, state: RunState, terminal: Terminal) -> None:
+def deliver_late(context: RunContext, terminal: Terminal) -> None:
     """Give a run that has finished to the trackers that haven't got all of it: they were down, or are new."""
+    config, run_dir, state = context.config, context.run_dir, context.state
     late = [name for name in config.tracker.names if name not in read_complete(run_dir)]
     if not late:
         return

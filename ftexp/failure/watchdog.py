@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from ftexp.config.schema import FailureConfig
 from ftexp.failure.phases import BETWEEN, EVALUATION, SAVE, START, STEP, WAITED_IN
+from ftexp.rundir.names import HANGS
 from ftexp.storage.directory import Storage
 from ftexp.wire.messages import Hung
 
@@ -115,10 +116,10 @@ def hang_limits(config: FailureConfig) -> dict[str, float | None]:
 def report_hang(job: Job, run_dir: Storage, phase: str, seconds: float, stacks: str) -> None:
     """Tell the driver, and leave the stacks of all threads in the run directory."""
     name = f"a{job.attempt}.r{job.rank}.txt"
-    file = run_dir.child("hangs", name).uri
+    file = run_dir.child(HANGS, name).uri
     job.line.send(Hung(job.rank, phase, seconds, file))
     # the storage may be what hangs
-    writing = threading.Thread(target=run_dir.child("hangs").write_bytes, args=(name, stacks.encode()), daemon=True)
+    writing = threading.Thread(target=run_dir.child(HANGS).write_bytes, args=(name, stacks.encode()), daemon=True)
     writing.start()
     writing.join(timeout=10)
     job.line.flush()

@@ -39,7 +39,8 @@ from ftexp.model.build import WeightsReport, as_logits, build_model
 from ftexp.model.ema import Average
 from ftexp.model.freezing import Freezing
 from ftexp.model.optim import build_optimizer, build_scheduler
-from ftexp.rundir.sample_ledger import LEDGER, Ledger
+from ftexp.rundir.names import LEDGER
+from ftexp.rundir.sample_ledger import Ledger
 from ftexp.storage.directory import Storage
 from ftexp.wire import events
 from ftexp.wire.channel import Channel

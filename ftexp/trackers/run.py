@@ -15,12 +15,12 @@ import ftexp.trackers.builtin  # noqa: F401 - registers them
 from ftexp.config.fingerprint import flat, masked
 from ftexp.config.schema import Config
 from ftexp.config.tracker_schema import TrackerConfig
+from ftexp.rundir.names import TRACKERS_FILE
 from ftexp.storage.directory import Storage
 from ftexp.trackers.follower import Follower, Tell
 from ftexp.trackers.registry import Outcome, Point, TrackedRun, trackers
 from ftexp.wire.events import TrackerFailed, TrackerOpened
 
-TRACKERS_FILE = "trackers.json"  # {"id": of the run in every tracker, "complete": trackers that lack nothing}
 _GIT_TIMEOUT_S = 5.0
 
 

@@ -16,13 +16,13 @@ from ftexp.chaos.strike import Chaos, FaultyStore
 from ftexp.checkpoint.manager import CheckpointManager
 from ftexp.checkpoint.registry import ExtraState
 from ftexp.checkpoint.restore import restore
-from ftexp.checkpoint.store import CHECKPOINTS, CheckpointStore
+from ftexp.checkpoint.store import CheckpointStore
 from ftexp.data.feeds.feed import Batch, evaluation_batches, prefetched
 from ftexp.data.listing import IndexedSplit
 from ftexp.errors import NonFiniteError
 from ftexp.evaluation.counting import count_into
 from ftexp.evaluation.meter import Meter, means
-from ftexp.evaluation.mistakes import Findings, described, evaluation_file
+from ftexp.evaluation.mistakes import Findings, described
 from ftexp.failure.nonfinite import roll_back, skip_step
 from ftexp.failure.phases import AGREEMENT, BETWEEN, EVALUATION, SAVE, START, STEP
 from ftexp.failure.watchdog import Watchdog, hang_limits, report_hang
@@ -31,6 +31,7 @@ from ftexp.job.spec import JobSpec
 from ftexp.job.stopwatch import SAVE as SAVING
 from ftexp.model.build import timm_arguments
 from ftexp.registry import load_plugins
+from ftexp.rundir.names import CHECKPOINTS, evaluation_file
 from ftexp.storage.directory import Storage
 from ftexp.wire import events
 from ftexp.wire.messages import Happened, Metrics, Raised, Ready, Tick

@@ -11,11 +11,10 @@ import torch
 
 from ftexp.data.feeds.feed import Batch
 from ftexp.job.job import Job
+from ftexp.rundir.names import PROFILE
 from ftexp.storage.directory import Storage
 from ftexp.wire import events
 from ftexp.wire.messages import Happened
-
-PROFILES = "profile"  # the folder in a run directory
 
 
 def profiled(job: Job, run_dir: Storage, batches: Generator[Batch]) -> Generator[Batch]:
@@ -55,7 +54,7 @@ def _trace(job: Job, run_dir: Storage) -> Iterator[None]:
         yield
     finally:
         profiler.stop()
-        folder, name = run_dir.child(PROFILES), f"rank{job.rank}.json.gz"
+        folder, name = run_dir.child(PROFILE), f"rank{job.rank}.json.gz"
         try:
             with tempfile.TemporaryDirectory() as scratch:
                 profiler.export_chrome_trace(f"{scratch}/{name}")
