@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ftexp.config.schema import CAUSES, FailureConfig
-from ftexp.failure.causes import BUG, CRASH, HANG, NON_FINITE, OUT_OF_MEMORY, PREEMPTION, RAY, STORAGE, Cause
+from ftexp.failure.causes import BUG, CRASH, HANG, NON_FINITE, OUT_OF_MEMORY, PREEMPTION, RAY, STORAGE, Cause, Ending
 from ftexp.failure.policy import Action, Past, decide
 
 SMALLER = Action.RESTART_SMALLER_MICRO_BATCHES
@@ -124,7 +124,7 @@ def test_a_bug_stops_at_once():
 
 @pytest.mark.parametrize("kind", [STORAGE, CRASH, BUG])
 def test_an_error_that_another_try_would_end_in_stops_at_once(kind):
-    got = decision(failed(kind, is_final=True), **ENDLESS)
+    got = decision(failed(kind, ending=Ending.GAVE_UP), **ENDLESS)
     assert (restarts(got), got.cause) == (False, kind)
     assert got.reason == "another try would end the same way: giving up"
 
@@ -137,8 +137,8 @@ def test_an_error_that_another_try_would_end_in_stops_at_once(kind):
         (failed(), before(step=99, error="ChaosError: x"), None),  # at another step
         (failed(), before(step=100, error="ChaosError: y"), None),  # another exception
         # a SIGKILL says nothing of what was done, and so does memory that was short
-        (failed(died=True), before(step=100, error="ChaosError: x"), None),
-        (failed(HANG, died=True), before(HANG, step=100, error="ChaosError: x"), None),
+        (failed(ending=Ending.DIED), before(step=100, error="ChaosError: x"), None),
+        (failed(HANG, ending=Ending.DIED), before(HANG, step=100, error="ChaosError: x"), None),
         (failed(OUT_OF_MEMORY), before(OUT_OF_MEMORY, step=100, error="ChaosError: x"), None),
         (failed(STORAGE), before(STORAGE, step=100, error="ChaosError: x"), None),
     ],
@@ -194,7 +194,9 @@ def test_one_limit_that_is_exceeded_is_enough(config):
 
 
 STEPS = st.integers(0, 300)
-FAILURES = st.tuples(st.sampled_from(CAUSES), STEPS, st.sampled_from("xyz"), st.booleans(), st.booleans())
+FAILURES = st.tuples(
+    st.sampled_from(CAUSES), STEPS, st.sampled_from("xyz"), st.booleans(), st.sampled_from([Ending.RAISED, Ending.DIED])
+)
 
 
 @given(
@@ -218,8 +220,8 @@ def test_no_run_goes_on_beyond_its_budgets(
         max_backoff_s=backoff_s + more_s,
     )
     past = []
-    for kind, step, error, progressed, died in failures:
-        got = decide(Cause(kind, 0, error, died=died), step, progressed, past, config, 16)
+    for kind, step, error, progressed, ending in failures:
+        got = decide(Cause(kind, 0, error, ending), step, progressed, past, config, 16)
         assert 0 <= got.delay_s <= config.max_backoff_s
         assert (got.delay_s == 0) or (restarts(got) and not progressed)
         assert got.reason.endswith("giving up") != restarts(got)

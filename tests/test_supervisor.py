@@ -11,7 +11,7 @@ from ftexp.config.schema import Config, FailureConfig, TrainConfig
 from ftexp.driver.supervisor import Supervisor
 from ftexp.driver.terminal import Terminal
 from ftexp.errors import ConfigError, RayLostError, RunFailedError
-from ftexp.failure.causes import BUG, CONFIG, CRASH, HANG, OUT_OF_MEMORY, RAY, Cause
+from ftexp.failure.causes import BUG, CONFIG, CRASH, HANG, OUT_OF_MEMORY, RAY, Cause, Ending
 from ftexp.rundir.record import RunRecord
 from ftexp.rundir.state import Failure, RunState, read_state
 from ftexp.storage.directory import Storage
@@ -36,7 +36,7 @@ def name(step):
     return f"step_{step:08d}.a1"
 
 
-DIED = Cause(CRASH, 1, "the process died", died=True)
+DIED = Cause(CRASH, 1, "the process died", Ending.DIED)
 
 
 class Driver:
@@ -73,7 +73,7 @@ class Driver:
         self.tell(Ready(step, total_steps=100, device="cpu", arguments={}, num_parameters=5))
 
     def fail(self, cause=DIED):
-        return self.tell(GroupFailed(cause.kind, cause.rank, cause.error, cause.is_final, cause.died))
+        return self.tell(GroupFailed(cause.kind, cause.rank, cause.error, cause.ending))
 
     def raised(self, samples, rank=1):
         self.tell(Raised(rank, 20, 640, samples, "TypeError: x"))
@@ -110,7 +110,7 @@ def test_a_wrong_config_that_a_worker_finds_ends_the_run_with_its_message_alone(
     driver = Driver(tmp_path, max_failures=3)
     driver.attempt()
     driver.raised([])
-    answer = driver.fail(Cause(CONFIG, 1, "model.name=x returns a list", is_final=True))
+    answer = driver.fail(Cause(CONFIG, 1, "model.name=x returns a list", Ending.GAVE_UP))
     assert answer == Stop("model.name=x returns a list")
     assert isinstance(driver.supervisor.given_up, ConfigError)
     assert "failed after step 20 [config]: model.name=x returns a list; another try would end the same" in driver.shown
@@ -126,7 +126,7 @@ def test_a_spent_budget_is_answered_by_a_stop_that_says_why(tmp_path):
     assert str(driver.supervisor.given_up) == reason
     assert "  once that is put right, the same command with run.name=demo goes on from the last save" in driver.shown
     assert "with samples" not in driver.shown  # nothing was raised
-    unknown = Driver(tmp_path / "other", max_failures=0).fail(Cause(CRASH, None, "it was lost", died=True))
+    unknown = Driver(tmp_path / "other", max_failures=0).fail(Cause(CRASH, None, "it was lost", Ending.DIED))
     assert unknown.reason.startswith("a worker failed after step 0 [crash]: it was lost; ")
 
 
@@ -174,7 +174,7 @@ def test_a_worker_that_died_because_it_stood_still_hung(tmp_path):
     driver.attempt(step=10)
     for rank, doing in ((0, "in a step"), (1, "between steps")):
         driver.tell(Hung(rank, doing, 3.2, f"/runs/a1.r{rank}.txt"))
-    driver.fail(Cause(CRASH, 0, "the process died", died=True))
+    driver.fail(Cause(CRASH, 0, "the process died", Ending.DIED))
     driver.attempt(ready=5, step=20)
     driver.fail()
     hang, crash = read_state(driver.storage).failures
@@ -328,7 +328,7 @@ def test_where_only_what_followed_is_handed_over_the_process_that_died_is_told(t
     driver.attempt(step=3)
     driver.raised([], rank=0)
     driver.tell(Lost(1, 101))
-    driver.fail(Cause(CRASH, None, "the connection to another worker was lost", died=True))
+    driver.fail(Cause(CRASH, None, "the connection to another worker was lost", Ending.DIED))
     (failure,) = read_state(driver.storage).failures
     assert (failure.rank, failure.node) == (1, "node1")
     assert failure.error == "the process died (killed, or crashed below Python)"
@@ -385,3 +385,31 @@ def test_where_there_can_be_no_new_ray_the_run_ends_with_the_reason(tmp_path):
     assert reason.startswith(f"Ray failed after step 10 [ray]: {error}; a Ray that was joined can't")
     assert reason.endswith(": giving up")
     assert "the same command with run.name=demo goes on" in driver.shown
+
+
+def test_a_group_that_starts_without_a_failure_before_it_was_resized(tmp_path):
+    driver = Driver(tmp_path)
+    driver.attempt(step=10)
+    assert driver.supervisor.group.world_size == 2
+    driver.tell(Hello(0, 3, 200, "node0"))
+    driver.ready(10)
+    driver.fail()
+    assert driver.supervisor.group.world_size is None
+    driver.attempt(ready=5)
+    lines = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert [line["world_size"] for line in lines if line["event"] == "resized"] == [3]
+    assert driver.shown.count("resized  to 3 workers, from step 10") == driver.shown.count("↻ training again") == 1
+
+
+def test_a_group_whose_machine_was_taken_away_as_announced_was_preempted(tmp_path):
+    driver = Driver(tmp_path, max_failures=0)
+    driver.attempt(step=10)
+    driver.event(events.PreemptionNotice(10, ["some node"], [1], None))
+    driver.tell(Lost(1, 101))
+    answer = driver.tell(Hello(0, 2, 200, "node0"))  # Ray has asked nobody
+    assert answer.attempt == 2
+    (failure,) = read_state(driver.storage).failures
+    assert (failure.cause, failure.rank, failure.seconds_to_detect) == ("preemption", 1, 0.0)
+    driver.ready(10)
+    driver.fail()
+    assert driver.supervisor.given_up is not None  # the next is its own

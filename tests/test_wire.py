@@ -50,7 +50,7 @@ def hub(messages):
 
 POINT = Metrics("train", 1, 0, {"train_loss": 1.0})
 SWEPT = Happened(events.Swept("x"))
-FAILED = GroupFailed("crash", None, "x", is_final=False, died=True)
+FAILED = GroupFailed("crash", None, "x", "died")
 
 
 def hello(rank):

@@ -14,7 +14,7 @@ from ftexp.driver.restart import Restart
 from ftexp.driver.terminal import Terminal
 from ftexp.driver.worker_group import Start, WorkerGroup
 from ftexp.errors import ConfigError, FtexpError, RayLostError
-from ftexp.failure.causes import CRASH, RAY, STARTUP, Cause, as_death, find_cause
+from ftexp.failure.causes import CRASH, RAY, STARTUP, Cause, Ending, as_death, find_cause
 from ftexp.failure.policy import Action
 from ftexp.rundir.record import RunRecord
 from ftexp.wire import events
@@ -33,7 +33,7 @@ from ftexp.wire.messages import (
     Stop,
 )
 
-_CONTROLLER_DIED = Cause(CRASH, None, "Ray Train's controller died, and its workers with it", died=True)
+_CONTROLLER_DIED = Cause(CRASH, None, "Ray Train's controller died, and its workers with it", Ending.DIED)
 
 
 class Supervisor:
@@ -57,7 +57,7 @@ class Supervisor:
         """The hub's handler: one message at a time."""
         match message:
             case GroupFailed():
-                cause = Cause(message.cause, message.rank, message.error, message.is_final, message.died)
+                cause = Cause(message.cause, message.rank, message.error, Ending(message.ending))
                 return self._failed(as_death(cause, self._record.died_rank))
             case ControllerDied():  # as for a worker's failure; the driver itself has to fit again
                 return self._failed(_CONTROLLER_DIED)
@@ -134,7 +134,7 @@ class Supervisor:
 
     def ray_lost(self, error: RayLostError) -> None:
         """Decide and record whether the run begins again with a new Ray; `error` takes the answer along."""
-        error.begins_again = isinstance(self._failed(Cause(RAY, None, str(error), died=True)), Retry)
+        error.begins_again = isinstance(self._failed(Cause(RAY, None, str(error), Ending.DIED)), Retry)
 
     def restart(self, overrides: list[str]) -> Restart:
         """What the command goes on with, in a new interpreter, once that is decided."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 
 from ftexp.config.schema import FailureConfig
-from ftexp.failure.causes import BUG, CRASH, NON_FINITE, OUT_OF_MEMORY, PREEMPTION, RAY, Cause
+from ftexp.failure.causes import BUG, CRASH, NON_FINITE, OUT_OF_MEMORY, PREEMPTION, RAY, Cause, Ending
 
 SMALLEST_MICRO_BATCH = 2  # images: batch norm can't train on one
 
@@ -55,13 +55,13 @@ def decide(
         micro_batch: images of a worker's largest micro-batch.
     """
     kind = cause.kind
-    if cause.is_final:
+    if cause.ending is Ending.GAVE_UP:
         return Decision(Action.STOP, "another try would end the same way: giving up", kind)
     if kind == BUG:
         return Decision(Action.STOP, "a bug does not go away by trying again: giving up", BUG)
     if (
         kind in (CRASH, NON_FINITE)
-        and not cause.died
+        and cause.ending is not Ending.DIED
         and past
         and (past[-1].step, past[-1].error) == (step, cause.error)
     ):

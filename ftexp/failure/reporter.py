@@ -26,7 +26,7 @@ class FailureReporter(UserCallback):  # type: ignore[misc]
     def after_exception(self, run_context: object, worker_exceptions: dict[int, Exception]) -> None:  # noqa: ARG002
         """Ray's hook: one or more workers raised, or died. StopRun if there shall be no further try."""
         cause = find_cause(worker_exceptions)
-        failed = GroupFailed(cause.kind, cause.rank, cause.error, cause.is_final, cause.died)
+        failed = GroupFailed(cause.kind, cause.rank, cause.error, cause.ending)
         try:
             channel = Channel(self._hub, failed)
         except FtexpError as error:  # without a decision Ray would retry for ever

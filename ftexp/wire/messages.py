@@ -117,8 +117,7 @@ class GroupFailed(Message):
     cause: str
     rank: int | None
     error: str
-    is_final: bool
-    died: bool
+    ending: str
 
 
 @dataclass(frozen=True)
