@@ -11,11 +11,12 @@ import argparse
 import sys
 import time
 
-from ftexp.checkpoint.store import CHECKPOINTS, REJECTED, CheckpointStore, Manifest, locate
+from ftexp.checkpoint.store import REJECTED, CheckpointStore, Manifest, locate
 from ftexp.cli.compose import prepare_streams
 from ftexp.cli.exit_codes import print_error
 from ftexp.cli.overrides import as_value
 from ftexp.errors import CheckpointError, ConfigError, FtexpError
+from ftexp.rundir.names import CHECKPOINTS
 from ftexp.storage.directory import Storage
 
 _MOST_DIFFERENCES = 40  # shown; the rest is counted

@@ -33,6 +33,7 @@ from ftexp.config.checks.validate import validate
 from ftexp.config.fields import field_problems, ranged
 from ftexp.config.schema import Config, fault_fields
 from ftexp.errors import ConfigError, RunFailedError
+from ftexp.rundir.names import RUN_FILE
 from ftexp.storage.lease import unused_name
 
 if TYPE_CHECKING:
@@ -135,7 +136,7 @@ def drill(config: Config, own: DrillConfig, overrides: list[str]) -> bool:
     began = time.time()
     if _run(words, CLEAN, 1, folder) != 0:
         raise RunFailedError(f"the clean run failed by itself: see {folder.child(CLEAN).uri} and {_log(folder, CLEAN)}")
-    total_steps = json.loads(folder.child(CLEAN).read_bytes("run.json"))["step"]
+    total_steps = json.loads(folder.child(CLEAN).read_bytes(RUN_FILE))["step"]
     print(f"clean    {total_steps:,} steps, the whole command {time.time() - began:.1f} s")
     code = _run([*words, *_broken_words(config, own, total_steps)], BROKEN, len(own.faults) + 1, folder)
     report = compare(folder.child(CLEAN), folder.child(BROKEN), config.train.global_batch_size, code)

@@ -113,13 +113,14 @@ def _evaluate(config: EvaluateConfig, run_config: Config, storage: Storage) -> d
     from ftexp.driver.resume import labels_as_begun, require_trained_on
     from ftexp.evaluation.counting import count_into
     from ftexp.evaluation.meter import Meter, means
-    from ftexp.evaluation.mistakes import Findings, described, evaluation_file
+    from ftexp.evaluation.mistakes import Findings, described
     from ftexp.model.build import as_logits, build_model
     from ftexp.registry import load_plugins
-    from ftexp.rundir.record import read_state
+    from ftexp.rundir.names import CHECKPOINTS, evaluation_file
+    from ftexp.rundir.state import read_state
 
     load_plugins(run_config.plugins)
-    store = CheckpointStore(storage.child("checkpoints"))
+    store = CheckpointStore(storage.child(CHECKPOINTS))
     manifest = choose(store, config.checkpoint, run_config)
     weights = read_weights(store, manifest, config.weights)
     state = read_state(storage)

@@ -36,6 +36,7 @@ from ftexp.cli.overrides import with_run
 from ftexp.cli.parse import read_command
 from ftexp.config.fields import choice, ranged
 from ftexp.errors import ConfigError, ExportError, FtexpError
+from ftexp.rundir.names import EXPORTS
 
 if TYPE_CHECKING:
     from ftexp.checkpoint.store import Manifest
@@ -103,7 +104,7 @@ def export(config: ExportConfig) -> dict[str, Any]:
     run = SavedRun.at(config.run)
     manifest = choose(run.store, config.checkpoint, run.config)
     which = "" if config.weights == "raw" else f"_{config.weights}"
-    default = run.storage.child("exports", f"{config.format}_{manifest.name}{which}")
+    default = run.storage.child(EXPORTS, f"{config.format}_{manifest.name}{which}")
     out = Storage.at(config.out) if config.out is not None else default
     if out.exists():
         raise ConfigError(f"out={out.uri} is there already: remove it, or give another out=...")

@@ -37,6 +37,7 @@ from ftexp.config.fields import choice, ranged
 from ftexp.config.schema import AUTO, Config, DataConfig
 from ftexp.config.source_names import SOURCE_FIELDS, can_stream
 from ftexp.errors import ConfigError, FtexpError
+from ftexp.rundir.names import PREDICTIONS
 
 if TYPE_CHECKING:
     from ftexp.cli.trained_run import SavedRun
@@ -200,7 +201,7 @@ def _default_out(run: SavedRun, data: DataConfig, split: str, weights: str) -> S
     name = (data.root or "").partition("?")[0].rstrip("/").rpartition("/")[2] or data.name
     name = re.sub(r"[^\w.-]+", "_", name)
     parts = [name, *([] if split == "all" else [split]), *([] if weights == "raw" else [weights])]
-    return run.storage.child("predictions", "_".join(parts))
+    return run.storage.child(PREDICTIONS, "_".join(parts))
 
 
 if __name__ == "__main__":

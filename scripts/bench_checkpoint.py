@@ -77,9 +77,10 @@ def run_job(overrides: list[str], rounds: int, window_s: float) -> dict[str, Any
         from ftexp.job.spec import JobSpec
         from ftexp.storage.directory import Storage
         from ftexp.wire.hub import Hub
+        from ftexp.wire.messages import Begin, Sync, Synced
 
         workers, bundle = decide_workers(config.scaling), build_data(config.data)
-        hub = Hub(host, lambda message: {"attempt": 1, "synced": message.get("number")})
+        hub = Hub(host, lambda message: Synced(message.number) if isinstance(message, Sync) else Begin(attempt=1))
         spec = JobSpec(config, bundle.info, "bench", Storage.at(storage, "bench").uri, {}, hub.address)
         trainer = TorchTrainer(
             measure,
@@ -134,7 +135,7 @@ def measure(settings: dict[str, Any]) -> dict[str, Any]:
         result["saving"], result["not_saving"] = zip(*pairs, strict=True)
     else:
         result["first_batch_s"] = first_batches(job)
-    job.line.close()
+    job.channel.close()
     return result
 
 

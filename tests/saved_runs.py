@@ -10,11 +10,11 @@ from omegaconf import OmegaConf
 from test_config import composed
 
 from ftexp.checkpoint.staging import writer
-from ftexp.checkpoint.store import CHECKPOINTS, CheckpointStore, Manifest
+from ftexp.checkpoint.store import CheckpointStore, Manifest
 from ftexp.cli.trained_run import SavedRun
 from ftexp.data.info import DataInfo
 from ftexp.model.build import timm_arguments
-from ftexp.rundir.record import RUN_FILE
+from ftexp.rundir.names import CHECKPOINTS, RUN_FILE
 from ftexp.storage.directory import Storage
 
 CLASSES = ["ant", "bee", "cow"]

@@ -29,13 +29,14 @@ from ftexp.failure.causes import (
     PREEMPTION,
     STORAGE,
     Cause,
-    FailureReporter,
-    StopRun,
+    Ending,
     as_death,
     as_hang,
     find_cause,
 )
+from ftexp.failure.reporter import FailureReporter, StopRun
 from ftexp.wire.hub import Hub, HubAddress
+from ftexp.wire.messages import Begin, GroupFailed, Retry, Stop
 
 DIED = WorkerHealthCheckFailedError("A worker health check failed.", ray.exceptions.ActorDiedError())
 PREEMPTED = WorkerHealthCheckFailedError("A worker health check failed.", ray.exceptions.RayActorError(preempted=True))
@@ -119,7 +120,7 @@ def error_of(act):
 def test_real_errors_have_their_kind(what):
     act, kind = REAL[what]
     cause = find_cause({1: error_of(act)})
-    assert (cause.kind, cause.rank, cause.is_final, cause.died) == (kind, 1, False, False)
+    assert (cause.kind, cause.rank, cause.ending) == (kind, 1, Ending.RAISED)
     assert "\n" not in cause.error
 
 
@@ -144,31 +145,31 @@ def test_torchs_own_lack_of_memory_is_one():
 
 
 @pytest.mark.parametrize(
-    ("error", "kind", "is_final", "died"),
+    ("error", "kind", "ending"),
     [
-        (RuntimeError("x"), CRASH, False, False),
-        (RuntimeError("CUDA error: an illegal memory access was encountered"), CRASH, False, False),
-        (OSError(errno.ENOSPC, "No space left on device"), STORAGE, False, False),
-        (OSError(errno.EIO, "Input/output error"), STORAGE, False, False),
-        (ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"), CRASH, False, False),
-        (StorageError("2 saves in a row failed"), STORAGE, True, False),
-        (ConfigError("x"), CONFIG, True, False),
-        (DataError("x"), BUG, True, False),
-        (StateError("x"), BUG, True, False),
-        (CheckpointError("torn"), CRASH, False, False),
-        (NonFiniteError("3 losses were NaN or infinite by step 5"), NON_FINITE, False, False),
-        (ray.exceptions.ActorDiedError(), CRASH, False, True),
-        (ray.exceptions.WorkerCrashedError(), CRASH, False, True),
-        (ray.exceptions.RayActorError(preempted=True), PREEMPTION, False, True),
-        (PREEMPTED, PREEMPTION, False, True),
-        (DIED, CRASH, False, True),
-        (ray.exceptions.OutOfMemoryError("killed"), OUT_OF_MEMORY, False, False),
+        (RuntimeError("x"), CRASH, Ending.RAISED),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), CRASH, Ending.RAISED),
+        (OSError(errno.ENOSPC, "No space left on device"), STORAGE, Ending.RAISED),
+        (OSError(errno.EIO, "Input/output error"), STORAGE, Ending.RAISED),
+        (ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"), CRASH, Ending.RAISED),
+        (StorageError("2 saves in a row failed"), STORAGE, Ending.GAVE_UP),
+        (ConfigError("x"), CONFIG, Ending.GAVE_UP),
+        (DataError("x"), BUG, Ending.GAVE_UP),
+        (StateError("x"), BUG, Ending.GAVE_UP),
+        (CheckpointError("torn"), CRASH, Ending.RAISED),
+        (NonFiniteError("3 losses were NaN or infinite by step 5"), NON_FINITE, Ending.RAISED),
+        (ray.exceptions.ActorDiedError(), CRASH, Ending.DIED),
+        (ray.exceptions.WorkerCrashedError(), CRASH, Ending.DIED),
+        (ray.exceptions.RayActorError(preempted=True), PREEMPTION, Ending.DIED),
+        (PREEMPTED, PREEMPTION, Ending.DIED),
+        (DIED, CRASH, Ending.DIED),
+        (ray.exceptions.OutOfMemoryError("killed"), OUT_OF_MEMORY, Ending.RAISED),
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_what_is_known_of_an_error_is_told(error, kind, is_final, died):
+def test_what_is_known_of_an_error_is_told(error, kind, ending):
     cause = find_cause({1: error})
-    assert (cause.kind, cause.rank, cause.is_final, cause.died) == (kind, 1, is_final, died)
+    assert (cause.kind, cause.rank, cause.ending) == (kind, 1, ending)
 
 
 # rank 1 ends; rank 0 says what its collective raised of it
@@ -208,7 +209,7 @@ def test_what_gloo_says_of_another_rank_is_not_taken_for_its_cause(tmp_path, how
     name, _, text = told.stdout.partition("|")
     assert issubclass(getattr(torch.distributed, name, RuntimeError), RuntimeError), told.stdout
     alone, with_other = find_cause({0: RuntimeError(text)}), find_cause({0: RuntimeError(text), 1: BUG_ERROR})
-    assert (alone.kind, alone.rank, alone.died) == (CRASH, None, True), text
+    assert (alone.kind, alone.rank, alone.ending) == (CRASH, None, Ending.DIED), text
     assert alone.error == "the connection to another worker was lost"
     assert (with_other.kind, with_other.rank) == (BUG, 1)
 
@@ -233,7 +234,7 @@ def test_what_the_store_says_of_a_dead_or_silent_rank_is_not_taken_for_its_cause
         host.wait()
         with pytest.raises(torch.distributed.DistNetworkError) as dead:
             store.get("x")
-    lost = Cause(CRASH, None, "the connection to another worker was lost", died=True)
+    lost = Cause(CRASH, None, "the connection to another worker was lost", Ending.DIED)
     assert find_cause({0: silent.value}) == find_cause({0: dead.value}) == lost
 
 
@@ -253,7 +254,7 @@ IN_STEP, BETWEEN = "in a step for 3 s; stacks in x", "between steps for 4 s; sta
 )
 def test_of_ranks_that_stood_still_the_one_that_does_not_wait_for_another_is_blamed(hung, rank):
     cause = as_hang(find_cause({0: DIED, 1: ECHO}), hung)
-    assert cause == Cause(HANG, rank, f"it stood still {hung[rank]}", died=True)
+    assert cause == Cause(HANG, rank, f"it stood still {hung[rank]}", Ending.DIED)
 
 
 def test_nobody_is_blamed_for_standing_still_who_did_not_or_where_something_was_raised():
@@ -303,7 +304,7 @@ NCCL = "NCCL error in: ProcessGroupNCCL.cpp:3356, {}, NCCL version 2.27.5\n{}\nL
 )
 def test_what_a_gpu_cannot_do_is_told_and_is_no_echo_of_another_rank(text, kind, told):
     cause = find_cause({0: RuntimeError(text), 1: RuntimeError(text)})
-    assert (cause.kind, cause.rank, cause.error, cause.died) == (kind, 0, f"RuntimeError: {told}", False)
+    assert (cause.kind, cause.rank, cause.error, cause.ending) == (kind, 0, f"RuntimeError: {told}", Ending.RAISED)
 
 
 def test_nccl_of_a_rank_that_has_gone_is_an_echo():
@@ -321,11 +322,11 @@ def test_the_error_is_one_line_that_says_what_happened():
 def reported(answer, monkeypatch):
     """(what the driver was told, seconds slept) of one failure that the driver answers so."""
     told, slept = [], []
-    monkeypatch.setattr("ftexp.failure.causes.time.sleep", slept.append)
+    monkeypatch.setattr("ftexp.failure.reporter.time.sleep", slept.append)
 
     def handle(message):
         told.append(message)
-        return answer if message["kind"] == "failure" else None
+        return answer if isinstance(message, GroupFailed) else None
 
     hub = Hub("127.0.0.1", handle)
     try:
@@ -336,17 +337,17 @@ def reported(answer, monkeypatch):
 
 
 def test_the_controller_tells_the_driver_and_waits_as_long_as_it_says(monkeypatch):
-    told, slept = reported({"delay_s": 2.5}, monkeypatch)
-    assert Cause(**told[0]["cause"]) == find_cause({1: BUG_ERROR})
+    told, slept = reported(Retry(2.5), monkeypatch)
+    assert told[0] == GroupFailed(*vars(find_cause({1: BUG_ERROR})).values())
     assert slept == [2.5]
 
 
 def test_the_controller_ends_the_run_if_the_driver_says_so(monkeypatch):
     with pytest.raises(StopRun, match="giving up"):
-        reported({"stop": "rank 1 failed: giving up"}, monkeypatch)
+        reported(Stop("rank 1 failed: giving up"), monkeypatch)
 
 
-@pytest.mark.parametrize("answer", [{}, {"attempt": 3}])
+@pytest.mark.parametrize("answer", [None, Begin(3)])
 def test_the_controller_ends_the_run_if_the_driver_decides_nothing(monkeypatch, answer):
     with pytest.raises(StopRun, match="no decision from the driver"):
         reported(answer, monkeypatch)

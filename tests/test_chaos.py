@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from ftexp.chaos import strike as chaos
 from ftexp.chaos.plan import planned_faults
-from ftexp.chaos.strike import FIRED, Chaos, ChaosError, FaultyStore, damage
+from ftexp.chaos.strike import Chaos, ChaosError, FaultyStore, damage
 from ftexp.checkpoint.store import FILES, CheckpointStore, Manifest
 from ftexp.cli.compose import to_config
 from ftexp.config.checks.validate import validate
@@ -22,7 +22,10 @@ from ftexp.config.schema import DAMAGES, FAULTS, ChaosConfig, config_dir
 from ftexp.data.batches import Batch, MicroBatch
 from ftexp.job.group import ProcessGroup
 from ftexp.job.skipped_batches import SkippedBatches
+from ftexp.rundir.names import CHAOS
 from ftexp.storage.directory import Storage
+from ftexp.wire import events
+from ftexp.wire.messages import Happened, KillDriver
 from ftexp.worker.loop import planned_chaos
 
 CONTENT = {name: name.encode() * 50 for name in FILES}
@@ -155,8 +158,8 @@ class Run:
         self.chaos = Chaos(faults, group, self.progress, self.skipped, self, self.run_dir)
         self.store = self.chaos.store
 
-    def send(self, kind, **fields):
-        self.sent.append((kind, fields))
+    def send(self, message):
+        self.sent.append(message)
 
     def flush(self):
         self.sent.append("flushed")
@@ -169,7 +172,7 @@ class Run:
         self.chaos.strike(checkpoints=self)
 
     def told(self):
-        return [fields["fault"] for kind, fields in filter(lambda sent: sent != "flushed", self.sent)]
+        return [message.event.fault for message in self.sent if message != "flushed"]
 
 
 def test_an_exception_is_raised_once_in_a_run_and_told_before(tmp_path):
@@ -178,8 +181,8 @@ def test_an_exception_is_raised_once_in_a_run_and_told_before(tmp_path):
     assert run.sent == []
     with pytest.raises(ChaosError, match="chaos=raise at step 3 on rank 0"):
         run.reach(3)
-    assert run.sent == [("event", {"name": "chaos", "fault": "raise", "rank": 0, "step": 3}), "flushed"]
-    assert run.run_dir.child(FIRED).list_files() == ["00-raise"]
+    assert run.sent == [Happened(events.Chaos("raise", 0, 3)), "flushed"]
+    assert run.run_dir.child(CHAOS).list_files() == ["00-raise"]
     again = Run(tmp_path, kind="raise", step=3)  # the next attempt does the step again
     again.reach(3)
     run.reach(3)
@@ -223,7 +226,7 @@ def test_the_next_batch_that_drives_an_update_is_poisoned_and_no_other(tmp_path)
 def job_with(chaos):
     return SimpleNamespace(
         config=SimpleNamespace(chaos=chaos), total_steps=10, group=ProcessGroup(0, 1, None),
-        progress=None, data=SimpleNamespace(skipped=None), line=None,
+        progress=None, data=SimpleNamespace(skipped=None), channel=None,
     )  # fmt: skip
 
 
@@ -246,7 +249,7 @@ def test_storage_fails_where_the_writing_is_done(tmp_path, kind, rank):
     faults = [{"kind": kind, "step": 4, "rank": 1, "count": 2, "seconds": 0.25}]
     follower = Run(tmp_path, rank=1, faults=faults)
     follower.reach(4)
-    assert (follower.sent, follower.run_dir.child(FIRED).list_files()) == ([], [])
+    assert (follower.sent, follower.run_dir.child(CHAOS).list_files()) == ([], [])
     assert (follower.store.num_failing, follower.store.num_slow) == (0, 0)
     leader = Run(tmp_path, rank=0, faults=faults)
     leader.reach(4)
@@ -297,7 +300,7 @@ def test_damage_hits_the_newest_checkpoints_once_they_are_written_and_then_kills
     names = [save(run.store, step) for step in (10, 20)]
     monkeypatch.setattr(run, "wait", lambda: names.append(save(run.store, 30)))  # a save was in flight
     run.reach(35)
-    assert run.sent[0][1]["damaged"] == names[::-1][:count]
+    assert run.sent[0].event.damaged == names[::-1][:count]
     assert run.killed == [(chaos.os.getpid(), chaos.signal.SIGKILL)]
     assert run.store.latest(lambda *_: None).step == 30 - 10 * count
 
@@ -315,7 +318,7 @@ def test_the_driver_is_asked_to_kill_itself(tmp_path, monkeypatch, kind):
     run = Run(tmp_path, kind=kind, step=4)
     run.run_dir.write_bytes(chaos.ray_private.SNAPSHOT, b"0123456789")
     run.reach(4)
-    assert run.sent[-1] == ("kill_driver", {})
+    assert run.sent[-1] == KillDriver()
     left = run.run_dir.read_bytes(chaos.ray_private.SNAPSHOT)
     if kind == "half_snapshot":
         with pytest.raises(json.JSONDecodeError):

@@ -16,7 +16,6 @@ import torch
 from ftexp.chaos import strike as chaos
 from ftexp.checkpoint.staging import load_part, writer
 from ftexp.checkpoint.store import (
-    CHECKPOINTS,
     FILES,
     MANIFEST,
     REJECTED,
@@ -30,6 +29,7 @@ from ftexp.cli.trained_run import choose
 from ftexp.config.schema import DAMAGES, Config
 from ftexp.errors import CheckpointError, ConfigError
 from ftexp.evaluate import EvaluateConfig, evaluate
+from ftexp.rundir.names import CHECKPOINTS
 from ftexp.storage.directory import Storage
 
 CONTENT = {name: name.encode() * 50 for name in FILES}

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from conftest import Command, RunFolder
 
-from ftexp.checkpoint.store import CHECKPOINTS
 from ftexp.drilling.report import compare
+from ftexp.rundir.names import CHECKPOINTS
 from ftexp.rundir.sample_ledger import problems, read_updates
 
 BATCH = 32

@@ -6,10 +6,12 @@ import time
 import pytest
 
 import ftexp.trackers.follower
-from ftexp.rundir.record import RunRecord, RunState, read_state
+from ftexp.rundir.record import RunRecord
+from ftexp.rundir.state import RunState, read_state
 from ftexp.storage.directory import Storage
 from ftexp.trackers.follower import Follower
 from ftexp.trackers.registry import Outcome, Point
+from ftexp.wire.messages import Metrics
 
 SCORE = ("val_accuracy", "max")
 DONE = Outcome(status="finished")
@@ -89,7 +91,7 @@ class Following:
 
     def wait_until_told(self, name):
         with self.changed:
-            assert self.changed.wait_for(lambda: any(event["name"] == name for event in self.told), PATIENCE_S)
+            assert self.changed.wait_for(lambda: any(event.name == name for event in self.told), PATIENCE_S)
 
     def log(self, *lines):
         for line in lines:
@@ -101,7 +103,7 @@ class Following:
         return self.follower.wait(timeout_s)
 
     def names(self):
-        return [event["name"] for event in self.told]
+        return [event.name for event in self.told]
 
 
 def test_points_arrive_once_in_order_and_the_end_is_told(backend):
@@ -117,11 +119,10 @@ def test_points_arrive_once_in_order_and_the_end_is_told(backend):
 
 
 def call_of_the_command(record, backend, steps):
-    follower = Follower("memory", backend.make, lambda: map(Point.of, record.points()), lambda _: None)
-    record.on_point = lambda line: follower.offer(Point.of(line))
+    follower = Follower("memory", backend.make, lambda: map(Point.of, record.metrics.points()), lambda _: None)
+    record.metrics.on_point = lambda line: follower.offer(Point.of(line))
     for step in steps:
-        message = {"kind": "metrics", "split": "train", "step": step, "epoch": 0, "time": 1.0}
-        record.handle({**message, "values": {"train_loss": 1.0}})
+        record.handle(Metrics("train", step, 0, {"train_loss": 1.0}))
     record.close("interrupted")
     follower.end(DONE)
     assert follower.wait(PATIENCE_S) is None
@@ -161,8 +162,8 @@ def test_a_tracker_that_is_down_is_told_and_gets_everything_once_it_is_back(back
     following.log(point(2))
     assert following.finish() is None
     assert backend.stored == [("train_loss", 1), ("train_loss", 2)]
-    assert following.told[0]["reason"] == "ConnectionError: refused"
-    assert following.told[0]["num_undelivered"] == 1
+    assert following.told[0].reason == "ConnectionError: refused"
+    assert following.told[0].num_undelivered == 1
 
 
 def test_a_tracker_that_stays_down_is_given_up_when_the_run_ends(backend):
@@ -171,7 +172,7 @@ def test_a_tracker_that_stays_down_is_given_up_when_the_run_ends(backend):
     following.wait_until_told("tracker_failed")
     following.log(point(1), point(2))
     failure = following.finish()  # the end doesn't wait for the next try to fall due
-    assert (failure["name"], failure["tracker"], failure["num_undelivered"]) == ("tracker_failed", "memory", 2)
+    assert (failure.name, failure.tracker, failure.num_undelivered) == ("tracker_failed", "memory", 2)
     assert backend.num_made == 2
     assert not following.follower.complete
 
@@ -192,8 +193,8 @@ def test_a_tracker_that_hangs_holds_nobody_up(backend):
     began = time.monotonic()
     failure = following.finish(timeout_s=0.05)
     assert time.monotonic() - began < PATIENCE_S / 2
-    assert failure["reason"] == "it has not answered in time"
-    assert failure["num_undelivered"] == 999
+    assert failure.reason == "it has not answered in time"
+    assert failure.num_undelivered == 999
     released.set()
 
 
@@ -214,8 +215,8 @@ def test_a_reason_holds_no_secrets(backend):
 
     backend.trouble = [refuse, refuse]
     failure = Following(backend).finish()
-    assert "pass" not in failure["reason"]
-    assert "abc" not in failure["reason"]
+    assert "pass" not in failure.reason
+    assert "abc" not in failure.reason
 
 
 def test_values_that_are_not_finite_are_left_out():

@@ -11,6 +11,7 @@ from ftexp.config.schema import Config
 from ftexp.data.info import DataInfo
 from ftexp.driver.trainer import _anywhere
 from ftexp.errors import ConfigError
+from ftexp.wire.messages import Begin
 
 
 def test_workers_in_another_folder_find_the_weights(monkeypatch, tmp_path):
@@ -25,9 +26,9 @@ def test_workers_in_another_folder_find_the_weights(monkeypatch, tmp_path):
 def test_what_fails_while_a_model_is_built_is_on_record(monkeypatch):
     sent, closed = [], []
     line = SimpleNamespace(
-        answer={"attempt": 2},
+        answer=Begin(attempt=2),
         close=lambda: closed.append(True),
-        send=lambda kind, **fields: sent.append((kind, fields)),
+        send=sent.append,
     )
     context = SimpleNamespace(get_world_rank=lambda: 1, get_world_size=lambda: 2)
     monkeypatch.setattr(ftexp.job.build.ray.train, "get_context", lambda: context)

@@ -48,6 +48,8 @@ from ftexp.model.optim import build_optimizer
 from ftexp.model.schedule import build_scheduler
 from ftexp.rundir.sample_ledger import SampleLedger
 from ftexp.storage.directory import Storage
+from ftexp.wire import events
+from ftexp.wire.messages import Happened, Hung, Metrics
 from ftexp.worker.evaluation import evaluate, evaluation_due
 from ftexp.worker.log import log_train
 from ftexp.worker.loop import advance
@@ -67,8 +69,15 @@ class Lines:
     def __init__(self):
         self.sent = []
 
-    def send(self, kind, **fields):
-        self.sent.append({"kind": kind, **fields})
+    def send(self, message):
+        self.sent.append(message)
+
+    def events(self, kind=events.Event):
+        happened = [message.event for message in self.sent if isinstance(message, Happened)]
+        return [event for event in happened if isinstance(event, kind)]
+
+    def points(self):
+        return [message for message in self.sent if isinstance(message, Metrics)]
 
     def sync(self):
         pass
@@ -129,7 +138,7 @@ def make_job(
         mixing=Mixing(augment, info.num_classes, config.train.label_smoothing, 0) if augment.mixes else None,
     )  # fmt: skip
     return Job(
-        config=config, info=info, run=RunIdentity("x", attempt, {}), line=Lines(), group=group,
+        config=config, info=info, run=RunIdentity("x", attempt, {}), channel=Lines(), group=group,
         learner=learner, data=data, progress=Progress(Meter(CPU), total), ledger=SampleLedger(None, 0, 0),
         stopwatch=Stopwatch(), utilisation=Utilisation(CPU, precision, 1, (1, 8, 8)),
     )  # fmt: skip
@@ -137,14 +146,14 @@ def make_job(
 
 def manager_of(job, folder, states=("progress",)):
     """What saves `job` to a folder, and its store."""
-    job.line.stop_requested = job.line.save_requested = False
+    job.channel.stop_requested = job.channel.save_requested = False
     job.config.checkpoint.extra_state = list(states)
     store = CheckpointStore(Storage.at(str(folder)))
     return build_manager(job, store), store
 
 
 def recovery_of(job, checkpoints=None):
-    return NonFiniteRecovery(job.config.failure, job.group, job.progress, job.data.skipped, job.line, checkpoints)
+    return NonFiniteRecovery(job.config.failure, job.group, job.progress, job.data.skipped, job.channel, checkpoints)
 
 
 def train(job):
@@ -301,11 +310,11 @@ def test_the_logged_loss_is_the_mean_since_the_last_point():
         train_step(job, batch)
         advance(job, batch)
     log_train(job)
-    (point,) = job.line.sent
-    assert (point["split"], point["step"]) == ("train", 3)
-    assert point["values"]["train_loss"] == pytest.approx(sum(expected) / 3, rel=1e-5)
+    (point,) = job.channel.sent
+    assert (point.split, point.step) == ("train", 3)
+    assert point.values["train_loss"] == pytest.approx(sum(expected) / 3, rel=1e-5)
     log_train(job)
-    assert math.isnan(job.line.sent[1]["values"]["train_loss"])
+    assert math.isnan(job.channel.sent[1].values["train_loss"])
 
 
 @pytest.mark.parametrize(("order", "best_step"), [("max", 2), ("min", 3)])
@@ -361,7 +370,7 @@ def test_an_empty_split_is_not_evaluated():
     job = make_job()
     job.data.rows["test"] = CachedRows(SimpleNamespace(iter_batches=lambda **_: iter([])))
     evaluate(job, "test")
-    assert job.line.sent == []
+    assert job.channel.sent == []
 
 
 def copied(job):
@@ -408,7 +417,7 @@ def test_a_step_whose_gradient_is_not_finite_changes_nothing_and_the_next_one_do
         1,
     )  # the samples are gone, though
     reason = "the gradient is not finite"
-    assert job.line.sent == [
+    assert job.channel.sent == [
         {"kind": "event", "name": "step_skipped", "positions": [24, 48], "step": 2, "reason": reason}
     ]
     train_step(job, next(batches))
@@ -451,7 +460,7 @@ def test_only_rank_0_tells_of_a_skipped_step():
     job = skipping_job(group=dataclasses.replace(ALONE, rank=1, world_size=2))
     recovery = recovery_of(job)
     poisoned_step(job, job.data.feed.from_position(0), recovery)
-    assert (recovery.num_skipped, job.line.sent) == (1, [])
+    assert (recovery.num_skipped, job.channel.sent) == (1, [])
 
 
 def test_where_steps_are_not_skipped_a_bad_loss_is_an_error_when_it_would_be_logged():
@@ -460,7 +469,7 @@ def test_where_steps_are_not_skipped_a_bad_loss_is_an_error_when_it_would_be_log
     poisoned_step(job, batches)  # raises nothing yet: asking the device at each step would cost time
     with pytest.raises(NonFiniteError, match="24 losses were NaN or infinite by step 1"):
         log_train(job)
-    assert job.line.sent == []
+    assert job.channel.sent == []
 
 
 def test_nothing_is_saved_after_a_bad_loss(tmp_path):
@@ -476,7 +485,7 @@ def test_nothing_is_saved_after_a_bad_loss(tmp_path):
 def test_weights_that_are_not_finite_are_not_kept_as_a_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr("ray.train.report", lambda metrics: None)
     job = make_job()
-    job.line.sync = lambda: None
+    job.channel.sync = lambda: None
     checkpoints, store = manager_of(job, tmp_path)
     job.progress.step = 1
     checkpoints.save()
@@ -488,11 +497,9 @@ def test_weights_that_are_not_finite_are_not_kept_as_a_checkpoint(tmp_path, monk
     job.progress.total_positions = 0  # so that it is the last
     checkpoints.save()
     checkpoints.wait()
-    assert [(event["name"], event["step"]) for event in job.line.sent] == [
-        ("checkpoint_saved", 1),
-        ("checkpoint_failed", 2),
-    ]
-    assert "the weights are not finite" in job.line.sent[1]["error"]
+    saved, failed = job.channel.events()
+    assert (type(saved), saved.step, failed.step) == (events.CheckpointSaved, 1, 2)
+    assert "the weights are not finite" in failed.error
     assert store.latest(lambda *_: None).step == 1
 
 
@@ -501,7 +508,7 @@ def test_a_request_to_stop_is_taken_up_after_a_step_and_saved_there(tmp_path):
     checkpoints, _ = manager_of(job, tmp_path)
     job.progress.step = 1
     assert (checkpoints.due(epoch_ended=False), checkpoints.stopping) == (False, False)
-    job.line.stop_requested = True
+    job.channel.stop_requested = True
     due = []
     while not checkpoints.stopping:
         job.progress.step += 1
@@ -511,12 +518,11 @@ def test_a_request_to_stop_is_taken_up_after_a_step_and_saved_there(tmp_path):
 
 
 def test_a_hang_is_told_and_its_stacks_are_left_in_the_run_directory(tmp_path):
-    line, progress, order = Lines(), Progress(Meter(CPU), 96, step=17), []
+    line, order = Lines(), []
     line.flush = lambda: order.append([*line.sent])
     run, group = RunIdentity("x", 2, {}), ProcessGroup(3, 4, CPU)
-    report = hang_reporter(run, group, progress, line, Storage.at(str(tmp_path)))
+    report = hang_reporter(run, group, line, Storage.at(str(tmp_path)))
     report("in a step", 12.5, "the stacks")
     file = tmp_path / "hangs" / "a2.r3.txt"
     assert file.read_text() == "the stacks"
-    told = {"rank": 3, "doing": "in a step", "seconds": 12.5, "file": str(file), "step": 17}
-    assert order == [[{"kind": "hung", **told}]]  # flushed once it was told
+    assert order == [[Hung(3, "in a step", 12.5, str(file))]]  # flushed once it was told

@@ -19,6 +19,7 @@ from ftexp.failure.watchdog import Watchdog, hang_limits
 from ftexp.job.skipped_batches import SkippedBatches
 from ftexp.rundir.sample_ledger import SampleLedger, problems, read_updates
 from ftexp.storage.directory import Storage
+from ftexp.wire.events import CheckpointFailed, RolledBack, Thawed
 from ftexp.worker.batches import batches
 from ftexp.worker.loop import begin, run_steps
 
@@ -67,19 +68,15 @@ def run(tmp_path, monkeypatch):
     return start
 
 
-def events(job, name):
-    return [event for event in job.line.sent if event.get("name") == name]
-
-
 def points(job):
-    return {(sent["split"], sent["step"]): sent["values"] for sent in job.line.sent if sent["kind"] == "metrics"}
+    return {(point.split, point.step): point.values for point in job.channel.points()}
 
 
 @pytest.mark.parametrize("model", [None, RESNET], ids=["vit", "resnet"])
 def test_a_rollback_leaves_out_the_bad_batch_and_does_the_rest_again(run, model, tmp_path):
     skipped = run("skip_step", {5, 9}, name="skipped", model=model)
     rolled = run("rollback", {5, 9}, name="rolled", model=model)
-    assert [(event["step"], event["to_step"], event["positions"]) for event in events(rolled, "rolled_back")] == [
+    assert [(event.step, event.to_step, event.positions) for event in rolled.channel.events(RolledBack)] == [
         (5, 3, [96, 120]),
         (9, 6, [192, 216]),
     ]
@@ -102,8 +99,8 @@ def test_a_rollback_takes_the_average_fp16s_scaler_and_what_was_unfrozen_back_wi
     }
     skipped = run("skip_step", {5, 9}, name="skipped", recipe=recipe)
     rolled = run("rollback", {5, 9}, name="rolled", recipe=recipe)
-    assert [(event["step"], event["to_step"]) for event in events(rolled, "rolled_back")] == [(5, 3), (9, 6)]
-    assert [event["epoch"] for event in events(rolled, "thawed")] == [1, 0, 1]
+    assert [(event.step, event.to_step) for event in rolled.channel.events(RolledBack)] == [(5, 3), (9, 6)]
+    assert [event.epoch for event in rolled.channel.events(Thawed)] == [1, 0, 1]
     assert same(copied(rolled), copied(skipped))
     states = [ExtraState(["scaler", "ema"], state_context(job)).state_dict() for job in (rolled, skipped)]
     assert list(tree_differences(*states)) == []
@@ -113,7 +110,7 @@ def test_a_rollback_takes_the_average_fp16s_scaler_and_what_was_unfrozen_back_wi
 
 def test_bad_batches_in_a_row_are_blamed_on_those_before_them(run, tmp_path):
     job = run("rollback", {8, 9})
-    found = [(event["step"], event["to_step"], event["positions"]) for event in events(job, "rolled_back")]
+    found = [(event.step, event.to_step, event.positions) for event in job.channel.events(RolledBack)]
     # the second takes the batch before the first with it, but nothing from before the save after step 6
     assert found == [(8, 6, [168, 192]), (9, 6, [144, 216])]
     assert same(copied(job), copied(run("raise", skips=[(144, 216)], name="left out")))
@@ -122,7 +119,7 @@ def test_bad_batches_in_a_row_are_blamed_on_those_before_them(run, tmp_path):
 
 def test_the_first_steps_go_back_to_where_the_attempt_began(run):
     job = run("rollback", {1})
-    assert [(event["to_step"], event["positions"]) for event in events(job, "rolled_back")] == [(0, [0, 24])]
+    assert [(event.to_step, event.positions) for event in job.channel.events(RolledBack)] == [(0, [0, 24])]
     assert same(copied(job), copied(run("raise", skips=[(0, 24)], name="left out")))
 
 
@@ -152,8 +149,8 @@ def test_weights_that_are_not_finite_are_nothing_to_go_back_to(tmp_path, monkeyp
         next(iter(job.learner.model.parameters())).view(-1)[0] = math.inf
     job.progress.step = 3
     checkpoints.save()
-    (failed,) = events(job, "checkpoint_failed")
-    assert "the weights are not finite" in failed["error"]
+    (failed,) = job.channel.events(CheckpointFailed)
+    assert "the weights are not finite" in failed.error
     for _ in range(2):  # the copy stays as it is, also when the optimiser has had it
         checkpoints.roll_back()
         assert same(copied(job), good)
@@ -206,10 +203,10 @@ def test_a_run_that_rolled_back_and_was_killed_leaves_out_the_same_without_findi
     run = run_folder("killed")
     assert command.wait() == 0, command.output
     (event,) = run.events("rolled_back")
-    assert (event["step"], event["to_step"], event["positions"]) == (50, 40, [1568, 1600])
+    assert (event.step, event.to_step, event.positions) == (50, 40, [1568, 1600])
     assert "the gradient of step 50 is not finite: back to step 40 in memory" in command.output
     # the restart goes back to the same step, and the fault does not come a second time
-    assert [event["step"] for event in run.events("restored")] == [40]
+    assert [event.step for event in run.events("restored")] == [40]
     assert [failure["cause"] for failure in run.record["failures"]] == ["crash"]
     assert run.record["skipped"] == [[1568, 1600]]
     updates = read_updates(Storage.at(str(run.path)))

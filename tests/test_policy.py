@@ -5,8 +5,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ftexp.config.schema import CAUSES, FailureConfig
-from ftexp.failure.causes import BUG, CRASH, HANG, NON_FINITE, OUT_OF_MEMORY, PREEMPTION, RAY, STORAGE, Cause
-from ftexp.failure.policy import Past, decide
+from ftexp.failure.causes import BUG, CRASH, HANG, NON_FINITE, OUT_OF_MEMORY, PREEMPTION, RAY, STORAGE, Cause, Ending
+from ftexp.failure.policy import Action, Past, decide
+
+SMALLER = Action.RESTART_SMALLER_MICRO_BATCHES
 
 
 def failed(kind=CRASH, error="ChaosError: x", **values):
@@ -21,6 +23,10 @@ def decision(cause=None, step=100, progressed=True, past=(), micro_batch=16, **c
     return decide(cause or failed(), step, progressed, past, FailureConfig(**config), micro_batch)
 
 
+def restarts(decision):
+    return decision.action is not Action.STOP
+
+
 @pytest.mark.parametrize(
     ("max_failures", "num_before", "goes_on", "reason"),
     [
@@ -33,7 +39,7 @@ def decision(cause=None, step=100, progressed=True, past=(), micro_batch=16, **c
 )
 def test_failures_are_counted_against_their_number(max_failures, num_before, goes_on, reason):
     got = decision(past=[before()] * num_before, max_failures=max_failures)
-    assert (got.goes_on, got.reason, got.delay_s, got.cause) == (goes_on, reason, 0.0, CRASH)
+    assert (restarts(got), got.reason, got.delay_s, got.cause) == (goes_on, reason, 0.0, CRASH)
 
 
 @pytest.mark.parametrize(
@@ -48,13 +54,13 @@ def test_failures_are_counted_against_their_number(max_failures, num_before, goe
 def test_a_cause_may_have_a_smaller_number_of_its_own(kind, past, goes_on, reason):
     limits = {"max_failures": 9, "max_by_cause": {HANG: 2, STORAGE: 0}}
     got = decision(failed(kind), past=[before(one) for one in past], **limits)
-    assert (got.goes_on, got.reason) == (goes_on, reason)
+    assert (restarts(got), got.reason) == (goes_on, reason)
 
 
 @pytest.mark.parametrize(("num_before", "goes_on"), [(1, True), (2, False)])
 def test_preemption_may_have_a_number_among_the_causes_too(num_before, goes_on):
     past = [before(PREEMPTION)] * num_before
-    assert decision(failed(PREEMPTION), past=past, max_by_cause={PREEMPTION: 2}).goes_on == goes_on
+    assert restarts(decision(failed(PREEMPTION), past=past, max_by_cause={PREEMPTION: 2})) == goes_on
 
 
 @pytest.mark.parametrize(
@@ -68,24 +74,24 @@ def test_preemption_may_have_a_number_among_the_causes_too(num_before, goes_on):
 def test_a_failure_that_many_steps_back_is_forgiven(step, goes_on, reason):
     past = [before(step=10), before(step=20)]
     got = decision(step=step, past=past, max_failures=2, refill_after_steps=50)
-    assert (got.goes_on, got.reason) == (goes_on, reason)
+    assert (restarts(got), got.reason) == (goes_on, reason)
 
 
 def test_what_is_forgiven_does_not_count_for_its_cause_either():
     past, limits = [before(HANG, step=10)] * 2, {"max_by_cause": {HANG: 1}}
-    assert not decision(failed(HANG), step=60, past=past, **limits).goes_on
-    assert decision(failed(HANG), step=60, past=past, refill_after_steps=50, **limits).goes_on
+    assert not restarts(decision(failed(HANG), step=60, past=past, **limits))
+    assert restarts(decision(failed(HANG), step=60, past=past, refill_after_steps=50, **limits))
 
 
 def test_preemptions_are_not_charged_and_have_a_limit_of_their_own():
     past = [before(PREEMPTION)] * 5
     assert decision(past=past, max_failures=1).reason == "failure 1 of 1 allowed: restarting the workers"
     got = decision(failed(PREEMPTION), past=[before()] * 9, max_failures=0)
-    assert got.goes_on
+    assert restarts(got)
     assert got.reason == ("preemption 1 of no limit, not charged to failure.max_failures: restarting the workers")
     for limit, goes_on in ((6, True), (5, False), (0, False)):
         got = decision(failed(PREEMPTION), past=past, max_failures=9, max_preemption_failures=limit)
-        assert got.goes_on == goes_on
+        assert restarts(got) == goes_on
         assert got.reason.startswith(f"preemption 6 of {limit} allowed, not charged")
 
 
@@ -94,17 +100,17 @@ def test_new_rays_are_not_charged_have_a_limit_of_their_own_and_are_forgiven_lik
     assert decision(past=past, max_failures=1).reason == "failure 1 of 1 allowed: restarting the workers"
     got = decision(failed(RAY), past=[*past, before()], max_failures=0)
     reason = "new Ray 3 of 3 allowed, not charged to failure.max_failures: starting a new Ray"
-    assert (got.goes_on, got.reason, got.cause) == (True, reason, RAY)
+    assert (restarts(got), got.reason, got.cause) == (True, reason, RAY)
     for limits, goes_on in (
         ({"max_ray_failures": 2}, False),
         ({"max_ray_failures": 2, "refill_after_steps": 90}, True),
         ({"max_ray_failures": -1}, True),
         ({"max_by_cause": {RAY: 2}}, False),
     ):
-        assert decision(failed(RAY), past=past, **limits).goes_on == goes_on
+        assert restarts(decision(failed(RAY), past=past, **limits)) == goes_on
     stuck = [before(RAY, step=0, progressed=False)]
     got = decision(failed(RAY), step=0, progressed=False, past=stuck, backoff_s=8, max_failures_without_progress=1)
-    assert (got.goes_on, got.delay_s) == (False, 0.0)
+    assert (restarts(got), got.delay_s) == (False, 0.0)
 
 
 ENDLESS = {"max_failures": -1, "max_failures_without_progress": -1}
@@ -112,14 +118,14 @@ ENDLESS = {"max_failures": -1, "max_failures_without_progress": -1}
 
 def test_a_bug_stops_at_once():
     got = decision(failed(BUG), **ENDLESS)
-    assert (got.goes_on, got.cause) == (False, BUG)
+    assert (restarts(got), got.cause) == (False, BUG)
     assert got.reason == "a bug does not go away by trying again: giving up"
 
 
 @pytest.mark.parametrize("kind", [STORAGE, CRASH, BUG])
 def test_an_error_that_another_try_would_end_in_stops_at_once(kind):
-    got = decision(failed(kind, is_final=True), **ENDLESS)
-    assert (got.goes_on, got.cause) == (False, kind)
+    got = decision(failed(kind, ending=Ending.GAVE_UP), **ENDLESS)
+    assert (restarts(got), got.cause) == (False, kind)
     assert got.reason == "another try would end the same way: giving up"
 
 
@@ -131,15 +137,15 @@ def test_an_error_that_another_try_would_end_in_stops_at_once(kind):
         (failed(), before(step=99, error="ChaosError: x"), None),  # at another step
         (failed(), before(step=100, error="ChaosError: y"), None),  # another exception
         # a SIGKILL says nothing of what was done, and so does memory that was short
-        (failed(died=True), before(step=100, error="ChaosError: x"), None),
-        (failed(HANG, died=True), before(HANG, step=100, error="ChaosError: x"), None),
+        (failed(ending=Ending.DIED), before(step=100, error="ChaosError: x"), None),
+        (failed(HANG, ending=Ending.DIED), before(HANG, step=100, error="ChaosError: x"), None),
         (failed(OUT_OF_MEMORY), before(OUT_OF_MEMORY, step=100, error="ChaosError: x"), None),
         (failed(STORAGE), before(STORAGE, step=100, error="ChaosError: x"), None),
     ],
 )
 def test_the_same_exception_at_the_same_step_twice_is_no_accident(cause, past, found):
     got = decision(cause, step=100, past=[before(), past], **ENDLESS)
-    assert got.goes_on == (found is None)
+    assert restarts(got) == (found is None)
     assert got.cause == (found or cause.kind)
     assert ("the same at the same step a second time" in got.reason) == (found is not None)
 
@@ -148,16 +154,16 @@ def test_failures_in_a_row_without_a_new_step_are_a_crash_loop():
     stuck = before(progressed=False)
     limits = {"max_failures": -1, "max_failures_without_progress": 2}
     got = [decision(progressed=False, past=[before()] + [stuck] * number, **limits) for number in range(3)]
-    assert [one.goes_on for one in got] == [True, True, False]
+    assert [restarts(one) for one in got] == [True, True, False]
     assert got[0].reason == (
         "failure 2 of no limit, 1 of 2 allowed in a row without a new step: restarting the workers in 1 s"
     )
     assert got[2].reason == "failure 4 of no limit, 3 of 2 allowed in a row without a new step: giving up"
-    assert decision(progressed=False, past=[stuck, stuck, before()], **limits).goes_on  # not in a row
-    assert decision(progressed=True, past=[stuck] * 9, **limits).goes_on
-    assert not decision(progressed=False, max_failures_without_progress=0).goes_on
+    assert restarts(decision(progressed=False, past=[stuck, stuck, before()], **limits))  # not in a row
+    assert restarts(decision(progressed=True, past=[stuck] * 9, **limits))
+    assert not restarts(decision(progressed=False, max_failures_without_progress=0))
     endless = decision(progressed=False, past=[stuck] * 9, **ENDLESS)
-    assert endless.goes_on
+    assert restarts(endless)
     assert "10 in a row without a new step: restarting" in endless.reason
 
 
@@ -176,19 +182,21 @@ def test_the_wait_doubles_up_to_its_limit_and_is_none_after_progress():
 @pytest.mark.parametrize("num_before", [1023, 1024, 5000])
 def test_a_loop_that_shall_never_end_does_not_end(num_before):
     got = decision(progressed=False, past=[before(progressed=False)] * num_before, **ENDLESS)
-    assert (got.goes_on, got.delay_s) == (True, 60.0)
+    assert (restarts(got), got.delay_s) == (True, 60.0)
 
 
 @pytest.mark.parametrize("config", [{}, {"max_by_cause": {CRASH: 0}}, {"max_failures_without_progress": 0}])
 def test_one_limit_that_is_exceeded_is_enough(config):
     limits = {"max_failures": 0, "max_by_cause": {CRASH: 5}, "max_failures_without_progress": 5, **config}
-    assert not decision(progressed=False, **limits).goes_on
+    assert not restarts(decision(progressed=False, **limits))
     limits = {"max_failures": 5, "max_by_cause": {CRASH: 5}, "max_failures_without_progress": 5, **config}
-    assert decision(progressed=False, **limits).goes_on == (not config)
+    assert restarts(decision(progressed=False, **limits)) == (not config)
 
 
 STEPS = st.integers(0, 300)
-FAILURES = st.tuples(st.sampled_from(CAUSES), STEPS, st.sampled_from("xyz"), st.booleans(), st.booleans())
+FAILURES = st.tuples(
+    st.sampled_from(CAUSES), STEPS, st.sampled_from("xyz"), st.booleans(), st.sampled_from([Ending.RAISED, Ending.DIED])
+)
 
 
 @given(
@@ -212,13 +220,13 @@ def test_no_run_goes_on_beyond_its_budgets(
         max_backoff_s=backoff_s + more_s,
     )
     past = []
-    for kind, step, error, progressed, died in failures:
-        got = decide(Cause(kind, 0, error, died=died), step, progressed, past, config, 16)
+    for kind, step, error, progressed, ending in failures:
+        got = decide(Cause(kind, 0, error, ending), step, progressed, past, config, 16)
         assert 0 <= got.delay_s <= config.max_backoff_s
-        assert (got.delay_s == 0) or (got.goes_on and not progressed)
-        assert got.reason.endswith("giving up") != got.goes_on
+        assert (got.delay_s == 0) or (restarts(got) and not progressed)
+        assert got.reason.endswith("giving up") != restarts(got)
         past.append(Past(got.cause, step, error, progressed))
-        if not got.goes_on:
+        if not restarts(got):
             break
         assert kind != BUG
         window = [one.cause for one in past if refill is None or step - one.step < refill]
@@ -230,25 +238,31 @@ def test_no_run_goes_on_beyond_its_budgets(
 
 
 @pytest.mark.parametrize(
-    ("policy", "micro_batch", "goes_on", "halves", "reason"),
+    ("policy", "micro_batch", "action", "reason"),
     [
-        ("retry", 16, True, False, "failure 1 of 3 allowed: restarting the workers"),
-        ("fail", 16, False, False, "failure.on_out_of_memory=fail: giving up; train.accumulate_steps makes micro-"),
-        ("halve_micro_batch", 17, True, True, "restarting the workers with micro-batches of 9 images, not 17"),
-        ("halve_micro_batch", 2, False, False, "micro-batches can't get smaller than they are: giving up"),
+        ("retry", 16, Action.RESTART, "failure 1 of 3 allowed: restarting the workers"),
+        ("fail", 16, Action.STOP, "failure.on_out_of_memory=fail: giving up; train.accumulate_steps makes micro-"),
+        (
+            "halve_micro_batch",
+            17,
+            SMALLER,
+            "restarting the workers with micro-batches of 9 images, not 17",
+        ),
+        ("halve_micro_batch", 2, Action.STOP, "micro-batches can't get smaller than they are: giving up"),
     ],
 )
-def test_a_lack_of_memory_may_be_met_with_smaller_micro_batches(policy, micro_batch, goes_on, halves, reason):
+def test_a_lack_of_memory_may_be_met_with_smaller_micro_batches(policy, micro_batch, action, reason):
     got = decision(failed(OUT_OF_MEMORY), micro_batch=micro_batch, on_out_of_memory=policy)
-    assert (got.goes_on, got.halves, got.cause) == (goes_on, halves, OUT_OF_MEMORY)
+    assert (got.action, got.cause) == (action, OUT_OF_MEMORY)
     assert reason in got.reason
 
 
 def test_halving_is_not_charged_and_other_causes_halve_nothing():
     halving = {"on_out_of_memory": "halve_micro_batch", "max_failures": 1, "max_failures_without_progress": 1}
     halved = [before(OUT_OF_MEMORY, progressed=False)] * 9
-    assert decision(failed(OUT_OF_MEMORY), past=[before(CRASH), *halved], progressed=False, **halving).halves
+    again = decision(failed(OUT_OF_MEMORY), past=[before(CRASH), *halved], progressed=False, **halving)
+    assert again.action is SMALLER
     crash = decision(progressed=False, past=halved, **halving)
-    assert (crash.goes_on, crash.halves) == (True, False)
+    assert crash.action is Action.RESTART
     assert crash.reason.startswith("failure 1 of 1 allowed, 1 of 1 allowed in a row without a new step")
-    assert not decision(progressed=False, past=halved, **{**halving, "on_out_of_memory": "retry"}).goes_on
+    assert not restarts(decision(progressed=False, past=halved, **{**halving, "on_out_of_memory": "retry"}))

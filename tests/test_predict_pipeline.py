@@ -145,7 +145,7 @@ def run(tmp_path_factory):
 
     from ftexp.data.info import DataInfo
     from ftexp.model.build import timm_arguments
-    from ftexp.rundir.record import RUN_FILE
+    from ftexp.rundir.names import RUN_FILE
 
     folder.write_bytes("config.yaml", OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config))).encode())
     arguments = timm_arguments(config.model, DataInfo(**{k: v for k, v in data.items() if k != "name"}))

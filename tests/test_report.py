@@ -26,8 +26,11 @@ from ftexp.report.series import Axis, Series, duration
 from ftexp.report.source import read_run
 from ftexp.report.timeline import PHASES, build_timeline
 from ftexp.report.write import write_report
-from ftexp.rundir.record import RunRecord, RunState, read_state
+from ftexp.rundir.record import RunRecord
+from ftexp.rundir.state import RunState, read_state
 from ftexp.storage.directory import Storage
+from ftexp.wire import events
+from ftexp.wire.messages import Happened, Hello, Lost, Metrics, Ready, Tick
 
 SCORE = ("val_accuracy", "max")
 
@@ -38,7 +41,7 @@ class Story:
     def __init__(self, storage, name="told", now=1_700_000_000.0, state=None):
         self.storage, self.now = storage, now
         self.record = RunRecord(storage, state or RunState(name=name, started=now), SCORE, lambda: self.now)
-        self.record.event("command_started")
+        self.record.event(events.CommandStarted())
 
     def after(self, seconds):
         self.now += seconds
@@ -46,36 +49,35 @@ class Story:
 
     def attempt(self, step, workers=2):
         for rank in range(workers):
-            self.tell("hello", rank=rank, world_size=workers, pid=100 + rank, node="n")
+            self.tell(Hello(rank, workers, 100 + rank, "n"))
         self.after(0.5)
         if step:
-            self.event("restored", step=step, checkpoint=f"step_{step:08d}.a1")
-        fields = {"arguments": {}, "num_parameters": 5, "device": "cpu", "weights": None}
-        self.tell("ready", step=step, hardware={"processor": "a fast one", "memory_bytes": 2**31}, **fields)
+            self.event(events.Restored(0, 0.1, f"step_{step:08d}.a1", step, 0))
+        self.tell(Ready(step, 100, "cpu", {}, 5, hardware={"processor": "a fast one", "memory_bytes": 2**31}))
 
     def steps(self, first, last, seconds_each=0.1, **values):
         for step in range(first, last + 1):
             self.after(seconds_each)
-            self.tell("tick", step=step, position=0, epoch=step // 40)
+            self.tell(Tick(step, step // 40))
             self.point("train", step, train_loss=math.exp(-step / 50), train_accuracy=0.5, lr=1e-3, **values)
 
     def point(self, split, step, **values):
-        self.tell("metrics", split=split, step=step, epoch=step // 40, values=values)
+        self.tell(Metrics(split, step, step // 40, values))
 
     def save(self, step, write_s=0.25):
-        numbers = {"bytes": 3_000_000, "blocked_s": 0.004, "write_s": write_s, "metrics": {"val_accuracy": 0.5}}
-        self.event("checkpoint_saved", step=step, checkpoint=f"step_{step:08d}.a1", **numbers)
+        name, metrics = f"step_{step:08d}.a1", {"val_accuracy": 0.5}
+        self.event(events.CheckpointSaved(step, name, 3_000_000, write_s, metrics, ["epoch"], 0.004))
 
     def killed(self, rank=1, error="the process died"):
-        self.tell("lost", rank=rank)
+        self.tell(Lost(rank, 100 + rank))
         self.after(0.25)
         self.record.fail("crash", rank, error, "failure 1 of 3 allowed: restarting the workers")
 
-    def event(self, name, **fields):
-        self.tell("event", name=name, **fields)
+    def event(self, event):
+        self.tell(Happened(event))
 
-    def tell(self, kind, **fields):
-        self.record.handle({"kind": kind, "time": self.now, **fields})
+    def tell(self, message):
+        self.record.handle(dataclasses.replace(message, time=self.now))
 
     def end(self, status="finished", error=None):
         self.record.close(status, error)
@@ -190,7 +192,7 @@ def test_a_driver_that_was_killed_is_an_interruption_and_the_night_after_it_is_l
 
 def test_what_comes_after_a_run_was_finished_is_not_charged_to_a_failure_that_was_over(storage):
     story = three_kills(storage)
-    story.record.late_event("report_failed", error="x")
+    story.record.late_event(events.ReportFailed("x"))
     before = [one.seconds for one in build_timeline(read_run(storage)).interruptions]
     again = Story(storage, now=story.now + 60, state=read_state(storage))
     again.after(9).attempt(again.record.state.step)
@@ -264,10 +266,10 @@ def _hostile_page(storage, texts):
     story.after(1).attempt(0)
     story.steps(1, 20)
     for text in texts:
-        story.event("checkpoint_rejected", checkpoint=f"step_00000040.a1{text}", reason=text)
-        story.event("checkpoint_saved", checkpoint=f"step_00000040.a1{text}", bytes=1, blocked_s=0, write_s=0, step=9)
-        story.event("checkpoint_failed", error=text, step=9)
-        story.tell("lost", rank=0)
+        story.event(events.CheckpointRejected(f"step_00000040.a1{text}", text))
+        story.event(events.CheckpointSaved(9, f"step_00000040.a1{text}", 1, 0, {}, [], 0))
+        story.event(events.CheckpointFailed(9, text))
+        story.tell(Lost(0, 100))
         story.record.fail(text, 0, text, text)
         story.after(1).attempt(story.record.state.step)
         story.steps(story.record.state.step + 1, story.record.state.step + 20)
@@ -421,6 +423,7 @@ def test_the_command_imports_nothing_heavy_and_writes_where_it_is_told(storage, 
     assert done.stdout.splitlines() == [f"written to {tmp_path}/elsewhere/first.html", "[]"], done.stderr
     assert "<h1>told" in (tmp_path / "elsewhere" / "first.html").read_text()
     assert (tmp_path / "elsewhere" / "charts" / "timeline.png").exists()
+    assert (tmp_path / "elsewhere" / "metrics.csv").read_text() == (storage.local_path / "metrics.csv").read_text()
     assert not (storage.local_path / "report.html").exists()
 
 
@@ -430,7 +433,7 @@ def test_a_report_that_fails_is_an_event_and_a_line_and_no_more(storage, monkeyp
 
     story = three_kills(storage)
     monkeypatch.setattr("ftexp.report.write.read_run", lambda run_dir: 1 / 0)
-    _leave_report(storage, story.record, Terminal())
+    _leave_report(story.record, Terminal())
     assert "! the report can't be written: ZeroDivisionError" in capsys.readouterr().out
     last = json.loads(storage.read_bytes("events.jsonl").splitlines()[-1])
     assert (last["event"], last["error"]) == ("report_failed", "ZeroDivisionError: division by zero")

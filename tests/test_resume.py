@@ -11,7 +11,7 @@ import ftexp.cluster.ray_cluster
 import ftexp.cluster.resources
 import ftexp.driver.run
 from ftexp.chaos.strike import damage
-from ftexp.checkpoint.store import CHECKPOINTS, FILES, CheckpointStore, Manifest
+from ftexp.checkpoint.store import FILES, CheckpointStore, Manifest
 from ftexp.config.fingerprint import fingerprint
 from ftexp.config.masking import masked
 from ftexp.config.schema import Config
@@ -26,7 +26,8 @@ from ftexp.driver.resume import (
     require_trained_on,
 )
 from ftexp.errors import CheckpointError, ConfigError
-from ftexp.rundir.record import CONFIG_FILE, RUN_FILE, RunState
+from ftexp.rundir.names import CHECKPOINTS, CONFIG_FILE, RUN_FILE
+from ftexp.rundir.state import RunState
 from ftexp.storage.directory import Storage
 from ftexp.storage.lease import Lease
 
@@ -92,10 +93,9 @@ def test_a_refusal_touches_nothing(tmp_path, monkeypatch, resume):
     before = sorted(tmp_path.rglob("*"))
     monkeypatch.setattr(ftexp.cluster.resources, "decide_workers", lambda *_, **__: None)
     monkeypatch.setattr(Lease, "take", lambda *_: pytest.fail("a claim was laid"))
-    made = config(resume=resume)
-    made.run.name, made.run.storage = "first", str(tmp_path)
+    made = composed(f"resume={resume}", "run.name=first", f"run.storage={tmp_path}")
     with pytest.raises(ConfigError, match=f"^resume={resume}, but"):
-        ftexp.driver.run._run(made, [])
+        ftexp.driver.run.train(made)
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -103,9 +103,15 @@ def test_a_folder_of_data_is_kept_from_the_root_on_wherever_the_command_was_give
     (tmp_path / "photos").mkdir()
     monkeypatch.chdir(tmp_path)
     seen = []
-    monkeypatch.setattr(ftexp.driver.run, "_run", lambda made, *_: seen.append(made.data.root))
+
+    def check(made, _):
+        seen.append(made.data.root)
+        raise ConfigError("that is enough")
+
+    monkeypatch.setattr(ftexp.driver.run, "_checked", check)
     for root in ("photos", "./photos/", "s3://bucket/photos/", str(tmp_path / "photos")):
-        ftexp.driver.run.train(composed("data=image_folder", f"data.root={root}"))
+        with pytest.raises(ConfigError, match="that is enough"):
+            ftexp.driver.run.train(composed("data=image_folder", f"data.root={root}"))
     assert seen == [f"{tmp_path}/photos", f"{tmp_path}/photos", "s3://bucket/photos/", f"{tmp_path}/photos"]
 
 

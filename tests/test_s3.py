@@ -11,9 +11,10 @@ import threading
 import pytest
 from conftest import Command, s3_uri
 
-from ftexp.checkpoint.store import CHECKPOINTS, FILES, MANIFEST, REJECTED, CheckpointStore, Manifest, locate
+from ftexp.checkpoint.store import FILES, MANIFEST, REJECTED, CheckpointStore, Manifest, locate
 from ftexp.drilling.report import compare
 from ftexp.errors import CheckpointError, RunInUseError
+from ftexp.rundir.names import CHECKPOINTS
 from ftexp.storage.append_log import AppendLog
 from ftexp.storage.directory import Storage
 from ftexp.storage.lease import LEASE_FILE, Lease

@@ -14,7 +14,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from ftexp.config.fingerprint import fingerprint
 from ftexp.config.schema import Config, SearchConfig, config_dir
 from ftexp.errors import ConfigError
-from ftexp.rundir.record import FAILED, FINISHED, METRICS_FILE, RUN_FILE, RUNNING, Failure, RunState
+from ftexp.rundir.names import METRICS_FILE, RUN_FILE
+from ftexp.rundir.state import FAILED, FINISHED, RUNNING, Failure, RunState
 from ftexp.rundir.sweep_record import STOPPED, WAITING, look
 from ftexp.storage.directory import Storage
 from ftexp.sweep.run.sweep import open_ledger

@@ -5,7 +5,7 @@ import csv
 import pytest
 from conftest import Command, RunFolder, descendants_with, wait_until_none
 
-from ftexp.rundir.record import FINISHED, INTERRUPTED
+from ftexp.rundir.state import FINISHED, INTERRUPTED
 from ftexp.rundir.sweep_record import look
 from ftexp.storage.directory import Storage
 from ftexp.sweep.search.proposing import Known, propose

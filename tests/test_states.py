@@ -21,6 +21,8 @@ from ftexp.evaluation.meter import Meter
 from ftexp.job.group import ProcessGroup
 from ftexp.job.progress import Progress
 from ftexp.model.schedule import build_scheduler
+from ftexp.wire.events import LearningRateChanged
+from ftexp.wire.messages import Happened
 
 BUILT_IN = ["progress", "scheduler", "scaler", "ema", "rng", "best"]
 
@@ -30,7 +32,7 @@ def job():
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.5)
     return SimpleNamespace(
         rank=0,
-        line=SimpleNamespace(send=lambda *_, **__: None),
+        channel=SimpleNamespace(send=lambda *_, **__: None),
         progress=Progress(
             Meter(torch.device("cpu")),
             3200,
@@ -98,20 +100,20 @@ def test_every_built_in_state_survives_the_file_and_comes_back(job):
 
 
 def test_a_schedule_that_goes_on_otherwise_than_the_checkpoint_says_so_and_only_then(job):
-    events = []
-    job.line = SimpleNamespace(send=lambda kind, **fields: events.append((kind, fields)))
+    sent = []
+    job.channel = SimpleNamespace(send=sent.append)
     job.scheduler.step_update(40)
     before, extra = job.optimizer.param_groups[0]["lr"], ExtraState(["scheduler"], job)
     saved, versions = round_trip(extra.state_dict()), extra.versions()
     extra.load(saved, versions, "run 'x'")
-    assert events == []
+    assert sent == []
     longer = build_scheduler(ScheduleConfig(name="cosine", warmup_epochs=1), job.optimizer, 300, 10.0)
     longer.step_update(40)
     after, job.scheduler = job.optimizer.param_groups[0]["lr"], longer
     job.optimizer.param_groups[0]["lr"] = before  # as restored from optimizer.pt
     extra.load(saved, versions, "run 'x'")
     assert before != after
-    assert events == [("event", {"name": "learning_rate_changed", "step": 40, "before": before, "after": after})]
+    assert sent == [Happened(LearningRateChanged(40, before, after))]
 
 
 def test_extra_state_has_the_tutorials_epoch(job):
@@ -141,8 +143,8 @@ def test_a_state_is_given_the_very_objects_that_train():
     job = make_job(ema=EmaConfig(decay=0.9), group=ProcessGroup(1, 2, torch.device("cpu")))
     context = state_context(job)
     learner = job.learner
-    given = (context.config, context.progress, context.line, context.model, context.optimizer, context.scheduler)
-    held = (job.config, job.progress, job.line, learner.model, learner.optimizer, learner.scheduler)
+    given = (context.config, context.progress, context.channel, context.model, context.optimizer, context.scheduler)
+    held = (job.config, job.progress, job.channel, learner.model, learner.optimizer, learner.scheduler)
     assert all(one is other for one, other in zip(given, held, strict=True))
     assert context.scaler is learner.scaler
     assert context.ema is learner.ema

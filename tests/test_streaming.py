@@ -167,13 +167,13 @@ def test_a_worker_that_finds_no_cpu_to_decode_on_says_so_and_goes_on_when_there_
     samples = np.arange(40)
     with rows.open(iter([samples])) as take, ThreadPoolExecutor(1) as pool:
         taking = pool.submit(take, samples)
-        message = told.get(timeout=60)
+        event = told.get(timeout=60).event
         assert not taking.done()
         ray.kill(other)
         taken = taking.result(timeout=60)
-    assert (message["kind"], message["name"], message["rank"]) == ("event", "slow_data", 3)
+    assert (event.name, event.rank) == ("slow_data", 3)
     why = r"nothing decoded for \d+ s: none of the cluster's 2 CPUs is free to decode on\."
-    assert re.match(why, message["reason"]), message
+    assert re.match(why, event.reason), event
     assert taken.labels.tolist() == (samples % 2).tolist()
 
 

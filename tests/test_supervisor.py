@@ -10,12 +10,33 @@ from ftexp.cluster.interruptible import Terminated
 from ftexp.config.schema import Config, FailureConfig, TrainConfig
 from ftexp.driver.supervisor import Supervisor
 from ftexp.driver.terminal import Terminal
-from ftexp.errors import RayLostError
-from ftexp.failure.causes import BUG, CONFIG, CRASH, HANG, OUT_OF_MEMORY, RAY, Cause
-from ftexp.rundir.record import Failure, RunRecord, RunState, read_state
+from ftexp.errors import ConfigError, RayLostError, RunFailedError
+from ftexp.failure.causes import BUG, CONFIG, CRASH, HANG, OUT_OF_MEMORY, RAY, Cause, Ending
+from ftexp.rundir.record import RunRecord
+from ftexp.rundir.state import Failure, RunState, read_state
 from ftexp.storage.directory import Storage
+from ftexp.wire import events
+from ftexp.wire.messages import (
+    ControllerDied,
+    CouldNotStart,
+    GroupFailed,
+    Happened,
+    Hello,
+    Hung,
+    Lost,
+    Raised,
+    Ready,
+    Retry,
+    Stop,
+    Tick,
+)
 
-DIED = Cause(CRASH, 1, "the process died", died=True)
+
+def name(step):
+    return f"step_{step:08d}.a1"
+
+
+DIED = Cause(CRASH, 1, "the process died", Ending.DIED)
 
 
 class Driver:
@@ -28,27 +49,34 @@ class Driver:
         config = Config(train=TrainConfig(epochs=4, global_batch_size=32), failure=FailureConfig(**failure))
         self.supervisor = Supervisor(self.record, terminal, config, num_before, no_new_ray)
 
-    def tell(self, kind, **fields):
-        return self.supervisor.handle({"kind": kind, "time": 1.0, **fields})
+    def tell(self, message):
+        return self.supervisor.handle(message)
+
+    def event(self, event):
+        self.tell(Happened(event))
+
+    def saved(self, step):
+        self.event(events.CheckpointSaved(step, name(step), 1, 0.1, {}, [], 0.1))
+
+    def restored(self, step):
+        self.event(events.Restored(0, 0.1, name(step), step, step * 32))
 
     def attempt(self, ready=0, step=None):
         """A worker group starts, and comes as far as `step`."""
         for rank in range(2):
-            self.tell("hello", rank=rank, world_size=2, pid=100 + rank, node=f"node{rank}")
+            self.tell(Hello(rank, 2, 100 + rank, f"node{rank}"))
         self.ready(ready)
         if step is not None:
-            self.tell("tick", step=step, position=step * 32, epoch=0)
+            self.tell(Tick(step, 0))
 
     def ready(self, step):
-        fields = {"arguments": {}, "num_parameters": 5, "device": "cpu", "weights": None, "total_steps": 100}
-        self.tell("ready", step=step, **fields)
+        self.tell(Ready(step, total_steps=100, device="cpu", arguments={}, num_parameters=5))
 
     def fail(self, cause=DIED):
-        return self.tell("failure", cause=vars(cause))
+        return self.tell(GroupFailed(cause.kind, cause.rank, cause.error, cause.ending))
 
     def raised(self, samples, rank=1):
-        where = {"step": 20, "position": 640, "samples": samples, "traceback": "TypeError: x"}
-        self.tell("raised", rank=rank, **where)
+        self.tell(Raised(rank, 20, 640, samples, "TypeError: x"))
 
     @property
     def shown(self):
@@ -58,9 +86,9 @@ class Driver:
 def test_a_failure_within_its_budget_is_answered_by_a_wait(tmp_path):
     driver = Driver(tmp_path, max_failures=3, backoff_s=4)
     driver.attempt(step=10)
-    assert driver.fail() == {"delay_s": 0.0}
+    assert driver.fail() == Retry(0.0)
     driver.attempt(ready=5, step=8)
-    assert driver.fail() == {"delay_s": 4.0}
+    assert driver.fail() == Retry(4.0)
     first, second = read_state(driver.storage).failures
     assert (first.cause, first.rank, first.step, first.node, first.progressed) == ("crash", 1, 10, "node1", True)
     assert (second.step, second.progressed) == (8, False)
@@ -68,23 +96,23 @@ def test_a_failure_within_its_budget_is_answered_by_a_wait(tmp_path):
     assert "✗ rank 1 failed after step 10 [crash]: the process died; failure 1 of 3 allowed: rest" in driver.shown
     assert "restarting the workers in 4 s" in driver.shown
     assert "once that is put right" not in driver.shown
-    assert (len(driver.record.state.failures), driver.supervisor.stopped) == (2, None)
+    assert (len(driver.record.state.failures), driver.supervisor.given_up) == (2, None)
 
 
 def test_workers_that_start_although_the_run_was_given_up_are_told_to_end(tmp_path):
     driver = Driver(tmp_path, max_failures=0)
     driver.attempt(step=10)
     stop = driver.fail()
-    assert driver.tell("hello", rank=0, world_size=2, pid=1, node="a") == stop == {"stop": driver.supervisor.stopped}
+    assert driver.tell(Hello(0, 2, 1, "a")) == stop == Stop(str(driver.supervisor.given_up))
 
 
 def test_a_wrong_config_that_a_worker_finds_ends_the_run_with_its_message_alone(tmp_path):
     driver = Driver(tmp_path, max_failures=3)
     driver.attempt()
     driver.raised([])
-    answer = driver.fail(Cause(CONFIG, 1, "model.name=x returns a list", is_final=True))
-    assert answer == {"stop": "model.name=x returns a list"}
-    assert driver.supervisor.is_config_wrong
+    answer = driver.fail(Cause(CONFIG, 1, "model.name=x returns a list", Ending.GAVE_UP))
+    assert answer == Stop("model.name=x returns a list")
+    assert isinstance(driver.supervisor.given_up, ConfigError)
     assert "failed after step 20 [config]: model.name=x returns a list; another try would end the same" in driver.shown
     assert "the same command" not in driver.shown  # it would fail again
 
@@ -93,12 +121,13 @@ def test_a_spent_budget_is_answered_by_a_stop_that_says_why(tmp_path):
     driver = Driver(tmp_path, max_failures=0)
     driver.attempt(step=10)
     reason = "rank 1 failed after step 10 [crash]: the process died; failure 1 of 0 allowed: giving up"
-    assert driver.fail() == {"stop": reason}
-    assert driver.supervisor.stopped == reason
+    assert driver.fail() == Stop(reason)
+    assert isinstance(driver.supervisor.given_up, RunFailedError)
+    assert str(driver.supervisor.given_up) == reason
     assert "  once that is put right, the same command with run.name=demo goes on from the last save" in driver.shown
     assert "with samples" not in driver.shown  # nothing was raised
-    unknown = Driver(tmp_path / "other", max_failures=0).fail(Cause(CRASH, None, "it was lost", died=True))
-    assert unknown["stop"].startswith("a worker failed after step 0 [crash]: it was lost; ")
+    unknown = Driver(tmp_path / "other", max_failures=0).fail(Cause(CRASH, None, "it was lost", Ending.DIED))
+    assert unknown.reason.startswith("a worker failed after step 0 [crash]: it was lost; ")
 
 
 @pytest.mark.parametrize(
@@ -115,7 +144,7 @@ def test_a_run_that_is_given_up_says_where_its_first_error_was_raised(tmp_path, 
     driver.raised(samples)
     driver.raised([99], rank=0)  # an echo
     answer = driver.fail(Cause(BUG, 1, "TypeError: x"))
-    assert "failed after step 20 [bug]: TypeError: x; a bug does not go away" in answer["stop"]
+    assert "failed after step 20 [bug]: TypeError: x; a bug does not go away" in answer.reason
     assert f"  rank 1 was at step 20, position 640, {shown} is in events.jsonl" in driver.shown
     assert "99" not in driver.shown
 
@@ -124,9 +153,9 @@ def test_what_an_earlier_attempt_raised_is_not_told_of_a_later_one(tmp_path):
     driver = Driver(tmp_path, max_failures=1)
     driver.attempt(step=10)
     driver.raised([5])
-    assert "delay_s" in driver.fail(Cause(CRASH, 1, "RuntimeError: x"))
+    assert isinstance(driver.fail(Cause(CRASH, 1, "RuntimeError: x")), Retry)
     driver.attempt(ready=5, step=30)
-    assert "stop" in driver.fail()
+    assert isinstance(driver.fail(), Stop)
     assert "with samples" not in driver.shown
 
 
@@ -136,7 +165,7 @@ def test_the_same_exception_at_the_same_step_is_a_bug_the_second_time(tmp_path):
         driver.attempt(ready=ready)
         driver.raised([5])
         answer = driver.fail(Cause(CRASH, 1, "RuntimeError: x"))
-    assert "[bug]: RuntimeError: x; the same at the same step a second time" in answer["stop"]
+    assert "[bug]: RuntimeError: x; the same at the same step a second time" in answer.reason
     assert [failure.cause for failure in read_state(driver.storage).failures] == [CRASH, BUG]
 
 
@@ -144,8 +173,8 @@ def test_a_worker_that_died_because_it_stood_still_hung(tmp_path):
     driver = Driver(tmp_path, max_failures=9)
     driver.attempt(step=10)
     for rank, doing in ((0, "in a step"), (1, "between steps")):
-        driver.tell("hung", rank=rank, doing=doing, seconds=3.2, file=f"/runs/a1.r{rank}.txt", step=10)
-    driver.fail(Cause(CRASH, 0, "the process died", died=True))
+        driver.tell(Hung(rank, doing, 3.2, f"/runs/a1.r{rank}.txt"))
+    driver.fail(Cause(CRASH, 0, "the process died", Ending.DIED))
     driver.attempt(ready=5, step=20)
     driver.fail()
     hang, crash = read_state(driver.storage).failures
@@ -157,7 +186,7 @@ def test_a_worker_that_died_because_it_stood_still_hung(tmp_path):
 def test_an_exception_is_not_a_hang_because_others_stood_still(tmp_path):
     driver = Driver(tmp_path)
     driver.attempt(step=10)
-    driver.tell("hung", rank=0, doing="in a step", seconds=3.2, file="x", step=10)
+    driver.tell(Hung(0, "in a step", 3.2, "x"))
     driver.fail(Cause(BUG, 1, "TypeError: x"))
     assert [failure.cause for failure in read_state(driver.storage).failures] == [BUG]
 
@@ -168,7 +197,7 @@ def test_each_call_of_the_command_has_its_own_budget(tmp_path):
     driver.attempt(step=10)
     driver.fail()
     driver.attempt(ready=5, step=20)
-    assert "failure 2 of 1 allowed: giving up" in driver.fail()["stop"]
+    assert "failure 2 of 1 allowed: giving up" in driver.fail().reason
     assert len(read_state(driver.storage).failures) == 7
 
 
@@ -176,7 +205,7 @@ class Workers:
     def __init__(self, number):
         self.number = number
 
-    def tell(self, word):
+    def tell(self, message):
         return self.number
 
 
@@ -192,12 +221,12 @@ def test_who_asks_to_stop_is_remembered_and_told_whether_anybody_saves(tmp_path)
 def test_a_recovery_tells_what_was_restored_and_what_was_damaged(tmp_path):
     driver = Driver(tmp_path)
     driver.attempt(step=57)
-    driver.tell("event", name="checkpoint_saved", step=40, checkpoint="step_00000040.a1")
+    driver.saved(40)
     driver.fail()
-    driver.tell("hello", rank=0, world_size=2, pid=200, node="n")
-    for name in ("step_00000040.a1", "step_00000030.a1"):
-        driver.tell("event", name="checkpoint_rejected", step=0, checkpoint=name, reason="torn")
-    driver.tell("event", name="restored", step=20, checkpoint="step_00000020.a1")
+    driver.tell(Hello(0, 2, 200, "n"))
+    for step in (40, 30):
+        driver.event(events.CheckpointRejected(name(step), "torn"))
+    driver.restored(20)
     driver.ready(20)
     assert "checkpoint step_00000040.a1 doesn't count: torn" in driver.shown
     assert "restored step_00000020.a1 (2 damaged skipped), replaying 37 steps" in driver.shown
@@ -205,17 +234,17 @@ def test_a_recovery_tells_what_was_restored_and_what_was_damaged(tmp_path):
     assert failure.steps_replayed == 37
 
 
-@pytest.mark.parametrize(("restored", "is_gone"), [("step_00000050.a1", False), ("step_00000030.a1", True)])
+@pytest.mark.parametrize(("restored", "is_gone"), [(50, False), (30, True)])
 def test_what_was_restored_is_the_latest_checkpoint_and_one_that_is_gone_is_told(tmp_path, restored, is_gone):
     driver = Driver(tmp_path)
     driver.attempt(step=57)
-    driver.tell("event", name="checkpoint_saved", step=40, checkpoint="step_00000040.a1")
+    driver.saved(40)
     driver.fail()  # of a save at step 50, if there was one, nothing was heard
-    driver.tell("hello", rank=0, world_size=2, pid=200, node="n")
-    driver.tell("event", name="restored", step=int(restored[5:13]), checkpoint=restored)
+    driver.tell(Hello(0, 2, 200, "n"))
+    driver.restored(restored)
     driver.ready(50)
     assert ("checkpoint step_00000040.a1 doesn't count: it is gone" in driver.shown) == is_gone
-    assert driver.record.state.checkpoint == restored
+    assert driver.record.state.checkpoint == name(restored)
 
 
 def test_events_of_the_records_are_written_whatever_is_printed(tmp_path):
@@ -223,9 +252,9 @@ def test_events_of_the_records_are_written_whatever_is_printed(tmp_path):
     driver.attempt(step=10)
     driver.raised([5])
     driver.fail()
-    events = [json.loads(line) for line in driver.storage.read_bytes("events.jsonl").decode().splitlines()]
-    assert [event["event"] for event in events] == ["attempt_started", "ready", "raised", "failure"]
-    assert events[-1]["decision"] == "failure 1 of 0 allowed: giving up"
+    lines = [json.loads(line) for line in driver.storage.read_bytes("events.jsonl").decode().splitlines()]
+    assert [line["event"] for line in lines] == ["attempt_started", "ready", "raised", "failure"]
+    assert lines[-1]["decision"] == "failure 1 of 0 allowed: giving up"
 
 
 def test_micro_batches_are_halved_for_the_attempts_after_a_lack_of_memory(tmp_path):
@@ -233,27 +262,27 @@ def test_micro_batches_are_halved_for_the_attempts_after_a_lack_of_memory(tmp_pa
     full = Cause(OUT_OF_MEMORY, 1, "OutOfMemoryError: CUDA out of memory")
     for attempt, (before, after) in enumerate([(16, 8), (8, 4), (4, 2)], start=1):
         driver.attempt(step=attempt)
-        assert driver.fail(full) == {"delay_s": 0.0}
+        assert driver.fail(full) == Retry(0.0)
         assert f"with micro-batches of {after} images, not {before}, at the same global batch" in driver.shown
-        answer = driver.tell("hello", rank=0, world_size=2, pid=1, node="node0")
-        assert answer["accumulate_steps"] == 2**attempt
+        answer = driver.tell(Hello(0, 2, 1, "node0"))
+        assert answer.accumulate_steps == 2**attempt
     assert read_state(driver.storage).accumulate_steps == 8  # a later call of the command goes on with it
 
 
 def test_who_waits_for_workers_is_told_what_is_lacking_once(tmp_path):
     driver = Driver(tmp_path)
-    assert driver.supervisor.waiting_s > 0
+    assert driver.supervisor.group.waiting_s > 0
     for _ in range(2):
-        driver.tell("waiting", reason="the cluster has 1 CPU")
-    driver.tell("waiting", reason="taken by others")
+        driver.event(events.Waiting("the cluster has 1 CPU"))
+    driver.event(events.Waiting("taken by others"))
     driver.attempt(step=3)
-    assert driver.supervisor.waiting_s == 0
-    driver.tell("waiting", reason="too late")
-    driver.tell("lost", rank=1, pid=101)
-    assert driver.supervisor.waiting_s > 0
+    assert driver.supervisor.group.waiting_s == 0
+    driver.event(events.Waiting("too late"))
+    driver.tell(Lost(1, 101))
+    assert driver.supervisor.group.waiting_s > 0
     driver.attempt()
     driver.fail()
-    assert driver.supervisor.waiting_s > 0
+    assert driver.supervisor.group.waiting_s > 0
     lines = (tmp_path / "events.jsonl").read_text().splitlines()
     waits = [event["reason"] for event in map(json.loads, lines) if event["event"] == "waiting"]
     assert waits == ["the cluster has 1 CPU", "taken by others"]
@@ -263,7 +292,7 @@ def test_who_waits_for_workers_is_told_what_is_lacking_once(tmp_path):
 def test_a_worker_that_waits_for_data_is_told_of_and_on_record(tmp_path):
     driver = Driver(tmp_path)
     driver.attempt(step=3)
-    driver.tell("event", name="slow_data", rank=1, reason="nothing decoded for 20 s: no CPU is free")
+    driver.event(events.SlowData(1, "nothing decoded for 20 s: no CPU is free"))
     assert "! rank 1: nothing decoded for 20 s: no CPU is free\n" in driver.shown
     (event,) = [
         event
@@ -275,7 +304,7 @@ def test_a_worker_that_waits_for_data_is_told_of_and_on_record(tmp_path):
 
 def test_workers_that_never_start_are_on_record(tmp_path):
     driver = Driver(tmp_path, controller_failure_limit=2)
-    driver.tell("could_not_start", error="no such zone")
+    driver.tell(CouldNotStart("no such zone"))
     (failure,) = read_state(driver.storage).failures
     assert (failure.cause, failure.rank, failure.error) == ("startup", None, "no such zone")
     assert "[startup]: no such zone; failure.controller_failure_limit=2 is spent: giving up" in driver.shown
@@ -285,12 +314,12 @@ def test_a_process_that_outlived_its_group_takes_nothing_from_the_next(tmp_path)
     driver = Driver(tmp_path)
     driver.attempt(step=3)
     driver.fail()
-    driver.tell("hello", rank=0, world_size=1, pid=200, node="node0")
+    driver.tell(Hello(0, 1, 200, "node0"))
     driver.ready(3)
-    driver.tell("lost", rank=0, pid=100)
-    assert driver.supervisor.waiting_s == 0
+    driver.tell(Lost(0, 100))
+    assert driver.supervisor.group.waiting_s == 0
     assert driver.record.died_rank is None
-    driver.tell("lost", rank=0, pid=200)
+    driver.tell(Lost(0, 200))
     assert driver.record.died_rank == 0
 
 
@@ -298,8 +327,8 @@ def test_where_only_what_followed_is_handed_over_the_process_that_died_is_told(t
     driver = Driver(tmp_path)
     driver.attempt(step=3)
     driver.raised([], rank=0)
-    driver.tell("lost", rank=1, pid=101)
-    driver.fail(Cause(CRASH, None, "the connection to another worker was lost", died=True))
+    driver.tell(Lost(1, 101))
+    driver.fail(Cause(CRASH, None, "the connection to another worker was lost", Ending.DIED))
     (failure,) = read_state(driver.storage).failures
     assert (failure.rank, failure.node) == (1, "node1")
     assert failure.error == "the process died (killed, or crashed below Python)"
@@ -308,9 +337,9 @@ def test_where_only_what_followed_is_handed_over_the_process_that_died_is_told(t
 def test_the_death_of_the_controller_is_no_workers_fault(tmp_path):
     driver = Driver(tmp_path, max_failures=1)
     driver.attempt(step=3)
-    driver.tell("lost", rank=1, pid=101)  # it ends with its owner
-    answer = driver.tell("controller_died")
-    assert answer.keys() == {"delay_s"}
+    driver.tell(Lost(1, 101))  # it ends with its owner
+    answer = driver.tell(ControllerDied())
+    assert isinstance(answer, Retry)
     (failure,) = read_state(driver.storage).failures
     assert (failure.cause, failure.rank, failure.node) == ("crash", None, None)
     assert failure.error == "Ray Train's controller died, and its workers with it"
@@ -326,12 +355,12 @@ def test_where_ray_died_the_run_begins_again_with_the_same_config_and_the_budget
         tmp_path, [Failure(attempt=0, cause=CRASH, rank=1, step=5, error="of an earlier command")] * 3, max_failures=2
     )
     driver.attempt(step=5)
-    assert driver.fail() == {"delay_s": 0.0}
+    assert driver.fail() == Retry(0.0)
     driver.attempt(step=10)
     error = lost()
     driver.supervisor.ray_lost(error)
     assert error.begins_again
-    assert driver.supervisor.stopped is None
+    assert driver.supervisor.given_up is None
     reason = "new Ray 1 of 3 allowed, not charged to failure.max_failures: starting a new Ray"
     assert f"✗ Ray failed after step 10 [ray]: {error}; {reason}" in driver.shown
     state = read_state(driver.storage)
@@ -342,8 +371,8 @@ def test_where_ray_died_the_run_begins_again_with_the_same_config_and_the_budget
     again = Driver(tmp_path, state.failures, restart.num_before, max_failures=2)
     again.attempt(step=20)
     assert "↻ training again" in again.shown
-    assert again.fail() == {"delay_s": 0.0}
-    assert "stop" in again.fail()  # its third; those of earlier commands don't count, nor does Ray's
+    assert again.fail() == Retry(0.0)
+    assert isinstance(again.fail(), Stop)  # its third; those of earlier commands don't count, nor does Ray's
 
 
 def test_where_there_can_be_no_new_ray_the_run_ends_with_the_reason(tmp_path):
@@ -352,6 +381,35 @@ def test_where_there_can_be_no_new_ray_the_run_ends_with_the_reason(tmp_path):
     error = lost()
     driver.supervisor.ray_lost(error)
     assert not error.begins_again
-    assert driver.supervisor.stopped.startswith(f"Ray failed after step 10 [ray]: {error}; a Ray that was joined can't")
-    assert driver.supervisor.stopped.endswith(": giving up")
+    reason = str(driver.supervisor.given_up)
+    assert reason.startswith(f"Ray failed after step 10 [ray]: {error}; a Ray that was joined can't")
+    assert reason.endswith(": giving up")
     assert "the same command with run.name=demo goes on" in driver.shown
+
+
+def test_a_group_that_starts_without_a_failure_before_it_was_resized(tmp_path):
+    driver = Driver(tmp_path)
+    driver.attempt(step=10)
+    assert driver.supervisor.group.world_size == 2
+    driver.tell(Hello(0, 3, 200, "node0"))
+    driver.ready(10)
+    driver.fail()
+    assert driver.supervisor.group.world_size is None
+    driver.attempt(ready=5)
+    lines = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert [line["world_size"] for line in lines if line["event"] == "resized"] == [3]
+    assert driver.shown.count("resized  to 3 workers, from step 10") == driver.shown.count("↻ training again") == 1
+
+
+def test_a_group_whose_machine_was_taken_away_as_announced_was_preempted(tmp_path):
+    driver = Driver(tmp_path, max_failures=0)
+    driver.attempt(step=10)
+    driver.event(events.PreemptionNotice(10, ["some node"], [1], None))
+    driver.tell(Lost(1, 101))
+    answer = driver.tell(Hello(0, 2, 200, "node0"))  # Ray has asked nobody
+    assert answer.attempt == 2
+    (failure,) = read_state(driver.storage).failures
+    assert (failure.cause, failure.rank, failure.seconds_to_detect) == ("preemption", 1, 0.0)
+    driver.ready(10)
+    driver.fail()
+    assert driver.supervisor.given_up is not None  # the next is its own

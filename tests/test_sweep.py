@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from conftest import Command, RunFolder, descendants_with, wait_until_none
 
-from ftexp.checkpoint.store import CHECKPOINTS, CheckpointStore
+from ftexp.checkpoint.store import CheckpointStore
+from ftexp.rundir.names import CHECKPOINTS
 from ftexp.rundir.sweep_record import look
 from ftexp.storage.directory import Storage
 

@@ -18,7 +18,8 @@ from ftexp.cluster.interruptible import Terminated
 from ftexp.cluster.resources import Workers, decide_workers, num_shares
 from ftexp.config.schema import Config, ScalingConfig
 from ftexp.errors import ConfigError, SweepFailedError
-from ftexp.rundir.record import FAILED, FINISHED, INTERRUPTED, RUN_FILE, RUNNING, RunState
+from ftexp.rundir.names import RUN_FILE
+from ftexp.rundir.state import FAILED, FINISHED, INTERRUPTED, RUNNING, RunState
 from ftexp.rundir.sweep_record import Ledger, Reached, Trial, look, read_ledger
 from ftexp.storage.directory import Storage
 from ftexp.storage.lease import Lease, is_held

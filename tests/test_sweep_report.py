@@ -17,7 +17,8 @@ from ftexp.report.png import png
 from ftexp.report.sweep_charts import TrialLine, curves_chart, parallel_chart, values_chart
 from ftexp.report.sweep_page import SweepReport
 from ftexp.report.write import write_report
-from ftexp.rundir.record import FAILED, FINISHED, INTERRUPTED, RUN_FILE, RunState
+from ftexp.rundir.names import RUN_FILE
+from ftexp.rundir.state import FAILED, FINISHED, INTERRUPTED, RunState
 from ftexp.rundir.sweep_record import Ledger, Trial
 from ftexp.storage.directory import Storage
 

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from ftexp.data.info import BadSample, DataInfo, Excluded
 from ftexp.driver.terminal import Terminal
-from ftexp.rundir.record import Failure, RunState
+from ftexp.rundir.state import Failure, RunState
 from ftexp.storage.directory import Storage
 
 INFO = DataInfo(

@@ -13,9 +13,11 @@ from torch import nn
 import ftexp.job.mfu
 from ftexp.job.mfu import Utilisation, flops_per_image, peak_flops
 from ftexp.job.stopwatch import BACKWARD, FORWARD, OPTIMIZER, SAVE, SPEEDS, Stopwatch
+from ftexp.rundir.names import PROFILE
 from ftexp.storage.directory import Storage
+from ftexp.wire import events
 from ftexp.worker.log import log_train
-from ftexp.worker.profiler import PROFILES, profiled
+from ftexp.worker.profiler import profiled
 from ftexp.worker.step import thaw
 
 
@@ -112,7 +114,7 @@ def test_points_tell_of_speed_and_checkpoints_do_not():
     job.data.feed = SimpleNamespace(from_position=lambda _: fed)
     train(job)
     log_train(job)
-    (point,) = [sent["values"] for sent in job.line.sent if sent["kind"] == "metrics"]
+    (point,) = [sent.values for sent in job.channel.points()]
     assert set(SPEEDS) - {"mfu"} <= point.keys()
     assert min(point[f"{section}_ms"] for section in (FORWARD, BACKWARD, OPTIMIZER)) > 0
     assert not set(SPEEDS) & job.progress.metrics.keys()
@@ -189,18 +191,18 @@ def test_a_trace_of_the_chosen_steps_is_left(tmp_path, first, count, traced):
     )
     train(job)
     assert job.progress.step == 12
-    sent = [message["where"] for message in job.line.sent if message.get("name") == "profile_written"]
+    sent = job.channel.events(events.ProfileWritten)
     assert len(sent) == (1 if traced else 0)
-    failed = [message["error"] for message in job.line.sent if message.get("name") == "profile_failed"]
+    failed = [event.error for event in job.channel.events(events.ProfileFailed)]
     assert failed == ([] if traced else ["profile.start_step=13 never comes: the run has 12 steps"])
     if traced:
-        content = gzip.decompress((tmp_path / PROFILES / "rank0.json.gz").read_bytes())
+        content = gzip.decompress((tmp_path / PROFILE / "rank0.json.gz").read_bytes())
         names = [event.get("name", "") for event in json.loads(content)["traceEvents"]]
         assert sum(name.startswith("Optimizer.step#") for name in names) == traced
 
 
 def test_a_profile_that_cannot_be_written_is_told_and_no_more(tmp_path):
-    (tmp_path / PROFILES).write_text("in the way")
+    (tmp_path / PROFILE).write_text("in the way")
     job, run_dir = make_job(), Storage.at(str(tmp_path))
     job.config.profile.enabled, job.config.profile.start_step = True, 2
     feed = job.data.feed
@@ -208,4 +210,4 @@ def test_a_profile_that_cannot_be_written_is_told_and_no_more(tmp_path):
         from_position=lambda at: profiled(job, run_dir, (b for b in feed.from_position(at)))
     )
     train(job)
-    assert [message["name"] for message in job.line.sent] == ["profile_failed"]
+    assert [type(event) for event in job.channel.events()] == [events.ProfileFailed]

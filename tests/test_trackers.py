@@ -21,10 +21,14 @@ import pytest
 from conftest import Command, RunFolder, descendants_with, wait_until_none
 from rich.console import Console
 
+from ftexp.cluster.ray_cluster import Workers
 from ftexp.config.schema import Config
+from ftexp.driver.context import RunContext
 from ftexp.driver.terminal import Terminal
 from ftexp.driver.tracker_session import close_trackers, deliver_late, trackers_of
-from ftexp.rundir.record import EVENTS_FILE, METRICS_FILE, RunRecord, RunState
+from ftexp.rundir.names import EVENTS_FILE, METRICS_FILE
+from ftexp.rundir.record import RunRecord
+from ftexp.rundir.state import RunState
 from ftexp.storage.append_log import AppendLog, read_lines
 from ftexp.storage.directory import Storage
 from ftexp.trackers.mlflow import PARENT
@@ -250,8 +254,8 @@ def test_a_server_that_is_down_fails_nothing_and_has_all_once_it_is_back(server,
     with socket.create_server(("127.0.0.1", 0)) as free:
         nobody = f"http://127.0.0.1:{free.getsockname()[1]}"
     (failure,) = deliver(folder, nobody, points_of(range(1, 4)), names=["mlflow"])
-    assert (failure["tracker"], failure["num_undelivered"]) == ("mlflow", 3)
-    assert "Connection refused" in failure["reason"]
+    assert (failure.tracker, failure.num_undelivered) == ("mlflow", 3)
+    assert "Connection refused" in failure.reason
     assert deliver(folder, server, points_of([4]), names=["mlflow"]) == []
     assert in_mlflow(server, folder) == once(points_of(range(1, 5)))
 
@@ -263,7 +267,7 @@ def test_a_server_that_never_answers_costs_the_time_that_is_allowed(tmp_path, mo
         uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
         (failure,) = deliver(tmp_path / "hung", uri, points_of([1]), names=["mlflow"], timeout_s=1.0)
         assert time.monotonic() - began < 30  # it was imported, too
-    assert failure["reason"] == "it has not answered in time"
+    assert failure.reason == "it has not answered in time"
 
 
 def test_a_trial_is_a_child_of_its_sweep_and_lies_below_it(server, tmp_path):
@@ -304,7 +308,7 @@ def test_a_tracker_that_opens_when_the_run_has_ended_is_told_of_all_the_same(tmp
     record.close("finished")
     followed.end(Outcome(status="finished"))
     close_trackers(followed, record, Terminal(Console(file=output, width=500)))
-    assert [event["name"] for event in closed] == ["tracker_opened"]
+    assert [event.name for event in closed] == ["tracker_opened"]
     where = f"{tmp_path}/short/tensorboard"
     assert output.getvalue() == f"tracker  tensorboard: {where}\n"
     event = [*read_lines(folder, EVENTS_FILE)][-1]
@@ -316,8 +320,10 @@ def test_a_finished_run_is_given_to_trackers_that_lack_it_and_to_no_other(tmp_pa
     deliver(folder, None, points_of(range(1, 5)), names=["wandb"])
     config = settings(folder, None, ["tensorboard", "wandb"])
     before = sorted((folder / "wandb").rglob("*"))
+    state = RunState(name="late", status="finished")
+    context = RunContext(config, [], Workers(1, False, {}), Storage.at(str(folder)), state, None)
     for _ in range(2):
-        deliver_late(config, Storage.at(str(folder)), RunState(name="late", status="finished"), Terminal())
+        deliver_late(context, Terminal())
     assert capsys.readouterr().out.splitlines() == [f"tracker  tensorboard: {folder}/tensorboard"]
     assert in_tensorboard(folder) == once(points_of(range(1, 5)))
     assert sorted((folder / "wandb").rglob("*")) == before

@@ -5,8 +5,11 @@ import json
 import pytest
 
 from ftexp.errors import StorageError
-from ftexp.rundir.record import RunRecord, RunState, read_state
+from ftexp.rundir.record import RunRecord
+from ftexp.rundir.state import RunState, read_state
 from ftexp.storage.directory import Storage
+from ftexp.wire import events
+from ftexp.wire.messages import Begin, Happened, Hello, Lost, Metrics, Raised, Ready, Tick
 
 SCORE = ("val_accuracy", "max")
 
@@ -39,19 +42,15 @@ def lines(storage, name):
 
 
 def hello(record, rank, world_size=2, pid=100):
-    message = {"kind": "hello", "rank": rank, "world_size": world_size, "pid": pid + rank, "node": "n"}
-    return record.handle(message)
+    return record.handle(Hello(rank, world_size, pid + rank, "n"))
 
 
 def ready(record, step):
-    record.handle(
-        {"kind": "ready", "step": step, "arguments": {}, "num_parameters": 5, "device": "cpu", "weights": None}
-    )
+    record.handle(Ready(step, total_steps=100, device="cpu", arguments={}, num_parameters=5))
 
 
 def metric(record, split, step, epoch=0, **values):
-    message = {"kind": "metrics", "split": split, "step": step, "epoch": epoch, "time": 1.0, "values": values}
-    record.handle(message)
+    record.handle(Metrics(split, step, epoch, values))
 
 
 def test_a_replayed_point_is_not_written_twice_also_after_the_command_was_run_again(record, storage, clock):
@@ -69,10 +68,10 @@ def test_a_replayed_point_is_not_written_twice_also_after_the_command_was_run_ag
 
 def test_the_attempt_number_goes_on_over_calls_of_the_command(record, storage, clock):
     assert hello(record, 1) is None
-    assert hello(record, 0) == {"attempt": 1, "skipped": [], "accumulate_steps": None}
+    assert hello(record, 0) == Begin(1)
     record.close("interrupted")
     again = RunRecord(storage, read_state(storage), SCORE, clock)
-    assert hello(again, 0, world_size=3) == {"attempt": 2, "skipped": [], "accumulate_steps": None}
+    assert hello(again, 0, world_size=3) == Begin(2)
     again.close("finished")
     assert read_state(storage).world_sizes == [2, 3]
 
@@ -80,8 +79,8 @@ def test_the_attempt_number_goes_on_over_calls_of_the_command(record, storage, c
 def test_a_failure_is_accounted_for_from_death_to_the_first_new_step(record, storage, clock):
     hello(record, 0), hello(record, 1)
     ready(record, 0)
-    record.handle({"kind": "tick", "step": 57, "position": 0, "epoch": 1})
-    record.handle({"kind": "lost", "rank": 1, "time": clock.now})
+    record.handle(Tick(57, 1))
+    record.handle(Lost(1, 101, time=clock.now))
     clock.now += 0.25
     record.fail("crash", 1, "the process died")
     clock.now += 4
@@ -111,8 +110,7 @@ def test_the_best_follows_the_score(storage, clock, order, best):
 
 def test_saved_checkpoints_and_the_end_show_in_run_json(record, storage, clock):
     hello(record, 0)
-    event = {"kind": "event", "name": "checkpoint_saved", "step": 5, "checkpoint": "step_5", "time": 1.0}
-    record.handle(event)
+    record.handle(Happened(events.CheckpointSaved(5, "step_5", 10, 0.1, {}, ["epoch"], 0.1)))
     assert read_state(storage).checkpoint == "step_5"
     clock.now += 90
     record.close("failed", "disk gone")
@@ -142,8 +140,8 @@ def test_a_full_disk_is_told_and_loses_nothing_once_there_is_room(record, storag
 
     with monkeypatch.context() as disk:
         disk.setattr(Storage, "write_bytes", full)
-        disk.setattr(record._metrics, "flush", full)
-        assert hello(record, 0) == {"attempt": 1, "skipped": [], "accumulate_steps": None}
+        disk.setattr(record.metrics._log, "flush", full)
+        assert hello(record, 0) == Begin(1)
         metric(record, "train", 10, train_loss=1.0)
         record.write()
         assert "No space left" in record.problem
@@ -155,21 +153,16 @@ def test_a_full_disk_is_told_and_loses_nothing_once_there_is_room(record, storag
     assert [line["step"] for line in lines(storage, "metrics.jsonl")] == [10, 20]
 
 
-def test_a_lost_controller_is_no_workers_death(record):
-    record.handle({"kind": "lost", "time": 5.0})
-    assert record.died_rank is None
-
-
 def test_the_traceback_of_what_a_worker_raised_is_kept(record, storage, clock):
     hello(record, 0)
-    record.handle({"kind": "raised", "rank": 0, "step": 3, "time": clock.now, "traceback": "TypeError: x"})
+    record.handle(Raised(0, 3, 96, [], "TypeError: x", time=clock.now))
     record.close("failed")
     (raised,) = [line for line in lines(storage, "events.jsonl") if line["event"] == "raised"]
     assert (raised["rank"], raised["traceback"]) == (0, "TypeError: x")
 
 
 def tick(record, step, epoch=0):
-    record.handle({"kind": "tick", "step": step, "position": 0, "epoch": epoch})
+    record.handle(Tick(step, epoch))
 
 
 def test_goodput_is_the_share_of_time_on_steps_that_were_new(record, storage, clock):
@@ -273,7 +266,7 @@ def test_an_attempt_that_died_before_it_said_hello_did_not_progress(record, cloc
     hello(record, 0)
     ready(record, 0)
     tick(record, 10)
-    record.handle({"kind": "lost", "rank": 1, "time": clock.now})
+    record.handle(Lost(1, 101, time=clock.now))
     assert record.fail("crash", record.died_rank, "x").progressed
     clock.now += 60
     assert record.died_rank is None
@@ -283,7 +276,7 @@ def test_an_attempt_that_died_before_it_said_hello_did_not_progress(record, cloc
 
 def test_a_failure_names_the_node_of_its_rank(record):
     hello(record, 0)
-    record.handle({"kind": "hello", "rank": 1, "world_size": 2, "pid": 5, "node": "other"})
+    record.handle(Hello(1, 2, 5, "other"))
     assert record.fail("crash", 1, "x").node == "other"
     assert record.fail("crash", 7, "x").node is None
 
@@ -291,14 +284,14 @@ def test_a_failure_names_the_node_of_its_rank(record):
 @pytest.mark.parametrize("first", ["raised", "lost"])
 def test_the_rank_that_died_is_one_that_was_lost_whether_or_not_another_raised_first(record, first):
     messages = {
-        "raised": {"kind": "raised", "rank": 1, "step": 0, "time": 1.0, "traceback": "x"},
-        "lost": {"kind": "lost", "rank": 0, "time": 2.0},
+        "raised": Raised(1, 0, 0, [], "x", time=1.0),
+        "lost": Lost(0, 100, time=2.0),
     }
     hello(record, 0)
     record.handle(messages.pop(first))
     assert record.died_rank == {"raised": None, "lost": 0}[first]
     record.handle(*messages.values())
-    record.handle({"kind": "lost", "rank": 2, "time": 3.0})
+    record.handle(Lost(2, 102, time=3.0))
     assert record.died_rank == 0
     record.fail("crash", record.died_rank, "x")
     assert record.died_rank is None
@@ -308,7 +301,7 @@ def test_what_a_worker_raised_tells_its_exact_step(record):
     hello(record, 0)
     ready(record, 0)
     tick(record, 7)  # ticks are seldom
-    record.handle({"kind": "raised", "rank": 1, "step": 9, "time": 1.0, "traceback": "x"})
+    record.handle(Raised(1, 9, 288, [], "x", time=1.0))
     assert record.fail("crash", 1, "x").step == 9
 
 

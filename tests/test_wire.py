@@ -1,6 +1,5 @@
-"""The line between workers and driver."""
+"""The connection between workers and driver."""
 
-import json
 import queue
 import signal
 import socket
@@ -12,7 +11,25 @@ import threading
 import pytest
 
 from ftexp.errors import FtexpError
-from ftexp.wire.hub import SAVE, STOP, Hub, HubAddress, Line
+from ftexp.wire import events
+from ftexp.wire.channel import Channel
+from ftexp.wire.hub import Hub, HubAddress
+from ftexp.wire.messages import (
+    Begin,
+    Goodbye,
+    GroupFailed,
+    Happened,
+    Hello,
+    Lost,
+    Metrics,
+    Save,
+    Stop,
+    Sync,
+    Synced,
+    Tick,
+    from_line,
+    to_line,
+)
 
 
 @pytest.fixture
@@ -24,11 +41,20 @@ def messages():
 def hub(messages):
     def handle(message):
         messages.put(message)
-        return {"attempt": 7} if message["kind"] == "hello" else None
+        return Begin(7) if isinstance(message, Hello) else None
 
     hub = Hub("127.0.0.1", handle)
     yield hub
     hub.close()
+
+
+POINT = Metrics("train", 1, 0, {"train_loss": 1.0})
+SWEPT = Happened(events.Swept("x"))
+FAILED = GroupFailed("crash", None, "x", "died")
+
+
+def hello(rank):
+    return Hello(rank, 2, 100 + rank, "n")
 
 
 def next_message(messages):
@@ -36,35 +62,35 @@ def next_message(messages):
 
 
 def test_messages_arrive_in_order_and_a_hello_is_answered(hub, messages):
-    line = Line(hub.address, {"kind": "hello", "rank": 0})
-    assert line.answer == {"attempt": 7}
+    channel = Channel(hub.address, hello(0))
+    assert channel.answer == Begin(7)
     for step in range(100):
-        line.send("tick", step=step)
-    line.close()
-    assert next_message(messages)["kind"] == "hello"
-    assert [next_message(messages)["step"] for _ in range(100)] == list(range(100))
-    assert next_message(messages)["kind"] == "goodbye"
+        channel.send(Tick(step, 0))
+    channel.close()
+    assert next_message(messages) == hello(0)
+    assert [next_message(messages).step for _ in range(100)] == list(range(100))
+    assert next_message(messages) == Goodbye()
 
 
 def test_once_the_handler_has_raised_everybody_is_told_to_stop_and_nobody_waits():
     handled = []
 
     def handle(message):
-        handled.append(message["kind"])
-        if message["kind"] == "metrics":
+        handled.append(type(message))
+        if isinstance(message, Metrics):
             raise UnicodeEncodeError("latin-1", "⚡", 0, 1, "ordinal not in range(256)")
-        return {"attempt": 1}
+        return Begin(1)
 
     hub = Hub("127.0.0.1", handle)
-    first = Line(hub.address, {"kind": "hello", "rank": 0})
-    first.send("metrics")
+    first = Channel(hub.address, hello(0))
+    first.send(POINT)
     first.flush()
     first.close()  # returns when all was taken in
     assert isinstance(hub.failed, UnicodeEncodeError)
-    told = Line(hub.address, {"kind": "failure"}).answer
-    assert told.keys() == {"stop"}
-    assert told["stop"].startswith("the driver failed: UnicodeEncodeError: 'latin-1' codec can't encode")
-    assert handled == ["hello", "metrics"], "a handler that failed half-way isn't called again"
+    told = Channel(hub.address, FAILED).answer
+    assert isinstance(told, Stop)
+    assert told.reason.startswith("the driver failed: UnicodeEncodeError: 'latin-1' codec can't encode")
+    assert handled == [Hello, Metrics], "a handler that failed half-way isn't called again"
     hub.close()
 
 
@@ -72,31 +98,31 @@ def test_who_says_goodbye_stays_until_the_driver_has_handled_it_all():
     handled, held = [], threading.Event()
 
     def handle(message):
-        assert message["kind"] == "hello" or held.wait(20)
-        handled.append(message["kind"])
+        assert isinstance(message, Hello) or held.wait(20)
+        handled.append(type(message))
 
     hub = Hub("127.0.0.1", handle)
-    line = Line(hub.address, {"kind": "hello", "rank": 0})
-    line.send("metrics")
-    closing = threading.Thread(target=line.close)
+    channel = Channel(hub.address, hello(0))
+    channel.send(POINT)
+    closing = threading.Thread(target=channel.close)
     closing.start()
     closing.join(0.5)
     assert closing.is_alive()
     held.set()
     closing.join(20)
     hub.close()  # as when fit() returns, since the workers have ended
-    assert handled == ["hello", "metrics", "goodbye"]
+    assert handled == [Hello, Metrics, Goodbye]
 
 
 def test_a_killed_process_is_told_at_once_and_what_it_flushed_is_not_lost(hub, messages):
     code = (
-        "import os, signal, sys; from ftexp.wire.hub import *\n"
-        "line = Line(HubAddress('127.0.0.1', int(sys.argv[1]), sys.argv[2]), {'kind': 'hello', 'rank': 1})\n"
-        "line.send('tick', step=1); line.flush(); os.kill(os.getpid(), signal.SIGKILL)"
+        "import os, signal, sys; from ftexp.wire.channel import *; from ftexp.wire.messages import *\n"
+        "channel = Channel(HubAddress('127.0.0.1', int(sys.argv[1]), sys.argv[2]), Hello(1, 2, 7, 'n'))\n"
+        "channel.send(Tick(1, 0)); channel.flush(); os.kill(os.getpid(), signal.SIGKILL)"
     )
     child = subprocess.run([sys.executable, "-c", code, str(hub.address.port), hub.address.token], check=False)
     assert child.returncode == -signal.SIGKILL
-    assert [next_message(messages)["kind"] for _ in range(3)] == ["hello", "tick", "lost"]
+    assert [next_message(messages) for _ in range(3)] == [Hello(1, 2, 7, "n"), Tick(1, 0), Lost(1, 7)]
 
 
 def test_who_is_killed_before_its_hello_is_answered_is_told_as_lost():
@@ -105,52 +131,59 @@ def test_who_is_killed_before_its_hello_is_answered_is_told_as_lost():
     def handle(message):
         messages.put(message)
         assert held.wait(20)
-        return {"attempt": 7}
+        return Begin(7)
 
     hub = Hub("127.0.0.1", handle)
-    hub.tell(STOP)  # which a new line is told once its hello is answered
+    hub.tell(Stop())  # which a new line is told once its hello is answered
     with socket.create_connection((hub.address.host, hub.address.port)) as raw:
-        raw.sendall(json.dumps({"kind": "hello", "rank": 1, "token": hub.address.token}).encode() + b"\n")
-        assert next_message(messages)["kind"] == "hello"
+        raw.sendall(f"{hub.address.token}\n{to_line(hello(0))}".encode())
+        assert next_message(messages) == hello(0)
         # closing resets it, as a kill does
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     held.set()
-    assert next_message(messages)["kind"] == "lost"
-    assert hub.tell(SAVE) == 0
+    assert next_message(messages) == Lost(0, 100)
+    assert hub.tell(Save()) == 0
     hub.close()
 
 
 def test_a_goodbye_is_not_a_loss(hub, messages):
-    Line(hub.address, {"kind": "hello", "rank": 0}).close()
-    Line(hub.address, {"kind": "hello", "rank": 1}).close()
-    kinds = sorted(next_message(messages)["kind"] for _ in range(4))
-    assert kinds == ["goodbye", "goodbye", "hello", "hello"]
+    Channel(hub.address, hello(0)).close()
+    Channel(hub.address, hello(1)).close()
+    kinds = [type(next_message(messages)) for _ in range(4)]
+    assert (kinds.count(Hello), kinds.count(Goodbye)) == (2, 2)
+
+
+def test_a_controller_that_is_killed_is_no_lost_worker(hub, messages):
+    channel = Channel(hub.address, FAILED)
+    channel._socket.shutdown(socket.SHUT_RDWR)
+    Channel(hub.address, hello(0)).close()
+    assert [next_message(messages) for _ in range(3)] == [FAILED, hello(0), Goodbye()]
 
 
 def test_a_caller_without_the_token_is_not_heard(hub, messages):
     wrong = HubAddress(hub.address.host, hub.address.port, "guess")
-    line = Line(wrong, {"kind": "hello", "rank": 0})
-    assert line.answer == {}
-    Line(hub.address, {"kind": "hello", "rank": 5}).close()
-    assert next_message(messages)["rank"] == 5
+    channel = Channel(wrong, hello(0))
+    assert channel.answer is None
+    Channel(hub.address, hello(5)).close()
+    assert next_message(messages).rank == 5
 
 
 def test_garbage_does_not_stop_the_hub(hub, messages):
     with socket.create_connection((hub.address.host, hub.address.port)) as raw:
         raw.sendall(b"\xff\x00 not json\n")
-    Line(hub.address, {"kind": "hello", "rank": 3}).close()
-    assert next_message(messages)["rank"] == 3
+    Channel(hub.address, hello(3)).close()
+    assert next_message(messages).rank == 3
 
 
 def test_nothing_is_handled_after_close(hub, messages):
-    line = Line(hub.address, {"kind": "hello", "rank": 0})
-    assert next_message(messages)["kind"] == "hello"
-    assert hub.take({"kind": "event"})
-    assert next_message(messages) == {"kind": "event"}
+    channel = Channel(hub.address, hello(0))
+    assert next_message(messages) == hello(0)
+    assert hub.take(SWEPT)
+    assert next_message(messages) == SWEPT
     hub.close()
-    line.send("tick", step=1)
-    line.close()
-    assert not hub.take({"kind": "event"})
+    channel.send(Tick(1, 0))
+    channel.close()
+    assert not hub.take(SWEPT)
     assert messages.empty()
 
 
@@ -158,62 +191,62 @@ def test_a_driver_that_can_not_be_reached_is_an_error_that_says_where():
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     with pytest.raises(FtexpError, match=f"can't reach the driver at 127.0.0.1:{port}"):
-        Line(HubAddress("127.0.0.1", port, "t"), {"kind": "hello", "rank": 0})
+        Channel(HubAddress("127.0.0.1", port, "t"), hello(0))
 
 
 def test_a_worker_goes_on_when_the_driver_is_gone():
-    hub = Hub("127.0.0.1", lambda message: {})
-    line = Line(hub.address, {"kind": "hello", "rank": 0})
-    line._socket.shutdown(socket.SHUT_RDWR)
+    hub = Hub("127.0.0.1", lambda message: None)
+    channel = Channel(hub.address, hello(0))
+    channel._socket.shutdown(socket.SHUT_RDWR)
     for _ in range(10):
-        line.send("tick", step=1)
-    line.flush()  # would wait for ever if the sending thread had died of the error
+        channel.send(Tick(1, 0))
+    channel.flush()  # would wait for ever if the sending thread had died of the error
     hub.close()
 
 
 def answer_syncs(message):
-    return {"synced": message["number"], "problem": None} if message["kind"] == "sync" else {}
+    return Synced(message.number) if isinstance(message, Sync) else None
 
 
-@pytest.mark.parametrize("word", [STOP, SAVE])
-def test_every_open_line_is_told_to_stop_or_save_and_still_hears_whether_its_messages_are_safe(word):
+@pytest.mark.parametrize("word", [Stop(), Save()])
+def test_every_open_channel_is_told_to_stop_or_save_and_still_hears_whether_its_messages_are_safe(word):
     hub = Hub("127.0.0.1", answer_syncs)
-    assert hub.tell(SAVE) == 0
-    lines = [Line(hub.address, {"kind": "hello", "rank": rank}) for rank in range(2)]
-    for line in lines:
-        line.sync()
-        assert (line.stop_requested, line.save_requested) == (False, False)
+    assert hub.tell(Save()) == 0
+    channels = [Channel(hub.address, hello(rank)) for rank in range(2)]
+    for channel in channels:
+        channel.sync()
+        assert (channel.stop_requested, channel.save_requested) == (False, False)
     assert hub.tell(word) == 2
-    for line in lines:
-        line.sync()  # answered after what was told, on the same line
-        assert (line.stop_requested, line.save_requested) == (word == STOP, word == SAVE)
-    for line in lines:
-        line.close()
+    for channel in channels:
+        channel.sync()  # answered after what was told, on the same channel
+        assert (channel.stop_requested, channel.save_requested) == (word == Stop(), word == Save())
+    for channel in channels:
+        channel.close()
     hub.close()
 
 
-def test_a_line_that_opens_after_the_run_was_told_to_stop_is_told_too():
+def test_a_channel_that_opens_after_the_run_was_told_to_stop_is_told_too():
     hub = Hub("127.0.0.1", answer_syncs)
-    hub.tell(SAVE)
-    before = Line(hub.address, {"kind": "hello", "rank": 0})
+    hub.tell(Save())
+    before = Channel(hub.address, hello(0))
     before.sync()
     assert (before.stop_requested, before.save_requested) == (False, False)
-    hub.tell(STOP)
-    after = Line(hub.address, {"kind": "hello", "rank": 1})
+    hub.tell(Stop())
+    after = Channel(hub.address, hello(1))
     after.sync()
     assert after.stop_requested
-    for line in (before, after):
-        line.close()
+    for channel in (before, after):
+        channel.close()
     hub.close()
 
 
-def test_a_line_that_said_goodbye_is_not_asked_to_stop(hub, messages):
-    Line(hub.address, {"kind": "hello", "rank": 0}).close()
-    assert [next_message(messages)["kind"] for _ in range(2)] == ["hello", "goodbye"]
+def test_a_channel_that_said_goodbye_is_not_asked_to_stop(hub, messages):
+    Channel(hub.address, hello(0)).close()
+    assert [next_message(messages) for _ in range(2)] == [hello(0), Goodbye()]
     for thread in threading.enumerate():
         if "_serve" in thread.name:
             thread.join(timeout=5)
-    assert hub.tell(STOP) == 0
+    assert hub.tell(Stop()) == 0
 
 
 def test_what_comes_while_a_sync_is_handled_is_not_lost(messages):
@@ -224,11 +257,43 @@ def test_what_comes_while_a_sync_is_handled_is_not_lost(messages):
     hub = Hub("127.0.0.1", handle)
     with socket.create_connection((hub.address.host, hub.address.port)) as connection:
         answers = connection.makefile("r")
-        connection.sendall(json.dumps({"kind": "hello", "token": hub.address.token}).encode() + b"\n")
-        assert answers.readline() == "{}\n"
+        connection.sendall(f"{hub.address.token}\n{to_line(hello(0))}".encode())
+        assert from_line(answers.readline()) is None
         # all of it is there when the first line is read, as after a record that took its time
-        lines = [{"kind": "sync", "number": 1}, *({"kind": "tick", "step": step} for step in range(3))]
-        connection.sendall(b"".join(json.dumps(line).encode() + b"\n" for line in lines))
-        assert json.loads(answers.readline()) == {"synced": 1, "problem": None}
-        assert [next_message(messages)["kind"] for _ in range(5)] == ["hello", "sync", "tick", "tick", "tick"]
+        sent = [Sync(1), *(Tick(step, 0) for step in range(3))]
+        connection.sendall("".join(map(to_line, sent)).encode())
+        assert from_line(answers.readline()) == Synced(1)
+        assert [next_message(messages) for _ in range(5)] == [hello(0), *sent]
     hub.close()
+
+
+EVERY_MESSAGE = [
+    hello(0), POINT, SWEPT, Begin(3, [[0, 32]], 2), Stop("x"), FAILED,
+    Happened(events.Chaos("truncate_checkpoint", 0, 5, ["step_5.a1"])), Happened(events.Restored(0, 0.5, "a", 1, 32)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("message", EVERY_MESSAGE)
+def test_a_message_is_the_same_once_it_was_a_line(message):
+    line = to_line(message)
+    assert from_line(line) == message
+    assert from_line(line).time == message.time
+    assert line.count("\n") == 1
+
+
+@pytest.mark.parametrize("cut", range(1, 60, 7))
+def test_a_line_that_a_kill_has_cut_short_holds_no_message(cut):
+    assert from_line(to_line(POINT)[: -1 - cut]) is None
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "", "null", "3", '"tick"', "[]", "{}", '{"kind": []}', '{"kind": "unheard_of"}', '{"kind": "message"}',
+        '{"kind": "tick", "step": 3}', '{"kind": "tick", "step": 3, "epoch": 0, "more": 1}',
+        '{"kind": "happened"}', '{"kind": "happened", "event": ["unheard_of", {}]}', '{"kind": "happened", "event": 1}',
+        '{"kind": "happened", "event": ["swept", {"file": 3}]}', '{"kind": "happened", "event": ["swept", 3]}',
+    ],
+)  # fmt: skip
+def test_what_is_no_message_is_none(line):
+    assert from_line(line) is None

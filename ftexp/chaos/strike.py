@@ -13,13 +13,16 @@ import os
 import signal
 import time
 from collections.abc import Generator, Mapping
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from ftexp.chaos.plan import Fault
-from ftexp.checkpoint.store import CHECKPOINTS, FILES, MANIFEST, CheckpointStore, Manifest
+from ftexp.checkpoint.store import FILES, MANIFEST, CheckpointStore, Manifest
 from ftexp.cluster import ray_private
 from ftexp.config.schema import DAMAGES
+from ftexp.rundir.names import CHAOS, CHECKPOINTS
 from ftexp.storage.directory import Storage, Writer
+from ftexp.wire import events
+from ftexp.wire.messages import Happened, KillDriver
 
 if TYPE_CHECKING:
     from ftexp.checkpoint.manager import CheckpointManager
@@ -27,10 +30,9 @@ if TYPE_CHECKING:
     from ftexp.job.group import ProcessGroup
     from ftexp.job.progress import Progress
     from ftexp.job.skipped_batches import SkippedBatches
-    from ftexp.wire.hub import Line
+    from ftexp.wire.channel import Channel
 
 _OF_THE_STORE = ("disk_full", "slow_storage")  # happen to rank 0, which does the writing
-FIRED = "chaos"  # the folder of what has happened
 
 
 class ChaosError(RuntimeError):
@@ -78,10 +80,10 @@ class Chaos:
         group: ProcessGroup,
         progress: Progress,
         skipped: SkippedBatches,
-        line: Line,
+        channel: Channel,
         run_dir: Storage,
     ) -> None:
-        self._group, self._progress, self._skipped, self._line = group, progress, skipped, line
+        self._group, self._progress, self._skipped, self._channel = group, progress, skipped, channel
         self._run_dir = run_dir
         self.store = FaultyStore(run_dir.child(CHECKPOINTS))
         self._poisons = False  # the next batch that is trained on
@@ -103,17 +105,16 @@ class Chaos:
     def strike(self, checkpoints: CheckpointManager) -> None:
         """Let happen what is planned after the step just done, unless it has happened before."""
         for fault in self._by_step.get(self._progress.step, ()):
-            if not self._run_dir.exists(f"{FIRED}/{fault.name}"):
+            if not self._run_dir.exists(f"{CHAOS}/{fault.name}"):
                 self._strike(fault, checkpoints)
 
     def _strike(self, fault: Fault, checkpoints: CheckpointManager) -> None:
         if fault.kind in DAMAGES or fault.kind == "half_snapshot":
             checkpoints.wait()  # so that it is the newest checkpoint that is hit
-        self._run_dir.child(FIRED).write_bytes(fault.name, b"")
-        damaged = self._damage(fault) if fault.kind in DAMAGES else []
-        fields: dict[str, Any] = {"damaged": damaged} if fault.kind in DAMAGES else {}
-        self._line.send("event", name="chaos", fault=fault.kind, rank=self._group.rank, step=fault.step, **fields)
-        self._line.flush()
+        self._run_dir.child(CHAOS).write_bytes(fault.name, b"")
+        damaged = self._damage(fault) if fault.kind in DAMAGES else None
+        self._channel.send(Happened(events.Chaos(fault.kind, self._group.rank, fault.step, damaged)))
+        self._channel.flush()
         match fault.kind:
             case "raise":
                 raise ChaosError(f"chaos=raise at step {fault.step} on rank {self._group.rank}")
@@ -134,7 +135,7 @@ class Chaos:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     def _kill_driver(self) -> None:
-        self._line.send("kill_driver")
+        self._channel.send(KillDriver())
         time.sleep(3600)  # the driver's death ends this process
 
     def _halve_snapshot(self) -> None:

@@ -18,7 +18,7 @@ def build_manager(job: Job, store: CheckpointStore) -> CheckpointManager:
         learner=job.learner,
         progress=job.progress,
         ledger=job.ledger,
-        line=job.line,
+        channel=job.channel,
         store=store,
         extra=ExtraState(job.config.checkpoint.extra_state, state_context(job)),
     )
@@ -38,5 +38,5 @@ def state_context(job: Job) -> StateContext:
         scheduler=learner.scheduler,
         scaler=learner.scaler,
         ema=learner.ema,
-        line=job.line,
+        channel=job.channel,
     )

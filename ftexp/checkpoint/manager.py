@@ -22,6 +22,8 @@ from ftexp.checkpoint.staging import Staging, is_finite, load_part, writer
 from ftexp.checkpoint.store import FILES, CheckpointStore, Manifest, kept_names
 from ftexp.config.versions import package_versions
 from ftexp.errors import CheckpointError, NonFiniteError, StorageError
+from ftexp.wire import events
+from ftexp.wire.messages import Happened
 
 if TYPE_CHECKING:
     from ftexp.config.schema import Config
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
     from ftexp.job.learner import Learner
     from ftexp.job.progress import Progress
     from ftexp.rundir.sample_ledger import SampleLedger
-    from ftexp.wire.hub import Line
+    from ftexp.wire.channel import Channel
 
 _MODEL, _OPTIMIZER, _EXTRA = FILES
 _ASKS_PER_PREEMPTION_POLL = 3  # the cadence asks about once a second; a poll costs 30 ms
@@ -55,12 +57,12 @@ class CheckpointManager:
         learner: Learner,
         progress: Progress,
         ledger: SampleLedger,
-        line: Line,
+        channel: Channel,
         store: CheckpointStore,
         extra: ExtraState,
     ) -> None:
         self._run, self._group, self._learner, self._progress = run, group, learner, progress
-        self._ledger, self._line, self._store, self._extra = ledger, line, store, extra
+        self._ledger, self._channel, self._store, self._extra = ledger, channel, store, extra
         self._config = config.checkpoint
         self._is_local = config.scaling.address is None  # a Ray on this machine alone goes when the machine goes
         self._has_ledger = config.train.ledger
@@ -68,7 +70,7 @@ class CheckpointManager:
         self._cadence = Cadence(
             self._config,
             group.agree,
-            stop_requested=lambda: line.stop_requested,
+            stop_requested=lambda: channel.stop_requested,
             machine_goes=self._preemption_announced,
             save_requested=self._save_requested,
         )
@@ -94,7 +96,7 @@ class CheckpointManager:
 
     def _save_requested(self) -> bool:
         """Whether the driver has asked for a save since this was last asked."""
-        requested, self._line.save_requested = self._line.save_requested, False
+        requested, self._channel.save_requested = self._channel.save_requested, False
         return requested
 
     def _preemption_announced(self) -> bool:
@@ -109,8 +111,9 @@ class CheckpointManager:
         nodes = set(info.preempted_node_ids) if info is not None else set()
         new, self._leaving = nodes - self._leaving, nodes
         if new and info is not None and self._group.rank == 0:
-            fields = {"nodes": sorted(new), "ranks": info.preempted_ranks, "deadline_ms": info.deadline_ms}
-            self._line.send("event", name="preemption_notice", step=self._progress.step, **fields)
+            ranks, deadline_ms = info.preempted_ranks, info.deadline_ms
+            notice = events.PreemptionNotice(self._progress.step, sorted(new), ranks, deadline_ms)
+            self._channel.send(Happened(notice))
         return bool(new)
 
     @property
@@ -276,17 +279,15 @@ class CheckpointManager:
 
     def _failed(self, step: int, error: Exception) -> None:
         self._failures.append(error)
-        self._line.send("event", name="checkpoint_failed", step=step, error=str(error))
+        self._channel.send(Happened(events.CheckpointFailed(step, str(error))))
 
     def _write_once(
         self, manifest: Manifest, parts: tuple[Any, ...], best_step: int | None, about: dict[str, Any]
     ) -> None:
-        started, line = time.perf_counter(), self._line
-        line.sync()  # what was logged up to this step must be written down before the step counts as done
+        started, channel = time.perf_counter(), self._channel
+        channel.sync()  # what was logged up to this step must be written down before the step counts as done
         saved = self._store.save(manifest, {name: writer(part) for name, part in zip(FILES, parts, strict=True)})
-        line.send(
-            "event",
-            name="checkpoint_saved",
+        event = events.CheckpointSaved(
             step=saved.step,
             checkpoint=saved.name,
             bytes=saved.num_bytes,
@@ -294,6 +295,7 @@ class CheckpointManager:
             metrics=saved.metrics,
             **about,
         )
+        channel.send(Happened(event))
         with contextlib.suppress(OSError):  # an object store that is down now: the next save thins out
             manifests = self._store.manifests(lambda *_: None)
             self._store.delete_all_but(kept_names(manifests, self._config.num_to_keep, best_step))

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ftexp.config.schema import Config
     from ftexp.job.progress import Progress
     from ftexp.model.ema import WeightsEMA
-    from ftexp.wire.hub import Line
+    from ftexp.wire.channel import Channel
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class StateContext:
     scheduler: Any  # timm's; step_update(n) is called after n steps
     scaler: torch.amp.GradScaler  # disabled unless train.precision=fp16
     ema: WeightsEMA | None  # the weights' moving average, if the config asks for one
-    line: Line  # to the driver
+    channel: Channel  # to the driver
 
 
 class State(Protocol):

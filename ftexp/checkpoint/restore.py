@@ -13,7 +13,9 @@ from ftexp.job.job import Job
 from ftexp.job.learner import Learner
 from ftexp.model.build import load_matching
 from ftexp.storage.directory import Storage
-from ftexp.wire.hub import Line
+from ftexp.wire import events
+from ftexp.wire.channel import Channel
+from ftexp.wire.messages import Happened
 
 
 def restore(job: Job, store: CheckpointStore, checkpoints: CheckpointManager) -> None:
@@ -22,7 +24,7 @@ def restore(job: Job, store: CheckpointStore, checkpoints: CheckpointManager) ->
     What doesn't verify is quarantined and told; ConfigError if the checkpoint is that of another run.
     """
     started = time.perf_counter()
-    name, num_rejected = job.group.agree_on(_choose(job.line, store) if job.group.rank == 0 else None)
+    name, num_rejected = job.group.agree_on(_choose(job.channel, store) if job.group.rank == 0 else None)
     if name is None:
         if job.config.resume_from is not None:
             _start_from(job.group, job.learner, job.config.resume_from)
@@ -33,14 +35,15 @@ def restore(job: Job, store: CheckpointStore, checkpoints: CheckpointManager) ->
     checkpoints.restore(manifest)
     if job.group.rank == 0:
         seconds = round(time.perf_counter() - started, 3)
-        fields = {"checkpoint": name, "step": job.progress.step, "position": job.progress.position}
-        job.line.send("event", name="restored", rejected=num_rejected, restore_s=seconds, **fields)
+        job.channel.send(
+            Happened(events.Restored(num_rejected, seconds, name, job.progress.step, job.progress.position))
+        )
 
 
-def _choose(line: Line, store: CheckpointStore) -> tuple[str | None, int]:
+def _choose(channel: Channel, store: CheckpointStore) -> tuple[str | None, int]:
     """The name of the checkpoint to load, and how many were rejected on the way."""
     for name in store.storage.sweep():
-        line.send("event", name="swept", folder=name)
+        channel.send(Happened(events.Swept(name)))
     rejected: dict[str, str] = {}
     chosen = store.latest(rejected.__setitem__)
     for name, reason in rejected.items():
@@ -48,7 +51,7 @@ def _choose(line: Line, store: CheckpointStore) -> tuple[str | None, int]:
             store.quarantine(name)
         except OSError as error:  # it stays, and is rejected again next time
             reason = f"{reason}; it can't be moved away: {error}"
-        line.send("event", name="checkpoint_rejected", checkpoint=name, reason=reason)
+        channel.send(Happened(events.CheckpointRejected(name, reason)))
     return chosen.name if chosen else None, len(rejected)
 
 

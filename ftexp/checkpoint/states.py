@@ -9,6 +9,8 @@ import numpy as np
 import torch
 
 from ftexp.checkpoint.registry import StateContext, register_state
+from ftexp.wire import events
+from ftexp.wire.messages import Happened
 
 
 @register_state("progress")
@@ -45,8 +47,8 @@ class SchedulerState:
         self._context.scheduler.step_update(state["num_updates"])
         after = [group["lr"] for group in self._context.optimizer.param_groups]
         if before != after and self._context.rank == 0:
-            rates = {"before": max(before), "after": max(after)}
-            self._context.line.send("event", name="learning_rate_changed", step=state["num_updates"], **rates)
+            changed = events.LearningRateChanged(state["num_updates"], max(before), max(after))
+            self._context.channel.send(Happened(changed))
 
 
 @register_state("scaler")

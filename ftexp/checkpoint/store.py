@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 from ftexp.errors import CheckpointError
+from ftexp.rundir.names import CHECKPOINTS
 from ftexp.storage.directory import Storage, Writer, write_all
 
-CHECKPOINTS = "checkpoints"  # the store's folder in a run directory
 MANIFEST = "manifest.json"
 FILES = ("model.pt", "optimizer.pt", "extra_state.pt")
 REJECTED = ".rejected"

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
-from ftexp.checkpoint.store import CHECKPOINTS, CheckpointStore, Manifest
+from ftexp.checkpoint.store import CheckpointStore, Manifest
 from ftexp.cli.compose import to_config
 from ftexp.config.schema import Config, DataConfig
 from ftexp.data.info import DataInfo
 from ftexp.errors import CheckpointError, ConfigError
-from ftexp.rundir.record import CONFIG_FILE, read_state
+from ftexp.rundir.names import CHECKPOINTS, CONFIG_FILE
+from ftexp.rundir.state import read_state
 from ftexp.storage.directory import Storage
 from ftexp.storage.uri import is_remote
 

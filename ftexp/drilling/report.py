@@ -12,7 +12,7 @@ from ftexp.checkpoint.compare import load, tree_differences
 from ftexp.checkpoint.store import locate
 from ftexp.errors import CheckpointError
 from ftexp.job.stopwatch import SPEEDS
-from ftexp.rundir.record import EVENTS_FILE, METRICS_FILE, RUN_FILE
+from ftexp.rundir.names import EVENTS_FILE, METRICS_FILE, RUN_FILE
 from ftexp.rundir.sample_ledger import Update, problems, read_updates
 from ftexp.storage.append_log import read_lines
 from ftexp.storage.directory import Storage

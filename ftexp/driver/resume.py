@@ -11,14 +11,15 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from ftexp.checkpoint.store import CHECKPOINTS, CheckpointStore, locate
+from ftexp.checkpoint.store import CheckpointStore, locate
 from ftexp.config.fingerprint import differences, fingerprint
 from ftexp.config.masking import flat, masked
 from ftexp.config.schema import Config, DataConfig
 from ftexp.data.info import DataInfo
 from ftexp.errors import CheckpointError, ConfigError
-from ftexp.rundir.record import CONFIG_FILE, RUN_FILE, RunState, read_state
+from ftexp.rundir.names import CHECKPOINTS, CONFIG_FILE, RUN_FILE
 from ftexp.rundir.sample_ledger import last_attempt
+from ftexp.rundir.state import RunState, read_state
 from ftexp.storage.directory import Storage
 
 _MAY_CHANGE = ("train", "data", "scaling", "failure", "checkpoint")  # groups of which a resumed run says what changed
@@ -103,7 +104,7 @@ def labels_as_begun(data: DataConfig, before: Mapping[str, Any]) -> DataConfig:
     """
     if not before:
         return data
-    return dataclasses.replace(data, integer_labels=before.get("integer_labels", "indices"))
+    return dataclasses.replace(data, integer_labels=before.get("integer_labels", DataInfo.integer_labels))
 
 
 def require_same_data(config: Config, state: RunState, info: DataInfo) -> None:

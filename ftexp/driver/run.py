@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, NoReturn
 
 from ftexp.config.checks.validate import validate
 from ftexp.config.schema import Config
-from ftexp.storage.directory import absolute
+from ftexp.driver.context import RunContext
+from ftexp.rundir.state import FINISHED
+from ftexp.storage.directory import Storage, absolute
 
 if TYPE_CHECKING:
     from ftexp.cluster.ray_cluster import SharedRay
@@ -39,49 +41,53 @@ def train(
     validate(config)
     if config.data.root is not None:  # the run's config.yaml is read from other directories
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, root=absolute(config.data.root)))
-    return _run(config, overrides or [], shared, restart, begin_again)
-
-
-def _run(
-    config: Config,
-    overrides: list[str],
-    shared: SharedRay | None = None,
-    restart: Restart | None = None,
-    begin_again: Callable[[Restart], NoReturn] | None = None,
-) -> dict[str, float]:
     from ftexp.cluster.ray_cluster import prepare_environment
     from ftexp.cluster.resources import decide_workers
-    from ftexp.driver.resume import changes, has_run, located, open_run, require_resumable
-    from ftexp.storage.directory import Storage
+    from ftexp.driver.resume import open_run
     from ftexp.storage.lease import Lease, unused_name
 
     workers = decide_workers(config.scaling, share=shared.share if shared else 1)
     run_name = config.run.name or unused_name()
     run_dir = Storage.at(config.run.storage, run_name)
+    config = _checked(config, run_dir)
+    lease = Lease.take(run_dir)
+    try:
+        state = open_run(config, run_dir, run_name)
+        context = RunContext(config, overrides or [], workers, run_dir, state, lease, shared, restart, begin_again)
+        if state.status == FINISHED:
+            _show_again(context)
+            return state.metrics["last"]
+        prepare_environment(config)
+        from ftexp.driver.session import run_session
+
+        return run_session(context)
+    finally:
+        lease.release()
+
+
+def _checked(config: Config, run_dir: Storage) -> Config:
+    """The config, with `resume_from` as workers can open it, once it is known to fit what the run directory holds."""
+    from ftexp.driver.resume import has_run, located, require_resumable
+
     require_resumable(config, run_dir)
     if config.resume_from is not None:
         config = dataclasses.replace(config, resume_from=located(config.resume_from, run_dir))
     if isinstance(config.model.pretrained, str) and not has_run(run_dir):
         _check_weights(config)
     run_dir.require_writable()
-    lease = Lease.take(run_dir)
-    try:
-        state = open_run(config, run_dir, run_name)
-        if state.status == "finished":
-            from ftexp.driver.terminal import Terminal
-            from ftexp.driver.tracker_session import deliver_late
+    return config
 
-            terminal = Terminal()
-            terminal.changed(changes(config, state, run_dir))
-            terminal.summary(state, run_dir)
-            deliver_late(config, run_dir, state, terminal)
-            return state.metrics["last"]
-        prepare_environment(config)
-        from ftexp.driver.session import run_session
 
-        return run_session(config, overrides, workers, run_dir, state, lease, shared, restart, begin_again)
-    finally:
-        lease.release()
+def _show_again(context: RunContext) -> None:
+    """Print a run that has finished, and give it to the trackers that haven't got all of it."""
+    from ftexp.driver.resume import changes
+    from ftexp.driver.terminal import Terminal
+    from ftexp.driver.tracker_session import deliver_late
+
+    terminal = Terminal()
+    terminal.changed(changes(context.config, context.state, context.run_dir))
+    terminal.summary(context.state, context.run_dir)
+    deliver_late(context, terminal)
 
 
 def _check_weights(config: Config) -> None:

@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from ftexp.data.info import DataInfo
-from ftexp.rundir.record import Failure, RunState
+from ftexp.rundir.names import CHECKPOINTS
+from ftexp.rundir.state import Failure, RunState
 from ftexp.storage.directory import Storage
 
 _RATE_WINDOW_S = 10.0
@@ -161,7 +162,7 @@ class Terminal:
             ("time", f"{state.seconds:.1f} s" + _goodput(state)),
             ("failures", f"{max(survived, 0)} survived"),
             *(("", _account(failure)) for failure in state.failures[-_MOST_FAILURES_SHOWN:]),
-            ("checkpoint", run_dir.child("checkpoints", state.checkpoint).uri if state.checkpoint else "none"),
+            ("checkpoint", run_dir.child(CHECKPOINTS, state.checkpoint).uri if state.checkpoint else "none"),
         ]
         self.say("─" * 60)
         for title, text in rows:

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import contextlib
 
-from ftexp.checkpoint.store import CHECKPOINTS
 from ftexp.config.schema import Config
+from ftexp.driver.context import RunContext
 from ftexp.driver.terminal import Terminal
 from ftexp.registry import load_plugins
-from ftexp.rundir.record import METRICS_FILE, RunRecord, RunState
+from ftexp.rundir.names import CHECKPOINTS, METRICS_FILE
+from ftexp.rundir.record import RunRecord
+from ftexp.rundir.state import RunState
 from ftexp.storage.append_log import read_lines
 from ftexp.storage.directory import Storage
-from ftexp.trackers.follower import FAILED_EVENT, described
+from ftexp.trackers.follower import described
 from ftexp.trackers.registry import Outcome
 from ftexp.trackers.run import Trackers, read_complete, shown, tracked_run
+from ftexp.wire.events import TrackerFailed
 
 
 def trackers_of(config: Config, record: RunRecord, sweep: Storage | None) -> Trackers:
     """The trackers of a run that is about to train; `sweep`: the folder of the one that it is a trial of."""
     run_dir, state = record.storage, record.state
     run = tracked_run(config, run_dir, state.name, state.started, sweep) if config.tracker.names else None
-    trackers = Trackers(config.tracker, run, run_dir, record.points)
-    record.on_point = trackers.offer
+    trackers = Trackers(config.tracker, run, run_dir, record.metrics.points)
+    record.metrics.on_point = trackers.offer
     return trackers
 
 
@@ -52,14 +55,14 @@ def outcome_of(state: RunState, run_dir: Storage) -> Outcome:
 def close_trackers(trackers: Trackers, record: RunRecord, terminal: Terminal) -> None:
     """After `Trackers.end`, once the records are closed: wait, and tell the rest. Takes nothing from the run."""
     for event in trackers.wait():
-        terminal.say(described(event), "yellow" if event["name"] == FAILED_EVENT else "")
-        fields = {key: value for key, value in event.items() if key not in ("kind", "name", "time")}
+        terminal.say(described(event), "yellow" if isinstance(event, TrackerFailed) else "")
         with contextlib.suppress(OSError):
-            record.late_event(event["name"], **fields)
+            record.late_event(event)
 
 
-def deliver_late(config: Config, run_dir: Storage, state: RunState, terminal: Terminal) -> None:
+def deliver_late(context: RunContext, terminal: Terminal) -> None:
     """Give a run that has finished to the trackers that haven't got all of it: they were down, or are new."""
+    config, run_dir, state = context.config, context.run_dir, context.state
     late = [name for name in config.tracker.names if name not in read_complete(run_dir)]
     if not late:
         return

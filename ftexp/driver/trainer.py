@@ -5,10 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pickle
-import threading
 import time
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,50 +19,34 @@ from ray.util.placement_group import PlacementGroup, placement_group_table, remo
 
 from ftexp.cluster import ray_private
 from ftexp.cluster.interruptible import fit_interruptibly
-from ftexp.cluster.ray_cluster import RunningRay
 from ftexp.cluster.ray_watch import end_workers
-from ftexp.cluster.resources import Workers, lacking_resources, num_possible
 from ftexp.config.schema import Config
 from ftexp.data.info import DataBundle
-from ftexp.driver.supervisor import Supervisor
+from ftexp.driver.advice import Advice
+from ftexp.driver.context import RunContext, Session
 from ftexp.driver.terminal import Terminal
-from ftexp.errors import ConfigError, RayLostError, RunFailedError, StorageError
-from ftexp.failure.causes import FailureReporter, find_cause
+from ftexp.errors import RayLostError, RunFailedError, StorageError
+from ftexp.failure.causes import find_cause
+from ftexp.failure.reporter import FailureReporter
 from ftexp.job.spec import JobSpec
-from ftexp.rundir.record import FAILED, FINISHED, INTERRUPTED, RUNNING, RunRecord, RunState
-from ftexp.storage.directory import Storage
-from ftexp.storage.lease import Lease
-from ftexp.trackers.run import Trackers
-from ftexp.wire.hub import SAVE, Hub, HubAddress
-
-_LOOK_EVERY_S = 1.0
-_WAITING_S = 20.0  # without workers, before it is told
-_SAVE_EVERY_S = 5.0  # while Ray Train is about to resize the group
-_RESIZE_TAKES_S = 30.0  # on top of its monitor's interval; if nothing has happened by then, others have the room
+from ftexp.rundir.record import RunRecord
+from ftexp.rundir.state import FAILED, FINISHED, INTERRUPTED, RUNNING
+from ftexp.wire import events
+from ftexp.wire.hub import Hub, HubAddress
+from ftexp.wire.messages import ControllerDied, CouldNotStart, Happened, Retry, Stop
 
 
-def run_training(
-    config: Config,
-    workers: Workers,
-    bundle: DataBundle,
-    run_dir: Storage,
-    record: RunRecord,
-    terminal: Terminal,
-    lease: Lease,
-    running: RunningRay,
-    trackers: Trackers,
-    supervisor: Supervisor,
-) -> dict[str, float]:
+def run_training(context: RunContext, session: Session) -> dict[str, float]:
     """Train to the end; returns the last metrics. Every way out leaves run.json telling how it ended.
 
     RunFailedError when failures are spent; KeyboardInterrupt passes through once the run is marked interrupted.
     A RayLostError that `begins_again` is no end: the run's records stay open.
     """
+    record, supervisor, terminal, running = session.record, session.supervisor, session.terminal, session.running
     hub = Hub(running.host, supervisor.handle)
-    trackers.start(hub.take)
+    session.trackers.start(lambda event: hub.take(Happened(event)))
+    advice = Advice(context, supervisor.group, hub)
     status, reason = FAILED, None
-    done = threading.Event()
-    _advise(hub, _tell_of_waiting, hub, supervisor, workers, done)
 
     def lost() -> str | None:
         if (why := running.lost()) is not None:
@@ -73,13 +55,10 @@ def run_training(
                 end_workers(record.pids())
         return why
 
-    if workers.fewest < workers.most:
-        interval_s = config.scaling.elastic_resize_monitor_interval_s
-        _advise(hub, _save_before_a_resize, hub, supervisor, workers, done, interval_s)
     try:
-        fit = functools.partial(_fit, config, workers, bundle, run_dir, record, hub, running)
+        fit = functools.partial(_fit, context, session, hub)
         stop = functools.partial(supervisor.stop, hub)
-        result = fit_interruptibly(fit, lease, stop, lambda: hub.failed, lost)
+        result = fit_interruptibly(fit, context.lease, stop, lambda: hub.failed, lost)
         metrics: dict[str, float] | None = result.return_value
         if metrics is None:
             raise supervisor.interrupted()
@@ -91,20 +70,24 @@ def run_training(
         raise
     except RayLostError as error:
         supervisor.ray_lost(error)
-        status, reason = RUNNING if error.begins_again else FAILED, supervisor.stopped
+        if error.begins_again:
+            status = RUNNING
+        else:
+            reason = str(supervisor.given_up)
         raise
     except ray.train.TrainingFailedError as error:
-        reason = _reason(error, supervisor)
+        failed = supervisor.given_up or RunFailedError(_reason(error))
+        reason = str(failed)
         if ray_private.is_startup_failure(error):
-            hub.handle({"kind": "could_not_start", "error": reason})
-        raise (ConfigError if supervisor.is_config_wrong else RunFailedError)(reason) from error
+            hub.handle(CouldNotStart(reason))
+        raise failed from error
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         if error is hub.failed:
-            record.event("driver_failed", error=reason, traceback=traceback.format_exc())
+            record.event(events.DriverFailed(reason, traceback.format_exc()))
         raise
     finally:
-        done.set()
+        advice.stop()
         hub.close()
         terminal.close()
         if status != RUNNING:
@@ -112,70 +95,26 @@ def run_training(
     return metrics
 
 
-def _fit(
-    config: Config,
-    workers: Workers,
-    bundle: DataBundle,
-    run_dir: Storage,
-    record: RunRecord,
-    hub: Hub,
-    running: RunningRay,
-) -> ray.train.Result:
+def _fit(context: RunContext, session: Session, hub: Hub) -> ray.train.Result:
     """Fit, and again if Ray Train's controller itself dies, for as long as the policy allows.
 
     In a Ray that was joined, what the controller held can't be told from what others hold: there the run ends.
     """
     while True:
-        trainer = build_trainer(config, workers, bundle, run_dir, record.state, hub.address)
+        trainer = build_trainer(context, session.bundle, hub.address)
         try:
             return trainer.fit()
         except ray.exceptions.RayActorError:
-            answer = hub.handle({"kind": "controller_died"})
-            if answer is None:  # the command ends, and nothing is heard any more
-                raise
-            if "stop" in answer or not running.is_own:
-                reason = answer.get("stop", "Ray Train's controller died: give the same command again")
-                raise RunFailedError(reason) from None
-            _release_workers()
-            time.sleep(answer["delay_s"])
-
-
-def _advise(hub: Hub, advise: Callable[..., None], *arguments: Any) -> None:
-    """Run `advise` on a thread. The run does without it, so what it raises is recorded and ends only the advice."""
-
-    def run() -> None:
-        try:
-            advise(*arguments)
-        except Exception as error:
-            hub.handle({"kind": "advice_failed", "error": f"{advise.__name__}: {type(error).__name__}: {error}"})
-
-    threading.Thread(target=run, daemon=True, name=advise.__name__).start()
-
-
-def _tell_of_waiting(hub: Hub, supervisor: Supervisor, workers: Workers, done: threading.Event) -> None:
-    """Ray tries to start workers in silence, for as long as it takes."""
-    while not done.wait(_LOOK_EVERY_S):
-        if supervisor.waiting_s > _WAITING_S:
-            reason = lacking_resources(workers) or "what they need is there, but taken by others, or they don't start"
-            hub.handle({"kind": "waiting", "reason": reason})
-
-
-def _save_before_a_resize(
-    hub: Hub, supervisor: Supervisor, workers: Workers, done: threading.Event, interval_s: float
-) -> None:
-    """Where there is room for more workers, Ray Train will soon stop those that train: have them save until then."""
-    expected, since, saved = None, 0.0, -_SAVE_EVERY_S
-    while not done.wait(_LOOK_EVERY_S):
-        now, possible, there = time.monotonic(), num_possible(workers), supervisor.world_size
-        if there is None or possible <= there:
-            expected = None
-            continue
-        if expected != possible:
-            expected, since = possible, now
-            hub.handle({"kind": "resize_expected", "num_workers": possible})
-        if now - since < interval_s + _RESIZE_TAKES_S and now - saved >= _SAVE_EVERY_S:
-            saved = now
-            hub.tell(SAVE)
+            match hub.handle(ControllerDied()):
+                case Retry(delay_s) if session.running.is_own:
+                    _release_workers()
+                    time.sleep(delay_s)
+                case Retry():
+                    raise RunFailedError("Ray Train's controller died: give the same command again") from None
+                case Stop(reason):
+                    raise RunFailedError(reason) from None
+                case _:  # the command ends, and nothing is heard any more
+                    raise
 
 
 def _release_workers() -> None:
@@ -195,10 +134,9 @@ def _close(record: RunRecord, status: str, reason: str | None, terminal: Termina
         terminal.say(f"! {error}", "yellow")
 
 
-def build_trainer(
-    config: Config, workers: Workers, bundle: DataBundle, run_dir: Storage, state: RunState, hub: HubAddress
-) -> TorchTrainer:
+def build_trainer(context: RunContext, bundle: DataBundle, hub: HubAddress) -> TorchTrainer:
     """The TorchTrainer of a run. Ray's own snapshot of an earlier call is dropped: the manifests decide."""
+    config, workers, run_dir, state = context.config, context.workers, context.run_dir, context.state
     run_dir.delete_file(ray_private.SNAPSHOT)
     scaling, failure = config.scaling, config.failure
     filesystem, path = run_dir.open()
@@ -265,9 +203,7 @@ def _train_function(loop_config: dict[str, Any]) -> dict[str, float] | None:
     return train_loop(pickle.loads(loop_config["spec"]), loop_config["streams"])
 
 
-def _reason(error: Exception, supervisor: Supervisor) -> str:
-    if supervisor.stopped is not None:
-        return supervisor.stopped
+def _reason(error: Exception) -> str:
     failures = getattr(error, "worker_failures", None)
     if failures:
         cause = find_cause(failures)

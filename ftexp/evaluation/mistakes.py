@@ -20,11 +20,6 @@ _MOST_PIXELS = 96  # a side of a picture
 _MOST_CLASSES = 1000  # of a confusion matrix that is written whole: a million numbers
 
 
-def evaluation_file(split: str) -> str:
-    """Where a run directory holds what is known of a split."""
-    return f"evaluation_{split}.json"
-
-
 @dataclass(frozen=True)
 class Mistake:
     """One sample that was taken for another class."""

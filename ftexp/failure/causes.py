@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import errno
 import re
-import time
 from dataclasses import dataclass
+from enum import StrEnum, auto
 
 import ray.exceptions
-from ray.train import UserCallback
 
 from ftexp.cluster import ray_private
 from ftexp.config.schema import CAUSES
 from ftexp.errors import ConfigError, DataError, FtexpError, NonFiniteError, StateError, StorageError
 from ftexp.failure.phases import WAITED_IN
-from ftexp.wire.hub import HubAddress, Line
 
 BUG, OUT_OF_MEMORY, CRASH, HANG, PREEMPTION, NON_FINITE, STORAGE, STARTUP, RAY = CAUSES
 CONFIG = "config"  # a mistake in the config that only a worker could find; it ends the run, so it has no budget
@@ -48,6 +46,14 @@ _NO_MEMORY_WORDS = re.compile(
 _STORAGE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.ESTALE)
 
 
+class Ending(StrEnum):
+    """How the process that failed first came to its end."""
+
+    RAISED = auto()
+    GAVE_UP = auto()  # it raised an error that ftexp makes on purpose: another try changes nothing
+    DIED = auto()  # it was gone, so that the error says nothing of what it did
+
+
 @dataclass(frozen=True)
 class Cause:
     """Why a worker group failed: what kind of failure, the rank that began it, and its error in a line."""
@@ -55,45 +61,42 @@ class Cause:
     kind: str
     rank: int | None
     error: str
-    is_final: bool = False  # ftexp raised it on purpose: another try changes nothing
-    died: bool = False  # the process was gone, so that the error says nothing of what it did
+    ending: Ending = Ending.RAISED
 
 
 def find_cause(worker_exceptions: dict[int, Exception]) -> Cause:
     """Tell the failure that began it from those that followed: a dead rank makes the others' collectives fail."""
     errors = {rank: ray_private.unwrap(error) for rank, error in worker_exceptions.items()}
     if not errors:
-        return Cause(CRASH, None, "the worker group was lost", died=True)
+        return Cause(CRASH, None, "the worker group was lost", Ending.DIED)
     ranked = sorted(errors.items(), key=lambda item: (_is_echo(item[1]), _FIRST.index(_kind(item[1])), item[0]))
     rank, error = ranked[0]
     if _is_echo(error):
-        return Cause(CRASH, None, "the connection to another worker was lost", died=True)
-    kind = _kind(error)
-    died = isinstance(error, _DEAD)
-    return Cause(kind, rank, _in_a_line(error), isinstance(error, _FINAL), died)
+        return Cause(CRASH, None, "the connection to another worker was lost", Ending.DIED)
+    return Cause(_kind(error), rank, _in_a_line(error), _ending(error))
 
 
 def as_death(cause: Cause, died_rank: int | None) -> Cause:
     """The cause, once it is known which rank's process ended first, where Ray handed over what followed from it."""
-    if cause.rank is not None or died_rank is None or not cause.died:
+    if cause.rank is not None or died_rank is None or cause.ending is not Ending.DIED:
         return cause
-    return Cause(CRASH, died_rank, _DIED, died=True)
+    return Cause(CRASH, died_rank, _DIED, Ending.DIED)
 
 
 def as_hang(cause: Cause, hung: dict[int, str]) -> Cause:
     """The cause, once it is known which ranks killed themselves because they stood still: {rank: in doing what}."""
-    if not hung or not cause.died:
+    if not hung or cause.ending is not Ending.DIED:
         return cause
     # ranks that wait for another one stand still too
     rank = min(hung, key=lambda rank: (hung[rank].startswith(WAITED_IN), rank))
-    return Cause(HANG, rank, f"it stood still {hung[rank]}", died=True)
+    return Cause(HANG, rank, f"it stood still {hung[rank]}", Ending.DIED)
 
 
 def as_preemption(cause: Cause, leaving: list[int]) -> Cause:
     """The cause, once it is known that the machines of the ranks `leaving` had been announced to be taken away."""
-    if not leaving or not cause.died:
+    if not leaving or cause.ending is not Ending.DIED:
         return cause
-    return Cause(PREEMPTION, leaving[0], "its machine was taken away, as announced", died=True)
+    return Cause(PREEMPTION, leaving[0], "its machine was taken away, as announced", Ending.DIED)
 
 
 _DEAD = (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError)
@@ -120,6 +123,12 @@ def _kind(error: Exception) -> str:
     return CRASH
 
 
+def _ending(error: Exception) -> Ending:
+    if isinstance(error, _DEAD):
+        return Ending.DIED
+    return Ending.GAVE_UP if isinstance(error, _FINAL) else Ending.RAISED
+
+
 def _is_echo(error: Exception) -> bool:
     """Whether this looks like what another rank's death does to a collective."""
     return isinstance(error, RuntimeError) and _BROKEN_WORDS.search(str(error)) is not None
@@ -134,25 +143,3 @@ def _in_a_line(error: Exception) -> str:
     # the last says most, but of a CUDA error, which ends with advice
     telling = next((line for line in lines if "CUDA error" in line), lines[-1] if lines else "")
     return f"{type(error).__name__}: {telling.strip()}" if lines else type(error).__name__
-
-
-class StopRun(Exception):
-    """Raised in Ray Train's controller to end the run; Ray retries everything but this."""
-
-
-class FailureReporter(UserCallback):  # type: ignore[misc]
-    """Tells the driver of every failure, and ends the run if the driver says so. Runs in Ray Train's controller."""
-
-    def __init__(self, hub: HubAddress) -> None:
-        self._hub = hub
-
-    def after_exception(self, run_context: object, worker_exceptions: dict[int, Exception]) -> None:  # noqa: ARG002
-        """Ray's hook: one or more workers raised, or died. StopRun if there shall be no further try."""
-        try:
-            line = Line(self._hub, {"kind": "failure", "cause": vars(find_cause(worker_exceptions))})
-        except FtexpError as error:  # without a decision Ray would retry for ever
-            raise StopRun(f"no decision from the driver: {error}") from error
-        line.close()
-        if "delay_s" not in line.answer:
-            raise StopRun(line.answer.get("stop", "no decision from the driver"))
-        time.sleep(line.answer["delay_s"])  # Ray makes the next group when this returns

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -11,6 +11,8 @@ from ftexp.config.schema import FailureConfig
 from ftexp.data.batches import Batch
 from ftexp.errors import NonFiniteError
 from ftexp.job.skipped_batches import Range, SkippedBatches
+from ftexp.wire import events
+from ftexp.wire.messages import Happened
 
 if TYPE_CHECKING:
     from ftexp.checkpoint.manager import CheckpointManager
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
     from ftexp.job.group import ProcessGroup
     from ftexp.job.learner import Learner
     from ftexp.job.progress import Progress
-    from ftexp.wire.hub import Line
+    from ftexp.wire.channel import Channel
 
 
 def before_step(learner: Learner, meter: Meter) -> list[Tensor]:
@@ -46,11 +48,11 @@ class NonFiniteRecovery:
         group: ProcessGroup,
         progress: Progress,
         skipped: SkippedBatches,
-        line: Line,
+        channel: Channel,
         checkpoints: CheckpointManager,
     ) -> None:
         self._config, self._group, self._progress = config, group, progress
-        self._skipped, self._line, self._checkpoints = skipped, line, checkpoints
+        self._skipped, self._channel, self._checkpoints = skipped, channel, checkpoints
         self.num_skipped = 0
 
     def skips(self, batch: Batch) -> bool:
@@ -83,7 +85,8 @@ class NonFiniteRecovery:
                 f"{self.num_skipped} steps in a row had a gradient that is not finite, the last of them step {step}, "
                 f"and failure.max_nonfinite_steps={limit}"
             )
-        self._leave_out((batch.start, batch.end), "step_skipped", step=step, reason="the gradient is not finite")
+        positions = (batch.start, batch.end)
+        self._leave_out(positions, events.StepSkipped([*positions], step, "the gradient is not finite"))
 
     def _roll_back(self, batch: Batch) -> None:
         """Go back to the last save, in memory."""
@@ -95,12 +98,12 @@ class NonFiniteRecovery:
             )
         self._checkpoints.roll_back()
         left_out = self._skipped.widened(batch.start, batch.end, self._progress.position)
-        self._leave_out(left_out, "rolled_back", step=step, to_step=self._progress.step)
+        self._leave_out(left_out, events.RolledBack([*left_out], step, self._progress.step))
 
-    def _leave_out(self, positions: Range, event: str, **fields: Any) -> None:
+    def _leave_out(self, positions: Range, event: events.Event) -> None:
         """Have the batches at `positions` drive no update; on record before training goes on, so that it stays so."""
         self._skipped.add(positions)
         if self._group.rank == 0:
-            self._line.send("event", name=event, positions=list(positions), **fields)
+            self._channel.send(Happened(event))
             with contextlib.suppress(OSError):  # the records wait for a disk; without them another attempt looks again
-                self._line.sync()
+                self._channel.sync()

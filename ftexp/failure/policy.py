@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum, auto
 
 from ftexp.config.schema import FailureConfig
-from ftexp.failure.causes import BUG, CRASH, NON_FINITE, OUT_OF_MEMORY, PREEMPTION, RAY, Cause
+from ftexp.failure.causes import BUG, CRASH, NON_FINITE, OUT_OF_MEMORY, PREEMPTION, RAY, Cause, Ending
 
 SMALLEST_MICRO_BATCH = 2  # images: batch norm can't train on one
 
@@ -22,21 +23,28 @@ class Past:
     progressed: bool  # whether its attempt had done a step that was never done before
 
 
+class Action(Enum):
+    """What to do about a failure."""
+
+    RESTART = auto()
+    RESTART_SMALLER_MICRO_BATCHES = auto()  # of half the size
+    STOP = auto()
+
+
 @dataclass(frozen=True)
 class Decision:
     """What happens now, and the arithmetic behind it."""
 
-    goes_on: bool
+    action: Action
     reason: str
+    cause: str  # as the history shows it: the same exception at the same step is a bug
     delay_s: float = 0.0
-    cause: str = CRASH  # as the history shows it: the same exception at the same step is a bug
-    halves: bool = False  # the next attempt has micro-batches of half the size
 
 
 def decide(
     cause: Cause, step: int, progressed: bool, past: Sequence[Past], config: FailureConfig, micro_batch: int
 ) -> Decision:
-    """Whether to go on after a failure.
+    """Decide what to do about a failure.
 
     Args:
         cause: what failed.
@@ -47,21 +55,21 @@ def decide(
         micro_batch: images of a worker's largest micro-batch.
     """
     kind = cause.kind
-    if cause.is_final:
-        return Decision(False, "another try would end the same way: giving up", cause=kind)
+    if cause.ending is Ending.GAVE_UP:
+        return Decision(Action.STOP, "another try would end the same way: giving up", kind)
     if kind == BUG:
-        return Decision(False, "a bug does not go away by trying again: giving up", cause=BUG)
+        return Decision(Action.STOP, "a bug does not go away by trying again: giving up", BUG)
     if (
         kind in (CRASH, NON_FINITE)
-        and not cause.died
+        and cause.ending is not Ending.DIED
         and past
         and (past[-1].step, past[-1].error) == (step, cause.error)
     ):
         found = BUG if kind == CRASH else kind
-        return Decision(False, "the same at the same step a second time, so it is no accident: giving up", cause=found)
+        return Decision(Action.STOP, "the same at the same step a second time, so it is no accident: giving up", found)
     if kind == OUT_OF_MEMORY and config.on_out_of_memory == "fail":
         advice = f"train.accumulate_steps makes micro-batches smaller than {micro_batch}, at the same global batch"
-        return Decision(False, f"failure.on_out_of_memory=fail: giving up; {advice}", cause=kind)
+        return Decision(Action.STOP, f"failure.on_out_of_memory=fail: giving up; {advice}", kind)
     if config.on_out_of_memory == "halve_micro_batch":
         if kind == OUT_OF_MEMORY:
             return _halve(micro_batch)
@@ -72,9 +80,10 @@ def decide(
 def _halve(micro_batch: int) -> Decision:
     """Not charged to any budget: it ends by itself."""
     if micro_batch <= SMALLEST_MICRO_BATCH:
-        return Decision(False, "micro-batches can't get smaller than they are: giving up", cause=OUT_OF_MEMORY)
+        return Decision(Action.STOP, "micro-batches can't get smaller than they are: giving up", OUT_OF_MEMORY)
     smaller = f"micro-batches of {math.ceil(micro_batch / 2)} images, not {micro_batch}, at the same global batch"
-    return Decision(True, f"restarting the workers with {smaller}", cause=OUT_OF_MEMORY, halves=True)
+    reason = f"restarting the workers with {smaller}"
+    return Decision(Action.RESTART_SMALLER_MICRO_BATCHES, reason, OUT_OF_MEMORY)
 
 
 def _by_budgets(kind: str, step: int, progressed: bool, past: Sequence[Past], config: FailureConfig) -> Decision:
@@ -106,12 +115,12 @@ def _by_budgets(kind: str, step: int, progressed: bool, past: Sequence[Past], co
     exceeded = exceeded or 0 <= most_stuck < stuck
     arithmetic = ", ".join(parts)
     if exceeded:
-        return Decision(False, f"{arithmetic}: giving up", cause=kind)
+        return Decision(Action.STOP, f"{arithmetic}: giving up", kind)
     if kind == RAY:  # its start is wait enough
-        return Decision(True, f"{arithmetic}: starting a new Ray", cause=kind)
+        return Decision(Action.RESTART, f"{arithmetic}: starting a new Ray", kind)
     delay_s = min(config.backoff_s * 2.0 ** min(stuck - 1, 99), config.max_backoff_s) if stuck else 0.0
     wait = f" in {delay_s:g} s" if delay_s else ""
-    return Decision(True, f"{arithmetic}: restarting the workers{wait}", delay_s, kind)
+    return Decision(Action.RESTART, f"{arithmetic}: restarting the workers{wait}", kind, delay_s)
 
 
 def _num_stuck(past: Sequence[Past]) -> int:

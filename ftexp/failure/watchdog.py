@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING
 
 from ftexp.config.schema import FailureConfig
 from ftexp.failure.phases import BETWEEN, EVALUATION, SAVE, START, STEP, WAITED_IN
+from ftexp.rundir.names import HANGS
 from ftexp.storage.directory import Storage
+from ftexp.wire.messages import Hung
 
 if TYPE_CHECKING:
     from ftexp.job.group import ProcessGroup
     from ftexp.job.job import RunIdentity
-    from ftexp.job.progress import Progress
-    from ftexp.wire.hub import Line
+    from ftexp.wire.channel import Channel
 
 _MOST_POLL_S = 1.0
 _LATER_S = 2.0
@@ -114,17 +115,17 @@ def hang_limits(config: FailureConfig) -> dict[str, float | None]:
     }
 
 
-def hang_reporter(run: RunIdentity, group: ProcessGroup, progress: Progress, line: Line, run_dir: Storage) -> OnHang:
+def hang_reporter(run: RunIdentity, group: ProcessGroup, channel: Channel, run_dir: Storage) -> OnHang:
     """Return a callback that reports a hang to the driver, and writes all threads' stacks to the run directory."""
 
     def report(phase: str, seconds: float, stacks: str) -> None:
         name = f"a{run.attempt}.r{group.rank}.txt"
-        file = run_dir.child("hangs", name).uri
-        line.send("hung", rank=group.rank, doing=phase, seconds=seconds, file=file, step=progress.step)
+        file = run_dir.child(HANGS, name).uri
+        channel.send(Hung(group.rank, phase, seconds, file))
         # the storage may be what hangs
-        writing = threading.Thread(target=run_dir.child("hangs").write_bytes, args=(name, stacks.encode()), daemon=True)
+        writing = threading.Thread(target=run_dir.child(HANGS).write_bytes, args=(name, stacks.encode()), daemon=True)
         writing.start()
         writing.join(timeout=10)
-        line.flush()
+        channel.flush()
 
     return report

@@ -39,9 +39,12 @@ from ftexp.model.ema import WeightsEMA
 from ftexp.model.freezing import Freezing
 from ftexp.model.optim import build_optimizer
 from ftexp.model.schedule import build_scheduler
-from ftexp.rundir.sample_ledger import LEDGER, SampleLedger
+from ftexp.rundir.names import LEDGER
+from ftexp.rundir.sample_ledger import SampleLedger
 from ftexp.storage.directory import Storage
-from ftexp.wire.hub import Line
+from ftexp.wire import events
+from ftexp.wire.channel import Channel
+from ftexp.wire.messages import Begin, Happened, Hello, Raised, Stop
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _INIT = 2  # stream of the run's seed; 1 is the order's, 3 the steps'
@@ -53,38 +56,38 @@ def build_job(spec: JobSpec, streams: dict[str, IndexedSplit]) -> Job:
     device = get_device()
     assert isinstance(device, torch.device)
     group = ProcessGroup(context.get_world_rank(), context.get_world_size(), device)
-    line = _connect(spec, group)
+    channel = _connect(spec, group)
     try:
-        return _build(spec, streams, line, group)
+        return _build(spec, streams, channel, group)
     except Exception:
-        line.send("raised", rank=group.rank, step=0, position=0, samples=[], traceback=traceback.format_exc())
-        line.close()
+        channel.send(Raised(group.rank, 0, 0, [], traceback.format_exc()))
+        channel.close()
         raise
 
 
-def _build(spec: JobSpec, streams: dict[str, IndexedSplit], line: Line, group: ProcessGroup) -> Job:
+def _build(spec: JobSpec, streams: dict[str, IndexedSplit], channel: Channel, group: ProcessGroup) -> Job:
     config, info, device = spec.config, spec.info, group.device
-    answer = group.agree_on(line.answer)
+    begin = group.agree_on(channel.answer)
+    assert isinstance(begin, Begin), "rank 0 is answered so, or told to stop"
     if config.train.deterministic:
         settle_kernels(device)
     model, report = _model(config, info, device)
-    rows = _rows(spec, streams, line, group)
+    rows = _rows(spec, streams, channel, group)
     learner = _learner(config, info, model, device, len(rows["train"]))
     learner.weights_report = report
-    plan = _plan(config, group, len(rows["train"]), answer.get("accumulate_steps") or 1)
-    attempt = answer["attempt"]
+    plan = _plan(config, group, len(rows["train"]), begin.accumulate_steps or 1)
     ledger = Storage(spec.run_uri).child(LEDGER) if config.train.ledger else None
     shape = (info.channels, info.image_size, info.image_size)
     return Job(
         config=config,
         info=info,
-        run=RunIdentity(spec.run_name, attempt, spec.fingerprint),
-        line=line,
+        run=RunIdentity(spec.run_name, begin.attempt, spec.fingerprint),
+        channel=channel,
         group=group,
         learner=learner,
-        data=_data(spec, rows, plan, device, SkippedBatches(answer.get("skipped", ()))),
+        data=_data(spec, rows, plan, device, SkippedBatches(begin.skipped)),
         progress=Progress(Meter(device), plan.total_positions),
-        ledger=SampleLedger(ledger, attempt, group.rank),
+        ledger=SampleLedger(ledger, begin.attempt, group.rank),
         stopwatch=Stopwatch(device),
         utilisation=Utilisation(device, config.train.precision, group.world_size, shape),
     )
@@ -173,7 +176,7 @@ def _under_ddp(model: nn.Module) -> nn.Module:
     return wrapped
 
 
-def _rows(spec: JobSpec, streams: dict[str, IndexedSplit], line: Line, group: ProcessGroup) -> dict[str, Rows]:
+def _rows(spec: JobSpec, streams: dict[str, IndexedSplit], channel: Channel, group: ProcessGroup) -> dict[str, Rows]:
     """Each split's rows: cached, or streamed if there are `streams`."""
     if not streams:
         return {split: CachedRows(ray.train.get_dataset_shard(split)) for split in SPLITS}
@@ -184,24 +187,23 @@ def _rows(spec: JobSpec, streams: dict[str, IndexedSplit], line: Line, group: Pr
         refuse_bad(data, samples)
         if new := [sample for sample in samples if sample.where not in told]:
             told.update(sample.where for sample in new)
-            line.send("event", name="bad_samples", count=len(new), samples=[vars(sample) for sample in new])
+            channel.send(Happened(events.BadSamples(len(new), [vars(sample) for sample in new])))
 
     def on_slow(seconds: float) -> None:
         free, there = (found.get("CPU", 0) for found in (ray.available_resources(), ray.cluster_resources()))
-        line.send("event", name="slow_data", rank=group.rank, reason=slow_reason(seconds, free, there))
+        channel.send(Happened(events.SlowData(group.rank, slow_reason(seconds, free, there))))
 
     num_tasks = max(1, spec.decode_cpus // group.world_size)
     return {split: StreamedRows(streams[split], spec.info, num_tasks, on_bad, on_slow) for split in SPLITS}
 
 
-def _connect(spec: JobSpec, group: ProcessGroup) -> Line:
+def _connect(spec: JobSpec, group: ProcessGroup) -> Channel:
     import socket
 
-    ranks = {"rank": group.rank, "world_size": group.world_size}
-    hello = {"kind": "hello", **ranks, "pid": os.getpid(), "node": socket.gethostname()}
-    hello["hot_start"] = HOT_START_MARK in os.environ
-    line = Line(spec.hub, hello)
-    if "stop" in line.answer:
-        line.close()
-        raise RunFailedError(line.answer["stop"])
-    return line
+    is_forked = HOT_START_MARK in os.environ
+    hello = Hello(group.rank, group.world_size, os.getpid(), socket.gethostname(), hot_start=is_forked)
+    channel = Channel(spec.hub, hello)
+    if isinstance(channel.answer, Stop):
+        channel.close()
+        raise RunFailedError(channel.answer.reason)
+    return channel

@@ -15,7 +15,7 @@ from ftexp.job.mfu import Utilisation
 from ftexp.job.progress import Progress
 from ftexp.job.stopwatch import Stopwatch
 from ftexp.rundir.sample_ledger import SampleLedger
-from ftexp.wire.hub import Line
+from ftexp.wire.channel import Channel
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Job:
     config: Config
     info: DataInfo
     run: RunIdentity
-    line: Line
+    channel: Channel
     group: ProcessGroup
     learner: Learner
     data: TrainingData

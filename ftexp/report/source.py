@@ -10,9 +10,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from ftexp.checkpoint.store import CHECKPOINTS
 from ftexp.errors import ConfigError
-from ftexp.rundir.record import CONFIG_FILE, EVENTS_FILE, METRICS_FILE, RUN_FILE
+from ftexp.rundir.names import CHECKPOINTS, CONFIG_FILE, EVENTS_FILE, METRICS_FILE, RUN_FILE
 from ftexp.storage.append_log import read_lines
 from ftexp.storage.directory import Storage
 

@@ -12,7 +12,7 @@ from ftexp.report.series import duration, minute
 from ftexp.report.sweep_charts import curves_chart, learning_curve, parallel_chart, trial_lines
 from ftexp.report.text import cut, plain
 from ftexp.rundir.ranking import ranked, varying
-from ftexp.rundir.record import FAILED, FINISHED
+from ftexp.rundir.state import FAILED, FINISHED
 from ftexp.rundir.sweep_record import Reached, look
 from ftexp.storage.directory import Storage
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from ftexp.rundir.record import FINISHED
+from ftexp.rundir.state import FINISHED
 from ftexp.rundir.sweep_record import STOPPED, Ledger, Reached
 
 

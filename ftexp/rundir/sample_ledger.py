@@ -11,13 +11,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ftexp.rundir.names import LEDGER
 from ftexp.storage.append_log import AppendLog, read_lines
 from ftexp.storage.directory import Storage
 
 if TYPE_CHECKING:
     from ftexp.data.batches import Batch
-
-LEDGER = "ledger"  # the folder in a run directory
 
 
 class SampleLedger:

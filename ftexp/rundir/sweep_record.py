@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ftexp.errors import ConfigError
-from ftexp.rundir.record import FAILED, FINISHED, INTERRUPTED, METRICS_FILE, RUNNING, RunState, read_state
+from ftexp.rundir.names import METRICS_FILE, SWEEP_FILE
+from ftexp.rundir.state import FAILED, FINISHED, INTERRUPTED, RUNNING, RunState, read_state
 from ftexp.storage.append_log import read_lines
 from ftexp.storage.directory import Storage
 from ftexp.storage.lease import is_held
 
-SWEEP_FILE = "sweep.json"
 WAITING, STOPPED = "waiting", "stopped"  # stopped: early, since others do better; no failure
 
 

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import Any
 
 from ftexp.config.masking import masked
 from ftexp.trackers.registry import Key, Outcome, Point, Tracker
-from ftexp.wire.hub import Message
+from ftexp.wire.events import TrackerFailed, TrackerOpened
 
-FAILED_EVENT, OPENED_EVENT = "tracker_failed", "tracker_opened"
 _MOST_WAITING = 10_000  # points in memory; what is beyond is read from the run directory again
 _LONGEST_REASON = 500  # characters
 _BATCH = 500  # points that a tracker is handed at once
 _RETRY_S = (5.0, 15.0, 60.0)  # between tries with a tracker that is down; the last for good
 
-Tell = Callable[[Message], object]
+Tell = Callable[[TrackerOpened | TrackerFailed], object]
 
 
 class Follower:
@@ -31,7 +28,7 @@ class Follower:
         name: the tracker's.
         make: makes or finds the tracker's run; may take its time, and may raise.
         points: reads all points of the run so far.
-        tell: is told `tracker_opened` and `tracker_failed`, as workers' messages are; False if nobody listens any more.
+        tell: is called with what becomes of the tracker; False if nobody listens any more.
         retry_s: how long to wait after the first failure in a row, after the second, and so on.
     """
 
@@ -52,7 +49,7 @@ class Follower:
         self._outcome: Outcome | None = None
         self._problem: str | None = None  # while it is down
         self.complete = False  # it has everything, and was told how the run ended
-        self.unheard: Message | None = None  # that it was opened, if nobody listened any more
+        self.unheard: TrackerOpened | None = None  # that it was opened, if nobody listened any more
         self._stopped = threading.Event()
         threading.Thread(target=self._run, daemon=True, name=f"tracker-{name}").start()
 
@@ -71,7 +68,7 @@ class Follower:
             self._outcome = outcome
             self._changed.notify()
 
-    def wait(self, timeout_s: float) -> Message | None:
+    def wait(self, timeout_s: float) -> TrackerFailed | None:
         """After `end`: None once the tracker has everything, or else the event that tells what it lacks."""
         self._stopped.wait(timeout_s)
         if self.complete:
@@ -105,17 +102,17 @@ class Follower:
         if was_well:  # further failures in a row are no news
             self._tell(self._failure(problem))
 
-    def _failure(self, problem: str) -> Message:
+    def _failure(self, problem: str) -> TrackerFailed:
         num_undelivered = sum(not point.keys() <= self._held for point in self._points())
         reason = masked(" ".join(problem.split()))[:_LONGEST_REASON]
-        return _event(FAILED_EVENT, tracker=self.name, reason=reason, num_undelivered=num_undelivered)
+        return TrackerFailed(self.name, reason, num_undelivered)
 
     def _follow(self) -> None:
         tracker = self._make()
         self._held = set(tracker.held())
         self._deliver(tracker, self._points())
         self._problem = None
-        opened = _event(OPENED_EVENT, tracker=self.name, where=masked(tracker.where))
+        opened = TrackerOpened(self.name, masked(tracker.where))
         self.unheard = opened if self._tell(opened) is False else None
         while points := self._next():
             if self._overflowed:
@@ -142,15 +139,11 @@ class Follower:
             self._held.update(*(point.keys() for point in batch))
 
 
-def _event(name: str, **fields: Any) -> Message:
-    return {"kind": "event", "name": name, "time": time.time(), **fields}
-
-
-def described(event: Message) -> str:
+def described(event: TrackerOpened | TrackerFailed) -> str:
     """A line for people."""
-    if event["name"] != FAILED_EVENT:
-        return f"{'tracker':<9}{event['tracker']}: {event['where']}"
+    if isinstance(event, TrackerOpened):
+        return f"{'tracker':<9}{event.tracker}: {event.where}"
     return (
-        f"! tracker {event['tracker']}: {event['reason']}; nothing else is lost by it, and what it lacks "
-        f"({event['num_undelivered']} points now) is sent when it is back, or by the same command later"
+        f"! tracker {event.tracker}: {event.reason}; nothing else is lost by it, and what it lacks "
+        f"({event.num_undelivered} points now) is sent when it is back, or by the same command later"
     )

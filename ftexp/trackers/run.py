@@ -15,12 +15,12 @@ import ftexp.trackers.builtin  # noqa: F401 - registers them
 from ftexp.config.masking import flat, masked
 from ftexp.config.schema import Config
 from ftexp.config.tracker_schema import TrackerConfig
+from ftexp.rundir.names import TRACKERS_FILE
 from ftexp.storage.directory import Storage
 from ftexp.trackers.follower import Follower, Tell
 from ftexp.trackers.registry import Outcome, Point, TrackedRun, trackers
-from ftexp.wire.hub import Message
+from ftexp.wire.events import TrackerFailed, TrackerOpened
 
-TRACKERS_FILE = "trackers.json"  # {"id": of the run in every tracker, "complete": trackers that lack nothing}
 _GIT_TIMEOUT_S = 5.0
 
 
@@ -46,7 +46,7 @@ class Trackers:
         self._end = 0.0  # time.monotonic() until which it is waited for them
 
     def start(self, tell: Tell) -> None:
-        """Begin to feed them; `tell` is told what becomes of them, as workers' messages are."""
+        """Begin to feed them; `tell` is called with what becomes of them."""
         if self._chosen:
             self._note_complete(set())
         for name, registered in self._chosen.items():
@@ -70,14 +70,14 @@ class Trackers:
         for follower in self._followers:
             follower.end(outcome)
 
-    def wait(self) -> list[Message]:
+    def wait(self) -> list[TrackerOpened | TrackerFailed]:
         """Let them take the rest, for `tracker.timeout_s` since `end`; events of what they lack, and nobody heard."""
         failures = [follower.wait(max(0.0, self._end - time.monotonic())) for follower in self._followers]
         if self._followers:
             done = {follower.name for follower in self._followers if follower.complete}
             with contextlib.suppress(OSError):  # then they are asked once more than needed
                 self._note_complete(done)
-        events = [follower.unheard for follower in self._followers] + failures
+        events = [*(follower.unheard for follower in self._followers), *failures]
         return [event for event in events if event is not None]
 
     def _note_complete(self, done: set[str]) -> None:

@@ -9,9 +9,12 @@ import torch.distributed as dist
 from ftexp.data.feeds.feed import evaluation_batches
 from ftexp.evaluation.counting import count_into
 from ftexp.evaluation.meter import Meter, means
-from ftexp.evaluation.mistakes import Findings, described, evaluation_file
+from ftexp.evaluation.mistakes import Findings, described
 from ftexp.job.job import Job
+from ftexp.rundir.names import evaluation_file
 from ftexp.storage.directory import Storage
+from ftexp.wire import events
+from ftexp.wire.messages import Happened
 from ftexp.worker.log import log_point
 
 
@@ -68,4 +71,4 @@ def test(job: Job, run_dir: Storage) -> None:
         try:
             run_dir.write_bytes(evaluation_file("test"), json.dumps(content).encode())
         except OSError as error:  # the run is as good without
-            job.line.send("event", name="report_failed", error=f"{evaluation_file('test')}: {error}")
+            job.channel.send(Happened(events.ReportFailed(f"{evaluation_file('test')}: {error}")))

@@ -8,6 +8,7 @@ from ftexp.errors import NonFiniteError
 from ftexp.evaluation.meter import means
 from ftexp.job.job import Job
 from ftexp.model.build import timm_arguments
+from ftexp.wire.messages import Metrics, Ready, Tick
 from ftexp.worker.hardware import describe
 from ftexp.worker.speed import speeds
 
@@ -17,8 +18,7 @@ _TICK_INTERVAL_S = 0.1  # between messages that only move the progress bar
 def announce(job: Job) -> None:
     """Tell the driver what was built, once everything is ready to train."""
     if job.group.rank == 0:
-        job.line.send(
-            "ready",
+        ready = Ready(
             arguments=timm_arguments(job.config.model, job.info),
             num_parameters=sum(parameter.numel() for parameter in job.learner.model.parameters()),
             device=str(job.group.device),
@@ -27,6 +27,7 @@ def announce(job: Job) -> None:
             step=job.progress.step,
             weights=str(job.learner.weights_report) if job.learner.weights_report else None,
         )
+        job.channel.send(ready)
 
 
 def log_train(job: Job) -> None:
@@ -56,7 +57,7 @@ def log_point(job: Job, split: str, values: dict[str, float], beside: dict[str, 
     progress.metrics.update(values)
     if job.group.rank == 0:
         values = {**values, **(beside or {})}
-        job.line.send("metrics", split=split, step=progress.step, epoch=progress.epoch, values=values)
+        job.channel.send(Metrics(split, progress.step, progress.epoch, values))
 
 
 class Ticker:
@@ -72,4 +73,4 @@ class Ticker:
         if self._job.group.rank == 0 and (at_once or now - self._last >= _TICK_INTERVAL_S):
             self._last = now
             progress = self._job.progress
-            self._job.line.send("tick", step=progress.step, position=progress.position, epoch=progress.epoch)
+            self._job.channel.send(Tick(progress.step, progress.epoch))

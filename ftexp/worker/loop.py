@@ -10,7 +10,7 @@ from ftexp.chaos.plan import planned_faults
 from ftexp.checkpoint.build import build_manager
 from ftexp.checkpoint.manager import CheckpointManager
 from ftexp.checkpoint.restore import restore
-from ftexp.checkpoint.store import CHECKPOINTS, CheckpointStore
+from ftexp.checkpoint.store import CheckpointStore
 from ftexp.data.batches import Batch
 from ftexp.data.info import IndexedSplit
 from ftexp.failure.nonfinite import NonFiniteRecovery
@@ -21,7 +21,9 @@ from ftexp.job.job import Job
 from ftexp.job.spec import JobSpec
 from ftexp.job.stopwatch import SAVE as SAVING
 from ftexp.registry import load_plugins
+from ftexp.rundir.names import CHECKPOINTS
 from ftexp.storage.directory import Storage
+from ftexp.wire.messages import Raised
 from ftexp.worker.batches import feeding
 from ftexp.worker.evaluation import evaluate, evaluation_due, test
 from ftexp.worker.log import Ticker, announce, log_train
@@ -42,18 +44,12 @@ def train_loop(spec: JobSpec, streams: dict[str, IndexedSplit]) -> dict[str, flo
     try:
         return _train(job, Storage(spec.run_uri))
     except Exception:
-        batch = job.data.current
-        job.line.send(
-            "raised",
-            rank=job.group.rank,
-            step=job.progress.step,
-            position=job.progress.position,
-            samples=batch.samples.tolist() if batch is not None else [],
-            traceback=traceback.format_exc(),
-        )
+        batch, progress = job.data.current, job.progress
+        samples = batch.samples.tolist() if batch is not None else []
+        job.channel.send(Raised(job.group.rank, progress.step, progress.position, samples, traceback.format_exc()))
         raise
     finally:
-        job.line.close()
+        job.channel.close()
 
 
 def _train(job: Job, run_dir: Storage) -> dict[str, float] | None:
@@ -64,7 +60,7 @@ def _train(job: Job, run_dir: Storage) -> dict[str, float] | None:
     else:
         store, batches = chaos.store, chaos.feeding(batches)
     checkpoints = build_manager(job, store)
-    report_hang = hang_reporter(job.run, job.group, progress, job.line, run_dir)
+    report_hang = hang_reporter(job.run, job.group, job.channel, run_dir)
     watchdog = Watchdog(hang_limits(job.config.failure), report_hang)
     watchdog.start()
     try:
@@ -86,7 +82,7 @@ def planned_chaos(job: Job, run_dir: Storage) -> Chaos | None:
         return None
     from ftexp.chaos.strike import Chaos  # nothing of it is loaded where no fault is asked for
 
-    return Chaos(faults, job.group, job.progress, job.data.skipped, job.line, run_dir)
+    return Chaos(faults, job.group, job.progress, job.data.skipped, job.channel, run_dir)
 
 
 def begin(job: Job, store: CheckpointStore, checkpoints: CheckpointManager) -> None:
@@ -106,7 +102,7 @@ def run_steps(
 ) -> None:
     """Train on `batches`, evaluate and save, until they end or a stop is requested; collective."""
     progress, config, ticker = job.progress, job.config, Ticker(job)
-    recovery = NonFiniteRecovery(config.failure, job.group, progress, job.data.skipped, job.line, checkpoints)
+    recovery = NonFiniteRecovery(config.failure, job.group, progress, job.data.skipped, job.channel, checkpoints)
     in_step = START  # until one step is done: the first compiles, and fills what is prefetched
     for batch in batches:
         watchdog.beat(in_step)

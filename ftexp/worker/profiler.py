@@ -11,9 +11,10 @@ import torch
 
 from ftexp.data.batches import Batch
 from ftexp.job.job import Job
+from ftexp.rundir.names import PROFILE
 from ftexp.storage.directory import Storage
-
-PROFILES = "profile"  # the folder in a run directory
+from ftexp.wire import events
+from ftexp.wire.messages import Happened
 
 
 def profiled(job: Job, run_dir: Storage, batches: Generator[Batch]) -> Generator[Batch]:
@@ -27,7 +28,7 @@ def profiled(job: Job, run_dir: Storage, batches: Generator[Batch]) -> Generator
             first, end = config.start_step, config.start_step + config.num_steps
             if first > job.total_steps:
                 error = f"profile.start_step={first} never comes: the run has {job.total_steps} steps"
-                job.line.send("event", name="profile_failed", error=error)
+                job.channel.send(Happened(events.ProfileFailed(error)))
                 end = first
             yield from _while(batches, lambda: progress.step + 1 < first)
             if first <= progress.step + 1 < end:
@@ -53,12 +54,12 @@ def _trace(job: Job, run_dir: Storage) -> Iterator[None]:
         yield
     finally:
         profiler.stop()
-        folder, name = run_dir.child(PROFILES), f"rank{job.group.rank}.json.gz"
+        folder, name = run_dir.child(PROFILE), f"rank{job.group.rank}.json.gz"
         try:
             with tempfile.TemporaryDirectory() as scratch:
                 profiler.export_chrome_trace(f"{scratch}/{name}")
                 folder.write_bytes(name, (Path(scratch) / name).read_bytes())
         except OSError as error:
-            job.line.send("event", name="profile_failed", error=f"{name}: {error}")
+            job.channel.send(Happened(events.ProfileFailed(f"{name}: {error}")))
         else:
-            job.line.send("event", name="profile_written", where=folder.child(name).uri)
+            job.channel.send(Happened(events.ProfileWritten(folder.child(name).uri)))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from ftexp.job.job import Job
+from ftexp.wire import events
+from ftexp.wire.messages import Happened
 
 
 def speeds(job: Job) -> dict[str, float]:
@@ -19,5 +21,5 @@ def speeds(job: Job) -> dict[str, float]:
         if share is not None:
             found["mfu"] = share
         elif utilisation.problem is not None:
-            job.line.send("event", name="mfu_unknown", reason=utilisation.problem)
+            job.channel.send(Happened(events.MfuUnknown(utilisation.problem)))
     return found

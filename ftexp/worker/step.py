@@ -20,6 +20,8 @@ from ftexp.job.job import Job
 from ftexp.job.learner import Learner
 from ftexp.job.stopwatch import BACKWARD, FORWARD, OPTIMIZER
 from ftexp.model.freezing import classifier_parameters
+from ftexp.wire import events
+from ftexp.wire.messages import Happened
 
 _STEP = 3  # stream of the run's seed; see ftexp.job.build
 
@@ -129,7 +131,7 @@ def thaw(job: Job) -> None:
     settle_gradient_order(job)
     job.utilisation.count_anew()
     if job.group.rank == 0:
-        job.line.send("event", name="thawed", epoch=progress.epoch, num_frozen=learner.freezing.num_frozen)
+        job.channel.send(Happened(events.Thawed(progress.epoch, learner.freezing.num_frozen)))
 
 
 def settle_gradient_order(job: Job) -> None:

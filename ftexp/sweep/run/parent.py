@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from ftexp.config.schema import Config
 from ftexp.registry import load_plugins
 from ftexp.rundir.ranking import ranked
-from ftexp.rundir.record import FAILED, FINISHED, INTERRUPTED
+from ftexp.rundir.state import FAILED, FINISHED, INTERRUPTED
 from ftexp.rundir.sweep_record import Ledger, reached
 from ftexp.storage.directory import Storage
 from ftexp.sweep.show.display import Display

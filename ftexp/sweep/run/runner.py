@@ -22,7 +22,7 @@ from ftexp.cluster.interruptible import STOP_GRACE_S, Terminated
 from ftexp.cluster.resources import Workers
 from ftexp.config.schema import Config
 from ftexp.errors import RayLostError
-from ftexp.rundir.record import FAILED, FINISHED, INTERRUPTED, RUNNING, read_state
+from ftexp.rundir.state import FAILED, FINISHED, INTERRUPTED, RUNNING, read_state
 from ftexp.rundir.sweep_record import STOPPED, WAITING, Trial
 from ftexp.storage.directory import Storage
 from ftexp.sweep.run.trial import Order

@@ -16,7 +16,7 @@ from ftexp.cluster.resources import may_stream
 from ftexp.config.machine import usable_cpus
 from ftexp.config.schema import Config
 from ftexp.errors import ConfigError, RayLostError
-from ftexp.rundir.record import FINISHED
+from ftexp.rundir.state import FINISHED
 from ftexp.rundir.sweep_record import Ledger, reached
 from ftexp.storage.directory import Storage
 from ftexp.sweep.run.parent import tracked_sweep

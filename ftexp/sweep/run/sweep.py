@@ -12,7 +12,7 @@ from ftexp.cluster.resources import Workers, decide_workers, num_shares
 from ftexp.config.schema import Config
 from ftexp.driver.resume import open_run, require_resumable
 from ftexp.errors import ConfigError, SweepFailedError
-from ftexp.rundir.record import FAILED, FINISHED
+from ftexp.rundir.state import FAILED, FINISHED
 from ftexp.rundir.sweep_record import STOPPED, WAITING, Ledger, Trial, read_ledger
 from ftexp.storage.directory import Storage
 from ftexp.storage.lease import Lease, unused_name

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ftexp.rundir.record import FINISHED, RUNNING
+from ftexp.rundir.state import FINISHED, RUNNING
 from ftexp.rundir.sweep_record import STOPPED
 from ftexp.sweep.search.space import Dimension, Options, all_points, num_points, plain_key
 

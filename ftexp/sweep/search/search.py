@@ -18,7 +18,7 @@ from ftexp.cluster.ray_cluster import prepare_environment
 from ftexp.cluster.resources import decide_workers, num_shares
 from ftexp.config.schema import Config, SearchConfig
 from ftexp.errors import ConfigError, SweepFailedError
-from ftexp.rundir.record import FAILED, FINISHED, INTERRUPTED, RUNNING, read_state
+from ftexp.rundir.state import FAILED, FINISHED, INTERRUPTED, RUNNING, read_state
 from ftexp.rundir.sweep_record import STOPPED, WAITING, Ledger, curve
 from ftexp.storage.directory import Storage
 from ftexp.sweep.run.runner import Job

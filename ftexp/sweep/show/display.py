@@ -10,7 +10,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from ftexp.rundir.record import FAILED, FINISHED, INTERRUPTED, RUNNING
+from ftexp.rundir.state import FAILED, FINISHED, INTERRUPTED, RUNNING
 from ftexp.rundir.sweep_record import STOPPED, WAITING, Ledger, Reached, reached
 from ftexp.storage.directory import Storage
 from ftexp.sweep.run.runner import Job

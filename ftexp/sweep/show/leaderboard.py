@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ftexp.rundir.ranking import ranked, varying
-from ftexp.rundir.record import FINISHED
+from ftexp.rundir.state import FINISHED
 from ftexp.rundir.sweep_record import Ledger, Reached
 from ftexp.storage.directory import Storage
 from ftexp.sweep.show.display import STYLES

@@ -1,0 +1,72 @@
+"""Threads of the driver that look after a run, and that it can do without."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+from ftexp.cluster.resources import lacking_resources, num_possible
+from ftexp.driver.context import RunContext
+from ftexp.driver.worker_group import WorkerGroup
+from ftexp.wire import events
+from ftexp.wire.hub import Hub
+from ftexp.wire.messages import Happened, Save
+
+_LOOK_EVERY_S = 1.0
+_WAITING_S = 20.0  # without workers, before it is told
+_SAVE_EVERY_S = 5.0  # while Ray Train is about to resize the group
+_RESIZE_TAKES_S = 30.0  # on top of its monitor's interval; if nothing has happened by then, others have the room
+
+
+class Advice:
+    """Says why no workers start, and has them save before Ray Train starts more. Begins at once."""
+
+    def __init__(self, context: RunContext, group: WorkerGroup, hub: Hub) -> None:
+        self._workers, self._scaling = context.workers, context.config.scaling
+        self._group, self._hub = group, hub
+        self._done = threading.Event()
+        self._begin(self._tell_of_waiting)
+        if self._workers.fewest < self._workers.most:
+            self._begin(self._save_before_a_resize)
+
+    def stop(self) -> None:
+        """Say no more."""
+        self._done.set()
+
+    def _begin(self, advise: Callable[[], None]) -> None:
+        """Run `advise` on a thread. What it raises is recorded, and ends only that advice."""
+
+        def run() -> None:
+            try:
+                advise()
+            except Exception as error:
+                self._note(events.AdviceFailed(f"{advise.__name__}: {type(error).__name__}: {error}"))
+
+        threading.Thread(target=run, daemon=True, name=advise.__name__).start()
+
+    def _note(self, event: events.Event) -> None:
+        self._hub.handle(Happened(event))
+
+    def _tell_of_waiting(self) -> None:
+        """Ray tries to start workers in silence, for as long as it takes."""
+        while not self._done.wait(_LOOK_EVERY_S):
+            if self._group.waiting_s > _WAITING_S:
+                unknown = "what they need is there, but taken by others, or they don't start"
+                self._note(events.Waiting(lacking_resources(self._workers) or unknown))
+
+    def _save_before_a_resize(self) -> None:
+        """Where there is room for more workers, Ray Train will soon stop those that train: save until then."""
+        expected, since, saved = None, 0.0, -_SAVE_EVERY_S
+        soon_s = self._scaling.elastic_resize_monitor_interval_s + _RESIZE_TAKES_S
+        while not self._done.wait(_LOOK_EVERY_S):
+            now, possible, there = time.monotonic(), num_possible(self._workers), self._group.world_size
+            if there is None or possible <= there:
+                expected = None
+                continue
+            if expected != possible:
+                expected, since = possible, now
+                self._note(events.ResizeExpected(possible))
+            if now - since < soon_s and now - saved >= _SAVE_EVERY_S:
+                saved = now
+                self._hub.tell(Save())

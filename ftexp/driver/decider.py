@@ -1,0 +1,70 @@
+"""The decision to restart: what is known of a failure and its history, handed to ftexp.failure.policy."""
+
+from __future__ import annotations
+
+import math
+
+from ftexp.config.schema import Config
+from ftexp.errors import ConfigError, FtexpError, RunFailedError
+from ftexp.failure.causes import CONFIG, RAY, Cause, as_hang, as_preemption
+from ftexp.failure.policy import Action, Decision, Past, decide
+from ftexp.rundir.record import RunRecord
+from ftexp.rundir.state import Failure
+from ftexp.wire import events
+from ftexp.wire.messages import Happened, Hung, Message
+
+
+class Decider:
+    """Decides what happens after each failure of an invocation.
+
+    Args:
+        record: its state has the failures of earlier invocations, which had budgets of their own.
+        config: that of the run.
+        num_before: how many these are, if not all; a new Ray in the middle of an invocation begins none.
+        no_new_ray: why there can't be one, whatever the budget.
+    """
+
+    def __init__(self, record: RunRecord, config: Config, num_before: int | None, no_new_ray: str | None) -> None:
+        self._record, self._config, self._no_new_ray = record, config, no_new_ray
+        self.num_before = len(record.state.failures) if num_before is None else num_before
+        self._hung: dict[int, str] = {}  # rank -> what it was doing, of this attempt
+        self.leaving: list[int] = []  # ranks whose machines were announced to be taken away
+        self.given_up: FtexpError | None = None  # what ends the run
+
+    def note(self, message: Message) -> None:
+        """Take in what a message says of a failure that will come."""
+        match message:
+            case Hung():
+                where = f"{message.doing} for {message.seconds:.0f} s; stacks in {message.file}"
+                self._hung[message.rank] = where
+            case Happened(events.PreemptionNotice(ranks=ranks)):
+                self.leaving = ranks
+
+    def decide(self, cause: Cause) -> tuple[Cause, Decision]:
+        """Return the cause, as known now, and what to do about it."""
+        if cause.kind != RAY:
+            cause = as_preemption(as_hang(cause, self._hung), self.leaving)
+        self._hung, self.leaving = {}, []
+        if cause.kind == RAY and self._no_new_ray is not None:
+            return cause, Decision(Action.STOP, f"{self._no_new_ray}: giving up", RAY)
+        state, accumulate_steps = self._record.state, self._accumulate_steps()
+        failures = state.failures[self.num_before :]
+        past = [Past(failure.cause, failure.step, failure.error, failure.progressed) for failure in failures]
+        share = math.ceil(self._config.train.global_batch_size / (state.world_sizes or [1])[-1])
+        micro_batch, progressed = math.ceil(share / accumulate_steps), self._record.clock.has_progressed
+        decision = decide(cause, state.step, progressed, past, self._config.failure, micro_batch)
+        if decision.action is Action.RESTART_SMALLER_MICRO_BATCHES:
+            state.accumulate_steps = 2 * accumulate_steps
+        return cause, decision
+
+    def give_up(self, failure: Failure) -> FtexpError:
+        """Return what ends the run, now that a failure is on record after which nothing is tried."""
+        if failure.cause == CONFIG:
+            self.given_up = ConfigError(failure.error)
+        else:
+            what = f"{failure.where} failed after step {failure.step} [{failure.cause}]"
+            self.given_up = RunFailedError(f"{what}: {failure.error}; {failure.decision}")
+        return self.given_up
+
+    def _accumulate_steps(self) -> int:
+        return max(self._config.train.accumulate_steps, self._record.state.accumulate_steps or 1)

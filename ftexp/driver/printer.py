@@ -1,0 +1,121 @@
+"""What is printed of what happens in a run."""
+
+from __future__ import annotations
+
+from ftexp.config.schema import Config
+from ftexp.driver.terminal import Terminal
+from ftexp.driver.worker_group import Start, WorkerGroup
+from ftexp.rundir.record import RunRecord
+from ftexp.rundir.state import Failure
+from ftexp.trackers.follower import described
+from ftexp.wire import events
+from ftexp.wire.messages import Happened, Message, Metrics, Raised, Ready, Tick
+
+_MAX_SAMPLES_SHOWN = 32
+
+
+class Printer:
+    """Prints messages, events and failures, once they are on record."""
+
+    def __init__(self, terminal: Terminal, record: RunRecord, group: WorkerGroup, config: Config) -> None:
+        self._terminal, self._record, self._group, self._config = terminal, record, group, config
+        self._raised: Raised | None = None  # the first of this attempt
+        self._problem: str | None = None  # the last that was printed
+
+    def message(self, message: Message) -> None:
+        """Print what a message says, if anything, and what the records lack since."""
+        if self._record.problem not in (None, self._problem):
+            self._warn(f"the run's records can't be written: {self._record.problem}; trying again")
+        self._problem = self._record.problem
+        match message:
+            case Tick():
+                self._terminal.step(self._record.state)
+            case Metrics(split="val"):
+                self._terminal.epoch(self._record.state)
+            case Raised() if self._raised is None:
+                self._raised = message
+            case Happened(event):
+                self.event(event)
+
+    def event(self, event: events.Event) -> None:
+        """Print an event, if it concerns a person."""
+        match event:
+            case events.Waiting(reason):
+                self._warn(f"no workers for {self._group.waiting_s:.0f} s: {reason}")
+            case events.AdviceFailed(error):
+                self._warn(f"{error}; the run does without")
+            case events.ResizeExpected(num_workers):
+                self._terminal.say(f"there is room for {num_workers} workers: saving until Ray Train starts them")
+            case events.Resized(world_size):
+                step = self._record.state.step
+                self._terminal.say(f"resized  to {world_size} workers, from step {step}", "green")
+            case events.CheckpointRejected(checkpoint, reason):
+                self._warn(f"checkpoint {checkpoint} doesn't count: {reason}")
+            case events.CheckpointFailed(step, error):
+                self._warn(f"checkpoint at step {step} not written: {error}")
+            case events.PreemptionNotice(ranks=ranks):
+                self._warn(f"the machine of rank {', '.join(map(str, ranks))} is about to be taken away: saving now")
+            case events.Chaos(fault, rank, step):
+                self._terminal.say(f"⚡ chaos: {fault} after step {step} on rank {rank}")
+            case events.StepSkipped(_, step, reason):
+                self._warn(f"step {step} left out: {reason}")
+            case events.RolledBack((first, end), step, to_step):
+                self._warn(
+                    f"the gradient of step {step} is not finite: back to step {to_step} in memory, "
+                    f"leaving out positions {first:,} to {end - 1:,}"
+                )
+            case events.LearningRateChanged(step, before, after):
+                self._warn(
+                    f"learning rate {after:.3g} from step {step}, {before:.3g} in the checkpoint: "
+                    f"the schedule now spans train.epochs={self._config.train.epochs}"
+                )
+            case events.SlowData(rank, reason):
+                self._warn(f"rank {rank}: {reason}")
+            case events.BadSamples(samples=samples):
+                for sample in samples:
+                    self._warn(f"left out, can't be read: {sample['where']}: {sample['reason']}")
+            case events.TrackerOpened():
+                self._terminal.say(described(event))
+            case events.TrackerFailed():
+                self._terminal.say(described(event), "yellow")
+            case events.ProfileWritten(where):
+                self._terminal.say(f"{'profile':<9}{where} (chrome://tracing, or ui.perfetto.dev)")
+            case events.ProfileFailed(error):
+                self._warn(f"no profile: {error}")
+            case events.ReportFailed(error):
+                self._warn(f"the report will lack something: {error}")
+
+    def ready(self, ready: Ready, start: Start) -> None:
+        """Print that a worker group is about to train. `start`: why it was started."""
+        state, train, restored = self._record.state, self._config.train, self._group.restored
+        pids, checkpoint = self._record.pids(), restored.checkpoint if restored is not None else None
+        if start is Start.AFTER_FAILURE:
+            self._terminal.recovered(state.failures[-1], checkpoint, len(self._group.rejected), pids)
+        elif start is Start.FIRST and checkpoint is not None:
+            self._terminal.say(f"{'resumed':<9}at step {ready.step} from {checkpoint}")
+        if ready.weights and ready.step == 0:
+            self._terminal.say(f"{'weights':<9}{ready.weights}")
+        self._terminal.ready(state, ready.total_steps, train.global_batch_size, train.epochs, pids, ready.device)
+
+    def failure(self, failure: Failure) -> Raised | None:
+        """Print a failure; returns what was raised first in the attempt that it ended."""
+        self._terminal.failure(failure)
+        raised, self._raised = self._raised, None
+        return raised
+
+    def diagnosis(self, raised: Raised | None) -> None:
+        """Print what helps to find out why a run was given up."""
+        if raised is not None:
+            samples = ", ".join(map(str, raised.samples[:_MAX_SAMPLES_SHOWN]))
+            more = len(raised.samples) - _MAX_SAMPLES_SHOWN
+            self._terminal.say(
+                f"  rank {raised.rank} was at step {raised.step}, position {raised.position:,}, with samples "
+                f"{samples or 'none'}{f' and {more} more' if more > 0 else ''}; its traceback is in events.jsonl"
+            )
+        name = self._record.state.name
+        self._terminal.say(
+            f"  once that is put right, the same command with run.name={name} goes on from the last save"
+        )
+
+    def _warn(self, text: str) -> None:
+        self._terminal.say(f"! {text}", "yellow")

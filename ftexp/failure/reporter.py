@@ -1,0 +1,41 @@
+"""What runs in Ray Train's controller: it passes every failure to the driver, and obeys what the driver decides."""
+
+from __future__ import annotations
+
+import time
+
+from ray.train import UserCallback
+
+from ftexp.errors import FtexpError
+from ftexp.failure.causes import find_cause
+from ftexp.wire.channel import Channel
+from ftexp.wire.hub import HubAddress
+from ftexp.wire.messages import GroupFailed, Retry, Stop
+
+
+class StopRun(Exception):
+    """Raised in Ray Train's controller to end the run; Ray retries everything but this."""
+
+
+class FailureReporter(UserCallback):  # type: ignore[misc]
+    """Reports every failure to the driver, and ends the run if the driver says so."""
+
+    def __init__(self, hub: HubAddress) -> None:
+        self._hub = hub
+
+    def after_exception(self, run_context: object, worker_exceptions: dict[int, Exception]) -> None:  # noqa: ARG002
+        """Ray's hook: one or more workers raised, or died. StopRun if there shall be no further try."""
+        cause = find_cause(worker_exceptions)
+        failed = GroupFailed(cause.kind, cause.rank, cause.error, cause.ending)
+        try:
+            channel = Channel(self._hub, failed)
+        except FtexpError as error:  # without a decision Ray would retry for ever
+            raise StopRun(f"no decision from the driver: {error}") from error
+        channel.close()
+        match channel.answer:
+            case Retry(delay_s):
+                time.sleep(delay_s)  # Ray makes the next group when this returns
+            case Stop(reason):
+                raise StopRun(reason)
+            case _:
+                raise StopRun("no decision from the driver")

@@ -1,0 +1,85 @@
+"""What the seconds of a run went to: what its failures cost, and how much was spent on new steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ftexp.rundir.state import RunState
+from ftexp.wire.events import CaughtUp
+
+
+class RunClock:
+    """Keeps the times in a run's state.
+
+    Args:
+        state: it is changed here.
+        now: seconds since 1970.
+        noticed_at: when the command, before it began again with a new Ray, noticed that its first had died.
+    """
+
+    def __init__(self, state: RunState, now: Callable[[], float], noticed_at: float | None) -> None:
+        self._state, self.now = state, now
+        self._began, self._seconds_before = now() if noticed_at is None else noticed_at, state.seconds
+        self.noticed_at = noticed_at  # the last failure
+        self._died_at: float | None = None  # when the current attempt's first process was lost, or raised
+        self._farthest_before = state.farthest_step  # when the current attempt began
+        self._working_since = now()  # the end of what was last counted as productive, or lost
+        self._attempt_at = now()
+        self._replayed_from: int | None = None  # the step that the attempt began at, while it replays
+
+    def attempt_started(self) -> float:
+        """Rank 0 of a new worker group has connected; returns the time."""
+        failures = self._state.failures
+        self._attempt_at, self._died_at = self.now(), None
+        self._farthest_before = self._state.farthest_step
+        if failures and failures[-1].seconds_to_restart is None and self.noticed_at is not None:
+            failures[-1].seconds_to_restart = round(self._attempt_at - self.noticed_at, 3)
+        return self._attempt_at
+
+    def ready(self, step: int) -> float:
+        """Training begins after `step`; returns the time."""
+        failures = self._state.failures
+        self._working_since = self.now()
+        self._replayed_from = step if step < self._state.farthest_step else None
+        self._state.step = step
+        if failures and failures[-1].steps_replayed is None and self.noticed_at is not None:
+            failures[-1].seconds_to_restore = round(self._working_since - self._attempt_at, 3)
+            failures[-1].steps_replayed = max(0, failures[-1].step - step)
+        return self._working_since
+
+    def reached(self, step: int, epoch: int) -> CaughtUp | None:
+        """`step` is done; returns an event if everything that was lost has been done again."""
+        state, now, caught_up = self._state, self.now(), None
+        if step > state.farthest_step:
+            if self._replayed_from is not None:
+                caught_up, self._replayed_from = CaughtUp(state.farthest_step, self._replayed_from), None
+            state.productive_s += now - self._working_since
+        if step != state.step:  # at the same step, the time goes to the step that comes next
+            self._working_since = now
+        state.step, state.epoch, state.farthest_step = step, epoch, max(step, state.farthest_step)
+        return caught_up
+
+    def process_ended(self, when: float) -> None:
+        """A process of the current attempt was lost, or raised."""
+        self._died_at = when if self._died_at is None else self._died_at
+
+    def failed(self, told_late: bool) -> float:
+        """The current attempt failed; returns the seconds to detect it. `told_late`: Ray knew when it began."""
+        self.noticed_at = self.now()
+        died_at = self._died_at if self._died_at is not None else self.noticed_at
+        if told_late:
+            self.noticed_at = died_at
+        # the next group may die before it says hello
+        self._farthest_before, self._died_at = self._state.farthest_step, None
+        return round(max(0.0, self.noticed_at - died_at), 3)
+
+    @property
+    def has_progressed(self) -> bool:
+        """Whether the current attempt has done a step that had never been done before."""
+        return self._state.farthest_step > self._farthest_before
+
+    def sum_up(self) -> None:
+        """Bring the state's seconds and goodput up to date."""
+        state = self._state
+        state.seconds = self._seconds_before + self.now() - self._began
+        state.goodput = round(state.productive_s / state.seconds, 4) if state.seconds else None

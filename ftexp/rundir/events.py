@@ -1,0 +1,29 @@
+"""events.jsonl: what happened in a run. Its schema is in ftexp.wire.events."""
+
+from __future__ import annotations
+
+from ftexp.rundir.names import EVENTS_FILE
+from ftexp.rundir.state import RunState
+from ftexp.storage.append_log import AppendLog, as_json
+from ftexp.storage.directory import Storage
+from ftexp.wire.events import Event
+
+
+class EventLog:
+    """Writes events.jsonl. A line's attempt and step are those of `state` when it is added."""
+
+    def __init__(self, storage: Storage, state: RunState) -> None:
+        self._log, self._state = AppendLog(storage, EVENTS_FILE), state
+
+    def add(self, event: Event, time: float) -> None:
+        """Add a line."""
+        head = {"time": time, "event": event.name, "attempt": self._state.attempts, "step": self._state.step}
+        self._log.append(as_json({**head, **event.fields}))
+
+    def sync(self) -> None:
+        """Return when every line is safe; OSError if that can't be done."""
+        self._log.sync()
+
+    def close(self) -> None:
+        """Release the file."""
+        self._log.close()

@@ -1,0 +1,27 @@
+"""What the files and directories of a run or sweep directory are called."""
+
+CONFIG_FILE = "config.yaml"
+OVERRIDES_FILE = "overrides.yaml"
+RUN_FILE = "run.json"
+METRICS_FILE = "metrics.jsonl"
+METRICS_CSV_FILE = "metrics.csv"
+EVENTS_FILE = "events.jsonl"
+TRACKERS_FILE = "trackers.json"  # {"id": of the run in every tracker, "complete": trackers that lack nothing}
+REPORT_FILE = "report.html"
+SWEEP_FILE = "sweep.json"
+LEADERBOARD_CSV_FILE = "leaderboard.csv"
+LEADERBOARD_PNG_FILE = "leaderboard.png"
+
+CHECKPOINTS = "checkpoints"
+HANGS = "hangs"  # stacks of workers that made no progress
+CHAOS = "chaos"  # a file for each fault that has struck
+LEDGER = "ledger"
+PROFILE = "profile"
+CHARTS = "charts"  # the report's, as PNG
+PREDICTIONS = "predictions"
+EXPORTS = "exports"
+
+
+def evaluation_file(split: str) -> str:
+    """Return the name of what a report shows of the split `train`, `val` or `test`."""
+    return f"evaluation_{split}.json"

@@ -1,0 +1,111 @@
+"""A worker's end of its connection to the driver."""
+
+from __future__ import annotations
+
+import queue
+import socket
+import threading
+
+from ftexp.errors import FtexpError
+from ftexp.wire.hub import HubAddress
+from ftexp.wire.messages import Goodbye, Message, Save, Stop, Sync, Synced, from_line, to_line
+
+_CONNECT_TIMEOUT_S = 30.0
+_GOODBYE_S = 10.0  # for what is still to be sent, and for the driver to take it in
+
+
+class Channel:
+    """Sends messages to the driver. `send` returns at once; `sync` waits until the driver has handled all so far."""
+
+    def __init__(self, address: HubAddress, first: Message) -> None:
+        try:
+            self._socket = socket.create_connection((address.host, address.port), timeout=_CONNECT_TIMEOUT_S)
+            # two, since a thread writes while another reads
+            self._stream = self._socket.makefile("w", encoding="utf-8")
+            self._incoming = self._socket.makefile("r", encoding="utf-8")
+            self._stream.write(f"{address.token}\n{to_line(first)}")
+            self._stream.flush()
+            self.answer = from_line(self._incoming.readline())  # to the first message
+        except (OSError, ValueError) as error:
+            raise FtexpError(
+                f"this worker can't reach the driver at {address.host}:{address.port} ({error}); "
+                "Ray needs every port open between its nodes"
+            ) from error
+        self._socket.settimeout(None)
+        self._queue: queue.Queue[Message | None] = queue.Queue()
+        self._synced = Synced(0)  # the last answer
+        self._num_asked = 0
+        self._broken = False
+        self.stop_requested = self.save_requested = False  # by the driver
+        self._answered = threading.Condition()
+        self._thread = threading.Thread(target=self._send_all, daemon=True, name="channel-to-driver")
+        self._thread.start()
+        threading.Thread(target=self._receive_all, daemon=True, name="channel-from-driver").start()
+
+    def send(self, message: Message) -> None:
+        """Queue a message."""
+        self._queue.put(message)
+
+    def flush(self) -> None:
+        """Return when every message so far is with the operating system, which delivers it even after a kill."""
+        self._queue.join()
+
+    def sync(self, timeout_s: float = 60.0) -> None:
+        """Return when what was sent so far is safe with the driver; OSError if it isn't, or the driver is dead."""
+        with self._answered:
+            self._num_asked += 1
+            number = self._num_asked
+            self.send(Sync(number))
+            self._answered.wait_for(lambda: self._synced.number >= number or self._broken, timeout_s)
+            if self._synced.number < number:
+                raise ConnectionError("the driver is gone, or does not answer")
+            if self._synced.problem is not None:
+                raise OSError(f"the run's records can't be written: {self._synced.problem}")
+
+    def close(self) -> None:
+        """Say goodbye, and return when the driver has handled all that was sent: it hangs up then."""
+        self.send(Goodbye())
+        self._queue.put(None)
+        self._thread.join(timeout=_GOODBYE_S)
+        with self._answered:
+            self._answered.wait_for(lambda: self._broken, _GOODBYE_S)
+        self._socket.close()
+
+    def _send_all(self) -> None:
+        while True:
+            message = self._queue.get()
+            try:
+                if message is None:
+                    return
+                if not self._broken:
+                    self._stream.write(to_line(message))
+                    self._stream.flush()
+            except OSError:
+                self._break()
+            finally:
+                self._queue.task_done()
+
+    def _receive_all(self) -> None:
+        try:
+            for line in self._incoming:
+                self._receive(from_line(line))
+        except (OSError, ValueError):
+            pass
+        self._break()
+
+    def _receive(self, message: Message | None) -> None:
+        match message:
+            case Stop():
+                self.stop_requested = True
+            case Save():
+                self.save_requested = True
+            case Synced():
+                with self._answered:
+                    self._synced = message
+                    self._answered.notify_all()
+
+    def _break(self) -> None:
+        """The driver is gone, and Ray ends this process in a moment."""
+        with self._answered:
+            self._broken = True
+            self._answered.notify_all()

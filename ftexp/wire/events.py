@@ -1,0 +1,364 @@
+"""The schema of events.jsonl: one class for each event, called what its class is called, in snake case.
+
+A line holds `time`, `event` (the name), `attempt` and `step`, those of the run when it was written, and the fields of
+the event. An event's own `step` takes the place of the run's. A field that has its default isn't written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened in a run."""
+
+    @property
+    def name(self) -> str:
+        """As events.jsonl has it."""
+        return snake_case(type(self))
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """What events.jsonl holds of it, besides its name."""
+        values = ((field, getattr(self, field.name)) for field in dataclasses.fields(self))
+        return {field.name: value for field, value in values if value != field.default}
+
+
+def snake_case(kind: type) -> str:
+    """Return the name of a class as lines of JSON have it."""
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", kind.__name__).lower()
+
+
+# The command
+
+
+@dataclass(frozen=True)
+class CommandStarted(Event):
+    """Somebody gave the command."""
+
+    changed: list[str] | None = None  # what is different from the last time, a line each
+
+
+@dataclass(frozen=True)
+class ColdStart(Event):
+    """Workers import for themselves."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class DataWarnings(Event):
+    """The listing of the data found what may be a mistake."""
+
+    warnings: list[str]
+
+
+@dataclass(frozen=True)
+class EntriesExcluded(Event):
+    """The listing left out what is no sample."""
+
+    entries: list[dict[str, Any]]  # fields of ftexp.data.stratify.Excluded
+
+
+@dataclass(frozen=True)
+class RepeatedSamples(Event):
+    """A global batch is larger than the training split."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Finished(Event):
+    """The run is done."""
+
+
+@dataclass(frozen=True)
+class Failed(Event):
+    """The run was given up."""
+
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Interrupted(Event):
+    """Somebody stopped the run."""
+
+
+@dataclass(frozen=True)
+class DriverFailed(Event):
+    """The driver could not handle what it was sent."""
+
+    error: str
+    traceback: str
+
+
+@dataclass(frozen=True)
+class ReportFailed(Event):
+    """The report could not be written, or lacks something."""
+
+    error: str
+
+
+# Worker groups
+
+
+@dataclass(frozen=True)
+class AttemptStarted(Event):
+    """Rank 0 of a new worker group has connected."""
+
+    world_size: int
+    pid: int
+    node: str
+    hot_start: bool
+
+
+@dataclass(frozen=True)
+class WeightsLoaded(Event):
+    """The model began with the weights of another."""
+
+    report: str
+
+
+@dataclass(frozen=True)
+class Ready(Event):
+    """A worker group is about to train."""
+
+    device: str
+    pids: list[int]  # by rank
+
+
+@dataclass(frozen=True)
+class CaughtUp(Event):
+    """What was lost by a failure has been done again."""
+
+    step: int
+    replayed_from: int
+
+
+@dataclass(frozen=True)
+class Raised(Event):
+    """A worker raised."""
+
+    rank: int
+    traceback: str
+
+
+@dataclass(frozen=True)
+class Failure(Event):
+    """A worker group failed; the fields are those of `ftexp.rundir.state.Failure`."""
+
+    cause: str
+    rank: int | None
+    error: str
+    seconds_to_detect: float | None
+    seconds_to_restart: float | None
+    seconds_to_restore: float | None
+    steps_replayed: int | None
+    node: str | None
+    progressed: bool
+    decision: str
+
+
+@dataclass(frozen=True)
+class Waiting(Event):
+    """There have been no workers for a while."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class ResizeExpected(Event):
+    """There is room for more workers: Ray Train will stop those that train, without a word."""
+
+    num_workers: int
+
+
+@dataclass(frozen=True)
+class Resized(Event):
+    """A group of another size trains, without any failure."""
+
+    world_size: int
+
+
+@dataclass(frozen=True)
+class AdviceFailed(Event):
+    """A thread that the run can do without has ended."""
+
+    error: str
+
+
+@dataclass(frozen=True)
+class PreemptionNotice(Event):
+    """Machines are about to be taken away."""
+
+    step: int
+    nodes: list[str]
+    ranks: list[int]
+    deadline_ms: int | None  # since 1970
+
+
+# Checkpoints
+
+
+@dataclass(frozen=True)
+class CheckpointSaved(Event):
+    """A checkpoint is complete."""
+
+    step: int
+    checkpoint: str
+    bytes: int
+    write_s: float
+    metrics: dict[str, Any]
+    reasons: list[str]
+    blocked_s: float  # of the training
+
+
+@dataclass(frozen=True)
+class CheckpointFailed(Event):
+    """A checkpoint could not be written."""
+
+    step: int
+    error: str
+
+
+@dataclass(frozen=True)
+class CheckpointRejected(Event):
+    """A checkpoint doesn't verify, or is gone."""
+
+    checkpoint: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Restored(Event):
+    """A worker group goes on from a checkpoint."""
+
+    rejected: int  # checkpoints
+    restore_s: float
+    checkpoint: str
+    step: int
+    position: int
+
+
+@dataclass(frozen=True)
+class Swept(Event):
+    """What a killed save had left was removed."""
+
+    folder: str
+
+
+# Training
+
+
+@dataclass(frozen=True)
+class BadSamples(Event):
+    """Samples that can't be read were excluded."""
+
+    count: int
+    samples: list[dict[str, Any]]  # fields of ftexp.data.stratify.BadSample
+
+
+@dataclass(frozen=True)
+class SlowData(Event):
+    """A worker waits for its data."""
+
+    rank: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Thawed(Event):
+    """Another part of the model is trained from now on."""
+
+    epoch: int
+    num_frozen: int  # parameters
+
+
+@dataclass(frozen=True)
+class LearningRateChanged(Event):
+    """The schedule has other rates than the checkpoint: train.epochs was raised."""
+
+    step: int
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
+class StepSkipped(Event):
+    """A gradient was not finite: its batch drives no update."""
+
+    positions: list[int]  # [start, end)
+    step: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class RolledBack(Event):
+    """A gradient was not finite: the run went back to its last save in memory."""
+
+    positions: list[int]  # [start, end), that drive no update
+    step: int
+    to_step: int
+
+
+@dataclass(frozen=True)
+class Chaos(Event):
+    """A planned fault strikes."""
+
+    fault: str
+    rank: int
+    step: int
+    damaged: list[str] | None = None  # checkpoints
+
+
+@dataclass(frozen=True)
+class MfuUnknown(Event):
+    """The utilisation of the device can't be told."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class ProfileWritten(Event):
+    """A trace is in the run directory."""
+
+    where: str
+
+
+@dataclass(frozen=True)
+class ProfileFailed(Event):
+    """There is no trace."""
+
+    error: str
+
+
+# Trackers
+
+
+@dataclass(frozen=True)
+class TrackerOpened(Event):
+    """A tracker takes the run's points."""
+
+    tracker: str
+    where: str
+
+
+@dataclass(frozen=True)
+class TrackerFailed(Event):
+    """A tracker is down, or lacks points at the end."""
+
+    tracker: str
+    reason: str
+    num_undelivered: int  # points
+
+
+EVENTS = {snake_case(event): event for event in Event.__subclasses__()}
+
+
+def make_event(name: str, fields: dict[str, Any]) -> Event:
+    """Return the event called `name`; KeyError or TypeError if there is none with such fields."""
+    return EVENTS[name](**fields)
