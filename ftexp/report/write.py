@@ -6,7 +6,7 @@ from ftexp.report.page import Report
 from ftexp.report.png import png
 from ftexp.report.source import read_run
 from ftexp.report.sweep_page import SweepReport
-from ftexp.rundir.sweep_record import read_ledger
+from ftexp.rundir.sweep_record import read_sweep_record
 from ftexp.storage.directory import Storage
 
 REPORT_FILE = "report.html"
@@ -21,7 +21,7 @@ def write_report(run_dir: Storage, target: Storage | None = None, name: str = RE
         OSError: it can't be written.
     """
     target = target or run_dir
-    is_sweep = read_ledger(run_dir) is not None
+    is_sweep = read_sweep_record(run_dir) is not None
     report = SweepReport(run_dir, REPORT_FILE) if is_sweep else Report(read_run(run_dir))
     target.write_bytes(name, report.html().encode())
     for chart, drawing in report.charts.items():

@@ -7,7 +7,7 @@ from typing import Any
 
 from ftexp.rundir.ranking import varying
 from ftexp.rundir.record import FINISHED
-from ftexp.rundir.sweep_record import Ledger, Reached, curve
+from ftexp.rundir.sweep_record import Reached, SweepRecord, curve
 from ftexp.storage.directory import Storage
 
 _BEST, _OTHER = "#c0392b", "#5b7083"
@@ -15,7 +15,7 @@ _PANEL_INCHES = (4.2, 3.6)
 _LOG_SPAN = 8.0  # numbers that span more than this factor are drawn on a logarithmic axis
 
 
-def draw(folder: Storage, ledger: Ledger, ordered: list[Reached]) -> bytes:
+def draw(folder: Storage, ledger: SweepRecord, ordered: list[Reached]) -> bytes:
     """The picture as PNG; `ordered`: the best first."""
     from matplotlib.figure import Figure
 
@@ -36,7 +36,7 @@ def draw(folder: Storage, ledger: Ledger, ordered: list[Reached]) -> bytes:
     return picture.getvalue()
 
 
-def _draw_values(panel: Any, ledger: Ledger, key: str, done: list[Reached]) -> None:
+def _draw_values(panel: Any, ledger: SweepRecord, key: str, done: list[Reached]) -> None:
     """Numbers get an axis to scale, anything else a place each."""
     words = [each.trial.values.get(key, "") for each in done]
     places, labels = _places(words)
@@ -61,7 +61,7 @@ def _places(words: list[str]) -> tuple[list[float], list[str]]:
         return [float(labels.index(word)) for word in words], labels
 
 
-def _draw_curves(panel: Any, folder: Storage, ledger: Ledger, ordered: list[Reached], done: list[Reached]) -> None:
+def _draw_curves(panel: Any, folder: Storage, ledger: SweepRecord, ordered: list[Reached], done: list[Reached]) -> None:
     """The best in colour, the others behind it; those that didn't finish are dashed."""
     names = {each.trial.name for each in done}
     for each in reversed(ordered):
