@@ -28,15 +28,10 @@ from typing import TYPE_CHECKING
 
 from omegaconf import MISSING, DictConfig
 
-from ftexp.cli.compose import (
-    interrupted_code,
-    offer_option,
-    prepare_streams,
-    print_error,
-    read_command,
-    run_hydra,
-    to_config,
-)
+from ftexp.cli.compose import offer_option, prepare_streams, run_hydra, to_config
+from ftexp.cli.exit_codes import interrupted_code, print_error
+from ftexp.cli.overrides import with_run
+from ftexp.cli.parse import read_command
 from ftexp.config.checks.validate import validate
 from ftexp.config.fields import choice, ranged
 from ftexp.config.schema import AUTO, Config, DataConfig
@@ -85,6 +80,7 @@ def main() -> None:
     if any(word in ("-h", "--help") for word in words):
         print(__doc__)
         return
+    words = with_run(words)
     own = [word for word in words if _key(word) in _OWN or _key(word).partition(".")[0] == "predict"]
     rest = [word for word in words if word not in own]
     chosen = any(_key(word) == "data" for word in rest)
@@ -171,7 +167,8 @@ def predict(composed: Config, own: PredictConfig, run: SavedRun, chosen: bool, w
     split = _split(own, data, chosen, words)
     config = dataclasses.replace(config, data=dataclasses.replace(data, on_bad_sample="skip"))
     from ftexp.cli.trained_run import choose
-    from ftexp.cluster.ray_cluster import decide_workers, prepare_environment
+    from ftexp.cluster.ray_cluster import prepare_environment
+    from ftexp.cluster.resources import decide_workers
     from ftexp.storage.directory import Storage
 
     workers = decide_workers(config.scaling)

@@ -1,6 +1,7 @@
 """Helpers for tests that run the command for real."""
 
 import contextlib
+import importlib.util
 import io
 import json
 import logging
@@ -51,6 +52,16 @@ FOUR_EPOCHS = ["train.epochs=4", "train.ledger=true"]
 # how long an example takes is the machine's affair
 hypothesis.settings.register_profile("ftexp", deadline=None)
 hypothesis.settings.load_profile("ftexp")
+
+
+def pytest_configure(config):
+    """Begin again with what all tests need, if this is `uv run pytest` where only training was installed."""
+    lacking = [name for name in ("mlflow", "moto", "onnx", "optuna", "wandb") if not importlib.util.find_spec(name)]
+    if lacking and (uv := os.environ.get("UV")):
+        config.pluginmanager.getplugin("capturemanager").stop_global_capturing()
+        os.execv(uv, [uv, "run", "--group", "dev", "pytest", *sys.argv[1:]])
+    if lacking:
+        raise pytest.UsageError(f"the tests need {', '.join(lacking)}: pip install --group dev")
 
 
 def pytest_xdist_make_scheduler(config, log):

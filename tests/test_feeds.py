@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from ftexp.config.schema import AugmentConfig
 from ftexp.data.augment.pixels import Augment
 from ftexp.data.feeds.feed import CachedRows, IndexedFeed, Taken, ToTensors, evaluation_batches, prefetched
+from ftexp.data.info import DataInfo
 from ftexp.data.order import Order
 from ftexp.data.plan import Plan, even_part
-from ftexp.data.stratify import DataInfo
 
 CPU = torch.device("cpu")
 

@@ -26,9 +26,9 @@ from ftexp.data.augment.erasing import Erasing
 from ftexp.data.augment.mixing import Mixing
 from ftexp.data.augment.pixels import Augment
 from ftexp.data.feeds.feed import CachedRows, IndexedFeed, ToTensors
+from ftexp.data.info import DataInfo
 from ftexp.data.order import Order
 from ftexp.data.plan import Plan
-from ftexp.data.stratify import DataInfo
 from ftexp.errors import ConfigError, NonFiniteError
 from ftexp.evaluation.meter import Meter, Progress
 from ftexp.failure.nonfinite import skip_step
@@ -37,7 +37,8 @@ from ftexp.job.job import Job, settle_kernels
 from ftexp.model.build import build_model
 from ftexp.model.ema import Average
 from ftexp.model.freezing import Freezing
-from ftexp.model.optim import build_optimizer, build_scheduler
+from ftexp.model.optim import build_optimizer
+from ftexp.model.schedule import build_scheduler
 from ftexp.storage.directory import Storage
 from ftexp.worker.loop import advance, evaluate, evaluation_due, log_train, update_best
 from ftexp.worker.step import thaw, train_step

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from ftexp.config.schema import Config, ModelConfig
-from ftexp.data.stratify import DataInfo
+from ftexp.data.info import DataInfo
 from ftexp.errors import ConfigError, StorageError
 from ftexp.predict import parse, refuse
 from ftexp.predicting.parts import BAD_FILE, PARTS, PLAN_FILE, Plan, WritePart, begin, collect_bad, encoded, part_table
@@ -33,7 +33,7 @@ from pathlib import Path
 import numpy as np
 from sklearn.datasets import load_digits
 from ftexp.data.listing import Listing
-from ftexp.data.sources.arrays import sources
+from ftexp.data.sources.registry import sources
 
 class Reader:
     def __init__(self, folder):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from ftexp.data.feeds import streamed as stream
 from ftexp.data.feeds.streamed import _Window, chained, slow_reason, spans, units
-from ftexp.data.stratify import BadSample
+from ftexp.data.info import BadSample
 
 requests_of_any_size = st.lists(st.integers(0, 300), max_size=20).map(
     lambda sizes: np.split(np.arange(sum(sizes)) * 3, np.cumsum(sizes)[:-1]) if sizes else []

@@ -12,10 +12,10 @@ from conftest import TELL_IMPORTS
 from omegaconf import OmegaConf
 from rich.console import Console
 
-import ftexp.cluster.ray_cluster
+import ftexp.cluster.resources
 from ftexp.cli.compose import run_hydra
 from ftexp.cluster.interruptible import Terminated
-from ftexp.cluster.ray_cluster import Workers, decide_workers, num_shares
+from ftexp.cluster.resources import Workers, decide_workers, num_shares
 from ftexp.config.schema import Config, ScalingConfig
 from ftexp.errors import ConfigError, SweepFailedError
 from ftexp.rundir.record import FAILED, FINISHED, INTERRUPTED, RUN_FILE, RUNNING, RunState
@@ -65,7 +65,7 @@ def test_long_and_unsafe_names_are_told_apart_by_a_hash():
 
 @pytest.fixture
 def no_gpus(monkeypatch):
-    monkeypatch.setattr(ftexp.cluster.ray_cluster, "num_local_gpus", lambda: 0)
+    monkeypatch.setattr(ftexp.cluster.resources, "num_local_gpus", lambda: 0)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_a_number_of_workers_is_kept_in_a_sweep_too(no_gpus):
 
 
 def test_as_many_trials_share_a_machine_as_there_are_up_to_its_cores(no_gpus, monkeypatch):
-    monkeypatch.setattr(ftexp.cluster.ray_cluster, "usable_cpus", lambda: 4)
+    monkeypatch.setattr(ftexp.cluster.resources, "usable_cpus", lambda: 4)
     assert [num_shares([Config()] * count, None) for count in (1, 3, 8)] == [1, 3, 4]
     assert num_shares([Config()] * 8, 2) == 2
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ftexp.cluster.ray_cluster import decide_workers, num_shares
+from ftexp.cluster.resources import decide_workers, num_shares
 from ftexp.config.schema import Config
 from ftexp.sweep.run.identity import swept_keys
 from ftexp.sweep.run.preparation import claimed, make_process, mark_what_is_done, open_record, run_proposed

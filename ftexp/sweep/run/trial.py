@@ -42,7 +42,7 @@ def main() -> None:
 def run(request: TrialRequest) -> int:
     """The exit code of one trial."""
     # late, since sys.path is the sweep's only now
-    from ftexp.cli.compose import exit_code_of
+    from ftexp.cli.exit_codes import exit_code_of
     from ftexp.driver.run import train
 
     return exit_code_of(lambda: train(request.config, request.overrides, request.shared))

@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ftexp.cluster.ray_cluster import decide_workers, num_shares
+from ftexp.cluster.resources import decide_workers, num_shares
 from ftexp.config.schema import Config, SearchConfig
 from ftexp.errors import ConfigError, SweepFailedError
 from ftexp.rundir.record import FAILED, FINISHED, INTERRUPTED, RUNNING, read_state

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.live import Live
@@ -13,7 +14,9 @@ from rich.table import Table
 from ftexp.rundir.record import FAILED, FINISHED, INTERRUPTED, RUNNING
 from ftexp.rundir.sweep_record import STOPPED, WAITING, Reached, SweepRecord, reached
 from ftexp.storage.directory import Storage
-from ftexp.sweep.run.runner import TrialProcess
+
+if TYPE_CHECKING:
+    from ftexp.sweep.run.runner import TrialProcess  # shows them, and makes none
 
 STYLES = {
     RUNNING: "cyan",
