@@ -90,7 +90,7 @@ def check(monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # run_hydra sets it; put back afterwards
     monkeypatch.setattr("signal.signal", lambda *_: None)
     monkeypatch.setattr("ftexp.config.checks.scaling.num_local_gpus", lambda: 0)
-    monkeypatch.setattr("ftexp.sweep.run.sweep.run_sweep", lambda configs, *_: [0.0] * len(configs))
+    monkeypatch.setattr("ftexp.sweep.run.grid.run_grid", lambda configs, *_: [0.0] * len(configs))
     monkeypatch.setattr("ftexp.sweep.search.search.run_search", lambda _: None)
     monkeypatch.setattr("ftexp.cli.trained_run.SavedRun.at", lambda _: SimpleNamespace(config=Config()))
 

@@ -18,11 +18,11 @@ from ftexp.rundir.names import METRICS_FILE, RUN_FILE
 from ftexp.rundir.state import FAILED, FINISHED, RUNNING, Failure, RunState
 from ftexp.rundir.sweep_record import STOPPED, WAITING, look
 from ftexp.storage.directory import Storage
-from ftexp.sweep.run.sweep import open_ledger
+from ftexp.sweep.run.preparation import open_record
 from ftexp.sweep.search import proposing
 from ftexp.sweep.search.halving import Halving
 from ftexp.sweep.search.proposing import Known, propose
-from ftexp.sweep.search.search import Plan, Search
+from ftexp.sweep.search.search import Search, SearchSetup
 from ftexp.sweep.search.space import Interval, Options, inside, num_points, probes, read_space
 
 RATE = "optim.lr=tag(log, interval(1e-4, 1e-1))"
@@ -176,19 +176,19 @@ def test_no_point_is_proposed_twice_and_a_space_ends(search):
 
 
 def test_what_is_left_of_a_small_space_is_counted_out_where_draws_do_not_hit_it(monkeypatch):
-    monkeypatch.setattr(proposing, "_MOST_DRAWS", 1)
+    monkeypatch.setattr(proposing, "_MAX_DRAWS", 1)
     assert len(proposals("random", 20, MODEL, DEPTH)) == 9
     _, space = space_of(RATE)
     (first,) = proposals("random", 1, RATE)
-    assert propose(space, "random", "max", 0, 0, [Known(first, FINISHED)]) is None  # no end of others, but none drawn
+    assert propose(space, "random", "max", 0, 0, [Known(first, RUNNING)]) is None  # no end of others, but none drawn
 
 
 def test_a_space_of_very_many_points_is_neither_counted_out_nor_held_in_memory(monkeypatch):
     _, space = space_of("seed=int(interval(0, 2147483647))", "optim.lr=1e-3,3e-3")
     assert num_points(space) == 2**32
-    monkeypatch.setattr(proposing, "_MOST_DRAWS", 0)  # so that what is left is counted out
+    monkeypatch.setattr(proposing, "_MAX_DRAWS", 0)  # so that what is left is counted out
     first = propose(space, "random", "max", 0, 0, [])
-    second = propose(space, "random", "max", 0, 1, [Known(first, FINISHED)])
+    second = propose(space, "random", "max", 0, 1, [Known(first, RUNNING)])
     assert [first, second] == [{"optim.lr": "0.001", "seed": "0"}, {"optim.lr": "0.001", "seed": "1"}]
 
 
@@ -224,6 +224,21 @@ def test_no_trial_is_stopped_before_the_grace_or_at_its_end():
     assert rungs.decide("late", [(3, 0.95), (6, 0.1)]) is None
 
 
+def test_what_a_trial_needs_lies_between_the_values_of_those_before_it():
+    rungs = halving(reduction_factor=4)
+    for name, value in zip("abcd", (0.1, 0.2, 0.3, 0.4), strict=True):
+        rungs.take(name, [(1, value)])
+    assert rungs.decide("below 0.325", [(1, 0.32)]) == 1
+    assert rungs.decide("at 0.32", [(1, 0.32)]) is None  # what was stopped counts, too
+
+
+def test_a_trial_is_compared_once_at_each_rung_and_not_at_one_that_it_has_skipped():
+    rungs = halving()
+    rungs.take("good", [(epoch, 0.5) for epoch in range(1, 8)])
+    assert rungs.decide("first at 2", [(2, 0.6), (3, 0.1)]) is None
+    assert rungs.decide("first at 2", [(2, 0.6), (3, 0.1), (4, 0.1)]) == 4
+
+
 def test_points_that_come_at_once_are_decided_in_their_order():
     rungs = halving()
     rungs.take("good", [(1, 0.9)])
@@ -248,55 +263,55 @@ class Sweep:
         self.folder = Storage.at(str(folder))
         config = Config()
         config.train.epochs = EPOCHS
-        self.plan = Plan(SearchConfig(**chosen), space_of(RATE)[1], [], [config], compose)
+        self.setup = SearchSetup(SearchConfig(**chosen), space_of(RATE)[1], [], [config], compose)
         self.begin()
 
     def begin(self):
         """As the command does, with nothing but what is on disk."""
-        self.ledger = open_ledger(self.folder, Config(), lambda _: self.plan.keys)
-        self.search = Search(self.folder, self.ledger, self.plan, share=1)
-        self.jobs = self.search.jobs
-        self.ledger.take_over([job.trial for job in self.jobs])
-        self.search.begin()
+        self.record = open_record(self.folder, Config(), lambda _: self.setup.keys)
+        self.search = Search(self.folder, self.record, self.setup, share=1)
+        self.processes = self.search.processes
+        self.record.take_over([process.trial for process in self.processes])
 
     def next(self):
-        job = self.search.next_job()
-        if job is not None:
-            self.jobs.append(job)
-        return job
+        process = self.search.next_process()
+        if process is not None:
+            self.processes.append(process)
+        return process
 
-    def reach(self, job, status, values=(0.5,), metric="val_accuracy", cause=None):
-        """Have a trial's run directory say how far it has come, and the ledger its status."""
+    def reach(self, process, status, values=(0.5,), metric="val_accuracy", cause=None):
+        """Have a trial's run directory say how far it has come, and the record its status."""
         failures = [Failure(attempt=1, cause=cause, rank=0, step=1, error="")] if cause else []
         state = RunState(
-            name=job.trial.name, status=FINISHED if status == FINISHED else RUNNING, epoch=len(values), attempts=1,
-            fingerprint=fingerprint(job.config), metrics={"last": {metric: values[-1]}, "best": {}}, failures=failures,
+            name=process.trial.name, status=FINISHED if status == FINISHED else RUNNING, epoch=len(values), attempts=1,
+            fingerprint=fingerprint(process.config), metrics={"last": {metric: values[-1]}, "best": {}},
+            failures=failures,
         )  # fmt: skip
         lines = [json.dumps({"epoch": i, metric: value}) for i, value in enumerate(values, start=1)]
-        job.run_dir.write_bytes(RUN_FILE, json.dumps(dataclasses.asdict(state)).encode())
-        job.run_dir.write_bytes(METRICS_FILE, "\n".join([*lines, ""]).encode())
-        job.trial.status = status
-        self.ledger.write(self.folder)
+        process.run_dir.write_bytes(RUN_FILE, json.dumps(dataclasses.asdict(state)).encode())
+        process.run_dir.write_bytes(METRICS_FILE, "\n".join([*lines, ""]).encode())
+        process.trial.status = status
+        self.record.write(self.folder)
 
     @property
     def proposed(self):
-        return [job.trial.proposal for job in self.jobs]
+        return [process.trial.proposal for process in self.processes]
 
 
-def score(job):
-    return -distance(job.trial.proposal)
+def score(process):
+    return -distance(process.trial.proposal)
 
 
 def test_a_search_that_begins_anew_before_every_trial_proposes_what_an_undisturbed_one_does(tmp_path):
     whole, broken = Sweep(tmp_path / "whole"), Sweep(tmp_path / "broken")
-    while (job := whole.next()) is not None:
-        whole.reach(job, FINISHED, [score(job)] * EPOCHS)
-    while (job := broken.next()) is not None:
-        broken.reach(job, RUNNING, [score(job)])  # the driver is killed
+    while (process := whole.next()) is not None:
+        whole.reach(process, FINISHED, [score(process)] * EPOCHS)
+    while (process := broken.next()) is not None:
+        broken.reach(process, RUNNING, [score(process)])  # the driver is killed
         broken.begin()
-        job = broken.jobs[-1]
-        assert (job.trial.status, len(broken.search.jobs)) == (WAITING, len(broken.jobs))
-        broken.reach(job, FINISHED, [score(job)] * EPOCHS)
+        process = broken.processes[-1]
+        assert (process.trial.status, len(broken.search.processes)) == (WAITING, len(broken.processes))
+        broken.reach(process, FINISHED, [score(process)] * EPOCHS)
         broken.begin()
     assert len(whole.proposed) == 14
     assert broken.proposed == whole.proposed
@@ -313,30 +328,30 @@ def test_one_after_the_other_early_stopping_depends_on_the_curves_alone(tmp_path
             is_quick=how in ("too quick", "killed as it finishes"),
         )
         if how == "killed as it finishes":
-            sweep.jobs[-1].trial.status = RUNNING  # in the ledger; its run directory knows better
-            sweep.ledger.write(sweep.folder)
+            sweep.processes[-1].trial.status = RUNNING  # in the record; its run directory knows better
+            sweep.record.write(sweep.folder)
         if how in ("begun anew", "killed as it finishes"):
             sweep.begin()
         sweep.search.settle()
-    assert [(known.status, len(known.curve)) for known in map(sweep.search._known, sweep.jobs)] == [
+    assert [(known.status, len(known.curve)) for known in map(sweep.search._known, sweep.processes)] == [
         (FINISHED, 0), (FINISHED, 0), (STOPPED, 1), (STOPPED, 3), (FINISHED, 0), (STOPPED, 1), (STOPPED, 3),
     ]  # fmt: skip
 
 
 def run_trial(sweep, curve, is_quick):
     """Have a trial log a curve, and stop it when it is told to, unless it is done before anybody looks."""
-    job = sweep.next()
-    job.process = object()  # it runs
+    process = sweep.next()
+    process.popen = object()  # it runs
     for epoch in range(1, EPOCHS + 1):
-        sweep.reach(job, RUNNING, curve[:epoch])
+        sweep.reach(process, RUNNING, curve[:epoch])
         if not is_quick and (found := sweep.search.to_stop()):
-            ((who, job.trial.stopped_at),) = found
-            assert who is job
-            sweep.reach(job, STOPPED, curve[: epoch + 3])  # it goes on a little until it hears of it
+            ((who, process.trial.stopped_at),) = found
+            assert who is process
+            sweep.reach(process, STOPPED, curve[: epoch + 3])  # it goes on a little until it hears of it
             break
     else:
-        sweep.reach(job, FINISHED, curve)
-    job.process = None
+        sweep.reach(process, FINISHED, curve)
+    process.popen = None
 
 
 def test_a_trial_that_was_broken_off_behind_the_others_need_not_go_on(tmp_path):
@@ -345,27 +360,28 @@ def test_a_trial_that_was_broken_off_behind_the_others_need_not_go_on(tmp_path):
     sweep.reach(behind, RUNNING, [0.1])
     sweep.reach(good, FINISHED, [0.9] * EPOCHS)
     sweep.begin()
-    assert [(job.trial.status, job.trial.stopped_at) for job in sweep.jobs] == [(STOPPED, 1), (FINISHED, None)]
+    trials = [process.trial for process in sweep.processes]
+    assert [(trial.status, trial.stopped_at) for trial in trials] == [(STOPPED, 1), (FINISHED, None)]
 
 
 def test_a_trial_that_was_told_to_stop_stays_stopped_if_the_driver_died_meanwhile(tmp_path):
     sweep = Sweep(tmp_path, search="random", scheduler="asha")
-    job = sweep.next()
-    job.trial.stopped_at = 2
-    sweep.reach(job, RUNNING, [0.1, 0.1, 0.1])
+    process = sweep.next()
+    process.trial.stopped_at = 2
+    sweep.reach(process, RUNNING, [0.1, 0.1, 0.1])
     sweep.begin()
-    assert (sweep.jobs[0].trial.status, sweep.jobs[0].trial.stopped_at) == (STOPPED, 2)
+    assert (sweep.processes[0].trial.status, sweep.processes[0].trial.stopped_at) == (STOPPED, 2)
 
 
-def test_points_outside_of_a_changed_space_stay_in_the_ledger_and_count_for_nothing(tmp_path):
+def test_points_outside_of_a_changed_space_stay_in_the_record_and_count_for_nothing(tmp_path):
     sweep = Sweep(tmp_path, num_trials=3, search="random")
-    while (job := sweep.next()) is not None:
-        sweep.reach(job, FINISHED)
+    while (process := sweep.next()) is not None:
+        sweep.reach(process, FINISHED)
     _, middle, _ = sorted(float(point["optim.lr"]) for point in sweep.proposed)
     space = space_of(f"optim.lr=tag(log, interval({middle}, 1e-1))")[1]
-    sweep.plan = dataclasses.replace(sweep.plan, space=space)
+    sweep.setup = dataclasses.replace(sweep.setup, space=space)
     sweep.begin()
-    assert len(sweep.jobs) == 2
+    assert len(sweep.processes) == 2
     assert sweep.next() is not None
     assert len(look(sweep.folder)[1]) == 4
 
@@ -375,23 +391,23 @@ def test_a_crash_tells_the_search_nothing_and_a_divergence_that_the_point_is_bad
     crashed, diverged = sweep.next(), sweep.next()
     sweep.reach(crashed, FAILED, cause="crash")
     sweep.reach(diverged, FAILED, cause="non_finite")
-    assert [sweep.search._known(job).status for job in sweep.jobs] == [FAILED, STOPPED]
+    assert [sweep.search._known(process).status for process in sweep.processes] == [FAILED, STOPPED]
 
 
 def test_a_value_that_is_not_a_number_is_as_bad_as_can_be(tmp_path):
     sweep = Sweep(tmp_path)
-    job = sweep.next()
-    sweep.reach(job, FINISHED, [None])  # as JSON has it
-    assert sweep.search._known(job) == Known(job.trial.proposal, STOPPED)
+    process = sweep.next()
+    sweep.reach(process, FINISHED, [None])  # as JSON has it
+    assert sweep.search._known(process) == Known(process.trial.proposal, STOPPED)
     assert sweep.search.problem() is None
 
 
 def test_a_run_without_the_objective_ends_the_search_with_a_reason(tmp_path):
     sweep = Sweep(tmp_path)
-    job = sweep.next()
-    sweep.reach(job, FINISHED, metric="val_loss")
+    process = sweep.next()
+    sweep.reach(process, FINISHED, metric="val_loss")
     assert sweep.next() is None
-    assert f"{job.trial.name} has finished without val_accuracy" in sweep.search.problem()
+    assert f"{process.trial.name} has finished without val_accuracy" in sweep.search.problem()
     assert "sweep.metric" in sweep.search.problem()
 
 
@@ -403,21 +419,21 @@ def test_a_proposal_that_makes_no_good_config_fails_alone(tmp_path):
         return config, values
 
     sweep = Sweep(tmp_path, search="random", num_trials=40)
-    sweep.plan = dataclasses.replace(sweep.plan, compose=choosy)
+    sweep.setup = dataclasses.replace(sweep.setup, compose=choosy)
     sweep.begin()
-    while (job := sweep.next()) is not None:
-        if job.trial.status == WAITING:
-            sweep.reach(job, FINISHED)
-    failed = [job.trial for job in sweep.jobs if job.trial.status == FAILED]
+    while (process := sweep.next()) is not None:
+        if process.trial.status == WAITING:
+            sweep.reach(process, FINISHED)
+    failed = [process.trial for process in sweep.processes if process.trial.status == FAILED]
     assert {trial.error for trial in failed} == {"optim.lr is too much; and no good at all"}
     assert 0 < len(failed) < 20
 
 
-def test_a_proposal_is_in_the_ledger_before_its_trial_begins(tmp_path):
+def test_a_proposal_is_in_the_record_before_its_trial_begins(tmp_path):
     sweep = Sweep(tmp_path)
-    job = sweep.next()
-    assert [each.trial.proposal for each in look(sweep.folder)[1]] == [job.trial.proposal]
-    assert job.trial.name == f"optim.lr={job.trial.proposal['optim.lr']}"
+    process = sweep.next()
+    assert [each.trial.proposal for each in look(sweep.folder)[1]] == [process.trial.proposal]
+    assert process.trial.name == f"optim.lr={process.trial.proposal['optim.lr']}"
 
 
 # The command
@@ -426,7 +442,7 @@ def test_a_proposal_is_in_the_ledger_before_its_trial_begins(tmp_path):
 @pytest.fixture
 def command(monkeypatch, capsys, tmp_path):
     """Give the command; returns (exit code, stderr, what reached the grid or the search)."""
-    import ftexp.sweep.run.sweep
+    import ftexp.sweep.run.grid
     import ftexp.sweep.search.search
     from ftexp.train import main
 
@@ -436,7 +452,7 @@ def command(monkeypatch, capsys, tmp_path):
     reached = []
     monkeypatch.setattr(ftexp.sweep.search.search, "run_search", reached.append)
     monkeypatch.setattr(
-        ftexp.sweep.run.sweep, "run_sweep", lambda configs, jobs, _: reached.extend(jobs) or [0.0] * len(jobs)
+        ftexp.sweep.run.grid, "run_grid", lambda configs, jobs, _: reached.extend(jobs) or [0.0] * len(jobs)
     )
 
     def run(*words):
@@ -471,17 +487,17 @@ def test_hydras_own_grid_goes_through_the_launcher(command, words, jobs):
 def test_a_search_gets_its_settings_and_its_space(command):
     words = [RATE, "model=glob(resnet*)", "model.kwargs.depth=int(interval(1, 3))", "seed=7", "sweep.metric=val_loss"]
     settings = ["num_trials=9", "search=random", "seed=3", "scheduler=asha", "reduction_factor=2"]
-    code, err, (plan,) = command(
+    code, err, (setup,) = command(
         "-m", "hydra/sweeper=tune", *words, "sweep.mode=min", *(f"hydra.sweeper.{each}" for each in settings)
     )
     assert (code, err) == (0, "")
-    assert plan.settings == SearchConfig(
+    assert setup.settings == SearchConfig(
         num_trials=9, search="random", seed=3, scheduler="asha", grace_epochs=1, reduction_factor=2.0
     )
-    assert plan.keys == ["model", "model.kwargs.depth", "optim.lr"]
-    config, values = plan.compose([*plan.fixed, "model=resnet18", "++model.kwargs.depth=2", "optim.lr=0.005"])
+    assert setup.keys == ["model", "model.kwargs.depth", "optim.lr"]
+    config, values = setup.compose([*setup.fixed, "model=resnet18", "++model.kwargs.depth=2", "optim.lr=0.005"])
     assert (config.optim.lr, config.seed, config.model.kwargs) == (0.005, 7, {"depth": 2})
-    assert {key: values[key] for key in plan.keys} == {
+    assert {key: values[key] for key in setup.keys} == {
         "model": "resnet18", "model.kwargs.depth": "2", "optim.lr": "0.005",
     }  # fmt: skip
 
@@ -489,8 +505,8 @@ def test_a_search_gets_its_settings_and_its_space(command):
 def test_the_search_that_the_help_names_is_one(command):
     text = (config_dir() / "hydra" / "help" / "ftexp.yaml").read_text()
     (example,) = (line for line in text.splitlines() if "hydra/sweeper=tune" in line)
-    code, err, (plan,) = command(*shlex.split(example, comments=True)[3:])
-    assert (code, err, plan.keys, plan.num_trials) == (0, "", ["optim.lr"], 20)
+    code, err, (setup,) = command(*shlex.split(example, comments=True)[3:])
+    assert (code, err, setup.keys, setup.num_trials) == (0, "", ["optim.lr"], 20)
 
 
 TUNE = ["-m", "hydra/sweeper=tune"]
@@ -562,14 +578,15 @@ def test_a_wrong_search_is_told_with_key_value_and_fix(command, case):
         assert part in err
 
 
+@pytest.mark.parametrize("search", ["random", "tpe"])
 @pytest.mark.parametrize(
     ("found", "told"),
     [
         (None, "uv run --extra tune"),
-        ("2.10.1", "hydra.sweeper.search=tpe needs Optuna 5 or newer, and 2.10.1 is installed"),
+        ("2.10.1", "hydra/sweeper=tune needs Optuna 5 or newer, and 2.10.1 is installed"),
     ],
 )
-def test_tpe_without_a_current_optuna_is_told_and_random_does_without(command, monkeypatch, found, told):
+def test_a_search_without_a_current_optuna_is_told(command, monkeypatch, found, told, search):
     version = importlib.metadata.version
 
     def asked(name):
@@ -580,10 +597,9 @@ def test_tpe_without_a_current_optuna_is_told_and_random_does_without(command, m
         return found
 
     monkeypatch.setattr(importlib.metadata, "version", asked)
-    code, err, _ = command(*TUNE, RATE)
+    code, err, _ = command(*TUNE, RATE, f"hydra.sweeper.search={search}")
     assert code == 2
     assert told in err
-    assert command(*TUNE, RATE, "hydra.sweeper.search=random")[0] == 0
 
 
 def test_a_wrong_search_is_told_before_anything_heavy_is_imported(tmp_path):

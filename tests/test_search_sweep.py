@@ -12,7 +12,7 @@ from ftexp.sweep.search.proposing import Known, propose
 from ftexp.sweep.search.space import Interval
 
 # the first two draws are a rate that learns, and one that doesn't
-SEED = 7
+SEED = 36
 LOW, HIGH = 1e-8, 1e-2
 NUM_TRIALS = 2
 EPOCHS = 40  # seconds of training after what stops a trial

@@ -1,4 +1,4 @@
-"""The parts of a sweep without Ray: names, the ledger, what fits, the leaderboard, and what is refused."""
+"""The parts of a sweep without Ray: names, the record, what fits, the leaderboard, and what is refused."""
 
 import csv
 import io
@@ -20,14 +20,14 @@ from ftexp.config.schema import Config, ScalingConfig
 from ftexp.errors import ConfigError, SweepFailedError
 from ftexp.rundir.names import RUN_FILE
 from ftexp.rundir.state import FAILED, FINISHED, INTERRUPTED, RUNNING, RunState
-from ftexp.rundir.sweep_record import Ledger, Reached, Trial, look, read_ledger
+from ftexp.rundir.sweep_record import Reached, SweepRecord, Trial, look, read_sweep_record
 from ftexp.storage.directory import Storage
 from ftexp.storage.lease import Lease, is_held
 from ftexp.sweep.hydra.plugins import with_plugins
-from ftexp.sweep.run import sweep as sweeping
+from ftexp.sweep.run import grid, preparation
 from ftexp.sweep.run.identity import parse_words, swept_keys, trial_name
 from ftexp.sweep.run.records import Records
-from ftexp.sweep.run.runner import Job, Runner, config_of, fits, require_room
+from ftexp.sweep.run.runner import Runner, TrialProcess, config_of, failures_of, fits, require_room
 from ftexp.sweep.show.display import Display
 from ftexp.sweep.show.leaderboard import CSV_FILE, PNG_FILE, as_csv, publish, ranked, varying
 from ftexp.sweep.show.picture import draw
@@ -104,45 +104,45 @@ def test_trials_fit_beside_each_other_to_the_last_fraction():
 ONE_CPU = Workers(1, False, {"CPU": 1})
 
 
-def job(tmp_path, name="a", workers=ONE_CPU):
-    return Job(Trial(name=name, values={}, epochs=2), Config(), [], workers, Storage.at(str(tmp_path), name))
+def process(tmp_path, name="a", workers=ONE_CPU):
+    return TrialProcess(Trial(name=name, values={}, epochs=2), Config(), [], workers, Storage.at(str(tmp_path), name))
 
 
 def test_a_trial_that_can_never_fit_is_named(tmp_path):
-    (line,) = require_room([job(tmp_path), job(tmp_path, "b", Workers(3, False, {"CPU": 2}))], {"CPU": 4.0})
+    (line,) = require_room([process(tmp_path), process(tmp_path, "b", Workers(3, False, {"CPU": 2}))], {"CPU": 4.0})
     assert line == "b needs 6 CPU, and the cluster has 4 CPU"
 
 
 CHILD = """
 import pickle, sys
-order = pickle.load(sys.stdin.buffer)
-print("ftexp:", order)
+request = pickle.load(sys.stdin.buffer)
+print("ftexp:", request)
 {body}
 """
 
 
-def run(tmp_path, bodies, monkeypatch, most=None, capacity=2.0):
-    """Run a job for each body in place of a trial; returns the jobs and the order of their changes."""
+def run(tmp_path, bodies, monkeypatch, max_concurrent=None, capacity=2.0):
+    """Run a process for each body in place of a trial; returns the processes and the sequence of their changes."""
     import ftexp.sweep.run.runner as runner
 
-    jobs, changes = [], []
+    processes, changes = [], []
     for name in bodies:
-        jobs.append(job(tmp_path, name))
+        processes.append(process(tmp_path, name))
     script = tmp_path / "child.py"
-    branches = "".join(f"if order == {name!r}:\n{textwrap.indent(body, '    ')}\n" for name, body in bodies.items())
+    branches = "".join(f"if request == {name!r}:\n{textwrap.indent(body, '    ')}\n" for name, body in bodies.items())
     script.write_text(CHILD.format(body=branches))
     monkeypatch.setattr(runner, "_SCRIPT", script)
     Runner(
-        jobs, {"CPU": capacity}, most, [sys.executable], lambda each: each.trial.name,
+        processes, {"CPU": capacity}, max_concurrent, [sys.executable], lambda each: each.trial.name,
         lambda each: changes.append((each.trial.name, each.trial.status)), lambda: None,
     ).run()  # fmt: skip
-    return jobs, changes
+    return processes, changes
 
 
 def test_one_failure_is_its_own_and_has_a_reason(tmp_path, monkeypatch):
-    jobs, _ = run(tmp_path, {"good": "pass", "bad": "sys.exit(1)", "also": "pass"}, monkeypatch)
-    assert [each.trial.status for each in jobs] == [FINISHED, FAILED, FINISHED]
-    assert jobs[1].trial.error == "bad (exit code 1)"
+    processes, _ = run(tmp_path, {"good": "pass", "bad": "sys.exit(1)", "also": "pass"}, monkeypatch)
+    assert [each.trial.status for each in processes] == [FINISHED, FAILED, FINISHED]
+    assert processes[1].trial.error == "bad (exit code 1)"
 
 
 @pytest.mark.parametrize(
@@ -155,13 +155,13 @@ def test_one_failure_is_its_own_and_has_a_reason(tmp_path, monkeypatch):
 def test_a_driver_that_somebody_ends_is_started_again_as_often_as_failures_are_allowed(
     tmp_path, monkeypatch, end, told
 ):
-    jobs, changes = run(tmp_path, {"killed": end}, monkeypatch)
+    processes, changes = run(tmp_path, {"killed": end}, monkeypatch)
     assert changes.count(("killed", RUNNING)) == 1 + Config().failure.max_failures
-    assert (jobs[0].trial.status, jobs[0].trial.error) == (FAILED, told)
+    assert (processes[0].trial.status, processes[0].trial.error) == (FAILED, told)
 
 
 def test_a_trial_that_is_started_again_goes_on_whatever_resume_said(tmp_path):
-    never = job(tmp_path)
+    never = process(tmp_path)
     never.config.resume = "never"
     found = []
     for never.num_starts in (1, 2):
@@ -171,9 +171,9 @@ def test_a_trial_that_is_started_again_goes_on_whatever_resume_said(tmp_path):
 
 def test_a_trial_that_cannot_be_started_leaves_the_others_alone(tmp_path, monkeypatch):
     (tmp_path / "bad").write_text("where its run directory should be")
-    jobs, _ = run(tmp_path, {"good": "pass", "bad": "pass", "also": "pass"}, monkeypatch)
-    assert [each.trial.status for each in jobs] == [FINISHED, FAILED, FINISHED]
-    assert jobs[1].trial.error.startswith("it could not be started: [Errno ")
+    processes, _ = run(tmp_path, {"good": "pass", "bad": "pass", "also": "pass"}, monkeypatch)
+    assert [each.trial.status for each in processes] == [FINISHED, FAILED, FINISHED]
+    assert processes[1].trial.error.startswith("it could not be started: [Errno ")
 
 
 class Flaky(Storage):
@@ -189,7 +189,7 @@ class Flaky(Storage):
 
 def test_a_store_that_is_down_costs_a_sweep_nothing_but_the_wait(folder, monkeypatch):
     said, settled = [], []
-    records = Records(Flaky(folder.uri), ledger(trial("a")), lambda: settled.append(1), lambda *text: said.append(text))
+    records = Records(Flaky(folder.uri), record(trial("a")), lambda: settled.append(1), lambda *text: said.append(text))
     monkeypatch.setattr(Flaky, "is_down", True)
     for _ in range(2):
         with records.riding_out():
@@ -200,14 +200,16 @@ def test_a_store_that_is_down_costs_a_sweep_nothing_but_the_wait(folder, monkeyp
     with records.riding_out():
         records.write()
     assert records.is_written
-    assert [each.name for each in read_ledger(folder).trials] == ["a"]
+    assert [each.name for each in read_sweep_record(folder).trials] == ["a"]
     with pytest.raises(TypeError), records.riding_out():  # a bug is no outage
         raise TypeError
 
 
-@pytest.mark.parametrize(("most", "capacity", "at_once"), [(None, 2.0, 2), (1, 2.0, 1), (None, 1.0, 1), (3, 9.0, 3)])
-def test_no_more_run_at_once_than_fit_or_are_allowed(tmp_path, monkeypatch, most, capacity, at_once):
-    _, changes = run(tmp_path, dict.fromkeys("abcd", "pass"), monkeypatch, most, capacity)
+@pytest.mark.parametrize(
+    ("max_concurrent", "capacity", "at_once"), [(None, 2.0, 2), (1, 2.0, 1), (None, 1.0, 1), (3, 9.0, 3)]
+)
+def test_no_more_run_at_once_than_fit_or_are_allowed(tmp_path, monkeypatch, max_concurrent, capacity, at_once):
+    _, changes = run(tmp_path, dict.fromkeys("abcd", "pass"), monkeypatch, max_concurrent, capacity)
     running, highest = 0, 0
     for _, status in changes:
         running += 1 if status == RUNNING else -1
@@ -233,22 +235,22 @@ def test_sigterm_stops_every_trial_and_starts_no_other(tmp_path, monkeypatch):
 
     monkeypatch.setattr(runner, "_SCRIPT", tmp_path / "child.py")
     (tmp_path / "child.py").write_text(CHILD.format(body=STOPS))
-    jobs = [job(tmp_path, name) for name in "abc"]
+    processes = [process(tmp_path, name) for name in "abc"]
     asked = []
 
     def tick():
-        logs = [each.log for each in jobs[:2]]
+        logs = [each.log for each in processes[:2]]
         if not asked and all(log.exists() and "ready" in log.read_text() for log in logs):
             asked.append(Terminated())
 
-    run_until_terminated(jobs, tick, asked)
-    assert [each.trial.status for each in jobs] == [INTERRUPTED, INTERRUPTED, "waiting"]
-    assert all("stopped" in each.log.read_text() for each in jobs[:2])
+    run_until_terminated(processes, tick, asked)
+    assert [each.trial.status for each in processes] == [INTERRUPTED, INTERRUPTED, "waiting"]
+    assert all("stopped" in each.log.read_text() for each in processes[:2])
 
 
-def run_until_terminated(jobs, tick, asked):
+def run_until_terminated(processes, tick, asked):
     running = Runner(
-        jobs, {"CPU": 2.0}, None, [sys.executable], lambda each: each.trial.name, lambda _: None, tick, asked
+        processes, {"CPU": 2.0}, None, [sys.executable], lambda each: each.trial.name, lambda _: None, tick, asked
     )  # fmt: skip
     with pytest.raises(Terminated):
         running.run()
@@ -260,39 +262,40 @@ def test_what_a_trial_that_hangs_on_after_a_signal_gets_is_sigkill(tmp_path, mon
     monkeypatch.setattr(runner, "_SCRIPT", tmp_path / "child.py")
     monkeypatch.setattr(runner, "_END_WITHIN_S", 0.2)
     (tmp_path / "child.py").write_text(CHILD.format(body=STOPS.replace("sys.exit(75)", "return")))
-    jobs, asked = [job(tmp_path)], []
+    processes, asked = [process(tmp_path)], []
 
     def tick():
-        if not asked and jobs[0].log.exists() and "ready" in jobs[0].log.read_text():
+        if not asked and processes[0].log.exists() and "ready" in processes[0].log.read_text():
             asked.append(Terminated())
 
-    run_until_terminated(jobs, tick, asked)
-    assert jobs[0].trial.status == INTERRUPTED
+    run_until_terminated(processes, tick, asked)
+    assert processes[0].trial.status == INTERRUPTED
 
 
-def test_jobs_that_are_made_one_by_one_are_made_when_there_is_room_for_them(tmp_path, monkeypatch):
+def test_trials_that_are_proposed_one_by_one_are_proposed_when_there_is_room_for_them(tmp_path, monkeypatch):
     import ftexp.sweep.run.runner as runner
 
     monkeypatch.setattr(runner, "_SCRIPT", tmp_path / "child.py")
     (tmp_path / "child.py").write_text(CHILD.format(body=""))
-    names, jobs, running = list("abcd"), [], []
+    names, processes, running = list("abcd"), [], []
 
-    def more():
-        running.append(sum(each.process is not None for each in jobs))
+    def next_process():
+        running.append(sum(each.popen is not None for each in processes))
         if not names:
             return None
-        made = job(tmp_path, names.pop(0))
+        made = process(tmp_path, names.pop(0))
         if made.trial.name == "b":
             made.trial.status = FAILED  # as a proposal that makes no good config is
         return made
 
     changes = []
     Runner(
-        jobs, {"CPU": 2.0}, None, [sys.executable], lambda each: each.trial.name,
-        lambda each: changes.append((each.trial.name, each.trial.status)), lambda: None, more=more, least={"CPU": 1},
+        processes, {"CPU": 2.0}, None, [sys.executable], lambda each: each.trial.name,
+        lambda each: changes.append((each.trial.name, each.trial.status)), lambda: None,
+        next_process=next_process, min_needs={"CPU": 1},
     ).run()  # fmt: skip
-    assert [each.trial.name for each in jobs] == list("abcd")
-    assert [each.trial.status for each in jobs] == [FINISHED, FAILED, FINISHED, FINISHED]
+    assert [each.trial.name for each in processes] == list("abcd")
+    assert [each.trial.status for each in processes] == [FINISHED, FAILED, FINISHED, FINISHED]
     assert max(running) <= 1  # two fit
     assert ("b", FAILED) in changes
     assert ("b", RUNNING) not in changes
@@ -316,23 +319,23 @@ def test_a_trial_that_is_stopped_early_is_no_failure(tmp_path, monkeypatch, end,
     if end == "return":
         monkeypatch.setattr(runner, "_END_WITHIN_S", 0.2)
     (tmp_path / "child.py").write_text(CHILD.format(body=body))
-    jobs = [job(tmp_path)]
+    processes = [process(tmp_path)]
 
     def tick():
-        log = jobs[0].log
-        if jobs[0].trial.stopped_at is None and log.exists() and "ready" in log.read_text():
-            running.stop_early(jobs[0], 3)
+        log = processes[0].log
+        if processes[0].trial.stopped_at is None and log.exists() and "ready" in log.read_text():
+            running.stop_early(processes[0], 3)
 
-    running = Runner(jobs, {"CPU": 2.0}, None, [sys.executable], lambda each: "a", lambda _: None, tick)
+    running = Runner(processes, {"CPU": 2.0}, None, [sys.executable], lambda each: "a", lambda _: None, tick)
     running.run()
-    assert (jobs[0].trial.status, jobs[0].trial.stopped_at) == (status, None if status == FAILED else 3)
+    assert (processes[0].trial.status, processes[0].trial.stopped_at) == (status, None if status == FAILED else 3)
 
 
 def test_what_failed_is_listed_with_its_reason(tmp_path):
-    good, bad = job(tmp_path, "good"), job(tmp_path, "bad")
-    assert sweeping.failures_of([good, bad]) is None
+    good, bad = process(tmp_path, "good"), process(tmp_path, "bad")
+    assert failures_of([good, bad]) is None
     bad.trial.status, bad.trial.error = FAILED, "out of luck"
-    error = sweeping.failures_of([good, bad])
+    error = failures_of([good, bad])
     assert (str(error), error.exit_code) == ("1 of 2 trials failed:\nbad: out of luck", 1)
 
 
@@ -359,7 +362,7 @@ def test_a_bug_in_a_sweep_is_no_mistake_in_the_command(monkeypatch):
     def fail(*_):
         raise ValueError("of a bug")
 
-    monkeypatch.setattr(sweeping, "run_sweep", fail)
+    monkeypatch.setattr(grid, "run_grid", fail)
     monkeypatch.setattr("sys.argv", ["train.py"])
     with pytest.raises(ValueError, match="of a bug"):
         run_hydra(lambda _: None, with_plugins(["-m", "optim.lr=1e-3,3e-3"]))
@@ -368,19 +371,20 @@ def test_a_bug_in_a_sweep_is_no_mistake_in_the_command(monkeypatch):
 # What is seen
 
 
-def displayed(tmp_path, *jobs, terminal):
+def displayed(tmp_path, *processes, terminal):
     from rich.console import Console
 
     console = Console(file=io.StringIO(), force_terminal=terminal, width=100, height=20, highlight=False)
-    display = Display(Storage.at(str(tmp_path)), ledger(*(each.trial for each in jobs)), list(jobs), console)
-    for each in jobs:
+    shown = record(*(each.trial for each in processes))
+    display = Display(Storage.at(str(tmp_path)), shown, list(processes), len(processes), console)
+    for each in processes:
         display.changed(each)
     display.close()
     return console.file.getvalue()
 
 
 def test_without_a_terminal_each_change_is_a_line(tmp_path):
-    done, bad = job(tmp_path, "done"), job(tmp_path, "bad")
+    done, bad = process(tmp_path, "done"), process(tmp_path, "bad")
     done.trial.status, bad.trial.status, bad.trial.error = FINISHED, FAILED, "out of luck"
     finish(Storage.at(str(tmp_path)), "done", 0.75)
     lines = displayed(tmp_path, done, bad, terminal=False).splitlines()
@@ -391,11 +395,11 @@ def test_without_a_terminal_each_change_is_a_line(tmp_path):
 def test_of_a_trial_that_was_stopped_early_the_line_says_where_and_a_search_says_how_many_there_will_be(tmp_path):
     from rich.console import Console
 
-    behind, folder = job(tmp_path, "behind"), Storage.at(str(tmp_path))
+    behind, folder = process(tmp_path, "behind"), Storage.at(str(tmp_path))
     behind.trial.status, behind.trial.epochs = "stopped", 9
     finish(folder, "behind", 0.25, INTERRUPTED)
     console = Console(file=io.StringIO(), width=100, highlight=False)
-    display = Display(folder, ledger(behind.trial), [behind], console, total=20)
+    display = Display(folder, record(behind.trial), [behind], 20, console)
     display.header("tpe, seed 0")
     display.changed(behind)
     assert console.file.getvalue().splitlines()[1:] == [
@@ -406,7 +410,7 @@ def test_of_a_trial_that_was_stopped_early_the_line_says_where_and_a_search_says
 
 
 def test_a_terminal_shows_one_table_with_what_differs(tmp_path):
-    shown = job(tmp_path, "a")
+    shown = process(tmp_path, "a")
     shown.trial.status, shown.trial.values = RUNNING, {"model": "vit", "optim.lr": "[a,b]"}
     finish(Storage.at(str(tmp_path)), "a", 0.25, RUNNING)
     text = displayed(tmp_path, shown, terminal=True)
@@ -417,7 +421,7 @@ def test_a_terminal_shows_one_table_with_what_differs(tmp_path):
 def test_time_left_follows_the_epochs_of_this_call(tmp_path, monkeypatch):
     import ftexp.sweep.show.display as display
 
-    running = job(tmp_path)
+    running = process(tmp_path)
     running.trial.status, running.trial.epochs = RUNNING, 10
     running.began, running.began_at_epoch = 100.0, 4
     monkeypatch.setattr(display.time, "monotonic", lambda: 120.0)
@@ -427,7 +431,7 @@ def test_time_left_follows_the_epochs_of_this_call(tmp_path, monkeypatch):
     assert display.time_left(running, Reached(running.trial, RUNNING, state)) is None
 
 
-# The ledger
+# The record
 
 
 @pytest.fixture
@@ -443,8 +447,8 @@ def finish(folder, name, value, status=FINISHED):
     folder.child(name).write_bytes(RUN_FILE, json.dumps(dataclasses.asdict(state)).encode())
 
 
-def ledger(*trials):
-    return Ledger(name="grid", metric="val_accuracy", mode="max", keys=["model", "optim.lr"], trials=list(trials))
+def record(*trials):
+    return SweepRecord(name="grid", metric="val_accuracy", mode="max", keys=["model", "optim.lr"], trials=list(trials))
 
 
 def trial(name, status=FINISHED, **values):
@@ -452,14 +456,14 @@ def trial(name, status=FINISHED, **values):
 
 
 def test_what_a_dead_driver_left_running_is_interrupted_or_has_finished(folder):
-    ledger(trial("cut", RUNNING), trial("done", RUNNING), trial("new", "waiting"), trial("bad", FAILED)).write(folder)
+    record(trial("cut", RUNNING), trial("done", RUNNING), trial("new", "waiting"), trial("bad", FAILED)).write(folder)
     finish(folder, "cut", 0.1, RUNNING)
     finish(folder, "done", 0.2)
     assert [each.status for each in look(folder)[1]] == [INTERRUPTED, FINISHED, "waiting", FAILED]
 
 
-def test_while_the_driver_lives_its_ledger_is_what_counts(folder):
-    ledger(trial("a", RUNNING), trial("more epochs", "waiting")).write(folder)
+def test_while_the_driver_lives_its_record_is_what_counts(folder):
+    record(trial("a", RUNNING), trial("more epochs", "waiting")).write(folder)
     finish(folder, "more epochs", 0.1)
     lease = Lease.take(folder, key="sweep.name")
     try:
@@ -480,10 +484,10 @@ def test_a_claim_on_an_object_store_is_alive_while_it_beats(memory):
 
 
 def test_added_values_add_trials_and_the_others_stay(folder):
-    kept = ledger(trial("a"), trial("b"))
+    kept = record(trial("a"), trial("b"))
     kept.take_over([trial("b"), trial("c", "waiting")])
     kept.write(folder)
-    assert [each.name for each in read_ledger(folder).trials] == ["b", "c", "a"]
+    assert [each.name for each in read_sweep_record(folder).trials] == ["b", "c", "a"]
 
 
 # The leaderboard
@@ -498,18 +502,18 @@ def reached(name, value, status=FINISHED, **values):
 
 def test_the_best_comes_first_and_what_failed_last():
     trials = [reached("low", 0.1), reached("bad", 0.99, FAILED), reached("nan", float("nan")), reached("high", 0.9)]
-    assert [each.trial.name for each in ranked(ledger(), trials)] == ["high", "low", "bad", "nan"]
+    assert [each.trial.name for each in ranked(record(), trials)] == ["high", "low", "bad", "nan"]
     early = [*trials, reached("earlier", 0.05, "stopped"), reached("early", 0.95, "stopped")]
-    assert [each.trial.name for each in ranked(ledger(), early)] == ["high", "low", "early", "earlier", "bad", "nan"]
-    lowest = ledger()
+    assert [each.trial.name for each in ranked(record(), early)] == ["high", "low", "early", "earlier", "bad", "nan"]
+    lowest = record()
     lowest.mode = "min"
     assert [each.trial.name for each in ranked(lowest, trials)][:2] == ["low", "high"]
 
 
 def test_only_what_varies_is_a_column():
     trials = [reached("a", 0.1, model="vit"), reached("b", 0.2, model="resnet18")]
-    assert varying(ledger(), trials) == ["model"]
-    rows = list(csv.DictReader(io.StringIO(as_csv(ledger(), ranked(ledger(), trials)))))
+    assert varying(record(), trials) == ["model"]
+    rows = list(csv.DictReader(io.StringIO(as_csv(record(), ranked(record(), trials)))))
     assert [(row["trial"], row["model"], row["val_accuracy"]) for row in rows] == [
         ("b", "resnet18", "0.2"), ("a", "vit", "0.1"),
     ]  # fmt: skip
@@ -518,13 +522,13 @@ def test_only_what_varies_is_a_column():
 
 @pytest.mark.parametrize("values", [{}, {"model": "vit"}], ids=["one trial", "words"])
 def test_a_picture_is_drawn_of_any_number_of_trials(folder, values):
-    assert draw(folder, ledger(), [reached("a", 0.5, **values)]).startswith(b"\x89PNG")
+    assert draw(folder, record(), [reached("a", 0.5, **values)]).startswith(b"\x89PNG")
 
 
 def test_trials_without_the_objective_are_listed_and_not_drawn(folder, capsys):
     trials = [Reached(trial(name, **{"optim.lr": name}), FINISHED, RunState(name=name)) for name in ("0.1", "0.2")]
-    assert draw(folder, ledger(), trials).startswith(b"\x89PNG")
-    publish(folder, ledger(), trials, Console(width=120))
+    assert draw(folder, record(), trials).startswith(b"\x89PNG")
+    publish(folder, record(), trials, Console(width=120))
     assert "0.2" in capsys.readouterr().out
     assert folder.exists(CSV_FILE)
     assert not folder.exists(PNG_FILE)
@@ -534,12 +538,12 @@ def test_trials_without_the_objective_are_listed_and_not_drawn(folder, capsys):
 
 
 def plan(folder, *configs, retry_failed=True, before=(), keeps_stopped=False):
-    jobs = [
-        Job(Trial(name=name, values={}, epochs=2), config, [], Workers(1, False, {}), folder.child(name))
+    processes = [
+        TrialProcess(Trial(name=name, values={}, epochs=2), config, [], Workers(1, False, {}), folder.child(name))
         for name, config in configs
     ]
-    sweeping.mark_what_is_done(folder, jobs, retry_failed, ledger(*before), keeps_stopped)
-    return [each.trial.status for each in jobs]
+    preparation.mark_what_is_done(folder, processes, retry_failed, record(*before), keeps_stopped)
+    return [each.trial.status for each in processes]
 
 
 def config(**changes):

@@ -19,7 +19,7 @@ from ftexp.report.sweep_page import SweepReport
 from ftexp.report.write import write_report
 from ftexp.rundir.names import RUN_FILE
 from ftexp.rundir.state import FAILED, FINISHED, INTERRUPTED, RunState
-from ftexp.rundir.sweep_record import Ledger, Trial
+from ftexp.rundir.sweep_record import SweepRecord, Trial
 from ftexp.storage.directory import Storage
 
 
@@ -30,7 +30,7 @@ def folder(tmp_path):
 
 def write_sweep(folder, *trials, name="lr", keys=("optim.lr", "optim.name")):
     """`trials`: (name, values, status, the metric at each epoch, error)."""
-    ledger = Ledger(name=name, metric="val_accuracy", mode="max", keys=list(keys), started=1_700_000_000.0)
+    ledger = SweepRecord(name=name, metric="val_accuracy", mode="max", keys=list(keys), started=1_700_000_000.0)
     for own, values, status, scores, error in trials:
         ledger.trials.append(Trial(name=own, values=values, epochs=3, status=status, error=error))
         state = RunState(name=own, status=status, epoch=len(scores), seconds=12.5)
@@ -195,5 +195,5 @@ def test_the_command_takes_a_sweep_and_imports_nothing_heavy(folder, tmp_path):
 
 
 def test_a_sweep_of_which_nothing_has_begun_gives_a_page_too(folder):
-    Ledger(name="new", metric="val_accuracy", mode="max", keys=["seed"]).write(folder)
+    SweepRecord(name="new", metric="val_accuracy", mode="max", keys=["seed"]).write(folder)
     assert "0 of 0 finished" in SweepReport(folder, "report.html").html()

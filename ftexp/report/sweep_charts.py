@@ -11,7 +11,7 @@ from ftexp.report.drawing import Box, Dot, Drawing, Label, Line, Point
 from ftexp.report.series import Axis, Series, short
 from ftexp.report.text import cut
 from ftexp.rundir.ranking import has_place
-from ftexp.rundir.sweep_record import Ledger, Reached, curve
+from ftexp.rundir.sweep_record import Reached, SweepRecord, curve
 from ftexp.storage.directory import Storage
 
 _TOP, _BOTTOM, _SIDE = 52.0, 24.0, 46.0  # around the axes of the wide chart
@@ -45,7 +45,7 @@ class TrialLine:
         return cut(", ".join([score, *(f"{key}={value}" for key, value in self.values.items())]), 200)
 
 
-def trial_lines(ledger: Ledger, ordered: Sequence[Reached], keys: Sequence[str]) -> list[TrialLine]:
+def trial_lines(ledger: SweepRecord, ordered: Sequence[Reached], keys: Sequence[str]) -> list[TrialLine]:
     """The trials as charts show them; `ordered`: the best first."""
     return [
         TrialLine(
@@ -59,7 +59,7 @@ def trial_lines(ledger: Ledger, ordered: Sequence[Reached], keys: Sequence[str])
     ]
 
 
-def learning_curve(folder: Storage, ledger: Ledger, each: Reached) -> list[Point]:
+def learning_curve(folder: Storage, ledger: SweepRecord, each: Reached) -> list[Point]:
     """(epoch, metric) of a trial."""
     return [(float(epoch), value) for epoch, value in curve(folder, each.trial, ledger.metric)]
 

@@ -7,7 +7,7 @@ from ftexp.report.png import png
 from ftexp.report.source import read_run
 from ftexp.report.sweep_page import SweepReport
 from ftexp.rundir.metrics import write_metrics_csv
-from ftexp.rundir.sweep_record import read_ledger
+from ftexp.rundir.sweep_record import read_sweep_record
 from ftexp.storage.directory import Storage
 
 REPORT_FILE = "report.html"
@@ -23,7 +23,7 @@ def write_report(run_dir: Storage, target: Storage | None = None, name: str = RE
     """
     target = target or run_dir
     report: Report | SweepReport
-    if read_ledger(run_dir) is not None:
+    if read_sweep_record(run_dir) is not None:
         report = SweepReport(run_dir, REPORT_FILE)
     else:
         run = read_run(run_dir)

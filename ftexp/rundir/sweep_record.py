@@ -1,6 +1,6 @@
 """sweep.json: which trials there are, and how each try ended. Written by the sweep's driver alone.
 
-What a trial has reached is in its own run.json. So the ledger is right after a SIGKILL too: a trial that it has as
+What a trial has reached is in its own run.json. So the record is right after a SIGKILL too: a trial that it has as
 running, though nobody holds the sweep any more, was cut off; and one whose run.json says finished is.
 """
 
@@ -24,7 +24,7 @@ WAITING, STOPPED = "waiting", "stopped"  # stopped: early, since others do bette
 
 @dataclass(kw_only=True)
 class Trial:
-    """One job of a sweep."""
+    """One trial of a sweep."""
 
     name: str  # of its run directory, inside the sweep's
     values: dict[str, str]  # of the swept keys
@@ -36,7 +36,7 @@ class Trial:
 
 
 @dataclass(kw_only=True)
-class Ledger:
+class SweepRecord:
     """What sweep.json holds."""
 
     name: str
@@ -56,14 +56,14 @@ class Ledger:
         self.trials = [*trials, *(trial for trial in self.trials if trial.name not in names)]
 
 
-def read_ledger(folder: Storage) -> Ledger | None:
+def read_sweep_record(folder: Storage) -> SweepRecord | None:
     """What a sweep's directory says of its trials; None if there is no sweep in it."""
     try:
         content = json.loads(folder.read_bytes(SWEEP_FILE))
     except FileNotFoundError:
         return None
     content["trials"] = [Trial(**trial) for trial in content["trials"]]
-    return Ledger(**content)
+    return SweepRecord(**content)
 
 
 @dataclass(frozen=True)
@@ -89,17 +89,17 @@ class Reached:
         return self.state.epoch if self.state is not None else 0
 
 
-def look(folder: Storage) -> tuple[Ledger, list[Reached]]:
+def look(folder: Storage) -> tuple[SweepRecord, list[Reached]]:
     """A sweep as it is now, whether or not it is running; ConfigError if there is none."""
-    ledger = read_ledger(folder)
-    if ledger is None:
+    record = read_sweep_record(folder)
+    if record is None:
         raise ConfigError(f"{folder.uri} has no {SWEEP_FILE}: give the directory of a sweep")
     is_alive = is_held(folder)
-    return ledger, [reached(folder, trial, is_alive) for trial in ledger.trials]
+    return record, [reached(folder, trial, is_alive) for trial in record.trials]
 
 
 def reached(folder: Storage, trial: Trial, is_alive: bool) -> Reached:
-    """A trial as it is now; `is_alive`: whether the driver that keeps the ledger is at work."""
+    """A trial as it is now; `is_alive`: whether the driver that keeps the record is at work."""
     state = read_state(folder.child(trial.name))
     status = trial.status
     if not is_alive and state is not None and state.status == FINISHED and status != FAILED:

@@ -50,10 +50,10 @@ class SweepLauncher(Launcher):
         composed = [compose(self._context, self._config, words) for words in job_overrides]
         configs = checked(composed, job_overrides)
         jobs = [parse_words(words, config) for words, config in zip(job_overrides, composed, strict=True)]
-        from ftexp.sweep.run.sweep import run_sweep
+        from ftexp.sweep.run.grid import run_grid  # late, since it imports NumPy, and every command imports this module
 
         with past_composing():
-            values = run_sweep(configs, jobs, [list(words) for words in job_overrides])
+            values = run_grid(configs, jobs, [list(words) for words in job_overrides])
         return [_returned(value) for value in values]
 
 

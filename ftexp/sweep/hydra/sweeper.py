@@ -60,10 +60,10 @@ class TuneSweeper(Sweeper):
         ]
         if problems:
             raise ConfigError("\n".join(dict.fromkeys(problems)))
-        from ftexp.sweep.search.search import Plan, run_search
+        from ftexp.sweep.search.search import SearchSetup, run_search  # late, since it imports Optuna
 
         with past_composing():
-            run_search(Plan(self._settings, space, fixed, configs, self._compose))
+            run_search(SearchSetup(self._settings, space, fixed, configs, self._compose))
 
     def _compose(self, words: list[str]) -> tuple[Config, dict[str, str]]:
         composed = compose(self._context, self._config, words)
@@ -93,7 +93,7 @@ class TuneSweeper(Sweeper):
             for name, default in (("grace_epochs", 1), ("reduction_factor", 3.0)):
                 if (value := getattr(settings, name)) != default:
                     problems.append(f"{_KEY}.{name}={value} is for {_KEY}.scheduler=asha: set that, or take it out")
-        if settings.search == "tpe" and (lacking := _lacking_optuna()) is not None:
+        if (lacking := _lacking_optuna()) is not None:
             problems.append(lacking)
         return problems
 
@@ -129,11 +129,11 @@ def _unlike(config: Config, first: Config, is_halved: bool) -> list[str]:
 
 
 def _lacking_optuna() -> str | None:
-    wanted = f"{_KEY}.search=tpe needs Optuna {_OPTUNA}"
+    wanted = f"hydra/sweeper=tune needs Optuna {_OPTUNA}"
     try:
         found = importlib.metadata.version("optuna")
     except importlib.metadata.PackageNotFoundError:
-        return f"{wanted}: uv run --extra tune ..., or pip install 'ftexp[tune]'; search=random does without"
+        return f"{wanted}: uv run --extra tune ..., or pip install 'ftexp[tune]'"
     if int(found.split(".")[0]) < _OPTUNA:
         return f"{wanted} or newer, and {found} is installed: pip install 'optuna>={_OPTUNA}'"
     return None

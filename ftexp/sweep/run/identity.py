@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 _UNSAFE = re.compile(r"[^A-Za-z0-9._=,+-]+")  # for folders, and for object stores' keys
-_LONGEST = 100  # characters; file systems take 255, and Ray adds to it
+_MAX_LENGTH = 100  # characters; file systems take 255, and Ray adds to it
 _NOT_OF_A_TRIAL = ("sweep.", "run.", "hydra.", "hydra/")
 
 
@@ -36,9 +36,9 @@ def trial_name(job: dict[str, str], swept: Sequence[str]) -> str:
     """A name for a folder: readable, and with a hash where it would be long or hold what folders can't."""
     text = ",".join(f"{key}={job[key]}" for key in sorted(swept) if key in job) or "default"
     safe = _UNSAFE.sub("-", text)
-    if safe == text and len(text) <= _LONGEST:
+    if safe == text and len(text) <= _MAX_LENGTH:
         return text
-    return f"{safe[: _LONGEST - 9].rstrip('.-,')}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    return f"{safe[: _MAX_LENGTH - 9].rstrip('.-,')}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def _compact(value: Any) -> str:

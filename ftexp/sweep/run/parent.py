@@ -9,7 +9,7 @@ from ftexp.config.schema import Config
 from ftexp.registry import load_plugins
 from ftexp.rundir.ranking import ranked
 from ftexp.rundir.state import FAILED, FINISHED, INTERRUPTED
-from ftexp.rundir.sweep_record import Ledger, reached
+from ftexp.rundir.sweep_record import SweepRecord, reached
 from ftexp.storage.directory import Storage
 from ftexp.sweep.show.display import Display
 from ftexp.trackers.follower import described
@@ -18,7 +18,7 @@ from ftexp.trackers.run import Trackers, check_names, shown, tracked_run
 
 
 @contextlib.contextmanager
-def tracked_sweep(config: Config, folder: Storage, ledger: Ledger, display: Display) -> Iterator[None]:
+def tracked_sweep(config: Config, folder: Storage, record: SweepRecord, display: Display) -> Iterator[None]:
     """Tell the trackers of the sweep that runs in this block. They hear of trials from the trials alone.
 
     UnknownNameError if a tracker isn't registered.
@@ -29,8 +29,8 @@ def tracked_sweep(config: Config, folder: Storage, ledger: Ledger, display: Disp
         return
     load_plugins(config.plugins)
     check_names(names)
-    params = {"trials over": ", ".join(ledger.keys), "metric": ledger.metric, "mode": ledger.mode}
-    run = tracked_run(config, folder, ledger.name, ledger.started, params=params)
+    params = {"trials over": ", ".join(record.keys), "metric": record.metric, "mode": record.mode}
+    run = tracked_run(config, folder, record.name, record.started, params=params)
     parents = Trackers(
         config.tracker, run, folder, lambda: (), [name for name in names if trackers.get(name).has_parents]
     )
@@ -43,16 +43,16 @@ def tracked_sweep(config: Config, folder: Storage, ledger: Ledger, display: Disp
         status = INTERRUPTED
         raise
     finally:
-        parents.end(_outcome(folder, ledger, status))
+        parents.end(_outcome(folder, record, status))
         for failure in parents.wait():
             display.say(described(failure), "yellow")
 
 
-def _outcome(folder: Storage, ledger: Ledger, status: str) -> Outcome:
-    found = [reached(folder, trial, is_alive=True) for trial in ledger.trials]
+def _outcome(folder: Storage, record: SweepRecord, status: str) -> Outcome:
+    found = [reached(folder, trial, is_alive=True) for trial in record.trials]
     tags = {"trials": str(len(found)), "finished": str(sum(each.status == FINISHED for each in found))}
-    best = next(iter(ranked(ledger, found)), None)
-    if best is not None and (value := best.value(ledger.metric)) is not None:
-        tags |= {"best_trial": best.trial.name, f"best.{ledger.metric}": str(value)}
+    best = next(iter(ranked(record, found)), None)
+    if best is not None and (value := best.value(record.metric)) is not None:
+        tags |= {"best_trial": best.trial.name, f"best.{record.metric}": str(value)}
         tags["best_run"] = shown(folder.child(best.trial.name))
     return Outcome(status=status, tags=tags)

@@ -1,27 +1,27 @@
-"""The ledger of a sweep that runs, also while its store is down: trials ride that out, and so does what starts them."""
+"""The record of a sweep that runs, also while its store is down: trials ride that out, and so does what starts them."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
 
-from ftexp.rundir.sweep_record import Ledger
+from ftexp.rundir.sweep_record import SweepRecord
 from ftexp.storage.directory import Storage
 
 
 class Records:
-    """Writes the ledger down, now or as soon as that is possible again."""
+    """Writes the record down, now or as soon as that is possible again."""
 
     def __init__(
-        self, folder: Storage, ledger: Ledger, settle: Callable[[], None], say: Callable[[str, str], None]
+        self, folder: Storage, record: SweepRecord, settle: Callable[[], None], say: Callable[[str, str], None]
     ) -> None:
         """`settle` comes before each writing; `say(text, style)` is told of an outage, once."""
-        self._folder, self._ledger, self._settle, self._say = folder, ledger, settle, say
+        self._folder, self._record, self._settle, self._say = folder, record, settle, say
         self.is_written = True
 
     @contextlib.contextmanager
     def riding_out(self) -> Iterator[None]:
-        """Have an OSError of this block take nothing from the trials; the ledger is then to be written again."""
+        """Have an OSError of this block take nothing from the trials; the record is then to be written again."""
         try:
             yield
         except OSError as error:
@@ -32,5 +32,5 @@ class Records:
     def write(self) -> None:
         """Bring sweep.json up to date; OSError if that can't be."""
         self._settle()
-        self._ledger.write(self._folder)
+        self._record.write(self._folder)
         self.is_written = True

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,22 +21,22 @@ from ftexp.cli.exit_codes import EXIT_INTERRUPTED, EXIT_TERMINATED
 from ftexp.cluster.interruptible import STOP_GRACE_S, Terminated
 from ftexp.cluster.resources import Workers
 from ftexp.config.schema import Config
-from ftexp.errors import RayLostError
+from ftexp.errors import RayLostError, SweepFailedError
 from ftexp.rundir.state import FAILED, FINISHED, INTERRUPTED, RUNNING, read_state
 from ftexp.rundir.sweep_record import STOPPED, WAITING, Trial
 from ftexp.storage.directory import Storage
-from ftexp.sweep.run.trial import Order
+from ftexp.sweep.run.trial import TrialRequest
 
 _SCRIPT = Path(__file__).with_name("trial.py")
 _LOOK_EVERY_S = 0.1
-_MOST_RESTARTS = 3  # of a driver that was killed, whatever failure.max_failures allows
+_MAX_RESTARTS = 3  # of a driver that was killed, whatever failure.max_failures allows
 _CLOSE_WITHIN_S = 15.0  # after the death of Ray
 _END_WITHIN_S = STOP_GRACE_S + 15.0  # of being asked to stop; then trials are killed
 LOG_FILE = "train.log"
 
 
 @dataclass
-class Job:
+class TrialProcess:
     """A trial with what it takes to run it."""
 
     trial: Trial
@@ -44,7 +44,7 @@ class Job:
     overrides: list[str]
     workers: Workers
     run_dir: Storage
-    process: subprocess.Popen[bytes] | None = None
+    popen: subprocess.Popen[bytes] | None = None
     began: float = 0.0  # time.monotonic() of its start in this call
     began_at_epoch: int = 0
     num_starts: int = 0
@@ -68,16 +68,16 @@ class Job:
 class Runner:
     """Starts, watches and stops trials. `changed` is told of every change of a trial's status."""
 
-    jobs: list[Job]
+    processes: list[TrialProcess]
     capacity: dict[str, float]  # of the cluster
-    most: int | None  # trials at once
+    max_concurrent: int | None  # trials at once
     python: list[str]  # a command line up to the script
-    order: Callable[[Job], Order]
-    changed: Callable[[Job], None]
+    request: Callable[[TrialProcess], TrialRequest]
+    changed: Callable[[TrialProcess], None]
     tick: Callable[[], None]  # called ten times a second
     asked: list[KeyboardInterrupt] = field(default_factory=list)  # signals, as they come
-    more: Callable[[], Job | None] = lambda: None  # a job that isn't among them yet, once there is room for it
-    least: dict[str, float] = field(default_factory=dict)  # what such a job takes at the least
+    next_process: Callable[[], TrialProcess | None] = lambda: None  # another, once there is room for it
+    min_needs: dict[str, float] = field(default_factory=dict)  # of such a process, at least
     lost: Callable[[], str | None] = lambda: None  # why the trials' Ray is no more, if it isn't
     _num_told: int = 0
     _kill_at: float = float("inf")
@@ -96,32 +96,32 @@ class Runner:
                 if (reason := self.lost()) is not None:
                     self._let_all_end()
                     raise self.asked[0] if self.asked else RayLostError(reason)
-                for job in self._running():
-                    assert job.process is not None
-                    if (code := job.process.poll()) is not None:
-                        self._ended(job, code)
-                    elif time.monotonic() > job.kill_at:
-                        job.process.kill()
+                for process in self._running():
+                    assert process.popen is not None
+                    if (code := process.popen.poll()) is not None:
+                        self._ended(process, code)
+                    elif time.monotonic() > process.kill_at:
+                        process.popen.kill()
                 self._start_what_fits()
         finally:
             self._kill_all()  # none, unless something here raised
         if self.asked:
             raise self.asked[0]
 
-    def _running(self) -> list[Job]:
-        return [job for job in self.jobs if job.process is not None]
+    def _running(self) -> list[TrialProcess]:
+        return [process for process in self.processes if process.popen is not None]
 
-    def _waiting(self) -> list[Job]:
-        return [job for job in self.jobs if job.trial.status == WAITING]
+    def _waiting(self) -> list[TrialProcess]:
+        return [process for process in self.processes if process.trial.status == WAITING]
 
     def _start_what_fits(self) -> None:
         if self.asked:
             return
-        for job in self._waiting():
-            if self._has_room(job.needs):
-                self._start(job)
-        while not self._waiting() and self._has_room(self.least) and (new := self.more()) is not None:
-            self.jobs.append(new)
+        for process in self._waiting():
+            if self._has_room(process.needs):
+                self._start(process)
+        while not self._waiting() and self._has_room(self.min_needs) and (new := self.next_process()) is not None:
+            self.processes.append(new)
             if new.trial.status != WAITING:  # there is nothing to run
                 self.changed(new)
             elif self._has_room(new.needs):
@@ -129,81 +129,81 @@ class Runner:
 
     def _has_room(self, needs: dict[str, float]) -> bool:
         running = self._running()
-        if self.most is not None and len(running) >= self.most:
+        if self.max_concurrent is not None and len(running) >= self.max_concurrent:
             return False
         # nothing running: let Ray find out, and tell, if the cluster has shrunk
         return not running or fits(needs, self.capacity, [other.needs for other in running])
 
-    def stop_early(self, job: Job, epoch: int) -> None:
+    def stop_early(self, process: TrialProcess, epoch: int) -> None:
         """Have a trial that runs end after a last save, because of its value after `epoch`; that is no failure."""
-        assert job.process is not None
-        job.trial.stopped_at, job.kill_at = epoch, time.monotonic() + _END_WITHIN_S
-        job.process.send_signal(signal.SIGINT)
+        assert process.popen is not None
+        process.trial.stopped_at, process.kill_at = epoch, time.monotonic() + _END_WITHIN_S
+        process.popen.send_signal(signal.SIGINT)
 
-    def _start(self, job: Job) -> None:
-        job.num_starts += 1
+    def _start(self, process: TrialProcess) -> None:
+        process.num_starts += 1
         try:
-            self._launch(job)
+            self._launch(process)
         except OSError as error:  # of the disk that its output goes to, or of the store
-            self._set(job, FAILED, f"it could not be started: {error}")
+            self._set(process, FAILED, f"it could not be started: {error}")
             return
-        self._set(job, RUNNING)
+        self._set(process, RUNNING)
 
-    def _launch(self, job: Job) -> None:
-        job.log.parent.mkdir(parents=True, exist_ok=True)
-        state = read_state(job.run_dir)
-        job.began, job.began_at_epoch = time.monotonic(), state.epoch if state is not None else 0
-        with job.log.open("ab") as log:
-            job.process = subprocess.Popen(
+    def _launch(self, process: TrialProcess) -> None:
+        process.log.parent.mkdir(parents=True, exist_ok=True)
+        state = read_state(process.run_dir)
+        process.began, process.began_at_epoch = time.monotonic(), state.epoch if state is not None else 0
+        with process.log.open("ab") as log:
+            process.popen = subprocess.Popen(
                 [*self.python, str(_SCRIPT), json.dumps(sys.path)],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C in a terminal is the sweep's, which passes it on once
             )
-        assert job.process.stdin is not None
+        assert process.popen.stdin is not None
         try:
-            job.process.stdin.write(pickle.dumps(self.order(job)))
-            job.process.stdin.flush()
+            process.popen.stdin.write(pickle.dumps(self.request(process)))
+            process.popen.stdin.flush()
         except BrokenPipeError:  # its end tells
             pass
 
-    def _ended(self, job: Job, code: int) -> None:
-        assert job.process is not None
-        assert job.process.stdin is not None
-        job.process.stdin.close()
-        job.process = None
+    def _ended(self, process: TrialProcess, code: int) -> None:
+        assert process.popen is not None
+        assert process.popen.stdin is not None
+        process.popen.stdin.close()
+        process.popen = None
         told_to_end = (EXIT_INTERRUPTED, EXIT_TERMINATED, -signal.SIGINT, -signal.SIGTERM, -signal.SIGKILL)
         was_ended = code < 0 or code in told_to_end  # by a signal, from here or from elsewhere
-        stopped_early = job.trial.stopped_at is not None and was_ended
+        stopped_early = process.trial.stopped_at is not None and was_ended
         if code != 0 and not stopped_early:
-            job.trial.stopped_at = None  # it failed, or was killed, before it heard of it
+            process.trial.stopped_at = None  # it failed, or was killed, before it heard of it
         if code == 0:
-            self._set(job, FINISHED)
+            self._set(process, FINISHED)
         elif stopped_early:
-            self._set(job, STOPPED)
+            self._set(process, STOPPED)
         elif self.asked and code in told_to_end:
-            self._set(job, INTERRUPTED)
-        elif was_ended and job.num_starts <= self._restarts(job):
-            self._set(job, WAITING)  # somebody ended its driver: it goes on from its last save, as the command would
+            self._set(process, INTERRUPTED)
+        elif was_ended and process.num_starts <= self._restarts(process):
+            self._set(process, WAITING)  # somebody ended its driver: it resumes, as the command would
         else:
-            self._set(job, FAILED, _reason(job, code))
+            self._set(process, FAILED, _reason(process, code))
 
-    def _restarts(self, job: Job) -> int:
-        allowed = job.config.failure.max_failures
-        return _MOST_RESTARTS if allowed == -1 else min(allowed, _MOST_RESTARTS)
+    def _restarts(self, process: TrialProcess) -> int:
+        allowed = process.config.failure.max_failures
+        return _MAX_RESTARTS if allowed == -1 else min(allowed, _MAX_RESTARTS)
 
-    def _set(self, job: Job, status: str, error: str | None = None) -> None:
-        job.trial.status, job.trial.error = status, error
-        self.changed(job)
+    def _set(self, process: TrialProcess, status: str, error: str | None = None) -> None:
+        process.trial.status, process.trial.error = status, error
+        self.changed(process)
 
     def _pass_signals_on(self) -> None:
         """Every signal goes to every trial: the first asks for a last save, the second ends them at once."""
         for interrupt in self.asked[self._num_told :]:
             number = signal.SIGTERM if isinstance(interrupt, Terminated) else signal.SIGINT
-            for job in self._running():
-                assert job.process is not None
-                job.process.send_signal(number)
+            for process in self._running():
+                assert process.popen is not None
+                process.popen.send_signal(number)
             self._kill_at = min(self._kill_at, time.monotonic() + _END_WITHIN_S)
         self._num_told = len(self.asked)
         if time.monotonic() > self._kill_at:
@@ -212,23 +212,23 @@ class Runner:
     def _let_all_end(self) -> None:
         """Have trials that have lost their Ray, as each notices by itself, close their records; then kill them."""
         ends_by = time.monotonic() + _CLOSE_WITHIN_S
-        for job in self._running():
-            assert job.process is not None
+        for process in self._running():
+            assert process.popen is not None
             with contextlib.suppress(subprocess.TimeoutExpired):
-                job.process.wait(max(0.0, ends_by - time.monotonic()))
-            job.process.kill()
-            job.process = None
-            self._set(job, INTERRUPTED)
+                process.popen.wait(max(0.0, ends_by - time.monotonic()))
+            process.popen.kill()
+            process.popen = None
+            self._set(process, INTERRUPTED)
 
     def _kill_all(self) -> None:
-        for job in self._running():
-            assert job.process is not None
-            os.kill(job.process.pid, signal.SIGKILL)
+        for process in self._running():
+            assert process.popen is not None
+            os.kill(process.popen.pid, signal.SIGKILL)
 
 
-def config_of(job: Job) -> Config:
+def config_of(process: TrialProcess) -> Config:
     """A trial's; one that is started again goes on, whatever `resume` said of the first time."""
-    return job.config if job.num_starts == 1 else dataclasses.replace(job.config, resume="auto")
+    return process.config if process.num_starts == 1 else dataclasses.replace(process.config, resume="auto")
 
 
 def fits(needs: dict[str, float], capacity: dict[str, float], taken: list[dict[str, float]]) -> bool:
@@ -239,24 +239,38 @@ def fits(needs: dict[str, float], capacity: dict[str, float], taken: list[dict[s
     )
 
 
-def _reason(job: Job, code: int) -> str:
+def _reason(process: TrialProcess, code: int) -> str:
     """Why a trial failed: what its run.json says, else the last that it printed."""
     with contextlib.suppress(OSError):  # a store that is down now
-        state = read_state(job.run_dir)
+        state = read_state(process.run_dir)
         if state is not None and state.status == FAILED and state.error:
             return state.error
     if code < 0:
         return f"its driver was killed by {signal.Signals(-code).name}"
-    lines = [line for line in job.log.read_text(errors="replace").splitlines() if line.strip()]
+    lines = [line for line in process.log.read_text(errors="replace").splitlines() if line.strip()]
     return f"{lines[-1].removeprefix('ftexp: ') if lines else 'nothing was printed'} (exit code {code})"
 
 
-def require_room(jobs: list[Job], capacity: dict[str, float]) -> list[str]:
+def failures_of(processes: Sequence[TrialProcess]) -> SweepFailedError | None:
+    """Each failed trial with its reason, in a line; None if none failed."""
+    failed = [process.trial for process in processes if process.trial.status == FAILED]
+    if not failed:
+        return None
+    title = f"{len(failed)} of {len(processes)} trials failed:"
+    return SweepFailedError("\n".join([title, *(f"{trial.name}: {trial.error}" for trial in failed)]))
+
+
+def max_threads(processes: Sequence[TrialProcess]) -> int:
+    """Threads of the widest worker of any trial: one preloaded process serves them all."""
+    return max(process.workers.num_threads for process in processes)
+
+
+def require_room(processes: Sequence[TrialProcess], capacity: dict[str, float]) -> list[str]:
     """A line for each trial that the cluster could never hold."""
     return [
-        f"{job.trial.name} needs {_named(job.needs)}, and the cluster has {_named(capacity, job.needs)}"
-        for job in jobs
-        if not fits(job.needs, capacity, [])
+        f"{process.trial.name} needs {_named(process.needs)}, and the cluster has {_named(capacity, process.needs)}"
+        for process in processes
+        if not fits(process.needs, capacity, [])
     ]
 
 

@@ -4,108 +4,90 @@ from __future__ import annotations
 
 import contextlib
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import ray
 
 from ftexp.cli.exit_codes import interrupted_code
 from ftexp.cluster.hot_start.driver import HotStart, on_joined_nodes
 from ftexp.cluster.interruptible import collected_signals
-from ftexp.cluster.ray_cluster import SharedRay, import_meanwhile, start_ray
+from ftexp.cluster.ray_cluster import SharedRay, start_ray
 from ftexp.cluster.resources import may_stream
 from ftexp.config.machine import usable_cpus
 from ftexp.config.schema import Config
 from ftexp.errors import ConfigError, RayLostError
 from ftexp.rundir.state import FINISHED
-from ftexp.rundir.sweep_record import Ledger, reached
+from ftexp.rundir.sweep_record import SweepRecord, reached
 from ftexp.storage.directory import Storage
 from ftexp.sweep.run.parent import tracked_sweep
+from ftexp.sweep.run.proposer import Proposer
 from ftexp.sweep.run.records import Records
-from ftexp.sweep.run.runner import Job, Runner, config_of, require_room
-from ftexp.sweep.run.sweep import failures_of, most_threads
-from ftexp.sweep.run.trial import Order
+from ftexp.sweep.run.runner import Runner, TrialProcess, config_of, failures_of, max_threads, require_room
+from ftexp.sweep.run.trial import TrialRequest
 from ftexp.sweep.show.display import Display
 from ftexp.sweep.show.leaderboard import publish
-
-if TYPE_CHECKING:
-    from ftexp.sweep.search.search import Search
 
 _LOOK_EVERY_S, _LOOK_EVERY_REMOTE_S = 1.0, 10.0  # at the run directories of running trials
 
 
 def run_trials(
-    folder: Storage,
-    ledger: Ledger,
-    jobs: list[Job],
-    share: int,
-    hot_start: HotStart | None,
-    search: Search | None = None,
+    folder: Storage, record: SweepRecord, proposer: Proposer, share: int, hot_start: HotStart | None
 ) -> list[float | None]:
-    """Run the trials that wait; returns the objective of each job. Every way out leaves the ledger right.
+    """Run the trials that wait and those yet to be proposed; the objective of each. The record is right at every exit.
 
-    search: what adds more of them to `jobs`.
     hot_start: what trials' drivers are forked by, whoever started Ray, and their workers, if that is done here; None if
     no trial waits.
     SweepFailedError if trials failed, ConfigError if one can never fit, SystemExit after a signal.
     """
-    display = Display(folder, ledger, jobs, total=search.plan.num_trials if search is not None else None)
-    display.header(search.plan.describe() if search is not None else None)
+    processes = proposer.processes
+    display = Display(folder, record, processes, proposer.num_trials)
+    display.header(proposer.description)
     if hot_start is not None:
         try:
-            like = search.probes if search is not None else jobs
-            with tracked_sweep(like[0].config, folder, ledger, display):
-                _with_ray(folder, ledger, jobs, share, display, hot_start, search)
+            with tracked_sweep(proposer.probes[0].config, folder, record, display):
+                _with_ray(folder, record, proposer, share, display, hot_start)
         except KeyboardInterrupt as interrupt:
             display.close()
-            display.say(f"stopped; the same command with sweep.name={ledger.name} goes on")
+            display.say(f"stopped; the same command with sweep.name={record.name} goes on")
             raise SystemExit(interrupted_code(interrupt)) from None
         except RayLostError as error:
-            raise RayLostError(f"{error}; the same command with sweep.name={ledger.name} goes on") from error
+            raise RayLostError(f"{error}; the same command with sweep.name={record.name} goes on") from error
         finally:
             display.close()
-            ledger.write(folder)
+            record.write(folder)
     else:
-        ledger.write(folder)
-    trials = [reached(folder, trial, is_alive=True) for trial in ledger.trials]
-    publish(folder, ledger, trials, display.console)
-    if (failure := failures_of(jobs)) is not None:
+        record.write(folder)
+    trials = [reached(folder, trial, is_alive=True) for trial in record.trials]
+    publish(folder, record, trials, display.console)
+    if (failure := failures_of(processes)) is not None:
         raise failure
-    by_name = {each.trial.name: each.value(ledger.metric) for each in trials if each.status == FINISHED}
-    return [by_name.get(job.trial.name) for job in jobs]
+    by_name = {each.trial.name: each.value(record.metric) for each in trials if each.status == FINISHED}
+    return [by_name.get(process.trial.name) for process in processes]
 
 
 def _with_ray(
-    folder: Storage,
-    ledger: Ledger,
-    jobs: list[Job],
-    share: int,
-    display: Display,
-    hot_start: HotStart,
-    search: Search | None,
+    folder: Storage, record: SweepRecord, proposer: Proposer, share: int, display: Display, hot_start: HotStart
 ) -> None:
     """Start or join Ray, and run."""
-    like = search.probes if search is not None else jobs  # every trial's needs are among those of these
-    config = _widest(like)
+    probes, processes = proposer.probes, proposer.processes
+    config = _widest(probes)
     is_own = config.scaling.address is None
-    importing = import_meanwhile("ray.tune.search.optuna") if search is not None else None
     try:
         with hot_start.raylet_settings() if is_own else contextlib.nullcontext():
             running = start_ray(config)
         capacity = dict(ray.cluster_resources())
         if is_own:
             capacity["CPU"] = usable_cpus()  # what decodes is counted on top
-        if too_large := require_room(like, capacity):
+        if too_large := require_room(probes, capacity):
             raise ConfigError("\n".join(["trials that can never run:", *too_large]))
         address = ray.get_runtime_context().gcs_address
         runtime_env, why_cold = hot_start.runtime_env(), None
         if not is_own:
-            runtime_env, why_cold = on_joined_nodes(config.scaling, most_threads(like))
+            runtime_env, why_cold = on_joined_nodes(config.scaling, max_threads(probes))
         shared = SharedRay(address, runtime_env, why_cold, share)
         interval_s = _LOOK_EVERY_S if folder.local_path is not None else _LOOK_EVERY_REMOTE_S
         looked = 0.0
-
-        settle = search.settle if search is not None else lambda: None
-        records = Records(folder, ledger, settle, display.say)
+        records = Records(folder, record, proposer.settle, display.say)
 
         def tick() -> None:
             nonlocal looked
@@ -115,40 +97,36 @@ def _with_ray(
                     if not records.is_written:
                         records.write()
                     display.update()
-                    for job, epoch in search.to_stop() if search is not None else ():
-                        runner.stop_early(job, epoch)
+                    for process, epoch in proposer.to_stop():
+                        runner.stop_early(process, epoch)
                         records.write()
 
-        def changed(job: Job) -> None:
+        def changed(process: TrialProcess) -> None:
             with records.riding_out():
                 records.write()
             with records.riding_out():
-                display.changed(job)
+                display.changed(process)
 
-        def more() -> Job | None:
-            while search is not None:
+        def next_process() -> TrialProcess | None:
+            while True:
                 with records.riding_out():
-                    return search.next_job()
-                if asked or any(job.process is not None for job in jobs):
+                    return proposer.next_process()
+                if asked or any(process.popen is not None for process in processes):
                     return None  # it is asked for again
                 time.sleep(interval_s)
-            return None
 
-        if search is not None and importing is not None:
-            importing.join()
-            search.begin()
         with collected_signals() as asked:  # now, since Ray has set a handler of its own
             runner = Runner(
-                jobs=jobs,
+                processes=processes,
                 capacity=capacity,
-                most=config.sweep.max_concurrent,
+                max_concurrent=config.sweep.max_concurrent,
                 python=hot_start.python(),
-                order=lambda job: Order(config_of(job), job.overrides, shared),
+                request=lambda process: TrialRequest(config_of(process), process.overrides, shared),
                 changed=changed,
                 tick=tick,
                 asked=asked,
-                more=more,
-                least=search.least if search is not None else {},
+                next_process=next_process,
+                min_needs=proposer.min_needs,
                 lost=running.lost,
             )
             runner.run()
@@ -156,6 +134,6 @@ def _with_ray(
         ray.shutdown()
 
 
-def _widest(jobs: list[Job]) -> Config:
+def _widest(processes: Sequence[TrialProcess]) -> Config:
     """The config that Ray is started by: one whose data is decoded beside training, if there is one."""
-    return next((job.config for job in jobs if may_stream(job.config.data)), jobs[0].config)
+    return next((process.config for process in processes if may_stream(process.config.data)), processes[0].config)

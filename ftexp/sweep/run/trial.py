@@ -1,4 +1,4 @@
-"""The driver of one trial, in a process of its own: `python trial.py <JSON of sys.path>`, the order on standard input.
+"""The driver of one trial, in a process of its own: `python trial.py <JSON of sys.path>`, a request on standard input.
 
 A process of its own, and so a job of its own in Ray: what it crashes, prints, catches or leaves behind is nobody
 else's, and Ray takes back what a dead job held. Standard input stays open as long as the sweep lives: when it ends,
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Order:
+class TrialRequest:
     """What a trial is given."""
 
     config: "Config"
@@ -29,22 +29,23 @@ class Order:
 
 
 def main() -> None:
-    """Read the order, train, and end with the exit code that `python -m ftexp.train` would end with."""
+    """Read the request, train, and end with the exit code that `python -m ftexp.train` would end with."""
     sys.path[:] = json.loads(sys.argv[1])  # the sweep's: plug-ins lie where it looks for them
-    order: Any = pickle.load(sys.stdin.buffer)
+    request: Any = pickle.load(sys.stdin.buffer)
     threading.Thread(target=_end_with_the_sweep, daemon=True, name="sweep").start()
     sys.stdout.reconfigure(encoding="utf-8", errors="replace", line_buffering=True)  # type: ignore[union-attr]  # its log is read now
     sys.stderr.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
     signal.signal(signal.SIGINT, signal.default_int_handler)  # may have been left ignored by a shell's `&`
-    sys.exit(run(order))
+    sys.exit(run(request))
 
 
-def run(order: Order) -> int:
+def run(request: TrialRequest) -> int:
     """The exit code of one trial."""
+    # late, since sys.path is the sweep's only now
     from ftexp.cli.exit_codes import exit_code_of
     from ftexp.driver.run import train
 
-    return exit_code_of(lambda: train(order.config, order.overrides, order.shared))
+    return exit_code_of(lambda: train(request.config, request.overrides, request.shared))
 
 
 def _end_with_the_sweep() -> None:

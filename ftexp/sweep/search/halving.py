@@ -1,40 +1,43 @@
-"""Early stopping by asynchronous successive halving (ASHA), as Ray Tune's scheduler decides it.
+"""Early stopping by asynchronous successive halving (ASHA, Li et al. 2020, arXiv:1810.05934).
 
-The scheduler is fed a trial's points in the order that they were logged, whenever they come. What it holds, the values
-that trials had when they first reached a rung, follows from those points: a sweep that goes on feeds it the curves that
-are on disk, and needs no snapshot of it.
+The rule is that of Ray Tune's ASHAScheduler: at a rung, a trial needs the interpolated percentile of those before it.
+Optuna's SuccessiveHalvingPruner takes whole reduction factors of 2 or more only, and would let other trials go on.
+What it holds, the values that trials had when they
+first reached a rung, follows from the points that it is fed, in that order: a sweep that is resumed feeds it the curves
+that are on disk, and needs no snapshot of it.
 """
 
 from __future__ import annotations
 
-import types
 from collections.abc import Iterator, Sequence
-from typing import Any
 
-from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
+import numpy as np
 
-_EPOCH, _OBJECTIVE = "epoch", "objective"
+
+def rungs(grace_epochs: int, reduction_factor: float, max_epochs: int) -> list[float]:
+    """Epochs at which trials are compared: grace_epochs * reduction_factor**k, below `max_epochs`."""
+    found, epoch = [], float(grace_epochs)
+    while epoch < max_epochs:
+        found.append(epoch)
+        epoch *= reduction_factor
+    return found
 
 
 class Halving:
     """Which trials go on beyond a rung: those that are not worse than the best 1 in `reduction_factor` so far."""
 
     def __init__(self, mode: str, grace_epochs: int, reduction_factor: float, max_epochs: int) -> None:
+        self._sign = 1 if mode == "max" else -1
         self._max_epochs = max_epochs
+        self._percentile = (1 - 1 / reduction_factor) * 100
         self._num_taken: dict[str, int] = {}
-        self._trials: dict[str, Any] = {}
-        self._scheduler = AsyncHyperBandScheduler(
-            time_attr=_EPOCH,
-            metric=_OBJECTIVE,
-            mode=mode,
-            max_t=max_epochs,
-            grace_period=grace_epochs,
-            reduction_factor=reduction_factor,
-            stop_last_trials=False,
-        )
+        # of each rung, the highest first: its epoch, and the value of each trial that has reached it
+        self._rungs: list[tuple[float, dict[str, float]]] = [
+            (epoch, {}) for epoch in reversed(rungs(grace_epochs, reduction_factor, max_epochs))
+        ]
 
     def take(self, name: str, curve: Sequence[tuple[int, float]]) -> None:
-        """Take what is new of the (epoch, value) points of a trial that has ended."""
+        """Take the new (epoch, value) points of a trial that has ended."""
         for _ in self._decisions(name, curve):
             pass
 
@@ -46,11 +49,16 @@ class Halving:
         return next((epoch for epoch, stops in self._decisions(name, curve) if stops), None)
 
     def _decisions(self, name: str, curve: Sequence[tuple[int, float]]) -> Iterator[tuple[int, bool]]:
-        if name not in self._trials:
-            self._trials[name] = types.SimpleNamespace(trial_id=name)  # all that the scheduler reads of a trial
-            self._scheduler.on_trial_add(None, self._trials[name])
         for epoch, value in curve[self._num_taken.get(name, 0) :]:
             self._num_taken[name] = self._num_taken.get(name, 0) + 1
             if epoch < self._max_epochs:  # else it has done what there is to do
-                action = self._scheduler.on_trial_result(None, self._trials[name], {_EPOCH: epoch, _OBJECTIVE: value})
-                yield epoch, action == TrialScheduler.STOP
+                yield epoch, self._is_behind(name, epoch, self._sign * value)
+
+    def _is_behind(self, name: str, epoch: int, value: float) -> bool:
+        """Whether a trial that has just reached a rung is worse there than it must be; a greater value is better."""
+        values = next((values for rung, values in self._rungs if epoch >= rung), None)
+        if values is None or name in values:
+            return False
+        others = list(values.values())
+        values[name] = value
+        return bool(others) and bool(value < np.nanpercentile(others, self._percentile))

@@ -1,6 +1,6 @@
 """A sweep whose trials are proposed one by one, by what those before have shown.
 
-Everything that a search knows is in the ledger and in the run directories. Population based training isn't offered: it
+Everything that a search knows is in the record and in the run directories. Population based training isn't offered: it
 changes a trial's hyper-parameters half-way and has it go on from another's checkpoint. Here a run *is* its
 hyper-parameters: they name it, its fingerprint refuses to go on with others, and its config.yaml makes it again to the
 bit. A schedule of them that came about by chance would be none of this; so a checkpoint's optimiser and position are
@@ -10,29 +10,25 @@ never another run's, and `resume_from` takes weights alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from ftexp.cluster.ray_cluster import prepare_environment
 from ftexp.cluster.resources import decide_workers, num_shares
 from ftexp.config.schema import Config, SearchConfig
 from ftexp.errors import ConfigError, SweepFailedError
 from ftexp.rundir.state import FAILED, FINISHED, INTERRUPTED, RUNNING, read_state
-from ftexp.rundir.sweep_record import STOPPED, WAITING, Ledger, curve
+from ftexp.rundir.sweep_record import STOPPED, WAITING, SweepRecord, curve
 from ftexp.storage.directory import Storage
-from ftexp.sweep.run.runner import Job
-from ftexp.sweep.run.sweep import claimed, make_job, mark_what_is_done, open_ledger, preloading
+from ftexp.sweep.run.preparation import claimed, make_process, mark_what_is_done, open_record, run_proposed
+from ftexp.sweep.run.runner import TrialProcess
+from ftexp.sweep.search.halving import Halving, rungs
 from ftexp.sweep.search.proposing import Known, propose
 from ftexp.sweep.search.space import Dimension, inside, num_points, plain_key
 
-if TYPE_CHECKING:
-    from ftexp.sweep.search.halving import Halving
-
 
 @dataclass(frozen=True)
-class Plan:
-    """What a search is, once the command is known to be good."""
+class SearchSetup:
+    """A search whose command is known to be good."""
 
     settings: SearchConfig
     space: list[Dimension]
@@ -50,153 +46,158 @@ class Plan:
         """How many there will be in all: no more than the space has points."""
         return min(self.settings.num_trials, num_points(self.space) or self.settings.num_trials)
 
+    @property
+    def epochs(self) -> int:
+        """How long trials train, if early stopping compares them."""
+        return self.probes[0].train.epochs
+
     def describe(self) -> str:
-        """The search in a line."""
+        """Describe the search in a line."""
         settings = self.settings
         text = f"{settings.search}, seed {settings.seed}"
         if self.num_trials < settings.num_trials:
             text += f"; the space has {self.num_trials} points only"
         if settings.scheduler == "asha":
+            compared = rungs(settings.grace_epochs, settings.reduction_factor, self.epochs)
             text += f"; asha: of {settings.reduction_factor:g} trials about 1 goes on beyond epoch "
-            text += ", ".join(f"{epoch:g}" for epoch in self._rungs())
+            text += ", ".join(f"{epoch:g}" for epoch in compared)
         return text
-
-    def _rungs(self) -> Iterator[float]:
-        epoch = float(self.settings.grace_epochs)
-        while epoch < self.probes[0].train.epochs:
-            yield epoch
-            epoch *= self.settings.reduction_factor
 
 
 class Search:
-    """Gives a sweep its next trial, and tells which are to be stopped.
+    """A `Proposer` that goes by what earlier trials have shown."""
 
-    `jobs` are the trials that were proposed, in that order; whoever takes another from `next_job` puts it there.
-    """
-
-    def __init__(self, folder: Storage, ledger: Ledger, plan: Plan, share: int) -> None:
-        self.plan = plan
-        self._folder, self._ledger, self._share = folder, ledger, share
+    def __init__(self, folder: Storage, record: SweepRecord, setup: SearchSetup, share: int) -> None:
+        self.setup = setup
+        self._folder, self._record, self._share = folder, record, share
         self._ended: dict[str, Known] = {}
-        self._halving: Halving | None = None
         self._whole: set[str] = set()  # trials that have ended, and all of whose points the halving has
         # trials that have finished since early stopping was asked about them for the last time
-        self._undecided = {trial.name for trial in ledger.trials if trial.status == RUNNING}
+        self._undecided = {trial.name for trial in record.trials if trial.status == RUNNING}
         self._without: str | None = None  # a trial that has finished, and has no objective
         self._is_exhausted = False  # nothing new can be drawn from the space
-        self.probes = [self._job_of(config, {}) for config in plan.probes]
-        self.jobs: list[Job] = []
-        for trial in ledger.trials:
-            if trial.proposal is not None and inside(plan.space, trial.proposal):
-                self.jobs.append(self._job(trial.proposal))
-        mark_what_is_done(folder, self.jobs, plan.probes[0].sweep.retry_failed, ledger, keeps_stopped=True)
+        self.probes = [self._process(config, {}) for config in setup.probes]
+        self.processes: list[TrialProcess] = []
+        for trial in record.trials:
+            if trial.proposal is not None and inside(setup.space, trial.proposal):
+                self.processes.append(self._proposed(trial.proposal))
+        mark_what_is_done(folder, self.processes, setup.probes[0].sweep.retry_failed, record, keeps_stopped=True)
+        self._halving = self._rebuilt_halving() if setup.settings.scheduler == "asha" else None
+
+    @property
+    def num_trials(self) -> int:
+        """How many trials there will be in all."""
+        return self.setup.num_trials
+
+    @property
+    def description(self) -> str:
+        """The search in a line."""
+        return self.setup.describe()
 
     @property
     def has_more(self) -> bool:
         """Whether there are trials yet to be proposed."""
-        return len(self.jobs) < self.plan.num_trials and not self._is_exhausted
+        return len(self.processes) < self.setup.num_trials and not self._is_exhausted
 
     @property
-    def least(self) -> dict[str, float]:
-        """What a trial takes of the cluster at the least."""
+    def min_needs(self) -> dict[str, float]:
+        """What any trial needs of the cluster at least."""
         needs = [probe.needs for probe in self.probes]
         return {name: min(each.get(name, 0) for each in needs) for name in needs[0]}
 
-    def begin(self) -> None:
-        """Rebuild what early stopping knows; it may find that a trial that was broken off need not go on."""
-        settings = self.plan.settings
-        if settings.scheduler == "none":
-            return
-        epochs = self.plan.probes[0].train.epochs
-        from ftexp.sweep.search.halving import Halving
-
-        self._halving = Halving(self._ledger.mode, settings.grace_epochs, settings.reduction_factor, epochs)
-        self._take_what_has_ended(self._halving)
-        for job in self.jobs:
-            if job.trial.status == WAITING:
-                epoch = self._halving.decide(job.trial.name, self._curve(job))
-                job.trial.status, job.trial.stopped_at = (WAITING, None) if epoch is None else (STOPPED, epoch)
-
-    def next_job(self) -> Job | None:
-        """The next trial, noted in the ledger before it begins; None if there is none."""
-        known = [self._known(job) for job in self.jobs]
+    def next_process(self) -> TrialProcess | None:
+        """Propose the next trial, in the record before it begins; None if there is none."""
+        known = [self._known(process) for process in self.processes]
         if not self.has_more or self._without is not None:
             return None
-        settings = self.plan.settings
-        mode = self._ledger.mode
-        words = propose(self.plan.space, settings.search, mode, settings.seed, len(self.jobs), known)
+        settings = self.setup.settings
+        mode = self._record.mode
+        words = propose(self.setup.space, settings.search, mode, settings.seed, len(self.processes), known)
         if words is None:
             self._is_exhausted = True
             return None
-        job = self._job(words)
+        process = self._proposed(words)
         try:
-            mark_what_is_done(self._folder, [job], retry_failed=True, ledger=self._ledger)
+            mark_what_is_done(self._folder, [process], retry_failed=True, record=self._record)
         except ConfigError as error:  # an earlier sweep's trial of that name
-            job.trial.status, job.trial.error = FAILED, str(error)
-        self._undecided.add(job.trial.name)
-        others = [trial for trial in self._ledger.trials if trial.name != job.trial.name]
-        self._ledger.trials = [*others, job.trial]
-        self._ledger.write(self._folder)
-        return job
+            process.trial.status, process.trial.error = FAILED, str(error)
+        self._undecided.add(process.trial.name)
+        others = [trial for trial in self._record.trials if trial.name != process.trial.name]
+        self._record.trials = [*others, process.trial]
+        self._record.write(self._folder)
+        return process
 
     def settle(self) -> None:
-        """Have early stopping take what has ended; before the ledger says that it has."""
+        """Have early stopping take what has ended; before the record says that it has."""
         if self._halving is not None:
             self._take_what_has_ended(self._halving)
 
-    def to_stop(self) -> list[tuple[Job, int]]:
+    def to_stop(self) -> list[tuple[TrialProcess, int]]:
         """Trials that run and are to be stopped, each with the epoch whose value decides it."""
         halving = self._halving
         if halving is None:
             return []
         self.settle()
-        running = [job for job in self.jobs if job.process is not None and job.trial.stopped_at is None]
-        decided = [(job, halving.decide(job.trial.name, self._curve(job))) for job in running]
-        return [(job, epoch) for job, epoch in decided if epoch is not None]
+        running = [
+            process for process in self.processes if process.popen is not None and process.trial.stopped_at is None
+        ]
+        decided = [(process, halving.decide(process.trial.name, self._curve(process))) for process in running]
+        return [(process, epoch) for process, epoch in decided if epoch is not None]
 
     def problem(self) -> str | None:
         """Why there is nothing to search by, if there isn't."""
-        for job in self.jobs:
-            self._known(job)
+        for process in self.processes:
+            self._known(process)
         if self._without is None:
             return None
         return (
-            f"{self._without} has finished without {self._ledger.metric}, which the search goes by: set sweep.metric "
+            f"{self._without} has finished without {self._record.metric}, which the search goes by: set sweep.metric "
             "to one that its metrics.jsonl has"
         )
 
+    def _rebuilt_halving(self) -> Halving:
+        """Rebuild what early stopping knows; it may find that a trial that was interrupted need not be resumed."""
+        settings = self.setup.settings
+        halving = Halving(self._record.mode, settings.grace_epochs, settings.reduction_factor, self.setup.epochs)
+        self._take_what_has_ended(halving)
+        for process in self.processes:
+            if process.trial.status == WAITING:
+                epoch = halving.decide(process.trial.name, self._curve(process))
+                process.trial.status, process.trial.stopped_at = (WAITING, None) if epoch is None else (STOPPED, epoch)
+        return halving
+
     def _take_what_has_ended(self, halving: Halving) -> None:
-        for job in self.jobs:
-            trial = job.trial
+        for process in self.processes:
+            trial = process.trial
             if trial.status not in (FINISHED, STOPPED, FAILED) or trial.name in self._whole:
                 continue
             if trial.status == FINISHED and trial.name in self._undecided and trial.stopped_at is None:
                 # it was too quick to be stopped; what the search makes of it mustn't depend on that
-                trial.stopped_at = halving.decide(trial.name, self._curve(job))
+                trial.stopped_at = halving.decide(trial.name, self._curve(process))
             else:
-                halving.take(trial.name, self._curve(job))
+                halving.take(trial.name, self._curve(process))
             self._whole.add(trial.name)
 
-    def _curve(self, job: Job) -> list[tuple[int, float]]:
+    def _curve(self, process: TrialProcess) -> list[tuple[int, float]]:
         """(epoch, objective) points, up to the one that had the trial stopped."""
-        points = curve(self._folder, job.trial, self._ledger.metric)
-        last = job.trial.stopped_at
+        points = curve(self._folder, process.trial, self._record.metric)
+        last = process.trial.stopped_at
         return points if last is None else [(epoch, value) for epoch, value in points if epoch <= last]
 
-    def _known(self, job: Job) -> Known:
-        trial = job.trial
+    def _known(self, process: TrialProcess) -> Known:
+        trial = process.trial
         assert trial.proposal is not None
         if trial.status in (WAITING, RUNNING, INTERRUPTED):
             return Known(trial.proposal, RUNNING)
         if trial.name not in self._ended:
-            self._ended[trial.name] = self._outcome(job, trial.proposal)
+            self._ended[trial.name] = self._outcome(process, trial.proposal)
         return self._ended[trial.name]
 
-    def _outcome(self, job: Job, words: dict[str, str]) -> Known:
+    def _outcome(self, process: TrialProcess, words: dict[str, str]) -> Known:
         """What an ended trial has shown. One that diverged is as bad as can be; one that crashed has shown nothing."""
-        trial, state, metric = job.trial, read_state(job.run_dir), self._ledger.metric
+        trial, state, metric = process.trial, read_state(process.run_dir), self._record.metric
         if trial.stopped_at is not None:
-            return Known(words, STOPPED, curve=[value for _, value in self._curve(job)])
+            return Known(words, STOPPED, curve=[value for _, value in self._curve(process)])
         if state is None or trial.status == FAILED:
             diverged = state is not None and bool(state.failures) and state.failures[-1].cause == "non_finite"
             return Known(words, STOPPED if diverged else FAILED)
@@ -206,28 +207,28 @@ class Search:
         value = state.metrics["last"][metric]
         return Known(words, FINISHED, value) if _is_finite(value) else Known(words, STOPPED)
 
-    def _job(self, words: dict[str, str]) -> Job:
+    def _proposed(self, words: dict[str, str]) -> TrialProcess:
         """The trial of a proposal; one whose config is wrong has failed already."""
-        typed = [*self.plan.fixed, *(f"{each.key}={words[plain_key(each)]}" for each in self.plan.space)]
+        typed = [*self.setup.fixed, *(f"{each.key}={words[plain_key(each)]}" for each in self.setup.space)]
         try:
-            config, values = self.plan.compose(typed)
-            job = self._job_of(config, values, typed)
+            config, values = self.setup.compose(typed)
+            process = self._process(config, values, typed)
         except ConfigError as error:
-            job = self._job_of(self.plan.probes[0], words, typed)
-            job.trial.status, job.trial.error = FAILED, str(error).replace("\n", "; ")
-        job.trial.proposal = words
-        return job
+            process = self._process(self.setup.probes[0], words, typed)
+            process.trial.status, process.trial.error = FAILED, str(error).replace("\n", "; ")
+        process.trial.proposal = words
+        return process
 
-    def _job_of(self, config: Config, values: dict[str, str], words: Sequence[str] = ()) -> Job:
+    def _process(self, config: Config, values: dict[str, str], words: Sequence[str] = ()) -> TrialProcess:
         workers = decide_workers(config.scaling, share=self._share)
-        return make_job(self._folder, self._ledger.keys, config, values, list(words), workers)
+        return make_process(self._folder, self._record.keys, config, values, list(words), workers)
 
 
 def _is_finite(value: float | None) -> bool:  # a record has null for NaN
     return value is not None and math.isfinite(value)
 
 
-def run_search(plan: Plan) -> None:
+def run_search(setup: SearchSetup) -> None:
     """Run the trials of a search that aren't done yet, and show which was best.
 
     Raises:
@@ -235,17 +236,11 @@ def run_search(plan: Plan) -> None:
         SweepFailedError: some trials failed, or there is no objective to search by.
         SystemExit: a signal stopped the sweep.
     """
-    config = plan.probes[0]
-    share = num_shares([config] * plan.num_trials, config.sweep.max_concurrent)
+    config = setup.probes[0]
+    share = num_shares([config] * setup.num_trials, config.sweep.max_concurrent)
     with claimed(config) as folder:
-        ledger = open_ledger(folder, config, lambda _: plan.keys)
-        search = Search(folder, ledger, plan, share)
-        ledger.take_over([job.trial for job in search.jobs])
-        prepare_environment(config)
-        waits = any(job.trial.status == WAITING for job in search.jobs)
-        with preloading(search.probes, waits or search.has_more) as hot_start:
-            from ftexp.sweep.run.session import run_trials
-
-            run_trials(folder, ledger, search.jobs, share, hot_start, search)
-            if (problem := search.problem()) is not None:
-                raise SweepFailedError(problem)
+        record = open_record(folder, config, lambda _: setup.keys)
+        search = Search(folder, record, setup, share)
+        run_proposed(folder, record, search, share, config)
+        if (problem := search.problem()) is not None:
+            raise SweepFailedError(problem)

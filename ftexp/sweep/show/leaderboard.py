@@ -11,7 +11,7 @@ from rich.table import Table
 
 from ftexp.rundir.ranking import ranked, varying
 from ftexp.rundir.state import FINISHED
-from ftexp.rundir.sweep_record import Ledger, Reached
+from ftexp.rundir.sweep_record import Reached, SweepRecord
 from ftexp.storage.directory import Storage
 from ftexp.sweep.show.display import STYLES
 from ftexp.sweep.show.picture import draw
@@ -19,7 +19,7 @@ from ftexp.sweep.show.picture import draw
 CSV_FILE, PNG_FILE = "leaderboard.csv", "leaderboard.png"
 
 
-def publish(folder: Storage, ledger: Ledger, trials: list[Reached], console: Console) -> None:
+def publish(folder: Storage, ledger: SweepRecord, trials: list[Reached], console: Console) -> None:
     """Print the table, and write both files into the sweep's directory."""
     ordered = ranked(ledger, trials)
     console.print(table(ledger, ordered))
@@ -28,7 +28,7 @@ def publish(folder: Storage, ledger: Ledger, trials: list[Reached], console: Con
         folder.write_bytes(PNG_FILE, draw(folder, ledger, ordered))
 
 
-def table(ledger: Ledger, ordered: list[Reached]) -> Table:
+def table(ledger: SweepRecord, ordered: list[Reached]) -> Table:
     """The leaderboard for a terminal."""
     keys = varying(ledger, ordered) or ledger.keys
     extra = [name for name in ("val_loss", "test_accuracy") if name != ledger.metric]
@@ -48,7 +48,7 @@ def table(ledger: Ledger, ordered: list[Reached]) -> Table:
     return drawn
 
 
-def as_csv(ledger: Ledger, ordered: list[Reached]) -> str:
+def as_csv(ledger: SweepRecord, ordered: list[Reached]) -> str:
     """The leaderboard with every metric, one line a trial."""
     keys = varying(ledger, ordered) or ledger.keys
     metrics = sorted({name for each in ordered for name in each.last} - {ledger.metric})

@@ -6,11 +6,11 @@ from ftexp.report.png import png
 from ftexp.report.sweep_charts import PANEL, curves_chart, learning_curve, trial_lines, values_chart
 from ftexp.report.text import cut
 from ftexp.rundir.ranking import varying
-from ftexp.rundir.sweep_record import Ledger, Reached
+from ftexp.rundir.sweep_record import Reached, SweepRecord
 from ftexp.storage.directory import Storage
 
 
-def draw(folder: Storage, ledger: Ledger, ordered: list[Reached]) -> bytes:
+def draw(folder: Storage, ledger: SweepRecord, ordered: list[Reached]) -> bytes:
     """The picture as PNG; `ordered`: the best first."""
     keys = varying(ledger, ordered)
     trials = trial_lines(ledger, ordered, keys)

@@ -1,0 +1,57 @@
+"""A sweep whose trials are given."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ftexp.cluster.resources import decide_workers, num_shares
+from ftexp.config.schema import Config
+from ftexp.sweep.run.identity import swept_keys
+from ftexp.sweep.run.preparation import claimed, make_process, mark_what_is_done, open_record, run_proposed
+from ftexp.sweep.run.runner import TrialProcess
+
+
+class Grid:
+    """A `Proposer` of the trials that it is given: there are no others, and none is stopped early."""
+
+    description = None
+    has_more = False
+
+    def __init__(self, processes: list[TrialProcess]) -> None:
+        self.processes = self.probes = processes
+        self.num_trials = len(processes)
+        self.min_needs: dict[str, float] = {}
+
+    def next_process(self) -> None:
+        """Propose nothing more."""
+
+    def to_stop(self) -> list[tuple[TrialProcess, int]]:
+        """Stop none."""
+        return []
+
+    def settle(self) -> None:
+        """Learn nothing from what has ended."""
+
+
+def run_grid(configs: Sequence[Config], jobs: Sequence[dict[str, str]], words: list[list[str]]) -> list[float | None]:
+    """Run what is not done yet; the objective of each job, in order, None where there is none.
+
+    Args:
+        configs: one for each job; `sweep` is the same in all.
+        jobs: {key: value} of each job's overrides.
+        words: the overrides as typed, for overrides.yaml.
+
+    Raises:
+        ConfigError: the sweep began with another config, or a trial can never fit; nothing was started.
+        SweepFailedError: some trials failed; the others are done.
+        SystemExit: a signal stopped the sweep.
+    """
+    share = num_shares(configs, configs[0].sweep.max_concurrent)
+    workers = [decide_workers(config.scaling, share=share) for config in configs]
+    with claimed(configs[0]) as folder:
+        record = open_record(folder, configs[0], lambda before: swept_keys(jobs, before))
+        processes = [
+            make_process(folder, record.keys, *each) for each in zip(configs, jobs, words, workers, strict=True)
+        ]
+        mark_what_is_done(folder, processes, configs[0].sweep.retry_failed, record)
+        return run_proposed(folder, record, Grid(processes), share, configs[0])

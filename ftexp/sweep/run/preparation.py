@@ -1,0 +1,123 @@
+"""What comes before the session of a sweep: its directory is claimed, its record read, and what is done is marked."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+
+from ftexp.cluster.hot_start.driver import HotStart
+from ftexp.cluster.ray_cluster import prepare_environment
+from ftexp.cluster.resources import Workers
+from ftexp.config.schema import Config
+from ftexp.driver.resume import open_run, require_resumable
+from ftexp.errors import ConfigError
+from ftexp.rundir.state import FAILED, FINISHED
+from ftexp.rundir.sweep_record import STOPPED, WAITING, SweepRecord, Trial, read_sweep_record
+from ftexp.storage.directory import Storage
+from ftexp.storage.lease import Lease, unused_name
+from ftexp.sweep.run.identity import trial_name
+from ftexp.sweep.run.proposer import Proposer
+from ftexp.sweep.run.runner import TrialProcess, max_threads
+
+SWEEPS = "sweeps"  # the folder under run.storage
+
+
+@contextlib.contextmanager
+def claimed(config: Config) -> Iterator[Storage]:
+    """The sweep's directory, which no other command has meanwhile."""
+    folder = Storage.at(config.run.storage, SWEEPS, config.sweep.name or unused_name())
+    folder.require_writable()
+    lease = Lease.take(folder, key="sweep.name")
+    try:
+        yield folder
+    finally:
+        lease.release()
+
+
+def open_record(folder: Storage, config: Config, keys: Callable[[list[str]], list[str]]) -> SweepRecord:
+    """The sweep's record, or a new one, with the keys that this call sweeps and its objective.
+
+    keys: of what was swept before, those that name trials now.
+    """
+    checkpoint, sweep = config.checkpoint, config.sweep
+    before = read_sweep_record(folder)
+    now = keys(before.keys if before is not None else [])
+    metric = sweep.metric or checkpoint.checkpoint_score_attribute
+    mode = sweep.mode or checkpoint.checkpoint_score_order
+    if before is None:
+        return SweepRecord(name=folder.name, metric=metric, mode=mode, keys=now)
+    before.keys, before.metric, before.mode = now, metric, mode
+    return before
+
+
+def make_process(
+    folder: Storage, keys: list[str], config: Config, values: dict[str, str], words: list[str], workers: Workers
+) -> TrialProcess:
+    """A trial that waits, in a run directory of its name."""
+    name = trial_name(values, keys)
+    own = dataclasses.replace(config, run=dataclasses.replace(config.run, name=name, storage=folder.uri))
+    trial = Trial(name=name, values={key: values[key] for key in keys if key in values}, epochs=config.train.epochs)
+    return TrialProcess(trial, own, words, workers, folder.child(name))
+
+
+def mark_what_is_done(
+    folder: Storage, processes: list[TrialProcess], retry_failed: bool, record: SweepRecord, keeps_stopped: bool = False
+) -> None:
+    """Set each trial's status by its run directory; ConfigError, once, if what defines the trials has changed.
+
+    keeps_stopped: whether what was stopped early stays so; a grid has it go on.
+    """
+    before = {trial.name: trial for trial in record.trials}
+    changed: dict[str, None] = {}
+    for process in processes:
+        trial = process.trial
+        require_resumable(process.config, process.run_dir)
+        try:
+            state = open_run(process.config, process.run_dir, trial.name)
+        except ConfigError as error:
+            changed |= dict.fromkeys(str(error).splitlines()[1:])
+            continue
+        known = before.get(trial.name)
+        if state.status == FINISHED:
+            trial.status, trial.stopped_at = FINISHED, known.stopped_at if known is not None else None
+        elif known is not None and known.status == FAILED and not retry_failed:
+            trial.status, trial.error = FAILED, known.error
+        elif known is not None and known.stopped_at is not None and keeps_stopped and state.attempts:
+            trial.status, trial.stopped_at = STOPPED, known.stopped_at
+    if changed:
+        title = f"{folder.uri} holds trials that are defined otherwise; choose another sweep.name, or put these back:"
+        raise ConfigError("\n".join([title, *changed]))
+    names = [process.trial.name for process in processes]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ConfigError("\n".join(["trials that are the same; give each value once:", *twice]))
+
+
+def run_proposed(
+    folder: Storage, record: SweepRecord, proposer: Proposer, share: int, config: Config
+) -> list[float | None]:
+    """Run what is not done yet of a sweep whose directory is claimed; the objective of each trial.
+
+    share: how many trials may share a machine. config: of any trial.
+    """
+    record.take_over([process.trial for process in proposer.processes])
+    prepare_environment(config)
+    is_needed = proposer.has_more or any(process.trial.status == WAITING for process in proposer.processes)
+    with _preloading(proposer.probes, is_needed) as hot_start:
+        # late, since it imports Ray: after the environment that Ray reads, and while the preloaded process imports too
+        from ftexp.sweep.run.session import run_trials
+
+        return run_trials(folder, record, proposer, share, hot_start)
+
+
+@contextlib.contextmanager
+def _preloading(probes: Sequence[TrialProcess], is_needed: bool) -> Iterator[HotStart | None]:
+    """A process that has everything imported, from which others are forked."""
+    if not is_needed:
+        yield None
+        return
+    hot_start = HotStart(probes[0].config.scaling, max_threads(probes), joins=False)
+    try:
+        yield hot_start
+    finally:
+        hot_start.stop()

@@ -1,0 +1,43 @@
+"""What the session of a sweep asks, to know which trials there are: a grid and a search answer it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from ftexp.sweep.run.runner import TrialProcess
+
+
+class Proposer(Protocol):
+    """Proposes the trials of a sweep, and says which to stop early."""
+
+    processes: list[TrialProcess]  # proposed so far, in that order; whoever takes another from `next_process` adds it
+
+    @property
+    def probes(self) -> Sequence[TrialProcess]:
+        """Trials whose configs between them hold whatever any trial needs of the cluster."""
+
+    @property
+    def num_trials(self) -> int:
+        """How many there will be in all."""
+
+    @property
+    def description(self) -> str | None:
+        """How trials are searched for, in a line; None if they are given."""
+
+    @property
+    def min_needs(self) -> dict[str, float]:
+        """What any trial yet to be proposed needs of the cluster at least."""
+
+    @property
+    def has_more(self) -> bool:
+        """Whether there are trials yet to be proposed."""
+
+    def next_process(self) -> TrialProcess | None:
+        """Propose the next trial, in the record before it begins; None if there is none. OSError if that fails."""
+
+    def to_stop(self) -> list[tuple[TrialProcess, int]]:
+        """Trials that run and are to be stopped early, each with the epoch whose value decides it."""
+
+    def settle(self) -> None:
+        """Take what has ended into account, before the record says that it has."""
