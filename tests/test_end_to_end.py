@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import FOUR_EPOCHS
+from test_events import problems
 
 from ftexp.report.source import read_run
 from ftexp.report.timeline import build_timeline
@@ -103,6 +104,7 @@ def test_a_killed_run_ends_exactly_where_the_clean_run_ends(ftexp, run_folder, c
     assert {"config.yaml", "overrides.yaml", "run.json", "metrics.jsonl", "events.jsonl"} <= {
         path.name for path in killed.path.iterdir()
     }
+    assert [problem for run in (clean, killed) for line in run.events() for problem in problems(line)] == []
     noise = [line for line in killed_command.lines if "raylet" in line or "WARNING" in line or "ray." in line]
     assert noise == []
 

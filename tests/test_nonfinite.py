@@ -203,10 +203,10 @@ def test_a_run_that_rolled_back_and_was_killed_leaves_out_the_same_without_findi
     run = run_folder("killed")
     assert command.wait() == 0, command.output
     (event,) = run.events("rolled_back")
-    assert (event.step, event.to_step, event.positions) == (50, 40, [1568, 1600])
+    assert (event["step"], event["to_step"], event["positions"]) == (50, 40, [1568, 1600])
     assert "the gradient of step 50 is not finite: back to step 40 in memory" in command.output
     # the restart goes back to the same step, and the fault does not come a second time
-    assert [event.step for event in run.events("restored")] == [40]
+    assert [event["step"] for event in run.events("restored")] == [40]
     assert [failure["cause"] for failure in run.record["failures"]] == ["crash"]
     assert run.record["skipped"] == [[1568, 1600]]
     updates = read_updates(Storage.at(str(run.path)))

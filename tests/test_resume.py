@@ -209,8 +209,7 @@ def test_a_start_from_a_damaged_checkpoint_is_refused_before_anything_starts(tmp
 
 def test_a_run_goes_on_though_the_one_it_started_from_is_gone(tmp_path, run_dir, monkeypatch):
     source = Storage.at(str(tmp_path), "source")
-    made = config(resume_from=source.uri)
-    made.run.name, made.run.storage = "first", run_dir.parent.uri
+    made = composed(f"resume_from={source.uri}", "run.name=first", f"run.storage={run_dir.parent.uri}")
     save(run_dir, 10, of=made)
     note(run_dir, fingerprint=fingerprint(made))
     monkeypatch.setattr(ftexp.cluster.resources, "decide_workers", lambda *_, **__: None)
@@ -218,7 +217,7 @@ def test_a_run_goes_on_though_the_one_it_started_from_is_gone(tmp_path, run_dir,
         ftexp.cluster.ray_cluster, "prepare_environment", lambda config: (_ for _ in ()).throw(KeyboardInterrupt)
     )
     with pytest.raises(KeyboardInterrupt):  # as far as to where Ray would start
-        ftexp.driver.run._run(made, [])
+        ftexp.driver.run.train(made)
 
 
 def test_attempts_are_counted_on_when_run_json_is_lost(run_dir):
