@@ -1,21 +1,18 @@
-"""Helpers for tests that run the command for real."""
+"""The fixtures of all lanes, and how two workers share the tests."""
 
-import contextlib
 import io
-import json
 import logging
 import os
-import queue
-import signal
-import subprocess
-import sys
-import threading
-import time
 from pathlib import Path
 
 import hypothesis
 import pytest
 from xdist.scheduler import LoadFileScheduling
+
+pytest.register_assert_rewrite("tests.support")
+
+from tests.support.command import FOUR_EPOCHS, Command, RunFolder  # noqa: E402
+from tests.support.s3 import s3_uri  # noqa: E402
 
 # read when Ray is imported: else `uv run pytest` has Ray start every worker through `uv run`, in an environment anew
 os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
@@ -32,22 +29,6 @@ FIRST = ("cluster", "exactly_once", "end_to_end")
 EACH = ("data_command", "failures", "nonfinite", "experiments", "loop", "fitting")  # the longest first
 LAST = ("streaming", "sweep", "search_sweep", "trackers", "s3", "predict", "hot_start", "export", *EACH)
 
-DEADLINE_S = 240
-
-# ends as the command does, and tells on standard error which of some modules were imported by then
-TELL_IMPORTS = """
-import sys
-from ftexp.train import main
-heavy, code = sys.argv.pop(1).split(","), 0
-try:
-    main()
-except SystemExit as error:
-    code = error.code
-print("imported:", sorted({*heavy} & set(sys.modules)), file=sys.stderr)
-sys.exit(code)
-"""
-FOUR_EPOCHS = ["train.epochs=4", "train.ledger=true"]
-
 # how long an example takes is the machine's affair
 hypothesis.settings.register_profile("ftexp", deadline=None)
 hypothesis.settings.load_profile("ftexp")
@@ -63,124 +44,19 @@ def pytest_xdist_make_scheduler(config, log):
 
 
 def pytest_collection_modifyitems(items):
+    for item in items:
+        item.add_marker(_lane(item.path))
     places = {name: place - len(FIRST) for place, name in enumerate(FIRST)}
     places |= {name: place + 1 for place, name in enumerate(LAST)}
     items.sort(key=lambda item: places.get(_name(item.path), 0))
 
 
+def _lane(path):
+    return path.relative_to(Path(__file__).parent).parts[0]
+
+
 def _name(path):
     return path.stem.removeprefix("test_")
-
-
-class Command:
-    """`python -m ftexp.<module> ...` in its own process, watched by its output and its run directory."""
-
-    def __init__(self, module, arguments, folder):
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", f"ftexp.{module}", *arguments],
-            cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
-        self.lines, self._new = [], queue.Queue()
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-
-    def _read(self):
-        for line in self.process.stdout:
-            self.lines.append(line.rstrip("\n"))
-            self._new.put(line)
-        self._new.put(None)
-
-    @property
-    def output(self):
-        return "\n".join(self.lines)
-
-    def wait_for(self, text):
-        """Return once a line with `text` was printed; fail if the command ends first."""
-        end = time.monotonic() + DEADLINE_S
-        while not any(text in line for line in list(self.lines)):
-            if self._new.get(timeout=max(0.0, end - time.monotonic())) is None:
-                raise AssertionError(f"ended without printing {text!r}:\n{self.output}")
-
-    def wait_until(self, condition):
-        """Return once `condition()` holds; it is asked again on every line, and ten times a second."""
-        end = time.monotonic() + DEADLINE_S
-        while not condition():
-            assert self.process.poll() is None, f"ended too early:\n{self.output}"
-            assert time.monotonic() < end, self.output
-            with contextlib.suppress(queue.Empty):
-                self._new.get(timeout=0.1)
-
-    def kill_child(self, program):
-        """SIGKILL the child process that runs the program of this name."""
-        for folder in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):  # ended meanwhile
-                parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-                run = (folder / "cmdline").read_text().partition("\0")[0]
-                if parent == self.process.pid and Path(run).name == program:
-                    os.kill(int(folder.name), signal.SIGKILL)
-                    return
-        raise AssertionError(f"no child process runs {program}")
-
-    def wait(self):
-        """Return the exit code."""
-        code = self.process.wait(timeout=DEADLINE_S)
-        self._reader.join(timeout=30)
-        return code
-
-
-class RunFolder:
-    """What a run left behind."""
-
-    def __init__(self, path):
-        self.path = Path(path)
-
-    @property
-    def storage(self):
-        from ftexp.storage.directory import Storage
-
-        return Storage.at(str(self.path))
-
-    @property
-    def record(self):
-        return json.loads((self.path / "run.json").read_text())
-
-    def events(self, name=None):
-        if not (self.path / "events.jsonl").exists():
-            return []
-        lines = (self.path / "events.jsonl").read_text().splitlines()
-        return [event for event in map(json.loads, lines) if name in (None, event["event"])]
-
-    def metrics(self):
-        return [json.loads(line) for line in (self.path / "metrics.jsonl").read_text().splitlines()]
-
-    @property
-    def checkpoints(self):
-        return sorted(path.name for path in (self.path / "checkpoints").iterdir())
-
-    def kill_worker(self, rank):
-        """SIGKILL a worker of the latest attempt."""
-        os.kill(self.events("ready")[-1]["pids"][rank], signal.SIGKILL)
-
-
-def descendants_with(text):
-    """Living processes whose environment holds `text`."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if text.encode() in (folder / "environ").read_bytes():  # empty for a zombie
-                found.append(int(folder.name))
-        except OSError:
-            continue
-    return found
-
-
-def wait_until_none(found):
-    """Return once `found()` is empty."""
-    end = time.monotonic() + DEADLINE_S
-    while left := found():
-        assert time.monotonic() < end, left
-        time.sleep(0.05)
 
 
 @pytest.fixture(scope="session")
@@ -256,10 +132,6 @@ def s3_server():
         Storage(s3_uri(port, "bucket")).open()[0].create_dir("bucket")
         yield port
         server.stop()
-
-
-def s3_uri(port, path):
-    return f"s3://{path}?endpoint_override=127.0.0.1:{port}&scheme=http&region=us-east-1&allow_bucket_creation=true"
 
 
 @pytest.fixture

@@ -1,0 +1,123 @@
+"""A small job on made data in this process, without Ray."""
+
+import math
+from types import SimpleNamespace
+
+import torch
+
+from ftexp.config.schema import (
+    AugmentConfig,
+    CheckpointConfig,
+    Config,
+    EmaConfig,
+    ModelConfig,
+    OptimConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
+from ftexp.data.augment.erasing import Erasing
+from ftexp.data.augment.mixing import Mixing
+from ftexp.data.augment.pixels import Augment
+from ftexp.data.feeds.feed import CachedRows, IndexedFeed, ToTensors
+from ftexp.data.order import Order
+from ftexp.data.plan import Plan
+from ftexp.data.stratify import DataInfo
+from ftexp.evaluation.meter import Meter, Progress
+from ftexp.job.job import Job
+from ftexp.model.build import build_model
+from ftexp.model.ema import Average
+from ftexp.model.freezing import Freezing
+from ftexp.model.optim import build_optimizer, build_scheduler
+from ftexp.worker.loop import advance
+from ftexp.worker.step import thaw, train_step
+
+CPU = torch.device("cpu")
+SMALL_VIT = ModelConfig(
+    name="vit_tiny_patch16_224", kwargs={"patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
+)
+RESNET = ModelConfig(name="resnet18")
+
+
+class Lines:
+    """Collects what a worker would send to the driver."""
+
+    def __init__(self):
+        self.sent = []
+
+    def send(self, kind, **fields):
+        self.sent.append({"kind": kind, **fields})
+
+    def sync(self):
+        pass
+
+
+def make_job(model=SMALL_VIT, num_samples=96, batch=24, optim=None, augment=None, ema=None, **train):
+    config = Config(
+        model=model,
+        optim=optim or OptimConfig(name="adamw", lr=3e-3),
+        schedule=ScheduleConfig(name="constant"),
+        augment=augment or AugmentConfig(),
+        ema=ema or EmaConfig(),
+        train=TrainConfig(epochs=3, global_batch_size=batch, **train),
+        checkpoint=CheckpointConfig(),
+    )
+    info = DataInfo(["dark", "light"], 8, 1, [0.5], [0.25], {})
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(num_samples) % 2
+    pixels = torch.randint(0, 100, (num_samples, 8, 8, 1), generator=generator) + 120 * labels.view(-1, 1, 1, 1)
+    block = {
+        "image": pixels.to(torch.uint8).numpy(),
+        "label": labels.numpy(),
+        "sample": torch.arange(num_samples).numpy(),
+    }
+    rows = CachedRows(SimpleNamespace(iter_batches=lambda **_: iter([block])))
+    torch.manual_seed(0)
+    built, _ = build_model(config.model, info)
+    if config.train.channels_last:
+        built = built.to(memory_format=torch.channels_last)
+    if config.train.compile:
+        built.compile()
+    optimizer = build_optimizer(config.optim, config.train, built)
+    total = 3 * num_samples
+    to_tensors = ToTensors(info, CPU, config.train.channels_last)
+    augment = config.augment
+    plan = Plan(batch, config.train.accumulate_steps, total, 0, 1, augment.mixes)
+    average = Average(config.ema, built) if config.ema.decay is not None else None
+    freezing = Freezing(config.train.freeze, built)
+    freezing.settle(epoch=0)
+    return Job(
+        config=config, info=info, run_name="x", attempt=1, rank=0, world_size=1, device=CPU, line=Lines(),
+        model=built, wrapped=built, optimizer=optimizer,
+        scheduler=build_scheduler(config.schedule, optimizer, math.ceil(total / batch), num_samples / batch),
+        scaler=torch.amp.GradScaler("cpu", enabled=config.train.precision == "fp16"),
+        feed=IndexedFeed(rows, Order(0, num_samples), plan, to_tensors, Augment(augment, 0)),
+        rows={"train": rows, "val": rows, "test": rows}, to_tensors=to_tensors, total_positions=total,
+        progress=Progress(Meter(CPU)), freezing=freezing, average=average,
+        erasing=Erasing(augment, 0, CPU) if augment.erase_prob else None,
+        mixing=Mixing(augment, info.num_classes, config.train.label_smoothing, 0) if augment.mixes else None,
+    )  # fmt: skip
+
+
+def train(job):
+    ends = []
+    for batch in job.feed.from_position(job.progress.position):
+        thaw(job)
+        train_step(job, batch)
+        ends.append(advance(job, batch))
+    return ends
+
+
+def copied(job):
+    """Weights, buffers, and what the optimiser holds of them, as they are now."""
+    held = [value for state in job.optimizer.state.values() for value in state.values()]
+    return [value.clone() for value in (*job.model.state_dict().values(), *held)]
+
+
+def same(first, second):
+    return len(first) == len(second) and all(torch.equal(*pair) for pair in zip(first, second, strict=True))
+
+
+def skipping_job(*arguments, most=10, **switches):
+    job = make_job(*arguments, **switches)
+    job.config.failure.on_nonfinite, job.config.failure.max_nonfinite_steps = "skip_step", most
+    return job

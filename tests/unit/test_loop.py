@@ -1,0 +1,381 @@
+"""One optimiser step in one process: every switch of `train` trains, and accumulation changes no result."""
+
+import dataclasses
+import functools
+import math
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from ftexp.checkpoint.manager import CheckpointManager
+from ftexp.checkpoint.registry import ExtraState
+from ftexp.checkpoint.store import CheckpointStore
+from ftexp.config.schema import (
+    AugmentConfig,
+    OptimConfig,
+)
+from ftexp.data.feeds.feed import CachedRows
+from ftexp.data.order import Order
+from ftexp.errors import ConfigError, NonFiniteError
+from ftexp.failure.nonfinite import skip_step
+from ftexp.failure.watchdog import report_hang
+from ftexp.job.job import settle_kernels
+from ftexp.storage.directory import Storage
+from ftexp.worker.loop import advance, evaluate, evaluation_due, log_train, update_best
+from ftexp.worker.step import train_step
+from tests.support.jobs import CPU, RESNET, SMALL_VIT, copied, make_job, same, skipping_job, train
+
+
+class Pair(torch.nn.Module):
+    """Returns its logits twice, in the mode that it is given."""
+
+    def __init__(self, inner, mode):
+        super().__init__()
+        self.inner, self.mode = inner, mode
+
+    def forward(self, images):
+        logits = self.inner(images)
+        return (logits, logits) if self.training == self.mode else logits
+
+
+def test_a_model_that_returns_a_tuple_is_refused_in_the_first_step_and_evaluation():
+    job = make_job()
+    job.wrapped = Pair(job.model, mode=True)
+    with pytest.raises(ConfigError, match=r"^model\.name=vit_tiny_patch16_224 returns a tuple of 2, not logits"):
+        train(job)
+    job.model = Pair(job.model, mode=False)
+    with pytest.raises(ConfigError, match=r"returns a tuple of 2, not logits"):
+        evaluate(job, "val")
+
+
+@pytest.mark.parametrize(
+    ("configured", "accumulate_steps", "now", "largest"),
+    [(None, 1, 1, 96), (None, 4, 4, 24), (64, 4, 4, 64), (None, 1, 4, 24), (64, 1, 4, 24), (10, 1, 4, 10)],
+)
+def test_an_evaluation_takes_as_much_at_a_time_as_surely_has_room(
+    monkeypatch, configured, accumulate_steps, now, largest
+):
+    job, sizes = make_job(eval_batch_size=configured, accumulate_steps=accumulate_steps), []
+    job.accumulate_steps = now  # more than configured: memory has run out before
+    job.model.register_forward_pre_hook(lambda _, images: sizes.append(len(images[0])))
+    evaluate(job, "val")
+    assert max(sizes) == largest
+    assert sum(sizes) == 96
+
+
+def test_a_gpus_kernels_are_asked_for_the_same_bits_each_time(monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    try:
+        settle_kernels(CPU)
+        assert not torch.are_deterministic_algorithms_enabled()
+        settle_kernels(torch.device("cuda"))
+        assert torch.are_deterministic_algorithms_enabled()
+        assert torch.is_deterministic_algorithms_warn_only_enabled()  # what has no such kernel still trains
+        assert not torch.backends.cudnn.benchmark
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+SWITCHES = [
+    {"precision": "bf16"},
+    {"precision": "fp16"},
+    {"channels_last": True},
+    {"label_smoothing": 0.1},
+    {"clip_grad_norm": 0.5},
+    {"accumulate_steps": 3},
+    {"precision": "fp16", "clip_grad_norm": 1.0, "accumulate_steps": 2},
+    {"clip_grad_value": 0.01},
+    {"clip_grad_agc": 0.1},
+    {"freeze": {"blocks.0": 1}},
+    {"augment": AugmentConfig(mixup_alpha=0.2, erase_prob=0.25), "label_smoothing": 0.1, "accumulate_steps": 2},
+    {},
+]
+
+
+@pytest.mark.parametrize("switches", SWITCHES, ids=str)
+def test_every_switch_learns_what_can_be_learned(switches):
+    job = make_job(**switches)
+    ends = train(job)
+    evaluate(job, "val")
+    assert job.progress.metrics["val_accuracy"] > 0.95
+    assert (job.progress.step, job.progress.position, job.progress.epoch) == (12, 288, 3)
+    assert ends == [False, False, False, True] * 3
+
+
+def test_a_compiled_model_takes_the_steps_of_the_plain_one(monkeypatch):
+    # traced and differentiated as ever; the C++ that would come of it takes half a minute
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    shallow = dataclasses.replace(SMALL_VIT, kwargs={**SMALL_VIT.kwargs, "depth": 1})
+    plain, compiled = make_job(shallow), make_job(shallow, compile=True)
+    for job in (plain, compiled):
+        train_step(job, next(job.feed.from_position(0)))
+    assert list(plain.model.state_dict()) == list(compiled.model.state_dict())
+    for name, value in plain.model.state_dict().items():
+        torch.testing.assert_close(compiled.model.state_dict()[name], value, rtol=1e-4, atol=1e-5)
+
+
+def gradients_of_one_step(batch=24, **switches):
+    job = make_job(batch=batch, optim=OptimConfig(name="sgd", lr=1e-9), **switches)
+    train_step(job, next(job.feed.from_position(0)))
+    return {name: parameter.grad for name, parameter in job.model.named_parameters()}
+
+
+@pytest.mark.parametrize("batch", [24, 25, 5])
+def test_accumulated_gradients_are_those_of_the_whole_batch(batch):
+    whole, parts = gradients_of_one_step(batch), gradients_of_one_step(batch, accumulate_steps=4)
+    for name, gradient in whole.items():
+        torch.testing.assert_close(parts[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_clipping_bounds_the_norm():
+    clipped = gradients_of_one_step(clip_grad_norm=1e-3)
+    norm = torch.linalg.vector_norm(torch.stack([gradient.norm() for gradient in clipped.values()]))
+    assert norm.item() == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_batch_norm_trains_when_the_last_batch_has_a_single_row():
+    job = make_job(RESNET, num_samples=25, batch=37, optim=OptimConfig(name="sgd", lr=0.01))
+    assert [job.total_positions % 37, job.total_positions] == [1, 75]
+    train(job)
+    assert job.progress.position == 75
+    assert all(torch.isfinite(value).all() for value in job.model.state_dict().values())
+
+
+def test_dropout_depends_on_step_and_rank_alone():
+    dropping = dataclasses.replace(SMALL_VIT, kwargs={**SMALL_VIT.kwargs, "proj_drop_rate": 0.5})
+
+    def weights_after_step(rank=0, noise=0, step=5):
+        job = make_job(dropping)
+        job.rank, job.progress.step = rank, step
+        torch.rand(noise)  # whatever else drew numbers before
+        train_step(job, next(job.feed.from_position(0)))
+        return torch.cat([parameter.flatten() for parameter in job.model.parameters()])
+
+    assert torch.equal(weights_after_step(), weights_after_step(noise=7))
+    assert not torch.equal(weights_after_step(), weights_after_step(rank=1))
+    assert not torch.equal(weights_after_step(), weights_after_step(step=6))
+
+
+def test_the_logged_loss_is_the_mean_since_the_last_point():
+    job = make_job()
+    batches = job.feed.from_position(0)
+    expected = []
+    for _ in range(3):
+        batch = next(batches)
+        with torch.no_grad():
+            logits = job.model(batch.micro_batches[0].images)
+        expected.append(torch.nn.functional.cross_entropy(logits, batch.micro_batches[0].labels).item())
+        train_step(job, batch)
+        advance(job, batch)
+    log_train(job)
+    (point,) = job.line.sent
+    assert (point["split"], point["step"]) == ("train", 3)
+    assert point["values"]["train_loss"] == pytest.approx(sum(expected) / 3, rel=1e-5)
+    log_train(job)
+    assert math.isnan(job.line.sent[1]["values"]["train_loss"])
+
+
+@pytest.mark.parametrize(("order", "best_step"), [("max", 2), ("min", 3)])
+def test_the_best_step_is_remembered(order, best_step):
+    job = make_job()
+    job.config.checkpoint.checkpoint_score_order = order
+    for step, accuracy in ((1, 0.5), (2, 0.9), (3, 0.1), (4, 0.9), (5, float("nan"))):
+        job.progress.step, job.progress.metrics["val_accuracy"] = step, accuracy
+        update_best(job)
+    assert job.best["step"] == best_step
+
+
+def test_the_last_epoch_is_evaluated_whatever_the_cadence():
+    job = make_job(eval_every_epochs=2)
+    due = []
+    for epoch in (1, 2, 3):
+        job.progress.epoch, job.progress.position = epoch, epoch * 96
+        due.append(evaluation_due(job, epoch_ended=True))
+    assert due == [False, True, True]
+
+
+def test_a_run_that_stops_in_an_epoch_is_evaluated_there_and_nowhere_else_in_it():
+    job = make_job()
+    job.total_positions = 96 + 48  # train.max_steps=6
+    due = []
+    for batch in job.feed.from_position(0):
+        due.append(evaluation_due(job, advance(job, batch)))
+        if job.finished:
+            break
+    assert due == [False, False, False, True, False, True]
+
+
+def test_a_poisoned_step_is_not_a_number_once():
+    job = make_job(accumulate_steps=3)
+    batches = job.feed.from_position(0)
+    train_step(job, next(batches))
+    assert all(torch.isfinite(parameter).all() for parameter in job.model.parameters())
+    job.poisoned = True
+    train_step(job, next(batches))
+    assert not job.poisoned
+    assert all(parameter.grad.isnan().all() for parameter in job.model.parameters())
+
+
+def test_a_batch_tells_which_samples_it_counts():
+    job = make_job(accumulate_steps=5, batch=7)  # micro-batches of one row are filled up
+    order, told = Order(0, 96), []
+    for batch in job.feed.from_position(0):
+        assert batch.positions.tolist() == list(range(batch.start, batch.end))
+        assert batch.samples.tolist() == order.samples(batch.positions).tolist()
+        assert len(batch.samples) == sum(int((micro.weights > 0).sum()) for micro in batch.micro_batches)
+        told += batch.samples.tolist()
+    assert sorted(told) == sorted(3 * list(range(96)))
+
+
+def test_an_empty_split_is_not_evaluated():
+    job = make_job()
+    job.rows["test"] = CachedRows(SimpleNamespace(iter_batches=lambda **_: iter([])))
+    evaluate(job, "test")
+    assert job.line.sent == []
+
+
+def poisoned_step(job, batches):
+    job.poisoned = True
+    batch = next(batches)
+    if not train_step(job, batch):
+        skip_step(job, batch)
+    advance(job, batch)
+
+
+@pytest.mark.parametrize(
+    "switches", [{}, {"accumulate_steps": 3}, {"clip_grad_norm": 0.5}, {"precision": "bf16"}], ids=str
+)
+def test_a_step_whose_gradient_is_not_finite_changes_nothing_and_the_next_one_does(switches):
+    job = skipping_job(**switches)
+    batches = job.feed.from_position(0)
+    batch = next(batches)
+    train_step(job, batch)
+    advance(job, batch)
+    weights, sums = copied(job), job.progress.train.taken()
+    poisoned_step(job, batches)
+    assert same(copied(job), weights)
+    assert torch.equal(job.progress.train.taken(), sums)  # neither a loss nor a sample was counted
+    assert all(parameter.grad is None for parameter in job.model.parameters())
+    assert (job.progress.step, job.progress.position, job.num_skipped) == (2, 48, 1)  # the samples are gone, though
+    reason = "the gradient is not finite"
+    assert job.line.sent == [
+        {"kind": "event", "name": "step_skipped", "positions": [24, 48], "step": 2, "reason": reason}
+    ]
+    train_step(job, next(batches))
+    assert job.num_skipped == 0
+    assert not same(copied(job), weights)
+    log_train(job)
+    assert math.isfinite(job.progress.metrics["train_loss"])
+
+
+def test_without_a_bad_gradient_skipping_changes_no_bit():
+    plain, skipping = make_job(), skipping_job()
+    train(plain), train(skipping)
+    assert same(copied(plain), copied(skipping))
+
+
+def test_a_bad_image_leaves_batch_norms_statistics_alone():
+    job = skipping_job(RESNET, optim=OptimConfig(name="sgd", lr=0.01))
+    before, batch = copied(job), next(job.feed.from_position(0))
+    batch.micro_batches[0].images[3, 0, 0, 0] = math.nan
+    assert not train_step(job, batch)
+    assert same(copied(job), before)
+
+
+def test_too_many_skipped_steps_in_a_row_are_an_error_and_as_many_in_all_are_not():
+    job = skipping_job(most=2)
+    batches = job.feed.from_position(0)
+    for _ in range(2):
+        poisoned_step(job, batches)
+    batch = next(batches)
+    train_step(job, batch)
+    advance(job, batch)
+    for _ in range(2):
+        poisoned_step(job, batches)
+    expected = "3 steps in a row had a gradient that is not finite, the last of them step 6, and .*_nonfinite_steps=2"
+    with pytest.raises(NonFiniteError, match=expected):
+        poisoned_step(job, batches)
+
+
+def test_only_rank_0_tells_of_a_skipped_step():
+    job = skipping_job()
+    job.rank = 1
+    poisoned_step(job, job.feed.from_position(0))
+    assert (job.num_skipped, job.line.sent) == (1, [])
+
+
+def test_where_steps_are_not_skipped_a_bad_loss_is_an_error_when_it_would_be_logged():
+    job = make_job()
+    batches = job.feed.from_position(0)
+    poisoned_step(job, batches)  # raises nothing yet: asking the device at each step would cost time
+    with pytest.raises(NonFiniteError, match="24 losses were NaN or infinite by step 1"):
+        log_train(job)
+    assert job.line.sent == []
+
+
+def test_nothing_is_saved_after_a_bad_loss(tmp_path):
+    job = make_job()
+    job.line.stop_requested = job.line.save_requested = False
+    store = CheckpointStore(Storage.at(str(tmp_path)))
+    checkpoints = CheckpointManager(job, store, ExtraState(["progress"], job))
+    poisoned_step(job, job.feed.from_position(0))
+    with pytest.raises(NonFiniteError, match="24 losses were NaN or infinite by step 1: nothing was saved"):
+        checkpoints.save()
+    assert not checkpoints.busy
+    assert store.latest(lambda *_: None) is None
+
+
+def test_weights_that_are_not_finite_are_not_kept_as_a_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setattr("ray.train.report", lambda metrics: None)
+    job = make_job()
+    job.line.stop_requested = job.line.save_requested = False
+    job.line.sync = lambda: None
+    store = CheckpointStore(Storage.at(str(tmp_path)))
+    checkpoints = CheckpointManager(job, store, ExtraState(["progress"], job))
+    job.progress.step = 1
+    checkpoints.save()
+    checkpoints.wait()
+    with torch.no_grad():
+        next(iter(job.model.parameters())).view(-1)[0] = math.inf
+    job.progress.step = 2
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("waiting doesn't mend it"))
+    job.total_positions = 0  # so that it is the last
+    checkpoints.save()
+    checkpoints.wait()
+    assert [(event["name"], event["step"]) for event in job.line.sent] == [
+        ("checkpoint_saved", 1),
+        ("checkpoint_failed", 2),
+    ]
+    assert "the weights are not finite" in job.line.sent[1]["error"]
+    assert store.latest(lambda *_: None).step == 1
+
+
+def test_a_request_to_stop_is_taken_up_after_a_step_and_saved_there(tmp_path):
+    job = make_job()
+    job.line.stop_requested = job.line.save_requested = False
+    checkpoints = CheckpointManager(job, CheckpointStore(Storage.at(str(tmp_path))), ExtraState(["progress"], job))
+    job.progress.step = 1
+    assert (checkpoints.due(epoch_ended=False), checkpoints.stopping) == (False, False)
+    job.line.stop_requested = True
+    due = []
+    while not checkpoints.stopping:
+        job.progress.step += 1
+        due.append(checkpoints.due(epoch_ended=False))
+    assert due[-1] is True
+    assert not any(due[:-1])
+
+
+def test_a_hang_is_told_and_its_stacks_are_left_in_the_run_directory(tmp_path):
+    job, order = make_job(), []
+    job.line.flush = lambda: order.append([*job.line.sent])
+    job.rank, job.attempt, job.progress.step = 3, 2, 17
+    run_dir = Storage.at(str(tmp_path))
+    report_hang(job, run_dir, "in a step", 12.5, "the stacks")
+    file = tmp_path / "hangs" / "a2.r3.txt"
+    assert file.read_text() == "the stacks"
+    told = {"rank": 3, "doing": "in a step", "seconds": 12.5, "file": str(file), "step": 17}
+    assert order == [[{"kind": "hung", **told}]]  # flushed once it was told
