@@ -135,6 +135,14 @@ def s3_server():
 
 
 @pytest.fixture
+def s3(s3_server, request):
+    """A folder of the test's own."""
+    from ftexp.storage.directory import Storage
+
+    return Storage.at(s3_uri(s3_server, "bucket"), request.node.name)
+
+
+@pytest.fixture
 def memory(monkeypatch):
     """A URI on something like an object store, in memory; every Storage under memory:// reads and writes there."""
     from fsspec.implementations.memory import MemoryFile, MemoryFileSystem

@@ -13,7 +13,7 @@ import pytest
 from ftexp.checkpoint.store import CHECKPOINTS, CheckpointStore
 from ftexp.rundir.sweep_record import look
 from ftexp.storage.directory import Storage
-from tests.support.command import Command, RunFolder
+from tests.support.command import WRITE_REPORT, Command, RunFolder, process
 from tests.support.processes import descendants_with, wait_until_none
 
 RATES = ["0.001", "0.003", "0.01", "0.03"]
@@ -173,3 +173,8 @@ def test_the_table_is_printed_again_and_trials_do_not_speak_in_between(story):
         assert any(model in line and rate in line and "finished" in line for line in done.stdout.splitlines())
     assert "images/s" not in story["second"]
     assert all("epoch 3/3" in (story["sweep"] / name / "train.log").read_text() for name in story["told"])
+
+
+def test_a_report_of_a_sweep_is_written_without_importing_anything_heavy(story, tmp_path):
+    done = process("-c", WRITE_REPORT, str(story["sweep"]), "--out", "sweep.html", cwd=tmp_path)
+    assert done.stdout.splitlines() == [f"written to {tmp_path}/sweep.html", "[]"], done.stderr

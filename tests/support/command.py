@@ -25,6 +25,15 @@ except SystemExit as error:
 print("imported:", sorted({*heavy} & set(sys.modules)), file=sys.stderr)
 sys.exit(code)
 """
+# writes the report of a run or sweep, and prints which of some modules were imported
+WRITE_REPORT = """
+import sys
+from ftexp.report.__main__ import main
+
+main()
+print(sorted({"torch", "ray", "timm", "torchvision", "pyarrow", "pandas", "numpy"} & set(sys.modules)))
+"""
+
 FOUR_EPOCHS = ["train.epochs=4", "train.ledger=true"]
 
 
@@ -117,3 +126,11 @@ class RunFolder:
     def kill_worker(self, rank):
         """SIGKILL a worker of the latest attempt."""
         os.kill(self.events("ready")[-1]["pids"][rank], signal.SIGKILL)
+
+
+def process(*words, cwd, **environment):
+    return subprocess.run(
+        [sys.executable, *words],
+        cwd=cwd, env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **environment}, capture_output=True, text=True,
+        timeout=120, check=False,
+    )  # fmt: skip

@@ -61,10 +61,17 @@ def make_job(model=SMALL_VIT, num_samples=96, batch=24, optim=None, augment=None
         train=TrainConfig(epochs=3, global_batch_size=batch, **train),
         checkpoint=CheckpointConfig(),
     )
-    info = DataInfo(["dark", "light"], 8, 1, [0.5], [0.25], {})
+    return job_of(config, DataInfo(["dark", "light"], 8, 1, [0.5], [0.25], {}), num_samples)
+
+
+def job_of(config, info, num_samples):
+    """The only rank of a run whose classes are dark and light by turns."""
+    train, augment, size = config.train, config.augment, info.image_size
+    batch = train.global_batch_size
     generator = torch.Generator().manual_seed(0)
-    labels = torch.arange(num_samples) % 2
-    pixels = torch.randint(0, 100, (num_samples, 8, 8, 1), generator=generator) + 120 * labels.view(-1, 1, 1, 1)
+    labels = torch.arange(num_samples) % info.num_classes
+    pixels = torch.randint(0, 100, (num_samples, size, size, info.channels), generator=generator)
+    pixels += 120 * (labels % 2).view(-1, 1, 1, 1)
     block = {
         "image": pixels.to(torch.uint8).numpy(),
         "label": labels.numpy(),
@@ -73,28 +80,27 @@ def make_job(model=SMALL_VIT, num_samples=96, batch=24, optim=None, augment=None
     rows = CachedRows(SimpleNamespace(iter_batches=lambda **_: iter([block])))
     torch.manual_seed(0)
     built, _ = build_model(config.model, info)
-    if config.train.channels_last:
+    if train.channels_last:
         built = built.to(memory_format=torch.channels_last)
-    if config.train.compile:
+    if train.compile:
         built.compile()
-    optimizer = build_optimizer(config.optim, config.train, built)
-    total = 3 * num_samples
-    to_tensors = ToTensors(info, CPU, config.train.channels_last)
-    augment = config.augment
-    plan = Plan(batch, config.train.accumulate_steps, total, 0, 1, augment.mixes)
+    optimizer = build_optimizer(config.optim, train, built)
+    total = train.epochs * num_samples
+    to_tensors = ToTensors(info, CPU, train.channels_last)
+    plan = Plan(batch, train.accumulate_steps, total, 0, 1, augment.mixes)
     average = Average(config.ema, built) if config.ema.decay is not None else None
-    freezing = Freezing(config.train.freeze, built)
+    freezing = Freezing(train.freeze, built)
     freezing.settle(epoch=0)
     return Job(
         config=config, info=info, run_name="x", attempt=1, rank=0, world_size=1, device=CPU, line=Lines(),
         model=built, wrapped=built, optimizer=optimizer,
         scheduler=build_scheduler(config.schedule, optimizer, math.ceil(total / batch), num_samples / batch),
-        scaler=torch.amp.GradScaler("cpu", enabled=config.train.precision == "fp16"),
-        feed=IndexedFeed(rows, Order(0, num_samples), plan, to_tensors, Augment(augment, 0)),
+        scaler=torch.amp.GradScaler("cpu", enabled=train.precision == "fp16"),
+        feed=IndexedFeed(rows, Order(0, num_samples), plan, to_tensors, Augment(augment, 0, info.mean)),
         rows={"train": rows, "val": rows, "test": rows}, to_tensors=to_tensors, total_positions=total,
         progress=Progress(Meter(CPU)), freezing=freezing, average=average,
         erasing=Erasing(augment, 0, CPU) if augment.erase_prob else None,
-        mixing=Mixing(augment, info.num_classes, config.train.label_smoothing, 0) if augment.mixes else None,
+        mixing=Mixing(augment, info.num_classes, train.label_smoothing, 0) if augment.mixes else None,
     )  # fmt: skip
 
 

@@ -38,12 +38,3 @@ def assert_only_text(page, calm, at_least):
     assert not page.tags["script"]
     for text in HOSTILE[:4]:
         assert page.text.count(" ".join(text.split())) >= at_least, text
-
-
-COMMAND = """
-import sys
-from ftexp.report.__main__ import main
-
-main()
-print(sorted({"torch", "ray", "timm", "torchvision", "pyarrow", "pandas", "numpy"} & set(sys.modules)))
-"""

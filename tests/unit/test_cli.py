@@ -1,17 +1,9 @@
 """What the command says: to wrong words, to --help and to --cfg, and how fast."""
 
 import importlib.util
-import os
 import re
-import shlex
-import shutil
-import statistics
-import subprocess
-import sys
-import time
 
 import pytest
-import torch
 from omegaconf import OmegaConf
 
 import ftexp.config.checks.validate
@@ -21,7 +13,6 @@ from ftexp.cluster.interruptible import Terminated
 from ftexp.config.checks.validate import validate
 from ftexp.config.schema import config_dir
 from ftexp.errors import ConfigError, DataError, FtexpError, RunFailedError
-from tests.support.command import TELL_IMPORTS
 
 GROUPS = sorted(folder.name for folder in config_dir().iterdir() if folder.is_dir() and folder.name != "hydra")
 
@@ -40,14 +31,6 @@ def command(monkeypatch, capsys, tmp_path):
         return code, captured.out, captured.err
 
     return run
-
-
-def process(*words, cwd, **environment):
-    return subprocess.run(
-        [sys.executable, *words],
-        cwd=cwd, env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **environment}, capture_output=True, text=True,
-        timeout=120, check=False,
-    )  # fmt: skip
 
 
 # words -> what stderr must hold: the key with its value, and what to do about it
@@ -419,77 +402,6 @@ def test_an_error_of_several_lines_gets_a_title(capsys):
     assert capsys.readouterr().err == "ftexp: FtexpError:\n  first\n  second\n"
 
 
-def test_a_start_from_nowhere_is_told_before_anything_is_started(tmp_path):
-    done = process("-c", TELL_IMPORTS, "torch,ray,timm,torchvision", "resume_from=/nowhere", cwd=tmp_path)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.splitlines() == [
-        "ftexp: resume_from=/nowhere: /nowhere holds no checkpoint that verifies: "
-        "give a run directory, or a folder under its checkpoints/",
-        "imported: []",
-    ]
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_weights_that_fit_nothing_are_told_before_ray_is_imported(tmp_path):
-    torch.save({"other.weight": torch.zeros(1)}, tmp_path / "w.bin")
-    done = process("-c", TELL_IMPORTS, "ray", "model.pretrained=w.bin", cwd=tmp_path)
-    assert (done.returncode, done.stdout) == (2, "")
-    told, imported = done.stderr.splitlines()
-    assert told.startswith("ftexp: model.pretrained=w.bin: 0 of the model's 55 tensors can be taken from its 1: none")
-    assert imported == "imported: []"
-    assert [path.name for path in tmp_path.iterdir()] == ["w.bin"]
-
-
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["optim.lr=-1"],
-        ["optim.lrr=1"],
-        ["model=vitt"],
-        ["chaos.faults=[nope]"],
-        ["resume=must"],
-        ["--help"],
-        ["--cfg", "job"],
-    ],
-)
-def test_nothing_heavy_is_imported_before_the_config_is_known_to_be_good(words, tmp_path):
-    heavy = "torch,ray,timm,numpy,pandas,pyarrow,torchvision,sklearn"
-    done = process("-c", TELL_IMPORTS, heavy, *words, cwd=tmp_path)
-    assert "imported: []" in done.stderr
-    assert done.returncode == (0 if words[0].startswith("--") else 2)
-    assert "Traceback" not in done.stderr
-    assert list(tmp_path.iterdir()) == []  # and nothing is left behind
-
-
-def test_the_command_itself_exits_with_2_and_tells_why(tmp_path):
-    done = process("-m", "ftexp.train", "scaling=single_gpu", "train.epochs=0", cwd=tmp_path)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.splitlines() == [
-        "ftexp: the config is wrong:",
-        "  train.epochs=0 is out of range: it must be at least 1",
-        "  scaling.use_gpu=true, but this machine has no GPU: use scaling=local, or scaling.use_gpu=false",
-    ]
-
-
-COMMANDS = ["train", "evaluate", "predict", "export", "drill", "checkpoints", "sweeps", "data", "report"]
-
-
-@pytest.mark.parametrize("module", COMMANDS)
-def test_no_command_minds_what_its_streams_can_not_take(module, tmp_path):
-    wrong = {"train": "seed=é⚡", "data": "seed=é⚡", "drill": "seed=é⚡", "export": "run=é⚡ format=onnx"}.get(
-        module, "run=é⚡"
-    )
-    wrong = "é⚡" if module in ("checkpoints", "sweeps", "report") else wrong
-    command = f"{shlex.quote(sys.executable)} -m ftexp.{module} {' '.join(map(shlex.quote, wrong.split()))}"
-    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    for streams in ("", ">&-", ">&- 2>&- <&-"):
-        shell = ["sh", "-c", f"{command} {streams}"]
-        done = subprocess.run(shell, cwd=tmp_path, env=environment, capture_output=True, check=False, timeout=120)
-        assert done.returncode == 2, done.stderr
-        assert b"Traceback" not in done.stdout + done.stderr
-        assert ("2>" in streams) or b"??" in done.stderr, "the message, with what ASCII lacks replaced"
-
-
 def help_text(command, capsys):
     with pytest.raises(SystemExit) as done:  # Hydra's way
         command("--help")
@@ -528,54 +440,6 @@ def test_cfg_job_prints_yaml_that_composes_to_the_same_config(command, tmp_path)
     command(*words, task=lambda job: direct.append(to_config(job)))
     assert to_config(OmegaConf.create(out)) == direct[0]
     assert direct[0].model.kwargs["depth"] == 2
-
-
-BARE_APP = """
-import hydra
-
-@hydra.main(version_base="1.3", config_path={folder!r}, config_name="config")
-def app(config):
-    pass
-
-app()
-"""
-
-
-def bare_app(folder):
-    """A Hydra app that has the same groups, files and defaults, and nothing of ftexp: no schema, no help text."""
-    conf = folder / "conf"
-    shutil.copytree(config_dir(), conf, ignore=shutil.ignore_patterns("hydra"))
-    main = conf / "config.yaml"
-    lines = main.read_text().splitlines()
-    main.write_text(
-        "\n".join(line for line in lines if line.strip() not in ("- schema", "- override hydra/help: ftexp"))
-    )
-    script = folder / "bare.py"
-    script.write_text(BARE_APP.format(folder=str(conf)))
-    return str(script)
-
-
-def median_times(commands, repeats=3):
-    """Median wall-clock time of each command, run in turns so that the machine's mood strikes all alike."""
-    times = [[] for _ in commands]
-    for _ in range(repeats):
-        for words, taken in zip(commands, times, strict=True):
-            start = time.perf_counter()
-            done = process(*words, cwd=None)
-            taken.append(time.perf_counter() - start)
-            assert done.returncode == 0, done.stderr
-    return [statistics.median(taken) for taken in times]
-
-
-@pytest.mark.parametrize("words", [["--help"], ["--cfg", "job"]], ids=" ".join)
-def test_help_and_cfg_take_little_longer_than_a_bare_hydra_app(words, tmp_path):
-    commands = [[bare_app(tmp_path), *words], ["-m", "ftexp.train", *words]]
-    for attempt in (1, 2):  # once more where the machine was busy
-        bare, own = median_times(commands)
-        print(f"{' '.join(words)}: bare {bare:.3f} s, ftexp {own:.3f} s, ratio {own / bare:.2f}, attempt {attempt}")
-        if own < 1.5 * bare:
-            return
-    raise AssertionError(f"{own:.3f} s against {bare:.3f} s")
 
 
 @pytest.mark.parametrize(

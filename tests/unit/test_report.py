@@ -3,8 +3,6 @@
 import dataclasses
 import json
 import math
-import subprocess
-import sys
 import time
 from itertools import pairwise
 
@@ -26,7 +24,7 @@ from ftexp.report.timeline import PHASES, build_timeline
 from ftexp.report.write import write_report
 from ftexp.rundir.record import RunRecord, RunState, read_state
 from ftexp.storage.directory import Storage
-from tests.support.pages import COMMAND, HOSTILE, Page, assert_only_text
+from tests.support.pages import HOSTILE, Page, assert_only_text
 
 SCORE = ("val_accuracy", "max")
 
@@ -366,16 +364,6 @@ def test_a_report_goes_to_an_object_store_and_from_there(memory):
 def test_where_there_is_no_run_the_command_says_so(tmp_path):
     with pytest.raises(ConfigError, match=r"holds no run\.json: give the directory of a run"):
         read_run(Storage.at(str(tmp_path)))
-
-
-def test_the_command_imports_nothing_heavy_and_writes_where_it_is_told(storage, tmp_path):
-    three_kills(storage)
-    words = [sys.executable, "-c", COMMAND, storage.uri, "--out", "elsewhere/first.html"]
-    done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=tmp_path)
-    assert done.stdout.splitlines() == [f"written to {tmp_path}/elsewhere/first.html", "[]"], done.stderr
-    assert "<h1>told" in (tmp_path / "elsewhere" / "first.html").read_text()
-    assert (tmp_path / "elsewhere" / "charts" / "timeline.png").exists()
-    assert not (storage.local_path / "report.html").exists()
 
 
 def test_a_report_that_fails_is_an_event_and_a_line_and_no_more(storage, monkeypatch, capsys):

@@ -3,7 +3,6 @@
 import csv
 import io
 import re
-import subprocess
 import sys
 import textwrap
 
@@ -29,7 +28,6 @@ from ftexp.sweep.run.runner import Job, Runner, config_of, fits, require_room
 from ftexp.sweep.show.display import Display
 from ftexp.sweep.show.leaderboard import CSV_FILE, PNG_FILE, as_csv, publish, ranked, varying
 from ftexp.sweep.show.picture import draw
-from tests.support.command import TELL_IMPORTS
 
 COMPOSED = OmegaConf.create({"optim": {"lr": 0.001}, "seed": 1, "data": {"mean": [0.5, 0.5]}, "model": {"name": "a"}})
 
@@ -588,26 +586,3 @@ def test_a_changed_base_is_told_once(folder):
 def test_the_same_trial_twice_is_refused(folder):
     with pytest.raises(ConfigError, match="give each value once"):
         plan(folder, ("a", config()), ("a", config()))
-
-
-@pytest.mark.parametrize(
-    ("words", "told"),
-    [
-        (["optim.lr=-1,1e-3,-2"], ["optim.lr=-1.0 is out of range", "optim.lr=-2.0 is out of range"]),
-        (["run.name=a,b"], ["run.name: a sweep names its trials"]),
-        (["seed=1,2", "sweep.max_concurrent=0"], ["sweep.max_concurrent=0 is out of range"]),
-        (["seed=1,2", "sweep.name=a/b"], ["sweep.name='a/b' can't name a folder"]),
-        (["seed=1,2", "sweep.metric=val_loss"], ["sweep.metric=val_loss needs sweep.mode"]),
-        (["seed=1,2", "sweep.metric=val_los"], ["sweep.metric=val_los is written by no run. Did you mean 'val_loss'?"]),
-        (["sweep.retry_failed=true,false"], ["sweep can't differ between the trials"]),
-        (["seed=1,2", "scaling.num_workers=32"], ["scaling.num_workers=32 with 1 CPU each want more than"]),
-    ],
-)
-def test_a_wrong_sweep_is_told_before_anything_heavy_is_imported(words, told, tmp_path):
-    words = [sys.executable, "-c", TELL_IMPORTS, "torch,ray,timm,matplotlib", "-m", *words]
-    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, timeout=60, check=False)
-    assert done.returncode == 2, done.stderr
-    assert "imported: []" in done.stderr
-    for line in told:
-        assert line in done.stderr
-    assert "Traceback" not in done.stderr

@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import subprocess
-import sys
 import time
 
 import pytest
@@ -16,7 +14,7 @@ from ftexp.report.write import write_report
 from ftexp.rundir.record import FAILED, FINISHED, INTERRUPTED, RUN_FILE, RunState
 from ftexp.rundir.sweep_record import Ledger, Trial
 from ftexp.storage.directory import Storage
-from tests.support.pages import COMMAND, HOSTILE, Page, assert_only_text
+from tests.support.pages import HOSTILE, Page, assert_only_text
 
 
 @pytest.fixture
@@ -135,13 +133,6 @@ def test_a_sweep_of_2_000_trials_gives_a_small_page_quickly(folder):
     assert time.process_time() - began < 10
     assert len(page) < 1_500_000
     assert "The best 300 trials; 1,700 more are in the table." in page
-
-
-def test_the_command_takes_a_sweep_and_imports_nothing_heavy(folder, tmp_path):
-    four_trials(folder)
-    words = [sys.executable, "-c", COMMAND, folder.uri, "--out", "sweep.html"]
-    done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=tmp_path)
-    assert done.stdout.splitlines() == [f"written to {tmp_path}/sweep.html", "[]"], done.stderr
 
 
 def test_a_sweep_of_which_nothing_has_begun_gives_a_page_too(folder):

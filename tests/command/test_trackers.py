@@ -20,7 +20,6 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from ftexp.config.schema import Config
 from ftexp.driver.terminal import Terminal
 from ftexp.driver.tracker_session import close_trackers, deliver_late, trackers_of
 from ftexp.rundir.record import EVENTS_FILE, METRICS_FILE, RunRecord, RunState
@@ -33,14 +32,12 @@ from ftexp.trackers.tensorboard import scalars
 from ftexp.trackers.wandb import logged_rows
 from tests.support.command import Command, RunFolder
 from tests.support.processes import descendants_with, wait_until_none
-
-ALL = ("tensorboard", "mlflow", "wandb")
-PATIENCE_S = 60.0
+from tests.support.tracked import ALL, PATIENCE_S, log, made, points_of, settings
 
 # offers points to all three, and is killed in the middle of it
 KILLED = """
 import os, signal, sys, threading
-from tests.unit.test_trackers import log, points_of, made
+from tests.support.tracked import log, made, points_of
 folder, uri = sys.argv[1:]
 opened = threading.Semaphore(0)
 followed, lines = made(folder, uri)
@@ -73,36 +70,6 @@ def server(tmp_path_factory):
         yield f"http://127.0.0.1:{serving.port}"
         serving.shutdown()
         thread.join()
-
-
-def points_of(steps):
-    for step in steps:
-        yield {"time": 1e9 + step, "split": "train", "step": step, "epoch": 0, "train_loss": 1 / step, "lr": 0.1}
-        if step % 10 == 0:
-            yield {"time": 1e9 + step + 0.5, "split": "val", "step": step, "epoch": 1, "val_loss": 2 / step}
-
-
-def log(lines, followed, point):
-    lines.append(json.dumps(point))
-    followed.offer(point)
-
-
-def settings(folder, uri, names=ALL, timeout_s=PATIENCE_S):
-    config = Config()
-    config.run.storage = Storage.at(str(folder)).parent.uri
-    config.model.kwargs = {"api_key": "very secret"}
-    config.tracker.use, config.tracker.timeout_s = dict.fromkeys(names, True), timeout_s
-    config.tracker.mlflow.tracking_uri = uri
-    config.tracker.tags = {"team": "blue"}
-    return config
-
-
-def made(folder, uri, names=ALL, sweep=None, **kwargs):
-    """The trackers of the run in a folder, and its metrics.jsonl."""
-    config, run_dir = settings(folder, uri, names, **kwargs), Storage.at(str(folder))
-    lines = AppendLog(run_dir, METRICS_FILE)
-    run = tracked_run(config, run_dir, run_dir.name, 1e9, sweep)
-    return Trackers(config.tracker, run, run_dir, lambda: read_lines(run_dir, METRICS_FILE)), lines
 
 
 def deliver(folder, uri, new=(), status="finished", **kwargs):
