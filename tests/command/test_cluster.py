@@ -15,50 +15,7 @@ from ftexp.checkpoint.store import CHECKPOINTS
 from ftexp.drilling.report import compare
 from ftexp.rundir.sample_ledger import problems, read_updates
 from tests.support.command import Command, RunFolder
-
-BATCH = 32
-SAVE_EVERY = 17
-HELD_AT = 60  # between two saves
-
-# On request of a file beside it: slows every step, or holds the run at one.
-PLUGIN = f"""
-import time
-from pathlib import Path
-
-from ftexp.checkpoint.registry import register_state
-
-SLOW, HOLD, HELD = (Path(__file__).with_name(name) for name in ("slow", "hold", "held"))
-
-@register_state("obedient")
-class Obedient:
-    version = 1
-
-    def __init__(self, job):
-        advance = job.scheduler.step_update
-
-        def step_update(step):
-            advance(step)
-            if SLOW.exists():
-                time.sleep(0.15)
-            if step == {HELD_AT} and job.rank == 0 and HOLD.exists():
-                HOLD.rename(HELD)
-                while HELD.exists():
-                    time.sleep(0.05)
-
-        job.scheduler.step_update = step_update
-
-    def state_dict(self):
-        return {{}}
-
-    def load_state_dict(self, state):
-        pass
-"""
-
-OPTIONS = [
-    "plugins=[obedient]", "checkpoint.extra_state=[progress,scheduler,scaler,rng,best,obedient]",
-    "model.kwargs.depth=1", "train.epochs=3", "train.eval_every_epochs=3", "train.log_every_steps=1",
-    "train.ledger=true", "checkpoint.every_epochs=null", f"checkpoint.every_steps={SAVE_EVERY}", "report.enabled=false",
-]  # fmt: skip
+from tests.support.reference import BATCH, EVERY_FEW_STEPS, OPTIONS, PLUGIN
 
 # what a cluster is started with, and what the command is started with on it
 ENVIRONMENT = {
@@ -75,8 +32,7 @@ ENVIRONMENT = {
 }
 RESIZES_EVERY_S = 13  # how often Ray Train looks whether there is room for more workers: time for two saves
 NOTICE_S = 20.0  # from the announcement that a node goes to its end
-GOES_ON_WITHIN_S = 75.0  # 6 to 29 as measured; each of Ray's tries with the dead node costs 5, by default 60
-EPOCHS = 14  # of the run on the cluster: 80 s at least, if every step is slowed
+EPOCHS = 7  # of the run on the cluster: 80 s at least, if every step is slowed
 
 
 class TwoNodes:
@@ -127,16 +83,9 @@ class Story:
     run: RunFolder
     exit_code: int
     output: str
-    killed_at: float
     killed_rank: int
-    announced_at: float
     announced_rank: int
     taken_at: float
-
-    def first_point_after(self, attempt):
-        """When an attempt did its first step that had never been done before."""
-        (ready,) = [event for event in self.run.events("ready") if event["attempt"] == attempt]
-        return min(point["time"] for point in self.run.metrics() if point["time"] > ready["time"])
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +99,8 @@ def story(tmp_path_factory):
             patch.setenv(name, value)
         nodes = TwoNodes()
         words = [
-            *OPTIONS, "run.name=run", f"run.storage={folder}", f"scaling.address={nodes.address}",
+            *OPTIONS, *EVERY_FEW_STEPS, "report.enabled=false", "run.name=run", f"run.storage={folder}",
+            f"scaling.address={nodes.address}",
             "scaling.num_workers=[1,2]", f"scaling.elastic_resize_monitor_interval_s={RESIZES_EVERY_S}",
             "scaling.use_gpu=false",
             f"train.epochs={EPOCHS}", f"train.eval_every_epochs={EPOCHS}", "failure.max_failures=1",
@@ -173,7 +123,6 @@ def tell(command, run, nodes, slow):
 
     wait_for_save(attempt=1)
     killed_rank = nodes.rank_on_second(run.events("ready")[-1]["pids"])
-    killed_at = time.time()
     nodes.kill_node()
     wait_for_save(attempt=2)
     (began,) = [event["time"] for event in run.events("attempt_started") if event["attempt"] == 2]
@@ -182,30 +131,12 @@ def tell(command, run, nodes, slow):
     nodes.add_node()
     wait_for_save(attempt=3)
     announced_rank = nodes.rank_on_second(run.events("ready")[-1]["pids"])
-    announced_at = time.time()
     taken_at = nodes.announce_end()
     command.wait_until(lambda: time.time() > taken_at)
     nodes.kill_node()
     command.wait_until(lambda: len(run.events("ready")) == 4)
     slow.unlink()
-    return Story(run, command.wait(), command.output, killed_at, killed_rank, announced_at, announced_rank, taken_at)
-
-
-@pytest.fixture(scope="module")
-def clean(tmp_path_factory, pictures):
-    """A run that nothing happened to, with cached data, on a Ray of its own."""
-    folder = tmp_path_factory.mktemp("clean")
-    (folder / "obedient.py").write_text(PLUGIN)
-    command = Command("train", [*OPTIONS, *pictures, f"run.storage={folder}", "run.name=clean"], folder)
-    assert command.wait() == 0, command.output
-    return RunFolder(folder / "clean")
-
-
-@pytest.fixture
-def switches(tmp_path):
-    """The folder of the plug-in, and of the files that tell it what to do."""
-    (tmp_path / "obedient.py").write_text(PLUGIN)
-    return tmp_path
+    return Story(run, command.wait(), command.output, killed_rank, announced_rank, taken_at)
 
 
 def parent_of(pid):
@@ -241,16 +172,12 @@ def assert_ends_as(clean, run):
 
 
 @pytest.mark.timeout(600)
-def test_a_run_whose_node_dies_goes_on_soon_with_the_worker_that_is_left(story, record_property):
+def test_a_run_whose_node_dies_goes_on_with_the_worker_that_is_left(story):
     failure = story.run.record["failures"][0]
     assert (failure["attempt"], failure["cause"]) == (1, "crash")
     assert (failure["rank"], failure["node"]) == (story.killed_rank, socket.gethostname())
     assert failure["decision"] == "failure 1 of 1 allowed: restarting the workers"
     assert story.run.record["world_sizes"][:2] == [2, 1]
-    seconds = story.first_point_after(attempt=2) - story.killed_at
-    record_property("seconds_from_the_nodes_death_to_a_new_step", seconds)
-    print(f"{seconds:.1f} s from the node's death to a new step")
-    assert seconds < GOES_ON_WITHIN_S
 
 
 def test_a_run_grows_again_when_a_node_is_added(story):
@@ -275,7 +202,7 @@ def test_workers_on_every_node_of_a_cluster_are_forked(story):
     assert story.run.events("cold_start") == []
 
 
-def test_a_run_saves_before_an_announced_end_of_a_node_and_is_not_charged_for_it(story, record_property):
+def test_a_run_saves_before_an_announced_end_of_a_node_and_is_not_charged_for_it(story):
     run = story.run
     (notice,) = run.events("preemption_notice")
     assert (notice["attempt"], notice["ranks"]) == (3, [story.announced_rank])
@@ -283,9 +210,6 @@ def test_a_run_saves_before_an_announced_end_of_a_node_and_is_not_charged_for_it
     assert saved["step"] == notice["step"]
     assert "preemption" in saved["reasons"]
     assert saved["time"] < story.taken_at
-    seconds = saved["time"] - story.announced_at
-    record_property("seconds_from_the_announcement_to_the_save", seconds)
-    print(f"{seconds:.1f} s from the announcement to the save")
     failure = run.record["failures"][1]
     assert (failure["attempt"], failure["cause"]) == (3, "preemption")
     assert (failure["rank"], failure["node"]) == (story.announced_rank, socket.gethostname())
@@ -294,9 +218,6 @@ def test_a_run_saves_before_an_announced_end_of_a_node_and_is_not_charged_for_it
     assert run.record["world_sizes"][3:] == [1]
     latest = [event["step"] for event in run.events("checkpoint_saved") if event["attempt"] == 3][-1]
     assert run.events("restored")[2]["step"] >= latest >= saved["step"]
-    seconds = story.first_point_after(attempt=4) - story.taken_at
-    record_property("seconds_from_the_announced_end_to_a_new_step", seconds)
-    print(f"{seconds:.1f} s from the announced end to a new step")
 
 
 def test_a_run_that_lost_and_gained_nodes_finishes_with_each_position_done_once(story):
@@ -310,39 +231,40 @@ def test_a_run_that_lost_and_gained_nodes_finishes_with_each_position_done_once(
     assert {update.attempt for update in updates} == {1, 2, 3, 4}
 
 
-@pytest.mark.parametrize("feed", ["cached", "streaming"])
 @pytest.mark.timeout(400)
 def test_a_run_whose_controller_is_killed_ends_where_the_clean_run_ends(
-    ftexp, run_folder, switches, clean, pictures, feed
+    ftexp, run_folder, tmp_path, clean_run, pictures
 ):
-    (switches / "hold").touch()
-    command, run = ftexp(*OPTIONS, *pictures, f"data.feed={feed}", "run.name=headless"), run_folder("headless")
-    command.wait_until((switches / "held").exists)
-    killed_at = time.time()
+    (tmp_path / "hold").touch()
+    command = ftexp(*OPTIONS, *EVERY_FEW_STEPS, *pictures, "data.feed=streaming", "run.name=headless")
+    run = run_folder("headless")
+    command.wait_until((tmp_path / "held").exists)
     os.kill(process_of("ray::TrainController", command.process.pid), signal.SIGKILL)
-    (switches / "held").unlink()
+    (tmp_path / "held").unlink()
     assert command.wait() == 0, command.output
     (failure,) = run.record["failures"]
     assert (failure["cause"], failure["rank"]) == ("crash", None)
     assert failure["error"] == "Ray Train's controller died, and its workers with it"
     assert failure["decision"] == "failure 1 of 3 allowed: restarting the workers"
-    print(f"{run.events('ready')[1]['time'] - killed_at:.1f} s from the controller's death to training again")
-    assert_ends_as(clean, run)
+    assert_ends_as(clean_run, run)
 
 
 @pytest.mark.timeout(400)
-def test_a_run_whose_storage_is_gone_stops_and_goes_on_once_it_is_back(ftexp, run_folder, switches, clean, pictures):
-    (switches / "hold").touch()
-    words = [*OPTIONS, *pictures, "data.feed=streaming", "run.name=full", "checkpoint.max_failed_saves=1"]
+def test_a_run_whose_storage_is_gone_stops_and_goes_on_once_it_is_back(
+    ftexp, run_folder, tmp_path, clean_run, pictures
+):
+    (tmp_path / "hold").touch()
+    words = [*OPTIONS, *EVERY_FEW_STEPS, *pictures, "data.feed=streaming"]
+    words += ["run.name=full", "checkpoint.max_failed_saves=1"]
     command, run = ftexp(*words), run_folder("full")
-    command.wait_until((switches / "held").exists)
-    folder, away = run.path / CHECKPOINTS, switches / "away"
+    command.wait_until((tmp_path / "held").exists)
+    folder, away = run.path / CHECKPOINTS, tmp_path / "away"
     # the latest is there, and told
     command.wait_until(lambda: [event["checkpoint"] for event in run.events("checkpoint_saved")][-1:] == newest(folder))
     shutil.move(folder, away)
     folder.touch()  # a file, in which not even root can make a folder
-    (switches / "slow").touch()  # or the run might end before its second save has failed
-    (switches / "held").unlink()
+    (tmp_path / "slow").touch()  # or the run might end before its second save has failed
+    (tmp_path / "held").unlink()
     assert command.wait() == 1, command.output
     record = run.record
     assert (record["status"], record["attempts"]) == ("failed", 1)
@@ -358,9 +280,9 @@ def test_a_run_whose_storage_is_gone_stops_and_goes_on_once_it_is_back(ftexp, ru
 
     folder.unlink()
     shutil.move(away, folder)
-    (switches / "slow").unlink()
+    (tmp_path / "slow").unlink()
     again = ftexp(*words)
     assert again.wait() == 0, again.output
     assert f"at step {latest} from step_{latest:08d}.a1" in again.output
     assert run.record["status"] == "finished"
-    assert_ends_as(clean, run)
+    assert_ends_as(clean_run, run)

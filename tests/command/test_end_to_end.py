@@ -9,7 +9,7 @@ import torch
 
 from ftexp.report.source import read_run
 from ftexp.report.timeline import build_timeline
-from tests.support.command import FOUR_EPOCHS
+from tests.support.reference import EVERY_FEW_STEPS, OPTIONS, STATES, STEPS
 from tests.support.small_cifar import SMALL_CIFAR, write_small_cifar
 
 PLUGIN = """
@@ -66,33 +66,35 @@ def points(run):
     return [{key: point[key] for key in keys if key in point} for point in run.metrics()]
 
 
-def test_a_killed_run_ends_exactly_where_the_clean_run_ends(ftexp, run_folder, clean_run, tmp_path):
+def test_a_killed_run_ends_exactly_where_the_clean_run_ends(ftexp, run_folder, clean_run, pictures, tmp_path):
     (tmp_path / "my_states.py").write_text(PLUGIN)
+    (tmp_path / "slow").touch()  # so that it does not end before it is killed
     clean, killed = clean_run, run_folder("killed")
     killed_command = ftexp(
-        *FOUR_EPOCHS, "failure.max_failures=1", "plugins=[my_states]", "run.name=killed",
-        "checkpoint.extra_state=[progress,scheduler,scaler,ema,rng,best,counter]", "report.enabled=true",
+        *OPTIONS, *EVERY_FEW_STEPS, *pictures, "failure.max_failures=1", "plugins=[obedient,my_states]",
+        f"checkpoint.extra_state=[{STATES},counter]", "run.name=killed", "report.enabled=true",
     )  # fmt: skip
     killed_command.wait_until(lambda: len(killed.events("checkpoint_saved")) >= 2)
     killed.kill_worker(rank=1)
+    (tmp_path / "slow").unlink()
     before = killed.events("checkpoint_saved")[-1]
     counter = load(killed, before["checkpoint"], "extra_state.pt")["counter"]
     assert counter == {"restored": 0, "saved_at": before["step"]}
     assert killed_command.wait() == 0, killed_command.output
 
     last = clean.record["checkpoint"]
-    assert last == "step_00000158.a1"
-    assert killed.record["checkpoint"] == "step_00000158.a2"
+    assert last == f"step_{STEPS:08d}.a1"
+    again = killed.record["checkpoint"]
+    assert again == f"step_{STEPS:08d}.a2"
     for name in ("model.pt", "optimizer.pt"):
-        assert_same_tree(load(clean, last, name), load(killed, "step_00000158.a2", name))
-    ours, theirs = load(clean, last, "extra_state.pt"), load(killed, "step_00000158.a2", "extra_state.pt")
-    assert theirs.pop("counter") == {"restored": 1, "saved_at": 158}
+        assert_same_tree(load(clean, last, name), load(killed, again, name))
+    ours, theirs = load(clean, last, "extra_state.pt"), load(killed, again, "extra_state.pt")
+    assert theirs.pop("counter") == {"restored": 1, "saved_at": STEPS}
     assert_same_tree({k: v for k, v in ours.items() if k != "rng"}, {k: v for k, v in theirs.items() if k != "rng"})
     assert points(clean) == points(killed)
 
     (failure,) = killed.record["failures"]
     assert (failure["cause"], failure["rank"]) == ("crash", 1)
-    assert failure["seconds_to_detect"] < 10
     assert failure["steps_replayed"] == failure["step"] - killed.events("restored")[0]["step"]
     assert "✗ rank 1 failed" in killed_command.output
     assert "failure 1 of 1 allowed: restarting the workers" in killed_command.output
@@ -106,7 +108,7 @@ def test_a_killed_run_ends_exactly_where_the_clean_run_ends(ftexp, run_folder, c
     assert noise == []
 
     # the checkpoint stands on its own, and the evaluation agrees with the run
-    bare = [sys.executable, "-c", LOAD_WITHOUT_FTEXP, str(killed.path), "step_00000158.a2"]
+    bare = [sys.executable, "-c", LOAD_WITHOUT_FTEXP, str(killed.path), again]
     loaded = subprocess.run(bare, capture_output=True, text=True, check=True, cwd=tmp_path)
     assert int(loaded.stdout) == killed.record["model"]["num_parameters"]
     left = [json.loads((run.path / "evaluation_test.json").read_text()) for run in (clean, killed)]

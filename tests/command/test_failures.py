@@ -8,8 +8,8 @@ import pytest
 
 from ftexp.drilling.report import compare
 from ftexp.rundir.sample_ledger import problems, read_updates
-from tests.support.command import FOUR_EPOCHS
 from tests.support.processes import wait_until_none
+from tests.support.reference import OPTIONS
 
 BATCH = 32
 
@@ -38,14 +38,18 @@ class Faulty:
 
 
 @pytest.mark.timeout(400)
-def test_a_run_that_lost_ray_hung_lost_numbers_and_raised_ends_where_the_clean_run_ends(ftexp, run_folder, clean_run):
-    faults = "{kind: hang, step: 40, rank: 1}, {kind: nonfinite, step: 80}, {kind: raise, step: 120}"
-    command = ftexp(*FOUR_EPOCHS, "run.name=faulty", f"chaos.faults=[{faults}]", "failure.hang_timeout_s=15")
+def test_a_run_that_lost_ray_hung_lost_numbers_and_raised_ends_where_the_clean_run_ends(
+    ftexp, run_folder, clean_run, pictures, tmp_path
+):
+    (tmp_path / "slow").touch()  # so that nothing is saved before Ray is killed
+    faults = "{kind: hang, step: 45, rank: 1}, {kind: nonfinite, step: 55}, {kind: raise, step: 65}"
+    command = ftexp(*OPTIONS, *pictures, "run.name=faulty", f"chaos.faults=[{faults}]", "failure.hang_timeout_s=15")
     run = run_folder("faulty")
     command.wait_until(lambda: run.events("ready"))
     pids = run.events("ready")[0]["pids"]
     command.kill_child("gcs_server")
     command.wait_until(lambda: len(run.events("ready")) == 2)
+    (tmp_path / "slow").unlink()
     assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
     assert command.wait() == 0, command.output
     assert len(run.events("command_started")) == 1
@@ -66,7 +70,7 @@ def test_a_run_that_lost_ray_hung_lost_numbers_and_raised_ends_where_the_clean_r
     stacks = run.path / "hangs" / "a2.r1.txt"
     assert f"stacks in {stacks}" in failures[0]["error"]
     assert "strike.py" in stacks.read_text()
-    assert failures[2]["step"] == 120
+    assert failures[2]["step"] == 65
     assert "ChaosError" in failures[2]["error"]
     assert 0 < record["goodput"] <= 1
     assert record["goodput"] == pytest.approx(record["productive_s"] / record["seconds"], abs=1e-4)

@@ -1,6 +1,5 @@
 """The streaming feed: it never runs far ahead of its reader, survives what kills its tasks, and begins anywhere."""
 
-import logging
 import os
 import queue
 import re
@@ -33,16 +32,7 @@ SIZE = 24  # so that an image outweighs what comes with it
 INFO = DataInfo(["a", "b"], SIZE, 1, [0.0], [1.0], {})
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cluster():
-    logging.getLogger("ray").setLevel(logging.WARNING)  # it fills the report of a failed test otherwise
-    own_modules = {"env_vars": {"PYTHONPATH": str(Path(__file__).parents[2])}}  # for Numbered, in the tasks
-    ray.init(
-        address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False,
-        runtime_env=own_modules,
-    )  # fmt: skip
-    yield
-    ray.shutdown()
+pytestmark = pytest.mark.usefixtures("data_ray")
 
 
 @dataclass(frozen=True)

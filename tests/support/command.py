@@ -34,8 +34,6 @@ main()
 print(sorted({"torch", "ray", "timm", "torchvision", "pyarrow", "pandas", "numpy"} & set(sys.modules)))
 """
 
-FOUR_EPOCHS = ["train.epochs=4", "train.ledger=true"]
-
 
 class Command:
     """`python -m ftexp.<module> ...` in its own process, watched by its output and its run directory."""
