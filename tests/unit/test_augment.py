@@ -75,9 +75,9 @@ RAND_AUGMENTS = [
 
 
 @pytest.mark.parametrize("words", RAND_AUGMENTS)
-def test_rand_augment_has_an_answer_at_each_of_20_000_positions(words):
-    rows = np.random.default_rng(0).integers(0, 256, (20_000, 2, 2, 3), np.uint8)
-    changed = RandAugment(words, 0, [0.5] * 3)(rows, np.arange(20_000))
+def test_rand_augment_has_an_answer_at_each_of_5_000_positions(words):
+    rows = np.random.default_rng(0).integers(0, 256, (5_000, 2, 2, 3), np.uint8)
+    changed = RandAugment(words, 0, [0.5] * 3)(rows, np.arange(5_000))
     assert changed.shape == rows.shape
     assert (changed != rows).any((1, 2, 3)).mean() > 0.1
 

@@ -1,7 +1,6 @@
 """What hands points to a tracker: each once, whatever fails in between, and never in the way of the run."""
 
 import threading
-import time
 
 import pytest
 
@@ -186,12 +185,10 @@ def test_what_fails_when_the_end_is_told_is_tried_once_more(backend):
 
 def test_a_tracker_that_hangs_holds_nobody_up(backend):
     released = threading.Event()
-    backend.trouble = [well, lambda carry_out: released.wait(PATIENCE_S)]
+    backend.trouble = [well, lambda carry_out: released.wait()]
     following = Following(backend, [point(1)])
     following.log(*(point(step) for step in range(2, 1000)))
-    began = time.monotonic()
     failure = following.finish(timeout_s=0.05)
-    assert time.monotonic() - began < PATIENCE_S / 2
     assert failure["reason"] == "it has not answered in time"
     assert failure["num_undelivered"] == 999
     released.set()

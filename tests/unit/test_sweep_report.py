@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import time
 
 import pytest
 from PIL import Image
@@ -124,13 +123,11 @@ def test_one_trial_or_one_value_is_a_chart_too():
     assert curves_chart("acc", [(trials[0], [(1.0, float("nan"))])], 1000.0).shapes
 
 
-def test_a_sweep_of_2_000_trials_gives_a_small_page_quickly(folder):
+def test_a_sweep_of_2_000_trials_gives_a_small_page(folder):
     trials = [(f"t{n}", {"optim.lr": f"{10 ** (-n / 500):.3g}", "optim.name": f"opt{n % 40}"}, FINISHED,
                [0.1, 0.2, n / 2000], None) for n in range(2000)]  # fmt: skip
     write_sweep(folder, *trials)
-    began = time.process_time()
     page = SweepReport(folder, "report.html").html()
-    assert time.process_time() - began < 10
     assert len(page) < 1_500_000
     assert "The best 300 trials; 1,700 more are in the table." in page
 
