@@ -1,5 +1,6 @@
 """The fixtures of all lanes, and how two workers share the tests."""
 
+import gc
 import io
 import logging
 import os
@@ -54,6 +55,10 @@ def pytest_collection_modifyitems(items):
     for item in items:
         item.add_marker(_lane(item))
     items.sort(key=_place)
+
+
+def pytest_collection_finish():
+    gc.freeze()  # else each of the collector's passes looks at all of torch and Ray: a quarter of a composition's time
 
 
 def _lane(item):
