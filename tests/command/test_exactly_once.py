@@ -14,11 +14,11 @@ from ftexp.rundir.sample_ledger import problems, read_updates
 from ftexp.storage.directory import Storage
 from ftexp.storage.lease import LOCK_FILE
 from tests.support.command import RunFolder
-from tests.support.reference import BATCH, OPTIONS, STEPS
+from tests.support.reference import BATCH, OPTIONS, STATES, STEPS
 
 DRILL_STEPS, DRILL_BATCH = 16, 62  # 4.95 steps an epoch; shares of 31, micro-batches of 16 and 15
 RECIPE = [
-    "data=synthetic", "data.num_samples=307", "data.image_size=8", "data.val_fraction=0", "data.test_fraction=0",
+    "data=synthetic", "data.num_samples=396", "data.image_size=8", "data.val_fraction=0.1", "data.test_fraction=0.13",
     "model.kwargs.depth=2", "model.drop_path_rate=0.1", "augment.rand_augment=rand-m5-mstd0.5-inc1",
     "augment.erase_prob=0.5",
     "augment.erase_mode=pixel", "augment.mixup_alpha=0.2", "augment.cutmix_alpha=1.0", "augment.mix_mode=elem",
@@ -41,9 +41,10 @@ def changed(path, change):
 def test_a_drill_with_the_full_recipe_on_tells_a_run_that_survived_its_faults_from_one_that_did_not(ftexp, tmp_path):
     faults = ["kill_worker", "truncate_checkpoint", "kill_driver"]  # as parts are unfrozen, between, and after
     words = [*faults[:2], f"{{kind: kill_driver, step: {DRILL_STEPS - 1}}}"]  # a save that is slow has time
+    (tmp_path / "slow").touch()  # so that saves keep up with steps
     command = ftexp(
-        *RECIPE, f"drill.steps={DRILL_STEPS}", f"drill.faults=[{','.join(words)}]",
-        f"run.storage={tmp_path / 'runs'}", module="drill",
+        *RECIPE, "plugins=[obedient]", f"checkpoint.extra_state=[ema,{STATES}]", f"drill.steps={DRILL_STEPS}",
+        f"drill.faults=[{','.join(words)}]", f"run.storage={tmp_path / 'runs'}", module="drill",
     )  # fmt: skip
     command.wait_for("clean ")  # whatever waits has its own deadline, and this is three commands
     command.wait_for("giving the same command again")
