@@ -25,7 +25,7 @@ CHILD = """
     from ftexp.cluster import interruptible as fitting
 
     numbers, has_workers, grace_s = json.loads(sys.argv[1])
-    fitting.STOP_GRACE_S = grace_s
+    fitting.STOP_GRACE_S, fitting._END_WITHIN_S = grace_s, 0.1
     asked, answered, ended = [], threading.Event(), threading.Event()
 
     def fit():
@@ -56,6 +56,12 @@ CHILD = """
 INT, TERM = signal.SIGINT, signal.SIGTERM
 
 
+@pytest.fixture
+def fit_in_c(monkeypatch):
+    """Don't wait long for the end of a fit that waits in C, and so never is interrupted."""
+    monkeypatch.setattr(fitting, "_END_WITHIN_S", 0.1)
+
+
 @pytest.mark.parametrize(
     ("numbers", "has_workers", "grace_s", "asked", "result"),
     [
@@ -81,6 +87,7 @@ def never(why):
     raise AssertionError("nobody asked")
 
 
+@pytest.mark.usefixtures("fit_in_c")
 def test_a_signal_that_comes_while_the_first_is_answered_is_not_lost():
     def stop(why):
         os.kill(os.getpid(), signal.SIGTERM)  # somebody is impatient
@@ -168,6 +175,7 @@ def test_what_fit_returns_or_raises_comes_through():
         fit_interruptibly(lambda: 1 / 0, FREE, never)
 
 
+@pytest.mark.usefixtures("fit_in_c")
 def test_a_run_that_was_taken_over_stops():
     ended = threading.Event()
     with pytest.raises(StorageError, match="taken over by process 7"):
@@ -175,6 +183,7 @@ def test_a_run_that_was_taken_over_stops():
     ended.set()
 
 
+@pytest.mark.usefixtures("fit_in_c")
 def test_what_failed_elsewhere_in_the_driver_ends_the_run_as_what_it_is():
     ended, error = threading.Event(), UnicodeEncodeError("ascii", "x", 0, 1, "no")
     with pytest.raises(UnicodeEncodeError) as raised:
@@ -214,12 +223,14 @@ def test_a_terminal_that_goes_away_is_a_sigterm_unless_nohup_asked_to_ignore_it(
         signal.signal(signal.SIGHUP, hangup)
 
 
+@pytest.mark.usefixtures("fit_in_c")
 @pytest.mark.parametrize("fit", [threading.Event().wait, lambda: 1 / 0], ids=["it waits", "it raises what follows"])
 def test_the_fit_ends_when_ray_has_died(fit):
     with pytest.raises(RayLostError, match="Ray's GCS process was killed"):
         fit_interruptibly(fit, FREE, never, lost=lambda: "Ray's GCS process was killed")
 
 
+@pytest.mark.usefixtures("fit_in_c")
 def test_who_asked_for_the_end_before_ray_died_gets_it():
     asked = []
 

@@ -148,15 +148,16 @@ def test_two_places_never_share_memory_whatever_their_keys(tree):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="of threads, Linux knows priorities")
-@pytest.mark.parametrize("lower", [0, 5, 15])
-def test_the_writing_thread_gives_way_to_its_process_and_never_asks_for_more_than_that_has(lower):
+def test_the_writing_thread_gives_way_to_its_process_and_never_asks_for_more_than_that_has():
     program = (
-        f"import os, threading; own = os.nice({lower})\n"
+        "import os, threading\n"
         "from concurrent.futures import ThreadPoolExecutor\n"
         "from ftexp.checkpoint.manager import _give_way\n"
-        "pool = ThreadPoolExecutor(1, initializer=_give_way)\n"
-        "print(own, pool.submit(lambda: os.getpriority(os.PRIO_PROCESS, threading.get_native_id())).result())"
+        "for more in (0, 5, 10):\n"
+        "    own, pool = os.nice(more), ThreadPoolExecutor(1, initializer=_give_way)\n"
+        "    number = pool.submit(threading.get_native_id).result()\n"
+        "    print(own, os.getpriority(os.PRIO_PROCESS, number))"
     )
     child = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    own, thread = map(int, child.stdout.split())
-    assert thread == min(19, own + 10)
+    found = [tuple(map(int, line.split())) for line in child.stdout.splitlines()]
+    assert found == [(own, min(19, own + 10)) for own in (0, 5, 15)]
