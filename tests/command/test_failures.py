@@ -47,6 +47,7 @@ def test_a_run_that_lost_ray_hung_lost_numbers_and_raised_ends_where_the_clean_r
     run = run_folder("faulty")
     command.wait_until(lambda: run.events("ready"))
     pids = run.events("ready")[0]["pids"]
+    command.wait_until((run.path / "metrics.jsonl").exists)  # a step is done
     command.kill_child("gcs_server")
     command.wait_until(lambda: len(run.events("ready")) == 2)
     (tmp_path / "slow").unlink()

@@ -72,6 +72,6 @@ def test_a_report_imports_nothing_heavy_and_is_written_where_it_is_told(clean_ru
     shutil.copytree(clean_run.path, run, ignore=shutil.ignore_patterns("report.html", "charts"))
     done = process("-c", WRITE_REPORT, str(run), "--out", "elsewhere/first.html", cwd=tmp_path)
     assert done.stdout.splitlines() == [f"written to {tmp_path}/elsewhere/first.html", "[]"], done.stderr
-    assert "<h1>run" in (tmp_path / "elsewhere" / "first.html").read_text()
+    assert "<h1>clean" in (tmp_path / "elsewhere" / "first.html").read_text()
     assert (tmp_path / "elsewhere" / "charts" / "timeline.png").exists()
     assert not (run / "report.html").exists()
