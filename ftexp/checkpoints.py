@@ -12,7 +12,8 @@ import sys
 import time
 
 from ftexp.checkpoint.store import CHECKPOINTS, REJECTED, CheckpointStore, Manifest, locate
-from ftexp.cli.compose import prepare_streams, print_error
+from ftexp.cli.compose import prepare_streams
+from ftexp.cli.exit_codes import print_error
 from ftexp.errors import CheckpointError, ConfigError, FtexpError
 from ftexp.storage.directory import Storage
 

@@ -26,10 +26,11 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from ftexp.cli.compose import parse_words, prepare_streams, print_error, run_hydra, to_config
+from ftexp.cli.compose import prepare_streams, run_hydra, to_config
+from ftexp.cli.exit_codes import print_error
+from ftexp.cli.parse import parse_words
 from ftexp.config.checks.validate import validate
-from ftexp.config.field_checks import field_problems
-from ftexp.config.fields import ranged
+from ftexp.config.fields import field_problems, ranged
 from ftexp.config.schema import Config, fault_fields
 from ftexp.errors import ConfigError, RunFailedError
 from ftexp.storage.lease import unused_name

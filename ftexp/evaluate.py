@@ -16,14 +16,16 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
 
-from ftexp.cli.compose import prepare_streams, print_error, read_command
+from ftexp.cli.compose import prepare_streams
+from ftexp.cli.exit_codes import print_error
+from ftexp.cli.parse import read_command
 from ftexp.config.fields import choice, ranged
 from ftexp.config.schema import Config
 from ftexp.errors import ConfigError, FtexpError, StorageError
 
 if TYPE_CHECKING:
     from ftexp.data.feeds.feed import Rows
-    from ftexp.data.stratify import DataBundle
+    from ftexp.data.info import DataBundle
     from ftexp.storage.directory import Storage
 
 
@@ -162,7 +164,7 @@ def _evaluate(config: EvaluateConfig, run_config: Config, storage: Storage) -> d
 
 
 def _rows(config: EvaluateConfig, run_config: Config, bundle: DataBundle) -> Rows:
-    from ftexp.cluster.ray_cluster import decoding_cpus, no_workers
+    from ftexp.cluster.resources import decoding_cpus, no_workers
     from ftexp.data.feeds.decoding import refuse_bad
     from ftexp.data.feeds.streamed import bundle_rows
 

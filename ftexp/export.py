@@ -30,7 +30,9 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from omegaconf import MISSING
 
-from ftexp.cli.compose import prepare_streams, print_error, read_command
+from ftexp.cli.compose import prepare_streams
+from ftexp.cli.exit_codes import print_error
+from ftexp.cli.parse import read_command
 from ftexp.config.fields import choice, ranged
 from ftexp.errors import ConfigError, ExportError, FtexpError
 
@@ -71,7 +73,7 @@ def main() -> None:
         print_error(error)
         sys.exit(error.exit_code)
     except KeyboardInterrupt as interrupt:
-        from ftexp.cli.compose import interrupted_code
+        from ftexp.cli.exit_codes import interrupted_code
 
         sys.exit(interrupted_code(interrupt))
 
@@ -167,7 +169,7 @@ def _export(
 
 
 def _about(config: ExportConfig, run: SavedRun, manifest: Manifest) -> dict[str, Any]:
-    from ftexp.config.fingerprint import masked
+    from ftexp.config.masking import masked
     from ftexp.config.versions import package_versions
     from ftexp.model.build import timm_arguments
 

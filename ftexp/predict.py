@@ -28,15 +28,9 @@ from typing import TYPE_CHECKING
 
 from omegaconf import MISSING, DictConfig
 
-from ftexp.cli.compose import (
-    interrupted_code,
-    offer_option,
-    prepare_streams,
-    print_error,
-    read_command,
-    run_hydra,
-    to_config,
-)
+from ftexp.cli.compose import offer_option, prepare_streams, run_hydra, to_config
+from ftexp.cli.exit_codes import interrupted_code, print_error
+from ftexp.cli.parse import read_command
 from ftexp.config.checks.validate import validate
 from ftexp.config.fields import choice, ranged
 from ftexp.config.schema import AUTO, Config, DataConfig
@@ -171,7 +165,8 @@ def predict(composed: Config, own: PredictConfig, run: SavedRun, chosen: bool, w
     split = _split(own, data, chosen, words)
     config = dataclasses.replace(config, data=dataclasses.replace(data, on_bad_sample="skip"))
     from ftexp.cli.trained_run import choose
-    from ftexp.cluster.ray_cluster import decide_workers, prepare_environment
+    from ftexp.cluster.ray_cluster import prepare_environment
+    from ftexp.cluster.resources import decide_workers
     from ftexp.storage.directory import Storage
 
     workers = decide_workers(config.scaling)

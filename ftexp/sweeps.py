@@ -8,7 +8,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from ftexp.cli.compose import prepare_streams, print_error
+from ftexp.cli.compose import prepare_streams
+from ftexp.cli.exit_codes import print_error
 from ftexp.errors import FtexpError
 from ftexp.storage.directory import Storage
 

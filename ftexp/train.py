@@ -10,7 +10,8 @@ import sys
 
 from omegaconf import DictConfig
 
-from ftexp.cli.compose import exit_code_of, interrupted_code, prepare_streams, print_error, run_hydra, to_config
+from ftexp.cli.compose import prepare_streams, run_hydra, to_config
+from ftexp.cli.exit_codes import exit_code_of, interrupted_code, print_error
 from ftexp.cluster.process_exit import code_of
 from ftexp.driver.restart import Restart, begin_again, begun_again
 from ftexp.driver.run import train

@@ -59,7 +59,8 @@ def main() -> None:
 
 def run_job(overrides: list[str], rounds: int, window_s: float) -> dict[str, Any]:
     """Start Ray, measure in one job of two workers, stop Ray."""
-    from ftexp.cluster.ray_cluster import decide_workers, prepare_environment, quiet_data, start_ray
+    from ftexp.cluster.ray_cluster import prepare_environment, quiet_data, start_ray
+    from ftexp.cluster.resources import decide_workers
 
     storage = tempfile.mkdtemp(prefix="bench_")
     words = [*overrides, f"run.storage={storage}", "checkpoint.every_epochs=null", "scaling.num_workers=2"]

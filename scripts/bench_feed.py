@@ -121,7 +121,7 @@ def ftexp_feed(root: Path, image_size: int, feed: str) -> Callable[[int], Iterat
     """A feed of one rank, as a worker builds it: from a position on."""
     import dataclasses
 
-    from ftexp.cluster.ray_cluster import decoding_cpus, no_workers
+    from ftexp.cluster.resources import decoding_cpus, no_workers
     from ftexp.data.augment.pixels import Augment
     from ftexp.data.build import build_data
     from ftexp.data.feeds.feed import IndexedFeed, ToTensors

@@ -14,10 +14,11 @@ from omegaconf import OmegaConf
 from ftexp.checkpoint.store import CHECKPOINTS, CheckpointStore, Manifest
 from ftexp.cli.compose import to_config
 from ftexp.config.schema import Config, DataConfig
-from ftexp.data.stratify import DataInfo
+from ftexp.data.info import DataInfo
 from ftexp.errors import CheckpointError, ConfigError
 from ftexp.rundir.record import CONFIG_FILE, read_state
-from ftexp.storage.directory import Storage, is_remote
+from ftexp.storage.directory import Storage
+from ftexp.storage.uri import is_remote
 
 if TYPE_CHECKING:
     from torch import nn

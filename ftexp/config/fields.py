@@ -1,16 +1,113 @@
-"""Fields of a schema that say more than their type; `ftexp.config.field_checks` holds values to it."""
+"""Fields of a schema that say more than their type, and the checks of values against type and metadata."""
 
 from __future__ import annotations
 
-from dataclasses import field
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Iterator
 from typing import Any
+
+from omegaconf import MISSING
+
+from ftexp.registry import did_you_mean
+
+_MAX_SHOWN = 60  # characters of a value that is of the wrong type
+_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
 def ranged(default: Any, low: float | None = None, high: float | None = None, above: float | None = None) -> Any:
     """A number field: low <= value <= high, and value > above, where given. None passes."""
-    return field(default=default, metadata={"low": low, "high": high, "above": above})
+    return dataclasses.field(default=default, metadata={"low": low, "high": high, "above": above})
 
 
 def choice(default: Any, options: tuple[str, ...]) -> Any:
     """A field that holds one of `options`."""
-    return field(default=default, metadata={"options": options})
+    return dataclasses.field(default=default, metadata={"options": options})
+
+
+def type_problems(key: str, value: Any, hint: Any) -> Iterator[str]:
+    """Yield a message for each part of `value` that isn't of the type `hint`, a field's annotation.
+
+    OmegaConf converts single values, but lets an interpolation stand for a mapping or a list, and containers nest.
+    """
+    if isinstance(hint, types.UnionType):  # with None
+        if value is None:
+            return
+        (hint,) = (each for each in typing.get_args(hint) if each is not types.NoneType)
+    if hint is Any:
+        return
+    container = typing.get_origin(hint)
+    if value is None:
+        yield null_problem(key)
+    elif container is None:
+        if not isinstance(value, (int, float) if hint is float else hint):
+            yield f"{key}={shown(value)} is not {_NAMES[hint]}"
+    elif not isinstance(value, container):
+        yield keys_problem(key, value) if container is dict else list_problem(key, value)
+    else:
+        named = value.items() if container is dict else enumerate(value)
+        for name, part in named:
+            part_key = f"{key}.{name}" if container is dict else f"{key}[{name}]"
+            yield from type_problems(part_key, part, typing.get_args(hint)[-1])
+
+
+def null_problem(key: str) -> str:
+    """The message for a null where there must be a value."""
+    return f"{key}=null is not allowed: it must have a value"
+
+
+def keys_problem(key: str, value: Any) -> str:
+    """The message for a value that is no mapping where there must be one."""
+    return f"{key}={shown(value)} is not allowed: {key} holds keys, so write {key}.<key>=..."
+
+
+def list_problem(key: str, value: Any) -> str:
+    """The message for a value that is no list where there must be one."""
+    single = "..." if isinstance(value, dict) else shown(value)
+    return f"{key}={shown(value)} must be a list: {key}=[{single}]"
+
+
+def shown(value: Any) -> str:
+    """A value as a message shows it: in a line, and cut where it is long."""
+    text = " ".join(str(value).split())
+    return text if len(text) <= _MAX_SHOWN else f"{text[: _MAX_SHOWN - 3]}..."
+
+
+def field_problems(node: Any, prefix: str) -> Iterator[tuple[str, str]]:
+    """(key, message) of every field that is missing or out of its range."""
+    for field in dataclasses.fields(node):
+        key, value = f"{prefix}{field.name}", getattr(node, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from field_problems(value, f"{key}.")
+        elif value == MISSING:
+            yield key, f"{key} is not set, and has no default: add {key}=..."
+        elif value is not None and field.metadata:
+            for problem in range_problem(key, value, **field.metadata):
+                yield key, problem
+
+
+def range_problem(
+    key: str,
+    value: Any,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    options: tuple[str, ...] = (),
+) -> Iterator[str]:
+    """The message for a value outside its field's metadata (see `ranged`), or nothing."""
+    if options:
+        if value not in options:
+            yield f"{key}={value!r} is not one of {', '.join(options)}.{did_you_mean(str(value), options)}"
+        return
+    bounds = [
+        text
+        for bound, text in ((above, f"above {above}"), (low, f"at least {low}"), (high, f"at most {high}"))
+        if bound is not None
+    ]
+    inside = (above is None or value > above) and (low is None or value >= low) and (high is None or value <= high)
+    if math.isinf(value) and inside:
+        yield f"{key}={value} is out of range: it must be finite"
+    elif not inside:  # NaN is not inside anything
+        yield f"{key}={value} is out of range: it must be {' and '.join(bounds)}"

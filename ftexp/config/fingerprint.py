@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from typing import Any
 
+from ftexp.config.masking import flat, masked
 from ftexp.config.schema import Config
 from ftexp.errors import ConfigError
 
@@ -18,10 +18,6 @@ _DEFINING_TRAIN = (
 )
 # where the data lies may change, and how it is read; what integers mean is recorded with the data
 _FREE_DATA = ("root", "download", "feed", "decode_cpus", "prefetch_batches", "integer_labels")
-_SECRET = re.compile(r"(secret|password|passwd|token|api_?key|access_?key|credential)", re.IGNORECASE)
-_URI_USER = re.compile(r"(?<=://)[^/\s]+(?=@)")
-_URI_OPTION = re.compile(rf"({_SECRET.pattern}\w*=)[^&\s]+", re.IGNORECASE)
-_MASK = "***"
 
 
 def fingerprint(config: Config) -> dict[str, Any]:
@@ -54,34 +50,3 @@ def differences(recorded: dict[str, Any], own: dict[str, Any], location: str) ->
                 ]
             )
         )
-
-
-def masked(value: Any) -> Any:
-    """A copy of configs, dicts and lists with secrets replaced by ***."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return masked(dataclasses.asdict(value))
-    if isinstance(value, dict):
-        return {key: _without_text(item) if _SECRET.search(str(key)) else masked(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [masked(item) for item in value]
-    return _URI_OPTION.sub(rf"\1{_MASK}", _URI_USER.sub(_MASK, value)) if isinstance(value, str) else value
-
-
-def _without_text(value: Any) -> Any:
-    """A copy with every string replaced; numbers stay, since class_token=1 or reg_tokens=4 are no secrets."""
-    if isinstance(value, dict):
-        return {key: _without_text(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_text(item) for item in value]
-    return _MASK if isinstance(value, str) else value
-
-
-def flat(values: dict[str, Any], prefix: str) -> list[tuple[str, Any]]:
-    """(dotted key, value) of nested keys; `prefix` comes before each."""
-    found: list[tuple[str, Any]] = []
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            found += flat(value, f"{prefix}{key}.")
-        else:
-            found.append((f"{prefix}{key}", value))
-    return found

@@ -11,6 +11,7 @@ import os
 import secrets
 import shutil
 import stat
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -88,3 +89,20 @@ def _has_name() -> bool:
     except (KeyError, OSError):
         return False
     return True
+
+
+def num_local_gpus() -> int:
+    """NVIDIA GPUs that this machine offers, asked of its driver: torch isn't imported yet."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None and visible.strip() in ("", "-1"):
+        return 0
+    if shutil.which("nvidia-smi") is None:
+        return 0
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30, check=False)
+    found = sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
+    return min(found, len(visible.split(","))) if visible else found
+
+
+def usable_cpus() -> int:
+    """Cores that this process may run on; macOS doesn't tell, so there all of them."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

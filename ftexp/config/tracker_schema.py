@@ -7,6 +7,8 @@ from typing import Any
 
 from ftexp.config.fields import choice, ranged
 
+TRACKER_PACKAGES = {"tensorboard": "tensorboard", "mlflow": "mlflow", "wandb": "wandb"}  # what each of ftexp's needs
+
 
 @dataclass(kw_only=True)
 class TensorBoardConfig:

@@ -10,17 +10,18 @@ import hashlib
 import io
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
-import ray
 
 from ftexp.config.schema import DataConfig
+from ftexp.data.info import SPLITS, BadSample, Excluded, IndexedSplit, Reader
 from ftexp.data.labels import class_warnings
 from ftexp.data.order import Int64s
-from ftexp.data.stratify import SPLITS, BadSample, Excluded, stratified_split
+from ftexp.data.shared import Shared
+from ftexp.data.stratify import stratified_split
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
@@ -28,34 +29,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _RETRY_AFTER_S = (0.2, 1.0, 3.0)  # a store that fails is asked again
-
-
-class Shared(Generic[T]):
-    """A value that many tasks read: once in the object store, and read there in place."""
-
-    def __init__(self, value: T) -> None:
-        self._ref = ray.put(value)
-        self._here: T | None = None  # once it was got; asked for again for every row
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_here": None}
-
-    def get(self) -> T:
-        """The value; arrays in it can't be written to."""
-        if self._here is None:
-            self._here = ray.get(self._ref)
-        return self._here
-
-
-Raw = tuple[str, Callable[[], Any]]  # where an image is, and how to get it: encoded, or as an array
-
-
-class Reader(Protocol):
-    """Reads items of one listed split; pickled into every decoding task."""
-
-    def __call__(self, items: Int64s) -> Iterator[Raw]:
-        """Yield an entry for each item, in this order. What can't be read raises where it is got, not here."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -112,19 +85,6 @@ def digest_of(class_names: list[str], labels: dict[str, Int64s], names: Mapping[
         listed = "\0".join(names[split]).encode()
         found.update(f"{split} {len(numbers)} {len(listed)} ".encode() + numbers.tobytes() + listed)
     return found.hexdigest()
-
-
-@dataclass(frozen=True)
-class IndexedSplit:
-    """One split's samples, 0 to num_samples - 1, as tasks read them."""
-
-    num_samples: int
-    read: Reader
-    table: Shared[tuple[Int64s, Int64s]]  # of each sample: its item, its label
-    block_sizes: Int64s | None  # samples of each block, in order; None: no blocks
-
-    def __len__(self) -> int:
-        return self.num_samples
 
 
 def retried(get: Callable[[], T]) -> T:

@@ -12,9 +12,10 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from ftexp.checkpoint.store import CHECKPOINTS, CheckpointStore, locate
-from ftexp.config.fingerprint import differences, fingerprint, flat, masked
+from ftexp.config.fingerprint import differences, fingerprint
+from ftexp.config.masking import flat, masked
 from ftexp.config.schema import Config, DataConfig
-from ftexp.data.stratify import DataInfo
+from ftexp.data.info import DataInfo
 from ftexp.errors import CheckpointError, ConfigError
 from ftexp.rundir.record import CONFIG_FILE, RUN_FILE, RunState, read_state
 from ftexp.rundir.sample_ledger import last_attempt

@@ -49,7 +49,8 @@ def _run(
     restart: Restart | None = None,
     begin_again: Callable[[Restart], NoReturn] | None = None,
 ) -> dict[str, float]:
-    from ftexp.cluster.ray_cluster import decide_workers, prepare_environment
+    from ftexp.cluster.ray_cluster import prepare_environment
+    from ftexp.cluster.resources import decide_workers
     from ftexp.driver.resume import changes, has_run, located, open_run, require_resumable
     from ftexp.storage.directory import Storage
     from ftexp.storage.lease import Lease, unused_name

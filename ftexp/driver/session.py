@@ -13,17 +13,9 @@ from omegaconf import OmegaConf
 
 from ftexp.cluster.hot_start.driver import HotStart, on_joined_nodes
 from ftexp.cluster.interruptible import fit_interruptibly
-from ftexp.cluster.ray_cluster import (
-    RunningRay,
-    SharedRay,
-    Workers,
-    decoding_cpus,
-    import_meanwhile,
-    lacking_resources,
-    quiet_data,
-    start_ray,
-)
-from ftexp.config.fingerprint import masked
+from ftexp.cluster.ray_cluster import RunningRay, SharedRay, import_meanwhile, quiet_data, start_ray
+from ftexp.cluster.resources import Workers, decoding_cpus, lacking_resources
+from ftexp.config.masking import masked
 from ftexp.config.schema import Config
 from ftexp.driver.restart import Restart
 from ftexp.driver.resume import changes, labels_as_begun, repeated_samples, require_same_data
@@ -37,7 +29,7 @@ from ftexp.storage.lease import Lease
 from ftexp.trackers.run import check_names as check_trackers
 
 if TYPE_CHECKING:
-    from ftexp.data.stratify import DataBundle
+    from ftexp.data.info import DataBundle
     from ftexp.driver.supervisor import Supervisor
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from ftexp.data.stratify import DataInfo
+from ftexp.data.info import DataInfo
 from ftexp.rundir.record import Failure, RunState
 from ftexp.storage.directory import Storage
 

@@ -21,10 +21,11 @@ from ray.util.placement_group import PlacementGroup, placement_group_table, remo
 
 from ftexp.cluster import ray_private
 from ftexp.cluster.interruptible import fit_interruptibly
-from ftexp.cluster.ray_cluster import RunningRay, Workers, lacking_resources, num_possible
+from ftexp.cluster.ray_cluster import RunningRay
 from ftexp.cluster.ray_watch import end_workers
+from ftexp.cluster.resources import Workers, lacking_resources, num_possible
 from ftexp.config.schema import Config
-from ftexp.data.stratify import DataBundle
+from ftexp.data.info import DataBundle
 from ftexp.driver.supervisor import Supervisor
 from ftexp.driver.terminal import Terminal
 from ftexp.errors import ConfigError, RayLostError, RunFailedError, StorageError

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from ftexp.data.feeds.feed import ToTensors
+from ftexp.data.info import DataInfo
 from ftexp.data.sources.arrays import UInt8s
-from ftexp.data.stratify import DataInfo
 from ftexp.registry import Registry
 
 Answer = Callable[[UInt8s], npt.NDArray[np.float32]]  # pixels -> logits

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ftexp.data.feeds.feed import Batch
+from ftexp.data.batches import Batch
 from ftexp.errors import NonFiniteError
 from ftexp.job.skipped_batches import Range
 

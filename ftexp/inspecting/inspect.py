@@ -17,10 +17,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ftexp.config.schema import Config, DataConfig
 from ftexp.data.feeds.decoding import as_image
-from ftexp.data.listing import IndexedSplit
+from ftexp.data.info import SPLITS, BadSample, DataBundle, DataInfo, IndexedSplit
 from ftexp.data.order import Int64s, run_order
 from ftexp.data.sources.arrays import UInt8s
-from ftexp.data.stratify import SPLITS, BadSample, DataBundle, DataInfo
 from ftexp.errors import DataError
 
 if TYPE_CHECKING:
@@ -174,7 +173,8 @@ def as_the_model_sees(config: Config, info: DataInfo, images: UInt8s) -> UInt8s:
     from ftexp.data.augment.erasing import Erasing
     from ftexp.data.augment.mixing import Mixing
     from ftexp.data.augment.pixels import Augment
-    from ftexp.data.feeds.feed import MicroBatch, ToTensors
+    from ftexp.data.batches import MicroBatch
+    from ftexp.data.feeds.feed import ToTensors
     from ftexp.data.plan import MicroShare
 
     to_tensors = ToTensors(info, torch.device("cpu"), config.train.channels_last)

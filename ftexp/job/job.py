@@ -22,13 +22,13 @@ from ftexp.config.schema import Config
 from ftexp.data.augment.erasing import Erasing
 from ftexp.data.augment.mixing import Mixing
 from ftexp.data.augment.pixels import Augment
+from ftexp.data.batches import Batch
 from ftexp.data.feeds.decoding import refuse_bad
-from ftexp.data.feeds.feed import Batch, CachedRows, Feed, IndexedFeed, Rows, ToTensors
+from ftexp.data.feeds.feed import CachedRows, Feed, IndexedFeed, Rows, ToTensors
 from ftexp.data.feeds.streamed import StreamedRows, slow_reason
-from ftexp.data.listing import IndexedSplit
+from ftexp.data.info import SPLITS, BadSample, DataInfo, IndexedSplit
 from ftexp.data.order import derive_seed, run_order
 from ftexp.data.plan import Plan
-from ftexp.data.stratify import SPLITS, BadSample, DataInfo
 from ftexp.errors import RunFailedError
 from ftexp.evaluation.meter import Meter, Progress
 from ftexp.job.mfu import Utilisation
@@ -38,7 +38,8 @@ from ftexp.job.stopwatch import Stopwatch
 from ftexp.model.build import WeightsReport, as_logits, build_model
 from ftexp.model.ema import Average
 from ftexp.model.freezing import Freezing
-from ftexp.model.optim import build_optimizer, build_scheduler
+from ftexp.model.optim import build_optimizer
+from ftexp.model.schedule import build_scheduler
 from ftexp.rundir.sample_ledger import LEDGER, Ledger
 from ftexp.storage.directory import Storage
 from ftexp.wire.hub import Line

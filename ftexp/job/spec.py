@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ftexp.config.schema import Config
+from ftexp.data.info import DataInfo
 from ftexp.data.order import Int64s
-from ftexp.data.stratify import DataInfo
 from ftexp.wire.hub import HubAddress
 
 

@@ -16,7 +16,7 @@ from timm.models import adapt_input_conv, get_pretrained_cfg, is_model, load_sta
 from torch import nn
 
 from ftexp.config.schema import DataConfig, ModelConfig
-from ftexp.data.stratify import DataInfo
+from ftexp.data.info import DataInfo
 from ftexp.errors import ConfigError, DataError
 from ftexp.model.weights import StateDict, load_weights, nothing_fits, without_prefix
 

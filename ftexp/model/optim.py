@@ -1,15 +1,12 @@
-"""timm's optimisers and schedules by name, counted in optimiser steps."""
+"""timm's optimisers by name."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
 from torch import nn
 
-from ftexp.config.schema import SGD_NAMES, OptimConfig, ScheduleConfig, TrainConfig
+from ftexp.config.schema import SGD_NAMES, OptimConfig, TrainConfig
 from ftexp.errors import ConfigError
 
 # torch's own, whose fused kernels do a step in one pass; on a CPU that is 10 times faster than a loop
@@ -48,28 +45,3 @@ def begins_unevenly(train: TrainConfig) -> bool:
     torch's fused SGD takes neither: momentum then begins as whatever lay in memory, or the step raises.
     """
     return bool(train.freeze) or train.precision == "fp16"
-
-
-def build_scheduler(
-    config: ScheduleConfig, optimizer: torch.optim.Optimizer, total_steps: int, steps_per_epoch: float
-) -> Any:
-    """Create a timm scheduler whose `step_update(n)` sets the learning rate after n optimiser steps.
-
-    The rate is a function of n alone, so a resumed run needs nothing but n.
-    """
-    warmup_steps = min(round(config.warmup_epochs * steps_per_epoch), total_steps - 1)
-    constant = config.name == "constant"  # as a step that never drops: not every timm that we take knows "constant"
-    scheduler, _ = create_scheduler_v2(
-        optimizer,
-        sched="step" if constant else config.name,
-        num_epochs=total_steps,  # timm's "epochs" are steps here, one update each
-        decay_epochs=max(1, round(config.decay_epochs * steps_per_epoch)),
-        warmup_epochs=warmup_steps,
-        warmup_lr=config.warmup_lr,
-        min_lr=config.min_lr,
-        decay_rate=1.0 if constant else config.decay_rate,
-        step_on_epochs=False,
-        updates_per_epoch=1,
-    )
-    scheduler.step_update(0)
-    return scheduler

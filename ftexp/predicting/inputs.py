@@ -13,9 +13,11 @@ import numpy as np
 import ftexp.data.build  # noqa: F401 - registers the sources that are built in
 from ftexp.config.schema import DataConfig
 from ftexp.data.feeds.feed import CachedRows
+from ftexp.data.info import BadSample, Excluded, IndexedSplit, Raw, Reader, reasons
 from ftexp.data.labels import written_number
-from ftexp.data.listing import IndexedSplit, Listing, Raw, Reader, Shared
+from ftexp.data.listing import Listing
 from ftexp.data.order import Int64s
+from ftexp.data.shared import Shared
 from ftexp.data.sources.arrays import UInt8s, sources
 from ftexp.data.sources.blocks import BlockReader
 from ftexp.data.sources.entries import Account, files_at
@@ -24,7 +26,6 @@ from ftexp.data.sources.image_list import read_list
 from ftexp.data.sources.named_files import data_files
 from ftexp.data.sources.parquet import RowGroup, RowGroups, labels_of
 from ftexp.data.sources.webdataset import scan_shards
-from ftexp.data.stratify import BadSample, Excluded, reasons
 from ftexp.errors import DataError
 from ftexp.registry import Registry
 from ftexp.storage.directory import open_uri

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from ftexp.data.info import BadSample
 from ftexp.data.order import Int64s
-from ftexp.data.stratify import BadSample
 from ftexp.errors import ConfigError, StorageError
 from ftexp.storage.directory import Storage
 

@@ -11,10 +11,11 @@ import numpy as np
 from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
 from ftexp.cli.trained_run import SavedRun
-from ftexp.cluster.ray_cluster import Workers
+from ftexp.cluster.resources import Workers
 from ftexp.data.feeds.decoding import decode_samples, decoding
-from ftexp.data.listing import IndexedSplit, Shared
+from ftexp.data.info import IndexedSplit
 from ftexp.data.order import Int64s
+from ftexp.data.shared import Shared
 from ftexp.predicting.inputs import Inputs
 from ftexp.predicting.parts import Plan, WritePart
 from ftexp.predicting.stopping import StopWhenAsked

@@ -13,8 +13,9 @@ from ftexp.checkpoint.store import Manifest
 from ftexp.cli.trained_run import AS_TRAINED, SavedRun, read_weights
 from ftexp.cluster.hot_start.driver import HotStart, on_joined_nodes
 from ftexp.cluster.interruptible import fit_interruptibly
-from ftexp.cluster.ray_cluster import Workers, import_meanwhile, lacking_resources, quiet_data, start_ray
-from ftexp.config.fingerprint import masked
+from ftexp.cluster.ray_cluster import import_meanwhile, quiet_data, start_ray
+from ftexp.cluster.resources import Workers, lacking_resources
+from ftexp.config.masking import masked
 from ftexp.config.schema import Config
 from ftexp.driver.resume import require_trained_on
 from ftexp.errors import ConfigError, DataError, RayLostError
@@ -106,7 +107,7 @@ def run_session(request: Request, workers: Workers) -> None:
 def _predict(request: Request, workers: Workers) -> None:
     from rich.console import Console
 
-    from ftexp.data.listing import Shared
+    from ftexp.data.shared import Shared
     from ftexp.predicting.inputs import find_inputs
     from ftexp.predicting.pipeline import Job
     from ftexp.predicting.progress import ImageProgress

@@ -9,7 +9,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from ftexp.cli.compose import prepare_streams, print_error
+from ftexp.cli.compose import prepare_streams
+from ftexp.cli.exit_codes import print_error
 from ftexp.errors import FtexpError, StorageError
 from ftexp.report.write import REPORT_FILE, write_report
 from ftexp.storage.directory import Storage

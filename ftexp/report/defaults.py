@@ -10,7 +10,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.singleton import Singleton
 
 from ftexp.cli.compose import to_config
-from ftexp.config.fingerprint import flat, masked
+from ftexp.config.masking import flat, masked
 from ftexp.config.schema import config_dir
 
 ABSENT = "—"

@@ -15,7 +15,7 @@ from ftexp.storage.append_log import AppendLog, read_lines
 from ftexp.storage.directory import Storage
 
 if TYPE_CHECKING:
-    from ftexp.data.feeds.feed import Batch
+    from ftexp.data.batches import Batch
 
 LEDGER = "ledger"  # the folder in a run directory
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from urllib.parse import unquote
 
 from ftexp.errors import ConfigError, StorageError
+from ftexp.storage.uri import is_remote
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
@@ -58,11 +58,6 @@ def _less_patient(filesystem: FileSystem) -> FileSystem:
         return filesystem
     _, (arguments,) = filesystem.__reduce__()
     return fs.S3FileSystem(**{**arguments, "retry_strategy": fs.AwsStandardS3RetryStrategy(max_attempts=_S3_ATTEMPTS)})
-
-
-def is_remote(uri: str) -> bool:
-    """Whether `uri` names an object store or the like, not a folder of this machine."""
-    return bool(re.match(r"^\w[\w+.-]*://", uri)) and not uri.startswith("file://")
 
 
 def _local_path(uri: str) -> str:

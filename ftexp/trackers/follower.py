@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from ftexp.config.fingerprint import masked
+from ftexp.config.masking import masked
 from ftexp.trackers.registry import Key, Outcome, Point, Tracker
 from ftexp.wire.hub import Message
 

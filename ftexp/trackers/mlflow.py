@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from ftexp.config.tracker_schema import TrackerConfig
-from ftexp.storage.directory import Storage, is_remote
+from ftexp.storage.directory import Storage
+from ftexp.storage.uri import is_remote
 from ftexp.trackers.registry import Key, Outcome, Point, TrackedRun, register_tracker
 
 ID, PARENT = "ftexp.id", "mlflow.parentRunId"

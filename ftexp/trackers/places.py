@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ftexp.storage.directory import Storage, is_remote
+from ftexp.storage.directory import Storage
+from ftexp.storage.uri import is_remote
 from ftexp.trackers.registry import TrackedRun
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import ftexp.trackers.builtin  # noqa: F401 - registers them
-from ftexp.config.fingerprint import flat, masked
+from ftexp.config.masking import flat, masked
 from ftexp.config.schema import Config
 from ftexp.config.tracker_schema import TrackerConfig
 from ftexp.storage.directory import Storage

@@ -17,8 +17,9 @@ from ftexp.checkpoint.manager import CheckpointManager
 from ftexp.checkpoint.registry import ExtraState
 from ftexp.checkpoint.restore import restore
 from ftexp.checkpoint.store import CHECKPOINTS, CheckpointStore
-from ftexp.data.feeds.feed import Batch, evaluation_batches, prefetched
-from ftexp.data.listing import IndexedSplit
+from ftexp.data.batches import Batch
+from ftexp.data.feeds.feed import evaluation_batches, prefetched
+from ftexp.data.info import IndexedSplit
 from ftexp.errors import NonFiniteError
 from ftexp.evaluation.counting import count_into
 from ftexp.evaluation.meter import Meter, means

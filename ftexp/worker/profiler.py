@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ftexp.data.feeds.feed import Batch
+from ftexp.data.batches import Batch
 from ftexp.job.job import Job
 from ftexp.storage.directory import Storage
 

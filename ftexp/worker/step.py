@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from timm.utils.agc import adaptive_clip_grad
 from torch import Tensor
 
-from ftexp.data.feeds.feed import Batch, MicroBatch
+from ftexp.data.batches import Batch, MicroBatch
 from ftexp.failure.nonfinite import before_step, put_back
 from ftexp.job.job import Job
 from ftexp.job.stopwatch import BACKWARD, FORWARD, OPTIMIZER

@@ -14,7 +14,7 @@ import timm
 import torch
 
 from ftexp.cli.trained_run import SavedRun
-from ftexp.cluster.ray_cluster import Workers
+from ftexp.cluster.resources import Workers
 from ftexp.data.feeds.decoding import decode_samples
 from ftexp.errors import DataError
 from ftexp.predicting import stopping
@@ -152,7 +152,7 @@ def run(tmp_path_factory):
     data = {**info, "mean": [0.5] * 3, "std": [0.25] * 3}
     from omegaconf import OmegaConf
 
-    from ftexp.data.stratify import DataInfo
+    from ftexp.data.info import DataInfo
     from ftexp.model.build import timm_arguments
     from ftexp.rundir.record import RUN_FILE
 
@@ -164,7 +164,7 @@ def run(tmp_path_factory):
 
 
 def test_parts_hold_what_the_model_says_of_each_image_and_name_what_is_unreadable(run, tmp_path):
-    from ftexp.data.listing import Shared
+    from ftexp.data.shared import Shared
     from ftexp.predicting.pipeline import Job
 
     paths = [tmp_path / "images" / f"{'012'[n % 3]}/{n:02}.png" for n in range(20)]

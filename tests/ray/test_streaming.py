@@ -21,10 +21,10 @@ from ftexp.data.augment.pixels import Augment
 from ftexp.data.feeds import streamed as stream
 from ftexp.data.feeds.feed import IndexedFeed, ToTensors
 from ftexp.data.feeds.streamed import _UNIT_ROWS, StreamedRows
-from ftexp.data.listing import IndexedSplit, Shared
+from ftexp.data.info import SPLITS, DataInfo, IndexedSplit
 from ftexp.data.order import Order
 from ftexp.data.plan import Plan
-from ftexp.data.stratify import SPLITS, DataInfo
+from ftexp.data.shared import Shared
 from ftexp.job.job import _rows
 from tests.support.processes import wait_until_none
 

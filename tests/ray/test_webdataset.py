@@ -12,8 +12,8 @@ from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
 import ftexp.data.sources.webdataset as module
 from ftexp.data.build import build_data
 from ftexp.data.feeds.decoding import decode_image
+from ftexp.data.info import SPLITS, Excluded
 from ftexp.data.sources.webdataset import scan_shard, webdataset
-from ftexp.data.stratify import SPLITS, Excluded
 from ftexp.errors import DataError
 from tests.support.image_files import SIZE, data_config, encoded, expected_pairs, picture, put, tar_sample, write_shard
 

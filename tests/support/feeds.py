@@ -8,8 +8,8 @@ import torch
 from ftexp.config.schema import AugmentConfig
 from ftexp.data.augment.pixels import Augment
 from ftexp.data.feeds.feed import CachedRows, IndexedFeed, Taken, ToTensors
+from ftexp.data.info import DataInfo
 from ftexp.data.order import Order
-from ftexp.data.stratify import DataInfo
 
 CPU = torch.device("cpu")
 

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from ftexp.config.schema import DataConfig
-from ftexp.data.stratify import SPLITS
+from ftexp.data.info import SPLITS
 
 SIZE = 8
 

@@ -19,15 +19,16 @@ from ftexp.data.augment.erasing import Erasing
 from ftexp.data.augment.mixing import Mixing
 from ftexp.data.augment.pixels import Augment
 from ftexp.data.feeds.feed import CachedRows, IndexedFeed, ToTensors
+from ftexp.data.info import DataInfo
 from ftexp.data.order import Order
 from ftexp.data.plan import Plan
-from ftexp.data.stratify import DataInfo
 from ftexp.evaluation.meter import Meter, Progress
 from ftexp.job.job import Job
 from ftexp.model.build import build_model
 from ftexp.model.ema import Average
 from ftexp.model.freezing import Freezing
-from ftexp.model.optim import build_optimizer, build_scheduler
+from ftexp.model.optim import build_optimizer
+from ftexp.model.schedule import build_scheduler
 from ftexp.worker.loop import advance
 from ftexp.worker.step import thaw, train_step
 

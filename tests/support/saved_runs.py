@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from ftexp.checkpoint.staging import writer
 from ftexp.checkpoint.store import CHECKPOINTS, CheckpointStore, Manifest
 from ftexp.cli.trained_run import SavedRun
-from ftexp.data.stratify import DataInfo
+from ftexp.data.info import DataInfo
 from ftexp.model.build import timm_arguments
 from ftexp.rundir.record import RUN_FILE
 from ftexp.storage.directory import Storage

@@ -18,10 +18,9 @@ from ftexp.data.feeds import streamed as stream
 from ftexp.data.feeds.decoding import Decode
 from ftexp.data.feeds.feed import CachedRows, IndexedFeed, ToTensors, evaluation_batches
 from ftexp.data.feeds.streamed import StreamedRows
-from ftexp.data.listing import IndexedSplit
+from ftexp.data.info import DataInfo, IndexedSplit
 from ftexp.data.order import Order, WindowOrder
 from ftexp.data.plan import Plan
-from ftexp.data.stratify import DataInfo
 
 SIZE = 4
 INFO = DataInfo(["a", "b"], SIZE, 1, [0.0], [1.0], {})

@@ -6,9 +6,10 @@ import re
 import pytest
 from omegaconf import OmegaConf
 
-import ftexp.config.checks.validate
+import ftexp.config.checks.scaling
 from ftexp import evaluate
-from ftexp.cli.compose import exit_code_of, print_error, run_hydra, to_config
+from ftexp.cli.compose import run_hydra, to_config
+from ftexp.cli.exit_codes import exit_code_of, print_error
 from ftexp.cluster.interruptible import Terminated
 from ftexp.config.checks.validate import validate
 from ftexp.config.schema import config_dir
@@ -23,7 +24,7 @@ def command(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # run_hydra sets it; put back afterwards
     monkeypatch.setattr("sys.argv", ["train.py"])
-    monkeypatch.setattr(ftexp.config.checks.validate, "num_local_gpus", lambda: 0)
+    monkeypatch.setattr(ftexp.config.checks.scaling, "num_local_gpus", lambda: 0)
 
     def run(*words, task=lambda job: validate(to_config(job))):
         code = run_hydra(task, words)

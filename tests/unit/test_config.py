@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 import ftexp
-from ftexp.cli.compose import explain, open_keys, run_hydra, to_config
+from ftexp.cli.compose import open_keys, run_hydra, to_config
+from ftexp.cli.explain import explain
 from ftexp.config.checks.validate import validate
 from ftexp.config.schema import AugmentConfig, Config, config_dir
 from ftexp.config.source_names import SOURCE_FIELDS
@@ -52,7 +53,7 @@ def gpus(monkeypatch):
     """Set how many GPUs this machine seems to have; none at first."""
 
     def set_to(number):
-        monkeypatch.setattr(ftexp.config.checks.validate, "num_local_gpus", lambda: number)
+        monkeypatch.setattr(ftexp.config.checks.scaling, "num_local_gpus", lambda: number)
 
     set_to(0)
     return set_to
@@ -170,7 +171,7 @@ def test_workers_may_share_a_gpu(gpus, monkeypatch, capsys):
 
 
 def test_a_cluster_is_not_asked_for_local_gpus(monkeypatch):
-    monkeypatch.setattr(ftexp.config.checks.validate, "num_local_gpus", lambda: pytest.fail("this machine was asked"))
+    monkeypatch.setattr(ftexp.config.checks.scaling, "num_local_gpus", lambda: pytest.fail("this machine was asked"))
     validate(composed("scaling=cluster", "scaling.num_workers=16"))
 
 
@@ -178,7 +179,7 @@ def test_no_gpu_is_visible_where_cuda_visible_devices_hides_them(monkeypatch):
     monkeypatch.setattr("shutil.which", lambda name: pytest.fail("the driver was asked"))
     for hidden in ("", "-1", " "):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
-        assert ftexp.config.checks.validate.num_local_gpus() == 0
+        assert ftexp.config.machine.num_local_gpus() == 0
 
 
 def test_gpus_are_counted_from_the_drivers_list(monkeypatch, tmp_path):
@@ -187,9 +188,9 @@ def test_gpus_are_counted_from_the_drivers_list(monkeypatch, tmp_path):
     driver.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert ftexp.config.checks.validate.num_local_gpus() == 3
+    assert ftexp.config.machine.num_local_gpus() == 3
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,2")
-    assert ftexp.config.checks.validate.num_local_gpus() == 2
+    assert ftexp.config.machine.num_local_gpus() == 2
 
 
 def test_max_failures_lands_in_the_failure_group():
@@ -327,7 +328,7 @@ def base():
 @settings(max_examples=200)
 @given(key=st.sampled_from(sorted(schema_keys(Config()))), value=WRONG_VALUES)
 def test_no_value_of_any_field_gives_another_error_than_a_wrong_config(base, key, value):
-    with mock.patch("ftexp.config.checks.validate.num_local_gpus", return_value=0):
+    with mock.patch("ftexp.config.checks.scaling.num_local_gpus", return_value=0):
         text = wrong(lambda: validate(overridden(base, f"{key}={value}")))
     assert text is None or key.partition(".")[0] in text
     assert "Cannot" not in (text or "")  # OmegaConf's own words

@@ -7,9 +7,9 @@ from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
 
 import ftexp.data.listing
 from ftexp.config.schema import DataConfig
+from ftexp.data.info import BadSample, Excluded, reasons
 from ftexp.data.sources import entries as module
 from ftexp.data.sources.entries import Account, files_at
-from ftexp.data.stratify import BadSample, Excluded, reasons
 from ftexp.errors import DataError
 
 IMAGES = (".png", ".jpg")

@@ -12,7 +12,7 @@ import torch
 from omegaconf import OmegaConf
 
 from ftexp.config.schema import config_dir
-from ftexp.data.stratify import DataInfo
+from ftexp.data.info import DataInfo
 from ftexp.worker.loop import advance, evaluate
 from ftexp.worker.step import thaw, train_step
 from tests.support.configs import composed

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ftexp.data.feeds.feed import CachedRows, ToTensors, evaluation_batches, prefetched
+from ftexp.data.info import DataInfo
 from ftexp.data.plan import Plan, even_part
-from ftexp.data.stratify import DataInfo
 from tests.support.feeds import CPU, Blocks, Unreadable, block, make_feed
 
 

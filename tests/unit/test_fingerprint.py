@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from ftexp.config.fingerprint import differences, fingerprint, masked
+from ftexp.config.fingerprint import differences, fingerprint
+from ftexp.config.masking import masked
 from ftexp.config.schema import Config
 from ftexp.errors import ConfigError
 

@@ -8,7 +8,7 @@ import torch
 import ftexp.job.job
 from ftexp.checkpoint import restore
 from ftexp.config.schema import Config
-from ftexp.data.stratify import DataInfo
+from ftexp.data.info import DataInfo
 from ftexp.driver.trainer import _anywhere
 from ftexp.errors import ConfigError
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ftexp.data.feeds.feed import Batch
+from ftexp.data.batches import Batch
 from ftexp.data.order import Order
 from ftexp.data.plan import Plan
 from ftexp.rundir.sample_ledger import LEDGER, Ledger, Update, last_attempt, problems, read_updates

@@ -18,10 +18,11 @@ from ftexp.config.schema import ERASE_MODES, MIX_MODES, AugmentConfig
 from ftexp.data.augment.erasing import Erasing
 from ftexp.data.augment.mixing import Mixing
 from ftexp.data.augment.pixels import Augment
-from ftexp.data.feeds.feed import CachedRows, IndexedFeed, MicroBatch, ToTensors
+from ftexp.data.batches import MicroBatch
+from ftexp.data.feeds.feed import CachedRows, IndexedFeed, ToTensors
+from ftexp.data.info import DataInfo
 from ftexp.data.order import Order, derive_seed
 from ftexp.data.plan import Plan, cut_off
-from ftexp.data.stratify import DataInfo
 from ftexp.inspecting.inspect import as_the_model_sees
 from tests.support.feeds import Unreadable, make_feed
 

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 import ftexp.model.build
 from ftexp.config.schema import DataConfig, ModelConfig, config_dir
 from ftexp.config.timm_names import model_names, optimizer_names
-from ftexp.data.stratify import DataInfo
+from ftexp.data.info import DataInfo
 from ftexp.errors import ConfigError, DataError
 from ftexp.model.build import as_logits, build_model, check_weights, timm_arguments
 from ftexp.model.weights import load_weights

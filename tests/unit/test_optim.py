@@ -9,7 +9,8 @@ from torch import nn
 
 from ftexp.config.schema import SCHEDULES, SGD_NAMES, OptimConfig, ScheduleConfig, TrainConfig
 from ftexp.errors import ConfigError
-from ftexp.model.optim import build_optimizer, build_scheduler
+from ftexp.model.optim import build_optimizer
+from ftexp.model.schedule import build_scheduler
 
 TOTAL, PER_EPOCH = 100, 10.0
 

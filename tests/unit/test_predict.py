@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ftexp.config.schema import Config, ModelConfig
-from ftexp.data.stratify import DataInfo
+from ftexp.data.info import DataInfo
 from ftexp.errors import ConfigError, StorageError
 from ftexp.predict import refuse
 from ftexp.predicting.parts import BAD_FILE, PARTS, PLAN_FILE, Plan, WritePart, begin, collect_bad, encoded, part_table

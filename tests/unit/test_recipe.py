@@ -20,11 +20,12 @@ from ftexp.checkpoint.registry import ExtraState
 from ftexp.checkpoint.staging import Staging, load_part
 from ftexp.config.schema import AugmentConfig, EmaConfig, ModelConfig, OptimConfig, ScheduleConfig, TrainConfig
 from ftexp.config.timm_names import without_drop_path
-from ftexp.data.stratify import DataInfo
+from ftexp.data.info import DataInfo
 from ftexp.errors import ConfigError, NonFiniteError
 from ftexp.model.build import build_model, timm_arguments
 from ftexp.model.freezing import Freezing, classifier_parameters, parameters_of
-from ftexp.model.optim import build_optimizer, build_scheduler
+from ftexp.model.optim import build_optimizer
+from ftexp.model.schedule import build_scheduler
 from ftexp.worker.loop import advance, evaluate, log_train
 from ftexp.worker.step import thaw, train_step
 from tests.support.jobs import RESNET, SMALL_VIT, copied, make_job, same, skipping_job, train

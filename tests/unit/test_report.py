@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from ftexp.cli.compose import to_config
-from ftexp.config.fingerprint import masked
+from ftexp.config.masking import masked
 from ftexp.config.schema import config_dir
 from ftexp.errors import ConfigError
 from ftexp.evaluation.mistakes import Findings, _together, described

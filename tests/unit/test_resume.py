@@ -7,12 +7,14 @@ import pytest
 from omegaconf import OmegaConf
 
 import ftexp.cluster.ray_cluster
+import ftexp.cluster.resources
 import ftexp.driver.run
 from ftexp.chaos.strike import damage
 from ftexp.checkpoint.store import CHECKPOINTS, FILES, CheckpointStore, Manifest
-from ftexp.config.fingerprint import fingerprint, masked
+from ftexp.config.fingerprint import fingerprint
+from ftexp.config.masking import masked
 from ftexp.config.schema import Config
-from ftexp.data.stratify import DataInfo
+from ftexp.data.info import DataInfo
 from ftexp.driver.resume import (
     changes,
     located,
@@ -88,7 +90,7 @@ def test_a_refusal_touches_nothing(tmp_path, monkeypatch, resume):
     if resume == "never":
         save(run_dir, 10)
     before = sorted(tmp_path.rglob("*"))
-    monkeypatch.setattr(ftexp.cluster.ray_cluster, "decide_workers", lambda *_, **__: None)
+    monkeypatch.setattr(ftexp.cluster.resources, "decide_workers", lambda *_, **__: None)
     monkeypatch.setattr(Lease, "take", lambda *_: pytest.fail("a claim was laid"))
     made = config(resume=resume)
     made.run.name, made.run.storage = "first", str(tmp_path)
@@ -205,7 +207,7 @@ def test_a_run_goes_on_though_the_one_it_started_from_is_gone(tmp_path, run_dir,
     made.run.name, made.run.storage = "first", run_dir.parent.uri
     save(run_dir, 10, of=made)
     note(run_dir, fingerprint=fingerprint(made))
-    monkeypatch.setattr(ftexp.cluster.ray_cluster, "decide_workers", lambda *_, **__: None)
+    monkeypatch.setattr(ftexp.cluster.resources, "decide_workers", lambda *_, **__: None)
     monkeypatch.setattr(
         ftexp.cluster.ray_cluster, "prepare_environment", lambda config: (_ for _ in ()).throw(KeyboardInterrupt)
     )

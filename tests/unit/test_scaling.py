@@ -4,8 +4,9 @@ import os
 
 import pytest
 
-import ftexp.cluster.ray_cluster
-from ftexp.cluster.ray_cluster import Workers, decide_workers, decoding_cpus, num_possible, prepare_environment
+import ftexp.cluster.resources
+from ftexp.cluster.ray_cluster import prepare_environment
+from ftexp.cluster.resources import Workers, decide_workers, decoding_cpus, num_possible
 from ftexp.config.schema import Config, DataConfig, ScalingConfig
 from ftexp.errors import ConfigError
 
@@ -15,7 +16,7 @@ def gpus(monkeypatch):
     """Set how many GPUs this machine seems to have; none at first."""
 
     def set_to(number):
-        monkeypatch.setattr(ftexp.cluster.ray_cluster, "num_local_gpus", lambda: number)
+        monkeypatch.setattr(ftexp.cluster.resources, "num_local_gpus", lambda: number)
 
     set_to(0)
     return set_to
@@ -37,7 +38,7 @@ def test_auto_with_gpus_takes_a_worker_for_each(num_cpus, num_gpus, threads, gpu
 
 
 def test_gpus_are_left_alone_where_use_gpu_is_false(monkeypatch):
-    monkeypatch.setattr(ftexp.cluster.ray_cluster, "num_local_gpus", lambda: pytest.fail("asked for GPUs"))
+    monkeypatch.setattr(ftexp.cluster.resources, "num_local_gpus", lambda: pytest.fail("asked for GPUs"))
     assert decide_workers(ScalingConfig(use_gpu=False), 8) == Workers(2, False, {"CPU": 4})
 
 
@@ -86,9 +87,7 @@ def test_the_way_out_that_the_error_names_works(gpus):
 
 
 def test_on_a_cluster_nothing_is_read_from_this_machine(monkeypatch):
-    monkeypatch.setattr(
-        ftexp.cluster.ray_cluster, "num_local_gpus", lambda: pytest.fail("asked for this machine's GPUs")
-    )
+    monkeypatch.setattr(ftexp.cluster.resources, "num_local_gpus", lambda: pytest.fail("asked for this machine's GPUs"))
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: pytest.fail("asked for this machine's cores"))
     joined = {"num_workers": 500, "address": "auto"}
     assert decide_workers(ScalingConfig(use_gpu=True, **joined)) == Workers(500, True, {"CPU": 1, "GPU": 1})

@@ -428,7 +428,7 @@ def command(monkeypatch, capsys, tmp_path):
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
-    monkeypatch.setattr(ftexp.config.checks.validate, "num_local_gpus", lambda: 0)
+    monkeypatch.setattr(ftexp.config.checks.scaling, "num_local_gpus", lambda: 0)
     reached = []
     monkeypatch.setattr(ftexp.sweep.search.search, "run_search", reached.append)
     monkeypatch.setattr(

@@ -4,7 +4,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ftexp.data.stratify import DataInfo, stratified_split
+from ftexp.data.info import DataInfo
+from ftexp.data.stratify import stratified_split
 
 label_lists = st.lists(st.integers(0, 4), max_size=120).map(lambda values: np.array(values, np.int64))
 fraction_pairs = st.tuples(st.floats(0, 0.5), st.floats(0, 0.45))

@@ -16,7 +16,7 @@ from ftexp.checkpoint.staging import load_part
 from ftexp.config.schema import ScheduleConfig
 from ftexp.errors import CheckpointError, StateError, UnknownNameError
 from ftexp.evaluation.meter import Meter, Progress
-from ftexp.model.optim import build_scheduler
+from ftexp.model.schedule import build_scheduler
 
 BUILT_IN = ["progress", "scheduler", "scaler", "ema", "rng", "best"]
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from ftexp.data.feeds import streamed as stream
 from ftexp.data.feeds.streamed import _Window, chained, slow_reason, spans, units
-from ftexp.data.stratify import BadSample
+from ftexp.data.info import BadSample
 from tests.support.processes import wait_until_none
 
 requests_of_any_size = st.lists(st.integers(0, 300), max_size=20).map(

@@ -10,12 +10,13 @@ import pytest
 from omegaconf import OmegaConf
 from rich.console import Console
 
-import ftexp.cluster.ray_cluster
+import ftexp.cluster.resources
 from ftexp.cli.compose import run_hydra
 from ftexp.cluster.interruptible import Terminated
-from ftexp.cluster.ray_cluster import Workers, decide_workers, num_shares
+from ftexp.cluster.resources import Workers, decide_workers, num_shares
 from ftexp.config.schema import Config, ScalingConfig
 from ftexp.errors import ConfigError, SweepFailedError
+from ftexp.rundir.ranking import ranked, varying
 from ftexp.rundir.record import FAILED, FINISHED, INTERRUPTED, RUN_FILE, RUNNING, RunState
 from ftexp.rundir.sweep_record import Ledger, Reached, Trial, look, read_ledger
 from ftexp.storage.directory import Storage
@@ -26,7 +27,7 @@ from ftexp.sweep.run.identity import parse_words, swept_keys, trial_name
 from ftexp.sweep.run.records import Records
 from ftexp.sweep.run.runner import Job, Runner, config_of, fits, require_room
 from ftexp.sweep.show.display import Display
-from ftexp.sweep.show.leaderboard import CSV_FILE, PNG_FILE, as_csv, publish, ranked, varying
+from ftexp.sweep.show.leaderboard import CSV_FILE, PNG_FILE, as_csv, publish
 from ftexp.sweep.show.picture import draw
 
 COMPOSED = OmegaConf.create({"optim": {"lr": 0.001}, "seed": 1, "data": {"mean": [0.5, 0.5]}, "model": {"name": "a"}})
@@ -63,7 +64,7 @@ def test_long_and_unsafe_names_are_told_apart_by_a_hash():
 
 @pytest.fixture
 def no_gpus(monkeypatch):
-    monkeypatch.setattr(ftexp.cluster.ray_cluster, "num_local_gpus", lambda: 0)
+    monkeypatch.setattr(ftexp.cluster.resources, "num_local_gpus", lambda: 0)
 
 
 @pytest.mark.parametrize(
@@ -83,7 +84,7 @@ def test_a_number_of_workers_is_kept_in_a_sweep_too(no_gpus):
 
 
 def test_as_many_trials_share_a_machine_as_there_are_up_to_its_cores(no_gpus, monkeypatch):
-    monkeypatch.setattr(ftexp.cluster.ray_cluster, "usable_cpus", lambda: 4)
+    monkeypatch.setattr(ftexp.cluster.resources, "usable_cpus", lambda: 4)
     assert [num_shares([Config()] * count, None) for count in (1, 3, 8)] == [1, 3, 4]
     assert num_shares([Config()] * 8, 2) == 2
 

@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from ftexp.data.stratify import BadSample, DataInfo, Excluded
+from ftexp.data.info import BadSample, DataInfo, Excluded
 from ftexp.driver.terminal import Terminal
 from ftexp.rundir.record import Failure, RunState
 from ftexp.storage.directory import Storage

@@ -1,4 +1,4 @@
-"""What is wrong with how a run is saved and ranked; `validate` runs these. Each yields every mistake."""
+"""Checks of how a run is saved, and of the metric that ranks its checkpoints."""
 
 from __future__ import annotations
 
@@ -7,26 +7,13 @@ from collections.abc import Iterator
 from ftexp.config.schema import Config
 from ftexp.registry import did_you_mean
 
-_METRICS = tuple(  # that a run writes
+LOGGED_METRICS = tuple(  # that a run writes
     f"{split}_{kind}{of}"
     for of in ("", "_ema")
     for split in ("train", "val", "test")
     for kind in ("loss", "accuracy")
     if not (of and split == "train")
 )
-
-
-def check_sweep(config: Config) -> Iterator[str]:
-    """A sweep's name and objective."""
-    name = config.sweep.name
-    if name is not None and (not name.strip() or name in (".", "..") or "/" in name):
-        yield f"sweep.name={name!r} can't name a folder under run.storage/sweeps: give a name without slashes"
-    if config.sweep.metric is not None and config.sweep.metric not in _METRICS:
-        near = did_you_mean(config.sweep.metric, _METRICS)
-        yield f"sweep.metric={config.sweep.metric} is written by no run.{near} Metrics: {', '.join(_METRICS)}"
-    elif config.sweep.metric is not None and config.sweep.mode is None:
-        if config.sweep.metric != config.checkpoint.checkpoint_score_attribute:
-            yield f"sweep.metric={config.sweep.metric} needs sweep.mode=max or min: which is better?"
 
 
 def check_checkpoint(config: Config) -> Iterator[str]:
@@ -40,9 +27,9 @@ def check_checkpoint(config: Config) -> Iterator[str]:
         yield f"checkpoint.extra_state={names} must hold scaler, since train.precision=fp16 scales the loss"
     metric, order = config.checkpoint.checkpoint_score_attribute, config.checkpoint.checkpoint_score_order
     key = f"checkpoint.checkpoint_score_attribute={metric}"
-    saved = [name for name in _METRICS if not name.startswith("test_")]
+    saved = [name for name in LOGGED_METRICS if not name.startswith("test_")]
     if metric not in saved:
-        why = "is measured once, at the end" if metric in _METRICS else "is written by no run"
+        why = "is measured once, at the end" if metric in LOGGED_METRICS else "is written by no run"
         yield f"{key} {why}.{did_you_mean(metric, saved)} Metrics: {', '.join(saved)}"
     elif order != (better := "min" if "_loss" in metric else "max"):
         yield f"{key} is best at its {better}imum, and checkpoint.checkpoint_score_order={order}: set that to {better}"

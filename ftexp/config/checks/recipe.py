@@ -13,7 +13,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from ftexp.config.fingerprint import flat
+from ftexp.config.masking import flat
 from ftexp.config.schema import SGD_NAMES, Config
 from ftexp.config.timm_names import optimizer_names, without_drop_path
 from ftexp.registry import did_you_mean

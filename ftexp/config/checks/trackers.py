@@ -1,4 +1,4 @@
-"""What is wrong with `tracker.*`, told before anything is imported."""
+"""Checks of `tracker.*`, before any tracker's package is imported."""
 
 from __future__ import annotations
 
@@ -7,14 +7,11 @@ import importlib.util
 import os
 from collections.abc import Iterator
 
-import ftexp.trackers.builtin  # noqa: F401 - registers them
 from ftexp.config.schema import Config
-from ftexp.config.tracker_schema import TrackerConfig
+from ftexp.config.tracker_schema import TRACKER_PACKAGES, TrackerConfig
 from ftexp.registry import did_you_mean
-from ftexp.storage.directory import is_remote
-from ftexp.trackers.registry import trackers
+from ftexp.storage.uri import is_remote
 
-_OWN_SETTINGS = ("tensorboard", "mlflow", "wandb")
 _WRITE_FILES = ("tensorboard", "wandb")
 
 
@@ -22,13 +19,13 @@ def tracker_problems(config: Config) -> Iterator[str]:
     """A line for each mistake; a plug-in's trackers are looked up once it is imported."""
     tracker = config.tracker
     for name in tracker.names:
-        if name not in trackers:
+        if name not in TRACKER_PACKAGES:
             if not config.plugins:
                 yield (
-                    f"tracker.use names '{name}', which is unknown.{did_you_mean(name, trackers)} Available: "
-                    f"{', '.join(trackers)}. One of your own comes from a module listed under plugins=[...]"
+                    f"tracker.use names '{name}', which is unknown.{did_you_mean(name, TRACKER_PACKAGES)} Available: "
+                    f"{', '.join(TRACKER_PACKAGES)}. One of your own comes from a module listed under plugins=[...]"
                 )
-        elif (package := trackers.get(name).package) is not None and importlib.util.find_spec(package) is None:
+        elif importlib.util.find_spec(package := TRACKER_PACKAGES[name]) is None:
             yield (
                 f"tracker={name} needs the package {package}, which isn't installed: write uv run --extra {name} in "
                 f"front of the command, or pip install 'ftexp[{name}]'"
@@ -54,7 +51,7 @@ def tracker_problems(config: Config) -> Iterator[str]:
 def _unused(tracker: TrackerConfig) -> Iterator[str]:
     """Settings that nothing would look at."""
     usual = TrackerConfig()
-    for name in _OWN_SETTINGS:
+    for name in TRACKER_PACKAGES:
         own = getattr(tracker, name)
         for field in dataclasses.fields(own):
             value = getattr(own, field.name)

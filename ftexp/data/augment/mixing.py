@@ -16,7 +16,7 @@ from timm.data.mixup import Mixup
 from torch import Tensor
 
 from ftexp.config.schema import AugmentConfig
-from ftexp.data.feeds.feed import MicroBatch
+from ftexp.data.batches import MicroBatch
 from ftexp.data.order import Int64s, derive_seed
 
 _STREAM = 0x6D6978  # keeps these draws apart from other uses of the run's seed

@@ -12,10 +12,10 @@ import ray.data
 from ray.data import TaskPoolStrategy
 
 from ftexp.config.schema import DataConfig
-from ftexp.data.listing import IndexedSplit, Listing
+from ftexp.data.info import BadSample, DataBundle, DataInfo, IndexedSplit
+from ftexp.data.listing import Listing
 from ftexp.data.order import Int64s
 from ftexp.data.sources.arrays import UInt8s, make_info
-from ftexp.data.stratify import BadSample, DataBundle, DataInfo
 from ftexp.errors import DataError
 
 if TYPE_CHECKING:

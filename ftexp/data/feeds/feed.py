@@ -15,38 +15,15 @@ from ray.data import DataIterator
 from torch import Tensor
 
 from ftexp.data.augment.pixels import Augment
+from ftexp.data.batches import Batch, MicroBatch
+from ftexp.data.info import DataInfo
 from ftexp.data.order import AnyOrder, Int64s
 from ftexp.data.plan import MicroShare, Plan, even_part
 from ftexp.data.sources.arrays import UInt8s
-from ftexp.data.stratify import DataInfo
 
 T = TypeVar("T")
 
 _PLAN_ROWS = 2048  # positions turned into samples at a time: the permutation costs per call, not per row
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """Part of a rank's share, for one forward and backward pass."""
-
-    images: Tensor  # float32, normalised [rows, channels, image_size, image_size]
-    labels: Tensor  # int64 [rows]
-    weights: Tensor  # float32 [rows]; summed over all ranks and micro-batches, weight times loss is the global mean
-    positions: Int64s  # [rows]
-    pairs: Int64s | None = None  # [2, pairs]: rows to be mixed with one another
-    num_partners: int = 0  # rows at the end that are only there to be mixed into others
-    targets: Tensor | None = None  # float32 [rows, num_classes], where samples were mixed
-
-
-@dataclass(frozen=True)
-class Batch:
-    """A rank's share of one global batch, which covers the positions [start, end)."""
-
-    start: int
-    end: int
-    micro_batches: list[MicroBatch]
-    positions: Int64s  # of this rank's share, [rows]
-    samples: Int64s  # at those positions, [rows]
 
 
 class Feed(Protocol):

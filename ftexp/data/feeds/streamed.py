@@ -18,9 +18,8 @@ import numpy as np
 
 from ftexp.data.feeds.decoding import bad_sample, decoding
 from ftexp.data.feeds.feed import CachedRows, Rows, Take, Taken
-from ftexp.data.listing import IndexedSplit
+from ftexp.data.info import BadSample, DataBundle, DataInfo, IndexedSplit
 from ftexp.data.order import Int64s
-from ftexp.data.stratify import BadSample, DataBundle, DataInfo
 
 _UNIT_ROWS, _UNIT_BYTES = 256, 32 * 2**20  # of what one task decodes at most; a smaller task costs more than it does
 _FIRST_ROWS = 32  # of the first task, so that the first batch comes soon; then twice as many each time

@@ -16,9 +16,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ftexp.config.schema import DataConfig
+from ftexp.data.info import SPLITS, DataBundle, DataInfo
 from ftexp.data.labels import class_warnings
 from ftexp.data.order import Int64s, derive_seed
-from ftexp.data.stratify import SPLITS, DataBundle, DataInfo, stratified_split
+from ftexp.data.stratify import stratified_split
 from ftexp.errors import DataError
 from ftexp.registry import Registry
 

@@ -11,7 +11,8 @@ from typing import Any, Protocol
 import numpy as np
 import ray
 
-from ftexp.data.listing import Raw, raiser
+from ftexp.data.info import Raw
+from ftexp.data.listing import raiser
 from ftexp.data.order import Int64s
 
 # of a CPU that reading a block takes: Ray starts a process for each that it finds room for. Tasks that decode give

@@ -10,8 +10,8 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, NamedTuple
 
 from ftexp.config.schema import DataConfig
+from ftexp.data.info import BadSample, Excluded
 from ftexp.data.listing import retried
-from ftexp.data.stratify import BadSample, Excluded
 from ftexp.errors import DataError
 
 if TYPE_CHECKING:

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ftexp.config.schema import DataConfig
-from ftexp.data.listing import Listing, Raw, Reader, Shared, digest_of, retried
+from ftexp.data.info import SPLITS, Raw, Reader, reasons
+from ftexp.data.listing import Listing, digest_of, retried
 from ftexp.data.order import Int64s
+from ftexp.data.shared import Shared
 from ftexp.data.sources.arrays import sources
 from ftexp.data.sources.entries import Account, files_at
-from ftexp.data.stratify import SPLITS, reasons
 from ftexp.errors import DataError
 from ftexp.storage.directory import open_uri
 

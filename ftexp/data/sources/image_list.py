@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ftexp.config.schema import DataConfig
+from ftexp.data.info import SPLITS, Reader
 from ftexp.data.labels import class_numbers, from_text
-from ftexp.data.listing import Listing, Reader, Shared, SteadyFile, digest_of
+from ftexp.data.listing import Listing, SteadyFile, digest_of
+from ftexp.data.shared import Shared
 from ftexp.data.sources.arrays import sources
 from ftexp.data.sources.files import FileReader
-from ftexp.data.stratify import SPLITS
 from ftexp.errors import DataError
 from ftexp.storage.directory import open_uri
 

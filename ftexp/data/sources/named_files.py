@@ -6,8 +6,8 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 from ftexp.config.schema import DataConfig
+from ftexp.data.info import SPLITS, reasons
 from ftexp.data.sources.entries import Account, files_at
-from ftexp.data.stratify import SPLITS, reasons
 from ftexp.errors import DataError
 
 if TYPE_CHECKING:

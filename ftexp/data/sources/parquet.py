@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from ftexp.config.schema import DataConfig
+from ftexp.data.info import Raw
 from ftexp.data.labels import class_numbers
-from ftexp.data.listing import Listing, Raw, Shared, SteadyFile, digest_of
+from ftexp.data.listing import Listing, SteadyFile, digest_of
 from ftexp.data.order import Int64s
+from ftexp.data.shared import Shared
 from ftexp.data.sources.arrays import sources
 from ftexp.data.sources.blocks import BlockReader
 from ftexp.data.sources.entries import Account

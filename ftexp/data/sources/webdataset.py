@@ -12,14 +12,15 @@ import numpy as np
 import ray
 
 from ftexp.config.schema import DataConfig
+from ftexp.data.info import Raw, Reader, reasons
 from ftexp.data.labels import class_numbers, from_text
-from ftexp.data.listing import Listing, Raw, Reader, Shared, digest_of, retried
+from ftexp.data.listing import Listing, digest_of, retried
 from ftexp.data.order import Int64s
+from ftexp.data.shared import Shared
 from ftexp.data.sources.arrays import sources
 from ftexp.data.sources.blocks import BlockReader
 from ftexp.data.sources.entries import Account, path_exclusion
 from ftexp.data.sources.named_files import files_by_split
-from ftexp.data.stratify import reasons
 from ftexp.errors import DataError
 from ftexp.storage.directory import open_uri
 

@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 
 from ftexp.cli.compose import past_composing, to_config
 from ftexp.config.checks.validate import validate
-from ftexp.config.field_checks import field_problems
+from ftexp.config.fields import field_problems
 from ftexp.config.schema import Config, SearchConfig
 from ftexp.errors import ConfigError
 from ftexp.sweep.hydra.launcher import PLUGINS, checked, compose

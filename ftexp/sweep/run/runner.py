@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ftexp.cli.compose import EXIT_INTERRUPTED, EXIT_TERMINATED
+from ftexp.cli.exit_codes import EXIT_INTERRUPTED, EXIT_TERMINATED
 from ftexp.cluster.interruptible import STOP_GRACE_S, Terminated
-from ftexp.cluster.ray_cluster import Workers
+from ftexp.cluster.resources import Workers
 from ftexp.config.schema import Config
 from ftexp.errors import RayLostError
 from ftexp.rundir.record import FAILED, FINISHED, INTERRUPTED, RUNNING, read_state

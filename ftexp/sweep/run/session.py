@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING
 
 import ray
 
-from ftexp.cli.compose import interrupted_code
+from ftexp.cli.exit_codes import interrupted_code
 from ftexp.cluster.hot_start.driver import HotStart, on_joined_nodes
 from ftexp.cluster.interruptible import collected_signals
-from ftexp.cluster.ray_cluster import SharedRay, import_meanwhile, may_stream, start_ray, usable_cpus
+from ftexp.cluster.ray_cluster import SharedRay, import_meanwhile, start_ray
+from ftexp.cluster.resources import may_stream
+from ftexp.config.machine import usable_cpus
 from ftexp.config.schema import Config
 from ftexp.errors import ConfigError, RayLostError
 from ftexp.rundir.record import FINISHED

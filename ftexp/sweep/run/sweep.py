@@ -7,7 +7,8 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 
 from ftexp.cluster.hot_start.driver import HotStart
-from ftexp.cluster.ray_cluster import Workers, decide_workers, num_shares, prepare_environment
+from ftexp.cluster.ray_cluster import prepare_environment
+from ftexp.cluster.resources import Workers, decide_workers, num_shares
 from ftexp.config.schema import Config
 from ftexp.driver.resume import open_run, require_resumable
 from ftexp.errors import ConfigError, SweepFailedError

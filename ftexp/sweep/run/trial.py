@@ -41,7 +41,7 @@ def main() -> None:
 
 def run(order: Order) -> int:
     """The exit code of one trial."""
-    from ftexp.cli.compose import exit_code_of
+    from ftexp.cli.exit_codes import exit_code_of
     from ftexp.driver.run import train
 
     return exit_code_of(lambda: train(order.config, order.overrides, order.shared))

@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ftexp.cluster.ray_cluster import decide_workers, num_shares, prepare_environment
+from ftexp.cluster.ray_cluster import prepare_environment
+from ftexp.cluster.resources import decide_workers, num_shares
 from ftexp.config.schema import Config, SearchConfig
 from ftexp.errors import ConfigError, SweepFailedError
 from ftexp.rundir.record import FAILED, FINISHED, INTERRUPTED, RUNNING, read_state

@@ -1,0 +1,114 @@
+"""Errors of Hydra's and OmegaConf's, worded: key, value, what is allowed, nearest valid name."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import typing
+from collections.abc import Sequence
+from typing import Any
+
+from hydra.errors import MissingConfigException, OverrideParseException
+from omegaconf.errors import OmegaConfBaseException
+
+from ftexp.cli.overrides import quoted_word
+from ftexp.config.fields import keys_problem, list_problem, null_problem, shown
+from ftexp.config.schema import Config, SearchConfig, config_dir
+from ftexp.registry import did_you_mean
+
+
+def unknown_option(argv: Sequence[str]) -> str | None:
+    """The message for a word such as optim=null or optim=3, of which Hydra tells the type only."""
+    for word in argv:
+        group, _, option = word.lstrip("+").partition("=")
+        folder = config_dir() / group
+        if group and folder.is_dir() and not option.startswith("{"):
+            options = _options(group)
+            if options and not set(option.split(",")) <= set(options):
+                return _unknown_option_text(group, option, options)
+    return None
+
+
+def _options(group: str) -> list[str]:
+    return sorted(file.stem for file in (config_dir() / group).glob("*.yaml"))
+
+
+def open_interval(argv: Sequence[str]) -> str:
+    """The message for a grid with an interval in it, of which Hydra names the type only."""
+    (typed, *_) = [word for word in argv if "interval(" in word]
+    return f"{typed}: a grid needs values that can be counted: list them, or add hydra/sweeper=tune, which searches"
+
+
+def _unknown_option_text(group: str, option: str, options: list[str]) -> str:
+    return f"{group}={option} is unknown.{did_you_mean(option, options)} Available: {', '.join(options)}"
+
+
+def explain(error: BaseException, schema: Any = None) -> str:
+    """Word an error of Hydra's or OmegaConf's: key, value, what is allowed, nearest valid name.
+
+    schema: an instance of the dataclass that was composed; None: `Config`.
+    """
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, option = str(error.missing_cfg_file).rpartition("/")
+        options = [str(name) for name in error.options or ()] or _options(group)  # of a list, Hydra tells none
+        if not group:
+            return f"--config-name {option}: there is no such file in {config_dir()}; leave it out for config.yaml"
+        return _unknown_option_text(group, option, options)
+    if isinstance(error, OverrideParseException):
+        word = error.override or ""
+        told = f"if it is text, quote it: {quoted_word(word)}" if "=" in word else "write key=value"
+        return f"can't read {word!r}: {told}"
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OmegaConfBaseException):
+        cause = cause.__cause__
+    if cause is None or not cause.full_key:
+        return str(error).replace("\n", " ")
+    key, first_line = str(cause.full_key), str(cause).splitlines()[0]
+    if first_line.startswith("Key '"):
+        return unknown_key(key, schema)
+    if wanted := re.search(r"could not be converted to (\w+)", first_line):
+        names = {"Integer": "a whole number", "Float": "a number"}
+        return f"{key}={shown(cause.value)} is not {names.get(wanted[1], wanted[1])}"
+    if wrong := re.search(r"Value '(.*)' is not a valid bool", first_line):
+        return f"{key}={wrong[1]} is not true or false"
+    if wrong := re.search(r"Cannot convert '(\w+)' to string: '(.*)'$", first_line):
+        return f"{key}={shown(wrong[2])} is not text"
+    if wrong := re.search(r"Key (.+) \(\w+\) is incompatible with \(str\)", first_line):
+        return f"{key}: a key must be text, and {wrong[1]} is not"
+    if "is not Optional" in first_line or "NoneType is not a subclass" in first_line or "value 'None'" in first_line:
+        return null_problem(key)
+    # of a node that is made before it is put in its place, OmegaConf knows neither the whole key nor the value
+    typed = re.search(r"Error merging override \+*([^=]+)=(.*)", str(error))
+    if "is not a subclass of" in first_line or "Cannot assign" in first_line:
+        return keys_problem(*typed.groups()) if typed and cause.value is None else keys_problem(key, cause.value)
+    if "is not a ListConfig" in first_line:
+        return list_problem(key, cause.value)
+    if typed and ("Cannot merge" in first_line or "is incompatible with type hint" in first_line):
+        allowed = f"is a list, so write {key}=[...]" if _holds_list(key) else f"holds keys, so write {key}.<key>=..."
+        return f"{typed[1]}={shown(typed[2])} is not allowed: {key} {allowed}"
+    return f"{key}: {first_line}"
+
+
+def _holds_list(key: str) -> bool:
+    hint: Any = Config
+    for name in key.split("."):
+        hint = typing.get_type_hints(hint).get(name) if dataclasses.is_dataclass(hint) else None
+    return typing.get_origin(hint) is list
+
+
+def unknown_key(key: str, schema: Any = None) -> str:
+    """The message for a key that the schema doesn't have, with the nearest that it has."""
+    node: Any = schema if schema is not None else Config()
+    *parents, name = key.split(".")
+    if parents == ["hydra", "sweeper"]:
+        names = [field.name for field in dataclasses.fields(SearchConfig)]
+        near = did_you_mean(name, names).replace("'", "'hydra.sweeper.", 1)
+        return f"{key} is not a key.{near} Keys of hydra/sweeper=tune: {', '.join(names)}"
+    for parent in parents:
+        node = getattr(node, parent, None)
+    siblings = [field.name for field in dataclasses.fields(node)] if dataclasses.is_dataclass(node) else []
+    prefix = "".join(f"{parent}." for parent in parents)
+    if not siblings:
+        return f"{key} is not a key" + (f": {prefix[:-1]} holds one value" if hasattr(Config(), parents[0]) else "")
+    near = did_you_mean(name, siblings).replace("'", f"'{prefix}", 1)
+    return f"{key} is not a key.{near} Keys {f'of {prefix[:-1]}' if prefix else 'at the top'}: {', '.join(siblings)}"

@@ -1,0 +1,77 @@
+"""From overrides, or what Hydra composed, to typed objects; every mistake in one ConfigError."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import yaml
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ftexp.cli.explain import explain
+from ftexp.cli.overrides import as_typed_yaml
+from ftexp.config.fields import field_problems, type_problems
+from ftexp.errors import ConfigError
+
+
+def parse_words(schema: type[Any], words: Sequence[str]) -> Any:
+    """Read key=value words into `schema`, a dataclass; ConfigError names what doesn't fit it."""
+    words = [as_typed_yaml(schema, word) for word in words]
+    for word in words:
+        try:
+            OmegaConf.from_dotlist([word])
+        except yaml.YAMLError as error:
+            key, _, value = word.partition("=")
+            raise ConfigError(f"can't read {word!r}: put the value in quotes, {key}=\"'{value}'\"") from error
+    try:
+        values = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.from_dotlist(list(words)))
+        assert isinstance(values, DictConfig), "a dataclass holds keys"
+        return typed_node(values, schema)
+    except OmegaConfBaseException as error:
+        raise ConfigError(explain(error, schema())) from error
+
+
+def read_command(schema: type[Any], words: Sequence[str], **needed: str) -> Any:
+    """As `parse_words`, with every field in its range; `needed` says what those look like that have no default."""
+    config = parse_words(schema, words)
+    for key, example in needed.items():
+        if getattr(config, key) == MISSING:
+            raise ConfigError(f"{key} is not set: add {key}={example}")
+    if problems := dict(field_problems(config, "")):
+        raise ConfigError("\n".join(problems.values()))
+    return config
+
+
+def typed_node(node: DictConfig, schema: type[Any]) -> Any:
+    """`node` as an instance of `schema`; ConfigError names each value that is of another type."""
+    values = _values(node, schema)
+    if problems := list(_type_problems(values, "")):
+        raise ConfigError("\n".join(problems))
+    return values
+
+
+def _type_problems(node: Any, prefix: str) -> Iterator[str]:
+    hints = typing.get_type_hints(type(node))
+    for field in dataclasses.fields(node):
+        value = getattr(node, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from _type_problems(value, f"{prefix}{field.name}.")
+        elif value != MISSING:
+            yield from type_problems(f"{prefix}{field.name}", value, hints[field.name])
+
+
+def _values(node: DictConfig, schema: type[Any]) -> Any:
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(schema):
+        default = field.default_factory() if callable(field.default_factory) else None
+        if OmegaConf.is_missing(node, field.name):
+            values[field.name] = "???"
+        elif dataclasses.is_dataclass(default):
+            values[field.name] = _values(node[field.name], type(default))
+        else:
+            value = node[field.name]
+            values[field.name] = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+    return schema(**values)

@@ -1,0 +1,135 @@
+"""How many workers with what, and what the cluster has for them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ftexp.config.machine import num_local_gpus, usable_cpus
+from ftexp.config.schema import AUTO, Config, DataConfig, ScalingConfig
+from ftexp.config.source_names import can_stream
+from ftexp.errors import ConfigError
+
+_MAX_AUTO_CPU_WORKERS = 2  # small models gain nothing from more processes on one machine
+
+_MAX_AUTO_THREADS = 8
+
+
+@dataclass(frozen=True)
+class Workers:
+    """`ScalingConfig` with every `auto` decided."""
+
+    num_workers: int | tuple[int, int]
+    use_gpu: bool
+    resources_per_worker: dict[str, float]
+    runtime_env: dict[str, Any] = field(default_factory=dict)  # Ray's, for the train workers alone
+
+    @property
+    def num_threads(self) -> int:
+        """Of one worker: as many as it has whole CPUs, and one at least."""
+        return max(1, int(self.resources_per_worker.get("CPU", 1)))
+
+    @property
+    def most(self) -> int:
+        """The largest number of workers that may run at once."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
+
+    @property
+    def fewest(self) -> int:
+        """The smallest number of workers that may run at once."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    def __str__(self) -> str:
+        count = self.num_workers if isinstance(self.num_workers, int) else "{} to {}".format(*self.num_workers)
+        parts = ", ".join(f"{value:g} {name}" for name, value in self.resources_per_worker.items())
+        return f"{count} × ({parts})"
+
+
+def decide_workers(config: ScalingConfig, num_cpus: int | None = None, share: int = 1) -> Workers:
+    """Fill in `auto`: a worker for each GPU, or up to two on CPU; the machine's cores shared out as threads.
+
+    share: runs that are to fit on the machine side by side; numbers that are given are kept all the same.
+    """
+    joins = config.address is not None
+    assert not (joins and config.num_workers == AUTO), "refused by ftexp.config.checks.validate"
+    cpus = 0 if joins else num_cpus or usable_cpus()
+    use_gpu = config.use_gpu if isinstance(config.use_gpu, bool) else not joins and num_local_gpus() > 0
+    num_workers: int | tuple[int, int]
+    if config.num_workers == AUTO:
+        num_workers = max(1, num_local_gpus() // share if use_gpu else min(cpus // share, _MAX_AUTO_CPU_WORKERS))
+    elif isinstance(config.num_workers, int):
+        num_workers = config.num_workers
+    else:
+        num_workers = (config.num_workers[0], config.num_workers[1])
+    most = num_workers if isinstance(num_workers, int) else num_workers[1]
+    threads = 1 if joins else max(1, min(cpus // share // most, _MAX_AUTO_THREADS))
+    resources = dict(config.resources_per_worker or {})
+    resources.setdefault("CPU", threads)
+    if use_gpu:
+        resources.setdefault("GPU", 1)
+    if not joins and resources["CPU"] * most > cpus:
+        raise ConfigError(
+            f"scaling.num_workers={most} with {resources['CPU']:g} CPU each want more than the {cpus} cores of this "
+            "machine: take fewer, or give scaling.resources_per_worker={CPU: 0.5}"
+        )
+    return Workers(num_workers, use_gpu, resources)
+
+
+def num_shares(configs: Sequence[Config], most: int | None) -> int:
+    """How many of these runs are to share this machine at once: as many as it has cores, or GPUs, if not `most`."""
+    use_gpu = any(config.scaling.use_gpu is True for config in configs) or (
+        any(config.scaling.use_gpu == AUTO for config in configs) and num_local_gpus() > 0
+    )
+    slots = num_local_gpus() if use_gpu else usable_cpus()
+    return max(1, min(len(configs), slots, most or slots))
+
+
+def may_stream(config: DataConfig) -> bool:
+    """Whether the data may turn out to be streamed."""
+    return config.feed != "cached" and can_stream(config.name)
+
+
+def no_workers() -> Workers:
+    """For commands that need none."""
+    return Workers(0, use_gpu=False, resources_per_worker={})
+
+
+def decoding_cpus(config: Config, workers: Workers) -> int:
+    """CPUs of the cluster that may decode while the workers train; ConfigError if the workers leave none."""
+    import ray
+
+    taken = workers.fewest * workers.resources_per_worker.get("CPU", 1)
+    there = ray.cluster_resources().get("CPU", 0)
+    if there - taken < 1:
+        raise ConfigError(
+            f"data.feed=streaming decodes on CPUs that the workers leave, and {workers.fewest} workers take {taken:g} "
+            f"of the cluster's {there:g}: take fewer workers, scaling.resources_per_worker={{CPU: 0.5}}, or "
+            "data.feed=cached"
+        )
+    return config.data.decode_cpus or int(there - taken)
+
+
+def num_possible(workers: Workers) -> int:
+    """How many workers the cluster's nodes have room for, were nothing else on them; as many as are wanted at most."""
+    import ray
+
+    wanted = {name: amount for name, amount in workers.resources_per_worker.items() if amount}
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    room = sum(min((int(node.get(name, 0) / amount) for name, amount in wanted.items()), default=0) for node in nodes)
+    return min(room, workers.most)
+
+
+def lacking_resources(workers: Workers) -> str | None:
+    """Say what the cluster lacks, as it is now, for the fewest workers that were asked for; None if it has it."""
+    import ray
+
+    fewest = workers.fewest
+    for name, amount in workers.resources_per_worker.items():
+        there = ray.cluster_resources().get(name, 0)
+        if there < fewest * amount:
+            return (
+                f"scaling.num_workers={fewest} with {amount:g} {name} each need {fewest * amount:g} {name}, and the "
+                f"cluster has {there:g}"
+            )
+    return None

@@ -1,0 +1,50 @@
+"""Where the data come from, and the shape of what models see."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+
+from ftexp.config.checks.wording import unknown
+from ftexp.config.schema import Config
+from ftexp.config.source_names import SOURCE_FIELDS, can_stream
+
+_SOURCE_ONLY = frozenset(name for names in SOURCE_FIELDS.values() for name in names) | {"kwargs"}
+
+
+def check_data(config: Config) -> Iterator[str]:
+    """The source and its fields, and what is measured of its pixels."""
+    data = config.data
+    if data.name not in SOURCE_FIELDS:
+        if not config.plugins:
+            names = frozenset(SOURCE_FIELDS)
+            yield unknown("data.name", data.name, names, f"Available: {', '.join(sorted(names))}")
+    else:
+        used = SOURCE_FIELDS[data.name]
+        defaults = {field.name: field for field in dataclasses.fields(data)}
+        for name in sorted(_SOURCE_ONLY - set(used)):
+            field, value = defaults[name], getattr(data, name)
+            default = field.default_factory() if callable(field.default_factory) else field.default
+            if value != default:
+                yield f"data.{name}={value} is not used by data.name={data.name}: take it out"
+        if data.feed == "streaming" and not can_stream(data.name):
+            yield f"data.feed=streaming: data.name={data.name} is in memory as a whole; take data.feed=cached"
+        if "root" in used and data.root is None:
+            yield f"data.root is not set: data.name={data.name} reads files, so say where they are"
+    for name in ("mean", "std"):
+        values = getattr(data, name)
+        if len(values) != data.channels:
+            found = f"{len(values)} value{'s' if len(values) != 1 else ''}"
+            yield f"data.{name}={values} has {found}, but data.channels={data.channels}: give one a channel"
+    if not all(math.isfinite(value) for value in data.mean):
+        yield f"data.mean={data.mean} must be finite numbers: pixels are shifted by them"
+    if not all(0 < value < math.inf for value in data.std):
+        yield f"data.std={data.std} must be above 0 and finite throughout: pixels are divided by it"
+    if data.val_fraction + data.test_fraction >= 1:
+        yield (
+            f"data.val_fraction={data.val_fraction} and data.test_fraction={data.test_fraction} leave nothing to "
+            "train on: their sum must be below 1"
+        )
+    if config.augment.pad_px >= data.image_size:
+        yield f"augment.pad_px={config.augment.pad_px} must be below data.image_size={data.image_size}"

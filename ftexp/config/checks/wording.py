@@ -1,0 +1,19 @@
+"""Words that several checks put into their messages."""
+
+from __future__ import annotations
+
+from ftexp.registry import did_you_mean
+
+
+def yaml_text(value: object) -> str:
+    """Return a value as it is written in YAML: null, true and 'text'."""
+    return (
+        {None: "null", True: "true", False: "false"}[value]
+        if value is None or value is True or value is False
+        else repr(value)
+    )
+
+
+def unknown(key: str, value: str, known: frozenset[str], where: str) -> str:
+    """Return the message for a name that is not among the `known` ones; `where` ends it."""
+    return f"{key}='{value}' is unknown.{did_you_mean(value, known)} {where}"

@@ -1,0 +1,114 @@
+"""The facts about a data set that the rest of ftexp needs, and how each split of it is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ftexp.data.order import Int64s
+
+if TYPE_CHECKING:
+    from ray.data import Dataset
+
+    from ftexp.data.shared import Shared
+
+
+SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class BadSample:
+    """A sample that could not be read: where it is, and why not."""
+
+    where: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Excluded:
+    """Entries of a source that a rule excludes from the samples."""
+
+    reason: str
+    count: int
+    example: str  # where the first of them is
+
+    def __str__(self) -> str:
+        such = f"such as {self.example}" if self.count > 1 else self.example
+        return f"{self.count:,} entr{'ies' if self.count > 1 else 'y'}: {self.reason} ({such})"
+
+
+def reasons(excluded: Sequence[Excluded], bad: Sequence[BadSample], most: int = 10) -> str:
+    """Return why entries of a source are no samples: a line each, begun by a newline, for the end of an error."""
+    lines = [f"excluded {rule}" for rule in excluded] + [f"{sample.where}: {sample.reason}" for sample in bad[:most]]
+    more = [f"and {len(bad) - most:,} more"] if len(bad) > most else []
+    return "".join(f"\n{line}" for line in [*lines, *more])
+
+
+@dataclass(frozen=True)
+class DataInfo:
+    """What models, feeds and reports need to know of the data. Travels to every worker."""
+
+    class_names: list[str]
+    image_size: int  # pixels, square
+    channels: int
+    mean: list[float]  # per channel, of pixels scaled to 0..1
+    std: list[float]
+    num_samples: dict[str, int]  # by split; unreadable samples that were skipped don't count
+    bad_samples: list[BadSample] = field(default_factory=list)
+    digest: str | None = None  # of a listing, see listing.digest_of; None: of data that is in memory as a whole
+    excluded: list[Excluded] | None = None  # None: of a run that began before ftexp counted them
+    warnings: list[str] = field(default_factory=list)  # of what looks wrong about its classes
+    integer_labels: str = "indices"  # data.integer_labels as the run began with; the default of runs without it
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes the model tells apart."""
+        return len(self.class_names)
+
+
+@dataclass(frozen=True)
+class DataBundle:
+    """What a run trains on: every split cached, or every split streamed.
+
+    A cached split is a materialised Ray Dataset with the columns
+    image: uint8 [image_size, image_size, channels]; label: int64 in [0, num_classes);
+    sample: int64, distinct in the split. Others are ignored. Sorted by `sample`, row i is sample i of `Order`.
+    """
+
+    datasets: dict[str, Dataset]
+    info: DataInfo
+    indexed: dict[str, IndexedSplit] = field(default_factory=dict)  # of files, cached or not: how each split is read
+    blocks: Int64s | None = None  # samples of train in each block, in order, for data.shuffle_window
+    feed: str = "cached"
+    why: str = ""  # this feed
+    decode_cpus: int = 0  # of the cluster, where it is streamed
+
+    @property
+    def streamed(self) -> bool:
+        """Whether samples are decoded while the run trains."""
+        return self.feed == "streaming"
+
+
+Raw = tuple[str, Callable[[], Any]]  # where an image is, and how to get it: encoded, or as an array
+
+
+class Reader(Protocol):
+    """Reads items of one listed split; pickled into every decoding task."""
+
+    def __call__(self, items: Int64s) -> Iterator[Raw]:
+        """Yield an entry for each item, in this order. What can't be read raises where it is got, not here."""
+        ...
+
+
+@dataclass(frozen=True)
+class IndexedSplit:
+    """One split's samples, 0 to num_samples - 1, as tasks read them."""
+
+    num_samples: int
+    read: Reader
+    table: Shared[tuple[Int64s, Int64s]]  # of each sample: its item, its label
+    block_sizes: Int64s | None  # samples of each block, in order; None: no blocks
+
+    def __len__(self) -> int:
+        return self.num_samples

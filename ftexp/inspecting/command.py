@@ -1,0 +1,255 @@
+"""`python -m ftexp.data <any train overrides> [out=FILE.png]`: what a run would train on, before it does.
+
+Lists samples by split and class, the feed, samples that can't be read, the pixels' mean and std beside data.mean and
+data.std, and how fast images decode; and draws the first 64 training samples as the model will see them. Nothing is
+trained. Exit codes: 0 done, 1 the data can't be read, 2 the command was wrong.
+
+out  the picture; <data.name>_samples.png in the current folder if not given
+
+Samples that can't be read are named and left out, whatever data.on_bad_sample says. Of more than 20,000 training
+samples the pixels are those of the first 20,000 positions of the run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from omegaconf import DictConfig
+
+from ftexp.cli.compose import prepare_streams, run_hydra, to_config
+from ftexp.cli.exit_codes import print_error
+from ftexp.config.checks.validate import validate
+from ftexp.config.schema import AugmentConfig, Config
+from ftexp.errors import ConfigError, StorageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ftexp.cluster.resources import Workers
+    from ftexp.data.info import DataBundle, DataInfo
+    from ftexp.inspecting.inspect import Found
+
+_MOST_CLASSES = 25  # more are cut to the largest and the smallest
+_LARGEST, _SMALLEST = 20, 5
+_MOST_BAD = 10
+_TOLERANCE = 0.02  # of data.mean and data.std, in pixels scaled to 0..1
+_CHANNELS = {1: ("grey",), 3: ("red", "green", "blue"), 4: ("red", "green", "blue", "alpha")}
+
+
+def main() -> None:
+    """Entry point of the command; exits with 0, 1 or 2."""
+    prepare_streams()
+    words = sys.argv[1:]
+    if any(word in ("-h", "--help") for word in words):
+        print(__doc__)
+        return
+    own = [word for word in words if word.startswith("out=")]
+    try:
+        out = parse_out(own)
+        if any(word in ("-m", "--multirun") for word in words):
+            raise ConfigError("-m: this looks at one data set; take it out")
+    except ConfigError as error:
+        print_error(error)
+        sys.exit(error.exit_code)
+
+    def task(composed: DictConfig) -> None:
+        inspect(to_config(composed, words), out)
+
+    sys.exit(run_hydra(task, [word for word in words if word not in own]))
+
+
+def parse_out(words: list[str]) -> Path | None:
+    """The picture's path from out=... words, None without one; ConfigError if it can't be written there."""
+    if len(words) > 1:
+        raise ConfigError(f"{' '.join(words)}: give out once")
+    if not words:
+        return None
+    path = Path(words[0].removeprefix("out=")).expanduser()
+    if path.suffix.lower() != ".png":
+        raise ConfigError(f"{words[0]}: the picture is a PNG, so give a name that ends in .png")
+    if not path.parent.is_dir():
+        raise ConfigError(f"{words[0]}: there is no folder {path.parent}; make it, or name another")
+    return path
+
+
+def inspect(config: Config, out: Path | None = None) -> None:
+    """Look at the data that `config` names: print what is found, and draw samples to `out`.
+
+    Raises:
+        ConfigError: the config is wrong; nothing was started.
+        DataError: the data can't be read at all.
+        StorageError: the picture can't be written.
+    """
+    validate(config)
+    out = out or Path(f"{config.data.name.replace('/', '_')}_samples.png")
+    if out.is_dir() or not os.access(out if out.exists() else out.parent, os.W_OK):
+        raise ConfigError(f"{out} can't be written: name another file with out=...")
+    from ftexp.cluster.ray_cluster import prepare_environment
+    from ftexp.cluster.resources import decide_workers
+
+    workers = decide_workers(config.scaling)
+    prepare_environment(config)
+    import ray
+
+    from ftexp.cluster.ray_cluster import import_meanwhile, quiet_data, start_ray
+    from ftexp.cluster.ray_watch import ending_with
+    from ftexp.registry import load_plugins
+
+    importing = import_meanwhile("ftexp.data.feeds.streamed")
+    try:
+        running = start_ray(config)
+        importing.join()
+        quiet_data(config)
+        load_plugins(config.plugins)
+        with ending_with(running.lost):
+            _inspect(config, workers, out)
+    finally:
+        ray.shutdown()
+
+
+def _inspect(config: Config, workers: Workers, out: Path) -> None:
+    from rich.console import Console
+
+    from ftexp.data.build import build_data
+    from ftexp.driver.resume import repeated_samples
+    from ftexp.inspecting.inspect import look
+
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    skipping = dataclasses.replace(config, data=dataclasses.replace(config.data, on_bad_sample="skip"))
+    with console.status("reading"):
+        bundle = build_data(skipping.data)
+        found = look(skipping, bundle, _decode_cpus(config, bundle, workers))
+    _draw(config, found, out)  # before anything is printed: the reader may leave, as in `... | head`
+    _print_facts(console, config, bundle, found)
+    if (repeated := repeated_samples(config, bundle.info)) is not None:
+        console.print(repeated, style="yellow", markup=False, soft_wrap=True)
+    _print_bad(console, config, bundle, found)
+    _print_classes(console, bundle.info, found)
+    _print_pixels(console, config, bundle.info, found)
+    told = f"\npicture  {out}: the first {len(found.names)} training samples, augmented"
+    console.print(told, markup=False, soft_wrap=True)
+
+
+def _draw(config: Config, found: Found, out: Path) -> None:
+    from ftexp.config.masking import masked
+    from ftexp.inspecting.inspect import contact_sheet
+
+    augment, usual = dataclasses.asdict(config.augment), dataclasses.asdict(AugmentConfig())
+    changes = ", ".join(f"{name}={value}" for name, value in augment.items() if value != usual[name]) or "none"
+    title = f"{config.data.name} · seed {config.seed} · augment: {changes}"
+    where = f" · {masked(config.data.root)}" if config.data.root else ""
+    subtitle = f"positions 0 to {len(found.names) - 1} of epoch 0, as the model sees them{where}"
+    try:
+        contact_sheet(found.images, found.names, title, subtitle).save(out)
+    except OSError as error:
+        raise StorageError(f"{out} can't be written: {error}; name another file with out=...") from error
+
+
+def _decode_cpus(config: Config, bundle: DataBundle, workers: Workers) -> int:
+    """How many decode for this run: beside the workers if it streams, before they start if not."""
+    from ftexp.cluster.resources import decoding_cpus, may_stream, no_workers
+
+    # a Ray that is started here counts cores twice if the data may be streamed: once for workers, once for decoding
+    beside = bundle.streamed or (config.scaling.address is None and may_stream(config.data))
+    return decoding_cpus(config, workers if beside else no_workers())
+
+
+def _print_facts(console: Console, config: Config, bundle: DataBundle, found: Found) -> None:
+    from ftexp.config.masking import masked
+
+    info, rate = bundle.info, found.rate
+    sizes = " · ".join(f"{count:,} {split}" for split, count in info.num_samples.items())
+    decoding = "nothing to decode: the source is in memory as a whole"
+    if rate is not None:
+        cpus = f"{rate.num_cpus} CPUs" if rate.num_cpus > 1 else "1 CPU"
+        decoding = f"{rate.images_per_s:,.0f} images/s on {cpus} (measured on {rate.num_images:,} images)"
+    for title, text in (
+        ("source", config.data.name),
+        ("root", masked(config.data.root)),
+        ("image", f"{info.image_size}×{info.image_size}×{info.channels}"),
+        ("samples", f"{sizes} · {info.num_classes} classes"),
+        ("feed", f"{bundle.feed}: {bundle.why}"),
+        ("decoding", decoding),
+    ):
+        if text is not None:
+            console.print(f"{title:<9}{text}", markup=False, soft_wrap=True)
+    for excluded in info.excluded or []:
+        console.print(f"excluded {excluded}", markup=False, soft_wrap=True)
+    for warning in info.warnings:
+        console.print(f"! {warning}", markup=False, soft_wrap=True, style="yellow")
+
+
+def _print_bad(console: Console, config: Config, bundle: DataBundle, found: Found) -> None:
+    known = "" if found.others_read else f" of the {found.num_read:,} training samples that were read"
+    if not found.bad:
+        console.print(f"bad      none{known}")
+        return
+    number = "1 sample" if len(found.bad) == 1 else f"{len(found.bad):,} samples"
+    console.print(f"bad      {number}{known} can't be read:", style="yellow")
+    for sample in found.bad[:_MOST_BAD]:
+        console.print(f"           {sample.where}: {sample.reason}", markup=False, soft_wrap=True)
+    if len(found.bad) > _MOST_BAD:
+        console.print(f"           and {len(found.bad) - _MOST_BAD:,} more")
+    if config.data.on_bad_sample == "skip":
+        told = "training leaves them out, as data.on_bad_sample=skip says"
+    else:
+        refusal = "stop at the first of them" if bundle.streamed else "refuse to start"
+        told = f"training would {refusal}: mend them, or leave them out with data.on_bad_sample=skip"
+    console.print(f"         {told}", soft_wrap=True)
+
+
+def _print_classes(console: Console, info: DataInfo, found: Found) -> None:
+    import numpy as np
+    from rich.table import Table
+    from rich.text import Text
+
+    counts = {split: np.bincount(labels, minlength=info.num_classes) for split, labels in found.labels.items()}
+    table = Table("class", *found.labels, box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    for column in table.columns[1:]:
+        column.justify = "right"
+    shown, left_out = list(range(info.num_classes)), 0
+    if len(shown) > _MOST_CLASSES:
+        shown.sort(key=lambda number: -counts["train"][number])
+        left_out = len(shown) - _LARGEST - _SMALLEST
+        shown = shown[:_LARGEST] + shown[-_SMALLEST:]
+    for place, number in enumerate(shown):
+        if left_out and place == _LARGEST:
+            table.add_row(Text(f"({left_out:,} classes in between left out)", style="dim"))
+        table.add_row(Text(info.class_names[number]), *(f"{count[number]:,}" for count in counts.values()))
+    console.print()
+    console.print(table)
+    if lacking := int((counts["train"] == 0).sum()):
+        console.print(f"{lacking:,} of {info.num_classes:,} classes have no training sample", style="yellow")
+
+
+def _print_pixels(console: Console, config: Config, info: DataInfo, found: Found) -> None:
+    from rich.table import Table
+
+    mean, std = found.pixels.mean_std()
+    names = _CHANNELS.get(info.channels, tuple(map(str, range(info.channels))))
+    table = Table("channel", box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    for title in ("mean", "data.mean", "std", "data.std"):
+        table.add_column(title, justify="right")
+    for name, *values in zip(names, mean, info.mean, std, info.std, strict=True):
+        table.add_row(name, *(f"{value:.4f}" for value in values))
+    total, measured = len(found.labels["train"]), int(found.pixels.counts[0].sum()) // info.image_size**2
+    of = f"all {total:,} training samples" if measured == total else f"{measured:,} of {total:,} training samples"
+    console.print(f"\npixels   of {of}, scaled to 0..1\n")
+    console.print(table)
+    pairs = zip([*mean, *std], [*info.mean, *info.std], strict=True)
+    if all(abs(found_value - configured) <= _TOLERANCE for found_value, configured in pairs):
+        return
+    if config.model.pretrained:
+        hint = "data.mean and data.std are to be those that the pretrained weights were made with: check that they are"
+    elif min(std) < 0.00005:
+        hint = "a channel has the same value everywhere, so its data.std can't be set to what was measured"
+    else:
+        words = (
+            f"data.{key}=[{','.join(f'{v:.4f}' for v in values)}]" for key, values in (("mean", mean), ("std", std))
+        )
+        hint = f"to normalise by what was measured, add: {' '.join(words)}"
+    console.print(f"These differ by more than {_TOLERANCE}; {hint}", style="yellow", markup=False, soft_wrap=True)

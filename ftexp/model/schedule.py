@@ -1,0 +1,35 @@
+"""The learning rate of each step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from timm.scheduler import create_scheduler_v2
+
+from ftexp.config.schema import ScheduleConfig
+
+
+def build_scheduler(
+    config: ScheduleConfig, optimizer: torch.optim.Optimizer, total_steps: int, steps_per_epoch: float
+) -> Any:
+    """Create a timm scheduler whose `step_update(n)` sets the learning rate after n optimiser steps.
+
+    The rate is a function of n alone, so a resumed run needs nothing but n.
+    """
+    warmup_steps = min(round(config.warmup_epochs * steps_per_epoch), total_steps - 1)
+    constant = config.name == "constant"  # as a step that never drops: not every timm that we take knows "constant"
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        sched="step" if constant else config.name,
+        num_epochs=total_steps,  # timm's "epochs" are steps here, one update each
+        decay_epochs=max(1, round(config.decay_epochs * steps_per_epoch)),
+        warmup_epochs=warmup_steps,
+        warmup_lr=config.warmup_lr,
+        min_lr=config.min_lr,
+        decay_rate=1.0 if constant else config.decay_rate,
+        step_on_epochs=False,
+        updates_per_epoch=1,
+    )
+    scheduler.step_update(0)
+    return scheduler
