@@ -1,1 +1,3 @@
-"""ftexp."""
+"""Fault-tolerant training of image models on Ray."""
+
+__version__ = "0.1.0"

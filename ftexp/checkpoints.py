@@ -14,6 +14,7 @@ import time
 from ftexp.checkpoint.store import CHECKPOINTS, REJECTED, CheckpointStore, Manifest, locate
 from ftexp.cli.compose import prepare_streams
 from ftexp.cli.exit_codes import print_error
+from ftexp.cli.overrides import as_value
 from ftexp.errors import CheckpointError, ConfigError, FtexpError
 from ftexp.storage.directory import Storage
 
@@ -24,7 +25,7 @@ def main() -> None:
     """Entry point of the command."""
     prepare_streams()
     parser = argparse.ArgumentParser(prog="python -m ftexp.checkpoints", description=__doc__.partition("\n\n")[0])
-    parser.add_argument("run", help="a run directory, or its URI")
+    parser.add_argument("run", type=as_value, help="a run directory, or its URI")
     parser.add_argument("--diff", nargs=2, metavar=("A", "B"), help="names, or paths, of two checkpoints to compare")
     options = parser.parse_args()
     try:

@@ -18,6 +18,7 @@ from omegaconf import MISSING
 
 from ftexp.cli.compose import prepare_streams
 from ftexp.cli.exit_codes import print_error
+from ftexp.cli.overrides import with_run
 from ftexp.cli.parse import read_command
 from ftexp.config.fields import choice, ranged
 from ftexp.config.schema import Config
@@ -57,7 +58,7 @@ def main() -> None:
         print(__doc__)
         return
     try:
-        result = evaluate(parse(sys.argv[1:]))
+        result = evaluate(parse(with_run(sys.argv[1:])))
     except FtexpError as error:
         print_error(error)
         sys.exit(error.exit_code)

@@ -32,6 +32,7 @@ from omegaconf import MISSING
 
 from ftexp.cli.compose import prepare_streams
 from ftexp.cli.exit_codes import print_error
+from ftexp.cli.overrides import with_run
 from ftexp.cli.parse import read_command
 from ftexp.config.fields import choice, ranged
 from ftexp.errors import ConfigError, ExportError, FtexpError
@@ -68,7 +69,7 @@ def main() -> None:
         print(__doc__)
         return
     try:
-        export(parse(words))
+        export(parse(with_run(words)))
     except FtexpError as error:
         print_error(error)
         sys.exit(error.exit_code)

@@ -30,6 +30,7 @@ from omegaconf import MISSING, DictConfig
 
 from ftexp.cli.compose import offer_option, prepare_streams, run_hydra, to_config
 from ftexp.cli.exit_codes import interrupted_code, print_error
+from ftexp.cli.overrides import with_run
 from ftexp.cli.parse import read_command
 from ftexp.config.checks.validate import validate
 from ftexp.config.fields import choice, ranged
@@ -79,6 +80,7 @@ def main() -> None:
     if any(word in ("-h", "--help") for word in words):
         print(__doc__)
         return
+    words = with_run(words)
     own = [word for word in words if _key(word) in _OWN or _key(word).partition(".")[0] == "predict"]
     rest = [word for word in words if word not in own]
     chosen = any(_key(word) == "data" for word in rest)

@@ -10,6 +10,7 @@ import sys
 
 from ftexp.cli.compose import prepare_streams
 from ftexp.cli.exit_codes import print_error
+from ftexp.cli.overrides import as_value
 from ftexp.errors import FtexpError
 from ftexp.storage.directory import Storage
 
@@ -18,7 +19,7 @@ def main() -> None:
     """Entry point of the command."""
     prepare_streams()
     parser = argparse.ArgumentParser(prog="python -m ftexp.sweeps", description=__doc__.partition("\n\n")[0])
-    parser.add_argument("sweep", help="a sweep's directory, or its URI: <run.storage>/sweeps/<sweep.name>")
+    parser.add_argument("sweep", type=as_value, help="a directory or URI: <run.storage>/sweeps/<sweep.name>")
     options = parser.parse_args()
     try:
         show(Storage.at(options.sweep))

@@ -1,9 +1,11 @@
 """The fixtures of all lanes, and how two workers share the tests."""
 
 import gc
+import importlib.util
 import io
 import logging
 import os
+import sys
 from pathlib import Path
 
 import hypothesis
@@ -33,6 +35,13 @@ hypothesis.settings.load_profile("ftexp")
 
 
 def pytest_configure(config):
+    """Begin again with what all tests need, if this is `uv run pytest` where only training was installed."""
+    lacking = [name for name in ("mlflow", "moto", "onnx", "optuna", "wandb") if not importlib.util.find_spec(name)]
+    if lacking and (uv := os.environ.get("UV")):
+        config.pluginmanager.getplugin("capturemanager").stop_global_capturing()
+        os.execv(uv, [uv, "run", "--group", "dev", "pytest", *sys.argv[1:]])
+    if lacking:
+        raise pytest.UsageError(f"the tests need {', '.join(lacking)}: pip install --group dev")
     if hasattr(config, "workerinput"):  # or torch's threads of all workers wait for one another
         import torch
 

@@ -14,8 +14,9 @@ from ftexp.config.schema import AUTO, DataConfig
 from ftexp.data.feeds.decoding import decoded_bundle, refuse_bad
 from ftexp.data.info import DataBundle, Reader, reasons
 from ftexp.data.listing import Listing
-from ftexp.data.sources.arrays import make_info, sources
+from ftexp.data.sources.arrays import make_info
 from ftexp.data.sources.blocks import BlockReader
+from ftexp.data.sources.registry import sources
 from ftexp.errors import DataError
 
 _SHARE = 0.5  # of the object store that a cached data set may take

@@ -18,13 +18,14 @@ from ftexp.data.labels import written_number
 from ftexp.data.listing import Listing
 from ftexp.data.order import Int64s
 from ftexp.data.shared import Shared
-from ftexp.data.sources.arrays import UInt8s, sources
+from ftexp.data.sources.arrays import UInt8s
 from ftexp.data.sources.blocks import BlockReader
 from ftexp.data.sources.entries import Account, files_at
 from ftexp.data.sources.files import FileReader, image_files
 from ftexp.data.sources.image_list import read_list
 from ftexp.data.sources.named_files import data_files
 from ftexp.data.sources.parquet import RowGroup, RowGroups, labels_of
+from ftexp.data.sources.registry import sources
 from ftexp.data.sources.webdataset import scan_shards
 from ftexp.errors import DataError
 from ftexp.registry import Registry

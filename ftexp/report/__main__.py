@@ -11,6 +11,7 @@ import sys
 
 from ftexp.cli.compose import prepare_streams
 from ftexp.cli.exit_codes import print_error
+from ftexp.cli.overrides import as_value
 from ftexp.errors import FtexpError, StorageError
 from ftexp.report.write import REPORT_FILE, write_report
 from ftexp.storage.directory import Storage
@@ -20,7 +21,7 @@ def main() -> None:
     """Entry point of the command; exits with 0, or 2 if there is neither."""
     prepare_streams()
     parser = argparse.ArgumentParser(prog="python -m ftexp.report", description=__doc__.partition("\n\n")[0])
-    parser.add_argument("run", help="the directory of a run or a sweep, or its URI")
+    parser.add_argument("run", type=as_value, help="the directory of a run or a sweep, or its URI")
     parser.add_argument("--out", help=f"a file or URI; {REPORT_FILE} in that directory if not given")
     options = parser.parse_args()
     target, name = None, REPORT_FILE

@@ -4,6 +4,7 @@ import os
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -37,3 +38,12 @@ def test_no_command_minds_what_its_streams_can_not_take(module, tmp_path):
         assert done.returncode == 2, done.stderr
         assert b"Traceback" not in done.stdout + done.stderr
         assert ("2>" in streams) or b"??" in done.stderr, "the message, with what ASCII lacks replaced"
+
+
+@pytest.mark.parametrize("form", [["-m", "ftexp"], [str(Path(sys.executable).with_name("ftexp"))]])
+def test_both_forms_run_a_command_from_the_directory_that_the_user_is_in(form, tmp_path):
+    (tmp_path / "mine.py").write_text("print('imported')")
+    words = ["evaluate", "nowhere", "split=tset"]
+    done = subprocess.run([sys.executable, *form, *words], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "split='tset' is not one of" in done.stderr

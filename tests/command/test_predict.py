@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 from sklearn.datasets import load_digits
 from ftexp.data.listing import Listing
-from ftexp.data.sources.arrays import sources
+from ftexp.data.sources.registry import sources
 
 class Reader:
     def __init__(self, folder):

@@ -16,7 +16,8 @@ from ftexp.data.build import build_data
 from ftexp.data.feeds.decoding import as_image, decode_image
 from ftexp.data.info import SPLITS
 from ftexp.data.sources import arrays as sources_module
-from ftexp.data.sources.arrays import bundle_from_arrays, sources
+from ftexp.data.sources.arrays import bundle_from_arrays
+from ftexp.data.sources.registry import sources
 from ftexp.errors import DataError
 from tests.support.image_files import (
     SIZE,

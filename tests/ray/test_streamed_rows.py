@@ -17,8 +17,8 @@ from ftexp.data.feeds.feed import CachedRows
 from ftexp.data.feeds.streamed import StreamedRows
 from ftexp.data.info import SPLITS
 from ftexp.data.order import Order, WindowOrder
-from ftexp.data.sources.arrays import sources
 from ftexp.data.sources.blocks import BlockCache
+from ftexp.data.sources.registry import sources
 from ftexp.errors import DataError
 from tests.support.image_files import (
     data_config,

@@ -89,7 +89,7 @@ def check(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # run_hydra sets it; put back afterwards
     monkeypatch.setattr("signal.signal", lambda *_: None)
-    monkeypatch.setattr("ftexp.config.checks.validate.num_local_gpus", lambda: 0)
+    monkeypatch.setattr("ftexp.config.checks.scaling.num_local_gpus", lambda: 0)
     monkeypatch.setattr("ftexp.sweep.run.sweep.run_sweep", lambda configs, *_: [0.0] * len(configs))
     monkeypatch.setattr("ftexp.sweep.search.search.run_search", lambda _: None)
     monkeypatch.setattr("ftexp.cli.trained_run.SavedRun.at", lambda _: SimpleNamespace(config=Config()))
@@ -117,6 +117,7 @@ def check(monkeypatch, capsys, tmp_path):
     def run(module, words):
         package = importlib.import_module(f"ftexp.{module}")
         entry = importlib.import_module(f"ftexp.{module}.__main__") if hasattr(package, "__path__") else package
+        entry = importlib.import_module("ftexp.inspecting.command") if module == "data" else entry
         for name, replacement in instead[module].items():
             monkeypatch.setattr(entry, name, replacement)
         monkeypatch.setattr("sys.argv", [module, *words])

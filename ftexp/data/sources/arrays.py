@@ -1,14 +1,8 @@
-"""What there is to train on. A source turns `DataConfig` into a `DataBundle` of Ray Datasets, on the driver,
-or into a `Listing` of files that are too many to decode at once.
-
-Add one with `@sources.register("name")` in a module named under `plugins`; it may read `config.kwargs`, and
-`bundle_from_arrays` does the rest for data that fits in memory. Ray must be running when one is called.
-"""
+"""Sources that are in memory as a whole, and what builds a `DataBundle` of such data."""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,17 +13,15 @@ from ftexp.config.schema import DataConfig
 from ftexp.data.info import SPLITS, DataBundle, DataInfo
 from ftexp.data.labels import class_warnings
 from ftexp.data.order import Int64s, derive_seed
+from ftexp.data.sources.registry import register_source
 from ftexp.data.stratify import stratified_split
 from ftexp.errors import DataError
-from ftexp.registry import Registry
 
 if TYPE_CHECKING:
-    from ftexp.data.listing import Listing
+    pass
 
 UInt8s = npt.NDArray[np.uint8]
-Source = Callable[[DataConfig], "DataBundle | Listing"]  # all in memory; or files, which ftexp.data.build reads
 
-sources: Registry[Source] = Registry("data.name")
 
 _BLOCK_BYTES = 64 * 2**20  # Ray Data's blocks are best at 1 to 128 MiB
 
@@ -127,7 +119,7 @@ def _dataset(images: UInt8s, labels: Int64s) -> Any:
     return ray.data.from_arrow(tables) if tables else ray.data.from_items([])
 
 
-@sources.register("digits")
+@register_source("digits")
 def digits(config: DataConfig) -> DataBundle:
     """scikit-learn's handwritten digits: 1,797 grey images of 8x8 pixels with 17 levels, scaled to `image_size`."""
     from PIL import Image
@@ -150,7 +142,7 @@ def _digits_file() -> Path:
     return Path(found.origin).parent / "datasets" / "data" / "digits.csv.gz"
 
 
-@sources.register("cifar10")
+@register_source("cifar10")
 def cifar10(config: DataConfig) -> DataBundle:
     """CIFAR-10 as torchvision stores it: 50,000 + 10,000 colour images of 32x32 pixels."""
     from torchvision.datasets import CIFAR10
@@ -158,7 +150,7 @@ def cifar10(config: DataConfig) -> DataBundle:
     return _cifar(config, CIFAR10)
 
 
-@sources.register("cifar100")
+@register_source("cifar100")
 def cifar100(config: DataConfig) -> DataBundle:
     """CIFAR-100 as torchvision stores it: 50,000 + 10,000 colour images of 32x32 pixels, 100 classes."""
     from torchvision.datasets import CIFAR100
@@ -183,7 +175,7 @@ def _cifar(config: DataConfig, dataset_class: Any) -> DataBundle:
     )
 
 
-@sources.register("synthetic")
+@register_source("synthetic")
 def synthetic(config: DataConfig) -> DataBundle:
     """Made images: each class has its own pattern, under noise. `num_samples` over all splits together."""
     import ray.data

@@ -16,8 +16,8 @@ from ftexp.data.info import SPLITS, Raw, Reader, reasons
 from ftexp.data.listing import Listing, digest_of, retried
 from ftexp.data.order import Int64s
 from ftexp.data.shared import Shared
-from ftexp.data.sources.arrays import sources
 from ftexp.data.sources.entries import Account, files_at
+from ftexp.data.sources.registry import register_source
 from ftexp.errors import DataError
 from ftexp.storage.directory import open_uri
 
@@ -36,7 +36,7 @@ _NO_CLASS = "image outside of a class directory"
 _SPLIT_NAMES = {"valid": "val", "validation": "val"}
 
 
-@sources.register("image_folder")
+@register_source("image_folder")
 def image_folder(config: DataConfig) -> Listing:
     """One folder a class, or train/, val/, test/ with such folders inside; images by their extension."""
     import pyarrow as pa

@@ -11,8 +11,8 @@ from ftexp.data.info import SPLITS, Reader
 from ftexp.data.labels import class_numbers, from_text
 from ftexp.data.listing import Listing, SteadyFile, digest_of
 from ftexp.data.shared import Shared
-from ftexp.data.sources.arrays import sources
 from ftexp.data.sources.files import FileReader
+from ftexp.data.sources.registry import register_source
 from ftexp.errors import DataError
 from ftexp.storage.directory import open_uri
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _SPLIT = "split"
 
 
-@sources.register("image_list")
+@register_source("image_list")
 def image_list(config: DataConfig) -> Listing:
     """A CSV file (.tsv: with tabs) with a column of paths, one of labels, and perhaps `split`: train, val or test.
 

@@ -14,10 +14,10 @@ from ftexp.data.labels import class_numbers
 from ftexp.data.listing import Listing, SteadyFile, digest_of
 from ftexp.data.order import Int64s
 from ftexp.data.shared import Shared
-from ftexp.data.sources.arrays import sources
 from ftexp.data.sources.blocks import BlockReader
 from ftexp.data.sources.entries import Account
 from ftexp.data.sources.named_files import files_by_split
+from ftexp.data.sources.registry import register_source
 from ftexp.errors import DataError
 from ftexp.storage.directory import open_uri
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
 
 
-@sources.register("parquet")
+@register_source("parquet")
 def parquet(config: DataConfig) -> Listing:
     """Parquet files with an image column (encoded bytes, {"bytes": ...} or arrays) and a label column.
 

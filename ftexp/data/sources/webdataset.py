@@ -17,10 +17,10 @@ from ftexp.data.labels import class_numbers, from_text
 from ftexp.data.listing import Listing, digest_of, retried
 from ftexp.data.order import Int64s
 from ftexp.data.shared import Shared
-from ftexp.data.sources.arrays import sources
 from ftexp.data.sources.blocks import BlockReader
 from ftexp.data.sources.entries import Account, path_exclusion
 from ftexp.data.sources.named_files import files_by_split
+from ftexp.data.sources.registry import register_source
 from ftexp.errors import DataError
 from ftexp.storage.directory import open_uri
 
@@ -42,7 +42,7 @@ class Entry(NamedTuple):
     label: str
 
 
-@sources.register("webdataset")
+@register_source("webdataset")
 def webdataset(config: DataConfig) -> Listing:
     """Tar shards whose samples have an image and a .cls (a whole number, or text). Not compressed.
 

@@ -1,0 +1,49 @@
+"""`python -m ftexp <command> ...`, or `ftexp <command> ...`: the same as `python -m ftexp.<command> ...`.
+
+Without a command, or with --help, the commands are listed.
+"""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+
+from ftexp import __version__
+from ftexp.registry import did_you_mean
+
+COMMANDS = {
+    "train": "train a model, or resume; -m for a sweep",
+    "data": "look at what a run would train on",
+    "evaluate": "measure a checkpoint of a run",
+    "predict": "classes for any number of images",
+    "export": "a model for use without ftexp: safetensors, torch_export, onnx",
+    "report": "write report.html of a run or a sweep",
+    "checkpoints": "list, verify and compare a run's checkpoints",
+    "sweeps": "the leaderboard of a sweep",
+    "drill": "break a run on purpose, and compare it with an unbroken one",
+}
+
+
+def main() -> None:
+    """Run the command that the first argument names; exits with 2 if there is none of that name."""
+    name, *_ = [*sys.argv[1:], "--help"]
+    if name in ("-h", "--help"):
+        print("usage: ftexp <command> ...\n")
+        print("\n".join(f"  {command:<12} {what}" for command, what in COMMANDS.items()))
+        print("\nftexp <command> --help tells more of each.")
+    elif name == "--version":
+        print(f"ftexp {__version__}")
+    elif name not in COMMANDS:
+        known = f"Commands: {', '.join(COMMANDS)}"
+        print(f"ftexp: {name} is not a command.{did_you_mean(name, COMMANDS)} {known}", file=sys.stderr)
+        sys.exit(2)
+    else:
+        del sys.argv[1]
+        if not sys.flags.safe_path:
+            sys.path[0] = str(Path.cwd())  # as of `python -m`; of the console script, it is the script's directory
+        runpy.run_module(f"ftexp.{name}", run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""The one place to import from for a module of your own that `plugins=[...]` names.
+
+Each name is imported where it is first used: some of them need Ray or torch, which a plug-in that registers a tracker,
+say, doesn't have to wait for.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ftexp.checkpoint.registry import State, register_state
+    from ftexp.data.sources.arrays import bundle_from_arrays
+    from ftexp.data.sources.registry import register_source
+    from ftexp.registry import load_plugins
+    from ftexp.trackers.registry import Outcome, Point, TrackedRun, Tracker, register_tracker
+
+_HOMES = {
+    "ftexp.checkpoint.registry": ("State", "register_state"),
+    "ftexp.data.sources.arrays": ("bundle_from_arrays",),
+    "ftexp.data.sources.registry": ("register_source",),
+    "ftexp.registry": ("load_plugins",),
+    "ftexp.trackers.registry": ("Outcome", "Point", "TrackedRun", "Tracker", "register_tracker"),
+}
+__all__ = [
+    "Outcome",
+    "Point",
+    "State",
+    "TrackedRun",
+    "Tracker",
+    "bundle_from_arrays",
+    "load_plugins",
+    "register_source",
+    "register_state",
+    "register_tracker",
+]
+
+
+def __getattr__(name: str) -> Any:
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(home), name)
+    raise AttributeError(f"module 'ftexp.plugins' has no attribute '{name}'")
