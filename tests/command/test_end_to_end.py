@@ -10,7 +10,6 @@ import torch
 from ftexp.report.source import read_run
 from ftexp.report.timeline import build_timeline
 from tests.support.reference import EVERY_FEW_STEPS, OPTIONS, STATES, STEPS
-from tests.support.small_cifar import SMALL_CIFAR, write_small_cifar
 
 PLUGIN = """
 from ftexp.checkpoint.registry import register_state
@@ -131,58 +130,3 @@ def test_a_killed_run_ends_exactly_where_the_clean_run_ends(ftexp, run_folder, c
     assert f"report         {killed.path}/report.html" in killed_command.output
     for text in ("<h1>killed", "crash of rank 1", f">{before['checkpoint']}<", ">plugins<", "my_states"):
         assert text in report, text
-
-
-def test_spent_failures_end_the_run_with_its_cause_and_the_same_command_goes_on(ftexp, run_folder):
-    options = ["train.epochs=8", "failure=fail_fast", "run.name=spent", "data=synthetic", "data.num_samples=400"]
-    first, run = ftexp(*options, "report.enabled=true"), run_folder("spent")
-    first.wait_until(lambda: run.events("checkpoint_saved"))
-    run.kill_worker(rank=0)
-    assert first.wait() == 1, first.output
-    assert run.record["status"] == "failed"
-    assert ">failed<" in (run.path / "report.html").read_text()
-    assert "the process died" in run.record["error"]
-    assert "giving up" in first.output
-    assert "Traceback" not in first.output
-    assert run.checkpoints
-
-    saved = run.checkpoints[-1]
-    second = ftexp(*options)
-    assert second.wait() == 0, second.output
-    assert f"from {saved}" in second.output
-    assert run.events("restored")[-1]["step"] > 0
-    assert run.record["status"] == "finished"
-    assert run.record["attempts"] == 2
-    keys = [(point["split"], point["step"]) for point in run.metrics()]
-    assert len(keys) == len(set(keys))
-
-    before = (run.path / "run.json").stat().st_mtime_ns
-    third = ftexp(*options)
-    assert third.wait() == 0
-    assert "test accuracy" in third.output
-    assert (run.path / "run.json").stat().st_mtime_ns == before
-
-    changed = ftexp(*options, "optim.lr=0.5")
-    assert changed.wait() == 2
-    assert "optim.lr was 0.002, and is 0.5 now" in changed.output
-
-
-@pytest.mark.timeout(400)
-def test_the_tutorials_run_survives_a_crash_on_a_set_of_cifar10s_shape(ftexp, run_folder, tmp_path):
-    write_small_cifar(tmp_path / "cifar", num_train=580, num_test=20)
-    (tmp_path / "small_cifar.py").write_text(SMALL_CIFAR.format(root=str(tmp_path / "cifar")))
-    command = ftexp(
-        "experiment=fault_tolerant_cifar_vit", "plugins=[small_cifar]", f"data.root={tmp_path / 'cifar'}",
-        "data.download=false", "train.epochs=2", "schedule.warmup_epochs=0", "model.kwargs.depth=2",
-    )  # fmt: skip
-    run = run_folder("fault-tolerant-cifar-vit")
-    command.wait_until(lambda: run.events("checkpoint_saved"))
-    run.kill_worker(rank=1)
-    assert command.wait() == 0, command.output
-    record = run.record
-    assert record["status"] == "finished"
-    assert [failure["cause"] for failure in record["failures"]] == ["crash"]
-    assert record["step"] == 3  # 2 epochs of 522 samples in global batches of 512
-    assert record["data"]["class_names"][0] == "airplane"
-    states = load(run, record["checkpoint"], "extra_state.pt")
-    assert states["progress"]["epoch"] == 2
