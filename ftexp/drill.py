@@ -36,7 +36,7 @@ from ftexp.errors import ConfigError, RunFailedError
 from ftexp.storage.lease import unused_name
 
 if TYPE_CHECKING:
-    from ftexp.drilling.report import Report
+    from ftexp.drilling.report import DrillReport
     from ftexp.storage.directory import Storage
 
 _KILLED = -9
@@ -213,7 +213,7 @@ def _quoted(text: str) -> str:
     return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
-def _print(report: Report) -> None:
+def _print(report: DrillReport) -> None:
     from rich.console import Console
     from rich.table import Table
 

@@ -98,20 +98,17 @@ def run_job(overrides: list[str], rounds: int, window_s: float) -> dict[str, Any
 
 def measure(settings: dict[str, Any]) -> dict[str, Any]:
     """On each worker: take turns, and return rank 0's times."""
-    import ftexp.checkpoint.states  # noqa: F401 - registers the built-in states
-    from ftexp.checkpoint.manager import CheckpointManager
-    from ftexp.checkpoint.registry import ExtraState
+    from ftexp.checkpoint.build import build_manager
     from ftexp.checkpoint.store import CHECKPOINTS, CheckpointStore
-    from ftexp.job.job import build_job
+    from ftexp.job.build import build_job
     from ftexp.storage.directory import Storage
 
     spec = pickle.loads(settings["spec"])
     job = build_job(spec, {})
-    names = job.config.checkpoint.extra_state
     store = CheckpointStore(Storage(spec.run_uri).child(CHECKPOINTS))
-    checkpoints = CheckpointManager(job, store, ExtraState(names, job))
-    batches = job.feed.from_position(0)
-    result: dict[str, Any] = {"parameters": sum(parameter.numel() for parameter in job.model.parameters())}
+    checkpoints = build_manager(job, store)
+    batches = job.data.feed.from_position(0)
+    result: dict[str, Any] = {"parameters": sum(parameter.numel() for parameter in job.learner.model.parameters())}
     steps(job, batches, 3)
     ours, theirs = [], []
     for number in range(settings["rounds"] + 1):
@@ -128,8 +125,8 @@ def measure(settings: dict[str, Any]) -> dict[str, Any]:
     result["ftexp_s"], result["tutorial_s"], result["ftexp_first_s"] = ours[1:], theirs[1:], ours[0]
     if settings["window_s"]:
         config = dataclasses.replace(job.config.checkpoint, every_seconds=SAVE_EVERY_S)
-        job.config = dataclasses.replace(job.config, checkpoint=config)
-        saving = CheckpointManager(job, store, ExtraState(names, job))
+        job = dataclasses.replace(job, config=dataclasses.replace(job.config, checkpoint=config))
+        saving = build_manager(job, store)
         pairs = [
             [window(job, batches, saving if saves else None, settings["window_s"]) for saves in (True, False)]
             for _ in range(settings["rounds"])
@@ -158,7 +155,7 @@ def window(job: Any, batches: Any, checkpoints: Any, seconds: float) -> dict[str
     A save that is in flight at the end is trained through, so that all it costs falls into this window.
     """
     began, count, saves = time.perf_counter(), 0, []
-    while job.agree(int(time.perf_counter() - began < seconds or (checkpoints is not None and checkpoints.busy))):
+    while job.group.agree(int(time.perf_counter() - began < seconds or (checkpoints is not None and checkpoints.busy))):
         steps(job, batches, 1)
         count += 1
         if checkpoints is not None and checkpoints.due(False):
@@ -174,9 +171,9 @@ def tutorial_save(job: Any, number: int) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = None
-        if job.rank == 0:
-            torch.save(job.model.state_dict(), Path(folder) / "model.pt")
-            torch.save(job.optimizer.state_dict(), Path(folder) / "optimizer.pt")
+        if job.group.rank == 0:
+            torch.save(job.learner.model.state_dict(), Path(folder) / "model.pt")
+            torch.save(job.learner.optimizer.state_dict(), Path(folder) / "optimizer.pt")
             torch.save({"epoch": number}, Path(folder) / "extra_state.pt")
             checkpoint = ray.train.Checkpoint.from_directory(folder)
         ray.train.report({"epoch": number}, checkpoint=checkpoint)
@@ -184,13 +181,13 @@ def tutorial_save(job: Any, number: int) -> None:
 
 def first_batches(job: Any) -> dict[str, list[float]]:
     """Seconds from asking the feed for a position to its first batch; the positions take turns."""
-    samples = len(job.rows["train"])
+    samples = len(job.data.rows["train"])
     places = {"position 0": 0, "half an epoch": samples // 2, "epoch 1,000": 1000 * samples + 7}
     times: dict[str, list[float]] = {name: [] for name in places}
     for _ in range(30):
         for name, position in places.items():
             began = time.perf_counter()
-            with contextlib.closing(job.feed.from_position(position)) as batches:
+            with contextlib.closing(job.data.feed.from_position(position)) as batches:
                 next(batches)
             times[name].append(time.perf_counter() - began)
     return times

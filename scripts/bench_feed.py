@@ -126,8 +126,8 @@ def ftexp_feed(root: Path, image_size: int, feed: str) -> Callable[[int], Iterat
     from ftexp.data.build import build_data
     from ftexp.data.feeds.feed import IndexedFeed, ToTensors
     from ftexp.data.feeds.streamed import bundle_rows
-    from ftexp.data.order import Order
-    from ftexp.data.plan import Plan
+    from ftexp.data.order import SampleOrder
+    from ftexp.data.plan import ShardPlan
 
     config = run_config(
         f"data.image_size={image_size}", f"data.feed={feed}", "data.val_fraction=0", "data.test_fraction=0"
@@ -139,15 +139,15 @@ def ftexp_feed(root: Path, image_size: int, feed: str) -> Callable[[int], Iterat
         raise RuntimeError(f"no image should be bad: {found}")
 
     rows = bundle_rows(bundle, "train", decoding_cpus(config, no_workers()) // 2, fail)
-    plan = Plan(BATCH, 1, 10**12, rank=0, world_size=1)
+    plan = ShardPlan(BATCH, 1, 10**12, rank=0, world_size=1)
     to_tensors = ToTensors(bundle.info, torch.device("cpu"), channels_last=False)
-    return IndexedFeed(rows, Order(0, len(rows)), plan, to_tensors, Augment(config.augment, 0)).from_position
+    return IndexedFeed(rows, SampleOrder(0, len(rows)), plan, to_tensors, Augment(config.augment, 0)).from_position
 
 
 def measure_rates(root: Path, name: str, rounds: int) -> dict[str, list[float]]:
     """Images per second of each side, a figure a round."""
     import ray
-    from rivals.feeds import data_loader, ray_data
+    from baselines.feeds import data_loader, ray_data
 
     size, image_size, num_files, num_counted = SETS[name]
     paths = write_images(root, size, num_files)

@@ -3,7 +3,7 @@
     uv run python scripts/bench_predict.py [--rounds 3] [--images 20000] [--only speed kill] [--check] [--json FILE]
 
 JPEGs of 160x160 pixels (to 128), cut from scikit-learn's two photographs, and a model that was trained for two steps:
-what it says doesn't matter here. The other side is rivals/predict_loop.py: one process that decodes by the same
+what it says doesn't matter here. The other side is baselines/predict_loop.py: one process that decodes by the same
 function, predicts by the same model, and writes the same. Sides take turns; they are compared within each round. Memory
 is that of all processes of the command, early (at 20 to 50 % of the images) and late (from 70 %). Last, a command is
 killed by SIGKILL half-way, and given again.
@@ -32,7 +32,7 @@ from rich.table import Table
 MODEL = "mobilenetv3_small"
 TRAINING_IMAGES = 200
 EARLY, LATE = (0.2, 0.5), (0.7, 1.0)
-LOOP = Path(__file__).parent / "rivals" / "predict_loop.py"
+LOOP = Path(__file__).parent / "baselines" / "predict_loop.py"
 OURS, LOOPS = "ftexp.predict", "plain loop"
 SPEED, KILL = "speed", "kill"
 

@@ -23,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench_train import BATCH, RIVALS, WORKERS
+from bench_train import BASELINES, BATCH, WORKERS
 from benching import default_recipe, describe_machine, finish, options_parser, print_targets
 from rich.console import Console
 from rich.table import Table
@@ -95,7 +95,7 @@ def starts_on_a_live_cluster(rounds: int) -> dict[str, list[float]]:
 def tutorial(settings: dict[str, Any]) -> dict[str, float]:
     """Ray Train as its tutorials use it."""
     path = Path(tempfile.mkdtemp(prefix="bench_")) / "notes"
-    command = [sys.executable, str(RIVALS / "tutorial.py"), json.dumps({**settings, "notes": str(path)})]
+    command = [sys.executable, str(BASELINES / "tutorial.py"), json.dumps({**settings, "notes": str(path)})]
     return _measure(command, lambda: [tuple(line) for line in _lines(path)])
 
 
@@ -104,7 +104,7 @@ def torchrun(settings: dict[str, Any]) -> dict[str, float]:
     folder = Path(tempfile.mkdtemp(prefix="bench_"))
     given = {**settings, "notes": str(folder / "notes"), "checkpoint": str(folder / "checkpoint.pt")}
     words = ["--standalone", "--nproc-per-node", str(WORKERS), "--max-restarts", "3"]
-    script = [str(RIVALS / "torchrun_ddp.py"), json.dumps(given)]
+    script = [str(BASELINES / "torchrun_ddp.py"), json.dumps(given)]
     command = [sys.executable, "-m", "torch.distributed.run", *words, *script]
     return _measure(command, lambda: [tuple(line) for line in _lines(folder / "notes")])
 

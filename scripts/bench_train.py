@@ -25,7 +25,7 @@ from benching import default_recipe, describe_machine, finish, options_parser, p
 from rich.console import Console
 from rich.table import Table
 
-RIVALS = Path(__file__).parent / "rivals"
+BASELINES = Path(__file__).parent / "baselines"
 EPOCHS = 6
 BATCH = 32
 WORKERS = 2
@@ -74,12 +74,12 @@ def _ftexp(settings: dict[str, Any]) -> dict[str, float]:
 
 
 def _plain(settings: dict[str, Any]) -> dict[str, float]:
-    printed, _ = _python(RIVALS / "plain_ddp.py", json.dumps(settings), OMP_NUM_THREADS="1")
+    printed, _ = _python(BASELINES / "plain_ddp.py", json.dumps(settings), OMP_NUM_THREADS="1")
     return {key: printed[key] for key in ("steps_per_s", "steps_per_s_with_epoch_ends")}
 
 
 def _tutorial(settings: dict[str, Any]) -> dict[str, float]:
-    printed, began = _python(RIVALS / "tutorial.py", json.dumps(settings))
+    printed, began = _python(BASELINES / "tutorial.py", json.dumps(settings))
     result = {key: printed[key] for key in ("steps_per_s", "steps_per_s_with_epoch_ends")}
     return {**result, "first_step_s": printed["first_step"] - began}
 

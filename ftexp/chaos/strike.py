@@ -5,25 +5,29 @@ What has happened is kept in the run directory, chaos/<fault>, written before th
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import errno
+import math
 import os
 import signal
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Generator, Mapping
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-import numpy as np
-
-from ftexp.checkpoint.store import FILES, MANIFEST, CheckpointStore, Manifest
+from ftexp.chaos.plan import Fault
+from ftexp.checkpoint.store import CHECKPOINTS, FILES, MANIFEST, CheckpointStore, Manifest
 from ftexp.cluster import ray_private
-from ftexp.config.schema import DAMAGES, ChaosConfig, fault_fields
-from ftexp.data.order import derive_seed, uniforms
+from ftexp.config.schema import DAMAGES
 from ftexp.storage.directory import Storage, Writer
 
 if TYPE_CHECKING:
     from ftexp.checkpoint.manager import CheckpointManager
-    from ftexp.job.job import Job
+    from ftexp.data.batches import Batch
+    from ftexp.job.group import ProcessGroup
+    from ftexp.job.progress import Progress
+    from ftexp.job.skipped_batches import SkippedBatches
+    from ftexp.wire.hub import Line
 
 _OF_THE_STORE = ("disk_full", "slow_storage")  # happen to rank 0, which does the writing
 FIRED = "chaos"  # the folder of what has happened
@@ -31,45 +35,6 @@ FIRED = "chaos"  # the folder of what has happened
 
 class ChaosError(RuntimeError):
     """Raised by `chaos=raise`."""
-
-
-@dataclass(frozen=True)
-class Fault:
-    """One thing that goes wrong after `step`."""
-
-    name: str  # unique in the run
-    kind: str
-    step: int
-    rank: int
-    count: int
-    seconds: float
-
-
-def planned_faults(config: ChaosConfig, total_steps: int) -> list[Fault]:
-    """Every fault of a run of `total_steps`, by step: a pure function, the same on every rank and in every attempt."""
-    if config.kind == "random":
-        return _random_faults(config, total_steps)
-    listed = [fault_fields(fault) for fault in config.faults]
-    if config.kind != "none":
-        listed.insert(0, {"kind": config.kind, "step": config.step})
-    faults = []
-    for number, fault in enumerate(listed):
-        # without a step of their own they are spread evenly
-        step = fault.get("step") or max(1, total_steps * (number + 1) // (len(listed) + 1))
-        own = {name: fault.get(name, getattr(config, name)) for name in ("rank", "count", "seconds")}
-        faults.append(Fault(f"{number:02d}-{fault['kind']}", fault["kind"], step, **own))
-    return sorted(faults, key=lambda fault: fault.step)
-
-
-def _random_faults(config: ChaosConfig, total_steps: int) -> list[Fault]:
-    seed, steps = derive_seed(config.seed), np.arange(1, total_steps)
-    struck = steps[uniforms(seed, steps, 0) < config.rate]
-    kinds = [config.kinds[int(draw * len(config.kinds))] for draw in uniforms(seed, struck, 1)]
-    ranks = [int(draw * 2**20) for draw in uniforms(seed, struck, 2)]  # taken modulo the number of workers
-    return [
-        Fault(f"step{step:08d}-{kind}", kind, step, rank, config.count, config.seconds)
-        for step, kind, rank in zip(struck.tolist(), kinds, ranks, strict=True)
-    ]
 
 
 class FaultyStore(CheckpointStore):
@@ -96,43 +61,70 @@ def _write_on_a_full_disk(stream: BinaryIO) -> None:
     raise OSError(errno.ENOSPC, "No space left on device (chaos)")
 
 
-class Chaos:
-    """Lets one rank's planned faults happen."""
+def poisoned(batch: Batch) -> Batch:
+    """The batch with images that are not numbers, so that neither its loss nor its gradient is finite."""
+    first, *others = batch.micro_batches
+    return dataclasses.replace(
+        batch, micro_batches=[dataclasses.replace(first, images=first.images * math.nan), *others]
+    )
 
-    def __init__(self, job: Job, store: FaultyStore, checkpoints: CheckpointManager, run_dir: Storage) -> None:
-        self._job, self._store, self._checkpoints = job, store, checkpoints
+
+class Chaos:
+    """Injects one rank's planned faults. The run saves to `store`, and trains on the batches of `feeding`."""
+
+    def __init__(
+        self,
+        faults: list[Fault],
+        group: ProcessGroup,
+        progress: Progress,
+        skipped: SkippedBatches,
+        line: Line,
+        run_dir: Storage,
+    ) -> None:
+        self._group, self._progress, self._skipped, self._line = group, progress, skipped, line
         self._run_dir = run_dir
+        self.store = FaultyStore(run_dir.child(CHECKPOINTS))
+        self._poisons = False  # the next batch that is trained on
         self._by_step: dict[int, list[Fault]] = {}
-        for fault in planned_faults(job.config.chaos, job.total_steps):
-            if job.rank == (0 if fault.kind in _OF_THE_STORE else fault.rank % job.world_size):
+        for fault in faults:
+            if group.rank == (0 if fault.kind in _OF_THE_STORE else fault.rank % group.world_size):
                 self._by_step.setdefault(fault.step, []).append(fault)
 
-    def strike(self) -> None:
-        """Let happen what is planned after the step just done, unless it has happened before."""
-        for fault in self._by_step.get(self._job.progress.step, ()):
-            if not self._run_dir.exists(f"{FIRED}/{fault.name}"):
-                self._strike(fault)
+    def feeding(self, batches: Generator[Batch]) -> Generator[Batch]:
+        """`batches`, with those poisoned that a fault asks for."""
+        with contextlib.closing(batches):
+            for batch in batches:
+                if self._poisons and not self._skipped.cover(batch.start):
+                    self._poisons = False
+                    yield poisoned(batch)
+                else:
+                    yield batch
 
-    def _strike(self, fault: Fault) -> None:
-        job, store = self._job, self._store
+    def strike(self, checkpoints: CheckpointManager) -> None:
+        """Let happen what is planned after the step just done, unless it has happened before."""
+        for fault in self._by_step.get(self._progress.step, ()):
+            if not self._run_dir.exists(f"{FIRED}/{fault.name}"):
+                self._strike(fault, checkpoints)
+
+    def _strike(self, fault: Fault, checkpoints: CheckpointManager) -> None:
         if fault.kind in DAMAGES or fault.kind == "half_snapshot":
-            self._checkpoints.wait()  # so that it is the newest checkpoint that is hit
+            checkpoints.wait()  # so that it is the newest checkpoint that is hit
         self._run_dir.child(FIRED).write_bytes(fault.name, b"")
         damaged = self._damage(fault) if fault.kind in DAMAGES else []
         fields: dict[str, Any] = {"damaged": damaged} if fault.kind in DAMAGES else {}
-        job.line.send("event", name="chaos", fault=fault.kind, rank=job.rank, step=fault.step, **fields)
-        job.line.flush()
+        self._line.send("event", name="chaos", fault=fault.kind, rank=self._group.rank, step=fault.step, **fields)
+        self._line.flush()
         match fault.kind:
             case "raise":
-                raise ChaosError(f"chaos=raise at step {fault.step} on rank {job.rank}")
+                raise ChaosError(f"chaos=raise at step {fault.step} on rank {self._group.rank}")
             case "hang":
                 time.sleep(fault.seconds)
             case "nonfinite":
-                job.poisoned = True
+                self._poisons = True
             case "disk_full":
-                store.num_failing = fault.count
+                self.store.num_failing = fault.count
             case "slow_storage":
-                store.num_slow, store.delay_s = fault.count, fault.seconds
+                self.store.num_slow, self.store.delay_s = fault.count, fault.seconds
             case "half_snapshot":
                 self._halve_snapshot()
                 self._kill_driver()
@@ -142,7 +134,7 @@ class Chaos:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     def _kill_driver(self) -> None:
-        self._job.line.send("kill_driver")
+        self._line.send("kill_driver")
         time.sleep(3600)  # the driver's death ends this process
 
     def _halve_snapshot(self) -> None:
@@ -151,9 +143,9 @@ class Chaos:
 
     def _damage(self, fault: Fault) -> list[str]:
         """Break the newest `fault.count` checkpoints; returns their names."""
-        names = [manifest.name for manifest in self._store.manifests(lambda *_: None)][: fault.count]
+        names = [manifest.name for manifest in self.store.manifests(lambda *_: None)][: fault.count]
         for name in names:
-            damage(self._store.storage.child(name), fault.kind)
+            damage(self.store.storage.child(name), fault.kind)
         return names
 
 

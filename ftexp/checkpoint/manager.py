@@ -24,7 +24,13 @@ from ftexp.config.versions import package_versions
 from ftexp.errors import CheckpointError, NonFiniteError, StorageError
 
 if TYPE_CHECKING:
-    from ftexp.job.job import Job
+    from ftexp.config.schema import Config
+    from ftexp.job.group import ProcessGroup
+    from ftexp.job.job import RunIdentity
+    from ftexp.job.learner import Learner
+    from ftexp.job.progress import Progress
+    from ftexp.rundir.sample_ledger import SampleLedger
+    from ftexp.wire.hub import Line
 
 _MODEL, _OPTIMIZER, _EXTRA = FILES
 _ASKS_PER_PREEMPTION_POLL = 3  # the cadence asks about once a second; a poll costs 30 ms
@@ -35,22 +41,41 @@ _NICE = 10  # a tenth of a core where training wants it all; with less (19: a hu
 
 
 class CheckpointManager:
-    """Saves and restores one rank's `Job`. Its methods are called by every rank at the same steps."""
+    """Saves and restores one rank's part of a run. Its methods are called by every rank at the same steps.
 
-    def __init__(self, job: Job, store: CheckpointStore, extra: ExtraState) -> None:
-        self._job, self._store, self._extra = job, store, extra
-        self._config = job.config.checkpoint
+    `num_rollbacks` counts those to the copy in memory since it was made.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: Config,
+        run: RunIdentity,
+        group: ProcessGroup,
+        learner: Learner,
+        progress: Progress,
+        ledger: SampleLedger,
+        line: Line,
+        store: CheckpointStore,
+        extra: ExtraState,
+    ) -> None:
+        self._run, self._group, self._learner, self._progress = run, group, learner, progress
+        self._ledger, self._line, self._store, self._extra = ledger, line, store, extra
+        self._config = config.checkpoint
+        self._is_local = config.scaling.address is None  # a Ray on this machine alone goes when the machine goes
+        self._has_ledger = config.train.ledger
+        self._keeps = config.failure.on_nonfinite == "rollback"  # each save's state in memory, on every rank
         self._cadence = Cadence(
             self._config,
-            job.agree,
-            stop_requested=lambda: job.line.stop_requested,
+            group.agree,
+            stop_requested=lambda: line.stop_requested,
             machine_goes=self._preemption_announced,
             save_requested=self._save_requested,
         )
         self._num_asked = 0
         self._leaving: set[str] = set()  # nodes that were announced to go away
-        self._staging = Staging(job.device)
-        self._keeps = job.config.failure.on_nonfinite == "rollback"  # each save's state in memory, on every rank
+        self._staging = Staging(group.device)
+        self.num_rollbacks = 0
         self._in_memory: tuple[Any, ...] | None = None  # the state of the last save, where a rollback may want it
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint", initializer=_give_way)
         self._pending: Future[None] | None = None
@@ -64,30 +89,28 @@ class CheckpointManager:
                 f"{len(self._failures)} saves in a row failed, and checkpoint.max_failed_saves={limit}; the last: "
                 f"{self._failures[-1]}. Put {self._store.storage.uri} right, and give the same command again"
             )
-        progress = self._job.progress
-        return self._cadence.due(progress.step, progress.epoch, epoch_ended, self._job.finished, self.busy)
+        progress = self._progress
+        return self._cadence.due(progress.step, progress.epoch, epoch_ended, progress.finished, self.busy)
 
     def _save_requested(self) -> bool:
         """Whether the driver has asked for a save since this was last asked."""
-        line = self._job.line
-        requested, line.save_requested = line.save_requested, False
+        requested, self._line.save_requested = self._line.save_requested, False
         return requested
 
     def _preemption_announced(self) -> bool:
         """Whether Ray tells of a node that is about to be taken away, and hadn't told before; collective."""
-        job = self._job
-        if job.config.scaling.address is None:  # a Ray on this machine alone goes when the machine goes
+        if self._is_local:
             return False
         self._num_asked += 1
         # Ray's barrier here must not meet the one of a report in flight
-        if self._num_asked % _ASKS_PER_PREEMPTION_POLL or not job.all_agree(not self.busy):
+        if self._num_asked % _ASKS_PER_PREEMPTION_POLL or not self._group.all_agree(not self.busy):
             return False
         info = ray.train.get_preemption_info()
         nodes = set(info.preempted_node_ids) if info is not None else set()
         new, self._leaving = nodes - self._leaving, nodes
-        if new and info is not None and job.rank == 0:
+        if new and info is not None and self._group.rank == 0:
             fields = {"nodes": sorted(new), "ranks": info.preempted_ranks, "deadline_ms": info.deadline_ms}
-            job.line.send("event", name="preemption_notice", step=job.progress.step, **fields)
+            self._line.send("event", name="preemption_notice", step=self._progress.step, **fields)
         return bool(new)
 
     @property
@@ -104,61 +127,59 @@ class CheckpointManager:
         """Copy the state and have it written; collective. Waits if the save before isn't done yet."""
         started = time.perf_counter()
         self.wait()
-        job, progress = self._job, self._job.progress
+        progress = self._progress
         if not self._ledger_is_safe() or not self._is_worth_keeping():
             self._cadence.saved(progress.step)
             return
         parts = self._copied_state()
         metrics = {"epoch": progress.epoch, "step": progress.step, **progress.metrics}
-        if job.rank != 0:
+        if self._group.rank != 0:
             self._pending = self._thread.submit(ray.train.report, metrics)
         else:
             manifest = self._manifest()
             blocked_s = time.perf_counter() - started
-            best_step = job.best.get("step")
+            best_step = progress.best.get("step")
             # told with the checkpoint, beside what it cost
             about = {"reasons": self._cadence.reasons, "blocked_s": round(blocked_s, 6)}
-            is_last = job.finished or self.stopping
+            is_last = progress.finished or self.stopping
             self._pending = self._thread.submit(self._write, manifest, parts, metrics, best_step, about, is_last)
         self._cadence.saved(progress.step)
 
     def _ledger_is_safe(self) -> bool:
         """Whether every rank's ledger holds what was done so far: no checkpoint may be ahead of it."""
-        job, error = self._job, None
-        if not job.config.train.ledger:
+        error = None
+        if not self._has_ledger:
             return True
         try:
-            job.ledger.flush()
+            self._ledger.flush()
         except OSError as caught:
             error = caught
-        if job.all_agree(error is None):
+        if self._group.all_agree(error is None):
             return True
-        if job.rank == 0:
-            self._failed(job.progress.step, error or OSError("another worker can't write its ledger"))
+        if self._group.rank == 0:
+            self._failed(self._progress.step, error or OSError("another worker can't write its ledger"))
         return False
 
     def _copied_state(self) -> tuple[Any, ...]:
         """What a save writes, which later steps don't change; empty where nobody needs it. Collective."""
-        job = self._job
-        extra = self._extra.state_dict()
+        extra, learner = self._extra.state_dict(), self._learner
         if lost := extra["progress"]["train"][3]:
-            raise NonFiniteError(f"{lost} losses were NaN or infinite by step {job.progress.step}: nothing was saved")
-        if job.rank != 0 and not self._keeps:
+            raise NonFiniteError(f"{lost} losses were NaN or infinite by step {self._progress.step}: nothing was saved")
+        if self._group.rank != 0 and not self._keeps:
             return ()
-        parts: tuple[Any, ...] = self._staging.copy((job.model.state_dict(), job.optimizer.state_dict(), extra))
+        parts: tuple[Any, ...] = self._staging.copy((learner.model.state_dict(), learner.optimizer.state_dict(), extra))
         if self._keeps:
-            self._in_memory, job.num_rollbacks = parts, 0
+            self._in_memory, self.num_rollbacks = parts, 0
         return parts
 
     def _is_worth_keeping(self) -> bool:
         """Whether the weights are finite, where the copy in memory is what a rollback goes back to; collective."""
-        job = self._job
         if not self._keeps:
             return True  # asked beside the training, of the copy
-        if job.all_agree(all(is_finite(tensor) for tensor in job.model.state_dict().values())):
+        if self._group.all_agree(all(is_finite(tensor) for tensor in self._learner.model.state_dict().values())):
             return True
-        if job.rank == 0:
-            self._failed(job.progress.step, CheckpointError(_NOT_FINITE))
+        if self._group.rank == 0:
+            self._failed(self._progress.step, CheckpointError(_NOT_FINITE))
         return False
 
     def keep_in_memory(self) -> None:
@@ -169,13 +190,13 @@ class CheckpointManager:
     def roll_back(self) -> None:
         """Go back to the state of the last save, without any process starting again."""
         assert self._in_memory is not None, "kept since the attempt began"
-        job = self._job
         # an optimiser takes the tensors that it is given for its own
         model, optimizer, extra = copy.deepcopy(self._in_memory)
-        job.model.load_state_dict(model)
-        job.optimizer.load_state_dict(optimizer)
+        self._learner.model.load_state_dict(model)
+        self._learner.optimizer.load_state_dict(optimizer)
         self._extra.load(extra, self._extra.versions(), "this run")
-        job.ledger.back_to(job.progress.step)
+        self._ledger.back_to(self._progress.step)
+        self.num_rollbacks += 1
 
     def wait(self) -> None:
         """Return when no save is in flight, on this rank."""
@@ -195,12 +216,12 @@ class CheckpointManager:
             ) from error
 
     def restore(self, manifest: Manifest) -> None:
-        """Load a verified checkpoint into the job; StateError if its states are not the configured ones."""
+        """Load a verified checkpoint; StateError if its states are not the configured ones."""
         files = self._store.read(manifest)
         loaded = {name: load_part(name, content) for name, content in files.items()}
         try:
-            self._job.model.load_state_dict(loaded[_MODEL])
-            self._job.optimizer.load_state_dict(loaded[_OPTIMIZER])
+            self._learner.model.load_state_dict(loaded[_MODEL])
+            self._learner.optimizer.load_state_dict(loaded[_OPTIMIZER])
         except (RuntimeError, ValueError, KeyError) as error:
             raise CheckpointError(
                 f"checkpoint {manifest.name}, of {manifest.written_by}, does not fit this model or optimiser: {error}"
@@ -209,20 +230,20 @@ class CheckpointManager:
         self._cadence.saved(manifest.step)
 
     def _manifest(self) -> Manifest:
-        job, progress = self._job, self._job.progress
+        run, progress = self._run, self._progress
         return Manifest(
-            name=f"step_{progress.step:08d}.a{job.attempt}",
+            name=f"step_{progress.step:08d}.a{run.attempt}",
             step=progress.step,
             epoch=progress.epoch,
             position=progress.position,
-            attempt=job.attempt,
-            world_size=job.world_size,
+            attempt=run.attempt,
+            world_size=self._group.world_size,
             metrics=dict(progress.metrics),
             state_versions=self._extra.versions(),
-            written_by=f"run '{job.run_name}' on {time.strftime('%Y-%m-%d %H:%M:%S')}",
+            written_by=f"run '{run.name}' on {time.strftime('%Y-%m-%d %H:%M:%S')}",
             written_at=time.time(),
             versions=package_versions(),
-            fingerprint=job.fingerprint,
+            fingerprint=run.fingerprint,
         )
 
     def _write(
@@ -255,12 +276,12 @@ class CheckpointManager:
 
     def _failed(self, step: int, error: Exception) -> None:
         self._failures.append(error)
-        self._job.line.send("event", name="checkpoint_failed", step=step, error=str(error))
+        self._line.send("event", name="checkpoint_failed", step=step, error=str(error))
 
     def _write_once(
         self, manifest: Manifest, parts: tuple[Any, ...], best_step: int | None, about: dict[str, Any]
     ) -> None:
-        started, line = time.perf_counter(), self._job.line
+        started, line = time.perf_counter(), self._line
         line.sync()  # what was logged up to this step must be written down before the step counts as done
         saved = self._store.save(manifest, {name: writer(part) for name, part in zip(FILES, parts, strict=True)})
         line.send(

@@ -3,17 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from ftexp.errors import StateError
 from ftexp.registry import Registry
 
 if TYPE_CHECKING:
-    from ftexp.job.job import Job
+    import torch
+    from torch import nn
+
+    from ftexp.config.schema import Config
+    from ftexp.job.progress import Progress
+    from ftexp.model.ema import WeightsEMA
+    from ftexp.wire.hub import Line
+
+
+@dataclass(frozen=True)
+class StateContext:
+    """The run that a state belongs to, on one rank. The objects are those that train.
+
+    A state is made before a checkpoint is loaded: `progress` then stands at the beginning, the model's weights are as
+    they were built, and `load_state_dict` of the model and the optimiser comes before that of the states.
+    """
+
+    config: Config
+    rank: int
+    world_size: int
+    device: torch.device
+    progress: Progress  # step, position, epoch, metrics, best
+    model: nn.Module  # the bare model, without DDP
+    optimizer: torch.optim.Optimizer
+    scheduler: Any  # timm's; step_update(n) is called after n steps
+    scaler: torch.amp.GradScaler  # disabled unless train.precision=fp16
+    ema: WeightsEMA | None  # the weights' moving average, if the config asks for one
+    line: Line  # to the driver
 
 
 class State(Protocol):
-    """Something that a run must not lose. Made once per attempt, with the `Job` as its only argument.
+    """Something that a run must not lose. Made once per attempt, with a `StateContext` as its only argument.
 
     `state_dict` is called on every rank; rank 0's result is saved, and must be plain: numbers, text, tensors,
     lists, tuples, dicts, since it is read back with `weights_only=True`. `load_state_dict` gets it on every rank.
@@ -30,7 +58,7 @@ class State(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-StateClass = Callable[["Job"], State]
+StateClass = Callable[[StateContext], State]
 C = TypeVar("C", bound=StateClass)
 
 _states: Registry[StateClass] = Registry("checkpoint.extra_state")
@@ -57,8 +85,8 @@ def check_names(names: list[str]) -> None:
 class ExtraState:
     """The states of one run, under the names by which its config chose them."""
 
-    def __init__(self, names: list[str], job: Job) -> None:
-        self._states = {name: _states.get(name)(job) for name in names}
+    def __init__(self, names: list[str], context: StateContext) -> None:
+        self._states = {name: _states.get(name)(context) for name in names}
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
         """{name: state}; collective, since a state may sum over ranks."""

@@ -8,9 +8,12 @@ from ftexp.checkpoint.manager import CheckpointManager
 from ftexp.checkpoint.staging import load_part
 from ftexp.checkpoint.store import CheckpointStore, Manifest, locate
 from ftexp.config.fingerprint import differences
+from ftexp.job.group import ProcessGroup
 from ftexp.job.job import Job
+from ftexp.job.learner import Learner
 from ftexp.model.build import load_matching
 from ftexp.storage.directory import Storage
+from ftexp.wire.hub import Line
 
 
 def restore(job: Job, store: CheckpointStore, checkpoints: CheckpointManager) -> None:
@@ -19,25 +22,25 @@ def restore(job: Job, store: CheckpointStore, checkpoints: CheckpointManager) ->
     What doesn't verify is quarantined and told; ConfigError if the checkpoint is that of another run.
     """
     started = time.perf_counter()
-    name, num_rejected = job.agree_on(_choose(job, store) if job.rank == 0 else None)
+    name, num_rejected = job.group.agree_on(_choose(job.line, store) if job.group.rank == 0 else None)
     if name is None:
         if job.config.resume_from is not None:
-            _start_from(job, job.config.resume_from)
+            _start_from(job.group, job.learner, job.config.resume_from)
             checkpoints.save()  # a restart must not depend on the other run's checkpoints, which may go
         return
     manifest = store.by_name(name)
-    differences(manifest.fingerprint, job.fingerprint, f"{store.storage.uri}/{name}")
+    differences(manifest.fingerprint, job.run.fingerprint, f"{store.storage.uri}/{name}")
     checkpoints.restore(manifest)
-    if job.rank == 0:
+    if job.group.rank == 0:
         seconds = round(time.perf_counter() - started, 3)
         fields = {"checkpoint": name, "step": job.progress.step, "position": job.progress.position}
         job.line.send("event", name="restored", rejected=num_rejected, restore_s=seconds, **fields)
 
 
-def _choose(job: Job, store: CheckpointStore) -> tuple[str | None, int]:
+def _choose(line: Line, store: CheckpointStore) -> tuple[str | None, int]:
     """The name of the checkpoint to load, and how many were rejected on the way."""
     for name in store.storage.sweep():
-        job.line.send("event", name="swept", folder=name)
+        line.send("event", name="swept", folder=name)
     rejected: dict[str, str] = {}
     chosen = store.latest(rejected.__setitem__)
     for name, reason in rejected.items():
@@ -45,20 +48,20 @@ def _choose(job: Job, store: CheckpointStore) -> tuple[str | None, int]:
             store.quarantine(name)
         except OSError as error:  # it stays, and is rejected again next time
             reason = f"{reason}; it can't be moved away: {error}"
-        job.line.send("event", name="checkpoint_rejected", checkpoint=name, reason=reason)
+        line.send("event", name="checkpoint_rejected", checkpoint=name, reason=reason)
     return chosen.name if chosen else None, len(rejected)
 
 
-def _start_from(job: Job, uri: str) -> None:
+def _start_from(group: ProcessGroup, learner: Learner, uri: str) -> None:
     """Load the weights of another run's checkpoint into the model: what fits, with a report of the rest; collective."""
-    found = locate(uri) if job.rank == 0 else None  # of a run that trains on, another rank might find a newer one
-    where, name = job.agree_on(found and (found[0].storage.uri, found[1].name))
+    found = locate(uri) if group.rank == 0 else None  # of a run that trains on, another rank might find a newer one
+    where, name = group.agree_on(found and (found[0].storage.uri, found[1].name))
     store = CheckpointStore(Storage.at(where))
     manifest = store.by_name(name)
     weights = load_part("model.pt", store.read_file(manifest, "model.pt"))
-    job.weights_report = load_matching(job.model, weights, _described(store, manifest), "resume_from")
-    if job.average is not None:
-        job.average.begin_at(job.model)
+    learner.weights_report = load_matching(learner.model, weights, _described(store, manifest), "resume_from")
+    if learner.ema is not None:
+        learner.ema.begin_at(learner.model)
 
 
 def _described(store: CheckpointStore, manifest: Manifest) -> str:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import random
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
-from ftexp.checkpoint.registry import register_state
-
-if TYPE_CHECKING:
-    from ftexp.job.job import Job
+from ftexp.checkpoint.registry import StateContext, register_state
 
 
 @register_state("progress")
@@ -20,14 +17,14 @@ class ProgressState:
 
     version = 1
 
-    def __init__(self, job: Job) -> None:
-        self._job = job
+    def __init__(self, context: StateContext) -> None:
+        self._context = context
 
     def state_dict(self) -> dict[str, Any]:
-        return self._job.progress.state_dict()
+        return self._context.progress.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._job.progress.load_state_dict(state, self._job.rank)
+        self._context.progress.load_state_dict(state, self._context.rank)
 
 
 @register_state("scheduler")
@@ -36,20 +33,20 @@ class SchedulerState:
 
     version = 1
 
-    def __init__(self, job: Job) -> None:
-        self._job = job
+    def __init__(self, context: StateContext) -> None:
+        self._context = context
 
     def state_dict(self) -> dict[str, Any]:
-        return {"num_updates": self._job.progress.step}
+        return {"num_updates": self._context.progress.step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         # the optimiser's state was loaded before: it holds the rates with which the run would have gone on
-        before = [group["lr"] for group in self._job.optimizer.param_groups]
-        self._job.scheduler.step_update(state["num_updates"])
-        after = [group["lr"] for group in self._job.optimizer.param_groups]
-        if before != after and self._job.rank == 0:
+        before = [group["lr"] for group in self._context.optimizer.param_groups]
+        self._context.scheduler.step_update(state["num_updates"])
+        after = [group["lr"] for group in self._context.optimizer.param_groups]
+        if before != after and self._context.rank == 0:
             rates = {"before": max(before), "after": max(after)}
-            self._job.line.send("event", name="learning_rate_changed", step=state["num_updates"], **rates)
+            self._context.line.send("event", name="learning_rate_changed", step=state["num_updates"], **rates)
 
 
 @register_state("scaler")
@@ -58,17 +55,17 @@ class ScalerState:
 
     version = 2
 
-    def __init__(self, job: Job) -> None:
-        self._job = job
+    def __init__(self, context: StateContext) -> None:
+        self._context = context
 
     def state_dict(self) -> dict[str, Any]:
-        state = dict(self._job.scaler.state_dict())
-        return {**state, "num_overflows": self._job.num_overflows} if state else {}
+        state = dict(self._context.scaler.state_dict())
+        return {**state, "num_overflows": self._context.progress.num_overflows} if state else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state and self._job.scaler.is_enabled():
-            self._job.num_overflows = state["num_overflows"]
-            self._job.scaler.load_state_dict({key: state[key] for key in state if key != "num_overflows"})
+        if state and self._context.scaler.is_enabled():
+            self._context.progress.num_overflows = state["num_overflows"]
+            self._context.scaler.load_state_dict({key: state[key] for key in state if key != "num_overflows"})
 
     @staticmethod
     def migrate(state: dict[str, Any], version: int) -> dict[str, Any]:  # noqa: ARG004 - there is one older version
@@ -86,16 +83,16 @@ class EmaState:
     version = 1
     optional = True  # runs from before there was an average have none
 
-    def __init__(self, job: Job) -> None:
-        self._job = job
+    def __init__(self, context: StateContext) -> None:
+        self._context = context
 
     def state_dict(self) -> dict[str, Any]:
-        average = self._job.average
-        return {} if average is None else {"weights": dict(average.model.state_dict())}
+        ema = self._context.ema
+        return {} if ema is None else {"weights": dict(ema.model.state_dict())}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if self._job.average is not None:
-            self._job.average.model.load_state_dict(state["weights"])
+        if self._context.ema is not None:
+            self._context.ema.model.load_state_dict(state["weights"])
 
 
 @register_state("rng")
@@ -107,8 +104,8 @@ class RngState:
 
     version = 1
 
-    def __init__(self, job: Job) -> None:
-        self._rank = job.rank
+    def __init__(self, context: StateContext) -> None:
+        self._rank = context.rank
 
     def state_dict(self) -> dict[str, Any]:
         _, keys, place, has_gauss, gauss = np.random.get_state()
@@ -133,11 +130,11 @@ class BestState:
 
     version = 1
 
-    def __init__(self, job: Job) -> None:
-        self._job = job
+    def __init__(self, context: StateContext) -> None:
+        self._context = context
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": dict(self._job.best)}
+        return {"best": dict(self._context.progress.best)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._job.best = dict(state["best"])
+        self._context.progress.best = dict(state["best"])

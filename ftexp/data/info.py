@@ -73,7 +73,7 @@ class DataBundle:
 
     A cached split is a materialised Ray Dataset with the columns
     image: uint8 [image_size, image_size, channels]; label: int64 in [0, num_classes);
-    sample: int64, distinct in the split. Others are ignored. Sorted by `sample`, row i is sample i of `Order`.
+    sample: int64, distinct in the split. Others are ignored. Sorted by `sample`, row i is sample i of `SampleOrder`.
     """
 
     datasets: dict[str, Dataset]

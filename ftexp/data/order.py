@@ -22,7 +22,7 @@ import numpy.typing as npt
 Int64s = npt.NDArray[np.int64]
 UInt64s = npt.NDArray[np.uint64]
 
-_STREAM = 1  # of the run's seed, apart from those of ftexp.job.job
+_STREAM = 1  # of the run's seed, apart from those of ftexp.job.build and ftexp.worker.step
 _NUM_ROUNDS = 8
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
@@ -64,7 +64,7 @@ class AnyOrder(Protocol):
 
 
 @dataclass(frozen=True)
-class Order:
+class SampleOrder:
     """The sequence of samples of a run: position -> (epoch, sample), `0 <= sample < num_samples`."""
 
     seed: int
@@ -139,7 +139,7 @@ def run_order(seed: int, num_samples: int, window: int | None, block_sizes: Int6
     """The order of a run with this seed; `window` is data.shuffle_window, in blocks of `block_sizes` samples."""
     seed = derive_seed(seed, _STREAM)
     if window is None:
-        return Order(seed, num_samples)
+        return SampleOrder(seed, num_samples)
     assert block_sizes is not None, "data.shuffle_window is refused for other sources"
     return WindowOrder(seed, block_sizes, window)
 

@@ -38,7 +38,7 @@ class MicroShare:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ShardPlan:
     """Which positions a rank handles. The global batches depend on the batch size alone, never on the ranks."""
 
     global_batch_size: int

@@ -35,7 +35,7 @@ class Row:
 
 
 @dataclass
-class Report:
+class DrillReport:
     """The comparison. `differences` are empty when the runs are identical."""
 
     rows: list[Row]
@@ -48,7 +48,7 @@ class Report:
         return not self.differences
 
 
-def compare(clean: Storage, broken: Storage, global_batch_size: int, exit_code: int) -> Report:
+def compare(clean: Storage, broken: Storage, global_batch_size: int, exit_code: int) -> DrillReport:
     """Compare two finished runs; `exit_code` is that of the broken one."""
     points, updates = read_lines(broken, METRICS_FILE), read_updates(broken)
     logged = _by_place(read_lines(clean, METRICS_FILE))
@@ -70,13 +70,13 @@ def compare(clean: Storage, broken: Storage, global_batch_size: int, exit_code: 
         bad_from = first_step if first_step is not None else rows[-1].step + 1 if rows else 0
         for row, after in itertools.zip_longest(rows, rows[1:]):
             row.identical = after is not None and after.step < bad_from
-        return Report(rows, differences, "\n".join(["NOT identical; the first differences:", *differences[:5]]))
+        return DrillReport(rows, differences, "\n".join(["NOT identical; the first differences:", *differences[:5]]))
     num_positions = sum(len(update.positions) for update in updates if not update.skipped)
     verdict = (
         f"identical to the bit: model.pt, optimizer.pt, extra_state.pt, {len(logged):,} logged points, and the "
         f"{num_positions:,} samples that drove the updates"
     )
-    return Report(rows, [], verdict)
+    return DrillReport(rows, [], verdict)
 
 
 def _in_metrics(clean: Points, broken: Points) -> Iterator[tuple[int, str]]:

@@ -1,9 +1,6 @@
-"""How far a run has come, and running sums that come out the same however often it was interrupted."""
+"""Running sums that come out the same however often a run was interrupted."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -59,30 +56,3 @@ def means(totals: list[int]) -> tuple[float, float]:
     if count == 0:
         return float("nan"), float("nan")
     return float("nan") if non_finite else loss / _UNIT / count, correct / count
-
-
-@dataclass
-class Progress:
-    """Where a run stands. `position` is the one truth; `step` and `epoch` are counted along."""
-
-    train: Meter  # since the last logged point
-    step: int = 0  # optimiser steps done
-    position: int = 0  # samples that have driven an update
-    epoch: int = 0  # whole epochs done
-    metrics: dict[str, float] = field(default_factory=dict)  # the latest of each
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain numbers, the same on every rank; collective, since meters are summed over ranks."""
-        return {
-            "epoch": self.epoch,
-            "step": self.step,
-            "position": self.position,
-            "train": self.train.totals(),
-            "metrics": dict(self.metrics),
-        }
-
-    def load_state_dict(self, state: dict[str, Any], rank: int) -> None:
-        """Go on from where `state_dict` was taken."""
-        self.epoch, self.step, self.position = state["epoch"], state["step"], state["position"]
-        self.metrics = dict(state["metrics"])
-        self.train.restore(state["train"], rank)

@@ -7,61 +7,100 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from ftexp.config.schema import FailureConfig
 from ftexp.data.batches import Batch
 from ftexp.errors import NonFiniteError
-from ftexp.job.skipped_batches import Range
+from ftexp.job.skipped_batches import Range, SkippedBatches
 
 if TYPE_CHECKING:
     from ftexp.checkpoint.manager import CheckpointManager
-    from ftexp.job.job import Job
+    from ftexp.evaluation.meter import Meter
+    from ftexp.job.group import ProcessGroup
+    from ftexp.job.learner import Learner
+    from ftexp.job.progress import Progress
+    from ftexp.wire.hub import Line
 
 
-def before_step(job: Job) -> list[Tensor]:
+def before_step(learner: Learner, meter: Meter) -> list[Tensor]:
     """What `put_back` needs: the meter's sums, and the model's buffers, which batch norm changes in a forward pass."""
-    return [job.progress.train.taken(), *(buffer.clone() for buffer in job.model.buffers())]
+    return [meter.taken(), *(buffer.clone() for buffer in learner.model.buffers())]
 
 
-def put_back(job: Job, before: list[Tensor]) -> None:
+def put_back(learner: Learner, meter: Meter, before: list[Tensor]) -> None:
     """Undo a step whose gradient shall not be applied."""
-    job.optimizer.zero_grad(set_to_none=True)
-    job.progress.train.put_back(before[0])
-    for buffer, value in zip(job.model.buffers(), before[1:], strict=True):
+    learner.optimizer.zero_grad(set_to_none=True)
+    meter.put_back(before[0])
+    for buffer, value in zip(learner.model.buffers(), before[1:], strict=True):
         buffer.copy_(value)
 
 
-def skip_step(job: Job, batch: Batch) -> None:
-    """Leave out a batch whose gradient was not finite, now and in every later attempt; NonFiniteError if too many."""
-    step, limit = job.progress.step + 1, job.config.failure.max_nonfinite_steps
-    job.num_skipped += 1
-    if job.num_skipped > limit:
-        raise NonFiniteError(
-            f"{job.num_skipped} steps in a row had a gradient that is not finite, the last of them step {step}, and "
-            f"failure.max_nonfinite_steps={limit}"
-        )
-    _leave_out(job, (batch.start, batch.end), "step_skipped", step=step, reason="the gradient is not finite")
+class NonFiniteRecovery:
+    """Skips batches that drive no update, or rolls back, as `failure.on_nonfinite` says.
 
-
-def roll_back(job: Job, batch: Batch, checkpoints: CheckpointManager) -> None:
-    """Go back to the last save, in memory, and leave out a batch whose gradient was not finite.
-
-    NonFiniteError if that has happened too often since that save.
+    `num_skipped` counts skipped steps in a row.
     """
-    step, limit = job.progress.step + 1, job.config.failure.max_rollbacks
-    if job.num_rollbacks >= limit:
-        raise NonFiniteError(
-            f"the gradient of step {step} is not finite, and the rollbacks to the same save are spent: "
-            f"failure.max_rollbacks={limit}"
-        )
-    checkpoints.roll_back()
-    job.num_rollbacks += 1
-    left_out = job.skips.widened(batch.start, batch.end, job.progress.position)
-    _leave_out(job, left_out, "rolled_back", step=step, to_step=job.progress.step)
 
+    def __init__(
+        self,
+        config: FailureConfig,
+        group: ProcessGroup,
+        progress: Progress,
+        skipped: SkippedBatches,
+        line: Line,
+        checkpoints: CheckpointManager,
+    ) -> None:
+        self._config, self._group, self._progress = config, group, progress
+        self._skipped, self._line, self._checkpoints = skipped, line, checkpoints
+        self.num_skipped = 0
 
-def _leave_out(job: Job, positions: Range, event: str, **fields: Any) -> None:
-    """Have the batches at `positions` drive no update; on record before training goes on, so that it stays so."""
-    job.skips.add(positions)
-    if job.rank == 0:
-        job.line.send("event", name=event, positions=list(positions), **fields)
-        with contextlib.suppress(OSError):  # the records wait for a disk; without them another attempt looks again
-            job.line.sync()
+    def skips(self, batch: Batch) -> bool:
+        """Whether the batch is known to drive no update; a step that is skipped then counts."""
+        covered = self._skipped.cover(batch.start)
+        if covered:
+            self.num_skipped += 1
+        return covered
+
+    def recovered(self) -> None:
+        """Count anew: a step was taken."""
+        self.num_skipped = 0
+
+    def recover(self, batch: Batch) -> bool:
+        """Skip a batch whose gradient was not finite, or roll back; whether it was a rollback.
+
+        The batch then drives no update in later attempts either. NonFiniteError if that has happened too often.
+        """
+        if self._config.on_nonfinite == "rollback":
+            self._roll_back(batch)
+            return True
+        self._skip(batch)
+        return False
+
+    def _skip(self, batch: Batch) -> None:
+        step, limit = self._progress.step + 1, self._config.max_nonfinite_steps
+        self.num_skipped += 1
+        if self.num_skipped > limit:
+            raise NonFiniteError(
+                f"{self.num_skipped} steps in a row had a gradient that is not finite, the last of them step {step}, "
+                f"and failure.max_nonfinite_steps={limit}"
+            )
+        self._leave_out((batch.start, batch.end), "step_skipped", step=step, reason="the gradient is not finite")
+
+    def _roll_back(self, batch: Batch) -> None:
+        """Go back to the last save, in memory."""
+        step, limit = self._progress.step + 1, self._config.max_rollbacks
+        if self._checkpoints.num_rollbacks >= limit:
+            raise NonFiniteError(
+                f"the gradient of step {step} is not finite, and the rollbacks to the same save are spent: "
+                f"failure.max_rollbacks={limit}"
+            )
+        self._checkpoints.roll_back()
+        left_out = self._skipped.widened(batch.start, batch.end, self._progress.position)
+        self._leave_out(left_out, "rolled_back", step=step, to_step=self._progress.step)
+
+    def _leave_out(self, positions: Range, event: str, **fields: Any) -> None:
+        """Have the batches at `positions` drive no update; on record before training goes on, so that it stays so."""
+        self._skipped.add(positions)
+        if self._group.rank == 0:
+            self._line.send("event", name=event, positions=list(positions), **fields)
+            with contextlib.suppress(OSError):  # the records wait for a disk; without them another attempt looks again
+                self._line.sync()

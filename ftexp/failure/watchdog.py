@@ -21,7 +21,10 @@ from ftexp.failure.phases import BETWEEN, EVALUATION, SAVE, START, STEP, WAITED_
 from ftexp.storage.directory import Storage
 
 if TYPE_CHECKING:
-    from ftexp.job.job import Job
+    from ftexp.job.group import ProcessGroup
+    from ftexp.job.job import RunIdentity
+    from ftexp.job.progress import Progress
+    from ftexp.wire.hub import Line
 
 _MOST_POLL_S = 1.0
 _LATER_S = 2.0
@@ -111,13 +114,17 @@ def hang_limits(config: FailureConfig) -> dict[str, float | None]:
     }
 
 
-def report_hang(job: Job, run_dir: Storage, phase: str, seconds: float, stacks: str) -> None:
-    """Tell the driver, and leave the stacks of all threads in the run directory."""
-    name = f"a{job.attempt}.r{job.rank}.txt"
-    file = run_dir.child("hangs", name).uri
-    job.line.send("hung", rank=job.rank, doing=phase, seconds=seconds, file=file, step=job.progress.step)
-    # the storage may be what hangs
-    writing = threading.Thread(target=run_dir.child("hangs").write_bytes, args=(name, stacks.encode()), daemon=True)
-    writing.start()
-    writing.join(timeout=10)
-    job.line.flush()
+def hang_reporter(run: RunIdentity, group: ProcessGroup, progress: Progress, line: Line, run_dir: Storage) -> OnHang:
+    """Return a callback that reports a hang to the driver, and writes all threads' stacks to the run directory."""
+
+    def report(phase: str, seconds: float, stacks: str) -> None:
+        name = f"a{run.attempt}.r{group.rank}.txt"
+        file = run_dir.child("hangs", name).uri
+        line.send("hung", rank=group.rank, doing=phase, seconds=seconds, file=file, step=progress.step)
+        # the storage may be what hangs
+        writing = threading.Thread(target=run_dir.child("hangs").write_bytes, args=(name, stacks.encode()), daemon=True)
+        writing.start()
+        writing.join(timeout=10)
+        line.flush()
+
+    return report

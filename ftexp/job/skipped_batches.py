@@ -7,7 +7,7 @@ from collections.abc import Iterable
 Range = tuple[int, int]  # positions [start, end)
 
 
-class Skips:
+class SkippedBatches:
     """Ranges of positions, each of one or more whole global batches. The same on every rank."""
 
     def __init__(self, ranges: Iterable[Iterable[int]] = ()) -> None:

@@ -8,7 +8,7 @@ from torch import nn
 from ftexp.config.schema import EmaConfig
 
 
-class Average:
+class WeightsEMA:
     """A model whose weights, and batch norm's statistics, are the average of another's. On that one's device."""
 
     def __init__(self, config: EmaConfig, model: nn.Module) -> None:

@@ -34,7 +34,7 @@ _TITLES = {"weights_sha256": "the SHA-256 of the weights' file", "listing_sha256
 
 
 @dataclass(frozen=True)
-class Plan:
+class PredictionPlan:
     """What predictions are made of, with and in which pieces."""
 
     run: str
@@ -62,7 +62,7 @@ class Plan:
         return f"part_{part:06d}.{self.format}"
 
 
-def begin(out: Storage, plan: Plan) -> list[int]:
+def begin(out: Storage, plan: PredictionPlan) -> list[int]:
     """Write the plan, or find it written; returns the parts that are missing.
 
     ConfigError, with what differs, if the folder holds predictions that were planned otherwise.
@@ -81,7 +81,7 @@ def begin(out: Storage, plan: Plan) -> list[int]:
     return [part for part in range(plan.num_parts) if plan.file(part) not in written]
 
 
-def _require_same(before: dict[str, Any], plan: Plan, out: Storage) -> None:
+def _require_same(before: dict[str, Any], plan: PredictionPlan, out: Storage) -> None:
     now = json.loads(json.dumps(dataclasses.asdict(plan)))
     changed = [
         f"{_TITLES.get(key, key)} was {before.get(key)!r}, and is {now.get(key)!r} now"
@@ -117,7 +117,7 @@ def part_table(batch: dict[str, Any], class_names: list[str], label_names: list[
 class WritePart:
     """A map stage of Ray Data: all rows of one part -> its number, and how many of it are bad."""
 
-    plan: Plan
+    plan: PredictionPlan
     out: Storage
     class_names: list[str]
     label_names: list[str]
@@ -146,7 +146,7 @@ def encoded(table: pa.Table, kind: str) -> bytes:
     return stream.getvalue()
 
 
-def collect_bad(plan: Plan, out: Storage, unlisted: list[BadSample]) -> list[BadSample]:
+def collect_bad(plan: PredictionPlan, out: Storage, unlisted: list[BadSample]) -> list[BadSample]:
     """Read back what can't be read, from every part and in their order, and write it to bad.csv if there is any.
 
     StorageError if a part is missing.

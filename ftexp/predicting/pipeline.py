@@ -17,7 +17,7 @@ from ftexp.data.info import IndexedSplit
 from ftexp.data.order import Int64s
 from ftexp.data.shared import Shared
 from ftexp.predicting.inputs import Inputs
-from ftexp.predicting.parts import Plan, WritePart
+from ftexp.predicting.parts import PredictionPlan, WritePart
 from ftexp.predicting.stopping import StopWhenAsked
 from ftexp.storage.directory import Storage
 
@@ -81,13 +81,13 @@ class Predict:
 
 
 @dataclass(frozen=True)
-class Job:
+class PredictionJob:
     """What it takes to make predictions."""
 
     run: SavedRun
     weights: Shared[Any]  # model.pt as an array of bytes
     inputs: Inputs
-    plan: Plan
+    plan: PredictionPlan
     out: Storage
     workers: Workers
     num_decoding: int  # tasks at a time, on a CPU each

@@ -19,7 +19,7 @@ from ftexp.config.masking import masked
 from ftexp.config.schema import Config
 from ftexp.driver.resume import require_trained_on
 from ftexp.errors import ConfigError, DataError, RayLostError
-from ftexp.predicting.parts import BAD_FILE, PARTS, Plan, begin, collect_bad
+from ftexp.predicting.parts import BAD_FILE, PARTS, PredictionPlan, begin, collect_bad
 from ftexp.predicting.stopping import Stopped, ask_to_stop
 from ftexp.storage.directory import Storage
 from ftexp.storage.lease import Lease
@@ -51,13 +51,13 @@ class Request:
     format: str
     is_runs_own: bool  # the data that the run was trained on, cut into the same splits
 
-    def plan(self, inputs: Inputs) -> Plan:
+    def plan(self, inputs: Inputs) -> PredictionPlan:
         """What is written down of it, to go on by."""
         data = self.config.data
         fields = [*AS_TRAINED, *_COLUMNS, *([] if self.split == "all" else _SPLITTING)]
         root = Storage.at(data.root).uri if data.root is not None else None
         described = {"name": data.name, "root": root, "split": self.split, **{n: getattr(data, n) for n in fields}}
-        return Plan(
+        return PredictionPlan(
             run=masked(self.run.storage.uri),
             checkpoint=self.manifest.name,
             weights=self.weights,
@@ -109,7 +109,7 @@ def _predict(request: Request, workers: Workers) -> None:
 
     from ftexp.data.shared import Shared
     from ftexp.predicting.inputs import find_inputs
-    from ftexp.predicting.pipeline import Job
+    from ftexp.predicting.pipeline import PredictionJob
     from ftexp.predicting.progress import ImageProgress
     from ftexp.registry import load_plugins
 
@@ -127,7 +127,7 @@ def _predict(request: Request, workers: Workers) -> None:
     for excluded in inputs.excluded:
         console.print(f"excluded {excluded}", markup=False, soft_wrap=True)
     weights = Shared(_as_array(read_weights(run.store, request.manifest, request.weights)))
-    job = Job(run, weights, inputs, plan, request.out, workers, num_decoding, request.batch_size)
+    job = PredictionJob(run, weights, inputs, plan, request.out, workers, num_decoding, request.batch_size)
     with ImageProgress(console, sum(len(plan.samples(part)) for part in missing)) as progress:
         for part, _ in job.write(missing):
             progress.advance(len(plan.samples(part)))
@@ -158,7 +158,7 @@ def _placed(config: Config, workers: Workers) -> tuple[Workers, int]:
     return workers, config.data.decode_cpus or int(there - taken)
 
 
-def _print_header(console: Console, request: Request, plan: Plan, missing: list[int], workers: str) -> None:
+def _print_header(console: Console, request: Request, plan: PredictionPlan, missing: list[int], workers: str) -> None:
     done = plan.num_parts - len(missing)
     root = plan.data["root"] or plan.data["name"]
     already = f" · {done:,} of {plan.num_parts:,} parts are written already" if done else ""
@@ -171,7 +171,7 @@ def _print_header(console: Console, request: Request, plan: Plan, missing: list[
         console.print(f"{title:<9}{text}", markup=False, soft_wrap=True)
 
 
-def _print_summary(console: Console, request: Request, plan: Plan, bad: list[Any], progress: Any) -> None:
+def _print_summary(console: Console, request: Request, plan: PredictionPlan, bad: list[Any], progress: Any) -> None:
     if len(bad) >= plan.num_images:
         first = bad[0]
         raise DataError(f"of {plan.num_images:,} images not one can be read; the first: {first.where}: {first.reason}")

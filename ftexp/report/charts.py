@@ -7,16 +7,17 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from ftexp.report.drawing import Area, Box, Dot, Drawing, Label, Line, Point
-from ftexp.report.markup import cut
 from ftexp.report.series import Axis, Series, duration, round_step, short
 from ftexp.report.source import RunFiles
+from ftexp.report.text import cut
 from ftexp.report.timeline import PHASES, TRAINING, Timeline, saves
 
 _WIDTH, _HEIGHT = 480.0, 250.0
 LEFT, _RIGHT, _TOP, _BOTTOM = 54.0, 10.0, 30.0, 34.0
 _HOVERS = 120  # places of a chart that tell their numbers
 _NEAR = 5.0  # pixels within which marks are one
-_LETTER = 6.0  # pixels of a letter of a label, about
+LETTER = 6.0  # pixels of a letter of a label, about
+_ROW = 14.0  # pixels from a row of labels to the next
 _LOG_FROM = 30.0  # ratio of the largest to the smallest value
 _MOST_TITLES = 3  # of marks that are one
 _MOST_LINES = 30  # through a chart; more would hide it, and leave their marks above it
@@ -79,20 +80,29 @@ class Plot:
         for begin, end in list(pairwise(edges))[1::2]:
             self._drawing.add(Box(begin, _TOP, max(end - begin, 0.5), self._bottom - _TOP, "shade"))
 
-    def grid(self, note: str) -> None:
-        """Axes, and what they say."""
+    def grid(self, note: str, x_marks: Sequence[tuple[float, str]] = ()) -> None:
+        """Axes, and what they say. `x_marks`: (value, its text); whole round numbers if there are none."""
         for value in self._y_axis.ticks():
             y = self.y(value)
             self._drawing.add(Line([(LEFT, y), (self._right, y)], "grid"))
             self._drawing.add(Label(LEFT - 6, y + 4, short(value), anchor="end"))
-        for value in self._x_axis.ticks(6):
-            x = self.x(value)
-            self._drawing.add(Line([(x, self._bottom), (x, self._bottom + 4)], "faint"))
-            anchor = "end" if x > self._right - 12 else "middle"
-            self._drawing.add(Label(min(x, self._right + 6), self._bottom + 17, short(value), anchor=anchor))
+        rows = self._mark_x(x_marks or [(x, short(x)) for x in self._x_axis.ticks() if abs(x - round(x)) < 1e-9])
         self._drawing.add(Line([(LEFT, self._bottom), (self._right, self._bottom)], "faint"))
-        self._drawing.add(Label(self._right, self._bottom + 30, self._x_name, anchor="end"))
+        self._drawing.height = self._bottom + _BOTTOM + _ROW * (rows - 1)
+        self._drawing.add(Label(self._right, self._drawing.height - 4, self._x_name, anchor="end"))
         self._drawing.add(Label(self._right, 14, note, anchor="end"))
+
+    def _mark_x(self, marks: Sequence[tuple[float, str]]) -> int:
+        """Ticks with texts, in as many rows as it takes for none to overlap; returns how many."""
+        ends: list[float] = []  # of each row: where its last text ends
+        for value, text in marks:
+            x, half = self.x(value), LETTER * len(text) / 2
+            middle = min(x, self._drawing.width - half)
+            row = next((number for number, end in enumerate(ends) if end < middle - half), len(ends))
+            ends[row : row + 1] = [middle + half + LETTER]
+            self._drawing.add(Line([(x, self._bottom), (x, self._bottom + 4)], "faint"))
+            self._drawing.add(Label(middle, self._bottom + 17 + _ROW * row, text, anchor="middle"))
+        return len(ends)
 
     def curve(self, series: Series) -> None:
         """The mean of what falls together as a line, and a fainter one from extreme to extreme."""
@@ -149,7 +159,7 @@ def legend(drawing: Drawing, entries: Sequence[tuple[str, str]], x: float, y: fl
     """Swatches with names, in as many lines as it takes; returns the y of the last."""
     begin = x
     for name, role in entries:
-        width = 22 + _LETTER * len(name)
+        width = 22 + LETTER * len(name)
         if x + width > drawing.width and x > begin:
             x, y = begin, y + 16
         drawing.add(Box(x, y - 8, 10, 8, role), Label(x + 14, y, name, "ink"))

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from ftexp.report.drawing import Box, Drawing, Label, Line, Shape
-from ftexp.report.markup import cut
 from ftexp.report.series import short
+from ftexp.report.text import cut
 
 _SIDE, _MOST_CELL, _LEAST_CELL = 400.0, 34.0, 5.0  # pixels
 _MOST_NAMED = 30  # classes whose names find room

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from ftexp.report.markup import Markup, element
+from markupsafe import Markup, escape
 
 Point = tuple[float, float]
 
@@ -90,37 +90,31 @@ class Drawing:
 
 def svg(drawing: Drawing) -> Markup:
     """The drawing inline, as wide as its place."""
-    return element(
-        "svg",
-        element("title", drawing.title),
-        map(_as_svg, drawing.shapes),
-        viewBox=f"0 0 {drawing.width:g} {drawing.height:g}",
-        role="img",
-    )
+    box = f'viewBox="0 0 {drawing.width:g} {drawing.height:g}" role="img"'
+    return Markup(f"<svg {box}>{_title(drawing.title)}{''.join(map(_as_svg, drawing.shapes))}</svg>")
 
 
-def _as_svg(shape: Shape) -> Markup:
+def _as_svg(shape: Shape) -> str:
     if isinstance(shape, Label):
-        return element(
-            "text", shape.text, x=_n(shape.x), y=_n(shape.y), class_=f"f-{shape.role}", text_anchor=shape.anchor,
-            font_size=_n(shape.size),
-        )  # fmt: skip
-    title = element("title", shape.title) if shape.title is not None else None
+        look = f'class="f-{shape.role}" text-anchor="{shape.anchor}" font-size="{_n(shape.size)}"'
+        return f'<text x="{_n(shape.x)}" y="{_n(shape.y)}" {look}>{escape(shape.text)}</text>'
     if isinstance(shape, Dot):
-        return element("circle", title, cx=_n(shape.x), cy=_n(shape.y), r=_n(shape.radius), class_=f"f-{shape.role}")
-    opacity = _n(shape.opacity) if shape.opacity < 1 else None
+        place = f'cx="{_n(shape.x)}" cy="{_n(shape.y)}" r="{_n(shape.radius)}"'
+        return f'<circle {place} class="f-{shape.role}">{_title(shape.title)}</circle>'
+    opacity = f' opacity="{_n(shape.opacity)}"' if shape.opacity < 1 else ""
     if isinstance(shape, Box):
-        return element(
-            "rect", title, x=_n(shape.x), y=_n(shape.y), width=_n(shape.width), height=_n(shape.height),
-            class_=f"f-{shape.role}", opacity=opacity,
-        )  # fmt: skip
+        place = f'x="{_n(shape.x)}" y="{_n(shape.y)}" width="{_n(shape.width)}" height="{_n(shape.height)}"'
+        return f'<rect {place} class="f-{shape.role}"{opacity}>{_title(shape.title)}</rect>'
     points = " ".join(f"{_n(x)},{_n(y)}" for x, y in shape.points)
     if isinstance(shape, Area):
-        return element("polygon", title, points=points, class_=f"f-{shape.role}", opacity=opacity)
-    return element(
-        "polyline", title, points=points, class_=f"s-{shape.role}", stroke_width=_n(shape.width), opacity=opacity,
-        stroke_dasharray="3 3" if shape.dashed else None,
-    )  # fmt: skip
+        return f'<polygon points="{points}" class="f-{shape.role}"{opacity}>{_title(shape.title)}</polygon>'
+    look = f'class="s-{shape.role}" stroke-width="{_n(shape.width)}"{opacity}'
+    dashes = ' stroke-dasharray="3 3"' if shape.dashed else ""
+    return f'<polyline points="{points}" {look}{dashes}>{_title(shape.title)}</polyline>'
+
+
+def _title(text: str | None) -> str:
+    return "" if text is None else f"<title>{escape(text)}</title>"
 
 
 def _n(value: float) -> str:

@@ -42,14 +42,3 @@ DARK = {
     "ending": "#505862",
     "save": "#6aa9ea",
 }
-
-
-def css(colours: dict[str, str]) -> str:
-    """As custom properties."""
-    return "".join(f"--{role}:{colour};" for role, colour in colours.items())
-
-
-def css_classes() -> str:
-    """What the roles of SVG shapes look like: f- fills, s- is a line."""
-    fills = "".join(f".f-{role}{{fill:var(--{role})}}.s-{role}{{stroke:var(--{role})}}" for role in LIGHT)
-    return f"{fills}.f-none{{fill:transparent}}svg polyline{{fill:none;stroke-linejoin:round}}"

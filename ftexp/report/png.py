@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 
 from PIL import Image, ImageDraw, ImageFont
 
-from ftexp.report.drawing import Area, Box, Dot, Drawing, Label, Line, Point
+from ftexp.report.drawing import Area, Box, Dot, Drawing, Label, Line, Point, Shape
 from ftexp.report.palette import LIGHT
 
 _SCALE, _OVER = 2, 2  # pixels of the picture for one of the drawing; drawn so many times larger still
@@ -16,28 +17,28 @@ _ANCHORS = {"start": "ls", "middle": "ms", "end": "rs"}
 _MARGIN, _DASH = 10, 3
 
 
-def png(drawing: Drawing) -> bytes:
-    """The drawing on white, with its title above."""
-    scale = _SCALE * _OVER
-    size = (round(drawing.width + 2 * _MARGIN) * scale, round(drawing.height + 4 * _MARGIN) * scale)
-    picture = Image.new("RGB", size, LIGHT["paper"])
-    pen = _Pen(ImageDraw.Draw(picture, "RGBA"), scale)
-    pen.label(Label(0, -_MARGIN, drawing.title, "ink", size=13))
-    for shape in drawing.shapes:
-        if isinstance(shape, Label):
-            pen.label(shape)
-        elif isinstance(shape, Line):
-            pen.line(shape)
-        elif isinstance(shape, Dot):
-            pen.dot(shape)
-        elif isinstance(shape, Area):
-            pen.area(shape.points, shape.role, shape.opacity)
-        elif shape.role != "none":
-            pen.area(_corners(shape), shape.role, shape.opacity)
+def png(*drawings: Drawing, title: str = "") -> bytes:
+    """The drawings on white, side by side, each with its title above, and one above them all."""
+    scale, top = _SCALE * _OVER, _MARGIN * (6 if title else 3)
+    width, height = sum(_outer_width(one) for one in drawings), top + _MARGIN + max(one.height for one in drawings)
+    picture = Image.new("RGB", (round(width) * scale, round(height) * scale), LIGHT["paper"])
+    draw = ImageDraw.Draw(picture, "RGBA")
+    if title:
+        _Pen(draw, scale, _MARGIN, _MARGIN).draw(Label(0, 14, title, "ink", size=15))
+    left = _MARGIN
+    for drawing in drawings:
+        pen = _Pen(draw, scale, left, top)
+        for shape in (Label(0, -_MARGIN, drawing.title, "ink", size=13), *drawing.shapes):
+            pen.draw(shape)
+        left += _outer_width(drawing)
     stream = io.BytesIO()
     few = picture.reduce(_OVER).quantize(64, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)  # much the fastest
     few.save(stream, "png")
     return stream.getvalue()
+
+
+def _outer_width(drawing: Drawing) -> int:
+    return round(drawing.width) + 2 * _MARGIN
 
 
 def _corners(box: Box) -> list[Point]:
@@ -46,8 +47,21 @@ def _corners(box: Box) -> list[Point]:
 
 
 class _Pen:
-    def __init__(self, draw: ImageDraw.ImageDraw, scale: int) -> None:
-        self._draw, self._scale = draw, scale
+    def __init__(self, draw: ImageDraw.ImageDraw, scale: int, left: int, top: int) -> None:
+        self._draw, self._scale, self._left, self._top = draw, scale, left, top
+
+    def draw(self, shape: Shape) -> None:
+        """Any shape."""
+        if isinstance(shape, Label):
+            self.label(shape)
+        elif isinstance(shape, Line):
+            self.line(shape)
+        elif isinstance(shape, Dot):
+            self.dot(shape)
+        elif isinstance(shape, Area):
+            self.area(shape.points, shape.role, shape.opacity)
+        elif shape.role != "none":
+            self.area(_corners(shape), shape.role, shape.opacity)
 
     def label(self, shape: Label) -> None:
         """Text; its font is Pillow's own."""
@@ -72,16 +86,21 @@ class _Pen:
         self._draw.polygon(self._moved(points), _colour(role, opacity))
 
     def _moved(self, points: Sequence[Point]) -> list[Point]:
-        return [((x + _MARGIN) * self._scale, (y + 3 * _MARGIN) * self._scale) for x, y in points]
+        return [((x + self._left) * self._scale, (y + self._top) * self._scale) for x, y in points]
 
 
 def _dashes(points: Sequence[Point]) -> list[list[Point]]:
-    dashes = []
+    """Pieces of a polyline, dash and gap going on around its corners."""
+    dashes, walked = [], 0.0
     for (x, y), (to_x, to_y) in pairwise(points):
-        length = max(abs(to_x - x), abs(to_y - y), 1e-9)
-        for start in range(0, round(length), 2 * _DASH):
-            first, last = start / length, min(1.0, (start + _DASH) / length)
-            dashes.append([(x + (to_x - x) * part, y + (to_y - y) * part) for part in (first, last)])
+        length = max(math.hypot(to_x - x, to_y - y), 1e-9)
+        begin = -(walked % (2 * _DASH))
+        while begin < length:
+            ends = max(begin, 0.0) / length, min(begin + _DASH, length) / length
+            if ends[0] < ends[1]:
+                dashes.append([(x + (to_x - x) * part, y + (to_y - y) * part) for part in ends])
+            begin += 2 * _DASH
+        walked += length
     return dashes
 
 

@@ -7,9 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ftexp.report.charts import LEFT, Plot, legend
-from ftexp.report.drawing import Box, Drawing, Label, Line, Point
-from ftexp.report.markup import cut
+from ftexp.report.drawing import Box, Dot, Drawing, Label, Line, Point
 from ftexp.report.series import Axis, Series, short
+from ftexp.report.text import cut
+from ftexp.rundir.ranking import has_place
+from ftexp.rundir.sweep_record import Ledger, Reached, curve
+from ftexp.storage.directory import Storage
 
 _TOP, _BOTTOM, _SIDE = 52.0, 24.0, 46.0  # around the axes of the wide chart
 _HEIGHT = 300.0
@@ -19,8 +22,9 @@ _MOST_PLACES = 12  # of values that are words: names of more would run into each
 _BEST, _OTHER, _OPEN = "val", "train", "faint"
 _FAINTEST, _STRONGEST = 0.18, 0.85
 _CURVE_HEIGHT = 300.0
-_NARROW = 360.0
-_NAME_LETTERS = 14
+_NARROW, PANEL = 360.0, 420.0
+_INSET = 0.07  # of a panel's width, at both ends, that no trial lies in
+_NAME_LETTERS, _TITLE_LETTERS = 14, 55
 _LETTER = 6.6  # pixels of a letter of a label, at most
 _FEW = 6  # numbers that are marked themselves, where others get round ones
 
@@ -39,6 +43,25 @@ class TrialLine:
         """What the mouse is told."""
         score = "no " + metric if self.score is None else f"{metric} {self.score:.4g}"
         return cut(", ".join([score, *(f"{key}={value}" for key, value in self.values.items())]), 200)
+
+
+def trial_lines(ledger: Ledger, ordered: Sequence[Reached], keys: Sequence[str]) -> list[TrialLine]:
+    """The trials as charts show them; `ordered`: the best first."""
+    return [
+        TrialLine(
+            each.trial.name,
+            {key: each.trial.values.get(key, "") for key in keys},
+            each.value(ledger.metric),
+            has_place(ledger, each),
+            place,
+        )
+        for place, each in enumerate(ordered)
+    ]
+
+
+def learning_curve(folder: Storage, ledger: Ledger, each: Reached) -> list[Point]:
+    """(epoch, metric) of a trial."""
+    return [(float(epoch), value) for epoch, value in curve(folder, each.trial, ledger.metric)]
 
 
 @dataclass(frozen=True)
@@ -156,6 +179,20 @@ def _label(drawing: Drawing, x: float, y: float, text: str, anchor: str, role: s
     width = _LETTER * len(text)
     left = x - {"start": 0.0, "middle": width / 2, "end": width}[anchor]
     drawing.add(Box(left - 1, y - 9, width + 2, 12, "paper", 0.8), Label(x, y, text, role, anchor))
+
+
+def values_chart(trials: Sequence[TrialLine], key: str, metric: str) -> Drawing:
+    """The metric of finished trials against a swept key, the best trial over the others."""
+    done = [(trial, trial.score) for trial in trials if trial.finished and trial.score is not None]
+    drawing = Drawing(cut(f"{metric} by {key}", _TITLE_LETTERS), PANEL, _CURVE_HEIGHT)
+    scale = _scale(key, [trial.values.get(key, "") for trial, _ in done])
+    plot = Plot(drawing, Axis(-_INSET, 1 + _INSET), Axis.over([score for _, score in done]), cut(key, _TITLE_LETTERS))
+    plot.grid("", scale.marks)
+    for trial, score in reversed(done):
+        radius, role = (5.5, _BEST) if trial.place == 0 else (3.5, _OTHER)
+        drawing.add(Dot(plot.x(scale.at[trial.values.get(key, "")]), plot.y(score), radius, role, trial.told(metric)))
+    legend(drawing, [("best", _BEST), ("others", _OTHER)], LEFT)
+    return drawing
 
 
 def curves_chart(

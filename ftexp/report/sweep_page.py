@@ -1,26 +1,23 @@
-"""The page of a sweep: leaderboard, parallel coordinates, learning curves, and what failed."""
+"""The page of a sweep: its charts, and what its template shows."""
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Iterator
 from urllib.parse import quote
 
-from ftexp.report.drawing import Drawing, svg
-from ftexp.report.frame import document, section, tile
-from ftexp.report.markup import Child, Markup, cut, element, plain
-from ftexp.report.series import duration
-from ftexp.report.sweep_charts import TrialLine, curves_chart, parallel_chart
-from ftexp.report.tables import table
-from ftexp.rundir.ranking import has_place, ranked, varying
+from ftexp.report.drawing import Drawing
+from ftexp.report.rendering import render
+from ftexp.report.series import duration, minute
+from ftexp.report.sweep_charts import curves_chart, learning_curve, parallel_chart, trial_lines
+from ftexp.report.text import cut, plain
+from ftexp.rundir.ranking import ranked, varying
 from ftexp.rundir.record import FAILED, FINISHED
-from ftexp.rundir.sweep_record import Reached, curve, look
+from ftexp.rundir.sweep_record import Reached, look
 from ftexp.storage.directory import Storage
 
 _WIDE = 1000.0
 _MOST_LINES = 300  # of a chart: the best, since more would be a surface
-_ERROR_LETTERS, _NAME_LETTERS = 300, 60
 _STATUS = {FINISHED: "good", FAILED: "bad"}
 _METRICS = ("val_accuracy", "val_loss", "test_accuracy", "test_loss")  # that get a column, where trials have them
 
@@ -34,45 +31,41 @@ class SweepReport:
         self._ledger, trials = look(folder)
         self._ordered = ranked(self._ledger, trials)
         self._keys = varying(self._ledger, self._ordered) or self._ledger.keys
-        self._lines = [self._line(number, each) for number, each in enumerate(self._ordered)]
-        self._curves = [
-            (line, [(float(x), y) for x, y in curve(folder, each.trial, self._ledger.metric)])
-            for line, each in zip(self._lines[:_MOST_LINES], self._ordered, strict=False)
-        ]
-        self.charts = dict(self._charts())
+        self._lines = trial_lines(self._ledger, self._ordered, self._keys)
+        few = zip(self._lines[:_MOST_LINES], self._ordered, strict=False)
+        self._curves = [(line, learning_curve(folder, self._ledger, each)) for line, each in few]
+        self.charts = dict(self._charts(_WIDE))
 
-    def _line(self, place: int, each: Reached) -> TrialLine:
-        values = {key: each.trial.values.get(key, "") for key in self._keys}
-        score = each.value(self._ledger.metric)
-        return TrialLine(each.trial.name, values, score, has_place(self._ledger, each), place)
-
-    def _charts(self) -> Iterator[tuple[str, Drawing]]:
+    def _charts(self, width: float | None) -> Iterator[tuple[str, Drawing]]:
         metric, lines = self._ledger.metric, self._lines[:_MOST_LINES]
         if any(line.score is not None for line in lines):
-            yield "trials", parallel_chart(lines, self._keys, metric, _WIDE)
+            yield "trials", parallel_chart(lines, self._keys, metric, width)
         if any(points for _, points in self._curves):
-            yield "curves", curves_chart(metric, self._curves, _WIDE)
+            yield "curves", curves_chart(metric, self._curves, width)
 
     def html(self) -> str:
         """The whole file."""
-        return document(cut(self._ledger.name, 200), self._header(), *self._sections())
-
-    def _header(self) -> Markup:
-        ledger = self._ledger
-        counts = Counter(each.status for each in self._ordered)
-        swept = ", ".join(self._keys)
-        began = time.strftime("%Y-%m-%d %H:%M", time.localtime(ledger.started))
+        ledger, counts = self._ledger, Counter(each.status for each in self._ordered)
         all_done = 0 < counts[FINISHED] == len(self._ordered)
-        status = "finished" if all_done else f"{counts[FINISHED]:,} of {len(self._ordered):,} finished"
-        kind = "good" if all_done else "bad" if counts[FAILED] else "paused"
-        return element(
-            "header",
-            element("h1", cut(ledger.name, 200), " ", element("span", status, class_=f"status {kind}")),
-            element(
-                "p", f"sweep of {cut(swept, 300)} for the {ledger.mode} of {ledger.metric} · {began}", class_="faint"
-            ),
-            element("p", element("code", self._folder.uri), class_="faint"),
-            element("dl", (tile(*one) for one in self._numbers(counts)), class_="tiles"),
+        there = {name for each in self._ordered for name in each.last}
+        trials = list(zip(self._lines, self._ordered, map(self._link, self._ordered), strict=True))
+        return render(
+            "sweep.html",
+            name=cut(ledger.name, 200),
+            state="finished" if all_done else f"{counts[FINISHED]:,} of {len(self._ordered):,} finished",
+            kind="good" if all_done else "bad" if counts[FAILED] else "paused",
+            ledger=ledger,
+            keys=self._keys,
+            began=minute(ledger.started),
+            uri=self._folder.uri,
+            numbers=self._numbers(counts),
+            metrics=[name for name in _METRICS if name in there and name != ledger.metric],
+            kinds=_STATUS,
+            trials=trials,
+            failed=[row for row in trials if row[1].trial.error is not None],
+            charts=self.charts,
+            narrow=dict(self._charts(None)),
+            most=_MOST_LINES,
         )
 
     def _numbers(self, counts: Counter[str]) -> Iterator[tuple[str, str, str]]:
@@ -90,61 +83,9 @@ class SweepReport:
         )
         yield "failures", f"{sum(len(state.failures) for state in states):,}", "of workers and drivers, in all trials"
 
-    def _sections(self) -> Iterator[Markup]:
-        yield section("Leaderboard", self._leaderboard())
-        left_out = len(self._ordered) - _MOST_LINES
-        only = f" The best {_MOST_LINES} trials; {left_out:,} more are in the table." if left_out > 0 else ""
-        if "trials" in self.charts:
-            narrow = parallel_chart(self._lines[:_MOST_LINES], self._keys, self._ledger.metric, None)
-            note = "A line is a trial; the stronger, the better." + only
-            yield section("Parallel coordinates", _figures(self.charts["trials"], narrow), note=note)
-        if "curves" in self.charts:
-            narrow = curves_chart(self._ledger.metric, self._curves, None)
-            note = f"{self._ledger.metric} by epoch.{only}"
-            yield section("Curves", _figures(self.charts["curves"], narrow), note=note)
-        failed = [each for each in self._ordered if each.trial.error is not None]
-        if failed:
-            rows = [(self._name(each), cut(each.trial.error or "", _ERROR_LETTERS)) for each in failed]
-            yield section("What failed", table(("trial", "why"), rows, words=(0, 1)))
-
-    def _leaderboard(self) -> Markup:
-        own = self._ledger.metric
-        there = {name for each in self._ordered for name in each.last}
-        metrics = [own, *(name for name in _METRICS if name in there and name != own)]
-        keys = self._keys
-        rows = []
-        for line, each in zip(self._lines, self._ordered, strict=True):
-            state = each.state
-            values = [each.value(name) for name in metrics]
-            numbers = ["" if value is None else f"{value:.4f}" for value in values]
-            spent = (duration(state.seconds), f"{len(state.failures):,}") if state is not None else ("", "")
-            status = element("span", each.status, class_=f"status {_STATUS.get(each.status, 'paused')}")
-            rows.append(
-                (
-                    f"{line.place + 1}" if line.finished else "",
-                    numbers[0],
-                    *(cut(line.values[key], _NAME_LETTERS) for key in keys),
-                    *numbers[1:],
-                    f"{each.epoch}/{each.trial.epochs}",
-                    *spent,
-                    status,
-                    self._name(each),
-                )
-            )
-        names = (own, *(cut(key, _NAME_LETTERS) for key in keys), *metrics[1:])
-        head = ("", *names, "epochs", "time", "failures", "state", "trial")
-        words = [*range(2, len(keys) + 2), len(head) - 2, len(head) - 1]
-        return table(head, rows, words)
-
-    def _name(self, each: Reached) -> Child:
-        """The trial's name, which leads to its own report if that lies there."""
-        name = cut(each.trial.name, _NAME_LETTERS)
+    def _link(self, each: Reached) -> str | None:
+        """Where the trial's own report is, if there is one."""
         path = self._folder.local_path
         if path is None or not (path / each.trial.name / self._run_report).is_file():
-            return name
-        return element("a", name, href=f"{quote(plain(each.trial.name))}/{self._run_report}")
-
-
-def _figures(wide: Drawing, narrow: Drawing) -> list[Markup]:
-    """Both, of which the screen shows one."""
-    return [element("figure", svg(drawing), class_=kind) for kind, drawing in (("wide", wide), ("narrow", narrow))]
+            return None
+        return f"{quote(plain(each.trial.name))}/{self._run_report}"

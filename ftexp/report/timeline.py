@@ -56,6 +56,10 @@ class Interruption:
         """All that it cost."""
         return sum(self.seconds.values())
 
+    def spent_on(self, *phases: str) -> float:
+        """Seconds of these phases."""
+        return sum(self.seconds.get(phase, 0.0) for phase in phases)
+
 
 @dataclass
 class Call:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 LEDGER = "ledger"  # the folder in a run directory
 
 
-class Ledger:
+class SampleLedger:
     """One rank's writer; does nothing if `storage` is None."""
 
     def __init__(self, storage: Storage | None, attempt: int, rank: int) -> None:

@@ -23,7 +23,7 @@ def profiled(job: Job, run_dir: Storage, batches: Generator[Batch]) -> Generator
     """
     config, progress = job.config.profile, job.progress
     with contextlib.closing(batches):
-        if config.enabled and job.rank == config.rank % job.world_size:
+        if config.enabled and job.group.rank == config.rank % job.group.world_size:
             first, end = config.start_step, config.start_step + config.num_steps
             if first > job.total_steps:
                 error = f"profile.start_step={first} never comes: the run has {job.total_steps} steps"
@@ -45,7 +45,7 @@ def _while(batches: Generator[Batch], goes_on: Callable[[], bool]) -> Iterator[B
 def _trace(job: Job, run_dir: Storage) -> Iterator[None]:
     """Trace the block. What goes wrong with writing that down is told, and takes nothing from the run."""
     activities = [torch.profiler.ProfilerActivity.CPU]
-    if job.device.type == "cuda":
+    if job.group.device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     profiler = torch.profiler.profile(activities=activities, record_shapes=True)
     profiler.start()
@@ -53,7 +53,7 @@ def _trace(job: Job, run_dir: Storage) -> Iterator[None]:
         yield
     finally:
         profiler.stop()
-        folder, name = run_dir.child(PROFILES), f"rank{job.rank}.json.gz"
+        folder, name = run_dir.child(PROFILES), f"rank{job.group.rank}.json.gz"
         try:
             with tempfile.TemporaryDirectory() as scratch:
                 profiler.export_chrome_trace(f"{scratch}/{name}")

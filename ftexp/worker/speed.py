@@ -11,11 +11,11 @@ def speeds(job: Job) -> dict[str, float]:
     To be called where the GPU has caught up with the loop. Empty on other ranks than 0, which log nothing.
     """
     found = job.stopwatch.take(job.progress.position)
-    if job.rank != 0 or not found:
+    if job.group.rank != 0 or not found:
         return {}
     utilisation = job.utilisation
-    if utilisation is not None and utilisation.problem is None:
-        share = utilisation.at(found["images_per_s"], job.model)
+    if utilisation.problem is None:
+        share = utilisation.at(found["images_per_s"], job.learner.model)
         if share is not None:
             found["mfu"] = share
         elif utilisation.problem is not None:

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from ftexp.data.order import Order, derive_seed
+from ftexp.data.order import SampleOrder, derive_seed
 from ftexp.data.stratify import stratified_split
 
 SEED = 3
@@ -37,7 +37,7 @@ def rounded(values):
 
 
 def first_sample(num_samples):
-    return int(Order(derive_seed(SEED, ORDER), num_samples).samples(np.array([0]))[0])
+    return int(SampleOrder(derive_seed(SEED, ORDER), num_samples).samples(np.array([0]))[0])
 
 
 def tile(path, number):

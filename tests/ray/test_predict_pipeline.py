@@ -19,7 +19,7 @@ from ftexp.data.feeds.decoding import decode_samples
 from ftexp.errors import DataError
 from ftexp.predicting import stopping
 from ftexp.predicting.inputs import ALL, find_inputs
-from ftexp.predicting.parts import PARTS, Plan, begin
+from ftexp.predicting.parts import PARTS, PredictionPlan, begin
 from ftexp.storage.directory import Storage
 from tests.support.configs import composed
 from tests.support.image_files import (
@@ -165,7 +165,7 @@ def run(tmp_path_factory):
 
 def test_parts_hold_what_the_model_says_of_each_image_and_name_what_is_unreadable(run, tmp_path):
     from ftexp.data.shared import Shared
-    from ftexp.predicting.pipeline import Job
+    from ftexp.predicting.pipeline import PredictionJob
 
     paths = [tmp_path / "images" / f"{'012'[n % 3]}/{n:02}.png" for n in range(20)]
     for path, image in zip(paths, IMAGES, strict=True):
@@ -179,10 +179,10 @@ def test_parts_hold_what_the_model_says_of_each_image_and_name_what_is_unreadabl
     weights = Shared(np.frombuffer((tmp_path / "model.pt").read_bytes(), np.uint8))
     out = Storage.at(str(tmp_path / "out"))
     inputs = find_inputs(data_config("image_folder", tmp_path / "images"), ALL, CLASSES)
-    plan = Plan(run.storage.uri, "step", "raw", "", {}, len(inputs.split), inputs.digest, 3, "parquet", 6)
+    plan = PredictionPlan(run.storage.uri, "step", "raw", "", {}, len(inputs.split), inputs.digest, 3, "parquet", 6)
     missing = begin(out, plan)
     assert missing == [0, 1, 2, 3]
-    job = Job(run, weights, inputs, plan, out, Workers(1, False, {"CPU": 0.5}), 1, batch_size=4)
+    job = PredictionJob(run, weights, inputs, plan, out, Workers(1, False, {"CPU": 0.5}), 1, batch_size=4)
 
     written = dict(job.write([0, 1, 3]))  # as after a kill: part 2 isn't asked for
 

@@ -16,7 +16,7 @@ from ftexp.data.feeds.decoding import refuse_bad
 from ftexp.data.feeds.feed import CachedRows
 from ftexp.data.feeds.streamed import StreamedRows
 from ftexp.data.info import SPLITS
-from ftexp.data.order import Order, WindowOrder
+from ftexp.data.order import SampleOrder, WindowOrder
 from ftexp.data.sources.blocks import BlockCache
 from ftexp.data.sources.registry import sources
 from ftexp.errors import DataError
@@ -94,7 +94,7 @@ def test_streamed_rows_are_those_that_are_cached(roots, small_units, name, windo
     rows = {split: CachedRows(cached.datasets[split].iterator()) for split in SPLITS}
     num_train, num_test = len(rows["train"]), len(rows["test"])
     assert {split: len(streamed(streams, split)) for split in SPLITS} == cached.info.num_samples
-    order = Order(5, num_train)
+    order = SampleOrder(5, num_train)
     if name != "image_folder":
         assert streams.blocks.tolist() == cached.blocks.tolist()
         assert streams.blocks.sum() == num_train

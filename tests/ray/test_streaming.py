@@ -22,10 +22,10 @@ from ftexp.data.feeds import streamed as stream
 from ftexp.data.feeds.feed import IndexedFeed, ToTensors
 from ftexp.data.feeds.streamed import _UNIT_ROWS, StreamedRows
 from ftexp.data.info import SPLITS, DataInfo, IndexedSplit
-from ftexp.data.order import Order
-from ftexp.data.plan import Plan
+from ftexp.data.order import SampleOrder
+from ftexp.data.plan import ShardPlan
 from ftexp.data.shared import Shared
-from ftexp.job.job import _rows
+from ftexp.job.build import _rows
 from tests.support.processes import wait_until_none
 
 SIZE = 24  # so that an image outweighs what comes with it
@@ -69,8 +69,8 @@ def split_of(folder, num_samples):
 def feed(folder, num_samples, batch, total, num_tasks=1):
     rows = StreamedRows(split_of(folder, num_samples), INFO, num_tasks, nothing_is_bad, lambda _: None)
     to_tensors = ToTensors(INFO, torch.device("cpu"), channels_last=False)
-    plan = Plan(batch, 1, total, rank=0, world_size=1)
-    return IndexedFeed(rows, Order(0, num_samples), plan, to_tensors, Augment(AugmentConfig(), 0))
+    plan = ShardPlan(batch, 1, total, rank=0, world_size=1)
+    return IndexedFeed(rows, SampleOrder(0, num_samples), plan, to_tensors, Augment(AugmentConfig(), 0))
 
 
 def shown(batch):
@@ -102,10 +102,10 @@ def test_what_nobody_takes_is_not_decoded(tmp_path):
 
 def test_a_task_that_is_killed_is_done_again_and_changes_nothing(tmp_path):
     for number in (40, 333, 700):
-        (tmp_path / f"kills.{Order(0, 1000).samples(np.array([number]))[0]}").touch()
+        (tmp_path / f"kills.{SampleOrder(0, 1000).samples(np.array([number]))[0]}").touch()
     with closing(feed(tmp_path, 1000, 50, 2000).from_position(0)) as batches:
         found = [(batch.start, batch.samples.tolist(), shown(batch)) for batch in batches]
-    expected = Order(0, 1000).samples(np.arange(2000)).reshape(40, 50)
+    expected = SampleOrder(0, 1000).samples(np.arange(2000)).reshape(40, 50)
     assert [start for start, _, _ in found] == list(range(0, 2000, 50))
     assert [samples for _, samples, _ in found] == expected.tolist()
     assert [pixels for *_, pixels in found] == (expected % 251).tolist()
@@ -118,7 +118,7 @@ def test_epochs_follow_one_another_in_one_pipeline_and_it_can_begin_in_any(tmp_p
     whole = [(b.start, b.end, b.samples.tolist(), shown(b)) for b in made.from_position(0)]
     assert [(start, end) for start, end, *_ in whole] == [(s, min(s + 10, 95)) for s in range(0, 95, 10)]
     samples = [sample for *_, samples, _ in whole for sample in samples]
-    assert samples == Order(0, 7).samples(np.arange(95)).tolist()
+    assert samples == SampleOrder(0, 7).samples(np.arange(95)).tolist()
     for position in (10, 40, 90):
         assert [(b.start, b.end, b.samples.tolist(), shown(b)) for b in made.from_position(position)] == [
             batch for batch in whole if batch[0] >= position
@@ -146,7 +146,9 @@ def test_a_worker_that_finds_no_cpu_to_decode_on_says_so_and_goes_on_when_there_
     told = queue.Queue()
     spec = SimpleNamespace(config=Config(), info=INFO, decode_cpus=1)
     line = SimpleNamespace(send=lambda kind, **fields: told.put({"kind": kind, **fields}))
-    rows = _rows(spec, dict.fromkeys(SPLITS, split_of(tmp_path, 40)), line, rank=3, world_size=1)["train"]
+    rows = _rows(spec, dict.fromkeys(SPLITS, split_of(tmp_path, 40)), line, SimpleNamespace(rank=3, world_size=1))[
+        "train"
+    ]
     other = Everything.remote()
     assert ray.get(other.held.remote())
     wait_until_none(lambda: ray.available_resources().get("CPU", 0))  # it takes a moment until that is known

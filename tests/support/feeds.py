@@ -9,7 +9,7 @@ from ftexp.config.schema import AugmentConfig
 from ftexp.data.augment.pixels import Augment
 from ftexp.data.feeds.feed import CachedRows, IndexedFeed, Taken, ToTensors
 from ftexp.data.info import DataInfo
-from ftexp.data.order import Order
+from ftexp.data.order import SampleOrder
 
 CPU = torch.device("cpu")
 
@@ -51,7 +51,7 @@ def make_feed(num_samples, plan, channels=1, augment=None, rows=None):
     info = DataInfo(["a", "b"], 4, channels, [0.0] * channels, [1.0] * channels, {})
     return IndexedFeed(
         rows or CachedRows(Blocks(block(np.arange(num_samples), channels=channels))),
-        Order(0, num_samples),
+        SampleOrder(0, num_samples),
         plan,
         ToTensors(info, CPU, channels_last=False),
         Augment(augment or AugmentConfig(), seed=0),

@@ -8,7 +8,8 @@ import torch.distributed as dist
 import torch.multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 
-from ftexp.data.plan import Plan
+from ftexp.data.plan import ShardPlan
+from ftexp.job.group import ProcessGroup
 from ftexp.worker.loop import advance
 from ftexp.worker.step import settle_gradient_order, thaw, train_step
 from tests.support.jobs import copied, make_job, same
@@ -17,20 +18,20 @@ WORLD, FREEZE, KEPT_AT = 3, {"blocks.0": 1, "patch_embed": 2}, 6
 
 
 def rank_of(rank, world):
-    job = make_job(freeze=FREEZE)
-    job.rank, job.world_size = rank, world
-    job.wrap = lambda model: DistributedDataParallel(model, gradient_as_bucket_view=True)
-    job.feed._plan = Plan(24, 1, 288, rank, world)
-    job.wrapped = job.wrap(job.model)
+    job = make_job(freeze=FREEZE, group=ProcessGroup(rank, world, torch.device("cpu")))
+    job.learner.wrap = lambda model: DistributedDataParallel(model, gradient_as_bucket_view=True)
+    job.data.feed._plan = ShardPlan(24, 1, 288, rank, world)
+    job.learner.wrapped = job.learner.wrap(job.learner.model)
     settle_gradient_order(job)
     return job
 
 
 def go_on(job):
     kept = None
-    for batch in job.feed.from_position(job.progress.position):
+    for batch in job.data.feed.from_position(job.progress.position):
         if job.progress.step == KEPT_AT:
-            kept = copy.deepcopy((job.model.state_dict(), job.optimizer.state_dict(), job.progress.state_dict()))
+            parts = (job.learner.model, job.learner.optimizer, job.progress)
+            kept = copy.deepcopy([part.state_dict() for part in parts])
         thaw(job)
         train_step(job, batch)
         advance(job, batch)
@@ -42,8 +43,8 @@ def train(rank):
     clean = rank_of(rank, WORLD)
     kept = go_on(clean)
     resumed = rank_of(rank, WORLD)
-    resumed.model.load_state_dict(kept[0])
-    resumed.optimizer.load_state_dict(kept[1])
+    resumed.learner.model.load_state_dict(kept[0])
+    resumed.learner.optimizer.load_state_dict(kept[1])
     resumed.progress.load_state_dict(kept[2], rank)
     go_on(resumed)
     assert same(copied(clean), copied(resumed)), "the run that went on ends elsewhere"

@@ -19,8 +19,8 @@ from ftexp.data.feeds.decoding import Decode
 from ftexp.data.feeds.feed import CachedRows, IndexedFeed, ToTensors, evaluation_batches
 from ftexp.data.feeds.streamed import StreamedRows
 from ftexp.data.info import DataInfo, IndexedSplit
-from ftexp.data.order import Order, WindowOrder
-from ftexp.data.plan import Plan
+from ftexp.data.order import SampleOrder, WindowOrder
+from ftexp.data.plan import ShardPlan
 
 SIZE = 4
 INFO = DataInfo(["a", "b"], SIZE, 1, [0.0], [1.0], {})
@@ -96,11 +96,11 @@ def test_every_position_comes_once_from_both_feeds_with_the_same_bits(
 ):
     sizes = np.array(blocks)
     num_samples, total = int(sizes.sum()), epochs * int(sizes.sum())
-    order = Order(0, num_samples) if window is None else WindowOrder(0, sizes, window)
+    order = SampleOrder(0, num_samples) if window is None else WindowOrder(0, sizes, window)
     begin = min(steps_done * batch, total)
     counted, weight_of_step = {}, Counter()
     for rank in range(world):
-        plan, augment = Plan(batch, accumulate, total, rank, world), Augment(AUGMENT, seed=0)
+        plan, augment = ShardPlan(batch, accumulate, total, rank, world), Augment(AUGMENT, seed=0)
         streamed, cached = (
             IndexedFeed(rows, order, plan, TO_TENSORS, augment).from_position(begin)
             for rows in (streamed_rows(num_samples), cached_rows(sizes))

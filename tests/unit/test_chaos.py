@@ -1,20 +1,29 @@
 """Chaos: what goes wrong is planned, the same for everyone, and happens once in a run."""
 
 import json
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import hydra
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ftexp.chaos import strike as chaos
-from ftexp.chaos.strike import FIRED, Chaos, ChaosError, FaultyStore, damage, planned_faults
+from ftexp.chaos.plan import planned_faults
+from ftexp.chaos.strike import FIRED, Chaos, ChaosError, FaultyStore, damage
 from ftexp.checkpoint.store import FILES, CheckpointStore, Manifest
 from ftexp.cli.compose import to_config
 from ftexp.config.checks.validate import validate
 from ftexp.config.schema import DAMAGES, FAULTS, ChaosConfig, config_dir
+from ftexp.data.batches import Batch, MicroBatch
+from ftexp.job.group import ProcessGroup
+from ftexp.job.skipped_batches import SkippedBatches
 from ftexp.storage.directory import Storage
+from ftexp.worker.loop import planned_chaos
 
 CONTENT = {name: name.encode() * 50 for name in FILES}
 OPTIONS = sorted(file.stem for file in (config_dir() / "chaos").glob("*.yaml"))
@@ -140,13 +149,11 @@ class Run:
 
     def __init__(self, folder, rank=0, world_size=2, total_steps=10, **config):
         self.sent, self.waited, self.killed = [], 0, []
-        self.job = SimpleNamespace(
-            config=SimpleNamespace(chaos=ChaosConfig(**config)), total_steps=total_steps, rank=rank,
-            world_size=world_size, progress=SimpleNamespace(step=0), poisoned=False, line=self,
-        )  # fmt: skip
+        self.progress, self.skipped = SimpleNamespace(step=0), SkippedBatches()
         self.run_dir = Storage.at(str(folder))
-        self.store = FaultyStore(self.run_dir.child("checkpoints"))
-        self.chaos = Chaos(self.job, self.store, self, self.run_dir)
+        faults, group = planned_faults(ChaosConfig(**config), total_steps), ProcessGroup(rank, world_size, None)
+        self.chaos = Chaos(faults, group, self.progress, self.skipped, self, self.run_dir)
+        self.store = self.chaos.store
 
     def send(self, kind, **fields):
         self.sent.append((kind, fields))
@@ -158,8 +165,8 @@ class Run:
         self.waited += 1
 
     def reach(self, step):
-        self.job.progress.step = step
-        self.chaos.strike()
+        self.progress.step = step
+        self.chaos.strike(checkpoints=self)
 
     def told(self):
         return [fields["fault"] for kind, fields in filter(lambda sent: sent != "flushed", self.sent)]
@@ -189,12 +196,48 @@ def test_two_faults_of_one_kind_at_one_step_are_two(tmp_path):
 
 @pytest.mark.parametrize(("wanted", "world_size", "struck"), [(0, 2, 0), (1, 2, 1), (5, 2, 1), (1, 1, 0), (2, 3, 2)])
 def test_a_fault_strikes_one_rank_whatever_their_number(tmp_path, wanted, world_size, struck):
-    poisoned = []
+    told = []
     for rank in range(world_size):
         run = Run(tmp_path, rank, world_size, faults=[{"kind": "nonfinite", "step": 4, "rank": wanted}])
         run.reach(4)
-        poisoned += [rank] * run.job.poisoned
-    assert poisoned == [struck]
+        told += [rank] * len(run.told())
+    assert told == [struck]
+
+
+def micro_batch(start):
+    return MicroBatch(torch.ones(2, 1, 4, 4), torch.zeros(2), torch.ones(2), np.arange(start, start + 2))
+
+
+def test_the_next_batch_that_drives_an_update_is_poisoned_and_no_other(tmp_path):
+    run = Run(tmp_path, kind="nonfinite", step=1)
+    batches = [Batch(at, at + 4, [micro_batch(at), micro_batch(at + 2)], None, None) for at in (0, 4, 8, 12)]
+    run.skipped.add((4, 8))
+    poisoned = []
+    for step, batch in enumerate(run.chaos.feeding(batch for batch in batches), start=1):
+        poisoned += [[bool(micro.images.isnan().all()) for micro in batch.micro_batches]]
+        run.reach(step)
+    assert poisoned == [[False, False], [False, False], [True, False], [False, False]]
+    assert all(micro.images.isfinite().all() for batch in batches for micro in batch.micro_batches)
+
+
+def job_with(chaos):
+    return SimpleNamespace(
+        config=SimpleNamespace(chaos=chaos), total_steps=10, group=ProcessGroup(0, 1, None),
+        progress=None, data=SimpleNamespace(skipped=None), line=None,
+    )  # fmt: skip
+
+
+def test_a_run_without_faults_loads_nothing_of_what_makes_them(tmp_path):
+    code = "import sys, ftexp.worker.loop; print('ftexp.chaos.strike' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout == "False\n"
+
+
+def test_chaos_is_made_where_faults_are_planned_and_nowhere_else(tmp_path, monkeypatch):
+    run_dir = Storage.at(str(tmp_path))
+    assert planned_chaos(job_with(ChaosConfig(kind="raise")), run_dir).store.storage.uri == f"{tmp_path}/checkpoints"
+    monkeypatch.setitem(sys.modules, "ftexp.chaos.strike", None)  # importing it is an error
+    assert planned_chaos(job_with(ChaosConfig()), run_dir) is None
+    assert planned_chaos(job_with(ChaosConfig(kind="random", rate=0.0)), run_dir) is None
 
 
 @pytest.mark.parametrize("kind", ["disk_full", "slow_storage"])

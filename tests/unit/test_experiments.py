@@ -13,7 +13,8 @@ from omegaconf import OmegaConf
 
 from ftexp.config.schema import config_dir
 from ftexp.data.info import DataInfo
-from ftexp.worker.loop import advance, evaluate
+from ftexp.worker.evaluation import evaluate
+from ftexp.worker.loop import advance
 from ftexp.worker.step import thaw, train_step
 from tests.support.configs import composed
 from tests.support.jobs import job_of
@@ -64,11 +65,11 @@ def test_an_experiment_takes_two_steps_and_is_evaluated(experiment):
     names = [f"class {number}" for number in range(10)]
     info = DataInfo(names, data.image_size, data.channels, data.mean, data.std, {})
     job = job_of(config, info, num_samples=16)
-    before = [weights.clone() for weights in job.model.parameters()]
-    for batch in itertools.islice(job.feed.from_position(0), 2):
+    before = [weights.clone() for weights in job.learner.model.parameters()]
+    for batch in itertools.islice(job.data.feed.from_position(0), 2):
         thaw(job)
         assert train_step(job, batch)
         advance(job, batch)
-    assert not all(torch.equal(*pair) for pair in zip(before, job.model.parameters(), strict=True))
+    assert not all(torch.equal(*pair) for pair in zip(before, job.learner.model.parameters(), strict=True))
     evaluate(job, "val")
     assert math.isfinite(job.progress.metrics["val_loss"])

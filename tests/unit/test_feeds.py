@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from ftexp.data.feeds.feed import CachedRows, ToTensors, evaluation_batches, prefetched
 from ftexp.data.info import DataInfo
-from ftexp.data.plan import Plan, even_part
+from ftexp.data.plan import ShardPlan, even_part
 from tests.support.feeds import CPU, Blocks, Unreadable, block, make_feed
 
 
@@ -25,7 +25,7 @@ def test_every_position_counts_in_exactly_one_micro_batch(batch, accumulate, tot
     start_at = data.draw(st.integers(0, total))
     counted = []
     for rank in range(world):
-        plan = Plan(batch, accumulate, total, rank, world)
+        plan = ShardPlan(batch, accumulate, total, rank, world)
         for start, end in plan.batch_ends(start_at):
             for share in plan.micro_shares(start, end):
                 assert len(share.positions) >= 2, "batch norm can't train on one row"
@@ -45,7 +45,7 @@ def test_even_parts_tile_the_range_and_differ_by_one_at_most(start, size, parts)
 
 @given(batch=st.integers(1, 40), resume_after=st.integers(0, 10))
 def test_resuming_at_a_position_gives_the_batches_that_would_have_come(batch, resume_after):
-    plan = Plan(batch, 1, 120, rank=1, world_size=2)
+    plan = ShardPlan(batch, 1, 120, rank=1, world_size=2)
     whole = list(make_feed(50, plan).from_position(0))
     position = min(resume_after * batch, 120)
     resumed = list(make_feed(50, plan).from_position(position))
@@ -69,13 +69,13 @@ def test_weighted_gradients_averaged_over_ranks_are_the_global_mean(batch, world
         (grad,) = torch.autograd.grad((losses * weights).sum(), weight)
         return grad
 
-    whole = next(make_feed(10, Plan(batch, 1, total, 0, 1)).from_position(batch))
+    whole = next(make_feed(10, ShardPlan(batch, 1, total, 0, 1)).from_position(batch))
     rows = whole.micro_batches[0]
     kept = rows.weights > 0
     expected = gradient(rows.images[kept], rows.labels[kept], torch.full((int(kept.sum()),), 1 / batch).double())
     parts = []
     for rank in range(world):
-        feed = make_feed(10, Plan(batch, accumulate, total, rank, world))
+        feed = make_feed(10, ShardPlan(batch, accumulate, total, rank, world))
         share = next(feed.from_position(batch))
         parts.append(sum(gradient(m.images, m.labels, m.weights.double()) for m in share.micro_batches))
     torch.testing.assert_close(sum(parts) / world, expected, rtol=1e-6, atol=1e-9)
@@ -113,7 +113,7 @@ def test_evaluation_sees_each_sample_exactly_once(num_samples, world, batch):
 
 @given(unreadable=st.sets(st.integers(0, 29)), accumulate=st.integers(1, 3))
 def test_rows_that_cannot_be_read_weigh_nothing_and_the_others_what_they_did(unreadable, accumulate):
-    plan = Plan(8, accumulate, 90, rank=1, world_size=2)
+    plan = ShardPlan(8, accumulate, 90, rank=1, world_size=2)
     whole = make_feed(30, plan).from_position(0)
     holey = make_feed(30, plan, rows=Unreadable(30, unreadable)).from_position(0)
     for ours, theirs in zip(holey, whole, strict=True):
@@ -136,7 +136,7 @@ def test_a_feed_opens_its_rows_with_all_that_it_will_take_in_that_order():
             return super().take(samples)
 
     rows = Recorded(3000, [])
-    feed = make_feed(3000, Plan(7, 2, 6001, rank=1, world_size=3), rows=rows)  # more than is planned at a time
+    feed = make_feed(3000, ShardPlan(7, 2, 6001, rank=1, world_size=3), rows=rows)  # more than is planned at a time
     assert sum(1 for _ in feed.from_position(14)) == len(range(14, 6001, 7))
     assert rows.asked.tolist() == np.concatenate(rows.taken).tolist()
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import ftexp.job.job
+import ftexp.job.build
 from ftexp.checkpoint import restore
 from ftexp.config.schema import Config
 from ftexp.data.info import DataInfo
@@ -30,14 +30,14 @@ def test_what_fails_while_a_model_is_built_is_on_record(monkeypatch):
         send=lambda kind, **fields: sent.append((kind, fields)),
     )
     context = SimpleNamespace(get_world_rank=lambda: 1, get_world_size=lambda: 2)
-    monkeypatch.setattr(ftexp.job.job.ray.train, "get_context", lambda: context)
-    monkeypatch.setattr(ftexp.job.job, "get_device", lambda: torch.device("cpu"))
-    monkeypatch.setattr(ftexp.job.job, "_connect", lambda *_: line)
+    monkeypatch.setattr(ftexp.job.build.ray.train, "get_context", lambda: context)
+    monkeypatch.setattr(ftexp.job.build, "get_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(ftexp.job.build, "_connect", lambda *_: line)
     config = Config()
     config.model.name = "no_such_model"
     spec = SimpleNamespace(config=config, info=DataInfo(["a"], 8, 1, [0.5], [0.5], {}))
     with pytest.raises(ConfigError, match="no_such_model"):
-        ftexp.job.job.build_job(spec, {})
+        ftexp.job.build.build_job(spec, {})
     ((kind, fields),) = sent
     assert (kind, fields["rank"], closed) == ("raised", 1, [True])
     assert "no_such_model" in fields["traceback"]
@@ -54,9 +54,7 @@ def test_of_a_run_that_trains_on_every_rank_takes_the_checkpoint_that_rank_0_fou
     ))  # fmt: skip
     monkeypatch.setattr(restore, "load_part", lambda name, content: {})
     monkeypatch.setattr(restore, "load_matching", lambda model, weights, source, key: loaded.append(source))
-    job = SimpleNamespace(
-        rank=1, model=None, average=None, agree_on=lambda mine: ("/runs/other/checkpoints", "step_7.a1")
-    )
-    restore._start_from(job, "/runs/other")
+    group = SimpleNamespace(rank=1, agree_on=lambda mine: ("/runs/other/checkpoints", "step_7.a1"))
+    restore._start_from(group, SimpleNamespace(model=None, ema=None), "/runs/other")
     assert read == [("/runs/other/checkpoints", "step_7.a1", "model.pt")]
     assert loaded == ["/runs/other/checkpoints/step_7.a1 (step 7)"]

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ftexp.data.batches import Batch
-from ftexp.data.order import Order
-from ftexp.data.plan import Plan
-from ftexp.rundir.sample_ledger import LEDGER, Ledger, Update, last_attempt, problems, read_updates
+from ftexp.data.order import SampleOrder
+from ftexp.data.plan import ShardPlan
+from ftexp.rundir.sample_ledger import LEDGER, SampleLedger, Update, last_attempt, problems, read_updates
 from ftexp.storage.directory import Storage
 
 NUM_SAMPLES, BATCH, EPOCHS = 10, 4, 3
@@ -25,7 +25,7 @@ def run_dir(tmp_path):
 
 def batches(world_size, rank, start_step=0, seed=0, accumulate=1):
     """(step, Batch) of one rank's share from after `start_step`, as its feed gives them."""
-    plan, order = Plan(BATCH, accumulate, TOTAL, rank, world_size), Order(seed, NUM_SAMPLES)
+    plan, order = ShardPlan(BATCH, accumulate, TOTAL, rank, world_size), SampleOrder(seed, NUM_SAMPLES)
     for step, (start, end) in enumerate(plan.batch_ends(start_step * BATCH), start=start_step + 1):
         positions = np.concatenate([share.positions[: share.num_counted] for share in plan.micro_shares(start, end)])
         yield step, Batch(start, end, [], positions, order.samples(positions))
@@ -33,7 +33,7 @@ def batches(world_size, rank, start_step=0, seed=0, accumulate=1):
 
 def write(run_dir, attempt, world_size, start_step=0, last_step=99, **how):
     for rank in range(world_size):
-        ledger = Ledger(run_dir.child(LEDGER), attempt, rank)
+        ledger = SampleLedger(run_dir.child(LEDGER), attempt, rank)
         for step, batch in batches(world_size, rank, start_step, **how):
             if step <= last_step:
                 ledger.note(step, batch)
@@ -46,7 +46,7 @@ def found(updates):
 
 def correct():
     """What a run without a fault leaves, made from the order alone."""
-    order, updates = Order(0, NUM_SAMPLES), []
+    order, updates = SampleOrder(0, NUM_SAMPLES), []
     for step, start in enumerate(range(0, TOTAL, BATCH), start=1):
         positions = np.arange(start, min(start + BATCH, TOTAL))
         updates.append(Update(step, 1, tuple(positions.tolist()), tuple(order.samples(positions).tolist())))
@@ -95,7 +95,7 @@ def test_a_line_that_a_kill_tore_is_left_out(run_dir):
 
 def test_every_line_can_be_read_once_it_is_flushed(run_dir, memory):
     for storage in (run_dir, Storage(memory)):
-        ledger = Ledger(storage.child(LEDGER), 1, 0)
+        ledger = SampleLedger(storage.child(LEDGER), 1, 0)
         for step, batch in batches(1, 0):
             ledger.note(step, batch)
             ledger.flush()
@@ -105,12 +105,12 @@ def test_every_line_can_be_read_once_it_is_flushed(run_dir, memory):
 def test_a_line_is_plain_json_with_the_step_its_positions_and_its_samples(run_dir):
     write(run_dir, attempt=1, world_size=2, last_step=1)
     lines = run_dir.child(LEDGER).read_bytes("a0001.r1.jsonl").decode().splitlines()
-    samples = Order(0, NUM_SAMPLES).samples(np.array([2, 3])).tolist()
+    samples = SampleOrder(0, NUM_SAMPLES).samples(np.array([2, 3])).tolist()
     assert [json.loads(line) for line in lines] == [{"step": 1, "positions": [2, 3], "samples": samples}]
 
 
 def test_a_run_without_a_ledger_writes_and_finds_nothing(run_dir):
-    ledger = Ledger(None, 1, 0)
+    ledger = SampleLedger(None, 1, 0)
     ledger.note(*next(batches(1, 0)))
     ledger.flush()
     assert read_updates(run_dir) == []
@@ -193,7 +193,7 @@ def test_no_swap_of_a_sample_goes_unnoticed(data):
 
 def test_what_was_rolled_back_does_not_stand_and_what_was_left_out_is_marked(run_dir):
     for rank in range(2):
-        ledger = Ledger(run_dir.child(LEDGER), 1, rank)
+        ledger = SampleLedger(run_dir.child(LEDGER), 1, rank)
         done = dict(batches(2, rank))
         for step in (1, 2, 3, 4):
             ledger.note(step, done[step])

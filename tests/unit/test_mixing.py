@@ -21,8 +21,8 @@ from ftexp.data.augment.pixels import Augment
 from ftexp.data.batches import MicroBatch
 from ftexp.data.feeds.feed import CachedRows, IndexedFeed, ToTensors
 from ftexp.data.info import DataInfo
-from ftexp.data.order import Order, derive_seed
-from ftexp.data.plan import Plan, cut_off
+from ftexp.data.order import SampleOrder, derive_seed
+from ftexp.data.plan import ShardPlan, cut_off
 from ftexp.inspecting.inspect import as_the_model_sees
 from tests.support.feeds import Unreadable, make_feed
 
@@ -40,7 +40,7 @@ def configured(mode, **changes):
 
 def whole_batch(count=12, start=0):
     """A micro-batch that is a whole global batch."""
-    share = Plan(count, 1, start + count, 0, 1, True).micro_shares(start, start + count)[0]
+    share = ShardPlan(count, 1, start + count, 0, 1, True).micro_shares(start, start + count)[0]
     rows = share.positions - start
     return MicroBatch(
         IMAGES[rows].clone(),
@@ -102,7 +102,9 @@ def test_a_sample_is_mixed_alike_by_any_number_of_workers_and_micro_batches(batc
     def mixed(accumulate, world):
         found = {}
         for rank in range(world):
-            feed = make_feed(11, Plan(batch, accumulate, total, rank, world, True), augment=AugmentConfig(pad_px=1))
+            feed = make_feed(
+                11, ShardPlan(batch, accumulate, total, rank, world, True), augment=AugmentConfig(pad_px=1)
+            )
             for share in feed.from_position(0):
                 for micro in share.micro_batches:
                     done = mixing(micro, share.start)
@@ -131,12 +133,12 @@ def test_no_more_than_two_partners_are_taken_along_and_each_sample_has_its_own(s
 
 
 def test_what_can_not_be_read_is_mixed_into_nothing():
-    share = Plan(6, 1, 6, 0, 1, True).micro_shares(0, 6)[0]
+    share = ShardPlan(6, 1, 6, 0, 1, True).micro_shares(0, 6)[0]
     readable = np.array([True, True, True, False, True, True])
     assert share.pairs(0, readable).tolist() == [[0, 4], [1, 5]]
 
-    sample = int(Order(0, 6).samples(np.arange(6))[3])
-    feed = make_feed(6, Plan(6, 1, 6, 0, 1, True), rows=Unreadable(6, [sample]))
+    sample = int(SampleOrder(0, 6).samples(np.arange(6))[3])
+    feed = make_feed(6, ShardPlan(6, 1, 6, 0, 1, True), rows=Unreadable(6, [sample]))
     micro = next(feed.from_position(0)).micro_batches[0]
     mixed = Mixing(configured("elem"), 51, 0.0, 0)(micro, 0)
     assert (mixed.targets > 0).sum(1).tolist() == [2, 2, 1, 1, 2, 2]
@@ -197,9 +199,9 @@ def test_a_feed_gives_what_rand_augment_makes_of_its_rows():
     block = {"image": pixels, "label": np.arange(6), "sample": np.arange(6)}
     rows = CachedRows(SimpleNamespace(iter_batches=lambda **_: iter([block])))
     info = DataInfo([str(n) for n in range(6)], 8, 1, [0.0], [1.0], {})
-    augment, order = Augment(AugmentConfig(rand_augment="rand-m9-inc1"), 2, info.mean), Order(0, 6)
+    augment, order = Augment(AugmentConfig(rand_augment="rand-m9-inc1"), 2, info.mean), SampleOrder(0, 6)
     to_tensors = ToTensors(info, CPU, False)
-    batch = next(IndexedFeed(rows, order, Plan(6, 1, 12, 0, 1), to_tensors, augment).from_position(6))
+    batch = next(IndexedFeed(rows, order, ShardPlan(6, 1, 12, 0, 1), to_tensors, augment).from_position(6))
     changed = augment.pixels(pixels[order.samples(np.arange(6, 12))], np.arange(6, 12))
     assert np.array_equal(to_tensors.pixels(batch.micro_batches[0].images), changed)
 
@@ -211,7 +213,7 @@ def test_the_contact_sheet_shows_what_is_erased_and_mixed():
     train = SimpleNamespace(channels_last=False, global_batch_size=8, label_smoothing=0.0)
     seen = as_the_model_sees(SimpleNamespace(augment=augment, train=train, seed=5), info, pixels)
 
-    to_tensors, plan = ToTensors(info, CPU, False), Plan(8, 1, 12, 0, 1, augment.mixes)
+    to_tensors, plan = ToTensors(info, CPU, False), ShardPlan(8, 1, 12, 0, 1, augment.mixes)
     for start, end in plan.batch_ends(0):
         (share,) = plan.micro_shares(start, end)
         own = share.positions

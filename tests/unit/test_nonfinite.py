@@ -8,19 +8,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ftexp.chaos.strike import Chaos, FaultyStore
+from ftexp.checkpoint.build import state_context
 from ftexp.checkpoint.compare import tree_differences
 from ftexp.checkpoint.manager import CheckpointManager
 from ftexp.checkpoint.registry import ExtraState
-from ftexp.checkpoint.store import CheckpointStore
 from ftexp.config.schema import AugmentConfig, EmaConfig, FailureConfig, OptimConfig
 from ftexp.errors import NonFiniteError
 from ftexp.failure.watchdog import Watchdog, hang_limits
-from ftexp.job.skipped_batches import Skips
-from ftexp.rundir.sample_ledger import Ledger, problems, read_updates
+from ftexp.job.skipped_batches import SkippedBatches
+from ftexp.rundir.sample_ledger import SampleLedger, problems, read_updates
 from ftexp.storage.directory import Storage
-from ftexp.worker.loop import _run, batches
-from tests.support.jobs import RESNET, copied, make_job, same
+from ftexp.worker.batches import batches
+from ftexp.worker.loop import begin, run_steps
+from tests.support.jobs import RESNET, copied, make_job, manager_of, same
 
 BATCH = 24
 STATES = ["progress", "scheduler", "scaler", "ema", "rng", "best"]
@@ -49,26 +49,18 @@ def run(tmp_path, monkeypatch):
 
     def start(policy, bad_steps=(), skips=(), name="run", model=None, recipe=None, **failure):
         job = make_job(model, optim=OptimConfig(name="sgd", lr=0.01)) if model else make_job(**recipe or {})
-        if job.scaler.is_enabled():
-            job.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**21, growth_interval=2)  # grows, and overflows
-        job.line.stop_requested = job.line.save_requested = False
+        if job.learner.scaler.is_enabled():
+            job.learner.scaler = torch.amp.GradScaler(
+                "cpu", init_scale=2.0**21, growth_interval=2
+            )  # grows, and overflows
         job.config.failure = dataclasses.replace(job.config.failure, on_nonfinite=policy, **failure)
         job.config.checkpoint.every_steps, job.config.checkpoint.every_epochs = 3, None
         job.config.train.ledger, job.config.train.log_every_steps = True, 4
-        job.feed, job.skips = BadFeed(job.feed, bad_steps), Skips(skips)
-        folder = Storage.at(str(tmp_path), name)
-        job.ledger = Ledger(folder.child("ledger"), 1, 0)
-        store = FaultyStore(folder.child("checkpoints"))
-        checkpoints = CheckpointManager(job, store, ExtraState(STATES, job))
-        job.folder = folder
-        _run(
-            job,
-            batches(job),
-            store,
-            checkpoints,
-            Chaos(job, store, checkpoints, folder),
-            Watchdog(hang_limits(FailureConfig()), print),
-        )
+        job.data.feed, job.data.skipped = BadFeed(job.data.feed, bad_steps), SkippedBatches(skips)
+        job = dataclasses.replace(job, ledger=SampleLedger(Storage.at(str(tmp_path), name, "ledger"), 1, 0))
+        checkpoints, store = manager_of(job, tmp_path / name / "checkpoints", STATES)
+        begin(job, store, checkpoints)
+        run_steps(job, batches(job), checkpoints, Watchdog(hang_limits(FailureConfig()), print))
         job.ledger.flush()
         return job
 
@@ -84,7 +76,7 @@ def points(job):
 
 
 @pytest.mark.parametrize("model", [None, RESNET], ids=["vit", "resnet"])
-def test_a_rollback_leaves_out_the_bad_batch_and_does_the_rest_again(run, model):
+def test_a_rollback_leaves_out_the_bad_batch_and_does_the_rest_again(run, model, tmp_path):
     skipped = run("skip_step", {5, 9}, name="skipped", model=model)
     rolled = run("rollback", {5, 9}, name="rolled", model=model)
     assert [(event["step"], event["to_step"], event["positions"]) for event in events(rolled, "rolled_back")] == [
@@ -94,11 +86,11 @@ def test_a_rollback_leaves_out_the_bad_batch_and_does_the_rest_again(run, model)
     # a single bad batch is left out either way, and what is done again comes out the same
     assert same(copied(rolled), copied(skipped))
     assert points(rolled) == points(skipped)
-    assert rolled.finished
-    updates = read_updates(rolled.folder)
+    assert rolled.progress.finished
+    updates = read_updates(Storage.at(str(tmp_path), "rolled"))
     assert [update.step for update in updates if update.skipped] == [5, 9]
     assert list(problems(updates, 96, BATCH)) == []
-    assert updates == read_updates(skipped.folder)
+    assert updates == read_updates(Storage.at(str(tmp_path), "skipped"))
 
 
 def test_a_rollback_takes_the_average_fp16s_scaler_and_what_was_unfrozen_back_with_it(run):
@@ -113,19 +105,19 @@ def test_a_rollback_takes_the_average_fp16s_scaler_and_what_was_unfrozen_back_wi
     assert [(event["step"], event["to_step"]) for event in events(rolled, "rolled_back")] == [(5, 3), (9, 6)]
     assert [event["epoch"] for event in events(rolled, "thawed")] == [1, 0, 1]
     assert same(copied(rolled), copied(skipped))
-    states = [ExtraState(["scaler", "ema"], job).state_dict() for job in (rolled, skipped)]
+    states = [ExtraState(["scaler", "ema"], state_context(job)).state_dict() for job in (rolled, skipped)]
     assert list(tree_differences(*states)) == []
     assert points(rolled) == points(skipped)
-    assert 0 < rolled.num_overflows < 10, "some of the ten steps were taken"
+    assert 0 < rolled.progress.num_overflows < 10, "some of the ten steps were taken"
 
 
-def test_bad_batches_in_a_row_are_blamed_on_those_before_them(run):
+def test_bad_batches_in_a_row_are_blamed_on_those_before_them(run, tmp_path):
     job = run("rollback", {8, 9})
     found = [(event["step"], event["to_step"], event["positions"]) for event in events(job, "rolled_back")]
     # the second takes the batch before the first with it, but nothing from before the save after step 6
     assert found == [(8, 6, [168, 192]), (9, 6, [144, 216])]
     assert same(copied(job), copied(run("raise", skips=[(144, 216)], name="left out")))
-    assert [update.step for update in read_updates(job.folder) if update.skipped] == [7, 8, 9]
+    assert [update.step for update in read_updates(Storage.at(str(tmp_path), "run")) if update.skipped] == [7, 8, 9]
 
 
 def test_the_first_steps_go_back_to_where_the_attempt_began(run):
@@ -139,7 +131,7 @@ def test_rollbacks_to_one_save_have_a_limit(run):
     with pytest.raises(NonFiniteError, match=r"step 6 .* rollbacks to the same save .*max_rollbacks=2"):
         run("rollback", bad, max_rollbacks=2)
     # each save begins a new count
-    assert run("rollback", {2, 5, 8, 11}, max_rollbacks=1, name="apart").finished
+    assert run("rollback", {2, 5, 8, 11}, max_rollbacks=1, name="apart").progress.finished
 
 
 def test_known_batches_are_left_out_whatever_the_policy_and_count_for_its_limit(run):
@@ -152,13 +144,12 @@ def test_known_batches_are_left_out_whatever_the_policy_and_count_for_its_limit(
 def test_weights_that_are_not_finite_are_nothing_to_go_back_to(tmp_path, monkeypatch):
     monkeypatch.setattr("ray.train.report", lambda metrics: None)
     job = make_job()
-    job.line.stop_requested = job.line.save_requested = False
     job.config.failure.on_nonfinite = "rollback"
-    checkpoints = CheckpointManager(job, CheckpointStore(Storage.at(str(tmp_path))), ExtraState(STATES, job))
+    checkpoints, _ = manager_of(job, tmp_path, STATES)
     checkpoints.keep_in_memory()
     good = copied(job)
     with torch.no_grad():
-        next(iter(job.model.parameters())).view(-1)[0] = math.inf
+        next(iter(job.learner.model.parameters())).view(-1)[0] = math.inf
     job.progress.step = 3
     checkpoints.save()
     (failed,) = events(job, "checkpoint_failed")
@@ -167,14 +158,14 @@ def test_weights_that_are_not_finite_are_nothing_to_go_back_to(tmp_path, monkeyp
         checkpoints.roll_back()
         assert same(copied(job), good)
         assert job.progress.step == 0
-        job.optimizer.step()
+        job.learner.optimizer.step()
         with torch.no_grad():
-            for parameter in job.model.parameters():
+            for parameter in job.learner.model.parameters():
                 parameter += 1
 
 
 def test_ranges_that_touch_become_one():
-    skips = Skips([(48, 72), (0, 24)])
+    skips = SkippedBatches([(48, 72), (0, 24)])
     assert [skips.cover(position) for position in (0, 23, 24, 47, 48, 71, 72)] == [
         True,
         True,
@@ -190,13 +181,13 @@ def test_ranges_that_touch_become_one():
 
 @given(st.lists(st.tuples(st.integers(0, 30), st.integers(1, 6)), max_size=8), st.integers(0, 40))
 def test_what_was_added_is_covered_and_nothing_else(added, position):
-    skips = Skips((start, start + length) for start, length in added)
+    skips = SkippedBatches((start, start + length) for start, length in added)
     assert skips.cover(position) == any(start <= position < start + length for start, length in added)
 
 
 @given(st.integers(0, 8), st.integers(0, 10))
 def test_a_wider_range_holds_the_bad_batch_all_before_it_and_as_many_again(num_before, first):
-    skips = Skips([(10, 10 + num_before)] if num_before else [])
+    skips = SkippedBatches([(10, 10 + num_before)] if num_before else [])
     start, end = skips.widened(10 + num_before, 11 + num_before, first)
     assert end == 11 + num_before
     assert start == max(first, 10 - num_before)

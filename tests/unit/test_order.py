@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ftexp.data.order import Order, WindowOrder, derive_seed, uniforms
+from ftexp.data.order import SampleOrder, WindowOrder, derive_seed, uniforms
 
 seeds = st.integers(0, 2**64 - 1)
 
@@ -15,12 +15,12 @@ seeds = st.integers(0, 2**64 - 1)
 @given(seed=seeds, num_samples=st.integers(1, 3000), epoch=st.integers(0, 2**20))
 def test_every_epoch_visits_every_sample_once(seed, num_samples, epoch):
     positions = epoch * num_samples + np.arange(num_samples)
-    assert sorted(Order(seed, num_samples).samples(positions)) == list(range(num_samples))
+    assert sorted(SampleOrder(seed, num_samples).samples(positions)) == list(range(num_samples))
 
 
 @given(seed=seeds, num_samples=st.integers(1, 10**12), position=st.integers(0, 10**15))
 def test_a_sample_depends_on_its_position_alone(seed, num_samples, position):
-    order = Order(seed, num_samples)
+    order = SampleOrder(seed, num_samples)
     window = np.arange(position, position + 7)
     alone = [int(order.samples(np.array([p]))[0]) for p in window]
     assert order.samples(window).tolist() == alone
@@ -28,15 +28,37 @@ def test_a_sample_depends_on_its_position_alone(seed, num_samples, position):
 
 
 def test_epochs_and_seeds_differ():
-    order = Order(0, 1000)
+    order = SampleOrder(0, 1000)
     first, second = order.samples(np.arange(1000)), order.samples(np.arange(1000, 2000))
     assert (first != second).mean() > 0.99
-    assert (first != Order(1, 1000).samples(np.arange(1000))).mean() > 0.99
+    assert (first != SampleOrder(1, 1000).samples(np.arange(1000))).mean() > 0.99
 
 
 def test_the_order_of_a_seed_never_changes_between_versions():
     # a run that resumes under a newer ftexp must go on in the order that it began in
-    assert Order(7, 10).samples(np.arange(20)).tolist() == [4, 9, 0, 6, 3, 2, 8, 1, 5, 7, 5, 9, 1, 2, 7, 4, 3, 6, 8, 0]
+    samples = SampleOrder(7, 10).samples(np.arange(20))
+    assert samples.tolist() == [
+        4,
+        9,
+        0,
+        6,
+        3,
+        2,
+        8,
+        1,
+        5,
+        7,
+        5,
+        9,
+        1,
+        2,
+        7,
+        4,
+        3,
+        6,
+        8,
+        0,
+    ]
     windows = WindowOrder(7, np.array([3, 0, 4, 3]), 2)
     assert windows.samples(np.arange(20)).tolist() == [4, 3, 6, 5, 1, 2, 7, 0, 8, 9, 3, 0, 2, 4, 6, 1, 5, 7, 9, 8]
     assert derive_seed(1, 2, 3) == 2869315087210772132
@@ -46,7 +68,7 @@ def test_the_order_of_a_seed_never_changes_between_versions():
 def places(request):
     """The place of each sample in each of 200 epochs, [epochs, samples]."""
     num_samples, num_epochs = 1257, 200
-    order = Order(3, num_samples) if request.param == "all" else WindowOrder(3, np.full(419, 3), 419)
+    order = SampleOrder(3, num_samples) if request.param == "all" else WindowOrder(3, np.full(419, 3), 419)
     return np.argsort(order.samples(np.arange(num_samples * num_epochs)).reshape(num_epochs, num_samples), axis=1)
 
 

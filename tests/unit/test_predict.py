@@ -11,12 +11,22 @@ from ftexp.config.schema import Config, ModelConfig
 from ftexp.data.info import DataInfo
 from ftexp.errors import ConfigError, StorageError
 from ftexp.predict import refuse
-from ftexp.predicting.parts import BAD_FILE, PARTS, PLAN_FILE, Plan, WritePart, begin, collect_bad, encoded, part_table
+from ftexp.predicting.parts import (
+    BAD_FILE,
+    PARTS,
+    PLAN_FILE,
+    PredictionPlan,
+    WritePart,
+    begin,
+    collect_bad,
+    encoded,
+    part_table,
+)
 from ftexp.predicting.pipeline import Predict
 from ftexp.predicting.progress import ImageProgress
 from ftexp.storage.directory import Storage
 
-PLAN = Plan("run", "step_1", "raw", "abc", {"name": "image_folder", "root": "/a"}, 10, "def", 2, "parquet", 4)
+PLAN = PredictionPlan("run", "step_1", "raw", "abc", {"name": "image_folder", "root": "/a"}, 10, "def", 2, "parquet", 4)
 
 
 @pytest.mark.parametrize(
@@ -70,7 +80,7 @@ def test_a_folder_of_other_predictions_is_refused_and_left_as_it_was(change, tol
     before = (tmp_path / PLAN_FILE).read_bytes()
 
     with pytest.raises(ConfigError, match="give another out") as caught:
-        begin(out, Plan(**{**vars(PLAN), **change}))
+        begin(out, PredictionPlan(**{**vars(PLAN), **change}))
     assert told in str(caught.value)
     assert (tmp_path / PLAN_FILE).read_bytes() == before
 
@@ -79,7 +89,7 @@ def test_a_run_that_was_moved_goes_on(tmp_path):
     out = Storage.at(str(tmp_path))
     begin(out, PLAN)
 
-    assert begin(out, Plan(**{**vars(PLAN), "run": "elsewhere"})) == [0, 1, 2]
+    assert begin(out, PredictionPlan(**{**vars(PLAN), "run": "elsewhere"})) == [0, 1, 2]
 
 
 def test_part_files_without_a_plan_are_nobody_s(tmp_path):
@@ -116,7 +126,7 @@ def test_a_row_tells_path_classes_truth_and_error():
 
 @pytest.mark.parametrize("kind", ["parquet", "csv"])
 def test_bad_images_are_read_back_from_all_parts_in_order(kind, tmp_path):
-    out, plan = Storage.at(str(tmp_path)), Plan(**{**vars(PLAN), "format": kind})
+    out, plan = Storage.at(str(tmp_path)), PredictionPlan(**{**vars(PLAN), "format": kind})
     write = WritePart(plan, out, ["ant", "bee", "cow"], ["ant", "bee"])
 
     told = [
@@ -134,7 +144,7 @@ def test_bad_images_are_read_back_from_all_parts_in_order(kind, tmp_path):
 
 
 def test_without_bad_images_there_is_no_list_of_them(tmp_path):
-    out, plan = Storage.at(str(tmp_path)), Plan(**{**vars(PLAN), "num_images": 4})
+    out, plan = Storage.at(str(tmp_path)), PredictionPlan(**{**vars(PLAN), "num_images": 4})
     WritePart(plan, out, ["ant", "bee", "cow"], ["ant", "bee"])(rows([0, 1, 2, 3]))
 
     assert collect_bad(plan, out, []) == []

@@ -6,7 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ftexp.evaluation.meter import Meter, Progress, means
+from ftexp.evaluation.meter import Meter, means
+from ftexp.job.progress import Progress
 
 CPU = torch.device("cpu")
 floats = st.lists(st.floats(0, 100, width=32), min_size=1, max_size=30)
@@ -44,10 +45,10 @@ def test_a_non_finite_loss_shows_as_nan_and_nothing_counted_too():
 
 
 def test_restored_progress_goes_on_counting_on_rank_0_alone():
-    progress = Progress(Meter(CPU), step=3, position=96, epoch=1, metrics={"val_loss": 0.5})
+    progress = Progress(Meter(CPU), 960, step=3, position=96, epoch=1, metrics={"val_loss": 0.5})
     add(progress.train, [0.5, 2.0])
     state = progress.state_dict()
-    ranks = [Progress(Meter(CPU)) for _ in range(2)]
+    ranks = [Progress(Meter(CPU), 960) for _ in range(2)]
     for rank, restored in enumerate(ranks):
         restored.load_state_dict(state, rank)
         assert (restored.step, restored.position, restored.epoch) == (3, 96, 1)

@@ -15,6 +15,8 @@ import timm.utils
 import torch
 from torch import nn
 
+from ftexp.chaos.strike import poisoned
+from ftexp.checkpoint.build import state_context
 from ftexp.checkpoint.compare import tree_differences
 from ftexp.checkpoint.registry import ExtraState
 from ftexp.checkpoint.staging import Staging, load_part
@@ -26,7 +28,9 @@ from ftexp.model.build import build_model, timm_arguments
 from ftexp.model.freezing import Freezing, classifier_parameters, parameters_of
 from ftexp.model.optim import build_optimizer
 from ftexp.model.schedule import build_scheduler
-from ftexp.worker.loop import advance, evaluate, log_train
+from ftexp.worker.evaluation import evaluate
+from ftexp.worker.log import log_train
+from ftexp.worker.loop import advance
 from ftexp.worker.step import thaw, train_step
 from tests.support.jobs import RESNET, SMALL_VIT, copied, make_job, same, skipping_job, train
 
@@ -54,9 +58,8 @@ def step(job, batches):
 
 def saved(job):
     """A checkpoint's parts, through the files."""
-    parts = Staging(job.device).copy(
-        (job.model.state_dict(), job.optimizer.state_dict(), ExtraState(STATES, job).state_dict())
-    )
+    held = (job.learner.model, job.learner.optimizer, ExtraState(STATES, state_context(job)))
+    parts = Staging(job.group.device).copy(tuple(each.state_dict() for each in held))
     loaded = []
     for part in parts:
         buffer = io.BytesIO()
@@ -69,9 +72,10 @@ def restored(parts, **arguments):
     """What a restart makes of a checkpoint."""
     job = make_job(**arguments)
     model, optimizer, extra = copy.deepcopy(parts)
-    job.model.load_state_dict(model)
-    job.optimizer.load_state_dict(optimizer)
-    ExtraState(STATES, job).load(extra, ExtraState(STATES, job).versions(), "run 'x'")
+    job.learner.model.load_state_dict(model)
+    job.learner.optimizer.load_state_dict(optimizer)
+    states = ExtraState(STATES, state_context(job))
+    states.load(extra, states.versions(), "run 'x'")
     return job
 
 
@@ -82,8 +86,8 @@ def restored(parts, **arguments):
 def test_with_the_full_recipe_a_restart_changes_no_bit(killed_after):
     """Before, at, and after the epoch that unfreezes a part."""
     clean = make_job(DROPPING, **FULL)
-    clean.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24, growth_interval=3)  # with overflows, too
-    batches = clean.feed.from_position(0)
+    clean.learner.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24, growth_interval=3)  # with overflows, too
+    batches = clean.data.feed.from_position(0)
     for _ in range(killed_after):
         step(clean, batches)
     checkpoint = saved(clean)
@@ -91,11 +95,11 @@ def test_with_the_full_recipe_a_restart_changes_no_bit(killed_after):
     assert list(tree_differences(checkpoint, saved(other))) == []
     torch.rand(7)  # whatever else the new process drew
     for job in (clean, other):
-        own = job.feed.from_position(job.progress.position)
-        while not job.finished:
+        own = job.data.feed.from_position(job.progress.position)
+        while not job.progress.finished:
             step(job, own)
     assert list(tree_differences(saved(clean), saved(other))) == []
-    assert 0 < clean.num_overflows < clean.progress.step
+    assert 0 < clean.progress.num_overflows < clean.progress.step
 
 
 # --- the average
@@ -103,28 +107,30 @@ def test_with_the_full_recipe_a_restart_changes_no_bit(killed_after):
 
 def test_the_average_is_timms():
     job = make_job(RESNET, ema=EMA)
-    theirs = timm.utils.ModelEmaV3(job.model, decay=0.9, use_warmup=True, warmup_power=0.75, update_after_step=1)
-    for number, batch in enumerate(job.feed.from_position(0), start=1):
+    theirs = timm.utils.ModelEmaV3(
+        job.learner.model, decay=0.9, use_warmup=True, warmup_power=0.75, update_after_step=1
+    )
+    for number, batch in enumerate(job.data.feed.from_position(0), start=1):
         train_step(job, batch)
         advance(job, batch)
-        theirs.update(job.model, step=number)
-    assert not same(list(job.average.model.state_dict().values()), list(job.model.state_dict().values()))
-    assert list(tree_differences(job.average.model.state_dict(), theirs.module.state_dict())) == []
+        theirs.update(job.learner.model, step=number)
+    assert not same(list(job.learner.ema.model.state_dict().values()), list(job.learner.model.state_dict().values()))
+    assert list(tree_differences(job.learner.ema.model.state_dict(), theirs.module.state_dict())) == []
 
 
 def test_the_average_is_evaluated_beside_the_weights():
     job = make_job(ema=EMA)
     train(job)
     with torch.no_grad():
-        for parameter in job.average.model.parameters():
+        for parameter in job.learner.ema.model.parameters():
             parameter.zero_()
     evaluate(job, "val")
     (point,) = [sent for sent in job.line.sent if sent["kind"] == "metrics"]
     assert point["values"]["val_accuracy"] > 0.95
     assert point["values"]["val_accuracy_ema"] == 0.5
     assert point["values"]["val_loss_ema"] == pytest.approx(0.6931, abs=1e-4)
-    assert not job.average.model.training
-    assert job.model.training
+    assert not job.learner.ema.model.training
+    assert job.learner.model.training
 
 
 def test_the_average_of_a_checkpoint_loads_into_a_model_of_timms_alone():
@@ -132,25 +138,24 @@ def test_the_average_of_a_checkpoint_loads_into_a_model_of_timms_alone():
     train(job)
     model = timm.create_model(**timm_arguments(job.config.model, job.info))
     model.load_state_dict(saved(job)[2]["ema"]["weights"])
-    images = next(job.feed.from_position(0)).micro_batches[0].images
-    assert torch.equal(model.eval()(images), job.average.model(images))
+    images = next(job.data.feed.from_position(0)).micro_batches[0].images
+    assert torch.equal(model.eval()(images), job.learner.ema.model(images))
 
 
 def test_a_step_that_is_left_out_does_not_move_the_average():
     job = skipping_job(ema=EMA)
-    batches = job.feed.from_position(0)
+    batches = job.data.feed.from_position(0)
     step(job, batches), step(job, batches)
-    before = [value.clone() for value in job.average.model.state_dict().values()]
-    job.poisoned = True
-    assert not step(job, batches)
-    assert same(list(job.average.model.state_dict().values()), before)
+    before = [value.clone() for value in job.learner.ema.model.state_dict().values()]
+    assert not step(job, map(poisoned, batches))
+    assert same(list(job.learner.ema.model.state_dict().values()), before)
     assert step(job, batches)
-    assert not same(list(job.average.model.state_dict().values()), before)
+    assert not same(list(job.learner.ema.model.state_dict().values()), before)
 
 
 def test_without_an_average_the_state_is_empty_and_a_checkpoint_may_lack_it():
     job = make_job()
-    states = ExtraState(STATES, job)
+    states = ExtraState(STATES, state_context(job))
     kept = states.state_dict()
     assert kept["ema"] == {}
     del kept["ema"]
@@ -162,7 +167,7 @@ def test_without_an_average_the_state_is_empty_and_a_checkpoint_may_lack_it():
 
 def overflowing_job(**arguments):
     job = make_job(precision="fp16", **arguments)
-    job.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24, growth_interval=4)
+    job.learner.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24, growth_interval=4)
     return job
 
 
@@ -171,36 +176,35 @@ def overflowing_job(**arguments):
 )
 def test_a_gradient_that_overflows_changes_nothing_is_counted_and_is_no_failure(clip):
     job = overflowing_job(ema=EMA, **clip)
-    batches = job.feed.from_position(0)
-    before, average = copied(job), [value.clone() for value in job.average.model.state_dict().values()]
+    batches = job.data.feed.from_position(0)
+    before, average = copied(job), [value.clone() for value in job.learner.ema.model.state_dict().values()]
     assert step(job, batches)  # no failure
-    assert (job.num_overflows, job.scaler.get_scale()) == (1, 2.0**23)
+    assert (job.progress.num_overflows, job.learner.scaler.get_scale()) == (1, 2.0**23)
     assert same(copied(job)[: len(before)], before)
-    assert same(list(job.average.model.state_dict().values()), average)
-    while job.num_overflows == job.progress.step:
+    assert same(list(job.learner.ema.model.state_dict().values()), average)
+    while job.progress.num_overflows == job.progress.step:
         step(job, batches)
     assert not same(copied(job)[: len(before)], before)
     log_train(job)
     values = job.line.sent[-1]["values"]
-    assert values["num_overflows"] == job.num_overflows == job.progress.step - 1
-    assert values["loss_scale"] == 2.0 ** (24 - job.num_overflows)
-    average = [value.clone() for value in job.average.model.state_dict().values()]
-    job.scaler.update(2.0**40)
+    assert values["num_overflows"] == job.progress.num_overflows == job.progress.step - 1
+    assert values["loss_scale"] == 2.0 ** (24 - job.progress.num_overflows)
+    average = [value.clone() for value in job.learner.ema.model.state_dict().values()]
+    job.learner.scaler.update(2.0**40)
     assert step(job, batches)
-    assert same(list(job.average.model.state_dict().values()), average)
+    assert same(list(job.learner.ema.model.state_dict().values()), average)
 
 
 @pytest.mark.parametrize("policy", ["skip_step", "rollback"])
 def test_in_fp16_an_overflow_is_the_scalers_affair_and_a_bad_loss_the_policys(policy):
     job = overflowing_job(ema=EMA)
     job.config.failure.on_nonfinite = policy
-    batches = job.feed.from_position(0)
+    batches = job.data.feed.from_position(0)
     assert step(job, batches)
-    assert job.num_overflows == 1
+    assert job.progress.num_overflows == 1
     kept = copied(job), saved(job)[2]
-    job.poisoned = True
     batch = next(batches)
-    assert not train_step(job, batch)
+    assert not train_step(job, poisoned(batch))
     assert same(copied(job), kept[0])
     assert list(tree_differences(saved(job)[2]["scaler"], kept[1]["scaler"])) == []
     assert train_step(job, batch)  # the scaler is as it was: it can take a step
@@ -209,17 +213,17 @@ def test_in_fp16_an_overflow_is_the_scalers_affair_and_a_bad_loss_the_policys(po
 def test_sgds_momentum_is_zero_after_a_first_step_that_overflowed():
     """torch's fused SGD would leave it as whatever lay in memory."""
     job = overflowing_job(optim=OptimConfig(name="sgd", lr=0.01, kwargs={"momentum": 0.9}))
-    step(job, job.feed.from_position(0))
-    assert job.num_overflows == 1
-    buffers = [state.get("momentum_buffer") for state in job.optimizer.state.values()]
+    step(job, job.data.feed.from_position(0))
+    assert job.progress.num_overflows == 1
+    buffers = [state.get("momentum_buffer") for state in job.learner.optimizer.state.values()]
     assert all(buffer is None or not buffer.any() for buffer in buffers)
 
 
 def test_a_scale_that_mends_nothing_ends_the_run():
     job = make_job(precision="fp16")
-    step(job, job.feed.from_position(0))
+    step(job, job.data.feed.from_position(0))
     log_train(job)
-    job.scaler.update(0.5)
+    job.learner.scaler.update(0.5)
     job.progress.train.add(torch.ones(1), torch.ones(1, dtype=torch.bool), torch.ones(1, dtype=torch.bool))
     with pytest.raises(NonFiniteError, match=r"fp16 whatever the loss scale, which has come down to 0\.5 by step 1"):
         log_train(job)
@@ -229,12 +233,12 @@ def test_a_scaler_saved_by_an_older_version_is_read():
     job = make_job(precision="fp16")
     state = {
         key: value
-        for key, value in ExtraState(["scaler"], job).state_dict()["scaler"].items()
+        for key, value in ExtraState(["scaler"], state_context(job)).state_dict()["scaler"].items()
         if key != "num_overflows"
     }
-    job.num_overflows = 3
-    ExtraState(["scaler"], job).load({"scaler": {**state, "scale": 8.0}}, {"scaler": 1}, "an older run")
-    assert (job.scaler.get_scale(), job.num_overflows) == (8.0, 0)
+    job.progress.num_overflows = 3
+    ExtraState(["scaler"], state_context(job)).load({"scaler": {**state, "scale": 8.0}}, {"scaler": 1}, "an older run")
+    assert (job.learner.scaler.get_scale(), job.progress.num_overflows) == (8.0, 0)
 
 
 # --- clipping, decay, depth
@@ -244,19 +248,21 @@ def test_a_scaler_saved_by_an_older_version_is_read():
 def test_gradients_are_clipped_as_timm_clips_them(mode, bound):
     plain, clipped = make_job(), make_job(**{f"clip_grad_{mode}": bound})
     for job in (plain, clipped):
-        train_step(job, next(job.feed.from_position(0)))
+        train_step(job, next(job.data.feed.from_position(0)))
     reference = make_job()
-    reference.model.load_state_dict(make_job().model.state_dict())
-    for parameter, other in zip(reference.model.parameters(), plain.model.parameters(), strict=True):
+    reference.learner.model.load_state_dict(make_job().learner.model.state_dict())
+    for parameter, other in zip(reference.learner.model.parameters(), plain.learner.model.parameters(), strict=True):
         parameter.grad = other.grad.clone()
     # timm's training script leaves the head out, too, where it clips adaptively
-    names = [name for name, _ in reference.model.named_parameters() if mode != "agc" or not name.startswith("head.")]
-    timm.utils.dispatch_clip_grad([reference.model.get_parameter(name) for name in names], bound, mode)
-    for name, parameter in clipped.model.named_parameters():
-        assert torch.equal(parameter.grad, reference.model.get_parameter(name).grad), name
+    names = [
+        name for name, _ in reference.learner.model.named_parameters() if mode != "agc" or not name.startswith("head.")
+    ]
+    timm.utils.dispatch_clip_grad([reference.learner.model.get_parameter(name) for name in names], bound, mode)
+    for name, parameter in clipped.learner.model.named_parameters():
+        assert torch.equal(parameter.grad, reference.learner.model.get_parameter(name).grad), name
     assert any(
-        not torch.equal(parameter.grad, plain.model.get_parameter(name).grad)
-        for name, parameter in clipped.model.named_parameters()
+        not torch.equal(parameter.grad, plain.learner.model.get_parameter(name).grad)
+        for name, parameter in clipped.learner.model.named_parameters()
     )
 
 
@@ -275,7 +281,7 @@ def expected_groups(groups, model):
 
 @pytest.mark.parametrize("model", [SMALL_VIT, RESNET], ids=["vit", "resnet"])
 def test_rates_that_fall_layer_by_layer_are_timms_and_the_schedule_respects_them(model):
-    built = make_job(model).model
+    built = make_job(model).learner.model
     config = OptimConfig(name="adamw", lr=0.1, weight_decay=0.05, layer_decay=0.7)
     optimizer = build_optimizer(config, TrainConfig(), built)
     free = getattr(built, "no_weight_decay", set)()
@@ -294,7 +300,7 @@ def test_rates_that_fall_layer_by_layer_are_timms_and_the_schedule_respects_them
 
 @pytest.mark.parametrize("exclude", [True, False])
 def test_what_gets_no_weight_decay_is_timms(exclude):
-    built = make_job().model
+    built = make_job().learner.model
     config = OptimConfig(name="adamw", lr=0.1, weight_decay=0.05, filter_bias_and_bn=exclude)
     theirs = timm.optim.param_groups_weight_decay(built, 0.05, exclude, built.no_weight_decay())
     assert groups_of(build_optimizer(config, TrainConfig(), built), built) == expected_groups(theirs, built)
@@ -302,7 +308,7 @@ def test_what_gets_no_weight_decay_is_timms(exclude):
 
 def test_the_rate_that_is_logged_is_the_heads():
     job = make_job(optim=OptimConfig(name="adamw", lr=3e-3, layer_decay=0.5))
-    step(job, job.feed.from_position(0))
+    step(job, job.data.feed.from_position(0))
     log_train(job)
     assert job.line.sent[-1]["values"]["lr"] == 3e-3
 
@@ -311,7 +317,9 @@ def test_stochastic_depth_reaches_the_model_and_what_timm_alone_builds_of_it():
     info = DataInfo(["a", "b"], 8, 1, [0.0], [1.0], {})
     arguments = timm_arguments(DROPPING, info)
     assert arguments["drop_path_rate"] == 0.3
-    rates = [module.drop_prob for module in make_job(DROPPING).model.modules() if type(module).__name__ == "DropPath"]
+    rates = [
+        module.drop_prob for module in make_job(DROPPING).learner.model.modules() if type(module).__name__ == "DropPath"
+    ]
     assert max(rates) == pytest.approx(0.3)
     with pytest.raises(ConfigError, match="drop_path_rate"):
         build_model(ModelConfig(name="vit_tiny_patch16_224", kwargs={"no_such": 1}, drop_path_rate=0.3), info)
@@ -350,7 +358,7 @@ def trained(model):
     ],
 )
 def test_a_part_is_named_by_pattern_by_timms_numbers_or_as_the_backbone(part, found):
-    model = make_job().model
+    model = make_job().learner.model
     assert parameters_of(part, model) == [name for name, _ in model.named_parameters() if found(name)]
 
 
@@ -367,16 +375,16 @@ def test_a_part_is_named_by_pattern_by_timms_numbers_or_as_the_backbone(part, fo
 )
 def test_a_part_that_is_not_there_is_told(freeze, told):
     with pytest.raises(ConfigError, match=told):
-        Freezing(freeze, make_job().model)
+        Freezing(freeze, make_job().learner.model)
 
 
 def test_the_classifier_is_timms():
-    assert classifier_parameters(make_job().model) == {"head.weight", "head.bias"}
+    assert classifier_parameters(make_job().learner.model) == {"head.weight", "head.bias"}
     assert classifier_parameters(nn.Linear(2, 2)) == set()
 
 
 def test_parts_are_unfrozen_epoch_by_epoch_and_one_in_two_parts_with_the_later():
-    model = make_job().model
+    model = make_job().learner.model
     freezing = Freezing({"backbone": 1, "layers.0-1": 2, "pos_embed": None}, model)
     everything = {name for name, _ in model.named_parameters()}
     early = set(parameters_of("layers.0-1", model))
@@ -394,25 +402,25 @@ def test_parts_are_unfrozen_epoch_by_epoch_and_one_in_two_parts_with_the_later()
 
 def test_a_frozen_part_stands_still_without_an_optimisers_state_and_then_trains():
     job = make_job(freeze={"backbone": 1})
-    before = {name: value.clone() for name, value in job.model.state_dict().items()}
-    batches = job.feed.from_position(0)
+    before = {name: value.clone() for name, value in job.learner.model.state_dict().items()}
+    batches = job.data.feed.from_position(0)
     for _ in range(4):  # the first epoch
         step(job, batches)
-    moved = {name for name, value in job.model.state_dict().items() if not torch.equal(value, before[name])}
+    moved = {name for name, value in job.learner.model.state_dict().items() if not torch.equal(value, before[name])}
     assert moved == {"head.weight", "head.bias"}
-    assert len(job.optimizer.state) == 2
+    assert len(job.learner.optimizer.state) == 2
     step(job, batches)
-    moved = {name for name, value in job.model.state_dict().items() if not torch.equal(value, before[name])}
+    moved = {name for name, value in job.learner.model.state_dict().items() if not torch.equal(value, before[name])}
     assert {"pos_embed", "blocks.0.attn.qkv.weight"} <= moved
-    assert len(job.optimizer.state) == len(before)
+    assert len(job.learner.optimizer.state) == len(before)
     assert [sent["num_frozen"] for sent in job.line.sent if sent.get("name") == "thawed"] == [0]
 
 
 def test_ddp_is_made_anew_when_a_part_is_unfrozen_and_only_then():
     job, made = make_job(freeze={"blocks.0": 1}), []
-    job.wrap = lambda model: made.append(job.progress.step) or model
-    batches = job.feed.from_position(0)
-    while not job.finished:
+    job.learner.wrap = lambda model: made.append(job.progress.step) or model
+    batches = job.data.feed.from_position(0)
+    while not job.progress.finished:
         step(job, batches)
     assert made == [4]
 
@@ -427,16 +435,16 @@ def test_ranks_average_what_was_unfrozen_and_a_restart_between_changes_no_bit(tm
 
 def test_batch_norm_of_a_frozen_part_uses_and_keeps_its_statistics_also_after_an_evaluation():
     job = make_job(RESNET, optim=OptimConfig(name="sgd", lr=0.01), freeze={"layer1": 1})
-    before = {name: value.clone() for name, value in job.model.named_buffers()}
-    batches = job.feed.from_position(0)
+    before = {name: value.clone() for name, value in job.learner.model.named_buffers()}
+    batches = job.data.feed.from_position(0)
     step(job, batches)
     evaluate(job, "val")
     step(job, batches)
-    still = {name for name, value in job.model.named_buffers() if torch.equal(value, before[name])}
+    still = {name for name, value in job.learner.model.named_buffers() if torch.equal(value, before[name])}
     assert still == {name for name in before if name.startswith("layer1.")}
     while job.progress.epoch < 1:
         step(job, batches)
     step(job, batches)
     assert not torch.equal(
-        dict(job.model.named_buffers())["layer1.0.bn1.running_mean"], before["layer1.0.bn1.running_mean"]
+        dict(job.learner.model.named_buffers())["layer1.0.bn1.running_mean"], before["layer1.0.bn1.running_mean"]
     )

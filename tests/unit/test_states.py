@@ -11,12 +11,16 @@ import torch
 
 import ftexp.checkpoint.states
 from ftexp.checkpoint import registry
+from ftexp.checkpoint.build import state_context
 from ftexp.checkpoint.registry import ExtraState, check_names, register_state
 from ftexp.checkpoint.staging import load_part
-from ftexp.config.schema import ScheduleConfig
+from ftexp.config.schema import EmaConfig, ScheduleConfig
 from ftexp.errors import CheckpointError, StateError, UnknownNameError
-from ftexp.evaluation.meter import Meter, Progress
+from ftexp.evaluation.meter import Meter
+from ftexp.job.group import ProcessGroup
+from ftexp.job.progress import Progress
 from ftexp.model.schedule import build_scheduler
+from tests.support.jobs import make_job
 
 BUILT_IN = ["progress", "scheduler", "scaler", "ema", "rng", "best"]
 
@@ -27,13 +31,19 @@ def job():
     return SimpleNamespace(
         rank=0,
         line=SimpleNamespace(send=lambda *_, **__: None),
-        progress=Progress(Meter(torch.device("cpu")), step=40, position=1280, epoch=1),
+        progress=Progress(
+            Meter(torch.device("cpu")),
+            3200,
+            step=40,
+            position=1280,
+            epoch=1,
+            best={"metric": "val_accuracy", "value": 0.75, "step": 20},
+            num_overflows=5,
+        ),
         optimizer=optimizer,
         scheduler=build_scheduler(ScheduleConfig(name="cosine", warmup_epochs=1), optimizer, 100, 10.0),
         scaler=torch.amp.GradScaler("cpu", enabled=True, init_scale=1024.0),
-        average=None,
-        num_overflows=5,
-        best={"metric": "val_accuracy", "value": 0.75, "step": 20},
+        ema=None,
     )
 
 
@@ -76,13 +86,13 @@ def test_every_built_in_state_survives_the_file_and_comes_back(job):
     assert job.optimizer.param_groups[0]["lr"] != rate
     rate = job.optimizer.param_groups[0]["lr"]
 
-    job.progress = Progress(Meter(torch.device("cpu")))
-    job.best, job.scaler._scale, job.num_overflows = {}, None, 0
+    job.progress = Progress(Meter(torch.device("cpu")), 3200)
+    job.scaler._scale = None
     job.scheduler.step_update(0)
     ExtraState(BUILT_IN, job).load(saved, versions, "run 'x'")
     assert (job.progress.step, job.progress.position, job.progress.epoch) == (40, 1280, 1)
-    assert job.best == {"metric": "val_accuracy", "value": 0.75, "step": 20}
-    assert (job.scaler.get_scale(), job.num_overflows) == (1024.0, 5)
+    assert job.progress.best == {"metric": "val_accuracy", "value": 0.75, "step": 20}
+    assert (job.scaler.get_scale(), job.progress.num_overflows) == (1024.0, 5)
     assert job.optimizer.param_groups[0]["lr"] == rate
     assert (random.random(), np.random.random(), torch.rand(1).item()) == expected
 
@@ -125,6 +135,18 @@ def test_a_state_of_the_users_own_is_saved_and_restored(job, own_state):
     assert saved["counter"] == {"count": 3}
     extra.load(saved, extra.versions(), "run 'x'")
     assert loaded == {"count": 3}
+
+
+def test_a_state_is_given_the_very_objects_that_train():
+    job = make_job(ema=EmaConfig(decay=0.9), group=ProcessGroup(1, 2, torch.device("cpu")))
+    context = state_context(job)
+    learner = job.learner
+    given = (context.config, context.progress, context.line, context.model, context.optimizer, context.scheduler)
+    held = (job.config, job.progress, job.line, learner.model, learner.optimizer, learner.scheduler)
+    assert all(one is other for one, other in zip(given, held, strict=True))
+    assert context.scaler is learner.scaler
+    assert context.ema is learner.ema
+    assert (context.rank, context.world_size, context.device) == (1, 2, torch.device("cpu"))
 
 
 def test_an_unknown_name_names_the_nearest():

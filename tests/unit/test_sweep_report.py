@@ -1,13 +1,16 @@
 """A sweep's report: what it says agrees with the trials, and whatever is in them is only text."""
 
 import dataclasses
+import io
 import json
+from itertools import groupby, pairwise
 
 import pytest
 from PIL import Image
 
-from ftexp.report.drawing import Line
-from ftexp.report.sweep_charts import TrialLine, curves_chart, parallel_chart
+from ftexp.report.drawing import Dot, Drawing, Label, Line
+from ftexp.report.png import png
+from ftexp.report.sweep_charts import TrialLine, curves_chart, parallel_chart, values_chart
 from ftexp.report.sweep_page import SweepReport
 from ftexp.report.write import write_report
 from ftexp.rundir.record import FAILED, FINISHED, INTERRUPTED, RUN_FILE, RunState
@@ -114,6 +117,52 @@ def test_the_best_is_drawn_last_and_what_has_not_finished_is_dashed():
 
     assert [shape.role for shape in shapes] == ["faint", "train", "val"]
     assert [shape.dashed for shape in shapes] == [True, False, False]
+
+
+@pytest.mark.parametrize("values", [["0.001", "0.01", "0.1"], ["a", "b", "c"]], ids=["log", "words"])
+def test_a_swept_key_is_drawn_to_scale_or_with_a_place_for_each_word(values):
+    trials = [*lines(0.9, 0.5, 0.1, key=values), TrialLine("open", {"key": values[0]}, 0.7, False, 3)]
+    dots = {shape.role: shape for shape in values_chart(trials[:1], "key", "acc").shapes if isinstance(shape, Dot)}
+    assert [*dots] == ["val"]
+    last, middle, best = (shape for shape in values_chart(trials, "key", "acc").shapes if isinstance(shape, Dot))
+    assert (last.role, middle.role, best.role) == ("train", "train", "val")
+    assert best.x < middle.x < last.x
+    assert middle.x - best.x == pytest.approx(last.x - middle.x)
+    assert best.y < middle.y < last.y
+
+
+@pytest.mark.parametrize("letters", [3, 14])
+@pytest.mark.parametrize("number", [2, 5, 12])
+def test_the_labels_of_a_swept_key_do_not_overlap_and_stay_in_the_picture(letters, number):
+    words = [chr(ord("a") + n) * letters for n in range(number)]
+    drawing = values_chart(lines(*([0.5] * number), key=words), "key", "acc")
+    places = [(s.y, s.x - 6 * letters / 2, s.x + 6 * letters / 2) for s in drawing.shapes
+              if isinstance(s, Label) and s.text in words]  # fmt: skip
+    assert len(places) == number
+    assert all(end <= drawing.width and y < drawing.height - 10 for y, _, end in places)
+    for (y, _, end), (other_y, start, _) in pairwise(sorted(places)):
+        assert y != other_y or end < start
+
+
+def test_drawings_lie_side_by_side_in_one_picture_each_with_all_that_it_shows():
+    red, blue = Drawing("", 100, 50), Drawing("", 60, 80)
+    red.add(Dot(50, 25, 10, "fault"))
+    blue.add(Line([(0, 40), (60, 40)], "train", 3, dashed=True))
+    with Image.open(io.BytesIO(png(red, blue, title="both"))) as picture:
+        assert picture.size == (2 * (100 + 60 + 4 * 10), 2 * (80 + 7 * 10))
+        colours = picture.convert("RGB")
+    assert colours.getpixel((2 * (10 + 50), 2 * (60 + 25))) == pytest.approx((0xC4, 0x30, 0x2B), abs=8)
+    row = [colours.getpixel((2 * (130 + x), 2 * (60 + 40)))[0] < 128 for x in range(60)]
+    assert [len([*group]) for _, group in groupby(row)][:-1] == [3] * 19
+
+
+def test_the_dashes_of_a_curve_with_a_point_at_each_pixel_can_be_told_apart():
+    drawing = Drawing("", 60, 80)
+    drawing.add(Line([(x, 40) for x in range(61)], "train", 3, dashed=True))
+    with Image.open(io.BytesIO(png(drawing))) as picture:
+        colours = picture.convert("RGB")
+    dark = sum(colours.getpixel((2 * (10 + x), 2 * (30 + 40)))[0] < 128 for x in range(60))
+    assert dark == pytest.approx(30, abs=6)
 
 
 def test_one_trial_or_one_value_is_a_chart_too():

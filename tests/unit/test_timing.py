@@ -1,5 +1,6 @@
 """What a logged point tells of speed: sections that add up, FLOPs counted right, a peak only where it is known."""
 
+import dataclasses
 import gzip
 import json
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ import ftexp.job.mfu
 from ftexp.job.mfu import Utilisation, flops_per_image, peak_flops
 from ftexp.job.stopwatch import BACKWARD, FORWARD, OPTIMIZER, SAVE, SPEEDS, Stopwatch
 from ftexp.storage.directory import Storage
-from ftexp.worker.loop import log_train
+from ftexp.worker.log import log_train
 from ftexp.worker.profiler import PROFILES, profiled
 from ftexp.worker.step import thaw
 from tests.support.jobs import RESNET, make_job, train
@@ -107,8 +108,8 @@ def test_a_run_that_went_back_tells_no_speed(clock):
 
 def test_points_tell_of_speed_and_checkpoints_do_not():
     job = make_job()
-    fed = job.stopwatch.feeding((b for b in job.feed.from_position(0)), lambda: job.progress.position)
-    job.feed = SimpleNamespace(from_position=lambda _: fed)
+    fed = job.stopwatch.feeding((b for b in job.data.feed.from_position(0)), lambda: job.progress.position)
+    job.data.feed = SimpleNamespace(from_position=lambda _: fed)
     train(job)
     log_train(job)
     (point,) = [sent["values"] for sent in job.line.sent if sent["kind"] == "metrics"]
@@ -126,7 +127,7 @@ def test_flops_are_those_of_the_layers():
 
 @pytest.mark.parametrize("arguments", [{}, {"model": RESNET}], ids=["vit", "resnet"])
 def test_counting_leaves_a_model_as_it_is(arguments):
-    model = make_job(**arguments).model.train()
+    model = make_job(**arguments).learner.model.train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     state = torch.random.get_rng_state()
     assert flops_per_image(model, (1, 8, 8)) > 0
@@ -158,12 +159,12 @@ def test_utilisation_is_the_share_of_all_devices_peaks(monkeypatch):
 def test_what_is_unfrozen_counts_from_then_on(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA L4")
     job = make_job(freeze={"backbone": 1})
-    job.utilisation = Utilisation(torch.device("cuda"), "bf16", 1, (1, 8, 8))
+    job = dataclasses.replace(job, utilisation=Utilisation(torch.device("cuda"), "bf16", 1, (1, 8, 8)))
     thaw(job)
-    frozen = job.utilisation.at(1e9, job.model)
+    frozen = job.utilisation.at(1e9, job.learner.model)
     job.progress.epoch = 1
     thaw(job)
-    assert job.utilisation.at(1e9, job.model) > 2 * frozen
+    assert job.utilisation.at(1e9, job.learner.model) > 2 * frozen
 
 
 def test_a_model_that_cannot_be_counted_has_no_utilisation_and_says_why(monkeypatch):
@@ -182,8 +183,10 @@ def test_a_model_that_cannot_be_counted_has_no_utilisation_and_says_why(monkeypa
 def test_a_trace_of_the_chosen_steps_is_left(tmp_path, first, count, traced):
     job, run_dir = make_job(), Storage.at(str(tmp_path))  # of 12 steps
     job.config.profile.enabled, job.config.profile.start_step, job.config.profile.num_steps = True, first, count
-    feed = job.feed
-    job.feed = SimpleNamespace(from_position=lambda at: profiled(job, run_dir, (b for b in feed.from_position(at))))
+    feed = job.data.feed
+    job.data.feed = SimpleNamespace(
+        from_position=lambda at: profiled(job, run_dir, (b for b in feed.from_position(at)))
+    )
     train(job)
     assert job.progress.step == 12
     sent = [message["where"] for message in job.line.sent if message.get("name") == "profile_written"]
@@ -200,7 +203,9 @@ def test_a_profile_that_cannot_be_written_is_told_and_no_more(tmp_path):
     (tmp_path / PROFILES).write_text("in the way")
     job, run_dir = make_job(), Storage.at(str(tmp_path))
     job.config.profile.enabled, job.config.profile.start_step = True, 2
-    feed = job.feed
-    job.feed = SimpleNamespace(from_position=lambda at: profiled(job, run_dir, (b for b in feed.from_position(at))))
+    feed = job.data.feed
+    job.data.feed = SimpleNamespace(
+        from_position=lambda at: profiled(job, run_dir, (b for b in feed.from_position(at)))
+    )
     train(job)
     assert [message["name"] for message in job.line.sent] == ["profile_failed"]

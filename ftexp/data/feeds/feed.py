@@ -18,7 +18,7 @@ from ftexp.data.augment.pixels import Augment
 from ftexp.data.batches import Batch, MicroBatch
 from ftexp.data.info import DataInfo
 from ftexp.data.order import AnyOrder, Int64s
-from ftexp.data.plan import MicroShare, Plan, even_part
+from ftexp.data.plan import MicroShare, ShardPlan, even_part
 from ftexp.data.sources.arrays import UInt8s
 
 T = TypeVar("T")
@@ -127,7 +127,7 @@ Share = tuple[MicroShare, Int64s]  # of a micro-batch, and the samples at its po
 class IndexedFeed:
     """Batches of samples that are looked up by position."""
 
-    def __init__(self, rows: Rows, order: AnyOrder, plan: Plan, to_tensors: ToTensors, augment: Augment) -> None:
+    def __init__(self, rows: Rows, order: AnyOrder, plan: ShardPlan, to_tensors: ToTensors, augment: Augment) -> None:
         self._rows, self._order, self._plan = rows, order, plan
         self._to_tensors, self._augment = to_tensors, augment
 

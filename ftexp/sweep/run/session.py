@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
-import threading
 import time
 from typing import TYPE_CHECKING
 
@@ -155,8 +153,6 @@ def _with_ray(
             )
             runner.run()
     finally:
-        # the leaderboard is next, and Ray takes a second to stop
-        threading.Thread(target=importlib.import_module, args=("matplotlib.figure",), daemon=True).start()
         ray.shutdown()
 
 

@@ -14,14 +14,13 @@ from ftexp.rundir.record import FINISHED
 from ftexp.rundir.sweep_record import Ledger, Reached
 from ftexp.storage.directory import Storage
 from ftexp.sweep.show.display import STYLES
+from ftexp.sweep.show.picture import draw
 
 CSV_FILE, PNG_FILE = "leaderboard.csv", "leaderboard.png"
 
 
 def publish(folder: Storage, ledger: Ledger, trials: list[Reached], console: Console) -> None:
     """Print the table, and write both files into the sweep's directory."""
-    from ftexp.sweep.show.picture import draw
-
     ordered = ranked(ledger, trials)
     console.print(table(ledger, ordered))
     folder.write_bytes(CSV_FILE, as_csv(ledger, ordered).encode())

@@ -1,0 +1,42 @@
+"""Builds a job's checkpoint manager."""
+
+from __future__ import annotations
+
+import ftexp.checkpoint.states  # noqa: F401 - registers the built-in states
+from ftexp.checkpoint.manager import CheckpointManager
+from ftexp.checkpoint.registry import ExtraState, StateContext
+from ftexp.checkpoint.store import CheckpointStore
+from ftexp.job.job import Job
+
+
+def build_manager(job: Job, store: CheckpointStore) -> CheckpointManager:
+    """Build the manager that saves this rank's job to `store`, with the states that the config names."""
+    return CheckpointManager(
+        config=job.config,
+        run=job.run,
+        group=job.group,
+        learner=job.learner,
+        progress=job.progress,
+        ledger=job.ledger,
+        line=job.line,
+        store=store,
+        extra=ExtraState(job.config.checkpoint.extra_state, state_context(job)),
+    )
+
+
+def state_context(job: Job) -> StateContext:
+    """Return the context that the job's states are built with."""
+    group, learner = job.group, job.learner
+    return StateContext(
+        config=job.config,
+        rank=group.rank,
+        world_size=group.world_size,
+        device=group.device,
+        progress=job.progress,
+        model=learner.model,
+        optimizer=learner.optimizer,
+        scheduler=learner.scheduler,
+        scaler=learner.scaler,
+        ema=learner.ema,
+        line=job.line,
+    )

@@ -1,0 +1,207 @@
+"""Builds one worker's job from what the driver sent."""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import traceback
+
+import ray.train
+import torch
+from ray.train.torch import get_device, prepare_model
+from torch import nn
+
+from ftexp.cluster.hot_start.forker import MARK as HOT_START_MARK
+from ftexp.config.schema import Config
+from ftexp.data.augment.erasing import Erasing
+from ftexp.data.augment.mixing import Mixing
+from ftexp.data.augment.pixels import Augment
+from ftexp.data.feeds.decoding import refuse_bad
+from ftexp.data.feeds.feed import CachedRows, IndexedFeed, Rows, ToTensors
+from ftexp.data.feeds.streamed import StreamedRows, slow_reason
+from ftexp.data.info import SPLITS, BadSample, DataInfo, IndexedSplit
+from ftexp.data.order import derive_seed, run_order
+from ftexp.data.plan import ShardPlan
+from ftexp.errors import RunFailedError
+from ftexp.evaluation.meter import Meter
+from ftexp.job.data import TrainingData
+from ftexp.job.group import ProcessGroup
+from ftexp.job.job import Job, RunIdentity
+from ftexp.job.learner import Learner
+from ftexp.job.mfu import Utilisation
+from ftexp.job.progress import Progress
+from ftexp.job.skipped_batches import SkippedBatches
+from ftexp.job.spec import JobSpec
+from ftexp.job.stopwatch import Stopwatch
+from ftexp.model.build import WeightsReport, as_logits, build_model
+from ftexp.model.ema import WeightsEMA
+from ftexp.model.freezing import Freezing
+from ftexp.model.optim import build_optimizer
+from ftexp.model.schedule import build_scheduler
+from ftexp.rundir.sample_ledger import LEDGER, SampleLedger
+from ftexp.storage.directory import Storage
+from ftexp.wire.hub import Line
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_INIT = 2  # stream of the run's seed; 1 is the order's, 3 the steps'
+
+
+def build_job(spec: JobSpec, streams: dict[str, IndexedSplit]) -> Job:
+    """Connect to the driver and build this rank's job; collective."""
+    context = ray.train.get_context()
+    device = get_device()
+    assert isinstance(device, torch.device)
+    group = ProcessGroup(context.get_world_rank(), context.get_world_size(), device)
+    line = _connect(spec, group)
+    try:
+        return _build(spec, streams, line, group)
+    except Exception:
+        line.send("raised", rank=group.rank, step=0, position=0, samples=[], traceback=traceback.format_exc())
+        line.close()
+        raise
+
+
+def _build(spec: JobSpec, streams: dict[str, IndexedSplit], line: Line, group: ProcessGroup) -> Job:
+    config, info, device = spec.config, spec.info, group.device
+    answer = group.agree_on(line.answer)
+    if config.train.deterministic:
+        settle_kernels(device)
+    model, report = _model(config, info, device)
+    rows = _rows(spec, streams, line, group)
+    learner = _learner(config, info, model, device, len(rows["train"]))
+    learner.weights_report = report
+    plan = _plan(config, group, len(rows["train"]), answer.get("accumulate_steps") or 1)
+    attempt = answer["attempt"]
+    ledger = Storage(spec.run_uri).child(LEDGER) if config.train.ledger else None
+    shape = (info.channels, info.image_size, info.image_size)
+    return Job(
+        config=config,
+        info=info,
+        run=RunIdentity(spec.run_name, attempt, spec.fingerprint),
+        line=line,
+        group=group,
+        learner=learner,
+        data=_data(spec, rows, plan, device, SkippedBatches(answer.get("skipped", ()))),
+        progress=Progress(Meter(device), plan.total_positions),
+        ledger=SampleLedger(ledger, attempt, group.rank),
+        stopwatch=Stopwatch(device),
+        utilisation=Utilisation(device, config.train.precision, group.world_size, shape),
+    )
+
+
+def _model(config: Config, info: DataInfo, device: torch.device) -> tuple[nn.Module, WeightsReport | None]:
+    torch.manual_seed(derive_seed(config.seed, _INIT) % 2**63)
+    model, report = build_model(config.model, info)
+    if config.train.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    if config.train.compile:
+        model.compile()
+    return model.to(device), report
+
+
+def _learner(config: Config, info: DataInfo, model: nn.Module, device: torch.device, num_samples: int) -> Learner:
+    """Everything around `model`; collective. num_samples: of an epoch."""
+    train, precision = config.train, config.train.precision
+    # of all parameters, those that are frozen at first too
+    optimizer = build_optimizer(config.optim, train, model)
+    ema = WeightsEMA(config.ema, model) if config.ema.decay is not None else None
+    freezing = Freezing(train.freeze, model)
+    freezing.settle(epoch=0)
+    configured_steps = math.ceil(num_samples * train.epochs / train.global_batch_size)
+    steps_per_epoch = num_samples / train.global_batch_size
+    return Learner(
+        model=model,
+        wrapped=_under_ddp(model),
+        wrap=_under_ddp,
+        optimizer=optimizer,
+        scheduler=build_scheduler(config.schedule, optimizer, configured_steps, steps_per_epoch),
+        scaler=torch.amp.GradScaler(device.type, enabled=precision == "fp16"),
+        autocast=torch.autocast(device.type, dtype=_DTYPES[precision], enabled=precision != "fp32"),
+        as_logits=functools.partial(as_logits, config=config.model, num_classes=info.num_classes),
+        freezing=freezing,
+        ema=ema,
+    )
+
+
+def _plan(config: Config, group: ProcessGroup, num_samples: int, min_accumulate_steps: int) -> ShardPlan:
+    """Which positions this rank trains on, of `num_samples` an epoch."""
+    train = config.train
+    total_positions = num_samples * train.epochs
+    if train.max_steps is not None:
+        total_positions = min(total_positions, train.max_steps * train.global_batch_size)
+    return ShardPlan(
+        train.global_batch_size,
+        max(train.accumulate_steps, min_accumulate_steps),
+        total_positions,
+        group.rank,
+        group.world_size,
+        config.augment.mixes,
+    )
+
+
+def _data(
+    spec: JobSpec, rows: dict[str, Rows], plan: ShardPlan, device: torch.device, skipped: SkippedBatches
+) -> TrainingData:
+    config, info, augment = spec.config, spec.info, spec.config.augment
+    to_tensors = ToTensors(info, device, config.train.channels_last)
+    order = run_order(config.seed, len(rows["train"]), config.data.shuffle_window, spec.blocks)
+    smoothing = config.train.label_smoothing
+    return TrainingData(
+        feed=IndexedFeed(rows["train"], order, plan, to_tensors, Augment(augment, config.seed, info.mean)),
+        rows=rows,
+        to_tensors=to_tensors,
+        accumulate_steps=plan.accumulate_steps,
+        erasing=Erasing(augment, config.seed, device) if augment.erase_prob else None,
+        mixing=Mixing(augment, info.num_classes, smoothing, config.seed) if augment.mixes else None,
+        skipped=skipped,
+    )
+
+
+def settle_kernels(device: torch.device) -> None:
+    """Have a GPU's kernels give the same bits each time, as a CPU's do anyway; torch warns of those that can't."""
+    if device.type != "cuda":
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read with the first matrix product
+    torch.backends.cudnn.benchmark = False  # it would choose a kernel by timing
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def _under_ddp(model: nn.Module) -> nn.Module:
+    wrapped: nn.Module = prepare_model(model, parallel_strategy_kwargs={"gradient_as_bucket_view": True})
+    return wrapped
+
+
+def _rows(spec: JobSpec, streams: dict[str, IndexedSplit], line: Line, group: ProcessGroup) -> dict[str, Rows]:
+    """Each split's rows: cached, or streamed if there are `streams`."""
+    if not streams:
+        return {split: CachedRows(ray.train.get_dataset_shard(split)) for split in SPLITS}
+    data = spec.config.data
+    told: set[str] = set()
+
+    def on_bad(samples: list[BadSample]) -> None:
+        refuse_bad(data, samples)
+        if new := [sample for sample in samples if sample.where not in told]:
+            told.update(sample.where for sample in new)
+            line.send("event", name="bad_samples", count=len(new), samples=[vars(sample) for sample in new])
+
+    def on_slow(seconds: float) -> None:
+        free, there = (found.get("CPU", 0) for found in (ray.available_resources(), ray.cluster_resources()))
+        line.send("event", name="slow_data", rank=group.rank, reason=slow_reason(seconds, free, there))
+
+    num_tasks = max(1, spec.decode_cpus // group.world_size)
+    return {split: StreamedRows(streams[split], spec.info, num_tasks, on_bad, on_slow) for split in SPLITS}
+
+
+def _connect(spec: JobSpec, group: ProcessGroup) -> Line:
+    import socket
+
+    ranks = {"rank": group.rank, "world_size": group.world_size}
+    hello = {"kind": "hello", **ranks, "pid": os.getpid(), "node": socket.gethostname()}
+    hello["hot_start"] = HOT_START_MARK in os.environ
+    line = Line(spec.hub, hello)
+    if "stop" in line.answer:
+        line.close()
+        raise RunFailedError(line.answer["stop"])
+    return line

@@ -1,0 +1,35 @@
+"""The batches and rows that a job reads."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+
+from ftexp.data.augment.erasing import Erasing
+from ftexp.data.augment.mixing import Mixing
+from ftexp.data.batches import Batch, MicroBatch
+from ftexp.data.feeds.feed import Feed, Rows, ToTensors
+from ftexp.job.skipped_batches import SkippedBatches
+
+
+@dataclass(kw_only=True)
+class TrainingData:
+    """Where batches come from, and what is done to them before a step."""
+
+    feed: Feed
+    rows: dict[str, Rows]  # by split, for evaluation
+    to_tensors: ToTensors
+    accumulate_steps: int  # micro-batches of a step: more than configured once memory has run out
+    erasing: Erasing | None = None
+    mixing: Mixing | None = None
+    skipped: SkippedBatches = field(default_factory=SkippedBatches)
+    current: Batch | None = None  # that is being trained on
+
+    def augmented(self, micro: MicroBatch, start: int) -> MicroBatch:
+        """Erase and mix as the config asks for it, in the global batch that begins at position `start`.
+
+        Both draw from global generators, which the step seeds afterwards; so this is done on the thread that trains.
+        """
+        if self.erasing is not None:
+            micro = dataclasses.replace(micro, images=self.erasing(micro.images, micro.positions))
+        return micro if self.mixing is None else self.mixing(micro, start)

@@ -1,0 +1,42 @@
+"""The processes that train together, and how they come to agree."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class ProcessGroup:
+    """One rank of torch's default process group. Without one, a process agrees with itself."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    def agree(self, value: int) -> int:
+        """Return rank 0's `value` on every rank; collective."""
+        if not dist.is_initialized():
+            return value
+        box = torch.tensor([value], device=self.device)
+        dist.broadcast(box, src=0)
+        return int(box.item())
+
+    def all_agree(self, holds: bool) -> bool:
+        """Return whether it holds on every rank; collective."""
+        if not dist.is_initialized():
+            return holds
+        box = torch.tensor([int(holds)], device=self.device)
+        dist.all_reduce(box, op=dist.ReduceOp.MIN)
+        return bool(box.item())
+
+    def agree_on(self, value: Any) -> Any:
+        """Return rank 0's `value`, of any type that pickles, on every rank; collective."""
+        if not dist.is_initialized():
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]

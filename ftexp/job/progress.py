@@ -1,0 +1,63 @@
+"""How far a run has come."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from ftexp.evaluation.meter import Meter
+
+
+@dataclass
+class Progress:
+    """Where a run stands. `position` is the one truth; `step` and `epoch` are counted along."""
+
+    train: Meter  # since the last logged point
+    total_positions: int  # of the whole run: samples of an epoch times epochs, or as far as train.max_steps goes
+    step: int = 0  # optimiser steps done
+    position: int = 0  # samples that have driven an update
+    epoch: int = 0  # whole epochs done
+    metrics: dict[str, float] = field(default_factory=dict)  # the latest of each
+    best: dict[str, Any] = field(default_factory=dict)  # {"metric": name, "value": float, "step": int}, or empty
+    num_overflows: int = 0  # steps that fp16's loss scaler left out
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last step is done."""
+        return self.position >= self.total_positions
+
+    def advance(self, end: int, num_samples: int) -> bool:
+        """Count the step that ended at position `end`; whether an epoch, of `num_samples`, ended in it."""
+        self.step += 1
+        self.position = end
+        before, self.epoch = self.epoch, end // num_samples
+        return self.epoch > before
+
+    def update_best(self, metric: str, order: str) -> None:
+        """Remember the step if `metric` was never better; order: "max" or "min"."""
+        value = self.metrics.get(metric)
+        if value is None or math.isnan(value):
+            return
+        sign = 1 if order == "max" else -1
+        if not self.best or sign * value > sign * self.best["value"]:
+            self.best = {"metric": metric, "value": value, "step": self.step}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers, the same on every rank; collective, since meters are summed over ranks.
+
+        Without `best` and `num_overflows`, which are states of their own.
+        """
+        return {
+            "epoch": self.epoch,
+            "step": self.step,
+            "position": self.position,
+            "train": self.train.totals(),
+            "metrics": dict(self.metrics),
+        }
+
+    def load_state_dict(self, state: dict[str, Any], rank: int) -> None:
+        """Resume where `state_dict` was taken."""
+        self.epoch, self.step, self.position = state["epoch"], state["step"], state["position"]
+        self.metrics = dict(state["metrics"])
+        self.train.restore(state["train"], rank)

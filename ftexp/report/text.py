@@ -1,0 +1,14 @@
+"""Text as files can hold it, and as there is room for it."""
+
+from __future__ import annotations
+
+
+def plain(value: object) -> str:
+    """The text of a value, as UTF-8 can hold it: JSON may have brought half a surrogate pair."""
+    return str(value).encode("utf-8", "replace").decode()
+
+
+def cut(value: object, most: int) -> str:
+    """One line of at most so many characters."""
+    line = " ".join(plain(value).split())
+    return line if len(line) <= most else f"{line[: most - 1]}…"

@@ -1,0 +1,37 @@
+"""The batches that a worker trains on, in the order of the run."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Generator
+
+from ftexp.data.batches import Batch
+from ftexp.data.feeds.feed import prefetched
+from ftexp.job.job import Job
+from ftexp.storage.directory import Storage
+from ftexp.worker.profiler import profiled
+
+
+def feeding(job: Job, run_dir: Storage) -> Generator[Batch]:
+    """`batches`, timed, and with steps profiled where the config asks for it."""
+    return profiled(job, run_dir, job.stopwatch.feeding(batches(job), lambda: job.progress.position))
+
+
+def batches(job: Job) -> Generator[Batch]:
+    """Yield this rank's share of every global batch from where the run stands, also where it was put back meanwhile."""
+    while not job.progress.finished:
+        feed = job.data.feed.from_position(job.progress.position)
+        with contextlib.closing(feed), contextlib.closing(prefetched(feed, prefetch_depth(job))) as ahead:
+            for batch in ahead:
+                job.data.current = batch
+                yield batch
+                if job.progress.position != batch.end:
+                    break
+
+
+def prefetch_depth(job: Job) -> int:
+    """How many batches are made ahead of the one that trains."""
+    configured = job.config.data.prefetch_batches
+    if configured is not None:
+        return configured
+    return 2 if job.group.device.type == "cuda" else 0

@@ -1,0 +1,71 @@
+"""Evaluation of the validation and test splits."""
+
+from __future__ import annotations
+
+import json
+
+import torch.distributed as dist
+
+from ftexp.data.feeds.feed import evaluation_batches
+from ftexp.evaluation.counting import count_into
+from ftexp.evaluation.meter import Meter, means
+from ftexp.evaluation.mistakes import Findings, described, evaluation_file
+from ftexp.job.job import Job
+from ftexp.storage.directory import Storage
+from ftexp.worker.log import log_point
+
+
+def evaluation_due(job: Job, epoch_ended: bool) -> bool:
+    """Whether to evaluate after the step just done: at the end, and after every so many epochs."""
+    return job.progress.finished or (epoch_ended and job.progress.epoch % job.config.train.eval_every_epochs == 0)
+
+
+def evaluate(job: Job, split: str, findings: Findings | None = None) -> None:
+    """Measure `<split>_loss` and `<split>_accuracy` over all ranks, the EMA's with `_ema` after; collective.
+
+    An empty split has none. `findings` are the weights' own, not the EMA's.
+    """
+    if not len(job.data.rows[split]):
+        return
+    group, learner, data = job.group, job.learner, job.data
+    models = {"": learner.model} if learner.ema is None else {"": learner.model, "_ema": learner.ema.model}
+    if dist.is_initialized():
+        for model in models.values():
+            for buffer in model.buffers():  # batch norm's statistics are each rank's own between steps
+                dist.broadcast(buffer, src=0)
+    meters = {suffix: Meter(group.device) for suffix in models}
+    batches = evaluation_batches(data.rows[split], data.to_tensors, _batch_size(job), group.rank, group.world_size)
+    measured = list(zip(models.values(), meters.values(), strict=True))
+    count_into(measured, learner.as_logits, batches, learner.autocast, findings)
+    values: dict[str, float] = {}
+    for suffix, meter in meters.items():
+        loss, accuracy = means(meter.totals())
+        values |= {f"{split}_loss{suffix}": loss, f"{split}_accuracy{suffix}": accuracy}
+    log_point(job, split, values)
+
+
+def _batch_size(job: Job) -> int:
+    """Rows that a rank evaluates at a time: as configured, or what surely has room."""
+    config, accumulate_steps = job.config.train, job.data.accumulate_steps
+    has_room = max(1, 4 * config.global_batch_size // (job.group.world_size * accumulate_steps))
+    size = config.eval_batch_size or has_room
+    # with more micro-batches than configured, memory has run out before
+    return min(size, has_room) if accumulate_steps > config.accumulate_steps else size
+
+
+def test(job: Job, run_dir: Storage) -> None:
+    """Evaluate the test split, and leave what a report shows of it in the run directory; collective."""
+    if not job.config.report.enabled or not len(job.data.rows["test"]):
+        evaluate(job, "test")
+        return
+    findings = Findings(job.info.num_classes, job.data.to_tensors.pixels)
+    evaluate(job, "test", findings)
+    found, progress = findings.gathered(), job.progress
+    if job.group.rank == 0:
+        values = {name: progress.metrics[f"test_{name}"] for name in ("accuracy", "loss")}
+        head = {"run": run_dir.uri, "checkpoint": None, "step": progress.step, "epoch": progress.epoch, "split": "test"}
+        content = {**head, **values, **described(found, job.info.class_names)}
+        try:
+            run_dir.write_bytes(evaluation_file("test"), json.dumps(content).encode())
+        except OSError as error:  # the run is as good without
+            job.line.send("event", name="report_failed", error=f"{evaluation_file('test')}: {error}")

@@ -1,0 +1,75 @@
+"""Messages from a worker to the driver while it trains."""
+
+from __future__ import annotations
+
+import time
+
+from ftexp.errors import NonFiniteError
+from ftexp.evaluation.meter import means
+from ftexp.job.job import Job
+from ftexp.model.build import timm_arguments
+from ftexp.worker.hardware import describe
+from ftexp.worker.speed import speeds
+
+_TICK_INTERVAL_S = 0.1  # between messages that only move the progress bar
+
+
+def announce(job: Job) -> None:
+    """Tell the driver what was built, once everything is ready to train."""
+    if job.group.rank == 0:
+        job.line.send(
+            "ready",
+            arguments=timm_arguments(job.config.model, job.info),
+            num_parameters=sum(parameter.numel() for parameter in job.learner.model.parameters()),
+            device=str(job.group.device),
+            hardware=describe(job.group.device),
+            total_steps=job.total_steps,
+            step=job.progress.step,
+            weights=str(job.learner.weights_report) if job.learner.weights_report else None,
+        )
+
+
+def log_train(job: Job) -> None:
+    """Log the mean training loss and accuracy since the last point; collective."""
+    learner, progress = job.learner, job.progress
+    totals = progress.train.totals()
+    if totals[3]:
+        raise NonFiniteError(f"{totals[3]} losses were NaN or infinite by step {progress.step}")
+    loss, accuracy = means(totals)
+    progress.train.reset()
+    # layer-wise decay has the head's the largest
+    rate = max(group["lr"] for group in learner.optimizer.param_groups)
+    values = {"train_loss": loss, "train_accuracy": accuracy, "lr": rate}
+    if learner.scaler.is_enabled():
+        values |= {"loss_scale": learner.scaler.get_scale(), "num_overflows": progress.num_overflows}
+    log_point(job, "train", values, speeds(job))
+    if values.get("loss_scale", 1) < 1:
+        raise NonFiniteError(
+            f"gradients overflow in fp16 whatever the loss scale, which has come down to {values['loss_scale']} by "
+            f"step {progress.step}: lower optim.lr, clip gradients, or take train.precision=bf16"
+        )
+
+
+def log_point(job: Job, split: str, values: dict[str, float], beside: dict[str, float] | None = None) -> None:
+    """Log a point. What is `beside` is no part of what the run computes: checkpoints don't hold it."""
+    progress = job.progress
+    progress.metrics.update(values)
+    if job.group.rank == 0:
+        values = {**values, **(beside or {})}
+        job.line.send("metrics", split=split, step=progress.step, epoch=progress.epoch, values=values)
+
+
+class Ticker:
+    """Keeps the driver's progress bar moving, at a bounded rate."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._last = 0.0
+
+    def tick(self, at_once: bool = False) -> None:
+        """Tell the driver the step, unless it was told a moment ago and this isn't to be `at_once`."""
+        now = time.monotonic()
+        if self._job.group.rank == 0 and (at_once or now - self._last >= _TICK_INTERVAL_S):
+            self._last = now
+            progress = self._job.progress
+            self._job.line.send("tick", step=progress.step, position=progress.position, epoch=progress.epoch)
