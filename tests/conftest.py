@@ -1,22 +1,18 @@
-"""Helpers for tests that run the command for real."""
+"""The fixtures of all lanes, and how two workers share the tests."""
 
-import contextlib
+import gc
 import importlib.util
 import io
-import json
 import logging
 import os
-import queue
-import signal
-import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 
 import hypothesis
 import pytest
 from xdist.scheduler import LoadFileScheduling
+
+pytest.register_assert_rewrite("tests.support")
 
 # read when Ray is imported: else `uv run pytest` has Ray start every worker through `uv run`, in an environment anew
 os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
@@ -26,28 +22,12 @@ os.environ |= {"RAY_worker_niceness": "0"}
 # else every process that a test starts compiles ftexp anew
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
-# Two workers of pytest-xdist share the files: those of FIRST run one after the other on one worker, since they mind
-# most what runs beside them; the other worker begins with what is light, and ends with what starts the command, too.
-# The tests of EACH need nothing of one another: they are given out singly, so that both workers end at about one time.
+# Two workers of pytest-xdist share the tests. One begins with the files of FIRST, one after the other, since they mind
+# most what runs beside them; the other with those that share a Ray instance. Then come commands, and files of unit
+# tests last, the longest first: these are short, so that both workers end at about one time.
 FIRST = ("cluster", "exactly_once", "end_to_end")
-EACH = ("data_command", "failures", "nonfinite", "experiments", "loop", "fitting")  # the longest first
-LAST = ("streaming", "sweep", "search_sweep", "trackers", "s3", "predict", "hot_start", "export", *EACH)
-
-DEADLINE_S = 240
-
-# ends as the command does, and tells on standard error which of some modules were imported by then
-TELL_IMPORTS = """
-import sys
-from ftexp.train import main
-heavy, code = sys.argv.pop(1).split(","), 0
-try:
-    main()
-except SystemExit as error:
-    code = error.code
-print("imported:", sorted({*heavy} & set(sys.modules)), file=sys.stderr)
-sys.exit(code)
-"""
-FOUR_EPOCHS = ["train.epochs=4", "train.ledger=true"]
+SINGLY = ("data_command", "failures", "predict", "cli", "imports")  # of command: they need nothing of one another
+LONG = ("cli", "config", "recipe", "augment", "search", "causes")  # of unit
 
 # how long an example takes is the machine's affair
 hypothesis.settings.register_profile("ftexp", deadline=None)
@@ -62,191 +42,47 @@ def pytest_configure(config):
         os.execv(uv, [uv, "run", "--group", "dev", "pytest", *sys.argv[1:]])
     if lacking:
         raise pytest.UsageError(f"the tests need {', '.join(lacking)}: pip install --group dev")
+    if hasattr(config, "workerinput"):  # or torch's threads of all workers wait for one another
+        import torch
+
+        torch.set_num_threads(1)
 
 
 def pytest_xdist_make_scheduler(config, log):
     class ByFile(LoadFileScheduling):
         def _split_scope(self, nodeid):
-            name = _name(Path(nodeid.partition("::")[0]))
-            return nodeid if name in EACH else "first" if name in FIRST else name
+            path = Path(nodeid.partition("::")[0])
+            lane, name = path.parts[1], _name(path)
+            if lane != "command":
+                return str(path)
+            return "first" if name in FIRST else nodeid if name in SINGLY else str(path)
 
     return ByFile(config, log)
 
 
 def pytest_collection_modifyitems(items):
-    places = {name: place - len(FIRST) for place, name in enumerate(FIRST)}
-    places |= {name: place + 1 for place, name in enumerate(LAST)}
-    items.sort(key=lambda item: places.get(_name(item.path), 0))
+    for item in items:
+        item.add_marker(_lane(item))
+    items.sort(key=_place)
+
+
+def pytest_collection_finish():
+    gc.freeze()  # else each of the collector's passes looks at all of torch and Ray: a quarter of a composition's time
+
+
+def _lane(item):
+    return item.path.relative_to(Path(__file__).parent).parts[0]
+
+
+def _place(item):
+    lane, name = _lane(item), _name(item.path)
+    first = FIRST if lane == "command" else LONG if lane == "unit" else ()
+    place = first.index(name) if name in first else len(first)
+    return (lane != "command" or name not in FIRST, ("ray", "command", "unit").index(lane), place)
 
 
 def _name(path):
     return path.stem.removeprefix("test_")
-
-
-class Command:
-    """`python -m ftexp.<module> ...` in its own process, watched by its output and its run directory."""
-
-    def __init__(self, module, arguments, folder):
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", f"ftexp.{module}", *arguments],
-            cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
-        self.lines, self._new = [], queue.Queue()
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-
-    def _read(self):
-        for line in self.process.stdout:
-            self.lines.append(line.rstrip("\n"))
-            self._new.put(line)
-        self._new.put(None)
-
-    @property
-    def output(self):
-        return "\n".join(self.lines)
-
-    def wait_for(self, text):
-        """Return once a line with `text` was printed; fail if the command ends first."""
-        end = time.monotonic() + DEADLINE_S
-        while not any(text in line for line in list(self.lines)):
-            if self._new.get(timeout=max(0.0, end - time.monotonic())) is None:
-                raise AssertionError(f"ended without printing {text!r}:\n{self.output}")
-
-    def wait_until(self, condition):
-        """Return once `condition()` holds; it is asked again on every line, and ten times a second."""
-        end = time.monotonic() + DEADLINE_S
-        while not condition():
-            assert self.process.poll() is None, f"ended too early:\n{self.output}"
-            assert time.monotonic() < end, self.output
-            with contextlib.suppress(queue.Empty):
-                self._new.get(timeout=0.1)
-
-    def kill_child(self, program):
-        """SIGKILL the child process that runs the program of this name."""
-        for folder in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):  # ended meanwhile
-                parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-                run = (folder / "cmdline").read_text().partition("\0")[0]
-                if parent == self.process.pid and Path(run).name == program:
-                    os.kill(int(folder.name), signal.SIGKILL)
-                    return
-        raise AssertionError(f"no child process runs {program}")
-
-    def wait(self):
-        """Return the exit code."""
-        code = self.process.wait(timeout=DEADLINE_S)
-        self._reader.join(timeout=30)
-        return code
-
-
-class RunFolder:
-    """What a run left behind."""
-
-    def __init__(self, path):
-        self.path = Path(path)
-
-    @property
-    def storage(self):
-        from ftexp.storage.directory import Storage
-
-        return Storage.at(str(self.path))
-
-    @property
-    def record(self):
-        return json.loads((self.path / "run.json").read_text())
-
-    def events(self, name=None):
-        if not (self.path / "events.jsonl").exists():
-            return []
-        lines = (self.path / "events.jsonl").read_text().splitlines()
-        return [event for event in map(json.loads, lines) if name in (None, event["event"])]
-
-    def metrics(self):
-        return [json.loads(line) for line in (self.path / "metrics.jsonl").read_text().splitlines()]
-
-    @property
-    def checkpoints(self):
-        return sorted(path.name for path in (self.path / "checkpoints").iterdir())
-
-    def kill_worker(self, rank):
-        """SIGKILL a worker of the latest attempt."""
-        os.kill(self.events("ready")[-1]["pids"][rank], signal.SIGKILL)
-
-
-def descendants_with(text):
-    """Living processes whose environment holds `text`."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if text.encode() in (folder / "environ").read_bytes():  # empty for a zombie
-                found.append(int(folder.name))
-        except OSError:
-            continue
-    return found
-
-
-def wait_until_none(found):
-    """Return once `found()` is empty."""
-    end = time.monotonic() + DEADLINE_S
-    while left := found():
-        assert time.monotonic() < end, left
-        time.sleep(0.05)
-
-
-@pytest.fixture(scope="session")
-def clean_run(tmp_path_factory):
-    """A run of FOUR_EPOCHS that nothing happened to: others, to which something does, must end as it did."""
-    folder = tmp_path_factory.mktemp("clean")
-    command = Command("train", [*FOUR_EPOCHS, f"run.storage={folder}", "run.name=clean"], folder)
-    assert command.wait() == 0, command.output
-    return RunFolder(folder / "clean")
-
-
-@pytest.fixture(scope="session")
-def pictures(tmp_path_factory):
-    """The default data as a folder of images: the words that train on it, by either feed."""
-    import numpy as np
-    from PIL import Image
-    from sklearn.datasets import load_digits
-
-    root = tmp_path_factory.mktemp("pictures")
-    for number, (pixels, label) in enumerate(zip(*load_digits(return_X_y=True), strict=True)):
-        path = root / str(label) / f"{number:04d}.png"
-        path.parent.mkdir(exist_ok=True)
-        Image.fromarray(np.rint(pixels.reshape(8, 8) * (255 / 16)).astype(np.uint8)).save(path)
-    shape = [
-        "data.image_size=8",
-        "data.channels=1",
-        "data.mean=[0.3053]",
-        "data.std=[0.3760]",
-        "data.test_fraction=0.2",
-    ]
-    return ["data=image_folder", f"data.root={root}", "augment=digits", *shape]
-
-
-@pytest.fixture(scope="module")
-def data_ray():
-    """A Ray on this machine for the tests of a module; its workers ask a store again at once."""
-    import ray
-
-    def hurry():  # in here, so that it is sent whole: workers can't import this file
-        import ftexp.data.listing
-
-        ftexp.data.listing._RETRY_AFTER_S = (0.0, 0.0, 0.0)
-
-    logging.getLogger("ray").setLevel(logging.WARNING)  # it fills the report of a failed test otherwise
-    ray.init(
-        address="local",
-        num_cpus=2,
-        include_dashboard=False,
-        log_to_driver=False,
-        configure_logging=False,
-        runtime_env={"worker_process_setup_hook": hurry},
-    )
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -255,6 +91,7 @@ def s3_server():
     from moto.server import ThreadedMotoServer
 
     from ftexp.storage.directory import Storage
+    from tests.support.s3 import s3_uri
 
     with pytest.MonkeyPatch.context() as patch:
         for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
@@ -269,8 +106,13 @@ def s3_server():
         server.stop()
 
 
-def s3_uri(port, path):
-    return f"s3://{path}?endpoint_override=127.0.0.1:{port}&scheme=http&region=us-east-1&allow_bucket_creation=true"
+@pytest.fixture
+def s3(s3_server, request):
+    """A directory of the test's own."""
+    from ftexp.storage.directory import Storage
+    from tests.support.s3 import s3_uri
+
+    return Storage.at(s3_uri(s3_server, "bucket"), request.node.name)
 
 
 @pytest.fixture
@@ -309,28 +151,3 @@ def memory(monkeypatch):
 
     monkeypatch.setattr(ftexp.storage.directory, "open_uri", open_in_memory)
     return "memory://bucket/run"
-
-
-@pytest.fixture
-def ftexp(tmp_path):
-    """Start `python -m ftexp.train <overrides>` with its storage in tmp_path/runs."""
-    started = []
-
-    def start(*overrides, module="train"):
-        given = [f"run.storage={tmp_path / 'runs'}"] if module == "train" else []
-        if module == "train" and not any(word.startswith("report.") for word in overrides):
-            given.append("report.enabled=false")  # half a second, which few tests look at
-        command = Command(module, [*overrides, *given], tmp_path)
-        started.append(command)
-        return command
-
-    yield start
-    for command in started:
-        if command.process.poll() is None:
-            command.process.terminate()
-            command.process.wait(timeout=60)
-
-
-@pytest.fixture
-def run_folder(tmp_path):
-    return lambda name: RunFolder(tmp_path / "runs" / name)

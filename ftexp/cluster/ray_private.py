@@ -1,4 +1,4 @@
-"""Every name of Ray's that isn't public, in one place. `tests/test_ray_private.py` fails when an upgrade moves one.
+"""Every name of Ray's that isn't public. `tests/unit/test_ray_private.py` fails when an upgrade moves one.
 
 - The snapshot file: Ray Train would take up checkpoints of an earlier call from it, and refuses to start if it
   is torn or names a missing folder. Ours follow from manifests, so it is dropped before each fit.

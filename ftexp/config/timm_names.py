@@ -1,6 +1,6 @@
 """The names timm knows, read from its source files: importing timm takes seconds, this takes 0.1 s.
 
-`tests/test_models.py` holds the lists against `timm.list_models()` and `timm.optim.list_optimizers()`.
+`tests/unit/test_models.py` holds the lists against `timm.list_models()` and `timm.optim.list_optimizers()`.
 """
 
 from __future__ import annotations

@@ -1,0 +1,172 @@
+"""Failures of every kind, through Ray: the cause that is found, what it costs, and what is kept."""
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+
+from ftexp.drilling.report import compare
+from ftexp.rundir.sample_ledger import problems, read_updates
+from tests.support.processes import wait_until_none
+from tests.support.reference import OPTIONS
+
+BATCH = 32
+
+PLUGIN = """
+from ftexp.checkpoint.registry import register_state
+
+@register_state("faulty")
+class Faulty:
+    version = 1
+
+    def __init__(self, job):
+        advance = job.scheduler.step_update
+
+        def step_update(step):
+            advance(step)
+            return len(step) if step == 20 else None  # an int has no len()
+
+        job.scheduler.step_update = step_update
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        pass
+"""
+
+
+@pytest.mark.timeout(400)
+def test_a_run_that_lost_ray_hung_lost_numbers_and_raised_ends_where_the_clean_run_ends(
+    ftexp, run_folder, clean_run, pictures, tmp_path
+):
+    (tmp_path / "slow").touch()  # so that nothing is saved before Ray is killed
+    faults = "{kind: hang, step: 45, rank: 1}, {kind: nonfinite, step: 55}, {kind: raise, step: 65}"
+    command = ftexp(*OPTIONS, *pictures, "run.name=faulty", f"chaos.faults=[{faults}]", "failure.hang_timeout_s=15")
+    run = run_folder("faulty")
+    command.wait_until(lambda: run.events("ready"))
+    pids = run.events("ready")[0]["pids"]
+    command.wait_until(lambda: (run.path / "metrics.jsonl").exists() and run.metrics())
+    command.kill_child("gcs_server")
+    command.wait_until(lambda: len(run.events("ready")) == 2)
+    (tmp_path / "slow").unlink()
+    assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+    assert command.wait() == 0, command.output
+    assert len(run.events("command_started")) == 1
+    record = run.record
+    ray, *failures = record["failures"]
+    assert (ray["cause"], ray["rank"]) == ("ray", None)
+    assert f"✗ Ray failed after step {ray['step']} [ray]: Ray's GCS process was killed by SIGKILL" in command.output
+    assert "new Ray 1 of 3 allowed, not charged to failure.max_failures: starting a new Ray" in ray["decision"]
+    assert ray["steps_replayed"] == ray["step"]
+    assert [failure["cause"] for failure in failures] == ["hang", "non_finite", "crash"]
+    assert [failure["decision"] for failure in failures] == [
+        f"failure {number} of 3 allowed: restarting the workers" for number in (1, 2, 3)
+    ]
+    assert all(failure["progressed"] for failure in failures)
+    # rank 0 waits for rank 1 in the next step's all-reduce, and tells of that
+    assert failures[0]["rank"] == 1
+    assert failures[0]["error"].startswith("it stood still between steps for ")
+    stacks = run.path / "hangs" / "a2.r1.txt"
+    assert f"stacks in {stacks}" in failures[0]["error"]
+    assert "strike.py" in stacks.read_text()
+    assert failures[2]["step"] == 65
+    assert "ChaosError" in failures[2]["error"]
+    assert 0 < record["goodput"] <= 1
+    assert record["goodput"] == pytest.approx(record["productive_s"] / record["seconds"], abs=1e-4)
+    assert "on steps that counted" in command.output
+    report = compare(clean_run.storage, run.storage, BATCH, 0)
+    assert (report.differences, report.identical) == ([], True)
+
+
+def test_a_bug_ends_the_run_at_once_and_says_where_it_was(ftexp, run_folder, tmp_path):
+    (tmp_path / "my_states.py").write_text(PLUGIN)
+    extra = "checkpoint.extra_state=[progress,scheduler,scaler,rng,best,faulty]"
+    command = ftexp("run.name=bug", "plugins=[my_states]", extra, "report.enabled=true")
+    run = run_folder("bug")
+    assert command.wait() == 1, command.output
+    record = run.record
+    assert (record["status"], record["attempts"]) == ("failed", 1)
+    assert ">failed<" in (run.path / "report.html").read_text()
+    (failure,) = record["failures"]
+    assert (failure["cause"], failure["step"]) == ("bug", 20)
+    assert failure["error"] == "TypeError: object of type 'int' has no len()"
+    assert "a bug does not go away by trying again: giving up" in record["error"]
+    assert record["error"] in command.output
+    (line,) = [line for line in command.lines if "with samples" in line]
+    samples = line.partition("with samples ")[2].partition(";")[0].split(", ")
+    assert f"was at step 20, position {20 * BATCH}, with samples" in line
+    assert len({int(sample) for sample in samples}) == BATCH / 2  # this rank's half
+    assert "the same command with run.name=bug goes on from the last save" in command.output
+    raised = run.events("raised")
+    assert any("has no len()" in event["traceback"] for event in raised)
+    assert "Traceback" not in command.output
+
+
+@pytest.mark.timeout(400)
+def test_a_run_that_is_told_to_stop_saves_the_step_it_stopped_at_and_goes_on_from_it(ftexp, run_folder):
+    options = ["run.name=stopped", "data=synthetic", "data.image_size=8", "data.num_samples=600", "train.epochs=100"]
+    options += ["train.eval_every_epochs=5", "checkpoint.every_epochs=99"]
+    run, steps = run_folder("stopped"), [0]
+    for number, code, epoch in ((signal.SIGINT, 130, 5), (signal.SIGTERM, 75, 10)):
+        command = ftexp(*options)
+        command.wait_for(f"epoch {epoch}/100")
+        pids = run.events("ready")[-1]["pids"]
+        command.process.send_signal(number)
+        assert command.wait() == code, command.output
+        assert "stopping after a last save" in command.output
+        assert "the same command with run.name=stopped" in command.output
+        assert "Traceback" not in command.output
+        wait_until_none(lambda pids=pids: [pid for pid in pids if Path(f"/proc/{pid}").exists()])
+        assert (run.record["status"], run.record["failures"]) == ("interrupted", [])
+        saved = run.checkpoints[-1]
+        assert saved == run.record["checkpoint"]
+        steps.append(json.loads((run.path / "checkpoints" / saved / "manifest.json").read_text())["step"])
+        assert steps[-2] < steps[-1] < 1300
+        assert run.record["farthest_step"] <= steps[-1]  # what was done after the last tick was saved too
+    assert f"at step {steps[1]} from step_{steps[1]:08d}.a1" in command.output
+    assert [event["step"] for event in run.events("restored")] == [steps[1]]
+
+
+HUNGRY = """
+import torch
+from ftexp.checkpoint.registry import register_state
+
+@register_state("hungry")
+class Hungry:
+    version = 1
+
+    def __init__(self, job):
+        def take(model, arguments):
+            images = len(arguments[0])
+            sizes.append(images)
+            if model.training and images > 8:
+                torch.empty(images << 44)  # more than there is
+
+        sizes = self.sizes = []
+        job.model.register_forward_pre_hook(take)
+
+    def state_dict(self):
+        return {"largest": max(self.sizes)}
+
+    def load_state_dict(self, state):
+        pass
+"""
+
+
+def test_micro_batches_that_do_not_fit_are_halved(ftexp, run_folder, tmp_path):
+    (tmp_path / "my_states.py").write_text(HUNGRY)
+    extra = "checkpoint.extra_state=[progress,scheduler,scaler,rng,best,hungry]"
+    options = ["train.max_steps=20", "train.ledger=true", "failure.on_out_of_memory=halve_micro_batch"]
+    command = ftexp("run.name=hungry", "plugins=[my_states]", extra, *options, "data.val_fraction=0")
+    run = run_folder("hungry")
+    assert command.wait() == 0, command.output
+    record = run.record
+    assert [failure["cause"] for failure in record["failures"]] == ["out_of_memory"]
+    assert "can't allocate memory" in record["failures"][0]["error"]
+    assert "with micro-batches of 8 images, not 16, at the same global batch" in record["failures"][0]["decision"]
+    assert record["accumulate_steps"] == 2
+    updates = read_updates(run.storage)
+    assert len(updates) == 20
+    assert list(problems(updates, record["data"]["num_samples"]["train"], BATCH)) == []

@@ -1,0 +1,78 @@
+"""Wrong words, help and a report: the command imports nothing heavy for them."""
+
+import shutil
+
+import pytest
+import torch
+
+from tests.support.command import TELL_IMPORTS, WRITE_REPORT, process
+
+
+def test_a_start_from_nowhere_is_told_before_anything_is_started(tmp_path):
+    done = process("-c", TELL_IMPORTS, "torch,ray,timm,torchvision", "resume_from=/nowhere", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines() == [
+        "ftexp: resume_from=/nowhere: /nowhere holds no checkpoint that verifies: "
+        "give a run directory, or a folder under its checkpoints/",
+        "imported: []",
+    ]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_that_fit_nothing_are_told_before_ray_is_imported(tmp_path):
+    torch.save({"other.weight": torch.zeros(1)}, tmp_path / "w.bin")
+    done = process("-c", TELL_IMPORTS, "ray", "model.pretrained=w.bin", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    told, imported = done.stderr.splitlines()
+    assert told.startswith("ftexp: model.pretrained=w.bin: 0 of the model's 55 tensors can be taken from its 1: none")
+    assert imported == "imported: []"
+    assert [path.name for path in tmp_path.iterdir()] == ["w.bin"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["optim.lr=-1"],
+        ["optim.lrr=1"],
+        ["model=vitt"],
+        ["chaos.faults=[nope]"],
+        ["resume=must"],
+        ["--help"],
+        ["--cfg", "job"],
+    ],
+)
+def test_nothing_heavy_is_imported_before_the_config_is_known_to_be_good(words, tmp_path):
+    heavy = "torch,ray,timm,numpy,pandas,pyarrow,torchvision,sklearn"
+    done = process("-c", TELL_IMPORTS, heavy, *words, cwd=tmp_path)
+    assert "imported: []" in done.stderr
+    assert done.returncode == (0 if words[0].startswith("--") else 2)
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []  # and nothing is left behind
+
+
+def test_a_wrong_search_is_told_before_anything_heavy_is_imported(tmp_path):
+    words = ["-m", "hydra/sweeper=tune", "optim.lr=interval(1e-4, 1e-1)", "hydra.sweeper.num_trials=0"]
+    done = process("-c", TELL_IMPORTS, "torch,ray,timm,optuna", *words, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert "imported: []" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_wrong_sweep_is_told_before_anything_heavy_is_imported(tmp_path):
+    words = ["-m", "seed=1,2", "scaling.num_workers=32"]  # the last mistake that is looked for
+    done = process("-c", TELL_IMPORTS, "torch,ray,timm", *words, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert "scaling.num_workers=32 with 1 CPU each want more than" in done.stderr
+    assert "imported: []" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_report_imports_nothing_heavy_and_is_written_where_it_is_told(clean_run, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(clean_run.path, run, ignore=shutil.ignore_patterns("report.html", "charts"))
+    done = process("-c", WRITE_REPORT, str(run), "--out", "elsewhere/first.html", cwd=tmp_path)
+    assert done.stdout.splitlines() == [f"written to {tmp_path}/elsewhere/first.html", "[]"], done.stderr
+    assert "<h1>clean" in (tmp_path / "elsewhere" / "first.html").read_text()
+    assert (tmp_path / "elsewhere" / "charts" / "timeline.png").exists()
+    assert (tmp_path / "elsewhere" / "metrics.csv").read_text() == (run / "metrics.csv").read_text()
+    assert not (run / "report.html").exists()

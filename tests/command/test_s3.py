@@ -1,0 +1,167 @@
+"""A run whose S3 store does not answer for a while."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import threading
+
+import pytest
+
+from ftexp.checkpoint.store import MANIFEST, CheckpointStore
+from ftexp.drilling.report import compare
+from ftexp.rundir.names import CHECKPOINTS
+from ftexp.storage.directory import Storage
+from tests.support.command import Command
+from tests.support.s3 import s3_uri
+
+
+class Proxy:
+    """A TCP port in front of an S3 server, whose service ends in the middle of a request, until `end` is called.
+
+    The request in which `trigger` is found is cut off, with all others under way. Later ones are told 403, which
+    pyarrow doesn't try again: whatever else an outage says takes it 6 s for each operation.
+    """
+
+    REFUSED = (
+        b"HTTP/1.1 403 Forbidden\r\nContent-Type: application/xml\r\nConnection: close\r\n"
+        b"Content-Length: 40\r\n\r\n<Error><Code>AccessDenied</Code></Error>"
+    )
+
+    def __init__(self, port, trigger):
+        self._port, self._trigger = port, trigger
+        self._down, self._open = threading.Event(), []
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def end(self):
+        self._trigger = None
+        self._down.clear()
+
+    def close(self):
+        self._listener.close()
+        self._cut()
+
+    def _accept(self):
+        with contextlib.suppress(OSError):  # closed
+            while True:
+                client, _ = self._listener.accept()
+                threading.Thread(target=self._serve, args=[client], daemon=True).start()
+
+    def _serve(self, client):
+        with contextlib.suppress(OSError):
+            if self._down.is_set():
+                client.recv(1 << 16)
+                client.sendall(self.REFUSED)
+                client.close()
+                return
+            server = socket.create_connection(("127.0.0.1", self._port))
+            self._open += [client, server]
+            threading.Thread(target=self._pass_on, args=[server, client], daemon=True).start()
+            self._pass_on(client, server)
+
+    def _pass_on(self, source, target):
+        end_of_last = b""  # a request may arrive in pieces
+        with contextlib.suppress(OSError):
+            while content := source.recv(1 << 16):
+                if self._trigger is not None and self._trigger.search(end_of_last + content):
+                    self._down.set()
+                end_of_last = content[-200:]
+                if self._down.is_set():
+                    break
+                target.sendall(content)
+        if self._down.is_set():
+            self._cut()
+        for end in (source, target):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def _cut(self):
+        for end in self._open:
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+
+@contextlib.contextmanager
+def slowed_down(pid):
+    """Have a process run a third of the time."""
+    over = threading.Event()
+
+    def hold():
+        while not over.wait(0.1):
+            os.kill(pid, signal.SIGSTOP)
+            over.wait(0.2)
+            os.kill(pid, signal.SIGCONT)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def is_whole(store, after):
+    """Whether there is a checkpoint of a later step."""
+    names = store.storage.list_folders()
+    return any(name > f"step_{after + 1:08d}" and store.storage.exists(f"{name}/{MANIFEST}") for name in names)
+
+
+@pytest.mark.timeout(600)
+def test_an_outage_of_s3_in_the_middle_of_a_save_changes_nothing(ftexp, s3_server, tmp_path, s3):
+    options = [
+        "train.epochs=10", "train.max_steps=200", "train.log_every_steps=1", "checkpoint.every_epochs=null",
+        "checkpoint.every_steps=25",
+    ]  # fmt: skip
+    clean = ftexp(*options, "run.name=run")
+    assert clean.wait() == 0, clean.output
+
+    # as the second save is about to write its second file, the store is gone until two saves have failed. A worker is
+    # slowed down meanwhile: saves give way to training, and on a busy machine they'd come after the last step
+    proxy = Proxy(s3_server, re.compile(rb"checkpoints/step_(?!00000025)\d+\.a1/optimizer\.pt"))
+    through = Storage.at(s3_uri(proxy.port, "bucket"), s3.name)
+    command = Command("train", [*options, f"run.storage='{through.uri}'", "run.name=run"], tmp_path)
+    run = s3.child("run")
+    store = CheckpointStore(run.child(CHECKPOINTS))
+    try:
+        command.wait_until(lambda: " pids " in command.output)
+        pid = int(re.search(r"pids \d+, (\d+)", command.output)[1])
+        with slowed_down(pid):
+            command.wait_until(lambda: command.output.count(" not written") >= 2)
+            failed_last = re.findall(r"step (\d+) not written", command.output)[-1]
+            proxy.end()
+            command.wait_until(lambda: is_whole(store, after=int(failed_last)))
+        os.kill(pid, signal.SIGKILL)
+        assert command.wait() == 0, command.output
+    finally:
+        command.process.kill()
+        proxy.close()
+    report = compare(Storage.at(str(tmp_path / "runs"), "run"), run, 32, 0)
+    assert report.differences == []
+    events = [json.loads(line) for line in run.read_bytes("events.jsonl").decode().splitlines()]
+    failed = [event["step"] for event in events if event["event"] == "checkpoint_failed"]
+    saved = [event["checkpoint"] for event in events if event["event"] == "checkpoint_saved"]
+    kept = store.storage.list_folders()
+    # training went on meanwhile, and saves did afterwards
+    assert failed[0] >= 50
+    assert len(failed) == len(set(failed)) >= 2
+    # the killed worker's run went back to the save after them, and what the outage had torn was removed
+    (restored,) = [event for event in events if event["event"] == "restored"]
+    assert restored["checkpoint"] > f"step_{failed[-1]:08d}"
+    assert restored["checkpoint"].endswith(".a1")
+    rejected = {event["checkpoint"]: event["reason"] for event in events if event["event"] == "checkpoint_rejected"}
+    torn = f"step_{failed[0]:08d}.a1"
+    assert rejected[torn] == "it has no manifest"
+    assert set(rejected.values()) == {"it has no manifest"}
+    assert torn not in kept
+    record = json.loads(run.read_bytes("run.json"))
+    assert record["status"] == "finished"
+    assert [failure["cause"] for failure in record["failures"]] == ["crash"]
+    assert record["checkpoint"] == saved[-1] == "step_00000200.a2"
+    assert kept[-1] == saved[-1]
+    for name in kept:  # also one that was complete when the kill came, and was not told any more
+        store.verify(store.by_name(name))

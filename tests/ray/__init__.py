@@ -1,0 +1,1 @@
+"""Tests that need a Ray instance, or processes as Ray starts them."""

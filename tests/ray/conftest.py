@@ -1,0 +1,33 @@
+"""One Ray instance for all tests that a worker of pytest-xdist runs from here."""
+
+import logging
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="package")
+def data_ray():
+    """A Ray on this machine; its workers can import the tests, and ask a store again at once."""
+    import ray
+
+    def hurry():
+        import ftexp.data.listing
+
+        ftexp.data.listing._RETRY_AFTER_S = (0.0, 0.0, 0.0)
+
+    logging.getLogger("ray").setLevel(logging.WARNING)  # it fills the report of a failed test otherwise
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        configure_logging=False,
+        runtime_env={
+            "worker_process_setup_hook": hurry,
+            "env_vars": {"PYTHONPATH": str(Path(__file__).parents[2])},
+        },
+    )
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    yield
+    ray.shutdown()

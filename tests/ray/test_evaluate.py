@@ -1,0 +1,45 @@
+"""`python -m ftexp.evaluate`: where its result goes. What it finds is in tests/command/test_end_to_end.py."""
+
+import json
+
+import pytest
+
+from ftexp import evaluate as module
+from ftexp.errors import StorageError
+from ftexp.evaluate import EvaluateConfig, _evaluate
+from ftexp.storage.directory import Storage
+from tests.support.saved_runs import CHECKPOINT, saved_run
+
+pytestmark = pytest.mark.usefixtures("data_ray")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    data = ["data=synthetic", "data.num_samples=60", "data.num_classes=3", "data.image_size=8"]
+    return saved_run(tmp_path_factory.mktemp("run"), *data, "data.test_fraction=0.2")
+
+
+@pytest.mark.parametrize("options", ["", "?endpoint_override=http://here:9000/s3"])
+def test_out_is_a_file_in_any_folder(run, memory, options):
+    out = f"memory://bucket/told/first.json{options}"
+    result = _evaluate(EvaluateConfig(run=run.storage.uri, out=out), run.config, run.storage)
+    assert result["written"] == out
+    told = json.loads(Storage.at(f"memory://bucket/told{options}").read_bytes("first.json"))
+    assert (told["checkpoint"], told["split"], told["num_samples"]) == (CHECKPOINT, "test", 12)
+    assert told["accuracy"] == result["accuracy"]
+    assert not run.storage.exists("evaluation_test.json")
+
+
+def test_where_the_run_cannot_be_written_the_result_is_told_and_so_is_why(run, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(Storage, "write_bytes", refuse)
+    result = _evaluate(EvaluateConfig(run=run.storage.uri), run.config, run.storage)
+    module._print(result)
+    assert result["num_samples"] == 12
+    target = f"{run.storage.uri}/evaluation_test.json"
+    advice = f"! not written to {target}: [Errno 30] Read-only file system; add out=<file> for another place"
+    assert advice in capsys.readouterr().out
+    with pytest.raises(StorageError, match=r"out=.* can't be written: .*Read-only file system"):
+        _evaluate(EvaluateConfig(run=run.storage.uri, out="/there/told.json"), run.config, run.storage)

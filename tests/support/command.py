@@ -1,0 +1,134 @@
+"""The command in a process of its own, and the run directory that it leaves."""
+
+import contextlib
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+DEADLINE_S = 240
+
+# ends as the command does, and tells on standard error which of some modules were imported by then
+TELL_IMPORTS = """
+import sys
+from ftexp.train import main
+heavy, code = sys.argv.pop(1).split(","), 0
+try:
+    main()
+except SystemExit as error:
+    code = error.code
+print("imported:", sorted({*heavy} & set(sys.modules)), file=sys.stderr)
+sys.exit(code)
+"""
+# writes the report of a run or sweep, and prints which of some modules were imported
+WRITE_REPORT = """
+import sys
+from ftexp.report.__main__ import main
+
+main()
+print(sorted({"torch", "ray", "timm", "torchvision", "pyarrow", "pandas", "numpy"} & set(sys.modules)))
+"""
+
+
+class Command:
+    """`python -m ftexp.<module> ...` in its own process, watched by its output and its run directory."""
+
+    def __init__(self, module, arguments, folder):
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", f"ftexp.{module}", *arguments],
+            cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        self.lines, self._new = [], queue.Queue()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self):
+        for line in self.process.stdout:
+            self.lines.append(line.rstrip("\n"))
+            self._new.put(line)
+        self._new.put(None)
+
+    @property
+    def output(self):
+        return "\n".join(self.lines)
+
+    def wait_for(self, text):
+        """Return once a line with `text` was printed; fail if the command ends first."""
+        end = time.monotonic() + DEADLINE_S
+        while not any(text in line for line in list(self.lines)):
+            if self._new.get(timeout=max(0.0, end - time.monotonic())) is None:
+                raise AssertionError(f"ended without printing {text!r}:\n{self.output}")
+
+    def wait_until(self, condition):
+        """Return once `condition()` holds; it is asked again on every line, and ten times a second."""
+        end = time.monotonic() + DEADLINE_S
+        while not condition():
+            assert self.process.poll() is None, f"ended too early:\n{self.output}"
+            assert time.monotonic() < end, self.output
+            with contextlib.suppress(queue.Empty):
+                self._new.get(timeout=0.1)
+
+    def kill_child(self, program):
+        """SIGKILL the child process that runs the program of this name."""
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):  # ended meanwhile
+                parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+                run = (folder / "cmdline").read_text().partition("\0")[0]
+                if parent == self.process.pid and Path(run).name == program:
+                    os.kill(int(folder.name), signal.SIGKILL)
+                    return
+        raise AssertionError(f"no child process runs {program}")
+
+    def wait(self):
+        """Return the exit code."""
+        code = self.process.wait(timeout=DEADLINE_S)
+        self._reader.join(timeout=30)
+        return code
+
+
+class RunFolder:
+    """What a run left behind."""
+
+    def __init__(self, path):
+        self.path = Path(path)
+
+    @property
+    def storage(self):
+        from ftexp.storage.directory import Storage
+
+        return Storage.at(str(self.path))
+
+    @property
+    def record(self):
+        return json.loads((self.path / "run.json").read_text())
+
+    def events(self, name=None):
+        if not (self.path / "events.jsonl").exists():
+            return []
+        lines = (self.path / "events.jsonl").read_text().splitlines()
+        return [event for event in map(json.loads, lines) if name in (None, event["event"])]
+
+    def metrics(self):
+        return [json.loads(line) for line in (self.path / "metrics.jsonl").read_text().splitlines()]
+
+    @property
+    def checkpoints(self):
+        return sorted(path.name for path in (self.path / "checkpoints").iterdir())
+
+    def kill_worker(self, rank):
+        """SIGKILL a worker of the latest attempt."""
+        os.kill(self.events("ready")[-1]["pids"][rank], signal.SIGKILL)
+
+
+def process(*words, cwd, **environment):
+    return subprocess.run(
+        [sys.executable, *words],
+        cwd=cwd, env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **environment}, capture_output=True, text=True,
+        timeout=120, check=False,
+    )  # fmt: skip

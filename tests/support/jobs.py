@@ -1,0 +1,178 @@
+"""A small job on made data in this process, without Ray."""
+
+import functools
+import math
+from types import SimpleNamespace
+
+import torch
+
+from ftexp.checkpoint.build import build_manager
+from ftexp.checkpoint.store import CheckpointStore
+from ftexp.config.schema import (
+    AugmentConfig,
+    CheckpointConfig,
+    Config,
+    EmaConfig,
+    ModelConfig,
+    OptimConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
+from ftexp.data.augment.erasing import Erasing
+from ftexp.data.augment.mixing import Mixing
+from ftexp.data.augment.pixels import Augment
+from ftexp.data.feeds.feed import CachedRows, IndexedFeed, ToTensors
+from ftexp.data.info import DataInfo
+from ftexp.data.order import SampleOrder
+from ftexp.data.plan import ShardPlan
+from ftexp.evaluation.meter import Meter
+from ftexp.failure.nonfinite import NonFiniteRecovery
+from ftexp.job.data import TrainingData
+from ftexp.job.group import ProcessGroup
+from ftexp.job.job import Job, RunIdentity
+from ftexp.job.learner import Learner
+from ftexp.job.mfu import Utilisation
+from ftexp.job.progress import Progress
+from ftexp.job.stopwatch import Stopwatch
+from ftexp.model.build import as_logits, build_model
+from ftexp.model.ema import WeightsEMA
+from ftexp.model.freezing import Freezing
+from ftexp.model.optim import build_optimizer
+from ftexp.model.schedule import build_scheduler
+from ftexp.rundir.sample_ledger import SampleLedger
+from ftexp.storage.directory import Storage
+from ftexp.wire import events
+from ftexp.wire.messages import Happened, Metrics
+from ftexp.worker.loop import advance
+from ftexp.worker.step import thaw, train_step
+
+CPU = torch.device("cpu")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SMALL_VIT = ModelConfig(
+    name="vit_tiny_patch16_224", kwargs={"patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
+)
+RESNET = ModelConfig(name="resnet18")
+
+
+class Lines:
+    """Collects what a worker would send to the driver."""
+
+    def __init__(self):
+        self.sent = []
+
+    def send(self, message):
+        self.sent.append(message)
+
+    def events(self, kind=events.Event):
+        happened = [message.event for message in self.sent if isinstance(message, Happened)]
+        return [event for event in happened if isinstance(event, kind)]
+
+    def points(self):
+        return [message for message in self.sent if isinstance(message, Metrics)]
+
+    def sync(self):
+        pass
+
+
+ALONE = ProcessGroup(rank=0, world_size=1, device=CPU)
+
+
+def make_job(
+    model=SMALL_VIT, num_samples=96, batch=24, optim=None, augment=None, ema=None, group=ALONE, attempt=1, **train
+):
+    config = Config(
+        model=model,
+        optim=optim or OptimConfig(name="adamw", lr=3e-3),
+        schedule=ScheduleConfig(name="constant"),
+        augment=augment or AugmentConfig(),
+        ema=ema or EmaConfig(),
+        train=TrainConfig(epochs=3, global_batch_size=batch, **train),
+        checkpoint=CheckpointConfig(),
+    )
+    info = DataInfo(["dark", "light"], 8, 1, [0.5], [0.25], {})
+    return job_of(config, info, num_samples, group, attempt)
+
+
+def job_of(config, info, num_samples, group=ALONE, attempt=1):
+    """A rank of a run whose classes are dark and light by turns."""
+    train, augment, size = config.train, config.augment, info.image_size
+    batch, precision = train.global_batch_size, train.precision
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(num_samples) % info.num_classes
+    pixels = torch.randint(0, 100, (num_samples, size, size, info.channels), generator=generator)
+    pixels += 120 * (labels % 2).view(-1, 1, 1, 1)
+    block = {
+        "image": pixels.to(torch.uint8).numpy(),
+        "label": labels.numpy(),
+        "sample": torch.arange(num_samples).numpy(),
+    }
+    rows = CachedRows(SimpleNamespace(iter_batches=lambda **_: iter([block])))
+    torch.manual_seed(0)
+    built, _ = build_model(config.model, info)
+    if train.channels_last:
+        built = built.to(memory_format=torch.channels_last)
+    if train.compile:
+        built.compile()
+    optimizer = build_optimizer(config.optim, train, built)
+    total = train.epochs * num_samples
+    to_tensors = ToTensors(info, CPU, train.channels_last)
+    plan = ShardPlan(batch, train.accumulate_steps, total, group.rank, group.world_size, augment.mixes)
+    freezing = Freezing(train.freeze, built)
+    freezing.settle(epoch=0)
+    learner = Learner(
+        model=built, wrapped=built, wrap=lambda model: model, optimizer=optimizer,
+        scheduler=build_scheduler(config.schedule, optimizer, math.ceil(total / batch), num_samples / batch),
+        scaler=torch.amp.GradScaler("cpu", enabled=precision == "fp16"),
+        autocast=torch.autocast("cpu", dtype=DTYPES[precision], enabled=precision != "fp32"),
+        as_logits=functools.partial(as_logits, config=config.model, num_classes=info.num_classes),
+        freezing=freezing, ema=WeightsEMA(config.ema, built) if config.ema.decay is not None else None,
+    )  # fmt: skip
+    data = TrainingData(
+        feed=IndexedFeed(rows, SampleOrder(0, num_samples), plan, to_tensors, Augment(augment, 0, info.mean)),
+        rows={"train": rows, "val": rows, "test": rows}, to_tensors=to_tensors,
+        accumulate_steps=train.accumulate_steps,
+        erasing=Erasing(augment, 0, CPU) if augment.erase_prob else None,
+        mixing=Mixing(augment, info.num_classes, train.label_smoothing, 0) if augment.mixes else None,
+    )  # fmt: skip
+    return Job(
+        config=config, info=info, run=RunIdentity("x", attempt, {}), channel=Lines(), group=group,
+        learner=learner, data=data, progress=Progress(Meter(CPU), total), ledger=SampleLedger(None, 0, 0),
+        stopwatch=Stopwatch(), utilisation=Utilisation(CPU, precision, 1, (info.channels, size, size)),
+    )  # fmt: skip
+
+
+def manager_of(job, folder, states=("progress",)):
+    """What saves `job` to a folder, and its store."""
+    job.channel.stop_requested = job.channel.save_requested = False
+    job.config.checkpoint.extra_state = list(states)
+    store = CheckpointStore(Storage.at(str(folder)))
+    return build_manager(job, store), store
+
+
+def recovery_of(job, checkpoints=None):
+    return NonFiniteRecovery(job.config.failure, job.group, job.progress, job.data.skipped, job.channel, checkpoints)
+
+
+def train(job):
+    ends = []
+    for batch in job.data.feed.from_position(job.progress.position):
+        thaw(job)
+        train_step(job, batch)
+        ends.append(advance(job, batch))
+    return ends
+
+
+def copied(job):
+    """Weights, buffers, and what the optimiser holds of them, as they are now."""
+    held = [value for state in job.learner.optimizer.state.values() for value in state.values()]
+    return [value.clone() for value in (*job.learner.model.state_dict().values(), *held)]
+
+
+def same(first, second):
+    return len(first) == len(second) and all(torch.equal(*pair) for pair in zip(first, second, strict=True))
+
+
+def skipping_job(*arguments, most=10, **switches):
+    job = make_job(*arguments, **switches)
+    job.config.failure.on_nonfinite, job.config.failure.max_nonfinite_steps = "skip_step", most
+    return job

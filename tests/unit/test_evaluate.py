@@ -1,0 +1,31 @@
+"""`python -m ftexp.evaluate`: where its result goes. What it finds is in tests/command/test_end_to_end.py."""
+
+import contextlib
+
+import pytest
+
+import ftexp.cluster.ray_cluster
+from ftexp import evaluate as module
+from ftexp.errors import ConfigError, StorageError
+from ftexp.evaluate import EvaluateConfig, MovedData, evaluate
+from tests.support.saved_runs import saved_run
+
+
+def test_an_out_that_cannot_be_written_is_refused_before_anything_is_counted(tmp_path):
+    run = saved_run(tmp_path / "run", "data=synthetic")
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match=r"out: .*file can't be written: .*Give another out"):
+        evaluate(EvaluateConfig(run=run.storage.uri, out=str(tmp_path / "file" / "told.json")))
+
+
+def test_data_that_is_not_where_it_was_is_asked_for_and_taken_from_where_it_is(tmp_path, monkeypatch):
+    run = saved_run(tmp_path / "run", "data=image_folder", f"data.root={tmp_path}/photos", "data.image_size=8")
+    seen = []
+    monkeypatch.setattr(ftexp.cluster.ray_cluster, "private_ray", contextlib.nullcontext)
+    monkeypatch.setattr(module, "_evaluate", lambda _, run_config, __: seen.append(run_config.data.root))
+    with pytest.raises(ConfigError, match=rf"data.root={tmp_path}/photos does not exist.*add data\.root=<where it is"):
+        evaluate(EvaluateConfig(run=run.storage.uri))
+    (tmp_path / "moved").mkdir()
+    monkeypatch.chdir(tmp_path)
+    evaluate(EvaluateConfig(run=run.storage.uri, data=MovedData(root="moved")))
+    assert seen == [f"{tmp_path}/moved"]

@@ -1,0 +1,200 @@
+"""`python -m ftexp.predict`: the command killed and interrupted half-way, and what doesn't need Ray."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow.csv
+import pytest
+import torch
+
+from ftexp.config.schema import Config, ModelConfig
+from ftexp.data.info import DataInfo
+from ftexp.errors import ConfigError, StorageError
+from ftexp.predict import refuse
+from ftexp.predicting.parts import (
+    BAD_FILE,
+    PARTS,
+    PLAN_FILE,
+    PredictionPlan,
+    WritePart,
+    begin,
+    collect_bad,
+    encoded,
+    part_table,
+)
+from ftexp.predicting.pipeline import Predict
+from ftexp.predicting.progress import ImageProgress
+from ftexp.storage.directory import Storage
+
+PLAN = PredictionPlan("run", "step_1", "raw", "abc", {"name": "image_folder", "root": "/a"}, 10, "def", 2, "parquet", 4)
+
+
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [
+        ("data.image_size=64", "the model was trained on such images"),
+        ("data.on_bad_sample=fail", "is for training"),
+        ("data.feed=cached", "is for training"),
+        ("scaling.backend=gloo", "of scaling, give num_workers"),
+        ("train.epochs=3", "is not read: give run, checkpoint"),
+        ("-m", "this is one job"),
+    ],
+)
+def test_what_would_not_be_read_is_refused(word, told):
+    with pytest.raises(ConfigError, match=told):
+        refuse(["data=image_folder", "scaling.num_workers=1", word])
+
+
+def test_the_last_part_is_short_and_no_sample_is_in_two():
+    samples = [PLAN.samples(part).tolist() for part in range(PLAN.num_parts)]
+
+    assert samples == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    assert PLAN.file(2) == "part_000002.parquet"
+
+
+def test_what_is_missing_follows_from_the_names_that_are_there(tmp_path):
+    out = Storage.at(str(tmp_path))
+
+    assert begin(out, PLAN) == [0, 1, 2]
+    out.child(PARTS).write_bytes(PLAN.file(1), b"whole")
+    torn = tmp_path / PARTS / f".tmp-{PLAN.file(0)}"
+    torn.write_bytes(b"half")
+    assert begin(out, PLAN) == [0, 2]
+    assert not torn.exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"listing_sha256": "xyz"}, "the SHA-256 of the listing was 'def', and is 'xyz' now"),
+        ({"num_images": 11}, "num_images was 10, and is 11 now"),
+        ({"checkpoint": "step_2", "weights_sha256": "b"}, "checkpoint was 'step_1', and is 'step_2' now"),
+        ({"weights": "ema"}, "weights was 'raw', and is 'ema' now"),
+        ({"top_k": 3}, "top_k was 2, and is 3 now"),
+        ({"format": "csv"}, "format was 'parquet', and is 'csv' now"),
+    ],
+)
+def test_a_folder_of_other_predictions_is_refused_and_left_as_it_was(change, told, tmp_path):
+    out = Storage.at(str(tmp_path))
+    begin(out, PLAN)
+    before = (tmp_path / PLAN_FILE).read_bytes()
+
+    with pytest.raises(ConfigError, match="give another out") as caught:
+        begin(out, PredictionPlan(**{**vars(PLAN), **change}))
+    assert told in str(caught.value)
+    assert (tmp_path / PLAN_FILE).read_bytes() == before
+
+
+def test_a_run_that_was_moved_goes_on(tmp_path):
+    out = Storage.at(str(tmp_path))
+    begin(out, PLAN)
+
+    assert begin(out, PredictionPlan(**{**vars(PLAN), "run": "elsewhere"})) == [0, 1, 2]
+
+
+def test_part_files_without_a_plan_are_nobody_s(tmp_path):
+    Storage.at(str(tmp_path), PARTS).write_bytes(PLAN.file(0), b"")
+
+    with pytest.raises(ConfigError, match=f"no {PLAN_FILE}"):
+        begin(Storage.at(str(tmp_path)), PLAN)
+
+
+def rows(samples, errors=None):
+    """What the model's stage hands on for `samples`: of three classes, the one of the sample's number is surest."""
+    count = len(samples)
+    return {
+        "sample": np.array(samples),
+        "where": np.array([f'/a/{n}, "q".jpg' for n in samples], object),
+        "error": np.array(errors or [""] * count, object),
+        "label": np.array([n % 3 - 1 for n in samples]),
+        "classes": np.array([[n % 3, (n + 1) % 3] for n in samples]),
+        "probabilities": np.array([[0.75, 0.25]] * count, np.float32),
+    }
+
+
+def test_a_row_tells_path_classes_truth_and_error():
+    table = part_table(rows([0, 1, 2], ["", "OSError: torn", ""]), ["ant", "bee", "cow"], ["ant", "bee"])
+
+    good, bad, last = table.to_pylist()
+    assert good == {
+        "path": '/a/0, "q".jpg', "label": "ant", "probability": 0.75, "label_2": "bee", "probability_2": 0.25,
+        "truth": None, "error": None,
+    }  # fmt: skip
+    assert bad == {**dict.fromkeys(good), "path": '/a/1, "q".jpg', "truth": "ant", "error": "OSError: torn"}
+    assert (last["label"], last["label_2"], last["truth"]) == ("cow", "ant", "bee")
+
+
+@pytest.mark.parametrize("kind", ["parquet", "csv"])
+def test_bad_images_are_read_back_from_all_parts_in_order(kind, tmp_path):
+    out, plan = Storage.at(str(tmp_path)), PredictionPlan(**{**vars(PLAN), "format": kind})
+    write = WritePart(plan, out, ["ant", "bee", "cow"], ["ant", "bee"])
+
+    told = [
+        write(rows([8, 9], ["", "B: two\nlines"])),
+        write(rows([0, 1, 2, 3])),
+        write(rows([4, 5, 6, 7], ["A: x"] * 4)),
+    ]
+
+    assert [(int(t["part"][0]), int(t["num_bad"][0])) for t in told] == [(2, 1), (0, 0), (1, 4)]
+    bad = collect_bad(plan, out, [])
+    assert [(sample.where[3], sample.reason) for sample in bad] == [
+        *((n, "A: x") for n in "4567"), ("9", "B: two lines"),
+    ]  # fmt: skip
+    assert pyarrow.csv.read_csv(tmp_path / BAD_FILE)["error"].to_pylist() == ["A: x"] * 4 + ["B: two lines"]
+
+
+def test_without_bad_images_there_is_no_list_of_them(tmp_path):
+    out, plan = Storage.at(str(tmp_path)), PredictionPlan(**{**vars(PLAN), "num_images": 4})
+    WritePart(plan, out, ["ant", "bee", "cow"], ["ant", "bee"])(rows([0, 1, 2, 3]))
+
+    assert collect_bad(plan, out, []) == []
+    assert not (tmp_path / BAD_FILE).exists()
+
+
+def test_a_part_that_has_vanished_is_told(tmp_path):
+    with pytest.raises(StorageError, match=r"part_000000\.parquet has vanished"):
+        collect_bad(PLAN, Storage.at(str(tmp_path)), [])
+
+
+@pytest.mark.parametrize("samples", [[0, 1, 2], [1, 2, 3, 4], [3, 2, 1, 0]])
+def test_a_part_is_written_only_of_its_own_rows(samples, tmp_path):
+    write = WritePart(PLAN, Storage.at(str(tmp_path)), ["ant", "bee", "cow"], ["ant", "bee"])
+
+    with pytest.raises(RuntimeError, match="other rows than those of part 0"):
+        write(rows(samples))
+    assert not list(tmp_path.rglob("part_*"))
+
+
+def test_a_part_in_an_object_store_is_written_by_one_call(memory):
+    out = Storage.at(memory)
+    WritePart(PLAN, out, ["ant", "bee", "cow"], ["ant", "bee"])(rows([8, 9]))
+
+    assert out.child(PARTS).list_files() == [PLAN.file(2)]
+    assert out.child(PARTS).read_bytes(PLAN.file(2)) == encoded(
+        part_table(rows([8, 9]), ["ant", "bee", "cow"], ["ant", "bee"]), "parquet"
+    )
+
+
+def test_progress_tells_rate_and_time_left(monkeypatch):
+    from rich.console import Console
+
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    with Console(width=100).capture() as _, ImageProgress(Console(), 1000) as progress:
+        now[0] = 2.0
+        progress.advance(200)
+        assert str(progress) == "200/1,000 images  100 images/s  8 s left"
+
+
+def test_a_model_that_returns_a_tuple_is_refused_with_its_first_images():
+    class Twice(torch.nn.Module):
+        def forward(self, images):
+            return images, images
+
+    info = DataInfo(["a", "b"], 8, 1, [0.5], [0.5], {})
+    run = SimpleNamespace(model=lambda _: Twice(), config=Config(model=ModelConfig(name="mine")), info=info)
+    threads = torch.get_num_threads()
+    weights = SimpleNamespace(get=lambda: np.zeros(1, np.uint8))
+    actor = Predict(run, weights, top_k=1, batch_size=2, use_gpu=False, num_threads=threads)
+    with pytest.raises(ConfigError, match=r"^model\.name=mine returns a tuple of 2, not logits of shape \[images, 2\]"):
+        actor({"image": np.zeros((2, 8, 8, 1), np.uint8), "error": np.array(["", ""])})
