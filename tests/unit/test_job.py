@@ -11,7 +11,7 @@ from ftexp.config.schema import Config
 from ftexp.data.info import DataInfo
 from ftexp.driver.trainer import _anywhere
 from ftexp.errors import ConfigError
-from ftexp.wire.messages import Begin
+from ftexp.wire.messages import Begin, Raised
 
 
 def test_workers_in_another_folder_find_the_weights(monkeypatch, tmp_path):
@@ -39,9 +39,9 @@ def test_what_fails_while_a_model_is_built_is_on_record(monkeypatch):
     spec = SimpleNamespace(config=config, info=DataInfo(["a"], 8, 1, [0.5], [0.5], {}))
     with pytest.raises(ConfigError, match="no_such_model"):
         ftexp.job.build.build_job(spec, {})
-    ((kind, fields),) = sent
-    assert (kind, fields["rank"], closed) == ("raised", 1, [True])
-    assert "no_such_model" in fields["traceback"]
+    (raised,) = sent
+    assert (type(raised), raised.rank, closed) == (Raised, 1, [True])
+    assert "no_such_model" in raised.traceback
 
 
 def test_of_a_run_that_trains_on_every_rank_takes_the_checkpoint_that_rank_0_found(monkeypatch):

@@ -25,7 +25,7 @@ from ftexp.job.job import RunIdentity
 from ftexp.job.progress import Progress
 from ftexp.storage.directory import Storage
 from ftexp.wire import events
-from ftexp.wire.messages import Hung
+from ftexp.wire.messages import Happened, Hung
 from ftexp.worker.evaluation import evaluate, evaluation_due
 from ftexp.worker.log import log_train
 from ftexp.worker.loop import advance
@@ -281,10 +281,7 @@ def test_a_step_whose_gradient_is_not_finite_changes_nothing_and_the_next_one_do
         48,
         1,
     )  # the samples are gone, though
-    reason = "the gradient is not finite"
-    assert job.channel.sent == [
-        {"kind": "event", "name": "step_skipped", "positions": [24, 48], "step": 2, "reason": reason}
-    ]
+    assert job.channel.sent == [Happened(events.StepSkipped([24, 48], 2, "the gradient is not finite"))]
     train_step(job, next(batches))
     assert not same(copied(job), weights)
     log_train(job)

@@ -28,6 +28,7 @@ from ftexp.model.build import build_model, timm_arguments
 from ftexp.model.freezing import Freezing, classifier_parameters, parameters_of
 from ftexp.model.optim import build_optimizer
 from ftexp.model.schedule import build_scheduler
+from ftexp.wire import events
 from ftexp.worker.evaluation import evaluate
 from ftexp.worker.log import log_train
 from ftexp.worker.loop import advance
@@ -125,10 +126,10 @@ def test_the_average_is_evaluated_beside_the_weights():
         for parameter in job.learner.ema.model.parameters():
             parameter.zero_()
     evaluate(job, "val")
-    (point,) = [sent for sent in job.channel.sent if sent["kind"] == "metrics"]
-    assert point["values"]["val_accuracy"] > 0.95
-    assert point["values"]["val_accuracy_ema"] == 0.5
-    assert point["values"]["val_loss_ema"] == pytest.approx(0.6931, abs=1e-4)
+    (point,) = job.channel.points()
+    assert point.values["val_accuracy"] > 0.95
+    assert point.values["val_accuracy_ema"] == 0.5
+    assert point.values["val_loss_ema"] == pytest.approx(0.6931, abs=1e-4)
     assert not job.learner.ema.model.training
     assert job.learner.model.training
 
@@ -186,7 +187,7 @@ def test_a_gradient_that_overflows_changes_nothing_is_counted_and_is_no_failure(
         step(job, batches)
     assert not same(copied(job)[: len(before)], before)
     log_train(job)
-    values = job.channel.sent[-1]["values"]
+    values = job.channel.sent[-1].values
     assert values["num_overflows"] == job.progress.num_overflows == job.progress.step - 1
     assert values["loss_scale"] == 2.0 ** (24 - job.progress.num_overflows)
     average = [value.clone() for value in job.learner.ema.model.state_dict().values()]
@@ -413,7 +414,7 @@ def test_a_frozen_part_stands_still_without_an_optimisers_state_and_then_trains(
     moved = {name for name, value in job.learner.model.state_dict().items() if not torch.equal(value, before[name])}
     assert {"pos_embed", "blocks.0.attn.qkv.weight"} <= moved
     assert len(job.learner.optimizer.state) == len(before)
-    assert [sent["num_frozen"] for sent in job.channel.sent if sent.get("name") == "thawed"] == [0]
+    assert [event.num_frozen for event in job.channel.events(events.Thawed)] == [0]
 
 
 def test_ddp_is_made_anew_when_a_part_is_unfrozen_and_only_then():
