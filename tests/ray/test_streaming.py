@@ -145,10 +145,8 @@ def test_a_worker_that_finds_no_cpu_to_decode_on_says_so_and_goes_on_when_there_
     monkeypatch.setattr(stream, "_SLOW_S", 0.2)
     told = queue.Queue()
     spec = SimpleNamespace(config=Config(), info=INFO, decode_cpus=1)
-    line = SimpleNamespace(send=lambda kind, **fields: told.put({"kind": kind, **fields}))
-    rows = _rows(spec, dict.fromkeys(SPLITS, split_of(tmp_path, 40)), line, SimpleNamespace(rank=3, world_size=1))[
-        "train"
-    ]
+    channel, group = SimpleNamespace(send=told.put), SimpleNamespace(rank=3, world_size=1)
+    rows = _rows(spec, dict.fromkeys(SPLITS, split_of(tmp_path, 40)), channel, group)["train"]
     other = Everything.remote()
     assert ray.get(other.held.remote())
     wait_until_none(lambda: ray.available_resources().get("CPU", 0))  # it takes a moment until that is known
