@@ -136,6 +136,8 @@ def test_known_batches_are_left_out_whatever_the_policy_and_count_for_its_limit(
     assert same(copied(left_out), copied(run("skip_step", {5})))
     with pytest.raises(NonFiniteError, match=r"3 steps in a row .* the last of them step 7"):
         run("skip_step", {7}, skips=[(96, 144)], max_nonfinite_steps=2, name="too many")
+    # a step that is taken begins a new count
+    assert run("skip_step", {3, 5, 7}, max_nonfinite_steps=1, name="not in a row").progress.finished
 
 
 def test_weights_that_are_not_finite_are_nothing_to_go_back_to(tmp_path, monkeypatch):
