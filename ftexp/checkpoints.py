@@ -19,7 +19,7 @@ from ftexp.errors import CheckpointError, ConfigError, FtexpError
 from ftexp.rundir.names import CHECKPOINTS
 from ftexp.storage.directory import Storage
 
-_MOST_DIFFERENCES = 40  # shown; the rest is counted
+_MAX_DIFFERENCES = 40  # shown; the rest is counted
 
 
 def main() -> None:
@@ -77,10 +77,10 @@ def show_differences(run_dir: Storage, first: str, second: str) -> bool:
     sides = [_find(run_dir, name) for name in (first, second)]
     one, other = (load(*side) for side in sides)
     differences = list(tree_differences(one, other))
-    for line in differences[:_MOST_DIFFERENCES]:
+    for line in differences[:_MAX_DIFFERENCES]:
         print(line)
-    if len(differences) > _MOST_DIFFERENCES:
-        print(f"... and {len(differences) - _MOST_DIFFERENCES} more")
+    if len(differences) > _MAX_DIFFERENCES:
+        print(f"... and {len(differences) - _MAX_DIFFERENCES} more")
     names = " and ".join(manifest.name for _, manifest in sides)
     print(f"{names}: {f'{len(differences)} differences' if differences else 'identical to the bit'}")
     return not differences

@@ -31,12 +31,12 @@ class Workers:
         return max(1, int(self.resources_per_worker.get("CPU", 1)))
 
     @property
-    def most(self) -> int:
+    def max_workers(self) -> int:
         """The largest number of workers that may run at once."""
         return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
 
     @property
-    def fewest(self) -> int:
+    def min_workers(self) -> int:
         """The smallest number of workers that may run at once."""
         return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
 
@@ -99,11 +99,12 @@ def decoding_cpus(config: Config, workers: Workers) -> int:
     """CPUs of the cluster that may decode while the workers train; ConfigError if the workers leave none."""
     import ray
 
-    taken = workers.fewest * workers.resources_per_worker.get("CPU", 1)
+    fewest = workers.min_workers
+    taken = fewest * workers.resources_per_worker.get("CPU", 1)
     there = ray.cluster_resources().get("CPU", 0)
     if there - taken < 1:
         raise ConfigError(
-            f"data.feed=streaming decodes on CPUs that the workers leave, and {workers.fewest} workers take {taken:g} "
+            f"data.feed=streaming decodes on CPUs that the workers leave, and {fewest} workers take {taken:g} "
             f"of the cluster's {there:g}: take fewer workers, scaling.resources_per_worker={{CPU: 0.5}}, or "
             "data.feed=cached"
         )
@@ -117,14 +118,14 @@ def num_possible(workers: Workers) -> int:
     wanted = {name: amount for name, amount in workers.resources_per_worker.items() if amount}
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     room = sum(min((int(node.get(name, 0) / amount) for name, amount in wanted.items()), default=0) for node in nodes)
-    return min(room, workers.most)
+    return min(room, workers.max_workers)
 
 
 def lacking_resources(workers: Workers) -> str | None:
     """Say what the cluster lacks, as it is now, for the fewest workers that were asked for; None if it has it."""
     import ray
 
-    fewest = workers.fewest
+    fewest = workers.min_workers
     for name, amount in workers.resources_per_worker.items():
         there = ray.cluster_resources().get(name, 0)
         if there < fewest * amount:

@@ -19,7 +19,7 @@ from pathlib import Path
 from ftexp.config.schema import Config
 from ftexp.errors import ConfigError
 
-_LONGEST = 107 if sys.platform == "linux" else 103  # bytes of a socket's path
+_MAX_PATH_BYTES = 107 if sys.platform == "linux" else 103  # bytes of a socket's path
 _BELOW = len(
     "/ray/session_2026-11-26_13-50-07_432371_4194304/sockets/plasma_store"
 )  # of the longest, for any process id
@@ -57,8 +57,10 @@ def check_compiler(config: Config) -> Iterator[str]:
 
 def _unfit(base: str) -> str | None:
     """Say why Ray can't keep its files below `base`; None if it can."""
-    if len(os.fsencode(base)) + _BELOW > _LONGEST:
-        return f"{base} is too long for the path of a socket, by {len(os.fsencode(base)) + _BELOW - _LONGEST} bytes"
+    if len(os.fsencode(base)) + _BELOW > _MAX_PATH_BYTES:
+        return (
+            f"{base} is too long for the path of a socket, by {len(os.fsencode(base)) + _BELOW - _MAX_PATH_BYTES} bytes"
+        )
     return None if _writable(Path(base) / "ray") else f"{base}/ray can't be written by this user"
 
 

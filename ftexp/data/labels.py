@@ -15,7 +15,7 @@ from ftexp.config.schema import DataConfig
 from ftexp.data.order import Int64s
 from ftexp.errors import DataError
 
-_MOST = 10  # classes that a warning names
+_MAX_SHOWN = 10  # classes that a warning names
 
 
 def from_text(columns: Mapping[str, Sequence[str]], config: DataConfig) -> dict[str, list[str | int]]:
@@ -100,8 +100,8 @@ def class_warnings(class_names: Sequence[str], labels: Mapping[str, Int64s]) -> 
             break
         lacking = np.flatnonzero((own > 0) & (train == 0))
         if len(lacking):
-            shown = ", ".join(f"{class_names[number]!r} ({own[number]:,})" for number in lacking[:_MOST])
-            more = f" and {len(lacking) - _MOST:,} more" if len(lacking) > _MOST else ""
+            shown = ", ".join(f"{class_names[number]!r} ({own[number]:,})" for number in lacking[:_MAX_SHOWN])
+            more = f" and {len(lacking) - _MAX_SHOWN:,} more" if len(lacking) > _MAX_SHOWN else ""
             warnings.append(
                 f"{int(own[lacking].sum()):,} of the {int(own.sum()):,} samples of {split} have a class without a "
                 f"training sample, so each counts as wrong: {shown}{more}"
@@ -111,6 +111,8 @@ def class_warnings(class_names: Sequence[str], labels: Mapping[str, Int64s]) -> 
         alike[unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())].append(name)
     twins = [" and ".join(map(ascii, names)) for names in alike.values() if len(names) > 1]
     if twins:
-        more = f" and {len(twins) - _MOST:,} more" if len(twins) > _MOST else ""
-        warnings.append(f"classes whose names differ in case or Unicode form only: {'; '.join(twins[:_MOST])}{more}")
+        more = f" and {len(twins) - _MAX_SHOWN:,} more" if len(twins) > _MAX_SHOWN else ""
+        warnings.append(
+            f"classes whose names differ in case or Unicode form only: {'; '.join(twins[:_MAX_SHOWN])}{more}"
+        )
     return warnings

@@ -27,7 +27,7 @@ class Advice:
         self._group, self._hub = group, hub
         self._done = threading.Event()
         self._begin(self._tell_of_waiting)
-        if self._workers.fewest < self._workers.most:
+        if self._workers.min_workers < self._workers.max_workers:
             self._begin(self._save_before_a_resize)
 
     def stop(self) -> None:

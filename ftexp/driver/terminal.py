@@ -161,7 +161,7 @@ class Terminal:
             ("steps", f"{state.step:,} in {state.epoch} epochs"),
             ("time", f"{state.seconds:.1f} s" + _goodput(state)),
             ("failures", f"{max(survived, 0)} survived"),
-            *(("", _account(failure)) for failure in state.failures[-_MOST_FAILURES_SHOWN:]),
+            *(("", _account(failure)) for failure in state.failures[-_MAX_FAILURES_SHOWN:]),
             ("checkpoint", run_dir.child(CHECKPOINTS, state.checkpoint).uri if state.checkpoint else "none"),
         ]
         self.say("─" * 60)
@@ -196,7 +196,7 @@ def _account(failure: Failure) -> str:
     return f"{what} at step {failure.step}: {', '.join(costs)}"
 
 
-_MOST_FAILURES_SHOWN = 10
+_MAX_FAILURES_SHOWN = 10
 _LIVE = (
     *(("train_loss", "loss"), ("train_accuracy", "acc"), ("val_loss", "val_loss"), ("val_accuracy", "val_acc")),
     ("val_accuracy_ema", "val_acc_ema"),

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ftexp.data.sources.arrays import UInt8s
 
-MOST_MISTAKES = 24  # kept, with their pictures
-_MOST_PIXELS = 96  # a side of a picture
-_MOST_CLASSES = 1000  # of a confusion matrix that is written whole: a million numbers
+MAX_MISTAKES = 24  # kept, with their pictures
+_MAX_PIXELS = 96  # a side of a picture
+_MAX_CLASSES = 1000  # of a confusion matrix that is written whole: a million numbers
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Findings:
         self._pairs.append((labels * self._num_classes + predictions).cpu())
         wrong = (predictions != labels).nonzero().flatten()
         # stable: samples that tie stay in their order, however many ranks share them
-        surest = wrong[confidences[wrong].argsort(descending=True, stable=True)][:MOST_MISTAKES]
+        surest = wrong[confidences[wrong].argsort(descending=True, stable=True)][:MAX_MISTAKES]
         sure, of_label, guesses = (column[surest].tolist() for column in (confidences, labels, predictions))
         pngs = map(_png, self._to_pixels(images[surest]))
         found = [Mistake(*values) for values in zip(sure, of_label, guesses, pngs, strict=True)]
@@ -74,7 +74,7 @@ def described(part: Part, class_names: list[str]) -> dict[str, Any]:
     """What `evaluation_<split>.json` says of them; confusion is [label][prediction], null beyond 1,000 classes."""
     num_classes = len(class_names)
     confusion = None
-    if num_classes <= _MOST_CLASSES:
+    if num_classes <= _MAX_CLASSES:
         confusion = [[part.pairs[label, guess] for guess in range(num_classes)] for label in range(num_classes)]
     of_label, of_prediction = Counter[int](), Counter[int]()
     for (label, guess), count in part.pairs.items():
@@ -117,13 +117,13 @@ def _together(parts: list[Part]) -> Part:
 
 
 def _surest(mistakes: list[Mistake]) -> list[Mistake]:
-    return sorted(mistakes, key=lambda mistake: -mistake.confidence)[:MOST_MISTAKES]
+    return sorted(mistakes, key=lambda mistake: -mistake.confidence)[:MAX_MISTAKES]
 
 
 def _png(pixels: UInt8s) -> bytes:
     """[height, width, channels]; a second or fourth channel, Pillow's alpha, isn't shown."""
     picture = Image.fromarray(pixels[..., 0] if pixels.shape[2] in (1, 2) else pixels[..., :3])
-    picture.thumbnail((_MOST_PIXELS, _MOST_PIXELS))
+    picture.thumbnail((_MAX_PIXELS, _MAX_PIXELS))
     stream = io.BytesIO()
     picture.save(stream, "png")
     return stream.getvalue()

@@ -28,7 +28,7 @@ formats: Registry[Format] = Registry("format")
 
 _ABOUT = "about.json"  # of the files inside a .pt2
 _EXAMPLE_ROWS = 2  # one row would fix the batch to one
-_MOST_PROTOBUF_BYTES = 2**31 - 2**24  # of an ONNX file; larger weights go into a file beside it
+_MAX_PROTOBUF_BYTES = 2**31 - 2**24  # of an ONNX file; larger weights go into a file beside it
 
 
 class FromPixels(nn.Module):
@@ -130,7 +130,7 @@ def onnx(model: nn.Module, info: DataInfo, about: dict[str, Any], folder: Path) 
     for key, value in about.items():
         program.model.metadata_props[key] = value if isinstance(value, str) else json.dumps(value)
     path = folder / "model.onnx"
-    program.save(path, external_data=num_bytes > _MOST_PROTOBUF_BYTES)
+    program.save(path, external_data=num_bytes > _MAX_PROTOBUF_BYTES)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 
     def answer(pixels: UInt8s) -> npt.NDArray[np.float32]:

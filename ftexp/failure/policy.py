@@ -10,7 +10,7 @@ from enum import Enum, auto
 from ftexp.config.schema import FailureConfig
 from ftexp.failure.causes import BUG, CRASH, NON_FINITE, OUT_OF_MEMORY, PREEMPTION, RAY, Cause, Ending
 
-SMALLEST_MICRO_BATCH = 2  # images: batch norm can't train on one
+MIN_MICRO_BATCH = 2  # images: batch norm can't train on one
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def decide(
 
 def _halve(micro_batch: int) -> Decision:
     """Not charged to any budget: it ends by itself."""
-    if micro_batch <= SMALLEST_MICRO_BATCH:
+    if micro_batch <= MIN_MICRO_BATCH:
         return Decision(Action.STOP, "micro-batches can't get smaller than they are: giving up", OUT_OF_MEMORY)
     smaller = f"micro-batches of {math.ceil(micro_batch / 2)} images, not {micro_batch}, at the same global batch"
     reason = f"restarting the workers with {smaller}"

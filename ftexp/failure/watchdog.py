@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from ftexp.job.job import RunIdentity
     from ftexp.wire.channel import Channel
 
-_MOST_POLL_S = 1.0
+_MAX_POLL_S = 1.0
 _LATER_S = 2.0
 _GRACE_S = 10.0  # beyond a limit, after which even a process that can't run Python is ended
 
@@ -86,7 +86,7 @@ class Watchdog:
             self._die()
 
     def _watch(self, poll_s: float) -> None:
-        while not self._ended.wait(min(poll_s, _MOST_POLL_S)):
+        while not self._ended.wait(min(poll_s, _MAX_POLL_S)):
             self.check()
             limit = self._limits.get(self._phase)
             if limit is not None:

@@ -33,9 +33,9 @@ if TYPE_CHECKING:
     from ftexp.data.info import DataBundle, DataInfo
     from ftexp.inspecting.inspect import Found
 
-_MOST_CLASSES = 25  # more are cut to the largest and the smallest
-_LARGEST, _SMALLEST = 20, 5
-_MOST_BAD = 10
+_MAX_CLASSES = 25  # more are cut to the largest and the smallest
+_NUM_LARGEST, _NUM_SMALLEST = 20, 5
+_MAX_BAD = 10
 _TOLERANCE = 0.02  # of data.mean and data.std, in pixels scaled to 0..1
 _CHANNELS = {1: ("grey",), 3: ("red", "green", "blue"), 4: ("red", "green", "blue", "alpha")}
 
@@ -190,10 +190,10 @@ def _print_bad(console: Console, config: Config, bundle: DataBundle, found: Foun
         return
     number = "1 sample" if len(found.bad) == 1 else f"{len(found.bad):,} samples"
     console.print(f"bad      {number}{known} can't be read:", style="yellow")
-    for sample in found.bad[:_MOST_BAD]:
+    for sample in found.bad[:_MAX_BAD]:
         console.print(f"           {sample.where}: {sample.reason}", markup=False, soft_wrap=True)
-    if len(found.bad) > _MOST_BAD:
-        console.print(f"           and {len(found.bad) - _MOST_BAD:,} more")
+    if len(found.bad) > _MAX_BAD:
+        console.print(f"           and {len(found.bad) - _MAX_BAD:,} more")
     if config.data.on_bad_sample == "skip":
         told = "training leaves them out, as data.on_bad_sample=skip says"
     else:
@@ -212,12 +212,12 @@ def _print_classes(console: Console, info: DataInfo, found: Found) -> None:
     for column in table.columns[1:]:
         column.justify = "right"
     shown, left_out = list(range(info.num_classes)), 0
-    if len(shown) > _MOST_CLASSES:
+    if len(shown) > _MAX_CLASSES:
         shown.sort(key=lambda number: -counts["train"][number])
-        left_out = len(shown) - _LARGEST - _SMALLEST
-        shown = shown[:_LARGEST] + shown[-_SMALLEST:]
+        left_out = len(shown) - _NUM_LARGEST - _NUM_SMALLEST
+        shown = shown[:_NUM_LARGEST] + shown[-_NUM_SMALLEST:]
     for place, number in enumerate(shown):
-        if left_out and place == _LARGEST:
+        if left_out and place == _NUM_LARGEST:
             table.add_row(Text(f"({left_out:,} classes in between left out)", style="dim"))
         table.add_row(Text(info.class_names[number]), *(f"{count[number]:,}" for count in counts.values()))
     console.print()

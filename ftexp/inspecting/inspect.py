@@ -26,14 +26,14 @@ if TYPE_CHECKING:
     from ftexp.data.feeds.feed import Rows, Taken
     from ftexp.data.order import AnyOrder
 
-MOST_READ = 20_000  # samples of train; and of val and test together, which are read for their bad samples only
+MAX_READ = 20_000  # samples of train; and of val and test together, which are read for their bad samples only
 SHOWN = 64  # samples of the contact sheet
 
 _READ_BYTES = 32 * 2**20  # of a batch while reading
 _RATE_SECONDS, _RATE_SAMPLES = 2.0, 1024  # that one CPU decodes at most, to measure its rate
 
 _COLUMNS, _GAP, _MARGIN = 8, 8, 16
-_LEAST_TILE, _MOST_TILE = 64, 256  # pixels
+_MIN_TILE, _MAX_TILE = 64, 256  # pixels
 _PAPER, _INK, _FAINT, _EMPTY = "#ffffff", "#1a1a1a", "#6b6b6b", "#e4e4e4"
 
 
@@ -110,7 +110,7 @@ def look(config: Config, bundle: DataBundle, num_cpus: int) -> Found:
     order = run_order(config.seed, len(rows), config.data.shuffle_window, bundle.blocks)
     pixels, num_read, first = _read_train(rows, order, bundle.info)
     others_read = not bundle.streamed
-    if bundle.streamed and sum(len(bundle.indexed[split]) for split in ("val", "test")) <= MOST_READ:
+    if bundle.streamed and sum(len(bundle.indexed[split]) for split in ("val", "test")) <= MAX_READ:
         others_read = True
         for split in ("val", "test"):
             others = bundle_rows(bundle, split, num_cpus, bad)
@@ -139,7 +139,7 @@ def _read_train(rows: Rows, order: AnyOrder, info: DataInfo) -> tuple[Pixels, in
     """Pixels of the samples at the first positions of epoch 0, how many were read, and the first few themselves."""
     from ftexp.data.feeds.feed import Taken
 
-    pixels, num_read = Pixels.of(info.channels), min(len(rows), MOST_READ)
+    pixels, num_read = Pixels.of(info.channels), min(len(rows), MAX_READ)
     first: list[tuple[UInt8s, Int64s, npt.NDArray[np.bool_]]] = []
     for taken in _taken(rows, order.samples(np.arange(num_read)), info):
         good = np.ones(len(taken.labels), bool) if taken.readable is None else taken.readable
@@ -248,9 +248,9 @@ def contact_sheet(images: UInt8s, names: Sequence[str | None], title: str, subti
 
 def _scaling(size: int) -> tuple[int, Callable[[Image.Image], Image.Image]]:
     """The pixels of a tile, and how a picture of `size` pixels comes to it: whole pixels repeated if it is tiny."""
-    tile = size * -(-_LEAST_TILE // size)
-    if tile > _MOST_TILE:
-        return _MOST_TILE, lambda picture: picture.resize((_MOST_TILE, _MOST_TILE), Image.Resampling.LANCZOS)
+    tile = size * -(-_MIN_TILE // size)
+    if tile > _MAX_TILE:
+        return _MAX_TILE, lambda picture: picture.resize((_MAX_TILE, _MAX_TILE), Image.Resampling.LANCZOS)
     return tile, lambda picture: picture.resize((tile, tile), Image.Resampling.NEAREST)
 
 

@@ -116,7 +116,7 @@ class PredictionJob:
         options.preserve_order = True  # so that a part's rows come together
         unit_bytes = max(len(unit) for unit in units) * row_bytes
         # what tasks are making, as much again that waits for an actor, and what actors have
-        store = (2 * num_decoding + (_IN_FLIGHT + 1) * workers.most + 2) * unit_bytes
+        store = (2 * num_decoding + (_IN_FLIGHT + 1) * workers.max_workers + 2) * unit_bytes
         options.resource_limits = options.resource_limits.copy(object_store_memory=store)
         written = dataset.map_batches(
             Predict,
@@ -126,7 +126,7 @@ class PredictionJob:
             ),
             batch_size=None,
             compute=ActorPoolStrategy(
-                min_size=workers.fewest, max_size=workers.most, max_tasks_in_flight_per_actor=_IN_FLIGHT
+                min_size=workers.min_workers, max_size=workers.max_workers, max_tasks_in_flight_per_actor=_IN_FLIGHT
             ),
             **self._actor_options(),
         ).map_batches(

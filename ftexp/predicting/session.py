@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from ftexp.predicting.inputs import Inputs
 
-_MOST_BAD_SHOWN = 10
+_MAX_BAD_SHOWN = 10
 _COLUMNS = ("image_column", "label_column")
 _SPLITTING = ("val_fraction", "test_fraction", "split_seed")  # data fields that decide which image is in which split
 _FILE_OF = {"raw": "model.pt", "ema": "extra_state.pt"}  # that holds the weights
@@ -145,12 +145,12 @@ def _placed(config: Config, workers: Workers) -> tuple[Workers, int]:
     """The workers as they are started on this cluster, and the number of CPUs that decode; ConfigError if none."""
     if lacking := lacking_resources(workers):
         raise ConfigError(f"{lacking}: take fewer workers, or set scaling.resources_per_worker")
-    taken = workers.fewest * workers.resources_per_worker.get("CPU", 1)
+    taken = workers.min_workers * workers.resources_per_worker.get("CPU", 1)
     there = ray.cluster_resources().get("CPU", 0)
     if there - taken < 1:
         raise ConfigError(
-            f"scaling.num_workers={workers.fewest} take {taken:g} of the cluster's {there:g} CPUs, and leave none to "
-            "decode on: take fewer workers, or scaling.resources_per_worker={CPU: 0.5}"
+            f"scaling.num_workers={workers.min_workers} take {taken:g} of the cluster's {there:g} CPUs, and leave none "
+            "to decode on: take fewer workers, or scaling.resources_per_worker={CPU: 0.5}"
         )
     if config.scaling.address is not None:
         runtime_env, _ = on_joined_nodes(config.scaling, workers.num_threads)
@@ -184,5 +184,5 @@ def _print_summary(console: Console, request: Request, plan: PredictionPlan, bad
         number = "1 image" if len(bad) == 1 else f"{len(bad):,} images"
         listed = request.out.uri.rstrip("/") + f"/{BAD_FILE}"
         console.print(f"{'bad':<9}{number} can't be read: {listed}", style="yellow", markup=False, soft_wrap=True)
-    for sample in bad[:_MOST_BAD_SHOWN]:
+    for sample in bad[:_MAX_BAD_SHOWN]:
         console.print(f"         {sample.where}: {sample.reason}", markup=False, soft_wrap=True)

@@ -13,7 +13,8 @@ from ftexp.cli.compose import prepare_streams
 from ftexp.cli.exit_codes import print_error
 from ftexp.cli.overrides import as_value
 from ftexp.errors import FtexpError, StorageError
-from ftexp.report.write import REPORT_FILE, write_report
+from ftexp.report.write import write_report
+from ftexp.rundir.names import REPORT_FILE
 from ftexp.storage.directory import Storage
 
 

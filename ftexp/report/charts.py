@@ -19,8 +19,8 @@ _NEAR = 5.0  # pixels within which marks are one
 LETTER = 6.0  # pixels of a letter of a label, about
 _ROW = 14.0  # pixels from a row of labels to the next
 _LOG_FROM = 30.0  # ratio of the largest to the smallest value
-_MOST_TITLES = 3  # of marks that are one
-_MOST_LINES = 30  # through a chart; more would hide it, and leave their marks above it
+_MAX_TITLES = 3  # of marks that are one
+_MAX_LINES = 30  # through a chart; more would hide it, and leave their marks above it
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Plot:
 
     def shade(self, attempts: Sequence[float]) -> None:
         """Every other attempt."""
-        if len(attempts) > _MOST_LINES:
+        if len(attempts) > _MAX_LINES:
             return
         edges = [LEFT, *(self.x(step) for step in attempts), self._right]
         for begin, end in list(pairwise(edges))[1::2]:
@@ -119,7 +119,7 @@ class Plot:
         """A line through the chart for each, or for those that are too near to be told apart."""
         merged = _merged(faults, self.x)
         for x, title in merged:
-            if len(merged) <= _MOST_LINES:
+            if len(merged) <= _MAX_LINES:
                 self._drawing.add(Line([(x, _TOP), (x, self._bottom)], "fault", 1.2, True, 0.75))
             self._drawing.add(Area(_triangle(x, _TOP), "fault", title=title))
             self._drawing.add(Box(x - 3, _TOP, 6, self._bottom - _TOP, "none", title=title))
@@ -144,7 +144,7 @@ def _merged(marks: Sequence[Mark], place: Callable[[float], float]) -> list[tupl
             groups[-1][1].append(mark.title)
         else:
             groups.append((x, [mark.title]))
-    return [(x, "\n".join([*titles[:_MOST_TITLES], *_more(len(titles) - _MOST_TITLES)])) for x, titles in groups]
+    return [(x, "\n".join([*titles[:_MAX_TITLES], *_more(len(titles) - _MAX_TITLES)])) for x, titles in groups]
 
 
 def _more(number: int) -> list[str]:

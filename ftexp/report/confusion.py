@@ -8,15 +8,15 @@ from ftexp.report.drawing import Box, Drawing, Label, Line, Shape
 from ftexp.report.series import short
 from ftexp.report.text import cut
 
-_SIDE, _MOST_CELL, _LEAST_CELL = 400.0, 34.0, 5.0  # pixels
-_MOST_NAMED = 30  # classes whose names find room
+_SIDE, _MAX_CELL, _MIN_CELL = 400.0, 34.0, 5.0  # pixels
+_MAX_NAMED = 30  # classes whose names find room
 _LETTER, _TOP = 6.0, 24.0
 
 
 def confusion_chart(names: Sequence[str], confusion: Sequence[Sequence[int]]) -> Drawing:
     """Labels down, predictions across; what is right in one colour, what isn't in the other."""
-    cell = max(_LEAST_CELL, min(_MOST_CELL, _SIDE / len(names)))
-    shown = [cut(name, 12) for name in names] if len(names) <= _MOST_NAMED else []
+    cell = max(_MIN_CELL, min(_MAX_CELL, _SIDE / len(names)))
+    shown = [cut(name, 12) for name in names] if len(names) <= _MAX_NAMED else []
     widest = max(map(len, shown), default=0) * _LETTER
     left, size = widest + 10, cell * len(names)
     drawing = Drawing("Confusion", max(left + size + 6, 260), _TOP + size + 22)

@@ -19,7 +19,7 @@ from ftexp.report.text import cut
 from ftexp.report.timeline import PHASES, build_timeline
 
 _WIDE, _NARROW = 1000.0, 360.0  # of the timeline, in pixels; which one is seen depends on the screen
-_MOST_CELLS = 100  # classes of a confusion matrix that is drawn
+_MAX_CELLS = 100  # classes of a confusion matrix that is drawn
 
 
 class Report:
@@ -54,7 +54,7 @@ class Report:
         if timeline.calls:
             yield "timeline", timeline_chart(run, timeline, _WIDE)
         found = run.evaluation
-        if found and found.get("confusion") and len(found["classes"]) <= _MOST_CELLS:
+        if found and found.get("confusion") and len(found["classes"]) <= _MAX_CELLS:
             yield "confusion", confusion_chart([row["class"] for row in found["classes"]], found["confusion"])
 
     def html(self) -> str:

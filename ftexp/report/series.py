@@ -13,7 +13,7 @@ from itertools import pairwise
 from ftexp.report.source import RunFiles
 from ftexp.report.timeline import Timeline
 
-MOST_BUCKETS = 400  # of a curve: about as many as a chart has pixels
+MAX_BUCKETS = 400  # of a curve: about as many as a chart has pixels
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Series:
         """Its ys."""
         return [y for _, y in self.points]
 
-    def buckets(self, most: int = MOST_BUCKETS) -> list[Bucket]:
+    def buckets(self, most: int = MAX_BUCKETS) -> list[Bucket]:
         """At most so many, each with the extremes of what it holds; one for each point if they are fewer."""
         if len(self.points) <= most:
             return [Bucket(x, y, y, y) for x, y in self.points]

@@ -11,7 +11,15 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from ftexp.errors import ConfigError
-from ftexp.rundir.names import CHECKPOINTS, CONFIG_FILE, EVENTS_FILE, METRICS_FILE, RUN_FILE
+from ftexp.rundir.names import (
+    CHECKPOINTS,
+    CONFIG_FILE,
+    EVENTS_FILE,
+    METRICS_FILE,
+    OVERRIDES_FILE,
+    RUN_FILE,
+    evaluation_file,
+)
 from ftexp.storage.append_log import read_lines
 from ftexp.storage.directory import Storage
 
@@ -56,7 +64,7 @@ def read_run(storage: Storage) -> RunFiles:
         raise ConfigError(f"{storage.uri} holds no {RUN_FILE}: give the directory of a run") from error
     events = [event for event in _lines(storage, EVENTS_FILE) if "time" in event and "event" in event]
     config_text = _text(storage, CONFIG_FILE)
-    overrides = OmegaConf.to_container(OmegaConf.create(_text(storage, "overrides.yaml") or "[]"))
+    overrides = OmegaConf.to_container(OmegaConf.create(_text(storage, OVERRIDES_FILE) or "[]"))
     return RunFiles(
         uri=storage.uri,
         state=state,
@@ -85,7 +93,7 @@ def _text(storage: Storage, name: str) -> str:
 
 def _evaluation(storage: Storage, split: str) -> Record | None:
     with contextlib.suppress(FileNotFoundError, ValueError):  # none, or torn
-        found = json.loads(storage.read_bytes(f"evaluation_{split}.json"))
+        found = json.loads(storage.read_bytes(evaluation_file(split)))
         return found if isinstance(found, dict) else None
     return None
 

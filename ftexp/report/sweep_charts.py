@@ -18,7 +18,7 @@ _TOP, _BOTTOM, _SIDE = 52.0, 24.0, 46.0  # around the axes of the wide chart
 _HEIGHT = 300.0
 _ROW, _FIRST_ROW, _ROW_SIDE = 62.0, 44.0, 14.0  # of the narrow one, whose axes lie below each other
 _LOG_SPAN = 8.0  # numbers that span more than this factor get a logarithmic axis
-_MOST_PLACES = 12  # of values that are words: names of more would run into each other
+_MAX_PLACES = 12  # of values that are words: names of more would run into each other
 _BEST, _OTHER, _OPEN = "val", "train", "faint"
 _FAINTEST, _STRONGEST = 0.18, 0.85
 _CURVE_HEIGHT = 300.0
@@ -117,7 +117,7 @@ def _scale(name: str, texts: Sequence[str]) -> _Scale:
         ordered = sorted(distinct)
         last = max(len(ordered) - 1, 1)
         places = {text: number / last if len(ordered) > 1 else 0.5 for number, text in enumerate(ordered)}
-        step = math.ceil(len(ordered) / _MOST_PLACES) or 1
+        step = math.ceil(len(ordered) / _MAX_PLACES) or 1
         return _Scale(name, places, [(places[text], cut(text, _NAME_LETTERS)) for text in ordered[::step]])
     low, high, few = min(numbers.values()), max(numbers.values()), len(numbers) <= _FEW
     axis = Axis.over(list(numbers.values()), log=low > 0 and high / low > _LOG_SPAN)

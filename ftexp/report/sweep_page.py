@@ -17,7 +17,7 @@ from ftexp.rundir.sweep_record import Reached, look
 from ftexp.storage.directory import Storage
 
 _WIDE = 1000.0
-_MOST_LINES = 300  # of a chart: the best, since more would be a surface
+_MAX_LINES = 300  # of a chart: the best, since more would be a surface
 _STATUS = {FINISHED: "good", FAILED: "bad"}
 _METRICS = ("val_accuracy", "val_loss", "test_accuracy", "test_loss")  # that get a column, where trials have them
 
@@ -32,12 +32,12 @@ class SweepReport:
         self._ordered = ranked(self._ledger, trials)
         self._keys = varying(self._ledger, self._ordered) or self._ledger.keys
         self._lines = trial_lines(self._ledger, self._ordered, self._keys)
-        few = zip(self._lines[:_MOST_LINES], self._ordered, strict=False)
+        few = zip(self._lines[:_MAX_LINES], self._ordered, strict=False)
         self._curves = [(line, learning_curve(folder, self._ledger, each)) for line, each in few]
         self.charts = dict(self._charts(_WIDE))
 
     def _charts(self, width: float | None) -> Iterator[tuple[str, Drawing]]:
-        metric, lines = self._ledger.metric, self._lines[:_MOST_LINES]
+        metric, lines = self._ledger.metric, self._lines[:_MAX_LINES]
         if any(line.score is not None for line in lines):
             yield "trials", parallel_chart(lines, self._keys, metric, width)
         if any(points for _, points in self._curves):
@@ -65,7 +65,7 @@ class SweepReport:
             failed=[row for row in trials if row[1].trial.error is not None],
             charts=self.charts,
             narrow=dict(self._charts(None)),
-            most=_MOST_LINES,
+            most=_MAX_LINES,
         )
 
     def _numbers(self, counts: Counter[str]) -> Iterator[tuple[str, str, str]]:

@@ -7,7 +7,7 @@ from typing import Any
 from ftexp.report.source import Record, RunFiles
 from ftexp.report.text import cut
 
-_MOST_PAIRS = 12
+_MAX_PAIRS = 12
 _ERROR_LETTERS = 160
 
 
@@ -40,7 +40,7 @@ def confused(evaluation: Record) -> list[tuple[str, str, int, float]]:
         for column, number in enumerate(line)
         if number and row != column
     ]
-    return sorted(pairs, key=lambda pair: -pair[2])[:_MOST_PAIRS]
+    return sorted(pairs, key=lambda pair: -pair[2])[:_MAX_PAIRS]
 
 
 def facts(run: RunFiles) -> list[tuple[str, Any]]:

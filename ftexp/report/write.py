@@ -7,11 +7,9 @@ from ftexp.report.png import png
 from ftexp.report.source import read_run
 from ftexp.report.sweep_page import SweepReport
 from ftexp.rundir.metrics import write_metrics_csv
+from ftexp.rundir.names import CHARTS, REPORT_FILE
 from ftexp.rundir.sweep_record import read_sweep_record
 from ftexp.storage.directory import Storage
-
-REPORT_FILE = "report.html"
-CHARTS = "charts"  # the folder of the PNGs
 
 
 def write_report(run_dir: Storage, target: Storage | None = None, name: str = REPORT_FILE) -> str:

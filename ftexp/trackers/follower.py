@@ -10,8 +10,8 @@ from ftexp.config.masking import masked
 from ftexp.trackers.registry import Key, Outcome, Point, Tracker
 from ftexp.wire.events import TrackerFailed, TrackerOpened
 
-_MOST_WAITING = 10_000  # points in memory; what is beyond is read from the run directory again
-_LONGEST_REASON = 500  # characters
+_MAX_WAITING = 10_000  # points in memory; what is beyond is read from the run directory again
+_MAX_REASON_CHARS = 500  # characters
 _BATCH = 500  # points that a tracker is handed at once
 _RETRY_S = (5.0, 15.0, 60.0)  # between tries with a tracker that is down; the last for good
 
@@ -56,7 +56,7 @@ class Follower:
     def offer(self, point: Point) -> None:
         """A point was logged; returns at once."""
         with self._changed:
-            if len(self._waiting) < _MOST_WAITING:
+            if len(self._waiting) < _MAX_WAITING:
                 self._waiting.append(point)
             else:
                 self._overflowed = True
@@ -104,7 +104,7 @@ class Follower:
 
     def _failure(self, problem: str) -> TrackerFailed:
         num_undelivered = sum(not point.keys() <= self._held for point in self._points())
-        reason = masked(" ".join(problem.split()))[:_LONGEST_REASON]
+        reason = masked(" ".join(problem.split()))[:_MAX_REASON_CHARS]
         return TrackerFailed(self.name, reason, num_undelivered)
 
     def _follow(self) -> None:

@@ -21,9 +21,9 @@ from ftexp.trackers.registry import Key, Outcome, Point, TrackedRun, register_tr
 
 ID, PARENT = "ftexp.id", "mlflow.parentRunId"
 _STATUS = {"finished": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
-_MOST_PARAMS, _MOST_METRICS = 100, 1000  # of one request
+_MAX_PARAMS, _MAX_METRICS = 100, 1000  # of one request
 _REFUSED = re.compile(r"[^/\w.\- :]")
-_LONGEST = 500  # characters of a param: what every version and store takes
+_MAX_PARAM_CHARS = 500  # characters of a param: what every version and store takes
 
 
 @register_tracker("mlflow", package="mlflow", has_parents=True)
@@ -62,8 +62,8 @@ class MlflowTracker:
             for point in points
             for name, value in point.values.items()
         ]
-        for start in range(0, len(metrics), _MOST_METRICS):
-            self._client.log_batch(self._id, metrics=metrics[start : start + _MOST_METRICS], synchronous=True)
+        for start in range(0, len(metrics), _MAX_METRICS):
+            self._client.log_batch(self._id, metrics=metrics[start : start + _MAX_METRICS], synchronous=True)
 
     def close(self, outcome: Outcome) -> None:
         """Tell what came of it."""
@@ -99,10 +99,10 @@ class MlflowTracker:
         """MLflow never lets a param change: what another call has set otherwise becomes a tag."""
         from mlflow.entities import Param
 
-        wanted = {_allowed(key): str(value)[:_LONGEST] for key, value in self._run.params.items()}
+        wanted = {_allowed(key): str(value)[:_MAX_PARAM_CHARS] for key, value in self._run.params.items()}
         new = [Param(key, value) for key, value in wanted.items() if key not in recorded]
-        for start in range(0, len(new), _MOST_PARAMS):
-            self._client.log_batch(self._id, params=new[start : start + _MOST_PARAMS], synchronous=True)
+        for start in range(0, len(new), _MAX_PARAMS):
+            self._client.log_batch(self._id, params=new[start : start + _MAX_PARAMS], synchronous=True)
         self._tag({f"now.{key}": value for key, value in wanted.items() if recorded.get(key, value) != value})
 
     def _adopt(self) -> None:

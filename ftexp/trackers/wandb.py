@@ -20,7 +20,7 @@ from ftexp.trackers.wandb_log import records
 _STEP = "step"  # the axis. wandb's own, `_step`, counts rows: it must grow, and a step may have a row for each split
 _INHERITED = "WANDB_SERVICE"  # where wandb tells processes that it starts which of its own to talk to
 _FLUSH_EVERY_S = 1.0
-_LONGEST_TAG = 64
+_MAX_TAG_CHARS = 64
 
 
 @register_tracker("wandb", package="wandb")
@@ -44,7 +44,7 @@ class WandbTracker:
             id=run.id,
             name=run.name,
             group=run.sweep,
-            tags=[f"{key}={value}"[:_LONGEST_TAG] for key, value in config.tags.items()],
+            tags=[f"{key}={value}"[:_MAX_TAG_CHARS] for key, value in config.tags.items()],
             config={**run.params, **run.tags},
             dir=str(folder),
             mode=mode,

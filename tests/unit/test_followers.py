@@ -196,7 +196,7 @@ def test_a_tracker_that_hangs_holds_nobody_up(backend):
 
 
 def test_what_memory_had_no_room_for_is_read_from_the_run_directory(backend, monkeypatch):
-    monkeypatch.setattr(ftexp.trackers.follower, "_MOST_WAITING", 3)
+    monkeypatch.setattr(ftexp.trackers.follower, "_MAX_WAITING", 3)
     released = threading.Event()
     backend.trouble = [well, lambda carry_out: (released.wait(PATIENCE_S), carry_out())]
     following = Following(backend, [point(1)])

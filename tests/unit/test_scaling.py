@@ -51,7 +51,7 @@ def test_an_elastic_range_becomes_a_pair_and_threads_are_shared_by_the_most(gpus
     workers = decide_workers(ScalingConfig(num_workers=[1, 2]), 8)
     assert workers == Workers((1, 2), False, {"CPU": 4})
     assert type(workers.num_workers) is tuple
-    assert workers.most == 2
+    assert workers.max_workers == 2
     assert str(workers) == "1 to 2 × (4 CPU)"
 
 

@@ -28,7 +28,7 @@ from ftexp.sweep.run.identity import parse_words, swept_keys, trial_name
 from ftexp.sweep.run.records import Records
 from ftexp.sweep.run.runner import Runner, TrialProcess, config_of, failures_of, fits, require_room
 from ftexp.sweep.show.display import Display
-from ftexp.sweep.show.leaderboard import CSV_FILE, PNG_FILE, as_csv, publish
+from ftexp.sweep.show.leaderboard import as_csv, publish
 from ftexp.sweep.show.picture import draw
 
 COMPOSED = OmegaConf.create({"optim": {"lr": 0.001}, "seed": 1, "data": {"mean": [0.5, 0.5]}, "model": {"name": "a"}})
@@ -529,8 +529,8 @@ def test_trials_without_the_objective_are_listed_and_not_drawn(folder, capsys):
     assert draw(folder, record(), trials).startswith(b"\x89PNG")
     publish(folder, record(), trials, Console(width=120))
     assert "0.2" in capsys.readouterr().out
-    assert folder.exists(CSV_FILE)
-    assert not folder.exists(PNG_FILE)
+    assert folder.exists("leaderboard.csv")
+    assert not folder.exists("leaderboard.png")
 
 
 # What is refused, before anything is started

@@ -53,7 +53,7 @@ class TrialProcess:
     @property
     def needs(self) -> dict[str, float]:
         """What it takes of the cluster, with the fewest workers that it runs with."""
-        return {name: self.workers.fewest * amount for name, amount in self.workers.resources_per_worker.items()}
+        return {name: self.workers.min_workers * amount for name, amount in self.workers.resources_per_worker.items()}
 
     @property
     def log(self) -> Path:

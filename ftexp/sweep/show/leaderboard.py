@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ftexp.rundir.names import LEADERBOARD_CSV_FILE, LEADERBOARD_PNG_FILE
 from ftexp.rundir.ranking import ranked, varying
 from ftexp.rundir.state import FINISHED
 from ftexp.rundir.sweep_record import Reached, SweepRecord
@@ -16,16 +17,14 @@ from ftexp.storage.directory import Storage
 from ftexp.sweep.show.display import STYLES
 from ftexp.sweep.show.picture import draw
 
-CSV_FILE, PNG_FILE = "leaderboard.csv", "leaderboard.png"
-
 
 def publish(folder: Storage, ledger: SweepRecord, trials: list[Reached], console: Console) -> None:
     """Print the table, and write both files into the sweep's directory."""
     ordered = ranked(ledger, trials)
     console.print(table(ledger, ordered))
-    folder.write_bytes(CSV_FILE, as_csv(ledger, ordered).encode())
+    folder.write_bytes(LEADERBOARD_CSV_FILE, as_csv(ledger, ordered).encode())
     if any(trial.status == FINISHED and trial.value(ledger.metric) is not None for trial in ordered):
-        folder.write_bytes(PNG_FILE, draw(folder, ledger, ordered))
+        folder.write_bytes(LEADERBOARD_PNG_FILE, draw(folder, ledger, ordered))
 
 
 def table(ledger: SweepRecord, ordered: list[Reached]) -> Table:
