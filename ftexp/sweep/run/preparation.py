@@ -105,7 +105,7 @@ def run_proposed(
     is_needed = proposer.has_more or any(process.trial.status == WAITING for process in proposer.processes)
     with _preloading(proposer.probes, is_needed) as hot_start:
         # late, since it imports Ray: after the environment that Ray reads, and while the preloaded process imports too
-        from ftexp.sweep.run.session import run_trials
+        from ftexp.sweep.run.on_ray import run_trials
 
         return run_trials(folder, record, proposer, share, hot_start)
 
