@@ -10,14 +10,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ftexp.checkpoint.registry import State, register_state
+    from ftexp.checkpoint.registry import State, StateContext, register_state
     from ftexp.data.sources.arrays import bundle_from_arrays
     from ftexp.data.sources.registry import register_source
     from ftexp.registry import load_plugins
     from ftexp.trackers.registry import Outcome, Point, TrackedRun, Tracker, register_tracker
 
 _HOMES = {
-    "ftexp.checkpoint.registry": ("State", "register_state"),
+    "ftexp.checkpoint.registry": ("State", "StateContext", "register_state"),
     "ftexp.data.sources.arrays": ("bundle_from_arrays",),
     "ftexp.data.sources.registry": ("register_source",),
     "ftexp.registry": ("load_plugins",),
@@ -27,6 +27,7 @@ __all__ = [
     "Outcome",
     "Point",
     "State",
+    "StateContext",
     "TrackedRun",
     "Tracker",
     "bundle_from_arrays",
