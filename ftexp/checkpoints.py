@@ -12,10 +12,8 @@ import sys
 import time
 
 from ftexp.checkpoint.store import REJECTED, CheckpointStore, Manifest, locate
-from ftexp.cli.compose import prepare_streams
-from ftexp.cli.exit_codes import print_error
-from ftexp.cli.overrides import as_value
-from ftexp.errors import CheckpointError, ConfigError, FtexpError
+from ftexp.cli.entry import as_value, exiting_on_error, prepare_streams
+from ftexp.errors import CheckpointError, ConfigError
 from ftexp.rundir.names import CHECKPOINTS
 from ftexp.storage.directory import Storage
 
@@ -29,14 +27,11 @@ def main() -> None:
     parser.add_argument("run", type=as_value, help="a run directory, or its URI")
     parser.add_argument("--diff", nargs=2, metavar=("A", "B"), help="names, or paths, of two checkpoints to compare")
     options = parser.parse_args()
-    try:
+    with exiting_on_error():
         run_dir = Storage.at(options.run)
         if not run_dir.child(CHECKPOINTS).exists():
             raise ConfigError(f"{run_dir.uri} has no {CHECKPOINTS}/: give the directory of a run")
         good = show_differences(run_dir, *options.diff) if options.diff else show(run_dir)
-    except FtexpError as error:
-        print_error(error)
-        sys.exit(error.exit_code)
     sys.exit(0 if good else 1)
 
 

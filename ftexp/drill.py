@@ -26,8 +26,8 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from ftexp.cli.compose import prepare_streams, run_hydra, to_config
-from ftexp.cli.exit_codes import print_error
+from ftexp.cli.compose import run_hydra, to_config
+from ftexp.cli.entry import command_words, exiting_on_error
 from ftexp.cli.parse import parse_words
 from ftexp.config.checks.validate import validate
 from ftexp.config.fields import field_problems, ranged
@@ -57,19 +57,12 @@ class DrillConfig:
 
 def main() -> None:
     """Entry point of the command."""
-    prepare_streams()
-    words = sys.argv[1:]
-    if any(word in ("-h", "--help") for word in words):
-        print(__doc__)
-        return
+    words = command_words(__doc__)
     own = [word for word in words if word.startswith("drill.")]
     overrides = [word for word in words if not word.startswith("drill.")]
-    try:
+    with exiting_on_error():
         config = parse(own)
         refuse(overrides)
-    except ConfigError as error:
-        print_error(error)
-        sys.exit(error.exit_code)
     identical = False
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the run is stopped with the drill
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # by nohup

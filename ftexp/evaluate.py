@@ -10,19 +10,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
 
-from ftexp.cli.compose import prepare_streams
-from ftexp.cli.exit_codes import print_error
-from ftexp.cli.overrides import with_run
+from ftexp.cli.entry import command_words, exiting_on_error, with_run
 from ftexp.cli.parse import read_command
 from ftexp.config.fields import choice, ranged
 from ftexp.config.schema import Config
-from ftexp.errors import ConfigError, FtexpError, StorageError
+from ftexp.errors import ConfigError, StorageError
 
 if TYPE_CHECKING:
     from ftexp.data.feeds.feed import Rows
@@ -53,15 +50,9 @@ class EvaluateConfig:
 
 def main() -> None:
     """Entry point of the command; exits with 0, 1 or 2."""
-    prepare_streams()
-    if any(word in ("-h", "--help") for word in sys.argv[1:]):
-        print(__doc__)
-        return
-    try:
-        result = evaluate(parse(with_run(sys.argv[1:])))
-    except FtexpError as error:
-        print_error(error)
-        sys.exit(error.exit_code)
+    words = with_run(command_words(__doc__))
+    with exiting_on_error():
+        result = evaluate(parse(words))
     _print(result)
 
 

@@ -30,12 +30,10 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from omegaconf import MISSING
 
-from ftexp.cli.compose import prepare_streams
-from ftexp.cli.exit_codes import print_error
-from ftexp.cli.overrides import with_run
+from ftexp.cli.entry import command_words, exiting_on_error, with_run
 from ftexp.cli.parse import read_command
 from ftexp.config.fields import choice, ranged
-from ftexp.errors import ConfigError, ExportError, FtexpError
+from ftexp.errors import ConfigError, ExportError
 from ftexp.rundir.names import EXPORTS
 
 if TYPE_CHECKING:
@@ -64,16 +62,10 @@ class ExportConfig:
 
 def main() -> None:
     """Entry point of the command; exits with 0, 1, 2 or 130."""
-    prepare_streams()
-    words = sys.argv[1:]
-    if any(word in ("-h", "--help") for word in words):
-        print(__doc__)
-        return
+    words = with_run(command_words(__doc__))
     try:
-        export(parse(with_run(words)))
-    except FtexpError as error:
-        print_error(error)
-        sys.exit(error.exit_code)
+        with exiting_on_error():
+            export(parse(words))
     except KeyboardInterrupt as interrupt:
         from ftexp.cli.exit_codes import interrupted_code
 

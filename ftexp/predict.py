@@ -28,15 +28,15 @@ from typing import TYPE_CHECKING
 
 from omegaconf import MISSING, DictConfig
 
-from ftexp.cli.compose import offer_option, prepare_streams, run_hydra, to_config
-from ftexp.cli.exit_codes import interrupted_code, print_error
-from ftexp.cli.overrides import with_run
+from ftexp.cli.compose import offer_option, run_hydra, to_config
+from ftexp.cli.entry import command_words, exiting_on_error, with_run
+from ftexp.cli.exit_codes import interrupted_code
 from ftexp.cli.parse import read_command
 from ftexp.config.checks.validate import validate
 from ftexp.config.fields import choice, ranged
 from ftexp.config.schema import AUTO, Config, DataConfig
 from ftexp.config.source_names import SOURCE_FIELDS, can_stream
-from ftexp.errors import ConfigError, FtexpError
+from ftexp.errors import ConfigError
 from ftexp.rundir.names import PREDICTIONS
 
 if TYPE_CHECKING:
@@ -76,25 +76,17 @@ class PredictConfig:
 
 def main() -> None:
     """Entry point of the command; exits with 0, 1, 2, 75 or 130."""
-    prepare_streams()
-    words = sys.argv[1:]
-    if any(word in ("-h", "--help") for word in words):
-        print(__doc__)
-        return
-    words = with_run(words)
+    words = with_run(command_words(__doc__))
     own = [word for word in words if _key(word) in _OWN or _key(word).partition(".")[0] == "predict"]
     rest = [word for word in words if word not in own]
     chosen = any(_key(word) == "data" for word in rest)
-    try:
+    with exiting_on_error():
         config = parse(own)
         refuse(rest)
         from ftexp.cli.trained_run import SavedRun
 
         run = SavedRun.at(config.run)
         top_k(config, run)
-    except FtexpError as error:
-        print_error(error)
-        sys.exit(error.exit_code)
     if not chosen:
         offer_option("data", _RUNS_DATA, run.config.data)
         rest.append(f"data={_RUNS_DATA}")

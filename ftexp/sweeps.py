@@ -8,10 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from ftexp.cli.compose import prepare_streams
-from ftexp.cli.exit_codes import print_error
-from ftexp.cli.overrides import as_value
-from ftexp.errors import FtexpError
+from ftexp.cli.entry import as_value, exiting_on_error, prepare_streams
 from ftexp.storage.directory import Storage
 
 
@@ -21,11 +18,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m ftexp.sweeps", description=__doc__.partition("\n\n")[0])
     parser.add_argument("sweep", type=as_value, help="a directory or URI: <run.storage>/sweeps/<sweep.name>")
     options = parser.parse_args()
-    try:
+    with exiting_on_error():
         show(Storage.at(options.sweep))
-    except FtexpError as error:
-        print_error(error)
-        sys.exit(error.exit_code)
 
 
 def show(folder: Storage) -> None:
@@ -36,9 +30,9 @@ def show(folder: Storage) -> None:
     from ftexp.rundir.sweep_record import look
     from ftexp.sweep.show.leaderboard import table
 
-    ledger, trials = look(folder)
+    record, trials = look(folder)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
-    console.print(table(ledger, ranked(ledger, trials)))
+    console.print(table(record, ranked(record, trials)))
     for each in trials:
         if each.trial.error is not None:
             console.print(f"{each.trial.name}: {each.trial.error}", markup=False, soft_wrap=True)

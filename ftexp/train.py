@@ -10,12 +10,12 @@ import sys
 
 from omegaconf import DictConfig
 
-from ftexp.cli.compose import prepare_streams, run_hydra, to_config
-from ftexp.cli.exit_codes import exit_code_of, interrupted_code, print_error
+from ftexp.cli.compose import run_hydra, to_config
+from ftexp.cli.entry import exiting_on_error, prepare_streams
+from ftexp.cli.exit_codes import exit_code_of, interrupted_code
 from ftexp.cluster.process_exit import code_of
 from ftexp.driver.restart import Restart, begin_again, begun_again
 from ftexp.driver.run import train
-from ftexp.errors import ConfigError
 from ftexp.sweep.hydra.plugins import with_plugins
 
 
@@ -24,11 +24,8 @@ def main() -> None:
     prepare_streams()
     if (restart := begun_again()) is not None:
         sys.exit(_again(restart))
-    try:
+    with exiting_on_error():
         words = with_plugins(sys.argv[1:])
-    except ConfigError as error:
-        print_error(error)
-        sys.exit(error.exit_code)
     sys.exit(run_hydra(_task, words))
 
 

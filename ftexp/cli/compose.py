@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import io
 import os
 import re
 import sys
@@ -125,23 +124,6 @@ def _in_full(word: str) -> str:
     """`profile=true` for `profile.enabled=true`: under profile there are further keys."""
     key, _, value = word.partition("=")
     return f"profile.enabled={value}" if key == "profile" and value.lower() in ("true", "false") else word
-
-
-def prepare_streams() -> None:
-    """Let standard output and error take any text: what their encoding lacks is replaced; closed ones lead nowhere.
-
-    The first thing that a command does: a file opened before would get the number of a closed stream.
-    """
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is this one
-        stream = getattr(sys, name)
-        if stream is None:
-            setattr(sys, name, open(number, "w" if number else "r", encoding="utf-8", closefd=False))  # noqa: SIM115
-        elif number and isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
 
 
 def to_config(composed: DictConfig, typed: Sequence[str] | None = None) -> Config:

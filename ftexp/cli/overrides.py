@@ -13,7 +13,7 @@ import re
 import shlex
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -60,20 +60,6 @@ def quoted_word(word: str) -> str | None:
         return None
     quoted = f"{parts['key']}={_quoted(parts['value'])}"
     return shlex.quote(quoted) if re.search(r'["$`!\\]', quoted) else f'"{quoted}"'
-
-
-def with_run(words: Sequence[str]) -> list[str]:
-    """Return the words, with the first that is neither an override nor an option as run=<word>."""
-    for place, word in enumerate(words):
-        key, is_override, _ = word.partition("=")
-        if not word.startswith("-") and (not is_override or "/" in key):
-            return [*words[:place], f"run={word}", *words[place + 1 :]]
-    return list(words)
-
-
-def as_value(word: str) -> str:
-    """Return what an argument holds, also where it is written as run=<value> or sweep=<value>."""
-    return re.sub(r"^(run|sweep)=", "", word)
 
 
 def _typed(schema: type[Any], word: str) -> tuple[str, str] | None:

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from ftexp.cli.compose import prepare_streams, run_hydra, to_config
-from ftexp.cli.exit_codes import print_error
+from ftexp.cli.compose import run_hydra, to_config
+from ftexp.cli.entry import command_words, exiting_on_error
 from ftexp.config.checks.validate import validate
 from ftexp.config.schema import AugmentConfig, Config
 from ftexp.errors import ConfigError, StorageError
@@ -42,19 +42,12 @@ _CHANNELS = {1: ("grey",), 3: ("red", "green", "blue"), 4: ("red", "green", "blu
 
 def main() -> None:
     """Entry point of the command; exits with 0, 1 or 2."""
-    prepare_streams()
-    words = sys.argv[1:]
-    if any(word in ("-h", "--help") for word in words):
-        print(__doc__)
-        return
+    words = command_words(__doc__)
     own = [word for word in words if word.startswith("out=")]
-    try:
+    with exiting_on_error():
         out = parse_out(own)
         if any(word in ("-m", "--multirun") for word in words):
             raise ConfigError("-m: this looks at one data set; take it out")
-    except ConfigError as error:
-        print_error(error)
-        sys.exit(error.exit_code)
 
     def task(composed: DictConfig) -> None:
         inspect(to_config(composed, words), out)

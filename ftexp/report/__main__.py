@@ -7,13 +7,12 @@ A run writes its report by itself when it ends, unless report.enabled=false.
 from __future__ import annotations
 
 import argparse
-import sys
 
-from ftexp.cli.compose import prepare_streams
-from ftexp.cli.exit_codes import print_error
-from ftexp.cli.overrides import as_value
-from ftexp.errors import FtexpError, StorageError
-from ftexp.report.write import write_report
+from ftexp.cli.entry import as_value, exiting_on_error, prepare_streams
+from ftexp.errors import StorageError
+from ftexp.report.page import Report
+from ftexp.report.write import open_report, save_report
+from ftexp.rundir.metrics import write_metrics_csv
 from ftexp.rundir.names import REPORT_FILE
 from ftexp.storage.directory import Storage
 
@@ -29,16 +28,17 @@ def main() -> None:
     if options.out is not None:
         place = Storage.at(options.out)
         target, name = place.parent, place.name
-    try:
+    with exiting_on_error():
         print(f"written to {_written(options.run, target, name)}")
-    except FtexpError as error:
-        print_error(error)
-        sys.exit(error.exit_code)
 
 
 def _written(run: str, target: Storage | None, name: str) -> str:
     try:
-        return write_report(Storage.at(run), target, name)
+        run_dir = Storage.at(run)
+        report, place = open_report(run_dir), target or run_dir
+        if isinstance(report, Report):
+            write_metrics_csv(place, report.run.points)
+        return save_report(report, place, name)
     except OSError as error:
         where = target.uri if target else run
         raise StorageError(f"the report can't be written to {where}: {error}; give another place by --out") from error

@@ -26,13 +26,13 @@ class Report:
     """A run, drawn. `charts` are by the name of their PNG."""
 
     def __init__(self, run: RunFiles) -> None:
-        self._run, self._state = run, run.state
+        self.run, self._state = run, run.state
         self._timeline = build_timeline(run)
         self._rates = throughput(run, self._timeline)
         self.charts = dict(self._charts())
 
     def _charts(self) -> Iterator[tuple[str, Drawing]]:
-        run, timeline = self._run, self._timeline
+        run, timeline = self.run, self._timeline
         starts = [step for step, _ in timeline.attempts[1:]]
         faults = [Mark(one.step, f"{one.cause} after step {one.step:,}") for one in timeline.interruptions]
 
@@ -59,7 +59,7 @@ class Report:
 
     def html(self) -> str:
         """The whole file."""
-        run, state, timeline = self._run, self._state, self._timeline
+        run, state, timeline = self.run, self._state, self._timeline
         curves = ("loss", "accuracy", "throughput", "step_time", "learning_rate")
         test = run.evaluation
         return render(
@@ -86,7 +86,7 @@ class Report:
         )
 
     def _subtitle(self) -> str:
-        state, model = self._state, self._run.config.get("model", {}).get("name", "")
+        state, model = self._state, self.run.config.get("model", {}).get("name", "")
         parameters = state.get("model", {}).get("num_parameters")
         began = minute(state["started"]) if "started" in state else ""
         told = (model, f"{parameters:,} parameters" if parameters else "", state.get("data", {}).get("name", ""), began)

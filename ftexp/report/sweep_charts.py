@@ -45,23 +45,23 @@ class TrialLine:
         return cut(", ".join([score, *(f"{key}={value}" for key, value in self.values.items())]), 200)
 
 
-def trial_lines(ledger: SweepRecord, ordered: Sequence[Reached], keys: Sequence[str]) -> list[TrialLine]:
+def trial_lines(record: SweepRecord, ordered: Sequence[Reached], keys: Sequence[str]) -> list[TrialLine]:
     """The trials as charts show them; `ordered`: the best first."""
     return [
         TrialLine(
             each.trial.name,
             {key: each.trial.values.get(key, "") for key in keys},
-            each.value(ledger.metric),
-            has_place(ledger, each),
+            each.value(record.metric),
+            has_place(record, each),
             place,
         )
         for place, each in enumerate(ordered)
     ]
 
 
-def learning_curve(folder: Storage, ledger: SweepRecord, each: Reached) -> list[Point]:
+def learning_curve(folder: Storage, record: SweepRecord, each: Reached) -> list[Point]:
     """(epoch, metric) of a trial."""
-    return [(float(epoch), value) for epoch, value in curve(folder, each.trial, ledger.metric)]
+    return [(float(epoch), value) for epoch, value in curve(folder, each.trial, record.metric)]
 
 
 @dataclass(frozen=True)

@@ -28,16 +28,16 @@ class SweepReport:
     def __init__(self, folder: Storage, run_report: str) -> None:
         """`run_report`: what a trial's own report is called in its directory; ConfigError if there is no sweep."""
         self._folder, self._run_report = folder, run_report
-        self._ledger, trials = look(folder)
-        self._ordered = ranked(self._ledger, trials)
-        self._keys = varying(self._ledger, self._ordered) or self._ledger.keys
-        self._lines = trial_lines(self._ledger, self._ordered, self._keys)
+        self._record, trials = look(folder)
+        self._ordered = ranked(self._record, trials)
+        self._keys = varying(self._record, self._ordered) or self._record.keys
+        self._lines = trial_lines(self._record, self._ordered, self._keys)
         few = zip(self._lines[:_MAX_LINES], self._ordered, strict=False)
-        self._curves = [(line, learning_curve(folder, self._ledger, each)) for line, each in few]
+        self._curves = [(line, learning_curve(folder, self._record, each)) for line, each in few]
         self.charts = dict(self._charts(_WIDE))
 
     def _charts(self, width: float | None) -> Iterator[tuple[str, Drawing]]:
-        metric, lines = self._ledger.metric, self._lines[:_MAX_LINES]
+        metric, lines = self._record.metric, self._lines[:_MAX_LINES]
         if any(line.score is not None for line in lines):
             yield "trials", parallel_chart(lines, self._keys, metric, width)
         if any(points for _, points in self._curves):
@@ -45,21 +45,21 @@ class SweepReport:
 
     def html(self) -> str:
         """The whole file."""
-        ledger, counts = self._ledger, Counter(each.status for each in self._ordered)
+        record, counts = self._record, Counter(each.status for each in self._ordered)
         all_done = 0 < counts[FINISHED] == len(self._ordered)
         there = {name for each in self._ordered for name in each.last}
         trials = list(zip(self._lines, self._ordered, map(self._link, self._ordered), strict=True))
         return render(
             "sweep.html",
-            name=cut(ledger.name, 200),
+            name=cut(record.name, 200),
             state="finished" if all_done else f"{counts[FINISHED]:,} of {len(self._ordered):,} finished",
             kind="good" if all_done else "bad" if counts[FAILED] else "paused",
-            ledger=ledger,
+            record=record,
             keys=self._keys,
-            began=minute(ledger.started),
+            began=minute(record.started),
             uri=self._folder.uri,
             numbers=self._numbers(counts),
-            metrics=[name for name in _METRICS if name in there and name != ledger.metric],
+            metrics=[name for name in _METRICS if name in there and name != record.metric],
             kinds=_STATUS,
             trials=trials,
             failed=[row for row in trials if row[1].trial.error is not None],
@@ -72,7 +72,7 @@ class SweepReport:
         best = self._lines[0] if self._lines and self._lines[0].finished else None
         if best is not None and best.score is not None:
             told = ", ".join(f"{key}={value}" for key, value in best.values.items())
-            yield f"best {self._ledger.metric}", f"{best.score:.4f}", cut(told, 120)
+            yield f"best {self._record.metric}", f"{best.score:.4f}", cut(told, 120)
         others = ", ".join(f"{number:,} {status}" for status, number in counts.items() if status != FINISHED)
         yield "trials", f"{len(self._ordered):,}", others or "all finished"
         states = [each.state for each in self._ordered if each.state is not None]

@@ -6,28 +6,26 @@ from ftexp.report.page import Report
 from ftexp.report.png import png
 from ftexp.report.source import read_run
 from ftexp.report.sweep_page import SweepReport
-from ftexp.rundir.metrics import write_metrics_csv
 from ftexp.rundir.names import CHARTS, REPORT_FILE
 from ftexp.rundir.sweep_record import read_sweep_record
 from ftexp.storage.directory import Storage
 
 
-def write_report(run_dir: Storage, target: Storage | None = None, name: str = REPORT_FILE) -> str:
-    """Write the report, its PNGs and metrics.csv into the run's or sweep's directory, or `target`; returns where it is.
-
-    Raises:
-        ConfigError: there is neither a run nor a sweep in `run_dir`.
-        OSError: it can't be written.
-    """
-    target = target or run_dir
-    report: Report | SweepReport
+def open_report(run_dir: Storage) -> Report | SweepReport:
+    """Read what a report shows; ConfigError if there is neither a run nor a sweep in `run_dir`."""
     if read_sweep_record(run_dir) is not None:
-        report = SweepReport(run_dir, REPORT_FILE)
-    else:
-        run = read_run(run_dir)
-        report = Report(run)
-        write_metrics_csv(target, run.points)
+        return SweepReport(run_dir, REPORT_FILE)
+    return Report(read_run(run_dir))
+
+
+def save_report(report: Report | SweepReport, target: Storage, name: str = REPORT_FILE) -> str:
+    """Write a report and its PNGs into `target`; returns where it is. OSError if that can't be done."""
     target.write_bytes(name, report.html().encode())
     for chart, drawing in report.charts.items():
         target.child(CHARTS).write_bytes(f"{chart}.png", png(drawing))
     return target.child(name).uri
+
+
+def write_report(run_dir: Storage) -> str:
+    """Write the report and its PNGs into the run's or sweep's directory; errors as of the two functions above."""
+    return save_report(open_report(run_dir), run_dir)

@@ -61,7 +61,7 @@ class DataWarnings(Event):
 class EntriesExcluded(Event):
     """The listing left out what is no sample."""
 
-    entries: list[dict[str, Any]]  # fields of ftexp.data.stratify.Excluded
+    entries: list[dict[str, Any]]  # fields of ftexp.data.info.Excluded
 
 
 @dataclass(frozen=True)
@@ -259,7 +259,7 @@ class BadSamples(Event):
     """Samples that can't be read were excluded."""
 
     count: int
-    samples: list[dict[str, Any]]  # fields of ftexp.data.stratify.BadSample
+    samples: list[dict[str, Any]]  # fields of ftexp.data.info.BadSample
 
 
 @dataclass(frozen=True)

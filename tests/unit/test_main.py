@@ -9,7 +9,7 @@ import pytest
 import ftexp
 import ftexp.__main__
 import ftexp.plugins
-from ftexp.cli.overrides import as_value, with_run
+from ftexp.cli.entry import as_value, with_run
 from ftexp.config.schema import config_dir
 
 ROOT = config_dir().parent

@@ -111,7 +111,7 @@ def check(monkeypatch, capsys, tmp_path):
         "predict": {"top_k": lambda *_: None, "predict": lambda *_: None},
         "checkpoints": {"show": lambda _: True, "show_differences": lambda *_: True},
         "sweeps": {"show": lambda _: None},
-        "report": {"write_report": lambda *_: ""},
+        "report": {"_written": lambda *_: ""},
     }
 
     def run(module, words):

@@ -2,9 +2,9 @@
 
 The rule is that of Ray Tune's ASHAScheduler: at a rung, a trial needs the interpolated percentile of those before it.
 Optuna's SuccessiveHalvingPruner takes whole reduction factors of 2 or more only, and would let other trials go on.
-What it holds, the values that trials had when they
-first reached a rung, follows from the points that it is fed, in that order: a sweep that is resumed feeds it the curves
-that are on disk, and needs no snapshot of it.
+
+What `Halving` holds, the values that trials had when they first reached a rung, follows from the points that it is fed,
+in that order: a sweep that is resumed feeds it the curves that are on disk, and needs no snapshot of it.
 """
 
 from __future__ import annotations

@@ -18,22 +18,22 @@ from ftexp.sweep.show.display import STYLES
 from ftexp.sweep.show.picture import draw
 
 
-def publish(folder: Storage, ledger: SweepRecord, trials: list[Reached], console: Console) -> None:
+def publish(folder: Storage, record: SweepRecord, trials: list[Reached], console: Console) -> None:
     """Print the table, and write both files into the sweep's directory."""
-    ordered = ranked(ledger, trials)
-    console.print(table(ledger, ordered))
-    folder.write_bytes(LEADERBOARD_CSV_FILE, as_csv(ledger, ordered).encode())
-    if any(trial.status == FINISHED and trial.value(ledger.metric) is not None for trial in ordered):
-        folder.write_bytes(LEADERBOARD_PNG_FILE, draw(folder, ledger, ordered))
+    ordered = ranked(record, trials)
+    console.print(table(record, ordered))
+    folder.write_bytes(LEADERBOARD_CSV_FILE, as_csv(record, ordered).encode())
+    if any(trial.status == FINISHED and trial.value(record.metric) is not None for trial in ordered):
+        folder.write_bytes(LEADERBOARD_PNG_FILE, draw(folder, record, ordered))
 
 
-def table(ledger: SweepRecord, ordered: list[Reached]) -> Table:
+def table(record: SweepRecord, ordered: list[Reached]) -> Table:
     """The leaderboard for a terminal."""
-    keys = varying(ledger, ordered) or ledger.keys
-    extra = [name for name in ("val_loss", "test_accuracy") if name != ledger.metric]
-    drawn = Table("", *keys, ledger.metric, *extra, "epochs", "time", "failures", "state", box=None, pad_edge=False)
+    keys = varying(record, ordered) or record.keys
+    extra = [name for name in ("val_loss", "test_accuracy") if name != record.metric]
+    drawn = Table("", *keys, record.metric, *extra, "epochs", "time", "failures", "state", box=None, pad_edge=False)
     for place, each in enumerate(ordered, start=1):
-        numbers = [each.value(name) for name in (ledger.metric, *extra)]
+        numbers = [each.value(name) for name in (record.metric, *extra)]
         state = each.state
         drawn.add_row(
             str(place) if each.status == FINISHED else "",
@@ -47,17 +47,17 @@ def table(ledger: SweepRecord, ordered: list[Reached]) -> Table:
     return drawn
 
 
-def as_csv(ledger: SweepRecord, ordered: list[Reached]) -> str:
+def as_csv(record: SweepRecord, ordered: list[Reached]) -> str:
     """The leaderboard with every metric, one line a trial."""
-    keys = varying(ledger, ordered) or ledger.keys
-    metrics = sorted({name for each in ordered for name in each.last} - {ledger.metric})
+    keys = varying(record, ordered) or record.keys
+    metrics = sorted({name for each in ordered for name in each.last} - {record.metric})
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["trial", *keys, "state", ledger.metric, *metrics, "epochs", "steps", "seconds", "failures"])
+    writer.writerow(["trial", *keys, "state", record.metric, *metrics, "epochs", "steps", "seconds", "failures"])
     for each in ordered:
         state = each.state
         values = [each.trial.values.get(key, "") for key in keys]
-        numbers = [each.last.get(name, "") for name in (ledger.metric, *metrics)]
+        numbers = [each.last.get(name, "") for name in (record.metric, *metrics)]
         spent = [state.epoch, state.step, round(state.seconds, 1), len(state.failures)] if state else [0, 0, 0, 0]
         writer.writerow([each.trial.name, *values, each.status, *numbers, *spent])
     return text.getvalue()

@@ -10,12 +10,12 @@ from ftexp.rundir.sweep_record import Reached, SweepRecord
 from ftexp.storage.directory import Storage
 
 
-def draw(folder: Storage, ledger: SweepRecord, ordered: list[Reached]) -> bytes:
+def draw(folder: Storage, record: SweepRecord, ordered: list[Reached]) -> bytes:
     """The picture as PNG; `ordered`: the best first."""
-    keys = varying(ledger, ordered)
-    trials = trial_lines(ledger, ordered, keys)
-    curves = [(trial, learning_curve(folder, ledger, each)) for trial, each in zip(trials, ordered, strict=True)]
-    panels = [values_chart(trials, key, ledger.metric) for key in keys]
+    keys = varying(record, ordered)
+    trials = trial_lines(record, ordered, keys)
+    curves = [(trial, learning_curve(folder, record, each)) for trial, each in zip(trials, ordered, strict=True)]
+    panels = [values_chart(trials, key, record.metric) for key in keys]
     done = sum(trial.finished for trial in trials)
-    title = f"{cut(ledger.name, 60)}: {done} of {len(trials)} trials finished"
-    return png(*panels, curves_chart(ledger.metric, curves, PANEL), title=title)
+    title = f"{cut(record.name, 60)}: {done} of {len(trials)} trials finished"
+    return png(*panels, curves_chart(record.metric, curves, PANEL), title=title)

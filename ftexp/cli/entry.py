@@ -1,0 +1,64 @@
+"""How every command begins and ends. Imports nothing heavy, not even Hydra: some commands need no more."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+
+from ftexp.cli.exit_codes import print_error
+from ftexp.errors import FtexpError
+
+
+def prepare_streams() -> None:
+    """Let standard output and error take any text: what their encoding lacks is replaced; closed ones lead nowhere.
+
+    The first thing that a command does: a file opened before would get the number of a closed stream.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is this one
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(number, "w" if number else "r", encoding="utf-8", closefd=False))  # noqa: SIM115
+        elif number and isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def command_words(doc: str | None) -> list[str]:
+    """Prepare the streams and return what was typed; where that asks for help, print `doc` and exit."""
+    prepare_streams()
+    words = sys.argv[1:]
+    if any(word in ("-h", "--help") for word in words):
+        print(doc)
+        sys.exit(0)
+    return words
+
+
+@contextlib.contextmanager
+def exiting_on_error() -> Iterator[None]:
+    """Print an error of this block that is meant for the user, and exit with its code."""
+    try:
+        yield
+    except FtexpError as error:
+        print_error(error)
+        sys.exit(error.exit_code)
+
+
+def with_run(words: Sequence[str]) -> list[str]:
+    """Return the words, with the first that is neither an override nor an option as run=<word>."""
+    for place, word in enumerate(words):
+        key, is_override, _ = word.partition("=")
+        if not word.startswith("-") and (not is_override or "/" in key):
+            return [*words[:place], f"run={word}", *words[place + 1 :]]
+    return list(words)
+
+
+def as_value(word: str) -> str:
+    """Return what an argument holds, also where it is written as run=<value> or sweep=<value>."""
+    return re.sub(r"^(run|sweep)=", "", word)
