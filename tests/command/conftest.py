@@ -3,6 +3,7 @@
 import pytest
 
 from tests.support.command import Command, RunFolder
+from tests.support.preloaded import Preloaded
 from tests.support.reference import PLUGIN, made_once, overrides_of, shared_folder, train_reference, write_pictures
 
 
@@ -14,23 +15,37 @@ def pictures(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def clean_run(tmp_path_factory, pictures):
+def preloaded():
+    """What most commands begin as forks of."""
+    process = Preloaded()
+    yield process
+    process.stop()
+
+
+@pytest.fixture(scope="session")
+def clean_run(tmp_path_factory, pictures, preloaded):
     """A run of reference.OPTIONS that nothing happened to: others, to which something does, must end as it did."""
     folder = shared_folder(tmp_path_factory) / "clean_run"
-    return RunFolder(made_once(folder, lambda folder: train_reference(folder, pictures)) / "clean")
+    return RunFolder(made_once(folder, lambda folder: train_reference(folder, pictures, preloaded)) / "clean")
 
 
 @pytest.fixture
-def ftexp(tmp_path):
-    """Start `python -m ftexp.train <overrides>` with its storage in tmp_path/runs."""
+def ftexp(tmp_path, preloaded):
+    """Start `python -m ftexp.train <overrides>` with its storage in tmp_path/runs, on the Ray that commands share.
+
+    own_ray: whether it is to start a Ray of its own, as it does for most users; as_typed: and nothing beforehand.
+    """
     started = []
     (tmp_path / "obedient.py").write_text(PLUGIN)  # of reference.OPTIONS
 
-    def start(*overrides, module="train"):
+    def start(*overrides, module="train", own_ray=False, as_typed=False):
         given = [f"run.storage={tmp_path / 'runs'}"] if module == "train" else []
         if module == "train" and not any(word.startswith("report.") for word in overrides):
             given.append("report.enabled=false")  # half a second, which few tests look at
-        command = Command(module, [*overrides, *given], tmp_path)
+        joins = module in ("train", "drill") and not own_ray and not as_typed
+        if joins and not any(word.startswith("scaling.num_workers=") for word in overrides):
+            given.append("scaling.num_workers=2")
+        command = Command(module, [*overrides, *given], tmp_path, None if as_typed else preloaded, joins)
         started.append(command)
         return command
 

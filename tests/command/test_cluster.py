@@ -236,7 +236,7 @@ def test_a_run_whose_controller_is_killed_ends_where_the_clean_run_ends(
     ftexp, run_folder, tmp_path, clean_run, pictures
 ):
     (tmp_path / "hold").touch()
-    command = ftexp(*OPTIONS, *EVERY_FEW_STEPS, *pictures, "data.feed=streaming", "run.name=headless")
+    command = ftexp(*OPTIONS, *EVERY_FEW_STEPS, *pictures, "data.feed=streaming", "run.name=headless", as_typed=True)
     run = run_folder("headless")
     command.wait_until((tmp_path / "held").exists)
     os.kill(process_of("ray::TrainController", command.process.pid), signal.SIGKILL)

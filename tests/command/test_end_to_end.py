@@ -73,6 +73,7 @@ def test_a_killed_run_ends_exactly_where_the_clean_run_ends(ftexp, run_folder, c
     killed_command = ftexp(
         *OPTIONS, *EVERY_FEW_STEPS, *pictures, "failure.max_failures=1", "plugins=[obedient,my_states]",
         f"checkpoint.extra_state=[{STATES},counter]", "run.name=killed", "report.enabled=true",
+        as_typed=True,
     )  # fmt: skip
     killed_command.wait_until(lambda: len(killed.events("checkpoint_saved")) >= 2)
     killed.kill_worker(rank=1)

@@ -1,7 +1,9 @@
 """Whatever dies, is damaged or changes size: the same samples drive the same updates, and the drill sees when not."""
 
 import json
+import re
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -167,7 +169,9 @@ def test_each_damage_to_checkpoints_and_each_fault_of_a_worker_changes_nothing(f
 
 
 @pytest.mark.timeout(600)
-def test_a_run_that_goes_on_with_other_numbers_of_workers_sees_the_same_batches(ftexp, run_folder, clean_run, pictures):
+def test_a_run_that_goes_on_with_other_numbers_of_workers_sees_the_same_batches(
+    ftexp, run_folder, tmp_path, clean_run, pictures
+):
     run = run_folder("elastic")
     one_worker = "scaling.num_workers=1"
     three_workers = ["scaling.num_workers=3", "scaling.resources_per_worker={CPU: 0.5}"]
@@ -177,7 +181,8 @@ def test_a_run_that_goes_on_with_other_numbers_of_workers_sees_the_same_batches(
     # a second driver meanwhile: it is turned away, and what it would have harmed ends as the clean run does
     second = ftexp(*streamed, "train.max_steps=40")
     assert second.wait() == 1, second.output
-    assert f"in use by process {first.process.pid} on " in second.output
+    (pid,) = re.findall(r"in use by process (\d+) on ", second.output)
+    assert Path(f"/proc/{pid}/cwd").resolve() == tmp_path
     assert first.wait() == 0, first.output
     for words in ([one_worker, "train.max_steps=60"], three_workers):
         command = ftexp(*streamed, *words)

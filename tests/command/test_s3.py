@@ -112,7 +112,7 @@ def is_whole(store, after):
 
 
 @pytest.mark.timeout(600)
-def test_an_outage_of_s3_in_the_middle_of_a_save_changes_nothing(ftexp, s3_server, tmp_path, s3):
+def test_an_outage_of_s3_in_the_middle_of_a_save_changes_nothing(ftexp, preloaded, s3_server, tmp_path, s3):
     options = [
         "train.epochs=10", "train.max_steps=200", "train.log_every_steps=1", "checkpoint.every_epochs=null",
         "checkpoint.every_steps=25",
@@ -124,7 +124,7 @@ def test_an_outage_of_s3_in_the_middle_of_a_save_changes_nothing(ftexp, s3_serve
     # slowed down meanwhile: saves give way to training, and on a busy machine they'd come after the last step
     proxy = Proxy(s3_server, re.compile(rb"checkpoints/step_(?!00000025)\d+\.a1/optimizer\.pt"))
     through = Storage.at(s3_uri(proxy.port, "bucket"), s3.name)
-    command = Command("train", [*options, f"run.storage='{through.uri}'", "run.name=run"], tmp_path)
+    command = Command("train", [*options, f"run.storage='{through.uri}'", "run.name=run"], tmp_path, preloaded)
     run = s3.child("run")
     store = CheckpointStore(run.child(CHECKPOINTS))
     try:

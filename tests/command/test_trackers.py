@@ -308,7 +308,7 @@ def test_an_event_file_that_a_kill_has_torn_is_gone_on_with(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def three_kills(server, tmp_path_factory):
+def three_kills(server, tmp_path_factory, preloaded):
     """A run of which two workers and the command itself are killed, with all trackers, and the command given again."""
     folder = tmp_path_factory.mktemp("runs")
     faults = "{kind: kill_worker, step: 22, rank: 1}, {kind: kill_worker, step: 41}, {kind: kill_driver, step: 57}"
@@ -317,10 +317,11 @@ def three_kills(server, tmp_path_factory):
         *("train.log_every_steps=5", "checkpoint.every_steps=10", f"chaos.faults=[{faults}]"),
         *("tracker=[tensorboard,mlflow,wandb]", f"tracker.mlflow.tracking_uri={server}", "tracker.tags.team=blue"),
         "tracker.timeout_s=60",
+        "scaling.num_workers=2",
     ]
-    first = Command("train", words, folder)
+    first = Command("train", words, folder, preloaded, joins=True)
     assert first.wait() == -signal.SIGKILL, first.output
-    second = Command("train", words, folder)
+    second = Command("train", words, folder, preloaded, joins=True)
     assert second.wait() == 0, second.output
     return RunFolder(folder / "three"), [*first.lines, *second.lines]
 

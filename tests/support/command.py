@@ -36,12 +36,22 @@ print(sorted({"torch", "ray", "timm", "torchvision", "pyarrow", "pandas", "numpy
 
 
 class Command:
-    """`python -m ftexp.<module> ...` in its own process, watched by its output and its run directory."""
+    """`python -m ftexp.<module> ...` in its own process, watched by its output and its run directory.
 
-    def __init__(self, module, arguments, folder):
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
+    preloaded: of which process it is to be a fork. joins: whether it is to join that one's Ray.
+    """
+
+    def __init__(self, module, arguments, folder, preloaded=None, joins=False):
+        words, environment = [sys.executable, "-m", f"ftexp.{module}"], dict(os.environ)
+        if joins:
+            environment, joining = preloaded.joining()
+            arguments = [*arguments, *joining]
+        elif preloaded is not None:
+            environment = preloaded.environment()
+        if preloaded is not None:
+            words = preloaded.words(module)
         self.process = subprocess.Popen(
-            [sys.executable, "-m", f"ftexp.{module}", *arguments],
+            [*words, *arguments],
             cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
         self.lines, self._new = [], queue.Queue()

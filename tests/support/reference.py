@@ -91,8 +91,8 @@ def overrides_of(root):
     return ["data=image_folder", f"data.root={root}", "augment=digits", *shape, "data.test_fraction=0.2"]
 
 
-def train_reference(folder, pictures):
-    """Train with cached data, and leave the run in the directory."""
+def train_reference(folder, pictures, preloaded):
+    """Train with cached data, in a Ray of its own, and leave the run in the directory."""
     (folder / "obedient.py").write_text(PLUGIN)
-    command = Command("train", [*OPTIONS, *pictures, f"run.storage={folder}", "run.name=clean"], folder)
+    command = Command("train", [*OPTIONS, *pictures, f"run.storage={folder}", "run.name=clean"], folder, preloaded)
     assert command.wait() == 0, command.output

@@ -1,0 +1,112 @@
+"""Commands that begin as forks of a process that has imported everything, on a Ray that all of them share.
+
+Two thirds of what a command costs are imports and the start of a Ray. `python -m ftexp.<module>` in a fork has neither,
+and is otherwise the command: its own process, environment, directory, output and signals.
+
+Run as a script, this file is that fork's program: `preloaded.py <module> <words>`. As `preloaded.py ray`, it holds the
+Ray until its standard input ends.
+"""
+
+import json
+import logging
+import os
+import runpy
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+FOLDER = "FTEXP_TESTS_PRELOADED"  # in a fork's environment: where the preloaded process listens
+NUM_CPUS = 8  # of the shared Ray: for the workers of a run, and what decodes beside them
+
+
+class Preloaded:
+    """The preloaded process, and the Ray that the first command starts which asks for it."""
+
+    def __init__(self):
+        from ftexp.cluster.hot_start.driver import HotStart
+        from ftexp.cluster.ray_cluster import prepare_environment
+        from ftexp.config.schema import Config
+
+        before = dict(os.environ)
+        try:
+            os.environ["RAY_AUTH_MODE"] = "token"  # Ray's default where it is started; it is read when Ray is imported
+            prepare_environment(Config())
+            self._hot_start = HotStart(Config().scaling, num_threads=1)
+            self._settings = {name: value for name, value in os.environ.items() if before.get(name) != value}
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+        self._python = self._hot_start.python()
+        *_, where = self._python
+        self._settings[FOLDER] = str(Path(where).parent)
+        self._ray = None
+
+    def words(self, module):
+        """The words that stand for `python -m ftexp.<module>`."""
+        return [*self._python, __file__, module]
+
+    def environment(self):
+        """What a fork is started with."""
+        return {**os.environ, **self._settings}
+
+    def joining(self):
+        """(the environment, the overrides) with which a command joins the shared Ray, where all is forked as well."""
+        if self._ray is None:
+            words, pipe = [*self._python, __file__, "ray"], subprocess.PIPE
+            self._ray = subprocess.Popen(words, env=self.environment(), stdin=pipe, stdout=pipe, text=True)
+            self._address = self._ray.stdout.readline().strip()
+        runtime_env = {"py_executable": shlex.join(self._python)}
+        environment = {"RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps({"runtime_env": runtime_env})}
+        return {**self.environment(), **environment}, [f"scaling.address={self._address}", "scaling.use_gpu=false"]
+
+    def stop(self):
+        if self._ray is not None:
+            self._ray.communicate()
+        self._hot_start.stop()
+
+
+def become(module):
+    """Be the command, whose own workers are forks of the same preloaded process."""
+    from ftexp.cluster.hot_start import driver
+    from ftexp.cluster.hot_start.forker import MARK
+
+    class Shared(driver.HotStart):
+        def __init__(self, config, num_threads, joins=None):
+            super().__init__(config, num_threads, joins=True)
+            joins = config.address is not None if joins is None else joins
+            self._folder = None if joins or config.hot_start == "off" else os.environ[FOLDER]
+
+        def stop(self):
+            self._folder = None
+
+    del os.environ[MARK]  # that of a worker
+    for number, name in enumerate(("stdin", "stdout", "stderr")):  # those of the preloaded process are of another kind
+        setattr(sys, name, open(number, "w" if number else "r", encoding="utf-8", closefd=False))  # noqa: SIM115
+    own, driver.HotStart = driver.HotStart, Shared
+    for imported in [*sys.modules.values()]:
+        if getattr(imported, "HotStart", None) is own:
+            imported.HotStart = Shared
+    sys.path[0] = str(Path.cwd())
+    runpy.run_module(f"ftexp.{module}", run_name="__main__", alter_sys=True)
+
+
+def hold_ray():
+    """Start a Ray, print its address, and stop it when standard input ends."""
+    import ray
+
+    from ftexp.cluster import ray_private
+    from ftexp.cluster.hot_start.driver import _SETUP
+
+    logging.getLogger("ray").setLevel("ERROR")
+    os.environ["RAY_prestart_worker_first_driver"] = "0"  # noqa: SIM112 - as Ray spells it
+    with ray_private.workers_set_up_by(_SETUP):
+        ray.init(address="local", num_cpus=NUM_CPUS, include_dashboard=False, log_to_driver=False)
+    print(ray.get_runtime_context().gcs_address, flush=True)
+    os.read(0, 1)
+    ray.shutdown()
+
+
+if __name__ == "__main__":
+    name = sys.argv.pop(1)
+    hold_ray() if name == "ray" else become(name)
