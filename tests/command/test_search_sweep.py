@@ -39,13 +39,13 @@ def story(tmp_path_factory, preloaded):
     sweep = folder / "sweeps" / "search"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(*mark.split("=", 1))
-        stopped = Command("train", [*WORDS, f"run.storage={folder}"], folder, preloaded, joins=True)
+        stopped = Command("train", [*WORDS, f"run.storage={folder}"], folder, preloaded)
         stopped.wait_until(lambda: any(has_saved(RunFolder(path)) for path in sweep.glob("optim.lr=*")))
         stopped.process.terminate()
         stop_code = stopped.wait()
         wait_until_none(lambda: descendants_with(mark))
         after_stop = look(Storage.at(str(sweep)))[1]
-        again = Command("train", [*WORDS, f"run.storage={folder}"], folder, preloaded, joins=True)
+        again = Command("train", [*WORDS, f"run.storage={folder}"], folder, preloaded)
         try:
             code = again.wait()
         finally:
