@@ -85,6 +85,16 @@ def _name(path):
     return path.stem.removeprefix("test_")
 
 
+@pytest.fixture(scope="session")
+def preloaded():
+    """What most commands, and Ray's workers, begin as forks of."""
+    from tests.support.preloaded import Preloaded
+
+    process = Preloaded()
+    yield process
+    process.stop()
+
+
 @pytest.fixture(scope="module")
 def s3_server():
     """The port of an S3 server with an empty bucket named `bucket`."""

@@ -3,7 +3,6 @@
 import pytest
 
 from tests.support.command import Command, RunFolder
-from tests.support.preloaded import Preloaded
 from tests.support.reference import PLUGIN, made_once, overrides_of, shared_folder, train_reference, write_pictures
 
 
@@ -12,14 +11,6 @@ def pictures(tmp_path_factory):
     """The default data as a directory of images: the overrides that train on it, by either feed."""
     folder = made_once(shared_folder(tmp_path_factory) / "pictures", lambda folder: write_pictures(folder / "root"))
     return overrides_of(folder / "root")
-
-
-@pytest.fixture(scope="session")
-def preloaded():
-    """What most commands begin as forks of."""
-    process = Preloaded()
-    yield process
-    process.stop()
 
 
 @pytest.fixture(scope="session")

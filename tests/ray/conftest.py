@@ -1,13 +1,12 @@
 """One Ray instance for all tests that a worker of pytest-xdist runs from here."""
 
 import logging
-from pathlib import Path
 
 import pytest
 
 
 @pytest.fixture(scope="package")
-def data_ray():
+def data_ray(preloaded):
     """A Ray on this machine; its workers can import the tests, and ask a store again at once."""
     import ray
 
@@ -23,10 +22,7 @@ def data_ray():
         include_dashboard=False,
         log_to_driver=False,
         configure_logging=False,
-        runtime_env={
-            "worker_process_setup_hook": hurry,
-            "env_vars": {"PYTHONPATH": str(Path(__file__).parents[2])},
-        },
+        runtime_env={**preloaded.runtime_env(), "worker_process_setup_hook": hurry},
     )
     ray.data.DataContext.get_current().enable_progress_bars = False
     yield

@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 FOLDER = "FTEXP_TESTS_PRELOADED"  # in a fork's environment: where the preloaded process listens
+ROOT = str(Path(__file__).parents[2])  # workers that Ray starts for tests find these there
 NUM_CPUS = 8  # of the shared Ray: for the workers of a run, and what decodes beside them
 
 
@@ -31,33 +32,37 @@ class Preloaded:
         before = dict(os.environ)
         try:
             os.environ["RAY_AUTH_MODE"] = "token"  # Ray's default where it is started; it is read when Ray is imported
+            os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [ROOT, before.get("PYTHONPATH")]))
             prepare_environment(Config())
             self._hot_start = HotStart(Config().scaling, num_threads=1)
             self._settings = {name: value for name, value in os.environ.items() if before.get(name) != value}
         finally:
             os.environ.clear()
             os.environ.update(before)
-        self._python = self._hot_start.python()
-        *_, where = self._python
+        self.python = self._hot_start.python()
+        *_, where = self.python
         self._settings[FOLDER] = str(Path(where).parent)
         self._ray = None
 
     def words(self, module):
         """The words that stand for `python -m ftexp.<module>`."""
-        return [*self._python, __file__, module]
+        return [*self.python, __file__, module]
 
     def environment(self):
         """What a fork is started with."""
         return {**os.environ, **self._settings}
 
+    def runtime_env(self):
+        """What makes Ray's workers forks."""
+        return {"py_executable": shlex.join(self.python), "env_vars": {"PYTHONPATH": self._settings["PYTHONPATH"]}}
+
     def joining(self):
         """(the environment, the overrides) with which a command joins the shared Ray, where all is forked as well."""
         if self._ray is None:
-            words, pipe = [*self._python, __file__, "ray"], subprocess.PIPE
+            words, pipe = [*self.python, __file__, "ray"], subprocess.PIPE
             self._ray = subprocess.Popen(words, env=self.environment(), stdin=pipe, stdout=pipe, text=True)
             self._address = self._ray.stdout.readline().strip()
-        runtime_env = {"py_executable": shlex.join(self._python)}
-        environment = {"RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps({"runtime_env": runtime_env})}
+        environment = {"RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps({"runtime_env": self.runtime_env()})}
         return {**self.environment(), **environment}, [f"scaling.address={self._address}", "scaling.use_gpu=false"]
 
     def stop(self):
