@@ -1,5 +1,8 @@
-"""Processes that a test started, and waiting for their end."""
+"""Processes that a test started, and waiting for their end; and a process that holds many files open."""
 
+import contextlib
+import os
+import resource
 import time
 from pathlib import Path
 
@@ -24,3 +27,17 @@ def wait_until_none(found):
     while left := found():
         assert time.monotonic() < end, left
         time.sleep(0.05)
+
+
+@contextlib.contextmanager
+def many_open_files():
+    """Hold so many that what is opened meanwhile is above 1,023, where select.select ends."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 4096), hard))
+    held = [os.open(os.devnull, os.O_RDONLY) for _ in range(1024)]
+    try:
+        yield
+    finally:
+        for descriptor in held:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

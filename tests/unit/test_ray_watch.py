@@ -9,6 +9,7 @@ import pytest
 
 from ftexp.cluster import ray_private, ray_watch
 from ftexp.cluster.ray_watch import JoinedRay, OwnRay, end_workers
+from tests.support.processes import many_open_files
 
 
 def waiting():
@@ -51,6 +52,16 @@ def test_a_joined_ray_is_lost_when_this_machines_raylet_hangs_up(raylet):
     with socket.create_server(("127.0.0.1", 0)) as gcs:
         watch = JoinedRay(raylet.getsockname(), f"127.0.0.1:{gcs.getsockname()[1]}")
         connection, _ = raylet.accept()
+        assert watch.lost() is None
+        connection.close()
+        assert "the raylet of this machine" in watch.lost()
+
+
+def test_a_joined_ray_is_watched_by_a_process_with_many_open_files(raylet):
+    with many_open_files(), socket.create_server(("127.0.0.1", 0)) as gcs:
+        watch = JoinedRay(raylet.getsockname(), f"127.0.0.1:{gcs.getsockname()[1]}")
+        connection, _ = raylet.accept()
+        assert connection.fileno() > 1023
         assert watch.lost() is None
         connection.close()
         assert "the raylet of this machine" in watch.lost()
