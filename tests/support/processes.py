@@ -21,6 +21,14 @@ def descendants_with(text):
     return found
 
 
+def wait_for_command_line(pid, start):
+    """Return once the process's command line begins with `start`: subprocess.Popen returns a moment before that."""
+    end = time.monotonic() + DEADLINE_S
+    while not Path(f"/proc/{pid}/cmdline").read_bytes().startswith(start):
+        assert time.monotonic() < end, pid
+        time.sleep(0.001)
+
+
 def wait_until_none(found):
     """Return once `found()` is empty."""
     end = time.monotonic() + DEADLINE_S

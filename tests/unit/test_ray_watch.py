@@ -9,7 +9,7 @@ import pytest
 
 from ftexp.cluster import ray_private, ray_watch
 from ftexp.cluster.ray_watch import JoinedRay, OwnRay, end_workers
-from tests.support.processes import many_open_files
+from tests.support.processes import many_open_files, wait_for_command_line
 
 
 def waiting():
@@ -33,6 +33,7 @@ def test_a_ray_of_our_own_is_lost_with_its_gcs_or_its_raylet_and_all_of_it_is_en
 
 def test_a_dead_rays_workers_are_ended_and_no_process_that_got_their_numbers():
     worker = subprocess.Popen(["ray::worker", "-S", "-c", "input()"], executable=sys.executable, stdin=subprocess.PIPE)
+    wait_for_command_line(worker.pid, b"ray::worker")
     other = waiting()
     end_workers([worker.pid, other.pid])
     worker.communicate()
