@@ -73,6 +73,7 @@ class Preloaded:
             self.process = subprocess.Popen(
                 [sys.executable, *command, self.socket, str(number)],
                 stdin=subprocess.PIPE, cwd=folder, env=self.environment, pass_fds=[number],
+                preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # `nohup pytest` ignores it
             )  # fmt: skip
         self.launchers = []
 
@@ -272,6 +273,14 @@ def test_the_launcher_ends_by_the_signal_that_ended_the_worker(preloaded, number
     child = int(worker.stdout.readline())
     assert child != worker.pid
     os.kill(child, number)
+    assert worker.wait(DEADLINE_S) == -number
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_the_launcher_ends_by_a_signal_that_it_was_started_to_ignore(preloaded, number):
+    """As by `nohup`."""
+    worker = preloaded.start(READY_THEN_READ, preexec_fn=lambda: signal.signal(number, signal.SIG_IGN))
+    os.kill(int(worker.stdout.readline()), number)
     assert worker.wait(DEADLINE_S) == -number
 
 
