@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 import signal
 import socket
 import sys
@@ -14,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ftexp.cluster import ray_private
+from ftexp.cluster.hot_start.launcher import readable
 from ftexp.errors import RayLostError
 
 _LOOK_EVERY_S = 0.5
@@ -82,7 +82,7 @@ class JoinedRay:
 
     def lost(self) -> str | None:
         """Say what has gone; None while Ray is there."""
-        if self._raylet is not None and select.select([self._raylet], [], [], 0)[0]:  # the raylet never sends a word
+        if self._raylet is not None and readable([self._raylet.fileno()], 0):  # the raylet never sends a word
             return "the raylet of this machine, a process of the Ray that was joined, has died"
         since = self._silent_since
         if since is not None and time.monotonic() - since > _GCS_SILENT_S:

@@ -14,7 +14,7 @@ import ray
 import ray.exceptions
 import ray.train
 from ray.train import CheckpointConfig, DataConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchTrainer
 from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
 from ftexp.cluster import ray_private
@@ -27,6 +27,7 @@ from ftexp.driver.context import RunContext, Session
 from ftexp.driver.terminal import Terminal
 from ftexp.errors import RayLostError, RunFailedError, StorageError
 from ftexp.failure.causes import find_cause
+from ftexp.failure.group_start import ReportingTorchConfig
 from ftexp.failure.reporter import FailureReporter
 from ftexp.job.spec import JobSpec
 from ftexp.rundir.record import RunRecord
@@ -151,11 +152,12 @@ def build_trainer(context: RunContext, bundle: DataBundle, hub: HubAddress) -> T
         bundle.blocks,
         bundle.decode_cpus,
     )
+    reporter = FailureReporter(hub)
     return TorchTrainer(
         _train_function,
         # as bytes: Ray unpacks this config in its controller too, where importing torch and timm would only cost time
         train_loop_config={"spec": pickle.dumps(spec), "streams": bundle.indexed if bundle.streamed else {}},
-        torch_config=TorchConfig(backend=scaling.backend, timeout_s=scaling.timeout_s),
+        torch_config=ReportingTorchConfig(backend=scaling.backend, timeout_s=scaling.timeout_s, reporter=reporter),
         scaling_config=ScalingConfig(
             num_workers=workers.num_workers,
             use_gpu=workers.use_gpu,
@@ -179,7 +181,7 @@ def build_trainer(context: RunContext, bundle: DataBundle, hub: HubAddress) -> T
             ),
             # the store thins out; Ray must not delete what it keeps
             checkpoint_config=CheckpointConfig(num_to_keep=None),
-            callbacks=[FailureReporter(hub)],
+            callbacks=[reporter],
             worker_runtime_env=workers.runtime_env,
             logging_config=LoggingConfig("INFO" if config.verbose else "CRITICAL"),
         ),

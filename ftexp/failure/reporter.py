@@ -7,7 +7,7 @@ import time
 from ray.train import UserCallback
 
 from ftexp.errors import FtexpError
-from ftexp.failure.causes import find_cause
+from ftexp.failure.causes import Cause, find_cause
 from ftexp.wire.channel import Channel
 from ftexp.wire.hub import HubAddress
 from ftexp.wire.messages import GroupFailed, Retry, Stop
@@ -25,7 +25,10 @@ class FailureReporter(UserCallback):  # type: ignore[misc]
 
     def after_exception(self, run_context: object, worker_exceptions: dict[int, Exception]) -> None:  # noqa: ARG002
         """Ray's hook: one or more workers raised, or died. StopRun if there shall be no further try."""
-        cause = find_cause(worker_exceptions)
+        self.report(find_cause(worker_exceptions))
+
+    def report(self, cause: Cause) -> None:
+        """Pass a failure to the driver, and wait as long as it says. StopRun if there shall be no further try."""
         failed = GroupFailed(cause.kind, cause.rank, cause.error, cause.ending)
         try:
             channel = Channel(self._hub, failed)

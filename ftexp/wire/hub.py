@@ -61,6 +61,8 @@ class Hub:
         """Stop listening; no message is handled after this returns. Open channels end with their processes."""
         with self._lock:
             self._closed = True
+        with contextlib.suppress(OSError):  # macOS; on Linux a thread in accept() would wait on, and the port stay open
+            self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
 
     def _accept(self) -> None:

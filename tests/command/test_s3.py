@@ -42,6 +42,7 @@ class Proxy:
         self._down.clear()
 
     def close(self):
+        self._listener.shutdown(socket.SHUT_RDWR)  # else accept() would wait on
         self._listener.close()
         self._cut()
 
@@ -52,16 +53,17 @@ class Proxy:
                 threading.Thread(target=self._serve, args=[client], daemon=True).start()
 
     def _serve(self, client):
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError), client:
             if self._down.is_set():
                 client.recv(1 << 16)
                 client.sendall(self.REFUSED)
-                client.close()
                 return
-            server = socket.create_connection(("127.0.0.1", self._port))
-            self._open += [client, server]
-            threading.Thread(target=self._pass_on, args=[server, client], daemon=True).start()
-            self._pass_on(client, server)
+            with socket.create_connection(("127.0.0.1", self._port)) as server:
+                self._open += [client, server]
+                back = threading.Thread(target=self._pass_on, args=[server, client], daemon=True)
+                back.start()
+                self._pass_on(client, server)
+                back.join()
 
     def _pass_on(self, source, target):
         end_of_last = b""  # a request may arrive in pieces

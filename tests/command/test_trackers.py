@@ -15,6 +15,7 @@ import threading
 import warnings
 from collections import Counter
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from rich.console import Console
@@ -50,6 +51,13 @@ for point in points_of(range(51, 101)):
     log(lines, followed, point)
 os.kill(os.getpid(), signal.SIGKILL)
 """
+
+
+@pytest.fixture(scope="module", autouse=True)
+def environment():
+    """Restored afterwards: MLflow's server and the trackers set variables, which a later test's command would read."""
+    with mock.patch.dict(os.environ):
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ import fcntl
 import importlib
 import json
 import os
-import select
 import shlex
 import signal
 import socket
@@ -25,6 +24,7 @@ from ftexp.cluster.hot_start import driver, launcher
 from ftexp.cluster.hot_start.driver import HotStart
 from ftexp.cluster.hot_start.forker import MARK
 from ftexp.config.schema import ScalingConfig
+from tests.support.processes import many_open_files
 
 DEADLINE_S = 60
 FULL = ("-m", "ftexp.cluster.hot_start.preloader")
@@ -73,6 +73,7 @@ class Preloaded:
             self.process = subprocess.Popen(
                 [sys.executable, *command, self.socket, str(number)],
                 stdin=subprocess.PIPE, cwd=folder, env=self.environment, pass_fds=[number],
+                preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # `nohup pytest` ignores it
             )  # fmt: skip
         self.launchers = []
 
@@ -139,7 +140,7 @@ def wait_until(condition):
     end = time.monotonic() + DEADLINE_S
     while not condition():
         assert time.monotonic() < end
-        select.select([], [], [], 0.01)
+        time.sleep(0.01)
 
 
 def wait_for_end_of(pid):
@@ -148,7 +149,7 @@ def wait_for_end_of(pid):
     except ProcessLookupError:
         return
     with open(process):  # noqa: PTH123 - a descriptor
-        assert select.select([process], [], [], DEADLINE_S)[0], f"{pid} goes on"
+        assert launcher.readable([process], DEADLINE_S), f"{pid} goes on"
 
 
 def has_signal(pid, number, field):
@@ -275,6 +276,14 @@ def test_the_launcher_ends_by_the_signal_that_ended_the_worker(preloaded, number
     assert worker.wait(DEADLINE_S) == -number
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_the_launcher_ends_by_a_signal_that_it_was_started_to_ignore(preloaded, number):
+    """As by `nohup`."""
+    worker = preloaded.start(READY_THEN_READ, preexec_fn=lambda: signal.signal(number, signal.SIG_IGN))
+    os.kill(int(worker.stdout.readline()), number)
+    assert worker.wait(DEADLINE_S) == -number
+
+
 def test_a_worker_is_gone_when_its_launcher_is_killed(preloaded):
     worker = preloaded.start(READY_THEN_READ)
     child = int(worker.stdout.readline())
@@ -289,6 +298,27 @@ def test_a_worker_is_gone_when_its_launcher_is_killed_after_the_preloader(light)
     light.process.wait()
     worker.kill()
     wait_for_end_of(child)
+
+
+def test_workers_start_and_end_where_a_process_holds_many_files_open(tmp_path):
+    """The preloader and its forker first, and then the launcher."""
+
+    def hold():
+        for descriptor in range(3, 1024):
+            os.dup2(0, descriptor)
+
+    held = "import os; held = [os.open(os.devnull, os.O_RDONLY) for _ in range(1024)];"
+    with many_open_files():
+        started = Preloaded(tmp_path, ("-c", LIGHT + held + "preloader.main()"))
+        try:
+            assert is_forked(started)
+            assert is_forked(started, close_fds=False, preexec_fn=hold)
+            worker = started.start(READY_THEN_READ)
+            child = int(worker.stdout.readline())
+            worker.kill()  # the forker notices
+            wait_for_end_of(child)
+        finally:
+            started.stop()
 
 
 def test_workers_do_not_share_a_process_group_with_the_preloader(preloaded):

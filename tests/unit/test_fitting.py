@@ -193,7 +193,7 @@ def test_what_failed_elsewhere_in_the_driver_ends_the_run_as_what_it_is():
 
 
 def test_a_terminal_that_goes_away_is_a_sigterm_unless_nohup_asked_to_ignore_it():
-    ended, hangup = threading.Event(), signal.getsignal(signal.SIGHUP)
+    ended, before = threading.Event(), signal.signal(signal.SIGHUP, signal.SIG_DFL)  # `nohup pytest` ignores it
 
     def fit():
         os.kill(os.getpid(), signal.SIGHUP)
@@ -209,7 +209,7 @@ def test_a_terminal_that_goes_away_is_a_sigterm_unless_nohup_asked_to_ignore_it(
     try:
         assert fit_interruptibly(fit, FREE, stop) is True
         assert [type(asked) for asked in stopped] == [Terminated]
-        assert signal.getsignal(signal.SIGHUP) is hangup
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         ended.clear()
 
@@ -220,7 +220,7 @@ def test_a_terminal_that_goes_away_is_a_sigterm_unless_nohup_asked_to_ignore_it(
         assert fit_interruptibly(linger, FREE, stop) is False
         assert len(stopped) == 1
     finally:
-        signal.signal(signal.SIGHUP, hangup)
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.usefixtures("fit_in_c")

@@ -9,6 +9,7 @@ import pytest
 
 from ftexp.cluster import ray_private, ray_watch
 from ftexp.cluster.ray_watch import JoinedRay, OwnRay, end_workers
+from tests.support.processes import many_open_files, wait_for_command_line
 
 
 def waiting():
@@ -32,6 +33,7 @@ def test_a_ray_of_our_own_is_lost_with_its_gcs_or_its_raylet_and_all_of_it_is_en
 
 def test_a_dead_rays_workers_are_ended_and_no_process_that_got_their_numbers():
     worker = subprocess.Popen(["ray::worker", "-S", "-c", "input()"], executable=sys.executable, stdin=subprocess.PIPE)
+    wait_for_command_line(worker.pid, b"ray::worker")
     other = waiting()
     end_workers([worker.pid, other.pid])
     worker.communicate()
@@ -51,6 +53,16 @@ def test_a_joined_ray_is_lost_when_this_machines_raylet_hangs_up(raylet):
     with socket.create_server(("127.0.0.1", 0)) as gcs:
         watch = JoinedRay(raylet.getsockname(), f"127.0.0.1:{gcs.getsockname()[1]}")
         connection, _ = raylet.accept()
+        assert watch.lost() is None
+        connection.close()
+        assert "the raylet of this machine" in watch.lost()
+
+
+def test_a_joined_ray_is_watched_by_a_process_with_many_open_files(raylet):
+    with many_open_files(), socket.create_server(("127.0.0.1", 0)) as gcs:
+        watch = JoinedRay(raylet.getsockname(), f"127.0.0.1:{gcs.getsockname()[1]}")
+        connection, _ = raylet.accept()
+        assert connection.fileno() > 1023
         assert watch.lost() is None
         connection.close()
         assert "the raylet of this machine" in watch.lost()

@@ -160,6 +160,21 @@ def test_a_controller_that_is_killed_is_no_lost_worker(hub, messages):
     assert [next_message(messages) for _ in range(3)] == [FAILED, hello(0), Goodbye()]
 
 
+def test_a_hub_that_was_closed_leaves_neither_thread_nor_port():
+    before = threading.enumerate()
+    hub = Hub("127.0.0.1", lambda _: None)
+    (thread,) = [thread for thread in threading.enumerate() if thread not in before]
+    address = (hub.address.host, hub.address.port)
+    with socket.create_connection(address) as stranger:
+        stranger.sendall(b"no token\n")
+        assert stranger.recv(1) == b""  # the thread waits for the next by now
+    hub.close()
+    thread.join(10)
+    assert not thread.is_alive()
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(address)
+
+
 def test_a_caller_without_the_token_is_not_heard(hub, messages):
     wrong = HubAddress(hub.address.host, hub.address.port, "guess")
     channel = Channel(wrong, hello(0))

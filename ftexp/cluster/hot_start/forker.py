@@ -13,7 +13,6 @@ import importlib
 import json
 import os
 import runpy
-import select
 import signal
 import socket
 import sys
@@ -22,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ftexp.cluster.hot_start.launcher import readable
 from ftexp.cluster.process_exit import code_of
 
 WITH_THE_CLUSTER = ("ray", "ray.train", "ray.train.torch", "ray.data", "ftexp.worker.loop", "ftexp.driver.trainer")
@@ -64,16 +64,16 @@ class Forker:
         while True:
             launchers = {connection.fileno(): pid for pid, connection in self._children.items()}
             watched = [self._channel.fileno(), self._wakeup[0], *launchers]
-            readable, _, _ = select.select(watched, [], [], None if launchers else _IDLE_S)
-            if not readable:
+            ready = readable(watched, None if launchers else _IDLE_S)
+            if not ready:
                 return
-            if self._wakeup[0] in readable:
+            if self._wakeup[0] in ready:
                 os.read(self._wakeup[0], 4096)
                 self._reap()
-            for descriptor in readable:
+            for descriptor in ready:
                 if descriptor in launchers:
                     self._launcher_died(launchers[descriptor])
-            if self._channel.fileno() in readable and not self._take():
+            if self._channel.fileno() in ready and not self._take():
                 return
 
     def _launcher_died(self, pid: int) -> None:
@@ -142,7 +142,7 @@ class Forker:
 
 def _hung_up(connection: socket.socket) -> bool:
     """A launcher sends nothing after its request: what can be read is the end."""
-    return bool(select.select([connection], [], [], 0)[0])
+    return bool(readable([connection.fileno()], 0))
 
 
 def _run(request: dict[str, Any]) -> int:

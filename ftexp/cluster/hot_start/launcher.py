@@ -20,7 +20,7 @@ import sys
 
 TYPE_CHECKING = False  # typing takes longer to import than all the rest
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
 NODE = "node:"
 LOCK = "lock"  # beside the socket
@@ -147,6 +147,17 @@ def _start(path: str, raylet: str) -> None:
     listener.close()
 
 
+def readable(descriptors: Iterable[int], timeout_s: float | None = None) -> list[int]:
+    """Wait until some of these can be read or have ended, and return them; none once `timeout_s` has passed.
+
+    By poll: select.select refuses descriptors above 1,023, which a process that holds many files open has.
+    """
+    poll = select.poll()
+    for descriptor in descriptors:
+        poll.register(descriptor, select.POLLIN)
+    return [descriptor for descriptor, _ in poll.poll(None if timeout_s is None else 1000 * timeout_s)]
+
+
 def wait_for(connection: socket.socket, child: int) -> int:
     """The child's wait status; that of a failure if the preloaded process died and can't tell it."""
     for number in _PASSED_ON:
@@ -157,16 +168,15 @@ def wait_for(connection: socket.socket, child: int) -> int:
         alive = -1
     answer = b""
     while len(answer) < 8:
-        watched = [connection.fileno()] + ([alive] if alive >= 0 else [])
-        readable, _, _ = select.select(watched, [], [])
-        if connection.fileno() in readable:
+        ready = readable([connection.fileno()] + ([alive] if alive >= 0 else []))
+        if connection.fileno() in ready:
             received = connection.recv(8 - len(answer))
             answer += received
             if not received:  # the preloaded process is gone; the child goes on without it
                 if alive >= 0:
-                    select.select([alive], [], [])
+                    readable([alive])
                 return 1 << 8
-        elif alive in readable:  # dead, and its status is on the way
+        elif alive in ready:  # dead, and its status is on the way
             alive = -1
     return int.from_bytes(answer, "big")
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import select
 import signal
 import socket
 import sys
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ftexp.cluster.hot_start.forker import ANSWERED_BY_A_WORKER, Forker, import_all, receive
-from ftexp.cluster.hot_start.launcher import LOCK, send
+from ftexp.cluster.hot_start.launcher import LOCK, readable, send
 
 # what a worker imports; a name that isn't there costs the worker what it would have cost without
 BEFORE_THE_CLUSTER = (
@@ -64,13 +63,13 @@ class Preloader:
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # forkers that have ended want no further attention
         while True:
             jobs = {channel.fileno(): job for job, channel in self._forkers.items()}
-            readable, _, _ = select.select([self._owner, self._listener.fileno(), *jobs], [], [])
-            if self._owner in readable and (self._owner != 0 or not os.read(0, 4096)):
+            ready = readable([self._owner, self._listener.fileno(), *jobs])
+            if self._owner in ready and (self._owner != 0 or not os.read(0, 4096)):
                 return
-            for descriptor in readable:
+            for descriptor in ready:
                 if descriptor in jobs:  # a forker never says a word: it has ended
                     self._forkers.pop(jobs[descriptor]).close()
-            if self._listener.fileno() in readable:
+            if self._listener.fileno() in ready:
                 self._accept()
 
     def _accept(self) -> None:

@@ -1,0 +1,46 @@
+"""The start of torch's process group, in Ray Train's controller: what fails there is decided upon as any failure is.
+
+Ray picks a free port, which another process may take before torch listens on it; or a worker dies meanwhile. Ray Train
+would end the run by the first, and after the second start workers for which there is no room: it forgets the placement
+group of those that it had.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from ray.exceptions import RayActorError, RayTaskError
+from ray.train.torch import TorchConfig
+from ray.util.placement_group import get_current_placement_group, remove_placement_group
+
+from ftexp.failure.causes import find_cause
+from ftexp.failure.reporter import FailureReporter
+
+
+class ReportingBackend(TorchConfig().backend_cls):  # type: ignore[misc]
+    """Ray's own, with failures of the start reported."""
+
+    def on_start(self, worker_group: Any, backend_config: ReportingTorchConfig) -> None:
+        """Ray's hook. StopRun if there shall be no further try, else RayActorError: Ray then makes new workers."""
+        placement_group = worker_group.execute_single(0, get_current_placement_group)
+        try:
+            super().on_start(worker_group, backend_config)
+        except (RayTaskError, RayActorError) as error:
+            remove_placement_group(placement_group)  # and with it the workers, which wait for the one that failed
+            cause = find_cause({0: error.cause if isinstance(error, RayTaskError) else error})
+            backend_config.reporter.report(dataclasses.replace(cause, rank=None))  # Ray doesn't tell which it was
+            raise RayActorError(error_msg=cause.error) from error
+
+
+@dataclass(kw_only=True)
+class ReportingTorchConfig(TorchConfig):  # type: ignore[misc]
+    """A TorchConfig whose process group may fail to start: `reporter` passes that to the driver."""
+
+    reporter: FailureReporter
+
+    @property
+    def backend_cls(self) -> type[ReportingBackend]:
+        """Ray's hook."""
+        return ReportingBackend

@@ -1,0 +1,79 @@
+"""What fails while torch's process group starts, in Ray Train's own controller and workers."""
+
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import ray.train
+from ray.train import RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+
+from ftexp.failure.causes import Ending
+from ftexp.failure.group_start import ReportingBackend, ReportingTorchConfig
+from ftexp.failure.reporter import FailureReporter
+from ftexp.wire.hub import Hub
+from ftexp.wire.messages import GroupFailed, Retry
+
+pytestmark = pytest.mark.usefixtures("data_ray")
+
+
+@dataclass(kw_only=True)
+class FaultyTorchConfig(ReportingTorchConfig):
+    """For the first group of workers Ray picks `port`, which is taken; of the second, one dies."""
+
+    port: int
+    starts: Path  # a file with a line for each
+
+    @property
+    def backend_cls(self):
+        return FaultyBackend
+
+
+class FaultyBackend(ReportingBackend):
+    def on_start(self, worker_group, backend_config):
+        def taken():
+            return ray.util.get_node_ip_address(), backend_config.port
+
+        with backend_config.starts.open("a") as file:
+            print(file=file)
+        number = len(backend_config.starts.read_text())
+        if number == 2:
+            worker_group.execute_single_async(1, os._exit, 1)
+        pick = taken if number == 1 else ray.train.torch.config.get_address_and_port
+        with mock.patch("ray.train.torch.config.get_address_and_port", pick):
+            super().on_start(worker_group, backend_config)
+
+
+def count_workers(_):
+    import torch
+
+    total = torch.ones(1)
+    torch.distributed.all_reduce(total)
+    return total.item()
+
+
+def test_workers_start_again_where_another_process_took_the_port_and_where_one_dies(tmp_path):
+    """There is room for two: those of a group that failed must be gone."""
+    told = []
+    hub = Hub("127.0.0.1", lambda message: told.append(message) or Retry(0.0))
+    reporter = FailureReporter(hub.address)
+    with socket.create_server(("", 0)) as other:
+        trainer = TorchTrainer(
+            count_workers,
+            train_loop_config={},
+            torch_config=FaultyTorchConfig(
+                reporter=reporter, port=other.getsockname()[1], starts=tmp_path / "starts", timeout_s=60
+            ),
+            scaling_config=ScalingConfig(num_workers=2),
+            run_config=RunConfig(name="run", storage_path=str(tmp_path / "storage"), callbacks=[reporter]),
+        )
+        assert trainer.fit().return_value == 2
+    hub.close()
+    taken, died = [message for message in told if isinstance(message, GroupFailed)]
+    assert (taken.cause, taken.rank, taken.ending) == ("crash", None, Ending.RAISED)
+    assert taken.error.startswith("DistNetworkError: ")
+    assert "EADDRINUSE" in taken.error
+    assert (died.cause, died.rank, died.ending) == ("crash", None, Ending.DIED)
