@@ -39,6 +39,7 @@ from ftexp.rundir.names import EXPORTS
 if TYPE_CHECKING:
     from ftexp.checkpoint.store import Manifest
     from ftexp.cli.trained_run import SavedRun
+    from ftexp.data.cropping import Fit
     from ftexp.exporting.checking import Difference, Samples
     from ftexp.storage.directory import Storage
 
@@ -183,12 +184,20 @@ def _about(config: ExportConfig, run: SavedRun, manifest: Manifest) -> dict[str,
         "labels": info.class_names,
         "input": f"{layout}; {prepared}",
         "input_size": [size, size, info.channels] if graph else [info.channels, size, size],
-        "resize": "shorter side to the size by Pillow's bicubic, then the centre: PIL.ImageOps.fit",
+        "resize": _resizing(info.fit),
         "mean": info.mean,
         "std": info.std,
         "output": "logits, float32 [batch, labels]",
         "versions": package_versions(),
     }
+
+
+def _resizing(fit: Fit) -> str:
+    """Say how a whole image becomes what the model takes: see `ftexp.data.cropping.fitted`."""
+    if fit.crop_pct is None and fit.crop_mode == "center":
+        return f"shorter side to the size by Pillow's {fit.interpolation}, then the centre: PIL.ImageOps.fit"
+    share = fit.crop_pct or 1.0
+    return f"timm's transforms_imagenet_eval: crop_pct={share}, crop_mode={fit.crop_mode}, {fit.interpolation}"
 
 
 def _copy(path: Path, stream: BinaryIO) -> None:

@@ -70,7 +70,11 @@ class SavedRun:
         return dataclasses.replace(data, integer_labels=self.info.integer_labels, **seen)
 
 
-AS_TRAINED = ("image_size", "channels", "mean", "std", "num_classes")  # fields of DataConfig that the weights rest on
+# fields of DataConfig that the weights rest on
+AS_TRAINED = (
+    *("image_size", "channels", "mean", "std", "num_classes"),
+    *("crop_pct", "crop_mode", "interpolation"),
+)
 
 
 def read_weights(store: CheckpointStore, manifest: Manifest, weights: str) -> bytes:

@@ -14,7 +14,7 @@ from typing import Any
 
 from ftexp.cluster import ray_private
 from ftexp.cluster.ray_watch import JoinedRay, OwnRay, ending_with
-from ftexp.cluster.resources import may_stream
+from ftexp.cluster.resources import may_decode
 from ftexp.config.machine import prepare_machine, usable_cpus
 from ftexp.config.schema import Config
 from ftexp.errors import ConfigError, RayLostError, RunFailedError
@@ -93,7 +93,7 @@ def start_ray(
         RayLostError: a process of the Ray that was started here died meanwhile.
         RunFailedError: Ray doesn't start on this machine.
 
-    decodes: whether CPUs are to decode beside the workers; None: if the data may be streamed.
+    decodes: whether CPUs are to decode beside the workers; None: if they may turn out to.
     """
     import ray
 
@@ -104,7 +104,7 @@ def start_ray(
     if not config.verbose:
         ray_private.silence_raylet_messages()
     # a machine's workers may take all its cores: what decodes beside them is counted on top, and shares them
-    decodes = may_stream(config.data) if decodes is None else decodes
+    decodes = may_decode(config) if decodes is None else decodes
     decoding = (config.data.decode_cpus or usable_cpus()) if decodes else 0
     options: dict[str, Any] = {"include_dashboard": False, "num_cpus": usable_cpus() + decoding} if own else {}
     try:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ftexp.config.machine import num_local_gpus, usable_cpus
-from ftexp.config.schema import AUTO, Config, DataConfig, ScalingConfig
+from ftexp.config.schema import AUTO, Config, ScalingConfig
 from ftexp.config.source_names import can_stream
 from ftexp.errors import ConfigError
 
@@ -85,9 +85,9 @@ def num_shares(configs: Sequence[Config], most: int | None) -> int:
     return max(1, min(len(configs), slots, most or slots))
 
 
-def may_stream(config: DataConfig) -> bool:
-    """Whether the data may turn out to be streamed."""
-    return config.feed != "cached" and can_stream(config.name)
+def may_decode(config: Config) -> bool:
+    """Whether tasks may turn out to decode, or to change pictures, while the workers train."""
+    return config.augment.changes_pictures or (config.data.feed != "cached" and can_stream(config.data.name))
 
 
 def no_workers() -> Workers:
@@ -103,10 +103,12 @@ def decoding_cpus(config: Config, workers: Workers) -> int:
     taken = fewest * workers.resources_per_worker.get("CPU", 1)
     there = ray.cluster_resources().get("CPU", 0)
     if there - taken < 1:
+        user, instead = "data.feed=streaming decodes on", "data.feed=cached"
+        if config.augment.changes_pictures:
+            user, instead = "augment.crop and what else is done to single images needs", "augment=none"
         raise ConfigError(
-            f"data.feed=streaming decodes on CPUs that the workers leave, and {fewest} workers take {taken:g} "
-            f"of the cluster's {there:g}: take fewer workers, scaling.resources_per_worker={{CPU: 0.5}}, or "
-            "data.feed=cached"
+            f"{user} CPUs that the workers leave, and {fewest} workers take {taken:g} of the cluster's {there:g}: "
+            f"take fewer workers, scaling.resources_per_worker={{CPU: 0.5}}, or {instead}"
         )
     return config.data.decode_cpus or int(there - taken)
 

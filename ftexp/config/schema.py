@@ -27,6 +27,9 @@ FAULTS = (
 )
 SCHEDULES = ("cosine", "poly", "tanh", "step", "constant")
 MIX_MODES = ("batch", "pair", "elem")
+CROPS = ("none", "rrc", "rkrc", "rkrr")  # timm's train_crop_mode
+CROP_MODES = ("center", "squash", "border")  # timm's crop_mode, of evaluation
+INTERPOLATIONS = ("bilinear", "bicubic")
 ERASE_MODES = ("const", "rand", "pixel")
 SGD_NAMES = ("sgd", "momentum", "nesterov")  # timm's, of torch's SGD
 
@@ -64,6 +67,11 @@ class DataConfig:
     num_classes: int | None = ranged(None, low=2)  # None: as many as the source has
     mean: list[float] = MISSING  # per channel, of pixels scaled to 0..1
     std: list[float] = MISSING
+    # how a whole image becomes a square: timm's crop_pct, crop_mode and interpolation of evaluation; crop_pct=null: all
+    # of it, and with crop_mode=center its largest square, cut out before it is scaled
+    crop_pct: float | None = ranged(None, above=0, high=1)
+    crop_mode: str = choice("center", CROP_MODES)
+    interpolation: str = choice("bicubic", INTERPOLATIONS)
     val_fraction: float = ranged(0.1, low=0, high=0.9)  # of the training samples, where the source has no split
     test_fraction: float = ranged(0.1, low=0, high=0.9)  # likewise
     split_seed: int = ranged(0, low=0)  # its own seed, so that runs that differ in `seed` share a test set
@@ -87,6 +95,18 @@ class AugmentConfig:
     hflip: float = ranged(0.0, low=0, high=1)  # probability of a left-right flip
     brightness: float = ranged(0.0, low=0, high=1)  # multiply pixels by 1 +- up to this
     rand_augment: str | None = None  # timm's words, rand-m9-n2-mstd0.5-inc1, say; drawn and applied sample by sample
+    # a random part of the image as it is stored; none: all of it, as it is evaluated
+    crop: str = choice("none", CROPS)
+    scale: list[float] | None = None  # [least, most] of the image's area; None: [0.08, 1], and [0.8, 1] of rkrc, rkrr
+    ratio: list[float] | None = None  # [least, most] of width to height; None: [3/4, 4/3], and [0.9, 1/0.9] of those
+    interpolation: str = choice("random", ("random", *INTERPOLATIONS))  # of crop, and of what auto_augment moves
+    vflip: float = ranged(0.0, low=0, high=1)  # probability of an upside-down flip
+    auto_augment: str | None = None  # timm's words: rand-m9-mstd0.5-inc1, original, v0, augmix-m3, 3a, ...
+    # most change of brightness, contrast and saturation; or [brightness, contrast, saturation], and hue if you like
+    color_jitter: Any = None
+    color_jitter_prob: float | None = ranged(None, low=0, high=1)  # None: of every sample
+    grayscale: float = ranged(0.0, low=0, high=1)  # probability of grey
+    gaussian_blur: float = ranged(0.0, low=0, high=1)  # probability; 23 px wide, of sigma 0.1 to 2
     erase_prob: float = ranged(0.0, low=0, high=1)  # random erasing, after normalising
     erase_mode: str = choice("const", ERASE_MODES)  # the mean; a colour; noise
     erase_count: int = ranged(1, low=1)  # rectangles at most
@@ -100,6 +120,16 @@ class AugmentConfig:
     def mixes(self) -> bool:
         """Whether samples are mixed with one another."""
         return self.mixup_alpha > 0 or self.cutmix_alpha > 0
+
+    @property
+    def changes_pictures(self) -> bool:
+        """Whether images are changed one by one, where they are decoded: by `ftexp.data.augment.picture`."""
+        return (
+            self.crop != "none"
+            or max(self.vflip, self.grayscale, self.gaussian_blur) > 0
+            or self.auto_augment is not None
+            or self.color_jitter is not None
+        )
 
 
 @dataclass(kw_only=True)

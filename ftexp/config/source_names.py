@@ -6,15 +6,17 @@ the chosen source doesn't read may not be set: a setting is never silently ignor
 
 from __future__ import annotations
 
+_OF_FILES = ("on_bad_sample", "decode_cpus", "crop_pct", "crop_mode", "interpolation")
+
 SOURCE_FIELDS: dict[str, tuple[str, ...]] = {
     "digits": (),
     "cifar10": ("root", "download"),
     "cifar100": ("root", "download"),
-    "image_folder": ("root", "on_bad_sample", "decode_cpus"),
-    "image_list": ("root", "on_bad_sample", "decode_cpus", "image_column", "label_column"),
-    "parquet": ("root", "on_bad_sample", "decode_cpus", "shuffle_window", "image_column", "label_column"),
+    "image_folder": ("root", *_OF_FILES),
+    "image_list": ("root", *_OF_FILES, "image_column", "label_column"),
+    "parquet": ("root", *_OF_FILES, "shuffle_window", "image_column", "label_column"),
     "synthetic": ("num_samples",),
-    "webdataset": ("root", "on_bad_sample", "decode_cpus", "shuffle_window"),
+    "webdataset": ("root", *_OF_FILES, "shuffle_window"),
 }
 
 

@@ -10,8 +10,9 @@ import ftexp.data.sources.files
 import ftexp.data.sources.image_list
 import ftexp.data.sources.parquet
 import ftexp.data.sources.webdataset  # noqa: F401 - these register what is built in
-from ftexp.config.schema import AUTO, DataConfig
-from ftexp.data.feeds.decoding import decoded_bundle, refuse_bad
+from ftexp.config.schema import AUTO, AugmentConfig, DataConfig
+from ftexp.data.feeds.cached import array_pictures, decoded_bundle, mean_pixels
+from ftexp.data.feeds.decoding import refuse_bad
 from ftexp.data.info import DataBundle, Reader, reasons
 from ftexp.data.listing import Listing
 from ftexp.data.sources.arrays import make_info
@@ -22,8 +23,12 @@ from ftexp.errors import DataError
 _SHARE = 0.5  # of the object store that a cached data set may take
 
 
-def build_data(config: DataConfig) -> DataBundle:
-    """Read the data named by `config.name`; DataError if that can't be done. Ray must be running."""
+def build_data(config: DataConfig, augment: AugmentConfig | None = None) -> DataBundle:
+    """Read the data named by `config.name`; DataError if that can't be done. Ray must be running.
+
+    augment: what train is trained with, which decides how it is cached; None where nothing is trained.
+    """
+    augment = augment or AugmentConfig()
     found = sources.get(config.name)(config)
     in_blocks = bool(found.block_sizes) if isinstance(found, Listing) else found.blocks is not None
     if config.shuffle_window is not None and not in_blocks:
@@ -32,7 +37,7 @@ def build_data(config: DataConfig) -> DataBundle:
             "data.shuffle_window"
         )
     if isinstance(found, Listing):
-        bundle = _from_files(config, found)
+        bundle = _from_files(config, found, augment)
     elif config.feed == "streaming":
         raise DataError(
             f"data.feed=streaming, but data.name={config.name} is in memory as a whole: take data.feed=cached"
@@ -44,18 +49,26 @@ def build_data(config: DataConfig) -> DataBundle:
             f"data.name={config.name}: the training split has no samples; check data.root and the fractions"
             + reasons(bundle.info.excluded or [], bundle.info.bad_samples)
         )
+    if augment.changes_pictures and not bundle.streams:
+        datasets = dict(bundle.datasets)
+        pictures = array_pictures(datasets.pop("train"), bundle.info.channels)
+        bundle = dataclasses.replace(bundle, datasets=datasets, pictures=pictures)
     return bundle
 
 
-def _from_files(config: DataConfig, listing: Listing) -> DataBundle:
+def _from_files(config: DataConfig, listing: Listing, augment: AugmentConfig) -> DataBundle:
     num_samples = sum(len(labels) for labels in listing.labels.values())
-    needed, there = num_samples * config.image_size**2 * config.channels, _object_store_bytes()
+    pixels = num_samples * config.image_size**2
+    if augment.crop != "none" and config.feed != "streaming":  # train's keep their own size
+        num_train = len(listing.labels["train"])
+        pixels += num_train * (mean_pixels(config, listing) - config.image_size**2)
+    needed, there = pixels * config.channels, _object_store_bytes()
     sizes = f"decoded it takes {_size(needed)}, and a node's object store has {_size(there)}"
     if config.feed != AUTO:
         feed, why = config.feed, f"as data.feed says; {sizes}"
     else:
         feed, why = ("cached" if needed <= _SHARE * there else "streaming"), sizes
-    bundle = decoded_bundle(config, listing) if feed == "cached" else _streamed(config, listing, sizes)
+    bundle = decoded_bundle(config, listing, augment) if feed == "cached" else _streamed(config, listing, sizes)
     return dataclasses.replace(bundle, feed=feed, why=why)
 
 

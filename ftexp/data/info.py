@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+from ftexp.data.cropping import Fit
 from ftexp.data.order import Int64s
 
 if TYPE_CHECKING:
@@ -60,18 +61,26 @@ class DataInfo:
     excluded: list[Excluded] | None = None  # None: of a run that began before ftexp counted them
     warnings: list[str] = field(default_factory=list)  # of what looks wrong about its classes
     integer_labels: str = "indices"  # data.integer_labels as the run began with; the default of runs without it
+    crop_pct: float | None = None  # this and the next two as in DataConfig
+    crop_mode: str = "center"
+    interpolation: str = "bicubic"
 
     @property
     def num_classes(self) -> int:
         """How many classes the model tells apart."""
         return len(self.class_names)
 
+    @property
+    def fit(self) -> Fit:
+        """How whole pictures are fitted into what models see."""
+        return Fit(self.image_size, self.channels, self.crop_pct, self.crop_mode, self.interpolation, tuple(self.mean))
+
 
 @dataclass(frozen=True)
 class DataBundle:
     """What a run trains on: every split cached, or every split streamed.
 
-    A cached split is a materialised Ray Dataset with the columns
+    A cached split is a materialised Ray Dataset (train's may be `pictures` instead) with the columns
     image: uint8 [image_size, image_size, channels]; label: int64 in [0, num_classes);
     sample: int64, distinct in the split. Others are ignored. Sorted by `sample`, row i is sample i of `SampleOrder`.
     """
@@ -82,12 +91,20 @@ class DataBundle:
     blocks: Int64s | None = None  # samples of train in each block, in order, for data.shuffle_window
     feed: str = "cached"
     why: str = ""  # this feed
-    decode_cpus: int = 0  # of the cluster, where it is streamed
+    decode_cpus: int = 0  # of the cluster, where there are `streams`
+    pictures: IndexedSplit | None = None  # train, cached as what is done to single pictures needs it
 
     @property
     def streamed(self) -> bool:
         """Whether samples are decoded while the run trains."""
         return self.feed == "streaming"
+
+    @property
+    def streams(self) -> dict[str, IndexedSplit]:
+        """Splits that tasks decode, or change the pictures of, while the run trains."""
+        if self.streamed:
+            return self.indexed
+        return {} if self.pictures is None else {"train": self.pictures}
 
 
 Raw = tuple[str, Callable[[], Any]]  # where an image is, and how to get it: encoded, or as an array

@@ -96,9 +96,9 @@ def _build(context: RunContext, terminal: Terminal) -> DataBundle:
             raise ConfigError(f"{lacking}: take fewer workers, or set scaling.resources_per_worker")
         terminal.say(f"waiting: {lacking} now", "yellow")
     config = dataclasses.replace(config, data=labels_as_begun(config.data, state.data))
-    bundle = build_data(config.data)
+    bundle = build_data(config.data, config.augment)
     require_same_data(config, state, bundle.info)
-    if bundle.streamed:
+    if bundle.streams:
         bundle = dataclasses.replace(bundle, decode_cpus=decoding_cpus(config, workers))
     return bundle
 
@@ -156,7 +156,7 @@ def _record_data(session: Session) -> None:
 def _introduce(context: RunContext, session: Session, changed: list[str]) -> None:
     """Print what is going to run."""
     config, bundle, terminal = context.config, session.bundle, session.terminal
-    decoding = f" · {bundle.decode_cpus} CPUs decode" if bundle.streamed else ""
+    decoding = f" · {bundle.decode_cpus} CPUs decode" if bundle.streams else ""
     terminal.header(
         context.state.name,
         context.run_dir.uri,

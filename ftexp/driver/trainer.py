@@ -156,7 +156,7 @@ def build_trainer(context: RunContext, bundle: DataBundle, hub: HubAddress) -> T
     return TorchTrainer(
         _train_function,
         # as bytes: Ray unpacks this config in its controller too, where importing torch and timm would only cost time
-        train_loop_config={"spec": pickle.dumps(spec), "streams": bundle.indexed if bundle.streamed else {}},
+        train_loop_config={"spec": pickle.dumps(spec), "streams": bundle.streams},
         torch_config=ReportingTorchConfig(backend=scaling.backend, timeout_s=scaling.timeout_s, reporter=reporter),
         scaling_config=ScalingConfig(
             num_workers=workers.num_workers,

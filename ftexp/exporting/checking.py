@@ -50,8 +50,8 @@ def samples_of(run: SavedRun, num_samples: int) -> Samples:
             reason = str(error).splitlines()[0]
             continue
         chosen = np.unique(np.linspace(0, len(inputs.split) - 1, num_samples).astype(np.int64))
-        pixels, _, reasons = decode_samples(inputs.split, chosen, info.image_size, info.channels)
-        readable = np.array([not text for text in reasons])
+        pixels, outcome = decode_samples(inputs.split, chosen, info.fit)
+        readable = np.array([not text for text in outcome.reasons])
         if readable.any():
             return Samples(pixels[readable], split)
     shape = (num_samples, info.image_size, info.image_size, info.channels)

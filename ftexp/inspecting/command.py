@@ -144,10 +144,10 @@ def _draw(config: Config, found: Found, out: Path) -> None:
 
 def _decode_cpus(config: Config, bundle: DataBundle, workers: Workers) -> int:
     """How many decode for this run: beside the workers if it streams, before they start if not."""
-    from ftexp.cluster.resources import decoding_cpus, may_stream, no_workers
+    from ftexp.cluster.resources import decoding_cpus, may_decode, no_workers
 
-    # a Ray that is started here counts cores twice if the data may be streamed: once for workers, once for decoding
-    beside = bundle.streamed or (config.scaling.address is None and may_stream(config.data))
+    # a Ray that is started here counts cores twice if tasks may decode beside training: once for these
+    beside = bundle.streamed or (config.scaling.address is None and may_decode(config))
     return decoding_cpus(config, workers if beside else no_workers())
 
 

@@ -15,8 +15,9 @@ import numpy.typing as npt
 import ray
 from PIL import Image, ImageDraw, ImageFont
 
-from ftexp.config.schema import Config, DataConfig
-from ftexp.data.feeds.decoding import as_image
+from ftexp.config.schema import Config
+from ftexp.data.cropping import Fit
+from ftexp.data.feeds.decoding import as_image, as_picture, decode_samples
 from ftexp.data.info import SPLITS, BadSample, DataBundle, DataInfo, IndexedSplit
 from ftexp.data.order import Int64s, run_order
 from ftexp.data.sources.arrays import UInt8s
@@ -129,9 +130,9 @@ def look(config: Config, bundle: DataBundle, num_cpus: int) -> Found:
         num_read=num_read,
         others_read=others_read,
         bad=list(bad.samples.values()),
-        images=as_the_model_sees(config, bundle.info, first.images),
+        images=as_the_model_sees(config, bundle.info, _changed(config, bundle, order, first.images)),
         names=names,
-        rate=_rate(config.data, bundle, num_cpus),
+        rate=_rate(bundle, num_cpus),
     )
 
 
@@ -166,6 +167,20 @@ def _labels(bundle: DataBundle, split: str) -> Int64s:
     return np.concatenate([np.empty(0, np.int64), *(block["label"] for block in blocks)])
 
 
+def _changed(config: Config, bundle: DataBundle, order: AnyOrder, images: UInt8s) -> UInt8s:
+    """The samples at positions 0, 1, ... as tasks change their pictures; `images` are their whole ones."""
+    from ftexp.data.augment.picture import PictureAugment
+
+    if not config.augment.changes_pictures:
+        return images
+    positions = np.arange(len(images))
+    augment = PictureAugment(config.augment, config.seed, bundle.info.fit)
+    if split := bundle.indexed.get("train"):
+        return decode_samples(split, order.samples(positions), bundle.info.fit, augment, positions)[0]
+    pictures = (as_picture(image, bundle.info.fit) for image in images)
+    return np.stack([augment(picture, position) for position, picture in enumerate(pictures)])
+
+
 def as_the_model_sees(config: Config, info: DataInfo, images: UInt8s) -> UInt8s:
     """The samples at positions 0, 1, ... augmented, normalised, erased and mixed as in training; as pixels again."""
     import torch
@@ -193,26 +208,26 @@ def as_the_model_sees(config: Config, info: DataInfo, images: UInt8s) -> UInt8s:
     return to_tensors.pixels(seen)
 
 
-def _rate(config: DataConfig, bundle: DataBundle, num_cpus: int) -> Rate | None:
+def _rate(bundle: DataBundle, num_cpus: int) -> Rate | None:
     """Decode training samples on every CPU for some seconds; None for a source that has nothing to decode."""
     if not bundle.indexed:
         return None
     split = bundle.indexed["train"]
     parts = [part[:_RATE_SAMPLES] for part in np.array_split(np.arange(len(split)), num_cpus) if len(part)]
     task = ray.remote(num_cpus=1)(_decode_for)
-    decoded = ray.get([task.remote(split, config.image_size, config.channels, part) for part in parts])
+    decoded = ray.get([task.remote(split, bundle.info.fit, part) for part in parts])
     speed = sum(count / seconds for count, seconds in decoded if count)
     return Rate(speed, sum(count for count, _ in decoded), len(parts))
 
 
-def _decode_for(split: IndexedSplit, size: int, channels: int, samples: Int64s) -> tuple[int, float]:
+def _decode_for(split: IndexedSplit, fit: Fit, samples: Int64s) -> tuple[int, float]:
     """Decode for some seconds at most; returns how many images, and in how many seconds."""
     items, _ = split.table.get()
     for part in (samples[:1], samples):  # the first call also imports, and opens files
         began, count = time.perf_counter(), 0
         for _, get in split.read(items[part]):
             try:
-                as_image(get(), size, channels)
+                as_image(get(), fit)
             except Exception:  # whatever a codec raises; reading the splits has named it
                 continue
             count += 1

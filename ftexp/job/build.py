@@ -16,6 +16,7 @@ from ftexp.cluster.hot_start.forker import MARK as HOT_START_MARK
 from ftexp.config.schema import Config
 from ftexp.data.augment.erasing import Erasing
 from ftexp.data.augment.mixing import Mixing
+from ftexp.data.augment.picture import PictureAugment
 from ftexp.data.augment.pixels import Augment
 from ftexp.data.feeds.decoding import refuse_bad
 from ftexp.data.feeds.feed import CachedRows, IndexedFeed, Rows, ToTensors
@@ -177,9 +178,7 @@ def _under_ddp(model: nn.Module) -> nn.Module:
 
 
 def _rows(spec: JobSpec, streams: dict[str, IndexedSplit], channel: Channel, group: ProcessGroup) -> dict[str, Rows]:
-    """Each split's rows: cached, or streamed if there are `streams`."""
-    if not streams:
-        return {split: CachedRows(ray.train.get_dataset_shard(split)) for split in SPLITS}
+    """Each split's rows: streamed if they are among `streams`, else cached."""
     data = spec.config.data
     told: set[str] = set()
 
@@ -194,7 +193,19 @@ def _rows(spec: JobSpec, streams: dict[str, IndexedSplit], channel: Channel, gro
         channel.send(Happened(events.SlowData(group.rank, slow_reason(seconds, free, there))))
 
     num_tasks = max(1, spec.decode_cpus // group.world_size)
-    return {split: StreamedRows(streams[split], spec.info, num_tasks, on_bad, on_slow) for split in SPLITS}
+
+    def rows(split: str) -> Rows:
+        if split not in streams:
+            return CachedRows(ray.train.get_dataset_shard(split))
+        augment = picture_augment(spec.config, spec.info) if split == "train" else None
+        return StreamedRows(streams[split], spec.info, num_tasks, on_bad, on_slow, augment)
+
+    return {split: rows(split) for split in SPLITS}
+
+
+def picture_augment(config: Config, info: DataInfo) -> PictureAugment | None:
+    """What the config asks to be done to single pictures; None: nothing."""
+    return PictureAugment(config.augment, config.seed, info.fit) if config.augment.changes_pictures else None
 
 
 def _connect(spec: JobSpec, group: ProcessGroup) -> Channel:

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 PLAN_FILE, BAD_FILE, PARTS = "predictions.json", "bad.csv", "parts"
 _FREE = ("run",)  # of a plan: a run may be moved, since the hash of its weights tells that they are the same
+# what plans don't say that were written before it could be chosen
+_DATA_OF_BEFORE = {"crop_pct": None, "crop_mode": "center", "interpolation": "bicubic"}
 # what a message calls them
 _TITLES = {"weights_sha256": "the SHA-256 of the weights' file", "listing_sha256": "the SHA-256 of the listing"}
 
@@ -83,6 +85,8 @@ def begin(out: Storage, plan: PredictionPlan) -> list[int]:
 
 def _require_same(before: dict[str, Any], plan: PredictionPlan, out: Storage) -> None:
     now = json.loads(json.dumps(dataclasses.asdict(plan)))
+    for each in (before, now):
+        each["data"] = {**_DATA_OF_BEFORE, **each["data"]}
     changed = [
         f"{_TITLES.get(key, key)} was {before.get(key)!r}, and is {now.get(key)!r} now"
         for key in now

@@ -12,6 +12,7 @@ from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
 from ftexp.cli.trained_run import SavedRun
 from ftexp.cluster.resources import Workers
+from ftexp.data.cropping import Fit
 from ftexp.data.feeds.decoding import decode_samples, decoding
 from ftexp.data.info import IndexedSplit
 from ftexp.data.order import Int64s
@@ -33,15 +34,14 @@ class DecodeNamed:
     """A map stage of Ray Data: {"sample": [n]} -> image, label, where it is, and what is wrong with it."""
 
     split: IndexedSplit
-    size: int
-    channels: int
+    fit: Fit
 
     def __call__(self, batch: dict[str, Int64s]) -> dict[str, Any]:
         """Decode a unit, as training and evaluation do."""
         samples = batch["sample"]
-        images, places, reasons = decode_samples(self.split, samples, self.size, self.channels)
+        images, outcome = decode_samples(self.split, samples, self.fit)
         _, labels = self.split.table.get()
-        columns = {"where": np.array(places, object), "error": np.array(reasons, object)}
+        columns = {"where": np.array(outcome.places, object), "error": np.array(outcome.reasons, object)}
         return {"sample": samples, "image": images, "label": labels[samples], **columns}
 
 
@@ -109,7 +109,7 @@ class PredictionJob:
         info, workers = self.run.info, self.workers
         num_decoding = self.num_decoding + 1  # one waits, so that no CPU does
         write = WritePart(self.plan, self.out, info.class_names, self.inputs.label_names)
-        dataset = decoding(self.inputs.split, info, units, num_decoding, DecodeNamed)
+        dataset = decoding(self.inputs.split, info, [{"sample": unit} for unit in units], num_decoding, DecodeNamed)
         dataset.context.enable_progress_bars = False
         dataset.context.custom_execution_callback_classes = [StopWhenAsked]
         options = dataset.context.execution_options

@@ -17,7 +17,8 @@ import numpy as np
 import timm
 import torch
 
-from ftexp.data.feeds.decoding import decode_image
+from ftexp.data.cropping import Fit
+from ftexp.data.feeds.decoding import as_image
 
 BATCH, TOP_K = 64, 5
 
@@ -36,7 +37,9 @@ def main() -> None:
         writer = csv.writer(file)
         for start in range(0, len(paths), BATCH):
             batch = paths[start : start + BATCH]
-            pixels = np.stack([decode_image(path.read_bytes(), data["image_size"], data["channels"]) for path in batch])
+            pixels = np.stack(
+                [as_image(path.read_bytes(), Fit(data["image_size"], data["channels"])) for path in batch]
+            )
             images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div_(255).sub_(mean).div_(std)
             probabilities, classes = model(images).softmax(1).topk(TOP_K)
             for path, row, chosen in zip(batch, probabilities.tolist(), classes.tolist(), strict=True):

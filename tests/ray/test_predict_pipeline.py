@@ -15,6 +15,7 @@ import torch
 
 from ftexp.cli.trained_run import SavedRun
 from ftexp.cluster.resources import Workers
+from ftexp.data.cropping import Fit
 from ftexp.data.feeds.decoding import decode_samples
 from ftexp.errors import DataError
 from ftexp.predicting import stopping
@@ -43,7 +44,7 @@ pytestmark = pytest.mark.usefixtures("data_ray")
 
 def read(inputs, size=SIZE):
     """{what is in it: (where, class)} of every sample, in order."""
-    pixels, places, reasons = decode_samples(inputs.split, np.arange(len(inputs.split)), size, 3)
+    pixels, (places, reasons) = decode_samples(inputs.split, np.arange(len(inputs.split)), Fit(size, 3))
     _, labels = inputs.split.table.get()
     names = [inputs.label_names[label] if label >= 0 else None for label in labels]
     return pixels, places, reasons, names

@@ -8,7 +8,7 @@ import pytest
 
 import ftexp.data.listing
 from ftexp.data.build import build_data
-from ftexp.data.feeds.feed import CachedRows
+from ftexp.data.feeds.feed import CachedRows, request
 from ftexp.data.feeds.streamed import StreamedRows
 from ftexp.errors import DataError
 from ftexp.storage.directory import Storage
@@ -95,7 +95,7 @@ def test_rows_from_a_store_that_fails_now_and_then_are_those_of_the_disk(roots, 
     samples = np.random.default_rng(0).permutation(len(IMAGES))
     expected = CachedRows(on_disk.datasets["train"].iterator()).take(samples)
     rows = StreamedRows(streams.indexed["train"], streams.info, 1, never, lambda _: None)
-    with rows.open(iter([samples])) as take:
+    with rows.open(iter([request(samples, samples)])) as take:
         taken = take(samples)
     assert taken.readable is None
     np.testing.assert_array_equal(taken.images, expected.images)

@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from ftexp.data.build import build_data
-from ftexp.data.feeds.decoding import as_image, decode_image
+from ftexp.data.cropping import Fit
+from ftexp.data.feeds.decoding import as_image
 from ftexp.data.info import SPLITS
 from ftexp.data.sources import arrays as sources_module
 from ftexp.data.sources.arrays import bundle_from_arrays
@@ -159,35 +160,35 @@ GREY, COLOUR, CLEAR = picture(1, channels=1), picture(2), picture(3, channels=4)
 
 @pytest.mark.parametrize("kind", ["PNG", "BMP"])
 def test_lossless_colour_decodes_exactly(kind):
-    np.testing.assert_array_equal(decode_image(encoded(COLOUR, kind), SIZE, 3), COLOUR)
+    np.testing.assert_array_equal(as_image(encoded(COLOUR, kind), Fit(SIZE, 3)), COLOUR)
 
 
 def test_jpeg_decodes_to_the_colour_that_was_saved():
     flat = np.broadcast_to(np.uint8([200, 40, 90]), (SIZE, SIZE, 3))
 
-    found = decode_image(encoded(np.ascontiguousarray(flat), "JPEG"), SIZE, 3)
+    found = as_image(encoded(np.ascontiguousarray(flat), "JPEG"), Fit(SIZE, 3))
 
     assert np.abs(found.astype(int) - flat).max() <= 3  # what JPEG loses of a flat image
 
 
 def test_grey_becomes_three_equal_channels():
-    np.testing.assert_array_equal(decode_image(encoded(GREY), SIZE, 3), np.stack([GREY] * 3, axis=-1))
+    np.testing.assert_array_equal(as_image(encoded(GREY), Fit(SIZE, 3)), np.stack([GREY] * 3, axis=-1))
 
 
 def test_grey_stays_itself_in_one_channel():
-    np.testing.assert_array_equal(decode_image(encoded(GREY), SIZE, 1), GREY[..., None])
+    np.testing.assert_array_equal(as_image(encoded(GREY), Fit(SIZE, 1)), GREY[..., None])
 
 
 def test_alpha_is_left_out_of_three_channels_and_kept_in_four():
-    np.testing.assert_array_equal(decode_image(encoded(CLEAR), SIZE, 3), CLEAR[..., :3])
-    np.testing.assert_array_equal(decode_image(encoded(CLEAR), SIZE, 4), CLEAR)
+    np.testing.assert_array_equal(as_image(encoded(CLEAR), Fit(SIZE, 3)), CLEAR[..., :3])
+    np.testing.assert_array_equal(as_image(encoded(CLEAR), Fit(SIZE, 4)), CLEAR)
 
 
 @pytest.mark.parametrize("pixels", [COLOUR, CLEAR])
 def test_colour_becomes_its_luminance_in_one_channel(pixels):
     luminance = pixels[..., :3] @ [0.299, 0.587, 0.114]  # ITU-R 601-2, as Pillow documents
 
-    found = decode_image(encoded(pixels), SIZE, 1)
+    found = as_image(encoded(pixels), Fit(SIZE, 1))
 
     assert found.shape == (SIZE, SIZE, 1)
     assert np.abs(found[..., 0] - luminance).max() <= 1
@@ -197,12 +198,12 @@ def test_colour_becomes_its_luminance_in_one_channel(pixels):
 def test_sixteen_bit_grey_keeps_its_range(channels):
     deep = GREY.astype(np.uint16) * 256 + 77
 
-    np.testing.assert_array_equal(decode_image(encoded(deep), SIZE, channels)[..., 0], GREY)
+    np.testing.assert_array_equal(as_image(encoded(deep), Fit(SIZE, channels))[..., 0], GREY)
 
 
 def test_float_image_is_refused_since_its_range_is_unknown():
     with pytest.raises(ValueError, match="mode F"):
-        decode_image(encoded(GREY.astype(np.float32), "TIFF"), SIZE, 1)
+        as_image(encoded(GREY.astype(np.float32), "TIFF"), Fit(SIZE, 1))
 
 
 @pytest.mark.parametrize("upright", [False, True])
@@ -210,7 +211,7 @@ def test_oblong_image_is_scaled_by_its_shorter_side_and_cropped_at_the_centre(up
     oblong = np.full((16, 32, 3), 250, np.uint8)
     oblong[:, 8:24] = [10, 120, 60]  # the centre square
 
-    found = decode_image(encoded(np.ascontiguousarray(oblong.swapaxes(0, 1)) if upright else oblong), SIZE, 3)
+    found = as_image(encoded(np.ascontiguousarray(oblong.swapaxes(0, 1)) if upright else oblong), Fit(SIZE, 3))
 
     assert found.shape == (SIZE, SIZE, 3)
     centre = np.broadcast_to([10, 120, 60], found.shape)
@@ -671,7 +672,7 @@ def test_damaged_row_group_loses_its_own_rows_and_no_others(tmp_path):
 )
 def test_arrays_that_are_no_image_of_that_size_are_refused(pixels, reason):
     with pytest.raises(ValueError, match=reason):
-        as_image(pixels, 2, 1)
+        as_image(pixels, Fit(2, 1))
 
 
 def test_file_that_is_no_parquet_is_named(tmp_path):

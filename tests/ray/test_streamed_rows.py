@@ -13,7 +13,7 @@ from ftexp.data.build import build_data
 from ftexp.data.feeds import decoding
 from ftexp.data.feeds import streamed as stream
 from ftexp.data.feeds.decoding import refuse_bad
-from ftexp.data.feeds.feed import CachedRows
+from ftexp.data.feeds.feed import CachedRows, request
 from ftexp.data.feeds.streamed import StreamedRows
 from ftexp.data.info import SPLITS
 from ftexp.data.order import SampleOrder, WindowOrder
@@ -67,7 +67,7 @@ def streamed(bundle, split="train", on_bad=never):
 def assert_same_rows(streams, cached, requests):
     """Both give the same for every request, asked for in pieces other than those that were announced."""
     announced = np.array_split(np.concatenate(requests), 7)
-    with streams.open(iter(announced)) as take:
+    with streams.open(request(samples, samples) for samples in announced) as take:
         for samples in requests:
             ours, theirs = take(samples), cached.take(samples)
             np.testing.assert_array_equal(ours.images, theirs.images)
@@ -111,9 +111,9 @@ def test_streamed_rows_are_those_that_are_cached(roots, small_units, name, windo
 def test_a_pass_that_is_left_early_leaves_the_next_one_whole(roots, small_units):
     bundle = build_data(data_config("image_folder", roots / "image_folder", feed="streaming", val_fraction=0))
     rows, asked = streamed(bundle), np.arange(len(bundle.indexed["train"]))
-    with rows.open(iter([asked] * 9)) as take:
+    with rows.open(iter([request(asked, asked)] * 9)) as take:
         first = take(asked[:3])
-    with rows.open(iter([asked])) as take:
+    with rows.open(iter([request(asked, asked)])) as take:
         again = take(asked)
 
     np.testing.assert_array_equal(again.images[:3], first.images)
@@ -129,7 +129,7 @@ def test_an_image_that_vanished_is_named_and_the_others_stay(tmp_path):
     files = [0, 2, 4, 1, 3, 5]  # as they were listed, by class
 
     told, samples = [], np.array([0, 4, 5, 4, 1])
-    with streamed(bundle, on_bad=told.extend).open(iter([samples])) as take:
+    with streamed(bundle, on_bad=told.extend).open(iter([request(samples, samples)])) as take:
         taken = take(samples)
 
     assert taken.readable.tolist() == [True, False, True, False, True]
@@ -140,7 +140,10 @@ def test_an_image_that_vanished_is_named_and_the_others_stay(tmp_path):
     assert "FileNotFoundError" in told[0].reason
 
     refusing = streamed(bundle, on_bad=lambda bad: refuse_bad(config, bad))
-    with refusing.open(iter([samples])) as take, pytest.raises(DataError, match=rf"{tmp_path}/b/3\.png: FileNotFound"):
+    with (
+        refusing.open(iter([request(samples, samples)])) as take,
+        pytest.raises(DataError, match=rf"{tmp_path}/b/3\.png: FileNotFound"),
+    ):
         take(samples)
 
 
@@ -153,7 +156,7 @@ def test_a_shard_that_vanished_costs_its_own_samples_alone_and_each_is_named(tmp
     shard.unlink()
 
     told, samples = [], np.array([28, 0, 17, 16, 3, 18])
-    with streamed(bundle, on_bad=told.extend).open(iter([samples])) as take:
+    with streamed(bundle, on_bad=told.extend).open(iter([request(samples, samples)])) as take:
         taken = take(samples)
 
     assert taken.readable.tolist() == [True, False, True, False, False, True]
@@ -177,7 +180,7 @@ def test_a_shard_that_vanished_costs_its_own_samples_alone_and_each_is_named(tmp
 )
 def test_auto_caches_what_fits_into_half_of_an_object_store(roots, monkeypatch, spare, feed, why):
     chosen = []
-    monkeypatch.setattr(build, "decoded_bundle", lambda config, listing: chosen.append("cached") or _empty(config))
+    monkeypatch.setattr(build, "decoded_bundle", lambda config, *_: chosen.append("cached") or _empty(config))
     monkeypatch.setattr(build, "_streamed", lambda config, *_: chosen.append("streaming") or _empty(config))
     monkeypatch.setattr(build, "_object_store_bytes", lambda: 2 * NUM_IMAGES * 3 * 2**20 + spare)
 

@@ -19,7 +19,7 @@ import torch
 from ftexp.config.schema import AugmentConfig, Config
 from ftexp.data.augment.pixels import Augment
 from ftexp.data.feeds import streamed as stream
-from ftexp.data.feeds.feed import IndexedFeed, ToTensors
+from ftexp.data.feeds.feed import IndexedFeed, ToTensors, request
 from ftexp.data.feeds.streamed import _UNIT_ROWS, StreamedRows
 from ftexp.data.info import SPLITS, DataInfo, IndexedSplit
 from ftexp.data.order import SampleOrder
@@ -151,7 +151,7 @@ def test_a_worker_that_finds_no_cpu_to_decode_on_says_so_and_goes_on_when_there_
     assert ray.get(other.held.remote())
     wait_until_none(lambda: ray.available_resources().get("CPU", 0))  # it takes a moment until that is known
     samples = np.arange(40)
-    with rows.open(iter([samples])) as take, ThreadPoolExecutor(1) as pool:
+    with rows.open(iter([request(samples, samples)])) as take, ThreadPoolExecutor(1) as pool:
         taking = pool.submit(take, samples)
         event = told.get(timeout=60).event
         assert not taking.done()

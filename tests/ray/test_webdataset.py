@@ -11,7 +11,8 @@ from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
 
 import ftexp.data.sources.webdataset as module
 from ftexp.data.build import build_data
-from ftexp.data.feeds.decoding import decode_image
+from ftexp.data.cropping import Fit
+from ftexp.data.feeds.decoding import as_image
 from ftexp.data.info import SPLITS, Excluded
 from ftexp.data.sources.webdataset import scan_shard, webdataset
 from ftexp.errors import DataError
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("data_ray")
 def listed(listing, split="train"):
     """The (pixels, class name) of every item of a listed split, as a sorted list."""
     labels = listing.labels[split]
-    images = [decode_image(get(), SIZE, 3) for _, get in listing.readers[split](np.arange(len(labels)))]
+    images = [as_image(get(), Fit(SIZE, 3)) for _, get in listing.readers[split](np.arange(len(labels)))]
     return expected_pairs(images, [listing.class_names[label] for label in labels])
 
 

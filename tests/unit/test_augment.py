@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from ftexp.config.schema import AugmentConfig
+from ftexp.data.augment.auto_augment import RandAugment
 from ftexp.data.augment.pixels import Augment
-from ftexp.data.augment.rand_augment import RandAugment
 
 IMAGES = torch.rand(64, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 ALL = AugmentConfig(pad_px=2, hflip=0.5, brightness=0.2)

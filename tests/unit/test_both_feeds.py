@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from ftexp.config.schema import AugmentConfig
 from ftexp.data.augment.pixels import Augment
+from ftexp.data.cropping import Fit
 from ftexp.data.feeds import streamed as stream
 from ftexp.data.feeds.decoding import Decode
 from ftexp.data.feeds.feed import CachedRows, IndexedFeed, ToTensors, evaluation_batches
@@ -45,8 +46,8 @@ class DecodedHere(StreamedRows):
     """Streamed rows whose pipelines are loops."""
 
     def _start(self, span):
-        decode = Decode(self._split, SIZE, 1)
-        return (decode({"sample": unit}) for unit in span)
+        decode = Decode(self._split, Fit(SIZE, 1), self._augment)
+        return (decode({"sample": samples, "position": positions}) for samples, positions in span)
 
 
 def never(*_):

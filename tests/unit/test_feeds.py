@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from ftexp.data.feeds.feed import CachedRows, ToTensors, evaluation_batches, prefetched
 from ftexp.data.info import DataInfo
+from ftexp.data.order import SampleOrder
 from ftexp.data.plan import ShardPlan, even_part
 from tests.support.feeds import CPU, Blocks, Unreadable, block, make_feed
 
@@ -128,7 +129,7 @@ def test_rows_that_cannot_be_read_weigh_nothing_and_the_others_what_they_did(unr
 def test_a_feed_opens_its_rows_with_all_that_it_will_take_in_that_order():
     class Recorded(Unreadable):
         def open(self, requests):
-            self.asked, self.taken = np.concatenate(list(requests)), []
+            self.asked, self.taken = np.concatenate(list(requests), axis=1), []
             return contextlib.nullcontext(self.take)
 
         def take(self, samples):
@@ -138,7 +139,9 @@ def test_a_feed_opens_its_rows_with_all_that_it_will_take_in_that_order():
     rows = Recorded(3000, [])
     feed = make_feed(3000, ShardPlan(7, 2, 6001, rank=1, world_size=3), rows=rows)  # more than is planned at a time
     assert sum(1 for _ in feed.from_position(14)) == len(range(14, 6001, 7))
-    assert rows.asked.tolist() == np.concatenate(rows.taken).tolist()
+    samples, positions = rows.asked
+    assert samples.tolist() == np.concatenate(rows.taken).tolist()
+    assert samples.tolist() == SampleOrder(0, 3000).samples(positions).tolist()
 
 
 @given(unreadable=st.sets(st.integers(0, 29)), world=st.integers(1, 3), batch=st.integers(1, 12))

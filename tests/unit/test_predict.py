@@ -92,6 +92,15 @@ def test_a_run_that_was_moved_goes_on(tmp_path):
     assert begin(out, PredictionPlan(**{**vars(PLAN), "run": "elsewhere"})) == [0, 1, 2]
 
 
+def test_predictions_from_before_the_crop_could_be_chosen_go_on_if_it_is_as_it_was(tmp_path):
+    out, before = Storage.at(str(tmp_path)), {"crop_pct": None, "crop_mode": "center", "interpolation": "bicubic"}
+    begin(out, PLAN)
+
+    assert begin(out, PredictionPlan(**{**vars(PLAN), "data": {**PLAN.data, **before}})) == [0, 1, 2]
+    with pytest.raises(ConfigError, match="give another out"):
+        begin(out, PredictionPlan(**{**vars(PLAN), "data": {**PLAN.data, **before, "crop_pct": 0.9}}))
+
+
 def test_part_files_without_a_plan_are_nobody_s(tmp_path):
     Storage.at(str(tmp_path), PARTS).write_bytes(PLAN.file(0), b"")
 

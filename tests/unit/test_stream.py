@@ -9,33 +9,40 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ftexp.data.feeds import streamed as stream
+from ftexp.data.feeds.feed import request
 from ftexp.data.feeds.streamed import _Window, chained, slow_reason, spans, units
 from ftexp.data.info import BadSample
 from tests.support.processes import wait_until_none
 
 requests_of_any_size = st.lists(st.integers(0, 300), max_size=20).map(
-    lambda sizes: np.split(np.arange(sum(sizes)) * 3, np.cumsum(sizes)[:-1]) if sizes else []
+    lambda sizes: np.split(numbered(sum(sizes)), np.cumsum(sizes)[:-1], axis=1) if sizes else []
 )
+
+
+def numbered(count, first=0):
+    """A request for samples 3, 6, 9, ... at positions 0, 1, 2, ..."""
+    positions = np.arange(first, first + count)
+    return request(3 * positions, positions)
 
 
 @given(requests=requests_of_any_size, rows=st.integers(1, 256))
 def test_units_hold_the_same_samples_in_the_same_order_whatever_the_pieces(requests, rows):
-    asked = np.concatenate([np.empty(0, np.int64), *requests])
-    assert [n for unit in units(iter(requests), rows) for n in unit.tolist()] == asked.tolist()
-    pieces = [len(unit) for unit in units(iter(requests), rows)]
-    assert pieces == [len(unit) for unit in units(iter([asked]), rows)]
+    asked = np.concatenate([numbered(0), *requests], axis=1)
+    made = list(units(iter(requests), rows))
+    assert np.array_equal(np.concatenate([numbered(0), *made], axis=1), asked)
+    assert [unit.shape for unit in made] == [unit.shape for unit in units(iter([asked]), rows)]
 
 
 @pytest.mark.parametrize(("rows", "sizes"), [(256, [32, 64, 128, 256, 256, 4]), (48, [32, 48, 48]), (5, [5, 5, 5, 1])])
 def test_units_grow_from_small_ones_up_to_the_most_rows_and_leave_none_over(rows, sizes):
-    assert [len(unit) for unit in units(iter(np.arange(sum(sizes))[:, None]), rows)] == sizes
+    assert [unit.shape[1] for unit in units((numbered(1) for _ in range(sum(sizes))), rows)] == sizes
 
 
 def test_units_take_no_more_requests_than_they_need():
-    requests = (np.arange(number, number + 10) for number in itertools.count(0, 10))
+    requests = (numbered(10, first) for first in itertools.count(0, 10))
     made = units(requests, 256)
-    assert next(made).tolist() == list(range(32))
-    assert next(requests)[0] == 40
+    assert np.array_equal(next(made), numbered(32))
+    assert next(requests)[1, 0] == 40
 
 
 def test_spans_are_equally_long_and_no_unit_is_lost():

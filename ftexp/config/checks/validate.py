@@ -18,6 +18,7 @@ from ftexp.config.checks.recipe import (
     check_drop_path,
     check_freeze,
     check_optim,
+    check_pictures,
     check_schedule,
 )
 from ftexp.config.checks.run import check_run
@@ -52,6 +53,7 @@ _CHECKS: dict[Callable[[Config], Iterator[str]], tuple[str, ...]] = {
         *("data.val_fraction", "data.test_fraction", "augment.pad_px"),
     ),
     check_augment: ("train.global_batch_size", "data.channels", "augment.mixup_alpha", "augment.cutmix_alpha"),
+    check_pictures: ("data.channels", "augment.crop"),
     check_optim: ("optim.name",),
     check_schedule: ("schedule.warmup_epochs", "schedule.min_lr", "train.epochs", "optim.lr"),
     check_average: (),

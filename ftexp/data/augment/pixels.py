@@ -1,6 +1,7 @@
-"""Augmentation of single samples before they are normalised. What happens to one depends on (seed, position) only.
+"""Augmentation of whole batches before they are normalised. What happens to a sample depends on (seed, position) only.
 
-Shift, flip and brightness work on whole batches of tensors; RandAugment goes image by image.
+Shift, flip and brightness work on tensors; `augment.rand_augment` goes image by image. What is done to pictures where
+they are decoded comes before, in `ftexp.data.augment.picture`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ftexp.config.schema import AugmentConfig
-from ftexp.data.augment.rand_augment import RandAugment
+from ftexp.data.augment.auto_augment import RandAugment
 from ftexp.data.order import Int64s, derive_seed, uniforms
 from ftexp.data.sources.arrays import UInt8s
 
@@ -38,7 +39,7 @@ class Augment:
         config = self._config
         if config.pad_px:
             images = self._shift(images, positions, config.pad_px)
-        if config.hflip:
+        if config.hflip and not config.changes_pictures:  # there it is done with them
             flipped = self._draw(positions, 2) < config.hflip
             images = torch.where(flipped.to(images.device).view(-1, 1, 1, 1), images.flip(3), images)
         if config.brightness:

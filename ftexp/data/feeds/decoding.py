@@ -2,43 +2,55 @@
 
 from __future__ import annotations
 
+import functools
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
+import pyarrow as pa
 import ray.data
+from PIL import Image, UnidentifiedImageError
 from ray.data import TaskPoolStrategy
 
 from ftexp.config.schema import DataConfig
-from ftexp.data.info import BadSample, DataBundle, DataInfo, IndexedSplit
-from ftexp.data.listing import Listing
+from ftexp.data.augment.picture import PictureAugment
+from ftexp.data.cropping import Fit, fitted
+from ftexp.data.info import BadSample, DataInfo, IndexedSplit
 from ftexp.data.order import Int64s
-from ftexp.data.sources.arrays import UInt8s, make_info
+from ftexp.data.sources.arrays import UInt8s
 from ftexp.errors import DataError
 
 if TYPE_CHECKING:
     from ray.data import Dataset
 
 _NUM_BAD_SHOWN = 10
-_FILES = 64  # decoded by one task
+
+T = TypeVar("T")
 
 
-def decode_image(encoded: bytes, size: int, channels: int) -> UInt8s:
-    """Decode anything Pillow reads into uint8 [size, size, channels]: shorter side to `size`, centre crop."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
+def num_pixels(value: Any) -> int:
+    """Return how many pixels an image has, as a source gives it; of an encoded one, only the head is read."""
+    encoded: Any = value.get("bytes") if isinstance(value, dict) else value
+    if not isinstance(encoded, bytes):
+        return int(np.prod(np.shape(encoded)[:2]))
+    with _opened(encoded) as image:
+        return image.width * image.height
 
+
+def open_picture(encoded: bytes, channels: int) -> Image.Image:
+    """Decode anything Pillow reads, in its own size."""
+    with _opened(encoded) as opened:
+        readable = opened if opened.mode[0] not in "IF" else Image.fromarray(_high_bytes(opened))
+        return readable.convert({1: "L", 3: "RGB", 4: "RGBA"}[channels])
+
+
+def _opened(encoded: bytes) -> Image.Image:
     try:
-        file = Image.open(io.BytesIO(encoded))
+        return Image.open(io.BytesIO(encoded))
     except UnidentifiedImageError:  # Pillow's own words name an address in memory, another one each time
         raise UnidentifiedImageError("no format that Pillow reads") from None
-    with file as opened:
-        readable = opened if opened.mode[0] not in "IF" else Image.fromarray(_high_bytes(opened))
-        image = readable.convert({1: "L", 3: "RGB", 4: "RGBA"}[channels])
-    if image.size != (size, size):
-        image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
-    return np.asarray(image, np.uint8).reshape(size, size, channels)
 
 
 def _high_bytes(image: Any) -> UInt8s:
@@ -50,88 +62,90 @@ def _high_bytes(image: Any) -> UInt8s:
 
 @dataclass(frozen=True)
 class Decode:
-    """A map stage of Ray Data: {"sample": [n]} -> image, label, sample, and an error where there is no image."""
+    """A map stage of Ray Data: {"sample": [n]} -> image, label, sample, and an error where there is no image.
+
+    With `augment`, which also needs {"position": [n]}, an image is what the step at its position trains on.
+    """
 
     split: IndexedSplit
-    size: int
-    channels: int
+    fit: Fit
+    augment: PictureAugment | None = None
 
     def __call__(self, batch: dict[str, Int64s]) -> dict[str, Any]:
         """Decode a block of samples; `error` is "" or "where\\nwhat", and the image then black."""
         samples = batch["sample"]
-        images, places, reasons = decode_samples(self.split, samples, self.size, self.channels)
-        errors = [f"{where}\n{reason}" if reason else "" for where, reason in zip(places, reasons, strict=True)]
+        images, outcome = decode_samples(self.split, samples, self.fit, self.augment, batch.get("position"))
         _, labels = self.split.table.get()
-        return {"image": images, "label": labels[samples], "sample": samples, "error": np.array(errors)}
+        return {"image": images, "label": labels[samples], "sample": samples, "error": np.array(outcome.errors)}
+
+
+class Outcome(NamedTuple):
+    """What became of samples that were read."""
+
+    places: list[str]
+    reasons: list[str]  # why one can't be read; "": it can
+
+    @property
+    def errors(self) -> list[str]:
+        """Both in one, for a column: see `bad_sample`."""
+        return [f"{where}\n{reason}" if reason else "" for where, reason in zip(*self, strict=True)]
+
+
+def each_sample(
+    split: IndexedSplit, samples: Int64s, read: Callable[[Any], T], outcome: Outcome
+) -> Iterator[tuple[int, T]]:
+    """Yield each sample's row with what `read` makes of it, but for those that can't be read; add to `outcome`."""
+    items, _ = split.table.get()
+    for row, (where, get) in enumerate(split.read(items[samples])):
+        outcome.places.append(where)
+        try:
+            found = read(get())
+        except Exception as error:  # whatever a codec raises on bytes from outside; recorded, never dropped
+            outcome.reasons.append(f"{type(error).__name__}: {error}")
+            continue
+        outcome.reasons.append("")
+        yield row, found
 
 
 def decode_samples(
-    split: IndexedSplit, samples: Int64s, size: int, channels: int
-) -> tuple[UInt8s, list[str], list[str]]:
-    """Decode samples: pixels, where each is, and why it can't be read: "" if it can; it is black otherwise."""
-    items, _ = split.table.get()
-    images = np.zeros((len(samples), size, size, channels), np.uint8)
-    places, reasons = [], []
-    for row, (where, get) in enumerate(split.read(items[samples])):
-        places.append(where)
-        try:
-            images[row] = as_image(get(), size, channels)
-            reasons.append("")
-        except Exception as error:  # whatever a codec raises on bytes from outside; recorded, never dropped
-            reasons.append(f"{type(error).__name__}: {error}")
-    return images, places, reasons
+    split: IndexedSplit,
+    samples: Int64s,
+    fit: Fit,
+    augment: PictureAugment | None = None,
+    positions: Int64s | None = None,
+) -> tuple[UInt8s, Outcome]:
+    """Decode samples into uint8 [rows, size, size, channels]; what can't be read is black.
+
+    Whole pictures are fitted, or else changed by `augment` as `positions` say.
+    """
+    images = np.zeros((len(samples), fit.size, fit.size, fit.channels), np.uint8)
+    outcome = Outcome([], [])
+    if augment is None:
+        for row, image in each_sample(split, samples, functools.partial(as_image, fit=fit), outcome):
+            images[row] = image
+        return images, outcome
+    assert positions is not None, "they are asked for along with the samples"
+    for row, picture in each_sample(split, samples, functools.partial(as_picture, fit=fit), outcome):
+        images[row] = augment(picture, int(positions[row]))  # an error here is a bug, not a bad sample
+    return images, outcome
 
 
 def decoding(
     split: IndexedSplit,
     info: DataInfo,
-    units: list[Int64s],
+    units: Sequence[Mapping[str, Int64s]],
     concurrency: int | None = None,
-    stage: Callable[[IndexedSplit, int, int], Callable[[dict[str, Int64s]], dict[str, Any]]] = Decode,
+    stage: Callable[[IndexedSplit, Fit], Callable[[dict[str, Int64s]], Any]] = Decode,
 ) -> Dataset:
     """A Ray Dataset that decodes samples on any node: a task and a block for each unit, in the order of `units`.
 
-    stage: makes the map stage of a split, a size and a number of channels.
+    units: the columns that `stage` takes, "sample" at least.
+    stage: makes the map stage of a split, and of how it is fitted.
     """
-    import pyarrow as pa
-
     most = min(concurrency, len(units)) if concurrency is not None else None  # Ray warns of tasks that can't all begin
-    tables = [pa.table({"sample": unit}) for unit in units]
-    decode = stage(split, info.image_size, info.channels)
+    tables = [pa.table(dict(unit)) for unit in units]
+    decode = stage(split, info.fit)
     return ray.data.from_arrow(tables).map_batches(decode, batch_size=None, compute=TaskPoolStrategy(size=most))
-
-
-def decoded_bundle(config: DataConfig, listing: Listing) -> DataBundle:
-    """Decode every split into the object store, and deal with what can't be decoded as `data.on_bad_sample` says."""
-    splits = listing.splits(config, listing.readers)
-    info = make_info(config, listing.class_names, {name: split.num_samples for name, split in splits.items()})
-    decoded = {
-        name: decoding(split, info, _whole_blocks(split), config.decode_cpus).materialize()
-        for name, split in splits.items()
-        if len(split)
-    }
-    bad = list(listing.bad)
-    sizes, blocks = dict(info.num_samples), splits["train"].block_sizes
-    for name, dataset in decoded.items():
-        rows = list(dataset.select_columns(["sample", "error"]).iter_batches(batch_size=None, batch_format="numpy"))
-        wrong = {int(n): error for row in rows for n, error in zip(row["sample"], row["error"], strict=True) if error}
-        bad += [bad_sample(wrong[number]) for number in sorted(wrong)]
-        sizes[name] -= len(wrong)
-        if wrong and config.on_bad_sample == "skip":
-            decoded[name] = dataset.map_batches(_only_good, batch_size=None).materialize()
-            if name == "train" and blocks is not None:
-                blocks = blocks - np.histogram(sorted(wrong), np.concatenate([[0], np.cumsum(blocks)]))[0]
-    refuse_bad(config, bad)
-    datasets = {name: decoded.get(name) or ray.data.from_items([]) for name in splits}
-    info = make_info(config, listing.class_names, sizes, **listing.facts(splits) | {"bad_samples": bad})
-    return DataBundle(datasets, info, splits, blocks)
-
-
-def _whole_blocks(split: IndexedSplit) -> list[Int64s]:
-    """All samples in order: a unit for each block, since any may be large, or 64 files."""
-    sizes = split.block_sizes if split.block_sizes is not None else np.full(-(-len(split) // _FILES), _FILES)
-    samples = np.arange(len(split))
-    return [unit for unit in np.split(samples, np.cumsum(sizes)[:-1]) if len(unit)]
 
 
 def bad_sample(error: str) -> BadSample:
@@ -151,17 +165,21 @@ def refuse_bad(config: DataConfig, bad: list[BadSample]) -> None:
     )
 
 
-def _only_good(batch: dict[str, Any]) -> dict[str, Any]:
-    good = batch["error"] == ""
-    return {name: values[good] for name, values in batch.items()}
-
-
-def as_image(value: Any, size: int, channels: int) -> UInt8s:
+def as_image(value: Any, fit: Fit) -> UInt8s:
     """An image as uint8 [size, size, channels], from encoded bytes, {"bytes": ...} or an array."""
+    image = fitted(as_picture(value, fit), fit)
+    return np.asarray(image, np.uint8).reshape(fit.size, fit.size, fit.channels)
+
+
+def as_picture(value: Any, fit: Fit) -> Image.Image:
+    """An image as Pillow has it, of its own size; arrays must be of the final one."""
+    if isinstance(value, Image.Image):
+        return value
+    size, channels = fit.size, fit.channels
     if isinstance(value, dict):
         value = value.get("bytes")
     if isinstance(value, bytes):
-        return decode_image(value, size, channels)
+        return open_picture(value, channels)
     if value is None:
         raise ValueError("no image")
     pixels = np.asarray(value)
@@ -173,4 +191,5 @@ def as_image(value: Any, size: int, channels: int) -> UInt8s:
         raise ValueError(f"pixels of type {pixels.dtype}, not whole numbers from 0 to 255")
     if pixels.min() < 0 or pixels.max() > 255:
         raise ValueError("pixel values outside 0..255")
-    return pixels.astype(np.uint8)
+    pixels = pixels.astype(np.uint8)
+    return Image.fromarray(pixels[..., 0] if channels == 1 else pixels)

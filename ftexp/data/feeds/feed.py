@@ -44,6 +44,12 @@ class Taken:
 
 
 Take = Callable[[Int64s], Taken]
+Request = Int64s  # [2, rows]: samples, and the positions that they are for; in evaluation, the samples again
+
+
+def request(samples: Int64s, positions: Int64s) -> Request:
+    """Return the announcement of samples that will be taken for these positions."""
+    return np.stack([samples, positions])
 
 
 class Rows(Protocol):
@@ -51,7 +57,7 @@ class Rows(Protocol):
 
     def __len__(self) -> int: ...
 
-    def open(self, requests: Iterator[Int64s]) -> AbstractContextManager[Take]:
+    def open(self, requests: Iterator[Request]) -> AbstractContextManager[Take]:
         """Be ready to take samples, which will be asked for in the order of `requests`, if not in its pieces."""
         ...
 
@@ -73,7 +79,7 @@ class CachedRows:
     def __len__(self) -> int:
         return len(self._labels)
 
-    def open(self, requests: Iterator[Int64s]) -> AbstractContextManager[Take]:  # noqa: ARG002 - any order is as good
+    def open(self, requests: Iterator[Request]) -> AbstractContextManager[Take]:  # noqa: ARG002 - any order is as good
         """Nothing has to be made ready."""
         return nullcontext(self.take)
 
@@ -133,7 +139,8 @@ class IndexedFeed:
 
     def from_position(self, position: int) -> Generator[Batch]:
         """Yield this rank's share of every global batch from `position` on."""
-        with self._rows.open(samples for *_, shares in self._planned(position) for _, samples in shares) as take:
+        planned = (share for *_, shares in self._planned(position) for share in shares)
+        with self._rows.open(request(samples, share.positions) for share, samples in planned) as take:
             for start, end, shares in self._planned(position):
                 micro_batches = [self._micro_batch(take, *share, start, end) for share in shares]
                 positions = np.concatenate([share.positions[: share.num_counted] for share, _ in shares])
@@ -181,7 +188,7 @@ class IndexedFeed:
 
 def read(rows: Rows, batches: Sequence[Int64s]) -> Iterator[Taken]:
     """Yield the samples of each batch."""
-    with rows.open(iter(batches)) as take:
+    with rows.open(request(samples, samples) for samples in batches) as take:
         yield from map(take, batches)
 
 

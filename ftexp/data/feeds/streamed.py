@@ -7,6 +7,7 @@ cost; and a rank that goes back to an earlier position begins a new one, in the 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -16,8 +17,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from ftexp.data.feeds.decoding import bad_sample, decoding
-from ftexp.data.feeds.feed import CachedRows, Rows, Take, Taken
+from ftexp.data.augment.picture import PictureAugment
+from ftexp.data.feeds.decoding import Decode, bad_sample, decoding
+from ftexp.data.feeds.feed import CachedRows, Request, Rows, Take, Taken
 from ftexp.data.info import BadSample, DataBundle, DataInfo, IndexedSplit
 from ftexp.data.order import Int64s
 
@@ -44,21 +46,23 @@ class StreamedRows:
         num_tasks: int,
         on_bad: Callable[[list[BadSample]], None],
         on_slow: Callable[[float], None],
+        augment: PictureAugment | None = None,
     ) -> None:
-        """`num_tasks` decode at a time, on a CPU each.
+        """`num_tasks` decode at a time, on a CPU each, and change pictures by `augment` where they do.
 
         `on_bad` is told what can't be read, and ends the pass by raising; `on_slow` is told for how many seconds
         nothing was decoded, ever more rarely while that lasts.
         """
         self._split, self._info, self._num_tasks = split, info, num_tasks
         self._on_bad, self._on_slow = on_bad, on_slow
+        self._augment = augment
         self._row_bytes = info.image_size**2 * info.channels + _ROW_EXTRA_BYTES
 
     def __len__(self) -> int:
         return self._split.num_samples
 
     @contextmanager
-    def open(self, requests: Iterator[Int64s]) -> Iterator[Take]:
+    def open(self, requests: Iterator[Request]) -> Iterator[Take]:
         """Begin to decode; ends the pipeline when it is left."""
         rows = max(16, min(_UNIT_ROWS, _UNIT_BYTES // self._row_bytes))
         blocks = chained(spans(units(requests, rows)), self._start, self._on_slow)
@@ -67,13 +71,16 @@ class StreamedRows:
         finally:
             blocks.close()
 
-    def _start(self, span: list[Int64s]) -> Iterator[Block]:
+    def _start(self, span: list[Request]) -> Iterator[Block]:
         num_tasks = self._num_tasks + 1  # one waits, so that no CPU does
-        dataset = decoding(self._split, self._info, span, num_tasks)
+        columns = [{"sample": samples, "position": positions} for samples, positions in span]
+        dataset = decoding(
+            self._split, self._info, columns, num_tasks, functools.partial(Decode, augment=self._augment)
+        )
         context = dataset.context
         options = context.execution_options
         options.preserve_order = True
-        unit_bytes = max(len(unit) for unit in span) * self._row_bytes
+        unit_bytes = max(unit.shape[1] for unit in span) * self._row_bytes
         # what tasks are making, as much again that waits, and what is being read
         store = (2 * num_tasks + 2) * unit_bytes
         options.resource_limits = options.resource_limits.copy(cpu=num_tasks, object_store_memory=store)
@@ -88,22 +95,22 @@ def bundle_rows(bundle: DataBundle, split: str, num_tasks: int, on_bad: Callable
     return StreamedRows(bundle.indexed[split], bundle.info, num_tasks, on_bad, lambda _: None)
 
 
-def units(requests: Iterator[Int64s], rows: int) -> Iterator[Int64s]:
+def units(requests: Iterator[Request], rows: int) -> Iterator[Request]:
     """The same samples, in the same order, in pieces that grow to `rows`."""
-    size, waiting, num_waiting = min(_FIRST_ROWS, rows), [np.empty(0, np.int64)], 0
-    for samples in requests:
-        waiting.append(samples)
-        num_waiting += len(samples)
+    size, waiting, num_waiting = min(_FIRST_ROWS, rows), [np.empty((2, 0), np.int64)], 0
+    for request in requests:
+        waiting.append(request)
+        num_waiting += request.shape[1]
         while num_waiting >= size:
-            joined = np.concatenate(waiting)
-            yield joined[:size]
-            waiting, num_waiting = [joined[size:]], num_waiting - size
+            joined = np.concatenate(waiting, axis=1)
+            yield joined[:, :size]
+            waiting, num_waiting = [joined[:, size:]], num_waiting - size
             size = min(2 * size, rows)
     if num_waiting:
-        yield np.concatenate(waiting)
+        yield np.concatenate(waiting, axis=1)
 
 
-def spans(pieces: Iterator[Int64s]) -> Iterator[list[Int64s]]:
+def spans(pieces: Iterator[Request]) -> Iterator[list[Request]]:
     """Lists of units, each for one Ray Dataset.
 
     All are long, the first too: a new pipeline decodes one unit at a time until Ray has seen how large blocks are.
@@ -112,8 +119,8 @@ def spans(pieces: Iterator[Int64s]) -> Iterator[list[Int64s]]:
 
 
 def chained(
-    spans: Iterator[list[Int64s]],
-    start: Callable[[list[Int64s]], Iterator[Block]],
+    spans: Iterator[list[Request]],
+    start: Callable[[list[Request]], Iterator[Block]],
     on_slow: Callable[[float], None],
 ) -> Generator[Block]:
     """The blocks of one span after the other; each span has begun to decode before the one before it ends."""

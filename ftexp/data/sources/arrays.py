@@ -82,6 +82,9 @@ def make_info(config: DataConfig, class_names: list[str], num_samples: dict[str,
         std=list(config.std),
         num_samples=num_samples,
         integer_labels=config.integer_labels,
+        crop_pct=config.crop_pct,
+        crop_mode=config.crop_mode,
+        interpolation=config.interpolation,
         **{"excluded": [], **extra},
     )
 

@@ -12,7 +12,7 @@ from ftexp.cli.exit_codes import interrupted_code
 from ftexp.cluster.hot_start.driver import HotStart, on_joined_nodes
 from ftexp.cluster.interruptible import collected_signals
 from ftexp.cluster.ray_cluster import SharedRay, start_ray
-from ftexp.cluster.resources import may_stream
+from ftexp.cluster.resources import may_decode
 from ftexp.config.machine import usable_cpus
 from ftexp.config.schema import Config
 from ftexp.errors import ConfigError, RayLostError
@@ -136,4 +136,4 @@ def _with_ray(
 
 def _widest(processes: Sequence[TrialProcess]) -> Config:
     """The config that Ray is started by: one whose data is decoded beside training, if there is one."""
-    return next((process.config for process in processes if may_stream(process.config.data)), processes[0].config)
+    return next((process.config for process in processes if may_decode(process.config)), processes[0].config)

@@ -1,0 +1,142 @@
+"""Augmentation of one picture where it is decoded, in timm's order: crop, flips, auto_augment, colour, grey, blur.
+
+What becomes of it depends on (seed, position) and the picture only. Everything draws from one stream of that position,
+as timm's transforms draw from the global generators. torch isn't imported.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageEnhance
+
+from ftexp.config.schema import AugmentConfig
+from ftexp.data.augment.auto_augment import AutoAugment, hparams_of
+from ftexp.data.cropping import RESAMPLING, Fit, RandomCrop, fitted
+from ftexp.data.order import derive_seed
+from ftexp.data.sources.arrays import UInt8s
+
+_STREAM = 0x706963  # keeps these draws apart from other uses of the run's seed
+_SCALES = {"rrc": (0.08, 1.0), "rkrc": (0.8, 1.0), "rkrr": (0.8, 1.0)}  # timm's defaults
+_RATIOS = {"rrc": (3 / 4, 4 / 3), "rkrc": (0.9, 1 / 0.9), "rkrr": (0.9, 1 / 0.9)}
+_ENHANCERS: tuple[Any, ...] = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+_BLUR_HALF = 11  # taps on each side: timm's kernel_size=23
+_BLUR_SIGMAS = (0.1, 2.0)
+_TAP_UNIT = 2.0**-22
+
+
+class PictureAugment:
+    """Pillow images of one or three channels and any size -> uint8 [size, size, channels], by position."""
+
+    def __init__(self, config: AugmentConfig, seed: int, fit: Fit) -> None:
+        """`fit` is what a whole picture is fitted to where `config.crop` is none."""
+        self._config, self._run_seed, self._fit = config, seed, fit
+        self._seed = derive_seed(seed, _STREAM)
+        self._crop = _crop(config, fit.size) if config.crop != "none" else None
+        self._auto_augment = _auto_augment(config, fit) if config.auto_augment is not None else None
+        self._draws = random.Random() if self._auto_augment is None else self._auto_augment.draws
+        self._jitter = strengths(config.color_jitter)
+
+    def __call__(self, image: Image.Image, position: int) -> UInt8s:
+        """Return the picture as the training step at `position` gets it."""
+        config, draws = self._config, self._draws
+        seed = derive_seed(self._seed, position)
+        self._auto_augment.seed(seed) if self._auto_augment is not None else draws.seed(seed)
+        image = fitted(image, self._fit) if self._crop is None else self._crop(image, draws)
+        if self._happens(config.hflip):
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        if self._happens(config.vflip):
+            image = image.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
+        if self._auto_augment is not None:
+            image = self._auto_augment(image)
+        if self._jitter and (config.color_jitter_prob is None or self._happens(config.color_jitter_prob)):
+            for change in jitters(self._jitter, draws):
+                image = change(image)
+        if self._happens(config.grayscale):
+            image = image.convert("L").convert(image.mode)
+        pixels = np.asarray(image, np.uint8).reshape(self._fit.size, self._fit.size, self._fit.channels)
+        return blurred(pixels, draws.uniform(*_BLUR_SIGMAS)) if self._happens(config.gaussian_blur) else pixels
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle what it is made of: generators and a module stay where they are."""
+        return PictureAugment, (self._config, self._run_seed, self._fit)
+
+    def _happens(self, probability: float) -> bool:
+        """Draw whether to do something that is done at all."""
+        return probability > 0 and self._draws.random() < probability
+
+
+def _crop(config: AugmentConfig, size: int) -> RandomCrop:
+    low, high = config.scale or _SCALES[config.crop]
+    least, most = config.ratio or _RATIOS[config.crop]
+    return RandomCrop(config.crop, size, (low, high), (least, most), config.interpolation)
+
+
+def _auto_augment(config: AugmentConfig, fit: Fit) -> AutoAugment:
+    assert config.auto_augment is not None
+    resampling = RESAMPLING.get(config.interpolation)
+    return AutoAugment(config.auto_augment, hparams_of(config.auto_augment, fit.size, fit.mean, resampling))
+
+
+def strengths(color_jitter: float | Sequence[float] | None) -> list[float]:
+    """Brightness, contrast, saturation and hue of `augment.color_jitter`; without one, nothing."""
+    if color_jitter is None:
+        return []
+    if isinstance(color_jitter, (int, float)):
+        return [color_jitter] * len(_ENHANCERS) + [0.0]
+    return [*color_jitter, 0.0][:4]
+
+
+def jitters(strengths: Sequence[float], draws: random.Random) -> list[Callable[[Image.Image], Image.Image]]:
+    """Draw torchvision's ColorJitter: its changes in the order in which they are made; none where the strength is 0."""
+    *enhancing, hue = strengths
+    changes = [
+        _enhance(enhancer, draws.uniform(max(0.0, 1 - strength), 1 + strength))
+        for enhancer, strength in zip(_ENHANCERS, enhancing, strict=True)
+        if strength
+    ]
+    if hue:
+        changes.append(_turn_hue(draws.uniform(-hue, hue)))
+    draws.shuffle(changes)
+    return changes
+
+
+def _enhance(enhancer: Any, factor: float) -> Callable[[Image.Image], Image.Image]:
+    return lambda image: enhancer(image).enhance(factor)
+
+
+def _turn_hue(share: float) -> Callable[[Image.Image], Image.Image]:
+    """A turn of the colour circle by a share of it; grey stays as it is."""
+
+    def turn(image: Image.Image) -> Image.Image:
+        if image.mode == "L":
+            return image
+        hue, saturation, value = image.convert("HSV").split()
+        turned = hue.point([(old + int(share * 255)) % 256 for old in range(256)])
+        return Image.merge("HSV", (turned, saturation, value)).convert(image.mode)
+
+    return turn
+
+
+def blurred(pixels: UInt8s, sigma: float) -> UInt8s:
+    """Return torchvision's gaussian_blur of 23 taps, [height, width, channels]; the image is mirrored at its edges.
+
+    Weights are whole multiples of 2**-22, so that sums are exact: the same on any CPU, whatever they are added up by.
+    """
+    values = [math.exp(-0.5 * (tap / sigma) ** 2) for tap in range(-_BLUR_HALF, _BLUR_HALF + 1)]
+    taps = [round(value / sum(values) / _TAP_UNIT) * _TAP_UNIT for value in values]
+    found: npt.NDArray[np.float64] = pixels.astype(np.float64)
+    for axis in (0, 1):
+        margins = [(_BLUR_HALF, _BLUR_HALF) if each == axis else (0, 0) for each in range(3)]
+        padded = np.moveaxis(np.pad(found, margins, mode="reflect"), axis, 0)
+        length = found.shape[axis]
+        weighted = np.zeros_like(padded[:length])
+        for start, tap in enumerate(taps):
+            weighted += tap * padded[start : start + length]
+        found = np.moveaxis(weighted, 0, axis)
+    return found.round().clip(0, 255).astype(np.uint8)

@@ -1,0 +1,197 @@
+"""A data set that is decoded once, into Ray's object store.
+
+A run that changes pictures one by one as it trains has those of train there as pixels, of their own size if they are
+cropped. Tasks read them as they would read files, so that a cached run and a streamed one differ in nothing but where
+a picture comes from.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import ray.data
+from PIL import Image
+
+from ftexp.config.schema import AugmentConfig, DataConfig
+from ftexp.data.cropping import Fit, fitted
+from ftexp.data.feeds.decoding import (
+    Decode,
+    Outcome,
+    as_picture,
+    bad_sample,
+    decoding,
+    each_sample,
+    num_pixels,
+    refuse_bad,
+)
+from ftexp.data.info import DataBundle, IndexedSplit, Raw, Reader
+from ftexp.data.listing import Listing
+from ftexp.data.order import Int64s
+from ftexp.data.shared import Shared
+from ftexp.data.sources.arrays import make_info
+
+if TYPE_CHECKING:
+    from ray.data import Dataset
+
+
+_FILES = 64  # decoded by one task
+_PROBED = 16  # pictures whose size tells how much memory all take
+
+
+def decoded_bundle(config: DataConfig, listing: Listing, augment: AugmentConfig) -> DataBundle:
+    """Decode every split into the object store, and deal with what can't be decoded as `data.on_bad_sample` says.
+
+    augment: decides what is kept of train's pictures.
+    """
+    splits = listing.splits(config, listing.readers)
+    info = make_info(config, listing.class_names, {name: split.num_samples for name, split in splits.items()})
+    stages: dict[str, Any] = dict.fromkeys(splits, Decode)
+    if augment.changes_pictures:
+        stages["train"] = functools.partial(DecodePictures, keep_size=augment.crop != "none")
+    decoded = {
+        name: decoding(split, info, _whole_blocks(split), config.decode_cpus, stages[name]).materialize()
+        for name, split in splits.items()
+        if len(split)
+    }
+    bad = list(listing.bad)
+    sizes, blocks = dict(info.num_samples), splits["train"].block_sizes
+    for name, dataset in decoded.items():
+        rows = list(dataset.select_columns(["sample", "error"]).iter_batches(batch_size=None, batch_format="numpy"))
+        wrong = {int(n): error for row in rows for n, error in zip(row["sample"], row["error"], strict=True) if error}
+        bad += [bad_sample(wrong[number]) for number in sorted(wrong)]
+        sizes[name] -= len(wrong)
+        if wrong and config.on_bad_sample == "skip":
+            if stages[name] is Decode:
+                decoded[name] = dataset.map_batches(_only_good, batch_size=None).materialize()
+            if name == "train" and blocks is not None:
+                blocks = blocks - np.histogram(sorted(wrong), np.concatenate([[0], np.cumsum(blocks)]))[0]
+    refuse_bad(config, bad)
+    datasets = {name: decoded.get(name) or ray.data.from_items([]) for name in splits}
+    pictures = None
+    if augment.changes_pictures and "train" in decoded:
+        pictures = stored_pictures(datasets.pop("train"), info.channels)
+    info = make_info(config, listing.class_names, sizes, **listing.facts(splits) | {"bad_samples": bad})
+    return DataBundle(datasets, info, splits, blocks, pictures=pictures)
+
+
+def _whole_blocks(split: IndexedSplit) -> list[dict[str, Int64s]]:
+    """All samples in order: a unit for each block, since any may be large, or 64 files."""
+    sizes = split.block_sizes if split.block_sizes is not None else np.full(-(-len(split) // _FILES), _FILES)
+    samples = np.arange(len(split))
+    return [{"sample": unit} for unit in np.split(samples, np.cumsum(sizes)[:-1]) if len(unit)]
+
+
+def _only_good(batch: dict[str, Any]) -> dict[str, Any]:
+    good = batch["error"] == ""
+    return {name: values[good] for name, values in batch.items()}
+
+
+@dataclass(frozen=True)
+class DecodePictures:
+    """A map stage of Ray Data: {"sample": [n]} -> pixels, height, label, sample, and an error where there are none."""
+
+    split: IndexedSplit
+    fit: Fit
+    keep_size: bool  # else pictures are fitted
+
+    def __call__(self, batch: dict[str, Int64s]) -> pa.Table:
+        """Decode a block of samples; `error` is as that of `ftexp.data.feeds.decoding.Decode`."""
+        samples = batch["sample"]
+        pixels, heights, outcome = [b""] * len(samples), [0] * len(samples), Outcome([], [])
+        for row, image in each_sample(self.split, samples, self._read, outcome):
+            pixels[row], heights[row] = image.tobytes(), image.height
+        _, labels = self.split.table.get()
+        return _table(pixels, heights, labels[samples], samples, outcome.errors)
+
+    def _read(self, value: Any) -> Image.Image:
+        image = as_picture(value, self.fit)
+        return image if self.keep_size else fitted(image, self.fit)
+
+
+def _of_arrays(batch: dict[str, Any]) -> pa.Table:
+    """The same of a block of a source that is in memory."""
+    pixels, heights = [image.tobytes() for image in batch["image"]], [len(image) for image in batch["image"]]
+    return _table(pixels, heights, batch["label"], batch["sample"], [""] * len(pixels))
+
+
+def mean_pixels(config: DataConfig, listing: Listing) -> int:
+    """Return about how many pixels a training picture has, by a few; the final number if none of them can be read."""
+    reader = listing.single_readers.get("train", listing.readers["train"])
+    num_items = len(listing.labels["train"])
+    items = np.arange(num_items)[:: max(1, num_items // _PROBED)][:_PROBED]
+    found: list[int] = ray.get(ray.remote(_sizes).remote(reader, items))
+    return sum(found) // len(found) if found else config.image_size**2
+
+
+def _sizes(reader: Reader, items: Int64s) -> list[int]:
+    sizes = []
+    for item in items:
+        for _, get in reader(np.array([item])):
+            with contextlib.suppress(Exception):  # decoding it will tell
+                sizes.append(num_pixels(get()))
+    return sizes
+
+
+def _table(
+    pixels: Sequence[bytes], heights: Sequence[int], labels: Int64s, samples: Int64s, errors: Sequence[str]
+) -> pa.Table:
+    return pa.table(
+        {
+            "pixels": pa.array(pixels, pa.large_binary()),
+            "height": pa.array(heights, pa.int64()),
+            "label": labels,
+            "sample": samples,
+            "error": errors,
+        }
+    )
+
+
+def array_pictures(dataset: Dataset, channels: int) -> IndexedSplit:
+    """The pictures of a cached split, with the columns that `DataBundle` tells of."""
+    return stored_pictures(dataset.map_batches(_of_arrays, batch_size=None).materialize(), channels)
+
+
+def stored_pictures(dataset: Dataset, channels: int) -> IndexedSplit:
+    """A split of the good samples of `DecodePictures`' materialised blocks, in the order of their numbers."""
+    refs = dataset.to_arrow_refs()
+    facts = ray.remote(_facts)
+    blocks = ray.get([facts.remote(ref) for ref in refs])
+    samples, labels, good = (np.concatenate(column) for column in zip(*blocks, strict=True))
+    in_order = np.flatnonzero(good)[np.argsort(samples[good], kind="stable")]  # blocks may come in any order
+    first_items = np.cumsum([0, *(len(block[0]) for block in blocks)])[:-1]
+    reader = StoredPictures(Shared((first_items, refs)), channels)
+    return IndexedSplit(len(in_order), reader, Shared((in_order, labels[in_order])), None)
+
+
+def _facts(table: pa.Table) -> tuple[Int64s, Int64s, Any]:
+    good = np.array([not error for error in table["error"].to_pylist()], bool)
+    return table["sample"].to_numpy(), table["label"].to_numpy(), good
+
+
+@dataclass(frozen=True)
+class StoredPictures:
+    """Reads pictures out of blocks in the object store: each block's first item, and where the block is."""
+
+    blocks: Shared[tuple[Int64s, list[ray.ObjectRef]]]
+    channels: int
+
+    def __call__(self, items: Int64s) -> Iterator[Raw]:
+        """Yield a number for a place, and how to get the picture."""
+        first_items, refs = self.blocks.get()
+        numbers = np.searchsorted(first_items, items, side="right") - 1
+        wanted = np.unique(numbers).tolist()
+        tables = dict(zip(wanted, ray.get([refs[number] for number in wanted]), strict=True))
+        for item, number in zip(items.tolist(), numbers.tolist(), strict=True):
+            row = item - int(first_items[number])
+            yield f"cached image {item}", functools.partial(self._picture, tables[number], row)
+
+    def _picture(self, table: pa.Table, row: int) -> Image.Image:
+        flat = np.frombuffer(table["pixels"][row].as_buffer(), np.uint8)
+        height = table["height"][row].as_py()
+        return Image.fromarray(flat.reshape(height, -1) if self.channels == 1 else flat.reshape(height, -1, 3))
