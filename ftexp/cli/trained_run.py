@@ -71,10 +71,7 @@ class SavedRun:
 
 
 # fields of DataConfig that the weights rest on
-AS_TRAINED = (
-    *("image_size", "channels", "mean", "std", "num_classes"),
-    *("crop_pct", "crop_mode", "interpolation"),
-)
+AS_TRAINED = ("image_size", "channels", "mean", "std", "num_classes", "crop_pct", "crop_mode", "interpolation")
 
 
 def read_weights(store: CheckpointStore, manifest: Manifest, weights: str) -> bytes:

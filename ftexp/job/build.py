@@ -204,7 +204,7 @@ def _rows(spec: JobSpec, streams: dict[str, IndexedSplit], channel: Channel, gro
 
 
 def picture_augment(config: Config, info: DataInfo) -> PictureAugment | None:
-    """What the config asks to be done to single pictures; None: nothing."""
+    """Return the augmentation of single images that the config asks for; None without one."""
     return PictureAugment(config.augment, config.seed, info.fit) if config.augment.changes_pictures else None
 
 

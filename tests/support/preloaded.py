@@ -16,6 +16,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from ftexp.cluster.hot_start import driver
+
 FOLDER = "FTEXP_TESTS_PRELOADED"  # in a fork's environment: where the preloaded process listens
 ROOT = str(Path(__file__).parents[2])  # workers that Ray starts for tests find these there
 NUM_CPUS = 8  # of the shared Ray: for the workers of a run, and what decodes beside them
@@ -25,7 +27,6 @@ class Preloaded:
     """The preloaded process, and the Ray that the first command starts which asks for it."""
 
     def __init__(self):
-        from ftexp.cluster.hot_start.driver import HotStart
         from ftexp.cluster.ray_cluster import prepare_environment
         from ftexp.config.schema import Config
 
@@ -34,7 +35,7 @@ class Preloaded:
             os.environ["RAY_AUTH_MODE"] = "token"  # Ray's default where it is started; it is read when Ray is imported
             os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [ROOT, before.get("PYTHONPATH")]))
             prepare_environment(Config())
-            self._hot_start = HotStart(Config().scaling, num_threads=1)
+            self._hot_start = driver.HotStart(Config().scaling, num_threads=1)
             self._settings = {name: value for name, value in os.environ.items() if before.get(name) != value}
         finally:
             os.environ.clear()
@@ -71,23 +72,24 @@ class Preloaded:
         self._hot_start.stop()
 
 
+class Shared(driver.HotStart):
+    """In a fork: the hot start whose preloaded process runs already, and outlives it."""
+
+    def __init__(self, config, num_threads, joins=None):
+        super().__init__(config, num_threads, joins=True)
+        joins = config.address is not None if joins is None else joins
+        self._folder = None if joins or config.hot_start == "off" else os.environ[FOLDER]
+
+    def stop(self):
+        self._folder = None
+
+
 def become(module):
     """Be the command, whose own workers are forks of the same preloaded process."""
-    from ftexp.cluster.hot_start import driver
     from ftexp.cluster.hot_start.forker import MARK
 
-    class Shared(driver.HotStart):
-        def __init__(self, config, num_threads, joins=None):
-            super().__init__(config, num_threads, joins=True)
-            joins = config.address is not None if joins is None else joins
-            self._folder = None if joins or config.hot_start == "off" else os.environ[FOLDER]
-
-        def stop(self):
-            self._folder = None
-
     del os.environ[MARK]  # that of a worker
-    for number, name in enumerate(("stdin", "stdout", "stderr")):  # those of the preloaded process are of another kind
-        setattr(sys, name, open(number, "w" if number else "r", encoding="utf-8", closefd=False))  # noqa: SIM115
+    sys.stdin = sys.stdout = sys.stderr = None  # the preloaded process's: each command opens what is lacking
     own, driver.HotStart = driver.HotStart, Shared
     for imported in [*sys.modules.values()]:
         if getattr(imported, "HotStart", None) is own:
@@ -100,12 +102,10 @@ def hold_ray():
     """Start a Ray, print its address, and stop it when standard input ends."""
     import ray
 
-    from ftexp.cluster import ray_private
-    from ftexp.cluster.hot_start.driver import _SETUP
+    from ftexp.config.schema import Config
 
     logging.getLogger("ray").setLevel("ERROR")
-    os.environ["RAY_prestart_worker_first_driver"] = "0"  # noqa: SIM112 - as Ray spells it
-    with ray_private.workers_set_up_by(_SETUP):
+    with Shared(Config().scaling, num_threads=1).raylet_settings():
         ray.init(address="local", num_cpus=NUM_CPUS, include_dashboard=False, log_to_driver=False)
     print(ray.get_runtime_context().gcs_address, flush=True)
     os.read(0, 1)

@@ -72,7 +72,7 @@ def check_augment(config: Config) -> Iterator[str]:
 
 
 def check_pictures(config: Config) -> Iterator[str]:
-    """What is done to pictures where they are decoded."""
+    """Augmentation of single images, where they are decoded."""
     augment = config.augment
     if augment.auto_augment is not None:
         yield from _auto_augment_problems("augment.auto_augment", augment.auto_augment, tuple(_AUTO_AUGMENT))
@@ -105,7 +105,7 @@ def check_pictures(config: Config) -> Iterator[str]:
 
 
 def _auto_augment_problems(key: str, words: str, policies: tuple[str, ...]) -> Iterator[str]:
-    """What timm couldn't read of `words`."""
+    """Name the parts of `words` that timm can't read."""
     policy = words.partition("-")[0]
     if policy not in policies:
         begins = f"it begins with none of {', '.join(policies)}.{did_you_mean(policy, policies)}"

@@ -49,7 +49,7 @@ class AutoAugment:
 
 
 def hparams_of(words: str, size: int, mean: Sequence[float], resampling: Image.Resampling | None) -> dict[str, Any]:
-    """What timm's create_transform gives to its auto_augment. `resampling`: None for a random one at each operation."""
+    """Return hparams as timm's create_transform makes them. `resampling`: None for a random one at each operation."""
     hparams: dict[str, Any] = {"translate_const": int(size * _TRANSLATE_SHARE), "img_mean": fill_color(mean)}
     if resampling is not None:
         hparams["interpolation"] = resampling

@@ -80,7 +80,7 @@ class Decode:
 
 
 class Outcome(NamedTuple):
-    """What became of samples that were read."""
+    """Where samples are, and why some can't be read."""
 
     places: list[str]
     reasons: list[str]  # why one can't be read; "": it can
