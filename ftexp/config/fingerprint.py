@@ -11,7 +11,7 @@ from ftexp.errors import ConfigError
 
 # model, data, optimiser, seed and batch define a run; epochs, workers, logging, failure and checkpoint settings
 # may change between calls
-_DEFINING = ("seed", "resume_from", "model", "data", "augment", "optim", "ema", "schedule")
+_DEFINING = ("seed", "resume_from", "model", "data", "augment", "loss", "optim", "ema", "schedule")
 _DEFINING_TRAIN = (
     *("global_batch_size", "precision", "label_smoothing", "freeze"),
     *("clip_grad_norm", "clip_grad_value", "clip_grad_agc"),

@@ -31,6 +31,8 @@ CROPS = ("none", "rrc", "rkrc", "rkrr")  # timm's train_crop_mode
 CROP_MODES = ("center", "squash", "border")  # timm's crop_mode, of evaluation
 INTERPOLATIONS = ("bilinear", "bicubic")
 ERASE_MODES = ("const", "rand", "pixel")
+LOSSES = ("ce", "bce", "focal", "asl", "poly")  # built in
+CLASS_WEIGHTS = ("none", "inv_freq", "effective_num")  # timm's
 SGD_NAMES = ("sgd", "momentum", "nesterov")  # timm's, of torch's SGD
 
 
@@ -152,6 +154,24 @@ class TrainConfig:
     log_every_steps: int = ranged(10, low=1)
     max_steps: int | None = ranged(None, low=1)  # stop after so many optimiser steps; the schedule stays as it is
     ledger: bool = False  # write down which samples drove which update: ledger/*.jsonl
+
+
+@dataclass(kw_only=True)
+class LossConfig:
+    """What training minimises. Evaluation's loss is cross-entropy whatever is set here."""
+
+    name: str = "ce"  # one of LOSSES, or one of your own
+    # none, inv_freq, effective_num, or a weight for each class: a sample's loss is multiplied by its class's
+    class_weights: Any = "none"
+    effective_num_beta: float = ranged(0.999, above=0, high=0.9999999)  # effective_num: near 1 is near inv_freq
+    target_threshold: float | None = ranged(None, low=0, high=0.999)  # bce: targets of mixed samples above it become 1
+    sum_classes: bool = False  # bce: the sum over classes, not the mean
+    pos_weight: Any = None  # bce: weight of the positive term, a number or one for each class
+    gamma: float = ranged(2.0, low=0)  # focal: 0 is cross-entropy
+    gamma_pos: float = ranged(1.0, low=0)  # asl
+    gamma_neg: float = ranged(4.0, low=0)  # asl
+    epsilon: float = 2.0  # poly: 0 is cross-entropy
+    kwargs: dict[str, Any] = field(default_factory=dict)  # for losses of your own
 
 
 @dataclass(kw_only=True)
@@ -307,6 +327,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)

@@ -20,6 +20,8 @@ from ftexp.driver.resume import changes, labels_as_begun, repeated_samples, requ
 from ftexp.driver.terminal import Terminal
 from ftexp.driver.tracker_session import close_trackers, outcome_of, trackers_of
 from ftexp.errors import ConfigError, RayLostError
+from ftexp.model.loss_registry import check_name as check_loss
+from ftexp.model.loss_registry import check_num_weights
 from ftexp.registry import load_plugins
 from ftexp.rundir.names import CONFIG_FILE, OVERRIDES_FILE
 from ftexp.rundir.record import RunRecord
@@ -90,6 +92,7 @@ def _build(context: RunContext, terminal: Terminal) -> DataBundle:
     quiet_data(config)
     load_plugins(config.plugins)
     check_names(config.checkpoint.extra_state)
+    check_loss(config.loss.name)
     check_trackers(config.tracker.names)
     if lacking := lacking_resources(workers):
         if config.scaling.address is None:
@@ -98,6 +101,7 @@ def _build(context: RunContext, terminal: Terminal) -> DataBundle:
     config = dataclasses.replace(config, data=labels_as_begun(config.data, state.data))
     bundle = build_data(config.data, config.augment)
     require_same_data(config, state, bundle.info)
+    check_num_weights(config.loss, bundle.info.num_classes)
     if bundle.streams:
         bundle = dataclasses.replace(bundle, decode_cpus=decoding_cpus(config, workers))
     return bundle

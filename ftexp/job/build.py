@@ -7,6 +7,7 @@ import math
 import os
 import traceback
 
+import numpy as np
 import ray.train
 import torch
 from ray.train.torch import get_device, prepare_model
@@ -38,6 +39,8 @@ from ftexp.job.stopwatch import Stopwatch
 from ftexp.model.build import WeightsReport, as_logits, build_model
 from ftexp.model.ema import WeightsEMA
 from ftexp.model.freezing import Freezing
+from ftexp.model.loss_registry import Loss, LossContext
+from ftexp.model.losses import build_loss
 from ftexp.model.optim import build_optimizer
 from ftexp.model.schedule import build_scheduler
 from ftexp.rundir.names import LEDGER
@@ -74,7 +77,7 @@ def _build(spec: JobSpec, streams: dict[str, IndexedSplit], channel: Channel, gr
         settle_kernels(device)
     model, report = _model(config, info, device)
     rows = _rows(spec, streams, channel, group)
-    learner = _learner(config, info, model, device, len(rows["train"]))
+    learner = _learner(config, info, model, device, rows["train"])
     learner.weights_report = report
     plan = _plan(config, group, len(rows["train"]), begin.accumulate_steps or 1)
     ledger = Storage(spec.run_uri).child(LEDGER) if config.train.ledger else None
@@ -104,9 +107,9 @@ def _model(config: Config, info: DataInfo, device: torch.device) -> tuple[nn.Mod
     return model.to(device), report
 
 
-def _learner(config: Config, info: DataInfo, model: nn.Module, device: torch.device, num_samples: int) -> Learner:
-    """Everything around `model`; collective. num_samples: of an epoch."""
-    train, precision = config.train, config.train.precision
+def _learner(config: Config, info: DataInfo, model: nn.Module, device: torch.device, rows: Rows) -> Learner:
+    """Everything around `model`; collective. rows: that it is trained on."""
+    train, precision, num_samples = config.train, config.train.precision, len(rows)
     # of all parameters, those that are frozen at first too
     optimizer = build_optimizer(config.optim, train, model)
     ema = WeightsEMA(config.ema, model) if config.ema.decay is not None else None
@@ -123,9 +126,15 @@ def _learner(config: Config, info: DataInfo, model: nn.Module, device: torch.dev
         scaler=torch.amp.GradScaler(device.type, enabled=precision == "fp16"),
         autocast=torch.autocast(device.type, dtype=_DTYPES[precision], enabled=precision != "fp32"),
         as_logits=functools.partial(as_logits, config=config.model, num_classes=info.num_classes),
+        loss=_loss(config, info, rows, device),
         freezing=freezing,
         ema=ema,
     )
+
+
+def _loss(config: Config, info: DataInfo, rows: Rows, device: torch.device) -> Loss:
+    context = LossContext(config.loss, info.num_classes, config.train.label_smoothing)
+    return build_loss(context, np.bincount(rows.labels, minlength=info.num_classes).tolist(), device)
 
 
 def _plan(config: Config, group: ProcessGroup, num_samples: int, min_accumulate_steps: int) -> ShardPlan:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ftexp.model.build import WeightsReport
 from ftexp.model.ema import WeightsEMA
 from ftexp.model.freezing import Freezing
+from ftexp.model.loss_registry import Loss
 
 
 @dataclass(kw_only=True)
@@ -26,6 +27,7 @@ class Learner:
     scaler: torch.amp.GradScaler  # disabled unless fp16
     autocast: torch.autocast  # the context of forward passes; one after the other may use it
     as_logits: Callable[[Any], Tensor]  # checks what the model returns: see `ftexp.model.build.as_logits`
+    loss: Loss  # of logits float32 [rows, num_classes]; a value for each sample
     freezing: Freezing
     ema: WeightsEMA | None = None
     weights_report: WeightsReport | None = None  # of the weights that it started from, if they were loaded

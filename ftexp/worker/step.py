@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from timm.utils.agc import adaptive_clip_grad
 from torch import Tensor
 
@@ -73,12 +72,9 @@ def _forward_backward(job: Job, micro: MicroBatch) -> Tensor:
     """Add the gradient of a micro-batch; returns its losses, [rows]."""
     learner = job.learner
     logits = learner.forward(micro.images)
-    if micro.targets is None:
-        smoothing, best = job.config.train.label_smoothing, micro.labels
-        losses = F.cross_entropy(logits.float(), micro.labels, reduction="none", label_smoothing=smoothing)
-    else:  # mixed: right is the class with the larger part
-        best = micro.targets.argmax(1)
-        losses = F.cross_entropy(logits.float(), micro.targets, reduction="none")
+    targets = micro.labels if micro.targets is None else micro.targets
+    losses = learner.loss(logits.float(), targets)
+    best = targets if targets.ndim == 1 else targets.argmax(1)  # mixed: right is the class with the larger part
     job.stopwatch.lap(FORWARD)
     learner.scaler.scale((losses * micro.weights).sum()).backward()  # type: ignore[no-untyped-call]
     job.progress.train.add(losses, logits.argmax(1) == best, micro.weights > 0)

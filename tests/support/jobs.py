@@ -13,6 +13,7 @@ from ftexp.config.schema import (
     CheckpointConfig,
     Config,
     EmaConfig,
+    LossConfig,
     ModelConfig,
     OptimConfig,
     ScheduleConfig,
@@ -37,6 +38,8 @@ from ftexp.job.stopwatch import Stopwatch
 from ftexp.model.build import as_logits, build_model
 from ftexp.model.ema import WeightsEMA
 from ftexp.model.freezing import Freezing
+from ftexp.model.loss_registry import LossContext
+from ftexp.model.losses import build_loss
 from ftexp.model.optim import build_optimizer
 from ftexp.model.schedule import build_scheduler
 from ftexp.rundir.sample_ledger import SampleLedger
@@ -78,13 +81,23 @@ ALONE = ProcessGroup(rank=0, world_size=1, device=CPU)
 
 
 def make_job(
-    model=SMALL_VIT, num_samples=96, batch=24, optim=None, augment=None, ema=None, group=ALONE, attempt=1, **train
+    model=SMALL_VIT,
+    num_samples=96,
+    batch=24,
+    optim=None,
+    augment=None,
+    ema=None,
+    loss=None,
+    group=ALONE,
+    attempt=1,
+    **train,
 ):
     config = Config(
         model=model,
         optim=optim or OptimConfig(name="adamw", lr=3e-3),
         schedule=ScheduleConfig(name="constant"),
         augment=augment or AugmentConfig(),
+        loss=loss or LossConfig(),
         ema=ema or EmaConfig(),
         train=TrainConfig(epochs=3, global_batch_size=batch, **train),
         checkpoint=CheckpointConfig(),
@@ -119,12 +132,14 @@ def job_of(config, info, num_samples, group=ALONE, attempt=1):
     plan = ShardPlan(batch, train.accumulate_steps, total, group.rank, group.world_size, augment.mixes)
     freezing = Freezing(train.freeze, built)
     freezing.settle(epoch=0)
+    loss_context = LossContext(config.loss, info.num_classes, train.label_smoothing)
     learner = Learner(
         model=built, wrapped=built, wrap=lambda model: model, optimizer=optimizer,
         scheduler=build_scheduler(config.schedule, optimizer, math.ceil(total / batch), num_samples / batch),
         scaler=torch.amp.GradScaler("cpu", enabled=precision == "fp16"),
         autocast=torch.autocast("cpu", dtype=DTYPES[precision], enabled=precision != "fp32"),
         as_logits=functools.partial(as_logits, config=config.model, num_classes=info.num_classes),
+        loss=build_loss(loss_context, labels.bincount().tolist(), CPU),
         freezing=freezing, ema=WeightsEMA(config.ema, built) if config.ema.decay is not None else None,
     )  # fmt: skip
     data = TrainingData(

@@ -78,6 +78,7 @@ def test_there_are_options_to_test():
             "data",
             "ema",
             "failure",
+            "loss",
             "model",
             "optim",
             "scaling",

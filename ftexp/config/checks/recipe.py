@@ -15,8 +15,9 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from ftexp.config.checks.wording import unknown
 from ftexp.config.masking import flat
-from ftexp.config.schema import CROPS, SGD_NAMES, AugmentConfig, Config
+from ftexp.config.schema import CLASS_WEIGHTS, CROPS, LOSSES, SGD_NAMES, AugmentConfig, Config
 from ftexp.config.timm_names import optimizer_names, without_drop_path
 from ftexp.registry import did_you_mean
 
@@ -46,6 +47,13 @@ _WARMUP_SHARE = 0.1  # of the epochs, and of the learning rate the lowest, where
 _MIN_LR_SHARE = 0.01
 _CLIPPING = ("clip_grad_norm", "clip_grad_value", "clip_grad_agc")
 _SCHEDULED_BY = {"min_lr": ("cosine", "poly"), "decay_epochs": ("step",), "decay_rate": ("step", "poly")}
+_PARAMETERS_OF_LOSSES = {
+    "bce": ("target_threshold", "sum_classes", "pos_weight"),
+    "focal": ("gamma",),
+    "asl": ("gamma_pos", "gamma_neg"),
+    "poly": ("epsilon",),
+}
+_UNMIXED_LOSSES = ("focal", "asl")  # timm's take class numbers only
 _BESIDE = {"opt": "name", **{name: name for name in ("lr", "weight_decay", "filter_bias_and_bn", "layer_decay")}}
 
 
@@ -161,6 +169,50 @@ def check_optim(config: Config) -> Iterator[str]:
     given = [f"train.{name}={getattr(config.train, name)}" for name in _CLIPPING if getattr(config.train, name)]
     if len(given) > 1:
         yield f"{' and '.join(given)}: gradients are clipped in one way, so take one of them"
+
+
+def check_loss(config: Config) -> Iterator[str]:
+    """The loss, its parameters, and the weights of classes."""
+    loss = config.loss
+    if loss.name not in LOSSES and not config.plugins:
+        yield unknown("loss.name", loss.name, frozenset(LOSSES), f"Available: {', '.join(LOSSES)}")
+    for name, names in _PARAMETERS_OF_LOSSES.items():
+        if name != loss.name:
+            yield from _unused(loss, "loss", names, f"needs loss.name={name}")
+    if loss.name in LOSSES:
+        yield from _unused(loss, "loss", ("kwargs",), "needs a loss of your own")
+    for name in ("gamma", "gamma_pos", "gamma_neg"):
+        if 0 < getattr(loss, name) < 1:
+            yield f"loss.{name}={getattr(loss, name)} must be 0, or at least 1: else gradients are infinite at p = 1"
+    if loss.class_weights != "effective_num":
+        yield from _unused(loss, "loss", ("effective_num_beta",), "needs loss.class_weights=effective_num")
+    yield from _weight_problems("loss.class_weights", loss.class_weights, CLASS_WEIGHTS, config.data.num_classes)
+    if loss.pos_weight is not None:
+        given = loss.pos_weight if isinstance(loss.pos_weight, list) else [loss.pos_weight]
+        num_classes = config.data.num_classes if isinstance(loss.pos_weight, list) else None
+        yield from _weight_problems("loss.pos_weight", given, (), num_classes)
+    augment = config.augment
+    if augment.mixes and loss.name in _UNMIXED_LOSSES:
+        mixing = " ".join(f"augment.{name}=0" for name in ("mixup_alpha", "cutmix_alpha") if getattr(augment, name))
+        yield f"loss.name={loss.name} takes one class a sample, and samples are mixed: set {mixing}, or loss=poly"
+    if loss.target_threshold is not None and not augment.mixes:
+        needs = "needs augment.mixup_alpha or augment.cutmix_alpha above 0: without, targets are 0 and 1 already"
+        yield f"loss.target_threshold={loss.target_threshold} {needs}"
+
+
+def _weight_problems(key: str, given: Any, names: tuple[str, ...], num_classes: int | None) -> Iterator[str]:
+    """What is wrong with the weights of classes: one of `names`, or a list with one for each class."""
+    if isinstance(given, str) and given in names:
+        return
+    numbers = isinstance(given, list) and all(
+        isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf for value in given
+    )
+    if not (numbers and any(given)):
+        hint = did_you_mean(given, names) if isinstance(given, str) else ""
+        options = f"{', '.join(names)}, or " if names else ""
+        yield f"{key}={given} must be {options}a list of a weight for each class, none below 0 and not all 0.{hint}"
+    elif num_classes is not None and len(given) != num_classes:
+        yield f"{key}={given} has {len(given)} weights, and data.num_classes={num_classes}: give one for each class"
 
 
 def fitted(config: Config, typed: Iterable[str]) -> tuple[Config, list[str]]:

@@ -57,6 +57,11 @@ class Rows(Protocol):
 
     def __len__(self) -> int: ...
 
+    @property
+    def labels(self) -> Int64s:
+        """The class of each sample, [num_samples]."""
+        ...
+
     def open(self, requests: Iterator[Request]) -> AbstractContextManager[Take]:
         """Be ready to take samples, which will be asked for in the order of `requests`, if not in its pieces."""
         ...
@@ -78,6 +83,11 @@ class CachedRows:
 
     def __len__(self) -> int:
         return len(self._labels)
+
+    @property
+    def labels(self) -> Int64s:
+        """The class of each sample, [num_samples]."""
+        return self._labels
 
     def open(self, requests: Iterator[Request]) -> AbstractContextManager[Take]:  # noqa: ARG002 - any order is as good
         """Nothing has to be made ready."""

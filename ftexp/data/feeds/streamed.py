@@ -61,6 +61,11 @@ class StreamedRows:
     def __len__(self) -> int:
         return self._split.num_samples
 
+    @property
+    def labels(self) -> Int64s:
+        """The class of each sample, [num_samples]."""
+        return self._split.table.get()[1]
+
     @contextmanager
     def open(self, requests: Iterator[Request]) -> Iterator[Take]:
         """Begin to decode; ends the pipeline when it is left."""

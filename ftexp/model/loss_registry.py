@@ -1,0 +1,59 @@
+"""Names of losses, and what a loss is. Imports neither torch nor timm: the driver knows losses by name only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ftexp.config.schema import LOSSES, LossConfig
+from ftexp.errors import ConfigError
+from ftexp.registry import Registry
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LossContext:
+    """What a loss is built for."""
+
+    config: LossConfig
+    num_classes: int
+    label_smoothing: float  # for targets that are class numbers; targets of mixed samples are smoothed already
+
+
+# (logits float32 [rows, num_classes], targets) -> losses float32 [rows], one for each sample, never reduced: the loop
+# takes the mean over the global batch, so the gradient doesn't depend on the number of workers. Targets are class
+# numbers, int64 [rows], or where samples were mixed their distribution, float32 [rows, num_classes].
+Loss = Callable[["Tensor", "Tensor"], "Tensor"]
+LossBuilder = Callable[[LossContext], Loss]
+_losses: Registry[Any] = Registry("loss.name")
+
+
+def register_loss(name: str) -> Callable[[LossBuilder], LossBuilder]:
+    """Decorator of a function or class: makes what it builds of a `LossContext` available as loss.name=`name`."""
+    return _losses.register(name)
+
+
+def loss_builder(name: str) -> LossBuilder:
+    """Return the builder of a loss; UnknownNameError names those there are."""
+    import ftexp.model.losses  # noqa: F401 - registers what is built in
+
+    builder: LossBuilder = _losses.get(name)
+    return builder
+
+
+def check_name(name: str) -> None:
+    """UnknownNameError for a loss that neither ftexp nor a plug-in has; fast where it is built in."""
+    if name not in LOSSES:
+        loss_builder(name)
+
+
+def check_num_weights(config: LossConfig, num_classes: int) -> None:
+    """ConfigError for weights that are not one for each of the classes that the data have."""
+    for name in ("class_weights", "pos_weight"):
+        weights = getattr(config, name)
+        if isinstance(weights, list) and len(weights) != num_classes:
+            found = f"{len(weights)} weights, and the data have {num_classes} classes"
+            raise ConfigError(f"loss.{name}={weights} has {found}: give one for each class")

@@ -1,0 +1,98 @@
+"""What training minimises: the built-in losses, by timm's and torch's functions, and the weights of classes.
+
+Each gives a value for each sample; see `ftexp.model.loss_registry.Loss`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from timm.loss import AsymmetricLossSingleLabel, BinaryCrossEntropy, PolyCrossEntropy, compute_class_weights
+from torch import Tensor
+
+from ftexp.config.schema import LossConfig
+from ftexp.model.loss_registry import Loss, LossContext, loss_builder, register_loss
+
+
+@register_loss("ce")
+def _cross_entropy(context: LossContext) -> Loss:
+    """Softmax cross-entropy, torch's."""
+    return functools.partial(_torch_cross_entropy, smoothing=context.label_smoothing)
+
+
+def _torch_cross_entropy(logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
+    smoothing = smoothing if targets.ndim == 1 else 0.0
+    return F.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)
+
+
+@register_loss("bce")
+def _binary_cross_entropy(context: LossContext) -> Loss:
+    """A binary decision about each class (Wightman et al., "ResNet strikes back", 2021): their mean, or their sum."""
+    config = context.config
+    every_class = BinaryCrossEntropy(
+        smoothing=context.label_smoothing,
+        target_threshold=config.target_threshold,
+        pos_weight=None if config.pos_weight is None else torch.tensor(config.pos_weight, dtype=torch.float32),
+        reduction="none",
+    )
+    reduced = Tensor.sum if config.sum_classes else Tensor.mean
+
+    def losses(logits: Tensor, targets: Tensor) -> Tensor:
+        return reduced(every_class.to(logits.device)(logits, targets), 1)
+
+    return losses
+
+
+@register_loss("focal")
+def _focal(context: LossContext) -> Loss:
+    """Cross-entropy times (1 - p) ** gamma, p the softmax probability of the right class (Lin et al., 2017)."""
+    gamma, smoothing = context.config.gamma, context.label_smoothing
+    focal: Loss = AsymmetricLossSingleLabel(gamma_pos=gamma, gamma_neg=0.0, eps=smoothing, reduction="none")
+    return focal
+
+
+@register_loss("asl")
+def _asymmetric(context: LossContext) -> Loss:
+    """The asymmetric loss for one label (Ridnik et al., 2021)."""
+    config, smoothing = context.config, context.label_smoothing
+    loss: Loss = AsymmetricLossSingleLabel(config.gamma_pos, config.gamma_neg, eps=smoothing, reduction="none")
+    return loss
+
+
+@register_loss("poly")
+def _poly(context: LossContext) -> Loss:
+    """Cross-entropy plus epsilon * (1 - p): Poly-1 (Leng et al., 2022)."""
+    loss: Loss = PolyCrossEntropy(context.config.epsilon, smoothing=context.label_smoothing, reduction="none")
+    return loss
+
+
+def build_loss(context: LossContext, counts: Sequence[int], device: torch.device) -> Loss:
+    """Return the loss of a run. counts: training samples of each class, [num_classes]."""
+    loss = loss_builder(context.config.name)(context)
+    weights = class_weights(context.config, counts)
+    return loss if weights is None else functools.partial(_weighted, loss, weights.to(device))
+
+
+def class_weights(config: LossConfig, counts: Sequence[int]) -> Tensor | None:
+    """Return each class's weight, float32 [num_classes], or None where all are 1.
+
+    A list is taken as it is. What is counted is scaled, so that the mean over the training samples is 1: the loss, and
+    with it the learning rate, keep their scale. A class without samples has the weight of one that has one.
+    """
+    given = config.class_weights
+    if given == "none":
+        return None
+    if not isinstance(given, str):
+        return torch.tensor(given, dtype=torch.float32)
+    _, weights = compute_class_weights(counts, sum(counts), method=given, beta=config.effective_num_beta)
+    counted = torch.tensor(counts, dtype=torch.float64)
+    scaled: Tensor = weights.double() * (counted.sum() / torch.dot(weights.double(), counted))
+    return scaled.float()
+
+
+def _weighted(loss: Loss, weights: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
+    """A sample's loss times the weight of its class; that of a mixed one's classes by their parts."""
+    return loss(logits, targets) * (weights[targets] if targets.ndim == 1 else targets @ weights.to(targets.dtype))
