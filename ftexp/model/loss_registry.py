@@ -6,8 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ftexp.config.checks.wording import unknown
 from ftexp.config.schema import LOSSES, LossConfig
-from ftexp.errors import ConfigError
+from ftexp.errors import ConfigError, UnknownNameError
 from ftexp.registry import Registry
 
 if TYPE_CHECKING:
@@ -37,17 +38,19 @@ def register_loss(name: str) -> Callable[[LossBuilder], LossBuilder]:
 
 
 def loss_builder(name: str) -> LossBuilder:
-    """Return the builder of a loss; UnknownNameError names those there are."""
-    import ftexp.model.losses  # noqa: F401 - registers what is built in
-
+    """Return the builder of a loss; those built in are there once `ftexp.model.losses` is imported."""
     builder: LossBuilder = _losses.get(name)
     return builder
 
 
 def check_name(name: str) -> None:
-    """UnknownNameError for a loss that neither ftexp nor a plug-in has; fast where it is built in."""
-    if name not in LOSSES:
-        loss_builder(name)
+    """UnknownNameError for a loss that neither ftexp nor a plug-in has."""
+    known = frozenset([*LOSSES, *_losses])
+    if name not in known:
+        advice = (
+            f"Available: {', '.join(sorted(known))}. A name of your own comes from a module listed under plugins=[...]."
+        )
+        raise UnknownNameError(unknown("loss.name", name, known, advice))
 
 
 def check_num_weights(config: LossConfig, num_classes: int) -> None:
