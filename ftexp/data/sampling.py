@@ -162,7 +162,8 @@ class RepeatedOrder:
         stretches = np.where(in_longer, offsets // (size + 1), (offsets - num_longer) // np.maximum(size, 1))
         places = offsets - stretches * size - np.minimum(stretches, num_longer)
         dealt = starts - epochs * self.num_samples + places * self.repeats + stretches
-        return epochs * num_draws(self.num_samples, self.repeats) + dealt // self.repeats
+        draws: Int64s = epochs * num_draws(self.num_samples, self.repeats) + dealt // self.repeats
+        return draws
 
 
 def num_draws(num_samples: int, repeats: int) -> int:
