@@ -132,7 +132,7 @@ def drill(config: Config, own: DrillConfig, overrides: list[str]) -> bool:
     total_steps = json.loads(folder.child(CLEAN).read_bytes(RUN_FILE))["step"]
     print(f"clean    {total_steps:,} steps, the whole command {time.time() - began:.1f} s")
     code = _run([*words, *_broken_words(config, own, total_steps)], BROKEN, len(own.faults) + 1, folder)
-    report = compare(folder.child(CLEAN), folder.child(BROKEN), config.train.global_batch_size, code)
+    report = compare(folder.child(CLEAN), folder.child(BROKEN), config.train.global_batch_size, code, config)
     folder.write_bytes("drill.json", json.dumps(dataclasses.asdict(report), indent=1).encode())
     _print(report)
     return report.identical

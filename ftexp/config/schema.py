@@ -33,6 +33,7 @@ INTERPOLATIONS = ("bilinear", "bicubic")
 ERASE_MODES = ("const", "rand", "pixel")
 LOSSES = ("ce", "bce", "focal", "asl", "poly")  # built in
 CLASS_WEIGHTS = ("none", "inv_freq", "effective_num")  # timm's
+SAMPLINGS = ("shuffle", "balanced", "sqrt")
 SGD_NAMES = ("sgd", "momentum", "nesterov")  # timm's, of torch's SGD
 
 
@@ -87,6 +88,8 @@ class DataConfig:
     # cached: decoded once, in memory; streaming: decoded while the run trains; auto: cached if it fits
     feed: str = choice(AUTO, (AUTO, "cached", "streaming"))
     shuffle_window: int | None = ranged(None, low=1)  # blocks (row groups, ..) shuffled together; None: a whole epoch
+    # what an epoch draws: each sample once; classes alike; classes by the square root of their size
+    sampling: str = choice("shuffle", SAMPLINGS)
     decode_cpus: int | None = ranged(None, low=1)  # over all nodes; None: all, or what the workers leave
     prefetch_batches: int | None = ranged(None, low=0)  # batches made ahead; None: 2 on GPU, none on CPU
 
@@ -117,11 +120,23 @@ class AugmentConfig:
     mix_prob: float = ranged(1.0, low=0, high=1)  # of mixing at all
     mix_switch_prob: float = ranged(0.5, low=0, high=1)  # of cutmix, where both are given
     mix_mode: str = choice("batch", MIX_MODES)  # one draw for a global batch, for two samples, or for each
+    mixup_off_epoch: int | None = ranged(None, low=0)  # the first that mixes nothing any more, from 0; None, 0: none
+    repeats: int = ranged(1, low=1)  # versions of a sample in a global batch; an epoch then draws so many times fewer
 
     @property
     def mixes(self) -> bool:
         """Whether samples are mixed with one another."""
         return self.mixup_alpha > 0 or self.cutmix_alpha > 0
+
+    @property
+    def is_random(self) -> bool:
+        """Whether a sample looks different at another position."""
+        return (
+            self.changes_pictures
+            or self.mixes
+            or self.rand_augment is not None
+            or max(self.pad_px, self.hflip, self.brightness, self.erase_prob) > 0
+        )
 
     @property
     def changes_pictures(self) -> bool:

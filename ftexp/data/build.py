@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import ray
 
 import ftexp.data.sources.files
 import ftexp.data.sources.image_list
 import ftexp.data.sources.parquet
 import ftexp.data.sources.webdataset  # noqa: F401 - these register what is built in
-from ftexp.config.schema import AUTO, AugmentConfig, DataConfig
+from ftexp.config.schema import AUTO, AugmentConfig, Config, DataConfig
 from ftexp.data.feeds.cached import array_pictures, decoded_bundle, mean_pixels
 from ftexp.data.feeds.decoding import refuse_bad
 from ftexp.data.info import DataBundle, Reader, reasons
 from ftexp.data.listing import Listing
+from ftexp.data.order import Int64s
+from ftexp.data.sampling import ClassTable, num_draws
 from ftexp.data.sources.arrays import make_info
 from ftexp.data.sources.blocks import BlockReader
 from ftexp.data.sources.registry import sources
@@ -54,6 +57,33 @@ def build_data(config: DataConfig, augment: AugmentConfig | None = None) -> Data
         pictures = array_pictures(datasets.pop("train"), bundle.info.channels)
         bundle = dataclasses.replace(bundle, datasets=datasets, pictures=pictures)
     return bundle
+
+
+def drawn_by_class(config: Config, bundle: DataBundle) -> DataBundle:
+    """Add what data.sampling needs to know of classes; DataError if an epoch is too short for it."""
+    sampling, repeats = config.data.sampling, config.augment.repeats
+    if sampling == "shuffle":
+        return bundle
+    table = ClassTable.of(_train_labels(bundle), bundle.info.num_classes)
+    num_classes, draws = np.count_nonzero(table.counts), num_draws(len(table.members), repeats)
+    if sampling == "sqrt" and draws < num_classes:
+        raise DataError(
+            f"data.sampling=sqrt draws each class in every epoch, but augment.repeats={repeats} leaves {draws:,} draws "
+            f"for {num_classes:,} classes: take data.sampling=balanced, or lower augment.repeats"
+        )
+    info = dataclasses.replace(bundle.info, class_counts=table.counts.tolist())
+    return dataclasses.replace(bundle, info=info, classes=table)
+
+
+def _train_labels(bundle: DataBundle) -> Int64s:
+    """The class of each training sample, by its number."""
+    if "train" in bundle.streams:
+        return bundle.streams["train"].table.get()[1]
+    columns = bundle.datasets["train"].select_columns(["sample", "label"])
+    blocks = list(columns.iter_batches(batch_size=None, batch_format="numpy"))
+    samples, labels = (np.concatenate([block[name] for block in blocks]) for name in ("sample", "label"))
+    in_order: Int64s = labels[np.argsort(samples, kind="stable")]
+    return in_order
 
 
 def _from_files(config: DataConfig, listing: Listing, augment: AugmentConfig) -> DataBundle:

@@ -12,6 +12,7 @@ from ftexp.data.order import Int64s
 if TYPE_CHECKING:
     from ray.data import Dataset
 
+    from ftexp.data.sampling import ClassTable
     from ftexp.data.shared import Shared
 
 
@@ -64,6 +65,7 @@ class DataInfo:
     crop_pct: float | None = None  # this and the next two as in DataConfig
     crop_mode: str = "center"
     interpolation: str = "bicubic"
+    class_counts: list[int] | None = None  # training samples of each class, where data.sampling draws by class
 
     @property
     def num_classes(self) -> int:
@@ -93,6 +95,7 @@ class DataBundle:
     why: str = ""  # this feed
     decode_cpus: int = 0  # of the cluster, where there are `streams`
     pictures: IndexedSplit | None = None  # train, cached as what is done to single pictures needs it
+    classes: ClassTable | None = None  # of train, where data.sampling draws by class
 
     @property
     def streamed(self) -> bool:

@@ -1,4 +1,4 @@
-"""Which sample when: a pure function of (seed, position), with no state and no I/O.
+"""Permutations that give a sample at any position: pure functions of (seed, position), with no state and no I/O.
 
 Position p of a run over `num_samples` samples belongs to epoch `p // num_samples`. Each epoch visits every
 sample once, in an order drawn from (seed, epoch) by a Feistel network, evaluated at any position at the same
@@ -13,6 +13,7 @@ block come near one another: where a file is sorted by class, so is a batch, in 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -22,7 +23,6 @@ import numpy.typing as npt
 Int64s = npt.NDArray[np.int64]
 UInt64s = npt.NDArray[np.uint64]
 
-_STREAM = 1  # of the run's seed, apart from those of ftexp.job.build and ftexp.worker.step
 _NUM_ROUNDS = 8
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
@@ -41,6 +41,14 @@ def derive_seed(*parts: int) -> int:
     for part in parts:
         state = _mix_int((state + (part + 1) * _GOLDEN) & _MASK)
     return state
+
+
+def derive_seeds(seed: int, *parts: Int64s) -> UInt64s:
+    """`derive_seed(seed, *parts)` of each row; `parts` are non-negative, all of one shape, [rows]."""
+    states = np.full(parts[0].shape, derive_seed(seed), np.uint64)
+    for part in parts:
+        states = mix(states + (part.astype(np.uint64) + np.uint64(1)) * np.uint64(_GOLDEN))
+    return states
 
 
 def _mix_int(value: int) -> int:
@@ -79,7 +87,7 @@ class SampleOrder:
         samples = np.empty_like(offsets)
         for epoch in np.unique(epochs):
             here = epochs == epoch
-            samples[here] = permute(offsets[here], self.num_samples, _round_keys(self.seed, int(epoch)))
+            samples[here] = permute(offsets[here], self.num_samples, round_keys(self.seed, int(epoch)))
         return samples
 
 
@@ -115,7 +123,7 @@ class WindowOrder:
                 here = (epochs == number) & (windows == window)
                 start = int(epoch.window_ends[window - 1]) if window else 0
                 size = int(epoch.window_ends[window]) - start
-                keys = _round_keys(self._seed, int(number), 1 + int(window))
+                keys = round_keys(self._seed, int(number), 1 + int(window))
                 shuffled = start + permute(offsets[here] - start, size, keys)
                 block = np.searchsorted(epoch.block_ends, shuffled, side="right")
                 row = shuffled - np.where(block > 0, epoch.block_ends[block - 1], 0)
@@ -127,7 +135,7 @@ class WindowOrder:
         epochs = self._epochs
         if number not in epochs:
             count = len(self._sizes)
-            blocks = permute(np.arange(count), count, _round_keys(self._seed, number))
+            blocks = permute(np.arange(count), count, round_keys(self._seed, number))
             ends = np.cumsum(self._sizes[blocks])
             last = np.minimum(np.arange(self._window, count + self._window, self._window), count) - 1
             made = _Epoch(self._first_samples[blocks], ends, ends[last])
@@ -135,18 +143,9 @@ class WindowOrder:
         return epochs[number]
 
 
-def run_order(seed: int, num_samples: int, window: int | None, block_sizes: Int64s | None) -> AnyOrder:
-    """The order of a run with this seed; `window` is data.shuffle_window, in blocks of `block_sizes` samples."""
-    seed = derive_seed(seed, _STREAM)
-    if window is None:
-        return SampleOrder(seed, num_samples)
-    assert block_sizes is not None, "data.shuffle_window is refused for other sources"
-    return WindowOrder(seed, block_sizes, window)
-
-
 def permute(offsets: Int64s, size: int, keys: tuple[np.uint64, ...]) -> Int64s:
     """Where a permutation of [0, size), chosen by `keys`, takes each of `offsets`."""
-    num_bits = max(2, (size - 1).bit_length())
+    num_bits = np.uint64(max(2, (size - 1).bit_length()))
     values = _feistel(offsets.astype(np.uint64), num_bits, keys)
     # the network permutes a domain of up to twice the size: walk on until inside
     while (outside := np.flatnonzero(values >= np.uint64(size))).size:
@@ -154,15 +153,29 @@ def permute(offsets: Int64s, size: int, keys: tuple[np.uint64, ...]) -> Int64s:
     return values.astype(np.int64)
 
 
+def permute_each(offsets: Int64s, sizes: Int64s, seeds: UInt64s) -> Int64s:
+    """`permute`, where each row has its own permutation: of [0, sizes[row]), chosen by seeds[row]; all are [rows]."""
+    num_bits = np.maximum(2, np.frexp(sizes - 1.0)[1]).astype(np.uint64)  # exact below 2**53
+    keys = [mix(seeds + np.uint64(number * _GOLDEN & _MASK)) for number in range(1, _NUM_ROUNDS + 1)]
+    values = _feistel(offsets.astype(np.uint64), num_bits, keys)
+    while (outside := np.flatnonzero(values >= sizes.astype(np.uint64))).size:
+        values[outside] = _feistel(values[outside], num_bits[outside], [key[outside] for key in keys])
+    return values.astype(np.int64)
+
+
 @functools.lru_cache(maxsize=64)
-def _round_keys(seed: int, *stream: int) -> tuple[np.uint64, ...]:
+def round_keys(seed: int, *stream: int) -> tuple[np.uint64, ...]:
+    """The keys of the permutation that a seed and the numbers of a stream choose."""
     return tuple(np.uint64(derive_seed(seed, *stream, number)) for number in range(_NUM_ROUNDS))
 
 
-def _feistel(values: UInt64s, num_bits: int, keys: tuple[np.uint64, ...]) -> UInt64s:
-    """A permutation of [0, 2**num_bits): Feistel rounds that change the high and the low bits in turn."""
-    low_bits = np.uint64(num_bits // 2)
-    low_mask, high_mask = np.uint64((1 << (num_bits // 2)) - 1), np.uint64((1 << (num_bits - num_bits // 2)) - 1)
+def _feistel(values: UInt64s, num_bits: np.uint64 | UInt64s, keys: Sequence[np.uint64 | UInt64s]) -> UInt64s:
+    """A permutation of [0, 2**num_bits): Feistel rounds that change the high and the low bits in turn.
+
+    num_bits, keys: of all `values`, or of each.
+    """
+    low_bits = num_bits // np.uint64(2)
+    low_mask, high_mask = _ones(low_bits), _ones(num_bits - low_bits)
     high, low = values >> low_bits, values & low_mask
     for number, key in enumerate(keys):
         if number % 2:
@@ -170,3 +183,7 @@ def _feistel(values: UInt64s, num_bits: int, keys: tuple[np.uint64, ...]) -> UIn
         else:
             high = high ^ (mix(low + key) & high_mask)
     return (high << low_bits) | low
+
+
+def _ones(num_bits: np.uint64 | UInt64s) -> np.uint64 | UInt64s:
+    return (np.uint64(1) << num_bits) - np.uint64(1)

@@ -10,6 +10,8 @@ from typing import Any
 
 from ftexp.checkpoint.compare import load, tree_differences
 from ftexp.checkpoint.store import locate
+from ftexp.config.schema import Config
+from ftexp.data.sampling import identities
 from ftexp.errors import CheckpointError
 from ftexp.job.stopwatch import SPEEDS
 from ftexp.rundir.names import EVENTS_FILE, METRICS_FILE, RUN_FILE
@@ -48,15 +50,22 @@ class DrillReport:
         return not self.differences
 
 
-def compare(clean: Storage, broken: Storage, global_batch_size: int, exit_code: int) -> DrillReport:
-    """Compare two finished runs; `exit_code` is that of the broken one."""
+def compare(
+    clean: Storage, broken: Storage, global_batch_size: int, exit_code: int, config: Config | None = None
+) -> DrillReport:
+    """Compare two finished runs; `exit_code` is that of the broken one.
+
+    config: of both, for what their epochs draw; None: each sample once.
+    """
     points, updates = read_lines(broken, METRICS_FILE), read_updates(broken)
     logged = _by_place(read_lines(clean, METRICS_FILE))
-    num_samples = json.loads(broken.read_bytes(RUN_FILE))["data"]["num_samples"]["train"]
+    data = json.loads(broken.read_bytes(RUN_FILE))["data"]
+    num_samples = data["num_samples"]["train"]
+    drawn_by = identities(config, num_samples, data["class_counts"]) if config is not None else None
     found = [
         *_in_metrics(logged, _by_place(points)),
         *_in_ledgers(read_updates(clean), updates),
-        *problems(updates, num_samples, global_batch_size),
+        *problems(updates, num_samples, global_batch_size, drawn_by),
     ]
     first_step = min((step for step, _ in found), default=None)
     differences = [text for _, text in sorted(found, key=lambda item: item[0])]

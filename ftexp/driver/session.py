@@ -86,7 +86,7 @@ def _build(context: RunContext, terminal: Terminal) -> DataBundle:
     """What is trained on, once what else is named in the config is there; ConfigError if something isn't."""
     import ftexp.checkpoint.states  # noqa: F401 - registers what is built in
     from ftexp.checkpoint.registry import check_names
-    from ftexp.data.build import build_data
+    from ftexp.data.build import build_data, drawn_by_class
 
     config, workers, state = context.config, context.workers, context.state
     quiet_data(config)
@@ -102,6 +102,7 @@ def _build(context: RunContext, terminal: Terminal) -> DataBundle:
     bundle = build_data(config.data, config.augment)
     require_same_data(config, state, bundle.info)
     check_num_weights(config.loss, bundle.info.num_classes)
+    bundle = drawn_by_class(config, bundle)
     if bundle.streams:
         bundle = dataclasses.replace(bundle, decode_cpus=decoding_cpus(config, workers))
     return bundle
@@ -159,6 +160,8 @@ def _record_data(session: Session) -> None:
 
 def _introduce(context: RunContext, session: Session, changed: list[str]) -> None:
     """Print what is going to run."""
+    from ftexp.data.sampling import epoch_in_words
+
     config, bundle, terminal = context.config, session.bundle, session.terminal
     decoding = f" · {bundle.decode_cpus} CPUs decode" if bundle.streams else ""
     terminal.header(
@@ -169,6 +172,7 @@ def _introduce(context: RunContext, session: Session, changed: list[str]) -> Non
         config.data.name,
         str(context.workers),
         f"{bundle.feed}: {bundle.why}{decoding}",
+        epoch_in_words(config, bundle.info),
     )
     terminal.changed(changed)
     if (repeated := repeated_samples(config, bundle.info)) is not None:

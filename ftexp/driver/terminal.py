@@ -50,7 +50,7 @@ class Terminal:
             self._deaf, self._bar = True, None
 
     def header(
-        self, run: str, location: str, model: str, data: DataInfo, data_name: str, workers: str, feed: str
+        self, run: str, location: str, model: str, data: DataInfo, data_name: str, workers: str, feed: str, epoch: str
     ) -> None:
         """Print what is going to run, and where."""
         sizes = " · ".join(f"{count:,} {split}" for split, count in data.num_samples.items())
@@ -60,6 +60,7 @@ class Terminal:
             ("model", model),
             ("data", f"{data_name}: {sizes} · {data.num_classes} classes · {shape}"),
             ("feed", feed),
+            ("epoch", epoch),
             ("workers", workers),
         ):
             self.say(f"{title:<9}{text}")

@@ -22,6 +22,7 @@ from ftexp.cluster.interruptible import fit_interruptibly
 from ftexp.cluster.ray_watch import end_workers
 from ftexp.config.schema import Config
 from ftexp.data.info import DataBundle
+from ftexp.data.shared import Shared
 from ftexp.driver.advice import Advice
 from ftexp.driver.context import RunContext, Session
 from ftexp.driver.terminal import Terminal
@@ -151,6 +152,7 @@ def build_trainer(context: RunContext, bundle: DataBundle, hub: HubAddress) -> T
         hub,
         bundle.blocks,
         bundle.decode_cpus,
+        Shared(bundle.classes) if bundle.classes is not None else None,
     )
     reporter = FailureReporter(hub)
     return TorchTrainer(

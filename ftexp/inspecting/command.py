@@ -107,14 +107,14 @@ def inspect(config: Config, out: Path | None = None) -> None:
 def _inspect(config: Config, workers: Workers, out: Path) -> None:
     from rich.console import Console
 
-    from ftexp.data.build import build_data
+    from ftexp.data.build import build_data, drawn_by_class
     from ftexp.driver.resume import repeated_samples
     from ftexp.inspecting.inspect import look
 
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
     skipping = dataclasses.replace(config, data=dataclasses.replace(config.data, on_bad_sample="skip"))
     with console.status("reading"):
-        bundle = build_data(skipping.data)
+        bundle = drawn_by_class(config, build_data(skipping.data))
         found = look(skipping, bundle, _decode_cpus(config, bundle, workers))
     _draw(config, found, out)  # before anything is printed: the reader may leave, as in `... | head`
     _print_facts(console, config, bundle, found)
@@ -153,6 +153,7 @@ def _decode_cpus(config: Config, bundle: DataBundle, workers: Workers) -> int:
 
 def _print_facts(console: Console, config: Config, bundle: DataBundle, found: Found) -> None:
     from ftexp.config.masking import masked
+    from ftexp.data.sampling import epoch_in_words
 
     info, rate = bundle.info, found.rate
     sizes = " · ".join(f"{count:,} {split}" for split, count in info.num_samples.items())
@@ -166,6 +167,7 @@ def _print_facts(console: Console, config: Config, bundle: DataBundle, found: Fo
         ("image", f"{info.image_size}×{info.image_size}×{info.channels}"),
         ("samples", f"{sizes} · {info.num_classes} classes"),
         ("feed", f"{bundle.feed}: {bundle.why}"),
+        ("epoch", epoch_in_words(config, info)),
         ("decoding", decoding),
     ):
         if text is not None:

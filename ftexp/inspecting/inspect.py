@@ -5,6 +5,7 @@ Tasks that measure decoding import this module, so nothing at its top imports to
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,8 @@ from ftexp.config.schema import Config
 from ftexp.data.cropping import Fit
 from ftexp.data.feeds.decoding import as_image, as_picture, decode_samples
 from ftexp.data.info import SPLITS, BadSample, DataBundle, DataInfo, IndexedSplit
-from ftexp.data.order import Int64s, run_order
+from ftexp.data.order import Int64s
+from ftexp.data.sampling import run_order
 from ftexp.data.sources.arrays import UInt8s
 from ftexp.errors import DataError
 
@@ -108,8 +110,11 @@ def look(config: Config, bundle: DataBundle, num_cpus: int) -> Found:
     bad = _Bad()
     bad(bundle.info.bad_samples)
     rows = bundle_rows(bundle, "train", num_cpus, bad)
-    order = run_order(config.seed, len(rows), config.data.shuffle_window, bundle.blocks)
-    pixels, num_read, first = _read_train(rows, order, bundle.info)
+    order = run_order(config, len(rows), bundle.blocks, bundle.classes)
+    each_once = _each_once(config)
+    pixels, num_read, first = _read_train(rows, run_order(each_once, len(rows), bundle.blocks, None), bundle.info)
+    if each_once != config:
+        first = _joined(list(_taken(rows, order.samples(np.arange(min(len(rows), SHOWN))), bundle.info)))
     others_read = not bundle.streamed
     if bundle.streamed and sum(len(bundle.indexed[split]) for split in ("val", "test")) <= MAX_READ:
         others_read = True
@@ -120,9 +125,8 @@ def look(config: Config, bundle: DataBundle, num_cpus: int) -> Found:
     if not pixels.counts.any():
         one = next(iter(bad.samples.values()))
         raise DataError(f"of {num_read:,} training samples not one can be read; the first: {one.where}: {one.reason}")
-    readable = np.ones(len(first.labels), bool) if first.readable is None else first.readable
     names = [
-        bundle.info.class_names[label] if good else None for label, good in zip(first.labels, readable, strict=True)
+        bundle.info.class_names[label] if good else None for label, good in zip(first.labels, _good(first), strict=True)
     ]
     return Found(
         labels={split: _labels(bundle, split) for split in SPLITS},
@@ -136,18 +140,33 @@ def look(config: Config, bundle: DataBundle, num_cpus: int) -> Found:
     )
 
 
+def _each_once(config: Config) -> Config:
+    """The same, but an epoch draws each sample once."""
+    data = dataclasses.replace(config.data, sampling="shuffle")
+    return dataclasses.replace(config, data=data, augment=dataclasses.replace(config.augment, repeats=1))
+
+
 def _read_train(rows: Rows, order: AnyOrder, info: DataInfo) -> tuple[Pixels, int, Taken]:
     """Pixels of the samples at the first positions of epoch 0, how many were read, and the first few themselves."""
+    pixels, num_read = Pixels.of(info.channels), min(len(rows), MAX_READ)
+    first: list[Taken] = []
+    for taken in _taken(rows, order.samples(np.arange(num_read)), info):
+        pixels.add(taken.images[_good(taken)])
+        if sum(len(batch.labels) for batch in first) < SHOWN:
+            first.append(taken)
+    return pixels, num_read, _joined(first)
+
+
+def _joined(batches: Sequence[Taken]) -> Taken:
+    """The first few of their samples."""
     from ftexp.data.feeds.feed import Taken
 
-    pixels, num_read = Pixels.of(info.channels), min(len(rows), MAX_READ)
-    first: list[tuple[UInt8s, Int64s, npt.NDArray[np.bool_]]] = []
-    for taken in _taken(rows, order.samples(np.arange(num_read)), info):
-        good = np.ones(len(taken.labels), bool) if taken.readable is None else taken.readable
-        pixels.add(taken.images[good])
-        if sum(len(labels) for _, labels, _ in first) < SHOWN:
-            first.append((taken.images, taken.labels, good))
-    return pixels, num_read, Taken(*(np.concatenate(parts)[:SHOWN] for parts in zip(*first, strict=True)))
+    parts = [(batch.images, batch.labels, _good(batch)) for batch in batches]
+    return Taken(*(np.concatenate(column)[:SHOWN] for column in zip(*parts, strict=True)))
+
+
+def _good(taken: Taken) -> npt.NDArray[np.bool_]:
+    return np.ones(len(taken.labels), bool) if taken.readable is None else taken.readable
 
 
 def _taken(rows: Rows, samples: Int64s, info: DataInfo) -> Iterator[Taken]:

@@ -23,8 +23,9 @@ from ftexp.data.feeds.decoding import refuse_bad
 from ftexp.data.feeds.feed import CachedRows, IndexedFeed, Rows, ToTensors
 from ftexp.data.feeds.streamed import StreamedRows, slow_reason
 from ftexp.data.info import SPLITS, BadSample, DataInfo, IndexedSplit
-from ftexp.data.order import derive_seed, run_order
+from ftexp.data.order import derive_seed
 from ftexp.data.plan import ShardPlan
+from ftexp.data.sampling import run_order
 from ftexp.errors import RunFailedError
 from ftexp.evaluation.meter import Meter
 from ftexp.job.data import TrainingData
@@ -158,15 +159,16 @@ def _data(
 ) -> TrainingData:
     config, info, augment = spec.config, spec.info, spec.config.augment
     to_tensors = ToTensors(info, device, config.train.channels_last)
-    order = run_order(config.seed, len(rows["train"]), config.data.shuffle_window, spec.blocks)
-    smoothing = config.train.label_smoothing
+    num_samples, smoothing = len(rows["train"]), config.train.label_smoothing
+    mixed_to = augment.mixup_off_epoch * num_samples if augment.mixup_off_epoch else None
+    order = run_order(config, num_samples, spec.blocks, spec.classes.get() if spec.classes is not None else None)
     return TrainingData(
         feed=IndexedFeed(rows["train"], order, plan, to_tensors, Augment(augment, config.seed, info.mean)),
         rows=rows,
         to_tensors=to_tensors,
         accumulate_steps=plan.accumulate_steps,
         erasing=Erasing(augment, config.seed, device) if augment.erase_prob else None,
-        mixing=Mixing(augment, info.num_classes, smoothing, config.seed) if augment.mixes else None,
+        mixing=Mixing(augment, info.num_classes, smoothing, config.seed, mixed_to) if augment.mixes else None,
         skipped=skipped,
     )
 

@@ -8,6 +8,8 @@ from typing import Any
 from ftexp.config.schema import Config
 from ftexp.data.info import DataInfo
 from ftexp.data.order import Int64s
+from ftexp.data.sampling import ClassTable
+from ftexp.data.shared import Shared
 from ftexp.wire.hub import HubAddress
 
 
@@ -23,3 +25,4 @@ class JobSpec:
     hub: HubAddress
     blocks: Int64s | None = None  # samples of train in each block, where they are read in blocks
     decode_cpus: int = 0  # of the cluster, for streams
+    classes: Shared[ClassTable] | None = None  # of train, where data.sampling draws by class

@@ -7,7 +7,7 @@ that step. So a step that a checkpoint holds is in the ledger, whatever is kille
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,9 @@ from ftexp.storage.directory import Storage
 
 if TYPE_CHECKING:
     from ftexp.data.batches import Batch
+    from ftexp.data.order import Int64s
+
+    Identities = Callable[[Sequence[int]], tuple[Int64s, Int64s]]  # positions -> (rounds, places)
 
 
 class SampleLedger:
@@ -92,9 +95,15 @@ def _standing(lines: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
     return standing
 
 
-def problems(updates: list[Update], num_samples: int, global_batch_size: int) -> Iterator[tuple[int, str]]:
-    """(step, what contradicts exactly once): a missing step, other positions than its own, a sample twice an epoch."""
-    seen: dict[int, dict[int, int]] = {}  # epoch -> sample -> the step that used it
+def problems(
+    updates: list[Update], num_samples: int, global_batch_size: int, identities: Identities | None = None
+) -> Iterator[tuple[int, str]]:
+    """(step, what contradicts exactly once): a missing step, other positions than its own, a sample twice an epoch.
+
+    identities: of a run whose epoch isn't each sample once; see `ftexp.data.sampling.identities`. Then a sample that
+    the order doesn't draw where it was used.
+    """
+    draws = _EachOnce(num_samples) if identities is None else _ByIdentity(identities)
     for expected, update in enumerate(updates, start=1):
         if update.step != expected:
             yield expected, f"step {expected} is missing"
@@ -105,12 +114,51 @@ def problems(updates: list[Update], num_samples: int, global_batch_size: int) ->
             yield expected, f"step {expected} was driven by other positions than {start} to {end - 1}"
         if len(update.positions) != global_batch_size and expected != len(updates):
             yield expected, f"step {expected} was driven by {len(update.positions)} samples, not {global_batch_size}"
+        yield from draws.add(update)
+    yield from draws.end()
+
+
+class _EachOnce:
+    """Finds samples that come twice an epoch, or not at all."""
+
+    def __init__(self, num_samples: int) -> None:
+        self._num_samples = num_samples
+        self._seen: dict[int, dict[int, int]] = {}  # epoch -> sample -> the step that used it
+
+    def add(self, update: Update) -> Iterator[tuple[int, str]]:
         for position, sample in zip(update.positions, update.samples, strict=True):
-            used = seen.setdefault(position // num_samples, {})
+            used = self._seen.setdefault(position // self._num_samples, {})
             if sample in used:
-                yield expected, f"sample {sample} drove step {used[sample]} and step {expected} of one epoch"
-            used[sample] = expected
-    epochs = sorted(seen)
-    for epoch in epochs[:-1]:
-        if len(seen[epoch]) != num_samples:
-            yield max(seen[epoch].values()), f"epoch {epoch} used {len(seen[epoch])} of {num_samples} samples"
+                yield update.step, f"sample {sample} drove step {used[sample]} and step {update.step} of one epoch"
+            used[sample] = update.step
+
+    def end(self) -> Iterator[tuple[int, str]]:
+        for epoch in sorted(self._seen)[:-1]:
+            used = self._seen[epoch]
+            if len(used) != self._num_samples:
+                yield max(used.values()), f"epoch {epoch} used {len(used)} of {self._num_samples} samples"
+
+
+class _ByIdentity:
+    """Finds samples that come where the order draws another, or don't where it draws them again."""
+
+    def __init__(self, identities: Identities) -> None:
+        self._identities = identities
+        self._samples: dict[
+            tuple[int, int], tuple[int, int]
+        ] = {}  # (round, place) -> the sample, the step that used it
+        self._places: dict[tuple[int, int], tuple[int, int]] = {}  # (round, sample) -> its place, likewise
+
+    def add(self, update: Update) -> Iterator[tuple[int, str]]:
+        step = update.step
+        rounds, places = self._identities(update.positions)
+        for turn, place, sample in zip(rounds.tolist(), places.tolist(), update.samples, strict=True):
+            other, before = self._samples.setdefault((turn, place), (sample, step))
+            if other != sample:
+                yield step, f"sample {sample} drove step {step}, where the order draws sample {other} of step {before}"
+            other, before = self._places.setdefault((turn, sample), (place, step))
+            if other != place:
+                yield step, f"sample {sample} drove step {before} and step {step}, where the order draws another"
+
+    def end(self) -> Iterator[tuple[int, str]]:
+        yield from ()

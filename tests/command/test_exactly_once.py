@@ -1,5 +1,6 @@
 """Whatever dies, is damaged or changes size: the same samples drive the same updates, and the drill sees when not."""
 
+import functools
 import json
 import re
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from ftexp.rundir.sample_ledger import problems, read_updates
 from ftexp.storage.directory import Storage
 from ftexp.storage.lease import LOCK_FILE
 from tests.support.command import RunFolder
+from tests.support.configs import composed
 from tests.support.reference import BATCH, OPTIONS, STATES, STEPS
 
 DRILL_STEPS, DRILL_BATCH = 16, 62  # 4.95 steps an epoch; shares of 31, micro-batches of 16 and 15
@@ -24,6 +26,7 @@ RECIPE = [
     "model.kwargs.depth=2", "model.drop_path_rate=0.1", "augment.rand_augment=rand-m5-mstd0.5-inc1",
     "augment.erase_prob=0.5",
     "augment.erase_mode=pixel", "augment.mixup_alpha=0.2", "augment.cutmix_alpha=1.0", "augment.mix_mode=elem",
+    "augment.mixup_off_epoch=2", "augment.repeats=3", "data.sampling=balanced",
     "train.label_smoothing=0.1", "train.clip_grad_norm=1.0", "train.precision=fp16", "train.accumulate_steps=2",
     "train.freeze={blocks.0: 1, patch_embed: 2, pos_embed: null}", "optim.layer_decay=0.8",
     "ema.decay=0.9", "ema.use_warmup=true", f"train.global_batch_size={DRILL_BATCH}",
@@ -57,6 +60,8 @@ def test_a_drill_with_the_full_recipe_on_tells_a_run_that_survived_its_faults_fr
     assert "the command was killed, and given again" in command.output
     assert command.lines[-1].startswith("identical to the bit: model.pt, optimizer.pt, extra_state.pt")
     assert f"{DRILL_STEPS * DRILL_BATCH:,} samples that drove the updates" in command.lines[-1]
+    log = (folder / "clean.log").read_text()
+    assert re.search(r"^epoch    \d+ draws, each in 3 versions .* \(data.sampling=balanced\): ", log, re.MULTILINE)
     report = json.loads((folder / "drill.json").read_text())
     assert report["differences"] == []
     steps = [row["step"] for row in report["rows"]]
@@ -64,8 +69,9 @@ def test_a_drill_with_the_full_recipe_on_tells_a_run_that_survived_its_faults_fr
     assert_the_recipe_was_on(RunFolder(folder / "clean"), RunFolder(folder / "broken"))
 
     # a drill that finds nothing in whatever it is given would have said the same
+    compared = functools.partial(compare, config=composed(*RECIPE))
     first, second = Storage.at(str(folder), "clean"), Storage.at(str(folder), "broken")
-    assert compare(first, second, DRILL_BATCH, 0).identical
+    assert compared(first, second, DRILL_BATCH, 0).identical
     at = steps[1] + 2  # after the second fault, before the third
 
     def one_loss_is_another(lines):
@@ -76,7 +82,7 @@ def test_a_drill_with_the_full_recipe_on_tells_a_run_that_survived_its_faults_fr
         return map(json.dumps, points)
 
     with changed(folder / "broken" / "metrics.jsonl", one_loss_is_another):
-        report = compare(first, second, DRILL_BATCH, 0)
+        report = compared(first, second, DRILL_BATCH, 0)
     assert report.differences[0].startswith(f"step {at}: train_loss is ")
     assert len(report.differences) == 1
     assert [row.identical for row in report.rows] == [True, False, False]
@@ -85,7 +91,7 @@ def test_a_drill_with_the_full_recipe_on_tells_a_run_that_survived_its_faults_fr
     attempt = next(update.attempt for update in read_updates(second) if update.step == at)
     ledger = folder / "broken" / "ledger" / f"a{attempt:04d}.r1.jsonl"
     with changed(ledger, lambda lines: [line for line in lines if json.loads(line)["step"] != at]):
-        report = compare(first, second, DRILL_BATCH, 0)
+        report = compared(first, second, DRILL_BATCH, 0)
     assert f"step {at}: driven by other samples than in the clean run" in report.differences
     assert not report.rows[1].identical
 
@@ -95,16 +101,16 @@ def test_a_drill_with_the_full_recipe_on_tells_a_run_that_survived_its_faults_fr
     tensor.view(-1)[0] += 1e-3
     forged = type(manifest)(**{**vars(manifest), "name": f"step_{manifest.step:08d}.a9", "attempt": 9})
     store.save(forged, {file: writer(part) for file, part in parts.items()})
-    report = compare(first, second, DRILL_BATCH, 0)
+    report = compared(first, second, DRILL_BATCH, 0)
     assert [text.partition(",")[0] for text in report.differences] == [
         f"model.pt/{name}: 1 of {tensor.numel()} values differ"
     ]
     assert [row.identical for row in report.rows] == [True, True, False]
     store.storage.child(forged.name).delete()
 
-    report = compare(first, second, DRILL_BATCH, 1)
+    report = compared(first, second, DRILL_BATCH, 1)
     assert report.differences[0].startswith("the broken run ended with exit code 1")
-    assert compare(first, second, DRILL_BATCH, 0).identical
+    assert compared(first, second, DRILL_BATCH, 0).identical
 
 
 def assert_the_recipe_was_on(clean, broken):

@@ -8,8 +8,9 @@ import pytest
 import ray
 
 import ftexp.data.sources.webdataset
+from ftexp.config.schema import Config, DataConfig
 from ftexp.data import build
-from ftexp.data.build import build_data
+from ftexp.data.build import build_data, drawn_by_class
 from ftexp.data.feeds import decoding
 from ftexp.data.feeds import streamed as stream
 from ftexp.data.feeds.decoding import refuse_bad
@@ -17,6 +18,7 @@ from ftexp.data.feeds.feed import CachedRows, request
 from ftexp.data.feeds.streamed import StreamedRows
 from ftexp.data.info import SPLITS
 from ftexp.data.order import SampleOrder, WindowOrder
+from ftexp.data.sampling import ClassTable
 from ftexp.data.sources.blocks import BlockCache
 from ftexp.data.sources.registry import sources
 from ftexp.errors import DataError
@@ -93,6 +95,13 @@ def test_streamed_rows_are_those_that_are_cached(roots, small_units, name, windo
     assert found == expected_pairs(IMAGES, [str(label) for label in LABELS])
     rows = {split: CachedRows(cached.datasets[split].iterator()) for split in SPLITS}
     num_train, num_test = len(rows["train"]), len(rows["test"])
+    by_class = Config(data=DataConfig(sampling="balanced"))
+    for bundle in (cached, streams):
+        drawn = drawn_by_class(by_class, bundle)
+        expected = ClassTable.of(rows["train"].take(np.arange(num_train)).labels, cached.info.num_classes)
+        assert drawn.classes.members.tolist() == expected.members.tolist()
+        assert drawn.info.class_counts == expected.counts.tolist()
+        assert sum(drawn.info.class_counts) == num_train
     assert {split: len(streamed(streams, split)) for split in SPLITS} == cached.info.num_samples
     order = SampleOrder(5, num_train)
     if name != "image_folder":

@@ -130,6 +130,7 @@ def job_of(config, info, num_samples, group=ALONE, attempt=1):
     total = train.epochs * num_samples
     to_tensors = ToTensors(info, CPU, train.channels_last)
     plan = ShardPlan(batch, train.accumulate_steps, total, group.rank, group.world_size, augment.mixes)
+    mixed_to = augment.mixup_off_epoch * num_samples if augment.mixup_off_epoch else None
     freezing = Freezing(train.freeze, built)
     freezing.settle(epoch=0)
     loss_context = LossContext(config.loss, info.num_classes, train.label_smoothing)
@@ -147,7 +148,7 @@ def job_of(config, info, num_samples, group=ALONE, attempt=1):
         rows={"train": rows, "val": rows, "test": rows}, to_tensors=to_tensors,
         accumulate_steps=train.accumulate_steps,
         erasing=Erasing(augment, 0, CPU) if augment.erase_prob else None,
-        mixing=Mixing(augment, info.num_classes, train.label_smoothing, 0) if augment.mixes else None,
+        mixing=Mixing(augment, info.num_classes, train.label_smoothing, 0, mixed_to) if augment.mixes else None,
     )  # fmt: skip
     return Job(
         config=config, info=info, run=RunIdentity("x", attempt, {}), channel=Lines(), group=group,

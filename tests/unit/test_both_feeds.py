@@ -3,6 +3,7 @@
 Without Ray: cached rows lie in blocks of any sizes; streamed ones are decoded here, by the stage that Ray Data runs.
 """
 
+import dataclasses
 from collections import Counter
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from ftexp.config.schema import AugmentConfig
+from ftexp.config.schema import AugmentConfig, Config, DataConfig, TrainConfig
 from ftexp.data.augment.pixels import Augment
 from ftexp.data.cropping import Fit
 from ftexp.data.feeds import streamed as stream
@@ -20,8 +21,8 @@ from ftexp.data.feeds.decoding import Decode
 from ftexp.data.feeds.feed import CachedRows, IndexedFeed, ToTensors, evaluation_batches
 from ftexp.data.feeds.streamed import StreamedRows
 from ftexp.data.info import DataInfo, IndexedSplit
-from ftexp.data.order import SampleOrder, WindowOrder
 from ftexp.data.plan import ShardPlan
+from ftexp.data.sampling import ClassTable, run_order
 
 SIZE = 4
 INFO = DataInfo(["a", "b"], SIZE, 1, [0.0], [1.0], {})
@@ -82,22 +83,39 @@ sizes_of_blocks = st.lists(st.integers(1, 9), min_size=1, max_size=6)
     epochs=st.integers(1, 4),
     world=st.integers(1, 5),
     accumulate=st.integers(1, 2),
-    window=st.sampled_from([None, 1, 2]),
+    window=st.sampled_from([None, 1, 2, "balanced"]),
+    repeats=st.integers(1, 3),
     steps_done=st.integers(0, 6),
 )
-@example(blocks=[8, 8, 3], batch=4, epochs=2, world=2, accumulate=1, window=None, steps_done=0)  # uneven last block
-@example(blocks=[8, 8, 8], batch=8, epochs=2, world=1, accumulate=1, window=2, steps_done=1)  # one worker
-@example(blocks=[9, 9], batch=6, epochs=2, world=5, accumulate=1, window=1, steps_done=2)  # more workers than blocks
-@example(blocks=[5, 4], batch=30, epochs=4, world=2, accumulate=2, window=None, steps_done=0)  # a batch of 3.3 epochs
-@example(blocks=[9, 8], batch=5, epochs=3, world=3, accumulate=1, window=2, steps_done=3)  # 3.4 steps an epoch
-@example(blocks=[3], batch=2, epochs=1, world=4, accumulate=1, window=None, steps_done=0)  # more workers than samples
+@example(
+    blocks=[8, 8, 3], batch=4, epochs=2, world=2, accumulate=1, window=None, repeats=1, steps_done=0
+)  # uneven last block
+@example(blocks=[8, 8, 8], batch=8, epochs=2, world=1, accumulate=1, window=2, repeats=2, steps_done=1)  # one worker
+@example(
+    blocks=[9, 9], batch=6, epochs=2, world=5, accumulate=1, window=1, repeats=1, steps_done=2
+)  # more workers than blocks
+@example(
+    blocks=[5, 4], batch=30, epochs=4, world=2, accumulate=2, window=None, repeats=2, steps_done=0
+)  # a batch of 3.3 epochs
+@example(
+    blocks=[9, 8], batch=5, epochs=3, world=3, accumulate=1, window=2, repeats=3, steps_done=3
+)  # 3.4 steps an epoch
+@example(
+    blocks=[3], batch=2, epochs=1, world=4, accumulate=1, window=None, repeats=1, steps_done=0
+)  # more workers than samples
 @settings(max_examples=50)
 def test_every_position_comes_once_from_both_feeds_with_the_same_bits(
-    blocks, batch, epochs, world, accumulate, window, steps_done
+    blocks, batch, epochs, world, accumulate, window, repeats, steps_done
 ):
     sizes = np.array(blocks)
     num_samples, total = int(sizes.sum()), epochs * int(sizes.sum())
-    order = SampleOrder(0, num_samples) if window is None else WindowOrder(0, sizes, window)
+    sampled = {"sampling": "balanced"} if window == "balanced" else {"shuffle_window": window}
+    config = Config(
+        data=DataConfig(**sampled),
+        augment=dataclasses.replace(AUGMENT, repeats=repeats),
+        train=TrainConfig(global_batch_size=batch),
+    )
+    order = run_order(config, num_samples, sizes, ClassTable.of(np.arange(num_samples) % 2, 2))
     begin = min(steps_done * batch, total)
     counted, weight_of_step = {}, Counter()
     for rank in range(world):

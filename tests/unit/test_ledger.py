@@ -8,9 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ftexp.config.schema import AugmentConfig, Config, DataConfig, TrainConfig
 from ftexp.data.batches import Batch
 from ftexp.data.order import SampleOrder
 from ftexp.data.plan import ShardPlan
+from ftexp.data.sampling import ClassTable, identities, run_order
 from ftexp.rundir.names import LEDGER
 from ftexp.rundir.sample_ledger import SampleLedger, Update, last_attempt, problems, read_updates
 from ftexp.storage.directory import Storage
@@ -179,6 +181,38 @@ def test_the_last_attempt_is_the_highest_that_wrote_a_line(run_dir):
     write(run_dir, attempt=12, world_size=2, last_step=1)
     write(run_dir, attempt=3, world_size=1, last_step=1)
     assert last_attempt(run_dir) == 12
+
+
+def drawn(config, epochs=6):
+    """What a run over classes of 2, 0 and 8 samples leaves, whose epoch is as `config` has it."""
+    table, updates = ClassTable.of(np.array([2, 0, 2, 2, 2, 2, 0, 2, 2, 2]), 3), []
+    order = run_order(config, NUM_SAMPLES, None, table)
+    for step, start in enumerate(range(0, epochs * NUM_SAMPLES, BATCH), start=1):
+        positions = np.arange(start, min(start + BATCH, epochs * NUM_SAMPLES))
+        updates.append(Update(step, 1, tuple(positions.tolist()), tuple(order.samples(positions).tolist())))
+    return updates, identities(config, NUM_SAMPLES, table.counts.tolist())
+
+
+@pytest.mark.parametrize("draws", [("balanced", 1), ("sqrt", 1), ("shuffle", 3), ("balanced", 2)], ids=str)
+@pytest.mark.parametrize("step", [1, 2, 5])
+def test_what_is_drawn_by_class_or_repeated_is_checked_against_what_is_drawn(draws, step):
+    sampling, repeats = draws
+    config = Config(
+        data=DataConfig(sampling=sampling),
+        augment=AugmentConfig(repeats=repeats),
+        train=TrainConfig(global_batch_size=BATCH),
+    )
+    updates, drawn_by = drawn(config)
+    assert list(problems(updates, NUM_SAMPLES, BATCH, drawn_by)) == []
+    assert found(updates) != []  # not each once an epoch
+    samples = updates[step - 1].samples
+    other = next(sample for sample in range(NUM_SAMPLES) if sample not in samples)
+    for wrong in ((other, *samples[1:]), (*samples[1:], samples[0])):
+        changed = [*updates]
+        changed[step - 1] = dataclasses.replace(updates[step - 1], samples=wrong)
+        assert any("the order draws" in text for _, text in problems(changed, NUM_SAMPLES, BATCH, drawn_by))
+    del updates[2]
+    assert [text for _, text in problems(updates, NUM_SAMPLES, BATCH, drawn_by)] == ["step 3 is missing"]
 
 
 @given(data=st.data())

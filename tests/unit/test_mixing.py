@@ -151,6 +151,25 @@ def test_the_last_of_an_odd_batch_is_left_as_it_is():
     assert torch.equal(mixed.targets[4:], timm.data.mixup.mixup_target(LABELS[4:5], CLASSES, 1.0, 0.1))
 
 
+@pytest.mark.parametrize("mode", MIX_MODES)
+def test_from_its_last_position_on_nothing_is_mixed_and_targets_stay_smoothed_as_timms(mode):
+    config = configured(mode)
+    always, ending = Mixing(config, CLASSES, 0.1, 3), Mixing(config, CLASSES, 0.1, 3, end=24)
+    for start in (12, 23):  # the latter reaches beyond the end: the epoch of a batch is that of its first position
+        before, usual = ending(whole_batch(start=start), start), always(whole_batch(start=start), start)
+        assert torch.equal(before.images, usual.images)
+        assert torch.equal(before.targets, usual.targets)
+        assert not torch.equal(before.images, IMAGES)
+    off = timms(config)
+    off.mixup_enabled = False  # as timm's train.py does
+    images, targets = off(IMAGES.clone(), LABELS)
+    for start in (24, 36):
+        after = ending(whole_batch(start=start), start)
+        assert torch.equal(after.images, images)
+        assert torch.equal(after.targets, targets)
+        assert torch.equal(after.targets.argmax(1), LABELS)
+
+
 def test_losses_of_soft_targets_are_timms():
     logits = torch.randn(12, CLASSES, generator=torch.Generator().manual_seed(1))
     targets = Mixing(BOTH, CLASSES, 0.1, 0)(whole_batch(), 0).targets

@@ -38,7 +38,9 @@ from tests.support.jobs import RESNET, SMALL_VIT, copied, make_job, same, skippi
 STATES = ["progress", "scheduler", "scaler", "ema", "rng", "best"]
 EMA = EmaConfig(decay=0.9, use_warmup=True, warmup_power=0.75, update_after_step=1)
 FULL = {
-    "augment": AugmentConfig(mixup_alpha=0.8, cutmix_alpha=1.0, mix_mode="elem", erase_prob=0.5, erase_mode="pixel"),
+    "augment": AugmentConfig(
+        mixup_alpha=0.8, cutmix_alpha=1.0, mix_mode="elem", mixup_off_epoch=2, erase_prob=0.5, erase_mode="pixel"
+    ),
     "ema": EMA,
     "precision": "fp16",
     "label_smoothing": 0.1,

@@ -35,10 +35,11 @@ def show(act, terminal=False):
 
 
 def test_the_header_names_run_model_data_feed_and_workers():
-    text = show(lambda t: t.header("demo", "/runs/demo", "vit_tiny", INFO, "digits", "2 × (1 CPU)", "cached: it fits"))
+    words = ("demo", "/runs/demo", "vit_tiny", INFO, "digits", "2 × (1 CPU)", "cached: it fits", "1,258 samples, once")
+    text = show(lambda t: t.header(*words))
     for part in ("demo  (/runs/demo)", "vit_tiny", "1,258 train · 179 val · 360 test", "2 classes", "2 × (1 CPU)"):
         assert part in text
-    assert "feed     cached: it fits" in text
+    assert "feed     cached: it fits\nepoch    1,258 samples, once\n" in text
     assert "1 sample that can't be read (the first: a.png: torn)" in text
     assert "excluded 3 entries: no image extension (such as a/Thumbs.db)" in text
 

@@ -46,5 +46,10 @@ def check_data(config: Config) -> Iterator[str]:
             f"data.val_fraction={data.val_fraction} and data.test_fraction={data.test_fraction} leave nothing to "
             "train on: their sum must be below 1"
         )
+    if data.sampling != "shuffle" and data.shuffle_window is not None:
+        yield (
+            f"data.sampling={data.sampling} draws single samples, and data.shuffle_window={data.shuffle_window} reads "
+            "whole blocks: set data.sampling=shuffle, or data.shuffle_window=null (parquet: with data.feed=cached)"
+        )
     if config.augment.pad_px >= data.image_size:
         yield f"augment.pad_px={config.augment.pad_px} must be below data.image_size={data.image_size}"

@@ -66,8 +66,13 @@ def check_augment(config: Config) -> Iterator[str]:
         if not (augment.mixup_alpha and augment.cutmix_alpha):
             yield from _unused(augment, "augment", ("mix_switch_prob",), "needs both mixup_alpha and cutmix_alpha")
     else:
-        names = ("mix_prob", "mix_switch_prob", "mix_mode")
+        names = ("mix_prob", "mix_switch_prob", "mix_mode", "mixup_off_epoch")
         yield from _unused(augment, "augment", names, "needs augment.mixup_alpha or augment.cutmix_alpha above 0")
+    if augment.mixup_off_epoch and augment.mixup_off_epoch >= config.train.epochs:
+        yield (
+            f"augment.mixup_off_epoch={augment.mixup_off_epoch} comes after the last epoch, of train.epochs="
+            f"{config.train.epochs} counted from 0: lower it, or write null to mix to the end"
+        )
     if not augment.erase_prob:
         yield from _unused(augment, "augment", ("erase_mode", "erase_count"), "needs augment.erase_prob above 0")
     if augment.rand_augment is not None:
@@ -77,6 +82,20 @@ def check_augment(config: Config) -> Iterator[str]:
                 f"augment.rand_augment={augment.rand_augment} works on grey or RGB, and data.channels="
                 f"{config.data.channels}: take it out"
             )
+
+
+def check_repeats(config: Config) -> Iterator[str]:
+    """Repeated augmentation."""
+    augment, batch = config.augment, config.train.global_batch_size
+    repeats = augment.repeats
+    if repeats == 1:
+        return
+    if not augment.is_random:
+        yield f"augment.repeats={repeats} repeats samples that no augmentation changes: set augment.repeats=1"
+    least = 2 * repeats if augment.mixes else repeats
+    if batch < least:
+        why = "a sample would be mixed with itself" if augment.mixes else "a global batch has fewer samples"
+        yield f"augment.repeats={repeats} with train.global_batch_size={batch}: {why}; raise it to {least} at least"
 
 
 def check_pictures(config: Config) -> Iterator[str]:

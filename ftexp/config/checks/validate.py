@@ -20,6 +20,7 @@ from ftexp.config.checks.recipe import (
     check_loss,
     check_optim,
     check_pictures,
+    check_repeats,
     check_schedule,
 )
 from ftexp.config.checks.run import check_run
@@ -53,7 +54,11 @@ _CHECKS: dict[Callable[[Config], Iterator[str]], tuple[str, ...]] = {
         *("data.name", "data.image_size", "data.channels", "data.mean", "data.std"),
         *("data.val_fraction", "data.test_fraction", "augment.pad_px"),
     ),
-    check_augment: ("train.global_batch_size", "data.channels", "augment.mixup_alpha", "augment.cutmix_alpha"),
+    check_augment: (
+        *("train.global_batch_size", "train.epochs", "data.channels"),
+        *("augment.mixup_alpha", "augment.cutmix_alpha", "augment.mixup_off_epoch"),
+    ),
+    check_repeats: ("train.global_batch_size", "augment.repeats"),
     check_pictures: ("data.channels", "augment.crop"),
     check_loss: ("augment.mixup_alpha", "augment.cutmix_alpha", "loss.gamma", "loss.gamma_pos", "loss.gamma_neg"),
     check_optim: ("optim.name",),

@@ -23,9 +23,15 @@ _STREAM = 0x6D6978  # keeps these draws apart from other uses of the run's seed
 
 
 class Mixing:
-    """Mixes pairs of samples, and their classes. Draws from numpy's global generator, which it seeds."""
+    """Mixes pairs of samples, and their classes. Draws from numpy's global generator, which it seeds.
 
-    def __init__(self, config: AugmentConfig, num_classes: int, label_smoothing: float, seed: int) -> None:
+    A global batch that begins at position `end` or later isn't mixed, but has the same smoothed targets, as timm's.
+    """
+
+    def __init__(
+        self, config: AugmentConfig, num_classes: int, label_smoothing: float, seed: int, end: int | None = None
+    ) -> None:
+        self._end = end
         self._seed = derive_seed(seed, _STREAM)
         self._whole = config.mix_mode == "batch"
         self._mixup = Mixup(
@@ -62,6 +68,8 @@ class Mixing:
     def _together(self, batch: MicroBatch, start: int) -> list[tuple[Int64s, int]]:
         """(rows, position that seeds) of what is mixed in one call. timm's partner of row i is row i from the end."""
         assert batch.pairs is not None
+        if self._end is not None and start >= self._end:
+            return []
         first, second = batch.pairs
         if not self._whole:
             return [
