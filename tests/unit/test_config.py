@@ -393,9 +393,9 @@ def test_the_config_folder_exists_wherever_ftexp_lies():
 
 
 def test_recipe_values_that_do_not_fit_fewer_epochs_or_a_lower_rate_are_fitted_and_named(capsys):
-    overrides = ["experiment=finetune_vit", "train.epochs=1", "optim.lr=1e-6"]
+    typed, recipe = ["train.epochs=1", "optim.lr=1e-6"], ["schedule.warmup_epochs=2", "+train.freeze.backbone=1"]
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(config_dir())):
-        config = to_config(hydra.compose("config", overrides), overrides)
+        config = to_config(hydra.compose("config", [*recipe, *typed]), typed)
     validate(config)
     assert (config.schedule.warmup_epochs, config.schedule.min_lr) == (0.1, 1e-8)
     assert config.train.freeze == {"backbone": None}

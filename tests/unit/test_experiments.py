@@ -24,6 +24,11 @@ EXPERIMENTS = sorted(file.stem for file in (config_dir() / "experiment").glob("*
 UPDATE = "FTEXP_UPDATE_GOLDEN"  # environment variable
 # where a preset is for larger models and images than a test has
 TINY = {
+    "deit_small": [
+        "data.image_size=32", "++model.kwargs.patch_size=4", "++model.kwargs.embed_dim=64", "++model.kwargs.depth=2",
+        "++model.kwargs.num_heads=2",
+    ],
+    "finetune_convnext": ["data.image_size=32", "model.pretrained=false", "model.name=test_convnext"],
     "finetune_vit": [
         "data.image_size=32", "model.pretrained=false", "++model.kwargs.patch_size=4", "++model.kwargs.embed_dim=64",
         "++model.kwargs.depth=2", "++model.kwargs.num_heads=2",
