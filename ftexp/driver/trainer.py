@@ -152,13 +152,14 @@ def build_trainer(context: RunContext, bundle: DataBundle, hub: HubAddress) -> T
         hub,
         bundle.blocks,
         bundle.decode_cpus,
-        Shared(bundle.classes) if bundle.classes is not None else None,
     )
+    # beside the spec: a reference to an object doesn't survive pickle
+    classes = Shared(bundle.classes) if bundle.classes is not None else None
     reporter = FailureReporter(hub)
     return TorchTrainer(
         _train_function,
         # as bytes: Ray unpacks this config in its controller too, where importing torch and timm would only cost time
-        train_loop_config={"spec": pickle.dumps(spec), "streams": bundle.streams},
+        train_loop_config={"spec": pickle.dumps(spec), "streams": bundle.streams, "classes": classes},
         torch_config=ReportingTorchConfig(backend=scaling.backend, timeout_s=scaling.timeout_s, reporter=reporter),
         scaling_config=ScalingConfig(
             num_workers=workers.num_workers,
@@ -204,7 +205,8 @@ def _anywhere(config: Config) -> Config:
 def _train_function(loop_config: dict[str, Any]) -> dict[str, float] | None:
     from ftexp.worker.loop import train_loop  # it imports timm, which takes seconds that the driver can do without
 
-    return train_loop(pickle.loads(loop_config["spec"]), loop_config["streams"])
+    spec = dataclasses.replace(pickle.loads(loop_config["spec"]), classes=loop_config["classes"])
+    return train_loop(spec, loop_config["streams"])
 
 
 def _reason(error: Exception) -> str:
