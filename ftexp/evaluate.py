@@ -1,8 +1,10 @@
 """`python -m ftexp.evaluate run=<dir> [key=value ...]`: how good is a saved checkpoint?
 
 Keys: run (a run directory or URI), checkpoint (best, latest, or a folder's name), split (train, val, test),
-weights (raw, ema), batch_size, device (auto, cpu, cuda), data.root (where the run's data lies now, if it has moved),
-out (a JSON file; evaluation_<split>.json in the run if not given, evaluation_<split>_ema.json for weights=ema).
+weights (raw, ema), tta (none, or hflip: the mean of the logits of each image and its mirror image), batch_size,
+device (auto, cpu, cuda), data.root (where the run's data lies now, if it has moved),
+out (a JSON file; if not given, evaluation_<split>.json in the run, evaluation_<split>_ema.json for weights=ema,
+evaluation_<split>_hflip.json and evaluation_<split>_ema_hflip.json with tta=hflip).
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from omegaconf import MISSING
 from ftexp.cli.entry import command_words, exiting_on_error, with_run
 from ftexp.cli.parse import read_command
 from ftexp.config.fields import choice, ranged
-from ftexp.config.schema import Config
+from ftexp.config.schema import TTA, Config
 from ftexp.errors import ConfigError, StorageError
 
 if TYPE_CHECKING:
@@ -42,6 +44,7 @@ class EvaluateConfig:
     checkpoint: str = "best"  # best, latest, or the name of a folder under checkpoints/
     split: str = choice("test", ("train", "val", "test"))
     weights: str = choice("raw", ("raw", "ema"))  # those that were trained, or their moving average
+    tta: str = choice("none", TTA)
     batch_size: int = ranged(256, low=1)
     device: str = choice("auto", ("auto", "cpu", "cuda"))
     out: str | None = None
@@ -130,7 +133,9 @@ def _evaluate(config: EvaluateConfig, run_config: Config, storage: Storage) -> d
     meter, findings = Meter(device), Findings(bundle.info.num_classes, to_tensors.pixels)
     batches = evaluation_batches(rows, to_tensors, config.batch_size, rank=0, world_size=1)
     checked = functools.partial(as_logits, config=run_config.model, num_classes=bundle.info.num_classes)
-    count_into([(model, meter)], checked, batches, torch.autocast(device.type, enabled=False), findings)
+    count_into(
+        [(model, meter)], checked, batches, torch.autocast(device.type, enabled=False), findings, config.tta == "hflip"
+    )
     loss, accuracy = means(meter.totals())
     result = {
         "run": storage.uri,
@@ -139,12 +144,14 @@ def _evaluate(config: EvaluateConfig, run_config: Config, storage: Storage) -> d
         "epoch": manifest.epoch,
         "split": config.split,
         "weights": config.weights,
+        "tta": config.tta,
         "accuracy": accuracy,
         "loss": loss,
         **described(findings.gathered(), bundle.info.class_names),
     }
     text = json.dumps(result, indent=1).encode()
-    name = evaluation_file(config.split if config.weights == "raw" else f"{config.split}_{config.weights}")
+    chosen = [name for name in (config.weights, config.tta) if name not in ("raw", "none")]
+    name = evaluation_file("_".join([config.split, *chosen]))
     target = type(storage).at(config.out) if config.out is not None else storage.child(name)
     try:
         target.parent.write_bytes(target.name, text)
@@ -171,7 +178,8 @@ def _print(result: dict[str, Any]) -> None:
 
     console = Console(highlight=False)
     console.print(
-        f"{result['checkpoint']} (epoch {result['epoch']}) on {result['num_samples']} {result['split']} samples",
+        f"{result['checkpoint']} (epoch {result['epoch']}) on {result['num_samples']} {result['split']} samples"
+        + (", each with its mirror image (tta=hflip)" if result["tta"] == "hflip" else ""),
         markup=False,
     )
     console.print(f"accuracy {result['accuracy']:.4f}   loss {result['loss']:.4f}")

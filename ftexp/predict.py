@@ -7,10 +7,11 @@ The same command goes on where it stopped. Exit codes: 0 done, 1 failed, 2 the c
 run         a run directory or URI
 checkpoint  best, latest, or a folder's name under checkpoints/ (default: best)
 weights     raw, or ema: their moving average, where the run had one (default: raw)
+tta         none, or hflip: the mean of the logits of each image and its mirror image (default: none)
 data, data.*  what to predict, as for training (image_folder, image_list, parquet, webdataset); without labels, too.
             Without data=..., what the run was trained on. Size and normalisation are always the run's
 split       all, train, val or test (default: all where data=... reads files, else test)
-out         a folder or URI (default: <run>/predictions/<name of the data>, with split and weights if given)
+out         a folder or URI (default: <run>/predictions/<name of the data>, with split, weights and tta if given)
 scaling, scaling.*  num_workers processes hold the model (auto: up to two, or one on each GPU); address joins a cluster
 predict.top_k       classes for each image (5, or as many as there are)
 predict.format      parquet or csv
@@ -34,7 +35,7 @@ from ftexp.cli.exit_codes import interrupted_code
 from ftexp.cli.parse import read_command
 from ftexp.config.checks.validate import validate
 from ftexp.config.fields import choice, ranged
-from ftexp.config.schema import AUTO, Config, DataConfig
+from ftexp.config.schema import AUTO, TTA, Config, DataConfig
 from ftexp.config.source_names import SOURCE_FIELDS, can_stream
 from ftexp.errors import ConfigError
 from ftexp.rundir.names import PREDICTIONS
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
     from ftexp.cli.trained_run import SavedRun
     from ftexp.storage.directory import Storage
 
-_OWN = ("run", "checkpoint", "weights", "split", "out")
+_OWN = ("run", "checkpoint", "weights", "tta", "split", "out")
 _SCALING = ("num_workers", "use_gpu", "resources_per_worker", "address", "hot_start")  # what is read of it
 _FOLLOWS = ("image_size", "channels", "mean", "std", "num_classes")
 _OF_TRAINING = ("feed", "shuffle_window", "prefetch_batches", "on_bad_sample")
@@ -69,6 +70,7 @@ class PredictConfig:
     run: str = MISSING
     checkpoint: str = "best"
     weights: str = choice("raw", ("raw", "ema"))
+    tta: str = choice("none", TTA)
     split: str | None = choice(None, ("all", "train", "val", "test"))
     out: str | None = None
     predict: Settings = field(default_factory=Settings)
@@ -166,14 +168,15 @@ def predict(composed: Config, own: PredictConfig, run: SavedRun, chosen: bool, w
 
     workers = decide_workers(config.scaling)
     manifest = choose(run.store, own.checkpoint, run.config)
-    out = Storage.at(own.out) if own.out is not None else _default_out(run, data, split, own.weights)
+    out = Storage.at(own.out) if own.out is not None else _default_out(run, data, split, own)
     out.require_writable("out")
     prepare_environment(config)
     from ftexp.predicting.command import Request, run_session
 
     settings = own.predict
     shape = (settings.batch_size, settings.part_rows, settings.format)
-    run_session(Request(config, run, manifest, own.weights, split, out, top_k(own, run), *shape, not chosen), workers)
+    weights = (manifest, own.weights, own.tta)
+    run_session(Request(config, run, *weights, split, out, top_k(own, run), *shape, not chosen), workers)
 
 
 def _split(own: PredictConfig, data: DataConfig, chosen: bool, words: list[str]) -> str:
@@ -189,10 +192,10 @@ def _split(own: PredictConfig, data: DataConfig, chosen: bool, words: list[str])
     return split
 
 
-def _default_out(run: SavedRun, data: DataConfig, split: str, weights: str) -> Storage:
+def _default_out(run: SavedRun, data: DataConfig, split: str, own: PredictConfig) -> Storage:
     name = (data.root or "").partition("?")[0].rstrip("/").rpartition("/")[2] or data.name
     name = re.sub(r"[^\w.-]+", "_", name)
-    parts = [name, *([] if split == "all" else [split]), *([] if weights == "raw" else [weights])]
+    parts = [name, *(each for each in (split, own.weights, own.tta) if each not in ("all", "raw", "none"))]
     return run.storage.child(PREDICTIONS, "_".join(parts))
 
 

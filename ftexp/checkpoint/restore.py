@@ -8,10 +8,10 @@ from ftexp.checkpoint.manager import CheckpointManager
 from ftexp.checkpoint.staging import load_part
 from ftexp.checkpoint.store import CheckpointStore, Manifest, locate
 from ftexp.config.fingerprint import differences
-from ftexp.job.group import ProcessGroup
 from ftexp.job.job import Job
-from ftexp.job.learner import Learner
-from ftexp.model.build import load_matching
+from ftexp.model.build import timm_arguments
+from ftexp.model.matching import load_matching
+from ftexp.model.timm_private import checkpoint_filter
 from ftexp.storage.directory import Storage
 from ftexp.wire import events
 from ftexp.wire.channel import Channel
@@ -27,7 +27,7 @@ def restore(job: Job, store: CheckpointStore, checkpoints: CheckpointManager) ->
     name, num_rejected = job.group.agree_on(_choose(job.channel, store) if job.group.rank == 0 else None)
     if name is None:
         if job.config.resume_from is not None:
-            _start_from(job.group, job.learner, job.config.resume_from)
+            _start_from(job, job.config.resume_from)
             checkpoints.save()  # a restart must not depend on the other run's checkpoints, which may go
         return
     manifest = store.by_name(name)
@@ -55,14 +55,17 @@ def _choose(channel: Channel, store: CheckpointStore) -> tuple[str | None, int]:
     return chosen.name if chosen else None, len(rejected)
 
 
-def _start_from(group: ProcessGroup, learner: Learner, uri: str) -> None:
+def _start_from(job: Job, uri: str) -> None:
     """Load the weights of another run's checkpoint into the model: what fits, with a report of the rest; collective."""
+    group, learner = job.group, job.learner
     found = locate(uri) if group.rank == 0 else None  # of a run that trains on, another rank might find a newer one
     where, name = group.agree_on(found and (found[0].storage.uri, found[1].name))
     store = CheckpointStore(Storage.at(where))
     manifest = store.by_name(name)
     weights = load_part("model.pt", store.read_file(manifest, "model.pt"))
-    learner.weights_report = load_matching(learner.model, weights, _described(store, manifest), "resume_from")
+    filter_fn = checkpoint_filter(timm_arguments(job.config.model, job.info))
+    source = _described(store, manifest)
+    learner.weights_report = load_matching(learner.model, weights, source, "resume_from", filter_fn)
     if learner.ema is not None:
         learner.ema.begin_at(learner.model)
 

@@ -26,6 +26,7 @@ def fingerprint(config: Config) -> dict[str, Any]:
     chosen = {name: values[name] for name in _DEFINING} | {"train": {n: values["train"][n] for n in _DEFINING_TRAIN}}
     for name in _FREE_DATA:
         del chosen["data"][name]
+    del chosen["model"]["pretrained_partial"]  # whether to train at all
     defining: dict[str, Any] = masked(dict(flat(chosen, "")))
     return defining
 

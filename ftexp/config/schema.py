@@ -28,7 +28,9 @@ FAULTS = (
 SCHEDULES = ("cosine", "poly", "tanh", "step", "constant")
 MIX_MODES = ("batch", "pair", "elem")
 CROPS = ("none", "rrc", "rkrc", "rkrr")  # timm's train_crop_mode
+PREPROCESSING = ("mean", "std", "interpolation", "crop_pct", "crop_mode")  # of data, that pretrained weights bring
 CROP_MODES = ("center", "squash", "border")  # timm's crop_mode, of evaluation
+TTA = ("none", "hflip")  # test-time augmentation, of evaluate and predict
 INTERPOLATIONS = ("bilinear", "bicubic")
 ERASE_MODES = ("const", "rand", "pixel")
 LOSSES = ("ce", "bce", "focal", "asl", "poly")  # built in
@@ -51,6 +53,7 @@ class ModelConfig:
     # `model.name=...` alone doesn't hand them to another architecture
     preset: dict[str, dict[str, Any]] = field(default_factory=dict)
     pretrained: Any = False  # true: timm's hub weights; a path: a local file, PyTorch's or safetensors'
+    pretrained_partial: bool = False  # train also where weights give less than half of the model's parameters
     # stochastic depth: probability that the last block is left out for a sample, falling to 0 at the first
     drop_path_rate: float | None = ranged(None, low=0, high=0.99)
 
@@ -68,6 +71,7 @@ class DataConfig:
     image_size: int = ranged(MISSING, low=1)  # pixels; images are square as the model sees them
     channels: int = ranged(3, low=1, high=4)
     num_classes: int | None = ranged(None, low=2)  # None: as many as the source has
+    # with model.pretrained, those of PREPROCESSING that aren't typed are what timm's config of the model says
     mean: list[float] = MISSING  # per channel, of pixels scaled to 0..1
     std: list[float] = MISSING
     # how a whole image becomes a square: timm's crop_pct, crop_mode and interpolation of evaluation; crop_pct=null: all

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -14,7 +14,7 @@ from yaml import YAMLError
 from ftexp.checkpoint.store import CheckpointStore, locate
 from ftexp.config.fingerprint import differences, fingerprint
 from ftexp.config.masking import flat, masked
-from ftexp.config.schema import Config, DataConfig
+from ftexp.config.schema import PREPROCESSING, Config, DataConfig
 from ftexp.data.info import DataInfo
 from ftexp.errors import CheckpointError, ConfigError
 from ftexp.rundir.names import CHECKPOINTS, CONFIG_FILE, RUN_FILE
@@ -68,7 +68,7 @@ def open_run(config: Config, run_dir: Storage, run_name: str) -> RunState:
     try:
         differences(state.fingerprint, own, run_dir.uri)
     except ConfigError:
-        if state.step or state.farthest_step or run_dir.child(CHECKPOINTS).list_folders():
+        if _has_progress(state, run_dir):
             raise
         # it ended before its first step, by a mistake in its config, say: there is nothing to mix with another run's
         return RunState(name=run_name, fingerprint=own, attempts=state.attempts)
@@ -76,6 +76,42 @@ def open_run(config: Config, run_dir: Storage, run_name: str) -> RunState:
     done = state.epoch >= train.epochs or (train.max_steps is not None and state.step >= train.max_steps)
     state.status = state.status if state.status == "finished" and done else "running"
     return state
+
+
+def _has_progress(state: RunState, run_dir: Storage) -> bool:
+    return bool(state.step or state.farthest_step or run_dir.child(CHECKPOINTS).list_folders())
+
+
+def typed_keys(overrides: Sequence[str]) -> set[str]:
+    """The keys that overrides set."""
+    return {word.lstrip("+~").partition("=")[0] for word in overrides}
+
+
+def preprocessing_as_begun(config: Config, overrides: Sequence[str], run_dir: Storage) -> Config | None:
+    """The config with the preprocessing that its run began with, where the overrides don't set it.
+
+    For runs of pretrained weights. None if no run that has made progress is there.
+    """
+    state = read_state(run_dir)
+    if state is None:
+        manifests = CheckpointStore(run_dir.child(CHECKPOINTS)).manifests(lambda *_: None)
+        if not manifests:
+            return None
+        before = manifests[0].fingerprint
+    elif _has_progress(state, run_dir):
+        before = state.fingerprint
+    else:
+        return None
+    # a field that isn't recorded is younger than the run, which then began with its default
+    recorded = {**fingerprint(Config()), **before}
+    return with_preprocessing(config, overrides, {name: recorded[f"data.{name}"] for name in PREPROCESSING})
+
+
+def with_preprocessing(config: Config, overrides: Sequence[str], values: Mapping[str, Any]) -> Config:
+    """The config with these values of the fields of PREPROCESSING that the overrides don't set."""
+    typed = typed_keys(overrides)
+    own = {name: value for name, value in values.items() if f"data.{name}" not in typed}
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, **own))
 
 
 def changes(config: Config, state: RunState, run_dir: Storage) -> list[str]:

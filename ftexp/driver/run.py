@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ftexp.config.checks.validate import validate
-from ftexp.config.schema import Config
+from ftexp.config.schema import PREPROCESSING, Config
 from ftexp.driver.context import RunContext
 from ftexp.rundir.state import FINISHED
 from ftexp.storage.directory import Storage, absolute
@@ -28,7 +29,8 @@ def train(
 
     Args:
         config: a whole run.
-        overrides: what was typed, for overrides.yaml.
+        overrides: what was typed, for overrides.yaml; pretrained weights set their preprocessing where it wasn't. None:
+            `config` is taken as it is.
         shared: the Ray of the sweep that this is a trial of; None: one of its own, or `scaling.address`.
         restart: what a command that has begun again, because its Ray had died, goes on with.
         begin_again: how a command does that; None: in this process it can't, and a Ray that dies ends the run.
@@ -49,7 +51,7 @@ def train(
     workers = decide_workers(config.scaling, share=shared.share if shared else 1)
     run_name = config.run.name or unused_name()
     run_dir = Storage.at(config.run.storage, run_name)
-    config = _checked(config, run_dir)
+    config = _checked(config, overrides, run_dir)
     lease = Lease.take(run_dir)
     try:
         state = open_run(config, run_dir, run_name)
@@ -65,15 +67,15 @@ def train(
         lease.release()
 
 
-def _checked(config: Config, run_dir: Storage) -> Config:
+def _checked(config: Config, overrides: list[str] | None, run_dir: Storage) -> Config:
     """The config, with `resume_from` as workers can open it, once it is known to fit what the run directory holds."""
-    from ftexp.driver.resume import has_run, located, require_resumable
+    from ftexp.driver.resume import located, require_resumable
 
     require_resumable(config, run_dir)
     if config.resume_from is not None:
         config = dataclasses.replace(config, resume_from=located(config.resume_from, run_dir))
-    if isinstance(config.model.pretrained, str) and not has_run(run_dir):
-        _check_weights(config)
+    if config.model.pretrained is not False:
+        config = _with_preprocessing(config, overrides, run_dir)
     run_dir.require_writable()
     return config
 
@@ -90,13 +92,35 @@ def _show_again(context: RunContext) -> None:
     deliver_late(context, terminal)
 
 
-def _check_weights(config: Config) -> None:
-    """ConfigError if the weights file fits nothing. It takes torch and timm, so that it costs seconds."""
+def _with_preprocessing(config: Config, overrides: list[str] | None, run_dir: Storage) -> Config:
+    """The config with what its run began with, or what its weights bring; ConfigError if those don't fit the model."""
+    from ftexp.driver.resume import preprocessing_as_begun, with_preprocessing
+
+    begun = preprocessing_as_begun(config, overrides or [], run_dir)
+    if begun is not None:
+        return config if overrides is None else begun
+    values, origin = _check_weights(config)
+    if overrides is None:
+        return config
+    made = with_preprocessing(config, overrides, values)
+    if told := [
+        f"data.{name}={getattr(made.data, name)} instead of {getattr(config.data, name)}"
+        for name in PREPROCESSING
+        if getattr(made.data, name) != getattr(config.data, name)
+    ]:
+        print(f"ftexp: {', '.join(told)}: {origin}", file=sys.stderr)
+    return made
+
+
+def _check_weights(config: Config) -> tuple[dict[str, Any], str]:
+    """The weights' preprocessing, and whose config says so. It takes torch and timm, so that it costs seconds."""
     from ftexp.cluster.ray_cluster import prepare_environment
 
     prepare_environment(config)  # a plug-in may import Ray
     from ftexp.model.build import check_weights
+    from ftexp.model.preprocessing import preprocessing_of
     from ftexp.registry import load_plugins
 
     load_plugins(config.plugins)
     check_weights(config.model, config.data)
+    return preprocessing_of(config.model, config.data.channels)

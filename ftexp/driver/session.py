@@ -15,6 +15,7 @@ from ftexp.cluster.interruptible import fit_interruptibly
 from ftexp.cluster.ray_cluster import import_meanwhile, quiet_data, start_ray
 from ftexp.cluster.resources import decoding_cpus, lacking_resources
 from ftexp.config.masking import masked
+from ftexp.config.schema import PREPROCESSING, Config
 from ftexp.driver.context import RunContext, Session
 from ftexp.driver.resume import changes, labels_as_begun, repeated_samples, require_same_data
 from ftexp.driver.terminal import Terminal
@@ -173,11 +174,21 @@ def _introduce(context: RunContext, session: Session, changed: list[str]) -> Non
         str(context.workers),
         f"{bundle.feed}: {bundle.why}{decoding}",
         epoch_in_words(config, bundle.info),
+        _weights(config),
     )
     terminal.changed(changed)
     if (repeated := repeated_samples(config, bundle.info)) is not None:
         terminal.say(f"! {repeated}", "yellow")
         session.record.event(events.RepeatedSamples(repeated))
+
+
+def _weights(config: Config) -> str | None:
+    """What a run of pretrained weights starts from, and how its images are prepared for them."""
+    data, pretrained = config.data, config.model.pretrained
+    if pretrained is False:
+        return None
+    source = "timm's" if pretrained is True else pretrained
+    return f"{source} · " + " · ".join(f"{name} {getattr(data, name)}" for name in PREPROCESSING)
 
 
 def _conclude(context: RunContext, session: Session) -> None:

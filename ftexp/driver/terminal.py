@@ -50,20 +50,31 @@ class Terminal:
             self._deaf, self._bar = True, None
 
     def header(
-        self, run: str, location: str, model: str, data: DataInfo, data_name: str, workers: str, feed: str, epoch: str
+        self,
+        run: str,
+        location: str,
+        model: str,
+        data: DataInfo,
+        data_name: str,
+        workers: str,
+        feed: str,
+        epoch: str,
+        weights: str | None = None,
     ) -> None:
-        """Print what is going to run, and where."""
+        """Print what is going to run, and where; `weights`: pretrained ones, and their preprocessing."""
         sizes = " · ".join(f"{count:,} {split}" for split, count in data.num_samples.items())
         shape = f"{data.image_size}×{data.image_size}×{data.channels}"
         for title, text in (
             ("run", f"{run}  ({location})"),
             ("model", model),
+            ("weights", weights),
             ("data", f"{data_name}: {sizes} · {data.num_classes} classes · {shape}"),
             ("feed", feed),
             ("epoch", epoch),
             ("workers", workers),
         ):
-            self.say(f"{title:<9}{text}")
+            if text is not None:
+                self.say(f"{title:<9}{text}")
         for excluded in data.excluded or []:
             self.say(f"excluded {excluded}")
         for warning in data.warnings:

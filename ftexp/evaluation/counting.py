@@ -13,6 +13,12 @@ from ftexp.evaluation.meter import Meter
 from ftexp.evaluation.mistakes import Findings
 
 
+def logits_of(model: nn.Module, images: Tensor, as_logits: Callable[[Any], Tensor], mirrored: bool = False) -> Tensor:
+    """Return the model's logits, [images, classes]; mirrored: their mean with those of the left-right mirror images."""
+    logits = as_logits(model(images))
+    return (logits + as_logits(model(images.flip(-1)))) / 2 if mirrored else logits
+
+
 @torch.inference_mode()
 def count_into(
     models: Sequence[tuple[nn.Module, Meter]],
@@ -20,10 +26,11 @@ def count_into(
     batches: Iterable[tuple[Tensor, Tensor]],
     autocast: torch.autocast,
     findings: Findings | None = None,
+    mirrored: bool = False,
 ) -> None:
     """Add each model's loss and right answers on `batches` to its meter, and the rest of the first's to `findings`.
 
-    `as_logits` checks what a model returns: see `ftexp.model.build.as_logits`.
+    `as_logits` checks what a model returns: see `ftexp.model.build.as_logits`. mirrored: see `logits_of`.
     The models' parts are left in the mode that each was in: what is frozen doesn't train.
     """
     training = [module for model, _ in models for module in model.modules() if module.training]
@@ -32,7 +39,7 @@ def count_into(
     for images, labels in batches:
         for number, (model, meter) in enumerate(models):
             with autocast:
-                logits = as_logits(model(images))
+                logits = logits_of(model, images, as_logits, mirrored)
             losses = F.cross_entropy(logits.float(), labels, reduction="none")
             meter.add(losses, logits.argmax(1) == labels, torch.ones_like(labels, dtype=torch.bool))
             if findings is not None and number == 0:

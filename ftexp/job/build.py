@@ -37,11 +37,12 @@ from ftexp.job.progress import Progress
 from ftexp.job.skipped_batches import SkippedBatches
 from ftexp.job.spec import JobSpec
 from ftexp.job.stopwatch import Stopwatch
-from ftexp.model.build import WeightsReport, as_logits, build_model
+from ftexp.model.build import as_logits, build_model
 from ftexp.model.ema import WeightsEMA
 from ftexp.model.freezing import Freezing
 from ftexp.model.loss_registry import Loss, LossContext
 from ftexp.model.losses import build_loss
+from ftexp.model.matching import WeightsReport
 from ftexp.model.optim import build_optimizer
 from ftexp.model.schedule import build_scheduler
 from ftexp.rundir.names import LEDGER

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ftexp.model.build import WeightsReport
 from ftexp.model.ema import WeightsEMA
 from ftexp.model.freezing import Freezing
 from ftexp.model.loss_registry import Loss
+from ftexp.model.matching import WeightsReport
 
 
 @dataclass(kw_only=True)

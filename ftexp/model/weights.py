@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import re
 import warnings
-from collections import Counter
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +14,9 @@ from ftexp.errors import ConfigError
 
 StateDict = dict[str, torch.Tensor]
 
-# where training code puts its state dict: the first that is there is taken
+# where training code puts its state dict: the first that is there is taken, a moving average first, as timm does
 _KEYS = (
-    *("state_dict", "model", "model_state_dict", "model_state", "state_dict_ema", "model_ema", "ema"),
+    *("state_dict_ema", "model_ema", "state_dict", "model", "model_state_dict", "model_state", "ema"),
     *("teacher", "student", "module", "net", "network", "weights", "params"),
 )
 _WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+")  # what DDP and torch.compile put before a tensor's name
@@ -48,20 +46,6 @@ def load_weights(path: Path, device: str = "cpu") -> tuple[StateDict, str]:
         found = f"a dict of {_some(list(loaded))}" if isinstance(loaded, dict) else f"a {type(loaded).__name__}"
         raise ConfigError(f"model.pretrained={path} holds no state dict, but {found}: save that of a model alone")
     return weights, source
-
-
-def without_prefix(weights: StateDict, own: Collection[str]) -> StateDict:
-    """`weights` without what stands before their names (net., backbone.), if most of the model's names come of that."""
-    matches: Counter[str] = Counter()
-    for name in weights:
-        for start in (0, *(dot.end() for dot in re.finditer(r"\.", name))):
-            if name[start:] in own:
-                matches[name[:start]] += 1
-    prefix = max(matches, key=lambda each: (matches[each], -len(each)), default="")
-    if not prefix or matches[prefix] <= len(own) / 2:
-        return weights
-    stripped = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
-    return {**{name: value for name, value in weights.items() if not name.startswith(prefix)}, **stripped}
 
 
 def nothing_fits(key: str, source: str, weights: StateDict, own: StateDict) -> str:

@@ -43,6 +43,7 @@ class Request:
     run: SavedRun
     manifest: Manifest  # of the checkpoint
     weights: str  # raw, or ema
+    tta: str  # none, or hflip
     split: str
     out: Storage
     top_k: int
@@ -68,6 +69,7 @@ class Request:
             top_k=self.top_k,
             format=self.format,
             part_rows=self.part_rows,
+            tta=self.tta,
         )
 
 
@@ -161,11 +163,12 @@ def _placed(config: Config, workers: Workers) -> tuple[Workers, int]:
 def _print_header(console: Console, request: Request, plan: PredictionPlan, missing: list[int], workers: str) -> None:
     done = plan.num_parts - len(missing)
     root = plan.data["root"] or plan.data["name"]
+    mirrored = ", each with its mirror image (tta=hflip)" if plan.tta == "hflip" else ""
     already = f" · {done:,} of {plan.num_parts:,} parts are written already" if done else ""
     for title, text in (
         ("run", request.run.storage.uri),
         ("model", f"{request.run.config.model.name}, {plan.checkpoint} (epoch {request.manifest.epoch})"),
-        ("images", f"{plan.num_images:,} of {root} (split {plan.data['split']}){already}"),
+        ("images", f"{plan.num_images:,} of {root} (split {plan.data['split']}){mirrored}{already}"),
         ("workers", workers),
     ):
         console.print(f"{title:<9}{text}", markup=False, soft_wrap=True)

@@ -49,6 +49,7 @@ class PredictionPlan:
     top_k: int
     format: str
     part_rows: int
+    tta: str = "none"  # or hflip: with mirror images
 
     @property
     def num_parts(self) -> int:
@@ -87,6 +88,7 @@ def _require_same(before: dict[str, Any], plan: PredictionPlan, out: Storage) ->
     now = json.loads(json.dumps(dataclasses.asdict(plan)))
     for each in (before, now):
         each["data"] = {**_DATA_OF_BEFORE, **each["data"]}
+        each.setdefault("tta", "none")
     changed = [
         f"{_TITLES.get(key, key)} was {before.get(key)!r}, and is {now.get(key)!r} now"
         for key in now

@@ -49,17 +49,26 @@ class Predict:
     """An actor of a map stage: holds the model, and takes images away for the surest classes of each."""
 
     def __init__(
-        self, run: SavedRun, weights: Shared[Any], top_k: int, batch_size: int, use_gpu: bool, num_threads: int
+        self,
+        run: SavedRun,
+        weights: Shared[Any],
+        top_k: int,
+        batch_size: int,
+        use_gpu: bool,
+        num_threads: int,
+        tta: str = "none",
     ) -> None:
         import torch
 
         from ftexp.data.feeds.feed import ToTensors
+        from ftexp.evaluation.counting import logits_of
         from ftexp.model.build import as_logits
 
         torch.set_num_threads(num_threads)
         device = torch.device("cuda" if use_gpu else "cpu")
         self._model = run.model(weights.get().tobytes()).to(device)
-        self._as_logits = functools.partial(as_logits, config=run.config.model, num_classes=run.info.num_classes)
+        checked = functools.partial(as_logits, config=run.config.model, num_classes=run.info.num_classes)
+        self._logits_of = functools.partial(logits_of, self._model, as_logits=checked, mirrored=tta == "hflip")
         self._to_tensors = ToTensors(run.info, device, False)
         self._top_k, self._batch_size = top_k, batch_size
 
@@ -74,7 +83,7 @@ class Predict:
         with torch.inference_mode():
             for start in range(0, len(readable), self._batch_size):
                 rows = readable[start : start + self._batch_size]
-                logits = self._as_logits(self._model(self._to_tensors(images[rows])))
+                logits = self._logits_of(self._to_tensors(images[rows]))
                 surest = logits.float().softmax(1).topk(self._top_k)
                 classes[rows], probabilities[rows] = surest.indices.cpu(), surest.values.cpu()
         return {**batch, "classes": classes, "probabilities": probabilities}
@@ -122,7 +131,7 @@ class PredictionJob:
             Predict,
             fn_constructor_args=(
                 *(self.run, self.weights, self.plan.top_k, self.batch_size),
-                *(workers.use_gpu, workers.num_threads),
+                *(workers.use_gpu, workers.num_threads, self.plan.tta),
             ),
             batch_size=None,
             compute=ActorPoolStrategy(

@@ -43,3 +43,14 @@ def test_where_the_run_cannot_be_written_the_result_is_told_and_so_is_why(run, m
     assert advice in capsys.readouterr().out
     with pytest.raises(StorageError, match=r"out=.* can't be written: .*Read-only file system"):
         _evaluate(EvaluateConfig(run=run.storage.uri, out="/there/told.json"), run.config, run.storage)
+
+
+def test_with_tta_the_logits_of_mirror_images_are_averaged_and_the_plain_evaluation_stays(run, capsys):
+    plain = _evaluate(EvaluateConfig(run=run.storage.uri), run.config, run.storage)
+    result = _evaluate(EvaluateConfig(run=run.storage.uri, tta="hflip"), run.config, run.storage)
+    module._print(result)
+    assert "on 12 test samples, each with its mirror image (tta=hflip)" in capsys.readouterr().out
+    assert result["written"].endswith("/evaluation_test_hflip.json")
+    assert json.loads(run.storage.read_bytes("evaluation_test.json"))["loss"] == plain["loss"]
+    assert (plain["tta"], result["tta"]) == ("none", "hflip")
+    assert result["loss"] != plain["loss"]

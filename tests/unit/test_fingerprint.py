@@ -109,6 +109,7 @@ FREE = {
     "data.feed": "streaming",
     "data.decode_cpus": 4,
     "data.integer_labels": "indices",
+    "model.pretrained_partial": True,
     "train.epochs": 99,
     "train.log_every_steps": 7,
     "train.eval_every_epochs": 7,

@@ -12,6 +12,7 @@ from ftexp.data.info import DataInfo
 from ftexp.driver.trainer import _anywhere
 from ftexp.errors import ConfigError
 from ftexp.wire.messages import Begin, Raised
+from tests.support.configs import composed
 
 
 def test_workers_in_another_folder_find_the_weights(monkeypatch, tmp_path):
@@ -54,8 +55,11 @@ def test_of_a_run_that_trains_on_every_rank_takes_the_checkpoint_that_rank_0_fou
         read_file=lambda manifest, name: read.append((storage.uri, manifest.name, name)) or b"",
     ))  # fmt: skip
     monkeypatch.setattr(restore, "load_part", lambda name, content: {})
-    monkeypatch.setattr(restore, "load_matching", lambda model, weights, source, key: loaded.append(source))
+    monkeypatch.setattr(restore, "load_matching", lambda model, weights, source, *_: loaded.append(source))
     group = SimpleNamespace(rank=1, agree_on=lambda mine: ("/runs/other/checkpoints", "step_7.a1"))
-    restore._start_from(group, SimpleNamespace(model=None, ema=None), "/runs/other")
+    learner = SimpleNamespace(model=None, ema=None)
+    info = SimpleNamespace(num_classes=2, channels=3, image_size=32)
+    job = SimpleNamespace(group=group, learner=learner, info=info, config=composed("model=vit"))
+    restore._start_from(job, "/runs/other")
     assert read == [("/runs/other/checkpoints", "step_7.a1", "model.pt")]
     assert loaded == ["/runs/other/checkpoints/step_7.a1 (step 7)"]

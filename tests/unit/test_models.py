@@ -2,7 +2,9 @@
 
 import argparse
 import contextlib
+import dataclasses
 import io
+import json
 import pickle
 import re
 
@@ -14,11 +16,14 @@ from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
 import ftexp.model.build
+from ftexp.checkpoint.compare import tree_differences
 from ftexp.config.schema import DataConfig, ModelConfig, config_dir
 from ftexp.config.timm_names import model_names, optimizer_names
 from ftexp.data.info import DataInfo
 from ftexp.errors import ConfigError, DataError
 from ftexp.model.build import as_logits, build_model, check_weights, timm_arguments
+from ftexp.model.preprocessing import preprocessing_of
+from ftexp.model.timm_private import checkpoint_filter
 from ftexp.model.weights import load_weights
 
 GROUP_FILES = sorted((config_dir() / "model").glob("*.yaml"))
@@ -427,3 +432,184 @@ def test_a_model_that_the_hub_has_no_weights_for_is_told():
         ConfigError, match=r"^model\.pretrained=true, but timm's hub has no weights for model\.name=vit_"
     ):
         build_model(ModelConfig(name="vit_base_patch16_18x2_224", pretrained=True, kwargs=SMALL), info())
+
+
+def facebook_convnext(state):
+    """The names of the original authors' ConvNeXt, for those of timm's."""
+    renamed = {}
+    for name, value in state.items():
+        name = re.sub(r"^stem\.", "downsample_layers.0.", name)
+        name = re.sub(r"^stages\.(\d+)\.downsample\.(\d+)", r"downsample_layers.\1.\2", name)
+        name = re.sub(r"^stages\.(\d+)\.blocks\.(\d+)", r"stages.\1.\2", name)
+        name = name.replace("conv_dw", "dwconv").replace("mlp.fc", "pwconv")
+        renamed[name.replace("head.norm.", "norm.").replace("head.fc.", "head.")] = value
+    return renamed
+
+
+CONVNEXT = {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 16)}
+SWIN = {"embed_dim": 8, "depths": (1, 1), "num_heads": (1, 2), "window_size": 7, "patch_size": 2}
+
+
+def loaded_by_timm(arguments, path):
+    """A model that timm loads from a file by itself, as it does weights of its hub."""
+    return timm.create_model(
+        **arguments, pretrained=True,
+        pretrained_cfg_overlay={"file": str(path), "num_classes": arguments["num_classes"], "custom_load": False},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "sizes", "wrap"),
+    [
+        ("convnext_atto", CONVNEXT, (32, 32), facebook_convnext),
+        ("swin_tiny_patch4_window7_224", SWIN, (32, 32), lambda state: {"model": state}),
+        ("swin_tiny_patch4_window7_224", SWIN, (16, 32), lambda state: {
+            "model": {**state, "layers.0.blocks.0.attn.relative_position_index": torch.zeros(4, 4),
+                      "layers.0.blocks.0.attn_mask": torch.zeros(4, 4)}}),
+        ("beit_base_patch16_224", {**SMALL, "use_rel_pos_bias": True}, (32, 64), lambda state: {"module": state}),
+        (VIT, SMALL, (32, 64), lambda state: {"state_dict": state}),
+    ],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore")  # torch's, of how timm interpolates
+def test_a_file_is_loaded_as_timm_loads_it(name, kwargs, sizes, wrap, tmp_path):
+    torch.manual_seed(1)
+    before, after = (info(image_size=size) for size in sizes)
+    trained, _ = build_model(ModelConfig(name=name, kwargs=kwargs), before)
+    path = saved(trained, tmp_path / "w.pth", wrap)
+    config = ModelConfig(name=name, kwargs=kwargs, pretrained=str(path))
+    check_weights(config, DataConfig(name="x", image_size=sizes[1], mean=[0.5] * 3, std=[0.5] * 3))
+    torch.manual_seed(2)
+    model, report = build_model(config, after)
+    assert (report.missing, report.unused) == ([], [])
+    assert bool(report.resized) == (sizes[0] != sizes[1])
+    saved(trained, path, lambda state: wrap(state).get("module", wrap(state)))  # timm doesn't know that key
+    theirs = loaded_by_timm(timm_arguments(config, after), path).state_dict()
+    assert list(tree_differences(model.state_dict(), theirs)) == []
+
+
+def test_the_original_authors_names_are_found_under_a_prefix(tmp_path):
+    trained, _ = build_model(ModelConfig(name="convnext_atto", kwargs=CONVNEXT), info())
+
+    def dino(state):
+        teacher = {f"backbone.{name}": value for name, value in facebook_convnext(state).items()}
+        return {"teacher": {"dino_head.mlp.weight": torch.zeros(1), **teacher}}
+
+    path = saved(trained, tmp_path / "dino.pth", dino)
+    model, report = build_model(ModelConfig(name="convnext_atto", kwargs=CONVNEXT, pretrained=str(path)), info())
+    assert (report.missing, report.resized, report.unused) == ([], [], ["dino_head.mlp.weight"])
+    assert list(tree_differences(model.state_dict(), trained.state_dict())) == []
+
+
+def test_weights_of_another_patch_size_are_resampled_with_their_positions(tmp_path):
+    trained, _ = vit(patch_size=8)
+    _, report = vit(pretrained=saved(trained, tmp_path / "w.pt"))
+    assert sorted(report.resized) == ["patch_embed.proj.weight", "pos_embed"]
+    assert (report.missing, report.unused) == ([], [])
+
+
+def test_every_architecture_of_timms_has_the_filter_that_its_module_names():
+    """What `checkpoint_filter` captures, for one architecture of each kind; timm's names aren't public."""
+    expected = {
+        "vit_tiny_patch16_224": "checkpoint_filter_fn", "swin_tiny_patch4_window7_224": "checkpoint_filter_fn",
+        "regnetx_002": "_filter_fn", "densenet121": "_filter_torchvision_pretrained", "resnet18": None,
+        "crossvit_tiny_240": "pretrained_filter_fn", "deit3_small_patch16_224": "checkpoint_filter_fn",
+    }  # fmt: skip
+    before = timm.models._builder.load_pretrained
+    for name, wanted in expected.items():
+        found = checkpoint_filter({"model_name": name, "num_classes": 5})
+        assert getattr(getattr(found, "func", found), "__name__", None) == wanted, name
+    assert timm.models._builder.load_pretrained is before
+
+
+def test_a_plug_ins_model_is_not_asked_to_load_anything(monkeypatch, tmp_path):
+    asked = []
+
+    @timm.models.register_model
+    def net_of_a_plug_in(pretrained=False, **kwargs):
+        asked.append(pretrained)
+        return torch.nn.Linear(2, 2)
+
+    torch.save({"weight": torch.ones(2, 2)}, tmp_path / "w.pt")
+    model, report = build_model(ModelConfig(name="net_of_a_plug_in", pretrained=str(tmp_path / "w.pt")), info())
+    assert (asked, report.matched, report.missing) == ([False], ["weight"], ["bias"])
+    assert torch.equal(model.weight, torch.ones(2, 2))
+
+
+def test_weights_that_give_less_than_half_are_refused_with_both_numbers(tmp_path):
+    deep, _ = vit(depth=4)
+    names = {name: value for name, value in deep.state_dict().items() if name.startswith(("blocks.0", "head"))}
+    torch.save(names, tmp_path / "w.pt")
+    data = DataConfig(name="x", image_size=32, mean=[0.5] * 3, std=[0.5] * 3)
+    config = ModelConfig(name=VIT, kwargs={**SMALL, "depth": 4}, pretrained=str(tmp_path / "w.pt"))
+    block = sum(value.numel() for name, value in names.items() if name.startswith("blocks"))
+    total = sum(value.numel() for name, value in deep.named_parameters() if not name.startswith("head"))
+    with pytest.raises(ConfigError) as raised:
+        check_weights(config, data)
+    assert str(raised.value) == (
+        f"model.pretrained={tmp_path / 'w.pt'} gives 12 of the model's 54 parameter tensors, {block:,} of {total:,} "
+        f"numbers ({block / total:.0%}, the classifier's not counted), less than half: take weights of this "
+        "architecture, or set model.pretrained_partial=true to train the rest from scratch"
+    )
+    check_weights(dataclasses.replace(config, pretrained_partial=True), data)
+    _, report = build_model(config, info())  # a run that has begun resumes
+    assert len(report.matched) == 14
+
+
+def test_weights_of_a_sibling_that_share_little_are_refused(tmp_path):
+    """By name and shape, norms and some convolutions of a ResNet-18 fit a ResNet-50."""
+    with torch.device("meta"):
+        state = timm.create_model("resnet18").state_dict()
+    torch.save({name: torch.zeros(value.shape) for name, value in state.items()}, tmp_path / "w.pt")
+    data = DataConfig(name="x", image_size=32, mean=[0.5] * 3, std=[0.5] * 3)
+    with pytest.raises(ConfigError, match=r"gives 43 of the model's 159 parameter tensors, .* \(27%, the classifier"):
+        check_weights(ModelConfig(name="resnet50", pretrained=str(tmp_path / "w.pt")), data)
+    check_weights(ModelConfig(name="resnet18", pretrained=str(tmp_path / "w.pt")), data)  # whatever the classes
+
+
+@pytest.mark.parametrize(("kwargs", "fits"), [({}, True), ({"embed_dim": 32, "num_heads": 2}, False)])
+def test_weights_of_timms_hub_are_checked_without_fetching_them(kwargs, fits, monkeypatch):
+    for module, name in ((ftexp.model.build, "load_state_dict_from_hf"), (torch.hub, "load_state_dict_from_url")):
+        monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("they were fetched"))
+    data = DataConfig(name="x", image_size=64, channels=1, mean=[0.5], std=[0.5])
+    with contextlib.nullcontext() if fits else pytest.raises(ConfigError, match=r"^model\.pretrained=timm hub, vit_"):
+        check_weights(ModelConfig(name=VIT, kwargs=kwargs, pretrained=True), data)
+
+
+def test_of_a_moving_average_and_weights_the_average_is_taken_as_timm_does(tmp_path):
+    trained, _ = vit()
+    path = saved(trained, tmp_path / "last.pth.tar", lambda state: {
+        "state_dict": {name: value + 1 for name, value in state.items()}, "state_dict_ema": state})  # fmt: skip
+    model, report = vit(pretrained=path)
+    assert torch.equal(model.head.weight, trained.head.weight)
+    assert report.source == f"{path} (state_dict_ema; also there: state_dict)"
+
+
+AUGREG = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "crop_pct": 0.9, "crop_mode": "center"}
+
+
+@pytest.mark.parametrize(
+    ("name", "channels", "wanted"),
+    [
+        (VIT, 3, AUGREG),
+        (VIT, 1, {**AUGREG, "mean": [0.5], "std": [0.5]}),
+        (VIT, 4, {key: AUGREG[key] for key in ("interpolation", "crop_pct", "crop_mode")}),
+        ("deit_small_patch16_224", 1, {**AUGREG, "mean": [0.449], "std": [0.226]}),
+        ("resnet18.tv_in1k", 3, {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225],
+                                 "interpolation": "bilinear", "crop_pct": 0.875, "crop_mode": "center"}),
+        ("net_of_another_plug_in", 3, {}),
+    ],
+)  # fmt: skip
+def test_the_preprocessing_is_that_of_timms_config(name, channels, wanted):
+    values, origin = preprocessing_of(ModelConfig(name=name, pretrained=True), channels)
+    assert values == wanted
+    assert origin == f"timm's config of {name}"
+
+
+@pytest.mark.parametrize("is_timms", [True, False])
+def test_a_config_of_timms_beside_the_weights_comes_first(is_timms, tmp_path):
+    content = {"pretrained_cfg": {"mean": [0.1] * 3, "std": [0.2] * 3, "crop_pct": 1.0, "interpolation": "bilinear"}}
+    (tmp_path / "config.json").write_text(json.dumps({**content, **({"architecture": VIT} if is_timms else {})}))
+    config = ModelConfig(name=VIT, pretrained=str(tmp_path / "model.safetensors"))
+    values, origin = preprocessing_of(config, 3)
+    wanted = {**content["pretrained_cfg"], "crop_mode": "center"} if is_timms else AUGREG
+    assert (values, origin.startswith("config.json")) == (wanted, is_timms)

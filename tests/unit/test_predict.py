@@ -1,5 +1,6 @@
 """`python -m ftexp.predict`: the command killed and interrupted half-way, and what doesn't need Ray."""
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,10 +8,10 @@ import pyarrow.csv
 import pytest
 import torch
 
-from ftexp.config.schema import Config, ModelConfig
+from ftexp.config.schema import Config, DataConfig, ModelConfig
 from ftexp.data.info import DataInfo
 from ftexp.errors import ConfigError, StorageError
-from ftexp.predict import refuse
+from ftexp.predict import PredictConfig, _default_out, refuse
 from ftexp.predicting.parts import (
     BAD_FILE,
     PARTS,
@@ -72,6 +73,7 @@ def test_what_is_missing_follows_from_the_names_that_are_there(tmp_path):
         ({"weights": "ema"}, "weights was 'raw', and is 'ema' now"),
         ({"top_k": 3}, "top_k was 2, and is 3 now"),
         ({"format": "csv"}, "format was 'parquet', and is 'csv' now"),
+        ({"tta": "hflip"}, "tta was 'none', and is 'hflip' now"),
     ],
 )
 def test_a_folder_of_other_predictions_is_refused_and_left_as_it_was(change, told, tmp_path):
@@ -207,3 +209,39 @@ def test_a_model_that_returns_a_tuple_is_refused_with_its_first_images():
     actor = Predict(run, weights, top_k=1, batch_size=2, use_gpu=False, num_threads=threads)
     with pytest.raises(ConfigError, match=r"^model\.name=mine returns a tuple of 2, not logits of shape \[images, 2\]"):
         actor({"image": np.zeros((2, 8, 8, 1), np.uint8), "error": np.array(["", ""])})
+
+
+def test_a_plan_that_was_written_before_there_was_tta_goes_on_without(tmp_path):
+    out = Storage.at(str(tmp_path))
+    before = {key: value for key, value in vars(PLAN).items() if key != "tta"}
+    out.write_bytes(PLAN_FILE, json.dumps(before).encode())
+    assert begin(out, PLAN) == [0, 1, 2]
+    with pytest.raises(ConfigError, match="tta was 'none', and is 'hflip' now"):
+        begin(out, PredictionPlan(**{**vars(PLAN), "tta": "hflip"}))
+
+
+@pytest.mark.parametrize("tta", ["none", "hflip"])
+def test_the_logits_of_mirror_images_are_averaged_with_tta(tta):
+    class Left(torch.nn.Module):
+        def forward(self, images):  # the logits of a class are the pixels in the left column
+            return images[:, 0, :, 0]
+
+    info = DataInfo(["a", "b"], 2, 1, [0.0], [1.0], {})
+    run = SimpleNamespace(model=lambda _: Left(), config=Config(model=ModelConfig(name="mine")), info=info)
+    weights = SimpleNamespace(get=lambda: np.zeros(1, np.uint8))
+    actor = Predict(run, weights, 2, batch_size=2, use_gpu=False, num_threads=torch.get_num_threads(), tta=tta)
+    pixels = np.array([[[[0], [255]], [[51], [102]]]], np.uint8)
+    left, right = torch.tensor([0.0, 0.2]), torch.tensor([1.0, 0.4])
+    surest = ((left + right) / 2 if tta == "hflip" else left).softmax(0).sort(descending=True)
+    found = actor({"image": pixels, "error": np.array([""])})
+    assert found["classes"].tolist() == [surest.indices.tolist()]
+    assert found["probabilities"][0] == pytest.approx(surest.values.tolist(), abs=1e-6)
+
+
+def test_predictions_with_tta_lie_beside_those_without():
+    storage = Storage.at("/runs/first")
+    data = DataConfig(name="image_folder", root="photos")
+    for own, name in (({}, "photos"), ({"tta": "hflip"}, "photos_hflip"),
+                      ({"weights": "ema", "tta": "hflip"}, "photos_ema_hflip")):  # fmt: skip
+        out = _default_out(SimpleNamespace(storage=storage), data, "all", PredictConfig(run="x", **own))
+        assert out.name == name

@@ -104,7 +104,7 @@ def test_a_folder_of_data_is_kept_from_the_root_on_wherever_the_command_was_give
     monkeypatch.chdir(tmp_path)
     seen = []
 
-    def check(made, _):
+    def check(made, *_):
         seen.append(made.data.root)
         raise ConfigError("that is enough")
 
@@ -309,3 +309,69 @@ def test_a_batch_larger_than_the_training_split_is_named(samples, told):
     info = DataInfo([], 8, 1, [0.5], [0.5], {"train": samples, "val": 1, "test": 1})
     found = repeated_samples(config(), info)
     assert found is None if told is None else told in found
+
+
+def recorded(made):
+    """What a run's record and its manifests say of a config."""
+    return json.loads(json.dumps(fingerprint(made)))
+
+
+BROUGHT = {"mean": [0.5], "std": [0.5], "interpolation": "bilinear", "crop_pct": 0.9, "crop_mode": "squash"}
+
+
+def prepared(monkeypatch, run_dir, *words):
+    """The data of a run of pretrained weights that bring BROUGHT, after the check before Ray; the model unbuilt."""
+    monkeypatch.setattr(ftexp.driver.run, "_check_weights", lambda made: (BROUGHT, "timm's config of x"))
+    overrides = ["model=vit", "model.pretrained=true", *words]
+    return ftexp.driver.run._checked(composed(*overrides), overrides, run_dir).data
+
+
+def test_pretrained_weights_set_the_preprocessing_that_is_not_typed(run_dir, monkeypatch, capsys):
+    data = prepared(monkeypatch, run_dir, "data.mean=[0.2]", "data.interpolation=bicubic")
+    assert (data.mean, data.std, data.interpolation) == ([0.2], [0.5], "bicubic")
+    assert (data.crop_pct, data.crop_mode) == (0.9, "squash")
+    assert capsys.readouterr().err == (
+        "ftexp: data.std=[0.5] instead of [0.376], data.crop_pct=0.9 instead of None, data.crop_mode=squash instead of "
+        "center: timm's config of x\n"
+    )
+
+
+def test_a_config_from_elsewhere_keeps_its_preprocessing(run_dir, monkeypatch):
+    monkeypatch.setattr(ftexp.driver.run, "_check_weights", lambda made: (BROUGHT, "timm's config of x"))
+    made = composed("model=vit", "model.pretrained=true")
+    assert ftexp.driver.run._checked(made, None, run_dir) == made
+
+
+def test_weights_are_not_looked_at_without_pretrained(run_dir, monkeypatch):
+    monkeypatch.setattr(ftexp.driver.run, "_check_weights", lambda made: pytest.fail("they were"))
+    made = composed("model=vit")
+    assert ftexp.driver.run._checked(made, [], run_dir) == made
+
+
+@pytest.mark.parametrize("leave", ["run.json", "a checkpoint"])
+def test_a_run_begun_before_weights_brought_their_preprocessing_resumes_with_its_own(run_dir, monkeypatch, leave):
+    """It recorded the data's mean and std, and neither crop nor interpolation."""
+    made = composed("model=vit", "model.pretrained=true")
+    before = recorded(made)
+    for name in ("crop_pct", "crop_mode", "interpolation"):
+        del before[f"data.{name}"]
+    if leave == "run.json":
+        note(run_dir, fingerprint=before, step=3)
+    else:
+        save(run_dir, 10, of=made)
+    data = prepared(monkeypatch, run_dir)
+    assert data == made.data
+    again = dataclasses.replace(made, data=data)
+    assert open_run(again, run_dir, "first").name == "first"
+    with pytest.raises(ConfigError, match=r"data\.mean was \[0\.3053\], and is \[0\.5\] now"):
+        open_run(dataclasses.replace(made, data=prepared(monkeypatch, run_dir, "data.mean=[0.5]")), run_dir, "first")
+
+
+def test_a_run_of_pretrained_weights_resumes_with_the_preprocessing_they_brought(run_dir, monkeypatch):
+    data = prepared(monkeypatch, run_dir)
+    begun = dataclasses.replace(composed("model=vit", "model.pretrained=true"), data=data)
+    note(run_dir, fingerprint=recorded(begun), step=3)
+    monkeypatch.setitem(BROUGHT, "mean", [0.7])  # as a later timm may say
+    assert prepared(monkeypatch, run_dir) == data
+    note(run_dir, fingerprint=recorded(begun))  # it ended before its first step
+    assert prepared(monkeypatch, run_dir).mean == [0.7]

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import re
 import sys
 import textwrap
@@ -592,3 +593,17 @@ def test_a_changed_base_is_told_once(folder):
 def test_the_same_trial_twice_is_refused(folder):
     with pytest.raises(ConfigError, match="give each value once"):
         plan(folder, ("a", config()), ("a", config()))
+
+
+def test_a_finished_trial_of_pretrained_weights_is_done_with_the_preprocessing_they_brought(folder):
+    from ftexp.config.fingerprint import fingerprint
+
+    made = config()
+    made.model.pretrained, made.data.mean = True, [0.3]
+    brought = config()
+    brought.model.pretrained, brought.data.mean, brought.data.crop_pct = True, [0.5], 0.9
+    finish(folder, "a", 0.5)
+    state = json.loads(folder.child("a").read_bytes(RUN_FILE))
+    state |= {"fingerprint": fingerprint(brought), "step": 30, "epoch": 2}
+    folder.child("a").write_bytes(RUN_FILE, json.dumps(state).encode())
+    assert plan(folder, ("a", made)) == [FINISHED]

@@ -6,9 +6,11 @@ import pytest
 from rich.console import Console
 
 from ftexp.data.info import BadSample, DataInfo, Excluded
+from ftexp.driver.session import _weights
 from ftexp.driver.terminal import Terminal
 from ftexp.rundir.state import Failure, RunState
 from ftexp.storage.directory import Storage
+from tests.support.configs import composed
 
 INFO = DataInfo(
     ["0", "1"], 8, 1, [0.5], [0.5], {"train": 1258, "val": 179, "test": 360}, [BadSample("a.png", "torn")],
@@ -40,8 +42,18 @@ def test_the_header_names_run_model_data_feed_and_workers():
     for part in ("demo  (/runs/demo)", "vit_tiny", "1,258 train · 179 val · 360 test", "2 classes", "2 × (1 CPU)"):
         assert part in text
     assert "feed     cached: it fits\nepoch    1,258 samples, once\n" in text
+    assert "weights" not in text
     assert "1 sample that can't be read (the first: a.png: torn)" in text
     assert "excluded 3 entries: no image extension (such as a/Thumbs.db)" in text
+
+
+def test_the_header_of_pretrained_weights_says_how_their_images_are_prepared():
+    config = composed("model=vit", "model.pretrained=w.pt", "data.crop_pct=0.9")
+    words = _weights(config)
+    assert words == "w.pt · mean [0.3053] · std [0.376] · interpolation bicubic · crop_pct 0.9 · crop_mode center"
+    text = show(lambda t: t.header("demo", "/runs/demo", "vit_tiny", INFO, "digits", "2", "cached", words))
+    assert f"weights  {words}" in text
+    assert _weights(composed("model=vit")) is None
 
 
 def test_a_failure_is_one_line_with_cause_place_and_decision():

@@ -60,3 +60,5 @@ def check_model(config: Config) -> Iterator[str]:
             yield f"model.pretrained={model.pretrained}: {found}. Give a file of PyTorch's or safetensors', or true"
     elif not isinstance(model.pretrained, bool):
         yield f"model.pretrained={yaml_text(model.pretrained)} must be true, false, or the path of a weights file"
+    elif model.pretrained_partial and not model.pretrained:
+        yield "model.pretrained_partial=true needs model.pretrained: take it out, or set that too"

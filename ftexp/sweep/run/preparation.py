@@ -10,7 +10,7 @@ from ftexp.cluster.hot_start.driver import HotStart
 from ftexp.cluster.ray_cluster import prepare_environment
 from ftexp.cluster.resources import Workers
 from ftexp.config.schema import Config
-from ftexp.driver.resume import open_run, require_resumable
+from ftexp.driver.resume import open_run, preprocessing_as_begun, require_resumable
 from ftexp.errors import ConfigError
 from ftexp.rundir.state import FAILED, FINISHED
 from ftexp.rundir.sweep_record import STOPPED, WAITING, SweepRecord, Trial, read_sweep_record
@@ -74,7 +74,7 @@ def mark_what_is_done(
         trial = process.trial
         require_resumable(process.config, process.run_dir)
         try:
-            state = open_run(process.config, process.run_dir, trial.name)
+            state = open_run(_as_begun(process), process.run_dir, trial.name)
         except ConfigError as error:
             changed |= dict.fromkeys(str(error).splitlines()[1:])
             continue
@@ -91,6 +91,13 @@ def mark_what_is_done(
     names = [process.trial.name for process in processes]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError("\n".join(["trials that are the same; give each value once:", *twice]))
+
+
+def _as_begun(process: TrialProcess) -> Config:
+    """The config as the trial itself makes it, with the preprocessing that pretrained weights brought."""
+    if process.config.model.pretrained is False:
+        return process.config
+    return preprocessing_as_begun(process.config, process.overrides, process.run_dir) or process.config
 
 
 def run_proposed(

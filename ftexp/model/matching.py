@@ -1,0 +1,167 @@
+"""Weights and a model: passed through timm's own filter, matched by name and shape, with a report of the rest."""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from timm.layers import resample_abs_pos_embed
+from timm.models import adapt_input_conv
+from torch import nn
+
+from ftexp.errors import ConfigError
+from ftexp.model.timm_private import Filter, classifier_names
+from ftexp.model.weights import StateDict, nothing_fits
+
+_MIN_SHARE = 0.5  # of the model's parameters outside of its classifier, that weights must give
+
+
+@dataclass(frozen=True)
+class WeightsReport:
+    """What became of pretrained weights. Names of tensors, as in the model's state dict."""
+
+    source: str
+    matched: list[str]
+    resized: list[str]  # position tables, patch embeddings and input convolutions, fitted by timm's own functions
+    missing: list[str]  # of the model, not found in the weights: these start from scratch
+    unused: list[str]  # of the weights, with no place in the model or another shape
+
+    def __str__(self) -> str:
+        total = len(self.matched) + len(self.resized) + len(self.missing)
+        text = f"{self.source}: {len(self.matched) + len(self.resized)} of {total} tensors loaded"
+        for title, names in (("resized", self.resized), ("from scratch", self.missing), ("unused", self.unused)):
+            if names:
+                text += f"; {title}: {', '.join(names[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''}"
+        return text
+
+
+def load_matching(
+    model: nn.Module, weights: StateDict, source: str, key: str, filter_fn: Filter | None
+) -> WeightsReport:
+    """Load what fits into `model` and report the rest; ConfigError, which names `key`, if nothing fits.
+
+    filter_fn: timm's, of this model. A head with another number of classes is left as it was initialised.
+    """
+    fitting, report = match(model, weights, source, key, filter_fn)
+    model.load_state_dict(fitting, strict=False)
+    return report
+
+
+def match(
+    model: nn.Module, weights: StateDict, source: str, key: str, filter_fn: Filter | None
+) -> tuple[StateDict, WeightsReport]:
+    """Return what of `weights` fits into `model`, as it fits, and the report; ConfigError if nothing does."""
+    own: StateDict = model.state_dict()
+    fitting: StateDict = {}
+    offered, before, others = weights, weights, list[str]()
+    for candidate, rest in _candidates(weights, len(own)):
+        filtered = _filtered(filter_fn, candidate, model)
+        found = _fitting(model, filtered, own)
+        if len(found) > len(fitting):
+            fitting, offered, before, others = found, filtered, candidate, rest
+        if len(fitting) > len(own) / 2:
+            break
+    if not fitting:
+        raise ConfigError(nothing_fits(key, source, weights, own))
+    resized = [name for name, value in fitting.items() if _is_resized(name, value, before)]
+    return fitting, WeightsReport(
+        source=source,
+        matched=[name for name in fitting if name not in resized],
+        resized=resized,
+        missing=[name for name in own if name not in fitting],
+        unused=[*others, *(name for name in offered if name not in fitting)],
+    )
+
+
+def require_half(model: nn.Module, report: WeightsReport, key: str) -> None:
+    """ConfigError if less than half of the model's parameters come of the weights; those of its classifier aside."""
+    heads = tuple(f"{name}." for name in classifier_names(model))
+    sizes = {name: each.numel() for name, each in model.named_parameters() if not name.startswith(heads)}
+    loaded = [name for name in (*report.matched, *report.resized) if name in sizes]
+    total, taken = sum(sizes.values()), sum(sizes[name] for name in loaded)
+    if taken < _MIN_SHARE * total:
+        raise ConfigError(
+            f"{key}={report.source} gives {len(loaded)} of the model's {len(sizes)} parameter tensors, {taken:,} of "
+            f"{total:,} numbers ({taken / total:.0%}, the classifier's not counted), less than half: take weights of "
+            "this architecture, or set model.pretrained_partial=true to train the rest from scratch"
+        )
+
+
+def _candidates(weights: StateDict, num_own: int) -> Iterator[tuple[StateDict, list[str]]]:
+    """Yield the weights as they are, then without each prefix (net., backbone.) that so many names have that it may be
+    the model's; with the names that don't have it.
+    """
+    yield weights, []
+    prefixes = Counter(name[: dot.end()] for name in weights for dot in re.finditer(r"\.", name))
+    for prefix, number in prefixes.items():
+        if number > num_own / 2:
+            stripped = {name.removeprefix(prefix): each for name, each in weights.items() if name.startswith(prefix)}
+            yield stripped, [name for name in weights if not name.startswith(prefix)]
+
+
+def _filtered(filter_fn: Filter | None, weights: StateDict, model: nn.Module) -> StateDict:
+    """The weights through timm's filter; as they are where there is none, or where they aren't what it expects."""
+    for arguments in ((model,), ()) if filter_fn is not None else ():  # some take the state dict alone
+        try:
+            assert filter_fn is not None
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch's, of how timm interpolates
+                filtered = filter_fn(dict(weights), *arguments)
+            return {name: value for name, value in filtered.items() if isinstance(value, torch.Tensor)}
+        except Exception:  # filters look up names, and resample what they take for square grids: KeyError, RuntimeError
+            continue
+    return weights
+
+
+def _fitting(model: nn.Module, weights: StateDict, own: StateDict) -> StateDict:
+    fitting = {}
+    for name, value in weights.items():
+        if name in own:
+            fitted = _fit(model, name, value, own[name])
+            if fitted.shape == own[name].shape:
+                fitting[name] = fitted
+    return fitting
+
+
+def _is_resized(name: str, value: torch.Tensor, before: StateDict) -> bool:
+    """Whether `value` had another shape; of a tensor that a filter has renamed, by whether any had this one."""
+    if name in before:
+        return before[name].shape != value.shape
+    return all(each.shape != value.shape for each in before.values())
+
+
+def _fit(model: nn.Module, name: str, value: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    if value.shape == own.shape:
+        return value
+    if name == "pos_embed" and value.ndim == own.ndim == 3 and value.shape[-1] == own.shape[-1]:
+        return _fit_positions(model, value, own)
+    if value.ndim == own.ndim == 4 and value.shape[0] == own.shape[0] and value.shape[2:] == own.shape[2:]:
+        if value.shape[1] == 3:
+            adapted: torch.Tensor = adapt_input_conv(own.shape[1], value)
+            return adapted
+    return value
+
+
+def _fit_positions(model: nn.Module, value: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    """Resample a square grid of positions, where timm's filter doesn't: of a model without one, or without the class
+    token that the weights have. `value` as it is if it holds other prefix tokens than the model's.
+    """
+    grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
+    if grid is None:
+        return value
+    prefix = own.shape[1] - grid[0] * grid[1]
+    if not _is_square(value.shape[1] - prefix):
+        if prefix or not _is_square(value.shape[1] - 1):
+            return value
+        value = value[:, 1:]  # a class token's, which a mean-pooling model doesn't have
+    resampled: torch.Tensor = resample_abs_pos_embed(value, new_size=list(grid), num_prefix_tokens=prefix)
+    return resampled
+
+
+def _is_square(number: int) -> bool:
+    return number > 0 and math.isqrt(number) ** 2 == number

@@ -1,0 +1,55 @@
+"""How images were prepared for a model's pretrained weights, as timm's config of the model says."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from timm.data import resolve_data_config
+from timm.models import get_pretrained_cfg
+
+from ftexp.config.schema import INTERPOLATIONS, ModelConfig
+
+_CONFIG_FILE = "config.json"  # beside weights as timm's hub has them, and `python -m ftexp.export format=safetensors`
+
+
+def preprocessing_of(config: ModelConfig, channels: int) -> tuple[dict[str, Any], str]:
+    """Return {field of DataConfig: value} that the weights were trained with, and which config says so.
+
+    A config.json of timm's beside a weights file comes before timm's own of `config.name`. {} where there is neither,
+    as of a plug-in's model. For images of one channel, mean and std are the average over colours; of other numbers but
+    3 there are none.
+    """
+    found, origin = _beside(config), _CONFIG_FILE + " beside the weights"
+    if found is None:
+        registered = get_pretrained_cfg(config.name) if ":" not in config.name else None
+        found, origin = registered and registered.to_dict(), f"timm's config of {config.name}"
+    if not found:
+        return {}, origin
+    known = resolve_data_config(pretrained_cfg=found)
+    values: dict[str, Any] = {"crop_pct": float(known["crop_pct"]), "crop_mode": known["crop_mode"]}
+    if known["interpolation"] in INTERPOLATIONS:
+        values["interpolation"] = known["interpolation"]
+    for name in ("mean", "std"):
+        per_colour = [float(value) for value in known[name]]
+        if channels == len(per_colour):
+            values[name] = per_colour
+        elif channels == 1:
+            values[name] = [round(statistics.fmean(per_colour), 6)]
+    return values, origin
+
+
+def _beside(config: ModelConfig) -> dict[str, Any] | None:
+    """The pretrained config in a config.json of timm's beside the weights file; None if there is none."""
+    if not isinstance(config.pretrained, str):
+        return None
+    try:
+        content = json.loads(Path(config.pretrained).expanduser().with_name(_CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if not isinstance(content, dict) or not isinstance(content.get("architecture"), str):  # another library's
+        return None
+    found = content.get("pretrained_cfg", content)
+    return found if isinstance(found, dict) and "mean" in found else None
