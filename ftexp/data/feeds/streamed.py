@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from ftexp.data.augment.picture import PictureAugment
+from ftexp.data.decoder import UInt8s
 from ftexp.data.feeds.decoding import Decode, bad_sample, decoding
 from ftexp.data.feeds.feed import CachedRows, Request, Rows, Take, Taken
 from ftexp.data.info import BadSample, DataBundle, DataInfo, IndexedSplit
@@ -47,15 +48,16 @@ class StreamedRows:
         on_bad: Callable[[list[BadSample]], None],
         on_slow: Callable[[float], None],
         augment: PictureAugment | None = None,
+        on_traits: Callable[[UInt8s], None] = lambda _: None,
     ) -> None:
         """`num_tasks` decode at a time, on a CPU each, and change pictures by `augment` where they do.
 
         `on_bad` is told what can't be read, and ends the pass by raising; `on_slow` is told for how many seconds
-        nothing was decoded, ever more rarely while that lasts.
+        nothing was decoded, ever more rarely while that lasts; `on_traits` gets each block's column of `Traits`.
         """
         self._split, self._info, self._num_tasks = split, info, num_tasks
         self._on_bad, self._on_slow = on_bad, on_slow
-        self._augment = augment
+        self._augment, self._on_traits = augment, on_traits
         self._row_bytes = info.image_size**2 * info.channels + _ROW_EXTRA_BYTES
 
     def __len__(self) -> int:
@@ -67,7 +69,7 @@ class StreamedRows:
         rows = max(16, min(_UNIT_ROWS, _UNIT_BYTES // self._row_bytes))
         blocks = chained(spans(units(requests, rows)), self._start, self._on_slow)
         try:
-            yield _Window(blocks, self._on_bad).take
+            yield _Window(blocks, self._on_bad, self._on_traits).take
         finally:
             blocks.close()
 
@@ -88,11 +90,17 @@ class StreamedRows:
         return iter(dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=1))
 
 
-def bundle_rows(bundle: DataBundle, split: str, num_tasks: int, on_bad: Callable[[list[BadSample]], None]) -> Rows:
-    """A split's rows outside of a run, by the bundle's feed. `on_bad` is told of bad samples that a stream meets."""
+def bundle_rows(
+    bundle: DataBundle,
+    split: str,
+    num_tasks: int,
+    on_bad: Callable[[list[BadSample]], None],
+    on_traits: Callable[[UInt8s], None] = lambda _: None,
+) -> Rows:
+    """A split's rows outside of a run, by the bundle's feed; what a stream meets is told: see `StreamedRows`."""
     if not bundle.streamed:
         return CachedRows(bundle.datasets[split].iterator())
-    return StreamedRows(bundle.indexed[split], bundle.info, num_tasks, on_bad, lambda _: None)
+    return StreamedRows(bundle.indexed[split], bundle.info, num_tasks, on_bad, lambda _: None, on_traits=on_traits)
 
 
 def units(requests: Iterator[Request], rows: int) -> Iterator[Request]:
@@ -175,8 +183,10 @@ def slow_reason(seconds: float, free_cpus: float, num_cpus: float) -> str:
 class _Window:
     """The block that is being read: hands out its rows in the order in which they were asked for."""
 
-    def __init__(self, blocks: Iterator[Block], on_bad: Callable[[list[BadSample]], None]) -> None:
-        self._blocks, self._on_bad = blocks, on_bad
+    def __init__(
+        self, blocks: Iterator[Block], on_bad: Callable[[list[BadSample]], None], on_traits: Callable[[UInt8s], None]
+    ) -> None:
+        self._blocks, self._on_bad, self._on_traits = blocks, on_bad, on_traits
         self._block: Block | None = None
         self._used = 0
 
@@ -206,4 +216,5 @@ class _Window:
             raise RuntimeError("the pipeline ended before everything was decoded that it was asked for")
         if errors := {error: None for error in block["error"].tolist() if error}:  # epochs may meet in a block
             self._on_bad([bad_sample(error) for error in errors])
+        self._on_traits(block["traits"])
         return block
