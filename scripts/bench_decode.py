@@ -71,6 +71,8 @@ def measure(size: tuple[int, int], rounds: int) -> dict[str, list[float]]:
             sides[f"{WHOLE}, {name}"] = whole(encoded, fit)
         sides[f"{PART}, {name}"] = part(encoded, fit)
     found: dict[str, list[float]] = {name: [] for name in sides}
+    for make in sides.values():
+        make(0)  # the first imports
     for _ in range(rounds):
         for name, make in sides.items():
             began, count = time.process_time(), 0
@@ -92,7 +94,7 @@ def part(encoded: bytes, fit: Fit) -> Callable[[int], Any]:
     return lambda position: augment(as_sample(encoded, fit, is_whole=False).picture, position)
 
 
-def measure_task(is_forked: bool, repeats: int = 5) -> dict[str, list[float]]:
+def measure_task(is_forked: bool, repeats: int = 3) -> dict[str, list[float]]:
     """A task that decodes one image, in a process of its own each time."""
     from ftexp.cluster.hot_start.driver import HotStart
     from ftexp.cluster.ray_cluster import prepare_environment
@@ -106,7 +108,14 @@ def measure_task(is_forked: bool, repeats: int = 5) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {"seconds": [], "cpu_s": [], "private_mib": [], "pss_mib": []}
     try:
         with hot_start.raylet_settings():
-            ray.init(address="local", num_cpus=1, include_dashboard=False, runtime_env=hot_start.runtime_env())
+            ray.init(
+                address="local",
+                num_cpus=1,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level="ERROR",
+                runtime_env=hot_start.runtime_env(),
+            )
         task = ray.remote(max_calls=1)(decode_here)  # its process ends with it
         ray.get(task.remote(encoded))  # a forker imports Ray with the first
         for _ in range(repeats):

@@ -3,8 +3,8 @@
 pillow       Pillow decodes and scales; pictures are Pillow's images until they are small.
 torchvision  Pillow reads the head. 8-bit grey and RGB JPEGs are decoded by torchvision, everything else and what it
              rejects by Pillow, with the same pixels. torch scales, antialiased, in uint8: of photos, 0.4 % of values
-             differ from Pillow's by 1. A JPEG that is fitted as a whole, and whose shorter side is at least 2, 4 or 8
-             times what that is scaled to, is decoded at 1/2, 1/4 or 1/8 of its size, by libjpeg's scaling.
+             differ from Pillow's by 1. A JPEG that is fitted as a whole is decoded at 1/2, 1/4 or 1/8 of its size, by
+             libjpeg's scaling, if its shorter side stays at least twice what that is scaled to.
 
 What a name stands for never changes, since runs go on with what they began with: something else gets another name.
 torch is imported by torchvision's definition alone.
@@ -37,6 +37,9 @@ _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 _JPEG = ("JPEG", "MPO")  # as Pillow names the format; the second is what telephones write
 _DECODED_MODES = ("L", "RGB")  # by torchvision
 _FACTORS = (8, 4, 2)  # by which libjpeg shrinks
+# times what an image is scaled to stay: its pixels are then some 50 dB from those of the whole image; at once, where
+# nothing is left to torch's filter, 25 to 47 dB
+_KEPT = 2
 _DARK = 64  # no pixel of a 16-bit image reaches this, of 255: it holds 14 bits, or fewer
 _UNCHANGED = 0  # torchvision's ImageReadMode
 # how an image of each EXIF orientation is turned upright; 1 is upright
@@ -104,13 +107,12 @@ class Decoding:
 
     def _factor(self, image: Image.Image, fitted_to: int | None) -> int:
         """By what the image is shrunk while it is decoded."""
-        if fitted_to is None:
-            fitted_to = self.decode_size
-        elif self.decoder != TORCHVISION or image.format not in _JPEG:
-            return 1
-        if fitted_to is None:
-            return 1
-        return next((factor for factor in _FACTORS if min(image.size) >= factor * fitted_to), 1)
+        least = self.decode_size
+        if fitted_to is not None:
+            if self.decoder != TORCHVISION or image.format not in _JPEG:
+                return 1
+            least = _KEPT * fitted_to
+        return next((factor for factor in _FACTORS if least is not None and min(image.size) >= factor * least), 1)
 
     def _by_pillow(self, image: Image.Image, channels: int, factor: int) -> tuple[Image.Image, Traits]:
         traits = Traits(0)
@@ -254,7 +256,8 @@ def scaled(
         return picture
     from torch.nn.functional import interpolate
 
-    planes = _tensor(np.ascontiguousarray(picture)).permute(2, 0, 1)[None]
+    # channels last in every stride: so they stay, which saves torch a copy of both
+    planes = _tensor(np.ascontiguousarray(picture))[None].permute(0, 3, 1, 2)
     width, height = size
     found = interpolate(planes, (height, width), mode=_TORCHS[resampling], antialias=True)
     return np.ascontiguousarray(found[0].permute(1, 2, 0).numpy())

@@ -10,6 +10,7 @@ from typing import Any
 
 from ftexp.checkpoint.compare import load, tree_differences
 from ftexp.checkpoint.store import locate
+from ftexp.data.feeds.feed import COSTS
 from ftexp.errors import CheckpointError
 from ftexp.job.stopwatch import SPEEDS
 from ftexp.rundir.names import EVENTS_FILE, METRICS_FILE, RUN_FILE
@@ -119,7 +120,7 @@ def _by_place(points: Events) -> Points:
     """{(split, step): values} of logged points, without times and speeds."""
     return {
         (point["split"], point["step"]): {
-            key: value for key, value in point.items() if key not in ("split", "step", "time", *SPEEDS)
+            key: value for key, value in point.items() if key not in ("split", "step", "time", *SPEEDS, *COSTS)
         }
         for point in points
     }

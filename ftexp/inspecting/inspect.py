@@ -5,12 +5,10 @@ Tasks that measure decoding import this module, so nothing at its top imports to
 
 from __future__ import annotations
 
-import itertools
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,8 +17,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ftexp.config.schema import Config
 from ftexp.data.cropping import Fit
-from ftexp.data.decoder import Traits, UInt8s, on_one_thread
-from ftexp.data.feeds.decoding import as_sample, decode_samples
+from ftexp.data.decoder import Traits, UInt8s
+from ftexp.data.feeds.decoding import PARTS, as_sample, decode_samples
 from ftexp.data.info import SPLITS, BadSample, DataBundle, DataInfo, IndexedSplit
 from ftexp.data.order import Int64s, run_order
 from ftexp.errors import DataError
@@ -37,6 +35,7 @@ SHOWN = 64  # samples of the contact sheet
 
 _READ_BYTES = 32 * 2**20  # of a batch while reading
 _RATE_SECONDS, _RATE_SAMPLES = 2.0, 1024  # that one CPU decodes at most, to measure its rate
+_RATE_UNIT = 16  # samples after which it looks at the clock
 
 _COLUMNS, _GAP, _MARGIN = 8, 8, 16
 _MIN_TILE, _MAX_TILE = 64, 256  # pixels
@@ -93,7 +92,7 @@ class Rate:
     """How fast tasks make samples, as training wants them."""
 
     images_per_s: float
-    parts_ms: dict[str, float]  # of one image on one CPU: read, decode, fit or crop, and augment where tasks do that
+    parts_ms: dict[str, float]  # of one image on one CPU; see PARTS
     num_images: int  # that this was measured on
     num_cpus: int
 
@@ -105,7 +104,8 @@ class _Counted:
     numbers: dict[Traits, int] = field(default_factory=lambda: dict.fromkeys(Traits, 0))
     num_images: int = 0
 
-    def __call__(self, traits: UInt8s) -> None:
+    def __call__(self, block: dict[str, Any]) -> None:
+        traits = block["traits"]
         self.num_images += len(traits)
         for trait in self.numbers:
             self.numbers[trait] += int(np.count_nonzero(traits & trait))
@@ -166,7 +166,7 @@ def _count_traits(dataset: Dataset, counted: _Counted) -> None:
     """Count what is in a cached split."""
     if dataset.count():
         for block in dataset.select_columns(["traits"]).iter_batches(batch_size=None, batch_format="numpy"):
-            counted(block["traits"])
+            counted(block)
 
 
 def _read_train(rows: Rows, order: AnyOrder, info: DataInfo) -> tuple[Pixels, int, Taken]:
@@ -252,53 +252,24 @@ def _rate(config: Config, bundle: DataBundle, num_cpus: int) -> Rate | None:
     parts = [part[:_RATE_SAMPLES] for part in np.array_split(np.arange(len(split)), num_cpus) if len(part)]
     task = ray.remote(num_cpus=1)(_make_for)
     made = ray.get([task.remote(split, fit, augment, part) for part in parts])
-    num_images = sum(count for count, _, _ in made)
-    spent = {name: sum(each.get(name, 0.0) for _, _, each in made) for _, _, each in made for name in each}
-    parts_ms = {name: 1000 * seconds / num_images for name, seconds in spent.items()}
-    return Rate(sum(count / seconds for count, seconds, _ in made), parts_ms, num_images, len(parts))
+    num_images = sum(len(costs) for costs, _ in made)
+    spent_ms = np.concatenate([costs for costs, _ in made]).mean(axis=0).tolist() if num_images else []
+    speed = sum(len(costs) / seconds for costs, seconds in made if len(costs))
+    return Rate(speed, dict(zip(PARTS, spent_ms, strict=False)), num_images, len(parts))
 
 
 def _make_for(
     split: IndexedSplit, fit: Fit, augment: PictureAugment | None, samples: Int64s
-) -> tuple[int, float, dict[str, float]]:
-    """Make samples for some seconds at most; returns how many, in how many seconds, and those of each part."""
-    with on_one_thread(fit.decoding.decoder):
-        _make(split, fit, augment, samples[:1])  # the first also imports, and opens files
-        began = time.perf_counter()
-        count, spent = _make(split, fit, augment, samples)
-    return count, time.perf_counter() - began, spent
-
-
-def _make(
-    split: IndexedSplit, fit: Fit, augment: PictureAugment | None, samples: Int64s
-) -> tuple[int, dict[str, float]]:
-    items, _ = split.table.get()
-    clock, count, spent = time.perf_counter, 0, Counter[str]()
-    ends = clock() + _RATE_SECONDS
-    is_whole = augment is None or not augment.crops
-    for position, (_, get) in enumerate(split.read(items[samples])):
-        laps = [clock()]
-        try:
-            value = get()
-            laps.append(clock())
-            sample = as_sample(value, fit, is_whole)
-            laps.append(clock())
-        except Exception:  # whatever a codec raises; reading the splits has named it
-            continue
-        if augment is None:
-            sample.image(fit)
-        else:
-            augment.seed(position)
-            pixels = augment.cropped(sample.picture, sample.is_final)
-            laps.append(clock())
-            augment.changed(pixels)
-        laps.append(clock())
-        names = ("read", "decode", "fit" if is_whole else "crop", "augment")
-        spent.update({name: end - start for name, (start, end) in zip(names, itertools.pairwise(laps), strict=False)})
-        count += 1
-        if clock() > ends:
+) -> tuple[npt.NDArray[np.float32], float]:
+    """Make samples for some seconds at most; returns what each part took of those that can be read, and the seconds."""
+    decode_samples(split, samples[:1], fit, augment, samples[:1])  # the first also imports, and opens files
+    costs, began = [], time.perf_counter()
+    for some in np.split(samples, range(_RATE_UNIT, len(samples), _RATE_UNIT)):
+        _, outcome = decode_samples(split, some, fit, augment, some)  # each at a position: which is all the same
+        costs.append(outcome.costs[[not reason for reason in outcome.reasons]])
+        if time.perf_counter() - began > _RATE_SECONDS:
             break
-    return count, dict(spent)
+    return np.concatenate(costs), time.perf_counter() - began
 
 
 def contact_sheet(images: UInt8s, names: Sequence[str | None], title: str, subtitle: str) -> Image.Image:

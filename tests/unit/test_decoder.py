@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import itertools
 import random
 from pathlib import Path
 from types import SimpleNamespace
@@ -157,9 +158,9 @@ def test_the_largest_square_begins_at_a_whole_pixel(size):
 
 @pytest.mark.parametrize(
     ("size", "fitted_to", "factor"),
-    [((400, 199), 100, 1), ((400, 200), 100, 2), ((900, 399), 100, 2), ((400, 400), 100, 4), ((640, 160), 20, 8)],
+    [((400, 199), 50, 1), ((400, 200), 50, 2), ((900, 399), 50, 2), ((400, 400), 50, 4), ((640, 160), 10, 8)],
 )
-def test_a_jpeg_that_is_fitted_is_decoded_at_the_smallest_scale_that_is_large_enough(size, fitted_to, factor):
+def test_a_jpeg_that_is_fitted_is_decoded_at_the_smallest_scale_that_leaves_twice_its_size(size, fitted_to, factor):
     image = photo(*size)
     encoded = file_of(image)
     found = decoded(encoded, TORCH, fitted_to=fitted_to)
@@ -332,6 +333,19 @@ def test_the_traits_of_samples_come_with_them():
     block = Decode(split_of(files), fit)({"sample": np.arange(4)})
     assert block["traits"].tolist() == [0, 0, Traits.ROTATED, Traits.TRANSPARENT]
     assert [bool(error) for error in block["error"]] == [False, True, False, False]
+
+
+@pytest.mark.parametrize("crop", ["none", "rrc"])
+def test_what_each_part_of_a_sample_took_comes_with_it(crop, monkeypatch):
+    clock = itertools.count()  # a second passes whenever it is looked at
+    monkeypatch.setattr("time.perf_counter", lambda: float(next(clock)))
+    augment = PictureAugment(AugmentConfig(crop=crop, vflip=0.5), 0, Fit(8))
+    blocks = [
+        Decode(split_of([FILES[0], b"torn"]), Fit(8), chosen)({"sample": np.arange(2), "position": np.arange(2)})
+        for chosen in (None, augment)
+    ]
+    assert [block["cost"][0].tolist() for block in blocks] == [[1000, 1000, 1000, 0], [1000] * 4]
+    assert [block["cost"][1].tolist() for block in blocks] == [[0] * 4] * 2
 
 
 def test_an_error_while_augmenting_names_the_sample(monkeypatch):

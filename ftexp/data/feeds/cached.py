@@ -23,9 +23,8 @@ from ftexp.data.decoder import Decoding, Picture, on_one_thread, size_of
 from ftexp.data.feeds.decoding import (
     Decode,
     Outcome,
-    Seen,
+    Sample,
     Stored,
-    as_sample,
     bad_sample,
     decoding,
     each_sample,
@@ -107,16 +106,16 @@ class DecodePictures:
     def __call__(self, batch: dict[str, Int64s]) -> pa.Table:
         """Decode a block of samples; `error` is as that of `ftexp.data.feeds.decoding.Decode`."""
         samples = batch["sample"]
-        pixels, heights, outcome = [b""] * len(samples), [0] * len(samples), Outcome([], [], [])
+        pixels, heights, outcome = [b""] * len(samples), [0] * len(samples), Outcome.of(len(samples))
         with on_one_thread(self.fit.decoding.decoder):
-            for row, picture in each_sample(self.split, samples, self._read, outcome):
+            pictures = each_sample(self.split, samples, self.fit, not self.keep_size, self._finish, outcome)
+            for row, picture in pictures:
                 pixels[row], heights[row] = picture.tobytes(), size_of(picture)[1]
         _, labels = self.split.table.get()
         return _table(pixels, heights, labels[samples], samples, outcome.errors)
 
-    def _read(self, value: Any) -> Seen[Picture]:
-        sample = as_sample(value, self.fit, is_whole=not self.keep_size)
-        return Seen(sample.picture if self.keep_size else sample.image(self.fit), sample.traits)
+    def _finish(self, sample: Sample) -> Picture:
+        return sample.picture if self.keep_size else sample.image(self.fit)
 
 
 def _of_arrays(batch: dict[str, Any]) -> pa.Table:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import functools
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import ray.data
 from ray.data import TaskPoolStrategy
@@ -23,8 +24,10 @@ from ftexp.errors import DataError
 if TYPE_CHECKING:
     from ray.data import Dataset
 
+PARTS = ("read", "decode", "crop", "augment")  # of making a sample; crop: or fit
 _NUM_BAD_SHOWN = 10
 
+Floats = npt.NDArray[np.float32]
 T = TypeVar("T")
 
 
@@ -36,7 +39,9 @@ def num_pixels(value: Any, decoding: Decoding) -> int:
 
 @dataclass(frozen=True)
 class Decode:
-    """A map stage of Ray Data: {"sample": [n]} -> image, label, sample, traits, and an error where there is no image.
+    """A map stage of Ray Data: {"sample": [n]} -> image, label, sample, and an error where there is no image.
+
+    Besides traits, see `Traits`, and cost: milliseconds of each of PARTS.
 
     With `augment`, which also needs {"position": [n]}, an image is what the step at its position trains on.
     """
@@ -50,16 +55,29 @@ class Decode:
         samples = batch["sample"]
         images, outcome = decode_samples(self.split, samples, self.fit, self.augment, batch.get("position"))
         _, labels = self.split.table.get()
-        columns = {"traits": np.array(outcome.traits, np.uint8), "error": np.array(outcome.errors)}
-        return {"image": images, "label": labels[samples], "sample": samples, **columns}
+        columns = {"traits": np.array(outcome.traits, np.uint8), "cost": outcome.costs}
+        return {
+            "image": images,
+            "label": labels[samples],
+            "sample": samples,
+            "error": np.array(outcome.errors),
+            **columns,
+        }
 
 
-class Outcome(NamedTuple):
-    """Where samples are, why some can't be read, and what was found in the others."""
+@dataclass(frozen=True)
+class Outcome:
+    """Where samples are, why some can't be read, what was found in the others, and what they took."""
 
     places: list[str]
     reasons: list[str]  # why one can't be read; "": it can
     traits: list[Traits]
+    costs: Floats  # [samples, PARTS], milliseconds; 0 throughout of what can't be read
+
+    @classmethod
+    def of(cls, num_samples: int) -> Outcome:
+        """Nothing known yet."""
+        return cls([], [], [], np.zeros((num_samples, len(PARTS)), np.float32))
 
     @property
     def errors(self) -> list[str]:
@@ -67,28 +85,36 @@ class Outcome(NamedTuple):
         return [f"{where}\n{why}" if why else "" for where, why in zip(self.places, self.reasons, strict=True)]
 
 
-class Seen(NamedTuple, Generic[T]):
-    """What was made of a sample, and what was found in it."""
-
-    result: T
-    traits: Traits
-
-
 def each_sample(
-    split: IndexedSplit, samples: Int64s, read: Callable[[Any], Seen[T]], outcome: Outcome
+    split: IndexedSplit,
+    samples: Int64s,
+    fit: Fit,
+    is_whole: bool,
+    finish: Callable[[Sample], T],
+    outcome: Outcome,
 ) -> Iterator[tuple[int, T]]:
-    """Yield each sample's row with what `read` makes of it, but for those that can't be read; add to `outcome`."""
+    """Yield each sample's row with what `finish` makes of it, but for those that can't be read; add to `outcome`.
+
+    is_whole: see `as_sample`.
+    """
     items, _ = split.table.get()
     for row, (where, get) in enumerate(split.read(items[samples])):
         outcome.places.append(where)
+        laps = [time.perf_counter()]
         try:
-            found, traits = read(get())
+            value = get()
+            laps.append(time.perf_counter())
+            sample = as_sample(value, fit, is_whole)
+            laps.append(time.perf_counter())
+            found = finish(sample)
         except Exception as error:  # whatever a codec raises on bytes from outside; recorded, never dropped
             outcome.reasons.append(f"{type(error).__name__}: {error}")
             outcome.traits.append(Traits(0))
             continue
+        laps.append(time.perf_counter())
+        outcome.costs[row, : len(laps) - 1] = 1000 * np.diff(laps)
         outcome.reasons.append("")
-        outcome.traits.append(traits)
+        outcome.traits.append(sample.traits)
         yield row, found
 
 
@@ -104,36 +130,26 @@ def decode_samples(
     Whole pictures are fitted, or else changed by `augment` as `positions` say.
     """
     images = np.zeros((len(samples), fit.size, fit.size, fit.channels), np.uint8)
-    outcome = Outcome([], [], [])
+    outcome, is_whole = Outcome.of(len(samples)), augment is None or not augment.crops
     with on_one_thread(fit.decoding.decoder):
         if augment is None:
-            for row, image in each_sample(split, samples, functools.partial(_read_image, fit=fit), outcome):
+            for row, image in each_sample(split, samples, fit, is_whole, lambda sample: sample.image(fit), outcome):
                 images[row] = image
             return images, outcome
         assert positions is not None, "they are asked for along with the samples"
-        read = functools.partial(_read_picture, fit=fit, is_whole=not augment.crops)
-        for row, sample in each_sample(split, samples, read, outcome):
-            images[row] = _augmented(augment, sample, int(positions[row]), outcome.places[-1])
+        for row, sample in each_sample(split, samples, fit, is_whole, lambda sample: sample, outcome):
+            laps = [time.perf_counter()]
+            try:
+                augment.seed(int(positions[row]))
+                pixels = augment.cropped(sample.picture, sample.is_final)
+                laps.append(time.perf_counter())
+                images[row] = augment.changed(pixels)
+            except Exception as error:  # a bug, not a bad sample
+                where, reason = outcome.places[row], f"{type(error).__name__}: {error}"
+                raise RuntimeError(f"{where}: augmenting it for position {positions[row]} failed: {reason}") from error
+            laps.append(time.perf_counter())
+            outcome.costs[row, -2:] = 1000 * np.diff(laps)
     return images, outcome
-
-
-def _augmented(augment: PictureAugment, sample: Sample, position: int, where: str) -> UInt8s:
-    """An error here is a bug, not a bad sample; it names the picture all the same."""
-    try:
-        return augment(sample.picture, position, sample.is_final)
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise RuntimeError(f"{where}: augmenting it for position {position} failed: {reason}") from error
-
-
-def _read_image(value: Any, fit: Fit) -> Seen[UInt8s]:
-    sample = as_sample(value, fit)
-    return Seen(sample.image(fit), sample.traits)
-
-
-def _read_picture(value: Any, fit: Fit, is_whole: bool) -> Seen[Sample]:
-    sample = as_sample(value, fit, is_whole)
-    return Seen(sample, sample.traits)
 
 
 def decoding(
