@@ -33,6 +33,7 @@ from omegaconf import MISSING
 from ftexp.cli.entry import command_words, exiting_on_error, with_run
 from ftexp.cli.parse import read_command
 from ftexp.config.fields import choice, ranged
+from ftexp.config.schema import TORCHVISION
 from ftexp.errors import ConfigError, ExportError
 from ftexp.rundir.names import EXPORTS
 
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from ftexp.checkpoint.store import Manifest
     from ftexp.cli.trained_run import SavedRun
     from ftexp.data.cropping import Fit
+    from ftexp.data.decoder import Decoding
     from ftexp.exporting.checking import Difference, Samples
     from ftexp.storage.directory import Storage
 
@@ -193,11 +195,25 @@ def _about(config: ExportConfig, run: SavedRun, manifest: Manifest) -> dict[str,
 
 
 def _resizing(fit: Fit) -> str:
-    """Say how a whole image becomes what the model takes: see `ftexp.data.cropping.fitted`."""
+    """Say how a whole image becomes what the model takes: see `ftexp.data.decoder` and `ftexp.data.cropping.fitted`."""
+    by_torch = fit.decoding.decoder == TORCHVISION
     if fit.crop_pct is None and fit.crop_mode == "center":
-        return f"shorter side to the size by Pillow's {fit.interpolation}, then the centre: PIL.ImageOps.fit"
-    share = fit.crop_pct or 1.0
-    return f"timm's transforms_imagenet_eval: crop_pct={share}, crop_mode={fit.crop_mode}, {fit.interpolation}"
+        how = f"shorter side to the size by Pillow's {fit.interpolation}, then the centre: PIL.ImageOps.fit"
+        if by_torch:
+            how = f"the largest square in the centre, from a whole pixel on, to the size, {fit.interpolation}"
+    else:
+        share = fit.crop_pct or 1.0
+        how = f"timm's transforms_imagenet_eval: crop_pct={share}, crop_mode={fit.crop_mode}, {fit.interpolation}"
+    scaling = ["scaled by torch: interpolate(antialias=True) of uint8"] if by_torch else []
+    return "; ".join([*_decoding_steps(fit.decoding), how, *scaling])
+
+
+def _decoding_steps(decoding: Decoding) -> list[str]:
+    """What is done to an image before it is scaled, where that isn't what decoders do anyway."""
+    steps = ["turned upright as its EXIF data say"] if decoding.exif_orientation else []
+    if decoding.background is not None:
+        steps.append(f"transparent images on {decoding.background}")
+    return steps + ([f"16-bit images of {decoding.bit_depth} bits"] if decoding.bit_depth != 16 else [])
 
 
 def _copy(path: Path, stream: BinaryIO) -> None:

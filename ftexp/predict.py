@@ -46,7 +46,10 @@ if TYPE_CHECKING:
 
 _OWN = ("run", "checkpoint", "weights", "tta", "split", "out")
 _SCALING = ("num_workers", "use_gpu", "resources_per_worker", "address", "hot_start")  # what is read of it
-_FOLLOWS = ("image_size", "channels", "mean", "std", "num_classes")
+_FOLLOWS = (
+    *("image_size", "channels", "mean", "std", "num_classes", "crop_pct", "crop_mode", "interpolation"),
+    *("decoder", "decode_size", "exif_orientation", "background", "bit_depth"),
+)
 _OF_TRAINING = ("feed", "shuffle_window", "prefetch_batches", "on_bad_sample")
 _SPLITTING = ("val_fraction", "test_fraction", "split_seed")
 _RUNS_DATA = "of_the_run"  # the option of the group `data` that holds the run's own

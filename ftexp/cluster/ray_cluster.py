@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from ftexp.cluster import ray_private
+from ftexp.cluster.hot_start.driver import HotStart
 from ftexp.cluster.ray_watch import JoinedRay, OwnRay, ending_with
 from ftexp.cluster.resources import may_decode
 from ftexp.config.machine import prepare_machine, usable_cpus
-from ftexp.config.schema import Config
+from ftexp.config.schema import TORCHVISION, Config
 from ftexp.errors import ConfigError, RayLostError, RunFailedError
 
 # Read by Ray when it is imported or when workers start. Only set where ftexp starts Ray itself.
@@ -159,16 +160,30 @@ def quiet_data(config: Config) -> None:
 
 
 @contextlib.contextmanager
+def decoding_ray(config: Config) -> Iterator[RunningRay]:
+    """Ray for a command whose tasks read data, and no more; left again at the end.
+
+    A decoder that takes torch would be slow to start in each of its tasks: these are forks then.
+    """
+    import ray
+
+    hot_start = HotStart(config.scaling, num_threads=1) if config.data.decoder_name == TORCHVISION else None
+    try:
+        with hot_start.raylet_settings() if hot_start is not None else contextlib.nullcontext():
+            running = start_ray(config, hot_start.runtime_env() if hot_start is not None else None)
+        yield running
+    finally:
+        ray.shutdown()
+        if hot_start is not None:
+            hot_start.stop()
+
+
+@contextlib.contextmanager
 def private_ray(config: Config) -> Iterator[Config]:
     """A Ray of this machine's own while the block runs, for what only reads data; yields the config without address."""
     config = dataclasses.replace(config, scaling=dataclasses.replace(config.scaling, address=None))
     prepare_environment(config)
-    import ray
-
-    running = start_ray(config)
-    quiet_data(config)
-    try:
+    with decoding_ray(config) as running:
+        quiet_data(config)
         with ending_with(running.lost):
             yield config
-    finally:
-        ray.shutdown()

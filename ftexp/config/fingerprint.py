@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ftexp.config.masking import flat, masked
-from ftexp.config.schema import Config
+from ftexp.config.schema import AUTO, Config
 from ftexp.errors import ConfigError
 
 # model, data, optimiser, seed and batch define a run; epochs, workers, logging, failure and checkpoint settings
@@ -18,6 +19,8 @@ _DEFINING_TRAIN = (
 )
 # where the data lies may change, and how it is read; what integers mean is recorded with the data
 _FREE_DATA = ("root", "download", "feed", "decode_cpus", "prefetch_batches", "integer_labels")
+# fields of data that group files set for new runs, to another value than runs had before there were such fields
+_OF_NEW_RUNS = ("decoder", "exif_orientation", "background")
 
 
 def fingerprint(config: Config) -> dict[str, Any]:
@@ -27,8 +30,35 @@ def fingerprint(config: Config) -> dict[str, Any]:
     for name in _FREE_DATA:
         del chosen["data"][name]
     del chosen["model"]["pretrained_partial"]  # whether to train at all
+    chosen["data"]["decoder"] = config.data.decoder_name
     defining: dict[str, Any] = masked(dict(flat(chosen, "")))
     return defining
+
+
+def as_begun(config: Config, recorded: Mapping[str, Any] | None, typed: Iterable[str]) -> tuple[Config, list[str]]:
+    """Decode as the run that resumes began to, if nothing else was typed; data.decoder=auto becomes a definition.
+
+    Args:
+        config: this invocation's.
+        recorded: the fingerprint that the run directory was made with; None for a new run.
+        typed: the overrides of this invocation.
+
+    Returns:
+        The config, and the keys that the run is older than and that have another value for it than for a new one.
+    """
+    if recorded is None:
+        return dataclasses.replace(config, data=dataclasses.replace(config.data, decoder=config.data.decoder_name)), []
+    keys = {word.lstrip("+").partition("=")[0] for word in typed}
+    older, begun, data = list[str](), dict[str, Any](), Config().data
+    for name in _OF_NEW_RUNS:
+        key, value, default = f"data.{name}", getattr(config.data, name), getattr(data, name)
+        if value == AUTO and name == "decoder":
+            begun[name] = recorded.get(key, default)
+        elif key not in recorded and key not in keys:
+            begun[name] = default
+        if key not in recorded and begun.get(name, value) != value:
+            older.append(key)
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, **begun)), older
 
 
 def differences(recorded: dict[str, Any], own: dict[str, Any], location: str) -> None:

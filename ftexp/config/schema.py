@@ -32,6 +32,8 @@ PREPROCESSING = ("mean", "std", "interpolation", "crop_pct", "crop_mode")  # of 
 CROP_MODES = ("center", "squash", "border")  # timm's crop_mode, of evaluation
 TTA = ("none", "hflip")  # test-time augmentation, of evaluate and predict
 INTERPOLATIONS = ("bilinear", "bicubic")
+PILLOW, TORCHVISION = "pillow", "torchvision"
+DECODERS = (AUTO, TORCHVISION, PILLOW)  # see ftexp.data.decoder
 ERASE_MODES = ("const", "rand", "pixel")
 LOSSES = ("ce", "bce", "focal", "asl", "poly")  # built in
 CLASS_WEIGHTS = ("none", "inv_freq", "effective_num")  # timm's
@@ -79,6 +81,15 @@ class DataConfig:
     crop_pct: float | None = ranged(None, above=0, high=1)
     crop_mode: str = choice("center", CROP_MODES)
     interpolation: str = choice("bicubic", INTERPOLATIONS)
+    # how images are decoded, by default as runs did before there was a choice; group files set it for new runs.
+    # decoder: see ftexp.data.decoder; auto is what a run began with, and torchvision for a new one
+    decoder: str = choice(PILLOW, DECODERS)
+    # pixels. An image that augment.crop cuts a part out of, and whose shorter side is at least 2, 4 or 8 times this, is
+    # shrunk so many times while it is decoded; None: parts are cut out of the image as it is stored
+    decode_size: int | None = ranged(None, low=1)
+    exif_orientation: bool = False  # turn images upright as their EXIF data say
+    background: str | None = None  # colour that transparent images are put on, white or #rrggbb; None: alpha is dropped
+    bit_depth: int = ranged(16, low=8, high=16)  # bits of 16-bit grey images that are used: 12 for most X-rays, say
     val_fraction: float = ranged(0.1, low=0, high=0.9)  # of the training samples, where the source has no split
     test_fraction: float = ranged(0.1, low=0, high=0.9)  # likewise
     split_seed: int = ranged(0, low=0)  # its own seed, so that runs that differ in `seed` share a test set
@@ -96,6 +107,11 @@ class DataConfig:
     sampling: str = choice("shuffle", SAMPLINGS)
     decode_cpus: int | None = ranged(None, low=1)  # over all nodes; None: all, or what the workers leave
     prefetch_batches: int | None = ranged(None, low=0)  # batches made ahead; None: 2 on GPU, none on CPU
+
+    @property
+    def decoder_name(self) -> str:
+        """The definition that `decoder` names; that of a new run for auto: see `ftexp.config.fingerprint.as_begun`."""
+        return TORCHVISION if self.decoder == AUTO else self.decoder
 
 
 @dataclass(kw_only=True)

@@ -6,7 +6,8 @@ the chosen source doesn't read may not be set: a setting is never silently ignor
 
 from __future__ import annotations
 
-_OF_FILES = ("on_bad_sample", "decode_cpus", "crop_pct", "crop_mode", "interpolation")
+OF_DECODING = ("decoder", "decode_size", "exif_orientation", "background", "bit_depth")
+_OF_FILES = ("on_bad_sample", "decode_cpus", "crop_pct", "crop_mode", "interpolation", *OF_DECODING)
 
 SOURCE_FIELDS: dict[str, tuple[str, ...]] = {
     "digits": (),
@@ -22,4 +23,4 @@ SOURCE_FIELDS: dict[str, tuple[str, ...]] = {
 
 def can_stream(name: str) -> bool:
     """Whether a source may be too large for memory; sources of the user's own may."""
-    return "decode_cpus" in SOURCE_FIELDS.get(name, ("decode_cpus",))
+    return "on_bad_sample" in SOURCE_FIELDS.get(name, ("on_bad_sample",))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import ray
@@ -26,10 +28,13 @@ from ftexp.errors import DataError
 _SHARE = 0.5  # of the object store that a cached data set may take
 
 
-def build_data(config: DataConfig, augment: AugmentConfig | None = None) -> DataBundle:
+def build_data(
+    config: DataConfig, augment: AugmentConfig | None = None, runtime_env: Mapping[str, Any] | None = None
+) -> DataBundle:
     """Read the data named by `config.name`; DataError if that can't be done. Ray must be running.
 
     augment: what train is trained with, which decides how it is cached; None where nothing is trained.
+    runtime_env: of tasks that decode, where they aren't to have the job's.
     """
     augment = augment or AugmentConfig()
     found = sources.get(config.name)(config)
@@ -40,7 +45,7 @@ def build_data(config: DataConfig, augment: AugmentConfig | None = None) -> Data
             "data.shuffle_window"
         )
     if isinstance(found, Listing):
-        bundle = _from_files(config, found, augment)
+        bundle = _from_files(config, found, augment, runtime_env)
     elif config.feed == "streaming":
         raise DataError(
             f"data.feed=streaming, but data.name={config.name} is in memory as a whole: take data.feed=cached"
@@ -86,7 +91,9 @@ def _train_labels(bundle: DataBundle) -> Int64s:
     return in_order
 
 
-def _from_files(config: DataConfig, listing: Listing, augment: AugmentConfig) -> DataBundle:
+def _from_files(
+    config: DataConfig, listing: Listing, augment: AugmentConfig, runtime_env: Mapping[str, Any] | None
+) -> DataBundle:
     num_samples = sum(len(labels) for labels in listing.labels.values())
     pixels = num_samples * config.image_size**2
     if augment.crop != "none" and config.feed != "streaming":  # train's keep their own size
@@ -98,7 +105,10 @@ def _from_files(config: DataConfig, listing: Listing, augment: AugmentConfig) ->
         feed, why = config.feed, f"as data.feed says; {sizes}"
     else:
         feed, why = ("cached" if needed <= _SHARE * there else "streaming"), sizes
-    bundle = decoded_bundle(config, listing, augment) if feed == "cached" else _streamed(config, listing, sizes)
+    if feed == "cached":
+        bundle = decoded_bundle(config, listing, augment, runtime_env)
+    else:
+        bundle = _streamed(config, listing, sizes)
     return dataclasses.replace(bundle, feed=feed, why=why)
 
 

@@ -1,7 +1,7 @@
 """How a picture becomes a square of the final size, as timm has it: all of it to evaluate, a random part to train.
 
-Works on Pillow images of any size. Draws come from the generator that is given, in timm's order. torch isn't imported,
-which tasks that decode would pay for; tests hold every function against timm's own.
+Only a box and its scaling are of the picture's own size, and done by what decoded it: see `ftexp.data.decoder`. Draws
+come from the generator that is given, in timm's order; tests hold every function against timm's own.
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from PIL import Image, ImageOps
 
-RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+from ftexp.data.decoder import RESAMPLING, Decoding, Picture, UInt8s, pixels_of, scaled, size_of
+
 _RANDOM = "random"
 _TRIES = 10  # of a random box, before it is the largest one in the centre
 _RKR_PROB = 0.5  # of a change of scale in rkrc and rkrr, and of one of the ratio
@@ -30,18 +31,34 @@ class Fit:
     crop_mode: str = "center"
     interpolation: str = "bicubic"
     mean: tuple[float, ...] = ()  # per channel, of pixels scaled to 0..1; fills the border of crop_mode=border
+    decoding: Decoding = field(default_factory=Decoding)
+
+    @property
+    def side(self) -> int:
+        """Pixels that the picture's shorter side is scaled to, before the square is cut out; at most."""
+        return math.floor(self.size / (self.crop_pct or 1.0))
 
 
-def fitted(image: Image.Image, fit: Fit) -> Image.Image:
-    """Scale and crop as timm's transforms_imagenet_eval does; without `crop_pct`, centred squares by ImageOps.fit.
+def fitted(picture: Picture, fit: Fit) -> UInt8s:
+    """Scale and crop as timm's transforms_imagenet_eval does; without `crop_pct`, the largest square in the centre.
 
-    The latter cuts the largest square out and scales it, in one step, where timm scales first, to whole pixels.
+    The latter is cut out and scaled in one step, where timm scales first, to whole pixels: from between pixels where
+    Pillow does it (ImageOps.fit), and else from whole ones.
+
+    Returns:
+        [size, size, channels].
     """
     resample, square = RESAMPLING[fit.interpolation], (fit.size, fit.size)
+    width, height = size_of(picture)
     if fit.crop_pct is None and fit.crop_mode == "center":
-        return image if image.size == square else ImageOps.fit(image, square, resample)
-    side = math.floor(fit.size / (fit.crop_pct or 1.0))
-    width, height = image.size
+        if (width, height) == square:
+            return pixels_of(picture)
+        if isinstance(picture, Image.Image):
+            return pixels_of(ImageOps.fit(picture, square, resample))
+        shorter = min(width, height)
+        left, top = (width - shorter) // 2, (height - shorter) // 2
+        return scaled(picture, square, resample, (left, top, left + shorter, top + shorter))
+    side = fit.side
     if fit.crop_mode == "squash":
         width, height = side, side
     elif fit.crop_mode == "border":
@@ -50,9 +67,18 @@ def fitted(image: Image.Image, fit: Fit) -> Image.Image:
     else:
         shorter = min(width, height)
         width, height = int(side * width / shorter), int(side * height / shorter)
+    return _in_the_centre(scaled(picture, (width, height), resample), fit)
+
+
+def _in_the_centre(pixels: UInt8s, fit: Fit) -> UInt8s:
+    """A square of the final size: the middle of what is larger, and a border of the mean around what is smaller."""
+    height, width, channels = pixels.shape
+    canvas = np.empty((fit.size, fit.size, channels), np.uint8)
+    canvas[:] = fill_color(fit.mean)
     left, top = _centred(width, fit.size), _centred(height, fit.size)
-    canvas = Image.new(image.mode, square, fill_color(fit.mean))
-    canvas.paste(image.resize((width, height), resample), (-left, -top))
+    inside = pixels[max(top, 0) :, max(left, 0) :][: fit.size, : fit.size]
+    rows, columns = inside.shape[:2]
+    canvas[max(-top, 0) : max(-top, 0) + rows, max(-left, 0) : max(-left, 0) + columns] = inside
     return canvas
 
 
@@ -72,13 +98,13 @@ class RandomCrop:
     ratio: tuple[float, float]  # of width to height; rkrc, rkrr: what it is multiplied by
     interpolation: str  # bilinear, bicubic, or random for one of them
 
-    def __call__(self, image: Image.Image, draws: random.Random) -> Image.Image:
-        """Crop and scale."""
+    def __call__(self, picture: Picture, draws: random.Random) -> UInt8s:
+        """Crop and scale; returns [size, size, channels]."""
         if self.mode == "rrc":
-            box = self.box(image.size, draws)
-            return image.crop(box).resize((self.size, self.size), self._resampling(draws))
-        size = self._scaled(image.size, draws)
-        return self._placed(image.resize(size, self._resampling(draws)), draws)
+            box = self.box(size_of(picture), draws)
+            return scaled(picture, (self.size, self.size), self._resampling(draws), box)
+        size = self._scaled(size_of(picture), draws)
+        return self._placed(scaled(picture, size, self._resampling(draws)), draws)
 
     def box(self, size: tuple[int, int], draws: random.Random) -> tuple[int, int, int, int]:
         """(left, top, right, bottom) in a picture of this width and height, as RandomResizedCropAndInterpolation's."""
@@ -118,18 +144,18 @@ class RandomCrop:
             down, across = down / stretch, across * stretch
         return round(width * across / shorter), round(height * down / shorter)
 
-    def _placed(self, image: Image.Image, draws: random.Random) -> Image.Image:
+    def _placed(self, pixels: UInt8s, draws: random.Random) -> UInt8s:
         """A square of it: rkrc's from the centre, rkrr's from anywhere; what lies outside mirrors what is inside."""
+        height, width, _ = pixels.shape
         if self.mode == "rkrc":
-            top, left = _centred(image.height, self.size), _centred(image.width, self.size)
+            top, left = _centred(height, self.size), _centred(width, self.size)
         else:
-            top, left = (_anywhere(length - self.size, draws) for length in (image.height, image.width))
-        rows, columns = _outside(top, image.height, self.size), _outside(left, image.width, self.size)
+            top, left = (_anywhere(length - self.size, draws) for length in (height, width))
+        rows, columns = _outside(top, height, self.size), _outside(left, width, self.size)
         if any((*rows, *columns)):
-            pixels = np.asarray(image)
-            image = Image.fromarray(np.pad(pixels, [rows, columns, (0, 0)][: pixels.ndim], mode="reflect"))
+            pixels = np.pad(pixels, [rows, columns, (0, 0)], mode="reflect")
         left, top = max(left, 0), max(top, 0)
-        return image.crop((left, top, left + self.size, top + self.size))
+        return pixels[top : top + self.size, left : left + self.size]
 
 
 def _centred(length: int, size: int) -> int:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ftexp.data.cropping import Fit
+from ftexp.data.decoder import Decoding
 from ftexp.data.order import Int64s
 
 if TYPE_CHECKING:
@@ -66,6 +67,11 @@ class DataInfo:
     crop_mode: str = "center"
     interpolation: str = "bicubic"
     class_counts: list[int] | None = None  # training samples of each class, where data.sampling draws by class
+    decoder: str = Decoding.decoder  # this and the next four as in DataConfig, but never auto
+    decode_size: int | None = Decoding.decode_size
+    exif_orientation: bool = Decoding.exif_orientation
+    background: str | None = Decoding.background
+    bit_depth: int = Decoding.bit_depth
 
     @property
     def num_classes(self) -> int:
@@ -74,8 +80,10 @@ class DataInfo:
 
     @property
     def fit(self) -> Fit:
-        """How whole pictures are fitted into what models see."""
-        return Fit(self.image_size, self.channels, self.crop_pct, self.crop_mode, self.interpolation, tuple(self.mean))
+        """How pictures are decoded, and whole ones fitted into what models see."""
+        decoding = Decoding(self.decoder, self.decode_size, self.exif_orientation, self.background, self.bit_depth)
+        fitting = (self.crop_pct, self.crop_mode, self.interpolation)
+        return Fit(self.image_size, self.channels, *fitting, tuple(self.mean), decoding)
 
 
 @dataclass(frozen=True)

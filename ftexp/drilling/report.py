@@ -11,6 +11,7 @@ from typing import Any
 from ftexp.checkpoint.compare import load, tree_differences
 from ftexp.checkpoint.store import locate
 from ftexp.config.schema import Config
+from ftexp.data.feeds.feed import COSTS
 from ftexp.data.sampling import identities
 from ftexp.errors import CheckpointError
 from ftexp.job.stopwatch import SPEEDS
@@ -128,7 +129,7 @@ def _by_place(points: Events) -> Points:
     """{(split, step): values} of logged points, without times and speeds."""
     return {
         (point["split"], point["step"]): {
-            key: value for key, value in point.items() if key not in ("split", "step", "time", *SPEEDS)
+            key: value for key, value in point.items() if key not in ("split", "step", "time", *SPEEDS, *COSTS)
         }
         for point in points
     }

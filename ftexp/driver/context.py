@@ -58,3 +58,4 @@ class Session:
     supervisor: Supervisor
     terminal: Terminal
     trackers: Trackers
+    why_cold: str | None = None  # why workers aren't forked, if they aren't

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -12,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from ftexp.checkpoint.store import CheckpointStore, locate
-from ftexp.config.fingerprint import differences, fingerprint
+from ftexp.config.fingerprint import as_begun, differences, fingerprint
 from ftexp.config.masking import flat, masked
 from ftexp.config.schema import PREPROCESSING, Config, DataConfig
 from ftexp.data.info import DataInfo
@@ -53,6 +54,19 @@ def require_resumable(config: Config, run_dir: Storage) -> None:
         raise ConfigError(
             f"resume=never, but {run_dir.uri} holds a run: choose another run.name, or go on with it by resume=auto"
         )
+
+
+def decoding_as_begun(config: Config, run_dir: Storage, typed: Iterable[str]) -> Config:
+    """The config, with images decoded as the run here began to: see `as_begun`; what differs from new runs is told."""
+    state = read_state(run_dir)
+    recorded: Mapping[str, Any] | None = state.fingerprint if state is not None else None
+    if state is None:
+        manifests = CheckpointStore(run_dir.child(CHECKPOINTS)).manifests(lambda *_: None)
+        recorded = manifests[0].fingerprint if manifests else None
+    config, older = as_begun(config, recorded, typed)
+    if older:
+        print(f"ftexp: the run is older than {', '.join(older)}: images are decoded as before", file=sys.stderr)
+    return config
 
 
 def open_run(config: Config, run_dir: Storage, run_name: str) -> RunState:

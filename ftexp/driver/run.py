@@ -45,7 +45,7 @@ def train(
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, root=absolute(config.data.root)))
     from ftexp.cluster.ray_cluster import prepare_environment
     from ftexp.cluster.resources import decide_workers
-    from ftexp.driver.resume import open_run
+    from ftexp.driver.resume import decoding_as_begun, open_run
     from ftexp.storage.lease import Lease, unused_name
 
     workers = decide_workers(config.scaling, share=shared.share if shared else 1)
@@ -54,6 +54,7 @@ def train(
     config = _checked(config, overrides, run_dir)
     lease = Lease.take(run_dir)
     try:
+        config = decoding_as_begun(config, run_dir, overrides or [])
         state = open_run(config, run_dir, run_name)
         context = RunContext(config, overrides or [], workers, run_dir, state, lease, shared, restart, begin_again)
         if state.status == FINISHED:

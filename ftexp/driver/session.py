@@ -45,8 +45,8 @@ def run_session(context: RunContext) -> dict[str, float]:
             with hot_start.raylet_settings():
                 running = start_ray(config, shared.runtime_env if shared else hot_start.runtime_env(), shared)
             importing.join()
-            build = functools.partial(_build, context, terminal)
-            bundle = fit_interruptibly(build, context.lease, lambda _: False, lost=running.lost)
+            prepare = functools.partial(_prepare, context, terminal)
+            context, why_cold, bundle = fit_interruptibly(prepare, context.lease, lambda _: False, lost=running.lost)
         except RayLostError as error:
             importing.join()
             record, supervisor = _records(context, terminal)
@@ -56,7 +56,7 @@ def run_session(context: RunContext) -> dict[str, float]:
             raise
         record, supervisor = _records(context, terminal)
         trackers = trackers_of(config, record, context.run_dir.parent if shared is not None else None)
-        return _run(context, Session(running, bundle, record, supervisor, terminal, trackers))
+        return _run(context, Session(running, bundle, record, supervisor, terminal, trackers, why_cold))
     except RayLostError as error:
         if context.begin_again is None or not error.begins_again:
             raise
@@ -83,6 +83,12 @@ def _records(context: RunContext, terminal: Terminal) -> tuple[RunRecord, Superv
     return record, Supervisor(record, terminal, context.config, num_before, context.no_new_ray)
 
 
+def _prepare(context: RunContext, terminal: Terminal) -> tuple[RunContext, str | None, DataBundle]:
+    """The context for the Ray that runs, why its workers aren't forked if they aren't, and what is trained on."""
+    context, why_cold = _with_joined_nodes(context)
+    return context, why_cold, _build(context, terminal)
+
+
 def _build(context: RunContext, terminal: Terminal) -> DataBundle:
     """What is trained on, once what else is named in the config is there; ConfigError if something isn't."""
     import ftexp.checkpoint.states  # noqa: F401 - registers what is built in
@@ -100,7 +106,7 @@ def _build(context: RunContext, terminal: Terminal) -> DataBundle:
             raise ConfigError(f"{lacking}: take fewer workers, or set scaling.resources_per_worker")
         terminal.say(f"waiting: {lacking} now", "yellow")
     config = dataclasses.replace(config, data=labels_as_begun(config.data, state.data))
-    bundle = build_data(config.data, config.augment)
+    bundle = build_data(config.data, config.augment, workers.runtime_env)
     require_same_data(config, state, bundle.info)
     check_num_weights(config.loss, bundle.info.num_classes)
     bundle = drawn_by_class(config, bundle)
@@ -113,7 +119,8 @@ def _run(context: RunContext, session: Session) -> dict[str, float]:
     from ftexp.driver.trainer import run_training
 
     changed = _record_command(context, session)
-    context = _with_joined_nodes(context, session.record)
+    if session.why_cold is not None:
+        session.record.event(events.ColdStart(session.why_cold))
     _record_data(session)
     if context.restart is None or not context.state.attempts:
         _introduce(context, session, changed)
@@ -137,16 +144,14 @@ def _record_command(context: RunContext, session: Session) -> list[str]:
     return changed
 
 
-def _with_joined_nodes(context: RunContext, record: RunRecord) -> RunContext:
-    """The same, with what workers need for a hot start in a Ray that was joined."""
+def _with_joined_nodes(context: RunContext) -> tuple[RunContext, str | None]:
+    """The same, with what workers need for a hot start in a Ray that was joined; and why there is none."""
     shared, workers, scaling = context.shared, context.workers, context.config.scaling
     why_cold = shared.why_cold if shared is not None else None  # a sweep has seen to its trials' jobs
     if scaling.address is not None and shared is None:
         runtime_env, why_cold = on_joined_nodes(scaling, workers.num_threads)
         context = dataclasses.replace(context, workers=dataclasses.replace(workers, runtime_env=runtime_env))
-    if why_cold is not None:
-        record.event(events.ColdStart(why_cold))
-    return context
+    return context, why_cold
 
 
 def _record_data(session: Session) -> None:

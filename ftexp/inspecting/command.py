@@ -86,22 +86,19 @@ def inspect(config: Config, out: Path | None = None) -> None:
 
     workers = decide_workers(config.scaling)
     prepare_environment(config)
-    import ray
+    import ray  # noqa: F401 - before a thread imports what imports it
 
-    from ftexp.cluster.ray_cluster import import_meanwhile, quiet_data, start_ray
+    from ftexp.cluster.ray_cluster import decoding_ray, import_meanwhile, quiet_data
     from ftexp.cluster.ray_watch import ending_with
     from ftexp.registry import load_plugins
 
     importing = import_meanwhile("ftexp.data.feeds.streamed")
-    try:
-        running = start_ray(config)
+    with decoding_ray(config) as running:
         importing.join()
         quiet_data(config)
         load_plugins(config.plugins)
         with ending_with(running.lost):
             _inspect(config, workers, out)
-    finally:
-        ray.shutdown()
 
 
 def _inspect(config: Config, workers: Workers, out: Path) -> None:
@@ -169,6 +166,8 @@ def _print_facts(console: Console, config: Config, bundle: DataBundle, found: Fo
         ("feed", f"{bundle.feed}: {bundle.why}"),
         ("epoch", epoch_in_words(config, info)),
         ("decoding", decoding),
+        ("cost", _cost(found)),
+        ("images", _traits(config, found)),
     ):
         if text is not None:
             console.print(f"{title:<9}{text}", markup=False, soft_wrap=True)
@@ -176,6 +175,32 @@ def _print_facts(console: Console, config: Config, bundle: DataBundle, found: Fo
         console.print(f"excluded {excluded}", markup=False, soft_wrap=True)
     for warning in info.warnings:
         console.print(f"! {warning}", markup=False, soft_wrap=True, style="yellow")
+
+
+def _cost(found: Found) -> str | None:
+    """Say what each part of making a sample takes."""
+    if found.rate is None or not found.rate.parts_ms:
+        return None
+    parts = " · ".join(f"{name} {spent:.2f} ms" for name, spent in found.rate.parts_ms.items())
+    return f"{parts}, of an image on one CPU"
+
+
+def _traits(config: Config, found: Found) -> str | None:
+    """Say which images aren't what they look like in a file browser, or need a setting."""
+    from ftexp.data.decoder import Traits
+
+    data, numbers = config.data, found.traits
+    turned = "turned upright" if data.exif_orientation else "left as stored: see data.exif_orientation"
+    shown = [
+        f"{numbers[trait]:,} {text}"
+        for trait, text in (
+            (Traits.ROTATED, f"rotated by their EXIF data, {turned}"),
+            (Traits.TRANSPARENT, f"transparent, put on {data.background}"),
+            (Traits.DARK, f"of 16 bits and dark at data.bit_depth={data.bit_depth}: are they of 12, or 14?"),
+        )
+        if numbers[trait]
+    ]
+    return f"{' · '.join(shown)} (of {found.num_decoded:,} that were read)" if shown else None
 
 
 def _print_bad(console: Console, config: Config, bundle: DataBundle, found: Found) -> None:

@@ -9,7 +9,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,14 +18,17 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ftexp.config.schema import Config
 from ftexp.data.cropping import Fit
-from ftexp.data.feeds.decoding import as_image, as_picture, decode_samples
+from ftexp.data.decoder import Traits, UInt8s
+from ftexp.data.feeds.decoding import PARTS, as_sample, decode_samples
 from ftexp.data.info import SPLITS, BadSample, DataBundle, DataInfo, IndexedSplit
 from ftexp.data.order import Int64s
 from ftexp.data.sampling import run_order
-from ftexp.data.sources.arrays import UInt8s
 from ftexp.errors import DataError
 
 if TYPE_CHECKING:
+    from ray.data import Dataset
+
+    from ftexp.data.augment.picture import PictureAugment
     from ftexp.data.feeds.feed import Rows, Taken
     from ftexp.data.order import AnyOrder
 
@@ -34,6 +37,7 @@ SHOWN = 64  # samples of the contact sheet
 
 _READ_BYTES = 32 * 2**20  # of a batch while reading
 _RATE_SECONDS, _RATE_SAMPLES = 2.0, 1024  # that one CPU decodes at most, to measure its rate
+_RATE_UNIT = 16  # samples after which it looks at the clock
 
 _COLUMNS, _GAP, _MARGIN = 8, 8, 16
 _MIN_TILE, _MAX_TILE = 64, 256  # pixels
@@ -80,16 +84,33 @@ class Found:
         UInt8s  # the first positions of epoch 0 as the model gets them, back in 0..255; [rows, size, size, channels]
     )
     names: list[str | None]  # their classes; None: a sample that can't be read
+    traits: dict[Traits, int]  # how many images have each
+    num_decoded: int  # images that were looked at for that, of all splits that were read
     rate: Rate | None  # None: nothing is decoded
 
 
 @dataclass(frozen=True)
 class Rate:
-    """How fast samples decode."""
+    """How fast tasks make samples, as training wants them."""
 
     images_per_s: float
+    parts_ms: dict[str, float]  # of one image on one CPU; see PARTS
     num_images: int  # that this was measured on
     num_cpus: int
+
+
+@dataclass
+class _Counted:
+    """How many images have which traits."""
+
+    numbers: dict[Traits, int] = field(default_factory=lambda: dict.fromkeys(Traits, 0))
+    num_images: int = 0
+
+    def __call__(self, block: dict[str, Any]) -> None:
+        traits = block["traits"]
+        self.num_images += len(traits)
+        for trait in self.numbers:
+            self.numbers[trait] += int(np.count_nonzero(traits & trait))
 
 
 @dataclass
@@ -107,9 +128,12 @@ def look(config: Config, bundle: DataBundle, num_cpus: int) -> Found:
     """Read what there is to read; `config.data` must skip bad samples. DataError if no training sample can be read."""
     from ftexp.data.feeds.streamed import bundle_rows
 
-    bad = _Bad()
+    bad, counted = _Bad(), _Counted()
     bad(bundle.info.bad_samples)
-    rows = bundle_rows(bundle, "train", num_cpus, bad)
+    if not bundle.streamed and bundle.indexed:
+        for dataset in bundle.datasets.values():
+            _count_traits(dataset, counted)
+    rows = bundle_rows(bundle, "train", num_cpus, bad, counted)
     order = run_order(config, len(rows), bundle.blocks, bundle.classes)
     each_once = _each_once(config)
     pixels, num_read, first = _read_train(rows, run_order(each_once, len(rows), bundle.blocks, None), bundle.info)
@@ -119,7 +143,7 @@ def look(config: Config, bundle: DataBundle, num_cpus: int) -> Found:
     if bundle.streamed and sum(len(bundle.indexed[split]) for split in ("val", "test")) <= MAX_READ:
         others_read = True
         for split in ("val", "test"):
-            others = bundle_rows(bundle, split, num_cpus, bad)
+            others = bundle_rows(bundle, split, num_cpus, bad, counted)
             for _ in _taken(others, np.arange(len(others)), bundle.info):
                 pass
     if not pixels.counts.any():
@@ -136,7 +160,9 @@ def look(config: Config, bundle: DataBundle, num_cpus: int) -> Found:
         bad=list(bad.samples.values()),
         images=as_the_model_sees(config, bundle.info, _changed(config, bundle, order, first.images)),
         names=names,
-        rate=_rate(bundle, num_cpus),
+        traits=counted.numbers,
+        num_decoded=counted.num_images,
+        rate=_rate(config, bundle, num_cpus),
     )
 
 
@@ -144,6 +170,13 @@ def _each_once(config: Config) -> Config:
     """The same, but an epoch draws each sample once."""
     data = dataclasses.replace(config.data, sampling="shuffle")
     return dataclasses.replace(config, data=data, augment=dataclasses.replace(config.augment, repeats=1))
+
+
+def _count_traits(dataset: Dataset, counted: _Counted) -> None:
+    """Count what is in a cached split."""
+    if dataset.count():
+        for block in dataset.select_columns(["traits"]).iter_batches(batch_size=None, batch_format="numpy"):
+            counted(block)
 
 
 def _read_train(rows: Rows, order: AnyOrder, info: DataInfo) -> tuple[Pixels, int, Taken]:
@@ -196,8 +229,8 @@ def _changed(config: Config, bundle: DataBundle, order: AnyOrder, images: UInt8s
     augment = PictureAugment(config.augment, config.seed, bundle.info.fit)
     if split := bundle.indexed.get("train"):
         return decode_samples(split, order.samples(positions), bundle.info.fit, augment, positions)[0]
-    pictures = (as_picture(image, bundle.info.fit) for image in images)
-    return np.stack([augment(picture, position) for position, picture in enumerate(pictures)])
+    samples = (as_sample(image, bundle.info.fit) for image in images)
+    return np.stack([augment(sample.picture, number, sample.is_final) for number, sample in enumerate(samples)])
 
 
 def as_the_model_sees(config: Config, info: DataInfo, images: UInt8s) -> UInt8s:
@@ -227,32 +260,35 @@ def as_the_model_sees(config: Config, info: DataInfo, images: UInt8s) -> UInt8s:
     return to_tensors.pixels(seen)
 
 
-def _rate(bundle: DataBundle, num_cpus: int) -> Rate | None:
-    """Decode training samples on every CPU for some seconds; None for a source that has nothing to decode."""
+def _rate(config: Config, bundle: DataBundle, num_cpus: int) -> Rate | None:
+    """Make training samples on every CPU for some seconds; None for a source that has nothing to decode."""
+    from ftexp.data.augment.picture import PictureAugment
+
     if not bundle.indexed:
         return None
-    split = bundle.indexed["train"]
+    split, fit = bundle.indexed["train"], bundle.info.fit
+    augment = PictureAugment(config.augment, config.seed, fit) if config.augment.changes_pictures else None
     parts = [part[:_RATE_SAMPLES] for part in np.array_split(np.arange(len(split)), num_cpus) if len(part)]
-    task = ray.remote(num_cpus=1)(_decode_for)
-    decoded = ray.get([task.remote(split, bundle.info.fit, part) for part in parts])
-    speed = sum(count / seconds for count, seconds in decoded if count)
-    return Rate(speed, sum(count for count, _ in decoded), len(parts))
+    task = ray.remote(num_cpus=1)(_make_for)
+    made = ray.get([task.remote(split, fit, augment, part) for part in parts])
+    num_images = sum(len(costs) for costs, _ in made)
+    spent_ms = np.concatenate([costs for costs, _ in made]).mean(axis=0).tolist() if num_images else []
+    speed = sum(len(costs) / seconds for costs, seconds in made if len(costs))
+    return Rate(speed, dict(zip(PARTS, spent_ms, strict=False)), num_images, len(parts))
 
 
-def _decode_for(split: IndexedSplit, fit: Fit, samples: Int64s) -> tuple[int, float]:
-    """Decode for some seconds at most; returns how many images, and in how many seconds."""
-    items, _ = split.table.get()
-    for part in (samples[:1], samples):  # the first call also imports, and opens files
-        began, count = time.perf_counter(), 0
-        for _, get in split.read(items[part]):
-            try:
-                as_image(get(), fit)
-            except Exception:  # whatever a codec raises; reading the splits has named it
-                continue
-            count += 1
-            if time.perf_counter() - began > _RATE_SECONDS:
-                break
-    return count, time.perf_counter() - began
+def _make_for(
+    split: IndexedSplit, fit: Fit, augment: PictureAugment | None, samples: Int64s
+) -> tuple[npt.NDArray[np.float32], float]:
+    """Make samples for some seconds at most; returns what each part took of those that can be read, and the seconds."""
+    decode_samples(split, samples[:1], fit, augment, samples[:1])  # the first also imports, and opens files
+    costs, began = [], time.perf_counter()
+    for some in np.split(samples, range(_RATE_UNIT, len(samples), _RATE_UNIT)):
+        _, outcome = decode_samples(split, some, fit, augment, some)  # each at a position: which is all the same
+        costs.append(outcome.costs[[not reason for reason in outcome.reasons]])
+        if time.perf_counter() - began > _RATE_SECONDS:
+            break
+    return np.concatenate(costs), time.perf_counter() - began
 
 
 def contact_sheet(images: UInt8s, names: Sequence[str | None], title: str, subtitle: str) -> Image.Image:

@@ -30,7 +30,10 @@ if TYPE_CHECKING:
 PLAN_FILE, BAD_FILE, PARTS = "predictions.json", "bad.csv", "parts"
 _FREE = ("run",)  # of a plan: a run may be moved, since the hash of its weights tells that they are the same
 # what plans don't say that were written before it could be chosen
-_DATA_OF_BEFORE = {"crop_pct": None, "crop_mode": "center", "interpolation": "bicubic"}
+_DATA_OF_BEFORE = {
+    **{"crop_pct": None, "crop_mode": "center", "interpolation": "bicubic"},
+    **{"decoder": "pillow", "exif_orientation": False, "background": None, "bit_depth": 16},
+}
 # what a message calls them
 _TITLES = {"weights_sha256": "the SHA-256 of the weights' file", "listing_sha256": "the SHA-256 of the listing"}
 

@@ -118,7 +118,8 @@ class PredictionJob:
         info, workers = self.run.info, self.workers
         num_decoding = self.num_decoding + 1  # one waits, so that no CPU does
         write = WritePart(self.plan, self.out, info.class_names, self.inputs.label_names)
-        dataset = decoding(self.inputs.split, info, [{"sample": unit} for unit in units], num_decoding, DecodeNamed)
+        columns = [{"sample": unit} for unit in units]
+        dataset = decoding(self.inputs.split, info, columns, num_decoding, DecodeNamed, workers.runtime_env)
         dataset.context.enable_progress_bars = False
         dataset.context.custom_execution_callback_classes = [StopWhenAsked]
         options = dataset.context.execution_options

@@ -10,11 +10,14 @@ from ftexp.wire.messages import Happened
 def speeds(job: Job) -> dict[str, float]:
     """images/s over all ranks, MFU, and milliseconds of a step, since the last logged point; see `ftexp.job.stopwatch`.
 
+    Where tasks make this rank's samples, also milliseconds of one, by part: see `ftexp.data.feeds.feed.COSTS`.
+
     To be called where the GPU has caught up with the loop. Empty on other ranks than 0, which log nothing.
     """
     found = job.stopwatch.take(job.progress.position)
     if job.group.rank != 0 or not found:
         return {}
+    found |= job.data.rows["train"].costs_ms()
     utilisation = job.utilisation
     if utilisation.problem is None:
         share = utilisation.at(found["images_per_s"], job.learner.model)

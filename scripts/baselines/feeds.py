@@ -15,8 +15,10 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from ftexp.data.cropping import Fit
+from ftexp.data.decoder import Decoding
 from ftexp.data.feeds.decoding import as_image
 
+DECODING = Decoding("torchvision")  # that of ftexp's new runs
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 Batches = Iterator[tuple[Tensor, Tensor]]
 
@@ -35,7 +37,7 @@ class Files(Dataset[tuple[Tensor, int]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         path, label = self.items[index]
-        pixels = as_image(Path(path).read_bytes(), Fit(self.image_size))
+        pixels = as_image(Path(path).read_bytes(), Fit(self.image_size, decoding=DECODING))
         return self.normalise(pixels.copy()), label  # torch warns of memory that it may not write to
 
 
@@ -63,7 +65,7 @@ def ray_data(paths: list[Path], image_size: int, batch_size: int) -> Batches:
     mean, std = (np.array(values, np.float32) for values in (MEAN, STD))
 
     def decode(row: dict[str, Any]) -> dict[str, Any]:
-        pixels = as_image(row["bytes"], Fit(image_size)).astype(np.float32) / 255
+        pixels = as_image(row["bytes"], Fit(image_size, decoding=DECODING)).astype(np.float32) / 255
         return {
             "image": ((pixels - mean) / std).transpose(2, 0, 1),
             "label": classes.index(Path(row["path"]).parent.name),

@@ -18,6 +18,7 @@ import timm
 import torch
 
 from ftexp.data.cropping import Fit
+from ftexp.data.decoder import Decoding
 from ftexp.data.feeds.decoding import as_image
 
 BATCH, TOP_K = 64, 5
@@ -30,6 +31,7 @@ def main() -> None:
     model = timm.create_model(**record["model"]["arguments"]).eval()
     model.load_state_dict(torch.load(Path(run, "checkpoints", checkpoint, "model.pt"), weights_only=True))
     mean, std = (torch.tensor(data[name]).view(1, -1, 1, 1) for name in ("mean", "std"))
+    fit = Fit(data["image_size"], data["channels"], decoding=Decoding(data["decoder"]))
     paths = sorted(path for path in Path(root).rglob("*") if path.is_file())
 
     started = time.perf_counter()
@@ -37,9 +39,7 @@ def main() -> None:
         writer = csv.writer(file)
         for start in range(0, len(paths), BATCH):
             batch = paths[start : start + BATCH]
-            pixels = np.stack(
-                [as_image(path.read_bytes(), Fit(data["image_size"], data["channels"])) for path in batch]
-            )
+            pixels = np.stack([as_image(path.read_bytes(), fit) for path in batch])
             images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div_(255).sub_(mean).div_(std)
             probabilities, classes = model(images).softmax(1).topk(TOP_K)
             for path, row, chosen in zip(batch, probabilities.tolist(), classes.tolist(), strict=True):

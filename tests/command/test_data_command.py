@@ -89,6 +89,12 @@ def test_a_torn_file_is_named_and_left_out_of_all_that_is_measured_and_drawn(loo
     train, val, test = stratified_split(labels, (0.2, 0.2), 0)
     torn, good = train[3], np.delete(train, 3)
     paths[torn].write_bytes(paths[torn].read_bytes()[:200])
+    exif = Image.Exif()
+    exif[0x0112] = 3  # stored upside down
+    Image.fromarray(images[good[0]][::-1, ::-1]).save(paths[good[0]], exif=exif)
+    clear = np.dstack([images[good[1]], np.full((16, 16), 0, np.uint8)])
+    Image.fromarray(clear).save(paths[good[1]])
+    images[good[1]] = 255
     (paths[0].parent / "Thumbs.db").touch()
 
     overrides = ["data=image_folder", f"data.root={tmp_path / 'photos'}", "data.image_size=16", "model=resnet18"]
@@ -108,6 +114,11 @@ def test_a_torn_file_is_named_and_left_out_of_all_that_is_measured_and_drawn(loo
         assert cells(output, color)[::2] == [mean[channel], std[channel]]
     assert f"add: data.mean=[{','.join(mean)}] data.std=[{','.join(std)}]" in output
     assert re.search(r"decoding [\d,]+ images/s on \d+ CPUs? \(measured on 11 images\)", output)
+    assert re.search(
+        r"cost     read [\d.]+ ms · decode [\d.]+ ms · crop [\d.]+ ms · augment 0.00 ms, of an image on one CPU", output
+    )
+    told = "1 rotated by their EXIF data, turned upright · 1 transparent, put on white (of 20 that were read)"
+    assert f"images   {told}" in output
     picture = tmp_path / "sheet.png"
     assert Image.open(picture).size == sheet_size(rows=2)
     assert np.array_equal(tile(picture, 0), enlarged(images[good][first_sample(len(good))]))

@@ -11,7 +11,7 @@ from ftexp.data.augment.picture import PictureAugment
 from ftexp.data.augment.pixels import Augment
 from ftexp.data.build import build_data
 from ftexp.data.feeds import streamed as stream
-from ftexp.data.feeds.decoding import as_picture
+from ftexp.data.feeds.decoding import as_sample
 from ftexp.data.feeds.feed import CachedRows, IndexedFeed, ToTensors
 from ftexp.data.feeds.streamed import StreamedRows
 from ftexp.data.order import SampleOrder
@@ -38,11 +38,16 @@ def image(number):
     return rng.integers(0, 256, (int(rng.integers(5, 40)), int(rng.integers(5, 40)), 3), np.uint8)
 
 
+def as_file(pixels):
+    """Every second one a JPEG, whatever its name says."""
+    return encoded(pixels, "JPEG" if pixels[0, 0, 0] % 2 else "PNG")
+
+
 @pytest.fixture(scope="module")
 def roots(tmp_path_factory):
     """The same images, of all sizes, in every layout."""
     folder = tmp_path_factory.mktemp("roots")
-    write_layouts(folder, [image(number) for number in range(NUM_IMAGES)], [n % 3 for n in range(NUM_IMAGES)])
+    write_layouts(folder, [image(number) for number in range(NUM_IMAGES)], [n % 3 for n in range(NUM_IMAGES)], as_file)
     return folder
 
 
@@ -86,7 +91,7 @@ def expected(bundle, augment, begin=0):
     samples = SampleOrder(SEED, len(split)).samples(positions)
     entries = split.read(items[samples])
     pixels = [
-        pictures(as_picture(get(), bundle.info.fit), position)
+        pictures(as_sample(get(), bundle.info.fit, not pictures.crops).picture, position)
         for (_, get), position in zip(entries, positions.tolist(), strict=True)
     ]
     return dict(zip(positions.tolist(), to_tensors(np.stack(pixels)), strict=True))
@@ -97,6 +102,13 @@ def assert_same(found, other):
     assert all(torch.equal(found[position], other[position]) for position in found)
 
 
+DECODINGS = {
+    "image_folder": {"decoder": "torchvision", "crop_pct": 0.8},
+    "parquet": {"crop_pct": 0.8},
+    "webdataset": {"decoder": "auto", "decode_size": SIZE},
+}
+
+
 @pytest.mark.parametrize("augment", [EVERYTHING, UNCROPPED], ids=["everything", "uncropped"])
 @pytest.mark.parametrize("name", ["image_folder", "parquet", "webdataset"])
 def test_both_feeds_give_what_the_function_makes_of_each_position(roots, monkeypatch, name, augment):
@@ -104,8 +116,8 @@ def test_both_feeds_give_what_the_function_makes_of_each_position(roots, monkeyp
     monkeypatch.setattr(ftexp.data.feeds.cached, "_FILES", 5)
     layouts = roots / name
     window = {"shuffle_window": 2} if name == "parquet" else {}
-    streaming = bundle_of(name, layouts, "streaming", augment, **window)
-    cached = bundle_of(name, layouts, "cached", augment)
+    streaming = bundle_of(name, layouts, "streaming", augment, **window, **DECODINGS[name])
+    cached = bundle_of(name, layouts, "cached", augment, **DECODINGS[name])
     assert (streaming.feed, cached.feed, list(cached.datasets)) == ("streaming", "cached", ["val", "test"])
     wanted = expected(cached, augment)
     assert_same(by_position(streaming, augment, 1), wanted)
@@ -121,7 +133,7 @@ def test_pictures_of_a_source_in_memory_are_cropped_too():
     pictures, found = PictureAugment(augment, SEED, bundle.info.fit), by_position(bundle, augment, 1)
     _, to_tensors = feed_of(bundle, augment)
     for position, sample in enumerate(samples.tolist()):
-        pixels = pictures(as_picture(whole["image"][sample], bundle.info.fit), position)
+        pixels = pictures(as_sample(whole["image"][sample], bundle.info.fit).picture, position)
         assert torch.equal(to_tensors(np.stack([pixels]))[0], found[position])
     assert len(bundle.streams["train"]) == len(whole["label"])
 

@@ -42,6 +42,9 @@ class Unreadable:
     def open(self, requests):
         return contextlib.nullcontext(self.take)
 
+    def costs_ms(self):
+        return {}
+
     def take(self, samples):
         taken, readable = self._rows.take(samples), ~np.isin(samples, self._unreadable)
         return Taken(taken.images * readable[:, None, None, None], taken.labels, None if readable.all() else readable)

@@ -103,15 +103,15 @@ def write_shard(path, entries, kind=tarfile.USTAR_FORMAT):
     return path
 
 
-def tar_sample(name, pixels, label, extension="png"):
+def tar_sample(name, pixels, label, extension="png", content=None):
     """The two entries of a shard that make a sample."""
     kind = {"png": "PNG", "bmp": "BMP"}[extension.lower()]
-    return [(f"{name}.{extension}", encoded(pixels, kind)), (f"{name}.cls", str(label).encode())]
+    return [(f"{name}.{extension}", content or encoded(pixels, kind)), (f"{name}.cls", str(label).encode())]
 
 
-def write_layouts(folder, images, labels):
+def write_layouts(folder, images, labels, as_file=encoded):
     """The same images in every layout, in a folder named after it; neither shards nor row groups are of one size."""
-    content, num_images = [encoded(pixels) for pixels in images], len(images)
+    content, num_images = [as_file(pixels) for pixels in images], len(images)
     for number, png in enumerate(content):
         put(folder / "image_folder" / str(labels[number]) / f"{number:02}.png", png)
     lines = [f"image_folder/{label}/{number:02}.png,{label}" for number, label in enumerate(labels)]
@@ -119,5 +119,9 @@ def write_layouts(folder, images, labels):
     first = num_images * 3 // 5
     for part, (start, end) in enumerate([(0, first), (first, first + 1), (first + 1, num_images)]):
         write_parquet(folder / "parquet" / f"{part}.parquet", content[start:end], labels[start:end], row_group_size=5)
-        entries = [entry for n in range(start, end) for entry in tar_sample(f"{n:02}", images[n], labels[n])]
+        entries = [
+            entry
+            for n in range(start, end)
+            for entry in tar_sample(f"{n:02}", images[n], labels[n], content=content[n])
+        ]
         write_shard(folder / "webdataset" / f"{part}.tar", entries)

@@ -153,3 +153,12 @@ def test_evaluation_sees_each_sample_once_by_both_feeds(blocks, batch, world):
                 seen += [pixels.numpy().tobytes() for pixels in images]
         expected = [TO_TENSORS(image(sample)[None])[0].numpy().tobytes() for sample in range(int(sizes.sum()))]
         assert sorted(seen) == sorted(expected)
+
+
+def test_what_tasks_took_for_a_sample_is_returned_once():
+    rows = streamed_rows(9)
+    assert len(list(evaluation_batches(rows, TO_TENSORS, 4, 0, 1))) == 3
+    costs = rows.costs_ms()
+    assert list(costs) == ["read_ms", "decode_ms", "crop_ms", "augment_ms"]
+    assert costs["decode_ms"] > costs["augment_ms"] == 0
+    assert rows.costs_ms() == cached_rows(np.array([9])).costs_ms() == {}

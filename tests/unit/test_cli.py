@@ -251,6 +251,21 @@ WRONG = {
         "augment.vflip=0.5: for grey or RGB, and data.channels=4",
     ),
     "evaluation's crop of what is in memory": ("data.crop_pct=0.9", "crop_pct=0.9 is not used by data.name=digits"),
+    "CPUs to decode what is in memory": ("data.decode_cpus=2", "decode_cpus=2 is not used by data.name=digits"),
+    "decoder misspelt": ("data=parquet data.root=. data.decoder=pilow", "torchvision, pillow", "mean 'pillow'?"),
+    "decoder of what is in memory": ("data.decoder=pillow data.bit_depth=8", "bit_depth=8 is not used by", "digits"),
+    "background misspelt": ("data=parquet data.root=. data.background=wite", "background=wite is no colour", "#rrggbb"),
+    "background that is transparent": (
+        "data=parquet data.root=. data.background=#ffffff80", "data.background=#ffffff80 is no colour",
+    ),
+    "17 bits of 16": ("data=parquet data.root=. data.bit_depth=17", "bit_depth=17 is out of range", "at most 16"),
+    "size for parts of whole images": (
+        "data=parquet data.root=. augment=none data.decode_size=500", "data.decode_size=500 is for augment.crop",
+    ),
+    "parts smaller than what models see": (
+        "data=parquet data.root=. augment=none augment.crop=rrc data.decode_size=100", "data.decode_size=100",
+        "at least data.image_size=224",
+    ),
     "evaluation's crop too large": (
         "data=image_folder data.root=. data.crop_pct=1.2", "data.crop_pct=1.2 is out of range", "at most 1",
     ),

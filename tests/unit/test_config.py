@@ -217,6 +217,10 @@ def test_augmentation_follows_the_data(data):
     assert composed(f"data={data}").augment == AugmentConfig(**written)
 
 
+def test_cpus_that_change_images_of_a_source_in_memory_may_be_counted():
+    validate(composed("data=digits", "augment.vflip=0.5", "data.decode_cpus=2"))
+
+
 def test_augment_none_wins_over_the_datas_own():
     for words in (["data=cifar10", "augment=none"], ["augment=none", "data=cifar10"]):
         assert composed(*words).augment == AugmentConfig()

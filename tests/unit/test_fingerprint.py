@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from ftexp.config.fingerprint import differences, fingerprint
+from ftexp.config.fingerprint import as_begun, differences, fingerprint
 from ftexp.config.masking import masked
 from ftexp.config.schema import Config
 from ftexp.errors import ConfigError
@@ -28,6 +28,11 @@ DEFINING = {
     "data.crop_pct": 0.9,
     "data.crop_mode": "squash",
     "data.interpolation": "bilinear",
+    "data.decoder": "torchvision",
+    "data.decode_size": 500,
+    "data.exif_orientation": True,
+    "data.background": "white",
+    "data.bit_depth": 12,
     "data.val_fraction": 0.3,
     "data.test_fraction": 0.3,
     "data.split_seed": 1,
@@ -201,6 +206,51 @@ def test_a_run_from_before_there_was_a_key_has_its_default():
         "augment.mixup_alpha was 0.0, and is 0.8 now",
         "train.freeze.head was None, and is 2 now",
     ]
+
+
+NEW = {"data.decoder": "auto", "data.exif_orientation": True, "data.background": "white"}  # as group files have it
+OLD = {"decoder": "pillow", "exif_orientation": False, "background": None}
+
+
+def decoding(made):
+    return {name: getattr(made.data, name) for name in OLD}
+
+
+def test_a_new_run_records_the_decoder_that_auto_stands_for():
+    made, older = as_begun(config(**NEW), None, [])
+    assert (made.data.decoder, older) == ("torchvision", [])
+    assert fingerprint(config(**NEW)) == fingerprint(made)
+    assert fingerprint(made)["data.decoder"] == "torchvision"
+
+
+def test_a_run_from_before_images_were_decoded_otherwise_resumes_by_the_same_overrides():
+    recorded = {key: value for key, value in fingerprint(config()).items() if key not in NEW}
+    made, older = as_begun(config(**NEW), recorded, ["data.root=photos"])
+    assert decoding(made) == OLD
+    assert older == list(NEW)
+    differences(recorded, fingerprint(made), "here")
+
+
+def test_a_run_that_recorded_how_it_decodes_is_compared_by_that():
+    recorded = fingerprint(config(**{**NEW, "data.background": "black"}))
+    made, older = as_begun(config(**NEW), recorded, [])
+    assert decoding(made) == {"decoder": "torchvision", "exif_orientation": True, "background": "white"}
+    assert older == []
+    with pytest.raises(ConfigError, match=r"data\.background was 'black', and is 'white' now"):
+        differences(recorded, fingerprint(made), "here")
+
+
+def test_auto_stays_the_decoder_that_a_run_began_with():
+    recorded = fingerprint(config())
+    made, older = as_begun(config(**{"data.decoder": "auto"}), recorded, ["data.decoder=auto"])
+    assert (made.data.decoder, older) == ("pillow", [])
+
+
+def test_what_is_typed_of_decoding_is_never_replaced():
+    recorded = {key: value for key, value in fingerprint(config()).items() if key not in NEW}
+    made, _ = as_begun(config(**{"data.decoder": "torchvision"}), recorded, ["++data.decoder=torchvision"])
+    with pytest.raises(ConfigError, match=r"data\.decoder was 'pillow', and is 'torchvision' now"):
+        differences(recorded, fingerprint(made), "here")
 
 
 def test_a_fingerprint_survives_json():

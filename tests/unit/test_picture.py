@@ -29,7 +29,7 @@ from torchvision.transforms import Compose
 from ftexp.config.schema import CROP_MODES, INTERPOLATIONS, AugmentConfig
 from ftexp.data.augment.picture import PictureAugment, blurred, jitters, strengths
 from ftexp.data.cropping import Fit, RandomCrop, fitted
-from ftexp.data.feeds.decoding import as_picture
+from ftexp.data.feeds.decoding import as_sample
 from ftexp.data.order import derive_seed
 
 SIZE, MEAN = 24, (0.2, 0.4, 0.6)
@@ -201,7 +201,8 @@ def test_auto_augment_has_an_answer_at_each_of_3_000_positions(words, channels):
 @pytest.mark.parametrize(("config", "turned"), [({"hflip": 1.0}, F.hflip), ({"vflip": 1.0}, F.vflip)])
 def test_flips_mirror_the_fitted_picture(config, turned):
     image = picture(40, 30)
-    np.testing.assert_array_equal(augmented(image, 3, **config), np.asarray(turned(fitted(image, FIT))))
+    whole = Image.fromarray(fitted(image, FIT))
+    np.testing.assert_array_equal(augmented(image, 3, **config), np.asarray(turned(whole)))
 
 
 @pytest.mark.parametrize("name", ["hflip", "vflip", "grayscale", "gaussian_blur"])
@@ -297,7 +298,7 @@ def test_100_decoded_and_augmented_pictures_have_the_pixels_that_they_had():
     photos = [(Path(sklearn.datasets.__file__).parent / "images" / name).read_bytes() for name in PHOTOS]
     augment, digest = PictureAugment(EVERYTHING, 1, FIT), hashlib.sha256()
     for position in range(100):
-        digest.update(augment(as_picture(photos[position % 2], FIT), position).tobytes())
+        digest.update(augment(as_sample(photos[position % 2], FIT).picture, position).tobytes())
     assert digest.hexdigest() == "3988a0ed99cbba204f73375f86f5a32b799d103025293e55b756061e9e172676"
 
 

@@ -34,6 +34,8 @@ PLAN = PredictionPlan("run", "step_1", "raw", "abc", {"name": "image_folder", "r
     ("word", "told"),
     [
         ("data.image_size=64", "the model was trained on such images"),
+        ("data.decoder=pillow", "the model was trained on such images"),
+        ("data.crop_pct=0.9", "the model was trained on such images"),
         ("data.on_bad_sample=fail", "is for training"),
         ("data.feed=cached", "is for training"),
         ("scaling.backend=gloo", "of scaling, give num_workers"),
@@ -94,8 +96,9 @@ def test_a_run_that_was_moved_goes_on(tmp_path):
     assert begin(out, PredictionPlan(**{**vars(PLAN), "run": "elsewhere"})) == [0, 1, 2]
 
 
-def test_predictions_from_before_the_crop_could_be_chosen_go_on_if_it_is_as_it_was(tmp_path):
+def test_predictions_from_before_crop_and_decoder_could_be_chosen_go_on_if_they_are_as_they_were(tmp_path):
     out, before = Storage.at(str(tmp_path)), {"crop_pct": None, "crop_mode": "center", "interpolation": "bicubic"}
+    before |= {"decoder": "pillow", "exif_orientation": False, "background": None, "bit_depth": 16}
     begin(out, PLAN)
 
     assert begin(out, PredictionPlan(**{**vars(PLAN), "data": {**PLAN.data, **before}})) == [0, 1, 2]

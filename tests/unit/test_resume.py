@@ -17,6 +17,7 @@ from ftexp.config.schema import Config
 from ftexp.data.info import DataInfo
 from ftexp.driver.resume import (
     changes,
+    decoding_as_begun,
     located,
     open_run,
     repeated_samples,
@@ -145,6 +146,38 @@ def test_a_run_that_is_defined_otherwise_is_refused_with_the_differences(run_dir
     first, *changed = str(refused.value).splitlines()
     assert first.startswith(f"{run_dir.uri} holds a run that is defined otherwise; choose another run.name")
     assert changed == ["optim.lr was 0.1, and is 0.2 now", "seed was 0, and is 3 now"]
+
+
+FILES_NOW = ("data=image_folder", "data.root=photos", "model=resnet18", "optim=sgd")
+
+
+def decoding(made):
+    return made.data.decoder, made.data.exif_orientation, made.data.background
+
+
+def test_a_run_from_before_there_were_decoders_goes_on_with_pillow_and_says_so(run_dir, capsys):
+    new = composed(*FILES_NOW)
+    younger = ("data.decoder", "data.exif_orientation", "data.background")
+    recorded = {key: value for key, value in fingerprint(new).items() if key not in younger}
+    note(run_dir, fingerprint=recorded, step=3)
+    made = decoding_as_begun(new, run_dir, FILES_NOW)
+    assert decoding(made) == ("pillow", False, None)
+    assert open_run(made, run_dir, "first").step == 3
+    keys = "data.decoder, data.exif_orientation, data.background"
+    assert capsys.readouterr().err == f"ftexp: the run is older than {keys}: images are decoded as before\n"
+
+
+@pytest.mark.parametrize("leave", [note, lambda run_dir, **_: save(run_dir, 3)])
+def test_auto_is_what_a_run_recorded_in_run_json_or_a_checkpoint(run_dir, leave, capsys):
+    leave(run_dir, step=3)
+    made = dataclasses.replace(config(), data=dataclasses.replace(config().data, decoder="auto"))
+    assert decoding_as_begun(made, run_dir, ["data.decoder=auto"]).data.decoder == "pillow"
+    assert capsys.readouterr().err == ""
+
+
+def test_auto_is_torchvision_for_a_new_run(run_dir, capsys):
+    assert decoding(decoding_as_begun(composed(*FILES_NOW), run_dir, FILES_NOW)) == ("torchvision", True, "white")
+    assert capsys.readouterr().err == ""
 
 
 def test_where_run_json_is_lost_the_newest_checkpoint_tells_what_the_run_is(run_dir):

@@ -108,8 +108,9 @@ def test_a_run_that_went_back_tells_no_speed(clock):
     assert stopwatch.take(32) == {}
 
 
-def test_points_tell_of_speed_and_checkpoints_do_not():
+def test_points_tell_of_speed_and_checkpoints_do_not(monkeypatch):
     job = make_job()
+    monkeypatch.setattr(job.data.rows["train"], "costs_ms", lambda: {"decode_ms": 1.5})
     fed = job.stopwatch.feeding((b for b in job.data.feed.from_position(0)), lambda: job.progress.position)
     job.data.feed = SimpleNamespace(from_position=lambda _: fed)
     train(job)
@@ -117,7 +118,8 @@ def test_points_tell_of_speed_and_checkpoints_do_not():
     (point,) = [sent.values for sent in job.channel.points()]
     assert set(SPEEDS) - {"mfu"} <= point.keys()
     assert min(point[f"{section}_ms"] for section in (FORWARD, BACKWARD, OPTIMIZER)) > 0
-    assert not set(SPEEDS) & job.progress.metrics.keys()
+    assert point["decode_ms"] == 1.5
+    assert not {*SPEEDS, "decode_ms"} & job.progress.metrics.keys()
 
 
 def test_flops_are_those_of_the_layers():

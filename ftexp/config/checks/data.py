@@ -23,7 +23,9 @@ def check_data(config: Config) -> Iterator[str]:
     else:
         used = SOURCE_FIELDS[data.name]
         defaults = {field.name: field for field in dataclasses.fields(data)}
-        for name in sorted(_SOURCE_ONLY - set(used)):
+        # images of a source in memory aren't decoded, but tasks may change them
+        free = {"decode_cpus"} if config.augment.changes_pictures else set()
+        for name in sorted(_SOURCE_ONLY - set(used) - free):
             field, value = defaults[name], getattr(data, name)
             default = field.default_factory() if callable(field.default_factory) else field.default
             if value != default:
@@ -32,6 +34,7 @@ def check_data(config: Config) -> Iterator[str]:
             yield f"data.feed=streaming: data.name={data.name} is in memory as a whole; take data.feed=cached"
         if "root" in used and data.root is None:
             yield f"data.root is not set: data.name={data.name} reads files, so say where they are"
+    yield from _decoding_problems(config)
     for name in ("mean", "std"):
         values = getattr(data, name)
         if len(values) != data.channels:
@@ -53,3 +56,28 @@ def check_data(config: Config) -> Iterator[str]:
         )
     if config.augment.pad_px >= data.image_size:
         yield f"augment.pad_px={config.augment.pad_px} must be below data.image_size={data.image_size}"
+
+
+def _decoding_problems(config: Config) -> Iterator[str]:
+    data = config.data
+    if data.decode_size is not None and config.augment.crop == "none":
+        yield (
+            f"data.decode_size={data.decode_size} is for augment.crop, which cuts out parts of images: take it out. "
+            "Images that are fitted as a whole are decoded at the size that this takes"
+        )
+    if data.decode_size is not None and data.decode_size < data.image_size:
+        yield (
+            f"data.decode_size={data.decode_size} must be at least data.image_size={data.image_size}: else even the "
+            "whole of an image is enlarged"
+        )
+    if data.background is not None and data.background != "white" and not _is_colour(data.background):
+        yield f"data.background={data.background} is no colour: give a name such as white, #rrggbb, or null"
+
+
+def _is_colour(text: str) -> bool:
+    from PIL import ImageColor  # by a name that Pillow knows
+
+    try:
+        return len(ImageColor.getrgb(text)) == 3
+    except ValueError:
+        return False

@@ -1,7 +1,7 @@
 """Augmentation of one picture where it is decoded, in timm's order: crop, flips, auto_augment, colour, grey, blur.
 
 What becomes of it depends on (seed, position) and the picture only. Everything draws from one stream of that position,
-as timm's transforms draw from the global generators. torch isn't imported.
+as timm's transforms draw from the global generators. torch isn't imported, unless that is how the picture is scaled.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from PIL import Image, ImageEnhance
 
 from ftexp.config.schema import AugmentConfig
 from ftexp.data.augment.auto_augment import AutoAugment, hparams_of
-from ftexp.data.cropping import RESAMPLING, Fit, RandomCrop, fitted
+from ftexp.data.cropping import Fit, RandomCrop, fitted
+from ftexp.data.decoder import RESAMPLING, Picture, UInt8s, as_pillow, pixels_of
 from ftexp.data.order import derive_seed
-from ftexp.data.sources.arrays import UInt8s
 
 _STREAM = 0x706963  # keeps these draws apart from other uses of the run's seed
 _SCALES = {"rrc": (0.08, 1.0), "rkrc": (0.8, 1.0), "rkrr": (0.8, 1.0)}  # timm's defaults
@@ -31,7 +31,7 @@ _TAP_UNIT = 2.0**-22
 
 
 class PictureAugment:
-    """Pillow images of one or three channels and any size -> uint8 [size, size, channels], by position."""
+    """Pictures of one or three channels and any size -> uint8 [size, size, channels], by position."""
 
     def __init__(self, config: AugmentConfig, seed: int, fit: Fit) -> None:
         """`fit` is what a whole picture is fitted to where `config.crop` is none."""
@@ -42,25 +42,49 @@ class PictureAugment:
         self._draws = random.Random() if self._auto_augment is None else self._auto_augment.draws
         self._jitter = strengths(config.color_jitter)
 
-    def __call__(self, image: Image.Image, position: int) -> UInt8s:
-        """Return the picture as the training step at `position` gets it."""
-        config, draws = self._config, self._draws
+    @property
+    def crops(self) -> bool:
+        """Whether a part of the picture is cut out, so that it is wanted in its own size."""
+        return self._crop is not None
+
+    def __call__(self, picture: Picture, position: int, is_fitted: bool = False) -> UInt8s:
+        """Return the picture as the training step at `position` gets it. is_fitted: it is of the final size already."""
+        self.seed(position)
+        return self.changed(self.cropped(picture, is_fitted))
+
+    def seed(self, position: int) -> None:
+        """Begin the stream of draws of a position, for `cropped` and then `changed`: `__call__` in its parts."""
         seed = derive_seed(self._seed, position)
-        self._auto_augment.seed(seed) if self._auto_augment is not None else draws.seed(seed)
-        image = fitted(image, self._fit) if self._crop is None else self._crop(image, draws)
+        self._auto_augment.seed(seed) if self._auto_augment is not None else self._draws.seed(seed)
+
+    def cropped(self, picture: Picture, is_fitted: bool = False) -> UInt8s:
+        """Crop the picture, or fit it, to the final size: [size, size, channels]."""
+        if self._crop is not None:
+            return self._crop(picture, self._draws)
+        return pixels_of(picture) if is_fitted else fitted(picture, self._fit)
+
+    def changed(self, pixels: UInt8s) -> UInt8s:
+        """Do what follows the crop."""
+        config = self._config
         if self._happens(config.hflip):
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            pixels = pixels[:, ::-1]
         if self._happens(config.vflip):
-            image = image.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
+            pixels = pixels[::-1]
+        if self._auto_augment is not None or self._jitter or config.grayscale:
+            pixels = pixels_of(self._recoloured(as_pillow(pixels)))
+        if self._happens(config.gaussian_blur):
+            return blurred(pixels, self._draws.uniform(*_BLUR_SIGMAS))
+        return pixels
+
+    def _recoloured(self, image: Image.Image) -> Image.Image:
+        """What only Pillow does: auto_augment, colour and grey."""
+        config = self._config
         if self._auto_augment is not None:
             image = self._auto_augment(image)
         if self._jitter and (config.color_jitter_prob is None or self._happens(config.color_jitter_prob)):
-            for change in jitters(self._jitter, draws):
+            for change in jitters(self._jitter, self._draws):
                 image = change(image)
-        if self._happens(config.grayscale):
-            image = image.convert("L").convert(image.mode)
-        pixels = np.asarray(image, np.uint8).reshape(self._fit.size, self._fit.size, self._fit.channels)
-        return blurred(pixels, draws.uniform(*_BLUR_SIGMAS)) if self._happens(config.gaussian_blur) else pixels
+        return image.convert("L").convert(image.mode) if self._happens(config.grayscale) else image
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle what it is made of: generators and a module stay where they are."""

@@ -9,21 +9,22 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import ray.data
-from PIL import Image
 
 from ftexp.config.schema import AugmentConfig, DataConfig
-from ftexp.data.cropping import Fit, fitted
+from ftexp.data.cropping import Fit
+from ftexp.data.decoder import Decoding, Picture, on_one_thread, size_of
 from ftexp.data.feeds.decoding import (
     Decode,
     Outcome,
-    as_picture,
+    Sample,
+    Stored,
     bad_sample,
     decoding,
     each_sample,
@@ -44,10 +45,12 @@ _FILES = 64  # decoded by one task
 _PROBED = 16  # pictures whose size tells how much memory all take
 
 
-def decoded_bundle(config: DataConfig, listing: Listing, augment: AugmentConfig) -> DataBundle:
+def decoded_bundle(
+    config: DataConfig, listing: Listing, augment: AugmentConfig, runtime_env: Mapping[str, Any] | None = None
+) -> DataBundle:
     """Decode every split into the object store, and deal with what can't be decoded as `data.on_bad_sample` says.
 
-    augment: decides what is kept of train's pictures.
+    augment: decides what is kept of train's pictures. runtime_env: see `decoding`.
     """
     splits = listing.splits(config, listing.readers)
     info = make_info(config, listing.class_names, {name: split.num_samples for name, split in splits.items()})
@@ -55,7 +58,7 @@ def decoded_bundle(config: DataConfig, listing: Listing, augment: AugmentConfig)
     if augment.changes_pictures:
         stages["train"] = functools.partial(DecodePictures, keep_size=augment.crop != "none")
     decoded = {
-        name: decoding(split, info, _whole_blocks(split), config.decode_cpus, stages[name]).materialize()
+        name: decoding(split, info, _whole_blocks(split), config.decode_cpus, stages[name], runtime_env).materialize()
         for name, split in splits.items()
         if len(split)
     }
@@ -75,7 +78,7 @@ def decoded_bundle(config: DataConfig, listing: Listing, augment: AugmentConfig)
     datasets = {name: decoded.get(name) or ray.data.from_items([]) for name in splits}
     pictures = None
     if augment.changes_pictures and "train" in decoded:
-        pictures = stored_pictures(datasets.pop("train"), info.channels)
+        pictures = stored_pictures(datasets.pop("train"), info.channels, is_final=augment.crop == "none")
     info = make_info(config, listing.class_names, sizes, **listing.facts(splits) | {"bad_samples": bad})
     return DataBundle(datasets, info, splits, blocks, pictures=pictures)
 
@@ -103,15 +106,16 @@ class DecodePictures:
     def __call__(self, batch: dict[str, Int64s]) -> pa.Table:
         """Decode a block of samples; `error` is as that of `ftexp.data.feeds.decoding.Decode`."""
         samples = batch["sample"]
-        pixels, heights, outcome = [b""] * len(samples), [0] * len(samples), Outcome([], [])
-        for row, image in each_sample(self.split, samples, self._read, outcome):
-            pixels[row], heights[row] = image.tobytes(), image.height
+        pixels, heights, outcome = [b""] * len(samples), [0] * len(samples), Outcome.of(len(samples))
+        with on_one_thread(self.fit.decoding.decoder):
+            pictures = each_sample(self.split, samples, self.fit, not self.keep_size, self._finish, outcome)
+            for row, picture in pictures:
+                pixels[row], heights[row] = picture.tobytes(), size_of(picture)[1]
         _, labels = self.split.table.get()
         return _table(pixels, heights, labels[samples], samples, outcome.errors)
 
-    def _read(self, value: Any) -> Image.Image:
-        image = as_picture(value, self.fit)
-        return image if self.keep_size else fitted(image, self.fit)
+    def _finish(self, sample: Sample) -> Picture:
+        return sample.picture if self.keep_size else sample.image(self.fit)
 
 
 def _of_arrays(batch: dict[str, Any]) -> pa.Table:
@@ -125,16 +129,17 @@ def mean_pixels(config: DataConfig, listing: Listing) -> int:
     reader = listing.single_readers.get("train", listing.readers["train"])
     num_items = len(listing.labels["train"])
     items = np.arange(num_items)[:: max(1, num_items // _PROBED)][:_PROBED]
-    found: list[int] = ray.get(ray.remote(_sizes).remote(reader, items))
+    decoding = Decoding(config.decoder_name, config.decode_size)
+    found: list[int] = ray.get(ray.remote(_sizes).remote(reader, items, decoding))
     return sum(found) // len(found) if found else config.image_size**2
 
 
-def _sizes(reader: Reader, items: Int64s) -> list[int]:
+def _sizes(reader: Reader, items: Int64s, decoding: Decoding) -> list[int]:
     sizes = []
     for item in items:
         for _, get in reader(np.array([item])):
             with contextlib.suppress(Exception):  # decoding it will tell
-                sizes.append(num_pixels(get()))
+                sizes.append(num_pixels(get(), decoding))
     return sizes
 
 
@@ -154,18 +159,21 @@ def _table(
 
 def array_pictures(dataset: Dataset, channels: int) -> IndexedSplit:
     """The pictures of a cached split, with the columns that `DataBundle` tells of."""
-    return stored_pictures(dataset.map_batches(_of_arrays, batch_size=None).materialize(), channels)
+    return stored_pictures(dataset.map_batches(_of_arrays, batch_size=None).materialize(), channels, is_final=True)
 
 
-def stored_pictures(dataset: Dataset, channels: int) -> IndexedSplit:
-    """A split of the good samples of `DecodePictures`' materialised blocks, in the order of their numbers."""
+def stored_pictures(dataset: Dataset, channels: int, is_final: bool) -> IndexedSplit:
+    """A split of the good samples of `DecodePictures`' materialised blocks, in the order of their numbers.
+
+    is_final: whether they are of the size that models see.
+    """
     refs = dataset.to_arrow_refs()
     facts = ray.remote(_facts)
     blocks = ray.get([facts.remote(ref) for ref in refs])
     samples, labels, good = (np.concatenate(column) for column in zip(*blocks, strict=True))
     in_order = np.flatnonzero(good)[np.argsort(samples[good], kind="stable")]  # blocks may come in any order
     first_items = np.cumsum([0, *(len(block[0]) for block in blocks)])[:-1]
-    reader = StoredPictures(Shared((first_items, refs)), channels)
+    reader = StoredPictures(Shared((first_items, refs)), channels, is_final)
     return IndexedSplit(len(in_order), reader, Shared((in_order, labels[in_order])), None)
 
 
@@ -180,6 +188,7 @@ class StoredPictures:
 
     blocks: Shared[tuple[Int64s, list[ray.ObjectRef]]]
     channels: int
+    is_final: bool
 
     def __call__(self, items: Int64s) -> Iterator[Raw]:
         """Yield a number for a place, and how to get the picture."""
@@ -191,7 +200,6 @@ class StoredPictures:
             row = item - int(first_items[number])
             yield f"cached image {item}", functools.partial(self._picture, tables[number], row)
 
-    def _picture(self, table: pa.Table, row: int) -> Image.Image:
+    def _picture(self, table: pa.Table, row: int) -> Stored:
         flat = np.frombuffer(table["pixels"][row].as_buffer(), np.uint8)
-        height = table["height"][row].as_py()
-        return Image.fromarray(flat.reshape(height, -1) if self.channels == 1 else flat.reshape(height, -1, 3))
+        return Stored(flat.reshape(table["height"][row].as_py(), -1, self.channels), self.is_final)

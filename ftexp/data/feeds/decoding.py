@@ -2,67 +2,46 @@
 
 from __future__ import annotations
 
-import functools
-import io
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import ray.data
-from PIL import Image, UnidentifiedImageError
 from ray.data import TaskPoolStrategy
 
 from ftexp.config.schema import DataConfig
 from ftexp.data.augment.picture import PictureAugment
 from ftexp.data.cropping import Fit, fitted
+from ftexp.data.decoder import Decoding, Picture, Traits, UInt8s, on_one_thread, pixels_of
 from ftexp.data.info import BadSample, DataInfo, IndexedSplit
 from ftexp.data.order import Int64s
-from ftexp.data.sources.arrays import UInt8s
 from ftexp.errors import DataError
 
 if TYPE_CHECKING:
     from ray.data import Dataset
 
+PARTS = ("read", "decode", "crop", "augment")  # of making a sample; crop: or fit
 _NUM_BAD_SHOWN = 10
 
+Floats = npt.NDArray[np.float32]
 T = TypeVar("T")
 
 
-def num_pixels(value: Any) -> int:
-    """Return how many pixels an image has, as a source gives it; of an encoded one, only the head is read."""
+def num_pixels(value: Any, decoding: Decoding) -> int:
+    """Return how many pixels an image keeps, as a source gives it; of an encoded one, only the head is read."""
     encoded: Any = value.get("bytes") if isinstance(value, dict) else value
-    if not isinstance(encoded, bytes):
-        return int(np.prod(np.shape(encoded)[:2]))
-    with _opened(encoded) as image:
-        return image.width * image.height
-
-
-def open_picture(encoded: bytes, channels: int) -> Image.Image:
-    """Decode anything Pillow reads, in its own size."""
-    with _opened(encoded) as opened:
-        readable = opened if opened.mode[0] not in "IF" else Image.fromarray(_high_bytes(opened))
-        return readable.convert({1: "L", 3: "RGB", 4: "RGBA"}[channels])
-
-
-def _opened(encoded: bytes) -> Image.Image:
-    try:
-        return Image.open(io.BytesIO(encoded))
-    except UnidentifiedImageError:  # Pillow's own words name an address in memory, another one each time
-        raise UnidentifiedImageError("no format that Pillow reads") from None
-
-
-def _high_bytes(image: Any) -> UInt8s:
-    """16-bit grey as 8-bit; Pillow's own conversion cuts everything above 255 off."""
-    if not image.mode.startswith("I;16"):
-        raise ValueError(f"pixels of Pillow's mode {image.mode}, whose range isn't known")
-    return (np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8)
+    return decoding.num_pixels(encoded) if isinstance(encoded, bytes) else int(np.prod(np.shape(encoded)[:2]))
 
 
 @dataclass(frozen=True)
 class Decode:
     """A map stage of Ray Data: {"sample": [n]} -> image, label, sample, and an error where there is no image.
+
+    Besides traits, see `Traits`, and cost: milliseconds of each of PARTS.
 
     With `augment`, which also needs {"position": [n]}, an image is what the step at its position trains on.
     """
@@ -76,34 +55,66 @@ class Decode:
         samples = batch["sample"]
         images, outcome = decode_samples(self.split, samples, self.fit, self.augment, batch.get("position"))
         _, labels = self.split.table.get()
-        return {"image": images, "label": labels[samples], "sample": samples, "error": np.array(outcome.errors)}
+        columns = {"traits": np.array(outcome.traits, np.uint8), "cost": outcome.costs}
+        return {
+            "image": images,
+            "label": labels[samples],
+            "sample": samples,
+            "error": np.array(outcome.errors),
+            **columns,
+        }
 
 
-class Outcome(NamedTuple):
-    """Where samples are, and why some can't be read."""
+@dataclass(frozen=True)
+class Outcome:
+    """Where samples are, why some can't be read, what was found in the others, and what they took."""
 
     places: list[str]
     reasons: list[str]  # why one can't be read; "": it can
+    traits: list[Traits]
+    costs: Floats  # [samples, PARTS], milliseconds; 0 throughout of what can't be read
+
+    @classmethod
+    def of(cls, num_samples: int) -> Outcome:
+        """Nothing known yet."""
+        return cls([], [], [], np.zeros((num_samples, len(PARTS)), np.float32))
 
     @property
     def errors(self) -> list[str]:
-        """Both in one, for a column: see `bad_sample`."""
-        return [f"{where}\n{reason}" if reason else "" for where, reason in zip(*self, strict=True)]
+        """Where and why in one, for a column: see `bad_sample`."""
+        return [f"{where}\n{why}" if why else "" for where, why in zip(self.places, self.reasons, strict=True)]
 
 
 def each_sample(
-    split: IndexedSplit, samples: Int64s, read: Callable[[Any], T], outcome: Outcome
+    split: IndexedSplit,
+    samples: Int64s,
+    fit: Fit,
+    is_whole: bool,
+    finish: Callable[[Sample], T],
+    outcome: Outcome,
 ) -> Iterator[tuple[int, T]]:
-    """Yield each sample's row with what `read` makes of it, but for those that can't be read; add to `outcome`."""
+    """Yield each sample's row with what `finish` makes of it, but for those that can't be read; add to `outcome`.
+
+    is_whole: see `as_sample`.
+    """
     items, _ = split.table.get()
     for row, (where, get) in enumerate(split.read(items[samples])):
         outcome.places.append(where)
+        laps = [time.perf_counter()]
         try:
-            found = read(get())
+            value = get()
+            laps.append(time.perf_counter())
+            sample = as_sample(value, fit, is_whole)
+            laps.append(time.perf_counter())
+            found = finish(sample)
         except Exception as error:  # whatever a codec raises on bytes from outside; recorded, never dropped
             outcome.reasons.append(f"{type(error).__name__}: {error}")
+            outcome.traits.append(Traits(0))
             continue
+        laps.append(time.perf_counter())
+        outcome.costs[row, : len(laps) - 1] = 1000 * np.diff(laps)
         outcome.reasons.append("")
+        outcome.traits.append(sample.traits)
         yield row, found
 
 
@@ -119,14 +130,25 @@ def decode_samples(
     Whole pictures are fitted, or else changed by `augment` as `positions` say.
     """
     images = np.zeros((len(samples), fit.size, fit.size, fit.channels), np.uint8)
-    outcome = Outcome([], [])
-    if augment is None:
-        for row, image in each_sample(split, samples, functools.partial(as_image, fit=fit), outcome):
-            images[row] = image
-        return images, outcome
-    assert positions is not None, "they are asked for along with the samples"
-    for row, picture in each_sample(split, samples, functools.partial(as_picture, fit=fit), outcome):
-        images[row] = augment(picture, int(positions[row]))  # an error here is a bug, not a bad sample
+    outcome, is_whole = Outcome.of(len(samples)), augment is None or not augment.crops
+    with on_one_thread(fit.decoding.decoder):
+        if augment is None:
+            for row, image in each_sample(split, samples, fit, is_whole, lambda sample: sample.image(fit), outcome):
+                images[row] = image
+            return images, outcome
+        assert positions is not None, "they are asked for along with the samples"
+        for row, sample in each_sample(split, samples, fit, is_whole, lambda sample: sample, outcome):
+            laps = [time.perf_counter()]
+            try:
+                augment.seed(int(positions[row]))
+                pixels = augment.cropped(sample.picture, sample.is_final)
+                laps.append(time.perf_counter())
+                images[row] = augment.changed(pixels)
+            except Exception as error:  # a bug, not a bad sample
+                where, reason = outcome.places[row], f"{type(error).__name__}: {error}"
+                raise RuntimeError(f"{where}: augmenting it for position {positions[row]} failed: {reason}") from error
+            laps.append(time.perf_counter())
+            outcome.costs[row, -2:] = 1000 * np.diff(laps)
     return images, outcome
 
 
@@ -136,16 +158,21 @@ def decoding(
     units: Sequence[Mapping[str, Int64s]],
     concurrency: int | None = None,
     stage: Callable[[IndexedSplit, Fit], Callable[[dict[str, Int64s]], Any]] = Decode,
+    runtime_env: Mapping[str, Any] | None = None,
 ) -> Dataset:
     """A Ray Dataset that decodes samples on any node: a task and a block for each unit, in the order of `units`.
 
     units: the columns that `stage` takes, "sample" at least.
     stage: makes the map stage of a split, and of how it is fitted.
+    runtime_env: the tasks', where they aren't to have that of the process that asks for them.
     """
     most = min(concurrency, len(units)) if concurrency is not None else None  # Ray warns of tasks that can't all begin
     tables = [pa.table(dict(unit)) for unit in units]
     decode = stage(split, info.fit)
-    return ray.data.from_arrow(tables).map_batches(decode, batch_size=None, compute=TaskPoolStrategy(size=most))
+    options = {"runtime_env": dict(runtime_env)} if runtime_env else {}
+    return ray.data.from_arrow(tables).map_batches(
+        decode, batch_size=None, compute=TaskPoolStrategy(size=most), **options
+    )
 
 
 def bad_sample(error: str) -> BadSample:
@@ -165,23 +192,51 @@ def refuse_bad(config: DataConfig, bad: list[BadSample]) -> None:
     )
 
 
+@dataclass(frozen=True)
+class Stored:
+    """A picture that was decoded before, and lies in memory: [height, width, channels]."""
+
+    pixels: UInt8s
+    is_final: bool  # fitted already, or of a source whose images are of the final size
+
+
+class Sample(NamedTuple):
+    """An image as a source gives it, decoded."""
+
+    picture: Picture
+    is_final: bool  # of the size that models see, so that it isn't fitted
+    traits: Traits
+
+    def image(self, fit: Fit) -> UInt8s:
+        """The whole of it as models see it, [size, size, channels]."""
+        return pixels_of(self.picture) if self.is_final else fitted(self.picture, fit)
+
+
 def as_image(value: Any, fit: Fit) -> UInt8s:
     """An image as uint8 [size, size, channels], from encoded bytes, {"bytes": ...} or an array."""
-    image = fitted(as_picture(value, fit), fit)
-    return np.asarray(image, np.uint8).reshape(fit.size, fit.size, fit.channels)
+    return as_sample(value, fit).image(fit)
 
 
-def as_picture(value: Any, fit: Fit) -> Image.Image:
-    """An image as Pillow has it, of its own size; arrays must be of the final one."""
-    if isinstance(value, Image.Image):
-        return value
-    size, channels = fit.size, fit.channels
+def as_sample(value: Any, fit: Fit, is_whole: bool = True) -> Sample:
+    """An image, decoded, as the decoder has it; arrays must be of the final size.
+
+    is_whole: it is going to be fitted, so that it may be decoded at the size that this takes; else a part is cut out.
+    """
+    if isinstance(value, Stored):
+        return Sample(fit.decoding.picture(value.pixels), value.is_final, Traits(0))
     if isinstance(value, dict):
         value = value.get("bytes")
     if isinstance(value, bytes):
-        return open_picture(value, channels)
+        picture, traits = fit.decoding(value, fit.channels, fit.side if is_whole else None)
+        return Sample(picture, False, traits)
     if value is None:
         raise ValueError("no image")
+    return Sample(fit.decoding.picture(_checked(value, fit)), True, Traits(0))
+
+
+def _checked(value: Any, fit: Fit) -> UInt8s:
+    """An array of the final size; ValueError for any other."""
+    size, channels = fit.size, fit.channels
     pixels = np.asarray(value)
     if pixels.shape == (size, size) and channels == 1:
         pixels = pixels[..., None]
@@ -191,5 +246,4 @@ def as_picture(value: Any, fit: Fit) -> Image.Image:
         raise ValueError(f"pixels of type {pixels.dtype}, not whole numbers from 0 to 255")
     if pixels.min() < 0 or pixels.max() > 255:
         raise ValueError("pixel values outside 0..255")
-    pixels = pixels.astype(np.uint8)
-    return Image.fromarray(pixels[..., 0] if channels == 1 else pixels)
+    return pixels.astype(np.uint8)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ftexp.data.augment.pixels import Augment
 from ftexp.data.batches import Batch, MicroBatch
+from ftexp.data.feeds.decoding import PARTS
 from ftexp.data.info import DataInfo
 from ftexp.data.order import AnyOrder, Int64s
 from ftexp.data.plan import MicroShare, ShardPlan, even_part
@@ -23,6 +24,7 @@ from ftexp.data.sources.arrays import UInt8s
 
 T = TypeVar("T")
 
+COSTS = tuple(f"{part}_ms" for part in PARTS)  # keys of a logged point: of a sample, in the tasks that make samples
 _PLAN_ROWS = 2048  # positions turned into samples at a time: the permutation costs per call, not per row
 
 
@@ -66,6 +68,10 @@ class Rows(Protocol):
         """Be ready to take samples, which will be asked for in the order of `requests`, if not in its pieces."""
         ...
 
+    def costs_ms(self) -> dict[str, float]:
+        """Return what each of COSTS was for a sample, in the mean since the last call; {} where none was made."""
+        ...
+
 
 class CachedRows:
     """A split's rows in the object store: read in place, gathered by index, never copied as a whole."""
@@ -96,6 +102,10 @@ class CachedRows:
     def take(self, samples: Int64s) -> Taken:
         """Gather samples."""
         return Taken(self._gather(samples), self._labels[samples])
+
+    def costs_ms(self) -> dict[str, float]:
+        """Nothing is made: it has been."""
+        return {}
 
     def _gather(self, samples: Int64s) -> UInt8s:
         if len(self._images) == 1:

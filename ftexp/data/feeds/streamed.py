@@ -18,8 +18,8 @@ from typing import Any, TypeVar
 import numpy as np
 
 from ftexp.data.augment.picture import PictureAugment
-from ftexp.data.feeds.decoding import Decode, bad_sample, decoding
-from ftexp.data.feeds.feed import CachedRows, Request, Rows, Take, Taken
+from ftexp.data.feeds.decoding import PARTS, Decode, bad_sample, decoding
+from ftexp.data.feeds.feed import COSTS, CachedRows, Request, Rows, Take, Taken
 from ftexp.data.info import BadSample, DataBundle, DataInfo, IndexedSplit
 from ftexp.data.order import Int64s
 
@@ -28,7 +28,7 @@ _FIRST_ROWS = 32  # of the first task, so that the first batch comes soon; then 
 _SPAN_UNITS = 128  # of one Ray Dataset: its plan is made in advance, and a run's would have millions
 _OVERLAP_UNITS = 8  # left of one span when the next begins
 
-_ROW_EXTRA_BYTES = 64  # label, sample number and error
+_ROW_EXTRA_BYTES = 96  # label, sample number, error, traits and cost
 _SLOW_S = 20.0
 _CLOSE_S = 5.0
 
@@ -47,15 +47,17 @@ class StreamedRows:
         on_bad: Callable[[list[BadSample]], None],
         on_slow: Callable[[float], None],
         augment: PictureAugment | None = None,
+        on_block: Callable[[Block], None] = lambda _: None,
     ) -> None:
         """`num_tasks` decode at a time, on a CPU each, and change pictures by `augment` where they do.
 
         `on_bad` is told what can't be read, and ends the pass by raising; `on_slow` is told for how many seconds
-        nothing was decoded, ever more rarely while that lasts.
+        nothing was decoded, ever more rarely while that lasts; `on_block` gets each block that is read.
         """
         self._split, self._info, self._num_tasks = split, info, num_tasks
         self._on_bad, self._on_slow = on_bad, on_slow
-        self._augment = augment
+        self._augment, self._on_block = augment, on_block
+        self._spent_ms, self._num_made = np.zeros(len(PARTS)), 0  # since `costs_ms` was called
         self._row_bytes = info.image_size**2 * info.channels + _ROW_EXTRA_BYTES
 
     def __len__(self) -> int:
@@ -72,9 +74,22 @@ class StreamedRows:
         rows = max(16, min(_UNIT_ROWS, _UNIT_BYTES // self._row_bytes))
         blocks = chained(spans(units(requests, rows)), self._start, self._on_slow)
         try:
-            yield _Window(blocks, self._on_bad).take
+            yield _Window(blocks, self._on_bad, self._read).take
         finally:
             blocks.close()
+
+    def _read(self, block: Block) -> None:
+        self._spent_ms, self._num_made = self._spent_ms + block["cost"].sum(0), self._num_made + len(block["cost"])
+        self._on_block(block)
+
+    def costs_ms(self) -> dict[str, float]:
+        """Return what each part of making a sample took, in the mean over those that were read since the last call.
+
+        It is the time of tasks on other CPUs, so that none of it is waited for while they keep ahead.
+        """
+        spent_ms, num_made = self._spent_ms, self._num_made
+        self._spent_ms, self._num_made = np.zeros(len(PARTS)), 0  # a block that is read meanwhile may not count
+        return dict(zip(COSTS, (spent_ms / num_made).round(3).tolist(), strict=True)) if num_made else {}
 
     def _start(self, span: list[Request]) -> Iterator[Block]:
         num_tasks = self._num_tasks + 1  # one waits, so that no CPU does
@@ -93,11 +108,17 @@ class StreamedRows:
         return iter(dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=1))
 
 
-def bundle_rows(bundle: DataBundle, split: str, num_tasks: int, on_bad: Callable[[list[BadSample]], None]) -> Rows:
-    """A split's rows outside of a run, by the bundle's feed. `on_bad` is told of bad samples that a stream meets."""
+def bundle_rows(
+    bundle: DataBundle,
+    split: str,
+    num_tasks: int,
+    on_bad: Callable[[list[BadSample]], None],
+    on_block: Callable[[Block], None] = lambda _: None,
+) -> Rows:
+    """A split's rows outside of a run, by the bundle's feed; what a stream meets is told: see `StreamedRows`."""
     if not bundle.streamed:
         return CachedRows(bundle.datasets[split].iterator())
-    return StreamedRows(bundle.indexed[split], bundle.info, num_tasks, on_bad, lambda _: None)
+    return StreamedRows(bundle.indexed[split], bundle.info, num_tasks, on_bad, lambda _: None, on_block=on_block)
 
 
 def units(requests: Iterator[Request], rows: int) -> Iterator[Request]:
@@ -180,8 +201,13 @@ def slow_reason(seconds: float, free_cpus: float, num_cpus: float) -> str:
 class _Window:
     """The block that is being read: hands out its rows in the order in which they were asked for."""
 
-    def __init__(self, blocks: Iterator[Block], on_bad: Callable[[list[BadSample]], None]) -> None:
-        self._blocks, self._on_bad = blocks, on_bad
+    def __init__(
+        self,
+        blocks: Iterator[Block],
+        on_bad: Callable[[list[BadSample]], None],
+        on_block: Callable[[Block], None] = lambda _: None,
+    ) -> None:
+        self._blocks, self._on_bad, self._on_block = blocks, on_bad, on_block
         self._block: Block | None = None
         self._used = 0
 
@@ -211,4 +237,5 @@ class _Window:
             raise RuntimeError("the pipeline ended before everything was decoded that it was asked for")
         if errors := {error: None for error in block["error"].tolist() if error}:  # epochs may meet in a block
             self._on_bad([bad_sample(error) for error in errors])
+        self._on_block(block)
         return block

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ftexp.config.schema import DataConfig
+from ftexp.data.decoder import UInt8s as UInt8s
 from ftexp.data.info import SPLITS, DataBundle, DataInfo
 from ftexp.data.labels import class_warnings
 from ftexp.data.order import Int64s, derive_seed
@@ -19,9 +20,6 @@ from ftexp.errors import DataError
 
 if TYPE_CHECKING:
     pass
-
-UInt8s = npt.NDArray[np.uint8]
-
 
 _BLOCK_BYTES = 64 * 2**20  # Ray Data's blocks are best at 1 to 128 MiB
 
@@ -85,6 +83,11 @@ def make_info(config: DataConfig, class_names: list[str], num_samples: dict[str,
         crop_pct=config.crop_pct,
         crop_mode=config.crop_mode,
         interpolation=config.interpolation,
+        decoder=config.decoder_name,
+        decode_size=config.decode_size,
+        exif_orientation=config.exif_orientation,
+        background=config.background,
+        bit_depth=config.bit_depth,
         **{"excluded": [], **extra},
     )
 

@@ -1,0 +1,279 @@
+"""How an encoded image becomes pixels, and how pixels are scaled, by named definitions: `data.decoder`.
+
+pillow       Pillow decodes and scales; pictures are Pillow's images until they are small.
+torchvision  Pillow reads the head. 8-bit grey and RGB JPEGs are decoded by torchvision, everything else and what it
+             rejects by Pillow, with the same pixels. torch scales, antialiased, in uint8: of photos, 0.4 % of values
+             differ from Pillow's by 1. A JPEG that is fitted as a whole is decoded at 1/2, 1/4 or 1/8 of its size, by
+             libjpeg's scaling, if its shorter side stays at least twice what that is scaled to.
+
+What a name stands for never changes, since runs go on with what they began with: something else gets another name.
+torch is imported by torchvision's definition alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from ftexp.config.schema import PILLOW, TORCHVISION
+
+if TYPE_CHECKING:
+    import torch
+
+UInt8s = npt.NDArray[np.uint8]
+Picture = Image.Image | UInt8s  # of any size; pillow's, or torchvision's: [height, width, channels]
+
+RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+_TORCHS = {resampling: name for name, resampling in RESAMPLING.items()}
+_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+_JPEG = ("JPEG", "MPO")  # as Pillow names the format; the second is what telephones write
+_DECODED_MODES = ("L", "RGB")  # by torchvision
+_FACTORS = (8, 4, 2)  # by which libjpeg shrinks
+# of what an image is scaled to, its shorter side keeps so many times: scaled on by torch, the whole image and this one
+# are 48 dB or more apart; at once, with little or nothing left for torch's filter, 25 to 47 dB
+_KEPT = 2
+_DARK = 64  # no pixel of a 16-bit image reaches this, of 255: it holds 14 bits, or fewer
+_UNCHANGED = 0  # torchvision's ImageReadMode
+# how an image of each EXIF orientation is turned upright; 1 is upright
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class Traits(enum.IntFlag):
+    """What was found in an image that users may not expect of it."""
+
+    ROTATED = 1  # its EXIF orientation isn't upright
+    TRANSPARENT = 2  # and put on `data.background`
+    DARK = 4  # of 16 bits, most of which it doesn't use: see `data.bit_depth`
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """`data.decoder` and what else says how images are decoded; the defaults are what runs had before there were any.
+
+    Raises whatever a codec raises on bytes that it can't read.
+    """
+
+    decoder: str = PILLOW
+    decode_size: int | None = None
+    exif_orientation: bool = False
+    background: str | None = None
+    bit_depth: int = 16
+
+    def __call__(self, encoded: bytes, channels: int, fitted_to: int | None = None) -> Decoded:
+        """Decode anything Pillow reads.
+
+        fitted_to: what the shorter side will be scaled to, of an image that is fitted as a whole; None: a part of it
+        is going to be cut out, so that it keeps its size, but for `decode_size`.
+        """
+        with opened(encoded) as image:
+            factor, traits = self._factor(image, fitted_to), Traits(0)
+            if self.decoder == TORCHVISION and factor == 1 and (pixels := _by_torchvision(image, encoded)) is not None:
+                picture: Picture = _with_channels(pixels, channels)
+            else:
+                picture, traits = self._by_pillow(image, channels, factor)
+            turn = _turn(image)  # by now, since Pillow turns a TIFF upright itself
+        if turn is not None:
+            traits |= Traits.ROTATED
+            picture = _turned(picture, turn) if self.exif_orientation else picture
+        return Decoded(self.picture(picture), traits)
+
+    def picture(self, picture: Picture) -> Picture:
+        """The same as this decoder's kind of picture."""
+        if self.decoder == TORCHVISION:
+            return pixels_of(picture)
+        return picture if isinstance(picture, Image.Image) else as_pillow(picture)
+
+    def num_pixels(self, encoded: bytes) -> int:
+        """How many pixels an image that a part will be cut out of keeps; only its head is read."""
+        with opened(encoded) as image:
+            factor = self._factor(image, None)
+            return -(-image.width // factor) * -(-image.height // factor)
+
+    def _factor(self, image: Image.Image, fitted_to: int | None) -> int:
+        """By what the image is shrunk while it is decoded."""
+        least = self.decode_size
+        if fitted_to is not None:
+            if self.decoder != TORCHVISION or image.format not in _JPEG:
+                return 1
+            least = _KEPT * fitted_to
+        return next((factor for factor in _FACTORS if least is not None and min(image.size) >= factor * least), 1)
+
+    def _by_pillow(self, image: Image.Image, channels: int, factor: int) -> tuple[Image.Image, Traits]:
+        traits = Traits(0)
+        if factor > 1 and image.format in _JPEG:
+            image.draft(image.mode, (image.width // factor, image.height // factor))
+            factor = 1
+        if image.mode[0] in "IF":
+            image = Image.fromarray(_high_bits(image, self.bit_depth))
+            if image.getextrema()[1] < _DARK:  # type: ignore[operator]  # of one channel
+                traits |= Traits.DARK
+        if self.background is not None and channels != 4 and (clear := _transparent(image)) is not None:
+            traits |= Traits.TRANSPARENT
+            image = Image.alpha_composite(Image.new("RGBA", image.size, self.background), clear)
+        image = image.convert(_MODES[channels])
+        return (image.reduce(factor) if factor > 1 else image), traits
+
+
+class Decoded(NamedTuple):
+    """An image once it is decoded."""
+
+    picture: Picture
+    traits: Traits
+
+
+def opened(encoded: bytes) -> Image.Image:
+    """Read the head of an image."""
+    try:
+        return Image.open(io.BytesIO(encoded))
+    except UnidentifiedImageError:  # Pillow's own words name an address in memory, another one each time
+        raise UnidentifiedImageError("no format that Pillow reads") from None
+
+
+def _transparent(image: Image.Image) -> Image.Image | None:
+    """The image with alpha; None if it has none, or is opaque."""
+    if not image.has_transparency_data:
+        return None
+    clear = image.convert("RGBA")
+    return clear if clear.getchannel("A").getextrema()[0] < 255 else None  # type: ignore[operator]
+
+
+def _by_torchvision(image: Image.Image, encoded: bytes) -> UInt8s | None:
+    """Pixels of an 8-bit grey or RGB JPEG as it is stored; None if it is none, or torchvision rejects it."""
+    if image.format not in _JPEG or image.mode not in _DECODED_MODES:
+        return None
+    import torch
+    import torchvision  # noqa: F401 - registers the operator
+
+    try:
+        # the operator itself: torchvision 0.29 deprecates the function, and without either Pillow decodes the same
+        found = torch.ops.image.decode_jpeg(_tensor(np.frombuffer(encoded, np.uint8)), _UNCHANGED, False)
+        return pixels_of(found.permute(1, 2, 0).numpy())
+    except (AttributeError, RuntimeError):
+        return None
+
+
+def _tensor(values: UInt8s) -> torch.Tensor:
+    """The same memory as a tensor; torch has none that can't be written to, and warns, so such values are copied."""
+    import torch
+
+    return torch.from_numpy(values if values.flags.writeable else values.copy())
+
+
+def _with_channels(pixels: UInt8s, channels: int) -> UInt8s:
+    """Grey as colour and the reverse, as Pillow converts them."""
+    if pixels.shape[2] == channels:
+        return pixels
+    if (pixels.shape[2], channels) == (1, 3):
+        return np.repeat(pixels, 3, axis=2)
+    return pixels_of(as_pillow(pixels).convert(_MODES[channels]))
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """How to turn an image upright; None if it is, or if its EXIF data can't be read."""
+    try:
+        return _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # of any kind, by what is torn in it; the pixels may be sound
+        return None
+
+
+def _turned(picture: Picture, turn: Image.Transpose) -> Picture:
+    if isinstance(picture, Image.Image):
+        return picture.transpose(turn)
+    match turn:
+        case Image.Transpose.FLIP_LEFT_RIGHT:
+            picture = picture[:, ::-1]
+        case Image.Transpose.FLIP_TOP_BOTTOM:
+            picture = picture[::-1]
+        case Image.Transpose.ROTATE_180:
+            picture = picture[::-1, ::-1]
+        case Image.Transpose.TRANSPOSE:
+            picture = picture.swapaxes(0, 1)
+        case Image.Transpose.TRANSVERSE:
+            picture = picture[::-1, ::-1].swapaxes(0, 1)
+        case Image.Transpose.ROTATE_90:
+            picture = picture.swapaxes(0, 1)[::-1]
+        case Image.Transpose.ROTATE_270:
+            picture = picture[::-1].swapaxes(0, 1)
+    return np.ascontiguousarray(picture)
+
+
+def _high_bits(image: Any, bit_depth: int) -> UInt8s:
+    """16-bit grey as 8-bit: the high ones of `bit_depth`; Pillow's own conversion cuts everything above 255 off."""
+    if not image.mode.startswith("I;16"):
+        raise ValueError(f"pixels of Pillow's mode {image.mode}, whose range isn't known")
+    pixels: UInt8s = np.minimum(np.asarray(image).astype(np.uint16) >> (bit_depth - 8), 255).astype(np.uint8)
+    return pixels
+
+
+def size_of(picture: Picture) -> tuple[int, int]:
+    """(width, height)."""
+    return picture.size if isinstance(picture, Image.Image) else (picture.shape[1], picture.shape[0])
+
+
+def pixels_of(picture: Picture) -> UInt8s:
+    """[height, width, channels]."""
+    pixels: UInt8s = np.asarray(picture, np.uint8)
+    return pixels if pixels.ndim == 3 else pixels[..., None]
+
+
+def as_pillow(pixels: UInt8s) -> Image.Image:
+    """[height, width, channels] as Pillow has it."""
+    return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+
+
+def scaled(
+    picture: Picture,
+    size: tuple[int, int],
+    resampling: Image.Resampling,
+    box: tuple[int, int, int, int] | None = None,
+) -> UInt8s:
+    """A picture, or what a box of it holds, as [height, width, channels] of this width and height.
+
+    box: (left, top, right, bottom), within the picture.
+    """
+    if isinstance(picture, Image.Image):
+        return pixels_of((picture if box is None else picture.crop(box)).resize(size, resampling))
+    if box is not None:
+        left, top, right, bottom = box
+        picture = picture[top:bottom, left:right]
+    if size_of(picture) == size:
+        return picture
+    from torch.nn.functional import interpolate
+
+    # channels last in every stride: so they stay, which saves torch a copy of both
+    planes = _tensor(np.ascontiguousarray(picture))[None].permute(0, 3, 1, 2)
+    width, height = size
+    found = interpolate(planes, (height, width), mode=_TORCHS[resampling], antialias=True)
+    return np.ascontiguousarray(found[0].permute(1, 2, 0).numpy())
+
+
+@contextlib.contextmanager
+def on_one_thread(decoder: str) -> Iterator[None]:
+    """While pictures are decoded: a task has one CPU, and the process that it is forked from any number of threads."""
+    if decoder != TORCHVISION:
+        yield
+        return
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)  # Ray may take this process for a worker that trains
