@@ -64,7 +64,8 @@ def _high_bytes(image: Any) -> UInt8s:
 class Decode:
     """A map stage of Ray Data: {"sample": [n]} -> image, label, sample, and an error where there is no image.
 
-    With `augment`, which also needs {"position": [n]}, an image is what the step at its position trains on.
+    With `augment`, which also needs {"position": [n]}, an image is what the step at its position trains on. Channels
+    then come before height and width, as a training process wants them.
     """
 
     split: IndexedSplit
@@ -75,6 +76,8 @@ class Decode:
         """Decode a block of samples; `error` is "" or "where\\nwhat", and the image then black."""
         samples = batch["sample"]
         images, outcome = decode_samples(self.split, samples, self.fit, self.augment, batch.get("position"))
+        if self.augment is not None:
+            images = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
         _, labels = self.split.table.get()
         return {"image": images, "label": labels[samples], "sample": samples, "error": np.array(outcome.errors)}
 
