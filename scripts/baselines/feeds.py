@@ -12,6 +12,7 @@ from typing import Any
 
 import ray.data
 import torch
+from PIL import Image, ImageOps
 from ray.data.datasource import Partitioning
 from timm.data import create_transform
 from torch import Tensor
@@ -49,7 +50,13 @@ def timm_loader(
     transform = create_transform(
         image_size, is_training=True, color_jitter=None, auto_augment=auto_augment, interpolation="bicubic"
     )
-    return loaded(ImageFolder(root, transform), batch_size, num_workers, times)
+    return loaded(ImageFolder(root, transform), batch_size, num_workers, times, as_older_pillow)
+
+
+def as_older_pillow(_: int) -> None:
+    """timm may draw 0 bits to posterize to, which Pillow refuses now; it was a black image."""
+    posterize = ImageOps.posterize
+    ImageOps.posterize = lambda image, bits: posterize(image, bits) if bits else Image.new(image.mode, image.size)
 
 
 def fast_loader(root: Path, image_size: int, batch_size: int, num_workers: int, times: int) -> Batches:
@@ -64,7 +71,13 @@ def decoded(path: str) -> Tensor:
     return decode_jpeg(read_file(path), ImageReadMode.RGB)
 
 
-def loaded(dataset: ImageFolder, batch_size: int, num_workers: int, times: int) -> Batches:
+def loaded(
+    dataset: ImageFolder,
+    batch_size: int,
+    num_workers: int,
+    times: int,
+    worker_init_fn: Callable[[int], None] | None = None,
+) -> Batches:
     # forking a process in which Ray runs now and then crashes it, in gRPC
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
@@ -75,6 +88,7 @@ def loaded(dataset: ImageFolder, batch_size: int, num_workers: int, times: int) 
         num_workers=num_workers,
         persistent_workers=True,
         drop_last=True,
+        worker_init_fn=worker_init_fn,
         multiprocessing_context=context,
     )
     while True:
