@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -102,20 +103,22 @@ class CachedRows:
 
 
 class Reused:
-    """Memory for tensors on a CPU, used again once none of them refers to it. One thread asks for it at a time."""
+    """Memory for tensors on a CPU, used again once none of them refers to it."""
 
     def __init__(self) -> None:
         self._kept: list[tuple[npt.NDArray[np.float32], weakref.ref[Any]]] = []
+        self._lock = threading.Lock()  # a thread may make batches ahead while another evaluates
 
     def tensor(self, shape: tuple[int, ...]) -> Tensor:
-        """An uninitialised float32 tensor."""
+        """Return an uninitialised float32 tensor."""
         size = math.prod(shape)
-        kept = [(memory, user) for memory, user in self._kept if memory.size == size]  # a short batch is rare
-        memory = next((memory for memory, user in kept if user() is None), None)
-        if memory is None:
-            memory = torch.empty(size).numpy()  # torch's, as it aligns more than numpy does
-        lent = memory[:]  # what the tensor and all its views hold on to
-        self._kept = [(other, user) for other, user in kept if other is not memory] + [(memory, weakref.ref(lent))]
+        with self._lock:
+            kept = [(memory, user) for memory, user in self._kept if memory.size == size]  # a short batch is rare
+            memory = next((memory for memory, user in kept if user() is None), None)
+            if memory is None:
+                memory = torch.empty(size).numpy()  # torch's, as it aligns more than numpy does
+            lent = memory[:]  # what the tensor and all its views hold on to
+            self._kept = [(other, user) for other, user in kept if other is not memory] + [(memory, weakref.ref(lent))]
         return torch.from_numpy(lent).view(shape)
 
 
