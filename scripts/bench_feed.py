@@ -1,20 +1,22 @@
 """How fast images come, side by side: ftexp's feeds, torch's DataLoader and a plain Ray Data pipeline.
 
-    uv run python scripts/bench_feed.py [--rounds 5] [--only rates] [--check] [--json FILE]
+    uv run python scripts/bench_feed.py [--rounds 7] [--only rates] [--set data.decoder=pillow] [--check] [--json FILE]
 
-JPEG files of ImageNet's usual size (500x375, to 224) and of 160x160 pixels (to 128), cut from scikit-learn's two
-photographs, so that decoding costs what it does in real data. Every side decodes by the same function, on all cores,
-and hands over normalised batches of 64; sides take turns, and what comes before a side is warm isn't counted. No epoch
-ends while the others are measured: they begin each anew. The cached feed runs on the smaller images, from its second
-epoch on. Sides are compared within each round, since a shared machine changes its speed by the minute. Besides: the
-memory of all processes with 1 and 10 times the data, and the time to the first batch at three positions, with a million
-files listed.
+Photograph-like JPEG files (scripts/photo_like.py) of ImageNet's usual size (500x375, to 224) and of 160x160 pixels (to
+128). Every side takes a random resized crop and a flip, on two processes, and hands over normalised batches of 64; some
+also take RandAugment. Sides take turns, and what comes before a side is warm isn't counted. No epoch ends while the
+others are measured: they begin each anew. The cached feeds run from their second epoch on. Sides are compared within
+each round, since a shared machine changes its speed by the minute; the CPU time, of all processes, an image, changes
+less. Besides: the training process's own CPU time, by part, with augment=deit; the memory of all processes with 1 and
+10 times the data; and the time to the first batch at three positions, with a million files listed.
 """
 
 from __future__ import annotations
 
 import contextlib
-import io
+import dataclasses
+import functools
+import itertools
 import os
 import statistics
 import tempfile
@@ -23,54 +25,98 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from benching import Check, composed, describe_machine, finish, options_parser, print_targets
+from benching import (
+    Check,
+    composed,
+    cpu_s,
+    describe_machine,
+    figures,
+    finish,
+    memory_mib,
+    options_parser,
+    print_targets,
+    quotients,
+)
+from photo_like import write_photos
 from rich.console import Console
 from rich.table import Table
 
+if TYPE_CHECKING:
+    from ftexp.job.data import TrainingData
+
 BATCH = 64
-SMALL = "160 px"
-SETS = {
-    "ImageNet's": ((500, 375), 224, 1500, 2048),
-    SMALL: ((160, 160), 128, 4000, 5120),
-}  # stored, fed; files; counted
+PHOTOS, SMALL = "500x375", "160x160"
+SETS = {PHOTOS: ((500, 375), 224, 1500, 2048), SMALL: ((160, 160), 128, 4000, 5120)}  # stored, fed; files; counted
 WARM_IMAGES = 1024
-STREAMING, CACHED, LOADER, RAY_DATA = "ftexp streaming", "ftexp cached", "DataLoader", "Ray Data"
+RAND_AUGMENT = "rand-m9-mstd0.5-inc1"
+CROP = ["augment.crop=rrc", "augment.hflip=0.5"]
+WITH_RAND_AUGMENT = " + RandAugment"
+RECIPES = {
+    "": [*CROP, "augment.interpolation=bilinear"],
+    WITH_RAND_AUGMENT: [*CROP, "augment.interpolation=bicubic", f"augment.auto_augment={RAND_AUGMENT}"],
+}
+STREAMING, CACHED, WHOLE = "ftexp streaming", "ftexp cached", "ftexp cached, whole images"
+LOADER, FAST, TIMM = "DataLoader, Pillow", "DataLoader, fast decoder", "DataLoader, timm + RandAugment"
+RAY_DATA = "Ray Data"
+TARGETS = [
+    (STREAMING, LOADER, 1.6),
+    (STREAMING, FAST, 0.9),
+    (STREAMING, RAY_DATA, 1.5),
+    (CACHED, STREAMING, 2.0),
+    (STREAMING + WITH_RAND_AUGMENT, TIMM, 1.0),
+    (WHOLE, LOADER, 5.0),
+]
 POSITIONS = {"position 0": 0.0, "half an epoch": 0.5, "epoch 1,000": 1000.0}
 MILLION = 1_000_000
-RATES, FIRSTS, MEMORY = "rates", "first", "memory"
+PARTS = RATES, PROCESS, FIRSTS, MEMORY = "rates", "process", "first", "memory"
+FETCH, TENSORS, ERASE, MIX, ALL = "fetch", "normalise", "erase", "mix", "all, with Ray's threads"
+PROCESS_PARTS = (FETCH, TENSORS, ERASE, MIX)
 
 
 def main() -> None:
     """Measure, print tables, and exit with 1 under --check if a target is missed."""
-    parser = options_parser(__doc__, 5, "turns of each side")
+    parser = options_parser(__doc__, 7, "turns of each side")
     parser.add_argument("--files", type=int, default=MILLION, help="files listed for the time to the first batch")
-    parser.add_argument("--only", nargs="+", choices=(MEMORY, RATES, FIRSTS), help="measure no more than these")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="measure no more than these")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="more overrides of ftexp's sides")
     options = parser.parse_args()
-    parts, results = options.only or (MEMORY, RATES, FIRSTS), Results()
-    console = Console(highlight=False, width=120)
+    results = Results()
+    console = Console(highlight=False, width=140)
     describe_machine(console)
     with tempfile.TemporaryDirectory() as folder, ray_of_this_machine():
-        if MEMORY in parts:  # first, while this process holds nothing else
+        if MEMORY in options.only:  # first, while this process holds nothing else
             results.memory_mib = measure_memory(Path(folder))
             console.print("memory: measured")
-        if RATES in parts:
-            results.rates = {name: measure_rates(Path(folder) / name, name, options.rounds) for name in SETS}
-            console.print("rates: measured")
-        if FIRSTS in parts:
+        if RATES in options.only:
+            for name in SETS:
+                results.rates[name] = measure_rates(Path(folder) / name, name, options.rounds, options.set)
+                console.print(f"rates of {name}: measured")
+        if PROCESS in options.only:
+            results.process_ms = measure_process(Path(folder) / PROCESS, options.rounds, options.set)
+            console.print("training process: measured")
+        if FIRSTS in options.only:
             results.first_batch_s = measure_first_batches(Path(folder), options.files, options.rounds)
             console.print("first batches: measured")
-    finish(console, vars(results), options.json, report(console, results), options.check)
+    finish(console, dataclasses.asdict(results), options.json, report(console, results), options.check)
+
+
+@dataclass
+class Turns:
+    """A side's turns."""
+
+    images_per_s: list[float] = field(default_factory=list)
+    cpu_ms: list[float] = field(default_factory=list)  # of all processes, an image
 
 
 @dataclass
 class Results:
     """What was measured; empty: it wasn't."""
 
-    rates: dict[str, dict[str, list[float]]] = field(default_factory=dict)  # images/s a round, by images and side
+    rates: dict[str, dict[str, Turns]] = field(default_factory=dict)  # by images and side
+    process_ms: dict[str, list[float]] = field(default_factory=dict)  # CPU time an image, by part
     first_batch_s: dict[str, list[float]] = field(default_factory=dict)
     memory_mib: dict[str, float] = field(default_factory=dict)
 
@@ -99,90 +145,164 @@ def run_config(*overrides: str) -> Any:
     return composed("data=image_folder", "data.root=.", "augment=none", *overrides)
 
 
-def write_images(root: Path, size: tuple[int, int], count: int) -> list[Path]:
-    """Crops of scikit-learn's two photographs, in ten folders."""
-    from PIL import Image
-    from sklearn.datasets import load_sample_images
-
-    photos, rng = load_sample_images().images, np.random.default_rng(0)
-    paths = []
-    for number in range(count):
-        photo, (width, height) = photos[number % 2], size
-        top, left = rng.integers(0, photo.shape[0] - height + 1), rng.integers(0, photo.shape[1] - width + 1)
-        buffer = io.BytesIO()
-        Image.fromarray(photo[top : top + height, left : left + width]).save(buffer, "JPEG", quality=90)
-        paths.append(root / f"class_{number % 10}" / f"{number:06d}.jpg")
-        paths[-1].parent.mkdir(parents=True, exist_ok=True)
-        paths[-1].write_bytes(buffer.getvalue())
-    return paths
+Start = Callable[[int], Iterator[Any]]  # from a position
 
 
-def ftexp_feed(root: Path, image_size: int, feed: str) -> Callable[[int], Iterator[Any]]:
-    """A feed of one rank, as a worker builds it: from a position on."""
-    import dataclasses
+def ftexp_feed(root: Path, image_size: int, feed: str, *overrides: str) -> Start:
+    """A feed of one rank, as a worker builds it."""
+    return training_data(root, image_size, feed, *overrides).feed.from_position
 
+
+def training_data(root: Path, image_size: int, feed: str, *overrides: str) -> TrainingData:
+    """What a worker trains on that is the only rank."""
     from ftexp.cluster.resources import decoding_cpus, no_workers
+    from ftexp.data.augment.erasing import Erasing
+    from ftexp.data.augment.mixing import Mixing
     from ftexp.data.augment.pixels import Augment
     from ftexp.data.build import build_data
-    from ftexp.data.feeds.feed import IndexedFeed, ToTensors
-    from ftexp.data.feeds.streamed import bundle_rows
+    from ftexp.data.feeds.feed import CachedRows, IndexedFeed, Rows, ToTensors
+    from ftexp.data.feeds.streamed import StreamedRows
     from ftexp.data.order import SampleOrder
     from ftexp.data.plan import ShardPlan
+    from ftexp.job.build import picture_augment
+    from ftexp.job.data import TrainingData
 
-    config = run_config(
-        f"data.image_size={image_size}", f"data.feed={feed}", "data.val_fraction=0", "data.test_fraction=0"
-    )
-    data = dataclasses.replace(config.data, root=str(root))
-    bundle = build_data(data)
+    sizes = [f"data.image_size={image_size}", "data.val_fraction=0", "data.test_fraction=0"]
+    config = run_config(*sizes, f"data.feed={feed}", *overrides)
+    augment, device = config.augment, torch.device("cpu")
+    bundle = build_data(dataclasses.replace(config.data, root=str(root)), augment)
 
     def fail(found: object) -> None:
         raise RuntimeError(f"no image should be bad: {found}")
 
-    rows = bundle_rows(bundle, "train", decoding_cpus(config, no_workers()) // 2, fail)
-    plan = ShardPlan(BATCH, 1, 10**12, rank=0, world_size=1)
-    to_tensors = ToTensors(bundle.info, torch.device("cpu"), channels_last=False)
-    return IndexedFeed(rows, SampleOrder(0, len(rows)), plan, to_tensors, Augment(config.augment, 0)).from_position
+    rows: Rows
+    if "train" in bundle.streams:
+        num_tasks = decoding_cpus(config, no_workers()) // 2
+        pictures = picture_augment(config, bundle.info)
+        rows = StreamedRows(bundle.streams["train"], bundle.info, num_tasks, fail, lambda _: None, pictures)
+    else:
+        rows = CachedRows(bundle.datasets["train"].iterator())
+    plan = ShardPlan(BATCH, 1, 10**12, rank=0, world_size=1, in_pairs=augment.mixes)
+    to_tensors = ToTensors(bundle.info, device, channels_last=False)
+    return TrainingData(
+        feed=IndexedFeed(rows, SampleOrder(0, len(rows)), plan, to_tensors, Augment(augment, 0)),
+        rows={"train": rows},
+        to_tensors=to_tensors,
+        accumulate_steps=1,
+        erasing=Erasing(augment, 0, device) if augment.erase_prob else None,
+        mixing=Mixing(augment, bundle.info.num_classes, 0.1, 0) if augment.mixes else None,
+    )
 
 
-def measure_rates(root: Path, name: str, rounds: int) -> dict[str, list[float]]:
-    """Images per second of each side, a figure a round."""
-    import ray
-    from baselines.feeds import data_loader, ray_data
-
-    size, image_size, num_files, num_counted = SETS[name]
-    paths = write_images(root, size, num_files)
-    streamed = ftexp_feed(root, image_size, "streaming")
-    num_cores = int(ray.cluster_resources()["CPU"]) // 2
-    endless = paths * (1 + (WARM_IMAGES + num_counted) // num_files)
-    sides: dict[str, Callable[[], Iterator[Any]]] = {
-        STREAMING: lambda: streamed(0),
-        LOADER: lambda: data_loader(endless, image_size, BATCH, num_cores),
-        RAY_DATA: lambda: ray_data(endless, image_size, BATCH),
-    }
-    if name == SMALL:
-        cached = ftexp_feed(root, image_size, "cached")
-        sides[CACHED] = lambda: cached(num_files // BATCH * BATCH)  # the second epoch
-    rates: dict[str, list[float]] = {side: [] for side in sides}
+def measure_rates(root: Path, name: str, rounds: int, overrides: list[str]) -> dict[str, Turns]:
+    """Every side's turns."""
+    size, _, num_files, num_counted = SETS[name]
+    write_photos(root, num_files, size=size)
+    sides = sides_of(root, name, overrides)
+    turns = {side: Turns() for side in sides}
     for _ in range(rounds):
         for side, start in sides.items():
-            rates[side].append(rate(start(), num_counted))
-    return rates
+            images_per_s, cpu_ms = rate(start(), num_counted)
+            turns[side].images_per_s.append(images_per_s)
+            turns[side].cpu_ms.append(cpu_ms)
+    return turns
 
 
-def rate(batches: Iterator[Any], num_counted: int) -> float:
-    """Images per second once the pipeline runs."""
+def sides_of(root: Path, name: str, overrides: list[str]) -> dict[str, Callable[[], Iterator[Any]]]:
+    """How each side begins."""
+    import ray
+    from baselines.feeds import data_loader, fast_loader, ray_data, timm_loader
+
+    _, image_size, num_files, num_counted = SETS[name]
+    num_cores = int(ray.cluster_resources()["CPU"]) // 2
+    times = 1 + -(-(WARM_IMAGES + num_counted) // num_files)
+    loading = (root, image_size, BATCH, num_cores, times)
+    sides: dict[str, Callable[[], Iterator[Any]]] = {}
+    second_epoch = num_files // BATCH * BATCH
+    for recipe, words in RECIPES.items():
+        for feed, side, position in (("streaming", STREAMING, 0), ("cached", CACHED, second_epoch)):
+            start = ftexp_feed(root, image_size, feed, *words, *overrides)
+            sides[side + recipe] = functools.partial(start, position)
+        if recipe == WITH_RAND_AUGMENT:
+            sides[TIMM] = functools.partial(timm_loader, *loading, RAND_AUGMENT)
+        else:
+            sides[LOADER] = functools.partial(data_loader, *loading)
+            sides[FAST] = functools.partial(fast_loader, *loading)
+            sides[RAY_DATA] = functools.partial(ray_data, root, image_size, BATCH, times)
+    sides[WHOLE] = functools.partial(ftexp_feed(root, image_size, "cached", *overrides), second_epoch)
+    return sides
+
+
+def rate(batches: Iterator[Any], num_counted: int) -> tuple[float, float]:
+    """Images per second once the pipeline runs, and milliseconds of all processes' CPU time an image."""
     with closing(batches):  # type: ignore[type-var]
         for _ in range(WARM_IMAGES // BATCH):
             next(batches)
-        started = time.perf_counter()
+        started, used_s = time.perf_counter(), cpu_s()
         for _ in range(num_counted // BATCH):
             next(batches)
-        return num_counted / (time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        return num_counted / seconds, 1000 * (cpu_s() - used_s) / num_counted
+
+
+def measure_process(root: Path, rounds: int, overrides: list[str]) -> dict[str, list[float]]:
+    """CPU milliseconds an image that a training process on one CPU spends on data, streamed with augment=deit."""
+    size, image_size, num_files, num_counted = SETS[PHOTOS]
+    write_photos(root, num_files, size=size)
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    found: dict[str, list[float]] = {}
+    for _ in range(rounds):
+        spent = dict.fromkeys(PROCESS_PARTS, 0.0)
+        data = by_part(training_data(root, image_size, "streaming", "augment=deit", *overrides), spent)
+        with closing(data.feed.from_position(0)) as batches:
+            for number, batch in enumerate(itertools.islice(batches, (WARM_IMAGES + num_counted) // BATCH)):
+                for micro in batch.micro_batches:
+                    data.augmented(micro, batch.start)
+                if number == WARM_IMAGES // BATCH - 1:
+                    spent.update(dict.fromkeys(spent, 0.0))
+                    began_s = time.process_time()
+            spent[ALL] = time.process_time() - began_s
+        for part, seconds in spent.items():
+            found.setdefault(part, []).append(1000 * seconds / num_counted)
+    torch.set_num_threads(num_threads)
+    return found
+
+
+def by_part(data: TrainingData, spent: dict[str, float]) -> TrainingData:
+    """The same, adding to `spent` the seconds of CPU time that each part takes on the thread that trains."""
+
+    def timed(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            began_s = time.thread_time()
+            try:
+                return function(*arguments)
+            finally:
+                spent[part] += time.thread_time() - began_s
+
+        return call
+
+    feed, rows = data.feed, data.rows["train"]
+    opened = rows.open
+
+    @contextlib.contextmanager
+    def open_timed(requests: Any) -> Iterator[Any]:
+        with opened(requests) as take:
+            yield timed(FETCH, take)
+
+    # private: there is no other place between the parts
+    feed._to_tensors = timed(TENSORS, feed._to_tensors)  # type: ignore[attr-defined]
+    rows.open = open_timed  # type: ignore[method-assign]
+    return dataclasses.replace(
+        data,
+        erasing=timed(ERASE, data.erasing),  # type: ignore[arg-type]
+        mixing=timed(MIX, data.mixing),  # type: ignore[arg-type]
+    )
 
 
 def measure_first_batches(folder: Path, num_files: int, rounds: int) -> dict[str, list[float]]:
     """Seconds from asking at a position to the first batch, with many files listed."""
-    root, sources = folder / "many", write_images(folder / "few", *SETS[SMALL][:1], count=1000)
+    root, sources = folder / "many", write_photos(folder / "few", 1000, size=SETS[SMALL][0])
     for number in range(num_files):
         path = root / f"class_{number % 10}" / f"{number // 10000:04d}" / f"{number:08d}.jpg"
         if number % 10000 < 10:
@@ -205,7 +325,7 @@ def measure_memory(folder: Path) -> dict[str, float]:
     most = {}
     for times in (1, 10):
         root, num_files = folder / f"times_{times}", times * 2000
-        write_images(root, *SETS[SMALL][:1], count=num_files)
+        write_photos(root, num_files, size=SETS[SMALL][0])
         from_position = ftexp_feed(root, SETS[SMALL][1], "streaming")
         rate(from_position(0), 4 * WARM_IMAGES)  # all processes have begun, and done all that they will do
         with closing(from_position(0)) as batches:  # type: ignore[type-var]
@@ -218,28 +338,13 @@ def measure_memory(folder: Path) -> dict[str, float]:
     return most
 
 
-def memory_mib(root: int | None = None) -> float:
-    """Of a process (None: this one) and all below it, shared pages counted once (proportional set size)."""
-    children: dict[int, list[int]] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            fields = stat.read_text().rpartition(")")[2].split()
-            children.setdefault(int(fields[1]), []).append(int(stat.parent.name))
-    total, waiting = 0, [root or os.getpid()]
-    while waiting:
-        process = waiting.pop()
-        waiting += children.get(process, [])
-        with contextlib.suppress(OSError):
-            rollup = Path(f"/proc/{process}/smaps_rollup").read_text()
-            total += next(int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Pss:"))
-    return total / 1024
-
-
 def report(console: Console, results: Results) -> list[str]:
     """Print the tables; returns a line for each target that is missed."""
     checks: list[Check] = []
     if results.rates:
         checks += report_rates(console, results.rates)
+    if results.process_ms:
+        checks += report_process(console, results.process_ms)
     if results.first_batch_s:
         table = Table("first batch from", "seconds", "least", "most", box=None)
         for name, values in results.first_batch_s.items():
@@ -257,30 +362,32 @@ def report(console: Console, results: Results) -> list[str]:
     return print_targets(console, checks)
 
 
-def report_rates(console: Console, rates: dict[str, dict[str, list[float]]]) -> list[Check]:
-    """Print how fast each side is, and how many times as fast as the DataLoader; returns what is to be checked."""
-    table = Table("images", "feed", "images/s", "least", "most", f": {LOADER}", "least", "most", box=None)
+def report_rates(console: Console, rates: dict[str, dict[str, Turns]]) -> list[Check]:
+    """Print how fast each side is, and how many times as fast as streaming is; returns what is to be checked."""
+    table = Table("images", "feed", "images/s", "least", "most", "streaming :", "least", "most", "CPU ms", box=None)
     checks: list[Check] = []
     for name, sides in rates.items():
-        for side, values in sides.items():
-            speeds, ratios = figures(values), figures(quotients(values, sides[LOADER]))
-            table.add_row(name, side, *(f"{speed:,.0f}" for speed in speeds), *(f"{ratio:.2f}" for ratio in ratios))
-        for other, target in ((LOADER, 0.9), (RAY_DATA, 1.0)):
-            ratio = statistics.median(quotients(sides[STREAMING], sides[other]))
-            checks.append((f"{name}: streaming : {other}", ratio, target, True))
+        for side, turns in sides.items():
+            streaming = sides[STREAMING + (WITH_RAND_AUGMENT if side.endswith("RandAugment") else "")]
+            speeds = figures(turns.images_per_s)
+            ratios = figures(quotients(streaming.images_per_s, turns.images_per_s))
+            cpu_ms = statistics.median(turns.cpu_ms)
+            cells = [f"{speed:,.0f}" for speed in speeds] + [f"{ratio:.2f}" for ratio in ratios]
+            table.add_row(name, side, *cells, f"{cpu_ms:.2f}")
+        for ours, theirs, target in TARGETS:
+            ratio = statistics.median(quotients(sides[ours].images_per_s, sides[theirs].images_per_s))
+            checks.append((f"{name}: {ours} : {theirs}", ratio, target, True))
     console.print(table)
-    cached = statistics.median(quotients(rates[SMALL][CACHED], rates[SMALL][LOADER]))
-    return [*checks, (f"{SMALL}: cached : {LOADER}", cached, 5.0, True)]
+    return checks
 
 
-def figures(values: list[float]) -> tuple[float, float, float]:
-    """Median, least and most."""
-    return statistics.median(values), min(values), max(values)
-
-
-def quotients(ours: list[float], theirs: list[float]) -> list[float]:
-    """Of each round."""
-    return [our / their for our, their in zip(ours, theirs, strict=True)]
+def report_process(console: Console, process_ms: dict[str, list[float]]) -> list[Check]:
+    """Print what the training process's CPU time goes into; returns what is to be checked."""
+    table = Table("training process, augment=deit", "CPU ms an image", "least", "most", box=None)
+    for part, values in process_ms.items():
+        table.add_row(part, *(f"{value:.3f}" for value in figures(values)))
+    console.print(table)
+    return [("training process: CPU ms an image", statistics.median(process_ms[ALL]), 0.15, False)]
 
 
 if __name__ == "__main__":

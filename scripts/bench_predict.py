@@ -24,8 +24,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench_feed import SETS, SMALL, figures, memory_mib, quotients, write_images
-from benching import Check, describe_machine, finish, options_parser, print_targets
+from bench_feed import SETS, SMALL
+from benching import Check, describe_machine, figures, finish, memory_mib, options_parser, print_targets, quotients
+from photo_like import write_photos
 from rich.console import Console
 from rich.table import Table
 
@@ -57,7 +58,7 @@ def main() -> None:
     describe_machine(console)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        paths = write_images(folder / "images", SETS[SMALL][0], options.images)
+        paths = write_photos(folder / "images", options.images, size=SETS[SMALL][0])
         run = trained(folder)
         console.print(f"{len(paths):,} JPEGs, and a run of {MODEL}: made")
         samples: list[tuple[float, float]] = []
@@ -75,7 +76,7 @@ def main() -> None:
 
 def trained(folder: Path) -> Path:
     """A run directory."""
-    write_images(folder / "training", SETS[SMALL][0], TRAINING_IMAGES)
+    write_photos(folder / "training", TRAINING_IMAGES, size=SETS[SMALL][0])
     words = [
         *("data=image_folder", f"data.root={folder / 'training'}", f"data.image_size={SETS[SMALL][1]}"),
         *(f"model={MODEL}", "train.max_steps=2", "train.global_batch_size=32", "schedule.warmup_epochs=0"),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -55,6 +57,16 @@ def finish(console: Console, results: Any, file: Path | None, misses: list[str],
         sys.exit(1 if check else 0)
 
 
+def figures(values: list[float]) -> tuple[float, float, float]:
+    """Median, least and most."""
+    return statistics.median(values), min(values), max(values)
+
+
+def quotients(ours: list[float], theirs: list[float]) -> list[float]:
+    """Of each round."""
+    return [our / their for our, their in zip(ours, theirs, strict=True)]
+
+
 def composed(*overrides: str) -> Any:
     """The config of a run with these overrides."""
     from hydra import compose, initialize_config_dir
@@ -72,3 +84,40 @@ def default_recipe() -> dict[str, Any]:
     arguments = {"model_name": config.model.name, "img_size": 8, "in_chans": 1, "num_classes": 10}
     recipe = {"lr": config.optim.lr, "weight_decay": config.optim.weight_decay}
     return {"model": {**arguments, **config.model.all_kwargs()}, **recipe}
+
+
+def memory_mib(root: int | None = None) -> float:
+    """Of a process (None: this one) and all below it, shared pages counted once (proportional set size)."""
+    total = 0
+    for process in _family(root):
+        with contextlib.suppress(OSError):
+            rollup = Path(f"/proc/{process}/smaps_rollup").read_text()
+            total += next(int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Pss:"))
+    return total / 1024
+
+
+def cpu_s(root: int | None = None) -> float:
+    """Seconds of CPU time that a process (None: this one) and all below it have used, those that have ended too."""
+    used = 0
+    for process in _family(root):
+        with contextlib.suppress(OSError):
+            used += sum(int(ticks) for ticks in _stat(process)[11:15])
+    return used / os.sysconf("SC_CLK_TCK")
+
+
+def _family(root: int | None) -> list[int]:
+    """The numbers of a process (None: this one) and of all below it."""
+    children: dict[int, list[int]] = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            children.setdefault(int(_stat(int(folder.name))[1]), []).append(int(folder.name))
+    found, waiting = [], [root or os.getpid()]
+    while waiting:
+        found.append(waiting.pop())
+        waiting += children.get(found[-1], [])
+    return found
+
+
+def _stat(process: int) -> list[str]:
+    """The fields of /proc/N/stat from the third on, its state."""
+    return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()

@@ -1,78 +1,122 @@
-"""Feeds as users would write them: torch's DataLoader, and a plain Ray Data pipeline. Same files, same decoding."""
+"""Feeds as users would write them: torch's DataLoader in three ways, and a plain Ray Data pipeline.
+
+Each takes a random resized crop and a flip, and yields normalised batches of epochs without end.
+"""
 
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import ray.data
 import torch
+from PIL import Image, ImageOps
+from ray.data.datasource import Partitioning
+from timm.data import create_transform
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import ConcatDataset, DataLoader
+from torchvision import transforms
+from torchvision.datasets import ImageFolder
+from torchvision.io import ImageReadMode, decode_jpeg, read_file
 from torchvision.transforms import v2
 
-from ftexp.data.cropping import Fit
-from ftexp.data.decoder import Decoding
-from ftexp.data.feeds.decoding import as_image
-
-DECODING = Decoding("torchvision")  # that of ftexp's new runs
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 Batches = Iterator[tuple[Tensor, Tensor]]
 
 
-class Files(Dataset[tuple[Tensor, int]]):
-    """A folder a class."""
-
-    def __init__(self, paths: list[Path], image_size: int) -> None:
-        classes = sorted({path.parent.name for path in paths})
-        self.items = [(str(path), classes.index(path.parent.name)) for path in paths]
-        self.image_size = image_size
-        self.normalise = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        path, label = self.items[index]
-        pixels = as_image(Path(path).read_bytes(), Fit(self.image_size, decoding=DECODING))
-        return self.normalise(pixels.copy()), label  # torch warns of memory that it may not write to
+def pillow_transform(image_size: int) -> Callable[[Any], Tensor]:
+    """As in pytorch/examples/imagenet/main.py."""
+    return transforms.Compose(
+        [
+            transforms.RandomResizedCrop(image_size),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize(MEAN, STD),
+        ]
+    )
 
 
-def data_loader(paths: list[Path], image_size: int, batch_size: int, num_workers: int) -> Batches:
-    """Epochs without end."""
+def data_loader(root: Path, image_size: int, batch_size: int, num_workers: int, times: int) -> Batches:
+    """ImageFolder, and torchvision's transforms of Pillow images; an epoch has all files so many `times`."""
+    return loaded(ImageFolder(root, pillow_transform(image_size)), batch_size, num_workers, times)
+
+
+def timm_loader(
+    root: Path, image_size: int, batch_size: int, num_workers: int, times: int, auto_augment: str
+) -> Batches:
+    """The same with timm's transform."""
+    transform = create_transform(
+        image_size, is_training=True, color_jitter=None, auto_augment=auto_augment, interpolation="bicubic"
+    )
+    return loaded(ImageFolder(root, transform), batch_size, num_workers, times, as_older_pillow)
+
+
+def as_older_pillow(_: int) -> None:
+    """timm may draw 0 bits to posterize to, which Pillow refuses now; it was a black image."""
+    posterize = ImageOps.posterize
+    ImageOps.posterize = lambda image, bits: posterize(image, bits) if bits else Image.new(image.mode, image.size)
+
+
+def fast_loader(root: Path, image_size: int, batch_size: int, num_workers: int, times: int) -> Batches:
+    """By hand: torchvision's decoder, its transforms of uint8 tensors, and batches normalised as a whole."""
+    transform = v2.Compose([v2.RandomResizedCrop(image_size, antialias=True), v2.RandomHorizontalFlip()])
+    mean, std = (torch.tensor(values).view(3, 1, 1) * 255 for values in (MEAN, STD))
+    for images, labels in loaded(ImageFolder(root, transform, loader=decoded), batch_size, num_workers, times):
+        yield images.float().sub_(mean).div_(std), labels
+
+
+def decoded(path: str) -> Tensor:
+    return decode_jpeg(read_file(path), ImageReadMode.RGB)
+
+
+def loaded(
+    dataset: ImageFolder,
+    batch_size: int,
+    num_workers: int,
+    times: int,
+    worker_init_fn: Callable[[int], None] | None = None,
+) -> Batches:
     # forking a process in which Ray runs now and then crashes it, in gRPC
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     loader = DataLoader(
-        Files(paths, image_size),
+        ConcatDataset([dataset] * times),
         batch_size,
         shuffle=True,
         num_workers=num_workers,
         persistent_workers=True,
         drop_last=True,
+        worker_init_fn=worker_init_fn,
         multiprocessing_context=context,
     )
     while True:
         yield from loader
 
 
-def ray_data(paths: list[Path], image_size: int, batch_size: int) -> Batches:
-    """Epochs without end, shuffled by file and within a buffer."""
-    classes = sorted({path.parent.name for path in paths})
-    mean, std = (np.array(values, np.float32) for values in (MEAN, STD))
+def ray_data(root: Path, image_size: int, batch_size: int, times: int) -> Batches:
+    """As Ray's guides read images for training: shuffled by file and within a buffer, transformed row by row."""
+    classes = {folder.name: number for number, folder in enumerate(sorted(root.iterdir()))}
+    transform = v2.Compose(
+        [
+            v2.ToImage(),
+            v2.RandomResizedCrop(image_size, antialias=True),
+            v2.RandomHorizontalFlip(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(MEAN, STD),
+        ]
+    )
 
-    def decode(row: dict[str, Any]) -> dict[str, Any]:
-        pixels = as_image(row["bytes"], Fit(image_size, decoding=DECODING)).astype(np.float32) / 255
-        return {
-            "image": ((pixels - mean) / std).transpose(2, 0, 1),
-            "label": classes.index(Path(row["path"]).parent.name),
-        }
+    def transformed(row: dict[str, Any]) -> dict[str, Any]:
+        return {"image": transform(row["image"]), "label": classes[row["class"]]}
 
-    files = ray.data.read_binary_files([str(path) for path in paths], include_paths=True, shuffle="files")
-    dataset = files.map(decode)
+    dataset = ray.data.read_images(
+        [str(root)] * times,
+        mode="RGB",
+        partitioning=Partitioning("dir", field_names=["class"], base_dir=str(root)),
+        shuffle="files",
+    ).map(transformed)
     while True:
         for batch in dataset.iter_torch_batches(
             batch_size=batch_size, local_shuffle_buffer_size=4 * batch_size, drop_last=True

@@ -165,6 +165,39 @@ def test_pixels_are_scaled_and_normalised_per_channel():
     torch.testing.assert_close(images[0, 1], torch.full((2, 2), (0.2 - 0.25) / 0.125))
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("layout", ["by row", "by plane", "read-only"])
+def test_every_value_of_a_pixel_is_normalised_to_the_bits_of_the_plain_formula(channels, layout):
+    mean, std = [0.485, 0.456, 0.406][:channels], [0.229, 0.224, 0.225][:channels]
+    info = DataInfo(["a", "b"], 16, channels, mean, std, {})
+    rows = np.random.default_rng(0).permuted(np.tile(np.arange(256, dtype=np.uint8), (5 * channels, 1)), axis=1)
+    rows = rows.reshape(5, channels, 16, 16).transpose(0, 2, 3, 1)
+    if layout != "by plane":
+        rows = np.ascontiguousarray(rows)
+    rows.flags.writeable = layout != "read-only"
+    middle, spread = (torch.tensor(values).view(1, -1, 1, 1) for values in (mean, std))
+    expected = (torch.tensor(rows).permute(0, 3, 1, 2).float() / 255 - middle) / spread
+    for channels_last in (False, True):
+        assert torch.equal(ToTensors(info, torch.device("cpu"), channels_last)(rows), expected)
+
+
+def test_memory_of_a_batch_is_used_again_once_nothing_refers_to_it_and_not_before():
+    info = DataInfo(["a", "b"], 4, 3, [0.5] * 3, [0.5] * 3, {})
+    to_tensors = ToTensors(info, torch.device("cpu"), channels_last=False)
+    batches = [np.full((2, 4, 4, 3), value, np.uint8) for value in (0, 51, 102, 153)]
+    first = to_tensors(batches[0])
+    view, place = first[1:, 2], first.data_ptr()
+    del first
+    second = to_tensors(batches[1])
+    assert second.data_ptr() != place
+    assert (view == -1).all()
+    del view
+    third = to_tensors(batches[2])
+    assert third.data_ptr() == place
+    assert to_tensors(batches[3][:1]).shape == (1, 3, 4, 4)
+    assert torch.equal(second, torch.full_like(second, 0.2).sub(0.5).div(0.5))
+
+
 def test_channels_last_changes_the_layout_and_no_value():
     info = DataInfo(["a", "b"], 4, 3, [0.5] * 3, [0.5] * 3, {})
     rows = np.random.default_rng(0).integers(0, 256, (5, 4, 4, 3), dtype=np.uint8)

@@ -232,6 +232,15 @@ def window(*blocks):
     return _Window(iter(blocks), told.append), told
 
 
+def test_images_of_one_block_are_read_where_they_lie_and_by_plane_where_they_were_changed():
+    block = decoded([3, 4, 5]) | {"image": np.arange(3 * 3 * 2 * 4, dtype=np.uint8).reshape(3, 3, 2, 4)}
+    block["image"].flags.writeable = False  # as Ray gives it
+    taken = _Window(iter([block]), pytest.fail, by_plane=True).take(np.array([3, 4]))
+    assert np.shares_memory(taken.images, block["image"])
+    assert taken.images.shape == (2, 2, 4, 3)
+    assert taken.images[1, 0, 3, 2] == block["image"][1, 2, 0, 3]
+
+
 @given(data=st.data(), num_rows=st.integers(1, 60))
 def test_rows_are_handed_out_across_the_borders_of_blocks(data, num_rows):
     samples = np.random.default_rng(num_rows).integers(0, 20, num_rows)

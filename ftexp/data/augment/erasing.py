@@ -20,6 +20,7 @@ class Erasing:
     def __init__(self, config: AugmentConfig, seed: int, device: torch.device) -> None:
         self._seed = derive_seed(seed, _STREAM)
         self._device = device
+        self._probability = config.erase_prob
         self._draws_pixels = config.erase_mode != "const"
         self._erase = RandomErasing(
             config.erase_prob, mode=config.erase_mode, max_count=config.erase_count, device=device
@@ -27,12 +28,15 @@ class Erasing:
 
     def __call__(self, images: Tensor, positions: Int64s) -> Tensor:
         """`images`, [rows, channels, height, width], changed in place; row i as `positions[i]` says."""
-        for image, position in zip(images, positions.tolist(), strict=True):
+        for row, position in enumerate(positions.tolist()):
             seed = derive_seed(self._seed, position) % 2**63
+            random.seed(seed)
+            if random.random() > self._probability:  # as timm decides; most images then need nothing else seeded
+                continue
             random.seed(seed)
             if self._draws_pixels:
                 torch.default_generator.manual_seed(seed)
                 if self._device.type == "cuda":
                     torch.cuda.manual_seed(seed)
-            self._erase(image)
+            self._erase(images[row])
         return images

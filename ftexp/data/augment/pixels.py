@@ -30,6 +30,12 @@ class Augment:
         self._seed = derive_seed(seed, _STREAM)
         self._rand_augment = RandAugment(config.rand_augment, seed, mean) if config.rand_augment else None
 
+    @property
+    def changes_tensors(self) -> bool:
+        """Whether calling it changes anything."""
+        config = self._config
+        return config.pad_px > 0 or config.brightness > 0 or (config.hflip > 0 and not config.changes_pictures)
+
     def pixels(self, rows: UInt8s, positions: Int64s) -> UInt8s:
         """RandAugment, if there is any, of uint8 rows [batch, height, width, channels]; comes before all else."""
         return rows if self._rand_augment is None else self._rand_augment(rows, positions)

@@ -43,7 +43,8 @@ class Decode:
 
     Besides traits, see `Traits`, and cost: milliseconds of each of PARTS.
 
-    With `augment`, which also needs {"position": [n]}, an image is what the step at its position trains on.
+    With `augment`, which also needs {"position": [n]}, an image is what the step at its position trains on. Channels
+    then come before height and width, as a training process wants them.
     """
 
     split: IndexedSplit
@@ -54,6 +55,8 @@ class Decode:
         """Decode a block of samples; `error` is "" or "where\\nwhat", and the image then black."""
         samples = batch["sample"]
         images, outcome = decode_samples(self.split, samples, self.fit, self.augment, batch.get("position"))
+        if self.augment is not None:
+            images = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
         _, labels = self.split.table.get()
         columns = {"traits": np.array(outcome.traits, np.uint8), "cost": outcome.costs}
         return {

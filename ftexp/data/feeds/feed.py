@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import threading
+import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +28,7 @@ from ftexp.data.sources.arrays import UInt8s
 T = TypeVar("T")
 
 COSTS = tuple(f"{part}_ms" for part in PARTS)  # keys of a logged point: of a sample, in the tasks that make samples
+_LARGEST = np.float32(255)
 _PLAN_ROWS = 2048  # positions turned into samples at a time: the permutation costs per call, not per row
 
 
@@ -40,7 +44,7 @@ class Feed(Protocol):
 class Taken:
     """Decoded samples, in the order in which they were asked for."""
 
-    images: UInt8s  # [rows, image_size, image_size, channels]
+    images: UInt8s  # [rows, image_size, image_size, channels]; may be read-only
     labels: Int64s  # [rows]
     readable: npt.NDArray[np.bool_] | None = None  # [rows]; None: all. What isn't has no image, and weighs nothing
 
@@ -118,6 +122,26 @@ class CachedRows:
         return gathered
 
 
+class Reused:
+    """Memory for tensors on a CPU, used again once none of them refers to it."""
+
+    def __init__(self) -> None:
+        self._kept: list[tuple[npt.NDArray[np.float32], weakref.ref[Any]]] = []
+        self._lock = threading.Lock()  # a thread may make batches ahead while another evaluates
+
+    def tensor(self, shape: tuple[int, ...]) -> Tensor:
+        """Return an uninitialised float32 tensor."""
+        size = math.prod(shape)
+        with self._lock:
+            kept = [(memory, user) for memory, user in self._kept if memory.size == size]  # a short batch is rare
+            memory = next((memory for memory, user in kept if user() is None), None)
+            if memory is None:
+                memory = torch.empty(size).numpy()  # torch's, as it aligns more than numpy does
+            lent = memory[:]  # what the tensor and all its views hold on to
+            self._kept = [(other, user) for other, user in kept if other is not memory] + [(memory, weakref.ref(lent))]
+        return torch.from_numpy(lent).view(shape)
+
+
 class ToTensors:
     """uint8 rows -> normalised float tensors on the device, [rows, channels, height, width]."""
 
@@ -126,19 +150,39 @@ class ToTensors:
         self._format = torch.channels_last if channels_last else torch.contiguous_format
         self._mean = torch.tensor(info.mean, device=device).view(1, -1, 1, 1)
         self._std = torch.tensor(info.std, device=device).view(1, -1, 1, 1)
+        self._by_plane = device.type == "cpu" and not channels_last
+        self._memory = Reused()
 
     def __call__(self, rows: UInt8s, augment: Augment | None = None, positions: Int64s | None = None) -> Tensor:
         """Scale to 0..1, augment if asked to, and normalise."""
         if augment is not None and positions is not None:
             rows = augment.pixels(rows, positions)
-        moved = torch.from_numpy(rows)
+            if augment.changes_tensors:
+                return self._normalised(augment(self._scaled(rows), positions))
+        return self._by_planes(rows) if self._by_plane else self._normalised(self._scaled(rows))
+
+    def _scaled(self, rows: UInt8s) -> Tensor:
+        moved = torch.from_numpy(rows if rows.flags.writeable else rows.copy(order="K"))
         if self._device.type == "cuda":
             moved = moved.pin_memory().to(self._device, non_blocking=True)
         # in place: on a CPU, memory that is new costs more than the arithmetic
-        images = moved.permute(0, 3, 1, 2).to(torch.float32, memory_format=self._format).div_(255)
-        if augment is not None and positions is not None:
-            images = augment(images, positions)
+        return moved.permute(0, 3, 1, 2).to(torch.float32, memory_format=self._format).div_(255)
+
+    def _normalised(self, images: Tensor) -> Tensor:
         return images.sub_(self._mean).div_(self._std)
+
+    def _by_planes(self, rows: UInt8s) -> Tensor:
+        """The same numbers in half the time or less: a plane stays in a core's cache until it is done."""
+        count, height, width, channels = rows.shape
+        images = self._memory.tensor((count, channels, height, width))
+        mean, std = (values.flatten().numpy() for values in (self._mean, self._std))
+        for planes, given in zip(images.numpy(), rows.transpose(0, 3, 1, 2), strict=True):
+            for channel, plane in enumerate(planes):
+                np.copyto(plane, given[channel])
+                np.divide(plane, _LARGEST, out=plane)
+                np.subtract(plane, mean[channel], out=plane)
+                np.divide(plane, std[channel], out=plane)
+        return images
 
     def pixels(self, images: Tensor) -> UInt8s:
         """Back from what this returned: uint8 rows, the given ones unless they were augmented."""

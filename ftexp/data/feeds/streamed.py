@@ -74,7 +74,7 @@ class StreamedRows:
         rows = max(16, min(_UNIT_ROWS, _UNIT_BYTES // self._row_bytes))
         blocks = chained(spans(units(requests, rows)), self._start, self._on_slow)
         try:
-            yield _Window(blocks, self._on_bad, self._read).take
+            yield _Window(blocks, self._on_bad, self._read, by_plane=self._augment is not None).take
         finally:
             blocks.close()
 
@@ -206,20 +206,24 @@ class _Window:
         blocks: Iterator[Block],
         on_bad: Callable[[list[BadSample]], None],
         on_block: Callable[[Block], None] = lambda _: None,
+        by_plane: bool = False,
     ) -> None:
-        self._blocks, self._on_bad, self._on_block = blocks, on_bad, on_block
+        """by_plane: whether blocks have an image's channels before its height."""
+        self._blocks, self._on_bad, self._on_block, self._by_plane = blocks, on_bad, on_block, by_plane
         self._block: Block | None = None
         self._used = 0
 
     def take(self, samples: Int64s) -> Taken:
-        """The next rows; they must be those of `samples`."""
+        """The next rows; they must be those of `samples`. Images of one block are read where they lie."""
         parts = list(self._next_rows(len(samples)))
+        columns = ([part[name] for part in parts] for name in ("image", "label", "sample", "error"))
         image, label, sample, error = (
-            np.concatenate([part[name] for part in parts]) for name in ("image", "label", "sample", "error")
+            found[0] if len(found) == 1 and found[0].ndim > 1 else np.concatenate(found) for found in columns
         )
         if not np.array_equal(sample, samples):
             raise RuntimeError("the pipeline gave other samples than it was asked for")
         bad = error != ""
+        image = image.transpose(0, 2, 3, 1) if self._by_plane else image
         return Taken(image, label, ~bad if bad.any() else None)
 
     def _next_rows(self, count: int) -> Iterator[Block]:

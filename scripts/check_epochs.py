@@ -1,0 +1,119 @@
+"""One full epoch of each photo experiment, and of each augmentation string, over photograph-like images of real size.
+
+    uv run python scripts/check_epochs.py [--pictures 5000] [--only experiments] [--json FILE]
+
+An experiment is trained by the command, with its own recipe and image size, on JPEGs of 500x375
+(scripts/photo_like.py); only its model is a small one, in fp32, since it is the data that is checked. A string gets
+an epoch of a worker's feed without a model: decoded, augmented, normalised, erased and mixed, every image counted.
+Exits with 1 if anything fails, lacks an image or holds what isn't finite. Takes 15 minutes on 2 cores.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import closing
+from pathlib import Path
+
+import torch
+from bench_feed import BATCH, ray_of_this_machine, training_data
+from benching import composed, describe_machine, finish, options_parser
+from photo_like import write_photos
+from rich.console import Console
+from rich.table import Table
+
+EXPERIMENTS, STRINGS = "experiments", "strings"
+IMAGE_SIZE = 224
+SMALL_MODEL = ["model.name=test_resnet", "model.pretrained=false", "train.precision=fp32", "model.drop_path_rate=null"]
+AUTO_AUGMENTS = (
+    *("rand-m9-mstd0.5-inc1", "rand-m7-mstd0.5-inc1", "rand-m15-n3-mmax20-p0.7", "rand-m9-n2-tweights"),
+    *("original", "originalr-mstd0.5", "v0", "v0r-mstd0.5", "3a", "augmix-m3", "augmix-m5-w4-d2"),
+)
+OTHERS = {
+    "augment=deit": ["augment=deit"],
+    "rkrc": ["augment.crop=rkrc", "augment.hflip=0.5"],
+    "rkrr, jitter, grey, blur": [
+        *("augment.crop=rkrr", "augment.vflip=0.5", "augment.color_jitter=[0.4,0.4,0.4,0.1]"),
+        *("augment.color_jitter_prob=0.8", "augment.grayscale=0.2", "augment.gaussian_blur=0.5"),
+    ],
+    "rand_augment in the worker": ["augment.rand_augment=rand-m9-mstd0.5-inc1", "augment.hflip=0.5"],
+}
+
+
+def main() -> None:
+    """Run every epoch, print a line for each, and exit with 1 if one went wrong."""
+    parser = options_parser(__doc__, 1, "unused")
+    parser.add_argument("--pictures", type=int, default=5000)
+    parser.add_argument("--only", nargs="+", choices=(EXPERIMENTS, STRINGS), default=(EXPERIMENTS, STRINGS))
+    options = parser.parse_args()
+    console = Console(highlight=False, width=120)
+    describe_machine(console)
+    seconds: dict[str, float] = {}
+    failed: list[str] = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_photos(folder / "photos", options.pictures)
+        if STRINGS in options.only:
+            words = {f"auto_augment={words}": ["augment.crop=rrc", f"augment.auto_augment={words}"]
+                     for words in AUTO_AUGMENTS}  # fmt: skip
+            with ray_of_this_machine():
+                for title, overrides in (words | OTHERS).items():
+                    seconds[title] = epoch_of_feed(folder / "photos", options.pictures, overrides)
+                    console.print(f"{title}: {options.pictures:,} images in {seconds[title]:.0f} s")
+        for experiment in photo_experiments() if EXPERIMENTS in options.only else ():
+            began_s = time.perf_counter()
+            outcome = epoch_of_experiment(folder, experiment)
+            seconds[experiment] = time.perf_counter() - began_s
+            console.print(f"experiment={experiment}: {outcome} in {seconds[experiment]:.0f} s")
+            if outcome != "finished":
+                failed.append(f"experiment={experiment}: {outcome}")
+    table = Table("one epoch", "seconds", box=None)
+    for title, value in seconds.items():
+        table.add_row(title, f"{value:.0f}")
+    console.print(table)
+    finish(console, seconds, options.json, failed, check=True)
+
+
+def photo_experiments() -> list[str]:
+    """The experiments on folders of images."""
+    from ftexp.config.schema import config_dir
+
+    names = sorted(file.stem for file in (config_dir() / "experiment").glob("*.yaml"))
+    return [name for name in names if composed(f"experiment={name}").data.name == "image_folder"]
+
+
+def epoch_of_feed(root: Path, num_images: int, overrides: list[str]) -> float:
+    """Seconds of an epoch in which every image comes once, in finite numbers."""
+    began_s, seen = time.perf_counter(), []
+    data = training_data(root, IMAGE_SIZE, "streaming", *overrides)
+    with closing(data.feed.from_position(0)) as batches:
+        for number in range(-(-num_images // BATCH)):
+            batch = next(batches)
+            seen += batch.samples[: num_images - number * BATCH].tolist()
+            for micro in batch.micro_batches:
+                images = data.augmented(micro, batch.start).images
+                if not torch.isfinite(images).all():
+                    raise SystemExit(f"{overrides}: batch {number} holds what isn't finite")
+    if sorted(seen) != list(range(num_images)):
+        raise SystemExit(f"{overrides}: {len(set(seen)):,} of {num_images:,} images came")
+    return time.perf_counter() - began_s
+
+
+def epoch_of_experiment(folder: Path, experiment: str) -> str:
+    """The status of a run of one epoch."""
+    overrides = [
+        *(f"experiment={experiment}", f"data.root={folder / 'photos'}", *SMALL_MODEL),
+        *("train.epochs=1", "scaling.num_workers=1", "scaling.resources_per_worker={CPU: 1}"),
+        *("data.val_fraction=0.02", "data.test_fraction=0.02"),
+        *(f"run.storage={folder / 'runs'}", f"run.name={experiment}"),
+    ]
+    code = subprocess.run([sys.executable, "-m", "ftexp.train", *overrides], check=False).returncode
+    record = folder / "runs" / experiment / "run.json"
+    return str(json.loads(record.read_text())["status"]) if record.exists() else f"exit code {code}"
+
+
+if __name__ == "__main__":
+    main()
