@@ -181,6 +181,7 @@ def _print(result: dict[str, Any]) -> None:
         f"{result['checkpoint']} (epoch {result['epoch']}) on {result['num_samples']} {result['split']} samples"
         + (", each with its mirror image (tta=hflip)" if result["tta"] == "hflip" else ""),
         markup=False,
+        soft_wrap=True,
     )
     console.print(f"accuracy {result['accuracy']:.4f}   loss {result['loss']:.4f}")
     table = Table("class", "samples", "recall", "precision", box=None)
