@@ -37,8 +37,8 @@ _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 _JPEG = ("JPEG", "MPO")  # as Pillow names the format; the second is what telephones write
 _DECODED_MODES = ("L", "RGB")  # by torchvision
 _FACTORS = (8, 4, 2)  # by which libjpeg shrinks
-# of what an image is scaled to, its shorter side keeps so many times: scaled on by torch, the whole image and this one
-# are 48 dB or more apart; at once, with little or nothing left for torch's filter, 25 to 47 dB
+# the shorter side keeps so many times what it is scaled to: pixels are then 48 dB or more from those of a decoding
+# in full; 25 to 47 dB where it keeps it once, and little or nothing is left for torch's filter
 _KEPT = 2
 _DARK = 64  # no pixel of a 16-bit image reaches this, of 255: it holds 14 bits, or fewer
 _UNCHANGED = 0  # torchvision's ImageReadMode

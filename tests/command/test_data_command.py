@@ -117,7 +117,7 @@ def test_a_torn_file_is_named_and_left_out_of_all_that_is_measured_and_drawn(loo
     assert re.search(
         r"cost     read [\d.]+ ms · decode [\d.]+ ms · crop [\d.]+ ms · augment 0.00 ms, of an image on one CPU", output
     )
-    told = "1 rotated by their EXIF data, turned upright · 1 transparent, put on white (of 20 that were read)"
+    told = "1 rotated by their EXIF data, turned upright · 1 transparent, put on white (of 19 that were read)"
     assert f"images   {told}" in output
     picture = tmp_path / "sheet.png"
     assert Image.open(picture).size == sheet_size(rows=2)

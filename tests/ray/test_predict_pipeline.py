@@ -44,10 +44,10 @@ pytestmark = pytest.mark.usefixtures("data_ray")
 
 def read(inputs, size=SIZE):
     """{what is in it: (where, class)} of every sample, in order."""
-    pixels, (places, reasons) = decode_samples(inputs.split, np.arange(len(inputs.split)), Fit(size, 3))
+    pixels, outcome = decode_samples(inputs.split, np.arange(len(inputs.split)), Fit(size, 3))
     _, labels = inputs.split.table.get()
     names = [inputs.label_names[label] if label >= 0 else None for label in labels]
-    return pixels, places, reasons, names
+    return pixels, outcome.places, outcome.reasons, names
 
 
 @pytest.mark.parametrize("layout", ["image_folder", "image_list", "parquet", "webdataset"])

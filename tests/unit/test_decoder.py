@@ -218,13 +218,15 @@ def test_a_photo_that_is_turned_and_scaled_is_both(name):
     assert size_of(picture) == (75, 100)
 
 
+NOTHING = [b"Exif\0\0", b"Exif\0\0MM\0*\xff\xff\xff\xff", orientation(6)[:-9], orientation(77), b"Exif\0\0no TIFF"]
+
+
 @BOTH
-@pytest.mark.parametrize(
-    "content", [b"Exif\0\0", b"Exif\0\0MM\0*\xff\xff\xff\xff", orientation(6)[:-9], orientation(77)]
-)
-@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")  # of Pillow's, as it opens the file
-def test_exif_data_that_say_nothing_leave_an_image_as_it_is(name, content):
-    encoded = with_exif(content)
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])  # of which Pillow reads such data as it opens them, and later
+@pytest.mark.parametrize("content", NOTHING)
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+def test_exif_data_that_say_nothing_leave_an_image_as_it_is(name, kind, content):
+    encoded = with_exif(content, kind)
     picture, traits = Decoding(name, exif_orientation=True)(encoded, 3)
     np.testing.assert_array_equal(np.asarray(picture), decoded(encoded, PILLOW))
     assert traits == Traits(0)
