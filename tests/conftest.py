@@ -17,7 +17,7 @@ pytest.register_assert_rewrite("tests.support")
 # read when Ray is imported: else `uv run pytest` has Ray start every worker through `uv run`, in an environment anew
 os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
 # Ray's own is 15: beside tests that keep a core busy, a run would stand still
-os.environ |= {"RAY_worker_niceness": "0"}
+os.environ |= {"RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0"}
 
 # else every process that a test starts compiles ftexp anew
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)

@@ -108,15 +108,17 @@ def start_ray(
     decodes = may_decode(config) if decodes is None else decodes
     decoding = (config.data.decode_cpus or usable_cpus()) if decodes else 0
     options: dict[str, Any] = {"include_dashboard": False, "num_cpus": usable_cpus() + decoding} if own else {}
+    fewer = ray_private.starting_fewer_processes(config.verbose) if own else contextlib.nullcontext()
     try:
-        context = ray.init(
-            address="local" if own else address,
-            log_to_driver=config.verbose,
-            logging_level=level,
-            configure_logging=config.verbose,
-            runtime_env=runtime_env,
-            **options,
-        )
+        with fewer:
+            context = ray.init(
+                address="local" if own else address,
+                log_to_driver=config.verbose,
+                logging_level=level,
+                configure_logging=config.verbose,
+                runtime_env=runtime_env,
+                **options,
+            )
     except Exception as error:
         if own:
             raise _not_started(error) from error

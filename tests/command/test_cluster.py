@@ -1,9 +1,6 @@
 """What takes more than one worker with it: nodes, Ray's controller and storage that are really gone."""
 
-import contextlib
-import os
 import shutil
-import signal
 import socket
 import time
 from dataclasses import dataclass
@@ -139,27 +136,6 @@ def tell(command, run, nodes, slow):
     return Story(run, command.wait(), command.output, killed_rank, announced_rank, taken_at)
 
 
-def parent_of(pid):
-    """A process's parent; None if there is no such process any more."""
-    with contextlib.suppress(OSError):
-        return int(Path(f"/proc/{pid}/status").read_text().partition("PPid:")[2].split()[0])
-    return None
-
-
-def process_of(title, ancestor):
-    """The process with a title that descends from another."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if (folder / "cmdline").read_bytes().startswith(title.encode()):
-                pid = parent = int(folder.name)
-                while parent not in (ancestor, None, 0):
-                    parent = parent_of(parent)
-                found += [pid] if parent == ancestor else []
-    (pid,) = found
-    return pid
-
-
 def newest(folder):
     """Names of what was written last to a folder of checkpoints: one at most, whether or not it is whole."""
     names = [path.name for path in folder.iterdir()] if folder.exists() else []
@@ -236,10 +212,10 @@ def test_a_run_whose_controller_is_killed_ends_where_the_clean_run_ends(
     ftexp, run_folder, tmp_path, clean_run, pictures
 ):
     (tmp_path / "hold").touch()
-    command = ftexp(*OPTIONS, *EVERY_FEW_STEPS, *pictures, "data.feed=streaming", "run.name=headless", as_typed=True)
+    command = ftexp(*OPTIONS, *EVERY_FEW_STEPS, *pictures, "data.feed=streaming", "run.name=headless", own_ray=True)
     run = run_folder("headless")
     command.wait_until((tmp_path / "held").exists)
-    os.kill(process_of("ray::TrainController", command.process.pid), signal.SIGKILL)
+    command.kill_in_own_ray("ray::TrainController")
     (tmp_path / "held").unlink()
     assert command.wait() == 0, command.output
     (failure,) = run.record["failures"]

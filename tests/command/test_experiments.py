@@ -3,7 +3,7 @@
 from tests.support.command import Command, RunFolder
 
 
-def test_the_smoke_experiment_runs_and_the_same_command_prints_it_again(tmp_path):
+def test_the_smoke_experiment_runs_and_the_same_command_prints_it_again(tmp_path, preloaded):
     words = ["experiment=smoke", f"run.storage={tmp_path}", "run.name=smoke"]
     command, run = Command("train", words, tmp_path), RunFolder(tmp_path / "smoke")
     assert command.wait() == 0, command.output
@@ -11,11 +11,11 @@ def test_the_smoke_experiment_runs_and_the_same_command_prints_it_again(tmp_path
     assert (run.path / "report.html").exists()
 
     before = (run.path / "run.json").stat().st_mtime_ns
-    again = Command("train", words, tmp_path)
+    again = Command("train", words, tmp_path, preloaded)
     assert again.wait() == 0
     assert "test accuracy" in again.output
     assert (run.path / "run.json").stat().st_mtime_ns == before
 
-    changed = Command("train", [*words, "optim.lr=0.5"], tmp_path)
+    changed = Command("train", [*words, "optim.lr=0.5"], tmp_path, preloaded)
     assert changed.wait() == 2
     assert "optim.lr was 0.002, and is 0.5 now" in changed.output

@@ -44,13 +44,13 @@ def test_a_run_that_lost_ray_hung_lost_numbers_and_raised_ends_where_the_clean_r
     (tmp_path / "slow").touch()  # so that nothing is saved before Ray is killed
     faults = "{kind: hang, step: 45, rank: 1}, {kind: nonfinite, step: 55}, {kind: raise, step: 65}"
     command = ftexp(
-        *OPTIONS, *pictures, "run.name=faulty", f"chaos.faults=[{faults}]", "failure.hang_timeout_s=15", as_typed=True
+        *OPTIONS, *pictures, "run.name=faulty", f"chaos.faults=[{faults}]", "failure.hang_timeout_s=15", own_ray=True
     )
     run = run_folder("faulty")
     command.wait_until(lambda: run.events("ready"))
     pids = run.events("ready")[0]["pids"]
     command.wait_until(lambda: (run.path / "metrics.jsonl").exists() and run.metrics())
-    command.kill_child("gcs_server")
+    command.kill_in_own_ray("gcs_server")
     command.wait_until(lambda: len(run.events("ready")) == 2)
     (tmp_path / "slow").unlink()
     assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]

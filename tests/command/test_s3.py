@@ -15,6 +15,7 @@ from ftexp.drilling.report import compare
 from ftexp.rundir.names import CHECKPOINTS
 from ftexp.storage.directory import Storage
 from tests.support.command import Command
+from tests.support.reference import BATCH, EVERY_FEW_STEPS, OPTIONS, PLUGIN, SAVE_EVERY, STEPS
 from tests.support.s3 import s3_uri
 
 
@@ -87,26 +88,6 @@ class Proxy:
                 end.shutdown(socket.SHUT_RDWR)
 
 
-@contextlib.contextmanager
-def slowed_down(pid):
-    """Have a process run a third of the time."""
-    over = threading.Event()
-
-    def hold():
-        while not over.wait(0.1):
-            os.kill(pid, signal.SIGSTOP)
-            over.wait(0.2)
-            os.kill(pid, signal.SIGCONT)
-
-    thread = threading.Thread(target=hold)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
-
-
 def is_whole(store, after):
     """Whether there is a checkpoint of a later step."""
     names = store.storage.list_folders()
@@ -114,42 +95,38 @@ def is_whole(store, after):
 
 
 @pytest.mark.timeout(600)
-def test_an_outage_of_s3_in_the_middle_of_a_save_changes_nothing(ftexp, preloaded, s3_server, tmp_path, s3):
-    options = [
-        "train.epochs=10", "train.max_steps=200", "train.log_every_steps=1", "checkpoint.every_epochs=null",
-        "checkpoint.every_steps=25",
-    ]  # fmt: skip
-    clean = ftexp(*options, "run.name=run")
-    assert clean.wait() == 0, clean.output
-
-    # as the second save is about to write its second file, the store is gone until two saves have failed. A worker is
+def test_an_outage_of_s3_in_the_middle_of_a_save_changes_nothing(
+    clean_run, pictures, preloaded, s3_server, tmp_path, s3
+):
+    # as the second save is about to write its second file, the store is gone until two saves have failed. Steps are
     # slowed down meanwhile: saves give way to training, and on a busy machine they'd come after the last step
-    proxy = Proxy(s3_server, re.compile(rb"checkpoints/step_(?!00000025)\d+\.a1/optimizer\.pt"))
+    (tmp_path / "obedient.py").write_text(PLUGIN)
+    (tmp_path / "slow").touch()
+    proxy = Proxy(s3_server, re.compile(rb"checkpoints/step_(?!%08d)\d+\.a1/optimizer\.pt" % SAVE_EVERY))
     through = Storage.at(s3_uri(proxy.port, "bucket"), s3.name)
-    command = Command("train", [*options, f"run.storage='{through.uri}'", "run.name=run"], tmp_path, preloaded)
+    words = [*OPTIONS, *EVERY_FEW_STEPS, *pictures, f"run.storage='{through.uri}'", "run.name=run"]
+    command = Command("train", [*words, "report.enabled=false"], tmp_path, preloaded)
     run = s3.child("run")
     store = CheckpointStore(run.child(CHECKPOINTS))
     try:
-        command.wait_until(lambda: " pids " in command.output)
-        pid = int(re.search(r"pids \d+, (\d+)", command.output)[1])
-        with slowed_down(pid):
-            command.wait_until(lambda: command.output.count(" not written") >= 2)
-            failed_last = re.findall(r"step (\d+) not written", command.output)[-1]
-            proxy.end()
-            command.wait_until(lambda: is_whole(store, after=int(failed_last)))
-        os.kill(pid, signal.SIGKILL)
+        command.wait_until(lambda: command.output.count(" not written") >= 2)
+        failed_last = re.findall(r"step (\d+) not written", command.output)[-1]
+        proxy.end()
+        command.wait_until(lambda: is_whole(store, after=int(failed_last)))
+        (tmp_path / "slow").unlink()
+        os.kill(int(re.search(r"pids \d+, (\d+)", command.output)[1]), signal.SIGKILL)
         assert command.wait() == 0, command.output
     finally:
         command.process.kill()
         proxy.close()
-    report = compare(Storage.at(str(tmp_path / "runs"), "run"), run, 32, 0)
+    report = compare(clean_run.storage, run, BATCH, 0)
     assert report.differences == []
     events = [json.loads(line) for line in run.read_bytes("events.jsonl").decode().splitlines()]
     failed = [event["step"] for event in events if event["event"] == "checkpoint_failed"]
     saved = [event["checkpoint"] for event in events if event["event"] == "checkpoint_saved"]
     kept = store.storage.list_folders()
     # training went on meanwhile, and saves did afterwards
-    assert failed[0] >= 50
+    assert failed[0] >= 2 * SAVE_EVERY
     assert len(failed) == len(set(failed)) >= 2
     # the killed worker's run went back to the save after them, and what the outage had torn was removed
     (restored,) = [event for event in events if event["event"] == "restored"]
@@ -163,7 +140,7 @@ def test_an_outage_of_s3_in_the_middle_of_a_save_changes_nothing(ftexp, preloade
     record = json.loads(run.read_bytes("run.json"))
     assert record["status"] == "finished"
     assert [failure["cause"] for failure in record["failures"]] == ["crash"]
-    assert record["checkpoint"] == saved[-1] == "step_00000200.a2"
+    assert record["checkpoint"] == saved[-1] == f"step_{STEPS:08d}.a2"
     assert kept[-1] == saved[-1]
     for name in kept:  # also one that was complete when the kill came, and was not told any more
         store.verify(store.by_name(name))

@@ -4,6 +4,8 @@ import logging
 
 import pytest
 
+from ftexp.cluster import ray_private
+
 
 @pytest.fixture(scope="package")
 def data_ray(preloaded):
@@ -16,14 +18,15 @@ def data_ray(preloaded):
         ftexp.data.listing._RETRY_AFTER_S = (0.0, 0.0, 0.0)
 
     logging.getLogger("ray").setLevel(logging.WARNING)  # it fills the report of a failed test otherwise
-    ray.init(
-        address="local",
-        num_cpus=2,
-        include_dashboard=False,
-        log_to_driver=False,
-        configure_logging=False,
-        runtime_env={**preloaded.runtime_env(), "worker_process_setup_hook": hurry},
-    )
+    with ray_private.starting_fewer_processes(prints_logs=False):
+        ray.init(
+            address="local",
+            num_cpus=2,
+            include_dashboard=False,
+            log_to_driver=False,
+            configure_logging=False,
+            runtime_env={**preloaded.runtime_env(), "worker_process_setup_hook": hurry},
+        )
     ray.data.DataContext.get_current().enable_progress_bars = False
     yield
     ray.shutdown()

@@ -54,7 +54,7 @@ class Command:
             [*words, *arguments],
             cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
-        self.lines, self._new = [], queue.Queue()
+        self._folder, self.lines, self._new = Path(folder), [], queue.Queue()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
@@ -84,16 +84,18 @@ class Command:
             with contextlib.suppress(queue.Empty):
                 self._new.get(timeout=0.1)
 
-    def kill_child(self, program):
-        """SIGKILL the child process that runs the program of this name."""
-        for folder in Path("/proc").glob("[0-9]*"):
+    def kill_in_own_ray(self, program):
+        """SIGKILL the one process of the Ray of this command's own whose command line begins with a path to `program`,
+        or with that title: they are in the command's directory.
+        """
+        found = []
+        for process in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):  # ended meanwhile
-                parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-                run = (folder / "cmdline").read_text().partition("\0")[0]
-                if parent == self.process.pid and Path(run).name == program:
-                    os.kill(int(folder.name), signal.SIGKILL)
-                    return
-        raise AssertionError(f"no child process runs {program}")
+                title = (process / "cmdline").read_text().partition("\0")[0]
+                if Path(title).name.startswith(program) and (process / "cwd").readlink() == self._folder:
+                    found.append(int(process.name))
+        (pid,) = found
+        os.kill(pid, signal.SIGKILL)
 
     def wait(self):
         """Return the exit code."""

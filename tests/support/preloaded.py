@@ -90,6 +90,7 @@ def become(module):
 
     del os.environ[MARK]  # that of a worker
     sys.stdin = sys.stdout = sys.stderr = None  # the preloaded process's: each command opens what is lacking
+    sys.orig_argv = [sys.executable, "-m", f"ftexp.{module}", *sys.argv[1:]]  # what begins again, where Ray has died
     own, driver.HotStart = driver.HotStart, Shared
     for imported in [*sys.modules.values()]:
         if getattr(imported, "HotStart", None) is own:
@@ -102,10 +103,12 @@ def hold_ray():
     """Start a Ray, print its address, and stop it when standard input ends."""
     import ray
 
+    from ftexp.cluster import ray_private
     from ftexp.config.schema import Config
 
     logging.getLogger("ray").setLevel("ERROR")
-    with Shared(Config().scaling, num_threads=1).raylet_settings():
+    hot_start = Shared(Config().scaling, num_threads=1)
+    with hot_start.raylet_settings(), ray_private.starting_fewer_processes(prints_logs=False):
         ray.init(address="local", num_cpus=NUM_CPUS, include_dashboard=False, log_to_driver=False)
     print(ray.get_runtime_context().gcs_address, flush=True)
     os.read(0, 1)

@@ -1,7 +1,15 @@
 """What composes faster here than in the command."""
 
+import dataclasses
+import pickle
+
+import hydra._internal.config_loader_impl as loader
 import pytest
+from hydra._internal.defaults_list import Overrides
 from hydra._internal.hydra import Hydra
+from hydra.core.config_store import ConfigStore
+
+from ftexp.config.schema import config_dir
 
 
 @pytest.fixture(autouse=True)
@@ -14,3 +22,44 @@ def _composing_once(monkeypatch):
         return get_mode(self, config_name=config_name, overrides=overrides) if is_given else None
 
     monkeypatch.setattr(Hydra, "get_mode", mode)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _composing_from_memory():
+    """What Hydra makes of the files depends on the words that choose options alone; other words are applied to it.
+
+    So it is made once for each choice of options, while these are of the package: a directory of a test's own may
+    change, and so may the config store, which empties the memory.
+    """
+    create, compose = loader.create_defaults_list, loader.ConfigLoaderImpl._compose_config_from_defaults_list
+    store, stored, remembered, composed, own = ConfigStore.store, {}, {}, {}, f"file://{config_dir()}"
+
+    def create_once(repo, config_name, overrides_list, prepend_hydra, skip_missing):
+        sources = tuple(source.full_path() for source in repo.get_sources())
+        given = Overrides(repo, overrides_list)
+        values = {id(override) for override in given.config_overrides}
+        choices = [override for override in overrides_list if id(override) not in values]
+        key = (sources, config_name, prepend_hydra, skip_missing, *(choice.input_line for choice in choices))
+        if any(source.startswith("file://") and source != own for source in sources):
+            key = object()
+        if key not in remembered:
+            remembered[key] = create(repo, config_name, choices, prepend_hydra, skip_missing)
+        return dataclasses.replace(remembered[key], config_overrides=given.config_overrides)
+
+    def compose_once(self, defaults, repo):
+        if id(defaults) not in composed:
+            composed[id(defaults)] = pickle.dumps(compose(self, defaults, repo)), defaults
+        return pickle.loads(composed[id(defaults)][0])
+
+    def store_and_forget(self, name, node, group=None, **kwargs):
+        if stored.get((group, name)) != (node, kwargs):  # a sweep stores the same each time
+            stored[group, name] = node, kwargs
+            remembered.clear()
+            composed.clear()
+        return store(self, name, node, group, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loader, "create_defaults_list", create_once)
+        patch.setattr(loader.ConfigLoaderImpl, "_compose_config_from_defaults_list", compose_once)
+        patch.setattr(ConfigStore, "store", store_and_forget)
+        yield

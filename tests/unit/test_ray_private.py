@@ -74,6 +74,14 @@ print(json.dumps([_in_a_fork(ray_private.random_id) for _ in range(2)]))
     )
 
 
+def test_what_a_forker_says_of_its_job_is_what_ray_says_of_none():
+    from ray._raylet import JobID
+
+    from ftexp.cluster.hot_start.preloader import NO_JOB
+
+    assert JobID.nil().hex() == NO_JOB
+
+
 def test_the_original_is_back_when_an_import_fails():
     import ray.actor
 
@@ -116,3 +124,35 @@ def test_the_processes_that_ray_has_started_are_where_they_are_looked_for():
         assert "self.all_processes[ray_constants.PROCESS_TYPE_" in inspect.getsource(start)
     assert callable(Node.get_logs_dir_path)
     assert ray_private.started_processes() == {}
+
+
+STARTS = ["start_monitor", "start_api_server", "start_log_monitor"]
+
+
+@pytest.mark.parametrize(
+    ("counts_usage", "prints_logs", "left"),
+    [(False, False, []), (False, True, STARTS[2:]), (True, False, STARTS[1:2])],
+)
+def test_a_ray_of_a_command_starts_without_what_nothing_uses(monkeypatch, counts_usage, prints_logs, left):
+    from ray._private.node import Node
+
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "1" if counts_usage else "0")
+    originals = {name: getattr(Node, name) for name in STARTS}
+    with ray_private.starting_fewer_processes(prints_logs):
+        assert [name for name in STARTS if getattr(Node, name) is originals[name]] == left
+        for name in {*STARTS} - {*left}:
+            getattr(Node, name)(None, include_dashboard=False, raise_on_failure=False)  # starts nothing
+    assert {name: getattr(Node, name) for name in STARTS} == originals
+    with pytest.raises(ImportError), ray_private.starting_fewer_processes(prints_logs):
+        fail()
+    assert {name: getattr(Node, name) for name in STARTS} == originals
+
+
+def test_the_dashboards_process_does_nothing_but_count_usage_where_there_is_no_dashboard():
+    import ray._private.services as services
+    from ray._private.node import Node
+
+    assert "if not include_dash:" in inspect.getsource(services.start_api_server)
+    assert '"--modules-to-load=UsageStatsHead"' in inspect.getsource(services.start_api_server)
+    started = inspect.getsource(Node.start_head_processes) + inspect.getsource(Node.start_ray_processes)
+    assert all(f"self.{name}(" in started for name in STARTS), "Ray starts them elsewhere now"

@@ -1,7 +1,7 @@
-"""Forks the workers of one job: a fork of the preloaded process that has imported Ray as well.
+"""Forks the workers of one raylet: a fork of the preloaded process that has imported Ray as well.
 
-Ray reads its job, its raylet and the cluster's token when it is imported, so the job's first worker brings the
-environment for that; what belongs to no job, as the drivers of a sweep's trials, has a forker as well. Ends when the
+Ray reads its raylet, its settings and the cluster's token when it is imported, so the first worker brings the
+environment for that; what belongs to no raylet, as the drivers of a sweep's trials, has a forker as well. Ends when the
 preloaded process ends, or when nothing has been asked for in a while.
 """
 

@@ -1,4 +1,4 @@
-"""The process that has everything imported but Ray, from which a forker is forked for each job.
+"""The process that has everything imported but Ray, from which a forker is forked for each raylet.
 
 Run as `python -m ftexp.cluster.hot_start.preloader <socket> <descriptor>` by the driver that starts a Ray of its own,
 and ends when its standard input closes: the driver is gone. On a node of a Ray that was joined, a launcher runs it,
@@ -17,7 +17,6 @@ import signal
 import socket
 import sys
 from pathlib import Path
-from typing import Any
 
 from ftexp.cluster.hot_start.forker import ANSWERED_BY_A_WORKER, Forker, import_all, receive
 from ftexp.cluster.hot_start.launcher import LOCK, readable, send
@@ -28,6 +27,8 @@ BEFORE_THE_CLUSTER = (
     *("torch", "torch.distributed", "torch.nn.parallel", "torchvision", "timm", "timm.optim", "timm.scheduler"),
     "omegaconf",
 )
+NO_JOB = "ffffffff"  # Ray's JobID.nil()
+_READ_LATER = ("RAY_WARN_BLOCKING_GET_INSIDE_ASYNC",)  # set for some workers of a job, read when it is wanted
 
 
 def main() -> None:
@@ -51,24 +52,27 @@ def main() -> None:
 
 
 class Preloader:
-    """Hands each launcher to the forker of its job, which it forks when it meets the job for the first time."""
+    """Hands each launcher to the forker of its raylet, which it forks when it meets that for the first time.
+
+    Where a job sets variables of Ray's own for its workers, these have another.
+    """
 
     def __init__(self, listener: socket.socket, owner: int) -> None:
         self._listener, self._owner = listener, owner
         self._path = os.environ.get("PYTHONPATH")  # what was imported came from there
-        self._forkers: dict[tuple[str | None, ...], socket.socket] = {}  # by job and raylet
+        self._forkers: dict[frozenset[tuple[str, str]], socket.socket] = {}  # by what Ray reads
 
     def serve(self) -> None:
         """Until the owner, a pipe or another process, has ended."""
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # forkers that have ended want no further attention
         while True:
-            jobs = {channel.fileno(): job for job, channel in self._forkers.items()}
-            ready = readable([self._owner, self._listener.fileno(), *jobs])
+            keys = {channel.fileno(): key for key, channel in self._forkers.items()}
+            ready = readable([self._owner, self._listener.fileno(), *keys])
             if self._owner in ready and (self._owner != 0 or not os.read(0, 4096)):
                 return
             for descriptor in ready:
-                if descriptor in jobs:  # a forker never says a word: it has ended
-                    self._forkers.pop(jobs[descriptor]).close()
+                if descriptor in keys:  # a forker never says a word: it has ended
+                    self._forkers.pop(keys[descriptor]).close()
             if self._listener.fileno() in ready:
                 self._accept()
 
@@ -86,9 +90,10 @@ class Preloader:
         for descriptor in descriptors:
             os.close(descriptor)
 
-    def _forker(self, environment: dict[str, Any], not_its_own: list[int]) -> socket.socket:
-        job = environment.get("RAY_JOB_ID"), environment.get("RAY_RAYLET_PID")
-        if job not in self._forkers:
+    def _forker(self, environment: dict[str, str], not_its_own: list[int]) -> socket.socket:
+        read = read_by_ray(environment)
+        key = frozenset(read.items()) if "RAY_RAYLET_PID" in read else frozenset()
+        if key not in self._forkers:
             ours, theirs = socket.socketpair()
             if os.fork() == 0:
                 try:
@@ -96,12 +101,21 @@ class Preloader:
                         other.close()
                     for descriptor in not_its_own:  # else a worker's output would stay open after the worker
                         os.close(descriptor)
-                    Forker(theirs, environment).serve()
+                    Forker(theirs, {**environment, **read}).serve()
                 finally:  # whatever happens, it never goes on as a second preloaded process
                     os._exit(0)
             theirs.close()
-            self._forkers[job] = ours
-        return self._forkers[job]
+            self._forkers[key] = ours
+        return self._forkers[key]
+
+
+def read_by_ray(environment: dict[str, str]) -> dict[str, str]:
+    """What Ray reads of a worker's environment when it is imported, for whichever job the worker will be.
+
+    Of no job, as those workers are that raylet starts before it is asked: the first task tells a worker its job.
+    """
+    read = {name: value for name, value in environment.items() if name.startswith("RAY_") and name not in _READ_LATER}
+    return {**read, "RAY_JOB_ID": NO_JOB} if "RAY_JOB_ID" in read else read
 
 
 if __name__ == "__main__":
