@@ -42,6 +42,7 @@ SETTINGS: dict[str, Any] = {
     "min_lr": 1e-5,
     "label_smoothing": 0.1,
     "hflip": 0.5,
+    "scale": (0.35, 1.0),  # of the crop, in the picture's area
 }
 FTEXP, TIMM = "ftexp", "timm's loader"
 CROPPED, WHOLE = "with the crop", "without"
@@ -75,7 +76,8 @@ def main() -> None:
 def ftexp_accuracy(settings: dict[str, Any], is_cropped: bool, folder: Path) -> float:
     """Test accuracy of one run of the command, whose worker leaves a CPU to decode on."""
     name = f"{'cropped' if is_cropped else 'whole'}_{settings['seed']}"
-    augment = ["augment.crop=rrc", "augment.interpolation=bicubic"] if is_cropped else []
+    scale = f"augment.scale={list(settings['scale'])}".replace(" ", "")
+    augment = ["augment.crop=rrc", "augment.interpolation=bicubic", scale] if is_cropped else []
     overrides = [
         *("data=image_folder", f"data.root={settings['root']}", f"data.image_size={settings['image_size']}"),
         *("data.val_fraction=0", f"data.crop_pct={settings['crop_pct']}"),
@@ -95,7 +97,7 @@ def ftexp_accuracy(settings: dict[str, Any], is_cropped: bool, folder: Path) -> 
 
 def loop_accuracy(settings: dict[str, Any], is_cropped: bool, _: Path) -> float:
     """Test accuracy of the loop by hand, with as many processes."""
-    crop = {"scale": (0.08, 1.0)} if is_cropped else {"scale": (1.0, 1.0), "ratio": (1.0, 1.0)}
+    crop = {"scale": settings["scale"]} if is_cropped else {"scale": (1.0, 1.0), "ratio": (1.0, 1.0)}
     argument = json.dumps({**settings, "crop": crop, "num_workers": 1, "num_threads": 1})
     done = subprocess.run([sys.executable, str(LOOP), argument], check=True, capture_output=True, text=True)
     return float(json.loads(done.stdout.splitlines()[-1])["test_accuracy"])

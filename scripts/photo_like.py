@@ -3,7 +3,7 @@
     uv run python scripts/photo_like.py FOLDER [--pictures 5000] [--classes 20] [--size 500 375] [--seed 0]
 
 A class is a glyph, in any weight of Roboto (Ray's dashboard has it) and of Pillow's own typeface: of any colour, turned
-and slanted a little, 0.15 to 0.6 of the picture high, anywhere in it. Behind it is a part of one of scikit-learn's two
+and slanted a little, 0.35 to 0.9 of the picture high, anywhere in it. Behind it is a part of one of scikit-learn's two
 photographs, at a random scale, turned, mirrored and tinted. So where and how large the object is says nothing about its
 class, as in a photograph, and a model that learns pictures by heart is no good on others. None of the glyphs is the
 mirror image of another. The same seed makes the same pixels with the same versions of these packages; picture number n
@@ -25,7 +25,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 IMAGENET = (500, 375)  # width and height that most of ImageNet's photographs have
 GLYPHS = "AKMRTXHWYGQV4785&@$%#CFJLPOUZ?"  # in this order
-GLYPH_SHARE = (0.15, 0.6)  # of the picture's height
+GLYPH_SHARE = (0.35, 0.9)  # of the picture's height
 QUALITY = 95
 GRAIN = 10.0  # standard deviation of a camera's noise; with it, 500x375 take 110 kB, as ImageNet's do on average
 _CHUNK = 64  # pictures that a process makes at a time
