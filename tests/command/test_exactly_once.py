@@ -12,12 +12,12 @@ import torch
 from ftexp.checkpoint.compare import load
 from ftexp.checkpoint.staging import writer
 from ftexp.checkpoint.store import CheckpointStore, locate
+from ftexp.cli.trained_run import load_run_config
 from ftexp.drilling.report import compare
 from ftexp.rundir.sample_ledger import problems, read_updates
 from ftexp.storage.directory import Storage
 from ftexp.storage.lease import LOCK_FILE
 from tests.support.command import RunFolder
-from tests.support.configs import composed
 from tests.support.reference import BATCH, OPTIONS, STATES, STEPS
 
 DRILL_STEPS, DRILL_BATCH = 16, 62  # 4.95 steps an epoch; shares of 31, micro-batches of 16 and 15
@@ -69,8 +69,8 @@ def test_a_drill_with_the_full_recipe_on_tells_a_run_that_survived_its_faults_fr
     assert_the_recipe_was_on(RunFolder(folder / "clean"), RunFolder(folder / "broken"))
 
     # a drill that finds nothing in whatever it is given would have said the same
-    compared = functools.partial(compare, config=composed(*RECIPE))
     first, second = Storage.at(str(folder), "clean"), Storage.at(str(folder), "broken")
+    compared = functools.partial(compare, config=load_run_config(first))
     assert compared(first, second, DRILL_BATCH, 0).identical
     at = steps[1] + 2  # after the second fault, before the third
 

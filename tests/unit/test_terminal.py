@@ -51,7 +51,7 @@ def test_the_header_of_pretrained_weights_says_how_their_images_are_prepared():
     config = composed("model=vit", "model.pretrained=w.pt", "data.crop_pct=0.9")
     words = _weights(config)
     assert words == "w.pt · mean [0.3053] · std [0.376] · interpolation bicubic · crop_pct 0.9 · crop_mode center"
-    text = show(lambda t: t.header("demo", "/runs/demo", "vit_tiny", INFO, "digits", "2", "cached", words))
+    text = show(lambda t: t.header("demo", "/runs/demo", "vit_tiny", INFO, "digits", "2", "cached", "each once", words))
     assert f"weights  {words}" in text
     assert _weights(composed("model=vit")) is None
 
