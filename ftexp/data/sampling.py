@@ -233,10 +233,11 @@ def epoch_in_words(config: Config, info: DataInfo) -> str:
         shares = quotas.whole.astype(np.float64)
         how = f"{quotas.whole.min():,} to {quotas.whole.max():,} of each of {len(classes):,} classes"
     times = repeats * shares / counts[classes]
-    extremes = [
+    named = [
         f"each of the {counts[classes[row]]:,} samples of {info.class_names[classes[row]]!r} {times[row]:.3g} times"
         for row in (int(times.argmax()), int(times.argmin()))
     ]
+    extremes = ", ".join(dict.fromkeys(named))  # classes of one size are one
     none = len(counts) - len(classes)
     left = f"; {none:,} class{'es have' if none > 1 else ' has'} no training sample, so no draw" if none else ""
-    return f"{draws:,} draws{versions}, {how} (data.sampling={config.data.sampling}): {', '.join(extremes)}{left}"
+    return f"{draws:,} draws{versions}, {how} (data.sampling={config.data.sampling}): {extremes}{left}"

@@ -284,3 +284,8 @@ def words(counts, **config):
 )
 def test_the_header_says_what_an_epoch_is(config, expected):
     assert words([900, 0, 25, 75], **config) == expected
+
+
+def test_the_header_names_one_class_where_all_are_of_one_size():
+    text = words([25, 25], sampling="balanced")
+    assert text == "50 draws, 25 of each of 2 classes (data.sampling=balanced): each of the 25 samples of 'c0' 1 times"
