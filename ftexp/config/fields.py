@@ -6,7 +6,7 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from omegaconf import MISSING
@@ -25,6 +25,11 @@ def ranged(default: Any, low: float | None = None, high: float | None = None, ab
 def choice(default: Any, options: tuple[str, ...]) -> Any:
     """A field that holds one of `options`."""
     return dataclasses.field(default=default, metadata={"options": options})
+
+
+def typed_keys(overrides: Iterable[str]) -> set[str]:
+    """Return the keys that overrides set, or delete."""
+    return {override.lstrip("+~").partition("=")[0] for override in overrides}
 
 
 def type_problems(key: str, value: Any, hint: Any) -> Iterator[str]:

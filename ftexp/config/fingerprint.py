@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ftexp.config.fields import typed_keys
 from ftexp.config.masking import flat, masked
 from ftexp.config.schema import AUTO, Config
 from ftexp.errors import ConfigError
@@ -48,7 +49,7 @@ def as_begun(config: Config, recorded: Mapping[str, Any] | None, typed: Iterable
     """
     if recorded is None:
         return dataclasses.replace(config, data=dataclasses.replace(config.data, decoder=config.data.decoder_name)), []
-    keys = {word.lstrip("+").partition("=")[0] for word in typed}
+    keys = typed_keys(typed)
     older, begun, data = list[str](), dict[str, Any](), Config().data
     for name in _OF_NEW_RUNS:
         key, value, default = f"data.{name}", getattr(config.data, name), getattr(data, name)

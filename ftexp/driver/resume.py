@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from ftexp.checkpoint.store import CheckpointStore, locate
+from ftexp.config.fields import typed_keys
 from ftexp.config.fingerprint import as_begun, differences, fingerprint
 from ftexp.config.masking import flat, masked
 from ftexp.config.schema import PREPROCESSING, Config, DataConfig
@@ -56,14 +57,18 @@ def require_resumable(config: Config, run_dir: Storage) -> None:
         )
 
 
+def recorded(run_dir: Storage) -> dict[str, Any] | None:
+    """Return the fingerprint of the run here, a checkpoint's if run.json is lost; None if there is no run."""
+    state = read_state(run_dir)
+    if state is not None:
+        return state.fingerprint
+    manifests = CheckpointStore(run_dir.child(CHECKPOINTS)).manifests(lambda *_: None)
+    return manifests[0].fingerprint if manifests else None
+
+
 def decoding_as_begun(config: Config, run_dir: Storage, typed: Iterable[str]) -> Config:
     """The config, with images decoded as the run here began to: see `as_begun`; what differs from new runs is told."""
-    state = read_state(run_dir)
-    recorded: Mapping[str, Any] | None = state.fingerprint if state is not None else None
-    if state is None:
-        manifests = CheckpointStore(run_dir.child(CHECKPOINTS)).manifests(lambda *_: None)
-        recorded = manifests[0].fingerprint if manifests else None
-    config, older = as_begun(config, recorded, typed)
+    config, older = as_begun(config, recorded(run_dir), typed)
     if older:
         print(f"ftexp: the run is older than {', '.join(older)}: images are decoded as before", file=sys.stderr)
     return config
@@ -96,29 +101,17 @@ def _has_progress(state: RunState, run_dir: Storage) -> bool:
     return bool(state.step or state.farthest_step or run_dir.child(CHECKPOINTS).list_folders())
 
 
-def typed_keys(overrides: Sequence[str]) -> set[str]:
-    """The keys that overrides set."""
-    return {word.lstrip("+~").partition("=")[0] for word in overrides}
-
-
 def preprocessing_as_begun(config: Config, overrides: Sequence[str], run_dir: Storage) -> Config | None:
     """The config with the preprocessing that its run began with, where the overrides don't set it.
 
     For runs of pretrained weights. None if no run that has made progress is there.
     """
-    state = read_state(run_dir)
-    if state is None:
-        manifests = CheckpointStore(run_dir.child(CHECKPOINTS)).manifests(lambda *_: None)
-        if not manifests:
-            return None
-        before = manifests[0].fingerprint
-    elif _has_progress(state, run_dir):
-        before = state.fingerprint
-    else:
+    before, state = recorded(run_dir), read_state(run_dir)
+    if before is None or (state is not None and not _has_progress(state, run_dir)):
         return None
     # a field that isn't recorded is younger than the run, which then began with its default
-    recorded = {**fingerprint(Config()), **before}
-    return with_preprocessing(config, overrides, {name: recorded[f"data.{name}"] for name in PREPROCESSING})
+    begun = {**fingerprint(Config()), **before}
+    return with_preprocessing(config, overrides, {name: begun[f"data.{name}"] for name in PREPROCESSING})
 
 
 def with_preprocessing(config: Config, overrides: Sequence[str], values: Mapping[str, Any]) -> Config:

@@ -607,3 +607,18 @@ def test_a_finished_trial_of_pretrained_weights_is_done_with_the_preprocessing_t
     state |= {"fingerprint": fingerprint(brought), "step": 30, "epoch": 2}
     folder.child("a").write_bytes(RUN_FILE, json.dumps(state).encode())
     assert plan(folder, ("a", made)) == [FINISHED]
+
+
+def test_a_finished_trial_from_before_there_were_decoders_is_done_with_the_one_it_had(folder):
+    from ftexp.config.fingerprint import fingerprint
+
+    before, now = config(), config()
+    now.data.decoder, now.data.exif_orientation, now.data.background = "auto", True, "white"
+    recorded = fingerprint(before)
+    for name in ("decoder", "exif_orientation", "background"):
+        del recorded[f"data.{name}"]
+    finish(folder, "a", 0.5)
+    state = json.loads(folder.child("a").read_bytes(RUN_FILE))
+    state |= {"fingerprint": recorded, "step": 30, "epoch": 2}
+    folder.child("a").write_bytes(RUN_FILE, json.dumps(state).encode())
+    assert plan(folder, ("a", now)) == [FINISHED]

@@ -16,6 +16,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from ftexp.config.checks.wording import unknown
+from ftexp.config.fields import typed_keys
 from ftexp.config.masking import flat
 from ftexp.config.schema import CLASS_WEIGHTS, CROPS, LOSSES, SGD_NAMES, AugmentConfig, Config
 from ftexp.config.timm_names import optimizer_names, without_drop_path
@@ -220,7 +221,7 @@ def check_loss(config: Config) -> Iterator[str]:
 
 
 def _weight_problems(key: str, given: Any, names: tuple[str, ...], num_classes: int | None) -> Iterator[str]:
-    """What is wrong with the weights of classes: one of `names`, or a list with one for each class."""
+    """Yield the mistakes in weights of classes: they are one of `names`, or a list with one for each class."""
     if isinstance(given, str) and given in names:
         return
     numbers = isinstance(given, list) and all(
@@ -242,7 +243,7 @@ def fitted(config: Config, typed: Iterable[str]) -> tuple[Config, list[str]]:
     Returns:
         The config, and a line for each value that was changed.
     """
-    keys = {word.lstrip("+").partition("=")[0] for word in typed}
+    keys = typed_keys(typed)
     schedule, train, notes = config.schedule, config.train, list[str]()
     if MISSING in (train.epochs, config.optim.lr) or train.epochs < 1 or config.optim.lr <= 0:
         return config, notes  # `validate` says so

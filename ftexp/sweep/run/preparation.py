@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 from ftexp.cluster.hot_start.driver import HotStart
 from ftexp.cluster.ray_cluster import prepare_environment
 from ftexp.cluster.resources import Workers
+from ftexp.config.fingerprint import as_begun
 from ftexp.config.schema import Config
-from ftexp.driver.resume import open_run, preprocessing_as_begun, require_resumable
+from ftexp.driver.resume import open_run, preprocessing_as_begun, recorded, require_resumable
 from ftexp.errors import ConfigError
 from ftexp.rundir.state import FAILED, FINISHED
 from ftexp.rundir.sweep_record import STOPPED, WAITING, SweepRecord, Trial, read_sweep_record
@@ -94,10 +95,12 @@ def mark_what_is_done(
 
 
 def _as_begun(process: TrialProcess) -> Config:
-    """The config as the trial itself makes it, with the preprocessing that pretrained weights brought."""
-    if process.config.model.pretrained is False:
-        return process.config
-    return preprocessing_as_begun(process.config, process.overrides, process.run_dir) or process.config
+    """Return the config as the trial itself makes it: with the preprocessing and the decoding that it began with."""
+    config, overrides, run_dir = process.config, process.overrides, process.run_dir
+    if config.model.pretrained is not False:
+        config = preprocessing_as_begun(config, overrides, run_dir) or config
+    config, _ = as_begun(config, recorded(run_dir), overrides)
+    return config
 
 
 def run_proposed(
