@@ -36,7 +36,7 @@ from ftexp.cli.parse import read_command
 from ftexp.config.checks.validate import validate
 from ftexp.config.fields import choice, ranged
 from ftexp.config.schema import AUTO, TTA, Config, DataConfig
-from ftexp.config.source_names import SOURCE_FIELDS, can_stream
+from ftexp.config.source_names import AS_TRAINED, SOURCE_FIELDS, can_stream
 from ftexp.errors import ConfigError
 from ftexp.rundir.names import PREDICTIONS
 
@@ -46,10 +46,7 @@ if TYPE_CHECKING:
 
 _OWN = ("run", "checkpoint", "weights", "tta", "split", "out")
 _SCALING = ("num_workers", "use_gpu", "resources_per_worker", "address", "hot_start")  # what is read of it
-_FOLLOWS = (
-    *("image_size", "channels", "mean", "std", "num_classes", "crop_pct", "crop_mode", "interpolation"),
-    *("decoder", "decode_size", "exif_orientation", "background", "bit_depth"),
-)
+_FOLLOWS = (*AS_TRAINED, "decode_size")
 _OF_TRAINING = ("feed", "shuffle_window", "prefetch_batches", "on_bad_sample")
 _SPLITTING = ("val_fraction", "test_fraction", "split_seed")
 _RUNS_DATA = "of_the_run"  # the option of the group `data` that holds the run's own

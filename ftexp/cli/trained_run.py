@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from ftexp.checkpoint.store import CheckpointStore, Manifest
 from ftexp.cli.compose import to_config
 from ftexp.config.schema import Config, DataConfig
-from ftexp.config.source_names import OF_DECODING, can_stream
+from ftexp.config.source_names import AS_TRAINED, OF_DECODING, can_stream
 from ftexp.data.info import DataInfo
 from ftexp.errors import CheckpointError, ConfigError
 from ftexp.rundir.names import CHECKPOINTS, CONFIG_FILE
@@ -72,13 +72,6 @@ class SavedRun:
         seen: dict[str, Any] = {name: getattr(self.config.data, name) for name in names}
         # nothing is cut out of an image but in training
         return dataclasses.replace(data, integer_labels=self.info.integer_labels, decode_size=None, **seen)
-
-
-# fields of DataConfig that the weights rest on
-AS_TRAINED = (
-    *("image_size", "channels", "mean", "std", "num_classes", "crop_pct", "crop_mode", "interpolation"),
-    *("decoder", "exif_orientation", "background", "bit_depth"),
-)
 
 
 def read_weights(store: CheckpointStore, manifest: Manifest, weights: str) -> bytes:

@@ -8,6 +8,11 @@ from __future__ import annotations
 
 OF_DECODING = ("decoder", "decode_size", "exif_orientation", "background", "bit_depth")
 _OF_FILES = ("on_bad_sample", "decode_cpus", "crop_pct", "crop_mode", "interpolation", *OF_DECODING)
+# fields of DataConfig that a run's weights rest on
+AS_TRAINED = (
+    *("image_size", "channels", "mean", "std", "num_classes", "crop_pct", "crop_mode", "interpolation"),
+    *(name for name in OF_DECODING if name != "decode_size"),  # of training alone
+)
 
 SOURCE_FIELDS: dict[str, tuple[str, ...]] = {
     "digits": (),

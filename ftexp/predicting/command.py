@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 import ray  # before a thread imports what imports it
 
 from ftexp.checkpoint.store import Manifest
-from ftexp.cli.trained_run import AS_TRAINED, SavedRun, read_weights
+from ftexp.cli.trained_run import SavedRun, read_weights
 from ftexp.cluster.hot_start.driver import HotStart, on_joined_nodes
 from ftexp.cluster.interruptible import fit_interruptibly
 from ftexp.cluster.ray_cluster import import_meanwhile, quiet_data, start_ray
 from ftexp.cluster.resources import Workers, lacking_resources
 from ftexp.config.masking import masked
 from ftexp.config.schema import Config
+from ftexp.config.source_names import AS_TRAINED
 from ftexp.driver.resume import require_trained_on
 from ftexp.errors import ConfigError, DataError, RayLostError
 from ftexp.predicting.parts import BAD_FILE, PARTS, PredictionPlan, begin, collect_bad
