@@ -136,7 +136,7 @@ def _learner(config: Config, info: DataInfo, model: nn.Module, device: torch.dev
 
 def _loss(config: Config, info: DataInfo, rows: Rows, device: torch.device) -> Loss:
     context = LossContext(config.loss, info.num_classes, config.train.label_smoothing)
-    return build_loss(context, np.bincount(rows.labels, minlength=info.num_classes).tolist(), device)
+    return build_loss(context, lambda: np.bincount(rows.labels, minlength=info.num_classes).tolist(), device)
 
 
 def _plan(config: Config, group: ProcessGroup, num_samples: int, min_accumulate_steps: int) -> ShardPlan:

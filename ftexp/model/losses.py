@@ -6,7 +6,7 @@ Each gives a value for each sample; see `ftexp.model.loss_registry.Loss`.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -69,14 +69,14 @@ def _poly(context: LossContext) -> Loss:
     return loss
 
 
-def build_loss(context: LossContext, counts: Sequence[int], device: torch.device) -> Loss:
-    """Return the loss of a run. counts: training samples of each class, [num_classes]."""
+def build_loss(context: LossContext, counts: Callable[[], Sequence[int]], device: torch.device) -> Loss:
+    """Return the loss of a run. counts: counts the training samples of each class, [num_classes]."""
     loss = loss_builder(context.config.name)(context)
     weights = class_weights(context.config, counts)
     return loss if weights is None else functools.partial(_weighted, loss, weights.to(device))
 
 
-def class_weights(config: LossConfig, counts: Sequence[int]) -> Tensor | None:
+def class_weights(config: LossConfig, count: Callable[[], Sequence[int]]) -> Tensor | None:
     """Return each class's weight, float32 [num_classes], or None where all are 1.
 
     A list is taken as it is. What is counted is scaled, so that the mean over the training samples is 1: the loss, and
@@ -87,6 +87,7 @@ def class_weights(config: LossConfig, counts: Sequence[int]) -> Tensor | None:
         return None
     if not isinstance(given, str):
         return torch.tensor(given, dtype=torch.float32)
+    counts = count()
     _, weights = compute_class_weights(counts, sum(counts), method=given, beta=config.effective_num_beta)
     counted = torch.tensor(counts, dtype=torch.float64)
     scaled: Tensor = weights.double() * (counted.sum() / torch.dot(weights.double(), counted))

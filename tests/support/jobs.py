@@ -140,7 +140,7 @@ def job_of(config, info, num_samples, group=ALONE, attempt=1):
         scaler=torch.amp.GradScaler("cpu", enabled=precision == "fp16"),
         autocast=torch.autocast("cpu", dtype=DTYPES[precision], enabled=precision != "fp32"),
         as_logits=functools.partial(as_logits, config=config.model, num_classes=info.num_classes),
-        loss=build_loss(loss_context, labels.bincount().tolist(), CPU),
+        loss=build_loss(loss_context, lambda: labels.bincount().tolist(), CPU),
         freezing=freezing, ema=WeightsEMA(config.ema, built) if config.ema.decay is not None else None,
     )  # fmt: skip
     data = TrainingData(

@@ -37,7 +37,7 @@ PAIRS = [*itertools.product(LOSSES, [False]), *itertools.product(["ce", "bce", "
 
 
 def loss_of(name="ce", smoothing=0.0, counts=COUNTS, **settings):
-    return build_loss(LossContext(LossConfig(name=name, **settings), len(counts), smoothing), counts, CPU)
+    return build_loss(LossContext(LossConfig(name=name, **settings), len(counts), smoothing), lambda: counts, CPU)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
@@ -90,13 +90,13 @@ def test_a_sample_that_is_surely_right_or_wrong_has_a_finite_gradient(name):
 
 
 def test_each_class_weighs_the_same_in_all_by_its_inverse_frequency():
-    weights = class_weights(LossConfig(class_weights="inv_freq"), [40, 10, 50])
+    weights = class_weights(LossConfig(class_weights="inv_freq"), lambda: [40, 10, 50])
     torch.testing.assert_close(weights * torch.tensor([40.0, 10, 50]), torch.full((3,), 100 / 3))
 
 
 def test_effective_numbers_are_those_of_the_paper_and_lie_between():
     counts, beta = [40, 10, 50], 0.9
-    weights = class_weights(LossConfig(class_weights="effective_num", effective_num_beta=beta), counts)
+    weights = class_weights(LossConfig(class_weights="effective_num", effective_num_beta=beta), lambda: counts)
     expected = torch.tensor([(1 - beta) / (1 - beta**count) for count in counts])
     torch.testing.assert_close(weights / weights[0], expected / expected[0])
     assert 1 < (weights[1] / weights[2]) < 5
@@ -104,7 +104,7 @@ def test_effective_numbers_are_those_of_the_paper_and_lie_between():
 
 @pytest.mark.parametrize("method", ["inv_freq", "effective_num"])
 def test_counted_weights_leave_the_mean_over_samples_at_1_and_a_missing_class_finite(method):
-    weights = class_weights(LossConfig(class_weights=method), COUNTS)
+    weights = class_weights(LossConfig(class_weights=method), lambda: COUNTS)
     assert torch.dot(weights, torch.tensor(COUNTS, dtype=torch.float32)).item() == pytest.approx(sum(COUNTS))
     assert weights[3] == weights[1]
 
