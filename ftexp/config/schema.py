@@ -193,7 +193,7 @@ class TrainConfig:
 
 @dataclass(kw_only=True)
 class LossConfig:
-    """What training minimises. Evaluation's loss is cross-entropy whatever is set here."""
+    """The loss that training minimises. Evaluation's is cross-entropy whatever is set here."""
 
     name: str = "ce"  # one of LOSSES, or one of your own
     # none, inv_freq, effective_num, or a weight for each class: a sample's loss is multiplied by its class's

@@ -55,7 +55,7 @@ _TURNS = {
 
 
 class Traits(enum.IntFlag):
-    """What was found in an image that users may not expect of it."""
+    """Properties of an image that users may not expect of it."""
 
     ROTATED = 1  # its EXIF orientation isn't upright
     TRANSPARENT = 2  # and put on `data.background`

@@ -110,7 +110,7 @@ class Preloader:
 
 
 def read_by_ray(environment: dict[str, str]) -> dict[str, str]:
-    """What Ray reads of a worker's environment when it is imported, for whichever job the worker will be.
+    """Return what Ray reads of a worker's environment when it is imported, for whichever job the worker will be.
 
     Of no job, as those workers are that raylet starts before it is asked: the first task tells a worker its job.
     """

@@ -77,7 +77,7 @@ class PictureAugment:
         return pixels
 
     def _recoloured(self, image: Image.Image) -> Image.Image:
-        """What only Pillow does: auto_augment, colour and grey."""
+        """Do what only Pillow does: auto_augment, colour and grey."""
         config = self._config
         if self._auto_augment is not None:
             image = self._auto_augment(image)
