@@ -2,6 +2,7 @@
 
 Keys: run (a run directory or URI), checkpoint (best, latest, or a folder's name), split (train, val, test),
 weights (raw, ema), tta (none, or hflip: the mean of the logits of each image and its mirror image), batch_size,
+threshold (of runs with data.task=multi_label: one probability for all classes, or a list of each class's; default 0.5),
 device (auto, cpu, cuda), data.root (where the run's data lies now, if it has moved),
 out (a JSON file; if not given, evaluation_<split>.json in the run, evaluation_<split>_ema.json for weights=ema,
 evaluation_<split>_hflip.json and evaluation_<split>_ema_hflip.json with tta=hflip).
@@ -20,7 +21,7 @@ from omegaconf import MISSING
 from ftexp.cli.entry import command_words, exiting_on_error, with_run
 from ftexp.cli.parse import read_command
 from ftexp.config.fields import choice, ranged
-from ftexp.config.schema import TTA, Config
+from ftexp.config.schema import MULTI_LABEL, REGRESSION, TTA, Config
 from ftexp.errors import ConfigError, StorageError
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ class EvaluateConfig:
     split: str = choice("test", ("train", "val", "test"))
     weights: str = choice("raw", ("raw", "ema"))  # those that were trained, or their moving average
     tta: str = choice("none", TTA)
+    threshold: Any = None  # of data.task=multi_label: one for all classes, or one for each; None: 0.5
     batch_size: int = ranged(256, low=1)
     device: str = choice("auto", ("auto", "cpu", "cuda"))
     out: str | None = None
@@ -84,6 +86,11 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             raise ConfigError("device=cuda, and torch finds no GPU here: take device=auto, or cpu")
     storage = Storage.at(config.run)
     run_config = load_run_config(storage)
+    if config.threshold is not None and run_config.data.task != MULTI_LABEL:
+        raise ConfigError(
+            f"threshold={config.threshold} decides about each class of data.task=multi_label, and the run's is "
+            f"{run_config.data.task}: remove it"
+        )
     if config.data.root is not None:
         data = dataclasses.replace(run_config.data, root=absolute(config.data.root))
         run_config = dataclasses.replace(run_config, data=data)
@@ -106,8 +113,9 @@ def _evaluate(config: EvaluateConfig, run_config: Config, storage: Storage) -> d
     from ftexp.data.feeds.feed import ToTensors, evaluation_batches
     from ftexp.driver.resume import labels_as_begun, require_trained_on
     from ftexp.evaluation.counting import count_into
-    from ftexp.evaluation.meter import Meter, means
-    from ftexp.evaluation.mistakes import Findings, described
+    from ftexp.evaluation.findings import findings_of
+    from ftexp.evaluation.meter import Meter
+    from ftexp.evaluation.tasks import named_means
     from ftexp.model.build import as_logits, build_model
     from ftexp.registry import load_plugins
     from ftexp.rundir.names import CHECKPOINTS, evaluation_file
@@ -130,13 +138,19 @@ def _evaluate(config: EvaluateConfig, run_config: Config, storage: Storage) -> d
     model.load_state_dict(load_part("model.pt", weights))
     model.to(device)
     rows, to_tensors = _rows(config, run_config, bundle), ToTensors(bundle.info, device, False)
-    meter, findings = Meter(device), Findings(bundle.info.num_classes, to_tensors.pixels)
+    meter, findings = Meter(device), findings_of(bundle.info, to_tensors.pixels, config.threshold)
     batches = evaluation_batches(rows, to_tensors, config.batch_size, rank=0, world_size=1)
     checked = functools.partial(as_logits, config=run_config.model, num_classes=bundle.info.num_classes)
     count_into(
-        [(model, meter)], checked, batches, torch.autocast(device.type, enabled=False), findings, config.tta == "hflip"
+        [(model, meter)],
+        checked,
+        batches,
+        torch.autocast(device.type, enabled=False),
+        findings,
+        config.tta == "hflip",
+        bundle.info.task,
     )
-    loss, accuracy = means(meter.totals())
+    measures = named_means("", meter.totals(), bundle.info.task)
     result = {
         "run": storage.uri,
         "checkpoint": manifest.name,
@@ -145,9 +159,10 @@ def _evaluate(config: EvaluateConfig, run_config: Config, storage: Storage) -> d
         "split": config.split,
         "weights": config.weights,
         "tta": config.tta,
-        "accuracy": accuracy,
-        "loss": loss,
-        **described(findings.gathered(), bundle.info.class_names),
+        "task": bundle.info.task,
+        "accuracy": measures.get("_accuracy"),
+        "loss": measures["_loss"],
+        **findings.report(bundle.info),
     }
     text = json.dumps(result, indent=1).encode()
     chosen = [name for name in (config.weights, config.tta) if name not in ("raw", "none")]
@@ -172,6 +187,15 @@ def _rows(config: EvaluateConfig, run_config: Config, bundle: DataBundle) -> Row
     return bundle_rows(bundle, config.split, cpus, lambda bad: refuse_bad(run_config.data, bad))
 
 
+_TITLES = {"num_samples": "samples", "average_precision": "average precision"}
+
+
+def _number(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
 def _print(result: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -183,11 +207,17 @@ def _print(result: dict[str, Any]) -> None:
         markup=False,
         soft_wrap=True,
     )
-    console.print(f"accuracy {result['accuracy']:.4f}   loss {result['loss']:.4f}")
-    table = Table("class", "samples", "recall", "precision", box=None)
-    for row in result["classes"]:
-        shares = ("-" if row[key] is None else f"{row[key]:.4f}" for key in ("recall", "precision"))
-        table.add_row(row["class"], str(row["num_samples"]), *shares)
+    keys = {MULTI_LABEL: ("accuracy", "loss", "average_precision"), REGRESSION: ("loss", "mae", "mse", "r2")}
+    overall = keys.get(result["task"], ("accuracy", "loss"))
+    console.print("   ".join(f"{key} {_number(result[key])}" for key in overall))
+    if result["task"] == REGRESSION:
+        rows, columns = result["targets"], ("target", "mae", "mse", "r2")
+    else:
+        more = ("average_precision",) if result["task"] == MULTI_LABEL else ()
+        rows, columns = result["classes"], ("class", "num_samples", "recall", "precision", *more)
+    table = Table(*(_TITLES.get(column, column) for column in columns), box=None)
+    for row in rows:
+        table.add_row(*(_number(row[column]) for column in columns))
     console.print(table)
     told = f"written to {result['written']}" if "written" in result else f"! not written to {result['not_written']}"
     console.print(told, markup=False, soft_wrap=True)

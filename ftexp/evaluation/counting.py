@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ftexp.config.schema import SINGLE_LABEL
+from ftexp.evaluation.findings import Findings
 from ftexp.evaluation.meter import Meter
-from ftexp.evaluation.mistakes import Findings
+from ftexp.evaluation.tasks import TASKS
 
 
 def logits_of(model: nn.Module, images: Tensor, as_logits: Callable[[Any], Tensor], mirrored: bool = False) -> Tensor:
@@ -27,12 +28,14 @@ def count_into(
     autocast: torch.autocast,
     findings: Findings | None = None,
     mirrored: bool = False,
+    task: str = SINGLE_LABEL,
 ) -> None:
     """Add each model's loss and right answers on `batches` to its meter, and the rest of the first's to `findings`.
 
     `as_logits` checks what a model returns: see `ftexp.model.build.as_logits`. mirrored: see `logits_of`.
     The models' parts are left in the mode that each was in: what is frozen doesn't train.
     """
+    judged = TASKS[task]
     training = [module for model, _ in models for module in model.modules() if module.training]
     for model, _ in models:
         model.eval()
@@ -40,8 +43,8 @@ def count_into(
         for number, (model, meter) in enumerate(models):
             with autocast:
                 logits = logits_of(model, images, as_logits, mirrored)
-            losses = F.cross_entropy(logits.float(), labels, reduction="none")
-            meter.add(losses, logits.argmax(1) == labels, torch.ones_like(labels, dtype=torch.bool))
+            losses, right = judged.losses(logits.float(), labels), judged.right(logits, labels)
+            meter.add(losses, right, torch.ones_like(right))
             if findings is not None and number == 0:
                 findings.add(images, labels, logits)
     for module in training:

@@ -8,8 +8,8 @@ import torch.distributed as dist
 
 from ftexp.data.feeds.feed import evaluation_batches
 from ftexp.evaluation.counting import count_into
-from ftexp.evaluation.meter import Meter, means
-from ftexp.evaluation.mistakes import Findings, described
+from ftexp.evaluation.findings import Findings, findings_of
+from ftexp.evaluation.meter import Meter
 from ftexp.job.job import Job
 from ftexp.rundir.names import evaluation_file
 from ftexp.storage.directory import Storage
@@ -24,7 +24,7 @@ def evaluation_due(job: Job, epoch_ended: bool) -> bool:
 
 
 def evaluate(job: Job, split: str, findings: Findings | None = None) -> None:
-    """Measure `<split>_loss` and `<split>_accuracy` over all ranks, the EMA's with `_ema` after; collective.
+    """Measure `<split>_loss` and, where there is one, `<split>_accuracy` over all ranks, the EMA's with `_ema` after; collective.
 
     An empty split has none. `findings` are the weights' own, not the EMA's.
     """
@@ -39,11 +39,10 @@ def evaluate(job: Job, split: str, findings: Findings | None = None) -> None:
     meters = {suffix: Meter(group.device) for suffix in models}
     batches = evaluation_batches(data.rows[split], data.to_tensors, _batch_size(job), group.rank, group.world_size)
     measured = list(zip(models.values(), meters.values(), strict=True))
-    count_into(measured, learner.as_logits, batches, learner.autocast, findings)
+    count_into(measured, learner.as_logits, batches, learner.autocast, findings, task=job.info.task)
     values: dict[str, float] = {}
     for suffix, meter in meters.items():
-        loss, accuracy = means(meter.totals())
-        values |= {f"{split}_loss{suffix}": loss, f"{split}_accuracy{suffix}": accuracy}
+        values |= named_means(split, meter.totals(), job.info.task, suffix)
     log_point(job, split, values)
 
 
@@ -61,13 +60,13 @@ def test(job: Job, run_dir: Storage) -> None:
     if not job.config.report.enabled or not len(job.data.rows["test"]):
         evaluate(job, "test")
         return
-    findings = Findings(job.info.num_classes, job.data.to_tensors.pixels)
+    findings = findings_of(job.info, job.data.to_tensors.pixels)
     evaluate(job, "test", findings)
-    found, progress = findings.gathered(), job.progress
+    found, progress = findings.report(job.info), job.progress
     if job.group.rank == 0:
-        values = {name: progress.metrics[f"test_{name}"] for name in ("accuracy", "loss")}
+        values = {name: progress.metrics.get(f"test_{name}") for name in ("accuracy", "loss")}
         head = {"run": run_dir.uri, "checkpoint": None, "step": progress.step, "epoch": progress.epoch, "split": "test"}
-        content = {**head, **values, **described(found, job.info.class_names)}
+        content = {**head, **values, **found}
         try:
             run_dir.write_bytes(evaluation_file("test"), json.dumps(content).encode())
         except OSError as error:  # the run is as good without

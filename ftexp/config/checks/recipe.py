@@ -18,7 +18,16 @@ from omegaconf import MISSING
 from ftexp.config.checks.wording import unknown
 from ftexp.config.fields import typed_keys
 from ftexp.config.masking import flat
-from ftexp.config.schema import CLASS_WEIGHTS, CROPS, LOSSES, SGD_NAMES, AugmentConfig, Config
+from ftexp.config.schema import (
+    CLASS_WEIGHTS,
+    CROPS,
+    LOSSES,
+    MULTI_LABEL,
+    SGD_NAMES,
+    SINGLE_LABEL,
+    AugmentConfig,
+    Config,
+)
 from ftexp.config.timm_names import optimizer_names, without_drop_path
 from ftexp.registry import did_you_mean
 
@@ -53,7 +62,9 @@ _PARAMETERS_OF_LOSSES = {
     "focal": ("gamma",),
     "asl": ("gamma_pos", "gamma_neg"),
     "poly": ("epsilon",),
+    "huber": ("delta",),
 }
+_OF_SEVERAL_LABELS = {"asl": ("clip", "pos_weight")}  # further parameters, under data.task=multi_label
 _UNMIXED_LOSSES = ("focal", "asl")  # timm's take class numbers only
 _BESIDE = {"opt": "name", **{name: name for name in ("lr", "weight_decay", "filter_bias_and_bn", "layer_decay")}}
 
@@ -196,9 +207,13 @@ def check_loss(config: Config) -> Iterator[str]:
     loss = config.loss
     if loss.name not in LOSSES and not config.plugins:
         yield unknown("loss.name", loss.name, frozenset(LOSSES), f"Available: {', '.join(LOSSES)}")
+    further = _OF_SEVERAL_LABELS.get(loss.name, ()) if config.data.task == MULTI_LABEL else ()
     for name, names in _PARAMETERS_OF_LOSSES.items():
         if name != loss.name:
-            yield from _unused(loss, "loss", names, f"needs loss.name={name}")
+            unused = tuple(each for each in names if each not in further)
+            yield from _unused(loss, "loss", unused, f"needs loss.name={name}")
+    if "clip" not in further:
+        yield from _unused(loss, "loss", ("clip",), "needs loss.name=asl and data.task=multi_label")
     if loss.name in LOSSES:
         yield from _unused(loss, "loss", ("kwargs",), "needs a loss of your own")
     for name in ("gamma", "gamma_pos", "gamma_neg"):
@@ -212,7 +227,7 @@ def check_loss(config: Config) -> Iterator[str]:
         num_classes = config.data.num_classes if isinstance(loss.pos_weight, list) else None
         yield from _weight_problems("loss.pos_weight", given, (), num_classes)
     augment = config.augment
-    if augment.mixes and loss.name in _UNMIXED_LOSSES:
+    if augment.mixes and loss.name in _UNMIXED_LOSSES and config.data.task == SINGLE_LABEL:
         mixing = " ".join(f"augment.{name}=0" for name in ("mixup_alpha", "cutmix_alpha") if getattr(augment, name))
         yield f"loss.name={loss.name} takes one class a sample, and samples are mixed: set {mixing}, or loss=poly"
     if loss.target_threshold is not None and not augment.mixes:
