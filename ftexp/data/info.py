@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ftexp.config.schema import SINGLE_LABEL
+from ftexp.config.schema import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 from ftexp.data.cropping import Fit
 from ftexp.data.decoder import Decoding
 from ftexp.data.order import Int64s
@@ -82,6 +82,14 @@ class DataInfo:
     def num_classes(self) -> int:
         """How many outputs the model has: one for each class, or for each target of a regression."""
         return len(self.class_names)
+
+    @property
+    def outputs_in_words(self) -> str:
+        """Say what the model has outputs for."""
+        number = self.num_classes
+        if self.task == REGRESSION:
+            return f"{number} target{'s' if number > 1 else ''}"
+        return f"{number} classes" + (", any number of them for each sample" if self.task == MULTI_LABEL else "")
 
     @property
     def fit(self) -> Fit:

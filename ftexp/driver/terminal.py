@@ -68,7 +68,7 @@ class Terminal:
             ("run", f"{run}  ({location})"),
             ("model", model),
             ("weights", weights),
-            ("data", f"{data_name}: {sizes} · {data.num_classes} classes · {shape}"),
+            ("data", f"{data_name}: {sizes} · {data.outputs_in_words} · {shape}"),
             ("feed", feed),
             ("epoch", epoch),
             ("workers", workers),
@@ -215,5 +215,5 @@ _LIVE = (
 )
 _SHOWN = (
     *(("test_accuracy", "test accuracy"), ("test_accuracy_ema", "… averaged"), ("test_loss", "test loss")),
-    *(("val_accuracy", "val accuracy"), ("val_accuracy_ema", "… averaged")),
+    *(("val_accuracy", "val accuracy"), ("val_accuracy_ema", "… averaged"), ("val_loss", "val loss")),
 )

@@ -10,6 +10,7 @@ from ftexp.data.feeds.feed import evaluation_batches
 from ftexp.evaluation.counting import count_into
 from ftexp.evaluation.findings import Findings, findings_of
 from ftexp.evaluation.meter import Meter
+from ftexp.evaluation.tasks import named_means
 from ftexp.job.job import Job
 from ftexp.rundir.names import evaluation_file
 from ftexp.storage.directory import Storage
@@ -24,9 +25,9 @@ def evaluation_due(job: Job, epoch_ended: bool) -> bool:
 
 
 def evaluate(job: Job, split: str, findings: Findings | None = None) -> None:
-    """Measure `<split>_loss` and, where there is one, `<split>_accuracy` over all ranks, the EMA's with `_ema` after; collective.
+    """Measure `<split>_loss` and `<split>_accuracy` over all ranks, the EMA's with `_ema` after; collective.
 
-    An empty split has none. `findings` are the weights' own, not the EMA's.
+    An empty split has none, and a regression no accuracy. `findings` are the weights' own, not the EMA's.
     """
     if not len(job.data.rows[split]):
         return
@@ -65,7 +66,8 @@ def test(job: Job, run_dir: Storage) -> None:
     found, progress = findings.report(job.info), job.progress
     if job.group.rank == 0:
         values = {name: progress.metrics.get(f"test_{name}") for name in ("accuracy", "loss")}
-        head = {"run": run_dir.uri, "checkpoint": None, "step": progress.step, "epoch": progress.epoch, "split": "test"}
+        head = {"run": run_dir.uri, "checkpoint": None, "step": progress.step, "epoch": progress.epoch}
+        head |= {"split": "test", "task": job.info.task}
         content = {**head, **values, **found}
         try:
             run_dir.write_bytes(evaluation_file("test"), json.dumps(content).encode())
