@@ -1,6 +1,7 @@
 """data.task=multi_label: sets of classes from cell to batch, timm's losses and mixing over them, and evaluation."""
 
 import copy
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,9 +26,13 @@ from ftexp.data.stratify import stratified_split
 from ftexp.data.targets import class_counts, distinct, label_column, label_rows, packed, unpacked
 from ftexp.errors import ConfigError, DataError
 from ftexp.evaluation.counting import count_into
+from ftexp.evaluation.findings import findings_of
+from ftexp.evaluation.label_sets import average_precision, thresholds_of
 from ftexp.evaluation.meter import Meter, means
 from ftexp.model.loss_registry import LossContext
 from ftexp.model.losses import build_loss
+from ftexp.predicting.answers import answered, answers_of
+from ftexp.predicting.parts import part_table
 from ftexp.worker.evaluation import evaluate
 from tests.support.configs import composed
 from tests.support.jobs import CPU, copied, make_job, same, train
@@ -266,3 +271,76 @@ def test_what_does_not_fit_the_task_is_refused(overrides, message):
 def test_what_fits_the_task_passes():
     for loss in (["loss=bce", "loss.pos_weight=2"], ["loss=asl", "loss.pos_weight=2", "augment.mixup_alpha=0.2"]):
         validate(composed(*MULTI, *loss, "loss.class_weights=inv_freq"))
+
+
+def test_average_precision_is_scikit_learns_also_where_probabilities_are_equal():
+    from sklearn.metrics import average_precision_score
+
+    draws = np.random.default_rng(0)
+    for digits in (1, 7):
+        probabilities = draws.random(200).round(digits).astype(np.float32)
+        held = draws.random(200) < probabilities * 0.5
+        assert average_precision(probabilities, held) == pytest.approx(average_precision_score(held, probabilities))
+    assert average_precision(probabilities, np.zeros(200, bool)) is None
+    assert average_precision(np.full(2, np.nan, np.float32), np.array([True, False])) is None
+
+
+def test_what_is_found_of_each_class_is_scikit_learns_at_its_threshold():
+    from sklearn.metrics import average_precision_score, precision_score, recall_score
+
+    names, thresholds = [f"c{number}" for number in range(CLASSES)], np.linspace(0.2, 0.8, CLASSES).tolist()
+    info = DataInfo(names, 8, 1, [0.5], [0.25], {}, task=MULTI_LABEL)
+    findings = findings_of(info, lambda _: None, thresholds)
+    for part in (slice(0, 6), slice(6, 13)):
+        findings.add(torch.empty(0), SETS[part], LOGITS[part])
+    found, held, probabilities = findings.report(info), SETS.numpy(), LOGITS.sigmoid().numpy()
+    assert found["num_samples"] == 13
+    assert found["labels_per_sample"] == pytest.approx(SETS.sum().item() / 13)
+    told = probabilities > np.array(thresholds, np.float32)
+    averages = []
+    for number, row in enumerate(found["classes"]):
+        assert row["class"] == names[number]
+        assert row["num_samples"] == held[:, number].sum()
+        assert row["threshold"] == pytest.approx(thresholds[number], abs=1e-6)
+        if held[:, number].any():
+            assert row["recall"] == recall_score(held[:, number], told[:, number])
+            averages.append(average_precision_score(held[:, number], probabilities[:, number]))
+            assert row["average_precision"] == pytest.approx(averages[-1])
+        if told[:, number].any():
+            assert row["precision"] == precision_score(held[:, number], told[:, number])
+    assert found["average_precision"] == pytest.approx(np.mean(averages))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [([0.1, 0.2], "threshold=.* has 2 thresholds for 3 classes"), (1.5, "1.5 is no probability"), ("a", "'a' is no p")],
+)
+def test_a_threshold_that_cannot_be_meant_is_refused(given, message):
+    with pytest.raises(ConfigError, match=message):
+        findings_of(INFO, lambda _: None, given)
+    assert thresholds_of("threshold", None, 2) == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_predictions_are_the_classes_above_their_threshold_sure_ones_first(kind):
+    plan = SimpleNamespace(format=kind, thresholds=[0.5, 0.5, 0.9])
+    logits = torch.tensor([[0.1, 2.0, 2.0], [-1.0, -1.0, -1.0], [5.0, 5.0, 5.0]])
+    classes, probabilities = answered(logits, INFO, 3)
+    batch = {
+        "where": np.array(["a", "b", "c"]),
+        "error": np.array(["", "", "torn"]),
+        "label": np.array([0, -1, -1]),
+        "classes": classes.numpy(),
+        "probabilities": probabilities.numpy(),
+    }
+    table = part_table(batch, INFO.class_names, ["light;dark"], answers_of(plan, MULTI_LABEL)).to_pydict()
+    sure = [torch.tensor(value).sigmoid().item() for value in (2.0, 0.1)]
+    if kind == "csv":
+        assert table["labels"] == ["light;dark", "", None]
+        assert table["probabilities"] == [";".join(f"{value:.6g}" for value in sure), "", None]
+    else:
+        assert table["labels"] == [["light", "dark"], [], None]
+        assert table["probabilities"][:2] == [pytest.approx(sure), []]
+    assert list(table) == ["path", "labels", "probabilities", "truth", "error"]
+    assert table["truth"] == ["light;dark", None, None]
+    assert table["error"] == [None, None, "torn"]

@@ -23,9 +23,11 @@ from ftexp.config.schema import (
     CROPS,
     LOSSES,
     MULTI_LABEL,
+    REGRESSION,
     SGD_NAMES,
     SINGLE_LABEL,
     AugmentConfig,
+    CheckpointConfig,
     Config,
 )
 from ftexp.config.timm_names import optimizer_names, without_drop_path
@@ -259,7 +261,8 @@ def fitted(config: Config, typed: Iterable[str]) -> tuple[Config, list[str]]:
         The config, and a line for each value that was changed.
     """
     keys = typed_keys(typed)
-    schedule, train, notes = config.schedule, config.train, list[str]()
+    config, notes = _ranked_by_loss(config, keys)
+    schedule, train = config.schedule, config.train
     if MISSING in (train.epochs, config.optim.lr) or train.epochs < 1 or config.optim.lr <= 0:
         return config, notes  # `validate` says so
     if "schedule.warmup_epochs" not in keys and schedule.warmup_epochs >= train.epochs:
@@ -281,6 +284,19 @@ def fitted(config: Config, typed: Iterable[str]) -> tuple[Config, list[str]]:
             notes.append(f"train.freeze.{part}=null instead of {epoch}: train.epochs={train.epochs}")
             train = dataclasses.replace(train, freeze={**train.freeze, part: None})
     return dataclasses.replace(config, schedule=schedule, train=train), notes
+
+
+def _ranked_by_loss(config: Config, keys: set[str]) -> tuple[Config, list[str]]:
+    """Rank checkpoints by val_loss where there is no accuracy and nothing else was typed."""
+    saving, names = config.checkpoint, ("checkpoint_score_attribute", "checkpoint_score_order")
+    usual = CheckpointConfig()
+    if config.data.task != REGRESSION or not keys.isdisjoint(f"checkpoint.{name}" for name in names):
+        return config, []
+    if any(getattr(saving, name) != getattr(usual, name) for name in names):  # a group file's
+        return config, []
+    saving = dataclasses.replace(saving, checkpoint_score_attribute="val_loss", checkpoint_score_order="min")
+    note = f"checkpoint.checkpoint_score_attribute=val_loss instead of val_accuracy: data.task={REGRESSION}"
+    return dataclasses.replace(config, checkpoint=saving), [note]
 
 
 def check_schedule(config: Config) -> Iterator[str]:
