@@ -160,5 +160,5 @@ def test_checkpoints_are_ranked_by_loss_unless_something_was_typed():
     typed = [*overrides, "checkpoint.checkpoint_score_attribute=val_accuracy"]
     config, notes = fitted(composed(*typed), typed)
     assert notes == []
-    with pytest.raises(ConfigError, match="data.task=regression has no accuracy; set checkpoint"):
+    with pytest.raises(ConfigError, match="regression has no accuracy; set checkpoint"):
         validate(config)
