@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ftexp.evaluation.meter import Meter
+from ftexp.evaluation.meter import Meter, means
 from ftexp.evaluation.mistakes import Findings
 
 
@@ -17,6 +17,24 @@ def logits_of(model: nn.Module, images: Tensor, as_logits: Callable[[Any], Tenso
     """Return the model's logits, [images, classes]; mirrored: their mean with those of the left-right mirror images."""
     logits = as_logits(model(images))
     return (logits + as_logits(model(images.flip(-1)))) / 2 if mirrored else logits
+
+
+def measured(
+    split: str,
+    models: Mapping[str, nn.Module],
+    as_logits: Callable[[Any], Tensor],
+    batches: Iterable[tuple[Tensor, Tensor]],
+    autocast: torch.autocast,
+    findings: Findings | None = None,
+) -> dict[str, float]:
+    """Return `<split>_loss` and `<split>_accuracy` of each model, with its suffix, over all ranks; collective."""
+    meters = {suffix: Meter(next(model.parameters()).device) for suffix, model in models.items()}
+    count_into(list(zip(models.values(), meters.values(), strict=True)), as_logits, batches, autocast, findings)
+    values: dict[str, float] = {}
+    for suffix, meter in meters.items():
+        loss, accuracy = means(meter.totals())
+        values |= {f"{split}_loss{suffix}": loss, f"{split}_accuracy{suffix}": accuracy}
+    return values
 
 
 @torch.inference_mode()

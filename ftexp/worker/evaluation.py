@@ -7,8 +7,7 @@ import json
 import torch.distributed as dist
 
 from ftexp.data.feeds.feed import evaluation_batches
-from ftexp.evaluation.counting import count_into
-from ftexp.evaluation.meter import Meter, means
+from ftexp.evaluation.counting import measured
 from ftexp.evaluation.mistakes import Findings, described
 from ftexp.job.job import Job
 from ftexp.rundir.names import evaluation_file
@@ -36,15 +35,8 @@ def evaluate(job: Job, split: str, findings: Findings | None = None) -> None:
         for model in models.values():
             for buffer in model.buffers():  # batch norm's statistics are each rank's own between steps
                 dist.broadcast(buffer, src=0)
-    meters = {suffix: Meter(group.device) for suffix in models}
     batches = evaluation_batches(data.rows[split], data.to_tensors, _batch_size(job), group.rank, group.world_size)
-    measured = list(zip(models.values(), meters.values(), strict=True))
-    count_into(measured, learner.as_logits, batches, learner.autocast, findings)
-    values: dict[str, float] = {}
-    for suffix, meter in meters.items():
-        loss, accuracy = means(meter.totals())
-        values |= {f"{split}_loss{suffix}": loss, f"{split}_accuracy{suffix}": accuracy}
-    log_point(job, split, values)
+    log_point(job, split, measured(split, models, learner.as_logits, batches, learner.autocast, findings))
 
 
 def _batch_size(job: Job) -> int:
