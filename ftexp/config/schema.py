@@ -186,6 +186,8 @@ class TrainConfig:
     freeze: dict[str, Any] = field(default_factory=dict)
     eval_every_epochs: int = ranged(1, low=1)  # the last epoch is always evaluated
     eval_batch_size: int | None = ranged(None, low=1)  # per worker; None: four times a micro-batch
+    # of each evaluation, besides loss and accuracy: names in ftexp.config.metric_names, or of your own
+    metrics: list[str] = field(default_factory=list)
     log_every_steps: int = ranged(10, low=1)
     max_steps: int | None = ranged(None, low=1)  # stop after so many optimiser steps; the schedule stays as it is
     ledger: bool = False  # write down which samples drove which update: ledger/*.jsonl
