@@ -189,6 +189,8 @@ class TrainConfig:
     # inline: the workers evaluate, and training waits; beside: a Ray task evaluates the checkpoint, while they train
     eval: str = choice(INLINE, (INLINE, BESIDE))
     eval_batch_size: int | None = ranged(None, low=1)  # per worker; None: four times a micro-batch
+    # of each evaluation, besides loss and accuracy: names in ftexp.config.metric_names, or of your own
+    metrics: list[str] = field(default_factory=list)
     log_every_steps: int = ranged(10, low=1)
     max_steps: int | None = ranged(None, low=1)  # stop after so many optimiser steps; the schedule stays as it is
     ledger: bool = False  # write down which samples drove which update: ledger/*.jsonl

@@ -152,7 +152,7 @@ def _evaluate(spec: EvaluationSpec, name: str) -> dict[str, float]:
     from ftexp.checkpoint.staging import load_part
     from ftexp.checkpoint.store import CheckpointStore
     from ftexp.data.feeds.feed import ToTensors, evaluation_batches
-    from ftexp.evaluation.counting import measured
+    from ftexp.evaluation.counting import measured, metric_set_of
     from ftexp.job.build import autocast_of
     from ftexp.model.build import as_logits, build_model
     from ftexp.registry import load_plugins
@@ -178,7 +178,8 @@ def _evaluate(spec: EvaluationSpec, name: str) -> dict[str, float]:
     to_tensors = ToTensors(info, device, config.train.channels_last)
     size = config.train.eval_batch_size or config.train.global_batch_size
     batches = evaluation_batches(_rows(spec), to_tensors, size, rank=0, world_size=1)
-    return measured("val", models, checked, batches, autocast_of(config, device))
+    autocast, metric_set = autocast_of(config, device), metric_set_of(config, info, device)
+    return measured("val", models, checked, batches, autocast, metric_set=metric_set)
 
 
 def _rows(spec: EvaluationSpec) -> Rows:

@@ -15,6 +15,7 @@ from ftexp.cluster.interruptible import fit_interruptibly
 from ftexp.cluster.ray_cluster import import_meanwhile, quiet_data, start_ray
 from ftexp.cluster.resources import decoding_cpus, lacking_resources
 from ftexp.config.masking import masked
+from ftexp.config.metric_names import SINGLE_LABEL
 from ftexp.config.schema import PREPROCESSING, Config
 from ftexp.driver.beside import require_room
 from ftexp.driver.context import RunContext, Session
@@ -22,6 +23,7 @@ from ftexp.driver.resume import changes, labels_as_begun, repeated_samples, requ
 from ftexp.driver.terminal import Terminal
 from ftexp.driver.tracker_session import close_trackers, outcome_of, trackers_of
 from ftexp.errors import ConfigError, RayLostError
+from ftexp.evaluation.metric_registry import check_metrics, check_num_classes
 from ftexp.model.loss_registry import check_name as check_loss
 from ftexp.model.loss_registry import check_num_weights
 from ftexp.registry import load_plugins
@@ -101,6 +103,7 @@ def _build(context: RunContext, terminal: Terminal) -> DataBundle:
     load_plugins(config.plugins)
     check_names(config.checkpoint.extra_state)
     check_loss(config.loss.name)
+    check_metrics(config, SINGLE_LABEL)
     check_trackers(config.tracker.names)
     if lacking := lacking_resources(workers):
         if config.scaling.address is None:
@@ -111,6 +114,7 @@ def _build(context: RunContext, terminal: Terminal) -> DataBundle:
     bundle = build_data(config.data, config.augment, workers.runtime_env)
     require_same_data(config, state, bundle.info)
     check_num_weights(config.loss, bundle.info.num_classes)
+    check_num_classes(config.train.metrics, bundle.info.num_classes)
     bundle = drawn_by_class(config, bundle)
     if bundle.streams:
         bundle = dataclasses.replace(bundle, decode_cpus=decoding_cpus(config, workers))

@@ -45,12 +45,15 @@ class Progress:
         return self.epoch > before
 
     def update_best(self, metric: str, order: str, step: int | None = None) -> None:
-        """Remember `step`, by default the last, if `metric` was never better; order: "max" or "min"."""
+        """Remember `step`, by default the last, if `metric` was never better, or another one selected the best.
+
+        order: "max" or "min".
+        """
         value = self.metrics.get(metric)
         if value is None or math.isnan(value):
             return
         sign = 1 if order == "max" else -1
-        if not self.best or sign * value > sign * self.best["value"]:
+        if self.best.get("metric") != metric or sign * value > sign * self.best["value"]:
             self.best = {"metric": metric, "value": value, "step": self.step if step is None else step}
 
     def state_dict(self) -> dict[str, Any]:
