@@ -1,11 +1,12 @@
 """`python -m ftexp.evaluate run=<dir> [key=value ...]`: how good is a saved checkpoint?
 
 Keys: run (a run directory or URI), checkpoint (best, latest, or a folder's name), split (train, val, test),
-weights (raw, ema), tta (none, or hflip: the mean of the logits of each image and its mirror image), batch_size,
-threshold (of runs with data.task=multi_label: one probability for all classes, or a list of each class's; default 0.5),
-device (auto, cpu, cuda), data.root (where the run's data lies now, if it has moved),
-out (a JSON file; if not given, evaluation_<split>.json in the run, evaluation_<split>_ema.json for weights=ema,
-evaluation_<split>_hflip.json and evaluation_<split>_ema_hflip.json with tta=hflip).
+weights (raw, ema), metrics (besides loss and accuracy; if not given, the run's train.metrics), tta (none, or hflip: the
+mean of the logits of each image and its mirror image), threshold (with data.task=multi_label: one probability for all
+classes, or a list of each class's; default 0.5), batch_size, device (auto, cpu, cuda),
+data.root (where the run's data lies now, if it has moved), out (a JSON file; if not given, evaluation_<split>.json in
+the run, evaluation_<split>_ema.json for weights=ema, evaluation_<split>_hflip.json and
+evaluation_<split>_ema_hflip.json with tta=hflip).
 """
 
 from __future__ import annotations
@@ -25,8 +26,11 @@ from ftexp.config.schema import MULTI_LABEL, REGRESSION, TTA, Config
 from ftexp.errors import ConfigError, StorageError
 
 if TYPE_CHECKING:
+    import torch
+
     from ftexp.data.feeds.feed import Rows
-    from ftexp.data.info import DataBundle
+    from ftexp.data.info import DataBundle, DataInfo
+    from ftexp.evaluation.metric_set import MetricSet
     from ftexp.storage.directory import Storage
 
 
@@ -45,6 +49,7 @@ class EvaluateConfig:
     checkpoint: str = "best"  # best, latest, or the name of a folder under checkpoints/
     split: str = choice("test", ("train", "val", "test"))
     weights: str = choice("raw", ("raw", "ema"))  # those that were trained, or their moving average
+    metrics: list[str] | None = None  # besides loss and accuracy; None: the run's train.metrics
     tta: str = choice("none", TTA)
     threshold: Any = None  # of data.task=multi_label: one for all classes, or one for each; None: 0.5
     batch_size: int = ranged(256, low=1)
@@ -115,13 +120,17 @@ def _evaluate(config: EvaluateConfig, run_config: Config, storage: Storage) -> d
     from ftexp.evaluation.counting import count_into
     from ftexp.evaluation.findings import findings_of
     from ftexp.evaluation.meter import Meter
+    from ftexp.evaluation.metric_registry import check_names
     from ftexp.evaluation.tasks import named_means
     from ftexp.model.build import as_logits, build_model
     from ftexp.registry import load_plugins
     from ftexp.rundir.names import CHECKPOINTS, evaluation_file
     from ftexp.rundir.state import read_state
+    from ftexp.storage.append_log import finite
 
     load_plugins(run_config.plugins)
+    names = run_config.train.metrics if config.metrics is None else config.metrics
+    check_names(names, run_config.data.task)
     store = CheckpointStore(storage.child(CHECKPOINTS))
     manifest = choose(store, config.checkpoint, run_config)
     weights = read_weights(store, manifest, config.weights)
@@ -141,16 +150,10 @@ def _evaluate(config: EvaluateConfig, run_config: Config, storage: Storage) -> d
     meter, findings = Meter(device), findings_of(bundle.info, to_tensors.pixels, config.threshold)
     batches = evaluation_batches(rows, to_tensors, config.batch_size, rank=0, world_size=1)
     checked = functools.partial(as_logits, config=run_config.model, num_classes=bundle.info.num_classes)
-    count_into(
-        [(model, meter)],
-        checked,
-        batches,
-        torch.autocast(device.type, enabled=False),
-        findings,
-        config.tta == "hflip",
-        bundle.info.task,
-    )
-    measures = named_means("", meter.totals(), bundle.info.task)
+    metrics = [_metric_set(names, bundle.info, device)] if names else []
+    autocast, task = torch.autocast(device.type, enabled=False), bundle.info.task
+    count_into([(model, meter)], checked, batches, autocast, findings, config.tta == "hflip", metrics, task)
+    measures = named_means("", meter.totals(), task)
     result = {
         "run": storage.uri,
         "checkpoint": manifest.name,
@@ -159,9 +162,10 @@ def _evaluate(config: EvaluateConfig, run_config: Config, storage: Storage) -> d
         "split": config.split,
         "weights": config.weights,
         "tta": config.tta,
-        "task": bundle.info.task,
+        "task": task,
         "accuracy": measures.get("_accuracy"),
         "loss": measures["_loss"],
+        "metrics": finite({name: value for others in metrics for name, value in others.compute().items()}),
         **findings.report(bundle.info),
     }
     text = json.dumps(result, indent=1).encode()
@@ -176,6 +180,14 @@ def _evaluate(config: EvaluateConfig, run_config: Config, storage: Storage) -> d
             raise StorageError(f"out={config.out} can't be written: {error}") from error
         result["not_written"] = f"{target.uri}: {error}; add out=<file> for another place"
     return result
+
+
+def _metric_set(names: list[str], info: DataInfo, device: torch.device) -> MetricSet:
+    from ftexp.evaluation.metric_registry import check_num_classes
+    from ftexp.evaluation.metric_set import MetricSet
+
+    check_num_classes(names, info.num_classes)
+    return MetricSet(names, info.task, info.class_names, device, info.target_std)
 
 
 def _rows(config: EvaluateConfig, run_config: Config, bundle: DataBundle) -> Rows:
@@ -210,6 +222,8 @@ def _print(result: dict[str, Any]) -> None:
     keys = {MULTI_LABEL: ("accuracy", "loss", "average_precision"), REGRESSION: ("loss", "mae", "mse", "r2")}
     overall = keys.get(result["task"], ("accuracy", "loss"))
     console.print("   ".join(f"{key} {_number(result[key])}" for key in overall))
+    for name, value in result["metrics"].items():
+        console.print(f"{name} {_number(value)}", markup=False)
     if result["task"] == REGRESSION:
         rows, columns = result["targets"], ("target", "mae", "mse", "r2")
     else:

@@ -7,12 +7,11 @@ import json
 import torch.distributed as dist
 
 from ftexp.data.feeds.feed import evaluation_batches
-from ftexp.evaluation.counting import count_into
+from ftexp.evaluation.counting import measured, metric_set_of
 from ftexp.evaluation.findings import Findings, findings_of
-from ftexp.evaluation.meter import Meter
-from ftexp.evaluation.tasks import named_means
 from ftexp.job.job import Job
 from ftexp.rundir.names import evaluation_file
+from ftexp.storage.append_log import finite
 from ftexp.storage.directory import Storage
 from ftexp.wire import events
 from ftexp.wire.messages import Happened
@@ -25,7 +24,7 @@ def evaluation_due(job: Job, epoch_ended: bool) -> bool:
 
 
 def evaluate(job: Job, split: str, findings: Findings | None = None) -> None:
-    """Measure `<split>_loss` and `<split>_accuracy` over all ranks, the EMA's with `_ema` after; collective.
+    """Measure `<split>_loss`, `<split>_accuracy` and train.metrics over all ranks, the EMA's with `_ema`; collective.
 
     An empty split has none, and a regression no accuracy. `findings` are the weights' own, not the EMA's.
     """
@@ -37,13 +36,9 @@ def evaluate(job: Job, split: str, findings: Findings | None = None) -> None:
         for model in models.values():
             for buffer in model.buffers():  # batch norm's statistics are each rank's own between steps
                 dist.broadcast(buffer, src=0)
-    meters = {suffix: Meter(group.device) for suffix in models}
     batches = evaluation_batches(data.rows[split], data.to_tensors, _batch_size(job), group.rank, group.world_size)
-    measured = list(zip(models.values(), meters.values(), strict=True))
-    count_into(measured, learner.as_logits, batches, learner.autocast, findings, task=job.info.task)
-    values: dict[str, float] = {}
-    for suffix, meter in meters.items():
-        values |= named_means(split, meter.totals(), job.info.task, suffix)
+    metric_set = metric_set_of(job.config, job.info, group.device)
+    values = measured(split, models, learner.as_logits, batches, learner.autocast, findings, metric_set, job.info.task)
     log_point(job, split, values)
 
 
@@ -68,7 +63,8 @@ def test(job: Job, run_dir: Storage) -> None:
         values = {name: progress.metrics.get(f"test_{name}") for name in ("accuracy", "loss")}
         head = {"run": run_dir.uri, "checkpoint": None, "step": progress.step, "epoch": progress.epoch}
         head |= {"split": "test", "task": job.info.task}
-        content = {**head, **values, **found}
+        metrics = finite({name: progress.metrics[f"test_{name}"] for name in job.config.train.metrics})
+        content = {**head, **values, "metrics": metrics, **found}
         try:
             run_dir.write_bytes(evaluation_file("test"), json.dumps(content).encode())
         except OSError as error:  # the run is as good without

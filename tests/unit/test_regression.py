@@ -134,7 +134,14 @@ WRONG = [
     ([*NUMBERS, "loss=mse", "train.label_smoothing=0.1"], "train.label_smoothing=0.1 is of classes, and data.task=reg"),
     ([*NUMBERS, "loss=mse", "loss.class_weights=inv_freq"], "loss.class_weights=inv_freq: data.task=regression has no"),
     (["loss.delta=2"], "loss.delta=2.0 needs loss.name=huber: take it out, or set that too"),
-    ([*NUMBERS, "loss=mse"], "checkpoint.checkpoint_score_attribute=val_accuracy: data.task=regression has no accura"),
+    (
+        [*NUMBERS, "loss=mse"],
+        "checkpoint.checkpoint_score_attribute=val_accuracy is written by no run. Metrics: train_",
+    ),
+    (
+        [*NUMBERS, "loss=mse", "train.metrics=[top5]"],
+        "train.metrics names top5, which is no metric of data.task=regress",
+    ),
     (["data=image_list", "data.root=x", "data.target_columns=[a]"], "data.target_columns=['a'] is for targets: set da"),
     (
         ["data=image_list", "data.root=x", "data.task=regression", "loss=mse", "data.num_classes=3"],
@@ -160,5 +167,5 @@ def test_checkpoints_are_ranked_by_loss_unless_something_was_typed():
     typed = [*overrides, "checkpoint.checkpoint_score_attribute=val_accuracy"]
     config, notes = fitted(composed(*typed), typed)
     assert notes == []
-    with pytest.raises(ConfigError, match="regression has no accuracy; set checkpoint"):
+    with pytest.raises(ConfigError, match="val_accuracy is written by no run"):
         validate(config)
