@@ -15,6 +15,7 @@ from ftexp.data.label_cells import as_labels
 from ftexp.data.stratify import stratified_split
 from ftexp.data.targets import in_units, label_column, label_rows, target_facts
 from ftexp.errors import ConfigError, DataError
+from ftexp.evaluation.metric_set import MetricSet
 from ftexp.evaluation.numbers import NumberFindings
 from ftexp.model.loss_registry import LossContext
 from ftexp.model.losses import build_loss
@@ -109,6 +110,10 @@ def test_what_is_measured_is_scikit_learns_in_the_units_of_the_data():
         assert row["mse"] == pytest.approx(mean_squared_error(one, other), rel=1e-12)
         assert row["r2"] == pytest.approx(r2_score(one, other), rel=1e-12)
     assert found["r2"] == pytest.approx(r2_score(true, predicted), rel=1e-12)
+    metrics = MetricSet(["mae", "mse", "r2"], REGRESSION, INFO.class_names, CPU, INFO.target_std)
+    metrics.update(OUTPUTS[:4], TARGETS[:4])
+    metrics.update(OUTPUTS[4:], TARGETS[4:])
+    assert metrics.compute() == {name: pytest.approx(found[name], rel=1e-12) for name in ("mae", "mse", "r2")}
 
 
 @pytest.mark.parametrize("mixes", [False, True])
