@@ -45,15 +45,18 @@ def main() -> None:
     options = parser.parse_args()
     console = Console(highlight=False, width=120)
     describe_machine(console)
-    seeds, results = range(options.rounds), dict[str, list[dict[str, float]]]()
+    results = dict[str, list[dict[str, float]]]()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         pairs, rare = write_pairs(folder / "pairs"), write_rare(folder / "rare")
         words = ["data.task=multi_label", "loss=bce", f"data.image_size={CANVAS}"]
-        results["pairs"] = [of_pairs(trained(pairs, options.epochs, seed, words)) for seed in seeds]
-        for remedy, words in REMEDIES.items():
+        results["pairs"] = list(map(of_pairs, trained(pairs, options.epochs, options.rounds, "pairs", words)))
+        console.print(f"pairs: {results['pairs']}")
+        for number, (remedy, words) in enumerate(REMEDIES.items()):
             words = [*words, f"data.image_size={SIDE}"]
-            results[remedy] = [of_rare(trained(rare, options.epochs, seed, words)) for seed in seeds]
+            runs = trained(rare, options.epochs, options.rounds, f"rare_{number}", words)
+            results[remedy] = list(map(of_rare, runs))
+            console.print(f"{remedy}: {results[remedy]}", markup=False)
     _print(console, results)
     means = {remedy: statistics.mean(run["recall"] for run in results[remedy]) for remedy in REMEDIES}
     precision = statistics.mean(run["average_precision"] for run in results["pairs"])
@@ -127,19 +130,20 @@ def _listed(folder: Path, rows: list[tuple[str, Any, str]]) -> Path:
     return file
 
 
-def trained(listed: Path, epochs: int, seed: int, words: list[str]) -> Path:
-    """The directory of one run."""
-    name = f"{abs(hash(tuple(words)))}_{seed}"
+def trained(listed: Path, epochs: int, rounds: int, name: str, words: list[str]) -> list[Path]:
+    """The directories of the runs, one for each seed: a sweep, two at a time."""
+    seeds = ",".join(map(str, range(rounds)))
     subprocess.run(
         [
-            *(sys.executable, "-m", "ftexp.train", "data=image_list", f"data.root={listed}", "augment=digits"),
-            *(*SHAPE, *words, f"train.epochs={epochs}", f"seed={seed}"),
-            *(f"run.storage={listed.parent}", f"run.name={name}"),
+            *(sys.executable, "-m", "ftexp.train", "-m", f"seed={seeds}"),
+            *("data=image_list", f"data.root={listed}", "augment=digits", *SHAPE, *words),
+            *(f"train.epochs={epochs}", "scaling.num_workers=1", "train.eval_every_epochs=100"),
+            *(f"run.storage={listed.parent}", f"sweep.name={name}", "sweep.max_concurrent=2"),
         ],
         check=True,
         stdout=subprocess.DEVNULL,
     )
-    return listed.parent / name
+    return sorted(file.parent for file in (listed.parent / "sweeps" / name).glob("*/evaluation_test.json"))
 
 
 def of_pairs(run: Path) -> dict[str, float]:

@@ -3,11 +3,14 @@
 import contextlib
 
 import pytest
+from omegaconf import OmegaConf
 
 import ftexp.cluster.ray_cluster
 from ftexp import evaluate as module
+from ftexp.cli.trained_run import load_run_config
 from ftexp.errors import ConfigError, StorageError
 from ftexp.evaluate import EvaluateConfig, MovedData, evaluate
+from ftexp.rundir.names import CONFIG_FILE
 from tests.support.saved_runs import saved_run
 
 
@@ -29,3 +32,15 @@ def test_data_that_is_not_where_it_was_is_asked_for_and_taken_from_where_it_is(t
     monkeypatch.chdir(tmp_path)
     evaluate(EvaluateConfig(run=run.storage.uri, data=MovedData(root="moved")))
     assert seen == [f"{tmp_path}/moved"]
+
+
+def test_a_run_that_is_older_than_some_fields_has_their_defaults(tmp_path):
+    run = saved_run(tmp_path / "run", "data=synthetic")
+    config = OmegaConf.create(run.storage.read_bytes(CONFIG_FILE).decode())
+    whole = load_run_config(run.storage)
+    for group, names in {"data": ["task", "label_separator"], "augment": ["splits"], "loss": ["clip", "alpha"]}.items():
+        for name in names:
+            del config[group][name]
+    del config["profile"]
+    run.storage.write_bytes(CONFIG_FILE, OmegaConf.to_yaml(config).encode())
+    assert load_run_config(run.storage) == whole
