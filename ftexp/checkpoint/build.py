@@ -39,4 +39,5 @@ def state_context(job: Job) -> StateContext:
         scaler=learner.scaler,
         ema=learner.ema,
         channel=job.channel,
+        projection=learner.distiller.projection if learner.distiller is not None else None,
     )

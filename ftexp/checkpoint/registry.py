@@ -38,6 +38,7 @@ class StateContext:
     scaler: torch.amp.GradScaler  # disabled unless train.precision=fp16
     ema: WeightsEMA | None  # the weights' moving average, if the config asks for one
     channel: Channel  # to the driver
+    projection: nn.Module | None = None  # of features to a teacher's width, where a run distils them
 
 
 class State(Protocol):

@@ -1,4 +1,4 @@
-"""The built-in states: progress, scheduler, scaler, ema, rng, best."""
+"""The built-in states: progress, scheduler, scaler, ema, distill, rng, best."""
 
 from __future__ import annotations
 
@@ -95,6 +95,24 @@ class EmaState:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if self._context.ema is not None:
             self._context.ema.model.load_state_dict(state["weights"])
+
+
+@register_state("distill")
+class DistillState:
+    """The projection of features to a teacher's width, a state dict; empty where a run has none."""
+
+    version = 1
+    optional = True  # runs from before there were teachers have none
+
+    def __init__(self, context: StateContext) -> None:
+        self._projection = context.projection
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self._projection is None else {"projection": dict(self._projection.state_dict())}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if self._projection is not None:
+            self._projection.load_state_dict(state["projection"])
 
 
 @register_state("rng")

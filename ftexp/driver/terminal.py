@@ -61,6 +61,7 @@ class Terminal:
         feed: str,
         epoch: str,
         weights: str | None = None,
+        teacher: str | None = None,
     ) -> None:
         """Print what is going to run, and where; `weights`: pretrained ones, and their preprocessing."""
         sizes = " · ".join(f"{count:,} {split}" for split, count in data.num_samples.items())
@@ -69,6 +70,7 @@ class Terminal:
             ("run", f"{run}  ({location})"),
             ("model", model),
             ("weights", weights),
+            ("teacher", teacher),
             ("data", f"{data_name}: {sizes} · {data.num_classes} classes · {shape}"),
             ("feed", feed),
             ("epoch", epoch),

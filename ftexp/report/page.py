@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Iterator
 
 from ftexp.config.metric_names import ALWAYS_LOGGED
-from ftexp.job.stopwatch import SECTIONS
+from ftexp.job.stopwatch import SECTIONS, TEACHER
 from ftexp.report import tables
 from ftexp.report.charts import Mark, line_chart, timeline_chart
 from ftexp.report.confusion import confusion_chart
@@ -117,5 +117,6 @@ class Report:
             yield "images/s", f"{statistics.median(rate for _, rate in self._rates):,.0f}", "median while training"
 
 
-_SECTIONS = dict(zip(SECTIONS, ("val", "train", "restoring", "test", "replaying"), strict=True))  # their colours
+_ROLES = ("val", "train", "restoring", "test", "replaying", "restarting")
+_SECTIONS = dict(zip((*SECTIONS, TEACHER), _ROLES, strict=True))  # their colours
 _STATUS = {"finished": "good", "failed": "bad", "interrupted": "paused", "running": "paused"}

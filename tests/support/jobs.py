@@ -12,6 +12,7 @@ from ftexp.config.schema import (
     AugmentConfig,
     CheckpointConfig,
     Config,
+    DistillConfig,
     EmaConfig,
     LossConfig,
     ModelConfig,
@@ -36,6 +37,7 @@ from ftexp.job.mfu import Utilisation
 from ftexp.job.progress import Progress
 from ftexp.job.stopwatch import Stopwatch
 from ftexp.model.build import as_logits, build_model
+from ftexp.model.distillation import Distiller
 from ftexp.model.ema import WeightsEMA
 from ftexp.model.freezing import Freezing
 from ftexp.model.loss_registry import LossContext
@@ -96,6 +98,8 @@ def make_job(
     loss=None,
     group=ALONE,
     attempt=1,
+    distill=None,
+    teacher=None,
     **train,
 ):
     config = Config(
@@ -105,15 +109,16 @@ def make_job(
         augment=augment or AugmentConfig(),
         loss=loss or LossConfig(),
         ema=ema or EmaConfig(),
+        distill=distill or DistillConfig(),
         train=TrainConfig(epochs=3, global_batch_size=batch, **train),
         checkpoint=CheckpointConfig(),
     )
     info = DataInfo(["dark", "light"], 8, 1, [0.5], [0.25], {})
-    return job_of(config, info, num_samples, group, attempt)
+    return job_of(config, info, num_samples, group, attempt, teacher)
 
 
-def job_of(config, info, num_samples, group=ALONE, attempt=1):
-    """A rank of a run whose classes are dark and light by turns."""
+def job_of(config, info, num_samples, group=ALONE, attempt=1, teacher=None):
+    """A rank of a run whose classes are dark and light by turns; taught by a `Teacher`, if one is given."""
     train, augment, size = config.train, config.augment, info.image_size
     batch, precision = train.global_batch_size, train.precision
     generator = torch.Generator().manual_seed(0)
@@ -132,7 +137,9 @@ def job_of(config, info, num_samples, group=ALONE, attempt=1):
         built = built.to(memory_format=torch.channels_last)
     if train.compile:
         built.compile()
-    optimizer = build_optimizer(config.optim, train, built)
+    distiller = Distiller(config.distill, built, teacher, seed=5) if teacher is not None else None
+    trainable = built if distiller is None else distiller.trainable
+    optimizer = build_optimizer(config.optim, train, trainable)
     total = train.epochs * num_samples
     to_tensors = ToTensors(info, CPU, train.channels_last)
     plan = ShardPlan(batch, train.accumulate_steps, total, group.rank, group.world_size, augment.mixes)
@@ -141,13 +148,14 @@ def job_of(config, info, num_samples, group=ALONE, attempt=1):
     freezing.settle(epoch=0)
     loss_context = LossContext(config.loss, info.num_classes, train.label_smoothing)
     learner = Learner(
-        model=built, wrapped=built, wrap=lambda model: model, optimizer=optimizer,
+        model=built, wrapped=trainable, wrap=lambda model: model, optimizer=optimizer,
         scheduler=build_scheduler(config.schedule, optimizer, math.ceil(total / batch), num_samples / batch),
         scaler=torch.amp.GradScaler("cpu", enabled=precision == "fp16"),
         autocast=torch.autocast("cpu", dtype=DTYPES[precision], enabled=precision != "fp32"),
         as_logits=functools.partial(as_logits, config=config.model, num_classes=info.num_classes),
         loss=build_loss(loss_context, lambda: labels.bincount().tolist(), CPU),
         freezing=freezing, ema=WeightsEMA(config.ema, built) if config.ema.decay is not None else None,
+        distiller=distiller,
     )  # fmt: skip
     data = TrainingData(
         feed=IndexedFeed(rows, SampleOrder(0, num_samples), plan, to_tensors, Augment(augment, 0, info.mean)),

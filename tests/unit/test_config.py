@@ -37,6 +37,9 @@ COMPANIONS = {
     ("data", "image_list"): ["data.root=photos.csv"],
     ("data", "parquet"): ["data.root=tables"],
     ("data", "webdataset"): ["data.root=shards"],
+    ("distill", "features"): ["distill.teacher=resnet18"],
+    ("distill", "logits"): ["distill.teacher=resnet18"],
+    ("distill", "token"): ["distill.teacher=resnet18"],
     ("scaling", "cluster"): ["scaling.num_workers=2"],
     ("augment", "image_folder"): ["data=image_folder", "data.root=photos"],  # shifts by more than a digit is wide
     ("augment", "image_list"): ["data=image_list", "data.root=photos.csv"],
@@ -76,6 +79,7 @@ def test_there_are_options_to_test():
             "chaos",
             "checkpoint",
             "data",
+            "distill",
             "ema",
             "failure",
             "loss",

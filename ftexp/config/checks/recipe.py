@@ -16,6 +16,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from ftexp.config.checks.wording import unknown
+from ftexp.config.checks.wording import unused as _unused
 from ftexp.config.fields import typed_keys
 from ftexp.config.masking import flat
 from ftexp.config.schema import CLASS_WEIGHTS, CROPS, LOSSES, SGD_NAMES, AugmentConfig, Config
@@ -330,12 +331,3 @@ def check_freeze(config: Config) -> Iterator[str]:
                 f"{key} comes after the last epoch, of train.epochs={config.train.epochs} counted from 0: lower it, "
                 "or write null, for a part that is never trained"
             )
-
-
-def _unused(node: Any, prefix: str, names: tuple[str, ...], needs: str) -> Iterator[str]:
-    """A message for each of `names` that isn't at its default, where nothing reads it."""
-    defaults = type(node)()
-    for name in names:
-        value = getattr(node, name)
-        if value != getattr(defaults, name):
-            yield f"{prefix}.{name}={value} {needs}: take it out, or set that too"

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 
 from ftexp.config.checks.checkpoint import check_checkpoint
 from ftexp.config.checks.data import check_data
+from ftexp.config.checks.distill import check_distill
 from ftexp.config.checks.failure import check_chaos, check_failure
 from ftexp.config.checks.metrics import check_metrics
 from ftexp.config.checks.model import check_model
@@ -65,6 +66,7 @@ _CHECKS: dict[Callable[[Config], Iterator[str]], tuple[str, ...]] = {
     check_optim: ("optim.name",),
     check_schedule: ("schedule.warmup_epochs", "schedule.min_lr", "train.epochs", "optim.lr"),
     check_average: (),
+    check_distill: ("distill.pretrained", "distill.kind"),
     check_drop_path: ("model.name",),
     check_freeze: ("train.epochs",),
     check_scaling: (),
