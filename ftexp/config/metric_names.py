@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-SINGLE_LABEL = "single_label"  # each sample is of one class
+from ftexp.config.schema import SINGLE_LABEL
+
 ALWAYS_LOGGED = ("loss", "accuracy")  # of every evaluation, whatever train.metrics names
 
 

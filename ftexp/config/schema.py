@@ -35,8 +35,12 @@ INTERPOLATIONS = ("bilinear", "bicubic")
 PILLOW, TORCHVISION = "pillow", "torchvision"
 DECODERS = (AUTO, TORCHVISION, PILLOW)  # see ftexp.data.decoder
 ERASE_MODES = ("const", "rand", "pixel")
-LOSSES = ("ce", "bce", "focal", "asl", "poly")  # built in
+SINGLE_LABEL_LOSSES = ("ce", "bce", "focal", "asl", "poly")
+MULTI_LABEL_LOSSES, REGRESSION_LOSSES = ("bce", "asl", "focal"), ("mse", "l1", "huber")
+LOSSES = (*SINGLE_LABEL_LOSSES, *REGRESSION_LOSSES)  # built in
 CLASS_WEIGHTS = ("none", "inv_freq", "effective_num")  # timm's
+SINGLE_LABEL, MULTI_LABEL, REGRESSION = "single_label", "multi_label", "regression"
+TASKS = (SINGLE_LABEL, MULTI_LABEL, REGRESSION)
 SAMPLINGS = ("shuffle", "balanced", "sqrt")
 INLINE, BESIDE = "inline", "beside"
 DISTILLATIONS = LOGITS, FEATURES, TOKEN = ("logits", "features", "token")  # timm's
@@ -75,6 +79,8 @@ class DataConfig:
     download: bool = False  # let torchvision fetch what is missing under root
     image_size: int = ranged(MISSING, low=1)  # pixels; images are square as the model sees them
     channels: int = ranged(3, low=1, high=4)
+    # what a sample's label is: its class; any number of classes, none included; numbers
+    task: str = choice(SINGLE_LABEL, TASKS)
     num_classes: int | None = ranged(None, low=2)  # None: as many as the source has
     # with model.pretrained, those of PREPROCESSING that aren't typed are what timm's config of the model says
     mean: list[float] = MISSING  # per channel, of pixels scaled to 0..1
@@ -99,6 +105,9 @@ class DataConfig:
     on_bad_sample: str = choice("fail", ("fail", "skip"))
     image_column: str = "image"  # parquet: encoded bytes, {"bytes": ...}, or nested lists; image_list: paths
     label_column: str = "label"
+    label_separator: str = ";"  # between the labels, or numbers, of a cell that is text
+    target_columns: list[str] | None = None  # regression: the columns that hold the targets; None: label_column alone
+    standardize_targets: bool = True  # regression: the model learns targets less train's mean, divided by train's std
     # what whole numbers mean as labels: values, each that occurs is a class; indices, n is class n of 0 to the largest
     integer_labels: str = choice("values", ("values", "indices"))
     num_samples: int | None = ranged(None, low=1)  # synthetic
@@ -200,7 +209,7 @@ class TrainConfig:
 
 @dataclass(kw_only=True)
 class LossConfig:
-    """The loss that training minimises. Evaluation's is cross-entropy whatever is set here."""
+    """The loss that training minimises. Evaluation's is that of `ftexp.evaluation.tasks`, whatever is set here."""
 
     name: str = "ce"  # one of LOSSES, or one of your own
     # none, inv_freq, effective_num, or a weight for each class: a sample's loss is multiplied by its class's
@@ -208,11 +217,17 @@ class LossConfig:
     effective_num_beta: float = ranged(0.999, above=0, high=0.9999999)  # effective_num: near 1 is near inv_freq
     target_threshold: float | None = ranged(None, low=0, high=0.999)  # bce: targets of mixed samples above it become 1
     sum_classes: bool = False  # bce: the sum over classes, not the mean
-    pos_weight: Any = None  # bce: weight of the positive term, a number or one for each class
-    gamma: float = ranged(2.0, low=0)  # focal: 0 is cross-entropy
+    pos_weight: Any = (
+        None  # bce, and asl of several labels: weight of the positive term, a number or one for each class
+    )
+    gamma: float = ranged(2.0, low=0)  # focal: 0 is cross-entropy, binary where samples have several labels
     gamma_pos: float = ranged(1.0, low=0)  # asl
     gamma_neg: float = ranged(4.0, low=0)  # asl
+    clip: float = ranged(
+        0.05, low=0, high=0.5
+    )  # asl of several labels: what probabilities are lowered by for classes not had
     epsilon: float = 2.0  # poly: 0 is cross-entropy
+    delta: float = ranged(1.0, above=0)  # huber: errors above it count linearly; of standardised targets, in stds
     kwargs: dict[str, Any] = field(default_factory=dict)  # for losses of your own
 
 

@@ -15,7 +15,6 @@ from ftexp.cluster.interruptible import fit_interruptibly
 from ftexp.cluster.ray_cluster import import_meanwhile, quiet_data, start_ray
 from ftexp.cluster.resources import decoding_cpus, lacking_resources
 from ftexp.config.masking import masked
-from ftexp.config.metric_names import SINGLE_LABEL
 from ftexp.config.schema import PREPROCESSING, Config
 from ftexp.driver.beside import require_room
 from ftexp.driver.context import RunContext, Session
@@ -104,7 +103,7 @@ def _build(context: RunContext, terminal: Terminal) -> DataBundle:
     load_plugins(config.plugins)
     check_names(config.checkpoint.extra_state)
     check_loss(config.loss.name)
-    check_metrics(config, SINGLE_LABEL)
+    check_metrics(config, config.data.task)
     check_trackers(config.tracker.names)
     if lacking := lacking_resources(workers):
         if config.scaling.address is None:

@@ -71,7 +71,7 @@ class Terminal:
             ("model", model),
             ("weights", weights),
             ("teacher", teacher),
-            ("data", f"{data_name}: {sizes} · {data.num_classes} classes · {shape}"),
+            ("data", f"{data_name}: {sizes} · {data.outputs_in_words} · {shape}"),
             ("feed", feed),
             ("epoch", epoch),
             ("workers", workers),
@@ -225,5 +225,5 @@ _LIVE = (
 )
 _SHOWN = (
     *(("test_accuracy", "test accuracy"), ("test_accuracy_ema", "… averaged"), ("test_loss", "test loss")),
-    *(("val_accuracy", "val accuracy"), ("val_accuracy_ema", "… averaged")),
+    *(("val_accuracy", "val accuracy"), ("val_accuracy_ema", "… averaged"), ("val_loss", "val loss")),
 )

@@ -7,14 +7,13 @@ import math
 import os
 import traceback
 
-import numpy as np
 import ray.train
 import torch
 from ray.train.torch import get_device, prepare_model
 from torch import nn
 
 from ftexp.cluster.hot_start.forker import MARK as HOT_START_MARK
-from ftexp.config.schema import Config
+from ftexp.config.schema import MULTI_LABEL, SINGLE_LABEL, Config
 from ftexp.data.augment.erasing import Erasing
 from ftexp.data.augment.mixing import Mixing
 from ftexp.data.augment.picture import PictureAugment
@@ -26,6 +25,7 @@ from ftexp.data.info import SPLITS, BadSample, DataInfo, IndexedSplit
 from ftexp.data.order import derive_seed
 from ftexp.data.plan import ShardPlan
 from ftexp.data.sampling import run_order
+from ftexp.data.targets import class_counts
 from ftexp.errors import RunFailedError
 from ftexp.evaluation.meter import Meter
 from ftexp.job.data import TrainingData
@@ -162,8 +162,10 @@ def _learner(
 
 
 def _loss(config: Config, info: DataInfo, rows: Rows, device: torch.device) -> Loss:
-    context = LossContext(config.loss, info.num_classes, config.train.label_smoothing)
-    return build_loss(context, lambda: np.bincount(rows.labels, minlength=info.num_classes).tolist(), device)
+    # sets of classes that are mixed are smoothed before
+    smoothing = 0.0 if info.task == MULTI_LABEL and config.augment.mixes else config.train.label_smoothing
+    context = LossContext(config.loss, info.num_classes, smoothing, info.task)
+    return build_loss(context, lambda: class_counts(rows.labels, info.num_classes).tolist(), device)
 
 
 def _plan(config: Config, group: ProcessGroup, num_samples: int, min_accumulate_steps: int) -> ShardPlan:
@@ -187,7 +189,7 @@ def _data(
 ) -> TrainingData:
     config, info, augment = spec.config, spec.info, spec.config.augment
     to_tensors = ToTensors(info, device, config.train.channels_last)
-    num_samples, smoothing = len(rows["train"]), config.train.label_smoothing
+    num_samples = len(rows["train"])
     mixed_to = augment.mixup_off_epoch * num_samples if augment.mixup_off_epoch else None
     order = run_order(config, num_samples, spec.blocks, spec.classes.get() if spec.classes is not None else None)
     return TrainingData(
@@ -196,9 +198,14 @@ def _data(
         to_tensors=to_tensors,
         accumulate_steps=plan.accumulate_steps,
         erasing=Erasing(augment, config.seed, device) if augment.erase_prob else None,
-        mixing=Mixing(augment, info.num_classes, smoothing, config.seed, mixed_to) if augment.mixes else None,
+        mixing=_mixing(config, info, mixed_to) if augment.mixes else None,
         skipped=skipped,
     )
+
+
+def _mixing(config: Config, info: DataInfo, end: int | None) -> Mixing:
+    smoothing, has_vectors = config.train.label_smoothing, info.task != SINGLE_LABEL
+    return Mixing(config.augment, info.num_classes, smoothing, config.seed, end, has_vectors)
 
 
 def settle_kernels(device: torch.device) -> None:

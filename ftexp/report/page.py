@@ -80,6 +80,7 @@ class Report:
             checkpoints=tables.checkpoints(run),
             evaluate_command=shlex.join(["python", "-m", "ftexp.evaluate", f"run={run.uri}"]),
             test=test,
+            measured=tables.measured(test) if test else "",
             confused=tables.confused(test) if test and test.get("confusion") else [],
             classes=tables.worst_classes(test) if test else [],
             train_command=shlex.join(["python", "-m", "ftexp.train", *run.overrides]),

@@ -15,7 +15,7 @@ from ftexp.cli.compose import to_config
 from ftexp.config.masking import masked
 from ftexp.config.schema import config_dir
 from ftexp.errors import ConfigError
-from ftexp.evaluation.mistakes import Findings, _together, described
+from ftexp.evaluation.mistakes import ClassFindings, _together, described
 from ftexp.report.page import Report
 from ftexp.report.series import Axis, Series, duration
 from ftexp.report.source import read_run
@@ -381,7 +381,7 @@ def found_on(parts, num_classes=3):
     """What is found where each rank has one of the parts: (images, labels, logits)."""
     together = []
     for images, labels, logits in parts:
-        findings = Findings(num_classes, lambda chosen: chosen.mul(255).byte().permute(0, 2, 3, 1).numpy())
+        findings = ClassFindings(num_classes, lambda chosen: chosen.mul(255).byte().permute(0, 2, 3, 1).numpy())
         for start in range(0, len(labels), 7):
             rows = slice(start, start + 7)
             findings.add(images[rows], labels[rows], logits[rows])

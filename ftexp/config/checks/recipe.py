@@ -19,7 +19,18 @@ from ftexp.config.checks.wording import unknown
 from ftexp.config.checks.wording import unused as _unused
 from ftexp.config.fields import typed_keys
 from ftexp.config.masking import flat
-from ftexp.config.schema import CLASS_WEIGHTS, CROPS, LOSSES, SGD_NAMES, AugmentConfig, Config
+from ftexp.config.schema import (
+    CLASS_WEIGHTS,
+    CROPS,
+    LOSSES,
+    MULTI_LABEL,
+    REGRESSION,
+    SGD_NAMES,
+    SINGLE_LABEL,
+    AugmentConfig,
+    CheckpointConfig,
+    Config,
+)
 from ftexp.config.timm_names import optimizer_names, without_drop_path
 from ftexp.registry import did_you_mean
 
@@ -54,7 +65,9 @@ _PARAMETERS_OF_LOSSES = {
     "focal": ("gamma",),
     "asl": ("gamma_pos", "gamma_neg"),
     "poly": ("epsilon",),
+    "huber": ("delta",),
 }
+_OF_SEVERAL_LABELS = {"asl": ("clip", "pos_weight")}  # further parameters, under data.task=multi_label
 _UNMIXED_LOSSES = ("focal", "asl")  # timm's take class numbers only
 _BESIDE = {"opt": "name", **{name: name for name in ("lr", "weight_decay", "filter_bias_and_bn", "layer_decay")}}
 
@@ -197,9 +210,13 @@ def check_loss(config: Config) -> Iterator[str]:
     loss = config.loss
     if loss.name not in LOSSES and not config.plugins:
         yield unknown("loss.name", loss.name, frozenset(LOSSES), f"Available: {', '.join(LOSSES)}")
+    further = _OF_SEVERAL_LABELS.get(loss.name, ()) if config.data.task == MULTI_LABEL else ()
     for name, names in _PARAMETERS_OF_LOSSES.items():
         if name != loss.name:
-            yield from _unused(loss, "loss", names, f"needs loss.name={name}")
+            unused = tuple(each for each in names if each not in further)
+            yield from _unused(loss, "loss", unused, f"needs loss.name={name}")
+    if "clip" not in further:
+        yield from _unused(loss, "loss", ("clip",), "needs loss.name=asl and data.task=multi_label")
     if loss.name in LOSSES:
         yield from _unused(loss, "loss", ("kwargs",), "needs a loss of your own")
     for name in ("gamma", "gamma_pos", "gamma_neg"):
@@ -213,7 +230,7 @@ def check_loss(config: Config) -> Iterator[str]:
         num_classes = config.data.num_classes if isinstance(loss.pos_weight, list) else None
         yield from _weight_problems("loss.pos_weight", given, (), num_classes)
     augment = config.augment
-    if augment.mixes and loss.name in _UNMIXED_LOSSES:
+    if augment.mixes and loss.name in _UNMIXED_LOSSES and config.data.task == SINGLE_LABEL:
         mixing = " ".join(f"augment.{name}=0" for name in ("mixup_alpha", "cutmix_alpha") if getattr(augment, name))
         yield f"loss.name={loss.name} takes one class a sample, and samples are mixed: set {mixing}, or loss=poly"
     if loss.target_threshold is not None and not augment.mixes:
@@ -245,7 +262,8 @@ def fitted(config: Config, typed: Iterable[str]) -> tuple[Config, list[str]]:
         The config, and a line for each value that was changed.
     """
     keys = typed_keys(typed)
-    schedule, train, notes = config.schedule, config.train, list[str]()
+    config, notes = _ranked_by_loss(config, keys)
+    schedule, train = config.schedule, config.train
     if MISSING in (train.epochs, config.optim.lr) or train.epochs < 1 or config.optim.lr <= 0:
         return config, notes  # `validate` says so
     if "schedule.warmup_epochs" not in keys and schedule.warmup_epochs >= train.epochs:
@@ -267,6 +285,19 @@ def fitted(config: Config, typed: Iterable[str]) -> tuple[Config, list[str]]:
             notes.append(f"train.freeze.{part}=null instead of {epoch}: train.epochs={train.epochs}")
             train = dataclasses.replace(train, freeze={**train.freeze, part: None})
     return dataclasses.replace(config, schedule=schedule, train=train), notes
+
+
+def _ranked_by_loss(config: Config, keys: set[str]) -> tuple[Config, list[str]]:
+    """Rank checkpoints by val_loss where there is no accuracy and nothing else was typed."""
+    saving, names = config.checkpoint, ("checkpoint_score_attribute", "checkpoint_score_order")
+    usual = CheckpointConfig()
+    if config.data.task != REGRESSION or not keys.isdisjoint(f"checkpoint.{name}" for name in names):
+        return config, []
+    if any(getattr(saving, name) != getattr(usual, name) for name in names):  # a group file's
+        return config, []
+    saving = dataclasses.replace(saving, checkpoint_score_attribute="val_loss", checkpoint_score_order="min")
+    note = f"checkpoint.checkpoint_score_attribute=val_loss instead of val_accuracy: data.task={REGRESSION}"
+    return dataclasses.replace(config, checkpoint=saving), [note]
 
 
 def check_schedule(config: Config) -> Iterator[str]:

@@ -28,6 +28,7 @@ from ftexp.config.checks.recipe import (
 from ftexp.config.checks.run import check_run
 from ftexp.config.checks.scaling import check_batch, check_scaling
 from ftexp.config.checks.sweep import check_sweep
+from ftexp.config.checks.tasks import check_task
 from ftexp.config.checks.trackers import tracker_problems
 from ftexp.config.fields import field_problems
 from ftexp.config.machine import check_compiler
@@ -56,6 +57,7 @@ _CHECKS: dict[Callable[[Config], Iterator[str]], tuple[str, ...]] = {
         *("data.name", "data.image_size", "data.channels", "data.mean", "data.std"),
         *("data.val_fraction", "data.test_fraction", "augment.pad_px"),
     ),
+    check_task: ("data.name", "data.task", "data.sampling", "data.num_classes"),
     check_augment: (
         *("train.global_batch_size", "train.epochs", "data.channels"),
         *("augment.mixup_alpha", "augment.cutmix_alpha", "augment.mixup_off_epoch"),
