@@ -245,6 +245,16 @@ class ScheduleConfig:
 
 
 @dataclass(kw_only=True)
+class StoppingConfig:
+    """Early stopping: the run ends, finished, once a metric no longer improves. The schedule stays as it is."""
+
+    metric: str | None = None  # of those that a run logs, val_loss, say; None: every epoch is trained
+    mode: str | None = choice(None, ("max", "min"))  # which way the metric is better; None: as the metric says
+    patience_epochs: int = ranged(10, low=1)  # without an improvement, counted at the ends of epochs
+    min_delta: float = ranged(0.0, low=0)  # what is better by no more than this is no improvement
+
+
+@dataclass(kw_only=True)
 class ScalingConfig:
     num_workers: Any = AUTO  # int, [min, max] for elastic, or auto
     use_gpu: Any = AUTO  # true, false, or auto: whether this machine has one
@@ -368,6 +378,8 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    stopping: StoppingConfig = field(default_factory=StoppingConfig)
+    hooks: dict[str, dict[str, Any]] = field(default_factory=dict)  # {name: arguments} of hooks of your own
     scaling: ScalingConfig = field(default_factory=ScalingConfig)
     failure: FailureConfig = field(default_factory=FailureConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -23,6 +23,8 @@ from ftexp.driver.terminal import Terminal
 from ftexp.driver.tracker_session import close_trackers, outcome_of, trackers_of
 from ftexp.errors import ConfigError, RayLostError
 from ftexp.evaluation.metric_registry import check_metrics, check_num_classes
+from ftexp.job.early_stopping import check_measured
+from ftexp.job.hook_registry import check_hooks
 from ftexp.model.loss_registry import check_name as check_loss
 from ftexp.model.loss_registry import check_num_weights
 from ftexp.registry import load_plugins
@@ -103,6 +105,7 @@ def _build(context: RunContext, terminal: Terminal) -> DataBundle:
     check_names(config.checkpoint.extra_state)
     check_loss(config.loss.name)
     check_metrics(config, SINGLE_LABEL)
+    check_hooks(config.hooks)
     check_trackers(config.tracker.names)
     if lacking := lacking_resources(workers):
         if config.scaling.address is None:
@@ -113,6 +116,7 @@ def _build(context: RunContext, terminal: Terminal) -> DataBundle:
     require_same_data(config, state, bundle.info)
     check_num_weights(config.loss, bundle.info.num_classes)
     check_num_classes(config.train.metrics, bundle.info.num_classes)
+    check_measured(config.stopping.metric, bundle.info.num_samples)
     bundle = drawn_by_class(config, bundle)
     if bundle.streams:
         bundle = dataclasses.replace(bundle, decode_cpus=decoding_cpus(config, workers))

@@ -30,6 +30,7 @@ from ftexp.errors import RunFailedError
 from ftexp.evaluation.meter import Meter
 from ftexp.job.data import TrainingData
 from ftexp.job.group import ProcessGroup
+from ftexp.job.hooks import Hooks
 from ftexp.job.job import Job, RunIdentity
 from ftexp.job.learner import Learner
 from ftexp.job.mfu import Utilisation
@@ -84,6 +85,7 @@ def _build(spec: JobSpec, streams: dict[str, IndexedSplit], channel: Channel, gr
     plan = _plan(config, group, len(rows["train"]), begin.accumulate_steps or 1)
     ledger = Storage(spec.run_uri).child(LEDGER) if config.train.ledger else None
     shape = (info.channels, info.image_size, info.image_size)
+    progress = Progress(Meter(device), plan.total_positions)
     return Job(
         config=config,
         info=info,
@@ -92,10 +94,11 @@ def _build(spec: JobSpec, streams: dict[str, IndexedSplit], channel: Channel, gr
         group=group,
         learner=learner,
         data=_data(spec, rows, plan, device, SkippedBatches(begin.skipped)),
-        progress=Progress(Meter(device), plan.total_positions),
+        progress=progress,
         ledger=SampleLedger(ledger, begin.attempt, group.rank),
         stopwatch=Stopwatch(device),
         utilisation=Utilisation(device, config.train.precision, group.world_size, shape),
+        hooks=Hooks(config, group, learner, progress, channel),
     )
 
 

@@ -30,6 +30,7 @@ from ftexp.evaluation.meter import Meter
 from ftexp.failure.nonfinite import NonFiniteRecovery
 from ftexp.job.data import TrainingData
 from ftexp.job.group import ProcessGroup
+from ftexp.job.hooks import Hooks
 from ftexp.job.job import Job, RunIdentity
 from ftexp.job.learner import Learner
 from ftexp.job.mfu import Utilisation
@@ -150,10 +151,12 @@ def job_of(config, info, num_samples, group=ALONE, attempt=1):
         erasing=Erasing(augment, 0, CPU) if augment.erase_prob else None,
         mixing=Mixing(augment, info.num_classes, train.label_smoothing, 0, mixed_to) if augment.mixes else None,
     )  # fmt: skip
+    channel, progress = Lines(), Progress(Meter(CPU), total)
     return Job(
-        config=config, info=info, run=RunIdentity("x", attempt, {}), channel=Lines(), group=group,
-        learner=learner, data=data, progress=Progress(Meter(CPU), total), ledger=SampleLedger(None, 0, 0),
+        config=config, info=info, run=RunIdentity("x", attempt, {}), channel=channel, group=group,
+        learner=learner, data=data, progress=progress, ledger=SampleLedger(None, 0, 0),
         stopwatch=Stopwatch(), utilisation=Utilisation(CPU, precision, 1, (info.channels, size, size)),
+        hooks=Hooks(config, group, learner, progress, channel),
     )  # fmt: skip
 
 

@@ -77,6 +77,7 @@ def test_there_are_options_to_test():
             "checkpoint",
             "data",
             "ema",
+            "stopping",
             "failure",
             "loss",
             "model",
