@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ftexp.checkpoint.registry import State, StateContext, register_state
+    from ftexp.data.augment.registry import Augmentation, register_augmentation
     from ftexp.data.sources.arrays import bundle_from_arrays
     from ftexp.data.sources.registry import register_source
     from ftexp.evaluation.metric_registry import Metric, MetricContext, register_metric
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "ftexp.checkpoint.registry": ("State", "StateContext", "register_state"),
+    "ftexp.data.augment.registry": ("Augmentation", "register_augmentation"),
     "ftexp.data.sources.arrays": ("bundle_from_arrays",),
     "ftexp.data.sources.registry": ("register_source",),
     "ftexp.evaluation.metric_registry": ("Metric", "MetricContext", "register_metric"),
@@ -30,6 +32,7 @@ _HOMES = {
     "ftexp.trackers.registry": ("Outcome", "Point", "TrackedRun", "Tracker", "register_tracker"),
 }
 __all__ = [
+    "Augmentation",
     "Hook",
     "HookContext",
     "Loss",
@@ -44,6 +47,7 @@ __all__ = [
     "Tracker",
     "bundle_from_arrays",
     "load_plugins",
+    "register_augmentation",
     "register_hook",
     "register_loss",
     "register_metric",

@@ -132,6 +132,7 @@ class AugmentConfig:
     color_jitter_prob: float | None = ranged(None, low=0, high=1)  # None: of every sample
     grayscale: float = ranged(0.0, low=0, high=1)  # probability of grey
     gaussian_blur: float = ranged(0.0, low=0, high=1)  # probability; 23 px wide, of sigma 0.1 to 2
+    custom: list[str] = field(default_factory=list)  # augmentations of your own, in this order, after all of those
     erase_prob: float = ranged(0.0, low=0, high=1)  # random erasing, after normalising
     erase_mode: str = choice("const", ERASE_MODES)  # the mean; a colour; noise
     erase_count: int = ranged(1, low=1)  # rectangles at most
@@ -166,6 +167,7 @@ class AugmentConfig:
             or max(self.vflip, self.grayscale, self.gaussian_blur) > 0
             or self.auto_augment is not None
             or self.color_jitter is not None
+            or bool(self.custom)
         )
 
 

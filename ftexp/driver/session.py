@@ -17,6 +17,7 @@ from ftexp.cluster.resources import decoding_cpus, lacking_resources
 from ftexp.config.masking import masked
 from ftexp.config.metric_names import SINGLE_LABEL
 from ftexp.config.schema import PREPROCESSING, Config
+from ftexp.data.augment.registry import augmentations
 from ftexp.driver.context import RunContext, Session
 from ftexp.driver.resume import changes, labels_as_begun, repeated_samples, require_same_data
 from ftexp.driver.terminal import Terminal
@@ -106,6 +107,7 @@ def _build(context: RunContext, terminal: Terminal) -> DataBundle:
     check_loss(config.loss.name)
     check_metrics(config, SINGLE_LABEL)
     check_hooks(config.hooks)
+    augmentations(config.augment.custom)
     check_trackers(config.tracker.names)
     if lacking := lacking_resources(workers):
         if config.scaling.address is None:

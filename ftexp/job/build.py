@@ -220,7 +220,9 @@ def _rows(spec: JobSpec, streams: dict[str, IndexedSplit], channel: Channel, gro
 
 def picture_augment(config: Config, info: DataInfo) -> PictureAugment | None:
     """Return the augmentation of single images that the config asks for; None without one."""
-    return PictureAugment(config.augment, config.seed, info.fit) if config.augment.changes_pictures else None
+    if not config.augment.changes_pictures:
+        return None
+    return PictureAugment(config.augment, config.seed, info.fit, config.plugins)
 
 
 def _connect(spec: JobSpec, group: ProcessGroup) -> Channel:

@@ -57,6 +57,7 @@ DEFINING = {
     "augment.color_jitter_prob": 0.3,
     "augment.grayscale": 0.3,
     "augment.gaussian_blur": 0.3,
+    "augment.custom": ["mine"],
     "augment.erase_prob": 0.3,
     "augment.erase_mode": "rand",
     "augment.erase_count": 3,
