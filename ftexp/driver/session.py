@@ -18,6 +18,7 @@ from ftexp.config.masking import masked
 from ftexp.config.metric_names import SINGLE_LABEL
 from ftexp.config.schema import PREPROCESSING, Config
 from ftexp.data.augment.registry import augmentations
+from ftexp.driver.beside import require_room
 from ftexp.driver.context import RunContext, Session
 from ftexp.driver.resume import changes, labels_as_begun, repeated_samples, require_same_data
 from ftexp.driver.terminal import Terminal
@@ -113,6 +114,7 @@ def _build(context: RunContext, terminal: Terminal) -> DataBundle:
         if config.scaling.address is None:
             raise ConfigError(f"{lacking}: take fewer workers, or set scaling.resources_per_worker")
         terminal.say(f"waiting: {lacking} now", "yellow")
+    require_room(config, workers)
     config = dataclasses.replace(config, data=labels_as_begun(config.data, state.data))
     bundle = build_data(config.data, config.augment, workers.runtime_env)
     require_same_data(config, state, bundle.info)

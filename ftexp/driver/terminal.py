@@ -126,11 +126,11 @@ class Terminal:
             current, values = min(state.epoch + 1, self._epochs), self._values(state)
             self._draw(lambda: bar.update(task, completed=state.step, epoch=current, values=values))
 
-    def epoch(self, state: RunState) -> None:
-        """An epoch was evaluated: without a terminal this is the line that shows life."""
+    def epoch(self, state: RunState, step: int, epoch: int) -> None:
+        """An epoch was evaluated, that ended at `step`: without a terminal this is the line that shows life."""
         self.step(state)
         if self._bar is None:
-            self.say(f"epoch {state.epoch}/{self._epochs} step {state.step} {self._values(state)}")
+            self.say(f"epoch {epoch}/{self._epochs} step {step} {self._values(state)}")
 
     def failure(self, failure: Failure) -> None:
         """A worker group failed; say what, where, and what happens now."""

@@ -129,12 +129,18 @@ def _learner(config: Config, info: DataInfo, model: nn.Module, device: torch.dev
         optimizer=optimizer,
         scheduler=build_scheduler(config.schedule, optimizer, configured_steps, steps_per_epoch),
         scaler=torch.amp.GradScaler(device.type, enabled=precision == "fp16"),
-        autocast=torch.autocast(device.type, dtype=_DTYPES[precision], enabled=precision != "fp32"),
+        autocast=autocast_of(config, device),
         as_logits=functools.partial(as_logits, config=config.model, num_classes=info.num_classes),
         loss=_loss(config, info, rows, device),
         freezing=freezing,
         ema=ema,
     )
+
+
+def autocast_of(config: Config, device: torch.device) -> torch.autocast:
+    """Return the context of forward passes in the run's precision."""
+    precision = config.train.precision
+    return torch.autocast(device.type, dtype=_DTYPES[precision], enabled=precision != "fp32")
 
 
 def _loss(config: Config, info: DataInfo, rows: Rows, device: torch.device) -> Loss:

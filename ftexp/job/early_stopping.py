@@ -23,7 +23,8 @@ def check_measured(metric: str | None, num_samples: Mapping[str, int]) -> None:
 class EarlyStopping(Hook):
     """Requests a stop once `stopping.metric` hasn't improved for `stopping.patience_epochs` epochs.
 
-    Only epochs' ends count, so that a run that was ended between by train.max_steps resumes as if it had not been.
+    An evaluation counts once an epoch, and not where the run ends between epochs or between two of
+    train.eval_every_epochs: so it resumes with more epochs or steps as if it had not ended there.
     """
 
     def __init__(self, context: HookContext) -> None:
@@ -31,15 +32,18 @@ class EarlyStopping(Hook):
         stopping = context.config.stopping
         assert stopping.metric is not None, "or there is no early stopping"
         self._config, self._metric = stopping, stopping.metric
+        self._every = context.config.train.eval_every_epochs
         self._sign = 1 if (stopping.mode or better_of(stopping.metric)) == "max" else -1
         self._best: float | None = None
-        self._best_epoch = 0
+        self._best_epoch = self._last_epoch = 0
 
-    def after_evaluation(self, epoch_ended: bool) -> None:
+    def after_evaluation(self, step: int, epoch: int) -> None:  # noqa: ARG002 - epochs are what counts
         """Compare the metric with its best."""
-        epoch, value = self.context.progress.epoch, self.context.progress.metrics.get(self._metric)
-        if value is None or not epoch_ended:  # a training metric may not have been logged yet
+        value = self.context.progress.metrics.get(self._metric)
+        # a training metric may not have been logged yet
+        if value is None or epoch <= self._last_epoch or epoch % self._every:
             return
+        self._last_epoch = epoch
         if math.isfinite(value) and self._improves(value):
             self._best, self._best_epoch = value, epoch
         elif epoch - self._best_epoch >= self._config.patience_epochs:
@@ -52,11 +56,13 @@ class EarlyStopping(Hook):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the best and its epoch, and of which metric they are."""
-        return {"metric": self._metric, "best": self._best, "best_epoch": self._best_epoch}
+        epochs = {"best_epoch": self._best_epoch, "last_epoch": self._last_epoch}
+        return {"metric": self._metric, "best": self._best, **epochs}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resume, or begin anew with another metric."""
+        self._last_epoch = state["last_epoch"]
         if state["metric"] == self._metric:
             self._best, self._best_epoch = state["best"], state["best_epoch"]
         else:
-            self._best_epoch = self.context.progress.epoch
+            self._best_epoch = state["last_epoch"]

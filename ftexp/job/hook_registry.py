@@ -52,10 +52,10 @@ class Hook:
     def after_step(self) -> None:
         """Called after each optimiser step, before what is logged, evaluated and saved at it."""
 
-    def after_evaluation(self, epoch_ended: bool) -> None:
-        """Called after the validation split was measured: `context.progress.metrics` holds what it found.
+    def after_evaluation(self, step: int, epoch: int) -> None:
+        """Called once `context.progress.metrics` holds what the validation split gave for the weights of `step`.
 
-        epoch_ended: whether the step was an epoch's last; without, it is the run's last.
+        With train.eval=beside that is an earlier step than `context.progress.step`.
         """
 
     def before_save(self) -> None:

@@ -53,11 +53,11 @@ class Hooks:
                 hook.after_step()
             self._decide()
 
-    def after_evaluation(self, epoch_ended: bool) -> None:
+    def after_evaluation(self, step: int, epoch: int) -> None:
         """Call the point of this name; collective where a hook has it."""
         if hooks := self._with(Hook.after_evaluation):
             for hook in hooks:
-                hook.after_evaluation(epoch_ended)
+                hook.after_evaluation(step, epoch)
             self._decide()
 
     def before_save(self) -> None:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
-from ftexp.config.metric_names import SINGLE_LABEL
 from ftexp.data.feeds.feed import evaluation_batches
-from ftexp.evaluation.counting import count_into
-from ftexp.evaluation.meter import Meter, means
+from ftexp.evaluation.counting import measured, metric_set_of
 from ftexp.evaluation.mistakes import Findings, described
 from ftexp.job.job import Job
 from ftexp.rundir.names import evaluation_file
@@ -19,9 +16,6 @@ from ftexp.storage.directory import Storage
 from ftexp.wire import events
 from ftexp.wire.messages import Happened
 from ftexp.worker.log import log_point
-
-if TYPE_CHECKING:
-    from ftexp.evaluation.metric_set import MetricSet
 
 
 def evaluation_due(job: Job, epoch_ended: bool) -> bool:
@@ -42,24 +36,10 @@ def evaluate(job: Job, split: str, findings: Findings | None = None) -> None:
         for model in models.values():
             for buffer in model.buffers():  # batch norm's statistics are each rank's own between steps
                 dist.broadcast(buffer, src=0)
-    meters = {suffix: Meter(group.device) for suffix in models}
     batches = evaluation_batches(data.rows[split], data.to_tensors, _batch_size(job), group.rank, group.world_size)
-    measured = list(zip(models.values(), meters.values(), strict=True))
-    metrics = [_metric_set(job) for _ in models] if job.config.train.metrics else []
-    count_into(measured, learner.as_logits, batches, learner.autocast, findings, metrics=metrics)
-    values: dict[str, float] = {}
-    for suffix, meter in meters.items():
-        loss, accuracy = means(meter.totals())
-        values |= {f"{split}_loss{suffix}": loss, f"{split}_accuracy{suffix}": accuracy}
-    for suffix, others in zip(models, metrics, strict=False):
-        values |= {f"{split}_{name}{suffix}": value for name, value in others.compute().items()}
+    metric_set = metric_set_of(job.config, job.info, group.device)
+    values = measured(split, models, learner.as_logits, batches, learner.autocast, findings, metric_set)
     log_point(job, split, values)
-
-
-def _metric_set(job: Job) -> MetricSet:
-    from ftexp.evaluation.metric_set import MetricSet  # it imports torchmetrics
-
-    return MetricSet(job.config.train.metrics, SINGLE_LABEL, job.info.class_names, job.group.device)
 
 
 def _batch_size(job: Job) -> int:

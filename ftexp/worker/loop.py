@@ -25,9 +25,10 @@ from ftexp.rundir.names import CHECKPOINTS
 from ftexp.storage.directory import Storage
 from ftexp.wire.messages import Raised
 from ftexp.worker.batches import feeding
-from ftexp.worker.evaluation import evaluate, evaluation_due, test
+from ftexp.worker.evaluation import evaluation_due, test
 from ftexp.worker.log import Ticker, announce, log_train
 from ftexp.worker.step import settle_gradient_order, thaw, train_step
+from ftexp.worker.validation import ask_again, settle, validate
 
 if TYPE_CHECKING:
     from ftexp.chaos.strike import Chaos
@@ -91,6 +92,7 @@ def begin(job: Job, store: CheckpointStore, checkpoints: CheckpointManager) -> N
     settle_gradient_order(job)
     restore(job, store, checkpoints)
     announce(job)
+    ask_again(job, store)
     checkpoints.keep_in_memory()
 
 
@@ -123,10 +125,7 @@ def run_steps(
                 log_train(job)
         if evaluation_due(job, epoch_ended):
             with watchdog.during(EVALUATION), job.stopwatch.apart():
-                evaluate(job, "val")
-            saving = config.checkpoint
-            progress.update_best(saving.checkpoint_score_attribute, saving.checkpoint_score_order)
-            job.hooks.after_evaluation(epoch_ended)
+                validate(job)
         if progress.finished and not is_logged:  # a hook has ended the run just now
             with watchdog.during(AGREEMENT):
                 log_train(job)
@@ -143,6 +142,9 @@ def run_steps(
     ticker.tick(at_once=True)
     with watchdog.during(SAVE):
         checkpoints.finish()
+    if progress.finished:
+        with watchdog.during(EVALUATION):
+            settle(job)
 
 
 def advance(job: Job, batch: Batch) -> bool:

@@ -21,7 +21,7 @@ from ftexp.rundir.state import FINISHED, RunState
 from ftexp.storage.directory import Storage
 from ftexp.wire import events
 from ftexp.wire.messages import Happened
-from ftexp.worker import loop
+from ftexp.worker import validation
 from ftexp.worker.batches import feeding
 from ftexp.worker.evaluation import evaluate
 from ftexp.worker.loop import run_steps
@@ -75,7 +75,7 @@ def worse(monkeypatch, values):
         evaluate(job, split)
         job.progress.metrics["val_loss"] = values[job.progress.epoch]
 
-    monkeypatch.setattr(loop, "evaluate", measured)
+    monkeypatch.setattr(validation, "evaluate", measured)
 
 
 def test_a_hook_is_called_at_its_points_in_the_order_of_the_loop(register, tmp_path):
@@ -90,9 +90,9 @@ def test_a_hook_is_called_at_its_points_in_the_order_of_the_loop(register, tmp_p
         def after_step(self):
             calls.append((self.context.progress.step, "step"))
 
-        def after_evaluation(self, epoch_ended):
+        def after_evaluation(self, step, epoch):
             assert "val_loss" in self.context.progress.metrics
-            calls.append((self.context.progress.step, "evaluation", epoch_ended))
+            calls.append((step, "evaluation", epoch))
 
         def before_save(self):
             calls.append((self.context.progress.step, "save"))
@@ -101,7 +101,7 @@ def test_a_hook_is_called_at_its_points_in_the_order_of_the_loop(register, tmp_p
     expected = [(step, "step") for step in range(1, 13)]
     for end in (4, 8, 12):
         at = expected.index((end, "step")) + 1
-        expected[at:at] = [(end, "evaluation", True), (end, "save")]
+        expected[at:at] = [(end, "evaluation", end // 4), (end, "save")]
     assert calls == expected
 
 
@@ -202,7 +202,8 @@ def test_patience_counts_epochs_since_the_best(settings, values, stops_at):
     hook = EarlyStopping(context)
     for epoch, value in enumerate(values, 1):
         progress.epoch, progress.metrics = epoch, {config.stopping.metric: value}
-        hook.after_evaluation(epoch_ended=True)
+        hook.after_evaluation(4 * epoch, epoch)
+        hook.after_evaluation(4 * epoch + 1, epoch)  # as where train.max_steps ends a run within an epoch
         assert hook.state_dict()["metric"] == config.stopping.metric
         other = EarlyStopping(context)  # as after a restart
         other.load_state_dict(hook.state_dict())
@@ -210,12 +211,17 @@ def test_patience_counts_epochs_since_the_best(settings, values, stops_at):
     assert (asked[0] if asked else None) == stops_at
 
 
-def test_an_evaluation_within_an_epoch_doesnt_count():
-    asked, progress = [], Progress(None, 100, epoch=9, metrics={"val_loss": 1.0})
-    config = Config(stopping=StoppingConfig(metric="val_loss", patience_epochs=1))
+def test_epochs_between_those_that_are_evaluated_dont_count():
+    asked, progress = [], Progress(None, 100)
+    config = Config(stopping=StoppingConfig(metric="val_loss", patience_epochs=4))
+    config.train.eval_every_epochs = 2
     hook = EarlyStopping(SimpleNamespace(config=config, progress=progress, request_stop=asked.append))
-    hook.after_evaluation(epoch_ended=False)
-    assert (asked, hook.state_dict()["best"]) == ([], None)
+    for epoch, value in ((1, 1.0), (2, 3.0), (4, 3.5), (5, 2.0)):  # 1 and 5: where runs have ended
+        progress.metrics = {"val_loss": value}
+        hook.after_evaluation(9, epoch)
+    assert (asked, hook.state_dict()["best"]) == ([], 3.0)
+    hook.after_evaluation(9, 6)
+    assert hook.state_dict()["best_epoch"] == 6
 
 
 def state_after(tmp_path, config, stopped_by):
