@@ -72,6 +72,7 @@ class Hook:
         """Restore what `state_dict` returned; called on every rank, unless the checkpoint is older than the hook."""
 
 
+STOPPING = "early_stopping"  # the name of its state
 HookClass = type[Hook]
 C = TypeVar("C", bound=HookClass)
 _hooks: Registry[HookClass] = Registry("hooks")
@@ -83,6 +84,8 @@ def register_hook(name: str) -> Callable[[C], C]:
     def decorate(hook_class: C) -> C:
         if not (isinstance(hook_class, type) and issubclass(hook_class, Hook)):
             raise ValueError(f"hook '{name}' must be a subclass of ftexp.plugins.Hook")
+        if name == STOPPING:
+            raise ValueError(f"hook '{name}' is ftexp's own, see the group stopping: choose another name")
         _hooks.register(name)(hook_class)
         return hook_class
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ftexp.config.fingerprint import stopping_rules
 from ftexp.job.early_stopping import EarlyStopping
-from ftexp.job.hook_registry import Hook, HookContext, hook_class
+from ftexp.job.hook_registry import STOPPING, Hook, HookContext, hook_class
 from ftexp.wire import events
 from ftexp.wire.messages import Happened
 
@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from ftexp.job.learner import Learner
     from ftexp.job.progress import Progress
     from ftexp.wire.channel import Channel
-
-STOPPING = "early_stopping"  # the name of its state
 
 
 class Hooks:

@@ -17,6 +17,7 @@ from ftexp.config.schema import (
     ModelConfig,
     OptimConfig,
     ScheduleConfig,
+    StoppingConfig,
     TrainConfig,
 )
 from ftexp.data.augment.erasing import Erasing
@@ -95,6 +96,8 @@ def make_job(
     augment=None,
     ema=None,
     loss=None,
+    stopping=None,
+    hooks=None,
     group=ALONE,
     attempt=1,
     **train,
@@ -106,6 +109,8 @@ def make_job(
         augment=augment or AugmentConfig(),
         loss=loss or LossConfig(),
         ema=ema or EmaConfig(),
+        stopping=stopping or StoppingConfig(),
+        hooks=hooks or {},
         train=TrainConfig(epochs=3, global_batch_size=batch, **train),
         checkpoint=CheckpointConfig(),
     )

@@ -26,7 +26,7 @@ from ftexp.worker.batches import feeding
 from ftexp.worker.evaluation import evaluate
 from ftexp.worker.loop import run_steps
 from tests.support.configs import composed
-from tests.support.jobs import copied, job_of, make_job, manager_of, same
+from tests.support.jobs import copied, make_job, manager_of, same
 
 WATCHDOG = SimpleNamespace(beat=lambda _: None, during=lambda _: contextlib.nullcontext())
 
@@ -36,12 +36,6 @@ def register(monkeypatch):
     """Register hooks that are forgotten afterwards."""
     monkeypatch.setattr(hook_registry._hooks, "_entries", {})
     return register_hook
-
-
-def hooked_job(hooks=None, stopping=None, **train):
-    plain = make_job(**train)
-    plain.config.hooks, plain.config.stopping = hooks or {}, stopping or StoppingConfig()
-    return job_of(plain.config, plain.info, 96)
 
 
 def begun(job, folder):
@@ -97,7 +91,7 @@ def test_a_hook_is_called_at_its_points_in_the_order_of_the_loop(register, tmp_p
         def before_save(self):
             calls.append((self.context.progress.step, "save"))
 
-    run(hooked_job({"watch": {"name": "x"}}), tmp_path)
+    run(make_job(hooks={"watch": {"name": "x"}}), tmp_path)
     expected = [(step, "step") for step in range(1, 13)]
     for end in (4, 8, 12):
         at = expected.index((end, "step")) + 1
@@ -121,18 +115,18 @@ def test_what_a_hook_counts_is_resumed_from_the_checkpoint(register, tmp_path):
         def load_state_dict(self, state):
             self.steps = list(state["steps"])
 
-    run(hooked_job({"count": {}}), tmp_path, steps=6)  # saved after 4
-    resumed = run(hooked_job({"count": {}}), tmp_path)
+    run(make_job(hooks={"count": {}}), tmp_path, steps=6)  # saved after 4
+    resumed = run(make_job(hooks={"count": {}}), tmp_path)
     assert resumed.hooks.state_dict()["hooks"] == {"count": {"steps": [*range(1, 13)]}}
-    run(hooked_job(), tmp_path)  # a run that has no hooks any more resumes, and saves none
+    run(make_job(), tmp_path)  # a run that has no hooks any more resumes, and saves none
 
 
 def test_a_run_without_hooks_saves_what_it_saved(tmp_path):
-    job = run(hooked_job(), tmp_path / "run")
+    job = run(make_job(), tmp_path / "run")
     _, store = manager_of(job, tmp_path / "run")
     assert set(store.latest(lambda *_: None).state_versions) == {"progress"}
     # and one that begins to have hooks resumes
-    stopping = run(hooked_job(stopping=StoppingConfig(metric="val_loss", patience_epochs=1)), tmp_path / "run")
+    stopping = run(make_job(stopping=StoppingConfig(metric="val_loss", patience_epochs=1)), tmp_path / "run")
     assert stopping.progress.step == job.progress.step
 
 
@@ -143,14 +137,14 @@ def test_a_request_of_rank_0_ends_the_run_as_if_the_step_were_its_last(register,
             if self.context.progress.step == 6:
                 self.context.request_stop("enough")
 
-    job = run(hooked_job({"stop": {}}, log_every_steps=4), tmp_path)
+    job = run(make_job(hooks={"stop": {}}, log_every_steps=4), tmp_path)
     assert (job.progress.step, job.progress.finished, job.progress.stopped) == (6, True, "enough")
     (event,) = job.channel.events(events.StoppedEarly)
     assert (event.step, event.epoch, event.reason, event.rules["hooks"]) == (6, 1, "enough", {"stop": {}})
     points = [(point.split, point.step) for point in job.channel.points()]
     assert points == [("train", 4), ("val", 4), ("train", 6), ("val", 6)]
     assert job.channel.events(events.CheckpointSaved)[-1].reasons == ["end"]
-    again = run(hooked_job({"stop": {}}), tmp_path)
+    again = run(make_job(hooks={"stop": {}}), tmp_path)
     assert (again.progress.step, again.progress.finished) == (6, True)
     assert again.channel.events(events.StoppedEarly)[0].reason == "enough"
 
@@ -160,11 +154,11 @@ STOPPING = {"metric": "val_loss", "patience_epochs": 1}
 
 def test_a_run_stops_at_the_same_step_with_the_same_weights_after_a_kill(monkeypatch, tmp_path):
     worse(monkeypatch, {1: 0.5, 2: 0.6, 3: 0.7})
-    clean = run(hooked_job(stopping=StoppingConfig(**STOPPING)), tmp_path / "clean")
+    clean = run(make_job(stopping=StoppingConfig(**STOPPING)), tmp_path / "clean")
     assert (clean.progress.step, clean.progress.epoch) == (8, 2)
     assert clean.progress.stopped == "val_loss has not improved for 1 epochs (best 0.5000 at epoch 1)"
-    run(hooked_job(stopping=StoppingConfig(**STOPPING)), tmp_path / "killed", steps=6)
-    killed = run(hooked_job(stopping=StoppingConfig(**STOPPING)), tmp_path / "killed")
+    run(make_job(stopping=StoppingConfig(**STOPPING)), tmp_path / "killed", steps=6)
+    killed = run(make_job(stopping=StoppingConfig(**STOPPING)), tmp_path / "killed")
     assert (killed.progress.step, killed.progress.stopped) == (8, clean.progress.stopped)
     assert same(copied(clean), copied(killed))
     assert killed.hooks.state_dict() == clean.hooks.state_dict()
@@ -172,10 +166,10 @@ def test_a_run_stops_at_the_same_step_with_the_same_weights_after_a_kill(monkeyp
 
 def test_a_run_that_stopped_early_trains_on_once_stopping_is_changed(monkeypatch, tmp_path):
     worse(monkeypatch, {1: 0.5, 2: 0.6, 3: 0.7})
-    whole = run(hooked_job(), tmp_path / "whole")
-    run(hooked_job(stopping=StoppingConfig(**STOPPING)), tmp_path / "run")
+    whole = run(make_job(), tmp_path / "whole")
+    run(make_job(stopping=StoppingConfig(**STOPPING)), tmp_path / "run")
     longer = StoppingConfig(metric="val_loss", patience_epochs=2)
-    resumed = run(hooked_job(stopping=longer), tmp_path / "run")
+    resumed = run(make_job(stopping=longer), tmp_path / "run")
     assert (resumed.progress.step, resumed.progress.epoch) == (12, 3)
     assert same(copied(whole), copied(resumed))
     assert not resumed.channel.events(events.StoppedEarly)  # it was the last step anyway
@@ -277,6 +271,8 @@ def test_hooks_are_checked_once_plug_ins_are_imported(register):
     check_hooks({"mine": {"every": 3}})
     with pytest.raises(ValueError, match=r"must be a subclass of ftexp\.plugins\.Hook"):
         register("other")(object)
+    with pytest.raises(ValueError, match=r"'early_stopping' is ftexp's own"):
+        register("early_stopping")(Mine)
 
 
 def test_data_without_a_validation_split_cannot_stop_a_run():
