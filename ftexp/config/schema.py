@@ -144,6 +144,7 @@ class AugmentConfig:
     color_jitter_prob: float | None = ranged(None, low=0, high=1)  # None: of every sample
     grayscale: float = ranged(0.0, low=0, high=1)  # probability of grey
     gaussian_blur: float = ranged(0.0, low=0, high=1)  # probability; 23 px wide, of sigma 0.1 to 2
+    custom: list[str] = field(default_factory=list)  # augmentations of your own, in this order, after all of those
     erase_prob: float = ranged(0.0, low=0, high=1)  # random erasing, after normalising
     erase_mode: str = choice("const", ERASE_MODES)  # the mean; a colour; noise
     erase_count: int = ranged(1, low=1)  # rectangles at most
@@ -178,6 +179,7 @@ class AugmentConfig:
             or max(self.vflip, self.grayscale, self.gaussian_blur) > 0
             or self.auto_augment is not None
             or self.color_jitter is not None
+            or bool(self.custom)
         )
 
 
@@ -283,6 +285,16 @@ class ScheduleConfig:
     min_lr: float = ranged(0.0, low=0)
     decay_epochs: float = ranged(30.0, above=0)  # step schedule: epochs between drops
     decay_rate: float = ranged(0.1, above=0)  # step: factor per drop; poly: exponent
+
+
+@dataclass(kw_only=True)
+class StoppingConfig:
+    """Early stopping: the run ends, finished, once a metric no longer improves. The schedule stays as it is."""
+
+    metric: str | None = None  # of those that a run logs, val_loss, say; None: every epoch is trained
+    mode: str | None = choice(None, ("max", "min"))  # which way the metric is better; None: as the metric says
+    patience_epochs: int = ranged(10, low=1)  # without an improvement, counted at the ends of epochs
+    min_delta: float = ranged(0.0, low=0)  # what is better by no more than this is no improvement
 
 
 @dataclass(kw_only=True)
@@ -412,6 +424,8 @@ class Config:
     ema: EmaConfig = field(default_factory=EmaConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    stopping: StoppingConfig = field(default_factory=StoppingConfig)
+    hooks: dict[str, dict[str, Any]] = field(default_factory=dict)  # {name: arguments} of hooks of your own
     scaling: ScalingConfig = field(default_factory=ScalingConfig)
     failure: FailureConfig = field(default_factory=FailureConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

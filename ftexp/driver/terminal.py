@@ -162,6 +162,9 @@ class Terminal:
         self.close()
         last, best = state.metrics["last"], state.metrics["best"]
         rows: list[tuple[str, Any]] = [("status", state.status + (f": {state.error}" if state.error else ""))]
+        if state.stopped is not None:
+            at = f"at step {state.stopped['step']:,}, epoch {state.stopped['epoch']}"
+            rows.append(("stopped early", f"{at}: {state.stopped['reason']}"))
         rows += [(title, f"{last[key]:.4f}") for key, title in _SHOWN if last.get(key) is not None]
         rows += [(key.replace("_", " "), f"{last[key]:.4f}") for key in _others(last)]
         if best:

@@ -30,6 +30,7 @@ from ftexp.errors import RunFailedError
 from ftexp.evaluation.meter import Meter
 from ftexp.job.data import TrainingData
 from ftexp.job.group import ProcessGroup
+from ftexp.job.hooks import Hooks
 from ftexp.job.job import Job, RunIdentity
 from ftexp.job.learner import Learner
 from ftexp.job.mfu import Utilisation
@@ -89,6 +90,7 @@ def _build(spec: JobSpec, streams: dict[str, IndexedSplit], channel: Channel, gr
     plan = _plan(config, group, len(rows["train"]), begin.accumulate_steps or 1)
     ledger = Storage(spec.run_uri).child(LEDGER) if config.train.ledger else None
     shape = (info.channels, info.image_size, info.image_size)
+    progress = Progress(Meter(device), plan.total_positions)
     return Job(
         config=config,
         info=info,
@@ -97,10 +99,11 @@ def _build(spec: JobSpec, streams: dict[str, IndexedSplit], channel: Channel, gr
         group=group,
         learner=learner,
         data=_data(spec, rows, plan, device, SkippedBatches(begin.skipped)),
-        progress=Progress(Meter(device), plan.total_positions),
+        progress=progress,
         ledger=SampleLedger(ledger, begin.attempt, group.rank),
         stopwatch=Stopwatch(device),
         utilisation=Utilisation(device, config.train.precision, group.world_size, shape),
+        hooks=Hooks(config, group, learner, progress, channel),
     )
 
 
@@ -251,7 +254,9 @@ def _rows(spec: JobSpec, streams: dict[str, IndexedSplit], channel: Channel, gro
 
 def picture_augment(config: Config, info: DataInfo) -> PictureAugment | None:
     """Return the augmentation of single images that the config asks for; None without one."""
-    return PictureAugment(config.augment, config.seed, info.fit) if config.augment.changes_pictures else None
+    if not config.augment.changes_pictures:
+        return None
+    return PictureAugment(config.augment, config.seed, info.fit, config.plugins)
 
 
 def _connect(spec: JobSpec, group: ProcessGroup) -> Channel:

@@ -22,6 +22,7 @@ from ftexp.config.schema import (
     ModelConfig,
     OptimConfig,
     ScheduleConfig,
+    StoppingConfig,
     TrainConfig,
 )
 from ftexp.data.augment.erasing import Erasing
@@ -36,6 +37,7 @@ from ftexp.evaluation.meter import Meter
 from ftexp.failure.nonfinite import NonFiniteRecovery
 from ftexp.job.data import TrainingData
 from ftexp.job.group import ProcessGroup
+from ftexp.job.hooks import Hooks
 from ftexp.job.job import Job, RunIdentity
 from ftexp.job.learner import Learner
 from ftexp.job.mfu import Utilisation
@@ -101,6 +103,8 @@ def make_job(
     augment=None,
     ema=None,
     loss=None,
+    stopping=None,
+    hooks=None,
     group=ALONE,
     attempt=1,
     distill=None,
@@ -116,6 +120,8 @@ def make_job(
         loss=loss or LossConfig(),
         ema=ema or EmaConfig(),
         distill=distill or DistillConfig(),
+        stopping=stopping or StoppingConfig(),
+        hooks=hooks or {},
         train=TrainConfig(epochs=3, global_batch_size=batch, **train),
         checkpoint=CheckpointConfig(),
     )
@@ -177,10 +183,12 @@ def job_of(config, info, num_samples, group=ALONE, attempt=1, teacher=None):
         erasing=Erasing(augment, 0, CPU) if augment.erase_prob else None,
         mixing=mixing,
     )  # fmt: skip
+    channel, progress = Lines(), Progress(Meter(CPU), total)
     return Job(
-        config=config, info=info, run=RunIdentity("x", attempt, {}), channel=Lines(), group=group,
-        learner=learner, data=data, progress=Progress(Meter(CPU), total), ledger=SampleLedger(None, 0, 0),
+        config=config, info=info, run=RunIdentity("x", attempt, {}), channel=channel, group=group,
+        learner=learner, data=data, progress=progress, ledger=SampleLedger(None, 0, 0),
         stopwatch=Stopwatch(), utilisation=Utilisation(CPU, precision, 1, (info.channels, size, size)),
+        hooks=Hooks(config, group, learner, progress, channel),
     )  # fmt: skip
 
 

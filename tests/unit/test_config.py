@@ -81,6 +81,7 @@ def test_there_are_options_to_test():
             "data",
             "distill",
             "ema",
+            "stopping",
             "failure",
             "loss",
             "model",

@@ -133,6 +133,8 @@ def check_pictures(config: Config) -> Iterator[str]:
                 f"augment.{name}={_USUAL_LIMITS[name]}, say"
             )
     yield from _jitter_problems(augment)
+    if augment.custom and not config.plugins:
+        yield f"augment.custom names {', '.join(augment.custom)}, and no plug-in is imported: add plugins=[...]"
     if not augment.changes_pictures:
         return
     if augment.rand_augment is not None:
@@ -141,7 +143,7 @@ def check_pictures(config: Config) -> Iterator[str]:
             f"augment.rand_augment=null augment.auto_augment={augment.rand_augment}"
         )
     if config.data.channels not in (1, 3):
-        names = ("crop", "vflip", "auto_augment", "color_jitter", "grayscale", "gaussian_blur")
+        names = ("crop", "vflip", "auto_augment", "color_jitter", "grayscale", "gaussian_blur", "custom")
         given = [f"augment.{name}={getattr(augment, name)}" for name in names if _is_set(augment, name)]
         yield f"{' and '.join(given)}: for grey or RGB, and data.channels={config.data.channels}: take that out"
 

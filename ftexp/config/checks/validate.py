@@ -27,6 +27,7 @@ from ftexp.config.checks.recipe import (
 )
 from ftexp.config.checks.run import check_run
 from ftexp.config.checks.scaling import check_batch, check_scaling
+from ftexp.config.checks.stopping import check_hooks, check_stopping
 from ftexp.config.checks.sweep import check_sweep
 from ftexp.config.checks.tasks import check_task
 from ftexp.config.checks.trackers import tracker_problems
@@ -75,6 +76,8 @@ _CHECKS: dict[Callable[[Config], Iterator[str]], tuple[str, ...]] = {
     check_compiler: (),
     check_batch: ("train.global_batch_size", "train.accumulate_steps"),
     check_metrics: (),
+    check_stopping: ("train.epochs", "stopping.patience_epochs", "stopping.mode"),
+    check_hooks: (),
     check_checkpoint: ("checkpoint.checkpoint_score_order",),
     check_chaos: ("chaos.kind",),
     tracker_problems: (),
