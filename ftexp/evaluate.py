@@ -1,10 +1,11 @@
 """`python -m ftexp.evaluate run=<dir> [key=value ...]`: how good is a saved checkpoint?
 
 Keys: run (a run directory or URI), checkpoint (best, latest, or a folder's name), split (train, val, test),
-weights (raw, ema), tta (none, or hflip: the mean of the logits of each image and its mirror image), batch_size,
-device (auto, cpu, cuda), data.root (where the run's data lies now, if it has moved),
-out (a JSON file; if not given, evaluation_<split>.json in the run, evaluation_<split>_ema.json for weights=ema,
-evaluation_<split>_hflip.json and evaluation_<split>_ema_hflip.json with tta=hflip).
+weights (raw, ema), metrics (besides loss and accuracy; if not given, the run's train.metrics), tta (none, or hflip: the
+mean of the logits of each image and its mirror image), batch_size, device (auto, cpu, cuda),
+data.root (where the run's data lies now, if it has moved), out (a JSON file; if not given, evaluation_<split>.json in
+the run, evaluation_<split>_ema.json for weights=ema, evaluation_<split>_hflip.json and
+evaluation_<split>_ema_hflip.json with tta=hflip).
 
 With data=<source> data.*=... it evaluates on other data; split may then be all, and is by default where files are read.
 Classes are matched by name, images prepared as the run's were. Samples of new classes are excluded and counted,
@@ -26,6 +27,7 @@ from omegaconf import MISSING, DictConfig
 from ftexp.cli.entry import command_words, exiting_on_error, with_run
 from ftexp.cli.parse import read_command
 from ftexp.config.fields import choice, ranged
+from ftexp.config.metric_names import SINGLE_LABEL
 from ftexp.config.schema import AUTO, TTA, Config, DataConfig
 from ftexp.config.source_names import AS_TRAINED, SOURCE_FIELDS, can_stream
 from ftexp.errors import ConfigError, StorageError
@@ -33,15 +35,17 @@ from ftexp.errors import ConfigError, StorageError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    import torch
     from torch import Tensor
 
     from ftexp.data.feeds.feed import ToTensors
     from ftexp.data.info import DataBundle, DataInfo
     from ftexp.evaluation.matched_classes import MatchedClasses
+    from ftexp.evaluation.metric_set import MetricSet
     from ftexp.storage.directory import Storage
 
 
-_OWN = ("run", "checkpoint", "split", "weights", "tta", "batch_size", "device", "out")
+_OWN = ("run", "checkpoint", "split", "weights", "tta", "metrics", "batch_size", "device", "out")
 _FOLLOWS = (*AS_TRAINED, "decode_size")
 _OF_TRAINING = ("feed", "shuffle_window", "prefetch_batches")
 
@@ -62,6 +66,7 @@ class EvaluateConfig:
     # all: of other data; None: all of other data that are read from files, else test
     split: str | None = choice(None, ("train", "val", "test", "all"))
     weights: str = choice("raw", ("raw", "ema"))  # those that were trained, or their moving average
+    metrics: list[str] | None = None  # besides loss and accuracy; None: the run's train.metrics
     tta: str = choice("none", TTA)
     batch_size: int = ranged(256, low=1)
     device: str = choice("auto", ("auto", "cpu", "cuda"))
@@ -192,13 +197,17 @@ def _evaluate(config: EvaluateConfig, run_config: Config, storage: Storage, is_o
     from ftexp.evaluation.counting import count_into
     from ftexp.evaluation.matched_classes import MatchedClasses
     from ftexp.evaluation.meter import Meter, means
+    from ftexp.evaluation.metric_registry import check_names
     from ftexp.evaluation.mistakes import Findings, described
     from ftexp.model.build import as_logits, build_model
     from ftexp.registry import load_plugins
     from ftexp.rundir.names import CHECKPOINTS, evaluation_file
     from ftexp.rundir.state import read_state
+    from ftexp.storage.append_log import finite
 
     load_plugins(run_config.plugins)
+    names = run_config.train.metrics if config.metrics is None else config.metrics
+    check_names(names, SINGLE_LABEL)
     store = CheckpointStore(storage.child(CHECKPOINTS))
     manifest = choose(store, config.checkpoint, run_config)
     weights = read_weights(store, manifest, config.weights)
@@ -222,9 +231,9 @@ def _evaluate(config: EvaluateConfig, run_config: Config, storage: Storage, is_o
     batches = _batches(split, config.batch_size, run_config, bundle, to_tensors)
     batches = batches if classes is None else classes.batches(batches)
     checked = functools.partial(as_logits, config=run_config.model, num_classes=info.num_classes)
-    count_into(
-        [(model, meter)], checked, batches, torch.autocast(device.type, enabled=False), findings, config.tta == "hflip"
-    )
+    metrics = [_metric_set(names, info, device)] if names else []
+    autocast = torch.autocast(device.type, enabled=False)
+    count_into([(model, meter)], checked, batches, autocast, findings, config.tta == "hflip", metrics)
     loss, accuracy = means(meter.totals())
     result = {
         "run": storage.uri,
@@ -236,6 +245,7 @@ def _evaluate(config: EvaluateConfig, run_config: Config, storage: Storage, is_o
         "tta": config.tta,
         "accuracy": accuracy,
         "loss": loss,
+        "metrics": finite({name: value for others in metrics for name, value in others.compute().items()}),
         **described(findings.gathered(), info.class_names),
     }
     if classes is not None:
@@ -253,6 +263,14 @@ def _evaluate(config: EvaluateConfig, run_config: Config, storage: Storage, is_o
             raise StorageError(f"out={config.out} can't be written: {error}") from error
         result["not_written"] = f"{target.uri}: {error}; add out=<file> for another place"
     return result
+
+
+def _metric_set(names: list[str], info: DataInfo, device: torch.device) -> MetricSet:
+    from ftexp.evaluation.metric_registry import check_num_classes
+    from ftexp.evaluation.metric_set import MetricSet
+
+    check_num_classes(names, info.num_classes)
+    return MetricSet(names, SINGLE_LABEL, info.class_names, device)
 
 
 def _reads_files(data: DataConfig) -> bool:
@@ -305,6 +323,8 @@ def _print(result: dict[str, Any]) -> None:
     for line in _of_classes(result):
         console.print(line, markup=False, soft_wrap=True)
     console.print(f"accuracy {result['accuracy']:.4f}   loss {result['loss']:.4f}")
+    for name, value in result["metrics"].items():
+        console.print(f"{name} " + ("-" if value is None else f"{value:.4f}"), markup=False)
     table = Table("class", "samples", "recall", "precision", box=None)
     for row in result["classes"]:
         shares = ("-" if row[key] is None else f"{row[key]:.4f}" for key in ("recall", "precision"))

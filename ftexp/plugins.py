@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from ftexp.checkpoint.registry import State, StateContext, register_state
     from ftexp.data.sources.arrays import bundle_from_arrays
     from ftexp.data.sources.registry import register_source
+    from ftexp.evaluation.metric_registry import Metric, MetricContext, register_metric
     from ftexp.model.loss_registry import Loss, LossContext, register_loss
     from ftexp.registry import load_plugins
     from ftexp.trackers.registry import Outcome, Point, TrackedRun, Tracker, register_tracker
@@ -21,6 +22,7 @@ _HOMES = {
     "ftexp.checkpoint.registry": ("State", "StateContext", "register_state"),
     "ftexp.data.sources.arrays": ("bundle_from_arrays",),
     "ftexp.data.sources.registry": ("register_source",),
+    "ftexp.evaluation.metric_registry": ("Metric", "MetricContext", "register_metric"),
     "ftexp.model.loss_registry": ("Loss", "LossContext", "register_loss"),
     "ftexp.registry": ("load_plugins",),
     "ftexp.trackers.registry": ("Outcome", "Point", "TrackedRun", "Tracker", "register_tracker"),
@@ -28,6 +30,8 @@ _HOMES = {
 __all__ = [
     "Loss",
     "LossContext",
+    "Metric",
+    "MetricContext",
     "Outcome",
     "Point",
     "State",
@@ -37,6 +41,7 @@ __all__ = [
     "bundle_from_arrays",
     "load_plugins",
     "register_loss",
+    "register_metric",
     "register_source",
     "register_state",
     "register_tracker",

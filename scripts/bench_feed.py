@@ -49,8 +49,8 @@ if TYPE_CHECKING:
 
 BATCH = 64
 PHOTOS, SMALL = "500x375", "160x160"
-SETS = {PHOTOS: ((500, 375), 224, 1500, 2048), SMALL: ((160, 160), 128, 4000, 5120)}  # stored, fed; files; counted
-WARM_IMAGES = 1024
+SETS = {PHOTOS: ((500, 375), 224, 1500, 1024), SMALL: ((160, 160), 128, 4000, 2560)}  # stored, fed; files; counted
+WARM_IMAGES = 512
 RAND_AUGMENT = "rand-m9-mstd0.5-inc1"
 CROP = ["augment.crop=rrc", "augment.hflip=0.5"]
 WITH_RAND_AUGMENT = " + RandAugment"

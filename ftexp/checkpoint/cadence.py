@@ -18,8 +18,8 @@ class Cadence:
     rank 0's, and asked as seldom as will do: each answer says at which step to ask again. `machine_goes()`, whether one
     of the workers' machines has newly been announced to go away, is collective and asked at the same steps.
 
-    `reasons` says why a save is due, or waits for the one before: every_steps, every_epochs, every_seconds, requested,
-    preemption, stop, end. Ranks other than 0 can't tell every_seconds from requested.
+    `reasons` says why a save is due, or waits for the one before: every_steps, every_epochs, every_seconds, evaluation,
+    requested, preemption, stop, end. Ranks other than 0 can't tell every_seconds from requested.
     """
 
     def __init__(
@@ -39,8 +39,14 @@ class Cadence:
         self._saved_at = self._asked_at = clock()
         self._gap = 1  # steps from one question to the next
 
-    def due(self, step: int, epoch: int, epoch_ended: bool, finished: bool, busy: bool) -> bool:
-        """Whether to save after `step`; collective. `busy` says that rank 0 has a save in flight: the next waits."""
+    def due(
+        self, step: int, epoch: int, epoch_ended: bool, finished: bool, busy: bool, evaluated: bool = False
+    ) -> bool:
+        """Whether to save after `step`; collective.
+
+        busy: rank 0 has a save in flight, for which the next waits.
+        evaluated: this very step shall be evaluated from its checkpoint.
+        """
         if finished:
             if step == self._saved_step:
                 return False
@@ -51,8 +57,10 @@ class Cadence:
             self._note("every_steps")
         if config.every_epochs is not None and epoch_ended and epoch % config.every_epochs == 0:
             self._note("every_epochs")
+        if evaluated:
+            self._note("evaluation")
         self._ask(step)
-        if self.stopping:
+        if self.stopping or evaluated:
             return True
         if step == self._saved_step:
             self.reasons = []

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import ray.train
@@ -19,18 +20,18 @@ import ray.train
 from ftexp.checkpoint.cadence import Cadence
 from ftexp.checkpoint.registry import ExtraState
 from ftexp.checkpoint.staging import Staging, is_finite, load_part, writer
-from ftexp.checkpoint.store import FILES, CheckpointStore, Manifest, kept_names
+from ftexp.checkpoint.store import FILES, CheckpointStore, Manifest, checkpoint_name, kept_names
 from ftexp.config.versions import package_versions
 from ftexp.errors import CheckpointError, NonFiniteError, StorageError
 from ftexp.wire import events
-from ftexp.wire.messages import Happened
+from ftexp.wire.messages import UNSAVED, EvaluateCheckpoint, Evaluated, Happened
 
 if TYPE_CHECKING:
     from ftexp.config.schema import Config
     from ftexp.job.group import ProcessGroup
     from ftexp.job.job import RunIdentity
     from ftexp.job.learner import Learner
-    from ftexp.job.progress import Progress
+    from ftexp.job.progress import Pending, Progress
     from ftexp.rundir.sample_ledger import SampleLedger
     from ftexp.wire.channel import Channel
 
@@ -40,6 +41,25 @@ _NOT_FINITE = "the weights are not finite, so this step is not worth keeping"
 _LAST_TRIES_S = (1, 2, 4, 8, 16)  # waits before trying again to write the checkpoint that ends the run
 _LOWEST = 19
 _NICE = 10  # a tenth of a core where training wants it all; with less (19: a hundredth), saves could starve
+
+
+@dataclass(frozen=True)
+class _Saving:
+    """A save that is under way, on rank 0."""
+
+    manifest: Manifest
+    parts: tuple[Any, ...]
+    metrics: dict[str, Any]
+    about: dict[str, Any]  # the save, for its event
+    is_last: bool
+    pending: tuple[Pending, ...]  # evaluations, of this checkpoint or of earlier ones
+    best_step: int | None
+
+    @property
+    def steps_to_keep(self) -> set[int]:
+        """Steps whose checkpoints are kept, whatever else is removed."""
+        best = set() if self.best_step is None else {self.best_step}
+        return best | {pending.step for pending in self.pending}
 
 
 class CheckpointManager:
@@ -92,7 +112,8 @@ class CheckpointManager:
                 f"{self._failures[-1]}. Put {self._store.storage.uri} right, and give the same command again"
             )
         progress = self._progress
-        return self._cadence.due(progress.step, progress.epoch, epoch_ended, progress.finished, self.busy)
+        evaluated = any(each.step == progress.step for each in progress.pending)
+        return self._cadence.due(progress.step, progress.epoch, epoch_ended, progress.finished, self.busy, evaluated)
 
     def _save_requested(self) -> bool:
         """Whether the driver has asked for a save since this was last asked."""
@@ -141,11 +162,18 @@ class CheckpointManager:
         else:
             manifest = self._manifest()
             blocked_s = time.perf_counter() - started
-            best_step = progress.best.get("step")
             # told with the checkpoint, beside what it cost
             about = {"reasons": self._cadence.reasons, "blocked_s": round(blocked_s, 6)}
-            is_last = progress.finished or self.stopping
-            self._pending = self._thread.submit(self._write, manifest, parts, metrics, best_step, about, is_last)
+            saving = _Saving(
+                manifest,
+                parts,
+                metrics,
+                about,
+                is_last=progress.finished or self.stopping,
+                pending=tuple(progress.pending),
+                best_step=progress.best.get("step"),
+            )
+            self._pending = self._thread.submit(self._write, saving)
         self._cadence.saved(progress.step)
 
     def _ledger_is_safe(self) -> bool:
@@ -235,7 +263,7 @@ class CheckpointManager:
     def _manifest(self) -> Manifest:
         run, progress = self._run, self._progress
         return Manifest(
-            name=f"step_{progress.step:08d}.a{run.attempt}",
+            name=checkpoint_name(progress.step, run.attempt),
             step=progress.step,
             epoch=progress.epoch,
             position=progress.position,
@@ -249,56 +277,55 @@ class CheckpointManager:
             fingerprint=run.fingerprint,
         )
 
-    def _write(
-        self,
-        manifest: Manifest,
-        parts: tuple[Any, ...],
-        metrics: dict[str, Any],
-        best_step: int | None,
-        about: dict[str, Any],
-        is_last: bool,
-    ) -> None:
+    def _write(self, saving: _Saving) -> None:
         """On the thread, rank 0 only: write, thin out, report to Ray. The other ranks wait in their report.
 
         Ray is not told of the checkpoint: it would write a snapshot of its own into the run directory, from its
         control loop, where a store that is down for a moment ends the run. The manifests say what there is.
         """
-        is_good = all(is_finite(tensor) for tensor in parts[0].values())
+        manifest = saving.manifest
+        is_good = all(is_finite(tensor) for tensor in saving.parts[0].values())
         if not is_good:
             self._failed(manifest.step, CheckpointError(_NOT_FINITE))
-        for wait_s in (*(_LAST_TRIES_S if is_last else ()), None) if is_good else ():
+        for wait_s in (*(_LAST_TRIES_S if saving.is_last else ()), None) if is_good else ():
             try:
-                self._write_once(manifest, parts, best_step, about)
+                self._write_once(saving)
                 self._failures.clear()
                 break
             except (OSError, CheckpointError) as error:
                 self._failed(manifest.step, error)
                 if wait_s is not None:
                     time.sleep(wait_s)
-        ray.train.report(metrics)
+        else:
+            about, why = (manifest.step, manifest.epoch, manifest.name), "its checkpoint was not saved"
+            self._channel.note_evaluated(Evaluated(*about, failure=UNSAVED, problem=why))
+        ray.train.report(saving.metrics)
 
     def _failed(self, step: int, error: Exception) -> None:
         self._failures.append(error)
         self._channel.send(Happened(events.CheckpointFailed(step, str(error))))
 
-    def _write_once(
-        self, manifest: Manifest, parts: tuple[Any, ...], best_step: int | None, about: dict[str, Any]
-    ) -> None:
+    def _write_once(self, saving: _Saving) -> None:
         started, channel = time.perf_counter(), self._channel
         channel.sync()  # what was logged up to this step must be written down before the step counts as done
-        saved = self._store.save(manifest, {name: writer(part) for name, part in zip(FILES, parts, strict=True)})
+        saved = self._store.save(
+            saving.manifest, {name: writer(part) for name, part in zip(FILES, saving.parts, strict=True)}
+        )
         event = events.CheckpointSaved(
             step=saved.step,
             checkpoint=saved.name,
             bytes=saved.num_bytes,
             write_s=round(time.perf_counter() - started, 6),
             metrics=saved.metrics,
-            **about,
+            **saving.about,
         )
         channel.send(Happened(event))
+        for pending in saving.pending:
+            if pending.checkpoint == saved.name:
+                channel.send(EvaluateCheckpoint(**vars(pending)))
         with contextlib.suppress(OSError):  # an object store that is down now: the next save thins out
             manifests = self._store.manifests(lambda *_: None)
-            self._store.delete_all_but(kept_names(manifests, self._config.num_to_keep, best_step))
+            self._store.delete_all_but(kept_names(manifests, self._config.num_to_keep, saving.steps_to_keep))
 
 
 def _give_way() -> None:

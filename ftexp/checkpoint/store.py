@@ -12,7 +12,7 @@ import errno
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
@@ -263,13 +263,19 @@ def locate(uri: str) -> tuple[CheckpointStore, Manifest]:
     return store, latest
 
 
-def kept_names(manifests: list[Manifest], num_to_keep: int | None, best_step: int | None) -> set[str]:
-    """Names to keep: the `num_to_keep` of the highest steps (None: all), and the one of the best step.
+def checkpoint_name(step: int, attempt: int) -> str:
+    """Return the name of the checkpoint that an attempt saves at `step`."""
+    return f"step_{step:08d}.a{attempt}"
 
-    That step may not have been saved: then the next that was is the nearest to it.
+
+def kept_names(manifests: list[Manifest], num_to_keep: int | None, steps: Collection[int]) -> set[str]:
+    """Names to keep: the `num_to_keep` of the highest steps (None: all), and those of `steps`.
+
+    Such a step may not have been saved: then the next that was is the nearest to it.
     """
     newest_first = sorted(manifests, key=lambda manifest: (manifest.step, manifest.attempt), reverse=True)
     kept = {manifest.name for manifest in newest_first[:num_to_keep]}
-    if best_step is not None and (since := [each for each in newest_first if each.step >= best_step]):
-        kept.add(min(since, key=lambda each: each.step).name)  # of its attempts, the newest comes first
+    for step in steps:
+        if since := [each for each in newest_first if each.step >= step]:
+            kept.add(min(since, key=lambda each: each.step).name)  # of its attempts, the newest comes first
     return kept

@@ -14,12 +14,13 @@ from omegaconf import OmegaConf
 
 from ftexp.checkpoint.store import CheckpointStore, Manifest
 from ftexp.cli.compose import to_config
-from ftexp.config.schema import Config, DataConfig
+from ftexp.config.schema import BESIDE, Config, DataConfig
 from ftexp.config.source_names import AS_TRAINED, OF_DECODING, can_stream
 from ftexp.data.info import DataInfo
 from ftexp.errors import CheckpointError, ConfigError
-from ftexp.rundir.names import CHECKPOINTS, CONFIG_FILE
+from ftexp.rundir.names import CHECKPOINTS, CONFIG_FILE, METRICS_FILE
 from ftexp.rundir.state import read_state
+from ftexp.storage.append_log import read_lines
 from ftexp.storage.directory import Storage
 from ftexp.storage.uri import is_remote
 
@@ -120,12 +121,22 @@ def choose(store: CheckpointStore, wanted: str, run_config: Config) -> Manifest:
     if wanted not in ("best", "latest"):
         return store.by_name(wanted)
     manifests = store.manifests(lambda name, reason: print(f"! {name}: {reason}", file=sys.stderr))
-    metric, order = run_config.checkpoint.checkpoint_score_attribute, run_config.checkpoint.checkpoint_score_order
     if wanted == "best":
-        sign = 1 if order == "max" else -1
-        scored = [manifest for manifest in manifests if manifest.metrics.get(metric) is not None]
+        sign = 1 if run_config.checkpoint.checkpoint_score_order == "max" else -1
+        scores = _scores(store, manifests, run_config)
+        scored = [manifest for manifest in manifests if scores.get(manifest.name) is not None]
         # a save between two evaluations repeats the value of the one before: of equals, the first was evaluated
-        manifests = sorted(scored, key=lambda each: (-sign * each.metrics[metric], each.step)) or manifests
+        manifests = sorted(scored, key=lambda each: (-sign * scores[each.name], each.step)) or manifests
     if not manifests:
         raise CheckpointError(f"{store.storage.uri} holds no checkpoint yet")
     return manifests[0]
+
+
+def _scores(store: CheckpointStore, manifests: list[Manifest], run_config: Config) -> dict[str, float]:
+    """Return the metric that tells the best, by checkpoint; one evaluated besides training has none in its manifest."""
+    metric = run_config.checkpoint.checkpoint_score_attribute
+    if run_config.train.eval != BESIDE:
+        return {each.name: each.metrics[metric] for each in manifests if each.metrics.get(metric) is not None}
+    points = read_lines(store.storage.parent, METRICS_FILE)
+    logged = {point["step"]: point[metric] for point in points if point.get(metric) is not None}
+    return {each.name: logged[each.step] for each in manifests if each.step in logged}

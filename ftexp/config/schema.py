@@ -40,6 +40,7 @@ CLASS_WEIGHTS = ("none", "inv_freq", "effective_num")  # timm's
 SAMPLINGS = ("shuffle", "balanced", "sqrt")
 DISTILLATIONS = LOGITS, FEATURES, TOKEN = ("logits", "features", "token")  # timm's
 WEIGHTS = ("raw", "ema")  # of a run: those that were trained, or their moving average
+INLINE, BESIDE = "inline", "beside"
 SGD_NAMES = ("sgd", "momentum", "nesterov")  # timm's, of torch's SGD
 
 
@@ -187,7 +188,11 @@ class TrainConfig:
     # {part: first epoch that trains it, from 1, or null for none}: backbone, layers.0-5, or a pattern of timm's names
     freeze: dict[str, Any] = field(default_factory=dict)
     eval_every_epochs: int = ranged(1, low=1)  # the last epoch is always evaluated
+    # inline: the workers evaluate, and training waits; beside: a Ray task evaluates the checkpoint, while they train
+    eval: str = choice(INLINE, (INLINE, BESIDE))
     eval_batch_size: int | None = ranged(None, low=1)  # per worker; None: four times a micro-batch
+    # of each evaluation, besides loss and accuracy: names in ftexp.config.metric_names, or of your own
+    metrics: list[str] = field(default_factory=list)
     log_every_steps: int = ranged(10, low=1)
     max_steps: int | None = ranged(None, low=1)  # stop after so many optimiser steps; the schedule stays as it is
     ledger: bool = False  # write down which samples drove which update: ledger/*.jsonl

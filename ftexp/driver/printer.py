@@ -9,7 +9,7 @@ from ftexp.rundir.record import RunRecord
 from ftexp.rundir.state import Failure
 from ftexp.trackers.follower import described
 from ftexp.wire import events
-from ftexp.wire.messages import Happened, Message, Metrics, Raised, Ready, Tick
+from ftexp.wire.messages import Evaluated, Happened, Message, Metrics, Raised, Ready, Tick
 
 _MAX_SAMPLES_SHOWN = 32
 
@@ -31,7 +31,9 @@ class Printer:
             case Tick():
                 self._terminal.step(self._record.state)
             case Metrics(split="val"):
-                self._terminal.epoch(self._record.state)
+                self._terminal.epoch(self._record.state, message.step, message.epoch)
+            case Evaluated(step, epoch, values=values) if values:
+                self._terminal.epoch(self._record.state, step, epoch)
             case Raised() if self._raised is None:
                 self._raised = message
             case Happened(event):
@@ -69,6 +71,8 @@ class Printer:
                     f"learning rate {after:.3g} from step {step}, {before:.3g} in the checkpoint: "
                     f"the schedule now spans train.epochs={self._config.train.epochs}"
                 )
+            case events.EvaluationFailed(step, error):
+                self._warn(f"step {step} was not evaluated: {error}")
             case events.SlowData(rank, reason):
                 self._warn(f"rank {rank}: {reason}")
             case events.BadSamples(samples=samples):

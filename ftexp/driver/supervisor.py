@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
+from collections.abc import Callable
 
 from ftexp.cluster.interruptible import STOP_GRACE_S
 from ftexp.config.schema import Config
@@ -22,6 +23,7 @@ from ftexp.wire.hub import Hub
 from ftexp.wire.messages import (
     ControllerDied,
     CouldNotStart,
+    EvaluateCheckpoint,
     GroupFailed,
     Happened,
     Hello,
@@ -52,6 +54,7 @@ class Supervisor:
         self._decider = Decider(record, config, num_before, no_new_ray)
         self._printer = Printer(terminal, record, self.group, config)
         self._asked = KeyboardInterrupt()
+        self.on_evaluation_wanted: Callable[[EvaluateCheckpoint], None] = lambda _: None
 
     def handle(self, message: Message) -> Message | None:
         """The hub's handler: one message at a time."""
@@ -72,6 +75,9 @@ class Supervisor:
                 return None
             case KillDriver():
                 os.kill(os.getpid(), signal.SIGKILL)
+            case EvaluateCheckpoint():
+                self.on_evaluation_wanted(message)
+                return None
         start = self.group.start
         answer = self._record.handle(message)
         self._decider.note(message)

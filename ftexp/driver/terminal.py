@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from ftexp.config.metric_names import ALWAYS_LOGGED
 from ftexp.data.info import DataInfo
 from ftexp.rundir.names import CHECKPOINTS
 from ftexp.rundir.state import Failure, RunState
@@ -127,11 +128,11 @@ class Terminal:
             current, values = min(state.epoch + 1, self._epochs), self._values(state)
             self._draw(lambda: bar.update(task, completed=state.step, epoch=current, values=values))
 
-    def epoch(self, state: RunState) -> None:
-        """An epoch was evaluated: without a terminal this is the line that shows life."""
+    def epoch(self, state: RunState, step: int, epoch: int) -> None:
+        """An epoch was evaluated, that ended at `step`: without a terminal this is the line that shows life."""
         self.step(state)
         if self._bar is None:
-            self.say(f"epoch {state.epoch}/{self._epochs} step {state.step} {self._values(state)}")
+            self.say(f"epoch {epoch}/{self._epochs} step {step} {self._values(state)}")
 
     def failure(self, failure: Failure) -> None:
         """A worker group failed; say what, where, and what happens now."""
@@ -162,6 +163,7 @@ class Terminal:
         last, best = state.metrics["last"], state.metrics["best"]
         rows: list[tuple[str, Any]] = [("status", state.status + (f": {state.error}" if state.error else ""))]
         rows += [(title, f"{last[key]:.4f}") for key, title in _SHOWN if last.get(key) is not None]
+        rows += [(key.replace("_", " "), f"{last[key]:.4f}") for key in _others(last)]
         if best:
             rows.append(
                 (
@@ -191,6 +193,12 @@ class Terminal:
             rate = (self._rates[-1][1] - self._rates[0][1]) * self._batch_size / seconds
             shown.append(f"{max(rate, 0):,.0f} images/s")
         return " ".join(shown)
+
+
+def _others(last: Mapping[str, float | None]) -> list[str]:
+    """Return the names of the test split's metrics besides loss and accuracy."""
+    known = {f"test_{name}{of}" for name in ALWAYS_LOGGED for of in ("", "_ema")}
+    return [key for key, value in last.items() if key.startswith("test_") and key not in known and value is not None]
 
 
 def _goodput(state: RunState) -> str:

@@ -24,6 +24,7 @@ from ftexp.config.schema import Config
 from ftexp.data.info import DataBundle
 from ftexp.data.shared import Shared
 from ftexp.driver.advice import Advice
+from ftexp.driver.beside import Evaluations, EvaluationSpec
 from ftexp.driver.context import RunContext, Session
 from ftexp.driver.terminal import Terminal
 from ftexp.errors import RayLostError, RunFailedError, StorageError
@@ -48,6 +49,9 @@ def run_training(context: RunContext, session: Session) -> dict[str, float]:
     hub = Hub(running.host, supervisor.handle)
     session.trackers.start(lambda event: hub.take(Happened(event)))
     advice = Advice(context, supervisor.group, hub)
+    spec = EvaluationSpec.of(_anywhere(context.config), session.bundle, context.run_dir.uri)
+    evaluations = Evaluations(spec, context.workers, hub)
+    supervisor.on_evaluation_wanted = evaluations.request
     status, reason = FAILED, None
 
     def lost() -> str | None:
@@ -90,6 +94,7 @@ def run_training(context: RunContext, session: Session) -> dict[str, float]:
         raise
     finally:
         advice.stop()
+        evaluations.close()
         hub.close()
         terminal.close()
         if status != RUNNING:

@@ -2,21 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ftexp.evaluation.meter import Meter
+from ftexp.config.metric_names import SINGLE_LABEL
+from ftexp.evaluation.meter import Meter, means
 from ftexp.evaluation.mistakes import Findings
+
+if TYPE_CHECKING:
+    from ftexp.config.schema import Config
+    from ftexp.data.info import DataInfo
+    from ftexp.evaluation.metric_set import MetricSet
 
 
 def logits_of(model: nn.Module, images: Tensor, as_logits: Callable[[Any], Tensor], mirrored: bool = False) -> Tensor:
     """Return the model's logits, [images, classes]; mirrored: their mean with those of the left-right mirror images."""
     logits = as_logits(model(images))
     return (logits + as_logits(model(images.flip(-1)))) / 2 if mirrored else logits
+
+
+def measured(
+    split: str,
+    models: Mapping[str, nn.Module],
+    as_logits: Callable[[Any], Tensor],
+    batches: Iterable[tuple[Tensor, Tensor]],
+    autocast: torch.autocast,
+    findings: Findings | None = None,
+    metric_set: Callable[[], MetricSet] | None = None,
+) -> dict[str, float]:
+    """Return `<split>_loss`, `<split>_accuracy` and further metrics of each model over all ranks; collective.
+
+    models: by the suffix of their metrics' names.
+    metric_set: see `metric_set_of`.
+    """
+    meters = {suffix: Meter(next(model.parameters()).device) for suffix, model in models.items()}
+    sets = {suffix: metric_set() for suffix in models} if metric_set is not None else {}
+    pairs = list(zip(models.values(), meters.values(), strict=True))
+    count_into(pairs, as_logits, batches, autocast, findings, metrics=list(sets.values()))
+    values: dict[str, float] = {}
+    for suffix, meter in meters.items():
+        loss, accuracy = means(meter.totals())
+        values |= {f"{split}_loss{suffix}": loss, f"{split}_accuracy{suffix}": accuracy}
+    for suffix, others in sets.items():
+        values |= {f"{split}_{name}{suffix}": value for name, value in others.compute().items()}
+    return values
+
+
+def metric_set_of(config: Config, info: DataInfo, device: torch.device) -> Callable[[], MetricSet] | None:
+    """Return what makes the metrics of one model that train.metrics asks for; None if it asks for none."""
+    if not config.train.metrics:
+        return None
+    from ftexp.evaluation.metric_set import MetricSet  # it imports torchmetrics
+
+    return functools.partial(MetricSet, config.train.metrics, SINGLE_LABEL, info.class_names, device)
 
 
 @torch.inference_mode()
@@ -27,8 +70,11 @@ def count_into(
     autocast: torch.autocast,
     findings: Findings | None = None,
     mirrored: bool = False,
+    metrics: Sequence[MetricSet] = (),
 ) -> None:
     """Add each model's loss and right answers on `batches` to its meter, and the rest of the first's to `findings`.
+
+    metrics: one for each model, in their order; none where no other metrics are asked for.
 
     `as_logits` checks what a model returns: see `ftexp.model.build.as_logits`. mirrored: see `logits_of`.
     The models' parts are left in the mode that each was in: what is frozen doesn't train.
@@ -42,6 +88,8 @@ def count_into(
                 logits = logits_of(model, images, as_logits, mirrored)
             losses = F.cross_entropy(logits.float(), labels, reduction="none")
             meter.add(losses, logits.argmax(1) == labels, torch.ones_like(labels, dtype=torch.bool))
+            if metrics:
+                metrics[number].update(logits.float(), labels)
             if findings is not None and number == 0:
                 findings.add(images, labels, logits)
     for module in training:

@@ -151,13 +151,18 @@ def _learner(
         optimizer=optimizer,
         scheduler=build_scheduler(config.schedule, optimizer, configured_steps, steps_per_epoch),
         scaler=torch.amp.GradScaler(device.type, enabled=precision == "fp16"),
-        autocast=_autocast(device, precision),
+        autocast=autocast_of(config, device),
         as_logits=functools.partial(as_logits, config=config.model, num_classes=info.num_classes),
         loss=_loss(config, info, rows, device),
         freezing=freezing,
         ema=ema,
         distiller=distiller,
     )
+
+
+def autocast_of(config: Config, device: torch.device) -> torch.autocast:
+    """Return the context of forward passes in the run's precision."""
+    return _autocast(device, config.train.precision)
 
 
 def _loss(config: Config, info: DataInfo, rows: Rows, device: torch.device) -> Loss:

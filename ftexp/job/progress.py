@@ -9,6 +9,15 @@ from typing import Any
 from ftexp.evaluation.meter import Meter
 
 
+@dataclass(frozen=True)
+class Pending:
+    """A checkpoint whose evaluation besides training isn't known yet. State holds no names: attempts differ in them."""
+
+    step: int
+    epoch: int
+    checkpoint: str  # "" until `ftexp.worker.validation.ask_again` has found it
+
+
 @dataclass
 class Progress:
     """Where a run stands. `position` is the one truth; `step` and `epoch` are counted along."""
@@ -21,6 +30,7 @@ class Progress:
     metrics: dict[str, float] = field(default_factory=dict)  # the latest of each
     best: dict[str, Any] = field(default_factory=dict)  # {"metric": name, "value": float, "step": int}, or empty
     num_overflows: int = 0  # steps that fp16's loss scaler left out
+    pending: list[Pending] = field(default_factory=list)  # evaluations, oldest first
 
     @property
     def finished(self) -> bool:
@@ -34,30 +44,36 @@ class Progress:
         before, self.epoch = self.epoch, end // num_samples
         return self.epoch > before
 
-    def update_best(self, metric: str, order: str) -> None:
-        """Remember the step if `metric` was never better; order: "max" or "min"."""
+    def update_best(self, metric: str, order: str, step: int | None = None) -> None:
+        """Remember `step`, by default the last, if `metric` was never better, or another one selected the best.
+
+        order: "max" or "min".
+        """
         value = self.metrics.get(metric)
         if value is None or math.isnan(value):
             return
         sign = 1 if order == "max" else -1
-        if not self.best or sign * value > sign * self.best["value"]:
-            self.best = {"metric": metric, "value": value, "step": self.step}
+        if self.best.get("metric") != metric or sign * value > sign * self.best["value"]:
+            self.best = {"metric": metric, "value": value, "step": self.step if step is None else step}
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers, the same on every rank; collective, since meters are summed over ranks.
 
         Without `best` and `num_overflows`, which are states of their own.
         """
+        pending = [{"step": each.step, "epoch": each.epoch} for each in self.pending]
         return {
             "epoch": self.epoch,
             "step": self.step,
             "position": self.position,
             "train": self.train.totals(),
             "metrics": dict(self.metrics),
+            **({"pending": pending} if pending else {}),
         }
 
     def load_state_dict(self, state: dict[str, Any], rank: int) -> None:
         """Resume where `state_dict` was taken."""
         self.epoch, self.step, self.position = state["epoch"], state["step"], state["position"]
         self.metrics = dict(state["metrics"])
+        self.pending = [Pending(**each, checkpoint="") for each in state.get("pending", [])]
         self.train.restore(state["train"], rank)

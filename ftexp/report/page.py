@@ -6,6 +6,7 @@ import shlex
 import statistics
 from collections.abc import Iterator
 
+from ftexp.config.metric_names import ALWAYS_LOGGED
 from ftexp.job.stopwatch import SECTIONS, TEACHER
 from ftexp.report import tables
 from ftexp.report.charts import Mark, line_chart, timeline_chart
@@ -29,6 +30,7 @@ class Report:
         self.run, self._state = run, run.state
         self._timeline = build_timeline(run)
         self._rates = throughput(run, self._timeline)
+        self._metrics = (*ALWAYS_LOGGED, *run.config.get("train", {}).get("metrics", []))
         self.charts = dict(self._charts())
 
     def _charts(self) -> Iterator[tuple[str, Drawing]]:
@@ -39,10 +41,10 @@ class Report:
         def chart(title: str, *series: Series, from_zero: bool = False) -> Drawing:
             return line_chart(title, series, starts, faults, from_zero)
 
-        for name in ("loss", "accuracy"):
+        for name in self._metrics:
             curves = [curve(run, split, f"{split}_{name}", split, split) for split in ("train", "val", "test")]
             if any(one.points for one in curves):
-                yield name, chart(name.capitalize(), *curves)
+                yield name, chart(name.replace("_", " ").capitalize(), *curves)
         if self._rates:
             yield "throughput", chart("Throughput", Series("images/s", "train", self._rates), from_zero=True)
         parts = [curve(run, "train", f"{section}_ms", section, role) for section, role in _SECTIONS.items()]
@@ -60,7 +62,7 @@ class Report:
     def html(self) -> str:
         """The whole file."""
         run, state, timeline = self.run, self._state, self._timeline
-        curves = ("loss", "accuracy", "throughput", "step_time", "learning_rate")
+        curves = (*self._metrics, "throughput", "step_time", "learning_rate")
         test = run.evaluation
         return render(
             "run.html",

@@ -15,7 +15,20 @@ from ftexp.rundir.state import FAILED, FINISHED, INTERRUPTED, Failure, RunState
 from ftexp.storage.append_log import as_json
 from ftexp.storage.directory import Storage
 from ftexp.wire import events
-from ftexp.wire.messages import Begin, Happened, Hello, Lost, Message, Metrics, Raised, Ready, Sync, Synced, Tick
+from ftexp.wire.messages import (
+    Begin,
+    Evaluated,
+    Happened,
+    Hello,
+    Lost,
+    Message,
+    Metrics,
+    Raised,
+    Ready,
+    Sync,
+    Synced,
+    Tick,
+)
 
 _FLUSH_INTERVAL_S = 10.0  # between copies to an object store
 
@@ -65,6 +78,8 @@ class RunRecord:
             case Metrics():
                 self._reached(message.step, message.epoch)
                 self.metrics.add(message)
+            case Evaluated(step, epoch, values=values) if values:
+                self.metrics.add(Metrics("val", step, epoch, values, time=message.time))
             case Happened(event):
                 self._happened(event, message.time)
             case Raised():

@@ -8,7 +8,7 @@ import threading
 
 from ftexp.errors import FtexpError
 from ftexp.wire.hub import HubAddress
-from ftexp.wire.messages import Goodbye, Message, Save, Stop, Sync, Synced, from_line, to_line
+from ftexp.wire.messages import Evaluated, Goodbye, Message, Save, Stop, Sync, Synced, from_line, to_line
 
 _CONNECT_TIMEOUT_S = 30.0
 _GOODBYE_S = 10.0  # for what is still to be sent, and for the driver to take it in
@@ -37,6 +37,7 @@ class Channel:
         self._num_asked = 0
         self._broken = False
         self.stop_requested = self.save_requested = False  # by the driver
+        self._evaluated: dict[str, Evaluated] = {}  # by checkpoint
         self._answered = threading.Condition()
         self._thread = threading.Thread(target=self._send_all, daemon=True, name="channel-to-driver")
         self._thread.start()
@@ -61,6 +62,23 @@ class Channel:
                 raise ConnectionError("the driver is gone, or does not answer")
             if self._synced.problem is not None:
                 raise OSError(f"the run's records can't be written: {self._synced.problem}")
+
+    def evaluated(self, checkpoint: str) -> Evaluated | None:
+        """Wait until `checkpoint` is evaluated; None if a stop is requested before.
+
+        ConnectionError if the driver dies.
+        """
+        with self._answered:
+            self._answered.wait_for(lambda: checkpoint in self._evaluated or self.stop_requested or self._broken)
+            if (found := self._evaluated.get(checkpoint)) is None and self._broken:
+                raise ConnectionError("the driver is gone")
+            return found
+
+    def note_evaluated(self, message: Evaluated) -> None:
+        """Let `evaluated` return `message`."""
+        with self._answered:
+            self._evaluated[message.checkpoint] = message
+            self._answered.notify_all()
 
     def close(self) -> None:
         """Say goodbye, and return when the driver has handled all that was sent: it hangs up then."""
@@ -96,7 +114,11 @@ class Channel:
     def _receive(self, message: Message | None) -> None:
         match message:
             case Stop():
-                self.stop_requested = True
+                with self._answered:
+                    self.stop_requested = True
+                    self._answered.notify_all()
+            case Evaluated():
+                self.note_evaluated(message)
             case Save():
                 self.save_requested = True
             case Synced():

@@ -103,6 +103,14 @@ class ReportFailed(Event):
     error: str
 
 
+@dataclass(frozen=True)
+class EvaluationFailed(Event):
+    """A checkpoint could not be evaluated besides training; the run has no metrics of its step."""
+
+    step: int
+    error: str
+
+
 # Worker groups
 
 

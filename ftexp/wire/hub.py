@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TextIO
 
-from ftexp.wire.messages import Goodbye, Hello, Lost, Message, Save, Stop, Sync, from_line, to_line
+from ftexp.wire.messages import Evaluated, Goodbye, Hello, Lost, Message, Save, Stop, Sync, from_line, to_line
 
 Handler = Callable[[Message], Message | None]
 
@@ -44,7 +44,7 @@ class Hub:
         self.address = HubAddress(host, self._listener.getsockname()[1], secrets.token_hex(16))
         threading.Thread(target=self._accept, daemon=True, name="hub").start()
 
-    def tell(self, message: Stop | Save) -> int:
+    def tell(self, message: Stop | Save | Evaluated) -> int:
         """Send `message` to every open channel; returns how many there are.
 
         Channels that are opened after a `Stop` are sent one as well.

@@ -17,6 +17,8 @@ class Message:
     time: float = field(default_factory=time.time, kw_only=True, compare=False)  # when it was; seconds since 1970
 
 
+UNSAVED, DAMAGED, FAILED = "unsaved", "damaged", "failed"  # checkpoints that can't be evaluated; evaluation that raised
+
 # From a worker to the driver
 
 
@@ -60,6 +62,15 @@ class Metrics(Message):
     step: int
     epoch: int
     values: dict[str, float]
+
+
+@dataclass(frozen=True)
+class EvaluateCheckpoint(Message):
+    """Rank 0 wants a checkpoint evaluated on val; `Evaluated` comes once that is done."""
+
+    step: int
+    epoch: int
+    checkpoint: str
 
 
 @dataclass(frozen=True)
@@ -169,6 +180,18 @@ class Stop(Message):
 @dataclass(frozen=True)
 class Save(Message):
     """Workers shall save soon."""
+
+
+@dataclass(frozen=True)
+class Evaluated(Message):
+    """The answer to `EvaluateCheckpoint`, sent to every worker."""
+
+    step: int
+    epoch: int
+    checkpoint: str
+    values: dict[str, float] = field(default_factory=dict)
+    failure: str | None = None  # why there are none: UNSAVED, DAMAGED or FAILED
+    problem: str = ""  # the same in words
 
 
 @dataclass(frozen=True)

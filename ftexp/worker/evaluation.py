@@ -7,11 +7,11 @@ import json
 import torch.distributed as dist
 
 from ftexp.data.feeds.feed import evaluation_batches
-from ftexp.evaluation.counting import count_into
-from ftexp.evaluation.meter import Meter, means
+from ftexp.evaluation.counting import measured, metric_set_of
 from ftexp.evaluation.mistakes import Findings, described
 from ftexp.job.job import Job
 from ftexp.rundir.names import evaluation_file
+from ftexp.storage.append_log import finite
 from ftexp.storage.directory import Storage
 from ftexp.wire import events
 from ftexp.wire.messages import Happened
@@ -24,7 +24,7 @@ def evaluation_due(job: Job, epoch_ended: bool) -> bool:
 
 
 def evaluate(job: Job, split: str, findings: Findings | None = None) -> None:
-    """Measure `<split>_loss` and `<split>_accuracy` over all ranks, the EMA's with `_ema` after; collective.
+    """Measure `<split>_loss`, `<split>_accuracy` and train.metrics over all ranks, the EMA's with `_ema`; collective.
 
     An empty split has none. `findings` are the weights' own, not the EMA's.
     """
@@ -36,14 +36,9 @@ def evaluate(job: Job, split: str, findings: Findings | None = None) -> None:
         for model in models.values():
             for buffer in model.buffers():  # batch norm's statistics are each rank's own between steps
                 dist.broadcast(buffer, src=0)
-    meters = {suffix: Meter(group.device) for suffix in models}
     batches = evaluation_batches(data.rows[split], data.to_tensors, _batch_size(job), group.rank, group.world_size)
-    measured = list(zip(models.values(), meters.values(), strict=True))
-    count_into(measured, learner.as_logits, batches, learner.autocast, findings)
-    values: dict[str, float] = {}
-    for suffix, meter in meters.items():
-        loss, accuracy = means(meter.totals())
-        values |= {f"{split}_loss{suffix}": loss, f"{split}_accuracy{suffix}": accuracy}
+    metric_set = metric_set_of(job.config, job.info, group.device)
+    values = measured(split, models, learner.as_logits, batches, learner.autocast, findings, metric_set)
     log_point(job, split, values)
 
 
@@ -67,7 +62,8 @@ def test(job: Job, run_dir: Storage) -> None:
     if job.group.rank == 0:
         values = {name: progress.metrics[f"test_{name}"] for name in ("accuracy", "loss")}
         head = {"run": run_dir.uri, "checkpoint": None, "step": progress.step, "epoch": progress.epoch, "split": "test"}
-        content = {**head, **values, **described(found, job.info.class_names)}
+        metrics = finite({name: progress.metrics[f"test_{name}"] for name in job.config.train.metrics})
+        content = {**head, **values, "metrics": metrics, **described(found, job.info.class_names)}
         try:
             run_dir.write_bytes(evaluation_file("test"), json.dumps(content).encode())
         except OSError as error:  # the run is as good without

@@ -25,9 +25,10 @@ from ftexp.rundir.names import CHECKPOINTS
 from ftexp.storage.directory import Storage
 from ftexp.wire.messages import Raised
 from ftexp.worker.batches import feeding
-from ftexp.worker.evaluation import evaluate, evaluation_due, test
+from ftexp.worker.evaluation import evaluation_due, test
 from ftexp.worker.log import Ticker, announce, log_train
 from ftexp.worker.step import settle_gradient_order, thaw, train_step
+from ftexp.worker.validation import ask_again, settle, validate
 
 if TYPE_CHECKING:
     from ftexp.chaos.strike import Chaos
@@ -90,6 +91,7 @@ def begin(job: Job, store: CheckpointStore, checkpoints: CheckpointManager) -> N
     settle_gradient_order(job)
     restore(job, store, checkpoints)
     announce(job)
+    ask_again(job, store)
     checkpoints.keep_in_memory()
 
 
@@ -121,9 +123,7 @@ def run_steps(
                 log_train(job)
         if evaluation_due(job, epoch_ended):
             with watchdog.during(EVALUATION), job.stopwatch.apart():
-                evaluate(job, "val")
-            saving = config.checkpoint
-            progress.update_best(saving.checkpoint_score_attribute, saving.checkpoint_score_order)
+                validate(job)
         if chaos is not None:
             chaos.strike(checkpoints)
         with watchdog.during(AGREEMENT):
@@ -136,6 +136,9 @@ def run_steps(
     ticker.tick(at_once=True)
     with watchdog.during(SAVE):
         checkpoints.finish()
+    if progress.finished:
+        with watchdog.during(EVALUATION):
+            settle(job)
 
 
 def advance(job: Job, batch: Batch) -> bool:

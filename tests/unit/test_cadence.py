@@ -22,10 +22,10 @@ class Rank:
         self.asked.append(value)
         return self._agree(value)
 
-    def step(self, step, epoch=0, epoch_ended=False, finished=False, busy=False, seconds=1.0):
+    def step(self, step, epoch=0, epoch_ended=False, finished=False, busy=False, evaluated=False, seconds=1.0):
         """Take a step, and begin a save if it is due; returns whether it was."""
         self.now += seconds
-        due = self.cadence.due(step, epoch, epoch_ended, finished, busy)
+        due = self.cadence.due(step, epoch, epoch_ended, finished, busy, evaluated)
         if due:
             self.reasons.append(self.cadence.reasons)
             self.cadence.saved(step)
@@ -84,6 +84,14 @@ def test_a_save_says_why_it_was_due():
     ]
     follower = Rank(agree=lambda _: 0)  # it only knows that rank 0 has a reason
     assert follower.step(1)
+
+
+def test_a_step_that_is_to_be_evaluated_is_saved_however_busy_the_writer_is():
+    rank = Rank(every_epochs=None)
+    assert not rank.step(1, busy=True)
+    assert rank.step(2, busy=True, evaluated=True)
+    assert rank.reasons == [["evaluation"]]
+    assert not rank.step(3)
 
 
 def test_steps_and_epochs_stand_beside_each_other():

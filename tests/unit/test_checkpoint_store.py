@@ -387,19 +387,20 @@ def test_asking_for_a_checkpoint_that_is_not_there_names_those_that_are(store):
 
 
 @pytest.mark.parametrize(
-    ("num_to_keep", "best_step", "expected"),
+    ("num_to_keep", "steps", "expected"),
     [
-        (2, None, {30, 40}),
-        (2, 10, {10, 30, 40}),
-        (2, 40, {30, 40}),
-        (None, 10, {10, 20, 30, 40}),
-        (2, 11, {20, 30, 40}),  # not saved: the next that was is the nearest
-        (2, 41, {30, 40}),
+        (2, {}, {30, 40}),
+        (2, {10}, {10, 30, 40}),
+        (2, {40}, {30, 40}),
+        (2, {10, 20}, {10, 20, 30, 40}),
+        (None, {10}, {10, 20, 30, 40}),
+        (2, {11}, {20, 30, 40}),  # not saved: the next that was is the nearest
+        (2, {41}, {30, 40}),
     ],
 )
-def test_the_newest_and_the_best_are_kept(num_to_keep, best_step, expected):
+def test_the_newest_and_those_of_given_steps_are_kept(num_to_keep, steps, expected):
     manifests = [manifest(step) for step in (20, 40, 10, 30)]
-    kept = kept_names(manifests, num_to_keep, best_step)
+    kept = kept_names(manifests, num_to_keep, steps)
     assert kept == {manifest(step).name for step in expected}
 
 
@@ -408,6 +409,18 @@ def test_of_saves_with_one_value_the_best_is_the_first_since_it_was_evaluated(st
         store.save(manifest(step, metrics={"val_accuracy": value}), WRITERS)
     assert choose(store, "best", Config()).step == 20
     assert choose(store, "latest", Config()).step == 38
+
+
+def test_of_checkpoints_evaluated_besides_training_the_best_is_known_from_the_logged_points(store, tmp_path):
+    for step in (10, 20, 30):  # each holds the metrics of the evaluation before
+        store.save(manifest(step, metrics={"val_accuracy": {10: 0.0, 20: 0.5, 30: 0.9}[step]}), WRITERS)
+    lines = [{"split": "val", "step": step, "val_accuracy": value} for step, value in ((10, 0.5), (20, 0.9), (30, 0.7))]
+    lines.append({"split": "train", "step": 30, "train_loss": 0.1})
+    store.storage.parent.write_bytes("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
+    config = Config()
+    assert choose(store, "best", config).step == 30
+    config.train.eval = "beside"
+    assert choose(store, "best", config).step == 20
 
 
 def test_an_evaluation_on_a_gpu_that_is_not_there_is_refused(store, monkeypatch):

@@ -78,7 +78,7 @@ def test_without_a_terminal_each_epoch_is_a_plain_line():
     def act(terminal):
         terminal.ready(state(step=0), 100, 32, 3, [1, 2], "cpu")
         terminal.step(state(step=20))
-        terminal.epoch(state(metrics=metrics))
+        terminal.epoch(state(metrics=metrics), 40, 1)
 
     text = show(act)
     assert "797,322 parameters on cpu · 100 steps · pids 1, 2" in text
@@ -158,6 +158,6 @@ def test_what_can_not_be_shown_ends_nothing(error):
     for _ in range(2):
         terminal.ready(state(), 100, 32, 3, [1, 2], "cpu")
         terminal.step(state())
-        terminal.epoch(state())
+        terminal.epoch(state(), 40, 1)
         terminal.say("⚡")
         terminal.close()

@@ -16,6 +16,8 @@ from ftexp.wire.channel import Channel
 from ftexp.wire.hub import Hub, HubAddress
 from ftexp.wire.messages import (
     Begin,
+    EvaluateCheckpoint,
+    Evaluated,
     Goodbye,
     GroupFailed,
     Happened,
@@ -240,6 +242,32 @@ def test_every_open_channel_is_told_to_stop_or_save_and_still_hears_whether_its_
     hub.close()
 
 
+def test_a_worker_waits_for_the_evaluation_of_its_checkpoint_and_is_passed_no_other(hub):
+    channel, found = Channel(hub.address, hello(0)), []
+    waiting = threading.Thread(target=lambda: found.append(channel.evaluated("step_8.a1")))
+    waiting.start()
+    other, wanted = Evaluated(4, 0, "step_4.a1", {"val_loss": 2.0}), Evaluated(8, 1, "step_8.a1", {"val_loss": 1.0})
+    while not hub.tell(other):  # until the hub has taken the connection in
+        pass
+    hub.tell(wanted)
+    waiting.join(20)
+    assert found == [wanted]
+    assert channel.evaluated("step_4.a1") == other
+    channel.close()
+
+
+def test_a_worker_waits_for_no_evaluation_once_the_run_is_to_stop_or_the_driver_is_gone(hub):
+    channel = Channel(hub.address, hello(0))
+    while not hub.tell(Stop()):
+        pass
+    assert channel.evaluated("step_8.a1") is None
+    channel.close()
+    hub.close()
+    channel.stop_requested = False
+    with pytest.raises(ConnectionError, match="the driver is gone"):
+        channel.evaluated("step_8.a1")
+
+
 def test_a_channel_that_opens_after_the_run_was_told_to_stop_is_told_too():
     hub = Hub("127.0.0.1", answer_syncs)
     hub.tell(Save())
@@ -283,6 +311,7 @@ def test_what_comes_while_a_sync_is_handled_is_not_lost(messages):
 
 
 EVERY_MESSAGE = [
+    EvaluateCheckpoint(8, 1, "a"), Evaluated(8, 1, "a", {"val_loss": 1.0}), Evaluated(8, 1, "a", {}, "failed", "why"),
     hello(0), POINT, SWEPT, Begin(3, [[0, 32]], 2), Stop("x"), FAILED,
     Happened(events.Chaos("truncate_checkpoint", 0, 5, ["step_5.a1"])), Happened(events.Restored(0, 0.5, "a", 1, 32)),
 ]  # fmt: skip

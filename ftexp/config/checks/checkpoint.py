@@ -4,16 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from ftexp.config.checks.metrics import better_of, logged_metrics, unlogged
 from ftexp.config.schema import Config
-from ftexp.registry import did_you_mean
-
-LOGGED_METRICS = tuple(  # that a run writes
-    f"{split}_{kind}{of}"
-    for of in ("", "_ema")
-    for split in ("train", "val", "test")
-    for kind in ("loss", "accuracy")
-    if not (of and split == "train")
-)
 
 
 def check_checkpoint(config: Config) -> Iterator[str]:
@@ -26,10 +18,11 @@ def check_checkpoint(config: Config) -> Iterator[str]:
     if config.train.precision == "fp16" and "scaler" not in names:
         yield f"checkpoint.extra_state={names} must hold scaler, since train.precision=fp16 scales the loss"
     metric, order = config.checkpoint.checkpoint_score_attribute, config.checkpoint.checkpoint_score_order
-    key = f"checkpoint.checkpoint_score_attribute={metric}"
-    saved = [name for name in LOGGED_METRICS if not name.startswith("test_")]
-    if metric not in saved:
-        why = "is measured once, at the end" if metric in LOGGED_METRICS else "is written by no run"
-        yield f"{key} {why}.{did_you_mean(metric, saved)} Metrics: {', '.join(saved)}"
-    elif order != (better := "min" if "_loss" in metric else "max"):
-        yield f"{key} is best at its {better}imum, and checkpoint.checkpoint_score_order={order}: set that to {better}"
+    key, logged = "checkpoint.checkpoint_score_attribute", logged_metrics(config)
+    if metric not in logged:
+        yield unlogged(key, metric, [name for name in logged if not name.startswith("test_")])
+    elif metric.startswith("test_"):
+        yield f"{key}={metric} is measured once, at the end: choose val_{metric.removeprefix('test_')}"
+    elif (better := better_of(metric)) not in (None, order):
+        order_key = f"checkpoint.checkpoint_score_order={order}"
+        yield f"{key}={metric} is best at its {better}imum, and {order_key}: set that to {better}"

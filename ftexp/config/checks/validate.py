@@ -12,6 +12,7 @@ from ftexp.config.checks.checkpoint import check_checkpoint
 from ftexp.config.checks.data import check_data
 from ftexp.config.checks.distill import check_distill
 from ftexp.config.checks.failure import check_chaos, check_failure
+from ftexp.config.checks.metrics import check_metrics
 from ftexp.config.checks.model import check_model
 from ftexp.config.checks.recipe import (
     check_augment,
@@ -71,6 +72,7 @@ _CHECKS: dict[Callable[[Config], Iterator[str]], tuple[str, ...]] = {
     check_scaling: (),
     check_compiler: (),
     check_batch: ("train.global_batch_size", "train.accumulate_steps"),
+    check_metrics: (),
     check_checkpoint: ("checkpoint.checkpoint_score_order",),
     check_chaos: ("chaos.kind",),
     tracker_problems: (),

@@ -1,0 +1,49 @@
+"""Metrics: which are computed, and which names a run logs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ftexp.config.checks.wording import unknown
+from ftexp.config.metric_names import ALWAYS_LOGGED, METRICS
+from ftexp.config.schema import Config
+from ftexp.registry import did_you_mean
+
+
+def check_metrics(config: Config) -> Iterator[str]:
+    """The names in train.metrics; those of plug-ins are checked once these are imported."""
+    names = config.train.metrics
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        yield f"train.metrics names {name} more than once"
+    for name in names:
+        if name in ALWAYS_LOGGED:
+            yield f"train.metrics names {name}, which is always logged: remove it there"
+        elif name not in METRICS and not config.plugins:
+            yield unknown("train.metrics", name, frozenset(METRICS), f"Available: {', '.join(METRICS)}")
+
+
+def logged_metrics(config: Config) -> list[str]:
+    """Return the names under which a run logs what it measures, the EMA's last."""
+    own = [f"{split}_{name}" for split in ("val", "test") for name in (*ALWAYS_LOGGED, *config.train.metrics)]
+    return [*(f"train_{name}" for name in ALWAYS_LOGGED), *own, *(f"{name}_ema" for name in own)]
+
+
+def unlogged(key: str, metric: str, logged: list[str]) -> str:
+    """Return the message for a metric that is not among those `logged`."""
+    name = _kind_of(metric)
+    if name in METRICS and metric.startswith(("val_", "test_")):
+        return f"{key}={metric} is written by no run without train.metrics=[{name}]: add {name} there"
+    return f"{key}={metric} is written by no run.{did_you_mean(metric, logged)} Metrics: {', '.join(logged)}"
+
+
+def better_of(logged: str) -> str | None:
+    """Return whether a logged metric is better at its max or its min; None where only a plug-in knows."""
+    name = _kind_of(logged)
+    if name in ALWAYS_LOGGED:
+        return "min" if name == "loss" else "max"
+    return METRICS[name].better if name in METRICS else None
+
+
+def _kind_of(logged: str) -> str:
+    """Return the metric's name without its split, and without whose it is."""
+    return logged.partition("_")[2].removesuffix("_ema")

@@ -1,0 +1,193 @@
+"""Evaluation of checkpoints besides training: a Ray task for each, whose results the driver logs and passes on.
+
+The driver owns the tasks, so that a worker group that fails takes none of them along. A result is the same bits
+wherever a task runs on the same kind of machine: it depends on the checkpoint, the split and the batch size alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import ray
+import ray.exceptions
+
+from ftexp.config.schema import BESIDE, Config
+from ftexp.data.info import DataBundle, DataInfo, IndexedSplit
+from ftexp.errors import CheckpointError, ConfigError
+from ftexp.wire.messages import DAMAGED, FAILED, EvaluateCheckpoint, Evaluated
+
+if TYPE_CHECKING:
+    from ray.data import Dataset
+
+    from ftexp.cluster.resources import Workers
+    from ftexp.data.feeds.feed import Rows
+    from ftexp.wire.hub import Hub
+
+_MAX_AT_ONCE = 2  # a resumed run may wait for one of before, besides its own
+
+
+def require_room(config: Config, workers: Workers) -> None:
+    """ConfigError if the workers leave a task that evaluates nothing to run on."""
+    if config.train.eval != BESIDE:
+        return
+    there, wanted = ray.cluster_resources(), task_resources(workers)
+    for name, amount in wanted.items():
+        taken = workers.max_workers * workers.resources_per_worker.get(name, 0)
+        if there.get(name, 0) - taken < amount:
+            raise ConfigError(
+                f"train.eval=beside needs {amount:g} {name} besides the workers', and {workers.max_workers} workers "
+                f"take {taken:g} of the cluster's {there.get(name, 0):g}: take fewer workers, "
+                f"scaling.resources_per_worker={{{name}: ...}}, or train.eval=inline"
+            )
+
+
+def task_resources(workers: Workers) -> dict[str, float]:
+    """Return what a task that evaluates takes: a CPU, and a GPU where the workers have some."""
+    return {"CPU": 1, **({"GPU": 1} if workers.use_gpu else {})}
+
+
+@dataclass(frozen=True)
+class EvaluationSpec:
+    """What a task needs to evaluate a run's checkpoints on val."""
+
+    config: Config
+    info: DataInfo
+    run_uri: str
+    cached: Dataset | None  # val, if it is in memory
+    indexed: IndexedSplit | None  # or else how its files are read
+
+    @classmethod
+    def of(cls, config: Config, bundle: DataBundle, run_uri: str) -> EvaluationSpec:
+        """Return the spec for a run on `bundle`."""
+        streamed = bundle.streamed
+        return cls(
+            config,
+            bundle.info,
+            run_uri,
+            cached=None if streamed else bundle.datasets["val"],
+            indexed=bundle.indexed["val"] if streamed else None,
+        )
+
+
+class Evaluations:
+    """Runs the tasks of one invocation. `hub` takes each result, and passes it on to the workers."""
+
+    def __init__(self, spec: EvaluationSpec, workers: Workers, hub: Hub) -> None:
+        self._spec, self._hub = spec, hub
+        wanted = task_resources(workers)
+        self._task = ray.remote(_evaluate).options(
+            num_cpus=wanted["CPU"], num_gpus=wanted.get("GPU", 0), runtime_env=dict(workers.runtime_env) or None
+        )
+        self._pool = ThreadPoolExecutor(_MAX_AT_ONCE, thread_name_prefix="evaluation")
+        self._lock = threading.Lock()
+        self._found: dict[str, Future[Evaluated]] = {}  # by checkpoint
+        self._running: set[ray.ObjectRef[Any]] = set()
+        self._closed = False
+
+    def request(self, wanted: EvaluateCheckpoint) -> None:
+        """Evaluate a checkpoint, unless that was done, and have the result logged and passed on. Returns at once."""
+        with self._lock:
+            if self._closed:
+                return
+            if (found := self._found.get(wanted.checkpoint)) is None:
+                found = self._found[wanted.checkpoint] = self._pool.submit(self._result, wanted)
+        found.add_done_callback(self._pass_on)
+
+    def close(self) -> None:
+        """Cancel what still runs; nothing is passed on any more."""
+        with self._lock:
+            self._closed = True
+            running = list(self._running)
+        for task in running:
+            ray.cancel(task, force=True)
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _result(self, wanted: EvaluateCheckpoint) -> Evaluated:
+        """Wait for a task, whatever becomes of it; on a thread."""
+        about = (wanted.step, wanted.epoch, wanted.checkpoint)
+        task = self._task.remote(self._spec, wanted.checkpoint)
+        with self._lock:
+            self._running.add(task)
+        try:
+            return Evaluated(*about, values=ray.get(task))
+        except ray.exceptions.RayTaskError as error:
+            is_damaged = isinstance(error.cause, CheckpointError)
+            return Evaluated(*about, failure=DAMAGED if is_damaged else FAILED, problem=_in_a_line(error.cause))
+        except ray.exceptions.RayError as error:  # its process died more often than Ray tries, say
+            return Evaluated(*about, failure=FAILED, problem=_in_a_line(error))
+        finally:
+            with self._lock:
+                self._running.discard(task)
+
+    def _pass_on(self, done: Future[Evaluated]) -> None:
+        if done.cancelled():
+            return
+        # on a thread of its own: a request that finds a result there is made under the hub's lock
+        threading.Thread(target=self._log_and_tell, args=(done.result(),), daemon=True).start()
+
+    def _log_and_tell(self, found: Evaluated) -> None:
+        with self._lock:
+            if self._closed:
+                return
+        if self._hub.take(found):
+            self._hub.tell(found)
+
+
+def _in_a_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _evaluate(spec: EvaluationSpec, name: str) -> dict[str, float]:
+    """Measure a checkpoint on val, its EMA too; the task's body.
+
+    CheckpointError if the checkpoint is gone or damaged.
+    """
+    import torch
+
+    from ftexp.checkpoint.staging import load_part
+    from ftexp.checkpoint.store import CheckpointStore
+    from ftexp.data.feeds.feed import ToTensors, evaluation_batches
+    from ftexp.evaluation.counting import measured, metric_set_of
+    from ftexp.job.build import autocast_of
+    from ftexp.model.build import as_logits, build_model
+    from ftexp.registry import load_plugins
+    from ftexp.rundir.names import CHECKPOINTS
+    from ftexp.storage.directory import Storage
+
+    config, info = spec.config, spec.info
+    load_plugins(config.plugins)
+    torch.set_num_threads(1)
+    device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
+    store = CheckpointStore(Storage.at(spec.run_uri).child(CHECKPOINTS))
+    manifest = store.by_name(name)
+    weights = {"": load_part("model.pt", store.read_file(manifest, "model.pt"))}
+    if config.ema.decay is not None:
+        extra = load_part("extra_state.pt", store.read_file(manifest, "extra_state.pt"))
+        weights["_ema"] = extra["ema"]["weights"]
+    models = {}
+    for suffix, state in weights.items():
+        model, _ = build_model(dataclasses.replace(config.model, pretrained=False), info)
+        model.load_state_dict(state)
+        models[suffix] = model.to(device)
+    checked = functools.partial(as_logits, config=config.model, num_classes=info.num_classes)
+    to_tensors = ToTensors(info, device, config.train.channels_last)
+    size = config.train.eval_batch_size or config.train.global_batch_size
+    batches = evaluation_batches(_rows(spec), to_tensors, size, rank=0, world_size=1)
+    autocast, metric_set = autocast_of(config, device), metric_set_of(config, info, device)
+    return measured("val", models, checked, batches, autocast, metric_set=metric_set)
+
+
+def _rows(spec: EvaluationSpec) -> Rows:
+    from ftexp.data.feeds.decoding import refuse_bad
+    from ftexp.data.feeds.direct import DirectRows
+    from ftexp.data.feeds.feed import CachedRows
+
+    if spec.cached is not None:
+        return CachedRows(spec.cached.iterator())
+    assert spec.indexed is not None
+    return DirectRows(spec.indexed, spec.info, lambda bad: refuse_bad(spec.config.data, bad))

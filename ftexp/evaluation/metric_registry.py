@@ -1,0 +1,106 @@
+"""Names of metrics, and what a metric is. Imports neither torch nor torchmetrics: the driver knows metrics by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from ftexp.config.checks.metrics import better_of
+from ftexp.config.checks.wording import unknown
+from ftexp.config.metric_names import ALWAYS_LOGGED, METRICS, MetricKind
+from ftexp.config.schema import Config
+from ftexp.errors import ConfigError, UnknownNameError
+from ftexp.registry import Registry
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from ftexp.evaluation.predictions import Predictions
+
+_TOP = 5
+
+
+@dataclass(frozen=True)
+class MetricContext:
+    """What a metric is built for: one evaluation of one model, on one rank."""
+
+    task: str  # single_label
+    num_classes: int
+    class_names: Sequence[str]
+    device: torch.device  # of what `update` gets, and of what ranks send to each other
+    predictions: Predictions  # `predictions.keep()`: all of the split's, for metrics that no sums make up
+
+
+class Metric(Protocol):
+    """One number over a split; a `torchmetrics.Metric` is one, which sums its states over ranks by itself.
+
+    Sums of whole numbers are the same bits over any number of workers and any batch size; sums of floats aren't.
+    """
+
+    def update(self, logits: Tensor, targets: Tensor) -> None:
+        """Count a batch of this rank's, each once: logits float32 [rows, num_classes], targets int64 [rows]."""
+        ...
+
+    def compute(self) -> Any:
+        """Return the number over all ranks; collective, and called once."""
+        ...
+
+
+MetricBuilder = Callable[[MetricContext], Metric]
+B = TypeVar("B", bound=MetricBuilder)
+_metrics: Registry[MetricBuilder] = Registry("train.metrics")
+_kinds = dict(METRICS)
+
+
+def register_metric(name: str, better: str = "max", tasks: Sequence[str] = ()) -> Callable[[B], B]:
+    """Decorator of a function or class: what it builds of a `MetricContext` is logged where train.metrics has `name`.
+
+    better: max or min, which way the metric is better. tasks: those that it is for; by default single_label.
+    """
+    if better not in ("max", "min") or name in ALWAYS_LOGGED:
+        raise ValueError(f"metric '{name}', better='{better}': that must be max or min, and the name another")
+
+    def decorate(builder: B) -> B:
+        _metrics.register(name)(builder)
+        _kinds.setdefault(name, MetricKind(better, tuple(tasks)) if tasks else MetricKind(better))
+        return builder
+
+    return decorate
+
+
+def metric_builder(name: str) -> MetricBuilder:
+    """Return the builder of a metric; those built in are there once `ftexp.evaluation.metrics` is imported."""
+    return _metrics.get(name)
+
+
+def check_names(names: Sequence[str], task: str) -> None:
+    """Raise ConfigError for a metric that neither ftexp nor a plug-in has, or that is for other tasks."""
+    for name in names:
+        if name not in _kinds:
+            advice = f"Available: {', '.join(sorted(_kinds))}. A name of your own comes from a module listed under "
+            raise UnknownNameError(unknown("train.metrics", name, frozenset(_kinds), f"{advice}plugins=[...]."))
+        if task not in _kinds[name].tasks:
+            raise ConfigError(f"metric {name} is for {' and '.join(_kinds[name].tasks)}, and the task is {task}")
+
+
+def check_metrics(config: Config, task: str) -> None:
+    """Raise ConfigError for names in train.metrics as `check_names`, and for a best that is the worst.
+
+    To be called once plug-ins are imported: which way their metrics are better is known then.
+    """
+    check_names(config.train.metrics, task)
+    scored, order = config.checkpoint.checkpoint_score_attribute, config.checkpoint.checkpoint_score_order
+    name = scored.partition("_")[2].removesuffix("_ema")
+    if better_of(scored) is None and order != (better := _kinds[name].better):
+        raise ConfigError(
+            f"checkpoint.checkpoint_score_attribute={scored} is best at its {better}imum, and "
+            f"checkpoint.checkpoint_score_order={order}: set that to {better}"
+        )
+
+
+def check_num_classes(names: Sequence[str], num_classes: int) -> None:
+    """Raise ConfigError for a metric that is the same whatever is predicted of so many classes."""
+    if "top5" in names and num_classes <= _TOP:
+        raise ConfigError(f"metric top5 is always 1, since the data have {num_classes} classes: remove it")

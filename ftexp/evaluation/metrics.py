@@ -1,0 +1,129 @@
+"""The metrics that are built in, by torchmetrics. Imported only where a run asks for one: torchmetrics takes seconds.
+
+Each comes out the same over any number of workers and any batch size: what is added up are whole numbers, and where
+a metric is no such sum, all predictions are brought together in the order of the samples.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score, MulticlassStatScores
+from torchmetrics.functional.classification import binary_precision_recall_curve, binary_roc
+
+from ftexp.evaluation.metric_registry import MetricContext, register_metric
+from ftexp.evaluation.predictions import Predictions
+
+_BINS = 15  # of confidence; Guo et al., On Calibration of Modern Neural Networks, 2017, and torchmetrics
+_UNIT = 2.0**24  # confidences are summed as whole numbers of 2**-24: see `ftexp.evaluation.meter`
+
+
+@register_metric("top5")
+def _top5(context: MetricContext) -> Metric:
+    """The share of samples whose class is among the five of the largest logits."""
+    return MulticlassAccuracy(context.num_classes, top_k=5, average="micro", validate_args=False)
+
+
+@register_metric("f1_macro")
+def _f1_macro(context: MetricContext) -> Metric:
+    """The mean F1 of the classes that occur, as labels or as predictions."""
+    return MulticlassF1Score(context.num_classes, average="macro", validate_args=False)
+
+
+@register_metric("balanced_accuracy")
+class _BalancedAccuracy(MulticlassStatScores):
+    """The mean recall of the classes that samples have, as scikit-learn's.
+
+    torchmetrics' own macro accuracy counts a class without samples as 0 once it is predicted.
+    """
+
+    def __init__(self, context: MetricContext) -> None:
+        super().__init__(context.num_classes, average="none", validate_args=False)
+
+    def compute(self) -> Tensor:
+        """Over what was counted."""
+        assert isinstance(self.tp, Tensor)
+        assert isinstance(self.fn, Tensor)
+        right, samples = self.tp.double(), (self.tp + self.fn).double()
+        return (right / samples)[samples > 0].mean()
+
+
+@register_metric("calibration_error")
+class _CalibrationError(Metric):
+    """The expected calibration error: how far accuracy is from confidence, in 15 bins of confidence."""
+
+    full_state_update = False
+
+    def __init__(self, context: MetricContext) -> None:
+        super().__init__()
+        self._edges = torch.linspace(0, 1, _BINS + 1, device=context.device)
+        # of each bin: samples, right ones, confidence in units; the last bin is that of confidence 1, as torchmetrics'
+        # and the number of samples whose logits aren't finite
+        self.add_state("sums", torch.zeros(4, _BINS + 1, dtype=torch.int64), dist_reduce_fx="sum")
+        self.sums: Tensor
+
+    def update(self, logits: Tensor, targets: Tensor) -> None:
+        """Count a batch."""
+        confidences, predictions = logits.softmax(1).max(1)
+        bins = torch.bucketize(confidences, self._edges, right=True) - 1
+        units = (confidences.nan_to_num().double() * _UNIT).round().long()
+        right, lost = (predictions == targets).long(), confidences.isnan().long()
+        self.sums.index_add_(1, bins, torch.stack([torch.ones_like(units), right, units, lost]))
+
+    def compute(self) -> Tensor:
+        """Over what was counted."""
+        samples, right, units, lost = self.sums.double()
+        error = (right - units / _UNIT).abs().sum() / samples.sum()
+        return torch.where(lost.sum() > 0, torch.nan, error)
+
+
+class _MeanOfClasses:
+    """The mean of what `measure` makes of each class against the rest, over the classes that have both.
+
+    Exact, from all predictions: linear thresholds, by which torchmetrics saves memory, see nothing of 1,000 classes,
+    nearly all of whose probabilities are below the first.
+    """
+
+    def __init__(self, predictions: Predictions, measure: Callable[[Tensor, Tensor], float]) -> None:
+        self._predictions, self._measure = predictions.keep(), measure
+
+    def update(self, logits: Tensor, targets: Tensor) -> None:
+        """Nothing: the predictions are kept for all metrics at once."""
+
+    def compute(self) -> float:
+        """Over all predictions; collective."""
+        values = [value for value in self._predictions.by_class(self._of_class) if value is not None]
+        return math.fsum(values) / len(values) if values else math.nan
+
+    def _of_class(self, probabilities: Tensor, holds: Tensor) -> float | None:
+        if bool(holds.all()) or not bool(holds.any()):
+            return None
+        return self._measure(probabilities, holds.long()) if bool(probabilities.isfinite().all()) else math.nan
+
+
+@register_metric("auroc")
+def _auroc(context: MetricContext) -> _MeanOfClasses:
+    """The area under the ROC curve."""
+    return _MeanOfClasses(context.predictions, _area_under_roc)
+
+
+@register_metric("average_precision")
+def _average_precision(context: MetricContext) -> _MeanOfClasses:
+    """The area under the precision-recall curve, by steps."""
+    return _MeanOfClasses(context.predictions, _step_area)
+
+
+# numpy adds up: torch's sum depends on the number of threads
+def _area_under_roc(probabilities: Tensor, holds: Tensor) -> float:
+    false_rate, true_rate, _ = binary_roc(probabilities, holds, validate_args=False)
+    return float(np.trapezoid(true_rate.double().numpy(), false_rate.double().numpy()))
+
+
+def _step_area(probabilities: Tensor, holds: Tensor) -> float:
+    precision, recall, _ = binary_precision_recall_curve(probabilities, holds, validate_args=False)
+    return -float(np.sum(np.diff(recall.double().numpy()) * precision.double().numpy()[:-1]))

@@ -1,0 +1,91 @@
+"""Validation while a run trains: by the workers themselves, or besides them, from checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from ftexp.checkpoint.store import CheckpointStore, Manifest, checkpoint_name
+from ftexp.config.schema import BESIDE
+from ftexp.errors import CheckpointError
+from ftexp.job.job import Job
+from ftexp.job.progress import Pending
+from ftexp.wire import events
+from ftexp.wire.messages import DAMAGED, FAILED, EvaluateCheckpoint, Evaluated, Happened
+from ftexp.worker.evaluation import evaluate
+
+
+def validate(job: Job) -> None:
+    """Evaluate the step just done, or have its checkpoint evaluated; collective.
+
+    The result of the evaluation before is waited for then: what follows from it (the best checkpoint) follows one
+    evaluation later, at the same step whatever the evaluation takes, so that a run is the same bits after a failure.
+    """
+    if not len(job.data.rows["val"]):
+        return
+    if job.config.train.eval != BESIDE:
+        evaluate(job, "val")
+        _update_best(job, job.progress.step)
+        return
+    settle(job)
+    progress = job.progress
+    name = checkpoint_name(progress.step, job.run.attempt)
+    progress.pending.append(Pending(progress.step, progress.epoch, name))
+
+
+def ask_again(job: Job, store: CheckpointStore) -> None:
+    """Have evaluated what a restored run still waits for: the driver may be another by now. Collective."""
+    progress = job.progress
+    if not progress.pending:
+        return
+    names = {each.step: each.name for each in _oldest_first(store)} if job.group.rank == 0 else {}
+    names = job.group.agree_on(names)
+    progress.pending = [
+        dataclasses.replace(each, checkpoint=names.get(each.step, checkpoint_name(each.step, 0)))
+        for each in progress.pending
+    ]
+    for pending in progress.pending if job.group.rank == 0 else ():
+        job.channel.send(EvaluateCheckpoint(**vars(pending)))
+
+
+def _oldest_first(store: CheckpointStore) -> list[Manifest]:
+    return sorted(store.manifests(lambda *_: None), key=lambda each: (each.step, each.attempt))
+
+
+def settle(job: Job) -> None:
+    """Wait for the evaluations that are pending, and take in their results; collective.
+
+    If the run is asked to stop meanwhile, what is pending stays so.
+    """
+    progress = job.progress
+    while progress.pending:
+        first = progress.pending[0]
+        found = job.group.agree_on(job.channel.evaluated(first.checkpoint) if job.group.rank == 0 else None)
+        if found is None:
+            return
+        _take_in(job, found)
+        del progress.pending[0]
+
+
+def _take_in(job: Job, found: Evaluated) -> None:
+    """Add an evaluation to what the run knows; the driver has logged it.
+
+    Raises:
+        CheckpointError: the checkpoint was damaged since this attempt saved it: the run has to resume from the one
+            before. Of an earlier attempt's, what was restored is newer, so that its metrics are lost.
+        RuntimeError: the evaluation failed.
+    """
+    of_this_attempt = found.checkpoint == checkpoint_name(found.step, job.run.attempt)
+    if found.failure is None:
+        job.progress.metrics.update(found.values)
+        _update_best(job, found.step)
+    elif found.failure == FAILED:
+        raise RuntimeError(f"evaluation of checkpoint {found.checkpoint} failed: {found.problem}")
+    elif found.failure == DAMAGED and of_this_attempt:
+        raise CheckpointError(f"checkpoint {found.checkpoint} could not be evaluated: {found.problem}")
+    elif job.group.rank == 0:
+        job.channel.send(Happened(events.EvaluationFailed(found.step, found.problem)))
+
+
+def _update_best(job: Job, step: int) -> None:
+    saving = job.config.checkpoint
+    job.progress.update_best(saving.checkpoint_score_attribute, saving.checkpoint_score_order, step)
