@@ -33,7 +33,7 @@ from ftexp.config.source_names import AS_TRAINED, SOURCE_FIELDS, can_stream
 from ftexp.errors import ConfigError, StorageError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     import torch
     from torch import Tensor
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from ftexp.storage.directory import Storage
 
 
-_OWN = ("run", "checkpoint", "split", "weights", "tta", "batch_size", "device", "out")
+_OWN = ("run", "checkpoint", "split", "weights", "tta", "metrics", "threshold", "batch_size", "device", "out")
 _FOLLOWS = (*AS_TRAINED, "decode_size")
 _OF_TRAINING = ("feed", "shuffle_window", "prefetch_batches")
 
@@ -83,17 +83,30 @@ def main() -> None:
             result = evaluate(parse(words))
         _print(result)
         return
-    own = [word for word in words if _key(word) in _OWN]
-    rest = [word for word in words if word not in own]
     with exiting_on_error():
-        config = parse(own)
-        refuse(rest)
+        config, rest = _apart(words)
     from ftexp.cli.compose import run_hydra, to_config
 
     def task(composed: DictConfig) -> None:
         _print(evaluate(config, to_config(composed)))
 
     sys.exit(run_hydra(task, ["augment=none", *rest]))
+
+
+def evaluate_words(words: list[str], compose: Callable[[list[str]], Config]) -> dict[str, Any]:
+    """Evaluate what these words of the command say; `compose` composes those about other data."""
+    if not any(_key(word) == "data" for word in words):
+        return evaluate(parse(words))
+    config, rest = _apart(words)
+    return evaluate(config, compose(["augment=none", *rest]))
+
+
+def _apart(words: list[str]) -> tuple[EvaluateConfig, list[str]]:
+    """The command's own words, parsed, and those about other data; ConfigError names what is wrong."""
+    rest = [word for word in words if _key(word) not in _OWN]
+    config = parse([word for word in words if word not in rest])
+    refuse(rest)
+    return config, rest
 
 
 def _key(word: str) -> str:
