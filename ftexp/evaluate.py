@@ -286,7 +286,7 @@ def _metric_set(names: list[str], info: DataInfo, device: torch.device) -> Metri
     from ftexp.evaluation.metric_set import MetricSet
 
     check_num_classes(names, info.num_classes)
-    return MetricSet(names, info.task, info.class_names, device)
+    return MetricSet(names, info.task, info.class_names, device, info.target_std)
 
 
 def _reads_files(data: DataConfig) -> bool:

@@ -35,7 +35,7 @@ INTERPOLATIONS = ("bilinear", "bicubic")
 PILLOW, TORCHVISION = "pillow", "torchvision"
 DECODERS = (AUTO, TORCHVISION, PILLOW)  # see ftexp.data.decoder
 ERASE_MODES = ("const", "rand", "pixel")
-SINGLE_LABEL_LOSSES = ("ce", "bce", "focal", "asl", "poly")
+SINGLE_LABEL_LOSSES = ("ce", "bce", "focal", "asl", "poly", "jsd")
 MULTI_LABEL_LOSSES, REGRESSION_LOSSES = ("bce", "asl", "focal"), ("mse", "l1", "huber")
 LOSSES = (*SINGLE_LABEL_LOSSES, *REGRESSION_LOSSES)  # built in
 CLASS_WEIGHTS = ("none", "inv_freq", "effective_num")  # timm's
@@ -155,6 +155,9 @@ class AugmentConfig:
     mix_mode: str = choice("batch", MIX_MODES)  # one draw for a global batch, for two samples, or for each
     mixup_off_epoch: int | None = ranged(None, low=0)  # the first that mixes nothing any more, from 0; None, 0: none
     repeats: int = ranged(1, low=1)  # versions of a sample in a global batch; an epoch then draws so many times fewer
+    # views of each sample for loss=jsd, timm's --aug-splits: the first is cropped and flipped only, the others are also
+    # changed by auto_augment, colour, blur and erasing, each by draws of its own
+    splits: int = ranged(1, low=1)
 
     @property
     def mixes(self) -> bool:
@@ -229,6 +232,7 @@ class LossConfig:
         0.05, low=0, high=0.5
     )  # asl of several labels: what probabilities are lowered by for classes not had
     epsilon: float = 2.0  # poly: 0 is cross-entropy
+    alpha: float = ranged(12.0, above=0)  # jsd: weight of the divergence between the views of a sample
     delta: float = ranged(1.0, above=0)  # huber: errors above it count linearly; of standardised targets, in stds
     kwargs: dict[str, Any] = field(default_factory=dict)  # for losses of your own
 

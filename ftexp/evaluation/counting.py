@@ -59,7 +59,7 @@ def metric_set_of(config: Config, info: DataInfo, device: torch.device) -> Calla
         return None
     from ftexp.evaluation.metric_set import MetricSet  # it imports torchmetrics
 
-    return functools.partial(MetricSet, config.train.metrics, info.task, info.class_names, device)
+    return functools.partial(MetricSet, config.train.metrics, info.task, info.class_names, device, info.target_std)
 
 
 @torch.inference_mode()

@@ -27,11 +27,12 @@ _TOP = 5
 class MetricContext:
     """What a metric is built for: one evaluation of one model, on one rank."""
 
-    task: str  # single_label
+    task: str  # data.task
     num_classes: int
     class_names: Sequence[str]
     device: torch.device  # of what `update` gets, and of what ranks send to each other
     predictions: Predictions  # `predictions.keep()`: all of the split's, for metrics that no sums make up
+    target_std: Sequence[float] | None = None  # of a regression whose targets are standardised: a unit of the model's
 
 
 class Metric(Protocol):
@@ -41,7 +42,7 @@ class Metric(Protocol):
     """
 
     def update(self, logits: Tensor, targets: Tensor) -> None:
-        """Count a batch of this rank's, each once: logits float32 [rows, num_classes], targets int64 [rows]."""
+        """Count a batch of this rank's, each once: logits float32 [rows, num_classes], targets as losses take them."""
         ...
 
     def compute(self) -> Any:

@@ -227,12 +227,14 @@ def _changed(config: Config, bundle: DataBundle, order: AnyOrder, images: UInt8s
 
     if not config.augment.changes_pictures:
         return images
-    positions = np.arange(len(images))
+    splits = config.augment.splits
+    positions = np.arange(len(images)) * splits + min(1, splits - 1)  # of several views, that after the clean one
     augment = PictureAugment(config.augment, config.seed, bundle.info.fit, config.plugins)
     if split := bundle.indexed.get("train"):
-        return decode_samples(split, order.samples(positions), bundle.info.fit, augment, positions)[0]
+        return decode_samples(split, order.samples(np.arange(len(images))), bundle.info.fit, augment, positions)[0]
     samples = (as_sample(image, bundle.info.fit) for image in images)
-    return np.stack([augment(sample.picture, number, sample.is_final) for number, sample in enumerate(samples)])
+    pairs = zip(samples, positions.tolist(), strict=True)
+    return np.stack([augment(sample.picture, position, sample.is_final) for sample, position in pairs])
 
 
 def as_the_model_sees(config: Config, info: DataInfo, images: UInt8s) -> UInt8s:

@@ -167,7 +167,7 @@ def _learner(
 def _loss(config: Config, info: DataInfo, rows: Rows, device: torch.device) -> Loss:
     # sets of classes that are mixed are smoothed before
     smoothing = 0.0 if info.task == MULTI_LABEL and config.augment.mixes else config.train.label_smoothing
-    context = LossContext(config.loss, info.num_classes, smoothing, info.task)
+    context = LossContext(config.loss, info.num_classes, smoothing, info.task, config.augment.splits)
     return build_loss(context, lambda: class_counts(rows.labels, info.num_classes).tolist(), device)
 
 
@@ -195,13 +195,15 @@ def _data(
     num_samples = len(rows["train"])
     mixed_to = augment.mixup_off_epoch * num_samples if augment.mixup_off_epoch else None
     order = run_order(config, num_samples, spec.blocks, spec.classes.get() if spec.classes is not None else None)
+    on_tensors = Augment(augment, config.seed, info.mean)
     return TrainingData(
-        feed=IndexedFeed(rows["train"], order, plan, to_tensors, Augment(augment, config.seed, info.mean)),
+        feed=IndexedFeed(rows["train"], order, plan, to_tensors, on_tensors, augment.splits),
         rows=rows,
         to_tensors=to_tensors,
         accumulate_steps=plan.accumulate_steps,
         erasing=Erasing(augment, config.seed, device) if augment.erase_prob else None,
         mixing=_mixing(config, info, mixed_to) if augment.mixes else None,
+        splits=augment.splits,
         skipped=skipped,
     )
 

@@ -23,6 +23,7 @@ class LossContext:
     num_classes: int
     label_smoothing: float  # for targets that are class numbers, or sets; those of mixed samples are smoothed already
     task: str = SINGLE_LABEL  # data.task
+    num_views: int = 1  # augment.splits: rows of logits for each sample, next to one another, the clean view first
 
 
 # (logits float32 [rows, num_classes], targets) -> losses float32 [rows], one for each sample, never reduced: the loop

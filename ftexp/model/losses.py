@@ -18,6 +18,8 @@ from ftexp.config.schema import MULTI_LABEL, SINGLE_LABEL, LossConfig
 from ftexp.model.loss_registry import Loss, LossContext, loss_builder, register_loss
 from ftexp.model.multi_label_losses import PER_CLASS, build_per_class
 
+_LEAST_PROBABILITY = 1e-7  # of a mixture, timm's
+
 
 @register_loss("ce")
 def _cross_entropy(context: LossContext) -> Loss:
@@ -69,6 +71,24 @@ def _poly(context: LossContext) -> Loss:
     """Cross-entropy plus epsilon * (1 - p): Poly-1 (Leng et al., 2022)."""
     loss: Loss = PolyCrossEntropy(context.config.epsilon, smoothing=context.label_smoothing, reduction="none")
     return loss
+
+
+@register_loss("jsd")
+def _jensen_shannon(context: LossContext) -> Loss:
+    """Cross-entropy of the clean view, plus alpha times the Jensen-Shannon divergence of all views.
+
+    timm's JsdCrossEntropy for each sample (Hendrycks et al., "AugMix", 2020).
+    """
+    views, alpha, smoothing = context.num_views, context.config.alpha, context.label_smoothing
+
+    def losses(logits: Tensor, targets: Tensor) -> Tensor:
+        by_view = logits.view(-1, views, logits.shape[1])
+        probabilities = by_view.softmax(2)
+        log_mixture = probabilities.mean(1, keepdim=True).clamp(_LEAST_PROBABILITY, 1).log().expand_as(probabilities)
+        divergences = F.kl_div(log_mixture, probabilities, reduction="none").sum(2).mean(1)
+        return _torch_cross_entropy(by_view[:, 0], targets, smoothing) + alpha * divergences
+
+    return losses
 
 
 @register_loss("mse")

@@ -82,7 +82,7 @@ def _forward_backward(job: Job, micro: MicroBatch) -> Tensor:
         losses = distiller.losses(losses, compared, answers)
     job.stopwatch.lap(FORWARD)
     learner.scaler.scale((losses * micro.weights).sum()).backward()  # type: ignore[no-untyped-call]
-    job.progress.train.add(losses, TASKS[job.info.task].right(logits, targets), micro.weights > 0)
+    job.progress.train.add(losses, TASKS[job.info.task].right(logits[:: job.data.splits], targets), micro.weights > 0)
     job.stopwatch.lap(BACKWARD)
     return losses.detach()
 

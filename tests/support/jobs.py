@@ -161,7 +161,7 @@ def job_of(config, info, num_samples, group=ALONE, attempt=1, teacher=None):
     mixed_to = augment.mixup_off_epoch * num_samples if augment.mixup_off_epoch else None
     freezing = Freezing(train.freeze, built)
     freezing.settle(epoch=0)
-    loss_context = LossContext(config.loss, info.num_classes, train.label_smoothing, info.task)
+    loss_context = LossContext(config.loss, info.num_classes, train.label_smoothing, info.task, augment.splits)
     learner = Learner(
         model=built, wrapped=trainable, wrap=lambda model: model, optimizer=optimizer,
         scheduler=build_scheduler(config.schedule, optimizer, math.ceil(total / batch), num_samples / batch),

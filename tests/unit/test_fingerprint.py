@@ -72,6 +72,8 @@ DEFINING = {
     "data.standardize_targets": False,
     "loss.clip": 0.1,
     "loss.delta": 3.0,
+    "loss.alpha": 3.0,
+    "augment.splits": 3,
     "loss.name": "bce",
     "loss.class_weights": "inv_freq",
     "loss.effective_num_beta": 0.9,

@@ -12,8 +12,7 @@ from torchmetrics.functional.classification import multiclass_auroc, multiclass_
 
 from ftexp.config.checks.metrics import logged_metrics
 from ftexp.config.checks.validate import validate
-from ftexp.config.metric_names import SINGLE_LABEL
-from ftexp.config.schema import EmaConfig
+from ftexp.config.schema import SINGLE_LABEL, EmaConfig
 from ftexp.errors import ConfigError, UnknownNameError
 from ftexp.evaluation import metric_registry
 from ftexp.evaluation.metric_registry import check_metrics, check_names, check_num_classes, register_metric

@@ -29,6 +29,7 @@ from ftexp.evaluation.counting import count_into
 from ftexp.evaluation.findings import findings_of
 from ftexp.evaluation.label_sets import average_precision, thresholds_of
 from ftexp.evaluation.meter import Meter, means
+from ftexp.evaluation.metric_set import MetricSet
 from ftexp.model.loss_registry import LossContext
 from ftexp.model.losses import build_loss
 from ftexp.predicting.answers import answered, answers_of
@@ -344,3 +345,16 @@ def test_predictions_are_the_classes_above_their_threshold_sure_ones_first(kind)
     assert list(table) == ["path", "labels", "probabilities", "truth", "error"]
     assert table["truth"] == ["light;dark", None, None]
     assert table["error"] == [None, None, "torn"]
+
+
+def test_metrics_of_sets_are_scikit_learns():
+    from sklearn.metrics import average_precision_score, roc_auc_score
+
+    metrics = MetricSet(["average_precision", "auroc"], MULTI_LABEL, [str(n) for n in range(CLASSES)], CPU)
+    for part in (slice(0, 6), slice(6, 13)):
+        metrics.update(LOGITS[part], SETS[part])
+    found, held, probabilities = metrics.compute(), SETS.numpy(), LOGITS.sigmoid().numpy()
+    both = [number for number in range(CLASSES) if 0 < held[:, number].sum() < 13]
+    for name, score in (("average_precision", average_precision_score), ("auroc", roc_auc_score)):
+        expected = np.mean([score(held[:, number], probabilities[:, number]) for number in both])
+        assert found[name] == pytest.approx(expected, rel=1e-6)

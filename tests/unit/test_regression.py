@@ -15,6 +15,7 @@ from ftexp.data.label_cells import as_labels
 from ftexp.data.stratify import stratified_split
 from ftexp.data.targets import in_units, label_column, label_rows, target_facts
 from ftexp.errors import ConfigError, DataError
+from ftexp.evaluation.metric_set import MetricSet
 from ftexp.evaluation.numbers import NumberFindings
 from ftexp.model.loss_registry import LossContext
 from ftexp.model.losses import build_loss
@@ -109,6 +110,10 @@ def test_what_is_measured_is_scikit_learns_in_the_units_of_the_data():
         assert row["mse"] == pytest.approx(mean_squared_error(one, other), rel=1e-12)
         assert row["r2"] == pytest.approx(r2_score(one, other), rel=1e-12)
     assert found["r2"] == pytest.approx(r2_score(true, predicted), rel=1e-12)
+    metrics = MetricSet(["mae", "mse", "r2"], REGRESSION, INFO.class_names, CPU, INFO.target_std)
+    metrics.update(OUTPUTS[:4], TARGETS[:4])
+    metrics.update(OUTPUTS[4:], TARGETS[4:])
+    assert metrics.compute() == {name: pytest.approx(found[name], rel=1e-12) for name in ("mae", "mse", "r2")}
 
 
 @pytest.mark.parametrize("mixes", [False, True])
@@ -134,7 +139,14 @@ WRONG = [
     ([*NUMBERS, "loss=mse", "train.label_smoothing=0.1"], "train.label_smoothing=0.1 is of classes, and data.task=reg"),
     ([*NUMBERS, "loss=mse", "loss.class_weights=inv_freq"], "loss.class_weights=inv_freq: data.task=regression has no"),
     (["loss.delta=2"], "loss.delta=2.0 needs loss.name=huber: take it out, or set that too"),
-    ([*NUMBERS, "loss=mse"], "checkpoint.checkpoint_score_attribute=val_accuracy: data.task=regression has no accura"),
+    (
+        [*NUMBERS, "loss=mse"],
+        "checkpoint.checkpoint_score_attribute=val_accuracy is written by no run. Metrics: train_",
+    ),
+    (
+        [*NUMBERS, "loss=mse", "train.metrics=[top5]"],
+        "train.metrics names top5, which is no metric of data.task=regress",
+    ),
     (["data=image_list", "data.root=x", "data.target_columns=[a]"], "data.target_columns=['a'] is for targets: set da"),
     (
         ["data=image_list", "data.root=x", "data.task=regression", "loss=mse", "data.num_classes=3"],
@@ -160,5 +172,5 @@ def test_checkpoints_are_ranked_by_loss_unless_something_was_typed():
     typed = [*overrides, "checkpoint.checkpoint_score_attribute=val_accuracy"]
     config, notes = fitted(composed(*typed), typed)
     assert notes == []
-    with pytest.raises(ConfigError, match=r"data\.task=regression has no accuracy; set checkpoint"):
+    with pytest.raises(ConfigError, match="val_accuracy is written by no run"):
         validate(config)

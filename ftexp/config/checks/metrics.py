@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from ftexp.config.checks.wording import unknown
 from ftexp.config.metric_names import ALWAYS_LOGGED, METRICS
-from ftexp.config.schema import Config
+from ftexp.config.schema import REGRESSION, Config
 from ftexp.registry import did_you_mean
 
 
@@ -20,12 +20,16 @@ def check_metrics(config: Config) -> Iterator[str]:
             yield f"train.metrics names {name}, which is always logged: remove it there"
         elif name not in METRICS and not config.plugins:
             yield unknown("train.metrics", name, frozenset(METRICS), f"Available: {', '.join(METRICS)}")
+        elif name in METRICS and config.data.task not in METRICS[name].tasks:
+            fitting = ", ".join(other for other, kind in METRICS.items() if config.data.task in kind.tasks)
+            yield f"train.metrics names {name}, which is no metric of data.task={config.data.task}: take of {fitting}"
 
 
 def logged_metrics(config: Config) -> list[str]:
     """Return the names under which a run logs what it measures, the EMA's last."""
-    own = [f"{split}_{name}" for split in ("val", "test") for name in (*ALWAYS_LOGGED, *config.train.metrics)]
-    return [*(f"train_{name}" for name in ALWAYS_LOGGED), *own, *(f"{name}_ema" for name in own)]
+    always = tuple(name for name in ALWAYS_LOGGED if name == "loss" or config.data.task != REGRESSION)
+    own = [f"{split}_{name}" for split in ("val", "test") for name in (*always, *config.train.metrics)]
+    return [*(f"train_{name}" for name in always), *own, *(f"{name}_ema" for name in own)]
 
 
 def unlogged(key: str, metric: str, logged: list[str]) -> str:

@@ -55,6 +55,13 @@ _ADVICE = {
 _RAND_AUGMENT_SETS = ("weights", "3a", "3aw")
 _USUAL_LIMITS = {"scale": "[0.08,1]", "ratio": "[0.75,1.33]"}
 _MAX_HUE = 0.5  # half the colour circle
+_BY_VIEW = ("auto_augment", "color_jitter", "grayscale", "gaussian_blur")  # what makes views of a sample differ
+_WITHOUT_VIEWS = {
+    "mixup_alpha": "samples of several views aren't mixed, as in timm; set it to 0",
+    "cutmix_alpha": "samples of several views aren't mixed, as in timm; set it to 0",
+    "brightness": "it is the same for all views; set it to 0, and augment.color_jitter",
+    "rand_augment": "it is the same for all views; set it to null, and augment.auto_augment",
+}
 _SECOND_ORDER = ("adahessian",)  # of timm's optimisers
 _WARMUP_SHARE = 0.1  # of the epochs, and of the learning rate the lowest, where a recipe's own doesn't fit
 _MIN_LR_SHARE = 0.01
@@ -66,6 +73,7 @@ _PARAMETERS_OF_LOSSES = {
     "asl": ("gamma_pos", "gamma_neg"),
     "poly": ("epsilon",),
     "huber": ("delta",),
+    "jsd": ("alpha",),
 }
 _OF_SEVERAL_LABELS = {"asl": ("clip", "pos_weight")}  # further parameters, under data.task=multi_label
 _UNMIXED_LOSSES = ("focal", "asl")  # timm's take class numbers only
@@ -111,6 +119,23 @@ def check_repeats(config: Config) -> Iterator[str]:
     if batch < least:
         why = "a sample would be mixed with itself" if augment.mixes else "a global batch has fewer samples"
         yield f"augment.repeats={repeats} with train.global_batch_size={batch}: {why}; raise it to {least} at least"
+
+
+def check_splits(config: Config) -> Iterator[str]:
+    """Views of a sample, and the loss that compares them."""
+    augment, loss, splits = config.augment, config.loss.name, config.augment.splits
+    if loss == "jsd" and splits == 1:
+        yield "loss.name=jsd compares views of each sample, and augment.splits=1: set augment.splits=3, say"
+    if splits == 1:
+        return
+    given = f"augment.splits={splits}"
+    if loss != "jsd":
+        yield f"{given} makes views of each sample, and loss.name={loss} doesn't compare them: set loss=jsd, or 1"
+    if not any(_is_set(augment, name) for name in _BY_VIEW):
+        yield f"{given}: nothing makes the views differ; set augment.auto_augment=augmix-m3, say"
+    for name, advice in _WITHOUT_VIEWS.items():
+        if _is_set(augment, name):
+            yield f"augment.{name}={getattr(augment, name)} with {given}: {advice}"
 
 
 def check_pictures(config: Config) -> Iterator[str]:

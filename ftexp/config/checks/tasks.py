@@ -60,13 +60,6 @@ def _regression_problems(config: Config) -> Iterator[str]:
             f"train.label_smoothing={config.train.label_smoothing} is of classes, and data.task=regression has none: "
             "set 0"
         )
-    for key, metric in (
-        ("checkpoint.checkpoint_score_attribute", config.checkpoint.checkpoint_score_attribute),
-        ("sweep.metric", config.sweep.metric or ""),
-    ):
-        if "_accuracy" in metric:
-            order = " checkpoint.checkpoint_score_order=min" if key.startswith("checkpoint") else " sweep.mode=min"
-            yield f"{key}={metric}: data.task=regression has no accuracy; set {key}=val_loss{order}"
 
 
 def _field_problems(data: DataConfig) -> Iterator[str]:

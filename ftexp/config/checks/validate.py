@@ -24,6 +24,7 @@ from ftexp.config.checks.recipe import (
     check_pictures,
     check_repeats,
     check_schedule,
+    check_splits,
 )
 from ftexp.config.checks.run import check_run
 from ftexp.config.checks.scaling import check_batch, check_scaling
@@ -64,6 +65,7 @@ _CHECKS: dict[Callable[[Config], Iterator[str]], tuple[str, ...]] = {
         *("augment.mixup_alpha", "augment.cutmix_alpha", "augment.mixup_off_epoch"),
     ),
     check_repeats: ("train.global_batch_size", "augment.repeats"),
+    check_splits: ("augment.splits", "loss.name"),
     check_pictures: ("data.channels", "augment.crop"),
     check_loss: ("augment.mixup_alpha", "augment.cutmix_alpha", "loss.gamma", "loss.gamma_pos", "loss.gamma_neg"),
     check_optim: ("optim.name",),

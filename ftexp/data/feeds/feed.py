@@ -17,6 +17,7 @@ import torch
 from ray.data import DataIterator
 from torch import Tensor
 
+from ftexp.data.augment.picture import view_positions
 from ftexp.data.augment.pixels import Augment
 from ftexp.data.batches import Batch, MicroBatch
 from ftexp.data.feeds.decoding import PARTS
@@ -211,19 +212,33 @@ Share = tuple[MicroShare, Int64s]  # of a micro-batch, and the samples at its po
 class IndexedFeed:
     """Batches of samples that are looked up by position."""
 
-    def __init__(self, rows: Rows, order: AnyOrder, plan: ShardPlan, to_tensors: ToTensors, augment: Augment) -> None:
+    def __init__(
+        self,
+        rows: Rows,
+        order: AnyOrder,
+        plan: ShardPlan,
+        to_tensors: ToTensors,
+        augment: Augment,
+        splits: int = 1,
+    ) -> None:
+        """splits: views of each sample, see `AugmentConfig`."""
         self._rows, self._order, self._plan = rows, order, plan
-        self._to_tensors, self._augment = to_tensors, augment
+        self._to_tensors, self._augment, self._splits = to_tensors, augment, splits
 
     def from_position(self, position: int) -> Generator[Batch]:
         """Yield this rank's share of every global batch from `position` on."""
         planned = (share for *_, shares in self._planned(position) for share in shares)
-        with self._rows.open(request(samples, share.positions) for share, samples in planned) as take:
+        with self._rows.open(self._request(*each) for each in planned) as take:
             for start, end, shares in self._planned(position):
                 micro_batches = [self._micro_batch(take, *share, start, end) for share in shares]
                 positions = np.concatenate([share.positions[: share.num_counted] for share, _ in shares])
                 samples = np.concatenate([samples[: share.num_counted] for share, samples in shares])
                 yield Batch(start, end, micro_batches, positions, samples)
+
+    def _request(self, share: MicroShare, samples: Int64s) -> Request:
+        if self._splits == 1:
+            return request(samples, share.positions)
+        return request(np.repeat(samples, self._splits), view_positions(share.positions, self._splits))
 
     def _planned(self, position: int) -> Iterator[tuple[int, int, list[Share]]]:
         """(start, end, a share for each micro-batch) of every global batch, looked up in chunks."""
@@ -250,16 +265,19 @@ class IndexedFeed:
             yield start, end, looked_up
 
     def _micro_batch(self, take: Take, share: MicroShare, samples: Int64s, start: int, end: int) -> MicroBatch:
-        taken, rows = take(samples), len(samples)
-        images = self._to_tensors(taken.images, self._augment, share.positions)
+        taken, rows = take(np.repeat(samples, self._splits)), len(samples)
+        images = self._to_tensors(taken.images, self._augment, np.repeat(share.positions, self._splits))
         # DDP averages gradients over ranks, so each rank's part counts world_size times
         weight = np.zeros(rows, np.float32)
         weight[: share.num_counted] = self._plan.world_size / (end - start)
+        readable: npt.NDArray[np.bool_] | None = None
         if taken.readable is not None:
-            weight *= taken.readable
-        labels, weights = self._to_tensors.targets(taken.labels), torch.from_numpy(weight)
+            readable = np.logical_and.reduce(taken.readable.reshape(rows, self._splits), axis=1)
+        if readable is not None:
+            weight *= readable
+        labels, weights = self._to_tensors.targets(taken.labels[:: self._splits]), torch.from_numpy(weight)
         weights = weights.to(images.device, non_blocking=True)
-        pairs = share.pairs(start, taken.readable) if self._plan.in_pairs else None
+        pairs = share.pairs(start, readable) if self._plan.in_pairs else None
         return MicroBatch(images, labels, weights, share.positions, pairs, share.num_partners)
 
 
