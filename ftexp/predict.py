@@ -24,7 +24,6 @@ predict.batch_size  images that the model takes at once (64)
 from __future__ import annotations
 
 import dataclasses
-import re
 import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -212,10 +211,10 @@ def _split(own: PredictConfig, data: DataConfig, chosen: bool, words: list[str])
 
 
 def _default_out(run: SavedRun, data: DataConfig, split: str, own: PredictConfig) -> Storage:
-    name = (data.root or "").partition("?")[0].rstrip("/").rpartition("/")[2] or data.name
-    name = re.sub(r"[^\w.-]+", "_", name)
-    parts = [name, *(each for each in (split, own.weights, own.tta) if each not in ("all", "raw", "none"))]
-    return run.storage.child(PREDICTIONS, "_".join(parts))
+    from ftexp.cli.trained_run import file_name_of
+
+    chosen = [each for each in (split, own.weights, own.tta) if each not in ("all", "raw", "none")]
+    return run.storage.child(PREDICTIONS, "_".join([file_name_of(data), *chosen]))
 
 
 if __name__ == "__main__":

@@ -85,10 +85,7 @@ def run_hydra(task: Callable[[DictConfig], float | None], argv: Sequence[str]) -
             failures.append(error.exit_code)
             return None
 
-    # any key may be added under these, so Hydra's "+" is put there for the user
-    open_key = re.compile(rf"({'|'.join(map(re.escape, open_keys(Config)))})(\.[^=]+)?=")
-    words = [f"++{word}" if open_key.match(word) else _in_full(word) for word in argv]
-    sys.argv[1:] = [as_typed(Config, word) for word in words]
+    sys.argv[1:] = hydras_words(argv)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing, and we word the error
     try:
         hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")(reporting)()
@@ -100,13 +97,26 @@ def run_hydra(task: Callable[[DictConfig], float | None], argv: Sequence[str]) -
     except Exception as error:  # composing raises ValueError, AssertionError and AttributeError too
         if any(error is crash for crash in _crashes):
             raise
-        is_type_only = isinstance(error, TypeError) or "group override must be a string" in str(error)
-        unknown = unknown_option(argv) if is_type_only else None
-        if "does not support sweep type" in str(error):
-            unknown = open_interval(argv)
-        print_error(ConfigError(unknown or explain(error)))
+        print_error(reworded(error, argv))
         return ConfigError.exit_code
     return max(failures, default=0)
+
+
+def hydras_words(argv: Sequence[str]) -> list[str]:
+    """Return overrides as Hydra takes them."""
+    # any key may be added under these, so Hydra's "+" is put there for the user
+    open_key = re.compile(rf"({'|'.join(map(re.escape, open_keys(Config)))})(\.[^=]+)?=")
+    words = [f"++{word}" if open_key.match(word) else _in_full(word) for word in argv]
+    return [as_typed(Config, word) for word in words]
+
+
+def reworded(error: Exception, argv: Sequence[str]) -> ConfigError:
+    """Return what Hydra raised while it composed `argv`, in this project's words."""
+    is_type_only = isinstance(error, TypeError) or "group override must be a string" in str(error)
+    unknown = unknown_option(argv) if is_type_only else None
+    if "does not support sweep type" in str(error):
+        unknown = open_interval(argv)
+    return ConfigError(unknown or explain(error))
 
 
 def open_keys(schema: type[Any], prefix: str = "") -> Iterator[str]:

@@ -67,6 +67,8 @@ def _values(node: DictConfig, schema: type[Any]) -> Any:
     values: dict[str, Any] = {}
     for field in dataclasses.fields(schema):
         default = field.default_factory() if callable(field.default_factory) else None
+        if field.name not in node and not OmegaConf.is_missing(node, field.name):
+            continue  # younger than the run that wrote this down: its default
         if OmegaConf.is_missing(node, field.name):
             values[field.name] = "???"
         elif field.name not in node:  # younger than the run that stored its config: the default is what it did

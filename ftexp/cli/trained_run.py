@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,6 +102,12 @@ def load_run_config(storage: Storage) -> Config:
     except OSError as error:
         raise ConfigError(f"run={storage.uri} holds no config.yaml: give the directory of a run") from error
     return to_config(OmegaConf.create(text))  # type: ignore[arg-type]
+
+
+def file_name_of(data: DataConfig) -> str:
+    """Return what names files about a data set: the last part of its root, or its source."""
+    name = (data.root or "").partition("?")[0].rstrip("/").rpartition("/")[2] or data.name
+    return re.sub(r"[^\w.-]+", "_", name)
 
 
 def require_data(data: DataConfig) -> None:

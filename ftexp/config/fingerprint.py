@@ -8,18 +8,20 @@ from typing import Any
 
 from ftexp.config.fields import typed_keys
 from ftexp.config.masking import flat, masked
-from ftexp.config.schema import AUTO, Config
+from ftexp.config.schema import AUTO, Config, DistillConfig
 from ftexp.errors import ConfigError
 
 # model, data, optimiser, seed and batch define a run; epochs, workers, logging, failure and checkpoint settings
 # may change between calls
-_DEFINING = ("seed", "resume_from", "model", "data", "augment", "loss", "optim", "ema", "schedule")
+_DEFINING = ("seed", "resume_from", "model", "data", "augment", "loss", "optim", "ema", "distill", "schedule")
 _DEFINING_TRAIN = (
     *("global_batch_size", "precision", "label_smoothing", "freeze"),
     *("clip_grad_norm", "clip_grad_value", "clip_grad_agc"),
 )
 # where the data lies may change, and how it is read; what integers mean is recorded with the data
 _FREE_DATA = ("root", "download", "feed", "decode_cpus", "prefetch_batches", "integer_labels")
+# fields of distill that say where a teacher of known weights lies: of a timm name, and of a run or a file
+_PLACES_OF_TEACHER = (("pretrained",), ("teacher", "checkpoint", "weights"))
 # fields of data that group files set for new runs, to another value than runs had before there were such fields
 _OF_NEW_RUNS = ("decoder", "exif_orientation", "background")
 
@@ -31,9 +33,18 @@ def fingerprint(config: Config) -> dict[str, Any]:
     for name in _FREE_DATA:
         del chosen["data"][name]
     del chosen["model"]["pretrained_partial"]  # whether to train at all
+    if config.distill.sha256 is not None:  # where the teacher's weights lie may change
+        for name in _PLACES_OF_TEACHER[config.distill.pretrained is True]:
+            chosen["distill"][name] = getattr(DistillConfig(), name)
     chosen["data"]["decoder"] = config.data.decoder_name
     defining: dict[str, Any] = masked(dict(flat(chosen, "")))
     return defining
+
+
+def stopping_rules(config: Config) -> dict[str, Any]:
+    """Return what may have ended a run before its last step: changed since, the run trains on."""
+    rules: dict[str, Any] = masked({"stopping": dataclasses.asdict(config.stopping), "hooks": config.hooks})
+    return rules
 
 
 def as_begun(config: Config, recorded: Mapping[str, Any] | None, typed: Iterable[str]) -> tuple[Config, list[str]]:

@@ -43,6 +43,8 @@ SINGLE_LABEL, MULTI_LABEL, REGRESSION = "single_label", "multi_label", "regressi
 TASKS = (SINGLE_LABEL, MULTI_LABEL, REGRESSION)
 SAMPLINGS = ("shuffle", "balanced", "sqrt")
 INLINE, BESIDE = "inline", "beside"
+DISTILLATIONS = LOGITS, FEATURES, TOKEN = ("logits", "features", "token")  # timm's
+WEIGHTS = ("raw", "ema")  # of a run: those that were trained, or their moving average
 SGD_NAMES = ("sgd", "momentum", "nesterov")  # timm's, of torch's SGD
 
 
@@ -142,6 +144,7 @@ class AugmentConfig:
     color_jitter_prob: float | None = ranged(None, low=0, high=1)  # None: of every sample
     grayscale: float = ranged(0.0, low=0, high=1)  # probability of grey
     gaussian_blur: float = ranged(0.0, low=0, high=1)  # probability; 23 px wide, of sigma 0.1 to 2
+    custom: list[str] = field(default_factory=list)  # augmentations of your own, in this order, after all of those
     erase_prob: float = ranged(0.0, low=0, high=1)  # random erasing, after normalising
     erase_mode: str = choice("const", ERASE_MODES)  # the mean; a colour; noise
     erase_count: int = ranged(1, low=1)  # rectangles at most
@@ -179,6 +182,7 @@ class AugmentConfig:
             or max(self.vflip, self.grayscale, self.gaussian_blur) > 0
             or self.auto_augment is not None
             or self.color_jitter is not None
+            or bool(self.custom)
         )
 
 
@@ -257,6 +261,27 @@ class EmaConfig:
 
 
 @dataclass(kw_only=True)
+class DistillConfig:
+    """A frozen model, the teacher, whose answers on the same batch are part of the loss that training minimises."""
+
+    # a run's directory or URI; a weights file with timm's config.json beside it; or a timm name. None: no teacher
+    teacher: str | None = None
+    kind: str = choice(LOGITS, DISTILLATIONS)  # what is compared: logits; pooled features; the logits of DeiT's token
+    alpha: float = ranged(0.5, above=0, high=1)  # share of the teacher's term; the rest is the loss of the labels
+    temperature: float = ranged(1.0, above=0)  # logits, token: both sides' logits are divided by it
+    hard: bool = False  # token: the teacher's most likely class, not its distribution
+    # of a run: best, latest, or a name. Of one that resumes, best and latest are what it began with, while that exists
+    checkpoint: str = "best"
+    weights: str = choice("raw", WEIGHTS)  # of a run
+    pretrained: Any = True  # of a timm name: true for its hub's weights, or the path of a weights file
+    kwargs: dict[str, Any] = field(default_factory=dict)  # of a timm name: passed on to timm.create_model
+    # pixels that the teacher sees, scaled from data.image_size. None: a run's own; of others, data.image_size
+    image_size: int | None = ranged(None, low=1)
+    precision: str | None = choice(None, PRECISIONS)  # of the teacher; None: train.precision
+    sha256: str | None = None  # of the file that holds the weights; None: what it is when the run begins
+
+
+@dataclass(kw_only=True)
 class ScheduleConfig:
     name: str = choice(MISSING, SCHEDULES)  # timm's; stepped every optimiser step
     warmup_epochs: float = ranged(0.0, low=0)
@@ -264,6 +289,16 @@ class ScheduleConfig:
     min_lr: float = ranged(0.0, low=0)
     decay_epochs: float = ranged(30.0, above=0)  # step schedule: epochs between drops
     decay_rate: float = ranged(0.1, above=0)  # step: factor per drop; poly: exponent
+
+
+@dataclass(kw_only=True)
+class StoppingConfig:
+    """Early stopping: the run ends, finished, once a metric no longer improves. The schedule stays as it is."""
+
+    metric: str | None = None  # of those that a run logs, val_loss, say; None: every epoch is trained
+    mode: str | None = choice(None, ("max", "min"))  # which way the metric is better; None: as the metric says
+    patience_epochs: int = ranged(10, low=1)  # without an improvement, counted at the ends of epochs
+    min_delta: float = ranged(0.0, low=0)  # what is better by no more than this is no improvement
 
 
 @dataclass(kw_only=True)
@@ -315,7 +350,9 @@ class CheckpointConfig:
     num_to_keep: int | None = ranged(2, low=2)  # 1 would leave no way back if the newest is torn; None: all
     checkpoint_score_attribute: str = "val_accuracy"  # the best by this metric is kept as well
     checkpoint_score_order: str = choice("max", ("max", "min"))
-    extra_state: list[str] = field(default_factory=lambda: ["progress", "scheduler", "scaler", "ema", "rng", "best"])
+    extra_state: list[str] = field(
+        default_factory=lambda: ["progress", "scheduler", "scaler", "ema", "distill", "rng", "best"]
+    )
 
 
 def fault_fields(fault: Any) -> dict[str, Any]:
@@ -389,7 +426,10 @@ class Config:
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    stopping: StoppingConfig = field(default_factory=StoppingConfig)
+    hooks: dict[str, dict[str, Any]] = field(default_factory=dict)  # {name: arguments} of hooks of your own
     scaling: ScalingConfig = field(default_factory=ScalingConfig)
     failure: FailureConfig = field(default_factory=FailureConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ftexp.driver.restart import Restart
     from ftexp.driver.supervisor import Supervisor
     from ftexp.driver.terminal import Terminal
+    from ftexp.model.teacher_spec import TeacherSpec
     from ftexp.rundir.record import RunRecord
     from ftexp.rundir.state import RunState
     from ftexp.storage.directory import Storage
@@ -34,6 +35,7 @@ class RunContext:
     shared: SharedRay | None = None  # the Ray of the sweep that this is a trial of
     restart: Restart | None = None  # where the command has begun again, since its Ray had died
     begin_again: Callable[[Restart], NoReturn] | None = None  # how it does; None: it can't, so that the run fails
+    teacher: TeacherSpec | None = None
 
     @property
     def joins_ray(self) -> bool:

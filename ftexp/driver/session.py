@@ -16,6 +16,7 @@ from ftexp.cluster.ray_cluster import import_meanwhile, quiet_data, start_ray
 from ftexp.cluster.resources import decoding_cpus, lacking_resources
 from ftexp.config.masking import masked
 from ftexp.config.schema import PREPROCESSING, Config
+from ftexp.data.augment.registry import augmentations
 from ftexp.driver.beside import require_room
 from ftexp.driver.context import RunContext, Session
 from ftexp.driver.resume import changes, labels_as_begun, repeated_samples, require_same_data
@@ -23,8 +24,11 @@ from ftexp.driver.terminal import Terminal
 from ftexp.driver.tracker_session import close_trackers, outcome_of, trackers_of
 from ftexp.errors import ConfigError, RayLostError
 from ftexp.evaluation.metric_registry import check_metrics, check_num_classes
+from ftexp.job.early_stopping import check_measured
+from ftexp.job.hook_registry import check_hooks
 from ftexp.model.loss_registry import check_name as check_loss
 from ftexp.model.loss_registry import check_num_weights
+from ftexp.model.teacher_spec import require_same_classes
 from ftexp.registry import load_plugins
 from ftexp.rundir.names import CONFIG_FILE, OVERRIDES_FILE
 from ftexp.rundir.record import RunRecord
@@ -103,6 +107,8 @@ def _build(context: RunContext, terminal: Terminal) -> DataBundle:
     check_names(config.checkpoint.extra_state)
     check_loss(config.loss.name)
     check_metrics(config, config.data.task)
+    check_hooks(config.hooks)
+    augmentations(config.augment.custom)
     check_trackers(config.tracker.names)
     if lacking := lacking_resources(workers):
         if config.scaling.address is None:
@@ -114,6 +120,9 @@ def _build(context: RunContext, terminal: Terminal) -> DataBundle:
     require_same_data(config, state, bundle.info)
     check_num_weights(config.loss, bundle.info.num_classes)
     check_num_classes(config.train.metrics, bundle.info.num_classes)
+    if context.teacher is not None:
+        require_same_classes(context.teacher, bundle.info, config.distill.kind)
+    check_measured(config.stopping.metric, bundle.info.num_samples)
     bundle = drawn_by_class(config, bundle)
     if bundle.streams:
         bundle = dataclasses.replace(bundle, decode_cpus=decoding_cpus(config, workers))
@@ -185,6 +194,7 @@ def _introduce(context: RunContext, session: Session, changed: list[str]) -> Non
         f"{bundle.feed}: {bundle.why}{decoding}",
         epoch_in_words(config, bundle.info),
         _weights(config),
+        _teacher(context),
     )
     terminal.changed(changed)
     if (repeated := repeated_samples(config, bundle.info)) is not None:
@@ -199,6 +209,15 @@ def _weights(config: Config) -> str | None:
         return None
     source = "timm's" if pretrained is True else pretrained
     return f"{source} · " + " · ".join(f"{name} {getattr(data, name)}" for name in PREPROCESSING)
+
+
+def _teacher(context: RunContext) -> str | None:
+    """Return what a run learns from besides its labels."""
+    spec, distill = context.teacher, context.config.distill
+    if spec is None:
+        return None
+    size = f" · {spec.image_size} px" if spec.image_size != context.config.data.image_size else ""
+    return f"{spec.model.name}{size} · {spec.source} · {distill.kind}, alpha {distill.alpha:g}"
 
 
 def _conclude(context: RunContext, session: Session) -> None:

@@ -61,6 +61,7 @@ class Terminal:
         feed: str,
         epoch: str,
         weights: str | None = None,
+        teacher: str | None = None,
     ) -> None:
         """Print what is going to run, and where; `weights`: pretrained ones, and their preprocessing."""
         sizes = " · ".join(f"{count:,} {split}" for split, count in data.num_samples.items())
@@ -69,6 +70,7 @@ class Terminal:
             ("run", f"{run}  ({location})"),
             ("model", model),
             ("weights", weights),
+            ("teacher", teacher),
             ("data", f"{data_name}: {sizes} · {data.outputs_in_words} · {shape}"),
             ("feed", feed),
             ("epoch", epoch),
@@ -160,6 +162,9 @@ class Terminal:
         self.close()
         last, best = state.metrics["last"], state.metrics["best"]
         rows: list[tuple[str, Any]] = [("status", state.status + (f": {state.error}" if state.error else ""))]
+        if state.stopped is not None:
+            at = f"at step {state.stopped['step']:,}, epoch {state.stopped['epoch']}"
+            rows.append(("stopped early", f"{at}: {state.stopped['reason']}"))
         rows += [(title, f"{last[key]:.4f}") for key, title in _SHOWN if last.get(key) is not None]
         rows += [(key.replace("_", " "), f"{last[key]:.4f}") for key in _others(last)]
         if best:

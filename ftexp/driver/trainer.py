@@ -157,6 +157,7 @@ def build_trainer(context: RunContext, bundle: DataBundle, hub: HubAddress) -> T
         hub,
         bundle.blocks,
         bundle.decode_cpus,
+        teacher=context.teacher,
     )
     # beside the spec: a reference to an object doesn't survive pickle
     classes = Shared(bundle.classes) if bundle.classes is not None else None

@@ -229,7 +229,7 @@ def _changed(config: Config, bundle: DataBundle, order: AnyOrder, images: UInt8s
         return images
     splits = config.augment.splits
     positions = np.arange(len(images)) * splits + min(1, splits - 1)  # of several views, that after the clean one
-    augment = PictureAugment(config.augment, config.seed, bundle.info.fit)
+    augment = PictureAugment(config.augment, config.seed, bundle.info.fit, config.plugins)
     if split := bundle.indexed.get("train"):
         return decode_samples(split, order.samples(np.arange(len(images))), bundle.info.fit, augment, positions)[0]
     samples = (as_sample(image, bundle.info.fit) for image in images)
@@ -273,7 +273,8 @@ def _rate(config: Config, bundle: DataBundle, num_cpus: int) -> Rate | None:
     if not bundle.indexed:
         return None
     split, fit = bundle.indexed["train"], bundle.info.fit
-    augment = PictureAugment(config.augment, config.seed, fit) if config.augment.changes_pictures else None
+    changes = config.augment.changes_pictures
+    augment = PictureAugment(config.augment, config.seed, fit, config.plugins) if changes else None
     parts = [part[:_RATE_SAMPLES] for part in np.array_split(np.arange(len(split)), num_cpus) if len(part)]
     task = ray.remote(num_cpus=1)(_make_for)
     made = ray.get([task.remote(split, fit, augment, part) for part in parts])

@@ -30,6 +30,7 @@ from ftexp.errors import RunFailedError
 from ftexp.evaluation.meter import Meter
 from ftexp.job.data import TrainingData
 from ftexp.job.group import ProcessGroup
+from ftexp.job.hooks import Hooks
 from ftexp.job.job import Job, RunIdentity
 from ftexp.job.learner import Learner
 from ftexp.job.mfu import Utilisation
@@ -38,6 +39,7 @@ from ftexp.job.skipped_batches import SkippedBatches
 from ftexp.job.spec import JobSpec
 from ftexp.job.stopwatch import Stopwatch
 from ftexp.model.build import as_logits, build_model
+from ftexp.model.distillation import Distiller
 from ftexp.model.ema import WeightsEMA
 from ftexp.model.freezing import Freezing
 from ftexp.model.loss_registry import Loss, LossContext
@@ -45,6 +47,8 @@ from ftexp.model.losses import build_loss
 from ftexp.model.matching import WeightsReport
 from ftexp.model.optim import build_optimizer
 from ftexp.model.schedule import build_scheduler
+from ftexp.model.teacher import Teacher, build_teacher
+from ftexp.model.teacher_spec import TeacherSpec
 from ftexp.rundir.names import LEDGER
 from ftexp.rundir.sample_ledger import SampleLedger
 from ftexp.storage.directory import Storage
@@ -54,6 +58,7 @@ from ftexp.wire.messages import Begin, Happened, Hello, Raised, Stop
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _INIT = 2  # stream of the run's seed; 1 is the order's, 3 the steps'
+_PROJECTION = 4  # likewise
 
 
 def build_job(spec: JobSpec, streams: dict[str, IndexedSplit]) -> Job:
@@ -79,11 +84,13 @@ def _build(spec: JobSpec, streams: dict[str, IndexedSplit], channel: Channel, gr
         settle_kernels(device)
     model, report = _model(config, info, device)
     rows = _rows(spec, streams, channel, group)
-    learner = _learner(config, info, model, device, rows["train"])
+    distiller = _distiller(config, info, model, device, spec.teacher) if spec.teacher is not None else None
+    learner = _learner(config, info, model, device, rows["train"], distiller)
     learner.weights_report = report
     plan = _plan(config, group, len(rows["train"]), begin.accumulate_steps or 1)
     ledger = Storage(spec.run_uri).child(LEDGER) if config.train.ledger else None
     shape = (info.channels, info.image_size, info.image_size)
+    progress = Progress(Meter(device), plan.total_positions)
     return Job(
         config=config,
         info=info,
@@ -92,10 +99,11 @@ def _build(spec: JobSpec, streams: dict[str, IndexedSplit], channel: Channel, gr
         group=group,
         learner=learner,
         data=_data(spec, rows, plan, device, SkippedBatches(begin.skipped)),
-        progress=Progress(Meter(device), plan.total_positions),
+        progress=progress,
         ledger=SampleLedger(ledger, begin.attempt, group.rank),
         stopwatch=Stopwatch(device),
         utilisation=Utilisation(device, config.train.precision, group.world_size, shape),
+        hooks=Hooks(config, group, learner, progress, channel),
     )
 
 
@@ -109,11 +117,32 @@ def _model(config: Config, info: DataInfo, device: torch.device) -> tuple[nn.Mod
     return model.to(device), report
 
 
-def _learner(config: Config, info: DataInfo, model: nn.Module, device: torch.device, rows: Rows) -> Learner:
+def _distiller(config: Config, info: DataInfo, model: nn.Module, device: torch.device, spec: TeacherSpec) -> Distiller:
+    distill, train = config.distill, config.train
+    taught_by = build_teacher(spec, info, distill.kind, device)
+    if train.channels_last:
+        taught_by = taught_by.to(memory_format=torch.channels_last)
+    teacher = Teacher(taught_by, spec, info, autocast_of(device, distill.precision or train.precision))
+    distiller = Distiller(distill, model, teacher, derive_seed(config.seed, _PROJECTION) % 2**63)
+    distiller.trainable.to(device)
+    if train.compile and distiller.trainable is not model:
+        distiller.trainable.compile()
+    return distiller
+
+
+def autocast_of(device: torch.device, precision: str) -> torch.autocast:
+    """Return the context of forward passes in a precision."""
+    return torch.autocast(device.type, dtype=_DTYPES[precision], enabled=precision != "fp32")
+
+
+def _learner(
+    config: Config, info: DataInfo, model: nn.Module, device: torch.device, rows: Rows, distiller: Distiller | None
+) -> Learner:
     """Everything around `model`; collective. rows: that it is trained on."""
     train, precision, num_samples = config.train, config.train.precision, len(rows)
     # of all parameters, those that are frozen at first too
-    optimizer = build_optimizer(config.optim, train, model)
+    trainable = model if distiller is None else distiller.trainable
+    optimizer = build_optimizer(config.optim, train, trainable)
     ema = WeightsEMA(config.ema, model) if config.ema.decay is not None else None
     freezing = Freezing(train.freeze, model)
     freezing.settle(epoch=0)
@@ -121,23 +150,18 @@ def _learner(config: Config, info: DataInfo, model: nn.Module, device: torch.dev
     steps_per_epoch = num_samples / train.global_batch_size
     return Learner(
         model=model,
-        wrapped=_under_ddp(model),
+        wrapped=_under_ddp(trainable),
         wrap=_under_ddp,
         optimizer=optimizer,
         scheduler=build_scheduler(config.schedule, optimizer, configured_steps, steps_per_epoch),
         scaler=torch.amp.GradScaler(device.type, enabled=precision == "fp16"),
-        autocast=autocast_of(config, device),
+        autocast=autocast_of(device, precision),
         as_logits=functools.partial(as_logits, config=config.model, num_classes=info.num_classes),
         loss=_loss(config, info, rows, device),
         freezing=freezing,
         ema=ema,
+        distiller=distiller,
     )
-
-
-def autocast_of(config: Config, device: torch.device) -> torch.autocast:
-    """Return the context of forward passes in the run's precision."""
-    precision = config.train.precision
-    return torch.autocast(device.type, dtype=_DTYPES[precision], enabled=precision != "fp32")
 
 
 def _loss(config: Config, info: DataInfo, rows: Rows, device: torch.device) -> Loss:
@@ -232,7 +256,9 @@ def _rows(spec: JobSpec, streams: dict[str, IndexedSplit], channel: Channel, gro
 
 def picture_augment(config: Config, info: DataInfo) -> PictureAugment | None:
     """Return the augmentation of single images that the config asks for; None without one."""
-    return PictureAugment(config.augment, config.seed, info.fit) if config.augment.changes_pictures else None
+    if not config.augment.changes_pictures:
+        return None
+    return PictureAugment(config.augment, config.seed, info.fit, config.plugins)
 
 
 def _connect(spec: JobSpec, group: ProcessGroup) -> Channel:

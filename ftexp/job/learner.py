@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ftexp.model.distillation import Distiller
 from ftexp.model.ema import WeightsEMA
 from ftexp.model.freezing import Freezing
 from ftexp.model.loss_registry import Loss
@@ -20,8 +21,8 @@ class Learner:
     """A model, its optimiser, and what goes with them."""
 
     model: nn.Module  # the bare model: what is saved
-    wrapped: nn.Module  # the same under DDP: what is trained
-    wrap: Callable[[nn.Module], nn.Module]  # makes `wrapped` of `model`; collective
+    wrapped: nn.Module  # `trainable` under DDP
+    wrap: Callable[[nn.Module], nn.Module]  # makes `wrapped` of `trainable`; collective
     optimizer: torch.optim.Optimizer
     scheduler: Any  # timm's; step_update(n) after n steps
     scaler: torch.amp.GradScaler  # disabled unless fp16
@@ -30,12 +31,22 @@ class Learner:
     loss: Loss  # of logits float32 [rows, num_classes]; a value for each sample
     freezing: Freezing
     ema: WeightsEMA | None = None
+    distiller: Distiller | None = None
     weights_report: WeightsReport | None = None  # of the weights that it started from, if they were loaded
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Return the logits of `images`, under DDP where there is more than one rank."""
+    @property
+    def trainable(self) -> nn.Module:
+        """The model, or what holds it and a projection that only training needs."""
+        return self.model if self.distiller is None else self.distiller.trainable
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the logits of `images`, under DDP where there is more than one rank, and what a teacher compares."""
         with self.autocast:
-            return self.as_logits(self.wrapped(images))
+            if self.distiller is None:
+                logits = self.as_logits(self.wrapped(images))
+                return logits, logits
+            given, compared = self.distiller.split(self.wrapped(images))
+            return self.as_logits(given), compared
 
     def thaw(self, epoch: int) -> bool:
         """Freeze and unfreeze as `epoch` has it; whether that changed anything, and then it is collective.
@@ -44,6 +55,6 @@ class Learner:
         """
         if not self.freezing.settle(epoch):
             return False
-        self.wrapped = self.model  # the old one's hooks go with it, before the new one's come
-        self.wrapped = self.wrap(self.model)
+        self.wrapped = self.trainable  # the old one's hooks go with it, before the new one's come
+        self.wrapped = self.wrap(self.trainable)
         return True

@@ -48,7 +48,8 @@ def flops_per_image(model: nn.Module, shape: tuple[int, int, int]) -> float:
     images = torch.empty((_ROWS, *shape), device="meta")
     # a compiled model would be compiled anew for these shapes
     with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
-        logits = functional_call(model, meta, (images,))
+        given = functional_call(model, meta, (images,))
+        logits = given[0] + given[1] if isinstance(given, tuple) else given  # a distillation token's, too
         loss = F.cross_entropy(logits.float(), torch.zeros(_ROWS, dtype=torch.long, device="meta"))
         torch.autograd.grad(loss, [tensor for tensor in meta.values() if tensor.requires_grad], allow_unused=True)
     return float(counter.get_total_flops()) / _ROWS

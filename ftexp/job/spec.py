@@ -10,6 +10,7 @@ from ftexp.data.info import DataInfo
 from ftexp.data.order import Int64s
 from ftexp.data.sampling import ClassTable
 from ftexp.data.shared import Shared
+from ftexp.model.teacher_spec import TeacherSpec
 from ftexp.wire.hub import HubAddress
 
 
@@ -26,3 +27,4 @@ class JobSpec:
     blocks: Int64s | None = None  # samples of train in each block, where they are read in blocks
     decode_cpus: int = 0  # of the cluster, for streams
     classes: Shared[ClassTable] | None = None  # of train, where data.sampling draws by class
+    teacher: TeacherSpec | None = None

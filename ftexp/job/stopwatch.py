@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     import torch
 
 FEED, FORWARD, BACKWARD, OPTIMIZER, SAVE = SECTIONS = ("feed", "forward", "backward", "optimizer", "save")
+TEACHER = "teacher"  # the section of a run that distils
 # keys of a logged point that differ from run to run; `<section>_ms` is the mean over the steps since the last point
-SPEEDS = ("images_per_s", "mfu", *(f"{section}_ms" for section in SECTIONS))
+SPEEDS = ("images_per_s", "mfu", *(f"{section}_ms" for section in (*SECTIONS, TEACHER)))
 
 T = TypeVar("T")
 
@@ -65,8 +66,11 @@ class Stopwatch:
         elif self._on_gpu:
             self._laps.append((section, self._mark, now))
         else:
-            self._spent[section] += now - self._mark
+            self._add(section, now - self._mark)
         self._mark = now
+
+    def _add(self, section: str, seconds: float) -> None:
+        self._spent[section] = self._spent.get(section, 0.0) + seconds
 
     def _now(self) -> Any:
         if not self._on_gpu:
@@ -102,7 +106,7 @@ class Stopwatch:
         Empty if no sample was new.
         """
         for section, start, end in self._laps:
-            self._spent[section] += start.elapsed_time(end) / 1000
+            self._add(section, start.elapsed_time(end) / 1000)
         self._free += self._used
         self._used, self._mark = [], None
         now = self._clock()

@@ -39,8 +39,8 @@ def timm_arguments(config: ModelConfig, info: DataInfo) -> dict[str, Any]:
     return arguments
 
 
-def build_model(config: ModelConfig, info: DataInfo) -> tuple[nn.Module, WeightsReport | None]:
-    """Create the model on the CPU, with pretrained weights if `config.pretrained` asks for them.
+def build_model(config: ModelConfig, info: DataInfo, key: str = KEY) -> tuple[nn.Module, WeightsReport | None]:
+    """Create the model on the CPU, with pretrained weights if `config.pretrained` asks for them; `key` names these.
 
     Random initialisation draws from torch's global generator: seed it first. ConfigError if timm refuses the
     arguments.
@@ -57,10 +57,10 @@ def build_model(config: ModelConfig, info: DataInfo) -> tuple[nn.Module, Weights
     if config.pretrained is False:
         return model, None
     if config.pretrained is True:
-        source, weights = f"timm hub, {config.name}", _hub_weights(config.name)
+        source, weights = f"timm hub, {config.name}", _hub_weights(config.name, key)
     else:
-        weights, source = load_weights(Path(config.pretrained).expanduser())
-    return model, load_matching(model, weights, source, KEY, checkpoint_filter(arguments))
+        weights, source = load_weights(Path(config.pretrained).expanduser(), key=key)
+    return model, load_matching(model, weights, source, key, checkpoint_filter(arguments))
 
 
 def as_logits(output: Any, config: ModelConfig, num_classes: int) -> torch.Tensor:
@@ -78,16 +78,16 @@ def as_logits(output: Any, config: ModelConfig, num_classes: int) -> torch.Tenso
     )
 
 
-def _hub_config(name: str) -> PretrainedCfg:
+def _hub_config(name: str, key: str = KEY) -> PretrainedCfg:
     """timm's config of a model with weights; ConfigError if its hub has none."""
     pretrained_cfg = get_pretrained_cfg(name)
     if pretrained_cfg is None or not pretrained_cfg.has_weights:
-        raise ConfigError(f"{KEY}=true, but timm's hub has no weights for model.name={name}")
+        raise ConfigError(f"{key}=true, but timm's hub has no weights for model.name={name}")
     return pretrained_cfg
 
 
-def _hub_weights(name: str) -> StateDict:
-    pretrained_cfg = _hub_config(name)
+def _hub_weights(name: str, key: str) -> StateDict:
+    pretrained_cfg = _hub_config(name, key)
     try:
         if pretrained_cfg.hf_hub_id:
             file = (pretrained_cfg.hf_hub_filename,) if pretrained_cfg.hf_hub_filename else ()
@@ -95,7 +95,7 @@ def _hub_weights(name: str) -> StateDict:
         return dict(torch.hub.load_state_dict_from_url(pretrained_cfg.url, map_location="cpu", weights_only=True))
     except Exception as error:  # hub clients raise their own types for being offline
         raise DataError(
-            f"{KEY}=true: the weights of {name} can't be fetched ({error}); "
+            f"{key}=true: the weights of {name} can't be fetched ({error}); "
             "without a network, give the path of a weights file"
         ) from error
 
@@ -111,16 +111,16 @@ def check_weights(config: ModelConfig, data: DataConfig) -> None:
     if config.pretrained is True:
         _hub_config(config.name)
         source = f"timm hub, {config.name}"
-        weights = _without_values(lambda: timm.create_model(config.name)).state_dict()
+        weights = without_values(lambda: timm.create_model(config.name)).state_dict()
     else:
         weights, source = load_weights(Path(config.pretrained).expanduser(), "meta")
-    model = _without_values(lambda: build_model(dataclasses.replace(config, pretrained=False), info)[0])
+    model = without_values(lambda: build_model(dataclasses.replace(config, pretrained=False), info)[0])
     _, report = match(model, weights, source, KEY, checkpoint_filter(timm_arguments(config, info)))
     if not config.pretrained_partial:
         require_half(model, report, KEY)
 
 
-def _without_values(build: Callable[[], nn.Module]) -> nn.Module:
+def without_values(build: Callable[[], nn.Module]) -> nn.Module:
     """A model on the device meta."""
     try:
         with torch.device("meta"):

@@ -24,17 +24,17 @@ _MAX_SHOWN = 3  # names of tensors, or keys, in a message
 _RESAVE = "where you trust it, load it by torch.load(..., weights_only=False), and torch.save its state dict alone"
 
 
-def load_weights(path: Path, device: str = "cpu") -> tuple[StateDict, str]:
+def load_weights(path: Path, device: str = "cpu", key: str = "model.pretrained") -> tuple[StateDict, str]:
     """Read the state dict of a PyTorch or safetensors file, and describe it; no code in the file runs.
 
     The content decides, not the name's ending. On the device "meta" there are names and shapes without values.
-    ConfigError if the file can't be read, or holds no state dict.
+    ConfigError, which names `key`, if the file can't be read, or holds no state dict.
     """
     try:
         loaded = _read(path, device)
     except Exception as error:  # UnpicklingError, RuntimeError, EOFError, KeyError, OSError, SafetensorError, ...
         reason = _reason(path, error)
-        raise ConfigError(f"model.pretrained={path} can't be loaded as plain weights: {reason}") from error
+        raise ConfigError(f"{key}={path} can't be loaded as plain weights: {reason}") from error
     source = str(path)
     while isinstance(loaded, dict) and (keys := _inside(loaded)):
         if len(keys) > 1:
@@ -44,7 +44,7 @@ def load_weights(path: Path, device: str = "cpu") -> tuple[StateDict, str]:
     weights = {_WRAPPERS.sub("", str(name)): value for name, value in tensors if isinstance(value, torch.Tensor)}
     if not weights:
         found = f"a dict of {_some(list(loaded))}" if isinstance(loaded, dict) else f"a {type(loaded).__name__}"
-        raise ConfigError(f"model.pretrained={path} holds no state dict, but {found}: save that of a model alone")
+        raise ConfigError(f"{key}={path} holds no state dict, but {found}: save that of a model alone")
     return weights, source
 
 

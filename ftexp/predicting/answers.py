@@ -47,14 +47,20 @@ def answered(outputs: Tensor, info: DataInfo, top_k: int) -> tuple[Any, Any]:
     """Return classes and numbers, [rows, top_k], of outputs [rows, num_classes], that the columns are made of."""
     import torch
 
-    outputs = outputs.float()
     if info.task == SINGLE_LABEL:
-        surest = outputs.softmax(1).topk(top_k)
+        surest = probabilities(outputs, info).topk(top_k)
         return surest.indices.cpu(), surest.values.cpu()
-    classes = torch.arange(top_k).expand(len(outputs), top_k)
-    if info.task == MULTI_LABEL:
-        return classes, outputs.sigmoid().cpu()
-    return classes, torch.from_numpy(in_units(outputs.cpu().numpy(), info.target_mean, info.target_std))
+    return torch.arange(top_k).expand(len(outputs), top_k), probabilities(outputs, info).cpu()
+
+
+def probabilities(outputs: Tensor, info: DataInfo) -> Tensor:
+    """Return each class's probability, or each target in its own unit, of outputs [rows, num_classes]."""
+    import torch
+
+    outputs = outputs.float()
+    if info.task == REGRESSION:
+        return torch.from_numpy(in_units(outputs.cpu().numpy(), info.target_mean, info.target_std))
+    return outputs.sigmoid() if info.task == MULTI_LABEL else outputs.softmax(1)
 
 
 def answers_of(plan: Plan, task: str) -> AnswerColumns:

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Iterator
 
 from ftexp.config.metric_names import ALWAYS_LOGGED
-from ftexp.job.stopwatch import SECTIONS
+from ftexp.job.stopwatch import SECTIONS, TEACHER
 from ftexp.report import tables
 from ftexp.report.charts import Mark, line_chart, timeline_chart
 from ftexp.report.confusion import confusion_chart
@@ -30,7 +30,9 @@ class Report:
         self.run, self._state = run, run.state
         self._timeline = build_timeline(run)
         self._rates = throughput(run, self._timeline)
-        self._metrics = (*ALWAYS_LOGGED, *run.config.get("train", {}).get("metrics", []))
+        metrics = run.config.get("train", {}).get("metrics") or []
+        # a chart's file is called what the metric is
+        self._metrics = (*ALWAYS_LOGGED, *(name for name in metrics if str(name).isidentifier()))
         self.charts = dict(self._charts())
 
     def _charts(self) -> Iterator[tuple[str, Drawing]]:
@@ -106,6 +108,8 @@ class Report:
             top = f"best {best['val_accuracy']:.4f} at epoch {best['epoch']}" if best.get("val_accuracy") else ""
             yield "val accuracy", f"{accuracy:.4f}", top
         yield "steps", f"{state.get('step', 0):,}", f"{state.get('epoch', 0):,} epochs"
+        if stopped := state.get("stopped"):
+            yield "stopped early", f"epoch {stopped['epoch']:,}", cut(stopped["reason"], 120)
         goodput = state.get("goodput")
         yield "time", duration(state.get("seconds", 0.0)), f"{state.get('attempts', 0):,} attempts"
         if goodput is not None:
@@ -118,5 +122,6 @@ class Report:
             yield "images/s", f"{statistics.median(rate for _, rate in self._rates):,.0f}", "median while training"
 
 
-_SECTIONS = dict(zip(SECTIONS, ("val", "train", "restoring", "test", "replaying"), strict=True))  # their colours
+_ROLES = ("val", "train", "restoring", "test", "replaying", "restarting")
+_SECTIONS = dict(zip((*SECTIONS, TEACHER), _ROLES, strict=True))  # their colours
 _STATUS = {"finished": "good", "failed": "bad", "interrupted": "paused", "running": "paused"}

@@ -36,6 +36,11 @@ def worst_classes(evaluation: Record) -> list[Record]:
 
 def measured(evaluation: Record) -> str:
     """Say how good the model is on all samples together."""
+    others = (evaluation.get("metrics") or {}).items()
+    return ", ".join([_of_task(evaluation), *(f"{name} {decimals(value)}" for name, value in others)])
+
+
+def _of_task(evaluation: Record) -> str:
     task = evaluation.get("task")
     if task == REGRESSION:
         return ", ".join(f"{title} {digits(evaluation.get(key))}" for title, key in _OF_TARGETS)

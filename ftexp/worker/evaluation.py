@@ -38,7 +38,8 @@ def evaluate(job: Job, split: str, findings: Findings | None = None) -> None:
                 dist.broadcast(buffer, src=0)
     batches = evaluation_batches(data.rows[split], data.to_tensors, _batch_size(job), group.rank, group.world_size)
     metric_set = metric_set_of(job.config, job.info, group.device)
-    values = measured(split, models, learner.as_logits, batches, learner.autocast, findings, metric_set, job.info.task)
+    autocast, task = learner.autocast, job.info.task
+    values = measured(split, models, learner.as_logits, batches, autocast, findings, metric_set, task)
     log_point(job, split, values)
 
 

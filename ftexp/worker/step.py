@@ -18,7 +18,7 @@ from ftexp.evaluation.tasks import TASKS
 from ftexp.failure.nonfinite import before_step, put_back
 from ftexp.job.job import Job
 from ftexp.job.learner import Learner
-from ftexp.job.stopwatch import BACKWARD, FORWARD, OPTIMIZER
+from ftexp.job.stopwatch import BACKWARD, FORWARD, OPTIMIZER, TEACHER
 from ftexp.model.freezing import classifier_parameters
 from ftexp.wire import events
 from ftexp.wire.messages import Happened
@@ -71,10 +71,15 @@ def _seed_step(job: Job) -> None:
 
 def _forward_backward(job: Job, micro: MicroBatch) -> Tensor:
     """Add the gradient of a micro-batch; returns its losses, [rows]."""
-    learner = job.learner
-    logits = learner.forward(micro.images)
+    learner, distiller = job.learner, job.learner.distiller
+    if distiller is not None:
+        answers = distiller.answers(micro.images)
+        job.stopwatch.lap(TEACHER)
+    logits, compared = learner.forward(micro.images)
     targets = micro.labels if micro.targets is None else micro.targets
     losses = learner.loss(logits.float(), targets)
+    if distiller is not None:
+        losses = distiller.losses(losses, compared, answers)
     job.stopwatch.lap(FORWARD)
     learner.scaler.scale((losses * micro.weights).sum()).backward()  # type: ignore[no-untyped-call]
     job.progress.train.add(losses, TASKS[job.info.task].right(logits[:: job.data.splits], targets), micro.weights > 0)
@@ -92,7 +97,7 @@ def _is_finite(job: Job, losses: list[Tensor], norm: Tensor | None) -> bool:
 
 
 def _gradient_norm(learner: Learner) -> Tensor:
-    gradients = [parameter.grad for parameter in learner.model.parameters() if parameter.grad is not None]
+    gradients = [parameter.grad for parameter in learner.trainable.parameters() if parameter.grad is not None]
     return torch.nn.utils.get_total_norm(gradients)
 
 
@@ -103,12 +108,13 @@ def _clip(learner: Learner, config: TrainConfig, norm: Tensor | None) -> None:
     learner.scaler.unscale_(learner.optimizer)
     if config.clip_grad_norm is not None:
         norm = _gradient_norm(learner) if norm is None else norm
-        torch.nn.utils.clip_grads_with_norm_(learner.model.parameters(), config.clip_grad_norm, norm)
+        torch.nn.utils.clip_grads_with_norm_(learner.trainable.parameters(), config.clip_grad_norm, norm)
     elif config.clip_grad_value is not None:
-        torch.nn.utils.clip_grad_value_(learner.model.parameters(), config.clip_grad_value)
+        torch.nn.utils.clip_grad_value_(learner.trainable.parameters(), config.clip_grad_value)
     else:
-        head = classifier_parameters(learner.model)
-        body = [parameter for name, parameter in learner.model.named_parameters() if name not in head]
+        names = classifier_parameters(learner.model)
+        head = {id(parameter) for name, parameter in learner.model.named_parameters() if name in names}
+        body = [parameter for parameter in learner.trainable.parameters() if id(parameter) not in head]
         adaptive_clip_grad(body, config.clip_grad_agc)
 
 
@@ -142,6 +148,9 @@ def settle_gradient_order(job: Job) -> None:
     learner, meter = job.learner, job.progress.train
     before = before_step(learner, meter)
     shape = (2, job.info.channels, job.info.image_size, job.info.image_size)
-    logits = learner.forward(torch.zeros(shape, device=job.group.device))
-    logits.float().sum().backward()  # type: ignore[no-untyped-call]
+    logits, compared = learner.forward(torch.zeros(shape, device=job.group.device))
+    total = logits.float().sum()
+    if compared is not logits:
+        total = total + compared.float().sum()
+    total.backward()  # type: ignore[no-untyped-call]
     put_back(learner, meter, before)

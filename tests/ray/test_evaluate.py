@@ -2,12 +2,17 @@
 
 import json
 
+import numpy as np
 import pytest
+import torch
 
 from ftexp import evaluate as module
+from ftexp.data.feeds.feed import ToTensors
 from ftexp.errors import StorageError
 from ftexp.evaluate import EvaluateConfig, _evaluate
 from ftexp.storage.directory import Storage
+from tests.support.configs import composed
+from tests.support.image_files import encoded, picture, put
 from tests.support.saved_runs import CHECKPOINT, saved_run
 
 pytestmark = pytest.mark.usefixtures("data_ray")
@@ -22,11 +27,14 @@ def run(tmp_path_factory):
 @pytest.mark.parametrize("options", ["", "?endpoint_override=http://here:9000/s3"])
 def test_out_is_a_file_in_any_folder(run, memory, options):
     out = f"memory://bucket/told/first.json{options}"
-    result = _evaluate(EvaluateConfig(run=run.storage.uri, out=out), run.config, run.storage)
+    asked = EvaluateConfig(run=run.storage.uri, out=out, metrics=["balanced_accuracy"])
+    result = _evaluate(asked, run.config, run.storage)
     assert result["written"] == out
     told = json.loads(Storage.at(f"memory://bucket/told{options}").read_bytes("first.json"))
     assert (told["checkpoint"], told["split"], told["num_samples"]) == (CHECKPOINT, "test", 12)
     assert told["accuracy"] == result["accuracy"]
+    recalls = [row["recall"] for row in told["classes"] if row["recall"] is not None]
+    assert told["metrics"] == {"balanced_accuracy": pytest.approx(sum(recalls) / len(recalls))}
     assert not run.storage.exists("evaluation_test.json")
 
 
@@ -36,11 +44,13 @@ def test_where_the_run_cannot_be_written_the_result_is_told_and_so_is_why(run, m
 
     monkeypatch.setattr(Storage, "write_bytes", refuse)
     result = _evaluate(EvaluateConfig(run=run.storage.uri), run.config, run.storage)
-    module._print(result)
+    module._print({**result, "metrics": {"auroc": 0.5, "top5": None}})
     assert result["num_samples"] == 12
     target = f"{run.storage.uri}/evaluation_test.json"
     advice = f"! not written to {target}: [Errno 30] Read-only file system; add out=<file> for another place"
-    assert advice in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert advice in printed
+    assert "auroc 0.5000\ntop5 -\n" in printed
     with pytest.raises(StorageError, match=r"out=.* can't be written: .*Read-only file system"):
         _evaluate(EvaluateConfig(run=run.storage.uri, out="/there/told.json"), run.config, run.storage)
 
@@ -54,3 +64,28 @@ def test_with_tta_the_logits_of_mirror_images_are_averaged_and_the_plain_evaluat
     assert json.loads(run.storage.read_bytes("evaluation_test.json"))["loss"] == plain["loss"]
     assert (plain["tta"], result["tta"]) == ("none", "hflip")
     assert result["loss"] != plain["loss"]
+
+
+def test_other_data_are_counted_by_the_names_of_their_classes(run, tmp_path, capsys):
+    names = {"cow": [1, 2, 3], "ant": [4, 5], "dog": [6, 7]}  # the run knows ant, bee, cow, in this order
+    for name, seeds in names.items():
+        for seed in seeds:
+            put(tmp_path / "photos" / name / f"{seed}.png", encoded(picture(seed, size=8)))
+    photos = composed("data=image_folder", f"data.root={tmp_path / 'photos'}", "augment=none")
+    config = EvaluateConfig(run=run.storage.uri)
+    other = module._on_other_data(run.config, photos, run.storage)
+    result = _evaluate(config, other, run.storage, is_other=True)
+    module._print(result)
+    assert "new classes, 2 samples excluded: dog (2)" in capsys.readouterr().out
+    assert (result["split"], result["num_samples"], result["written"]) == (
+        "all", 5, f"{run.storage.uri}/evaluation_photos_all.json",
+    )  # fmt: skip
+    assert (result["missing_classes"], result["new_classes"]) == (["bee"], {"dog": 2})
+    assert [(row["class"], row["num_samples"]) for row in result["classes"]] == [("ant", 2), ("cow", 3)]
+    model = run.model(run.store.read_file(run.store.by_name(CHECKPOINT), "model.pt"))
+    pixels = np.stack([picture(seed, size=8) for seed in (4, 5, 1, 2, 3)])
+    labels = torch.tensor([0, 0, 2, 2, 2])
+    with torch.inference_mode():
+        logits = model(ToTensors(run.info, torch.device("cpu"), False)(pixels))
+    assert result["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-5)
+    assert result["accuracy"] == (logits.argmax(1) == labels).sum().item() / 5

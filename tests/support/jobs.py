@@ -16,11 +16,13 @@ from ftexp.config.schema import (
     AugmentConfig,
     CheckpointConfig,
     Config,
+    DistillConfig,
     EmaConfig,
     LossConfig,
     ModelConfig,
     OptimConfig,
     ScheduleConfig,
+    StoppingConfig,
     TrainConfig,
 )
 from ftexp.data.augment.erasing import Erasing
@@ -35,12 +37,14 @@ from ftexp.evaluation.meter import Meter
 from ftexp.failure.nonfinite import NonFiniteRecovery
 from ftexp.job.data import TrainingData
 from ftexp.job.group import ProcessGroup
+from ftexp.job.hooks import Hooks
 from ftexp.job.job import Job, RunIdentity
 from ftexp.job.learner import Learner
 from ftexp.job.mfu import Utilisation
 from ftexp.job.progress import Progress
 from ftexp.job.stopwatch import Stopwatch
 from ftexp.model.build import as_logits, build_model
+from ftexp.model.distillation import Distiller
 from ftexp.model.ema import WeightsEMA
 from ftexp.model.freezing import Freezing
 from ftexp.model.loss_registry import LossContext
@@ -99,8 +103,12 @@ def make_job(
     augment=None,
     ema=None,
     loss=None,
+    stopping=None,
+    hooks=None,
     group=ALONE,
     attempt=1,
+    distill=None,
+    teacher=None,
     info=None,
     **train,
 ):
@@ -111,15 +119,21 @@ def make_job(
         augment=augment or AugmentConfig(),
         loss=loss or LossConfig(),
         ema=ema or EmaConfig(),
+        distill=distill or DistillConfig(),
+        stopping=stopping or StoppingConfig(),
+        hooks=hooks or {},
         train=TrainConfig(epochs=3, global_batch_size=batch, **train),
         checkpoint=CheckpointConfig(),
     )
     info = info or DataInfo(["dark", "light"], 8, 1, [0.5], [0.25], {})
-    return job_of(config, info, num_samples, group, attempt)
+    return job_of(config, info, num_samples, group, attempt, teacher)
 
 
-def job_of(config, info, num_samples, group=ALONE, attempt=1):
-    """A rank of a run whose classes are dark and light by turns; see `_stored` for those of other tasks."""
+def job_of(config, info, num_samples, group=ALONE, attempt=1, teacher=None):
+    """A rank of a run whose classes are dark and light by turns; see `_stored` for those of other tasks.
+
+    Taught by a `Teacher`, if one is given.
+    """
     train, augment, size = config.train, config.augment, info.image_size
     batch, precision = train.global_batch_size, train.precision
     generator = torch.Generator().manual_seed(0)
@@ -138,7 +152,9 @@ def job_of(config, info, num_samples, group=ALONE, attempt=1):
         built = built.to(memory_format=torch.channels_last)
     if train.compile:
         built.compile()
-    optimizer = build_optimizer(config.optim, train, built)
+    distiller = Distiller(config.distill, built, teacher, seed=5) if teacher is not None else None
+    trainable = built if distiller is None else distiller.trainable
+    optimizer = build_optimizer(config.optim, train, trainable)
     total = train.epochs * num_samples
     to_tensors = ToTensors(info, CPU, train.channels_last)
     plan = ShardPlan(batch, train.accumulate_steps, total, group.rank, group.world_size, augment.mixes)
@@ -147,13 +163,14 @@ def job_of(config, info, num_samples, group=ALONE, attempt=1):
     freezing.settle(epoch=0)
     loss_context = LossContext(config.loss, info.num_classes, train.label_smoothing, info.task, augment.splits)
     learner = Learner(
-        model=built, wrapped=built, wrap=lambda model: model, optimizer=optimizer,
+        model=built, wrapped=trainable, wrap=lambda model: model, optimizer=optimizer,
         scheduler=build_scheduler(config.schedule, optimizer, math.ceil(total / batch), num_samples / batch),
         scaler=torch.amp.GradScaler("cpu", enabled=precision == "fp16"),
         autocast=torch.autocast("cpu", dtype=DTYPES[precision], enabled=precision != "fp32"),
         as_logits=functools.partial(as_logits, config=config.model, num_classes=info.num_classes),
         loss=build_loss(loss_context, lambda: labels.bincount().tolist(), CPU),
         freezing=freezing, ema=WeightsEMA(config.ema, built) if config.ema.decay is not None else None,
+        distiller=distiller,
     )  # fmt: skip
     mixing = None
     if augment.mixes:
@@ -166,10 +183,12 @@ def job_of(config, info, num_samples, group=ALONE, attempt=1):
         erasing=Erasing(augment, 0, CPU) if augment.erase_prob else None,
         mixing=mixing,
     )  # fmt: skip
+    channel, progress = Lines(), Progress(Meter(CPU), total)
     return Job(
-        config=config, info=info, run=RunIdentity("x", attempt, {}), channel=Lines(), group=group,
-        learner=learner, data=data, progress=Progress(Meter(CPU), total), ledger=SampleLedger(None, 0, 0),
+        config=config, info=info, run=RunIdentity("x", attempt, {}), channel=channel, group=group,
+        learner=learner, data=data, progress=progress, ledger=SampleLedger(None, 0, 0),
         stopwatch=Stopwatch(), utilisation=Utilisation(CPU, precision, 1, (info.channels, size, size)),
+        hooks=Hooks(config, group, learner, progress, channel),
     )  # fmt: skip
 
 

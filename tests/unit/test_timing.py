@@ -116,7 +116,7 @@ def test_points_tell_of_speed_and_checkpoints_do_not(monkeypatch):
     train(job)
     log_train(job)
     (point,) = [sent.values for sent in job.channel.points()]
-    assert set(SPEEDS) - {"mfu"} <= point.keys()
+    assert set(SPEEDS) - {"mfu", "teacher_ms"} <= point.keys()
     assert min(point[f"{section}_ms"] for section in (FORWARD, BACKWARD, OPTIMIZER)) > 0
     assert point["decode_ms"] == 1.5
     assert not {*SPEEDS, "decode_ms"} & job.progress.metrics.keys()

@@ -34,7 +34,7 @@ def logged_metrics(config: Config) -> list[str]:
 
 def unlogged(key: str, metric: str, logged: list[str]) -> str:
     """Return the message for a metric that is not among those `logged`."""
-    name = _kind_of(metric)
+    name = name_of(metric)
     if name in METRICS and metric.startswith(("val_", "test_")):
         return f"{key}={metric} is written by no run without train.metrics=[{name}]: add {name} there"
     return f"{key}={metric} is written by no run.{did_you_mean(metric, logged)} Metrics: {', '.join(logged)}"
@@ -42,12 +42,12 @@ def unlogged(key: str, metric: str, logged: list[str]) -> str:
 
 def better_of(logged: str) -> str | None:
     """Return whether a logged metric is better at its max or its min; None where only a plug-in knows."""
-    name = _kind_of(logged)
+    name = name_of(logged)
     if name in ALWAYS_LOGGED:
         return "min" if name == "loss" else "max"
     return METRICS[name].better if name in METRICS else None
 
 
-def _kind_of(logged: str) -> str:
+def name_of(logged: str) -> str:
     """Return the metric's name without its split, and without whose it is."""
     return logged.partition("_")[2].removesuffix("_ema")

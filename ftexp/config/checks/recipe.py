@@ -16,6 +16,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from ftexp.config.checks.wording import unknown
+from ftexp.config.checks.wording import unused as _unused
 from ftexp.config.fields import typed_keys
 from ftexp.config.masking import flat
 from ftexp.config.schema import (
@@ -157,6 +158,8 @@ def check_pictures(config: Config) -> Iterator[str]:
                 f"augment.{name}={_USUAL_LIMITS[name]}, say"
             )
     yield from _jitter_problems(augment)
+    if augment.custom and not config.plugins:
+        yield f"augment.custom names {', '.join(augment.custom)}, and no plug-in is imported: add plugins=[...]"
     if not augment.changes_pictures:
         return
     if augment.rand_augment is not None:
@@ -165,7 +168,7 @@ def check_pictures(config: Config) -> Iterator[str]:
             f"augment.rand_augment=null augment.auto_augment={augment.rand_augment}"
         )
     if config.data.channels not in (1, 3):
-        names = ("crop", "vflip", "auto_augment", "color_jitter", "grayscale", "gaussian_blur")
+        names = ("crop", "vflip", "auto_augment", "color_jitter", "grayscale", "gaussian_blur", "custom")
         given = [f"augment.{name}={getattr(augment, name)}" for name in names if _is_set(augment, name)]
         yield f"{' and '.join(given)}: for grey or RGB, and data.channels={config.data.channels}: take that out"
 
@@ -386,12 +389,3 @@ def check_freeze(config: Config) -> Iterator[str]:
                 f"{key} comes after the last epoch, of train.epochs={config.train.epochs} counted from 0: lower it, "
                 "or write null, for a part that is never trained"
             )
-
-
-def _unused(node: Any, prefix: str, names: tuple[str, ...], needs: str) -> Iterator[str]:
-    """A message for each of `names` that isn't at its default, where nothing reads it."""
-    defaults = type(node)()
-    for name in names:
-        value = getattr(node, name)
-        if value != getattr(defaults, name):
-            yield f"{prefix}.{name}={value} {needs}: take it out, or set that too"

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 
 from ftexp.config.checks.checkpoint import check_checkpoint
 from ftexp.config.checks.data import check_data
+from ftexp.config.checks.distill import check_distill
 from ftexp.config.checks.failure import check_chaos, check_failure
 from ftexp.config.checks.metrics import check_metrics
 from ftexp.config.checks.model import check_model
@@ -27,6 +28,7 @@ from ftexp.config.checks.recipe import (
 )
 from ftexp.config.checks.run import check_run
 from ftexp.config.checks.scaling import check_batch, check_scaling
+from ftexp.config.checks.stopping import check_hooks, check_stopping
 from ftexp.config.checks.sweep import check_sweep
 from ftexp.config.checks.tasks import check_task
 from ftexp.config.checks.trackers import tracker_problems
@@ -69,12 +71,15 @@ _CHECKS: dict[Callable[[Config], Iterator[str]], tuple[str, ...]] = {
     check_optim: ("optim.name",),
     check_schedule: ("schedule.warmup_epochs", "schedule.min_lr", "train.epochs", "optim.lr"),
     check_average: (),
+    check_distill: ("distill.pretrained", "distill.kind"),
     check_drop_path: ("model.name",),
     check_freeze: ("train.epochs",),
     check_scaling: (),
     check_compiler: (),
     check_batch: ("train.global_batch_size", "train.accumulate_steps"),
     check_metrics: (),
+    check_stopping: ("train.epochs", "stopping.patience_epochs", "stopping.mode"),
+    check_hooks: (),
     check_checkpoint: ("checkpoint.checkpoint_score_order",),
     check_chaos: ("chaos.kind",),
     tracker_problems: (),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 from ftexp.registry import did_you_mean
 
 
@@ -17,3 +20,12 @@ def yaml_text(value: object) -> str:
 def unknown(key: str, value: str, known: frozenset[str], where: str) -> str:
     """Return the message for a name that is not among the `known` ones; `where` ends it."""
     return f"{key}='{value}' is unknown.{did_you_mean(value, known)} {where}"
+
+
+def unused(node: Any, prefix: str, names: tuple[str, ...], needs: str) -> Iterator[str]:
+    """Yield a message for each of `names` that isn't at its default, where nothing reads it."""
+    defaults = type(node)()
+    for name in names:
+        value = getattr(node, name)
+        if value != getattr(defaults, name):
+            yield f"{prefix}.{name}={value} {needs}: take it out, or set that too"

@@ -1,5 +1,7 @@
 """Augmentation of one picture where it is decoded, in timm's order: crop, flips, auto_augment, colour, grey, blur.
 
+The user's own come last.
+
 What becomes of it depends on (seed, position) and the picture only. Everything draws from one stream of that position,
 as timm's transforms draw from the global generators. torch isn't imported, unless that is how the picture is scaled.
 """
@@ -17,9 +19,11 @@ from PIL import Image, ImageEnhance
 
 from ftexp.config.schema import AugmentConfig
 from ftexp.data.augment.auto_augment import AutoAugment, hparams_of
+from ftexp.data.augment.registry import augmentations
 from ftexp.data.cropping import Fit, RandomCrop, fitted
 from ftexp.data.decoder import RESAMPLING, Picture, UInt8s, as_pillow, pixels_of
 from ftexp.data.order import Int64s, derive_seed
+from ftexp.registry import load_plugins
 
 _STREAM = 0x706963  # keeps these draws apart from other uses of the run's seed
 _SCALES = {"rrc": (0.08, 1.0), "rkrc": (0.8, 1.0), "rkrr": (0.8, 1.0)}  # timm's defaults
@@ -33,9 +37,11 @@ _TAP_UNIT = 2.0**-22
 class PictureAugment:
     """Pictures of one or three channels and any size -> uint8 [size, size, channels], by position."""
 
-    def __init__(self, config: AugmentConfig, seed: int, fit: Fit) -> None:
-        """`fit` is what a whole picture is fitted to where `config.crop` is none."""
-        self._config, self._run_seed, self._fit = config, seed, fit
+    def __init__(self, config: AugmentConfig, seed: int, fit: Fit, plugins: Sequence[str] = ()) -> None:
+        """`fit` is what a whole picture is fitted to where `config.crop` is none; `plugins` have `config.custom`."""
+        self._config, self._run_seed, self._fit, self._plugins = config, seed, fit, plugins
+        load_plugins(plugins if config.custom else ())  # in each process that decodes
+        self._custom = augmentations(config.custom)
         self._seed = derive_seed(seed, _STREAM)
         self._crop = _crop(config, fit.size) if config.crop != "none" else None
         self._auto_augment = _auto_augment(config, fit) if config.auto_augment is not None else None
@@ -84,7 +90,9 @@ class PictureAugment:
         if self._auto_augment is not None or self._jitter or config.grayscale:
             pixels = pixels_of(self._recoloured(as_pillow(pixels)))
         if self._happens(config.gaussian_blur):
-            return blurred(pixels, self._draws.uniform(*_BLUR_SIGMAS))
+            pixels = blurred(pixels, self._draws.uniform(*_BLUR_SIGMAS))
+        for change in self._custom:
+            pixels = change(pixels, self._draws)
         return pixels
 
     def _recoloured(self, image: Image.Image) -> Image.Image:
@@ -99,7 +107,7 @@ class PictureAugment:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle what it is made of: generators and a module stay where they are."""
-        return PictureAugment, (self._config, self._run_seed, self._fit)
+        return PictureAugment, (self._config, self._run_seed, self._fit, self._plugins)
 
     def _happens(self, probability: float) -> bool:
         """Draw whether to do something that is done at all."""

@@ -1,0 +1,166 @@
+"""Finding a run's teacher: which weights `distill.teacher` means, and whether they can teach, before Ray starts."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ftexp.cli.trained_run import SavedRun, choose
+from ftexp.config.checks.distill import is_timm_name
+from ftexp.config.schema import Config, DistillConfig, ModelConfig
+from ftexp.driver.resume import recorded
+from ftexp.errors import CheckpointError, ConfigError
+from ftexp.model.teacher_spec import KEY, TeacherSpec
+from ftexp.storage.directory import Storage
+
+if TYPE_CHECKING:
+    from ftexp.checkpoint.store import Manifest
+
+_CONFIG_FILE = "config.json"  # timm's, beside weights
+_FILES = {"raw": "model.pt", "ema": "extra_state.pt"}  # of a checkpoint
+
+
+def with_teacher(config: Config, run_dir: Storage) -> tuple[Config, TeacherSpec | None]:
+    """Find the teacher and see whether it fits. It takes torch and timm, so that it costs seconds.
+
+    Args:
+        config: a checked config.
+        run_dir: of the run that learns.
+
+    Returns:
+        The config, which names the very weights, and what workers build. Without a teacher, the config and None.
+
+    Raises:
+        ConfigError: there is no such teacher, or it can't teach this model.
+    """
+    distill = config.distill
+    if distill.teacher is None:
+        return config, None
+    from ftexp.cluster.ray_cluster import prepare_environment
+
+    prepare_environment(config)  # a plug-in may import Ray
+    if is_timm_name(distill.teacher, has_plugins=bool(config.plugins)):
+        spec, place = _named(config), dict[str, Any]()
+    elif (path := Path(distill.teacher).expanduser()).is_file():
+        spec, place = _of_file(config, path), {"teacher": str(path.absolute())}
+    else:
+        spec, place = _of_run(config, distill.teacher, (recorded(run_dir) or {}).get("distill.sha256"))
+    if distill.sha256 not in (None, spec.sha256):
+        raise ConfigError(
+            f"distill.sha256={distill.sha256}, and that of {KEY}={spec.source} is {spec.sha256}: take the teacher that "
+            "was meant, or take distill.sha256 out"
+        )
+    from ftexp.model.teacher_fit import check_teacher
+
+    spec = check_teacher(spec, config)
+    found = dataclasses.replace(distill, sha256=spec.sha256, **place)
+    return dataclasses.replace(config, distill=found), spec
+
+
+def _named(config: Config) -> TeacherSpec:
+    """The spec of a timm name, with the hub's weights or those of a file."""
+    distill, data = config.distill, config.data
+    assert distill.teacher is not None
+    if isinstance(distill.pretrained, str):
+        path = Path(distill.pretrained).expanduser().absolute()
+        model = ModelConfig(name=distill.teacher, kwargs=distill.kwargs, pretrained=str(path))
+        return _with_file(config, model, path, f"{distill.teacher} of {path}")
+    model = ModelConfig(name=distill.teacher, kwargs=distill.kwargs, pretrained=True)
+    return TeacherSpec(
+        model=model,
+        source=f"{distill.teacher}, timm's hub",
+        class_names=None,
+        num_classes=None,
+        image_size=distill.image_size or data.image_size,
+        channels=data.channels,
+        **_statistics(config, model),
+    )
+
+
+def _of_file(config: Config, path: Path) -> TeacherSpec:
+    """The spec of a weights file that has timm's config.json beside it."""
+    try:
+        content = json.loads(path.with_name(_CONFIG_FILE).read_text(encoding="utf-8"))
+        name, arguments = content["architecture"], {**content.get("model_args", {})}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{KEY}={path}: no {_CONFIG_FILE} of timm's beside it says which architecture that is; give "
+            f"{KEY}=<timm name> distill.pretrained={path}"
+        ) from error
+    for key in ("img_size", "in_chans", "num_classes"):
+        arguments.pop(key, None)
+    size = (content.get("pretrained_cfg", content).get("input_size") or [config.data.channels, None])[-1]
+    spec = _with_file(
+        config, ModelConfig(name=name, kwargs=arguments, pretrained=str(path.absolute())), path, str(path)
+    )
+    return dataclasses.replace(
+        spec,
+        class_names=content.get("label_names") if isinstance(content.get("label_names"), list) else None,
+        image_size=config.distill.image_size or size or config.data.image_size,
+    )
+
+
+def _with_file(config: Config, model: ModelConfig, path: Path, source: str) -> TeacherSpec:
+    from ftexp.model.teacher import sha256_of
+
+    return TeacherSpec(
+        model=model,
+        source=source,
+        class_names=None,
+        num_classes=None,
+        image_size=config.distill.image_size or config.data.image_size,
+        channels=config.data.channels,
+        sha256=sha256_of(path),
+        **_statistics(config, model),
+    )
+
+
+def _statistics(config: Config, model: ModelConfig) -> dict[str, Any]:
+    """The mean and the std that a teacher's weights were trained with: those of the data where timm doesn't say."""
+    from ftexp.model.preprocessing import preprocessing_of
+
+    found, _ = preprocessing_of(model, config.data.channels)
+    return {name: found.get(name, getattr(config.data, name)) for name in ("mean", "std")}
+
+
+def _of_run(config: Config, uri: str, begun: str | None) -> tuple[TeacherSpec, dict[str, str]]:
+    """The spec of a run's checkpoint, and how the config names it. begun: see `_checkpoint`."""
+    distill = config.distill
+    try:
+        run = SavedRun.at(uri)
+        manifest = _checkpoint(run, distill, begun)
+        sha256 = manifest.files[_FILES[distill.weights]]["sha256"]
+        if distill.weights == "ema" and run.config.ema.decay is None:
+            raise ConfigError("distill.weights=ema, but it had no average of its weights (ema.decay): take raw")
+    except (ConfigError, CheckpointError) as error:
+        raise ConfigError(f"{KEY}={uri}: {error}") from error
+    info = run.info
+    spec = TeacherSpec(
+        model=dataclasses.replace(run.config.model, pretrained=False),
+        source=f"{run.storage.uri}, {manifest.name}",
+        class_names=info.class_names,
+        num_classes=info.num_classes,
+        image_size=distill.image_size or info.image_size,
+        channels=info.channels,
+        mean=info.mean,
+        std=info.std,
+        plugins=tuple(run.config.plugins),
+        uri=run.store.storage.child(manifest.name).uri,
+        file=_FILES[distill.weights],
+        sha256=sha256,
+    )
+    return spec, {"teacher": run.storage.uri, "checkpoint": manifest.name}
+
+
+def _checkpoint(run: SavedRun, distill: DistillConfig, begun: str | None) -> Manifest:
+    """The checkpoint that `distill.checkpoint` means.
+
+    begun: the hash of the weights that a run that resumes began with: best and latest mean these as long as they exist.
+    """
+    if begun is not None and distill.checkpoint in ("best", "latest"):
+        for manifest in run.store.manifests(lambda *_: None):
+            if manifest.files[_FILES[distill.weights]]["sha256"] == begun:
+                return manifest
+    return choose(run.store, distill.checkpoint, run.config)

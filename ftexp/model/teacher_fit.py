@@ -1,0 +1,84 @@
+"""Whether a teacher fits: its weights, its classes, and the student; before any worker starts."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from timm.models import get_pretrained_cfg
+from torch import nn
+
+from ftexp.config.schema import FEATURES, LOGITS, TOKEN, Config
+from ftexp.data.info import DataInfo
+from ftexp.errors import ConfigError
+from ftexp.model.build import build_model, timm_arguments, without_values
+from ftexp.model.matching import match
+from ftexp.model.teacher import own_info, require_whole
+from ftexp.model.teacher_spec import KEY, TeacherSpec
+from ftexp.model.timm_private import checkpoint_filter, classifier_names
+from ftexp.model.weights import load_weights
+from ftexp.registry import load_plugins
+
+
+def check_teacher(spec: TeacherSpec, config: Config) -> TeacherSpec:
+    """Return the spec, with the number of its classes; ConfigError if the teacher can't teach this model.
+
+    Looks at names and shapes alone. Weights of timm's hub aren't fetched.
+    """
+    load_plugins([*config.plugins, *spec.plugins])
+    kind, data = config.distill.kind, config.data
+    if spec.channels != data.channels:
+        raise ConfigError(
+            f"{KEY}={spec.source} sees {spec.channels} channels, and data.channels={data.channels}: take a teacher "
+            "that was trained on such images"
+        )
+    own = own_info(spec, 2)
+    model = without_values(lambda: build_model(dataclasses.replace(spec.model, pretrained=False), own)[0])
+    if spec.model.pretrained is True:
+        spec = dataclasses.replace(spec, num_classes=_check_hub(spec))
+    elif isinstance(spec.model.pretrained, str):
+        spec = dataclasses.replace(spec, num_classes=_check_file(spec, model, own, kind))
+    if kind != LOGITS:
+        _check_student(config)
+    if kind == FEATURES:
+        _require_features(model, f"{KEY}={spec.source}")
+    return spec
+
+
+def _check_hub(spec: TeacherSpec) -> int:
+    """Return how many classes timm's weights of a teacher tell apart; ConfigError if it has none."""
+    pretrained_cfg = get_pretrained_cfg(spec.model.name)
+    if pretrained_cfg is None or not pretrained_cfg.has_weights:
+        raise ConfigError(f"{KEY}={spec.model.name}: timm's hub has no weights of it; give distill.pretrained=<file>")
+    return int(pretrained_cfg.num_classes)
+
+
+def _check_file(spec: TeacherSpec, model: nn.Module, own: DataInfo, kind: str) -> int | None:
+    """Return how many classes a file's weights tell apart, if that can be seen."""
+    weights, source = load_weights(Path(spec.model.pretrained), "meta", KEY)
+    _, report = match(model, weights, source, KEY, checkpoint_filter(timm_arguments(spec.model, own)))
+    # a classifier of another shape is there; its classes are counted once those of the data are known
+    require_whole(model, dataclasses.replace(report, missing=sorted({*report.missing} - {*report.unused})), kind)
+    shapes = [weights[f"{name}.weight"].shape for name in classifier_names(model) if f"{name}.weight" in weights]
+    return int(shapes[0][0]) if shapes else spec.num_classes
+
+
+def _check_student(config: Config) -> None:
+    names = [str(number) for number in range(config.data.num_classes or 2)]
+    info = DataInfo(names, config.data.image_size, config.data.channels, config.data.mean, config.data.std, {})
+    model = without_values(lambda: build_model(dataclasses.replace(config.model, pretrained=False), info)[0])
+    if config.distill.kind == FEATURES:
+        _require_features(model, f"model.name={config.model.name}")
+    elif not hasattr(model, "set_distilled_training"):
+        raise ConfigError(
+            f"distill.kind={TOKEN}: model.name={config.model.name} has no distillation token; take a model that has, "
+            "such as deit_tiny_distilled_patch16_224, or distill.kind=logits"
+        )
+
+
+def _require_features(model: nn.Module, given: str) -> None:
+    if not (hasattr(model, "forward_features") and hasattr(model, "forward_head") and hasattr(model, "num_features")):
+        raise ConfigError(
+            f"distill.kind={FEATURES}: {given} has no pooled features (forward_features, forward_head, num_features): "
+            "take distill.kind=logits"
+        )

@@ -1,0 +1,52 @@
+"""What a teacher is, as the driver finds out and workers build it. Imports neither torch nor timm."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ftexp.config.schema import FEATURES, ModelConfig
+from ftexp.data.info import DataInfo
+from ftexp.errors import ConfigError
+
+KEY = "distill.teacher"
+_ADVICE = "take a teacher of these classes, or distill.kind=features, which needs none"
+_MAX_SHOWN = 3  # names of classes in a message
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherSpec:
+    """A frozen model: what it is built as, where its weights lie, and how images are prepared for it."""
+
+    model: ModelConfig  # `pretrained`: true for the hub's weights, the path of a file; false for those of a run
+    source: str  # names it in messages
+    class_names: list[str] | None  # None: not known
+    num_classes: int | None  # likewise
+    image_size: int
+    channels: int
+    mean: list[float]
+    std: list[float]
+    plugins: tuple[str, ...] = ()  # that it needs
+    uri: str | None = None  # of a run's checkpoint, with `file` in it
+    file: str = "model.pt"  # or extra_state.pt, for the EMA
+    sha256: str | None = None  # of the file that holds the weights; None: of the hub
+
+
+def require_same_classes(spec: TeacherSpec, info: DataInfo, kind: str) -> None:
+    """ConfigError if the teacher tells other classes apart than the data have; features need none."""
+    if kind == FEATURES:
+        return
+    if spec.class_names is not None and sorted(spec.class_names) != sorted(info.class_names):
+        lacks = _some(set(info.class_names) - set(spec.class_names), "it lacks")
+        more = _some(set(spec.class_names) - set(info.class_names), "the data lack")
+        found = "; ".join(each for each in (lacks, more) if each)
+        raise ConfigError(f"{KEY}={spec.source} knows other classes than the data: {found}; {_ADVICE}")
+    if spec.num_classes is not None and spec.num_classes != info.num_classes:
+        raise ConfigError(
+            f"{KEY}={spec.source} tells {spec.num_classes:,} classes apart, and the data have {info.num_classes:,}: "
+            f"{_ADVICE}"
+        )
+
+
+def _some(names: set[str], title: str) -> str:
+    more = f" and {len(names) - _MAX_SHOWN} more" if len(names) > _MAX_SHOWN else ""
+    return f"{title} {', '.join(sorted(names)[:_MAX_SHOWN])}{more}" if names else ""
