@@ -55,7 +55,7 @@ _ADVICE = {
 _RAND_AUGMENT_SETS = ("weights", "3a", "3aw")
 _USUAL_LIMITS = {"scale": "[0.08,1]", "ratio": "[0.75,1.33]"}
 _MAX_HUE = 0.5  # half the colour circle
-_BY_VIEW = ("auto_augment", "color_jitter", "grayscale", "gaussian_blur")  # what makes views of a sample differ
+_BY_VIEW = ("auto_augment", "color_jitter", "grayscale", "gaussian_blur", "custom")  # what makes views differ
 _WITHOUT_VIEWS = {
     "mixup_alpha": "samples of several views aren't mixed, as in timm; set it to 0",
     "cutmix_alpha": "samples of several views aren't mixed, as in timm; set it to 0",
@@ -131,6 +131,9 @@ def check_splits(config: Config) -> Iterator[str]:
     given = f"augment.splits={splits}"
     if loss != "jsd":
         yield f"{given} makes views of each sample, and loss.name={loss} doesn't compare them: set loss=jsd, or 1"
+    if config.distill.teacher is not None:
+        teacher = config.distill.teacher
+        yield f"{given} with distill.teacher={teacher}: a teacher is asked about one view; set either to its default"
     if not any(_is_set(augment, name) for name in _BY_VIEW):
         yield f"{given}: nothing makes the views differ; set augment.auto_augment=augmix-m3, say"
     for name, advice in _WITHOUT_VIEWS.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ftexp.config.schema import (
+    FEATURES,
     LOSSES,
     MULTI_LABEL,
     MULTI_LABEL_LOSSES,
@@ -47,6 +48,11 @@ def check_task(config: Config) -> Iterator[str]:
         yield (
             f"data.sampling={data.sampling} draws by the class of a sample, and labels of data.task={task} are "
             f"{_LABELS_OF[task]}: set data.sampling=shuffle{advice}"
+        )
+    if config.distill.teacher is not None and config.distill.kind != FEATURES:
+        yield (
+            f"distill.kind={config.distill.kind} compares softmax probabilities, and data.task={task} has none: set "
+            f"distill.kind={FEATURES}"
         )
     yield from _loss_problems(config)
     if task == REGRESSION:
