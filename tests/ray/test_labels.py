@@ -80,7 +80,7 @@ def test_the_sources_agree_on_sets_of_classes_in_both_feeds(tmp_path):
 
 
 def _streamed(bundle):
-    def never(*_):
-        raise AssertionError("nothing is bad or slow here")
+    def refuse(bad):
+        raise AssertionError(f"nothing is bad here: {bad}")
 
-    return StreamedRows(bundle.streams["train"], bundle.info, 1, never, never)
+    return StreamedRows(bundle.streams["train"], bundle.info, 1, refuse, on_slow=lambda _: None)
