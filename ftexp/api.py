@@ -89,7 +89,7 @@ class Run:
         from ftexp.storage.directory import Storage
 
         try:
-            lines = Storage.at(self.uri).read_bytes(METRICS_FILE).splitlines()
+            lines = Storage.at(self.uri).read_bytes(METRICS_FILE).decode().splitlines()
         except FileNotFoundError:
             lines = []
         return pd.DataFrame(parse_lines(lines))
@@ -235,13 +235,12 @@ def predict(
     import torch
 
     model, transform, class_names = load_model(run_or_checkpoint, weights)
-    parts = []
+    parts = [torch.empty(0, len(class_names))]
     with torch.inference_mode():
         for start in range(0, len(pictures), batch_size):
             images = torch.stack([transform(picture) for picture in pictures[start : start + batch_size]])
             parts.append(model(images).float().softmax(1))
-    values = torch.cat(parts).numpy() if parts else []
-    return pd.DataFrame(values, columns=class_names)
+    return pd.DataFrame(torch.cat(parts).numpy(), columns=class_names)
 
 
 @contextlib.contextmanager
