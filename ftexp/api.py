@@ -85,14 +85,13 @@ class Run:
         import pandas as pd
 
         from ftexp.rundir.names import METRICS_FILE
-        from ftexp.storage.append_log import parse_lines
+        from ftexp.storage.append_log import read_lines
         from ftexp.storage.directory import Storage
 
         try:
-            lines = Storage.at(self.uri).read_bytes(METRICS_FILE).decode().splitlines()
+            return pd.DataFrame(read_lines(Storage.at(self.uri), METRICS_FILE))
         except FileNotFoundError:
-            lines = []
-        return pd.DataFrame(parse_lines(lines))
+            return pd.DataFrame()
 
     @property
     def last(self) -> dict[str, float]:
@@ -174,6 +173,11 @@ def load_model(run_or_checkpoint: Run | str | Path, weights: str = "model") -> L
         ConfigError: there is no run.
         CheckpointError: the run has no checkpoint, it is damaged, or it has no average.
     """
+    run, model = _loaded(run_or_checkpoint, weights)
+    return LoadedModel(model, _transform(run), run.info.class_names)
+
+
+def _loaded(run_or_checkpoint: Run | str | Path, weights: str) -> tuple[SavedRun, nn.Module]:
     from ftexp.checkpoint.store import MANIFEST
     from ftexp.cli.trained_run import SavedRun, choose, read_weights
     from ftexp.storage.directory import Storage
@@ -185,8 +189,7 @@ def load_model(run_or_checkpoint: Run | str | Path, weights: str = "model") -> L
     is_checkpoint = place.exists(MANIFEST)
     run = SavedRun.at(place.parent.parent.uri if is_checkpoint else uri)
     manifest = choose(run.store, place.name if is_checkpoint else "best", run.config)
-    model = run.model(read_weights(run.store, manifest, _WEIGHTS[weights]))
-    return LoadedModel(model, _transform(run), run.info.class_names)
+    return run, run.model(read_weights(run.store, manifest, _WEIGHTS[weights]))
 
 
 def _transform(run: SavedRun) -> Callable[[Any], Tensor]:
@@ -227,20 +230,24 @@ def evaluate(run: Run | str | Path, overrides: Sequence[str] = ()) -> dict[str, 
 def predict(
     run_or_checkpoint: Run | str | Path, pictures: Sequence[Any], weights: str = "model", batch_size: int = 64
 ) -> pd.DataFrame:
-    """Return the probability of each class, a row for each picture: Pillow images, paths, or encoded images.
+    """Return the probability of each class, or the value of each target: a row for each picture.
+
+    pictures: Pillow images, paths, or encoded images.
 
     In this process, without Ray. For any number of files, there is `python -m ftexp.predict`.
     """
     import pandas as pd
     import torch
 
-    model, transform, class_names = load_model(run_or_checkpoint, weights)
-    parts = [torch.empty(0, len(class_names))]
+    from ftexp.predicting.answers import probabilities
+
+    run, model = _loaded(run_or_checkpoint, weights)
+    transform, parts = _transform(run), [torch.empty(0, run.info.num_classes)]
     with torch.inference_mode():
         for start in range(0, len(pictures), batch_size):
             images = torch.stack([transform(picture) for picture in pictures[start : start + batch_size]])
-            parts.append(model(images).float().softmax(1))
-    return pd.DataFrame(torch.cat(parts).numpy(), columns=class_names)
+            parts.append(probabilities(model(images), run.info))
+    return pd.DataFrame(torch.cat(parts).numpy(), columns=run.info.class_names)
 
 
 @contextlib.contextmanager

@@ -2,9 +2,10 @@
 
 Keys: run (a run directory or URI), checkpoint (best, latest, or a folder's name), split (train, val, test),
 weights (raw, ema), metrics (besides loss and accuracy; if not given, the run's train.metrics), tta (none, or hflip: the
-mean of the logits of each image and its mirror image), batch_size, device (auto, cpu, cuda),
-data.root (where the run's data lies now, if it has moved), out (a JSON file; if not given, evaluation_<split>.json in
-the run, evaluation_<split>_ema.json for weights=ema, evaluation_<split>_hflip.json and
+mean of the logits of each image and its mirror image), batch_size,
+threshold (of runs with data.task=multi_label: one probability for all classes, or a list of each class's; default 0.5),
+device (auto, cpu, cuda), data.root (where the run's data lies now, if it has moved), out (a JSON file; if not given,
+evaluation_<split>.json in the run, evaluation_<split>_ema.json for weights=ema, evaluation_<split>_hflip.json and
 evaluation_<split>_ema_hflip.json with tta=hflip).
 
 With data=<source> data.*=... it evaluates on other data; split may then be all, and is by default where files are read.
@@ -27,8 +28,7 @@ from omegaconf import MISSING, DictConfig
 from ftexp.cli.entry import command_words, exiting_on_error, with_run
 from ftexp.cli.parse import read_command
 from ftexp.config.fields import choice, ranged
-from ftexp.config.metric_names import SINGLE_LABEL
-from ftexp.config.schema import AUTO, TTA, Config, DataConfig
+from ftexp.config.schema import AUTO, MULTI_LABEL, REGRESSION, SINGLE_LABEL, TTA, Config, DataConfig
 from ftexp.config.source_names import AS_TRAINED, SOURCE_FIELDS, can_stream
 from ftexp.errors import ConfigError, StorageError
 
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from ftexp.storage.directory import Storage
 
 
-_OWN = ("run", "checkpoint", "split", "weights", "tta", "metrics", "batch_size", "device", "out")
+_OWN = ("run", "checkpoint", "split", "weights", "tta", "metrics", "threshold", "batch_size", "device", "out")
 _FOLLOWS = (*AS_TRAINED, "decode_size")
 _OF_TRAINING = ("feed", "shuffle_window", "prefetch_batches")
 
@@ -68,6 +68,7 @@ class EvaluateConfig:
     weights: str = choice("raw", ("raw", "ema"))  # those that were trained, or their moving average
     metrics: list[str] | None = None  # besides loss and accuracy; None: the run's train.metrics
     tta: str = choice("none", TTA)
+    threshold: Any = None  # of data.task=multi_label: one for all classes, or one for each; None: 0.5
     batch_size: int = ranged(256, low=1)
     device: str = choice("auto", ("auto", "cpu", "cuda"))
     out: str | None = None
@@ -157,6 +158,11 @@ def evaluate(config: EvaluateConfig, other: Config | None = None) -> dict[str, A
         run_config = _on_other_data(run_config, other, storage)
     elif config.split == "all":
         raise ConfigError("split=all is for other data (data=...), since a run was trained on a part of its own")
+    if config.threshold is not None and run_config.data.task != MULTI_LABEL:
+        raise ConfigError(
+            f"threshold={config.threshold} decides about each class of data.task=multi_label, and the run's is "
+            f"{run_config.data.task}: remove it"
+        )
     if config.data.root is not None:
         data = dataclasses.replace(run_config.data, root=absolute(config.data.root))
         run_config = dataclasses.replace(run_config, data=data)
@@ -195,10 +201,11 @@ def _evaluate(config: EvaluateConfig, run_config: Config, storage: Storage, is_o
     from ftexp.data.feeds.feed import ToTensors
     from ftexp.driver.resume import labels_as_begun, require_trained_on
     from ftexp.evaluation.counting import count_into
+    from ftexp.evaluation.findings import findings_of
     from ftexp.evaluation.matched_classes import MatchedClasses
-    from ftexp.evaluation.meter import Meter, means
+    from ftexp.evaluation.meter import Meter
     from ftexp.evaluation.metric_registry import check_names
-    from ftexp.evaluation.mistakes import Findings, described
+    from ftexp.evaluation.tasks import named_means
     from ftexp.model.build import as_logits, build_model
     from ftexp.registry import load_plugins
     from ftexp.rundir.names import CHECKPOINTS, evaluation_file
@@ -207,7 +214,7 @@ def _evaluate(config: EvaluateConfig, run_config: Config, storage: Storage, is_o
 
     load_plugins(run_config.plugins)
     names = run_config.train.metrics if config.metrics is None else config.metrics
-    check_names(names, SINGLE_LABEL)
+    check_names(names, run_config.data.task)
     store = CheckpointStore(storage.child(CHECKPOINTS))
     manifest = choose(store, config.checkpoint, run_config)
     weights = read_weights(store, manifest, config.weights)
@@ -221,20 +228,28 @@ def _evaluate(config: EvaluateConfig, run_config: Config, storage: Storage, is_o
         "cuda" if config.device == "auto" and torch.cuda.is_available() else config.device.replace("auto", "cpu")
     )
     info = SavedRun.at(storage.uri).info if is_other else bundle.info
-    classes = MatchedClasses(info.class_names, bundle.info.class_names) if is_other else None
+    if is_other and info.task != SINGLE_LABEL and info.class_names != bundle.info.class_names:
+        raise ConfigError(
+            f"the run's data.task={info.task} has the outputs {', '.join(info.class_names)}, and data.name="
+            f"{run_config.data.name} has {', '.join(bundle.info.class_names)}: only data of the same fit"
+        )
+    classes = None
+    if is_other and info.task == SINGLE_LABEL:
+        classes = MatchedClasses(info.class_names, bundle.info.class_names)
     split = config.split or ("all" if is_other and _reads_files(run_config.data) else "test")
     model, _ = build_model(dataclasses.replace(run_config.model, pretrained=False), info)
     model.load_state_dict(load_part("model.pt", weights))
     model.to(device)
     to_tensors = ToTensors(info, device, False)
-    meter, findings = Meter(device), Findings(info.num_classes, to_tensors.pixels)
+    meter, findings = Meter(device), findings_of(info, to_tensors.pixels, config.threshold)
     batches = _batches(split, config.batch_size, run_config, bundle, to_tensors)
     batches = batches if classes is None else classes.batches(batches)
     checked = functools.partial(as_logits, config=run_config.model, num_classes=info.num_classes)
     metrics = [_metric_set(names, info, device)] if names else []
     autocast = torch.autocast(device.type, enabled=False)
-    count_into([(model, meter)], checked, batches, autocast, findings, config.tta == "hflip", metrics)
-    loss, accuracy = means(meter.totals())
+    mirrored = config.tta == "hflip"
+    count_into([(model, meter)], checked, batches, autocast, findings, mirrored, metrics, info.task)
+    measures = named_means("", meter.totals(), info.task)
     result = {
         "run": storage.uri,
         "checkpoint": manifest.name,
@@ -243,10 +258,11 @@ def _evaluate(config: EvaluateConfig, run_config: Config, storage: Storage, is_o
         "split": split,
         "weights": config.weights,
         "tta": config.tta,
-        "accuracy": accuracy,
-        "loss": loss,
+        "task": info.task,
+        "accuracy": measures.get("_accuracy"),
+        "loss": measures["_loss"],
         "metrics": finite({name: value for others in metrics for name, value in others.compute().items()}),
-        **described(findings.gathered(), info.class_names),
+        **findings.report(info),
     }
     if classes is not None:
         result |= _about_other(run_config.data, info, classes, result["classes"])
@@ -270,7 +286,7 @@ def _metric_set(names: list[str], info: DataInfo, device: torch.device) -> Metri
     from ftexp.evaluation.metric_set import MetricSet
 
     check_num_classes(names, info.num_classes)
-    return MetricSet(names, SINGLE_LABEL, info.class_names, device)
+    return MetricSet(names, info.task, info.class_names, device, info.target_std)
 
 
 def _reads_files(data: DataConfig) -> bool:
@@ -309,6 +325,15 @@ def _about_other(
     }
 
 
+_TITLES = {"num_samples": "samples", "average_precision": "average precision"}
+
+
+def _number(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
 def _print(result: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -322,13 +347,19 @@ def _print(result: dict[str, Any]) -> None:
     )
     for line in _of_classes(result):
         console.print(line, markup=False, soft_wrap=True)
-    console.print(f"accuracy {result['accuracy']:.4f}   loss {result['loss']:.4f}")
+    keys = {MULTI_LABEL: ("accuracy", "loss", "average_precision"), REGRESSION: ("loss", "mae", "mse", "r2")}
+    overall = keys.get(result["task"], ("accuracy", "loss"))
+    console.print("   ".join(f"{key} {_number(result[key])}" for key in overall))
     for name, value in result["metrics"].items():
-        console.print(f"{name} " + ("-" if value is None else f"{value:.4f}"), markup=False)
-    table = Table("class", "samples", "recall", "precision", box=None)
-    for row in result["classes"]:
-        shares = ("-" if row[key] is None else f"{row[key]:.4f}" for key in ("recall", "precision"))
-        table.add_row(row["class"], str(row["num_samples"]), *shares)
+        console.print(f"{name} {_number(value)}", markup=False)
+    if result["task"] == REGRESSION:
+        rows, columns = result["targets"], ("target", "mae", "mse", "r2")
+    else:
+        more = ("average_precision",) if result["task"] == MULTI_LABEL else ()
+        rows, columns = result["classes"], ("class", "num_samples", "recall", "precision", *more)
+    table = Table(*(_TITLES.get(column, column) for column in columns), box=None)
+    for row in rows:
+        table.add_row(*(_number(row[column]) for column in columns))
     console.print(table)
     told = f"written to {result['written']}" if "written" in result else f"! not written to {result['not_written']}"
     console.print(told, markup=False, soft_wrap=True)

@@ -33,7 +33,7 @@ from omegaconf import MISSING
 from ftexp.cli.entry import command_words, exiting_on_error, with_run
 from ftexp.cli.parse import read_command
 from ftexp.config.fields import choice, ranged
-from ftexp.config.schema import TORCHVISION
+from ftexp.config.schema import REGRESSION, SINGLE_LABEL, TORCHVISION
 from ftexp.errors import ConfigError, ExportError
 from ftexp.rundir.names import EXPORTS
 
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from ftexp.cli.trained_run import SavedRun
     from ftexp.data.cropping import Fit
     from ftexp.data.decoder import Decoding
+    from ftexp.data.info import DataInfo
     from ftexp.exporting.checking import Difference, Samples
     from ftexp.storage.directory import Storage
 
@@ -143,7 +144,7 @@ def _export(
         as_logits(model(images), run.config.model, run.info.num_classes)
     about = _about(config, run, manifest)
     exported = formats.get(config.format)(model, run.info, about, folder)
-    difference = compare(answers(model, run.info), exported, samples.pixels)
+    difference = compare(answers(model, run.info), exported, samples.pixels, run.info.task)
     about["checked"] = {
         "images": len(samples.pixels),
         "of": samples.origin,
@@ -189,9 +190,21 @@ def _about(config: ExportConfig, run: SavedRun, manifest: Manifest) -> dict[str,
         "resize": _resizing(info.fit),
         "mean": info.mean,
         "std": info.std,
-        "output": "logits, float32 [batch, labels]",
+        **_outputs(info),
         "versions": package_versions(),
     }
+
+
+def _outputs(info: DataInfo) -> dict[str, Any]:
+    """Say what the numbers are that the model gives."""
+    if info.task != REGRESSION:
+        activation = "softmax" if info.task == SINGLE_LABEL else "sigmoid"
+        output = f"logits, float32 [batch, labels]; probabilities by {activation}"
+        return {"task": info.task, "activation": activation, "output": output}
+    output = "the targets, float32 [batch, labels]"
+    if info.target_mean is not None:
+        output = "standardised targets, float32 [batch, labels]: times target_std, plus target_mean"
+    return {"task": info.task, "target_mean": info.target_mean, "target_std": info.target_std, "output": output}
 
 
 def _resizing(fit: Fit) -> str:

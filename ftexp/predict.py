@@ -14,6 +14,8 @@ split       all, train, val or test (default: all where data=... reads files, el
 out         a folder or URI (default: <run>/predictions/<name of the data>, with split, weights and tta if given)
 scaling, scaling.*  num_workers processes hold the model (auto: up to two, or one on each GPU); address joins a cluster
 predict.top_k       classes for each image (5, or as many as there are)
+predict.threshold   with data.task=multi_label: images get all classes of a higher probability; one number for all of
+            them, or a list of each class's (0.5)
 predict.format      parquet or csv
 predict.part_rows   images in a file (1000); what is lost when the command is killed
 predict.batch_size  images that the model takes at once (64)
@@ -24,7 +26,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING, DictConfig
 
@@ -34,7 +36,7 @@ from ftexp.cli.exit_codes import interrupted_code
 from ftexp.cli.parse import read_command
 from ftexp.config.checks.validate import validate
 from ftexp.config.fields import choice, ranged
-from ftexp.config.schema import AUTO, TTA, Config, DataConfig
+from ftexp.config.schema import AUTO, MULTI_LABEL, SINGLE_LABEL, TTA, Config, DataConfig
 from ftexp.config.source_names import AS_TRAINED, SOURCE_FIELDS, can_stream
 from ftexp.errors import ConfigError
 from ftexp.rundir.names import PREDICTIONS
@@ -57,6 +59,7 @@ class Settings:
     """What stands under `predict.`"""
 
     top_k: int | None = ranged(None, low=1)
+    threshold: Any = None  # of data.task=multi_label: one for all classes, or one for each; None: 0.5
     batch_size: int = ranged(64, low=1)
     part_rows: int = ranged(1000, low=1)
     format: str = choice("parquet", ("parquet", "csv"))
@@ -132,8 +135,15 @@ def refuse(words: list[str]) -> None:
 
 
 def top_k(config: PredictConfig, run: SavedRun) -> int:
-    """How many classes to write for each image; ConfigError if the model has fewer."""
-    wanted, there = config.predict.top_k, run.info.num_classes
+    """How many classes to write for each image, or outputs to read; ConfigError if the model has fewer."""
+    wanted, there, task = config.predict.top_k, run.info.num_classes, run.info.task
+    if task != MULTI_LABEL and config.predict.threshold is not None:
+        raise ConfigError(f"predict.threshold={config.predict.threshold}: the run's data.task is {task}; take it out")
+    if task != SINGLE_LABEL:
+        if wanted is not None:
+            advice = "set predict.threshold, and remove it" if task == MULTI_LABEL else "remove it"
+            raise ConfigError(f"predict.top_k={wanted}: the run's data.task is {task}; {advice}")
+        return there
     if wanted is not None and wanted > there:
         raise ConfigError(f"predict.top_k={wanted}, but the model tells {there} classes apart: give {there} at most")
     return min(_TOP_K, there) if wanted is None else wanted
@@ -174,8 +184,17 @@ def predict(composed: Config, own: PredictConfig, run: SavedRun, chosen: bool, w
 
     settings = own.predict
     shape = (settings.batch_size, settings.part_rows, settings.format)
+    thresholds = _thresholds(own, run)
     weights = (manifest, own.weights, own.tta)
-    run_session(Request(config, run, *weights, split, out, top_k(own, run), *shape, not chosen), workers)
+    run_session(Request(config, run, *weights, split, out, top_k(own, run), *shape, not chosen, thresholds), workers)
+
+
+def _thresholds(own: PredictConfig, run: SavedRun) -> list[float] | None:
+    from ftexp.evaluation.label_sets import thresholds_of
+
+    if run.info.task != MULTI_LABEL:
+        return None
+    return thresholds_of("predict.threshold", own.predict.threshold, run.info.num_classes)
 
 
 def _split(own: PredictConfig, data: DataConfig, chosen: bool, words: list[str]) -> str:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import ftexp.checkpoint.states  # noqa: F401 - registers the built-in states
 from ftexp.checkpoint.manager import CheckpointManager
 from ftexp.checkpoint.registry import ExtraState, StateContext
+from ftexp.checkpoint.states import HOOKS
 from ftexp.checkpoint.store import CheckpointStore
 from ftexp.job.job import Job
 
@@ -20,8 +20,14 @@ def build_manager(job: Job, store: CheckpointStore) -> CheckpointManager:
         ledger=job.ledger,
         channel=job.channel,
         store=store,
-        extra=ExtraState(job.config.checkpoint.extra_state, state_context(job)),
+        extra=ExtraState(_state_names(job), state_context(job)),
     )
+
+
+def _state_names(job: Job) -> list[str]:
+    """Return the configured states, and that of hooks where there are any."""
+    names = job.config.checkpoint.extra_state
+    return [*names, HOOKS] if job.hooks and HOOKS not in names else names
 
 
 def state_context(job: Job) -> StateContext:
@@ -40,4 +46,5 @@ def state_context(job: Job) -> StateContext:
         ema=learner.ema,
         channel=job.channel,
         projection=learner.distiller.projection if learner.distiller is not None else None,
+        hooks=job.hooks,
     )

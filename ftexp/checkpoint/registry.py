@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ftexp.config.schema import Config
+    from ftexp.job.hooks import Hooks
     from ftexp.job.progress import Progress
     from ftexp.model.ema import WeightsEMA
     from ftexp.wire.channel import Channel
@@ -38,6 +39,7 @@ class StateContext:
     scaler: torch.amp.GradScaler  # disabled unless train.precision=fp16
     ema: WeightsEMA | None  # the weights' moving average, if the config asks for one
     channel: Channel  # to the driver
+    hooks: Hooks
     projection: nn.Module | None = None  # of features to a teacher's width, where a run distils them
 
 

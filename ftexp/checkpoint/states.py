@@ -1,4 +1,4 @@
-"""The built-in states: progress, scheduler, scaler, ema, distill, rng, best."""
+"""The built-in states: progress, scheduler, scaler, ema, distill, rng, best, hooks."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import torch
 from ftexp.checkpoint.registry import StateContext, register_state
 from ftexp.wire import events
 from ftexp.wire.messages import Happened
+
+HOOKS = "hooks"  # joins checkpoint.extra_state where a run has hooks, or early stopping
 
 
 @register_state("progress")
@@ -158,3 +160,20 @@ class BestState:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._context.progress.best = dict(state["best"])
+
+
+@register_state(HOOKS)
+class HooksState:
+    """What the hooks have counted, and whether one of them has ended the run."""
+
+    version = 1
+    optional = True  # runs may begin to have hooks, and cease to
+
+    def __init__(self, context: StateContext) -> None:
+        self._hooks = context.hooks
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._hooks.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._hooks.load_state_dict(state)

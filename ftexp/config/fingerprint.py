@@ -46,6 +46,12 @@ def fingerprint(config: Config) -> dict[str, Any]:
     return defining
 
 
+def stopping_rules(config: Config) -> dict[str, Any]:
+    """Return what may have ended a run before its last step: changed since, the run trains on."""
+    rules: dict[str, Any] = masked({"stopping": dataclasses.asdict(config.stopping), "hooks": config.hooks})
+    return rules
+
+
 def as_begun(config: Config, recorded: Mapping[str, Any] | None, typed: Iterable[str]) -> tuple[Config, list[str]]:
     """Decode as the run that resumes began to, if nothing else was typed; data.decoder=auto becomes a definition.
 

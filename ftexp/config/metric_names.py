@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-SINGLE_LABEL = "single_label"  # each sample is of one class
+from ftexp.config.schema import MULTI_LABEL, REGRESSION, SINGLE_LABEL
+
 ALWAYS_LOGGED = ("loss", "accuracy")  # of every evaluation, whatever train.metrics names
 
 
@@ -20,7 +21,10 @@ METRICS = {
     "top5": MetricKind(),
     "f1_macro": MetricKind(),
     "balanced_accuracy": MetricKind(),
-    "auroc": MetricKind(),
-    "average_precision": MetricKind(),
+    "auroc": MetricKind(tasks=(SINGLE_LABEL, MULTI_LABEL)),
+    "average_precision": MetricKind(tasks=(SINGLE_LABEL, MULTI_LABEL)),
     "calibration_error": MetricKind(better="min"),
+    "mae": MetricKind(better="min", tasks=(REGRESSION,)),
+    "mse": MetricKind(better="min", tasks=(REGRESSION,)),
+    "r2": MetricKind(tasks=(REGRESSION,)),
 }

@@ -35,14 +35,18 @@ INTERPOLATIONS = ("bilinear", "bicubic")
 PILLOW, TORCHVISION = "pillow", "torchvision"
 DECODERS = (AUTO, TORCHVISION, PILLOW)  # see ftexp.data.decoder
 ERASE_MODES = ("const", "rand", "pixel")
-LOSSES = ("ce", "bce", "focal", "asl", "poly")  # built in
+SINGLE_LABEL_LOSSES = ("ce", "bce", "focal", "asl", "poly", "jsd")
+MULTI_LABEL_LOSSES, REGRESSION_LOSSES = ("bce", "asl", "focal"), ("mse", "l1", "huber")
+LOSSES = (*SINGLE_LABEL_LOSSES, *REGRESSION_LOSSES)  # built in
 CLASS_WEIGHTS = ("none", "inv_freq", "effective_num")  # timm's
+SINGLE_LABEL, MULTI_LABEL, REGRESSION = "single_label", "multi_label", "regression"
+TASKS = (SINGLE_LABEL, MULTI_LABEL, REGRESSION)
 SAMPLINGS = ("shuffle", "balanced", "sqrt")
+INLINE, BESIDE = "inline", "beside"
 DISTILLATIONS = LOGITS, FEATURES, TOKEN = ("logits", "features", "token")  # timm's
 WEIGHTS = ("raw", "ema")  # of a run: those that were trained, or their moving average
 DIST_BN = ("none", "reduce", "broadcast")  # timm's
 LR_SCALES = ("linear", "sqrt")
-INLINE, BESIDE = "inline", "beside"
 SGD_NAMES = ("sgd", "momentum", "nesterov")  # timm's, of torch's SGD
 
 
@@ -81,6 +85,8 @@ class DataConfig:
     download: bool = False  # let torchvision fetch what is missing under root
     image_size: int = ranged(MISSING, low=1)  # pixels; images are square as the model sees them
     channels: int = ranged(3, low=1, high=4)
+    # what a sample's label is: its class; any number of classes, none included; numbers
+    task: str = choice(SINGLE_LABEL, TASKS)
     num_classes: int | None = ranged(None, low=2)  # None: as many as the source has
     # with model.pretrained, those of PREPROCESSING that aren't typed are what timm's config of the model says
     mean: list[float] = MISSING  # per channel, of pixels scaled to 0..1
@@ -105,6 +111,9 @@ class DataConfig:
     on_bad_sample: str = choice("fail", ("fail", "skip"))
     image_column: str = "image"  # parquet: encoded bytes, {"bytes": ...}, or nested lists; image_list: paths
     label_column: str = "label"
+    label_separator: str = ";"  # between the labels, or numbers, of a cell that is text
+    target_columns: list[str] | None = None  # regression: the columns that hold the targets; None: label_column alone
+    standardize_targets: bool = True  # regression: the model learns targets less train's mean, divided by train's std
     # what whole numbers mean as labels: values, each that occurs is a class; indices, n is class n of 0 to the largest
     integer_labels: str = choice("values", ("values", "indices"))
     num_samples: int | None = ranged(None, low=1)  # synthetic
@@ -141,6 +150,7 @@ class AugmentConfig:
     color_jitter_prob: float | None = ranged(None, low=0, high=1)  # None: of every sample
     grayscale: float = ranged(0.0, low=0, high=1)  # probability of grey
     gaussian_blur: float = ranged(0.0, low=0, high=1)  # probability; 23 px wide, of sigma 0.1 to 2
+    custom: list[str] = field(default_factory=list)  # augmentations of your own, in this order, after all of those
     erase_prob: float = ranged(0.0, low=0, high=1)  # random erasing, after normalising
     erase_mode: str = choice("const", ERASE_MODES)  # the mean; a colour; noise
     erase_count: int = ranged(1, low=1)  # rectangles at most
@@ -151,6 +161,9 @@ class AugmentConfig:
     mix_mode: str = choice("batch", MIX_MODES)  # one draw for a global batch, for two samples, or for each
     mixup_off_epoch: int | None = ranged(None, low=0)  # the first that mixes nothing any more, from 0; None, 0: none
     repeats: int = ranged(1, low=1)  # versions of a sample in a global batch; an epoch then draws so many times fewer
+    # views of each sample for loss=jsd, timm's --aug-splits: the first is cropped and flipped only, the others are also
+    # changed by auto_augment, colour, blur and erasing, each by draws of its own
+    splits: int = ranged(1, low=1)
 
     @property
     def mixes(self) -> bool:
@@ -175,6 +188,7 @@ class AugmentConfig:
             or max(self.vflip, self.grayscale, self.gaussian_blur) > 0
             or self.auto_augment is not None
             or self.color_jitter is not None
+            or bool(self.custom)
         )
 
 
@@ -209,7 +223,7 @@ class TrainConfig:
 
 @dataclass(kw_only=True)
 class LossConfig:
-    """The loss that training minimises. Evaluation's is cross-entropy whatever is set here."""
+    """The loss that training minimises. Evaluation's is that of `ftexp.evaluation.tasks`, whatever is set here."""
 
     name: str = "ce"  # one of LOSSES, or one of your own
     # none, inv_freq, effective_num, or a weight for each class: a sample's loss is multiplied by its class's
@@ -217,11 +231,18 @@ class LossConfig:
     effective_num_beta: float = ranged(0.999, above=0, high=0.9999999)  # effective_num: near 1 is near inv_freq
     target_threshold: float | None = ranged(None, low=0, high=0.999)  # bce: targets of mixed samples above it become 1
     sum_classes: bool = False  # bce: the sum over classes, not the mean
-    pos_weight: Any = None  # bce: weight of the positive term, a number or one for each class
-    gamma: float = ranged(2.0, low=0)  # focal: 0 is cross-entropy
+    pos_weight: Any = (
+        None  # bce, and asl of several labels: weight of the positive term, a number or one for each class
+    )
+    gamma: float = ranged(2.0, low=0)  # focal: 0 is cross-entropy, binary where samples have several labels
     gamma_pos: float = ranged(1.0, low=0)  # asl
     gamma_neg: float = ranged(4.0, low=0)  # asl
+    clip: float = ranged(
+        0.05, low=0, high=0.5
+    )  # asl of several labels: what probabilities are lowered by for classes not had
     epsilon: float = 2.0  # poly: 0 is cross-entropy
+    alpha: float = ranged(12.0, above=0)  # jsd: weight of the divergence between the views of a sample
+    delta: float = ranged(1.0, above=0)  # huber: errors above it count linearly; of standardised targets, in stds
     kwargs: dict[str, Any] = field(default_factory=dict)  # for losses of your own
 
 
@@ -282,6 +303,16 @@ class ScheduleConfig:
     cooldown_epochs: float = ranged(0.0, low=0)  # of train.epochs, the last: at min_lr
     decay_epochs: float = ranged(30.0, above=0)  # step schedule: epochs between drops
     decay_rate: float = ranged(0.1, above=0)  # step: factor per drop; poly: exponent
+
+
+@dataclass(kw_only=True)
+class StoppingConfig:
+    """Early stopping: the run ends, finished, once a metric no longer improves. The schedule stays as it is."""
+
+    metric: str | None = None  # of those that a run logs, val_loss, say; None: every epoch is trained
+    mode: str | None = choice(None, ("max", "min"))  # which way the metric is better; None: as the metric says
+    patience_epochs: int = ranged(10, low=1)  # without an improvement, counted at the ends of epochs
+    min_delta: float = ranged(0.0, low=0)  # what is better by no more than this is no improvement
 
 
 @dataclass(kw_only=True)
@@ -411,6 +442,8 @@ class Config:
     ema: EmaConfig = field(default_factory=EmaConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    stopping: StoppingConfig = field(default_factory=StoppingConfig)
+    hooks: dict[str, dict[str, Any]] = field(default_factory=dict)  # {name: arguments} of hooks of your own
     scaling: ScalingConfig = field(default_factory=ScalingConfig)
     failure: FailureConfig = field(default_factory=FailureConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -10,7 +10,7 @@ OF_DECODING = ("decoder", "decode_size", "exif_orientation", "background", "bit_
 _OF_FILES = ("on_bad_sample", "decode_cpus", "crop_pct", "crop_mode", "interpolation", *OF_DECODING)
 # fields of DataConfig that a run's weights rest on
 AS_TRAINED = (
-    *("image_size", "channels", "mean", "std", "num_classes", "crop_pct", "crop_mode", "interpolation"),
+    *("task", "image_size", "channels", "mean", "std", "num_classes", "crop_pct", "crop_mode", "interpolation"),
     *(name for name in OF_DECODING if name != "decode_size"),  # of training alone
 )
 
@@ -19,11 +19,15 @@ SOURCE_FIELDS: dict[str, tuple[str, ...]] = {
     "cifar10": ("root", "download"),
     "cifar100": ("root", "download"),
     "image_folder": ("root", *_OF_FILES),
-    "image_list": ("root", *_OF_FILES, "image_column", "label_column"),
-    "parquet": ("root", *_OF_FILES, "shuffle_window", "image_column", "label_column"),
+    "image_list": ("root", *_OF_FILES, "image_column", "label_column", "label_separator", "target_columns"),
+    "parquet": (
+        *("root", *_OF_FILES, "shuffle_window"),
+        *("image_column", "label_column", "label_separator", "target_columns"),
+    ),
     "synthetic": ("num_samples",),
-    "webdataset": ("root", *_OF_FILES, "shuffle_window"),
+    "webdataset": ("root", *_OF_FILES, "shuffle_window", "label_separator"),
 }
+WITH_OTHER_TASKS = ("image_list", "parquet", "synthetic", "webdataset")  # sources of more than a class for each sample
 
 
 def can_stream(name: str) -> bool:

@@ -13,8 +13,9 @@ from ftexp.data.order import Int64s
 class MicroBatch:
     """Part of a rank's share, for one forward and backward pass."""
 
-    images: Tensor  # float32, normalised [rows, channels, image_size, image_size]
-    labels: Tensor  # int64 [rows]
+    # float32, normalised [rows, channels, image_size, image_size]; with augment.splits, each row's views after another
+    images: Tensor
+    labels: Tensor  # int64 [rows], or float32 [rows, num_classes]: see `ToTensors.targets`
     weights: Tensor  # float32 [rows]; summed over all ranks and micro-batches, weight times loss is the global mean
     positions: Int64s  # [rows]
     pairs: Int64s | None = None  # [2, pairs]: rows to be mixed with one another

@@ -12,17 +12,18 @@ import ray
 import ftexp.data.sources.files
 import ftexp.data.sources.image_list
 import ftexp.data.sources.parquet
+import ftexp.data.sources.synthetic
 import ftexp.data.sources.webdataset  # noqa: F401 - these register what is built in
 from ftexp.config.schema import AUTO, AugmentConfig, Config, DataConfig
 from ftexp.data.feeds.cached import array_pictures, decoded_bundle, mean_pixels
 from ftexp.data.feeds.decoding import refuse_bad
 from ftexp.data.info import DataBundle, Reader, reasons
 from ftexp.data.listing import Listing
-from ftexp.data.order import Int64s
 from ftexp.data.sampling import ClassTable, num_draws
 from ftexp.data.sources.arrays import make_info
 from ftexp.data.sources.blocks import BlockReader
 from ftexp.data.sources.registry import sources
+from ftexp.data.targets import Labels
 from ftexp.errors import DataError
 
 _SHARE = 0.5  # of the object store that a cached data set may take
@@ -80,14 +81,14 @@ def drawn_by_class(config: Config, bundle: DataBundle) -> DataBundle:
     return dataclasses.replace(bundle, info=info, classes=table)
 
 
-def _train_labels(bundle: DataBundle) -> Int64s:
-    """The class of each training sample, by its number."""
+def _train_labels(bundle: DataBundle) -> Labels:
+    """The label of each training sample, by its number."""
     if "train" in bundle.streams:
         return bundle.streams["train"].table.get()[1]
     columns = bundle.datasets["train"].select_columns(["sample", "label"])
     blocks = list(columns.iter_batches(batch_size=None, batch_format="numpy"))
     samples, labels = (np.concatenate([block[name] for block in blocks]) for name in ("sample", "label"))
-    in_order: Int64s = labels[np.argsort(samples, kind="stable")]
+    in_order: Labels = labels[np.argsort(samples, kind="stable")]
     return in_order
 
 
@@ -119,7 +120,7 @@ def _streamed(config: DataConfig, listing: Listing, sizes: str) -> DataBundle:
         config,
         listing.class_names,
         {name: split.num_samples for name, split in splits.items()},
-        **listing.facts(splits),
+        **listing.facts(config, splits),
     )
     return DataBundle({}, info, splits, splits["train"].block_sizes)
 

@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+from ftexp.config.schema import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 from ftexp.data.cropping import Fit
 from ftexp.data.decoder import Decoding
 from ftexp.data.order import Int64s
+from ftexp.data.targets import Labels
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -72,11 +74,22 @@ class DataInfo:
     exif_orientation: bool = Decoding.exif_orientation
     background: str | None = Decoding.background
     bit_depth: int = Decoding.bit_depth
+    task: str = SINGLE_LABEL  # as in DataConfig; of a regression, class_names are those of its targets
+    target_mean: list[float] | None = None  # of each target, where the model learns standardised ones
+    target_std: list[float] | None = None
 
     @property
     def num_classes(self) -> int:
-        """How many classes the model tells apart."""
+        """How many outputs the model has: one for each class, or for each target of a regression."""
         return len(self.class_names)
+
+    @property
+    def outputs_in_words(self) -> str:
+        """Say what the model has outputs for."""
+        number = self.num_classes
+        if self.task == REGRESSION:
+            return f"{number} target{'s' if number > 1 else ''}"
+        return f"{number} classes" + (", any number of them for each sample" if self.task == MULTI_LABEL else "")
 
     @property
     def fit(self) -> Fit:
@@ -91,7 +104,7 @@ class DataBundle:
     """What a run trains on: every split cached, or every split streamed.
 
     A cached split is a materialised Ray Dataset (train's may be `pictures` instead) with the columns
-    image: uint8 [image_size, image_size, channels]; label: int64 in [0, num_classes);
+    image: uint8 [image_size, image_size, channels]; label: a row of `ftexp.data.targets.Labels`;
     sample: int64, distinct in the split. Others are ignored. Sorted by `sample`, row i is sample i of `SampleOrder`.
     """
 
@@ -135,7 +148,7 @@ class IndexedSplit:
 
     num_samples: int
     read: Reader
-    table: Shared[tuple[Int64s, Int64s]]  # of each sample: its item, its label
+    table: Shared[tuple[Int64s, Labels]]  # of each sample: its item, its label
     block_sizes: Int64s | None  # samples of each block, in order; None: no blocks
 
     def __len__(self) -> int:

@@ -13,9 +13,11 @@ import numpy as np
 
 from ftexp.config.schema import DataConfig
 from ftexp.data.order import Int64s
+from ftexp.data.targets import Labels, class_counts, is_numbers, is_packed
 from ftexp.errors import DataError
 
 _MAX_SHOWN = 10  # classes that a warning names
+_HELD = {False: "samples", True: "labels"}  # by whether a sample has any number of them
 
 
 def from_text(columns: Mapping[str, Sequence[str]], config: DataConfig) -> dict[str, list[str | int]]:
@@ -87,12 +89,14 @@ def _first_wrong(
     return f"holds {shown} at {where(split, item)}{more}: labels are all text, or all whole numbers from 0"
 
 
-def class_warnings(class_names: Sequence[str], labels: Mapping[str, Int64s]) -> list[str]:
+def class_warnings(class_names: Sequence[str], labels: Mapping[str, Labels]) -> list[str]:
     """Return what looks wrong about classes: those that train lacks, and names that differ in case or encoding only.
 
-    labels: of each split's samples, [num_samples].
+    labels: of each split's samples; those of a regression have no classes.
     """
-    counts = {split: np.bincount(own, minlength=len(class_names)) for split, own in labels.items()}
+    if any(map(is_numbers, labels.values())):
+        return []
+    counts = {split: class_counts(own, len(class_names)) for split, own in labels.items()}
     train = counts.pop("train", None)
     warnings = []
     for split, own in counts.items():
@@ -103,8 +107,8 @@ def class_warnings(class_names: Sequence[str], labels: Mapping[str, Int64s]) -> 
             shown = ", ".join(f"{class_names[number]!r} ({own[number]:,})" for number in lacking[:_MAX_SHOWN])
             more = f" and {len(lacking) - _MAX_SHOWN:,} more" if len(lacking) > _MAX_SHOWN else ""
             warnings.append(
-                f"{int(own[lacking].sum()):,} of the {int(own.sum()):,} samples of {split} have a class without a "
-                f"training sample, so each counts as wrong: {shown}{more}"
+                f"{int(own[lacking].sum()):,} of the {int(own.sum()):,} {_HELD[is_packed(labels[split])]} of {split} "
+                f"have a class without a training sample, so each counts as wrong: {shown}{more}"
             )
     alike = defaultdict(list)
     for name in class_names:

@@ -22,6 +22,7 @@ from ftexp.data.labels import class_warnings
 from ftexp.data.order import Int64s
 from ftexp.data.shared import Shared
 from ftexp.data.stratify import stratified_split
+from ftexp.data.targets import Labels, target_facts
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
@@ -36,7 +37,7 @@ class Listing:
     """What a source of files found, by listed split: train, and val and test if the source has them."""
 
     class_names: list[str]
-    labels: dict[str, Int64s]  # of each item
+    labels: dict[str, Labels]  # of each item
     readers: dict[str, Reader]
     # items that `readers` read together, in stretches of this many; none: each by itself
     block_sizes: dict[str, Int64s] = field(default_factory=dict)
@@ -64,7 +65,7 @@ class Listing:
             splits[name] = IndexedSplit(len(items), readers[listed], table, sizes)
         return splits
 
-    def facts(self, splits: dict[str, IndexedSplit]) -> dict[str, Any]:
+    def facts(self, config: DataConfig, splits: dict[str, IndexedSplit]) -> dict[str, Any]:
         """Return what `DataInfo` takes over of it."""
         labels = {name: split.table.get()[1] for name, split in splits.items()}
         return {
@@ -72,10 +73,11 @@ class Listing:
             "digest": self.digest,
             "excluded": self.excluded,
             "warnings": class_warnings(self.class_names, labels),
+            **target_facts(config, labels["train"]),
         }
 
 
-def digest_of(class_names: list[str], labels: dict[str, Int64s], names: Mapping[str, Iterable[str]]) -> str:
+def digest_of(class_names: list[str], labels: dict[str, Labels], names: Mapping[str, Iterable[str]]) -> str:
     """SHA-256 of which samples there are, in which order, and of their labels; not of what is in them.
 
     `names` are each split's, below the root, so that data may move.

@@ -8,16 +8,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ftexp.data.order import Int64s
+from ftexp.data.targets import Labels, strata
 
 if TYPE_CHECKING:
     pass
 
 
-def stratified_split(labels: Int64s, fractions: Sequence[float], seed: int) -> list[Int64s]:
-    """Split indices into the rest and one part per fraction; each class is divided alike.
+def stratified_split(labels: Labels, fractions: Sequence[float], seed: int) -> list[Int64s]:
+    """Split indices into the rest and one part per fraction; each class is divided alike, see `strata`.
 
     Args:
-        labels: class of each sample, [num_samples].
+        labels: of each sample; what is divided alike are their `strata`.
         fractions: share of each part, e.g. (val_fraction, test_fraction); the rest comes first in the result.
         seed: of the shuffle within each class.
 
@@ -26,8 +27,9 @@ def stratified_split(labels: Int64s, fractions: Sequence[float], seed: int) -> l
     """
     rng = np.random.default_rng(seed)
     parts: list[list[Int64s]] = [[] for _ in range(len(fractions) + 1)]
-    for label in np.unique(labels):
-        members = rng.permutation(np.flatnonzero(labels == label))
+    groups = strata(labels)
+    for group in np.unique(groups):
+        members = rng.permutation(np.flatnonzero(groups == group))
         # cumulative rounding keeps every class within one sample of its share, and never takes the last one
         cuts = np.floor(np.cumsum(fractions) * len(members) + 0.5).astype(int)
         cuts = np.minimum(cuts, max(len(members) - 1, 0))

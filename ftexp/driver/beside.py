@@ -178,8 +178,8 @@ def _evaluate(spec: EvaluationSpec, name: str) -> dict[str, float]:
     to_tensors = ToTensors(info, device, config.train.channels_last)
     size = config.train.eval_batch_size or config.train.global_batch_size
     batches = evaluation_batches(_rows(spec), to_tensors, size, rank=0, world_size=1)
-    autocast, metric_set = autocast_of(config, device), metric_set_of(config, info, device)
-    return measured("val", models, checked, batches, autocast, metric_set=metric_set)
+    autocast, metric_set = autocast_of(device, config.train.precision), metric_set_of(config, info, device)
+    return measured("val", models, checked, batches, autocast, metric_set=metric_set, task=info.task)
 
 
 def _rows(spec: EvaluationSpec) -> Rows:

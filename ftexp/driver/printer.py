@@ -66,6 +66,8 @@ class Printer:
                     f"the gradient of step {step} is not finite: back to step {to_step} in memory, "
                     f"leaving out positions {first:,} to {end - 1:,}"
                 )
+            case events.StoppedEarly(step, epoch, reason):
+                self._terminal.say(f"stopped early at step {step}, epoch {epoch}: {reason}")
             case events.LearningRateChanged(step, before, after):
                 self._warn(
                     f"learning rate {after:.3g} from step {step}, {before:.3g} in the checkpoint: "

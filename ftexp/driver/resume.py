@@ -14,7 +14,7 @@ from yaml import YAMLError
 
 from ftexp.checkpoint.store import CheckpointStore, locate
 from ftexp.config.fields import typed_keys
-from ftexp.config.fingerprint import as_begun, differences, fingerprint
+from ftexp.config.fingerprint import as_begun, differences, fingerprint, stopping_rules
 from ftexp.config.masking import flat, masked
 from ftexp.config.schema import PREPROCESSING, Config, DataConfig
 from ftexp.data.info import DataInfo
@@ -24,7 +24,8 @@ from ftexp.rundir.sample_ledger import last_attempt
 from ftexp.rundir.state import RunState, read_state
 from ftexp.storage.directory import Storage
 
-_MAY_CHANGE = ("train", "data", "scaling", "failure", "checkpoint")  # groups of which a resumed run says what changed
+# groups of which a resumed run says what changed
+_MAY_CHANGE = ("train", "data", "stopping", "hooks", "scaling", "failure", "checkpoint")
 
 
 def has_run(run_dir: Storage) -> bool:
@@ -92,7 +93,10 @@ def open_run(config: Config, run_dir: Storage, run_name: str) -> RunState:
         # it ended before its first step, by a mistake in its config, say: there is nothing to mix with another run's
         return RunState(name=run_name, fingerprint=own, attempts=state.attempts)
     train = config.train
+    if state.stopped is not None and state.stopped["rules"] != stopping_rules(config):
+        state.stopped = None  # what ended it has been changed: the run trains on
     done = state.epoch >= train.epochs or (train.max_steps is not None and state.step >= train.max_steps)
+    done = done or state.stopped is not None
     state.status = state.status if state.status == "finished" and done else "running"
     return state
 

@@ -71,7 +71,7 @@ class Terminal:
             ("model", model),
             ("weights", weights),
             ("teacher", teacher),
-            ("data", f"{data_name}: {sizes} · {data.num_classes} classes · {shape}"),
+            ("data", f"{data_name}: {sizes} · {data.outputs_in_words} · {shape}"),
             ("feed", feed),
             ("epoch", epoch),
             ("workers", workers),
@@ -162,6 +162,9 @@ class Terminal:
         self.close()
         last, best = state.metrics["last"], state.metrics["best"]
         rows: list[tuple[str, Any]] = [("status", state.status + (f": {state.error}" if state.error else ""))]
+        if state.stopped is not None:
+            at = f"at step {state.stopped['step']:,}, epoch {state.stopped['epoch']}"
+            rows.append(("stopped early", f"{at}: {state.stopped['reason']}"))
         rows += [(title, f"{last[key]:.4f}") for key, title in _SHOWN if last.get(key) is not None]
         rows += [(key.replace("_", " "), f"{last[key]:.4f}") for key in _others(last)]
         if best:
@@ -225,5 +228,5 @@ _LIVE = (
 )
 _SHOWN = (
     *(("test_accuracy", "test accuracy"), ("test_accuracy_ema", "… averaged"), ("test_loss", "test loss")),
-    *(("val_accuracy", "val accuracy"), ("val_accuracy_ema", "… averaged")),
+    *(("val_accuracy", "val accuracy"), ("val_accuracy_ema", "… averaged"), ("val_loss", "val loss")),
 )

@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ftexp.config.metric_names import SINGLE_LABEL
-from ftexp.evaluation.meter import Meter, means
-from ftexp.evaluation.mistakes import Findings
+from ftexp.config.schema import SINGLE_LABEL
+from ftexp.evaluation.findings import Findings
+from ftexp.evaluation.meter import Meter
+from ftexp.evaluation.tasks import TASKS, named_means
 
 if TYPE_CHECKING:
     from ftexp.config.schema import Config
@@ -34,6 +34,7 @@ def measured(
     autocast: torch.autocast,
     findings: Findings | None = None,
     metric_set: Callable[[], MetricSet] | None = None,
+    task: str = SINGLE_LABEL,
 ) -> dict[str, float]:
     """Return `<split>_loss`, `<split>_accuracy` and further metrics of each model over all ranks; collective.
 
@@ -43,11 +44,10 @@ def measured(
     meters = {suffix: Meter(next(model.parameters()).device) for suffix, model in models.items()}
     sets = {suffix: metric_set() for suffix in models} if metric_set is not None else {}
     pairs = list(zip(models.values(), meters.values(), strict=True))
-    count_into(pairs, as_logits, batches, autocast, findings, metrics=list(sets.values()))
+    count_into(pairs, as_logits, batches, autocast, findings, metrics=list(sets.values()), task=task)
     values: dict[str, float] = {}
     for suffix, meter in meters.items():
-        loss, accuracy = means(meter.totals())
-        values |= {f"{split}_loss{suffix}": loss, f"{split}_accuracy{suffix}": accuracy}
+        values |= named_means(split, meter.totals(), task, suffix)
     for suffix, others in sets.items():
         values |= {f"{split}_{name}{suffix}": value for name, value in others.compute().items()}
     return values
@@ -59,7 +59,7 @@ def metric_set_of(config: Config, info: DataInfo, device: torch.device) -> Calla
         return None
     from ftexp.evaluation.metric_set import MetricSet  # it imports torchmetrics
 
-    return functools.partial(MetricSet, config.train.metrics, SINGLE_LABEL, info.class_names, device)
+    return functools.partial(MetricSet, config.train.metrics, info.task, info.class_names, device, info.target_std)
 
 
 @torch.inference_mode()
@@ -71,6 +71,7 @@ def count_into(
     findings: Findings | None = None,
     mirrored: bool = False,
     metrics: Sequence[MetricSet] = (),
+    task: str = SINGLE_LABEL,
 ) -> None:
     """Add each model's loss and right answers on `batches` to its meter, and the rest of the first's to `findings`.
 
@@ -79,6 +80,7 @@ def count_into(
     `as_logits` checks what a model returns: see `ftexp.model.build.as_logits`. mirrored: see `logits_of`.
     The models' parts are left in the mode that each was in: what is frozen doesn't train.
     """
+    judged = TASKS[task]
     training = [module for model, _ in models for module in model.modules() if module.training]
     for model, _ in models:
         model.eval()
@@ -86,8 +88,8 @@ def count_into(
         for number, (model, meter) in enumerate(models):
             with autocast:
                 logits = logits_of(model, images, as_logits, mirrored)
-            losses = F.cross_entropy(logits.float(), labels, reduction="none")
-            meter.add(losses, logits.argmax(1) == labels, torch.ones_like(labels, dtype=torch.bool))
+            losses, right = judged.losses(logits.float(), labels), judged.right(logits, labels)
+            meter.add(losses, right, torch.ones_like(right))
             if metrics:
                 metrics[number].update(logits.float(), labels)
             if findings is not None and number == 0:

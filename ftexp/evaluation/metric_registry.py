@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from ftexp.config.checks.metrics import better_of
+from ftexp.config.checks.metrics import better_of as better_of_built_in
+from ftexp.config.checks.metrics import name_of
 from ftexp.config.checks.wording import unknown
 from ftexp.config.metric_names import ALWAYS_LOGGED, METRICS, MetricKind
 from ftexp.config.schema import Config
@@ -26,11 +27,12 @@ _TOP = 5
 class MetricContext:
     """What a metric is built for: one evaluation of one model, on one rank."""
 
-    task: str  # single_label
+    task: str  # data.task
     num_classes: int
     class_names: Sequence[str]
     device: torch.device  # of what `update` gets, and of what ranks send to each other
     predictions: Predictions  # `predictions.keep()`: all of the split's, for metrics that no sums make up
+    target_std: Sequence[float] | None = None  # of a regression whose targets are standardised: a unit of the model's
 
 
 class Metric(Protocol):
@@ -40,7 +42,7 @@ class Metric(Protocol):
     """
 
     def update(self, logits: Tensor, targets: Tensor) -> None:
-        """Count a batch of this rank's, each once: logits float32 [rows, num_classes], targets int64 [rows]."""
+        """Count a batch of this rank's, each once: logits float32 [rows, num_classes], targets as losses take them."""
         ...
 
     def compute(self) -> Any:
@@ -59,8 +61,10 @@ def register_metric(name: str, better: str = "max", tasks: Sequence[str] = ()) -
 
     better: max or min, which way the metric is better. tasks: those that it is for; by default single_label.
     """
-    if better not in ("max", "min") or name in ALWAYS_LOGGED:
-        raise ValueError(f"metric '{name}', better='{better}': that must be max or min, and the name another")
+    if better not in ("max", "min"):
+        raise ValueError(f"metric '{name}': better='{better}' must be max or min")
+    if name in ALWAYS_LOGGED or not name.isidentifier():
+        raise ValueError(f"metric '{name}': the name must be an identifier, and neither loss nor accuracy")
 
     def decorate(builder: B) -> B:
         _metrics.register(name)(builder)
@@ -92,12 +96,19 @@ def check_metrics(config: Config, task: str) -> None:
     """
     check_names(config.train.metrics, task)
     scored, order = config.checkpoint.checkpoint_score_attribute, config.checkpoint.checkpoint_score_order
-    name = scored.partition("_")[2].removesuffix("_ema")
-    if better_of(scored) is None and order != (better := _kinds[name].better):
+    if order != (better := better_of(scored)):
         raise ConfigError(
             f"checkpoint.checkpoint_score_attribute={scored} is best at its {better}imum, and "
             f"checkpoint.checkpoint_score_order={order}: set that to {better}"
         )
+    stopping = config.stopping
+    if stopping.metric is not None and stopping.mode not in (None, better_of(stopping.metric)):
+        raise ConfigError(f"stopping.mode={stopping.mode} is the worst of stopping.metric={stopping.metric}: remove it")
+
+
+def better_of(logged: str) -> str:
+    """Return whether a logged metric, of a plug-in's perhaps, is better at its max or its min."""
+    return better_of_built_in(logged) or _kinds[name_of(logged)].better
 
 
 def check_num_classes(names: Sequence[str], num_classes: int) -> None:

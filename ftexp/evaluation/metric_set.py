@@ -16,16 +16,23 @@ from ftexp.evaluation.predictions import Predictions
 class MetricSet:
     """Counts each batch into every metric that `names` names."""
 
-    def __init__(self, names: Sequence[str], task: str, class_names: Sequence[str], device: torch.device) -> None:
-        self._predictions = Predictions()
-        context = MetricContext(task, len(class_names), class_names, device, self._predictions)
+    def __init__(
+        self,
+        names: Sequence[str],
+        task: str,
+        class_names: Sequence[str],
+        device: torch.device,
+        target_std: Sequence[float] | None = None,
+    ) -> None:
+        self._predictions = Predictions(task)
+        context = MetricContext(task, len(class_names), class_names, device, self._predictions, target_std)
         self._metrics = {name: metric_builder(name)(context) for name in names}
         for metric in self._metrics.values():
             if isinstance(metric, torch.nn.Module):  # as torchmetrics' are
                 metric.to(device)
 
     def update(self, logits: Tensor, targets: Tensor) -> None:
-        """Count a batch: logits float32 [rows, classes], targets int64 [rows]."""
+        """Count a batch: logits float32 [rows, classes], targets as losses take them."""
         self._predictions.add(logits, targets)
         for metric in self._metrics.values():
             metric.update(logits, targets)

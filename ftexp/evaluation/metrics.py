@@ -17,6 +17,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score, M
 from torchmetrics.functional.classification import binary_precision_recall_curve, binary_roc
 
 from ftexp.evaluation.metric_registry import MetricContext, register_metric
+from ftexp.evaluation.numbers import errors
 from ftexp.evaluation.predictions import Predictions
 
 _BINS = 15  # of confidence; Guo et al., On Calibration of Modern Neural Networks, 2017, and torchmetrics
@@ -127,3 +128,39 @@ def _area_under_roc(probabilities: Tensor, holds: Tensor) -> float:
 def _step_area(probabilities: Tensor, holds: Tensor) -> float:
     precision, recall, _ = binary_precision_recall_curve(probabilities, holds, validate_args=False)
     return -float(np.sum(np.diff(recall.double().numpy()) * precision.double().numpy()[:-1]))
+
+
+class _OfTargets:
+    """The mean over targets of one of `ftexp.evaluation.numbers.errors`, in the units of the data."""
+
+    def __init__(self, context: MetricContext, key: str) -> None:
+        self._predictions, self._key = context.predictions.keep(), key
+        self._std = 1.0 if context.target_std is None else np.array(context.target_std)
+
+    def update(self, logits: Tensor, targets: Tensor) -> None:
+        """Nothing: the predictions are kept for all metrics at once."""
+
+    def compute(self) -> float:
+        """Over all predictions; collective. NaN where no target has one."""
+        outputs, targets = (values.double().numpy() * self._std for values in self._predictions.pairs())
+        found = [errors(*pair)[self._key] for pair in zip(outputs.T, targets.T, strict=True)]
+        known = [value for value in found if value is not None]
+        return math.fsum(known) / len(known) if known else math.nan
+
+
+@register_metric("mae")
+def _mae(context: MetricContext) -> _OfTargets:
+    """The mean absolute error."""
+    return _OfTargets(context, "mae")
+
+
+@register_metric("mse")
+def _mse(context: MetricContext) -> _OfTargets:
+    """The mean squared error."""
+    return _OfTargets(context, "mse")
+
+
+@register_metric("r2")
+def _r2(context: MetricContext) -> _OfTargets:
+    """The coefficient of determination."""
+    return _OfTargets(context, "r2")

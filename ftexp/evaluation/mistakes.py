@@ -9,11 +9,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
 
+from ftexp.data.info import DataInfo
 from ftexp.data.sources.arrays import UInt8s
+from ftexp.evaluation.gathering import gathered
 
 MAX_MISTAKES = 24  # kept, with their pictures
 _MAX_PIXELS = 96  # a side of a picture
@@ -38,7 +39,7 @@ class Part:
     mistakes: list[Mistake] = field(default_factory=list)  # the surest first
 
 
-class Findings:
+class ClassFindings:
     """Collects on one rank. `to_pixels` turns images as the model gets them back into uint8 rows."""
 
     def __init__(self, num_classes: int, to_pixels: Callable[[Tensor], UInt8s]) -> None:
@@ -63,11 +64,11 @@ class Findings:
         """What all ranks found, on rank 0, and this rank's part on the others; collective."""
         counted = Counter(pair for pairs in self._pairs for pair in pairs.tolist())
         own = Part(Counter({divmod(pair, self._num_classes): count for pair, count in counted.items()}), self._mistakes)
-        if not dist.is_initialized():
-            return own
-        parts: list[Part] | None = [own] * dist.get_world_size() if dist.get_rank() == 0 else None
-        dist.gather_object(own, parts)
-        return _together(parts) if parts is not None else own
+        return _together(gathered(own))
+
+    def report(self, info: DataInfo) -> dict[str, Any]:
+        """Return what `evaluation_<split>.json` says, on rank 0; collective."""
+        return described(self.gathered(), info.class_names)
 
 
 def described(part: Part, class_names: list[str]) -> dict[str, Any]:

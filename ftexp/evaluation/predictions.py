@@ -9,8 +9,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ftexp.config.schema import MULTI_LABEL, REGRESSION, SINGLE_LABEL
+
 T = TypeVar("T")
 
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    SINGLE_LABEL: lambda logits: logits.softmax(1),
+    MULTI_LABEL: torch.sigmoid,
+    REGRESSION: lambda outputs: outputs,
+}
 _COLUMNS = 64  # classes that a rank has of all samples at a time
 
 
@@ -21,8 +28,8 @@ class Predictions:
     metric is computed those of 64 classes of all samples on each rank (13 MB).
     """
 
-    def __init__(self) -> None:
-        self._keeps = False
+    def __init__(self, task: str = SINGLE_LABEL) -> None:
+        self._task, self._keeps = task, False
         self._probabilities: list[Tensor] = []
         self._targets: list[Tensor] = []
 
@@ -32,10 +39,19 @@ class Predictions:
         return self
 
     def add(self, logits: Tensor, targets: Tensor) -> None:
-        """Keep a batch, if any metric wants it: logits float32 [rows, classes], targets int64 [rows]."""
+        """Keep a batch, if any metric wants it: logits float32 [rows, classes], targets as losses take them.
+
+        Of several labels, the probabilities are by sigmoid; of a regression, they are the outputs themselves.
+        """
         if self._keeps:
-            self._probabilities.append(logits.softmax(1).cpu())
-            self._targets.append(targets.cpu())
+            self._probabilities.append(_ACTIVATIONS[self._task](logits).cpu())
+            self._targets.append((targets > 0 if self._task == MULTI_LABEL else targets).cpu())
+
+    def pairs(self) -> tuple[Tensor, Tensor]:
+        """Return all ranks' outputs and targets, in the order of the samples; collective."""
+        parts = _gathered_everywhere((self._probabilities, self._targets))
+        outputs, targets = ([batch for part in parts for batch in part[which]] for which in (0, 1))
+        return torch.cat(outputs), torch.cat(targets)
 
     def by_class(self, measure: Callable[[Tensor, Tensor], T]) -> list[T]:
         """Return `measure(probabilities, targets)` of each class over all ranks' samples, in their order; collective.
@@ -54,9 +70,13 @@ class Predictions:
             if rank == home:
                 whole = torch.cat([part for part in columns if part is not None])
                 for index, column in enumerate(whole.T):
-                    measured[first + index] = measure(column.contiguous(), targets == first + index)
+                    measured[first + index] = measure(column.contiguous(), _holds(targets, first + index))
         together = {label: value for part in _gathered_everywhere(measured) for label, value in part.items()}
         return [together[label] for label in range(num_classes)]
+
+
+def _holds(targets: Tensor, label: int) -> Tensor:
+    return targets == label if targets.ndim == 1 else targets[:, label]
 
 
 def _gathered_everywhere(value: Any) -> list[Any]:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from ftexp.cli.trained_run import SavedRun
+from ftexp.config.schema import MULTI_LABEL, SINGLE_LABEL
 from ftexp.config.source_names import can_stream
 from ftexp.data.feeds.decoding import decode_samples
 from ftexp.data.sources.arrays import UInt8s
@@ -33,7 +36,7 @@ class Difference:
 
     largest: float  # of the logits, absolute
     largest_logit: float  # for scale
-    num_same: int  # images of which both say the same class
+    num_same: int  # images of which both say the same class or classes; of numbers, the same to three digits
 
 
 def samples_of(run: SavedRun, num_samples: int) -> Samples:
@@ -58,12 +61,21 @@ def samples_of(run: SavedRun, num_samples: int) -> Samples:
     return Samples(np.random.default_rng(0).integers(0, 256, shape, np.uint8), NOISE, reason)
 
 
-def compare(original: Answer, exported: Answer, pixels: UInt8s) -> Difference:
+def compare(original: Answer, exported: Answer, pixels: UInt8s, task: str = SINGLE_LABEL) -> Difference:
     """Ask both for the same images: the first by itself, and then the others, so that the batch is seen to be free."""
     pieces = [piece for piece in (pixels[:1], pixels[1:]) if len(piece)]
     one, other = (np.concatenate([answer(piece) for piece in pieces]) for answer in (original, exported))
     return Difference(
         largest=float(np.abs(one - other).max()),
         largest_logit=float(np.abs(one).max()),
-        num_same=int((one.argmax(1) == other.argmax(1)).sum()),
+        num_same=int((_told(one, task) == _told(other, task)).all(1).sum()),
     )
+
+
+def _told(outputs: npt.NDArray[np.float32], task: str) -> npt.NDArray[Any]:
+    """What a model says of each image, [images, n]."""
+    if task == SINGLE_LABEL:
+        classes: npt.NDArray[Any] = outputs.argmax(1)[:, None]
+        return classes
+    found: npt.NDArray[Any] = outputs > 0 if task == MULTI_LABEL else outputs.round(3)
+    return found

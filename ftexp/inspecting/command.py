@@ -23,7 +23,7 @@ from omegaconf import DictConfig
 from ftexp.cli.compose import run_hydra, to_config
 from ftexp.cli.entry import command_words, exiting_on_error
 from ftexp.config.checks.validate import validate
-from ftexp.config.schema import AugmentConfig, Config
+from ftexp.config.schema import MULTI_LABEL, REGRESSION, AugmentConfig, Config
 from ftexp.errors import ConfigError, StorageError
 
 if TYPE_CHECKING:
@@ -162,7 +162,8 @@ def _print_facts(console: Console, config: Config, bundle: DataBundle, found: Fo
         ("source", config.data.name),
         ("root", masked(config.data.root)),
         ("image", f"{info.image_size}×{info.image_size}×{info.channels}"),
-        ("samples", f"{sizes} · {info.num_classes} classes"),
+        ("samples", f"{sizes} · {info.outputs_in_words}"),
+        ("labels", _label_counts(info, found)),
         ("feed", f"{bundle.feed}: {bundle.why}"),
         ("epoch", epoch_in_words(config, info)),
         ("decoding", decoding),
@@ -222,12 +223,48 @@ def _print_bad(console: Console, config: Config, bundle: DataBundle, found: Foun
     console.print(f"         {told}", soft_wrap=True)
 
 
+def _label_counts(info: DataInfo, found: Found) -> str | None:
+    """Say how many labels samples have, where that may be any number."""
+    from ftexp.data.targets import unpacked
+
+    if info.task != MULTI_LABEL:
+        return None
+    numbers = unpacked(found.labels["train"], info.num_classes).sum(1, dtype=int)
+    none, most = int((numbers == 0).sum()), int(numbers.max())
+    return f"{numbers.mean():.2f} a training sample in the mean, {most} at most; {none:,} samples have none"
+
+
+def _print_targets(console: Console, info: DataInfo, found: Found) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("target", "split", box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    for title in ("mean", "std", "least", "most"):
+        table.add_column(title, justify="right")
+    for number, name in enumerate(info.class_names):
+        for split, labels in found.labels.items():
+            if len(labels):
+                values = labels[:, number].astype(float)
+                measured = (values.mean(), values.std(), values.min(), values.max())
+                table.add_row(Text(name), split, *(f"{value:.5g}" for value in measured))
+    console.print()
+    console.print(table)
+
+
 def _print_classes(console: Console, info: DataInfo, found: Found) -> None:
     import numpy as np
     from rich.table import Table
     from rich.text import Text
 
-    counts = {split: np.bincount(labels, minlength=info.num_classes) for split, labels in found.labels.items()}
+    from ftexp.data.targets import class_counts
+
+    if info.task == REGRESSION:
+        _print_targets(console, info, found)
+        return
+    counts = {
+        split: class_counts(labels, info.num_classes) if len(labels) else np.zeros(info.num_classes, np.int64)
+        for split, labels in found.labels.items()
+    }
     table = Table("class", *found.labels, box=None, pad_edge=False, padding=(0, 3, 0, 0))
     for column in table.columns[1:]:
         column.justify = "right"

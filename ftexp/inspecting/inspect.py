@@ -16,13 +16,14 @@ import numpy.typing as npt
 import ray
 from PIL import Image, ImageDraw, ImageFont
 
-from ftexp.config.schema import Config
+from ftexp.config.schema import SINGLE_LABEL, Config
 from ftexp.data.cropping import Fit
 from ftexp.data.decoder import Traits, UInt8s
 from ftexp.data.feeds.decoding import PARTS, as_sample, decode_samples
 from ftexp.data.info import SPLITS, BadSample, DataBundle, DataInfo, IndexedSplit
 from ftexp.data.order import Int64s
 from ftexp.data.sampling import run_order
+from ftexp.data.targets import Labels, joined_label
 from ftexp.errors import DataError
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ class Pixels:
 class Found:
     """What there is to tell of a data set."""
 
-    labels: dict[str, Int64s]  # of each sample, by split
+    labels: dict[str, Labels]  # of each sample, by split
     pixels: Pixels  # of the training samples that were read
     num_read: int  # training samples, bad ones included
     others_read: bool  # whether what is bad in val and test is known
@@ -150,7 +151,8 @@ def look(config: Config, bundle: DataBundle, num_cpus: int) -> Found:
         one = next(iter(bad.samples.values()))
         raise DataError(f"of {num_read:,} training samples not one can be read; the first: {one.where}: {one.reason}")
     names = [
-        bundle.info.class_names[label] if good else None for label, good in zip(first.labels, _good(first), strict=True)
+        joined_label(label, bundle.info.class_names, ", ") if good else None
+        for label, good in zip(first.labels, _good(first), strict=True)
     ]
     return Found(
         labels={split: _labels(bundle, split) for split in SPLITS},
@@ -211,12 +213,12 @@ def _taken(rows: Rows, samples: Int64s, info: DataInfo) -> Iterator[Taken]:
     yield from read(rows, batches)
 
 
-def _labels(bundle: DataBundle, split: str) -> Int64s:
+def _labels(bundle: DataBundle, split: str) -> Labels:
     if bundle.streamed:
         return bundle.indexed[split].table.get()[1]
     rows = bundle.datasets[split].iterator()
     blocks = rows.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0)
-    return np.concatenate([np.empty(0, np.int64), *(block["label"] for block in blocks)])
+    return np.concatenate([block["label"] for block in blocks] or [np.empty(0, np.int64)])
 
 
 def _changed(config: Config, bundle: DataBundle, order: AnyOrder, images: UInt8s) -> UInt8s:
@@ -225,12 +227,14 @@ def _changed(config: Config, bundle: DataBundle, order: AnyOrder, images: UInt8s
 
     if not config.augment.changes_pictures:
         return images
-    positions = np.arange(len(images))
-    augment = PictureAugment(config.augment, config.seed, bundle.info.fit)
+    splits = config.augment.splits
+    positions = np.arange(len(images)) * splits + min(1, splits - 1)  # of several views, that after the clean one
+    augment = PictureAugment(config.augment, config.seed, bundle.info.fit, config.plugins)
     if split := bundle.indexed.get("train"):
-        return decode_samples(split, order.samples(positions), bundle.info.fit, augment, positions)[0]
+        return decode_samples(split, order.samples(np.arange(len(images))), bundle.info.fit, augment, positions)[0]
     samples = (as_sample(image, bundle.info.fit) for image in images)
-    return np.stack([augment(sample.picture, number, sample.is_final) for number, sample in enumerate(samples)])
+    pairs = zip(samples, positions.tolist(), strict=True)
+    return np.stack([augment(sample.picture, position, sample.is_final) for sample, position in pairs])
 
 
 def as_the_model_sees(config: Config, info: DataInfo, images: UInt8s) -> UInt8s:
@@ -250,11 +254,13 @@ def as_the_model_sees(config: Config, info: DataInfo, images: UInt8s) -> UInt8s:
     if augment.erase_prob:
         seen = Erasing(augment, config.seed, seen.device)(seen, positions)
     if augment.mixes:
-        mixing = Mixing(augment, info.num_classes, config.train.label_smoothing, config.seed)
+        has_vectors, smoothing = info.task != SINGLE_LABEL, config.train.label_smoothing
+        mixing = Mixing(augment, info.num_classes, smoothing, config.seed, has_vectors=has_vectors)
         for start in range(0, len(images), config.train.global_batch_size):
             own = positions[start : start + config.train.global_batch_size]
             rows = slice(start, start + len(own))
-            none = torch.zeros(len(own), dtype=torch.long)  # what is mixed of the labels isn't shown
+            # what is mixed of the labels isn't shown
+            none = torch.zeros(len(own), info.num_classes) if has_vectors else torch.zeros(len(own), dtype=torch.long)
             pairs = MicroShare(own, len(own)).pairs(start, None)
             seen[rows] = mixing(MicroBatch(seen[rows], none, none, own, pairs), start).images
     return to_tensors.pixels(seen)
@@ -267,7 +273,8 @@ def _rate(config: Config, bundle: DataBundle, num_cpus: int) -> Rate | None:
     if not bundle.indexed:
         return None
     split, fit = bundle.indexed["train"], bundle.info.fit
-    augment = PictureAugment(config.augment, config.seed, fit) if config.augment.changes_pictures else None
+    changes = config.augment.changes_pictures
+    augment = PictureAugment(config.augment, config.seed, fit, config.plugins) if changes else None
     parts = [part[:_RATE_SAMPLES] for part in np.array_split(np.arange(len(split)), num_cpus) if len(part)]
     task = ray.remote(num_cpus=1)(_make_for)
     made = ray.get([task.remote(split, fit, augment, part) for part in parts])

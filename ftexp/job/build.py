@@ -7,7 +7,6 @@ import math
 import os
 import traceback
 
-import numpy as np
 import ray.train
 import torch
 from ray.train.torch import get_device, prepare_model
@@ -15,7 +14,7 @@ from timm.layers import convert_sync_batchnorm
 from torch import nn
 
 from ftexp.cluster.hot_start.forker import MARK as HOT_START_MARK
-from ftexp.config.schema import Config
+from ftexp.config.schema import MULTI_LABEL, SINGLE_LABEL, Config
 from ftexp.data.augment.erasing import Erasing
 from ftexp.data.augment.mixing import Mixing
 from ftexp.data.augment.picture import PictureAugment
@@ -27,10 +26,12 @@ from ftexp.data.info import SPLITS, BadSample, DataInfo, IndexedSplit
 from ftexp.data.order import derive_seed
 from ftexp.data.plan import ShardPlan
 from ftexp.data.sampling import run_order
+from ftexp.data.targets import class_counts
 from ftexp.errors import RunFailedError
 from ftexp.evaluation.meter import Meter
 from ftexp.job.data import TrainingData
 from ftexp.job.group import ProcessGroup
+from ftexp.job.hooks import Hooks
 from ftexp.job.job import Job, RunIdentity
 from ftexp.job.learner import Learner
 from ftexp.job.mfu import Utilisation
@@ -90,6 +91,7 @@ def _build(spec: JobSpec, streams: dict[str, IndexedSplit], channel: Channel, gr
     plan = _plan(config, group, len(rows["train"]), begin.accumulate_steps or 1)
     ledger = Storage(spec.run_uri).child(LEDGER) if config.train.ledger else None
     shape = (info.channels, info.image_size, info.image_size)
+    progress = Progress(Meter(device), plan.total_positions)
     return Job(
         config=config,
         info=info,
@@ -98,10 +100,11 @@ def _build(spec: JobSpec, streams: dict[str, IndexedSplit], channel: Channel, gr
         group=group,
         learner=learner,
         data=_data(spec, rows, plan, device, SkippedBatches(begin.skipped)),
-        progress=Progress(Meter(device), plan.total_positions),
+        progress=progress,
         ledger=SampleLedger(ledger, begin.attempt, group.rank),
         stopwatch=Stopwatch(device),
         utilisation=Utilisation(device, config.train.precision, group.world_size, shape),
+        hooks=Hooks(config, group, learner, progress, channel),
     )
 
 
@@ -123,7 +126,7 @@ def _distiller(config: Config, info: DataInfo, model: nn.Module, device: torch.d
     taught_by = build_teacher(spec, info, distill.kind, device)
     if train.channels_last:
         taught_by = taught_by.to(memory_format=torch.channels_last)
-    teacher = Teacher(taught_by, spec, info, _autocast(device, distill.precision or train.precision))
+    teacher = Teacher(taught_by, spec, info, autocast_of(device, distill.precision or train.precision))
     distiller = Distiller(distill, model, teacher, derive_seed(config.seed, _PROJECTION) % 2**63)
     distiller.trainable.to(device)
     if train.compile and distiller.trainable is not model:
@@ -131,7 +134,8 @@ def _distiller(config: Config, info: DataInfo, model: nn.Module, device: torch.d
     return distiller
 
 
-def _autocast(device: torch.device, precision: str) -> torch.autocast:
+def autocast_of(device: torch.device, precision: str) -> torch.autocast:
+    """Return the context of forward passes in a precision."""
     return torch.autocast(device.type, dtype=_DTYPES[precision], enabled=precision != "fp32")
 
 
@@ -155,7 +159,7 @@ def _learner(
         optimizer=optimizer,
         scheduler=build_scheduler(config.schedule, optimizer, configured_steps, steps_per_epoch),
         scaler=torch.amp.GradScaler(device.type, enabled=precision == "fp16"),
-        autocast=autocast_of(config, device),
+        autocast=autocast_of(device, precision),
         as_logits=functools.partial(as_logits, config=config.model, num_classes=info.num_classes),
         loss=_loss(config, info, rows, device),
         freezing=freezing,
@@ -164,14 +168,11 @@ def _learner(
     )
 
 
-def autocast_of(config: Config, device: torch.device) -> torch.autocast:
-    """Return the context of forward passes in the run's precision."""
-    return _autocast(device, config.train.precision)
-
-
 def _loss(config: Config, info: DataInfo, rows: Rows, device: torch.device) -> Loss:
-    context = LossContext(config.loss, info.num_classes, config.train.label_smoothing)
-    return build_loss(context, lambda: np.bincount(rows.labels, minlength=info.num_classes).tolist(), device)
+    # sets of classes that are mixed are smoothed before
+    smoothing = 0.0 if info.task == MULTI_LABEL and config.augment.mixes else config.train.label_smoothing
+    context = LossContext(config.loss, info.num_classes, smoothing, info.task, config.augment.splits)
+    return build_loss(context, lambda: class_counts(rows.labels, info.num_classes).tolist(), device)
 
 
 def _plan(config: Config, group: ProcessGroup, num_samples: int, min_accumulate_steps: int) -> ShardPlan:
@@ -195,18 +196,25 @@ def _data(
 ) -> TrainingData:
     config, info, augment = spec.config, spec.info, spec.config.augment
     to_tensors = ToTensors(info, device, config.train.channels_last)
-    num_samples, smoothing = len(rows["train"]), config.train.label_smoothing
+    num_samples = len(rows["train"])
     mixed_to = augment.mixup_off_epoch * num_samples if augment.mixup_off_epoch else None
     order = run_order(config, num_samples, spec.blocks, spec.classes.get() if spec.classes is not None else None)
+    on_tensors = Augment(augment, config.seed, info.mean)
     return TrainingData(
-        feed=IndexedFeed(rows["train"], order, plan, to_tensors, Augment(augment, config.seed, info.mean)),
+        feed=IndexedFeed(rows["train"], order, plan, to_tensors, on_tensors, augment.splits),
         rows=rows,
         to_tensors=to_tensors,
         accumulate_steps=plan.accumulate_steps,
         erasing=Erasing(augment, config.seed, device) if augment.erase_prob else None,
-        mixing=Mixing(augment, info.num_classes, smoothing, config.seed, mixed_to) if augment.mixes else None,
+        mixing=_mixing(config, info, mixed_to) if augment.mixes else None,
+        splits=augment.splits,
         skipped=skipped,
     )
+
+
+def _mixing(config: Config, info: DataInfo, end: int | None) -> Mixing:
+    smoothing, has_vectors = config.train.label_smoothing, info.task != SINGLE_LABEL
+    return Mixing(config.augment, info.num_classes, smoothing, config.seed, end, has_vectors)
 
 
 def settle_kernels(device: torch.device) -> None:
@@ -252,7 +260,9 @@ def _rows(spec: JobSpec, streams: dict[str, IndexedSplit], channel: Channel, gro
 
 def picture_augment(config: Config, info: DataInfo) -> PictureAugment | None:
     """Return the augmentation of single images that the config asks for; None without one."""
-    return PictureAugment(config.augment, config.seed, info.fit) if config.augment.changes_pictures else None
+    if not config.augment.changes_pictures:
+        return None
+    return PictureAugment(config.augment, config.seed, info.fit, config.plugins)
 
 
 def _connect(spec: JobSpec, group: ProcessGroup) -> Channel:

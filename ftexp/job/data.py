@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from ftexp.data.augment.erasing import Erasing
 from ftexp.data.augment.mixing import Mixing
+from ftexp.data.augment.picture import view_positions
 from ftexp.data.batches import Batch, MicroBatch
 from ftexp.data.feeds.feed import Feed, Rows, ToTensors
 from ftexp.job.skipped_batches import SkippedBatches
@@ -22,6 +25,7 @@ class TrainingData:
     accumulate_steps: int  # micro-batches of a step: more than configured once memory has run out
     erasing: Erasing | None = None
     mixing: Mixing | None = None
+    splits: int = 1  # views of each sample in a micro-batch's images
     skipped: SkippedBatches = field(default_factory=SkippedBatches)
     current: Batch | None = None  # that is being trained on
 
@@ -31,5 +35,14 @@ class TrainingData:
         Both draw from global generators, which the step seeds afterwards; so this is done on the thread that trains.
         """
         if self.erasing is not None:
-            micro = dataclasses.replace(micro, images=self.erasing(micro.images, micro.positions))
+            micro = dataclasses.replace(micro, images=self._erased(micro, self.erasing))
         return micro if self.mixing is None else self.mixing(micro, start)
+
+    def _erased(self, micro: MicroBatch, erasing: Erasing) -> Tensor:
+        """Erase in place; of several views, the first stays as it is."""
+        if self.splits == 1:
+            return erasing(micro.images, micro.positions)
+        views = view_positions(micro.positions, self.splits)
+        for view in range(1, self.splits):
+            erasing(micro.images[view :: self.splits], views[view :: self.splits])
+        return micro.images

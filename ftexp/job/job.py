@@ -10,6 +10,7 @@ from ftexp.config.schema import Config
 from ftexp.data.info import DataInfo
 from ftexp.job.data import TrainingData
 from ftexp.job.group import ProcessGroup
+from ftexp.job.hooks import Hooks
 from ftexp.job.learner import Learner
 from ftexp.job.mfu import Utilisation
 from ftexp.job.progress import Progress
@@ -42,6 +43,7 @@ class Job:
     ledger: SampleLedger
     stopwatch: Stopwatch
     utilisation: Utilisation
+    hooks: Hooks
 
     @property
     def total_steps(self) -> int:

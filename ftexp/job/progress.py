@@ -30,12 +30,13 @@ class Progress:
     metrics: dict[str, float] = field(default_factory=dict)  # the latest of each
     best: dict[str, Any] = field(default_factory=dict)  # {"metric": name, "value": float, "step": int}, or empty
     num_overflows: int = 0  # steps that fp16's loss scaler left out
+    stopped: str | None = None  # why a hook had the run end at this step
     pending: list[Pending] = field(default_factory=list)  # evaluations, oldest first
 
     @property
     def finished(self) -> bool:
-        """Whether the last step is done."""
-        return self.position >= self.total_positions
+        """Whether the last step is done, or a hook has ended the run."""
+        return self.stopped is not None or self.position >= self.total_positions
 
     def advance(self, end: int, num_samples: int) -> bool:
         """Count the step that ended at position `end`; whether an epoch, of `num_samples`, ended in it."""
@@ -59,7 +60,7 @@ class Progress:
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers, the same on every rank; collective, since meters are summed over ranks.
 
-        Without `best` and `num_overflows`, which are states of their own.
+        Without `best`, `num_overflows` and `stopped`, which belong to states of their own.
         """
         pending = [{"step": each.step, "epoch": each.epoch} for each in self.pending]
         return {

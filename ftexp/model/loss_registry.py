@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ftexp.config.checks.wording import unknown
-from ftexp.config.schema import LOSSES, LossConfig
+from ftexp.config.schema import LOSSES, SINGLE_LABEL, LossConfig
 from ftexp.errors import ConfigError, UnknownNameError
 from ftexp.registry import Registry
 
@@ -21,12 +21,16 @@ class LossContext:
 
     config: LossConfig
     num_classes: int
-    label_smoothing: float  # for targets that are class numbers; targets of mixed samples are smoothed already
+    label_smoothing: float  # for targets that are class numbers, or sets; those of mixed samples are smoothed already
+    task: str = SINGLE_LABEL  # data.task
+    num_views: int = 1  # augment.splits: rows of logits for each sample, next to one another, the clean view first
 
 
 # (logits float32 [rows, num_classes], targets) -> losses float32 [rows], one for each sample, never reduced: the loop
 # takes the mean over the global batch, so the gradient doesn't depend on the number of workers. Targets are class
-# numbers, int64 [rows], or where samples were mixed their distribution, float32 [rows, num_classes].
+# numbers, int64 [rows], or where samples were mixed their distribution, float32 [rows, num_classes]. Under
+# data.task=multi_label they are 1 for each class of a sample and 0 for others, or between where samples were mixed, and
+# under regression the standardised numbers, float32 [rows, num_classes].
 Loss = Callable[["Tensor", "Tensor"], "Tensor"]
 LossBuilder = Callable[[LossContext], Loss]
 _losses: Registry[Any] = Registry("loss.name")

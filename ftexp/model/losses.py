@@ -1,6 +1,7 @@
 """What training minimises: the built-in losses, by timm's and torch's functions, and the weights of classes.
 
-Each gives a value for each sample; see `ftexp.model.loss_registry.Loss`.
+Each gives a value for each sample; see `ftexp.model.loss_registry.Loss`. Those of samples that have several classes are
+in `ftexp.model.multi_label_losses`.
 """
 
 from __future__ import annotations
@@ -13,8 +14,11 @@ import torch.nn.functional as F
 from timm.loss import AsymmetricLossSingleLabel, BinaryCrossEntropy, PolyCrossEntropy, compute_class_weights
 from torch import Tensor
 
-from ftexp.config.schema import LossConfig
+from ftexp.config.schema import MULTI_LABEL, SINGLE_LABEL, LossConfig
 from ftexp.model.loss_registry import Loss, LossContext, loss_builder, register_loss
+from ftexp.model.multi_label_losses import PER_CLASS, build_per_class
+
+_LEAST_PROBABILITY = 1e-7  # of a mixture, timm's
 
 
 @register_loss("ce")
@@ -69,18 +73,55 @@ def _poly(context: LossContext) -> Loss:
     return loss
 
 
+@register_loss("jsd")
+def _jensen_shannon(context: LossContext) -> Loss:
+    """Cross-entropy of the clean view, plus alpha times the Jensen-Shannon divergence of all views.
+
+    timm's JsdCrossEntropy for each sample (Hendrycks et al., "AugMix", 2020).
+    """
+    views, alpha, smoothing = context.num_views, context.config.alpha, context.label_smoothing
+
+    def losses(logits: Tensor, targets: Tensor) -> Tensor:
+        by_view = logits.view(-1, views, logits.shape[1])
+        probabilities = by_view.softmax(2)
+        log_mixture = probabilities.mean(1, keepdim=True).clamp(_LEAST_PROBABILITY, 1).log().expand_as(probabilities)
+        divergences = F.kl_div(log_mixture, probabilities, reduction="none").sum(2).mean(1)
+        return _torch_cross_entropy(by_view[:, 0], targets, smoothing) + alpha * divergences
+
+    return losses
+
+
+@register_loss("mse")
+def _squared_error(_: LossContext) -> Loss:
+    return lambda outputs, targets: F.mse_loss(outputs, targets, reduction="none").mean(1)
+
+
+@register_loss("l1")
+def _absolute_error(_: LossContext) -> Loss:
+    return lambda outputs, targets: F.l1_loss(outputs, targets, reduction="none").mean(1)
+
+
+@register_loss("huber")
+def _huber(context: LossContext) -> Loss:
+    delta = context.config.delta
+    return lambda outputs, targets: F.huber_loss(outputs, targets, reduction="none", delta=delta).mean(1)
+
+
 def build_loss(context: LossContext, counts: Callable[[], Sequence[int]], device: torch.device) -> Loss:
     """Return the loss of a run. counts: counts the training samples of each class, [num_classes]."""
+    weights = class_weights(context.config, counts, context.task)
+    if context.task == MULTI_LABEL and context.config.name in PER_CLASS:
+        return build_per_class(context, weights, device)
     loss = loss_builder(context.config.name)(context)
-    weights = class_weights(context.config, counts)
     return loss if weights is None else functools.partial(_weighted, loss, weights.to(device))
 
 
-def class_weights(config: LossConfig, count: Callable[[], Sequence[int]]) -> Tensor | None:
+def class_weights(config: LossConfig, count: Callable[[], Sequence[int]], task: str = SINGLE_LABEL) -> Tensor | None:
     """Return each class's weight, float32 [num_classes], or None where all are 1.
 
     A list is taken as it is. What is counted is scaled, so that the mean over the training samples is 1: the loss, and
-    with it the learning rate, keep their scale. A class without samples has the weight of one that has one.
+    with it the learning rate, keep their scale. A class without samples has the weight of one that has one. Where a
+    sample has several classes, each class has its term in every sample: the mean over classes is 1.
     """
     given = config.class_weights
     if given == "none":
@@ -88,7 +129,10 @@ def class_weights(config: LossConfig, count: Callable[[], Sequence[int]]) -> Ten
     if not isinstance(given, str):
         return torch.tensor(given, dtype=torch.float32)
     counts = count()
-    _, weights = compute_class_weights(counts, sum(counts), method=given, beta=config.effective_num_beta)
+    _, weights = compute_class_weights(counts, max(1, sum(counts)), method=given, beta=config.effective_num_beta)
+    if task == MULTI_LABEL:
+        found: Tensor = weights
+        return found
     counted = torch.tensor(counts, dtype=torch.float64)
     scaled: Tensor = weights.double() * (counted.sum() / torch.dot(weights.double(), counted))
     return scaled.float()

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from ftexp.predicting.inputs import Inputs
 
 _MAX_BAD_SHOWN = 10
-_COLUMNS = ("image_column", "label_column")
+_COLUMNS = ("image_column", "label_column", "label_separator", "target_columns")
 _SPLITTING = ("val_fraction", "test_fraction", "split_seed")  # data fields that decide which image is in which split
 _FILE_OF = {"raw": "model.pt", "ema": "extra_state.pt"}  # that holds the weights
 
@@ -52,6 +52,7 @@ class Request:
     part_rows: int
     format: str
     is_runs_own: bool  # the data that the run was trained on, cut into the same splits
+    thresholds: list[float] | None = None  # of each class, where an image may have any number of them
 
     def plan(self, inputs: Inputs) -> PredictionPlan:
         """What is written down of it, to go on by."""
@@ -71,6 +72,7 @@ class Request:
             format=self.format,
             part_rows=self.part_rows,
             tta=self.tta,
+            thresholds=self.thresholds,
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,9 +12,10 @@ from typing import Any
 import numpy as np
 
 import ftexp.data.build  # noqa: F401 - registers the sources that are built in
-from ftexp.config.schema import DataConfig
+from ftexp.config.schema import SINGLE_LABEL, DataConfig
 from ftexp.data.feeds.feed import CachedRows
 from ftexp.data.info import BadSample, Excluded, IndexedSplit, Raw, Reader, reasons
+from ftexp.data.label_cells import cell_text
 from ftexp.data.labels import written_number
 from ftexp.data.listing import Listing
 from ftexp.data.order import Int64s
@@ -26,7 +28,8 @@ from ftexp.data.sources.image_list import read_list
 from ftexp.data.sources.named_files import data_files
 from ftexp.data.sources.parquet import RowGroup, RowGroups, labels_of
 from ftexp.data.sources.registry import sources
-from ftexp.data.sources.webdataset import scan_shards
+from ftexp.data.sources.webdataset import label_endings, scan_shards
+from ftexp.data.targets import Labels, distinct
 from ftexp.errors import DataError
 from ftexp.registry import Registry
 from ftexp.storage.directory import open_uri
@@ -76,14 +79,17 @@ def _one_split(config: DataConfig, split: str) -> Inputs:
             files = sorted((info.path.removeprefix(root), info.size) for info in infos)
         items, labels = own.table.get()
         digest = _digest(files, items.tobytes(), labels.tobytes())
-        return Inputs(_kept(own), names, digest, found.bad, found.excluded, found.digest)
+        texts, numbers = distinct(labels, names, config.label_separator)
+        own = dataclasses.replace(own, table=Shared((items, numbers)))
+        return Inputs(_kept(own), texts, digest, found.bad, found.excluded, found.digest)
     images, labels = _arrays(found.datasets[split])
-    table = Shared((np.arange(len(labels)), labels))
+    texts, numbers = distinct(labels, found.info.class_names, config.label_separator)
+    table = Shared((np.arange(len(labels)), numbers))
     own = IndexedSplit(len(labels), ArrayReader(f"{config.name}/{split}", Shared(images)), table, None)
-    return Inputs(own, found.info.class_names, _digest([], images.tobytes(), labels.tobytes()))
+    return Inputs(own, texts, _digest([], images.tobytes(), labels.tobytes()))
 
 
-def _arrays(dataset: Any) -> tuple[UInt8s, Int64s]:
+def _arrays(dataset: Any) -> tuple[UInt8s, Labels]:
     rows = CachedRows(dataset.iterator())
     if not len(rows):
         return np.empty(0, np.uint8), np.empty(0, np.int64)
@@ -152,7 +158,8 @@ def _parquet(config: DataConfig, _: list[str]) -> Inputs:
             groups.append(RowGroup(info.path, number, len(labels)))
             labels += values
     reader = BlockReader(RowGroups(filesystem, config.image_column, Shared(groups)))
-    return _inputs(reader, labels, _digest((info.path.removeprefix(root), info.size) for info in infos), account)
+    cells = labels if config.task == SINGLE_LABEL else _as_labels(labels, config)
+    return _inputs(reader, cells, _digest((info.path.removeprefix(root), info.size) for info in infos), account)
 
 
 @every_image.register("webdataset")
@@ -161,7 +168,9 @@ def _webdataset(config: DataConfig, _: list[str]) -> Inputs:
     filesystem, root = open_uri(config.root or "", "data.root")
     account = Account()
     infos = data_files(filesystem, root, config, ".tar", account)
-    stretches, labels, of_shards = scan_shards(filesystem, [info.path for info in infos], labelled=False)
+    stretches, labels, of_shards = scan_shards(
+        filesystem, [info.path for info in infos], labelled=False, endings=label_endings(config)
+    )
     account.add(of_shards)
     digest = _digest((info.path.removeprefix(root), info.size) for info in infos)
     return _inputs(BlockReader(stretches), _as_labels(labels, config), digest, account)
@@ -178,9 +187,11 @@ def _inputs(reader: Reader, labels: Sequence[Any], digest: str, account: Account
     return Inputs(_kept(split), names, digest, account.bad, account.excluded)
 
 
-def _as_labels(texts: Sequence[str | None], config: DataConfig) -> list[str | int | None]:
-    """Of a source that holds text only, where training takes what looks like a number for one."""
-    return [None if text is None else written_number(text, config) for text in texts]
+def _as_labels(cells: Sequence[Any], config: DataConfig) -> list[str | int | None]:
+    """Of a source that holds text only, where training takes what looks like a number for one; or of several labels."""
+    if config.task != SINGLE_LABEL:
+        return [cell_text(cell, config) for cell in cells]
+    return [None if text is None else written_number(text, config) for text in cells]
 
 
 def _kept(split: IndexedSplit) -> IndexedSplit:

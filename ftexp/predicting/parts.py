@@ -19,9 +19,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from ftexp.config.schema import SINGLE_LABEL
 from ftexp.data.info import BadSample
 from ftexp.data.order import Int64s
 from ftexp.errors import ConfigError, StorageError
+from ftexp.predicting.answers import AnswerColumns, answers_of, surest_classes
 from ftexp.storage.directory import Storage
 
 if TYPE_CHECKING:
@@ -32,6 +34,7 @@ _FREE = ("run",)  # of a plan: a run may be moved, since the hash of its weights
 # what plans don't say that were written before it could be chosen
 _DATA_OF_BEFORE = {
     **{"crop_pct": None, "crop_mode": "center", "interpolation": "bicubic"},
+    **{"task": "single_label", "label_separator": ";", "target_columns": None},
     **{"decoder": "pillow", "exif_orientation": False, "background": None, "bit_depth": 16},
 }
 # what a message calls them
@@ -53,6 +56,7 @@ class PredictionPlan:
     format: str
     part_rows: int
     tta: str = "none"  # or hflip: with mirror images
+    thresholds: list[float] | None = None  # of each class; None: the surest classes are written, or numbers
 
     @property
     def num_parts(self) -> int:
@@ -92,6 +96,7 @@ def _require_same(before: dict[str, Any], plan: PredictionPlan, out: Storage) ->
     for each in (before, now):
         each["data"] = {**_DATA_OF_BEFORE, **each["data"]}
         each.setdefault("tta", "none")
+        each.setdefault("thresholds", None)
     changed = [
         f"{_TITLES.get(key, key)} was {before.get(key)!r}, and is {now.get(key)!r} now"
         for key in now
@@ -102,22 +107,19 @@ def _require_same(before: dict[str, Any], plan: PredictionPlan, out: Storage) ->
         raise ConfigError("\n".join([hint, *changed]))
 
 
-def part_table(batch: dict[str, Any], class_names: list[str], label_names: list[str]) -> pa.Table:
-    """Rows as they are written: path, label, probability, label_2, ..., truth, error; null where there is nothing.
+def part_table(
+    batch: dict[str, Any], class_names: list[str], label_names: list[str], answers: AnswerColumns | None = None
+) -> pa.Table:
+    """Rows as they are written: path, what the model says, truth, error; null where there is nothing.
 
-    batch: where, error ("": none), label (-1: not known), classes and probabilities [rows, top_k], sure ones first.
+    batch: where, error ("": none), label (-1: not known), and what `answers` reads, by default `surest_classes`.
     """
     import pyarrow as pa
 
     errors = [" ".join(error.split()) or None for error in batch["error"].tolist()]  # a line each
     bad = np.array([error is not None for error in errors])
     columns: dict[str, pa.Array] = {"path": pa.array(batch["where"].tolist(), pa.string())}
-    names = np.array(class_names, object)
-    classes, probabilities = np.stack(list(batch["classes"])), np.stack(list(batch["probabilities"]))
-    for place in range(classes.shape[1]):
-        suffix = f"_{place + 1}" if place else ""
-        columns[f"label{suffix}"] = pa.array(names[classes[:, place]], pa.string(), mask=bad)
-        columns[f"probability{suffix}"] = pa.array(probabilities[:, place], pa.float32(), mask=bad)
+    columns |= (answers or surest_classes)(batch, class_names, bad)
     truths = [label_names[label] if label >= 0 else None for label in batch["label"].tolist()]
     return pa.table({**columns, "truth": pa.array(truths, pa.string()), "error": pa.array(errors, pa.string())})
 
@@ -130,13 +132,15 @@ class WritePart:
     out: Storage
     class_names: list[str]
     label_names: list[str]
+    task: str = SINGLE_LABEL
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, npt.NDArray[np.int64]]:
         """Write the file, whole or not at all."""
         part = int(batch["sample"][0]) // self.plan.part_rows
         if not np.array_equal(batch["sample"], self.plan.samples(part)):
             raise RuntimeError(f"the pipeline gave other rows than those of part {part}")
-        content = encoded(part_table(batch, self.class_names, self.label_names), self.plan.format)
+        table = part_table(batch, self.class_names, self.label_names, answers_of(self.plan, self.task))
+        content = encoded(table, self.plan.format)
         self.out.child(PARTS).write_bytes(self.plan.file(part), content)
         return {"part": np.array([part]), "num_bad": np.array([np.count_nonzero(batch["error"] != "")])}
 

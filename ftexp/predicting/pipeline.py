@@ -12,11 +12,13 @@ from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
 from ftexp.cli.trained_run import SavedRun
 from ftexp.cluster.resources import Workers
+from ftexp.config.schema import REGRESSION
 from ftexp.data.cropping import Fit
 from ftexp.data.feeds.decoding import decode_samples, decoding
 from ftexp.data.info import IndexedSplit
 from ftexp.data.order import Int64s
 from ftexp.data.shared import Shared
+from ftexp.predicting.answers import answered
 from ftexp.predicting.inputs import Inputs
 from ftexp.predicting.parts import PredictionPlan, WritePart
 from ftexp.predicting.stopping import StopWhenAsked
@@ -46,7 +48,7 @@ class DecodeNamed:
 
 
 class Predict:
-    """An actor of a map stage: holds the model, and takes images away for the surest classes of each."""
+    """An actor of a map stage: holds the model, and takes images away for what it says of each."""
 
     def __init__(
         self,
@@ -70,7 +72,7 @@ class Predict:
         checked = functools.partial(as_logits, config=run.config.model, num_classes=run.info.num_classes)
         self._logits_of = functools.partial(logits_of, self._model, as_logits=checked, mirrored=tta == "hflip")
         self._to_tensors = ToTensors(run.info, device, False)
-        self._top_k, self._batch_size = top_k, batch_size
+        self._info, self._top_k, self._batch_size = run.info, top_k, batch_size
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Predict a unit; what can't be read keeps its row, with nothing in it."""
@@ -79,13 +81,13 @@ class Predict:
         images = batch.pop("image")
         readable = np.flatnonzero(batch["error"] == "")
         classes = np.zeros((len(images), self._top_k), np.int64)
-        probabilities = np.zeros((len(images), self._top_k), np.float32)
+        kind = np.float64 if self._info.task == REGRESSION else np.float32
+        probabilities = np.zeros((len(images), self._top_k), kind)
         with torch.inference_mode():
             for start in range(0, len(readable), self._batch_size):
                 rows = readable[start : start + self._batch_size]
                 logits = self._logits_of(self._to_tensors(images[rows]))
-                surest = logits.float().softmax(1).topk(self._top_k)
-                classes[rows], probabilities[rows] = surest.indices.cpu(), surest.values.cpu()
+                classes[rows], probabilities[rows] = answered(logits, self._info, self._top_k)
         return {**batch, "classes": classes, "probabilities": probabilities}
 
 
@@ -104,7 +106,8 @@ class PredictionJob:
 
     def write(self, parts: list[int]) -> Iterator[tuple[int, int]]:
         """Make these parts; yields the number of each, once it is written, with how many images in it are bad."""
-        row_bytes = self.run.info.image_size**2 * self.run.info.channels + _ROW_EXTRA_BYTES
+        answer_bytes = 12 * self.plan.top_k
+        row_bytes = self.run.info.image_size**2 * self.run.info.channels + answer_bytes + _ROW_EXTRA_BYTES
         most_rows = max(self.batch_size, min(_UNIT_ROWS, _UNIT_BYTES // row_bytes))
         waiting: list[Int64s] = []
         for part in parts:
@@ -117,7 +120,7 @@ class PredictionJob:
     def _write_units(self, units: list[Int64s], row_bytes: int) -> Iterator[tuple[int, int]]:
         info, workers = self.run.info, self.workers
         num_decoding = self.num_decoding + 1  # one waits, so that no CPU does
-        write = WritePart(self.plan, self.out, info.class_names, self.inputs.label_names)
+        write = WritePart(self.plan, self.out, info.class_names, self.inputs.label_names, info.task)
         columns = [{"sample": unit} for unit in units]
         dataset = decoding(self.inputs.split, info, columns, num_decoding, DecodeNamed, workers.runtime_env)
         dataset.context.enable_progress_bars = False

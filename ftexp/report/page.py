@@ -30,7 +30,9 @@ class Report:
         self.run, self._state = run, run.state
         self._timeline = build_timeline(run)
         self._rates = throughput(run, self._timeline)
-        self._metrics = (*ALWAYS_LOGGED, *run.config.get("train", {}).get("metrics", []))
+        metrics = run.config.get("train", {}).get("metrics") or []
+        # a chart's file is called what the metric is
+        self._metrics = (*ALWAYS_LOGGED, *(name for name in metrics if str(name).isidentifier()))
         self.charts = dict(self._charts())
 
     def _charts(self) -> Iterator[tuple[str, Drawing]]:
@@ -80,6 +82,7 @@ class Report:
             checkpoints=tables.checkpoints(run),
             evaluate_command=shlex.join(["python", "-m", "ftexp.evaluate", f"run={run.uri}"]),
             test=test,
+            measured=tables.measured(test) if test else "",
             confused=tables.confused(test) if test and test.get("confusion") else [],
             classes=tables.worst_classes(test) if test else [],
             train_command=shlex.join(["python", "-m", "ftexp.train", *run.overrides]),
@@ -105,6 +108,8 @@ class Report:
             top = f"best {best['val_accuracy']:.4f} at epoch {best['epoch']}" if best.get("val_accuracy") else ""
             yield "val accuracy", f"{accuracy:.4f}", top
         yield "steps", f"{state.get('step', 0):,}", f"{state.get('epoch', 0):,} epochs"
+        if stopped := state.get("stopped"):
+            yield "stopped early", f"epoch {stopped['epoch']:,}", cut(stopped["reason"], 120)
         goodput = state.get("goodput")
         yield "time", duration(state.get("seconds", 0.0)), f"{state.get('attempts', 0):,} attempts"
         if goodput is not None:

@@ -11,7 +11,7 @@ from jinja2 import Environment, FileSystemLoader
 from ftexp.report.drawing import svg
 from ftexp.report.palette import DARK, LIGHT
 from ftexp.report.series import duration
-from ftexp.report.text import cut, plain
+from ftexp.report.text import cut, decimals, digits, plain
 
 
 def render(template: str, **values: Any) -> str:
@@ -22,10 +22,6 @@ def render(template: str, **values: Any) -> str:
 
 def _some_duration(seconds: float) -> str:
     return duration(seconds) if seconds else ""
-
-
-def _decimals(value: Any) -> str:
-    return f"{value:.4f}" if isinstance(value, (int, float)) else ""
 
 
 def _percent(share: float | None) -> str:
@@ -45,7 +41,8 @@ _TEMPLATES = Environment(
 )
 _TEMPLATES.filters |= {
     "cut": cut,
-    "decimals": _decimals,
+    "decimals": decimals,
+    "digits": digits,
     "duration": duration,
     "percent": _percent,
     "setting": _setting,

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from ftexp.config.schema import MULTI_LABEL, REGRESSION
 from ftexp.report.source import Record, RunFiles
-from ftexp.report.text import cut
+from ftexp.report.text import cut, decimals, digits
 
 _MAX_PAIRS = 12
+_OF_TARGETS = (("mean absolute error", "mae"), ("mean squared error", "mse"), ("R²", "r2"))
 _ERROR_LETTERS = 160
 
 
@@ -27,8 +29,29 @@ def checkpoints(run: RunFiles) -> list[tuple[Record, str]]:
 
 
 def worst_classes(evaluation: Record) -> list[Record]:
-    """Recall and precision of each class, the worst first."""
-    return sorted(evaluation["classes"], key=lambda row: (row["recall"] is None, row["recall"], row["class"]))
+    """What was measured of each class, the worst first: by average precision where there is one, or by recall."""
+    by = "average_precision" if evaluation.get("task") == MULTI_LABEL else "recall"
+    return sorted(evaluation["classes"], key=lambda row: (row[by] is None, row[by], row["class"]))
+
+
+def measured(evaluation: Record) -> str:
+    """Say how good the model is on all samples together."""
+    others = (evaluation.get("metrics") or {}).items()
+    return ", ".join([_of_task(evaluation), *(f"{name} {decimals(value)}" for name, value in others)])
+
+
+def _of_task(evaluation: Record) -> str:
+    task = evaluation.get("task")
+    if task == REGRESSION:
+        return ", ".join(f"{title} {digits(evaluation.get(key))}" for title, key in _OF_TARGETS)
+    accuracy = f"accuracy {decimals(evaluation['accuracy'])}"
+    if task != MULTI_LABEL:
+        return accuracy
+    precision, labels = evaluation.get("average_precision"), evaluation.get("labels_per_sample")
+    return (
+        f"{accuracy} (all labels of a sample right), average precision {decimals(precision)}; "
+        f"{digits(labels)} labels a sample"
+    )
 
 
 def confused(evaluation: Record) -> list[tuple[str, str, int, float]]:

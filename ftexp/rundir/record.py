@@ -206,6 +206,8 @@ class RunRecord:
                 self.state.checkpoint = name
             case events.StepSkipped(positions=positions) | events.RolledBack(positions=positions):
                 self.state.skipped.append(positions)
+            case events.StoppedEarly():
+                self.state.stopped = event.fields
         self.event(event, when)
         if isinstance(event, events.CheckpointSaved):
             self.write()

@@ -344,6 +344,16 @@ class ProfileFailed(Event):
     error: str
 
 
+@dataclass(frozen=True)
+class StoppedEarly(Event):
+    """A hook, or early stopping, has ended the run before its last step."""
+
+    step: int
+    epoch: int
+    reason: str
+    rules: dict[str, Any]  # those that hold: the config's `stopping` and `hooks`
+
+
 # Trackers
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from ftexp.data.feeds.feed import evaluation_batches
 from ftexp.evaluation.counting import measured, metric_set_of
-from ftexp.evaluation.mistakes import Findings, described
+from ftexp.evaluation.findings import Findings, findings_of
 from ftexp.job.job import Job
 from ftexp.rundir.names import evaluation_file
 from ftexp.storage.append_log import finite
@@ -28,7 +28,7 @@ def evaluation_due(job: Job, epoch_ended: bool) -> bool:
 def evaluate(job: Job, split: str, findings: Findings | None = None) -> None:
     """Measure `<split>_loss`, `<split>_accuracy` and train.metrics over all ranks, the EMA's with `_ema`; collective.
 
-    An empty split has none. `findings` are the weights' own, not the EMA's.
+    An empty split has none, and a regression no accuracy. `findings` are the weights' own, not the EMA's.
     """
     if not len(job.data.rows[split]):
         return
@@ -39,7 +39,8 @@ def evaluate(job: Job, split: str, findings: Findings | None = None) -> None:
             share_statistics(model, job.config.train.dist_bn, group.world_size)
     batches = evaluation_batches(data.rows[split], data.to_tensors, _batch_size(job), group.rank, group.world_size)
     metric_set = metric_set_of(job.config, job.info, group.device)
-    values = measured(split, models, learner.as_logits, batches, learner.autocast, findings, metric_set)
+    autocast, task = learner.autocast, job.info.task
+    values = measured(split, models, learner.as_logits, batches, autocast, findings, metric_set, task)
     log_point(job, split, values)
 
 
@@ -66,14 +67,15 @@ def test(job: Job, run_dir: Storage) -> None:
     if not job.config.report.enabled or not len(job.data.rows["test"]):
         evaluate(job, "test")
         return
-    findings = Findings(job.info.num_classes, job.data.to_tensors.pixels)
+    findings = findings_of(job.info, job.data.to_tensors.pixels)
     evaluate(job, "test", findings)
-    found, progress = findings.gathered(), job.progress
+    found, progress = findings.report(job.info), job.progress
     if job.group.rank == 0:
-        values = {name: progress.metrics[f"test_{name}"] for name in ("accuracy", "loss")}
-        head = {"run": run_dir.uri, "checkpoint": None, "step": progress.step, "epoch": progress.epoch, "split": "test"}
+        values = {name: progress.metrics.get(f"test_{name}") for name in ("accuracy", "loss")}
+        head = {"run": run_dir.uri, "checkpoint": None, "step": progress.step, "epoch": progress.epoch}
+        head |= {"split": "test", "task": job.info.task}
         metrics = finite({name: progress.metrics[f"test_{name}"] for name in job.config.train.metrics})
-        content = {**head, **values, "metrics": metrics, **described(found, job.info.class_names)}
+        content = {**head, **values, "metrics": metrics, **found}
         try:
             run_dir.write_bytes(evaluation_file("test"), json.dumps(content).encode())
         except OSError as error:  # the run is as good without

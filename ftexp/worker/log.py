@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from ftexp.errors import NonFiniteError
-from ftexp.evaluation.meter import means
+from ftexp.evaluation.tasks import named_means
 from ftexp.job.job import Job
 from ftexp.model.build import timm_arguments
 from ftexp.wire.messages import Metrics, Ready, Tick
@@ -31,16 +31,15 @@ def announce(job: Job) -> None:
 
 
 def log_train(job: Job) -> None:
-    """Log the mean training loss and accuracy since the last point; collective."""
+    """Log the mean training loss, and accuracy where there is one, since the last point; collective."""
     learner, progress = job.learner, job.progress
     totals = progress.train.totals()
     if totals[3]:
         raise NonFiniteError(f"{totals[3]} losses were NaN or infinite by step {progress.step}")
-    loss, accuracy = means(totals)
     progress.train.reset()
     # layer-wise decay has the head's the largest
     rate = max(group["lr"] for group in learner.optimizer.param_groups)
-    values = {"train_loss": loss, "train_accuracy": accuracy, "lr": rate}
+    values = {**named_means("train", totals, job.info.task), "lr": rate}
     if learner.scaler.is_enabled():
         values |= {"loss_scale": learner.scaler.get_scale(), "num_overflows": progress.num_overflows}
     log_point(job, "train", values, speeds(job))

@@ -70,6 +70,7 @@ def _train(job: Job, run_dir: Storage) -> dict[str, float] | None:
         if progress.finished:
             with watchdog.during(EVALUATION):
                 test(job, run_dir)
+            job.hooks.at_end()
     finally:
         watchdog.stop()
         batches.close()  # ends what decodes for it
@@ -102,7 +103,7 @@ def run_steps(
     watchdog: Watchdog,
     chaos: Chaos | None = None,
 ) -> None:
-    """Train on `batches`, evaluate and save, until they end or a stop is requested; collective."""
+    """Train on `batches`, evaluate and save, until they end, a stop is requested or a hook ends the run; collective."""
     progress, config, ticker = job.progress, job.config, Ticker(job)
     recovery = NonFiniteRecovery(config.failure, job.group, progress, job.data.skipped, job.channel, checkpoints)
     in_step = START  # until one step is done: the first compiles, and fills what is prefetched
@@ -118,20 +119,25 @@ def run_steps(
         watchdog.beat(BETWEEN)
         epoch_ended = advance(job, batch)
         ticker.tick()
-        if progress.step % config.train.log_every_steps == 0 or progress.finished:
+        job.hooks.after_step()
+        if is_logged := progress.step % config.train.log_every_steps == 0 or progress.finished:
             with watchdog.during(AGREEMENT):
                 log_train(job)
         if evaluation_due(job, epoch_ended):
             with watchdog.during(EVALUATION), job.stopwatch.apart():
                 validate(job)
+        if progress.finished and not is_logged:  # a hook has ended the run just now
+            with watchdog.during(AGREEMENT):
+                log_train(job)
         if chaos is not None:
             chaos.strike(checkpoints)
         with watchdog.during(AGREEMENT):
             due = checkpoints.due(epoch_ended)
         if due:
+            job.hooks.before_save()
             with watchdog.during(SAVE), job.stopwatch.section(SAVING):
                 checkpoints.save()
-        if checkpoints.stopping:
+        if checkpoints.stopping or progress.stopped is not None:
             break
     ticker.tick(at_once=True)
     with watchdog.during(SAVE):

@@ -14,6 +14,7 @@ from torch import Tensor
 from ftexp.config.schema import TrainConfig
 from ftexp.data.batches import Batch, MicroBatch
 from ftexp.data.order import derive_seed
+from ftexp.evaluation.tasks import TASKS
 from ftexp.failure.nonfinite import before_step, put_back
 from ftexp.job.job import Job
 from ftexp.job.learner import Learner
@@ -79,10 +80,9 @@ def _forward_backward(job: Job, micro: MicroBatch) -> Tensor:
     losses = learner.loss(logits.float(), targets)
     if distiller is not None:
         losses = distiller.losses(losses, compared, answers)
-    best = targets if targets.ndim == 1 else targets.argmax(1)  # mixed: right is the class with the larger part
     job.stopwatch.lap(FORWARD)
     learner.scaler.scale((losses * micro.weights).sum()).backward()  # type: ignore[no-untyped-call]
-    job.progress.train.add(losses, logits.argmax(1) == best, micro.weights > 0)
+    job.progress.train.add(losses, TASKS[job.info.task].right(logits[:: job.data.splits], targets), micro.weights > 0)
     job.stopwatch.lap(BACKWARD)
     return losses.detach()
 

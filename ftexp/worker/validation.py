@@ -24,7 +24,7 @@ def validate(job: Job) -> None:
         return
     if job.config.train.eval != BESIDE:
         evaluate(job, "val")
-        _update_best(job, job.progress.step)
+        _evaluated(job, job.progress.step, job.progress.epoch)
         return
     settle(job)
     progress = job.progress
@@ -77,7 +77,7 @@ def _take_in(job: Job, found: Evaluated) -> None:
     of_this_attempt = found.checkpoint == checkpoint_name(found.step, job.run.attempt)
     if found.failure is None:
         job.progress.metrics.update(found.values)
-        _update_best(job, found.step)
+        _evaluated(job, found.step, found.epoch)
     elif found.failure == FAILED:
         raise RuntimeError(f"evaluation of checkpoint {found.checkpoint} failed: {found.problem}")
     elif found.failure == DAMAGED and of_this_attempt:
@@ -86,6 +86,8 @@ def _take_in(job: Job, found: Evaluated) -> None:
         job.channel.send(Happened(events.EvaluationFailed(found.step, found.problem)))
 
 
-def _update_best(job: Job, step: int) -> None:
+def _evaluated(job: Job, step: int, epoch: int) -> None:
+    """Do what follows from the metrics of a step; collective."""
     saving = job.config.checkpoint
     job.progress.update_best(saving.checkpoint_score_attribute, saving.checkpoint_score_order, step)
+    job.hooks.after_evaluation(step, epoch)

@@ -27,11 +27,14 @@ def run(tmp_path_factory):
 @pytest.mark.parametrize("options", ["", "?endpoint_override=http://here:9000/s3"])
 def test_out_is_a_file_in_any_folder(run, memory, options):
     out = f"memory://bucket/told/first.json{options}"
-    result = _evaluate(EvaluateConfig(run=run.storage.uri, out=out), run.config, run.storage)
+    asked = EvaluateConfig(run=run.storage.uri, out=out, metrics=["balanced_accuracy"])
+    result = _evaluate(asked, run.config, run.storage)
     assert result["written"] == out
     told = json.loads(Storage.at(f"memory://bucket/told{options}").read_bytes("first.json"))
     assert (told["checkpoint"], told["split"], told["num_samples"]) == (CHECKPOINT, "test", 12)
     assert told["accuracy"] == result["accuracy"]
+    recalls = [row["recall"] for row in told["classes"] if row["recall"] is not None]
+    assert told["metrics"] == {"balanced_accuracy": pytest.approx(sum(recalls) / len(recalls))}
     assert not run.storage.exists("evaluation_test.json")
 
 
@@ -41,11 +44,13 @@ def test_where_the_run_cannot_be_written_the_result_is_told_and_so_is_why(run, m
 
     monkeypatch.setattr(Storage, "write_bytes", refuse)
     result = _evaluate(EvaluateConfig(run=run.storage.uri), run.config, run.storage)
-    module._print(result)
+    module._print({**result, "metrics": {"auroc": 0.5, "top5": None}})
     assert result["num_samples"] == 12
     target = f"{run.storage.uri}/evaluation_test.json"
     advice = f"! not written to {target}: [Errno 30] Read-only file system; add out=<file> for another place"
-    assert advice in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert advice in printed
+    assert "auroc 0.5000\ntop5 -\n" in printed
     with pytest.raises(StorageError, match=r"out=.* can't be written: .*Read-only file system"):
         _evaluate(EvaluateConfig(run=run.storage.uri, out="/there/told.json"), run.config, run.storage)
 

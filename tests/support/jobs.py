@@ -4,11 +4,15 @@ import functools
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 
 from ftexp.checkpoint.build import build_manager
 from ftexp.checkpoint.store import CheckpointStore
 from ftexp.config.schema import (
+    MULTI_LABEL,
+    REGRESSION,
+    SINGLE_LABEL,
     AugmentConfig,
     CheckpointConfig,
     Config,
@@ -18,6 +22,7 @@ from ftexp.config.schema import (
     ModelConfig,
     OptimConfig,
     ScheduleConfig,
+    StoppingConfig,
     TrainConfig,
 )
 from ftexp.data.augment.erasing import Erasing
@@ -27,10 +32,12 @@ from ftexp.data.feeds.feed import CachedRows, IndexedFeed, ToTensors
 from ftexp.data.info import DataInfo
 from ftexp.data.order import SampleOrder
 from ftexp.data.plan import ShardPlan
+from ftexp.data.targets import packed
 from ftexp.evaluation.meter import Meter
 from ftexp.failure.nonfinite import NonFiniteRecovery
 from ftexp.job.data import TrainingData
 from ftexp.job.group import ProcessGroup
+from ftexp.job.hooks import Hooks
 from ftexp.job.job import Job, RunIdentity
 from ftexp.job.learner import Learner
 from ftexp.job.mfu import Utilisation
@@ -96,10 +103,13 @@ def make_job(
     augment=None,
     ema=None,
     loss=None,
+    stopping=None,
+    hooks=None,
     group=ALONE,
     attempt=1,
     distill=None,
     teacher=None,
+    info=None,
     **train,
 ):
     config = Config(
@@ -110,15 +120,20 @@ def make_job(
         loss=loss or LossConfig(),
         ema=ema or EmaConfig(),
         distill=distill or DistillConfig(),
+        stopping=stopping or StoppingConfig(),
+        hooks=hooks or {},
         train=TrainConfig(epochs=3, global_batch_size=batch, **train),
         checkpoint=CheckpointConfig(),
     )
-    info = DataInfo(["dark", "light"], 8, 1, [0.5], [0.25], {})
+    info = info or DataInfo(["dark", "light"], 8, 1, [0.5], [0.25], {})
     return job_of(config, info, num_samples, group, attempt, teacher)
 
 
 def job_of(config, info, num_samples, group=ALONE, attempt=1, teacher=None):
-    """A rank of a run whose classes are dark and light by turns; taught by a `Teacher`, if one is given."""
+    """A rank of a run whose classes are dark and light by turns; see `_stored` for those of other tasks.
+
+    Taught by a `Teacher`, if one is given.
+    """
     train, augment, size = config.train, config.augment, info.image_size
     batch, precision = train.global_batch_size, train.precision
     generator = torch.Generator().manual_seed(0)
@@ -127,7 +142,7 @@ def job_of(config, info, num_samples, group=ALONE, attempt=1, teacher=None):
     pixels += 120 * (labels % 2).view(-1, 1, 1, 1)
     block = {
         "image": pixels.to(torch.uint8).numpy(),
-        "label": labels.numpy(),
+        "label": _stored(info, labels.numpy(), pixels),
         "sample": torch.arange(num_samples).numpy(),
     }
     rows = CachedRows(SimpleNamespace(iter_batches=lambda **_: iter([block])))
@@ -146,7 +161,7 @@ def job_of(config, info, num_samples, group=ALONE, attempt=1, teacher=None):
     mixed_to = augment.mixup_off_epoch * num_samples if augment.mixup_off_epoch else None
     freezing = Freezing(train.freeze, built)
     freezing.settle(epoch=0)
-    loss_context = LossContext(config.loss, info.num_classes, train.label_smoothing)
+    loss_context = LossContext(config.loss, info.num_classes, train.label_smoothing, info.task, augment.splits)
     learner = Learner(
         model=built, wrapped=trainable, wrap=lambda model: model, optimizer=optimizer,
         scheduler=build_scheduler(config.schedule, optimizer, math.ceil(total / batch), num_samples / batch),
@@ -157,18 +172,35 @@ def job_of(config, info, num_samples, group=ALONE, attempt=1, teacher=None):
         freezing=freezing, ema=WeightsEMA(config.ema, built) if config.ema.decay is not None else None,
         distiller=distiller,
     )  # fmt: skip
+    mixing = None
+    if augment.mixes:
+        has_vectors = info.task != SINGLE_LABEL
+        mixing = Mixing(augment, info.num_classes, train.label_smoothing, 0, mixed_to, has_vectors)
     data = TrainingData(
         feed=IndexedFeed(rows, SampleOrder(0, num_samples), plan, to_tensors, Augment(augment, 0, info.mean)),
         rows={"train": rows, "val": rows, "test": rows}, to_tensors=to_tensors,
         accumulate_steps=train.accumulate_steps,
         erasing=Erasing(augment, 0, CPU) if augment.erase_prob else None,
-        mixing=Mixing(augment, info.num_classes, train.label_smoothing, 0, mixed_to) if augment.mixes else None,
+        mixing=mixing,
     )  # fmt: skip
+    channel, progress = Lines(), Progress(Meter(CPU), total)
     return Job(
-        config=config, info=info, run=RunIdentity("x", attempt, {}), channel=Lines(), group=group,
-        learner=learner, data=data, progress=Progress(Meter(CPU), total), ledger=SampleLedger(None, 0, 0),
+        config=config, info=info, run=RunIdentity("x", attempt, {}), channel=channel, group=group,
+        learner=learner, data=data, progress=progress, ledger=SampleLedger(None, 0, 0),
         stopwatch=Stopwatch(), utilisation=Utilisation(CPU, precision, 1, (info.channels, size, size)),
+        hooks=Hooks(config, group, learner, progress, channel),
     )  # fmt: skip
+
+
+def _stored(info, labels, pixels):
+    """Labels of the task: of several, the class and the last, that all have; of numbers, how light an image is."""
+    rows = np.arange(len(labels))
+    if info.task == MULTI_LABEL:
+        classes = np.concatenate([labels % 2, np.full(len(rows), info.num_classes - 1)])
+        return packed(np.tile(rows, 2), classes, len(rows), info.num_classes)
+    if info.task == REGRESSION:
+        return pixels.float().mean((1, 2, 3)).numpy()[:, None].repeat(info.num_classes, 1)
+    return labels
 
 
 def manager_of(job, folder, states=("progress",)):

@@ -32,6 +32,10 @@ OPTIONS = sorted(
 EXPERIMENTS = sorted(file.stem for file in (config_dir() / "experiment").glob("*.yaml"))
 
 # what an option can't do without; empty: it validates alone
+OF_NUMBERS = [
+    *("data=synthetic", "data.task=regression"),
+    *("checkpoint.checkpoint_score_attribute=val_loss", "checkpoint.checkpoint_score_order=min"),
+]
 COMPANIONS = {
     ("data", "image_folder"): ["data.root=photos"],
     ("data", "image_list"): ["data.root=photos.csv"],
@@ -45,6 +49,8 @@ COMPANIONS = {
     ("augment", "image_list"): ["data=image_list", "data.root=photos.csv"],
     ("augment", "parquet"): ["data=parquet", "data.root=tables"],
     ("augment", "webdataset"): ["data=webdataset", "data.root=shards"],
+    ("loss", "jsd"): ["augment.splits=3", "augment.auto_augment=augmix-m3"],
+    **{("loss", name): OF_NUMBERS for name in ("mse", "l1", "huber")},
 }
 # for the eight pixels of the default data; the other data groups have more
 NEEDS_SIXTEEN_PX = {"vit_base", "vit_small", "vit_tiny", "deit_small"}
@@ -81,6 +87,7 @@ def test_there_are_options_to_test():
             "data",
             "distill",
             "ema",
+            "stopping",
             "failure",
             "loss",
             "model",

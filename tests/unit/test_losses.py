@@ -11,7 +11,7 @@ from timm.loss import create_classification_loss
 
 import ftexp.model.loss_registry
 from ftexp.config.checks.validate import validate
-from ftexp.config.schema import LOSSES, LossConfig
+from ftexp.config.schema import SINGLE_LABEL_LOSSES, LossConfig
 from ftexp.data.plan import ShardPlan
 from ftexp.errors import ConfigError, UnknownNameError
 from ftexp.model.loss_registry import LossContext, check_name, check_num_weights
@@ -33,7 +33,10 @@ TIMMS = {  # settings, and timm's arguments for the same
     "asl": ({"gamma_pos": 1.5, "gamma_neg": 3.0}, {"asl_gamma_pos": 1.5, "asl_gamma_neg": 3.0}),
     "poly": ({"epsilon": -1.0}, {"poly_epsilon": -1.0}),
 }
-PAIRS = [*itertools.product(LOSSES, [False]), *itertools.product(["ce", "bce", "poly"], [True])]  # of name and mixed
+PAIRS = [
+    *itertools.product(SINGLE_LABEL_LOSSES, [False]),
+    *itertools.product(["ce", "bce", "poly"], [True]),
+]  # of name and mixed
 
 
 def loss_of(name="ce", smoothing=0.0, counts=COUNTS, **settings):
@@ -80,7 +83,7 @@ def test_binary_cross_entropy_takes_the_sum_of_classes_and_weighs_positives():
     torch.testing.assert_close(losses, expected, rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", SINGLE_LABEL_LOSSES)
 def test_a_sample_that_is_surely_right_or_wrong_has_a_finite_gradient(name):
     logits = torch.tensor([[200.0, 0.0], [0.0, 200.0]], requires_grad=True)
     losses = loss_of(name, counts=[1, 1])(logits, torch.tensor([0, 0]))
@@ -148,7 +151,7 @@ def test_the_gradient_is_the_global_mean_for_any_number_of_workers_and_micro_bat
         torch.testing.assert_close(gradient(accumulate, world), alone, rtol=rtol, atol=rtol / 1000)
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", SINGLE_LABEL_LOSSES)
 def test_a_job_trains_by_the_loss_and_is_evaluated_by_cross_entropy(name):
     jobs = {each: make_job(loss=LossConfig(name=each)) for each in ("ce", name)}
     before = {}
@@ -195,7 +198,10 @@ def test_weights_that_do_not_fit_the_classes_of_the_data_are_refused():
 
 
 WRONG = [
-    (["loss.name=focall"], "loss.name='focall' is unknown. Did you mean 'focal'? Available: ce, bce, focal, asl, poly"),
+    (
+        ["loss.name=focall"],
+        "loss.name='focall' is unknown. Did you mean 'focal'? Available: ce, bce, focal, asl, poly",
+    ),
     (["loss.gamma=3"], "loss.gamma=3.0 needs loss.name=focal: take it out, or set that too"),
     (["loss=focal", "loss.gamma=0.5"], "loss.gamma=0.5 must be 0, or at least 1: else gradients are infinite at p"),
     (

@@ -12,8 +12,7 @@ from torchmetrics.functional.classification import multiclass_auroc, multiclass_
 
 from ftexp.config.checks.metrics import logged_metrics
 from ftexp.config.checks.validate import validate
-from ftexp.config.metric_names import SINGLE_LABEL
-from ftexp.config.schema import EmaConfig
+from ftexp.config.schema import SINGLE_LABEL, EmaConfig
 from ftexp.errors import ConfigError, UnknownNameError
 from ftexp.evaluation import metric_registry
 from ftexp.evaluation.metric_registry import check_metrics, check_names, check_num_classes, register_metric
@@ -186,9 +185,10 @@ def test_a_metric_that_does_not_fit_the_task_or_the_classes_is_refused(own_metri
     with pytest.raises(ConfigError, match=r"^metric top5 is always 1, since the data have 5 classes: remove it$"):
         check_num_classes(["top5"], 5)
     check_num_classes(["top5"], 6)
-    with pytest.raises(ValueError, match="the name another"):
-        register_metric("accuracy")
-    with pytest.raises(ValueError, match="that must be max or min"):
+    for name in ("accuracy", "../kappa"):
+        with pytest.raises(ValueError, match="the name must be an identifier, and neither loss nor accuracy"):
+            register_metric(name)
+    with pytest.raises(ValueError, match="better='low' must be max or min"):
         register_metric("x", better="low")
 
 

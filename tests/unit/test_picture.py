@@ -26,11 +26,15 @@ from timm.data.transforms import (
 from timm.data.transforms_factory import transforms_imagenet_eval, transforms_imagenet_train
 from torchvision.transforms import Compose
 
+from ftexp.config.checks.validate import validate
 from ftexp.config.schema import CROP_MODES, INTERPOLATIONS, AugmentConfig
+from ftexp.data.augment import registry
 from ftexp.data.augment.picture import PictureAugment, blurred, jitters, strengths
 from ftexp.data.cropping import Fit, RandomCrop, fitted
 from ftexp.data.feeds.decoding import as_sample
 from ftexp.data.order import derive_seed
+from ftexp.errors import ConfigError, UnknownNameError
+from tests.support.configs import composed
 
 SIZE, MEAN = 24, (0.2, 0.4, 0.6)
 FIT = Fit(SIZE, 3, mean=MEAN)
@@ -291,6 +295,37 @@ def test_a_picture_is_changed_by_seed_and_position_alone():
     image = PICTURES[1]
     assert (augment(image, 7) != augment(image, 8)).any()
     assert (augment(image, 7) != PictureAugment(EVERYTHING, 2, FIT)(image, 7)).any()
+
+
+def test_augmentations_of_ones_own_come_last_and_draw_by_position(monkeypatch, tmp_path):
+    """In a process that hasn't imported the plug-in too."""
+    (tmp_path / "own_pictures.py").write_text(
+        "import numpy as np\n"
+        "from ftexp.plugins import register_augmentation\n"
+        "@register_augmentation('fill')\n"
+        "def fill(pixels, draws):\n"
+        "    return np.full_like(pixels, 10 + draws.randrange(100))\n"
+        "@register_augmentation('double')\n"
+        "def double(pixels, draws):\n"
+        "    return pixels * 2\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(registry._augmentations, "_entries", {})
+    config = AugmentConfig(gaussian_blur=1.0, custom=["fill", "double"])
+    augment = PictureAugment(config, 1, FIT, ["own_pictures"])
+    found = [augment(PICTURES[1], position) for position in (3, 4, 3)]
+    assert [len(np.unique(pixels)) for pixels in found] == [1, 1, 1]
+    assert found[0][0, 0, 0] == found[2][0, 0, 0] != found[1][0, 0, 0]
+    assert found[0][0, 0, 0] >= 20
+    pickled = pickle.dumps(augment)
+    del sys.modules["own_pictures"]  # as in another process
+    registry._augmentations._entries.clear()
+    np.testing.assert_array_equal(pickle.loads(pickled)(PICTURES[1], 3), found[0])
+    with pytest.raises(UnknownNameError, match=r"augment\.custom='dubble' is unknown\. Did you mean 'double'"):
+        PictureAugment(AugmentConfig(custom=["dubble"]), 1, FIT, ["own_pictures"])
+    with pytest.raises(ConfigError, match=r"^augment\.custom names fill, and no plug-in is imported: add plugins="):
+        validate(composed("augment.custom=[fill]"))
 
 
 def test_100_decoded_and_augmented_pictures_have_the_pixels_that_they_had():

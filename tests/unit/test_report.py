@@ -15,7 +15,7 @@ from ftexp.cli.compose import to_config
 from ftexp.config.masking import masked
 from ftexp.config.schema import config_dir
 from ftexp.errors import ConfigError
-from ftexp.evaluation.mistakes import Findings, _together, described
+from ftexp.evaluation.mistakes import ClassFindings, _together, described
 from ftexp.report.page import Report
 from ftexp.report.series import Axis, Series, duration
 from ftexp.report.source import read_run
@@ -200,6 +200,25 @@ def test_the_page_shows_what_the_records_hold_and_loads_nothing(storage):
             assert picture.width > 400
 
 
+def test_the_page_shows_other_metrics_and_why_a_run_stopped_early(storage):
+    write_config(storage, "train.metrics=[auroc,top5]")
+    run = Story(storage)
+    run.attempt(0)
+    run.point("val", 4, val_loss=1.0, val_auroc=0.75)
+    run.point("val", 8, val_loss=1.1, val_auroc=0.76)
+    run.event(events.StoppedEarly(8, 2, "val_loss has not improved", {}))
+    run.end()
+    evaluation = {**EVALUATION, "metrics": {"auroc": 0.71234, "top5": None}}
+    storage.write_bytes("evaluation_test.json", json.dumps(evaluation).encode())
+    write_report(storage)
+    page = Page(storage.read_bytes("report.html").decode())
+    assert "stopped early epoch 2 val_loss has not improved" in page.text
+    assert "auroc 0.7123, top5 ." in page.text
+    folder = storage.child("charts")
+    assert folder.exists("auroc.png")
+    assert not folder.exists("top5.png")
+
+
 def test_the_curves_mark_failures_where_they_were_and_shade_every_other_attempt(storage):
     three_kills(storage)
     drawing = Report(read_run(storage)).charts["loss"]
@@ -381,7 +400,7 @@ def found_on(parts, num_classes=3):
     """What is found where each rank has one of the parts: (images, labels, logits)."""
     together = []
     for images, labels, logits in parts:
-        findings = Findings(num_classes, lambda chosen: chosen.mul(255).byte().permute(0, 2, 3, 1).numpy())
+        findings = ClassFindings(num_classes, lambda chosen: chosen.mul(255).byte().permute(0, 2, 3, 1).numpy())
         for start in range(0, len(labels), 7):
             rows = slice(start, start + 7)
             findings.add(images[rows], labels[rows], logits[rows])

@@ -114,6 +114,16 @@ def test_the_summary_tells_result_cost_and_place():
     assert "run.name=" not in text
 
 
+def test_the_summary_shows_other_metrics_and_why_a_run_stopped_early():
+    last = {"test_accuracy": 0.5, "test_loss_ema": 0.1, "val_auroc": 0.7, "test_auroc": 0.75, "test_auroc_ema": 0.8}
+    stopped = {"step": 1200, "epoch": 3, "reason": "val_loss has not improved", "rules": {}}
+    done = state(status="finished", metrics={"last": last, "best": {}}, stopped=stopped)
+    text = show(lambda t: t.summary(done, Storage("/runs/demo")))
+    assert "\nstopped early  at step 1,200, epoch 3: val_loss has not improved\n" in text
+    assert "\ntest auroc     0.7500\ntest auroc ema 0.8000\n" in text
+    assert "0.7000" not in text
+
+
 def test_the_summary_accounts_for_each_of_the_last_failures():
     costs = {"seconds_to_detect": 0.25, "seconds_to_restart": 8.0, "seconds_to_restore": 1.0, "steps_replayed": 17}
     failures = [failure(step=step, **costs) for step in range(1, 12)] + [failure(cause="hang", rank=None)]

@@ -11,7 +11,7 @@ from PIL import Image
 
 from ftexp.checkpoint.restore import restore
 from ftexp.cluster.resources import Workers
-from ftexp.config.schema import EmaConfig
+from ftexp.config.schema import EmaConfig, StoppingConfig
 from ftexp.data.info import IndexedSplit
 from ftexp.driver import beside
 from ftexp.driver.beside import EvaluationSpec, _evaluate, require_room
@@ -56,6 +56,21 @@ def test_an_evaluation_counts_from_the_next_one_on_for_the_step_that_it_belongs_
     assert job.progress.metrics["val_accuracy"] == 0.5
     assert job.progress.best["step"] == 4
     assert job.channel.points() == []  # the driver logs them
+
+
+def test_a_run_stops_early_at_the_evaluation_after_the_one_that_did_not_improve():
+    job = beside_job(stopping=StoppingConfig(metric="val_accuracy", patience_epochs=1))
+    for epoch, accuracy in ((1, 0.75), (2, 0.5), (3, 0.9)):
+        job.progress.step, job.progress.epoch = 4 * epoch, epoch
+        assert job.progress.stopped is None
+        validate(job)
+        job.channel.note_evaluated(found(4 * epoch, f"step_{4 * epoch:08d}.a1", accuracy))
+    (stopped,) = job.channel.events(events.StoppedEarly)
+    assert (stopped.step, stopped.epoch) == (12, 3)
+    assert stopped.reason == "val_accuracy has not improved for 1 epochs (best 0.7500 at epoch 1)"
+    assert job.progress.pending[-1].step == 12  # the last is evaluated too
+    settle(job)
+    assert (job.progress.metrics["val_accuracy"], job.progress.best["step"]) == (0.9, 12)
 
 
 def test_a_run_that_is_to_stop_waits_for_no_evaluation_and_its_state_holds_what_is_pending():

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from ftexp.config.checks.wording import unknown
 from ftexp.config.metric_names import ALWAYS_LOGGED, METRICS
-from ftexp.config.schema import Config
+from ftexp.config.schema import REGRESSION, Config
 from ftexp.registry import did_you_mean
 
 
@@ -20,17 +20,21 @@ def check_metrics(config: Config) -> Iterator[str]:
             yield f"train.metrics names {name}, which is always logged: remove it there"
         elif name not in METRICS and not config.plugins:
             yield unknown("train.metrics", name, frozenset(METRICS), f"Available: {', '.join(METRICS)}")
+        elif name in METRICS and config.data.task not in METRICS[name].tasks:
+            fitting = ", ".join(other for other, kind in METRICS.items() if config.data.task in kind.tasks)
+            yield f"train.metrics names {name}, which is no metric of data.task={config.data.task}: take of {fitting}"
 
 
 def logged_metrics(config: Config) -> list[str]:
     """Return the names under which a run logs what it measures, the EMA's last."""
-    own = [f"{split}_{name}" for split in ("val", "test") for name in (*ALWAYS_LOGGED, *config.train.metrics)]
-    return [*(f"train_{name}" for name in ALWAYS_LOGGED), *own, *(f"{name}_ema" for name in own)]
+    always = tuple(name for name in ALWAYS_LOGGED if name == "loss" or config.data.task != REGRESSION)
+    own = [f"{split}_{name}" for split in ("val", "test") for name in (*always, *config.train.metrics)]
+    return [*(f"train_{name}" for name in always), *own, *(f"{name}_ema" for name in own)]
 
 
 def unlogged(key: str, metric: str, logged: list[str]) -> str:
     """Return the message for a metric that is not among those `logged`."""
-    name = _kind_of(metric)
+    name = name_of(metric)
     if name in METRICS and metric.startswith(("val_", "test_")):
         return f"{key}={metric} is written by no run without train.metrics=[{name}]: add {name} there"
     return f"{key}={metric} is written by no run.{did_you_mean(metric, logged)} Metrics: {', '.join(logged)}"
@@ -38,12 +42,12 @@ def unlogged(key: str, metric: str, logged: list[str]) -> str:
 
 def better_of(logged: str) -> str | None:
     """Return whether a logged metric is better at its max or its min; None where only a plug-in knows."""
-    name = _kind_of(logged)
+    name = name_of(logged)
     if name in ALWAYS_LOGGED:
         return "min" if name == "loss" else "max"
     return METRICS[name].better if name in METRICS else None
 
 
-def _kind_of(logged: str) -> str:
+def name_of(logged: str) -> str:
     """Return the metric's name without its split, and without whose it is."""
     return logged.partition("_")[2].removesuffix("_ema")

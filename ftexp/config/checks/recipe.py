@@ -20,7 +20,20 @@ from ftexp.config.checks.wording import unused as _unused
 from ftexp.config.fields import typed_keys
 from ftexp.config.machine import num_local_gpus
 from ftexp.config.masking import flat
-from ftexp.config.schema import AUTO, BESIDE, CLASS_WEIGHTS, CROPS, LOSSES, SGD_NAMES, AugmentConfig, Config
+from ftexp.config.schema import (
+    AUTO,
+    BESIDE,
+    CLASS_WEIGHTS,
+    CROPS,
+    LOSSES,
+    MULTI_LABEL,
+    REGRESSION,
+    SGD_NAMES,
+    SINGLE_LABEL,
+    AugmentConfig,
+    CheckpointConfig,
+    Config,
+)
 from ftexp.config.timm_names import optimizer_names, without_drop_path
 from ftexp.registry import did_you_mean
 
@@ -45,6 +58,13 @@ _ADVICE = {
 _RAND_AUGMENT_SETS = ("weights", "3a", "3aw")
 _USUAL_LIMITS = {"scale": "[0.08,1]", "ratio": "[0.75,1.33]"}
 _MAX_HUE = 0.5  # half the colour circle
+_BY_VIEW = ("auto_augment", "color_jitter", "grayscale", "gaussian_blur")  # what makes views of a sample differ
+_WITHOUT_VIEWS = {
+    "mixup_alpha": "samples of several views aren't mixed, as in timm; set it to 0",
+    "cutmix_alpha": "samples of several views aren't mixed, as in timm; set it to 0",
+    "brightness": "it is the same for all views; set it to 0, and augment.color_jitter",
+    "rand_augment": "it is the same for all views; set it to null, and augment.auto_augment",
+}
 _SECOND_ORDER = ("adahessian",)  # of timm's optimisers
 _WARMUP_SHARE = 0.1  # of the epochs, and of the learning rate the lowest, where a recipe's own doesn't fit
 _MIN_LR_SHARE = 0.01
@@ -61,7 +81,10 @@ _PARAMETERS_OF_LOSSES = {
     "focal": ("gamma",),
     "asl": ("gamma_pos", "gamma_neg"),
     "poly": ("epsilon",),
+    "huber": ("delta",),
+    "jsd": ("alpha",),
 }
+_OF_SEVERAL_LABELS = {"asl": ("clip", "pos_weight")}  # further parameters, under data.task=multi_label
 _UNMIXED_LOSSES = ("focal", "asl")  # timm's take class numbers only
 _BESIDE = {"opt": "name", **{name: name for name in ("lr", "weight_decay", "filter_bias_and_bn", "layer_decay")}}
 
@@ -107,6 +130,23 @@ def check_repeats(config: Config) -> Iterator[str]:
         yield f"augment.repeats={repeats} with train.global_batch_size={batch}: {why}; raise it to {least} at least"
 
 
+def check_splits(config: Config) -> Iterator[str]:
+    """Views of a sample, and the loss that compares them."""
+    augment, loss, splits = config.augment, config.loss.name, config.augment.splits
+    if loss == "jsd" and splits == 1:
+        yield "loss.name=jsd compares views of each sample, and augment.splits=1: set augment.splits=3, say"
+    if splits == 1:
+        return
+    given = f"augment.splits={splits}"
+    if loss != "jsd":
+        yield f"{given} makes views of each sample, and loss.name={loss} doesn't compare them: set loss=jsd, or 1"
+    if not any(_is_set(augment, name) for name in _BY_VIEW):
+        yield f"{given}: nothing makes the views differ; set augment.auto_augment=augmix-m3, say"
+    for name, advice in _WITHOUT_VIEWS.items():
+        if _is_set(augment, name):
+            yield f"augment.{name}={getattr(augment, name)} with {given}: {advice}"
+
+
 def check_pictures(config: Config) -> Iterator[str]:
     """Augmentation of single images, where they are decoded."""
     augment = config.augment
@@ -127,6 +167,8 @@ def check_pictures(config: Config) -> Iterator[str]:
                 f"augment.{name}={_USUAL_LIMITS[name]}, say"
             )
     yield from _jitter_problems(augment)
+    if augment.custom and not config.plugins:
+        yield f"augment.custom names {', '.join(augment.custom)}, and no plug-in is imported: add plugins=[...]"
     if not augment.changes_pictures:
         return
     if augment.rand_augment is not None:
@@ -135,7 +177,7 @@ def check_pictures(config: Config) -> Iterator[str]:
             f"augment.rand_augment=null augment.auto_augment={augment.rand_augment}"
         )
     if config.data.channels not in (1, 3):
-        names = ("crop", "vflip", "auto_augment", "color_jitter", "grayscale", "gaussian_blur")
+        names = ("crop", "vflip", "auto_augment", "color_jitter", "grayscale", "gaussian_blur", "custom")
         given = [f"augment.{name}={getattr(augment, name)}" for name in names if _is_set(augment, name)]
         yield f"{' and '.join(given)}: for grey or RGB, and data.channels={config.data.channels}: take that out"
 
@@ -230,9 +272,13 @@ def check_loss(config: Config) -> Iterator[str]:
     loss = config.loss
     if loss.name not in LOSSES and not config.plugins:
         yield unknown("loss.name", loss.name, frozenset(LOSSES), f"Available: {', '.join(LOSSES)}")
+    further = _OF_SEVERAL_LABELS.get(loss.name, ()) if config.data.task == MULTI_LABEL else ()
     for name, names in _PARAMETERS_OF_LOSSES.items():
         if name != loss.name:
-            yield from _unused(loss, "loss", names, f"needs loss.name={name}")
+            unused = tuple(each for each in names if each not in further)
+            yield from _unused(loss, "loss", unused, f"needs loss.name={name}")
+    if "clip" not in further:
+        yield from _unused(loss, "loss", ("clip",), "needs loss.name=asl and data.task=multi_label")
     if loss.name in LOSSES:
         yield from _unused(loss, "loss", ("kwargs",), "needs a loss of your own")
     for name in ("gamma", "gamma_pos", "gamma_neg"):
@@ -246,7 +292,7 @@ def check_loss(config: Config) -> Iterator[str]:
         num_classes = config.data.num_classes if isinstance(loss.pos_weight, list) else None
         yield from _weight_problems("loss.pos_weight", given, (), num_classes)
     augment = config.augment
-    if augment.mixes and loss.name in _UNMIXED_LOSSES:
+    if augment.mixes and loss.name in _UNMIXED_LOSSES and config.data.task == SINGLE_LABEL:
         mixing = " ".join(f"augment.{name}=0" for name in ("mixup_alpha", "cutmix_alpha") if getattr(augment, name))
         yield f"loss.name={loss.name} takes one class a sample, and samples are mixed: set {mixing}, or loss=poly"
     if loss.target_threshold is not None and not augment.mixes:
@@ -278,8 +324,8 @@ def fitted(config: Config, typed: Iterable[str]) -> tuple[Config, list[str]]:
         The config, and a line for each value that was changed.
     """
     keys = typed_keys(typed)
-    config = _with_scaled_lr(config, keys)
-    schedule, train, notes = config.schedule, config.train, list[str]()
+    config, notes = _ranked_by_loss(_with_scaled_lr(config, keys), keys)
+    schedule, train = config.schedule, config.train
     if MISSING in (train.epochs, config.optim.lr) or train.epochs < 1 or config.optim.lr <= 0:
         return config, notes  # `validate` says so
     if "schedule.warmup_epochs" not in keys and schedule.warmup_epochs >= train.epochs:
@@ -309,6 +355,19 @@ def _with_scaled_lr(config: Config, keys: set[str]) -> Config:
     if optim.lr_base is None or "optim.lr" in keys or MISSING in (optim.name, config.train.global_batch_size):
         return config
     return dataclasses.replace(config, optim=dataclasses.replace(optim, lr=scaled_lr(config)))
+
+
+def _ranked_by_loss(config: Config, keys: set[str]) -> tuple[Config, list[str]]:
+    """Rank checkpoints by val_loss where there is no accuracy and nothing else was typed."""
+    saving, names = config.checkpoint, ("checkpoint_score_attribute", "checkpoint_score_order")
+    usual = CheckpointConfig()
+    if config.data.task != REGRESSION or not keys.isdisjoint(f"checkpoint.{name}" for name in names):
+        return config, []
+    if any(getattr(saving, name) != getattr(usual, name) for name in names):  # a group file's
+        return config, []
+    saving = dataclasses.replace(saving, checkpoint_score_attribute="val_loss", checkpoint_score_order="min")
+    note = f"checkpoint.checkpoint_score_attribute=val_loss instead of val_accuracy: data.task={REGRESSION}"
+    return dataclasses.replace(config, checkpoint=saving), [note]
 
 
 def check_schedule(config: Config) -> Iterator[str]:

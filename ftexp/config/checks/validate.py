@@ -25,10 +25,13 @@ from ftexp.config.checks.recipe import (
     check_pictures,
     check_repeats,
     check_schedule,
+    check_splits,
 )
 from ftexp.config.checks.run import check_run
 from ftexp.config.checks.scaling import check_batch, check_scaling
+from ftexp.config.checks.stopping import check_hooks, check_stopping
 from ftexp.config.checks.sweep import check_sweep
+from ftexp.config.checks.tasks import check_task
 from ftexp.config.checks.trackers import tracker_problems
 from ftexp.config.fields import field_problems
 from ftexp.config.machine import check_compiler
@@ -57,11 +60,13 @@ _CHECKS: dict[Callable[[Config], Iterator[str]], tuple[str, ...]] = {
         *("data.name", "data.image_size", "data.channels", "data.mean", "data.std"),
         *("data.val_fraction", "data.test_fraction", "augment.pad_px"),
     ),
+    check_task: ("data.name", "data.task", "data.sampling", "data.num_classes"),
     check_augment: (
         *("train.global_batch_size", "train.epochs", "data.channels"),
         *("augment.mixup_alpha", "augment.cutmix_alpha", "augment.mixup_off_epoch"),
     ),
     check_repeats: ("train.global_batch_size", "augment.repeats"),
+    check_splits: ("augment.splits", "loss.name"),
     check_pictures: ("data.channels", "augment.crop"),
     check_loss: ("augment.mixup_alpha", "augment.cutmix_alpha", "loss.gamma", "loss.gamma_pos", "loss.gamma_neg"),
     check_optim: ("optim.name", "optim.lr", "optim.lr_base", "train.global_batch_size"),
@@ -81,6 +86,8 @@ _CHECKS: dict[Callable[[Config], Iterator[str]], tuple[str, ...]] = {
     check_compiler: (),
     check_batch: ("train.global_batch_size", "train.accumulate_steps"),
     check_metrics: (),
+    check_stopping: ("train.epochs", "stopping.patience_epochs", "stopping.mode"),
+    check_hooks: (),
     check_checkpoint: ("checkpoint.checkpoint_score_order",),
     check_chaos: ("chaos.kind",),
     tracker_problems: (),

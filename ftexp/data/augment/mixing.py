@@ -80,8 +80,15 @@ class Mixing:
     """
 
     def __init__(
-        self, config: AugmentConfig, num_classes: int, label_smoothing: float, seed: int, end: int | None = None
+        self,
+        config: AugmentConfig,
+        num_classes: int,
+        label_smoothing: float,
+        seed: int,
+        end: int | None = None,
+        has_vectors: bool = False,
     ) -> None:
+        """has_vectors: whether labels are float32 [rows, num_classes], each 0 or 1, or numbers."""
         self._end = end
         self._seed = derive_seed(seed, _STREAM)
         self._whole = config.mix_mode == "batch"
@@ -93,6 +100,7 @@ class Mixing:
             mode=config.mix_mode,
             label_smoothing=label_smoothing,
             num_classes=num_classes,
+            multi_label=has_vectors,
         )
 
     def __call__(self, batch: MicroBatch, start: int) -> MicroBatch:
@@ -137,6 +145,9 @@ class Mixing:
     def _unmixed(self, labels: Tensor) -> Tensor:
         """Targets of samples without a partner: timm's, as if mixed with themselves."""
         smoothing, classes = self._mixup.label_smoothing, self._mixup.num_classes
+        if self._mixup.multi_label:
+            smoothed: Tensor = labels * (1.0 - smoothing) + 0.5 * smoothing
+            return smoothed
         off = smoothing / classes
         targets = torch.full((len(labels), classes), off, device=labels.device)
         return targets.scatter_(1, labels.view(-1, 1), 1.0 - smoothing + off)

@@ -1,5 +1,7 @@
 """Augmentation of one picture where it is decoded, in timm's order: crop, flips, auto_augment, colour, grey, blur.
 
+The user's own come last.
+
 What becomes of it depends on (seed, position) and the picture only. Everything draws from one stream of that position,
 as timm's transforms draw from the global generators. torch isn't imported, unless that is how the picture is scaled.
 """
@@ -17,9 +19,11 @@ from PIL import Image, ImageEnhance
 
 from ftexp.config.schema import AugmentConfig
 from ftexp.data.augment.auto_augment import AutoAugment, hparams_of
+from ftexp.data.augment.registry import augmentations
 from ftexp.data.cropping import Fit, RandomCrop, fitted
 from ftexp.data.decoder import RESAMPLING, Picture, UInt8s, as_pillow, pixels_of
-from ftexp.data.order import derive_seed
+from ftexp.data.order import Int64s, derive_seed
+from ftexp.registry import load_plugins
 
 _STREAM = 0x706963  # keeps these draws apart from other uses of the run's seed
 _SCALES = {"rrc": (0.08, 1.0), "rkrc": (0.8, 1.0), "rkrr": (0.8, 1.0)}  # timm's defaults
@@ -33,14 +37,17 @@ _TAP_UNIT = 2.0**-22
 class PictureAugment:
     """Pictures of one or three channels and any size -> uint8 [size, size, channels], by position."""
 
-    def __init__(self, config: AugmentConfig, seed: int, fit: Fit) -> None:
-        """`fit` is what a whole picture is fitted to where `config.crop` is none."""
-        self._config, self._run_seed, self._fit = config, seed, fit
+    def __init__(self, config: AugmentConfig, seed: int, fit: Fit, plugins: Sequence[str] = ()) -> None:
+        """`fit` is what a whole picture is fitted to where `config.crop` is none; `plugins` have `config.custom`."""
+        self._config, self._run_seed, self._fit, self._plugins = config, seed, fit, plugins
+        load_plugins(plugins if config.custom else ())  # in each process that decodes
+        self._custom = augmentations(config.custom)
         self._seed = derive_seed(seed, _STREAM)
         self._crop = _crop(config, fit.size) if config.crop != "none" else None
         self._auto_augment = _auto_augment(config, fit) if config.auto_augment is not None else None
         self._draws = random.Random() if self._auto_augment is None else self._auto_augment.draws
         self._jitter = strengths(config.color_jitter)
+        self._position, self._view = 0, 0
 
     @property
     def crops(self) -> bool:
@@ -48,13 +55,19 @@ class PictureAugment:
         return self._crop is not None
 
     def __call__(self, picture: Picture, position: int, is_fitted: bool = False) -> UInt8s:
-        """Return the picture as the training step at `position` gets it. is_fitted: it is of the final size already."""
+        """Return the picture as the training step at `position` gets it. is_fitted: it is of the final size already.
+
+        With `augment.splits`, `position` is that of a view: see `view_positions`.
+        """
         self.seed(position)
         return self.changed(self.cropped(picture, is_fitted))
 
     def seed(self, position: int) -> None:
         """Begin the stream of draws of a position, for `cropped` and then `changed`: `__call__` in its parts."""
-        seed = derive_seed(self._seed, position)
+        self._position, self._view = divmod(position, self._config.splits)
+        self._begin(derive_seed(self._seed, self._position))
+
+    def _begin(self, seed: int) -> None:
         self._auto_augment.seed(seed) if self._auto_augment is not None else self._draws.seed(seed)
 
     def cropped(self, picture: Picture, is_fitted: bool = False) -> UInt8s:
@@ -70,10 +83,16 @@ class PictureAugment:
             pixels = pixels[:, ::-1]
         if self._happens(config.vflip):
             pixels = pixels[::-1]
+        if config.splits > 1:  # the crop and the flips are those of all views
+            if self._view == 0:
+                return pixels
+            self._begin(derive_seed(self._seed, self._position, self._view))
         if self._auto_augment is not None or self._jitter or config.grayscale:
             pixels = pixels_of(self._recoloured(as_pillow(pixels)))
         if self._happens(config.gaussian_blur):
-            return blurred(pixels, self._draws.uniform(*_BLUR_SIGMAS))
+            pixels = blurred(pixels, self._draws.uniform(*_BLUR_SIGMAS))
+        for change in self._custom:
+            pixels = change(pixels, self._draws)
         return pixels
 
     def _recoloured(self, image: Image.Image) -> Image.Image:
@@ -88,11 +107,17 @@ class PictureAugment:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle what it is made of: generators and a module stay where they are."""
-        return PictureAugment, (self._config, self._run_seed, self._fit)
+        return PictureAugment, (self._config, self._run_seed, self._fit, self._plugins)
 
     def _happens(self, probability: float) -> bool:
         """Draw whether to do something that is done at all."""
         return probability > 0 and self._draws.random() < probability
+
+
+def view_positions(positions: Int64s, splits: int) -> Int64s:
+    """Return a number for each view of each position, [positions * splits], the views of one next to one another."""
+    numbers: Int64s = (positions[:, None] * splits + np.arange(splits)).reshape(-1)
+    return numbers
 
 
 def _crop(config: AugmentConfig, size: int) -> RandomCrop:

@@ -36,6 +36,7 @@ from ftexp.data.listing import Listing
 from ftexp.data.order import Int64s
 from ftexp.data.shared import Shared
 from ftexp.data.sources.arrays import make_info
+from ftexp.data.targets import Labels, label_column, label_rows
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -79,7 +80,7 @@ def decoded_bundle(
     pictures = None
     if augment.changes_pictures and "train" in decoded:
         pictures = stored_pictures(datasets.pop("train"), info.channels, is_final=augment.crop == "none")
-    info = make_info(config, listing.class_names, sizes, **listing.facts(splits) | {"bad_samples": bad})
+    info = make_info(config, listing.class_names, sizes, **listing.facts(config, splits) | {"bad_samples": bad})
     return DataBundle(datasets, info, splits, blocks, pictures=pictures)
 
 
@@ -144,13 +145,13 @@ def _sizes(reader: Reader, items: Int64s, decoding: Decoding) -> list[int]:
 
 
 def _table(
-    pixels: Sequence[bytes], heights: Sequence[int], labels: Int64s, samples: Int64s, errors: Sequence[str]
+    pixels: Sequence[bytes], heights: Sequence[int], labels: Labels, samples: Int64s, errors: Sequence[str]
 ) -> pa.Table:
     return pa.table(
         {
             "pixels": pa.array(pixels, pa.large_binary()),
             "height": pa.array(heights, pa.int64()),
-            "label": labels,
+            "label": label_column(labels),
             "sample": samples,
             "error": errors,
         }
@@ -177,9 +178,9 @@ def stored_pictures(dataset: Dataset, channels: int, is_final: bool) -> IndexedS
     return IndexedSplit(len(in_order), reader, Shared((in_order, labels[in_order])), None)
 
 
-def _facts(table: pa.Table) -> tuple[Int64s, Int64s, Any]:
+def _facts(table: pa.Table) -> tuple[Int64s, Labels, Any]:
     good = np.array([not error for error in table["error"].to_pylist()], bool)
-    return table["sample"].to_numpy(), table["label"].to_numpy(), good
+    return table["sample"].to_numpy(), label_rows(table["label"]), good
 
 
 @dataclass(frozen=True)

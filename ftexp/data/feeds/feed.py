@@ -17,6 +17,7 @@ import torch
 from ray.data import DataIterator
 from torch import Tensor
 
+from ftexp.data.augment.picture import view_positions
 from ftexp.data.augment.pixels import Augment
 from ftexp.data.batches import Batch, MicroBatch
 from ftexp.data.feeds.decoding import PARTS
@@ -24,6 +25,7 @@ from ftexp.data.info import DataInfo
 from ftexp.data.order import AnyOrder, Int64s
 from ftexp.data.plan import MicroShare, ShardPlan, even_part
 from ftexp.data.sources.arrays import UInt8s
+from ftexp.data.targets import Float32s, Labels, is_packed, unpacked
 
 T = TypeVar("T")
 
@@ -45,7 +47,7 @@ class Taken:
     """Decoded samples, in the order in which they were asked for."""
 
     images: UInt8s  # [rows, image_size, image_size, channels]; may be read-only
-    labels: Int64s  # [rows]
+    labels: Labels  # of each row
     readable: npt.NDArray[np.bool_] | None = None  # [rows]; None: all. What isn't has no image, and weighs nothing
 
 
@@ -64,8 +66,8 @@ class Rows(Protocol):
     def __len__(self) -> int: ...
 
     @property
-    def labels(self) -> Int64s:
-        """The class of each sample, [num_samples]."""
+    def labels(self) -> Labels:
+        """The label of each sample."""
         ...
 
     def open(self, requests: Iterator[Request]) -> AbstractContextManager[Take]:
@@ -87,7 +89,7 @@ class CachedRows:
         samples = np.concatenate([block["sample"] for block in blocks]) if blocks else np.empty(0, np.int64)
         in_order = np.argsort(samples, kind="stable")  # blocks may arrive in any order; rows then still don't
         labels = np.concatenate([block["label"] for block in blocks]) if blocks else np.empty(0, np.int64)
-        self._labels: Int64s = labels[in_order]
+        self._labels: Labels = labels[in_order]
         self._block = np.repeat(np.arange(len(sizes)), sizes)[in_order]
         self._row = np.concatenate([np.arange(size) for size in sizes] or [np.empty(0, np.int64)])[in_order]
 
@@ -95,8 +97,8 @@ class CachedRows:
         return len(self._labels)
 
     @property
-    def labels(self) -> Int64s:
-        """The class of each sample, [num_samples]."""
+    def labels(self) -> Labels:
+        """The label of each sample."""
         return self._labels
 
     def open(self, requests: Iterator[Request]) -> AbstractContextManager[Take]:  # noqa: ARG002 - any order is as good
@@ -152,6 +154,19 @@ class ToTensors:
         self._std = torch.tensor(info.std, device=device).view(1, -1, 1, 1)
         self._by_plane = device.type == "cpu" and not channels_last
         self._memory = Reused()
+        self._num_outputs = info.num_classes
+        self._standard: tuple[Float32s, Float32s] | None = None  # mean and std of each target
+        if info.target_mean is not None and info.target_std is not None:
+            self._standard = np.array(info.target_mean, np.float32), np.array(info.target_std, np.float32)
+
+    def targets(self, labels: Labels) -> Tensor:
+        """Return labels as losses take them: int64 [rows]; or float32 [rows, num_classes], 0 and 1, or standardised."""
+        if is_packed(labels):
+            labels = unpacked(labels, self._num_outputs).astype(np.float32)
+        elif self._standard is not None:
+            mean, std = self._standard
+            labels = (labels - mean) / std
+        return torch.from_numpy(labels).to(self._device, non_blocking=True)
 
     def __call__(self, rows: UInt8s, augment: Augment | None = None, positions: Int64s | None = None) -> Tensor:
         """Scale to 0..1, augment if asked to, and normalise."""
@@ -197,19 +212,33 @@ Share = tuple[MicroShare, Int64s]  # of a micro-batch, and the samples at its po
 class IndexedFeed:
     """Batches of samples that are looked up by position."""
 
-    def __init__(self, rows: Rows, order: AnyOrder, plan: ShardPlan, to_tensors: ToTensors, augment: Augment) -> None:
+    def __init__(
+        self,
+        rows: Rows,
+        order: AnyOrder,
+        plan: ShardPlan,
+        to_tensors: ToTensors,
+        augment: Augment,
+        splits: int = 1,
+    ) -> None:
+        """splits: views of each sample, see `AugmentConfig`."""
         self._rows, self._order, self._plan = rows, order, plan
-        self._to_tensors, self._augment = to_tensors, augment
+        self._to_tensors, self._augment, self._splits = to_tensors, augment, splits
 
     def from_position(self, position: int) -> Generator[Batch]:
         """Yield this rank's share of every global batch from `position` on."""
         planned = (share for *_, shares in self._planned(position) for share in shares)
-        with self._rows.open(request(samples, share.positions) for share, samples in planned) as take:
+        with self._rows.open(self._request(*each) for each in planned) as take:
             for start, end, shares in self._planned(position):
                 micro_batches = [self._micro_batch(take, *share, start, end) for share in shares]
                 positions = np.concatenate([share.positions[: share.num_counted] for share, _ in shares])
                 samples = np.concatenate([samples[: share.num_counted] for share, samples in shares])
                 yield Batch(start, end, micro_batches, positions, samples)
+
+    def _request(self, share: MicroShare, samples: Int64s) -> Request:
+        if self._splits == 1:
+            return request(samples, share.positions)
+        return request(np.repeat(samples, self._splits), view_positions(share.positions, self._splits))
 
     def _planned(self, position: int) -> Iterator[tuple[int, int, list[Share]]]:
         """(start, end, a share for each micro-batch) of every global batch, looked up in chunks."""
@@ -236,17 +265,19 @@ class IndexedFeed:
             yield start, end, looked_up
 
     def _micro_batch(self, take: Take, share: MicroShare, samples: Int64s, start: int, end: int) -> MicroBatch:
-        taken, rows = take(samples), len(samples)
-        images = self._to_tensors(taken.images, self._augment, share.positions)
+        taken, rows = take(np.repeat(samples, self._splits)), len(samples)
+        images = self._to_tensors(taken.images, self._augment, np.repeat(share.positions, self._splits))
         # DDP averages gradients over ranks, so each rank's part counts world_size times
         weight = np.zeros(rows, np.float32)
         weight[: share.num_counted] = self._plan.world_size / (end - start)
+        readable: npt.NDArray[np.bool_] | None = None
         if taken.readable is not None:
-            weight *= taken.readable
-        labels, weights = (
-            torch.from_numpy(values).to(images.device, non_blocking=True) for values in (taken.labels, weight)
-        )
-        pairs = share.pairs(start, taken.readable) if self._plan.in_pairs else None
+            readable = np.logical_and.reduce(taken.readable.reshape(rows, self._splits), axis=1)
+        if readable is not None:
+            weight *= readable
+        labels, weights = self._to_tensors.targets(taken.labels[:: self._splits]), torch.from_numpy(weight)
+        weights = weights.to(images.device, non_blocking=True)
+        pairs = share.pairs(start, readable) if self._plan.in_pairs else None
         return MicroBatch(images, labels, weights, share.positions, pairs, share.num_partners)
 
 
@@ -268,7 +299,7 @@ def evaluation_batches(
     for taken in read(rows, [np.arange(start, min(start + batch_size, last)) for start in cuts]):
         keep = slice(None) if taken.readable is None else taken.readable
         images = to_tensors(taken.images[keep])
-        yield images, torch.from_numpy(taken.labels[keep]).to(images.device)
+        yield images, to_tensors.targets(taken.labels[keep])
 
 
 def prefetched(batches: Iterator[T], depth: int) -> Generator[T]:

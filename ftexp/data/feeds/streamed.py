@@ -22,13 +22,14 @@ from ftexp.data.feeds.decoding import PARTS, Decode, bad_sample, decoding
 from ftexp.data.feeds.feed import COSTS, CachedRows, Request, Rows, Take, Taken
 from ftexp.data.info import BadSample, DataBundle, DataInfo, IndexedSplit
 from ftexp.data.order import Int64s
+from ftexp.data.targets import Labels
 
 _UNIT_ROWS, _UNIT_BYTES = 256, 32 * 2**20  # of what one task decodes at most; a smaller task costs more than it does
 _FIRST_ROWS = 32  # of the first task, so that the first batch comes soon; then twice as many each time
 _SPAN_UNITS = 128  # of one Ray Dataset: its plan is made in advance, and a run's would have millions
 _OVERLAP_UNITS = 8  # left of one span when the next begins
 
-_ROW_EXTRA_BYTES = 96  # label, sample number, error, traits and cost
+_ROW_EXTRA_BYTES = 88  # sample number, error, traits and cost
 _SLOW_S = 20.0
 _CLOSE_S = 5.0
 
@@ -58,14 +59,15 @@ class StreamedRows:
         self._on_bad, self._on_slow = on_bad, on_slow
         self._augment, self._on_block = augment, on_block
         self._spent_ms, self._num_made = np.zeros(len(PARTS)), 0  # since `costs_ms` was called
-        self._row_bytes = info.image_size**2 * info.channels + _ROW_EXTRA_BYTES
+        label_bytes = split.table.get()[1][:1].nbytes
+        self._row_bytes = info.image_size**2 * info.channels + label_bytes + _ROW_EXTRA_BYTES
 
     def __len__(self) -> int:
         return self._split.num_samples
 
     @property
-    def labels(self) -> Int64s:
-        """The class of each sample, [num_samples]."""
+    def labels(self) -> Labels:
+        """The label of each sample."""
         return self._split.table.get()[1]
 
     @contextmanager

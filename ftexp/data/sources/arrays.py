@@ -7,37 +7,37 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
-from ftexp.config.schema import DataConfig
+from ftexp.config.schema import MULTI_LABEL, REGRESSION, SINGLE_LABEL, DataConfig
 from ftexp.data.decoder import UInt8s as UInt8s
 from ftexp.data.info import SPLITS, DataBundle, DataInfo
 from ftexp.data.labels import class_warnings
-from ftexp.data.order import Int64s, derive_seed
 from ftexp.data.sources.registry import register_source
 from ftexp.data.stratify import stratified_split
+from ftexp.data.targets import Labels, packed, target_facts
 from ftexp.errors import DataError
 
 if TYPE_CHECKING:
     pass
 
-_BLOCK_BYTES = 64 * 2**20  # Ray Data's blocks are best at 1 to 128 MiB
+BLOCK_BYTES = 64 * 2**20  # Ray Data's blocks are best at 1 to 128 MiB
 
 
 def bundle_from_arrays(
     config: DataConfig,
     images: UInt8s,
-    labels: Int64s,
+    labels: Labels,
     class_names: list[str],
-    test: tuple[UInt8s, Int64s] | None = None,
+    test: tuple[UInt8s, Labels] | None = None,
 ) -> DataBundle:
     """Split arrays and put them into Ray's object store.
 
     Args:
         config: gives the split fractions and what `DataInfo` copies.
         images: uint8 [num_samples, image_size, image_size, channels].
-        labels: [num_samples], in [0, len(class_names)).
-        class_names: in the order of the labels.
+        labels: [num_samples], in [0, len(class_names)). Under data.task=multi_label 0 or 1 for each class, and under
+            data.task=regression numbers, [num_samples, len(class_names)].
+        class_names: in the order of the labels; of a regression, the names of its targets.
         test: images and labels of the source's own test split; None: cut off by `config.test_fraction`.
     """
     expected = (config.image_size, config.image_size, config.channels)
@@ -47,12 +47,13 @@ def bundle_from_arrays(
                 f"data.name={config.name} has images of shape {pixels.shape[1:]}, but data.image_size and "
                 f"data.channels say {expected}"
             )
-        _require_sound(config.name, pixels, numbers, len(class_names))
+        _require_sound(config, pixels, numbers, len(class_names))
+    labels = _as_stored(config, labels)
     fractions = (config.val_fraction, 0.0 if test is not None else config.test_fraction)
     parts = stratified_split(labels, fractions, config.split_seed)
     arrays = {name: (images[part], labels[part]) for name, part in zip(SPLITS, parts, strict=True)}
     if test is not None:
-        arrays["test"] = test
+        arrays["test"] = (test[0], _as_stored(config, test[1]))
     return DataBundle(
         datasets={name: _dataset(*pair) for name, pair in arrays.items()},
         info=make_info(
@@ -60,6 +61,7 @@ def bundle_from_arrays(
             class_names,
             {name: len(pair[1]) for name, pair in arrays.items()},
             warnings=class_warnings(class_names, {name: labels for name, (_, labels) in arrays.items()}),
+            **target_facts(config, arrays["train"][1]),
         ),
     )
 
@@ -71,7 +73,8 @@ def make_info(config: DataConfig, class_names: list[str], num_samples: dict[str,
             f"data.num_classes={config.num_classes}, but data.name={config.name} has {len(class_names)} classes: "
             "leave it out, or give at least as many"
         )
-    spare = [f"class_{number}" for number in range(len(class_names), config.num_classes or 0)]
+    num_classes = (config.num_classes or 0) if config.task != REGRESSION else 0
+    spare = [f"class_{number}" for number in range(len(class_names), num_classes)]
     return DataInfo(
         class_names=class_names + spare,
         image_size=config.image_size,
@@ -80,6 +83,7 @@ def make_info(config: DataConfig, class_names: list[str], num_samples: dict[str,
         std=list(config.std),
         num_samples=num_samples,
         integer_labels=config.integer_labels,
+        task=config.task,
         crop_pct=config.crop_pct,
         crop_mode=config.crop_mode,
         interpolation=config.interpolation,
@@ -92,10 +96,30 @@ def make_info(config: DataConfig, class_names: list[str], num_samples: dict[str,
     )
 
 
-def _require_sound(name: str, images: UInt8s, labels: Int64s, num_classes: int) -> None:
+def _as_stored(config: DataConfig, labels: Labels) -> Labels:
+    """The same as `Labels` of the task."""
+    if config.task == MULTI_LABEL:
+        rows, classes = np.nonzero(labels)
+        return packed(rows, classes, len(labels), max(labels.shape[1], config.num_classes or 0))
+    return labels.astype(np.float32) if config.task == REGRESSION else labels
+
+
+def _require_sound(config: DataConfig, images: UInt8s, labels: Labels, num_classes: int) -> None:
     """DataError for arrays that a source of the user's own got wrong; training would only fail later, or not at all."""
+    name = config.name
     if images.dtype != np.uint8:
         raise DataError(f"data.name={name} has images of type {images.dtype}: give pixels from 0 to 255 as uint8")
+    if config.task != SINGLE_LABEL:
+        if labels.shape != (len(images), num_classes):
+            raise DataError(
+                f"data.name={name} has labels of shape {labels.shape}: data.task={config.task} takes a row for each of "
+                f"{len(images)} images and a column for each of {num_classes} names"
+            )
+        if config.task == MULTI_LABEL and not np.isin(labels, (0, 1)).all():
+            raise DataError(f"data.name={name} has labels other than 0 and 1, which data.task=multi_label takes")
+        if config.task == REGRESSION and not np.isfinite(labels).all():
+            raise DataError(f"data.name={name} has targets that are NaN or infinite")
+        return
     if labels.shape != (len(images),):
         raise DataError(f"data.name={name} has {len(images)} images, but labels of shape {labels.shape}: one for each")
     if len(labels) and not (labels.min() >= 0 and labels.max() < num_classes):
@@ -105,24 +129,31 @@ def _require_sound(name: str, images: UInt8s, labels: Int64s, num_classes: int) 
         )
 
 
-def _dataset(images: UInt8s, labels: Int64s) -> Any:
+def _dataset(images: UInt8s, labels: Labels) -> Any:
     import pyarrow as pa
     import ray.data
 
-    rows = max(1, _BLOCK_BYTES // max(1, images[0].nbytes if len(images) else 1))
+    rows = max(1, BLOCK_BYTES // max(1, images[0].nbytes if len(images) else 1))
     tables = [
         pa.table(
             {
                 "image": pa.FixedShapeTensorArray.from_numpy_ndarray(
                     np.ascontiguousarray(images[start : start + rows])
                 ),
-                "label": labels[start : start + rows],
+                "label": _column(labels[start : start + rows]),
                 "sample": np.arange(start, min(start + rows, len(images))),
             }
         )
         for start in range(0, len(images), rows)
     ]
     return ray.data.from_arrow(tables) if tables else ray.data.from_items([])
+
+
+def _column(labels: Labels) -> Any:
+    """As a column that Ray Data reads as an array of the same shape."""
+    import pyarrow as pa
+
+    return labels if labels.ndim == 1 else pa.FixedShapeTensorArray.from_numpy_ndarray(np.ascontiguousarray(labels))
 
 
 @register_source("digits")
@@ -179,36 +210,3 @@ def _cifar(config: DataConfig, dataset_class: Any) -> DataBundle:
     return bundle_from_arrays(
         config, np.asarray(train.data, np.uint8), np.asarray(train.targets, np.int64), list(train.classes), arrays
     )
-
-
-@register_source("synthetic")
-def synthetic(config: DataConfig) -> DataBundle:
-    """Made images: each class has its own pattern, under noise. `num_samples` over all splits together."""
-    import ray.data
-
-    assert config.num_samples is not None, "conf/data/synthetic.yaml sets it"
-    num_classes = config.num_classes or 10
-    seed, size, channels = config.split_seed, config.image_size, config.channels
-    patterns = np.random.default_rng(seed).integers(64, 192, (num_classes, size, size, channels))
-
-    def make(batch: dict[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
-        labels = batch["sample"] % num_classes
-        images = np.empty((len(labels), size, size, channels), np.uint8)
-        for row, sample in enumerate(batch["sample"]):
-            noise = np.random.default_rng(derive_seed(seed, int(sample))).integers(-64, 64, (size, size, channels))
-            images[row] = patterns[labels[row]] + noise
-        return {"image": images, "label": labels, "sample": batch["sample"]}
-
-    parts = stratified_split(
-        np.arange(config.num_samples) % num_classes, (config.val_fraction, config.test_fraction), seed
-    )
-    rows = max(1, _BLOCK_BYTES // (size * size * channels))
-    datasets = {
-        name: ray.data.from_numpy(part)
-        .rename_columns({"data": "sample"})
-        .map_batches(make, batch_size=min(rows, 4096))
-        .materialize()
-        for name, part in zip(SPLITS, parts, strict=True)
-    }
-    names = [f"pattern_{number}" for number in range(num_classes)]
-    return DataBundle(datasets, make_info(config, names, {n: len(p) for n, p in zip(SPLITS, parts, strict=True)}))

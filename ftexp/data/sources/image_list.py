@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import posixpath
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ftexp.config.schema import DataConfig
 from ftexp.data.info import SPLITS, Reader
-from ftexp.data.labels import class_numbers, from_text
+from ftexp.data.label_cells import as_labels, label_columns, label_field, labels_key
 from ftexp.data.listing import Listing, SteadyFile, digest_of
 from ftexp.data.shared import Shared
 from ftexp.data.sources.files import FileReader
@@ -26,7 +26,8 @@ _SPLIT = "split"
 def image_list(config: DataConfig) -> Listing:
     """A CSV file (.tsv: with tabs) with a column of paths, one of labels, and perhaps `split`: train, val or test.
 
-    Paths are relative to the list, or absolute if it is on a disk. Labels are text, or all whole numbers from 0.
+    Paths are relative to the list, or absolute if it is on a disk. Labels are text, or all whole numbers from 0; see
+    `ftexp.data.label_cells` for cells of several, and for targets.
     """
     import pyarrow as pa
 
@@ -40,11 +41,10 @@ def image_list(config: DataConfig) -> Listing:
             f"data.root={config.root}: its column '{_SPLIT}' holds {', '.join(map(repr, unknown))}; allowed: "
             f"{', '.join(SPLITS)}"
         )
-    raw = from_text({split: [listed.labels[row] for row in own] for split, own in rows.items()}, config)
-    class_names, labels = class_numbers(
-        raw,
+    class_names, labels = as_labels(
+        {split: [listed.labels[row] for row in own] for split, own in rows.items()},
         config,
-        f"data.label_column={config.label_column}",
+        labels_key(config),
         lambda split, item: f"row {rows[split][item] + 1} of data.root={config.root}",
     )
     names = {split: [listed.paths[row] for row in own] for split, own in rows.items()}
@@ -62,7 +62,7 @@ class ListedFiles:
     filesystem: FileSystem
     folder: str  # that holds all of them
     paths: list[str]  # below it
-    labels: list[str] | None  # None: the list has no such column
+    labels: list[Any] | None  # cells, of several columns a list of them; None: the list lacks a column
     splits: list[str]
 
 
@@ -80,12 +80,13 @@ def read_list(config: DataConfig, labelled: bool = True) -> ListedFiles:
 
 def _columns(
     filesystem: FileSystem, root: str, config: DataConfig, labelled: bool
-) -> tuple[list[str], list[str] | None, list[str]]:
+) -> tuple[list[str], list[Any] | None, list[str]]:
     """Path, label and split of each row."""
     import pyarrow as pa
     from pyarrow import csv
 
-    names = (config.image_column, config.label_column, _SPLIT)
+    wanted = label_columns(config)
+    names = (config.image_column, *wanted, _SPLIT)
     try:
         with SteadyFile(filesystem, root) as opened:
             table = csv.read_csv(
@@ -96,14 +97,15 @@ def _columns(
             )
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"data.root={config.root} can't be read as a list of images: {error}") from error
-    for column in names[: 2 if labelled else 1]:
+    for column in (config.image_column, *(wanted if labelled else ())):
         if column not in table.column_names:
             raise DataError(
                 f"{root} has no column '{column}', but {table.column_names}: set data.image_column and "
-                "data.label_column; the first line names the columns"
+                f"{label_field(config)}; the first line names the columns"
             )
     if not len(table):
         raise DataError(f"data.root={config.root} lists no image")
-    paths, labels, splits = (table[column].to_pylist() if column in table.column_names else None for column in names)
-    assert paths is not None, "it was looked for"
-    return paths, labels, splits if splits is not None else ["train"] * len(table)
+    found = {name: table[name].to_pylist() for name in names if name in table.column_names}
+    labels = [found[name] for name in wanted if name in found]
+    cells = None if len(labels) < len(wanted) else labels[0] if len(labels) == 1 else list(zip(*labels, strict=True))
+    return found[config.image_column], cells, found.get(_SPLIT, ["train"] * len(table))

@@ -10,7 +10,7 @@ import numpy as np
 
 from ftexp.config.schema import DataConfig
 from ftexp.data.info import Raw
-from ftexp.data.labels import class_numbers
+from ftexp.data.label_cells import as_labels, label_columns, label_field, labels_key
 from ftexp.data.listing import Listing, SteadyFile, digest_of
 from ftexp.data.order import Int64s
 from ftexp.data.shared import Shared
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 def parquet(config: DataConfig) -> Listing:
     """Parquet files with an image column (encoded bytes, {"bytes": ...} or arrays) and a label column.
 
-    Labels may be whole numbers from 0 or text; files named train*, val* and test* (or in such folders) are
-    splits of their own if there is a train one.
+    Labels may be whole numbers from 0 or text, or lists of them; files named train*, val* and test* (or in such
+    folders) are splits of their own if there is a train one.
     """
     import pyarrow as pa
 
@@ -54,11 +54,12 @@ def parquet(config: DataConfig) -> Listing:
             for group, values in enumerate(found):
                 groups[split].append(RowGroup(path, group, len(raw_labels[split])))
                 raw_labels[split] += values
-    class_names, labels = class_numbers(
+    class_names, labels = as_labels(
         raw_labels,
         config,
-        f"data.label_column={config.label_column}",
+        labels_key(config),
         lambda split, item: _place(groups[split], item),
+        is_text=False,
     )
     return Listing(
         class_names,
@@ -133,15 +134,18 @@ def labels_of(filesystem: FileSystem, path: str, config: DataConfig, labelled: b
     import pyarrow.parquet as pq
 
     with SteadyFile(filesystem, path) as opened, pq.ParquetFile(opened) as file:
-        has_labels = config.label_column in file.schema_arrow.names
-        for column in (config.image_column, *([config.label_column] if labelled else [])):
+        wanted = label_columns(config)
+        has_labels = set(wanted) <= set(file.schema_arrow.names)
+        for column in (config.image_column, *(wanted if labelled else [])):
             if column not in file.schema_arrow.names:
                 raise DataError(
                     f"{path} has no column '{column}', but {file.schema_arrow.names}: set data.image_column "
-                    "and data.label_column"
+                    f"and {label_field(config)}"
                 )
         for group in range(file.num_row_groups):
             if has_labels:
-                yield file.read_row_group(group, [config.label_column])[0].to_pylist()
+                table = file.read_row_group(group, list(wanted))
+                columns = [table[name].to_pylist() for name in wanted]
+                yield columns[0] if len(columns) == 1 else [list(row) for row in zip(*columns, strict=True)]
             else:
                 yield [None] * file.metadata.row_group(group).num_rows

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import ray
 
-from ftexp.config.schema import DataConfig
+from ftexp.config.schema import SINGLE_LABEL, DataConfig
 from ftexp.data.info import Raw, Reader, reasons
-from ftexp.data.labels import class_numbers, from_text
+from ftexp.data.label_cells import as_labels
 from ftexp.data.listing import Listing, digest_of, retried
 from ftexp.data.order import Int64s
 from ftexp.data.shared import Shared
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 _IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "ppm", "tif", "tiff")
 _LABEL = "cls"
-_OTHER = "neither an image nor .cls"
+_LISTS = "json"  # of several labels, or numbers
 _BLOCK_BYTES = 32 * 2**20  # of a shard that are read at once
 
 
@@ -46,6 +46,8 @@ class Entry(NamedTuple):
 def webdataset(config: DataConfig) -> Listing:
     """Tar shards whose samples have an image and a .cls (a whole number, or text). Not compressed.
 
+    Where a sample may have several labels, or numbers, they may also be in a .json that holds a list.
+
     Shards named train*, val* and test* (or in such folders) are splits if there is a train one. Every shard is read
     through once for its index: locally its headers only, and all of it from an object store.
     """
@@ -57,7 +59,7 @@ def webdataset(config: DataConfig) -> Listing:
     block_sizes: dict[str, Int64s] = {}
     names: dict[str, list[str]] = {}
     for split, paths in files_by_split(filesystem, root, config, ".tar", account).items():
-        stretches, found, of_shards = scan_shards(filesystem, paths)
+        stretches, found, of_shards = scan_shards(filesystem, paths, endings=label_endings(config))
         account.add(of_shards)
         texts[split] = found
         names[split] = stretches.names(root)
@@ -68,27 +70,32 @@ def webdataset(config: DataConfig) -> Listing:
             f"{len(account.bad)} problems with the shards of data.root={config.root}; mend them, or leave what is "
             "spoilt out with data.on_bad_sample=skip:" + reasons([], account.bad)
         )
-    class_names, labels = class_numbers(
-        from_text(texts, config),
+    class_names, labels = as_labels(
+        texts,
         config,
-        f"data.root={config.root}: .{_LABEL}",
+        f"data.root={config.root}: .{' or .'.join(label_endings(config))}",
         lambda split, item: f"{root}{names[split][item]}",
     )
     digest = digest_of(class_names, labels, names)
     return Listing(class_names, labels, readers, block_sizes, single, account.bad, digest, account.excluded)
 
 
+def label_endings(config: DataConfig) -> tuple[str, ...]:
+    """Return the endings of entries that hold labels."""
+    return (_LABEL,) if config.task == SINGLE_LABEL else (_LABEL, _LISTS)
+
+
 def scan_shards(
-    filesystem: FileSystem, paths: list[str], labelled: bool = True
+    filesystem: FileSystem, paths: list[str], labelled: bool = True, endings: tuple[str, ...] = (_LABEL,)
 ) -> tuple[Stretches, list[str], Account]:
     """How the samples of shards are read, their labels, and what else is in them; each shard is read by a task.
 
-    labelled: whether a sample needs a label; one that has none has "".
+    labelled: whether a sample needs a label; one that has none has "". endings: of the entries that hold labels.
     """
     import pyarrow as pa
 
     scan = ray.remote(scan_shard)
-    shards = ray.get([scan.remote(filesystem, path, labelled) for path in paths])
+    shards = ray.get([scan.remote(filesystem, path, labelled, endings) for path in paths])
     entries = [(number, entry) for number, (found, _) in enumerate(shards) for entry in found]
     account = Account()
     for _, of_shard in shards:
@@ -104,19 +111,23 @@ def scan_shards(
     return stretches, [label for _, (*_, label) in entries], account
 
 
-def scan_shard(filesystem: FileSystem, path: str, labelled: bool = True) -> tuple[list[Entry], Account]:
+def scan_shard(
+    filesystem: FileSystem, path: str, labelled: bool = True, endings: tuple[str, ...] = (_LABEL,)
+) -> tuple[list[Entry], Account]:
     """The samples of a shard, in order, and an account of its other entries."""
     try:
-        return retried(lambda: _scan(filesystem, path, labelled))
+        return retried(lambda: _scan(filesystem, path, labelled, endings))
     except (OSError, tarfile.TarError) as error:
         account = Account()
         account.add_bad(path, f"{type(error).__name__}: {error}")
         return [], account
 
 
-def _scan(filesystem: FileSystem, path: str, labelled: bool) -> tuple[list[Entry], Account]:
+def _scan(filesystem: FileSystem, path: str, labelled: bool, endings: tuple[str, ...]) -> tuple[list[Entry], Account]:
     from pyarrow.fs import LocalFileSystem
 
+    label_files = " or .".join(endings)
+    other = f"neither an image nor .{label_files}"
     local = isinstance(filesystem, LocalFileSystem)
     account = Account()
     images: dict[str, tuple[int, int]] = {}
@@ -132,10 +143,10 @@ def _scan(filesystem: FileSystem, path: str, labelled: bool) -> tuple[list[Entry
             for member in tar:
                 if member.isdir():
                     continue
-                name, ending = _split_name(member.name)
+                name, ending = _split_name(member.name, (*_IMAGES, *endings))
                 hidden = path_exclusion(PurePosixPath(member.name).parts)
                 if hidden is not None or ending is None:
-                    account.exclude(f"{path} {member.name}", hidden[1] if hidden is not None else _OTHER)
+                    account.exclude(f"{path} {member.name}", hidden[1] if hidden is not None else other)
                 elif not member.isfile():
                     spoilt[name] = f"its .{ending} is a link: pack it with tar --dereference --hard-dereference"
                 elif ending in _IMAGES and name in images:
@@ -147,7 +158,7 @@ def _scan(filesystem: FileSystem, path: str, labelled: bool) -> tuple[list[Entry
                     assert content is not None, "it is a file"
                     label = content.read().decode(errors="replace").strip()
                     if labels.setdefault(name, label) != label:
-                        spoilt[name] = f"it has more than one .{_LABEL}"
+                        spoilt[name] = f"it has more than one .{label_files}"
         except tarfile.ReadError as error:  # it is torn; what comes before is whole
             if not images:
                 raise
@@ -170,9 +181,9 @@ def _scan(filesystem: FileSystem, path: str, labelled: bool) -> tuple[list[Entry
     if not labelled:
         labels = dict.fromkeys(images, "") | labels
     for name in sorted((images.keys() ^ labels.keys()) - spoilt.keys()):
-        account.add_bad(f"{path} {name}", "it has no ." + (_LABEL if name in images else "image"))
+        account.add_bad(f"{path} {name}", "it has no ." + (label_files if name in images else "image"))
     for name in (name for name, label in labels.items() if "\N{REPLACEMENT CHARACTER}" in label):
-        spoilt.setdefault(name, f"its .{_LABEL} is no text")
+        spoilt.setdefault(name, f"its .{label_files} is no text")
     for name, reason in spoilt.items():
         account.add_bad(f"{path} {name}", reason)
         images.pop(name, None)
@@ -180,14 +191,14 @@ def _scan(filesystem: FileSystem, path: str, labelled: bool) -> tuple[list[Entry
     return [Entry(name, *images[name], labels[name]) for name in whole], account
 
 
-def _split_name(path: str) -> tuple[str, str | None]:
+def _split_name(path: str, endings: tuple[str, ...]) -> tuple[str, str | None]:
     """Name of the sample that an entry belongs to, and its ending in lower case; None if it is none of those read.
 
     The name of a sample may hold dots, so a known ending is cut off; of other entries, all from the first dot on.
     """
     folder, _, base = path.rpartition("/")
     stem, _, ending = base.rpartition(".")
-    known = bool(stem) and ending.lower() in (*_IMAGES, _LABEL)
+    known = bool(stem) and ending.lower() in endings
     name = stem if known else base.partition(".")[0]
     return f"{folder}/{name}" if folder and name else name, ending.lower() if known else None
 

@@ -1,0 +1,153 @@
+"""What a sample's label is under each `data.task`, as an array with a row for each sample.
+
+single_label  int64 [num_samples]: the class
+multi_label   uint8 [num_samples, bytes]: a bit for each class, 8 in a byte, the first class in the lowest bit
+regression    float32 [num_samples, num_targets]: the numbers as the data give them
+
+So 1.2 million samples of 1,000 classes take 150 MB. `Labels` are split, gathered and sent as they are; they become
+tensors where a batch does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ftexp.config.schema import REGRESSION, DataConfig
+from ftexp.data.order import Int64s
+
+Labels = npt.NDArray[Any]  # any of the three
+Bits = npt.NDArray[np.uint8]
+Float32s = npt.NDArray[np.float32]
+
+_COUNTED_ROWS = 4096  # unpacked at a time
+
+
+def is_packed(labels: Labels) -> bool:
+    """Whether these are sets of classes."""
+    return labels.dtype == np.uint8
+
+
+def is_numbers(labels: Labels) -> bool:
+    """Whether these are targets of a regression."""
+    return labels.dtype.kind == "f"
+
+
+def packed(rows: Int64s, classes: Int64s, num_samples: int, num_classes: int) -> Bits:
+    """Return the sets of classes of samples, where sample `rows[i]` has class `classes[i]`."""
+    bits = np.zeros((num_samples, -(-num_classes // 8)), np.uint8)
+    np.bitwise_or.at(bits, (rows, classes // 8), np.left_shift(1, classes % 8).astype(np.uint8))
+    return bits
+
+
+def unpacked(bits: Bits, num_classes: int) -> Bits:
+    """Return 1 where a sample has a class and 0 where not, [rows, num_classes]."""
+    return np.unpackbits(bits, axis=1, count=num_classes, bitorder="little")
+
+
+def class_counts(labels: Labels, num_classes: int) -> Int64s:
+    """Return how many samples have each class, [num_classes]."""
+    if not is_packed(labels):
+        return np.bincount(labels, minlength=num_classes)
+    counts = np.zeros(num_classes, np.int64)
+    for start in range(0, len(labels), _COUNTED_ROWS):
+        counts += unpacked(labels[start : start + _COUNTED_ROWS], num_classes).sum(0, dtype=np.int64)
+    return counts
+
+
+def strata(labels: Labels) -> Int64s:
+    """Return the group of each sample that a split divides alike, [num_samples].
+
+    The class; of a set of classes, that which the fewest samples have, and a group for samples without one. Samples
+    with numbers for targets are one group.
+    """
+    if is_numbers(labels):
+        return np.zeros(len(labels), np.int64)
+    if not is_packed(labels):
+        return labels
+    num_bits = labels.shape[1] * 8
+    counts = class_counts(labels, num_bits)
+    by_number = np.argsort(counts, kind="stable")  # of equals, the earlier class
+    found = np.full(len(labels), num_bits, np.int64)
+    for start in range(0, len(labels), _COUNTED_ROWS):
+        sets = unpacked(labels[start : start + _COUNTED_ROWS], num_bits)[:, by_number]
+        some = sets.any(1)
+        found[start : start + _COUNTED_ROWS][some] = by_number[sets.argmax(1)[some]]
+    return found
+
+
+def _mean_std(targets: Float32s) -> tuple[list[float], list[float]]:
+    """Return mean and std of each target, [num_targets], whose sums are exact: the same on every machine.
+
+    A target that is the same for all samples has the std 1.
+    """
+    columns = targets.astype(np.float64).T
+    means = [math.fsum(column) / len(column) for column in columns]
+    stds = [
+        math.sqrt(math.fsum((column - mean) ** 2) / len(column)) for column, mean in zip(columns, means, strict=True)
+    ]
+    return means, [std or 1.0 for std in stds]
+
+
+def target_facts(config: DataConfig, labels: Labels) -> dict[str, Any]:
+    """Return what `DataInfo` takes over of the targets of train."""
+    if config.task != REGRESSION or not config.standardize_targets:
+        return {}
+    mean, std = _mean_std(labels)
+    return {"target_mean": mean, "target_std": std}
+
+
+def in_units(outputs: Float32s, mean: Sequence[float] | None, std: Sequence[float] | None) -> npt.NDArray[np.float64]:
+    """Return standardised targets, or what a model gave for them, in the units of the data: [rows, num_targets].
+
+    mean, std: of `DataInfo`; None where the model learns the numbers as they are.
+    """
+    values = outputs.astype(np.float64)
+    if mean is None or std is None:
+        return values
+    found: npt.NDArray[np.float64] = values * np.array(std) + np.array(mean)
+    return found
+
+
+def joined_label(label: Any, class_names: Sequence[str], separator: str) -> str:
+    """Return one row of `Labels` as text: the class, the classes, or the numbers."""
+    row: Labels = np.asarray(label)
+    if is_numbers(row):
+        return separator.join(f"{value:.6g}" for value in row.tolist())
+    if not is_packed(row):
+        return class_names[int(row)]
+    held = np.flatnonzero(unpacked(row[None], len(class_names))[0]).tolist()
+    return separator.join(class_names[number] for number in held)
+
+
+def distinct(labels: Labels, class_names: Sequence[str], separator: str) -> tuple[list[str], Int64s]:
+    """Return the labels that occur as text, and which of them each sample has, [num_samples]."""
+    if labels.ndim == 1:
+        return list(class_names), labels
+    rows, numbers = np.unique(labels, axis=0, return_inverse=True)
+    return [joined_label(row, class_names, separator) for row in rows], numbers.reshape(-1).astype(np.int64)
+
+
+def label_column(labels: Labels) -> Any:
+    """Return labels as a column of a pyarrow table that `label_rows` reads back; one of single classes is itself."""
+    import pyarrow as pa
+
+    if labels.ndim == 1:
+        return labels
+    return pa.FixedSizeListArray.from_arrays(pa.array(labels.reshape(-1)), labels.shape[1])
+
+
+def label_rows(column: Any) -> Labels:
+    """Return the labels of a column, pyarrow's chunked array, that `label_column` made."""
+    import pyarrow as pa
+
+    if not pa.types.is_fixed_size_list(column.type):
+        found: Labels = column.to_numpy()
+        return found
+    width = column.type.list_size
+    values: Labels = column.combine_chunks().flatten().to_numpy()
+    return values.reshape(-1, width)

@@ -1,0 +1,97 @@
+"""How good sets of classes are, class by class: precision and recall at a threshold, and average precision."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from ftexp.data.info import DataInfo
+from ftexp.data.targets import Bits, packed, unpacked
+from ftexp.errors import ConfigError
+from ftexp.evaluation.gathering import gathered
+
+DEFAULT_THRESHOLD = 0.5
+Float32s = npt.NDArray[np.float32]
+
+
+def thresholds_of(key: str, given: Any, num_classes: int) -> list[float]:
+    """Return the threshold of each class; ConfigError unless `given` is None, a number, or one for each class."""
+    values = given if isinstance(given, list) else [DEFAULT_THRESHOLD if given is None else given] * num_classes
+    if len(values) != num_classes:
+        raise ConfigError(
+            f"{key}={given} has {len(values)} thresholds for {num_classes} classes: give one number, or all"
+        )
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+            raise ConfigError(f"{key}={given}: {value!r} is no probability from 0 to below 1")
+    return [float(value) for value in values]
+
+
+class SetFindings:
+    """Collects on one rank: 4 bytes for each sample and class, all of them on rank 0 in the end."""
+
+    def __init__(self, num_classes: int, thresholds: Sequence[float]) -> None:
+        self._num_classes, self._thresholds = num_classes, np.array(thresholds, np.float32)
+        self._probabilities: list[Float32s] = []
+        self._sets: list[Bits] = []
+
+    def add(self, images: Tensor, targets: Tensor, logits: Tensor) -> None:  # noqa: ARG002 - as other findings'
+        """Count a batch: targets 0 and 1, logits, both [rows, num_classes]."""
+        rows, classes = targets.cpu().numpy().nonzero()
+        self._sets.append(packed(rows, classes, len(targets), self._num_classes))
+        self._probabilities.append(logits.float().sigmoid().cpu().numpy())
+
+    def report(self, info: DataInfo) -> dict[str, Any]:
+        """Return what `evaluation_<split>.json` says, on rank 0; collective."""
+        parts = gathered((self._probabilities, self._sets))
+        none, nobody = np.empty((0, self._num_classes), np.float32), np.empty(0, np.int64)
+        probabilities = np.concatenate([none, *(batch for part, _ in parts for batch in part)])
+        no_sets = packed(nobody, nobody, 0, self._num_classes)
+        sets = np.concatenate([no_sets, *(batch for _, part in parts for batch in part)])
+        held = unpacked(sets, self._num_classes).astype(bool)
+        classes = [
+            {"class": name, **of_class(probabilities[:, number], held[:, number], self._thresholds[number])}
+            for number, name in enumerate(info.class_names)
+        ]
+        precisions = [row["average_precision"] for row in classes if row["average_precision"] is not None]
+        return {
+            "num_samples": len(held),
+            "labels_per_sample": float(held.sum() / len(held)) if len(held) else None,
+            "average_precision": math.fsum(precisions) / len(precisions) if precisions else None,
+            "classes": classes,
+            "confusion": None,
+            "mistakes": [],
+        }
+
+
+def of_class(probabilities: Float32s, held: npt.NDArray[np.bool_], threshold: float) -> dict[str, Any]:
+    """Return what is said of one class; None for what nothing is a share of."""
+    told = probabilities > np.float32(threshold)
+    right, num_held, num_told = int((told & held).sum()), int(held.sum()), int(told.sum())
+    return {
+        "num_samples": num_held,
+        "threshold": round(float(threshold), 6),
+        "recall": right / num_held if num_held else None,
+        "precision": right / num_told if num_told else None,
+        "average_precision": average_precision(probabilities, held),
+    }
+
+
+def average_precision(probabilities: Float32s, held: npt.NDArray[np.bool_]) -> float | None:
+    """Return the area under the precision-recall curve by steps, as scikit-learn's.
+
+    Samples of equal probability count as one step, so that their order doesn't matter. None where all or no samples are
+    held, or a probability isn't finite.
+    """
+    if not held.any() or held.all() or not np.isfinite(probabilities).all():
+        return None
+    order = np.argsort(-probabilities, kind="stable")
+    ends = np.append(np.flatnonzero(np.diff(probabilities[order])), len(order) - 1)  # of stretches of one value
+    right = np.cumsum(held[order])[ends]
+    steps = np.diff(right, prepend=0) / right[-1]
+    return float(np.sum(steps * (right / (ends + 1))))

@@ -1,0 +1,66 @@
+"""How far predicted numbers are from their targets, in the units of the data."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from ftexp.data.info import DataInfo
+from ftexp.data.targets import in_units
+from ftexp.evaluation.gathering import gathered
+
+Floats = npt.NDArray[np.float64]
+
+
+class NumberFindings:
+    """Collects on one rank: 8 bytes for each sample and target, all of them on rank 0 in the end."""
+
+    def __init__(self) -> None:
+        self._pairs: list[Any] = []  # float32 [rows, 2, num_targets]: outputs and targets as the model has them
+
+    def add(self, images: Tensor, targets: Tensor, outputs: Tensor) -> None:  # noqa: ARG002 - as other findings'
+        """Count a batch: targets and outputs [rows, num_targets]."""
+        self._pairs.append(np.stack([outputs.float().cpu().numpy(), targets.float().cpu().numpy()], 1))
+
+    def report(self, info: DataInfo) -> dict[str, Any]:
+        """Return what `evaluation_<split>.json` says, on rank 0; collective."""
+        pairs = [batch for part in gathered(self._pairs) for batch in part]
+        values = np.concatenate(pairs or [np.empty((0, 2, info.num_classes), np.float32)])
+        predicted, true = (in_units(values[:, which], info.target_mean, info.target_std) for which in (0, 1))
+        targets = [errors(predicted[:, number], true[:, number]) for number in range(info.num_classes)]
+        overall = {key: _mean([row[key] for row in targets]) for key in ("mae", "mse", "r2")}
+        return {
+            "num_samples": len(values),
+            **overall,
+            "targets": [{"target": name, **row} for name, row in zip(info.class_names, targets, strict=True)],
+            "classes": [],
+            "confusion": None,
+            "mistakes": [],
+        }
+
+
+def errors(predicted: Floats, true: Floats) -> dict[str, float | None]:
+    """Return mae, mse and r2 of one target; None where it isn't known, and r2 None where the target is always the same.
+
+    Sums are exact, so that they don't depend on how samples are shared.
+    """
+    count = len(true)
+    if not count or not np.isfinite(predicted).all():
+        return {"mae": None, "mse": None, "r2": None}
+    misses = predicted - true
+    squares, mean = math.fsum(misses**2), math.fsum(true) / count
+    spread = math.fsum((true - mean) ** 2)
+    return {
+        "mae": math.fsum(np.abs(misses)) / count,
+        "mse": squares / count,
+        "r2": 1 - squares / spread if spread else None,
+    }
+
+
+def _mean(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return math.fsum(known) / len(known) if known else None
