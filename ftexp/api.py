@@ -242,13 +242,12 @@ def predict(
     from ftexp.predicting.answers import probabilities
 
     run, model = _loaded(run_or_checkpoint, weights)
-    transform, parts = _transform(run), []
+    transform, parts = _transform(run), [torch.empty(0, run.info.num_classes)]
     with torch.inference_mode():
         for start in range(0, len(pictures), batch_size):
             images = torch.stack([transform(picture) for picture in pictures[start : start + batch_size]])
             parts.append(probabilities(model(images), run.info))
-    values: Any = torch.cat(parts).numpy() if parts else []
-    return pd.DataFrame(values, columns=run.info.class_names)
+    return pd.DataFrame(torch.cat(parts).numpy(), columns=run.info.class_names)
 
 
 @contextlib.contextmanager

@@ -67,7 +67,7 @@ def _values(node: DictConfig, schema: type[Any]) -> Any:
     values: dict[str, Any] = {}
     for field in dataclasses.fields(schema):
         default = field.default_factory() if callable(field.default_factory) else None
-        if field.name not in node and not OmegaConf.is_missing(node, field.name):
+        if field.name not in node.keys():  # noqa: SIM118 - a value that is missing, or can't be resolved, isn't "in" it
             continue  # younger than the run that wrote this down: its default
         if OmegaConf.is_missing(node, field.name):
             values[field.name] = "???"

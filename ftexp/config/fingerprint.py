@@ -16,10 +16,12 @@ from ftexp.errors import ConfigError
 _DEFINING = ("seed", "resume_from", "model", "data", "augment", "loss", "optim", "ema", "distill", "schedule")
 _DEFINING_TRAIN = (
     *("global_batch_size", "precision", "label_smoothing", "freeze"),
+    *("sync_bn", "dist_bn"),
     *("clip_grad_norm", "clip_grad_value", "clip_grad_agc"),
 )
 # where the data lies may change, and how it is read; what integers mean is recorded with the data
 _FREE_DATA = ("root", "download", "feed", "decode_cpus", "prefetch_batches", "integer_labels")
+_FREE_OPTIM = ("lr_base", "lr_base_size", "lr_base_scale")  # optim.lr is what comes of them
 # fields of distill that say where a teacher of known weights lies: of a timm name, and of a run or a file
 _PLACES_OF_TEACHER = (("pretrained",), ("teacher", "checkpoint", "weights"))
 # fields of data that group files set for new runs, to another value than runs had before there were such fields
@@ -36,6 +38,9 @@ def fingerprint(config: Config) -> dict[str, Any]:
     if config.distill.sha256 is not None:  # where the teacher's weights lie may change
         for name in _PLACES_OF_TEACHER[config.distill.pretrained is True]:
             chosen["distill"][name] = getattr(DistillConfig(), name)
+    for name in _FREE_OPTIM:
+        del chosen["optim"][name]
+    del chosen["schedule"]["cooldown_epochs"]  # with train.epochs, it says when the rate has come down
     chosen["data"]["decoder"] = config.data.decoder_name
     defining: dict[str, Any] = masked(dict(flat(chosen, "")))
     return defining

@@ -45,6 +45,8 @@ SAMPLINGS = ("shuffle", "balanced", "sqrt")
 INLINE, BESIDE = "inline", "beside"
 DISTILLATIONS = LOGITS, FEATURES, TOKEN = ("logits", "features", "token")  # timm's
 WEIGHTS = ("raw", "ema")  # of a run: those that were trained, or their moving average
+DIST_BN = ("none", "reduce", "broadcast")  # timm's
+LR_SCALES = ("linear", "sqrt")
 SGD_NAMES = ("sgd", "momentum", "nesterov")  # timm's, of torch's SGD
 
 
@@ -63,6 +65,10 @@ class ModelConfig:
     preset: dict[str, dict[str, Any]] = field(default_factory=dict)
     pretrained: Any = False  # true: timm's hub weights; a path: a local file, PyTorch's or safetensors'
     pretrained_partial: bool = False  # train also where weights give less than half of the model's parameters
+    head_init_scale: float | None = ranged(
+        None, above=0
+    )  # the new classifier's weights and biases are multiplied by it
+    head_init_bias: float | None = None  # what the new classifier's biases are set to
     # stochastic depth: probability that the last block is left out for a sample, falling to 0 at the first
     drop_path_rate: float | None = ranged(None, low=0, high=0.99)
 
@@ -196,6 +202,9 @@ class TrainConfig:
     channels_last: bool = False
     deterministic: bool = True  # on GPUs: the same bits each time, at some cost; CPUs do that anyway
     label_smoothing: float = ranged(0.0, low=0, high=0.999)
+    sync_bn: bool = False  # on GPUs: batch norm's statistics in training are of all workers together
+    # before an evaluation, batch norm's running statistics become rank 0's, or their mean, or stay each rank's own
+    dist_bn: str = choice("broadcast", DIST_BN)
     clip_grad_norm: float | None = ranged(None, above=0)  # of all gradients together; one of these three, or none
     clip_grad_value: float | None = ranged(None, above=0)  # each gradient within +- this
     clip_grad_agc: float | None = ranged(None, above=0)  # each unit's, as a share of its weights' norm; not the head's
@@ -241,6 +250,10 @@ class LossConfig:
 class OptimConfig:
     name: str = MISSING  # a timm optimiser name
     lr: float = ranged(MISSING, above=0)  # peak learning rate at the configured global batch; never rescaled
+    # instead of lr: the rate at lr_base_size samples per step, scaled to train.global_batch_size as by timm's train.py
+    lr_base: float | None = ranged(None, above=0)
+    lr_base_size: int = ranged(256, low=1)
+    lr_base_scale: str | None = choice(None, LR_SCALES)  # None: sqrt for ada* and lamb, else linear
     weight_decay: float = ranged(0.0, low=0)  # not applied to biases and norms
     filter_bias_and_bn: bool = True  # false: weight decay for all but what the model itself excludes
     layer_decay: float | None = ranged(None, above=0, high=1)  # rate of a layer, as a share of the next one's
@@ -287,6 +300,7 @@ class ScheduleConfig:
     warmup_epochs: float = ranged(0.0, low=0)
     warmup_lr: float = ranged(1e-6, low=0)
     min_lr: float = ranged(0.0, low=0)
+    cooldown_epochs: float = ranged(0.0, low=0)  # of train.epochs, the last: at min_lr
     decay_epochs: float = ranged(30.0, above=0)  # step schedule: epochs between drops
     decay_rate: float = ranged(0.1, above=0)  # step: factor per drop; poly: exponent
 

@@ -71,7 +71,8 @@ class Printer:
             case events.LearningRateChanged(step, before, after):
                 self._warn(
                     f"learning rate {after:.3g} from step {step}, {before:.3g} in the checkpoint: "
-                    f"the schedule now spans train.epochs={self._config.train.epochs}"
+                    f"the schedule now spans train.epochs={self._config.train.epochs}; to keep the rates as they were, "
+                    "add schedule.cooldown_epochs=<the epochs added>: these are trained at schedule.min_lr"
                 )
             case events.EvaluationFailed(step, error):
                 self._warn(f"step {step} was not evaluated: {error}")

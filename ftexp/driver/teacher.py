@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ftexp.cli.trained_run import SavedRun, choose
 from ftexp.config.checks.distill import is_timm_name
-from ftexp.config.schema import Config, DistillConfig, ModelConfig
+from ftexp.config.schema import FEATURES, SINGLE_LABEL, Config, DistillConfig, ModelConfig
 from ftexp.driver.resume import recorded
 from ftexp.errors import CheckpointError, ConfigError
 from ftexp.model.teacher_spec import KEY, TeacherSpec
@@ -137,6 +137,9 @@ def _of_run(config: Config, uri: str, begun: str | None) -> tuple[TeacherSpec, d
     except (ConfigError, CheckpointError) as error:
         raise ConfigError(f"{KEY}={uri}: {error}") from error
     info = run.info
+    if info.task != SINGLE_LABEL and distill.kind != FEATURES:
+        why = f"its data.task={info.task}, and distill.kind={distill.kind} compares distributions over classes"
+        raise ConfigError(f"{KEY}={uri}: {why}; take distill.kind={FEATURES}")
     spec = TeacherSpec(
         model=dataclasses.replace(run.config.model, pretrained=False),
         source=f"{run.storage.uri}, {manifest.name}",

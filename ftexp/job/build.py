@@ -10,6 +10,7 @@ import traceback
 import ray.train
 import torch
 from ray.train.torch import get_device, prepare_model
+from timm.layers import convert_sync_batchnorm
 from torch import nn
 
 from ftexp.cluster.hot_start.forker import MARK as HOT_START_MARK
@@ -38,7 +39,7 @@ from ftexp.job.progress import Progress
 from ftexp.job.skipped_batches import SkippedBatches
 from ftexp.job.spec import JobSpec
 from ftexp.job.stopwatch import Stopwatch
-from ftexp.model.build import as_logits, build_model
+from ftexp.model.build import as_logits, build_model, initialise_head
 from ftexp.model.distillation import Distiller
 from ftexp.model.ema import WeightsEMA
 from ftexp.model.freezing import Freezing
@@ -110,6 +111,9 @@ def _build(spec: JobSpec, streams: dict[str, IndexedSplit], channel: Channel, gr
 def _model(config: Config, info: DataInfo, device: torch.device) -> tuple[nn.Module, WeightsReport | None]:
     torch.manual_seed(derive_seed(config.seed, _INIT) % 2**63)
     model, report = build_model(config.model, info)
+    initialise_head(model, config.model)
+    if config.train.sync_bn:
+        model = convert_sync_batchnorm(model)
     if config.train.channels_last:
         model = model.to(memory_format=torch.channels_last)
     if config.train.compile:

@@ -16,7 +16,7 @@ from ftexp.config.schema import DataConfig, ModelConfig
 from ftexp.data.info import DataInfo
 from ftexp.errors import ConfigError, DataError
 from ftexp.model.matching import WeightsReport, load_matching, match, require_half
-from ftexp.model.timm_private import checkpoint_filter
+from ftexp.model.timm_private import checkpoint_filter, classifier_names
 from ftexp.model.weights import StateDict, load_weights
 
 KEY = "model.pretrained"
@@ -61,6 +61,23 @@ def build_model(config: ModelConfig, info: DataInfo, key: str = KEY) -> tuple[nn
     else:
         weights, source = load_weights(Path(config.pretrained).expanduser(), key=key)
     return model, load_matching(model, weights, source, key, checkpoint_filter(arguments))
+
+
+@torch.no_grad()
+def initialise_head(model: nn.Module, config: ModelConfig) -> None:
+    """Scale the classifier, and set its biases, as timm's train.py does; ConfigError if the model hasn't got one."""
+    if config.head_init_scale is None and config.head_init_bias is None:
+        return
+    heads = [module for name, module in model.named_modules() if name in classifier_names(model)]
+    heads = [head for head in heads if getattr(head, "weight", None) is not None and head.bias is not None]
+    if not heads:
+        raise ConfigError(f"model.name={config.name} has no classifier with biases: take model.head_init_* out")
+    for head in heads:
+        if config.head_init_scale is not None:
+            head.weight.mul_(config.head_init_scale)
+            head.bias.mul_(config.head_init_scale)
+        if config.head_init_bias is not None:
+            nn.init.constant_(head.bias, config.head_init_bias)
 
 
 def as_logits(output: Any, config: ModelConfig, num_classes: int) -> torch.Tensor:

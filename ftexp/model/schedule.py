@@ -15,14 +15,16 @@ def build_scheduler(
 ) -> Any:
     """Create a timm scheduler whose `step_update(n)` sets the learning rate after n optimiser steps.
 
-    The rate is a function of n alone, so a resumed run needs nothing but n.
+    The rate is a function of n alone, so a resumed run needs nothing but n. It has come down to min_lr
+    `config.cooldown_epochs` before the end.
     """
-    warmup_steps = min(round(config.warmup_epochs * steps_per_epoch), total_steps - 1)
+    falling_steps = max(1, total_steps - round(config.cooldown_epochs * steps_per_epoch))
+    warmup_steps = min(round(config.warmup_epochs * steps_per_epoch), falling_steps - 1)
     constant = config.name == "constant"  # as a step that never drops: not every timm that we take knows "constant"
     scheduler, _ = create_scheduler_v2(
         optimizer,
         sched="step" if constant else config.name,
-        num_epochs=total_steps,  # timm's "epochs" are steps here, one update each
+        num_epochs=falling_steps,  # timm's "epochs" are steps here, one update each
         decay_epochs=max(1, round(config.decay_epochs * steps_per_epoch)),
         warmup_epochs=warmup_steps,
         warmup_lr=config.warmup_lr,

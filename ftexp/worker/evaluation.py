@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 
 import torch.distributed as dist
+from timm.utils import distribute_bn
+from torch import nn
 
 from ftexp.data.feeds.feed import evaluation_batches
 from ftexp.evaluation.counting import measured, metric_set_of
@@ -34,13 +36,21 @@ def evaluate(job: Job, split: str, findings: Findings | None = None) -> None:
     models = {"": learner.model} if learner.ema is None else {"": learner.model, "_ema": learner.ema.model}
     if dist.is_initialized():
         for model in models.values():
-            for buffer in model.buffers():  # batch norm's statistics are each rank's own between steps
-                dist.broadcast(buffer, src=0)
+            share_statistics(model, job.config.train.dist_bn, group.world_size)
     batches = evaluation_batches(data.rows[split], data.to_tensors, _batch_size(job), group.rank, group.world_size)
     metric_set = metric_set_of(job.config, job.info, group.device)
     autocast, task = learner.autocast, job.info.task
     values = measured(split, models, learner.as_logits, batches, autocast, findings, metric_set, task)
     log_point(job, split, values)
+
+
+def share_statistics(model: nn.Module, dist_bn: str, world_size: int) -> None:
+    """Bring together batch norm's statistics, which are each rank's own between steps; collective."""
+    if dist_bn == "broadcast":
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
+    elif dist_bn == "reduce":
+        distribute_bn(model, world_size, reduce=True)
 
 
 def _batch_size(job: Job) -> int:

@@ -443,3 +443,10 @@ def test_a_stored_config_and_one_that_fits_stay_as_they_are(capsys):
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(config_dir())):
         assert to_config(hydra.compose("config", ["train.epochs=3"]), ["train.epochs=3"]) == stored
     assert capsys.readouterr().err == ""
+
+
+def test_a_stored_config_from_before_a_field_has_the_fields_default():
+    stored = OmegaConf.structured(composed("distill=none"))
+    text = OmegaConf.create(OmegaConf.to_yaml(stored))
+    del text["distill"], text["train"]["clip_grad_agc"]
+    assert to_config(text) == composed("distill=none")

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from ftexp.checkpoint.build import state_context
 from ftexp.checkpoint.compare import tree_differences
 from ftexp.checkpoint.registry import ExtraState
+from ftexp.config.checks.validate import validate
 from ftexp.config.fingerprint import differences, fingerprint
 from ftexp.config.schema import AugmentConfig, DistillConfig, EmaConfig, ModelConfig, OptimConfig
 from ftexp.data.info import DataInfo
@@ -389,3 +390,28 @@ def test_the_average_of_a_student_is_of_the_model_alone():
     job = taught_job("features", ema=EmaConfig(decay=0.9))
     assert isinstance(job.learner.ema, WeightsEMA)
     assert set(job.learner.ema.model.state_dict()) == set(job.learner.model.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("distill.alpha=0.3", r"^distill\.alpha=0\.3 needs distill\.teacher: take it out"),
+        ("distill.teacher=resnt18", r"^distill\.teacher=resnt18 is no run, no weights file.*'resnet18'"),
+        ("distill.teacher=resnet18 distill.pretrained=no.pt", r"^distill\.pretrained=no\.pt: no such file"),
+        (
+            "distill.teacher=resnet18 distill.checkpoint=latest",
+            r"^distill\.checkpoint=latest is for a run as the teach",
+        ),
+        ("distill.teacher=resnet18 distill.hard=true", r"^distill\.hard=True needs distill\.kind=token"),
+        ("distill=features distill.teacher=resnet18 distill.temperature=2", r"^distill\.temperature=2.0 needs"),
+        ("distill.teacher=resnet18 augment.splits=3 loss=jsd", r"augment\.splits=3: no teacher is compared"),
+        (
+            "distill.teacher=resnet18 data.task=multi_label loss=bce",
+            r"distill\.kind=logits compares distributions",
+        ),
+        ("distill.teacher=resnet18 ++distill.kwargs.in_chans=1", r"^distill\.kwargs\.in_chans=1 follows the data"),
+    ],
+)
+def test_what_contradicts_a_teacher_is_refused_before_anything_is_imported(words, told):
+    with pytest.raises(ConfigError, match=told):
+        validate(composed(*words.split()))

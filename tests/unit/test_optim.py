@@ -5,12 +5,19 @@ import math
 import pytest
 import timm
 import torch
+from timm.layers import convert_sync_batchnorm
+from timm.scheduler import create_scheduler_v2
 from torch import nn
 
-from ftexp.config.schema import SCHEDULES, SGD_NAMES, OptimConfig, ScheduleConfig, TrainConfig
+from ftexp.config.checks.recipe import fitted
+from ftexp.config.checks.validate import validate
+from ftexp.config.schema import SCHEDULES, SGD_NAMES, ModelConfig, OptimConfig, ScheduleConfig, TrainConfig
 from ftexp.errors import ConfigError
+from ftexp.model.build import initialise_head
 from ftexp.model.optim import build_optimizer
 from ftexp.model.schedule import build_scheduler
+from ftexp.worker.evaluation import share_statistics
+from tests.support.configs import composed
 
 TOTAL, PER_EPOCH = 100, 10.0
 
@@ -172,3 +179,120 @@ def test_a_run_shorter_than_its_warm_up_is_built():
     )
     scheduler.step_update(3)
     assert optimizer.param_groups[0]["lr"] == 0.0
+
+
+@pytest.mark.parametrize("name", ["cosine", "poly", "tanh"])
+def test_the_last_epochs_hold_the_lowest_rate_as_timms_cooldown(name):
+    config = ScheduleConfig(name=name, warmup_epochs=1, min_lr=0.01, cooldown_epochs=3)
+    optimizer = optimizer_of(name="sgd")
+    theirs, num_epochs = create_scheduler_v2(
+        optimizer, sched=name, num_epochs=70, warmup_epochs=10, warmup_lr=1e-6, min_lr=0.01, cooldown_epochs=30,
+        step_on_epochs=False, updates_per_epoch=1,
+    )  # fmt: skip
+    assert num_epochs == TOTAL
+    expected = []
+    for step in range(TOTAL):
+        theirs.step_update(step)
+        expected.append(optimizer.param_groups[0]["lr"])
+    assert rates(config, range(TOTAL)) == expected
+    assert expected[70:] == [0.01] * 30
+
+
+def test_epochs_that_are_added_with_a_cooldown_leave_the_rates_before_as_they_were():
+    optimizer = optimizer_of(name="sgd")
+    curves = []
+    for total, cooldown in ((100, 0.0), (150, 5.0)):
+        config = ScheduleConfig(name="cosine", cooldown_epochs=cooldown)
+        scheduler = build_scheduler(config, optimizer, total, PER_EPOCH)
+        rates_now = []
+        for step in range(total):
+            scheduler.step_update(step)
+            rates_now.append(optimizer.param_groups[0]["lr"])
+        curves.append(rates_now)
+    assert curves[1] == curves[0] + [0.0] * 50
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("optim=sgd optim.lr_base=0.1 train.global_batch_size=512", 0.2),
+        ("optim=adamw optim.lr_base=1e-3 train.global_batch_size=1024", 2e-3),
+        ("optim=lamb optim.lr_base=1e-3 train.global_batch_size=64", 5e-4),
+        ("optim=adamw optim.lr_base=1e-3 optim.lr_base_size=64 optim.lr_base_scale=linear", 5e-4),
+        ("optim=sgd optim.lr_base=0.1 optim.lr_base_size=128 optim.lr_base_scale=sqrt", 0.05),
+    ],
+)
+def test_a_base_rate_is_scaled_to_the_batch_as_timms_train_script_does(words, expected):
+    config, _ = fitted(composed(*words.split()), words.split())
+    assert config.optim.lr == pytest.approx(expected)
+    validate(config)
+    typed = [*words.split(), "optim.lr=0.7"]
+    both, _ = fitted(composed(*typed), typed)
+    with pytest.raises(ConfigError, match=r"optim\.lr=0\.7 stands beside optim\.lr_base=.*set one of them"):
+        validate(both)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("optim.lr_base_size=64", r"^optim\.lr_base_size=64 needs optim\.lr_base"),
+        ("schedule.cooldown_epochs=28", r"cooldown_epochs=28.* and schedule\.warmup_epochs=2.* must be below"),
+        ("schedule=constant schedule.cooldown_epochs=1", r"cooldown_epochs=1.* is for schedule=cosine or poly or tanh"),
+        ("train.sync_bn=true", r"^train\.sync_bn=true: torch synchronises batch norm on GPUs alone"),
+        ("train.eval=beside train.dist_bn=reduce", r"^train\.dist_bn=reduce is for train\.eval=inline"),
+    ],
+)
+def test_settings_that_nothing_would_read_are_refused(words, told, monkeypatch):
+    monkeypatch.setattr("ftexp.config.checks.recipe.num_local_gpus", lambda: 0)
+    with pytest.raises(ConfigError, match=told):
+        validate(composed(*words.split()))
+
+
+def test_a_classifier_begins_as_timms_train_script_has_it():
+    def model():
+        torch.manual_seed(0)
+        return timm.create_model("test_resnet", num_classes=3)
+
+    plain, made = model(), model()
+    torch.nn.init.constant_(plain.fc.bias, 0.5)
+    made.load_state_dict(plain.state_dict())
+    initialise_head(made, ModelConfig(name="test_resnet", head_init_scale=0.1))
+    assert torch.equal(made.fc.weight, plain.fc.weight * 0.1)
+    assert torch.equal(made.fc.bias, plain.fc.bias * 0.1)
+    initialise_head(made, ModelConfig(name="test_resnet", head_init_bias=-4.0))
+    assert made.fc.bias.tolist() == [-4.0] * 3
+    own, others = made.state_dict(), plain.state_dict()
+    assert all(torch.equal(own[name], others[name]) for name in own if not name.startswith("fc."))
+    with pytest.raises(ConfigError, match=r"has no classifier with biases: take model\.head_init_\* out"):
+        initialise_head(small_model(), ModelConfig(name="mine", head_init_bias=0.0))
+
+
+def test_synchronised_batch_norm_has_the_weights_of_the_plain_one():
+    model = timm.create_model("test_resnet", num_classes=3)
+    converted = convert_sync_batchnorm(timm.create_model("test_resnet", num_classes=3))
+    assert list(converted.state_dict()) == list(model.state_dict())
+    assert any(isinstance(module, nn.SyncBatchNorm) for module in converted.modules())
+
+
+def _share(rank, dist_bn, folder):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/{dist_bn}", rank=rank, world_size=2)
+    norm = nn.BatchNorm2d(1)
+    norm.running_mean.fill_(1.0 + 2 * rank)
+    norm.running_var.fill_(4.0 + 4 * rank)
+    share_statistics(norm, dist_bn, 2)
+    torch.save((norm.running_mean.item(), norm.running_var.item()), f"{folder}/{dist_bn}.{rank}")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("dist_bn", "expected"),
+    [("none", [(1, 4), (3, 8)]), ("broadcast", [(1, 4), (1, 4)]), ("reduce", [(2, 6), (2, 6)])],
+)
+def test_statistics_come_together_before_an_evaluation_as_is_asked(dist_bn, expected, tmp_path):
+    context = torch.multiprocessing.get_context("fork")
+    ranks = [context.Process(target=_share, args=(rank, dist_bn, tmp_path)) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+    assert [torch.load(tmp_path / f"{dist_bn}.{rank}") for rank in range(2)] == expected

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ftexp.config.checks.wording import unused, yaml_text
-from ftexp.config.schema import FEATURES, TOKEN, Config
+from ftexp.config.schema import FEATURES, SINGLE_LABEL, TOKEN, Config
 from ftexp.config.timm_names import model_names
 from ftexp.registry import did_you_mean
 
@@ -26,6 +26,13 @@ def check_distill(config: Config) -> Iterator[str]:
     for key, value in distill.kwargs.items():
         if key in _OF_MODEL:
             yield f"distill.kwargs.{key}={value} follows {_OF_MODEL[key]}: take it out"
+    if distill.kind != FEATURES and config.data.task != SINGLE_LABEL:
+        yield (
+            f"distill.kind={distill.kind} compares distributions over classes, and data.task={config.data.task}: take "
+            f"distill.kind={FEATURES}"
+        )
+    if config.augment.splits > 1:
+        yield f"augment.splits={config.augment.splits}: no teacher is compared with views of a sample; set 1"
     if distill.kind == FEATURES or distill.hard:
         why = "distill.hard=false" if distill.hard else "distill.kind=logits or token"
         yield from unused(distill, "distill", ("temperature",), f"needs {why}")

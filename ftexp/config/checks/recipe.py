@@ -18,8 +18,11 @@ from omegaconf import MISSING
 from ftexp.config.checks.wording import unknown
 from ftexp.config.checks.wording import unused as _unused
 from ftexp.config.fields import typed_keys
+from ftexp.config.machine import num_local_gpus
 from ftexp.config.masking import flat
 from ftexp.config.schema import (
+    AUTO,
+    BESIDE,
     CLASS_WEIGHTS,
     CROPS,
     LOSSES,
@@ -66,7 +69,13 @@ _SECOND_ORDER = ("adahessian",)  # of timm's optimisers
 _WARMUP_SHARE = 0.1  # of the epochs, and of the learning rate the lowest, where a recipe's own doesn't fit
 _MIN_LR_SHARE = 0.01
 _CLIPPING = ("clip_grad_norm", "clip_grad_value", "clip_grad_agc")
-_SCHEDULED_BY = {"min_lr": ("cosine", "poly"), "decay_epochs": ("step",), "decay_rate": ("step", "poly")}
+_ADAPTIVE = ("ada", "lamb")  # parts of the names of optimisers whose rate goes by the root of the batch, as timm has it
+_SCHEDULED_BY = {
+    "cooldown_epochs": ("cosine", "poly", "tanh"),
+    "min_lr": ("cosine", "poly"),
+    "decay_epochs": ("step",),
+    "decay_rate": ("step", "poly"),
+}
 _PARAMETERS_OF_LOSSES = {
     "bce": ("target_threshold", "sum_classes", "pos_weight"),
     "focal": ("gamma",),
@@ -216,6 +225,11 @@ def check_optim(config: Config) -> Iterator[str]:
     if optim.name not in optimizer_names() and not config.plugins:
         suggestion = did_you_mean(optim.name, optimizer_names())
         yield f"optim.name='{optim.name}' is unknown.{suggestion} Any optimiser of timm's can be named"
+    if optim.lr_base is None:
+        yield from _unused(optim, "optim", ("lr_base_size", "lr_base_scale"), "needs optim.lr_base")
+    elif not math.isclose(optim.lr, scaled_lr(config)):
+        both = f"optim.lr={optim.lr} stands beside optim.lr_base={optim.lr_base}"
+        yield f"{both}, which means {scaled_lr(config):g} here: set one of them"
     if optim.name in _SECOND_ORDER:
         yield f"optim.name={optim.name} needs second derivatives, which the training step doesn't compute: take another"
     for key, name in _BESIDE.items():
@@ -233,6 +247,27 @@ def check_optim(config: Config) -> Iterator[str]:
     given = [f"train.{name}={getattr(config.train, name)}" for name in _CLIPPING if getattr(config.train, name)]
     if len(given) > 1:
         yield f"{' and '.join(given)}: gradients are clipped in one way, so take one of them"
+
+
+def scaled_lr(config: Config) -> float:
+    """Return the learning rate that optim.lr_base means for the global batch, as timm's train.py computes it."""
+    optim = config.optim
+    assert optim.lr_base is not None
+    share = config.train.global_batch_size / optim.lr_base_size
+    by_root = any(part in optim.name.lower() for part in _ADAPTIVE)
+    scale = optim.lr_base_scale or ("sqrt" if by_root else "linear")
+    return optim.lr_base * (share**0.5 if scale == "sqrt" else share)
+
+
+def check_batch_norm(config: Config) -> Iterator[str]:
+    """How batch norm's statistics come together."""
+    if config.train.eval == BESIDE:
+        why = "is for train.eval=inline: beside the training, checkpoints are evaluated, which hold rank 0's"
+        yield from _unused(config.train, "train", ("dist_bn",), why)
+    scaling = config.scaling
+    has_gpus = scaling.use_gpu is True or (scaling.use_gpu == AUTO and num_local_gpus() > 0)
+    if config.train.sync_bn and not has_gpus:
+        yield "train.sync_bn=true: torch synchronises batch norm on GPUs alone, and this run has none: take it out"
 
 
 def check_loss(config: Config) -> Iterator[str]:
@@ -292,7 +327,7 @@ def fitted(config: Config, typed: Iterable[str]) -> tuple[Config, list[str]]:
         The config, and a line for each value that was changed.
     """
     keys = typed_keys(typed)
-    config, notes = _ranked_by_loss(config, keys)
+    config, notes = _ranked_by_loss(_with_scaled_lr(config, keys), keys)
     schedule, train = config.schedule, config.train
     if MISSING in (train.epochs, config.optim.lr) or train.epochs < 1 or config.optim.lr <= 0:
         return config, notes  # `validate` says so
@@ -317,6 +352,14 @@ def fitted(config: Config, typed: Iterable[str]) -> tuple[Config, list[str]]:
     return dataclasses.replace(config, schedule=schedule, train=train), notes
 
 
+def _with_scaled_lr(config: Config, keys: set[str]) -> Config:
+    """The config with the rate that optim.lr_base means, unless one was typed: then `check_optim` compares them."""
+    optim = config.optim
+    if optim.lr_base is None or "optim.lr" in keys or MISSING in (optim.name, config.train.global_batch_size):
+        return config
+    return dataclasses.replace(config, optim=dataclasses.replace(optim, lr=scaled_lr(config)))
+
+
 def _ranked_by_loss(config: Config, keys: set[str]) -> tuple[Config, list[str]]:
     """Rank checkpoints by val_loss where there is no accuracy and nothing else was typed."""
     saving, names = config.checkpoint, ("checkpoint_score_attribute", "checkpoint_score_order")
@@ -335,6 +378,11 @@ def check_schedule(config: Config) -> Iterator[str]:
     schedule, epochs = config.schedule, config.train.epochs
     if schedule.warmup_epochs and schedule.warmup_epochs >= epochs:
         yield f"schedule.warmup_epochs={schedule.warmup_epochs} must be below train.epochs={epochs}: lower it"
+    if schedule.cooldown_epochs and schedule.warmup_epochs + schedule.cooldown_epochs >= epochs:
+        yield (
+            f"schedule.cooldown_epochs={schedule.cooldown_epochs} and schedule.warmup_epochs={schedule.warmup_epochs} "
+            f"must be below train.epochs={epochs} together: lower one"
+        )
     if schedule.min_lr > config.optim.lr:
         yield f"schedule.min_lr={schedule.min_lr} must not be above optim.lr={config.optim.lr}"
     for name, users in _SCHEDULED_BY.items():
