@@ -9,7 +9,9 @@ import torch
 from ftexp import evaluate as module
 from ftexp.data.feeds.feed import ToTensors
 from ftexp.errors import StorageError
-from ftexp.evaluate import EvaluateConfig, _evaluate
+from ftexp.evaluate import EvaluateConfig
+from ftexp.evaluating.measure import measure
+from ftexp.evaluating.printing import print_result
 from ftexp.storage.directory import Storage
 from tests.support.configs import composed
 from tests.support.image_files import encoded, picture, put
@@ -28,7 +30,7 @@ def run(tmp_path_factory):
 def test_out_is_a_file_in_any_folder(run, memory, options):
     out = f"memory://bucket/told/first.json{options}"
     asked = EvaluateConfig(run=run.storage.uri, out=out, metrics=["balanced_accuracy"])
-    result = _evaluate(asked, run.config, run.storage)
+    result = measure(asked, run.config, run.storage)
     assert result["written"] == out
     told = json.loads(Storage.at(f"memory://bucket/told{options}").read_bytes("first.json"))
     assert (told["checkpoint"], told["split"], told["num_samples"]) == (CHECKPOINT, "test", 12)
@@ -43,8 +45,8 @@ def test_where_the_run_cannot_be_written_the_result_is_told_and_so_is_why(run, m
         raise OSError(30, "Read-only file system")
 
     monkeypatch.setattr(Storage, "write_bytes", refuse)
-    result = _evaluate(EvaluateConfig(run=run.storage.uri), run.config, run.storage)
-    module._print({**result, "metrics": {"auroc": 0.5, "top5": None}})
+    result = measure(EvaluateConfig(run=run.storage.uri), run.config, run.storage)
+    print_result({**result, "metrics": {"auroc": 0.5, "top5": None}})
     assert result["num_samples"] == 12
     target = f"{run.storage.uri}/evaluation_test.json"
     advice = f"! not written to {target}: [Errno 30] Read-only file system; add out=<file> for another place"
@@ -52,13 +54,13 @@ def test_where_the_run_cannot_be_written_the_result_is_told_and_so_is_why(run, m
     assert advice in printed
     assert "auroc 0.5000\ntop5 -\n" in printed
     with pytest.raises(StorageError, match=r"out=.* can't be written: .*Read-only file system"):
-        _evaluate(EvaluateConfig(run=run.storage.uri, out="/there/told.json"), run.config, run.storage)
+        measure(EvaluateConfig(run=run.storage.uri, out="/there/told.json"), run.config, run.storage)
 
 
 def test_with_tta_the_logits_of_mirror_images_are_averaged_and_the_plain_evaluation_stays(run, capsys):
-    plain = _evaluate(EvaluateConfig(run=run.storage.uri), run.config, run.storage)
-    result = _evaluate(EvaluateConfig(run=run.storage.uri, tta="hflip"), run.config, run.storage)
-    module._print(result)
+    plain = measure(EvaluateConfig(run=run.storage.uri), run.config, run.storage)
+    result = measure(EvaluateConfig(run=run.storage.uri, tta="hflip"), run.config, run.storage)
+    print_result(result)
     assert "on 12 test samples, each with its mirror image (tta=hflip)" in capsys.readouterr().out
     assert result["written"].endswith("/evaluation_test_hflip.json")
     assert json.loads(run.storage.read_bytes("evaluation_test.json"))["loss"] == plain["loss"]
@@ -74,8 +76,8 @@ def test_other_data_are_counted_by_the_names_of_their_classes(run, tmp_path, cap
     photos = composed("data=image_folder", f"data.root={tmp_path / 'photos'}", "augment=none")
     config = EvaluateConfig(run=run.storage.uri)
     other = module._on_other_data(run.config, photos, run.storage)
-    result = _evaluate(config, other, run.storage, is_other=True)
-    module._print(result)
+    result = measure(config, other, run.storage, is_other=True)
+    print_result(result)
     assert "new classes, 2 samples excluded: dog (2)" in capsys.readouterr().out
     assert (result["split"], result["num_samples"], result["written"]) == (
         "all", 5, f"{run.storage.uri}/evaluation_photos_all.json",

@@ -6,7 +6,7 @@ import pytest
 from omegaconf import OmegaConf
 
 import ftexp.cluster.ray_cluster
-from ftexp import evaluate as module
+import ftexp.evaluating.measure as measuring
 from ftexp.cli.trained_run import load_run_config
 from ftexp.errors import ConfigError, StorageError
 from ftexp.evaluate import EvaluateConfig, MovedData, evaluate
@@ -25,7 +25,7 @@ def test_data_that_is_not_where_it_was_is_asked_for_and_taken_from_where_it_is(t
     run = saved_run(tmp_path / "run", "data=image_folder", f"data.root={tmp_path}/photos", "data.image_size=8")
     seen = []
     monkeypatch.setattr(ftexp.cluster.ray_cluster, "private_ray", contextlib.nullcontext)
-    monkeypatch.setattr(module, "_evaluate", lambda _, run_config, *__, **___: seen.append(run_config.data.root))
+    monkeypatch.setattr(measuring, "measure", lambda _, run_config, *__, **___: seen.append(run_config.data.root))
     with pytest.raises(ConfigError, match=rf"data.root={tmp_path}/photos does not exist.*add data\.root=<where it is"):
         evaluate(EvaluateConfig(run=run.storage.uri))
     (tmp_path / "moved").mkdir()

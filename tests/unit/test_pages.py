@@ -106,7 +106,7 @@ def check(monkeypatch, capsys, tmp_path):
         "train": {"train": validated},
         "data": {"inspect": validated},
         "drill": {"drill": drilled},
-        "evaluate": {"evaluate": lambda *_: None, "_print": lambda _: None},
+        "evaluate": {"evaluate": lambda *_: None, "print_result": lambda _: None},
         "export": {"export": lambda _: None},
         "predict": {"top_k": lambda *_: None, "predict": lambda *_: None},
         "checkpoints": {"show": lambda _: True, "show_differences": lambda *_: True},
