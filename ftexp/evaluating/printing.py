@@ -34,7 +34,8 @@ def print_result(result: dict[str, Any]) -> None:
     overall = keys.get(result["task"], ("accuracy", "loss"))
     console.print("   ".join(f"{key} {_number(result[key])}" for key in overall))
     for name, value in result["metrics"].items():
-        console.print(f"{name} {_number(value)}", markup=False)
+        if name not in overall:
+            console.print(f"{name} {_number(value)}", markup=False)
     if result["task"] == REGRESSION:
         rows, columns = result["targets"], ("target", "mae", "mse", "r2")
     else:

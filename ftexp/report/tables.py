@@ -37,7 +37,8 @@ def worst_classes(evaluation: Record) -> list[Record]:
 def measured(evaluation: Record) -> str:
     """Say how good the model is on all samples together."""
     others = (evaluation.get("metrics") or {}).items()
-    return ", ".join([_of_task(evaluation), *(f"{name} {decimals(value)}" for name, value in others)])
+    shown = [f"{name} {decimals(value)}" for name, value in others if name not in evaluation]
+    return ", ".join([_of_task(evaluation), *shown])
 
 
 def _of_task(evaluation: Record) -> str:
