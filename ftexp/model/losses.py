@@ -83,9 +83,11 @@ def _jensen_shannon(context: LossContext) -> Loss:
 
     def losses(logits: Tensor, targets: Tensor) -> Tensor:
         by_view = logits.view(-1, views, logits.shape[1])
-        probabilities = by_view.softmax(2)
-        log_mixture = probabilities.mean(1, keepdim=True).clamp(_LEAST_PROBABILITY, 1).log().expand_as(probabilities)
-        divergences = F.kl_div(log_mixture, probabilities, reduction="none").sum(2).mean(1)
+        log_probabilities = by_view.log_softmax(2)
+        probabilities = log_probabilities.exp()
+        log_mixture = probabilities.mean(1, keepdim=True).clamp(_LEAST_PROBABILITY, 1).log()
+        # timm's kl_div has no gradient where a probability is 0
+        divergences = (probabilities * (log_probabilities - log_mixture)).sum(2).mean(1)
         return _torch_cross_entropy(by_view[:, 0], targets, smoothing) + alpha * divergences
 
     return losses

@@ -3,9 +3,9 @@
 import json
 
 import pytest
+import torch
 
 from ftexp.storage.directory import Storage
-from tests.command.test_end_to_end import load
 from tests.support.command import RunFolder
 
 PLUGIN = """
@@ -134,7 +134,8 @@ def test_a_run_with_a_plug_in_of_every_kind_is_killed_and_stops_early_bitwise_as
         assert run.record["stopped"] == {key: stopped[key] for key in ("step", "epoch", "reason", "rules")}
         assert run.record["stopped"]["reason"] == reason
         assert {"test_num_classes", "test_f1_macro"} <= run.record["metrics"]["last"].keys()
-        state = load(run, run.record["checkpoint"], "extra_state.pt")
+        checkpoint = run.path / "checkpoints" / run.record["checkpoint"]
+        state = torch.load(checkpoint / "extra_state.pt", weights_only=True)
         assert state["hooks"]["hooks"]["sum_up"] == {"steps": [2, 4, 6]}
         tracked = (tmp_path / f"{run.path.name}.jsonl").read_text()
         assert '["test_num_classes", 7]' in tracked

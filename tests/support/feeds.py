@@ -9,9 +9,14 @@ from ftexp.config.schema import AugmentConfig
 from ftexp.data.augment.pixels import Augment
 from ftexp.data.feeds.feed import CachedRows, IndexedFeed, Taken, ToTensors
 from ftexp.data.info import DataInfo
-from ftexp.data.order import SampleOrder
+from ftexp.data.order import SampleOrder, derive_seed
 
 CPU = torch.device("cpu")
+
+
+def mixing_seed(seed, position):
+    """What numpy's generator is seeded with for what is mixed at `position`."""
+    return derive_seed(derive_seed(seed, 0x6D6978), position) % 2**32
 
 
 class Blocks:

@@ -24,7 +24,7 @@ from ftexp.data.info import DataInfo
 from ftexp.data.order import SampleOrder, derive_seed
 from ftexp.data.plan import ShardPlan, cut_off
 from ftexp.inspecting.inspect import as_the_model_sees
-from tests.support.feeds import Unreadable, make_feed
+from tests.support.feeds import Unreadable, make_feed, mixing_seed
 
 CPU = torch.device("cpu")
 CLASSES = 5
@@ -58,10 +58,6 @@ def timms(config, smoothing=0.1, **changes):
     )  # fmt: skip
 
 
-def seed_of(seed, position):
-    return derive_seed(derive_seed(seed, 0x6D6978), position) % 2**32
-
-
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("changes", [{}, {"cutmix_alpha": 0.0}, {"mixup_alpha": 0.0}, {"mix_prob": 0.5}], ids=str)
 def test_a_global_batch_is_mixed_as_timm_mixes_it(seed, changes):
@@ -69,7 +65,7 @@ def test_a_global_batch_is_mixed_as_timm_mixes_it(seed, changes):
     mixed = Mixing(config, CLASSES, 0.1, seed)(whole_batch(start=24), 24)
     # timm mixes the first with the last; neighbours are mixed here
     order = [0, 2, 4, 6, 8, 10, 11, 9, 7, 5, 3, 1]
-    np.random.seed(seed_of(seed, 24))
+    np.random.seed(mixing_seed(seed, 24))
     images, targets = timms(config)(IMAGES[order].clone(), LABELS[order])
     assert torch.equal(mixed.images[order], images)
     assert torch.equal(mixed.targets[order], targets)
@@ -81,7 +77,7 @@ def test_two_samples_that_draw_for_themselves_are_mixed_as_timm_mixes_two(mode):
     config = configured(mode, mix_prob=0.8)
     mixed = Mixing(config, CLASSES, 0.1, 3)(whole_batch(start=24), 24)
     for first in range(0, 12, 2):
-        np.random.seed(seed_of(3, 24 + first))
+        np.random.seed(mixing_seed(3, 24 + first))
         images, targets = timms(config)(IMAGES[first : first + 2].clone(), LABELS[first : first + 2])
         assert torch.equal(mixed.images[first : first + 2], images)
         assert torch.equal(mixed.targets[first : first + 2], targets)

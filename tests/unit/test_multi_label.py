@@ -36,6 +36,7 @@ from ftexp.predicting.answers import answered, answers_of
 from ftexp.predicting.parts import part_table
 from ftexp.worker.evaluation import evaluate
 from tests.support.configs import composed
+from tests.support.feeds import mixing_seed
 from tests.support.jobs import CPU, copied, make_job, same, train
 
 CLASSES = 11  # more than a byte holds
@@ -198,9 +199,7 @@ def test_sets_are_mixed_as_timm_mixes_them(mode):
     share = ShardPlan(2, 1, 26, 0, 1, True).micro_shares(24, 26)[0]
     batch = MicroBatch(images.clone(), SETS[:2], torch.full((2,), 0.5), share.positions, share.pairs(24, None))
     mixed = Mixing(config, CLASSES, 0.1, 3, has_vectors=True)(batch, 24)
-    from tests.unit.test_mixing import seed_of
-
-    np.random.seed(seed_of(3, 24))
+    np.random.seed(mixing_seed(3, 24))
     theirs = timm.data.mixup.Mixup(0.8, 1.0, mode=mode, label_smoothing=0.1, num_classes=CLASSES, multi_label=True)
     expected, targets = theirs(images.clone(), SETS[:2].clone())
     assert torch.equal(mixed.images, expected)

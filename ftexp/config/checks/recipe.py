@@ -15,8 +15,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from ftexp.config.checks.wording import unknown
-from ftexp.config.checks.wording import unused as _unused
+from ftexp.config.checks.wording import unknown, unused
 from ftexp.config.fields import typed_keys
 from ftexp.config.machine import num_local_gpus
 from ftexp.config.masking import flat
@@ -96,17 +95,17 @@ def check_augment(config: Config) -> Iterator[str]:
         if config.train.global_batch_size < 2:
             yield "augment.mixup_alpha and augment.cutmix_alpha mix two samples; train.global_batch_size=1: raise it"
         if not (augment.mixup_alpha and augment.cutmix_alpha):
-            yield from _unused(augment, "augment", ("mix_switch_prob",), "needs both mixup_alpha and cutmix_alpha")
+            yield from unused(augment, "augment", ("mix_switch_prob",), "needs both mixup_alpha and cutmix_alpha")
     else:
         names = ("mix_prob", "mix_switch_prob", "mix_mode", "mixup_off_epoch")
-        yield from _unused(augment, "augment", names, "needs augment.mixup_alpha or augment.cutmix_alpha above 0")
+        yield from unused(augment, "augment", names, "needs augment.mixup_alpha or augment.cutmix_alpha above 0")
     if augment.mixup_off_epoch and augment.mixup_off_epoch >= config.train.epochs:
         yield (
             f"augment.mixup_off_epoch={augment.mixup_off_epoch} comes after the last epoch, of train.epochs="
             f"{config.train.epochs} counted from 0: lower it, or write null to mix to the end"
         )
     if not augment.erase_prob:
-        yield from _unused(augment, "augment", ("erase_mode", "erase_count"), "needs augment.erase_prob above 0")
+        yield from unused(augment, "augment", ("erase_mode", "erase_count"), "needs augment.erase_prob above 0")
     if augment.rand_augment is not None:
         yield from _auto_augment_problems("augment.rand_augment", augment.rand_augment, ("rand",))
         if config.data.channels not in (1, 3):
@@ -156,9 +155,9 @@ def check_pictures(config: Config) -> Iterator[str]:
     if augment.auto_augment is not None:
         yield from _auto_augment_problems("augment.auto_augment", augment.auto_augment, tuple(_AUTO_AUGMENT))
     if augment.crop == "none":
-        yield from _unused(augment, "augment", ("scale", "ratio"), f"needs augment.crop={' or '.join(CROPS[1:])}")
+        yield from unused(augment, "augment", ("scale", "ratio"), f"needs augment.crop={' or '.join(CROPS[1:])}")
         if augment.auto_augment is None:
-            yield from _unused(augment, "augment", ("interpolation",), "needs augment.crop or augment.auto_augment")
+            yield from unused(augment, "augment", ("interpolation",), "needs augment.crop or augment.auto_augment")
     elif augment.pad_px:
         yield f"augment.pad_px={augment.pad_px} stands beside augment.crop={augment.crop}: set augment.pad_px=0"
     for name, most in (("scale", 1.0), ("ratio", sys.float_info.max)):
@@ -202,7 +201,7 @@ def _auto_augment_problems(key: str, words: str, policies: tuple[str, ...]) -> I
 def _jitter_problems(augment: AugmentConfig) -> Iterator[str]:
     given = augment.color_jitter
     if given is None:
-        yield from _unused(augment, "augment", ("color_jitter_prob",), "needs augment.color_jitter")
+        yield from unused(augment, "augment", ("color_jitter_prob",), "needs augment.color_jitter")
         return
     values = given if isinstance(given, list) else [given] * 3
     numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
@@ -225,11 +224,6 @@ def check_optim(config: Config) -> Iterator[str]:
     if optim.name not in optimizer_names() and not config.plugins:
         suggestion = did_you_mean(optim.name, optimizer_names())
         yield f"optim.name='{optim.name}' is unknown.{suggestion} Any optimiser of timm's can be named"
-    if optim.lr_base is None:
-        yield from _unused(optim, "optim", ("lr_base_size", "lr_base_scale"), "needs optim.lr_base")
-    elif not math.isclose(optim.lr, scaled_lr(config)):
-        both = f"optim.lr={optim.lr} stands beside optim.lr_base={optim.lr_base}"
-        yield f"{both}, which means {scaled_lr(config):g} here: set one of them"
     if optim.name in _SECOND_ORDER:
         yield f"optim.name={optim.name} needs second derivatives, which the training step doesn't compute: take another"
     for key, name in _BESIDE.items():
@@ -249,6 +243,16 @@ def check_optim(config: Config) -> Iterator[str]:
         yield f"{' and '.join(given)}: gradients are clipped in one way, so take one of them"
 
 
+def check_lr_base(config: Config) -> Iterator[str]:
+    """A learning rate that is given for another batch, and one that is given beside it."""
+    optim = config.optim
+    if optim.lr_base is None:
+        yield from unused(optim, "optim", ("lr_base_size", "lr_base_scale"), "needs optim.lr_base")
+    elif not math.isclose(optim.lr, scaled_lr(config)):
+        both = f"optim.lr={optim.lr} stands beside optim.lr_base={optim.lr_base}"
+        yield f"{both}, which means {scaled_lr(config):g} here: set one of them"
+
+
 def scaled_lr(config: Config) -> float:
     """Return the learning rate that optim.lr_base means for the global batch, as timm's train.py computes it."""
     optim = config.optim
@@ -263,7 +267,7 @@ def check_batch_norm(config: Config) -> Iterator[str]:
     """How batch norm's statistics come together."""
     if config.train.eval == BESIDE:
         why = "is for train.eval=inline: beside the training, checkpoints are evaluated, which hold rank 0's"
-        yield from _unused(config.train, "train", ("dist_bn",), why)
+        yield from unused(config.train, "train", ("dist_bn",), why)
     scaling = config.scaling
     has_gpus = scaling.use_gpu is True or (scaling.use_gpu == AUTO and num_local_gpus() > 0)
     if config.train.sync_bn and not has_gpus:
@@ -278,17 +282,17 @@ def check_loss(config: Config) -> Iterator[str]:
     further = _OF_SEVERAL_LABELS.get(loss.name, ()) if config.data.task == MULTI_LABEL else ()
     for name, names in _PARAMETERS_OF_LOSSES.items():
         if name != loss.name:
-            unused = tuple(each for each in names if each not in further)
-            yield from _unused(loss, "loss", unused, f"needs loss.name={name}")
+            others = tuple(each for each in names if each not in further)
+            yield from unused(loss, "loss", others, f"needs loss.name={name}")
     if "clip" not in further:
-        yield from _unused(loss, "loss", ("clip",), "needs loss.name=asl and data.task=multi_label")
+        yield from unused(loss, "loss", ("clip",), "needs loss.name=asl and data.task=multi_label")
     if loss.name in LOSSES:
-        yield from _unused(loss, "loss", ("kwargs",), "needs a loss of your own")
+        yield from unused(loss, "loss", ("kwargs",), "needs a loss of your own")
     for name in ("gamma", "gamma_pos", "gamma_neg"):
         if 0 < getattr(loss, name) < 1:
             yield f"loss.{name}={getattr(loss, name)} must be 0, or at least 1: else gradients are infinite at p = 1"
     if loss.class_weights != "effective_num":
-        yield from _unused(loss, "loss", ("effective_num_beta",), "needs loss.class_weights=effective_num")
+        yield from unused(loss, "loss", ("effective_num_beta",), "needs loss.class_weights=effective_num")
     yield from _weight_problems("loss.class_weights", loss.class_weights, CLASS_WEIGHTS, config.data.num_classes)
     if loss.pos_weight is not None:
         given = loss.pos_weight if isinstance(loss.pos_weight, list) else [loss.pos_weight]
@@ -387,7 +391,7 @@ def check_schedule(config: Config) -> Iterator[str]:
         yield f"schedule.min_lr={schedule.min_lr} must not be above optim.lr={config.optim.lr}"
     for name, users in _SCHEDULED_BY.items():
         if schedule.name not in users:
-            yield from _unused(schedule, "schedule", (name,), f"is for schedule={' or '.join(users)}")
+            yield from unused(schedule, "schedule", (name,), f"is for schedule={' or '.join(users)}")
 
 
 def check_average(config: Config) -> Iterator[str]:
@@ -395,7 +399,7 @@ def check_average(config: Config) -> Iterator[str]:
     ema, names = config.ema, config.checkpoint.extra_state
     if ema.decay is None:
         others = tuple(field.name for field in dataclasses.fields(ema) if field.name != "decay")
-        yield from _unused(ema, "ema", others, "needs ema.decay")
+        yield from unused(ema, "ema", others, "needs ema.decay")
         for key, metric in (
             ("checkpoint.checkpoint_score_attribute", config.checkpoint.checkpoint_score_attribute),
             ("sweep.metric", config.sweep.metric or ""),
@@ -406,7 +410,7 @@ def check_average(config: Config) -> Iterator[str]:
     if "ema" not in names:
         yield f"checkpoint.extra_state={names} must hold ema, since ema.decay={ema.decay} averages the weights"
     if not ema.use_warmup:
-        yield from _unused(ema, "ema", ("warmup_gamma", "warmup_power"), "needs ema.use_warmup=true")
+        yield from unused(ema, "ema", ("warmup_gamma", "warmup_power"), "needs ema.use_warmup=true")
 
 
 def check_drop_path(config: Config) -> Iterator[str]:

@@ -21,6 +21,7 @@ from ftexp.config.checks.recipe import (
     check_drop_path,
     check_freeze,
     check_loss,
+    check_lr_base,
     check_optim,
     check_pictures,
     check_repeats,
@@ -69,7 +70,8 @@ _CHECKS: dict[Callable[[Config], Iterator[str]], tuple[str, ...]] = {
     check_splits: ("augment.splits", "loss.name"),
     check_pictures: ("data.channels", "augment.crop"),
     check_loss: ("augment.mixup_alpha", "augment.cutmix_alpha", "loss.gamma", "loss.gamma_pos", "loss.gamma_neg"),
-    check_optim: ("optim.name", "optim.lr", "optim.lr_base", "train.global_batch_size"),
+    check_optim: ("optim.name",),
+    check_lr_base: ("optim.name", "optim.lr", "optim.lr_base", "train.global_batch_size"),
     check_batch_norm: (),
     check_schedule: (
         "schedule.warmup_epochs",
