@@ -72,6 +72,11 @@ class Cadence:
         self._saved_at = self._asked_at = self._clock()
         self.reasons, self._ask_at, self._gap = [], step + 1, 1
 
+    def stop(self) -> None:
+        """Let the next answer be that a save is due, the last; to be called on every rank."""
+        self.stopping = True
+        self._note("stop")
+
     def _note(self, reason: str) -> None:
         if reason not in self.reasons:
             self.reasons.append(reason)
@@ -100,7 +105,7 @@ class Cadence:
         answer = self._agree(answer)
         self._gap = answer - step
         self._ask_at, self._asked_step, self._asked_at = answer, step, now
-        self.stopping = answer == _STOP
+        self.stopping = self.stopping or answer == _STOP
         if answer in (_SAVE, _STOP):
             self._note(reason)
         if self._machine_goes():

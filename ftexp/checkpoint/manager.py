@@ -99,6 +99,7 @@ class CheckpointManager:
         self._staging = Staging(group.device)
         self.num_rollbacks = 0
         self._in_memory: tuple[Any, ...] | None = None  # the state of the last save, where a rollback may want it
+        self._pending_in_memory: list[Pending] = []
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint", initializer=_give_way)
         self._pending: Future[None] | None = None
         self._failures: list[Exception] = []  # of the last saves, if they failed
@@ -114,6 +115,10 @@ class CheckpointManager:
         progress = self._progress
         evaluated = any(each.step == progress.step for each in progress.pending)
         return self._cadence.due(progress.step, progress.epoch, epoch_ended, progress.finished, self.busy, evaluated)
+
+    def stop(self) -> None:
+        """Make the save that is due next the last; to be called on every rank."""
+        self._cadence.stop()
 
     def _save_requested(self) -> bool:
         """Whether the driver has asked for a save since this was last asked."""
@@ -154,6 +159,7 @@ class CheckpointManager:
         progress = self._progress
         if not self._ledger_is_safe() or not self._is_worth_keeping():
             self._cadence.saved(progress.step)
+            self._note_unsaved(progress.step, progress.epoch)
             return
         parts = self._copied_state()
         metrics = {"epoch": progress.epoch, "step": progress.step, **progress.metrics}
@@ -201,6 +207,7 @@ class CheckpointManager:
         parts: tuple[Any, ...] = self._staging.copy((learner.model.state_dict(), learner.optimizer.state_dict(), extra))
         if self._keeps:
             self._in_memory, self.num_rollbacks = parts, 0
+            self._pending_in_memory = list(self._progress.pending)  # a state has no names of checkpoints
         return parts
 
     def _is_worth_keeping(self) -> bool:
@@ -226,6 +233,7 @@ class CheckpointManager:
         self._learner.model.load_state_dict(model)
         self._learner.optimizer.load_state_dict(optimizer)
         self._extra.load(extra, self._extra.versions(), "this run")
+        self._progress.pending = list(self._pending_in_memory)
         self._ledger.back_to(self._progress.step)
         self.num_rollbacks += 1
 
@@ -297,9 +305,14 @@ class CheckpointManager:
                 if wait_s is not None:
                     time.sleep(wait_s)
         else:
-            about, why = (manifest.step, manifest.epoch, manifest.name), "its checkpoint was not saved"
-            self._channel.note_evaluated(Evaluated(*about, failure=UNSAVED, problem=why))
+            self._note_unsaved(manifest.step, manifest.epoch)
         ray.train.report(saving.metrics)
+
+    def _note_unsaved(self, step: int, epoch: int) -> None:
+        """Let nobody wait for the evaluation of a checkpoint that there isn't."""
+        name = checkpoint_name(step, self._run.attempt)
+        unsaved = Evaluated(step, epoch, name, failure=UNSAVED, problem="its checkpoint was not saved")
+        self._channel.note_evaluated(unsaved)
 
     def _failed(self, step: int, error: Exception) -> None:
         self._failures.append(error)

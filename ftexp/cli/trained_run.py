@@ -133,10 +133,16 @@ def choose(store: CheckpointStore, wanted: str, run_config: Config) -> Manifest:
 
 
 def _scores(store: CheckpointStore, manifests: list[Manifest], run_config: Config) -> dict[str, float]:
-    """Return the metric that tells the best, by checkpoint; one evaluated besides training has none in its manifest."""
+    """Return the metric that tells the best, by checkpoint.
+
+    From the logged points where there is one of its step: one evaluated besides training has none in its manifest.
+    """
     metric = run_config.checkpoint.checkpoint_score_attribute
-    if run_config.train.eval != BESIDE:
-        return {each.name: each.metrics[metric] for each in manifests if each.metrics.get(metric) is not None}
-    points = read_lines(store.storage.parent, METRICS_FILE)
+    try:
+        points = read_lines(store.storage.parent, METRICS_FILE)
+    except FileNotFoundError:
+        points = []
     logged = {point["step"]: point[metric] for point in points if point.get(metric) is not None}
-    return {each.name: logged[each.step] for each in manifests if each.step in logged}
+    of_manifests = {each.name: each.metrics[metric] for each in manifests if each.metrics.get(metric) is not None}
+    of_points = {each.name: logged[each.step] for each in manifests if each.step in logged}
+    return of_points if run_config.train.eval == BESIDE else of_manifests | of_points

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ftexp.config.machine import num_local_gpus, usable_cpus
-from ftexp.config.schema import AUTO, Config, ScalingConfig
+from ftexp.config.schema import AUTO, BESIDE, Config, ScalingConfig
 from ftexp.config.source_names import can_stream
 from ftexp.errors import ConfigError
 
@@ -46,10 +46,16 @@ class Workers:
         return f"{count} × ({parts})"
 
 
-def decide_workers(config: ScalingConfig, num_cpus: int | None = None, share: int = 1) -> Workers:
+def spare_of(config: Config) -> int:
+    """How many CPUs, and GPUs where there are some, a run wants besides its workers'."""
+    return int(config.train.eval == BESIDE)
+
+
+def decide_workers(config: ScalingConfig, num_cpus: int | None = None, share: int = 1, spare: int = 0) -> Workers:
     """Fill in `auto`: a worker for each GPU, or up to two on CPU; the machine's cores shared out as threads.
 
     share: runs that are to fit on the machine side by side; numbers that are given are kept all the same.
+    spare: see `spare_of`.
     """
     joins = config.address is not None
     assert not (joins and config.num_workers == AUTO), "refused by ftexp.config.checks.validate"
@@ -57,13 +63,14 @@ def decide_workers(config: ScalingConfig, num_cpus: int | None = None, share: in
     use_gpu = config.use_gpu if isinstance(config.use_gpu, bool) else not joins and num_local_gpus() > 0
     num_workers: int | tuple[int, int]
     if config.num_workers == AUTO:
-        num_workers = max(1, num_local_gpus() // share if use_gpu else min(cpus // share, _MAX_AUTO_CPU_WORKERS))
+        slots = (num_local_gpus() if use_gpu else cpus) // share - spare
+        num_workers = max(1, slots if use_gpu else min(slots, _MAX_AUTO_CPU_WORKERS))
     elif isinstance(config.num_workers, int):
         num_workers = config.num_workers
     else:
         num_workers = (config.num_workers[0], config.num_workers[1])
     most = num_workers if isinstance(num_workers, int) else num_workers[1]
-    threads = 1 if joins else max(1, min(cpus // share // most, _MAX_AUTO_THREADS))
+    threads = 1 if joins else max(1, min((cpus // share - spare) // most, _MAX_AUTO_THREADS))
     resources = dict(config.resources_per_worker or {})
     resources.setdefault("CPU", threads)
     if use_gpu:
@@ -82,6 +89,7 @@ def num_shares(configs: Sequence[Config], most: int | None) -> int:
         any(config.scaling.use_gpu == AUTO for config in configs) and num_local_gpus() > 0
     )
     slots = num_local_gpus() if use_gpu else usable_cpus()
+    slots //= 1 + max(map(spare_of, configs))
     return max(1, min(len(configs), slots, most or slots))
 
 

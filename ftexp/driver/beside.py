@@ -6,10 +6,11 @@ wherever a task runs on the same kind of machine: it depends on the checkpoint, 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import threading
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from ftexp.data.feeds.feed import Rows
     from ftexp.wire.hub import Hub
 
-_MAX_AT_ONCE = 2  # a resumed run may wait for one of before, besides its own
+_MAX_BATCH = 256  # images at a time, unless train.eval_batch_size says otherwise
 
 
 def require_room(config: Config, workers: Workers) -> None:
@@ -79,11 +80,14 @@ class Evaluations:
 
     def __init__(self, spec: EvaluationSpec, workers: Workers, hub: Hub) -> None:
         self._spec, self._hub = spec, hub
-        wanted = task_resources(workers)
+        wanted, scaling = task_resources(workers), spec.config.scaling
         self._task = ray.remote(_evaluate).options(
-            num_cpus=wanted["CPU"], num_gpus=wanted.get("GPU", 0), runtime_env=dict(workers.runtime_env) or None
+            num_cpus=wanted["CPU"],
+            num_gpus=wanted.get("GPU", 0),
+            accelerator_type=scaling.accelerator_type,
+            label_selector=scaling.label_selector if isinstance(scaling.label_selector, dict) else None,
+            runtime_env=dict(workers.runtime_env) or None,
         )
-        self._pool = ThreadPoolExecutor(_MAX_AT_ONCE, thread_name_prefix="evaluation")
         self._lock = threading.Lock()
         self._found: dict[str, Future[Evaluated]] = {}  # by checkpoint
         self._running: set[ray.ObjectRef[Any]] = set()
@@ -94,8 +98,10 @@ class Evaluations:
         with self._lock:
             if self._closed:
                 return
-            if (found := self._found.get(wanted.checkpoint)) is None:
-                found = self._found[wanted.checkpoint] = self._pool.submit(self._result, wanted)
+            found = self._found.get(wanted.checkpoint)
+            if found is None or (found.done() and found.result().failure == FAILED):  # a restart asks again
+                found = self._found[wanted.checkpoint] = Future()
+                threading.Thread(target=self._run, args=(wanted, found), daemon=True, name="evaluation").start()
         found.add_done_callback(self._pass_on)
 
     def close(self) -> None:
@@ -104,29 +110,36 @@ class Evaluations:
             self._closed = True
             running = list(self._running)
         for task in running:
-            ray.cancel(task, force=True)
-        self._pool.shutdown(wait=False, cancel_futures=True)
+            _cancel(task)
+
+    def _run(self, wanted: EvaluateCheckpoint, found: Future[Evaluated]) -> None:
+        found.set_result(self._result(wanted))
 
     def _result(self, wanted: EvaluateCheckpoint) -> Evaluated:
         """Wait for a task, whatever becomes of it; on a thread."""
         about = (wanted.step, wanted.epoch, wanted.checkpoint)
-        task = self._task.remote(self._spec, wanted.checkpoint)
-        with self._lock:
-            self._running.add(task)
         try:
-            return Evaluated(*about, values=ray.get(task))
+            return Evaluated(*about, values=self._values(wanted.checkpoint))
         except ray.exceptions.RayTaskError as error:
             is_damaged = isinstance(error.cause, CheckpointError)
             return Evaluated(*about, failure=DAMAGED if is_damaged else FAILED, problem=_in_a_line(error.cause))
-        except ray.exceptions.RayError as error:  # its process died more often than Ray tries, say
+        except Exception as error:  # its process died more often than Ray tries, say
             return Evaluated(*about, failure=FAILED, problem=_in_a_line(error))
+
+    def _values(self, checkpoint: str) -> dict[str, float]:
+        task = self._task.remote(self._spec, checkpoint)
+        with self._lock:
+            self._running.add(task)
+            if self._closed:
+                _cancel(task)
+        try:
+            values: dict[str, float] = ray.get(task)
+            return values
         finally:
             with self._lock:
                 self._running.discard(task)
 
     def _pass_on(self, done: Future[Evaluated]) -> None:
-        if done.cancelled():
-            return
         # on a thread of its own: a request that finds a result there is made under the hub's lock
         threading.Thread(target=self._log_and_tell, args=(done.result(),), daemon=True).start()
 
@@ -136,6 +149,11 @@ class Evaluations:
                 return
         if self._hub.take(found):
             self._hub.tell(found)
+
+
+def _cancel(task: ray.ObjectRef[Any]) -> None:
+    with contextlib.suppress(Exception):  # of a Ray that has died: nothing is left to cancel
+        ray.cancel(task, force=True)
 
 
 def _in_a_line(error: BaseException) -> str:
@@ -153,7 +171,7 @@ def _evaluate(spec: EvaluationSpec, name: str) -> dict[str, float]:
     from ftexp.checkpoint.store import CheckpointStore
     from ftexp.data.feeds.feed import ToTensors, evaluation_batches
     from ftexp.evaluation.counting import measured, metric_set_of
-    from ftexp.job.build import autocast_of
+    from ftexp.job.build import autocast_of, settle_kernels
     from ftexp.model.build import as_logits, build_model
     from ftexp.registry import load_plugins
     from ftexp.rundir.names import CHECKPOINTS
@@ -163,6 +181,8 @@ def _evaluate(spec: EvaluationSpec, name: str) -> dict[str, float]:
     load_plugins(config.plugins)
     torch.set_num_threads(1)
     device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
+    if config.train.deterministic:
+        settle_kernels(device)
     store = CheckpointStore(Storage.at(spec.run_uri).child(CHECKPOINTS))
     manifest = store.by_name(name)
     weights = {"": load_part("model.pt", store.read_file(manifest, "model.pt"))}
@@ -176,7 +196,7 @@ def _evaluate(spec: EvaluationSpec, name: str) -> dict[str, float]:
         models[suffix] = model.to(device)
     checked = functools.partial(as_logits, config=config.model, num_classes=info.num_classes)
     to_tensors = ToTensors(info, device, config.train.channels_last)
-    size = config.train.eval_batch_size or config.train.global_batch_size
+    size = config.train.eval_batch_size or min(config.train.global_batch_size, _MAX_BATCH)
     batches = evaluation_batches(_rows(spec), to_tensors, size, rank=0, world_size=1)
     autocast, metric_set = autocast_of(device, config.train.precision), metric_set_of(config, info, device)
     return measured("val", models, checked, batches, autocast, metric_set=metric_set, task=info.task)

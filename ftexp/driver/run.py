@@ -44,12 +44,12 @@ def train(
     if config.data.root is not None:  # the run's config.yaml is read from other directories
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, root=absolute(config.data.root)))
     from ftexp.cluster.ray_cluster import prepare_environment
-    from ftexp.cluster.resources import decide_workers
+    from ftexp.cluster.resources import decide_workers, spare_of
     from ftexp.driver.resume import decoding_as_begun, open_run
     from ftexp.driver.teacher import with_teacher
     from ftexp.storage.lease import Lease, unused_name
 
-    workers = decide_workers(config.scaling, share=shared.share if shared else 1)
+    workers = decide_workers(config.scaling, share=shared.share if shared else 1, spare=spare_of(config))
     run_name = config.run.name or unused_name()
     run_dir = Storage.at(config.run.storage, run_name)
     config, teacher = with_teacher(_checked(config, overrides, run_dir), run_dir)

@@ -65,16 +65,17 @@ def _train(job: Job, run_dir: Storage) -> dict[str, float] | None:
     watchdog = Watchdog(hang_limits(job.config.failure), report_hang)
     watchdog.start()
     try:
-        begin(job, store, checkpoints)
+        begin(job, store, checkpoints, watchdog)
         run_steps(job, batches, checkpoints, watchdog, chaos)
-        if progress.finished:
+        has_ended = progress.finished and not progress.pending
+        if has_ended:
             with watchdog.during(EVALUATION):
                 test(job, run_dir)
             job.hooks.at_end()
     finally:
         watchdog.stop()
         batches.close()  # ends what decodes for it
-    return dict(progress.metrics) if progress.finished else None
+    return dict(progress.metrics) if has_ended else None
 
 
 def planned_chaos(job: Job, run_dir: Storage) -> Chaos | None:
@@ -87,12 +88,14 @@ def planned_chaos(job: Job, run_dir: Storage) -> Chaos | None:
     return Chaos(faults, job.group, job.progress, job.data.skipped, job.channel, run_dir)
 
 
-def begin(job: Job, store: CheckpointStore, checkpoints: CheckpointManager) -> None:
+def begin(job: Job, store: CheckpointStore, checkpoints: CheckpointManager, watchdog: Watchdog) -> None:
     """Restore the state that the attempt starts from; collective."""
     settle_gradient_order(job)
     restore(job, store, checkpoints)
     announce(job)
     ask_again(job, store)
+    with watchdog.during(EVALUATION):
+        settle(job, most=1)  # a run that was stopped while it waited has two
     checkpoints.keep_in_memory()
 
 
@@ -125,7 +128,8 @@ def run_steps(
                 log_train(job)
         if evaluation_due(job, epoch_ended):
             with watchdog.during(EVALUATION), job.stopwatch.apart():
-                validate(job)
+                if not validate(job):
+                    checkpoints.stop()
         if progress.finished and not is_logged:  # a hook has ended the run just now
             with watchdog.during(AGREEMENT):
                 log_train(job)

@@ -14,22 +14,22 @@ from ftexp.wire.messages import DAMAGED, FAILED, EvaluateCheckpoint, Evaluated, 
 from ftexp.worker.evaluation import evaluate
 
 
-def validate(job: Job) -> None:
+def validate(job: Job) -> bool:
     """Evaluate the step just done, or have its checkpoint evaluated; collective.
 
     The result of the evaluation before is waited for then: what follows from it (the best checkpoint) follows one
     evaluation later, at the same step whatever the evaluation takes, so that a run is the same bits after a failure.
+    False if the run was asked to stop before the result came: then this step must be its last.
     """
-    if not len(job.data.rows["val"]):
-        return
-    if job.config.train.eval != BESIDE:
-        evaluate(job, "val")
-        _evaluated(job, job.progress.step, job.progress.epoch)
-        return
-    settle(job)
     progress = job.progress
-    name = checkpoint_name(progress.step, job.run.attempt)
-    progress.pending.append(Pending(progress.step, progress.epoch, name))
+    is_settled = settle(job)  # also where evaluation was besides training before the run was resumed
+    if job.config.train.eval == BESIDE and len(job.data.rows["val"]):
+        name = checkpoint_name(progress.step, job.run.attempt)
+        progress.pending.append(Pending(progress.step, progress.epoch, name))
+        return is_settled
+    evaluate(job, "val")
+    _evaluated(job, progress.step, progress.epoch)
+    return is_settled
 
 
 def ask_again(job: Job, store: CheckpointStore) -> None:
@@ -51,19 +51,25 @@ def _oldest_first(store: CheckpointStore) -> list[Manifest]:
     return sorted(store.manifests(lambda *_: None), key=lambda each: (each.step, each.attempt))
 
 
-def settle(job: Job) -> None:
-    """Wait for the evaluations that are pending, and take in their results; collective.
+def settle(job: Job, most: int = 0) -> bool:
+    """Wait for the evaluations that are pending, the oldest first, and take in their results; collective.
 
-    If the run is asked to stop meanwhile, what is pending stays so.
+    Args:
+        job: the run.
+        most: how many may stay pending.
+
+    Returns:
+        False if the run was asked to stop meanwhile, and more than that stay pending.
     """
     progress = job.progress
-    while progress.pending:
+    while len(progress.pending) > most:
         first = progress.pending[0]
         found = job.group.agree_on(job.channel.evaluated(first.checkpoint) if job.group.rank == 0 else None)
         if found is None:
-            return
+            return False
         _take_in(job, found)
         del progress.pending[0]
+    return True
 
 
 def _take_in(job: Job, found: Evaluated) -> None:

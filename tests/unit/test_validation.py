@@ -2,26 +2,31 @@
 
 import dataclasses
 import io
+import queue
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import ray.exceptions
 import ray.train
 from PIL import Image
 
 from ftexp.checkpoint.restore import restore
-from ftexp.cluster.resources import Workers
-from ftexp.config.schema import EmaConfig, StoppingConfig
+from ftexp.cluster.resources import Workers, decide_workers, num_shares
+from ftexp.config.checks.validate import validate as validate_config
+from ftexp.config.schema import EmaConfig, ScalingConfig, StoppingConfig
 from ftexp.data.info import IndexedSplit
 from ftexp.driver import beside
-from ftexp.driver.beside import EvaluationSpec, _evaluate, require_room
+from ftexp.driver.beside import Evaluations, EvaluationSpec, _evaluate, require_room
 from ftexp.errors import CheckpointError, ConfigError, DataError
 from ftexp.job.progress import Pending
 from ftexp.rundir.names import CHECKPOINTS
+from ftexp.sweep.run.runner import TrialProcess
 from ftexp.wire import events
 from ftexp.wire.messages import DAMAGED, FAILED, UNSAVED, EvaluateCheckpoint, Evaluated
 from ftexp.worker.evaluation import evaluate
 from ftexp.worker.validation import ask_again, settle, validate
+from tests.support.configs import composed
 from tests.support.jobs import make_job, manager_of, train
 
 FIRST, SECOND = "step_00000004.a1", "step_00000008.a1"
@@ -173,6 +178,161 @@ def test_an_evaluation_that_raises_ends_the_attempt():
     job.channel.note_evaluated(found(4, FIRST, 0, failure=FAILED, problem="KeyError: 'x'"))
     with pytest.raises(RuntimeError, match=r"^evaluation of checkpoint step_00000004\.a1 failed: KeyError: 'x'$"):
         settle(job)
+
+
+def test_without_a_validation_split_what_training_logged_still_selects_the_best():
+    for where in ("inline", "beside"):
+        job = make_job(eval=where)
+        job.data.rows["val"] = []
+        job.config.checkpoint.checkpoint_score_attribute, job.config.checkpoint.checkpoint_score_order = (
+            "train_loss",
+            "min",
+        )
+        job.progress.step, job.progress.metrics = 4, {"train_loss": 0.5}
+        assert validate(job)
+        assert job.progress.best == {"metric": "train_loss", "value": 0.5, "step": 4}
+        assert job.progress.pending == []
+
+
+def test_a_run_that_is_to_stop_while_it_waits_ends_at_this_step():
+    job = beside_job()
+    assert validate(job)
+    job.progress.step, job.progress.epoch = 8, 2
+    assert not validate(job)
+    job.channel.note_evaluated(found(4, FIRST, 0.5))
+    assert settle(job, most=1)
+    assert job.progress.pending == [Pending(8, 2, SECOND)]
+    assert job.progress.best["step"] == 4
+
+
+def test_evaluations_of_before_count_where_the_workers_evaluate_since(tmp_path):
+    job = make_job()
+    job.progress.step, job.progress.epoch, job.progress.pending = 8, 2, [Pending(4, 1, FIRST)]
+    job.channel.note_evaluated(found(4, FIRST, 1.0))
+    assert validate(job)
+    assert job.progress.best["step"] == 4
+    assert job.progress.metrics["val_accuracy"] != 1.0
+    assert job.progress.pending == []
+
+
+def test_a_rollback_still_knows_the_checkpoint_that_is_evaluated(tmp_path):
+    job = beside_job()
+    job.config.failure.on_nonfinite = "rollback"
+    manager, _ = manager_of(job, tmp_path)
+    validate(job)
+    save(manager)
+    manager.roll_back()
+    assert job.progress.pending == [Pending(4, 1, FIRST)]
+
+
+def test_a_save_that_is_given_up_before_it_is_written_is_reported_as_not_evaluated(tmp_path):
+    job = make_job(eval="beside", ledger=True)
+    manager, _ = manager_of(job, tmp_path)
+    validate(job)
+
+    def fail():
+        raise OSError("disk full")
+
+    job.ledger.flush = fail
+    manager.save()
+    settle(job)
+    assert job.channel.events(events.EvaluationFailed) == [events.EvaluationFailed(0, "its checkpoint was not saved")]
+
+
+class Tasks:
+    """Stands in for Ray's task: what each call returns or raises, in turn."""
+
+    def __init__(self, *results):
+        self.results, self.checkpoints, self.cancelled = list(results), [], []
+
+    def remote(self, _, checkpoint):
+        self.checkpoints.append(checkpoint)
+        return len(self.checkpoints) - 1
+
+    def get(self, number):
+        result = self.results[number]
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+
+@pytest.fixture
+def evaluations(monkeypatch):
+    """Make `Evaluations` of a hub that collects, over tasks with given results."""
+
+    def make(*results):
+        tasks, told = Tasks(*results), queue.Queue()
+        hub = SimpleNamespace(take=lambda _: True, tell=told.put)
+        job = make_job(eval="beside")
+        made = Evaluations(
+            EvaluationSpec(job.config, job.info, "runs/x", None, None), Workers(1, False, {"CPU": 1}), hub
+        )
+        made._task = tasks
+        monkeypatch.setattr(beside.ray, "get", tasks.get)
+        monkeypatch.setattr(beside.ray, "cancel", lambda task, force: tasks.cancelled.append((task, force)))
+        return made, tasks, lambda: told.get(timeout=20)
+
+    return make
+
+
+WANTED = EvaluateCheckpoint(4, 1, FIRST)
+
+
+def test_a_checkpoint_is_evaluated_once_and_whoever_asks_again_is_told(evaluations):
+    made, tasks, told = evaluations({"val_loss": 1.0})
+    made.request(WANTED)
+    assert told() == Evaluated(4, 1, FIRST, {"val_loss": 1.0})
+    made.request(WANTED)
+    assert told() == Evaluated(4, 1, FIRST, {"val_loss": 1.0})
+    assert tasks.checkpoints == [FIRST]
+
+
+@pytest.mark.parametrize("error", [OSError("the store is down"), ray.exceptions.WorkerCrashedError()])
+def test_an_evaluation_that_failed_is_tried_again_when_a_restart_asks(evaluations, error):
+    made, tasks, told = evaluations(error, {"val_loss": 1.0})
+    made.request(WANTED)
+    assert told().failure == FAILED
+    made.request(WANTED)
+    assert told() == Evaluated(4, 1, FIRST, {"val_loss": 1.0})
+    assert tasks.checkpoints == [FIRST, FIRST]
+
+
+def test_a_damaged_checkpoint_is_told_apart(evaluations):
+    damaged = ray.exceptions.RayTaskError("evaluate", "", CheckpointError("model.pt differs"))
+    made, _, told = evaluations(damaged)
+    made.request(WANTED)
+    assert (told().failure, damaged.cause.args) == (DAMAGED, ("model.pt differs",))
+
+
+def test_nothing_is_asked_for_once_the_run_is_closed(evaluations):
+    made, tasks, _ = evaluations({"val_loss": 1.0})
+    made._running.add("task")
+    made.close()
+    made.request(WANTED)
+    assert (tasks.checkpoints, tasks.cancelled) == ([], [("task", True)])
+
+
+@pytest.mark.parametrize(("num_cpus", "expected"), [(2, (1, 1)), (4, (2, 1)), (8, (2, 3)), (1, (1, 1))])
+def test_workers_leave_a_cpu_for_the_evaluation(num_cpus, expected):
+    workers = decide_workers(ScalingConfig(use_gpu=False), num_cpus, spare=1)
+    assert (workers.num_workers, workers.num_threads) == expected
+
+
+def test_trials_side_by_side_leave_a_cpu_for_the_evaluation_of_each(monkeypatch):
+    monkeypatch.setattr("ftexp.cluster.resources.usable_cpus", lambda: 8)
+    configs = [dataclasses.replace(make_job(eval=where).config, scaling=ScalingConfig(use_gpu=False))
+               for where in ("beside", "beside", "beside", "inline", "inline")]  # fmt: skip
+    assert num_shares(configs, None) == 4
+    trial = TrialProcess(None, configs[0], [], decide_workers(configs[0].scaling, 8, share=4, spare=1), None)
+    assert trial.needs == {"CPU": 2}
+
+
+@pytest.mark.parametrize("key", ["checkpoint.checkpoint_score_attribute", "stopping.metric"])
+def test_a_training_metric_decides_nothing_where_checkpoints_are_evaluated_besides_training(key):
+    order = ["checkpoint.checkpoint_score_order=min"] if key.startswith("checkpoint") else []
+    validate_config(composed(f"{key}=train_loss", *order))
+    with pytest.raises(ConfigError, match=rf"^{key}=train_loss is not known for the step that train\.eval=beside"):
+        validate_config(composed(f"{key}=train_loss", *order, "train.eval=beside"))
 
 
 def read(items):

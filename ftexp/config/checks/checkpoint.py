@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ftexp.config.checks.metrics import better_of, logged_metrics, unlogged
-from ftexp.config.schema import Config
+from ftexp.config.schema import BESIDE, Config
 
 
 def check_checkpoint(config: Config) -> Iterator[str]:
@@ -23,6 +23,8 @@ def check_checkpoint(config: Config) -> Iterator[str]:
         yield unlogged(key, metric, [name for name in logged if not name.startswith("test_")])
     elif metric.startswith("test_"):
         yield f"{key}={metric} is measured once, at the end: choose val_{metric.removeprefix('test_')}"
+    elif metric.startswith("train_") and config.train.eval == BESIDE:
+        yield f"{key}={metric} is not known for the step that train.eval=beside evaluates: choose a val_ metric"
     elif (better := better_of(metric)) not in (None, order):
         order_key = f"checkpoint.checkpoint_score_order={order}"
         yield f"{key}={metric} is best at its {better}imum, and {order_key}: set that to {better}"

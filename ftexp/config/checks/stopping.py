@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ftexp.config.checks.metrics import better_of, logged_metrics, unlogged
-from ftexp.config.schema import Config, StoppingConfig
+from ftexp.config.schema import BESIDE, Config, StoppingConfig
 
 
 def check_stopping(config: Config) -> Iterator[str]:
@@ -25,6 +25,8 @@ def check_stopping(config: Config) -> Iterator[str]:
         yield f"{key} is measured once, at the end: choose val_{metric.removeprefix('test_')}"
     elif metric.endswith("_ema") and config.ema.decay is None:
         yield f"{key} is of the EMA: set ema.decay"
+    elif metric.startswith("train_") and config.train.eval == BESIDE:
+        yield f"{key} is not known for the step that train.eval=beside evaluates: choose a val_ metric"
     elif stopping.mode is not None and (better := better_of(metric)) not in (None, stopping.mode):
         yield f"{key} is best at its {better}imum, and stopping.mode={stopping.mode}: set that to {better}, or to null"
     if stopping.patience_epochs >= epochs:

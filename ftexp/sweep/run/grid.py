@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ftexp.cluster.resources import decide_workers, num_shares
+from ftexp.cluster.resources import decide_workers, num_shares, spare_of
 from ftexp.config.schema import Config
 from ftexp.sweep.run.identity import swept_keys
 from ftexp.sweep.run.preparation import claimed, make_process, mark_what_is_done, open_record, run_proposed
@@ -47,7 +47,7 @@ def run_grid(configs: Sequence[Config], jobs: Sequence[dict[str, str]], words: l
         SystemExit: a signal stopped the sweep.
     """
     share = num_shares(configs, configs[0].sweep.max_concurrent)
-    workers = [decide_workers(config.scaling, share=share) for config in configs]
+    workers = [decide_workers(config.scaling, share=share, spare=spare_of(config)) for config in configs]
     with claimed(configs[0]) as folder:
         record = open_record(folder, configs[0], lambda before: swept_keys(jobs, before))
         processes = [

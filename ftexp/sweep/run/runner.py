@@ -19,7 +19,7 @@ from typing import Any
 
 from ftexp.cli.exit_codes import EXIT_INTERRUPTED, EXIT_TERMINATED
 from ftexp.cluster.interruptible import STOP_GRACE_S, Terminated
-from ftexp.cluster.resources import Workers
+from ftexp.cluster.resources import Workers, spare_of
 from ftexp.config.schema import Config
 from ftexp.errors import RayLostError, SweepFailedError
 from ftexp.rundir.state import FAILED, FINISHED, INTERRUPTED, RUNNING, read_state
@@ -53,7 +53,9 @@ class TrialProcess:
     @property
     def needs(self) -> dict[str, float]:
         """What it takes of the cluster, with the fewest workers that it runs with."""
-        return {name: self.workers.min_workers * amount for name, amount in self.workers.resources_per_worker.items()}
+        spare = spare_of(self.config)  # of a trial whose checkpoints are evaluated in tasks
+        wanted = {name: self.workers.min_workers * amount for name, amount in self.workers.resources_per_worker.items()}
+        return {name: amount + (spare if name in ("CPU", "GPU") else 0) for name, amount in wanted.items()}
 
     @property
     def log(self) -> Path:

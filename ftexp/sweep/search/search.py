@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ftexp.cluster.resources import decide_workers, num_shares
+from ftexp.cluster.resources import decide_workers, num_shares, spare_of
 from ftexp.config.schema import Config, SearchConfig
 from ftexp.errors import ConfigError, SweepFailedError
 from ftexp.rundir.state import FAILED, FINISHED, INTERRUPTED, RUNNING, read_state
@@ -220,7 +220,7 @@ class Search:
         return process
 
     def _process(self, config: Config, values: dict[str, str], words: Sequence[str] = ()) -> TrialProcess:
-        workers = decide_workers(config.scaling, share=self._share)
+        workers = decide_workers(config.scaling, share=self._share, spare=spare_of(config))
         return make_process(self._folder, self._record.keys, config, values, list(words), workers)
 
 
