@@ -71,7 +71,7 @@ _CLIPPING = ("clip_grad_norm", "clip_grad_value", "clip_grad_agc")
 _ADAPTIVE = ("ada", "lamb")  # parts of the names of optimisers whose rate goes by the root of the batch, as timm has it
 _SCHEDULED_BY = {
     "cooldown_epochs": ("cosine", "poly", "tanh"),
-    "min_lr": ("cosine", "poly"),
+    "min_lr": ("cosine", "poly", "tanh"),
     "decay_epochs": ("step",),
     "decay_rate": ("step", "poly"),
 }
@@ -386,6 +386,11 @@ def check_schedule(config: Config) -> Iterator[str]:
         yield (
             f"schedule.cooldown_epochs={schedule.cooldown_epochs} and schedule.warmup_epochs={schedule.warmup_epochs} "
             f"must be below train.epochs={epochs} together: lower one"
+        )
+    elif schedule.cooldown_epochs and schedule.name in _SCHEDULED_BY["cooldown_epochs"] and not schedule.min_lr:
+        yield (
+            f"schedule.cooldown_epochs={schedule.cooldown_epochs} with schedule.min_lr=0: nothing would be learnt in "
+            "these epochs; set schedule.min_lr, or take them out"
         )
     if schedule.min_lr > config.optim.lr:
         yield f"schedule.min_lr={schedule.min_lr} must not be above optim.lr={config.optim.lr}"
