@@ -9,7 +9,7 @@ from ftexp.checkpoint.staging import load_part
 from ftexp.checkpoint.store import CheckpointStore, Manifest, locate
 from ftexp.config.fingerprint import differences
 from ftexp.job.job import Job
-from ftexp.model.build import timm_arguments
+from ftexp.model.build import initialise_head, timm_arguments
 from ftexp.model.matching import load_matching
 from ftexp.model.timm_private import checkpoint_filter
 from ftexp.storage.directory import Storage
@@ -66,6 +66,7 @@ def _start_from(job: Job, uri: str) -> None:
     filter_fn = checkpoint_filter(timm_arguments(job.config.model, job.info))
     source = _described(store, manifest)
     learner.weights_report = load_matching(learner.model, weights, source, "resume_from", filter_fn)
+    initialise_head(learner.model, job.config.model, learner.weights_report.matched)  # what is new was so when built
     if learner.ema is not None:
         learner.ema.begin_at(learner.model)
 

@@ -113,11 +113,17 @@ def in_units(outputs: Float32s, mean: Sequence[float] | None, std: Sequence[floa
     return found
 
 
+def _written(value: float) -> str:
+    """Return a number of float32 as text, with as many digits as tell it from all others, and up to 6 anyway."""
+    texts = [f"{value:.{digits}g}" for digits in range(6, 10)]
+    return next((text for text in texts if np.float32(text) == np.float32(value)), texts[-1])
+
+
 def joined_label(label: Any, class_names: Sequence[str], separator: str) -> str:
     """Return one row of `Labels` as text: the class, the classes, or the numbers."""
     row: Labels = np.asarray(label)
     if is_numbers(row):
-        return separator.join(f"{value:.6g}" for value in row.tolist())
+        return separator.join(_written(value) for value in row.tolist())
     if not is_packed(row):
         return class_names[int(row)]
     held = np.flatnonzero(unpacked(row[None], len(class_names))[0]).tolist()

@@ -71,8 +71,7 @@ class Printer:
             case events.LearningRateChanged(step, before, after):
                 self._warn(
                     f"learning rate {after:.3g} from step {step}, {before:.3g} in the checkpoint: "
-                    f"the schedule now spans train.epochs={self._config.train.epochs}; to keep the rates as they were, "
-                    "add schedule.cooldown_epochs=<the epochs added>: these are trained at schedule.min_lr"
+                    f"the schedule now spans train.epochs={self._config.train.epochs}{_how_to_keep_rates(self._config)}"
                 )
             case events.EvaluationFailed(step, error):
                 self._warn(f"step {step} was not evaluated: {error}")
@@ -126,3 +125,12 @@ class Printer:
 
     def _warn(self, text: str) -> None:
         self._terminal.say(f"! {text}", "yellow")
+
+
+def _how_to_keep_rates(config: Config) -> str:
+    """Say how more epochs leave the learning rates as they were; "" where they can't, since the lowest is 0."""
+    schedule = config.schedule
+    if not schedule.min_lr:
+        return ""
+    more = f"{schedule.cooldown_epochs:g} + <the epochs added>" if schedule.cooldown_epochs else "<the epochs added>"
+    return f"; to keep the rates as they were, set schedule.cooldown_epochs={more}: trained at schedule.min_lr"

@@ -25,7 +25,7 @@ from ftexp.rundir.state import RunState, read_state
 from ftexp.storage.directory import Storage
 
 # groups of which a resumed run says what changed
-_MAY_CHANGE = ("train", "data", "stopping", "hooks", "scaling", "failure", "checkpoint")
+_MAY_CHANGE = ("train", "data", "stopping", "hooks", "scaling", "failure", "checkpoint", "schedule")
 
 
 def has_run(run_dir: Storage) -> bool:
@@ -182,6 +182,15 @@ def repeated_samples(config: Config, info: DataInfo) -> str | None:
         f"train.global_batch_size={batch:,} is more than the {samples:,} training samples: one step trains on each "
         f"up to {math.ceil(batch / samples)} times. Lower it"
     )
+
+
+def require_shared_statistics(config: Config, info: DataInfo) -> None:
+    """ConfigError if batch norm's means over ranks are asked for, which a validation takes, and there is none."""
+    if config.train.dist_bn == "reduce" and not info.num_samples["val"]:
+        raise ConfigError(
+            "train.dist_bn=reduce takes means over ranks before each validation, and the data have no validation "
+            "split: raise data.val_fraction, or take train.dist_bn=broadcast"
+        )
 
 
 def require_trained_on(what: str, before: Mapping[str, Any], now: str | None) -> None:

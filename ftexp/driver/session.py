@@ -19,7 +19,13 @@ from ftexp.config.schema import PREPROCESSING, Config
 from ftexp.data.augment.registry import augmentations
 from ftexp.driver.beside import require_room
 from ftexp.driver.context import RunContext, Session
-from ftexp.driver.resume import changes, labels_as_begun, repeated_samples, require_same_data
+from ftexp.driver.resume import (
+    changes,
+    labels_as_begun,
+    repeated_samples,
+    require_same_data,
+    require_shared_statistics,
+)
 from ftexp.driver.terminal import Terminal
 from ftexp.driver.tracker_session import close_trackers, outcome_of, trackers_of
 from ftexp.errors import ConfigError, RayLostError
@@ -123,6 +129,7 @@ def _build(context: RunContext, terminal: Terminal) -> DataBundle:
     if context.teacher is not None:
         require_same_classes(context.teacher, bundle.info, config.distill.kind)
     check_measured(config.stopping.metric, bundle.info.num_samples)
+    require_shared_statistics(config, bundle.info)
     bundle = drawn_by_class(config, bundle)
     if bundle.streams:
         bundle = dataclasses.replace(bundle, decode_cpus=decoding_cpus(config, workers))

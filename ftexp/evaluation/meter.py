@@ -9,20 +9,24 @@ from torch import Tensor
 # Losses are summed as whole numbers of 2**-24: such sums don't depend on the order of addition, so a run that
 # was resumed, or resized, reports the very numbers that the undisturbed run reports.
 _UNIT = 2.0**24
+# A sum is kept in digits of 32 bits, the lowest first: any loss of float32 has 5, and 2**31 samples fit an int64 each.
+_BITS, _NUM_DIGITS = 32, 5
 
 
 class Meter:
     """Sums of loss, right answers and samples since the last reset, kept on the device without synchronising."""
 
     def __init__(self, device: torch.device) -> None:
-        self._sums = torch.zeros(4, dtype=torch.int64, device=device)
+        self._sums = torch.zeros(_NUM_DIGITS + 3, dtype=torch.int64, device=device)
+        self._scales = 2.0 ** (_BITS * torch.arange(_NUM_DIGITS, dtype=torch.float64, device=device))
 
     def add(self, losses: Tensor, correct: Tensor, counted: Tensor) -> None:
         """Count samples: losses float [rows], correct bool [rows]; rows where `counted` is False are left out."""
-        finite = torch.isfinite(losses)
-        units = (torch.where(counted & finite, losses.detach(), 0).double() * _UNIT).round().long()
+        finite = torch.isfinite(losses.float())
+        units = (torch.where(counted & finite, losses.detach(), 0).double() * _UNIT).round()
+        digits = (units[:, None] / self._scales).trunc().fmod(2.0**_BITS).long()  # each of the loss's sign, and exact
         lost = (counted & ~finite).sum()
-        self._sums += torch.stack([units.sum(), (correct & counted).sum(), counted.sum(), lost])
+        self._sums += torch.stack([*digits.sum(0), (correct & counted).sum(), counted.sum(), lost])
 
     def taken(self) -> Tensor:
         """The sums as they are now, for `put_back`."""
@@ -41,13 +45,23 @@ class Meter:
         totals = self._sums.clone()
         if dist.is_initialized():
             dist.all_reduce(totals)
-        return [int(value) for value in totals.tolist()]
+        sums = [int(value) for value in totals.tolist()]
+        loss = sum(digit << _BITS * place for place, digit in enumerate(sums[:_NUM_DIGITS]))
+        return [loss, *sums[_NUM_DIGITS:]]
 
     def restore(self, totals: list[int], rank: int) -> None:
         """Put back what `totals` returned: rank 0 holds the past of all ranks."""
         self.reset()
         if rank == 0:
-            self._sums += torch.tensor(totals, dtype=torch.int64, device=self._sums.device)
+            loss, *others = totals
+            sums = [*_digits(loss), *others]
+            self._sums += torch.tensor(sums, dtype=torch.int64, device=self._sums.device)
+
+
+def _digits(loss: int) -> list[int]:
+    """Return the digits of a sum of losses, whose sum it is; the last takes all that is left."""
+    digits = [loss >> _BITS * place & 2**_BITS - 1 for place in range(_NUM_DIGITS - 1)]
+    return [*digits, loss >> _BITS * (_NUM_DIGITS - 1)]
 
 
 def means(totals: list[int]) -> tuple[float, float]:

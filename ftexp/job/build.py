@@ -6,6 +6,7 @@ import functools
 import math
 import os
 import traceback
+from typing import Any
 
 import ray.train
 import torch
@@ -143,21 +144,19 @@ def _learner(
     config: Config, info: DataInfo, model: nn.Module, device: torch.device, rows: Rows, distiller: Distiller | None
 ) -> Learner:
     """Everything around `model`; collective. rows: that it is trained on."""
-    train, precision, num_samples = config.train, config.train.precision, len(rows)
+    train, precision = config.train, config.train.precision
     # of all parameters, those that are frozen at first too
     trainable = model if distiller is None else distiller.trainable
     optimizer = build_optimizer(config.optim, train, trainable)
     ema = WeightsEMA(config.ema, model) if config.ema.decay is not None else None
     freezing = Freezing(train.freeze, model)
     freezing.settle(epoch=0)
-    configured_steps = math.ceil(num_samples * train.epochs / train.global_batch_size)
-    steps_per_epoch = num_samples / train.global_batch_size
     return Learner(
         model=model,
         wrapped=_under_ddp(trainable),
         wrap=_under_ddp,
         optimizer=optimizer,
-        scheduler=build_scheduler(config.schedule, optimizer, configured_steps, steps_per_epoch),
+        scheduler=scheduler_of(config, optimizer, len(rows)),
         scaler=torch.amp.GradScaler(device.type, enabled=precision == "fp16"),
         autocast=autocast_of(device, precision),
         as_logits=functools.partial(as_logits, config=config.model, num_classes=info.num_classes),
@@ -166,6 +165,17 @@ def _learner(
         ema=ema,
         distiller=distiller,
     )
+
+
+def scheduler_of(config: Config, optimizer: torch.optim.Optimizer, num_samples: int) -> Any:
+    """Return the scheduler of a run on so many samples an epoch.
+
+    The rate falls for as many steps as a run without the cooldown's epochs has: so epochs that are added as such change
+    no rate before them.
+    """
+    batch = config.train.global_batch_size
+    falling_steps = math.ceil(num_samples * (config.train.epochs - config.schedule.cooldown_epochs) / batch)
+    return build_scheduler(config.schedule, optimizer, falling_steps, num_samples / batch)
 
 
 def _loss(config: Config, info: DataInfo, rows: Rows, device: torch.device) -> Loss:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -64,18 +64,22 @@ def build_model(config: ModelConfig, info: DataInfo, key: str = KEY) -> tuple[nn
 
 
 @torch.no_grad()
-def initialise_head(model: nn.Module, config: ModelConfig) -> None:
-    """Scale the classifier, and set its biases, as timm's train.py does; ConfigError if the model hasn't got one."""
+def initialise_head(model: nn.Module, config: ModelConfig, loaded: Collection[str] | None = None) -> None:
+    """Scale the classifier, and set its biases, as timm's train.py does; ConfigError if the model hasn't got one.
+
+    loaded: the tensors that are to be scaled, of a model whose others have been; None: all of the classifier's.
+    """
     if config.head_init_scale is None and config.head_init_bias is None:
         return
-    heads = [module for name, module in model.named_modules() if name in classifier_names(model)]
-    heads = [head for head in heads if getattr(head, "weight", None) is not None and head.bias is not None]
+    heads = {name: module for name, module in model.named_modules() if name in classifier_names(model)}
+    heads = {name: head for name, head in heads.items() if getattr(head, "weight", None) is not None}
+    heads = {name: head for name, head in heads.items() if head.bias is not None}
     if not heads:
         raise ConfigError(f"model.name={config.name} has no classifier with biases: take model.head_init_* out")
-    for head in heads:
-        if config.head_init_scale is not None:
-            head.weight.mul_(config.head_init_scale)
-            head.bias.mul_(config.head_init_scale)
+    for name, head in heads.items():
+        for key, tensor in head.named_parameters(recurse=False):
+            if config.head_init_scale is not None and (loaded is None or f"{name}.{key}" in loaded):
+                tensor.mul_(config.head_init_scale)
         if config.head_init_bias is not None:
             nn.init.constant_(head.bias, config.head_init_bias)
 

@@ -11,14 +11,14 @@ from ftexp.config.schema import ScheduleConfig
 
 
 def build_scheduler(
-    config: ScheduleConfig, optimizer: torch.optim.Optimizer, total_steps: int, steps_per_epoch: float
+    config: ScheduleConfig, optimizer: torch.optim.Optimizer, falling_steps: int, steps_per_epoch: float
 ) -> Any:
     """Create a timm scheduler whose `step_update(n)` sets the learning rate after n optimiser steps.
 
-    The rate is a function of n alone, so a resumed run needs nothing but n. It has come down to min_lr
-    `config.cooldown_epochs` before the end.
+    The rate is a function of n alone, so a resumed run needs nothing but n. falling_steps: after which it has come down
+    to min_lr, those of `config.cooldown_epochs` left out.
     """
-    falling_steps = max(1, total_steps - round(config.cooldown_epochs * steps_per_epoch))
+    falling_steps = max(1, falling_steps)
     warmup_steps = min(round(config.warmup_epochs * steps_per_epoch), falling_steps - 1)
     constant = config.name == "constant"  # as a step that never drops: not every timm that we take knows "constant"
     scheduler, _ = create_scheduler_v2(

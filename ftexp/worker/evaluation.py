@@ -35,13 +35,21 @@ def evaluate(job: Job, split: str, findings: Findings | None = None) -> None:
     group, learner, data = job.group, job.learner, job.data
     models = {"": learner.model} if learner.ema is None else {"": learner.model, "_ema": learner.ema.model}
     if dist.is_initialized():
-        for model in models.values():
-            share_statistics(model, job.config.train.dist_bn, group.world_size)
+        _share_statistics(job, split)
     batches = evaluation_batches(data.rows[split], data.to_tensors, _batch_size(job), group.rank, group.world_size)
     metric_set = metric_set_of(job.config, job.info, group.device)
     autocast, task = learner.autocast, job.info.task
     values = measured(split, models, learner.as_logits, batches, autocast, findings, metric_set, task)
     log_point(job, split, values)
+
+
+def _share_statistics(job: Job, split: str) -> None:
+    """Bring them together for an evaluation, so that a run that resumes from the last checkpoint has the same ones."""
+    learner, world_size = job.learner, job.group.world_size
+    # the test comes after the last save, so it is of what a checkpoint holds: rank 0's
+    share_statistics(learner.model, "broadcast" if split == "test" else job.config.train.dist_bn, world_size)
+    if learner.ema is not None:  # which averages its own rank's, and is saved as rank 0 has it
+        share_statistics(learner.ema.model, "broadcast", world_size)
 
 
 def share_statistics(model: nn.Module, dist_bn: str, world_size: int) -> None:

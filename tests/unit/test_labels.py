@@ -4,11 +4,15 @@ import unicodedata
 
 import numpy as np
 import pytest
+from pyarrow.fs import LocalFileSystem
 
 from ftexp.data.labels import class_numbers, class_warnings, from_text
+from ftexp.data.sources import arrays
+from ftexp.data.sources.webdataset import scan_shard
+from ftexp.data.targets import is_packed, joined_label
 from ftexp.driver.resume import labels_as_begun
 from ftexp.errors import DataError
-from tests.support.image_files import data_config
+from tests.support.image_files import data_config, write_shard
 
 
 def numbered(*labels, **values):
@@ -64,3 +68,34 @@ def test_names_that_differ_in_case_or_unicode_form_only_are_told():
     assert class_warnings([decomposed, composed, "Digit2", "digit2", "other"], labels) == [
         "classes whose names differ in case or Unicode form only: 'ba\\u0308r' and 'b\\xe4r'; 'Digit2' and 'digit2'"
     ]
+
+
+def test_classes_of_any_whole_numbers_are_stored_as_int64_and_fractions_are_refused():
+    images, config = np.zeros((6, 8, 8, 3), np.uint8), data_config("mine", None, image_size=8)
+    numbers = np.array([0, 1, 2] * 2)
+    assert arrays._as_stored(config, numbers) is numbers
+    for dtype in (np.uint8, np.int32, np.int64):
+        stored = arrays._as_stored(config, numbers.astype(dtype))
+        assert (stored.dtype, stored.tolist(), is_packed(stored)) == (np.int64, numbers.tolist(), False)
+        arrays._require_sound(config, images, numbers.astype(dtype), 3)
+    with pytest.raises(DataError, match=r"^data\.name=mine has labels of type float32: give numbers of classes"):
+        arrays._require_sound(config, images, numbers.astype(np.float32), 3)
+
+
+def test_numbers_are_written_as_exactly_as_they_are_stored():
+    values = np.array([16777217.5, 0.1234567891, 0.1, 3], np.float32)
+    assert np.float32(joined_label(values, [], " ").split()).tolist() == values.tolist()
+    assert joined_label(values[2:], [], " ") == "0.1 3"
+
+
+def test_a_list_of_labels_is_one_and_a_cls_beside_it_wins(tmp_path):
+    jsons = {"a": '["x", "y"]', "b": '{"label": 3}', "c": "no json", "d": "2.5", "e": '{"width": 3}', "f": "true"}
+    entries = [(f"{name}.png", b"image") for name in jsons] + [
+        (f"{name}.json", text.encode()) for name, text in jsons.items()
+    ]
+    path = write_shard(tmp_path / "a.tar", [*entries, ("e.cls", b"z")])
+    found, account = scan_shard(LocalFileSystem(), str(path), endings=("cls", "json"))
+    assert {entry.name: entry.label for entry in found} == {"a": '["x", "y"]', "d": "2.5", "e": "z"}
+    reason = "its .json holds neither a list nor a number"
+    assert [(bad.where.split()[-1], bad.reason) for bad in account.bad] == [(name, reason) for name in "bcf"]
+    assert [(rule.reason, rule.count) for rule in account.excluded] == [(".json beside a .cls, which wins", 1)]

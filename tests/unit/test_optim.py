@@ -1,6 +1,8 @@
 """Optimisers and schedules as timm builds them for us."""
 
+import dataclasses
 import math
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -12,10 +14,16 @@ from torch import nn
 from ftexp.config.checks.recipe import fitted
 from ftexp.config.checks.validate import validate
 from ftexp.config.schema import SCHEDULES, SGD_NAMES, ModelConfig, OptimConfig, ScheduleConfig, TrainConfig
+from ftexp.data.info import DataInfo
+from ftexp.driver.printer import Printer
+from ftexp.driver.resume import require_shared_statistics
 from ftexp.errors import ConfigError
+from ftexp.job.build import scheduler_of
 from ftexp.model.build import initialise_head
 from ftexp.model.optim import build_optimizer
 from ftexp.model.schedule import build_scheduler
+from ftexp.wire.events import LearningRateChanged
+from ftexp.worker import evaluation
 from ftexp.worker.evaluation import share_statistics
 from tests.support.configs import composed
 
@@ -34,7 +42,8 @@ def optimizer_of(model=None, train=None, **settings):
 def rates(config, steps):
     """The learning rate after each of `steps`, asked in that order."""
     optimizer = optimizer_of(name="sgd")
-    scheduler = build_scheduler(config, optimizer, TOTAL, PER_EPOCH)
+    falling_steps = TOTAL - round(config.cooldown_epochs * PER_EPOCH)
+    scheduler = build_scheduler(config, optimizer, falling_steps, PER_EPOCH)
     got = []
     for step in steps:
         scheduler.step_update(step)
@@ -198,18 +207,41 @@ def test_the_last_epochs_hold_the_lowest_rate_as_timms_cooldown(name):
     assert expected[70:] == [0.01] * 30
 
 
-def test_epochs_that_are_added_with_a_cooldown_leave_the_rates_before_as_they_were():
-    optimizer = optimizer_of(name="sgd")
+@pytest.mark.parametrize("added", [1, 2, 3])
+def test_epochs_that_are_added_with_a_cooldown_leave_the_rates_before_as_they_were(added):
+    """Of epochs that aren't a whole number of steps: 22.45."""
     curves = []
-    for total, cooldown in ((100, 0.0), (150, 5.0)):
-        config = ScheduleConfig(name="cosine", cooldown_epochs=cooldown)
-        scheduler = build_scheduler(config, optimizer, total, PER_EPOCH)
+    for cooldown in (0, added):
+        words = (f"train.epochs={4 + cooldown}", f"schedule.cooldown_epochs={cooldown}", "schedule.min_lr=1e-3")
+        made = composed("optim=sgd", "train.global_batch_size=64", *words)
+        scheduler = scheduler_of(made, optimizer := optimizer_of(name="sgd"), 1437)
         rates_now = []
-        for step in range(total):
+        for step in range(math.ceil(1437 * (4 + cooldown) / 64)):
             scheduler.step_update(step)
             rates_now.append(optimizer.param_groups[0]["lr"])
         curves.append(rates_now)
-    assert curves[1] == curves[0] + [0.0] * 50
+    assert curves[1][: len(curves[0])] == curves[0]
+    assert set(curves[1][len(curves[0]) :]) == {1e-3}
+
+
+@pytest.mark.parametrize(
+    ("schedule", "told"),
+    [
+        (
+            {"min_lr": 0.01},
+            "; to keep the rates as they were, set schedule.cooldown_epochs=<the epochs added>: trained ",
+        ),
+        ({"min_lr": 0.01, "cooldown_epochs": 2.0}, "set schedule.cooldown_epochs=2 + <the epochs added>"),
+        ({}, "spans train.epochs=30"),
+    ],
+)
+def test_more_epochs_are_told_with_what_keeps_the_rates_where_something_does(schedule, told):
+    said = []
+    terminal, config = SimpleNamespace(say=lambda text, _: said.append(text)), composed("train.epochs=30")
+    config.schedule = ScheduleConfig(name="cosine", **schedule)
+    Printer(terminal, None, None, config).event(LearningRateChanged(40, 0.1, 0.2))
+    assert told in said[0]
+    assert ("cooldown_epochs" in said[0]) == bool(schedule)
 
 
 @pytest.mark.parametrize(
@@ -237,6 +269,10 @@ def test_a_base_rate_is_scaled_to_the_batch_as_timms_train_script_does(words, ex
     [
         ("optim.lr_base_size=64", r"^optim\.lr_base_size=64 needs optim\.lr_base"),
         ("schedule.cooldown_epochs=28", r"cooldown_epochs=28.* and schedule\.warmup_epochs=2.* must be below"),
+        (
+            "schedule.min_lr=0 schedule.cooldown_epochs=1",
+            r"^schedule\.cooldown_epochs=1.* with schedule\.min_lr=0: noth",
+        ),
         ("schedule=constant schedule.cooldown_epochs=1", r"cooldown_epochs=1.* is for schedule=cosine or poly or tanh"),
         ("train.sync_bn=true", r"^train\.sync_bn=true: torch synchronises batch norm on GPUs alone"),
         ("train.eval=beside train.dist_bn=reduce", r"^train\.dist_bn=reduce is for train\.eval=inline"),
@@ -261,6 +297,9 @@ def test_a_classifier_begins_as_timms_train_script_has_it():
     assert torch.equal(made.fc.bias, plain.fc.bias * 0.1)
     initialise_head(made, ModelConfig(name="test_resnet", head_init_bias=-4.0))
     assert made.fc.bias.tolist() == [-4.0] * 3
+    initialise_head(made, ModelConfig(name="test_resnet", head_init_scale=0.5), loaded=["fc.bias", "conv1.weight"])
+    assert torch.equal(made.fc.weight, plain.fc.weight * 0.1)  # it was scaled before
+    assert made.fc.bias.tolist() == [-2.0] * 3
     own, others = made.state_dict(), plain.state_dict()
     assert all(torch.equal(own[name], others[name]) for name in own if not name.startswith("fc."))
     with pytest.raises(ConfigError, match=r"has no classifier with biases: take model\.head_init_\* out"):
@@ -274,6 +313,54 @@ def test_synchronised_batch_norm_has_the_weights_of_the_plain_one():
     assert any(isinstance(module, nn.SyncBatchNorm) for module in converted.modules())
 
 
+def test_a_lowest_rate_is_for_tanh_too():
+    validate(composed("schedule.name=tanh", "schedule.min_lr=1e-4", "schedule.cooldown_epochs=1"))
+
+
+def _share_all(rank, dist_bn, split, folder):
+    where = f"file://{folder}/{dist_bn}.{split}"
+    torch.distributed.init_process_group("gloo", init_method=where, rank=rank, world_size=2)
+    model, average = nn.BatchNorm2d(1), nn.BatchNorm2d(1)
+    for norm, least in ((model, 1.0), (average, 10.0)):
+        norm.running_mean.fill_(least + 2 * rank)
+    learner = SimpleNamespace(model=model, ema=SimpleNamespace(model=average))
+    config = SimpleNamespace(train=SimpleNamespace(dist_bn=dist_bn))
+    evaluation._share_statistics(
+        SimpleNamespace(learner=learner, config=config, group=SimpleNamespace(world_size=2)), split
+    )
+    torch.save((model.running_mean.item(), average.running_mean.item()), f"{folder}/{dist_bn}.{split}.{rank}")
+    torch.distributed.barrier()  # another rank may still be connecting
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("dist_bn", "split", "expected"),
+    [
+        ("none", "val", [(1, 10), (3, 10)]),
+        ("reduce", "val", [(2, 10), (2, 10)]),
+        ("none", "test", [(1, 10), (1, 10)]),
+    ],
+)
+def test_an_average_and_the_test_have_the_statistics_that_a_checkpoint_holds(dist_bn, split, expected, tmp_path):
+    context = torch.multiprocessing.get_context("fork")
+    ranks = [context.Process(target=_share_all, args=(rank, dist_bn, split, tmp_path)) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+    assert [torch.load(tmp_path / f"{dist_bn}.{split}.{rank}") for rank in range(2)] == expected
+
+
+def test_means_over_ranks_need_a_validation_split():
+    config, info = composed("train.dist_bn=reduce"), DataInfo([], 8, 3, [], [], {"train": 9, "val": 0, "test": 2})
+    with pytest.raises(
+        ConfigError, match=r"^train\.dist_bn=reduce takes means .* no validation split: raise data\.val_"
+    ):
+        require_shared_statistics(config, info)
+    require_shared_statistics(composed(), info)
+    require_shared_statistics(config, dataclasses.replace(info, num_samples={"train": 9, "val": 1, "test": 2}))
+
+
 def _share(rank, dist_bn, folder):
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/{dist_bn}", rank=rank, world_size=2)
     norm = nn.BatchNorm2d(1)
@@ -281,6 +368,7 @@ def _share(rank, dist_bn, folder):
     norm.running_var.fill_(4.0 + 4 * rank)
     share_statistics(norm, dist_bn, 2)
     torch.save((norm.running_mean.item(), norm.running_var.item()), f"{folder}/{dist_bn}.{rank}")
+    torch.distributed.barrier()  # another rank may still be connecting
     torch.distributed.destroy_process_group()
 
 

@@ -322,6 +322,15 @@ def test_augmentations_of_ones_own_come_last_and_draw_by_position(monkeypatch, t
     del sys.modules["own_pictures"]  # as in another process
     registry._augmentations._entries.clear()
     np.testing.assert_array_equal(pickle.loads(pickled)(PICTURES[1], 3), found[0])
+    wrong = {
+        "float64": lambda pixels, _: pixels / 2,
+        r"uint8 \[\d+, ": lambda pixels, _: pixels[1:],
+        "NoneType": lambda *_: None,
+    }
+    for told, made in wrong.items():
+        registry._augmentations._entries["double"] = made
+        with pytest.raises(TypeError, match=rf"^augment\.custom: double returned {told}.*: return an array of uint8"):
+            PictureAugment(config, 1, FIT)(PICTURES[1], 3)
     with pytest.raises(UnknownNameError, match=r"augment\.custom='dubble' is unknown\. Did you mean 'double'"):
         PictureAugment(AugmentConfig(custom=["dubble"]), 1, FIT, ["own_pictures"])
     with pytest.raises(ConfigError, match=r"^augment\.custom names fill, and no plug-in is imported: add plugins="):

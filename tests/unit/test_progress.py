@@ -1,6 +1,7 @@
 """Meters: sums that don't depend on the order of addition, so that a resumed run reports the same numbers."""
 
 import math
+from fractions import Fraction
 
 import torch
 from hypothesis import given
@@ -27,6 +28,27 @@ def test_sums_are_the_same_to_the_bit_however_they_are_split(values, cut):
             add(parts, part)
     assert whole.totals() == parts.totals()
     assert math.isclose(means(whole.totals())[0], sum(values) / len(values), abs_tol=1e-5)
+
+
+def test_a_sum_of_any_losses_of_float32_is_exact_also_when_it_is_restored():
+    values = [3e38, -3e38, 9e10, 1e20, -7e9, 0.25] * 200 + [2.0**-24, 3e38]
+    meter = Meter(CPU)
+    add(meter, values)
+    expected = sum(Fraction(value) for value in torch.tensor(values).tolist()) * 2**24
+    assert meter.totals()[0] == expected
+    restored = Meter(CPU)
+    restored.restore(meter.totals(), rank=0)
+    assert restored.totals() == meter.totals()
+    meter.add(-torch.tensor(values), torch.zeros(len(values), dtype=torch.bool), torch.ones(len(values)) > 0)
+    assert meter.totals()[0] == 0
+    restored.restore([-(3 * 2**40), 1, 2, 0], rank=0)  # as checkpoints hold it that were made with one number
+    assert restored.totals() == [-(3 * 2**40), 1, 2, 0]
+
+
+def test_a_loss_beyond_float32_is_no_finite_one():
+    meter = Meter(CPU)
+    meter.add(torch.tensor([1e39], dtype=torch.float64), torch.tensor([False]), torch.tensor([True]))
+    assert meter.totals() == [0, 0, 1, 1]
 
 
 def test_rows_that_only_fill_up_are_not_counted():

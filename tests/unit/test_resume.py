@@ -315,10 +315,12 @@ def test_a_resumed_run_says_which_free_settings_changed_and_nothing_of_the_other
     was = config()
     run_dir.write_bytes(CONFIG_FILE, OmegaConf.to_yaml(OmegaConf.create(masked(was))).encode())
     now = config()
+    now.schedule.cooldown_epochs = 57.0
     now.train.epochs, now.scaling.num_workers, now.chaos.kind, now.report.enabled = 60, 1, "kill_worker", False
     assert changes(was, RunState(name="first", epoch=2), run_dir) == []
     assert changes(now, RunState(name="first", epoch=2), run_dir) == [
         "scaling.num_workers was auto, is 1",
+        "schedule.cooldown_epochs was 0.0, is 57.0",
         "train.epochs was 3, is 60",
     ]
 

@@ -1,4 +1,4 @@
-"""Contradictions within what a model is trained with: augmentation, optimiser, average, freezing.
+"""Contradictions within what a model is trained with: optimiser, schedule, loss, average, freezing.
 
 Each check yields a message for every mistake; `validate` runs them. A switch that another one makes useless is a
 mistake too: it would be ignored in silence.
@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
-import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -23,47 +21,17 @@ from ftexp.config.schema import (
     AUTO,
     BESIDE,
     CLASS_WEIGHTS,
-    CROPS,
     LOSSES,
     MULTI_LABEL,
     REGRESSION,
     SGD_NAMES,
     SINGLE_LABEL,
-    AugmentConfig,
     CheckpointConfig,
     Config,
 )
 from ftexp.config.timm_names import optimizer_names, without_drop_path
 from ftexp.registry import did_you_mean
 
-# as timm reads each, by what it begins with
-_SPREAD = r"mstd\d+(\.\d+)?"
-_AUTO_AUGMENT = {
-    "rand": re.compile(rf"rand(-(m\d+|n[1-9]\d*|p(0|1|0\.\d+|1\.0+)|{_SPREAD}|mmax\d+|inc[01]|t\w+))*"),
-    "augmix": re.compile(rf"augmix(-(m\d+|w[1-9]\d*|d\d+|a([1-9]\d*(\.\d+)?|0\.0*[1-9]\d*)|b[01]|{_SPREAD}))*"),
-    **{name: re.compile(rf"{name}(-{_SPREAD})?") for name in ("original", "originalr", "v0", "v0r", "3a")},
-}
-_ADVICE = {
-    "rand": (
-        "write rand-m9-n2-mstd0.5-inc1, where m is the magnitude, n the operations, mstd its spread, p the probability "
-        "of each, inc1 for sets that grow"
-    ),
-    "augmix": (
-        "write augmix-m3-w3, where m is the magnitude, w the chains, d the operations of each, a the alpha of their "
-        "weights, b1 to blend, mstd the magnitude's spread"
-    ),
-    "others": "nothing but its magnitude's spread follows the policy: original-mstd0.5, say",
-}
-_RAND_AUGMENT_SETS = ("weights", "3a", "3aw")
-_USUAL_LIMITS = {"scale": "[0.08,1]", "ratio": "[0.75,1.33]"}
-_MAX_HUE = 0.5  # half the colour circle
-_BY_VIEW = ("auto_augment", "color_jitter", "grayscale", "gaussian_blur", "custom")  # what makes views differ
-_WITHOUT_VIEWS = {
-    "mixup_alpha": "samples of several views aren't mixed, as in timm; set it to 0",
-    "cutmix_alpha": "samples of several views aren't mixed, as in timm; set it to 0",
-    "brightness": "it is the same for all views; set it to 0, and augment.color_jitter",
-    "rand_augment": "it is the same for all views; set it to null, and augment.auto_augment",
-}
 _SECOND_ORDER = ("adahessian",)  # of timm's optimisers
 _WARMUP_SHARE = 0.1  # of the epochs, and of the learning rate the lowest, where a recipe's own doesn't fit
 _MIN_LR_SHARE = 0.01
@@ -71,7 +39,7 @@ _CLIPPING = ("clip_grad_norm", "clip_grad_value", "clip_grad_agc")
 _ADAPTIVE = ("ada", "lamb")  # parts of the names of optimisers whose rate goes by the root of the batch, as timm has it
 _SCHEDULED_BY = {
     "cooldown_epochs": ("cosine", "poly", "tanh"),
-    "min_lr": ("cosine", "poly"),
+    "min_lr": ("cosine", "poly", "tanh"),
     "decay_epochs": ("step",),
     "decay_rate": ("step", "poly"),
 }
@@ -86,136 +54,6 @@ _PARAMETERS_OF_LOSSES = {
 _OF_SEVERAL_LABELS = {"asl": ("clip", "pos_weight")}  # further parameters, under data.task=multi_label
 _UNMIXED_LOSSES = ("focal", "asl")  # timm's take class numbers only
 _BESIDE = {"opt": "name", **{name: name for name in ("lr", "weight_decay", "filter_bias_and_bn", "layer_decay")}}
-
-
-def check_augment(config: Config) -> Iterator[str]:
-    """Mixing, erasing and RandAugment."""
-    augment = config.augment
-    if augment.mixes:
-        if config.train.global_batch_size < 2:
-            yield "augment.mixup_alpha and augment.cutmix_alpha mix two samples; train.global_batch_size=1: raise it"
-        if not (augment.mixup_alpha and augment.cutmix_alpha):
-            yield from unused(augment, "augment", ("mix_switch_prob",), "needs both mixup_alpha and cutmix_alpha")
-    else:
-        names = ("mix_prob", "mix_switch_prob", "mix_mode", "mixup_off_epoch")
-        yield from unused(augment, "augment", names, "needs augment.mixup_alpha or augment.cutmix_alpha above 0")
-    if augment.mixup_off_epoch and augment.mixup_off_epoch >= config.train.epochs:
-        yield (
-            f"augment.mixup_off_epoch={augment.mixup_off_epoch} comes after the last epoch, of train.epochs="
-            f"{config.train.epochs} counted from 0: lower it, or write null to mix to the end"
-        )
-    if not augment.erase_prob:
-        yield from unused(augment, "augment", ("erase_mode", "erase_count"), "needs augment.erase_prob above 0")
-    if augment.rand_augment is not None:
-        yield from _auto_augment_problems("augment.rand_augment", augment.rand_augment, ("rand",))
-        if config.data.channels not in (1, 3):
-            yield (
-                f"augment.rand_augment={augment.rand_augment} works on grey or RGB, and data.channels="
-                f"{config.data.channels}: take it out"
-            )
-
-
-def check_repeats(config: Config) -> Iterator[str]:
-    """Repeated augmentation."""
-    augment, batch = config.augment, config.train.global_batch_size
-    repeats = augment.repeats
-    if repeats == 1:
-        return
-    if not augment.is_random:
-        yield f"augment.repeats={repeats} repeats samples that no augmentation changes: set augment.repeats=1"
-    least = 2 * repeats if augment.mixes else repeats
-    if batch < least:
-        why = "a sample would be mixed with itself" if augment.mixes else "a global batch has fewer samples"
-        yield f"augment.repeats={repeats} with train.global_batch_size={batch}: {why}; raise it to {least} at least"
-
-
-def check_splits(config: Config) -> Iterator[str]:
-    """Views of a sample, and the loss that compares them."""
-    augment, loss, splits = config.augment, config.loss.name, config.augment.splits
-    if loss == "jsd" and splits == 1:
-        yield "loss.name=jsd compares views of each sample, and augment.splits=1: set augment.splits=3, say"
-    if splits == 1:
-        return
-    given = f"augment.splits={splits}"
-    if loss != "jsd":
-        yield f"{given} makes views of each sample, and loss.name={loss} doesn't compare them: set loss=jsd, or 1"
-    if config.distill.teacher is not None:
-        teacher = config.distill.teacher
-        yield f"{given} with distill.teacher={teacher}: a teacher is asked about one view; set either to its default"
-    if not any(_is_set(augment, name) for name in _BY_VIEW):
-        yield f"{given}: nothing makes the views differ; set augment.auto_augment=augmix-m3, say"
-    for name, advice in _WITHOUT_VIEWS.items():
-        if _is_set(augment, name):
-            yield f"augment.{name}={getattr(augment, name)} with {given}: {advice}"
-
-
-def check_pictures(config: Config) -> Iterator[str]:
-    """Augmentation of single images, where they are decoded."""
-    augment = config.augment
-    if augment.auto_augment is not None:
-        yield from _auto_augment_problems("augment.auto_augment", augment.auto_augment, tuple(_AUTO_AUGMENT))
-    if augment.crop == "none":
-        yield from unused(augment, "augment", ("scale", "ratio"), f"needs augment.crop={' or '.join(CROPS[1:])}")
-        if augment.auto_augment is None:
-            yield from unused(augment, "augment", ("interpolation",), "needs augment.crop or augment.auto_augment")
-    elif augment.pad_px:
-        yield f"augment.pad_px={augment.pad_px} stands beside augment.crop={augment.crop}: set augment.pad_px=0"
-    for name, most in (("scale", 1.0), ("ratio", sys.float_info.max)):
-        limits = getattr(augment, name)
-        if limits is not None and not (len(limits) == 2 and 0 < limits[0] <= limits[1] <= most):
-            at_most = " and at most 1" if name == "scale" else ""
-            yield (
-                f"augment.{name}={limits} must be [least, most], both above 0{at_most}, the smaller first: write "
-                f"augment.{name}={_USUAL_LIMITS[name]}, say"
-            )
-    yield from _jitter_problems(augment)
-    if augment.custom and not config.plugins:
-        yield f"augment.custom names {', '.join(augment.custom)}, and no plug-in is imported: add plugins=[...]"
-    if not augment.changes_pictures:
-        return
-    if augment.rand_augment is not None:
-        yield (
-            f"augment.rand_augment={augment.rand_augment} stands beside what is done where images are decoded: set "
-            f"augment.rand_augment=null augment.auto_augment={augment.rand_augment}"
-        )
-    if config.data.channels not in (1, 3):
-        names = ("crop", "vflip", "auto_augment", "color_jitter", "grayscale", "gaussian_blur", "custom")
-        given = [f"augment.{name}={getattr(augment, name)}" for name in names if _is_set(augment, name)]
-        yield f"{' and '.join(given)}: for grey or RGB, and data.channels={config.data.channels}: take that out"
-
-
-def _auto_augment_problems(key: str, words: str, policies: tuple[str, ...]) -> Iterator[str]:
-    """Name the parts of `words` that timm can't read."""
-    policy = words.partition("-")[0]
-    if policy not in policies:
-        begins = f"it begins with none of {', '.join(policies)}.{did_you_mean(policy, policies)}"
-        yield f"{key}={words} can't be read: {begins if len(policies) > 1 else _ADVICE['rand']}"
-        return
-    if not _AUTO_AUGMENT[policy].fullmatch(words):
-        yield f"{key}={words} can't be read: {_ADVICE.get(policy, _ADVICE['others'])}"
-    for name in re.findall(r"-t(\w+)", words) if policy == "rand" else ():
-        if name not in _RAND_AUGMENT_SETS:
-            yield f"{key}={words}: t{name} is no set of timm's: t" + ", t".join(_RAND_AUGMENT_SETS)
-
-
-def _jitter_problems(augment: AugmentConfig) -> Iterator[str]:
-    given = augment.color_jitter
-    if given is None:
-        yield from unused(augment, "augment", ("color_jitter_prob",), "needs augment.color_jitter")
-        return
-    values = given if isinstance(given, list) else [given] * 3
-    numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
-    if not (numbers and len(values) in (3, 4) and all(0 <= value < math.inf for value in values)):
-        yield (
-            f"augment.color_jitter={given} must be a number, or [brightness, contrast, saturation] and perhaps hue, "
-            "none below 0: write augment.color_jitter=0.4, say"
-        )
-    elif len(values) == 4 and values[3] > _MAX_HUE:
-        yield f"augment.color_jitter={given}: hue, the fourth, turns colours by at most {_MAX_HUE}: lower it"
-
-
-def _is_set(node: Any, name: str) -> bool:
-    return bool(getattr(node, name) != getattr(type(node)(), name))
 
 
 def check_optim(config: Config) -> Iterator[str]:
@@ -386,6 +224,11 @@ def check_schedule(config: Config) -> Iterator[str]:
         yield (
             f"schedule.cooldown_epochs={schedule.cooldown_epochs} and schedule.warmup_epochs={schedule.warmup_epochs} "
             f"must be below train.epochs={epochs} together: lower one"
+        )
+    elif schedule.cooldown_epochs and schedule.name in _SCHEDULED_BY["cooldown_epochs"] and not schedule.min_lr:
+        yield (
+            f"schedule.cooldown_epochs={schedule.cooldown_epochs} with schedule.min_lr=0: nothing would be learnt in "
+            "these epochs; set schedule.min_lr, or take them out"
         )
     if schedule.min_lr > config.optim.lr:
         yield f"schedule.min_lr={schedule.min_lr} must not be above optim.lr={config.optim.lr}"

@@ -14,8 +14,8 @@ from ftexp.config.checks.distill import check_distill
 from ftexp.config.checks.failure import check_chaos, check_failure
 from ftexp.config.checks.metrics import check_metrics
 from ftexp.config.checks.model import check_model
+from ftexp.config.checks.pictures import check_augment, check_pictures, check_repeats, check_splits
 from ftexp.config.checks.recipe import (
-    check_augment,
     check_average,
     check_batch_norm,
     check_drop_path,
@@ -23,10 +23,7 @@ from ftexp.config.checks.recipe import (
     check_loss,
     check_lr_base,
     check_optim,
-    check_pictures,
-    check_repeats,
     check_schedule,
-    check_splits,
 )
 from ftexp.config.checks.run import check_run
 from ftexp.config.checks.scaling import check_batch, check_scaling

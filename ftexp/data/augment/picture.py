@@ -91,8 +91,8 @@ class PictureAugment:
             pixels = pixels_of(self._recoloured(as_pillow(pixels)))
         if self._happens(config.gaussian_blur):
             pixels = blurred(pixels, self._draws.uniform(*_BLUR_SIGMAS))
-        for change in self._custom:
-            pixels = change(pixels, self._draws)
+        for name, change in zip(config.custom, self._custom, strict=True):
+            pixels = _checked(name, change(pixels, self._draws), pixels.shape)
         return pixels
 
     def _recoloured(self, image: Image.Image) -> Image.Image:
@@ -112,6 +112,14 @@ class PictureAugment:
     def _happens(self, probability: float) -> bool:
         """Draw whether to do something that is done at all."""
         return probability > 0 and self._draws.random() < probability
+
+
+def _checked(name: str, found: Any, shape: tuple[int, ...]) -> UInt8s:
+    """Return the pixels that the user's augmentation made; TypeError if they are no such pixels as it was given."""
+    if not isinstance(found, np.ndarray) or found.dtype != np.uint8 or found.shape != shape:
+        made = f"{found.dtype} {list(found.shape)}" if isinstance(found, np.ndarray) else type(found).__name__
+        raise TypeError(f"augment.custom: {name} returned {made}: return an array of uint8 {list(shape)}")
+    return found
 
 
 def view_positions(positions: Int64s, splits: int) -> Int64s:

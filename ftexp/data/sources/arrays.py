@@ -101,7 +101,7 @@ def _as_stored(config: DataConfig, labels: Labels) -> Labels:
     if config.task == MULTI_LABEL:
         rows, classes = np.nonzero(labels)
         return packed(rows, classes, len(labels), max(labels.shape[1], config.num_classes or 0))
-    return labels.astype(np.float32) if config.task == REGRESSION else labels
+    return labels.astype(np.float32 if config.task == REGRESSION else np.int64, copy=False)
 
 
 def _require_sound(config: DataConfig, images: UInt8s, labels: Labels, num_classes: int) -> None:
@@ -122,6 +122,8 @@ def _require_sound(config: DataConfig, images: UInt8s, labels: Labels, num_class
         return
     if labels.shape != (len(images),):
         raise DataError(f"data.name={name} has {len(images)} images, but labels of shape {labels.shape}: one for each")
+    if labels.dtype.kind not in "iub":
+        raise DataError(f"data.name={name} has labels of type {labels.dtype}: give numbers of classes, as int64")
     if len(labels) and not (labels.min() >= 0 and labels.max() < num_classes):
         raise DataError(
             f"data.name={name} has labels from {labels.min()} to {labels.max()}, but {num_classes} class names: "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -46,7 +47,8 @@ class Entry(NamedTuple):
 def webdataset(config: DataConfig) -> Listing:
     """Tar shards whose samples have an image and a .cls (a whole number, or text). Not compressed.
 
-    Where a sample may have several labels, or numbers, they may also be in a .json that holds a list.
+    Where a sample may have several labels, or numbers, they may also be in a .json that holds a list, or one number.
+    A .cls beside it wins.
 
     Shards named train*, val* and test* (or in such folders) are splits if there is a train one. Every shard is read
     through once for its index: locally its headers only, and all of it from an object store.
@@ -132,6 +134,7 @@ def _scan(filesystem: FileSystem, path: str, labelled: bool, endings: tuple[str,
     account = Account()
     images: dict[str, tuple[int, int]] = {}
     labels: dict[str, str] = {}
+    lists: dict[str, str] = {}
     spoilt: dict[str, str] = {}  # why, by name
     torn = None
     with (
@@ -157,21 +160,29 @@ def _scan(filesystem: FileSystem, path: str, labelled: bool, endings: tuple[str,
                     content = tar.extractfile(member)
                     assert content is not None, "it is a file"
                     label = content.read().decode(errors="replace").strip()
-                    if labels.setdefault(name, label) != label:
-                        spoilt[name] = f"it has more than one .{label_files}"
+                    if (lists if ending == _LISTS else labels).setdefault(name, label) != label:
+                        spoilt[name] = f"it has more than one .{ending}"
         except tarfile.ReadError as error:  # it is torn; what comes before is whole
             if not images:
                 raise
             torn = f"{type(error).__name__}: {error}"
             # of a stream, it isn't known whether the last was read to its end
-            if size is None or (labelled and (name in images) != (name in labels)):
+            if size is None or (labelled and (name in images) != (name in labels or name in lists)):
                 images.pop(name, None)
                 labels.pop(name, None)
+                lists.pop(name, None)
     end = max((offset + num_bytes for offset, num_bytes in images.values()), default=0)
     if size is not None and end > size:
         torn = f"it ends at {size} bytes, within an image"
     if torn is not None:
         account.add_bad(path, f"{torn}; what comes before is kept")
+    for name, text in lists.items():
+        if name in labels:
+            account.exclude(f"{path} {name}.{_LISTS}", f".{_LISTS} beside a .{_LABEL}, which wins")
+            continue
+        labels[name] = text
+        if not _holds_labels(text):
+            spoilt.setdefault(name, f"its .{_LISTS} holds neither a list nor a number")
     samples = images.keys() & labels.keys() if labelled else set(images)
     for name in sorted(images.keys() ^ labels.keys()):
         if (own := _before_dot(name)) != name and own in samples:
@@ -189,6 +200,14 @@ def _scan(filesystem: FileSystem, path: str, labelled: bool, endings: tuple[str,
         images.pop(name, None)
     whole = (name for name in images if name in labels and (size is None or sum(images[name]) <= size))
     return [Entry(name, *images[name], labels[name]) for name in whole], account
+
+
+def _holds_labels(text: str) -> bool:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return False
+    return isinstance(found, (list, int, float)) and not isinstance(found, bool)
 
 
 def _split_name(path: str, endings: tuple[str, ...]) -> tuple[str, str | None]:
