@@ -292,6 +292,7 @@ class DistillConfig:
     image_size: int | None = ranged(None, low=1)
     precision: str | None = choice(None, PRECISIONS)  # of the teacher; None: train.precision
     sha256: str | None = None  # of the file that holds the weights; None: what it is when the run begins
+    spec_sha256: str | None = None  # of its arguments, mean, std, size and class names; None: likewise
 
 
 @dataclass(kw_only=True)

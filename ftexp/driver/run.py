@@ -46,17 +46,19 @@ def train(
     from ftexp.cluster.ray_cluster import prepare_environment
     from ftexp.cluster.resources import decide_workers, spare_of
     from ftexp.driver.resume import decoding_as_begun, open_run
-    from ftexp.driver.teacher import with_teacher
+    from ftexp.driver.teacher import teacher_of
     from ftexp.storage.lease import Lease, unused_name
 
     workers = decide_workers(config.scaling, share=shared.share if shared else 1, spare=spare_of(config))
     run_name = config.run.name or unused_name()
     run_dir = Storage.at(config.run.storage, run_name)
-    config, teacher = with_teacher(_checked(config, overrides, run_dir), run_dir)
+    config, teacher, lost = teacher_of(_checked(config, overrides, run_dir), run_dir)
     lease = Lease.take(run_dir)
     try:
         config = decoding_as_begun(config, run_dir, overrides or [])
         state = open_run(config, run_dir, run_name)
+        if lost is not None and state.status != FINISHED:
+            raise lost
         begun = (run_dir, state, lease, shared, restart, begin_again)
         context = RunContext(config, overrides or [], workers, *begun, teacher)
         if state.status == FINISHED:

@@ -13,6 +13,7 @@ from ftexp.config.schema import FEATURES, SINGLE_LABEL, Config, DistillConfig, M
 from ftexp.driver.resume import recorded
 from ftexp.errors import CheckpointError, ConfigError
 from ftexp.model.teacher_spec import KEY, TeacherSpec
+from ftexp.rundir.state import FINISHED, read_state
 from ftexp.storage.directory import Storage
 
 if TYPE_CHECKING:
@@ -20,6 +21,19 @@ if TYPE_CHECKING:
 
 _CONFIG_FILE = "config.json"  # timm's, beside weights
 _FILES = {"raw": "model.pt", "ema": "extra_state.pt"}  # of a checkpoint
+
+
+def teacher_of(config: Config, run_dir: Storage) -> tuple[Config, TeacherSpec | None, ConfigError | None]:
+    """As `with_teacher`; of a run that has finished and whose teacher is gone, why it can't train on."""
+    try:
+        return *with_teacher(config, run_dir), None
+    except ConfigError as error:
+        state, begun = read_state(run_dir), recorded(run_dir) or {}
+        sha256 = begun.get("distill.sha256")
+        if state is None or state.status != FINISHED or sha256 is None or config.distill.sha256 not in (None, sha256):
+            raise
+        known = dataclasses.replace(config.distill, sha256=sha256, spec_sha256=begun.get("distill.spec_sha256"))
+        return dataclasses.replace(config, distill=known), None, error
 
 
 def with_teacher(config: Config, run_dir: Storage) -> tuple[Config, TeacherSpec | None]:
@@ -35,7 +49,7 @@ def with_teacher(config: Config, run_dir: Storage) -> tuple[Config, TeacherSpec 
     Raises:
         ConfigError: there is no such teacher, or it can't teach this model.
     """
-    distill = config.distill
+    distill, begun = config.distill, recorded(run_dir)
     if distill.teacher is None:
         return config, None
     from ftexp.cluster.ray_cluster import prepare_environment
@@ -46,7 +60,7 @@ def with_teacher(config: Config, run_dir: Storage) -> tuple[Config, TeacherSpec 
     elif (path := Path(distill.teacher).expanduser()).is_file():
         spec, place = _of_file(config, path), {"teacher": str(path.absolute())}
     else:
-        spec, place = _of_run(config, distill.teacher, (recorded(run_dir) or {}).get("distill.sha256"))
+        spec, place = _of_run(config, distill.teacher, (begun or {}).get("distill.sha256"))
     if distill.sha256 not in (None, spec.sha256):
         raise ConfigError(
             f"distill.sha256={distill.sha256}, and that of {KEY}={spec.source} is {spec.sha256}: take the teacher that "
@@ -55,7 +69,16 @@ def with_teacher(config: Config, run_dir: Storage) -> tuple[Config, TeacherSpec 
     from ftexp.model.teacher_fit import check_teacher
 
     spec = check_teacher(spec, config)
-    found = dataclasses.replace(distill, sha256=spec.sha256, **place)
+    spec_sha256: str | None = spec.definition_sha256()
+    if distill.spec_sha256 not in (None, spec_sha256):
+        raise ConfigError(
+            f"distill.spec_sha256={distill.spec_sha256}, and that of {KEY}={spec.source} is {spec_sha256}: its "
+            "arguments, mean, std, size or class names differ; take the teacher that was meant, or take "
+            "distill.spec_sha256 out"
+        )
+    if begun is not None and "distill.spec_sha256" not in begun:  # the run is older than the field
+        spec_sha256 = None
+    found = dataclasses.replace(distill, sha256=spec.sha256, spec_sha256=spec_sha256, **place)
     return dataclasses.replace(config, distill=found), spec
 
 
@@ -65,6 +88,10 @@ def _named(config: Config) -> TeacherSpec:
     assert distill.teacher is not None
     if isinstance(distill.pretrained, str):
         path = Path(distill.pretrained).expanduser().absolute()
+        if not path.is_file():
+            raise ConfigError(
+                f"distill.pretrained={path}: no such file. Give a file of PyTorch's or safetensors', or true"
+            )
         model = ModelConfig(name=distill.teacher, kwargs=distill.kwargs, pretrained=str(path))
         return _with_file(config, model, path, f"{distill.teacher} of {path}")
     model = ModelConfig(name=distill.teacher, kwargs=distill.kwargs, pretrained=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass
 
 from ftexp.config.schema import FEATURES, ModelConfig
@@ -29,6 +31,15 @@ class TeacherSpec:
     uri: str | None = None  # of a run's checkpoint, with `file` in it
     file: str = "model.pt"  # or extra_state.pt, for the EMA
     sha256: str | None = None  # of the file that holds the weights; None: of the hub
+
+    def definition_sha256(self) -> str:
+        """Return the hash of what it computes besides its weights."""
+        default = ModelConfig()
+        # what has its default is left out, so that a field that comes later changes no hash
+        model = {name: value for name, value in vars(self.model).items() if value != getattr(default, name)}
+        model.pop("pretrained", None)  # says where the weights lie
+        facts = [model, self.mean, self.std, self.image_size, self.channels, self.class_names]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def require_same_classes(spec: TeacherSpec, info: DataInfo, kind: str) -> None:

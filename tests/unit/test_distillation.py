@@ -18,6 +18,7 @@ from ftexp.config.fingerprint import differences, fingerprint
 from ftexp.config.schema import AugmentConfig, DistillConfig, EmaConfig, ModelConfig, OptimConfig
 from ftexp.data.info import DataInfo
 from ftexp.data.plan import ShardPlan
+from ftexp.driver import run
 from ftexp.driver.teacher import with_teacher
 from ftexp.errors import ConfigError
 from ftexp.exporting.formats import safetensors
@@ -313,6 +314,40 @@ def test_best_is_the_checkpoint_that_a_run_began_with_and_another_one_is_refused
     differences(fingerprint(begun), fingerprint(moved), "here")
 
 
+def test_a_teacher_of_the_same_weights_that_is_prepared_otherwise_is_refused_but_for_older_runs(tmp_path):
+    run = teacher_run(tmp_path / "teacher")
+    given, storage = f"distill.teacher={tmp_path / 'teacher'}", Storage.at(str(tmp_path / "student"))
+    begun = fingerprint(found(tmp_path / "student", given)[0])
+    storage.write_bytes("run.json", json.dumps({"name": "x", "fingerprint": begun}).encode())
+    record = json.loads(run.storage.read_bytes("run.json"))
+    for field, value in (("mean", [0.5] * 3), ("image_size", 16), ("class_names", ["ant", "cow", "bee"])):
+        changed = {**record, "data": {**record["data"], field: value}}
+        run.storage.write_bytes("run.json", json.dumps(changed).encode())
+        with pytest.raises(ConfigError, match=r"distill\.spec_sha256 was"):
+            differences(begun, fingerprint(found(tmp_path / "student", given)[0]), "here")
+    with pytest.raises(ConfigError, match=r"^distill\.spec_sha256=abc, and that of distill\.teacher="):
+        found(tmp_path / "other", given, "distill.spec_sha256=abc")
+    older = {key: value for key, value in begun.items() if key != "distill.spec_sha256"}
+    storage.write_bytes("run.json", json.dumps({"name": "x", "fingerprint": older}).encode())
+    differences(older, fingerprint(found(tmp_path / "student", given)[0]), "here")
+
+
+def test_a_finished_run_is_printed_again_without_its_teacher_and_trains_on_with_it_only(tmp_path, capsys):
+    teacher_run(tmp_path / "teacher")
+    where = ["run.name=student", f"run.storage={tmp_path}", "train.epochs=3"]
+    given = [f"distill.teacher={tmp_path / 'teacher'}", *where]
+    content = {"name": "student", "fingerprint": fingerprint(found(tmp_path / "student", *given)[0]), "epoch": 3}
+    content |= {"status": "finished", "step": 9, "metrics": {"last": {"val_loss": 0.5}, "best": {}}}
+    Storage.at(str(tmp_path / "student")).write_bytes("run.json", json.dumps(content).encode())
+    Storage.at(str(tmp_path / "teacher")).move_to(Storage.at(str(tmp_path / "moved")))
+    assert run.train(taught(*given)) == {"val_loss": 0.5}
+    assert "finished" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match=r"^distill\.teacher=.*teacher: "):
+        run.train(taught(*given, "train.epochs=4"))
+    with pytest.raises(ConfigError, match=r"^distill\.pretrained=.*/no\.pt: no such file"):
+        found(tmp_path / "other", "distill.teacher=resnet18", "distill.pretrained=no.pt")
+
+
 def weights_file(folder, name="test_resnet", num_classes=3, size=16):
     folder.mkdir()
     info = DataInfo(CLASSES[:num_classes], size, 3, [0.1] * 3, [0.2] * 3, {})
@@ -397,7 +432,6 @@ def test_the_average_of_a_student_is_of_the_model_alone():
     [
         ("distill.alpha=0.3", r"^distill\.alpha=0\.3 needs distill\.teacher: take it out"),
         ("distill.teacher=resnt18", r"^distill\.teacher=resnt18 is no run, no weights file.*'resnet18'"),
-        ("distill.teacher=resnet18 distill.pretrained=no.pt", r"^distill\.pretrained=no\.pt: no such file"),
         (
             "distill.teacher=resnet18 distill.checkpoint=latest",
             r"^distill\.checkpoint=latest is for a run as the teach",

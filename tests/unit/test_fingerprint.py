@@ -112,6 +112,7 @@ DEFINING = {
     "distill.image_size": 16,
     "distill.precision": "bf16",
     "distill.sha256": "abc",
+    "distill.spec_sha256": "abc",
     "schedule.name": "poly",
     "schedule.warmup_epochs": 3.0,
     "schedule.warmup_lr": 0.3,

@@ -48,13 +48,12 @@ def _teacher_problems(config: Config, teacher: str) -> Iterator[str]:
     if is_timm_name(teacher, has_plugins=bool(config.plugins)):
         yield from unused(distill, "distill", ("checkpoint", "weights"), "is for a run as the teacher")
         pretrained = distill.pretrained
-        if isinstance(pretrained, str) and not Path(pretrained).expanduser().is_file():
-            yield f"distill.pretrained={pretrained}: no such file. Give a file of PyTorch's or safetensors', or true"
-        elif pretrained is not True and not isinstance(pretrained, str):
+        if pretrained is not True and not isinstance(pretrained, str):
             yield f"distill.pretrained={yaml_text(pretrained)} must be true, or the path of a weights file"
         return
     yield from unused(distill, "distill", ("pretrained", "kwargs"), "is for a timm name as the teacher")
-    if "://" not in teacher and not Path(teacher).expanduser().exists():
+    # a path is looked at by `ftexp.driver.teacher`: a run that has finished is printed again without its teacher
+    if "/" not in teacher and not Path(teacher).expanduser().exists():
         near = did_you_mean(teacher, model_names())
         yield f"distill.teacher={teacher} is no run, no weights file and no name of timm's.{near}"
 
