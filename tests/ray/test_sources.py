@@ -784,7 +784,7 @@ def own_source():
 
 @pytest.mark.parametrize("images_per_block", [1, 4, 1000])
 def test_own_source_needs_only_arrays_however_many_blocks_they_fill(own_source, monkeypatch, images_per_block):
-    monkeypatch.setattr(sources_module, "_BLOCK_BYTES", images_per_block * SIZE * SIZE * 3)
+    monkeypatch.setattr(sources_module, "BLOCK_BYTES", images_per_block * SIZE * SIZE * 3)
     images = np.stack([picture(row) for row in range(20)])
     labels = np.arange(20) % 3
 
