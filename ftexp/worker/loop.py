@@ -65,7 +65,9 @@ def _train(job: Job, run_dir: Storage) -> dict[str, float] | None:
     watchdog = Watchdog(hang_limits(job.config.failure), report_hang)
     watchdog.start()
     try:
-        begin(job, store, checkpoints, watchdog)
+        begin(job, store, checkpoints)
+        with watchdog.during(EVALUATION):
+            settle(job, most=1)  # a run that was stopped while it waited has two
         run_steps(job, batches, checkpoints, watchdog, chaos)
         has_ended = progress.finished and not progress.pending
         if has_ended:
@@ -88,14 +90,12 @@ def planned_chaos(job: Job, run_dir: Storage) -> Chaos | None:
     return Chaos(faults, job.group, job.progress, job.data.skipped, job.channel, run_dir)
 
 
-def begin(job: Job, store: CheckpointStore, checkpoints: CheckpointManager, watchdog: Watchdog) -> None:
+def begin(job: Job, store: CheckpointStore, checkpoints: CheckpointManager) -> None:
     """Restore the state that the attempt starts from; collective."""
     settle_gradient_order(job)
     restore(job, store, checkpoints)
     announce(job)
     ask_again(job, store)
-    with watchdog.during(EVALUATION):
-        settle(job, most=1)  # a run that was stopped while it waited has two
     checkpoints.keep_in_memory()
 
 

@@ -109,7 +109,7 @@ def test_a_bug_ends_the_run_at_once_and_says_where_it_was(ftexp, run_folder, tmp
 @pytest.mark.timeout(400)
 def test_a_run_that_is_told_to_stop_saves_the_step_it_stopped_at_and_goes_on_from_it(ftexp, run_folder):
     options = ["run.name=stopped", "data=synthetic", "data.image_size=8", "data.num_samples=600", "train.epochs=100"]
-    options += ["train.eval_every_epochs=5", "checkpoint.every_epochs=99"]
+    options += ["train.eval_every_epochs=5", "checkpoint.every_epochs=99", "train.eval=beside"]
     run, steps = run_folder("stopped"), [0]
     for number, code, epoch in ((signal.SIGINT, 130, 5), (signal.SIGTERM, 75, 10)):
         command = ftexp(*options)
@@ -129,6 +129,11 @@ def test_a_run_that_is_told_to_stop_saves_the_step_it_stopped_at_and_goes_on_fro
         assert run.record["farthest_step"] <= steps[-1]  # what was done after the last tick was saved too
     assert f"at step {steps[1]} from step_{steps[1]:08d}.a1" in command.output
     assert [event["step"] for event in run.events("restored")] == [steps[1]]
+    evaluated = [(point["epoch"], point["step"]) for point in run.metrics() if point["split"] == "val"]
+    assert [epoch for epoch, _ in evaluated][:2] == [5, 10]
+    assert evaluated == sorted(set(evaluated))
+    saved = {event["step"]: event["reasons"] for event in run.events("checkpoint_saved")}
+    assert all("evaluation" in saved[step] for _, step in evaluated)
 
 
 HUNGRY = """

@@ -55,7 +55,13 @@ def test_of_a_run_that_trains_on_every_rank_takes_the_checkpoint_that_rank_0_fou
         read_file=lambda manifest, name: read.append((storage.uri, manifest.name, name)) or b"",
     ))  # fmt: skip
     monkeypatch.setattr(restore, "load_part", lambda name, content: {})
-    monkeypatch.setattr(restore, "load_matching", lambda model, weights, source, *_: loaded.append(source))
+    scaled = []
+    monkeypatch.setattr(
+        restore,
+        "load_matching",
+        lambda model, weights, source, *_: loaded.append(source) or SimpleNamespace(matched=["head.weight"]),
+    )
+    monkeypatch.setattr(restore, "initialise_head", lambda _, __, names: scaled.append(names))
     group = SimpleNamespace(rank=1, agree_on=lambda mine: ("/runs/other/checkpoints", "step_7.a1"))
     learner = SimpleNamespace(model=None, ema=None)
     info = SimpleNamespace(num_classes=2, channels=3, image_size=32)
@@ -63,3 +69,4 @@ def test_of_a_run_that_trains_on_every_rank_takes_the_checkpoint_that_rank_0_fou
     restore._start_from(job, "/runs/other")
     assert read == [("/runs/other/checkpoints", "step_7.a1", "model.pt")]
     assert loaded == ["/runs/other/checkpoints/step_7.a1 (step 7)"]
+    assert scaled == [["head.weight"]]
