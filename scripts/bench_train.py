@@ -9,7 +9,7 @@ saves. "First step" counts from the start of the command to the end of the first
 Five rounds take 15 minutes on 2 cores, two rounds 8.
 
 --features: what each feature adds to a step of the default run, ms on one worker by `ftexp.job.stopwatch`; they and
-the plain run take turns. Three rounds take 9 minutes.
+the plain run take turns. Three rounds take some 9 minutes (estimated).
 """
 
 from __future__ import annotations
