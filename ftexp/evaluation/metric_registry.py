@@ -63,8 +63,8 @@ def register_metric(name: str, better: str = "max", tasks: Sequence[str] = ()) -
     """
     if better not in ("max", "min"):
         raise ValueError(f"metric '{name}': better='{better}' must be max or min")
-    if name in ALWAYS_LOGGED or not name.isidentifier():
-        raise ValueError(f"metric '{name}': the name must be an identifier, and neither loss nor accuracy")
+    if name in ALWAYS_LOGGED or name.endswith("_ema") or not name.isidentifier():
+        raise ValueError(f"metric '{name}': the name must be an identifier, not loss or accuracy, and not end in _ema")
 
     def decorate(builder: B) -> B:
         _metrics.register(name)(builder)

@@ -62,6 +62,8 @@ class Predictions:
         held = torch.cat(self._probabilities) if self._probabilities else None
         # a rank without samples doesn't know how many classes there are
         num_classes = max(_gathered_everywhere(0 if held is None else held.shape[1]))
+        if not num_classes:  # the split is empty
+            return []
         targets = torch.cat([part for parts in _gathered_everywhere(self._targets) for part in parts])
         measured: dict[int, T] = {}
         for number, first in enumerate(range(0, num_classes, _COLUMNS)):

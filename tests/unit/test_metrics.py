@@ -73,6 +73,12 @@ def test_the_calibration_error_and_the_auroc_are_those_of_torchmetrics():
     assert counted(logits, targets, 50, ["auroc"])["auroc"] == pytest.approx(float(each[:6].mean()), rel=1e-5)
 
 
+def test_a_split_without_samples_has_no_auroc():
+    logits, targets = made(7)
+    found = counted(logits[:0], targets[:0], 50, ["auroc", "average_precision"])
+    assert all(math.isnan(value) for value in found.values())
+
+
 def test_logits_that_are_not_finite_have_no_auroc_and_no_calibration_error():
     logits, targets = made(7)
     logits[3, 2] = math.nan
@@ -185,8 +191,8 @@ def test_a_metric_that_does_not_fit_the_task_or_the_classes_is_refused(own_metri
     with pytest.raises(ConfigError, match=r"^metric top5 is always 1, since the data have 5 classes: remove it$"):
         check_num_classes(["top5"], 5)
     check_num_classes(["top5"], 6)
-    for name in ("accuracy", "../kappa"):
-        with pytest.raises(ValueError, match="the name must be an identifier, and neither loss nor accuracy"):
+    for name in ("accuracy", "../kappa", "own_ema"):
+        with pytest.raises(ValueError, match="must be an identifier, not loss or accuracy, and not end in _ema"):
             register_metric(name)
     with pytest.raises(ValueError, match="better='low' must be max or min"):
         register_metric("x", better="low")
