@@ -6,6 +6,7 @@ from ftexp.checkpoint.manager import CheckpointManager
 from ftexp.checkpoint.registry import ExtraState, StateContext
 from ftexp.checkpoint.states import HOOKS
 from ftexp.checkpoint.store import CheckpointStore
+from ftexp.job.context import shared_fields
 from ftexp.job.job import Job
 
 
@@ -32,18 +33,11 @@ def _state_names(job: Job) -> list[str]:
 
 def state_context(job: Job) -> StateContext:
     """Return the context that the job's states are built with."""
-    group, learner = job.group, job.learner
+    learner = job.learner
     return StateContext(
-        config=job.config,
-        rank=group.rank,
-        world_size=group.world_size,
-        device=group.device,
-        progress=job.progress,
-        model=learner.model,
-        optimizer=learner.optimizer,
+        **shared_fields(job.config, job.group, learner, job.progress),
         scheduler=learner.scheduler,
         scaler=learner.scaler,
-        ema=learner.ema,
         channel=job.channel,
         projection=learner.distiller.projection if learner.distiller is not None else None,
         hooks=job.hooks,

@@ -7,37 +7,27 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from ftexp.errors import StateError
+from ftexp.job.context import TrainingContext
 from ftexp.registry import Registry
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from ftexp.config.schema import Config
     from ftexp.job.hooks import Hooks
-    from ftexp.job.progress import Progress
-    from ftexp.model.ema import WeightsEMA
     from ftexp.wire.channel import Channel
 
 
-@dataclass(frozen=True)
-class StateContext:
+@dataclass(frozen=True, kw_only=True)
+class StateContext(TrainingContext):
     """The run that a state belongs to, on one rank. The objects are those that train.
 
     A state is made before a checkpoint is loaded: `progress` then stands at the beginning, the model's weights are as
     they were built, and `load_state_dict` of the model and the optimiser comes before that of the states.
     """
 
-    config: Config
-    rank: int
-    world_size: int
-    device: torch.device
-    progress: Progress  # step, position, epoch, metrics, best
-    model: nn.Module  # the bare model, without DDP
-    optimizer: torch.optim.Optimizer
     scheduler: Any  # timm's; step_update(n) is called after n steps
     scaler: torch.amp.GradScaler  # disabled unless train.precision=fp16
-    ema: WeightsEMA | None  # the weights' moving average, if the config asks for one
     channel: Channel  # to the driver
     hooks: Hooks
     projection: nn.Module | None = None  # of features to a teacher's width, where a run distils them

@@ -5,36 +5,21 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from ftexp.errors import ConfigError
+from ftexp.job.context import TrainingContext
 from ftexp.registry import Registry
 
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
 
-    from ftexp.config.schema import Config
-    from ftexp.job.progress import Progress
-    from ftexp.model.ema import WeightsEMA
-
-
-@dataclass(frozen=True)
-class HookContext:
+@dataclass(frozen=True, kw_only=True)
+class HookContext(TrainingContext):
     """The run that a hook belongs to, on one rank. The objects are those that train: a hook reads them.
 
     `request_stop(reason)` ends the run after the step just done, as if it were its last: with an evaluation, a
     checkpoint and the test. What rank 0 requests in `after_step` or `after_evaluation` counts, on all ranks.
     """
 
-    config: Config
-    rank: int
-    world_size: int
-    device: torch.device
-    progress: Progress  # step, position, epoch, metrics, best
-    model: nn.Module  # the bare model, without DDP
-    optimizer: torch.optim.Optimizer
-    ema: WeightsEMA | None  # of the weights, if the config asks for one
     request_stop: Callable[[str], None]
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ftexp.config.fingerprint import stopping_rules
+from ftexp.job.context import shared_fields
 from ftexp.job.early_stopping import EarlyStopping
 from ftexp.job.hook_registry import STOPPING, Hook, HookContext, hook_class
 from ftexp.wire import events
@@ -26,17 +27,7 @@ class Hooks:
         self._group, self._progress, self._channel = group, progress, channel
         self._rules = stopping_rules(config)
         self._requested: str | None = None
-        context = HookContext(
-            config=config,
-            rank=group.rank,
-            world_size=group.world_size,
-            device=group.device,
-            progress=progress,
-            model=learner.model,
-            optimizer=learner.optimizer,
-            ema=learner.ema,
-            request_stop=self._request_stop,
-        )
+        context = HookContext(**shared_fields(config, group, learner, progress), request_stop=self._request_stop)
         self._hooks: dict[str, Hook] = {name: hook_class(name)(context, **own) for name, own in config.hooks.items()}
         if config.stopping.metric is not None:
             self._hooks[STOPPING] = EarlyStopping(context)
@@ -88,7 +79,7 @@ class Hooks:
             self._channel.send(Happened(events.StoppedEarly(progress.step, progress.epoch, reason, self._rules)))
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint holds of them, and of a stop."""
+        """Return their states, and that of a stop, as a checkpoint holds them."""
         states = {name: hook.state_dict() for name, hook in self._hooks.items()}
         return {"stopped": self._progress.stopped, "rules": self._rules, "hooks": states}
 
