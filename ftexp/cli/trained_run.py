@@ -59,13 +59,11 @@ class SavedRun:
     def model(self, weights: bytes) -> nn.Module:
         """The model with the content of a checkpoint's model.pt, for evaluation, on the CPU. Imports torch."""
         from ftexp.checkpoint.staging import load_part
-        from ftexp.model.build import build_model
+        from ftexp.model.build import trained_model
         from ftexp.registry import load_plugins
 
         load_plugins(self.config.plugins)
-        model, _ = build_model(dataclasses.replace(self.config.model, pretrained=False), self.info)
-        model.load_state_dict(load_part("model.pt", weights))
-        return model.eval()
+        return trained_model(self.config.model, self.info, load_part("model.pt", weights)).eval()
 
     def data_as_seen(self, data: DataConfig) -> DataConfig:
         """The same images, cropped, scaled and normalised as the model has seen its own, with labels read likewise."""

@@ -40,6 +40,11 @@ class Workers:
         """The smallest number of workers that may run at once."""
         return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
 
+    @property
+    def evaluation_resources(self) -> dict[str, float]:
+        """A task that evaluates besides them: a CPU, and a GPU where the workers have some."""
+        return {"CPU": 1, **({"GPU": 1} if self.use_gpu else {})}
+
     def __str__(self) -> str:
         count = self.num_workers if isinstance(self.num_workers, int) else "{} to {}".format(*self.num_workers)
         parts = ", ".join(f"{value:g} {name}" for name, value in self.resources_per_worker.items())

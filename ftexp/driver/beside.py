@@ -7,7 +7,6 @@ wherever a task runs on the same kind of machine: it depends on the checkpoint, 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import threading
 from concurrent.futures import Future
@@ -36,7 +35,7 @@ def require_room(config: Config, workers: Workers) -> None:
     """ConfigError if the workers leave a task that evaluates nothing to run on."""
     if config.train.eval != BESIDE:
         return
-    there, wanted = ray.cluster_resources(), task_resources(workers)
+    there, wanted = ray.cluster_resources(), workers.evaluation_resources
     for name, amount in wanted.items():
         taken = workers.max_workers * workers.resources_per_worker.get(name, 0)
         if there.get(name, 0) - taken < amount:
@@ -47,14 +46,9 @@ def require_room(config: Config, workers: Workers) -> None:
             )
 
 
-def task_resources(workers: Workers) -> dict[str, float]:
-    """Return what a task that evaluates takes: a CPU, and a GPU where the workers have some."""
-    return {"CPU": 1, **({"GPU": 1} if workers.use_gpu else {})}
-
-
 @dataclass(frozen=True)
 class EvaluationSpec:
-    """What a task needs to evaluate a run's checkpoints on val."""
+    """The facts that a task needs to evaluate a run's checkpoints on val."""
 
     config: Config
     info: DataInfo
@@ -80,7 +74,7 @@ class Evaluations:
 
     def __init__(self, spec: EvaluationSpec, workers: Workers, hub: Hub) -> None:
         self._spec, self._hub = spec, hub
-        wanted, scaling = task_resources(workers), spec.config.scaling
+        wanted, scaling = workers.evaluation_resources, spec.config.scaling
         self._task = ray.remote(_evaluate).options(
             num_cpus=wanted["CPU"],
             num_gpus=wanted.get("GPU", 0),
@@ -172,7 +166,7 @@ def _evaluate(spec: EvaluationSpec, name: str) -> dict[str, float]:
     from ftexp.data.feeds.feed import ToTensors, evaluation_batches
     from ftexp.evaluation.counting import measured, metric_set_of
     from ftexp.job.build import autocast_of, settle_kernels
-    from ftexp.model.build import as_logits, build_model
+    from ftexp.model.build import as_logits, trained_model
     from ftexp.registry import load_plugins
     from ftexp.rundir.names import CHECKPOINTS
     from ftexp.storage.directory import Storage
@@ -189,16 +183,13 @@ def _evaluate(spec: EvaluationSpec, name: str) -> dict[str, float]:
     if config.ema.decay is not None:
         extra = load_part("extra_state.pt", store.read_file(manifest, "extra_state.pt"))
         weights["_ema"] = extra["ema"]["weights"]
-    models = {}
-    for suffix, state in weights.items():
-        model, _ = build_model(dataclasses.replace(config.model, pretrained=False), info)
-        model.load_state_dict(state)
-        models[suffix] = model.to(device)
+    models = {suffix: trained_model(config.model, info, state).to(device) for suffix, state in weights.items()}
     checked = functools.partial(as_logits, config=config.model, num_classes=info.num_classes)
     to_tensors = ToTensors(info, device, config.train.channels_last)
     size = config.train.eval_batch_size or min(config.train.global_batch_size, _MAX_BATCH)
     batches = evaluation_batches(_rows(spec), to_tensors, size, rank=0, world_size=1)
-    autocast, metric_set = autocast_of(device, config.train.precision), metric_set_of(config, info, device)
+    autocast = autocast_of(device, config.train.precision)
+    metric_set = metric_set_of(config.train.metrics, info, device)
     return measured("val", models, checked, batches, autocast, metric_set=metric_set, task=info.task)
 
 

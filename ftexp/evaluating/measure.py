@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
 import json
@@ -25,13 +24,11 @@ from ftexp.data.feeds.streamed import bundle_rows
 from ftexp.data.info import SPLITS, DataBundle, DataInfo
 from ftexp.driver.resume import labels_as_begun, require_trained_on
 from ftexp.errors import ConfigError, StorageError
-from ftexp.evaluation.counting import count_into
+from ftexp.evaluation.counting import measured, metric_set_of
 from ftexp.evaluation.findings import findings_of
 from ftexp.evaluation.matched_classes import MatchedClasses
-from ftexp.evaluation.meter import Meter
 from ftexp.evaluation.metric_registry import check_names, check_num_classes
-from ftexp.evaluation.tasks import named_means
-from ftexp.model.build import as_logits, build_model
+from ftexp.model.build import as_logits, trained_model
 from ftexp.registry import load_plugins
 from ftexp.rundir.names import CHECKPOINTS, evaluation_file
 from ftexp.rundir.state import read_state
@@ -39,7 +36,6 @@ from ftexp.storage.append_log import finite
 
 if TYPE_CHECKING:
     from ftexp.evaluate import EvaluateConfig
-    from ftexp.evaluation.metric_set import MetricSet
     from ftexp.storage.directory import Storage
 
 
@@ -62,7 +58,8 @@ def measure(wanted: EvaluateConfig, run_config: Config, storage: Storage, is_oth
     info = SavedRun.at(storage.uri).info if is_other else bundle.info
     classes = _matched(info, bundle.info, run_config.data) if is_other else None
     split = wanted.split or ("all" if is_other and _reads_files(run_config.data) else "test")
-    model = _model(run_config, info, weights, _device(wanted.device))
+    check_num_classes(names, info.num_classes)
+    model = trained_model(run_config.model, info, load_part("model.pt", weights)).to(_device(wanted.device))
     found = _counted(wanted, run_config, model, info, names, bundle, split, classes)
     result = {**_head(storage, manifest, wanted, split), **found}
     if classes is not None:
@@ -100,12 +97,6 @@ def _device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _model(run_config: Config, info: DataInfo, weights: bytes, device: torch.device) -> nn.Module:
-    model, _ = build_model(dataclasses.replace(run_config.model, pretrained=False), info)
-    model.load_state_dict(load_part("model.pt", weights))
-    return model.to(device)
-
-
 def _counted(
     wanted: EvaluateConfig,
     run_config: Config,
@@ -118,29 +109,20 @@ def _counted(
 ) -> dict[str, Any]:
     device = next(model.parameters()).device
     to_tensors = ToTensors(info, device, False)
-    meter, findings = Meter(device), findings_of(info, to_tensors.pixels, wanted.threshold)
+    findings = findings_of(info, to_tensors.pixels, wanted.threshold)
     batches = _batches(split, wanted.batch_size, run_config, bundle, to_tensors)
     batches = batches if classes is None else classes.batches(batches)
     checked = functools.partial(as_logits, config=run_config.model, num_classes=info.num_classes)
-    metrics = [_metric_set(names, info, device)] if names else []
-    autocast = torch.autocast(device.type, enabled=False)
+    autocast, metric_set = torch.autocast(device.type, enabled=False), metric_set_of(names, info, device)
     mirrored = wanted.tta == "hflip"
-    count_into([(model, meter)], checked, batches, autocast, findings, mirrored, metrics, info.task)
-    measures = named_means("", meter.totals(), info.task)
+    values = measured(split, {"": model}, checked, batches, autocast, findings, metric_set, info.task, mirrored)
     return {
         "task": info.task,
-        "accuracy": measures.get("_accuracy"),
-        "loss": measures["_loss"],
-        "metrics": finite({name: value for others in metrics for name, value in others.compute().items()}),
+        "accuracy": values.get(f"{split}_accuracy"),
+        "loss": values[f"{split}_loss"],
+        "metrics": finite({name: values[f"{split}_{name}"] for name in names}),
         **findings.report(info),
     }
-
-
-def _metric_set(names: Sequence[str], info: DataInfo, device: torch.device) -> MetricSet:
-    from ftexp.evaluation.metric_set import MetricSet  # it imports torchmetrics
-
-    check_num_classes(names, info.num_classes)
-    return MetricSet(names, info.task, info.class_names, device, info.target_std)
 
 
 def _reads_files(data: DataConfig) -> bool:

@@ -15,7 +15,6 @@ from ftexp.evaluation.meter import Meter
 from ftexp.evaluation.tasks import TASKS, named_means
 
 if TYPE_CHECKING:
-    from ftexp.config.schema import Config
     from ftexp.data.info import DataInfo
     from ftexp.evaluation.metric_set import MetricSet
 
@@ -35,16 +34,18 @@ def measured(
     findings: Findings | None = None,
     metric_set: Callable[[], MetricSet] | None = None,
     task: str = SINGLE_LABEL,
+    mirrored: bool = False,
 ) -> dict[str, float]:
     """Return `<split>_loss`, `<split>_accuracy` and further metrics of each model over all ranks; collective.
 
     models: by the suffix of their metrics' names.
     metric_set: see `metric_set_of`.
+    mirrored: see `logits_of`.
     """
     meters = {suffix: Meter(next(model.parameters()).device) for suffix, model in models.items()}
     sets = {suffix: metric_set() for suffix in models} if metric_set is not None else {}
     pairs = list(zip(models.values(), meters.values(), strict=True))
-    count_into(pairs, as_logits, batches, autocast, findings, metrics=list(sets.values()), task=task)
+    count_into(pairs, as_logits, batches, autocast, findings, mirrored, list(sets.values()), task)
     values: dict[str, float] = {}
     for suffix, meter in meters.items():
         values |= named_means(split, meter.totals(), task, suffix)
@@ -53,13 +54,13 @@ def measured(
     return values
 
 
-def metric_set_of(config: Config, info: DataInfo, device: torch.device) -> Callable[[], MetricSet] | None:
-    """Return what makes the metrics of one model that train.metrics asks for; None if it asks for none."""
-    if not config.train.metrics:
+def metric_set_of(names: Sequence[str], info: DataInfo, device: torch.device) -> Callable[[], MetricSet] | None:
+    """Return what makes the metrics of one model besides loss and accuracy; None where there are no `names`."""
+    if not names:
         return None
     from ftexp.evaluation.metric_set import MetricSet  # it imports torchmetrics
 
-    return functools.partial(MetricSet, config.train.metrics, info.task, info.class_names, device, info.target_std)
+    return functools.partial(MetricSet, names, info.task, info.class_names, device, info.target_std)
 
 
 @torch.inference_mode()

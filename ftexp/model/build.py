@@ -63,6 +63,13 @@ def build_model(config: ModelConfig, info: DataInfo, key: str = KEY) -> tuple[nn
     return model, load_matching(model, weights, source, key, checkpoint_filter(arguments))
 
 
+def trained_model(config: ModelConfig, info: DataInfo, weights: StateDict) -> nn.Module:
+    """Return the model with weights of its own, on the CPU; `config.pretrained` is not loaded first."""
+    model, _ = build_model(dataclasses.replace(config, pretrained=False), info)
+    model.load_state_dict(weights)
+    return model
+
+
 @torch.no_grad()
 def initialise_head(model: nn.Module, config: ModelConfig, loaded: Collection[str] | None = None) -> None:
     """Scale the classifier, and set its biases, as timm's train.py does; ConfigError if the model hasn't got one.

@@ -37,7 +37,7 @@ def evaluate(job: Job, split: str, findings: Findings | None = None) -> None:
     if dist.is_initialized():
         _share_statistics(job, split)
     batches = evaluation_batches(data.rows[split], data.to_tensors, _batch_size(job), group.rank, group.world_size)
-    metric_set = metric_set_of(job.config, job.info, group.device)
+    metric_set = metric_set_of(job.config.train.metrics, job.info, group.device)
     autocast, task = learner.autocast, job.info.task
     values = measured(split, models, learner.as_logits, batches, autocast, findings, metric_set, task)
     log_point(job, split, values)

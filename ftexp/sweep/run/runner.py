@@ -53,9 +53,9 @@ class TrialProcess:
     @property
     def needs(self) -> dict[str, float]:
         """What it takes of the cluster, with the fewest workers that it runs with."""
-        spare = spare_of(self.config)  # of a trial whose checkpoints are evaluated in tasks
-        wanted = {name: self.workers.min_workers * amount for name, amount in self.workers.resources_per_worker.items()}
-        return {name: amount + (spare if name in ("CPU", "GPU") else 0) for name, amount in wanted.items()}
+        spare = self.workers.evaluation_resources if spare_of(self.config) else {}
+        each = self.workers.resources_per_worker.items()
+        return {name: self.workers.min_workers * amount + spare.get(name, 0) for name, amount in each}
 
     @property
     def log(self) -> Path:
