@@ -71,8 +71,6 @@ def _values(node: DictConfig, schema: type[Any]) -> Any:
             continue  # younger than the run that wrote this down: its default
         if OmegaConf.is_missing(node, field.name):
             values[field.name] = "???"
-        elif field.name not in node:  # younger than the run that stored its config: the default is what it did
-            values[field.name] = default if callable(field.default_factory) else field.default
         elif dataclasses.is_dataclass(default):
             values[field.name] = _values(node[field.name], type(default))
         else:

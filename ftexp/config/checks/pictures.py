@@ -96,9 +96,6 @@ def check_splits(config: Config) -> Iterator[str]:
     given = f"augment.splits={splits}"
     if loss != "jsd":
         yield f"{given} makes views of each sample, and loss.name={loss} doesn't compare them: set loss=jsd, or 1"
-    if config.distill.teacher is not None:
-        teacher = config.distill.teacher
-        yield f"{given} with distill.teacher={teacher}: a teacher is asked about one view; set either to its default"
     if not any(_is_set(augment, name) for name in _BY_VIEW):
         yield f"{given}: nothing makes the views differ; set augment.auto_augment=augmix-m3, say"
     for name, advice in _WITHOUT_VIEWS.items():
