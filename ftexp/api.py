@@ -1,4 +1,4 @@
-"""What a notebook or a script calls: compose, train, look at a run, load its model, evaluate, predict.
+"""The functions that a notebook or a script calls: compose, train, look at a run, load its model, evaluate, predict.
 
     from ftexp import api
 

@@ -164,7 +164,7 @@ class BestState:
 
 @register_state(HOOKS)
 class HooksState:
-    """What the hooks have counted, and whether one of them has ended the run."""
+    """The states of the hooks, and whether one of them has ended the run."""
 
     version = 1
     optional = True  # runs may begin to have hooks, and cease to

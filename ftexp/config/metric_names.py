@@ -11,7 +11,7 @@ ALWAYS_LOGGED = ("loss", "accuracy")  # of every evaluation, whatever train.metr
 
 @dataclass(frozen=True)
 class MetricKind:
-    """What is known of a metric before it is built."""
+    """The facts of a metric that are known before it is built."""
 
     better: str = "max"  # max, or min
     tasks: tuple[str, ...] = (SINGLE_LABEL,)

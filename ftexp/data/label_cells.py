@@ -1,4 +1,4 @@
-"""What sources hold as labels, cell by cell, and what becomes of it under each `data.task`.
+"""The labels of sources, cell by cell, read as each `data.task` wants them.
 
 A cell of several labels or numbers is a list, or text: a JSON list, or parts with `data.label_separator` between them.
 """

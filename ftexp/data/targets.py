@@ -1,4 +1,4 @@
-"""What a sample's label is under each `data.task`, as an array with a row for each sample.
+"""The labels of samples under each `data.task`, as an array with a row for each sample.
 
 single_label  int64 [num_samples]: the class
 multi_label   uint8 [num_samples, bytes]: a bit for each class, 8 in a byte, the first class in the lowest bit

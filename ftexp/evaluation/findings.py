@@ -1,4 +1,4 @@
-"""What an evaluation finds beside loss and accuracy, by `data.task`."""
+"""The findings of an evaluation besides loss and accuracy, by `data.task`."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ _TOP = 5
 
 @dataclass(frozen=True)
 class MetricContext:
-    """What a metric is built for: one evaluation of one model, on one rank."""
+    """One evaluation of one model, on one rank, for which a metric is built."""
 
     task: str  # data.task
     num_classes: int

@@ -73,7 +73,7 @@ def compare(original: Answer, exported: Answer, pixels: UInt8s, task: str = SING
 
 
 def _told(outputs: npt.NDArray[np.float32], task: str) -> npt.NDArray[Any]:
-    """What a model says of each image, [images, n]."""
+    """Return the answer of a model to each image, [images, n]."""
     if task == SINGLE_LABEL:
         classes: npt.NDArray[Any] = outputs.argmax(1)[:, None]
         return classes

@@ -1,4 +1,4 @@
-"""What a teacher is, as the driver finds out and workers build it. Imports neither torch nor timm."""
+"""The description of a teacher, which the driver makes and workers build from. Imports neither torch nor timm."""
 
 from __future__ import annotations
 

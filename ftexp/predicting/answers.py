@@ -1,4 +1,4 @@
-"""What the model says of each image, from its outputs to columns of a file, by `data.task`.
+"""The model's answers to images, from its outputs to columns of a file, by `data.task`.
 
 single_label  label, probability, label_2, ...: the surest classes and their softmax probabilities
 multi_label   labels, probabilities: the classes above their threshold and their sigmoid probabilities, sure ones first;
@@ -30,7 +30,7 @@ AnswerColumns = Callable[[dict[str, Any], list[str], Bools], "dict[str, pa.Array
 
 
 class Plan(Protocol):
-    """What is read of a `PredictionPlan`."""
+    """The fields of a `PredictionPlan` that are read here."""
 
     @property
     def format(self) -> str:

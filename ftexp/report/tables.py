@@ -29,7 +29,7 @@ def checkpoints(run: RunFiles) -> list[tuple[Record, str]]:
 
 
 def worst_classes(evaluation: Record) -> list[Record]:
-    """What was measured of each class, the worst first: by average precision where there is one, or by recall."""
+    """Return the rows of the classes, the worst first: by average precision where there is one, or by recall."""
     by = "average_precision" if evaluation.get("task") == MULTI_LABEL else "recall"
     return sorted(evaluation["classes"], key=lambda row: (row[by] is None, row[by], row["class"]))
 

@@ -16,7 +16,7 @@ _STATE = "distill"
 
 
 def check_distill(config: Config) -> Iterator[str]:
-    """What is given of a teacher, and of one that is none."""
+    """The teacher, and fields that need one."""
     distill, names = config.distill, config.checkpoint.extra_state
     if distill.teacher is None:
         others = tuple(field.name for field in dataclasses.fields(distill) if field.name != "teacher")

@@ -1,4 +1,4 @@
-"""What may end a run before its last step: early stopping, and hooks."""
+"""Early stopping and hooks: the ways to end a run before its last step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What fits together with `data.task`: sources, losses, sampling, and the metric that ranks checkpoints."""
+"""The parts of a config that must fit `data.task`: sources, losses, sampling, and the metric that ranks checkpoints."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def check_task(config: Config) -> Iterator[str]:
 
 
 def _regression_problems(config: Config) -> Iterator[str]:
-    """What numbers don't have."""
+    """Settings that a regression has no use for."""
     if config.train.label_smoothing:
         yield (
             f"train.label_smoothing={config.train.label_smoothing} is of classes, and data.task=regression has none: "
