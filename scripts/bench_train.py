@@ -42,6 +42,8 @@ FEATURES = {
     **{f"loss={name}": [f"loss={name}"] for name in ("bce", "focal", "asl", "poly")},
     "distill=logits": ["distill=logits"],
     "distill=features": ["distill=features"],
+    # all of these steps are at half size
+    "resizing=progressive": ["resizing=progressive", "model.kwargs.dynamic_img_size=true"],
 }
 FEATURE_STEPS, FEATURE_WARM_UP = 160, 40
 PLAIN, TUTORIAL, FTEXP = "plain DDP", "tutorial", "ftexp"

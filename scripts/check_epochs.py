@@ -1,11 +1,12 @@
-"""One full epoch of each photo experiment, and of each augmentation string, over photograph-like images of real size.
+"""One full epoch of each photo experiment, augmentation string and feature, over photograph-like images of real size.
 
     uv run python scripts/check_epochs.py [--pictures 5000] [--only experiments] [--json FILE]
 
 An experiment is trained by the command, with its own recipe and image size, on JPEGs of 500x375
 (scripts/photo_like.py); only its model is a small one, in fp32, since it is the data that is checked. A string gets
 an epoch of a worker's feed without a model: decoded, augmented, normalised, erased and mixed, every image counted.
-Exits with 1 if anything fails, lacks an image or holds what isn't finite. Takes 15 minutes on 2 cores.
+A feature (a loss, task, metric, teacher, ...) is trained by the command at 64 px. Exits with 1 if anything fails, lacks
+an image or holds what isn't finite. Takes 20 minutes on 2 cores.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from photo_like import write_photos
 from rich.console import Console
 from rich.table import Table
 
-EXPERIMENTS, STRINGS = "experiments", "strings"
+EXPERIMENTS, STRINGS, FEATURES = PARTS = ("experiments", "strings", "features")
 IMAGE_SIZE = 224
 SMALL_MODEL = ["model.name=test_resnet", "model.pretrained=false", "train.precision=fp32", "model.drop_path_rate=null"]
 AUTO_AUGMENTS = (
@@ -41,13 +42,32 @@ OTHERS = {
     ],
     "rand_augment in the worker": ["augment.rand_augment=rand-m9-mstd0.5-inc1", "augment.hflip=0.5"],
 }
+METRICS = "[top5,f1_macro,balanced_accuracy,auroc,average_precision,calibration_error]"
+OF_FOLDERS, OF_LABELS, OF_NUMBERS = "photos", "labels.csv", "numbers.csv"  # data.root of the features' runs
+BY_FEATURE: dict[str, tuple[str, list[str]]] = {
+    "teacher": (OF_FOLDERS, []),  # of those that distil
+    "loss=jsd": (OF_FOLDERS, ["loss=jsd", "augment.splits=3", "augment.auto_augment=augmix-m3"]),
+    "loss=bce, mixing": (OF_FOLDERS, ["loss=bce", "augment.mixup_alpha=0.2", "augment.cutmix_alpha=1"]),
+    "loss=focal, class weights": (OF_FOLDERS, ["loss=focal", "loss.class_weights=effective_num"]),
+    "loss=asl": (OF_FOLDERS, ["loss=asl"]),
+    "loss=poly, balanced": (OF_FOLDERS, ["loss=poly", "data.sampling=balanced"]),
+    "metrics, beside, EMA": (
+        OF_FOLDERS,
+        [f"train.metrics={METRICS}", "train.eval=beside", "ema=warmup"],
+    ),
+    "distill=logits": (OF_FOLDERS, ["distill=logits", "distill.teacher={runs}/teacher"]),
+    "distill=features": (OF_FOLDERS, ["distill=features", "distill.teacher={runs}/teacher"]),
+    "resizing=progressive": (OF_FOLDERS, ["resizing=progressive"]),
+    "multi_label": (OF_LABELS, ["data.task=multi_label", "loss=asl", "train.metrics=[average_precision]"]),
+    "regression": (OF_NUMBERS, ["data.task=regression", "loss=huber", "train.metrics=[mae,r2]"]),
+}
 
 
 def main() -> None:
     """Run every epoch, print a line for each, and exit with 1 if one went wrong."""
     parser = options_parser(__doc__, 1, "unused")
     parser.add_argument("--pictures", type=int, default=5000)
-    parser.add_argument("--only", nargs="+", choices=(EXPERIMENTS, STRINGS), default=(EXPERIMENTS, STRINGS))
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     options = parser.parse_args()
     console = Console(highlight=False, width=120)
     describe_machine(console)
@@ -70,6 +90,15 @@ def main() -> None:
             console.print(f"experiment={experiment}: {outcome} in {seconds[experiment]:.0f} s")
             if outcome != "finished":
                 failed.append(f"experiment={experiment}: {outcome}")
+        if FEATURES in options.only:
+            write_lists(folder, folder / "photos")
+            for title, (root, overrides) in BY_FEATURE.items():
+                began_s = time.perf_counter()
+                outcome = epoch_of_feature(folder, title, root, overrides)
+                seconds[title] = time.perf_counter() - began_s
+                console.print(f"{title}: {outcome} in {seconds[title]:.0f} s")
+                if outcome != "finished":
+                    failed.append(f"{title}: {outcome}")
     table = Table("one epoch", "seconds", box=None)
     for title, value in seconds.items():
         table.add_row(title, f"{value:.0f}")
@@ -104,14 +133,40 @@ def epoch_of_feed(root: Path, num_images: int, overrides: list[str]) -> float:
 
 def epoch_of_experiment(folder: Path, experiment: str) -> str:
     """The status of a run of one epoch."""
-    overrides = [
-        *(f"experiment={experiment}", f"data.root={folder / 'photos'}", *SMALL_MODEL),
+    return _status(folder, experiment, [f"experiment={experiment}", f"data.root={folder / 'photos'}", *SMALL_MODEL])
+
+
+def epoch_of_feature(folder: Path, title: str, root: str, overrides: list[str]) -> str:
+    """The status of a run of one epoch at 64 px."""
+    source = "image_folder" if root == OF_FOLDERS else "image_list"
+    given = [override.format(runs=folder / "runs") for override in overrides]
+    common = ["data.image_size=64", "augment=none", "augment.crop=rrc", "augment.hflip=0.5", "model.name=test_resnet"]
+    name = title.translate(str.maketrans(" ,=", "___"))
+    return _status(folder, name, [f"data={source}", f"data.root={folder / root}", *common, *given])
+
+
+def write_lists(folder: Path, photos: Path) -> None:
+    """Write lists of the photos: of a class and its parity, and of a number."""
+    classes = sorted(path.name for path in photos.iterdir())
+    labels, numbers = ["path,label"], ["path,label"]
+    for number, name in enumerate(classes):
+        for path in sorted((photos / name).iterdir()):
+            where = path.relative_to(folder)
+            labels.append(f"{where},{name};{'odd' if number % 2 else 'even'}")
+            numbers.append(f"{where},{number / len(classes)}")
+    (folder / OF_LABELS).write_text("\n".join(labels) + "\n")
+    (folder / OF_NUMBERS).write_text("\n".join(numbers) + "\n")
+
+
+def _status(folder: Path, name: str, overrides: list[str]) -> str:
+    given = [
+        *overrides,
         *("train.epochs=1", "scaling.num_workers=1", "scaling.resources_per_worker={CPU: 1}"),
         *("data.val_fraction=0.02", "data.test_fraction=0.02"),
-        *(f"run.storage={folder / 'runs'}", f"run.name={experiment}"),
+        *(f"run.storage={folder / 'runs'}", f"run.name={name}"),
     ]
-    code = subprocess.run([sys.executable, "-m", "ftexp.train", *overrides], check=False).returncode
-    record = folder / "runs" / experiment / "run.json"
+    code = subprocess.run([sys.executable, "-m", "ftexp.train", *given], check=False).returncode
+    record = folder / "runs" / name / "run.json"
     return str(json.loads(record.read_text())["status"]) if record.exists() else f"exit code {code}"
 
 

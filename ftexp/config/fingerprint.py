@@ -13,7 +13,10 @@ from ftexp.errors import ConfigError
 
 # model, data, optimiser, seed and batch define a run; epochs, workers, logging, failure and checkpoint settings
 # may change between calls
-_DEFINING = ("seed", "resume_from", "model", "data", "augment", "loss", "optim", "ema", "distill", "schedule")
+_DEFINING = (
+    *("seed", "resume_from", "model", "data", "augment", "resizing"),
+    *("loss", "optim", "ema", "distill", "schedule"),
+)
 _DEFINING_TRAIN = (
     *("global_batch_size", "precision", "label_smoothing", "freeze"),
     *("sync_bn", "dist_bn"),

@@ -193,6 +193,17 @@ class AugmentConfig:
 
 
 @dataclass(kw_only=True)
+class ResizingConfig:
+    """Progressive resizing, as in Composer: training begins with images smaller than data.image_size."""
+
+    # size of the first images, as a share of data.image_size; None: every step trains on images of full size
+    initial_scale: float | None = ranged(None, above=0, high=1)
+    delay_fraction: float = ranged(0.5, low=0, high=1)  # share of train.epochs that keeps the first size
+    finetune_fraction: float = ranged(0.2, low=0, high=1)  # share of train.epochs, at the end, of full size
+    size_increment: int = ranged(4, low=1)  # pixels; sizes are multiples of it, the full size aside
+
+
+@dataclass(kw_only=True)
 class TrainConfig:
     epochs: int = ranged(MISSING, low=1)
     global_batch_size: int = ranged(MISSING, low=1)  # samples per optimiser step, over all workers
@@ -437,6 +448,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
+    resizing: ResizingConfig = field(default_factory=ResizingConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

@@ -74,11 +74,13 @@ def train(
 
 def _checked(config: Config, overrides: list[str] | None, run_dir: Storage) -> Config:
     """The config, with `resume_from` as workers can open it, once it is known to fit what the run directory holds."""
-    from ftexp.driver.resume import located, require_resumable
+    from ftexp.driver.resume import has_run, located, require_resumable
 
     require_resumable(config, run_dir)
     if config.resume_from is not None:
         config = dataclasses.replace(config, resume_from=located(config.resume_from, run_dir))
+    if config.resizing.initial_scale is not None and not has_run(run_dir):
+        _check_sizes(config)
     if config.model.pretrained is not False:
         config = _with_preprocessing(config, overrides, run_dir)
     run_dir.require_writable()
@@ -115,6 +117,18 @@ def _with_preprocessing(config: Config, overrides: list[str] | None, run_dir: St
     ]:
         print(f"ftexp: {', '.join(told)}: {origin}", file=sys.stderr)
     return made
+
+
+def _check_sizes(config: Config) -> None:
+    """ConfigError if the model can't be trained on the sizes of progressive resizing; imports torch and timm."""
+    from ftexp.cluster.ray_cluster import prepare_environment
+
+    prepare_environment(config)  # a plug-in may import Ray
+    from ftexp.model.sizes import check_sizes
+    from ftexp.registry import load_plugins
+
+    load_plugins(config.plugins)
+    check_sizes(config)
 
 
 def _check_weights(config: Config) -> tuple[dict[str, Any], str]:

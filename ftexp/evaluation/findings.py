@@ -36,7 +36,8 @@ def findings_of(info: DataInfo, to_pixels: Callable[[Tensor], UInt8s], threshold
         threshold: of multi_label: one for all classes, or a list of each class's; None: 0.5.
     """
     if info.task == MULTI_LABEL:
-        return SetFindings(info.num_classes, thresholds_of("threshold", threshold, info.num_classes))
+        thresholds = thresholds_of("threshold", threshold, info.num_classes)
+        return SetFindings(info.num_classes, thresholds, to_pixels)
     if info.task == REGRESSION:
         return NumberFindings()
     return ClassFindings(info.num_classes, to_pixels)

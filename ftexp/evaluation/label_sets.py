@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
+from ftexp.data.decoder import UInt8s
 from ftexp.data.info import DataInfo
 from ftexp.data.targets import Bits, packed, unpacked
 from ftexp.errors import ConfigError
 from ftexp.evaluation.gathering import gathered
+from ftexp.evaluation.mistakes import MAX_MISTAKES, Mistake, described_mistakes, mistakes_of, surest_of
 
 DEFAULT_THRESHOLD = 0.5
 Float32s = npt.NDArray[np.float32]
@@ -35,24 +38,39 @@ def thresholds_of(key: str, given: Any, num_classes: int) -> list[float]:
 class SetFindings:
     """Collects on one rank: 4 bytes for each sample and class, all of them on rank 0 in the end."""
 
-    def __init__(self, num_classes: int, thresholds: Sequence[float]) -> None:
+    def __init__(self, num_classes: int, thresholds: Sequence[float], to_pixels: Callable[[Tensor], UInt8s]) -> None:
+        """to_pixels: turns images as the model gets them back into uint8 rows."""
         self._num_classes, self._thresholds = num_classes, np.array(thresholds, np.float32)
+        self._to_pixels, self._mistakes = to_pixels, list[Mistake]()
         self._probabilities: list[Float32s] = []
         self._sets: list[Bits] = []
 
-    def add(self, images: Tensor, targets: Tensor, logits: Tensor) -> None:  # noqa: ARG002 - as other findings'
+    def add(self, images: Tensor, targets: Tensor, logits: Tensor) -> None:
         """Count a batch: targets 0 and 1, logits, both [rows, num_classes]."""
         rows, classes = targets.cpu().numpy().nonzero()
         self._sets.append(packed(rows, classes, len(targets), self._num_classes))
-        self._probabilities.append(logits.float().sigmoid().cpu().numpy())
+        probabilities = logits.float().sigmoid()
+        self._probabilities.append(probabilities.cpu().numpy())
+        self._mistakes = surest_of([*self._mistakes, *self._mistaken(images, targets > 0, probabilities)])
+
+    def _mistaken(self, images: Tensor, held: Tensor, probabilities: Tensor) -> list[Mistake]:
+        """Return the most confident mistakes of a batch; a sample's confidence is that of its worst class."""
+        told = probabilities > torch.from_numpy(self._thresholds).to(probabilities)
+        confidences = torch.where(told, probabilities, 1 - probabilities).nan_to_num()
+        worst = torch.where(told != held, confidences, -1.0).amax(1)
+        wrong = (worst >= 0).nonzero().flatten()
+        surest = wrong[worst[wrong].argsort(descending=True, stable=True)][:MAX_MISTAKES]
+        label, prediction = _sets_of(held[surest]), _sets_of(told[surest])
+        return mistakes_of(worst[surest].tolist(), label, prediction, self._to_pixels(images[surest]))
 
     def report(self, info: DataInfo) -> dict[str, Any]:
         """Return what `evaluation_<split>.json` says, on rank 0; collective."""
-        parts = gathered((self._probabilities, self._sets))
+        parts = gathered((self._probabilities, self._sets, self._mistakes))
         none, nobody = np.empty((0, self._num_classes), np.float32), np.empty(0, np.int64)
-        probabilities = np.concatenate([none, *(batch for part, _ in parts for batch in part)])
+        probabilities = np.concatenate([none, *(batch for part, _, _ in parts for batch in part)])
         no_sets = packed(nobody, nobody, 0, self._num_classes)
-        sets = np.concatenate([no_sets, *(batch for _, part in parts for batch in part)])
+        sets = np.concatenate([no_sets, *(batch for _, part, _ in parts for batch in part)])
+        mistakes = surest_of([mistake for _, _, part in parts for mistake in part])
         held = unpacked(sets, self._num_classes).astype(bool)
         classes = [
             {"class": name, **of_class(probabilities[:, number], held[:, number], self._thresholds[number])}
@@ -65,8 +83,13 @@ class SetFindings:
             "average_precision": math.fsum(precisions) / len(precisions) if precisions else None,
             "classes": classes,
             "confusion": None,
-            "mistakes": [],
+            "mistakes": described_mistakes(mistakes, info.class_names),
         }
+
+
+def _sets_of(flags: Tensor) -> list[tuple[int, ...]]:
+    """Return the classes that are set in each row, [rows, num_classes]."""
+    return [tuple(row.nonzero().flatten().tolist()) for row in flags.cpu()]
 
 
 def of_class(probabilities: Float32s, held: npt.NDArray[np.bool_], threshold: float) -> dict[str, Any]:

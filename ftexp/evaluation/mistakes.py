@@ -1,11 +1,11 @@
-"""What a test tells beside loss and accuracy: which class was taken for which, and the mistakes it was surest of."""
+"""The findings of an evaluation of single labels: which class was taken for which, and the most confident mistakes."""
 
 from __future__ import annotations
 
 import base64
 import io
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,11 +23,11 @@ _MAX_CLASSES = 1000  # of a confusion matrix that is written whole: a million nu
 
 @dataclass(frozen=True)
 class Mistake:
-    """One sample that was taken for another class."""
+    """One sample whose prediction is wrong."""
 
-    confidence: float  # the probability that the model gave to its prediction
-    label: int
-    prediction: int
+    confidence: float  # the probability that the model gave to what is wrong about its prediction
+    label: tuple[int, ...]  # the sample's class, or its set of classes
+    prediction: tuple[int, ...]
     png: bytes  # the picture, as the model sees it
 
 
@@ -55,10 +55,10 @@ class ClassFindings:
         wrong = (predictions != labels).nonzero().flatten()
         # stable: samples that tie stay in their order, however many ranks share them
         surest = wrong[confidences[wrong].argsort(descending=True, stable=True)][:MAX_MISTAKES]
+        pixels = self._to_pixels(images[surest])
         sure, of_label, guesses = (column[surest].tolist() for column in (confidences, labels, predictions))
-        pngs = map(_png, self._to_pixels(images[surest]))
-        found = [Mistake(*values) for values in zip(sure, of_label, guesses, pngs, strict=True)]
-        self._mistakes = _surest([*self._mistakes, *found])
+        found = mistakes_of(sure, [(label,) for label in of_label], [(guess,) for guess in guesses], pixels)
+        self._mistakes = surest_of([*self._mistakes, *found])
 
     def gathered(self) -> Part:
         """What all ranks found, on rank 0, and this rank's part on the others; collective."""
@@ -93,16 +93,25 @@ def described(part: Part, class_names: list[str]) -> dict[str, Any]:
             for number, name in enumerate(class_names)
         ],
         "confusion": confusion,
-        "mistakes": [
-            {
-                "label": class_names[mistake.label],
-                "prediction": class_names[mistake.prediction],
-                "confidence": mistake.confidence,
-                "png": base64.b64encode(mistake.png).decode(),
-            }
-            for mistake in part.mistakes
-        ],
+        "mistakes": described_mistakes(part.mistakes, class_names),
     }
+
+
+def described_mistakes(mistakes: Sequence[Mistake], class_names: Sequence[str]) -> list[dict[str, Any]]:
+    """Return what `evaluation_<split>.json` says of mistakes, with their pictures."""
+    return [
+        {
+            "label": _named(mistake.label, class_names),
+            "prediction": _named(mistake.prediction, class_names),
+            "confidence": mistake.confidence,
+            "png": base64.b64encode(mistake.png).decode(),
+        }
+        for mistake in mistakes
+    ]
+
+
+def _named(classes: tuple[int, ...], class_names: Sequence[str]) -> str:
+    return ", ".join(class_names[number] for number in classes) or "no class"
 
 
 def _share(right: int, total: int) -> float | None:
@@ -114,10 +123,22 @@ def _together(parts: list[Part]) -> Part:
     pairs = Counter[tuple[int, int]]()
     for part in parts:
         pairs.update(part.pairs)
-    return Part(pairs, _surest([mistake for part in parts for mistake in part.mistakes]))
+    return Part(pairs, surest_of([mistake for part in parts for mistake in part.mistakes]))
 
 
-def _surest(mistakes: list[Mistake]) -> list[Mistake]:
+def mistakes_of(
+    confidences: Sequence[float],
+    labels: Sequence[tuple[int, ...]],
+    predictions: Sequence[tuple[int, ...]],
+    pixels: UInt8s,
+) -> list[Mistake]:
+    """Return a mistake for each row of `pixels`, [rows, height, width, channels]."""
+    columns = zip(confidences, labels, predictions, map(_png, pixels), strict=True)
+    return [Mistake(*values) for values in columns]
+
+
+def surest_of(mistakes: Sequence[Mistake]) -> list[Mistake]:
+    """Return those that are kept, the most confident first; those that tie stay in their order."""
     return sorted(mistakes, key=lambda mistake: -mistake.confidence)[:MAX_MISTAKES]
 
 

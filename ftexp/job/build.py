@@ -20,6 +20,7 @@ from ftexp.data.augment.erasing import Erasing
 from ftexp.data.augment.mixing import Mixing
 from ftexp.data.augment.picture import PictureAugment
 from ftexp.data.augment.pixels import Augment
+from ftexp.data.augment.resizing import Resizing
 from ftexp.data.feeds.decoding import refuse_bad
 from ftexp.data.feeds.feed import CachedRows, IndexedFeed, Rows, ToTensors
 from ftexp.data.feeds.streamed import StreamedRows, slow_reason
@@ -215,11 +216,18 @@ def _data(
         rows=rows,
         to_tensors=to_tensors,
         accumulate_steps=plan.accumulate_steps,
+        resizing=_resizing(config, info, num_samples),
         erasing=Erasing(augment, config.seed, device) if augment.erase_prob else None,
         mixing=_mixing(config, info, mixed_to) if augment.mixes else None,
         splits=augment.splits,
         skipped=skipped,
     )
+
+
+def _resizing(config: Config, info: DataInfo, num_samples: int) -> Resizing | None:
+    if config.resizing.initial_scale is None:
+        return None
+    return Resizing(config.resizing, info.image_size, num_samples * config.train.epochs)
 
 
 def _mixing(config: Config, info: DataInfo, end: int | None) -> Mixing:

@@ -10,6 +10,7 @@ from torch import Tensor
 from ftexp.data.augment.erasing import Erasing
 from ftexp.data.augment.mixing import Mixing
 from ftexp.data.augment.picture import view_positions
+from ftexp.data.augment.resizing import Resizing
 from ftexp.data.batches import Batch, MicroBatch
 from ftexp.data.feeds.feed import Feed, Rows, ToTensors
 from ftexp.job.skipped_batches import SkippedBatches
@@ -23,17 +24,28 @@ class TrainingData:
     rows: dict[str, Rows]  # by split, for evaluation
     to_tensors: ToTensors
     accumulate_steps: int  # micro-batches of a step: more than configured once memory has run out
+    resizing: Resizing | None = None
     erasing: Erasing | None = None
     mixing: Mixing | None = None
     splits: int = 1  # views of each sample in a micro-batch's images
     skipped: SkippedBatches = field(default_factory=SkippedBatches)
     current: Batch | None = None  # that is being trained on
 
-    def augmented(self, micro: MicroBatch, start: int) -> MicroBatch:
-        """Erase and mix as the config asks for it, in the global batch that begins at position `start`.
+    @property
+    def image_size(self) -> int | None:
+        """Pixels of the images of the last batch, where that changes with the step; else None."""
+        if self.resizing is None or self.current is None:
+            return None
+        return self.resizing.size_at(self.current.start)
 
-        Both draw from global generators, which the step seeds afterwards; so this is done on the thread that trains.
+    def augmented(self, micro: MicroBatch, start: int) -> MicroBatch:
+        """Resize, erase and mix as the config asks for it, in the global batch that begins at position `start`.
+
+        The latter two draw from global generators, which the step seeds afterwards; so this is done on the thread that
+        trains.
         """
+        if self.resizing is not None:  # first, so that what is erased and mixed is less
+            micro = dataclasses.replace(micro, images=self.resizing(micro.images, start))
         if self.erasing is not None:
             micro = dataclasses.replace(micro, images=self._erased(micro, self.erasing))
         return micro if self.mixing is None else self.mixing(micro, start)

@@ -66,22 +66,26 @@ class Utilisation:
         peak = peak_flops(name, precision)
         self._peak = peak * num_devices if peak is not None else None
         self._shape = shape  # of an image: channels, height, width
-        self._flops: float | None = None
+        self._flops: dict[tuple[int, int, int], float] = {}  # by the shape of an image
         self.problem: str | None = None
 
     def count_anew(self) -> None:
         """Other parts of the model are trained from now on."""
-        self._flops = None
+        self._flops.clear()
 
-    def at(self, images_per_s: float, model: nn.Module) -> float | None:
-        """The share of the devices' peak that so many images a second are; None where that isn't known."""
+    def at(self, images_per_s: float, model: nn.Module, image_size: int | None = None) -> float | None:
+        """Return the share of the devices' peak that so many images a second are; None where that isn't known.
+
+        image_size: pixels; None: those of full size.
+        """
         if self._peak is None or self.problem is not None:
             return None
-        if self._flops is None:
+        shape = self._shape if image_size is None else (self._shape[0], image_size, image_size)
+        if shape not in self._flops:
             try:
-                self._flops = flops_per_image(model, self._shape)
+                self._flops[shape] = flops_per_image(model, shape)
             # models are other people's code, and some can't do with shapes alone: the run is as good without
             except Exception as error:
                 self.problem = f"{type(error).__name__}: {error}"
                 return None
-        return round(self._flops * images_per_s / self._peak, 4)
+        return round(self._flops[shape] * images_per_s / self._peak, 4)

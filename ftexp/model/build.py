@@ -134,18 +134,29 @@ def check_weights(config: ModelConfig, data: DataConfig) -> None:
     Weights of timm's hub aren't fetched: they are taken to be of the model that timm builds by this name. The number of
     classes may not be known yet, but it decides about the head only.
     """
-    names = [str(number) for number in range(data.num_classes or 2)]
-    info = DataInfo(names, data.image_size, data.channels, data.mean, data.std, {})
+    info = _assumed_info(data)
     if config.pretrained is True:
         _hub_config(config.name)
         source = f"timm hub, {config.name}"
         weights = without_values(lambda: timm.create_model(config.name)).state_dict()
     else:
         weights, source = load_weights(Path(config.pretrained).expanduser(), "meta")
-    model = without_values(lambda: build_model(dataclasses.replace(config, pretrained=False), info)[0])
+    model = without_values_of(config, data)
     _, report = match(model, weights, source, KEY, checkpoint_filter(timm_arguments(config, info)))
     if not config.pretrained_partial:
         require_half(model, report, KEY)
+
+
+def _assumed_info(data: DataConfig) -> DataInfo:
+    """Return what a model is built for while the data, and so perhaps the number of classes, aren't known yet."""
+    names = [str(number) for number in range(data.num_classes or 2)]
+    return DataInfo(names, data.image_size, data.channels, data.mean, data.std, {})
+
+
+def without_values_of(config: ModelConfig, data: DataConfig) -> nn.Module:
+    """Return the model that the configs describe, on the device meta; its head may have another number of classes."""
+    info = _assumed_info(data)
+    return without_values(lambda: build_model(dataclasses.replace(config, pretrained=False), info)[0])
 
 
 def without_values(build: Callable[[], nn.Module]) -> nn.Module:

@@ -11,7 +11,7 @@ from torch import nn
 from ftexp.config.schema import FEATURES, LOGITS, TOKEN, Config
 from ftexp.data.info import DataInfo
 from ftexp.errors import ConfigError
-from ftexp.model.build import build_model, timm_arguments, without_values
+from ftexp.model.build import build_model, timm_arguments, without_values, without_values_of
 from ftexp.model.matching import match
 from ftexp.model.teacher import own_info, require_whole
 from ftexp.model.teacher_spec import KEY, TeacherSpec
@@ -64,9 +64,7 @@ def _check_file(spec: TeacherSpec, model: nn.Module, own: DataInfo, kind: str) -
 
 
 def _check_student(config: Config) -> None:
-    names = [str(number) for number in range(config.data.num_classes or 2)]
-    info = DataInfo(names, config.data.image_size, config.data.channels, config.data.mean, config.data.std, {})
-    model = without_values(lambda: build_model(dataclasses.replace(config.model, pretrained=False), info)[0])
+    model = without_values_of(config.model, config.data)
     if config.distill.kind == FEATURES:
         _require_features(model, f"model.name={config.model.name}")
     elif not hasattr(model, "set_distilled_training"):

@@ -40,6 +40,8 @@ def log_train(job: Job) -> None:
     # layer-wise decay has the head's the largest
     rate = max(group["lr"] for group in learner.optimizer.param_groups)
     values = {**named_means("train", totals, job.info.task), "lr": rate}
+    if job.data.image_size is not None:
+        values["image_size"] = job.data.image_size
     if learner.scaler.is_enabled():
         values |= {"loss_scale": learner.scaler.get_scale(), "num_overflows": progress.num_overflows}
     log_point(job, "train", values, speeds(job))

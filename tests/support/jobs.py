@@ -28,6 +28,7 @@ from ftexp.config.schema import (
 from ftexp.data.augment.erasing import Erasing
 from ftexp.data.augment.mixing import Mixing
 from ftexp.data.augment.pixels import Augment
+from ftexp.data.augment.resizing import Resizing
 from ftexp.data.feeds.feed import CachedRows, IndexedFeed, ToTensors
 from ftexp.data.info import DataInfo
 from ftexp.data.order import SampleOrder
@@ -180,6 +181,7 @@ def job_of(config, info, num_samples, group=ALONE, attempt=1, teacher=None):
         feed=IndexedFeed(rows, SampleOrder(0, num_samples), plan, to_tensors, Augment(augment, 0, info.mean)),
         rows={"train": rows, "val": rows, "test": rows}, to_tensors=to_tensors,
         accumulate_steps=train.accumulate_steps,
+        resizing=Resizing(config.resizing, size, total) if config.resizing.initial_scale else None,
         erasing=Erasing(augment, 0, CPU) if augment.erase_prob else None,
         mixing=mixing,
     )  # fmt: skip

@@ -92,6 +92,7 @@ def test_there_are_options_to_test():
             "loss",
             "model",
             "optim",
+            "resizing",
             "scaling",
             "schedule",
             "sweep",

@@ -1,6 +1,8 @@
 """data.task=multi_label: sets of classes from cell to batch, timm's losses and mixing over them, and evaluation."""
 
+import base64
 import copy
+import io
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from timm.loss import compute_class_weights, create_classification_loss
 from torchvision.ops import sigmoid_focal_loss
 
@@ -290,9 +293,9 @@ def test_what_is_found_of_each_class_is_scikit_learns_at_its_threshold():
 
     names, thresholds = [f"c{number}" for number in range(CLASSES)], np.linspace(0.2, 0.8, CLASSES).tolist()
     info = DataInfo(names, 8, 1, [0.5], [0.25], {}, task=MULTI_LABEL)
-    findings = findings_of(info, lambda _: None, thresholds)
+    findings = findings_of(info, lambda images: np.zeros((len(images), 8, 8, 1), np.uint8), thresholds)
     for part in (slice(0, 6), slice(6, 13)):
-        findings.add(torch.empty(0), SETS[part], LOGITS[part])
+        findings.add(torch.zeros(13, 1, 8, 8)[part], SETS[part], LOGITS[part])
     found, held, probabilities = findings.report(info), SETS.numpy(), LOGITS.sigmoid().numpy()
     assert found["num_samples"] == 13
     assert found["labels_per_sample"] == pytest.approx(SETS.sum().item() / 13)
@@ -309,6 +312,26 @@ def test_what_is_found_of_each_class_is_scikit_learns_at_its_threshold():
         if told[:, number].any():
             assert row["precision"] == precision_score(held[:, number], told[:, number])
     assert found["average_precision"] == pytest.approx(np.mean(averages))
+
+
+def test_the_most_confident_mistakes_come_with_their_sets_and_pictures():
+    info = DataInfo(["a", "b", "c"], 8, 1, [0.5], [0.25], {}, task=MULTI_LABEL)
+    findings = findings_of(info, lambda images: np.full((len(images), 8, 8, 1), images.mean() * 255, np.uint8), 0.5)
+    held = torch.tensor([[1, 0, 0], [0, 0, 0], [0, 1, 1], [1, 1, 1]]).float()
+    #  right; b is told for nothing; c is missed, and a told, which is surer; a is missed by less than any
+    logits = torch.tensor([[9.0, -9, -9], [-9, 2, -9], [4, 4, -3], [-0.5, 9, 9]])
+    for row in range(4):
+        findings.add(torch.full((1, 1, 8, 8), row / 4), held[row : row + 1], logits[row : row + 1])
+    mistakes = findings.report(info)["mistakes"]
+    assert [(mistake["label"], mistake["prediction"]) for mistake in mistakes] == [
+        ("b, c", "a, b"),
+        ("no class", "b"),
+        ("a, b, c", "b, c"),
+    ]
+    expected = torch.tensor([4.0, 2.0, 0.5]).sigmoid().tolist()
+    assert [mistake["confidence"] for mistake in mistakes] == pytest.approx(expected)
+    pictures = [np.asarray(Image.open(io.BytesIO(base64.b64decode(mistake["png"])))) for mistake in mistakes]
+    assert [picture[0, 0] for picture in pictures] == [127, 63, 191]
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from ftexp.config.checks.recipe import (
     check_optim,
     check_schedule,
 )
+from ftexp.config.checks.resizing import check_resizing
 from ftexp.config.checks.run import check_run
 from ftexp.config.checks.scaling import check_batch, check_scaling
 from ftexp.config.checks.stopping import check_hooks, check_stopping
@@ -66,6 +67,7 @@ _CHECKS: dict[Callable[[Config], Iterator[str]], tuple[str, ...]] = {
     check_repeats: ("train.global_batch_size", "augment.repeats"),
     check_splits: ("augment.splits", "loss.name"),
     check_pictures: ("data.channels", "augment.crop"),
+    check_resizing: ("data.image_size", "resizing.initial_scale", "resizing.size_increment"),
     check_loss: ("augment.mixup_alpha", "augment.cutmix_alpha", "loss.gamma", "loss.gamma_pos", "loss.gamma_neg"),
     check_optim: ("optim.name",),
     check_lr_base: ("optim.name", "optim.lr", "optim.lr_base", "train.global_batch_size"),

@@ -1,0 +1,33 @@
+"""Whether a model takes the sizes of images that progressive resizing trains it on."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ftexp.config.schema import Config
+from ftexp.data.augment.resizing import sizes
+from ftexp.errors import ConfigError
+from ftexp.model.build import without_values_of
+
+
+def check_sizes(config: Config) -> None:
+    """ConfigError if the model refuses a size that the run may train on. Looks at shapes alone."""
+    model, data = without_values_of(config.model, config.data), config.data
+    if _refusal(model, data.channels, data.image_size) is not None:
+        return  # not a matter of size: it can't do with shapes alone, say
+    for size in sizes(config.resizing, data.image_size):
+        if error := _refusal(model, data.channels, size):
+            raise ConfigError(
+                f"resizing.initial_scale={config.resizing.initial_scale} trains on images of {size} px, which "
+                f"model.name={config.model.name} refuses ({error}). For a ViT, set model.kwargs.dynamic_img_size=true "
+                "and resizing.size_increment to its patch size; otherwise set resizing=none"
+            )
+
+
+def _refusal(model: nn.Module, channels: int, size: int) -> str | None:
+    try:
+        model(torch.empty((2, channels, size, size), device="meta"))
+    except Exception as error:  # models are other people's code, and refuse in their own ways
+        return str(error).partition("\n")[0] or type(error).__name__
+    return None
