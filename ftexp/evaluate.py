@@ -25,7 +25,7 @@ from omegaconf import MISSING, DictConfig
 from ftexp.cli.entry import command_words, exiting_on_error, with_run
 from ftexp.cli.parse import read_command
 from ftexp.config.fields import choice, ranged
-from ftexp.config.schema import AUTO, MULTI_LABEL, TTA, Config
+from ftexp.config.schema import AUTO, MULTI_LABEL, TTA, Config, ScalingConfig
 from ftexp.config.source_names import AS_TRAINED
 from ftexp.errors import ConfigError
 from ftexp.evaluating.printing import print_result
@@ -178,8 +178,9 @@ def _on_other_data(run_config: Config, other: Config, storage: Storage) -> Confi
     root = None if data.root is None else absolute(data.root)
     data = dataclasses.replace(data, root=root, num_classes=None, feed=AUTO, shuffle_window=None)
     plugins = [*run_config.plugins, *(name for name in other.plugins if name not in run_config.plugins)]
-    model = dataclasses.replace(run_config.model, pretrained=False)
-    made = dataclasses.replace(run_config, data=data, model=model, plugins=plugins)
+    model = dataclasses.replace(run_config.model, pretrained=False, pretrained_partial=False)
+    # there are no workers, and this may be another machine than the run's
+    made = dataclasses.replace(run_config, data=data, model=model, plugins=plugins, scaling=ScalingConfig())
     validate(made, trains=False)
     return made
 

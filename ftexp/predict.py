@@ -164,7 +164,7 @@ def predict(composed: Config, own: PredictConfig, run: SavedRun, chosen: bool, w
     config = dataclasses.replace(
         composed,
         data=data,
-        model=dataclasses.replace(run.config.model, pretrained=False),
+        model=dataclasses.replace(run.config.model, pretrained=False, pretrained_partial=False),
         plugins=[*run.config.plugins, *(name for name in composed.plugins if name not in run.config.plugins)],
     )
     validate(config, trains=False)

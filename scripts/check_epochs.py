@@ -28,7 +28,7 @@ from rich.table import Table
 
 EXPERIMENTS, STRINGS, FEATURES = PARTS = ("experiments", "strings", "features")
 IMAGE_SIZE = 224
-SMALL_MODEL = ["model.name=test_resnet", "model.pretrained=false", "train.precision=fp32", "model.drop_path_rate=null"]
+SMALL_MODELS = {"vit": "test_vit", "deit": "test_vit", "convnext": "test_convnext", "resnet": "test_resnet"}  # of timm
 AUTO_AUGMENTS = (
     *("rand-m9-mstd0.5-inc1", "rand-m7-mstd0.5-inc1", "rand-m15-n3-mmax20-p0.7", "rand-m9-n2-tweights"),
     *("original", "originalr-mstd0.5", "v0", "v0r-mstd0.5", "3a", "augmix-m3", "augmix-m5-w4-d2"),
@@ -133,7 +133,10 @@ def epoch_of_feed(root: Path, num_images: int, overrides: list[str]) -> float:
 
 def epoch_of_experiment(folder: Path, experiment: str) -> str:
     """The status of a run of one epoch."""
-    return _status(folder, experiment, [f"experiment={experiment}", f"data.root={folder / 'photos'}", *SMALL_MODEL])
+    family = composed(f"experiment={experiment}").model.name
+    small = next(name for prefix, name in SMALL_MODELS.items() if family.startswith(prefix))
+    changed = [f"model.name={small}", "model.pretrained=false", "train.precision=fp32", "model.drop_path_rate=null"]
+    return _status(folder, experiment, [f"experiment={experiment}", f"data.root={folder / 'photos'}", *changed])
 
 
 def epoch_of_feature(folder: Path, title: str, root: str, overrides: list[str]) -> str:

@@ -70,6 +70,9 @@ class SavedRun:
         decoded = can_stream(data.name)  # else they are in memory as the model sees them
         names = [name for name in AS_TRAINED if decoded or name not in OF_DECODING]
         seen: dict[str, Any] = {name: getattr(self.config.data, name) for name in names}
+        if not decoded:
+            defaults = DataConfig()
+            seen |= {name: getattr(defaults, name) for name in OF_DECODING}
         # nothing is cut out of an image but in training
         return dataclasses.replace(data, integer_labels=self.info.integer_labels, decode_size=None, **seen)
 

@@ -22,8 +22,9 @@ _DEFINING_TRAIN = (
     *("sync_bn", "dist_bn"),
     *("clip_grad_norm", "clip_grad_value", "clip_grad_agc"),
 )
-# where the data lies may change, and how it is read; what integers mean is recorded with the data
-_FREE_DATA = ("root", "download", "feed", "decode_cpus", "prefetch_batches", "integer_labels")
+# where the data lies may change, and how it is read; what integers mean is recorded with the data, and so is a cached
+# data set without its bad samples, which is another one
+_FREE_DATA = ("root", "download", "feed", "decode_cpus", "prefetch_batches", "integer_labels", "on_bad_sample")
 _FREE_OPTIM = ("lr_base", "lr_base_size", "lr_base_scale")  # optim.lr is what comes of them
 # fields of distill that say where a teacher of known weights lies: of a timm name, and of a run or a file
 _PLACES_OF_TEACHER = (("pretrained",), ("teacher", "checkpoint", "weights"))

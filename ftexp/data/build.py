@@ -30,12 +30,16 @@ _SHARE = 0.5  # of the object store that a cached data set may take
 
 
 def build_data(
-    config: DataConfig, augment: AugmentConfig | None = None, runtime_env: Mapping[str, Any] | None = None
+    config: DataConfig,
+    augment: AugmentConfig | None = None,
+    runtime_env: Mapping[str, Any] | None = None,
+    only_evaluates: bool = False,
 ) -> DataBundle:
     """Read the data named by `config.name`; DataError if that can't be done. Ray must be running.
 
     augment: what train is trained with, which decides how it is cached; None where nothing is trained.
     runtime_env: of tasks that decode, where they aren't to have the job's.
+    only_evaluates: samples are read in their order, and no training split is needed.
     """
     augment = augment or AugmentConfig()
     found = sources.get(config.name)(config)
@@ -46,14 +50,14 @@ def build_data(
             "data.shuffle_window"
         )
     if isinstance(found, Listing):
-        bundle = _from_files(config, found, augment, runtime_env)
+        bundle = _from_files(config, found, augment, runtime_env, only_evaluates)
     elif config.feed == "streaming":
         raise DataError(
             f"data.feed=streaming, but data.name={config.name} is in memory as a whole: take data.feed=cached"
         )
     else:
         bundle = dataclasses.replace(found, why=f"data.name={config.name} is in memory as a whole")
-    if not bundle.info.num_samples.get("train"):
+    if not only_evaluates and not bundle.info.num_samples.get("train"):
         raise DataError(
             f"data.name={config.name}: the training split has no samples; check data.root and the fractions"
             + reasons(bundle.info.excluded or [], bundle.info.bad_samples)
@@ -93,7 +97,11 @@ def _train_labels(bundle: DataBundle) -> Labels:
 
 
 def _from_files(
-    config: DataConfig, listing: Listing, augment: AugmentConfig, runtime_env: Mapping[str, Any] | None
+    config: DataConfig,
+    listing: Listing,
+    augment: AugmentConfig,
+    runtime_env: Mapping[str, Any] | None,
+    only_evaluates: bool,
 ) -> DataBundle:
     num_samples = sum(len(labels) for labels in listing.labels.values())
     pixels = num_samples * config.image_size**2
@@ -109,13 +117,13 @@ def _from_files(
     if feed == "cached":
         bundle = decoded_bundle(config, listing, augment, runtime_env)
     else:
-        bundle = _streamed(config, listing, sizes)
+        bundle = _streamed(config, listing, _stream_readers(config, listing, sizes, only_evaluates))
     return dataclasses.replace(bundle, feed=feed, why=why)
 
 
-def _streamed(config: DataConfig, listing: Listing, sizes: str) -> DataBundle:
+def _streamed(config: DataConfig, listing: Listing, readers: Mapping[str, Reader]) -> DataBundle:
     refuse_bad(config, listing.bad)
-    splits = listing.splits(config, _stream_readers(config, listing, sizes))
+    splits = listing.splits(config, readers)
     info = make_info(
         config,
         listing.class_names,
@@ -125,9 +133,11 @@ def _streamed(config: DataConfig, listing: Listing, sizes: str) -> DataBundle:
     return DataBundle({}, info, splits, splits["train"].block_sizes)
 
 
-def _stream_readers(config: DataConfig, listing: Listing, sizes: str) -> dict[str, Reader]:
-    """How samples are read in the order of `data.shuffle_window`."""
+def _stream_readers(config: DataConfig, listing: Listing, sizes: str, in_order: bool) -> Mapping[str, Reader]:
+    """How samples are read: in their order, or in that of `data.shuffle_window`."""
     if config.shuffle_window is None:
+        if in_order and listing.block_sizes and not listing.single_readers:
+            return _block_readers(listing, 1)
         if listing.block_sizes and not listing.single_readers:
             raise DataError(
                 f"data.shuffle_window is not set, and streaming shuffled single rows of data.name={config.name} would "
@@ -135,10 +145,15 @@ def _stream_readers(config: DataConfig, listing: Listing, sizes: str) -> dict[st
                 f"within 8 of them at a time; or take data.feed=cached ({sizes})"
             )
         return listing.single_readers or listing.readers
+    return _block_readers(listing, config.shuffle_window)
+
+
+def _block_readers(listing: Listing, num_blocks: int) -> dict[str, Reader]:
+    """Return readers that keep so many blocks in memory."""
     readers: dict[str, Reader] = {}
     for split, reader in listing.readers.items():
         assert isinstance(reader, BlockReader), "what a Listing has block_sizes for is read by one"
-        readers[split] = reader.with_cache(config.shuffle_window)
+        readers[split] = reader.with_cache(num_blocks)
     return readers
 
 

@@ -95,7 +95,7 @@ def _mean_std(targets: Float32s) -> tuple[list[float], list[float]]:
 
 def target_facts(config: DataConfig, labels: Labels) -> dict[str, Any]:
     """Return what `DataInfo` takes over of the targets of train."""
-    if config.task != REGRESSION or not config.standardize_targets:
+    if config.task != REGRESSION or not config.standardize_targets or not len(labels):
         return {}
     mean, std = _mean_std(labels)
     return {"target_mean": mean, "target_std": std}

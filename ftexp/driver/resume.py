@@ -17,6 +17,7 @@ from ftexp.config.fields import typed_keys
 from ftexp.config.fingerprint import as_begun, differences, fingerprint, stopping_rules
 from ftexp.config.masking import flat, masked
 from ftexp.config.schema import PREPROCESSING, Config, DataConfig
+from ftexp.config.source_names import can_stream
 from ftexp.data.info import DataInfo
 from ftexp.errors import CheckpointError, ConfigError
 from ftexp.rundir.names import CHECKPOINTS, CONFIG_FILE, RUN_FILE
@@ -115,11 +116,20 @@ def preprocessing_as_begun(config: Config, overrides: Sequence[str], run_dir: St
         return None
     # a field that isn't recorded is younger than the run, which then began with its default
     begun = {**fingerprint(Config()), **before}
-    return with_preprocessing(config, overrides, {name: begun[f"data.{name}"] for name in PREPROCESSING})
+    return _with_data(config, overrides, {name: begun[f"data.{name}"] for name in PREPROCESSING})
 
 
 def with_preprocessing(config: Config, overrides: Sequence[str], values: Mapping[str, Any]) -> Config:
-    """The config with these values of the fields of PREPROCESSING that the overrides don't set."""
+    """Return the config with the preprocessing of its weights, where the overrides don't set it.
+
+    Images of a source in memory are neither cropped nor scaled, so that mean and std are all they take.
+    """
+    own = values if can_stream(config.data.name) else {name: values[name] for name in ("mean", "std") if name in values}
+    return _with_data(config, overrides, own)
+
+
+def _with_data(config: Config, overrides: Sequence[str], values: Mapping[str, Any]) -> Config:
+    """Return the config with these fields of `data`, where the overrides don't set them."""
     typed = typed_keys(overrides)
     own = {name: value for name, value in values.items() if f"data.{name}" not in typed}
     return dataclasses.replace(config, data=dataclasses.replace(config.data, **own))

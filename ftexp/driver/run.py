@@ -40,7 +40,8 @@ def train(
         DataError: the data can't be read.
         RunFailedError: failures are spent, or Ray died. Everything saved is still there.
     """
-    validate(config)
+    if restart is None:  # else it was, before its weights' preprocessing came in
+        validate(config)
     if config.data.root is not None:  # the run's config.yaml is read from other directories
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, root=absolute(config.data.root)))
     from ftexp.cluster.ray_cluster import prepare_environment

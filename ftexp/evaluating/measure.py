@@ -23,11 +23,12 @@ from ftexp.data.feeds.feed import ToTensors, evaluation_batches
 from ftexp.data.feeds.streamed import bundle_rows
 from ftexp.data.info import SPLITS, DataBundle, DataInfo
 from ftexp.driver.resume import labels_as_begun, require_trained_on
-from ftexp.errors import ConfigError, StorageError
+from ftexp.errors import ConfigError, DataError, StorageError
 from ftexp.evaluation.counting import measured, metric_set_of
 from ftexp.evaluation.findings import findings_of
 from ftexp.evaluation.matched_classes import MatchedClasses
 from ftexp.evaluation.metric_registry import check_names, check_num_classes
+from ftexp.job.build import autocast_of
 from ftexp.model.build import as_logits, trained_model
 from ftexp.registry import load_plugins
 from ftexp.rundir.names import CHECKPOINTS, evaluation_file
@@ -58,6 +59,7 @@ def measure(wanted: EvaluateConfig, run_config: Config, storage: Storage, is_oth
     info = SavedRun.at(storage.uri).info if is_other else bundle.info
     classes = _matched(info, bundle.info, run_config.data) if is_other else None
     split = wanted.split or ("all" if is_other and _reads_files(run_config.data) else "test")
+    _require_samples(bundle, split)
     check_num_classes(names, info.num_classes)
     model = trained_model(run_config.model, info, load_part("model.pt", weights)).to(_device(wanted.device))
     found = _counted(wanted, run_config, model, info, names, bundle, split, classes)
@@ -72,9 +74,9 @@ def _data(run_config: Config, storage: Storage, is_other: bool) -> DataBundle:
     """Build the data; DataError if they are meant to be the run's, and aren't."""
     state = read_state(storage) if not is_other else None
     if state is None:  # run.json may be lost
-        return build_data(run_config.data)
+        return build_data(run_config.data, only_evaluates=True)
     data = labels_as_begun(run_config.data, state.data)
-    bundle = build_data(data)
+    bundle = build_data(data, only_evaluates=True)
     require_trained_on(f"data.root={data.root}", state.data, bundle.info.digest)
     return bundle
 
@@ -89,6 +91,15 @@ def _matched(info: DataInfo, found: DataInfo, data: DataConfig) -> MatchedClasse
             f"{', '.join(found.class_names)}: give data with the same, in the same order"
         )
     return None
+
+
+def _require_samples(bundle: DataBundle, split: str) -> None:
+    counts = bundle.info.num_samples
+    if not (sum(counts.values()) if split == "all" else counts.get(split)):
+        others = [f"split={name}" for name in SPLITS if counts.get(name)]
+        raise DataError(
+            f"split={split} has no samples: " + (f"give {' or '.join(others)}" if others else "nor has any")
+        )
 
 
 def _device(name: str) -> torch.device:
@@ -113,7 +124,7 @@ def _counted(
     batches = _batches(split, wanted.batch_size, run_config, bundle, to_tensors)
     batches = batches if classes is None else classes.batches(batches)
     checked = functools.partial(as_logits, config=run_config.model, num_classes=info.num_classes)
-    autocast, metric_set = torch.autocast(device.type, enabled=False), metric_set_of(names, info, device)
+    autocast, metric_set = autocast_of(device, run_config.train.precision), metric_set_of(names, info, device)
     mirrored = wanted.tta == "hflip"
     values = measured(split, {"": model}, checked, batches, autocast, findings, metric_set, info.task, mirrored)
     return {

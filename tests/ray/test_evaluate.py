@@ -1,5 +1,6 @@
 """`python -m ftexp.evaluate`: where its result goes. What it finds is in tests/command/test_end_to_end.py."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 
 from ftexp import evaluate as module
 from ftexp.data.feeds.feed import ToTensors
-from ftexp.errors import StorageError
+from ftexp.errors import DataError, StorageError
 from ftexp.evaluate import EvaluateConfig
 from ftexp.evaluating.measure import measure
 from ftexp.evaluating.printing import print_result
@@ -38,6 +39,31 @@ def test_out_is_a_file_in_any_folder(run, memory, options):
     recalls = [row["recall"] for row in told["classes"] if row["recall"] is not None]
     assert told["metrics"] == {"balanced_accuracy": pytest.approx(sum(recalls) / len(recalls))}
     assert not run.storage.exists("evaluation_test.json")
+
+
+def test_a_split_without_samples_is_refused_with_those_that_have_some(run):
+    config = dataclasses.replace(run.config, data=dataclasses.replace(run.config.data, test_fraction=0.0))
+    with pytest.raises(DataError, match=r"^split=test has no samples: give split=train or split=val$"):
+        measure(EvaluateConfig(run=run.storage.uri), config, run.storage)
+
+
+def test_weights_are_measured_in_the_precision_they_were_trained_in(run):
+    in_bf16 = dataclasses.replace(run.config, train=dataclasses.replace(run.config.train, precision="bf16"))
+    losses = [measure(EvaluateConfig(run=run.storage.uri), each, run.storage)["loss"] for each in (run.config, in_bf16)]
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+
+
+def test_a_list_of_test_images_alone_is_evaluated(run, tmp_path):
+    rows = ["path,label,split"]
+    for seed, name in enumerate(("ant", "cow", "cow")):
+        put(tmp_path / "x" / f"{seed}.png", encoded(picture(seed, size=8)))
+        rows.append(f"./x/{seed}.png,{name},test")  # as find prints them
+    (tmp_path / "test.csv").write_text("\n".join(rows))
+    listed = composed("data=image_list", f"data.root={tmp_path / 'test.csv'}", "augment=none")
+    asked = EvaluateConfig(run=run.storage.uri, split="test", metrics=[])
+    other = module._on_other_data(run.config, listed, run.storage)
+    assert measure(asked, other, run.storage, is_other=True)["num_samples"] == 3
 
 
 def test_where_the_run_cannot_be_written_the_result_is_told_and_so_is_why(run, monkeypatch, capsys):

@@ -2,6 +2,7 @@
 
 import os
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -221,6 +222,18 @@ def test_rows_of_parquet_are_not_streamed_without_a_window(roots, monkeypatch, f
         DataError, match=r"data\.shuffle_window is not set, .* data\.name=parquet .* set data\.shuffle_"
     ):
         build_data(data_config("parquet", roots / "parquet", feed=feed))
+
+
+def test_rows_of_parquet_are_evaluated_in_their_order_without_a_window(roots):
+    config = data_config("parquet", roots / "parquet")
+    bundles = [build_data(replace(config, feed=feed), only_evaluates=True) for feed in ("streaming", "cached")]
+    taken = []
+    for bundle in bundles:
+        samples = np.arange(bundle.info.num_samples["train"])
+        with stream.bundle_rows(bundle, "train", 1, pytest.fail).open(iter([request(samples, samples)])) as take:
+            taken.append(take(samples))
+    assert np.array_equal(taken[0].images, taken[1].images)
+    assert np.array_equal(taken[0].labels, taken[1].labels)
 
 
 def test_the_feed_that_is_named_is_taken_whatever_the_sizes(roots, monkeypatch):

@@ -8,9 +8,11 @@ from omegaconf import OmegaConf
 import ftexp.cluster.ray_cluster
 import ftexp.evaluating.measure as measuring
 from ftexp.cli.trained_run import load_run_config
+from ftexp.config.schema import ScalingConfig
 from ftexp.errors import ConfigError, StorageError
-from ftexp.evaluate import EvaluateConfig, MovedData, evaluate
+from ftexp.evaluate import EvaluateConfig, MovedData, _on_other_data, evaluate
 from ftexp.rundir.names import CONFIG_FILE
+from tests.support.configs import composed
 from tests.support.saved_runs import saved_run
 
 
@@ -19,6 +21,14 @@ def test_an_out_that_cannot_be_written_is_refused_before_anything_is_counted(tmp
     (tmp_path / "file").touch()
     with pytest.raises(StorageError, match=r"out: .*file can't be written: .*Give another out"):
         evaluate(EvaluateConfig(run=run.storage.uri, out=str(tmp_path / "file" / "told.json")))
+
+
+def test_other_data_need_neither_the_runs_machine_nor_what_its_weights_were_taken_for(tmp_path):
+    words = ["scaling.num_workers=64", "scaling.use_gpu=true", "model.pretrained_partial=true"]
+    run = saved_run(tmp_path / "run", "data=synthetic", *words)
+    (tmp_path / "photos").mkdir()
+    made = _on_other_data(run.config, composed("data=image_folder", f"data.root={tmp_path}/photos"), run.storage)
+    assert (made.scaling, made.model.pretrained_partial) == (ScalingConfig(), False)
 
 
 def test_data_that_is_not_where_it_was_is_asked_for_and_taken_from_where_it_is(tmp_path, monkeypatch):

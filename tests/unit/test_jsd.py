@@ -134,6 +134,10 @@ def test_a_job_learns_by_it():
     assert right / count > 0.6
 
 
+def test_erasing_alone_makes_views_differ():
+    validate(composed("loss=jsd", "augment.splits=2", "augment.erase_prob=0.5"))
+
+
 WRONG = [
     (["loss=jsd"], "loss.name=jsd compares views of each sample, and augment.splits=1: set augment.splits=3, say"),
     (

@@ -351,24 +351,32 @@ def recorded(made):
     return json.loads(json.dumps(fingerprint(made)))
 
 
-BROUGHT = {"mean": [0.5], "std": [0.5], "interpolation": "bilinear", "crop_pct": 0.9, "crop_mode": "squash"}
+PHOTOS = ["data=image_folder", "data.root=photos", "data.image_size=32"]
+BROUGHT = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bilinear", "crop_pct": 0.9, "crop_mode": "squash"}
 
 
-def prepared(monkeypatch, run_dir, *words):
+def prepared(monkeypatch, run_dir, *words, data=PHOTOS):
     """The data of a run of pretrained weights that bring BROUGHT, after the check before Ray; the model unbuilt."""
     monkeypatch.setattr(ftexp.driver.run, "_check_weights", lambda made: (BROUGHT, "timm's config of x"))
-    overrides = ["model=vit", "model.pretrained=true", *words]
+    overrides = ["model=vit", "model.pretrained=true", *data, *words]
     return ftexp.driver.run._checked(composed(*overrides), overrides, run_dir).data
 
 
 def test_pretrained_weights_set_the_preprocessing_that_is_not_typed(run_dir, monkeypatch, capsys):
-    data = prepared(monkeypatch, run_dir, "data.mean=[0.2]", "data.interpolation=bicubic")
-    assert (data.mean, data.std, data.interpolation) == ([0.2], [0.5], "bicubic")
+    data = prepared(monkeypatch, run_dir, "data.mean=[0.2,0.2,0.2]", "data.interpolation=bicubic")
+    assert (data.mean, data.std, data.interpolation) == ([0.2] * 3, [0.5] * 3, "bicubic")
     assert (data.crop_pct, data.crop_mode) == (0.9, "squash")
     assert capsys.readouterr().err == (
-        "ftexp: data.std=[0.5] instead of [0.376], data.crop_pct=0.9 instead of None, data.crop_mode=squash instead of "
-        "center: timm's config of x\n"
+        "ftexp: data.std=[0.5, 0.5, 0.5] instead of [0.229, 0.224, 0.225], data.crop_pct=0.9 instead of None, "
+        "data.crop_mode=squash instead of center: timm's config of x\n"
     )
+
+
+def test_images_in_memory_take_no_more_than_mean_and_std_of_the_weights(run_dir, monkeypatch):
+    monkeypatch.setitem(BROUGHT, "mean", [0.7])
+    made = prepared(monkeypatch, run_dir, data=["data=digits"])
+    kept = composed("model=vit", "data=digits").data
+    assert made == dataclasses.replace(kept, mean=[0.7], std=BROUGHT["std"])
 
 
 def test_a_config_from_elsewhere_keeps_its_preprocessing(run_dir, monkeypatch):
@@ -386,7 +394,7 @@ def test_weights_are_not_looked_at_without_pretrained(run_dir, monkeypatch):
 @pytest.mark.parametrize("leave", ["run.json", "a checkpoint"])
 def test_a_run_begun_before_weights_brought_their_preprocessing_resumes_with_its_own(run_dir, monkeypatch, leave):
     """It recorded the data's mean and std, and neither crop nor interpolation."""
-    made = composed("model=vit", "model.pretrained=true")
+    made = composed("model=vit", "model.pretrained=true", *PHOTOS)
     before = recorded(made)
     for name in ("crop_pct", "crop_mode", "interpolation"):
         del before[f"data.{name}"]
@@ -398,15 +406,17 @@ def test_a_run_begun_before_weights_brought_their_preprocessing_resumes_with_its
     assert data == made.data
     again = dataclasses.replace(made, data=data)
     assert open_run(again, run_dir, "first").name == "first"
-    with pytest.raises(ConfigError, match=r"data\.mean was \[0\.3053\], and is \[0\.5\] now"):
-        open_run(dataclasses.replace(made, data=prepared(monkeypatch, run_dir, "data.mean=[0.5]")), run_dir, "first")
+    with pytest.raises(ConfigError, match=r"data\.mean was \[0\.485, .*\], and is \[0\.5, 0\.5, 0\.5\] now"):
+        open_run(
+            dataclasses.replace(made, data=prepared(monkeypatch, run_dir, "data.mean=[0.5,0.5,0.5]")), run_dir, "first"
+        )
 
 
 def test_a_run_of_pretrained_weights_resumes_with_the_preprocessing_they_brought(run_dir, monkeypatch):
     data = prepared(monkeypatch, run_dir)
-    begun = dataclasses.replace(composed("model=vit", "model.pretrained=true"), data=data)
+    begun = dataclasses.replace(composed("model=vit", "model.pretrained=true", *PHOTOS), data=data)
     note(run_dir, fingerprint=recorded(begun), step=3)
-    monkeypatch.setitem(BROUGHT, "mean", [0.7])  # as a later timm may say
+    monkeypatch.setitem(BROUGHT, "mean", [0.7] * 3)  # as a later timm may say
     assert prepared(monkeypatch, run_dir) == data
     note(run_dir, fingerprint=recorded(begun))  # it ended before its first step
-    assert prepared(monkeypatch, run_dir).mean == [0.7]
+    assert prepared(monkeypatch, run_dir).mean == [0.7] * 3

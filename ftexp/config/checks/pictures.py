@@ -36,7 +36,8 @@ _ADVICE = {
 _RAND_AUGMENT_SETS = ("weights", "3a", "3aw")
 _USUAL_LIMITS = {"scale": "[0.08,1]", "ratio": "[0.75,1.33]"}
 _MAX_HUE = 0.5  # half the colour circle
-_BY_VIEW = ("auto_augment", "color_jitter", "grayscale", "gaussian_blur", "custom")  # what makes views differ
+# what makes views differ
+_BY_VIEW = ("auto_augment", "color_jitter", "grayscale", "gaussian_blur", "custom", "erase_prob")
 _WITHOUT_VIEWS = {
     "mixup_alpha": "samples of several views aren't mixed, as in timm; set it to 0",
     "cutmix_alpha": "samples of several views aren't mixed, as in timm; set it to 0",

@@ -75,7 +75,20 @@ def read_list(config: DataConfig, labelled: bool = True) -> ListedFiles:
         raise DataError(f"{root} lists {foreign}: paths are relative to the list, or absolute where it is on a disk")
     files = [posixpath.join(posixpath.dirname(root), path) for path in paths]
     folder = posixpath.commonpath([posixpath.dirname(file) for file in files]).rstrip("/")
-    return ListedFiles(filesystem, folder, [file[len(folder) + 1 :] for file in files], labels, splits)
+    depth = len(_components(folder))
+    return ListedFiles(filesystem, folder, [_below(file, depth) for file in files], labels, splits)
+
+
+def _components(path: str) -> list[str]:
+    return [part for part in path.split("/") if part not in ("", ".")]
+
+
+def _below(file: str, depth: int) -> str:
+    """Return the path without its first `depth` components; "." and empty ones are none, as for `commonpath`."""
+    parts, skipped = file.lstrip("/").split("/"), 0
+    while skipped < depth:
+        skipped += parts.pop(0) not in ("", ".")
+    return "/".join(parts)
 
 
 def _columns(
