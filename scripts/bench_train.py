@@ -1,7 +1,7 @@
 """Training speed and start-up, side by side: ftexp, a hand-written DDP loop, and a script like Ray's tutorials.
 
     uv run python scripts/bench_train.py [--rounds 5] [--seeds 3] [--check] [--json FILE]
-    uv run python scripts/bench_train.py --features [--rounds 3] [--json FILE]
+    uv run python scripts/bench_train.py --features [--rounds 2] [--json FILE]
 
 Same model, data, batch and threads; the sides take turns. Steps per second are those of the steady state, the
 first epoch left out: once for the steps alone, and once with the ends of epochs, where each side evaluates and
@@ -9,7 +9,7 @@ saves. "First step" counts from the start of the command to the end of the first
 Five rounds take 15 minutes on 2 cores, two rounds 8.
 
 --features: what each feature adds to a step of the default run, ms on one worker by `ftexp.job.stopwatch`; they and
-the plain run take turns. Three rounds take some 9 minutes (estimated).
+the plain run take turns. Two rounds take 10 minutes.
 """
 
 from __future__ import annotations

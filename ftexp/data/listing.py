@@ -46,7 +46,7 @@ class Listing:
     digest: str | None = None  # `digest_of` it; None: not known, and other samples go unnoticed if they are as many
     excluded: list[Excluded] = field(default_factory=list)  # entries that a rule keeps from being samples
 
-    def splits(self, config: DataConfig, readers: dict[str, Reader]) -> dict[str, IndexedSplit]:
+    def splits(self, config: DataConfig, readers: Mapping[str, Reader]) -> dict[str, IndexedSplit]:
         """Every split, read by `readers`; what the source has no split for is cut off from train as `config` says."""
         missing = [name for name in ("val", "test") if name not in self.labels]
         fractions = [getattr(config, f"{name}_fraction") for name in missing]
