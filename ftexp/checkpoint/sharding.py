@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -64,7 +64,7 @@ class Piece:
     shape: tuple[int, ...]  # of the whole tensor
 
 
-def is_sharded(leaf: Any) -> bool:
+def is_sharded(leaf: Any) -> TypeGuard[DTensor]:
     """Whether a leaf is a DTensor, told by its methods: importing those takes time, which other runs don't spend."""
     return isinstance(leaf, Tensor) and hasattr(leaf, "full_tensor")
 
@@ -141,7 +141,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def bytes_of(tensor: Tensor) -> memoryview:
     """Return the memory of a contiguous tensor on the CPU."""
-    return memoryview(tensor.detach().view(-1).view(torch.uint8).numpy())
+    return memoryview(tensor.detach().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]  # has a buffer
 
 
 def skeleton(tree: Any) -> Any:
@@ -178,7 +178,7 @@ def gathered(tree: Any, keeps: bool) -> Any:
     def gather(leaf: Any, _: Path) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
-        whole = leaf.detach().full_tensor() if is_sharded(leaf) else leaf.detach()  # type: ignore[operator]
+        whole = leaf.full_tensor().detach() if is_sharded(leaf) else leaf.detach()
         return whole.to("cpu", copy=True) if keeps else None
 
     return mapped(tree, gather)

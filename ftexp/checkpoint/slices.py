@@ -25,6 +25,7 @@ from ftexp.storage.directory import Storage, write_all
 HEADER, HEADER_BYTES = "header_blake3", "header_bytes"  # keys of such a file's description in a manifest
 CHUNK_BYTES = 1 << 18
 _READ_BYTES = 1 << 23  # at a time
+_GAP_BYTES = 1 << 18  # at most, between chunks that are read together
 _ALIGNED = 8
 
 
@@ -44,7 +45,7 @@ class SliceFile:
     """The content of a file; writes it when called with a stream. `described` is what a manifest says of it."""
 
     def __init__(self, slices: Iterable[Slice]) -> None:
-        self._data = []
+        self._data: list[memoryview] = []
         entries, about, begin = dict[str, Any](), dict[str, Any](), 0
         for each in slices:
             self._data.append(each.data)
@@ -65,7 +66,8 @@ class SliceFile:
 
     def __call__(self, stream: BinaryIO) -> None:
         """Write the file."""
-        for data in (self._header, *self._data):
+        write_all(stream, self._header)
+        for data in self._data:
             write_all(stream, data)
 
 
@@ -181,10 +183,10 @@ def _read(file: Any, name: str, chunks: Iterable[_Chunk]) -> None:
 
 
 def _runs(chunks: Iterable[_Chunk]) -> Iterator[list[_Chunk]]:
-    """Yield chunks that lie one after the other in a file, as many as are read at once."""
+    """Yield chunks that are read at once: to ask an object store again costs more than what lies between."""
     run: list[_Chunk] = []
     for chunk in chunks:
-        if run and (chunk.begin != run[-1].end or chunk.end - run[0].begin > _READ_BYTES):
+        if run and (chunk.begin > run[-1].end + _GAP_BYTES or chunk.end - run[0].begin > _READ_BYTES):
             yield run
             run = []
         run.append(chunk)

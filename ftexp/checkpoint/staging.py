@@ -34,7 +34,7 @@ class Staging:
 
     def _copy(self, leaf: Any, path: tree.Path) -> Any:
         if is_sharded(leaf):
-            held = self._copy_tensor(leaf.detach().to_local(), path)
+            held = self._copy_tensor(leaf.to_local().detach(), path)
             return Piece(held, rows_held(leaf).start, tuple(leaf.shape))
         return self._copy_tensor(leaf.detach(), path) if isinstance(leaf, torch.Tensor) else leaf
 
@@ -66,17 +66,16 @@ def load_part(name: str, content: bytes | Path) -> Any:
 
     content: what it holds, or its path, and then its tensors are mapped into memory.
     """
-    is_file = isinstance(content, Path)
+    source = content if isinstance(content, Path) else io.BytesIO(content)
     try:
-        source = content if is_file else io.BytesIO(content)
-        return torch.load(source, map_location="cpu", weights_only=True, mmap=is_file)
+        return torch.load(source, map_location="cpu", weights_only=True, mmap=source is content)
     except Exception as error:  # torch raises UnpicklingError, RuntimeError or EOFError, by what is wrong
         raise CheckpointError(f"{name} can't be loaded as plain data: {error}") from error
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
     """Whether no value is NaN or infinite; of a sharded tensor, as far as this process holds it."""
-    tensor = tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[operator]
+    tensor = tensor.to_local() if is_sharded(tensor) else tensor
     if not tensor.is_floating_point():
         return True
     # one pass and no copy: NaN and infinity survive a sum

@@ -87,10 +87,10 @@ class _Agreement:
     """How the writing threads of all ranks agree; a thread that writes alone agrees with itself."""
 
     def __init__(self, is_alone: bool, timeout_s: float | None) -> None:
-        self._group = None
+        self._group: dist.ProcessGroup | None = None
         if not is_alone and dist.is_initialized():
             timeout = timedelta(seconds=timeout_s) if timeout_s is not None else None
-            self._group = dist.new_group(backend="gloo", timeout=timeout)
+            self._group = dist.new_group(backend="gloo", timeout=timeout)  # type: ignore[assignment]  # this is in it
 
     def gather(self, value: Any) -> list[Any]:
         """Return each rank's value, of any type that pickles, on every rank."""
@@ -181,7 +181,8 @@ class CheckpointWriter:
 
     def _write_once(self, saving: Saving) -> Exception | None:
         """Write this rank's files; commit, on rank 0, if every rank has written. Returns why there is no checkpoint."""
-        started, files, problem = time.perf_counter(), dict[str, dict[str, Any]](), None
+        started, files = time.perf_counter(), dict[str, dict[str, Any]]()
+        problem: Exception | None = None
         try:
             files = self._store.write(saving.manifest.name, saving.files(self._rank))
         except (OSError, CheckpointError) as error:
@@ -236,7 +237,7 @@ class CheckpointWriter:
         wanted = {"end": saving.is_end, "best": saving.is_end or is_best, "never": False}[self._config.full_at]
         if not wanted:
             return
-        steps = {saved.step, saving.best_step} if saving.is_end else {saved.step}
+        steps: set[int | None] = {saved.step, saving.best_step} if saving.is_end else {saved.step}
         for name, problem in add_full_models(self._store, steps):
             self._channel.send(Happened(events.CheckpointFailed(saved.step, f"{name}: model.pt: {problem}")))
 

@@ -4,6 +4,7 @@
 
 Two save; four resume, of which one finds its file damaged first, and save; one resumes from theirs. Four in two
 replicas save, each byte once. Of two, one can't write, then one dies while it writes: neither leaves a checkpoint.
+On an object store, which is slower: two save, three resume.
 """
 
 import functools
@@ -230,12 +231,14 @@ def main(where):
         kept = str(Path(folder) / "expected.pt")
         one = storage.child("run", CHECKPOINTS).uri
         together(saved, (2,), one, kept)
-        together(resumed_past_damage, (4,), one, kept)
-        together(resumed, (1,), one, kept)
-        two = storage.child("hsdp", CHECKPOINTS).uri
-        together(saved, (2, 2), two, kept)
-        together(resumed, (3,), two, kept)
-        if storage.local_path is not None:
+        if storage.local_path is None:
+            together(resumed, (3,), one, kept)
+        else:
+            together(resumed_past_damage, (4,), one, kept)
+            together(resumed, (1,), one, kept)
+            two = storage.child("hsdp", CHECKPOINTS).uri
+            together(saved, (2, 2), two, kept)
+            together(resumed, (3,), two, kept)
             with pytest.raises(torch.multiprocessing.ProcessExitedException, match="exit code 9"):
                 together(failing, (2,), storage.child("failing", CHECKPOINTS).uri, kept)
     print("as it was saved")

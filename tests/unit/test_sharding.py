@@ -59,6 +59,7 @@ def store(tmp_path):
 def small_chunks(monkeypatch):
     monkeypatch.setattr(slices, "CHUNK_BYTES", 24)
     monkeypatch.setattr(slices, "_READ_BYTES", 60)
+    monkeypatch.setattr(slices, "_GAP_BYTES", 30)
 
 
 def full(store, step=10):
