@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor, nn
 
-    from ftexp.checkpoint.store import Manifest
+    from ftexp.checkpoint.manifest import Manifest
     from ftexp.cli.trained_run import SavedRun
     from ftexp.rundir.state import Failure, RunState
 
@@ -178,8 +178,9 @@ def load_model(run_or_checkpoint: Run | str | Path, weights: str = "model") -> L
 
 
 def _loaded(run_or_checkpoint: Run | str | Path, weights: str) -> tuple[SavedRun, nn.Module]:
-    from ftexp.checkpoint.store import MANIFEST
-    from ftexp.cli.trained_run import SavedRun, choose, read_weights
+    from ftexp.checkpoint.manifest import MANIFEST
+    from ftexp.checkpoint.reading import read_weights
+    from ftexp.cli.trained_run import SavedRun, choose
     from ftexp.storage.directory import Storage
 
     if weights not in _WEIGHTS:

@@ -38,7 +38,9 @@ from ftexp.errors import ConfigError, ExportError
 from ftexp.rundir.names import EXPORTS
 
 if TYPE_CHECKING:
-    from ftexp.checkpoint.store import Manifest
+    from torch import Tensor
+
+    from ftexp.checkpoint.manifest import Manifest
     from ftexp.cli.trained_run import SavedRun
     from ftexp.data.cropping import Fit
     from ftexp.data.decoder import Decoding
@@ -94,7 +96,8 @@ def export(config: ExportConfig) -> dict[str, Any]:
         ExportError: the exported model differs from the original by more than the tolerance. Nothing is left behind.
         StorageError: `out` can't be written.
     """
-    from ftexp.cli.trained_run import SavedRun, choose, read_weights
+    from ftexp.checkpoint.reading import read_weights
+    from ftexp.cli.trained_run import SavedRun, choose
     from ftexp.storage.directory import Storage
 
     run = SavedRun.at(config.run)
@@ -127,7 +130,7 @@ def _export(
     config: ExportConfig,
     run: SavedRun,
     manifest: Manifest,
-    weights: bytes,
+    weights: dict[str, Tensor],
     samples: Samples,
     folder: Path,
     out: Storage,

@@ -1,14 +1,13 @@
 """What a save costs the training, side by side: ftexp's, and the blocking save of Ray Train's tutorials.
 
-    uv run python scripts/bench_checkpoint.py [--rounds 5] [--window 20] [--check] [--json FILE]
+    uv run python scripts/bench_checkpoint.py [--sharded] [--rounds 5] [--window 20] [--check] [--json FILE]
 
 In one Ray Train job a model: both sides save the same training state in turns, on two workers. "Blocked" is how
 long the training thread of rank 0 stands still for one save. Then windows of training take turns, one with a save
 every 5 s and one with none. Last, the time from asking for a batch to having it, at positions near and far.
 The default model, and ViT-S (22 million parameters with AdamW). Takes 8 minutes on 2 cores.
 
-The windows' target is out of reach where the training keeps every core busy: a save of ViT-S costs half a CPU-second
-(SHA-256 twice), which is 5 % of two cores every 5 s. Where a core is idle, or a GPU trains, it costs nothing.
+--sharded: instead, what saves of sharded models cost next to torch's own distributed save, see sharded_saves.py.
 """
 
 from __future__ import annotations
@@ -46,15 +45,30 @@ def main() -> None:
     """Measure, print tables, and exit with 1 under --check if a target is missed."""
     parser = options_parser(__doc__, 5, "saves of each side, and pairs of windows")
     parser.add_argument("--window", type=float, default=20.0, help="seconds of training in a window")
+    parser.add_argument("--sharded", action="store_true", help="saves of sharded models, next to torch's own")
     options = parser.parse_args()
     console = Console(highlight=False, width=120)
     describe_machine(console)
+    if options.sharded:
+        compare_sharded(console, options)
+        return
     results = {}
     for name, overrides in MODELS.items():
         results[name] = run_job(overrides, options.rounds, options.window if name == "ViT-S" else 0)
         console.print(f"{name}: measured")
     misses = report(console, results)
     finish(console, results, options.json, misses, options.check)
+
+
+def compare_sharded(console: Console, options: Any) -> None:
+    """Measure saves of sharded models, print tables, and exit as `main` does."""
+    import sharded_saves
+
+    results = sharded_saves.measured(options.rounds)
+    table = Table("one save, ms blocked (slowest of 4 workers)", "ftexp", "torch save", "torch async_save", box=None)
+    checks = sharded_saves.report(results, table, _spread)
+    console.print(table)
+    finish(console, results, options.json, print_targets(console, checks, digits=4), options.check)
 
 
 def run_job(overrides: list[str], rounds: int, window_s: float) -> dict[str, Any]:
@@ -111,19 +125,21 @@ def measure(settings: dict[str, Any]) -> dict[str, Any]:
     batches = job.data.feed.from_position(0)
     result: dict[str, Any] = {"parameters": sum(parameter.numel() for parameter in job.learner.model.parameters())}
     steps(job, batches, 3)
-    ours, theirs = [], []
+    ours, theirs, cpu = [], [], []
     for number in range(settings["rounds"] + 1):
         steps(job, batches, 3)
-        began = time.perf_counter()
+        began, cpu_began = time.perf_counter(), time.process_time()
         checkpoints.save()
         ours.append(time.perf_counter() - began)
         checkpoints.wait()
+        cpu.append(time.process_time() - cpu_began)
         steps(job, batches, 3)
         began = time.perf_counter()
         tutorial_save(job, number)
         theirs.append(time.perf_counter() - began)
     # the first of each pays once for memory and for Ray's set-up
     result["ftexp_s"], result["tutorial_s"], result["ftexp_first_s"] = ours[1:], theirs[1:], ours[0]
+    result["ftexp_cpu_s"] = cpu[1:]  # of all threads of rank 0, which trains nothing meanwhile
     if settings["window_s"]:
         config = dataclasses.replace(job.config.checkpoint, every_seconds=SAVE_EVERY_S)
         job = dataclasses.replace(job, config=dataclasses.replace(job.config, checkpoint=config))
@@ -196,11 +212,12 @@ def first_batches(job: Any) -> dict[str, list[float]]:
 
 def report(console: Console, results: dict[str, dict[str, Any]]) -> list[str]:
     """Print the tables; returns a line for each target that is missed."""
-    table = Table("one save, ms blocked", "ftexp", "tutorial", "ratio", box=None)
+    table = Table("one save, ms blocked", "ftexp", "tutorial", "ratio", "CPU-s of ftexp's", box=None)
     checks: list[Check] = []
     for name, result in results.items():
         ratio = statistics.median(result["ftexp_s"]) / statistics.median(result["tutorial_s"])
         cells = (_spread(result["ftexp_s"], 1e3), _spread(result["tutorial_s"], 1e3), f"{ratio:.4f}")
+        cells = (*cells, _spread(result["ftexp_cpu_s"], 1))
         table.add_row(f"{name}, {result['parameters'] / 1e6:.1f} M parameters", *cells)
         checks.append((f"blocked, ftexp : tutorial, {name}", ratio, 0.1, False))
     console.print(table)

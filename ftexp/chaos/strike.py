@@ -13,10 +13,11 @@ import os
 import signal
 import time
 from collections.abc import Generator, Mapping
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ftexp.chaos.plan import Fault
-from ftexp.checkpoint.store import FILES, MANIFEST, CheckpointStore, Manifest
+from ftexp.checkpoint.manifest import MANIFEST
+from ftexp.checkpoint.store import CheckpointStore
 from ftexp.cluster import ray_private
 from ftexp.config.schema import DAMAGES
 from ftexp.rundir.names import CHAOS, CHECKPOINTS
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from ftexp.job.skipped_batches import SkippedBatches
     from ftexp.wire.channel import Channel
 
+_STEMS = ("model.", "optimizer.")  # of a checkpoint's files, or of the first worker's
 _OF_THE_STORE = ("disk_full", "slow_storage")  # happen to rank 0, which does the writing
 
 
@@ -47,15 +49,16 @@ class FaultyStore(CheckpointStore):
         self.num_failing = self.num_slow = 0
         self.delay_s = 0.0
 
-    def save(self, manifest: Manifest, files: Mapping[str, Writer]) -> Manifest:
+    def write(self, name: str, files: Mapping[str, Writer]) -> dict[str, dict[str, Any]]:
         """As the base class does, unless a fault is due."""
         if self.num_slow:
             self.num_slow -= 1
             time.sleep(self.delay_s)
         if self.num_failing:
             self.num_failing -= 1
-            files = {**files, FILES[1]: _write_on_a_full_disk}
-        return super().save(manifest, files)
+            full = next((file for file in files if file.startswith(_STEMS[1])), next(iter(files)))
+            files = {**files, full: _write_on_a_full_disk}
+        return super().write(name, files)
 
 
 def _write_on_a_full_disk(stream: BinaryIO) -> None:
@@ -151,17 +154,24 @@ class Chaos:
 
 
 def damage(folder: Storage, kind: str) -> None:
-    """Break the checkpoint in `folder`: half of model.pt gone, a bit of optimizer.pt flipped, or files missing."""
+    """Break the checkpoint in `folder`: half of a file gone, a bit of another flipped, or files missing."""
     if kind == "delete_checkpoint":
         folder.delete()
     elif kind == "delete_manifest":
         folder.delete_file(MANIFEST)
     elif kind == "truncate_checkpoint":
-        content = folder.read_bytes(FILES[0])
-        folder.write_bytes(FILES[0], content[: len(content) // 2])
+        name = _file_of(folder, _STEMS[0])
+        content = folder.read_bytes(name)
+        folder.write_bytes(name, content[: len(content) // 2])
     elif kind == "flip_byte":
-        flipped = bytearray(folder.read_bytes(FILES[1]))
+        name = _file_of(folder, _STEMS[1])
+        flipped = bytearray(folder.read_bytes(name))
         flipped[len(flipped) // 2] ^= 1
-        folder.write_bytes(FILES[1], bytes(flipped))
+        folder.write_bytes(name, bytes(flipped))
     else:
         raise AssertionError(f"{kind} is no damage")
+
+
+def _file_of(folder: Storage, stem: str) -> str:
+    """Return the file of a checkpoint that begins so; of several, the first worker's."""
+    return next(name for name in folder.list_files() if name.startswith(stem))

@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 
-from ftexp.checkpoint.staging import load_part
-from ftexp.checkpoint.store import CheckpointStore, Manifest
+from ftexp.checkpoint.manifest import FILES, Manifest
+from ftexp.checkpoint.reading import read_parts
+from ftexp.checkpoint.store import CheckpointStore
 
 
 def load(store: CheckpointStore, manifest: Manifest) -> dict[str, Any]:
-    """A checkpoint's content, {file name: tree}; CheckpointError if it doesn't verify."""
-    return {name: load_part(name, content) for name, content in store.read(manifest).items()}
+    """Return a checkpoint's content, {file name: tree}; CheckpointError if it doesn't verify."""
+    return read_parts(store, manifest, FILES)
 
 
 def tree_differences(first: Any, second: Any, where: str = "") -> Iterator[str]:

@@ -1,30 +1,28 @@
-"""What a save costs the training thread: a copy of the state, and nothing else.
+"""When a run saves, of what, and what it resumes from: one rank's part of it.
 
-Serialising, hashing, writing and Ray's report run on a thread; there is one save in flight at the most.
+A save costs the training thread a copy of the state; the rest is done besides it, see ftexp.checkpoint.writing.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import os
-import sys
-import threading
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import ray.train
 
 from ftexp.checkpoint.cadence import Cadence
+from ftexp.checkpoint.manifest import EXTRA, FILES, MODEL, OPTIMIZER, Manifest, checkpoint_name
+from ftexp.checkpoint.reading import read_parts
 from ftexp.checkpoint.registry import ExtraState
-from ftexp.checkpoint.staging import Staging, is_finite, load_part, writer
-from ftexp.checkpoint.store import FILES, CheckpointStore, Manifest, checkpoint_name, kept_names
+from ftexp.checkpoint.sharding import Like, Place, common_place, gathered, joined, like_parameters, like_tree
+from ftexp.checkpoint.staging import Staging, is_finite
+from ftexp.checkpoint.store import CheckpointStore
+from ftexp.checkpoint.writing import NOT_FINITE, CheckpointWriter, Saving
 from ftexp.config.versions import package_versions
-from ftexp.errors import CheckpointError, NonFiniteError, StorageError
+from ftexp.errors import CheckpointError, ConfigError, NonFiniteError, StorageError
 from ftexp.wire import events
-from ftexp.wire.messages import UNSAVED, EvaluateCheckpoint, Evaluated, Happened
+from ftexp.wire.messages import Happened
 
 if TYPE_CHECKING:
     from ftexp.config.schema import Config
@@ -35,31 +33,7 @@ if TYPE_CHECKING:
     from ftexp.rundir.sample_ledger import SampleLedger
     from ftexp.wire.channel import Channel
 
-_MODEL, _OPTIMIZER, _EXTRA = FILES
 _ASKS_PER_PREEMPTION_POLL = 3  # the cadence asks about once a second; a poll costs 30 ms
-_NOT_FINITE = "the weights are not finite, so this step is not worth keeping"
-_LAST_TRIES_S = (1, 2, 4, 8, 16)  # waits before trying again to write the checkpoint that ends the run
-_LOWEST = 19
-_NICE = 10  # a tenth of a core where training wants it all; with less (19: a hundredth), saves could starve
-
-
-@dataclass(frozen=True)
-class _Saving:
-    """A save that is under way, on rank 0."""
-
-    manifest: Manifest
-    parts: tuple[Any, ...]
-    metrics: dict[str, Any]
-    about: dict[str, Any]  # the save, for its event
-    is_last: bool
-    pending: tuple[Pending, ...]  # evaluations, of this checkpoint or of earlier ones
-    best_step: int | None
-
-    @property
-    def steps_to_keep(self) -> set[int]:
-        """Steps whose checkpoints are kept, whatever else is removed."""
-        best = set() if self.best_step is None else {self.best_step}
-        return best | {pending.step for pending in self.pending}
 
 
 class CheckpointManager:
@@ -98,19 +72,26 @@ class CheckpointManager:
         self._leaving: set[str] = set()  # nodes that were announced to go away
         self._staging = Staging(group.device)
         self.num_rollbacks = 0
-        self._in_memory: tuple[Any, ...] | None = None  # the state of the last save, where a rollback may want it
+        self._in_memory: dict[str, Any] | None = None  # the state of the last save, where a rollback may want it
         self._pending_in_memory: list[Pending] = []
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint", initializer=_give_way)
-        self._pending: Future[None] | None = None
-        self._failures: list[Exception] = []  # of the last saves, if they failed
+        sharded = common_place(learner.model.state_dict())
+        if self._config.format == "sharded" and sharded is None:
+            raise ConfigError(
+                "checkpoint.format=sharded, and the model's parameters are not sharded: take parallel=fsdp or hsdp, or "
+                "checkpoint.format=auto"
+            )
+        self._is_cut = sharded is not None  # whether the learner's tensors are
+        self._place = sharded if self._config.format != "full" else None
+        is_sharded, timeout_s = self._place is not None, config.failure.save_timeout_s
+        self._writer = CheckpointWriter(self._config, group, channel, store, is_sharded, timeout_s)
 
     def due(self, epoch_ended: bool) -> bool:
         """Whether to save after the step just done; StorageError if too many saves in a row have failed."""
-        limit = self._config.max_failed_saves
-        if limit is not None and len(self._failures) > limit:
+        limit, failures = self._config.max_failed_saves, self._writer.failures
+        if limit is not None and len(failures) > limit:
             raise StorageError(
-                f"{len(self._failures)} saves in a row failed, and checkpoint.max_failed_saves={limit}; the last: "
-                f"{self._failures[-1]}. Put {self._store.storage.uri} right, and give the same command again"
+                f"{len(failures)} saves in a row failed, and checkpoint.max_failed_saves={limit}; the last: "
+                f"{failures[-1]}. Put {self._store.storage.uri} right, and give the same command again"
             )
         progress = self._progress
         evaluated = any(each.step == progress.step for each in progress.pending)
@@ -145,7 +126,7 @@ class CheckpointManager:
     @property
     def busy(self) -> bool:
         """Whether a save is in flight on this rank."""
-        return self._pending is not None and not self._pending.done()
+        return self._writer.busy
 
     @property
     def stopping(self) -> bool:
@@ -157,29 +138,26 @@ class CheckpointManager:
         started = time.perf_counter()
         self.wait()
         progress = self._progress
+        manifest = self._manifest()
         if not self._ledger_is_safe() or not self._is_worth_keeping():
             self._cadence.saved(progress.step)
-            self._note_unsaved(progress.step, progress.epoch)
+            self._writer.note_unsaved(manifest)
             return
         parts = self._copied_state()
-        metrics = {"epoch": progress.epoch, "step": progress.step, **progress.metrics}
-        if self._group.rank != 0:
-            self._pending = self._thread.submit(ray.train.report, metrics)
-        else:
-            manifest = self._manifest()
-            blocked_s = time.perf_counter() - started
-            # told with the checkpoint, beside what it cost
-            about = {"reasons": self._cadence.reasons, "blocked_s": round(blocked_s, 6)}
-            saving = _Saving(
-                manifest,
-                parts,
-                metrics,
-                about,
-                is_last=progress.finished or self.stopping,
-                pending=tuple(progress.pending),
-                best_step=progress.best.get("step"),
-            )
-            self._pending = self._thread.submit(self._write, saving)
+        # reported with the checkpoint, next to what it cost
+        about = {"reasons": self._cadence.reasons, "blocked_s": round(time.perf_counter() - started, 6)}
+        saving = Saving(
+            manifest,
+            parts,
+            self._place,
+            {"epoch": progress.epoch, "step": progress.step, **progress.metrics},
+            about,
+            is_last=progress.finished or self.stopping,
+            is_end=progress.finished,
+            pending=tuple(progress.pending),
+            best_step=progress.best.get("step"),
+        )
+        self._writer.begin(saving)
         self._cadence.saved(progress.step)
 
     def _ledger_is_safe(self) -> bool:
@@ -193,22 +171,29 @@ class CheckpointManager:
             error = caught
         if self._group.all_agree(error is None):
             return True
-        if self._group.rank == 0:
-            self._failed(self._progress.step, error or OSError("another worker can't write its ledger"))
+        self._writer.note_failed(self._progress.step, error or OSError("another worker can't write its ledger"))
         return False
 
-    def _copied_state(self) -> tuple[Any, ...]:
-        """What a save writes, which later steps don't change; empty where nobody needs it. Collective."""
+    def _copied_state(self) -> dict[str, Any]:
+        """Copy what this rank writes, {name: content}, so that later steps don't change it; collective."""
         extra, learner = self._extra.state_dict(), self._learner
         if lost := extra["progress"]["train"][3]:
             raise NonFiniteError(f"{lost} losses were NaN or infinite by step {self._progress.step}: nothing was saved")
-        if self._group.rank != 0 and not self._keeps:
-            return ()
-        parts: tuple[Any, ...] = self._staging.copy((learner.model.state_dict(), learner.optimizer.state_dict(), extra))
+        state = {MODEL: learner.model.state_dict(), OPTIMIZER: learner.optimizer.state_dict(), EXTRA: extra}
+        parts: dict[str, Any] = {}
+        if self._keeps or self._writes:
+            parts = self._staging.copy(state)
         if self._keeps:
             self._in_memory, self.num_rollbacks = parts, 0
             self._pending_in_memory = list(self._progress.pending)  # a state has no names of checkpoints
-        return parts
+        if self._is_cut and self._place is None:
+            parts = gathered(state, self._group.rank == 0)
+        return parts if self._writes else {}
+
+    @property
+    def _writes(self) -> bool:
+        """Whether this rank writes a part of a checkpoint."""
+        return self._group.rank == 0 if self._place is None else self._place.is_first_replica
 
     def _is_worth_keeping(self) -> bool:
         """Whether the weights are finite, where the copy in memory is what a rollback goes back to; collective."""
@@ -216,8 +201,7 @@ class CheckpointManager:
             return True  # asked beside the training, of the copy
         if self._group.all_agree(all(is_finite(tensor) for tensor in self._learner.model.state_dict().values())):
             return True
-        if self._group.rank == 0:
-            self._failed(self._progress.step, CheckpointError(_NOT_FINITE))
+        self._writer.note_failed(self._progress.step, CheckpointError(NOT_FINITE))
         return False
 
     def keep_in_memory(self) -> None:
@@ -229,44 +213,65 @@ class CheckpointManager:
         """Go back to the state of the last save, without any process starting again."""
         assert self._in_memory is not None, "kept since the attempt began"
         # an optimiser takes the tensors that it is given for its own
-        model, optimizer, extra = copy.deepcopy(self._in_memory)
-        self._learner.model.load_state_dict(model)
-        self._learner.optimizer.load_state_dict(optimizer)
-        self._extra.load(extra, self._extra.versions(), "this run")
+        kept, likes = copy.deepcopy(self._in_memory), self._likes()
+        parts = {name: joined(part, likes[name]) if likes else part for name, part in kept.items()}
+        self._learner.model.load_state_dict(parts[MODEL])
+        self._learner.optimizer.load_state_dict(parts[OPTIMIZER])
+        self._extra.load(parts[EXTRA], self._extra.versions(), "this run")
         self._progress.pending = list(self._pending_in_memory)
         self._ledger.back_to(self._progress.step)
         self.num_rollbacks += 1
 
+    def _likes(self) -> dict[str, Like]:
+        """Return where the learner has DTensors, by part; empty if it has none. Collective."""
+        if not self._is_cut:
+            return {}
+        return {
+            MODEL: like_tree(self._learner.model.state_dict()),
+            OPTIMIZER: like_parameters(self._learner.optimizer),
+            EXTRA: like_tree(self._extra.state_dict()),
+        }
+
     def wait(self) -> None:
         """Return when no save is in flight, on this rank."""
-        if self._pending is not None:
-            self._pending.result()
-            self._pending = None
+        self._writer.wait()
 
     def finish(self) -> None:
         """Wait for the last save; StorageError if it could not be written."""
-        self.wait()
-        self._thread.shutdown()
-        if self._failures:
-            error = self._failures[-1]
+        self._writer.close()
+        if self._writer.failures:
+            error = self._writer.failures[-1]
             raise StorageError(
                 f"the last checkpoint could not be written: {error}. Put {self._store.storage.uri} right, and give "
                 "the same command again"
             ) from error
 
-    def restore(self, manifest: Manifest) -> None:
-        """Load a verified checkpoint; StateError if its states are not the configured ones."""
-        files = self._store.read(manifest)
-        loaded = {name: load_part(name, content) for name, content in files.items()}
+    def restore(self, manifest: Manifest) -> str | None:
+        """Load a checkpoint; collective. Returns why it is rejected, and then nothing was changed; None if it isn't.
+
+        Each rank reads what it needs, and verifies what it reads.
+
+        Raises:
+            StateError: its states are not the configured ones.
+            CheckpointError: it is that of another model or optimiser.
+        """
+        loaded, problem = dict[str, Any](), None
         try:
-            self._learner.model.load_state_dict(loaded[_MODEL])
-            self._learner.optimizer.load_state_dict(loaded[_OPTIMIZER])
+            loaded = read_parts(self._store, manifest, FILES, self._likes())
+        except CheckpointError as error:
+            problem = str(error)
+        if (found := self._group.any_of(problem)) is not None:
+            return found
+        try:
+            self._learner.model.load_state_dict(loaded[MODEL])
+            self._learner.optimizer.load_state_dict(loaded[OPTIMIZER])
         except (RuntimeError, ValueError, KeyError) as error:
             raise CheckpointError(
                 f"checkpoint {manifest.name}, of {manifest.written_by}, does not fit this model or optimiser: {error}"
             ) from error
-        self._extra.load(loaded[_EXTRA], manifest.state_versions, manifest.written_by)
+        self._extra.load(loaded[EXTRA], manifest.state_versions, manifest.written_by)
         self._cadence.saved(manifest.step)
+        return None
 
     def _manifest(self) -> Manifest:
         run, progress = self._run, self._progress
@@ -283,69 +288,10 @@ class CheckpointManager:
             written_at=time.time(),
             versions=package_versions(),
             fingerprint=run.fingerprint,
+            mesh=_described(self._place),
         )
 
-    def _write(self, saving: _Saving) -> None:
-        """On the thread, rank 0 only: write, thin out, report to Ray. The other ranks wait in their report.
 
-        Ray is not told of the checkpoint: it would write a snapshot of its own into the run directory, from its
-        control loop, where a store that is down for a moment ends the run. The manifests say what there is.
-        """
-        manifest = saving.manifest
-        is_good = all(is_finite(tensor) for tensor in saving.parts[0].values())
-        if not is_good:
-            self._failed(manifest.step, CheckpointError(_NOT_FINITE))
-        for wait_s in (*(_LAST_TRIES_S if saving.is_last else ()), None) if is_good else ():
-            try:
-                self._write_once(saving)
-                self._failures.clear()
-                break
-            except (OSError, CheckpointError) as error:
-                self._failed(manifest.step, error)
-                if wait_s is not None:
-                    time.sleep(wait_s)
-        else:
-            self._note_unsaved(manifest.step, manifest.epoch)
-        ray.train.report(saving.metrics)
-
-    def _note_unsaved(self, step: int, epoch: int) -> None:
-        """Let nobody wait for the evaluation of a checkpoint that there isn't."""
-        name = checkpoint_name(step, self._run.attempt)
-        unsaved = Evaluated(step, epoch, name, failure=UNSAVED, problem="its checkpoint was not saved")
-        self._channel.note_evaluated(unsaved)
-
-    def _failed(self, step: int, error: Exception) -> None:
-        self._failures.append(error)
-        self._channel.send(Happened(events.CheckpointFailed(step, str(error))))
-
-    def _write_once(self, saving: _Saving) -> None:
-        started, channel = time.perf_counter(), self._channel
-        channel.sync()  # what was logged up to this step must be written down before the step counts as done
-        saved = self._store.save(
-            saving.manifest, {name: writer(part) for name, part in zip(FILES, saving.parts, strict=True)}
-        )
-        event = events.CheckpointSaved(
-            step=saved.step,
-            checkpoint=saved.name,
-            bytes=saved.num_bytes,
-            write_s=round(time.perf_counter() - started, 6),
-            metrics=saved.metrics,
-            **saving.about,
-        )
-        channel.send(Happened(event))
-        for pending in saving.pending:
-            if pending.checkpoint == saved.name:
-                channel.send(EvaluateCheckpoint(**vars(pending)))
-        with contextlib.suppress(OSError):  # an object store that is down now: the next save thins out
-            manifests = self._store.manifests(lambda *_: None)
-            self._store.delete_all_but(kept_names(manifests, self._config.num_to_keep, saving.steps_to_keep))
-
-
-def _give_way() -> None:
-    """Have this thread run where the training leaves a core idle; Linux knows priorities of threads.
-
-    From the process's own on, which Ray has lowered: only root may raise one.
-    """
-    if sys.platform == "linux":
-        lower = min(_LOWEST, os.getpriority(os.PRIO_PROCESS, 0) + _NICE)
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), lower)
+def _described(place: Place | None) -> dict[str, Any] | None:
+    """Return what a manifest says of the mesh that a sharded checkpoint was written from."""
+    return None if place is None else {"dims": place.dims, "num_shards": place.num_shards}

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 
 from ftexp.checkpoint.manager import CheckpointManager
-from ftexp.checkpoint.staging import load_part
-from ftexp.checkpoint.store import CheckpointStore, Manifest, locate
+from ftexp.checkpoint.manifest import Manifest
+from ftexp.checkpoint.reading import cut, read_weights
+from ftexp.checkpoint.sharding import like_tree
+from ftexp.checkpoint.store import CheckpointStore, locate
 from ftexp.config.fingerprint import differences
 from ftexp.job.job import Job
 from ftexp.model.build import initialise_head, timm_arguments
-from ftexp.model.matching import load_matching
+from ftexp.model.matching import match
 from ftexp.model.timm_private import checkpoint_filter
 from ftexp.storage.directory import Storage
 from ftexp.wire import events
@@ -24,35 +27,46 @@ def restore(job: Job, store: CheckpointStore, checkpoints: CheckpointManager) ->
     What doesn't verify is quarantined and told; ConfigError if the checkpoint is that of another run.
     """
     started = time.perf_counter()
-    name, num_rejected = job.group.agree_on(_choose(job.channel, store) if job.group.rank == 0 else None)
-    if name is None:
-        if job.config.resume_from is not None:
-            _start_from(job, job.config.resume_from)
-            checkpoints.save()  # a restart must not depend on the other run's checkpoints, which may go
-        return
-    manifest = store.by_name(name)
-    differences(manifest.fingerprint, job.run.fingerprint, f"{store.storage.uri}/{name}")
-    checkpoints.restore(manifest)
-    if job.group.rank == 0:
+    rejections = _Rejections(job.channel, store)
+    candidates = _candidates(job.channel, store, rejections) if job.group.rank == 0 else iter(())
+    while (name := job.group.agree_on(next(candidates, None))) is not None:
+        manifest = store.by_name(name)
+        differences(manifest.fingerprint, job.run.fingerprint, f"{store.storage.uri}/{name}")
+        if (problem := checkpoints.restore(manifest)) is None:
+            break
+        if job.group.rank == 0:
+            rejections.add(name, problem)
+    if name is None and job.config.resume_from is not None:
+        _start_from(job, job.config.resume_from)
+        checkpoints.save()  # a restart must not depend on the other run's checkpoints, which may go
+    if name is not None and job.group.rank == 0:
         seconds = round(time.perf_counter() - started, 3)
         job.channel.send(
-            Happened(events.Restored(num_rejected, seconds, name, job.progress.step, job.progress.position))
+            Happened(events.Restored(rejections.count, seconds, name, job.progress.step, job.progress.position))
         )
 
 
-def _choose(channel: Channel, store: CheckpointStore) -> tuple[str | None, int]:
-    """The name of the checkpoint to load, and how many were rejected on the way."""
-    for name in store.storage.sweep():
-        channel.send(Happened(events.Swept(name)))
-    rejected: dict[str, str] = {}
-    chosen = store.latest(rejected.__setitem__)
-    for name, reason in rejected.items():
+class _Rejections:
+    """Moves checkpoints that don't count out of the way, reports and counts them."""
+
+    def __init__(self, channel: Channel, store: CheckpointStore) -> None:
+        self._channel, self._store, self.count = channel, store, 0
+
+    def add(self, name: str, reason: str) -> None:
+        self.count += 1
         try:
-            store.quarantine(name)
+            self._store.quarantine(name)
         except OSError as error:  # it stays, and is rejected again next time
             reason = f"{reason}; it can't be moved away: {error}"
-        channel.send(Happened(events.CheckpointRejected(name, reason)))
-    return chosen.name if chosen else None, len(rejected)
+        self._channel.send(Happened(events.CheckpointRejected(name, reason)))
+
+
+def _candidates(channel: Channel, store: CheckpointStore, rejections: _Rejections) -> Iterator[str]:
+    """Yield the names of the checkpoints to try, the best first; of sharded ones, each rank verifies what it reads."""
+    for name in store.storage.sweep():
+        channel.send(Happened(events.Swept(name)))
+    for manifest in store.candidates(rejections.add):
+        yield manifest.name
 
 
 def _start_from(job: Job, uri: str) -> None:
@@ -62,10 +76,11 @@ def _start_from(job: Job, uri: str) -> None:
     where, name = group.agree_on(found and (found[0].storage.uri, found[1].name))
     store = CheckpointStore(Storage.at(where))
     manifest = store.by_name(name)
-    weights = load_part("model.pt", store.read_file(manifest, "model.pt"))
+    weights = read_weights(store, manifest, "raw")
     filter_fn = checkpoint_filter(timm_arguments(job.config.model, job.info))
     source = _described(store, manifest)
-    learner.weights_report = load_matching(learner.model, weights, source, "resume_from", filter_fn)
+    fitting, learner.weights_report = match(learner.model, weights, source, "resume_from", filter_fn)
+    learner.model.load_state_dict(cut(fitting, like_tree(learner.model.state_dict())), strict=False)
     initialise_head(learner.model, job.config.model, learner.weights_report.matched)  # what is new was so when built
     if learner.ema is not None:
         learner.ema.begin_at(learner.model)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from ftexp.checkpoint import tree
+from ftexp.checkpoint.sharding import Piece, is_sharded, rows_held
+from ftexp.checkpoint.tree import mapped
 from ftexp.errors import CheckpointError
 from ftexp.storage.directory import Writer
 
@@ -17,26 +20,25 @@ class Staging:
 
     def __init__(self, device: torch.device) -> None:
         self._pin = device.type == "cuda"
-        self._kept: dict[tuple[Any, ...], torch.Tensor] = {}  # by their path in the tree
+        self._kept: dict[tree.Path, torch.Tensor] = {}  # by their path in the tree
 
     def copy(self, value: Any) -> Any:
-        """A deep copy whose tensors later steps don't change; it holds until the next call."""
-        copied = self._copy(value, ())
+        """Return a deep copy whose tensors later steps don't change; it holds until the next call.
+
+        Of a sharded tensor, the `Piece` that this process holds.
+        """
+        copied = mapped(value, self._copy)
         if self._pin:
             torch.cuda.synchronize()
         return copied
 
-    def _copy(self, value: Any, path: tuple[Any, ...]) -> Any:
-        if isinstance(value, torch.Tensor):
-            return self._copy_tensor(value.detach(), path)
-        if isinstance(value, Mapping):
-            return {key: self._copy(item, (*path, key)) for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            items = [self._copy(item, (*path, number)) for number, item in enumerate(value)]
-            return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-        return value
+    def _copy(self, leaf: Any, path: tree.Path) -> Any:
+        if is_sharded(leaf):
+            held = self._copy_tensor(leaf.to_local().detach(), path)
+            return Piece(held, rows_held(leaf).start, tuple(leaf.shape))
+        return self._copy_tensor(leaf.detach(), path) if isinstance(leaf, torch.Tensor) else leaf
 
-    def _copy_tensor(self, tensor: torch.Tensor, path: tuple[Any, ...]) -> torch.Tensor:
+    def _copy_tensor(self, tensor: torch.Tensor, path: tree.Path) -> torch.Tensor:
         kept = self._kept.get(path)
         if kept is None or (kept.shape, kept.dtype, kept.stride()) != (tensor.shape, tensor.dtype, tensor.stride()):
             pin = self._pin and tensor.is_cuda
@@ -48,7 +50,7 @@ def writer(part: Any) -> Writer:
     """What writes one file of a checkpoint."""
 
     def write(stream: Any) -> None:
-        # the zip's own checksums would be computed beside the SHA-256 of every byte; torch.load doesn't read them
+        # the zip's own checksums would be computed besides the hash of every byte; torch.load doesn't read them
         before = torch.serialization.get_crc32_options()
         torch.serialization.set_crc32_options(False)
         try:
@@ -59,16 +61,21 @@ def writer(part: Any) -> Writer:
     return write
 
 
-def load_part(name: str, content: bytes) -> Any:
-    """Read one file of a checkpoint onto the CPU without running code in it; CheckpointError if it has any."""
+def load_part(name: str, content: bytes | Path) -> Any:
+    """Read one file of a checkpoint onto the CPU without running code in it; CheckpointError if it has any.
+
+    content: what it holds, or its path, and then its tensors are mapped into memory.
+    """
+    source = content if isinstance(content, Path) else io.BytesIO(content)
     try:
-        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        return torch.load(source, map_location="cpu", weights_only=True, mmap=source is content)
     except Exception as error:  # torch raises UnpicklingError, RuntimeError or EOFError, by what is wrong
         raise CheckpointError(f"{name} can't be loaded as plain data: {error}") from error
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether no value is NaN or infinite."""
+    """Whether no value is NaN or infinite; of a sharded tensor, as far as this process holds it."""
+    tensor = tensor.to_local() if is_sharded(tensor) else tensor
     if not tensor.is_floating_point():
         return True
     # one pass and no copy: NaN and infinity survive a sum

@@ -1,59 +1,35 @@
 """How bytes become a checkpoint that can be trusted.
 
 A checkpoint is a folder `step_00000120.a1` (step, attempt) with model.pt, optimizer.pt, extra_state.pt and
-manifest.json. It exists when its manifest does, and counts when every file has the size and SHA-256 that the
-manifest says. Which one is the latest follows from manifests, never from names or times. What doesn't count is
-moved to `.rejected/`, where nobody takes it for a checkpoint and its owner can still look at it.
+manifest.json; of a sharded model, files of each process take the place of the first two. It exists when its manifest
+does, and counts when every file has the size and hash that the manifest says. Which one is the latest follows from
+manifests, never from names or times. What doesn't count is moved to `.rejected/`, where nobody takes it for a
+checkpoint and its owner can still look at it.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import errno
-import hashlib
 import itertools
-import json
-from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, BinaryIO
 
+from ftexp.checkpoint import slices
+from ftexp.checkpoint.hashing import HashedStream, kind_of, new_hash, require_same
+from ftexp.checkpoint.manifest import EXTRA, FILES, MANIFEST, Manifest, decode, encode, expected_of
 from ftexp.errors import CheckpointError
 from ftexp.rundir.names import CHECKPOINTS
-from ftexp.storage.directory import Storage, Writer, write_all
+from ftexp.storage.directory import Storage, Writer
 
-MANIFEST = "manifest.json"
-FILES = ("model.pt", "optimizer.pt", "extra_state.pt")
 REJECTED = ".rejected"
-_FORMAT = 2
 _CHUNK_BYTES = 1 << 20
 _GONE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 # what reading a torn or missing manifest raises
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)
 
 Rejected = Callable[[str, str], None]  # name of the checkpoint, and the reason
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What a checkpoint is, and how to tell that it is whole."""
-
-    name: str  # of its folder
-    step: int
-    epoch: int
-    position: int
-    attempt: int
-    world_size: int
-    metrics: dict[str, float]
-    state_versions: dict[str, int]  # of extra_state.pt, by name
-    written_by: str  # the run, and the time
-    written_at: float  # seconds since 1970
-    versions: dict[str, str]  # of the packages that matter
-    fingerprint: dict[str, Any]  # the config keys that define the run
-    files: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> {"bytes": int, "sha256": hex}
-
-    @property
-    def num_bytes(self) -> int:
-        """Size of the checkpoint's files."""
-        return sum(int(file["bytes"]) for file in self.files.values())
 
 
 class CheckpointStore:
@@ -63,39 +39,58 @@ class CheckpointStore:
         self.storage = storage
 
     def save(self, manifest: Manifest, files: Mapping[str, Writer]) -> Manifest:
-        """Write a checkpoint, and read it back; returns its manifest once it has been verified.
+        """Write a checkpoint; returns its manifest once what was written has been read back.
 
         OSError if it can't be written, CheckpointError if what is there afterwards is not what was written.
         """
-        described: dict[str, dict[str, Any]] = {}
-        complete = Manifest(**{**vars(manifest), "files": described})  # `described` fills while the files are written
-
-        def described_writer(name: str, write: Writer) -> Writer:
-            def write_hashed(stream: BinaryIO) -> None:
-                hashed = _Hashed(stream)
-                try:
-                    write(hashed)  # type: ignore[arg-type]  # has what torch.save calls
-                except RuntimeError as error:  # torch.save's own, on top of what went wrong with the stream
-                    if isinstance(error.__context__, OSError):
-                        raise error.__context__ from None
-                    raise
-                described[name] = {"bytes": hashed.num_bytes, "sha256": hashed.digest.hexdigest()}
-
-            return write_hashed
-
-        def write_manifest(stream: BinaryIO) -> None:
-            content = {"format": _FORMAT, **vars(complete)}
-            write_all(stream, json.dumps({**content, "sha256": _sha256_of(content)}, indent=1).encode())
-
-        writers = {name: described_writer(name, write) for name, write in files.items()}
-        folder = self.storage.child(manifest.name)
-        folder.publish({**writers, MANIFEST: write_manifest}, last=MANIFEST)
+        if self.storage.local_path is not None:
+            self.storage.child(manifest.name).draft.delete()  # left by a process that died here before
         try:
-            self.verify(complete)
-        except CheckpointError:
-            folder.delete()  # it must not count, nor stand in the way of the next try
+            return self.commit(dataclasses.replace(manifest, files=self.write(manifest.name, files)))
+        except BaseException:
+            self.discard(manifest.name)
             raise
+
+    def write(self, name: str, files: Mapping[str, Writer]) -> dict[str, dict[str, Any]]:
+        """Write files of a checkpoint that isn't committed yet, and read them back; errors as of `save`.
+
+        Returns what its manifest says of them.
+        """
+        return self._write_to(self.storage.child(name).draft, files)
+
+    def _write_to(self, folder: Storage, files: Mapping[str, Writer]) -> dict[str, dict[str, Any]]:
+        described = {}
+        for file, write in files.items():
+            with folder.writing(file) as stream:
+                described[file] = _written(stream, write)
+        for file, expected in described.items():
+            self._verify_file(folder, file, expected)
+        return described
+
+    def commit(self, manifest: Manifest) -> Manifest:
+        """Let a checkpoint exist whose files were written, each by whoever wrote it; errors as of `save`."""
+        folder = self.storage.child(manifest.name)
+        there = folder.draft.sizes()
+        if missing := [name for name, each in manifest.files.items() if there.get(name) != each["bytes"]]:
+            raise CheckpointError(
+                f"{missing[0]} was written, and isn't at {folder.draft.uri}: run.storage must be one directory for all "
+                "workers, also on other machines"
+            )
+        folder.draft.write_bytes(MANIFEST, encode(manifest))
+        folder.publish_draft()
+        return manifest
+
+    def add(self, manifest: Manifest, files: Mapping[str, Writer]) -> Manifest:
+        """Add files to a checkpoint that exists; returns its new manifest. Errors as of `save`: it is as before."""
+        folder = self.storage.child(manifest.name)
+        complete = dataclasses.replace(manifest, files=manifest.files | self._write_to(folder, files))
+        folder.write_bytes(MANIFEST, encode(complete))
         return complete
+
+    def discard(self, name: str) -> None:
+        """Remove what was written of a checkpoint that won't be committed: a full disk needs the room."""
+        with contextlib.suppress(OSError):  # a store that is down; without a manifest, it never counts
+            self.storage.child(name).draft.delete()
 
     def manifests(self, rejected: Rejected) -> list[Manifest]:
         """Every checkpoint that has a readable manifest, newest step first; its files aren't checked yet."""
@@ -109,29 +104,48 @@ class CheckpointStore:
 
     def latest(self, rejected: Rejected) -> Manifest | None:
         """The verified checkpoint of the highest step; damaged ones are told to `rejected`."""
+        return next((each for each in self.manifests(rejected) if self._is_whole(each, rejected)), None)
+
+    def candidates(self, rejected: Rejected) -> Iterator[Manifest]:
+        """As `latest`, one after the other, the highest step first.
+
+        Sharded ones aren't verified yet: whoever reads a part of one verifies that part.
+        """
         for manifest in self.manifests(rejected):
-            try:
-                self.verify(manifest)
-            except CheckpointError as error:
-                rejected(manifest.name, str(error))
-            else:
-                return manifest
-        return None
+            if manifest.mesh is not None or self._is_whole(manifest, rejected):
+                yield manifest
+
+    def _is_whole(self, manifest: Manifest, rejected: Rejected) -> bool:
+        try:
+            self.verify(manifest)
+        except CheckpointError as error:
+            rejected(manifest.name, str(error))
+            return False
+        return True
 
     def verify(self, manifest: Manifest) -> None:
         """Read a checkpoint's files, a little at a time; CheckpointError, with the reason, if one isn't as written."""
         folder = self.storage.child(manifest.name)
-        for name in FILES:
-            expected = _expected(manifest, name)
-            digest, num_bytes = hashlib.sha256(), 0
-            try:
-                with folder.reading(name) as stream:
-                    while chunk := stream.read(_CHUNK_BYTES):
-                        digest.update(chunk)
-                        num_bytes += len(chunk)
-            except OSError as error:
-                raise self._damage(name, error) from error
-            _require_same(name, expected, num_bytes, digest.hexdigest())
+        for name in FILES if manifest.mesh is None else {EXTRA, *manifest.files}:
+            self._verify_file(folder, name, expected_of(manifest, name))
+
+    def verify_file(self, manifest: Manifest, name: str) -> None:
+        """As `verify`, of one file."""
+        self._verify_file(self.storage.child(manifest.name), name, expected_of(manifest, name))
+
+    def _verify_file(self, folder: Storage, name: str, expected: dict[str, Any]) -> None:
+        digest, num_bytes, buffer = new_hash(kind_of(expected)), 0, memoryview(bytearray(_CHUNK_BYTES))
+        try:
+            if slices.HEADER in expected:
+                slices.verify(folder, name, expected)
+                return
+            with folder.reading(name) as stream:
+                while size := stream.readinto(buffer):  # type: ignore[attr-defined]  # as raw files and pyarrow's have
+                    digest.update(buffer[:size])
+                    num_bytes += size
+        except OSError as error:
+            raise self.damage(name, error) from error
+        require_same(name, expected, num_bytes, digest.hexdigest())
 
     def read(self, manifest: Manifest) -> dict[str, bytes]:
         """A checkpoint's files, verified; CheckpointError, with the reason, if one isn't as written."""
@@ -139,12 +153,14 @@ class CheckpointStore:
 
     def read_file(self, manifest: Manifest, name: str) -> bytes:
         """One file of a checkpoint, verified; CheckpointError, with the reason, if it isn't as written."""
-        expected = _expected(manifest, name)
+        expected = expected_of(manifest, name)
         try:
             content = self.storage.child(manifest.name).read_bytes(name)
         except OSError as error:
-            raise self._damage(name, error) from error
-        _require_same(name, expected, len(content), hashlib.sha256(content).hexdigest())
+            raise self.damage(name, error) from error
+        digest = new_hash(kind_of(expected))
+        digest.update(content)
+        require_same(name, expected, len(content), digest.hexdigest())
         return content
 
     def by_name(self, name: str) -> Manifest:
@@ -178,21 +194,11 @@ class CheckpointStore:
         folder.move_to(self.storage.child(REJECTED, f"{name}.{number}"))
 
     def _manifest(self, name: str) -> Manifest:
-        content = json.loads(self.storage.child(name).read_bytes(MANIFEST))
-        if content.pop("sha256") != _sha256_of(content):
-            raise ValueError("the manifest is not as it was written")
-        if (written_in := content.pop("format")) != _FORMAT:
-            raise CheckpointError(
-                f"{self.storage.child(name).uri} is in format {written_in}, and this ftexp reads format {_FORMAT}: "
-                "go on with the version that wrote it, or choose another run.name"
-            )
-        manifest = Manifest(**content)
-        if manifest.name != name:
-            raise ValueError(f"the manifest is that of {manifest.name}")
-        return manifest
+        folder = self.storage.child(name)
+        return decode(folder.read_bytes(MANIFEST), folder.uri, name)
 
-    def _damage(self, name: str, error: OSError) -> CheckpointError:
-        """The damage that `error` shows. A store, or a mount, that doesn't answer shows none: its error goes on."""
+    def damage(self, name: str, error: OSError) -> CheckpointError:
+        """Return the damage that `error` shows; a store that doesn't answer shows none: its error goes on."""
         shows_damage = isinstance(error, _GONE) or (self.storage.local_path is not None and error.errno == errno.EIO)
         if not shows_damage:
             raise error
@@ -202,45 +208,23 @@ class CheckpointStore:
         if isinstance(error, FileNotFoundError):
             return "it has no manifest"
         if isinstance(error, OSError):
-            return str(self._damage(MANIFEST, error))
+            return str(self.damage(MANIFEST, error))
         return f"its manifest can't be read ({type(error).__name__})"
 
 
-class _Hashed:
-    """A stream that passes bytes on, counting and hashing them."""
-
-    def __init__(self, stream: BinaryIO) -> None:
-        self._stream = stream
-        self.digest, self.num_bytes = hashlib.sha256(), 0
-
-    def write(self, data: bytes | memoryview) -> int:
-        """Pass on all of `data`; OSError if the stream does not take it."""
-        view = memoryview(data).cast("B") if len(data) else memoryview(b"")
-        self.digest.update(view)
-        self.num_bytes += len(view)
-        write_all(self._stream, view)
-        return len(view)
-
-    def flush(self) -> None:
-        """Nothing is held back here."""
-
-
-def _sha256_of(content: dict[str, Any]) -> str:
-    """Of a manifest's content, whatever the order of its keys."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _expected(manifest: Manifest, name: str) -> dict[str, Any]:
-    if name not in manifest.files:
-        raise CheckpointError(f"{name} isn't in the manifest")
-    return manifest.files[name]
-
-
-def _require_same(name: str, expected: dict[str, Any], num_bytes: int, sha256: str) -> None:
-    if num_bytes != expected["bytes"]:
-        raise CheckpointError(f"{name} has {num_bytes} bytes, not {expected['bytes']}")
-    if sha256 != expected["sha256"]:
-        raise CheckpointError(f"{name} differs from its SHA-256")
+def _written(stream: BinaryIO, write: Writer) -> dict[str, Any]:
+    """Write a file's content; returns what a manifest says of it."""
+    if isinstance(write, slices.SliceFile):
+        write(stream)
+        return write.described
+    hashed = HashedStream(stream)
+    try:
+        write(hashed)  # type: ignore[arg-type]  # has what torch.save calls
+    except RuntimeError as error:  # torch.save's own, on top of what went wrong with the stream
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
+    return hashed.described()
 
 
 def locate(uri: str) -> tuple[CheckpointStore, Manifest]:
@@ -261,21 +245,3 @@ def locate(uri: str) -> tuple[CheckpointStore, Manifest]:
             f"{CHECKPOINTS}/"
         )
     return store, latest
-
-
-def checkpoint_name(step: int, attempt: int) -> str:
-    """Return the name of the checkpoint that an attempt saves at `step`."""
-    return f"step_{step:08d}.a{attempt}"
-
-
-def kept_names(manifests: list[Manifest], num_to_keep: int | None, steps: Collection[int]) -> set[str]:
-    """Names to keep: the `num_to_keep` of the highest steps (None: all), and those of `steps`.
-
-    Such a step may not have been saved: then the next that was is the nearest to it.
-    """
-    newest_first = sorted(manifests, key=lambda manifest: (manifest.step, manifest.attempt), reverse=True)
-    kept = {manifest.name for manifest in newest_first[:num_to_keep]}
-    for step in steps:
-        if since := [each for each in newest_first if each.step >= step]:
-            kept.add(min(since, key=lambda each: each.step).name)  # of its attempts, the newest comes first
-    return kept

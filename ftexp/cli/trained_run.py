@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import re
 import sys
 from dataclasses import dataclass
@@ -12,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
-from ftexp.checkpoint.store import CheckpointStore, Manifest
+from ftexp.checkpoint.manifest import Manifest
+from ftexp.checkpoint.store import CheckpointStore
 from ftexp.cli.compose import to_config
 from ftexp.config.schema import BESIDE, Config, DataConfig
 from ftexp.config.source_names import AS_TRAINED, OF_DECODING, can_stream
@@ -25,7 +25,7 @@ from ftexp.storage.directory import Storage
 from ftexp.storage.uri import is_remote
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -56,14 +56,13 @@ class SavedRun:
         """Its checkpoints."""
         return CheckpointStore(self.storage.child(CHECKPOINTS))
 
-    def model(self, weights: bytes) -> nn.Module:
-        """The model with the content of a checkpoint's model.pt, for evaluation, on the CPU. Imports torch."""
-        from ftexp.checkpoint.staging import load_part
+    def model(self, weights: dict[str, Tensor]) -> nn.Module:
+        """Return the model with these weights, a state dict, for evaluation, on the CPU. Imports torch."""
         from ftexp.model.build import trained_model
         from ftexp.registry import load_plugins
 
         load_plugins(self.config.plugins)
-        return trained_model(self.config.model, self.info, load_part("model.pt", weights)).eval()
+        return trained_model(self.config.model, self.info, weights).eval()
 
     def data_as_seen(self, data: DataConfig) -> DataConfig:
         """The same images, cropped, scaled and normalised as the model has seen its own, with labels read likewise."""
@@ -75,25 +74,6 @@ class SavedRun:
             seen |= {name: getattr(defaults, name) for name in OF_DECODING}
         # nothing is cut out of an image but in training
         return dataclasses.replace(data, integer_labels=self.info.integer_labels, decode_size=None, **seen)
-
-
-def read_weights(store: CheckpointStore, manifest: Manifest, weights: str) -> bytes:
-    """What a model.pt holds, verified: the `raw` weights, or `ema`, their moving average, as one. Imports torch.
-
-    CheckpointError if the file is damaged, or there is no average in the checkpoint.
-    """
-    if weights == "raw":
-        return store.read_file(manifest, "model.pt")
-    import torch
-
-    from ftexp.checkpoint.staging import load_part
-
-    extra = load_part("extra_state.pt", store.read_file(manifest, "extra_state.pt"))
-    if not (average := extra.get("ema", {}).get("weights")):
-        raise CheckpointError("weights=ema, but the run had no average of its weights (ema.decay): take weights=raw")
-    content = io.BytesIO()
-    torch.save(average, content)
-    return content.getvalue()
 
 
 def load_run_config(storage: Storage) -> Config:

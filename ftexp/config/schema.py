@@ -302,7 +302,8 @@ class DistillConfig:
     # pixels that the teacher sees, scaled from data.image_size. None: a run's own; of others, data.image_size
     image_size: int | None = ranged(None, low=1)
     precision: str | None = choice(None, PRECISIONS)  # of the teacher; None: train.precision
-    sha256: str | None = None  # of the file that holds the weights; None: what it is when the run begins
+    # of the file that holds the weights; BLAKE3 in checkpoints of format 3; None: what it is when the run begins
+    sha256: str | None = None
     spec_sha256: str | None = None  # of its arguments, mean, std, size and class names; None: likewise
 
 
@@ -373,6 +374,11 @@ class CheckpointConfig:
     every_steps: int | None = ranged(None, low=1)  # optimiser steps
     every_seconds: float | None = ranged(None, above=0)  # since the last save began
     max_failed_saves: int | None = ranged(None, low=0)  # failed saves in a row that training survives; None: any number
+    # full: rank 0 writes all of it; sharded: each worker writes its share of model and optimiser; auto: as they lie
+    format: str = choice(AUTO, (AUTO, "full", "sharded"))
+    # which sharded checkpoints have model.pt as well, for others than ftexp. end: the last and the best, once the run
+    # ends; best: also each that is the best so far; never: none
+    full_at: str = choice("end", ("end", "best", "never"))
     num_to_keep: int | None = ranged(2, low=2)  # 1 would leave no way back if the newest is torn; None: all
     checkpoint_score_attribute: str = "val_accuracy"  # the best by this metric is kept as well
     checkpoint_score_order: str = choice("max", ("max", "min"))

@@ -161,7 +161,7 @@ def _evaluate(spec: EvaluationSpec, name: str) -> dict[str, float]:
     """
     import torch
 
-    from ftexp.checkpoint.staging import load_part
+    from ftexp.checkpoint.reading import read_weights
     from ftexp.checkpoint.store import CheckpointStore
     from ftexp.data.feeds.feed import ToTensors, evaluation_batches
     from ftexp.evaluation.counting import measured, metric_set_of
@@ -179,10 +179,9 @@ def _evaluate(spec: EvaluationSpec, name: str) -> dict[str, float]:
         settle_kernels(device)
     store = CheckpointStore(Storage.at(spec.run_uri).child(CHECKPOINTS))
     manifest = store.by_name(name)
-    weights = {"": load_part("model.pt", store.read_file(manifest, "model.pt"))}
+    weights = {"": read_weights(store, manifest, "raw")}
     if config.ema.decay is not None:
-        extra = load_part("extra_state.pt", store.read_file(manifest, "extra_state.pt"))
-        weights["_ema"] = extra["ema"]["weights"]
+        weights["_ema"] = read_weights(store, manifest, "ema")
     models = {suffix: trained_model(config.model, info, state).to(device) for suffix, state in weights.items()}
     checked = functools.partial(as_logits, config=config.model, num_classes=info.num_classes)
     to_tensors = ToTensors(info, device, config.train.channels_last)

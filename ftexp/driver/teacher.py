@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ftexp.checkpoint.manifest import Manifest, content_hash
 from ftexp.cli.trained_run import SavedRun, choose
 from ftexp.config.checks.distill import is_timm_name
 from ftexp.config.schema import FEATURES, SINGLE_LABEL, Config, DistillConfig, ModelConfig
@@ -15,9 +16,6 @@ from ftexp.errors import CheckpointError, ConfigError
 from ftexp.model.teacher_spec import KEY, TeacherSpec
 from ftexp.rundir.state import FINISHED, read_state
 from ftexp.storage.directory import Storage
-
-if TYPE_CHECKING:
-    from ftexp.checkpoint.store import Manifest
 
 _CONFIG_FILE = "config.json"  # timm's, beside weights
 _FILES = {"raw": "model.pt", "ema": "extra_state.pt"}  # of a checkpoint
@@ -154,11 +152,13 @@ def _statistics(config: Config, model: ModelConfig) -> dict[str, Any]:
 
 def _of_run(config: Config, uri: str, begun: str | None) -> tuple[TeacherSpec, dict[str, str]]:
     """The spec of a run's checkpoint, and how the config names it. begun: see `_checkpoint`."""
+    from ftexp.checkpoint.reading import weights_at
+
     distill = config.distill
     try:
         run = SavedRun.at(uri)
         manifest = _checkpoint(run, distill, begun)
-        sha256 = manifest.files[_FILES[distill.weights]]["sha256"]
+        sha256 = content_hash(manifest, _FILES[distill.weights])
         if distill.weights == "ema" and run.config.ema.decay is None:
             raise ConfigError("distill.weights=ema, but it had no average of its weights (ema.decay): take raw")
     except (ConfigError, CheckpointError) as error:
@@ -180,6 +180,7 @@ def _of_run(config: Config, uri: str, begun: str | None) -> tuple[TeacherSpec, d
         uri=run.store.storage.child(manifest.name).uri,
         file=_FILES[distill.weights],
         sha256=sha256,
+        read=weights_at,
     )
     return spec, {"teacher": run.storage.uri, "checkpoint": manifest.name}
 
@@ -191,6 +192,6 @@ def _checkpoint(run: SavedRun, distill: DistillConfig, begun: str | None) -> Man
     """
     if begun is not None and distill.checkpoint in ("best", "latest"):
         for manifest in run.store.manifests(lambda *_: None):
-            if manifest.files[_FILES[distill.weights]]["sha256"] == begun:
+            if content_hash(manifest, _FILES[distill.weights]) == begun:
                 return manifest
     return choose(run.store, distill.checkpoint, run.config)

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ftexp.checkpoint.staging import load_part
-from ftexp.checkpoint.store import CheckpointStore, Manifest
-from ftexp.cli.trained_run import SavedRun, choose, file_name_of, read_weights
+from ftexp.checkpoint.manifest import Manifest
+from ftexp.checkpoint.reading import read_weights
+from ftexp.checkpoint.store import CheckpointStore
+from ftexp.cli.trained_run import SavedRun, choose, file_name_of
 from ftexp.cluster.resources import decoding_cpus, no_workers
 from ftexp.config.schema import AUTO, SINGLE_LABEL, Config, DataConfig
 from ftexp.config.source_names import SOURCE_FIELDS, can_stream
@@ -61,7 +62,7 @@ def measure(wanted: EvaluateConfig, run_config: Config, storage: Storage, is_oth
     split = wanted.split or ("all" if is_other and _reads_files(run_config.data) else "test")
     _require_samples(bundle, split)
     check_num_classes(names, info.num_classes)
-    model = trained_model(run_config.model, info, load_part("model.pt", weights)).to(_device(wanted.device))
+    model = trained_model(run_config.model, info, weights).to(_device(wanted.device))
     found = _counted(wanted, run_config, model, info, names, bundle, split, classes)
     result = {**_head(storage, manifest, wanted, split), **found}
     if classes is not None:

@@ -33,6 +33,14 @@ class ProcessGroup:
         dist.all_reduce(box, op=dist.ReduceOp.MIN)
         return bool(box.item())
 
+    def any_of(self, value: str | None) -> str | None:
+        """Return the text of the lowest rank that has one; None if no rank has; collective."""
+        if not dist.is_initialized():
+            return value
+        found: list[str | None] = [None] * self.world_size
+        dist.all_gather_object(found, value)
+        return next((text for text in found if text is not None), None)
+
     def agree_on(self, value: Any) -> Any:
         """Return rank 0's `value`, of any type that pickles, on every rank; collective."""
         if not dist.is_initialized():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,7 +19,6 @@ from ftexp.model.teacher_spec import KEY, TeacherSpec
 from ftexp.model.timm_private import classifier_names
 from ftexp.model.weights import StateDict
 from ftexp.registry import load_plugins
-from ftexp.storage.directory import Storage
 
 
 class Teacher:
@@ -82,10 +80,9 @@ def own_info(spec: TeacherSpec, num_classes: int) -> DataInfo:
 
 def _saved_weights(spec: TeacherSpec) -> StateDict:
     assert spec.uri is not None
-    content = Storage.at(spec.uri).read_bytes(spec.file)
-    _require_same(spec, hashlib.sha256(content).hexdigest())
-    loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    weights: StateDict = loaded if spec.file == "model.pt" else loaded["ema"]["weights"]
+    assert spec.read is not None, "whoever describes a run's checkpoint says how it is read"
+    weights, digest = spec.read(spec.uri, spec.file)
+    _require_same(spec, digest)
     return weights
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from ftexp.config.schema import FEATURES, ModelConfig
 from ftexp.data.info import DataInfo
@@ -30,7 +32,10 @@ class TeacherSpec:
     plugins: tuple[str, ...] = ()  # that it needs
     uri: str | None = None  # of a run's checkpoint, with `file` in it
     file: str = "model.pt"  # or extra_state.pt, for the EMA
-    sha256: str | None = None  # of the file that holds the weights; None: of the hub
+    # of the file that holds the weights, as a run's manifest has it (BLAKE3, or SHA-256); None: of the hub
+    sha256: str | None = None
+    # reads what lies at `uri` and `file`: the state dict, and the file's hash; given by those who know checkpoints
+    read: Callable[[str, str], tuple[dict[str, Any], str]] | None = None
 
     def definition_sha256(self) -> str:
         """Return the hash of what it computes besides its weights."""

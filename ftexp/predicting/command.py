@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import ray  # before a thread imports what imports it
 
-from ftexp.checkpoint.store import Manifest
-from ftexp.cli.trained_run import SavedRun, read_weights
+from ftexp.checkpoint.manifest import Manifest, content_hash
+from ftexp.checkpoint.reading import read_weights
+from ftexp.cli.trained_run import SavedRun
 from ftexp.cluster.hot_start.driver import HotStart, on_joined_nodes
 from ftexp.cluster.interruptible import fit_interruptibly
 from ftexp.cluster.ray_cluster import import_meanwhile, quiet_data, start_ray
@@ -27,6 +28,7 @@ from ftexp.storage.lease import Lease
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from torch import Tensor
 
     from ftexp.predicting.inputs import Inputs
 
@@ -64,7 +66,7 @@ class Request:
             run=masked(self.run.storage.uri),
             checkpoint=self.manifest.name,
             weights=self.weights,
-            weights_sha256=self.manifest.files[_FILE_OF[self.weights]]["sha256"],
+            weights_sha256=content_hash(self.manifest, _FILE_OF[self.weights]),
             data=masked(described),
             num_images=len(inputs.split),
             listing_sha256=inputs.digest,
@@ -139,11 +141,17 @@ def _predict(request: Request, workers: Workers) -> None:
     _print_summary(console, request, plan, collect_bad(plan, request.out, inputs.bad), progress if missing else None)
 
 
-def _as_array(content: bytes) -> Any:
-    """Bytes as what Ray's object store hands out without a copy."""
+def _as_array(weights: dict[str, Tensor]) -> Any:
+    """Return a state dict as bytes that Ray's object store hands out without a copy."""
+    import io
+
     import numpy as np
 
-    return np.frombuffer(content, np.uint8)
+    from ftexp.checkpoint.staging import writer
+
+    content = io.BytesIO()
+    writer(weights)(content)
+    return np.frombuffer(content.getbuffer(), np.uint8)
 
 
 def _placed(config: Config, workers: Workers) -> tuple[Workers, int]:

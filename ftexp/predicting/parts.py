@@ -38,7 +38,7 @@ _DATA_OF_BEFORE = {
     **{"decoder": "pillow", "exif_orientation": False, "background": None, "bit_depth": 16},
 }
 # what a message calls them
-_TITLES = {"weights_sha256": "the SHA-256 of the weights' file", "listing_sha256": "the SHA-256 of the listing"}
+_TITLES = {"weights_sha256": "the hash of the weights' file", "listing_sha256": "the SHA-256 of the listing"}
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class PredictionPlan:
     run: str
     checkpoint: str
     weights: str  # raw, or ema
-    weights_sha256: str  # of the file that holds them
+    weights_sha256: str  # of the file that holds them; BLAKE3 in checkpoints of format 3
     data: dict[str, Any]  # name, root and split, and how the images are seen
     num_images: int
     listing_sha256: str  # of paths and file sizes

@@ -62,13 +62,14 @@ class Predict:
     ) -> None:
         import torch
 
+        from ftexp.checkpoint.staging import load_part
         from ftexp.data.feeds.feed import ToTensors
         from ftexp.evaluation.counting import logits_of
         from ftexp.model.build import as_logits
 
         torch.set_num_threads(num_threads)
         device = torch.device("cuda" if use_gpu else "cpu")
-        self._model = run.model(weights.get().tobytes()).to(device)
+        self._model = run.model(load_part("model.pt", weights.get().tobytes())).to(device)
         checked = functools.partial(as_logits, config=run.config.model, num_classes=run.info.num_classes)
         self._logits_of = functools.partial(logits_of, self._model, as_logits=checked, mirrored=tta == "hflip")
         self._to_tensors = ToTensors(run.info, device, False)
@@ -96,7 +97,7 @@ class PredictionJob:
     """What it takes to make predictions."""
 
     run: SavedRun
-    weights: Shared[Any]  # model.pt as an array of bytes
+    weights: Shared[Any]  # a state dict as an array of bytes
     inputs: Inputs
     plan: PredictionPlan
     out: Storage

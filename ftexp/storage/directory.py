@@ -124,6 +124,13 @@ class Storage:
         with filesystem.open_input_stream(f"{root}/{name}") as stream:
             yield stream
 
+    @contextlib.contextmanager
+    def reading_at(self, name: str) -> Iterator[Any]:
+        """A file that is read by `size()` and `read_at(num_bytes, offset)`; FileNotFoundError if there is none."""
+        filesystem, root = self.open()
+        with filesystem.open_input_file(f"{root}/{name}") as file:
+            yield file
+
     def write_bytes(self, name: str, content: bytes | memoryview) -> None:
         """Write a file so that it is there whole, or not at all, whatever dies in between; OSError on failure."""
         with self.writing(name) as stream:
@@ -140,33 +147,45 @@ class Storage:
         target = path / name
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f"{_TEMPORARY}{target.name}")
-        with temporary.open("wb", buffering=0) as file:
-            yield file
-            os.fsync(file.fileno())
-        temporary.replace(target)
+        try:
+            with temporary.open("wb", buffering=0) as file:
+                yield file
+                os.fsync(file.fileno())
+            temporary.replace(target)
+        except BaseException:
+            temporary.unlink(missing_ok=True)  # a full disk needs the room
+            raise
         _sync_folder(target.parent)
+
+    @property
+    def draft(self) -> Storage:
+        """Where this folder's files are written until `publish_draft`: next to it; on an object store, here."""
+        path = self.local_path
+        return self if path is None else Storage(str(path.with_name(f"{_TEMPORARY}{path.name}")))
+
+    def publish_draft(self) -> None:
+        """Have the draft become this folder, on disk when this returns; on an object store, it is."""
+        if (path := self.local_path) is not None:
+            Path(self.draft.uri).rename(path)
+            _sync_folder(path.parent)
 
     def publish(self, files: Mapping[str, Writer], last: str) -> None:
         """Write a folder of files that becomes visible only when complete. `last` is written after the others.
 
         Local: under a temporary name, renamed. Object store: `last` is the one that readers look for.
         """
-        path = self.local_path
-        folder = self if path is None else Storage(str(path.with_name(f"{_TEMPORARY}{path.name}")))
-        if path is not None:
-            folder.delete()  # left by a process that died here before
+        draft, is_local = self.draft, self.local_path is not None
+        if is_local:
+            draft.delete()  # left by a process that died here before
         try:
             for name in [name for name in files if name != last] + [last]:
-                with folder.writing(name) as stream:
+                with draft.writing(name) as stream:
                     files[name](stream)
-            if path is not None:
-                Path(folder.uri).rename(path)
+            self.publish_draft()
         except BaseException:
-            if path is not None:
-                folder.delete()  # a full disk needs the room
+            if is_local:
+                draft.delete()  # a full disk needs the room
             raise
-        if path is not None:
-            _sync_folder(path.parent)
 
     def list_folders(self) -> list[str]:
         """Names of the folders directly inside, sorted, without hidden ones; empty if this isn't there."""
@@ -176,9 +195,13 @@ class Storage:
 
     def list_files(self) -> list[str]:
         """Names of the files directly inside, sorted, without hidden ones; empty if this isn't there."""
+        return list(self.sizes())
+
+    def sizes(self) -> dict[str, int]:
+        """Return {name: bytes} of the files directly inside, sorted, without hidden ones; empty if this isn't there."""
         from pyarrow.fs import FileType
 
-        return [info.base_name for info in self._infos() if info.type == FileType.File and not _hidden(info)]
+        return {i.base_name: i.size for i in self._infos() if i.type == FileType.File and not _hidden(i)}
 
     def _infos(self) -> list[Any]:
         from pyarrow.fs import FileSelector

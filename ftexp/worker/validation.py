@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from ftexp.checkpoint.store import CheckpointStore, Manifest, checkpoint_name
+from ftexp.checkpoint.manifest import Manifest, checkpoint_name
+from ftexp.checkpoint.store import CheckpointStore
 from ftexp.config.schema import BESIDE
 from ftexp.errors import CheckpointError
 from ftexp.job.job import Job

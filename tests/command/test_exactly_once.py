@@ -129,7 +129,7 @@ DAMAGE = [  # (kind, how many of the newest, the reason that is told)
     (kind, count, reason)
     for kind, reason in (
         ("truncate_checkpoint", "model.pt has"),
-        ("flip_byte", "optimizer.pt differs from its SHA-256"),
+        ("flip_byte", "optimizer.pt differs from its BLAKE3"),
         ("delete_manifest", "it has no manifest"),
         ("delete_checkpoint", "it is gone"),
     )

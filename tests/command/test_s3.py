@@ -10,7 +10,8 @@ import threading
 
 import pytest
 
-from ftexp.checkpoint.store import MANIFEST, CheckpointStore
+from ftexp.checkpoint.manifest import MANIFEST
+from ftexp.checkpoint.store import CheckpointStore
 from ftexp.drilling.report import compare
 from ftexp.rundir.names import CHECKPOINTS
 from ftexp.storage.directory import Storage

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from ftexp import evaluate as module
+from ftexp.checkpoint.reading import read_weights
 from ftexp.data.feeds.feed import ToTensors
 from ftexp.errors import DataError, StorageError
 from ftexp.evaluate import EvaluateConfig
@@ -110,7 +111,7 @@ def test_other_data_are_counted_by_the_names_of_their_classes(run, tmp_path, cap
     )  # fmt: skip
     assert (result["missing_classes"], result["new_classes"]) == (["bee"], {"dog": 2})
     assert [(row["class"], row["num_samples"]) for row in result["classes"]] == [("ant", 2), ("cow", 3)]
-    model = run.model(run.store.read_file(run.store.by_name(CHECKPOINT), "model.pt"))
+    model = run.model(read_weights(run.store, run.store.by_name(CHECKPOINT), "raw"))
     pixels = np.stack([picture(seed, size=8) for seed in (4, 5, 1, 2, 3)])
     labels = torch.tensor([0, 0, 2, 2, 2])
     with torch.inference_mode():

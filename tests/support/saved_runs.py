@@ -8,8 +8,9 @@ import timm
 import torch
 from omegaconf import OmegaConf
 
+from ftexp.checkpoint.manifest import Manifest
 from ftexp.checkpoint.staging import writer
-from ftexp.checkpoint.store import CheckpointStore, Manifest
+from ftexp.checkpoint.store import CheckpointStore
 from ftexp.cli.trained_run import SavedRun
 from ftexp.data.info import DataInfo
 from ftexp.model.build import timm_arguments

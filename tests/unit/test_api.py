@@ -13,6 +13,7 @@ from PIL import Image
 
 import ftexp.driver.run
 from ftexp import api
+from ftexp.checkpoint.reading import read_weights
 from ftexp.data.feeds.decoding import as_image
 from ftexp.data.feeds.feed import ToTensors
 from ftexp.errors import CheckpointError, ConfigError
@@ -95,7 +96,7 @@ def test_a_model_comes_with_what_its_pictures_went_through(run, at, tmp_path):
     uri = run.storage.uri if at == "run" else run.store.storage.child(CHECKPOINT).uri
     model, transform, names = api.load_model(uri)
     assert names == CLASSES
-    weights = run.model(run.store.read_file(run.store.by_name(CHECKPOINT), "model.pt")).state_dict()
+    weights = run.model(read_weights(run.store, run.store.by_name(CHECKPOINT), "raw")).state_dict()
     assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())
     assert not model.training
     content = encoded(picture(3, size=12))

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from ftexp.chaos import strike as chaos
 from ftexp.chaos.plan import planned_faults
 from ftexp.chaos.strike import Chaos, ChaosError, FaultyStore, damage
-from ftexp.checkpoint.store import FILES, CheckpointStore, Manifest
+from ftexp.checkpoint.manifest import FILES, Manifest
+from ftexp.checkpoint.store import CheckpointStore
 from ftexp.cli.compose import to_config
 from ftexp.config.checks.validate import validate
 from ftexp.config.schema import DAMAGES, FAULTS, ChaosConfig, config_dir

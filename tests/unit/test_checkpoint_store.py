@@ -1,5 +1,6 @@
 """The store: a checkpoint counts when it is whole, and the newest whole one is found whatever happened."""
 
+import contextlib
 import dataclasses
 import errno
 import hashlib
@@ -12,19 +13,13 @@ import shutil
 
 import pytest
 import torch
+from blake3 import blake3
 
 from ftexp.chaos import strike as chaos
+from ftexp.checkpoint.manifest import FILES, MANIFEST, Manifest, content_hash, kept_names
+from ftexp.checkpoint.manifest import sha256_of as _sha256_of
 from ftexp.checkpoint.staging import load_part, writer
-from ftexp.checkpoint.store import (
-    FILES,
-    MANIFEST,
-    REJECTED,
-    CheckpointStore,
-    Manifest,
-    _sha256_of,
-    kept_names,
-    locate,
-)
+from ftexp.checkpoint.store import REJECTED, CheckpointStore, locate
 from ftexp.cli.trained_run import choose
 from ftexp.config.schema import DAMAGES, Config
 from ftexp.errors import CheckpointError, ConfigError
@@ -87,7 +82,7 @@ def test_what_was_saved_comes_back(store):
 
 
 @pytest.mark.parametrize("place", ["local", "object store"])
-def test_the_manifest_holds_size_and_sha_256_of_the_bytes_that_arrived(store, memory, place):
+def test_the_manifest_holds_size_and_blake3_of_the_bytes_that_arrived(store, memory, place):
     if place == "object store":
         store = CheckpointStore(Storage(memory))
     part = {"weights": torch.arange(3000.0), "name": "x"}
@@ -102,7 +97,7 @@ def test_the_manifest_holds_size_and_sha_256_of_the_bytes_that_arrived(store, me
     )
     for name in FILES:
         content = store.storage.child(saved.name).read_bytes(name)
-        assert saved.files[name] == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        assert saved.files[name] == {"bytes": len(content), "blake3": blake3(content).hexdigest()}
     assert torch.equal(load_part("model.pt", store.read_file(saved, "model.pt"))["weights"], part["weights"])
     assert store.read_file(saved, "optimizer.pt") == b"".join(map(bytes, pieces))
     assert store.read_file(saved, "extra_state.pt") == b""
@@ -116,7 +111,7 @@ def test_an_object_store_gives_back_what_was_saved_and_rejects_what_is_damaged(m
     chaos.damage(store.storage.child("step_00000020.a1"), "flip_byte")
     rejected = {}
     assert store.latest(rejected.__setitem__).step == 10
-    assert rejected == {"step_00000020.a1": "optimizer.pt differs from its SHA-256"}
+    assert rejected == {"step_00000020.a1": "optimizer.pt differs from its BLAKE3"}
 
 
 def test_an_object_store_that_does_not_answer_is_no_damage(memory, monkeypatch):
@@ -201,7 +196,7 @@ def forget_a_file_in_the_manifest(folder):
 
 DAMAGE = [
     (truncate, "optimizer.pt has"),
-    (flip_a_byte, "model.pt differs from its SHA-256"),
+    (flip_a_byte, "model.pt differs from its BLAKE3"),
     (delete_manifest, "it has no manifest"),
     (tear_manifest, "its manifest can't be read (JSONDecodeError)"),
     (delete_a_file, "extra_state.pt can't be read (FileNotFoundError)"),
@@ -229,7 +224,7 @@ def test_damage_is_noticed_and_the_one_before_is_taken(store, damage, reason, nu
 
 CHAOS_REASON = {
     "truncate_checkpoint": f"model.pt has {len(CONTENT['model.pt']) // 2} bytes, not {len(CONTENT['model.pt'])}",
-    "flip_byte": "optimizer.pt differs from its SHA-256",
+    "flip_byte": "optimizer.pt differs from its BLAKE3",
     "delete_manifest": "it has no manifest",
     "delete_checkpoint": None,  # nothing is left that could be rejected
 }
@@ -257,7 +252,7 @@ def test_one_file_is_verified_by_itself(store):
     saved = store.save(manifest(10), WRITERS)
     chaos.damage(store.storage.child(saved.name), "flip_byte")
     assert store.read_file(saved, "model.pt") == CONTENT["model.pt"]
-    with pytest.raises(CheckpointError, match=r"optimizer\.pt differs from its SHA-256"):
+    with pytest.raises(CheckpointError, match=r"optimizer\.pt differs from its BLAKE3"):
         store.read_file(saved, "optimizer.pt")
 
 
@@ -272,27 +267,28 @@ def test_a_half_written_checkpoint_is_not_seen(store):
     assert not half.exists()
 
 
+def losing_a_byte(writing):
+    """A disk that says it has written model.pt, and hasn't quite."""
+
+    @contextlib.contextmanager
+    def write(self, name):
+        with writing(self, name) as stream:
+            yield stream
+        if name == "model.pt":
+            (self.local_path / name).write_bytes((self.local_path / name).read_bytes()[:-1])
+
+    return write
+
+
 def test_a_save_that_reads_back_wrong_is_an_error_not_a_checkpoint_to_trust(store, monkeypatch):
-    publish = Storage.publish
-
-    def publish_and_lose_a_byte(self, files, last):
-        publish(self, files, last)
-        self.write_bytes("model.pt", self.read_bytes("model.pt")[:-1])
-
-    monkeypatch.setattr(Storage, "publish", publish_and_lose_a_byte)
+    monkeypatch.setattr(Storage, "writing", losing_a_byte(Storage.writing))
     with pytest.raises(CheckpointError, match=r"model\.pt has"):
         store.save(manifest(10), WRITERS)
 
 
 def test_a_save_that_read_back_wrong_can_be_tried_again(store, monkeypatch):
-    publish = Storage.publish
-
-    def publish_and_lose_a_byte(self, files, last):
-        publish(self, files, last)
-        self.write_bytes("model.pt", self.read_bytes("model.pt")[:-1])
-
     with monkeypatch.context() as patched:
-        patched.setattr(Storage, "publish", publish_and_lose_a_byte)
+        patched.setattr(Storage, "writing", losing_a_byte(Storage.writing))
         with pytest.raises(CheckpointError, match=r"model\.pt has"):
             store.save(manifest(10), WRITERS)
     saved = store.save(manifest(10), WRITERS)
@@ -364,6 +360,9 @@ def test_a_write_that_fails_on_an_object_store_leaves_nothing_that_counts(memory
     saved = store.save(manifest(10), WRITERS)
     with pytest.raises(OSError, match="No space left"):
         store.save(manifest(20), {**WRITERS, "optimizer.pt": on_a_full_disk(writing(b"x" * 1001))})
+    assert store.latest(never) == saved
+    assert store.storage.list_folders() == ["step_00000010.a1"]
+    store.storage.child("step_00000020.a1").write_bytes("model.pt", b"half")  # of a process that died
     rejected = {}
     assert store.latest(rejected.__setitem__) == saved
     assert rejected == {"step_00000020.a1": "it has no manifest"}
@@ -441,9 +440,41 @@ def test_a_manifest_of_another_format_is_rejected(store):
     content = {"format": 99, **dataclasses.asdict(saved)}
     path.write_text(json.dumps({**content, "sha256": _sha256_of(content)}))
     for ask in (lambda: store.latest(never), lambda: store.manifests(never), lambda: store.by_name(saved.name)):
-        with pytest.raises(CheckpointError, match=rf"{saved.name} is in format 99, and this ftexp reads format 2"):
+        with pytest.raises(CheckpointError, match=rf"{saved.name} is in format 99, and this ftexp reads formats 2 and"):
             ask()
     assert store.storage.list_folders() == [saved.name]
+
+
+def as_format_2(store, saved):
+    """Rewrite a manifest as ftexp wrote it before there was BLAKE3."""
+    files = {name: {"bytes": len(each), "sha256": hashlib.sha256(each).hexdigest()} for name, each in CONTENT.items()}
+    known = {name: value for name, value in dataclasses.asdict(saved).items() if name in FIELDS_OF_FORMAT_2}
+    content = {"format": 2, **known, "files": files}
+    path = store.storage.local_path / saved.name / MANIFEST
+    path.write_text(json.dumps({**content, "sha256": _sha256_of(content)}))
+
+
+FIELDS_OF_FORMAT_2 = {
+    *("name", "step", "epoch", "position", "attempt", "world_size", "metrics", "state_versions", "written_by"),
+    *("written_at", "versions", "fingerprint"),
+}
+
+
+def test_a_checkpoint_of_format_2_is_read_verified_and_rejected_by_its_sha_256(store):
+    older = store.save(manifest(10), WRITERS)
+    as_format_2(store, older)
+    newer = store.save(manifest(20), WRITERS)
+    found = store.by_name(older.name)
+    assert content_hash(found, "model.pt") == hashlib.sha256(CONTENT["model.pt"]).hexdigest()
+    assert content_hash(newer, "model.pt") == blake3(CONTENT["model.pt"]).hexdigest()
+    assert (store.read(found), found.num_bytes) == (CONTENT, newer.num_bytes)
+    assert dataclasses.replace(found, files=older.files) == older
+    chaos.damage(store.storage.child(newer.name), "flip_byte")
+    assert store.latest(lambda *_: None) == found
+    chaos.damage(store.storage.child(older.name), "flip_byte")
+    for check in (store.verify, store.read):
+        with pytest.raises(CheckpointError, match=r"optimizer\.pt differs from its SHA-256"):
+            check(found)
 
 
 def test_a_flipped_bit_anywhere_in_a_manifest_never_stops_the_one_before_from_being_found(store):

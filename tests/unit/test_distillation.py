@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from ftexp.checkpoint.build import state_context
 from ftexp.checkpoint.compare import tree_differences
+from ftexp.checkpoint.reading import read_weights
 from ftexp.checkpoint.registry import ExtraState
 from ftexp.config.checks.validate import validate
 from ftexp.config.fingerprint import differences, fingerprint
@@ -280,7 +281,7 @@ def test_the_teacher_is_the_runs_checkpoint_with_its_preprocessing(tmp_path):
     assert (config.distill.teacher, config.distill.checkpoint) == (run.storage.uri, CHECKPOINT)
     assert (spec.image_size, spec.mean, spec.class_names) == (16, [0.4] * 3, CLASSES)
     built = build_teacher(spec, run.info, "logits", CPU)
-    weights = run.model(run.store.read_file(run.store.by_name(CHECKPOINT), "model.pt")).state_dict()
+    weights = run.model(read_weights(run.store, run.store.by_name(CHECKPOINT), "raw")).state_dict()
     assert list(tree_differences(built.state_dict(), weights)) == []
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import ftexp.export
-from ftexp.cli.trained_run import read_weights
+from ftexp.checkpoint.reading import read_weights
 from ftexp.errors import CheckpointError, ConfigError, ExportError
 from ftexp.export import export, parse
 from ftexp.exporting.checking import Samples, compare
@@ -82,7 +82,7 @@ def test_what_is_exported_says_the_same_where_there_is_no_ftexp(run, tmp_path, c
     np.save(tmp_path / "pixels.npy", IMAGES)
     done = subprocess.run([sys.executable, "-c", READ], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    expected = answers(run.model(run.store.read_file(run.store.by_name(CHECKPOINT), "model.pt")), run.info)(IMAGES)
+    expected = answers(run.model(read_weights(run.store, run.store.by_name(CHECKPOINT), "raw")), run.info)(IMAGES)
     for kind, (labels, logits) in json.loads(done.stdout.splitlines()[-1]).items():
         assert labels == CLASSES, kind
         assert np.abs(np.array(logits, np.float32) - expected).max() <= 1e-3, kind
@@ -90,7 +90,7 @@ def test_what_is_exported_says_the_same_where_there_is_no_ftexp(run, tmp_path, c
 
 def test_a_model_with_positions_and_one_channel_is_loaded_by_timm_alone(tmp_path):
     run = saved_run(tmp_path / "run", "model=vit", channels=1)
-    model = run.model(run.store.read_file(run.store.by_name(CHECKPOINT), "model.pt"))
+    model = run.model(read_weights(run.store, run.store.by_name(CHECKPOINT), "raw"))
     arguments = json.loads(run.storage.read_bytes("run.json"))["model"]["arguments"]
 
     exported = formats.get("safetensors")(model, run.info, {"arguments": arguments}, tmp_path)

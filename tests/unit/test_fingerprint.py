@@ -169,6 +169,8 @@ FREE = {
     "chaos.kind": "raise",
     "chaos.faults": ["raise"],
     "checkpoint.num_to_keep": None,
+    "checkpoint.format": "full",
+    "checkpoint.full_at": "best",
 }
 
 

@@ -109,7 +109,7 @@ def check(monkeypatch, capsys, tmp_path):
         "evaluate": {"evaluate": lambda *_: None, "print_result": lambda _: None},
         "export": {"export": lambda _: None},
         "predict": {"top_k": lambda *_: None, "predict": lambda *_: None},
-        "checkpoints": {"show": lambda _: True, "show_differences": lambda *_: True},
+        "checkpoints": {"show": lambda _: True, "show_differences": lambda *_: True, "convert": lambda *_: True},
         "sweeps": {"show": lambda _: None},
         "report": {"_written": lambda *_: ""},
     }

@@ -12,6 +12,7 @@ from ftexp.config.schema import Config, DataConfig, ModelConfig
 from ftexp.data.info import DataInfo
 from ftexp.errors import ConfigError, StorageError
 from ftexp.predict import PredictConfig, _default_out, refuse
+from ftexp.predicting.command import _as_array
 from ftexp.predicting.parts import (
     BAD_FILE,
     PARTS,
@@ -208,7 +209,7 @@ def test_a_model_that_returns_a_tuple_is_refused_with_its_first_images():
     info = DataInfo(["a", "b"], 8, 1, [0.5], [0.5], {})
     run = SimpleNamespace(model=lambda _: Twice(), config=Config(model=ModelConfig(name="mine")), info=info)
     threads = torch.get_num_threads()
-    weights = SimpleNamespace(get=lambda: np.zeros(1, np.uint8))
+    weights = SimpleNamespace(get=lambda: _as_array({}))
     actor = Predict(run, weights, top_k=1, batch_size=2, use_gpu=False, num_threads=threads)
     with pytest.raises(ConfigError, match=r"^model\.name=mine returns a tuple of 2, not logits of shape \[images, 2\]"):
         actor({"image": np.zeros((2, 8, 8, 1), np.uint8), "error": np.array(["", ""])})
@@ -231,7 +232,7 @@ def test_the_logits_of_mirror_images_are_averaged_with_tta(tta):
 
     info = DataInfo(["a", "b"], 2, 1, [0.0], [1.0], {})
     run = SimpleNamespace(model=lambda _: Left(), config=Config(model=ModelConfig(name="mine")), info=info)
-    weights = SimpleNamespace(get=lambda: np.zeros(1, np.uint8))
+    weights = SimpleNamespace(get=lambda: _as_array({}))
     actor = Predict(run, weights, 2, batch_size=2, use_gpu=False, num_threads=torch.get_num_threads(), tta=tta)
     pixels = np.array([[[[0], [255]], [[51], [102]]]], np.uint8)
     left, right = torch.tensor([0.0, 0.2]), torch.tensor([1.0, 0.4])

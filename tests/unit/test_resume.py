@@ -10,7 +10,8 @@ import ftexp.cluster.ray_cluster
 import ftexp.cluster.resources
 import ftexp.driver.run
 from ftexp.chaos.strike import damage
-from ftexp.checkpoint.store import FILES, CheckpointStore, Manifest
+from ftexp.checkpoint.manifest import FILES, Manifest
+from ftexp.checkpoint.store import CheckpointStore
 from ftexp.config.fingerprint import fingerprint
 from ftexp.config.masking import masked
 from ftexp.config.schema import Config
@@ -229,7 +230,7 @@ def test_the_start_from_another_run_is_told_as_a_whole_path(tmp_path, run_dir, m
 def test_a_start_from_a_damaged_run_is_refused_with_the_damage(tmp_path, run_dir):
     saved = save(run_dir, 10)
     damage(run_dir.child(CHECKPOINTS, saved.name), "flip_byte")
-    with pytest.raises(ConfigError, match=r"step_00000010\.a1: optimizer\.pt differs from its SHA-256"):
+    with pytest.raises(ConfigError, match=r"step_00000010\.a1: optimizer\.pt differs from its BLAKE3"):
         located(run_dir.uri, Storage.at(str(tmp_path), "new"))
 
 

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from ftexp.checkpoint.store import FILES, MANIFEST, REJECTED, CheckpointStore, Manifest, locate
+from ftexp.checkpoint.manifest import FILES, MANIFEST, Manifest
+from ftexp.checkpoint.store import REJECTED, CheckpointStore, locate
 from ftexp.errors import CheckpointError, RunInUseError
 from ftexp.rundir.names import CHECKPOINTS
 from ftexp.storage.append_log import AppendLog
@@ -45,7 +46,7 @@ def test_a_checkpoint_on_s3_counts_only_while_it_is_whole(s3):
     assert rejected == {
         "step_00000005.a1": "it has no manifest",
         "step_00000004.a1": "it has no manifest",
-        "step_00000003.a1": "optimizer.pt differs from its SHA-256",
+        "step_00000003.a1": "optimizer.pt differs from its BLAKE3",
     }
     for name in rejected:
         store.quarantine(name)

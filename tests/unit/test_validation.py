@@ -146,7 +146,7 @@ def test_a_checkpoint_that_can_not_be_saved_is_reported_as_not_evaluated(tmp_pat
     def fail(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr(type(store), "save", fail)
+    monkeypatch.setattr(type(store), "write", fail)
     save(manager)
     settle(job)
     assert job.progress.pending == []

@@ -1,0 +1,194 @@
+"""A file with the rows of tensors that one process holds: safetensors, verifiable in part.
+
+    8 bytes             length of the header
+    header              JSON: {name: {dtype, shape, data_offsets}}, and under __metadata__ "pieces":
+                        {name: {"first": row of the whole tensor, "shape": the whole's, "blake3": [hex of each chunk]}}
+    data                rows of one tensor after the other
+
+A manifest has the hash of all that comes before the data, which holds the hashes of the data, a chunk of CHUNK_BYTES
+of a tensor each: so whoever needs some rows reads and verifies these alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+from ftexp.checkpoint.hashing import hex_of
+from ftexp.errors import CheckpointError
+from ftexp.storage.directory import Storage, write_all
+
+HEADER, HEADER_BYTES = "header_blake3", "header_bytes"  # keys of such a file's description in a manifest
+CHUNK_BYTES = 1 << 18
+_READ_BYTES = 1 << 23  # at a time
+_GAP_BYTES = 1 << 18  # at most, between chunks that are read together
+_ALIGNED = 8
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Rows of a tensor to write."""
+
+    name: str
+    dtype: str  # as safetensors calls it: F32
+    num_rows: int
+    first: int  # row of the whole tensor
+    shape: tuple[int, ...]  # of the whole tensor
+    data: memoryview
+
+
+class SliceFile:
+    """The content of a file; writes it when called with a stream. `described` is what a manifest says of it."""
+
+    def __init__(self, slices: Iterable[Slice]) -> None:
+        self._data: list[memoryview] = []
+        entries, about, begin = dict[str, Any](), dict[str, Any](), 0
+        for each in slices:
+            self._data.append(each.data)
+            end = begin + len(each.data)
+            shape, offsets = [each.num_rows, *each.shape[1:]], [begin, end]
+            entries[each.name] = {"dtype": each.dtype, "shape": shape, "data_offsets": offsets}
+            hashes = [hex_of(each.data[at : at + CHUNK_BYTES]) for at in range(0, len(each.data), CHUNK_BYTES)]
+            about[each.name] = {"first": each.first, "shape": each.shape, "blake3": hashes}
+            begin = end
+        text = json.dumps({"__metadata__": {"format": "pt", "pieces": json.dumps(about)}, **entries}).encode()
+        text += b" " * (-len(text) % _ALIGNED)
+        self._header = len(text).to_bytes(8, "little") + text
+        self.described = {
+            "bytes": len(self._header) + begin,
+            HEADER_BYTES: len(self._header),
+            HEADER: hex_of(self._header),
+        }
+
+    def __call__(self, stream: BinaryIO) -> None:
+        """Write the file."""
+        write_all(stream, self._header)
+        for data in self._data:
+            write_all(stream, data)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """The rows of a tensor in a file."""
+
+    name: str
+    dtype: str
+    first: int
+    num_rows: int
+    shape: tuple[int, ...]  # of the whole tensor
+    begin: int  # in the file
+    end: int
+    hashes: list[str]
+
+    @property
+    def rows(self) -> range:
+        """The rows that there are, as the whole tensor counts them."""
+        return range(self.first, self.first + self.num_rows)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Rows of a tensor to read. `put(offset, data)` takes their bytes, counted from the first of these rows."""
+
+    name: str
+    rows: range
+    dtype: str
+    shape: tuple[int, ...]  # of the whole tensor
+    put: Callable[[int, memoryview], object]
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Bytes of a file that are verified together, and what of them goes where."""
+
+    begin: int
+    end: int
+    digest: str
+    low: int = 0  # what is wanted of it, counted from its beginning
+    high: int = 0
+    put: Callable[[memoryview], object] | None = None
+
+
+def verify(folder: Storage, name: str, described: Mapping[str, Any]) -> None:
+    """Read all of a file; CheckpointError, with its name, if it isn't as described. OSError if it can't be read."""
+    with folder.reading_at(name) as file:
+        entries = _entries(file, name, described)
+        _read(file, name, itertools.chain.from_iterable(map(_chunks, entries.values())))
+
+
+def read(folder: Storage, name: str, described: Mapping[str, Any], wanted: Iterable[Wanted]) -> None:
+    """Read rows, a little at a time, and pass them on once they are verified; errors as of `verify`."""
+    with folder.reading_at(name) as file:
+        entries = _entries(file, name, described)
+        chunks = [chunk for each in wanted for chunk in _chunks_of(_entry(entries, each, name), each)]
+        _read(file, name, sorted(chunks, key=lambda chunk: chunk.begin))
+
+
+def _entries(file: Any, name: str, described: Mapping[str, Any]) -> dict[str, Entry]:
+    if (size := file.size()) != described["bytes"]:
+        raise CheckpointError(f"{name} has {size} bytes, not {described['bytes']}")
+    header = file.read_at(described[HEADER_BYTES], 0)
+    if hex_of(header) != described[HEADER]:
+        raise CheckpointError(f"{name} differs from its BLAKE3")
+    content = json.loads(header[8:])
+    about = json.loads(content.pop("__metadata__")["pieces"])
+    return {key: _entry_of(key, entry, about[key], len(header)) for key, entry in content.items()}
+
+
+def _entry_of(name: str, entry: dict[str, Any], about: dict[str, Any], data_at: int) -> Entry:
+    begin, end = (data_at + offset for offset in entry["data_offsets"])
+    num_rows, shape = entry["shape"][0], tuple(about["shape"])
+    return Entry(name, entry["dtype"], about["first"], num_rows, shape, begin, end, about["blake3"])
+
+
+def _entry(entries: Mapping[str, Entry], wanted: Wanted, name: str) -> Entry:
+    entry = entries.get(wanted.name)
+    if entry is None or (entry.shape, entry.dtype) != (wanted.shape, wanted.dtype):
+        raise CheckpointError(f"{name} has no {wanted.name} of the shape and type that extra_state.pt says")
+    if wanted.rows.start < entry.rows.start or wanted.rows.stop > entry.rows.stop:
+        raise CheckpointError(f"{name} holds rows {entry.rows} of {wanted.name}, not {wanted.rows}")
+    return entry
+
+
+def _chunks(entry: Entry) -> Iterator[_Chunk]:
+    for begin, digest in zip(range(entry.begin, entry.end, CHUNK_BYTES), entry.hashes, strict=True):
+        yield _Chunk(begin, min(begin + CHUNK_BYTES, entry.end), digest)
+
+
+def _chunks_of(entry: Entry, wanted: Wanted) -> Iterator[_Chunk]:
+    """Yield the chunks that hold the wanted rows."""
+    row_bytes = (entry.end - entry.begin) // max(entry.num_rows, 1)
+    low = entry.begin + (wanted.rows.start - entry.first) * row_bytes
+    high = low + len(wanted.rows) * row_bytes
+    for chunk in _chunks(entry):
+        begin, end = max(low, chunk.begin), min(high, chunk.end)
+        if begin < end:
+            put = functools.partial(wanted.put, begin - low)
+            yield _Chunk(chunk.begin, chunk.end, chunk.digest, begin - chunk.begin, end - chunk.begin, put)
+
+
+def _read(file: Any, name: str, chunks: Iterable[_Chunk]) -> None:
+    for run in _runs(chunks):
+        content = memoryview(file.read_at(run[-1].end - run[0].begin, run[0].begin))
+        for chunk in run:
+            data = content[chunk.begin - run[0].begin : chunk.end - run[0].begin]
+            if hex_of(data) != chunk.digest:
+                raise CheckpointError(f"{name} differs from its BLAKE3")
+            if chunk.put is not None:
+                chunk.put(data[chunk.low : chunk.high])
+
+
+def _runs(chunks: Iterable[_Chunk]) -> Iterator[list[_Chunk]]:
+    """Yield chunks that are read at once: to ask an object store again costs more than what lies between."""
+    run: list[_Chunk] = []
+    for chunk in chunks:
+        if run and (chunk.begin > run[-1].end + _GAP_BYTES or chunk.end - run[0].begin > _READ_BYTES):
+            yield run
+            run = []
+        run.append(chunk)
+    if run:
+        yield run
