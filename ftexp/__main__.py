@@ -21,6 +21,9 @@ COMMANDS = {
     "report": "write report.html of a run or a sweep",
     "checkpoints": "list, verify and compare a run's checkpoints",
     "sweeps": "the leaderboard of a sweep",
+    "doctor": "check what a run needs before it starts",
+    "deploy": "write files to run it on Slurm, Kubernetes or SkyPilot",
+    "dashboard": "print a Grafana dashboard for tracker=prometheus",
     "drill": "break a run on purpose, and compare it with an unbroken one",
 }
 

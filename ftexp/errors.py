@@ -9,6 +9,7 @@ FtexpError
 ├── CheckpointError  a checkpoint is damaged, or does not fit the run
 │   └── StateError   a saved state and the configured states disagree
 ├── NonFiniteError   a loss or gradient is NaN or infinite
+├── CorruptionError  ranks that must hold the same bits don't
 ├── ExportError      an exported model doesn't say what the original says
 ├── RunFailedError   training stopped and the failure policy allows no further try
 │   └── RayLostError       Ray's own processes died, and no new Ray is started
@@ -58,6 +59,20 @@ class StateError(CheckpointError):
 
 class NonFiniteError(FtexpError):
     """A loss or a gradient is NaN or infinite."""
+
+
+class CorruptionError(FtexpError):
+    """Ranks that must hold the same bits don't: a processor or its memory has erred.
+
+    rank: the one that differs; None if that can't be known.
+    """
+
+    def __init__(self, message: str, rank: int | None = None) -> None:
+        super().__init__(message)
+        self.rank = rank
+
+    def __reduce__(self) -> tuple[type[CorruptionError], tuple[str, int | None]]:
+        return type(self), (str(self), self.rank)
 
 
 class ExportError(FtexpError):

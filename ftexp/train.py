@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from ftexp.cli.compose import run_hydra, to_config
 from ftexp.cli.entry import exiting_on_error, prepare_streams
@@ -33,7 +34,8 @@ def _task(composed: DictConfig) -> float | None:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    overrides = list(HydraConfig.get().overrides.task)
+    # unresolved: ${oc.env:...} may be a secret, and may be missing
+    overrides: Any = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
     config = to_config(composed, overrides)
     alone = HydraConfig.get().mode == RunMode.RUN  # not one of several jobs, of which others have finished
     try:

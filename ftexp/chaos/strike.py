@@ -15,6 +15,9 @@ import time
 from collections.abc import Generator, Mapping
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+import torch
+from torch import Tensor
+
 from ftexp.chaos.plan import Fault
 from ftexp.checkpoint.manifest import MANIFEST
 from ftexp.checkpoint.store import CheckpointStore
@@ -26,6 +29,8 @@ from ftexp.wire import events
 from ftexp.wire.messages import Happened, KillDriver
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from ftexp.checkpoint.manager import CheckpointManager
     from ftexp.data.batches import Batch
     from ftexp.job.group import ProcessGroup
@@ -105,13 +110,13 @@ class Chaos:
                 else:
                     yield batch
 
-    def strike(self, checkpoints: CheckpointManager) -> None:
+    def strike(self, checkpoints: CheckpointManager, model: nn.Module) -> None:
         """Let happen what is planned after the step just done, unless it has happened before."""
         for fault in self._by_step.get(self._progress.step, ()):
             if not self._run_dir.exists(f"{CHAOS}/{fault.name}"):
-                self._strike(fault, checkpoints)
+                self._strike(fault, checkpoints, model)
 
-    def _strike(self, fault: Fault, checkpoints: CheckpointManager) -> None:
+    def _strike(self, fault: Fault, checkpoints: CheckpointManager, model: nn.Module) -> None:
         if fault.kind in DAMAGES or fault.kind == "half_snapshot":
             checkpoints.wait()  # so that it is the newest checkpoint that is hit
         self._run_dir.child(CHAOS).write_bytes(fault.name, b"")
@@ -125,6 +130,8 @@ class Chaos:
                 time.sleep(fault.seconds)
             case "nonfinite":
                 self._poisons = True
+            case "flip_weight":
+                flip_bit(next(model.parameters()))
             case "disk_full":
                 self.store.num_failing = fault.count
             case "slow_storage":
@@ -151,6 +158,12 @@ class Chaos:
         for name in names:
             damage(self.store.storage.child(name), fault.kind)
         return names
+
+
+def flip_bit(parameter: Tensor) -> None:
+    """Flip the lowest bit of a parameter's first value: no loss would show it."""
+    first = parameter.detach().view(-1)[:1]
+    first.view({2: torch.int16, 4: torch.int32}[parameter.element_size()]).bitwise_xor_(1)
 
 
 def damage(folder: Storage, kind: str) -> None:

@@ -142,11 +142,10 @@ def to_config(composed: DictConfig, typed: Sequence[str] | None = None) -> Confi
     typed: the overrides of this command. With them, recipe values that don't fit the others are fitted, and the user is
     told on standard error: see `fitted`. None (a stored config): nothing is changed.
     """
-    unknown = list(_unknown_keys(composed, Config, ""))
-    if unknown:
-        raise ConfigError("\n".join(unknown))
-    # a mandatory value may still be missing: `checks.validate` lists those with the other mistakes
     try:
+        if unknown := list(_unknown_keys(composed, Config, "")):
+            raise ConfigError("\n".join(unknown))
+        # a mandatory value may still be missing: `checks.validate` lists those with the other mistakes
         config: Config = typed_node(composed, Config)
     except OmegaConfBaseException as error:
         raise ConfigError(explain(error)) from error

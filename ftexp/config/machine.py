@@ -13,7 +13,7 @@ import shutil
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from ftexp.config.schema import Config
@@ -29,8 +29,8 @@ def prepare_machine() -> None:
     """See to directories that Ray and torch can write; ConfigError, naming what to set, if there are none."""
     if os.environ.get("TMPDIR") == "":  # Ray would take it for a relative path
         del os.environ["TMPDIR"]
-    base = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
-    if (problem := _unfit(base)) is not None:
+    base, problem = ray_problem(os.environ)
+    if problem is not None:
         if "RAY_TMPDIR" in os.environ:
             raise ConfigError(f"RAY_TMPDIR={base}: {problem}. Set RAY_TMPDIR to a short folder that you can write")
         base = os.environ["RAY_TMPDIR"] = _private(problem)
@@ -43,6 +43,12 @@ def prepare_machine() -> None:
         os.environ.setdefault("RAY_AUTH_TOKEN_PATH", str(token))
     if not _has_name():
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{_private('this user has no name')}/inductor")
+
+
+def ray_problem(environment: Mapping[str, str]) -> tuple[str, str | None]:
+    """Return the directory below which Ray would keep its files, and why it can't; None if it can."""
+    base = environment.get("RAY_TMPDIR") or environment.get("TMPDIR") or "/tmp"
+    return base, _unfit(base)
 
 
 def check_compiler(config: Config) -> Iterator[str]:

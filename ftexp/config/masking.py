@@ -12,6 +12,11 @@ _URI_USER = re.compile(r"(?<=://)[^/\s]+(?=@)")
 
 _URI_OPTION = re.compile(rf"({_SECRET.pattern}\w*=)[^&\s]+", re.IGNORECASE)
 
+# what names one: a whole URL is a secret where it says whom to notify
+_OF_SECRET_URLS = re.compile(r"^\+*notify\.urls\b")
+_SECRET_URLS_KEY = "urls"
+_URL = re.compile(r"\w+://[^\s,\]\"']+")
+
 _MASK = "***"
 
 
@@ -20,10 +25,31 @@ def masked(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return masked(dataclasses.asdict(value))
     if isinstance(value, dict):
-        return {key: _without_text(item) if _SECRET.search(str(key)) else masked(item) for key, item in value.items()}
+        return {key: _masked_under(str(key), item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [masked(item) for item in value]
-    return _URI_OPTION.sub(rf"\1{_MASK}", _URI_USER.sub(_MASK, value)) if isinstance(value, str) else value
+    return _masked_text(value) if isinstance(value, str) else value
+
+
+def without_path(url: str) -> str:
+    """Return what isn't secret of a URL to notify: the scheme, and of http the host."""
+    scheme, _, rest = url.partition("://")
+    host = re.split(r"[/?#]", rest)[0].rpartition("@")[2] if scheme.lower() in ("http", "https") else ""
+    return f"{scheme}://{host}{'/' if host else ''}{_MASK}"
+
+
+def _masked_text(text: str) -> str:
+    if _OF_SECRET_URLS.match(text):  # an override
+        return _URL.sub(lambda found: without_path(found.group()), text)
+    return _URI_OPTION.sub(rf"\1{_MASK}", _URI_USER.sub(_MASK, text))
+
+
+def _masked_under(key: str, value: Any) -> Any:
+    if _SECRET.search(key):
+        return _without_text(value)
+    if key == _SECRET_URLS_KEY and isinstance(value, (list, tuple)):
+        return [without_path(url) if isinstance(url, str) else url for url in value]
+    return masked(value)
 
 
 def _without_text(value: Any) -> Any:

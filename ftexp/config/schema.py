@@ -18,12 +18,23 @@ from ftexp.config.tracker_schema import TrackerConfig
 
 AUTO = "auto"
 PRECISIONS = ("fp32", "bf16", "fp16")
-CAUSES = ("bug", "out_of_memory", "crash", "hang", "preemption", "non_finite", "storage", "startup", "ray")
+CAUSES = (
+    "bug",
+    "out_of_memory",
+    "crash",
+    "hang",
+    "preemption",
+    "non_finite",
+    "storage",
+    "startup",
+    "ray",
+    "corruption",
+)
 DAMAGES = ("truncate_checkpoint", "flip_byte", "delete_manifest", "delete_checkpoint")  # to checkpoints
 FAULTS = (
     *("raise", "kill_worker", "kill_driver", "hang", "nonfinite"),
     *DAMAGES,
-    *("half_snapshot", "disk_full", "slow_storage"),
+    *("half_snapshot", "disk_full", "slow_storage", "flip_weight"),
 )
 SCHEDULES = ("cosine", "poly", "tanh", "step", "constant")
 MIX_MODES = ("batch", "pair", "elem")
@@ -44,6 +55,8 @@ TASKS = (SINGLE_LABEL, MULTI_LABEL, REGRESSION)
 SAMPLINGS = ("shuffle", "balanced", "sqrt")
 INLINE, BESIDE = "inline", "beside"
 DISTILLATIONS = LOGITS, FEATURES, TOKEN = ("logits", "features", "token")  # timm's
+ALERTS = ("gave_up", "finished", "recoveries", "no_progress", "failing_saves")
+HTTP_SCHEMES = ("http", "https")
 WEIGHTS = ("raw", "ema")  # of a run: those that were trained, or their moving average
 DIST_BN = ("none", "reduce", "broadcast")  # timm's
 LR_SCALES = ("linear", "sqrt")
@@ -359,6 +372,9 @@ class FailureConfig:
     max_rollbacks: int = ranged(5, low=0)  # to the same save before the run gives up
     # retry: as the budgets say; fail: stop; halve_micro_batch: restart with twice the accumulate_steps, uncharged
     on_out_of_memory: str = choice("retry", ("retry", "fail", "halve_micro_batch"))
+    # compare the weights of all ranks every so many steps, and before each save; a difference is a failure; None: never
+    check_replicas_every_steps: int | None = ranged(None, low=1)
+    repeat_step_every: int | None = ranged(None, low=1)  # compute every so manieth step twice, and compare bitwise
     hang_timeout_s: float | None = ranged(300.0, above=0)  # without a step, on any rank; None: never
     start_timeout_s: float | None = ranged(1800.0, above=0)  # for building, restoring, compiling and the first step
     evaluation_timeout_s: float | None = ranged(1800.0, above=0)
@@ -408,6 +424,18 @@ class ChaosConfig:
 @dataclass(kw_only=True)
 class ReportConfig:
     enabled: bool = True  # write report.html at the end, and evaluation_test.json for it
+
+
+@dataclass(kw_only=True)
+class NotifyConfig:
+    """Alerts, each sent once. What goes wrong with one never fails a run."""
+
+    # http and https: a JSON POST; others, slack://... or mailto://..., by the package apprise. Secret: written nowhere
+    urls: list[str] = field(default_factory=list)
+    alerts: list[str] = field(default_factory=lambda: list(ALERTS))
+    max_recoveries: int | None = ranged(3, low=0)  # one more is an alert; None: never
+    no_progress_s: float | None = ranged(1800.0, above=0)  # without a step that had not been done before; None: never
+    timeout_s: float = ranged(10.0, above=0)  # of one request, and of what is still to be sent when the command ends
 
 
 @dataclass(kw_only=True)
@@ -469,6 +497,7 @@ class Config:
     chaos: ChaosConfig = field(default_factory=ChaosConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    notify: NotifyConfig = field(default_factory=NotifyConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
 

@@ -7,7 +7,15 @@ from typing import Any
 
 from ftexp.config.fields import choice, ranged
 
-TRACKER_PACKAGES = {"tensorboard": "tensorboard", "mlflow": "mlflow", "wandb": "wandb"}  # what each of ftexp's needs
+# what each of ftexp's needs
+TRACKER_PACKAGES = {
+    "tensorboard": "tensorboard",
+    "mlflow": "mlflow",
+    "wandb": "wandb",
+    "prometheus": "prometheus_client",
+}
+AUTO = "auto"
+HTTP, RAY = "http", "ray"
 
 
 @dataclass(kw_only=True)
@@ -30,6 +38,21 @@ class WandbConfig:
 
 
 @dataclass(kw_only=True)
+class PrometheusConfig:
+    # http: an endpoint of the driver; ray: next to Ray's own series, by ray.util.metrics, which each node of a cluster
+    # exports if it has ray[default]; auto: ray where scaling.address is set, else http
+    export: str = choice(AUTO, (AUTO, HTTP, RAY))
+    port: int = ranged(9464, low=1, high=65535)  # http: if it is taken, the next free one of 100
+    host: str = "127.0.0.1"  # http: where it listens; 0.0.0.0 for a Prometheus on another machine
+
+    def exporter(self, ray_address: str | None) -> str:
+        """Return HTTP or RAY for a run that joins the Ray at `ray_address`; None: one of its own."""
+        if self.export != AUTO:
+            return self.export
+        return HTTP if ray_address is None else RAY
+
+
+@dataclass(kw_only=True)
 class TrackerConfig:
     """What keeps the metrics beside metrics.jsonl and metrics.csv. What is wrong with a tracker never fails a run."""
 
@@ -39,6 +62,7 @@ class TrackerConfig:
     tensorboard: TensorBoardConfig = field(default_factory=TensorBoardConfig)
     mlflow: MlflowConfig = field(default_factory=MlflowConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    prometheus: PrometheusConfig = field(default_factory=PrometheusConfig)
     kwargs: dict[str, Any] = field(default_factory=dict)  # for trackers of your own
 
     @property

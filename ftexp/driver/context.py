@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from ftexp.cluster.resources import Workers
     from ftexp.config.schema import Config
     from ftexp.data.info import DataBundle
+    from ftexp.driver.alerts.watch import Alerts
     from ftexp.driver.restart import Restart
     from ftexp.driver.supervisor import Supervisor
     from ftexp.driver.terminal import Terminal
@@ -60,4 +61,5 @@ class Session:
     supervisor: Supervisor
     terminal: Terminal
     trackers: Trackers
+    alerts: Alerts
     why_cold: str | None = None  # why workers aren't forked, if they aren't

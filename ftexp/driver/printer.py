@@ -84,6 +84,14 @@ class Printer:
                 self._terminal.say(described(event))
             case events.TrackerFailed():
                 self._terminal.say(described(event), "yellow")
+            case events.CorruptionChecked(check, every_steps, seconds, share):
+                each = {
+                    "replicas": f"compared every {every_steps} steps and before each save",
+                    "repeat": f"every {every_steps}th step is computed twice",
+                }[check]
+                self._terminal.say(f"{check:<9}{each}: {1000 * seconds:.1f} ms, {share:.2%} of the time")
+            case events.AlertFailed():
+                self._warn(unsent(event))
             case events.ProfileWritten(where):
                 self._terminal.say(f"{'profile':<9}{where} (chrome://tracing, or ui.perfetto.dev)")
             case events.ProfileFailed(error):
@@ -125,6 +133,11 @@ class Printer:
 
     def _warn(self, text: str) -> None:
         self._terminal.say(f"! {text}", "yellow")
+
+
+def unsent(event: events.AlertFailed) -> str:
+    """Return a line for people about an alert that could not be sent."""
+    return f"alert {event.alert} not sent to {event.to}: {event.reason}; the run is not affected"
 
 
 def _how_to_keep_rates(config: Config) -> str:

@@ -17,8 +17,10 @@ from ftexp.cluster.resources import decoding_cpus, lacking_resources
 from ftexp.config.masking import masked
 from ftexp.config.schema import PREPROCESSING, Config
 from ftexp.data.augment.registry import augmentations
+from ftexp.driver.alerts.watch import Alerts
 from ftexp.driver.beside import require_room
 from ftexp.driver.context import RunContext, Session
+from ftexp.driver.printer import unsent
 from ftexp.driver.resume import (
     changes,
     labels_as_begun,
@@ -52,6 +54,7 @@ def run_session(context: RunContext) -> dict[str, float]:
     config, shared, terminal = context.config, context.shared, Terminal()
     hot_start = HotStart(config.scaling, context.workers.num_threads, context.joins_ray)
     importing = import_meanwhile("ftexp.driver.trainer")
+    alerts = Alerts(config.notify)
     try:
         try:
             with hot_start.raylet_settings():
@@ -61,14 +64,14 @@ def run_session(context: RunContext) -> dict[str, float]:
             context, why_cold, bundle = fit_interruptibly(prepare, context.lease, lambda _: False, lost=running.lost)
         except RayLostError as error:
             importing.join()
-            record, supervisor = _records(context, terminal)
+            record, supervisor = _records(context, terminal, alerts)
             supervisor.ray_lost(error)
             if not error.begins_again:
                 record.close(FAILED, str(supervisor.given_up))
             raise
-        record, supervisor = _records(context, terminal)
+        record, supervisor = _records(context, terminal, alerts)
         trackers = trackers_of(config, record, context.run_dir.parent if shared is not None else None)
-        return _run(context, Session(running, bundle, record, supervisor, terminal, trackers, why_cold))
+        return _run(context, Session(running, bundle, record, supervisor, terminal, trackers, alerts, why_cold))
     except RayLostError as error:
         if context.begin_again is None or not error.begins_again:
             raise
@@ -83,15 +86,17 @@ def run_session(context: RunContext) -> dict[str, float]:
     finally:
         ray.shutdown()
         hot_start.stop()
+        alerts.close(lambda event: terminal.say(f"! {unsent(event)}", "yellow"))
 
 
-def _records(context: RunContext, terminal: Terminal) -> tuple[RunRecord, Supervisor]:
+def _records(context: RunContext, terminal: Terminal, alerts: Alerts) -> tuple[RunRecord, Supervisor]:
     from ftexp.driver.supervisor import Supervisor
 
     config, restart = context.config.checkpoint, context.restart
     score = (config.checkpoint_score_attribute, config.checkpoint_score_order)
     noticed_at, num_before = (restart.noticed_at, restart.num_before) if restart else (None, None)
     record = RunRecord(context.run_dir, context.state, score, noticed_at=noticed_at)
+    alerts.follow(record)
     return record, Supervisor(record, terminal, context.config, num_before, context.no_new_ray)
 
 

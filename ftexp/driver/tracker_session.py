@@ -13,8 +13,10 @@ from ftexp.rundir.record import RunRecord
 from ftexp.rundir.state import RunState
 from ftexp.storage.append_log import read_lines
 from ftexp.storage.directory import Storage
+from ftexp.trackers.figures import RunFigures
 from ftexp.trackers.follower import described
 from ftexp.trackers.registry import Outcome
+from ftexp.trackers.registry import trackers as registered
 from ftexp.trackers.run import Trackers, read_complete, shown, tracked_run
 from ftexp.wire.events import TrackerFailed
 
@@ -22,7 +24,10 @@ from ftexp.wire.events import TrackerFailed
 def trackers_of(config: Config, record: RunRecord, sweep: Storage | None) -> Trackers:
     """The trackers of a run that is about to train; `sweep`: the folder of the one that it is a trial of."""
     run_dir, state = record.storage, record.state
-    run = tracked_run(config, run_dir, state.name, state.started, sweep) if config.tracker.names else None
+    run = None
+    if config.tracker.names:
+        figures = RunFigures(record, config.model.name, config.data.name, shown(run_dir))
+        run = tracked_run(config, run_dir, state.name, state.started, sweep, figures=figures)
     trackers = Trackers(config.tracker, run, run_dir, record.metrics.points)
     record.metrics.on_point = trackers.offer
     return trackers
@@ -64,9 +69,11 @@ def deliver_late(context: RunContext, terminal: Terminal) -> None:
     """Give a run that has finished to the trackers that haven't got all of it: they were down, or are new."""
     config, run_dir, state = context.config, context.run_dir, context.state
     late = [name for name in config.tracker.names if name not in read_complete(run_dir)]
+    if late:
+        load_plugins(config.plugins)
+    late = [name for name in late if registered.get(name).keeps]
     if not late:
         return
-    load_plugins(config.plugins)
     run = tracked_run(config, run_dir, state.name, state.started)
     trackers = Trackers(config.tracker, run, run_dir, lambda: read_lines(run_dir, METRICS_FILE), late)
     trackers.start(lambda event: terminal.say(described(event)))

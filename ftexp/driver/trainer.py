@@ -48,6 +48,7 @@ def run_training(context: RunContext, session: Session) -> dict[str, float]:
     record, supervisor, terminal, running = session.record, session.supervisor, session.terminal, session.running
     hub = Hub(running.host, supervisor.handle)
     session.trackers.start(lambda event: hub.take(Happened(event)))
+    session.alerts.tell = lambda event: hub.take(Happened(event))
     advice = Advice(context, supervisor.group, hub)
     spec = EvaluationSpec.of(_anywhere(context.config), session.bundle, context.run_dir.uri)
     evaluations = Evaluations(spec, context.workers, hub)

@@ -11,14 +11,14 @@ import ray.exceptions
 
 from ftexp.cluster import ray_private
 from ftexp.config.schema import CAUSES
-from ftexp.errors import ConfigError, DataError, FtexpError, NonFiniteError, StateError, StorageError
+from ftexp.errors import ConfigError, CorruptionError, DataError, FtexpError, NonFiniteError, StateError, StorageError
 from ftexp.failure.phases import WAITED_IN
 
-BUG, OUT_OF_MEMORY, CRASH, HANG, PREEMPTION, NON_FINITE, STORAGE, STARTUP, RAY = CAUSES
+BUG, OUT_OF_MEMORY, CRASH, HANG, PREEMPTION, NON_FINITE, STORAGE, STARTUP, RAY, CORRUPTION = CAUSES
 CONFIG = "config"  # a mistake in the config that only a worker could find; it ends the run, so it has no budget
 
 # what begins a failure, before what follows from it
-_FIRST = (PREEMPTION, OUT_OF_MEMORY, HANG, CRASH, NON_FINITE, STORAGE, STARTUP, CONFIG, BUG)
+_FIRST = (PREEMPTION, OUT_OF_MEMORY, HANG, CRASH, CORRUPTION, NON_FINITE, STORAGE, STARTUP, CONFIG, BUG)
 _FINAL = (ConfigError, DataError, StateError, StorageError)  # the next try would end the same way
 _BUGS = (
     *(TypeError, AttributeError, NameError, ImportError, LookupError, AssertionError, ArithmeticError),
@@ -73,7 +73,8 @@ def find_cause(worker_exceptions: dict[int, Exception]) -> Cause:
     rank, error = ranked[0]
     if _is_echo(error):
         return Cause(CRASH, None, "the connection to another worker was lost", Ending.DIED)
-    return Cause(_kind(error), rank, _in_a_line(error), _ending(error))
+    began = error.rank if isinstance(error, CorruptionError) else rank  # every rank raises the former
+    return Cause(_kind(error), began, _in_a_line(error), _ending(error))
 
 
 def as_death(cause: Cause, died_rank: int | None) -> Cause:
@@ -112,6 +113,8 @@ def _kind(error: Exception) -> str:
         return PREEMPTION if getattr(error, "preempted", False) else CRASH
     if isinstance(error, NonFiniteError):
         return NON_FINITE
+    if isinstance(error, CorruptionError):
+        return CORRUPTION
     if isinstance(error, StorageError) or (isinstance(error, OSError) and error.errno in _STORAGE_ERRNOS):
         return STORAGE
     if isinstance(error, ConfigError):

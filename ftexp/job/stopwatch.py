@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 FEED, FORWARD, BACKWARD, OPTIMIZER, SAVE = SECTIONS = ("feed", "forward", "backward", "optimizer", "save")
 TEACHER = "teacher"  # the section of a run that distils
 # keys of a logged point that differ from run to run; `<section>_ms` is the mean over the steps since the last point
-SPEEDS = ("images_per_s", "mfu", *(f"{section}_ms" for section in (*SECTIONS, TEACHER)))
+SPEEDS = ("images_per_s", "mfu", "feed_queue", *(f"{section}_ms" for section in (*SECTIONS, TEACHER)))
 
 T = TypeVar("T")
 
@@ -38,6 +38,7 @@ class Stopwatch:
         self._mark: Any = None  # when the section that runs began
         self._since, self._apart_s = clock(), 0.0
         self._num_steps = self._position = 0
+        self._queued = self._num_asked = 0  # batches that were ready, in all; how often one was asked for
 
     def feeding(self, batches: Generator[T], position: Callable[[], int]) -> Generator[T]:
         """`batches`, with the time that is waited for each; `position` tells how many samples are done."""
@@ -53,6 +54,11 @@ class Stopwatch:
                 self._num_steps += 1
                 self.begin()
                 yield batch
+
+    def note_queue(self, num_ready: int) -> None:
+        """A batch is asked for while `num_ready` are ready; not called where none are made ahead."""
+        self._queued += num_ready
+        self._num_asked += 1
 
     def begin(self) -> None:
         """What comes belongs to the section of the next lap."""
@@ -103,6 +109,7 @@ class Stopwatch:
     def take(self, position: int) -> dict[str, float]:
         """`images_per_s` over all ranks and `<section>_ms` of a step, since the last call, once the GPU has caught up.
 
+        And `feed_queue`, the mean number of batches that were ready when one was asked for, where they are made ahead.
         Empty if no sample was new.
         """
         for section, start, end in self._laps:
@@ -115,6 +122,9 @@ class Stopwatch:
         if samples > 0 and steps > 0 and seconds > 0:
             speeds = {f"{name}_ms": round(1000 * spent / steps, 3) for name, spent in self._spent.items()}
             speeds["images_per_s"] = round(samples / seconds, 1)
+            if self._num_asked:
+                speeds["feed_queue"] = round(self._queued / self._num_asked, 2)
+        self._queued = self._num_asked = 0
         self._laps, self._spent = [], dict.fromkeys(SECTIONS, 0.0)
         self._since, self._apart_s, self._num_steps, self._position = now, 0.0, 0, position
         return speeds

@@ -80,6 +80,12 @@ class RunClock:
 
     def sum_up(self) -> None:
         """Bring the state's seconds and goodput up to date."""
-        state = self._state
-        state.seconds = self._seconds_before + self.now() - self._began
-        state.goodput = round(state.productive_s / state.seconds, 4) if state.seconds else None
+        self._state.seconds, self._state.goodput = self._seconds(), self.goodput()
+
+    def goodput(self) -> float | None:
+        """Return the share of the run's seconds so far that went into steps not done before; None at its beginning."""
+        seconds = self._seconds()
+        return round(self._state.productive_s / seconds, 4) if seconds else None
+
+    def _seconds(self) -> float:
+        return self._seconds_before + self.now() - self._began

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ftexp.rundir.names import EVENTS_FILE
 from ftexp.rundir.state import RunState
-from ftexp.storage.append_log import AppendLog, as_json
+from ftexp.storage.append_log import AppendLog, as_json, parse_lines
 from ftexp.storage.directory import Storage
 from ftexp.wire.events import Event
 
@@ -19,6 +21,10 @@ class EventLog:
         """Add a line."""
         head = {"time": time, "event": event.name, "attempt": self._state.attempts, "step": self._state.step}
         self._log.append(as_json({**head, **event.fields}))
+
+    def lines(self) -> list[dict[str, Any]]:
+        """Return what events.jsonl holds, or will hold once it can be written."""
+        return parse_lines(self._log.lines())
 
     def sync(self) -> None:
         """Return when every line is safe; OSError if that can't be done."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
+from typing import Any
 
 from ftexp.errors import StorageError
 from ftexp.rundir.clock import RunClock
@@ -31,6 +32,7 @@ from ftexp.wire.messages import (
 )
 
 _FLUSH_INTERVAL_S = 10.0  # between copies to an object store
+_HEARTBEATS = (Hello, Ready, Tick, Metrics, Sync)  # only workers send these
 
 
 class RunRecord:
@@ -57,11 +59,15 @@ class RunRecord:
         self.metrics, self._events = MetricsLog(storage, state, score), EventLog(storage, state)
         self._flushed = clock()
         self.problem: str | None = None  # why the records couldn't be written the last time
+        self.observers: list[Callable[[events.Event, float], None]] = []  # called with each event and its time
+        self.heard_at: float | None = None  # when a worker last reported a step, a point or a save
         self.died_rank: int | None = None  # that of the current attempt's first process that was lost
         self._workers: dict[int, Hello] = {}  # of the current attempt, by rank
 
     def handle(self, message: Message) -> Message | None:
         """Record a message; returns the answer to a `Hello` or `Sync`."""
+        if isinstance(message, _HEARTBEATS):
+            self.heard_at = self.clock.now()
         answer = self._record(message)
         if self.clock.now() - self._flushed > _FLUSH_INTERVAL_S:
             self.write()
@@ -98,7 +104,14 @@ class RunRecord:
 
     def event(self, event: events.Event, when: float | None = None) -> None:
         """Add a line to events.jsonl."""
-        self._events.add(event, self.clock.now() if when is None else when)
+        when = self.clock.now() if when is None else when
+        self._events.add(event, when)
+        for observe in self.observers:
+            observe(event, when)
+
+    def past_events(self) -> list[dict[str, Any]]:
+        """Return the lines of events.jsonl."""
+        return self._events.lines()
 
     def late_event(self, event: events.Event) -> None:
         """As `event`, once the records are closed; OSError if it can't be written."""

@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 import ftexp.trackers.mlflow
+import ftexp.trackers.prometheus
 import ftexp.trackers.tensorboard
 import ftexp.trackers.wandb  # noqa: F401

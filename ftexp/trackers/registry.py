@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from ftexp.config.tracker_schema import TrackerConfig
 from ftexp.registry import Registry
+
+if TYPE_CHECKING:
+    from ftexp.trackers.figures import Figure
 
 Key = tuple[str, int]  # a metric's name and a step: what a tracker must have once, and never twice
 _HEAD = ("time", "split", "step", "epoch")
@@ -41,6 +44,10 @@ class Point:
         return Point(self.time, self.split, self.step, self.epoch, left)
 
 
+def _no_figures() -> list[Figure]:
+    return []
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrackedRun:
     """What a tracker is told of a run, or of a sweep as a whole, when it is opened."""
@@ -54,6 +61,8 @@ class TrackedRun:
     started: float  # seconds since 1970
     sweep: str | None = None  # the name of the sweep that it is a trial of
     sweep_id: str | None = None  # that of the sweep's own TrackedRun
+    figures: Callable[[], list[Figure]] = _no_figures  # how it stands at this moment; from any thread
+    ray_address: str | None = None  # scaling.address: the cluster that it joins; None: it has a Ray of its own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +100,7 @@ class Registered:
     make: Callable[[TrackerConfig, TrackedRun], Tracker]
     package: str | None  # that must be installed; None: nothing beside ftexp
     has_parents: bool  # whether a sweep is a run of its own there
+    keeps: bool = True  # points, for good; False: it shows the present, so a run that has ended has nothing for it
 
 
 C = TypeVar("C", bound=Callable[[TrackerConfig, TrackedRun], Tracker])
@@ -98,11 +108,13 @@ C = TypeVar("C", bound=Callable[[TrackerConfig, TrackedRun], Tracker])
 trackers: Registry[Registered] = Registry("tracker.use")
 
 
-def register_tracker(name: str, package: str | None = None, has_parents: bool = False) -> Callable[[C], C]:
+def register_tracker(
+    name: str, package: str | None = None, has_parents: bool = False, keeps: bool = True
+) -> Callable[[C], C]:
     """Class decorator: makes a `Tracker` available to `tracker.use` under `name`."""
 
     def decorate(tracker_class: C) -> C:
-        trackers.register(name)(Registered(tracker_class, package, has_parents))
+        trackers.register(name)(Registered(tracker_class, package, has_parents, keeps))
         return tracker_class
 
     return decorate

@@ -17,6 +17,7 @@ from ftexp.config.schema import Config
 from ftexp.config.tracker_schema import TrackerConfig
 from ftexp.rundir.names import TRACKERS_FILE
 from ftexp.storage.directory import Storage
+from ftexp.trackers.figures import Figure
 from ftexp.trackers.follower import Follower, Tell
 from ftexp.trackers.registry import Outcome, Point, TrackedRun, trackers
 from ftexp.wire.events import TrackerFailed, TrackerOpened
@@ -98,6 +99,7 @@ def tracked_run(
     started: float,
     sweep: Storage | None = None,
     params: dict[str, Any] | None = None,
+    figures: Callable[[], list[Figure]] = list,
 ) -> TrackedRun:
     """What trackers are told of the run in `folder`, or with `params` of a sweep; `sweep`: the one that it is part of.
 
@@ -116,6 +118,8 @@ def tracked_run(
         storage=config.run.storage if sweep is None and params is None else (sweep or folder).parent.parent.uri,
         sweep=sweep.name if sweep is not None else None,
         sweep_id=tracking_id(sweep) if sweep is not None else None,
+        figures=figures,
+        ray_address=config.scaling.address,
     )
 
 

@@ -314,6 +314,16 @@ class RolledBack(Event):
 
 
 @dataclass(frozen=True)
+class CorruptionChecked(Event):
+    """A check for silent corruption has passed, for the second time of an attempt."""
+
+    check: str  # replicas, or repeat
+    every_steps: int
+    seconds: float  # that it took
+    share: float  # of the time since the first
+
+
+@dataclass(frozen=True)
 class Chaos(Event):
     """A planned fault strikes."""
 
@@ -372,6 +382,26 @@ class TrackerFailed(Event):
     tracker: str
     reason: str
     num_undelivered: int  # points
+
+
+# Alerts
+
+
+@dataclass(frozen=True)
+class AlertSent(Event):
+    """An alert was delivered."""
+
+    alert: str  # its kind
+    to: str  # the URL's scheme and host
+
+
+@dataclass(frozen=True)
+class AlertFailed(Event):
+    """An alert could not be delivered."""
+
+    alert: str
+    to: str
+    reason: str
 
 
 EVENTS = {snake_case(event): event for event in Event.__subclasses__()}

@@ -21,7 +21,8 @@ def batches(job: Job) -> Generator[Batch]:
     """Yield this rank's share of every global batch from where the run stands, also where it was put back meanwhile."""
     while not job.progress.finished:
         feed = job.data.feed.from_position(job.progress.position)
-        with contextlib.closing(feed), contextlib.closing(prefetched(feed, prefetch_depth(job))) as ahead:
+        ahead_of_loop = prefetched(feed, prefetch_depth(job), job.stopwatch.note_queue)
+        with contextlib.closing(feed), contextlib.closing(ahead_of_loop) as ahead:
             for batch in ahead:
                 job.data.current = batch
                 yield batch

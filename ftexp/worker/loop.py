@@ -25,6 +25,7 @@ from ftexp.rundir.names import CHECKPOINTS
 from ftexp.storage.directory import Storage
 from ftexp.wire.messages import Raised
 from ftexp.worker.batches import feeding
+from ftexp.worker.corruption import ReplicaCheck, StepRepeat
 from ftexp.worker.evaluation import evaluation_due, test
 from ftexp.worker.log import Ticker, announce, log_train
 from ftexp.worker.step import settle_gradient_order, thaw, train_step
@@ -108,13 +109,14 @@ def run_steps(
 ) -> None:
     """Train on `batches`, evaluate and save, until they end, a stop is requested or a hook ends the run; collective."""
     progress, config, ticker = job.progress, job.config, Ticker(job)
+    replicas, repeat = ReplicaCheck(job), StepRepeat(job)
     recovery = NonFiniteRecovery(config.failure, job.group, progress, job.data.skipped, job.channel, checkpoints)
     in_step = START  # until one step is done: the first compiles, and fills what is prefetched
     for batch in batches:
         watchdog.beat(in_step)
         thaw(job)
         if not recovery.skips(batch):
-            if train_step(job, batch):
+            if train_step(job, batch, repeat):
                 recovery.recovered()
             elif recovery.recover(batch):
                 continue  # from where it was rolled back to
@@ -134,9 +136,10 @@ def run_steps(
             with watchdog.during(AGREEMENT):
                 log_train(job)
         if chaos is not None:
-            chaos.strike(checkpoints)
+            chaos.strike(checkpoints, job.learner.model)
         with watchdog.during(AGREEMENT):
             due = checkpoints.due(epoch_ended)
+            replicas.check(saves=due)
         if due:
             job.hooks.before_save()
             with watchdog.during(SAVE), job.stopwatch.section(SAVING):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -22,11 +23,12 @@ from ftexp.job.stopwatch import BACKWARD, FORWARD, OPTIMIZER, TEACHER
 from ftexp.model.freezing import classifier_parameters
 from ftexp.wire import events
 from ftexp.wire.messages import Happened
+from ftexp.worker.corruption import StepRepeat
 
 _STEP = 3  # stream of the run's seed; see ftexp.job.build
 
 
-def train_step(job: Job, batch: Batch) -> bool:
+def train_step(job: Job, batch: Batch, repeat: StepRepeat | None = None) -> bool:
     """One optimiser step on this rank's share of a global batch; False if its gradient was NaN or infinite.
 
     Then everything is as before, where failure.on_nonfinite asks to look; else the next logged point tells.
@@ -36,14 +38,12 @@ def train_step(job: Job, batch: Batch) -> bool:
     learner, meter = job.learner, job.progress.train
     micro_batches = [job.data.augmented(micro, batch.start) for micro in batch.micro_batches]
     _seed_step(job)
-    looks = job.config.failure.on_nonfinite != "raise"
-    before = before_step(learner, meter) if looks else []
+    looks, repeats = job.config.failure.on_nonfinite != "raise", repeat is not None and repeat.is_due
+    before = before_step(learner, meter) if looks or repeats else []
     scale = learner.scaler.get_scale()
-    learner.optimizer.zero_grad(set_to_none=True)
-    losses = []
-    for number, micro in enumerate(micro_batches):
-        with _gradient_sync(learner, is_last=number == len(micro_batches) - 1):
-            losses.append(_forward_backward(job, micro))
+    losses = _gradients(job, micro_batches)
+    if repeat is not None and repeats:
+        losses = repeat.compare(losses, lambda: _gradients_again(job, micro_batches, before))
     norm = _gradient_norm(learner) if looks and not learner.scaler.is_enabled() else None
     if looks and not _is_finite(job, losses, norm):
         put_back(learner, meter, before)
@@ -57,6 +57,23 @@ def train_step(job: Job, batch: Batch) -> bool:
         learner.ema.update(learner.model, job.progress.step + 1)
     job.stopwatch.lap(OPTIMIZER)
     return True
+
+
+def _gradients(job: Job, micro_batches: Sequence[MicroBatch]) -> Sequence[Tensor]:
+    """Compute the gradient of a step; returns the losses of each micro-batch."""
+    learner, losses = job.learner, []
+    learner.optimizer.zero_grad(set_to_none=True)
+    for number, micro in enumerate(micro_batches):
+        with _gradient_sync(learner, is_last=number == len(micro_batches) - 1):
+            losses.append(_forward_backward(job, micro))
+    return losses
+
+
+def _gradients_again(job: Job, micro_batches: Sequence[MicroBatch], before: list[Tensor]) -> Sequence[Tensor]:
+    """As `_gradients`, from the same state."""
+    put_back(job.learner, job.progress.train, before)
+    _seed_step(job)
+    return _gradients(job, micro_batches)
 
 
 def _seed_step(job: Job) -> None:
@@ -87,11 +104,11 @@ def _forward_backward(job: Job, micro: MicroBatch) -> Tensor:
     return losses.detach()
 
 
-def _is_finite(job: Job, losses: list[Tensor], norm: Tensor | None) -> bool:
+def _is_finite(job: Job, losses: Sequence[Tensor], norm: Tensor | None) -> bool:
     """Whether the step is worth taking; the same on every rank, and collective. `norm`: None in fp16."""
     if norm is None:
         # a gradient that overflows is the scaler's affair; a loss that isn't finite no scale would mend
-        return job.group.all_agree(bool(torch.isfinite(torch.cat(losses)).all()))
+        return job.group.all_agree(bool(torch.isfinite(torch.cat(list(losses))).all()))
     # gradients are summed over ranks: where one rank's are not finite, all ranks' are
     return bool(torch.isfinite(norm))
 

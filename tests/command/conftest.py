@@ -3,6 +3,7 @@
 import pytest
 
 from tests.support.command import Command, RunFolder
+from tests.support.hooks import AlertServer
 from tests.support.reference import PLUGIN, made_once, overrides_of, shared_folder, train_reference, write_pictures
 
 
@@ -50,3 +51,10 @@ def ftexp(tmp_path, preloaded):
 @pytest.fixture
 def run_folder(tmp_path):
     return lambda name: RunFolder(tmp_path / "runs" / name)
+
+
+@pytest.fixture
+def alert_server():
+    server = AlertServer()
+    yield server
+    server.close()

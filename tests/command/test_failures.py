@@ -39,12 +39,17 @@ class Faulty:
 
 @pytest.mark.timeout(400)
 def test_a_run_that_lost_ray_hung_lost_numbers_and_raised_ends_where_the_clean_run_ends(
-    ftexp, run_folder, clean_run, pictures, tmp_path
+    ftexp, run_folder, clean_run, pictures, tmp_path, alert_server
 ):
     (tmp_path / "slow").touch()  # so that nothing is saved before Ray is killed
     faults = "{kind: hang, step: 45, rank: 1}, {kind: nonfinite, step: 55}, {kind: raise, step: 65}"
+    faults += ", {kind: flip_weight, step: 70, rank: 1}"
+    alerts = [f"notify.urls=[{alert_server.url('ok')},{alert_server.url('hang')}]", "notify.max_recoveries=1"]
     command = ftexp(
-        *OPTIONS, *pictures, "run.name=faulty", f"chaos.faults=[{faults}]", "failure.hang_timeout_s=15", own_ray=True
+        *(*OPTIONS, *pictures, *alerts, "run.name=faulty", f"chaos.faults=[{faults}]", "notify.timeout_s=1"),
+        *("failure.hang_timeout_s=15", "failure.check_replicas_every_steps=4", "failure.max_failures=4"),
+        "failure.repeat_step_every=3",
+        own_ray=True,
     )
     run = run_folder("faulty")
     command.wait_until(lambda: run.events("ready"))
@@ -62,9 +67,9 @@ def test_a_run_that_lost_ray_hung_lost_numbers_and_raised_ends_where_the_clean_r
     assert f"✗ Ray failed after step {ray['step']} [ray]: Ray's GCS process was killed by SIGKILL" in command.output
     assert "new Ray 1 of 3 allowed, not charged to failure.max_failures: starting a new Ray" in ray["decision"]
     assert ray["steps_replayed"] == ray["step"]
-    assert [failure["cause"] for failure in failures] == ["hang", "non_finite", "crash"]
+    assert [failure["cause"] for failure in failures] == ["hang", "non_finite", "crash", "corruption"]
     assert [failure["decision"] for failure in failures] == [
-        f"failure {number} of 3 allowed: restarting the workers" for number in (1, 2, 3)
+        f"failure {number} of 4 allowed: restarting the workers" for number in (1, 2, 3, 4)
     ]
     assert all(failure["progressed"] for failure in failures)
     # rank 0 waits for rank 1 in the next step's all-reduce, and tells of that
@@ -75,6 +80,15 @@ def test_a_run_that_lost_ray_hung_lost_numbers_and_raised_ends_where_the_clean_r
     assert "strike.py" in stacks.read_text()
     assert failures[2]["step"] == 65
     assert "ChaosError" in failures[2]["error"]
+    assert (failures[3]["rank"], failures[3]["step"]) == (None, 72)  # of two, nobody knows which is right
+    assert failures[3]["error"].startswith("silent corruption: the weights after step 72: ranks differ, none is in")
+    assert failures[3]["error"].partition("minority, in ")[2].startswith("pos_embed")
+    assert "replicas compared every 4 steps and before each save: " in command.output
+    assert "repeat   every 3th step is computed twice: " in command.output
+    assert [body["alert"] for body in alert_server.taken] == ["recoveries", "finished"]
+    assert {event["to"] for event in run.events("alert_failed")} == {f"http://{alert_server.address}/***"}
+    for file in ("config.yaml", "overrides.yaml", "events.jsonl", "run.json"):
+        assert "very-secret" not in (run.path / file).read_text()
     assert 0 < record["goodput"] <= 1
     assert record["goodput"] == pytest.approx(record["productive_s"] / record["seconds"], abs=1e-4)
     assert "on steps that counted" in command.output

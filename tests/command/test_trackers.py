@@ -1,5 +1,6 @@
 """Runs in the real TensorBoard, MLflow (a server with SQLite, on loopback) and wandb (offline), read back."""
 
+import contextlib
 import csv
 import io
 import json
@@ -12,12 +13,14 @@ import struct
 import subprocess
 import sys
 import threading
+import urllib.request
 import warnings
 from collections import Counter
 from pathlib import Path
 from unittest import mock
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 
 from ftexp.cluster.resources import Workers
@@ -32,6 +35,7 @@ from ftexp.storage.directory import Storage
 from ftexp.trackers.mlflow import PARENT
 from ftexp.trackers.registry import Outcome, trackers
 from ftexp.trackers.run import Trackers, tracked_run, tracking_id
+from ftexp.trackers.series import RUN_LABELS, SERIES
 from ftexp.trackers.tensorboard import scalars
 from ftexp.trackers.wandb import logged_rows
 from tests.support.command import Command, RunFolder
@@ -315,27 +319,46 @@ def test_an_event_file_that_a_kill_has_torn_is_gone_on_with(tmp_path):
     assert in_tensorboard(folder) == once(points_of(range(1, 5)))
 
 
+def _own_labels(sample):
+    return [value for name, value in sample.labels.items() if name not in RUN_LABELS]
+
+
+def scrape_into(scrapes, lines):
+    """Add what the endpoint that `lines` name says now, {(series, its labels' values besides the run's): value}."""
+    named = [line.split(": ", 1)[1] for line in lines if line.startswith("tracker  prometheus: ")]
+    with contextlib.suppress(OSError):  # it is not opened yet, or closed again
+        with urllib.request.urlopen(named[0], timeout=10) if named else contextlib.nullcontext() as answer:
+            families = text_string_to_metric_families(answer.read().decode()) if named else []
+        samples = [sample for family in families for sample in family.samples]
+        if samples:
+            assert {(sample.labels["run"], sample.labels["sweep"]) for sample in samples} == {("three", "")}
+            scrapes.append({(each.name, *_own_labels(each)): each.value for each in samples})
+    return bool(scrapes)
+
+
 @pytest.fixture(scope="module")
 def three_kills(server, tmp_path_factory, preloaded):
     """A run of which two workers and the command itself are killed, with all trackers, and the command given again."""
     folder = tmp_path_factory.mktemp("runs")
     faults = "{kind: kill_worker, step: 22, rank: 1}, {kind: kill_worker, step: 41}, {kind: kill_driver, step: 57}"
     words = [
-        *(f"run.storage={folder}", "run.name=three", "report.enabled=false", "train.max_steps=78", "train.epochs=4"),
+        *(f"run.storage={folder}", "run.name=three", "report.enabled=false", "train.max_steps=128", "train.epochs=6"),
         *("train.log_every_steps=5", "checkpoint.every_steps=10", f"chaos.faults=[{faults}]"),
-        *("tracker=[tensorboard,mlflow,wandb]", f"tracker.mlflow.tracking_uri={server}", "tracker.tags.team=blue"),
+        *("tracker=[tensorboard,mlflow,wandb,prometheus]", "tracker.prometheus.export=http"),
+        *(f"tracker.mlflow.tracking_uri={server}", "tracker.tags.team=blue"),
         "tracker.timeout_s=60",
         "scaling.num_workers=2",
     ]
     first = Command("train", words, folder, preloaded, joins=True)
     assert first.wait() == -signal.SIGKILL, first.output
-    second = Command("train", words, folder, preloaded, joins=True)
+    second, scrapes = Command("train", words, folder, preloaded, joins=True), []
+    second.wait_until(lambda: scrape_into(scrapes, second.lines) and scrapes[-1]["ftexp_step",] > 90)
     assert second.wait() == 0, second.output
-    return RunFolder(folder / "three"), [*first.lines, *second.lines]
+    return RunFolder(folder / "three"), [*first.lines, *second.lines], scrapes[-1]
 
 
 def test_a_run_with_three_kills_is_one_run_in_each_tracker_with_each_point_once(server, three_kills):
-    run, _ = three_kills
+    run, *_ = three_kills
     assert len(run.events("chaos")) == 3
     assert run.record["attempts"] == 4
     assert_each_point_once(run.path, server)
@@ -348,7 +371,7 @@ def test_a_run_with_three_kills_is_one_run_in_each_tracker_with_each_point_once(
 
 
 def test_a_run_with_three_kills_is_described_in_its_trackers(server, three_kills):
-    run, lines = three_kills
+    run, lines, _ = three_kills
     _, found = mlflow_run(server, run.path)
     last = run.path / "checkpoints" / run.record["checkpoint"]
     assert last.is_dir()
@@ -363,3 +386,26 @@ def test_a_run_with_three_kills_is_described_in_its_trackers(server, three_kills
     assert found.info.status == "FINISHED"
     for name in ALL:
         assert any(line.startswith(f"tracker  {name}: ") for line in lines), lines
+
+
+def test_a_run_with_three_kills_is_shown_by_its_series(three_kills):
+    run, _, scrape = three_kills
+    failures, saved = run.record["failures"], run.events("checkpoint_saved")
+    restarts = [sum(failure[f"seconds_to_{part}"] for part in ("detect", "restart", "restore")) for failure in failures]
+    last = [event for event in saved if event["step"] == scrape["ftexp_checkpoint_step",]][-1]
+    assert {each.name for each in SERIES} - {name for name, *_ in scrape} == {
+        *("ftexp_mfu_ratio", "ftexp_sample_part_seconds", "ftexp_feed_queue_batches")  # of a GPU, tasks, prefetching
+    }
+    assert scrape["ftexp_attempts_total",] == 4
+    failed = {key[1]: value for key, value in scrape.items() if key[0] == "ftexp_failures_total"}
+    assert (failed["crash"], sum(failed.values())) == (2, 2)
+    assert scrape["ftexp_replayed_steps_total",] == sum(failure["steps_replayed"] for failure in failures)
+    assert scrape["ftexp_restart_seconds_total",] == pytest.approx(sum(restarts))
+    assert scrape["ftexp_checkpoint_bytes",] == last["bytes"]
+    assert scrape["ftexp_saves_total",] == len({event["checkpoint"] for event in saved[: saved.index(last) + 1]})
+    assert 0 <= scrape["ftexp_checkpoint_age_seconds",] < 60
+    assert 0 <= scrape["ftexp_heartbeat_age_seconds",] < 10
+    assert 0 < scrape["ftexp_goodput_ratio",] < 1
+    logged = [point for point in run.metrics() if point["split"] == "train" and point["step"] <= scrape["ftexp_step",]]
+    assert scrape["ftexp_metric", "train_loss"] in [point["train_loss"] for point in logged[-2:]]
+    assert scrape["ftexp_step_part_seconds", "backward"] > 0

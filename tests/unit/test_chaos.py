@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from ftexp.chaos import strike as chaos
 from ftexp.chaos.plan import planned_faults
@@ -149,10 +150,11 @@ def test_a_damage_that_is_none_is_a_bug():
 
 
 class Run:
-    """One attempt's worker, without torch or Ray: what Chaos touches of it."""
+    """One attempt's worker, without Ray: what Chaos touches of it."""
 
     def __init__(self, folder, rank=0, world_size=2, total_steps=10, **config):
         self.sent, self.waited, self.killed = [], 0, []
+        self.model = nn.Linear(3, 2)
         self.progress, self.skipped = SimpleNamespace(step=0), SkippedBatches()
         self.run_dir = Storage.at(str(folder))
         faults, group = planned_faults(ChaosConfig(**config), total_steps), ProcessGroup(rank, world_size, None)
@@ -170,7 +172,7 @@ class Run:
 
     def reach(self, step):
         self.progress.step = step
-        self.chaos.strike(checkpoints=self)
+        self.chaos.strike(self, self.model)
 
     def told(self):
         return [message.event.fault for message in self.sent if message != "flushed"]
@@ -188,6 +190,15 @@ def test_an_exception_is_raised_once_in_a_run_and_told_before(tmp_path):
     again.reach(3)
     run.reach(3)
     assert again.sent == []
+
+
+def test_a_weight_that_flips_changes_by_one_bit_and_no_other_does(tmp_path):
+    run = Run(tmp_path, kind="flip_weight", step=3)
+    before = [parameter.detach().clone().view(torch.int32) for parameter in run.model.parameters()]
+    run.reach(3)
+    after = [parameter.detach().view(torch.int32) for parameter in run.model.parameters()]
+    changed = [(one ^ two).flatten().tolist() for one, two in zip(before, after, strict=True)]
+    assert changed == [[1, 0, 0, 0, 0, 0], [0, 0]]
 
 
 def test_two_faults_of_one_kind_at_one_step_are_two(tmp_path):

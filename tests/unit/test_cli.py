@@ -294,6 +294,16 @@ WRONG = {
         "tracker.mlflow.experiment=x is not used",
         "add tracker=mlflow",
     ),
+    # alerts
+    "no URL": ("notify.urls=[somewhere]", "notify.urls[0] is no URL: write https://<host>/<path>"),
+    "URL of nobody": ("notify.urls=[https:///x]", "notify.urls[0]=https://*** names no host"),
+    "URL of a service without apprise": ("notify.urls=[slack://a/secret/c]", "slack://*** needs the package apprise"),
+    "alerts to nowhere": ("notify.max_recoveries=1", "notify.max_recoveries=1 is not used without notify.urls"),
+    "unknown alert": ("notify.urls=[http://h/x] notify.alerts=[finish]", "'finish' is unknown", "mean 'finished'?"),
+    "port of no tracker": ("tracker.prometheus.port=9000", "tracker.prometheus.port=9000 is not used", "add tracker="),
+    "port that there isn't": (
+        "tracker=prometheus tracker.prometheus.port=65536", "tracker.prometheus.port=65536 is out of range",
+    ),
     "tags for nobody": ("tracker.tags.team=blue", "tracker.tags={'team': 'blue'} is not used by tracker=none"),
     "files in an object store": (
         "tracker=[tensorboard,mlflow] run.storage=s3://bucket/runs",

@@ -22,7 +22,10 @@ LISTED = subprocess.run(
 PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in LISTED.split()}
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PROSE = {page: FENCE.sub("", text) for page, text in PAGES.items()}
-MODULES = ("train", "evaluate", "predict", "export", "drill", "checkpoints", "sweeps", "data", "report")
+MODULES = (
+    *("train", "evaluate", "predict", "export", "drill", "checkpoints", "sweeps", "data", "report"),
+    *("dashboard", "doctor", "deploy"),
+)
 
 
 def blocks(language):
@@ -55,7 +58,7 @@ def commands():
     for line in lines:
         _, command, rest = line.partition("python -m ftexp.")
         if command and "..." not in line and "<" not in line:
-            module, *words = shlex.split(rest, comments=True)
+            module, *words = shlex.split(rest.partition(" > ")[0], comments=True)
             found[shlex.join([f"ftexp.{module}", *words])] = (module, words)
     return found
 
@@ -87,6 +90,7 @@ def check(monkeypatch, capsys, tmp_path):
     (tmp_path / "runs" / "first" / "checkpoints").mkdir(parents=True)
     (tmp_path / "weights.safetensors").touch()
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FTEXP_HOOK", "https://hooks.example.com/secret")
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # run_hydra sets it; put back afterwards
     monkeypatch.setattr("signal.signal", lambda *_: None)
     monkeypatch.setattr("ftexp.config.checks.scaling.num_local_gpus", lambda: 0)
@@ -112,6 +116,9 @@ def check(monkeypatch, capsys, tmp_path):
         "checkpoints": {"show": lambda _: True, "show_differences": lambda *_: True, "convert": lambda *_: True},
         "sweeps": {"show": lambda _: None},
         "report": {"_written": lambda *_: ""},
+        "dashboard": {},
+        "doctor": {"diagnose": lambda config: validate(config) is None},
+        "deploy": {},
     }
 
     def run(module, words):

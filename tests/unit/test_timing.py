@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import ftexp.job.mfu
+from ftexp.data.feeds.feed import prefetched
 from ftexp.job.mfu import Utilisation, flops_per_image, peak_flops
 from ftexp.job.stopwatch import BACKWARD, FORWARD, OPTIMIZER, SAVE, SPEEDS, Stopwatch
 from ftexp.rundir.names import PROFILE
@@ -102,6 +103,17 @@ def test_a_gpus_time_is_told_by_events_that_are_read_at_logged_points_alone_and_
     assert len(made) <= 4 * 4 + 1
 
 
+def test_the_queue_of_batches_is_told_where_there_is_one(clock):
+    stopwatch = Stopwatch(clock=clock)
+    made = prefetched((number for number in waited(clock, 5, 1.0)), 2, stopwatch.note_queue)
+    assert list(stopwatch.feeding(made, lambda: 0)) == [0, 1, 2, 3, 4]
+    assert 0 <= stopwatch.take(40)["feed_queue"] <= 2
+    for num_ready in (0, 1, 2, 2):
+        stopwatch.note_queue(num_ready)
+    list(stopwatch.feeding(waited(clock, 1, 1.0), lambda: 40))
+    assert stopwatch.take(48)["feed_queue"] == 1.25
+
+
 def test_a_run_that_went_back_tells_no_speed(clock):
     stopwatch = Stopwatch(clock=clock)
     list(stopwatch.feeding(waited(clock, 2, 1.0), lambda: 64))
@@ -116,7 +128,7 @@ def test_points_tell_of_speed_and_checkpoints_do_not(monkeypatch):
     train(job)
     log_train(job)
     (point,) = [sent.values for sent in job.channel.points()]
-    assert set(SPEEDS) - {"mfu", "teacher_ms"} <= point.keys()
+    assert set(SPEEDS) - {"mfu", "teacher_ms", "feed_queue"} <= point.keys()
     assert min(point[f"{section}_ms"] for section in (FORWARD, BACKWARD, OPTIMIZER)) > 0
     assert point["decode_ms"] == 1.5
     assert not {*SPEEDS, "decode_ms"} & job.progress.metrics.keys()

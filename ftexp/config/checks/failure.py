@@ -19,6 +19,11 @@ def check_failure(config: Config) -> Iterator[str]:
             yield unknown("failure.max_by_cause", cause, frozenset(CAUSES), f"Available: {', '.join(CAUSES)}")
         if count < 0:
             yield f"failure.max_by_cause.{cause}={count} must be at least 0; without a limit, leave it out"
+    if failure.repeat_step_every is not None and not config.train.deterministic:
+        yield (
+            f"failure.repeat_step_every={failure.repeat_step_every} compares bitwise, and train.deterministic=false "
+            "lets GPUs round otherwise each time: set train.deterministic=true, or remove it"
+        )
     if failure.backoff_s > failure.max_backoff_s:
         yield f"failure.backoff_s={failure.backoff_s} must not be above failure.max_backoff_s={failure.max_backoff_s}"
 

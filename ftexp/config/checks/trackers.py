@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 
 from ftexp.config.schema import Config
-from ftexp.config.tracker_schema import TRACKER_PACKAGES, TrackerConfig
+from ftexp.config.tracker_schema import HTTP, TRACKER_PACKAGES, TrackerConfig
 from ftexp.registry import did_you_mean
 from ftexp.storage.uri import is_remote
 
@@ -25,7 +25,7 @@ def tracker_problems(config: Config) -> Iterator[str]:
                     f"tracker.use names '{name}', which is unknown.{did_you_mean(name, TRACKER_PACKAGES)} Available: "
                     f"{', '.join(TRACKER_PACKAGES)}. One of your own comes from a module listed under plugins=[...]"
                 )
-        elif importlib.util.find_spec(package := TRACKER_PACKAGES[name]) is None:
+        elif _needs_package(config, name) and importlib.util.find_spec(package := TRACKER_PACKAGES[name]) is None:
             yield (
                 f"tracker={name} needs the package {package}, which isn't installed: write uv run --extra {name} in "
                 f"front of the command, or pip install 'ftexp[{name}]'"
@@ -46,6 +46,11 @@ def tracker_problems(config: Config) -> Iterator[str]:
                 f"tracker=mlflow keeps its database on a disk, and run.storage={config.run.storage} isn't one: set "
                 "tracker.mlflow.tracking_uri"
             )
+
+
+def _needs_package(config: Config, name: str) -> bool:
+    """Whether the driver imports the package of a tracker."""
+    return name != "prometheus" or config.tracker.prometheus.exporter(config.scaling.address) == HTTP
 
 
 def _unused(tracker: TrackerConfig) -> Iterator[str]:

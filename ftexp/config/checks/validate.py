@@ -14,6 +14,7 @@ from ftexp.config.checks.distill import check_distill
 from ftexp.config.checks.failure import check_chaos, check_failure
 from ftexp.config.checks.metrics import check_metrics
 from ftexp.config.checks.model import check_model
+from ftexp.config.checks.notify import check_notify
 from ftexp.config.checks.pictures import check_augment, check_pictures, check_repeats, check_splits
 from ftexp.config.checks.recipe import (
     check_average,
@@ -92,5 +93,6 @@ _CHECKS: dict[Callable[[Config], Iterator[str]], tuple[str, ...]] = {
     check_checkpoint: ("checkpoint.checkpoint_score_order",),
     check_chaos: ("chaos.kind",),
     tracker_problems: (),
+    check_notify: (),
     check_failure: ("failure.backoff_s", "failure.max_backoff_s"),
 }

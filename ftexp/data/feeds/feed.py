@@ -302,13 +302,19 @@ def evaluation_batches(
         yield images, to_tensors.targets(taken.labels[keep])
 
 
-def prefetched(batches: Iterator[T], depth: int) -> Generator[T]:
-    """Make up to `depth` items ahead on a thread, in order. Errors surface where the item would have."""
+def prefetched(batches: Iterator[T], depth: int, note_queue: Callable[[int], None] = lambda _: None) -> Generator[T]:
+    """Make up to `depth` items ahead on a thread, in order. Errors surface where the item would have.
+
+    `note_queue` is called with the number of items that are ready, each time one is asked for.
+    """
     if depth == 0:
         yield from batches
         return
     with ThreadPoolExecutor(1, thread_name_prefix="feed") as pool:
         pending = [pool.submit(next, batches, None) for _ in range(depth)]
-        while (item := pending.pop(0).result()) is not None:
+        while True:
+            note_queue(sum(future.done() for future in pending))
+            if (item := pending.pop(0).result()) is None:
+                return
             pending.append(pool.submit(next, batches, None))
             yield item

@@ -1,0 +1,39 @@
+"""Where alerts go."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from urllib.parse import urlsplit
+
+from ftexp.config.checks.wording import unknown, unused
+from ftexp.config.masking import without_path
+from ftexp.config.schema import ALERTS, HTTP_SCHEMES, Config
+
+_NEEDS_URLS = ("alerts", "max_recoveries", "no_progress_s", "timeout_s")
+
+
+def check_notify(config: Config) -> Iterator[str]:
+    """URLs, which are never shown whole, and names of alerts."""
+    notify = config.notify
+    for number, url in enumerate(notify.urls):
+        yield from _url_problem(f"notify.urls[{number}]", url)
+    for alert in notify.alerts:
+        if alert not in ALERTS:
+            yield unknown("notify.alerts", alert, frozenset(ALERTS), f"Available: {', '.join(ALERTS)}")
+    if not notify.urls:
+        yield from unused(notify, "notify", _NEEDS_URLS, "is not used without notify.urls")
+
+
+def _url_problem(key: str, url: str) -> Iterator[str]:
+    scheme, is_url, rest = url.partition("://")
+    if not is_url or not scheme or not rest:
+        yield f"{key} is no URL: write https://<host>/<path>, for a JSON POST, or a URL of apprise's"
+    elif scheme.lower() in HTTP_SCHEMES:
+        if not urlsplit(url).hostname:
+            yield f"{key}={without_path(url)} names no host: write {scheme}://<host>/<path>"
+    elif importlib.util.find_spec("apprise") is None:
+        yield (
+            f"{key}={without_path(url)} needs the package apprise, which isn't installed: write uv run --extra apprise "
+            "in front of the command, or pip install 'ftexp[apprise]'; http:// and https:// need none"
+        )

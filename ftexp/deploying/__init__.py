@@ -1,0 +1,1 @@
+"""Files that run a training elsewhere: on Slurm, on Kubernetes by KubeRay and Kueue, by SkyPilot."""

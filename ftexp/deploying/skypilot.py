@@ -1,0 +1,67 @@
+"""A managed job of SkyPilot's: on spot machines, begun again elsewhere when they are taken away."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+from ftexp.cli.exit_codes import EXIT_TERMINATED
+from ftexp.deploying.plan import PORT, Plan
+
+_MAX_RESTARTS_ON_ERRORS = 3
+
+_SETUP = """\
+pip install uv
+uv venv --python 3.12 --seed ~/ftexp-env
+uv pip install --python ~/ftexp-env/bin/python .
+"""
+# a port of Ray's own that SkyPilot's Ray, on 6380, doesn't use
+_CLUSTER = f"""\
+head=$(echo "$SKYPILOT_NODE_IPS" | head -n 1)
+answers() {{ (exec 3<>"/dev/tcp/$head/{PORT}") 2>/dev/null; }}
+if [ "$SKYPILOT_NODE_RANK" -ne 0 ]; then
+  until answers; do sleep 1; done
+  ray start --address="$head:{PORT}" --disable-usage-stats
+  while answers; do sleep 5; done  # until the head has ended
+  exit 0
+fi
+ray start --head --node-ip-address="$head" --port={PORT} --disable-usage-stats
+"""
+
+
+def manifest(plan: Plan) -> str:
+    """Return the YAML of the task."""
+    text: str = yaml.safe_dump(task(plan), sort_keys=False, width=1_000_000)
+    return text
+
+
+def task(plan: Plan) -> dict[str, Any]:
+    """Return the task."""
+    own = plan.own
+    resources: dict[str, Any] = {"cpus": f"{own.cpus_per_node}+", "memory": f"{own.memory_gb}+"}
+    if own.gpus_per_node:
+        resources["accelerators"] = {own.accelerator: own.gpus_per_node}
+    resources |= {
+        "use_spot": True,
+        "job_recovery": {
+            "strategy": "EAGER_NEXT_REGION",
+            "max_restarts_on_errors": _MAX_RESTARTS_ON_ERRORS,
+            "recover_on_exit_codes": [EXIT_TERMINATED],
+        },
+    }
+    return {
+        "name": plan.job_name,
+        "num_nodes": own.nodes,
+        "resources": resources,
+        "workdir": ".",
+        "setup": _SETUP,
+        "run": f"source ~/ftexp-env/bin/activate\n{_run(plan)}",
+    }
+
+
+def _run(plan: Plan) -> str:
+    if plan.own.nodes == 1:
+        return f"exec {plan.command(None)}\n"
+    command = plan.command(f'"$head:{PORT}"')
+    return f"{_CLUSTER}{command}\ncode=$?\nray stop\nexit $code\n"

@@ -1,0 +1,67 @@
+"""What a check has found, and the table of all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+
+class Verdict(StrEnum):
+    """What a finding means for a run."""
+
+    OK = "ok"
+    WARNING = "warning"  # it would run, but slower, or with less safety
+    FAILS = "fails"  # a run would fail
+    NOT_HERE = "-"  # there is nothing to check on this machine, or with this config
+
+
+_STYLES = {Verdict.OK: "green", Verdict.WARNING: "yellow", Verdict.FAILS: "red", Verdict.NOT_HERE: "dim"}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The outcome of one check. `fix`: what to do about it, in a line; "" where nothing is to be done."""
+
+    check: str
+    verdict: Verdict
+    found: str
+    fix: str = ""
+
+
+def ok(check: str, found: str) -> Finding:
+    """Return a finding that needs nothing."""
+    return Finding(check, Verdict.OK, found)
+
+
+def warning(check: str, found: str, fix: str) -> Finding:
+    """Return a finding that a run survives."""
+    return Finding(check, Verdict.WARNING, found, fix)
+
+
+def fails(check: str, found: str, fix: str) -> Finding:
+    """Return a finding that a run would fail by."""
+    return Finding(check, Verdict.FAILS, found, fix)
+
+
+def not_here(check: str, found: str) -> Finding:
+    """Return why there is nothing to check."""
+    return Finding(check, Verdict.NOT_HERE, found)
+
+
+def print_table(findings: Iterable[Finding], console: Console) -> None:
+    """Print the findings, and a line of how many of each kind there are."""
+    findings = list(findings)
+    table = Table("check", "", "found", "what to do", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for finding in findings:
+        verdict = Text(finding.verdict, style=_STYLES[finding.verdict])
+        table.add_row(Text(finding.check), verdict, Text(finding.found), Text(finding.fix))
+    console.print(table)
+    counts = {verdict: sum(finding.verdict is verdict for finding in findings) for verdict in Verdict}
+    outcome = "a run would fail" if counts[Verdict.FAILS] else "a run would start"
+    numbers = f"{counts[Verdict.OK]} ok, {counts[Verdict.WARNING]} to look at, {counts[Verdict.FAILS]} that fail"
+    console.print(f"\n{outcome}: {numbers}", markup=False)

@@ -1,0 +1,73 @@
+"""When there is an alert: functions of a run's events and of the time since its last new step, without any I/O."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from ftexp.config.schema import NotifyConfig
+from ftexp.rundir.state import RunState
+from ftexp.wire import events
+
+
+@dataclass(frozen=True)
+class Alert:
+    """Something that an operator wants to hear of, once."""
+
+    kind: str  # of ftexp.config.schema.ALERTS
+    text: str  # a sentence without the run's name
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+class Rules:
+    """Decides for one invocation. `state`: the run's, which the records keep up to date."""
+
+    def __init__(self, config: NotifyConfig, state: RunState, now: float) -> None:
+        self._config, self._state = config, state
+        self._farthest, self._since = state.farthest_step, now
+        self._is_stalled = self._saves_fail = False
+
+    def after(self, event: events.Event) -> Alert | None:
+        """Return the alert that follows from an event, if any."""
+        match event:
+            case events.Failed(error):
+                return Alert("gave_up", f"gave up at step {self._state.step}: {error}", {"error": error})
+            case events.Finished():
+                return Alert("finished", f"finished at step {self._state.step}", {"metrics": self._metrics()})
+            case events.Ready():
+                return self._recovered()
+            case events.CheckpointFailed(step, error):
+                is_news, self._saves_fail = not self._saves_fail, True
+                text = f"the checkpoint of step {step} could not be saved: {error}"
+                return Alert("failing_saves", text, {"error": error}) if is_news else None
+            case events.CheckpointSaved():
+                self._saves_fail = False
+        return None
+
+    def at(self, now: float) -> Alert | None:
+        """Return an alert if there has been no new step for too long; again only after there was one."""
+        if self._state.farthest_step != self._farthest:
+            self._farthest, self._since, self._is_stalled = self._state.farthest_step, now, False
+        limit_s, still_s = self._config.no_progress_s, now - self._since
+        if limit_s is None or still_s <= limit_s or self._is_stalled:
+            return None
+        self._is_stalled = True
+        text = f"no new step for {still_s:.0f} s, since step {self._farthest}"
+        return Alert("no_progress", text, {"seconds": round(still_s, 1), "attempts": self._state.attempts})
+
+    def _recovered(self) -> Alert | None:
+        """Return an alert at the first recovery that is more than allowed; later ones are no news."""
+        limit, recovered = self._config.max_recoveries, [each for each in self._state.failures if _is_over(each)]
+        if limit is None or len(recovered) != limit + 1 or recovered[-1] is not self._state.failures[-1]:
+            return None
+        causes = sorted({failure.cause for failure in recovered})
+        text = f"recovered {len(recovered)} times, more than notify.max_recoveries={limit}: {', '.join(causes)}"
+        return Alert("recoveries", text, {"recoveries": len(recovered), "causes": causes})
+
+    def _metrics(self) -> dict[str, float]:
+        return {name: value for name, value in self._state.metrics["last"].items() if value is not None}
+
+
+def _is_over(failure: Any) -> bool:
+    """Whether training went on after a failure."""
+    return failure.steps_replayed is not None

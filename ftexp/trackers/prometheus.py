@@ -1,0 +1,157 @@
+"""Prometheus: how a run stands now, on an endpoint of the driver, or on a cluster next to Ray's own series.
+
+Prometheus asks, and keeps what it is answered. So nothing is sent here, and nothing can arrive twice: the figures are
+read from the run's records at each request, and at regular times where Ray's agents export them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Protocol
+
+from ftexp.config.tracker_schema import HTTP, TrackerConfig
+from ftexp.trackers.figures import Figure
+from ftexp.trackers.registry import Key, Outcome, Point, TrackedRun, register_tracker
+from ftexp.trackers.series import RUN_LABELS, SERIES, Series
+
+_MAX_PORTS = 100  # that are tried: trials of a sweep run side by side
+_UPDATE_EVERY_S = 5.0  # of Ray's copies; its agents export every 10 s by default
+_TOTAL = "_total"
+
+
+class _Exporter(Protocol):
+    where: str
+
+    def close(self) -> None: ...
+
+
+@register_tracker("prometheus", package="prometheus_client", keeps=False)
+class PrometheusTracker:
+    """The run's series, for as long as the command runs."""
+
+    def __init__(self, config: TrackerConfig, run: TrackedRun) -> None:
+        wanted, labels = config.prometheus, (run.name, run.sweep or "")
+        self._exporter: _Exporter
+        if wanted.exporter(run.ray_address) == HTTP:
+            self._exporter = _Endpoint(wanted.host, wanted.port, _Collector(run, labels))
+        else:
+            self._exporter = _RayMetrics(run, labels)
+        self.where = self._exporter.where
+
+    def held(self) -> Iterable[Key]:
+        """Nothing: Prometheus holds what it has asked for."""
+        return ()
+
+    def log(self, points: Sequence[Point]) -> None:
+        """Do nothing: the figures are read when they are asked for."""
+
+    def close(self, outcome: Outcome) -> None:  # noqa: ARG002 - the series end with the command
+        """Export no more."""
+        self._exporter.close()
+
+
+class _Collector:
+    """What prometheus_client asks at each request."""
+
+    def __init__(self, run: TrackedRun, labels: tuple[str, ...]) -> None:
+        self._run, self._labels = run, labels
+
+    def collect(self) -> Iterator[Any]:
+        """Yield a family for each series that has a value now."""
+        families: dict[str, Any] = {}
+        for figure in self._run.figures():
+            name = figure.series.name
+            if name not in families:
+                families[name] = _family(figure.series)
+            families[name].add_metric((*self._labels, *figure.labels), figure.value)
+        yield from families.values()
+
+
+def _family(series: Series) -> Any:
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+    labels = (*RUN_LABELS, *series.labels)
+    if series.is_counter:
+        return CounterMetricFamily(series.name.removesuffix(_TOTAL), series.help, labels=labels)
+    return GaugeMetricFamily(series.name, series.help, labels=labels)
+
+
+class _Endpoint:
+    """An HTTP server on a thread of the driver's."""
+
+    def __init__(self, host: str, port: int, collector: _Collector) -> None:
+        from prometheus_client import CollectorRegistry
+
+        registry = CollectorRegistry()
+        registry.register(collector)
+        self._server, self._thread = _serve(host, port, registry)
+        shown = f"[{host}]" if ":" in host else host
+        self.where = f"http://{shown}:{self._server.server_port}/metrics"
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+def _serve(host: str, first_port: int, registry: Any) -> tuple[Any, threading.Thread]:
+    """Listen on the first free port from `first_port` on; OSError if all that are tried are taken."""
+    from prometheus_client import start_http_server
+
+    last = min(first_port + _MAX_PORTS, 65536)
+    for port in range(first_port, last):
+        try:
+            server: tuple[Any, threading.Thread] = start_http_server(port, host, registry)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+        else:
+            return server
+    reason = f"ports {first_port} to {last - 1} of {host} are taken: set tracker.prometheus.port"
+    raise OSError(errno.EADDRINUSE, reason)
+
+
+class _RayMetrics:
+    """Copies the figures into Ray's metrics, which each node's agent exports, under RAY_PREFIX and the same names."""
+
+    def __init__(self, run: TrackedRun, labels: tuple[str, ...]) -> None:
+        from ray.util import metrics
+
+        self._run, self._run_tags = run, dict(zip(RUN_LABELS, labels, strict=True))
+        kinds = {True: metrics.Counter, False: metrics.Gauge}
+        self._metrics: dict[str, Any] = {
+            series.name: kinds[series.is_counter](series.name, series.help, (*RUN_LABELS, *series.labels))
+            for series in SERIES
+        }
+        self._counted: dict[tuple[str, tuple[str, ...]], float] = {}  # what each counter was given so far
+        self.where = "the metrics of Ray's nodes (ray_ftexp_...)"
+        self._ended = threading.Event()
+        self._update()
+        threading.Thread(target=self._keep_updating, daemon=True, name="ray-metrics").start()
+
+    def close(self) -> None:
+        self._ended.set()
+        self._update()
+
+    def _keep_updating(self) -> None:
+        while not self._ended.wait(_UPDATE_EVERY_S):
+            with contextlib.suppress(Exception):  # Ray is about to end, and the run with it, or goes on with another
+                self._update()
+
+    def _update(self) -> None:
+        for figure in self._run.figures():
+            metric = self._metrics[figure.series.name]
+            tags = {**self._run_tags, **dict(zip(figure.series.labels, figure.labels, strict=True))}
+            if not figure.series.is_counter:
+                metric.set(figure.value, tags)
+            elif (more := self._growth(figure)) > 0:
+                metric.inc(more, tags)
+
+    def _growth(self, figure: Figure) -> float:
+        key = (figure.series.name, figure.labels)
+        before = self._counted.get(key, 0.0)
+        self._counted[key] = max(before, figure.value)
+        return figure.value - before
