@@ -10,7 +10,7 @@ import hashlib
 import io
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -72,9 +72,19 @@ class Listing:
             "bad_samples": self.bad,
             "digest": self.digest,
             "excluded": self.excluded,
-            "warnings": class_warnings(self.class_names, labels),
+            "warnings": [*class_warnings(self.class_names, labels), *self._empty_splits(config, labels)],
             **target_facts(config, labels["train"]),
         }
+
+    def _empty_splits(self, config: DataConfig, labels: Mapping[str, Labels]) -> Iterator[str]:
+        """Warn of splits that were to be cut off from train, and got no sample: each class is rounded by itself."""
+        for name in ("val", "test"):
+            fraction = getattr(config, f"{name}_fraction")
+            if name not in self.labels and fraction > 0 and not len(labels[name]):
+                yield (
+                    f"{name} has no samples: data.{name}_fraction={fraction} of each class, rounded, is none; raise "
+                    "it, or set it to 0"
+                )
 
 
 def digest_of(class_names: list[str], labels: dict[str, Labels], names: Mapping[str, Iterable[str]]) -> str:

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ftexp.data.order import Int64s
 from ftexp.data.targets import Labels, strata
-
-if TYPE_CHECKING:
-    pass
 
 
 def stratified_split(labels: Labels, fractions: Sequence[float], seed: int) -> list[Int64s]:

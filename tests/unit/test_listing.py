@@ -176,3 +176,26 @@ def test_splits_keep_each_item_with_its_label_and_each_block_its_items(sizes, se
         assert split.block_sizes.tolist() == np.bincount(block_of, minlength=len(blocks[listed])).tolist()
         found += [(listed, item) for item in items.tolist()]
     assert sorted(found) == sorted((name, item) for name, own in labels.items() for item in range(len(own)))
+
+
+@pytest.mark.parametrize(
+    ("own", "per_class", "changes", "without"),
+    [
+        ({}, 4, {}, ["val"]),  # floor(0.1 * 4 + 0.5) is none, floor(0.2 * 4 + 0.5) one
+        ({}, 2, {}, ["val", "test"]),
+        ({}, 10, {}, []),
+        ({}, 4, {"val_fraction": 0.0, "test_fraction": 0.2}, []),
+        ({"val": []}, 10, {}, []),  # the source's own, and its affair
+    ],
+)
+def test_a_split_that_rounding_leaves_empty_is_named(own, per_class, changes, without):
+    labels = {"train": np.repeat(np.arange(3), per_class), **{name: np.array(each, int) for name, each in own.items()}}
+    readers = dict.fromkeys(labels)
+    config = DataConfig(name="image_folder", **changes)
+    listing = Listing(["a", "b", "c"], labels, readers, digest="")
+    warnings = listing.facts(config, listing.splits(config, readers))["warnings"]
+    assert [warning.partition(" ")[0] for warning in warnings] == without
+    if without == ["val"]:
+        assert warnings == [
+            "val has no samples: data.val_fraction=0.1 of each class, rounded, is none; raise it, or set it to 0"
+        ]
