@@ -152,12 +152,12 @@ def memory(monkeypatch):
     monkeypatch.setattr(MemoryFileSystem, "store", {})
     monkeypatch.setattr(MemoryFileSystem, "pseudo_dirs", [""])
     filesystem = PyFileSystem(FSSpecHandler(WholeFiles(skip_instance_cache=True)))
-    open_uri = ftexp.storage.directory.open_uri
+    opened = ftexp.storage.directory._opened
 
-    def open_in_memory(uri, key):
+    def open_in_memory(uri):
         if not uri.startswith("memory://"):
-            return open_uri(uri, key)
+            return opened(uri)
         return filesystem, uri.removeprefix("memory://").partition("?")[0]
 
-    monkeypatch.setattr(ftexp.storage.directory, "open_uri", open_in_memory)
+    monkeypatch.setattr(ftexp.storage.directory, "_opened", open_in_memory)
     return "memory://bucket/run"

@@ -86,9 +86,11 @@ class CheckpointManager:
         self._writer = CheckpointWriter(self._config, group, channel, store, is_sharded, timeout_s)
 
     def due(self, epoch_ended: bool) -> bool:
-        """Whether to save after the step just done; StorageError if too many saves in a row have failed."""
+        """Whether to save after the step just done; StorageError or NonFiniteError if too many in a row have failed."""
         limit, failures = self._config.max_failed_saves, self._writer.failures
         if limit is not None and len(failures) > limit:
+            if isinstance(failures[-1], NonFiniteError):
+                raise failures[-1]
             raise StorageError(
                 f"{len(failures)} saves in a row failed, and checkpoint.max_failed_saves={limit}; the last: "
                 f"{failures[-1]}. Put {self._store.storage.uri} right, and give the same command again"
@@ -201,7 +203,7 @@ class CheckpointManager:
             return True  # asked beside the training, of the copy
         if self._group.all_agree(all(is_finite(tensor) for tensor in self._learner.model.state_dict().values())):
             return True
-        self._writer.note_failed(self._progress.step, CheckpointError(NOT_FINITE))
+        self._writer.note_failed(self._progress.step, NonFiniteError(NOT_FINITE))
         return False
 
     def keep_in_memory(self) -> None:
@@ -237,10 +239,12 @@ class CheckpointManager:
         self._writer.wait()
 
     def finish(self) -> None:
-        """Wait for the last save; StorageError if it could not be written."""
+        """Wait for the last save; StorageError if it could not be written, NonFiniteError if it was not worth it."""
         self._writer.close()
         if self._writer.failures:
             error = self._writer.failures[-1]
+            if isinstance(error, NonFiniteError):  # no fault of the storage's
+                raise error
             raise StorageError(
                 f"the last checkpoint could not be written: {error}. Put {self._store.storage.uri} right, and give "
                 "the same command again"

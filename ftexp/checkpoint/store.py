@@ -168,6 +168,8 @@ class CheckpointStore:
         try:
             return self._manifest(name)
         except _UNREADABLE as error:
+            if isinstance(error, OSError):
+                self.damage(MANIFEST, error)  # raises it, if the store doesn't answer
             available = ", ".join(self.storage.list_folders()) or "none"
             raise CheckpointError(
                 f"{self.storage.uri} has no checkpoint '{name}' with a readable manifest. Available: {available}"

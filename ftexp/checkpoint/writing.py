@@ -28,7 +28,7 @@ from ftexp.checkpoint.sharding import Piece, Place, pieces_in, skeleton, slices_
 from ftexp.checkpoint.slices import SliceFile
 from ftexp.checkpoint.staging import is_finite, writer
 from ftexp.checkpoint.store import CheckpointStore
-from ftexp.errors import CheckpointError
+from ftexp.errors import CheckpointError, NonFiniteError
 from ftexp.storage.directory import Writer
 from ftexp.wire import events
 from ftexp.wire.messages import UNSAVED, EvaluateCheckpoint, Evaluated, Happened
@@ -39,7 +39,10 @@ if TYPE_CHECKING:
     from ftexp.job.progress import Pending
     from ftexp.wire.channel import Channel
 
-NOT_FINITE = "the weights are not finite, so this step is not worth keeping"
+NOT_FINITE = (
+    "the weights are not finite, so this step is not worth keeping: lower optim.lr, set train.clip_grad_norm, or see "
+    "failure.on_nonfinite"
+)
 _LAST_TRIES_S = (1, 2, 4, 8, 16)  # waits before trying again to write the checkpoint that ends the run
 _LOWEST = 19
 _NICE = 10  # a tenth of a core where training wants it all; with less (19: a hundredth), saves could starve
@@ -168,7 +171,7 @@ class CheckpointWriter:
         """Write, more than once if it is the last; returns whether there is a checkpoint, on every rank that writes."""
         step = saving.manifest.step
         if not all(self._agreement.gather(saving.is_finite())):
-            self.note_failed(step, CheckpointError(NOT_FINITE))
+            self.note_failed(step, NonFiniteError(NOT_FINITE))
             return False
         for wait_s in (*(_LAST_TRIES_S if saving.is_last else ()), None):
             if (error := self._write_once(saving)) is None:

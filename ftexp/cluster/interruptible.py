@@ -19,6 +19,8 @@ _LOOK_EVERY_S = 0.1
 STOP_GRACE_S = 30.0  # for the save that a signal asks for
 _END_WITHIN_S = 2.0
 _RETRY_EVERY_S = 0.01
+# one wish may come as two signals: `uv run` and bash pass on SIGTERM and SIGHUP that the whole process group had got
+_REPEAT_WITHIN_S = 2.0
 
 
 class Terminated(KeyboardInterrupt):
@@ -47,16 +49,28 @@ def fit_interruptibly(
 def collected_signals() -> Iterator[list[KeyboardInterrupt]]:
     """Collect SIGINT (also where a shell's `&` left it ignored), SIGTERM and SIGHUP, which then interrupt nothing.
 
-    SIGHUP (the terminal is gone) stays ignored where it is: `nohup` asks for that.
+    SIGHUP (the terminal is gone) stays ignored where it is: `nohup` asks for that. SIGTERM and SIGHUP that follow one
+    another at once are collected as one.
     """
     asked: list[KeyboardInterrupt] = []
+    terminated_at: float | None = None
     if threading.current_thread() is not threading.main_thread():
         yield asked
         return
     kinds: dict[int, type[KeyboardInterrupt]] = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
         kinds[signal.SIGHUP] = Terminated
-    before = {number: signal.signal(number, lambda got, _: asked.append(kinds[got]())) for number in kinds}
+
+    def collect(number: int, _: object) -> None:
+        nonlocal terminated_at
+        if kinds[number] is Terminated:
+            now, since = time.monotonic(), terminated_at
+            if since is not None and now - since < _REPEAT_WITHIN_S:
+                return
+            terminated_at = now
+        asked.append(kinds[number]())
+
+    before = {number: signal.signal(number, collect) for number in kinds}
     try:
         yield asked
     finally:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from ftexp.data.feeds.feed import Rows
     from ftexp.wire.hub import Hub
 
+_RETRY_AFTER_S = (1, 4, 15, 60, 60)  # seconds: how long a store that doesn't answer is waited for
 _MAX_BATCH = 256  # images at a time, unless train.eval_batch_size says otherwise
 
 
@@ -85,12 +86,12 @@ class Evaluations:
         self._lock = threading.Lock()
         self._found: dict[str, Future[Evaluated]] = {}  # by checkpoint
         self._running: set[ray.ObjectRef[Any]] = set()
-        self._closed = False
+        self._closed = threading.Event()
 
     def request(self, wanted: EvaluateCheckpoint) -> None:
         """Evaluate a checkpoint, unless that was done, and have the result logged and passed on. Returns at once."""
         with self._lock:
-            if self._closed:
+            if self._closed.is_set():
                 return
             found = self._found.get(wanted.checkpoint)
             if found is None or (found.done() and found.result().failure == FAILED):  # a restart asks again
@@ -101,7 +102,7 @@ class Evaluations:
     def close(self) -> None:
         """Cancel what still runs; nothing is passed on any more."""
         with self._lock:
-            self._closed = True
+            self._closed.set()
             running = list(self._running)
         for task in running:
             _cancel(task)
@@ -112,19 +113,24 @@ class Evaluations:
     def _result(self, wanted: EvaluateCheckpoint) -> Evaluated:
         """Wait for a task, whatever becomes of it; on a thread."""
         about = (wanted.step, wanted.epoch, wanted.checkpoint)
-        try:
-            return Evaluated(*about, values=self._values(wanted.checkpoint))
-        except ray.exceptions.RayTaskError as error:
-            is_damaged = isinstance(error.cause, CheckpointError)
-            return Evaluated(*about, failure=DAMAGED if is_damaged else FAILED, problem=_in_a_line(error.cause))
-        except Exception as error:  # its process died more often than Ray tries, say
-            return Evaluated(*about, failure=FAILED, problem=_in_a_line(error))
+        for wait_s in (*_RETRY_AFTER_S, None):
+            try:
+                return Evaluated(*about, values=self._values(wanted.checkpoint))
+            except ray.exceptions.RayTaskError as error:
+                # a store that doesn't answer says nothing of the checkpoint: the workers train on meanwhile
+                if isinstance(error.cause, OSError) and wait_s is not None and not self._closed.wait(wait_s):
+                    continue
+                is_damaged = isinstance(error.cause, CheckpointError)
+                return Evaluated(*about, failure=DAMAGED if is_damaged else FAILED, problem=_in_a_line(error.cause))
+            except Exception as error:  # its process died more often than Ray tries, say
+                return Evaluated(*about, failure=FAILED, problem=_in_a_line(error))
+        raise AssertionError("the last try returns")
 
     def _values(self, checkpoint: str) -> dict[str, float]:
         task = self._task.remote(self._spec, checkpoint)
         with self._lock:
             self._running.add(task)
-            if self._closed:
+            if self._closed.is_set():
                 _cancel(task)
         try:
             values: dict[str, float] = ray.get(task)
@@ -139,7 +145,7 @@ class Evaluations:
 
     def _log_and_tell(self, found: Evaluated) -> None:
         with self._lock:
-            if self._closed:
+            if self._closed.is_set():
                 return
         if self._hub.take(found):
             self._hub.tell(found)

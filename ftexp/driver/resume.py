@@ -39,7 +39,7 @@ def located(uri: str, run_dir: Storage) -> str:
     try:
         if not has_run(run_dir):  # a run that has begun has checkpoints of its own
             locate(uri)
-    except CheckpointError as error:
+    except (CheckpointError, ConfigError, OSError) as error:
         raise ConfigError(f"resume_from={uri}: {error}") from error
     return Storage.at(uri).uri
 

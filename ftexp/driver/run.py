@@ -11,7 +11,7 @@ from ftexp.config.checks.validate import validate
 from ftexp.config.schema import PREPROCESSING, Config
 from ftexp.driver.context import RunContext
 from ftexp.rundir.state import FINISHED
-from ftexp.storage.directory import Storage, absolute
+from ftexp.storage.directory import Storage, absolute, open_uri
 
 if TYPE_CHECKING:
     from ftexp.cluster.ray_cluster import SharedRay
@@ -50,6 +50,7 @@ def train(
     from ftexp.driver.teacher import teacher_of
     from ftexp.storage.lease import Lease, unused_name
 
+    open_uri(config.run.storage, "run.storage")
     workers = decide_workers(config.scaling, share=shared.share if shared else 1, spare=spare_of(config))
     run_name = config.run.name or unused_name()
     run_dir = Storage.at(config.run.storage, run_name)

@@ -7,6 +7,7 @@ group of those that it had.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from dataclasses import dataclass
 from typing import Any
@@ -24,14 +25,24 @@ class ReportingBackend(TorchConfig().backend_cls):  # type: ignore[misc]
 
     def on_start(self, worker_group: Any, backend_config: ReportingTorchConfig) -> None:
         """Ray's hook. StopRun if there shall be no further try, else RayActorError: Ray then makes new workers."""
-        placement_group = worker_group.execute_single(0, get_current_placement_group)
+        placement_group = None
         try:
+            placement_group = _placement_group(worker_group)
             super().on_start(worker_group, backend_config)
         except (RayTaskError, RayActorError) as error:
-            remove_placement_group(placement_group)  # and with it the workers, which wait for the one that failed
+            if placement_group is not None:
+                remove_placement_group(placement_group)  # and with it the workers, which wait for the one that failed
             cause = find_cause({0: error.cause if isinstance(error, RayTaskError) else error})
             backend_config.reporter.report(dataclasses.replace(cause, rank=None))  # Ray doesn't tell which it was
             raise RayActorError(error_msg=cause.error) from error
+
+
+def _placement_group(worker_group: Any) -> Any:
+    """Return the one of a group of workers, by asking one that lives; RayActorError if none does."""
+    for rank in range(len(worker_group)):
+        with contextlib.suppress(RayActorError):
+            return worker_group.execute_single(rank, get_current_placement_group)
+    raise RayActorError(error_msg="all workers died while they started")
 
 
 @dataclass(kw_only=True)

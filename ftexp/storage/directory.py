@@ -29,17 +29,27 @@ Writer = Callable[[BinaryIO], object]  # writes a file's content into the stream
 
 
 def open_uri(uri: str, key: str) -> tuple[FileSystem, str]:
-    """Return the pyarrow file system of a path or URI, and the path in it. `key` names it in errors."""
+    """Return the pyarrow file system of a path or URI, and the path in it; ConfigError, naming `key`, if it can't."""
+    try:
+        return _opened(uri)
+    except (ConfigError, OSError) as error:
+        reason = str(error) if isinstance(error, ConfigError) else f"{uri} can't be opened: {error}"
+        raise ConfigError(f"{key}={reason}") from error
+
+
+def _opened(uri: str) -> tuple[FileSystem, str]:
+    """As `open_uri`, but OSError where a store doesn't answer: S3 is asked for the bucket's region."""
     from pyarrow.fs import FileSystem, LocalFileSystem
 
     if not is_remote(uri):
         return LocalFileSystem(), _local_path(uri)
     try:
         filesystem, path = FileSystem.from_uri(uri)
-        filesystem = _less_patient(filesystem)
-    except Exception as error:  # pyarrow raises ArrowInvalid, OSError or ImportError, by scheme
-        raise ConfigError(f"{key}={uri} can't be opened: {error}. Give a folder, or a URI of pyarrow.fs") from error
-    return filesystem, path
+        return _less_patient(filesystem), path
+    except OSError:
+        raise
+    except Exception as error:  # pyarrow raises ArrowInvalid or ImportError, by scheme
+        raise ConfigError(f"{uri} can't be opened: {error}. Give a directory, or a URI of pyarrow.fs") from error
 
 
 def absolute(uri: str) -> str:
@@ -105,8 +115,11 @@ class Storage:
         return None if is_remote(self.uri) else Path(self.uri)
 
     def open(self) -> tuple[FileSystem, str]:
-        """The pyarrow file system that holds the folder, and its path there."""
-        return open_uri(self.uri, "run.storage")
+        """Return the pyarrow file system that holds the directory, and its path there.
+
+        ConfigError if the URI is none; OSError if the store doesn't answer.
+        """
+        return _opened(self.uri)
 
     def read_bytes(self, name: str) -> bytes:
         """Read a file; FileNotFoundError if there is none, StorageError if it can't be read."""

@@ -1,5 +1,6 @@
 """What fails while torch's process group starts, in Ray Train's own controller and workers."""
 
+import contextlib
 import os
 import socket
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from unittest import mock
 
 import pytest
 import ray.train
+from ray.exceptions import RayActorError
 from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
@@ -22,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("data_ray")
 
 @dataclass(kw_only=True)
 class FaultyTorchConfig(ReportingTorchConfig):
-    """For the first group of workers Ray picks `port`, which is taken; of the second, one dies."""
+    """For the first group of workers Ray picks `port`, which is taken; of the others but the fourth, one dies."""
 
     port: int
     starts: Path  # a file with a line for each
@@ -42,6 +44,9 @@ class FaultyBackend(ReportingBackend):
         number = len(backend_config.starts.read_text())
         if number == 2:
             worker_group.execute_single_async(1, os._exit, 1)
+        if number == 3:
+            with contextlib.suppress(RayActorError):
+                worker_group.execute_single(0, os._exit, 1)
         pick = taken if number == 1 else ray.train.torch.config.get_address_and_port
         with mock.patch("ray.train.torch.config.get_address_and_port", pick):
             super().on_start(worker_group, backend_config)
@@ -72,8 +77,8 @@ def test_workers_start_again_where_another_process_took_the_port_and_where_one_d
         )
         assert trainer.fit().return_value == 2
     hub.close()
-    taken, died = [message for message in told if isinstance(message, GroupFailed)]
+    taken, *died = [message for message in told if isinstance(message, GroupFailed)]
     assert (taken.cause, taken.rank, taken.ending) == ("crash", None, Ending.RAISED)
     assert taken.error.startswith("DistNetworkError: ")
     assert "EADDRINUSE" in taken.error
-    assert (died.cause, died.rank, died.ending) == ("crash", None, Ending.DIED)
+    assert [(each.cause, each.rank, each.ending) for each in died] == [("crash", None, Ending.DIED)] * 2

@@ -385,6 +385,16 @@ def test_asking_for_a_checkpoint_that_is_not_there_names_those_that_are(store):
         store.by_name("step_5")
 
 
+def test_a_store_that_does_not_answer_is_not_taken_for_one_without_the_checkpoint(store, monkeypatch):
+    def refuse(*_):
+        raise ConnectionError("no route to host")
+
+    saved = store.save(manifest(10), WRITERS)
+    monkeypatch.setattr(Storage, "read_bytes", refuse)
+    with pytest.raises(ConnectionError, match="no route to host"):
+        store.by_name(saved.name)
+
+
 @pytest.mark.parametrize(
     ("num_to_keep", "steps", "expected"),
     [

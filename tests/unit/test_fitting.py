@@ -25,7 +25,7 @@ CHILD = """
     from ftexp.cluster import interruptible as fitting
 
     numbers, has_workers, grace_s = json.loads(sys.argv[1])
-    fitting.STOP_GRACE_S, fitting._END_WITHIN_S = grace_s, 0.1
+    fitting.STOP_GRACE_S, fitting._END_WITHIN_S, fitting._REPEAT_WITHIN_S = grace_s, 0.1, 0.0
     asked, answered, ended = [], threading.Event(), threading.Event()
 
     def fit():
@@ -81,6 +81,24 @@ def test_the_first_signal_asks_for_a_last_save_and_the_second_ends_it(numbers, h
     child = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert child.returncode == 0, child.stderr
     assert json.loads(child.stdout) == [asked, result, True]
+
+
+def test_a_signal_that_comes_twice_at_once_asks_once(monkeypatch):
+    """As uv and bash pass on what the process group has got already."""
+    now = [100.0]
+    monkeypatch.setattr(fitting.time, "monotonic", lambda: now[0])
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # `nohup pytest` ignores it
+    try:
+        with fitting.collected_signals() as asked:
+            for seconds, number, count in (
+                (0, signal.SIGHUP, 1), (0.2, signal.SIGTERM, 1), (1.5, signal.SIGHUP, 1), (1.6, INT, 2),
+                (2.1, TERM, 3), (3.0, TERM, 3), (4.2, TERM, 4),
+            ):  # fmt: skip
+                now[0] = 100 + seconds
+                os.kill(os.getpid(), number)
+                assert len(asked) == count, (seconds, number)
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def never(why):

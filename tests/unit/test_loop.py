@@ -363,6 +363,11 @@ def test_weights_that_are_not_finite_are_not_kept_as_a_checkpoint(tmp_path, monk
     assert (type(saved), saved.step, failed.step) == (events.CheckpointSaved, 1, 2)
     assert "the weights are not finite" in failed.error
     assert store.latest(lambda *_: None).step == 1
+    with pytest.raises(NonFiniteError, match=r"are not finite, so this step is not worth keeping: lower optim\.lr"):
+        checkpoints.finish()  # not that the storage were at fault
+    job.config.checkpoint.max_failed_saves = 0
+    with pytest.raises(NonFiniteError, match="are not finite"):
+        checkpoints.due(epoch_ended=False)
 
 
 def test_a_request_to_stop_is_taken_up_after_a_step_and_saved_there(tmp_path):

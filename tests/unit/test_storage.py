@@ -1,5 +1,8 @@
 """Storage: whole files or none, on a local disk and on an object store alike."""
 
+from types import SimpleNamespace
+
+import pyarrow.fs
 import pytest
 
 from ftexp.errors import ConfigError, StorageError
@@ -177,10 +180,21 @@ def test_local_paths_become_absolute_and_uris_keep_their_options(tmp_path, monke
 
 
 def test_an_unknown_scheme_is_an_error_that_names_the_key():
-    with pytest.raises(ConfigError, match=r"run\.storage=foo://x"):
+    with pytest.raises(ConfigError, match=r"^foo://x can't be opened"):
         Storage.at("foo://x").list_folders()
-    with pytest.raises(ConfigError, match=r"data\.root=foo://x"):
+    with pytest.raises(ConfigError, match=r"^data\.root=foo://x can't be opened"):
         open_uri("foo://x", "data.root")
+
+
+def test_a_store_that_does_not_answer_is_no_mistake_in_the_config(monkeypatch):
+    def refuse(_):
+        raise OSError("When resolving region for bucket 'b': no route to host")
+
+    monkeypatch.setattr(pyarrow.fs, "FileSystem", SimpleNamespace(from_uri=refuse))
+    with pytest.raises(OSError, match="no route to host"):  # so that a worker's start is tried again
+        Storage.at("s3://b/run").list_folders()
+    with pytest.raises(ConfigError, match=r"^run\.storage=s3://b/run can't be opened: .*no route to host"):
+        open_uri("s3://b/run", "run.storage")  # in front of everything
 
 
 def test_a_place_that_can_not_be_written_is_named(tmp_path):

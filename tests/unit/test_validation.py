@@ -297,6 +297,18 @@ def test_an_evaluation_that_failed_is_tried_again_when_a_restart_asks(evaluation
     assert tasks.checkpoints == [FIRST, FIRST]
 
 
+def test_a_store_that_does_not_answer_is_asked_again_before_the_workers_hear_of_it(evaluations, monkeypatch):
+    monkeypatch.setattr(beside, "_RETRY_AFTER_S", (0, 0))
+    down = ray.exceptions.RayTaskError("evaluate", "", ConnectionError("the store is down"))
+    made, tasks, told = evaluations(down, down, {"val_loss": 1.0}, down, down, down)
+    made.request(WANTED)
+    assert told() == Evaluated(4, 1, FIRST, {"val_loss": 1.0})
+    assert tasks.checkpoints == [FIRST] * 3
+    other = EvaluateCheckpoint(8, 2, "other")
+    made.request(other)
+    assert told() == Evaluated(8, 2, "other", failure=FAILED, problem="ConnectionError: the store is down")
+
+
 def test_a_damaged_checkpoint_is_told_apart(evaluations):
     damaged = ray.exceptions.RayTaskError("evaluate", "", CheckpointError("model.pt differs"))
     made, _, told = evaluations(damaged)
