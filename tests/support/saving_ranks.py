@@ -2,9 +2,9 @@
 
     python -m tests.support.saving_ranks DIRECTORY_OR_URI
 
-Two save; four resume, of which one finds its file damaged first, and save; one resumes from theirs. Four in two
-replicas save, each byte once. Of two, one can't write, then one dies while it writes: neither leaves a checkpoint.
-On an object store, which is slower: two save, three resume.
+Two save, in shards and as one file. Four find a damaged shard in the newest checkpoint, resume from the one before and
+save; four in two replicas save, each byte once. Three, and one, resume from each of these. Of two, one can't write,
+then one dies while it writes: neither leaves a checkpoint. On an object store, which is slower: two save, three resume.
 """
 
 import functools
@@ -94,6 +94,22 @@ def same(first, second):
     assert not found, found[:5]
 
 
+def saved_whole(rank, where, sizes, into):
+    """As `saved`, gathered by rank 0."""
+    job = job_on(rank, sizes, seed=1)
+    job.config.checkpoint.format = "full"
+    checkpoints, store = manager_of(job, where, ("progress", "shadow"))
+    train(job, rank)
+    checkpoints.save()
+    expected = whole(job, checkpoints)
+    checkpoints.finish()
+    if rank == 0:
+        torch.save(expected, into)
+        (manifest,) = store.manifests(lambda *_: None)
+        assert [*manifest.files] == [*FILES]
+        same(read_parts(store, manifest, FILES), expected)
+
+
 def saved(rank, where, sizes, into):
     """Train, save, and leave what was saved in a file."""
     job = job_on(rank, sizes, seed=1)
@@ -130,13 +146,17 @@ def _sharded(expected, part):
 def resumed(rank, where, sizes, source):
     """Resume from what was left, whatever saved it; then save again."""
     job = job_on(rank, sizes, seed=2)
+    job.config.failure.on_nonfinite = "rollback"
     checkpoints, store = manager_of(job, where, ("progress", "shadow"))
-    job.channel.flush = lambda: None
     restore(job, store, checkpoints)
     expected = torch.load(source, weights_only=True)
     same(whole(job, checkpoints), expected)
     assert isinstance(next(job.learner.model.parameters()), DTensor)
     assert isinstance(job.learner.optimizer.state_dict()["state"][0]["exp_avg"], DTensor)
+    checkpoints.keep_in_memory()
+    train(job, rank)
+    checkpoints.roll_back()
+    same(whole(job, checkpoints), expected)
     return job, checkpoints, store
 
 
@@ -207,40 +227,40 @@ def failing(rank, where, sizes, _):
     assert [each.step for each in store.candidates(lambda *_: None)] == [1]
 
 
-def _as_rank(rank, function, meeting, sizes, arguments):
+def _as_rank(rank, world, meeting, calls):
     torch.set_num_threads(1)
     ray.train.report = lambda metrics: None
-    world = functools.reduce(lambda one, other: one * other, sizes)
     dist.init_process_group("gloo", rank=rank, world_size=world, init_method=f"file://{meeting}")
-    function(rank, arguments[0], sizes, *arguments[1:])
+    for function, where, sizes, *arguments in calls:
+        function(rank, where, sizes, *arguments)
+        dist.barrier()
     dist.destroy_process_group()
 
 
-def together(function, sizes, *arguments):
-    """Run a function on as many ranks as a mesh has."""
-    world = functools.reduce(lambda one, other: one * other, sizes)
-    meeting = tempfile.mktemp()
+def together(world, *calls):
+    """Run functions on as many ranks, one after the other: (function, directory, sizes of the mesh, arguments)."""
     torch.multiprocessing.start_processes(
-        _as_rank, args=(function, meeting, sizes, arguments), nprocs=world, start_method="fork"
+        _as_rank, args=(world, tempfile.mktemp(), calls), nprocs=world, start_method="fork"
     )
 
 
-def main(where):
-    storage = Storage.at(where)
+def main(uri):
+    storage = Storage.at(uri)
+    where = {name: storage.child(name, CHECKPOINTS).uri for name in ("two", "whole", "replicas", "failing")}
     with tempfile.TemporaryDirectory() as folder:
-        kept = str(Path(folder) / "expected.pt")
-        one = storage.child("run", CHECKPOINTS).uri
-        together(saved, (2,), one, kept)
+        kept = {name: str(Path(folder) / name) for name in where}
+        saving = (saved, where["two"], (2,), kept["two"])
         if storage.local_path is None:
-            together(resumed, (3,), one, kept)
+            together(2, saving)
+            together(3, (resumed, where["two"], (3,), kept["two"]))
         else:
-            together(resumed_past_damage, (4,), one, kept)
-            together(resumed, (1,), one, kept)
-            two = storage.child("hsdp", CHECKPOINTS).uri
-            together(saved, (2, 2), two, kept)
-            together(resumed, (3,), two, kept)
+            together(2, saving, (saved_whole, where["whole"], (2,), kept["whole"]))
+            damaged = (resumed_past_damage, where["two"], (4,), kept["two"])
+            together(4, damaged, (saved, where["replicas"], (2, 2), kept["replicas"]))
+            together(1, (resumed, where["two"], (1,), kept["two"]))
+            together(3, *((resumed, where[name], (3,), kept[name]) for name in ("whole", "replicas")))
             with pytest.raises(torch.multiprocessing.ProcessExitedException, match="exit code 9"):
-                together(failing, (2,), storage.child("failing", CHECKPOINTS).uri, kept)
+                together(2, (failing, where["failing"], (2,), None))
     print("as it was saved")
 
 

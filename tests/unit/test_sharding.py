@@ -4,23 +4,29 @@ import contextlib
 import io
 
 import pytest
+import timm
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from ftexp import api
+from ftexp.chaos.strike import damage
 from ftexp.checkpoint import slices
 from ftexp.checkpoint.compare import tree_differences
 from ftexp.checkpoint.converting import as_full, as_sharded
 from ftexp.checkpoint.full_model import add_full_models
 from ftexp.checkpoint.manifest import EXTRA, FILES, MODEL, OPTIMIZER, Manifest, content_hash, shard_file
-from ftexp.checkpoint.reading import read_part, read_parts
+from ftexp.checkpoint.reading import read_part, read_parts, read_weights, weights_at
 from ftexp.checkpoint.sharding import Piece, overlaps, rows_of, slices_of
 from ftexp.checkpoint.slices import SliceFile, Wanted
 from ftexp.checkpoint.staging import writer
 from ftexp.checkpoint.store import CheckpointStore
-from ftexp.errors import CheckpointError
+from ftexp.checkpoints import convert, show, show_differences
+from ftexp.errors import CheckpointError, ConfigError
+from ftexp.rundir.names import CHECKPOINTS
 from ftexp.storage.directory import Storage
+from tests.support.saved_runs import CHECKPOINT, random_weights, saved_run
 
 
 def manifest(step=10):
@@ -237,13 +243,13 @@ DAMAGES = [
 
 
 @pytest.mark.parametrize("part", FILES)
-@pytest.mark.parametrize(("damage", "reason"), DAMAGES, ids=[damage.__name__ for damage, _ in DAMAGES])
-def test_damage_to_any_file_is_rejected_by_name_and_the_one_before_is_taken(store, damage, reason, part):
+@pytest.mark.parametrize(("break_it", "reason"), DAMAGES, ids=[break_it.__name__ for break_it, _ in DAMAGES])
+def test_damage_to_any_file_is_rejected_by_name_and_the_one_before_is_taken(store, break_it, reason, part):
     out = CheckpointStore(store.storage.parent.child("sharded"))
     older, newer = (as_sharded(store, full(store, step), out, 2) for step in (10, 20))
     name = shard_file(part, 1, 2)
-    damage(out.storage.local_path / newer.name, name)
-    named = r"\d-of-00002" if damage is swap_with_another_ranks else "1-of-00002"
+    break_it(out.storage.local_path / newer.name, name)
+    named = r"\d-of-00002" if break_it is swap_with_another_ranks else "1-of-00002"
     expected = rf"^{part.removesuffix('.pt')}\.0000{named}\.safetensors {reason}"
     with pytest.raises(CheckpointError, match=expected):
         read_parts(out, newer, FILES)
@@ -262,3 +268,53 @@ def test_a_file_that_only_its_writer_sees_is_no_checkpoint(store):
     with pytest.raises(CheckpointError, match=r"model\.pt was written, and isn't at .* one directory for all workers"):
         store.commit(Manifest(**{**vars(manifest()), "files": files}))
     assert store.storage.list_folders() == []
+
+
+def test_the_command_converts_lists_and_compares(store, capsys, small_chunks):
+    run, elsewhere = store.storage.parent, store.storage.parent.child("elsewhere")
+    whole = full(store)
+    assert convert(run, "sharded:3", whole.name, elsewhere.uri)
+    sharded = elsewhere.child(whole.name).uri
+    assert show_differences(run, whole.name, sharded)
+    assert convert(run, "full", sharded, store.storage.parent.child("back").uri)
+    assert show_differences(run, sharded, store.storage.parent.child("back", whole.name).uri)
+    assert capsys.readouterr().out.count("identical to the bit") == 2
+    other = content()
+    other[MODEL]["bias"][6] += 1
+    store.save(manifest(20), {name: writer(part) for name, part in other.items()})
+    assert not show_differences(run, manifest(20).name, sharded)
+    assert "model.pt/bias: 1 of 7 values differ" in capsys.readouterr().out
+    for wanted, name, out, why in (
+        ("sharded:0", whole.name, "new", "--convert sharded:0: give full, or sharded:N"),
+        ("full", whole.name, "new", "is not sharded: it can be converted to sharded:N"),
+        ("sharded:2", whole.name, "elsewhere", "is there already"),
+    ):
+        with pytest.raises(ConfigError, match=why):
+            convert(run, wanted, name, run.child(out).uri)
+    as_sharded(store, whole, CheckpointStore(run.child("other", CHECKPOINTS)), 2)
+    assert show(run.child("other"))
+    assert "2 shards" in capsys.readouterr().out
+    damage(run.child("other", CHECKPOINTS, whole.name), "flip_byte")
+    assert not show(run.child("other"))
+    assert "no: optimizer.00000-of-00002.safetensors differs from its BLAKE3" in capsys.readouterr().out
+
+
+def test_a_run_of_sharded_checkpoints_is_loaded_by_one_process_as_any_other(tmp_path):
+    average = random_weights(timm.create_model("test_resnet", num_classes=3)).state_dict()
+    run = saved_run(tmp_path / "run", "model.name=test_resnet", average=average)
+    moved = saved_run(tmp_path / "sharded", "model.name=test_resnet")
+    saved = run.store.by_name(CHECKPOINT)
+    moved.store.storage.child(CHECKPOINT).delete()
+    as_sharded(run.store, saved, moved.store, 3)
+    sharded = moved.store.by_name(CHECKPOINT)
+    for weights in ("raw", "ema"):
+        assert same(read_weights(moved.store, sharded, weights), read_weights(run.store, saved, weights))
+    assert same(read_weights(moved.store, sharded, "ema"), average)
+    models = [api.load_model(each.storage.uri).model.state_dict() for each in (run, moved)]
+    assert same(*models)
+    found, digest = weights_at(moved.store.storage.child(CHECKPOINT).uri, MODEL)
+    assert same(found, models[0])
+    assert digest == content_hash(sharded, MODEL)
+    damage(moved.store.storage.child(CHECKPOINT), "truncate_checkpoint")
+    with pytest.raises(CheckpointError, match=r"^model\.00000-of-00003\.safetensors has"):
+        api.load_model(moved.storage.uri)
