@@ -21,6 +21,7 @@ from ftexp.checkpoint.store import CheckpointStore
 from ftexp.checkpoint.writing import NOT_FINITE, CheckpointWriter, Saving
 from ftexp.config.versions import package_versions
 from ftexp.errors import CheckpointError, ConfigError, NonFiniteError, StorageError
+from ftexp.model.parallel.parts import local
 from ftexp.wire import events
 from ftexp.wire.messages import Happened
 
@@ -201,7 +202,7 @@ class CheckpointManager:
         """Whether the weights are finite, where the copy in memory is what a rollback goes back to; collective."""
         if not self._keeps:
             return True  # asked beside the training, of the copy
-        if self._group.all_agree(all(is_finite(tensor) for tensor in self._learner.model.state_dict().values())):
+        if self._group.all_agree(all(is_finite(local(each)) for each in self._learner.model.state_dict().values())):
             return True
         self._writer.note_failed(self._progress.step, NonFiniteError(NOT_FINITE))
         return False

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ftexp.errors import ConfigError, CorruptionError
 from ftexp.job.job import Job
+from ftexp.model.parallel.parts import local
 from ftexp.wire import events
 from ftexp.wire.messages import Happened
 
@@ -112,7 +113,7 @@ class StepRepeat:
         named = [(f"loss of micro-batch {number}", values) for number, values in enumerate(losses)]
         parameters = self._job.learner.trainable.named_parameters()
         named += [(f"gradient of {name}", each.grad) for name, each in parameters if each.grad is not None]
-        return [name for name, _ in named], checksums(values for _, values in named)
+        return [name for name, _ in named], checksums(local(values) for _, values in named)
 
     def _refuse(self, names: Sequence[str], differs: Tensor, num_losses: int) -> None:
         """Losses are each rank's own: they say which it was."""
