@@ -23,6 +23,7 @@ from ftexp.checkpoint.staging import Staging, is_finite, load_part, writer
 from ftexp.checkpoint.store import FILES, CheckpointStore, Manifest, checkpoint_name, kept_names
 from ftexp.config.versions import package_versions
 from ftexp.errors import CheckpointError, NonFiniteError, StorageError
+from ftexp.model.parallel.parts import local
 from ftexp.wire import events
 from ftexp.wire.messages import UNSAVED, EvaluateCheckpoint, Evaluated, Happened
 
@@ -202,9 +203,13 @@ class CheckpointManager:
         extra, learner = self._extra.state_dict(), self._learner
         if lost := extra["progress"]["train"][3]:
             raise NonFiniteError(f"{lost} losses were NaN or infinite by step {self._progress.step}: nothing was saved")
-        if self._group.rank != 0 and not self._keeps:
+        is_wanted = self._group.rank == 0 or self._keeps
+        if not is_wanted and learner.sharding is None:
             return ()
-        parts: tuple[Any, ...] = self._staging.copy((learner.model.state_dict(), learner.optimizer.state_dict(), extra))
+        state = learner.full_state((learner.model.state_dict(), learner.optimizer.state_dict(), extra), keep=is_wanted)
+        if not is_wanted:
+            return ()
+        parts: tuple[Any, ...] = self._staging.copy(state)
         if self._keeps:
             self._in_memory, self.num_rollbacks = parts, 0
             self._pending_in_memory = list(self._progress.pending)  # a state has no names of checkpoints
@@ -214,7 +219,7 @@ class CheckpointManager:
         """Whether the weights are finite, where the copy in memory is what a rollback goes back to; collective."""
         if not self._keeps:
             return True  # asked beside the training, of the copy
-        if self._group.all_agree(all(is_finite(tensor) for tensor in self._learner.model.state_dict().values())):
+        if self._group.all_agree(all(is_finite(local(each)) for each in self._learner.model.state_dict().values())):
             return True
         if self._group.rank == 0:
             self._failed(self._progress.step, CheckpointError(_NOT_FINITE))
@@ -230,8 +235,7 @@ class CheckpointManager:
         assert self._in_memory is not None, "kept since the attempt began"
         # an optimiser takes the tensors that it is given for its own
         model, optimizer, extra = copy.deepcopy(self._in_memory)
-        self._learner.model.load_state_dict(model)
-        self._learner.optimizer.load_state_dict(optimizer)
+        self._learner.load(model, optimizer)
         self._extra.load(extra, self._extra.versions(), "this run")
         self._progress.pending = list(self._pending_in_memory)
         self._ledger.back_to(self._progress.step)
@@ -259,8 +263,7 @@ class CheckpointManager:
         files = self._store.read(manifest)
         loaded = {name: load_part(name, content) for name, content in files.items()}
         try:
-            self._learner.model.load_state_dict(loaded[_MODEL])
-            self._learner.optimizer.load_state_dict(loaded[_OPTIMIZER])
+            self._learner.load(loaded[_MODEL], loaded[_OPTIMIZER])
         except (RuntimeError, ValueError, KeyError) as error:
             raise CheckpointError(
                 f"checkpoint {manifest.name}, of {manifest.written_by}, does not fit this model or optimiser: {error}"

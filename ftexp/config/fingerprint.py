@@ -19,6 +19,9 @@ _DEFINING_TRAIN = (
     *("sync_bn", "dist_bn"),
     *("clip_grad_norm", "clip_grad_value", "clip_grad_agc"),
 )
+# how the model lies on the workers changes rounding alone, as their number does, and may change; what it computes in is
+# like train.precision
+_DEFINING_PARALLEL = ("param_dtype", "reduce_dtype")
 # where the data lies may change, and how it is read; what integers mean is recorded with the data
 _FREE_DATA = ("root", "download", "feed", "decode_cpus", "prefetch_batches", "integer_labels")
 _FREE_OPTIM = ("lr_base", "lr_base_size", "lr_base_scale")  # optim.lr is what comes of them
@@ -31,7 +34,9 @@ _OF_NEW_RUNS = ("decoder", "exif_orientation", "background")
 def fingerprint(config: Config) -> dict[str, Any]:
     """{dotted key: value} of everything that defines the run."""
     values = dataclasses.asdict(config)
-    chosen = {name: values[name] for name in _DEFINING} | {"train": {n: values["train"][n] for n in _DEFINING_TRAIN}}
+    chosen = {name: values[name] for name in _DEFINING}
+    chosen["train"] = {name: values["train"][name] for name in _DEFINING_TRAIN}
+    chosen["parallel"] = {name: values["parallel"][name] for name in _DEFINING_PARALLEL}
     for name in _FREE_DATA:
         del chosen["data"][name]
     del chosen["model"]["pretrained_partial"]  # whether to train at all

@@ -46,13 +46,14 @@ def prepare_machine() -> None:
 
 
 def check_compiler(config: Config) -> Iterator[str]:
-    """Yield what train.compile=true lacks on this machine, if workers are to run here."""
-    if not config.train.compile or config.scaling.address is not None:
+    """Yield what train.compile lacks on this machine, if workers are to run here."""
+    if config.train.compiled == "none" or config.scaling.address is not None:
         return
     chosen = os.environ.get("CXX")
     if shutil.which((chosen or "g++").split()[0]) is None:
         found = "there is no g++" if chosen is None else f"CXX={chosen} is no program here"
-        yield f"train.compile=true needs a C++ compiler, and {found}: install g++, set CXX to another, or don't compile"
+        given = f"train.compile={config.train.compiled}"
+        yield f"{given} needs a C++ compiler, and {found}: install g++, set CXX to another, or don't compile"
 
 
 def _unfit(base: str) -> str | None:

@@ -47,6 +47,8 @@ DISTILLATIONS = LOGITS, FEATURES, TOKEN = ("logits", "features", "token")  # tim
 WEIGHTS = ("raw", "ema")  # of a run: those that were trained, or their moving average
 DIST_BN = ("none", "reduce", "broadcast")  # timm's
 LR_SCALES = ("linear", "sqrt")
+PARALLEL = DDP, FSDP, HSDP = ("ddp", "fsdp", "hsdp")
+COMPILED = ("none", "model", "blocks")
 SGD_NAMES = ("sgd", "momentum", "nesterov")  # timm's, of torch's SGD
 
 
@@ -198,7 +200,12 @@ class TrainConfig:
     global_batch_size: int = ranged(MISSING, low=1)  # samples per optimiser step, over all workers
     accumulate_steps: int = ranged(1, low=1)  # micro-batches per optimiser step on each worker
     precision: str = choice("fp32", PRECISIONS)
-    compile: bool = False  # torch.compile; the first steps are slow
+    # what torch.compile takes: none; the model as one; each block, which compiles the blocks of a kind once. The first
+    # steps are slow. true and false, of runs from before there were blocks, mean model and none: see `compiled`
+    compile: Any = "none"
+    # of which blocks the activations are computed again in the backward pass, not kept: none; all blocks; every_2, ...:
+    # each second, ... block. The losses are the same bits
+    checkpoint_activations: str = "none"
     channels_last: bool = False
     deterministic: bool = True  # on GPUs: the same bits each time, at some cost; CPUs do that anyway
     label_smoothing: float = ranged(0.0, low=0, high=0.999)
@@ -219,6 +226,13 @@ class TrainConfig:
     log_every_steps: int = ranged(10, low=1)
     max_steps: int | None = ranged(None, low=1)  # stop after so many optimiser steps; the schedule stays as it is
     ledger: bool = False  # write down which samples drove which update: ledger/*.jsonl
+
+    @property
+    def compiled(self) -> str:
+        """What `compile` means, of COMPILED."""
+        if isinstance(self.compile, bool):
+            return "model" if self.compile else "none"
+        return str(self.compile)
 
 
 @dataclass(kw_only=True)
@@ -329,6 +343,27 @@ class ScalingConfig:
     backend: str | None = None  # torch.distributed backend; None: nccl on GPU, gloo on CPU
     timeout_s: int = ranged(1800, low=1)  # of one collective
     hot_start: str = choice("auto", ("auto", "on", "off"))  # workers fork from a process that has imported everything
+
+
+@dataclass(kw_only=True)
+class ParallelConfig:
+    """How the model lies on the workers."""
+
+    # ddp: each worker holds all of it; fsdp: each holds a share of its parameters, gradients and optimiser's state;
+    # hsdp: so do the shard_size workers of a replica, and each replica is whole
+    kind: str = choice(DDP, PARALLEL)
+    shard_size: int | None = ranged(
+        None, low=2
+    )  # hsdp: workers that share a replica; the number of workers is a multiple
+    reshard_after_forward: bool = (
+        True  # false: a block stays whole from its forward to its backward pass; faster, larger
+    )
+    # fsdp, hsdp: what blocks compute in, and what gradients are summed in; None: as the parameters are, in float32
+    param_dtype: str | None = choice(None, PRECISIONS)
+    reduce_dtype: str | None = choice(None, PRECISIONS)
+    # what is gathered at a time: patterns of module names, blocks.*, say; *: any one part between dots. []: the blocks
+    # that timm numbers
+    wrap: list[str] = field(default_factory=list)
 
 
 @dataclass(kw_only=True)
@@ -446,6 +481,7 @@ class Config:
     stopping: StoppingConfig = field(default_factory=StoppingConfig)
     hooks: dict[str, dict[str, Any]] = field(default_factory=dict)  # {name: arguments} of hooks of your own
     scaling: ScalingConfig = field(default_factory=ScalingConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     failure: FailureConfig = field(default_factory=FailureConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     chaos: ChaosConfig = field(default_factory=ChaosConfig)

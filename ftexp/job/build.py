@@ -11,7 +11,6 @@ from typing import Any
 import ray.train
 import torch
 from ray.train.torch import get_device, prepare_model
-from timm.layers import convert_sync_batchnorm
 from torch import nn
 
 from ftexp.cluster.hot_start.forker import MARK as HOT_START_MARK
@@ -40,13 +39,12 @@ from ftexp.job.progress import Progress
 from ftexp.job.skipped_batches import SkippedBatches
 from ftexp.job.spec import JobSpec
 from ftexp.job.stopwatch import Stopwatch
-from ftexp.model.build import as_logits, build_model, initialise_head
+from ftexp.job.trained_model import TrainedModel, build_trained_model
+from ftexp.model.build import as_logits
 from ftexp.model.distillation import Distiller
-from ftexp.model.ema import WeightsEMA
 from ftexp.model.freezing import Freezing
 from ftexp.model.loss_registry import Loss, LossContext
 from ftexp.model.losses import build_loss
-from ftexp.model.matching import WeightsReport
 from ftexp.model.optim import build_optimizer
 from ftexp.model.schedule import build_scheduler
 from ftexp.model.teacher import Teacher, build_teacher
@@ -59,8 +57,8 @@ from ftexp.wire.channel import Channel
 from ftexp.wire.messages import Begin, Happened, Hello, Raised, Stop
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_INIT = 2  # stream of the run's seed; 1 is the order's, 3 the steps'
-_PROJECTION = 4  # likewise
+# stream of the run's seed; 1 is the order's, 2 the model's (ftexp.job.trained_model), 3 the steps'
+_PROJECTION = 4
 
 
 def build_job(spec: JobSpec, streams: dict[str, IndexedSplit]) -> Job:
@@ -84,11 +82,11 @@ def _build(spec: JobSpec, streams: dict[str, IndexedSplit], channel: Channel, gr
     assert isinstance(begin, Begin), "rank 0 is answered so, or told to stop"
     if config.train.deterministic:
         settle_kernels(device)
-    model, report = _model(config, info, device)
+    trained = build_trained_model(config, info, device, group.world_size)
     rows = _rows(spec, streams, channel, group)
-    distiller = _distiller(config, info, model, device, spec.teacher) if spec.teacher is not None else None
-    learner = _learner(config, info, model, device, rows["train"], distiller)
-    learner.weights_report = report
+    teacher = spec.teacher
+    distiller = _distiller(config, info, trained.model, device, teacher) if teacher is not None else None
+    learner = _learner(config, info, trained, device, rows["train"], distiller)
     plan = _plan(config, group, len(rows["train"]), begin.accumulate_steps or 1)
     ledger = Storage(spec.run_uri).child(LEDGER) if config.train.ledger else None
     shape = (info.channels, info.image_size, info.image_size)
@@ -109,19 +107,6 @@ def _build(spec: JobSpec, streams: dict[str, IndexedSplit], channel: Channel, gr
     )
 
 
-def _model(config: Config, info: DataInfo, device: torch.device) -> tuple[nn.Module, WeightsReport | None]:
-    torch.manual_seed(derive_seed(config.seed, _INIT) % 2**63)
-    model, report = build_model(config.model, info)
-    initialise_head(model, config.model)
-    if config.train.sync_bn:
-        model = convert_sync_batchnorm(model)
-    if config.train.channels_last:
-        model = model.to(memory_format=torch.channels_last)
-    if config.train.compile:
-        model.compile()
-    return model.to(device), report
-
-
 def _distiller(config: Config, info: DataInfo, model: nn.Module, device: torch.device, spec: TeacherSpec) -> Distiller:
     distill, train = config.distill, config.train
     taught_by = build_teacher(spec, info, distill.kind, device)
@@ -130,7 +115,7 @@ def _distiller(config: Config, info: DataInfo, model: nn.Module, device: torch.d
     teacher = Teacher(taught_by, spec, info, autocast_of(device, distill.precision or train.precision))
     distiller = Distiller(distill, model, teacher, derive_seed(config.seed, _PROJECTION) % 2**63)
     distiller.trainable.to(device)
-    if train.compile and distiller.trainable is not model:
+    if train.compiled == "model" and distiller.trainable is not model:
         distiller.trainable.compile()
     return distiller
 
@@ -141,20 +126,21 @@ def autocast_of(device: torch.device, precision: str) -> torch.autocast:
 
 
 def _learner(
-    config: Config, info: DataInfo, model: nn.Module, device: torch.device, rows: Rows, distiller: Distiller | None
+    config: Config, info: DataInfo, trained: TrainedModel, device: torch.device, rows: Rows, distiller: Distiller | None
 ) -> Learner:
-    """Everything around `model`; collective. rows: that it is trained on."""
-    train, precision = config.train, config.train.precision
+    """Everything around the model; collective. rows: that it is trained on."""
+    train, precision, model = config.train, config.train.precision, trained.model
     # of all parameters, those that are frozen at first too
     trainable = model if distiller is None else distiller.trainable
     optimizer = build_optimizer(config.optim, train, trainable)
-    ema = WeightsEMA(config.ema, model) if config.ema.decay is not None else None
+    ema = trained.average(config)
     freezing = Freezing(train.freeze, model)
     freezing.settle(epoch=0)
+    wrap = _under_ddp if trained.sharding is None else _as_it_is
     return Learner(
         model=model,
-        wrapped=_under_ddp(trainable),
-        wrap=_under_ddp,
+        wrapped=wrap(trainable),
+        wrap=wrap,
         optimizer=optimizer,
         scheduler=scheduler_of(config, optimizer, len(rows)),
         scaler=torch.amp.GradScaler(device.type, enabled=precision == "fp16"),
@@ -164,6 +150,9 @@ def _learner(
         freezing=freezing,
         ema=ema,
         distiller=distiller,
+        weights_report=trained.report,
+        sharding=trained.sharding,
+        counted=trained.counted,
     )
 
 
@@ -240,6 +229,10 @@ def settle_kernels(device: torch.device) -> None:
 def _under_ddp(model: nn.Module) -> nn.Module:
     wrapped: nn.Module = prepare_model(model, parallel_strategy_kwargs={"gradient_as_bucket_view": True})
     return wrapped
+
+
+def _as_it_is(model: nn.Module) -> nn.Module:
+    return model
 
 
 def _rows(spec: JobSpec, streams: dict[str, IndexedSplit], channel: Channel, group: ProcessGroup) -> dict[str, Rows]:

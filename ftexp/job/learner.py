@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,10 @@ from ftexp.model.ema import WeightsEMA
 from ftexp.model.freezing import Freezing
 from ftexp.model.loss_registry import Loss
 from ftexp.model.matching import WeightsReport
+from ftexp.model.parallel.parts import load_weights, reshard
+
+if TYPE_CHECKING:
+    from ftexp.model.parallel.sharding import Sharding
 
 
 @dataclass(kw_only=True)
@@ -21,7 +25,7 @@ class Learner:
     """A model, its optimiser, and what goes with them."""
 
     model: nn.Module  # the bare model: what is saved
-    wrapped: nn.Module  # `trainable` under DDP
+    wrapped: nn.Module  # `trainable` under DDP; itself where it is sharded
     wrap: Callable[[nn.Module], nn.Module]  # makes `wrapped` of `trainable`; collective
     optimizer: torch.optim.Optimizer
     scheduler: Any  # timm's; step_update(n) after n steps
@@ -33,6 +37,8 @@ class Learner:
     ema: WeightsEMA | None = None
     distiller: Distiller | None = None
     weights_report: WeightsReport | None = None  # of the weights that it started from, if they were loaded
+    sharding: Sharding | None = None  # how model, gradients, optimiser's state and EMA lie on the ranks; None: whole
+    counted: nn.Module | None = None  # the model without values, where it is sharded: see `countable`
 
     @property
     def trainable(self) -> nn.Module:
@@ -48,11 +54,37 @@ class Learner:
             given, compared = self.distiller.split(self.wrapped(images))
             return self.as_logits(given), compared
 
+    def full_state(self, state: Any, *, keep: bool) -> Any:
+        """Return state dicts of the model, optimiser or EMA with whole tensors; collective if they are sharded.
+
+        keep: whether this rank wants them.
+        """
+        return state if self.sharding is None else self.sharding.full_state(state, keep=keep)
+
+    def load(self, weights: Mapping[str, Tensor], optimizer: Mapping[str, Any]) -> None:
+        """Load the state dicts of the model and the optimiser, with whole tensors; a rank takes what is its part."""
+        load_weights(self.model, weights)
+        if self.sharding is None:
+            self.optimizer.load_state_dict(dict(optimizer))
+        else:
+            self.sharding.load_optimizer(self.optimizer, optimizer)
+
+    def countable(self) -> nn.Module:
+        """Return a model of which FLOPs can be counted, with what is frozen now: a sharded one gathers its weights."""
+        if self.counted is None:
+            return self.model
+        for own, counted in zip(self.model.parameters(), self.counted.parameters(), strict=True):
+            counted.requires_grad_(own.requires_grad)
+        return self.counted
+
     def thaw(self, epoch: int) -> bool:
         """Freeze and unfreeze as `epoch` has it; whether that changed anything, and then it is collective.
 
-        DDP is made again then: it averages the gradients of those parameters that needed one when it was made.
+        DDP is made again then: it averages the gradients of those parameters that needed one when it was made. FSDP2
+        looks at each parameter when it gathers it.
         """
+        if self.sharding is not None and self.freezing.is_due(epoch):
+            reshard(self.model)  # what is gathered stands in the place of the parameters
         if not self.freezing.settle(epoch):
             return False
         self.wrapped = self.trainable  # the old one's hooks go with it, before the new one's come

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ftexp.model.recomputing import computed_once
+
 _ROWS = 2  # batch norm needs more than one
 
 # FLOP/s of dense matrix products in bf16 and fp16, summed in fp32, by the name that torch.cuda.get_device_name tells.
@@ -47,7 +49,7 @@ def flops_per_image(model: nn.Module, shape: tuple[int, int, int]) -> float:
     }
     images = torch.empty((_ROWS, *shape), device="meta")
     # a compiled model would be compiled anew for these shapes
-    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
+    with torch.compiler.set_stance("force_eager"), computed_once(), FlopCounterMode(display=False) as counter:
         given = functional_call(model, meta, (images,))
         logits = given[0] + given[1] if isinstance(given, tuple) else given  # a distillation token's, too
         loss = F.cross_entropy(logits.float(), torch.zeros(_ROWS, dtype=torch.long, device="meta"))

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+import torch
 from timm.utils import ModelEmaV3
-from torch import nn
+from torch import Tensor, nn
 
 from ftexp.config.schema import EmaConfig
+from ftexp.model.parallel.parts import load_weights, local
 
 
 class WeightsEMA:
     """A model whose weights, and batch norm's statistics, are the average of another's. On that one's device."""
 
     def __init__(self, config: EmaConfig, model: nn.Module) -> None:
-        assert config.decay is not None, "an average without a decay is no average"
-        self._ema = ModelEmaV3(
-            model,
-            decay=config.decay,
-            use_warmup=config.use_warmup,
-            warmup_gamma=config.warmup_gamma,
-            warmup_power=config.warmup_power,
-            update_after_step=config.update_after_step,
-        )
+        self._ema = ModelEmaV3(model, **_arguments(config))
         # how far the average has come is the run's step, so that it is the same after a restart
         self.model: nn.Module = self._ema.module
 
@@ -31,3 +28,47 @@ class WeightsEMA:
     def begin_at(self, model: nn.Module) -> None:
         """Forget what was averaged: the weights of `model` are all there is."""
         self._ema.set(model)
+
+    def load(self, weights: Mapping[str, Tensor]) -> None:
+        """Resume with an average that was saved, a state dict of the model with whole tensors."""
+        load_weights(self.model, weights)
+
+
+class ShardedEMA(WeightsEMA):
+    """The same of a model that is sharded: each rank averages its own part. By timm's formula, at timm's decays."""
+
+    def __init__(self, config: EmaConfig, copied: nn.Module) -> None:
+        """copied: a sharded copy of the model, with the same values."""
+        self._ema = ModelEmaV3(nn.Linear(1, 1), **_arguments(config))  # of which the decays are used
+        self.model = copied.eval()
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        """Take in the weights of `model` after optimiser step number `step`, counted from 1."""
+        weight = 1.0 - self._ema.get_decay(step)
+        for average, value in self._pairs(model):
+            if average.is_floating_point():
+                average.lerp_(value, weight=weight)
+            else:
+                average.copy_(value)
+
+    @torch.no_grad()
+    def begin_at(self, model: nn.Module) -> None:
+        """Forget what was averaged: the weights of `model` are all there is."""
+        for average, value in self._pairs(model):
+            average.copy_(value)
+
+    def _pairs(self, model: nn.Module) -> list[tuple[Tensor, Tensor]]:
+        own, others = self.model.state_dict().values(), model.state_dict().values()
+        return [(local(average), local(value)) for average, value in zip(own, others, strict=True)]
+
+
+def _arguments(config: EmaConfig) -> dict[str, Any]:
+    assert config.decay is not None, "an average without a decay is no average"
+    return {
+        "decay": config.decay,
+        "use_warmup": config.use_warmup,
+        "warmup_gamma": config.warmup_gamma,
+        "warmup_power": config.warmup_power,
+        "update_after_step": config.update_after_step,
+    }

@@ -42,12 +42,18 @@ class Freezing:
                 f"train.freeze={freeze} leaves nothing to train in epoch 0: let a part of {_parts(model)} be trained"
             )
 
+    def is_due(self, epoch: int) -> bool:
+        """Whether `settle` would change anything."""
+        return self._stage_of(epoch) != self._stage
+
+    def _stage_of(self, epoch: int) -> float:
+        return max(first for first in self._stages if first <= epoch)
+
     def settle(self, epoch: int) -> bool:
         """Freeze and unfreeze as `epoch`, counted from 0, has it; whether that changed anything."""
-        stage = max(first for first in self._stages if first <= epoch)
-        if stage == self._stage:
+        if not self.is_due(epoch):
             return False
-        self._stage = stage
+        self._stage = stage = self._stage_of(epoch)
         for name, parameter in self._model.named_parameters():
             trains = self._first_epoch.get(name, 0.0) <= stage
             parameter.requires_grad_(trains)

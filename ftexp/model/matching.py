@@ -15,6 +15,7 @@ from timm.models import adapt_input_conv
 from torch import nn
 
 from ftexp.errors import ConfigError
+from ftexp.model.parallel.parts import load_weights
 from ftexp.model.timm_private import Filter, classifier_names
 from ftexp.model.weights import StateDict, nothing_fits
 
@@ -48,7 +49,7 @@ def load_matching(
     filter_fn: timm's, of this model. A head with another number of classes is left as it was initialised.
     """
     fitting, report = match(model, weights, source, key, filter_fn)
-    model.load_state_dict(fitting, strict=False)
+    load_weights(model, fitting, strict=False)
     return report
 
 

@@ -8,6 +8,7 @@ from torch import nn
 
 from ftexp.config.schema import SGD_NAMES, OptimConfig, TrainConfig
 from ftexp.errors import ConfigError
+from ftexp.model.parallel.parts import is_sharded
 
 # torch's own, whose fused kernels do a step in one pass; on a CPU that is 10 times faster than a loop
 _FUSED = ("adam", "adamw", *SGD_NAMES)
@@ -22,7 +23,8 @@ def build_optimizer(config: OptimConfig, train: TrainConfig, model: nn.Module) -
     The fused kernel is used where torch has one and it is sound, unless `config.kwargs` says `fused: false`.
     """
     fused = config.name in _FUSED and not config.kwargs.get("foreach")  # torch refuses both together
-    fused = fused and not (config.name in SGD_NAMES and begins_unevenly(train))
+    if config.name in SGD_NAMES:  # of shards, torch has no fused SGD either
+        fused = fused and not begins_unevenly(train) and not is_sharded(model)
     kwargs = {"fused": True, **config.kwargs} if fused else config.kwargs
     try:
         optimizer: torch.optim.Optimizer = create_optimizer_v2(

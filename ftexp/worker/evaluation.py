@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 
+import torch
 import torch.distributed as dist
 from timm.utils import distribute_bn
-from torch import nn
+from torch import Tensor, nn
 
 from ftexp.data.feeds.feed import evaluation_batches
+from ftexp.data.plan import even_part
 from ftexp.evaluation.counting import measured, metric_set_of
 from ftexp.evaluation.findings import Findings, findings_of
 from ftexp.job.job import Job
@@ -36,10 +39,12 @@ def evaluate(job: Job, split: str, findings: Findings | None = None) -> None:
     models = {"": learner.model} if learner.ema is None else {"": learner.model, "_ema": learner.ema.model}
     if dist.is_initialized():
         _share_statistics(job, split)
-    batches = evaluation_batches(data.rows[split], data.to_tensors, _batch_size(job), group.rank, group.world_size)
+    size = _batch_size(job)
+    batches = evaluation_batches(data.rows[split], data.to_tensors, size, group.rank, group.world_size)
+    idle = _idle_batches(job, split, size) if learner.sharding is not None else []
     metric_set = metric_set_of(job.config.train.metrics, job.info, group.device)
     autocast, task = learner.autocast, job.info.task
-    values = measured(split, models, learner.as_logits, batches, autocast, findings, metric_set, task)
+    values = measured(split, models, learner.as_logits, batches, autocast, findings, metric_set, task, idle=idle)
     log_point(job, split, values)
 
 
@@ -68,6 +73,17 @@ def _batch_size(job: Job) -> int:
     size = config.eval_batch_size or has_room
     # with more micro-batches than configured, memory has run out before
     return min(size, has_room) if accumulate_steps > config.accumulate_steps else size
+
+
+def _idle_batches(job: Job, split: str, size: int) -> list[Tensor]:
+    """Images for a rank that has fewer batches of `size` rows than rank 0: all gather a sharded model equally often."""
+    group, info, num_rows = job.group, job.info, len(job.data.rows[split])
+    most, own = (
+        math.ceil((last - first) / size)
+        for first, last in (even_part(0, num_rows, rank, group.world_size) for rank in (0, group.rank))
+    )
+    image = torch.zeros((1, info.channels, info.image_size, info.image_size), device=group.device)
+    return [image] * (most - own)
 
 
 def test(job: Job, run_dir: Storage) -> None:

@@ -20,7 +20,7 @@ def speeds(job: Job) -> dict[str, float]:
     found |= job.data.rows["train"].costs_ms()
     utilisation = job.utilisation
     if utilisation.problem is None:
-        share = utilisation.at(found["images_per_s"], job.learner.model)
+        share = utilisation.at(found["images_per_s"], job.learner.countable())
         if share is not None:
             found["mfu"] = share
         elif utilisation.problem is not None:

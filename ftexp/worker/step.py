@@ -20,6 +20,7 @@ from ftexp.job.job import Job
 from ftexp.job.learner import Learner
 from ftexp.job.stopwatch import BACKWARD, FORWARD, OPTIMIZER, TEACHER
 from ftexp.model.freezing import classifier_parameters
+from ftexp.model.parallel.parts import whole
 from ftexp.wire import events
 from ftexp.wire.messages import Happened
 
@@ -40,6 +41,8 @@ def train_step(job: Job, batch: Batch) -> bool:
     before = before_step(learner, meter) if looks else []
     scale = learner.scaler.get_scale()
     learner.optimizer.zero_grad(set_to_none=True)
+    if learner.sharding is not None:
+        learner.sharding.begin_step(learner.model)
     losses = []
     for number, micro in enumerate(micro_batches):
         with _gradient_sync(learner, is_last=number == len(micro_batches) - 1):
@@ -98,7 +101,7 @@ def _is_finite(job: Job, losses: list[Tensor], norm: Tensor | None) -> bool:
 
 def _gradient_norm(learner: Learner) -> Tensor:
     gradients = [parameter.grad for parameter in learner.trainable.parameters() if parameter.grad is not None]
-    return torch.nn.utils.get_total_norm(gradients)
+    return whole(torch.nn.utils.get_total_norm(gradients))
 
 
 def _clip(learner: Learner, config: TrainConfig, norm: Tensor | None) -> None:
@@ -119,7 +122,9 @@ def _clip(learner: Learner, config: TrainConfig, norm: Tensor | None) -> None:
 
 
 def _gradient_sync(learner: Learner, is_last: bool) -> contextlib.AbstractContextManager[Any]:
-    """DDP averages gradients in the last micro-batch of a step only."""
+    """DDP, and replicas of a sharded model, average gradients in the last micro-batch of a step only."""
+    if learner.sharding is not None:
+        learner.sharding.sync_replicas(learner.model, is_last=is_last)
     if is_last or not isinstance(learner.wrapped, torch.nn.parallel.DistributedDataParallel):
         return contextlib.nullcontext()
     return learner.wrapped.no_sync()
@@ -141,9 +146,9 @@ def settle_gradient_order(job: Job) -> None:
 
     It does so after an attempt's first backward pass. Gradients then lie elsewhere in the buffers that are summed
     over ranks, and with three ranks or more the sums are added up in another order: an attempt that resumed would
-    round its first step otherwise than the run that was never stopped.
+    round its first step otherwise than the run that was never stopped. FSDP2 arranges them once, by the model alone.
     """
-    if job.group.world_size < 3:  # a + b is b + a
+    if job.group.world_size < 3 or job.learner.sharding is not None:  # a + b is b + a
         return
     learner, meter = job.learner, job.progress.train
     before = before_step(learner, meter)

@@ -21,6 +21,7 @@ from ftexp.config.schema import (
     LossConfig,
     ModelConfig,
     OptimConfig,
+    ParallelConfig,
     ScheduleConfig,
     StoppingConfig,
     TrainConfig,
@@ -43,9 +44,9 @@ from ftexp.job.learner import Learner
 from ftexp.job.mfu import Utilisation
 from ftexp.job.progress import Progress
 from ftexp.job.stopwatch import Stopwatch
+from ftexp.job.trained_model import TrainedModel, build_trained_model, prepare
 from ftexp.model.build import as_logits, build_model
 from ftexp.model.distillation import Distiller
-from ftexp.model.ema import WeightsEMA
 from ftexp.model.freezing import Freezing
 from ftexp.model.loss_registry import LossContext
 from ftexp.model.losses import build_loss
@@ -110,9 +111,11 @@ def make_job(
     distill=None,
     teacher=None,
     info=None,
+    parallel=None,
     **train,
 ):
     config = Config(
+        parallel=parallel or ParallelConfig(),
         model=model,
         optim=optim or OptimConfig(name="adamw", lr=3e-3),
         schedule=ScheduleConfig(name="constant"),
@@ -132,7 +135,7 @@ def make_job(
 def job_of(config, info, num_samples, group=ALONE, attempt=1, teacher=None):
     """A rank of a run whose classes are dark and light by turns; see `_stored` for those of other tasks.
 
-    Taught by a `Teacher`, if one is given.
+    Taught by a `Teacher`, if one is given. Sharded if the config says so, over torch's process group.
     """
     train, augment, size = config.train, config.augment, info.image_size
     batch, precision = train.global_batch_size, train.precision
@@ -146,12 +149,8 @@ def job_of(config, info, num_samples, group=ALONE, attempt=1, teacher=None):
         "sample": torch.arange(num_samples).numpy(),
     }
     rows = CachedRows(SimpleNamespace(iter_batches=lambda **_: iter([block])))
-    torch.manual_seed(0)
-    built, _ = build_model(config.model, info)
-    if train.channels_last:
-        built = built.to(memory_format=torch.channels_last)
-    if train.compile:
-        built.compile()
+    trained = _trained(config, info, group)
+    built = trained.model
     distiller = Distiller(config.distill, built, teacher, seed=5) if teacher is not None else None
     trainable = built if distiller is None else distiller.trainable
     optimizer = build_optimizer(config.optim, train, trainable)
@@ -169,8 +168,8 @@ def job_of(config, info, num_samples, group=ALONE, attempt=1, teacher=None):
         autocast=torch.autocast("cpu", dtype=DTYPES[precision], enabled=precision != "fp32"),
         as_logits=functools.partial(as_logits, config=config.model, num_classes=info.num_classes),
         loss=build_loss(loss_context, lambda: labels.bincount().tolist(), CPU),
-        freezing=freezing, ema=WeightsEMA(config.ema, built) if config.ema.decay is not None else None,
-        distiller=distiller,
+        freezing=freezing, ema=trained.average(config), distiller=distiller,
+        sharding=trained.sharding, counted=trained.counted,
     )  # fmt: skip
     mixing = None
     if augment.mixes:
@@ -190,6 +189,17 @@ def job_of(config, info, num_samples, group=ALONE, attempt=1, teacher=None):
         stopwatch=Stopwatch(), utilisation=Utilisation(CPU, precision, 1, (info.channels, size, size)),
         hooks=Hooks(config, group, learner, progress, channel),
     )  # fmt: skip
+
+
+def _trained(config, info, group):
+    if config.parallel.kind != "ddp":
+        return build_trained_model(config, info, CPU, group.world_size)
+    torch.manual_seed(0)
+    built, _ = build_model(config.model, info)
+    if config.train.channels_last:
+        built = built.to(memory_format=torch.channels_last)
+    prepare(built, config)
+    return TrainedModel(model=built, report=None)
 
 
 def _stored(info, labels, pixels):

@@ -45,6 +45,7 @@ COMPANIONS = {
     ("distill", "logits"): ["distill.teacher=resnet18"],
     ("distill", "token"): ["distill.teacher=resnet18"],
     ("scaling", "cluster"): ["scaling.num_workers=2"],
+    ("parallel", "hsdp"): ["parallel.shard_size=2"],
     ("augment", "image_folder"): ["data=image_folder", "data.root=photos"],  # shifts by more than a digit is wide
     ("augment", "image_list"): ["data=image_list", "data.root=photos.csv"],
     ("augment", "parquet"): ["data=parquet", "data.root=tables"],
@@ -92,6 +93,7 @@ def test_there_are_options_to_test():
             "loss",
             "model",
             "optim",
+            "parallel",
             "scaling",
             "schedule",
             "sweep",

@@ -128,6 +128,8 @@ DEFINING = {
     "train.clip_grad_value": 0.3,
     "train.clip_grad_agc": 0.3,
     "train.freeze": {"backbone": 2},
+    "parallel.param_dtype": "bf16",
+    "parallel.reduce_dtype": "bf16",
 }
 FREE = {
     "plugins": ["mine"],
@@ -155,6 +157,12 @@ FREE = {
     "hooks": {"mine": {}},
     "scaling.num_workers": 4,
     "scaling.use_gpu": True,
+    "parallel.kind": "fsdp",
+    "parallel.shard_size": 2,
+    "parallel.reshard_after_forward": False,
+    "parallel.wrap": ["blocks.*"],
+    "train.compile": "blocks",
+    "train.checkpoint_activations": "blocks",
     "failure.max_failures": 9,
     "checkpoint.every_steps": 9,
     "checkpoint.every_seconds": 9.0,
@@ -204,7 +212,7 @@ def test_every_key_of_model_data_augment_optim_ema_and_schedule_is_sorted_into_o
     made = config()
     keys = {
         f"{group}.{field.name}"
-        for group in ("model", "data", "augment", "optim", "ema", "schedule")
+        for group in ("model", "data", "augment", "optim", "ema", "schedule", "parallel")
         for field in dataclasses.fields(getattr(made, group))
     }
     assert keys <= DEFINING.keys() | FREE.keys()
@@ -231,7 +239,8 @@ def test_differences_tells_of_a_kwarg_that_came_or_went():
 
 def test_a_run_from_before_there_was_a_key_has_its_default():
     own = fingerprint(config())
-    older = {key: value for key, value in own.items() if not key.startswith(("ema.", "train.freeze", "augment.mix"))}
+    younger = ("ema.", "train.freeze", "augment.mix", "parallel.")
+    older = {key: value for key, value in own.items() if not key.startswith(younger)}
     differences(older, own, "here")
     with pytest.raises(ConfigError) as raised:
         differences(older, fingerprint(config(**{"augment.mixup_alpha": 0.8, "train.freeze": {"head": 2}})), "here")

@@ -114,7 +114,7 @@ def test_compiling_without_a_compiler_is_a_wrong_config(monkeypatch):
     monkeypatch.delenv("CXX", raising=False)
     validate(config)
     monkeypatch.setenv("CXX", "nowhere-g++ -O2")
-    with pytest.raises(ConfigError, match=r"train\.compile=true needs a C\+\+ compiler, and CXX=nowhere-g\+\+ -O2 "):
+    with pytest.raises(ConfigError, match=r"train\.compile=model needs a C\+\+ compiler, and CXX=nowhere-g\+\+ -O2 "):
         validate(config)
     monkeypatch.setenv("CXX", "")
     monkeypatch.delenv("CXX")

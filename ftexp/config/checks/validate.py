@@ -14,6 +14,7 @@ from ftexp.config.checks.distill import check_distill
 from ftexp.config.checks.failure import check_chaos, check_failure
 from ftexp.config.checks.metrics import check_metrics
 from ftexp.config.checks.model import check_model
+from ftexp.config.checks.parallel import check_computing, check_parallel
 from ftexp.config.checks.pictures import check_augment, check_pictures, check_repeats, check_splits
 from ftexp.config.checks.recipe import (
     check_average,
@@ -82,6 +83,8 @@ _CHECKS: dict[Callable[[Config], Iterator[str]], tuple[str, ...]] = {
     check_drop_path: ("model.name",),
     check_freeze: ("train.epochs",),
     check_scaling: (),
+    check_parallel: ("parallel.kind", "parallel.shard_size", "parallel.param_dtype", "train.precision", "optim.name"),
+    check_computing: (),
     check_compiler: (),
     check_batch: ("train.global_batch_size", "train.accumulate_steps"),
     check_metrics: (),

@@ -1,0 +1,131 @@
+"""How a model lies on the ranks: by torch's FSDP2, of each block and of the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, init_device_mesh
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ftexp.config.schema import HSDP, ParallelConfig
+from ftexp.errors import ConfigError
+from ftexp.model.parallel.blocks import blocks_of
+from ftexp.model.parallel.drafting import Draft
+from ftexp.model.parallel.parts import cut, like
+
+_DTYPES = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Sharding:
+    """The ranks among which parameters are cut by rows, as even as torch.chunk makes them; collective to make.
+
+    ConfigError if the number of ranks is no multiple of `config.shard_size`.
+    """
+
+    def __init__(self, config: ParallelConfig, device: torch.device, world_size: int) -> None:
+        self._config, self._device = config, device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # the one that a mesh takes
+        self._placements: tuple[Replicate | Shard, ...] = (Shard(0),)
+        if config.kind == HSDP:
+            assert config.shard_size is not None, "checked with the config"
+            if world_size % config.shard_size:
+                raise ConfigError(
+                    f"{world_size} workers are no multiple of parallel.shard_size={config.shard_size}: set "
+                    "scaling.num_workers, or another size"
+                )
+            sizes = (world_size // config.shard_size, config.shard_size)
+            self.mesh = init_device_mesh(device.type, sizes, mesh_dim_names=("replicate", "shard"))
+            self._placements = (Replicate(), Shard(0))
+        else:
+            self.mesh = init_device_mesh(device.type, (world_size,), mesh_dim_names=("shard",))
+        self._num_shards, self._index = self.mesh["shard"].size(), self.mesh["shard"].get_local_rank()
+
+    def cut(self, whole: Tensor) -> Tensor:
+        """Return this rank's rows of a parameter, a view; what has no dimension as it is."""
+        return cut(whole, self._num_shards, self._index) if whole.ndim else whole
+
+    def shard(self, draft: Draft) -> nn.Module:
+        """Shard the draft's model, and put what is kept of its values where it belongs; returns the model.
+
+        ConfigError if it can't be sharded.
+        """
+        model = draft.model
+        _require_shardable(model, self._config)
+        policy = MixedPrecisionPolicy(_DTYPES[self._config.param_dtype], _DTYPES[self._config.reduce_dtype])
+        reshard = self._config.reshard_after_forward
+        for block in reversed(blocks_of(model, self._config.wrap).values()):
+            fully_shard(block, mesh=self.mesh, mp_policy=policy, reshard_after_forward=reshard)
+        # the rest is wanted again as soon as the backward pass begins
+        fully_shard(model, mesh=self.mesh, mp_policy=policy, reshard_after_forward=False)
+        values = {name: self._sharded(parameter, draft.kept[name]) for name, parameter in model.named_parameters()}
+        model.load_state_dict(values, strict=False, assign=True)
+        return model
+
+    def _sharded(self, parameter: nn.Parameter, rows: Tensor) -> DTensor:
+        rows = rows.to(self._device)
+        shape, stride = parameter.shape, parameter.stride()
+        return DTensor.from_local(rows, self.mesh, self._placements, run_check=False, shape=shape, stride=stride)
+
+    def begin_step(self, model: nn.Module) -> None:
+        """Give every rank rank 0's buffers, as DDP does before a step: batch norm's statistics; collective."""
+        kinds: dict[torch.dtype, list[Tensor]] = {}
+        for buffer in model.buffers():
+            kinds.setdefault(buffer.dtype, []).append(buffer)
+        for buffers in kinds.values():
+            flat = torch.cat([buffer.reshape(-1) for buffer in buffers])
+            dist.broadcast(flat, src=0)
+            for buffer, values in zip(buffers, flat.split([each.numel() for each in buffers]), strict=True):
+                buffer.copy_(values.view_as(buffer))
+
+    def sync_replicas(self, model: nn.Module, *, is_last: bool) -> None:
+        """Have the coming backward pass add up gradients over replicas, or only within each.
+
+        Within a replica they always are: else each rank would hold the gradient of the whole model.
+        """
+        if len(self._placements) > 1:
+            model.set_requires_all_reduce(is_last)  # type: ignore[operator]
+
+    def full_state(self, state: Any, *, keep: bool) -> Any:
+        """Return a state dict whose tensors are whole; collective, tensor after tensor.
+
+        keep: whether this rank wants it; others get empty tensors, so that they hold one whole tensor at a time.
+        """
+        if isinstance(state, DTensor):
+            gathered = state.detach().full_tensor()
+            return gathered if keep else torch.empty(0)
+        if isinstance(state, Mapping):
+            return {key: self.full_state(value, keep=keep) for key, value in state.items()}
+        if isinstance(state, (list, tuple)):
+            return type(state)(self.full_state(value, keep=keep) for value in state)
+        return state
+
+    def load_optimizer(self, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+        """Load an optimiser's state dict of whole tensors, of which this rank takes its part."""
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        own = {number: _state_like(parts, parameters[number]) for number, parts in state["state"].items()}
+        optimizer.load_state_dict({**state, "state": own})
+
+
+def _state_like(parts: Mapping[str, Any], parameter: nn.Parameter) -> dict[str, Any]:
+    return {
+        name: like(value, parameter) if isinstance(value, Tensor) and value.shape == parameter.shape else value
+        for name, value in parts.items()
+    }
+
+
+def _require_shardable(model: nn.Module, config: ParallelConfig) -> None:
+    if scalars := [name for name, parameter in model.named_parameters() if parameter.ndim == 0]:
+        raise ConfigError(
+            f"parallel={config.kind}: the parameter {scalars[0]} of this model has no dimension to cut: take ddp"
+        )
+    if config.param_dtype not in (None, "fp32") and any(isinstance(module, _BatchNorm) for module in model.modules()):
+        raise ConfigError(
+            f"parallel.param_dtype={config.param_dtype}: batch norm's statistics are float32: take it out, and set "
+            "train.precision instead"
+        )

@@ -1,0 +1,172 @@
+"""Run by tests/ray/test_sharding.py: ranks train a model under DDP, FSDP2 and its hybrid, and resume."""
+
+import copy
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from torch.nn.parallel import DistributedDataParallel
+
+from ftexp.config.schema import EmaConfig, ModelConfig, OptimConfig, ParallelConfig
+from ftexp.data.plan import ShardPlan
+from ftexp.job.group import ProcessGroup
+from ftexp.job.trained_model import build_trained_model
+from ftexp.model.parallel.parts import local
+from ftexp.worker.evaluation import evaluate
+from ftexp.worker.loop import advance
+from ftexp.worker.step import settle_gradient_order, thaw, train_step
+from tests.support.jobs import CPU, make_job, same
+
+VIT = ModelConfig(name="vit_tiny_patch16_224", kwargs={"patch_size": 4, "embed_dim": 32, "depth": 3, "num_heads": 2})
+RESNET = ModelConfig(name="resnet18")
+SGD = OptimConfig(name="sgd", lr=0.01, kwargs={"momentum": 0.9})
+SWITCHES = {
+    "all": {
+        "clip_grad_norm": 0.5,
+        "accumulate_steps": 2,
+        "freeze": {"blocks.0": 1, "patch_embed": 2},
+        "ema": EmaConfig(decay=0.9, use_warmup=True),
+    },
+    "recomputed": {"clip_grad_value": 0.01, "checkpoint_activations": "every_2"},
+    "fp16": {"precision": "fp16", "clip_grad_norm": 1.0},
+    # after more steps, what is rounded otherwise is amplified by batch norm over few pixels
+    "batch norm": {
+        "model": RESNET,
+        "num_steps": 3,
+        "optim": OptimConfig(name="sgd", lr=0.01, kwargs={"momentum": 0.9}),
+    },
+}
+KEPT_AT = 6
+
+
+def job_of(kind, rank, world, num_steps=12, **switches):
+    """A rank's job; the batches are the same whatever the world size."""
+    parallel = ParallelConfig(kind=kind, shard_size=2 if kind == "hsdp" else None)
+    group = ProcessGroup(rank, world, CPU)
+    job = make_job(**{"model": VIT, **switches}, parallel=parallel, group=group, num_samples=91)
+    job.data.feed._plan = ShardPlan(24, switches.get("accumulate_steps", 1), min(24 * num_steps, 273), rank, world)
+    if kind == "ddp":
+        job.learner.model.load_state_dict(build_trained_model(job.config, job.info, CPU, world).model.state_dict())
+        if job.learner.ema is not None:
+            job.learner.ema.begin_at(job.learner.model)
+        job.learner.wrap = lambda model: DistributedDataParallel(model, gradient_as_bucket_view=True)
+        job.learner.wrapped = job.learner.wrap(job.learner.model)
+    settle_gradient_order(job)
+    return job
+
+
+def state_of(job):
+    """Model, optimiser and EMA, with whole tensors."""
+    learner = job.learner
+    parts = [learner.model.state_dict(), learner.optimizer.state_dict()]
+    parts += [learner.ema.model.state_dict()] if learner.ema is not None else []
+    return copy.deepcopy(learner.full_state(parts, keep=True))
+
+
+def go_on(job, evaluates=True):
+    """Train to the end; returns each step's sum of losses, the last metrics, and the state after some steps."""
+    losses, kept = [], None
+    for batch in job.data.feed.from_position(job.progress.position):
+        if job.progress.step == KEPT_AT:
+            kept = (state_of(job), job.progress.state_dict())
+        thaw(job)
+        assert train_step(job, batch)
+        losses.append(job.progress.train.totals()[0])
+        if advance(job, batch) and evaluates:
+            evaluate(job, "val")
+    if evaluates:
+        evaluate(job, "val")
+    return losses, dict(job.progress.metrics), kept
+
+
+def tensors_of(state):
+    """The tensors of a state dict, in its order."""
+    if isinstance(state, torch.Tensor):
+        return [state]
+    if isinstance(state, dict):
+        state = list(state.values())
+    return [each for part in state for each in tensors_of(part)] if isinstance(state, (list, tuple)) else []
+
+
+def compare(rank, world, kinds):
+    for name, switches in SWITCHES.items():
+        expected = None
+        for kind in kinds:
+            job = job_of(kind, rank, world, **switches)
+            begun = tensors_of(state_of(job)[0])
+            losses, metrics, _ = go_on(job)
+            found = (torch.tensor(losses), torch.tensor(list(metrics.values())), tensors_of(state_of(job)))
+            if expected is None:
+                expected, first = found, begun
+                continue
+            assert same(begun, first), f"{name}: {kind} begins with other weights"
+            rtol = 1e-2 if name == "fp16" else 1e-5
+            torch.testing.assert_close(found[0], expected[0], rtol=rtol, atol=0, msg=f"{name}: losses of {kind}")
+            torch.testing.assert_close(found[1], expected[1], rtol=10 * rtol, atol=1e-5)
+            for ours, theirs in zip(found[2], expected[2], strict=True):
+                torch.testing.assert_close(ours.float(), theirs.float(), rtol=1e-2, atol=2e-3)
+
+
+def holds_a_part(rank, world):
+    job = job_of("fsdp", rank, world, **SWITCHES["all"])
+    go_on(job, evaluates=False)
+    learner = job.learner
+    held = sum(local(each).numel() for each in learner.model.parameters())
+    in_all = sum(each.numel() for each in learner.model.parameters())
+    assert held < 0.5 * in_all
+    averaged = sum(local(each).numel() for each in learner.ema.model.parameters())
+    assert averaged == held
+    moments = [value for state in learner.optimizer.state.values() for value in state.values() if value.ndim]
+    assert sum(local(each).numel() for each in moments) <= 2 * held
+
+
+def resume(rank, world, kind):
+    """Trained on from a step between, or with a step that is skipped, every bit is as without."""
+    clean = job_of(kind, rank, world, **SWITCHES["all"])
+    _, metrics, (kept, progress) = go_on(clean)
+    resumed = job_of(kind, rank, world, **SWITCHES["all"])
+    resumed.learner.load(kept[0], kept[1])
+    resumed.learner.ema.load(kept[2])
+    resumed.progress.load_state_dict(progress, rank)
+    go_on(resumed)
+    assert resumed.progress.metrics == metrics
+    assert same(tensors_of(state_of(clean)), tensors_of(state_of(resumed))), f"{kind} resumed ends elsewhere"
+
+
+def skip(rank, world):
+    """A step that isn't finite on one rank changes nothing on any, and the next is as if it had not been."""
+    job = job_of("fsdp", rank, world)
+    job.config.failure.on_nonfinite = "skip_step"
+    batches = list(job.data.feed.from_position(0))
+    assert train_step(job, batches[0])
+    before = tensors_of(state_of(job))
+    bad = batches[1]
+    if rank == world - 1:
+        bad.micro_batches[0].images[0] = float("nan")
+    assert not train_step(job, bad)
+    assert same(before, tensors_of(state_of(job)))
+    assert train_step(job, batches[2])
+
+
+def run(rank, world):
+    dist.init_process_group("gloo", rank=rank, world_size=world, init_method=f"file://{os.environ['MEETING']}{world}")
+    if world == 4:
+        compare(rank, world, ("ddp", "fsdp", "hsdp"))
+        resume(rank, world, "hsdp")
+    if world == 3:
+        holds_a_part(rank, world)
+        skip(rank, world)
+    if world == 1:
+        compare(rank, world, ("ddp", "fsdp"))
+    if world > 2:
+        resume(rank, world, "fsdp")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for world in map(int, sys.argv[1:]):
+        torch.multiprocessing.start_processes(run, (world,), nprocs=world, start_method="fork")
+        print(f"{world} ranks agree", flush=True)
