@@ -242,7 +242,7 @@ class CheckpointWriter:
             return
         steps: set[int | None] = {saved.step, saving.best_step} if saving.is_end else {saved.step}
         for name, problem in add_full_models(self._store, steps):
-            self._channel.send(Happened(events.CheckpointFailed(saved.step, f"{name}: model.pt: {problem}")))
+            self._channel.send(Happened(events.FullModelFailed(saved.step, name, str(problem))))
 
 
 def _give_way() -> None:

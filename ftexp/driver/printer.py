@@ -55,6 +55,8 @@ class Printer:
                 self._warn(f"checkpoint {checkpoint} doesn't count: {reason}")
             case events.CheckpointFailed(step, error):
                 self._warn(f"checkpoint at step {step} not written: {error}")
+            case events.FullModelFailed(_, checkpoint, error):
+                self._warn(f"model.pt of checkpoint {checkpoint} not written, which is complete without it: {error}")
             case events.PreemptionNotice(ranks=ranks):
                 self._warn(f"the machine of rank {', '.join(map(str, ranks))} is about to be taken away: saving now")
             case events.Chaos(fault, rank, step):

@@ -234,6 +234,15 @@ class CheckpointFailed(Event):
 
 
 @dataclass(frozen=True)
+class FullModelFailed(Event):
+    """A sharded checkpoint counts, and its model.pt could not be written."""
+
+    step: int  # of the save after which it was tried
+    checkpoint: str
+    error: str
+
+
+@dataclass(frozen=True)
 class CheckpointRejected(Event):
     """A checkpoint doesn't verify, or is gone."""
 

@@ -22,10 +22,14 @@ from ftexp.checkpoint.sharding import Piece, overlaps, rows_of, slices_of
 from ftexp.checkpoint.slices import SliceFile, Wanted
 from ftexp.checkpoint.staging import writer
 from ftexp.checkpoint.store import CheckpointStore
+from ftexp.checkpoint.writing import CheckpointWriter, Saving
 from ftexp.checkpoints import convert, show, show_differences
+from ftexp.config.schema import CheckpointConfig
 from ftexp.errors import CheckpointError, ConfigError
 from ftexp.rundir.names import CHECKPOINTS
 from ftexp.storage.directory import Storage
+from ftexp.wire import events
+from tests.support.jobs import ALONE, Lines
 from tests.support.saved_runs import CHECKPOINT, random_weights, saved_run
 
 
@@ -197,6 +201,36 @@ def test_a_model_pt_is_added_to_checkpoints_that_lack_it_and_known_to_their_mani
         path.write_bytes(path.read_bytes()[:-1])
         with pytest.raises(CheckpointError, match=r"^model\.pt has"):
             out.verify(complete)
+
+
+@pytest.mark.parametrize(
+    ("full_at", "is_end", "best", "expected"),
+    [
+        ("end", True, 10, [10, 30]),
+        ("end", False, 30, []),
+        ("best", False, 30, [30]),
+        ("best", False, 10, []),
+        ("best", True, 10, [10, 30]),
+        ("never", True, 10, []),
+    ],
+)
+def test_model_pt_is_written_when_the_config_says_and_where_it_cannot_be_the_run_goes_on(
+    store, small_chunks, monkeypatch, full_at, is_end, best, expected
+):
+    out, lines = CheckpointStore(store.storage.parent.child("sharded")), Lines()
+    saved = [as_sharded(store, full(store, step), out, 2) for step in (10, 20, 30)][-1]
+    monkeypatch.setattr("ray.train.report", lambda metrics: None)
+    made = CheckpointWriter(CheckpointConfig(full_at=full_at), ALONE, lines, out, is_sharded=False, timeout_s=None)
+    saving = Saving(saved, {}, None, {}, {}, is_last=is_end, is_end=is_end, pending=(), best_step=best)
+    with monkeypatch.context() as patched:
+        patched.setattr(Storage, "writing", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+        made._add_full_models(saving, saved)
+    failed = lines.events(events.FullModelFailed)
+    assert sorted(each.checkpoint for each in failed) == [manifest(step).name for step in expected]
+    assert {each.error for each in failed} <= {"disk full"}
+    made._add_full_models(saving, saved)
+    assert [each.step for each in out.manifests(lambda *_: None) if MODEL in each.files] == expected[::-1]
+    assert lines.events(events.FullModelFailed) == failed
 
 
 def truncate(folder, name):
