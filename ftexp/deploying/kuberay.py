@@ -53,6 +53,7 @@ def rayjob(plan: Plan) -> dict[str, Any]:
             **({"suspend": True} if plan.kind == KUEUE else {}),  # until Kueue admits it
             "rayClusterSpec": {
                 "rayVersion": package_versions()["ray"],
+                "authOptions": {"mode": "token"},  # KubeRay makes one, and hands it to the pods
                 "headGroupSpec": head,
                 "workerGroupSpecs": [workers],
             },

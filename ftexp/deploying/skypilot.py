@@ -9,6 +9,7 @@ from ftexp.deploying.as_yaml import as_yaml
 from ftexp.deploying.plan import PORT, Plan
 
 _MAX_RESTARTS_ON_ERRORS = 3
+TOKEN = "RAY_AUTH_TOKEN"  # of the nodes' own Ray; given when the job is launched, so that no file holds it
 
 _SETUP = """\
 pip install uv
@@ -56,6 +57,7 @@ def task(plan: Plan) -> dict[str, Any]:
         "num_nodes": own.nodes,
         "resources": resources,
         "workdir": ".",
+        **({"envs": {"RAY_AUTH_MODE": "token"}, "secrets": {TOKEN: None}} if own.nodes > 1 else {}),
         "setup": _SETUP,
         "run": f"source ~/ftexp-env/bin/activate\n{_run(plan)}",
     }
