@@ -50,8 +50,9 @@ _NEXT = {
     SLURM: "sbatch {0}/train.sbatch",
     KUBERAY: "docker build --tag {1} --file {0}/Dockerfile . && docker push {1} && kubectl apply -f {0}/rayjob.yaml",
     KUEUE: "docker build --tag {1} --file {0}/Dockerfile . && docker push {1} && kubectl apply -f {0}/rayjob.yaml",
-    SKYPILOT: "sky jobs launch {0}/sky.yaml",
+    SKYPILOT: "sky jobs launch {0}/sky.yaml{2}",
 }
+_SECRET = " --secret RAY_AUTH_TOKEN=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \\n')"
 
 
 @dataclass
@@ -110,7 +111,7 @@ def deploy(kind: str, own: DeployConfig, overrides: list[str], config: Config) -
         raise StorageError(f"deploy.out={own.out} can't be written: {error}") from error
     for path in written:
         print(f"written  {path}")
-    print(f"next     {_NEXT[kind].format(folder, own.image)}")
+    print(f"next     {_NEXT[kind].format(folder, own.image, _SECRET if own.nodes > 1 else '')}")
     return written
 
 

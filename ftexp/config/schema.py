@@ -18,6 +18,7 @@ from ftexp.config.tracker_schema import TrackerConfig
 
 AUTO = "auto"
 PRECISIONS = ("fp32", "bf16", "fp16")
+CORRUPTION = "corruption"
 CAUSES = (
     "bug",
     "out_of_memory",
@@ -28,7 +29,7 @@ CAUSES = (
     "storage",
     "startup",
     "ray",
-    "corruption",
+    CORRUPTION,
 )
 DAMAGES = ("truncate_checkpoint", "flip_byte", "delete_manifest", "delete_checkpoint")  # to checkpoints
 FAULTS = (

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import yaml
-
 from ftexp.config.versions import package_versions
+from ftexp.deploying.as_yaml import as_yaml
 from ftexp.deploying.plan import KUEUE, MOUNT, USER_ID, Plan
 
 _HEAD_CPUS, _HEAD_GB = 2, 8
@@ -22,8 +21,7 @@ _SETTINGS = {  # how soon a death is seen, and how long a node that is gone is w
 
 def manifest(plan: Plan) -> str:
     """Return the YAML of the RayJob."""
-    text: str = yaml.safe_dump(rayjob(plan), sort_keys=False, width=1_000_000)
-    return text
+    return as_yaml(rayjob(plan))
 
 
 def rayjob(plan: Plan) -> dict[str, Any]:
@@ -55,6 +53,7 @@ def rayjob(plan: Plan) -> dict[str, Any]:
             **({"suspend": True} if plan.kind == KUEUE else {}),  # until Kueue admits it
             "rayClusterSpec": {
                 "rayVersion": package_versions()["ray"],
+                "authOptions": {"mode": "token"},  # KubeRay makes one, and hands it to the pods
                 "headGroupSpec": head,
                 "workerGroupSpecs": [workers],
             },

@@ -4,36 +4,38 @@ from __future__ import annotations
 
 from typing import Any
 
-import yaml
-
 from ftexp.cli.exit_codes import EXIT_TERMINATED
+from ftexp.deploying.as_yaml import as_yaml
 from ftexp.deploying.plan import PORT, Plan
 
 _MAX_RESTARTS_ON_ERRORS = 3
+TOKEN = "RAY_AUTH_TOKEN"  # of the nodes' own Ray; given when the job is launched, so that no file holds it
 
 _SETUP = """\
 pip install uv
 uv venv --python 3.12 --seed ~/ftexp-env
 uv pip install --python ~/ftexp-env/bin/python .
 """
-# a port of Ray's own that SkyPilot's Ray, on 6380, doesn't use
+# SkyPilot has a Ray of its own on each machine, on port 6380, which `ray stop` would end too
 _CLUSTER = f"""\
 head=$(echo "$SKYPILOT_NODE_IPS" | head -n 1)
 answers() {{ (exec 3<>"/dev/tcp/$head/{PORT}") 2>/dev/null; }}
 if [ "$SKYPILOT_NODE_RANK" -ne 0 ]; then
   until answers; do sleep 1; done
-  ray start --address="$head:{PORT}" --disable-usage-stats
-  while answers; do sleep 5; done  # until the head has ended
+  ray start --address="$head:{PORT}" --disable-usage-stats --block &
+  while answers; do sleep 5; done # until the head has ended
+  kill $!
   exit 0
 fi
-ray start --head --node-ip-address="$head" --port={PORT} --disable-usage-stats
+ray start --head --node-ip-address="$head" --port={PORT} --disable-usage-stats --block &
+ray=$!
+until answers; do sleep 1; done
 """
 
 
 def manifest(plan: Plan) -> str:
     """Return the YAML of the task."""
-    text: str = yaml.safe_dump(task(plan), sort_keys=False, width=1_000_000)
-    return text
+    return as_yaml(task(plan))
 
 
 def task(plan: Plan) -> dict[str, Any]:
@@ -55,6 +57,7 @@ def task(plan: Plan) -> dict[str, Any]:
         "num_nodes": own.nodes,
         "resources": resources,
         "workdir": ".",
+        **({"envs": {"RAY_AUTH_MODE": "token"}, "secrets": {TOKEN: None}} if own.nodes > 1 else {}),
         "setup": _SETUP,
         "run": f"source ~/ftexp-env/bin/activate\n{_run(plan)}",
     }
@@ -64,4 +67,4 @@ def _run(plan: Plan) -> str:
     if plan.own.nodes == 1:
         return f"exec {plan.command(None)}\n"
     command = plan.command(f'"$head:{PORT}"')
-    return f"{_CLUSTER}{command}\ncode=$?\nray stop\nexit $code\n"
+    return f"{_CLUSTER}{command}\ncode=$?\nkill $ray\nexit $code\n"

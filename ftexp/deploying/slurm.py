@@ -8,6 +8,9 @@ from ftexp.cli.exit_codes import EXIT_TERMINATED
 from ftexp.deploying.plan import PORT, Plan
 
 _CLUSTER = f"""\
+# only who has this job's token may use its Ray; srun hands the environment on
+RAY_AUTH_TOKEN=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \\n')
+export RAY_AUTH_TOKEN RAY_AUTH_MODE=token
 # Ray: its head on this node, the first, which the others join; training starts once the head answers
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 ray start --head --node-ip-address="$head" --port={PORT} --disable-usage-stats --block &

@@ -21,6 +21,7 @@ class Printer:
         self._terminal, self._record, self._group, self._config = terminal, record, group, config
         self._raised: Raised | None = None  # the first of this attempt
         self._problem: str | None = None  # the last that was printed
+        self._checks: set[str] = set()  # for silent corruption, whose cost was printed
 
     def message(self, message: Message) -> None:
         """Print what a message says, if anything, and what the records lack since."""
@@ -86,7 +87,8 @@ class Printer:
                 self._terminal.say(described(event))
             case events.TrackerFailed():
                 self._terminal.say(described(event), "yellow")
-            case events.CorruptionChecked(check, every_steps, seconds, share):
+            case events.CorruptionChecked(check, every_steps, seconds, share) if check not in self._checks:
+                self._checks.add(check)
                 each = {
                     "replicas": f"compared every {every_steps} steps and before each save",
                     "repeat": f"every {every_steps}th step is computed twice",

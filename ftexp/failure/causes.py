@@ -10,11 +10,11 @@ from enum import StrEnum, auto
 import ray.exceptions
 
 from ftexp.cluster import ray_private
-from ftexp.config.schema import CAUSES
+from ftexp.config.schema import CAUSES, CORRUPTION
 from ftexp.errors import ConfigError, CorruptionError, DataError, FtexpError, NonFiniteError, StateError, StorageError
 from ftexp.failure.phases import WAITED_IN
 
-BUG, OUT_OF_MEMORY, CRASH, HANG, PREEMPTION, NON_FINITE, STORAGE, STARTUP, RAY, CORRUPTION = CAUSES
+BUG, OUT_OF_MEMORY, CRASH, HANG, PREEMPTION, NON_FINITE, STORAGE, STARTUP, RAY, _ = CAUSES
 CONFIG = "config"  # a mistake in the config that only a worker could find; it ends the run, so it has no budget
 
 # what begins a failure, before what follows from it

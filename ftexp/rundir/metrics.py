@@ -48,6 +48,23 @@ class MetricsLog:
         self._log.append(json.dumps(line))
         self.on_point(line)
 
+    def forget_after(self, step: int) -> None:
+        """Drop the points after a step, which weights that were corrupt have given: the run logs them again.
+
+        OSError if that can't be done: they stay then.
+        """
+        points = self.points()
+        kept = [point for point in points if point["step"] <= step]
+        if len(kept) == len(points):
+            return
+        self._log.rewrite([json.dumps(point) for point in kept])
+        self._seen = {(point["split"], point["step"]) for point in kept}
+        self._metrics["best"] = {}
+        for point in kept:
+            values = {name: value for name, value in point.items() if name not in ("time", "split")}
+            if (score := values.get(self._score_name)) is not None and self._is_best(score):
+                self._metrics["best"] = values
+
     def _is_best(self, score: float) -> bool:
         best = self._metrics["best"].get(self._score_name)
         sign = 1 if self._score_order == "max" else -1

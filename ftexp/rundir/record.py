@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable
 from typing import Any
 
+from ftexp.config.schema import CORRUPTION
 from ftexp.errors import StorageError
 from ftexp.rundir.clock import RunClock
 from ftexp.rundir.events import EventLog
@@ -203,11 +205,18 @@ class RunRecord:
     def _ready(self, ready: Ready) -> None:
         self.state.model = {"arguments": ready.arguments, "num_parameters": ready.num_parameters}
         self.state.hardware = ready.hardware
+        self._forget_corrupt(ready.step)
         when = self.clock.ready(ready.step)
         if ready.weights:
             self.event(events.WeightsLoaded(ready.weights))
         self.event(events.Ready(ready.device, self.pids()), when)
         self.write()
+
+    def _forget_corrupt(self, step: int) -> None:
+        """Drop what was logged after `step`, which training resumes from, if corrupt weights may have given it."""
+        recent = itertools.takewhile(lambda failure: failure.steps_replayed is None, reversed(self.state.failures))
+        if any(failure.cause == CORRUPTION for failure in recent):
+            self._attempt_to(lambda: self.metrics.forget_after(step))
 
     def _reached(self, step: int, epoch: int) -> None:
         if (caught_up := self.clock.reached(step, epoch)) is not None:

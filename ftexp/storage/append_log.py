@@ -58,6 +58,23 @@ class AppendLog:
         if self._file is not None:
             os.fsync(self._file.fileno())
 
+    def rewrite(self, lines: list[str]) -> None:
+        """Let these be all lines; OSError if that can't be done, and then they stay as they were."""
+        if self._file is None:
+            before, self._lines = self._lines, list(lines)
+            try:
+                self.flush()
+            except OSError:
+                self._lines = before
+                raise
+            return
+        path = self._storage.local_path
+        assert path is not None, "it has a file"
+        self._storage.write_bytes(self._name, "".join(f"{line}\n" for line in lines).encode())
+        self._file.close()
+        self._file = (path / self._name).open("ab", buffering=0)
+        self._lines.clear()
+
     def lines(self) -> list[str]:
         """Every line so far, also those that couldn't be written yet."""
         if self._file is None:

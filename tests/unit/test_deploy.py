@@ -39,6 +39,7 @@ if [ "$1" = show ]; then printf 'localhost\\nother\\n'; else echo "$@" >> "$LOG/
 # the head answers on its port until it is killed
 RAY = """#!/bin/bash
 echo "$@" >> "$LOG/ray"
+[ "$RAY_AUTH_MODE" = token ] && echo -n "$RAY_AUTH_TOKEN" > "$LOG/token"
 [ "$2" = --head ] && exec "$PYTHON" -c "
 import socket, time
 with socket.create_server(('127.0.0.1', 6379)) as server: time.sleep(60)"
@@ -118,6 +119,7 @@ def test_on_several_nodes_training_starts_on_the_first_once_rays_head_answers(sl
     assert worker.startswith("start --address=localhost:6379")
     (training,) = (tmp_path / "training").read_text().splitlines()
     assert training.endswith("scaling.num_workers=8 scaling.use_gpu=true scaling.address=localhost:6379")
+    assert len((tmp_path / "token").read_text()) == 64
     assert "--exclude=localhost" in (tmp_path / "srun").read_text().splitlines()
 
 
@@ -140,12 +142,22 @@ def test_words_reach_the_training_as_they_were_typed():
     assert tuple(words[3:7]) == WORDS
 
 
+def test_without_gpus_a_worker_on_each_node_has_all_of_its_cpus_but_one():
+    assert shlex.split(plan().command(None))[7:] == ["scaling.use_gpu=false"]
+    words = shlex.split(plan(nodes=2, cpus_per_node=4).command("auto"))[7:]
+    assert words == [
+        *("scaling.num_workers=2", "scaling.use_gpu=false", "scaling.resources_per_worker={CPU: 3}"),
+        "scaling.address=auto",
+    ]
+
+
 def test_a_rayjob_has_a_pod_for_each_node_and_a_queue_only_with_kueue():
     job = kuberay.rayjob(plan("kuberay", nodes=3, gpus_per_node=2, cpus_per_node=4, memory_gb=20, volume_claim="disk"))
     assert (job["kind"], job["metadata"]) == ("RayJob", {"name": "ftexp-first"})
     assert "suspend" not in job["spec"]
     cluster = job["spec"]["rayClusterSpec"]
     (group,) = cluster["workerGroupSpecs"]
+    assert cluster["authOptions"] == {"mode": "token"}
     assert (group["replicas"], group["minReplicas"], group["maxReplicas"]) == (3, 3, 3)
     (container,) = group["template"]["spec"]["containers"]
     assert container["resources"]["limits"] == {"cpu": "4", "memory": "20Gi", "nvidia.com/gpu": "2"}
@@ -163,6 +175,7 @@ def test_a_task_of_skypilot_is_begun_again_by_the_exit_code_of_a_saved_run():
     task = skypilot.task(plan("skypilot", nodes=2, gpus_per_node=8, accelerator="H100"))
     assert (task["num_nodes"], task["resources"]["accelerators"]) == (2, {"H100": 8})
     assert task["resources"]["job_recovery"]["recover_on_exit_codes"] == [75]
+    assert (task["envs"], task["secrets"]) == ({"RAY_AUTH_MODE": "token"}, {"RAY_AUTH_TOKEN": None})
     for text in (task["run"], skypilot.task(plan("skypilot"))["run"], task["setup"]):
         assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
 

@@ -7,6 +7,7 @@ import pytest
 from ftexp.errors import StorageError
 from ftexp.rundir.record import RunRecord
 from ftexp.rundir.state import RunState, read_state
+from ftexp.storage.append_log import read_lines
 from ftexp.storage.directory import Storage
 from ftexp.wire import events
 from ftexp.wire.messages import Begin, Happened, Hello, Lost, Metrics, Raised, Ready, Tick
@@ -316,3 +317,28 @@ def test_an_older_run_json_without_the_newer_keys_is_read(record, storage):
     storage.write_bytes("run.json", json.dumps(content).encode())
     state = read_state(storage)
     assert (state.farthest_step, state.failures[0].progressed) == (0, True)
+
+
+def test_points_of_corrupt_weights_are_logged_anew(tmp_path):
+    folder = Storage.at(str(tmp_path / "first"))
+    record = RunRecord(folder, RunState(name="first"), ("val_accuracy", "max"))
+    record.handle(Hello(0, 2, 11, "node"))
+    record.handle(Ready(0, 100, "cpu", {}, 5))
+    for step, accuracy in ((10, 0.5), (20, 0.9), (30, 0.7)):
+        record.handle(Metrics("val", step, 1, {"val_accuracy": accuracy}))
+    record.fail("crash", 1, "gone")
+    record.fail("corruption", 1, "a bit has flipped")
+    record.handle(Hello(0, 2, 12, "node"))
+    record.handle(Ready(10, 100, "cpu", {}, 5))
+    assert record.state.metrics["best"] == {"val_accuracy": 0.5, "step": 10, "epoch": 1}
+    for step, accuracy in ((10, 0.4), (20, 0.6), (30, 0.65)):
+        record.handle(Metrics("val", step, 1, {"val_accuracy": accuracy}))
+    record.fail("crash", 1, "gone")
+    record.handle(Hello(0, 2, 13, "node"))
+    record.handle(Ready(10, 100, "cpu", {}, 5))  # nothing is wrong with these
+    record.handle(Metrics("val", 20, 1, {"val_accuracy": 0.3}))
+    assert [(point["step"], point["val_accuracy"]) for point in record.metrics.points()] == [
+        (10, 0.5), (20, 0.6), (30, 0.65),
+    ]  # fmt: skip
+    record.close("finished")
+    assert len(read_lines(folder, "metrics.jsonl")) == 3
