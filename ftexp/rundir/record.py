@@ -63,6 +63,7 @@ class RunRecord:
         self.heard_at: float | None = None  # when a worker last reported a step, a point or a save
         self.died_rank: int | None = None  # that of the current attempt's first process that was lost
         self._workers: dict[int, Hello] = {}  # of the current attempt, by rank
+        self._is_ready = False  # the current attempt: until then its workers know no step, and say 0
 
     def handle(self, message: Message) -> Message | None:
         """Record a message; returns the answer to a `Hello` or `Sync`."""
@@ -89,8 +90,8 @@ class RunRecord:
             case Happened(event):
                 self._happened(event, message.time)
             case Raised():
-                # the exact step, by which a bug is known when it comes again
-                self._reached(message.step, self.state.epoch)
+                if self._is_ready:  # the exact step, by which a bug is known when it comes again
+                    self._reached(message.step, self.state.epoch)
                 self.event(events.Raised(message.rank, message.traceback))
                 self.clock.process_ended(message.time)
             case Lost(rank):
@@ -189,7 +190,7 @@ class RunRecord:
 
     def _hello(self, hello: Hello) -> Begin | None:
         state = self.state
-        self._workers[hello.rank] = hello
+        self._workers[hello.rank], self._is_ready = hello, False
         if hello.rank != 0:
             return None
         state.attempts += 1
@@ -202,7 +203,7 @@ class RunRecord:
 
     def _ready(self, ready: Ready) -> None:
         self.state.model = {"arguments": ready.arguments, "num_parameters": ready.num_parameters}
-        self.state.hardware = ready.hardware
+        self.state.hardware, self._is_ready = ready.hardware, True
         when = self.clock.ready(ready.step)
         if ready.weights:
             self.event(events.WeightsLoaded(ready.weights))

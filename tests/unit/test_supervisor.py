@@ -75,8 +75,8 @@ class Driver:
     def fail(self, cause=DIED):
         return self.tell(GroupFailed(cause.kind, cause.rank, cause.error, cause.ending))
 
-    def raised(self, samples, rank=1):
-        self.tell(Raised(rank, 20, 640, samples, "TypeError: x"))
+    def raised(self, samples, rank=1, step=20):
+        self.tell(Raised(rank, step, 32 * step, samples, "TypeError: x"))
 
     @property
     def shown(self):
@@ -147,6 +147,26 @@ def test_a_run_that_is_given_up_says_where_its_first_error_was_raised(tmp_path, 
     assert "failed after step 20 [bug]: TypeError: x; a bug does not go away" in answer.reason
     assert f"  rank 1 was at step 20, position 640, {shown} is in events.jsonl" in driver.shown
     assert "99" not in driver.shown
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_group_that_fails_while_it_starts_failed_after_the_step_that_the_run_had_reached(tmp_path, rank):
+    driver = Driver(tmp_path, max_failures=2, refill_after_steps=100)
+    driver.attempt(step=454)
+    driver.fail()
+    driver.tell(Hello(rank, 2, 200, "node0"))  # perhaps the other one died before it said so
+    driver.raised([], rank, step=0)
+    assert isinstance(driver.fail(Cause(CRASH, rank, "OSError: x")), Retry)
+    assert f"✗ rank {rank} failed after step 454 [crash]: OSError: x; failure 2 of 2 allowed in the" in driver.shown
+    driver.attempt(ready=450, step=460)
+    assert [failure.step for failure in read_state(driver.storage).failures] == [454, 454]
+    assert read_state(driver.storage).failures[1].steps_replayed == 4
+    assert isinstance(driver.fail(), Stop)  # 6 steps don't refill the budget
+    fresh = Driver(tmp_path / "fresh")
+    fresh.tell(Hello(rank, 2, 200, "node0"))
+    fresh.raised([], rank, step=0)
+    fresh.fail(Cause(BUG, rank, "TypeError: x"))
+    assert f"rank {rank} had not begun to train; its traceback is in events.jsonl" in fresh.shown
 
 
 def test_what_an_earlier_attempt_raised_is_not_told_of_a_later_one(tmp_path):
