@@ -43,7 +43,7 @@ class RunRecord:
         state: as run.json had it.
         score: see `MetricsLog`.
         clock: seconds since 1970.
-        noticed_at: see `RunClock`.
+        noticed_at, steady: see `RunClock`.
     """
 
     def __init__(
@@ -53,11 +53,12 @@ class RunRecord:
         score: tuple[str, str],
         clock: Callable[[], float] = time.time,
         noticed_at: float | None = None,
+        steady: Callable[[], float] = time.monotonic,
     ):
         self.storage, self.state = storage, state
-        self.clock = RunClock(state, clock, noticed_at)
+        self.clock, self._steady = RunClock(state, clock, steady, noticed_at), steady
         self.metrics, self._events = MetricsLog(storage, state, score), EventLog(storage, state)
-        self._flushed = clock()
+        self._flushed = steady()  # or tried
         self.problem: str | None = None  # why the records couldn't be written the last time
         self.observers: list[Callable[[events.Event, float], None]] = []  # called with each event and its time
         self.heard_at: float | None = None  # when a worker last reported a step, a point or a save
@@ -70,7 +71,7 @@ class RunRecord:
         if isinstance(message, _HEARTBEATS):
             self.heard_at = self.clock.now()
         answer = self._record(message)
-        if self.clock.now() - self._flushed > _FLUSH_INTERVAL_S:
+        if self._steady() - self._flushed > _FLUSH_INTERVAL_S:
             self.write()
         return answer
 
@@ -134,9 +135,10 @@ class RunRecord:
             self.problem = str(error)
         else:
             self.problem = None
+        finally:  # from its end: a store that doesn't answer takes as long as the interval, and the hub waits meanwhile
+            self._flushed = self._steady()
 
     def _write(self) -> None:
-        self._flushed = self.clock.now()
         self.clock.sum_up()
         self.storage.write_bytes(RUN_FILE, as_json(dataclasses.asdict(self.state), indent=1).encode())
         self.metrics.sync()
