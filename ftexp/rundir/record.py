@@ -144,20 +144,20 @@ class RunRecord:
         self.metrics.sync()
         self._events.sync()
 
-    def _write_all(self) -> None:
+    def _write_last(self) -> None:
         self._write()
         write_metrics_csv(self.storage, self.metrics.points())
+        self.metrics.close()
+        self._events.close()
 
     def close(self, status: str, error: str | None = None) -> None:
         """Record how the invocation ended; StorageError if the records can't be written even now."""
         self.state.status, self.state.error = status, error
         ends = {FINISHED: events.Finished(), FAILED: events.Failed(error), INTERRUPTED: events.Interrupted()}
         self.event(ends[status])
-        self._attempt_to(self._write_all)
+        self._attempt_to(self._write_last)
         if self.problem is not None:
             raise StorageError(f"the records of {self.storage.uri} can't be written: {self.problem}; make room there")
-        self.metrics.close()
-        self._events.close()
 
     def fail(self, cause: str, rank: int | None, error: str, decision: str = "", told_late: bool = False) -> Failure:
         """Record that the current attempt's worker group failed. `told_late`: Ray knew when the first process ended."""

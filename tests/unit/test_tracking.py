@@ -217,6 +217,30 @@ def test_a_command_that_began_again_counts_the_seconds_since_its_ray_was_found_d
     assert read_state(storage).seconds == 5
 
 
+@pytest.mark.parametrize("num_answers", range(5))
+def test_an_object_store_that_goes_down_at_the_end_of_a_run_is_a_storage_error(storage, monkeypatch, num_answers):
+    storage.local_path.mkdir()
+    monkeypatch.setattr(Storage, "local_path", None)
+    record, written, write = RunRecord(storage, RunState(name="x"), SCORE), [], Storage.write_bytes
+    metric(record, "train", 10, train_loss=1.0)
+    record.write()
+
+    def goes_down(self, name, content):
+        if len(written) == num_answers:
+            raise OSError("timeout")
+        written.append(name)
+        write(self, name, content)
+
+    monkeypatch.setattr(Storage, "write_bytes", goes_down)
+    expected = ["run.json", "events.jsonl", "metrics.csv"]  # metrics.jsonl is there
+    if num_answers < len(expected):
+        with pytest.raises(StorageError, match="timeout; make room"):
+            record.close("finished")
+    else:
+        record.close("finished")
+    assert written == expected[:num_answers]
+
+
 def test_the_traceback_of_what_a_worker_raised_is_kept(record, storage, clock):
     hello(record, 0)
     record.handle(Raised(0, 3, 96, [], "TypeError: x", time=clock.now))
