@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ftexp.errors import StorageError
@@ -63,6 +63,7 @@ class RunRecord:
         self.observers: list[Callable[[events.Event, float], None]] = []  # called with each event and its time
         self.heard_at: float | None = None  # when a worker last reported a step, a point or a save
         self.died_rank: int | None = None  # that of the current attempt's first process that was lost
+        self._num_written = len(state.failures)  # that run.json holds
         self._workers: dict[int, Hello] = {}  # of the current attempt, by rank
         self._is_ready = False  # the current attempt: until then its workers know no step, and say 0
 
@@ -141,6 +142,7 @@ class RunRecord:
     def _write(self) -> None:
         self.clock.sum_up()
         self.storage.write_bytes(RUN_FILE, as_json(dataclasses.asdict(self.state), indent=1).encode())
+        self._num_written = len(self.state.failures)
         self.metrics.sync()
         self._events.sync()
 
@@ -179,6 +181,15 @@ class RunRecord:
         self.event(events.Failure(**fields), self.clock.noticed_at)
         self.write()
         return failure
+
+    @property
+    def unwritten_failures(self) -> list[Failure]:
+        """Those that run.json may lack, since it could not be written."""
+        return self.state.failures[self._num_written :]
+
+    def add_unwritten(self, failures: Sequence[Failure]) -> None:
+        """Take over those of the process that this one was, except those that were written all the same."""
+        self.state.failures += [failure for failure in failures if failure not in self.state.failures]
 
     def pids(self) -> list[int]:
         """Process ids of the current attempt's workers, by rank."""

@@ -2,12 +2,14 @@
 
 import io
 import json
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
 from ftexp.cluster.interruptible import Terminated
 from ftexp.config.schema import Config, FailureConfig, TrainConfig
+from ftexp.driver.session import _records
 from ftexp.driver.supervisor import Supervisor
 from ftexp.driver.terminal import Terminal
 from ftexp.errors import ConfigError, RayLostError, RunFailedError
@@ -45,9 +47,9 @@ class Driver:
     def __init__(self, folder, failures=(), num_before=None, no_new_ray=None, **failure):
         self.storage, self.output = Storage.at(str(folder)), io.StringIO()
         self.record = RunRecord(self.storage, RunState(name="demo", failures=list(failures)), ("val_accuracy", "max"))
-        terminal = Terminal(Console(file=self.output, width=500, color_system=None, highlight=False))
-        config = Config(train=TrainConfig(epochs=4, global_batch_size=32), failure=FailureConfig(**failure))
-        self.supervisor = Supervisor(self.record, terminal, config, num_before, no_new_ray)
+        self.terminal = Terminal(Console(file=self.output, width=500, color_system=None, highlight=False))
+        self.config = Config(train=TrainConfig(epochs=4, global_batch_size=32), failure=FailureConfig(**failure))
+        self.supervisor = Supervisor(self.record, self.terminal, self.config, num_before, no_new_ray)
 
     def tell(self, message):
         return self.supervisor.handle(message)
@@ -393,6 +395,37 @@ def test_where_ray_died_the_run_begins_again_with_the_same_config_and_the_budget
     assert "↻ training again" in again.shown
     assert again.fail() == Retry(0.0)
     assert isinstance(again.fail(), Stop)  # its third; those of earlier commands don't count, nor does Ray's
+
+
+@pytest.mark.parametrize("is_written", [False, True], ids=["lost", "written though it was said to have failed"])
+def test_a_death_of_ray_that_run_json_lacks_counts_where_the_run_begins_again(tmp_path, monkeypatch, is_written):
+    driver, write = Driver(tmp_path, max_ray_failures=1), Storage.write_bytes
+    driver.attempt(step=10)
+
+    def fails(*arguments):
+        if is_written:
+            write(*arguments)
+        raise OSError("timeout")
+
+    with monkeypatch.context() as store:
+        store.setattr(Storage, "write_bytes", fails)
+        driver.supervisor.ray_lost(lost())
+    state, restart = read_state(driver.storage), driver.supervisor.restart([])
+    assert [failure.cause for failure in restart.unwritten] == [RAY]
+    assert len(state.failures) == is_written
+    context = SimpleNamespace(
+        config=driver.config, restart=restart, run_dir=driver.storage, state=state, no_new_ray=None
+    )
+    record, supervisor = _records(context, driver.terminal, SimpleNamespace(follow=lambda _: None))
+    for rank in range(2):
+        supervisor.handle(Hello(rank, 2, 200 + rank, "node0"))
+    supervisor.handle(Ready(5, total_steps=100, device="cpu", arguments={}, num_parameters=5))
+    assert "↻ training again" in driver.shown
+    assert record.unwritten_failures == []
+    (failure,) = read_state(driver.storage).failures
+    assert (failure.cause, failure.step, failure.steps_replayed) == (RAY, 10, 5)
+    supervisor.ray_lost(lost())
+    assert "new Ray 2 of 1 allowed" in str(supervisor.given_up)
 
 
 def test_where_there_can_be_no_new_ray_the_run_ends_with_the_reason(tmp_path):
