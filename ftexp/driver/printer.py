@@ -123,7 +123,9 @@ class Printer:
 
     def diagnosis(self, raised: Raised | None) -> None:
         """Print what helps to find out why a run was given up."""
-        if raised is not None:
+        if raised is not None and raised.position == 0 and not raised.samples:
+            self._terminal.say(f"  rank {raised.rank} had not begun to train; its traceback is in events.jsonl")
+        elif raised is not None:
             samples = ", ".join(map(str, raised.samples[:_MAX_SAMPLES_SHOWN]))
             more = len(raised.samples) - _MAX_SAMPLES_SHOWN
             self._terminal.say(

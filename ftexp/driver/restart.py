@@ -11,11 +11,12 @@ import base64
 import os
 import pickle
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
 from ftexp.config.schema import Config
+from ftexp.rundir.state import Failure
 
 _VARIABLE = "FTEXP_RESTART"
 _BEGUN_WITH = (dict(os.environ), Path.cwd())  # Ray, Hydra and the libraries change theirs
@@ -29,6 +30,7 @@ class Restart:
     overrides: list[str]
     num_before: int  # failures of the run that earlier commands had: the others are charged to this one's budgets
     noticed_at: float  # when Ray was found dead, in seconds since 1970
+    unwritten: list[Failure] = field(default_factory=list)  # failures that run.json may lack
 
 
 def begin_again(restart: Restart) -> NoReturn:

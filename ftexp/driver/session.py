@@ -96,6 +96,8 @@ def _records(context: RunContext, terminal: Terminal, alerts: Alerts) -> tuple[R
     score = (config.checkpoint_score_attribute, config.checkpoint_score_order)
     noticed_at, num_before = (restart.noticed_at, restart.num_before) if restart else (None, None)
     record = RunRecord(context.run_dir, context.state, score, noticed_at=noticed_at)
+    if restart is not None:
+        record.add_unwritten(restart.unwritten)
     alerts.follow(record)
     return record, Supervisor(record, terminal, context.config, num_before, context.no_new_ray)
 

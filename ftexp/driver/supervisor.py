@@ -148,7 +148,7 @@ class Supervisor:
         assert noticed_at is not None, "by what was decided upon"
         run = dataclasses.replace(config.run, name=name)
         config = dataclasses.replace(config, run=run, resume="auto")
-        return Restart(config, overrides, self._decider.num_before, noticed_at)
+        return Restart(config, overrides, self._decider.num_before, noticed_at, self._record.unwritten_failures)
 
     def stop(self, hub: Hub, asked: KeyboardInterrupt) -> bool:
         """Ask the workers to end after a last save; whether there are any."""

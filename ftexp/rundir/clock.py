@@ -13,43 +13,47 @@ class RunClock:
 
     Args:
         state: it is changed here.
-        now: seconds since 1970.
+        now: seconds since 1970, for what is dated.
+        steady: seconds of a clock that nobody sets, for how long things took.
         noticed_at: when the command, before it began again with a new Ray, noticed that its first had died.
     """
 
-    def __init__(self, state: RunState, now: Callable[[], float], noticed_at: float | None) -> None:
-        self._state, self.now = state, now
-        self._began, self._seconds_before = now() if noticed_at is None else noticed_at, state.seconds
-        self.noticed_at = noticed_at  # the last failure
+    def __init__(
+        self, state: RunState, now: Callable[[], float], steady: Callable[[], float], noticed_at: float | None
+    ) -> None:
+        self._state, self.now, self._steady = state, now, steady
+        self.noticed_at = noticed_at  # the last failure, by `now`
+        self._noticed = self._since(now() if noticed_at is None else noticed_at)  # the same, by `steady`
+        self._began, self._seconds_before = self._noticed, state.seconds
         self._died_at: float | None = None  # when the current attempt's first process was lost, or raised
         self._farthest_before = state.farthest_step  # when the current attempt began
-        self._working_since = now()  # the end of what was last counted as productive, or lost
-        self._attempt_at = now()
+        self._working_since = steady()  # the end of what was last counted as productive, or lost
+        self._attempt_since = steady()
         self._replayed_from: int | None = None  # the step that the attempt began at, while it replays
 
     def attempt_started(self) -> float:
         """Rank 0 of a new worker group has connected; returns the time."""
         failures = self._state.failures
-        self._attempt_at, self._died_at = self.now(), None
+        self._attempt_since, self._died_at = self._steady(), None
         self._farthest_before = self._state.farthest_step
         if failures and failures[-1].seconds_to_restart is None and self.noticed_at is not None:
-            failures[-1].seconds_to_restart = round(self._attempt_at - self.noticed_at, 3)
-        return self._attempt_at
+            failures[-1].seconds_to_restart = round(self._attempt_since - self._noticed, 3)
+        return self.now()
 
     def ready(self, step: int) -> float:
         """Training begins after `step`; returns the time."""
         failures = self._state.failures
-        self._working_since = self.now()
+        self._working_since = self._steady()
         self._replayed_from = step if step < self._state.farthest_step else None
         self._state.step = step
         if failures and failures[-1].steps_replayed is None and self.noticed_at is not None:
-            failures[-1].seconds_to_restore = round(self._working_since - self._attempt_at, 3)
+            failures[-1].seconds_to_restore = round(self._working_since - self._attempt_since, 3)
             failures[-1].steps_replayed = max(0, failures[-1].step - step)
-        return self._working_since
+        return self.now()
 
     def reached(self, step: int, epoch: int) -> CaughtUp | None:
         """`step` is done; returns an event if everything that was lost has been done again."""
-        state, now, caught_up = self._state, self.now(), None
+        state, now, caught_up = self._state, self._steady(), None
         if step > state.farthest_step:
             if self._replayed_from is not None:
                 caught_up, self._replayed_from = CaughtUp(state.farthest_step, self._replayed_from), None
@@ -69,6 +73,7 @@ class RunClock:
         died_at = self._died_at if self._died_at is not None else self.noticed_at
         if told_late:
             self.noticed_at = died_at
+        self._noticed = self._since(self.noticed_at)
         # the next group may die before it says hello
         self._farthest_before, self._died_at = self._state.farthest_step, None
         return round(max(0.0, self.noticed_at - died_at), 3)
@@ -88,4 +93,8 @@ class RunClock:
         return round(self._state.productive_s / seconds, 4) if seconds else None
 
     def _seconds(self) -> float:
-        return self._seconds_before + self.now() - self._began
+        return self._seconds_before + self._steady() - self._began
+
+    def _since(self, when: float) -> float:
+        """Return what the steady clock showed at a time not long ago."""
+        return self._steady() - max(0.0, self.now() - when)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ftexp.config.schema import CORRUPTION
@@ -45,7 +45,7 @@ class RunRecord:
         state: as run.json had it.
         score: see `MetricsLog`.
         clock: seconds since 1970.
-        noticed_at: see `RunClock`.
+        noticed_at, steady: see `RunClock`.
     """
 
     def __init__(
@@ -55,23 +55,26 @@ class RunRecord:
         score: tuple[str, str],
         clock: Callable[[], float] = time.time,
         noticed_at: float | None = None,
+        steady: Callable[[], float] = time.monotonic,
     ):
         self.storage, self.state = storage, state
-        self.clock = RunClock(state, clock, noticed_at)
+        self.clock, self._steady = RunClock(state, clock, steady, noticed_at), steady
         self.metrics, self._events = MetricsLog(storage, state, score), EventLog(storage, state)
-        self._flushed = clock()
+        self._flushed = steady()  # or tried
         self.problem: str | None = None  # why the records couldn't be written the last time
         self.observers: list[Callable[[events.Event, float], None]] = []  # called with each event and its time
         self.heard_at: float | None = None  # when a worker last reported a step, a point or a save
         self.died_rank: int | None = None  # that of the current attempt's first process that was lost
+        self._num_written = len(state.failures)  # that run.json holds
         self._workers: dict[int, Hello] = {}  # of the current attempt, by rank
+        self._is_ready = False  # the current attempt: until then its workers know no step, and say 0
 
     def handle(self, message: Message) -> Message | None:
         """Record a message; returns the answer to a `Hello` or `Sync`."""
         if isinstance(message, _HEARTBEATS):
             self.heard_at = self.clock.now()
         answer = self._record(message)
-        if self.clock.now() - self._flushed > _FLUSH_INTERVAL_S:
+        if self._steady() - self._flushed > _FLUSH_INTERVAL_S:
             self.write()
         return answer
 
@@ -91,8 +94,8 @@ class RunRecord:
             case Happened(event):
                 self._happened(event, message.time)
             case Raised():
-                # the exact step, by which a bug is known when it comes again
-                self._reached(message.step, self.state.epoch)
+                if self._is_ready:  # the exact step, by which a bug is known when it comes again
+                    self._reached(message.step, self.state.epoch)
                 self.event(events.Raised(message.rank, message.traceback))
                 self.clock.process_ended(message.time)
             case Lost(rank):
@@ -135,28 +138,30 @@ class RunRecord:
             self.problem = str(error)
         else:
             self.problem = None
+        finally:  # from its end: a store that doesn't answer takes as long as the interval, and the hub waits meanwhile
+            self._flushed = self._steady()
 
     def _write(self) -> None:
-        self._flushed = self.clock.now()
         self.clock.sum_up()
         self.storage.write_bytes(RUN_FILE, as_json(dataclasses.asdict(self.state), indent=1).encode())
+        self._num_written = len(self.state.failures)
         self.metrics.sync()
         self._events.sync()
 
-    def _write_all(self) -> None:
+    def _write_last(self) -> None:
         self._write()
         write_metrics_csv(self.storage, self.metrics.points())
+        self.metrics.close()
+        self._events.close()
 
     def close(self, status: str, error: str | None = None) -> None:
         """Record how the invocation ended; StorageError if the records can't be written even now."""
         self.state.status, self.state.error = status, error
         ends = {FINISHED: events.Finished(), FAILED: events.Failed(error), INTERRUPTED: events.Interrupted()}
         self.event(ends[status])
-        self._attempt_to(self._write_all)
+        self._attempt_to(self._write_last)
         if self.problem is not None:
             raise StorageError(f"the records of {self.storage.uri} can't be written: {self.problem}; make room there")
-        self.metrics.close()
-        self._events.close()
 
     def fail(self, cause: str, rank: int | None, error: str, decision: str = "", told_late: bool = False) -> Failure:
         """Record that the current attempt's worker group failed. `told_late`: Ray knew when the first process ended."""
@@ -179,6 +184,15 @@ class RunRecord:
         self.write()
         return failure
 
+    @property
+    def unwritten_failures(self) -> list[Failure]:
+        """Those that run.json may lack, since it could not be written."""
+        return self.state.failures[self._num_written :]
+
+    def add_unwritten(self, failures: Sequence[Failure]) -> None:
+        """Take over those of the process that this one was, except those that were written all the same."""
+        self.state.failures += [failure for failure in failures if failure not in self.state.failures]
+
     def pids(self) -> list[int]:
         """Process ids of the current attempt's workers, by rank."""
         world_size = (self.state.world_sizes or [0])[-1]
@@ -191,7 +205,7 @@ class RunRecord:
 
     def _hello(self, hello: Hello) -> Begin | None:
         state = self.state
-        self._workers[hello.rank] = hello
+        self._workers[hello.rank], self._is_ready = hello, False
         if hello.rank != 0:
             return None
         state.attempts += 1
@@ -204,7 +218,7 @@ class RunRecord:
 
     def _ready(self, ready: Ready) -> None:
         self.state.model = {"arguments": ready.arguments, "num_parameters": ready.num_parameters}
-        self.state.hardware = ready.hardware
+        self.state.hardware, self._is_ready = ready.hardware, True
         self._forget_corrupt(ready.step)
         when = self.clock.ready(ready.step)
         if ready.weights:

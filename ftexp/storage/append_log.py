@@ -23,12 +23,14 @@ class AppendLog:
         self._storage, self._name = storage, name
         self._lines: list[str] = []  # local: those that wait; object store: all
         self._file: Any = None
+        self._num_there: int | None = None  # lines of an object store's copy; None while there is none
         if (path := storage.local_path) is not None:
             path.mkdir(parents=True, exist_ok=True)
             _end_torn_line(path / name)
             self._file = (path / name).open("ab", buffering=0)  # closed by close()
         elif storage.exists(name):
             self._lines = storage.read_bytes(name).decode().splitlines()
+            self._num_there = len(self._lines)
 
     def append(self, line: str) -> None:
         """Add one line; on a local disk it has left this process when the call returns, unless the disk is full."""
@@ -39,9 +41,12 @@ class AppendLog:
 
     def flush(self) -> None:
         """Write what waits, or bring an object store's copy up to date; OSError if that can't be done."""
+        if self._file is None and self._num_there == len(self._lines):
+            return
         content = "".join(f"{line}\n" for line in self._lines).encode()
         if self._file is None:
             self._storage.write_bytes(self._name, content)
+            self._num_there = len(self._lines)
             return
         size = self._file.seek(0, os.SEEK_END)
         try:

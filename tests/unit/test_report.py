@@ -36,7 +36,9 @@ class Story:
 
     def __init__(self, storage, name="told", now=1_700_000_000.0, state=None):
         self.storage, self.now = storage, now
-        self.record = RunRecord(storage, state or RunState(name=name, started=now), SCORE, lambda: self.now)
+        self.record = RunRecord(
+            storage, state or RunState(name=name, started=now), SCORE, lambda: self.now, steady=lambda: self.now
+        )
         self.record.event(events.CommandStarted())
 
     def after(self, seconds):

@@ -9,6 +9,7 @@ PROGRAM = """
 import json, os, sys
 from ftexp.driver.restart import Restart, begin_again, begun_again
 from ftexp.config.schema import Config, RunConfig
+from ftexp.rundir.state import Failure
 
 restart = begun_again()
 if restart is None:
@@ -16,10 +17,12 @@ if restart is None:
     os.environ["SET_BY_RAY"] = "1"
     os.set_inheritable(os.open(os.devnull, os.O_RDONLY), True)
     os.chdir("elsewhere")
-    begin_again(Restart(Config(run=RunConfig(name="demo")), ["seed=1"], 3, 1.5))
+    failure = Failure(attempt=1, cause="ray", rank=None, step=7, error="x")
+    begin_again(Restart(Config(run=RunConfig(name="demo")), ["seed=1"], 3, 1.5, [failure]))
 again = begun_again() is not None
 left = [number for number in range(3, 50) if os.path.exists(f"/dev/fd/{number}")]
 found = [restart.config.run.name, restart.overrides, restart.num_before, restart.noticed_at, sys.argv[1:]]
+found.append([failure.step for failure in restart.unwritten])
 print(json.dumps([os.getpid(), os.getcwd(), found, left, os.environ.get("SET_BY_RAY"), again]))
 """
 
@@ -32,7 +35,7 @@ def test_the_new_interpreter_is_the_same_process_where_the_old_one_was_and_finds
     )
     (pid, folder), again = map(json.loads, child.stdout.splitlines())
     assert folder == str(tmp_path)
-    expected = ["demo", ["seed=1"], 3, 1.5, ["key=value"]]
+    expected = ["demo", ["seed=1"], 3, 1.5, ["key=value"], [7]]
     assert again == [pid, f"{tmp_path}/elsewhere", expected, [], None, False]
 
 

@@ -245,3 +245,21 @@ def test_a_line_that_was_cut_by_a_full_disk_is_written_whole_later(storage):
     log.append("third")
     log.close()
     assert storage.read_bytes("log.jsonl") == b"first\nsecond\nthird\n"
+
+
+def test_an_object_store_gets_a_log_again_only_with_new_lines(storage, monkeypatch):
+    storage.local_path.mkdir()
+    monkeypatch.setattr(Storage, "local_path", None)
+    written, write = [], Storage.write_bytes
+    monkeypatch.setattr(Storage, "write_bytes", lambda *arguments: (written.append(arguments[2]), write(*arguments)))
+    log = AppendLog(storage, "log.jsonl")
+    log.flush()
+    log.flush()
+    log.append("1")
+    log.sync()
+    log.close()
+    log = AppendLog(storage, "log.jsonl")
+    log.sync()
+    log.append("2")
+    log.close()
+    assert written == [b"", b"1\n", b"1\n2\n"]

@@ -2,12 +2,14 @@
 
 import io
 import json
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
 from ftexp.cluster.interruptible import Terminated
 from ftexp.config.schema import Config, FailureConfig, TrainConfig
+from ftexp.driver.session import _records
 from ftexp.driver.supervisor import Supervisor
 from ftexp.driver.terminal import Terminal
 from ftexp.errors import ConfigError, RayLostError, RunFailedError
@@ -45,9 +47,9 @@ class Driver:
     def __init__(self, folder, failures=(), num_before=None, no_new_ray=None, **failure):
         self.storage, self.output = Storage.at(str(folder)), io.StringIO()
         self.record = RunRecord(self.storage, RunState(name="demo", failures=list(failures)), ("val_accuracy", "max"))
-        terminal = Terminal(Console(file=self.output, width=500, color_system=None, highlight=False))
-        config = Config(train=TrainConfig(epochs=4, global_batch_size=32), failure=FailureConfig(**failure))
-        self.supervisor = Supervisor(self.record, terminal, config, num_before, no_new_ray)
+        self.terminal = Terminal(Console(file=self.output, width=500, color_system=None, highlight=False))
+        self.config = Config(train=TrainConfig(epochs=4, global_batch_size=32), failure=FailureConfig(**failure))
+        self.supervisor = Supervisor(self.record, self.terminal, self.config, num_before, no_new_ray)
 
     def tell(self, message):
         return self.supervisor.handle(message)
@@ -75,8 +77,8 @@ class Driver:
     def fail(self, cause=DIED):
         return self.tell(GroupFailed(cause.kind, cause.rank, cause.error, cause.ending))
 
-    def raised(self, samples, rank=1):
-        self.tell(Raised(rank, 20, 640, samples, "TypeError: x"))
+    def raised(self, samples, rank=1, step=20):
+        self.tell(Raised(rank, step, 32 * step, samples, "TypeError: x"))
 
     @property
     def shown(self):
@@ -147,6 +149,26 @@ def test_a_run_that_is_given_up_says_where_its_first_error_was_raised(tmp_path, 
     assert "failed after step 20 [bug]: TypeError: x; a bug does not go away" in answer.reason
     assert f"  rank 1 was at step 20, position 640, {shown} is in events.jsonl" in driver.shown
     assert "99" not in driver.shown
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_group_that_fails_while_it_starts_failed_after_the_step_that_the_run_had_reached(tmp_path, rank):
+    driver = Driver(tmp_path, max_failures=2, refill_after_steps=100)
+    driver.attempt(step=454)
+    driver.fail()
+    driver.tell(Hello(rank, 2, 200, "node0"))  # perhaps the other one died before it said so
+    driver.raised([], rank, step=0)
+    assert isinstance(driver.fail(Cause(CRASH, rank, "OSError: x")), Retry)
+    assert f"✗ rank {rank} failed after step 454 [crash]: OSError: x; failure 2 of 2 allowed in the" in driver.shown
+    driver.attempt(ready=450, step=460)
+    assert [failure.step for failure in read_state(driver.storage).failures] == [454, 454]
+    assert read_state(driver.storage).failures[1].steps_replayed == 4
+    assert isinstance(driver.fail(), Stop)  # 6 steps don't refill the budget
+    fresh = Driver(tmp_path / "fresh")
+    fresh.tell(Hello(rank, 2, 200, "node0"))
+    fresh.raised([], rank, step=0)
+    fresh.fail(Cause(BUG, rank, "TypeError: x"))
+    assert f"rank {rank} had not begun to train; its traceback is in events.jsonl" in fresh.shown
 
 
 def test_what_an_earlier_attempt_raised_is_not_told_of_a_later_one(tmp_path):
@@ -373,6 +395,37 @@ def test_where_ray_died_the_run_begins_again_with_the_same_config_and_the_budget
     assert "↻ training again" in again.shown
     assert again.fail() == Retry(0.0)
     assert isinstance(again.fail(), Stop)  # its third; those of earlier commands don't count, nor does Ray's
+
+
+@pytest.mark.parametrize("is_written", [False, True], ids=["lost", "written though it was said to have failed"])
+def test_a_death_of_ray_that_run_json_lacks_counts_where_the_run_begins_again(tmp_path, monkeypatch, is_written):
+    driver, write = Driver(tmp_path, max_ray_failures=1), Storage.write_bytes
+    driver.attempt(step=10)
+
+    def fails(*arguments):
+        if is_written:
+            write(*arguments)
+        raise OSError("timeout")
+
+    with monkeypatch.context() as store:
+        store.setattr(Storage, "write_bytes", fails)
+        driver.supervisor.ray_lost(lost())
+    state, restart = read_state(driver.storage), driver.supervisor.restart([])
+    assert [failure.cause for failure in restart.unwritten] == [RAY]
+    assert len(state.failures) == is_written
+    context = SimpleNamespace(
+        config=driver.config, restart=restart, run_dir=driver.storage, state=state, no_new_ray=None
+    )
+    record, supervisor = _records(context, driver.terminal, SimpleNamespace(follow=lambda _: None))
+    for rank in range(2):
+        supervisor.handle(Hello(rank, 2, 200 + rank, "node0"))
+    supervisor.handle(Ready(5, total_steps=100, device="cpu", arguments={}, num_parameters=5))
+    assert "↻ training again" in driver.shown
+    assert record.unwritten_failures == []
+    (failure,) = read_state(driver.storage).failures
+    assert (failure.cause, failure.step, failure.steps_replayed) == (RAY, 10, 5)
+    supervisor.ray_lost(lost())
+    assert "new Ray 2 of 1 allowed" in str(supervisor.given_up)
 
 
 def test_where_there_can_be_no_new_ray_the_run_ends_with_the_reason(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 
 from ftexp.errors import StorageError
 from ftexp.rundir.record import RunRecord
-from ftexp.rundir.state import RunState, read_state
+from ftexp.rundir.state import Failure, RunState, read_state
 from ftexp.storage.append_log import read_lines
 from ftexp.storage.directory import Storage
 from ftexp.wire import events
@@ -35,7 +35,7 @@ def storage(tmp_path):
 
 @pytest.fixture
 def record(storage, clock):
-    return RunRecord(storage, RunState(name="x", started=clock.now), SCORE, clock)
+    return RunRecord(storage, RunState(name="x", started=clock.now), SCORE, clock, steady=clock)
 
 
 def lines(storage, name):
@@ -59,7 +59,7 @@ def test_a_replayed_point_is_not_written_twice_also_after_the_command_was_run_ag
         metric(record, "train", step, train_loss=1.0)
     metric(record, "val", 20, val_loss=2.0)
     record.close("interrupted")
-    again = RunRecord(storage, read_state(storage), SCORE, clock)
+    again = RunRecord(storage, read_state(storage), SCORE, clock, steady=clock)
     metric(again, "train", 30, train_loss=1.0)
     metric(again, "train", 40, train_loss=1.0)
     again.close("finished")
@@ -71,7 +71,7 @@ def test_the_attempt_number_goes_on_over_calls_of_the_command(record, storage, c
     assert hello(record, 1) is None
     assert hello(record, 0) == Begin(1)
     record.close("interrupted")
-    again = RunRecord(storage, read_state(storage), SCORE, clock)
+    again = RunRecord(storage, read_state(storage), SCORE, clock, steady=clock)
     assert hello(again, 0, world_size=3) == Begin(2)
     again.close("finished")
     assert read_state(storage).world_sizes == [2, 3]
@@ -101,7 +101,7 @@ def test_a_failure_is_accounted_for_from_death_to_the_first_new_step(record, sto
 
 @pytest.mark.parametrize(("order", "best"), [("max", 0.9), ("min", 0.2)])
 def test_the_best_follows_the_score(storage, clock, order, best):
-    record = RunRecord(storage, RunState(name="x"), ("val_accuracy", order), clock)
+    record = RunRecord(storage, RunState(name="x"), ("val_accuracy", order), clock, steady=clock)
     for step, accuracy in ((1, 0.5), (2, 0.9), (3, 0.2), (4, float("nan"))):
         metric(record, "val", step, val_accuracy=accuracy, val_loss=step)
     record.close("finished")
@@ -125,7 +125,7 @@ def test_time_adds_up_over_calls(record, storage, clock):
     clock.now += 10
     record.close("interrupted")
     clock.now += 1000
-    again = RunRecord(storage, read_state(storage), SCORE, clock)
+    again = RunRecord(storage, read_state(storage), SCORE, clock, steady=clock)
     clock.now += 5
     again.close("finished")
     assert read_state(storage).seconds == 15.0
@@ -152,6 +152,94 @@ def test_a_full_disk_is_told_and_loses_nothing_once_there_is_room(record, storag
     record.close("finished")
     assert record.problem is None
     assert [line["step"] for line in lines(storage, "metrics.jsonl")] == [10, 20]
+
+
+def test_a_store_that_does_not_answer_holds_up_one_message_in_ten_seconds(record, clock, monkeypatch):
+    tried = []
+
+    def silent(*_):
+        tried.append(clock.now)
+        clock.now += 10.5
+        raise OSError("timeout")
+
+    monkeypatch.setattr(Storage, "write_bytes", silent)
+    hello(record, 0)
+    assert len(tried) == 1
+    for step in range(1, 10):
+        clock.now += 1
+        tick(record, step)
+    assert len(tried) == 1
+    clock.now += 1.5
+    tick(record, 10)
+    tick(record, 11)
+    assert len(tried) == 2
+
+
+def test_a_clock_that_is_set_back_changes_no_duration_and_stops_no_copy(storage, clock):
+    steady = Clock()
+    record = RunRecord(storage, RunState(name="x"), SCORE, clock, steady=steady)
+
+    def passes(seconds):
+        clock.now += seconds
+        steady.now += seconds
+
+    hello(record, 0)
+    passes(5)
+    ready(record, 0)
+    passes(15)
+    clock.now -= 3600
+    tick(record, 10)
+    assert read_state(storage).step == 10
+    failure = record.fail("crash", 1, "x")
+    passes(4)
+    clock.now -= 3600
+    hello(record, 0)
+    passes(2)
+    clock.now -= 3600
+    ready(record, 10)
+    passes(14)
+    tick(record, 11)
+    record.close("finished")
+    assert (failure.seconds_to_restart, failure.seconds_to_restore) == (4, 2)
+    assert (read_state(storage).seconds, read_state(storage).productive_s) == (40, 29)
+    times = [line["time"] for line in lines(storage, "events.jsonl")]
+    assert times == [1000, 1005, -2580, -6176, -9774, -9760]
+
+
+def test_a_command_that_began_again_counts_the_seconds_since_its_ray_was_found_dead(storage, clock):
+    steady = Clock()
+    steady.now = 7.0
+    failure = Failure(attempt=1, cause="ray", rank=None, step=0, error="x")
+    record = RunRecord(storage, RunState(name="x", failures=[failure]), SCORE, clock, clock.now - 3, steady)
+    steady.now += 2
+    hello(record, 0)
+    assert failure.seconds_to_restart == 5
+    record.close("finished")
+    assert read_state(storage).seconds == 5
+
+
+@pytest.mark.parametrize("num_answers", range(5))
+def test_an_object_store_that_goes_down_at_the_end_of_a_run_is_a_storage_error(storage, monkeypatch, num_answers):
+    storage.local_path.mkdir()
+    monkeypatch.setattr(Storage, "local_path", None)
+    record, written, write = RunRecord(storage, RunState(name="x"), SCORE), [], Storage.write_bytes
+    metric(record, "train", 10, train_loss=1.0)
+    record.write()
+
+    def goes_down(self, name, content):
+        if len(written) == num_answers:
+            raise OSError("timeout")
+        written.append(name)
+        write(self, name, content)
+
+    monkeypatch.setattr(Storage, "write_bytes", goes_down)
+    expected = ["run.json", "events.jsonl", "metrics.csv"]  # metrics.jsonl is there
+    if num_answers < len(expected):
+        with pytest.raises(StorageError, match="timeout; make room"):
+            record.close("finished")
+    else:
+        record.close("finished")
+    assert written == expected[:num_answers]
 
 
 def test_the_traceback_of_what_a_worker_raised_is_kept(record, storage, clock):
@@ -229,7 +317,7 @@ def test_goodput_goes_on_over_calls(record, storage, clock):
     record.close("interrupted")
     assert read_state(storage).goodput == 0.6
     clock.now += 500
-    again = RunRecord(storage, read_state(storage), SCORE, clock)
+    again = RunRecord(storage, read_state(storage), SCORE, clock, steady=clock)
     hello(again, 0)
     clock.now += 4
     ready(again, 2)
