@@ -7,7 +7,6 @@ import weakref
 import pytest
 import timm
 import torch
-from timm.models import register_model
 from torch import nn
 
 from ftexp.config.checks.parallel import SHARDED_OPTIMIZERS
@@ -69,8 +68,16 @@ def test_a_model_without_a_rule_is_refused_with_patterns_of_its_own_names():
     assert list(blocks_of(timm.create_model("resnet18"), ["layer*"])) == ["layer1", "layer2", "layer3", "layer4"]
 
 
-@register_model
-def reading_net(pretrained=False, **kwargs):
+PLUGINS = {}  # models by name: timm's registry is shared with other tests
+
+
+def of_a_plugin(build):
+    PLUGINS[build.__name__] = build
+    return build
+
+
+@of_a_plugin
+def reading_net(**kwargs):
     """Copies a row of one parameter into another one, after it has drawn more."""
     model = Stack(**kwargs)
     with torch.no_grad():
@@ -78,8 +85,8 @@ def reading_net(pretrained=False, **kwargs):
     return model
 
 
-@register_model
-def swallowing_net(pretrained=False, **kwargs):
+@of_a_plugin
+def swallowing_net(**kwargs):
     model = Stack(**kwargs)
     try:
         total = model.stages[0]["inner"][0][0].weight.sum().item()
@@ -89,8 +96,8 @@ def swallowing_net(pretrained=False, **kwargs):
     return model
 
 
-@register_model
-def odd_net(pretrained=False, **kwargs):
+@of_a_plugin
+def odd_net(**kwargs):
     """Draws in ways that models draw in, all of which a draft allows."""
     model = Stack(**kwargs)
     weight = nn.Parameter(torch.empty(7, 3))
@@ -114,7 +121,7 @@ def odd_net(pretrained=False, **kwargs):
 def built(name, **kwargs):
     def build():
         torch.manual_seed(7)
-        return timm.create_model(name, **kwargs)
+        return PLUGINS[name]() if name in PLUGINS else timm.create_model(name, **kwargs)
 
     return build
 
@@ -130,8 +137,8 @@ DRAFTED = (
 )
 
 
-@register_model
-def sharing_net(pretrained=False, **kwargs):
+@of_a_plugin
+def sharing_net(**kwargs):
     """Makes a parameter of another one's values."""
     model = Stack(**kwargs)
     model.other = nn.Parameter(model.stages[0]["inner"][0][0].weight.data)
