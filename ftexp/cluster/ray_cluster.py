@@ -55,6 +55,7 @@ class RunningRay:
     host: str  # this node's address
     is_own: bool  # started here, so that everything in it is this run's
     lost: Callable[[], str | None] = lambda: None  # why it is no more, if it isn't
+    close: Callable[[], None] = lambda: None  # ends the watch over it
 
 
 def prepare_environment(config: Config) -> None:
@@ -132,7 +133,17 @@ def start_ray(
             raise RayLostError(reason)
         return RunningRay(host, own, watch.lost)
     sockets = [node["RayletSocketName"] for node in ray.nodes() if node["NodeID"] == context.address_info["node_id"]]
-    return RunningRay(host, own, JoinedRay(sockets[0], ray.get_runtime_context().gcs_address).lost)
+    joined = JoinedRay(sockets[0], ray.get_runtime_context().gcs_address)
+    return RunningRay(host, own, joined.lost, joined.close)
+
+
+def leave_ray(running: RunningRay | None) -> None:
+    """End the Ray that `start_ray` started, or leave the one that it joined; None: it did not come so far."""
+    import ray
+
+    if running is not None:
+        running.close()
+    ray.shutdown()
 
 
 def _no_node() -> str | None:
@@ -167,15 +178,14 @@ def decoding_ray(config: Config) -> Iterator[RunningRay]:
 
     A decoder that takes torch would be slow to start in each of its tasks: these are forks then.
     """
-    import ray
-
     hot_start = HotStart(config.scaling, num_threads=1) if config.data.decoder_name == TORCHVISION else None
+    running = None
     try:
         with hot_start.raylet_settings() if hot_start is not None else contextlib.nullcontext():
             running = start_ray(config, hot_start.runtime_env() if hot_start is not None else None)
         yield running
     finally:
-        ray.shutdown()
+        leave_ray(running)
         if hot_start is not None:
             hot_start.stop()
 

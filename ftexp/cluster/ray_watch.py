@@ -71,6 +71,7 @@ class JoinedRay:
     def __init__(self, raylet_socket: str, gcs_address: str) -> None:
         self._gcs_address = gcs_address
         self._silent_since: float | None = None
+        self._closed, self._lock = threading.Event(), threading.Lock()
         self._raylet: socket.socket | None = None
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
@@ -78,14 +79,15 @@ class JoinedRay:
             self._raylet = connection
         except OSError:  # in another container than the raylet: then Ray ends this process, as it does without this
             connection.close()
-        threading.Thread(target=self._probe_for_ever, daemon=True, name="gcs-probe").start()
+        threading.Thread(target=self._probe_until_closed, daemon=True, name="gcs-probe").start()
 
     def lost(self) -> str | None:
         """Say what has gone; None while Ray is there."""
-        if self._raylet is not None and readable([self._raylet.fileno()], 0):  # the raylet never sends a word
-            return "the raylet of this machine, a process of the Ray that was joined, has died"
+        with self._lock:  # a file that is closed gives its number to the next
+            if self._raylet is not None and readable([self._raylet.fileno()], 0):  # the raylet never sends a word
+                return "the raylet of this machine, a process of the Ray that was joined, has died"
         since = self._silent_since
-        if since is not None and time.monotonic() - since > _GCS_SILENT_S:
+        if since is not None and not self._closed.is_set() and time.monotonic() - since > _GCS_SILENT_S:
             return f"Ray's GCS at {self._gcs_address} has not answered for {_GCS_SILENT_S:.0f} s"
         return None
 
@@ -98,7 +100,15 @@ class JoinedRay:
         except OSError:
             self._silent_since = self._silent_since or time.monotonic()
 
-    def _probe_for_ever(self) -> None:
-        while True:
+    def close(self) -> None:
+        """Watch no more: nothing is lost any longer."""
+        self._closed.set()
+        with self._lock:
+            if self._raylet is not None:
+                self._raylet.close()
+                self._raylet = None
+
+    def _probe_until_closed(self) -> None:
+        self.probe()
+        while not self._closed.wait(_PROBE_EVERY_S):
             self.probe()
-            time.sleep(_PROBE_EVERY_S)

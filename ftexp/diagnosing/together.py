@@ -22,14 +22,13 @@ _CLOCKS_APART_S = 1.0
 
 def measured(config: Config, workers: Workers, storage: Storage) -> list[RankFacts]:
     """Start Ray, or join it, and a worker group; returns what each rank found. Raises what Ray raises."""
-    import ray
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from ftexp.cluster.ray_cluster import start_ray
+    from ftexp.cluster.ray_cluster import leave_ray, start_ray
     from ftexp.diagnosing.ranks import RankFacts, measure
 
-    start_ray(config, decodes=False)
+    running = start_ray(config, decodes=False)
     try:
         filesystem, path = storage.open()
         base, _, name = path.rpartition("/")
@@ -57,7 +56,7 @@ def measured(config: Config, workers: Workers, storage: Storage) -> list[RankFac
         )
         return [RankFacts(**facts) for facts in trainer.fit().return_value]
     finally:
-        ray.shutdown()
+        leave_ray(running)
 
 
 def together(config: Config, workers: Workers, storage: Storage, size: ModelSize | None) -> list[Finding]:

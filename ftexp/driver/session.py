@@ -7,12 +7,12 @@ import dataclasses
 import functools
 from typing import TYPE_CHECKING
 
-import ray
+import ray  # noqa: F401 - before a thread imports what imports it
 from omegaconf import OmegaConf
 
 from ftexp.cluster.hot_start.driver import HotStart, on_joined_nodes
 from ftexp.cluster.interruptible import fit_interruptibly
-from ftexp.cluster.ray_cluster import import_meanwhile, quiet_data, start_ray
+from ftexp.cluster.ray_cluster import import_meanwhile, leave_ray, quiet_data, start_ray
 from ftexp.cluster.resources import decoding_cpus, lacking_resources
 from ftexp.config.masking import masked
 from ftexp.config.schema import PREPROCESSING, Config
@@ -54,7 +54,7 @@ def run_session(context: RunContext) -> dict[str, float]:
     config, shared, terminal = context.config, context.shared, Terminal()
     hot_start = HotStart(config.scaling, context.workers.num_threads, context.joins_ray)
     importing = import_meanwhile("ftexp.driver.trainer")
-    alerts = Alerts(config.notify)
+    alerts, running = Alerts(config.notify), None
     try:
         try:
             with hot_start.raylet_settings():
@@ -84,7 +84,7 @@ def run_session(context: RunContext) -> dict[str, float]:
             record.close(FAILED, reason)
             raise RayLostError(reason) from failed
     finally:
-        ray.shutdown()
+        leave_ray(running)
         hot_start.stop()
         alerts.close(lambda event: terminal.say(f"! {unsent(event)}", "yellow"))
 

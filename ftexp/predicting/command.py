@@ -14,7 +14,7 @@ from ftexp.checkpoint.reading import read_weights
 from ftexp.cli.trained_run import SavedRun
 from ftexp.cluster.hot_start.driver import HotStart, on_joined_nodes
 from ftexp.cluster.interruptible import fit_interruptibly
-from ftexp.cluster.ray_cluster import import_meanwhile, quiet_data, start_ray
+from ftexp.cluster.ray_cluster import import_meanwhile, leave_ray, quiet_data, start_ray
 from ftexp.cluster.resources import Workers, lacking_resources
 from ftexp.config.masking import masked
 from ftexp.config.schema import Config
@@ -91,6 +91,7 @@ def run_session(request: Request, workers: Workers) -> None:
     hot_start = HotStart(config.scaling, workers.num_threads)
     importing = import_meanwhile("ftexp.predicting.pipeline")
     asked: list[KeyboardInterrupt] = []
+    running = None
 
     def stop(why: KeyboardInterrupt) -> bool:
         asked.append(why)
@@ -106,7 +107,7 @@ def run_session(request: Request, workers: Workers) -> None:
     except RayLostError as error:
         raise RayLostError(f"{error}; the same command with out={request.out.uri} goes on") from error
     finally:
-        ray.shutdown()
+        leave_ray(running)
         hot_start.stop()
         lease.release()
 

@@ -4,10 +4,13 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+from types import SimpleNamespace
 
 import pytest
 
 from ftexp.cluster import ray_private, ray_watch
+from ftexp.cluster.ray_cluster import RunningRay, leave_ray
 from ftexp.cluster.ray_watch import JoinedRay, OwnRay, end_workers
 from tests.support.processes import many_open_files, wait_for_command_line
 
@@ -56,6 +59,26 @@ def test_a_joined_ray_is_lost_when_this_machines_raylet_hangs_up(raylet):
         assert watch.lost() is None
         connection.close()
         assert "the raylet of this machine" in watch.lost()
+
+
+def test_a_watch_that_was_closed_keeps_no_connection_and_no_thread_and_finds_nothing_lost(raylet, monkeypatch):
+    monkeypatch.setattr(ray_watch, "_PROBE_EVERY_S", 60)
+    before, shut = set(threading.enumerate()), []
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(shutdown=lambda: shut.append(True)))
+    with socket.create_server(("127.0.0.1", 0)) as gcs:
+        watch = JoinedRay(raylet.getsockname(), f"127.0.0.1:{gcs.getsockname()[1]}")
+        (probe,) = set(threading.enumerate()) - before
+        connection, _ = raylet.accept()
+        leave_ray(RunningRay("127.0.0.1", is_own=False, lost=watch.lost, close=watch.close))
+        assert connection.recv(1) == b""
+        connection.close()
+    probe.join(20)
+    assert not probe.is_alive()
+    watch._silent_since = -1e9
+    assert watch.lost() is None
+    watch.close()
+    leave_ray(None)
+    assert shut == [True, True]
 
 
 def test_a_joined_ray_is_watched_by_a_process_with_many_open_files(raylet):

@@ -11,7 +11,7 @@ import ray
 from ftexp.cli.exit_codes import interrupted_code
 from ftexp.cluster.hot_start.driver import HotStart, on_joined_nodes
 from ftexp.cluster.interruptible import collected_signals
-from ftexp.cluster.ray_cluster import SharedRay, start_ray
+from ftexp.cluster.ray_cluster import SharedRay, leave_ray, start_ray
 from ftexp.cluster.resources import may_decode
 from ftexp.config.machine import usable_cpus
 from ftexp.config.schema import Config
@@ -71,7 +71,7 @@ def _with_ray(
     """Start or join Ray, and run."""
     probes, processes = proposer.probes, proposer.processes
     config = _widest(probes)
-    is_own = config.scaling.address is None
+    is_own, running = config.scaling.address is None, None
     try:
         with hot_start.raylet_settings() if is_own else contextlib.nullcontext():
             running = start_ray(config)
@@ -131,7 +131,7 @@ def _with_ray(
             )
             runner.run()
     finally:
-        ray.shutdown()
+        leave_ray(running)
 
 
 def _widest(processes: Sequence[TrialProcess]) -> Config:
