@@ -17,7 +17,9 @@ from ftexp.registry import did_you_mean
 SHARDED_OPTIMIZERS = frozenset(
     (
         *("adabelief", "adadelta", "adagrad", "adam", "adamax", "adamc", "adamw", "adamwlegacy", "adan", "adanw"),
-        *("adopt", "adoptc", "adoptw", "sgd"),
+        *("adopt", "adoptc", "adoptw", "lamb", "lambc", "lambw", "laprop", "larc", "lars", "lion", "lionc", "madgrad"),
+        *("madgradw", "momentum", "nadam", "nadamc", "nadamw", "nesterov", "nlarc", "nlars", "radam", "radamw"),
+        *("rmsprop", "rmsproptf", "sgd", "sgdc"),
     )
 )
 _EVERY = re.compile(r"every_([2-9]|[1-9]\d+)")
