@@ -345,6 +345,10 @@ WRONG = {
     "save every -1 failures": ("checkpoint.max_failed_saves=-1", "checkpoint.max_failed_saves=-1", "at least 0"),
     "no steps": ("train.max_steps=0", "train.max_steps=0 is out of range", "at least 1"),
     "ledger": ("train.ledger=some", "train.ledger=some is not true or false"),
+    "shards of whole models": (
+        "checkpoint.format=sharded",
+        "checkpoint.format=sharded with parallel=ddp: no parameter is sharded; take parallel=fsdp, or format=auto",
+    ),
     "run without its position": ("checkpoint.extra_state=[rng]", "checkpoint.extra_state=['rng'] must hold progress"),
     # failures
     "cause that isn't one": ("failure.max_by_cause={nope:1}", "failure.max_by_cause", "nope", "Available: bug, out_of"),

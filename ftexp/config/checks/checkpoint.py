@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ftexp.config.checks.metrics import better_of, logged_metrics, unlogged
-from ftexp.config.schema import BESIDE, Config
+from ftexp.config.schema import BESIDE, DDP, Config
 
 
 def check_checkpoint(config: Config) -> Iterator[str]:
@@ -17,6 +17,8 @@ def check_checkpoint(config: Config) -> Iterator[str]:
         yield f"checkpoint.extra_state names {name} more than once"
     if config.train.precision == "fp16" and "scaler" not in names:
         yield f"checkpoint.extra_state={names} must hold scaler, since train.precision=fp16 scales the loss"
+    if config.checkpoint.format == "sharded" and config.parallel.kind == DDP:
+        yield "checkpoint.format=sharded with parallel=ddp: no parameter is sharded; take parallel=fsdp, or format=auto"
     metric, order = config.checkpoint.checkpoint_score_attribute, config.checkpoint.checkpoint_score_order
     key, logged = "checkpoint.checkpoint_score_attribute", logged_metrics(config)
     if metric not in logged:
