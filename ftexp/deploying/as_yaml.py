@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 
-class _Dumper(yaml.SafeDumper):
+class _Dumper(yaml.SafeDumper):  # type: ignore[misc]
     """Writes each value where it is used, and text of several lines as it is."""
 
     def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002
