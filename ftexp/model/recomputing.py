@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+_Context = contextlib.AbstractContextManager[Any]
 _is_off = False  # while operations are counted
 
 
@@ -25,7 +26,7 @@ def recompute(blocks: Sequence[nn.Module], setting: str) -> None:
         return
     every = 1 if setting == "blocks" else int(setting.removeprefix("every_"))
     for block in blocks[::every]:
-        block.__class__ = _recomputing(type(block))
+        block.__class__ = _recomputing(type(block))  # type: ignore[arg-type]
 
 
 @contextlib.contextmanager
@@ -57,7 +58,9 @@ def _recomputing(kind: type[nn.Module]) -> type[nn.Module]:
     return type(kind.__name__, (_Recomputing, kind), {"__module__": kind.__module__})
 
 
-def _contexts(block: nn.Module) -> tuple[contextlib.AbstractContextManager[None], ...]:
+def _contexts(
+    block: nn.Module,
+) -> tuple[contextlib.AbstractContextManager[Any], contextlib.AbstractContextManager[Any]]:
     """Return the contexts of the first and of the second computation."""
     return contextlib.nullcontext(), _statistics_kept(block)
 

@@ -7,7 +7,6 @@ import weakref
 import pytest
 import timm
 import torch
-from timm.models import register_model
 from torch import nn
 
 from ftexp.config.checks.parallel import SHARDED_OPTIMIZERS
@@ -69,8 +68,7 @@ def test_a_model_without_a_rule_is_refused_with_patterns_of_its_own_names():
     assert list(blocks_of(timm.create_model("resnet18"), ["layer*"])) == ["layer1", "layer2", "layer3", "layer4"]
 
 
-@register_model
-def reading_net(pretrained=False, **kwargs):
+def reading_net(**kwargs):
     """Copies a row of one parameter into another one, after it has drawn more."""
     model = Stack(**kwargs)
     with torch.no_grad():
@@ -78,8 +76,7 @@ def reading_net(pretrained=False, **kwargs):
     return model
 
 
-@register_model
-def swallowing_net(pretrained=False, **kwargs):
+def swallowing_net(**kwargs):
     model = Stack(**kwargs)
     try:
         total = model.stages[0]["inner"][0][0].weight.sum().item()
@@ -89,8 +86,7 @@ def swallowing_net(pretrained=False, **kwargs):
     return model
 
 
-@register_model
-def odd_net(pretrained=False, **kwargs):
+def odd_net(**kwargs):
     """Draws in ways that models draw in, all of which a draft allows."""
     model = Stack(**kwargs)
     weight = nn.Parameter(torch.empty(7, 3))
@@ -111,10 +107,21 @@ def odd_net(pretrained=False, **kwargs):
     return model
 
 
+def sharing_net(**kwargs):
+    """Makes a parameter of another one's values."""
+    model = Stack(**kwargs)
+    model.other = nn.Parameter(model.stages[0]["inner"][0][0].weight.data)
+    nn.init.normal_(model.other)
+    return model
+
+
+OWN = {net.__name__: net for net in (reading_net, swallowing_net, odd_net, sharing_net)}
+
+
 def built(name, **kwargs):
     def build():
         torch.manual_seed(7)
-        return timm.create_model(name, **kwargs)
+        return OWN[name](**kwargs) if name in OWN else timm.create_model(name, **kwargs)
 
     return build
 
@@ -128,15 +135,6 @@ DRAFTED = (
     *("vit_tiny_patch16_224", "resnet18", "convnext_atto", "swin_tiny_patch4_window7_224"),
     *("efficientnet_b0", "mixer_s32_224", "test_vit", "test_convnext", "beit_base_patch16_224"),
 )
-
-
-@register_model
-def sharing_net(pretrained=False, **kwargs):
-    """Makes a parameter of another one's values."""
-    model = Stack(**kwargs)
-    model.other = nn.Parameter(model.stages[0]["inner"][0][0].weight.data)
-    nn.init.normal_(model.other)
-    return model
 
 
 WHOLE = {"reading_net", "swallowing_net", "sharing_net"}

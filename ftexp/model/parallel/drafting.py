@@ -45,7 +45,7 @@ def draft(build: Callable[[], nn.Module], cut: Cut) -> Draft:
     build: makes the model on the CPU, and seeds what it draws from; called twice if the model must be built whole.
     """
     drafting = _Drafting(cut)
-    handle = register_module_parameter_registration_hook(drafting.register)
+    handle = register_module_parameter_registration_hook(drafting.register)  # type: ignore[arg-type]
     try:
         with drafting:
             model = build()
@@ -157,7 +157,7 @@ class _Drafting(TorchFunctionMode):
             raise self._refused()
         return found
 
-    def _begin(self, target: nn.Parameter, whole: Tensor) -> None:
+    def _begin(self, target: Any, whole: Tensor) -> None:
         if whole.shape != target.shape:
             raise self._refused()
         if target is not self._open:

@@ -8,15 +8,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard, init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ftexp.config.schema import HSDP, ParallelConfig
 from ftexp.errors import ConfigError
 from ftexp.model.parallel.blocks import blocks_of
 from ftexp.model.parallel.drafting import Draft
-from ftexp.model.parallel.parts import cut, like
+from ftexp.model.parallel.parts import cut, like, whole
 
 _DTYPES = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -46,9 +47,9 @@ class Sharding:
             self.mesh = init_device_mesh(device.type, (world_size,), mesh_dim_names=("shard",))
         self._num_shards, self._index = self.mesh["shard"].size(), self.mesh["shard"].get_local_rank()
 
-    def cut(self, whole: Tensor) -> Tensor:
+    def cut(self, parameter: Tensor) -> Tensor:
         """Return this rank's rows of a parameter, a view; what has no dimension as it is."""
-        return cut(whole, self._num_shards, self._index) if whole.ndim else whole
+        return cut(parameter, self._num_shards, self._index) if parameter.ndim else parameter
 
     def shard(self, draft: Draft) -> nn.Module:
         """Shard the draft's model, and put what is kept of its values where it belongs; returns the model.
@@ -80,7 +81,7 @@ class Sharding:
         for buffers in kinds.values():
             flat = torch.cat([buffer.reshape(-1) for buffer in buffers])
             dist.broadcast(flat, src=0)
-            for buffer, values in zip(buffers, flat.split([each.numel() for each in buffers]), strict=True):
+            for buffer, values in zip(buffers, torch.split(flat, [each.numel() for each in buffers]), strict=True):
                 buffer.copy_(values.view_as(buffer))
 
     def sync_replicas(self, model: nn.Module, *, is_last: bool) -> None:
@@ -97,7 +98,7 @@ class Sharding:
         keep: whether this rank wants it; others get empty tensors, so that they hold one whole tensor at a time.
         """
         if isinstance(state, DTensor):
-            gathered = state.detach().full_tensor()
+            gathered = whole(state.detach())
             return gathered if keep else torch.empty(0)
         if isinstance(state, Mapping):
             return {key: self.full_state(value, keep=keep) for key, value in state.items()}
