@@ -69,6 +69,7 @@ def test_a_watch_that_was_closed_keeps_no_connection_and_no_thread_and_finds_not
         watch = JoinedRay(raylet.getsockname(), f"127.0.0.1:{gcs.getsockname()[1]}")
         (probe,) = set(threading.enumerate()) - before
         connection, _ = raylet.accept()
+        connection.settimeout(20)
         leave_ray(RunningRay("127.0.0.1", is_own=False, lost=watch.lost, close=watch.close))
         assert connection.recv(1) == b""
         connection.close()
