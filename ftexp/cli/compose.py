@@ -20,7 +20,7 @@ from hydra.core.config_store import ConfigNode, ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ftexp.cli.exit_codes import EXIT_INTERRUPTED, print_error
+from ftexp.cli.exit_codes import interrupted_code, print_error
 from ftexp.cli.explain import explain, open_interval, unknown_key, unknown_option
 from ftexp.cli.overrides import as_typed
 from ftexp.cli.parse import typed_node
@@ -89,8 +89,8 @@ def run_hydra(task: Callable[[DictConfig], float | None], argv: Sequence[str]) -
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing, and we word the error
     try:
         hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")(reporting)()
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
+    except KeyboardInterrupt as interrupt:
+        return interrupted_code(interrupt)
     except FtexpError as error:  # of a launcher, which speaks for all jobs
         print_error(error)
         return error.exit_code

@@ -126,6 +126,10 @@ def start_ray(
         if not isinstance(error, ConnectionError):
             raise
         raise ConfigError(f"scaling.address={address}: no Ray cluster answers there: {error}") from error
+    except BaseException:  # a signal: Ray forgets what it has started so far
+        if own:
+            ray_private.kill_started()
+        raise
     host = str(context.address_info["node_ip_address"])
     if own:
         watch = OwnRay()

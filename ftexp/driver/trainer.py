@@ -20,6 +20,7 @@ from ray.util.placement_group import PlacementGroup, placement_group_table, remo
 from ftexp.cluster import ray_private
 from ftexp.cluster.interruptible import fit_interruptibly
 from ftexp.cluster.ray_watch import end_workers
+from ftexp.cluster.signals import ignore_termination
 from ftexp.config.schema import Config
 from ftexp.data.info import DataBundle
 from ftexp.data.shared import Shared
@@ -94,6 +95,8 @@ def run_training(context: RunContext, session: Session) -> dict[str, float]:
             record.event(events.DriverFailed(reason, traceback.format_exc()))
         raise
     finally:
+        if status != RUNNING:
+            ignore_termination()
         advice.stop()
         evaluations.close()
         hub.close()

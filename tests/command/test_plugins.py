@@ -10,6 +10,8 @@ from tests.support.command import RunFolder
 
 PLUGIN = """
 import json
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -100,7 +102,7 @@ class Lines:
             file.writelines(json.dumps([name, point.step]) + "\\n" for point in points for name in point.values)
 
     def close(self, outcome):
-        pass
+        os.kill(os.getpid(), signal.SIGTERM)  # the run has ended: its exit code stays
 """
 WORDS = [
     "plugins=[mine]", "data=synthetic", "data.name=stripes", "data.num_samples=null", "data.num_classes=null",

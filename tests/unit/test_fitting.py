@@ -1,5 +1,6 @@
 """Stopping a run from outside: the first signal asks for a last save, the second ends it."""
 
+import contextlib
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ import pytest
 
 from ftexp.cluster import interruptible as fitting
 from ftexp.cluster.interruptible import Terminated, fit_interruptibly
+from ftexp.cluster.signals import ignore_termination, terminable
 from ftexp.errors import RayLostError, StorageError
 
 FREE = SimpleNamespace(lost=None)
@@ -83,22 +85,30 @@ def test_the_first_signal_asks_for_a_last_save_and_the_second_ends_it(numbers, h
     assert json.loads(child.stdout) == [asked, result, True]
 
 
+@pytest.fixture
+def handlers():
+    """Put them back as they were; SIGHUP is not ignored meanwhile, as `nohup pytest` has it."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("handlers")
 def test_a_signal_that_comes_twice_at_once_asks_once(monkeypatch):
     """As uv and bash pass on what the process group has got already."""
     now = [100.0]
     monkeypatch.setattr(fitting.time, "monotonic", lambda: now[0])
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # `nohup pytest` ignores it
-    try:
-        with fitting.collected_signals() as asked:
-            for seconds, number, count in (
-                (0, signal.SIGHUP, 1), (0.2, signal.SIGTERM, 1), (1.5, signal.SIGHUP, 1), (1.6, INT, 2),
-                (2.1, TERM, 3), (3.0, TERM, 3), (4.2, TERM, 4),
-            ):  # fmt: skip
-                now[0] = 100 + seconds
-                os.kill(os.getpid(), number)
-                assert len(asked) == count, (seconds, number)
-    finally:
-        signal.signal(signal.SIGHUP, before)
+    sent = [
+        (0, signal.SIGHUP, 1), (0.2, TERM, 1), (1.5, signal.SIGHUP, 1), (1.6, INT, 2),
+        (2.1, TERM, 3), (3.0, TERM, 3), (4.2, TERM, 4),
+    ]  # fmt: skip
+    with fitting.collected_signals() as asked:
+        for seconds, number, count in sent:
+            now[0] = 100 + seconds
+            os.kill(os.getpid(), number)
+            assert len(asked) == count, (seconds, number)
 
 
 def never(why):
@@ -185,6 +195,44 @@ def test_no_interruption_strikes_a_thread_that_is_being_started(monkeypatch):
         fit_interruptibly(fit, FREE, lambda _: False)
     assert started.is_set()
     assert ended.is_set()
+
+
+@pytest.mark.parametrize("when", ["before Ray's handler", "under Ray's handler", "afterwards", "after a failed start"])
+def test_a_sigterm_while_ray_starts_is_one_as_later(handlers, when):
+    def start():
+        with contextlib.suppress(OSError), terminable():
+            if when == "before Ray's handler":
+                signal.raise_signal(signal.SIGTERM)
+            signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))
+            if when == "under Ray's handler":
+                signal.raise_signal(signal.SIGTERM)
+            if when == "after a failed start":
+                raise OSError
+        signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(Terminated):
+        start()
+    with pytest.raises(SystemExit, match="2"), terminable():
+        sys.exit(2)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_between_fits_is_raised_and_one_after_the_last_does_nothing(handlers, number):
+    with terminable():
+        pass
+    assert fit_interruptibly(lambda: 7, FREE, never) == 7
+    with pytest.raises(Terminated):
+        signal.raise_signal(number)
+    ignore_termination()
+    signal.raise_signal(number)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with terminable():
+        signal.raise_signal(signal.SIGHUP)
+    thread = threading.Thread(target=ignore_termination)
+    thread.start()
+    thread.join()
+    with pytest.raises(Terminated):
+        signal.raise_signal(signal.SIGTERM)
 
 
 def test_what_fit_returns_or_raises_comes_through():

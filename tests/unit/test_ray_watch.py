@@ -10,8 +10,9 @@ from types import SimpleNamespace
 import pytest
 
 from ftexp.cluster import ray_private, ray_watch
-from ftexp.cluster.ray_cluster import RunningRay, leave_ray
+from ftexp.cluster.ray_cluster import RunningRay, leave_ray, start_ray
 from ftexp.cluster.ray_watch import JoinedRay, OwnRay, end_workers
+from ftexp.config.schema import Config, ScalingConfig
 from tests.support.processes import many_open_files, wait_for_command_line
 
 
@@ -69,6 +70,7 @@ def test_a_watch_that_was_closed_keeps_no_connection_and_no_thread_and_finds_not
         watch = JoinedRay(raylet.getsockname(), f"127.0.0.1:{gcs.getsockname()[1]}")
         (probe,) = set(threading.enumerate()) - before
         connection, _ = raylet.accept()
+        connection.settimeout(20)
         leave_ray(RunningRay("127.0.0.1", is_own=False, lost=watch.lost, close=watch.close))
         assert connection.recv(1) == b""
         connection.close()
@@ -125,3 +127,18 @@ def test_a_command_that_only_reads_ends_by_one_line_when_ray_dies_and_not_after_
     child = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=50)
     assert (child.returncode, child.stdout) == (1, "so far")
     assert child.stderr == "ftexp: the raylet has died: give the same command again\n"
+
+
+@pytest.mark.parametrize(("address", "num_ended"), [(None, 1), ("auto", 0)])
+def test_what_a_signal_leaves_of_a_ray_that_starts_is_ended_and_nothing_of_others(monkeypatch, address, num_ended):
+    import ray
+
+    def interrupted(**_):
+        raise SystemExit(15)
+
+    ended = []
+    monkeypatch.setattr(ray, "init", interrupted)
+    monkeypatch.setattr(ray_private, "kill_started", lambda: ended.append(True))
+    with pytest.raises(SystemExit):
+        start_ray(Config(scaling=ScalingConfig(address=address), verbose=True), decodes=False)
+    assert len(ended) == num_ended

@@ -1,0 +1,42 @@
+"""SIGTERM and SIGHUP outside of `fit_interruptibly`: Ray's own handler would end the process with exit code 15."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from typing import NoReturn
+
+from ftexp.cluster.interruptible import Terminated
+
+
+@contextlib.contextmanager
+def terminable() -> Iterator[None]:
+    """Have them raise Terminated, from this block on, in which Ray starts and sets a handler of its own."""
+    _set_handler(_raise)
+    try:
+        yield
+    except SystemExit as ended:
+        if ended.code != signal.SIGTERM:
+            raise
+        raise Terminated from None  # Ray's handler has been at work
+    finally:
+        _set_handler(_raise)
+
+
+def ignore_termination() -> None:
+    """Have them do nothing from here on: how a run ended is settled, and so is its exit code."""
+    _set_handler(lambda *_: None)  # not SIG_IGN: children would have it
+
+
+def _raise(*_: object) -> NoReturn:
+    raise Terminated
+
+
+def _set_handler(handler: Callable[..., object]) -> None:
+    if threading.current_thread() is not threading.main_thread():
+        return
+    signal.signal(signal.SIGTERM, handler)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # `nohup` asks for that
+        signal.signal(signal.SIGHUP, handler)
