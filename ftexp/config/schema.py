@@ -410,7 +410,7 @@ class FailureConfig:
     on_out_of_memory: str = choice("retry", ("retry", "fail", "halve_micro_batch"))
     # compare the weights of all ranks every so many steps, and before each save; a difference is a failure; None: never
     check_replicas_every_steps: int | None = ranged(None, low=1)
-    repeat_step_every: int | None = ranged(None, low=1)  # compute every so manieth step twice, and compare bitwise
+    repeat_step_every: int | None = ranged(None, low=1)  # one step in so many is computed twice, and compared bitwise
     hang_timeout_s: float | None = ranged(300.0, above=0)  # without a step, on any rank; None: never
     start_timeout_s: float | None = ranged(1800.0, above=0)  # for building, restoring, compiling and the first step
     evaluation_timeout_s: float | None = ranged(1800.0, above=0)

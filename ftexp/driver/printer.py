@@ -91,7 +91,7 @@ class Printer:
                 self._checks.add(check)
                 each = {
                     "replicas": f"compared every {every_steps} steps and before each save",
-                    "repeat": f"every {every_steps}th step is computed twice",
+                    "repeat": f"one step in {every_steps} is computed twice",
                 }[check]
                 self._terminal.say(f"{check:<9}{each}: {1000 * seconds:.1f} ms, {share:.2%} of the time")
             case events.AlertFailed():

@@ -84,7 +84,7 @@ def test_a_run_that_lost_ray_hung_lost_numbers_and_raised_ends_where_the_clean_r
     assert failures[3]["error"].startswith("silent corruption: the weights after step 72: ranks differ, none is in")
     assert failures[3]["error"].partition("minority, in ")[2].startswith("pos_embed")
     assert "replicas compared every 4 steps and before each save: " in command.output
-    assert "repeat   every 3th step is computed twice: " in command.output
+    assert "repeat   one step in 3 is computed twice: " in command.output
     assert [body["alert"] for body in alert_server.taken] == ["recoveries", "finished"]
     assert {event["to"] for event in run.events("alert_failed")} == {f"http://{alert_server.address}/***"}
     for file in ("config.yaml", "overrides.yaml", "events.jsonl", "run.json"):
