@@ -146,7 +146,7 @@ def sharing_net(**kwargs):
     return model
 
 
-WHOLE = {"reading_net", "swallowing_net", "sharing_net"}
+WHOLE = ("reading_net", "swallowing_net", "sharing_net")
 
 
 @pytest.mark.parametrize(
