@@ -92,6 +92,7 @@ class Steps:
 class Lines:
     def __init__(self, config, run):
         self.path = Path(config.kwargs["folder"]) / f"{run.name}.jsonl"
+        self.where = str(self.path)
 
     def held(self):
         lines = self.path.read_text().splitlines() if self.path.exists() else []
