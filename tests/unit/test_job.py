@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 import ftexp.job.build
 from ftexp.checkpoint import restore
@@ -52,21 +53,24 @@ def test_of_a_run_that_trains_on_every_rank_takes_the_checkpoint_that_rank_0_fou
     monkeypatch.setattr(restore, "CheckpointStore", lambda storage: SimpleNamespace(
         storage=storage,
         by_name=lambda name: SimpleNamespace(name=name, step=7),
-        read_file=lambda manifest, name: read.append((storage.uri, manifest.name, name)) or b"",
     ))  # fmt: skip
-    monkeypatch.setattr(restore, "load_part", lambda name, content: {})
+    monkeypatch.setattr(
+        restore,
+        "read_weights",
+        lambda store, manifest, weights: read.append((store.storage.uri, manifest.name, weights)) or {},
+    )
     scaled = []
     monkeypatch.setattr(
         restore,
-        "load_matching",
-        lambda model, weights, source, *_: loaded.append(source) or SimpleNamespace(matched=["head.weight"]),
+        "match",
+        lambda model, weights, source, *_: loaded.append(source) or ({}, SimpleNamespace(matched=["head.weight"])),
     )
     monkeypatch.setattr(restore, "initialise_head", lambda _, __, names: scaled.append(names))
     group = SimpleNamespace(rank=1, agree_on=lambda mine: ("/runs/other/checkpoints", "step_7.a1"))
-    learner = SimpleNamespace(model=None, ema=None)
+    learner = SimpleNamespace(model=nn.Identity(), ema=None)
     info = SimpleNamespace(num_classes=2, channels=3, image_size=32)
     job = SimpleNamespace(group=group, learner=learner, info=info, config=composed("model=vit"))
     restore._start_from(job, "/runs/other")
-    assert read == [("/runs/other/checkpoints", "step_7.a1", "model.pt")]
+    assert read == [("/runs/other/checkpoints", "step_7.a1", "raw")]
     assert loaded == ["/runs/other/checkpoints/step_7.a1 (step 7)"]
     assert scaled == [["head.weight"]]
