@@ -1,4 +1,4 @@
-"""What manifest.json says: the facts of a checkpoint, and how to tell that it is whole."""
+"""manifest.json: the facts of a checkpoint, with the size and hash of each file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _READABLE = (2, _FORMAT)  # 2: no shards, and SHA-256 in place of BLAKE3
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint is, and how to tell that it is whole."""
+    """The facts of a checkpoint, with the size and hash of each file."""
 
     name: str  # of its directory
     step: int

@@ -7,13 +7,12 @@ from collections.abc import Iterator
 
 from ftexp.checkpoint.manager import CheckpointManager
 from ftexp.checkpoint.manifest import Manifest
-from ftexp.checkpoint.reading import cut, read_weights
-from ftexp.checkpoint.sharding import like_tree
+from ftexp.checkpoint.reading import read_weights
 from ftexp.checkpoint.store import CheckpointStore, locate
 from ftexp.config.fingerprint import differences
 from ftexp.job.job import Job
 from ftexp.model.build import initialise_head, timm_arguments
-from ftexp.model.matching import match
+from ftexp.model.matching import load_matching
 from ftexp.model.timm_private import checkpoint_filter
 from ftexp.storage.directory import Storage
 from ftexp.wire import events
@@ -79,8 +78,7 @@ def _start_from(job: Job, uri: str) -> None:
     weights = read_weights(store, manifest, "raw")
     filter_fn = checkpoint_filter(timm_arguments(job.config.model, job.info))
     source = _described(store, manifest)
-    fitting, learner.weights_report = match(learner.model, weights, source, "resume_from", filter_fn)
-    learner.model.load_state_dict(cut(fitting, like_tree(learner.model.state_dict())), strict=False)
+    learner.weights_report = load_matching(learner.model, weights, source, "resume_from", filter_fn)
     initialise_head(learner.model, job.config.model, learner.weights_report.matched)  # what is new was so when built
     if learner.ema is not None:
         learner.ema.begin_at(learner.model)

@@ -96,7 +96,7 @@ class EmaState:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if self._context.ema is not None:
-            self._context.ema.load(state["weights"])
+            self._context.ema.model.load_state_dict(state["weights"])
 
 
 @register_state("distill")

@@ -1,4 +1,4 @@
-"""What is done of a save besides the training: serialising, hashing, writing, reading back, and Ray's report.
+"""The part of a save that runs besides training: serialising, hashing, writing, reading back, and Ray's report.
 
 Runs on a thread of each rank; there is one save in flight at the most. Where the model is sharded, each rank of the
 first replica writes its own files, and rank 0 the manifest, once every rank has reported the size and hash of its own.
@@ -160,7 +160,7 @@ class CheckpointWriter:
     def _write(self, saving: Saving) -> None:
         """On the thread: write, thin out, report to Ray. Ranks that write nothing wait in their report.
 
-        Ray is not told of the checkpoint: it would write a snapshot of its own into the run directory, from its
+        The checkpoint is not reported to Ray: it would write a snapshot of its own into the run directory, from its
         control loop, where a store that is down for a moment ends the run. The manifests say what there is.
         """
         if self._writes and not self._tried(saving):

@@ -25,6 +25,16 @@ class Workers:
     resources_per_worker: dict[str, float]
     runtime_env: dict[str, Any] = field(default_factory=dict)  # Ray's, for the train workers alone
 
+    def ray_scaling(self, scaling: ScalingConfig) -> dict[str, Any]:
+        """Return the arguments of Ray's ScalingConfig that say what a worker takes, and where it runs."""
+        return {
+            "use_gpu": self.use_gpu,
+            "resources_per_worker": self.resources_per_worker,
+            "placement_strategy": scaling.placement_strategy,
+            "accelerator_type": scaling.accelerator_type,
+            "label_selector": scaling.label_selector,
+        }
+
     @property
     def num_threads(self) -> int:
         """Of one worker: as many as it has whole CPUs, and one at least."""

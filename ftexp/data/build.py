@@ -135,17 +135,17 @@ def _streamed(config: DataConfig, listing: Listing, readers: Mapping[str, Reader
 
 def _stream_readers(config: DataConfig, listing: Listing, sizes: str, in_order: bool) -> Mapping[str, Reader]:
     """How samples are read: in their order, or in that of `data.shuffle_window`."""
-    if config.shuffle_window is None:
-        if in_order and listing.block_sizes and not listing.single_readers:
-            return _block_readers(listing, 1)
-        if listing.block_sizes and not listing.single_readers:
-            raise DataError(
-                f"data.shuffle_window is not set, and streaming shuffled single rows of data.name={config.name} would "
-                "read a whole row group for each: set data.shuffle_window=8, say, to shuffle row groups, and rows "
-                f"within 8 of them at a time; or take data.feed=cached ({sizes})"
-            )
+    if config.shuffle_window is not None:
+        return _block_readers(listing, config.shuffle_window)
+    if listing.single_readers or not listing.block_sizes:
         return listing.single_readers or listing.readers
-    return _block_readers(listing, config.shuffle_window)
+    if in_order:
+        return _block_readers(listing, 1)
+    raise DataError(
+        f"data.shuffle_window is not set, and streaming shuffled single rows of data.name={config.name} would "
+        "read a whole row group for each: set data.shuffle_window=8, say, to shuffle row groups, and rows "
+        f"within 8 of them at a time; or take data.feed=cached ({sizes})"
+    )
 
 
 def _block_readers(listing: Listing, num_blocks: int) -> dict[str, Reader]:

@@ -38,11 +38,7 @@ def measured(config: Config, workers: Workers, storage: Storage) -> list[RankFac
             torch_config=TorchConfig(backend=scaling.backend, timeout_s=scaling.timeout_s),
             scaling_config=ScalingConfig(
                 num_workers=workers.max_workers,
-                use_gpu=workers.use_gpu,
-                resources_per_worker=workers.resources_per_worker,
-                placement_strategy=scaling.placement_strategy,
-                accelerator_type=scaling.accelerator_type,
-                label_selector=scaling.label_selector,
+                **workers.ray_scaling(scaling),
             ),
             run_config=RunConfig(
                 name=name,

@@ -121,27 +121,28 @@ def _with_preprocessing(config: Config, overrides: list[str] | None, run_dir: St
     return made
 
 
-def _check_sizes(config: Config) -> None:
-    """ConfigError if the model can't be trained on the sizes of progressive resizing; imports torch and timm."""
+def _import_plugins(config: Config) -> None:
+    """Import what may register the model, on the driver."""
     from ftexp.cluster.ray_cluster import prepare_environment
-
-    prepare_environment(config)  # a plug-in may import Ray
-    from ftexp.model.sizes import check_sizes
     from ftexp.registry import load_plugins
 
+    prepare_environment(config)  # a plug-in may import Ray
     load_plugins(config.plugins)
+
+
+def _check_sizes(config: Config) -> None:
+    """ConfigError if the model can't be trained on the sizes of progressive resizing; imports torch and timm."""
+    _import_plugins(config)
+    from ftexp.model.sizes import check_sizes
+
     check_sizes(config)
 
 
 def _check_weights(config: Config) -> tuple[dict[str, Any], str]:
     """The weights' preprocessing, and whose config says so. It takes torch and timm, so that it costs seconds."""
-    from ftexp.cluster.ray_cluster import prepare_environment
-
-    prepare_environment(config)  # a plug-in may import Ray
+    _import_plugins(config)
     from ftexp.model.build import check_weights
     from ftexp.model.preprocessing import preprocessing_of
-    from ftexp.registry import load_plugins
 
-    load_plugins(config.plugins)
     check_weights(config.model, config.data)
     return preprocessing_of(config.model, config.data.channels)

@@ -173,11 +173,7 @@ def build_trainer(context: RunContext, bundle: DataBundle, hub: HubAddress) -> T
         torch_config=ReportingTorchConfig(backend=scaling.backend, timeout_s=scaling.timeout_s, reporter=reporter),
         scaling_config=ScalingConfig(
             num_workers=workers.num_workers,
-            use_gpu=workers.use_gpu,
-            resources_per_worker=workers.resources_per_worker,
-            placement_strategy=scaling.placement_strategy,
-            accelerator_type=scaling.accelerator_type,
-            label_selector=scaling.label_selector,
+            **workers.ray_scaling(scaling),
             elastic_resize_monitor_interval_s=scaling.elastic_resize_monitor_interval_s,
         ),
         run_config=RunConfig(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from ftexp.config.schema import EmaConfig
-from ftexp.model.parallel.parts import load_weights, local
+from ftexp.model.parallel.parts import local
 
 
 class WeightsEMA:
@@ -28,10 +27,6 @@ class WeightsEMA:
     def begin_at(self, model: nn.Module) -> None:
         """Forget what was averaged: the weights of `model` are all there is."""
         self._ema.set(model)
-
-    def load(self, weights: Mapping[str, Tensor]) -> None:
-        """Resume with an average that was saved, a state dict of the model with whole tensors."""
-        load_weights(self.model, weights)
 
 
 class ShardedEMA(WeightsEMA):

@@ -130,7 +130,8 @@ def resume(rank, world, kind):
     learner = resumed.learner
     learner.model.load_state_dict(cut(kept[0], like_tree(learner.model.state_dict())))
     learner.optimizer.load_state_dict(cut(kept[1], like_parameters(learner.optimizer)))
-    resumed.learner.ema.load(kept[2])
+    average = learner.ema.model
+    average.load_state_dict(cut(kept[2], like_tree(average.state_dict())))
     resumed.progress.load_state_dict(progress, rank)
     go_on(resumed)
     assert resumed.progress.metrics == metrics

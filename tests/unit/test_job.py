@@ -4,7 +4,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import nn
 
 import ftexp.job.build
 from ftexp.checkpoint import restore
@@ -62,12 +61,12 @@ def test_of_a_run_that_trains_on_every_rank_takes_the_checkpoint_that_rank_0_fou
     scaled = []
     monkeypatch.setattr(
         restore,
-        "match",
-        lambda model, weights, source, *_: loaded.append(source) or ({}, SimpleNamespace(matched=["head.weight"])),
+        "load_matching",
+        lambda model, weights, source, *_: loaded.append(source) or SimpleNamespace(matched=["head.weight"]),
     )
     monkeypatch.setattr(restore, "initialise_head", lambda _, __, names: scaled.append(names))
     group = SimpleNamespace(rank=1, agree_on=lambda mine: ("/runs/other/checkpoints", "step_7.a1"))
-    learner = SimpleNamespace(model=nn.Identity(), ema=None)
+    learner = SimpleNamespace(model=None, ema=None)
     info = SimpleNamespace(num_classes=2, channels=3, image_size=32)
     job = SimpleNamespace(group=group, learner=learner, info=info, config=composed("model=vit"))
     restore._start_from(job, "/runs/other")

@@ -84,7 +84,7 @@ def _whole_model_problems(config: Config) -> Iterator[str]:
 
 
 def check_computing(config: Config) -> Iterator[str]:
-    """What is compiled, and which activations are computed again."""
+    """Check train.compile and train.checkpoint_activations."""
     train = config.train
     if not isinstance(train.compile, bool) and train.compile not in COMPILED:
         near = did_you_mean(str(train.compile), COMPILED)
