@@ -113,9 +113,10 @@ def test_an_id_is_drawn_from_rays_own_generator_of_unique_ids():
     assert bytes.fromhex(first) != bytes(len(first) // 2)
 
 
-def test_the_processes_that_ray_has_started_are_where_they_are_looked_for():
+def test_the_processes_that_ray_has_started_are_where_they_are_looked_for(monkeypatch):
     import ray._private.ray_constants as constants
     import ray._private.services as services
+    import ray._private.worker as worker
     from ray._private.node import Node
 
     assert set(ray_private._VITAL) == {constants.PROCESS_TYPE_GCS_SERVER, constants.PROCESS_TYPE_RAYLET}
@@ -123,6 +124,8 @@ def test_the_processes_that_ray_has_started_are_where_they_are_looked_for():
     for start in (Node.start_gcs_server, Node.start_raylet):
         assert "self.all_processes[ray_constants.PROCESS_TYPE_" in inspect.getsource(start)
     assert callable(Node.get_logs_dir_path)
+    assert hasattr(worker, "_global_node")
+    monkeypatch.setattr(worker, "_global_node", None)  # another test may have left its Ray running in this process
     assert ray_private.started_processes() == {}
 
 
