@@ -114,7 +114,7 @@ def _fit(context: RunContext, session: Session, hub: Hub) -> ray.train.Result:
     while True:
         trainer = build_trainer(context, session.bundle, hub.address)
         try:
-            return trainer.fit()
+            return ray_private.fitted(trainer)
         except ray.exceptions.RayActorError:
             match hub.handle(ControllerDied()):
                 case Retry(delay_s) if session.running.is_own:

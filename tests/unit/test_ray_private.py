@@ -159,3 +159,38 @@ def test_the_dashboards_process_does_nothing_but_count_usage_where_there_is_no_d
     assert '"--modules-to-load=UsageStatsHead"' in inspect.getsource(services.start_api_server)
     started = inspect.getsource(Node.start_head_processes) + inspect.getsource(Node.start_ray_processes)
     assert all(f"self.{name}(" in started for name in STARTS), "Ray starts them elsewhere now"
+
+
+class Trainer:
+    """As much of Ray's as `fitted` uses: its fit() returns the callbacks that Ray Train's controller would get."""
+
+    def __init__(self):
+        self.kept = object()
+
+    def _create_default_callbacks(self):
+        from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+
+        return [PlacementGroupCleanerCallback(), self.kept]
+
+    def fit(self):
+        return self._create_default_callbacks()
+
+
+@pytest.mark.parametrize(("has_api_server", "num_callbacks"), [(True, 2), (False, 1)])
+def test_no_actor_waits_for_an_api_server_that_does_not_run(monkeypatch, has_api_server, num_callbacks):
+    monkeypatch.setattr(ray_private, "has_api_server", lambda: has_api_server)
+    trainer = Trainer()
+    callbacks = ray_private.fitted(trainer)
+    assert (len(callbacks), callbacks[-1]) == (num_callbacks, trainer.kept)
+
+
+def test_ray_train_makes_its_callbacks_and_asks_the_api_server_where_that_is_looked_for():
+    import ray.train.v2._internal.execution.controller.placement_group_cleaner as cleaner
+    from ray.dashboard import utils
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+    source = inspect.getsource(DataParallelTrainer._create_default_callbacks)
+    assert "PlacementGroupCleanerCallback()" in source, "where it is made has moved: see ray_private.fitted"
+    assert "self._create_default_callbacks()" in inspect.getsource(DataParallelTrainer)
+    assert "is_actor_alive(" in inspect.getsource(cleaner), "it may work without an API server now: let it run"
+    assert "ray_constants.DASHBOARD_ADDRESS" in inspect.getsource(utils.ray_address_to_api_server_url)
