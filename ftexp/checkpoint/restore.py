@@ -17,13 +17,14 @@ from ftexp.model.timm_private import checkpoint_filter
 from ftexp.storage.directory import Storage
 from ftexp.wire import events
 from ftexp.wire.channel import Channel
-from ftexp.wire.messages import Happened
+from ftexp.wire.messages import START, STORAGE, Happened
 
 
-def restore(job: Job, store: CheckpointStore, checkpoints: CheckpointManager) -> None:
+def restore(job: Job, store: CheckpointStore, checkpoints: CheckpointManager) -> str:
     """Go to the latest checkpoint that verifies; collective. Without one, start from `resume_from`, or as built.
 
-    What doesn't verify is quarantined and told; ConfigError if the checkpoint is that of another run.
+    What doesn't verify is quarantined and told; ConfigError if the checkpoint is that of another run. Returns what the
+    state comes from: STORAGE or START.
     """
     started = time.perf_counter()
     rejections = _Rejections(job.channel, store)
@@ -43,6 +44,7 @@ def restore(job: Job, store: CheckpointStore, checkpoints: CheckpointManager) ->
         job.channel.send(
             Happened(events.Restored(rejections.count, seconds, name, job.progress.step, job.progress.position))
         )
+    return START if name is None else STORAGE
 
 
 class _Rejections:

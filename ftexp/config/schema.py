@@ -411,6 +411,9 @@ class FailureConfig:
     # compare the weights of all ranks every so many steps, and before each save; a difference is a failure; None: never
     check_replicas_every_steps: int | None = ranged(None, low=1)
     repeat_step_every: int | None = ranged(None, low=1)  # one step in so many is computed twice, and compared bitwise
+    # steps between snapshots in memory that outlives the workers; None: as often as costs 1 % of the time; 0: none
+    memory_every_steps: int | None = ranged(None, low=0)
+    memory_max_gb: float | None = ranged(None, above=0)  # of a node, for snapshots; None: a quarter of what is free
     hang_timeout_s: float | None = ranged(300.0, above=0)  # without a step, on any rank; None: never
     start_timeout_s: float | None = ranged(1800.0, above=0)  # for building, restoring, compiling and the first step
     evaluation_timeout_s: float | None = ranged(1800.0, above=0)

@@ -18,6 +18,7 @@ from ftexp.data.info import DataInfo
 from ftexp.rundir.names import CHECKPOINTS
 from ftexp.rundir.state import Failure, RunState
 from ftexp.storage.directory import Storage
+from ftexp.wire.messages import MEMORY, REPLACED, START, STORAGE
 
 _RATE_WINDOW_S = 10.0
 
@@ -142,6 +143,10 @@ class Terminal:
     def recovered(self, failure: Failure, checkpoint: str | None, rejected: int, pids: list[int]) -> None:
         """Training goes on after a failure."""
         origin = f"restored {checkpoint}" if checkpoint else "no checkpoint yet, so from the start"
+        if failure.recovery == MEMORY:
+            origin = f"restored {checkpoint} from memory"
+        elif failure.recovery == REPLACED:
+            origin = f"{failure.where} replaced"
         damaged = f" ({rejected} damaged skipped)" if rejected else ""
         parts = [failure.seconds_to_detect, failure.seconds_to_restart, failure.seconds_to_restore]
         total = sum(seconds for seconds in parts if seconds is not None)
@@ -214,13 +219,19 @@ def _account(failure: Failure) -> str:
         ("to detect", failure.seconds_to_detect),
         ("to restart", failure.seconds_to_restart),
         ("to restore", failure.seconds_to_restore),
+        ("to a new step", failure.seconds_to_new_step),
     )
-    costs = [f"{seconds:.1f} s {title}" for title, seconds in parts if seconds is not None]
+    costs = [_RECOVERIES[failure.recovery]] if failure.recovery is not None else []
+    costs += [f"{seconds:.1f} s {title}" for title, seconds in parts if seconds is not None]
     costs += [f"{failure.steps_replayed} steps replayed"] if failure.steps_replayed is not None else []
     what = failure.cause if failure.where == "Ray" else f"{failure.cause} of {failure.where}"
     return f"{what} at step {failure.step}: {', '.join(costs)}"
 
 
+_RECOVERIES = {
+    **{REPLACED: "replaced", MEMORY: "restored from memory", STORAGE: "restored from storage"},
+    START: "begun from the start",
+}
 _MAX_FAILURES_SHOWN = 10
 _LIVE = (
     *(("train_loss", "loss"), ("train_accuracy", "acc"), ("val_loss", "val_loss"), ("val_accuracy", "val_acc")),

@@ -50,6 +50,7 @@ class Interruption:
     seconds: dict[str, float] = field(default_factory=dict)  # by phase
     steps_replayed: int | None = None  # None: it didn't go on
     restored: str | None = None  # the checkpoint
+    recovery: str | None = None  # what training went on from: replaced, memory, storage or start
 
     @property
     def lost_s(self) -> float:
@@ -165,6 +166,8 @@ class _Follower:
         self.timeline.attempts.append((max(event["step"], self._farthest), event["time"]))
         if self._open is not None:
             self._open.steps_replayed = max(0, self._open.step - event["step"])
+            before = "start" if self._open.restored is None else "storage"  # in records that don't say
+            self._open.recovery = event.get("source") or before
         self._phase = REPLAYING if event["step"] < self._farthest else TRAINING
         if self._phase == TRAINING:
             self._open = None

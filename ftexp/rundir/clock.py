@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
-from ftexp.rundir.state import RunState
-from ftexp.wire.events import CaughtUp
+from ftexp.rundir.state import Failure, RunState
+from ftexp.wire.events import CaughtUp, Event, Recovered
 
 
 class RunClock:
@@ -30,38 +31,53 @@ class RunClock:
         self._working_since = steady()  # the end of what was last counted as productive, or lost
         self._attempt_since = steady()
         self._replayed_from: int | None = None  # the step that the attempt began at, while it replays
+        self._recovering: Failure | None = None  # until a step is done that had never been done before
+        self._ready_since = steady()
 
     def attempt_started(self) -> float:
         """Rank 0 of a new worker group has connected; returns the time."""
-        failures = self._state.failures
-        self._attempt_since, self._died_at = self._steady(), None
-        self._farthest_before = self._state.farthest_step
-        if failures and failures[-1].seconds_to_restart is None and self.noticed_at is not None:
-            failures[-1].seconds_to_restart = round(self._attempt_since - self._noticed, 3)
+        self._died_at, self._farthest_before = None, self._state.farthest_step
+        self.workers_started()
         return self.now()
 
-    def ready(self, step: int) -> float:
-        """Training begins after `step`; returns the time."""
+    def workers_started(self) -> None:
+        """The process that was missing since the last failure is there."""
+        failures, self._attempt_since = self._state.failures, self._steady()
+        if failures and failures[-1].seconds_to_restart is None and self.noticed_at is not None:
+            failures[-1].seconds_to_restart = round(self._attempt_since - self._noticed, 3)
+
+    def ready(self, step: int, source: str) -> float:
+        """Training begins after `step`, from a state of that source; returns the time."""
         failures = self._state.failures
-        self._working_since = self._steady()
+        self._working_since = self._ready_since = self._steady()
         self._replayed_from = step if step < self._state.farthest_step else None
         self._state.step = step
         if failures and failures[-1].steps_replayed is None and self.noticed_at is not None:
+            self._recovering = failures[-1]
             failures[-1].seconds_to_restore = round(self._working_since - self._attempt_since, 3)
             failures[-1].steps_replayed = max(0, failures[-1].step - step)
+            failures[-1].recovery = source
         return self.now()
 
-    def reached(self, step: int, epoch: int) -> CaughtUp | None:
-        """`step` is done; returns an event if everything that was lost has been done again."""
-        state, now, caught_up = self._state, self._steady(), None
+    def reached(self, step: int, epoch: int) -> list[Event]:
+        """`step` is done; returns events if everything that was lost has been done again."""
+        state, now, caught_up = self._state, self._steady(), list[Event]()
         if step > state.farthest_step:
             if self._replayed_from is not None:
-                caught_up, self._replayed_from = CaughtUp(state.farthest_step, self._replayed_from), None
+                caught_up.append(CaughtUp(state.farthest_step, self._replayed_from))
+                self._replayed_from = None
+            if self._recovering is not None:
+                caught_up.append(self._recovered(self._recovering, now))
+                self._recovering = None
             state.productive_s += now - self._working_since
         if step != state.step:  # at the same step, the time goes to the step that comes next
             self._working_since = now
         state.step, state.epoch, state.farthest_step = step, epoch, max(step, state.farthest_step)
         return caught_up
+
+    def _recovered(self, failure: Failure, now: float) -> Recovered:
+        failure.seconds_to_new_step = round(now - self._ready_since, 3)
+        return Recovered(**{each.name: getattr(failure, each.name) for each in dataclasses.fields(Recovered)})
 
     def process_ended(self, when: float) -> None:
         """A process of the current attempt was lost, or raised."""
@@ -74,6 +90,7 @@ class RunClock:
         if told_late:
             self.noticed_at = died_at
         self._noticed = self._since(self.noticed_at)
+        self._recovering = None
         # the next group may die before it says hello
         self._farthest_before, self._died_at = self._state.farthest_step, None
         return round(max(0.0, self.noticed_at - died_at), 3)

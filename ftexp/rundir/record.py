@@ -179,7 +179,7 @@ class RunRecord:
         )
         self.state.failures.append(failure)
         self.died_rank = None
-        fields = {key: value for key, value in vars(failure).items() if key not in ("attempt", "step")}
+        fields = {each.name: getattr(failure, each.name) for each in dataclasses.fields(events.Failure)}
         self.event(events.Failure(**fields), self.clock.noticed_at)
         self.write()
         return failure
@@ -220,10 +220,10 @@ class RunRecord:
         self.state.model = {"arguments": ready.arguments, "num_parameters": ready.num_parameters}
         self.state.hardware, self._is_ready = ready.hardware, True
         self._forget_corrupt(ready.step)
-        when = self.clock.ready(ready.step)
+        when = self.clock.ready(ready.step, ready.source)
         if ready.weights:
             self.event(events.WeightsLoaded(ready.weights))
-        self.event(events.Ready(ready.device, self.pids()), when)
+        self.event(events.Ready(ready.device, self.pids(), ready.source), when)
         self.write()
 
     def _forget_corrupt(self, step: int) -> None:
@@ -233,8 +233,8 @@ class RunRecord:
             self._attempt_to(lambda: self.metrics.forget_after(step))
 
     def _reached(self, step: int, epoch: int) -> None:
-        if (caught_up := self.clock.reached(step, epoch)) is not None:
-            self.event(caught_up)
+        for event in self.clock.reached(step, epoch):
+            self.event(event)
 
     def _happened(self, event: events.Event, when: float) -> None:
         match event:

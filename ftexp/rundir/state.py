@@ -27,7 +27,9 @@ class Failure:
     seconds_to_detect: float | None = None  # from the process's death, or the exception, to Ray's notice
     seconds_to_restart: float | None = None  # from there to the new worker group's start
     seconds_to_restore: float | None = None  # from there to the first batch
+    seconds_to_new_step: float | None = None  # from there to the end of the first step that had never been done before
     steps_replayed: int | None = None
+    recovery: str | None = None  # what training went on from: replaced, memory, storage or start; None: it didn't yet
     node: str | None = None  # that the rank ran on
     progressed: bool = True  # whether its attempt did a step that had never been done before
     decision: str = ""  # what happened then, and the arithmetic behind it

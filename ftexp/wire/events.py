@@ -137,6 +137,7 @@ class Ready(Event):
 
     device: str
     pids: list[int]  # by rank
+    source: str | None = None  # of its state: replaced, memory, storage or start
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,7 @@ class Raised(Event):
 
 @dataclass(frozen=True)
 class Failure(Event):
-    """A worker group failed; the fields are those of `ftexp.rundir.state.Failure`."""
+    """A worker group failed; fields of `ftexp.rundir.state.Failure`, as far as they are known by then."""
 
     cause: str
     rank: int | None
@@ -169,6 +170,20 @@ class Failure(Event):
     node: str | None
     progressed: bool
     decision: str
+
+
+@dataclass(frozen=True)
+class Recovered(Event):
+    """The first step since a failure that had never been done before; fields of `ftexp.rundir.state.Failure`."""
+
+    cause: str
+    rank: int | None
+    recovery: str | None
+    seconds_to_detect: float | None
+    seconds_to_restart: float | None
+    seconds_to_restore: float | None
+    seconds_to_new_step: float | None
+    steps_replayed: int | None
 
 
 @dataclass(frozen=True)
@@ -252,13 +267,14 @@ class CheckpointRejected(Event):
 
 @dataclass(frozen=True)
 class Restored(Event):
-    """A worker group goes on from a checkpoint."""
+    """A worker group goes on from a checkpoint, or from a snapshot in memory."""
 
     rejected: int  # checkpoints
     restore_s: float
-    checkpoint: str
+    checkpoint: str  # name; of a snapshot, the one that its checkpoint would have
     step: int
     position: int
+    source: str = "storage"  # or memory
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ class Message:
     time: float = field(default_factory=time.time, kw_only=True, compare=False)  # when it was; seconds since 1970
 
 
+# what an attempt's state comes from: ranks that live, snapshots in memory, a checkpoint, or nothing that was saved
+REPLACED, MEMORY, STORAGE, START = "replaced", "memory", "storage", "start"
 UNSAVED, DAMAGED, FAILED = "unsaved", "damaged", "failed"  # checkpoints that can't be evaluated; evaluation that raised
 
 # From a worker to the driver
@@ -35,7 +37,7 @@ class Hello(Message):
 
 @dataclass(frozen=True)
 class Ready(Message):
-    """Rank 0 is about to train."""
+    """Rank 0 is about to train, or to train on after another rank was replaced."""
 
     step: int
     total_steps: int
@@ -44,6 +46,7 @@ class Ready(Message):
     num_parameters: int
     hardware: dict[str, Any] = field(default_factory=dict)  # of its node
     weights: str | None = None  # report of what was loaded into the model
+    source: str = START  # of the state: REPLACED, MEMORY, STORAGE or START
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from ftexp.worker.speed import speeds
 _TICK_INTERVAL_S = 0.1  # between messages that only move the progress bar
 
 
-def announce(job: Job) -> None:
-    """Tell the driver what was built, once everything is ready to train."""
+def announce(job: Job, source: str) -> None:
+    """Tell the driver what was built, once everything is ready to train. source: of the state, see `Ready`."""
     if job.group.rank == 0:
         ready = Ready(
             arguments=timm_arguments(job.config.model, job.info),
@@ -26,6 +26,7 @@ def announce(job: Job) -> None:
             total_steps=job.total_steps,
             step=job.progress.step,
             weights=str(job.learner.weights_report) if job.learner.weights_report else None,
+            source=source,
         )
         job.channel.send(ready)
 

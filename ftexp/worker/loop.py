@@ -94,8 +94,7 @@ def planned_chaos(job: Job, run_dir: Storage) -> Chaos | None:
 def begin(job: Job, store: CheckpointStore, checkpoints: CheckpointManager) -> None:
     """Restore the state that the attempt starts from; collective."""
     settle_gradient_order(job)
-    restore(job, store, checkpoints)
-    announce(job)
+    announce(job, restore(job, store, checkpoints))
     ask_again(job, store)
     checkpoints.keep_in_memory()
 

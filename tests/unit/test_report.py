@@ -50,8 +50,9 @@ class Story:
             self.tell(Hello(rank, workers, 100 + rank, "n"))
         self.after(0.5)
         if step:
-            self.event(events.Restored(0, 0.1, f"step_{step:08d}.a1", step, 0))
-        self.tell(Ready(step, 100, "cpu", {}, 5, hardware={"processor": "a fast one", "memory_bytes": 2**31}))
+            self.event(events.Restored(0, 0.1, f"step_{step:08d}.a1", step, 0, "memory"))
+        hardware = {"processor": "a fast one", "memory_bytes": 2**31}
+        self.tell(Ready(step, 100, "cpu", {}, 5, hardware, source="memory" if step else "start"))
 
     def steps(self, first, last, seconds_each=0.1, **values):
         for step in range(first, last + 1):
@@ -138,6 +139,7 @@ def test_the_timeline_of_three_kills_has_the_durations_that_the_records_have(sto
         )
         assert told.steps_replayed == failure.steps_replayed
         assert told.restored == f"step_{failure.step - failure.steps_replayed:08d}.a1"
+        assert told.recovery == failure.recovery == "memory"
     sums = timeline.seconds_by_phase()
     assert sums["starting"] == pytest.approx(3)
     assert sums["ending"] == pytest.approx(2)

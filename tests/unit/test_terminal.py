@@ -70,6 +70,10 @@ def test_a_recovery_says_what_it_cost():
     assert "training again after 9.3 s: restored step_00000040.a1 (1 damaged skipped), replaying 17 steps" in text
     assert "pids 7, 8" in text
     assert "from the start" in show(lambda t: t.recovered(done, None, 0, []))
+    kept = failure(recovery="memory", steps_replayed=2)
+    assert "s: restored step_7.a1 from memory, replaying 2" in show(lambda t: t.recovered(kept, "step_7.a1", 0, []))
+    kept = failure(recovery="replaced", steps_replayed=0)
+    assert "s: rank 1 replaced, replaying 0 steps" in show(lambda t: t.recovered(kept, None, 0, []))
 
 
 def test_without_a_terminal_each_epoch_is_a_plain_line():
@@ -126,11 +130,13 @@ def test_the_summary_shows_other_metrics_and_why_a_run_stopped_early():
 
 def test_the_summary_accounts_for_each_of_the_last_failures():
     costs = {"seconds_to_detect": 0.25, "seconds_to_restart": 8.0, "seconds_to_restore": 1.0, "steps_replayed": 17}
+    costs |= {"seconds_to_new_step": 0.5, "recovery": "memory"}
     failures = [failure(step=step, **costs) for step in range(1, 12)] + [failure(cause="hang", rank=None)]
     text = show(lambda t: t.summary(state(status="finished", failures=failures, goodput=0.876), Storage("/runs/demo")))
     assert "12.3 s, 88% of it on steps that counted" in text
     assert "12 survived" in text
-    cost = "0.2 s to detect, 8.0 s to restart, 1.0 s to restore, 17 steps replayed"
+    times = "0.2 s to detect, 8.0 s to restart, 1.0 s to restore, 0.5 s to a new step"
+    cost = f"restored from memory, {times}, 17 steps replayed"
     shown = [line.strip() for line in text.splitlines() if " at step " in line]
     assert shown == [f"crash of rank 1 at step {step}: {cost}" for step in range(3, 12)] + [
         "hang of a worker at step 57:"  # nothing is known of what it cost

@@ -10,7 +10,7 @@ from ftexp.rundir.state import Failure, RunState, read_state
 from ftexp.storage.append_log import read_lines
 from ftexp.storage.directory import Storage
 from ftexp.wire import events
-from ftexp.wire.messages import Begin, Happened, Hello, Lost, Metrics, Raised, Ready, Tick
+from ftexp.wire.messages import MEMORY, STORAGE, Begin, Happened, Hello, Lost, Metrics, Raised, Ready, Tick
 
 SCORE = ("val_accuracy", "max")
 
@@ -46,8 +46,8 @@ def hello(record, rank, world_size=2, pid=100):
     return record.handle(Hello(rank, world_size, pid + rank, "n"))
 
 
-def ready(record, step):
-    record.handle(Ready(step, total_steps=100, device="cpu", arguments={}, num_parameters=5))
+def ready(record, step, source=STORAGE):
+    record.handle(Ready(step, total_steps=100, device="cpu", arguments={}, num_parameters=5, source=source))
 
 
 def metric(record, split, step, epoch=0, **values):
@@ -87,16 +87,50 @@ def test_a_failure_is_accounted_for_from_death_to_the_first_new_step(record, sto
     clock.now += 4
     hello(record, 0, pid=200), hello(record, 1, pid=200)
     clock.now += 2
-    ready(record, 40)
+    ready(record, 40, MEMORY)
+    clock.now += 1
+    tick(record, 57)
+    assert record.state.failures[0].seconds_to_new_step is None
+    clock.now += 1
+    tick(record, 58)
+    tick(record, 59)
     record.close("finished")
     (failure,) = read_state(storage).failures
     assert (failure.cause, failure.rank, failure.step, failure.attempt) == ("crash", 1, 57, 1)
     assert (failure.seconds_to_detect, failure.seconds_to_restart, failure.seconds_to_restore) == (0.25, 4.0, 2.0)
-    assert failure.steps_replayed == 17
+    assert (failure.seconds_to_new_step, failure.steps_replayed, failure.recovery) == (2.0, 17, "memory")
     assert record.pids() == [200, 201]
-    assert [line["event"] for line in lines(storage, "events.jsonl")] == [
-        "attempt_started", "ready", "failure", "attempt_started", "ready", "finished",
+    told = lines(storage, "events.jsonl")
+    assert [line["event"] for line in told] == [
+        "attempt_started", "ready", "failure", "attempt_started", "ready", "caught_up", "recovered", "finished",
     ]  # fmt: skip
+    assert (told[4]["source"], told[6]["recovery"], told[6]["seconds_to_new_step"]) == ("memory", "memory", 2.0)
+
+
+def test_a_failure_before_the_first_new_step_leaves_the_one_before_without_one(record, storage, clock):
+    hello(record, 0)
+    ready(record, 0)
+    tick(record, 57)
+    for _ in range(2):
+        record.fail("crash", 0, "the process died")
+        hello(record, 0)
+        ready(record, 40, STORAGE)
+        clock.now += 1
+        tick(record, 50)
+    tick(record, 58)
+    record.close("finished")
+    first, second = read_state(storage).failures
+    assert (first.recovery, first.seconds_to_new_step, first.steps_replayed) == ("storage", None, 17)
+    assert (second.recovery, second.seconds_to_new_step, second.steps_replayed) == ("storage", 1.0, 10)
+    (recovered,) = [line for line in lines(storage, "events.jsonl") if line["event"] == "recovered"]
+    assert recovered["steps_replayed"] == 10
+
+
+def test_a_run_json_that_says_nothing_of_recoveries_is_read(storage):
+    old = {"name": "x", "failures": [{"attempt": 1, "cause": "crash", "rank": 0, "step": 5, "error": "gone"}]}
+    storage.write_bytes("run.json", json.dumps(old).encode())
+    (failure,) = read_state(storage).failures
+    assert (failure.recovery, failure.seconds_to_new_step) == (None, None)
 
 
 @pytest.mark.parametrize(("order", "best"), [("max", 0.9), ("min", 0.2)])
@@ -203,7 +237,7 @@ def test_a_clock_that_is_set_back_changes_no_duration_and_stops_no_copy(storage,
     assert (failure.seconds_to_restart, failure.seconds_to_restore) == (4, 2)
     assert (read_state(storage).seconds, read_state(storage).productive_s) == (40, 29)
     times = [line["time"] for line in lines(storage, "events.jsonl")]
-    assert times == [1000, 1005, -2580, -6176, -9774, -9760]
+    assert times == [1000, 1005, -2580, -6176, -9774, -9760, -9760]
 
 
 def test_a_command_that_began_again_counts_the_seconds_since_its_ray_was_found_dead(storage, clock):
