@@ -233,7 +233,8 @@ def train(
     folder: Path, storage: str, environment: dict[str, str], overrides: list[str], strike: Callable[[list[int]], None]
 ) -> Run:
     """Run the command on the first machine; `strike` is called with the workers' pids once it trains."""
-    head, lines, pids, began = MACHINES[0], [], [], time.monotonic()
+    head, lines, pids, began = MACHINES[0], list[str](), list[int](), time.monotonic()
+    is_struck = False
     words = [sys.executable, "-m", "ftexp.train", *TRAINING, f"run.storage={storage}", *overrides]
     with head.start(folder, *words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
         assert process.stdout is not None
@@ -241,7 +242,8 @@ def train(
             lines.append(f"{time.monotonic() - began:7.1f} {line}")
             if found := re.search(r"pids ([\d, ]+)", line):
                 pids = [int(pid) for pid in found[1].split(",")]
-            if line.startswith(STRIKE_AT):
+            if line.startswith(STRIKE_AT) and not is_struck:  # the line may come again
+                is_struck = True
                 strike(pids)
     run = Run(under(storage, "run"), process.returncode, time.monotonic() - began, "".join(lines))
     run.state = json.loads(read(run.uri, "run.json"))

@@ -73,6 +73,7 @@ class RunRecord:
         """Record a message; returns the answer to a `Hello` or `Sync`."""
         if isinstance(message, _HEARTBEATS):
             self.heard_at = self.clock.now()
+            self.clock.heard()
         answer = self._record(message)
         if self._steady() - self._flushed > _FLUSH_INTERVAL_S:
             self.write()

@@ -4,20 +4,27 @@ Ray's own report() takes one item a poll and blocks all ranks; it is kept for ch
 workers and driver to reach each other on any port, so this asks for no more of a network. The driver is the
 only writer of the run's records, which therefore need no locks. A closed connection also tells at once that a
 process has died, seconds before Ray polls it.
+
+Messages are dated by their sender. Where a node's clock differs from the driver's, they are dated anew, so that the
+records have one clock: by how much it differs is told by the first message, which is sent at once.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hmac
 import secrets
 import socket
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TextIO
 
 from ftexp.wire.messages import Evaluated, Goodbye, Hello, Lost, Message, Save, Stop, Sync, from_line, to_line
+
+_MIN_SKEW_S = 1.0  # of a clock; less may be what a message takes
 
 Handler = Callable[[Message], Message | None]
 
@@ -80,6 +87,8 @@ class Hub:
             if not hmac.compare_digest(self._next(stream).strip().encode(), self.address.token.encode()):
                 return
             first = from_line(self._next(stream))
+            skew_s = _skew_s(first)
+            first = _dated_anew(first, skew_s)
             self._answer(connection, self.handle(first) if first is not None else None)
             with self._lock:
                 self._open.append(connection)
@@ -87,7 +96,7 @@ class Hub:
                     self._answer(connection, Stop())
             said_goodbye = False
             while not said_goodbye and (line := self._next(stream)):
-                if (message := from_line(line)) is None:
+                if (message := _dated_anew(from_line(line), skew_s)) is None:
                     continue
                 said_goodbye = isinstance(message, Goodbye)
                 answer = self.handle(message)
@@ -130,6 +139,16 @@ class Hub:
             except Exception as error:  # raised again on the thread that waits for the run
                 self.failed = error
         return Stop(f"the driver failed: {type(self.failed).__name__}: {self.failed}")
+
+
+def _skew_s(first: Message | None) -> float:
+    """Return how far the clock of who sent this just now is ahead."""
+    ahead_s = first.time - time.time() if first is not None else 0.0
+    return ahead_s if abs(ahead_s) >= _MIN_SKEW_S else 0.0
+
+
+def _dated_anew(message: Message | None, skew_s: float) -> Message | None:
+    return dataclasses.replace(message, time=message.time - skew_s) if message is not None and skew_s else message
 
 
 def _send(connection: socket.socket, message: Message | None) -> None:

@@ -57,7 +57,7 @@ class RankTimes:
             self._watch_forward(learner.wrapped, learner.trainable)
         if BACKWARD in self._compared:
             trained = [parameter for parameter in learner.trainable.parameters() if parameter.requires_grad]
-            self._gradients = {each: each.register_post_accumulate_grad_hook(self._computed) for each in trained}
+            self._gradients = {each: _hooked(each, self._computed) for each in trained}
 
     def _watch_forward(self, outer: nn.Module, inner: nn.Module) -> None:
         """A forward pass waits from the call of `outer` to the beginning of `inner` itself."""
@@ -117,6 +117,10 @@ def _compared_sections(job: Job) -> tuple[str, ...]:
     elif train.compiled == "model" and _has_buffers(learner.trainable):  # a hook would be compiled with the model
         unknown.add(FORWARD)
     return tuple(section for section in OWN if section not in unknown)
+
+
+def _hooked(parameter: Tensor, hook: Callable[[Tensor], None]) -> Any:
+    return parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
 
 
 def _has_buffers(model: nn.Module) -> bool:

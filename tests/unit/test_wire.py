@@ -7,13 +7,14 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
 from ftexp.errors import FtexpError
 from ftexp.wire import events
 from ftexp.wire.channel import Channel
-from ftexp.wire.hub import Hub, HubAddress
+from ftexp.wire.hub import Hub, HubAddress, _skew_s
 from ftexp.wire.messages import (
     Begin,
     EvaluateCheckpoint,
@@ -24,6 +25,7 @@ from ftexp.wire.messages import (
     Hello,
     Lost,
     Metrics,
+    Raised,
     Save,
     Stop,
     Sync,
@@ -72,6 +74,21 @@ def test_messages_arrive_in_order_and_a_hello_is_answered(hub, messages):
     assert next_message(messages) == hello(0)
     assert [next_message(messages).step for _ in range(100)] == list(range(100))
     assert next_message(messages) == Goodbye()
+
+
+@pytest.mark.parametrize("ahead_s", [3600, -3600])
+def test_messages_of_a_node_whose_clock_is_wrong_have_the_time_of_the_drivers(hub, messages, ahead_s):
+    channel = Channel(hub.address, Hello(1, 2, 99, "n", time=time.time() + ahead_s))
+    channel.send(Raised(1, 5, 160, [], "x", time=time.time() + ahead_s + 100))
+    channel.close()
+    for after_s in (0, 100):
+        assert next_message(messages).time == pytest.approx(time.time() + after_s, abs=5)
+
+
+def test_what_a_message_takes_is_no_skew():
+    now = time.time()
+    assert [_skew_s(Hello(1, 2, 99, "n", time=when)) for when in (now, now - 0.5)] == [0, 0]
+    assert _skew_s(Hello(1, 2, 99, "n", time=now - 60)) == pytest.approx(-60, abs=5)
 
 
 def test_once_the_handler_has_raised_everybody_is_told_to_stop_and_nobody_waits():
