@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-NUM_POINTS = 3  # logged points in a row that make a straggler of a slow rank, and that end it
+# in a row, that make a straggler of a slow rank, and that end it: logged points, and steps
+MIN_POINTS, MIN_STEPS = 3, 30
 
 Times = Sequence[Sequence[float]]  # [ranks][parts], in any unit
 
@@ -49,8 +51,9 @@ def slow_ranks(times: Times, factor: float) -> list[Slow]:
 class Stragglers:
     """Follows a worker group's logged points: a rank must stay slow, or stay as fast as others, to count as such."""
 
-    def __init__(self, factor: float) -> None:
+    def __init__(self, factor: float, log_every_steps: int) -> None:
         self._factor = factor
+        self._num_points = max(MIN_POINTS, math.ceil(MIN_STEPS / log_every_steps))
         self._ranks: set[int] = set()  # that are stragglers
         self._since: Counter[int] = Counter()  # points in a row that say otherwise of a rank
 
@@ -59,7 +62,7 @@ class Stragglers:
         slow = {each.rank: each for each in slow_ranks(times, self._factor)}
         news = self._ranks ^ slow.keys()
         self._since = Counter({rank: self._since[rank] + 1 for rank in news})
-        changed = {rank for rank in news if self._since[rank] >= NUM_POINTS}
+        changed = {rank for rank in news if self._since[rank] >= self._num_points}
         self._ranks ^= changed
         for rank in changed:
             del self._since[rank]

@@ -296,6 +296,7 @@ class Straggler(Event):
     ratio: float  # its own time, as a multiple of the median over ranks
     own_ms: float  # of a step, without waiting for others
     median_ms: float
+    step: int
     node: str | None = None  # filled in by the driver
 
 
@@ -304,6 +305,7 @@ class StragglerOver(Event):
     """A straggler is as fast as the others again."""
 
     rank: int
+    step: int
     node: str | None = None  # filled in by the driver
 
 

@@ -34,7 +34,9 @@ class RankTimes:
     def __init__(self, job: Job) -> None:
         self._job = job
         factor, self._world_size = job.config.scaling.straggler_factor, job.group.world_size
-        self._stragglers = Stragglers(factor) if factor is not None and self._world_size > 1 else None
+        self._stragglers = None
+        if factor is not None and self._world_size > 1:
+            self._stragglers = Stragglers(factor, job.config.train.log_every_steps)
         self._compared = _compared_sections(job)
         self._remove: list[Callable[[], None]] = []
         self._gradients: dict[Tensor, Any] = {}  # parameter -> the handle of its hook
@@ -94,11 +96,12 @@ class RankTimes:
         of_ranks = [total / 1000 for total in totals(times)]
         usual = median(of_ranks)
         became, ended = self._stragglers.note(times)
+        step = self._job.progress.step
         for slow in became:
-            own_ms, part = of_ranks[slow.rank], OWN[slow.part]
-            self._report(events.Straggler(slow.rank, part, round(slow.ratio, 2), round(own_ms, 3), round(usual, 3)))
+            ratio, own_ms, usual_ms = round(slow.ratio, 2), round(of_ranks[slow.rank], 3), round(usual, 3)
+            self._report(events.Straggler(slow.rank, OWN[slow.part], ratio, own_ms, usual_ms, step))
         for rank in ended:
-            self._report(events.StragglerOver(rank))
+            self._report(events.StragglerOver(rank, step))
         most = max(of_ranks)
         return dict(zip(RANKS, (min(of_ranks), usual, most, of_ranks.index(most)), strict=True))
 

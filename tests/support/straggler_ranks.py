@@ -39,6 +39,7 @@ def train(rank):
     for kind, model, slow_rank, part in CASES:
         is_slow = rank == slow_rank
         job = job_of(kind, rank, WORLD, NUM_STEPS, model=model, freeze={"blocks.0": 2} if model is SMALL_VIT else {})
+        job.config.train.log_every_steps = 10  # what counts as few steps; here each is logged
         ranks = RankTimes(job)
         feed = job.data.feed.from_position(0)
         for batch in job.stopwatch.feeding(slowly(feed, part, is_slow), lambda job=job: job.progress.position):

@@ -23,7 +23,7 @@ from ftexp.wire import events
 from tests.support.hooks import AlertServer
 
 READY = events.Ready("cpu", [1, 2])
-SLOW = events.Straggler(1, "feed", 2.0, 80.0, 40.0, "n2")
+SLOW = events.Straggler(1, "feed", 2.0, 80.0, 40.0, 50, "n2")
 PATIENCE_S = 20.0
 
 
@@ -79,7 +79,7 @@ def test_the_first_failed_save_of_several_in_a_row_is_an_alert():
 def test_a_straggler_is_an_alert_once_for_each_rank_and_node():
     watched = rules()
     elsewhere = dataclasses.replace(SLOW, node="n3")
-    told = [watched.after(event) for event in (SLOW, SLOW, events.StragglerOver(1, "n2"), SLOW, elsewhere)]
+    told = [watched.after(event) for event in (SLOW, SLOW, events.StragglerOver(1, 60, "n2"), SLOW, elsewhere)]
     assert [kind(alert) for alert in told] == ["straggler", None, None, None, "straggler"]
     assert (told[0].details["node"], told[0].details["part"]) == ("n2", "feed")
 

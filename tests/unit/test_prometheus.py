@@ -76,7 +76,7 @@ def trained(record, clock):
     record.handle(Hello(0, 2, 12, "node"))
     clock.now += 3
     record.handle(Ready(40, 100, "cpu", {}, 5))
-    record.handle(Happened(events.Straggler(1, "feed", 2.5, 100.0, 40.0, "n2"), time=clock.now))
+    record.handle(Happened(events.Straggler(1, "feed", 2.5, 100.0, 40.0, 50, "n2"), time=clock.now))
     clock.now += 4
 
 
@@ -138,10 +138,10 @@ def test_counters_go_on_where_an_earlier_invocation_ended(record, clock, tmp_pat
 def test_a_straggler_is_0_once_it_is_none_any_more_or_its_group_has_ended(record, clock):
     figures = figures_of(record)
     trained(record, clock)
-    for end in (Happened(events.StragglerOver(1, "n2")), Hello(0, 2, 13, "node")):
+    for end in (Happened(events.StragglerOver(1, 60, "n2")), Hello(0, 2, 13, "node")):
         record.handle(end)
         assert values(figures)["ftexp_straggler_ratio", "1", "n2", "feed"] == 0
-        record.handle(Happened(events.Straggler(1, "feed", 3.0, 120.0, 40.0, "n2")))
+        record.handle(Happened(events.Straggler(1, "feed", 3.0, 120.0, 40.0, 50, "n2")))
         assert values(figures)["ftexp_straggler_ratio", "1", "n2", "feed"] == 3.0
 
 

@@ -208,8 +208,8 @@ def test_the_page_shows_ranks_that_stayed_slow_and_until_when(storage):
     story.after(1).attempt(0)
     ranks = {"rank_ms_min": 40.0, "rank_ms_median": 40.0, "rank_ms_max": 100.0, "slowest_rank": 1}
     story.steps(1, 20, **ranks)
-    slow = events.Straggler(1, "feed", 2.5, 101.5, 40.0, "n2")
-    for end in (None, events.StragglerOver(0), events.StragglerOver(1)):
+    slow = events.Straggler(1, "feed", 2.5, 101.5, 40.0, 20, "n2")
+    for end in (None, events.StragglerOver(0, 30), events.StragglerOver(1, 40)):
         story.event(slow if end is None else end)
         story.after(1).steps(story.record.state.step + 1, story.record.state.step + 10)
     story.event(dataclasses.replace(slow, rank=0, node="n1"))
@@ -270,7 +270,7 @@ def _hostile_page(storage, texts):
         story.event(events.CheckpointRejected(f"step_00000040.a1{text}", text))
         story.event(events.CheckpointSaved(9, f"step_00000040.a1{text}", 1, 0, {}, [], 0))
         story.event(events.CheckpointFailed(9, text))
-        story.event(events.Straggler(1, text, 2.0, 80.0, 40.0, text))
+        story.event(events.Straggler(1, text, 2.0, 80.0, 40.0, 9, text))
         story.tell(Lost(0, 100))
         story.record.fail(text, 0, text, text)
         story.after(1).attempt(story.record.state.step)

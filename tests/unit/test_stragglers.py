@@ -12,7 +12,7 @@ from ftexp.cluster.resources import Workers
 from ftexp.config.schema import Config
 from ftexp.driver.alerts.rules import described
 from ftexp.driver.nccl import take_findings, uses_nccl
-from ftexp.failure.stragglers import NUM_POINTS, Slow, Stragglers, slow_ranks
+from ftexp.failure.stragglers import Slow, Stragglers, slow_ranks
 from ftexp.job.group import ProcessGroup
 from ftexp.job.stopwatch import BACKWARD, FEED, FORWARD, OPTIMIZER, OWN, Stopwatch
 from ftexp.storage.directory import Storage
@@ -46,13 +46,18 @@ def noted(stragglers, *points):
 
 
 def test_a_rank_must_stay_slow_and_then_stay_fast():
-    stragglers, slow, fine = Stragglers(1.5), [FINE, TWICE], [FINE, FINE]
+    stragglers, slow, fine = Stragglers(1.5, log_every_steps=100), [FINE, TWICE], [FINE, FINE]
     nothing = ([], [])
     assert noted(stragglers, slow, slow, fine, slow, slow) == [nothing] * 5  # not in a row
     assert noted(stragglers, slow) == [([Slow(1, 1, 2.0)], [])]
     assert noted(stragglers, slow, fine, fine, slow, fine, fine) == [nothing] * 6
     assert noted(stragglers, fine, fine) == [([], [1]), nothing]
-    assert NUM_POINTS == 3
+
+
+@pytest.mark.parametrize(("log_every_steps", "num_points"), [(1, 30), (7, 5), (10, 3), (100, 3)])
+def test_a_few_steps_make_no_straggler_however_often_points_are_logged(log_every_steps, num_points):
+    told = noted(Stragglers(1.5, log_every_steps), *[[FINE, TWICE]] * num_points)
+    assert told == [([], [])] * (num_points - 1) + [([Slow(1, 1, 2.0)], [])]
 
 
 def test_what_is_waited_for_others_is_no_own_time():
@@ -143,7 +148,7 @@ def test_a_slow_rank_is_found_by_its_part_whatever_the_others_wait_in(tmp_path):
 
 
 def test_a_straggler_is_described_with_its_node():
-    event = events.Straggler(1, "feed", 2.04, 81.6, 40.0, "n2")
+    event = events.Straggler(1, "feed", 2.04, 81.6, 40.0, 50, "n2")
     assert described(event) == (
         "rank 1 on n2 stays slow: 81.6 ms a step without waiting for others, 2.0 times the median, "
         "most of the excess in feed"
