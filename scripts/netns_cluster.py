@@ -317,8 +317,7 @@ CASES = {
     "elastic": Case("the same, with 2 to 3 workers", kill_node, ("scaling.num_workers=[2,3]",)),
     "cut": Case(f"a node's network is cut for {CUT_S} s", cut_network),
     "slow": Case(f"a node's link has {SLOW_MBIT} Mbit/s for {SLOW_S} s", slow_link),
-    "skew": Case(f"a node's clock is {SKEW_S} s ahead", is_skewed=True),
-    "skew_kill": Case("the same, and its worker is killed", kill_worker, is_skewed=True),
+    "skew": Case(f"a node's clock is {SKEW_S} s ahead, and its worker dies", kill_worker, is_skewed=True),
 }
 STORAGES = ("directory", "s3")
 

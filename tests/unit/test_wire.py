@@ -23,6 +23,7 @@ from ftexp.wire.messages import (
     GroupFailed,
     Happened,
     Hello,
+    Hung,
     Lost,
     Metrics,
     Raised,
@@ -163,6 +164,25 @@ def test_who_is_killed_before_its_hello_is_answered_is_told_as_lost():
     assert next_message(messages) == Lost(0, 100)
     assert hub.tell(Save()) == 0
     hub.close()
+
+
+def test_a_worker_that_outlives_its_group_is_not_heard_once_the_next_one_says_hello(hub, messages):
+    past = [Channel(hub.address, hello(rank)) for rank in (0, 1)]
+    past[1].send(POINT)  # what it says before that counts
+    past[1].flush()
+    assert [next_message(messages) for _ in range(3)][-1] == POINT
+    new = Channel(hub.address, Hello(0, 1, 200, "n"))
+    for channel in past:
+        channel.send(Tick(99, 0))
+        channel.send(Hung(1, "in a step", 9.0, "file"))
+        with pytest.raises(OSError, match="the driver is gone, or does not answer"):
+            channel.sync(timeout_s=0.2)  # nor may it believe that anything is safe
+    past[0].close()
+    past[1]._socket.shutdown(socket.SHUT_RDWR)  # lost
+    new.send(Tick(1, 0))
+    new.close()
+    assert [next_message(messages) for _ in range(3)] == [Hello(0, 1, 200, "n"), Tick(1, 0), Goodbye()]
+    assert messages.empty()
 
 
 def test_a_goodbye_is_not_a_loss(hub, messages):
