@@ -4,10 +4,12 @@ import inspect
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import ray.exceptions
 import ray.train
+import ray.train.torch
 from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
 from ray.train.v2._internal.exceptions import (
     InsufficientClusterResourcesError,
@@ -21,6 +23,29 @@ from ftexp.cluster import ray_private
 
 def test_the_snapshot_has_the_name_that_is_dropped_before_a_fit():
     assert ray_private.SNAPSHOT == CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
+
+
+def test_the_nccl_detector_reads_what_is_set_and_leaves_its_findings_where_they_are_looked_for(monkeypatch):
+    from ray.train.v2._internal import constants
+    from ray.train.v2._internal.callbacks import nccl_ras
+
+    names = {"RAY_TRAIN_ENABLE_NCCL_HANG_DETECTOR", "RAY_TRAIN_NCCL_RAS_ACTION"}
+    for name in [*names, ray_private._NCCL_POLL_S, ray_private._NCCL_CONFIRM_S]:
+        monkeypatch.setenv(name, "")  # so that what is set here is forgotten
+        monkeypatch.delenv(name)
+    ray_private.detect_nccl_hangs(within_s=30.0)
+    trainer = ray.train.torch.TorchTrainer(lambda: None)
+    (detector,) = [each for each in trainer._create_default_callbacks() if isinstance(each, nccl_ras.NCCLRASCallback)]
+    assert (detector._confirm_duration_s, detector._poll_interval_s) == (30.0, 7.5)
+    assert detector._action == constants.NCCL_RAS_ACTION_OBSERVE  # the watchdog ends what hangs
+    assert ray_private.NCCL_FINDINGS == constants.HANG_DETECTOR_DIRNAME
+    stored = []
+    monkeypatch.setattr(nccl_ras, "_upload_to_fs_path", lambda folder, filesystem, path: stored.append(path))
+    storage = SimpleNamespace(experiment_fs_path="/runs/first", storage_filesystem=None)
+    detector._worker_group = SimpleNamespace(_storage_context=storage)
+    detector.dump_ras_query_history("rank 1 is behind")
+    assert stored == [f"/runs/first/{ray_private.NCCL_FINDINGS}/nccl_ras"]
+    assert ray_private._MAX_NCCL_POLL_S == constants.DEFAULT_NCCL_RAS_MIN_POLL_INTERVAL_S
 
 
 def test_the_error_of_a_dead_worker_is_unwrapped():
