@@ -22,7 +22,6 @@ from __future__ import annotations
 import functools
 import importlib.util
 import json
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,13 +68,8 @@ class ExportConfig:
 def main() -> None:
     """Entry point of the command; exits with 0, 1, 2 or 130."""
     words = with_run(command_words(__doc__))
-    try:
-        with exiting_on_error():
-            export(parse(words))
-    except KeyboardInterrupt as interrupt:
-        from ftexp.cli.exit_codes import interrupted_code
-
-        sys.exit(interrupted_code(interrupt))
+    with exiting_on_error():
+        export(parse(words))
 
 
 def parse(words: list[str]) -> ExportConfig:

@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 
-from ftexp.cli.exit_codes import print_error
+from ftexp.cli.exit_codes import interrupted_code, print_error
 from ftexp.errors import FtexpError
 
 
@@ -42,12 +42,14 @@ def command_words(doc: str | None) -> list[str]:
 
 @contextlib.contextmanager
 def exiting_on_error() -> Iterator[None]:
-    """Print an error of this block that is meant for the user, and exit with its code."""
+    """Print an error of this block that is meant for the user, and exit with its code; so too after a signal."""
     try:
         yield
     except FtexpError as error:
         print_error(error)
         sys.exit(error.exit_code)
+    except KeyboardInterrupt as interrupt:
+        sys.exit(interrupted_code(interrupt))
 
 
 def with_run(words: Sequence[str]) -> list[str]:

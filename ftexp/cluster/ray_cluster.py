@@ -16,6 +16,7 @@ from ftexp.cluster import ray_private
 from ftexp.cluster.hot_start.driver import HotStart
 from ftexp.cluster.ray_watch import JoinedRay, OwnRay, ending_with
 from ftexp.cluster.resources import may_decode
+from ftexp.cluster.signals import terminable
 from ftexp.config.machine import prepare_machine, usable_cpus
 from ftexp.config.schema import TORCHVISION, Config
 from ftexp.errors import ConfigError, RayLostError, RunFailedError
@@ -90,6 +91,8 @@ def start_ray(
 ) -> RunningRay:
     """Start Ray on this machine, or join a sweep's, or `scaling.address`.
 
+    From then on, SIGTERM and SIGHUP raise Terminated, a KeyboardInterrupt, instead of Ray's SystemExit.
+
     Raises:
         ConfigError: no cluster answers at the address.
         RayLostError: a process of the Ray that was started here died meanwhile.
@@ -111,7 +114,7 @@ def start_ray(
     options: dict[str, Any] = {"include_dashboard": False, "num_cpus": usable_cpus() + decoding} if own else {}
     fewer = ray_private.starting_fewer_processes(config.verbose) if own else contextlib.nullcontext()
     try:
-        with fewer:
+        with fewer, terminable():
             context = ray.init(
                 address="local" if own else address,
                 log_to_driver=config.verbose,

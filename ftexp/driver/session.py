@@ -14,7 +14,6 @@ from ftexp.cluster.hot_start.driver import on_joined_nodes
 from ftexp.cluster.interruptible import fit_interruptibly
 from ftexp.cluster.ray_cluster import import_meanwhile, leave_ray, quiet_data, start_ray
 from ftexp.cluster.resources import decoding_cpus, lacking_resources
-from ftexp.cluster.signals import terminable
 from ftexp.config.masking import masked
 from ftexp.config.schema import PREPROCESSING, Config
 from ftexp.data.augment.registry import augmentations
@@ -58,7 +57,7 @@ def run_session(context: RunContext, hot_start: HotStart) -> dict[str, float]:
     alerts, running = Alerts(config.notify), None
     try:
         try:
-            with hot_start.raylet_settings(), terminable():
+            with hot_start.raylet_settings():
                 running = start_ray(config, shared.runtime_env if shared else hot_start.runtime_env(), shared)
             importing.join()
             prepare = functools.partial(_prepare, context, terminal)

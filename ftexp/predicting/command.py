@@ -16,7 +16,6 @@ from ftexp.cluster.hot_start.driver import HotStart, on_joined_nodes
 from ftexp.cluster.interruptible import fit_interruptibly
 from ftexp.cluster.ray_cluster import import_meanwhile, leave_ray, quiet_data, start_ray
 from ftexp.cluster.resources import Workers, lacking_resources
-from ftexp.cluster.signals import terminable
 from ftexp.config.masking import masked
 from ftexp.config.schema import Config
 from ftexp.config.source_names import AS_TRAINED
@@ -99,7 +98,7 @@ def run_session(request: Request, workers: Workers) -> None:
         return ask_to_stop()
 
     try:
-        with hot_start.raylet_settings(), terminable():
+        with hot_start.raylet_settings():
             running = start_ray(config, hot_start.runtime_env(), decodes=True)
         importing.join()
         fit_interruptibly(lambda: _predict(request, workers), lease, stop, lost=running.lost)

@@ -12,11 +12,15 @@ import time
 from types import SimpleNamespace
 
 import pytest
+import ray
 
+from ftexp.cli.entry import exiting_on_error
 from ftexp.cluster import interruptible as fitting
 from ftexp.cluster.interruptible import Terminated, fit_interruptibly
+from ftexp.cluster.ray_cluster import start_ray
 from ftexp.cluster.signals import ignore_termination, terminable
-from ftexp.errors import RayLostError, StorageError
+from ftexp.config.schema import Config
+from ftexp.errors import RayLostError, RunFailedError, StorageError
 
 FREE = SimpleNamespace(lost=None)
 
@@ -307,3 +311,22 @@ def test_who_asked_for_the_end_before_ray_died_gets_it():
     with pytest.raises(Terminated) as ended:
         fit_interruptibly(fit, FREE, lambda why: asked.append(why) or True, lost=lambda: "it died" if asked else None)
     assert isinstance(ended.value.__cause__, RayLostError)
+
+
+def test_every_command_that_starts_ray_takes_sigterm_from_rays_handler(handlers, monkeypatch):
+    def init(**_):
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))
+        raise OSError("no room")
+
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(RunFailedError, match="no room"):
+        start_ray(Config())
+    with pytest.raises(Terminated):
+        signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.mark.parametrize(("interrupt", "code"), [(KeyboardInterrupt, 130), (Terminated, 75)])
+def test_a_command_that_is_interrupted_exits_with_the_signals_code(interrupt, code):
+    with pytest.raises(SystemExit) as ended, exiting_on_error():
+        raise interrupt
+    assert ended.value.code == code

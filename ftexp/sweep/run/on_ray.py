@@ -13,7 +13,6 @@ from ftexp.cluster.hot_start.driver import HotStart, on_joined_nodes
 from ftexp.cluster.interruptible import collected_signals
 from ftexp.cluster.ray_cluster import SharedRay, leave_ray, start_ray
 from ftexp.cluster.resources import may_decode
-from ftexp.cluster.signals import terminable
 from ftexp.config.machine import usable_cpus
 from ftexp.config.schema import Config
 from ftexp.errors import ConfigError, RayLostError
@@ -74,7 +73,7 @@ def _with_ray(
     config = _widest(probes)
     is_own, running = config.scaling.address is None, None
     try:
-        with hot_start.raylet_settings() if is_own else contextlib.nullcontext(), terminable():
+        with hot_start.raylet_settings() if is_own else contextlib.nullcontext():
             running = start_ray(config)
         capacity = dict(ray.cluster_resources())
         if is_own:
