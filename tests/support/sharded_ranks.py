@@ -21,7 +21,7 @@ from ftexp.worker.step import settle_gradient_order, thaw, train_step
 from tests.support.jobs import CPU, make_job, same
 
 VIT = ModelConfig(name="vit_tiny_patch16_224", kwargs={"patch_size": 4, "embed_dim": 32, "depth": 3, "num_heads": 2})
-RESNET = ModelConfig(name="resnet18")
+RESNET = ModelConfig(name="test_resnet")
 SWITCHES = {
     "all": {
         "clip_grad_norm": 0.5,
@@ -29,8 +29,8 @@ SWITCHES = {
         "freeze": {"blocks.0": 1, "patch_embed": 2},
         "ema": EmaConfig(decay=0.9, use_warmup=True),
     },
-    "recomputed": {"clip_grad_value": 0.01, "checkpoint_activations": "every_2"},
-    "fp16": {"precision": "fp16", "clip_grad_norm": 1.0},
+    "recomputed": {"clip_grad_value": 0.01, "checkpoint_activations": "every_2", "num_steps": 6},
+    "fp16": {"precision": "fp16", "clip_grad_norm": 1.0, "num_steps": 6},
     # after more steps, what is rounded otherwise is amplified by batch norm over few pixels
     "batch norm": {
         "model": RESNET,
