@@ -121,9 +121,9 @@ class Chaos:
             checkpoints.wait()  # so that it is the newest checkpoint that is hit
         self._run_dir.child(CHAOS).write_bytes(fault.name, b"")
         damaged = self._damage(fault) if fault.kind in DAMAGES else None
+        self._channel.send(Happened(events.Chaos(fault.kind, self._group.rank, fault.step, damaged)))
         if damaged is not None:  # or the run would go on from memory, and never look at them
             self._channel.send(ForgetSnapshots())
-        self._channel.send(Happened(events.Chaos(fault.kind, self._group.rank, fault.step, damaged)))
         self._channel.flush()
         match fault.kind:
             case "raise":

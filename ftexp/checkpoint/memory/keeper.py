@@ -73,8 +73,6 @@ class Keeper:
     """
 
     def __init__(self, links: Links, max_bytes: int | None) -> None:
-        with contextlib.suppress(OSError):
-            os.nice(10)  # what it does, it does besides training
         self._links = links
         self._max_bytes = int(_FREE_SHARE * free_bytes()) if max_bytes is None else max_bytes
         self._rooms: dict[str, _Room] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from ftexp.checkpoint.memory.keeper import Keeper, KeeperLostError
 
 _PREFIX = "ftexp-snapshots-"
+_NICE = 5  # what a keeper does, it does besides training
 
 
 class RayLinks:
@@ -42,6 +44,7 @@ class RayLinks:
 
 class _RayKeeper(Keeper):
     def __init__(self, max_bytes: int | None) -> None:
+        os.nice(_NICE)
         super().__init__(RayLinks(), max_bytes)
 
 
