@@ -12,6 +12,7 @@ from ftexp.checkpoint.memory.packing import merged, unpacked
 from ftexp.checkpoint.memory.slot import Slot
 from ftexp.checkpoint.sharding import Piece
 from ftexp.checkpoint.tree import leaf_at, mapped
+from ftexp.errors import CheckpointError
 
 if TYPE_CHECKING:
     from ftexp.checkpoint.sharding import Place
@@ -93,7 +94,7 @@ class SnapshotReader:
 
     def _tree(self, held: Held) -> Any:
         """Return what a snapshot holds; None if it isn't as it was written, or gone."""
-        with contextlib.suppress(KeeperLostError, OSError):
+        with contextlib.suppress(KeeperLostError, OSError, CheckpointError):
             slot = Slot(self._memory(held))
             header = slot.verified(held.sequence)
             return None if header is None else unpacked(slot, header)
