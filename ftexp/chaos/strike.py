@@ -95,15 +95,19 @@ class Chaos:
         self._run_dir = run_dir
         self.store = FaultyStore(run_dir.child(CHECKPOINTS))
         self._poisons = False  # the next batch that is trained on
+        self._num_slow, self._slow_s = 0, 0.0  # steps that take longer
         self._by_step: dict[int, list[Fault]] = {}
         for fault in faults:
             if group.rank == (0 if fault.kind in _OF_THE_STORE else fault.rank % group.world_size):
                 self._by_step.setdefault(fault.step, []).append(fault)
 
     def feeding(self, batches: Generator[Batch]) -> Generator[Batch]:
-        """`batches`, with those poisoned that a fault asks for."""
+        """`batches`, with those poisoned, and those delayed, that a fault asks for."""
         with contextlib.closing(batches):
             for batch in batches:
+                if self._num_slow:
+                    self._num_slow -= 1
+                    time.sleep(self._slow_s)
                 if self._poisons and not self._skipped.cover(batch.start):
                     self._poisons = False
                     yield poisoned(batch)
@@ -136,6 +140,8 @@ class Chaos:
                 flip_bit(next(model.parameters()))
             case "disk_full":
                 self.store.num_failing = fault.count
+            case "slow_rank":
+                self._num_slow, self._slow_s = fault.count, fault.seconds
             case "slow_storage":
                 self.store.num_slow, self.store.delay_s = fault.count, fault.seconds
             case "half_snapshot":

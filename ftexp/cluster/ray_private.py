@@ -10,6 +10,9 @@
 - The script that raylet starts for each worker, which imports all of ray to become the worker's interpreter.
 - The processes that ray.init has started: by them a Ray that has died is noticed, and ended for good.
 - Three that it starts, and that a Ray for one command has no use for.
+- The actor that would remove a dead controller's placement group, and can't in such a Ray.
+- The detector of hangs in NCCL: the variables that fit() reads, and the directory of the run in which it leaves what it
+  has found, a directory for each kind of findings.
 """
 
 from __future__ import annotations
@@ -20,9 +23,18 @@ import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ray.train import Result
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 SNAPSHOT = "checkpoint_manager_snapshot.json"
+NCCL_FINDINGS = "hang_detector"
+_NCCL_DETECTOR = "RAY_TRAIN_ENABLE_NCCL_HANG_DETECTOR"
+_NCCL_POLL_S = "RAY_TRAIN_NCCL_RAS_MIN_POLL_INTERVAL_S"
+_NCCL_CONFIRM_S = "RAY_TRAIN_NCCL_RAS_CONFIRM_DURATION_S"
+_MAX_NCCL_POLL_S = 15.0  # Ray's default
 _WRAPPED_FAILURE = "health_check_failure"
 _VITAL = {"gcs_server": "GCS", "raylet": "raylet"}  # kind of process -> as Ray's documentation calls it
 
@@ -44,6 +56,17 @@ def is_startup_failure(error: Exception) -> bool:
         exceptions.InsufficientClusterResourcesError,
     )
     return isinstance(getattr(error, "controller_failure", None), kinds)
+
+
+def detect_nccl_hangs(within_s: float | None) -> None:
+    """Have coming fits observe NCCL, and leave what they find `within_s` of standing still; None: as Ray does.
+
+    It needs `ncclras`, of NCCL 2.28 or later, on the workers' PATH, and does without where there is none.
+    """
+    os.environ.setdefault(_NCCL_DETECTOR, "1")
+    if within_s is not None:
+        os.environ.setdefault(_NCCL_CONFIRM_S, str(within_s))
+        os.environ.setdefault(_NCCL_POLL_S, str(min(_MAX_NCCL_POLL_S, within_s / 4)))
 
 
 def silence_raylet_messages() -> None:
@@ -115,6 +138,30 @@ def starting_fewer_processes(prints_logs: bool) -> Iterator[None]:
     finally:
         for name, original in originals.items():
             setattr(Node, name, original)
+
+
+def fitted(trainer: DataParallelTrainer) -> Result:
+    """Fit `trainer`, without the actor that outlives its controller where that actor can't do its work.
+
+    It removes the placement group of a controller that died, as it learns from Ray's API server. Where none runs, its
+    first question takes 40 s to fail, and Ray Train waits for that up to 12 s before a fit that has ended returns.
+    """
+    from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+
+    if not has_api_server():
+        create = trainer._create_default_callbacks
+        trainer._create_default_callbacks = lambda: [
+            callback for callback in create() if not isinstance(callback, PlacementGroupCleanerCallback)
+        ]
+    return trainer.fit()
+
+
+def has_api_server() -> bool:
+    """Whether the Ray that this process is connected to has one: the dashboard's process, also without a dashboard."""
+    import ray._private.ray_constants as constants
+    from ray.experimental.internal_kv import _internal_kv_get
+
+    return bool(_internal_kv_get(constants.DASHBOARD_ADDRESS, namespace=constants.KV_NAMESPACE_DASHBOARD))
 
 
 def started_processes() -> dict[str, subprocess.Popen[bytes]]:

@@ -35,7 +35,7 @@ DAMAGES = ("truncate_checkpoint", "flip_byte", "delete_manifest", "delete_checkp
 FAULTS = (
     *("raise", "kill_worker", "kill_driver", "hang", "nonfinite"),
     *DAMAGES,
-    *("half_snapshot", "disk_full", "slow_storage", "flip_weight"),
+    *("half_snapshot", "disk_full", "slow_storage", "flip_weight", "slow_rank"),
 )
 SCHEDULES = ("cosine", "poly", "tanh", "step", "constant")
 MIX_MODES = ("batch", "pair", "elem")
@@ -56,7 +56,7 @@ TASKS = (SINGLE_LABEL, MULTI_LABEL, REGRESSION)
 SAMPLINGS = ("shuffle", "balanced", "sqrt")
 INLINE, BESIDE = "inline", "beside"
 DISTILLATIONS = LOGITS, FEATURES, TOKEN = ("logits", "features", "token")  # timm's
-ALERTS = ("gave_up", "finished", "recoveries", "no_progress", "failing_saves")
+ALERTS = ("gave_up", "finished", "recoveries", "no_progress", "failing_saves", "straggler")
 HTTP_SCHEMES = ("http", "https")
 WEIGHTS = ("raw", "ema")  # of a run: those that were trained, or their moving average
 DIST_BN = ("none", "reduce", "broadcast")  # timm's
@@ -369,6 +369,8 @@ class ScalingConfig:
     backend: str | None = None  # torch.distributed backend; None: nccl on GPU, gloo on CPU
     timeout_s: int = ranged(1800, low=1)  # of one collective
     hot_start: str = choice("auto", ("auto", "on", "off"))  # workers fork from a process that has imported everything
+    # a rank whose own time of a step stays above this many times the median over ranks is reported; None: no comparison
+    straggler_factor: float | None = ranged(1.5, above=1)
 
 
 @dataclass(kw_only=True)
@@ -457,8 +459,9 @@ class ChaosConfig:
     kind: str = choice("none", ("none", *FAULTS, "random"))
     step: int | None = ranged(None, low=1)  # fires after this optimiser step; None: in the middle of the run
     rank: int = ranged(0, low=0)  # the worker that it happens to, modulo their number
-    count: int = ranged(1, low=1)  # newest checkpoints that are damaged; saves that fail or are slow
-    seconds: float = ranged(3600.0, low=0)  # hang: how long; slow_storage: how much longer a save takes
+    count: int = ranged(1, low=1)  # newest checkpoints that are damaged; saves that fail or are slow; slow steps
+    # hang: how long; slow_storage, slow_rank: how much longer a save, or a step of that rank, takes
+    seconds: float = ranged(3600.0, low=0)
     faults: list[Any] = field(default_factory=list)  # several: names, or {kind: ..., step: ..., rank: ...}
     kinds: list[str] = field(default_factory=lambda: ["kill_worker"])  # random: what may happen
     rate: float = ranged(0.01, low=0, high=1)  # random: probability of a fault at a step

@@ -25,6 +25,7 @@ def measured(config: Config, workers: Workers, storage: Storage) -> list[RankFac
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    from ftexp.cluster import ray_private
     from ftexp.cluster.ray_cluster import leave_ray, start_ray
     from ftexp.diagnosing.ranks import RankFacts, measure
 
@@ -50,7 +51,7 @@ def measured(config: Config, workers: Workers, storage: Storage) -> list[RankFac
             ),
             train_loop_config={},
         )
-        return [RankFacts(**facts) for facts in trainer.fit().return_value]
+        return [RankFacts(**facts) for facts in ray_private.fitted(trainer).return_value]
     finally:
         leave_ray(running)
 

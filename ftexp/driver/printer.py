@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ftexp.config.schema import Config
+from ftexp.driver.alerts.rules import described as straggler_described
 from ftexp.driver.terminal import Terminal
 from ftexp.driver.worker_group import Start, WorkerGroup
 from ftexp.rundir.record import RunRecord
@@ -78,6 +79,12 @@ class Printer:
                 )
             case events.EvaluationFailed(step, error):
                 self._warn(f"step {step} was not evaluated: {error}")
+            case events.Straggler():
+                self._warn(straggler_described(event))
+            case events.StragglerOver(rank):
+                self._terminal.say(f"rank {rank} is as fast as the others again")
+            case events.NcclHang(files):
+                self._terminal.say(f"Ray's NCCL hang detector: {', '.join(files)}")
             case events.SlowData(rank, reason):
                 self._warn(f"rank {rank}: {reason}")
             case events.BadSamples(samples=samples):

@@ -67,11 +67,22 @@ def train(
             _show_again(context)
             return state.metrics["last"]
         prepare_environment(config)
-        from ftexp.driver.session import run_session
-
-        return run_session(context)
+        return _started(context)
     finally:
         lease.release()
+
+
+def _started(context: RunContext) -> dict[str, float]:
+    """Train in a Ray. What workers will be forked from imports while this process does: the run waits for both."""
+    from ftexp.cluster.hot_start.driver import HotStart
+
+    hot_start = HotStart(context.config.scaling, context.workers.num_threads, context.joins_ray)
+    try:
+        from ftexp.driver.session import run_session
+
+        return run_session(context, hot_start)
+    finally:
+        hot_start.stop()
 
 
 def _checked(config: Config, overrides: list[str] | None, run_dir: Storage) -> Config:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import ray  # noqa: F401 - before a thread imports what imports it
 from omegaconf import OmegaConf
 
-from ftexp.cluster.hot_start.driver import HotStart, on_joined_nodes
+from ftexp.cluster.hot_start.driver import on_joined_nodes
 from ftexp.cluster.interruptible import fit_interruptibly
 from ftexp.cluster.ray_cluster import import_meanwhile, leave_ray, quiet_data, start_ray
 from ftexp.cluster.resources import decoding_cpus, lacking_resources
@@ -46,14 +46,14 @@ from ftexp.trackers.run import check_names as check_trackers
 from ftexp.wire import events
 
 if TYPE_CHECKING:
+    from ftexp.cluster.hot_start.driver import HotStart
     from ftexp.data.info import DataBundle
     from ftexp.driver.supervisor import Supervisor
 
 
-def run_session(context: RunContext) -> dict[str, float]:
+def run_session(context: RunContext, hot_start: HotStart) -> dict[str, float]:
     """Train in a Ray that is started here, or joined, and left again; returns the last metrics."""
     config, shared, terminal = context.config, context.shared, Terminal()
-    hot_start = HotStart(config.scaling, context.workers.num_threads, context.joins_ray)
     importing = import_meanwhile("ftexp.driver.trainer")
     alerts, running = Alerts(config.notify), None
     try:
@@ -86,7 +86,6 @@ def run_session(context: RunContext) -> dict[str, float]:
             raise RayLostError(reason) from failed
     finally:
         leave_ray(running)
-        hot_start.stop()
         alerts.close(lambda event: terminal.say(f"! {unsent(event)}", "yellow"))
 
 

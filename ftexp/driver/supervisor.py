@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import signal
@@ -57,6 +58,7 @@ class Supervisor:
         self._asked = KeyboardInterrupt()
         self.on_evaluation_wanted: Callable[[EvaluateCheckpoint], None] = lambda _: None
         self.on_message: Callable[[Message], None] = lambda _: None  # of workers, once it is on record
+        self.nccl_findings: Callable[[int], list[str]] = lambda _: []  # of an attempt that failed: names of files
 
     def handle(self, message: Message) -> Message | None:
         """The hub's handler: one message at a time."""
@@ -80,6 +82,9 @@ class Supervisor:
             case EvaluateCheckpoint():
                 self.on_evaluation_wanted(message)
                 return None
+            case Happened(events.Straggler() | events.StragglerOver() as event):
+                located = dataclasses.replace(event, node=self._record.node_of(event.rank))
+                message = dataclasses.replace(message, event=located)
         start = self.group.start
         answer = self._record.handle(message)
         self._decider.note(message)
@@ -105,12 +110,19 @@ class Supervisor:
         self.group.failed()
         failure = self._record.fail(decision.cause, cause.rank, cause.error, decision.reason, told_late)
         raised = self._printer.failure(failure)
+        self._note_nccl(failure.attempt)
         if decision.action is not Action.STOP:
             return Retry(decision.delay_s)
         error = self._decider.give_up(failure)
         if not isinstance(error, ConfigError):
             self._printer.diagnosis(raised)
         return Stop(str(error))
+
+    def _note_nccl(self, attempt: int) -> None:
+        """Record what Ray's detector has found of an attempt that failed, if it has; what can't be moved stays."""
+        with contextlib.suppress(OSError):
+            if files := self.nccl_findings(attempt):
+                self._note(events.NcclHang(files))
 
     def _could_not_start(self, error: str) -> None:
         limit = self._config.failure.controller_failure_limit

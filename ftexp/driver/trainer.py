@@ -28,6 +28,7 @@ from ftexp.driver.advice import Advice
 from ftexp.driver.beside import Evaluations, EvaluationSpec
 from ftexp.driver.context import RunContext, Session
 from ftexp.driver.keepers import Keepers
+from ftexp.driver.nccl import detect_hangs, take_findings, uses_nccl
 from ftexp.driver.terminal import Terminal
 from ftexp.errors import RayLostError, RunFailedError, StorageError
 from ftexp.failure.causes import find_cause
@@ -57,6 +58,9 @@ def run_training(context: RunContext, session: Session) -> dict[str, float]:
     supervisor.on_evaluation_wanted = evaluations.request
     keepers = Keepers(context.config.failure, context.workers, hub)
     supervisor.on_message = keepers.note
+    if uses_nccl(context.config, context.workers):
+        detect_hangs(context.config)
+        supervisor.nccl_findings = functools.partial(take_findings, context.run_dir)
     status, reason = FAILED, None
 
     def lost() -> str | None:
@@ -118,7 +122,7 @@ def _fit(context: RunContext, session: Session, hub: Hub) -> ray.train.Result:
     while True:
         trainer = build_trainer(context, session.bundle, hub.address)
         try:
-            return trainer.fit()
+            return ray_private.fitted(trainer)
         except ray.exceptions.RayActorError:
             match hub.handle(ControllerDied()):
                 case Retry(delay_s) if session.running.is_own:

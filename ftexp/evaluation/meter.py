@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -42,12 +44,17 @@ class Meter:
 
     def totals(self) -> list[int]:
         """Over all ranks, and collective: loss in 2**-24, right answers, samples, samples of non-finite loss."""
-        totals = self._sums.clone()
+        return self.totals_with([])[0]
+
+    def totals_with(self, others: Sequence[int]) -> tuple[list[int], list[int]]:
+        """Return `totals`, and the sums over ranks of other numbers, by the same collective."""
+        totals = torch.cat([self._sums, torch.tensor(others, dtype=torch.int64, device=self._sums.device)])
         if dist.is_initialized():
             dist.all_reduce(totals)
         sums = [int(value) for value in totals.tolist()]
-        loss = sum(digit << _BITS * place for place, digit in enumerate(sums[:_NUM_DIGITS]))
-        return [loss, *sums[_NUM_DIGITS:]]
+        own, summed = sums[: len(self._sums)], sums[len(self._sums) :]
+        loss = sum(digit << _BITS * place for place, digit in enumerate(own[:_NUM_DIGITS]))
+        return [loss, *own[_NUM_DIGITS:]], summed
 
     def restore(self, totals: list[int], rank: int) -> None:
         """Put back what `totals` returned: rank 0 holds the past of all ranks."""

@@ -1,7 +1,10 @@
-"""Where a step's time goes, on rank 0: what it waits for data, the forward and backward pass, the optimiser, saving.
+"""Where a step's time goes, on one rank: what it waits for data, the forward and backward pass, the optimiser, saving.
 
 On a GPU, sections of a step are told apart by events in the stream, which are read where the loop waits for the GPU
 anyway, at a logged point: nothing is synchronised for it. Waiting for data and for a save is the host's time.
+
+Within a section, a rank may wait for others, which tells nothing of its own speed: what is between `wait` and `go_on`,
+or the section's end, is not the rank's own time.
 """
 
 from __future__ import annotations
@@ -16,8 +19,11 @@ if TYPE_CHECKING:
 
 FEED, FORWARD, BACKWARD, OPTIMIZER, SAVE = SECTIONS = ("feed", "forward", "backward", "optimizer", "save")
 TEACHER = "teacher"  # the section of a run that distils
+OWN = (FEED, TEACHER, FORWARD, BACKWARD, OPTIMIZER)  # sections of which ranks compare their own time
+# of a step, without waiting for others: over ranks, the least, the (lower) median and the most, and who takes the most
+RANKS = ("rank_ms_min", "rank_ms_median", "rank_ms_max", "slowest_rank")
 # keys of a logged point that differ from run to run; `<section>_ms` is the mean over the steps since the last point
-SPEEDS = ("images_per_s", "mfu", "feed_queue", *(f"{section}_ms" for section in (*SECTIONS, TEACHER)))
+SPEEDS = ("images_per_s", "mfu", "feed_queue", *(f"{section}_ms" for section in (*SECTIONS, TEACHER)), *RANKS)
 
 T = TypeVar("T")
 
@@ -32,7 +38,11 @@ class Stopwatch:
         self._clock = clock
         self._on_gpu = device is not None and device.type == "cuda"
         self._spent = dict.fromkeys(SECTIONS, 0.0)  # seconds since the last point
+        self._waited = dict.fromkeys(SECTIONS, 0.0)  # of `_spent`, for others
         self._laps: list[tuple[str, Any, Any]] = []  # (section, event at its start, at its end), to be read
+        self._waits: list[tuple[str, Any, Any]] = []  # likewise
+        self._in_lap: list[tuple[Any, Any]] = []  # (begin, end) of waits since the last lap
+        self._waits_since: Any = None  # None: it waits for nobody
         self._used: list[Any] = []  # events since the last point
         self._free: list[Any] = []  # those to use again
         self._mark: Any = None  # when the section that runs began
@@ -67,16 +77,44 @@ class Stopwatch:
     def lap(self, section: str) -> None:
         """What came since the last lap, or the step's beginning, was `section`."""
         now = self._now()
+        if self._waits_since is not None:
+            self._in_lap.append((self._waits_since, now))
+        waits, self._in_lap, self._waits_since = self._in_lap, [], None
         if self._mark is None:
             pass  # no step has begun
         elif self._on_gpu:
             self._laps.append((section, self._mark, now))
+            self._waits += [(section, begin, end) for begin, end in waits]
         else:
-            self._add(section, now - self._mark)
+            _add(self._spent, section, now - self._mark)
+            _add(self._waited, section, sum(end - begin for begin, end in waits))
         self._mark = now
 
-    def _add(self, section: str, seconds: float) -> None:
-        self._spent[section] = self._spent.get(section, 0.0) + seconds
+    def wait(self, only_from_now: bool = False) -> None:
+        """From here on this rank waits for others. only_from_now: if it was thought to wait already, it didn't."""
+        if self._waits_since is None or only_from_now:
+            self._waits_since = self._now()
+
+    def go_on(self) -> None:
+        """What it waited for, if it did, has come."""
+        if self._waits_since is not None:
+            self._in_lap.append((self._waits_since, self._now()))
+            self._waits_since = None
+
+    def own_s(self) -> dict[str, float]:
+        """Return the seconds of a step that this rank spent alone since `take`, by section of OWN; waits for a GPU."""
+        if self._used:
+            self._used[-1].synchronize()
+        self._read()
+        steps = max(1, self._num_steps)
+        return {name: (self._spent.get(name, 0.0) - self._waited.get(name, 0.0)) / steps for name in OWN}
+
+    def _read(self) -> None:
+        """Add up what a GPU's events say, once it has caught up."""
+        for sums, laps in ((self._spent, self._laps), (self._waited, self._waits)):
+            for section, start, end in laps:
+                _add(sums, section, start.elapsed_time(end) / 1000)
+            laps.clear()
 
     def _now(self) -> Any:
         if not self._on_gpu:
@@ -112,10 +150,9 @@ class Stopwatch:
         And `feed_queue`, the mean number of batches that were ready when one was asked for, where they are made ahead.
         Empty if no sample was new.
         """
-        for section, start, end in self._laps:
-            self._add(section, start.elapsed_time(end) / 1000)
+        self._read()
         self._free += self._used
-        self._used, self._mark = [], None
+        self._used, self._mark, self._in_lap, self._waits_since = [], None, [], None
         now = self._clock()
         seconds, samples, steps = now - self._since - self._apart_s, position - self._position, self._num_steps
         speeds = {}
@@ -125,6 +162,10 @@ class Stopwatch:
             if self._num_asked:
                 speeds["feed_queue"] = round(self._queued / self._num_asked, 2)
         self._queued = self._num_asked = 0
-        self._laps, self._spent = [], dict.fromkeys(SECTIONS, 0.0)
+        self._spent, self._waited = dict.fromkeys(SECTIONS, 0.0), dict.fromkeys(SECTIONS, 0.0)
         self._since, self._apart_s, self._num_steps, self._position = now, 0.0, 0, position
         return speeds
+
+
+def _add(sums: dict[str, float], section: str, seconds: float) -> None:
+    sums[section] = sums.get(section, 0.0) + seconds

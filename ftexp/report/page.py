@@ -52,6 +52,9 @@ class Report:
         parts = [curve(run, "train", f"{section}_ms", section, role) for section, role in _SECTIONS.items()]
         if any(one.points for one in parts):
             yield "step_time", chart("Where a step's time goes, in ms", *parts, from_zero=True)
+        ranks = [curve(run, "train", f"rank_ms_{name}", title, role) for name, title, role in _RANKS]
+        if any(one.points for one in ranks):
+            yield "rank_time", chart("A step's time that a rank spends alone, in ms", *ranks, from_zero=True)
         rates = curve(run, "train", "lr", "learning rate", "val")
         if rates.points:
             yield "learning_rate", chart("Learning rate", rates)
@@ -64,7 +67,7 @@ class Report:
     def html(self) -> str:
         """The whole file."""
         run, state, timeline = self.run, self._state, self._timeline
-        curves = (*self._metrics, "throughput", "step_time", "learning_rate")
+        curves = (*self._metrics, "throughput", "step_time", "rank_time", "learning_rate")
         test = run.evaluation
         return render(
             "run.html",
@@ -79,6 +82,7 @@ class Report:
             timeline=timeline,
             narrow_timeline=timeline_chart(run, timeline, _NARROW),
             phases=[(phase, spent, PHASES[phase]) for phase, spent in timeline.seconds_by_phase().items() if spent],
+            stragglers=tables.stragglers(run),
             checkpoints=tables.checkpoints(run),
             evaluate_command=shlex.join(["python", "-m", "ftexp.evaluate", f"run={run.uri}"]),
             test=test,
@@ -124,4 +128,5 @@ class Report:
 
 _ROLES = ("val", "train", "restoring", "test", "replaying", "restarting")
 _SECTIONS = dict(zip((*SECTIONS, TEACHER), _ROLES, strict=True))  # their colours
+_RANKS = (("max", "slowest", "fault"), ("median", "median", "val"), ("min", "fastest", "test"))
 _STATUS = {"finished": "good", "failed": "bad", "interrupted": "paused", "running": "paused"}

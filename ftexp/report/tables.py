@@ -28,6 +28,20 @@ def checkpoints(run: RunFiles) -> list[tuple[Record, str]]:
     return [(event, state(event)) for event in reversed(run.named("checkpoint_saved", "checkpoint_failed"))]
 
 
+def stragglers(run: RunFiles) -> list[tuple[Record, int | None]]:
+    """(event, step) of each rank that stayed slow; the step at which that was over, by a restart too; None: not yet."""
+    found: list[tuple[Record, int | None]] = []
+    ends = run.named("straggler_over", "failure", "resized")
+    for event in run.named("straggler"):
+        after = (
+            end["step"]
+            for end in ends
+            if end["time"] >= event["time"] and (end["event"] != "straggler_over" or end["rank"] == event["rank"])
+        )
+        found.append((event, next(after, None)))
+    return found
+
+
 def worst_classes(evaluation: Record) -> list[Record]:
     """Return the rows of the classes, the worst first: by average precision where there is one, or by recall."""
     by = "average_precision" if evaluation.get("task") == MULTI_LABEL else "recall"

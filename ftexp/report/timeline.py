@@ -14,7 +14,7 @@ REPLAYING, TRAINING, ENDING = "replaying", "training", "ending"
 PHASES = {
     TRAINING: "steps that had not been done before, with evaluation and saving",
     REPLAYING: "steps that were lost, once more",
-    DETECTING: "from a process's death, or its exception, to Ray's notice",
+    DETECTING: "from a process's death, its exception, or the last sign of life, to Ray's notice",
     RESTARTING: "from there to new workers",
     RESTORING: "building the model and reading the checkpoint, to the first batch",
     STARTING: "from the command to its first workers",

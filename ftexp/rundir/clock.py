@@ -27,6 +27,7 @@ class RunClock:
         self._noticed = self._since(now() if noticed_at is None else noticed_at)  # the same, by `steady`
         self._began, self._seconds_before = self._noticed, state.seconds
         self._died_at: float | None = None  # when the current attempt's first process was lost, or raised
+        self._heard_at: float | None = None  # the last sign of life of an attempt that trains
         self._farthest_before = state.farthest_step  # when the current attempt began
         self._working_since = steady()  # the end of what was last counted as productive, or lost
         self._attempt_since = steady()
@@ -50,6 +51,7 @@ class RunClock:
         """Training begins after `step`, from a state of that source; returns the time."""
         failures = self._state.failures
         self._working_since = self._ready_since = self._steady()
+        self._heard_at = self.now()
         self._replayed_from = step if step < self._state.farthest_step else None
         self._state.step = step
         if failures and failures[-1].steps_replayed is None and self.noticed_at is not None:
@@ -79,20 +81,28 @@ class RunClock:
         failure.seconds_to_new_step = round(now - self._ready_since, 3)
         return Recovered(**{each.name: getattr(failure, each.name) for each in dataclasses.fields(Recovered)})
 
+    def heard(self) -> None:
+        """A worker gave a sign of life."""
+        if self._heard_at is not None:
+            self._heard_at = self.now()
+
     def process_ended(self, when: float) -> None:
         """A process of the current attempt was lost, or raised."""
         self._died_at = when if self._died_at is None else self._died_at
 
     def failed(self, told_late: bool) -> float:
-        """The current attempt failed; returns the seconds to detect it. `told_late`: Ray knew when it began."""
+        """The current attempt failed; returns the seconds to detect it. `told_late`: Ray knew when it began.
+
+        A machine that loses its power, or its network, doesn't say so: then its silence counts.
+        """
         self.noticed_at = self.now()
-        died_at = self._died_at if self._died_at is not None else self.noticed_at
+        died_at = next(when for when in (self._died_at, self._heard_at, self.noticed_at) if when is not None)
         if told_late:
             self.noticed_at = died_at
         self._noticed = self._since(self.noticed_at)
         self._recovering = None
         # the next group may die before it says hello
-        self._farthest_before, self._died_at = self._state.farthest_step, None
+        self._farthest_before, self._died_at, self._heard_at = self._state.farthest_step, None, None
         return round(max(0.0, self.noticed_at - died_at), 3)
 
     @property

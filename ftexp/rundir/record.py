@@ -76,6 +76,7 @@ class RunRecord:
         """Record a message; returns the answer to a `Hello` or `Sync`."""
         if isinstance(message, _HEARTBEATS):
             self.heard_at = self.clock.now()
+            self.clock.heard()
         answer = self._record(message)
         if self._steady() - self._flushed > _FLUSH_INTERVAL_S:
             self.write()
@@ -175,7 +176,7 @@ class RunRecord:
             attempt=self.state.attempts,
             cause=cause,
             rank=rank,
-            node=self._workers[rank].node if rank in self._workers else None,
+            node=self.node_of(rank),
             progressed=progressed,
             decision=decision,
             step=self.state.step,
@@ -204,6 +205,10 @@ class RunRecord:
         """Process ids of the current attempt's workers, by rank."""
         world_size = (self.state.world_sizes or [0])[-1]
         return [self._workers[rank].pid for rank in range(world_size) if rank in self._workers]
+
+    def node_of(self, rank: int | None) -> str | None:
+        """Return the node of a rank of the current attempt, as far as it is known."""
+        return self._workers[rank].node if rank in self._workers else None
 
     def is_of_the_past(self, lost: Lost) -> bool:
         """Whether a process was one of an earlier worker group: another may say hello meanwhile."""

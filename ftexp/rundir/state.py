@@ -24,7 +24,8 @@ class Failure:
     rank: int | None
     step: int  # the last that was seen done
     error: str
-    seconds_to_detect: float | None = None  # from the process's death, or the exception, to Ray's notice
+    # from the process's death, the exception, or else the last sign of life, to Ray's notice
+    seconds_to_detect: float | None = None
     seconds_to_restart: float | None = None  # from there to the new worker group's start
     seconds_to_restore: float | None = None  # from there to the first batch
     seconds_to_new_step: float | None = None  # from there to the end of the first step that had never been done before

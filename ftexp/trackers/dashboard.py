@@ -78,6 +78,12 @@ PANELS = (
     Panel("Making a sample, in a task", (_of_each(series.SAMPLE_PART),), "s"),
     Panel("Prefetched batches ready", (Query(_one(series.FEED_QUEUE)),)),
     Panel("Model FLOPs utilisation", (Query(_one(series.MFU)),), "percentunit"),
+    Panel("A step's time that a rank spends alone", (_of_each(series.RANK_STEP),), "s"),
+    Panel("Slowest rank", (Query(_one(series.SLOWEST_RANK)),)),
+    Panel(
+        "Stragglers, in medians",
+        (Query(f"{_one(series.STRAGGLER, *series.STRAGGLER.labels)} > 0", "{{run}} rank {{rank}} {{node}} {{part}}"),),
+    ),
     Panel("Goodput", (Query(_one(series.GOODPUT)),), "percentunit"),
     Panel("Step", (Query(_one(series.STEP)), Query(_one(series.CHECKPOINT_STEP), "{{run}} last checkpoint"))),
     Panel("Failures by cause", (Query(f"{_one(series.FAILURES, 'cause')} > 0", "{{run}} {{cause}}"),)),

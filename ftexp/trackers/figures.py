@@ -13,12 +13,26 @@ from ftexp.rundir.record import RunRecord
 from ftexp.rundir.state import Failure
 from ftexp.trackers import series
 from ftexp.trackers.series import Series
-from ftexp.wire.events import CheckpointFailed, CheckpointSaved, Event, make_event
+from ftexp.wire.events import (
+    AttemptStarted,
+    CheckpointFailed,
+    CheckpointSaved,
+    Event,
+    Straggler,
+    StragglerOver,
+    make_event,
+)
 
 # a logged point's times, in milliseconds -> the series and its part
 _TIMES = {f"{part}_ms": (series.STEP_PART, part) for part in series.STEP_PARTS}
 _TIMES |= {f"{part}_ms": (series.SAMPLE_PART, part) for part in series.SAMPLE_PARTS}
-_OWN_SERIES = {"images_per_s": series.IMAGES, "mfu": series.MFU, "feed_queue": series.FEED_QUEUE}
+_TIMES |= {f"rank_ms_{ranks}": (series.RANK_STEP, ranks) for ranks in ("min", "median", "max")}
+_OWN_SERIES = {
+    "images_per_s": series.IMAGES,
+    "mfu": series.MFU,
+    "feed_queue": series.FEED_QUEUE,
+    "slowest_rank": series.SLOWEST_RANK,
+}
 _HEAD = ("time", "event", "attempt")
 
 
@@ -39,13 +53,15 @@ class RunFigures:
         self._saved: dict[str, tuple[float, CheckpointSaved]] = {}  # name -> (when, what)
         self._last_blocked_s: float | None = None
         self._blocked_s, self._num_failed = 0.0, 0
+        self._stragglers: dict[tuple[str, str, str], float] = {}  # (rank, node, part) -> ratio; 0 once it is over
         for line in record.past_events():
             self._take_line(line)
         record.observers.append(self._take)
 
     def __call__(self) -> list[Figure]:
         """Return the figures; a series that has no value yet is missing."""
-        return [*self._progress(), *self._points(), *self._failures(), *self._checkpoints()]
+        stragglers = [Figure(series.STRAGGLER, ratio, who) for who, ratio in self._stragglers.copy().items()]
+        return [*self._progress(), *self._points(), *stragglers, *self._failures(), *self._checkpoints()]
 
     def _take_line(self, line: dict[str, Any]) -> None:
         if line.get("event") in ("checkpoint_saved", "checkpoint_failed"):
@@ -60,6 +76,12 @@ class RunFigures:
                 self._last_blocked_s, self._blocked_s = blocked_s, self._blocked_s + blocked_s
             case CheckpointFailed():
                 self._num_failed += 1
+            case Straggler(rank, part, ratio, node=node):
+                self._stragglers[str(rank), node or "", part] = ratio
+            case StragglerOver(rank):
+                self._stragglers |= {who: 0.0 for who in self._stragglers if who[0] == str(rank)}
+            case AttemptStarted():
+                self._stragglers = dict.fromkeys(self._stragglers, 0.0)
 
     def _progress(self) -> Iterator[Figure]:
         record, state = self._record, self._record.state

@@ -37,6 +37,15 @@ METRIC = Series("ftexp_metric", "Last logged value of a metric: losses, accuraci
 IMAGES = Series("ftexp_images_per_second", "Images trained on, over all workers, since the point logged before")
 MFU = Series("ftexp_mfu_ratio", "Share of the device's peak arithmetic that the model uses")
 STEP_PART = Series("ftexp_step_part_seconds", "Mean time of a part of a step, on rank 0", ("part",))
+RANK_STEP = Series(
+    "ftexp_rank_step_seconds", "Mean time of a step that a rank spends alone: min, median, max over ranks", ("ranks",)
+)
+SLOWEST_RANK = Series("ftexp_slowest_rank", "The rank that spends most time alone in a step")
+STRAGGLER = Series(
+    "ftexp_straggler_ratio",
+    "Time alone of a rank that stays slow, in medians over ranks, when that was noticed; 0 once it is over",
+    ("rank", "node", "part"),
+)
 SAMPLE_PART = Series("ftexp_sample_part_seconds", "Mean time of a part of making one sample, in a task", ("part",))
 FEED_QUEUE = Series("ftexp_feed_queue_batches", "Mean number of prefetched batches ready when a step asked for one")
 GOODPUT = Series("ftexp_goodput_ratio", "Share of the run's wall time that went into steps not done before")
@@ -54,6 +63,7 @@ HEARTBEAT_AGE = Series("ftexp_heartbeat_age_seconds", "Time since a worker repor
 
 SERIES = (
     *(INFO, WORKERS, ATTEMPTS, STEP, EPOCH, METRIC, IMAGES, MFU, STEP_PART, SAMPLE_PART, FEED_QUEUE, GOODPUT),
+    *(RANK_STEP, SLOWEST_RANK, STRAGGLER),
     *(FAILURES, REPLAYED, RESTART),
     *(CHECKPOINT_AGE, CHECKPOINT_BYTES, CHECKPOINT_STEP, SAVES, FAILED_SAVES, BLOCKED, BLOCKED_SUM, HEARTBEAT_AGE),
 )

@@ -330,6 +330,35 @@ class SlowData(Event):
 
 
 @dataclass(frozen=True)
+class Straggler(Event):
+    """A rank stays slower than the others, and keeps them waiting: see scaling.straggler_factor."""
+
+    rank: int
+    part: str  # of a step, in which it exceeds the others most
+    ratio: float  # its own time, as a multiple of the median over ranks
+    own_ms: float  # of a step, without waiting for others
+    median_ms: float
+    step: int
+    node: str | None = None  # filled in by the driver
+
+
+@dataclass(frozen=True)
+class StragglerOver(Event):
+    """A straggler is as fast as the others again."""
+
+    rank: int
+    step: int
+    node: str | None = None  # filled in by the driver
+
+
+@dataclass(frozen=True)
+class NcclHang(Event):
+    """Ray's detector has found ranks of a worker group, now ended, that had stopped in NCCL."""
+
+    files: list[str]  # of the run directory
+
+
+@dataclass(frozen=True)
 class Thawed(Event):
     """Another part of the model is trained from now on."""
 

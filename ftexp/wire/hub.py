@@ -4,20 +4,30 @@ Ray's own report() takes one item a poll and blocks all ranks; it is kept for ch
 workers and driver to reach each other on any port, so this asks for no more of a network. The driver is the
 only writer of the run's records, which therefore need no locks. A closed connection also tells at once that a
 process has died, seconds before Ray polls it.
+
+A worker may outlive its group: one whose network was cut is dead to Ray, and heard again once the network is back. From
+the first hello of the next group on, nothing of it is handled: it would be taken for that group's.
+
+Messages are dated by their sender. Where a node's clock differs from the driver's, they are dated anew, so that the
+records have one clock: by how much it differs is told by the first message, which is sent at once.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hmac
 import secrets
 import socket
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TextIO
 
 from ftexp.wire.messages import Evaluated, Goodbye, Hello, Lost, Message, Save, Stop, Sync, from_line, to_line
+
+_MIN_SKEW_S = 1.0  # of a clock; less may be what a message takes
 
 Handler = Callable[[Message], Message | None]
 
@@ -40,6 +50,7 @@ class Hub:
         self._closed = self._stopping = False
         self.failed: Exception | None = None  # raised by the handler; nothing is handled any more, and all shall end
         self._open: list[socket.socket] = []
+        self._group: dict[int, Hello] = {}  # by rank, of the latest group
         self._listener = socket.create_server((host, 0))
         self.address = HubAddress(host, self._listener.getsockname()[1], secrets.token_hex(16))
         threading.Thread(target=self._accept, daemon=True, name="hub").start()
@@ -80,6 +91,10 @@ class Hub:
             if not hmac.compare_digest(self._next(stream).strip().encode(), self.address.token.encode()):
                 return
             first = from_line(self._next(stream))
+            skew_s = _skew_s(first)
+            first = _dated_anew(first, skew_s)
+            if isinstance(first, Hello):
+                self._joins(first)
             self._answer(connection, self.handle(first) if first is not None else None)
             with self._lock:
                 self._open.append(connection)
@@ -87,16 +102,28 @@ class Hub:
                     self._answer(connection, Stop())
             said_goodbye = False
             while not said_goodbye and (line := self._next(stream)):
-                if (message := from_line(line)) is None:
+                if (message := _dated_anew(from_line(line), skew_s)) is None:
                     continue
                 said_goodbye = isinstance(message, Goodbye)
-                answer = self.handle(message)
+                answer = self.handle(message) if self._is_current(first) else None
                 if isinstance(message, Sync) and answer is not None:
                     self._answer(connection, answer)
             with self._lock:
                 self._open.remove(connection)
-            if isinstance(first, Hello) and not said_goodbye:
+            if isinstance(first, Hello) and not said_goodbye and self._is_current(first):
                 self.handle(Lost(first.rank, first.pid))
+
+    def _joins(self, hello: Hello) -> None:
+        """Count a worker to the latest group, or to the next one if its rank is taken."""
+        with self._lock:
+            if hello.rank in self._group:
+                self._group = {}
+            self._group[hello.rank] = hello
+
+    def _is_current(self, first: Message | None) -> bool:
+        """Whether who said `first` is no worker of a group that another has taken the place of."""
+        with self._lock:
+            return not isinstance(first, Hello) or self._group.get(first.rank) is first
 
     @staticmethod
     def _answer(connection: socket.socket, message: Message | None) -> None:
@@ -130,6 +157,16 @@ class Hub:
             except Exception as error:  # raised again on the thread that waits for the run
                 self.failed = error
         return Stop(f"the driver failed: {type(self.failed).__name__}: {self.failed}")
+
+
+def _skew_s(first: Message | None) -> float:
+    """Return how far the clock of who sent this just now is ahead."""
+    ahead_s = first.time - time.time() if first is not None else 0.0
+    return ahead_s if abs(ahead_s) >= _MIN_SKEW_S else 0.0
+
+
+def _dated_anew(message: Message | None, skew_s: float) -> Message | None:
+    return dataclasses.replace(message, time=message.time - skew_s) if message is not None and skew_s else message
 
 
 def _send(connection: socket.socket, message: Message | None) -> None:

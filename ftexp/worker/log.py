@@ -10,6 +10,7 @@ from ftexp.job.job import Job
 from ftexp.model.build import timm_arguments
 from ftexp.wire.messages import Metrics, Ready, Tick
 from ftexp.worker.hardware import describe
+from ftexp.worker.ranks import RankTimes
 from ftexp.worker.speed import speeds
 
 _TICK_INTERVAL_S = 0.1  # between messages that only move the progress bar
@@ -31,10 +32,10 @@ def announce(job: Job, source: str) -> None:
         job.channel.send(ready)
 
 
-def log_train(job: Job) -> None:
+def log_train(job: Job, ranks: RankTimes | None = None) -> None:
     """Log the mean training loss, and accuracy where there is one, since the last point; collective."""
     learner, progress = job.learner, job.progress
-    totals = progress.train.totals()
+    totals, times = progress.train.totals_with(ranks.own() if ranks is not None else [])
     if totals[3]:
         raise NonFiniteError(f"{totals[3]} losses were NaN or infinite by step {progress.step}")
     progress.train.reset()
@@ -45,7 +46,7 @@ def log_train(job: Job) -> None:
         values["image_size"] = job.data.image_size
     if learner.scaler.is_enabled():
         values |= {"loss_scale": learner.scaler.get_scale(), "num_overflows": progress.num_overflows}
-    log_point(job, "train", values, speeds(job))
+    log_point(job, "train", values, speeds(job) | (ranks.take(times) if ranks is not None else {}))
     if values.get("loss_scale", 1) < 1:
         raise NonFiniteError(
             f"gradients overflow in fp16 whatever the loss scale, which has come down to {values['loss_scale']} by "

@@ -30,6 +30,7 @@ from ftexp.worker.batches import feeding
 from ftexp.worker.corruption import ReplicaCheck, StepRepeat
 from ftexp.worker.evaluation import evaluation_due, test
 from ftexp.worker.log import Ticker, announce, log_train
+from ftexp.worker.ranks import RankTimes
 from ftexp.worker.step import settle_gradient_order, thaw, train_step
 from ftexp.worker.validation import ask_again, settle, validate
 
@@ -111,12 +112,13 @@ def run_steps(
 ) -> None:
     """Train on `batches`, evaluate and save, until they end, a stop is requested or a hook ends the run; collective."""
     progress, config, ticker = job.progress, job.config, Ticker(job)
-    replicas, repeat = ReplicaCheck(job), StepRepeat(job)
+    replicas, repeat, ranks = ReplicaCheck(job), StepRepeat(job), RankTimes(job)
     recovery = NonFiniteRecovery(config.failure, job.group, progress, job.data.skipped, job.channel, checkpoints)
     in_step = START  # until one step is done: the first compiles, and fills what is prefetched
     for batch in batches:
         watchdog.beat(in_step)
-        thaw(job)
+        if thaw(job):
+            ranks.watch()
         if not recovery.skips(batch):
             if train_step(job, batch, repeat):
                 recovery.recovered()
@@ -129,14 +131,14 @@ def run_steps(
         job.hooks.after_step()
         if is_logged := progress.step % config.train.log_every_steps == 0 or progress.finished:
             with watchdog.during(AGREEMENT):
-                log_train(job)
+                log_train(job, ranks)
         if evaluation_due(job, epoch_ended):
             with watchdog.during(EVALUATION), job.stopwatch.apart():
                 if not validate(job):
                     checkpoints.stop()
         if progress.finished and not is_logged:  # a hook has ended the run just now
             with watchdog.during(AGREEMENT):
-                log_train(job)
+                log_train(job, ranks)
         if chaos is not None:
             chaos.strike(checkpoints, job.learner.model)
         with watchdog.during(AGREEMENT):

@@ -65,7 +65,9 @@ def _gradients(job: Job, micro_batches: Sequence[MicroBatch]) -> Sequence[Tensor
     learner, losses = job.learner, []
     learner.optimizer.zero_grad(set_to_none=True)
     if learner.sharding is not None:
+        job.stopwatch.wait()  # for rank 0's buffers
         learner.sharding.begin_step(learner.model)
+        job.stopwatch.go_on()
     for number, micro in enumerate(micro_batches):
         with _gradient_sync(learner, is_last=number == len(micro_batches) - 1):
             losses.append(_forward_backward(job, micro))
@@ -147,15 +149,16 @@ def _gradient_sync(learner: Learner, is_last: bool) -> contextlib.AbstractContex
     return learner.wrapped.no_sync()
 
 
-def thaw(job: Job) -> None:
-    """Freeze and unfreeze what the epoch asks for; collective where that changes anything."""
+def thaw(job: Job) -> bool:
+    """Freeze and unfreeze what the epoch asks for; returns whether that changed anything, and then it is collective."""
     learner, progress = job.learner, job.progress
     if not learner.thaw(progress.epoch):
-        return
+        return False
     settle_gradient_order(job)
     job.utilisation.count_anew()
     if job.group.rank == 0:
         job.channel.send(Happened(events.Thawed(progress.epoch, learner.freezing.num_frozen)))
+    return True
 
 
 def settle_gradient_order(job: Job) -> None:

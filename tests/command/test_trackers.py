@@ -341,6 +341,7 @@ def three_kills(server, tmp_path_factory, preloaded):
     """A run of which two workers and the command itself are killed, with all trackers, and the command given again."""
     folder = tmp_path_factory.mktemp("runs")
     faults = "{kind: kill_worker, step: 22, rank: 1}, {kind: kill_worker, step: 41}, {kind: kill_driver, step: 57}"
+    faults += ", {kind: slow_rank, step: 62, rank: 1, count: 45, seconds: 0.1}"
     words = [
         *(f"run.storage={folder}", "run.name=three", "report.enabled=false", "train.max_steps=128", "train.epochs=6"),
         *("train.log_every_steps=5", "checkpoint.every_steps=10", f"chaos.faults=[{faults}]"),
@@ -352,14 +353,14 @@ def three_kills(server, tmp_path_factory, preloaded):
     first = Command("train", words, folder, preloaded, joins=True)
     assert first.wait() == -signal.SIGKILL, first.output
     second, scrapes = Command("train", words, folder, preloaded, joins=True), []
-    second.wait_until(lambda: scrape_into(scrapes, second.lines) and scrapes[-1]["ftexp_step",] > 90)
+    second.wait_until(lambda: scrape_into(scrapes, second.lines) and scrapes[-1]["ftexp_step",] > 105)
     assert second.wait() == 0, second.output
     return RunFolder(folder / "three"), [*first.lines, *second.lines], scrapes[-1]
 
 
 def test_a_run_with_three_kills_is_one_run_in_each_tracker_with_each_point_once(server, three_kills):
     run, *_ = three_kills
-    assert len(run.events("chaos")) == 3
+    assert len(run.events("chaos")) == 4
     assert run.record["attempts"] == 4
     assert_each_point_once(run.path, server)
     assert len(run.metrics()) > 15
@@ -396,6 +397,11 @@ def test_a_run_with_three_kills_is_shown_by_its_series(three_kills):
     assert {each.name for each in SERIES} - {name for name, *_ in scrape} == {
         *("ftexp_mfu_ratio", "ftexp_sample_part_seconds", "ftexp_feed_queue_batches")  # of a GPU, tasks, prefetching
     }
+    (straggler,) = (event for event in run.events("straggler") if event["rank"] == 1)
+    assert straggler["step"] in (90, 95)  # the sixth point since it is slow; of the first, two steps are not
+    assert scrape["ftexp_straggler_ratio", "1", straggler["node"], "forward"] == straggler["ratio"] > 1.5
+    assert scrape["ftexp_slowest_rank",] == 1
+    assert scrape["ftexp_rank_step_seconds", "max"] > 0.1 > scrape["ftexp_rank_step_seconds", "median"]
     assert scrape["ftexp_attempts_total",] == 4
     failed = {key[1]: value for key, value in scrape.items() if key[0] == "ftexp_failures_total"}
     assert (failed["crash"], sum(failed.values())) == (2, 2)

@@ -13,6 +13,7 @@ from ray.exceptions import RayActorError
 from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
+from ftexp.cluster import ray_private
 from ftexp.failure.causes import Ending
 from ftexp.failure.group_start import ReportingBackend, ReportingTorchConfig
 from ftexp.failure.reporter import FailureReporter
@@ -75,7 +76,7 @@ def test_workers_start_again_where_another_process_took_the_port_and_where_one_d
             scaling_config=ScalingConfig(num_workers=2),
             run_config=RunConfig(name="run", storage_path=str(tmp_path / "storage"), callbacks=[reporter]),
         )
-        assert trainer.fit().return_value == 2
+        assert ray_private.fitted(trainer).return_value == 2
     hub.close()
     taken, *died = [message for message in told if isinstance(message, GroupFailed)]
     assert (taken.cause, taken.rank, taken.ending) == ("crash", None, Ending.RAISED)

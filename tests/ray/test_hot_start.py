@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import gc
 import importlib
 import json
 import os
@@ -22,7 +23,7 @@ from ray._private.utils import update_envs
 
 from ftexp.cluster.hot_start import driver, launcher
 from ftexp.cluster.hot_start.driver import HotStart
-from ftexp.cluster.hot_start.forker import MARK
+from ftexp.cluster.hot_start.forker import MARK, import_all
 from ftexp.config.schema import ScalingConfig
 from tests.support.processes import many_open_files
 
@@ -842,3 +843,22 @@ def processes_with(text):
         with contextlib.suppress(OSError):
             if folder.name.isdigit() and text.encode() in (folder / "environ").read_bytes():
                 yield int(folder.name)
+
+
+def test_a_preloaded_process_imports_without_what_only_a_library_of_its_would_use(tmp_path, monkeypatch):
+    (tmp_path / "takes_it.py").write_text(
+        "try:\n    import unwanted\nexcept ImportError:\n    unwanted = None\n", encoding="utf-8"
+    )
+    (tmp_path / "unwanted.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    try:
+        import_all(("takes_it", "not_there"), without=("unwanted",))
+        import takes_it
+        import unwanted  # for a worker that wants it after all
+
+        assert takes_it.unwanted is None
+        assert unwanted.__file__
+    finally:
+        gc.unfreeze()
+        for name in ("takes_it", "unwanted"):
+            sys.modules.pop(name, None)

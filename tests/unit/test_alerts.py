@@ -1,5 +1,6 @@
 """Alerts: when there is one, and how it is sent: once, from a thread, without its URL written anywhere."""
 
+import dataclasses
 import sys
 import threading
 import time
@@ -22,6 +23,7 @@ from ftexp.wire import events
 from tests.support.hooks import AlertServer
 
 READY = events.Ready("cpu", [1, 2])
+SLOW = events.Straggler(1, "feed", 2.0, 80.0, 40.0, 50, "n2")
 PATIENCE_S = 20.0
 
 
@@ -72,6 +74,14 @@ def test_the_first_failed_save_of_several_in_a_row_is_an_alert():
     told.append(watched.after(events.CheckpointFailed(9, "disk full")))
     assert [kind(alert) for alert in told] == ["failing_saves", None, None, None, "failing_saves"]
     assert told[0].text == "the checkpoint of step 4 could not be saved: disk full"
+
+
+def test_a_straggler_is_an_alert_once_for_each_rank_and_node():
+    watched = rules()
+    elsewhere = dataclasses.replace(SLOW, node="n3")
+    told = [watched.after(event) for event in (SLOW, SLOW, events.StragglerOver(1, 60, "n2"), SLOW, elsewhere)]
+    assert [kind(alert) for alert in told] == ["straggler", None, None, None, "straggler"]
+    assert (told[0].details["node"], told[0].details["part"]) == ("n2", "feed")
 
 
 def test_a_run_without_new_steps_is_an_alert_once_until_there_is_one():
@@ -219,6 +229,6 @@ def test_urls_to_notify_are_secret_wherever_configs_are_written():
 def test_there_is_a_rule_for_every_kind_of_alert():
     told = [
         *(rules(max_recoveries=0, state=RunState(name="a", failures=[failed()])).after(READY), rules().at(1e9)),
-        *map(rules().after, (events.Failed("no"), events.Finished(), events.CheckpointFailed(1, "no"))),
+        *map(rules().after, (events.Failed("no"), events.Finished(), events.CheckpointFailed(1, "no"), SLOW)),
     ]
     assert {alert.kind for alert in told} == {*ALERTS}

@@ -313,6 +313,20 @@ def test_a_hang_lasts_as_long_as_it_is_told_to(tmp_path, monkeypatch):
     assert slept == [12.5]
 
 
+def test_a_slow_rank_takes_longer_for_so_many_steps(tmp_path, monkeypatch):
+    slept = []
+    monkeypatch.setattr(chaos.time, "sleep", slept.append)
+    for rank in (0, 1):
+        run = Run(tmp_path, rank=rank, kind="slow_rank", step=4, count=2, seconds=0.25)
+        batches = run.chaos.feeding(SimpleNamespace(start=number) for number in range(5))
+        next(batches)
+        run.reach(4)
+        assert slept == []
+        assert [batch.start for batch in batches] == [1, 2, 3, 4]
+        assert slept == ([0.25, 0.25] if rank == 0 else [])
+        slept.clear()
+
+
 @pytest.mark.parametrize("kind", DAMAGES)
 @pytest.mark.parametrize("count", [1, 2])
 def test_damage_hits_the_newest_checkpoints_once_they_are_written_and_then_kills(tmp_path, monkeypatch, kind, count):

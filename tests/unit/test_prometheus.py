@@ -27,7 +27,16 @@ from ftexp.wire.messages import Happened, Hello, Metrics, Ready, Tick
 
 DONE = Outcome(status="finished")
 SAVED = events.CheckpointSaved(40, "step_00000040.a1", 1234, 0.5, {}, ["epoch"], 0.25)
-POINT = {"train_loss": 0.5, "images_per_s": 640.0, "feed_ms": 2.5, "decode_ms": 1.5, "feed_queue": 1.75, "mfu": 0.3}
+RANKS = {"rank_ms_min": 40.0, "rank_ms_median": 40.0, "rank_ms_max": 100.0, "slowest_rank": 1}
+POINT = {
+    "train_loss": 0.5,
+    "images_per_s": 640.0,
+    "feed_ms": 2.5,
+    "decode_ms": 1.5,
+    "feed_queue": 1.75,
+    "mfu": 0.3,
+    **RANKS,
+}
 
 
 @pytest.fixture
@@ -67,6 +76,7 @@ def trained(record, clock):
     record.handle(Hello(0, 2, 12, "node"))
     clock.now += 3
     record.handle(Ready(40, 100, "cpu", {}, 5))
+    record.handle(Happened(events.Straggler(1, "feed", 2.5, 100.0, 40.0, 50, "n2"), time=clock.now))
     clock.now += 4
 
 
@@ -94,6 +104,11 @@ def test_figures_are_what_the_records_say(record, clock):
         ("ftexp_step_part_seconds", "feed"): 0.0025,
         ("ftexp_sample_part_seconds", "decode"): 0.0015,
         ("ftexp_feed_queue_batches",): 1.75,
+        ("ftexp_rank_step_seconds", "min"): 0.04,
+        ("ftexp_rank_step_seconds", "median"): 0.04,
+        ("ftexp_rank_step_seconds", "max"): 0.1,
+        ("ftexp_slowest_rank",): 1,
+        ("ftexp_straggler_ratio", "1", "n2", "feed"): 2.5,
         ("ftexp_goodput_ratio",): round(20 / 30, 4),
         ("ftexp_replayed_steps_total",): 10,
         ("ftexp_restart_seconds_total",): 6,
@@ -116,7 +131,18 @@ def test_counters_go_on_where_an_earlier_invocation_ended(record, clock, tmp_pat
     record.close("interrupted")
     again = values(figures_of(opened(tmp_path, clock)))
     # nobody has been heard of yet, and this invocation has its own clock
-    assert {key: value for key, value in before.items() if key[0] != "ftexp_heartbeat_age_seconds"} == again
+    own = ("ftexp_heartbeat_age_seconds", "ftexp_straggler_ratio")
+    assert {key: value for key, value in before.items() if key[0] not in own} == again
+
+
+def test_a_straggler_is_0_once_it_is_none_any_more_or_its_group_has_ended(record, clock):
+    figures = figures_of(record)
+    trained(record, clock)
+    for end in (Happened(events.StragglerOver(1, 60, "n2")), Hello(0, 2, 13, "node")):
+        record.handle(end)
+        assert values(figures)["ftexp_straggler_ratio", "1", "n2", "feed"] == 0
+        record.handle(Happened(events.Straggler(1, "feed", 3.0, 120.0, 40.0, 50, "n2")))
+        assert values(figures)["ftexp_straggler_ratio", "1", "n2", "feed"] == 3.0
 
 
 def test_a_value_that_is_not_finite_is_left_out(record):

@@ -4,10 +4,12 @@ import inspect
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import ray.exceptions
 import ray.train
+import ray.train.torch
 from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
 from ray.train.v2._internal.exceptions import (
     InsufficientClusterResourcesError,
@@ -21,6 +23,29 @@ from ftexp.cluster import ray_private
 
 def test_the_snapshot_has_the_name_that_is_dropped_before_a_fit():
     assert ray_private.SNAPSHOT == CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
+
+
+def test_the_nccl_detector_reads_what_is_set_and_leaves_its_findings_where_they_are_looked_for(monkeypatch):
+    from ray.train.v2._internal import constants
+    from ray.train.v2._internal.callbacks import nccl_ras
+
+    names = {"RAY_TRAIN_ENABLE_NCCL_HANG_DETECTOR", "RAY_TRAIN_NCCL_RAS_ACTION"}
+    for name in [*names, ray_private._NCCL_POLL_S, ray_private._NCCL_CONFIRM_S]:
+        monkeypatch.setenv(name, "")  # so that what is set here is forgotten
+        monkeypatch.delenv(name)
+    ray_private.detect_nccl_hangs(within_s=30.0)
+    trainer = ray.train.torch.TorchTrainer(lambda: None)
+    (detector,) = [each for each in trainer._create_default_callbacks() if isinstance(each, nccl_ras.NCCLRASCallback)]
+    assert (detector._confirm_duration_s, detector._poll_interval_s) == (30.0, 7.5)
+    assert detector._action == constants.NCCL_RAS_ACTION_OBSERVE  # the watchdog ends what hangs
+    assert ray_private.NCCL_FINDINGS == constants.HANG_DETECTOR_DIRNAME
+    stored = []
+    monkeypatch.setattr(nccl_ras, "_upload_to_fs_path", lambda folder, filesystem, path: stored.append(path))
+    storage = SimpleNamespace(experiment_fs_path="/runs/first", storage_filesystem=None)
+    detector._worker_group = SimpleNamespace(_storage_context=storage)
+    detector.dump_ras_query_history("rank 1 is behind")
+    assert stored == [f"/runs/first/{ray_private.NCCL_FINDINGS}/nccl_ras"]
+    assert ray_private._MAX_NCCL_POLL_S == constants.DEFAULT_NCCL_RAS_MIN_POLL_INTERVAL_S
 
 
 def test_the_error_of_a_dead_worker_is_unwrapped():
@@ -159,3 +184,38 @@ def test_the_dashboards_process_does_nothing_but_count_usage_where_there_is_no_d
     assert '"--modules-to-load=UsageStatsHead"' in inspect.getsource(services.start_api_server)
     started = inspect.getsource(Node.start_head_processes) + inspect.getsource(Node.start_ray_processes)
     assert all(f"self.{name}(" in started for name in STARTS), "Ray starts them elsewhere now"
+
+
+class Trainer:
+    """As much of Ray's as `fitted` uses: its fit() returns the callbacks that Ray Train's controller would get."""
+
+    def __init__(self):
+        self.kept = object()
+
+    def _create_default_callbacks(self):
+        from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+
+        return [PlacementGroupCleanerCallback(), self.kept]
+
+    def fit(self):
+        return self._create_default_callbacks()
+
+
+@pytest.mark.parametrize(("has_api_server", "num_callbacks"), [(True, 2), (False, 1)])
+def test_no_actor_waits_for_an_api_server_that_does_not_run(monkeypatch, has_api_server, num_callbacks):
+    monkeypatch.setattr(ray_private, "has_api_server", lambda: has_api_server)
+    trainer = Trainer()
+    callbacks = ray_private.fitted(trainer)
+    assert (len(callbacks), callbacks[-1]) == (num_callbacks, trainer.kept)
+
+
+def test_ray_train_makes_its_callbacks_and_asks_the_api_server_where_that_is_looked_for():
+    import ray.train.v2._internal.execution.controller.placement_group_cleaner as cleaner
+    from ray.dashboard import utils
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+    source = inspect.getsource(DataParallelTrainer._create_default_callbacks)
+    assert "PlacementGroupCleanerCallback()" in source, "where it is made has moved: see ray_private.fitted"
+    assert "self._create_default_callbacks()" in inspect.getsource(DataParallelTrainer)
+    assert "is_actor_alive(" in inspect.getsource(cleaner), "it may work without an API server now: let it run"
+    assert "ray_constants.DASHBOARD_ADDRESS" in inspect.getsource(utils.ray_address_to_api_server_url)

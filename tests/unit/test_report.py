@@ -19,6 +19,7 @@ from ftexp.evaluation.mistakes import ClassFindings, _together, described
 from ftexp.report.page import Report
 from ftexp.report.series import Axis, Series, duration
 from ftexp.report.source import read_run
+from ftexp.report.tables import stragglers
 from ftexp.report.timeline import PHASES, build_timeline
 from ftexp.report.write import write_report
 from ftexp.rundir.record import RunRecord
@@ -204,6 +205,25 @@ def test_the_page_shows_what_the_records_hold_and_loads_nothing(storage):
             assert picture.width > 400
 
 
+def test_the_page_shows_ranks_that_stayed_slow_and_until_when(storage):
+    story = Story(storage)
+    story.after(1).attempt(0)
+    ranks = {"rank_ms_min": 40.0, "rank_ms_median": 40.0, "rank_ms_max": 100.0, "slowest_rank": 1}
+    story.steps(1, 20, **ranks)
+    slow = events.Straggler(1, "feed", 2.5, 101.5, 40.0, 20, "n2")
+    for end in (None, events.StragglerOver(0, 30), events.StragglerOver(1, 40)):
+        story.event(slow if end is None else end)
+        story.after(1).steps(story.record.state.step + 1, story.record.state.step + 10)
+    story.event(dataclasses.replace(slow, rank=0, node="n1"))
+    story.end("finished", "")
+    assert [(event["rank"], over) for event, over in stragglers(read_run(storage))] == [(1, 40), (0, None)]
+    write_report(storage)
+    page = Page(storage.read_bytes("report.html").decode())
+    assert "20 1 n2 feed 101.5 ms 40.0 ms 2.5 40" in page.text
+    with Image.open(f"{storage.uri}/charts/rank_time.png") as picture:
+        assert picture.width > 400
+
+
 def test_the_page_shows_other_metrics_and_why_a_run_stopped_early(storage):
     write_config(storage, "train.metrics=[auroc,top5]")
     run = Story(storage)
@@ -252,6 +272,7 @@ def _hostile_page(storage, texts):
         story.event(events.CheckpointRejected(f"step_00000040.a1{text}", text))
         story.event(events.CheckpointSaved(9, f"step_00000040.a1{text}", 1, 0, {}, [], 0))
         story.event(events.CheckpointFailed(9, text))
+        story.event(events.Straggler(1, text, 2.0, 80.0, 40.0, 9, text))
         story.tell(Lost(0, 100))
         story.record.fail(text, 0, text, text)
         story.after(1).attempt(story.record.state.step)

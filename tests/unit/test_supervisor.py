@@ -324,6 +324,30 @@ def test_a_worker_that_waits_for_data_is_told_of_and_on_record(tmp_path):
     assert (event["step"], event["rank"]) == (3, 1)
 
 
+def test_a_straggler_is_told_of_with_its_node_and_so_is_its_end(tmp_path):
+    driver = Driver(tmp_path)
+    driver.attempt(step=30)
+    driver.event(events.Straggler(1, "feed", 2.0, 80.0, 40.0, 30))
+    driver.event(events.StragglerOver(1, 60))
+    assert "! rank 1 on node1 stays slow: 80.0 ms a step" in driver.shown
+    assert "rank 1 is as fast as the others again\n" in driver.shown
+    lines = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    told = [(line["event"], line["step"], line["node"]) for line in lines if line["event"].startswith("straggler")]
+    assert told == [("straggler", 30, "node1"), ("straggler_over", 60, "node1")]
+
+
+def test_what_the_nccl_detector_found_is_on_record_after_the_failure(tmp_path):
+    driver = Driver(tmp_path)
+    driver.attempt(step=3)
+    asked = []
+    driver.supervisor.nccl_findings = lambda attempt: asked.append(attempt) or ["hangs/a1.nccl_ras.x.json"]
+    driver.fail()
+    assert asked == [1]
+    assert "Ray's NCCL hang detector: hangs/a1.nccl_ras.x.json\n" in driver.shown
+    *_, line = (json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines())
+    assert (line["event"], line["files"]) == ("nccl_hang", ["hangs/a1.nccl_ras.x.json"])
+
+
 def test_workers_that_never_start_are_on_record(tmp_path):
     driver = Driver(tmp_path, controller_failure_limit=2)
     driver.tell(CouldNotStart("no such zone"))

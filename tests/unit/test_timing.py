@@ -12,7 +12,7 @@ from torch import nn
 import ftexp.job.mfu
 from ftexp.data.feeds.feed import prefetched
 from ftexp.job.mfu import Utilisation, flops_per_image, peak_flops
-from ftexp.job.stopwatch import BACKWARD, FORWARD, OPTIMIZER, SAVE, SPEEDS, Stopwatch
+from ftexp.job.stopwatch import BACKWARD, FORWARD, OPTIMIZER, RANKS, SAVE, SPEEDS, Stopwatch
 from ftexp.rundir.names import PROFILE
 from ftexp.storage.directory import Storage
 from ftexp.wire import events
@@ -128,7 +128,7 @@ def test_points_tell_of_speed_and_checkpoints_do_not(monkeypatch):
     train(job)
     log_train(job)
     (point,) = [sent.values for sent in job.channel.points()]
-    assert set(SPEEDS) - {"mfu", "teacher_ms", "feed_queue"} <= point.keys()
+    assert set(SPEEDS) - {"mfu", "teacher_ms", "feed_queue", *RANKS} <= point.keys()
     assert min(point[f"{section}_ms"] for section in (FORWARD, BACKWARD, OPTIMIZER)) > 0
     assert point["decode_ms"] == 1.5
     assert not {*SPEEDS, "decode_ms"} & job.progress.metrics.keys()

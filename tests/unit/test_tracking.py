@@ -385,6 +385,21 @@ def test_an_attempt_progressed_if_it_did_a_step_that_had_never_been_done(record,
     assert lines(storage, "events.jsonl")[2]["decision"] == "failure 1 of 3 allowed"
 
 
+def test_a_group_that_falls_silent_is_detected_that_long_after_it_was_last_heard(record, clock):
+    hello(record, 0), hello(record, 1)
+    ready(record, 0)
+    for _ in range(3):
+        clock.now += 1
+        tick(record, 10)
+    clock.now += 60  # its machine has lost its power: no connection has ended
+    failure = record.fail("crash", 1, "x")
+    assert failure.seconds_to_detect == 60
+    clock.now += 5
+    tick(record, 11)  # of what outlived it
+    clock.now += 30
+    assert record.fail("crash", None, "no worker started").seconds_to_detect == 0
+
+
 def test_an_attempt_that_died_before_it_said_hello_did_not_progress(record, clock):
     hello(record, 0)
     ready(record, 0)

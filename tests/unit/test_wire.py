@@ -7,13 +7,14 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
 from ftexp.errors import FtexpError
 from ftexp.wire import events
 from ftexp.wire.channel import Channel
-from ftexp.wire.hub import Hub, HubAddress
+from ftexp.wire.hub import Hub, HubAddress, _skew_s
 from ftexp.wire.messages import (
     Begin,
     EvaluateCheckpoint,
@@ -22,8 +23,10 @@ from ftexp.wire.messages import (
     GroupFailed,
     Happened,
     Hello,
+    Hung,
     Lost,
     Metrics,
+    Raised,
     Save,
     Stop,
     Sync,
@@ -72,6 +75,21 @@ def test_messages_arrive_in_order_and_a_hello_is_answered(hub, messages):
     assert next_message(messages) == hello(0)
     assert [next_message(messages).step for _ in range(100)] == list(range(100))
     assert next_message(messages) == Goodbye()
+
+
+@pytest.mark.parametrize("ahead_s", [3600, -3600])
+def test_messages_of_a_node_whose_clock_is_wrong_have_the_time_of_the_drivers(hub, messages, ahead_s):
+    channel = Channel(hub.address, Hello(1, 2, 99, "n", time=time.time() + ahead_s))
+    channel.send(Raised(1, 5, 160, [], "x", time=time.time() + ahead_s + 100))
+    channel.close()
+    for after_s in (0, 100):
+        assert next_message(messages).time == pytest.approx(time.time() + after_s, abs=5)
+
+
+def test_what_a_message_takes_is_no_skew():
+    now = time.time()
+    assert [_skew_s(Hello(1, 2, 99, "n", time=when)) for when in (now, now - 0.5)] == [0, 0]
+    assert _skew_s(Hello(1, 2, 99, "n", time=now - 60)) == pytest.approx(-60, abs=5)
 
 
 def test_once_the_handler_has_raised_everybody_is_told_to_stop_and_nobody_waits():
@@ -146,6 +164,25 @@ def test_who_is_killed_before_its_hello_is_answered_is_told_as_lost():
     assert next_message(messages) == Lost(0, 100)
     assert hub.tell(Save()) == 0
     hub.close()
+
+
+def test_a_worker_that_outlives_its_group_is_not_heard_once_the_next_one_says_hello(hub, messages):
+    past = [Channel(hub.address, hello(rank)) for rank in (0, 1)]
+    past[1].send(POINT)  # what it says before that counts
+    past[1].flush()
+    assert [next_message(messages) for _ in range(3)][-1] == POINT
+    new = Channel(hub.address, Hello(0, 1, 200, "n"))
+    for channel in past:
+        channel.send(Tick(99, 0))
+        channel.send(Hung(1, "in a step", 9.0, "file"))
+        with pytest.raises(OSError, match="the driver is gone, or does not answer"):
+            channel.sync(timeout_s=0.2)  # nor may it believe that anything is safe
+    past[0].close()
+    past[1]._socket.shutdown(socket.SHUT_RDWR)  # lost
+    new.send(Tick(1, 0))
+    new.close()
+    assert [next_message(messages) for _ in range(3)] == [Hello(0, 1, 200, "n"), Tick(1, 0), Goodbye()]
+    assert messages.empty()
 
 
 def test_a_goodbye_is_not_a_loss(hub, messages):

@@ -30,11 +30,17 @@ MARK = "FTEXP_HOT_START"  # in a forked worker's environment
 _IDLE_S = 300.0  # without a worker, before it ends: a job waits for less between two worker groups
 
 
-def import_all(names: tuple[str, ...]) -> None:
-    """Import what is there of these, for good: the collector of a fork would write to, and so copy, every page."""
+def import_all(names: tuple[str, ...], without: tuple[str, ...] = ()) -> None:
+    """Import what is there of these, for good: the collector of a fork would write to, and so copy, every page.
+
+    without: what they would import if it is installed, and no worker uses.
+    """
+    sys.modules.update(dict.fromkeys(without))  # type: ignore[arg-type]  # None: an ImportError
     for name in names:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
+    for name in without:
+        del sys.modules[name]
     gc.collect()
     gc.freeze()
 

@@ -27,6 +27,7 @@ BEFORE_THE_CLUSTER = (
     *("torch", "torch.distributed", "torch.nn.parallel", "torchvision", "timm", "timm.optim", "timm.scheduler"),
     "omegaconf",
 )
+NOT_USED = ("wandb",)  # by timm, for a table of its own
 NO_JOB = "ffffffff"  # Ray's JobID.nil()
 _READ_LATER = ("RAY_WARN_BLOCKING_GET_INSIDE_ASYNC",)  # set for some workers of a job, read when it is wanted
 
@@ -40,7 +41,7 @@ def main() -> None:
     listener.set_inheritable(False)
     try:
         owner = os.pidfd_open(int(raylet[0])) if raylet else 0
-        import_all(BEFORE_THE_CLUSTER)
+        import_all(BEFORE_THE_CLUSTER, without=NOT_USED)
         Preloader(listener, owner).serve()
     finally:
         folder = Path(path).parent

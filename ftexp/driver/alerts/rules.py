@@ -26,6 +26,7 @@ class Rules:
         self._config, self._state = config, state
         self._farthest, self._since = state.farthest_step, now
         self._is_stalled = self._saves_fail = False
+        self._stragglers: set[tuple[int, str | None]] = set()  # (rank, node) that there was an alert of
 
     def after(self, event: events.Event) -> Alert | None:
         """Return the alert that follows from an event, if any."""
@@ -42,6 +43,8 @@ class Rules:
                 return Alert("failing_saves", text, {"error": error}) if is_news else None
             case events.CheckpointSaved():
                 self._saves_fail = False
+            case events.Straggler():
+                return self._straggler(event)
         return None
 
     def at(self, now: float) -> Alert | None:
@@ -55,6 +58,14 @@ class Rules:
         text = f"no new step for {still_s:.0f} s, since step {self._farthest}"
         return Alert("no_progress", text, {"seconds": round(still_s, 1), "attempts": self._state.attempts})
 
+    def _straggler(self, event: events.Straggler) -> Alert | None:
+        """Return an alert the first time that a rank on a node is slow."""
+        who = (event.rank, event.node)
+        if who in self._stragglers:
+            return None
+        self._stragglers.add(who)
+        return Alert("straggler", described(event), event.fields)
+
     def _recovered(self) -> Alert | None:
         """Return an alert at the first recovery that is more than allowed; later ones are no news."""
         limit, recovered = self._config.max_recoveries, [each for each in self._state.failures if _is_over(each)]
@@ -66,6 +77,15 @@ class Rules:
 
     def _metrics(self) -> dict[str, float]:
         return {name: value for name, value in self._state.metrics["last"].items() if value is not None}
+
+
+def described(event: events.Straggler) -> str:
+    """Return a sentence about a straggler, for people."""
+    where = f" on {event.node}" if event.node is not None else ""
+    return (
+        f"rank {event.rank}{where} stays slow: {event.own_ms:.1f} ms a step without waiting for others, "
+        f"{event.ratio:.1f} times the median, most of the excess in {event.part}"
+    )
 
 
 def _is_over(failure: Any) -> bool:
