@@ -2,7 +2,9 @@
 
 import dataclasses
 import random
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,9 +12,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ftexp import drill
 from ftexp.chaos.plan import Fault
 from ftexp.chaos.strike import Chaos
 from ftexp.checkpoint.build import build_manager
+from ftexp.checkpoint.cadence import Cadence
 from ftexp.checkpoint.memory import keeper as keeping
 from ftexp.checkpoint.memory.choosing import Held, choose, nearest
 from ftexp.checkpoint.memory.keeper import Keeper, KeeperLostError, Reserved, fetch, opened
@@ -22,11 +26,17 @@ from ftexp.checkpoint.memory.slot import PAGE, Slot, sequence_of
 from ftexp.checkpoint.restore import restore
 from ftexp.checkpoint.sharding import Piece
 from ftexp.checkpoint.store import CheckpointStore
+from ftexp.config.checks.failure import check_failure
+from ftexp.config.schema import CheckpointConfig, Config, FailureConfig
+from ftexp.driver.keepers import Keepers
+from ftexp.errors import ConfigError
 from ftexp.job.job import RunIdentity
 from ftexp.rundir.lineage import Lineage
+from ftexp.rundir.record import RunRecord
+from ftexp.rundir.state import RunState, read_state
 from ftexp.storage.directory import Storage
 from ftexp.wire import events
-from ftexp.wire.messages import ForgetSnapshots
+from ftexp.wire.messages import ForgetSnapshots, Happened, Hello, Ready, Tick
 from ftexp.worker.loop import advance, run_steps
 from ftexp.worker.step import train_step
 from tests.support.jobs import CPU, copied, make_job, same
@@ -589,3 +599,119 @@ def test_a_checkpoint_that_is_damaged_on_purpose_is_what_the_run_goes_on_from(tm
     monkeypatch.setattr("os.kill", lambda *_: None)
     chaos.strike(checkpoints, job.learner.model)
     assert ForgetSnapshots() in job.channel.sent
+
+
+# The driver
+
+
+class Hub:
+    def __init__(self):
+        self.taken = []
+
+    def take(self, message):
+        self.taken.append(message.event)
+        return True
+
+
+def ready():
+    return Ready(0, total_steps=9, device="cpu", arguments={}, num_parameters=1)
+
+
+def keepers_of(monkeypatch, *attempts, start=None, **failure):
+    """What is started for attempts whose ranks are on these nodes."""
+    started, hub = [], Hub()
+    monkeypatch.setattr("ftexp.driver.keepers._AFTER_S", 0.0)
+    monkeypatch.setattr(
+        "ftexp.driver.keepers.start_keepers", start or (lambda *given: started.append(given) or list(given[0]))
+    )
+    keepers = Keepers(FailureConfig(**failure), SimpleNamespace(runtime_env={}), hub)
+    for nodes in attempts:
+        before = set(threading.enumerate())
+        for rank, node in enumerate(nodes):
+            keepers.note(Hello(rank, len(nodes), 1, "host", ray_node=node))
+        keepers.note(ready())
+        for thread in set(threading.enumerate()) - before:
+            thread.join()
+    return started, hub.taken
+
+
+def test_each_node_with_workers_has_one_keeper_however_many_attempts_there_are(monkeypatch):
+    started, told = keepers_of(monkeypatch, "aab", "ba", "bc", memory_max_gb=0.5)
+    assert started == [(["a", "b"], 500_000_000, {}), (["c"], 500_000_000, {})]
+    assert told == []
+
+
+@pytest.mark.parametrize("failure", [{"memory_every_steps": 0}, {"on_nonfinite": "rollback"}])
+def test_a_run_without_snapshots_has_no_keepers(monkeypatch, failure):
+    assert keepers_of(monkeypatch, "ab", **failure) == ([], [])
+
+
+def test_keepers_that_can_not_be_started_are_said_and_the_run_goes_on(monkeypatch):
+    def fail(*_):
+        raise ValueError("no")
+
+    _, (off,) = keepers_of(monkeypatch, "a", start=fail)
+    assert off == events.SnapshotsOff("ValueError: no")
+
+
+def record_of(folder):
+    return RunRecord(Storage.at(str(folder)), RunState(name="x"), ("val_loss", "min"))
+
+
+def begun(record, ready_at, source="storage"):
+    answer = record.handle(Hello(0, 1, 5, "host"))
+    record.handle(dataclasses.replace(ready(), step=ready_at, source=source))
+    record.handle(Tick(ready_at + 10, 0))
+    return answer.lineage
+
+
+def test_an_attempt_is_told_what_it_descends_from(tmp_path):
+    record = record_of(tmp_path)
+    assert begun(record, 0) == []
+    record.fail("crash", 0, "gone")
+    assert begun(record, 8, "memory") == [[1, None]]
+    record.fail("hang", 0, "gone")
+    assert begun(record, 5) == [[1, 8], [2, None]]
+    for cause in ("corruption", "non_finite"):
+        record.fail(cause, 0, "gone")
+        assert begun(record, 5) == []
+    record.handle(ForgetSnapshots())
+    assert record.handle(Hello(0, 1, 5, "host")).lineage == []
+
+
+def test_what_snapshots_cost_is_in_run_json(tmp_path):
+    record = record_of(tmp_path)
+    record.handle(Happened(events.SnapshotsTaken(44, 0.003, 0.0099, 19_000_000)))
+    record.close("finished")
+    assert read_state(record.storage).snapshots == {
+        "every_steps": 44, "seconds": 0.003, "share": 0.0099, "bytes": 19_000_000,
+    }  # fmt: skip
+
+
+def test_a_save_by_the_clock_does_not_wait_longer_for_a_run_that_went_on_from_memory():
+    clock = Clock()
+    cadence = Cadence(CheckpointConfig(every_epochs=None, every_seconds=60), lambda value: value, clock)
+    clock.now = 100.0
+    cadence.resumed(50, saved_s_ago=59.0)
+    clock.now += 2
+    assert cadence.due(51, 0, epoch_ended=False, finished=False, busy=False)
+    cadence.saved(51)
+    clock.now += 2
+    assert not cadence.due(52, 0, epoch_ended=False, finished=False, busy=False)
+
+
+@pytest.mark.parametrize(("recovery", "word"), [("memory", "=1"), ("storage", "=0"), ("config", None)])
+def test_a_drill_chooses_what_its_run_goes_on_from(recovery, word):
+    own = drill.DrillConfig(recovery=recovery)
+    words = [each for each in drill._broken_words(Config(), own, 60) if each.startswith("failure.memory_every_steps")]
+    assert words == ([f"failure.memory_every_steps{word}"] if word else [])
+    if word is not None:
+        with pytest.raises(ConfigError, match=f"drill.recovery={recovery} sets it"):
+            drill.refuse(["failure.memory_every_steps=3"], own)
+
+
+def test_snapshots_and_a_rollback_to_the_last_save_conflict():
+    config = Config(failure=FailureConfig(memory_every_steps=5, on_nonfinite="rollback"))
+    assert any("memory_every_steps=5 conflicts with" in problem for problem in check_failure(config))
+    config.failure.memory_every_steps = None  # auto: there are none then
+    assert list(check_failure(config)) == []
