@@ -6,6 +6,8 @@ was wrong.
 
 drill.faults  names, or {kind: ..., step: ..., rank: ...}; see conf/chaos. Each strikes once, in this order
 drill.steps   stop both runs after so many optimiser steps (default: the whole run)
+drill.recovery  what the broken run goes on from: memory (a snapshot every few steps), storage (checkpoints alone), or
+              what the config says (config, the default)
 
 Both runs lie under <run.storage>/drill_<time>/, with drill.json, and may be deleted. What the drill sets itself, and
 none of which changes a bit: train.ledger, train.log_every_steps=1, how often the broken run saves, and
@@ -30,19 +32,22 @@ from ftexp.cli.compose import run_hydra, to_config
 from ftexp.cli.entry import command_words, exiting_on_error
 from ftexp.cli.parse import parse_words
 from ftexp.config.checks.validate import validate
-from ftexp.config.fields import field_problems, ranged
+from ftexp.config.fields import choice, field_problems, ranged
 from ftexp.config.schema import Config, fault_fields
 from ftexp.errors import ConfigError, RunFailedError
 from ftexp.rundir.names import RUN_FILE
 from ftexp.storage.lease import unused_name
+from ftexp.wire.messages import MEMORY, STORAGE
 
 if TYPE_CHECKING:
     from ftexp.drilling.report import DrillReport
     from ftexp.storage.directory import Storage
 
 _KILLED = -9
+_SNAPSHOTS = 4  # in memory, for each checkpoint, with drill.recovery=memory
 _SHOWN = ("⚡", "✗", "↻", "!", "resumed")  # beginnings of the run's lines that are passed on
 CLEAN, BROKEN = "clean", "broken"
+CONFIG = "config"
 
 
 @dataclass(kw_only=True)
@@ -53,6 +58,7 @@ class DrillConfig:
         default_factory=lambda: ["kill_worker", "truncate_checkpoint", "disk_full", "flip_byte", "kill_driver"]
     )
     steps: int | None = ranged(None, low=2)
+    recovery: str = choice(CONFIG, (CONFIG, MEMORY, STORAGE))
 
 
 def main() -> None:
@@ -62,7 +68,7 @@ def main() -> None:
     overrides = [word for word in words if not word.startswith("drill.")]
     with exiting_on_error():
         config = parse(own)
-        refuse(overrides)
+        refuse(overrides, config)
     identical = False
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the run is stopped with the drill
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # by nohup
@@ -92,12 +98,14 @@ class _Root:
     drill: DrillConfig = field(default_factory=DrillConfig)
 
 
-def refuse(overrides: list[str]) -> None:
+def refuse(overrides: list[str], own: DrillConfig) -> None:
     """ConfigError if the overrides set what the drill sets."""
     for word in overrides:
         key = word.lstrip("+~").partition("=")[0]
         if key == "chaos" or key.startswith("chaos."):
             raise ConfigError(f"{word}: the drill sets chaos itself; write drill.faults=[...]")
+        if own.recovery != CONFIG and key == "failure.memory_every_steps":
+            raise ConfigError(f"{word}: drill.recovery={own.recovery} sets it; remove one of them")
         if key in ("run.name", "resume", "train.ledger", "train.max_steps"):
             raise ConfigError(f"{word}: the drill sets {key} itself; take it out" + _instead(key))
         if word in ("-m", "--multirun"):
@@ -116,6 +124,10 @@ def drill(config: Config, own: DrillConfig, overrides: list[str]) -> bool:
         RunFailedError: the clean run failed by itself, so that there is nothing to compare with.
     """
     with_faults = dataclasses.replace(config, chaos=dataclasses.replace(config.chaos, faults=own.faults))
+    if own.recovery == MEMORY:
+        with_faults = dataclasses.replace(
+            with_faults, failure=dataclasses.replace(config.failure, memory_every_steps=1)
+        )
     validate(with_faults)
     from ftexp.drilling.report import compare
     from ftexp.storage.directory import Storage
@@ -151,6 +163,8 @@ def _broken_words(config: Config, own: DrillConfig, total_steps: int) -> list[st
         faults.append("{" + ", ".join(f"{key}: {value}" for key, value in chosen.items()) + "}")
     words = [f"chaos.faults=[{', '.join(faults)}]"]
     words += [f"checkpoint.every_steps={every}", "checkpoint.every_epochs=null", "checkpoint.every_seconds=null"]
+    if own.recovery != CONFIG:
+        words.append(f"failure.memory_every_steps={max(1, every // _SNAPSHOTS) if own.recovery == MEMORY else 0}")
     if 0 <= config.failure.max_failures < number:
         words.append(f"failure.max_failures={number}")
     return words

@@ -18,6 +18,7 @@ import pickle
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,8 @@ def main() -> None:
         return
     results = {}
     for name, overrides in MODELS.items():
-        results[name] = run_job(overrides, options.rounds, options.window if name == "ViT-S" else 0)
+        window_s = options.window if name == "ViT-S" else 0
+        results[name] = run_job(overrides, measure, {"rounds": options.rounds, "window_s": window_s})
         console.print(f"{name}: measured")
     misses = report(console, results)
     finish(console, results, options.json, misses, options.check)
@@ -71,8 +73,8 @@ def compare_sharded(console: Console, options: Any) -> None:
     finish(console, results, options.json, print_targets(console, checks, digits=4), options.check)
 
 
-def run_job(overrides: list[str], rounds: int, window_s: float) -> dict[str, Any]:
-    """Start Ray, measure in one job of two workers, stop Ray."""
+def run_job(overrides: list[str], measuring: Callable[[dict[str, Any]], Any], settings: dict[str, Any]) -> Any:
+    """Start Ray, measure in one job of two workers, with a keeper of snapshots, stop Ray."""
     from ftexp.cluster.ray_cluster import prepare_environment, quiet_data, start_ray
     from ftexp.cluster.resources import decide_workers
 
@@ -87,6 +89,7 @@ def run_job(overrides: list[str], rounds: int, window_s: float) -> dict[str, Any
         from ray.train import DataConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchTrainer
 
+        from ftexp.checkpoint.memory.links import start_keepers
         from ftexp.data.build import build_data
         from ftexp.job.spec import JobSpec
         from ftexp.storage.directory import Storage
@@ -97,15 +100,17 @@ def run_job(overrides: list[str], rounds: int, window_s: float) -> dict[str, Any
         hub = Hub(host, lambda message: Synced(message.number) if isinstance(message, Sync) else Begin(attempt=1))
         spec = JobSpec(config, bundle.info, "bench", Storage.at(storage, "bench").uri, {}, hub.address)
         trainer = TorchTrainer(
-            measure,
-            train_loop_config={"spec": pickle.dumps(spec), "rounds": rounds, "window_s": window_s},
+            measuring,
+            train_loop_config={"spec": pickle.dumps(spec), **settings},
             scaling_config=ScalingConfig(num_workers=2, resources_per_worker=workers.resources_per_worker),
             run_config=RunConfig(name="bench", storage_path=storage),
             datasets=bundle.datasets,
             dataset_config=DataConfig(datasets_to_split=[]),
         )
-        result: dict[str, Any] = trainer.fit().return_value
+        kept = start_keepers([ray.get_runtime_context().get_node_id()], None, {})
+        result = trainer.fit().return_value
         hub.close()
+        del kept  # an actor ends with its handle
         return result
     finally:
         ray.shutdown()

@@ -2,11 +2,11 @@
 
     uv run python scripts/bench_recovery.py [--rounds 5] [--check] [--json FILE]
 
-ftexp (with hot start, and without), a script like Ray Train's tutorials, and a DDP loop under torchrun with
---max-restarts and a checkpoint at each epoch's end. Same model, data and batch, two workers; the sides take turns, and
-the worker is killed ten steps after the second epoch. Beside it the start: from the command to the first step, on a
-Ray of its own as above, and on a cluster that lives on between runs, where the runs after the first count.
-Five rounds take 14 minutes on 2 cores, two rounds 6.
+ftexp (with snapshots in memory every ten steps, with none, and with neither these nor hot start), a script like Ray
+Train's tutorials, and a DDP loop under torchrun with --max-restarts and a checkpoint at each epoch's end. Same model,
+data and batch, two workers; the sides take turns, and the worker is killed ten steps after the second epoch. Beside it
+the start: from the command to the first step, on a Ray of its own as above, and on a cluster that lives on between
+runs, where the runs after the first count. Five rounds take 17 minutes on 2 cores, two rounds 7.
 """
 
 from __future__ import annotations
@@ -28,10 +28,13 @@ from benching import default_recipe, describe_machine, finish, options_parser, p
 from rich.console import Console
 from rich.table import Table
 
-FTEXP, COLD, TUTORIAL, TORCHRUN = "ftexp", "ftexp, hot_start=off", "tutorial", "torchrun"
+MEMORY, FTEXP, COLD = "ftexp, memory", "ftexp, storage", "ftexp, hot_start=off"
+TUTORIAL, TORCHRUN = "tutorial", "torchrun"
+SNAPSHOT_EVERY = 10  # steps
 EPOCHS, KILL_EPOCH, KILL_STEP = 8, 2, 10
 _DEADLINE_S = 180.0
 _DYING_S = 0.5  # no side is back by then; until then the worker that lives may still end the step it is in
+PHASES = ("seconds_to_detect", "seconds_to_restart", "seconds_to_restore", "seconds_to_new_step")
 Note = tuple[float, int, int, int, int]  # time, rank, pid, epoch, step within it (from 1)
 
 
@@ -42,7 +45,8 @@ def main() -> None:
     describe_machine(console)
     settings = {"epochs": EPOCHS, "global_batch_size": BATCH, "num_workers": WORKERS, "seed": 0, **default_recipe()}
     sides: dict[str, Callable[[dict[str, Any]], dict[str, float]]] = {
-        FTEXP: lambda _: ftexp("auto"), TUTORIAL: tutorial, TORCHRUN: torchrun, COLD: lambda _: ftexp("off"),
+        MEMORY: lambda _: ftexp("auto", SNAPSHOT_EVERY), FTEXP: lambda _: ftexp("auto"), TUTORIAL: tutorial,
+        TORCHRUN: torchrun, COLD: lambda _: ftexp("off"),
     }  # fmt: skip
     results: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
     for number in range(options.rounds):
@@ -54,10 +58,11 @@ def main() -> None:
     finish(console, {**results, "live cluster": starts}, options.json, misses, options.check)
 
 
-def ftexp(hot_start: str, address: str | None = None) -> dict[str, float]:
+def ftexp(hot_start: str, snapshot_every: int = 0, address: str | None = None) -> dict[str, float]:
     """The command, with the default config but for its length; on a cluster only as far as its first step."""
     storage = Path(tempfile.mkdtemp(prefix="bench_"))
     words = [f"run.storage={storage}", "run.name=bench", f"train.epochs={EPOCHS}", "train.log_every_steps=1"]
+    words.append(f"failure.memory_every_steps={snapshot_every}")
     if address is not None:
         words += [f"scaling.address={address}", f"scaling.num_workers={WORKERS}", "scaling.use_gpu=false"]
     command = [sys.executable, "-m", "ftexp.train", *words, f"scaling.hot_start={hot_start}"]
@@ -71,7 +76,13 @@ def ftexp(hot_start: str, address: str | None = None) -> dict[str, float]:
             (point["time"], 1, ready[-1]["pids"][1], *divmod(point["step"] - 1, per_epoch)) for point in points if ready
         ]
 
-    return _measure(command, notes, shift=1, kills=address is None)
+    found = _measure(command, notes, shift=1, kills=address is None)
+    for event in _lines(storage / "bench" / "events.jsonl"):
+        if event["event"] == "recovered":
+            wanted = "memory" if snapshot_every else "storage"
+            assert event["recovery"] == wanted, f"recovered from {event['recovery']}, not {wanted}"
+            found |= {key: event[key] for key in PHASES} | {"steps_replayed": event["steps_replayed"]}
+    return found
 
 
 def starts_on_a_live_cluster(rounds: int) -> dict[str, list[float]]:
@@ -82,11 +93,11 @@ def starts_on_a_live_cluster(rounds: int) -> dict[str, list[float]]:
     os.environ.update(RAY_ENABLE_UV_RUN_RUNTIME_ENV="0", RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.5")
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": WORKERS, "include_dashboard": False})
     try:
-        ftexp("auto", cluster.address)
+        ftexp("auto", address=cluster.address)
         sides: dict[str, list[float]] = {"auto": [], "off": []}
         for _ in range(rounds):
             for hot_start, found in sides.items():
-                found.append(ftexp(hot_start, cluster.address)["first_step_s"])
+                found.append(ftexp(hot_start, address=cluster.address)["first_step_s"])
     finally:
         cluster.shutdown()
     return sides
@@ -168,6 +179,12 @@ def report(console: Console, results: dict[str, list[dict[str, float]]], starts:
         cells = [f"{statistics.median(v):.1f} ({min(v):.1f} to {max(v):.1f})" for v in values.values()]
         table.add_row(title, *cells)
     console.print(table)
+    table = Table("of ftexp's recoveries", *(side for side in (MEMORY, FTEXP, COLD) if side in results), box=None)
+    for key in (*PHASES, "steps_replayed"):
+        values = [[run[key] for run in results[side] if key in run] for side in (MEMORY, FTEXP, COLD)]
+        cells = [f"{statistics.median(v):.2f} ({min(v):.2f} to {max(v):.2f})" if v else "" for v in values]
+        table.add_row(key.replace("_", " "), *cells)
+    console.print(table)
     table = Table("on a cluster that lives on, command to first step, s", "", box=None)
     for hot_start, values in starts.items():
         cell = f"{statistics.median(values):.1f} ({min(values):.1f} to {max(values):.1f})"
@@ -175,9 +192,13 @@ def report(console: Console, results: dict[str, list[dict[str, float]]], starts:
     console.print(table)
     recovery = medians["recovery_s"]
     sides = ((TUTORIAL, 0.35), (TORCHRUN, 0.75))
-    return print_targets(
-        console, [(f"recovery, ftexp : {side}", recovery[FTEXP] / recovery[side], most, False) for side, most in sides]
-    )
+    checks = [(f"recovery, ftexp : {side}", recovery[FTEXP] / recovery[side], most, False) for side, most in sides]
+    replayed = max(run.get("steps_replayed", 0) for run in results[MEMORY])
+    checks += [
+        ("recovery from memory, s", recovery[MEMORY], 1.5, False),
+        ("steps replayed from memory", replayed, SNAPSHOT_EVERY, False),
+    ]
+    return print_targets(console, checks)
 
 
 if __name__ == "__main__":

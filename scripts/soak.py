@@ -2,10 +2,11 @@
 
     uv run python scripts/soak.py [--kills 20] [--seed 0] [--json FILE] [overrides of the config ...]
 
-One clean run of the config (the default one, unless overridden), then one that is killed: a worker or the command
-itself, at a step drawn from the seed, or in the middle of a save. A killed command is given again. Then weights,
-optimiser and extra state are compared to the bit, with every logged metric and the samples that drove each
-update; and no attempt may have begun before a checkpoint that was verified. Exits with 1 if anything is off.
+One clean run of the config (the default one, unless overridden), then one that is killed: a worker, the command itself
+or the keeper of its snapshots in memory, at a step drawn from the seed, or in the middle of a save. A killed command is
+given again. Then weights, optimiser and extra state are compared to the bit, with every logged metric and the samples
+that drove each update; no attempt may have begun before a checkpoint that was verified, and no process of the run may
+be left. Exits with 1 if anything is off.
 20 kills take about 5 minutes on 2 cores.
 """
 
@@ -33,9 +34,9 @@ from ftexp.storage.directory import Storage
 _POLL_S = 0.005
 _DEADLINE_S = 300.0
 _CLEAN, _SOAKED = "clean", "soaked"
-WORKER_0, WORKER_1, COMMAND, IN_SAVE_WORKER, IN_SAVE_COMMAND = (
+WORKER_0, WORKER_1, COMMAND, IN_SAVE_WORKER, IN_SAVE_COMMAND, KEEPER = TARGETS = (
     *("worker 0", "worker 1", "the command"),
-    *("worker 0 in a save", "the command in a save"),
+    *("worker 0 in a save", "the command in a save", "the keeper of snapshots"),
 )
 
 
@@ -61,7 +62,7 @@ def main() -> None:
     code = soak.run()
     batch = record["fingerprint"]["train.global_batch_size"]
     report = compare(Storage.at(str(storage / _CLEAN)), Storage.at(str(storage / _SOAKED)), batch, code)
-    problems = [*report.differences, *_lost_checkpoints(soak.events())]
+    problems = [*report.differences, *_lost_checkpoints(soak.events()), *_left_behind(soak.events())]
     if len(soak.kills) < options.kills:
         problems.append(f"only {len(soak.kills)} of {options.kills} kills came before the end")
     _print(console, soak.kills)
@@ -72,6 +73,7 @@ def main() -> None:
         if not problems
         else "\n".join(["FAILED:", *problems[:10]])
     )
+    console.print(f"recovered: {_recoveries(soak.events())}")
     if not problems:
         console.print(report.verdict)
     if options.json:
@@ -115,7 +117,7 @@ class Soak:
             return
         ready = self._events("ready")[-1]
         left, kills_left = self._total_steps - ready["step"], self._num_kills - len(self.kills)
-        target = self._random.choice([WORKER_0, WORKER_1, WORKER_0, WORKER_1, COMMAND, IN_SAVE_WORKER, IN_SAVE_COMMAND])
+        target = self._random.choice([*TARGETS, WORKER_0, WORKER_1])
         at_step = ready["step"] + self._random.randint(0, max(1, 2 * left // (kills_left + 3)))
         if not self._wait(process, lambda: self._step() >= at_step):
             return
@@ -123,10 +125,17 @@ class Soak:
         if in_save and not self._wait(process, self._is_saving):
             return
         pid = process.pid if target in (COMMAND, IN_SAVE_COMMAND) else ready["pids"][int(target == WORKER_1)]
-        os.kill(pid, signal.SIGKILL)
+        if target == KEEPER:
+            if not self._wait(process, lambda: self._events("snapshots_begun")):
+                return
+            pid = self._events("snapshots_begun")[-1]["pid"]
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:  # a keeper that was killed already, and whose successor isn't known yet
+            return
         kill = {"target": target, "at_step": self._step(), "attempt": ready["attempt"]}
         self.kills.append(kill)
-        self._killed = ready["attempt"]
+        self._killed = ready["attempt"] if target != KEEPER else self._killed
         self._console.print(f"kill {len(self.kills)}: {target} at step {kill['at_step']} of attempt {ready['attempt']}")
         if pid == process.pid:
             process.wait()
@@ -189,9 +198,23 @@ def _lost_checkpoints(events: list[dict[str, Any]]) -> list[str]:
     return problems
 
 
+def _left_behind(events: list[dict[str, Any]]) -> list[str]:
+    """Processes of the run that still are: their memory goes with them."""
+    pids = {pid for event in events for pid in (*event.get("pids", []), event.get("pid"))} - {None}
+    titles = {pid: Path(f"/proc/{pid}/cmdline") for pid in pids}
+    left = [pid for pid, title in titles.items() if title.exists() and b"ray::" in title.read_bytes()]
+    return [f"process {pid} is left" for pid in left]
+
+
+def _recoveries(events: list[dict[str, Any]]) -> str:
+    """How many failures were recovered from what."""
+    found = [event["recovery"] for event in events if event["event"] == "recovered"]
+    return ", ".join(f"{found.count(kind)} from {kind}" for kind in dict.fromkeys(found))
+
+
 def _print(console: Console, kills: list[dict[str, Any]]) -> None:
     table = Table("killed", "times", "at steps", box=None)
-    for target in (WORKER_0, WORKER_1, COMMAND, IN_SAVE_WORKER, IN_SAVE_COMMAND):
+    for target in TARGETS:
         steps = [kill["at_step"] for kill in kills if kill["target"] == target]
         table.add_row(target, str(len(steps)), ", ".join(map(str, steps)))
     console.print(table)

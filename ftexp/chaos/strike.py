@@ -26,7 +26,7 @@ from ftexp.config.schema import DAMAGES
 from ftexp.rundir.names import CHAOS, CHECKPOINTS
 from ftexp.storage.directory import Storage, Writer
 from ftexp.wire import events
-from ftexp.wire.messages import Happened, KillDriver
+from ftexp.wire.messages import ForgetSnapshots, Happened, KillDriver
 
 if TYPE_CHECKING:
     from torch import nn
@@ -126,6 +126,8 @@ class Chaos:
         self._run_dir.child(CHAOS).write_bytes(fault.name, b"")
         damaged = self._damage(fault) if fault.kind in DAMAGES else None
         self._channel.send(Happened(events.Chaos(fault.kind, self._group.rank, fault.step, damaged)))
+        if damaged is not None:  # or the run would go on from memory, and never look at them
+            self._channel.send(ForgetSnapshots())
         self._channel.flush()
         match fault.kind:
             case "raise":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ftexp.checkpoint.manager import CheckpointManager
+from ftexp.checkpoint.memory.keeper import Links
 from ftexp.checkpoint.registry import ExtraState, StateContext
 from ftexp.checkpoint.states import HOOKS
 from ftexp.checkpoint.store import CheckpointStore
@@ -10,8 +11,12 @@ from ftexp.job.context import shared_fields
 from ftexp.job.job import Job
 
 
-def build_manager(job: Job, store: CheckpointStore) -> CheckpointManager:
-    """Build the manager that saves this rank's job to `store`, with the states that the config names."""
+def build_manager(job: Job, store: CheckpointStore, links: Links | None = None) -> CheckpointManager:
+    """Build the manager that saves this rank's job to `store`, with the states that the config names.
+
+    links: to the keepers of snapshots, where the job may take some; collective then.
+    """
+    takes = job.config.failure.takes_snapshots and not job.hooks.change_before_saves
     return CheckpointManager(
         config=job.config,
         run=job.run,
@@ -22,6 +27,7 @@ def build_manager(job: Job, store: CheckpointStore) -> CheckpointManager:
         channel=job.channel,
         store=store,
         extra=ExtraState(_state_names(job), state_context(job)),
+        links=links if takes else None,
     )
 
 

@@ -68,8 +68,13 @@ class Cadence:
 
     def saved(self, step: int) -> None:
         """A save of `step` was begun, or restored."""
-        self._saved_step = self._asked_step = step
-        self._saved_at = self._asked_at = self._clock()
+        self._saved_step = step
+        self.resumed(step, 0.0)
+
+    def resumed(self, step: int, saved_s_ago: float) -> None:
+        """Training goes on after `step`, so long after the last save."""
+        self._asked_step, self._asked_at = step, self._clock()
+        self._saved_at = self._asked_at - saved_s_ago
         self.reasons, self._ask_at, self._gap = [], step + 1, 1
 
     def stop(self) -> None:

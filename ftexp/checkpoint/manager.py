@@ -12,8 +12,11 @@ from typing import TYPE_CHECKING, Any
 import ray.train
 
 from ftexp.checkpoint.cadence import Cadence
-from ftexp.checkpoint.manifest import EXTRA, FILES, MODEL, OPTIMIZER, Manifest, checkpoint_name
-from ftexp.checkpoint.reading import read_parts
+from ftexp.checkpoint.manifest import EXTRA, FILES, MANIFEST, MODEL, OPTIMIZER, Manifest, checkpoint_name, sha256_of
+from ftexp.checkpoint.memory.packing import own
+from ftexp.checkpoint.memory.restoring import SnapshotReader
+from ftexp.checkpoint.memory.snapshots import Snapshots
+from ftexp.checkpoint.reading import cut, read_parts
 from ftexp.checkpoint.registry import ExtraState
 from ftexp.checkpoint.sharding import Like, Place, common_place, gathered, joined, like_parameters, like_tree
 from ftexp.checkpoint.staging import Staging, is_finite
@@ -26,6 +29,7 @@ from ftexp.wire import events
 from ftexp.wire.messages import Happened
 
 if TYPE_CHECKING:
+    from ftexp.checkpoint.memory.keeper import Links
     from ftexp.config.schema import Config
     from ftexp.job.group import ProcessGroup
     from ftexp.job.job import RunIdentity
@@ -55,6 +59,7 @@ class CheckpointManager:
         channel: Channel,
         store: CheckpointStore,
         extra: ExtraState,
+        links: Links | None = None,
     ) -> None:
         self._run, self._group, self._learner, self._progress = run, group, learner, progress
         self._ledger, self._channel, self._store, self._extra = ledger, channel, store, extra
@@ -85,6 +90,10 @@ class CheckpointManager:
         self._place = sharded if self._config.format != "full" else None
         is_sharded, timeout_s = self._place is not None, config.failure.save_timeout_s
         self._writer = CheckpointWriter(self._config, group, channel, store, is_sharded, timeout_s)
+        self._links, self._cut_place = links, sharded
+        self._snapshots: Snapshots | None = None
+        if links is not None:
+            self._snapshots = Snapshots(config.failure, group, channel, links, sharded)
 
     def due(self, epoch_ended: bool) -> bool:
         """Whether to save after the step just done; StorageError or NonFiniteError if too many in a row have failed."""
@@ -163,27 +172,82 @@ class CheckpointManager:
         self._writer.begin(saving)
         self._cadence.saved(progress.step)
 
+    def snapshot_due(self) -> bool:
+        """Whether to take a snapshot after the step just done: not of one that is saved. Collective."""
+        if self._snapshots is None or self._progress.finished:
+            return False
+        return self._snapshots.due(self._progress.step, self.busy or bool(self._cadence.reasons) or self.stopping)
+
+    def take_snapshot(self, began: float) -> None:
+        """Keep a copy of the state in memory that outlives the workers; collective.
+
+        began: by time.perf_counter, when training began to wait for it.
+        """
+        assert self._snapshots is not None, "it was due"
+        run, step = self._run, self._progress.step
+        try:
+            self._flush_ledger()
+            state = self._state(self._snapshots.writes)
+        except (OSError, NonFiniteError):  # not worth keeping; a save that meets the same says so
+            self._snapshots.leave_out(step)
+            return
+        facts = {"run": run.name, "fingerprint": sha256_of(run.fingerprint), "step": step, "attempt": run.attempt}
+        self._snapshots.take(step, {**state, MANIFEST: vars(self._manifest())}, facts, began)
+
+    @property
+    def may_have_snapshots(self) -> bool:
+        """Whether earlier attempts may have left some that the run descends from."""
+        return self._links is not None and bool(self._run.lineage)
+
+    def restore_snapshot(self, newest: Manifest | None) -> Manifest | None:
+        """Go to the newest snapshot that every rank can get, if it isn't behind `newest`, in storage; collective.
+
+        Returns its manifest; None if there is none. Errors as of `restore`.
+        """
+        assert self._links is not None, "where there may be some"
+        run, lineage = self._run, self._run.lineage
+        reader = SnapshotReader(self._links, self._group, self._cut_place)
+        reader.find()
+        least_step = newest.step if newest is not None else 0
+        found = reader.read(lineage, run.name, sha256_of(run.fingerprint), least_step)
+        if found is None:
+            return None
+        choice, state = found
+        likes = self._likes()
+        lies_alike = len(choice.shards) == (self._cut_place.num_shards if self._cut_place is not None else 1)
+        join = joined if lies_alike else cut
+        # an optimiser, and a state, may take what they are given for their own
+        parts = {name: part if name == MODEL else own(part) for name, part in state.items() if name in FILES}
+        manifest = Manifest(**state[MANIFEST])
+        self._load({name: join(part, likes[name]) if likes else part for name, part in parts.items()}, manifest)
+        saved_s_ago = time.time() - newest.written_at if newest is not None else 0.0
+        self._cadence.resumed(manifest.step, max(0.0, saved_s_ago))
+        return manifest
+
     def _ledger_is_safe(self) -> bool:
         """Whether every rank's ledger holds what was done so far: no checkpoint may be ahead of it."""
+        try:
+            self._flush_ledger()
+        except OSError as error:
+            self._writer.note_failed(self._progress.step, error)
+            return False
+        return True
+
+    def _flush_ledger(self) -> None:
+        """Have every rank's ledger hold what was done so far; OSError on every rank if one can't. Collective."""
         error = None
         if not self._has_ledger:
-            return True
+            return
         try:
             self._ledger.flush()
         except OSError as caught:
             error = caught
-        if self._group.all_agree(error is None):
-            return True
-        self._writer.note_failed(self._progress.step, error or OSError("another worker can't write its ledger"))
-        return False
+        if not self._group.all_agree(error is None):
+            raise error or OSError("another worker can't write its ledger")
 
     def _copied_state(self) -> dict[str, Any]:
         """Copy what this rank writes, {name: content}, so that later steps don't change it; collective."""
-        extra, learner = self._extra.state_dict(), self._learner
-        if lost := extra["progress"]["train"][3]:
-            raise NonFiniteError(f"{lost} losses were NaN or infinite by step {self._progress.step}: nothing was saved")
-        state = {MODEL: learner.model.state_dict(), OPTIMIZER: learner.optimizer.state_dict(), EXTRA: extra}
-        parts: dict[str, Any] = {}
+        state, parts = self._state(), dict[str, Any]()
         if self._keeps or self._writes:
             parts = self._staging.copy(state)
         if self._keeps:
@@ -192,6 +256,18 @@ class CheckpointManager:
         if self._is_cut and self._place is None:
             parts = gathered(state, self._group.rank == 0)
         return parts if self._writes else {}
+
+    def _state(self, is_wanted: bool = True) -> dict[str, Any]:
+        """Return the state by the names of FILES, which later steps change; NonFiniteError if it was lost. Collective.
+
+        is_wanted: whether this rank needs it.
+        """
+        extra, learner = self._extra.state_dict(), self._learner
+        if lost := extra["progress"]["train"][3]:
+            raise NonFiniteError(f"{lost} losses were NaN or infinite by step {self._progress.step}: nothing was saved")
+        if not is_wanted:
+            return {}
+        return {MODEL: learner.model.state_dict(), OPTIMIZER: learner.optimizer.state_dict(), EXTRA: extra}
 
     @property
     def _writes(self) -> bool:
@@ -242,6 +318,7 @@ class CheckpointManager:
     def finish(self) -> None:
         """Wait for the last save; StorageError if it could not be written, NonFiniteError if it was not worth it."""
         self._writer.close()
+        self.close()
         if self._writer.failures:
             error = self._writer.failures[-1]
             if isinstance(error, NonFiniteError):  # no fault of the storage's
@@ -250,6 +327,11 @@ class CheckpointManager:
                 f"the last checkpoint could not be written: {error}. Put {self._store.storage.uri} right, and give "
                 "the same command again"
             ) from error
+
+    def close(self) -> None:
+        """Take no more snapshots."""
+        if self._snapshots is not None:
+            self._snapshots.close()
 
     def restore(self, manifest: Manifest) -> str | None:
         """Load a checkpoint; collective. Returns why it is rejected, and then nothing was changed; None if it isn't.
@@ -267,6 +349,12 @@ class CheckpointManager:
             problem = str(error)
         if (found := self._group.any_of(problem)) is not None:
             return found
+        self._load(loaded, manifest)
+        self._cadence.saved(manifest.step)
+        return None
+
+    def _load(self, loaded: dict[str, Any], manifest: Manifest) -> None:
+        """Load a checkpoint's content; errors as of `restore`."""
         try:
             self._learner.model.load_state_dict(loaded[MODEL])
             self._learner.optimizer.load_state_dict(loaded[OPTIMIZER])
@@ -275,8 +363,6 @@ class CheckpointManager:
                 f"checkpoint {manifest.name}, of {manifest.written_by}, does not fit this model or optimiser: {error}"
             ) from error
         self._extra.load(loaded[EXTRA], manifest.state_versions, manifest.written_by)
-        self._cadence.saved(manifest.step)
-        return None
 
     def _manifest(self) -> Manifest:
         run, progress = self._run, self._progress

@@ -17,17 +17,21 @@ from ftexp.model.timm_private import checkpoint_filter
 from ftexp.storage.directory import Storage
 from ftexp.wire import events
 from ftexp.wire.channel import Channel
-from ftexp.wire.messages import START, STORAGE, Happened
+from ftexp.wire.messages import MEMORY, START, STORAGE, Happened
 
 
 def restore(job: Job, store: CheckpointStore, checkpoints: CheckpointManager) -> str:
-    """Go to the latest checkpoint that verifies; collective. Without one, start from `resume_from`, or as built.
+    """Go to the latest snapshot in memory, or checkpoint that verifies; collective. Without any, start from
+    `resume_from`, or as built.
 
     What doesn't verify is quarantined and told; ConfigError if the checkpoint is that of another run. Returns what the
-    state comes from: STORAGE or START.
+    state comes from: MEMORY, STORAGE or START.
     """
     started = time.perf_counter()
     rejections = _Rejections(job.channel, store)
+    if (snapshot := _from_memory(job, store, checkpoints)) is not None:
+        _announce(job, 0, time.perf_counter() - started, snapshot.name, MEMORY)
+        return MEMORY
     candidates = _candidates(job.channel, store, rejections) if job.group.rank == 0 else iter(())
     while (name := job.group.agree_on(next(candidates, None))) is not None:
         manifest = store.by_name(name)
@@ -39,12 +43,27 @@ def restore(job: Job, store: CheckpointStore, checkpoints: CheckpointManager) ->
     if name is None and job.config.resume_from is not None:
         _start_from(job, job.config.resume_from)
         checkpoints.save()  # a restart must not depend on the other run's checkpoints, which may go
-    if name is not None and job.group.rank == 0:
-        seconds = round(time.perf_counter() - started, 3)
-        job.channel.send(
-            Happened(events.Restored(rejections.count, seconds, name, job.progress.step, job.progress.position))
-        )
-    return START if name is None else STORAGE
+    if name is None:
+        return START
+    _announce(job, rejections.count, time.perf_counter() - started, name, STORAGE)
+    return STORAGE
+
+
+def _from_memory(job: Job, store: CheckpointStore, checkpoints: CheckpointManager) -> Manifest | None:
+    """Go to the newest snapshot in memory, unless storage has a newer checkpoint; its manifest. Collective."""
+    if not checkpoints.may_have_snapshots:
+        return None
+    newest = next(iter(store.manifests(lambda *_: None)), None) if job.group.rank == 0 else None
+    found = checkpoints.restore_snapshot(job.group.agree_on(newest))
+    if found is not None and job.group.rank == 0:
+        _sweep(job.channel, store)
+    return found
+
+
+def _announce(job: Job, num_rejected: int, seconds: float, name: str, source: str) -> None:
+    if job.group.rank == 0:
+        place = (name, job.progress.step, job.progress.position)
+        job.channel.send(Happened(events.Restored(num_rejected, round(seconds, 3), *place, source)))
 
 
 class _Rejections:
@@ -62,10 +81,14 @@ class _Rejections:
         self._channel.send(Happened(events.CheckpointRejected(name, reason)))
 
 
-def _candidates(channel: Channel, store: CheckpointStore, rejections: _Rejections) -> Iterator[str]:
-    """Yield the names of the checkpoints to try, the best first; of sharded ones, each rank verifies what it reads."""
+def _sweep(channel: Channel, store: CheckpointStore) -> None:
     for name in store.storage.sweep():
         channel.send(Happened(events.Swept(name)))
+
+
+def _candidates(channel: Channel, store: CheckpointStore, rejections: _Rejections) -> Iterator[str]:
+    """Yield the names of the checkpoints to try, the best first; of sharded ones, each rank verifies what it reads."""
+    _sweep(channel, store)
     for manifest in store.candidates(rejections.add):
         yield manifest.name
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,13 @@ from ftexp.storage.directory import Writer
 
 
 class Staging:
-    """Copies state to the CPU, into memory that is kept: new memory costs several times as long as the copy."""
+    """Copies state to the CPU, into memory that is kept: new memory costs several times as long as the copy.
 
-    def __init__(self, device: torch.device) -> None:
-        self._pin = device.type == "cuda"
+    room_for: gives memory for a tensor's copy, if it isn't to be new.
+    """
+
+    def __init__(self, device: torch.device, room_for: Callable[[torch.Tensor], torch.Tensor] | None = None) -> None:
+        self._pin, self._room_for = device.type == "cuda", room_for
         self._kept: dict[tree.Path, torch.Tensor] = {}  # by their path in the tree
 
     def copy(self, value: Any) -> Any:
@@ -28,7 +32,7 @@ class Staging:
         Of a sharded tensor, the `Piece` that this process holds.
         """
         copied = mapped(value, self._copy)
-        if self._pin:
+        if self._pin:  # copies to the CPU are done by then
             torch.cuda.synchronize()
         return copied
 
@@ -41,9 +45,11 @@ class Staging:
     def _copy_tensor(self, tensor: torch.Tensor, path: tree.Path) -> torch.Tensor:
         kept = self._kept.get(path)
         if kept is None or (kept.shape, kept.dtype, kept.stride()) != (tensor.shape, tensor.dtype, tensor.stride()):
-            pin = self._pin and tensor.is_cuda
-            kept = self._kept[path] = torch.empty_like(tensor, device="cpu", pin_memory=pin)
+            kept = self._kept[path] = self._new(tensor) if self._room_for is None else self._room_for(tensor)
         return kept.copy_(tensor, non_blocking=True)
+
+    def _new(self, tensor: torch.Tensor) -> torch.Tensor:
+        return torch.empty_like(tensor, device="cpu", pin_memory=self._pin and tensor.is_cuda)
 
 
 def writer(part: Any) -> Writer:

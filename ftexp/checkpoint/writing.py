@@ -10,9 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
-import sys
-import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,6 +21,7 @@ import torch.distributed as dist
 
 from ftexp.checkpoint.full_model import add_full_models
 from ftexp.checkpoint.manifest import EXTRA, MODEL, Manifest, checkpoint_name, kept_names, shard_file
+from ftexp.checkpoint.priority import give_way
 from ftexp.checkpoint.sharding import Piece, Place, pieces_in, skeleton, slices_of
 from ftexp.checkpoint.slices import SliceFile
 from ftexp.checkpoint.staging import is_finite, writer
@@ -44,8 +42,6 @@ NOT_FINITE = (
     "failure.on_nonfinite"
 )
 _LAST_TRIES_S = (1, 2, 4, 8, 16)  # waits before trying again to write the checkpoint that ends the run
-_LOWEST = 19
-_NICE = 10  # a tenth of a core where training wants it all; with less (19: a hundredth), saves could starve
 
 
 @dataclass(frozen=True)
@@ -122,7 +118,7 @@ class CheckpointWriter:
         self._config, self._rank, self._channel, self._store = config, group.rank, channel, store
         self._writes = is_sharded or group.rank == 0
         self._agreement = _Agreement(not is_sharded, timeout_s)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint", initializer=_give_way)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint", initializer=give_way)
         self._pending: Future[None] | None = None
         self.failures: list[Exception] = []
 
@@ -243,13 +239,3 @@ class CheckpointWriter:
         steps: set[int | None] = {saved.step, saving.best_step} if saving.is_end else {saved.step}
         for name, problem in add_full_models(self._store, steps):
             self._channel.send(Happened(events.FullModelFailed(saved.step, name, str(problem))))
-
-
-def _give_way() -> None:
-    """Have this thread run where the training leaves a core idle; Linux knows priorities of threads.
-
-    From the process's own on, which Ray has lowered: only root may raise one.
-    """
-    if sys.platform == "linux":
-        lower = min(_LOWEST, os.getpriority(os.PRIO_PROCESS, 0) + _NICE)
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), lower)

@@ -18,14 +18,14 @@ from ftexp.config.tracker_schema import TrackerConfig
 
 AUTO = "auto"
 PRECISIONS = ("fp32", "bf16", "fp16")
-CORRUPTION = "corruption"
+NON_FINITE, CORRUPTION = "non_finite", "corruption"
 CAUSES = (
     "bug",
     "out_of_memory",
     "crash",
     "hang",
     "preemption",
-    "non_finite",
+    NON_FINITE,
     "storage",
     "startup",
     "ray",
@@ -423,6 +423,11 @@ class FailureConfig:
     controller_failure_limit: int = ranged(-1, low=-1)  # restarts of Ray's controller, and starts that failed
     relax_collectives_on_preemption: bool = False
     preemption_grace_s: float = ranged(0.0, low=0)
+
+    @property
+    def takes_snapshots(self) -> bool:
+        """Whether snapshots in memory are wanted; what a rollback goes back to is the last save, and no other state."""
+        return self.memory_every_steps != 0 and self.on_nonfinite != "rollback"
 
 
 @dataclass(kw_only=True)

@@ -19,6 +19,7 @@ from ftexp.rundir.names import EVENTS_FILE, METRICS_FILE, RUN_FILE
 from ftexp.rundir.sample_ledger import Update, problems, read_updates
 from ftexp.storage.append_log import read_lines
 from ftexp.storage.directory import Storage
+from ftexp.wire.messages import MEMORY
 
 Events = list[dict[str, Any]]
 Points = dict[tuple[str, int], dict[str, Any]]  # by split and step
@@ -166,7 +167,7 @@ def _happened(after: Events) -> Iterator[str]:
     for event in _named(after, "checkpoint_rejected"):
         yield f"{event['checkpoint']} rejected ({event['reason']})"
     for event in _named(after, "restored")[:1]:
-        yield f"restored step {event['step']}"
+        yield f"restored step {event['step']}" + (" from memory" if event.get("source") == MEMORY else "")
     if _named(after, "attempt_started") and not _named(after, "restored"):
         yield "began again at step 0"
     for event in _named(after, "checkpoint_failed"):

@@ -101,6 +101,12 @@ class Printer:
                     "repeat": f"one step in {every_steps} is computed twice",
                 }[check]
                 self._terminal.say(f"{check:<9}{each}: {1000 * seconds:.1f} ms, {share:.2%} of the time")
+            case events.SnapshotsTaken(every_steps, seconds, share, num_bytes) if "memory" not in self._checks:
+                self._checks.add("memory")
+                cost = f"{1000 * seconds:.1f} ms, {share:.2%} of the time; {num_bytes / 1e6:,.1f} MB of a node"
+                self._terminal.say(f"{'memory':<9}a snapshot every {every_steps} steps: {cost}")
+            case events.SnapshotsOff(reason):
+                self._warn(f"no snapshots in memory: {reason}; a failure costs the steps since the last checkpoint")
             case events.AlertFailed():
                 self._warn(unsent(event))
             case events.ProfileWritten(where):

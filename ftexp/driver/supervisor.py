@@ -22,6 +22,7 @@ from ftexp.rundir.record import RunRecord
 from ftexp.wire import events
 from ftexp.wire.hub import Hub
 from ftexp.wire.messages import (
+    MEMORY,
     ControllerDied,
     CouldNotStart,
     EvaluateCheckpoint,
@@ -56,6 +57,7 @@ class Supervisor:
         self._printer = Printer(terminal, record, self.group, config)
         self._asked = KeyboardInterrupt()
         self.on_evaluation_wanted: Callable[[EvaluateCheckpoint], None] = lambda _: None
+        self.on_message: Callable[[Message], None] = lambda _: None  # of workers, once it is on record
         self.nccl_findings: Callable[[int], list[str]] = lambda _: []  # of an attempt that failed: names of files
 
     def handle(self, message: Message) -> Message | None:
@@ -87,6 +89,7 @@ class Supervisor:
         answer = self._record.handle(message)
         self._decider.note(message)
         self.group.note(message)
+        self.on_message(message)
         self._printer.message(message)
         if isinstance(message, Ready):
             self._ready(message, start)
@@ -132,9 +135,10 @@ class Supervisor:
         name = restored.checkpoint if restored is not None else None
         # names begin with the step: what is restored may well be newer than the last that was heard of
         saved = state.checkpoint
-        if saved is not None and (name is None or name < saved) and saved not in self.group.rejected:
-            self._note(events.CheckpointRejected(saved, "it is gone"))
-        state.checkpoint = name  # a worker that died after a save may not have told of it
+        if ready.source != MEMORY:
+            if saved is not None and (name is None or name < saved) and saved not in self.group.rejected:
+                self._note(events.CheckpointRejected(saved, "it is gone"))
+            state.checkpoint = name  # a worker that died after a save may not have told of it
         if start is Start.RESIZED:
             self._note(events.Resized(state.world_sizes[-1]))
         self._printer.ready(ready, start)

@@ -27,6 +27,7 @@ from ftexp.data.shared import Shared
 from ftexp.driver.advice import Advice
 from ftexp.driver.beside import Evaluations, EvaluationSpec
 from ftexp.driver.context import RunContext, Session
+from ftexp.driver.keepers import Keepers
 from ftexp.driver.nccl import detect_hangs, take_findings, uses_nccl
 from ftexp.driver.terminal import Terminal
 from ftexp.errors import RayLostError, RunFailedError, StorageError
@@ -55,6 +56,8 @@ def run_training(context: RunContext, session: Session) -> dict[str, float]:
     spec = EvaluationSpec.of(_anywhere(context.config), session.bundle, context.run_dir.uri)
     evaluations = Evaluations(spec, context.workers, hub)
     supervisor.on_evaluation_wanted = evaluations.request
+    keepers = Keepers(context.config.failure, context.workers, hub)
+    supervisor.on_message = keepers.note
     if uses_nccl(context.config, context.workers):
         detect_hangs(context.config)
         supervisor.nccl_findings = functools.partial(take_findings, context.run_dir)
@@ -103,6 +106,7 @@ def run_training(context: RunContext, session: Session) -> dict[str, float]:
             ignore_termination()
         advice.stop()
         evaluations.close()
+        keepers.close()
         hub.close()
         terminal.close()
         if status != RUNNING:

@@ -95,7 +95,7 @@ def _build(spec: JobSpec, streams: dict[str, IndexedSplit], channel: Channel, gr
     return Job(
         config=config,
         info=info,
-        run=RunIdentity(spec.run_name, begin.attempt, spec.fingerprint),
+        run=RunIdentity(spec.run_name, begin.attempt, spec.fingerprint, lineage_of(begin)),
         channel=channel,
         group=group,
         learner=learner,
@@ -276,11 +276,17 @@ def picture_augment(config: Config, info: DataInfo) -> PictureAugment | None:
     return PictureAugment(config.augment, config.seed, info.fit, config.plugins)
 
 
+def lineage_of(begin: Begin) -> dict[int, int | None]:
+    """Return {attempt: the last step of whose states in memory the run descends}; None: any."""
+    return {attempt: limit for attempt, limit in begin.lineage if attempt is not None}
+
+
 def _connect(spec: JobSpec, group: ProcessGroup) -> Channel:
     import socket
 
     is_forked = HOT_START_MARK in os.environ
-    hello = Hello(group.rank, group.world_size, os.getpid(), socket.gethostname(), hot_start=is_forked)
+    node = ray.get_runtime_context().get_node_id()
+    hello = Hello(group.rank, group.world_size, os.getpid(), socket.gethostname(), is_forked, node)
     channel = Channel(spec.hub, hello)
     if isinstance(channel.answer, Stop):
         channel.close()

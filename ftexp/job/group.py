@@ -27,19 +27,27 @@ class ProcessGroup:
 
     def all_agree(self, holds: bool) -> bool:
         """Return whether it holds on every rank; collective."""
+        return bool(self.least(int(holds)))
+
+    def least(self, value: int) -> int:
+        """Return the least `value` of any rank; collective."""
         if not dist.is_initialized():
-            return holds
-        box = torch.tensor([int(holds)], device=self.device)
+            return value
+        box = torch.tensor([value], device=self.device)
         dist.all_reduce(box, op=dist.ReduceOp.MIN)
-        return bool(box.item())
+        return int(box.item())
 
     def any_of(self, value: str | None) -> str | None:
         """Return the text of the lowest rank that has one; None if no rank has; collective."""
+        return next((text for text in self.gather(value) if text is not None), None)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return each rank's value, of any type that pickles, on every rank; collective."""
         if not dist.is_initialized():
-            return value
-        found: list[str | None] = [None] * self.world_size
+            return [value]
+        found: list[Any] = [None] * self.world_size
         dist.all_gather_object(found, value)
-        return next((text for text in found if text is not None), None)
+        return found
 
     def agree_on(self, value: Any) -> Any:
         """Return rank 0's `value`, of any type that pickles, on every rank; collective."""

@@ -54,6 +54,11 @@ class Hooks:
         for hook in self._with(Hook.before_save):
             hook.before_save()
 
+    @property
+    def change_before_saves(self) -> bool:
+        """Whether what they do before a save may be part of what is saved."""
+        return bool(self._with(Hook.before_save))
+
     def at_end(self) -> None:
         """Call the point of this name."""
         for hook in self._with(Hook.at_end):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ftexp.config.schema import Config
@@ -26,6 +26,8 @@ class RunIdentity:
     name: str
     attempt: int  # worker groups of this run so far, this one included
     fingerprint: dict[str, Any]  # the config keys that define the run
+    # attempt -> its last step whose state in memory the run descends from; None: any
+    lineage: dict[int, int | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,10 +8,11 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ftexp.config.schema import CORRUPTION
+from ftexp.config.schema import CORRUPTION, NON_FINITE
 from ftexp.errors import StorageError
 from ftexp.rundir.clock import RunClock
 from ftexp.rundir.events import EventLog
+from ftexp.rundir.lineage import Lineage
 from ftexp.rundir.metrics import MetricsLog, write_metrics_csv
 from ftexp.rundir.names import RUN_FILE
 from ftexp.rundir.state import FAILED, FINISHED, INTERRUPTED, Failure, RunState
@@ -21,6 +22,7 @@ from ftexp.wire import events
 from ftexp.wire.messages import (
     Begin,
     Evaluated,
+    ForgetSnapshots,
     Happened,
     Hello,
     Lost,
@@ -67,6 +69,7 @@ class RunRecord:
         self.died_rank: int | None = None  # that of the current attempt's first process that was lost
         self._num_written = len(state.failures)  # that run.json holds
         self._workers: dict[int, Hello] = {}  # of the current attempt, by rank
+        self._lineage = Lineage()
         self._is_ready = False  # the current attempt: until then its workers know no step, and say 0
 
     def handle(self, message: Message) -> Message | None:
@@ -99,6 +102,8 @@ class RunRecord:
                     self._reached(message.step, self.state.epoch)
                 self.event(events.Raised(message.rank, message.traceback))
                 self.clock.process_ended(message.time)
+            case ForgetSnapshots():
+                self._lineage.broke()
             case Lost(rank):
                 self.clock.process_ended(message.time)
                 # a rank that raised may be heard of first, though it raised because this one had died
@@ -180,6 +185,8 @@ class RunRecord:
         )
         self.state.failures.append(failure)
         self.died_rank = None
+        if cause in (CORRUPTION, NON_FINITE):  # the state itself has failed: a checkpoint was verified
+            self._lineage.broke()
         fields = {each.name: getattr(failure, each.name) for each in dataclasses.fields(events.Failure)}
         self.event(events.Failure(**fields), self.clock.noticed_at)
         self.write()
@@ -219,13 +226,14 @@ class RunRecord:
         event = events.AttemptStarted(hello.world_size, hello.pid, hello.node, hello.hot_start)
         self.event(event, self.clock.attempt_started())
         self.write()
-        return Begin(state.attempts, state.skipped, state.accumulate_steps)
+        return Begin(state.attempts, state.skipped, state.accumulate_steps, self._lineage.as_pairs())
 
     def _ready(self, ready: Ready) -> None:
         self.state.model = {"arguments": ready.arguments, "num_parameters": ready.num_parameters}
         self.state.hardware, self._is_ready = ready.hardware, True
         self._forget_corrupt(ready.step)
         when = self.clock.ready(ready.step, ready.source)
+        self._lineage.began(self.state.attempts, ready.step)
         if ready.weights:
             self.event(events.WeightsLoaded(ready.weights))
         self.event(events.Ready(ready.device, self.pids(), ready.source), when)
@@ -249,6 +257,8 @@ class RunRecord:
                 self.state.skipped.append(positions)
             case events.StoppedEarly():
                 self.state.stopped = event.fields
+            case events.SnapshotsTaken():
+                self.state.snapshots = event.fields
         self.event(event, when)
         if isinstance(event, events.CheckpointSaved):
             self.write()

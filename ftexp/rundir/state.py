@@ -64,6 +64,7 @@ class RunState:
     checkpoint: str | None = None  # the latest saved, under checkpoints/
     error: str | None = None
     stopped: dict[str, Any] | None = None  # step, epoch, reason and rules, where the run was ended early: StoppedEarly
+    snapshots: dict[str, Any] | None = None  # in memory: steps from one to the next, and what one costs: SnapshotsTaken
     started: float = field(default_factory=time.time)  # seconds since 1970
     seconds: float = 0.0  # wall time over all calls of the command
     productive_s: float = 0.0  # of it, on steps that had not been done before, and what they brought along

@@ -278,6 +278,32 @@ class Restored(Event):
 
 
 @dataclass(frozen=True)
+class SnapshotsBegun(Event):
+    """A worker has found memory on its node for snapshots."""
+
+    node: str  # Ray's id
+    pid: int  # of the keeper, whose memory it is
+    bytes: int  # that snapshots take on the node
+
+
+@dataclass(frozen=True)
+class SnapshotsTaken(Event):
+    """Snapshots in memory are under way; what one of them cost."""
+
+    every_steps: int  # from that one to the next
+    seconds: float  # that it kept training waiting, or took of the processors that train
+    share: float  # of the time until the next
+    bytes: int  # that snapshots take on rank 0's node
+
+
+@dataclass(frozen=True)
+class SnapshotsOff(Event):
+    """There are no snapshots in memory: failures go back to the last checkpoint."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
 class Swept(Event):
     """What a killed save had left was removed."""
 

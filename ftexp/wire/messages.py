@@ -33,6 +33,7 @@ class Hello(Message):
     pid: int
     node: str
     hot_start: bool = False  # it was forked from a process that had imported everything
+    ray_node: str = ""  # Ray's id of its node
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,11 @@ class Hung(Message):
 
 
 @dataclass(frozen=True)
+class ForgetSnapshots(Message):
+    """No attempt shall go on from what is in memory now."""
+
+
+@dataclass(frozen=True)
 class KillDriver(Message):
     """Chaos: the driver shall die."""
 
@@ -164,6 +170,8 @@ class Begin(Message):
     attempt: int
     skipped: list[list[int]] = field(default_factory=list)  # [start, end) positions that drive no update
     accumulate_steps: int | None = None  # if more than configured
+    # attempts of whose states in memory the run descends, each with the last such step; None: any
+    lineage: list[list[int | None]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import traceback
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 from ftexp.chaos.plan import planned_faults
 from ftexp.checkpoint.build import build_manager
 from ftexp.checkpoint.manager import CheckpointManager
+from ftexp.checkpoint.memory.links import RayLinks
 from ftexp.checkpoint.restore import restore
 from ftexp.checkpoint.store import CheckpointStore
 from ftexp.data.batches import Batch
@@ -62,7 +64,7 @@ def _train(job: Job, run_dir: Storage) -> dict[str, float] | None:
         store = CheckpointStore(run_dir.child(CHECKPOINTS))
     else:
         store, batches = chaos.store, chaos.feeding(batches)
-    checkpoints = build_manager(job, store)
+    checkpoints = build_manager(job, store, RayLinks())
     report_hang = hang_reporter(job.run, job.group, job.channel, run_dir)
     watchdog = Watchdog(hang_limits(job.config.failure), report_hang)
     watchdog.start()
@@ -78,6 +80,7 @@ def _train(job: Job, run_dir: Storage) -> dict[str, float] | None:
             job.hooks.at_end()
     finally:
         watchdog.stop()
+        checkpoints.close()
         batches.close()  # ends what decodes for it
     return dict(progress.metrics) if has_ended else None
 
@@ -140,11 +143,15 @@ def run_steps(
             chaos.strike(checkpoints, job.learner.model)
         with watchdog.during(AGREEMENT):
             due = checkpoints.due(epoch_ended)
-            replicas.check(saves=due)
+            began, snapshot_due = time.perf_counter(), checkpoints.snapshot_due()
+            replicas.check(saves=due or snapshot_due)
         if due:
             job.hooks.before_save()
             with watchdog.during(SAVE), job.stopwatch.section(SAVING):
                 checkpoints.save()
+        if snapshot_due:
+            with watchdog.during(SAVE), job.stopwatch.section(SAVING):
+                checkpoints.take_snapshot(began)
         if checkpoints.stopping or progress.stopped is not None:
             break
     ticker.tick(at_once=True)

@@ -12,7 +12,7 @@ from ftexp.drilling.report import compare
 from ftexp.rundir.names import CHECKPOINTS
 from ftexp.rundir.sample_ledger import problems, read_updates
 from tests.support.command import Command, RunFolder
-from tests.support.reference import BATCH, EVERY_FEW_STEPS, OPTIONS, PLUGIN
+from tests.support.reference import BATCH, EVERY_FEW_STEPS, OPTIONS, PLUGIN, SAVE_EVERY
 
 # what a cluster is started with, and what the command is started with on it
 ENVIRONMENT = {
@@ -28,6 +28,7 @@ ENVIRONMENT = {
     "RAY_health_check_failure_threshold": "3",
 }
 RESIZES_EVERY_S = 13  # how often Ray Train looks whether there is room for more workers: time for two saves
+SNAPSHOT_EVERY = 2
 NOTICE_S = 20.0  # from the announcement that a node goes to its end
 EPOCHS = 7  # of the run on the cluster: 80 s at least, if every step is slowed
 
@@ -101,6 +102,7 @@ def story(tmp_path_factory):
             "scaling.num_workers=[1,2]", f"scaling.elastic_resize_monitor_interval_s={RESIZES_EVERY_S}",
             "scaling.use_gpu=false",
             f"train.epochs={EPOCHS}", f"train.eval_every_epochs={EPOCHS}", "failure.max_failures=1",
+            f"failure.memory_every_steps={SNAPSHOT_EVERY}",
         ]  # fmt: skip
         command = Command("train", words, folder)
     try:
@@ -119,6 +121,7 @@ def tell(command, run, nodes, slow):
         command.wait_until(lambda: any(event["attempt"] == attempt for event in run.events("checkpoint_saved")))
 
     wait_for_save(attempt=1)
+    command.wait_until(lambda: is_before_a_save(run))
     killed_rank = nodes.rank_on_second(run.events("ready")[-1]["pids"])
     nodes.kill_node()
     wait_for_save(attempt=2)
@@ -134,6 +137,11 @@ def tell(command, run, nodes, slow):
     command.wait_until(lambda: len(run.events("ready")) == 4)
     slow.unlink()
     return Story(run, command.wait(), command.output, killed_rank, announced_rank, taken_at)
+
+
+def is_before_a_save(run):
+    """Whether the run has done some steps since it saved, and does some more before it saves again."""
+    return run.metrics()[-1]["step"] % SAVE_EVERY == 2 * SNAPSHOT_EVERY and len(run.events("snapshots_begun")) > 0
 
 
 def newest(folder):
@@ -154,6 +162,12 @@ def test_a_run_whose_node_dies_goes_on_with_the_worker_that_is_left(story):
     assert (failure["rank"], failure["node"]) == (story.killed_rank, socket.gethostname())
     assert failure["decision"] == "failure 1 of 1 allowed: restarting the workers"
     assert story.run.record["world_sizes"][:2] == [2, 1]
+    restored = story.run.events("restored")[0]
+    saved = [event["step"] for event in story.run.events("checkpoint_saved") if event["attempt"] == 1]
+    # from a copy on the node that lives, whichever rank was there
+    assert (failure["recovery"], restored["source"]) == ("memory", "memory")
+    assert restored["step"] > saved[-1]
+    assert failure["steps_replayed"] <= 2 * SNAPSHOT_EVERY
 
 
 def test_a_run_grows_again_when_a_node_is_added(story):

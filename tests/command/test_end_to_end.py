@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from ftexp.report.source import read_run
 from ftexp.report.timeline import build_timeline
 from tests.support.events import problems
 from tests.support.reference import EVERY_FEW_STEPS, OPTIONS, STATES, STEPS
+
+SNAPSHOT_EVERY = 2
 
 PLUGIN = """
 from ftexp.checkpoint.registry import register_state
@@ -61,6 +64,12 @@ def assert_same_tree(first, second, where=""):
         assert first == second, where
 
 
+def has_steps_since_a_save(run):
+    """Whether there are a few steps since the second save, so that a snapshot is newer."""
+    saved = run.events("checkpoint_saved")
+    return len(saved) >= 2 and run.metrics()[-1]["step"] >= saved[-1]["step"] + SNAPSHOT_EVERY + 2
+
+
 def points(run):
     keys = ("split", "step", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "test_loss", "test_accuracy")
     return [{key: point[key] for key in keys if key in point} for point in run.metrics()]
@@ -73,9 +82,9 @@ def test_a_killed_run_ends_exactly_where_the_clean_run_ends(ftexp, run_folder, c
     killed_command = ftexp(
         *OPTIONS, *EVERY_FEW_STEPS, *pictures, "failure.max_failures=1", "plugins=[obedient,my_states]",
         f"checkpoint.extra_state=[{STATES},counter]", "run.name=killed", "report.enabled=true",
-        as_typed=True,
+        f"failure.memory_every_steps={SNAPSHOT_EVERY}", as_typed=True,
     )  # fmt: skip
-    killed_command.wait_until(lambda: len(killed.events("checkpoint_saved")) >= 2)
+    killed_command.wait_until(lambda: has_steps_since_a_save(killed))
     killed.kill_worker(rank=1)
     (tmp_path / "slow").unlink()
     before = killed.events("checkpoint_saved")[-1]
@@ -96,7 +105,16 @@ def test_a_killed_run_ends_exactly_where_the_clean_run_ends(ftexp, run_folder, c
 
     (failure,) = killed.record["failures"]
     assert (failure["cause"], failure["rank"]) == ("crash", 1)
-    assert failure["steps_replayed"] == failure["step"] - killed.events("restored")[0]["step"]
+    (restored,) = killed.events("restored")
+    assert failure["steps_replayed"] == failure["step"] - restored["step"] <= SNAPSHOT_EVERY
+    assert (failure["recovery"], restored["source"]) == ("memory", "memory")
+    assert restored["step"] > before["step"]
+    (recovered,) = killed.events("recovered")
+    assert recovered["seconds_to_new_step"] == failure["seconds_to_new_step"] > 0
+    assert f"{restored['checkpoint']} from memory, replaying" in killed_command.output
+    (keeper,) = {event["pid"] for event in killed.events("snapshots_begun")}
+    assert not Path(f"/proc/{keeper}").exists()
+    assert killed.record["snapshots"]["every_steps"] == SNAPSHOT_EVERY
     assert "✗ rank 1 failed" in killed_command.output
     assert "failure 1 of 1 allowed: restarting the workers" in killed_command.output
     assert "↻ training again after" in killed_command.output

@@ -49,6 +49,7 @@ def test_a_run_that_lost_ray_hung_lost_numbers_and_raised_ends_where_the_clean_r
         *(*OPTIONS, *pictures, *alerts, "run.name=faulty", f"chaos.faults=[{faults}]", "notify.timeout_s=1"),
         *("failure.hang_timeout_s=15", "failure.check_replicas_every_steps=4", "failure.max_failures=4"),
         "failure.repeat_step_every=3",
+        "failure.memory_every_steps=4",
         own_ray=True,
     )
     run = run_folder("faulty")
@@ -72,6 +73,11 @@ def test_a_run_that_lost_ray_hung_lost_numbers_and_raised_ends_where_the_clean_r
         f"failure {number} of 4 allowed: restarting the workers" for number in (1, 2, 3, 4)
     ]
     assert all(failure["progressed"] for failure in failures)
+    # what has failed by itself is gone on from where it was verified
+    assert [failure["recovery"] for failure in failures if failure["cause"] in ("non_finite", "corruption")] == [
+        "storage", "storage"
+    ]  # fmt: skip
+    assert {failure["recovery"] for failure in failures} <= {"memory", "storage"}
     # rank 0 waits for rank 1 in the next step's all-reduce, and tells of that
     assert failures[0]["rank"] == 1
     assert failures[0]["error"].startswith("it stood still between steps for ")

@@ -152,9 +152,9 @@ def test_the_writing_thread_gives_way_to_its_process_and_never_asks_for_more_tha
     program = (
         "import os, threading\n"
         "from concurrent.futures import ThreadPoolExecutor\n"
-        "from ftexp.checkpoint.writing import _give_way\n"
+        "from ftexp.checkpoint.priority import give_way\n"
         "for more in (0, 5, 10):\n"
-        "    own, pool = os.nice(more), ThreadPoolExecutor(1, initializer=_give_way)\n"
+        "    own, pool = os.nice(more), ThreadPoolExecutor(1, initializer=give_way)\n"
         "    number = pool.submit(threading.get_native_id).result()\n"
         "    print(own, os.getpriority(os.PRIO_PROCESS, number))"
     )

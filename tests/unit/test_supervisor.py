@@ -19,6 +19,7 @@ from ftexp.rundir.state import Failure, RunState, read_state
 from ftexp.storage.directory import Storage
 from ftexp.wire import events
 from ftexp.wire.messages import (
+    MEMORY,
     ControllerDied,
     CouldNotStart,
     GroupFailed,
@@ -83,6 +84,26 @@ class Driver:
     @property
     def shown(self):
         return self.output.getvalue()
+
+
+def test_a_run_that_goes_on_from_memory_keeps_its_newest_checkpoint_and_says_so(tmp_path):
+    driver = Driver(tmp_path, max_failures=3)
+    driver.attempt()
+    driver.saved(10)
+    driver.tell(Tick(18, 0))
+    driver.fail()
+    for rank in range(2):
+        driver.tell(Hello(rank, 2, 100 + rank, f"node{rank}"))
+    driver.event(events.Restored(0, 0.1, name(16), 16, 512, MEMORY))
+    driver.tell(Ready(16, total_steps=100, device="cpu", arguments={}, num_parameters=5, source=MEMORY))
+    assert driver.record.state.checkpoint == name(10)
+    assert f"restored {name(16)} from memory, replaying 2 steps" in driver.shown
+    driver.event(events.SnapshotsTaken(44, 0.0031, 0.0098, 19_400_000))
+    driver.event(events.SnapshotsTaken(45, 0.0031, 0.0098, 19_400_000))  # of another attempt
+    assert driver.shown.count("memory   a snapshot every ") == 1
+    assert "every 44 steps: 3.1 ms, 0.98% of the time; 19.4 MB of a node" in driver.shown
+    driver.event(events.SnapshotsOff("there is no room"))
+    assert "! no snapshots in memory: there is no room; a failure costs" in driver.shown
 
 
 def test_a_failure_within_its_budget_is_answered_by_a_wait(tmp_path):

@@ -24,6 +24,11 @@ def check_failure(config: Config) -> Iterator[str]:
             f"failure.repeat_step_every={failure.repeat_step_every} compares bitwise, and train.deterministic=false "
             "lets GPUs round otherwise each time: set train.deterministic=true, or remove it"
         )
+    if failure.memory_every_steps and not failure.takes_snapshots:
+        yield (
+            f"failure.memory_every_steps={failure.memory_every_steps} conflicts with failure.on_nonfinite=rollback, "
+            "which goes back to the last save: remove it, or set failure.on_nonfinite=skip_step"
+        )
     if failure.backoff_s > failure.max_backoff_s:
         yield f"failure.backoff_s={failure.backoff_s} must not be above failure.max_backoff_s={failure.max_backoff_s}"
 

@@ -1,0 +1,1 @@
+"""Snapshots of a checkpoint's content in memory that outlives the workers."""

@@ -1,0 +1,194 @@
+"""The keeper: a process on each node that owns the memory of its snapshots, and outlives the workers.
+
+The memory is that of anonymous files: it is in no directory, and gone once the keeper, and whoever has mapped it, have
+ended, however that was. Workers of the node open it through the keeper's /proc/<pid>/fd; other nodes read it through
+Ray. A keeper ends with the driver's job. Ray starts one that died again, empty.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from ftexp.checkpoint.memory.slot import PAGE, Slot, sequence_of
+
+NUM_SLOTS = 2  # one holds the last snapshot while the other takes the next
+CHUNK_BYTES = 1 << 24  # that pass through Ray at a time
+_FREE_SHARE = 0.25  # of a node's free memory that snapshots may take, where the config doesn't say
+_ANSWER_S = 60.0  # that another keeper may take for a chunk
+
+
+class KeeperLostError(Exception):
+    """A keeper has died, or doesn't answer."""
+
+
+class Links(Protocol):
+    """How a process reaches the keepers."""
+
+    @property
+    def node(self) -> str:
+        """This process's node."""
+
+    def nodes(self) -> list[str]:
+        """Return the nodes that have, or had, a keeper."""
+
+    def call(self, node: str, method: str, *arguments: Any, timeout_s: float) -> Any:
+        """Call a keeper's method; KeeperLostError if there is no answer in time."""
+
+
+@dataclass(frozen=True)
+class Reserved:
+    """Where a writer finds its slots."""
+
+    pid: int
+    files: list[int]  # descriptors of that process
+    slot_bytes: int
+    node_bytes: int  # that all snapshots on the node take
+
+
+@dataclass
+class _Room:
+    """The slots of one writer."""
+
+    slot_bytes: int
+    files: list[int] = field(default_factory=list)
+    maps: list[mmap.mmap] = field(default_factory=list)
+
+    @property
+    def slots(self) -> list[Slot]:
+        return [Slot(memoryview(mapped)) for mapped in self.maps]
+
+
+class Keeper:
+    """Owns the slots of a node's writers, and of copies of other nodes', by the shard that they hold: "0/1".
+
+    Args:
+        links: to the keepers of other nodes.
+        max_bytes: at most, for all slots; None: a share of the memory that is free.
+    """
+
+    def __init__(self, links: Links, max_bytes: int | None) -> None:
+        self._links = links
+        self._max_bytes = int(_FREE_SHARE * free_bytes()) if max_bytes is None else max_bytes
+        self._rooms: dict[str, _Room] = {}
+        self._lock = threading.Lock()
+
+    def reserve(self, shard: str, least_bytes: int, slot_bytes: int) -> Reserved | str:
+        """Return where a shard's slots are, or why there is no room for them.
+
+        Those of `least_bytes` or more stay, with what they hold; new ones have `slot_bytes`.
+        """
+        with self._lock:
+            room = self._rooms.get(shard)
+            if room is None or room.slot_bytes < least_bytes:
+                others = sum(NUM_SLOTS * each.slot_bytes for key, each in self._rooms.items() if key != shard)
+                slot_bytes = -(-slot_bytes // PAGE) * PAGE
+                if (wanted := NUM_SLOTS * slot_bytes + others) > self._max_bytes:
+                    return f"two snapshots take {wanted / 1e9:.2f} GB, of {self._max_bytes / 1e9:.2f} GB allowed"
+                self._free(shard)
+                try:
+                    room = self._rooms[shard] = _made(slot_bytes)
+                except OSError as error:
+                    return f"two snapshots take {wanted / 1e9:.2f} GB, and the memory can't be had: {error}"
+            node_bytes = sum(NUM_SLOTS * each.slot_bytes for each in self._rooms.values())
+            return Reserved(os.getpid(), list(room.files), room.slot_bytes, node_bytes)
+
+    def held(self) -> list[dict[str, Any]]:
+        """Return the facts of each snapshot that says that it is complete, with where it lies."""
+        with self._lock:
+            found = []
+            for shard, room in self._rooms.items():
+                for number, slot in enumerate(room.slots):
+                    facts, header = slot.facts(), slot.header()
+                    if facts is not None and header is not None:
+                        place = {"shard": shard, "slot": number, "sequence": header.sequence, "bytes": header.end}
+                        found.append({**facts, **place})
+            return found
+
+    def read(self, slot: int, shard: str, offset: int, size: int) -> bytes:
+        """Return bytes of a slot; empty if there is none."""
+        with self._lock:
+            room = self._rooms.get(shard)
+            return b"" if room is None else room.maps[slot][offset : offset + size]
+
+    def copy_from(self, node: str, slot: int, shard: str, num_bytes: int, slot_bytes: int) -> int | None:
+        """Copy a snapshot of another node's keeper, whose slots are so large; returns its slot, None without room."""
+        if isinstance(self.reserve(shard, num_bytes, slot_bytes), str):
+            return None
+        with self._lock:
+            room = self._rooms[shard]
+        number = min(range(NUM_SLOTS), key=lambda each: sequence_of(room.slots[each]))
+        fetch(self._links, node, slot, shard, num_bytes, memoryview(room.maps[number]))
+        return number
+
+    def _free(self, shard: str) -> None:
+        if (room := self._rooms.pop(shard, None)) is not None:
+            for descriptor in room.files:  # the mappings go with the last that uses them
+                os.close(descriptor)
+
+
+def _made(slot_bytes: int) -> _Room:
+    """Make slots; OSError if there is no memory for them."""
+    room = _Room(slot_bytes)
+    try:
+        for number in range(NUM_SLOTS):
+            descriptor = os.memfd_create(f"ftexp-snapshot-{number}")
+            room.files.append(descriptor)
+            os.posix_fallocate(descriptor, 0, slot_bytes)  # now, or a worker would die of it later
+            room.maps.append(mmap.mmap(descriptor, slot_bytes))
+    except OSError:
+        for descriptor in room.files:
+            os.close(descriptor)
+        raise
+    return room
+
+
+def fetch(links: Links, node: str, slot: int, shard: str, num_bytes: int, memory: memoryview) -> None:
+    """Read a snapshot from another node into memory, which nobody takes for one before it is there.
+
+    KeeperLostError if its keeper is.
+    """
+    Slot(memory).clear()
+    for begin in [*range(PAGE, num_bytes, CHUNK_BYTES), 0]:  # the header comes last
+        size = min(CHUNK_BYTES, num_bytes - begin) if begin else PAGE
+        content = links.call(node, "read", slot, shard, begin, size, timeout_s=_ANSWER_S)
+        if len(content) != size:
+            raise KeeperLostError(f"the keeper of node {node} has no such snapshot any more")
+        memory[begin : begin + size] = content
+
+
+def opened(reserved: Reserved) -> list[mmap.mmap]:
+    """Map a keeper's slots on its own node; OSError if they can't be reached."""
+    maps = []
+    for number in reserved.files:
+        descriptor = os.open(f"/proc/{reserved.pid}/fd/{number}", os.O_RDWR)
+        try:
+            if os.fstat(descriptor).st_size != reserved.slot_bytes:
+                raise OSError(f"process {reserved.pid} is no keeper any more")
+            maps.append(mmap.mmap(descriptor, reserved.slot_bytes))
+        finally:
+            os.close(descriptor)
+    return maps
+
+
+def free_bytes() -> int:
+    """Return how much memory is free here: the machine's, or the container's where that is less."""
+    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    (available,) = [int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")]
+    for limit, used in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        with contextlib.suppress(OSError, ValueError):  # there is no such file, or no limit: "max"
+            available = min(available, int(Path(limit).read_text()) - int(Path(used).read_text()))
+    return max(0, available)
+
+
+def supported() -> bool:
+    """Whether this platform has memory that belongs to a process, and opens it to others: Linux."""
+    return hasattr(os, "memfd_create") and Path("/proc/self/fd").is_dir()

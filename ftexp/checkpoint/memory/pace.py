@@ -1,0 +1,70 @@
+"""When a snapshot is due. Every rank comes to the same answer at the same step."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable
+
+MAX_SHARE = 0.01  # of the time, that snapshots cost where memory_every_steps is auto
+_FIRST_AFTER_STEPS = 10  # steps of an attempt before the first, where it is auto: the first ones are slower
+_NUM_STEPS_SEEN = 15
+_MAX_WAIT_STEPS = 64  # before it is asked again whether a snapshot can be taken
+
+
+class Pace:
+    """Says after which steps a snapshot is due.
+
+    Args:
+        every_steps: steps between snapshots; None: as many as make their cost MAX_SHARE of the time.
+        agree: returns rank 0's number on every rank; collective.
+        clock: seconds.
+    """
+
+    def __init__(
+        self, every_steps: int | None, agree: Callable[[int], int], clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self._every, self._agree, self._clock = every_steps, agree, clock
+        self._due_at: int | None = None
+        self._wait_steps = 1
+        self._steps: deque[float] = deque(maxlen=_NUM_STEPS_SEEN)  # seconds
+        self._since = clock()
+        self.cost_s = 0.0  # of the last snapshot
+        self.interval = every_steps or 0  # steps to the next
+
+    def step_done(self, step: int) -> bool:
+        """Whether a snapshot is due after `step`, the last that was done."""
+        now = self._clock()
+        self._steps.append(now - self._since)
+        self._since = now
+        if self._due_at is None:
+            # as a cadence of saves counts, from the run's first step on
+            self._due_at = step + _FIRST_AFTER_STEPS if self._every is None else -(-step // self._every) * self._every
+        return step >= self._due_at
+
+    def postpone(self, step: int) -> None:
+        """Let the next be due a little later: this one can't be taken now."""
+        self._due_at = step + self._wait_steps
+        self._wait_steps = min(2 * self._wait_steps, self._every or _MAX_WAIT_STEPS)
+        self._resume()
+
+    def taken(self, step: int, cost_s: float) -> None:
+        """Let the next be due when that has become worth it. cost_s: of the snapshot of `step`; collective."""
+        self.cost_s, self._wait_steps = cost_s, 1
+        if self._every is None:
+            self.interval = self._agree(max(1, math.ceil(cost_s / (MAX_SHARE * max(self.step_s, 1e-6)))))
+            self._due_at = step + self.interval
+        else:
+            self._due_at = (step // self._every + 1) * self._every
+        self._resume()
+
+    def _resume(self) -> None:
+        """Count what has passed since the step as no part of the next one."""
+        self._since = self._clock()
+
+    @property
+    def step_s(self) -> float:
+        """Seconds of a step: the median of the last, which evaluations and saves don't change."""
+        return statistics.median(self._steps) if self._steps else 0.0

@@ -1,0 +1,119 @@
+"""Run by tests/ray/test_sharded_checkpoints.py: processes that share a model go on from snapshots of its shards.
+
+Two keep snapshots, each on a node of its own and a copy on the other's. One node is lost: two go on, one of them on a
+node that has nothing; so does one process that holds all of the model.
+"""
+
+import dataclasses
+import os
+import signal
+import tempfile
+import time
+from multiprocessing.managers import BaseManager
+from pathlib import Path
+
+import torch
+
+from ftexp.checkpoint.build import build_manager
+from ftexp.checkpoint.memory.keeper import Keeper, KeeperLostError
+from ftexp.checkpoint.restore import restore
+from ftexp.checkpoint.store import CheckpointStore
+from ftexp.job.job import RunIdentity
+from ftexp.storage.directory import Storage
+from tests.support.saving_ranks import job_on, same, together, train, whole
+
+NODES = "abc"
+
+
+class Server(BaseManager):
+    """A process that has a keeper."""
+
+
+class Links:
+    """Reaches the keepers of other processes by sockets in a directory."""
+
+    def __init__(self, folder, node):
+        self._folder, self.node = folder, node
+
+    def nodes(self):
+        return list(NODES)
+
+    def call(self, node, method, *arguments, timeout_s):
+        server = Server(str(Path(self._folder) / node), authkey=b"test")
+        try:
+            server.connect()
+            return getattr(server.keeper(), method)(*arguments)
+        except (OSError, EOFError) as error:
+            raise KeeperLostError(node) from error
+
+
+def serve(folder, node):
+    keeper = Keeper(Links(folder, node), 1 << 28)
+    Server.register("keeper", lambda: keeper)
+    Server(str(Path(folder) / node), authkey=b"test").get_server().serve_forever()
+
+
+def start(folder, node):
+    if (pid := os.fork()) == 0:
+        serve(folder, node)
+    while not (Path(folder) / node).exists():
+        time.sleep(0.01)
+    return pid
+
+
+def manager_on(node, folder, job, attempt, lineage):
+    Server.register("keeper")
+    job.channel.stop_requested = job.channel.save_requested = False
+    job.channel.flush = lambda: None
+    job.config.checkpoint.extra_state = ["progress", "shadow"]
+    job.config.failure.memory_every_steps = 1
+    job = dataclasses.replace(job, run=RunIdentity("x", attempt, {}, lineage))
+    store = CheckpointStore(Storage.at(str(Path(folder) / "checkpoints")))
+    return job, store, build_manager(job, store, Links(folder, node))
+
+
+def keep(rank, folder, sizes, nodes, into):
+    """Train, keep snapshots, and leave what the last but one holds, and the last, in files."""
+    job, _, checkpoints = manager_on(nodes[rank], folder, job_on(rank, sizes, seed=1), 1, {})
+    taken = []
+    while len(taken) < 3:
+        train(job, rank)
+        if checkpoints.snapshot_due():
+            checkpoints.take_snapshot(time.perf_counter())
+            thread = checkpoints._snapshots._thread
+            thread.join()
+            if checkpoints._snapshots._least == 3:
+                taken.append(job.progress.step)
+                if rank == 0:
+                    torch.save(whole(job, checkpoints), f"{into}{len(taken)}")
+                else:
+                    whole(job, checkpoints)
+
+
+def go_on(rank, folder, sizes, nodes, into, lineage):
+    """Go on from memory, with what was kept."""
+    job, store, checkpoints = manager_on(nodes[rank], folder, job_on(rank, sizes, seed=2), 2, lineage)
+    assert restore(job, store, checkpoints) == "memory"
+    same(whole(job, checkpoints), torch.load(into, weights_only=True))
+
+
+def main():
+    with tempfile.TemporaryDirectory() as folder:
+        pids = {node: start(folder, node) for node in NODES}
+        try:
+            kept = str(Path(folder) / "kept")
+            together(2, (keep, folder, (2,), "ab", kept))
+            together(2, (go_on, folder, (2,), "ab", f"{kept}3", {1: None}))
+            os.kill(pids["a"], signal.SIGKILL)
+            together(2, (go_on, folder, (2,), "bc", f"{kept}3", {1: None}))
+            together(1, (go_on, folder, (1,), "b", f"{kept}3", {1: None}))
+            together(3, (go_on, folder, (3,), "bbc", f"{kept}3", {1: None}))
+        finally:
+            for pid in pids.values():
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+    print("as it was kept")
+
+
+if __name__ == "__main__":
+    main()
