@@ -42,7 +42,7 @@ CUT_S = SLOW_S = 20
 SLOW_MBIT = 20  # a step sends 3 MB each way
 SKEW_S = 3600
 TRAINING = [
-    *("train.epochs=12", "checkpoint.every_steps=20", "train.ledger=true", f"scaling.address={ADDRESS}"),
+    *("train.epochs=8", "checkpoint.every_steps=20", "train.ledger=true", f"scaling.address={ADDRESS}"),
     *("run.name=run", "scaling.use_gpu=false"),
 ]
 SHIM = r"""
@@ -350,6 +350,14 @@ def measure(case: Case, storage: str, folder: Path, environment: dict[str, str])
         return train(folder, storage, environment, [*case.overrides], case.strike)
 
 
+def print_table(console: Console, rows: list[tuple[str, ...]]) -> None:
+    """Print what came of each case."""
+    table = Table("case", "storage", "reported", "time lost", "steps replayed", "bitwise identical", box=None)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
 def shim(folder: Path) -> Path:
     """Compile the library that skews a process's clock."""
     source, library = folder / "skew.c", folder / "skew.so"
@@ -372,8 +380,9 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     console = Console(highlight=False, width=160)
     describe_machine(console)
-    rows, misses = [], []
+    rows, misses = list[tuple[str, ...]](), list[str]()
     with contextlib.ExitStack() as stack:
+        stack.callback(print_table, console, rows)  # what there is of it, on Ctrl-C too
         if options.keep:
             options.keep.mkdir(parents=True, exist_ok=True)
         folder = options.keep or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="netns-")))
@@ -394,10 +403,6 @@ def main() -> None:
                 rows.append((CASES[name].title, kind, run.reported, lost, str(run.replayed), same))
                 if same not in ("", "yes", "same batches"):
                     misses.append(f"{CASES[name].title}, {kind}: {same}")
-    table = Table("case", "storage", "reported", "time lost", "steps replayed", "bitwise identical", box=None)
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
     finish(console, rows, options.json, misses, options.check)
 
 
