@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import re
@@ -25,7 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -209,9 +210,20 @@ class Run:
 
     uri: str
     status: int
-    seconds: float
     output: str
-    state: dict[str, Any] = field(default_factory=dict)  # run.json
+
+    @functools.cached_property
+    def state(self) -> dict[str, Any]:
+        """Return run.json."""
+        state: dict[str, Any] = json.loads(read(self.uri, "run.json"))
+        return state
+
+    @property
+    def seconds(self) -> float:
+        """Return the time from the first batch to the end; a start takes longer or less as it likes."""
+        lines = [json.loads(line) for line in read(self.uri, "events.jsonl").splitlines()]
+        first = next(line["time"] for line in lines if line["event"] == "ready")
+        return float(lines[-1]["time"] - first)
 
     @property
     def reported(self) -> str:
@@ -245,9 +257,7 @@ def train(
             if line.startswith(STRIKE_AT) and not is_struck:  # the line may come again
                 is_struck = True
                 strike(pids)
-    run = Run(under(storage, "run"), process.returncode, time.monotonic() - began, "".join(lines))
-    run.state = json.loads(read(run.uri, "run.json"))
-    return run
+    return Run(under(storage, "run"), process.returncode, "".join(lines))
 
 
 def under(uri: str, name: str) -> str:
