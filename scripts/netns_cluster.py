@@ -34,6 +34,11 @@ from benching import describe_machine, finish
 from rich.console import Console
 from rich.table import Table
 
+from ftexp.rundir.names import EVENTS_FILE, RUN_FILE
+from ftexp.rundir.sample_ledger import read_updates
+from ftexp.storage.append_log import read_lines
+from ftexp.storage.directory import Storage
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 RAY = Path(sys.executable).with_name("ray")
 BRIDGE, GATEWAY, S3_PORT, RAY_PORT = "ftexp-br", "10.77.0.254", 5555, 6379
@@ -215,13 +220,13 @@ class Run:
     @functools.cached_property
     def state(self) -> dict[str, Any]:
         """Return run.json."""
-        state: dict[str, Any] = json.loads(read(self.uri, "run.json"))
+        state: dict[str, Any] = json.loads(Storage.at(self.uri).read_bytes(RUN_FILE))
         return state
 
     @property
     def seconds(self) -> float:
         """Return the time from the first batch to the end; a start takes longer or less as it likes."""
-        lines = [json.loads(line) for line in read(self.uri, "events.jsonl").splitlines()]
+        lines = read_lines(Storage.at(self.uri), EVENTS_FILE)
         first = next(line["time"] for line in lines if line["event"] == "ready")
         return float(lines[-1]["time"] - first)
 
@@ -264,13 +269,6 @@ def under(uri: str, name: str) -> str:
     """Return the place of a name in a directory, or at a URI with its query."""
     place, mark, query = uri.partition("?")
     return f"{place}/{name}{mark}{query}"
-
-
-def read(uri: str, name: str) -> bytes:
-    """Return the content of a run's file."""
-    from ftexp.storage.directory import Storage
-
-    return Storage.at(uri).read_bytes(name)
 
 
 def worker_machine(pids: list[int]) -> Machine:
@@ -345,9 +343,6 @@ def compare(run: Run, clean: Run, environment: dict[str, str]) -> str:
 
 def batches(run: Run) -> dict[int, tuple[int, ...]]:
     """Return the samples that drove each step, of the attempt that did it last, over all ranks."""
-    from ftexp.rundir.sample_ledger import read_updates
-    from ftexp.storage.directory import Storage
-
     return {update.step: update.samples for update in read_updates(Storage.at(run.uri))}
 
 
