@@ -29,8 +29,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 from benching import describe_machine, finish
+from pyarrow.fs import S3FileSystem
 from rich.console import Console
 from rich.table import Table
 
@@ -170,8 +172,10 @@ def object_store(folder: Path) -> Iterator[str]:
     command = [sys.executable, "-m", "moto.server", "-H", GATEWAY, "-p", str(S3_PORT)]
     with (folder / "moto.log").open("w") as log, subprocess.Popen(command, stdout=log, stderr=log) as server:
         try:
-            endpoint = f"endpoint_override={GATEWAY}:{S3_PORT}&scheme=http&region=us-east-1"
-            yield f"s3://netns?{endpoint}&allow_bucket_creation=true"
+            wait_until(lambda: call("ss", "-Hltn", f"sport = :{S3_PORT}"), 60)
+            endpoint = {"endpoint_override": f"{GATEWAY}:{S3_PORT}", "scheme": "http", "region": "us-east-1"}
+            S3FileSystem(**endpoint, allow_bucket_creation=True).create_dir("netns")
+            yield f"s3://netns?{urlencode(endpoint, safe=':')}"
         finally:
             server.kill()
 
@@ -392,8 +396,8 @@ def main() -> None:
             options.keep.mkdir(parents=True, exist_ok=True)
         folder = options.keep or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="netns-")))
         stack.enter_context(network())
-        store = stack.enter_context(object_store(folder))
         os.environ |= {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "RAY_USAGE_STATS_ENABLED": "0"}
+        store = stack.enter_context(object_store(folder))
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
         for kind in options.storage:
