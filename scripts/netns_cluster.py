@@ -48,7 +48,7 @@ ADDRESS = f"10.77.0.1:{RAY_PORT}"
 STRIKE_AT = "epoch 4/"  # a line of the command's output
 CUT_S = SLOW_S = 20
 SLOW_MBIT = 20  # a step sends 3 MB each way
-SKEW_S = 3600
+SKEWS_S = {"ftexp-1": 0, "ftexp-2": 3600, "ftexp-3": -3600}
 TRAINING = [
     *("train.epochs=8", "checkpoint.every_steps=20", "train.ledger=true", f"scaling.address={ADDRESS}"),
     *("run.name=run", "scaling.use_gpu=false"),
@@ -181,21 +181,19 @@ def object_store(folder: Path) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def ray_cluster(folder: Path, environment: dict[str, str], skewed: tuple[Machine, str] | None) -> Iterator[None]:
-    """Ray on all machines, a CPU on each. skewed: a machine, and the library that skews its clock."""
+def ray_cluster(folder: Path, environment: dict[str, str], is_skewed: bool) -> Iterator[None]:
+    """Ray on all machines, a CPU on each. is_skewed: clocks are wrong on all but the first."""
     common = ["--num-cpus=1", "--object-store-memory=100000000", "--disable-usage-stats", "--block"]
     head = MACHINES[0]
     with contextlib.ExitStack() as stack:
         log = stack.enter_context((folder / "ray.log").open("a"))
         for machine in MACHINES:
             stack.callback(machine.kill)
-            own = dict(environment)
-            if skewed is not None and machine is skewed[0]:
-                own |= {"LD_PRELOAD": skewed[1], "SKEW_S": str(SKEW_S)}
+            wrong = {"LD_PRELOAD": str(shim(folder)), "SKEW_S": str(SKEWS_S[machine.name])} if is_skewed else {}
             where = [f"--node-ip-address={machine.address}", *common]
             first = ["--head", f"--port={RAY_PORT}", "--include-dashboard=false", f"--temp-dir={folder}/ray"]
             role = first if machine is head else [f"--address={ADDRESS}"]
-            machine.start(folder, str(RAY), "start", *role, *where, env=own, stdout=log, stderr=log)
+            machine.start(folder, str(RAY), "start", *role, *where, env=environment | wrong, stdout=log, stderr=log)
             if machine is head:
                 wait_until(lambda: call("ip", "netns", "exec", head.name, "ss", "-Hltn", f"sport = :{RAY_PORT}"), 60)
         count = f"import ray, sys; ray.init('{ADDRESS}', log_to_driver=False); sys.exit(len(ray.nodes()) != 3)"
@@ -308,8 +306,8 @@ def slow_link(pids: list[int]) -> None:
 
 
 def kill_worker(pids: list[int]) -> None:
-    """End a worker on the machine whose clock is skewed."""
-    os.kill(next(pid for pid in pids if pid in MACHINES[1].pids()), signal.SIGKILL)
+    """End a worker on a machine other than the first."""
+    os.kill(next(pid for pid in pids if pid in worker_machine(pids).pids()), signal.SIGKILL)
 
 
 @dataclass(frozen=True)
@@ -319,7 +317,7 @@ class Case:
     title: str
     strike: Callable[[list[int]], None] = do_nothing
     overrides: tuple[str, ...] = ("scaling.num_workers=2",)
-    is_skewed: bool = False  # the clock of the second machine
+    is_skewed: bool = False  # see `ray_cluster`
 
 
 UNDISTURBED = "undisturbed"
@@ -329,7 +327,7 @@ CASES = {
     "elastic": Case("the same, with 2 to 3 workers", kill_node, ("scaling.num_workers=[2,3]",)),
     "cut": Case(f"a node's network is cut for {CUT_S} s", cut_network),
     "slow": Case(f"a node's link has {SLOW_MBIT} Mbit/s for {SLOW_S} s", slow_link),
-    "skew": Case(f"a node's clock is {SKEW_S} s ahead, and its worker dies", kill_worker, is_skewed=True),
+    "skew": Case("two nodes' clocks are 1 h ahead, and behind; a worker there dies", kill_worker, is_skewed=True),
 }
 STORAGES = ("directory", "s3")
 
@@ -352,10 +350,9 @@ def batches(run: Run) -> dict[int, tuple[int, ...]]:
 
 def measure(case: Case, storage: str, folder: Path, environment: dict[str, str]) -> Run:
     """Run a case in a new Ray."""
-    skewed = (MACHINES[1], str(shim(folder))) if case.is_skewed else None
     for machine in MACHINES:
         machine.connect(is_up=True)
-    with ray_cluster(folder, environment, skewed):
+    with ray_cluster(folder, environment, case.is_skewed):
         return train(folder, storage, environment, [*case.overrides], case.strike)
 
 
@@ -397,6 +394,8 @@ def main() -> None:
         folder = options.keep or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="netns-")))
         stack.enter_context(network())
         os.environ |= {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "RAY_USAGE_STATS_ENABLED": "0"}
+        # as ftexp/cluster/README.md has it for clusters
+        os.environ |= {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5", "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "5"}
         store = stack.enter_context(object_store(folder))
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
