@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import re
@@ -25,13 +26,20 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 from benching import describe_machine, finish
+from pyarrow.fs import S3FileSystem
 from rich.console import Console
 from rich.table import Table
+
+from ftexp.rundir.names import EVENTS_FILE, RUN_FILE
+from ftexp.rundir.sample_ledger import read_updates
+from ftexp.storage.append_log import read_lines
+from ftexp.storage.directory import Storage
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RAY = Path(sys.executable).with_name("ray")
@@ -40,9 +48,9 @@ ADDRESS = f"10.77.0.1:{RAY_PORT}"
 STRIKE_AT = "epoch 4/"  # a line of the command's output
 CUT_S = SLOW_S = 20
 SLOW_MBIT = 20  # a step sends 3 MB each way
-SKEW_S = 3600
+SKEWS_S = {"ftexp-1": 0, "ftexp-2": 3600, "ftexp-3": -3600}
 TRAINING = [
-    *("train.epochs=12", "checkpoint.every_steps=20", "train.ledger=true", f"scaling.address={ADDRESS}"),
+    *("train.epochs=8", "checkpoint.every_steps=20", "train.ledger=true", f"scaling.address={ADDRESS}"),
     *("run.name=run", "scaling.use_gpu=false"),
 ]
 SHIM = r"""
@@ -164,28 +172,28 @@ def object_store(folder: Path) -> Iterator[str]:
     command = [sys.executable, "-m", "moto.server", "-H", GATEWAY, "-p", str(S3_PORT)]
     with (folder / "moto.log").open("w") as log, subprocess.Popen(command, stdout=log, stderr=log) as server:
         try:
-            endpoint = f"endpoint_override={GATEWAY}:{S3_PORT}&scheme=http&region=us-east-1"
-            yield f"s3://netns?{endpoint}&allow_bucket_creation=true"
+            wait_until(lambda: call("ss", "-Hltn", f"sport = :{S3_PORT}"), 60)
+            endpoint = {"endpoint_override": f"{GATEWAY}:{S3_PORT}", "scheme": "http", "region": "us-east-1"}
+            S3FileSystem(**endpoint, allow_bucket_creation=True).create_dir("netns")
+            yield f"s3://netns?{urlencode(endpoint, safe=':')}"
         finally:
             server.kill()
 
 
 @contextlib.contextmanager
-def ray_cluster(folder: Path, environment: dict[str, str], skewed: tuple[Machine, str] | None) -> Iterator[None]:
-    """Ray on all machines, a CPU on each. skewed: a machine, and the library that skews its clock."""
+def ray_cluster(folder: Path, environment: dict[str, str], is_skewed: bool) -> Iterator[None]:
+    """Ray on all machines, a CPU on each. is_skewed: clocks are wrong on all but the first."""
     common = ["--num-cpus=1", "--object-store-memory=100000000", "--disable-usage-stats", "--block"]
     head = MACHINES[0]
     with contextlib.ExitStack() as stack:
         log = stack.enter_context((folder / "ray.log").open("a"))
         for machine in MACHINES:
             stack.callback(machine.kill)
-            own = dict(environment)
-            if skewed is not None and machine is skewed[0]:
-                own |= {"LD_PRELOAD": skewed[1], "SKEW_S": str(SKEW_S)}
+            wrong = {"LD_PRELOAD": str(shim(folder)), "SKEW_S": str(SKEWS_S[machine.name])} if is_skewed else {}
             where = [f"--node-ip-address={machine.address}", *common]
             first = ["--head", f"--port={RAY_PORT}", "--include-dashboard=false", f"--temp-dir={folder}/ray"]
             role = first if machine is head else [f"--address={ADDRESS}"]
-            machine.start(folder, str(RAY), "start", *role, *where, env=own, stdout=log, stderr=log)
+            machine.start(folder, str(RAY), "start", *role, *where, env=environment | wrong, stdout=log, stderr=log)
             if machine is head:
                 wait_until(lambda: call("ip", "netns", "exec", head.name, "ss", "-Hltn", f"sport = :{RAY_PORT}"), 60)
         count = f"import ray, sys; ray.init('{ADDRESS}', log_to_driver=False); sys.exit(len(ray.nodes()) != 3)"
@@ -209,9 +217,20 @@ class Run:
 
     uri: str
     status: int
-    seconds: float
     output: str
-    state: dict[str, Any] = field(default_factory=dict)  # run.json
+
+    @functools.cached_property
+    def state(self) -> dict[str, Any]:
+        """Return run.json."""
+        state: dict[str, Any] = json.loads(Storage.at(self.uri).read_bytes(RUN_FILE))
+        return state
+
+    @property
+    def seconds(self) -> float:
+        """Return the time from the first batch to the end; a start takes longer or less as it likes."""
+        lines = read_lines(Storage.at(self.uri), EVENTS_FILE)
+        first = next(line["time"] for line in lines if line["event"] == "ready")
+        return float(lines[-1]["time"] - first)
 
     @property
     def reported(self) -> str:
@@ -245,22 +264,13 @@ def train(
             if line.startswith(STRIKE_AT) and not is_struck:  # the line may come again
                 is_struck = True
                 strike(pids)
-    run = Run(under(storage, "run"), process.returncode, time.monotonic() - began, "".join(lines))
-    run.state = json.loads(read(run.uri, "run.json"))
-    return run
+    return Run(under(storage, "run"), process.returncode, "".join(lines))
 
 
 def under(uri: str, name: str) -> str:
     """Return the place of a name in a directory, or at a URI with its query."""
     place, mark, query = uri.partition("?")
     return f"{place}/{name}{mark}{query}"
-
-
-def read(uri: str, name: str) -> bytes:
-    """Return the content of a run's file."""
-    from ftexp.storage.directory import Storage
-
-    return Storage.at(uri).read_bytes(name)
 
 
 def worker_machine(pids: list[int]) -> Machine:
@@ -296,8 +306,8 @@ def slow_link(pids: list[int]) -> None:
 
 
 def kill_worker(pids: list[int]) -> None:
-    """End a worker on the machine whose clock is skewed."""
-    os.kill(next(pid for pid in pids if pid in MACHINES[1].pids()), signal.SIGKILL)
+    """End a worker on a machine other than the first."""
+    os.kill(next(pid for pid in pids if pid in worker_machine(pids).pids()), signal.SIGKILL)
 
 
 @dataclass(frozen=True)
@@ -307,7 +317,7 @@ class Case:
     title: str
     strike: Callable[[list[int]], None] = do_nothing
     overrides: tuple[str, ...] = ("scaling.num_workers=2",)
-    is_skewed: bool = False  # the clock of the second machine
+    is_skewed: bool = False  # see `ray_cluster`
 
 
 UNDISTURBED = "undisturbed"
@@ -317,7 +327,7 @@ CASES = {
     "elastic": Case("the same, with 2 to 3 workers", kill_node, ("scaling.num_workers=[2,3]",)),
     "cut": Case(f"a node's network is cut for {CUT_S} s", cut_network),
     "slow": Case(f"a node's link has {SLOW_MBIT} Mbit/s for {SLOW_S} s", slow_link),
-    "skew": Case(f"a node's clock is {SKEW_S} s ahead, and its worker dies", kill_worker, is_skewed=True),
+    "skew": Case("two nodes' clocks are 1 h ahead, and behind; a worker there dies", kill_worker, is_skewed=True),
 }
 STORAGES = ("directory", "s3")
 
@@ -335,19 +345,23 @@ def compare(run: Run, clean: Run, environment: dict[str, str]) -> str:
 
 def batches(run: Run) -> dict[int, tuple[int, ...]]:
     """Return the samples that drove each step, of the attempt that did it last, over all ranks."""
-    from ftexp.rundir.sample_ledger import read_updates
-    from ftexp.storage.directory import Storage
-
     return {update.step: update.samples for update in read_updates(Storage.at(run.uri))}
 
 
 def measure(case: Case, storage: str, folder: Path, environment: dict[str, str]) -> Run:
     """Run a case in a new Ray."""
-    skewed = (MACHINES[1], str(shim(folder))) if case.is_skewed else None
     for machine in MACHINES:
         machine.connect(is_up=True)
-    with ray_cluster(folder, environment, skewed):
+    with ray_cluster(folder, environment, case.is_skewed):
         return train(folder, storage, environment, [*case.overrides], case.strike)
+
+
+def print_table(console: Console, rows: list[tuple[str, ...]]) -> None:
+    """Print what came of each case."""
+    table = Table("case", "storage", "reported", "time lost", "steps replayed", "bitwise identical", box=None)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
 
 
 def shim(folder: Path) -> Path:
@@ -372,14 +386,17 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     console = Console(highlight=False, width=160)
     describe_machine(console)
-    rows, misses = [], []
+    rows, misses = list[tuple[str, ...]](), list[str]()
     with contextlib.ExitStack() as stack:
+        stack.callback(print_table, console, rows)  # what there is of it, on Ctrl-C too
         if options.keep:
             options.keep.mkdir(parents=True, exist_ok=True)
         folder = options.keep or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="netns-")))
         stack.enter_context(network())
-        store = stack.enter_context(object_store(folder))
         os.environ |= {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "RAY_USAGE_STATS_ENABLED": "0"}
+        # as ftexp/cluster/README.md has it for clusters
+        os.environ |= {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5", "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "5"}
+        store = stack.enter_context(object_store(folder))
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
         for kind in options.storage:
@@ -394,10 +411,6 @@ def main() -> None:
                 rows.append((CASES[name].title, kind, run.reported, lost, str(run.replayed), same))
                 if same not in ("", "yes", "same batches"):
                     misses.append(f"{CASES[name].title}, {kind}: {same}")
-    table = Table("case", "storage", "reported", "time lost", "steps replayed", "bitwise identical", box=None)
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
     finish(console, rows, options.json, misses, options.check)
 
 

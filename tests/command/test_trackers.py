@@ -399,7 +399,7 @@ def test_a_run_with_three_kills_is_shown_by_its_series(three_kills):
     }
     (straggler,) = (event for event in run.events("straggler") if event["rank"] == 1)
     assert straggler["step"] in (90, 95)  # the sixth point since it is slow; of the first, two steps are not
-    assert scrape["ftexp_straggler_ratio", "1", straggler["node"], "forward"] == straggler["ratio"] > 1.5
+    assert scrape["ftexp_straggler_ratio", straggler["node"], "forward", "1"] == straggler["ratio"] > 1.5
     assert scrape["ftexp_slowest_rank",] == 1
     assert scrape["ftexp_rank_step_seconds", "max"] > 0.1 > scrape["ftexp_rank_step_seconds", "median"]
     assert scrape["ftexp_attempts_total",] == 4
