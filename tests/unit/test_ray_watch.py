@@ -9,7 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from ftexp.cluster import ray_private, ray_watch
+from ftexp.cluster import ray_private, ray_watch, signals
+from ftexp.cluster.interruptible import Terminated
 from ftexp.cluster.ray_cluster import RunningRay, leave_ray, start_ray
 from ftexp.cluster.ray_watch import JoinedRay, OwnRay, end_workers
 from ftexp.config.schema import Config, ScalingConfig
@@ -139,6 +140,7 @@ def test_what_a_signal_leaves_of_a_ray_that_starts_is_ended_and_nothing_of_other
     ended = []
     monkeypatch.setattr(ray, "init", interrupted)
     monkeypatch.setattr(ray_private, "kill_started", lambda: ended.append(True))
-    with pytest.raises(SystemExit):
+    monkeypatch.setattr(signals, "_set_handler", lambda _: None)
+    with pytest.raises(Terminated):
         start_ray(Config(scaling=ScalingConfig(address=address), verbose=True), decodes=False)
     assert len(ended) == num_ended
