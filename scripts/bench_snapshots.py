@@ -55,9 +55,9 @@ def measure(settings: dict[str, Any]) -> dict[str, Any]:
     while snapshots._num_taken < 3:  # the first ones also touch new memory
         step(job, batches, checkpoints)
     sides: dict[str, list[dict[str, float]]] = {"auto": [], "off": []}
-    for _ in range(settings["rounds"]):
-        for side, found in sides.items():
-            found.append(window(job, batches, checkpoints if side == "auto" else None, settings["window_s"]))
+    for number in range(settings["rounds"]):
+        for side in list(sides)[:: -1 if number % 2 else 1]:  # neither side is always the first
+            sides[side].append(window(job, batches, checkpoints if side == "auto" else None, settings["window_s"]))
     checkpoints.close()
     job.channel.close()
     room = snapshots._room
@@ -86,9 +86,8 @@ def window(job: Any, batches: Any, checkpoints: Any, seconds: float) -> dict[str
 def step(job: Any, batches: Any, checkpoints: Any) -> None:
     """Take an optimiser step, and a snapshot if one is due."""
     steps(job, batches, 1)
-    began = time.perf_counter()
     if checkpoints is not None and checkpoints.snapshot_due():
-        checkpoints.take_snapshot(began)
+        checkpoints.take_snapshot(time.perf_counter())
 
 
 def report(console: Console, results: dict[str, dict[str, Any]]) -> list[str]:

@@ -143,7 +143,7 @@ def run_steps(
             chaos.strike(checkpoints, job.learner.model)
         with watchdog.during(AGREEMENT):
             due = checkpoints.due(epoch_ended)
-            began, snapshot_due = time.perf_counter(), checkpoints.snapshot_due()
+            snapshot_due, began = checkpoints.snapshot_due(), time.perf_counter()
             replicas.check(saves=due or snapshot_due)
         if due:
             job.hooks.before_save()

@@ -283,6 +283,14 @@ def test_what_can_not_be_taken_now_is_due_again_soon():
     assert asked == [5, 6, 8, 12, 17, 20, 21]
 
 
+def test_a_snapshot_that_took_long_by_accident_changes_nothing_once_there_were_some():
+    clock = Clock()
+    pace = Pace(None, lambda number: number, clock)
+    due_steps(pace, clock, lambda _: 0.125, 1, 40, 0.0049)
+    pace.taken(40, 9.0)
+    assert pace.interval == 4
+
+
 # The choice
 
 
@@ -486,6 +494,30 @@ def test_a_snapshot_that_is_not_as_it_was_written_gives_way_to_the_one_before(tm
     for mapped in room.maps:
         mapped[PAGE + 9] ^= 1
     assert next_attempt(tmp_path, nodes) == ("start", 0)
+
+
+@pytest.mark.usefixtures("at_once")
+def test_what_a_run_goes_on_with_does_not_lie_in_the_slot_any_more(tmp_path):
+    nodes = Nodes("a")
+    killed_run(tmp_path, nodes)
+    again, store, checkpoints = run_of(tmp_path, nodes, attempt=2, lineage={1: None})
+    restore(again, store, checkpoints)
+    before = copied(again)
+    for mapped in nodes.keepers["a"]._rooms["0/1"].maps:
+        mapped[:] = bytes(len(mapped))
+    assert same(copied(again), before)
+    assert all(value.any() for value in before)
+
+
+@pytest.mark.usefixtures("at_once")
+def test_replicas_are_compared_before_a_snapshot(tmp_path, monkeypatch):
+    job, _, checkpoints = run_of(tmp_path, Nodes("a"), every=4)
+    compared = []
+    monkeypatch.setattr(
+        "ftexp.worker.loop.ReplicaCheck.check", lambda _, saves: compared.append(job.progress.step) if saves else None
+    )
+    train_to(job, checkpoints, 9)
+    assert compared == [4, 5, 8]  # at step 4 it made room
 
 
 @pytest.mark.usefixtures("at_once")

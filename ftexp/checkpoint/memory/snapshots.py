@@ -151,7 +151,6 @@ class Snapshots:
         """Have something done besides training; a run that ends doesn't wait for it."""
 
         def run() -> None:
-            give_way()
             try:
                 work(*arguments)
             except Exception as error:
@@ -191,6 +190,7 @@ class Snapshots:
         began, copier = time.thread_time(), room.copiers[number]
         data_bytes, outline = copier.outline(copied)
         self._channel.flush()
+        give_way()  # not before: whoever has Python's lock and waits for a core keeps training waiting
         if copier.slot.seal(sequence, data_bytes, facts, outline):
             room.sequences[number] = sequence
         self._thread_s = time.thread_time() - began
