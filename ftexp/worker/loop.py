@@ -101,6 +101,7 @@ def begin(job: Job, store: CheckpointStore, checkpoints: CheckpointManager) -> N
     announce(job, restore(job, store, checkpoints))
     ask_again(job, store)
     checkpoints.keep_in_memory()
+    checkpoints.begin_snapshots()
 
 
 def run_steps(

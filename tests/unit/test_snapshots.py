@@ -377,7 +377,9 @@ def run_of(folder, nodes, every=3, attempt=1, lineage=None, node="a", **switches
     job.channel.flush = lambda: None
     job = dataclasses.replace(job, run=RunIdentity("x", attempt, {}, lineage or {}))
     store = CheckpointStore(Storage.at(str(folder)))
-    return job, store, build_manager(job, store, nodes.links(node))
+    checkpoints = build_manager(job, store, nodes.links(node))
+    checkpoints.begin_snapshots()
+    return job, store, checkpoints
 
 
 def stopping_at(job, step):
@@ -560,7 +562,9 @@ def test_none_is_taken_where_what_it_goes_back_to_would_be_another(tmp_path):
     job, _, checkpoints = run_of(tmp_path, Nodes("a"))
     assert checkpoints._snapshots is not None
     job.config.failure.on_nonfinite = "rollback"
-    assert build_manager(job, checkpoints._store, Nodes("a").links("a"))._snapshots is None
+    other = build_manager(job, checkpoints._store, Nodes("a").links("a"))
+    other.begin_snapshots()
+    assert (other._snapshots, other.snapshot_due(), other.may_have_snapshots) == (None, False, False)
     job.config.failure.on_nonfinite = "raise"
     _, _, checkpoints = run_of(tmp_path, Nodes("a"), every=0)
     assert checkpoints._snapshots is None
@@ -676,6 +680,16 @@ def test_each_node_with_workers_has_one_keeper_however_many_attempts_there_are(m
 @pytest.mark.parametrize("failure", [{"memory_every_steps": 0}, {"on_nonfinite": "rollback"}])
 def test_a_run_without_snapshots_has_no_keepers(monkeypatch, failure):
     assert keepers_of(monkeypatch, "ab", **failure) == ([], [])
+
+
+def test_none_is_started_once_the_run_has_ended(monkeypatch):
+    started = []
+    monkeypatch.setattr("ftexp.driver.keepers.start_keepers", lambda *given: started.append(given))
+    keepers = Keepers(FailureConfig(), SimpleNamespace(runtime_env={}), Hub())
+    keepers.close()
+    monkeypatch.setattr(keepers._closed, "wait", lambda _: False)  # it had waited before
+    keepers._start(["a"])
+    assert started == []
 
 
 def test_keepers_that_can_not_be_started_are_said_and_the_run_goes_on(monkeypatch):
