@@ -14,7 +14,7 @@ from ftexp.job.job import Job
 def build_manager(job: Job, store: CheckpointStore, links: Links | None = None) -> CheckpointManager:
     """Build the manager that saves this rank's job to `store`, with the states that the config names.
 
-    links: to the keepers of snapshots, where the job may take some; collective then.
+    links: to the keepers of snapshots, where the job may take some.
     """
     takes = job.config.failure.takes_snapshots and not job.hooks.change_before_saves
     return CheckpointManager(

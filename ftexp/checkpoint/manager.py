@@ -90,10 +90,8 @@ class CheckpointManager:
         self._place = sharded if self._config.format != "full" else None
         is_sharded, timeout_s = self._place is not None, config.failure.save_timeout_s
         self._writer = CheckpointWriter(self._config, group, channel, store, is_sharded, timeout_s)
-        self._links, self._cut_place = links, sharded
+        self._links, self._cut_place, self._failure = links, sharded, config.failure
         self._snapshots: Snapshots | None = None
-        if links is not None:
-            self._snapshots = Snapshots(config.failure, group, channel, links, sharded)
 
     def due(self, epoch_ended: bool) -> bool:
         """Whether to save after the step just done; StorageError or NonFiniteError if too many in a row have failed."""
@@ -171,6 +169,12 @@ class CheckpointManager:
         )
         self._writer.begin(saving)
         self._cadence.saved(progress.step)
+
+    def begin_snapshots(self) -> None:
+        """Take snapshots from here on, and count anew what they cost, if there are to be some; collective."""
+        self.close()
+        if self._links is not None:
+            self._snapshots = Snapshots(self._failure, self._group, self._channel, self._links, self._cut_place)
 
     def snapshot_due(self) -> bool:
         """Whether to take a snapshot after the step just done: not of one that is saved. Collective."""

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ftexp.config.schema import FailureConfig
     from ftexp.wire.hub import Hub
 
+_CLOSE_S = 5.0  # that the end of a run may wait for a start
 _AFTER_S = 1.0  # of training: a run that is over by then needs none
 
 
@@ -30,6 +31,7 @@ class Keepers:
         self._nodes: dict[int, str] = {}  # of the current group, by rank
         self._started: dict[str, Any] = {}  # by node
         self._closed = threading.Event()
+        self._lock = threading.Lock()  # held while keepers are started
 
     def note(self, message: Message) -> None:
         """Take in where workers are; start what is missing once they train. Returns at once."""
@@ -43,8 +45,10 @@ class Keepers:
                     threading.Thread(target=self._start, args=(sorted(nodes),), daemon=True, name="keepers").start()
 
     def close(self) -> None:
-        """Start no more."""
+        """Start no more: a call would start another Ray for them, once this one has been left."""
         self._closed.set()
+        if self._lock.acquire(timeout=_CLOSE_S):
+            self._lock.release()
 
     def _start(self, nodes: list[str]) -> None:
         if self._closed.wait(_AFTER_S if self._config.memory_every_steps is None else 0.0):
@@ -52,7 +56,10 @@ class Keepers:
         max_gb = self._config.memory_max_gb
         max_bytes = int(max_gb * 1e9) if max_gb is not None else None
         try:
-            handles = start_keepers(nodes, max_bytes, dict(self._workers.runtime_env))
+            with self._lock:
+                if self._closed.is_set():
+                    return
+                handles = start_keepers(nodes, max_bytes, dict(self._workers.runtime_env))
         except (ray.exceptions.RayError, ValueError, OSError) as error:
             self._hub.take(Happened(events.SnapshotsOff(f"{type(error).__name__}: {error}")))
             return

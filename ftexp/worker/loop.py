@@ -101,6 +101,7 @@ def begin(job: Job, store: CheckpointStore, checkpoints: CheckpointManager) -> N
     announce(job, restore(job, store, checkpoints))
     ask_again(job, store)
     checkpoints.keep_in_memory()
+    checkpoints.begin_snapshots()
 
 
 def run_steps(
@@ -143,7 +144,7 @@ def run_steps(
             chaos.strike(checkpoints, job.learner.model)
         with watchdog.during(AGREEMENT):
             due = checkpoints.due(epoch_ended)
-            began, snapshot_due = time.perf_counter(), checkpoints.snapshot_due()
+            snapshot_due, began = checkpoints.snapshot_due(), time.perf_counter()
             replicas.check(saves=due or snapshot_due)
         if due:
             job.hooks.before_save()

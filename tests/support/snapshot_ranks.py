@@ -75,6 +75,7 @@ def manager_on(node, folder, job, attempt, lineage):
 def keep(rank, folder, sizes, nodes, into):
     """Train, keep snapshots, and leave what the last but one holds, and the last, in files."""
     job, _, checkpoints = manager_on(nodes[rank], folder, job_on(rank, sizes, seed=1), 1, {})
+    checkpoints.begin_snapshots()
     taken = []
     while len(taken) < 3:
         train(job, rank)

@@ -283,6 +283,14 @@ def test_what_can_not_be_taken_now_is_due_again_soon():
     assert asked == [5, 6, 8, 12, 17, 20, 21]
 
 
+def test_a_snapshot_that_took_long_by_accident_changes_nothing_once_there_were_some():
+    clock = Clock()
+    pace = Pace(None, lambda number: number, clock)
+    due_steps(pace, clock, lambda _: 0.125, 1, 40, 0.0049)
+    pace.taken(40, 9.0)
+    assert pace.interval == 4
+
+
 # The choice
 
 
@@ -369,7 +377,9 @@ def run_of(folder, nodes, every=3, attempt=1, lineage=None, node="a", **switches
     job.channel.flush = lambda: None
     job = dataclasses.replace(job, run=RunIdentity("x", attempt, {}, lineage or {}))
     store = CheckpointStore(Storage.at(str(folder)))
-    return job, store, build_manager(job, store, nodes.links(node))
+    checkpoints = build_manager(job, store, nodes.links(node))
+    checkpoints.begin_snapshots()
+    return job, store, checkpoints
 
 
 def stopping_at(job, step):
@@ -489,6 +499,30 @@ def test_a_snapshot_that_is_not_as_it_was_written_gives_way_to_the_one_before(tm
 
 
 @pytest.mark.usefixtures("at_once")
+def test_what_a_run_goes_on_with_does_not_lie_in_the_slot_any_more(tmp_path):
+    nodes = Nodes("a")
+    killed_run(tmp_path, nodes)
+    again, store, checkpoints = run_of(tmp_path, nodes, attempt=2, lineage={1: None})
+    restore(again, store, checkpoints)
+    before = copied(again)
+    for mapped in nodes.keepers["a"]._rooms["0/1"].maps:
+        mapped[:] = bytes(len(mapped))
+    assert same(copied(again), before)
+    assert all(value.any() for value in before)
+
+
+@pytest.mark.usefixtures("at_once")
+def test_replicas_are_compared_before_a_snapshot(tmp_path, monkeypatch):
+    job, _, checkpoints = run_of(tmp_path, Nodes("a"), every=4)
+    compared = []
+    monkeypatch.setattr(
+        "ftexp.worker.loop.ReplicaCheck.check", lambda _, saves: compared.append(job.progress.step) if saves else None
+    )
+    train_to(job, checkpoints, 9)
+    assert compared == [4, 5, 8]  # at step 4 it made room
+
+
+@pytest.mark.usefixtures("at_once")
 def test_nothing_is_taken_from_memory_that_the_run_does_not_descend_from(tmp_path):
     nodes = Nodes("a")
     killed_run(tmp_path, nodes)
@@ -528,7 +562,9 @@ def test_none_is_taken_where_what_it_goes_back_to_would_be_another(tmp_path):
     job, _, checkpoints = run_of(tmp_path, Nodes("a"))
     assert checkpoints._snapshots is not None
     job.config.failure.on_nonfinite = "rollback"
-    assert build_manager(job, checkpoints._store, Nodes("a").links("a"))._snapshots is None
+    other = build_manager(job, checkpoints._store, Nodes("a").links("a"))
+    other.begin_snapshots()
+    assert (other._snapshots, other.snapshot_due(), other.may_have_snapshots) == (None, False, False)
     job.config.failure.on_nonfinite = "raise"
     _, _, checkpoints = run_of(tmp_path, Nodes("a"), every=0)
     assert checkpoints._snapshots is None
@@ -644,6 +680,16 @@ def test_each_node_with_workers_has_one_keeper_however_many_attempts_there_are(m
 @pytest.mark.parametrize("failure", [{"memory_every_steps": 0}, {"on_nonfinite": "rollback"}])
 def test_a_run_without_snapshots_has_no_keepers(monkeypatch, failure):
     assert keepers_of(monkeypatch, "ab", **failure) == ([], [])
+
+
+def test_none_is_started_once_the_run_has_ended(monkeypatch):
+    started = []
+    monkeypatch.setattr("ftexp.driver.keepers.start_keepers", lambda *given: started.append(given))
+    keepers = Keepers(FailureConfig(), SimpleNamespace(runtime_env={}), Hub())
+    keepers.close()
+    monkeypatch.setattr(keepers._closed, "wait", lambda _: False)  # it had waited before
+    keepers._start(["a"])
+    assert started == []
 
 
 def test_keepers_that_can_not_be_started_are_said_and_the_run_goes_on(monkeypatch):

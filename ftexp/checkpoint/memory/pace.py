@@ -11,6 +11,7 @@ from collections.abc import Callable
 MAX_SHARE = 0.01  # of the time, that snapshots cost where memory_every_steps is auto
 _FIRST_AFTER_STEPS = 10  # steps of an attempt before the first, where it is auto: the first ones are slower
 _NUM_STEPS_SEEN = 15
+_NUM_COSTS_SEEN = 5
 _MAX_WAIT_STEPS = 64  # before it is asked again whether a snapshot can be taken
 
 
@@ -31,7 +32,7 @@ class Pace:
         self._wait_steps = 1
         self._steps: deque[float] = deque(maxlen=_NUM_STEPS_SEEN)  # seconds
         self._since = clock()
-        self.cost_s = 0.0  # of the last snapshot
+        self._costs: deque[float] = deque(maxlen=_NUM_COSTS_SEEN)  # seconds
         self.interval = every_steps or 0  # steps to the next
 
     def step_done(self, step: int) -> bool:
@@ -52,9 +53,10 @@ class Pace:
 
     def taken(self, step: int, cost_s: float) -> None:
         """Let the next be due when that has become worth it. cost_s: of the snapshot of `step`; collective."""
-        self.cost_s, self._wait_steps = cost_s, 1
+        self._costs.append(cost_s)
+        self._wait_steps = 1
         if self._every is None:
-            self.interval = self._agree(max(1, math.ceil(cost_s / (MAX_SHARE * max(self.step_s, 1e-6)))))
+            self.interval = self._agree(max(1, math.ceil(self.cost_s / (MAX_SHARE * max(self.step_s, 1e-6)))))
             self._due_at = step + self.interval
         else:
             self._due_at = (step // self._every + 1) * self._every
@@ -63,6 +65,11 @@ class Pace:
     def _resume(self) -> None:
         """Count what has passed since the step as no part of the next one."""
         self._since = self._clock()
+
+    @property
+    def cost_s(self) -> float:
+        """Seconds of a snapshot: the median of the last, which a machine that was busy for a moment doesn't change."""
+        return statistics.median(self._costs) if self._costs else 0.0
 
     @property
     def step_s(self) -> float:

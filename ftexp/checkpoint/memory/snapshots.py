@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 OFF, BUSY, UNPREPARED, READY = range(4)  # how far a rank is from taking a snapshot
 _RESERVE_S = 30.0  # that a keeper may take: it fills what it reserves
 _COPY_S = 600.0  # that a copy to another node may take
+_CLOSE_S = 1.0  # that an end may wait for the thread
 _LOOK_AGAIN_S = 0.25  # for a keeper that isn't there yet
 
 
@@ -46,7 +47,7 @@ class _Room:
 
 
 class Snapshots:
-    """Takes one rank's snapshots. Its methods are called by every rank at the same steps.
+    """Takes one rank's snapshots. It is built, and its methods are called, by every rank at the same steps.
 
     Args:
         config: how often, and what of.
@@ -151,7 +152,6 @@ class Snapshots:
         """Have something done besides training; a run that ends doesn't wait for it."""
 
         def run() -> None:
-            give_way()
             try:
                 work(*arguments)
             except Exception as error:
@@ -191,6 +191,7 @@ class Snapshots:
         began, copier = time.thread_time(), room.copiers[number]
         data_bytes, outline = copier.outline(copied)
         self._channel.flush()
+        give_way()  # not before: whoever has Python's lock and waits for a core keeps training waiting
         if copier.slot.seal(sequence, data_bytes, facts, outline):
             room.sequences[number] = sequence
         self._thread_s = time.thread_time() - began
@@ -209,5 +210,7 @@ class Snapshots:
             self._room = None
 
     def close(self) -> None:
-        """Take no more."""
+        """Take no more; what is being completed is, but for copies on other nodes that take long."""
         self._closed.set()
+        if self._thread is not None:
+            self._thread.join(_CLOSE_S)
