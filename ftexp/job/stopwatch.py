@@ -46,7 +46,7 @@ class Stopwatch:
         self._used: list[Any] = []  # events since the last point
         self._free: list[Any] = []  # those to use again
         self._mark: Any = None  # when the section that runs began
-        self._since, self._apart_s = clock(), 0.0
+        self._since, self._apart_s, self._is_apart = clock(), 0.0, False
         self._num_steps = self._position = 0
         self._queued = self._num_asked = 0  # batches that were ready, in all; how often one was asked for
 
@@ -72,7 +72,7 @@ class Stopwatch:
 
     def begin(self) -> None:
         """What comes belongs to the section of the next lap."""
-        self._mark = self._now()
+        self._mark, self._in_lap, self._waits_since = self._now(), [], None
 
     def lap(self, section: str) -> None:
         """What came since the last lap, or the step's beginning, was `section`."""
@@ -92,7 +92,7 @@ class Stopwatch:
 
     def wait(self, only_from_now: bool = False) -> None:
         """From here on this rank waits for others. only_from_now: if it was thought to wait already, it didn't."""
-        if self._waits_since is None or only_from_now:
+        if not self._is_apart and (self._waits_since is None or only_from_now):
             self._waits_since = self._now()
 
     def go_on(self) -> None:
@@ -138,11 +138,12 @@ class Stopwatch:
     @contextlib.contextmanager
     def apart(self) -> Iterator[None]:
         """The block is no part of training, so that it doesn't count for images/s."""
-        began = self._clock()
+        began, self._is_apart = self._clock(), True
         try:
             yield
         finally:
             self._apart_s += self._clock() - began
+            self._is_apart = False
 
     def take(self, position: int) -> dict[str, float]:
         """`images_per_s` over all ranks and `<section>_ms` of a step, since the last call, once the GPU has caught up.

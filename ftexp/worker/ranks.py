@@ -48,6 +48,7 @@ class RankTimes:
         for remove in [*self._remove, *(handle.remove for handle in self._gradients.values())]:
             remove()
         self._remove, self._gradients, self._last = [], {}, None
+        self._job.stopwatch.go_on()  # gradients that were computed for their order alone are no step's
         if self._stragglers is None:
             return
         learner = self._job.learner

@@ -78,6 +78,7 @@ def test_what_is_waited_for_others_is_no_own_time():
         after(1, stopwatch.wait, only_from_now=True)
         after(20, stopwatch.lap, BACKWARD)
         after(5, stopwatch.lap, OPTIMIZER)
+        stopwatch.wait()  # between steps, for whatever it is
     own = {FEED: 0, "teacher": 0, FORWARD: 3, BACKWARD: 4, OPTIMIZER: 5}
     assert stopwatch.own_s() == own
     speeds = stopwatch.take(8)
@@ -111,6 +112,11 @@ def test_on_a_gpu_waits_are_told_by_events_once_the_last_has_come(monkeypatch):
         stopwatch.wait(only_from_now=True)
         clock.now += 7
         stopwatch.lap(BACKWARD)
+    before = len(made)
+    with stopwatch.apart():  # an evaluation, which gathers a sharded model's blocks too
+        stopwatch.wait()
+        stopwatch.go_on()
+    assert len(made) == before
     assert stopwatch.own_s()[BACKWARD] == 3
     assert stopwatch.take(8)["backward_ms"] == 10000
 
