@@ -26,7 +26,7 @@ def main() -> None:
     parser = options_parser(__doc__, 5, "pairs of windows")
     parser.add_argument("--window", type=float, default=30.0, help="seconds of training in a window")
     options = parser.parse_args()
-    console = Console(highlight=False, width=140)
+    console = Console(highlight=False, width=160)
     describe_machine(console)
     results = {}
     for name, overrides in MODELS.items():
@@ -96,7 +96,7 @@ def step(job: Any, batches: Any, checkpoints: Any) -> None:
 
 def report(console: Console, results: dict[str, dict[str, Any]]) -> list[str]:
     """Print the tables; returns a line for each target that is missed."""
-    titles = ("steps/s", "auto", "off", "auto : off", "CPU-s of a step, auto : off", "snapshots", "MB of the node")
+    titles = ("steps/s", "auto", "off", "auto : off", "CPU-s, auto : off", "snapshots", "MB of the node")
     table = Table(*titles, box=None)
     checks: list[Check] = []
     for name, result in results.items():
