@@ -79,7 +79,7 @@ def read_weights(store: CheckpointStore, manifest: Manifest, weights: str) -> di
         return raw
     average: dict[str, Tensor] = read_part(store, manifest, EXTRA).get("ema", {}).get("weights")
     if not average:
-        raise CheckpointError("weights=ema, but the run had no average of its weights (ema.decay): take weights=raw")
+        raise CheckpointError("weights=ema, but the run had no EMA (ema.decay): set weights=raw")
     return average
 
 

@@ -243,7 +243,7 @@ def locate(uri: str) -> tuple[CheckpointStore, Manifest]:
     if latest is None:
         damaged = f" ({'; '.join(reasons)})" if reasons else ""
         raise CheckpointError(
-            f"{folder.uri} holds no checkpoint that verifies{damaged}: give a run directory, or a folder under its "
+            f"{folder.uri} holds no checkpoint that verifies{damaged}: set a run directory, or a directory under its "
             f"{CHECKPOINTS}/"
         )
     return store, latest

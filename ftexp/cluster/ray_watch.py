@@ -37,7 +37,7 @@ def ending_with(lost: Callable[[], str | None]) -> Iterator[None]:
     def watch() -> None:
         while not done.wait(_LOOK_EVERY_S):
             if (reason := lost()) is not None:
-                print(f"ftexp: {reason}: give the same command again", file=sys.stderr, flush=True)
+                print(f"ftexp: {reason}: run the same command again", file=sys.stderr, flush=True)
                 sys.stdout.flush()
                 os._exit(RayLostError.exit_code)  # what waits in Ray can't be interrupted
 

@@ -73,7 +73,7 @@ def compare(
     differences = [text for _, text in sorted(found, key=lambda item: item[0])]
     if exit_code != 0:
         error = json.loads(broken.read_bytes(RUN_FILE)).get("error")
-        differences.insert(0, f"the broken run ended with exit code {exit_code}: {error}")
+        differences.insert(0, f"the run with faults ended with exit code {exit_code}: {error}")
     else:
         differences += _in_checkpoints(clean, broken)
     rows = _rows(read_lines(broken, EVENTS_FILE), points)
@@ -84,7 +84,7 @@ def compare(
         return DrillReport(rows, differences, "\n".join(["NOT identical; the first differences:", *differences[:5]]))
     num_positions = sum(len(update.positions) for update in updates if not update.skipped)
     verdict = (
-        f"identical to the bit: model.pt, optimizer.pt, extra_state.pt, {len(logged):,} logged points, and the "
+        f"bitwise identical: model.pt, optimizer.pt, extra_state.pt, {len(logged):,} logged points, and the "
         f"{num_positions:,} samples that drove the updates"
     )
     return DrillReport(rows, [], verdict)
@@ -108,13 +108,13 @@ def _in_ledgers(clean: list[Update], broken: list[Update]) -> Iterator[tuple[int
     for update in clean:
         mine = updates.pop(update.step, None)
         if mine is None:
-            yield update.step, f"step {update.step}: missing from the broken run's ledger"
+            yield update.step, f"step {update.step}: missing from the sample ledger of the run with faults"
         elif (mine.positions, mine.samples) != (update.positions, update.samples):
             yield update.step, f"step {update.step}: driven by other samples than in the clean run"
         elif mine.skipped != update.skipped:
             yield update.step, f"step {update.step}: left out in the {'broken' if mine.skipped else 'clean'} run only"
     for step in updates:
-        yield step, f"step {step}: not in the clean run's ledger"
+        yield step, f"step {step}: not in the clean run's sample ledger"
 
 
 def _in_checkpoints(clean: Storage, broken: Storage) -> list[str]:
@@ -149,7 +149,7 @@ def _rows(events: Events, points: Events) -> list[Row]:
             fault=fault["fault"],
             step=fault["step"],
             rank=fault["rank"],
-            happened="; ".join(_happened(after)) or "nothing that the run noticed",
+            happened="; ".join(_happened(after)) or "not noticed by the run",
             steps_replayed=fault["step"] - restored if restarted else 0,
             seconds_lost=again_at - fault["time"] if restarted and again_at is not None else None,
             identical=True,
@@ -163,13 +163,13 @@ def _happened(after: Events) -> Iterator[str]:
     for event in _named(after, "failure")[:1]:
         yield f"{event['cause']} of rank {event['rank']}"
     if not _named(after, "failure") and _named(after, "attempt_started"):
-        yield "the command was killed, and given again"
+        yield "the command was killed and run again"
     for event in _named(after, "checkpoint_rejected"):
         yield f"{event['checkpoint']} rejected ({event['reason']})"
     for event in _named(after, "restored")[:1]:
         yield f"restored step {event['step']}" + (" from memory" if event.get("source") == MEMORY else "")
     if _named(after, "attempt_started") and not _named(after, "restored"):
-        yield "began again at step 0"
+        yield "restarted at step 0"
     for event in _named(after, "checkpoint_failed"):
         saved = [other["step"] for other in _named(after, "checkpoint_saved") if other["step"] >= event["step"]]
         yield f"step {event['step']} not saved" + (f", step {saved[0]} was" if saved else "")

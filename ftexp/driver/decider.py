@@ -35,7 +35,7 @@ class Decider:
         """Take in what a message says of a failure that will come."""
         match message:
             case Hung():
-                where = f"{message.doing} for {message.seconds:.0f} s; stacks in {message.file}"
+                where = f"for {message.seconds:.0f} s ({message.doing}); stack traces: {message.file}"
                 self._hung[message.rank] = where
             case Happened(events.PreemptionNotice(ranks=ranks)):
                 self.leaving = ranks
@@ -46,7 +46,7 @@ class Decider:
             cause = as_preemption(as_hang(cause, self._hung), self.leaving)
         self._hung, self.leaving = {}, []
         if cause.kind == RAY and self._no_new_ray is not None:
-            return cause, Decision(Action.STOP, f"{self._no_new_ray}: giving up", RAY)
+            return cause, Decision(Action.STOP, f"{self._no_new_ray}: stopping", RAY)
         state, accumulate_steps = self._record.state, self._accumulate_steps()
         failures = state.failures[self.num_before :]
         past = [Past(failure.cause, failure.step, failure.error, failure.progressed) for failure in failures]

@@ -54,7 +54,7 @@ class Printer:
                 step = self._record.state.step
                 self._terminal.say(f"resized  to {world_size} workers, from step {step}", "green")
             case events.CheckpointRejected(checkpoint, reason):
-                self._warn(f"checkpoint {checkpoint} doesn't count: {reason}")
+                self._warn(f"checkpoint {checkpoint} rejected: {reason}")
             case events.CheckpointFailed(step, error):
                 self._warn(f"checkpoint at step {step} not written: {error}")
             case events.FullModelFailed(_, checkpoint, error):
@@ -64,11 +64,11 @@ class Printer:
             case events.Chaos(fault, rank, step):
                 self._terminal.say(f"⚡ chaos: {fault} after step {step} on rank {rank}")
             case events.StepSkipped(_, step, reason):
-                self._warn(f"step {step} left out: {reason}")
+                self._warn(f"step {step} skipped: {reason}")
             case events.RolledBack((first, end), step, to_step):
                 self._warn(
                     f"the gradient of step {step} is not finite: back to step {to_step} in memory, "
-                    f"leaving out positions {first:,} to {end - 1:,}"
+                    f"skipping positions {first:,} to {end - 1:,}"
                 )
             case events.StoppedEarly(step, epoch, reason):
                 self._terminal.say(f"stopped early at step {step}, epoch {epoch}: {reason}")
@@ -89,7 +89,7 @@ class Printer:
                 self._warn(f"rank {rank}: {reason}")
             case events.BadSamples(samples=samples):
                 for sample in samples:
-                    self._warn(f"left out, can't be read: {sample['where']}: {sample['reason']}")
+                    self._warn(f"excluded, can't be read: {sample['where']}: {sample['reason']}")
             case events.TrackerOpened():
                 self._terminal.say(described(event))
             case events.TrackerFailed():
@@ -97,7 +97,7 @@ class Printer:
             case events.CorruptionChecked(check, every_steps, seconds, share) if check not in self._checks:
                 self._checks.add(check)
                 each = {
-                    "replicas": f"compared every {every_steps} steps and before each save",
+                    "replicas": f"compared every {every_steps} steps and before each checkpoint",
                     "repeat": f"one step in {every_steps} is computed twice",
                 }[check]
                 self._terminal.say(f"{check:<9}{each}: {1000 * seconds:.1f} ms, {share:.2%} of the time")
@@ -114,7 +114,7 @@ class Printer:
             case events.ProfileFailed(error):
                 self._warn(f"no profile: {error}")
             case events.ReportFailed(error):
-                self._warn(f"the report will lack something: {error}")
+                self._warn(f"the report will be incomplete: {error}")
 
     def ready(self, ready: Ready, start: Start) -> None:
         """Print that a worker group is about to train. `start`: why it was started."""
@@ -147,7 +147,7 @@ class Printer:
             )
         name = self._record.state.name
         self._terminal.say(
-            f"  once that is put right, the same command with run.name={name} goes on from the last save"
+            f"  fix the cause, then run the same command with run.name={name} to resume from the last checkpoint"
         )
 
     def _warn(self, text: str) -> None:

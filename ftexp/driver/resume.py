@@ -51,11 +51,11 @@ def require_resumable(config: Config, run_dir: Storage) -> None:
     begun = has_run(run_dir)
     if config.resume == "must" and not begun:
         raise ConfigError(
-            f"resume=must, but {run_dir.uri} holds no run: see run.name and run.storage, or take resume=auto"
+            f"resume=must, but {run_dir.uri} holds no run: check run.name and run.storage, or set resume=auto"
         )
     if config.resume == "never" and begun:
         raise ConfigError(
-            f"resume=never, but {run_dir.uri} holds a run: choose another run.name, or go on with it by resume=auto"
+            f"resume=never, but {run_dir.uri} holds a run: choose another run.name, or resume it with resume=auto"
         )
 
 
@@ -171,14 +171,14 @@ def require_same_data(config: Config, state: RunState, info: DataInfo) -> None:
     if before is not None and before != now:
         raise ConfigError(
             f"data.name={config.data.name} has {now:,} training samples now, and had {before:,} when the run began: "
-            "put the data back as it was, or begin another run (resume_from=... keeps the weights). Samples that can't "
+            "restore the data, or start another run (resume_from=... keeps the weights). Samples that can't "
             "be read count when they are streamed, and don't when they are cached: so data.feed must stay as it was "
             f"too{earlier}"
         )
     if _are_others(state.data.get("digest"), info.digest):
         raise ConfigError(
             f"data.name={config.data.name} has as many training samples as when the run began, but not the same ones: "
-            "their names, labels or splits differ. Put the data back as it was, or begin another run (resume_from=... "
+            "their names, labels or splits differ. Restore the data, or start another run (resume_from=... "
             f"keeps the weights){earlier}"
         )
 
@@ -214,7 +214,7 @@ def require_trained_on(what: str, before: Mapping[str, Any], now: str | None) ->
     if _are_others(before.get("digest"), now):
         raise ConfigError(
             f"{what} doesn't hold the samples any more that the run was trained on: their names, labels or splits "
-            "differ, so what would be its test split may have been trained on. Put the data back as it was, or predict "
+            "differ, so what would be its test split may have been trained on. Restore the data, or predict "
             f"with data=... split=all{_listed_otherwise(before)}"
         )
 

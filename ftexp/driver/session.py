@@ -80,7 +80,7 @@ def run_session(context: RunContext, hot_start: HotStart) -> dict[str, float]:
         try:
             context.begin_again(supervisor.restart(context.overrides))
         except OSError as failed:
-            reason = f"{error}; the command could not begin again: {failed}"
+            reason = f"{error}; the command could not restart: {failed}"
             record.close(FAILED, reason)
             raise RayLostError(reason) from failed
     finally:

@@ -126,7 +126,7 @@ class Supervisor:
 
     def _could_not_start(self, error: str) -> None:
         limit = self._config.failure.controller_failure_limit
-        decision = f"failure.controller_failure_limit={limit} is spent: giving up"
+        decision = f"failure.controller_failure_limit={limit} is used up: stopping"
         self._printer.failure(self._record.fail(STARTUP, None, error, decision))
 
     def _ready(self, ready: Ready, start: Start) -> None:
@@ -172,7 +172,8 @@ class Supervisor:
         if not hub.tell(Stop()):
             return False
         self._terminal.say(
-            f"stopping after a last save, {STOP_GRACE_S:.0f} s at most; once more stops at once", "yellow"
+            f"stopping after a final checkpoint (up to {STOP_GRACE_S:.0f} s); press Ctrl-C again to stop immediately",
+            "yellow",
         )
         return True
 

@@ -61,8 +61,8 @@ def with_teacher(config: Config, run_dir: Storage) -> tuple[Config, TeacherSpec 
         spec, place = _of_run(config, distill.teacher, (begun or {}).get("distill.sha256"))
     if distill.sha256 not in (None, spec.sha256):
         raise ConfigError(
-            f"distill.sha256={distill.sha256}, and that of {KEY}={spec.source} is {spec.sha256}: take the teacher that "
-            "was meant, or take distill.sha256 out"
+            f"distill.sha256={distill.sha256}, and that of {KEY}={spec.source} is {spec.sha256}: use the intended "
+            "teacher, or remove distill.sha256"
         )
     from ftexp.model.teacher_fit import check_teacher
 
@@ -71,8 +71,8 @@ def with_teacher(config: Config, run_dir: Storage) -> tuple[Config, TeacherSpec 
     if distill.spec_sha256 not in (None, spec_sha256):
         raise ConfigError(
             f"distill.spec_sha256={distill.spec_sha256}, and that of {KEY}={spec.source} is {spec_sha256}: its "
-            "arguments, mean, std, size or class names differ; take the teacher that was meant, or take "
-            "distill.spec_sha256 out"
+            "arguments, mean, std, size or class names differ; use the intended teacher, or remove "
+            "distill.spec_sha256"
         )
     if begun is not None and "distill.spec_sha256" not in begun:  # the run is older than the field
         spec_sha256 = None
@@ -111,7 +111,7 @@ def _of_file(config: Config, path: Path) -> TeacherSpec:
         name, arguments = content["architecture"], {**content.get("model_args", {})}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
-            f"{KEY}={path}: no {_CONFIG_FILE} of timm's beside it says which architecture that is; give "
+            f"{KEY}={path}: no {_CONFIG_FILE} of timm's next to it says which architecture that is; set "
             f"{KEY}=<timm name> distill.pretrained={path}"
         ) from error
     for key in ("img_size", "in_chans", "num_classes"):
@@ -160,7 +160,7 @@ def _of_run(config: Config, uri: str, begun: str | None) -> tuple[TeacherSpec, d
         manifest = _checkpoint(run, distill, begun)
         sha256 = content_hash(manifest, _FILES[distill.weights])
         if distill.weights == "ema" and run.config.ema.decay is None:
-            raise ConfigError("distill.weights=ema, but it had no average of its weights (ema.decay): take raw")
+            raise ConfigError("distill.weights=ema, but the run had no EMA (ema.decay): set raw")
     except (ConfigError, CheckpointError) as error:
         raise ConfigError(f"{KEY}={uri}: {error}") from error
     info = run.info

@@ -142,7 +142,7 @@ class Terminal:
 
     def recovered(self, failure: Failure, checkpoint: str | None, rejected: int, pids: list[int]) -> None:
         """Training goes on after a failure."""
-        origin = f"restored {checkpoint}" if checkpoint else "no checkpoint yet, so from the start"
+        origin = f"restored {checkpoint}" if checkpoint else "no checkpoint yet: restarting from the beginning"
         if failure.recovery == MEMORY:
             origin = f"restored {checkpoint} from memory"
         elif failure.recovery == REPLACED:
@@ -192,7 +192,7 @@ class Terminal:
         for title, text in rows:
             self.say(f"{title:<15}{text}")
         if state.status in ("interrupted", "failed"):
-            self.say(f"What was saved is kept. To go on from there: the same command with run.name={state.name}")
+            self.say(f"All checkpoints are kept. To resume, run the same command with run.name={state.name}")
 
     def _values(self, state: RunState) -> str:
         last = state.metrics["last"]
@@ -210,7 +210,7 @@ def _others(last: Mapping[str, float | None]) -> list[str]:
 
 
 def _goodput(state: RunState) -> str:
-    return f", {state.goodput:.0%} of it on steps that counted" if state.goodput is not None else ""
+    return f", {state.goodput:.0%} of it on steps that were kept" if state.goodput is not None else ""
 
 
 def _account(failure: Failure) -> str:
@@ -230,7 +230,7 @@ def _account(failure: Failure) -> str:
 
 _RECOVERIES = {
     **{REPLACED: "replaced", MEMORY: "restored from memory", STORAGE: "restored from storage"},
-    START: "begun from the start",
+    START: "restarted from the beginning",
 }
 _MAX_FAILURES_SHOWN = 10
 _LIVE = (

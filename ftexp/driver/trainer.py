@@ -81,7 +81,7 @@ def run_training(context: RunContext, session: Session) -> dict[str, float]:
     except KeyboardInterrupt as interrupt:
         status = INTERRUPTED
         if isinstance(interrupt.__cause__, RayLostError):
-            terminal.say(f"! no last save: {interrupt.__cause__}", "yellow")
+            terminal.say(f"! no final checkpoint: {interrupt.__cause__}", "yellow")
         raise
     except RayLostError as error:
         supervisor.ray_lost(error)
@@ -129,7 +129,7 @@ def _fit(context: RunContext, session: Session, hub: Hub) -> ray.train.Result:
                     _release_workers()
                     time.sleep(delay_s)
                 case Retry():
-                    raise RunFailedError("Ray Train's controller died: give the same command again") from None
+                    raise RunFailedError("Ray Train's controller died: run the same command again") from None
                 case Stop(reason):
                     raise RunFailedError(reason) from None
                 case _:  # the command ends, and nothing is heard any more

@@ -85,12 +85,15 @@ def as_death(cause: Cause, died_rank: int | None) -> Cause:
 
 
 def as_hang(cause: Cause, hung: dict[int, str]) -> Cause:
-    """The cause, once it is known which ranks killed themselves because they stood still: {rank: in doing what}."""
+    """Return the cause, once it is known which ranks killed themselves since they made no progress.
+
+    hung: rank -> for how long, and in what phase.
+    """
     if not hung or cause.ending is not Ending.DIED:
         return cause
     # ranks that wait for another one stand still too
     rank = min(hung, key=lambda rank: (hung[rank].startswith(WAITED_IN), rank))
-    return Cause(HANG, rank, f"it stood still {hung[rank]}", Ending.DIED)
+    return Cause(HANG, rank, f"no progress {hung[rank]}", Ending.DIED)
 
 
 def as_preemption(cause: Cause, leaving: list[int]) -> Cause:

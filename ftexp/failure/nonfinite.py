@@ -93,7 +93,7 @@ class NonFiniteRecovery:
         step, limit = self._progress.step + 1, self._config.max_rollbacks
         if self._checkpoints.num_rollbacks >= limit:
             raise NonFiniteError(
-                f"the gradient of step {step} is not finite, and the rollbacks to the same save are spent: "
+                f"the gradient of step {step} is not finite, and the rollbacks to the same checkpoint are used up: "
                 f"failure.max_rollbacks={limit}"
             )
         self._checkpoints.roll_back()

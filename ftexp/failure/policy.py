@@ -56,9 +56,9 @@ def decide(
     """
     kind = cause.kind
     if cause.ending is Ending.GAVE_UP:
-        return Decision(Action.STOP, "another try would end the same way: giving up", kind)
+        return Decision(Action.STOP, "another attempt would fail the same way: stopping", kind)
     if kind == BUG:
-        return Decision(Action.STOP, "a bug does not go away by trying again: giving up", BUG)
+        return Decision(Action.STOP, "a restart does not fix a bug: stopping", BUG)
     if (
         kind in (CRASH, NON_FINITE)
         and cause.ending is not Ending.DIED
@@ -66,10 +66,12 @@ def decide(
         and (past[-1].step, past[-1].error) == (step, cause.error)
     ):
         found = BUG if kind == CRASH else kind
-        return Decision(Action.STOP, "the same at the same step a second time, so it is no accident: giving up", found)
+        return Decision(
+            Action.STOP, "the same error occurred twice at the same step, so it is treated as a bug: stopping", found
+        )
     if kind == OUT_OF_MEMORY and config.on_out_of_memory == "fail":
         advice = f"train.accumulate_steps makes micro-batches smaller than {micro_batch}, at the same global batch"
-        return Decision(Action.STOP, f"failure.on_out_of_memory=fail: giving up; {advice}", kind)
+        return Decision(Action.STOP, f"failure.on_out_of_memory=fail: stopping; {advice}", kind)
     if config.on_out_of_memory == "halve_micro_batch":
         if kind == OUT_OF_MEMORY:
             return _halve(micro_batch)
@@ -80,7 +82,7 @@ def decide(
 def _halve(micro_batch: int) -> Decision:
     """Not charged to any budget: it ends by itself."""
     if micro_batch <= MIN_MICRO_BATCH:
-        return Decision(Action.STOP, "micro-batches can't get smaller than they are: giving up", OUT_OF_MEMORY)
+        return Decision(Action.STOP, "micro-batches can't get smaller: stopping", OUT_OF_MEMORY)
     smaller = f"micro-batches of {math.ceil(micro_batch / 2)} images, not {micro_batch}, at the same global batch"
     reason = f"restarting the workers with {smaller}"
     return Decision(Action.RESTART_SMALLER_MICRO_BATCHES, reason, OUT_OF_MEMORY)
@@ -115,7 +117,7 @@ def _by_budgets(kind: str, step: int, progressed: bool, past: Sequence[Past], co
     exceeded = exceeded or 0 <= most_stuck < stuck
     arithmetic = ", ".join(parts)
     if exceeded:
-        return Decision(Action.STOP, f"{arithmetic}: giving up", kind)
+        return Decision(Action.STOP, f"{arithmetic}: stopping", kind)
     if kind == RAY:  # its start is wait enough
         return Decision(Action.RESTART, f"{arithmetic}: starting a new Ray", kind)
     delay_s = min(config.backoff_s * 2.0 ** min(stuck - 1, 99), config.max_backoff_s) if stuck else 0.0

@@ -31,7 +31,7 @@ _MAX_POLL_S = 1.0
 _LATER_S = 2.0
 _GRACE_S = 10.0  # beyond a limit, after which even a process that can't run Python is ended
 
-OnHang = Callable[[str, float, str], None]  # phase, seconds it stood still, stacks of all threads
+OnHang = Callable[[str, float, str], None]  # phase, seconds without progress, stacks of all threads
 
 
 class Watchdog:

@@ -117,7 +117,7 @@ class Report:
         goodput = state.get("goodput")
         yield "time", duration(state.get("seconds", 0.0)), f"{state.get('attempts', 0):,} attempts"
         if goodput is not None:
-            yield "goodput", f"{goodput:.1%}", "on steps that counted"
+            yield "goodput", f"{goodput:.1%}", "on steps that were kept"
         failures = state.get("failures", [])
         lost = sum(one.lost_s for one in self._timeline.interruptions)
         survived = len(failures) - (state.get("status") == "failed" and bool(failures))

@@ -61,7 +61,7 @@ def _metrics(condition: str) -> Query:
 
 
 def _mean_blocked() -> Query:
-    return Query(f"{_one(series.BLOCKED_SUM)} / {_one(series.SAVES)}", "{{run}} mean of all saves")
+    return Query(f"{_one(series.BLOCKED_SUM)} / {_one(series.SAVES)}", "{{run}} mean of all checkpoints")
 
 
 PANELS = (
@@ -92,8 +92,8 @@ PANELS = (
     Panel("Age of the last verified checkpoint", (Query(_one(series.CHECKPOINT_AGE)),), "s"),
     Panel("Size of the last verified checkpoint", (Query(_one(series.CHECKPOINT_BYTES)),), "bytes"),
     Panel(
-        "Training blocked by a save",
-        (Query(_one(series.BLOCKED), "{{run}} last save"), _mean_blocked()),
+        "Training blocked by a checkpoint",
+        (Query(_one(series.BLOCKED), "{{run}} last checkpoint"), _mean_blocked()),
         "s",
     ),
     Panel("Failed saves", (Query(_one(series.FAILED_SAVES)),)),

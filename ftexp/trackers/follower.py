@@ -144,6 +144,6 @@ def described(event: TrackerOpened | TrackerFailed) -> str:
     if isinstance(event, TrackerOpened):
         return f"{'tracker':<9}{event.tracker}: {event.where}"
     return (
-        f"! tracker {event.tracker}: {event.reason}; nothing else is lost by it, and what it lacks "
-        f"({event.num_undelivered} points now) is sent when it is back, or by the same command later"
+        f"! tracker {event.tracker}: {event.reason}; nothing else is affected; the points that it lacks "
+        f"({event.num_undelivered} now) are sent when it is back, or when the same command runs again"
     )

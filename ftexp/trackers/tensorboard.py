@@ -66,7 +66,7 @@ def _claimed(folder: Path, number: str) -> Path:
             mark.write_text(number)
         if mark.exists() and mark.read_text() == number:
             return place
-    raise FileExistsError(f"{place} holds another run: set tracker.tensorboard.dir to another folder")
+    raise FileExistsError(f"{place} holds another run: set tracker.tensorboard.dir to another directory")
 
 
 def _plain(value: Any) -> bool | str | float:

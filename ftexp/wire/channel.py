@@ -59,7 +59,7 @@ class Channel:
             self.send(Sync(number))
             self._answered.wait_for(lambda: self._synced.number >= number or self._broken, timeout_s)
             if self._synced.number < number:
-                raise ConnectionError("the driver is gone, or does not answer")
+                raise ConnectionError("the driver has ended, or does not answer")
             if self._synced.problem is not None:
                 raise OSError(f"the run's records can't be written: {self._synced.problem}")
 

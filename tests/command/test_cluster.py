@@ -261,9 +261,9 @@ def test_a_run_whose_storage_is_gone_stops_and_goes_on_once_it_is_back(
     (failure,) = record["failures"]
     assert failure["cause"] == "storage"
     assert failure["error"].startswith("2 saves in a row failed, and checkpoint.max_failed_saves=1; the last: ")
-    assert failure["error"].endswith(f"Put {folder} right, and give the same command again")
+    assert failure["error"].endswith(f"Put {folder} right, and run the same command again")
     assert record["error"] in command.output
-    assert "another try would end the same way: giving up" in command.output
+    assert "another attempt would fail the same way: stopping" in command.output
     assert len(run.events("checkpoint_failed")) == 2
     assert "Traceback" not in command.output
     latest = run.events("checkpoint_saved")[-1]["step"]

@@ -57,8 +57,8 @@ def test_a_drill_with_the_full_recipe_on_tells_a_run_that_survived_its_faults_fr
     (folder,) = (tmp_path / "runs").iterdir()
     table = [line.split() for line in command.lines if line.split()[-1:] == ["yes"]]
     assert [row[0] for row in table] == faults
-    assert "the command was killed, and given again" in command.output
-    assert command.lines[-1].startswith("identical to the bit: model.pt, optimizer.pt, extra_state.pt")
+    assert "the command was killed and run again" in command.output
+    assert command.lines[-1].startswith("bitwise identical: model.pt, optimizer.pt, extra_state.pt")
     assert f"{DRILL_STEPS * DRILL_BATCH:,} samples that drove the updates" in command.lines[-1]
     log = (folder / "clean.log").read_text()
     assert re.search(r"^epoch    \d+ draws, each in 3 versions .* \(data.sampling=balanced\): ", log, re.MULTILINE)
@@ -109,7 +109,7 @@ def test_a_drill_with_the_full_recipe_on_tells_a_run_that_survived_its_faults_fr
     store.storage.child(forged.name).delete()
 
     report = compared(first, second, DRILL_BATCH, 1)
-    assert report.differences[0].startswith("the broken run ended with exit code 1")
+    assert report.differences[0].startswith("the run with faults ended with exit code 1")
     assert compared(first, second, DRILL_BATCH, 0).identical
 
 
@@ -165,7 +165,7 @@ def test_each_damage_to_checkpoints_and_each_fault_of_a_worker_changes_nothing(f
         # of those that are deleted, the newest is known to have been
         assert sorted(rejected) == sorted(damaged[:1] if kind == "delete_checkpoint" else damaged)
         assert all(text.startswith(reason) for text in rejected.values()), rejected
-        assert all(f"! checkpoint {name} doesn't count: {reason}" in command.output for name in rejected)
+        assert all(f"! checkpoint {name} rejected: {reason}" in command.output for name in rejected)
         # a disk so slow that nothing older was saved yet means the start
         restored = [event["checkpoint"] for event in after if event["event"] == "restored"]
         assert restored == standing[-count - 1 :][: len(standing) > count], kind

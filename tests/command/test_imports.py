@@ -13,7 +13,7 @@ def test_a_start_from_nowhere_is_told_before_anything_is_started(tmp_path):
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.splitlines() == [
         "ftexp: resume_from=/nowhere: /nowhere holds no checkpoint that verifies: "
-        "give a run directory, or a folder under its checkpoints/",
+        "set a run directory, or a directory under its checkpoints/",
         "imported: []",
     ]
     assert list(tmp_path.iterdir()) == []

@@ -125,7 +125,7 @@ def test_a_run_with_a_plug_in_of_every_kind_is_killed_and_stops_early_bitwise_as
         f"run.storage={tmp_path / 'runs'}", module="drill",
     )  # fmt: skip
     assert command.wait() == 0, command.output
-    assert command.lines[-1].startswith("identical to the bit: model.pt, optimizer.pt, extra_state.pt")
+    assert command.lines[-1].startswith("bitwise identical: model.pt, optimizer.pt, extra_state.pt")
     (folder,) = (tmp_path / "runs").iterdir()
     runs = [RunFolder(folder / name) for name in ("clean", "broken")]
     assert [run.record["failures"] != [] for run in runs] == [False, True]

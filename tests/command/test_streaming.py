@@ -39,7 +39,7 @@ def test_a_run_names_counts_and_leaves_out_what_cannot_be_read(ftexp, run_folder
     (event,) = run.events("bad_samples")
     assert event["count"] == 1
     assert [sample["where"] for sample in event["samples"]] == [str(torn)]
-    assert f"! left out, can't be read: {torn}: " in command.output
+    assert f"! excluded, can't be read: {torn}: " in command.output
     rules = [{"reason": "no image extension", "count": 1, "example": str(junk)}]
     assert [event["entries"] for event in run.events("entries_excluded")] == [rules]
     assert run.record["data"]["excluded"] == rules

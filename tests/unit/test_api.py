@@ -121,7 +121,7 @@ def test_predictions_are_a_row_of_probabilities_for_each_picture(run):
 
 
 def test_the_average_is_loaded_by_name_and_missed_in_a_line(run):
-    with pytest.raises(CheckpointError, match="had no average of its weights"):
+    with pytest.raises(CheckpointError, match="had no EMA"):
         api.load_model(run.storage.uri, weights="ema")
     with pytest.raises(ConfigError, match="weights=raw must be one of model, ema"):
         api.load_model(run.storage.uri, weights="raw")

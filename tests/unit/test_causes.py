@@ -238,7 +238,7 @@ def test_what_the_store_says_of_a_dead_or_silent_rank_is_not_taken_for_its_cause
     assert find_cause({0: silent.value}) == find_cause({0: dead.value}) == lost
 
 
-IN_STEP, BETWEEN = "in a step for 3 s; stacks in x", "between steps for 4 s; stacks in y"
+IN_STEP, BETWEEN = "for 3 s (in a step); stack traces: x", "for 4 s (between steps); stack traces: y"
 
 
 @pytest.mark.parametrize(
@@ -254,7 +254,7 @@ IN_STEP, BETWEEN = "in a step for 3 s; stacks in x", "between steps for 4 s; sta
 )
 def test_of_ranks_that_stood_still_the_one_that_does_not_wait_for_another_is_blamed(hung, rank):
     cause = as_hang(find_cause({0: DIED, 1: ECHO}), hung)
-    assert cause == Cause(HANG, rank, f"it stood still {hung[rank]}", Ending.DIED)
+    assert cause == Cause(HANG, rank, f"no progress {hung[rank]}", Ending.DIED)
 
 
 def test_nobody_is_blamed_for_standing_still_who_did_not_or_where_something_was_raised():
@@ -343,8 +343,8 @@ def test_the_controller_tells_the_driver_and_waits_as_long_as_it_says(monkeypatc
 
 
 def test_the_controller_ends_the_run_if_the_driver_says_so(monkeypatch):
-    with pytest.raises(StopRun, match="giving up"):
-        reported(Stop("rank 1 failed: giving up"), monkeypatch)
+    with pytest.raises(StopRun, match="stopping"):
+        reported(Stop("rank 1 failed: stopping"), monkeypatch)
 
 
 @pytest.mark.parametrize("answer", [None, Begin(3)])

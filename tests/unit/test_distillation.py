@@ -389,7 +389,7 @@ def test_a_hubs_teacher_is_known_by_its_name_and_not_fetched(tmp_path):
         ("distill.kind=token", "distill.kind=token: model.name=test_vit2 has no distillation token; take a model that"),
         ("data.channels=1 data.mean=[0.5] data.std=[0.5]", "sees 3 channels, and data.channels=1: take a teacher that"),
         ("distill.checkpoint=step_1", "has no checkpoint 'step_1' with a readable manifest. Available: step_00000007"),
-        ("distill.weights=ema", "distill.weights=ema, but it had no average of its weights"),
+        ("distill.weights=ema", "distill.weights=ema, but the run had no EMA"),
         ("distill.sha256=abc", "distill.sha256=abc, and that of distill.teacher="),
     ],
 )

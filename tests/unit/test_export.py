@@ -189,5 +189,5 @@ def test_the_average_is_exported_where_it_is_asked_for_and_missed_where_there_is
     assert all(torch.equal(found[name], tensor) for name, tensor in average.items())
     raw = averaged.model(read_weights(averaged.store, averaged.store.by_name(CHECKPOINT), "raw")).state_dict()
     assert not any(torch.equal(raw[name], average[name]) for name in average if "num_batches" not in name)
-    with pytest.raises(CheckpointError, match="weights=ema, but the run had no average of its weights"):
+    with pytest.raises(CheckpointError, match="weights=ema, but the run had no EMA"):
         read_weights(run.store, manifest, "ema")

@@ -30,10 +30,10 @@ def restarts(decision):
 @pytest.mark.parametrize(
     ("max_failures", "num_before", "goes_on", "reason"),
     [
-        (0, 0, False, "failure 1 of 0 allowed: giving up"),
+        (0, 0, False, "failure 1 of 0 allowed: stopping"),
         (3, 0, True, "failure 1 of 3 allowed: restarting the workers"),
         (3, 2, True, "failure 3 of 3 allowed: restarting the workers"),
-        (3, 3, False, "failure 4 of 3 allowed: giving up"),
+        (3, 3, False, "failure 4 of 3 allowed: stopping"),
         (-1, 3000, True, "failure 3001 of no limit: restarting the workers"),
     ],
 )
@@ -46,9 +46,9 @@ def test_failures_are_counted_against_their_number(max_failures, num_before, goe
     ("kind", "past", "goes_on", "reason"),
     [
         (HANG, [HANG], True, "failure 2 of 9 allowed, hang 2 of 2 allowed: restarting the workers"),
-        (HANG, [HANG, CRASH, HANG], False, "failure 4 of 9 allowed, hang 3 of 2 allowed: giving up"),
+        (HANG, [HANG, CRASH, HANG], False, "failure 4 of 9 allowed, hang 3 of 2 allowed: stopping"),
         (CRASH, [HANG, HANG], True, "failure 3 of 9 allowed: restarting the workers"),
-        (STORAGE, [], False, "failure 1 of 9 allowed, storage 1 of 0 allowed: giving up"),
+        (STORAGE, [], False, "failure 1 of 9 allowed, storage 1 of 0 allowed: stopping"),
     ],
 )
 def test_a_cause_may_have_a_smaller_number_of_its_own(kind, past, goes_on, reason):
@@ -66,7 +66,7 @@ def test_preemption_may_have_a_number_among_the_causes_too(num_before, goes_on):
 @pytest.mark.parametrize(
     ("step", "goes_on", "reason"),
     [
-        (59, False, "failure 3 of 2 allowed in the last 50 steps: giving up"),  # steps 10 and 20 are less than 50 back
+        (59, False, "failure 3 of 2 allowed in the last 50 steps: stopping"),  # steps 10 and 20 are less than 50 back
         (60, True, "failure 2 of 2 allowed in the last 50 steps: restarting the workers"),
         (70, True, "failure 1 of 2 allowed in the last 50 steps: restarting the workers"),
     ],
@@ -119,14 +119,14 @@ ENDLESS = {"max_failures": -1, "max_failures_without_progress": -1}
 def test_a_bug_stops_at_once():
     got = decision(failed(BUG), **ENDLESS)
     assert (restarts(got), got.cause) == (False, BUG)
-    assert got.reason == "a bug does not go away by trying again: giving up"
+    assert got.reason == "a restart does not fix a bug: stopping"
 
 
 @pytest.mark.parametrize("kind", [STORAGE, CRASH, BUG])
 def test_an_error_that_another_try_would_end_in_stops_at_once(kind):
     got = decision(failed(kind, ending=Ending.GAVE_UP), **ENDLESS)
     assert (restarts(got), got.cause) == (False, kind)
-    assert got.reason == "another try would end the same way: giving up"
+    assert got.reason == "another attempt would fail the same way: stopping"
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_failures_in_a_row_without_a_new_step_are_a_crash_loop():
     assert got[0].reason == (
         "failure 2 of no limit, 1 of 2 allowed in a row without a new step: restarting the workers in 1 s"
     )
-    assert got[2].reason == "failure 4 of no limit, 3 of 2 allowed in a row without a new step: giving up"
+    assert got[2].reason == "failure 4 of no limit, 3 of 2 allowed in a row without a new step: stopping"
     assert restarts(decision(progressed=False, past=[stuck, stuck, before()], **limits))  # not in a row
     assert restarts(decision(progressed=True, past=[stuck] * 9, **limits))
     assert not restarts(decision(progressed=False, max_failures_without_progress=0))
@@ -224,7 +224,7 @@ def test_no_run_goes_on_beyond_its_budgets(
         got = decide(Cause(kind, 0, error, ending), step, progressed, past, config, 16)
         assert 0 <= got.delay_s <= config.max_backoff_s
         assert (got.delay_s == 0) or (restarts(got) and not progressed)
-        assert got.reason.endswith("giving up") != restarts(got)
+        assert got.reason.endswith("stopping") != restarts(got)
         past.append(Past(got.cause, step, error, progressed))
         if not restarts(got):
             break
@@ -241,14 +241,14 @@ def test_no_run_goes_on_beyond_its_budgets(
     ("policy", "micro_batch", "action", "reason"),
     [
         ("retry", 16, Action.RESTART, "failure 1 of 3 allowed: restarting the workers"),
-        ("fail", 16, Action.STOP, "failure.on_out_of_memory=fail: giving up; train.accumulate_steps makes micro-"),
+        ("fail", 16, Action.STOP, "failure.on_out_of_memory=fail: stopping; train.accumulate_steps makes micro-"),
         (
             "halve_micro_batch",
             17,
             SMALLER,
             "restarting the workers with micro-batches of 9 images, not 17",
         ),
-        ("halve_micro_batch", 2, Action.STOP, "micro-batches can't get smaller than they are: giving up"),
+        ("halve_micro_batch", 2, Action.STOP, "micro-batches can't get smaller: stopping"),
     ],
 )
 def test_a_lack_of_memory_may_be_met_with_smaller_micro_batches(policy, micro_batch, action, reason):

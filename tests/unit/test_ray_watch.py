@@ -127,7 +127,7 @@ def test_a_command_that_only_reads_ends_by_one_line_when_ray_dies_and_not_after_
     )
     child = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=50)
     assert (child.returncode, child.stdout) == (1, "so far")
-    assert child.stderr == "ftexp: the raylet has died: give the same command again\n"
+    assert child.stderr == "ftexp: the raylet has died: run the same command again\n"
 
 
 @pytest.mark.parametrize(("address", "num_ended"), [(None, 1), ("auto", 0)])

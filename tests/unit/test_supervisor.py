@@ -143,11 +143,14 @@ def test_a_wrong_config_that_a_worker_finds_ends_the_run_with_its_message_alone(
 def test_a_spent_budget_is_answered_by_a_stop_that_says_why(tmp_path):
     driver = Driver(tmp_path, max_failures=0)
     driver.attempt(step=10)
-    reason = "rank 1 failed after step 10 [crash]: the process died; failure 1 of 0 allowed: giving up"
+    reason = "rank 1 failed after step 10 [crash]: the process died; failure 1 of 0 allowed: stopping"
     assert driver.fail() == Stop(reason)
     assert isinstance(driver.supervisor.given_up, RunFailedError)
     assert str(driver.supervisor.given_up) == reason
-    assert "  once that is put right, the same command with run.name=demo goes on from the last save" in driver.shown
+    assert (
+        "  fix the cause, then run the same command with run.name=demo to resume from the last checkpoint"
+        in driver.shown
+    )
     assert "with samples" not in driver.shown  # nothing was raised
     unknown = Driver(tmp_path / "other", max_failures=0).fail(Cause(CRASH, None, "it was lost", Ending.DIED))
     assert unknown.reason.startswith("a worker failed after step 0 [crash]: it was lost; ")
@@ -222,7 +225,7 @@ def test_a_worker_that_died_because_it_stood_still_hung(tmp_path):
     driver.fail()
     hang, crash = read_state(driver.storage).failures
     assert (hang.cause, hang.rank, hang.node) == (HANG, 1, "node1")
-    assert hang.error == "it stood still between steps for 3 s; stacks in /runs/a1.r1.txt"
+    assert hang.error == "no progress for 3 s (between steps); stack traces: /runs/a1.r1.txt"
     assert (crash.cause, crash.error) == (CRASH, "the process died")  # the next attempt's is its own
 
 
@@ -240,7 +243,7 @@ def test_each_call_of_the_command_has_its_own_budget(tmp_path):
     driver.attempt(step=10)
     driver.fail()
     driver.attempt(ready=5, step=20)
-    assert "failure 2 of 1 allowed: giving up" in driver.fail().reason
+    assert "failure 2 of 1 allowed: stopping" in driver.fail().reason
     assert len(read_state(driver.storage).failures) == 7
 
 
@@ -258,7 +261,7 @@ def test_who_asks_to_stop_is_remembered_and_told_whether_anybody_saves(tmp_path)
     assert driver.shown == ""
     assert driver.supervisor.stop(Workers(2), asked) is True
     assert driver.supervisor.interrupted() is asked
-    assert "stopping after a last save, 30 s at most; once more stops at once" in driver.shown
+    assert "stopping after a final checkpoint (up to 30 s); press Ctrl-C again to stop immediately" in driver.shown
 
 
 def test_a_recovery_tells_what_was_restored_and_what_was_damaged(tmp_path):
@@ -271,7 +274,7 @@ def test_a_recovery_tells_what_was_restored_and_what_was_damaged(tmp_path):
         driver.event(events.CheckpointRejected(name(step), "torn"))
     driver.restored(20)
     driver.ready(20)
-    assert "checkpoint step_00000040.a1 doesn't count: torn" in driver.shown
+    assert "checkpoint step_00000040.a1 rejected: torn" in driver.shown
     assert "restored step_00000020.a1 (2 damaged skipped), replaying 37 steps" in driver.shown
     (failure,) = driver.record.state.failures
     assert failure.steps_replayed == 37
@@ -286,7 +289,7 @@ def test_what_was_restored_is_the_latest_checkpoint_and_one_that_is_gone_is_told
     driver.tell(Hello(0, 2, 200, "n"))
     driver.restored(restored)
     driver.ready(50)
-    assert ("checkpoint step_00000040.a1 doesn't count: it is gone" in driver.shown) == is_gone
+    assert ("checkpoint step_00000040.a1 rejected: it is gone" in driver.shown) == is_gone
     assert driver.record.state.checkpoint == name(restored)
 
 
@@ -297,7 +300,7 @@ def test_events_of_the_records_are_written_whatever_is_printed(tmp_path):
     driver.fail()
     lines = [json.loads(line) for line in driver.storage.read_bytes("events.jsonl").decode().splitlines()]
     assert [line["event"] for line in lines] == ["attempt_started", "ready", "raised", "failure"]
-    assert lines[-1]["decision"] == "failure 1 of 0 allowed: giving up"
+    assert lines[-1]["decision"] == "failure 1 of 0 allowed: stopping"
 
 
 def test_micro_batches_are_halved_for_the_attempts_after_a_lack_of_memory(tmp_path):
@@ -374,7 +377,7 @@ def test_workers_that_never_start_are_on_record(tmp_path):
     driver.tell(CouldNotStart("no such zone"))
     (failure,) = read_state(driver.storage).failures
     assert (failure.cause, failure.rank, failure.error) == ("startup", None, "no such zone")
-    assert "[startup]: no such zone; failure.controller_failure_limit=2 is spent: giving up" in driver.shown
+    assert "[startup]: no such zone; failure.controller_failure_limit=2 is used up: stopping" in driver.shown
 
 
 def test_a_process_that_outlived_its_group_takes_nothing_from_the_next(tmp_path):
@@ -481,7 +484,7 @@ def test_where_there_can_be_no_new_ray_the_run_ends_with_the_reason(tmp_path):
     assert not error.begins_again
     reason = str(driver.supervisor.given_up)
     assert reason.startswith(f"Ray failed after step 10 [ray]: {error}; a Ray that was joined can't")
-    assert reason.endswith(": giving up")
+    assert reason.endswith(": stopping")
     assert "the same command with run.name=demo goes on" in driver.shown
 
 

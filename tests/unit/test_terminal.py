@@ -133,7 +133,7 @@ def test_the_summary_accounts_for_each_of_the_last_failures():
     costs |= {"seconds_to_new_step": 0.5, "recovery": "memory"}
     failures = [failure(step=step, **costs) for step in range(1, 12)] + [failure(cause="hang", rank=None)]
     text = show(lambda t: t.summary(state(status="finished", failures=failures, goodput=0.876), Storage("/runs/demo")))
-    assert "12.3 s, 88% of it on steps that counted" in text
+    assert "12.3 s, 88% of it on steps that were kept" in text
     assert "12 survived" in text
     times = "0.2 s to detect, 8.0 s to restart, 1.0 s to restore, 0.5 s to a new step"
     cost = f"restored from memory, {times}, 17 steps replayed"

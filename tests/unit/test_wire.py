@@ -175,7 +175,7 @@ def test_a_worker_that_outlives_its_group_is_not_heard_once_the_next_one_says_he
     for channel in past:
         channel.send(Tick(99, 0))
         channel.send(Hung(1, "in a step", 9.0, "file"))
-        with pytest.raises(OSError, match="the driver is gone, or does not answer"):
+        with pytest.raises(OSError, match="the driver has ended, or does not answer"):
             channel.sync(timeout_s=0.2)  # nor may it believe that anything is safe
     past[0].close()
     past[1]._socket.shutdown(socket.SHUT_RDWR)  # lost
