@@ -678,7 +678,7 @@ def test_arrays_that_are_no_image_of_that_size_are_refused(pixels, reason):
 def test_file_that_is_no_parquet_is_named(tmp_path):
     put(tmp_path / "a.parquet", b"this is no parquet")
 
-    with pytest.raises(DataError, match=r"a\.parquet can't be read as parquet: .*; mend it"):
+    with pytest.raises(DataError, match=r"a\.parquet can't be read as parquet: .*; fix it"):
         build_data(data_config("parquet", tmp_path))
 
 
