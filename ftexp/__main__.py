@@ -14,17 +14,17 @@ from ftexp.registry import did_you_mean
 
 COMMANDS = {
     "train": "train a model, or resume; -m for a sweep",
-    "data": "look at what a run would train on",
-    "evaluate": "measure a checkpoint of a run",
-    "predict": "classes for any number of images",
-    "export": "a model for use without ftexp: safetensors, torch_export, onnx",
+    "data": "inspect the data of a run",
+    "evaluate": "evaluate a checkpoint of a run",
+    "predict": "predict classes for any number of images",
+    "export": "export a model for use without ftexp: safetensors, torch_export, onnx",
     "report": "write report.html of a run or a sweep",
     "checkpoints": "list, verify and compare a run's checkpoints",
-    "sweeps": "the leaderboard of a sweep",
+    "sweeps": "print the leaderboard of a sweep",
     "doctor": "check what a run needs before it starts",
     "deploy": "write files to run it on Slurm, Kubernetes or SkyPilot",
     "dashboard": "print a Grafana dashboard for tracker=prometheus",
-    "drill": "break a run on purpose, and compare it with an unbroken one",
+    "drill": "inject faults into a run, and compare it with a clean one",
 }
 
 
@@ -34,7 +34,7 @@ def main() -> None:
     if name in ("-h", "--help"):
         print("usage: ftexp <command> ...\n")
         print("\n".join(f"  {command:<12} {what}" for command, what in COMMANDS.items()))
-        print("\nftexp <command> --help tells more of each.")
+        print("\nftexp <command> --help prints its options.")
     elif name == "--version":
         print(f"ftexp {__version__}")
     elif name not in COMMANDS:

@@ -6,7 +6,7 @@
     run.metrics.query("split == 'val'").plot("step", "val_accuracy")
     model, transform, class_names = api.load_model(run)
 
-What goes wrong raises an `ftexp.errors.FtexpError`, whose text is what the command prints. `train` and `evaluate` start
+Errors are `ftexp.errors.FtexpError`s with the text that the command prints. `train` and `evaluate` start
 a Ray and end it, or join `scaling.address`; one at a time in a process. Hydra, signal handlers and the environment are
 left as they were.
 """
@@ -137,7 +137,7 @@ def train(config: Config) -> Run:
 
     Raises:
         ConfigError: the config is wrong, or this process is connected to a Ray of yours; nothing was started.
-        RunFailedError: failures are spent, or Ray died. `Run(<directory>)` tells the rest.
+        RunFailedError: failures are spent, or Ray died. `Run(<directory>)` has the details.
         KeyboardInterrupt: after a final checkpoint.
     """
     from ftexp.driver.run import train as run_to_end
@@ -157,7 +157,7 @@ def _with_name(config: Config, name: str) -> Config:
 
 
 class LoadedModel(NamedTuple):
-    """A trained model, and what a picture goes through before it."""
+    """A trained model and the transform of its input."""
 
     model: nn.Module  # in evaluation mode, on the CPU; float32 [batch, channels, size, size] -> logits
     transform: Callable[[Any], Tensor]  # a Pillow image, a path, or an encoded image -> [channels, size, size]
@@ -167,11 +167,11 @@ class LoadedModel(NamedTuple):
 def load_model(run_or_checkpoint: Run | str | Path, weights: str = "model") -> LoadedModel:
     """Load a run's best checkpoint, or the checkpoint at this directory or URI; no Ray is needed.
 
-    weights: model, or ema for their moving average.
+    weights: model, or ema for their EMA.
 
     Raises:
         ConfigError: there is no run.
-        CheckpointError: the run has no checkpoint, it is damaged, or it has no average.
+        CheckpointError: the run has no checkpoint, it is corrupt, or it has no average.
     """
     run, model = _loaded(run_or_checkpoint, weights)
     return LoadedModel(model, _transform(run), run.info.class_names)
@@ -209,7 +209,7 @@ def _transform(run: SavedRun) -> Callable[[Any], Tensor]:
 
 
 def _encoded(picture: Any) -> bytes:
-    """A picture as what the decoder reads: files as they are, Pillow images without loss."""
+    """Return a picture as what the decoder reads: files as they are, Pillow images without loss."""
     if isinstance(picture, bytes):
         return picture
     if isinstance(picture, (str, Path)):
@@ -275,7 +275,7 @@ def _undisturbed() -> Iterator[None]:
 
 
 def _handlers() -> dict[int, Any]:
-    """The handlers of signals that Ray and a run set; none on a thread, where nobody can set any."""
+    """Return the handlers of signals that Ray and a run set; none on a thread, where nobody can set any."""
     if threading.current_thread() is not threading.main_thread():
         return {}
     return {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}

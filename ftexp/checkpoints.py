@@ -1,7 +1,7 @@
-"""`python -m ftexp.checkpoints <run directory> [--diff A B | --convert ...]`: what is saved, and does it verify?
+"""`python -m ftexp.checkpoints <run directory> [--diff A B | --convert ...]`: list and verify checkpoints.
 
 Lists every checkpoint with its step, size and age, and reads each to the last byte. `--diff` names two of them
-(a folder's name in the run, or the path of any other checkpoint or run) and shows every place where they differ.
+(a directory's name in the run, or the path of any other checkpoint or run) and shows every place where they differ.
 `--convert full CHECKPOINT OUT` writes a sharded one as model.pt, optimizer.pt and extra_state.pt to OUT/CHECKPOINT,
 `--convert sharded:N CHECKPOINT OUT` any as N workers would.
 Exit codes: 0 all verify, or no difference; 1 otherwise; 2 the command was wrong.
@@ -26,7 +26,7 @@ _MAX_DIFFERENCES = 40  # shown; the rest is counted
 
 
 def main() -> None:
-    """Entry point of the command."""
+    """Run the command."""
     prepare_streams()
     parser = argparse.ArgumentParser(prog="python -m ftexp.checkpoints", description=__doc__.partition("\n\n")[0])
     parser.add_argument("run", type=as_value, help="a run directory, or its URI")
@@ -92,7 +92,7 @@ def show_differences(run_dir: Storage, first: str, second: str) -> bool:
     if len(differences) > _MAX_DIFFERENCES:
         print(f"... and {len(differences) - _MAX_DIFFERENCES} more")
     names = " and ".join(manifest.name for _, manifest in sides)
-    print(f"{names}: {f'{len(differences)} differences' if differences else 'identical to the bit'}")
+    print(f"{names}: {f'{len(differences)} differences' if differences else 'bitwise identical'}")
     return not differences
 
 
@@ -102,13 +102,13 @@ def convert(run_dir: Storage, wanted: str, name: str, out: str) -> bool:
 
     found = _SHARDED.fullmatch(wanted)
     if wanted != "full" and found is None:
-        raise ConfigError(f"--convert {wanted}: give full, or sharded:N for as many shards")
+        raise ConfigError(f"--convert {wanted}: give full, or sharded:N for N shards")
     store, manifest = _find(run_dir, name)
     target = CheckpointStore(Storage.at(out))
     if target.storage.child(manifest.name).exists():
-        raise ConfigError(f"{target.storage.child(manifest.name).uri} is there already: remove it, or give another OUT")
+        raise ConfigError(f"{target.storage.child(manifest.name).uri} already exists: remove it, or give another OUT")
     if found is None and manifest.mesh is None:
-        raise ConfigError(f"{manifest.name} is not sharded: it can be converted to sharded:N")
+        raise ConfigError(f"{manifest.name} is not sharded: convert it to sharded:N")
     written = as_full(store, manifest, target) if found is None else as_sharded(store, manifest, target, int(found[1]))
     print(f"written  {target.storage.child(written.name).uri}: {', '.join(sorted(written.files))}")
     return True

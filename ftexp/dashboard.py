@@ -13,11 +13,11 @@ from ftexp.trackers.dashboard import dashboard
 
 
 def main() -> None:
-    """Entry point of the command."""
+    """Run the command."""
     words = command_words(__doc__)
     with exiting_on_error():
         if words:
-            raise ConfigError(f"dashboard takes no arguments, and got {' '.join(words)}: python -m ftexp.dashboard")
+            raise ConfigError(f"dashboard takes no arguments, but got {' '.join(words)}: python -m ftexp.dashboard")
         print(json.dumps(dashboard(), indent=1))
 
 

@@ -13,7 +13,7 @@ deploy.volume_claim   kuberay, kueue: a PersistentVolumeClaim to keep runs in
 deploy.accelerator    skypilot: the GPU, H100 say
 deploy.out            directory of the files (deploy)
 
-run.name is needed: by it a job that is started again resumes. The overrides are checked as by train.
+run.name is needed: a restarted job resumes the run of that name. The overrides are checked as by train.
 Exit codes: 0 written, 1 the files can't be written, 2 the command was wrong.
 """
 
@@ -61,7 +61,7 @@ class _Root:
 
 
 def main() -> None:
-    """Entry point of the command; exits with 0, 1 or 2."""
+    """Run the command; exits with 0, 1 or 2."""
     words = command_words(__doc__)
     with exiting_on_error():
         kind, own, overrides = parse(words)
@@ -73,14 +73,14 @@ def main() -> None:
 
 
 def parse(words: list[str]) -> tuple[str, DeployConfig, list[str]]:
-    """Return the kind, what is under `deploy.`, and the overrides of the training; ConfigError names what is wrong."""
+    """Return the kind, the settings under `deploy.` and the training's overrides; ConfigError names what is wrong."""
     kind, *rest = words or [""]
     if kind not in KINDS:
         raise ConfigError(
-            f"{kind or 'nothing'} can't be deployed to.{did_you_mean(kind, KINDS)} Name one: {', '.join(KINDS)}"
+            f"{kind or 'nothing'} is not a deployment target.{did_you_mean(kind, KINDS)} Name one: {', '.join(KINDS)}"
         )
     if any(word in ("-m", "--multirun") for word in rest):
-        raise ConfigError("-m: deploy is of one run; remove it")
+        raise ConfigError("-m: deploy writes files for one run; remove it")
     own: DeployConfig = parse_words(_Root, [word for word in rest if word.startswith("deploy.")]).deploy
     if problems := dict(field_problems(own, "deploy.")):
         raise ConfigError("\n".join(problems.values()))

@@ -1,7 +1,7 @@
-"""`python -m ftexp.doctor [any train overrides]`: would such a run start here, and what should be put right first?
+"""`python -m ftexp.doctor [any train overrides]`: would such a run start here, and what must be fixed first?
 
-Checks versions, GPUs and driver, shared memory, open files, Ray's directory, room and speed of run.storage, and what it
-does (write, rename, list), and the decode rate; then starts workers as training does, which compare a matrix product,
+Checks versions, GPUs and driver, shared memory, open files, Ray's directory, room and speed of run.storage, whether it
+can write, rename and list, and the decode rate. Then starts workers as training does, which compare a matrix product,
 their versions and clocks, and time an all-reduce. Nothing is trained, and nothing is left behind.
 Exit codes: 0 a run would start, 1 it would fail, 2 the command was wrong.
 """
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 
 
 def main() -> None:
-    """Entry point of the command; exits with 0, 1 or 2."""
+    """Run the command; exits with 0, 1 or 2."""
     words = command_words(__doc__)
     with exiting_on_error():
         if any(word in ("-m", "--multirun") for word in words):
-            raise ConfigError("-m: this checks for one run; remove it")
+            raise ConfigError("-m: doctor checks one config; remove it")
 
     def task(composed: DictConfig) -> None:
         if not diagnose(to_config(composed, words)):
@@ -67,7 +67,7 @@ def examine(config: Config) -> list[Finding]:
     findings += storage_checks(config, size.checkpoint_bytes if size is not None else None)
     findings.append(decode_rate(config))
     if any(finding.verdict is Verdict.FAILS for finding in findings):
-        return [*findings, not_here("workers", "not started, since a run would fail before")]
+        return [*findings, not_here("workers", "not started, since a run would fail earlier")]
     return [*findings, *_together(config, size)]
 
 
@@ -97,7 +97,7 @@ def _together(config: Config, size: ModelSize | None) -> list[Finding]:
     try:
         workers = decide_workers(config.scaling, spare=spare_of(config))
     except ConfigError as error:
-        return [fails("workers", str(error), "take fewer workers, or less for each")]
+        return [fails("workers", str(error), "use fewer workers, or fewer resources per worker")]
     with probed(config) as folder:
         return together(config, workers, folder, size)
 

@@ -1,7 +1,7 @@
 """`python -m ftexp.drill <any train overrides> [drill.faults=[kill_worker,flip_byte]] [drill.steps=200]`
 
-Runs your config twice, clean and with faults, and compares what came of it to the bit: weights, optimiser, extra
-state, every logged metric, and which samples drove which update. Exit codes: 0 identical, 1 not, 2 the command
+Runs your config twice, clean and with faults, and checks that the results are bitwise identical: weights, optimiser,
+extra state, every logged metric, and which samples drove which update. Exit codes: 0 identical, 1 not, 2 the command
 was wrong.
 
 drill.faults  names, or {kind: ..., step: ..., rank: ...}; see conf/chaos. Each strikes once, in this order
@@ -45,14 +45,14 @@ if TYPE_CHECKING:
 
 _KILLED = -9
 _SNAPSHOTS = 4  # in memory, for each checkpoint, with drill.recovery=memory
-_SHOWN = ("⚡", "✗", "↻", "!", "resumed")  # beginnings of the run's lines that are passed on
+_SHOWN = ("⚡", "✗", "↻", "!", "resumed")  # prefixes of the run's lines that are printed
 CLEAN, BROKEN = "clean", "broken"
 CONFIG = "config"
 
 
 @dataclass(kw_only=True)
 class DrillConfig:
-    """What stands under `drill.`"""
+    """Settings under `drill.`"""
 
     faults: list[Any] = field(
         default_factory=lambda: ["kill_worker", "truncate_checkpoint", "disk_full", "flip_byte", "kill_driver"]
@@ -62,7 +62,7 @@ class DrillConfig:
 
 
 def main() -> None:
-    """Entry point of the command."""
+    """Run the command."""
     words = command_words(__doc__)
     own = [word for word in words if word.startswith("drill.")]
     overrides = [word for word in words if not word.startswith("drill.")]
@@ -87,7 +87,7 @@ def parse(words: list[str]) -> DrillConfig:
     config: DrillConfig = parse_words(_Root, words).drill
     problems = list(dict(field_problems(config, "drill.")).values())
     if not config.faults:
-        problems.append("drill.faults=[] leaves nothing to compare: name some faults")
+        problems.append("drill.faults=[] is empty: name at least one fault")
     if problems:
         raise ConfigError("\n".join(problems))
     return config
@@ -99,7 +99,7 @@ class _Root:
 
 
 def refuse(overrides: list[str], own: DrillConfig) -> None:
-    """ConfigError if the overrides set what the drill sets."""
+    """Raise ConfigError if the overrides set what the drill sets."""
     for word in overrides:
         key = word.lstrip("+~").partition("=")[0]
         if key == "chaos" or key.startswith("chaos."):
@@ -107,9 +107,9 @@ def refuse(overrides: list[str], own: DrillConfig) -> None:
         if own.recovery != CONFIG and key == "failure.memory_every_steps":
             raise ConfigError(f"{word}: drill.recovery={own.recovery} sets it; remove one of them")
         if key in ("run.name", "resume", "train.ledger", "train.max_steps"):
-            raise ConfigError(f"{word}: the drill sets {key} itself; take it out" + _instead(key))
+            raise ConfigError(f"{word}: the drill sets {key} itself; remove it" + _instead(key))
         if word in ("-m", "--multirun"):
-            raise ConfigError("-m: a drill is of one run; take it out")
+            raise ConfigError("-m: a drill runs one config; remove it")
 
 
 def _instead(key: str) -> str:
@@ -140,7 +140,7 @@ def drill(config: Config, own: DrillConfig, overrides: list[str]) -> bool:
     print(f"drill    {folder.uri}")
     began = time.time()
     if _run(words, CLEAN, 1, folder) != 0:
-        raise RunFailedError(f"the clean run failed by itself: see {folder.child(CLEAN).uri} and {_log(folder, CLEAN)}")
+        raise RunFailedError(f"the clean run failed: see {folder.child(CLEAN).uri} and {_log(folder, CLEAN)}")
     total_steps = json.loads(folder.child(CLEAN).read_bytes(RUN_FILE))["step"]
     print(f"clean    {total_steps:,} steps, the whole command {time.time() - began:.1f} s")
     code = _run([*words, *_broken_words(config, own, total_steps)], BROKEN, len(own.faults) + 1, folder)
@@ -151,7 +151,7 @@ def drill(config: Config, own: DrillConfig, overrides: list[str]) -> bool:
 
 
 def _broken_words(config: Config, own: DrillConfig, total_steps: int) -> list[str]:
-    """What the broken run is given beside: its faults, each between two saves, and enough failures allowed."""
+    """Return the further overrides of the broken run: faults, each between two saves, and enough failures allowed."""
     number = len(own.faults)
     every = max(1, total_steps // (2 * (number + 1)))
     faults = []
@@ -178,13 +178,13 @@ def _run(words: list[str], name: str, most_starts: int, folder: Storage) -> int:
         code = _run_once(command, _log(folder, name))
         if code != _KILLED:
             break
-        print("         the command was killed: giving the same command again", flush=True)
+        print("         the command was killed: running the same command again", flush=True)
     return code
 
 
 def _run_once(command: list[str], log: str) -> int:
     with (
-        open(log, "a", encoding="utf-8") as file,  # noqa: PTH123 - beside a remote folder it is in the temporary one
+        open(log, "a", encoding="utf-8") as file,  # noqa: PTH123 - for a remote directory, it is in a temporary one
         subprocess.Popen(
             command,
             stdout=subprocess.PIPE,
@@ -208,7 +208,7 @@ def _run_once(command: list[str], log: str) -> int:
 
 
 def _log(folder: Storage, name: str) -> str:
-    """Where a run's own output goes: a local file, whatever the storage."""
+    """Return the local file for a run's output."""
     import tempfile
     from pathlib import Path
 

@@ -6,12 +6,12 @@ FtexpError
 ├── DataError        a data source is missing, empty, or holds unreadable samples
 ├── StorageError     the run directory can't be read or written
 │   └── RunInUseError      another command is running in it
-├── CheckpointError  a checkpoint is damaged, or does not fit the run
+├── CheckpointError  a checkpoint is corrupt, or does not fit the run
 │   └── StateError   a saved state and the configured states disagree
 ├── NonFiniteError   a loss or gradient is NaN or infinite
-├── CorruptionError  ranks that must hold the same bits don't
-├── ExportError      an exported model doesn't say what the original says
-├── RunFailedError   training stopped and the failure policy allows no further try
+├── CorruptionError  ranks that must be bitwise identical differ
+├── ExportError      an exported model differs from the original
+├── RunFailedError   training stopped and the failure policy allows no further restart
 │   └── RayLostError       Ray's own processes died, and no new Ray is started
 └── SweepFailedError   trials of a sweep failed; the others are done
 
@@ -50,7 +50,7 @@ class RunInUseError(StorageError):
 
 
 class CheckpointError(FtexpError):
-    """A checkpoint is damaged, or does not fit the run that wants it."""
+    """A checkpoint is corrupt, or does not fit the run that wants it."""
 
 
 class StateError(CheckpointError):
@@ -62,7 +62,7 @@ class NonFiniteError(FtexpError):
 
 
 class CorruptionError(FtexpError):
-    """Ranks that must hold the same bits don't: a processor or its memory has erred.
+    """Ranks that must be bitwise identical differ: a processor or its memory has failed.
 
     rank: the one that differs; None if that can't be known.
     """
@@ -76,17 +76,17 @@ class CorruptionError(FtexpError):
 
 
 class ExportError(FtexpError):
-    """An exported model doesn't say what the original says."""
+    """An exported model's outputs differ from the original's."""
 
 
 class RunFailedError(FtexpError):
-    """Training stopped, and the failure policy allows no further try."""
+    """Training stopped, and the failure policy allows no further restart."""
 
 
 class RayLostError(RunFailedError):
     """Ray's own processes died: its raylet, or its GCS. The checkpoints are still there.
 
-    begins_again: whether the run goes on with a new Ray, so that this is no end.
+    begins_again: whether the run resumes with a new Ray.
     """
 
     begins_again = False

@@ -1,6 +1,6 @@
 """`python -m ftexp.evaluate run=<dir> [key=value ...]`: how good is a saved checkpoint?
 
-Keys: run (a run directory or URI), checkpoint (best, latest, or a folder's name), split (train, val, test),
+Keys: run (a run directory or URI), checkpoint (best, latest, or a directory's name), split (train, val, test),
 weights (raw, ema), metrics (besides loss and accuracy; if not given, the run's train.metrics), tta (none, or hflip: the
 mean of the logits of each image and its mirror image), batch_size,
 threshold (of runs with data.task=multi_label: one probability for all classes, or a list of each class's; default 0.5),
@@ -50,13 +50,13 @@ class MovedData:
 
 @dataclass(kw_only=True)
 class EvaluateConfig:
-    """What the command may be given."""
+    """Arguments of the command."""
 
     run: str = MISSING
-    checkpoint: str = "best"  # best, latest, or the name of a folder under checkpoints/
+    checkpoint: str = "best"  # best, latest, or the name of a directory under checkpoints/
     # all: of other data; None: all of other data that are read from files, else test
     split: str | None = choice(None, ("train", "val", "test", "all"))
-    weights: str = choice("raw", ("raw", "ema"))  # those that were trained, or their moving average
+    weights: str = choice("raw", ("raw", "ema"))  # those that were trained, or their EMA
     metrics: list[str] | None = None  # besides loss and accuracy; None: the run's train.metrics
     tta: str = choice("none", TTA)
     threshold: Any = None  # of data.task=multi_label: one for all classes, or one for each; None: 0.5
@@ -67,7 +67,7 @@ class EvaluateConfig:
 
 
 def main() -> None:
-    """Entry point of the command; exits with 0, 1 or 2."""
+    """Run the command; exits with 0, 1 or 2."""
     words = with_run(command_words(__doc__))
     if not any(_key(word) == "data" for word in words):
         with exiting_on_error():
@@ -93,7 +93,7 @@ def evaluate_words(words: list[str], compose: Callable[[list[str]], Config]) -> 
 
 
 def _apart(words: list[str]) -> tuple[EvaluateConfig, list[str]]:
-    """The command's own words, parsed, and those about other data; ConfigError names what is wrong."""
+    """Return the command's own words, parsed, and those about other data; ConfigError names what is wrong."""
     rest = [word for word in words if _key(word) not in _OWN]
     config = parse([word for word in words if word not in rest])
     refuse(rest)
@@ -105,15 +105,15 @@ def _key(word: str) -> str:
 
 
 def refuse(words: list[str]) -> None:
-    """ConfigError if one of the words about other data sets what isn't read, or what the run has settled."""
+    """Raise ConfigError if one of the words about other data sets what isn't read, or what the run has settled."""
     for word in words:
         group, _, name = _key(word).partition(".")
         if word.startswith("-") or group not in ("data", "plugins"):
-            raise ConfigError(f"{word} is not read: give {', '.join(_OWN)}, data, plugins")
+            raise ConfigError(f"{word} is not used: choose from {', '.join(_OWN)}, data, plugins")
         if group == "data" and name in _FOLLOWS:
-            raise ConfigError(f"{word}: the model was trained on such images as the run says; take it out")
+            raise ConfigError(f"{word}: set by the trained run; remove it")
         if group == "data" and name in _OF_TRAINING:
-            raise ConfigError(f"{word} is for training; take it out")
+            raise ConfigError(f"{word} is for training; remove it")
 
 
 def parse(argv: list[str]) -> EvaluateConfig:
@@ -123,7 +123,7 @@ def parse(argv: list[str]) -> EvaluateConfig:
 
 
 def evaluate(config: EvaluateConfig, other: Config | None = None) -> dict[str, Any]:
-    """Load the checkpoint and count; returns what is also written as JSON.
+    """Evaluate the checkpoint; return the content of the JSON file.
 
     Args:
         config: what to evaluate.
@@ -131,7 +131,7 @@ def evaluate(config: EvaluateConfig, other: Config | None = None) -> dict[str, A
 
     Raises:
         ConfigError: there is no run at `config.run`, no GPU for device=cuda, or the data have no class of the run's.
-        CheckpointError: the run has no such checkpoint, or it is damaged.
+        CheckpointError: the run has no such checkpoint, or it is corrupt.
         DataError: the data that the run was made with can't be read.
         StorageError: `out` can't be written.
     """
@@ -142,7 +142,7 @@ def evaluate(config: EvaluateConfig, other: Config | None = None) -> dict[str, A
         import torch
 
         if not torch.cuda.is_available():
-            raise ConfigError("device=cuda, and torch finds no GPU here: take device=auto, or cpu")
+            raise ConfigError("device=cuda, but torch finds no GPU here: set device=auto or cpu")
     storage = Storage.at(config.run)
     run_config = load_run_config(storage)
     if other is not None:
@@ -151,7 +151,7 @@ def evaluate(config: EvaluateConfig, other: Config | None = None) -> dict[str, A
         raise ConfigError("split=all is for other data (data=...), since a run was trained on a part of its own")
     if config.threshold is not None and run_config.data.task != MULTI_LABEL:
         raise ConfigError(
-            f"threshold={config.threshold} decides about each class of data.task=multi_label, and the run's is "
+            f"threshold={config.threshold} needs data.task=multi_label, but the run has data.task= "
             f"{run_config.data.task}: remove it"
         )
     if config.data.root is not None:
@@ -169,7 +169,7 @@ def evaluate(config: EvaluateConfig, other: Config | None = None) -> dict[str, A
 
 
 def _on_other_data(run_config: Config, other: Config, storage: Storage) -> Config:
-    """The run's config with other data, prepared as its own; ConfigError if something doesn't fit."""
+    """Return the run's config with other data, prepared as its own; ConfigError if something doesn't fit."""
     from ftexp.cli.trained_run import SavedRun
     from ftexp.config.checks.validate import validate
     from ftexp.storage.directory import absolute

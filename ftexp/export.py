@@ -4,15 +4,15 @@ safetensors   model.safetensors and config.json: timm.create_model("local-dir:<o
 torch_export  model.pt2: torch.export.load("model.pt2").module(); any batch size
 onnx          model.onnx, for ONNX Runtime and others; any batch size. Needs: pip install "ftexp[onnx]"
 
-The last two take pixels, uint8 [batch, size, size, channels], and normalise them; all give logits. Beside each lies
-export.json: labels, input size, mean and std, and how far the exported model is from the original on images of the
-run's data. One that is farther than the tolerance is not left behind. Exit codes: 0 done, 1 failed, 2 the command was
+The last two take pixels, uint8 [batch, size, size, channels], and normalise them; all give logits. Next to each
+lies export.json: labels, input size, mean and std, and how far the exported model is from the original on images of the
+run's data. One that is farther than the tolerance is removed. Exit codes: 0 done, 1 failed, 2 the command was
 wrong.
 
 run         a run directory or URI
-checkpoint  best, latest, or a folder's name under checkpoints/ (default: best)
-weights     raw, or ema: their moving average, where the run had one (default: raw)
-out         a new folder or URI (default: <run>/exports/<format>_<checkpoint>, _ema behind it for weights=ema)
+checkpoint  best, latest, or a directory's name under checkpoints/ (default: best)
+weights     raw, or ema: their EMA, if the run has one (default: raw)
+out         a new directory or URI (default: <run>/exports/<format>_<checkpoint>, _ema behind it for weights=ema)
 samples     images to compare on (64)
 tolerance   of the largest difference of a logit (0.001)
 """
@@ -54,7 +54,7 @@ _NEEDED = ("onnx", "onnxscript", "onnxruntime")  # by format=onnx
 
 @dataclass(kw_only=True)
 class ExportConfig:
-    """What the command may be given."""
+    """Arguments of the command."""
 
     run: str = MISSING
     format: str = choice(MISSING, _FORMATS)
@@ -66,7 +66,7 @@ class ExportConfig:
 
 
 def main() -> None:
-    """Entry point of the command; exits with 0, 1, 2 or 130."""
+    """Run the command; exits with 0, 1, 2 or 130."""
     words = with_run(command_words(__doc__))
     with exiting_on_error():
         export(parse(words))
@@ -77,7 +77,9 @@ def parse(words: list[str]) -> ExportConfig:
     config: ExportConfig = read_command(ExportConfig, words, run="<run directory>", format="|".join(_FORMATS))
     missing = [name for name in _NEEDED if config.format == "onnx" and importlib.util.find_spec(name) is None]
     if missing:
-        raise ConfigError(f'format=onnx needs {", ".join(missing)}: pip install "ftexp[onnx]", or take torch_export')
+        raise ConfigError(
+            f'format=onnx needs {", ".join(missing)}: pip install "ftexp[onnx]", or set format=torch_export'
+        )
     return config
 
 
@@ -86,7 +88,7 @@ def export(config: ExportConfig) -> dict[str, Any]:
 
     Raises:
         ConfigError: there is no such run, or something lies at `out` already.
-        CheckpointError: the run has no such checkpoint, or it is damaged.
+        CheckpointError: the run has no such checkpoint, or it is corrupt.
         ExportError: the exported model differs from the original by more than the tolerance. Nothing is left behind.
         StorageError: `out` can't be written.
     """
@@ -100,7 +102,7 @@ def export(config: ExportConfig) -> dict[str, Any]:
     default = run.storage.child(EXPORTS, f"{config.format}_{manifest.name}{which}")
     out = Storage.at(config.out) if config.out is not None else default
     if out.exists():
-        raise ConfigError(f"out={out.uri} is there already: remove it, or give another out=...")
+        raise ConfigError(f"out={out.uri} already exists: remove it, or give another out=...")
     out.parent.require_writable("out")
     weights = read_weights(run.store, manifest, config.weights)
     samples = _samples(run, config.samples)
@@ -109,7 +111,10 @@ def export(config: ExportConfig) -> dict[str, Any]:
 
 
 def _samples(run: SavedRun, num_samples: int) -> Samples:
-    """Images to compare on. They are read as training reads them, which takes a Ray of its own for some seconds."""
+    """Return images to compare on.
+
+    They are read as training reads them, which takes a Ray of its own for some seconds.
+    """
     from ftexp.cluster.ray_cluster import private_ray
 
     with private_ray(run.config):
@@ -154,7 +159,7 @@ def _export(
     if not difference.largest <= config.tolerance:  # NaN is no agreement
         raise ExportError(
             f"the exported model differs from the original by {difference.largest:.3g} in a logit, and tolerance="
-            f"{config.tolerance:g}: nothing was written. Give a larger one if that is good enough"
+            f"{config.tolerance:g}: nothing was written. Set a larger tolerance if this is acceptable"
         )
     (folder / _ABOUT_FILE).write_text(json.dumps(about, indent=1), encoding="utf-8")
     files = sorted(path.name for path in folder.iterdir())
@@ -193,7 +198,7 @@ def _about(config: ExportConfig, run: SavedRun, manifest: Manifest) -> dict[str,
 
 
 def _outputs(info: DataInfo) -> dict[str, Any]:
-    """Say what the numbers are that the model gives."""
+    """Describe the model's outputs."""
     if info.task != REGRESSION:
         activation = "softmax" if info.task == SINGLE_LABEL else "sigmoid"
         output = f"logits, float32 [batch, labels]; probabilities by {activation}"
@@ -205,7 +210,7 @@ def _outputs(info: DataInfo) -> dict[str, Any]:
 
 
 def _resizing(fit: Fit) -> str:
-    """Say how a whole image becomes what the model takes: see `ftexp.data.decoder` and `ftexp.data.cropping.fitted`."""
+    """Describe how an image becomes the model's input: see `ftexp.data.decoder` and `ftexp.data.cropping.fitted`."""
     by_torch = fit.decoding.decoder == TORCHVISION
     if fit.crop_pct is None and fit.crop_mode == "center":
         how = f"shorter side to the size by Pillow's {fit.interpolation}, then the centre: PIL.ImageOps.fit"
@@ -219,7 +224,7 @@ def _resizing(fit: Fit) -> str:
 
 
 def _decoding_steps(decoding: Decoding) -> list[str]:
-    """What is done to an image before it is scaled, where that isn't what decoders do anyway."""
+    """Return the steps before an image is scaled that decoders don't do by default."""
     steps = ["turned upright as its EXIF data say"] if decoding.exif_orientation else []
     if decoding.background is not None:
         steps.append(f"transparent images on {decoding.background}")
@@ -237,7 +242,9 @@ def _copy(path: Path, stream: BinaryIO) -> None:
 def _print(about: dict[str, Any], samples: Samples, difference: Difference) -> None:
     print(f"model    {about['arguments']['model_name']}, {about['checkpoint']} (epoch {about['epoch']})")
     if samples.why_noise:
-        print(f"!        no image of the run's data can be read, so noise is compared on: {samples.why_noise}")
+        print(
+            f"!        no image of the run's data can be read, so the models are compared on noise: {samples.why_noise}"
+        )
     number, origin = len(samples.pixels), "of noise" if samples.why_noise else f"of the {samples.origin} split"
     print(
         f"checked  {number} images {origin}: largest difference of a logit {difference.largest:.3g} "

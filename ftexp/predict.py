@@ -1,17 +1,17 @@
 """`python -m ftexp.predict run=<dir> [data=image_folder data.root=<dir>] [key=value ...]`: classes for many images.
 
 Any number of them, in files that hold path, label, probability, the next best, and error where an image can't be read.
-The same command goes on where it stopped. Exit codes: 0 done, 1 failed, 2 the command was wrong, 75 ended by SIGTERM,
+The same command resumes. Exit codes: 0 done, 1 failed, 2 the command was wrong, 75 ended by SIGTERM,
 130 interrupted.
 
 run         a run directory or URI
-checkpoint  best, latest, or a folder's name under checkpoints/ (default: best)
-weights     raw, or ema: their moving average, where the run had one (default: raw)
+checkpoint  best, latest, or a directory's name under checkpoints/ (default: best)
+weights     raw, or ema: their EMA, if the run has one (default: raw)
 tta         none, or hflip: the mean of the logits of each image and its mirror image (default: none)
 data, data.*  what to predict, as for training (image_folder, image_list, parquet, webdataset); without labels, too.
             Without data=..., what the run was trained on. Size and normalisation are always the run's
 split       all, train, val or test (default: all where data=... reads files, else test)
-out         a folder or URI (default: <run>/predictions/<name of the data>, with split, weights and tta if given)
+out         a directory or URI (default: <run>/predictions/<name of the data>, with split, weights and tta if given)
 scaling, scaling.*  num_workers processes hold the model (auto: up to two, or one on each GPU); address joins a cluster
 predict.top_k       classes for each image (5, or as many as there are)
 predict.threshold   with data.task=multi_label: images get all classes of a higher probability; one number for all of
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from ftexp.storage.directory import Storage
 
 _OWN = ("run", "checkpoint", "weights", "tta", "split", "out")
-_SCALING = ("num_workers", "use_gpu", "resources_per_worker", "address", "hot_start")  # what is read of it
+_SCALING = ("num_workers", "use_gpu", "resources_per_worker", "address", "hot_start")  # the fields that are read
 _FOLLOWS = (*AS_TRAINED, "decode_size")
 _OF_TRAINING = ("feed", "shuffle_window", "prefetch_batches", "on_bad_sample")
 _SPLITTING = ("val_fraction", "test_fraction", "split_seed")
@@ -56,7 +56,7 @@ _TOP_K = 5
 
 @dataclass(kw_only=True)
 class Settings:
-    """What stands under `predict.`"""
+    """Settings under `predict.`"""
 
     top_k: int | None = ranged(None, low=1)
     threshold: Any = None  # of data.task=multi_label: one for all classes, or one for each; None: 0.5
@@ -67,7 +67,7 @@ class Settings:
 
 @dataclass(kw_only=True)
 class PredictConfig:
-    """What the command may be given beside data and scaling."""
+    """Arguments of the command, besides data and scaling."""
 
     run: str = MISSING
     checkpoint: str = "best"
@@ -79,7 +79,7 @@ class PredictConfig:
 
 
 def main() -> None:
-    """Entry point of the command; exits with 0, 1, 2, 75 or 130."""
+    """Run the command; exits with 0, 1, 2, 75 or 130."""
     words = with_run(command_words(__doc__))
     own = [word for word in words if _key(word) in _OWN or _key(word).partition(".")[0] == "predict"]
     rest = [word for word in words if word not in own]
@@ -115,37 +115,36 @@ def parse(words: list[str]) -> PredictConfig:
 
 
 def refuse(words: list[str]) -> None:
-    """ConfigError if one of the words sets what predicting doesn't read, or what the run has settled."""
+    """Raise ConfigError if one of the words sets what predicting doesn't read, or what the run has settled."""
     for word in words:
         group, _, name = _key(word).partition(".")
         if word.startswith("-"):
             if word in ("-m", "--multirun"):
-                raise ConfigError(f"{word}: this is one job; take it out")
+                raise ConfigError(f"{word}: predict runs one job; remove it")
         elif group not in ("data", "scaling", "plugins", "verbose"):
-            raise ConfigError(f"{word} is not read: give {', '.join(_OWN)}, predict.*, data, scaling, plugins, verbose")
-        elif group == "data" and name in _FOLLOWS:
-            raise ConfigError(f"{word}: the model was trained on such images as the run says; take it out")
-        elif group == "data" and name in _OF_TRAINING:
             raise ConfigError(
-                f"{word} is for training: images are decoded on the way, in their order, and those that can't be read "
-                "are listed; take it out"
+                f"{word} is not used: choose from {', '.join(_OWN)}, predict.*, data, scaling, plugins, verbose"
             )
+        elif group == "data" and name in _FOLLOWS:
+            raise ConfigError(f"{word}: set by the trained run; remove it")
+        elif group == "data" and name in _OF_TRAINING:
+            raise ConfigError(f"{word} is used only in training; remove it")
         elif group == "scaling" and name and name.partition(".")[0] not in _SCALING:
-            raise ConfigError(f"{word} is not read: of scaling, give {', '.join(_SCALING)}; take it out")
+            raise ConfigError(f"{word} is not used: of scaling, choose from {', '.join(_SCALING)}; remove it")
 
 
 def top_k(config: PredictConfig, run: SavedRun) -> int:
-    """How many classes to write for each image, or outputs to read; ConfigError if the model has fewer."""
+    """Return how many classes to write for each image, or outputs to read; ConfigError if the model has fewer."""
     wanted, there, task = config.predict.top_k, run.info.num_classes, run.info.task
     if task != MULTI_LABEL and config.predict.threshold is not None:
-        raise ConfigError(f"predict.threshold={config.predict.threshold}: the run's data.task is {task}; take it out")
+        raise ConfigError(f"predict.threshold={config.predict.threshold}: the run's data.task is {task}; remove it")
     if task != SINGLE_LABEL:
         if wanted is not None:
             advice = "set predict.threshold, and remove it" if task == MULTI_LABEL else "remove it"
             raise ConfigError(f"predict.top_k={wanted}: the run's data.task is {task}; {advice}")
         return there
     if wanted is not None and wanted > there:
-        raise ConfigError(f"predict.top_k={wanted}, but the model tells {there} classes apart: give {there} at most")
+        raise ConfigError(f"predict.top_k={wanted}, but the model has {there} classes: set at most {there}")
     return min(_TOP_K, there) if wanted is None else wanted
 
 
@@ -156,7 +155,7 @@ def predict(composed: Config, own: PredictConfig, run: SavedRun, chosen: bool, w
 
     Raises:
         ConfigError: something doesn't fit; nothing was predicted.
-        CheckpointError: the run has no such checkpoint, or it is damaged.
+        CheckpointError: the run has no such checkpoint, or it is corrupt.
         DataError: the images can't be listed, or not one of them can be read.
         StorageError: `out` can't be written, or is being written by another command.
     """
@@ -206,7 +205,7 @@ def _split(own: PredictConfig, data: DataConfig, chosen: bool, words: list[str])
         raise ConfigError(f"split=all, but data.name={data.name} is read by split: give train, val or test")
     for word in words:
         if _key(word) in {f"data.{name}" for name in _SPLITTING}:
-            raise ConfigError(f"{word} cuts splits, and split=all takes every image: take it out, or give split=test")
+            raise ConfigError(f"{word} defines splits, but split=all takes every image: remove it, or set split=test")
     return split
 
 

@@ -31,11 +31,11 @@ class Registry(Generic[T]):
         self._entries: dict[str, T] = {}
 
     def register(self, name: str) -> Callable[[T], T]:
-        """Decorator that files its argument under `name`; ValueError if the name is taken."""
+        """Return a decorator that registers its argument as `name`; ValueError if the name is taken."""
 
         def decorate(entry: T) -> T:
             if name in self._entries:
-                raise ValueError(f"{self.key}: '{name}' is registered already; choose another name")
+                raise ValueError(f"{self.key}: '{name}' is already registered; choose another name")
             self._entries[name] = entry
             return entry
 
@@ -47,7 +47,7 @@ class Registry(Generic[T]):
             raise UnknownNameError(
                 f"{self.key}='{name}' is unknown.{did_you_mean(name, self._entries)} "
                 f"Available: {', '.join(sorted(self._entries))}. "
-                "A name of your own comes from a module listed under plugins=[...]."
+                "Your own are registered by a module listed in plugins=[...]."
             )
         return self._entries[name]
 
@@ -67,7 +67,7 @@ def load_plugins(modules: Iterable[str]) -> None:
         sys.path.append(cwd)
     for module in modules:
         if not all(module.split(".")):
-            raise ConfigError(f"plugins=[{module}] is not a module's name: write it as in an import, folder.module")
+            raise ConfigError(f"plugins=[{module}] is not a module name: write it as in an import: package.module")
         try:
             importlib.import_module(module)
         except ModuleNotFoundError as error:
@@ -75,5 +75,5 @@ def load_plugins(modules: Iterable[str]) -> None:
                 raise
             raise ConfigError(
                 f"plugins=[{module}]: no module of that name can be imported. "
-                "Run from the folder that holds it, or install it."
+                "Run from the directory that contains it, or install it."
             ) from error

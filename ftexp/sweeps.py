@@ -13,7 +13,7 @@ from ftexp.storage.directory import Storage
 
 
 def main() -> None:
-    """Entry point of the command."""
+    """Run the command."""
     prepare_streams()
     parser = argparse.ArgumentParser(prog="python -m ftexp.sweeps", description=__doc__.partition("\n\n")[0])
     parser.add_argument("sweep", type=as_value, help="a directory or URI: <run.storage>/sweeps/<sweep.name>")

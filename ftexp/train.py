@@ -21,7 +21,7 @@ from ftexp.sweep.hydra.plugins import with_plugins
 
 
 def main() -> None:
-    """Entry point of the command; exits with 0, 1, 2, 75 or 130."""
+    """Run the command; exits with 0, 1, 2, 75 or 130."""
     prepare_streams()
     if (restart := begun_again()) is not None:
         sys.exit(_again(restart))
@@ -46,7 +46,7 @@ def _task(composed: DictConfig) -> float | None:
 
 
 def _again(restart: Restart) -> int:
-    """The exit code of the command that goes on with what it had begun."""
+    """Run the command again to resume; return its exit code."""
     return exit_code_of(lambda: train(restart.config, restart.overrides, restart=restart, begin_again=begin_again))
 
 

@@ -100,8 +100,8 @@ class CheckpointManager:
             if isinstance(failures[-1], NonFiniteError):
                 raise failures[-1]
             raise StorageError(
-                f"{len(failures)} checkpoints in a row could not be saved, and checkpoint.max_failed_saves={limit}; the "
-                f"last error: {failures[-1]}. Put {self._store.storage.uri} right, and run the same command again"
+                f"{len(failures)} checkpoints in a row could not be saved, and checkpoint.max_failed_saves={limit}; "
+                f"the last error: {failures[-1]}. Put {self._store.storage.uri} right, and run the same command again"
             )
         progress = self._progress
         evaluated = any(each.step == progress.step for each in progress.pending)

@@ -1,4 +1,4 @@
-"""From the command line to a checked `Config`, with every mistake told in one message and exit code 2.
+"""From the command line to a checked `Config`, with every mistake in one message and exit code 2.
 
 Hydra composes; this module only rewords its errors and turns the result into typed objects. Used by every
 entry point. Imports neither torch nor Ray.
@@ -56,7 +56,7 @@ _noted: set[str] = set()  # printed once, not for every trial of a sweep
 
 @contextlib.contextmanager
 def past_composing() -> Iterator[None]:
-    """What goes wrong in this block is no mistake in the command but a bug, here or in a plug-in, or the machine's.
+    """Treat an error in this block as a bug or a failure of the machine, not as a mistake in the command.
 
     `run_hydra` lets its traceback through: that is what helps.
     """
@@ -103,7 +103,7 @@ def run_hydra(task: Callable[[DictConfig], float | None], argv: Sequence[str]) -
 
 
 def hydras_words(argv: Sequence[str]) -> list[str]:
-    """Return overrides as Hydra takes them."""
+    """Return overrides in the form that Hydra takes."""
     # any key may be added under these, so Hydra's "+" is put there for the user
     open_key = re.compile(rf"({'|'.join(map(re.escape, open_keys(Config)))})(\.[^=]+)?=")
     words = [f"++{word}" if open_key.match(word) else _in_full(word) for word in argv]
@@ -131,7 +131,7 @@ def open_keys(schema: type[Any], prefix: str = "") -> Iterator[str]:
 
 
 def _in_full(word: str) -> str:
-    """`profile=true` for `profile.enabled=true`: under profile there are further keys."""
+    """Return `profile.enabled=true` for `profile=true`, since profile has further keys."""
     key, _, value = word.partition("=")
     return f"profile.enabled={value}" if key == "profile" and value.lower() in ("true", "false") else word
 
@@ -140,7 +140,7 @@ def to_config(composed: DictConfig, typed: Sequence[str] | None = None) -> Confi
     """Turn what Hydra composed into typed objects; ConfigError names what does not fit the schema.
 
     typed: the overrides of this command. With them, recipe values that don't fit the others are fitted, and the user is
-    told on standard error: see `fitted`. None (a stored config): nothing is changed.
+    told so on standard error: see `fitted`. None (a stored config): nothing is changed.
     """
     try:
         if unknown := list(_unknown_keys(composed, Config, "")):
@@ -159,7 +159,7 @@ def to_config(composed: DictConfig, typed: Sequence[str] | None = None) -> Confi
 
 
 def _unknown_keys(node: DictConfig, schema: type[Any], prefix: str) -> Iterator[str]:
-    """Keys that a leading "+" slipped past Hydra's own check."""
+    """Yield keys that a leading "+" slipped past Hydra's own check."""
     fields = {field.name: field for field in dataclasses.fields(schema)}
     for key in node:
         name = str(key)

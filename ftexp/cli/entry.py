@@ -1,4 +1,4 @@
-"""How every command begins and ends. Imports nothing heavy, not even Hydra: some commands need no more."""
+"""The start and the end of every command. Imports nothing heavy, not even Hydra: some commands need no more."""
 
 from __future__ import annotations
 

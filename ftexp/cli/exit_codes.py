@@ -1,4 +1,4 @@
-"""What a command's errors are for the user: a message, and an exit code."""
+"""Errors of a command, as a message and an exit code."""
 
 from __future__ import annotations
 
@@ -8,16 +8,19 @@ from collections.abc import Callable
 from ftexp.errors import ConfigError, FtexpError
 
 EXIT_INTERRUPTED = 130
-EXIT_TERMINATED = 75  # by SIGTERM, after a last save: EX_TEMPFAIL, the same command goes on
+EXIT_TERMINATED = 75  # by SIGTERM, after a final checkpoint: EX_TEMPFAIL, the same command resumes
 
 
 def interrupted_code(interrupt: KeyboardInterrupt) -> int:
-    """The exit code after Ctrl-C or SIGTERM. By name: `cluster.interruptible` is only imported where something ran."""
+    """Return the exit code after Ctrl-C or SIGTERM.
+
+    Compares by name, since `cluster.interruptible` is only imported where something ran.
+    """
     return EXIT_TERMINATED if type(interrupt).__name__ == "Terminated" else EXIT_INTERRUPTED
 
 
 def exit_code_of(run: Callable[[], object]) -> int:
-    """Run a training outside of Hydra; its errors are told, and become exit codes."""
+    """Run a training outside of Hydra; print its errors and return an exit code."""
     try:
         run()
     except FtexpError as error:
@@ -31,7 +34,7 @@ def exit_code_of(run: Callable[[], object]) -> int:
 def print_error(error: FtexpError) -> None:
     """Write an error for the user: no traceback, a line each where there are several."""
     lines = str(error).splitlines()
-    title = "the config is wrong" if isinstance(error, ConfigError) else type(error).__name__
+    title = "the config is invalid" if isinstance(error, ConfigError) else type(error).__name__
     if len(lines) == 1:
         print(f"ftexp: {lines[0]}", file=sys.stderr)
     else:

@@ -18,7 +18,7 @@ from ftexp.registry import did_you_mean
 
 
 def unknown_option(argv: Sequence[str]) -> str | None:
-    """The message for a word such as optim=null or optim=3, of which Hydra tells the type only."""
+    """Return the message for a word such as optim=null or optim=3, for which Hydra reports only the type."""
     for word in argv:
         group, _, option = word.lstrip("+").partition("=")
         folder = config_dir() / group
@@ -34,9 +34,9 @@ def _options(group: str) -> list[str]:
 
 
 def open_interval(argv: Sequence[str]) -> str:
-    """The message for a grid with an interval in it, of which Hydra names the type only."""
+    """Return the message for a grid with an interval in it, for which Hydra reports only the type."""
     (typed, *_) = [word for word in argv if "interval(" in word]
-    return f"{typed}: a grid needs values that can be counted: list them, or add hydra/sweeper=tune, which searches"
+    return f"{typed}: a grid needs a list of values: list them, or add hydra/sweeper=tune to search the interval"
 
 
 def _unknown_option_text(group: str, option: str, options: list[str]) -> str:
@@ -50,14 +50,14 @@ def explain(error: BaseException, schema: Any = None) -> str:
     """
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, option = str(error.missing_cfg_file).rpartition("/")
-        options = [str(name) for name in error.options or ()] or _options(group)  # of a list, Hydra tells none
+        options = [str(name) for name in error.options or ()] or _options(group)  # for a list, Hydra gives none
         if not group:
-            return f"--config-name {option}: there is no such file in {config_dir()}; leave it out for config.yaml"
+            return f"--config-name {option}: no such file in {config_dir()}; remove it to use config.yaml"
         return _unknown_option_text(group, option, options)
     if isinstance(error, OverrideParseException):
         word = error.override or ""
-        told = f"if it is text, quote it: {quoted_word(word)}" if "=" in word else "write key=value"
-        return f"can't read {word!r}: {told}"
+        advice = f"if it is text, quote it: {quoted_word(word)}" if "=" in word else "write key=value"
+        return f"can't read {word!r}: {advice}"
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OmegaConfBaseException):
         cause = cause.__cause__
@@ -97,7 +97,7 @@ def _holds_list(key: str) -> bool:
 
 
 def unknown_key(key: str, schema: Any = None) -> str:
-    """The message for a key that the schema doesn't have, with the nearest that it has."""
+    """Return the message for a key that the schema doesn't have, with the nearest that it has."""
     node: Any = schema if schema is not None else Config()
     *parents, name = key.split(".")
     if parents == ["hydra", "sweeper"]:

@@ -63,7 +63,7 @@ def quoted_word(word: str) -> str | None:
 
 
 def _typed(schema: type[Any], word: str) -> tuple[str, str] | None:
-    """Key and value of an override of a field that holds text, or may; None for others, and what is interpolated."""
+    """Return key and value of an override of a text field; None for others and for interpolations."""
     parts = _WORD.fullmatch(word)
     if parts is None or not parts["value"] or "${" in parts["value"]:
         return None
@@ -79,7 +79,7 @@ def _is_text_key(schema: Any, key: str) -> bool:
 
 
 def _hint(schema: Any, key: str) -> Any:
-    """The type of a key of a schema, or of the values of the mapping that it is in; None if it is in none."""
+    """Return the type of a key of a schema, or of the values of the mapping that it is in; None if it is in none."""
     hints, key = _keys(schema), key.lstrip("+")
     if key in hints:
         return hints[key]
@@ -107,7 +107,7 @@ def _is_text(value: Any) -> bool:
 
 
 def _elements(override: Override, value: str) -> list[str]:
-    """The values of a sweep as they were typed, those quoted that Hydra reads otherwise."""
+    """Return the values of a sweep as they were typed, those quoted that Hydra reads otherwise."""
     simple = override.value_type == ValueType.SIMPLE_CHOICE_SWEEP and not re.search(r"[\[\]{}()'\"\\]", value)
     if not simple:
         return [value]

@@ -35,7 +35,7 @@ def parse_words(schema: type[Any], words: Sequence[str]) -> Any:
 
 
 def read_command(schema: type[Any], words: Sequence[str], **needed: str) -> Any:
-    """As `parse_words`, with every field in its range; `needed` says what those look like that have no default."""
+    """Return `parse_words`, with ranges checked; `needed` holds an example for each field without a default."""
     config = parse_words(schema, words)
     for key, example in needed.items():
         if getattr(config, key) == MISSING:
@@ -46,7 +46,7 @@ def read_command(schema: type[Any], words: Sequence[str], **needed: str) -> Any:
 
 
 def typed_node(node: DictConfig, schema: type[Any]) -> Any:
-    """`node` as an instance of `schema`; ConfigError names each value that is of another type."""
+    """Return `node` as an instance of `schema`; ConfigError names each value of another type."""
     values = _values(node, schema)
     if problems := list(_type_problems(values, "")):
         raise ConfigError("\n".join(problems))

@@ -1,4 +1,4 @@
-"""A run that was trained before, for commands that use what came of it: its config, its data's facts, its weights."""
+"""A trained run, for commands that use its config, its data's facts or its weights."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ class SavedRun:
 
     @classmethod
     def at(cls, uri: str) -> SavedRun:
-        """ConfigError if there is no run, or one that never began to train."""
+        """Open a run; raise ConfigError if there is none, or it never began to train."""
         storage = Storage.at(uri)
         config = load_run_config(storage)
         state = read_state(storage)
         if state is None or not state.data:
             raise ConfigError(
-                f"run={storage.uri} holds no run.json that tells of its data: give a run that has trained"
+                f"run={storage.uri} holds no run.json with facts of the data: give a run that has trained"
             )
         known = {field.name for field in dataclasses.fields(DataInfo)}
         info = DataInfo(**{key: value for key, value in state.data.items() if key in known})
@@ -65,7 +65,7 @@ class SavedRun:
         return trained_model(self.config.model, self.info, weights).eval()
 
     def data_as_seen(self, data: DataConfig) -> DataConfig:
-        """The same images, cropped, scaled and normalised as the model has seen its own, with labels read likewise."""
+        """Return `data` with the run's cropping, scaling, normalisation and reading of labels."""
         decoded = can_stream(data.name)  # else they are in memory as the model sees them
         names = [name for name in AS_TRAINED if decoded or name not in OF_DECODING]
         seen: dict[str, Any] = {name: getattr(self.config.data, name) for name in names}
@@ -77,7 +77,7 @@ class SavedRun:
 
 
 def load_run_config(storage: Storage) -> Config:
-    """The config of a run directory; ConfigError if there is no run."""
+    """Return the config of a run directory; ConfigError if there is no run."""
     try:
         text = storage.read_bytes(CONFIG_FILE).decode()
     except OSError as error:
@@ -92,13 +92,13 @@ def file_name_of(data: DataConfig) -> str:
 
 
 def require_data(data: DataConfig) -> None:
-    """ConfigError if a run's data lay on a disk, and doesn't any more where it did."""
+    """Raise ConfigError if a run's data is no longer where it was on disk."""
     if data.root is not None and not is_remote(data.root) and not Path(data.root).expanduser().exists():
-        raise ConfigError(f"data.root={data.root} does not exist, the run's data: add data.root=<where it is now>")
+        raise ConfigError(f"data.root={data.root} the run's data, does not exist: add data.root=<where it is now>")
 
 
 def choose(store: CheckpointStore, wanted: str, run_config: Config) -> Manifest:
-    """The manifest of the best, the latest, or a named checkpoint; CheckpointError if there is none."""
+    """Return the manifest of the best, the latest, or a named checkpoint; CheckpointError if there is none."""
     if wanted not in ("best", "latest"):
         return store.by_name(wanted)
     manifests = store.manifests(lambda name, reason: print(f"! {name}: {reason}", file=sys.stderr))
@@ -114,7 +114,7 @@ def choose(store: CheckpointStore, wanted: str, run_config: Config) -> Manifest:
 
 
 def _scores(store: CheckpointStore, manifests: list[Manifest], run_config: Config) -> dict[str, float]:
-    """Return the metric that tells the best, by checkpoint.
+    """Return the metric that ranks checkpoints, by checkpoint.
 
     From the logged points where there is one of its step: one evaluated besides training has none in its manifest.
     """

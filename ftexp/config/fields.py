@@ -18,12 +18,12 @@ _NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: 
 
 
 def ranged(default: Any, low: float | None = None, high: float | None = None, above: float | None = None) -> Any:
-    """A number field: low <= value <= high, and value > above, where given. None passes."""
+    """Return a number field: low <= value <= high, and value > above, where given. None passes."""
     return dataclasses.field(default=default, metadata={"low": low, "high": high, "above": above})
 
 
 def choice(default: Any, options: tuple[str, ...]) -> Any:
-    """A field that holds one of `options`."""
+    """Return a field that holds one of `options`."""
     return dataclasses.field(default=default, metadata={"options": options})
 
 
@@ -37,7 +37,7 @@ def type_problems(key: str, value: Any, hint: Any) -> Iterator[str]:
 
     OmegaConf converts single values, but lets an interpolation stand for a mapping or a list, and containers nest.
     """
-    if isinstance(hint, types.UnionType):  # with None
+    if isinstance(hint, types.UnionType):  # includes None
         if value is None:
             return
         (hint,) = (each for each in typing.get_args(hint) if each is not types.NoneType)
@@ -59,29 +59,29 @@ def type_problems(key: str, value: Any, hint: Any) -> Iterator[str]:
 
 
 def null_problem(key: str) -> str:
-    """The message for a null where there must be a value."""
+    """Return the message for a null where there must be a value."""
     return f"{key}=null is not allowed: it must have a value"
 
 
 def keys_problem(key: str, value: Any) -> str:
-    """The message for a value that is no mapping where there must be one."""
+    """Return the message for a value that is no mapping where there must be one."""
     return f"{key}={shown(value)} is not allowed: {key} holds keys, so write {key}.<key>=..."
 
 
 def list_problem(key: str, value: Any) -> str:
-    """The message for a value that is no list where there must be one."""
+    """Return the message for a value that is no list where there must be one."""
     single = "..." if isinstance(value, dict) else shown(value)
     return f"{key}={shown(value)} must be a list: {key}=[{single}]"
 
 
 def shown(value: Any) -> str:
-    """A value as a message shows it: in a line, and cut where it is long."""
+    """Return a value as a message shows it: in a line, and cut where it is long."""
     text = " ".join(str(value).split())
     return text if len(text) <= _MAX_SHOWN else f"{text[: _MAX_SHOWN - 3]}..."
 
 
 def field_problems(node: Any, prefix: str) -> Iterator[tuple[str, str]]:
-    """(key, message) of every field that is missing or out of its range."""
+    """Yield (key, message) of every field that is missing or out of its range."""
     for field in dataclasses.fields(node):
         key, value = f"{prefix}{field.name}", getattr(node, field.name)
         if dataclasses.is_dataclass(value):
@@ -101,7 +101,7 @@ def range_problem(
     above: float | None = None,
     options: tuple[str, ...] = (),
 ) -> Iterator[str]:
-    """The message for a value outside its field's metadata (see `ranged`), or nothing."""
+    """Yield the message for a value outside its field's metadata (see `ranged`), or nothing."""
     if options:
         if value not in options:
             yield f"{key}={value!r} is not one of {', '.join(options)}.{did_you_mean(str(value), options)}"

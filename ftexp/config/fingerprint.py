@@ -1,4 +1,4 @@
-"""What defines a run, so that going on with another config is refused; and configs that are safe to write down."""
+"""The settings that define a run, so that resuming with other ones is refused."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ftexp.config.schema import AUTO, Config, DistillConfig
 from ftexp.errors import ConfigError
 
 # model, data, optimiser, seed and batch define a run; epochs, workers, logging, failure and checkpoint settings
-# may change between calls
+# may change between invocations
 _DEFINING = (
     *("seed", "resume_from", "model", "data", "augment", "resizing"),
     *("loss", "optim", "ema", "distill", "schedule"),
@@ -36,7 +36,7 @@ _OF_NEW_RUNS = ("decoder", "exif_orientation", "background")
 
 
 def fingerprint(config: Config) -> dict[str, Any]:
-    """{dotted key: value} of everything that defines the run."""
+    """Return {dotted key: value} of everything that defines the run."""
     values = dataclasses.asdict(config)
     chosen = {name: values[name] for name in _DEFINING}
     chosen["train"] = {name: values["train"][name] for name in _DEFINING_TRAIN}
@@ -56,13 +56,13 @@ def fingerprint(config: Config) -> dict[str, Any]:
 
 
 def stopping_rules(config: Config) -> dict[str, Any]:
-    """Return what may have ended a run before its last step: changed since, the run trains on."""
+    """Return the settings that can end a run early: if they changed, a finished run trains on."""
     rules: dict[str, Any] = masked({"stopping": dataclasses.asdict(config.stopping), "hooks": config.hooks})
     return rules
 
 
 def as_begun(config: Config, recorded: Mapping[str, Any] | None, typed: Iterable[str]) -> tuple[Config, list[str]]:
-    """Decode as the run that resumes began to, if nothing else was typed; data.decoder=auto becomes a definition.
+    """Return `config` with the decoding that the run was started with, unless typed; resolves data.decoder=auto.
 
     Args:
         config: this invocation's.
@@ -102,7 +102,8 @@ def differences(recorded: dict[str, Any], own: dict[str, Any], location: str) ->
         raise ConfigError(
             "\n".join(
                 [
-                    f"{location} holds a run that is defined otherwise; choose another run.name, or put these back:",
+                    f"{location} holds a run with a different configuration; choose another run.name, or restore "
+                    "these values:",
                     *changed,
                 ]
             )

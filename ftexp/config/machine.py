@@ -1,4 +1,4 @@
-"""What this machine must have before Ray starts on it: found out beforehand, and put elsewhere where that is safe.
+"""Checks of this machine before Ray starts; files go elsewhere where that is safe.
 
 Ray keeps sockets and logs below RAY_TMPDIR, else TMPDIR, else /tmp, and a token in the home directory. Imports neither
 torch nor Ray.
@@ -26,17 +26,17 @@ _BELOW = len(
 
 
 def prepare_machine() -> None:
-    """See to directories that Ray and torch can write; ConfigError, naming what to set, if there are none."""
+    """Choose directories that Ray and torch can write; raise ConfigError, naming what to set, if there are none."""
     if os.environ.get("TMPDIR") == "":  # Ray would take it for a relative path
         del os.environ["TMPDIR"]
     base, problem = ray_problem(os.environ)
     if problem is not None:
         if "RAY_TMPDIR" in os.environ:
-            raise ConfigError(f"RAY_TMPDIR={base}: {problem}. Set RAY_TMPDIR to a short folder that you can write")
+            raise ConfigError(f"RAY_TMPDIR={base}: {problem}. Set RAY_TMPDIR to a short directory that you can write")
         base = os.environ["RAY_TMPDIR"] = _private(problem)
     Path(base).mkdir(parents=True, exist_ok=True)
     if not _writable(Path.home() / ".ray"):
-        token = Path(_private("the home directory can't be written")) / "auth_token"
+        token = Path(_private("the home directory is not writable")) / "auth_token"
         if not token.exists():
             token.write_text(secrets.token_hex(32))
             token.chmod(0o600)
@@ -57,31 +57,29 @@ def check_compiler(config: Config) -> Iterator[str]:
         return
     chosen = os.environ.get("CXX")
     if shutil.which((chosen or "g++").split()[0]) is None:
-        found = "there is no g++" if chosen is None else f"CXX={chosen} is no program here"
+        found = "there is no g++" if chosen is None else f"CXX={chosen} is not a program on this machine"
         given = f"train.compile={config.train.compiled}"
-        yield f"{given} needs a C++ compiler, and {found}: install g++, set CXX to another, or don't compile"
+        yield f"{given} needs a C++ compiler, but {found}: install g++, set CXX to another, or set train.compile=none"
 
 
 def _unfit(base: str) -> str | None:
-    """Say why Ray can't keep its files below `base`; None if it can."""
+    """Return why Ray can't keep its files below `base`; None if it can."""
     if len(os.fsencode(base)) + _BELOW > _MAX_PATH_BYTES:
-        return (
-            f"{base} is too long for the path of a socket, by {len(os.fsencode(base)) + _BELOW - _MAX_PATH_BYTES} bytes"
-        )
-    return None if _writable(Path(base) / "ray") else f"{base}/ray can't be written by this user"
+        return f"{base} is too long for a socket's path by {len(os.fsencode(base)) + _BELOW - _MAX_PATH_BYTES} bytes"
+    return None if _writable(Path(base) / "ray") else f"{base}/ray is not writable by this user"
 
 
 def _writable(folder: Path) -> bool:
-    """Whether files can be made in a folder, or it can be made itself."""
+    """Return whether files can be made in a directory, or it can be made itself."""
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
 
 
 def _private(problem: str) -> str:
-    """Return this user's own short folder; ConfigError, giving `problem`, if it can't be had."""
+    """Return this user's own short directory; raise ConfigError, giving `problem`, if it can't be made."""
     folder = Path(f"/tmp/ftexp-{os.getuid()}")
-    advice = "set RAY_TMPDIR and HOME to folders that you can write"
+    advice = "set RAY_TMPDIR and HOME to directories that you can write"
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
         status = folder.lstat()
@@ -101,7 +99,7 @@ def _has_name() -> bool:
 
 
 def num_local_gpus() -> int:
-    """NVIDIA GPUs that this machine offers, asked of its driver: torch isn't imported yet."""
+    """Return the number of NVIDIA GPUs on this machine, read from the driver: torch isn't imported yet."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None and visible.strip() in ("", "-1"):
         return 0
@@ -113,5 +111,5 @@ def num_local_gpus() -> int:
 
 
 def usable_cpus() -> int:
-    """Cores that this process may run on; macOS doesn't tell, so there all of them."""
+    """Return the number of cores this process may run on; on macOS, all of them."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -21,7 +21,7 @@ _MASK = "***"
 
 
 def masked(value: Any) -> Any:
-    """A copy of configs, dicts and lists with secrets replaced by ***."""
+    """Return a copy of configs, dicts and lists with secrets replaced by ***."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return masked(dataclasses.asdict(value))
     if isinstance(value, dict):
@@ -32,7 +32,7 @@ def masked(value: Any) -> Any:
 
 
 def without_path(url: str) -> str:
-    """Return what isn't secret of a URL to notify: the scheme, and of http the host."""
+    """Return the part of an alert URL that isn't secret: the scheme and, for http, the host."""
     scheme, _, rest = url.partition("://")
     host = re.split(r"[/?#]", rest)[0].rpartition("@")[2] if scheme.lower() in ("http", "https") else ""
     return f"{scheme}://{host}{'/' if host else ''}{_MASK}"
@@ -53,7 +53,7 @@ def _masked_under(key: str, value: Any) -> Any:
 
 
 def _without_text(value: Any) -> Any:
-    """A copy with every string replaced; numbers stay, since class_token=1 or reg_tokens=4 are no secrets."""
+    """Return a copy with every string replaced; numbers stay, since class_token=1 or reg_tokens=4 are no secrets."""
     if isinstance(value, dict):
         return {key: _without_text(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -62,7 +62,7 @@ def _without_text(value: Any) -> Any:
 
 
 def flat(values: dict[str, Any], prefix: str) -> list[tuple[str, Any]]:
-    """(dotted key, value) of nested keys; `prefix` comes before each."""
+    """Return (dotted key, value) of nested keys; `prefix` comes before each."""
     found: list[tuple[str, Any]] = []
     for key, value in values.items():
         if isinstance(value, dict) and value:

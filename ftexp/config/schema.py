@@ -2,7 +2,7 @@
 
 The YAML groups under conf/ fill these classes; Hydra refuses a key or a type that is not here. What a
 type can't say (ranges, choices, contradictions between groups) is in `ftexp.config.checks.validate`. Nothing heavier
-than omegaconf is imported, so that a mistake is told at once.
+than omegaconf is imported, so that a mistake is reported at once.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ INLINE, BESIDE = "inline", "beside"
 DISTILLATIONS = LOGITS, FEATURES, TOKEN = ("logits", "features", "token")  # timm's
 ALERTS = ("gave_up", "finished", "recoveries", "no_progress", "failing_saves", "straggler")
 HTTP_SCHEMES = ("http", "https")
-WEIGHTS = ("raw", "ema")  # of a run: those that were trained, or their moving average
+WEIGHTS = ("raw", "ema")  # of a run: those that were trained, or their EMA
 DIST_BN = ("none", "reduce", "broadcast")  # timm's
 LR_SCALES = ("linear", "sqrt")
 PARALLEL = DDP, FSDP, HSDP = ("ddp", "fsdp", "hsdp")
@@ -68,8 +68,8 @@ SGD_NAMES = ("sgd", "momentum", "nesterov")  # timm's, of torch's SGD
 
 @dataclass(kw_only=True)
 class RunConfig:
-    name: str | None = None  # None: a new, timestamped run. Set: the same command goes on where it stopped
-    storage: str = "runs"  # a folder, or any URI that pyarrow.fs opens: s3://bucket/prefix
+    name: str | None = None  # None: a new, timestamped run. Set: the same command resumes it
+    storage: str = "runs"  # a directory, or any URI that pyarrow.fs opens: s3://bucket/prefix
 
 
 @dataclass(kw_only=True)
@@ -85,11 +85,11 @@ class ModelConfig:
         None, above=0
     )  # the new classifier's weights and biases are multiplied by it
     head_init_bias: float | None = None  # what the new classifier's biases are set to
-    # stochastic depth: probability that the last block is left out for a sample, falling to 0 at the first
+    # stochastic depth: probability that the last block is skipped for a sample, falling to 0 at the first
     drop_path_rate: float | None = ranged(None, low=0, high=0.99)
 
     def all_kwargs(self) -> dict[str, Any]:
-        """What `timm.create_model` is given beside input size, channels and classes."""
+        """Return the arguments for `timm.create_model`, besides input size, channels and classes."""
         drop_path = {} if self.drop_path_rate is None else {"drop_path_rate": self.drop_path_rate}
         return {**self.preset.get(self.name, {}), **drop_path, **self.kwargs}
 
@@ -97,7 +97,7 @@ class ModelConfig:
 @dataclass(kw_only=True)
 class DataConfig:
     name: str = MISSING  # a registered source
-    root: str | None = None  # folder or URI that holds the data, for sources that read files
+    root: str | None = None  # directory or URI that holds the data, for sources that read files
     download: bool = False  # let torchvision fetch what is missing under root
     image_size: int = ranged(MISSING, low=1)  # pixels; images are square as the model sees them
     channels: int = ranged(3, low=1, high=4)
@@ -254,7 +254,7 @@ class TrainConfig:
 
     @property
     def compiled(self) -> str:
-        """What `compile` means, of COMPILED."""
+        """The value of COMPILED that `compile` means."""
         if isinstance(self.compile, bool):
             return "model" if self.compile else "none"
         return str(self.compile)
@@ -301,22 +301,20 @@ class OptimConfig:
 
 @dataclass(kw_only=True)
 class EmaConfig:
-    """A moving average of the weights, timm's ModelEmaV3: saved, and evaluated beside the weights themselves."""
+    """The EMA of the weights, timm's ModelEmaV3: saved, and evaluated besides the weights themselves."""
 
-    decay: float | None = ranged(
-        None, above=0, high=0.999999
-    )  # share of the average that a step keeps; None: no average
+    decay: float | None = ranged(None, above=0, high=0.999999)  # share of the EMA that a step keeps; None: no EMA
     use_warmup: bool = False  # begin with less, and come up to `decay`: 1 - (1 + step / gamma) ** -power
     warmup_gamma: float = ranged(1.0, above=0)
     warmup_power: float = ranged(2 / 3, above=0)
-    update_after_step: int = ranged(0, low=0)  # until then the average is the weights themselves
+    update_after_step: int = ranged(0, low=0)  # until then the EMA equals the weights
 
 
 @dataclass(kw_only=True)
 class DistillConfig:
     """A frozen model, the teacher, whose answers on the same batch are part of the loss that training minimises."""
 
-    # a run's directory or URI; a weights file with timm's config.json beside it; or a timm name. None: no teacher
+    # a run's directory or URI; a weights file with timm's config.json next to it; or a timm name. None: no teacher
     teacher: str | None = None
     kind: str = choice(LOGITS, DISTILLATIONS)  # what is compared: logits; pooled features; the logits of DeiT's token
     alpha: float = ranged(0.5, above=0, high=1)  # share of the teacher's term; the rest is the loss of the labels
@@ -399,15 +397,15 @@ class FailureConfig:
     max_failures: int = ranged(3, low=-1)  # restarts of the worker group; -1: no limit
     max_preemption_failures: int = ranged(-1, low=-1)  # preemptions are not charged to max_failures
     max_ray_failures: int = ranged(3, low=-1)  # new Rays for one of our own that died; not charged to max_failures
-    max_by_cause: dict[str, int] = field(default_factory=dict)  # {cause: restarts}, beside max_failures
+    max_by_cause: dict[str, int] = field(default_factory=dict)  # {cause: restarts}, besides max_failures
     refill_after_steps: int | None = ranged(None, low=1)  # a failure this many steps back is forgiven; None: never
     max_failures_without_progress: int = ranged(3, low=-1)  # in a row, none of which saw a new step: a crash loop
     backoff_s: float = ranged(1.0, low=0)  # wait before a restart that follows no progress; doubled each time
     max_backoff_s: float = ranged(60.0, low=0)
-    # a loss or gradient that is NaN or infinite: restart, leave the batch out, or do that and go back to the last save
+    # a NaN or infinite loss or gradient: restart, skip the batch, or skip it and go back to the last checkpoint
     on_nonfinite: str = choice("raise", ("raise", "skip_step", "rollback"))
     max_nonfinite_steps: int = ranged(10, low=0)  # skipped in a row before the run gives up
-    max_rollbacks: int = ranged(5, low=0)  # to the same save before the run gives up
+    max_rollbacks: int = ranged(5, low=0)  # to the same checkpoint before the run gives up
     # retry: as the budgets say; fail: stop; halve_micro_batch: restart with twice the accumulate_steps, uncharged
     on_out_of_memory: str = choice("retry", ("retry", "fail", "halve_micro_batch"))
     # compare the weights of all ranks every so many steps, and before each save; a difference is a failure; None: never
@@ -434,14 +432,14 @@ class FailureConfig:
 class CheckpointConfig:
     every_epochs: int | None = ranged(1, low=1)  # None: only at the other cadences, and at the end
     every_steps: int | None = ranged(None, low=1)  # optimiser steps
-    every_seconds: float | None = ranged(None, above=0)  # since the last save began
+    every_seconds: float | None = ranged(None, above=0)  # since the last checkpoint was begun
     max_failed_saves: int | None = ranged(None, low=0)  # failed saves in a row that training survives; None: any number
     # full: rank 0 writes all of it; sharded: each worker writes its share of model and optimiser; auto: as they lie
     format: str = choice(AUTO, (AUTO, "full", "sharded"))
     # which sharded checkpoints have model.pt as well, for others than ftexp. end: the last and the best, once the run
     # ends; best: also each that is the best so far; never: none
     full_at: str = choice("end", ("end", "best", "never"))
-    num_to_keep: int | None = ranged(2, low=2)  # 1 would leave no way back if the newest is torn; None: all
+    num_to_keep: int | None = ranged(2, low=2)  # 1 would leave no way back if the newest is corrupt; None: all
     checkpoint_score_attribute: str = "val_accuracy"  # the best by this metric is kept as well
     checkpoint_score_order: str = choice("max", ("max", "min"))
     extra_state: list[str] = field(
@@ -450,7 +448,7 @@ class CheckpointConfig:
 
 
 def fault_fields(fault: Any) -> dict[str, Any]:
-    """An entry of `chaos.faults`, a name or {kind: ..., step: ...}, as the latter; a new dict."""
+    """Return an entry of `chaos.faults`, a name or {kind: ..., step: ...}, as the latter; a new dict."""
     return {"kind": fault} if isinstance(fault, str) else dict(fault)
 
 
@@ -459,7 +457,7 @@ class ChaosConfig:
     kind: str = choice("none", ("none", *FAULTS, "random"))
     step: int | None = ranged(None, low=1)  # fires after this optimiser step; None: in the middle of the run
     rank: int = ranged(0, low=0)  # the worker that it happens to, modulo their number
-    count: int = ranged(1, low=1)  # newest checkpoints that are damaged; saves that fail or are slow; slow steps
+    count: int = ranged(1, low=1)  # newest checkpoints that are corrupt; saves that fail or are slow; slow steps
     # hang: how long; slow_storage, slow_rank: how much longer a save, or a step of that rank, takes
     seconds: float = ranged(3600.0, low=0)
     faults: list[Any] = field(default_factory=list)  # several: names, or {kind: ..., step: ..., rank: ...}
@@ -475,7 +473,7 @@ class ReportConfig:
 
 @dataclass(kw_only=True)
 class NotifyConfig:
-    """Alerts, each sent once. What goes wrong with one never fails a run."""
+    """Alerts, each sent once. Errors in sending are logged and never fail the run."""
 
     # http and https: a JSON POST; others, slack://... or mailto://..., by the package apprise. Secret: written nowhere
     urls: list[str] = field(default_factory=list)
@@ -495,9 +493,9 @@ class ProfileConfig:
 
 @dataclass(kw_only=True)
 class SweepConfig:
-    """Of a multirun (-m). None of it defines a trial."""
+    """Settings of a multirun (-m); none defines a trial."""
 
-    name: str | None = None  # None: a new, timestamped sweep. Set: the same command goes on where it stopped
+    name: str | None = None  # None: a new, timestamped sweep. Set: the same command resumes it
     max_concurrent: int | None = ranged(None, low=1)  # trials at once; None: as many as fit
     retry_failed: bool = True  # whether the same command tries failed trials again
     metric: str | None = None  # the objective, of a trial's last metrics; None: checkpoint.checkpoint_score_attribute
@@ -506,14 +504,14 @@ class SweepConfig:
 
 @dataclass(kw_only=True)
 class SearchConfig:
-    """Of `hydra/sweeper=tune`, under hydra.sweeper; the objective is sweep.metric. None of it defines a trial."""
+    """Settings of `hydra/sweeper=tune`, under hydra.sweeper; the objective is sweep.metric. None defines a trial."""
 
-    num_trials: int = ranged(MISSING, low=1)  # in all, over all calls of the command
+    num_trials: int = ranged(MISSING, low=1)  # in all, over all invocations
     search: str = choice(MISSING, ("random", "tpe"))
     seed: int = ranged(0, low=0)  # of what is proposed; not the trials' own
     scheduler: str = choice("none", ("none", "asha"))  # asha: stop early what lags behind
     grace_epochs: int = ranged(1, low=1)  # asha: the first rung; no trial is stopped before it
-    reduction_factor: float = ranged(3.0, above=1)  # asha: about 1 trial in so many goes on beyond a rung
+    reduction_factor: float = ranged(3.0, above=1)  # asha: about 1 trial in so many continues beyond a rung
 
 
 @dataclass(kw_only=True)
@@ -551,7 +549,7 @@ class Config:
 
 
 def config_dir() -> Path:
-    """The folder of the YAML groups: inside the package when installed, beside it in a checkout."""
+    """Return the directory of the YAML groups: inside the package when installed, next to it in a checkout."""
     package = Path(__file__).resolve().parents[1]
     installed = package / "conf"
     return installed if installed.is_dir() else package.parent / "conf"

@@ -31,5 +31,5 @@ WITH_OTHER_TASKS = ("image_list", "parquet", "synthetic", "webdataset")  # sourc
 
 
 def can_stream(name: str) -> bool:
-    """Whether a source may be too large for memory; sources of the user's own may."""
+    """Return whether a source may be too large for memory; sources of the user's own may."""
     return "on_bad_sample" in SOURCE_FIELDS.get(name, ("on_bad_sample",))

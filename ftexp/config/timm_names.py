@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 def timm_folder() -> Path:
-    """Where timm's source files are."""
+    """Return the directory of timm's source files."""
     spec = importlib.util.find_spec("timm")
     assert spec is not None, "timm is a dependency of ftexp"
     assert spec.origin is not None
@@ -29,19 +29,19 @@ def _model_files() -> list[str]:
 
 @functools.cache
 def model_names() -> frozenset[str]:
-    """Every architecture name `timm.create_model` takes."""
+    """Return every architecture name `timm.create_model` takes."""
     return frozenset(name for text in _model_files() for name in _REGISTERED.findall(text))
 
 
 @functools.cache
 def without_drop_path() -> frozenset[str]:
-    """Architectures that are sure to have no stochastic depth. timm itself refuses it for some of the others."""
+    """Return the architectures that certainly have no stochastic depth; timm itself refuses it for some others."""
     files = [text for text in _model_files() if "drop_path" not in text and not _OTHER_MODELS.search(text)]
     return frozenset(name for text in files for name in _REGISTERED.findall(text))
 
 
 @functools.cache
 def optimizer_names() -> frozenset[str]:
-    """Every optimiser name `timm.optim.create_optimizer_v2` takes."""
+    """Return every optimiser name `timm.optim.create_optimizer_v2` takes."""
     source = (timm_folder() / "optim" / "_optim_factory.py").read_text(encoding="utf-8")
     return frozenset(re.findall(r"(?:OptimInfo|register_alias)\(\s*(?:name=)?'(\w+)'", source))

@@ -54,10 +54,10 @@ class PrometheusConfig:
 
 @dataclass(kw_only=True)
 class TrackerConfig:
-    """What keeps the metrics beside metrics.jsonl and metrics.csv. What is wrong with a tracker never fails a run."""
+    """Trackers: they store metrics besides metrics.jsonl and metrics.csv. Their errors never fail the run."""
 
     use: dict[str, bool] = field(default_factory=dict)  # {tracker: true}; what tracker=[...] fills
-    tags: dict[str, str] = field(default_factory=dict)  # beside ftexp's own: name, git commit, checkpoint, ...
+    tags: dict[str, str] = field(default_factory=dict)  # besides ftexp's own: name, git commit, checkpoint, ...
     timeout_s: float = ranged(10.0, above=0)  # of one request, and of what is still to be sent when the run ends
     tensorboard: TensorBoardConfig = field(default_factory=TensorBoardConfig)
     mlflow: MlflowConfig = field(default_factory=MlflowConfig)
@@ -67,5 +67,5 @@ class TrackerConfig:
 
     @property
     def names(self) -> list[str]:
-        """Of the trackers in use."""
+        """Names of the trackers in use."""
         return [name for name, used in self.use.items() if used]

@@ -11,5 +11,5 @@ _PACKAGES = ("ftexp", "ray", "torch", "torchvision", "timm", "numpy", "hydra-cor
 
 @functools.cache
 def package_versions() -> dict[str, str]:
-    """{package: version}, with Python's own."""
+    """Return {package: version}, with Python's own."""
     return {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}

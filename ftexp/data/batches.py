@@ -1,4 +1,4 @@
-"""What a feed hands to the training loop."""
+"""Batches, as a feed passes them to the training loop."""
 
 from __future__ import annotations
 

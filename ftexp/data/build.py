@@ -1,4 +1,4 @@
-"""What a run trains on, and by which feed: cached in memory if it fits, streamed if not."""
+"""The data of a run and its feed: cached in memory if it fits, streamed if not."""
 
 from __future__ import annotations
 
@@ -46,17 +46,15 @@ def build_data(
     in_blocks = bool(found.block_sizes) if isinstance(found, Listing) else found.blocks is not None
     if config.shuffle_window is not None and not in_blocks:
         raise DataError(
-            f"data.shuffle_window={config.shuffle_window}, but data.name={config.name} is not read in blocks: take out "
+            f"data.shuffle_window={config.shuffle_window}, but data.name={config.name} is not read in blocks: remove "
             "data.shuffle_window"
         )
     if isinstance(found, Listing):
         bundle = _from_files(config, found, augment, runtime_env, only_evaluates)
     elif config.feed == "streaming":
-        raise DataError(
-            f"data.feed=streaming, but data.name={config.name} is in memory as a whole: take data.feed=cached"
-        )
+        raise DataError(f"data.feed=streaming, but data.name={config.name} is held in memory: set data.feed=cached")
     else:
-        bundle = dataclasses.replace(found, why=f"data.name={config.name} is in memory as a whole")
+        bundle = dataclasses.replace(found, why=f"data.name={config.name} is held in memory")
     if not only_evaluates and not bundle.info.num_samples.get("train"):
         raise DataError(
             f"data.name={config.name}: the training split has no samples; check data.root and the fractions"
@@ -79,14 +77,14 @@ def drawn_by_class(config: Config, bundle: DataBundle) -> DataBundle:
     if sampling == "sqrt" and draws < num_classes:
         raise DataError(
             f"data.sampling=sqrt draws each class in every epoch, but augment.repeats={repeats} leaves {draws:,} draws "
-            f"for {num_classes:,} classes: take data.sampling=balanced, or lower augment.repeats"
+            f"for {num_classes:,} classes: set data.sampling=balanced, or lower augment.repeats"
         )
     info = dataclasses.replace(bundle.info, class_counts=table.counts.tolist())
     return dataclasses.replace(bundle, info=info, classes=table)
 
 
 def _train_labels(bundle: DataBundle) -> Labels:
-    """The label of each training sample, by its number."""
+    """Return the label of each training sample, by its number."""
     if "train" in bundle.streams:
         return bundle.streams["train"].table.get()[1]
     columns = bundle.datasets["train"].select_columns(["sample", "label"])
@@ -109,7 +107,7 @@ def _from_files(
         num_train = len(listing.labels["train"])
         pixels += num_train * (mean_pixels(config, listing) - config.image_size**2)
     needed, there = pixels * config.channels, _object_store_bytes()
-    sizes = f"decoded it takes {_size(needed)}, and a node's object store has {_size(there)}"
+    sizes = f"decoded, it takes {_size(needed)}, and a node's object store has {_size(there)}"
     if config.feed != AUTO:
         feed, why = config.feed, f"as data.feed says; {sizes}"
     else:
@@ -134,7 +132,7 @@ def _streamed(config: DataConfig, listing: Listing, readers: Mapping[str, Reader
 
 
 def _stream_readers(config: DataConfig, listing: Listing, sizes: str, in_order: bool) -> Mapping[str, Reader]:
-    """How samples are read: in their order, or in that of `data.shuffle_window`."""
+    """Return how samples are read: in their order, or in that of `data.shuffle_window`."""
     if config.shuffle_window is not None:
         return _block_readers(listing, config.shuffle_window)
     if listing.single_readers or not listing.block_sizes:
@@ -143,8 +141,8 @@ def _stream_readers(config: DataConfig, listing: Listing, sizes: str, in_order: 
         return _block_readers(listing, 1)
     raise DataError(
         f"data.shuffle_window is not set, and streaming shuffled single rows of data.name={config.name} would "
-        "read a whole row group for each: set data.shuffle_window=8, say, to shuffle row groups, and rows "
-        f"within 8 of them at a time; or take data.feed=cached ({sizes})"
+        "read a whole row group for each: set, for example, data.shuffle_window=8 to shuffle row groups, "
+        f"and rows within 8 of them at a time; or set data.feed=cached ({sizes})"
     )
 
 
@@ -158,7 +156,7 @@ def _block_readers(listing: Listing, num_blocks: int) -> dict[str, Reader]:
 
 
 def _object_store_bytes() -> float:
-    """Of the node that has least: every node that trains holds the whole of a cached data set."""
+    """Return the size of the smallest node's object store: every node that trains holds a whole cached data set."""
     nodes = [node["Resources"].get("object_store_memory", 0.0) for node in ray.nodes() if node["Alive"]]
     return float(min(nodes))
 

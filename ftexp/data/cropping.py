@@ -71,7 +71,10 @@ def fitted(picture: Picture, fit: Fit) -> UInt8s:
 
 
 def _in_the_centre(pixels: UInt8s, fit: Fit) -> UInt8s:
-    """A square of the final size: the middle of what is larger, and a border of the mean around what is smaller."""
+    """Return a square of the final size.
+
+    The middle of what is larger, and a border of the mean around what is smaller.
+    """
     height, width, channels = pixels.shape
     canvas = np.empty((fit.size, fit.size, channels), np.uint8)
     canvas[:] = fill_color(fit.mean)
@@ -83,7 +86,7 @@ def _in_the_centre(pixels: UInt8s, fit: Fit) -> UInt8s:
 
 
 def fill_color(mean: Sequence[float]) -> int | tuple[int, ...]:
-    """The mean of pixels in 0..1, a value a channel, as a colour of Pillow's; black without one."""
+    """Return the mean of pixels in 0..1, a value a channel, as a colour of Pillow's; black without one."""
     values = tuple(min(255, round(255 * value)) for value in mean)
     return values if len(values) > 1 else sum(values)
 
@@ -107,7 +110,7 @@ class RandomCrop:
         return self._placed(scaled(picture, size, self._resampling(draws)), draws)
 
     def box(self, size: tuple[int, int], draws: random.Random) -> tuple[int, int, int, int]:
-        """(left, top, right, bottom) in a picture of this width and height, as RandomResizedCropAndInterpolation's."""
+        """Return (left, top, right, bottom) in a picture of this size, as timm's RandomResizedCropAndInterpolation."""
         width, height = size
         low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
         for _ in range(_TRIES):
@@ -133,7 +136,7 @@ class RandomCrop:
         return RESAMPLING[self.interpolation]
 
     def _scaled(self, size: tuple[int, int], draws: random.Random) -> tuple[int, int]:
-        """The width and height that a picture is scaled to in rkrc and rkrr, as ResizeKeepRatio's."""
+        """Return the width and height that a picture is scaled to in rkrc and rkrr, as ResizeKeepRatio's."""
         width, height = size
         shorter = min(height / self.size, width / self.size)
         down = across = 1.0
@@ -145,7 +148,10 @@ class RandomCrop:
         return round(width * across / shorter), round(height * down / shorter)
 
     def _placed(self, pixels: UInt8s, draws: random.Random) -> UInt8s:
-        """A square of it: rkrc's from the centre, rkrr's from anywhere; what lies outside mirrors what is inside."""
+        """Return a square of it: rkrc's from the centre, rkrr's from anywhere.
+
+        What lies outside mirrors what is inside.
+        """
         height, width, _ = pixels.shape
         if self.mode == "rkrc":
             top, left = _centred(height, self.size), _centred(width, self.size)
@@ -159,7 +165,7 @@ class RandomCrop:
 
 
 def _centred(length: int, size: int) -> int:
-    """Where the middle `size` pixels of `length` begin; negative if that is shorter. timm rounds as this does."""
+    """Return where the middle `size` pixels of `length` begin; negative if that is shorter. Rounds as timm does."""
     return round((length - size) / 2) if length > size else -((size - length) // 2)
 
 
@@ -169,5 +175,5 @@ def _anywhere(margin: int, draws: random.Random) -> int:
 
 
 def _outside(start: int, length: int, size: int) -> tuple[int, int]:
-    """How many of `size` pixels from `start` on lie before and after a line of `length`."""
+    """Return how many of `size` pixels from `start` on lie before and after a line of `length`."""
     return max(-start, 0), max(start + size - length, 0)

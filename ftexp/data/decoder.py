@@ -6,7 +6,7 @@ torchvision  Pillow reads the head. 8-bit grey and RGB JPEGs are decoded by torc
              differ from Pillow's by 1. A JPEG that is fitted as a whole is decoded at 1/2, 1/4 or 1/8 of its size, by
              libjpeg's scaling, if its shorter side stays at least twice what that is scaled to.
 
-What a name stands for never changes, since runs go on with what they began with: something else gets another name.
+What a name stands for never changes, since runs resume with what they began with: a change gets another name.
 torch is imported by torchvision's definition alone.
 """
 
@@ -94,25 +94,25 @@ class Decoding:
         return Decoded(self.picture(picture), traits)
 
     def picture(self, picture: Picture) -> Picture:
-        """The same as this decoder's kind of picture."""
+        """Return the same as this decoder's kind of picture."""
         if self.decoder == TORCHVISION:
             return pixels_of(picture)
         return picture if isinstance(picture, Image.Image) else as_pillow(picture)
 
     def num_pixels(self, encoded: bytes) -> int:
-        """How many pixels an image that a part will be cut out of keeps; only its head is read."""
+        """Return how many pixels an image that a part will be cut out of keeps; only its head is read."""
         with opened(encoded) as image:
             factor = self._factor(image, None)
             return -(-image.width // factor) * -(-image.height // factor)
 
     def _factor(self, image: Image.Image, fitted_to: int | None) -> int:
-        """By what the image is shrunk while it is decoded."""
-        least = self.decode_size
+        """Return the factor by which the image is shrunk while it is decoded."""
+        min_size = self.decode_size
         if fitted_to is not None:
             if self.decoder != TORCHVISION or image.format not in _JPEG:
                 return 1
-            least = _KEPT * fitted_to
-        return next((factor for factor in _FACTORS if least is not None and min(image.size) >= factor * least), 1)
+            min_size = _KEPT * fitted_to
+        return next((factor for factor in _FACTORS if min_size is not None and min(image.size) >= factor * min_size), 1)
 
     def _by_pillow(self, image: Image.Image, channels: int, factor: int) -> tuple[Image.Image, Traits]:
         traits = Traits(0)
@@ -146,7 +146,7 @@ def opened(encoded: bytes) -> Image.Image:
 
 
 def _transparent(image: Image.Image) -> Image.Image | None:
-    """The image with alpha; None if it has none, or is opaque."""
+    """Return the image with alpha; None if it has none, or is opaque."""
     if not image.has_transparency_data:
         return None
     clear = image.convert("RGBA")
@@ -154,7 +154,7 @@ def _transparent(image: Image.Image) -> Image.Image | None:
 
 
 def _by_torchvision(image: Image.Image, encoded: bytes) -> UInt8s | None:
-    """Pixels of an 8-bit grey or RGB JPEG as it is stored; None if it is none, or torchvision rejects it."""
+    """Return the pixels of an 8-bit grey or RGB JPEG as stored; None if it is none, or torchvision rejects it."""
     if image.format not in _JPEG or image.mode not in _DECODED_MODES:
         return None
     import torch
@@ -169,14 +169,17 @@ def _by_torchvision(image: Image.Image, encoded: bytes) -> UInt8s | None:
 
 
 def _tensor(values: UInt8s) -> torch.Tensor:
-    """The same memory as a tensor; torch has none that can't be written to, and warns, so such values are copied."""
+    """Return the same memory as a tensor.
+
+    torch has none that is read-only, and warns, so such values are copied.
+    """
     import torch
 
     return torch.from_numpy(values if values.flags.writeable else values.copy())
 
 
 def _with_channels(pixels: UInt8s, channels: int) -> UInt8s:
-    """Grey as colour and the reverse, as Pillow converts them."""
+    """Convert between grey and colour as Pillow does."""
     if pixels.shape[2] == channels:
         return pixels
     if (pixels.shape[2], channels) == (1, 3):
@@ -185,10 +188,10 @@ def _with_channels(pixels: UInt8s, channels: int) -> UInt8s:
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
-    """How to turn an image upright; None if it is, or if its EXIF data can't be read."""
+    """Return how to turn an image upright; None if it is, or if its EXIF data can't be read."""
     try:
         return _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # of any kind, by what is torn in it; the pixels may be sound
+    except Exception:  # of any kind; the pixels may be intact
         return None
 
 
@@ -214,7 +217,7 @@ def _turned(picture: Picture, turn: Image.Transpose) -> Picture:
 
 
 def _high_bits(image: Any, bit_depth: int) -> UInt8s:
-    """16-bit grey as 8-bit: the high ones of `bit_depth`; Pillow's own conversion cuts everything above 255 off."""
+    """Convert 16-bit grey to the high 8 of `bit_depth` bits; Pillow's own conversion cuts off everything above 255."""
     if not image.mode.startswith("I;16"):
         raise ValueError(f"pixels of Pillow's mode {image.mode}, whose range isn't known")
     pixels: UInt8s = np.minimum(np.asarray(image).astype(np.uint16) >> (bit_depth - 8), 255).astype(np.uint8)
@@ -222,18 +225,18 @@ def _high_bits(image: Any, bit_depth: int) -> UInt8s:
 
 
 def size_of(picture: Picture) -> tuple[int, int]:
-    """(width, height)."""
+    """Return (width, height)."""
     return picture.size if isinstance(picture, Image.Image) else (picture.shape[1], picture.shape[0])
 
 
 def pixels_of(picture: Picture) -> UInt8s:
-    """[height, width, channels]."""
+    """Return [height, width, channels]."""
     pixels: UInt8s = np.asarray(picture, np.uint8)
     return pixels if pixels.ndim == 3 else pixels[..., None]
 
 
 def as_pillow(pixels: UInt8s) -> Image.Image:
-    """[height, width, channels] as Pillow has it."""
+    """Return [height, width, channels] as Pillow has it."""
     return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
 
 
@@ -243,7 +246,7 @@ def scaled(
     resampling: Image.Resampling,
     box: tuple[int, int, int, int] | None = None,
 ) -> UInt8s:
-    """A picture, or what a box of it holds, as [height, width, channels] of this width and height.
+    """Return a picture, or what a box of it holds, as [height, width, channels] of this width and height.
 
     box: (left, top, right, bottom), within the picture.
     """
@@ -265,7 +268,7 @@ def scaled(
 
 @contextlib.contextmanager
 def on_one_thread(decoder: str) -> Iterator[None]:
-    """While pictures are decoded: a task has one CPU, and the process that it is forked from any number of threads."""
+    """Decode on one thread: a task has one CPU, but the process it is forked from may have many threads."""
     if decoder != TORCHVISION:
         yield
         return

@@ -52,14 +52,14 @@ def reasons(excluded: Sequence[Excluded], bad: Sequence[BadSample], most: int = 
 
 @dataclass(frozen=True)
 class DataInfo:
-    """What models, feeds and reports need to know of the data. Travels to every worker."""
+    """Facts of the data for models, feeds and reports. Sent to every worker."""
 
     class_names: list[str]
     image_size: int  # pixels, square
     channels: int
     mean: list[float]  # per channel, of pixels scaled to 0..1
     std: list[float]
-    num_samples: dict[str, int]  # by split; unreadable samples that were skipped don't count
+    num_samples: dict[str, int]  # by split; without unreadable samples that were skipped
     bad_samples: list[BadSample] = field(default_factory=list)
     digest: str | None = None  # of a listing, see listing.digest_of; None: of data that is in memory as a whole
     excluded: list[Excluded] | None = None  # None: of a run that began before ftexp counted them
@@ -101,7 +101,7 @@ class DataInfo:
 
 @dataclass(frozen=True)
 class DataBundle:
-    """What a run trains on: every split cached, or every split streamed.
+    """The data of a run: every split cached, or every split streamed.
 
     A cached split is a materialised Ray Dataset (train's may be `pictures` instead) with the columns
     image: uint8 [image_size, image_size, channels]; label: a row of `ftexp.data.targets.Labels`;

@@ -82,7 +82,9 @@ def _rows(split: str, column: Sequence[Any], config: DataConfig, what: str, wher
         try:
             rows.append(label_values(cell, config))
         except ValueError as error:
-            raise DataError(f"{what} holds {cell!r} at {where(split, item)}, which is no JSON list: {error}") from error
+            raise DataError(
+                f"{what} holds {cell!r} at {where(split, item)}, which is not a JSON list: {error}"
+            ) from error
     return rows
 
 
@@ -113,7 +115,7 @@ def _targets(
                 many = f"{len(row)} numbers" if len(row) != 1 else "1 number"
                 raise DataError(
                     f"{what} holds {many} at {where(split, item)}, and {first} in the first row: every sample needs as "
-                    "many targets, and one at least"
+                    "many targets, at least one"
                 )
             row[:] = [_number(value, split, item, what, where) for value in row]
         labels[split] = np.array(rows, np.float32).reshape(len(rows), first)

@@ -23,7 +23,7 @@ _HELD = {False: "samples", True: "labels"}  # by whether a sample has any number
 def from_text(columns: Mapping[str, Sequence[str]], config: DataConfig) -> dict[str, list[str | int]]:
     """Return the labels of each split as whole numbers if all are written as those are printed, or else as text.
 
-    Under data.integer_labels=indices, digits are a number even beside text, and with zeros before it.
+    Under data.integer_labels=indices, digits are a number even next to text, and with zeros before it.
     """
     found = {split: [written_number(text, config) for text in column] for split, column in columns.items()}
     if config.integer_labels == "indices" or all(isinstance(label, int) for own in found.values() for label in own):

@@ -1,4 +1,4 @@
-"""What sources of files give: samples that can be read by number, on any node and in any order.
+"""Listings of file sources: samples that can be read by number, on any node and in any order.
 
 A `Listing` is what was found; an `IndexedSplit` is one split of it, ready to be sent to the tasks that decode.
 Items are numbered as they were listed, samples as they are in their split.
@@ -34,7 +34,7 @@ _RETRY_AFTER_S = (0.2, 1.0, 3.0)  # a store that fails is asked again
 
 @dataclass(frozen=True)
 class Listing:
-    """What a source of files found, by listed split: train, and val and test if the source has them."""
+    """Samples that a file source found, by listed split: train, and val and test if the source has them."""
 
     class_names: list[str]
     labels: dict[str, Labels]  # of each item
@@ -47,7 +47,10 @@ class Listing:
     excluded: list[Excluded] = field(default_factory=list)  # entries that a rule keeps from being samples
 
     def splits(self, config: DataConfig, readers: Mapping[str, Reader]) -> dict[str, IndexedSplit]:
-        """Every split, read by `readers`; what the source has no split for is cut off from train as `config` says."""
+        """Return every split, read by `readers`.
+
+        What the source has no split for is cut off from train as `config` says.
+        """
         missing = [name for name in ("val", "test") if name not in self.labels]
         fractions = [getattr(config, f"{name}_fraction") for name in missing]
         rest, *cut = stratified_split(self.labels["train"], fractions, config.split_seed)
@@ -88,7 +91,7 @@ class Listing:
 
 
 def digest_of(class_names: list[str], labels: dict[str, Labels], names: Mapping[str, Iterable[str]]) -> str:
-    """SHA-256 of which samples there are, in which order, and of their labels; not of what is in them.
+    """Return the SHA-256 of the list of samples, in order, and of their labels; not of their content.
 
     `names` are each split's, below the root, so that data may move.
     """
@@ -120,11 +123,11 @@ def retried(get: Callable[[], T]) -> T:
 class SteadyFile(io.RawIOBase):
     """A file of a store that may fail for a while, for formats whose library reads it.
 
-    The bytes are what is got again: what a library makes of them, of a damaged file say, is an OSError too.
+    The bytes are what is got again: what a library makes of them, of a corrupt file say, is an OSError too.
     """
 
     def __init__(self, filesystem: FileSystem, path: str) -> None:
-        """FileNotFoundError if it isn't there; OSError if it can't be opened."""
+        """Raise FileNotFoundError if it isn't there; OSError if it can't be opened."""
         self._file = retried(lambda: filesystem.open_input_file(path))
         self._size, self._position = self._file.size(), 0
 
@@ -137,7 +140,7 @@ class SteadyFile(io.RawIOBase):
         return True
 
     def tell(self) -> int:
-        """Where the next read begins, in bytes."""
+        """Return where the next read begins, in bytes."""
         return self._position
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
@@ -159,7 +162,7 @@ class SteadyFile(io.RawIOBase):
 
 
 def raiser(error: Exception) -> Callable[[], Any]:
-    """A way to get an image that can't be got."""
+    """Return a way to get an image that can't be got."""
 
     def get() -> Any:
         raise error

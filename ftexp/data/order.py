@@ -29,7 +29,7 @@ _MASK = (1 << 64) - 1
 
 
 def mix(values: UInt64s) -> UInt64s:
-    """SplitMix64's output function: spreads every input bit over all 64 output bits (Steele et al., 2014)."""
+    """Apply SplitMix64's output function: spread every input bit over all 64 output bits (Steele et al., 2014)."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
@@ -44,7 +44,7 @@ def derive_seed(*parts: int) -> int:
 
 
 def derive_seeds(seed: int, *parts: Int64s) -> UInt64s:
-    """`derive_seed(seed, *parts)` of each row; `parts` are non-negative, all of one shape, [rows]."""
+    """Return `derive_seed(seed, *parts)` of each row; `parts` are non-negative, all of one shape, [rows]."""
     states = np.full(parts[0].shape, derive_seed(seed), np.uint64)
     for part in parts:
         states = mix(states + (part.astype(np.uint64) + np.uint64(1)) * np.uint64(_GOLDEN))
@@ -58,7 +58,7 @@ def _mix_int(value: int) -> int:
 
 
 def uniforms(seed: int, positions: Int64s, draw: int) -> npt.NDArray[np.float64]:
-    """Uniform numbers in [0, 1), one a position: draw number `draw` of each sample's own random stream."""
+    """Return uniform numbers in [0, 1), one per position: draw number `draw` of each sample's own random stream."""
     counters = positions.astype(np.uint64) * np.uint64(_GOLDEN) + np.uint64(derive_seed(seed, draw))
     return (mix(mix(counters)) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
@@ -67,7 +67,7 @@ class AnyOrder(Protocol):
     """A sequence of samples: position -> sample."""
 
     def samples(self, positions: Int64s) -> Int64s:
-        """The sample at each position; `positions` is any shape of non-negative integers."""
+        """Return the sample at each position; `positions` is any shape of non-negative integers."""
         ...
 
 
@@ -82,7 +82,7 @@ class SampleOrder:
         assert self.num_samples > 0, "sources refuse an empty split"
 
     def samples(self, positions: Int64s) -> Int64s:
-        """The sample at each position; `positions` is any shape of non-negative integers."""
+        """Return the sample at each position; `positions` is any shape of non-negative integers."""
         epochs, offsets = np.divmod(np.asarray(positions, np.int64), self.num_samples)
         samples = np.empty_like(offsets)
         for epoch in np.unique(epochs):
@@ -113,7 +113,7 @@ class WindowOrder:
         self._epochs: dict[int, _Epoch] = {}  # the last two
 
     def samples(self, positions: Int64s) -> Int64s:
-        """The sample at each position; `positions` is any shape of non-negative integers."""
+        """Return the sample at each position; `positions` is any shape of non-negative integers."""
         epochs, offsets = np.divmod(np.asarray(positions, np.int64), self.num_samples)
         samples = np.empty_like(offsets)
         for number in np.unique(epochs):
@@ -144,7 +144,7 @@ class WindowOrder:
 
 
 def permute(offsets: Int64s, size: int, keys: tuple[np.uint64, ...]) -> Int64s:
-    """Where a permutation of [0, size), chosen by `keys`, takes each of `offsets`."""
+    """Return where a permutation of [0, size), chosen by `keys`, takes each of `offsets`."""
     num_bits = np.uint64(max(2, (size - 1).bit_length()))
     values = _feistel(offsets.astype(np.uint64), num_bits, keys)
     # the network permutes a domain of up to twice the size: walk on until inside
@@ -154,7 +154,7 @@ def permute(offsets: Int64s, size: int, keys: tuple[np.uint64, ...]) -> Int64s:
 
 
 def permute_each(offsets: Int64s, sizes: Int64s, seeds: UInt64s) -> Int64s:
-    """`permute`, where each row has its own permutation: of [0, sizes[row]), chosen by seeds[row]; all are [rows]."""
+    """Return `permute` with a permutation for each row: of [0, sizes[row]), chosen by seeds[row]; all are [rows]."""
     num_bits = np.maximum(2, np.frexp(sizes - 1.0)[1]).astype(np.uint64)  # exact below 2**53
     keys = [mix(seeds + np.uint64(number * _GOLDEN & _MASK)) for number in range(1, _NUM_ROUNDS + 1)]
     values = _feistel(offsets.astype(np.uint64), num_bits, keys)
@@ -165,12 +165,12 @@ def permute_each(offsets: Int64s, sizes: Int64s, seeds: UInt64s) -> Int64s:
 
 @functools.lru_cache(maxsize=64)
 def round_keys(seed: int, *stream: int) -> tuple[np.uint64, ...]:
-    """The keys of the permutation that a seed and the numbers of a stream choose."""
+    """Return the keys of the permutation that a seed and the numbers of a stream choose."""
     return tuple(np.uint64(derive_seed(seed, *stream, number)) for number in range(_NUM_ROUNDS))
 
 
 def _feistel(values: UInt64s, num_bits: np.uint64 | UInt64s, keys: Sequence[np.uint64 | UInt64s]) -> UInt64s:
-    """A permutation of [0, 2**num_bits): Feistel rounds that change the high and the low bits in turn.
+    """Return a permutation of [0, 2**num_bits): Feistel rounds that change the high and the low bits in turn.
 
     num_bits, keys: of all `values`, or of each.
     """

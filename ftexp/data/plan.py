@@ -16,14 +16,14 @@ _MIN_ROWS = 2
 
 @dataclass(frozen=True)
 class MicroShare:
-    """What a micro-batch takes: positions that count, then some that fill up, then partners of the former."""
+    """Positions of a micro-batch: those that count, then padding, then partners of the former."""
 
     positions: Int64s
     num_counted: int
     num_partners: int = 0
 
     def pairs(self, start: int, readable: npt.NDArray[np.bool_] | None) -> Int64s:
-        """Rows of samples that are partners, [2, pairs], the earlier first; `start` is that of the global batch.
+        """Return rows of samples that are partners, [2, pairs], the earlier first; `start` is that of the global batch.
 
         Rows that fill up have no partner, nor has what isn't `readable` (None: all is).
         """
@@ -49,16 +49,16 @@ class ShardPlan:
     in_pairs: bool = False  # whether each sample needs its partner at hand, to be mixed with it
 
     def batch_ends(self, position: int) -> Iterator[tuple[int, int]]:
-        """The (start, end) of every global batch from `position`; the last may be short."""
+        """Yield the (start, end) of every global batch from `position`; the last may be short."""
         for start in range(position, self.total_positions, self.global_batch_size):
             yield start, min(start + self.global_batch_size, self.total_positions)
 
     def share(self, start: int, end: int) -> tuple[int, int]:
-        """This rank's (start, end) within a global batch; shares differ by one at most."""
+        """Return this rank's (start, end) within a global batch; shares differ by one at most."""
         return even_part(start, end, self.rank, self.world_size)
 
     def micro_shares(self, start: int, end: int) -> list[MicroShare]:
-        """This rank's share of a global batch, cut into micro-batches."""
+        """Return this rank's share of a global batch, cut into micro-batches."""
         first, last = self.share(start, end)
         shares = []
         for number in range(self.accumulate_steps):
@@ -80,7 +80,7 @@ def even_part(start: int, end: int, part: int, parts: int) -> tuple[int, int]:
 
 
 def cut_off(low: int, high: int, start: int, end: int) -> list[int]:
-    """Partners of [low, high) that lie outside of it, within the global batch [start, end): two at most.
+    """Return partners of [low, high) that lie outside of it, within the global batch [start, end): two at most.
 
     Samples are partners by twos from the global batch's beginning; where their number is odd, the last has none.
     """

@@ -64,7 +64,7 @@ class Quotas:
 
     @classmethod
     def of(cls, sampling: str, counts: Int64s, num_draws: int) -> Quotas:
-        """Those of `data.sampling`, where `counts` are the samples of each class, all above 0."""
+        """Return those of `data.sampling`, where `counts` are the samples of each class, all above 0."""
         if sampling == "balanced":
             return cls(np.full(len(counts), num_draws // len(counts)), num_draws)
         assert sampling == "sqrt", "a choice of the schema"
@@ -74,7 +74,7 @@ class Quotas:
         return cls(np.array(_apportioned(roots, num_draws), np.int64), num_draws)
 
     def before(self, epoch: int) -> Int64s:
-        """How many draws each class has in all epochs before `epoch`, [num_classes]."""
+        """Return how many draws each class has in all epochs before `epoch`, [num_classes]."""
         num_classes, rest = len(self.whole), self.num_draws - int(self.whole.sum())
         # floor((x + c) / n) over c = 0 .. n - 1 adds up to x (Hermite)
         return epoch * self.whole + (epoch * rest + np.arange(num_classes)) // num_classes
@@ -100,7 +100,7 @@ class ClassOrder:
     """Draws by class: draw -> sample. An epoch is `quotas.num_draws` draws; costs one look at all classes an epoch."""
 
     def __init__(self, seed: int, table: ClassTable, quotas: Quotas) -> None:
-        """`quotas` are of the classes that have samples."""
+        """quotas: of the classes that have samples."""
         self._seed, self._members, self._quotas = seed, table.members, quotas
         self._classes = np.flatnonzero(table.counts)
         self._counts = table.counts[self._classes]
@@ -108,12 +108,12 @@ class ClassOrder:
         assert len(self._classes) == len(quotas.whole)
 
     def samples(self, positions: Int64s) -> Int64s:
-        """The sample of each draw; `positions` is any shape of non-negative integers."""
+        """Return the sample of each draw; `positions` is any shape of non-negative integers."""
         samples: Int64s = self._members[self.places(positions)].astype(np.int64)
         return samples
 
     def places(self, positions: Int64s) -> Int64s:
-        """The same samples as their places in `ClassTable.members`."""
+        """Return the same samples as their places in `ClassTable.members`."""
         epochs, offsets = np.divmod(np.asarray(positions, np.int64), self._quotas.num_draws)
         rows, visits = np.empty_like(offsets), np.empty_like(offsets)  # which class, and its how many-th draw
         for epoch in np.unique(epochs).tolist():
@@ -135,7 +135,7 @@ class RepeatedOrder:
     """Each draw of `order` at `repeats` positions, far apart in one global batch: position -> sample.
 
     Each epoch of `num_samples` positions makes ceil(num_samples / repeats) draws, the last of them at fewer positions
-    where that doesn't divide evenly. A draw that a global batch cuts off goes on in the next.
+    where that doesn't divide evenly. A draw that a global batch cuts off continues in the next.
     """
 
     order: AnyOrder
@@ -144,11 +144,11 @@ class RepeatedOrder:
     global_batch_size: int
 
     def samples(self, positions: Int64s) -> Int64s:
-        """The sample at each position; `positions` is any shape of non-negative integers."""
+        """Return the sample at each position; `positions` is any shape of non-negative integers."""
         return self.order.samples(self.draws(positions))
 
     def draws(self, positions: Int64s) -> Int64s:
-        """The draw of `order` at each position."""
+        """Return the draw of `order` at each position."""
         positions = np.asarray(positions, np.int64)
         epochs = positions // self.num_samples
         # the part of a global batch that lies in one epoch is cut into stretches, and copies of a draw dealt to them in
@@ -167,12 +167,12 @@ class RepeatedOrder:
 
 
 def num_draws(num_samples: int, repeats: int) -> int:
-    """How many samples an epoch of `num_samples` positions draws, where each is repeated so often."""
+    """Return how many samples an epoch of `num_samples` positions draws, where each is repeated so often."""
     return -(-num_samples // repeats)
 
 
 def run_order(config: Config, num_samples: int, block_sizes: Int64s | None, table: ClassTable | None) -> AnyOrder:
-    """The order of a run.
+    """Return the order of a run.
 
     Args:
         config: the run's.
@@ -226,9 +226,9 @@ def epoch_in_words(config: Config, info: DataInfo) -> str:
     classes = np.flatnonzero(counts)
     quotas = Quotas.of(config.data.sampling, counts[classes], draws)
     if config.data.sampling == "balanced":
-        least, rest = divmod(draws, len(classes))
+        lowest, rest = divmod(draws, len(classes))
         shares = np.full(len(classes), draws / len(classes))
-        how = f"{least:,}{f' or {least + 1:,}' if rest else ''} of each of {len(classes):,} classes"
+        how = f"{lowest:,}{f' or {lowest + 1:,}' if rest else ''} of each of {len(classes):,} classes"
     else:
         shares = quotas.whole.astype(np.float64)
         how = f"{quotas.whole.min():,} to {quotas.whole.max():,} of each of {len(classes):,} classes"

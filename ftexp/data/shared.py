@@ -20,7 +20,7 @@ class Shared(Generic[T]):
         return {**vars(self), "_here": None}
 
     def get(self) -> T:
-        """The value; arrays in it can't be written to."""
+        """Return the value; arrays in it can't be written to."""
         if self._here is None:
             self._here = ray.get(self._ref)
         return self._here

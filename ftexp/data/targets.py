@@ -28,12 +28,12 @@ _COUNTED_ROWS = 4096  # unpacked at a time
 
 
 def is_packed(labels: Labels) -> bool:
-    """Whether these are sets of classes."""
+    """Return whether these are sets of classes."""
     return labels.dtype == np.uint8
 
 
 def is_numbers(labels: Labels) -> bool:
-    """Whether these are targets of a regression."""
+    """Return whether these are targets of a regression."""
     return labels.dtype.kind == "f"
 
 

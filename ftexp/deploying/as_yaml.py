@@ -11,7 +11,7 @@ class _Dumper(yaml.SafeDumper):  # type: ignore[misc]  # PyYAML has no types
     """Writes each value where it is used, and text of several lines as it is."""
 
     def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002
-        """Whether a value that occurs twice is written twice."""
+        """Return whether a value that occurs twice is written twice."""
         return True
 
 

@@ -1,4 +1,4 @@
-"""What is deployed: the settings under `deploy.`, and the command line that follows from them."""
+"""Settings under `deploy.`, and the command line that they give."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _NAME = re.compile(r"[a-z0-9]([-a-z0-9]{0,45}[a-z0-9])?")  # RayJob's: KubeRay a
 
 @dataclass(kw_only=True)
 class DeployConfig:
-    """What stands under `deploy.`"""
+    """Settings under `deploy.`"""
 
     nodes: int = ranged(1, low=1)
     gpus_per_node: int = ranged(0, low=0)  # a worker for each; 0: training on CPUs
@@ -77,13 +77,14 @@ def checked_words(plan_words: list[str], own: DeployConfig) -> list[str]:
 
 
 def require_deployable(kind: str, own: DeployConfig, words: list[str], config: Config) -> None:
-    """ConfigError, a line for each, about what would keep the job from resuming, or from being accepted."""
+    """Raise ConfigError, a line for each setting that would keep the job from resuming or being accepted."""
     problems = [f"{word}: deploy sets {key} itself; remove it" for word in words if (key := _key(word)) in _SET_HERE]
     if config.run.name is None:
         problems.append("run.name is not set: the job resumes the run of that name after a restart; add run.name=...")
     elif not _NAME.fullmatch(config.run.name) and kind != SLURM:
         problems.append(
-            f"run.name={config.run.name} is no name for {kind}: take small letters, digits and -, at most 47"
+            f"run.name={config.run.name} is not a valid name for {kind}: use at most 47 lower-case letters, digits "
+            "and -"
         )
     if kind in (KUBERAY, KUEUE) and own.volume_claim is None and not is_remote(config.run.storage):
         problems.append(
@@ -92,10 +93,10 @@ def require_deployable(kind: str, own: DeployConfig, words: list[str], config: C
         )
     if kind == SKYPILOT and not is_remote(config.run.storage):
         problems.append(
-            f"run.storage={config.run.storage} ends with the machine: set it to a URI, s3://bucket/runs say"
+            f"run.storage={config.run.storage} ends with the machine: set it to a URI, for example s3://bucket/runs"
         )
     if kind == SKYPILOT and own.gpus_per_node and own.accelerator is None:
-        problems.append("deploy.accelerator is not set: name the GPU, deploy.accelerator=H100 say")
+        problems.append("deploy.accelerator is not set: name the GPU, for example deploy.accelerator=H100")
     if kind == KUEUE and own.queue is None:
         problems.append("deploy.queue is not set: name the LocalQueue, deploy.queue=...")
     if own.volume_claim is not None and any(_key(word) == "run.storage" for word in words):

@@ -1,4 +1,4 @@
-"""How fast this machine decodes images."""
+"""Decode rate of this machine."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def decode_rate(config: Config, seconds: float = _SECONDS) -> Finding:
     """Decode a JPEG of usual size to data.image_size on one core, by the decoder of the config."""
     check = "decode rate"
     if not can_stream(config.data.name):
-        return not_here(check, f"data={config.data.name} is in memory as a whole: nothing is decoded")
+        return not_here(check, f"data={config.data.name} is held in memory: nothing is decoded")
     from ftexp.data.cropping import Fit, fitted
     from ftexp.data.decoder import Decoding, on_one_thread
 
@@ -35,7 +35,7 @@ def decode_rate(config: Config, seconds: float = _SECONDS) -> Finding:
                 fitted(decoding(encoded, fit.channels, fit.side).picture, fit)
                 count += 1
     except Exception as error:  # of any kind, by codec
-        return fails(check, f"{type(error).__name__}: {error}", "data.decoder=pillow, or install torchvision again")
+        return fails(check, f"{type(error).__name__}: {error}", "data.decoder=pillow, or reinstall torchvision")
     width, height = _SIZE
     rate, cpus = count / spent, usable_cpus()
     return ok(check, f"{rate:,.0f} JPEGs of {width}×{height} a second on a core by {decoding.decoder}, of {cpus} cores")

@@ -48,7 +48,7 @@ def _existing(path: Path) -> Path:
 
 @contextmanager
 def probed(config: Config) -> Iterator[Storage]:
-    """A directory of the doctor's own below run.storage, removed at the end, with run.storage if that was not there."""
+    """Make a temporary directory below run.storage, removed at the end, with run.storage if that was not there."""
     root = Storage.at(config.run.storage)
     was_there = root.exists()
     folder = root.child(f"doctor-{secrets.token_hex(4)}")
@@ -75,7 +75,7 @@ def storage_speed(folder: Storage, checkpoint_bytes: int | None) -> Finding:
     if checkpoint_bytes is None:
         return ok("storage speed", found)
     save_s = checkpoint_bytes / rate
-    found += f"; a checkpoint of {checkpoint_bytes / 1e6:,.0f} MB takes {save_s:.1f} s, beside the training"
+    found += f"; a checkpoint of {checkpoint_bytes / 1e6:,.0f} MB takes {save_s:.1f} s, in parallel to training"
     if save_s > _SLOW_SAVE_S:
         return warning("storage speed", found, "save less often (checkpoint.every_seconds), or to a faster run.storage")
     return ok("storage speed", found)
@@ -90,12 +90,12 @@ def storage_operations(folder: Storage) -> Finding:
     saved.publish(files, last="manifest")
     listed = folder.list_folders()
     if listed != ["checkpoint"] or saved.list_files() != ["a", "manifest"]:
-        return fails(check, f"what was written is not listed: {listed}", "use a storage that lists what was written")
+        return fails(check, f"a new file is not listed: {listed}", "use a storage that lists new files")
     if saved.read_bytes("a") != _CONTENT:
-        return fails(check, "what was written is read back otherwise", "use another run.storage")
+        return fails(check, "the content read differs from the content written", "use another run.storage")
     saved.delete()
     if folder.list_folders():
-        return fails(check, "what was deleted is still listed", "use a storage that lists what there is")
+        return fails(check, "a deleted file is still listed", "use a storage whose lists are up to date")
     return ok(check, f"{masked(folder.parent.uri)}: all in {1000 * (time.perf_counter() - began):.0f} ms")
 
 
@@ -104,7 +104,7 @@ def _writer(content: bytes) -> Writer:
 
 
 def storage_checks(config: Config, checkpoint_bytes: int | None) -> list[Finding]:
-    """All of them; if the first to write fails, it stands for them."""
+    """Return all of them; if the first to write fails, it stands for them."""
     try:
         findings = [disk_space(config, checkpoint_bytes)]
         with probed(config) as folder:

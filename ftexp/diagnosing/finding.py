@@ -1,4 +1,4 @@
-"""What a check has found, and the table of all."""
+"""Findings of checks, and their table."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.text import Text
 
 
 class Verdict(StrEnum):
-    """What a finding means for a run."""
+    """Consequence of a finding for a run."""
 
     OK = "ok"
     WARNING = "warning"  # it would run, but slower, or with less safety

@@ -112,7 +112,7 @@ def ray_directory(config: Config, environment: Mapping[str, str] = os.environ) -
     if problem is not None and "RAY_TMPDIR" in environment:
         return fails(check, problem, "set RAY_TMPDIR to a short directory that you can write, or unset it")
     if problem is not None:
-        return ok(check, f"{problem}, so that ftexp takes /tmp/ftexp-{os.getuid()} instead")
+        return ok(check, f"{problem}, so ftexp uses /tmp/ftexp-{os.getuid()} instead")
     folder = Path(base) / "ray"
     return ok(check, f"{folder}{_owner(folder)}")
 

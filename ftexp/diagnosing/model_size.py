@@ -1,4 +1,4 @@
-"""How large the model is, without building it."""
+"""Size of the model, without building it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the ranks find out together, as the workers of a run: one arithmetic, one network, one time."""
+"""Checks between ranks, as workers of a run: arithmetic, network and clocks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _NUM_PINGS = 20
 
 @dataclass(frozen=True)
 class RankFacts:
-    """What one rank measured. Travels from the worker as a dict."""
+    """Measurements of one rank; sent from the worker as a dict."""
 
     rank: int
     node: str

@@ -57,12 +57,12 @@ def measured(config: Config, workers: Workers, storage: Storage) -> list[RankFac
 
 
 def together(config: Config, workers: Workers, storage: Storage, size: ModelSize | None) -> list[Finding]:
-    """All checks of the ranks; a finding in their place if no workers start."""
+    """Return all checks of the ranks; a finding in their place if no workers start."""
     try:
         facts = measured(config, workers, storage)
     except Exception as error:  # of any kind: Ray's, torch's, a library's that isn't there
         reason = " ".join(str(error).split())[:300] or type(error).__name__
-        fix = "see the reason; verbose=true shows Ray's own output"
+        fix = "fix the reason; verbose=true shows Ray's own output"
         return [fails("workers", f"{workers}: {masked(reason)}", fix)]
     nodes = Counter(each.node for each in facts)
     started = ok("workers", f"{workers} started on {len(nodes)} node{'s' if len(nodes) > 1 else ''}")
@@ -86,7 +86,7 @@ def same_product(facts: Sequence[RankFacts]) -> Finding:
     for each in facts:
         if len(set(each.products)) > 1:
             text = f"rank {each.rank} ({each.device} of {each.node}) has several results for the same product"
-            return fails(check, text, f"take {each.node} out: its processor or memory is faulty")
+            return fails(check, text, f"remove {each.node}: its processor or memory is faulty")
     by_device: dict[str, set[str]] = {}
     for each in facts:
         by_device.setdefault(each.device, set()).update(each.products)
@@ -98,7 +98,7 @@ def same_product(facts: Sequence[RankFacts]) -> Finding:
     if len(set.union(*by_device.values())) > 1:
         text = f"differs between {' and '.join(sorted(by_device))}"
         return warning(check, text, "ranks of one kind of device: a restart that moves ranks changes bits")
-    return ok(check, f"bitwise the same on {len(facts)} ranks, {len(facts[0].products)} times each")
+    return ok(check, f"bitwise identical on {len(facts)} ranks, {len(facts[0].products)} times each")
 
 
 def _odd_one(facts: Sequence[RankFacts], device: str) -> RankFacts:

@@ -1,1 +1,1 @@
-"""How good a saved checkpoint is, on the data of its run or on others."""
+"""Evaluation of a checkpoint on the data of its run or on other data."""

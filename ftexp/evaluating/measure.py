@@ -89,7 +89,7 @@ def _matched(info: DataInfo, found: DataInfo, data: DataConfig) -> MatchedClasse
     if info.class_names != found.class_names:
         raise ConfigError(
             f"the outputs of data.task={info.task} are {', '.join(info.class_names)}, and data.name={data.name} has "
-            f"{', '.join(found.class_names)}: give data with the same, in the same order"
+            f"{', '.join(found.class_names)}: give data with the same targets in the same order"
         )
     return None
 

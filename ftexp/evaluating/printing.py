@@ -50,7 +50,7 @@ def print_result(result: dict[str, Any]) -> None:
 
 
 def _of_classes(result: dict[str, Any]) -> Iterator[str]:
-    """Lines about classes that only the model, or only the other data, have."""
+    """Yield lines about classes that only the model, or only the other data, have."""
     if missing := result.get("missing_classes"):
         yield f"missing classes: {', '.join(missing)}"
     if new := result.get("new_classes"):

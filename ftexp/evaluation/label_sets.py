@@ -1,4 +1,4 @@
-"""How good sets of classes are, class by class: precision and recall at a threshold, and average precision."""
+"""Metrics of sets of classes, per class: precision and recall at a threshold, and average precision."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def thresholds_of(key: str, given: Any, num_classes: int) -> list[float]:
         )
     for value in values:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
-            raise ConfigError(f"{key}={given}: {value!r} is no probability from 0 to below 1")
+            raise ConfigError(f"{key}={given}: {value!r} is not a probability from 0 to below 1")
     return [float(value) for value in values]
 
 
@@ -55,12 +55,12 @@ class SetFindings:
 
     def _mistaken(self, images: Tensor, held: Tensor, probabilities: Tensor) -> list[Mistake]:
         """Return the most confident mistakes of a batch; a sample's confidence is that of its worst class."""
-        told = probabilities > torch.from_numpy(self._thresholds).to(probabilities)
-        confidences = torch.where(told, probabilities, 1 - probabilities).nan_to_num()
-        worst = torch.where(told != held, confidences, -1.0).amax(1)
+        predicted = probabilities > torch.from_numpy(self._thresholds).to(probabilities)
+        confidences = torch.where(predicted, probabilities, 1 - probabilities).nan_to_num()
+        worst = torch.where(predicted != held, confidences, -1.0).amax(1)
         wrong = (worst >= 0).nonzero().flatten()
         surest = wrong[worst[wrong].argsort(descending=True, stable=True)][:MAX_MISTAKES]
-        label, prediction = _sets_of(held[surest]), _sets_of(told[surest])
+        label, prediction = _sets_of(held[surest]), _sets_of(predicted[surest])
         return mistakes_of(worst[surest].tolist(), label, prediction, self._to_pixels(images[surest]))
 
     def report(self, info: DataInfo) -> dict[str, Any]:
@@ -94,13 +94,13 @@ def _sets_of(flags: Tensor) -> list[tuple[int, ...]]:
 
 def of_class(probabilities: Float32s, held: npt.NDArray[np.bool_], threshold: float) -> dict[str, Any]:
     """Return what is said of one class; None for what nothing is a share of."""
-    told = probabilities > np.float32(threshold)
-    right, num_held, num_told = int((told & held).sum()), int(held.sum()), int(told.sum())
+    predicted = probabilities > np.float32(threshold)
+    right, num_held, num_predicted = int((predicted & held).sum()), int(held.sum()), int(predicted.sum())
     return {
         "num_samples": num_held,
         "threshold": round(float(threshold), 6),
         "recall": right / num_held if num_held else None,
-        "precision": right / num_told if num_told else None,
+        "precision": right / num_predicted if num_predicted else None,
         "average_precision": average_precision(probabilities, held),
     }
 

@@ -23,7 +23,7 @@ class Meter:
         self._scales = 2.0 ** (_BITS * torch.arange(_NUM_DIGITS, dtype=torch.float64, device=device))
 
     def add(self, losses: Tensor, correct: Tensor, counted: Tensor) -> None:
-        """Count samples: losses float [rows], correct bool [rows]; rows where `counted` is False are left out."""
+        """Count samples: losses float [rows], correct bool [rows]; rows where `counted` is False are excluded."""
         finite = torch.isfinite(losses.float())
         units = (torch.where(counted & finite, losses.detach(), 0).double() * _UNIT).round()
         digits = (units[:, None] / self._scales).trunc().fmod(2.0**_BITS).long()  # each of the loss's sign, and exact
@@ -31,7 +31,7 @@ class Meter:
         self._sums += torch.stack([*digits.sum(0), (correct & counted).sum(), counted.sum(), lost])
 
     def taken(self) -> Tensor:
-        """The sums as they are now, for `put_back`."""
+        """Return the sums as they are now, for `put_back`."""
         return self._sums.clone()
 
     def put_back(self, sums: Tensor) -> None:
@@ -43,7 +43,7 @@ class Meter:
         self._sums.zero_()
 
     def totals(self) -> list[int]:
-        """Over all ranks, and collective: loss in 2**-24, right answers, samples, samples of non-finite loss."""
+        """Return sums over all ranks (collective): loss in 2**-24, right answers, samples, those of non-finite loss."""
         return self.totals_with([])[0]
 
     def totals_with(self, others: Sequence[int]) -> tuple[list[int], list[int]]:
@@ -72,7 +72,7 @@ def _digits(loss: int) -> list[int]:
 
 
 def means(totals: list[int]) -> tuple[float, float]:
-    """(mean loss, accuracy) of what `Meter.totals` returned; NaN for nothing counted, or a non-finite loss."""
+    """Return (mean loss, accuracy) of what `Meter.totals` returned; NaN for nothing counted, or a non-finite loss."""
     loss, correct, count, non_finite = totals
     if count == 0:
         return float("nan"), float("nan")

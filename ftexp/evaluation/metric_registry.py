@@ -57,7 +57,7 @@ _kinds = dict(METRICS)
 
 
 def register_metric(name: str, better: str = "max", tasks: Sequence[str] = ()) -> Callable[[B], B]:
-    """Decorator of a function or class: what it builds of a `MetricContext` is logged where train.metrics has `name`.
+    """Decorate a function or class: log the metric that it builds where train.metrics has `name`.
 
     better: max or min, which way the metric is better. tasks: those that it is for; by default single_label.
     """
@@ -83,7 +83,7 @@ def check_names(names: Sequence[str], task: str) -> None:
     """Raise ConfigError for a metric that neither ftexp nor a plug-in has, or that is for other tasks."""
     for name in names:
         if name not in _kinds:
-            advice = f"Available: {', '.join(sorted(_kinds))}. A name of your own comes from a module listed under "
+            advice = f"Available: {', '.join(sorted(_kinds))}. Your own are registered by a module listed in "
             raise UnknownNameError(unknown("train.metrics", name, frozenset(_kinds), f"{advice}plugins=[...]."))
         if task not in _kinds[name].tasks:
             raise ConfigError(f"metric {name} is for {' and '.join(_kinds[name].tasks)}, and the task is {task}")
@@ -99,7 +99,7 @@ def check_metrics(config: Config, task: str) -> None:
     if order != (better := better_of(scored)):
         raise ConfigError(
             f"checkpoint.checkpoint_score_attribute={scored} is best at its {better}imum, and "
-            f"checkpoint.checkpoint_score_order={order}: set that to {better}"
+            f"checkpoint.checkpoint_score_order={order}: set it to {better}"
         )
     stopping = config.stopping
     if stopping.metric is not None and stopping.mode not in (None, better_of(stopping.metric)):

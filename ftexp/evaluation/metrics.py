@@ -26,13 +26,13 @@ _UNIT = 2.0**24  # confidences are summed as whole numbers of 2**-24: see `ftexp
 
 @register_metric("top5")
 def _top5(context: MetricContext) -> Metric:
-    """The share of samples whose class is among the five of the largest logits."""
+    """Return the share of samples whose class is among the five of the largest logits."""
     return MulticlassAccuracy(context.num_classes, top_k=5, average="micro", validate_args=False)
 
 
 @register_metric("f1_macro")
 def _f1_macro(context: MetricContext) -> Metric:
-    """The mean F1 of the classes that occur, as labels or as predictions."""
+    """Return the mean F1 of the classes that occur, as labels or as predictions."""
     return MulticlassF1Score(context.num_classes, average="macro", validate_args=False)
 
 
@@ -47,7 +47,7 @@ class _BalancedAccuracy(MulticlassStatScores):
         super().__init__(context.num_classes, average="none", validate_args=False)
 
     def compute(self) -> Tensor:
-        """Over what was counted."""
+        """Compute over what was counted."""
         assert isinstance(self.tp, Tensor)
         assert isinstance(self.fn, Tensor)
         right, samples = self.tp.double(), (self.tp + self.fn).double()
@@ -77,7 +77,7 @@ class _CalibrationError(Metric):
         self.sums.index_add_(1, bins, torch.stack([torch.ones_like(units), right, units, lost]))
 
     def compute(self) -> Tensor:
-        """Over what was counted."""
+        """Compute over what was counted."""
         samples, right, units, lost = self.sums.double()
         error = (right - units / _UNIT).abs().sum() / samples.sum()
         return torch.where(lost.sum() > 0, torch.nan, error)
@@ -94,10 +94,10 @@ class _MeanOfClasses:
         self._predictions, self._measure = predictions.keep(), measure
 
     def update(self, logits: Tensor, targets: Tensor) -> None:
-        """Nothing: the predictions are kept for all metrics at once."""
+        """Do nothing: the predictions are kept for all metrics at once."""
 
     def compute(self) -> float:
-        """Over all predictions; collective."""
+        """Compute over all predictions; collective."""
         values = [value for value in self._predictions.by_class(self._of_class) if value is not None]
         return math.fsum(values) / len(values) if values else math.nan
 
@@ -109,13 +109,13 @@ class _MeanOfClasses:
 
 @register_metric("auroc")
 def _auroc(context: MetricContext) -> _MeanOfClasses:
-    """The area under the ROC curve."""
+    """Return the area under the ROC curve."""
     return _MeanOfClasses(context.predictions, _area_under_roc)
 
 
 @register_metric("average_precision")
 def _average_precision(context: MetricContext) -> _MeanOfClasses:
-    """The area under the precision-recall curve, by steps."""
+    """Return the area under the precision-recall curve, by steps."""
     return _MeanOfClasses(context.predictions, _step_area)
 
 
@@ -138,10 +138,10 @@ class _OfTargets:
         self._std = 1.0 if context.target_std is None else np.array(context.target_std)
 
     def update(self, logits: Tensor, targets: Tensor) -> None:
-        """Nothing: the predictions are kept for all metrics at once."""
+        """Do nothing: the predictions are kept for all metrics at once."""
 
     def compute(self) -> float:
-        """Over all predictions; collective. NaN where no target has one."""
+        """Compute over all predictions; collective. NaN where no target has one."""
         outputs, targets = (values.double().numpy() * self._std for values in self._predictions.pairs())
         found = [errors(*pair)[self._key] for pair in zip(outputs.T, targets.T, strict=True)]
         known = [value for value in found if value is not None]
@@ -150,17 +150,17 @@ class _OfTargets:
 
 @register_metric("mae")
 def _mae(context: MetricContext) -> _OfTargets:
-    """The mean absolute error."""
+    """Return the mean absolute error."""
     return _OfTargets(context, "mae")
 
 
 @register_metric("mse")
 def _mse(context: MetricContext) -> _OfTargets:
-    """The mean squared error."""
+    """Return the mean squared error."""
     return _OfTargets(context, "mse")
 
 
 @register_metric("r2")
 def _r2(context: MetricContext) -> _OfTargets:
-    """The coefficient of determination."""
+    """Return the coefficient of determination."""
     return _OfTargets(context, "r2")

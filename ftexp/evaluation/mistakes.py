@@ -33,7 +33,7 @@ class Mistake:
 
 @dataclass
 class Part:
-    """What was found on one rank's part of a split, or on all of it."""
+    """Mistakes on one rank's part of a split, or on all of it."""
 
     pairs: Counter[tuple[int, int]] = field(default_factory=Counter)  # how often (label, prediction)
     mistakes: list[Mistake] = field(default_factory=list)  # the surest first
@@ -61,7 +61,7 @@ class ClassFindings:
         self._mistakes = surest_of([*self._mistakes, *found])
 
     def gathered(self) -> Part:
-        """What all ranks found, on rank 0, and this rank's part on the others; collective."""
+        """Return the mistakes of all ranks on rank 0, and this rank's part on the others; collective."""
         counted = Counter(pair for pairs in self._pairs for pair in pairs.tolist())
         own = Part(Counter({divmod(pair, self._num_classes): count for pair, count in counted.items()}), self._mistakes)
         return _together(gathered(own))
@@ -72,7 +72,7 @@ class ClassFindings:
 
 
 def described(part: Part, class_names: list[str]) -> dict[str, Any]:
-    """What `evaluation_<split>.json` says of them; confusion is [label][prediction], null beyond 1,000 classes."""
+    """Return entries of `evaluation_<split>.json`; confusion is [label][prediction], null beyond 1,000 classes."""
     num_classes = len(class_names)
     confusion = None
     if num_classes <= _MAX_CLASSES:
@@ -119,7 +119,7 @@ def _share(right: int, total: int) -> float | None:
 
 
 def _together(parts: list[Part]) -> Part:
-    """Ranks hold consecutive stretches of the split: in their order, mistakes are in the order of samples."""
+    """Join the parts of ranks, which hold consecutive stretches of the split, in the order of samples."""
     pairs = Counter[tuple[int, int]]()
     for part in parts:
         pairs.update(part.pairs)
@@ -143,7 +143,7 @@ def surest_of(mistakes: Sequence[Mistake]) -> list[Mistake]:
 
 
 def _png(pixels: UInt8s) -> bytes:
-    """[height, width, channels]; a second or fourth channel, Pillow's alpha, isn't shown."""
+    """Return [height, width, channels]; a second or fourth channel, Pillow's alpha, isn't shown."""
     picture = Image.fromarray(pixels[..., 0] if pixels.shape[2] in (1, 2) else pixels[..., :3])
     picture.thumbnail((_MAX_PIXELS, _MAX_PIXELS))
     stream = io.BytesIO()

@@ -1,4 +1,4 @@
-"""How far predicted numbers are from their targets, in the units of the data."""
+"""Errors of predicted numbers, in the units of the data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How outputs are judged under each `data.task`: evaluation's loss, and when a sample is right."""
+"""Evaluation under each `data.task`: the loss, and when a sample is right."""
 
 from __future__ import annotations
 
@@ -27,27 +27,27 @@ def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _right_class(logits: Tensor, targets: Tensor) -> Tensor:
-    """Whether the surest class is the right one; of a mixed sample, that with the larger part."""
+    """Return whether the surest class is the right one; of a mixed sample, that with the larger part."""
     return logits.argmax(1) == (targets if targets.ndim == 1 else targets.argmax(1))
 
 
 def _binary_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """The mean over classes."""
+    """Return the mean over classes."""
     return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(1)
 
 
 def _exact_match(logits: Tensor, targets: Tensor) -> Tensor:
-    """Whether the classes of a probability above 0.5 are those of the sample, all of them and no other."""
+    """Return whether the classes of a probability above 0.5 are those of the sample, all of them and no other."""
     return ((logits > 0) == (targets > _EVEN)).all(1)
 
 
 def _squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
-    """The mean over targets."""
+    """Return the mean over targets."""
     return (outputs - targets).square().mean(1)
 
 
 def _never(outputs: Tensor, _: Tensor) -> Tensor:
-    """A number isn't right or wrong."""
+    """Return None: a number isn't right or wrong."""
     return outputs.new_zeros(len(outputs)).bool()
 
 

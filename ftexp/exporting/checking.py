@@ -40,7 +40,9 @@ class Difference:
 
 
 def samples_of(run: SavedRun, num_samples: int) -> Samples:
-    """Images of the test split, or of another if that is empty, spread evenly over it; noise if none can be read.
+    """Return images of the test split, or of another if that is empty, spread evenly over it.
+
+    Noise if none can be read.
 
     Ray must be running.
     """

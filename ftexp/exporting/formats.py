@@ -43,14 +43,14 @@ class FromPixels(nn.Module):
         self.register_buffer("std", torch.tensor(info.std).view(1, -1, 1, 1))
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """uint8 [batch, height, width, channels] -> logits."""
+        """Compute logits of uint8 [batch, height, width, channels]."""
         images = pixels.permute(0, 3, 1, 2).to(torch.float32) / 255
         logits: Tensor = self.model((images - self.mean) / self.std)
         return logits
 
 
 def answers(model: nn.Module, info: DataInfo) -> Answer:
-    """The logits of a model in memory, for images that are prepared as in evaluation."""
+    """Return the logits of a model in memory, for images that are prepared as in evaluation."""
     to_tensors = ToTensors(info, torch.device("cpu"), channels_last=False)
 
     def answer(pixels: UInt8s) -> npt.NDArray[np.float32]:
@@ -63,7 +63,7 @@ def answers(model: nn.Module, info: DataInfo) -> Answer:
 
 @formats.register("safetensors")
 def safetensors(model: nn.Module, info: DataInfo, about: dict[str, Any], folder: Path) -> Answer:
-    """model.safetensors and config.json, which timm.create_model("local-dir:<folder>", pretrained=True) loads."""
+    """Write model.safetensors and config.json for timm.create_model("local-dir:<directory>", pretrained=True)."""
     import timm
     from safetensors.torch import save_model
 
@@ -93,7 +93,7 @@ def safetensors(model: nn.Module, info: DataInfo, about: dict[str, Any], folder:
 
 @formats.register("torch_export")
 def torch_export(model: nn.Module, info: DataInfo, about: dict[str, Any], folder: Path) -> Answer:
-    """model.pt2, a torch.export program; its extra file about.json tells the rest."""
+    """Write model.pt2, a torch.export program; its extra file about.json has the rest."""
     program = torch.export.export(
         FromPixels(model, info).eval(),
         (_example(info),),
@@ -113,7 +113,7 @@ def torch_export(model: nn.Module, info: DataInfo, about: dict[str, Any], folder
 
 @formats.register("onnx")
 def onnx(model: nn.Module, info: DataInfo, about: dict[str, Any], folder: Path) -> Answer:
-    """model.onnx, whose input is `pixels` and whose output is `logits`; its metadata tell the rest."""
+    """Write model.onnx, whose input is `pixels` and whose output is `logits`; its metadata has the rest."""
     import onnxruntime
 
     num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())

@@ -1,12 +1,12 @@
 """`python -m ftexp.data <any train overrides> [out=FILE.png]`: what a run would train on, before it does.
 
-Lists samples by split and class, the feed, samples that can't be read, the pixels' mean and std beside data.mean and
+Lists samples by split and class, the feed, samples that can't be read, the pixels' mean and std next to data.mean and
 data.std, and how fast images decode; and draws the first 64 training samples as the model will see them. Nothing is
 trained. Exit codes: 0 done, 1 the data can't be read, 2 the command was wrong.
 
-out  the picture; <data.name>_samples.png in the current folder if not given
+out  the picture; <data.name>_samples.png in the current directory if not given
 
-Samples that can't be read are named and left out, whatever data.on_bad_sample says. Of more than 20,000 training
+Samples that can't be read are named and excluded, whatever data.on_bad_sample says. Of more than 20,000 training
 samples the pixels are those of the first 20,000 positions of the run.
 """
 
@@ -41,13 +41,13 @@ _CHANNELS = {1: ("grey",), 3: ("red", "green", "blue"), 4: ("red", "green", "blu
 
 
 def main() -> None:
-    """Entry point of the command; exits with 0, 1 or 2."""
+    """Run the command; exits with 0, 1 or 2."""
     words = command_words(__doc__)
     own = [word for word in words if word.startswith("out=")]
     with exiting_on_error():
         out = parse_out(own)
         if any(word in ("-m", "--multirun") for word in words):
-            raise ConfigError("-m: this looks at one data set; take it out")
+            raise ConfigError("-m: data inspects one data set; remove it")
 
     def task(composed: DictConfig) -> None:
         inspect(to_config(composed, words), out)
@@ -56,16 +56,16 @@ def main() -> None:
 
 
 def parse_out(words: list[str]) -> Path | None:
-    """The picture's path from out=... words, None without one; ConfigError if it can't be written there."""
+    """Return the picture's path from out=... words, None without one; ConfigError if it can't be written there."""
     if len(words) > 1:
-        raise ConfigError(f"{' '.join(words)}: give out once")
+        raise ConfigError(f"{' '.join(words)}: give out= only once")
     if not words:
         return None
     path = Path(words[0].removeprefix("out=")).expanduser()
     if path.suffix.lower() != ".png":
-        raise ConfigError(f"{words[0]}: the picture is a PNG, so give a name that ends in .png")
+        raise ConfigError(f"{words[0]}: the picture is a PNG: give a name that ends in .png")
     if not path.parent.is_dir():
-        raise ConfigError(f"{words[0]}: there is no folder {path.parent}; make it, or name another")
+        raise ConfigError(f"{words[0]}: the directory {path.parent} does not exist; create it, or give another")
     return path
 
 
@@ -80,7 +80,7 @@ def inspect(config: Config, out: Path | None = None) -> None:
     validate(config)
     out = out or Path(f"{config.data.name.replace('/', '_')}_samples.png")
     if out.is_dir() or not os.access(out if out.exists() else out.parent, os.W_OK):
-        raise ConfigError(f"{out} can't be written: name another file with out=...")
+        raise ConfigError(f"{out} can't be written: give another file with out=...")
     from ftexp.cluster.ray_cluster import prepare_environment
     from ftexp.cluster.resources import decide_workers
 
@@ -120,8 +120,8 @@ def _inspect(config: Config, workers: Workers, out: Path) -> None:
     _print_bad(console, config, bundle, found)
     _print_classes(console, bundle.info, found)
     _print_pixels(console, config, bundle.info, found)
-    told = f"\npicture  {out}: the first {len(found.names)} training samples, augmented"
-    console.print(told, markup=False, soft_wrap=True)
+    line = f"\npicture  {out}: the first {len(found.names)} training samples, augmented"
+    console.print(line, markup=False, soft_wrap=True)
 
 
 def _draw(config: Config, found: Found, out: Path) -> None:
@@ -140,10 +140,10 @@ def _draw(config: Config, found: Found, out: Path) -> None:
 
 
 def _decode_cpus(config: Config, bundle: DataBundle, workers: Workers) -> int:
-    """How many decode for this run: beside the workers if it streams, before they start if not."""
+    """Return how many CPUs decode for this run: next to the workers if it streams, before they start if not."""
     from ftexp.cluster.resources import decoding_cpus, may_decode, no_workers
 
-    # a Ray that is started here counts cores twice if tasks may decode beside training: once for these
+    # a Ray started here counts cores twice if tasks may decode during training: once for these
     beside = bundle.streamed or (config.scaling.address is None and may_decode(config))
     return decoding_cpus(config, workers if beside else no_workers())
 
@@ -154,7 +154,7 @@ def _print_facts(console: Console, config: Config, bundle: DataBundle, found: Fo
 
     info, rate = bundle.info, found.rate
     sizes = " · ".join(f"{count:,} {split}" for split, count in info.num_samples.items())
-    decoding = "nothing to decode: the source is in memory as a whole"
+    decoding = "nothing to decode: the source is held in memory"
     if rate is not None:
         cpus = f"{rate.num_cpus} CPUs" if rate.num_cpus > 1 else "1 CPU"
         decoding = f"{rate.images_per_s:,.0f} images/s on {cpus} (measured on {rate.num_images:,} images)"
@@ -216,11 +216,11 @@ def _print_bad(console: Console, config: Config, bundle: DataBundle, found: Foun
     if len(found.bad) > _MAX_BAD:
         console.print(f"           and {len(found.bad) - _MAX_BAD:,} more")
     if config.data.on_bad_sample == "skip":
-        told = "training leaves them out, as data.on_bad_sample=skip says"
+        line = "training excludes them (data.on_bad_sample=skip)"
     else:
         refusal = "stop at the first of them" if bundle.streamed else "refuse to start"
-        told = f"training would {refusal}: mend them, or leave them out with data.on_bad_sample=skip"
-    console.print(f"         {told}", soft_wrap=True)
+        line = f"training would {refusal}: fix them, or exclude them with data.on_bad_sample=skip"
+    console.print(f"         {line}", soft_wrap=True)
 
 
 def _label_counts(info: DataInfo, found: Found) -> str | None:
@@ -230,8 +230,8 @@ def _label_counts(info: DataInfo, found: Found) -> str | None:
     if info.task != MULTI_LABEL:
         return None
     numbers = unpacked(found.labels["train"], info.num_classes).sum(1, dtype=int)
-    none, most = int((numbers == 0).sum()), int(numbers.max())
-    return f"{numbers.mean():.2f} a training sample in the mean, {most} at most; {none:,} samples have none"
+    none, highest = int((numbers == 0).sum()), int(numbers.max())
+    return f"{numbers.mean():.2f} per training sample on average, at most {highest}; {none:,} samples have none"
 
 
 def _print_targets(console: Console, info: DataInfo, found: Found) -> None:
@@ -239,7 +239,7 @@ def _print_targets(console: Console, info: DataInfo, found: Found) -> None:
     from rich.text import Text
 
     table = Table("target", "split", box=None, pad_edge=False, padding=(0, 3, 0, 0))
-    for title in ("mean", "std", "least", "most"):
+    for title in ("mean", "std", "min", "max"):
         table.add_column(title, justify="right")
     for number, name in enumerate(info.class_names):
         for split, labels in found.labels.items():
@@ -275,7 +275,7 @@ def _print_classes(console: Console, info: DataInfo, found: Found) -> None:
         shown = shown[:_NUM_LARGEST] + shown[-_NUM_SMALLEST:]
     for place, number in enumerate(shown):
         if left_out and place == _NUM_LARGEST:
-            table.add_row(Text(f"({left_out:,} classes in between left out)", style="dim"))
+            table.add_row(Text(f"({left_out:,} classes in between not shown)", style="dim"))
         table.add_row(Text(info.class_names[number]), *(f"{count[number]:,}" for count in counts.values()))
     console.print()
     console.print(table)
@@ -301,12 +301,12 @@ def _print_pixels(console: Console, config: Config, info: DataInfo, found: Found
     if all(abs(found_value - configured) <= _TOLERANCE for found_value, configured in pairs):
         return
     if config.model.pretrained:
-        hint = "data.mean and data.std are to be those that the pretrained weights were made with: check that they are"
+        hint = "data.mean and data.std must be those of the pretrained weights: check them"
     elif min(std) < 0.00005:
-        hint = "a channel has the same value everywhere, so its data.std can't be set to what was measured"
+        hint = "a channel is constant, so data.std can't be set to its measured value"
     else:
         words = (
             f"data.{key}=[{','.join(f'{v:.4f}' for v in values)}]" for key, values in (("mean", mean), ("std", std))
         )
-        hint = f"to normalise by what was measured, add: {' '.join(words)}"
+        hint = f"to normalise by the measured values, add: {' '.join(words)}"
     console.print(f"These differ by more than {_TOLERANCE}; {hint}", style="yellow", markup=False, soft_wrap=True)

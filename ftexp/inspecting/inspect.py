@@ -1,4 +1,4 @@
-"""What a data set holds, and what the model will see of it: counts, pixels, bad samples, a contact sheet.
+"""Facts of a data set: counts, pixels, bad samples, and a contact sheet as the model sees it.
 
 Tasks that measure decoding import this module, so nothing at its top imports torch.
 """
@@ -53,7 +53,7 @@ class Pixels:
 
     @classmethod
     def of(cls, channels: int) -> Pixels:
-        """Nothing counted yet."""
+        """Return empty counts."""
         return cls(np.zeros((channels, 256), np.int64))
 
     def add(self, images: UInt8s) -> None:
@@ -65,7 +65,7 @@ class Pixels:
             self.counts += np.reshape(values, self.counts.shape)
 
     def mean_std(self) -> tuple[list[float], list[float]]:
-        """Per channel, of pixels scaled to 0..1; the std is numpy's, of all there are."""
+        """Return mean and std per channel, of pixels scaled to 0..1; the std is numpy's, of all there are."""
         values, numbers = np.arange(256) / 255, self.counts.sum(axis=1)
         mean = self.counts @ values / numbers
         variance = np.array([counts @ (values - center) ** 2 for counts, center in zip(self.counts, mean, strict=True)])
@@ -74,7 +74,7 @@ class Pixels:
 
 @dataclass
 class Found:
-    """What there is to tell of a data set."""
+    """Facts of a data set."""
 
     labels: dict[str, Labels]  # of each sample, by split
     pixels: Pixels  # of the training samples that were read
@@ -116,7 +116,7 @@ class _Counted:
 
 @dataclass
 class _Bad:
-    """Bad samples, each told once."""
+    """Bad samples, each once."""
 
     samples: dict[str, BadSample] = field(default_factory=dict)
 
@@ -149,7 +149,7 @@ def look(config: Config, bundle: DataBundle, num_cpus: int) -> Found:
                 pass
     if not pixels.counts.any():
         one = next(iter(bad.samples.values()))
-        raise DataError(f"of {num_read:,} training samples not one can be read; the first: {one.where}: {one.reason}")
+        raise DataError(f"none of {num_read:,} training samples can be read; the first: {one.where}: {one.reason}")
     names = [
         joined_label(label, bundle.info.class_names, ", ") if good else None
         for label, good in zip(first.labels, _good(first), strict=True)
@@ -169,7 +169,7 @@ def look(config: Config, bundle: DataBundle, num_cpus: int) -> Found:
 
 
 def _each_once(config: Config) -> Config:
-    """The same, but an epoch draws each sample once."""
+    """Return the same, but an epoch draws each sample once."""
     data = dataclasses.replace(config.data, sampling="shuffle")
     return dataclasses.replace(config, data=data, augment=dataclasses.replace(config.augment, repeats=1))
 
@@ -182,7 +182,7 @@ def _count_traits(dataset: Dataset, counted: _Counted) -> None:
 
 
 def _read_train(rows: Rows, order: AnyOrder, info: DataInfo) -> tuple[Pixels, int, Taken]:
-    """Pixels of the samples at the first positions of epoch 0, how many were read, and the first few themselves."""
+    """Return pixels of the first samples of epoch 0, how many were read, and the first few samples."""
     pixels, num_read = Pixels.of(info.channels), min(len(rows), MAX_READ)
     first: list[Taken] = []
     for taken in _taken(rows, order.samples(np.arange(num_read)), info):
@@ -193,7 +193,7 @@ def _read_train(rows: Rows, order: AnyOrder, info: DataInfo) -> tuple[Pixels, in
 
 
 def _joined(batches: Sequence[Taken]) -> Taken:
-    """The first few of their samples."""
+    """Return the first few of their samples."""
     from ftexp.data.feeds.feed import Taken
 
     parts = [(batch.images, batch.labels, _good(batch)) for batch in batches]
@@ -205,7 +205,7 @@ def _good(taken: Taken) -> npt.NDArray[np.bool_]:
 
 
 def _taken(rows: Rows, samples: Int64s, info: DataInfo) -> Iterator[Taken]:
-    """The rows of `samples`, in order and in batches."""
+    """Yield the rows of `samples`, in order and in batches."""
     from ftexp.data.feeds.feed import read
 
     size = max(1, min(256, _READ_BYTES // (info.image_size**2 * info.channels)))
@@ -222,7 +222,7 @@ def _labels(bundle: DataBundle, split: str) -> Labels:
 
 
 def _changed(config: Config, bundle: DataBundle, order: AnyOrder, images: UInt8s) -> UInt8s:
-    """The samples at positions 0, 1, ... as tasks change their pictures; `images` are their whole ones."""
+    """Return the samples at positions 0, 1, ... as tasks change their pictures; `images` are their whole ones."""
     from ftexp.data.augment.picture import PictureAugment
 
     if not config.augment.changes_pictures:
@@ -238,7 +238,10 @@ def _changed(config: Config, bundle: DataBundle, order: AnyOrder, images: UInt8s
 
 
 def as_the_model_sees(config: Config, info: DataInfo, images: UInt8s) -> UInt8s:
-    """The samples at positions 0, 1, ... augmented, normalised, erased and mixed as in training; as pixels again."""
+    """Return the samples at positions 0, 1, ... augmented, normalised, erased and mixed as in training.
+
+    They are converted back to pixels.
+    """
     import torch
 
     from ftexp.data.augment.erasing import Erasing
@@ -299,7 +302,7 @@ def _make_for(
 
 
 def contact_sheet(images: UInt8s, names: Sequence[str | None], title: str, subtitle: str) -> Image.Image:
-    """Tiles with their class names below, in rows of eight; None for a name: a sample that can't be read."""
+    """Draw tiles with class names below, in rows of eight; None for a name: a sample that can't be read."""
     tile, scaled = _scaling(images.shape[1])
     font_size = min(18, max(12, tile // 10))
     font, title_font = ImageFont.load_default(font_size), ImageFont.load_default(font_size + 4)
@@ -324,7 +327,10 @@ def contact_sheet(images: UInt8s, names: Sequence[str | None], title: str, subti
 
 
 def _scaling(size: int) -> tuple[int, Callable[[Image.Image], Image.Image]]:
-    """The pixels of a tile, and how a picture of `size` pixels comes to it: whole pixels repeated if it is tiny."""
+    """Return the pixels of a tile, and how a picture of `size` pixels comes to it.
+
+    Whole pixels repeated if it is tiny.
+    """
     tile = size * -(-_MIN_TILE // size)
     if tile > _MAX_TILE:
         return _MAX_TILE, lambda picture: picture.resize((_MAX_TILE, _MAX_TILE), Image.Resampling.LANCZOS)
@@ -332,12 +338,12 @@ def _scaling(size: int) -> tuple[int, Callable[[Image.Image], Image.Image]]:
 
 
 def _picture(pixels: UInt8s) -> Image.Image:
-    """One, three or more channels as a colour picture; a second or fourth channel, Pillow's alpha, isn't shown."""
+    """Return a colour picture of any number of channels, without a second or fourth one, Pillow's alpha."""
     return Image.fromarray(pixels[..., 0] if pixels.shape[2] in (1, 2) else pixels[..., :3]).convert("RGB")
 
 
 def _cut(text: str, room: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    """As much of `text` as fits into `room` pixels."""
+    """Return as much of `text` as fits into `room` pixels."""
     if font.getlength(text) <= room:
         return text
     while text and font.getlength(f"{text}…") > room:

@@ -23,7 +23,7 @@ KEY = "model.pretrained"
 
 
 def timm_arguments(config: ModelConfig, info: DataInfo) -> dict[str, Any]:
-    """The arguments with which a bare `timm.create_model(**arguments)` builds this model.
+    """Return the arguments with which a bare `timm.create_model(**arguments)` builds this model.
 
     Architectures with position embeddings get `img_size`, others adapt to any size.
     """
@@ -82,7 +82,7 @@ def initialise_head(model: nn.Module, config: ModelConfig, loaded: Collection[st
     heads = {name: head for name, head in heads.items() if getattr(head, "weight", None) is not None}
     heads = {name: head for name, head in heads.items() if head.bias is not None}
     if not heads:
-        raise ConfigError(f"model.name={config.name} has no classifier with biases: take model.head_init_* out")
+        raise ConfigError(f"model.name={config.name} has no classifier with biases: remove model.head_init_*")
     for name, head in heads.items():
         for key, tensor in head.named_parameters(recurse=False):
             if config.head_init_scale is not None and (loaded is None or f"{name}.{key}" in loaded):
@@ -107,7 +107,7 @@ def as_logits(output: Any, config: ModelConfig, num_classes: int) -> torch.Tenso
 
 
 def _hub_config(name: str, key: str = KEY) -> PretrainedCfg:
-    """timm's config of a model with weights; ConfigError if its hub has none."""
+    """Return timm's config of a model with weights; ConfigError if its hub has none."""
     pretrained_cfg = get_pretrained_cfg(name)
     if pretrained_cfg is None or not pretrained_cfg.has_weights:
         raise ConfigError(f"{key}=true, but timm's hub has no weights for model.name={name}")
@@ -129,7 +129,7 @@ def _hub_weights(name: str, key: str) -> StateDict:
 
 
 def check_weights(config: ModelConfig, data: DataConfig) -> None:
-    """ConfigError if the weights can't be read or don't fit the model; looks at names and shapes alone.
+    """Raise ConfigError if the weights can't be read or don't fit the model; looks at names and shapes alone.
 
     Weights of timm's hub aren't fetched: they are taken to be of the model that timm builds by this name. The number of
     classes may not be known yet, but it decides about the head only.
@@ -160,7 +160,7 @@ def without_values_of(config: ModelConfig, data: DataConfig) -> nn.Module:
 
 
 def without_values(build: Callable[[], nn.Module]) -> nn.Module:
-    """A model on the device meta."""
+    """Return a model on the device meta."""
     try:
         with torch.device("meta"):
             return build()

@@ -13,11 +13,11 @@ from ftexp.model.parallel.parts import local
 
 
 class WeightsEMA:
-    """A model whose weights, and batch norm's statistics, are the average of another's. On that one's device."""
+    """A model whose weights, and batch norm's statistics, are the EMA of another's. On that one's device."""
 
     def __init__(self, config: EmaConfig, model: nn.Module) -> None:
         self._ema = ModelEmaV3(model, **_arguments(config))
-        # how far the average has come is the run's step, so that it is the same after a restart
+        # the EMA's progress is the run's step, so that it is the same after a restart
         self.model: nn.Module = self._ema.module
 
     def update(self, model: nn.Module, step: int) -> None:

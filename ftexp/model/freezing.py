@@ -1,6 +1,6 @@
 """Parts of a model that are not trained, or only from some epoch on.
 
-A frozen parameter has requires_grad=False: no gradient is computed for it, DDP leaves it out, the optimiser passes it
+A frozen parameter has requires_grad=False: no gradient is computed for it, DDP excludes it, the optimiser passes it
 over and keeps no state of it. The optimiser knows all parameters from the beginning, so that a part's state begins when
 the part is unfrozen, and a checkpoint has the same parameter groups before and after. Which parts are frozen follows
 from the epoch alone. Batch norm in a frozen part uses the statistics that it has, and leaves them as they are.
@@ -39,11 +39,11 @@ class Freezing:
         self._stage: float | None = None
         if freeze and all(self._first_epoch.get(name, 0.0) > 0 for name, _ in model.named_parameters()):
             raise ConfigError(
-                f"train.freeze={freeze} leaves nothing to train in epoch 0: let a part of {_parts(model)} be trained"
+                f"train.freeze={freeze} freezes all parameters in epoch 0: unfreeze one of {_parts(model)}"
             )
 
     def is_due(self, epoch: int) -> bool:
-        """Whether `settle` would change anything."""
+        """Return whether `settle` would change anything."""
         return self._stage_of(epoch) != self._stage
 
     def _stage_of(self, epoch: int) -> float:
@@ -72,7 +72,7 @@ class Freezing:
 
 
 def parameters_of(part: str, model: nn.Module) -> list[str]:
-    """Names of the parameters that `part` means; ConfigError if there is none.
+    """Return names of the parameters that `part` means; ConfigError if there is none.
 
     `backbone`: all but timm's classifier. `layers.0-5`: those of timm's numbering, as in layer-wise decay. Else a
     pattern with * and ?, of a parameter's name or of a module's that holds it.
@@ -82,7 +82,7 @@ def parameters_of(part: str, model: nn.Module) -> list[str]:
         head = classifier_parameters(model)
         found = [name for name in names if name not in head]
         if not head:
-            raise ConfigError(f"train.freeze.{part}: timm doesn't tell the classifier of this model; name its parts")
+            raise ConfigError(f"train.freeze.{part}: timm does not name the classifier of this model; name its parts")
     elif numbers := _LAYERS.fullmatch(part):
         number = _layer_numbers(model, part)
         first, last = int(numbers[1]), int(numbers[2] or numbers[1])
@@ -100,7 +100,7 @@ def parameters_of(part: str, model: nn.Module) -> list[str]:
 
 
 def classifier_parameters(model: nn.Module) -> set[str]:
-    """Names of the parameters of timm's classifier; empty where the model doesn't tell."""
+    """Return names of the parameters of timm's classifier; empty where the model doesn't name it."""
     get_classifier: Callable[[], Any] | None = getattr(model, "get_classifier", None)
     if get_classifier is None:
         return set()
@@ -132,5 +132,5 @@ def _modules(names: Iterable[str]) -> set[str]:
 
 
 def _parts(model: nn.Module) -> str:
-    """The model's outermost parts that have parameters."""
+    """Return the model's outermost parts that have parameters."""
     return ", ".join(dict.fromkeys(name.split(".")[0] for name, _ in model.named_parameters()))

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LossContext:
-    """What a loss is built for."""
+    """Context in which a loss is built."""
 
     config: LossConfig
     num_classes: int
@@ -37,7 +37,7 @@ _losses: Registry[Any] = Registry("loss.name")
 
 
 def register_loss(name: str) -> Callable[[LossBuilder], LossBuilder]:
-    """Decorator of a function or class: makes what it builds of a `LossContext` available as loss.name=`name`."""
+    """Decorate a function or class: make the loss that it builds available as loss.name=`name`."""
     return _losses.register(name)
 
 
@@ -48,19 +48,17 @@ def loss_builder(name: str) -> LossBuilder:
 
 
 def check_name(name: str) -> None:
-    """UnknownNameError for a loss that neither ftexp nor a plug-in has."""
+    """Raise UnknownNameError for a loss that neither ftexp nor a plug-in has."""
     known = frozenset([*LOSSES, *_losses])
     if name not in known:
-        advice = (
-            f"Available: {', '.join(sorted(known))}. A name of your own comes from a module listed under plugins=[...]."
-        )
+        advice = f"Available: {', '.join(sorted(known))}. Your own are registered by a module listed in plugins=[...]."
         raise UnknownNameError(unknown("loss.name", name, known, advice))
 
 
 def check_num_weights(config: LossConfig, num_classes: int) -> None:
-    """ConfigError for weights that are not one for each of the classes that the data have."""
+    """Raise ConfigError for weights that are not one for each of the classes that the data have."""
     for name in ("class_weights", "pos_weight"):
         weights = getattr(config, name)
         if isinstance(weights, list) and len(weights) != num_classes:
             found = f"{len(weights)} weights, and the data have {num_classes} classes"
-            raise ConfigError(f"loss.{name}={weights} has {found}: give one for each class")
+            raise ConfigError(f"loss.{name}={weights} has {found}: give one per class")

@@ -1,4 +1,4 @@
-"""What training minimises: the built-in losses, by timm's and torch's functions, and the weights of classes.
+"""Training losses: the built-in ones, by timm's and torch's functions, and class weights.
 
 Each gives a value for each sample; see `ftexp.model.loss_registry.Loss`. Those of samples that have several classes are
 in `ftexp.model.multi_label_losses`.
@@ -18,12 +18,12 @@ from ftexp.config.schema import MULTI_LABEL, SINGLE_LABEL, LossConfig
 from ftexp.model.loss_registry import Loss, LossContext, loss_builder, register_loss
 from ftexp.model.multi_label_losses import PER_CLASS, build_per_class
 
-_LEAST_PROBABILITY = 1e-7  # of a mixture, timm's
+_MIN_PROBABILITY = 1e-7  # of a mixture, timm's
 
 
 @register_loss("ce")
 def _cross_entropy(context: LossContext) -> Loss:
-    """Softmax cross-entropy, torch's."""
+    """Return torch's softmax cross-entropy."""
     return functools.partial(_torch_cross_entropy, smoothing=context.label_smoothing)
 
 
@@ -34,7 +34,10 @@ def _torch_cross_entropy(logits: Tensor, targets: Tensor, smoothing: float) -> T
 
 @register_loss("bce")
 def _binary_cross_entropy(context: LossContext) -> Loss:
-    """A binary decision about each class (Wightman et al., "ResNet strikes back", 2021): their mean, or their sum."""
+    """Return a binary decision about each class (Wightman et al., "ResNet strikes back", 2021).
+
+    Their mean, or their sum.
+    """
     config = context.config
     every_class = BinaryCrossEntropy(
         smoothing=context.label_smoothing,
@@ -52,7 +55,7 @@ def _binary_cross_entropy(context: LossContext) -> Loss:
 
 @register_loss("focal")
 def _focal(context: LossContext) -> Loss:
-    """Cross-entropy times (1 - p) ** gamma, p the softmax probability of the right class (Lin et al., 2017)."""
+    """Return cross-entropy times (1 - p) ** gamma, p the probability of the right class (Lin et al., 2017)."""
     gamma, smoothing = context.config.gamma, context.label_smoothing
     focal: Loss = AsymmetricLossSingleLabel(gamma_pos=gamma, gamma_neg=0.0, eps=smoothing, reduction="none")
     return focal
@@ -60,7 +63,7 @@ def _focal(context: LossContext) -> Loss:
 
 @register_loss("asl")
 def _asymmetric(context: LossContext) -> Loss:
-    """The asymmetric loss for one label (Ridnik et al., 2021)."""
+    """Return the asymmetric loss for one label (Ridnik et al., 2021)."""
     config, smoothing = context.config, context.label_smoothing
     loss: Loss = AsymmetricLossSingleLabel(config.gamma_pos, config.gamma_neg, eps=smoothing, reduction="none")
     return loss
@@ -68,14 +71,14 @@ def _asymmetric(context: LossContext) -> Loss:
 
 @register_loss("poly")
 def _poly(context: LossContext) -> Loss:
-    """Cross-entropy plus epsilon * (1 - p): Poly-1 (Leng et al., 2022)."""
+    """Return cross-entropy plus epsilon * (1 - p): Poly-1 (Leng et al., 2022)."""
     loss: Loss = PolyCrossEntropy(context.config.epsilon, smoothing=context.label_smoothing, reduction="none")
     return loss
 
 
 @register_loss("jsd")
 def _jensen_shannon(context: LossContext) -> Loss:
-    """Cross-entropy of the clean view, plus alpha times the Jensen-Shannon divergence of all views.
+    """Return cross-entropy of the clean view plus alpha times the Jensen-Shannon divergence of all views.
 
     timm's JsdCrossEntropy for each sample (Hendrycks et al., "AugMix", 2020).
     """
@@ -85,7 +88,7 @@ def _jensen_shannon(context: LossContext) -> Loss:
         by_view = logits.view(-1, views, logits.shape[1])
         log_probabilities = by_view.log_softmax(2)
         probabilities = log_probabilities.exp()
-        log_mixture = probabilities.mean(1, keepdim=True).clamp(_LEAST_PROBABILITY, 1).log()
+        log_mixture = probabilities.mean(1, keepdim=True).clamp(_MIN_PROBABILITY, 1).log()
         # timm's kl_div has no gradient where a probability is 0
         divergences = (probabilities * (log_probabilities - log_mixture)).sum(2).mean(1)
         return _torch_cross_entropy(by_view[:, 0], targets, smoothing) + alpha * divergences
@@ -141,5 +144,5 @@ def class_weights(config: LossConfig, count: Callable[[], Sequence[int]], task: 
 
 
 def _weighted(loss: Loss, weights: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
-    """A sample's loss times the weight of its class; that of a mixed one's classes by their parts."""
+    """Return a sample's loss times the weight of its class; that of a mixed one's classes by their parts."""
     return loss(logits, targets) * (weights[targets] if targets.ndim == 1 else targets @ weights.to(targets.dtype))

@@ -24,7 +24,7 @@ _MIN_SHARE = 0.5  # of the model's parameters outside of its classifier, that we
 
 @dataclass(frozen=True)
 class WeightsReport:
-    """What became of pretrained weights. Names of tensors, as in the model's state dict."""
+    """Result of loading pretrained weights. Names of tensors are those of the model's state dict."""
 
     source: str
     matched: list[str]
@@ -80,7 +80,10 @@ def match(
 
 
 def require_half(model: nn.Module, report: WeightsReport, key: str) -> None:
-    """ConfigError if less than half of the model's parameters come of the weights; those of its classifier aside."""
+    """Raise ConfigError if less than half of the model's parameters come of the weights.
+
+    Those of its classifier aside.
+    """
     heads = tuple(f"{name}." for name in classifier_names(model))
     sizes = {name: each.numel() for name, each in model.named_parameters() if not name.startswith(heads)}
     loaded = [name for name in (*report.matched, *report.resized) if name in sizes]
@@ -88,7 +91,7 @@ def require_half(model: nn.Module, report: WeightsReport, key: str) -> None:
     if taken < _MIN_SHARE * total:
         raise ConfigError(
             f"{key}={report.source} gives {len(loaded)} of the model's {len(sizes)} parameter tensors, {taken:,} of "
-            f"{total:,} numbers ({taken / total:.0%}, the classifier's not counted), less than half: take weights of "
+            f"{total:,} numbers ({taken / total:.0%}, the classifier's not counted), less than half: use weights of "
             "this architecture, or set model.pretrained_partial=true to train the rest from scratch"
         )
 
@@ -106,7 +109,10 @@ def _candidates(weights: StateDict, num_own: int) -> Iterator[tuple[StateDict, l
 
 
 def _filtered(filter_fn: Filter | None, weights: StateDict, model: nn.Module) -> StateDict:
-    """The weights through timm's filter; as they are where there is none, or where they aren't what it expects."""
+    """Return the weights through timm's filter.
+
+    As they are where there is none, or where they aren't what it expects.
+    """
     for arguments in ((model,), ()) if filter_fn is not None else ():  # some take the state dict alone
         try:
             assert filter_fn is not None
@@ -130,7 +136,7 @@ def _fitting(model: nn.Module, weights: StateDict, own: StateDict) -> StateDict:
 
 
 def _is_resized(name: str, value: torch.Tensor, before: StateDict) -> bool:
-    """Whether `value` had another shape; of a tensor that a filter has renamed, by whether any had this one."""
+    """Return whether `value` had another shape; of a tensor that a filter has renamed, by whether any had this one."""
     if name in before:
         return before[name].shape != value.shape
     return all(each.shape != value.shape for each in before.values())

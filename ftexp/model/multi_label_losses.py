@@ -31,7 +31,7 @@ def _binary_cross_entropy(context: LossContext) -> Elements:
 
 
 def _asymmetric(context: LossContext) -> Elements:
-    """Ridnik et al., 2021."""
+    """Return the asymmetric loss of several labels (Ridnik et al., 2021)."""
     config = context.config
     loss: Elements = AsymmetricLossMultiLabel(
         gamma_neg=config.gamma_neg,
@@ -45,7 +45,7 @@ def _asymmetric(context: LossContext) -> Elements:
 
 
 def _focal(context: LossContext) -> Elements:
-    """Lin et al., 2017, without alpha; classes are smoothed as in the others."""
+    """Return the binary focal loss (Lin et al., 2017), without alpha; classes are smoothed as in the others."""
     gamma, smoothing = context.config.gamma, context.label_smoothing
 
     def elements(logits: Tensor, targets: Tensor) -> Tensor:

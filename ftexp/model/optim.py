@@ -42,7 +42,7 @@ def build_optimizer(config: OptimConfig, train: TrainConfig, model: nn.Module) -
 
 
 def begins_unevenly(train: TrainConfig) -> bool:
-    """Whether a parameter's first step may be left out, or come later than others'.
+    """Return whether a parameter's first step may be skipped, or come later than others'.
 
     torch's fused SGD takes neither: momentum then begins as whatever lay in memory, or the step raises.
     """

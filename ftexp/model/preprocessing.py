@@ -1,4 +1,4 @@
-"""How images were prepared for a model's pretrained weights, as timm's config of the model says."""
+"""Preprocessing of a model's pretrained weights, from timm's config of the model."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from timm.models import get_pretrained_cfg
 
 from ftexp.config.schema import INTERPOLATIONS, ModelConfig
 
-_CONFIG_FILE = "config.json"  # beside weights as timm's hub has them, and `python -m ftexp.export format=safetensors`
+_CONFIG_FILE = "config.json"  # next to weights, as on timm's hub, and `python -m ftexp.export format=safetensors`
 
 
 def preprocessing_of(config: ModelConfig, channels: int) -> tuple[dict[str, Any], str]:
     """Return {field of DataConfig: value} that the weights were trained with, and which config says so.
 
-    A config.json of timm's beside a weights file comes before timm's own of `config.name`. {} where there is neither,
+    A config.json of timm's next to a weights file comes before timm's own of `config.name`. {} where there is neither,
     as of a plug-in's model. For images of one channel, mean and std are the average over colours; of other numbers but
     3 there are none.
     """
-    found, origin = _beside(config), _CONFIG_FILE + " beside the weights"
+    found, origin = _beside(config), _CONFIG_FILE + " next to the weights"
     if found is None:
         registered = get_pretrained_cfg(config.name) if ":" not in config.name else None
         found, origin = registered and registered.to_dict(), f"timm's config of {config.name}"
@@ -42,7 +42,7 @@ def preprocessing_of(config: ModelConfig, channels: int) -> tuple[dict[str, Any]
 
 
 def _beside(config: ModelConfig) -> dict[str, Any] | None:
-    """The pretrained config in a config.json of timm's beside the weights file; None if there is none."""
+    """Return the pretrained config in a config.json of timm's next to the weights file; None if there is none."""
     if not isinstance(config.pretrained, str):
         return None
     try:

@@ -40,7 +40,7 @@ def computed_once() -> Iterator[None]:
 
 
 class _Recomputing(nn.Module):
-    """What makes a class of blocks compute twice."""
+    """Mixin that makes a class of blocks compute twice."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         forward = super().forward

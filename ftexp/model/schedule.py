@@ -16,7 +16,7 @@ def build_scheduler(
     """Create a timm scheduler whose `step_update(n)` sets the learning rate after n optimiser steps.
 
     The rate is a function of n alone, so a resumed run needs nothing but n. falling_steps: after which it has come down
-    to min_lr, those of `config.cooldown_epochs` left out.
+    to min_lr, those of `config.cooldown_epochs` excluded.
     """
     falling_steps = max(1, falling_steps)
     warmup_steps = min(round(config.warmup_epochs * steps_per_epoch), falling_steps - 1)

@@ -12,7 +12,7 @@ from ftexp.model.build import without_values_of
 
 
 def check_sizes(config: Config) -> None:
-    """ConfigError if the model refuses a size that the run may train on. Looks at shapes alone."""
+    """Raise ConfigError if the model refuses a size that the run may train on. Looks at shapes alone."""
     model, data = without_values_of(config.model, config.data), config.data
     if _refusal(model, data.channels, data.image_size) is not None:
         return  # not a matter of size: it can't do with shapes alone, say

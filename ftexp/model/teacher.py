@@ -88,7 +88,7 @@ def _saved_weights(spec: TeacherSpec) -> StateDict:
 
 def _require_same(spec: TeacherSpec, sha256: str) -> None:
     if spec.sha256 != sha256:
-        raise ConfigError(f"{KEY}={spec.source} has changed while the run trained: put its weights back as they were")
+        raise ConfigError(f"{KEY}={spec.source} has changed since the run began: restore its weights")
 
 
 def sha256_of(path: Path) -> str:
@@ -98,15 +98,18 @@ def sha256_of(path: Path) -> str:
 
 
 def require_whole(model: nn.Module, report: WeightsReport, kind: str) -> None:
-    """ConfigError if a part of the teacher starts from scratch: it would teach noise. Features need no classifier."""
+    """Raise ConfigError if a part of the teacher starts from scratch: it would teach noise.
+
+    Features need no classifier.
+    """
     heads = tuple(f"{name}." for name in classifier_names(model)) if kind == FEATURES else ()
     if missing := [name for name in report.missing if not name.startswith(heads)]:
         raise ConfigError(
-            f"{KEY}={report.source}: {len(missing)} of its tensors are missing or have another shape ({missing[0]}, "
-            "say): give whole weights of this architecture, and of as many classes as the data have"
+            f"{KEY}={report.source}: {len(missing)} of its tensors are missing or have another shape (for example "
+            f"{missing[0]}): give complete weights of this architecture, with the classes of the data"
         )
 
 
 def num_features(model: nn.Module) -> int:
-    """Width of a timm model's pooled features, found as timm's FeatureDistillationTask does."""
+    """Return the width of a timm model's pooled features, found as timm's FeatureDistillationTask does."""
     return int(getattr(model, "head_hidden_size", None) or model.num_features)  # type: ignore[arg-type]

@@ -29,8 +29,8 @@ def check_teacher(spec: TeacherSpec, config: Config) -> TeacherSpec:
     kind, data = config.distill.kind, config.data
     if spec.channels != data.channels:
         raise ConfigError(
-            f"{KEY}={spec.source} sees {spec.channels} channels, and data.channels={data.channels}: take a teacher "
-            "that was trained on such images"
+            f"{KEY}={spec.source} takes {spec.channels} channels, but data.channels={data.channels}: choose a "
+            f"teacher with as many"
         )
     own = own_info(spec, 2)
     model = without_values(lambda: build_model(dataclasses.replace(spec.model, pretrained=False), own)[0])
@@ -46,15 +46,15 @@ def check_teacher(spec: TeacherSpec, config: Config) -> TeacherSpec:
 
 
 def _check_hub(spec: TeacherSpec) -> int:
-    """Return how many classes timm's weights of a teacher tell apart; ConfigError if it has none."""
+    """Return how many classes timm's weights of a teacher have; ConfigError if it has none."""
     pretrained_cfg = get_pretrained_cfg(spec.model.name)
     if pretrained_cfg is None or not pretrained_cfg.has_weights:
-        raise ConfigError(f"{KEY}={spec.model.name}: timm's hub has no weights of it; give distill.pretrained=<file>")
+        raise ConfigError(f"{KEY}={spec.model.name}: timm's hub has no weights for it; set distill.pretrained=<file>")
     return int(pretrained_cfg.num_classes)
 
 
 def _check_file(spec: TeacherSpec, model: nn.Module, own: DataInfo, kind: str) -> int | None:
-    """Return how many classes a file's weights tell apart, if that can be seen."""
+    """Return how many classes a file's weights have, if that can be seen."""
     weights, source = load_weights(Path(spec.model.pretrained), "meta", KEY)
     _, report = match(model, weights, source, KEY, checkpoint_filter(timm_arguments(spec.model, own)))
     # a classifier of another shape is there; its classes are counted once those of the data are known
@@ -69,7 +69,7 @@ def _check_student(config: Config) -> None:
         _require_features(model, f"model.name={config.model.name}")
     elif not hasattr(model, "set_distilled_training"):
         raise ConfigError(
-            f"distill.kind={TOKEN}: model.name={config.model.name} has no distillation token; take a model that has, "
+            f"distill.kind={TOKEN}: model.name={config.model.name} has no distillation token; choose one with it, "
             "such as deit_tiny_distilled_patch16_224, or distill.kind=logits"
         )
 
@@ -78,5 +78,5 @@ def _require_features(model: nn.Module, given: str) -> None:
     if not (hasattr(model, "forward_features") and hasattr(model, "forward_head") and hasattr(model, "num_features")):
         raise ConfigError(
             f"distill.kind={FEATURES}: {given} has no pooled features (forward_features, forward_head, num_features): "
-            "take distill.kind=logits"
+            "set distill.kind=logits"
         )

@@ -13,7 +13,7 @@ from ftexp.data.info import DataInfo
 from ftexp.errors import ConfigError
 
 KEY = "distill.teacher"
-_ADVICE = "take a teacher of these classes, or distill.kind=features, which needs none"
+_ADVICE = "choose a teacher of these classes, or set distill.kind=features, which needs none"
 _MAX_SHOWN = 3  # names of classes in a message
 
 
@@ -40,7 +40,7 @@ class TeacherSpec:
     def definition_sha256(self) -> str:
         """Return the hash of what it computes besides its weights."""
         default = ModelConfig()
-        # what has its default is left out, so that a field that comes later changes no hash
+        # what has its default is omitted, so that a field that comes later changes no hash
         model = {name: value for name, value in vars(self.model).items() if value != getattr(default, name)}
         model.pop("pretrained", None)  # says where the weights lie
         facts = [model, self.mean, self.std, self.image_size, self.channels, self.class_names]
@@ -48,18 +48,17 @@ class TeacherSpec:
 
 
 def require_same_classes(spec: TeacherSpec, info: DataInfo, kind: str) -> None:
-    """ConfigError if the teacher tells other classes apart than the data have; features need none."""
+    """Raise ConfigError if the teacher has other classes than the data; features need none."""
     if kind == FEATURES:
         return
     if spec.class_names is not None and sorted(spec.class_names) != sorted(info.class_names):
         lacks = _some(set(info.class_names) - set(spec.class_names), "it lacks")
         more = _some(set(spec.class_names) - set(info.class_names), "the data lack")
         found = "; ".join(each for each in (lacks, more) if each)
-        raise ConfigError(f"{KEY}={spec.source} knows other classes than the data: {found}; {_ADVICE}")
+        raise ConfigError(f"{KEY}={spec.source} has other classes than the data: {found}; {_ADVICE}")
     if spec.num_classes is not None and spec.num_classes != info.num_classes:
         raise ConfigError(
-            f"{KEY}={spec.source} tells {spec.num_classes:,} classes apart, and the data have {info.num_classes:,}: "
-            f"{_ADVICE}"
+            f"{KEY}={spec.source} has {spec.num_classes:,} classes, but the data have {info.num_classes:,}: {_ADVICE}"
         )
 
 

@@ -42,6 +42,6 @@ def checkpoint_filter(arguments: dict[str, Any]) -> Filter | None:
 
 
 def classifier_names(model: nn.Module) -> tuple[str, ...]:
-    """The modules that give a timm model's logits; () for a model that doesn't say."""
+    """Return the modules that give a timm model's logits; () for a model that doesn't say."""
     names = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
     return (names,) if isinstance(names, str) else tuple(names)

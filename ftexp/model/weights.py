@@ -44,19 +44,19 @@ def load_weights(path: Path, device: str = "cpu", key: str = "model.pretrained")
     weights = {_WRAPPERS.sub("", str(name)): value for name, value in tensors if isinstance(value, torch.Tensor)}
     if not weights:
         found = f"a dict of {_some(list(loaded))}" if isinstance(loaded, dict) else f"a {type(loaded).__name__}"
-        raise ConfigError(f"{key}={path} holds no state dict, but {found}: save that of a model alone")
+        raise ConfigError(f"{key}={path} holds {found}, not a state dict: save only the state dict of a model")
     return weights, source
 
 
 def nothing_fits(key: str, source: str, weights: StateDict, own: StateDict) -> str:
-    """The message for weights of which no tensor has a place in the model."""
+    """Return the message for weights of which no tensor has a place in the model."""
     same = [name for name in own if name in weights]
-    told = f"{key}={source}: 0 of the model's {len(own)} tensors can be taken from its {len(weights)}: "
+    detail = f"{key}={source}: 0 of the model's {len(own)} tensors can be taken from its {len(weights)}: "
     if same:
         shapes = f"{same[0]} is {list(weights[same[0]].shape)} there, {list(own[same[0]].shape)} in the model"
-        return f"{told}{len(same)} match by name, none by shape ({shapes}); take weights of a model of this size"
+        return f"{detail}{len(same)} match by name, none by shape ({shapes}); use weights of a model of this size"
     names = f"it has {_some(list(weights))}, the model {_some(list(own))}"
-    return f"{told}none match by name ({names}); take weights of this architecture, or rename them as in the model"
+    return f"{detail}none match by name ({names}); use weights of this architecture, or rename them as in the model"
 
 
 def _read(path: Path, device: str) -> Any:
@@ -77,7 +77,7 @@ def _read(path: Path, device: str) -> Any:
 
 
 def _inside(loaded: dict[Any, Any]) -> list[str]:
-    """Keys under which a state dict may lie, the one to take first: known ones, or else the only that holds tensors."""
+    """Return keys of nested state dicts, the one to use first: known ones, else the only one with tensors."""
     if known := [key for key in _KEYS if isinstance(loaded.get(key), dict)]:
         return known
     if any(isinstance(value, torch.Tensor) for value in loaded.values()):
@@ -94,7 +94,7 @@ def _reason(path: Path, error: Exception) -> str:
     """Return in a line what is wrong with a file and what to do, without torch's advice to run what is in it."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
     if wanted := re.search(r"Unsupported (?:global|class|function|operand).*?GLOBAL (\S+)", text):
-        return f"it holds {wanted[1]}, which is no plain data: loading it could run code; {_RESAVE}"
+        return f"it holds {wanted[1]}, which is not plain data: loading it could run code; {_RESAVE}"
     if "TorchScript" in text:
         return f"it is a TorchScript archive, which holds code to run; {_RESAVE}"
     if isinstance(error, PermissionError):
@@ -106,8 +106,8 @@ def _reason(path: Path, error: Exception) -> str:
     if start.startswith(b"PK"):
         return "it is truncated or corrupt; fetch it again"
     first = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
-    told = f"{type(error).__name__}: {first}" if start[8:9] == b"{" else f"it begins with {start!r}"
-    return f"it is no file of PyTorch's or safetensors', or a corrupt one ({told}); see what it is, or fetch it again"
+    detail = f"{type(error).__name__}: {first}" if start[8:9] == b"{" else f"it begins with {start!r}"
+    return f"it is not a PyTorch or safetensors file, or it is corrupt ({detail}); check what it is, or fetch it again"
 
 
 def _some(names: list[Any]) -> str:

@@ -39,7 +39,7 @@ class Plan(Protocol):
 
     @property
     def thresholds(self) -> list[float] | None:
-        """Of each class."""
+        """Threshold of each class."""
         ...
 
 
@@ -72,7 +72,7 @@ def answers_of(plan: Plan, task: str) -> AnswerColumns:
 
 
 def surest_classes(batch: dict[str, Any], class_names: list[str], bad: Bools) -> dict[str, pa.Array]:
-    """Columns of `classes` and `probabilities`, [rows, top_k], sure ones first."""
+    """Return columns of `classes` and `probabilities`, [rows, top_k], by descending probability."""
     import pyarrow as pa
 
     names, columns = np.array(class_names, object), dict[str, "pa.Array"]()
@@ -93,9 +93,9 @@ def _sets(
     shares: list[Any] = []
     for probabilities, is_bad in zip(batch["probabilities"], bad, strict=True):
         order = np.argsort(-probabilities, kind="stable")
-        told = order[(probabilities > thresholds)[order]]
-        labels.append(None if is_bad else [class_names[number] for number in told])
-        shares.append(None if is_bad else probabilities[told].tolist())
+        predicted = order[(probabilities > thresholds)[order]]
+        labels.append(None if is_bad else [class_names[number] for number in predicted])
+        shares.append(None if is_bad else probabilities[predicted].tolist())
     if not joins:
         return {
             "labels": pa.array(labels, pa.list_(pa.string())),

@@ -40,7 +40,7 @@ _FILE_OF = {"raw": "model.pt", "ema": "extra_state.pt"}  # that holds the weight
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be predicted, by what, and to where."""
+    """A prediction: its data, its model and its output."""
 
     config: Config  # of the data as the model sees it, the model, the scaling
     run: SavedRun
@@ -57,7 +57,7 @@ class Request:
     thresholds: list[float] | None = None  # of each class, where an image may have any number of them
 
     def plan(self, inputs: Inputs) -> PredictionPlan:
-        """What is written down of it, to go on by."""
+        """Return the plan to write, by which the command resumes."""
         data = self.config.data
         fields = [*AS_TRAINED, *_COLUMNS, *([] if self.split == "all" else _SPLITTING)]
         root = Storage.at(data.root).uri if data.root is not None else None
@@ -79,10 +79,10 @@ class Request:
 
 
 def run_session(request: Request, workers: Workers) -> None:
-    """Predict what isn't predicted yet, and tell what there is.
+    """Predict what isn't predicted yet, and print what there is.
 
     Raises:
-        ConfigError: the folder holds predictions of something else, or the cluster lacks something.
+        ConfigError: the directory holds predictions of something else, or the cluster lacks something.
         DataError: the images can't be listed, or not one of them can be read.
         KeyboardInterrupt: Ctrl-C or SIGTERM came. What is written stays.
     """
@@ -105,7 +105,7 @@ def run_session(request: Request, workers: Workers) -> None:
     except Stopped:
         raise asked[0] from None
     except RayLostError as error:
-        raise RayLostError(f"{error}; the same command with out={request.out.uri} goes on") from error
+        raise RayLostError(f"{error}; run the same command with out={request.out.uri} to resume") from error
     finally:
         leave_ray(running)
         hot_start.stop()
@@ -156,15 +156,18 @@ def _as_array(weights: dict[str, Tensor]) -> Any:
 
 
 def _placed(config: Config, workers: Workers) -> tuple[Workers, int]:
-    """The workers as they are started on this cluster, and the number of CPUs that decode; ConfigError if none."""
+    """Return the workers as they are started on this cluster, and the number of CPUs that decode.
+
+    ConfigError if none.
+    """
     if lacking := lacking_resources(workers):
-        raise ConfigError(f"{lacking}: take fewer workers, or set scaling.resources_per_worker")
+        raise ConfigError(f"{lacking}: use fewer workers, or set scaling.resources_per_worker")
     taken = workers.min_workers * workers.resources_per_worker.get("CPU", 1)
     there = ray.cluster_resources().get("CPU", 0)
     if there - taken < 1:
         raise ConfigError(
-            f"scaling.num_workers={workers.min_workers} take {taken:g} of the cluster's {there:g} CPUs, and leave none "
-            "to decode on: take fewer workers, or scaling.resources_per_worker={CPU: 0.5}"
+            f"scaling.num_workers={workers.min_workers} take {taken:g} of the cluster's {there:g} CPUs, which leaves "
+            "none for decoding: use fewer workers, or scaling.resources_per_worker={CPU: 0.5}"
         )
     if config.scaling.address is not None:
         runtime_env, _ = on_joined_nodes(config.scaling, workers.num_threads)
@@ -189,12 +192,12 @@ def _print_header(console: Console, request: Request, plan: PredictionPlan, miss
 def _print_summary(console: Console, request: Request, plan: PredictionPlan, bad: list[Any], progress: Any) -> None:
     if len(bad) >= plan.num_images:
         first = bad[0]
-        raise DataError(f"of {plan.num_images:,} images not one can be read; the first: {first.where}: {first.reason}")
+        raise DataError(f"none of {plan.num_images:,} images can be read; the first: {first.where}: {first.reason}")
     if progress is not None:
         console.print(f"{'speed':<9}{progress.rate:,.0f} images/s over {progress.seconds:.1f} s", markup=False)
     files = f"{plan.num_parts:,} {plan.format} file{'s' if plan.num_parts > 1 else ''}"
-    told = f"{plan.num_images:,} images in {files}: {request.out.child(PARTS).uri}"
-    console.print(f"{'written':<9}{told}", markup=False, soft_wrap=True)
+    line = f"{plan.num_images:,} images in {files}: {request.out.child(PARTS).uri}"
+    console.print(f"{'written':<9}{line}", markup=False, soft_wrap=True)
     if bad:
         number = "1 image" if len(bad) == 1 else f"{len(bad):,} images"
         listed = request.out.uri.rstrip("/") + f"/{BAD_FILE}"

@@ -57,7 +57,7 @@ def find_inputs(config: DataConfig, split: str, class_names: list[str]) -> Input
     Args:
         config: the data; samples that can't be read must be skipped, as it says.
         split: train, val or test, as training would cut them; or all.
-        class_names: of the model. A folder of one of these names tells the class of what is in it.
+        class_names: of the model. A directory of one of these names is the class of its images.
     """
     found = every_image.get(config.name)(config, class_names) if split == ALL else _one_split(config, split)
     if not len(found.split):
@@ -113,7 +113,7 @@ class ArrayReader:
 
 @every_image.register("image_folder")
 def _folder(config: DataConfig, class_names: list[str]) -> Inputs:
-    """Every image file below data.root; in class folders, or not."""
+    """Return every image file below data.root; in class directories, or not."""
     import pyarrow as pa
 
     filesystem, root = open_uri(config.root or "", "data.root")
@@ -129,7 +129,7 @@ def _folder(config: DataConfig, class_names: list[str]) -> Inputs:
 
 @every_image.register("image_list")
 def _list(config: DataConfig, _: list[str]) -> Inputs:
-    """Every row, whatever its split."""
+    """Return every row, whatever its split."""
     import pyarrow as pa
 
     listed = read_list(config, labelled=False)
@@ -140,7 +140,7 @@ def _list(config: DataConfig, _: list[str]) -> Inputs:
 
 @every_image.register("parquet")
 def _parquet(config: DataConfig, _: list[str]) -> Inputs:
-    """Every row of every file."""
+    """Return every row of every file."""
     import pyarrow as pa
 
     filesystem, root = open_uri(config.root or "", "data.root")
@@ -164,7 +164,7 @@ def _parquet(config: DataConfig, _: list[str]) -> Inputs:
 
 @every_image.register("webdataset")
 def _webdataset(config: DataConfig, _: list[str]) -> Inputs:
-    """Every image of every shard."""
+    """Return every image of every shard."""
     filesystem, root = open_uri(config.root or "", "data.root")
     account = Account()
     infos = data_files(filesystem, root, config, ".tar", account)
@@ -177,7 +177,7 @@ def _webdataset(config: DataConfig, _: list[str]) -> Inputs:
 
 
 def _inputs(reader: Reader, labels: Sequence[Any], digest: str, account: Account | None = None) -> Inputs:
-    """Of labels as training takes them; None or "": there is none."""
+    """Return inputs with labels as training takes them; None or "": no label."""
     written = [None if label in (None, "") else str(label) for label in labels]
     names = sorted({label for label in written if label is not None})
     numbers: dict[str | None, int] = {None: _NONE, **{name: number for number, name in enumerate(names)}}
@@ -188,21 +188,21 @@ def _inputs(reader: Reader, labels: Sequence[Any], digest: str, account: Account
 
 
 def _as_labels(cells: Sequence[Any], config: DataConfig) -> list[str | int | None]:
-    """Of a source that holds text only, where training takes what looks like a number for one; or of several labels."""
+    """Return labels of a source of text, where training reads digits as numbers; or of several labels."""
     if config.task != SINGLE_LABEL:
         return [cell_text(cell, config) for cell in cells]
     return [None if text is None else written_number(text, config) for text in cells]
 
 
 def _kept(split: IndexedSplit) -> IndexedSplit:
-    """The same, where neighbouring tasks share the blocks that they read."""
+    """Return the same, where neighbouring tasks share the blocks that they read."""
     if not isinstance(split.read, BlockReader):
         return split
     return IndexedSplit(split.num_samples, split.read.with_cache(_BLOCKS_KEPT), split.table, split.block_sizes)
 
 
 def _digest(files: Iterable[tuple[str, int]], *more: bytes) -> str:
-    """Of paths and sizes in bytes, in this order."""
+    """Return a digest of paths and sizes in bytes, in this order."""
     digest = hashlib.sha256()
     for path, size in files:
         digest.update(f"{path}\0{size}\n".encode(errors="surrogateescape"))

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 PLAN_FILE, BAD_FILE, PARTS = "predictions.json", "bad.csv", "parts"
-_FREE = ("run",)  # of a plan: a run may be moved, since the hash of its weights tells that they are the same
+_FREE = ("run",)  # of a plan: a run may be moved, since the hash of its weights shows that they are the same
 # what plans don't say that were written before it could be chosen
 _DATA_OF_BEFORE = {
     **{"crop_pct": None, "crop_mode": "center", "interpolation": "bicubic"},
@@ -43,7 +43,7 @@ _TITLES = {"weights_sha256": "the hash of the weights' file", "listing_sha256": 
 
 @dataclass(frozen=True)
 class PredictionPlan:
-    """What predictions are made of, with and in which pieces."""
+    """Definition of predictions: data, model and parts."""
 
     run: str
     checkpoint: str
@@ -64,18 +64,18 @@ class PredictionPlan:
         return -(-self.num_images // self.part_rows)
 
     def samples(self, part: int) -> Int64s:
-        """The samples of a part."""
+        """Return the samples of a part."""
         return np.arange(part * self.part_rows, min((part + 1) * self.part_rows, self.num_images))
 
     def file(self, part: int) -> str:
-        """The name of a part's file."""
+        """Return the name of a part's file."""
         return f"part_{part:06d}.{self.format}"
 
 
 def begin(out: Storage, plan: PredictionPlan) -> list[int]:
     """Write the plan, or find it written; returns the parts that are missing.
 
-    ConfigError, with what differs, if the folder holds predictions that were planned otherwise.
+    ConfigError, with what differs, if the directory holds predictions that were planned otherwise.
     """
     parts = out.child(PARTS)
     written = set(parts.list_files())
@@ -103,14 +103,16 @@ def _require_same(before: dict[str, Any], plan: PredictionPlan, out: Storage) ->
         if before.get(key) != now.get(key) and key not in _FREE
     ]
     if changed:
-        hint = f"{out.uri} holds predictions of something else; give another out=..., or put these back:"
+        hint = (
+            f"{out.uri} holds predictions of a different configuration; give another out=..., or restore these values:"
+        )
         raise ConfigError("\n".join([hint, *changed]))
 
 
 def part_table(
     batch: dict[str, Any], class_names: list[str], label_names: list[str], answers: AnswerColumns | None = None
 ) -> pa.Table:
-    """Rows as they are written: path, what the model says, truth, error; null where there is nothing.
+    """Return rows as they are written: path, what the model says, truth, error; null where there is nothing.
 
     batch: where, error ("": none), label (-1: not known), and what `answers` reads, by default `surest_classes`.
     """
@@ -138,7 +140,7 @@ class WritePart:
         """Write the file, whole or not at all."""
         part = int(batch["sample"][0]) // self.plan.part_rows
         if not np.array_equal(batch["sample"], self.plan.samples(part)):
-            raise RuntimeError(f"the pipeline gave other rows than those of part {part}")
+            raise RuntimeError(f"the pipeline returned rows of another part than {part}")
         table = part_table(batch, self.class_names, self.label_names, answers_of(self.plan, self.task))
         content = encoded(table, self.plan.format)
         self.out.child(PARTS).write_bytes(self.plan.file(part), content)
@@ -146,7 +148,7 @@ class WritePart:
 
 
 def encoded(table: pa.Table, kind: str) -> bytes:
-    """A table as the content of a parquet or CSV file."""
+    """Return a table as the content of a parquet or CSV file."""
     stream = io.BytesIO()
     if kind == "csv":
         from pyarrow import csv
@@ -170,7 +172,7 @@ def collect_bad(plan: PredictionPlan, out: Storage, unlisted: list[BadSample]) -
     parts = out.child(PARTS)
     missing = {plan.file(part) for part in range(plan.num_parts)} - set(parts.list_files())
     if missing:
-        raise StorageError(f"{parts.uri}: {min(missing)} has vanished; the same command makes it again")
+        raise StorageError(f"{parts.uri}: {min(missing)} is missing; run the same command to write it again")
     filesystem, root = parts.open()
     files = [f"{root}/{plan.file(part)}" for part in range(plan.num_parts)]
     text = pa.schema([("path", pa.string()), ("error", pa.string())])  # pyarrow would guess from the first rows of CSV

@@ -94,7 +94,7 @@ class Predict:
 
 @dataclass(frozen=True)
 class PredictionJob:
-    """What it takes to make predictions."""
+    """Everything needed to make predictions."""
 
     run: SavedRun
     weights: Shared[Any]  # a state dict as an array of bytes

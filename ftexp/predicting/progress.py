@@ -33,7 +33,7 @@ class ImageProgress:
             self._bar.stop()
 
     def advance(self, num_images: int) -> None:
-        """So many more are written."""
+        """Add to the number of written images."""
         self._done += num_images
         now = time.monotonic()
         if self._bar is not None:

@@ -14,7 +14,7 @@ _asked, _running = threading.Event(), threading.Event()
 
 
 class Stopped(Exception):
-    """What the one that waits for a pipeline gets once it was asked to stop."""
+    """Raised to the caller that waits for a pipeline once it was asked to stop."""
 
 
 class StopWhenAsked:
@@ -25,7 +25,7 @@ class StopWhenAsked:
         _running.set()
 
     def on_execution_step(self, _executor: Any) -> None:
-        """Stopped if it was asked for."""
+        """Raise Stopped if it was requested."""
         if _asked.is_set():
             raise Stopped
 

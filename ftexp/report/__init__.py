@@ -1,1 +1,1 @@
-"""What a run looks like: one HTML file that needs nothing else, and its charts as PNG."""
+"""Report of a run: one self-contained HTML file, and its charts as PNG."""

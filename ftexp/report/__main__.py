@@ -18,7 +18,7 @@ from ftexp.storage.directory import Storage
 
 
 def main() -> None:
-    """Entry point of the command; exits with 0, or 2 if there is neither."""
+    """Run the command; exits with 0, or 2 if there is neither."""
     prepare_streams()
     parser = argparse.ArgumentParser(prog="python -m ftexp.report", description=__doc__.partition("\n\n")[0])
     parser.add_argument("run", type=as_value, help="the directory of a run or a sweep, or its URI")
@@ -41,7 +41,7 @@ def _written(run: str, target: Storage | None, name: str) -> str:
         return save_report(report, place, name)
     except OSError as error:
         where = target.uri if target else run
-        raise StorageError(f"the report can't be written to {where}: {error}; give another place by --out") from error
+        raise StorageError(f"the report can't be written to {where}: {error}; give another file with --out") from error
 
 
 if __name__ == "__main__":

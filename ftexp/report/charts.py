@@ -38,7 +38,7 @@ def line_chart(
     faults: Sequence[Mark] = (),
     from_zero: bool = False,
 ) -> Drawing:
-    """Curves by step. `attempts`: the steps at which one gave way to the next; `faults` are marked."""
+    """Draw curves by step. `attempts`: the steps at which one gave way to the next; `faults` are marked."""
     series = [one for one in series if one.points]
     drawing = Drawing(title, _WIDTH, _HEIGHT)
     values = [y for one in series for y in one.values]
@@ -65,15 +65,15 @@ class Plot:
         self._right, self._bottom = drawing.width - _RIGHT, drawing.height - _BOTTOM
 
     def x(self, value: float) -> float:
-        """Where a step lies."""
+        """Return the x of a step."""
         return LEFT + self._x_axis.at(value) * (self._right - LEFT)
 
     def y(self, value: float) -> float:
-        """Where a value lies."""
+        """Return the y of a value."""
         return self._bottom - self._y_axis.at(value) * (self._bottom - _TOP)
 
     def shade(self, attempts: Sequence[float]) -> None:
-        """Every other attempt."""
+        """Shade every other attempt."""
         if len(attempts) > _MAX_LINES:
             return
         edges = [LEFT, *(self.x(step) for step in attempts), self._right]
@@ -81,7 +81,7 @@ class Plot:
             self._drawing.add(Box(begin, _TOP, max(end - begin, 0.5), self._bottom - _TOP, "shade"))
 
     def grid(self, note: str, x_marks: Sequence[tuple[float, str]] = ()) -> None:
-        """Axes, and what they say. `x_marks`: (value, its text); whole round numbers if there are none."""
+        """Draw the axes and their labels. `x_marks`: (value, its text); whole round numbers if there are none."""
         for value in self._y_axis.ticks():
             y = self.y(value)
             self._drawing.add(Line([(LEFT, y), (self._right, y)], "grid"))
@@ -93,7 +93,7 @@ class Plot:
         self._drawing.add(Label(self._right, 14, note, anchor="end"))
 
     def _mark_x(self, marks: Sequence[tuple[float, str]]) -> int:
-        """Ticks with texts, in as many rows as it takes for none to overlap; returns how many."""
+        """Draw ticks with texts, in as many rows as needed; returns how many."""
         ends: list[float] = []  # of each row: where its last text ends
         for value, text in marks:
             x, half = self.x(value), LETTER * len(text) / 2
@@ -105,7 +105,7 @@ class Plot:
         return len(ends)
 
     def curve(self, series: Series) -> None:
-        """The mean of what falls together as a line, and a fainter one from extreme to extreme."""
+        """Draw the mean of each bucket as a line, and a fainter one between its extremes."""
         buckets = series.buckets()
         if any(bucket.low < bucket.high for bucket in buckets):
             extremes = [(self.x(bucket.x), self.y(y)) for bucket in buckets for y in (bucket.low, bucket.high)]
@@ -116,7 +116,7 @@ class Plot:
         self._drawing.add(Line(points, series.role, 1.6))
 
     def faults(self, faults: Sequence[Mark]) -> None:
-        """A line through the chart for each, or for those that are too near to be told apart."""
+        """Draw a line through the chart for each, or for those that are too close together."""
         merged = _merged(faults, self.x)
         for x, title in merged:
             if len(merged) <= _MAX_LINES:
@@ -125,18 +125,18 @@ class Plot:
             self._drawing.add(Box(x - 3, _TOP, 6, self._bottom - _TOP, "none", title=title))
 
     def hovers(self, series: Sequence[Series]) -> None:
-        """Numbers that show when the mouse is over them."""
-        told: dict[float, list[str]] = {}
+        """Add tooltips with numbers."""
+        texts_at: dict[float, list[str]] = {}
         for one in series:
             for bucket in one.buckets(_HOVERS):
-                told.setdefault(bucket.x, []).append(f"{one.name} {bucket.mean:.4g}")
-        for x, texts in told.items():
+                texts_at.setdefault(bucket.x, []).append(f"{one.name} {bucket.mean:.4g}")
+        for x, texts in texts_at.items():
             title = f"step {x:,.0f}: {', '.join(texts)}"
             self._drawing.add(Box(self.x(x) - 2, _TOP + 8, 4, self._bottom - _TOP - 8, "none", title=title))
 
 
 def _merged(marks: Sequence[Mark], place: Callable[[float], float]) -> list[tuple[float, str]]:
-    """(x, title) of marks, those that are near each other together."""
+    """Return (x, title) of marks, those that are near each other together."""
     groups: list[tuple[float, list[str]]] = []
     for mark in sorted(marks, key=lambda mark: mark.at):
         x = place(mark.at)
@@ -156,7 +156,7 @@ def _triangle(x: float, y: float) -> list[Point]:
 
 
 def legend(drawing: Drawing, entries: Sequence[tuple[str, str]], x: float, y: float = 14) -> float:
-    """Swatches with names, in as many lines as it takes; returns the y of the last."""
+    """Draw swatches with names, in as many lines as needed; returns the y of the last."""
     begin = x
     for name, role in entries:
         width = 22 + LETTER * len(name)
@@ -168,7 +168,7 @@ def legend(drawing: Drawing, entries: Sequence[tuple[str, str]], x: float, y: fl
 
 
 def timeline_chart(run: RunFiles, timeline: Timeline, width: float) -> Drawing:
-    """A strip of what each second went to, the saves below it, failures above."""
+    """Return a strip of what each second went to, the saves below it, failures above."""
     drawing = Drawing("Timeline", width, 0)
     sums = timeline.seconds_by_phase()
     used = [(phase, phase) for phase in PHASES if sums[phase]]
@@ -197,7 +197,7 @@ def timeline_chart(run: RunFiles, timeline: Timeline, width: float) -> Drawing:
 
 
 def _strips(found: Sequence[tuple[float, float, str, float]]) -> list[tuple[float, float, str, str]]:
-    """(x, right, role, title): each at least a pixel wide, and those of less that touch together."""
+    """Return (x, right, role, title): each at least a pixel wide, and those of less that touch together."""
     strips: list[tuple[float, float, str, list[tuple[str, float]]]] = []
     for x, right, role, seconds in found:
         right = max(right, x + 1)
@@ -209,7 +209,7 @@ def _strips(found: Sequence[tuple[float, float, str, float]]) -> list[tuple[floa
 
 
 def _told(inside: list[tuple[str, float]]) -> tuple[str, str]:
-    """The role that took most, and a title."""
+    """Return the role that took most, and a title."""
     total = sum(seconds for _, seconds in inside)
     role = max(inside, key=lambda one: one[1])[0]
     name = role if len(inside) == 1 else f"{len(inside)} stretches, most of it {role}"
@@ -217,7 +217,7 @@ def _told(inside: list[tuple[str, float]]) -> tuple[str, str]:
 
 
 def _time_axis(drawing: Drawing, total_s: float, y: float) -> None:
-    unit, name = next((u, n) for u, n, least in ((3600, "h", 7200), (60, "min", 180), (1, "s", 0)) if total_s >= least)
+    unit, name = next((u, n) for u, n, min_s in ((3600, "h", 7200), (60, "min", 180), (1, "s", 0)) if total_s >= min_s)
     total = total_s / unit or 1.0
     step = round_step(total / max(3, drawing.width // 110))
     drawing.add(Line([(0, y), (drawing.width, y)], "faint"))

@@ -14,7 +14,7 @@ _LETTER, _TOP = 6.0, 24.0
 
 
 def confusion_chart(names: Sequence[str], confusion: Sequence[Sequence[int]]) -> Drawing:
-    """Labels down, predictions across; what is right in one colour, what isn't in the other."""
+    """Draw labels down, predictions across; right ones in one colour, wrong ones in another."""
     cell = max(_MIN_CELL, min(_MAX_CELL, _SIDE / len(names)))
     shown = [cut(name, 12) for name in names] if len(names) <= _MAX_NAMED else []
     widest = max(map(len, shown), default=0) * _LETTER

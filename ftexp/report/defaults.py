@@ -17,7 +17,7 @@ ABSENT = "—"
 
 
 def config_differences(config: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """(key, value, default) of every key whose value isn't the default's."""
+    """Return (key, value, default) of every key whose value isn't the default's."""
     own, usual = dict(flat(config, "")), _defaults()
     return [
         (key, own.get(key, ABSENT), usual.get(key, ABSENT))

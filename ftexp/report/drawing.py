@@ -76,7 +76,7 @@ Shape = Line | Area | Box | Dot | Label
 
 @dataclass
 class Drawing:
-    """What is drawn, later shapes over earlier ones."""
+    """Shapes, later ones over earlier ones."""
 
     title: str
     width: float
@@ -89,7 +89,7 @@ class Drawing:
 
 
 def svg(drawing: Drawing) -> Markup:
-    """The drawing inline, as wide as its place."""
+    """Return the drawing inline, as wide as its place."""
     box = f'viewBox="0 0 {drawing.width:g} {drawing.height:g}" role="img"'
     return Markup(f"<svg {box}>{_title(drawing.title)}{''.join(map(_as_svg, drawing.shapes))}</svg>")
 

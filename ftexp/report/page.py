@@ -65,7 +65,7 @@ class Report:
             yield "confusion", confusion_chart([row["class"] for row in found["classes"]], found["confusion"])
 
     def html(self) -> str:
-        """The whole file."""
+        """Return the whole file."""
         run, state, timeline = self.run, self._state, self._timeline
         curves = (*self._metrics, "throughput", "step_time", "rank_time", "learning_rate")
         test = run.evaluation
@@ -102,7 +102,7 @@ class Report:
         return " · ".join(str(part) for part in told if part)
 
     def _numbers(self) -> Iterator[tuple[str, str, str]]:
-        """(title, value, what stands below) of the headline."""
+        """Yield (title, value, what stands below) of the headline."""
         state = self._state
         last, best = (state.get("metrics", {}).get(which) or {} for which in ("last", "best"))
         if (accuracy := last.get("test_accuracy")) is not None:

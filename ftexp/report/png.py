@@ -18,7 +18,7 @@ _MARGIN, _DASH = 10, 3
 
 
 def png(*drawings: Drawing, title: str = "") -> bytes:
-    """The drawings on white, side by side, each with its title above, and one above them all."""
+    """Return the drawings on white, side by side, each with its title above, and one above them all."""
     scale, top = _SCALE * _OVER, _MARGIN * (6 if title else 3)
     width, height = sum(_outer_width(one) for one in drawings), top + _MARGIN + max(one.height for one in drawings)
     picture = Image.new("RGB", (round(width) * scale, round(height) * scale), LIGHT["paper"])
@@ -51,7 +51,7 @@ class _Pen:
         self._draw, self._scale, self._left, self._top = draw, scale, left, top
 
     def draw(self, shape: Shape) -> None:
-        """Any shape."""
+        """Draw any shape."""
         if isinstance(shape, Label):
             self.label(shape)
         elif isinstance(shape, Line):
@@ -64,25 +64,25 @@ class _Pen:
             self.area(_corners(shape), shape.role, shape.opacity)
 
     def label(self, shape: Label) -> None:
-        """Text; its font is Pillow's own."""
+        """Draw text in Pillow's own font."""
         font = ImageFont.load_default(shape.size * self._scale)
         (at,) = self._moved([(shape.x, shape.y)])
         self._draw.text(at, shape.text, _colour(shape.role), font, anchor=_ANCHORS[shape.anchor])
 
     def line(self, shape: Line) -> None:
-        """A polyline; dashes are drawn one by one."""
+        """Draw a polyline; dashes are drawn one by one."""
         width = max(1, round(shape.width * self._scale))
         for points in _dashes(shape.points) if shape.dashed else [shape.points]:
             self._draw.line(self._moved(points), _colour(shape.role, shape.opacity), width, joint="curve")
 
     def dot(self, shape: Dot) -> None:
-        """A circle."""
+        """Draw a circle."""
         r = shape.radius
         corners = self._moved([(shape.x - r, shape.y - r), (shape.x + r, shape.y + r)])
         self._draw.ellipse(corners, _colour(shape.role))
 
     def area(self, points: Sequence[Point], role: str, opacity: float) -> None:
-        """A polygon."""
+        """Draw a polygon."""
         self._draw.polygon(self._moved(points), _colour(role, opacity))
 
     def _moved(self, points: Sequence[Point]) -> list[Point]:
@@ -90,7 +90,7 @@ class _Pen:
 
 
 def _dashes(points: Sequence[Point]) -> list[list[Point]]:
-    """Pieces of a polyline, dash and gap going on around its corners."""
+    """Return the pieces of a polyline, with dashes and gaps continued around its corners."""
     dashes, walked = [], 0.0
     for (x, y), (to_x, to_y) in pairwise(points):
         length = max(math.hypot(to_x - x, to_y - y), 1e-9)

@@ -40,7 +40,7 @@ class Series:
         return [y for _, y in self.points]
 
     def buckets(self, most: int = MAX_BUCKETS) -> list[Bucket]:
-        """At most so many, each with the extremes of what it holds; one for each point if they are fewer."""
+        """Return at most so many buckets, each with its extremes; one for each point if there are fewer."""
         if len(self.points) <= most:
             return [Bucket(x, y, y, y) for x, y in self.points]
         first, last = self.points[0][0], self.points[-1][0]
@@ -56,13 +56,13 @@ def _bucket(group: Sequence[tuple[float, float]]) -> Bucket:
 
 
 def curve(run: RunFiles, split: str, key: str, name: str, role: str) -> Series:
-    """A metric by step; points that aren't numbers are left out."""
+    """Return a metric by step; points that aren't numbers are excluded."""
     pairs = ((point["step"], point.get(key)) for point in run.split(split))
     return Series(name, role, [(float(x), float(y)) for x, y in pairs if isinstance(y, (int, float))])
 
 
 def throughput(run: RunFiles, timeline: Timeline) -> list[tuple[float, float]]:
-    """(step, images/s) between logged points with no start, and, where there are such, no evaluation between them."""
+    """Return (step, images/s) between logged points with no start and, if possible, no evaluation between them."""
     size = run.config.get("train", {}).get("global_batch_size")
     if not isinstance(size, int):
         return []
@@ -94,7 +94,7 @@ class Axis:
 
     @classmethod
     def over(cls, values: Sequence[float], log: bool = False, from_zero: bool = False) -> Axis:
-        """An axis that holds all of them, with a little room."""
+        """Return an axis that holds all of them, with a little room."""
         low, high = min(values, default=0.0), max(values, default=1.0)
         if log and low > 0:
             return cls(low / 1.1, high * 1.1, True)
@@ -103,13 +103,13 @@ class Axis:
         return cls(low if from_zero else low - room, high + room)
 
     def at(self, value: float) -> float:
-        """Where a value lies: 0 is the low end."""
+        """Return the place of a value: 0 is the low end."""
         if self.log:
             return math.log(max(value, self.low) / self.low) / math.log(self.high / self.low)
         return (value - self.low) / (self.high - self.low)
 
     def ticks(self, most: int = 6) -> list[float]:
-        """Round numbers on it, at most about so many."""
+        """Return round numbers on it, at most about so many."""
         if self.log:
             powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
             for digits in ((1, 2, 5), (1, 3), (1,)):
@@ -123,14 +123,14 @@ class Axis:
         return [number * step for number in range(first, last + 1)]
 
 
-def round_step(least: float) -> float:
-    """The smallest of 1, 2, 5, 10, ... times a power of ten that isn't below `least`."""
-    power = 10.0 ** math.floor(math.log10(least))
-    return next(digit * power for digit in (1, 2, 5, 10) if digit * power >= least * 0.999)
+def round_step(minimum: float) -> float:
+    """Return the smallest of 1, 2, 5, 10, ... times a power of ten that isn't below `least`."""
+    power = 10.0 ** math.floor(math.log10(minimum))
+    return next(digit * power for digit in (1, 2, 5, 10) if digit * power >= minimum * 0.999)
 
 
 def short(value: float) -> str:
-    """A number for an axis: 20k, 0.05, 1e-05."""
+    """Return a number for an axis: 20k, 0.05, 1e-05."""
     size = abs(value)
     if size >= 1e6:
         return f"{value / 1e6:g}M"
@@ -140,7 +140,7 @@ def short(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds in words: 785 ms, 43.1 s, 12 min 3 s, 5 h 20 min."""
+    """Return seconds in words: 785 ms, 43.1 s, 12 min 3 s, 5 h 20 min."""
     if seconds < 100:
         return f"{1000 * seconds:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

@@ -1,4 +1,4 @@
-"""What a report is made of: the files that a run directory holds by contract."""
+"""Input of a report: the files that a run directory always has."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ class RunFiles:
         return {str(key): value for key, value in values.items()} if isinstance(values, dict) else {}
 
     def named(self, *names: str) -> list[Record]:
-        """The events of these names."""
+        """Return the events of these names."""
         return [event for event in self.events if event["event"] in names]
 
     def split(self, name: str) -> list[Record]:
-        """The logged points of a split, in the order of their steps."""
+        """Return the logged points of a split, in the order of their steps."""
         return sorted((point for point in self.points if point["split"] == name), key=lambda point: point["step"])
 
 
@@ -92,7 +92,7 @@ def _text(storage: Storage, name: str) -> str:
 
 
 def _evaluation(storage: Storage, split: str) -> Record | None:
-    with contextlib.suppress(FileNotFoundError, ValueError):  # none, or torn
+    with contextlib.suppress(FileNotFoundError, ValueError):  # none, or truncated
         found = json.loads(storage.read_bytes(evaluation_file(split)))
         return found if isinstance(found, dict) else None
     return None

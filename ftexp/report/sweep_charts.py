@@ -39,14 +39,14 @@ class TrialLine:
     finished: bool
     place: int  # 0: the best
 
-    def told(self, metric: str) -> str:
-        """What the mouse is told."""
+    def tooltip(self, metric: str) -> str:
+        """Return the text of the tooltip."""
         score = "no " + metric if self.score is None else f"{metric} {self.score:.4g}"
         return cut(", ".join([score, *(f"{key}={value}" for key, value in self.values.items())]), 200)
 
 
 def trial_lines(record: SweepRecord, ordered: Sequence[Reached], keys: Sequence[str]) -> list[TrialLine]:
-    """The trials as charts show them; `ordered`: the best first."""
+    """Return the trials as charts show them; `ordered`: the best first."""
     return [
         TrialLine(
             each.trial.name,
@@ -60,13 +60,13 @@ def trial_lines(record: SweepRecord, ordered: Sequence[Reached], keys: Sequence[
 
 
 def learning_curve(folder: Storage, record: SweepRecord, each: Reached) -> list[Point]:
-    """(epoch, metric) of a trial."""
+    """Return (epoch, metric) of a trial."""
     return [(float(epoch), value) for epoch, value in curve(folder, each.trial, record.metric)]
 
 
 @dataclass(frozen=True)
 class _Scale:
-    """One axis: where each value lies in 0..1, and what is written beside it."""
+    """One axis: where each value lies in 0..1, and what is written next to it."""
 
     name: str
     at: dict[str, float]  # by the value's text
@@ -74,7 +74,7 @@ class _Scale:
 
 
 def parallel_chart(trials: Sequence[TrialLine], keys: Sequence[str], metric: str, wide: float | None) -> Drawing:
-    """A line for each trial, from axis to axis; the last axis is the metric.
+    """Return a line for each trial, from axis to axis; the last axis is the metric.
 
     wide: the chart's width, with axes side by side; None: for a telephone, axes below each other.
     """
@@ -94,7 +94,7 @@ def parallel_chart(trials: Sequence[TrialLine], keys: Sequence[str], metric: str
         drawing.add(
             Line(
                 points, role, 2.6 if role == _BEST else 1.5, not trial.finished, _strength(trial, len(scored)),
-                trial.told(metric),
+                trial.tooltip(metric),
             )
         )  # fmt: skip
     for number, scale in enumerate(scales):  # over the lines, so that it can be read
@@ -103,14 +103,14 @@ def parallel_chart(trials: Sequence[TrialLine], keys: Sequence[str], metric: str
 
 
 def _strength(trial: TrialLine, number: int) -> float:
-    """The better, the stronger."""
+    """Return the better, the stronger."""
     if trial.place == 0 or not trial.finished:
         return 1.0
     return _STRONGEST - (_STRONGEST - _FAINTEST) * trial.place / max(number, 1)
 
 
 def _scale(name: str, texts: Sequence[str]) -> _Scale:
-    """Numbers to scale, on a logarithmic axis if they span much; anything else a place each."""
+    """Return a scale: numbers to scale, on a logarithmic axis if they span much; anything else a place each."""
     distinct = list(dict.fromkeys(texts))
     numbers = {text: number for text in distinct if (number := _number(text)) is not None}
     if len(numbers) < len(distinct) or not numbers:
@@ -175,14 +175,14 @@ def _flat_axis(drawing: Drawing, scale: _Scale, number: int, total: int) -> None
 
 
 def _label(drawing: Drawing, x: float, y: float, text: str, anchor: str, role: str = "faint") -> None:
-    """Text on a piece of paper: lines run below it."""
+    """Draw text on a background, above the lines."""
     width = _LETTER * len(text)
     left = x - {"start": 0.0, "middle": width / 2, "end": width}[anchor]
     drawing.add(Box(left - 1, y - 9, width + 2, 12, "paper", 0.8), Label(x, y, text, role, anchor))
 
 
 def values_chart(trials: Sequence[TrialLine], key: str, metric: str) -> Drawing:
-    """The metric of finished trials against a swept key, the best trial over the others."""
+    """Return the metric of finished trials against a swept key, the best trial over the others."""
     done = [(trial, trial.score) for trial in trials if trial.finished and trial.score is not None]
     drawing = Drawing(cut(f"{metric} by {key}", _TITLE_LETTERS), PANEL, _CURVE_HEIGHT)
     scale = _scale(key, [trial.values.get(key, "") for trial, _ in done])
@@ -190,7 +190,9 @@ def values_chart(trials: Sequence[TrialLine], key: str, metric: str) -> Drawing:
     plot.grid("", scale.marks)
     for trial, score in reversed(done):
         radius, role = (5.5, _BEST) if trial.place == 0 else (3.5, _OTHER)
-        drawing.add(Dot(plot.x(scale.at[trial.values.get(key, "")]), plot.y(score), radius, role, trial.told(metric)))
+        drawing.add(
+            Dot(plot.x(scale.at[trial.values.get(key, "")]), plot.y(score), radius, role, trial.tooltip(metric))
+        )
     legend(drawing, [("best", _BEST), ("others", _OTHER)], LEFT)
     return drawing
 
@@ -198,7 +200,7 @@ def values_chart(trials: Sequence[TrialLine], key: str, metric: str) -> Drawing:
 def curves_chart(
     metric: str, curves: Sequence[tuple[TrialLine, list[tuple[float, float]]]], wide: float | None
 ) -> Drawing:
-    """The metric by epoch, the best trial over the others; what hasn't finished is dashed. `wide`: as above."""
+    """Return the metric by epoch, the best trial over the others; what hasn't finished is dashed. `wide`: as above."""
     drawing = Drawing(f"{metric} by epoch", wide or _NARROW, _CURVE_HEIGHT)
     finite = [(trial, [(x, y) for x, y in points if math.isfinite(y)]) for trial, points in curves]
     drawn = [(trial, Series(trial.name, _OTHER, points)) for trial, points in finite if points]
@@ -210,10 +212,10 @@ def curves_chart(
         role = _OPEN if not trial.finished else _BEST if trial.place == 0 else _OTHER
         line = [(plot.x(bucket.x), plot.y(bucket.mean)) for bucket in series.buckets()]
         if len(line) == 1:
-            drawing.add(Box(line[0][0] - 2, line[0][1] - 2, 4, 4, role, title=trial.told(metric)))
+            drawing.add(Box(line[0][0] - 2, line[0][1] - 2, 4, 4, role, title=trial.tooltip(metric)))
         width = 2.4 if role == _BEST else 1.3
         strength = _strength(trial, len(drawn))
-        drawing.add(Line(line, role, width, not trial.finished, strength, trial.told(metric)))
+        drawing.add(Line(line, role, width, not trial.finished, strength, trial.tooltip(metric)))
     entries = [("best", _BEST), ("others", _OTHER)]
     entries += [("not finished", _OPEN)] if any(not trial.finished for trial, _ in drawn) else []
     legend(drawing, entries, LEFT)

@@ -26,7 +26,7 @@ class SweepReport:
     """A sweep, drawn. `charts` are by the name of their PNG."""
 
     def __init__(self, folder: Storage, run_report: str) -> None:
-        """`run_report`: what a trial's own report is called in its directory; ConfigError if there is no sweep."""
+        """run_report: file name of a trial's own report; ConfigError if there is no sweep."""
         self._folder, self._run_report = folder, run_report
         self._record, trials = look(folder)
         self._ordered = ranked(self._record, trials)
@@ -44,7 +44,7 @@ class SweepReport:
             yield "curves", curves_chart(metric, self._curves, width)
 
     def html(self) -> str:
-        """The whole file."""
+        """Return the whole file."""
         record, counts = self._record, Counter(each.status for each in self._ordered)
         all_done = 0 < counts[FINISHED] == len(self._ordered)
         there = {name for each in self._ordered for name in each.last}
@@ -79,12 +79,12 @@ class SweepReport:
         yield (
             "time of all trials",
             duration(sum(state.seconds for state in states)),
-            "side by side, so more than it took",
+            "summed over parallel trials",
         )
         yield "failures", f"{sum(len(state.failures) for state in states):,}", "of workers and drivers, in all trials"
 
     def _link(self, each: Reached) -> str | None:
-        """Where the trial's own report is, if there is one."""
+        """Return the link to the trial's own report, if there is one."""
         path = self._folder.local_path
         if path is None or not (path / each.trial.name / self._run_report).is_file():
             return None

@@ -1,4 +1,4 @@
-"""What the tables of a run's page hold."""
+"""Rows of the tables of a run's page."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ _ERROR_LETTERS = 160
 
 
 def checkpoints(run: RunFiles) -> list[tuple[Record, str]]:
-    """(event, state) of every save, the newest first: those that are there, were removed since, or came to nothing."""
+    """Return (event, state) of every save, the newest first.
+
+    The state is kept, removed or failed.
+    """
     rejected = {event["checkpoint"]: event.get("reason", "") for event in run.named("checkpoint_rejected")}
 
     def state(event: Record) -> str:
@@ -70,7 +73,7 @@ def _of_task(evaluation: Record) -> str:
 
 
 def confused(evaluation: Record) -> list[tuple[str, str, int, float]]:
-    """(label, prediction, times, share of the class) of the pairs that are taken for each other most often."""
+    """Return (label, prediction, times, share of the class) of the pairs that are taken for each other most often."""
     names = [row["class"] for row in evaluation["classes"]]
     pairs = [
         (names[row], names[column], number, number / sum(line))
@@ -82,7 +85,7 @@ def confused(evaluation: Record) -> list[tuple[str, str, int, float]]:
 
 
 def facts(run: RunFiles) -> list[tuple[str, Any]]:
-    """Versions and hardware."""
+    """Return versions and hardware."""
     state, hardware = run.state, dict(run.state.get("hardware") or {})
     ready = run.named("ready")
     rows: list[tuple[str, Any]] = list(state.get("versions", {}).items())

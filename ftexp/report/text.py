@@ -6,21 +6,21 @@ from typing import Any
 
 
 def plain(value: object) -> str:
-    """The text of a value, as UTF-8 can hold it: JSON may have brought half a surrogate pair."""
+    """Return the text of a value, as UTF-8 can hold it: JSON may have brought half a surrogate pair."""
     return str(value).encode("utf-8", "replace").decode()
 
 
 def cut(value: object, most: int) -> str:
-    """One line of at most so many characters."""
+    """Return one line of at most so many characters."""
     line = " ".join(plain(value).split())
     return line if len(line) <= most else f"{line[: most - 1]}…"
 
 
 def decimals(value: Any) -> str:
-    """A number to four decimals; nothing for what is none."""
+    """Return a number to four decimals; nothing for what is none."""
     return f"{value:.4f}" if isinstance(value, (int, float)) else ""
 
 
 def digits(value: Any) -> str:
-    """A number of any size to four digits; nothing for what is none."""
+    """Return a number of any size to four digits; nothing for what is none."""
     return f"{value:.4g}" if isinstance(value, (int, float)) else ""

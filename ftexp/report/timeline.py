@@ -1,4 +1,4 @@
-"""What each second of a run went to, from its events."""
+"""Timeline of a run, from its events: the phase of every second."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from ftexp.report.source import Record, RunFiles
 STARTING, DETECTING, RESTARTING, RESTORING = "starting", "detecting", "restarting", "restoring"
 REPLAYING, TRAINING, ENDING = "replaying", "training", "ending"
 PHASES = {
-    TRAINING: "steps that had not been done before, with evaluation and saving",
-    REPLAYING: "steps that were lost, once more",
-    DETECTING: "from a process's death, its exception, or the last sign of life, to Ray's notice",
-    RESTARTING: "from there to new workers",
+    TRAINING: "new steps, with evaluation and saving",
+    REPLAYING: "lost steps, repeated",
+    DETECTING: "from a failure, or the last sign of life, to its detection by Ray",
+    RESTARTING: "from detection to new workers",
     RESTORING: "building the model and reading the checkpoint, to the first batch",
-    STARTING: "from the command to its first workers",
-    ENDING: "the test, and taking everything down",
+    STARTING: "from the start of the command to its first workers",
+    ENDING: "the test evaluation and shutdown",
 }
 _ENDS = ("finished", "failed", "interrupted")
 
@@ -33,7 +33,7 @@ class Segment:
 
     @property
     def seconds(self) -> float:
-        """How long."""
+        """Duration in seconds."""
         return self.end - self.begin
 
 
@@ -58,7 +58,7 @@ class Interruption:
         return sum(self.seconds.values())
 
     def spent_on(self, *phases: str) -> float:
-        """Seconds of these phases."""
+        """Return seconds of these phases."""
         return sum(self.seconds.get(phase, 0.0) for phase in phases)
 
 
@@ -85,11 +85,11 @@ class Timeline:
         return sum(call.end - call.begin for call in self.calls)
 
     def running_s(self, when: float) -> float:
-        """How many of them had passed then."""
+        """Return how many of them had passed then."""
         return sum(min(max(when - call.begin, 0.0), call.end - call.begin) for call in self.calls)
 
     def seconds_by_phase(self) -> dict[str, float]:
-        """The sum of each."""
+        """Return the sum of each."""
         sums = dict.fromkeys(PHASES, 0.0)
         for segment in self.segments:
             sums[segment.phase] += segment.seconds
@@ -140,7 +140,7 @@ class _Follower:
         cause = end["event"] if end is not None else "command killed"
         # where it failed, the failure that ended it is there
         if call is not self.timeline.calls[-1] and cause not in ("finished", "failed"):
-            self._open = Interruption(call.end, self._farthest, cause, decision="the command was given again")
+            self._open = Interruption(call.end, self._farthest, cause, decision="the command was run again")
             self.timeline.interruptions.append(self._open)
 
     def _close(self, phase: str, until: float) -> None:
@@ -195,7 +195,7 @@ class _Follower:
 
 
 def saves(run: RunFiles) -> list[tuple[float, float, dict[str, Any]]]:
-    """(begin, end, event) of every checkpoint that was written."""
+    """Return (begin, end, event) of every checkpoint that was written."""
     return [
         (event["time"] - event.get("write_s", 0.0), event["time"], event) for event in run.named("checkpoint_saved")
     ]

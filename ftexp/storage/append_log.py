@@ -36,7 +36,7 @@ class AppendLog:
         """Add one line; on a local disk it has left this process when the call returns, unless the disk is full."""
         self._lines.append(line)
         if self._file is not None:
-            with contextlib.suppress(OSError):  # flush() tells
+            with contextlib.suppress(OSError):  # flush() reports it
                 self.flush()
 
     def flush(self) -> None:
@@ -51,14 +51,14 @@ class AppendLog:
         size = self._file.seek(0, os.SEEK_END)
         try:
             if self._file.write(content) != len(content):
-                raise OSError(f"{self._name} was written in part only: the disk is full")
+                raise OSError(f"{self._name} was written only partly: the disk is full")
         except OSError:
-            self._file.truncate(size)  # no torn line in the middle of the file
+            self._file.truncate(size)  # no incomplete line in the middle of the file
             raise
         self._lines.clear()
 
     def sync(self) -> None:
-        """As `flush`; on a local disk the lines then survive a power cut."""
+        """Flush; on a local disk the lines then survive a power cut."""
         self.flush()
         if self._file is not None:
             os.fsync(self._file.fileno())
@@ -81,7 +81,7 @@ class AppendLog:
         self._lines.clear()
 
     def lines(self) -> list[str]:
-        """Every line so far, also those that couldn't be written yet."""
+        """Return every line so far, also those that couldn't be written yet."""
         if self._file is None:
             return list(self._lines)
         path = self._storage.local_path
@@ -96,12 +96,12 @@ class AppendLog:
 
 
 def as_json(value: Any, indent: int | None = None) -> str:
-    """A line, unless it is indented."""
+    """Return a line, unless it is indented."""
     return json.dumps(finite(value), indent=indent)
 
 
 def finite(value: Any) -> Any:
-    """A copy in which NaN and infinity are None: JSON has neither."""
+    """Return a copy in which NaN and infinity are None: JSON has neither."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):
@@ -112,16 +112,19 @@ def finite(value: Any) -> Any:
 
 
 def parse_lines(lines: Iterable[str]) -> list[Any]:
-    """What the lines hold, without one that a kill has torn."""
+    """Return the parsed lines, without one that a kill has cut short."""
     entries = []
     for line in lines:
-        with contextlib.suppress(ValueError):  # torn
+        with contextlib.suppress(ValueError):  # incomplete
             entries.append(json.loads(line))
     return entries
 
 
 def read_lines(storage: Storage, name: str) -> list[Any]:
-    """What an AppendLog holds, parsed; without a line that a kill has torn. FileNotFoundError if there is none."""
+    """Return the parsed lines of an AppendLog, without one that a kill has cut short.
+
+    Raises FileNotFoundError if there is none.
+    """
     return parse_lines(storage.read_bytes(name).decode().splitlines())
 
 

@@ -1,6 +1,6 @@
-"""A folder at a local path or at any URI that pyarrow.fs opens, with the few operations ftexp rests on.
+"""A directory at a local path or at any URI that pyarrow.fs opens, with the few operations ftexp rests on.
 
-Local writes are atomic and on disk when they return: temporary name, fsync, rename, fsync of the folder.
+Local writes are atomic and on disk when they return: temporary name, fsync, rename, fsync of the directory.
 Object stores make a single object visible whole, so there a plain write does.
 """
 
@@ -38,7 +38,7 @@ def open_uri(uri: str, key: str) -> tuple[FileSystem, str]:
 
 
 def _opened(uri: str) -> tuple[FileSystem, str]:
-    """As `open_uri`, but OSError where a store doesn't answer: S3 is asked for the bucket's region."""
+    """Open as `open_uri`, but raise OSError where a store doesn't answer: S3 is asked for the bucket's region."""
     from pyarrow.fs import FileSystem, LocalFileSystem
 
     if not is_remote(uri):
@@ -58,7 +58,9 @@ def absolute(uri: str) -> str:
 
 
 def _less_patient(filesystem: FileSystem) -> FileSystem:
-    """An S3 that gives up a dead endpoint after seconds, not minutes: what rests on it is tried again later anyway.
+    """Return an S3 that gives up a dead endpoint after seconds, not minutes.
+
+    What rests on it is tried again later anyway.
 
     pyarrow has no URI option for it; how a file system pickles says with which arguments it was made.
     """
@@ -77,41 +79,41 @@ def _local_path(uri: str) -> str:
 
 @dataclass(frozen=True)
 class Storage:
-    """A folder. Names are relative to it, with forward slashes; a missing folder is made on first write."""
+    """A directory. Names are relative to it, with forward slashes; a missing directory is made on first write."""
 
     uri: str  # absolute path, or URI
 
     @classmethod
     def at(cls, base: str, *names: str) -> Storage:
-        """The folder `names` under `base`; a local path is made absolute, since workers change directory."""
+        """Return the directory `names` under `base`; a local path is made absolute, since workers change directory."""
         if not is_remote(base):
             base = _local_path(base)
         return cls(base.rstrip("/") or "/").child(*names)
 
     def child(self, *names: str) -> Storage:
-        """A folder inside this one."""
+        """Return a directory inside this one."""
         base, options = self._split()
         return Storage("/".join([base, *names]) + options)
 
     @property
     def parent(self) -> Storage:
-        """The folder that holds this one."""
+        """The directory that holds this one."""
         base, options = self._split()
         return Storage((base.rpartition("/")[0] or "/") + options)
 
     @property
     def name(self) -> str:
-        """This folder's own name."""
+        """This directory's own name."""
         return self._split()[0].rpartition("/")[2]
 
     def _split(self) -> tuple[str, str]:
-        """The path, and the options of a URI (s3://bucket/prefix?region=...), which stay at its end."""
+        """Return the path, and the options of a URI (s3://bucket/prefix?region=...), which stay at its end."""
         base, mark, options = self.uri.partition("?") if is_remote(self.uri) else (self.uri, "", "")
         return base, mark + options
 
     @property
     def local_path(self) -> Path | None:
-        """The folder as a Path, or None where it isn't on a local file system."""
+        """The directory as a Path, or None where it isn't on a local file system."""
         return None if is_remote(self.uri) else Path(self.uri)
 
     def open(self) -> tuple[FileSystem, str]:
@@ -128,7 +130,7 @@ class Storage:
 
     @contextlib.contextmanager
     def reading(self, name: str) -> Iterator[BinaryIO]:
-        """A stream of a file's content; FileNotFoundError if there is none."""
+        """Open a stream of a file's content; FileNotFoundError if there is none."""
         if (path := self.local_path) is not None:
             with (path / name).open("rb", buffering=0) as file:
                 yield file
@@ -139,7 +141,7 @@ class Storage:
 
     @contextlib.contextmanager
     def reading_at(self, name: str) -> Iterator[Any]:
-        """A file that is read by `size()` and `read_at(num_bytes, offset)`; FileNotFoundError if there is none."""
+        """Open a file that is read by `size()` and `read_at(num_bytes, offset)`; FileNotFoundError if there is none."""
         filesystem, root = self.open()
         with filesystem.open_input_file(f"{root}/{name}") as file:
             yield file
@@ -151,7 +153,7 @@ class Storage:
 
     @contextlib.contextmanager
     def writing(self, name: str) -> Iterator[BinaryIO]:
-        """A stream for a file's content; on a local disk, the file appears when the block ends without an error."""
+        """Open a stream for a file; on a local disk, the file appears when the block ends without an error."""
         if (path := self.local_path) is None:
             filesystem, root = self.open()
             with filesystem.open_output_stream(f"{root}/{name}") as stream:
@@ -172,18 +174,18 @@ class Storage:
 
     @property
     def draft(self) -> Storage:
-        """Where this folder's files are written until `publish_draft`: next to it; on an object store, here."""
+        """Directory for this one's files until `publish_draft`: next to it; on an object store, here."""
         path = self.local_path
         return self if path is None else Storage(str(path.with_name(f"{_TEMPORARY}{path.name}")))
 
     def publish_draft(self) -> None:
-        """Have the draft become this folder, on disk when this returns; on an object store, it is."""
+        """Have the draft become this directory, on disk when this returns; on an object store, it is."""
         if (path := self.local_path) is not None:
             Path(self.draft.uri).rename(path)
             _sync_folder(path.parent)
 
     def publish(self, files: Mapping[str, Writer], last: str) -> None:
-        """Write a folder of files that becomes visible only when complete. `last` is written after the others.
+        """Write a directory of files that becomes visible only when complete. `last` is written after the others.
 
         Local: under a temporary name, renamed. Object store: `last` is the one that readers look for.
         """
@@ -201,13 +203,13 @@ class Storage:
             raise
 
     def list_folders(self) -> list[str]:
-        """Names of the folders directly inside, sorted, without hidden ones; empty if this isn't there."""
+        """Return names of the directories directly inside, sorted, without hidden ones; empty if this isn't there."""
         from pyarrow.fs import FileType
 
         return [info.base_name for info in self._infos() if info.type == FileType.Directory and not _hidden(info)]
 
     def list_files(self) -> list[str]:
-        """Names of the files directly inside, sorted, without hidden ones; empty if this isn't there."""
+        """Return names of the files directly inside, sorted, without hidden ones; empty if this isn't there."""
         return list(self.sizes())
 
     def sizes(self) -> dict[str, int]:
@@ -236,7 +238,7 @@ class Storage:
         return [info.base_name for info in torn]
 
     def move_to(self, target: Storage) -> None:
-        """Give this folder of files another place on the same file system; OSError if that can't be done."""
+        """Give this directory of files another place on the same file system; OSError if that can't be done."""
         if (path := self.local_path) is not None:
             Path(target.uri).parent.mkdir(parents=True, exist_ok=True)
             path.rename(target.uri)
@@ -247,14 +249,14 @@ class Storage:
         self.delete()
 
     def exists(self, name: str = "") -> bool:
-        """Whether a file or folder of that name is there."""
+        """Return whether a file or directory of that name is there."""
         from pyarrow.fs import FileType
 
         filesystem, root = self.open()
         return bool(filesystem.get_file_info(f"{root}/{name}".rstrip("/")).type != FileType.NotFound)
 
     def delete(self) -> None:
-        """Remove this folder and all it holds; nothing happens if it isn't there."""
+        """Remove this directory and all it holds; nothing happens if it isn't there."""
         if (path := self.local_path) is not None:
             shutil.rmtree(path, ignore_errors=True)
         elif self.exists():

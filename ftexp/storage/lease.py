@@ -1,7 +1,7 @@
 """One driver at a time on a run directory, by a claim that a crash can't leave behind.
 
 On a local file system the claim is a lock of the kernel's (flock), which ends with the process. On an object
-store, and where the file system has no locks, it is a file that its owner writes anew every few seconds. Whoever
+store, and where the file system has no locks, it is a file that its owner rewrites every few seconds. Whoever
 finds such a file watches it for longer than that: if it doesn't change, its owner is dead. No clocks are compared.
 """
 
@@ -78,7 +78,7 @@ class Lease:
                 pass
 
     def _take_lock(self) -> bool:
-        """Whether the file system has locks; RunInUseError if another process holds this one."""
+        """Return whether the file system has locks; RunInUseError if another process holds this one."""
         import fcntl
 
         path = self._storage.local_path
@@ -150,7 +150,10 @@ class Lease:
 
 
 def is_held(storage: Storage, watch_s: float = _WATCH_S) -> bool:
-    """Whether a living process has the directory. Where there are only files, that takes up to `watch_s` to see."""
+    """Return whether a living process has the directory.
+
+    Where there are only files, that takes up to `watch_s` to see.
+    """
     if (path := storage.local_path) is not None and (path / LOCK_FILE).exists() and _is_locked(str(path / LOCK_FILE)):
         return True
     watched = Lease(storage, print, _BEAT_S, watch_s)
@@ -170,7 +173,7 @@ def _is_locked(path: str) -> bool:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
-    except OSError:  # no locks here: the file tells
+    except OSError:  # no locks here: the file decides
         return False
     finally:
         os.close(descriptor)

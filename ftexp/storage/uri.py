@@ -6,5 +6,5 @@ import re
 
 
 def is_remote(uri: str) -> bool:
-    """Whether `uri` names an object store or the like, not a folder of this machine."""
+    """Return whether `uri` names an object store or the like, not a directory of this machine."""
     return bool(re.match(r"^\w[\w+.-]*://", uri)) and not uri.startswith("file://")

@@ -15,9 +15,9 @@ def test_the_command_itself_exits_with_2_and_tells_why(tmp_path):
     done = process("-m", "ftexp.train", "scaling=single_gpu", "train.epochs=0", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.splitlines() == [
-        "ftexp: the config is wrong:",
+        "ftexp: the config is invalid:",
         "  train.epochs=0 is out of range: it must be at least 1",
-        "  scaling.use_gpu=true, but this machine has no GPU: use scaling=local, or scaling.use_gpu=false",
+        "  scaling.use_gpu=true, but this machine has no GPU: set scaling=local or scaling.use_gpu=false",
     ]
 
 

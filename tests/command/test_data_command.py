@@ -70,7 +70,7 @@ def test_digits_are_counted_measured_and_drawn_as_they_are(look, tmp_path):
     (mean,), (std,) = rounded([scaled.mean()]), rounded([scaled.std()])
     assert cells(output, "grey") == [mean, "0.3053", std, "0.3760"]
     assert "differ by more" not in output
-    assert "feed     cached: data.name=digits is in memory as a whole" in output
+    assert "feed     cached: data.name=digits is held in memory" in output
     assert "decoding nothing to decode" in output
     assert "bad      none" in output
     picture = tmp_path / "digits_samples.png"
@@ -104,7 +104,7 @@ def test_a_torn_file_is_named_and_left_out_of_all_that_is_measured_and_drawn(loo
     assert f"excluded 1 entry: no image extension ({paths[0].parent / 'Thumbs.db'})" in output
     assert "bad      1 sample can't be read:" in output
     assert f"{paths[torn]}: " in output
-    assert "training would refuse to start: mend them, or leave them out with data.on_bad_sample=skip" in output
+    assert "training would refuse to start: fix them, or exclude them with data.on_bad_sample=skip" in output
     for label, name in enumerate(names):
         expected = [str((labels[part] == label).sum()) for part in (good, val, test)]
         assert cells(output, name) == expected

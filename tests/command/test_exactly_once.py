@@ -52,7 +52,7 @@ def test_a_drill_with_the_full_recipe_on_tells_a_run_that_survived_its_faults_fr
         f"drill.faults=[{','.join(words)}]", f"run.storage={tmp_path / 'runs'}", module="drill",
     )  # fmt: skip
     command.wait_for("clean ")  # whatever waits has its own deadline, and this is three commands
-    command.wait_for("giving the same command again")
+    command.wait_for("running the same command again")
     assert command.wait() == 0, command.output
     (folder,) = (tmp_path / "runs").iterdir()
     table = [line.split() for line in command.lines if line.split()[-1:] == ["yes"]]

@@ -64,7 +64,7 @@ def curve(trial, sweep):
 
 def test_sigterm_stops_a_sweep_after_a_last_save(story):
     assert story["stop_code"] == 75, story["stopped"]
-    assert "the same command with sweep.name=search goes on" in story["stopped"]
+    assert "run the same command with sweep.name=search to resume" in story["stopped"]
     (begun,) = story["after_stop"]
     assert begun.status == begun.state.status == INTERRUPTED
     assert f"step_{begun.state.step:08}" in begun.state.checkpoint

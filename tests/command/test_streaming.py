@@ -25,7 +25,7 @@ def test_a_run_names_counts_and_leaves_out_what_cannot_be_read(ftexp, run_folder
     ]  # fmt: skip
     failing = ftexp(*words, "run.name=fails")
     assert failing.wait() == 1, failing.output
-    assert "1 sample can't be read; mend" in failing.output
+    assert "1 sample can't be read; fix" in failing.output
     assert f"{torn}: " in failing.output
     # which sample comes when depends on their number: the run goes on with no other
     shutil.copy(tmp_path / "pictures" / "a" / "12.png", tmp_path / "pictures" / "b" / "new.png")

@@ -290,7 +290,7 @@ def test_split_that_has_no_folder_is_cut_from_training(tmp_path):
 @pytest.mark.parametrize(
     ("folders", "told"),
     [
-        (("train/a", "test/a", "extra/a"), "test, train, which look like splits, beside extra: move these away"),
+        (("train/a", "test/a", "extra/a"), "test, train, which look like splits, next to extra: move these elsewhere"),
         (("Training/a", "Testing/a"), "Testing, Training, which look like splits, under other names"),
     ],
 )
@@ -312,7 +312,7 @@ def test_two_validation_folders_are_refused(tmp_path):
     for split in ("train", "val", "valid"):
         put(tmp_path / split / "a" / "0.png", encoded(COLOUR))
 
-    with pytest.raises(DataError, match=r"data\.root=.* more than one validation folder"):
+    with pytest.raises(DataError, match=r"data\.root=.* more than one validation directory"):
         build_data(data_config("image_folder", tmp_path))
 
 
@@ -320,7 +320,7 @@ def test_split_folder_without_class_folders_is_refused(tmp_path):
     put(tmp_path / "train" / "a" / "0.png", encoded(COLOUR))
     put(tmp_path / "test" / "0.png", encoded(COLOUR))
 
-    with pytest.raises(DataError, match=r"data\.root=.*: test/ holds no image in a class folder"):
+    with pytest.raises(DataError, match=r"data\.root=.*: test/ holds no image in a class directory"):
         build_data(data_config("image_folder", tmp_path))
 
 
@@ -408,9 +408,9 @@ def test_long_list_of_unreadable_images_is_cut_but_counted(tmp_path):
     ("files", "message"),
     [
         (None, r"data\.root=.*data can't be listed"),
-        ([], r"data\.root=.*data holds no image in a class folder"),
-        (["0.png"], r"holds no image in a class folder(.|\n)*excluded 1 entry: image outside of a class directory"),
-        ([".hidden/a/0.png"], r"holds no image in a class folder(.|\n)*excluded 1 entry: hidden \(.*/\.hidden\)"),
+        ([], r"data\.root=.*data holds no image in a class directory"),
+        (["0.png"], r"holds no image in a class directory(.|\n)*excluded 1 entry: image outside of a class directory"),
+        ([".hidden/a/0.png"], r"holds no image in a class directory(.|\n)*excluded 1 entry: hidden \(.*/\.hidden\)"),
     ],
     ids=["missing", "empty", "no class folder", "hidden only"],
 )
@@ -678,14 +678,14 @@ def test_arrays_that_are_no_image_of_that_size_are_refused(pixels, reason):
 def test_file_that_is_no_parquet_is_named(tmp_path):
     put(tmp_path / "a.parquet", b"this is no parquet")
 
-    with pytest.raises(DataError, match=r"a\.parquet can't be read as parquet: .*; mend it"):
+    with pytest.raises(DataError, match=r"a\.parquet can't be read as parquet: .*; fix it"):
         build_data(data_config("parquet", tmp_path))
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("", "is neither a parquet file nor a folder with .parquet files in it"),
+        ("", "is neither a parquet file nor a directory with .parquet files in it"),
         ("nowhere", "can't be listed: .*No such"),
     ],
 )

@@ -183,8 +183,8 @@ def test_a_shard_that_vanished_costs_its_own_samples_alone_and_each_is_named(tmp
 @pytest.mark.parametrize(
     ("spare", "feed", "why"),
     [
-        (0, "cached", "decoded it takes 87 MiB, and a node's object store has 174 MiB"),
-        (-1, "streaming", "decoded it takes 87 MiB, and a node's object store has 174 MiB"),
+        (0, "cached", "decoded, it takes 87 MiB, and a node's object store has 174 MiB"),
+        (-1, "streaming", "decoded, it takes 87 MiB, and a node's object store has 174 MiB"),
     ],
     ids=["fits", "a byte too much"],
 )
@@ -240,14 +240,14 @@ def test_the_feed_that_is_named_is_taken_whatever_the_sizes(roots, monkeypatch):
     monkeypatch.setattr(build, "_object_store_bytes", lambda: 3.5 * 2**30)
     bundle = build_data(data_config("image_folder", roots / "image_folder", feed="streaming"))
     assert bundle.feed == "streaming"
-    assert bundle.why == "as data.feed says; decoded it takes 0 MiB, and a node's object store has 3.5 GiB"
+    assert bundle.why == "as data.feed says; decoded, it takes 0 MiB, and a node's object store has 3.5 GiB"
 
 
 def test_what_is_in_memory_as_a_whole_is_not_streamed():
     config = data_config("synthetic", num_samples=4, num_classes=2)
-    assert build_data(config).why == "data.name=synthetic is in memory as a whole"
+    assert build_data(config).why == "data.name=synthetic is held in memory"
     config.feed = "streaming"
-    with pytest.raises(DataError, match=r"data\.feed=streaming, but data\.name=synthetic is in memory as a whole"):
+    with pytest.raises(DataError, match=r"data\.feed=streaming, but data\.name=synthetic is held in memory"):
         build_data(config)
 
 

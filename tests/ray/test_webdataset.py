@@ -125,7 +125,9 @@ def test_a_torn_shard_is_named_and_costs_the_samples_from_there_on(tmp_path, num
 
 
 def test_root_without_shards_is_refused(tmp_path):
-    with pytest.raises(DataError, match=rf"data\.root={tmp_path} is neither a tar file nor a folder with \.tar files"):
+    with pytest.raises(
+        DataError, match=rf"data\.root={tmp_path} is neither a tar file nor a directory with \.tar files"
+    ):
         build_data(data_config("webdataset", tmp_path))
 
 

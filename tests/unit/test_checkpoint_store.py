@@ -434,7 +434,7 @@ def test_of_checkpoints_evaluated_besides_training_the_best_is_known_from_the_lo
 
 def test_an_evaluation_on_a_gpu_that_is_not_there_is_refused(store, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ConfigError, match="device=cuda, and torch finds no GPU here: take device=auto, or cpu"):
+    with pytest.raises(ConfigError, match="device=cuda, but torch finds no GPU here: set device=auto or cpu"):
         evaluate(EvaluateConfig(run=store.storage.uri, device="cuda"))
 
 

@@ -110,7 +110,7 @@ def test_every_option_composes_alone_and_validates(group, option, gpus):
     overrides = [f"{group}={option}"]
     config = composed(*overrides)
     if group == "scaling" and option in NEEDS_GPU:
-        with pytest.raises(ConfigError, match=r"^scaling\.use_gpu=true, but this machine has no GPU: use scaling=loca"):
+        with pytest.raises(ConfigError, match=r"^scaling\.use_gpu=true, but this machine has no GPU: set scaling=loca"):
             validate(config)
         gpus(1)
         validate(config)
@@ -429,7 +429,7 @@ def test_recipe_values_that_do_not_fit_fewer_epochs_or_a_lower_rate_are_fitted_a
     [
         ("schedule.warmup_epochs=2", "schedule.warmup_epochs=2.0 must be below train.epochs=1"),
         ("schedule.min_lr=1", "schedule.min_lr=1.0 must not be above"),
-        ("++train.freeze={backbone:1}", "train.freeze.backbone=1 comes after the last epoch"),
+        ("++train.freeze={backbone:1}", "train.freeze.backbone=1 is after the last epoch"),
     ],
 )
 def test_what_was_typed_is_never_fitted(typed, told):

@@ -226,7 +226,7 @@ def test_a_claim_becomes_the_storage(tmp_path):
             "scaling.num_workers=2: deploy sets scaling.num_workers itself",
         ),
         ("kuberay", ["run.name=a"], "run.storage=runs is on a pod's own disk"),
-        ("kuberay", ["run.name=A_1", "run.storage=s3://b/r"], "run.name=A_1 is no name for kuberay"),
+        ("kuberay", ["run.name=A_1", "run.storage=s3://b/r"], "run.name=A_1 is not a valid name for kuberay"),
         (
             "kuberay",
             ["run.name=a", "run.storage=s3://b/r", "deploy.volume_claim=x"],
@@ -245,11 +245,11 @@ def test_what_could_not_resume_or_start_is_refused(kind, words, problem):
 @pytest.mark.parametrize(
     ("words", "problem"),
     [
-        ([], "nothing can't be deployed to"),
-        (["slrum"], "slrum can't be deployed to. Did you mean 'slurm'?"),
+        ([], "nothing is not a deployment target"),
+        (["slrum"], "slrum is not a deployment target. Did you mean 'slurm'?"),
         (["slurm", "deploy.nodes=0"], "deploy.nodes=0 is out of range"),
         (["slurm", "deploy.node=2"], "deploy.node"),
-        (["slurm", "-m"], "deploy is of one run"),
+        (["slurm", "-m"], "deploy writes files for one run"),
     ],
 )
 def test_a_wrong_command_names_what_is_wrong(words, problem):

@@ -84,7 +84,7 @@ def test_few_open_files_fail_a_run(soft, verdict):
 def test_rays_directory_is_checked_for_length_and_owner(config, tmp_path):
     assert ray_directory(config, {"TMPDIR": "/tmp"}).verdict is Verdict.OK
     long = str(tmp_path / ("x" * 100))
-    assert "too long for the path of a socket" in ray_directory(config, {"RAY_TMPDIR": long}).found
+    assert "too long for a socket's path" in ray_directory(config, {"RAY_TMPDIR": long}).found
     assert ray_directory(config, {"RAY_TMPDIR": long}).verdict is Verdict.FAILS
     replaced = ray_directory(config, {"TMPDIR": long})
     assert (replaced.verdict, f"/tmp/ftexp-{os.getuid()} instead" in replaced.found) == (Verdict.OK, True)

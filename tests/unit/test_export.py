@@ -146,7 +146,7 @@ def test_noise_is_told_of(run, tmp_path, monkeypatch, capsys):
 
     about = export(parse([f"run={run.storage.uri}", "format=onnx", f"out={tmp_path / 'out'}"]))
 
-    assert "so noise is compared on: data.root=gone can't be listed" in capsys.readouterr().out
+    assert "so the models are compared on noise: data.root=gone can't be listed" in capsys.readouterr().out
     assert about["checked"]["of"] == "noise"
 
 
@@ -174,7 +174,7 @@ def test_onnx_without_its_packages_names_what_to_install(monkeypatch):
 def test_what_is_there_already_is_left_alone(run, tmp_path):
     (tmp_path / "mine").write_text("kept")
 
-    with pytest.raises(ConfigError, match="is there already"):
+    with pytest.raises(ConfigError, match="already exists"):
         export(parse([f"run={run.storage.uri}", "format=onnx", f"out={tmp_path}"]))
     assert (tmp_path / "mine").read_text() == "kept"
 

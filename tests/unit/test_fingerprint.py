@@ -203,7 +203,7 @@ def test_a_key_that_defines_the_run_may_not_change(key):
     with pytest.raises(ConfigError) as raised:
         differences(recorded, own, "/runs/first")
     first, *changed = str(raised.value).splitlines()
-    assert first.startswith("/runs/first holds a run that is defined otherwise; choose another run.name")
+    assert first.startswith("/runs/first holds a run with a different configuration; choose another run.name")
     assert [line.split(" was ")[0].startswith(key) for line in changed] == [True] * len(changed)
     assert changed
 

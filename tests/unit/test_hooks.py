@@ -239,14 +239,17 @@ def test_a_run_that_stopped_early_is_finished_until_stopping_is_changed(tmp_path
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["stopping.metric=val_los"], "stopping.metric=val_los is written by no run. Did you mean 'val_loss'?"),
-        (["stopping.metric=val_auroc"], "stopping.metric=val_auroc is written by no run without train.metrics=[auroc]"),
-        (["stopping.metric=test_loss"], "stopping.metric=test_loss is measured once, at the end: choose val_loss"),
-        (["stopping.metric=val_loss_ema"], "stopping.metric=val_loss_ema is of the EMA: set ema.decay"),
-        (["stopping=early", "stopping.mode=max"], "stopping.metric=val_loss is best at its minimum, and stopping.mode"),
+        (["stopping.metric=val_los"], "stopping.metric=val_los is not a logged metric. Did you mean 'val_loss'?"),
+        (["stopping.metric=val_auroc"], "stopping.metric=val_auroc is only logged with train.metrics=[auroc]"),
+        (["stopping.metric=test_loss"], "stopping.metric=test_loss is measured only once, at the end of the run"),
+        (["stopping.metric=val_loss_ema"], "stopping.metric=val_loss_ema is a metric of the EMA: set ema.d"),
+        (["stopping=early", "stopping.mode=max"], "stopping.metric=val_loss is best at its minimum, but stopping.mode"),
         (["stopping=early", "train.epochs=10"], "stopping.patience_epochs=10 must be below train.epochs=10"),
-        (["stopping.patience_epochs=3"], "stopping.patience_epochs=3 needs stopping.metric: set that too, or remove"),
-        (["+hooks.mine.every=3"], "hooks names mine, and no plug-in is imported: add plugins=[...]"),
+        (
+            ["stopping.patience_epochs=3"],
+            "stopping.patience_epochs=3 needs stopping.metric: set stopping.metric, or re",
+        ),
+        (["+hooks.mine.every=3"], "hooks names mine, but no plug-in is imported: add plugins=[...]"),
     ],
 )
 def test_stopping_that_would_be_ignored_is_refused_in_one_line(overrides, expected):

@@ -139,14 +139,17 @@ def test_erasing_alone_makes_views_differ():
 
 
 WRONG = [
-    (["loss=jsd"], "loss.name=jsd compares views of each sample, and augment.splits=1: set augment.splits=3, say"),
+    (
+        ["loss=jsd"],
+        "loss.name=jsd compares views of each sample, but augment.splits=1: set, for example, augment.splits=3",
+    ),
     (
         ["augment.splits=2", "augment.grayscale=0.5"],
-        "augment.splits=2 makes views of each sample, and loss.name=ce does",
+        "augment.splits=2 makes views of each sample, but loss.name=ce does",
     ),
     (
         ["loss=jsd", "augment.splits=2"],
-        "augment.splits=2: nothing makes the views differ; set augment.auto_augment=augm",
+        "augment.splits=2: no augmentation makes the views differ; set, for",
     ),
     (
         ["loss=jsd", "augment.splits=2", "augment.grayscale=0.5", "augment.mixup_alpha=0.2"],
@@ -156,7 +159,7 @@ WRONG = [
         ["loss=jsd", "augment.splits=2", "augment.grayscale=0.5", "augment.brightness=0.2"],
         "augment.brightness=0.2 with augment.splits=2: it is the same for all views; set it to 0, and augment.color_ji",
     ),
-    (["loss.alpha=3"], "loss.alpha=3.0 needs loss.name=jsd: take it out, or set that too"),
+    (["loss.alpha=3"], "loss.alpha=3.0 needs loss.name=jsd: remove it, or set that too"),
 ]
 
 

@@ -98,4 +98,6 @@ def test_a_list_of_labels_is_one_and_a_cls_beside_it_wins(tmp_path):
     assert {entry.name: entry.label for entry in found} == {"a": '["x", "y"]', "d": "2.5", "e": "z"}
     reason = "its .json holds neither a list nor a number"
     assert [(bad.where.split()[-1], bad.reason) for bad in account.bad] == [(name, reason) for name in "bcf"]
-    assert [(rule.reason, rule.count) for rule in account.excluded] == [(".json beside a .cls, which wins", 1)]
+    assert [(rule.reason, rule.count) for rule in account.excluded] == [
+        (".json next to a .cls, which takes precedence", 1)
+    ]

@@ -202,35 +202,35 @@ WRONG = [
         ["loss.name=focall"],
         "loss.name='focall' is unknown. Did you mean 'focal'? Available: ce, bce, focal, asl, poly",
     ),
-    (["loss.gamma=3"], "loss.gamma=3.0 needs loss.name=focal: take it out, or set that too"),
-    (["loss=focal", "loss.gamma=0.5"], "loss.gamma=0.5 must be 0, or at least 1: else gradients are infinite at p"),
+    (["loss.gamma=3"], "loss.gamma=3.0 needs loss.name=focal: remove it, or set that too"),
+    (["loss=focal", "loss.gamma=0.5"], "loss.gamma=0.5 must be 0 or at least 1: else gradients are infinite at p"),
     (
         ["loss=focal", "augment.mixup_alpha=0.2"],
-        "loss.name=focal takes one class a sample, and samples are mixed: set ",
+        "loss.name=focal takes one class per sample, but samples are mixed: set ",
     ),
     (["loss=bce", "loss.target_threshold=0.2"], "loss.target_threshold=0.2 needs augment.mixup_alpha or augment.cutmi"),
     (
         ["loss.class_weights=inverse"],
-        "loss.class_weights=inverse must be none, inv_freq, effective_num, or a list of a ",
+        "loss.class_weights=inverse must be none, inv_freq, effective_num, or a list with o",
     ),
     (
         ["loss.class_weights=[1,-1]"],
-        "loss.class_weights=[1, -1] must be none, inv_freq, effective_num, or a list of a ",
+        "loss.class_weights=[1, -1] must be none, inv_freq, effective_num, or a list with o",
     ),
-    (["loss.class_weights=[0,0]"], "loss.class_weights=[0, 0] must be none, inv_freq, effective_num, or a list of a "),
+    (["loss.class_weights=[0,0]"], "loss.class_weights=[0, 0] must be none, inv_freq, effective_num, or a list with o"),
     (
         ["loss.effective_num_beta=0.9"],
-        "loss.effective_num_beta=0.9 needs loss.class_weights=effective_num: take it out",
+        "loss.effective_num_beta=0.9 needs loss.class_weights=effective_num: remove it",
     ),
     (
         ["loss=bce", "loss.pos_weight=-1"],
-        "loss.pos_weight=[-1] must be a list of a weight for each class, none below 0",
+        "loss.pos_weight=[-1] must be a list with one weight per class, none below 0",
     ),
     (
         ["data.num_classes=10", "loss.class_weights=[1,2]"],
-        "loss.class_weights=[1, 2] has 2 weights, and data.num_class",
+        "loss.class_weights=[1, 2] has 2 weights, but data.num_class",
     ),
-    (["+loss.kwargs.margin=2"], "loss.kwargs={'margin': 2} needs a loss of your own: take it out, or set that too"),
+    (["+loss.kwargs.margin=2"], "loss.kwargs={'margin': 2} needs a loss from a plug-in: remove it, or set that too"),
 ]
 
 

@@ -27,10 +27,10 @@ def test_data_without_any_of_the_classes_are_refused_with_both_sides_names():
 @pytest.mark.parametrize(
     ("word", "told"),
     [
-        ("data.image_size=64", "the model was trained on such images as the run says"),
+        ("data.image_size=64", "set by the trained run"),
         ("data.shuffle_window=3", "is for training"),
-        ("optim.lr=1", "optim.lr=1 is not read: give run, checkpoint"),
-        ("-m", "-m is not read"),
+        ("optim.lr=1", "optim.lr=1 is not used: choose from run, checkpoint"),
+        ("-m", "-m is not used"),
     ],
 )
 def test_what_is_not_read_beside_other_data_is_refused(word, told):

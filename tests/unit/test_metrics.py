@@ -133,23 +133,23 @@ def test_a_metric_of_ones_own_gets_logits_and_is_logged(own_metrics):
     [
         (["train.metrics=[aurc]"], "train.metrics='aurc' is unknown. Did you mean 'auroc'? Available: top5, f1_macro"),
         (["train.metrics=[auroc,auroc]"], "train.metrics names auroc more than once"),
-        (["train.metrics=[accuracy]"], "train.metrics names accuracy, which is always logged: remove it there"),
-        (["sweep.metric=val_auroc", "sweep.mode=max"], "is written by no run without train.metrics=[auroc]: add auroc"),
+        (["train.metrics=[accuracy]"], "train.metrics names accuracy, which is always logged: remove it"),
+        (["sweep.metric=val_auroc", "sweep.mode=max"], "is only logged with train.metrics=[auroc]: add auroc"),
         (
             ["checkpoint.checkpoint_score_attribute=val_f1_macro"],
-            "checkpoint.checkpoint_score_attribute=val_f1_macro is written by no run without train.metrics=[f1_macro]",
+            "checkpoint.checkpoint_score_attribute=val_f1_macro is only logged with train.metrics=[f1_macro]",
         ),
         (
             ["train.metrics=[auroc]", "checkpoint.checkpoint_score_attribute=test_auroc"],
-            "checkpoint.checkpoint_score_attribute=test_auroc is measured once, at the end",
+            "checkpoint.checkpoint_score_attribute=test_auroc is measured only once, at the end",
         ),
         (
             ["train.metrics=[calibration_error]", "checkpoint.checkpoint_score_attribute=val_calibration_error"],
-            "is best at its minimum, and checkpoint.checkpoint_score_order=max: set that to min",
+            "is best at its minimum, and checkpoint.checkpoint_score_order=max: set it to min",
         ),
         (
             ["train.metrics=[auroc]", "checkpoint.checkpoint_score_attribute=val_auroc_ema"],
-            "is of the average: set ema.decay",
+            "is a metric of the EMA: set ema.decay",
         ),
     ],
 )
@@ -178,7 +178,7 @@ def test_metrics_of_plug_ins_are_checked_once_these_are_imported(own_metrics):
     with pytest.raises(UnknownNameError, match=r"train\.metrics='regret' is unknown.*Available: auroc, average"):
         check_metrics(config, SINGLE_LABEL)
     register_metric("regret", better="min")(lambda _: None)
-    with pytest.raises(ConfigError, match=r"val_regret is best at its minimum, and .*=max: set that to min"):
+    with pytest.raises(ConfigError, match=r"val_regret is best at its minimum, and .*=max: set it to min"):
         check_metrics(config, SINGLE_LABEL)
     config.checkpoint.checkpoint_score_order = "min"
     check_metrics(config, SINGLE_LABEL)

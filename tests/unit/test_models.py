@@ -288,14 +288,14 @@ def test_weights_that_fit_nothing_are_refused(tmp_path):
         vit(pretrained=path)
     assert str(raised.value) == (
         f"model.pretrained={path}: 0 of the model's 20 tensors can be taken from its 2: 1 match by name, none by shape "
-        "(head.weight is [1] there, [5, 16] in the model); take weights of a model of this size"
+        "(head.weight is [1] there, [5, 16] in the model); use weights of a model of this size"
     )
     torch.save({"other.weight": torch.zeros(3), "x": torch.zeros(3)}, path)
     with pytest.raises(ConfigError) as raised:
         vit(pretrained=path)
     assert str(raised.value) == (
         f"model.pretrained={path}: 0 of the model's 20 tensors can be taken from its 2: none match by name (it has "
-        "other.weight, x, the model cls_token, pos_embed, patch_embed.proj.weight and 17 more); take weights of this "
+        "other.weight, x, the model cls_token, pos_embed, patch_embed.proj.weight and 17 more); use weights of this "
         "architecture, or rename them as in the model"
     )
 
@@ -321,7 +321,7 @@ def test_code_in_a_weights_file_is_refused_and_does_not_run(zipped, tmp_path):
     with pytest.raises(ConfigError, match="can't be loaded as plain weights") as raised:
         vit(pretrained=path)
     if zipped:
-        assert "it holds io.open, which is no plain data: loading it could run code; where you trust" in str(
+        assert "it holds io.open, which is not plain data: loading it could run code; where you trust" in str(
             raised.value
         )
     assert not target.exists()
@@ -333,10 +333,10 @@ def test_code_in_a_weights_file_is_refused_and_does_not_run(zipped, tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
-        ("page.pth", lambda good: b"<!DOCTYPE html><html>", "it is no file of PyTorch's or safetensors', or a corrupt"),
+        ("page.pth", lambda good: b"<!DOCTYPE html><html>", "it is not a PyTorch or safetensors file, or it is c"),
         ("empty.ckpt", lambda good: b"", "it is empty; fetch it again"),
         ("cut.pt", lambda good: good[:-200], "it is truncated or corrupt; fetch it again"),
-        ("cut.safetensors", lambda good: good[:-4], "or a corrupt one (SafetensorError: "),
+        ("cut.safetensors", lambda good: good[:-4], "or it is corrupt (SafetensorError: "),
     ],
 )
 def test_a_file_that_holds_no_weights_is_told_in_a_line(name, content, reason, device, tmp_path):
@@ -355,7 +355,7 @@ def test_a_whole_model_in_a_file_is_told_with_what_to_save_instead(tmp_path):
     with pytest.raises(ConfigError) as raised:
         load_weights(tmp_path / "w.pt")
     assert str(raised.value).endswith(
-        "it holds torch.nn.modules.linear.Linear, which is no plain data: loading it could run code; where you trust "
+        "it holds torch.nn.modules.linear.Linear, which is not plain data: loading it could run code; where you trust "
         "it, load it by torch.load(..., weights_only=False), and torch.save its state dict alone"
     )
 
@@ -389,7 +389,7 @@ def test_weights_of_a_model_that_needs_values_to_be_built_are_checked_too(tmp_pa
 @pytest.mark.parametrize("content", [[torch.zeros(1)], {"epoch": 3}, torch.zeros(2), {}])
 def test_a_file_without_a_state_dict_is_told(content, tmp_path):
     torch.save(content, tmp_path / "w.pt")
-    with pytest.raises(ConfigError, match=r"holds no state dict, but a (list|dict of epoch|Tensor|dict of nothing): "):
+    with pytest.raises(ConfigError, match=r"holds a (list|dict of epoch|Tensor|dict of nothing), not a state dict: "):
         load_weights(tmp_path / "w.pt")
 
 
@@ -547,7 +547,7 @@ def test_weights_that_give_less_than_half_are_refused_with_both_numbers(tmp_path
         check_weights(config, data)
     assert str(raised.value) == (
         f"model.pretrained={tmp_path / 'w.pt'} gives 12 of the model's 54 parameter tensors, {block:,} of {total:,} "
-        f"numbers ({block / total:.0%}, the classifier's not counted), less than half: take weights of this "
+        f"numbers ({block / total:.0%}, the classifier's not counted), less than half: use weights of this "
         "architecture, or set model.pretrained_partial=true to train the rest from scratch"
     )
     check_weights(dataclasses.replace(config, pretrained_partial=True), data)

@@ -121,7 +121,7 @@ def test_cells_of_text_lists_and_json_make_the_same_sets():
     ("cells", "message"),
     [
         ([["a"], ["b", None]], "labels holds no label at row 1 of train: labels are all text, or all whole numbers"),
-        (["a", '["b"'], r"labels holds '\[\"b\"' at row 1 of train, which is no JSON list"),
+        (["a", '["b"'], r"labels holds '\[\"b\"' at row 1 of train, which is not a JSON list"),
         (["", None], "labels holds no label at all"),
     ],
 )
@@ -249,13 +249,13 @@ def test_evaluation_is_the_mean_binary_cross_entropy_and_the_share_of_exact_sets
 
 MULTI = ["data=synthetic", "data.task=multi_label"]
 WRONG = [
-    (MULTI, "loss.name=ce with data.task=multi_label, whose labels are any number of classes for each sample: take lo"),
+    (MULTI, "loss.name=ce with data.task=multi_label, whose labels are any number of classes for each sample: set los"),
     ([*MULTI, "loss=poly"], "loss.name=poly with data.task=multi_label, whose labels are any number of classes for ea"),
-    (["loss=mse"], "loss.name=mse with data.task=single_label, whose labels are one class for each sample: take loss="),
+    (["loss=mse"], "loss.name=mse with data.task=single_label, whose labels are one class for each sample: set loss="),
     (["data.task=multi_label", "loss=bce"], "data.task=multi_label: the samples of data.name=digits have one class ea"),
-    ([*MULTI, "loss=bce", "data.sampling=sqrt"], "data.sampling=sqrt draws by the class of a sample, and labels of da"),
-    (["loss=asl", "loss.clip=0.1"], "loss.clip=0.1 needs loss.name=asl and data.task=multi_label: take it out, or se"),
-    (["loss=asl", "loss.pos_weight=2"], "loss.pos_weight=2 needs loss.name=bce: take it out, or set that too"),
+    ([*MULTI, "loss=bce", "data.sampling=sqrt"], "data.sampling=sqrt draws by class, but labels of data.task=multi_la"),
+    (["loss=asl", "loss.clip=0.1"], "loss.clip=0.1 needs loss.name=asl and data.task=multi_label: remove it, or set t"),
+    (["loss=asl", "loss.pos_weight=2"], "loss.pos_weight=2 needs loss.name=bce: remove it, or set that too"),
     (
         ["data=image_list", "data.root=x", "data.label_separator=','"],
         "data.label_separator=',' is for cells of several ",
@@ -336,7 +336,11 @@ def test_the_most_confident_mistakes_come_with_their_sets_and_pictures():
 
 @pytest.mark.parametrize(
     ("given", "message"),
-    [([0.1, 0.2], "threshold=.* has 2 thresholds for 3 classes"), (1.5, "1.5 is no probability"), ("a", "'a' is no p")],
+    [
+        ([0.1, 0.2], "threshold=.* has 2 thresholds for 3 classes"),
+        (1.5, "1.5 is not a probability"),
+        ("a", "'a' is not a p"),
+    ],
 )
 def test_a_threshold_that_cannot_be_meant_is_refused(given, message):
     with pytest.raises(ConfigError, match=message):

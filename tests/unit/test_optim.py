@@ -260,7 +260,7 @@ def test_a_base_rate_is_scaled_to_the_batch_as_timms_train_script_does(words, ex
     validate(config)
     typed = [*words.split(), "optim.lr=0.7"]
     both, _ = fitted(composed(*typed), typed)
-    with pytest.raises(ConfigError, match=r"optim\.lr=0\.7 stands beside optim\.lr_base=.*set one of them"):
+    with pytest.raises(ConfigError, match=r"optim\.lr=0\.7 conflicts with optim\.lr_base=.*set only one of them"):
         validate(both)
 
 
@@ -273,9 +273,9 @@ def test_a_base_rate_is_scaled_to_the_batch_as_timms_train_script_does(words, ex
             "schedule.min_lr=0 schedule.cooldown_epochs=1",
             r"^schedule\.cooldown_epochs=1.* with schedule\.min_lr=0: noth",
         ),
-        ("schedule=constant schedule.cooldown_epochs=1", r"cooldown_epochs=1.* is for schedule=cosine or poly or tanh"),
-        ("train.sync_bn=true", r"^train\.sync_bn=true: torch synchronises batch norm on GPUs alone"),
-        ("train.eval=beside train.dist_bn=reduce", r"^train\.dist_bn=reduce is for train\.eval=inline"),
+        ("schedule=constant schedule.cooldown_epochs=1", r"cooldown_epochs=1.* needs schedule=cosine or poly or tanh"),
+        ("train.sync_bn=true", r"^train\.sync_bn=true: torch synchronises batch norm only on GPUs"),
+        ("train.eval=beside train.dist_bn=reduce", r"^train\.dist_bn=reduce needs train\.eval=inline"),
     ],
 )
 def test_settings_that_nothing_would_read_are_refused(words, told, monkeypatch):
@@ -302,7 +302,7 @@ def test_a_classifier_begins_as_timms_train_script_has_it():
     assert made.fc.bias.tolist() == [-2.0] * 3
     own, others = made.state_dict(), plain.state_dict()
     assert all(torch.equal(own[name], others[name]) for name in own if not name.startswith("fc."))
-    with pytest.raises(ConfigError, match=r"has no classifier with biases: take model\.head_init_\* out"):
+    with pytest.raises(ConfigError, match=r"has no classifier with biases: remove model\.head_init_\*"):
         initialise_head(small_model(), ModelConfig(name="mine", head_init_bias=0.0))
 
 

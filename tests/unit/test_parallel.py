@@ -267,22 +267,22 @@ PROBLEMS = {
     "no size": (["parallel=hsdp"], "parallel=hsdp needs parallel.shard_size"),
     "size": (
         ["parallel=hsdp", "parallel.shard_size=2", "scaling.num_workers=3"],
-        "scaling.num_workers=3 is no multiple of parallel.shard_size=2",
+        "scaling.num_workers=3 is not a multiple of parallel.shard_size=2",
     ),
     "elastic": (
         ["parallel=hsdp", "parallel.shard_size=2", "scaling.num_workers=[2,4]"],
         "parallel=hsdp with scaling.num_workers=[2, 4]",
     ),
     "fp16 without a scale": ([*FSDP, "parallel.param_dtype=fp16"], "parallel.param_dtype=fp16 needs a loss scale"),
-    "agc": ([*FSDP, "train.clip_grad_agc=0.1"], "train.clip_grad_agc=0.1 needs whole units of weights"),
+    "agc": ([*FSDP, "train.clip_grad_agc=0.1"], "train.clip_grad_agc=0.1 needs whole tensors"),
     "sync_bn": ([*FSDP, "train.sync_bn=true"], "train.sync_bn=true is for parallel=ddp"),
     "channels_last": ([*FSDP, "train.channels_last=true"], "train.channels_last=true: shards are contiguous rows"),
-    "compiled whole": ([*FSDP, "train.compile=true"], "train.compile=true: blocks are gathered one by one"),
+    "compiled whole": ([*FSDP, "train.compile=true"], "train.compile=true: parallel=fsdp gathers one"),
     "features": (
         [*FSDP, "distill=features", "distill.teacher=resnet18"],
         "distill.kind=features calls parts of the model",
     ),
-    "optimiser": ([*FSDP, "optim.name=adafactor"], "optim.name=adafactor doesn't update shards"),
+    "optimiser": ([*FSDP, "optim.name=adafactor"], "optim.name=adafactor updates shards differently"),
     "every": (["train.checkpoint_activations=every_1"], "train.checkpoint_activations=every_1 is not one of none"),
     "compile": (["train.compile=block"], "train.compile=block is not one of none, model, blocks. Did you mean"),
 }

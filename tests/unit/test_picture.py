@@ -333,7 +333,7 @@ def test_augmentations_of_ones_own_come_last_and_draw_by_position(monkeypatch, t
             PictureAugment(config, 1, FIT)(PICTURES[1], 3)
     with pytest.raises(UnknownNameError, match=r"augment\.custom='dubble' is unknown\. Did you mean 'double'"):
         PictureAugment(AugmentConfig(custom=["dubble"]), 1, FIT, ["own_pictures"])
-    with pytest.raises(ConfigError, match=r"^augment\.custom names fill, and no plug-in is imported: add plugins="):
+    with pytest.raises(ConfigError, match=r"^augment\.custom names fill, but no plug-in is imported: add plugins="):
         validate(composed("augment.custom=[fill]"))
 
 

@@ -34,14 +34,14 @@ PLAN = PredictionPlan("run", "step_1", "raw", "abc", {"name": "image_folder", "r
 @pytest.mark.parametrize(
     ("word", "told"),
     [
-        ("data.image_size=64", "the model was trained on such images"),
-        ("data.decoder=pillow", "the model was trained on such images"),
-        ("data.crop_pct=0.9", "the model was trained on such images"),
-        ("data.on_bad_sample=fail", "is for training"),
-        ("data.feed=cached", "is for training"),
-        ("scaling.backend=gloo", "of scaling, give num_workers"),
-        ("train.epochs=3", "is not read: give run, checkpoint"),
-        ("-m", "this is one job"),
+        ("data.image_size=64", "set by the trained run"),
+        ("data.decoder=pillow", "set by the trained run"),
+        ("data.crop_pct=0.9", "set by the trained run"),
+        ("data.on_bad_sample=fail", "is used only in training"),
+        ("data.feed=cached", "is used only in training"),
+        ("scaling.backend=gloo", "of scaling, choose from num_workers"),
+        ("train.epochs=3", "is not used: choose from run, checkpoint"),
+        ("-m", "predict runs one job"),
     ],
 )
 def test_what_would_not_be_read_is_refused(word, told):
@@ -167,7 +167,7 @@ def test_without_bad_images_there_is_no_list_of_them(tmp_path):
 
 
 def test_a_part_that_has_vanished_is_told(tmp_path):
-    with pytest.raises(StorageError, match=r"part_000000\.parquet has vanished"):
+    with pytest.raises(StorageError, match=r"part_000000\.parquet is missing"):
         collect_bad(PLAN, Storage.at(str(tmp_path)), [])
 
 
@@ -175,7 +175,7 @@ def test_a_part_that_has_vanished_is_told(tmp_path):
 def test_a_part_is_written_only_of_its_own_rows(samples, tmp_path):
     write = WritePart(PLAN, Storage.at(str(tmp_path)), ["ant", "bee", "cow"], ["ant", "bee"])
 
-    with pytest.raises(RuntimeError, match="other rows than those of part 0"):
+    with pytest.raises(RuntimeError, match="rows of another part than 0"):
         write(rows(samples))
     assert not list(tmp_path.rglob("part_*"))
 

@@ -373,7 +373,7 @@ def test_a_part_is_named_by_pattern_by_timms_numbers_or_as_the_backbone(part, fo
             r"train\.freeze\.bloks matches no parameter of the model\. Did you mean 'blocks'\? Its parts: cls",
         ),
         ({"layers.7-9": 1}, r"train\.freeze\.layers\.7-9: the model has layers 0 to 3"),
-        ({"*": 1}, r"leaves nothing to train in epoch 0"),
+        ({"*": 1}, r"freezes all parameters in epoch 0"),
     ],
 )
 def test_a_part_that_is_not_there_is_told(freeze, told):

@@ -42,7 +42,7 @@ def test_register_returns_what_it_decorates(registry):
 
 
 def test_a_name_can_not_be_registered_twice(registry):
-    with pytest.raises(ValueError, match=r"^data\.name: 'digits' is registered already; choose another name$"):
+    with pytest.raises(ValueError, match=r"^data\.name: 'digits' is already registered; choose another name$"):
         registry.register("digits")("others")
     assert registry.get("digits") == "the digits"
 
@@ -52,7 +52,7 @@ def test_a_miss_names_the_key_the_value_the_nearest_and_all_there_are(registry):
         registry.get("digit")
     assert str(raised.value) == (
         "data.name='digit' is unknown. Did you mean 'digits'? Available: cifar10, digits. "
-        "A name of your own comes from a module listed under plugins=[...]."
+        "Your own are registered by a module listed in plugins=[...]."
     )
     assert raised.value.exit_code == 2
 
@@ -93,7 +93,7 @@ def test_a_missing_plugin_is_named(folder, module):
 
 @pytest.mark.parametrize("module", ["", ".relative", "double..dot"])
 def test_what_can_not_be_a_modules_name_is_refused(folder, module):
-    with pytest.raises(ConfigError, match="is not a module's name: write it as in an import"):
+    with pytest.raises(ConfigError, match="is not a module name: write it as in an import"):
         load_plugins([module])
 
 

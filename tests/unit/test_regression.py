@@ -134,23 +134,23 @@ NUMBERS = ["data=synthetic", "data.task=regression"]
 WRONG = [
     (
         NUMBERS,
-        "loss.name=ce with data.task=regression, whose labels are numbers: take loss=mse (mse, l1 and huber fit)",
+        "loss.name=ce with data.task=regression, whose labels are numbers: set loss=mse (mse, l1 and huber fit)",
     ),
-    ([*NUMBERS, "loss=mse", "train.label_smoothing=0.1"], "train.label_smoothing=0.1 is of classes, and data.task=reg"),
+    ([*NUMBERS, "loss=mse", "train.label_smoothing=0.1"], "train.label_smoothing=0.1 applies to classes, but data.ta"),
     ([*NUMBERS, "loss=mse", "loss.class_weights=inv_freq"], "loss.class_weights=inv_freq: data.task=regression has no"),
-    (["loss.delta=2"], "loss.delta=2.0 needs loss.name=huber: take it out, or set that too"),
+    (["loss.delta=2"], "loss.delta=2.0 needs loss.name=huber: remove it, or set that too"),
     (
         [*NUMBERS, "loss=mse"],
-        "checkpoint.checkpoint_score_attribute=val_accuracy is written by no run. Metrics: train_",
+        "checkpoint.checkpoint_score_attribute=val_accuracy is not a logged metric. Metrics: train_",
     ),
     (
         [*NUMBERS, "loss=mse", "train.metrics=[top5]"],
-        "train.metrics names top5, which is no metric of data.task=regress",
+        "train.metrics names top5, which is not a metric of data.task=regr",
     ),
     (["data=image_list", "data.root=x", "data.target_columns=[a]"], "data.target_columns=['a'] is for targets: set da"),
     (
         ["data=image_list", "data.root=x", "data.task=regression", "loss=mse", "data.num_classes=3"],
-        "data.num_classes=3: data.task=regression takes as many targets as the data have; take it out",
+        "data.num_classes=3: data.task=regression takes the number of targets from the data; remove it",
     ),
 ]
 
@@ -172,5 +172,5 @@ def test_checkpoints_are_ranked_by_loss_unless_something_was_typed():
     typed = [*overrides, "checkpoint.checkpoint_score_attribute=val_accuracy"]
     config, notes = fitted(composed(*typed), typed)
     assert notes == []
-    with pytest.raises(ConfigError, match="val_accuracy is written by no run"):
+    with pytest.raises(ConfigError, match="val_accuracy is not a logged metric"):
         validate(config)

@@ -129,7 +129,7 @@ def test_a_run_that_ended_before_its_first_step_may_be_defined_otherwise(run_dir
     note(run_dir, status="failed", attempts=2, **({} if begun == "checkpoint" else {"step": 0} | begun))
     other = config(seed=3)
     if begun:
-        with pytest.raises(ConfigError, match="holds a run that is defined otherwise"):
+        with pytest.raises(ConfigError, match="holds a run with a different configuration"):
             open_run(other, run_dir, "first")
     else:
         state = open_run(other, run_dir, "first")
@@ -145,7 +145,7 @@ def test_a_run_that_is_defined_otherwise_is_refused_with_the_differences(run_dir
     with pytest.raises(ConfigError) as refused:
         open_run(other, run_dir, "first")
     first, *changed = str(refused.value).splitlines()
-    assert first.startswith(f"{run_dir.uri} holds a run that is defined otherwise; choose another run.name")
+    assert first.startswith(f"{run_dir.uri} holds a run with a different configuration; choose another run.name")
     assert changed == ["optim.lr was 0.1, and is 0.2 now", "seed was 0, and is 3 now"]
 
 

@@ -158,7 +158,7 @@ def test_an_unknown_name_names_the_nearest():
 
 def test_a_name_can_be_registered_once_only(own_state):
     own_state("counter")
-    with pytest.raises(ValueError, match="'counter' is registered already"):
+    with pytest.raises(ValueError, match="'counter' is already registered"):
         own_state("counter")
 
 

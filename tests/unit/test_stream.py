@@ -181,7 +181,7 @@ def test_whoever_waits_for_a_block_of_a_pipeline_that_began_is_told_of_it(monkey
 
 
 def test_why_nothing_is_decoded_is_said_with_the_way_out():
-    assert slow_reason(40.2, 3, 8).startswith("nothing decoded for 40 s: 3 of the cluster's 8 CPUs are free, so it is ")
+    assert slow_reason(40.2, 3, 8).startswith("nothing decoded for 40 s: 3 of the cluster's 8 CPUs are free, so read")
     taken = slow_reason(20.1, 0, 8)
     assert taken.startswith("nothing decoded for 20 s: none of the cluster's 8 CPUs is free")
     assert "fewer workers, or scaling.resources_per_worker={CPU: 0.5}" in taken
@@ -259,13 +259,13 @@ def test_rows_are_handed_out_across_the_borders_of_blocks(data, num_rows):
 @pytest.mark.parametrize("asked", [[0, 2], [1, 0], [1]], ids=str)
 def test_other_samples_than_were_asked_for_are_refused(asked):
     rows, _ = window(decoded([0, 1, 2]))
-    with pytest.raises(RuntimeError, match="other samples than it was asked for"):
+    with pytest.raises(RuntimeError, match="other samples than requested"):
         rows.take(np.array(asked))
 
 
 def test_a_pipeline_that_ends_early_is_refused():
     rows, _ = window(decoded([0, 1]))
-    with pytest.raises(RuntimeError, match="ended before everything was decoded"):
+    with pytest.raises(RuntimeError, match="ended before all requested samples"):
         rows.take(np.array([0, 1, 2]))
 
 

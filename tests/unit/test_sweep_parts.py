@@ -173,7 +173,7 @@ def test_a_trial_that_cannot_be_started_leaves_the_others_alone(tmp_path, monkey
     (tmp_path / "bad").write_text("where its run directory should be")
     processes, _ = run(tmp_path, {"good": "pass", "bad": "pass", "also": "pass"}, monkeypatch)
     assert [each.trial.status for each in processes] == [FINISHED, FAILED, FINISHED]
-    assert processes[1].trial.error.startswith("it could not be started: [Errno ")
+    assert processes[1].trial.error.startswith("it could not start: [Errno ")
 
 
 class Flaky(Storage):
@@ -195,7 +195,7 @@ def test_a_store_that_is_down_costs_a_sweep_nothing_but_the_wait(folder, monkeyp
         with records.riding_out():
             records.write()
     assert (records.is_written, len(settled)) == (False, 2)
-    assert said == [("! the sweep's records can't be kept: no space left; trying again", "yellow")]
+    assert said == [("! the sweep's records can't be written: no space left; retrying", "yellow")]
     monkeypatch.setattr(Flaky, "is_down", False)
     with records.riding_out():
         records.write()
@@ -586,7 +586,7 @@ def test_a_changed_base_is_told_once(folder):
     with pytest.raises(ConfigError) as refused:
         plan(folder, ("a", config(seed=2)), ("b", config(seed=2)))
     title, *lines = str(refused.value).splitlines()
-    assert "choose another sweep.name, or put these back" in title
+    assert "choose another sweep.name, or restore these values" in title
     assert lines == ["seed was 1, and is 2 now"]
 
 

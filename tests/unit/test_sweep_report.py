@@ -92,7 +92,7 @@ def lines(*scores, **values):
 
 def drawn(drawing, trials):
     """{place: its line's points}; a trial's line is the one that tells of it."""
-    told = {trial.told("acc"): trial.place for trial in trials}
+    told = {trial.tooltip("acc"): trial.place for trial in trials}
     return {told[s.title]: s.points for s in drawing.shapes if isinstance(s, Line) and s.title in told}
 
 

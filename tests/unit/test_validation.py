@@ -343,7 +343,7 @@ def test_trials_side_by_side_leave_a_cpu_for_the_evaluation_of_each(monkeypatch)
 def test_a_training_metric_decides_nothing_where_checkpoints_are_evaluated_besides_training(key):
     order = ["checkpoint.checkpoint_score_order=min"] if key.startswith("checkpoint") else []
     validate_config(composed(f"{key}=train_loss", *order))
-    with pytest.raises(ConfigError, match=rf"^{key}=train_loss is not known for the step that train\.eval=beside"):
+    with pytest.raises(ConfigError, match=rf"^{key}=train_loss is not measured by train\.eval=beside"):
         validate_config(composed(f"{key}=train_loss", *order, "train.eval=beside"))
 
 

@@ -1,4 +1,4 @@
-"""Checks of how a run is saved, and of the metric that ranks its checkpoints."""
+"""Checks of checkpoints and of the metric that ranks them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ftexp.config.schema import BESIDE, DDP, Config
 
 
 def check_checkpoint(config: Config) -> Iterator[str]:
-    """What goes into a checkpoint, and which is the best."""
+    """Check what a checkpoint holds and which metric ranks it."""
     names = config.checkpoint.extra_state
     if "progress" not in names:
         yield f"checkpoint.extra_state={names} must hold progress: a run can't resume without its position"
@@ -18,15 +18,18 @@ def check_checkpoint(config: Config) -> Iterator[str]:
     if config.train.precision == "fp16" and "scaler" not in names:
         yield f"checkpoint.extra_state={names} must hold scaler, since train.precision=fp16 scales the loss"
     if config.checkpoint.format == "sharded" and config.parallel.kind == DDP:
-        yield "checkpoint.format=sharded with parallel=ddp: no parameter is sharded; take parallel=fsdp, or format=auto"
+        yield (
+            "checkpoint.format=sharded with parallel=ddp: no parameter is sharded; set parallel=fsdp or "
+            "checkpoint.format=auto"
+        )
     metric, order = config.checkpoint.checkpoint_score_attribute, config.checkpoint.checkpoint_score_order
     key, logged = "checkpoint.checkpoint_score_attribute", logged_metrics(config)
     if metric not in logged:
         yield unlogged(key, metric, [name for name in logged if not name.startswith("test_")])
     elif metric.startswith("test_"):
-        yield f"{key}={metric} is measured once, at the end: choose val_{metric.removeprefix('test_')}"
+        yield f"{key}={metric} is measured only once, at the end of the run: choose val_{metric.removeprefix('test_')}"
     elif metric.startswith("train_") and config.train.eval == BESIDE:
-        yield f"{key}={metric} is not known for the step that train.eval=beside evaluates: choose a val_ metric"
+        yield f"{key}={metric} is not measured by train.eval=beside: choose a val_ metric"
     elif (better := better_of(metric)) not in (None, order):
         order_key = f"checkpoint.checkpoint_score_order={order}"
-        yield f"{key}={metric} is best at its {better}imum, and {order_key}: set that to {better}"
+        yield f"{key}={metric} is best at its {better}imum, but {order_key}: set it to {better}"

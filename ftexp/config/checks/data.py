@@ -1,4 +1,4 @@
-"""Where the data come from, and the shape of what models see."""
+"""The data source and the shape of the images."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _SOURCE_ONLY = frozenset(name for names in SOURCE_FIELDS.values() for name in na
 
 
 def check_data(config: Config) -> Iterator[str]:
-    """The source and its fields, and what is measured of its pixels."""
+    """Check the source, its fields and its normalisation."""
     data = config.data
     if data.name not in SOURCE_FIELDS:
         if not config.plugins:
@@ -29,21 +29,21 @@ def check_data(config: Config) -> Iterator[str]:
             field, value = defaults[name], getattr(data, name)
             default = field.default_factory() if callable(field.default_factory) else field.default
             if value != default:
-                yield f"data.{name}={value} is not used by data.name={data.name}: take it out"
+                yield f"data.{name}={value} is not used by data.name={data.name}: remove it"
         if data.feed == "streaming" and not can_stream(data.name):
-            yield f"data.feed=streaming: data.name={data.name} is in memory as a whole; take data.feed=cached"
+            yield f"data.feed=streaming: data.name={data.name} is held in memory; set data.feed=cached"
         if "root" in used and data.root is None:
-            yield f"data.root is not set: data.name={data.name} reads files, so say where they are"
+            yield f"data.root is not set: data.name={data.name} reads files; set data.root to their directory or URI"
     yield from _decoding_problems(config)
     for name in ("mean", "std"):
         values = getattr(data, name)
         if len(values) != data.channels:
             found = f"{len(values)} value{'s' if len(values) != 1 else ''}"
-            yield f"data.{name}={values} has {found}, but data.channels={data.channels}: give one a channel"
+            yield f"data.{name}={values} has {found}, but data.channels={data.channels}: give one per channel"
     if not all(math.isfinite(value) for value in data.mean):
-        yield f"data.mean={data.mean} must be finite numbers: pixels are shifted by them"
+        yield f"data.mean={data.mean} must be finite numbers"
     if not all(0 < value < math.inf for value in data.std):
-        yield f"data.std={data.std} must be above 0 and finite throughout: pixels are divided by it"
+        yield f"data.std={data.std} must be finite numbers above 0"
     if data.val_fraction + data.test_fraction >= 1:
         yield (
             f"data.val_fraction={data.val_fraction} and data.test_fraction={data.test_fraction} leave nothing to "
@@ -61,17 +61,14 @@ def check_data(config: Config) -> Iterator[str]:
 def _decoding_problems(config: Config) -> Iterator[str]:
     data = config.data
     if data.decode_size is not None and config.augment.crop == "none":
-        yield (
-            f"data.decode_size={data.decode_size} is for augment.crop, which cuts out parts of images: take it out. "
-            "Images that are fitted as a whole are decoded at the size that this takes"
-        )
+        yield f"data.decode_size={data.decode_size} is used only with augment.crop: remove it, or set augment.crop"
     if data.decode_size is not None and data.decode_size < data.image_size:
         yield (
-            f"data.decode_size={data.decode_size} must be at least data.image_size={data.image_size}: else even the "
-            "whole of an image is enlarged"
+            f"data.decode_size={data.decode_size} must be at least data.image_size={data.image_size}: otherwise "
+            "images are enlarged"
         )
     if data.background is not None and data.background != "white" and not _is_colour(data.background):
-        yield f"data.background={data.background} is no colour: give a name such as white, #rrggbb, or null"
+        yield f"data.background={data.background} is not a colour: give a name such as white, #rrggbb, or null"
 
 
 def _is_colour(text: str) -> bool:

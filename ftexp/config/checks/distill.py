@@ -1,4 +1,4 @@
-"""The teacher of a run, as far as its config alone tells. What it is made of is looked at by `ftexp.driver.teacher`."""
+"""Checks of the teacher that need only the config; `ftexp.driver.teacher` checks its weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _STATE = "distill"
 
 
 def check_distill(config: Config) -> Iterator[str]:
-    """The teacher, and fields that need one."""
+    """Check the teacher, and fields that need one."""
     distill, names = config.distill, config.checkpoint.extra_state
     if distill.teacher is None:
         others = tuple(field.name for field in dataclasses.fields(distill) if field.name != "teacher")
@@ -25,14 +25,16 @@ def check_distill(config: Config) -> Iterator[str]:
     yield from _teacher_problems(config, distill.teacher)
     for key, value in distill.kwargs.items():
         if key in _OF_MODEL:
-            yield f"distill.kwargs.{key}={value} follows {_OF_MODEL[key]}: take it out"
+            yield f"distill.kwargs.{key}={value} follows {_OF_MODEL[key]}: remove it"
     if distill.kind != FEATURES and config.data.task != SINGLE_LABEL:
         yield (
-            f"distill.kind={distill.kind} compares distributions over classes, and data.task={config.data.task}: take "
+            f"distill.kind={distill.kind} compares distributions over classes, but data.task={config.data.task}: set "
             f"distill.kind={FEATURES}"
         )
     if config.augment.splits > 1:
-        yield f"augment.splits={config.augment.splits}: no teacher is compared with views of a sample; set 1"
+        yield (
+            f"augment.splits={config.augment.splits}: distillation does not support several views; set augment.splits=1"
+        )
     if distill.kind == FEATURES or distill.hard:
         why = "distill.hard=false" if distill.hard else "distill.kind=logits or token"
         yield from unused(distill, "distill", ("temperature",), f"needs {why}")
@@ -43,23 +45,23 @@ def check_distill(config: Config) -> Iterator[str]:
 
 
 def _teacher_problems(config: Config, teacher: str) -> Iterator[str]:
-    """Yield the mistakes in where the teacher's weights are said to be."""
+    """Yield an error for each wrong setting of where the teacher's weights are."""
     distill = config.distill
     if is_timm_name(teacher, has_plugins=bool(config.plugins)):
-        yield from unused(distill, "distill", ("checkpoint", "weights"), "is for a run as the teacher")
+        yield from unused(distill, "distill", ("checkpoint", "weights"), "is only for a teacher that is a run")
         pretrained = distill.pretrained
         if pretrained is not True and not isinstance(pretrained, str):
             yield f"distill.pretrained={yaml_text(pretrained)} must be true, or the path of a weights file"
         return
-    yield from unused(distill, "distill", ("pretrained", "kwargs"), "is for a timm name as the teacher")
+    yield from unused(distill, "distill", ("pretrained", "kwargs"), "is only for a teacher that is a timm name")
     # a path is looked at by `ftexp.driver.teacher`: a run that has finished is printed again without its teacher
     if "/" not in teacher and not Path(teacher).expanduser().exists():
         near = did_you_mean(teacher, model_names())
-        yield f"distill.teacher={teacher} is no run, no weights file and no name of timm's.{near}"
+        yield f"distill.teacher={teacher} is not a run, a weights file or a timm model name.{near}"
 
 
 def is_timm_name(teacher: str, has_plugins: bool) -> bool:
-    """Whether `teacher` names an architecture; a directory or file of that name comes first.
+    """Return whether `teacher` names an architecture; a directory or file of that name comes first.
 
     has_plugins: any word may be a name then.
     """

@@ -1,4 +1,4 @@
-"""Failure budgets, and the faults that are made on purpose."""
+"""Checks of failure budgets and of injected faults."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ _FAULT_FIELDS = ("kind", "step", "rank", "count", "seconds")
 
 
 def check_failure(config: Config) -> Iterator[str]:
-    """Budgets by cause, and back-off."""
+    """Check the budgets by cause and the back-off."""
     failure = config.failure
     for cause, count in failure.max_by_cause.items():
         if cause not in CAUSES:
             yield unknown("failure.max_by_cause", cause, frozenset(CAUSES), f"Available: {', '.join(CAUSES)}")
         if count < 0:
-            yield f"failure.max_by_cause.{cause}={count} must be at least 0; without a limit, leave it out"
+            yield f"failure.max_by_cause.{cause}={count} must be at least 0; for no limit, remove it"
     if failure.repeat_step_every is not None and not config.train.deterministic:
         yield (
-            f"failure.repeat_step_every={failure.repeat_step_every} compares bitwise, and train.deterministic=false "
-            "lets GPUs round otherwise each time: set train.deterministic=true, or remove it"
+            f"failure.repeat_step_every={failure.repeat_step_every} compares bitwise, but with "
+            "train.deterministic=false GPUs may round differently each time: set train.deterministic=true, or remove it"
         )
     if failure.memory_every_steps and not failure.takes_snapshots:
         yield (
@@ -34,7 +34,7 @@ def check_failure(config: Config) -> Iterator[str]:
 
 
 def check_chaos(config: Config) -> Iterator[str]:
-    """Faults, and the fields of each."""
+    """Check the faults and their fields."""
     chaos = config.chaos
     known = frozenset(FAULTS)
     for number, fault in enumerate(chaos.faults):
@@ -57,9 +57,9 @@ def check_chaos(config: Config) -> Iterator[str]:
         if kind not in known:
             yield unknown("chaos.kinds", kind, known, f"Available: {', '.join(FAULTS)}")
     if chaos.step is not None and chaos.kind in ("none", "random"):
-        yield f"chaos.step={chaos.step} is not used by chaos={chaos.kind}: take it out, or choose a fault"
+        yield f"chaos.step={chaos.step} is not used by chaos={chaos.kind}: remove it, or choose a fault"
     if chaos.kind == "random":
         if not chaos.kinds:
-            yield "chaos.kinds=[] leaves chaos=random nothing to do: name some faults"
+            yield "chaos.kinds=[] leaves chaos=random no fault to choose: name at least one"
         if chaos.faults:
-            yield "chaos.faults stands beside chaos.kind=random, which draws its own: take one of them"
+            yield "chaos.faults conflicts with chaos.kind=random, which draws its own faults: set only one"

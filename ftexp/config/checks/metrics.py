@@ -1,4 +1,4 @@
-"""Metrics: which are computed, and which names a run logs."""
+"""Checks of metrics, and the names that a run logs."""
 
 from __future__ import annotations
 
@@ -11,18 +11,21 @@ from ftexp.registry import did_you_mean
 
 
 def check_metrics(config: Config) -> Iterator[str]:
-    """The names in train.metrics; those of plug-ins are checked once these are imported."""
+    """Check the names in train.metrics; those of plug-ins are checked once these are imported."""
     names = config.train.metrics
     for name in sorted({name for name in names if names.count(name) > 1}):
         yield f"train.metrics names {name} more than once"
     for name in names:
         if name in ALWAYS_LOGGED:
-            yield f"train.metrics names {name}, which is always logged: remove it there"
+            yield f"train.metrics names {name}, which is always logged: remove it"
         elif name not in METRICS and not config.plugins:
             yield unknown("train.metrics", name, frozenset(METRICS), f"Available: {', '.join(METRICS)}")
         elif name in METRICS and config.data.task not in METRICS[name].tasks:
             fitting = ", ".join(other for other, kind in METRICS.items() if config.data.task in kind.tasks)
-            yield f"train.metrics names {name}, which is no metric of data.task={config.data.task}: take of {fitting}"
+            yield (
+                f"train.metrics names {name}, which is not a metric of data.task={config.data.task}: choose from "
+                f"{fitting}"
+            )
 
 
 def logged_metrics(config: Config) -> list[str]:
@@ -36,8 +39,8 @@ def unlogged(key: str, metric: str, logged: list[str]) -> str:
     """Return the message for a metric that is not among those `logged`."""
     name = name_of(metric)
     if name in METRICS and metric.startswith(("val_", "test_")):
-        return f"{key}={metric} is written by no run without train.metrics=[{name}]: add {name} there"
-    return f"{key}={metric} is written by no run.{did_you_mean(metric, logged)} Metrics: {', '.join(logged)}"
+        return f"{key}={metric} is only logged with train.metrics=[{name}]: add {name} to train.metrics"
+    return f"{key}={metric} is not a logged metric.{did_you_mean(metric, logged)} Metrics: {', '.join(logged)}"
 
 
 def better_of(logged: str) -> str | None:

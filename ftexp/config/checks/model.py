@@ -15,16 +15,19 @@ _NO_LOGITS = {"features_only": "a list of feature maps", "aux_logits": "a tuple 
 
 
 def check_model(config: Config) -> Iterator[str]:
-    """Name, arguments, patch size and weights."""
+    """Check the name, arguments, patch size and weights."""
     model = config.model
     architecture = model.name.partition(".")[0]  # timm names read architecture.pretrained_tag
     # a plug-in may register models with timm; timm's own message comes later then
     if not config.plugins and ":" not in model.name and architecture not in model_names():
         groups = [file.stem for file in (config_dir() / "model").glob("*.yaml")]
         near_group = get_close_matches(model.name, groups, n=1, cutoff=0.85)
-        where = f"timm knows {len(model_names())} architectures; the groups under model= name the usual ones"
+        where = f"timm has {len(model_names())} architectures; the config group model lists the usual ones"
         if near_group:
-            yield f"model.name='{model.name}' is unknown. Did you mean the group, model={near_group[0]}? {where}"
+            yield (
+                f"model.name='{model.name}' is unknown. Did you mean the config group option model={near_group[0]}? "
+                f"{where}"
+            )
         else:
             yield unknown("model.name", model.name, model_names(), where)
     for key, owner in (
@@ -33,18 +36,18 @@ def check_model(config: Config) -> Iterator[str]:
         ("img_size", "data.image_size"),
     ):
         if key in model.kwargs:
-            yield f"model.kwargs.{key}={model.kwargs[key]} follows the data: set {owner} instead"
+            yield f"model.kwargs.{key}={model.kwargs[key]} is derived from the data: set {owner} instead"
     for key, owner in (
         ("model_name", "model.name"),
         ("pretrained", "model.pretrained"),
         ("checkpoint_path", "model.pretrained"),
     ):
         if key in model.kwargs:
-            yield f"model.kwargs.{key}={model.kwargs[key]} stands beside {owner}: set that one"
+            yield f"model.kwargs.{key}={model.kwargs[key]} conflicts with {owner}; set only {owner}"
     for key, output in _NO_LOGITS.items():
         if model.all_kwargs().get(key) and not config.plugins:  # a plug-in's model may mean something else by it
             given = f"model.kwargs.{key}={model.all_kwargs()[key]}"
-            yield f"{given}: the model then returns {output}, not logits: take it out"
+            yield f"{given}: the model then returns {output}, not logits: remove it"
     in_name = re.search(r"patch(\d+)", model.name)
     patch = model.all_kwargs().get("patch_size", int(in_name[1]) if in_name else None)
     if isinstance(patch, int) and patch > 0 and config.data.image_size % patch:
@@ -57,8 +60,8 @@ def check_model(config: Config) -> Iterator[str]:
         path = Path(model.pretrained).expanduser()
         if not path.is_file():
             found = "a directory" if path.is_dir() else "no such file"
-            yield f"model.pretrained={model.pretrained}: {found}. Give a file of PyTorch's or safetensors', or true"
+            yield f"model.pretrained={model.pretrained}: {found}. Give a PyTorch or safetensors file, or true"
     elif not isinstance(model.pretrained, bool):
         yield f"model.pretrained={yaml_text(model.pretrained)} must be true, false, or the path of a weights file"
     elif model.pretrained_partial and not model.pretrained:
-        yield "model.pretrained_partial=true needs model.pretrained: take it out, or set that too"
+        yield "model.pretrained_partial=true needs model.pretrained: remove it, or set model.pretrained"

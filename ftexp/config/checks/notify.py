@@ -1,4 +1,4 @@
-"""Where alerts go."""
+"""Checks of where alerts go."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _NEEDS_URLS = ("alerts", "max_recoveries", "no_progress_s", "timeout_s")
 
 
 def check_notify(config: Config) -> Iterator[str]:
-    """URLs, which are never shown whole, and names of alerts."""
+    """Check the URLs, which are never shown whole, and the names of alerts."""
     notify = config.notify
     for number, url in enumerate(notify.urls):
         yield from _url_problem(f"notify.urls[{number}]", url)
@@ -28,10 +28,10 @@ def check_notify(config: Config) -> Iterator[str]:
 def _url_problem(key: str, url: str) -> Iterator[str]:
     scheme, is_url, rest = url.partition("://")
     if not is_url or not scheme or not rest:
-        yield f"{key} is no URL: write https://<host>/<path>, for a JSON POST, or a URL of apprise's"
+        yield f"{key} is not a URL: write https://<host>/<path> for a JSON POST, or an apprise URL"
     elif scheme.lower() in HTTP_SCHEMES:
         if not urlsplit(url).hostname:
-            yield f"{key}={without_path(url)} names no host: write {scheme}://<host>/<path>"
+            yield f"{key}={without_path(url)} has no host: write {scheme}://<host>/<path>"
     elif importlib.util.find_spec("apprise") is None:
         yield (
             f"{key}={without_path(url)} needs the package apprise, which isn't installed: write uv run --extra apprise "

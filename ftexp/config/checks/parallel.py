@@ -1,4 +1,4 @@
-"""How the model lies on the workers, and what is traded for memory or speed while it computes."""
+"""Checks of model sharding, compilation and activation checkpointing."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _ACTIVATIONS = ("none", "blocks", "every_2")
 
 
 def check_parallel(config: Config) -> Iterator[str]:
-    """The group parallel, and what only works where each worker holds the whole model."""
+    """Check the group parallel, and settings that need the whole model on each worker."""
     parallel = config.parallel
     if parallel.kind == DDP:
         others = tuple(field.name for field in dataclasses.fields(parallel) if field.name not in ("kind", "wrap"))
@@ -42,45 +42,54 @@ def check_parallel(config: Config) -> Iterator[str]:
         yield "parallel.param_dtype=fp16 needs a loss scale, which comes with train.precision=fp16: set that, or bf16"
     for number, pattern in enumerate(parallel.wrap):
         if not pattern.strip(". "):
-            yield f"parallel.wrap[{number}]={pattern!r} names no module: write a pattern of module names, blocks.*, say"
+            yield f"parallel.wrap[{number}]={pattern!r} names no module: give a pattern of names such as blocks.*"
     if config.optim.name not in SHARDED_OPTIMIZERS and config.optim.name in optimizer_names():
         near = did_you_mean(config.optim.name, SHARDED_OPTIMIZERS)
-        yield f"optim.name={config.optim.name} doesn't update shards as it updates whole tensors: take another.{near}"
+        yield f"optim.name={config.optim.name} updates shards differently from whole tensors: choose another.{near}"
 
 
 def _size_problems(config: Config) -> Iterator[str]:
-    """Yield the mistakes in how many workers share a replica."""
+    """Yield an error for each wrong number of workers per replica."""
     parallel, workers = config.parallel, config.scaling.num_workers
     size = parallel.shard_size
     if parallel.kind != HSDP:
         yield from unused(parallel, "parallel", ("shard_size",), "needs parallel=hsdp")
     elif size is None:
-        yield "parallel=hsdp needs parallel.shard_size, the workers that share a replica: those of a node, say"
+        yield (
+            "parallel=hsdp needs parallel.shard_size, the number of workers that share a replica, for example those "
+            "of a node"
+        )
     elif is_pair(workers) and workers[0] != workers[1]:
         yield (
-            f"parallel=hsdp with scaling.num_workers={list(workers)}: any number of workers between must be a multiple "
-            f"of parallel.shard_size={size}: give one number, or take parallel=fsdp"
+            f"parallel=hsdp with scaling.num_workers={list(workers)}: every number of workers in the range must be a "
+            f"multiple of parallel.shard_size={size}: give one number, or set parallel=fsdp"
         )
     elif is_count(workers) and workers % size:
-        yield f"scaling.num_workers={workers} is no multiple of parallel.shard_size={size}: change one of them"
+        yield f"scaling.num_workers={workers} is not a multiple of parallel.shard_size={size}: change one of them"
 
 
 def _whole_model_problems(config: Config) -> Iterator[str]:
     """Yield what needs the whole model, or a whole tensor, on a worker."""
     train, why = config.train, f"parallel={config.parallel.kind}"
     if train.clip_grad_agc is not None:
-        yield f"train.clip_grad_agc={train.clip_grad_agc} needs whole units of weights: clip by norm under {why}"
+        yield (
+            f"train.clip_grad_agc={train.clip_grad_agc} needs whole tensors, which no worker has under {why}: set "
+            "train.clip_grad_norm instead"
+        )
     if train.sync_bn:
-        yield f"train.sync_bn=true is for parallel=ddp: take it out under {why}"
+        yield f"train.sync_bn=true is for parallel=ddp: remove it under {why}"
     if train.channels_last:
-        yield f"train.channels_last=true: shards are contiguous rows; take it out under {why}"
+        yield f"train.channels_last=true: shards are contiguous rows; remove it under {why}"
     if config.failure.check_replicas_every_steps is not None:
         given = f"failure.check_replicas_every_steps={config.failure.check_replicas_every_steps}"
-        yield f"{given} compares whole replicas, and under {why} each worker holds a part: remove it"
+        yield f"{given} compares whole replicas, but under {why} each worker holds a part: remove it"
     if train.compiled == "model":
-        yield f"train.compile={yaml_text(train.compile)}: blocks are gathered one by one under {why}; set it to blocks"
+        yield f"train.compile={yaml_text(train.compile)}: {why} gathers one block at a time; set train.compile=blocks"
     if config.distill.teacher is not None and config.distill.kind == FEATURES:
-        yield f"distill.kind={FEATURES} calls parts of the model, which {why} gathers as a whole: take distill=logits"
+        yield (
+            f"distill.kind={FEATURES} calls parts of the model, but {why} gathers only the whole model: set "
+            "distill=logits"
+        )
 
 
 def check_computing(config: Config) -> Iterator[str]:

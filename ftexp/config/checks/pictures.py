@@ -1,4 +1,4 @@
-"""Contradictions within augmentation: mixing, repeats, views, and what is done to single images.
+"""Checks of augmentation: mixing, repeats, views, and changes of single images.
 
 Each check yields a message for every mistake; `validate` runs them.
 """
@@ -25,13 +25,13 @@ _AUTO_AUGMENT = {
 _ADVICE = {
     "rand": (
         "write rand-m9-n2-mstd0.5-inc1, where m is the magnitude, n the operations, mstd its spread, p the probability "
-        "of each, inc1 for sets that grow"
+        "of each, inc1 for operations that grow stronger with m"
     ),
     "augmix": (
         "write augmix-m3-w3, where m is the magnitude, w the chains, d the operations of each, a the alpha of their "
         "weights, b1 to blend, mstd the magnitude's spread"
     ),
-    "others": "nothing but its magnitude's spread follows the policy: original-mstd0.5, say",
+    "others": "only mstd may follow the policy: for example original-mstd0.5",
 }
 _RAND_AUGMENT_SETS = ("weights", "3a", "3aw")
 _USUAL_LIMITS = {"scale": "[0.08,1]", "ratio": "[0.75,1.33]"}
@@ -47,11 +47,13 @@ _WITHOUT_VIEWS = {
 
 
 def check_augment(config: Config) -> Iterator[str]:
-    """Mixing, erasing and RandAugment."""
+    """Check mixing, erasing and RandAugment."""
     augment = config.augment
     if augment.mixes:
         if config.train.global_batch_size < 2:
-            yield "augment.mixup_alpha and augment.cutmix_alpha mix two samples; train.global_batch_size=1: raise it"
+            yield (
+                "augment.mixup_alpha and augment.cutmix_alpha mix two samples, but train.global_batch_size=1: raise it"
+            )
         if not (augment.mixup_alpha and augment.cutmix_alpha):
             yield from unused(augment, "augment", ("mix_switch_prob",), "needs both mixup_alpha and cutmix_alpha")
     else:
@@ -59,8 +61,8 @@ def check_augment(config: Config) -> Iterator[str]:
         yield from unused(augment, "augment", names, "needs augment.mixup_alpha or augment.cutmix_alpha above 0")
     if augment.mixup_off_epoch and augment.mixup_off_epoch >= config.train.epochs:
         yield (
-            f"augment.mixup_off_epoch={augment.mixup_off_epoch} comes after the last epoch, of train.epochs="
-            f"{config.train.epochs} counted from 0: lower it, or write null to mix to the end"
+            f"augment.mixup_off_epoch={augment.mixup_off_epoch} is after the last epoch, "
+            f"{config.train.epochs - 1} (train.epochs={config.train.epochs}): lower it, or set null to mix to the end"
         )
     if not augment.erase_prob:
         yield from unused(augment, "augment", ("erase_mode", "erase_count"), "needs augment.erase_prob above 0")
@@ -68,44 +70,47 @@ def check_augment(config: Config) -> Iterator[str]:
         yield from _auto_augment_problems("augment.rand_augment", augment.rand_augment, ("rand",))
         if config.data.channels not in (1, 3):
             yield (
-                f"augment.rand_augment={augment.rand_augment} works on grey or RGB, and data.channels="
-                f"{config.data.channels}: take it out"
+                f"augment.rand_augment={augment.rand_augment} needs grey or RGB images, but data.channels="
+                f"{config.data.channels}: remove it"
             )
 
 
 def check_repeats(config: Config) -> Iterator[str]:
-    """Repeated augmentation."""
+    """Check repeated augmentation."""
     augment, batch = config.augment, config.train.global_batch_size
     repeats = augment.repeats
     if repeats == 1:
         return
     if not augment.is_random:
         yield f"augment.repeats={repeats} repeats samples that no augmentation changes: set augment.repeats=1"
-    least = 2 * repeats if augment.mixes else repeats
-    if batch < least:
+    minimum = 2 * repeats if augment.mixes else repeats
+    if batch < minimum:
         why = "a sample would be mixed with itself" if augment.mixes else "a global batch has fewer samples"
-        yield f"augment.repeats={repeats} with train.global_batch_size={batch}: {why}; raise it to {least} at least"
+        yield f"augment.repeats={repeats} with train.global_batch_size={batch}: {why}; raise it to {minimum} at least"
 
 
 def check_splits(config: Config) -> Iterator[str]:
-    """Views of a sample, and the loss that compares them."""
+    """Check the views of a sample and the loss that compares them."""
     augment, loss, splits = config.augment, config.loss.name, config.augment.splits
     if loss == "jsd" and splits == 1:
-        yield "loss.name=jsd compares views of each sample, and augment.splits=1: set augment.splits=3, say"
+        yield "loss.name=jsd compares views of each sample, but augment.splits=1: set, for example, augment.splits=3"
     if splits == 1:
         return
     given = f"augment.splits={splits}"
     if loss != "jsd":
-        yield f"{given} makes views of each sample, and loss.name={loss} doesn't compare them: set loss=jsd, or 1"
+        yield (
+            f"{given} makes views of each sample, but loss.name={loss} does not compare them: set loss=jsd, or "
+            "augment.splits=1"
+        )
     if not any(_is_set(augment, name) for name in _BY_VIEW):
-        yield f"{given}: nothing makes the views differ; set augment.auto_augment=augmix-m3, say"
+        yield f"{given}: no augmentation makes the views differ; set, for example, augment.auto_augment=augmix-m3"
     for name, advice in _WITHOUT_VIEWS.items():
         if _is_set(augment, name):
             yield f"augment.{name}={getattr(augment, name)} with {given}: {advice}"
 
 
 def check_pictures(config: Config) -> Iterator[str]:
-    """Augmentation of single images, where they are decoded."""
+    """Check the augmentation of single images."""
     augment = config.augment
     if augment.auto_augment is not None:
         yield from _auto_augment_problems("augment.auto_augment", augment.auto_augment, tuple(_AUTO_AUGMENT))
@@ -114,33 +119,33 @@ def check_pictures(config: Config) -> Iterator[str]:
         if augment.auto_augment is None:
             yield from unused(augment, "augment", ("interpolation",), "needs augment.crop or augment.auto_augment")
     elif augment.pad_px:
-        yield f"augment.pad_px={augment.pad_px} stands beside augment.crop={augment.crop}: set augment.pad_px=0"
-    for name, most in (("scale", 1.0), ("ratio", sys.float_info.max)):
+        yield f"augment.pad_px={augment.pad_px} conflicts with augment.crop={augment.crop}: set augment.pad_px=0"
+    for name, maximum in (("scale", 1.0), ("ratio", sys.float_info.max)):
         limits = getattr(augment, name)
-        if limits is not None and not (len(limits) == 2 and 0 < limits[0] <= limits[1] <= most):
+        if limits is not None and not (len(limits) == 2 and 0 < limits[0] <= limits[1] <= maximum):
             at_most = " and at most 1" if name == "scale" else ""
             yield (
-                f"augment.{name}={limits} must be [least, most], both above 0{at_most}, the smaller first: write "
-                f"augment.{name}={_USUAL_LIMITS[name]}, say"
+                f"augment.{name}={limits} must be [min, max], both above 0{at_most}, the smaller first: for example "
+                f"augment.{name}={_USUAL_LIMITS[name]}"
             )
     yield from _jitter_problems(augment)
     if augment.custom and not config.plugins:
-        yield f"augment.custom names {', '.join(augment.custom)}, and no plug-in is imported: add plugins=[...]"
+        yield f"augment.custom names {', '.join(augment.custom)}, but no plug-in is imported: add plugins=[...]"
     if not augment.changes_pictures:
         return
     if augment.rand_augment is not None:
         yield (
-            f"augment.rand_augment={augment.rand_augment} stands beside what is done where images are decoded: set "
+            f"augment.rand_augment={augment.rand_augment} conflicts with augmentation during decoding: set "
             f"augment.rand_augment=null augment.auto_augment={augment.rand_augment}"
         )
     if config.data.channels not in (1, 3):
         names = ("crop", "vflip", "auto_augment", "color_jitter", "grayscale", "gaussian_blur", "custom")
         given = [f"augment.{name}={getattr(augment, name)}" for name in names if _is_set(augment, name)]
-        yield f"{' and '.join(given)}: for grey or RGB, and data.channels={config.data.channels}: take that out"
+        yield f"{' and '.join(given)} needs grey or RGB images, but data.channels={config.data.channels}: remove it"
 
 
 def _auto_augment_problems(key: str, words: str, policies: tuple[str, ...]) -> Iterator[str]:
-    """Name the parts of `words` that timm can't read."""
+    """Yield an error for each part of `words` that timm can't read."""
     policy = words.partition("-")[0]
     if policy not in policies:
         begins = f"it begins with none of {', '.join(policies)}.{did_you_mean(policy, policies)}"
@@ -150,7 +155,7 @@ def _auto_augment_problems(key: str, words: str, policies: tuple[str, ...]) -> I
         yield f"{key}={words} can't be read: {_ADVICE.get(policy, _ADVICE['others'])}"
     for name in re.findall(r"-t(\w+)", words) if policy == "rand" else ():
         if name not in _RAND_AUGMENT_SETS:
-            yield f"{key}={words}: t{name} is no set of timm's: t" + ", t".join(_RAND_AUGMENT_SETS)
+            yield f"{key}={words}: t{name} is not one of timm's sets: t" + ", t".join(_RAND_AUGMENT_SETS)
 
 
 def _jitter_problems(augment: AugmentConfig) -> Iterator[str]:
@@ -163,10 +168,10 @@ def _jitter_problems(augment: AugmentConfig) -> Iterator[str]:
     if not (numbers and len(values) in (3, 4) and all(0 <= value < math.inf for value in values)):
         yield (
             f"augment.color_jitter={given} must be a number, or [brightness, contrast, saturation] and perhaps hue, "
-            "none below 0: write augment.color_jitter=0.4, say"
+            "none below 0: for example augment.color_jitter=0.4"
         )
     elif len(values) == 4 and values[3] > _MAX_HUE:
-        yield f"augment.color_jitter={given}: hue, the fourth, turns colours by at most {_MAX_HUE}: lower it"
+        yield f"augment.color_jitter={given}: hue, the fourth value, must be at most {_MAX_HUE}: lower it"
 
 
 def _is_set(node: Any, name: str) -> bool:

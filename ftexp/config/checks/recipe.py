@@ -1,7 +1,7 @@
-"""Contradictions within what a model is trained with: optimiser, schedule, loss, average, freezing.
+"""Checks of the training recipe: optimiser, schedule, loss, EMA, freezing.
 
-Each check yields a message for every mistake; `validate` runs them. A switch that another one makes useless is a
-mistake too: it would be ignored in silence.
+Each check yields a message for every mistake; `validate` runs them. A setting that another one disables is an
+error too: it would be silently ignored.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ _SECOND_ORDER = ("adahessian",)  # of timm's optimisers
 _WARMUP_SHARE = 0.1  # of the epochs, and of the learning rate the lowest, where a recipe's own doesn't fit
 _MIN_LR_SHARE = 0.01
 _CLIPPING = ("clip_grad_norm", "clip_grad_value", "clip_grad_agc")
-_ADAPTIVE = ("ada", "lamb")  # parts of the names of optimisers whose rate goes by the root of the batch, as timm has it
+# timm scales the learning rate of optimisers with these name parts by the square root of the batch
+_ADAPTIVE = ("ada", "lamb")
 _SCHEDULED_BY = {
     "cooldown_epochs": ("cosine", "poly", "tanh"),
     "min_lr": ("cosine", "poly", "tanh"),
@@ -57,38 +58,41 @@ _BESIDE = {"opt": "name", **{name: name for name in ("lr", "weight_decay", "filt
 
 
 def check_optim(config: Config) -> Iterator[str]:
-    """The optimiser's name, and what is given twice."""
+    """Check the optimiser's name and settings that are given twice."""
     optim = config.optim
     if optim.name not in optimizer_names() and not config.plugins:
         suggestion = did_you_mean(optim.name, optimizer_names())
-        yield f"optim.name='{optim.name}' is unknown.{suggestion} Any optimiser of timm's can be named"
+        yield f"optim.name='{optim.name}' is unknown.{suggestion} Any timm optimiser can be used"
     if optim.name in _SECOND_ORDER:
-        yield f"optim.name={optim.name} needs second derivatives, which the training step doesn't compute: take another"
+        yield (
+            f"optim.name={optim.name} needs second derivatives, which the training step does not compute: choose "
+            "another"
+        )
     for key, name in _BESIDE.items():
         if key in optim.kwargs:
-            yield f"optim.kwargs.{key} stands beside optim.{name}: set that one"
+            yield f"optim.kwargs.{key} conflicts with optim.{name}; set only optim.{name}"
     if (
         optim.kwargs.get("fused")
         and optim.name in SGD_NAMES
         and (config.train.freeze or config.train.precision == "fp16")
     ):
         yield (
-            f"optim.kwargs.fused={optim.kwargs['fused']}: torch's fused SGD is not for train.freeze or train.precision="
-            "fp16, since its momentum must begin with the first step for all parameters: take it out"
+            f"optim.kwargs.fused={optim.kwargs['fused']}: torch's fused SGD does not support train.freeze or "
+            "train.precision=fp16, since all momenta must start at the first step: remove it"
         )
     given = [f"train.{name}={getattr(config.train, name)}" for name in _CLIPPING if getattr(config.train, name)]
     if len(given) > 1:
-        yield f"{' and '.join(given)}: gradients are clipped in one way, so take one of them"
+        yield f"{' and '.join(given)}: gradients are clipped in only one way: set only one of them"
 
 
 def check_lr_base(config: Config) -> Iterator[str]:
-    """A learning rate that is given for another batch, and one that is given beside it."""
+    """Check optim.lr_base, and an optim.lr that contradicts it."""
     optim = config.optim
     if optim.lr_base is None:
         yield from unused(optim, "optim", ("lr_base_size", "lr_base_scale"), "needs optim.lr_base")
     elif not math.isclose(optim.lr, scaled_lr(config)):
-        both = f"optim.lr={optim.lr} stands beside optim.lr_base={optim.lr_base}"
-        yield f"{both}, which means {scaled_lr(config):g} here: set one of them"
+        both = f"optim.lr={optim.lr} conflicts with optim.lr_base={optim.lr_base}"
+        yield f"{both}, which gives {scaled_lr(config):g} here: set only one of them"
 
 
 def scaled_lr(config: Config) -> float:
@@ -102,18 +106,18 @@ def scaled_lr(config: Config) -> float:
 
 
 def check_batch_norm(config: Config) -> Iterator[str]:
-    """How batch norm's statistics come together."""
+    """Check how workers combine batch norm's statistics."""
     if config.train.eval == BESIDE:
-        why = "is for train.eval=inline: beside the training, checkpoints are evaluated, which hold rank 0's"
+        why = "needs train.eval=inline: train.eval=beside evaluates checkpoints, which hold rank 0's statistics"
         yield from unused(config.train, "train", ("dist_bn",), why)
     scaling = config.scaling
     has_gpus = scaling.use_gpu is True or (scaling.use_gpu == AUTO and num_local_gpus() > 0)
     if config.train.sync_bn and not has_gpus:
-        yield "train.sync_bn=true: torch synchronises batch norm on GPUs alone, and this run has none: take it out"
+        yield "train.sync_bn=true: torch synchronises batch norm only on GPUs, and this run has none: remove it"
 
 
 def check_loss(config: Config) -> Iterator[str]:
-    """The loss, its parameters, and the weights of classes."""
+    """Check the loss, its parameters, and the weights of classes."""
     loss = config.loss
     if loss.name not in LOSSES and not config.plugins:
         yield unknown("loss.name", loss.name, frozenset(LOSSES), f"Available: {', '.join(LOSSES)}")
@@ -125,10 +129,10 @@ def check_loss(config: Config) -> Iterator[str]:
     if "clip" not in further:
         yield from unused(loss, "loss", ("clip",), "needs loss.name=asl and data.task=multi_label")
     if loss.name in LOSSES:
-        yield from unused(loss, "loss", ("kwargs",), "needs a loss of your own")
+        yield from unused(loss, "loss", ("kwargs",), "needs a loss from a plug-in")
     for name in ("gamma", "gamma_pos", "gamma_neg"):
         if 0 < getattr(loss, name) < 1:
-            yield f"loss.{name}={getattr(loss, name)} must be 0, or at least 1: else gradients are infinite at p = 1"
+            yield f"loss.{name}={getattr(loss, name)} must be 0 or at least 1: else gradients are infinite at p = 1"
     if loss.class_weights != "effective_num":
         yield from unused(loss, "loss", ("effective_num_beta",), "needs loss.class_weights=effective_num")
     yield from _weight_problems("loss.class_weights", loss.class_weights, CLASS_WEIGHTS, config.data.num_classes)
@@ -139,14 +143,14 @@ def check_loss(config: Config) -> Iterator[str]:
     augment = config.augment
     if augment.mixes and loss.name in _UNMIXED_LOSSES and config.data.task == SINGLE_LABEL:
         mixing = " ".join(f"augment.{name}=0" for name in ("mixup_alpha", "cutmix_alpha") if getattr(augment, name))
-        yield f"loss.name={loss.name} takes one class a sample, and samples are mixed: set {mixing}, or loss=poly"
+        yield f"loss.name={loss.name} takes one class per sample, but samples are mixed: set {mixing}, or loss=poly"
     if loss.target_threshold is not None and not augment.mixes:
-        needs = "needs augment.mixup_alpha or augment.cutmix_alpha above 0: without, targets are 0 and 1 already"
+        needs = "needs augment.mixup_alpha or augment.cutmix_alpha above 0: without mixing, targets are already 0 or 1"
         yield f"loss.target_threshold={loss.target_threshold} {needs}"
 
 
 def _weight_problems(key: str, given: Any, names: tuple[str, ...], num_classes: int | None) -> Iterator[str]:
-    """Yield the mistakes in weights of classes: they are one of `names`, or a list with one for each class."""
+    """Yield an error for each mistake in class weights: one of `names`, or a list with one weight per class."""
     if isinstance(given, str) and given in names:
         return
     numbers = isinstance(given, list) and all(
@@ -155,15 +159,15 @@ def _weight_problems(key: str, given: Any, names: tuple[str, ...], num_classes: 
     if not (numbers and any(given)):
         hint = did_you_mean(given, names) if isinstance(given, str) else ""
         options = f"{', '.join(names)}, or " if names else ""
-        yield f"{key}={given} must be {options}a list of a weight for each class, none below 0 and not all 0.{hint}"
+        yield f"{key}={given} must be {options}a list with one weight per class, none below 0 and not all 0.{hint}"
     elif num_classes is not None and len(given) != num_classes:
-        yield f"{key}={given} has {len(given)} weights, and data.num_classes={num_classes}: give one for each class"
+        yield f"{key}={given} has {len(given)} weights, but data.num_classes={num_classes}: give one per class"
 
 
 def fitted(config: Config, typed: Iterable[str]) -> tuple[Config, list[str]]:
-    """Fit to `config` what a recipe chose for more epochs, or a higher learning rate, than it trains with.
+    """Fit recipe values to `config` where they assume more epochs or a higher learning rate.
 
-    typed: the overrides of this command. What they set stays as it is, for `check_schedule` and `check_freeze`.
+    typed: the overrides of this invocation. Values they set stay, for `check_schedule` and `check_freeze`.
 
     Returns:
         The config, and a line for each value that was changed.
@@ -195,7 +199,10 @@ def fitted(config: Config, typed: Iterable[str]) -> tuple[Config, list[str]]:
 
 
 def _with_scaled_lr(config: Config, keys: set[str]) -> Config:
-    """The config with the rate that optim.lr_base means, unless one was typed: then `check_optim` compares them."""
+    """Return the config with the rate that optim.lr_base means, unless one was typed.
+
+    If one was typed, `check_lr_base` compares them.
+    """
     optim = config.optim
     if optim.lr_base is None or "optim.lr" in keys or MISSING in (optim.name, config.train.global_batch_size):
         return config
@@ -216,7 +223,7 @@ def _ranked_by_loss(config: Config, keys: set[str]) -> tuple[Config, list[str]]:
 
 
 def check_schedule(config: Config) -> Iterator[str]:
-    """Warm-up and rates."""
+    """Check warm-up, cool-down and learning rates."""
     schedule, epochs = config.schedule, config.train.epochs
     if schedule.warmup_epochs and schedule.warmup_epochs >= epochs:
         yield f"schedule.warmup_epochs={schedule.warmup_epochs} must be below train.epochs={epochs}: lower it"
@@ -227,18 +234,18 @@ def check_schedule(config: Config) -> Iterator[str]:
         )
     elif schedule.cooldown_epochs and schedule.name in _SCHEDULED_BY["cooldown_epochs"] and not schedule.min_lr:
         yield (
-            f"schedule.cooldown_epochs={schedule.cooldown_epochs} with schedule.min_lr=0: nothing would be learnt in "
-            "these epochs; set schedule.min_lr, or take them out"
+            f"schedule.cooldown_epochs={schedule.cooldown_epochs} with schedule.min_lr=0: the learning rate would be "
+            "0 in these epochs; set schedule.min_lr, or remove schedule.cooldown_epochs"
         )
     if schedule.min_lr > config.optim.lr:
         yield f"schedule.min_lr={schedule.min_lr} must not be above optim.lr={config.optim.lr}"
     for name, users in _SCHEDULED_BY.items():
         if schedule.name not in users:
-            yield from unused(schedule, "schedule", (name,), f"is for schedule={' or '.join(users)}")
+            yield from unused(schedule, "schedule", (name,), f"needs schedule={' or '.join(users)}")
 
 
 def check_average(config: Config) -> Iterator[str]:
-    """The moving average of the weights."""
+    """Check the EMA of the weights."""
     ema, names = config.ema, config.checkpoint.extra_state
     if ema.decay is None:
         others = tuple(field.name for field in dataclasses.fields(ema) if field.name != "decay")
@@ -248,28 +255,28 @@ def check_average(config: Config) -> Iterator[str]:
             ("sweep.metric", config.sweep.metric or ""),
         ):
             if metric.endswith("_ema"):
-                yield f"{key}={metric} is of the average: set ema.decay"
+                yield f"{key}={metric} is a metric of the EMA: set ema.decay"
         return
     if "ema" not in names:
-        yield f"checkpoint.extra_state={names} must hold ema, since ema.decay={ema.decay} averages the weights"
+        yield f"checkpoint.extra_state={names} must hold ema, since ema.decay={ema.decay} keeps an EMA of the weights"
     if not ema.use_warmup:
         yield from unused(ema, "ema", ("warmup_gamma", "warmup_power"), "needs ema.use_warmup=true")
 
 
 def check_drop_path(config: Config) -> Iterator[str]:
-    """Stochastic depth."""
+    """Check stochastic depth."""
     model = config.model
     if model.drop_path_rate is None:
         return
     if "drop_path_rate" in model.kwargs:
-        yield "model.kwargs.drop_path_rate stands beside model.drop_path_rate: set that one"
+        yield "model.kwargs.drop_path_rate conflicts with model.drop_path_rate; set only model.drop_path_rate"
     if model.name.partition(".")[0] in without_drop_path():
         given = f"model.drop_path_rate={model.drop_path_rate}"
-        yield f"{given}: model.name={model.name} has no stochastic depth; take it out"
+        yield f"{given}: model.name={model.name} has no stochastic depth; remove it"
 
 
 def check_freeze(config: Config) -> Iterator[str]:
-    """Until when which parts are frozen. Whether the model has such parts is seen when it is built."""
+    """Check which parts are frozen and until when. Whether the model has them is checked when it is built."""
     for part, epoch in config.train.freeze.items():
         key = f"train.freeze.{part}={'null' if epoch is None else epoch}"
         if not str(part).strip():
@@ -278,12 +285,12 @@ def check_freeze(config: Config) -> Iterator[str]:
             continue
         if isinstance(epoch, dict):
             meant = ", ".join(f"{name}: {value}" for name, value in flat(epoch, f"{part}."))
-            yield f"{key} is no epoch; a part with dots in its name needs braces: 'train.freeze={{{meant}}}'"
+            yield f"{key} is not an epoch; a part with dots in its name needs braces: 'train.freeze={{{meant}}}'"
             continue
         if not isinstance(epoch, int) or isinstance(epoch, bool) or epoch < 1:
             yield f"{key} must be the first epoch that trains this part, a whole number from 1, or null for none"
         elif epoch >= config.train.epochs:
             yield (
-                f"{key} comes after the last epoch, of train.epochs={config.train.epochs} counted from 0: lower it, "
-                "or write null, for a part that is never trained"
+                f"{key} is after the last epoch, {config.train.epochs - 1} (train.epochs={config.train.epochs}): "
+                f"lower it, or set null to never train this part"
             )

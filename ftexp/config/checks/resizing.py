@@ -11,7 +11,7 @@ _RAMP = ("delay_fraction", "finetune_fraction", "size_increment")
 
 
 def check_resizing(config: Config) -> Iterator[str]:
-    """The sizes that training begins with, and how they grow."""
+    """Check the first size of images and how it grows."""
     resizing, size = config.resizing, config.data.image_size
     if resizing.initial_scale is None:
         yield from unused(resizing, "resizing", _RAMP, "needs resizing.initial_scale")
@@ -19,7 +19,7 @@ def check_resizing(config: Config) -> Iterator[str]:
     if resizing.delay_fraction + resizing.finetune_fraction > 1:
         yield (
             f"resizing.delay_fraction={resizing.delay_fraction} and resizing.finetune_fraction="
-            f"{resizing.finetune_fraction} are more than the whole of training: lower one to a sum of at most 1"
+            f"{resizing.finetune_fraction} add up to more than 1: lower one of them"
         )
     if resizing.size_increment > size * resizing.initial_scale:
         yield (

@@ -1,4 +1,4 @@
-"""How many workers with what, and a batch that each of them has a share of."""
+"""Checks of workers, their resources, and the batch that they share."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from ftexp.config.schema import AUTO, Config, ScalingConfig
 
 
 def check_scaling(config: Config) -> Iterator[str]:
-    """Workers, GPUs, resources and the backend."""
+    """Check workers, GPUs, resources and the backend."""
     scaling = config.scaling
     workers = scaling.num_workers
     pair = is_pair(workers)
     if pair and workers[0] > workers[1]:
-        yield f"scaling.num_workers={list(workers)}: the first (fewest) must not be above the second (most)"
+        yield f"scaling.num_workers={list(workers)}: the first (min) must not be above the second (max)"
     elif not pair and not is_count(workers) and workers != AUTO:
-        yield f"scaling.num_workers={yaml_text(workers)} must be a whole number from 1, [fewest, most], or auto"
+        yield f"scaling.num_workers={yaml_text(workers)} must be a whole number from 1, [min, max], or auto"
     elif workers == AUTO and scaling.address is not None:
-        yield "scaling.num_workers=auto counts this machine only: with scaling.address set, give a number"
+        yield "scaling.num_workers=auto counts only this machine: with scaling.address, give a number"
     if not isinstance(scaling.use_gpu, bool) and scaling.use_gpu != AUTO:  # 1 == True, but is not read as true
         yield f"scaling.use_gpu={yaml_text(scaling.use_gpu)} must be true, false or auto"
     elif scaling.use_gpu == AUTO and scaling.address is not None:
-        yield "scaling.use_gpu=auto looks at this machine only: with scaling.address set, give true or false"
+        yield "scaling.use_gpu=auto looks only at this machine: with scaling.address, set true or false"
     elif scaling.use_gpu is True and scaling.address is None:
         found = num_local_gpus()
         each = scaling.resources_per_worker.get("GPU", 1)
         needed = each * (max(workers) if pair else workers if is_count(workers) else 1)
         if found == 0:
-            yield "scaling.use_gpu=true, but this machine has no GPU: use scaling=local, or scaling.use_gpu=false"
+            yield "scaling.use_gpu=true, but this machine has no GPU: set scaling=local or scaling.use_gpu=false"
         elif needed > found:
             yield (
-                f"scaling.num_workers={workers} wants {each:g} GPU each, but this machine has {found}: take fewer, or "
-                "let them share with scaling.resources_per_worker={GPU: 0.5} scaling.backend=gloo"
+                f"scaling.num_workers={workers} wants {each:g} GPU each, but this machine has {found}: use fewer "
+                "workers, or let them share GPUs with scaling.resources_per_worker={GPU: 0.5} scaling.backend=gloo"
             )
     for name, amount in scaling.resources_per_worker.items():
         if not 0 <= amount < math.inf:
@@ -50,7 +50,7 @@ def check_scaling(config: Config) -> Iterator[str]:
         yield f"scaling.backend={scaling.backend!r} must be gloo, nccl or null"
     elif scaling.backend != "gloo" and 0 < scaling.resources_per_worker.get("GPU", 1) < 1 and workers != 1:
         share = scaling.resources_per_worker["GPU"]
-        yield f"scaling.resources_per_worker.GPU={share}: NCCL wants a GPU for each worker; set scaling.backend=gloo"
+        yield f"scaling.resources_per_worker.GPU={share}: NCCL needs a whole GPU per worker; set scaling.backend=gloo"
     elif scaling.backend == "nccl" and scaling.use_gpu is False:
         yield "scaling.backend=nccl needs GPUs, but scaling.use_gpu=false: use gloo"
 
@@ -60,9 +60,9 @@ def _label_selector(scaling: ScalingConfig) -> Iterator[str]:
     given = f"scaling.label_selector={yaml_text(selector)}"
     each = selector if isinstance(selector, list) else [{} if selector is None else selector]
     if not all(isinstance(labels, dict) and all(isinstance(text, str) for text in labels.values()) for labels in each):
-        yield f"{given} must be {{label: text}}, or a list of such, one for each worker"
-    elif isinstance(selector, list) and (most := max_workers(workers)) not in (None, len(selector)):
-        yield f"{given} has {len(selector)} entries for scaling.num_workers={workers}: give {most}, one for each worker"
+        yield f"{given} must be {{label: text}}, or a list with one per worker"
+    elif isinstance(selector, list) and (largest := max_workers(workers)) not in (None, len(selector)):
+        yield f"{given} has {len(selector)} entries for scaling.num_workers={workers}: give {largest}, one per worker"
 
 
 def is_count(value: object) -> bool:
@@ -76,16 +76,16 @@ def is_pair(workers: object) -> bool:
 
 
 def max_workers(workers: Any) -> int | None:
-    """The largest number of workers; None where that isn't known yet, or `workers` is wrong."""
+    """Return the largest number of workers; None where that isn't known yet, or `workers` is wrong."""
     return max(workers) if is_pair(workers) else workers if is_count(workers) else None
 
 
 def check_batch(config: Config) -> Iterator[str]:
-    """A sample for each micro-batch of each worker."""
+    """Check that every micro-batch of every worker has a sample."""
     train, workers = config.train, config.scaling.num_workers
-    most = max_workers(workers) or 1
-    if train.global_batch_size < most * train.accumulate_steps:
+    largest = max_workers(workers) or 1
+    if train.global_batch_size < largest * train.accumulate_steps:
         yield (
             f"train.global_batch_size={train.global_batch_size} is smaller than scaling.num_workers x "
-            f"train.accumulate_steps = {most} x {train.accumulate_steps}: each micro-batch needs a sample"
+            f"train.accumulate_steps = {largest} x {train.accumulate_steps}: each micro-batch needs a sample"
         )

@@ -16,14 +16,14 @@ _WRITE_FILES = ("tensorboard", "wandb")
 
 
 def tracker_problems(config: Config) -> Iterator[str]:
-    """A line for each mistake; a plug-in's trackers are looked up once it is imported."""
+    """Yield a line for each mistake; a plug-in's trackers are looked up once it is imported."""
     tracker = config.tracker
     for name in tracker.names:
         if name not in TRACKER_PACKAGES:
             if not config.plugins:
                 yield (
                     f"tracker.use names '{name}', which is unknown.{did_you_mean(name, TRACKER_PACKAGES)} Available: "
-                    f"{', '.join(TRACKER_PACKAGES)}. One of your own comes from a module listed under plugins=[...]"
+                    f"{', '.join(TRACKER_PACKAGES)}. Your own are registered by a module listed in plugins=[...]"
                 )
         elif _needs_package(config, name) and importlib.util.find_spec(package := TRACKER_PACKAGES[name]) is None:
             yield (
@@ -34,35 +34,35 @@ def tracker_problems(config: Config) -> Iterator[str]:
     for name in (each for each in _WRITE_FILES if each in tracker.names):
         folder = getattr(tracker, name).dir
         if folder is not None and is_remote(folder):
-            yield f"tracker.{name}.dir={folder} isn't on a disk: {name} writes files, so name a folder on one"
+            yield f"tracker.{name}.dir={folder} is not on a disk: {name} writes files; give a local directory"
         elif folder is None and is_remote(config.run.storage):
             yield (
-                f"tracker={name} writes files to a disk, and run.storage={config.run.storage} isn't one: set "
+                f"tracker={name} writes to a disk, but run.storage={config.run.storage} is not on one: set "
                 f"tracker.{name}.dir"
             )
     if is_remote(config.run.storage):
         if "mlflow" in tracker.names and not (tracker.mlflow.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")):
             yield (
-                f"tracker=mlflow keeps its database on a disk, and run.storage={config.run.storage} isn't one: set "
+                f"tracker=mlflow keeps its database on a disk, but run.storage={config.run.storage} is not on one: set "
                 "tracker.mlflow.tracking_uri"
             )
 
 
 def _needs_package(config: Config, name: str) -> bool:
-    """Whether the driver imports the package of a tracker."""
+    """Return whether the driver imports the package of a tracker."""
     return name != "prometheus" or config.tracker.prometheus.exporter(config.scaling.address) == HTTP
 
 
 def _unused(tracker: TrackerConfig) -> Iterator[str]:
-    """Settings that nothing would look at."""
+    """Yield an error for each setting that no tracker reads."""
     usual = TrackerConfig()
     for name in TRACKER_PACKAGES:
         own = getattr(tracker, name)
         for field in dataclasses.fields(own):
             value = getattr(own, field.name)
             if name not in tracker.names and value != getattr(getattr(usual, name), field.name):
-                yield f"tracker.{name}.{field.name}={value} is not used: take it out, or add tracker={name}"
+                yield f"tracker.{name}.{field.name}={value} is not used: remove it, or add tracker={name}"
     if not tracker.names:
         for key in ("tags", "kwargs"):
             if getattr(tracker, key):
-                yield f"tracker.{key}={getattr(tracker, key)} is not used by tracker=none: take it out"
+                yield f"tracker.{key}={getattr(tracker, key)} is not used by tracker=none: remove it"

@@ -1,4 +1,4 @@
-"""What a config's types can't say: ranges, choices, names, and contradictions between groups.
+"""Check what types can't express: ranges, choices, names, and contradictions between groups.
 
 `validate` runs before torch or Ray is imported and reports every mistake it finds, one line each: the key,
 the value, what is allowed, the nearest valid name.
@@ -44,7 +44,7 @@ def validate(config: Config, trains: bool = True) -> None:
     """Raise ConfigError, listing every mistake in `config`; of model, data and scaling alone if nothing `trains`."""
     wrong = dict(field_problems(config, ""))
     problems = list(wrong.values())
-    # a check is left out if a field that it counts with is wrong by itself
+    # a check is skipped if a field that it reads is already wrong
     for check, fields in _CHECKS.items():
         if (trains or check in (check_model, check_data, check_scaling)) and wrong.keys().isdisjoint(fields):
             problems += check(config)
@@ -52,7 +52,7 @@ def validate(config: Config, trains: bool = True) -> None:
         raise ConfigError("\n".join(problems))
 
 
-# each check, and the fields that it counts with
+# each check, and the fields that it reads
 _CHECKS: dict[Callable[[Config], Iterator[str]], tuple[str, ...]] = {
     check_run: (),
     check_sweep: (),

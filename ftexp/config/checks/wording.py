@@ -1,4 +1,4 @@
-"""Words that several checks put into their messages."""
+"""Message parts that several checks share."""
 
 from __future__ import annotations
 
@@ -28,4 +28,4 @@ def unused(node: Any, prefix: str, names: tuple[str, ...], needs: str) -> Iterat
     for name in names:
         value = getattr(node, name)
         if value != getattr(defaults, name):
-            yield f"{prefix}.{name}={value} {needs}: take it out, or set that too"
+            yield f"{prefix}.{name}={value} {needs}: remove it, or set that too"

@@ -1,1 +1,1 @@
-"""What is done to images, seeded by their position."""
+"""Augmentation of images, seeded by their position."""

@@ -30,7 +30,7 @@ class AutoAugment:
     """timm's auto_augment, called with Pillow images. `draws` is seeded by `seed`, and may be drawn from besides."""
 
     def __init__(self, words: str, hparams: dict[str, Any]) -> None:
-        """`words` in timm's notation, rand-m9-mstd0.5-inc1, original, v0, augmix-m3 or 3a, say."""
+        """words: timm's notation, for example rand-m9-mstd0.5-inc1, original, v0, augmix-m3 or 3a."""
         self.draws, self._numpy_draws = random.Random(), np.random.RandomState()
         module = _copy_of_timms()
         module.random, module.np, module.ImageOps = self.draws, _Numpy(self._numpy_draws), _ImageOps()
@@ -66,7 +66,7 @@ class RandAugment:
         self._augment = AutoAugment(words, {"img_mean": fill_color(mean or (_GREY,))})
 
     def __call__(self, rows: UInt8s, positions: Int64s) -> UInt8s:
-        """A changed copy; row i as `positions[i]` says."""
+        """Return a changed copy; row i as `positions[i]` says."""
         changed = np.empty_like(rows)
         for number, position in enumerate(positions.tolist()):
             self._augment.seed(derive_seed(self._seed, position))

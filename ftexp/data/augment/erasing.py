@@ -27,7 +27,7 @@ class Erasing:
         )
 
     def __call__(self, images: Tensor, positions: Int64s) -> Tensor:
-        """`images`, [rows, channels, height, width], changed in place; row i as `positions[i]` says."""
+        """Erase in `images`, [rows, channels, height, width], in place; row i as `positions[i]` says."""
         for row, position in enumerate(positions.tolist()):
             seed = derive_seed(self._seed, position) % 2**63
             random.seed(seed)

@@ -65,7 +65,7 @@ def _exchange(one: Float32s, other: Float32s) -> None:
 
 
 def _blend(one: Float32s, other: Float32s, lam: np.float32, rest: np.float32) -> None:
-    """Both at once; a plane and its partner stay in a core's cache."""
+    """Blend both at once; a plane and its partner stay in a core's cache."""
     from_one, from_other = one * rest, other * rest
     np.multiply(one, lam, out=one)
     np.multiply(other, lam, out=other)
@@ -104,7 +104,10 @@ class Mixing:
         )
 
     def __call__(self, batch: MicroBatch, start: int) -> MicroBatch:
-        """The batch mixed, with soft targets and without its partners' rows; the global batch begins at `start`."""
+        """Return the batch mixed, with soft targets and without its partners' rows.
+
+        The global batch begins at `start`.
+        """
         assert batch.pairs is not None, "made by a plan in pairs"
         kept = len(batch.labels) - batch.num_partners
         targets = self._unmixed(batch.labels)
@@ -130,7 +133,10 @@ class Mixing:
         )
 
     def _together(self, batch: MicroBatch, start: int) -> list[tuple[Int64s, int]]:
-        """(rows, position that seeds) of what is mixed in one call. timm's partner of row i is row i from the end."""
+        """Return (rows, position that seeds) of what is mixed in one call.
+
+        timm's partner of row i is row i from the end.
+        """
         assert batch.pairs is not None
         if self._end is not None and start >= self._end:
             return []
@@ -143,7 +149,7 @@ class Mixing:
         return [(np.concatenate([first, second[::-1]]), start)] if len(first) else []
 
     def _unmixed(self, labels: Tensor) -> Tensor:
-        """Targets of samples without a partner: timm's, as if mixed with themselves."""
+        """Return targets of samples without a partner: timm's, as if mixed with themselves."""
         smoothing, classes = self._mixup.label_smoothing, self._mixup.num_classes
         if self._mixup.multi_label:
             smoothed: Tensor = labels * (1.0 - smoothing) + 0.5 * smoothing

@@ -38,7 +38,7 @@ class PictureAugment:
     """Pictures of one or three channels and any size -> uint8 [size, size, channels], by position."""
 
     def __init__(self, config: AugmentConfig, seed: int, fit: Fit, plugins: Sequence[str] = ()) -> None:
-        """`fit` is what a whole picture is fitted to where `config.crop` is none; `plugins` have `config.custom`."""
+        """fit: applied to a whole picture where `config.crop` is none. plugins: have `config.custom`."""
         self._config, self._run_seed, self._fit, self._plugins = config, seed, fit, plugins
         load_plugins(plugins if config.custom else ())  # in each process that decodes
         self._custom = augmentations(config.custom)
@@ -130,8 +130,8 @@ def view_positions(positions: Int64s, splits: int) -> Int64s:
 
 def _crop(config: AugmentConfig, size: int) -> RandomCrop:
     low, high = config.scale or _SCALES[config.crop]
-    least, most = config.ratio or _RATIOS[config.crop]
-    return RandomCrop(config.crop, size, (low, high), (least, most), config.interpolation)
+    min_ratio, max_ratio = config.ratio or _RATIOS[config.crop]
+    return RandomCrop(config.crop, size, (low, high), (min_ratio, max_ratio), config.interpolation)
 
 
 def _auto_augment(config: AugmentConfig, fit: Fit) -> AutoAugment:
@@ -141,7 +141,7 @@ def _auto_augment(config: AugmentConfig, fit: Fit) -> AutoAugment:
 
 
 def strengths(color_jitter: float | Sequence[float] | None) -> list[float]:
-    """Brightness, contrast, saturation and hue of `augment.color_jitter`; without one, nothing."""
+    """Return brightness, contrast, saturation and hue of `augment.color_jitter`; without one, nothing."""
     if color_jitter is None:
         return []
     if isinstance(color_jitter, (int, float)):
@@ -168,7 +168,7 @@ def _enhance(enhancer: Any, factor: float) -> Callable[[Image.Image], Image.Imag
 
 
 def _turn_hue(share: float) -> Callable[[Image.Image], Image.Image]:
-    """A turn of the colour circle by a share of it; grey stays as it is."""
+    """Return a turn of the colour circle by a share of it; grey stays as it is."""
 
     def turn(image: Image.Image) -> Image.Image:
         if image.mode == "L":

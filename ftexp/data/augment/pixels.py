@@ -37,7 +37,7 @@ class Augment:
         return config.pad_px > 0 or config.brightness > 0 or (config.hflip > 0 and not config.changes_pictures)
 
     def pixels(self, rows: UInt8s, positions: Int64s) -> UInt8s:
-        """RandAugment, if there is any, of uint8 rows [batch, height, width, channels]; comes before all else."""
+        """Apply RandAugment, if set, to uint8 rows [batch, height, width, channels]; comes before all else."""
         return rows if self._rand_augment is None else self._rand_augment(rows, positions)
 
     def __call__(self, images: Tensor, positions: Int64s) -> Tensor:
@@ -56,11 +56,11 @@ class Augment:
     def _draw(self, positions: Int64s, draw: int) -> Tensor:
         return torch.from_numpy(uniforms(self._seed, positions, draw))
 
-    def _shift(self, images: Tensor, positions: Int64s, most: int) -> Tensor:
+    def _shift(self, images: Tensor, positions: Int64s, max_shift: int) -> Tensor:
         """Crop a window of the same size from the zero-padded image: the usual random crop."""
         batch, channels, height, width = images.shape
-        down, right = ((self._draw(positions, draw) * (2 * most + 1)).long().to(images.device) for draw in (0, 1))
-        padded = torch.nn.functional.pad(images, (most, most, most, most))
+        down, right = ((self._draw(positions, draw) * (2 * max_shift + 1)).long().to(images.device) for draw in (0, 1))
+        padded = torch.nn.functional.pad(images, (max_shift, max_shift, max_shift, max_shift))
         rows = down.view(-1, 1) + torch.arange(height, device=images.device)
         columns = right.view(-1, 1) + torch.arange(width, device=images.device)
         index = (rows.unsqueeze(2) * padded.shape[3] + columns.unsqueeze(1)).view(batch, 1, -1)

@@ -18,7 +18,7 @@ _augmentations: Registry[Augmentation] = Registry("augment.custom")
 
 
 def register_augmentation(name: str) -> Callable[[Augmentation], Augmentation]:
-    """Decorator of a function: makes it available to `augment.custom`, which changes single training pictures."""
+    """Decorate a function: make it available to `augment.custom`, which changes single training pictures."""
     return _augmentations.register(name)
 
 

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 
 _FILES = 64  # decoded by one task
-_PROBED = 16  # pictures whose size tells how much memory all take
+_PROBED = 16  # pictures from whose size the memory of all is estimated
 
 
 def decoded_bundle(
@@ -85,7 +85,7 @@ def decoded_bundle(
 
 
 def _whole_blocks(split: IndexedSplit) -> list[dict[str, Int64s]]:
-    """All samples in order: a unit for each block, since any may be large, or 64 files."""
+    """Return all samples in order: a unit for each block, since any may be large, or 64 files."""
     sizes = split.block_sizes if split.block_sizes is not None else np.full(-(-len(split) // _FILES), _FILES)
     samples = np.arange(len(split))
     return [{"sample": unit} for unit in np.split(samples, np.cumsum(sizes)[:-1]) if len(unit)]
@@ -120,7 +120,7 @@ class DecodePictures:
 
 
 def _of_arrays(batch: dict[str, Any]) -> pa.Table:
-    """The same of a block of a source that is in memory."""
+    """Return the same of a block of a source that is in memory."""
     pixels, heights = [image.tobytes() for image in batch["image"]], [len(image) for image in batch["image"]]
     return _table(pixels, heights, batch["label"], batch["sample"], [""] * len(pixels))
 
@@ -139,7 +139,7 @@ def _sizes(reader: Reader, items: Int64s, decoding: Decoding) -> list[int]:
     sizes = []
     for item in items:
         for _, get in reader(np.array([item])):
-            with contextlib.suppress(Exception):  # decoding it will tell
+            with contextlib.suppress(Exception):  # decoding reports it
                 sizes.append(num_pixels(get(), decoding))
     return sizes
 
@@ -159,12 +159,12 @@ def _table(
 
 
 def array_pictures(dataset: Dataset, channels: int) -> IndexedSplit:
-    """The pictures of a cached split, with the columns that `DataBundle` tells of."""
+    """Return the pictures of a cached split, with the columns that `DataBundle` describes."""
     return stored_pictures(dataset.map_batches(_of_arrays, batch_size=None).materialize(), channels, is_final=True)
 
 
 def stored_pictures(dataset: Dataset, channels: int, is_final: bool) -> IndexedSplit:
-    """A split of the good samples of `DecodePictures`' materialised blocks, in the order of their numbers.
+    """Return a split of the good samples of `DecodePictures`' materialised blocks, in the order of their numbers.
 
     is_final: whether they are of the size that models see.
     """

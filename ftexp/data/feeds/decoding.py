@@ -70,7 +70,7 @@ class Decode:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Where samples are, why some can't be read, what was found in the others, and what they took."""
+    """Result of decoding: where samples are, why some can't be read, their traits and times."""
 
     places: list[str]
     reasons: list[str]  # why one can't be read; "": it can
@@ -79,12 +79,12 @@ class Outcome:
 
     @classmethod
     def of(cls, num_samples: int) -> Outcome:
-        """Nothing known yet."""
+        """Return an empty outcome."""
         return cls([], [], [], np.zeros((num_samples, len(PARTS)), np.float32))
 
     @property
     def errors(self) -> list[str]:
-        """Where and why in one, for a column: see `bad_sample`."""
+        """Place and reason in one, for a column: see `bad_sample`."""
         return [f"{where}\n{why}" if why else "" for where, why in zip(self.places, self.reasons, strict=True)]
 
 
@@ -163,35 +163,37 @@ def decoding(
     stage: Callable[[IndexedSplit, Fit], Callable[[dict[str, Int64s]], Any]] = Decode,
     runtime_env: Mapping[str, Any] | None = None,
 ) -> Dataset:
-    """A Ray Dataset that decodes samples on any node: a task and a block for each unit, in the order of `units`.
+    """Return a Ray Dataset that decodes samples on any node: a task and a block for each unit, in the order of `units`.
 
     units: the columns that `stage` takes, "sample" at least.
     stage: makes the map stage of a split, and of how it is fitted.
     runtime_env: the tasks', where they aren't to have that of the process that asks for them.
     """
-    most = min(concurrency, len(units)) if concurrency is not None else None  # Ray warns of tasks that can't all begin
+    max_tasks = (
+        min(concurrency, len(units)) if concurrency is not None else None
+    )  # Ray warns of tasks that can't all begin
     tables = [pa.table(dict(unit)) for unit in units]
     decode = stage(split, info.fit)
     options = {"runtime_env": dict(runtime_env)} if runtime_env else {}
     return ray.data.from_arrow(tables).map_batches(
-        decode, batch_size=None, compute=TaskPoolStrategy(size=most), **options
+        decode, batch_size=None, compute=TaskPoolStrategy(size=max_tasks), **options
     )
 
 
 def bad_sample(error: str) -> BadSample:
-    """What an entry of `Decode`'s column `error` says."""
+    """Return the bad sample of an entry of `Decode`'s column `error`."""
     return BadSample(*error.split("\n", 1))
 
 
 def refuse_bad(config: DataConfig, bad: list[BadSample]) -> None:
-    """DataError that names samples that can't be read, unless they shall be skipped."""
+    """Raise DataError naming samples that can't be read, unless they shall be skipped."""
     if not bad or config.on_bad_sample == "skip":
         return
     shown = [f"{sample.where}: {sample.reason}" for sample in bad[:_NUM_BAD_SHOWN]]
     more = [f"and {len(bad) - len(shown)} more"] if len(bad) > len(shown) else []
     count = f"{len(bad)} samples" if len(bad) > 1 else "1 sample"
     raise DataError(
-        "\n".join([f"{count} can't be read; mend them, or leave them out with data.on_bad_sample=skip:", *shown, *more])
+        "\n".join([f"{count} can't be read; fix them, or exclude them with data.on_bad_sample=skip:", *shown, *more])
     )
 
 
@@ -211,17 +213,17 @@ class Sample(NamedTuple):
     traits: Traits
 
     def image(self, fit: Fit) -> UInt8s:
-        """The whole of it as models see it, [size, size, channels]."""
+        """Return the whole of it as models see it, [size, size, channels]."""
         return pixels_of(self.picture) if self.is_final else fitted(self.picture, fit)
 
 
 def as_image(value: Any, fit: Fit) -> UInt8s:
-    """An image as uint8 [size, size, channels], from encoded bytes, {"bytes": ...} or an array."""
+    """Return an image as uint8 [size, size, channels], from encoded bytes, {"bytes": ...} or an array."""
     return as_sample(value, fit).image(fit)
 
 
 def as_sample(value: Any, fit: Fit, is_whole: bool = True) -> Sample:
-    """An image, decoded, as the decoder has it; arrays must be of the final size.
+    """Return an image, decoded, as the decoder has it; arrays must be of the final size.
 
     is_whole: it is going to be fitted, so that it may be decoded at the size that this takes; else a part is cut out.
     """
@@ -238,7 +240,7 @@ def as_sample(value: Any, fit: Fit, is_whole: bool = True) -> Sample:
 
 
 def _checked(value: Any, fit: Fit) -> UInt8s:
-    """An array of the final size; ValueError for any other."""
+    """Return an array of the final size; ValueError for any other."""
     size, channels = fit.size, fit.channels
     pixels = np.asarray(value)
     if pixels.shape == (size, size) and channels == 1:

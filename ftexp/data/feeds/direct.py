@@ -28,7 +28,7 @@ class DirectRows:
         return self._split.table.get()[1]
 
     def open(self, requests: Iterator[Request]) -> AbstractContextManager[Take]:  # noqa: ARG002 - nothing is made ahead
-        """Nothing has to be made ready."""
+        """Do nothing: nothing has to be prepared."""
         return nullcontext(self.take)
 
     def take(self, samples: Int64s) -> Taken:

@@ -35,7 +35,7 @@ _PLAN_ROWS = 2048  # positions turned into samples at a time: the permutation co
 
 
 class Feed(Protocol):
-    """Where a training loop gets its batches from."""
+    """Source of a training loop's batches."""
 
     def from_position(self, position: int) -> Generator[Batch]:
         """Yield this rank's share of every global batch from `position` to the end of the run."""
@@ -61,7 +61,7 @@ def request(samples: Int64s, positions: Int64s) -> Request:
 
 
 class Rows(Protocol):
-    """Where a feed gets a split's decoded samples."""
+    """Source of a split's decoded samples."""
 
     def __len__(self) -> int: ...
 
@@ -71,7 +71,7 @@ class Rows(Protocol):
         ...
 
     def open(self, requests: Iterator[Request]) -> AbstractContextManager[Take]:
-        """Be ready to take samples, which will be asked for in the order of `requests`, if not in its pieces."""
+        """Prepare to take samples, which are requested in the order of `requests`, if not in its pieces."""
         ...
 
     def costs_ms(self) -> dict[str, float]:
@@ -102,7 +102,7 @@ class CachedRows:
         return self._labels
 
     def open(self, requests: Iterator[Request]) -> AbstractContextManager[Take]:  # noqa: ARG002 - any order is as good
-        """Nothing has to be made ready."""
+        """Do nothing: nothing has to be prepared."""
         return nullcontext(self.take)
 
     def take(self, samples: Int64s) -> Taken:
@@ -110,7 +110,7 @@ class CachedRows:
         return Taken(self._gather(samples), self._labels[samples])
 
     def costs_ms(self) -> dict[str, float]:
-        """Nothing is made: it has been."""
+        """Return nothing: the samples are already decoded."""
         return {}
 
     def _gather(self, samples: Int64s) -> UInt8s:
@@ -187,7 +187,7 @@ class ToTensors:
         return images.sub_(self._mean).div_(self._std)
 
     def _by_planes(self, rows: UInt8s) -> Tensor:
-        """The same numbers in half the time or less: a plane stays in a core's cache until it is done."""
+        """Return the same numbers in half the time or less: a plane stays in a core's cache until it is done."""
         count, height, width, channels = rows.shape
         images = self._memory.tensor((count, channels, height, width))
         mean, std = (values.flatten().numpy() for values in (self._mean, self._std))
@@ -200,7 +200,7 @@ class ToTensors:
         return images
 
     def pixels(self, images: Tensor) -> UInt8s:
-        """Back from what this returned: uint8 rows, the given ones unless they were augmented."""
+        """Return uint8 rows of what this returned: the given ones unless they were augmented."""
         scaled = (images * self._std + self._mean).clamp(0, 1).mul(255).round()
         rows: UInt8s = scaled.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
         return rows
@@ -241,7 +241,7 @@ class IndexedFeed:
         return request(np.repeat(samples, self._splits), view_positions(share.positions, self._splits))
 
     def _planned(self, position: int) -> Iterator[tuple[int, int, list[Share]]]:
-        """(start, end, a share for each micro-batch) of every global batch, looked up in chunks."""
+        """Yield (start, end, a share for each micro-batch) of every global batch, looked up in chunks."""
         chunk: list[tuple[int, int, list[MicroShare]]] = []
         num_rows = 0
         for start, end in self._plan.batch_ends(position):
@@ -292,7 +292,7 @@ def evaluation_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield (images, labels) of this rank's part of a split: over all ranks, each sample exactly once.
 
-    Samples that can't be read, and shall be skipped, are left out.
+    Samples that can't be read, and shall be skipped, are excluded.
     """
     first, last = even_part(0, len(rows), rank, world_size)
     cuts = range(first, last, batch_size)

@@ -50,9 +50,9 @@ class StreamedRows:
         augment: PictureAugment | None = None,
         on_block: Callable[[Block], None] = lambda _: None,
     ) -> None:
-        """`num_tasks` decode at a time, on a CPU each, and change pictures by `augment` where they do.
+        """num_tasks: decode at a time, on a CPU each, and apply `augment`.
 
-        `on_bad` is told what can't be read, and ends the pass by raising; `on_slow` is told for how many seconds
+        `on_bad` gets what can't be read, and ends the pass by raising; `on_slow` gets for how many seconds
         nothing was decoded, ever more rarely while that lasts; `on_block` gets each block that is read.
         """
         self._split, self._info, self._num_tasks = split, info, num_tasks
@@ -117,14 +117,14 @@ def bundle_rows(
     on_bad: Callable[[list[BadSample]], None],
     on_block: Callable[[Block], None] = lambda _: None,
 ) -> Rows:
-    """A split's rows outside of a run, by the bundle's feed; what a stream meets is told: see `StreamedRows`."""
+    """Return a split's rows outside of a run, by the bundle's feed; errors as in `StreamedRows`."""
     if not bundle.streamed:
         return CachedRows(bundle.datasets[split].iterator())
     return StreamedRows(bundle.indexed[split], bundle.info, num_tasks, on_bad, lambda _: None, on_block=on_block)
 
 
 def units(requests: Iterator[Request], rows: int) -> Iterator[Request]:
-    """The same samples, in the same order, in pieces that grow to `rows`."""
+    """Yield the same samples, in the same order, in pieces that grow to `rows`."""
     size, waiting, num_waiting = min(_FIRST_ROWS, rows), [np.empty((2, 0), np.int64)], 0
     for request in requests:
         waiting.append(request)
@@ -139,7 +139,7 @@ def units(requests: Iterator[Request], rows: int) -> Iterator[Request]:
 
 
 def spans(pieces: Iterator[Request]) -> Iterator[list[Request]]:
-    """Lists of units, each for one Ray Dataset.
+    """Return lists of units, each for one Ray Dataset.
 
     All are long, the first too: a new pipeline decodes one unit at a time until Ray has seen how large blocks are.
     """
@@ -151,7 +151,7 @@ def chained(
     start: Callable[[list[Request]], Iterator[Block]],
     on_slow: Callable[[float], None],
 ) -> Generator[Block]:
-    """The blocks of one span after the other; each span has begun to decode before the one before it ends."""
+    """Yield the blocks of one span after the other; each span has begun to decode before the one before it ends."""
 
     def begin() -> tuple[int, Iterator[Block]] | None:
         span = next(spans, None)
@@ -189,13 +189,13 @@ def _awaited(future: Future[T], on_slow: Callable[[float], None]) -> T:
 
 
 def slow_reason(seconds: float, free_cpus: float, num_cpus: float) -> str:
-    """What to tell of `seconds` in which nothing was decoded, in a cluster with so many CPUs."""
+    """Return the message for `seconds` in which nothing was decoded, in a cluster with so many CPUs."""
     if free_cpus >= 1:
-        why = f"{free_cpus:g} of the cluster's {num_cpus:g} CPUs are free, so it is reading that takes long"
+        why = f"{free_cpus:g} of the cluster's {num_cpus:g} CPUs are free, so reading is slow"
     else:
         why = (
-            f"none of the cluster's {num_cpus:g} CPUs is free to decode on. If workers or other jobs hold them, take "
-            "fewer workers, or scaling.resources_per_worker={CPU: 0.5}; if not, reading takes long"
+            f"none of the cluster's {num_cpus:g} CPUs is free to decode on. If workers or other jobs hold them, use "
+            "fewer workers, or scaling.resources_per_worker={CPU: 0.5}; if not, reading is slow"
         )
     return f"nothing decoded for {seconds:.0f} s: {why}"
 
@@ -216,14 +216,14 @@ class _Window:
         self._used = 0
 
     def take(self, samples: Int64s) -> Taken:
-        """The next rows; they must be those of `samples`. Images of one block are read where they lie."""
+        """Return the next rows; they must be those of `samples`. Images of one block are read where they lie."""
         parts = list(self._next_rows(len(samples)))
         columns = ([part[name] for part in parts] for name in ("image", "label", "sample", "error"))
         image, label, sample, error = (
             found[0] if len(found) == 1 and found[0].ndim > 1 else np.concatenate(found) for found in columns
         )
         if not np.array_equal(sample, samples):
-            raise RuntimeError("the pipeline gave other samples than it was asked for")
+            raise RuntimeError("the pipeline returned other samples than requested")
         bad = error != ""
         image = image.transpose(0, 2, 3, 1) if self._by_plane else image
         return Taken(image, label, ~bad if bad.any() else None)
@@ -240,7 +240,7 @@ class _Window:
     def _next_block(self) -> Block:
         block = next(self._blocks, None)
         if block is None:
-            raise RuntimeError("the pipeline ended before everything was decoded that it was asked for")
+            raise RuntimeError("the pipeline ended before all requested samples were decoded")
         if errors := {error: None for error in block["error"].tolist() if error}:  # epochs may meet in a block
             self._on_bad([bad_sample(error) for error in errors])
         self._on_block(block)

@@ -1,4 +1,4 @@
-"""Where images come from."""
+"""Sources of images."""
 
 from ftexp.data.sources.arrays import bundle_from_arrays
 from ftexp.data.sources.registry import sources

@@ -71,7 +71,7 @@ def make_info(config: DataConfig, class_names: list[str], num_samples: dict[str,
     if config.num_classes is not None and config.num_classes < len(class_names):
         raise DataError(
             f"data.num_classes={config.num_classes}, but data.name={config.name} has {len(class_names)} classes: "
-            "leave it out, or give at least as many"
+            "remove it, or set at least as many"
         )
     num_classes = (config.num_classes or 0) if config.task != REGRESSION else 0
     spare = [f"class_{number}" for number in range(len(class_names), num_classes)]
@@ -97,7 +97,7 @@ def make_info(config: DataConfig, class_names: list[str], num_samples: dict[str,
 
 
 def _as_stored(config: DataConfig, labels: Labels) -> Labels:
-    """The same as `Labels` of the task."""
+    """Return the same as `Labels` of the task."""
     if config.task == MULTI_LABEL:
         rows, classes = np.nonzero(labels)
         return packed(rows, classes, len(labels), max(labels.shape[1], config.num_classes or 0))
@@ -105,7 +105,10 @@ def _as_stored(config: DataConfig, labels: Labels) -> Labels:
 
 
 def _require_sound(config: DataConfig, images: UInt8s, labels: Labels, num_classes: int) -> None:
-    """DataError for arrays that a source of the user's own got wrong; training would only fail later, or not at all."""
+    """Raise DataError for arrays that a source of the user's own got wrong.
+
+    Training would only fail later, or not at all.
+    """
     name = config.name
     if images.dtype != np.uint8:
         raise DataError(f"data.name={name} has images of type {images.dtype}: give pixels from 0 to 255 as uint8")
@@ -121,7 +124,9 @@ def _require_sound(config: DataConfig, images: UInt8s, labels: Labels, num_class
             raise DataError(f"data.name={name} has targets that are NaN or infinite")
         return
     if labels.shape != (len(images),):
-        raise DataError(f"data.name={name} has {len(images)} images, but labels of shape {labels.shape}: one for each")
+        raise DataError(
+            f"data.name={name} has {len(images)} images, but labels of shape {labels.shape}: give one per image"
+        )
     if labels.dtype.kind not in "iub":
         raise DataError(f"data.name={name} has labels of type {labels.dtype}: give numbers of classes, as int64")
     if len(labels) and not (labels.min() >= 0 and labels.max() < num_classes):
@@ -152,7 +157,7 @@ def _dataset(images: UInt8s, labels: Labels) -> Any:
 
 
 def _column(labels: Labels) -> Any:
-    """As a column that Ray Data reads as an array of the same shape."""
+    """Return a column that Ray Data reads as an array of the same shape."""
     import pyarrow as pa
 
     return labels if labels.ndim == 1 else pa.FixedShapeTensorArray.from_numpy_ndarray(np.ascontiguousarray(labels))
@@ -160,7 +165,7 @@ def _column(labels: Labels) -> Any:
 
 @register_source("digits")
 def digits(config: DataConfig) -> DataBundle:
-    """scikit-learn's handwritten digits: 1,797 grey images of 8x8 pixels with 17 levels, scaled to `image_size`."""
+    """Load scikit-learn's digits: 1,797 grey images of 8x8 pixels with 17 levels, scaled to `image_size`."""
     from PIL import Image
 
     rows = np.loadtxt(_digits_file(), delimiter=",")
@@ -174,7 +179,7 @@ def digits(config: DataConfig) -> DataBundle:
 
 
 def _digits_file() -> Path:
-    """What sklearn.datasets.load_digits reads; importing scikit-learn for it would take a second of every run."""
+    """Return the file that sklearn.datasets.load_digits reads; importing scikit-learn for it would take a second."""
     found = importlib.util.find_spec("sklearn")
     if found is None or found.origin is None:
         raise DataError("data.name=digits comes with scikit-learn, which isn't installed: pip install scikit-learn")
@@ -183,7 +188,7 @@ def _digits_file() -> Path:
 
 @register_source("cifar10")
 def cifar10(config: DataConfig) -> DataBundle:
-    """CIFAR-10 as torchvision stores it: 50,000 + 10,000 colour images of 32x32 pixels."""
+    """Load CIFAR-10 as torchvision stores it: 50,000 + 10,000 colour images of 32x32 pixels."""
     from torchvision.datasets import CIFAR10
 
     return _cifar(config, CIFAR10)
@@ -191,7 +196,7 @@ def cifar10(config: DataConfig) -> DataBundle:
 
 @register_source("cifar100")
 def cifar100(config: DataConfig) -> DataBundle:
-    """CIFAR-100 as torchvision stores it: 50,000 + 10,000 colour images of 32x32 pixels, 100 classes."""
+    """Load CIFAR-100 as torchvision stores it: 50,000 + 10,000 colour images of 32x32 pixels, 100 classes."""
     from torchvision.datasets import CIFAR100
 
     return _cifar(config, CIFAR100)

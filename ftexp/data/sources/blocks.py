@@ -24,7 +24,7 @@ class BlockSource(Protocol):
     """How one kind of file is read in blocks; pickled into every task that reads."""
 
     def first_items(self) -> Int64s:
-        """The first item of each block, ascending."""
+        """Return the first item of each block, ascending."""
         ...
 
     def fetch(self, block: int) -> Any:
@@ -32,11 +32,11 @@ class BlockSource(Protocol):
         ...
 
     def pick(self, data: Any, block: int, row: int) -> Raw:
-        """An entry for one row of what `fetch` gave."""
+        """Return the entry of one row of what `fetch` gave."""
         ...
 
     def where(self, block: int, row: int) -> str:
-        """How a row is told of."""
+        """Describe a row."""
         ...
 
 
@@ -49,7 +49,7 @@ class BlockCache:
         self._refs: OrderedDict[int, ray.ObjectRef] = OrderedDict()
 
     def refs(self, blocks: list[int]) -> list[ray.ObjectRef]:
-        """References to blocks, which are read if they aren't there."""
+        """Return references to blocks, reading those that aren't there."""
         for block in blocks:
             if block not in self._refs:
                 self._refs[block] = self._read.remote(self._fetch, block)
@@ -60,15 +60,18 @@ class BlockCache:
         return found
 
     def forget(self, block: int) -> None:
-        """Read it anew when it is next asked for."""
+        """Read it again when it is next asked for."""
         self._refs.pop(block, None)
 
 
 def _fetched(fetch: Callable[[int], Any], block: int) -> Any:
-    """The block, or the exception that kept it from being read: as a value, so that Ray doesn't wrap or retry it."""
+    """Return the block, or the exception that kept it from being read.
+
+    As a value, so that Ray doesn't wrap or retry it.
+    """
     try:
         return fetch(block)
-    except Exception as error:  # whatever a file format raises on a damaged file; it becomes a bad sample
+    except Exception as error:  # whatever a file format raises on a corrupt file; it becomes a bad sample
         return error
 
 
@@ -93,7 +96,7 @@ class BlockReader:
                 yield self.source.pick(data[block], block, row)
 
     def with_cache(self, window: int) -> BlockReader:
-        """The same, sharing what is read: this window of blocks and the next one."""
+        """Return the same, sharing what is read: this window of blocks and the next one."""
         actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(BlockCache)
         return dataclasses.replace(self, cache=actor.remote(self.source.fetch, 2 * window + 1))
 

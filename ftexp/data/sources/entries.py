@@ -17,7 +17,7 @@ from ftexp.errors import DataError
 if TYPE_CHECKING:
     from pyarrow.fs import FileInfo, FileSystem
 
-# made by NAS systems, archivers and operating systems beside a user's files
+# made by NAS systems, archivers and operating systems next to a user's files
 _SYSTEM_DIRECTORIES = frozenset(
     {
         "@eadir", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "$recycle.bin", "__macosx", "lost+found",
@@ -101,7 +101,7 @@ def _ending_exclusion(name: str, endings: Collection[str]) -> str | None:
 
 
 def _stored_files(filesystem: FileSystem, root: str, account: Account, endings: Collection[str]) -> list[FileInfo]:
-    """Files in an object store, which has neither links nor directories."""
+    """Return the files in an object store, which has neither links nor directories."""
     from pyarrow.fs import FileSelector, FileType
 
     found, seen = [], set()
@@ -130,7 +130,7 @@ class _Contents(NamedTuple):
 
 
 def _local_files(root: str, account: Account, endings: Collection[str]) -> list[FileInfo]:
-    """Files below `root` on a local disk, by every path that leads to them without a cycle; OSError of `root`."""
+    """Return files below `root` on a local disk, by every path to them without a cycle; OSError of `root`."""
     from pyarrow.fs import FileInfo, FileType
 
     top = _identity(Path(root).stat())
@@ -193,7 +193,7 @@ def _listed(path: str, account: Account, endings: Collection[str]) -> _Contents:
 
 
 def _is_text(name: str) -> bool:
-    """Whether a name is UTF-8; Python keeps other bytes as surrogates, which can't be encoded."""
+    """Return whether a name is UTF-8; Python keeps other bytes as surrogates, which can't be encoded."""
     try:
         name.encode()
     except UnicodeEncodeError:

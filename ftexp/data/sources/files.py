@@ -1,4 +1,4 @@
-"""Folders of images."""
+"""Directories of images."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _SPLIT_NAMES = {"valid": "val", "validation": "val"}
 
 @register_source("image_folder")
 def image_folder(config: DataConfig) -> Listing:
-    """One folder a class, or train/, val/, test/ with such folders inside; images by their extension."""
+    """Read one directory per class, or train/, val/, test/ with such directories inside; images by their extension."""
     import pyarrow as pa
 
     filesystem, root = open_uri(config.root or "", "data.root")
@@ -67,20 +67,20 @@ def image_folder(config: DataConfig) -> Listing:
 
 
 def _refuse_half_splits(listed: dict[str, list[tuple[str, str]]], config: DataConfig) -> None:
-    """DataError if folders that look like splits, with folders inside, would be taken for classes."""
+    """Raise DataError if directories that look like splits, with directories inside, would be taken for classes."""
     like = [name for name in listed if _LIKE_SPLITS.fullmatch(name)]
     if len(like) > 1 and all("/" in rest for name in like for rest, _ in listed[name]):
         others = sorted(set(listed) - set(like))
         raise DataError(
             f"data.root={config.root} holds {', '.join(sorted(like))}, which look like splits, "
-            + (f"beside {', '.join(others[:5])}: move these away" if others else "under other names")
-            + ", and name the splits train, val and test (or valid, validation); else every folder there is a class"
+            + (f"next to {', '.join(others[:5])}: move these elsewhere" if others else "under other names")
+            + ", and name the splits train, val and test (or valid, validation); else every directory there is a class"
         )
 
 
 @dataclass(frozen=True)
 class FileReader:
-    """Reads files one by one. Item i is the file `paths[i]` below `folder`."""
+    """Reads files one by one. Item i is the file `paths[i]` below `directory`."""
 
     filesystem: FileSystem
     folder: str
@@ -102,18 +102,18 @@ class FileReader:
 def _inside_splits(
     listed: dict[str, list[tuple[str, str]]], root: str, config: DataConfig, account: Account
 ) -> dict[str, list[tuple[str, str]]]:
-    """What is in class folders of the splits' folders; files beside those are excluded, as in the root."""
+    """Return images in class directories of the splits; files next to those are excluded, as in the root."""
     by_split: dict[str, list[tuple[str, str]]] = {}
     for folder, files in listed.items():
         split = _SPLIT_NAMES.get(folder, folder)
         if split in by_split:
-            raise DataError(f"data.root={config.root} holds more than one validation folder ({folder}/); keep one")
+            raise DataError(f"data.root={config.root} holds more than one validation directory ({folder}/); keep one")
         by_split[split] = [(path, label) for path, label in files if path != label]
         for path in (path for path, label in files if path == label):
             account.exclude(f"{root}/{folder}/{path}", _NO_CLASS)
         if not by_split[split]:
             raise DataError(
-                f"data.root={config.root}: {folder}/ holds no image in a class folder; {folder}/class/image is "
+                f"data.root={config.root}: {folder}/ holds no image in a class directory; {folder}/class/image is "
                 f"expected. Without {folder}/, its samples are cut from train/ by data.val_fraction, data.test_fraction"
                 + reasons(account.excluded, account.bad)
             )
@@ -127,7 +127,7 @@ def _folder_of(listed: dict[str, Any], split: str) -> str:
 def image_files(
     filesystem: FileSystem, root: str, config: DataConfig, account: Account
 ) -> list[tuple[tuple[str, ...], int]]:
-    """(parts of its path below data.root, size in bytes) of every image file."""
+    """Return (parts of its path below data.root, size in bytes) of every image file."""
     infos = files_at(filesystem, root, config, account, _ENDINGS)
     return [(PurePosixPath(info.path).relative_to(root).parts, info.size) for info in infos]
 
@@ -135,7 +135,7 @@ def image_files(
 def _list_images(
     filesystem: FileSystem, root: str, config: DataConfig, account: Account
 ) -> dict[str, list[tuple[str, str]]]:
-    """{top folder: [(path below it, its first folder)]} of every image file."""
+    """Return {top directory: [(path below it, its first directory)]} of every image file."""
     listed: dict[str, list[tuple[str, str]]] = {}
     for parts, _ in image_files(filesystem, root, config, account):
         if len(parts) > 1:
@@ -144,7 +144,7 @@ def _list_images(
             account.exclude("/".join([root, *parts]), _NO_CLASS)
     if not listed:
         raise DataError(
-            f"data.root={config.root} holds no image in a class folder: root/class/image is expected"
+            f"data.root={config.root} holds no image in a class directory: root/class/image is expected"
             + reasons(account.excluded, account.bad)
         )
     return listed

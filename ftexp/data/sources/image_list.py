@@ -24,7 +24,9 @@ _SPLIT = "split"
 
 @register_source("image_list")
 def image_list(config: DataConfig) -> Listing:
-    """A CSV file (.tsv: with tabs) with a column of paths, one of labels, and perhaps `split`: train, val or test.
+    """Read a CSV file (.tsv: with tabs) with a column of paths, one of labels, and perhaps `split`.
+
+    `split` holds train, val or test.
 
     Paths are relative to the list, or absolute if it is on a disk. Labels are text, or all whole numbers from 0; see
     `ftexp.data.label_cells` for cells of several, and for targets.
@@ -67,7 +69,10 @@ class ListedFiles:
 
 
 def read_list(config: DataConfig, labelled: bool = True) -> ListedFiles:
-    """The list at data.root; DataError if it can't be read, or lacks a column. `labelled`: whether it needs labels."""
+    """Return the list at data.root; DataError if it can't be read, or lacks a column.
+
+    labelled: whether it needs labels.
+    """
     filesystem, root = open_uri(config.root or "", "data.root")
     paths, labels, splits = _columns(filesystem, root, config, labelled)
     on_disk = root.startswith("/")
@@ -94,7 +99,7 @@ def _below(file: str, depth: int) -> str:
 def _columns(
     filesystem: FileSystem, root: str, config: DataConfig, labelled: bool
 ) -> tuple[list[str], list[Any] | None, list[str]]:
-    """Path, label and split of each row."""
+    """Return path, label and split of each row."""
     import pyarrow as pa
     from pyarrow import csv
 

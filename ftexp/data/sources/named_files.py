@@ -1,4 +1,4 @@
-"""What sources of files that hold many samples share: whose split a file is, and what its labels mean."""
+"""Code shared by sources whose files hold many samples: splits of files and meaning of labels."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ if TYPE_CHECKING:
 def files_by_split(
     filesystem: FileSystem, root: str, config: DataConfig, suffix: str, account: Account
 ) -> dict[str, list[str]]:
-    """{split: files}, sorted. Files, or folders of them, named train*, val* and test* are splits if there is a train.
+    """Return {split: files}, sorted.
 
-    DataError if `root` can't be listed, or is neither a file nor a folder that holds one ending in `suffix`.
+    Files, or directories of them, named train*, val* and test* are splits if there is a train.
+
+    DataError if `root` can't be listed, or is neither a file nor a directory that holds one ending in `suffix`.
     """
     return _by_split(root, [info.path for info in data_files(filesystem, root, config, suffix, account)])
 
@@ -29,7 +31,7 @@ def data_files(filesystem: FileSystem, root: str, config: DataConfig, suffix: st
     infos = files_at(filesystem, root, config, account, (suffix,))
     if not infos:
         raise DataError(
-            f"data.root={config.root} is neither a {suffix[1:]} file nor a folder with {suffix} files in it"
+            f"data.root={config.root} is neither a {suffix[1:]} file nor a directory with {suffix} files in it"
             + reasons(account.excluded, account.bad)
         )
     return sorted(infos, key=lambda info: info.path)

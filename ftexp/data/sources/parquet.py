@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 
 @register_source("parquet")
 def parquet(config: DataConfig) -> Listing:
-    """Parquet files with an image column (encoded bytes, {"bytes": ...} or arrays) and a label column.
+    """Read Parquet files with an image column (encoded bytes, {"bytes": ...} or arrays) and a label column.
 
     Labels may be whole numbers from 0 or text, or lists of them; files named train*, val* and test* (or in such
-    folders) are splits of their own if there is a train one.
+    directories) are splits of their own if there is a train one.
     """
     import pyarrow as pa
 
@@ -46,8 +46,8 @@ def parquet(config: DataConfig) -> Listing:
             except (OSError, pa.ArrowException) as error:
                 if config.on_bad_sample == "fail":
                     raise DataError(
-                        f"{path} can't be read as parquet: {error}; mend it, take it out of data.root, or leave such "
-                        "files out with data.on_bad_sample=skip"
+                        f"{path} can't be read as parquet: {error}; fix it, remove it from data.root, or exclude "
+                        "such files with data.on_bad_sample=skip"
                     ) from error
                 account.add_bad(path, f"{type(error).__name__}: {error}")
                 continue
@@ -107,11 +107,11 @@ class RowGroups:
     groups: Shared[list[RowGroup]]
 
     def first_items(self) -> Int64s:
-        """The first item of each row group."""
+        """Return the first item of each row group."""
         return np.array([group.first_item for group in self.groups.get()], np.int64)
 
     def fetch(self, block: int) -> Any:
-        """The image column of a row group."""
+        """Return the image column of a row group."""
         import pyarrow.parquet as pq
 
         path, number, _ = self.groups.get()[block]
@@ -120,17 +120,17 @@ class RowGroups:
             return file.read_row_group(number, [self.image_column])[self.image_column]
 
     def pick(self, data: Any, block: int, row: int) -> Raw:
-        """A cell of the column."""
+        """Return a cell of the column."""
         return self.where(block, row), data[row].as_py
 
     def where(self, block: int, row: int) -> str:
-        """The file, the row group and the row in it."""
+        """Return the file, the row group and the row in it."""
         path, number, _ = self.groups.get()[block]
         return f"{path} row {row} of group {number}"
 
 
 def labels_of(filesystem: FileSystem, path: str, config: DataConfig, labelled: bool = True) -> Iterator[list[Any]]:
-    """The labels of each row group; DataError if a column isn't there. `labelled`: else labels are None then."""
+    """Yield the labels of each row group; DataError if a column isn't there. `labelled`: else labels are None then."""
     import pyarrow.parquet as pq
 
     with SteadyFile(filesystem, path) as opened, pq.ParquetFile(opened) as file:

@@ -1,4 +1,4 @@
-"""What there is to train on. A source turns `DataConfig` into a `DataBundle` of Ray Datasets, on the driver,
+"""Registry of data sources. A source turns `DataConfig` into a `DataBundle` of Ray Datasets, on the driver,
 or into a `Listing` of files that are too many to decode at once.
 
 Add one with `@register_source("name")` in a module named under `plugins`; it may read `config.kwargs`, and

@@ -24,7 +24,7 @@ _Columns = dict[str, npt.NDArray[Any]]
 
 @register_source("synthetic")
 def synthetic(config: DataConfig) -> DataBundle:
-    """Each class has its own pattern, under noise. `num_samples` over all splits together.
+    """Make images in which each class has its own pattern, under noise. `num_samples` over all splits together.
 
     A sample of several classes shows all their patterns. Of a regression, `num_classes` patterns are shown as strongly
     as the targets say, each from -1 to 1.
@@ -65,7 +65,7 @@ def synthetic(config: DataConfig) -> DataBundle:
 
 
 def _strengths(task: str, seed: int, samples: Int64s, num_classes: int) -> npt.NDArray[np.float64]:
-    """How strongly each pattern is shown, [samples, num_classes]."""
+    """Return how strongly each pattern is shown, [samples, num_classes]."""
     places = samples[:, None] * num_classes + np.arange(num_classes)
     draws = uniforms(derive_seed(seed, _LABELS), places, 0)
     return 2 * draws - 1 if task == REGRESSION else (draws < _MEAN_CLASSES / num_classes).astype(np.float64)
@@ -83,7 +83,7 @@ def _labels(task: str, seed: int, samples: Int64s, num_classes: int) -> Labels:
 
 
 def _blend(patterns: npt.NDArray[np.int64], strengths: npt.NDArray[np.float64]) -> Int64s:
-    """Patterns on grey, each as strong as it is given; what noise is added to stays in 0..255."""
+    """Return patterns on grey, each with its given strength, within 0..255 before noise."""
     shown = np.flatnonzero(strengths)
     total = (strengths[shown, None, None, None] * (patterns[shown] - _GREY)).sum(0)
     blend: Int64s = np.clip(np.round(total + _GREY), 64, 191).astype(np.int64)

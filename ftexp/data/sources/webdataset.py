@@ -45,12 +45,12 @@ class Entry(NamedTuple):
 
 @register_source("webdataset")
 def webdataset(config: DataConfig) -> Listing:
-    """Tar shards whose samples have an image and a .cls (a whole number, or text). Not compressed.
+    """Read tar shards whose samples have an image and a .cls (a whole number, or text). Not compressed.
 
     Where a sample may have several labels, or numbers, they may also be in a .json that holds a list, or one number.
-    A .cls beside it wins.
+    A .cls next to it takes precedence.
 
-    Shards named train*, val* and test* (or in such folders) are splits if there is a train one. Every shard is read
+    Shards named train*, val* and test* (or in such directories) are splits if there is a train one. Every shard is read
     through once for its index: locally its headers only, and all of it from an object store.
     """
     filesystem, root = open_uri(config.root or "", "data.root")
@@ -69,8 +69,8 @@ def webdataset(config: DataConfig) -> Listing:
         block_sizes[split] = np.diff(np.append(stretches.first_items(), len(found)))
     if account.bad and config.on_bad_sample == "fail":
         raise DataError(
-            f"{len(account.bad)} problems with the shards of data.root={config.root}; mend them, or leave what is "
-            "spoilt out with data.on_bad_sample=skip:" + reasons([], account.bad)
+            f"{len(account.bad)} problems with the shards of data.root={config.root}; fix them, or exclude bad "
+            "samples with data.on_bad_sample=skip:" + reasons([], account.bad)
         )
     class_names, labels = as_labels(
         texts,
@@ -90,7 +90,7 @@ def label_endings(config: DataConfig) -> tuple[str, ...]:
 def scan_shards(
     filesystem: FileSystem, paths: list[str], labelled: bool = True, endings: tuple[str, ...] = (_LABEL,)
 ) -> tuple[Stretches, list[str], Account]:
-    """How the samples of shards are read, their labels, and what else is in them; each shard is read by a task.
+    """Return how the samples of shards are read, their labels, and what else is in them; each shard is read by a task.
 
     labelled: whether a sample needs a label; one that has none has "". endings: of the entries that hold labels.
     """
@@ -116,7 +116,7 @@ def scan_shards(
 def scan_shard(
     filesystem: FileSystem, path: str, labelled: bool = True, endings: tuple[str, ...] = (_LABEL,)
 ) -> tuple[list[Entry], Account]:
-    """The samples of a shard, in order, and an account of its other entries."""
+    """Return the samples of a shard, in order, and an account of its other entries."""
     try:
         return retried(lambda: _scan(filesystem, path, labelled, endings))
     except (OSError, tarfile.TarError) as error:
@@ -162,7 +162,7 @@ def _scan(filesystem: FileSystem, path: str, labelled: bool, endings: tuple[str,
                     label = content.read().decode(errors="replace").strip()
                     if (lists if ending == _LISTS else labels).setdefault(name, label) != label:
                         spoilt[name] = f"it has more than one .{ending}"
-        except tarfile.ReadError as error:  # it is torn; what comes before is whole
+        except tarfile.ReadError as error:  # it is truncated; what comes before is whole
             if not images:
                 raise
             torn = f"{type(error).__name__}: {error}"
@@ -178,7 +178,7 @@ def _scan(filesystem: FileSystem, path: str, labelled: bool, endings: tuple[str,
         account.add_bad(path, f"{torn}; what comes before is kept")
     for name, text in lists.items():
         if name in labels:
-            account.exclude(f"{path} {name}.{_LISTS}", f".{_LISTS} beside a .{_LABEL}, which wins")
+            account.exclude(f"{path} {name}.{_LISTS}", f".{_LISTS} next to a .{_LABEL}, which takes precedence")
             continue
         labels[name] = text
         if not _holds_labels(text):
@@ -223,14 +223,14 @@ def _split_name(path: str, endings: tuple[str, ...]) -> tuple[str, str | None]:
 
 
 def _before_dot(name: str) -> str:
-    """The name of the sample whose field an entry is, where a dot within a name begins a field, as in 7.left.png."""
+    """Return the name of the sample whose field an entry is, where a dot within a name begins a field (7.left.png)."""
     folder, slash, base = name.rpartition("/")
     return f"{folder}{slash}{base.partition('.')[0]}"
 
 
 @dataclass(frozen=True)
 class Index:
-    """Where each item is, columns by item."""
+    """Place of each item, columns by item."""
 
     paths: list[str]  # of the shards
     names: Any  # pyarrow's large_string
@@ -239,7 +239,7 @@ class Index:
     num_bytes: Int64s
 
     def cut(self, block_bytes: int) -> Int64s:
-        """First items of stretches of at most about `block_bytes`, none of which goes over the end of a shard."""
+        """Return first items of stretches of at most about `block_bytes`, none across the end of a shard."""
         firsts: list[int] = []
         start = 0
         for item in range(len(self.names)):
@@ -258,24 +258,24 @@ class Stretches:
     firsts: Shared[Int64s]
 
     def first_items(self) -> Int64s:
-        """The first item of each stretch."""
+        """Return the first item of each stretch."""
         return self.firsts.get()
 
     def names(self, root: str) -> list[str]:
-        """Of each sample: its shard, below `root`, and its name there."""
+        """Return each sample's shard, below `root`, and its name there."""
         index = self.index.get()
         pairs = zip(index.shards.tolist(), index.names.to_pylist(), strict=True)
         return [f"{index.paths[shard].removeprefix(root)} {name}" for shard, name in pairs]
 
     def fetch(self, block: int) -> Any:
-        """The bytes from the first image of a stretch to the end of its last."""
+        """Return the bytes from the first image of a stretch to the end of its last."""
         index, firsts = self.index.get(), np.append(self.firsts.get(), len(self.index.get().names))
         first, last = int(firsts[block]), int(firsts[block + 1]) - 1
         start = int(index.offsets[first])
         return self.read(first, start, int(index.offsets[last] + index.num_bytes[last]) - start)
 
     def read(self, item: int, offset: int, num_bytes: int) -> bytes:
-        """Bytes of the shard that holds an item."""
+        """Return bytes of the shard that holds an item."""
         index = self.index.get()
         path = index.paths[index.shards[item]]
 
@@ -289,18 +289,18 @@ class Stretches:
         return retried(read)
 
     def pick(self, data: Any, block: int, row: int) -> Raw:
-        """An image out of a stretch."""
+        """Return an image out of a stretch."""
         index, first = self.index.get(), int(self.firsts.get()[block])
         start = int(index.offsets[first + row] - index.offsets[first])
         view = memoryview(data)[start : start + int(index.num_bytes[first + row])]
         return self.where(block, row), view.tobytes
 
     def where(self, block: int, row: int) -> str:
-        """The shard, and the sample in it."""
+        """Return the shard, and the sample in it."""
         return self.where_item(int(self.firsts.get()[block]) + row)
 
     def where_item(self, item: int) -> str:
-        """The shard, and the sample in it."""
+        """Return the shard, and the sample in it."""
         index = self.index.get()
         return f"{index.paths[index.shards[item]]} {index.names[item]}"
 

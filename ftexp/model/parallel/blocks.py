@@ -28,7 +28,7 @@ def blocks_of(model: nn.Module, wrap: Sequence[str] = ()) -> dict[str, nn.Module
         names = {name for name in modules if any(rule.fullmatch(name) for rule in timm_rules(model))}
         if not names:
             raise ConfigError(
-                f"timm numbers no blocks of this model ({type(model).__name__}), so that they have to be named: "
+                f"timm numbers no blocks of this model ({type(model).__name__}), so they must be named: "
                 f"{_suggestion(modules)}"
             )
     return {name: module for name, module in modules.items() if name in names}
@@ -48,7 +48,7 @@ def timm_rules(model: nn.Module) -> list[re.Pattern[str]]:
 
 
 def _computes(module: nn.Module) -> bool:
-    """Whether a module has parameters, and a forward pass of its own."""
+    """Return whether a module has parameters, and a forward pass of its own."""
     if isinstance(module, (nn.ModuleList, nn.ModuleDict)) and type(module).forward is nn.Module.forward:
         return False
     return any(True for _ in module.parameters())
@@ -71,7 +71,7 @@ def _suggestion(modules: dict[str, nn.Module]) -> str:
     """Say which patterns of the model's own names may be meant."""
     found = list(_repeated(modules))[:_MAX_SUGGESTED]
     options = " or ".join(f"'parallel.wrap=[{pattern}]'" for pattern in found)
-    return f"try {options}" if found else "give parallel.wrap=[<pattern of module names>], or take parallel=ddp"
+    return f"try {options}" if found else "give parallel.wrap=[<pattern of module names>], or set parallel=ddp"
 
 
 def _repeated(modules: dict[str, nn.Module]) -> Iterator[str]:

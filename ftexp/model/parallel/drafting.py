@@ -164,7 +164,7 @@ class _Drafting(TorchFunctionMode):
         self._open, self._whole = target, whole
 
     def _shares(self, tensor: Tensor) -> bool:
-        """Whether it is a view of the open parameter, which may be written to once that is cut."""
+        """Return whether it is a view of the open parameter, which may be written to once that is cut."""
         assert self._whole is not None
         return tensor.untyped_storage().data_ptr() == self._whole.untyped_storage().data_ptr()
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether a module is one of FSDP2's."""
+    """Return whether a module is one of FSDP2's."""
     return hasattr(model, "reshard") and hasattr(model, "unshard")
 
 

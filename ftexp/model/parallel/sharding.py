@@ -1,4 +1,4 @@
-"""How a model lies on the ranks: by torch's FSDP2, of each block and of the rest."""
+"""Sharding of a model by torch's FSDP2, block by block."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class Sharding:
             assert config.shard_size is not None, "checked with the config"
             if world_size % config.shard_size:
                 raise ConfigError(
-                    f"{world_size} workers are no multiple of parallel.shard_size={config.shard_size}: set "
-                    "scaling.num_workers, or another size"
+                    f"{world_size} workers are not a multiple of parallel.shard_size={config.shard_size}: "
+                    f"change scaling.num_workers or parallel.shard_size"
                 )
             sizes = (world_size // config.shard_size, config.shard_size)
             self.mesh = init_device_mesh(device.type, sizes, mesh_dim_names=("replicate", "shard"))
@@ -93,10 +93,11 @@ class Sharding:
 def _require_shardable(model: nn.Module, config: ParallelConfig) -> None:
     if scalars := [name for name, parameter in model.named_parameters() if parameter.ndim == 0]:
         raise ConfigError(
-            f"parallel={config.kind}: the parameter {scalars[0]} of this model has no dimension to cut: take ddp"
+            f"parallel={config.kind}: the parameter {scalars[0]} of this model has no dimension to shard: set "
+            "parallel=ddp"
         )
     if config.param_dtype not in (None, "fp32") and any(isinstance(module, _BatchNorm) for module in model.modules()):
         raise ConfigError(
-            f"parallel.param_dtype={config.param_dtype}: batch norm's statistics are float32: take it out, and set "
+            f"parallel.param_dtype={config.param_dtype}: batch norm's statistics are float32: remove it, and set "
             "train.precision instead"
         )

@@ -1,7 +1,7 @@
 """The Hydra launcher behind `python -m ftexp.train -m ...`: checks every trial, then hands them to the sweep.
 
 Why not hydra-ray-launcher (1.2.2): it gives every job one and the same resource spec, runs a job as a Ray task
-that knows nothing of the workers that its trainer will ask for, returns when the whole batch has, numbers jobs anew in
+that knows nothing of the workers that its trainer will ask for, returns when the whole batch has, renumbers jobs in
 every call and keeps no record of them, so that nothing can be gone on with. It also wants boto3, ray[default] and
 cloudpickle < 3. What it does do, handing composed configs to processes, is a small part of what is here.
 """
@@ -38,7 +38,9 @@ class SweepLauncher(Launcher):
         del task_function
         self._context, self._config = hydra_context, config
         if config.hydra.sweeper.get("max_batch_size"):
-            raise ConfigError("hydra.sweeper.max_batch_size: trials don't wait for batches; use sweep.max_concurrent")
+            raise ConfigError(
+                "hydra.sweeper.max_batch_size: trials do not run in batches; set sweep.max_concurrent instead"
+            )
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Run all jobs; SweepFailedError if any of them failed.
@@ -58,7 +60,7 @@ class SweepLauncher(Launcher):
 
 
 def compose(context: HydraContext, config: DictConfig, words: Sequence[str]) -> DictConfig:
-    """What a job's overrides make of the command's config."""
+    """Return the config of a job: the command's, with the job's overrides."""
     composed = context.config_loader.load_sweep_config(config, list(words))
     with open_dict(composed):
         del composed["hydra"]
@@ -66,7 +68,10 @@ def compose(context: HydraContext, config: DictConfig, words: Sequence[str]) -> 
 
 
 def checked(composed: Sequence[DictConfig], typed: Sequence[Sequence[str]]) -> list[Config]:
-    """The typed configs; ConfigError with every mistake of every trial, each once. `typed`: each one's overrides."""
+    """Return the typed configs; ConfigError with every mistake of every trial, each once.
+
+    typed: each job's overrides.
+    """
     configs: list[Config] = []
     problems: dict[str, None] = {}
     for each, words in zip(composed, typed, strict=True):
@@ -85,13 +90,13 @@ def checked(composed: Sequence[DictConfig], typed: Sequence[Sequence[str]]) -> l
 def _sweep_problems(configs: Sequence[Config]) -> list[str]:
     problems = []
     if any(config.run.name is not None for config in configs):
-        problems.append("run.name: a sweep names its trials by what differs between them; use sweep.name")
+        problems.append("run.name: a sweep names its trials by their swept values; set sweep.name instead")
     settings: dict[str, list[Any]] = {key: [getattr(config, key) for config in configs] for key in _OF_THE_SWEEP}
     settings |= {"run.storage": [config.run.storage for config in configs]}
     settings |= {"scaling.address": [config.scaling.address for config in configs]}
     for key, values in settings.items():
         if any(value != values[0] for value in values):
-            problems.append(f"{key} can't differ between the trials of a sweep: give one value")
+            problems.append(f"{key} must be the same in all trials of a sweep: give one value")
     return problems
 
 

@@ -1,7 +1,7 @@
 """How Hydra comes to know ftexp's launcher and sweeper.
 
 Hydra takes plug-ins from the package hydra_plugins alone. These classes say that they are from there, so that nothing
-has to be installed beside ftexp.
+has to be installed next to ftexp.
 """
 
 from __future__ import annotations
@@ -31,17 +31,19 @@ class _SweeperNode(SearchConfig):
 
 
 def with_plugins(words: Sequence[str]) -> list[str]:
-    """The command's words, and for a multirun ftexp's launcher unless they name another; Hydra then knows the plug-ins.
+    """Return the command's words, and for a multirun ftexp's launcher unless they name another.
+
+    Hydra then knows the plug-ins.
 
     ConfigError for a search that isn't a multirun, or with another launcher.
     """
     names_launcher = any(word.startswith("hydra/launcher=") for word in words)
     if not any(word in ("-m", "--multirun", "hydra.mode=MULTIRUN") for word in words):
         if _SWEEPER in words:
-            raise ConfigError(f"{_SWEEPER} is for a sweep: add -m")
+            raise ConfigError(f"{_SWEEPER} needs a sweep: add -m")
         return list(words)
     if _SWEEPER in words and names_launcher:
-        raise ConfigError(f"{_SWEEPER} runs its trials itself: take hydra/launcher=... out")
+        raise ConfigError(f"{_SWEEPER} starts its trials itself: remove hydra/launcher=...")
     _register()
     return list(words) if names_launcher else [*words, f"hydra/launcher={LAUNCHER}"]
 
@@ -53,7 +55,7 @@ def _register() -> None:
         package = importlib.import_module(package_name)
     except ModuleNotFoundError:  # no plug-in is installed
         package = sys.modules[package_name] = types.ModuleType(package_name)
-        package.__path__ = []  # Hydra looks through it if it begins anew in this process, as its compose API does
+        package.__path__ = []  # Hydra looks through it if it begins again in this process, as its compose API does
     classes: tuple[type[Plugin], ...] = (SweepLauncher, TuneSweeper)
     setattr(package, module, types.SimpleNamespace(**{each.__name__: each for each in classes}))
     for each in classes:

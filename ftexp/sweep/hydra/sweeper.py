@@ -72,7 +72,7 @@ class TuneSweeper(Sweeper):
         return config, parse_words(words, composed)
 
     def _problems(self, config: Config) -> list[str]:
-        """What is wrong with the search, apart from its space."""
+        """Return the errors of the search, apart from its space."""
         settings = self._settings
         if wrong := dict(field_problems(settings, f"{_KEY}.")):
             return list(wrong.values())
@@ -81,18 +81,19 @@ class TuneSweeper(Sweeper):
         if settings.scheduler == "asha":
             if metric.startswith("test_"):
                 problems.append(
-                    f"{_KEY}.scheduler=asha goes by each epoch's value, and {metric} is measured once, at the end: set "
-                    "sweep.metric=val_accuracy or another, or take hydra.sweeper.scheduler=none"
+                    f"{_KEY}.scheduler=asha compares values of each epoch, but {metric} is measured only once, at "
+                    "the end of the run: set "
+                    "sweep.metric=val_accuracy or another, or hydra.sweeper.scheduler=none"
                 )
             if settings.grace_epochs >= config.train.epochs:
                 problems.append(
                     f"{_KEY}.grace_epochs={settings.grace_epochs} must be below train.epochs={config.train.epochs}: "
-                    "nothing would ever be stopped early"
+                    "otherwise no trial is stopped early"
                 )
         else:
             for name, default in (("grace_epochs", 1), ("reduction_factor", 3.0)):
                 if (value := getattr(settings, name)) != default:
-                    problems.append(f"{_KEY}.{name}={value} is for {_KEY}.scheduler=asha: set that, or take it out")
+                    problems.append(f"{_KEY}.{name}={value} needs {_KEY}.scheduler=asha: set that, or remove it")
         if (lacking := _lacking_optuna()) is not None:
             problems.append(lacking)
         return problems
@@ -105,7 +106,7 @@ def _words(fixed: Sequence[str], space: Sequence[Dimension], point: dict[str, st
 def _same_values(
     space: Sequence[Dimension], points: Sequence[dict[str, str]], fixed: list[str], composed: Sequence[DictConfig]
 ) -> list[str]:
-    """Options that are one value, such as 1e-3 and 0.001: trials are named by values."""
+    """Return options that are equal values, such as 1e-3 and 0.001: trials are named by values."""
     jobs = [parse_words(_words(fixed, space, point), config) for point, config in zip(points, composed, strict=True)]
     problems = []
     for each in space:
@@ -117,12 +118,10 @@ def _same_values(
 
 
 def _unlike(config: Config, first: Config, is_halved: bool) -> list[str]:
-    """What a search needs to be the same in all trials, beside what every sweep does."""
+    """Return errors for keys that a search needs to be the same in all trials, besides those of every sweep."""
     problems = []
     if is_halved and config.train.epochs != first.train.epochs:
-        problems.append(
-            f"train.epochs can't be searched with {_KEY}.scheduler=asha, which compares trials on their way"
-        )
+        problems.append(f"train.epochs can't be searched with {_KEY}.scheduler=asha, which compares trials by epoch")
     if config.checkpoint.checkpoint_score_attribute != first.checkpoint.checkpoint_score_attribute:
         problems.append("checkpoint.checkpoint_score_attribute can't be searched: it is the objective")
     return problems

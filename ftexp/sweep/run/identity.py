@@ -1,4 +1,4 @@
-"""What a trial is called: by what differs from its siblings, never by its number, so that it is found again."""
+"""Names of trials: by what differs from their siblings, never by number, so that they are found again."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-_UNSAFE = re.compile(r"[^A-Za-z0-9._=,+-]+")  # for folders, and for object stores' keys
+_UNSAFE = re.compile(r"[^A-Za-z0-9._=,+-]+")  # for directories, and for object stores' keys
 _MAX_LENGTH = 100  # characters; file systems take 255, and Ray adds to it
 _NOT_OF_A_TRIAL = ("sweep.", "run.", "hydra.", "hydra/")
 
 
 def parse_words(words: Sequence[str], composed: DictConfig) -> dict[str, str]:
-    """{key: value} of a job's overrides; values as they were composed, so that 1e-3 and 0.001 are one trial."""
+    """Return {key: value} of a job's overrides; values as they were composed, so that 1e-3 and 0.001 are one trial."""
     chosen = {}
     for word in words:
         key, _, text = word.lstrip("+").partition("=")
@@ -26,14 +26,17 @@ def parse_words(words: Sequence[str], composed: DictConfig) -> dict[str, str]:
 
 
 def swept_keys(jobs: Sequence[dict[str, str]], before: Sequence[str]) -> list[str]:
-    """Keys that differ between jobs, or did in an earlier call (`before`); of a single job, all of its keys."""
+    """Return keys that differ between jobs, or did in an earlier invocation (`before`); of a single job, all keys."""
     keys = {key for job in jobs for key in job}
     swept = {key for key in keys if len({job.get(key) for job in jobs}) > 1} | set(before)
     return sorted(swept or keys)
 
 
 def trial_name(job: dict[str, str], swept: Sequence[str]) -> str:
-    """A name for a folder: readable, and with a hash where it would be long or hold what folders can't."""
+    """Return a name for a directory.
+
+    It is readable, with a hash if it would be long or has characters that directories can't have.
+    """
     text = ",".join(f"{key}={job[key]}" for key in sorted(swept) if key in job) or "default"
     safe = _UNSAFE.sub("-", text)
     if safe == text and len(text) <= _MAX_LENGTH:
@@ -42,7 +45,7 @@ def trial_name(job: dict[str, str], swept: Sequence[str]) -> str:
 
 
 def _compact(value: Any) -> str:
-    """A value as it is typed, without spaces."""
+    """Return a value as it is typed, without spaces."""
     plain = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
     if isinstance(plain, bool):
         return str(plain).lower()

@@ -48,10 +48,10 @@ def run_trials(
                 _with_ray(folder, record, proposer, share, display, hot_start)
         except KeyboardInterrupt as interrupt:
             display.close()
-            display.say(f"stopped; the same command with sweep.name={record.name} goes on")
+            display.say(f"stopped; run the same command with sweep.name={record.name} to resume")
             raise SystemExit(interrupted_code(interrupt)) from None
         except RayLostError as error:
-            raise RayLostError(f"{error}; the same command with sweep.name={record.name} goes on") from error
+            raise RayLostError(f"{error}; run the same command with sweep.name={record.name} to resume") from error
         finally:
             display.close()
             record.write(folder)
@@ -135,5 +135,5 @@ def _with_ray(
 
 
 def _widest(processes: Sequence[TrialProcess]) -> Config:
-    """The config that Ray is started by: one whose data is decoded beside training, if there is one."""
+    """Return the config that Ray is started by: one whose data is decoded during training, if there is one."""
     return next((process.config for process in processes if may_decode(process.config)), processes[0].config)

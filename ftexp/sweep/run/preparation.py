@@ -1,4 +1,4 @@
-"""What comes before the session of a sweep: its directory is claimed, its record read, and what is done is marked."""
+"""Preparation of a sweep: claim its directory, read its record, mark finished trials."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from ftexp.sweep.run.identity import trial_name
 from ftexp.sweep.run.proposer import Proposer
 from ftexp.sweep.run.runner import TrialProcess, max_threads
 
-SWEEPS = "sweeps"  # the folder under run.storage
+SWEEPS = "sweeps"  # the directory under run.storage
 
 
 @contextlib.contextmanager
 def claimed(config: Config) -> Iterator[Storage]:
-    """The sweep's directory, which no other command has meanwhile."""
+    """Claim the sweep's directory for this command."""
     folder = Storage.at(config.run.storage, SWEEPS, config.sweep.name or unused_name())
     folder.require_writable()
     lease = Lease.take(folder, key="sweep.name")
@@ -37,7 +37,7 @@ def claimed(config: Config) -> Iterator[Storage]:
 
 
 def open_record(folder: Storage, config: Config, keys: Callable[[list[str]], list[str]]) -> SweepRecord:
-    """The sweep's record, or a new one, with the keys that this call sweeps and its objective.
+    """Return the sweep's record, or a new one, with the keys that this call sweeps and its objective.
 
     keys: of what was swept before, those that name trials now.
     """
@@ -55,7 +55,7 @@ def open_record(folder: Storage, config: Config, keys: Callable[[list[str]], lis
 def make_process(
     folder: Storage, keys: list[str], config: Config, values: dict[str, str], words: list[str], workers: Workers
 ) -> TrialProcess:
-    """A trial that waits, in a run directory of its name."""
+    """Return a trial that waits, in a run directory of its name."""
     name = trial_name(values, keys)
     own = dataclasses.replace(config, run=dataclasses.replace(config.run, name=name, storage=folder.uri))
     trial = Trial(name=name, values={key: values[key] for key in keys if key in values}, epochs=config.train.epochs)
@@ -67,7 +67,7 @@ def mark_what_is_done(
 ) -> None:
     """Set each trial's status by its run directory; ConfigError, once, if what defines the trials has changed.
 
-    keeps_stopped: whether what was stopped early stays so; a grid has it go on.
+    keeps_stopped: whether what was stopped early stays so; a grid resumes it.
     """
     before = {trial.name: trial for trial in record.trials}
     changed: dict[str, None] = {}
@@ -87,11 +87,14 @@ def mark_what_is_done(
         elif known is not None and known.stopped_at is not None and keeps_stopped and state.attempts:
             trial.status, trial.stopped_at = STOPPED, known.stopped_at
     if changed:
-        title = f"{folder.uri} holds trials that are defined otherwise; choose another sweep.name, or put these back:"
+        title = (
+            f"{folder.uri} holds trials with a different configuration; choose another sweep.name, or restore these "
+            "values:"
+        )
         raise ConfigError("\n".join([title, *changed]))
     names = [process.trial.name for process in processes]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ConfigError("\n".join(["trials that are the same; give each value once:", *twice]))
+        raise ConfigError("\n".join(["identical trials; give each value once:", *twice]))
 
 
 def _as_begun(process: TrialProcess) -> Config:
@@ -122,7 +125,7 @@ def run_proposed(
 
 @contextlib.contextmanager
 def _preloading(probes: Sequence[TrialProcess], is_needed: bool) -> Iterator[HotStart | None]:
-    """A process that has everything imported, from which others are forked."""
+    """Start a process with all imports done, from which others are forked."""
     if not is_needed:
         yield None
         return

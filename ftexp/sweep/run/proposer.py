@@ -1,4 +1,4 @@
-"""What the session of a sweep asks, to know which trials there are: a grid and a search answer it."""
+"""Interface by which a sweep gets its trials, from a grid or a search."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Proposer(Protocol):
 
     @property
     def min_needs(self) -> dict[str, float]:
-        """What any trial yet to be proposed needs of the cluster at least."""
+        """Minimum resources that any trial yet to be proposed needs."""
 
     @property
     def has_more(self) -> bool:
@@ -37,7 +37,7 @@ class Proposer(Protocol):
         """Propose the next trial, in the record before it begins; None if there is none. OSError if that fails."""
 
     def to_stop(self) -> list[tuple[TrialProcess, int]]:
-        """Trials that run and are to be stopped early, each with the epoch whose value decides it."""
+        """Return running trials to stop early, each with the epoch whose value decides it."""
 
     def settle(self) -> None:
         """Take what has ended into account, before the record says that it has."""

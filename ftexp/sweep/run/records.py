@@ -15,18 +15,18 @@ class Records:
     def __init__(
         self, folder: Storage, record: SweepRecord, settle: Callable[[], None], say: Callable[[str, str], None]
     ) -> None:
-        """`settle` comes before each writing; `say(text, style)` is told of an outage, once."""
+        """settle: called before each write. say(text, style): reports an outage, once."""
         self._folder, self._record, self._settle, self._say = folder, record, settle, say
         self.is_written = True
 
     @contextlib.contextmanager
     def riding_out(self) -> Iterator[None]:
-        """Have an OSError of this block take nothing from the trials; the record is then to be written again."""
+        """Suppress an OSError of this block, so that trials continue; the record is written again later."""
         try:
             yield
         except OSError as error:
             if self.is_written:
-                self._say(f"! the sweep's records can't be kept: {error}; trying again", "yellow")
+                self._say(f"! the sweep's records can't be written: {error}; retrying", "yellow")
             self.is_written = False
 
     def write(self) -> None:

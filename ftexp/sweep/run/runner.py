@@ -52,14 +52,14 @@ class TrialProcess:
 
     @property
     def needs(self) -> dict[str, float]:
-        """What it takes of the cluster, with the fewest workers that it runs with."""
+        """Resources it takes, with its minimum number of workers."""
         spare = self.workers.evaluation_resources if spare_of(self.config) else {}
         each = self.workers.resources_per_worker.items()
         return {name: self.workers.min_workers * amount + spare.get(name, 0) for name, amount in each}
 
     @property
     def log(self) -> Path:
-        """Where its output goes: a local file, whatever the storage."""
+        """Local file for its output, whatever the storage."""
         folder = self.run_dir.local_path
         if folder is None:
             folder = Path(tempfile.gettempdir()) / self.run_dir.parent.name / self.run_dir.name
@@ -68,7 +68,7 @@ class TrialProcess:
 
 @dataclass
 class Runner:
-    """Starts, watches and stops trials. `changed` is told of every change of a trial's status."""
+    """Starts, watches and stops trials. `changed` is called for every change of a trial's status."""
 
     processes: list[TrialProcess]
     capacity: dict[str, float]  # of the cluster
@@ -85,7 +85,7 @@ class Runner:
     _kill_at: float = float("inf")
 
     def run(self) -> None:
-        """Until every trial has ended; KeyboardInterrupt once all have stopped because a signal asked for it.
+        """Run until every trial has ended; raise KeyboardInterrupt once all have stopped because of a signal.
 
         RayLostError once all have stopped because their Ray has died: they are as good as interrupted.
         """
@@ -133,11 +133,11 @@ class Runner:
         running = self._running()
         if self.max_concurrent is not None and len(running) >= self.max_concurrent:
             return False
-        # nothing running: let Ray find out, and tell, if the cluster has shrunk
+        # nothing running: let Ray detect and report a smaller cluster
         return not running or fits(needs, self.capacity, [other.needs for other in running])
 
     def stop_early(self, process: TrialProcess, epoch: int) -> None:
-        """Have a trial that runs end after a last save, because of its value after `epoch`; that is no failure."""
+        """End a running trial after a final checkpoint, because of its value after `epoch`; this is no failure."""
         assert process.popen is not None
         process.trial.stopped_at, process.kill_at = epoch, time.monotonic() + _END_WITHIN_S
         process.popen.send_signal(signal.SIGINT)
@@ -147,7 +147,7 @@ class Runner:
         try:
             self._launch(process)
         except OSError as error:  # of the disk that its output goes to, or of the store
-            self._set(process, FAILED, f"it could not be started: {error}")
+            self._set(process, FAILED, f"it could not start: {error}")
             return
         self._set(process, RUNNING)
 
@@ -167,7 +167,7 @@ class Runner:
         try:
             process.popen.stdin.write(pickle.dumps(self.request(process)))
             process.popen.stdin.flush()
-        except BrokenPipeError:  # its end tells
+        except BrokenPipeError:  # its exit is noticed elsewhere
             pass
 
     def _ended(self, process: TrialProcess, code: int) -> None:
@@ -200,7 +200,7 @@ class Runner:
         self.changed(process)
 
     def _pass_signals_on(self) -> None:
-        """Every signal goes to every trial: the first asks for a last save, the second ends them at once."""
+        """Pass every signal to every trial: the first asks for a final checkpoint, the second ends them immediately."""
         for interrupt in self.asked[self._num_told :]:
             number = signal.SIGTERM if isinstance(interrupt, Terminated) else signal.SIGINT
             for process in self._running():
@@ -229,12 +229,12 @@ class Runner:
 
 
 def config_of(process: TrialProcess) -> Config:
-    """A trial's; one that is started again goes on, whatever `resume` said of the first time."""
+    """Return a trial's overrides; a restarted trial resumes, whatever `resume` says."""
     return process.config if process.num_starts == 1 else dataclasses.replace(process.config, resume="auto")
 
 
 def fits(needs: dict[str, float], capacity: dict[str, float], taken: list[dict[str, float]]) -> bool:
-    """Whether `capacity` has `needs` beside what is taken; what rounding adds doesn't count."""
+    """Return whether `capacity` has `needs` besides what is taken, within rounding."""
     return all(
         amount <= capacity.get(name, 0) - sum(other.get(name, 0) for other in taken) + 1e-6
         for name, amount in needs.items()
@@ -242,7 +242,7 @@ def fits(needs: dict[str, float], capacity: dict[str, float], taken: list[dict[s
 
 
 def _reason(process: TrialProcess, code: int) -> str:
-    """Why a trial failed: what its run.json says, else the last that it printed."""
+    """Return why a trial failed: the reason in its run.json, else its last printed line."""
     with contextlib.suppress(OSError):  # a store that is down now
         state = read_state(process.run_dir)
         if state is not None and state.status == FAILED and state.error:
@@ -254,7 +254,7 @@ def _reason(process: TrialProcess, code: int) -> str:
 
 
 def failures_of(processes: Sequence[TrialProcess]) -> SweepFailedError | None:
-    """Each failed trial with its reason, in a line; None if none failed."""
+    """Return each failed trial with its reason, in a line; None if none failed."""
     failed = [process.trial for process in processes if process.trial.status == FAILED]
     if not failed:
         return None
@@ -263,12 +263,12 @@ def failures_of(processes: Sequence[TrialProcess]) -> SweepFailedError | None:
 
 
 def max_threads(processes: Sequence[TrialProcess]) -> int:
-    """Threads of the widest worker of any trial: one preloaded process serves them all."""
+    """Return the threads of the widest worker of any trial: one preloaded process serves them all."""
     return max(process.workers.num_threads for process in processes)
 
 
 def require_room(processes: Sequence[TrialProcess], capacity: dict[str, float]) -> list[str]:
-    """A line for each trial that the cluster could never hold."""
+    """Return a line for each trial that the cluster could never hold."""
     return [
         f"{process.trial.name} needs {_named(process.needs)}, and the cluster has {_named(capacity, process.needs)}"
         for process in processes

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrialRequest:
-    """What a trial is given."""
+    """Arguments of a trial."""
 
     config: "Config"
     overrides: list[str]
@@ -40,7 +40,7 @@ def main() -> None:
 
 
 def run(request: TrialRequest) -> int:
-    """The exit code of one trial."""
+    """Return the exit code of one trial."""
     # late, since sys.path is the sweep's only now
     from ftexp.cli.exit_codes import exit_code_of
     from ftexp.driver.run import train

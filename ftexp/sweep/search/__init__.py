@@ -1,1 +1,1 @@
-"""What a search proposes."""
+"""Search of hyperparameters: proposals and early stopping."""

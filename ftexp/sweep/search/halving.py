@@ -1,7 +1,7 @@
 """Early stopping by asynchronous successive halving (ASHA, Li et al. 2020, arXiv:1810.05934).
 
 The rule is that of Ray Tune's ASHAScheduler: at a rung, a trial needs the interpolated percentile of those before it.
-Optuna's SuccessiveHalvingPruner takes whole reduction factors of 2 or more only, and would let other trials go on.
+Optuna's SuccessiveHalvingPruner takes whole reduction factors of 2 or more only, and would continue other trials.
 
 What `Halving` holds, the values that trials had when they first reached a rung, follows from the points that it is fed,
 in that order: a sweep that is resumed feeds it the curves that are on disk, and needs no snapshot of it.
@@ -15,7 +15,7 @@ import numpy as np
 
 
 def rungs(grace_epochs: int, reduction_factor: float, max_epochs: int) -> list[float]:
-    """Epochs at which trials are compared: grace_epochs * reduction_factor**k, below `max_epochs`."""
+    """Return the epochs at which trials are compared: grace_epochs * reduction_factor**k, below `max_epochs`."""
     found, epoch = [], float(grace_epochs)
     while epoch < max_epochs:
         found.append(epoch)
@@ -24,7 +24,7 @@ def rungs(grace_epochs: int, reduction_factor: float, max_epochs: int) -> list[f
 
 
 class Halving:
-    """Which trials go on beyond a rung: those that are not worse than the best 1 in `reduction_factor` so far."""
+    """Decides which trials continue beyond a rung: those not worse than the best 1 in `reduction_factor` so far."""
 
     def __init__(self, mode: str, grace_epochs: int, reduction_factor: float, max_epochs: int) -> None:
         self._sign = 1 if mode == "max" else -1
@@ -42,7 +42,7 @@ class Halving:
             pass
 
     def decide(self, name: str, curve: Sequence[tuple[int, float]]) -> int | None:
-        """As `take`, of a trial that isn't done; the epoch whose value says to stop it, None to let it go on.
+        """Decide as `take` for an unfinished trial; return the epoch whose value says to stop it, None to continue.
 
         What comes after that epoch isn't taken: it may be there, since a trial doesn't wait for the decision.
         """
@@ -55,7 +55,10 @@ class Halving:
                 yield epoch, self._is_behind(name, epoch, self._sign * value)
 
     def _is_behind(self, name: str, epoch: int, value: float) -> bool:
-        """Whether a trial that has just reached a rung is worse there than it must be; a greater value is better."""
+        """Return whether a trial that has just reached a rung is worse there than it must be.
+
+        A greater value is better.
+        """
         values = next((values for rung, values in self._rungs if epoch >= rung), None)
         if values is None or name in values:
             return False

@@ -28,7 +28,7 @@ _STATES = {RUNNING: TrialState.RUNNING, FINISHED: TrialState.COMPLETE, STOPPED: 
 
 @dataclass(frozen=True)
 class Known:
-    """What is known of an earlier proposal."""
+    """Known facts of an earlier proposal."""
 
     words: dict[str, str]  # {plain key: word}
     status: str  # RUNNING, FINISHED, STOPPED, or FAILED, which tells nothing
@@ -39,7 +39,7 @@ class Known:
 def propose(
     space: Sequence[Dimension], search: str, mode: str, seed: int, number: int, known: Sequence[Known]
 ) -> dict[str, str] | None:
-    """Proposal `number`, {plain key: word}, unlike all that are known; None if no other is left.
+    """Return proposal `number`, {plain key: word}, unlike all that are known; None if no other is left.
 
     search: random or tpe. mode: max or min.
     """
@@ -75,7 +75,7 @@ def _trial(space: Sequence[Dimension], distributions: dict[str, BaseDistribution
 
 
 def _distribution(dimension: Dimension) -> BaseDistribution:
-    """What a dimension's values are drawn from."""
+    """Return the distribution of a dimension's values."""
     if isinstance(dimension, Options):
         indices = range(len(dimension.words))
         return IntDistribution(0, indices[-1]) if dimension.is_ordered else CategoricalDistribution(indices)

@@ -38,7 +38,7 @@ class SearchSetup:
 
     @property
     def keys(self) -> list[str]:
-        """What trials are named by."""
+        """Keys that trials are named by."""
         return [plain_key(dimension) for dimension in self.space]
 
     @property
@@ -59,7 +59,7 @@ class SearchSetup:
             text += f"; the space has {self.num_trials} points only"
         if settings.scheduler == "asha":
             compared = rungs(settings.grace_epochs, settings.reduction_factor, self.epochs)
-            text += f"; asha: of {settings.reduction_factor:g} trials about 1 goes on beyond epoch "
+            text += f"; asha: about 1 of {settings.reduction_factor:g} trials continues beyond epoch "
             text += ", ".join(f"{epoch:g}" for epoch in compared)
         return text
 
@@ -101,7 +101,7 @@ class Search:
 
     @property
     def min_needs(self) -> dict[str, float]:
-        """What any trial needs of the cluster at least."""
+        """Minimum resources that any trial needs."""
         needs = [probe.needs for probe in self.probes]
         return {name: min(each.get(name, 0) for each in needs) for name in needs[0]}
 
@@ -133,7 +133,7 @@ class Search:
             self._take_what_has_ended(self._halving)
 
     def to_stop(self) -> list[tuple[TrialProcess, int]]:
-        """Trials that run and are to be stopped, each with the epoch whose value decides it."""
+        """Return running trials to stop, each with the epoch whose value decides it."""
         halving = self._halving
         if halving is None:
             return []
@@ -145,14 +145,14 @@ class Search:
         return [(process, epoch) for process, epoch in decided if epoch is not None]
 
     def problem(self) -> str | None:
-        """Why there is nothing to search by, if there isn't."""
+        """Return why there is no objective, if there is none."""
         for process in self.processes:
             self._known(process)
         if self._without is None:
             return None
         return (
-            f"{self._without} has finished without {self._record.metric}, which the search goes by: set sweep.metric "
-            "to one that its metrics.jsonl has"
+            f"{self._without} has finished without logging {self._record.metric}, the objective: set sweep.metric to "
+            f"a metric in its metrics.jsonl"
         )
 
     def _rebuilt_halving(self) -> Halving:
@@ -179,7 +179,7 @@ class Search:
             self._whole.add(trial.name)
 
     def _curve(self, process: TrialProcess) -> list[tuple[int, float]]:
-        """(epoch, objective) points, up to the one that had the trial stopped."""
+        """Return (epoch, objective) points, up to the one that had the trial stopped."""
         points = curve(self._folder, process.trial, self._record.metric)
         last = process.trial.stopped_at
         return points if last is None else [(epoch, value) for epoch, value in points if epoch <= last]
@@ -194,7 +194,7 @@ class Search:
         return self._ended[trial.name]
 
     def _outcome(self, process: TrialProcess, words: dict[str, str]) -> Known:
-        """What an ended trial has shown. One that diverged is as bad as can be; one that crashed has shown nothing."""
+        """Return the result of an ended trial. One that diverged is the worst possible; one that crashed has none."""
         trial, state, metric = process.trial, read_state(process.run_dir), self._record.metric
         if trial.stopped_at is not None:
             return Known(words, STOPPED, curve=[value for _, value in self._curve(process)])
@@ -208,7 +208,7 @@ class Search:
         return Known(words, FINISHED, value) if _is_finite(value) else Known(words, STOPPED)
 
     def _proposed(self, words: dict[str, str]) -> TrialProcess:
-        """The trial of a proposal; one whose config is wrong has failed already."""
+        """Return the trial of a proposal; one whose config is wrong has failed already."""
         typed = [*self.setup.fixed, *(f"{each.key}={words[plain_key(each)]}" for each in self.setup.space)]
         try:
             config, values = self.setup.compose(typed)

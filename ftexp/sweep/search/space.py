@@ -1,4 +1,4 @@
-"""What a search may propose: the values that Hydra's own override grammar spans, and the words that stand for them."""
+"""The search space: values spanned by Hydra's override grammar, and their words."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Overrid
 
 from ftexp.errors import ConfigError
 
-_DIGITS = 4  # of a number that is drawn: it names a folder, and more would tell nobody anything
+_DIGITS = 4  # of a number that is drawn: it names a directory, and more would tell nobody anything
 _EXAMPLE = "optim.lr=tag(log, interval(1e-4, 1e-2))"
 
 
@@ -39,11 +39,11 @@ class Options:
         return self.words
 
     def word(self, value: int) -> str:
-        """The word for a value that was drawn."""
+        """Return the word for a value that was drawn."""
         return self.words[value]
 
     def value(self, word: str) -> int | None:
-        """The value that a word stands for; None for a word that isn't among these."""
+        """Return the value that a word stands for; None for a word that isn't among these."""
         return self.words.index(word) if word in self.words else None
 
 
@@ -77,13 +77,13 @@ class Interval:
         return (self.word(self.low), self.word(self.high))
 
     def word(self, value: float) -> str:
-        """The word for a value that was drawn, of few digits."""
+        """Return the word for a value that was drawn, of few digits."""
         if self.is_whole:
             return str(int(value))
         return repr(min(max(float(f"{value:.{_DIGITS}g}"), self.low), self.high))
 
     def value(self, word: str) -> float | None:
-        """The value that a word stands for; None outside of the interval, and for what is no number."""
+        """Return the value that a word stands for; None outside of the interval, and for what is no number."""
         try:
             number = int(word) if self.is_whole and word.lstrip("-").isdigit() else float(word)
         except ValueError:
@@ -95,12 +95,14 @@ Dimension = Options | Interval
 
 
 def plain_key(dimension: Dimension) -> str:
-    """The key, without what Hydra wants before it."""
+    """Return the key, without what Hydra wants before it."""
     return dimension.key.lstrip("+")
 
 
 def read_space(overrides: Sequence[Override]) -> tuple[list[str], list[Dimension]]:
-    """The words that all trials share, and the dimensions that they differ in, by key; later words win, as in Hydra.
+    """Return the words that all trials share, and the dimensions that they differ in, by key.
+
+    Later words win, as in Hydra.
 
     ConfigError for a dimension that nothing can be drawn from, or if there is none at all.
     """
@@ -116,26 +118,26 @@ def read_space(overrides: Sequence[Override]) -> tuple[list[str], list[Dimension
             space[key] = _dimension(key, override)
     if not space:
         raise ConfigError(
-            f"hydra/sweeper=tune has nothing to search: give a key several values, such as '{_EXAMPLE}', "
+            f"hydra/sweeper=tune has no key to search: give a key several values, such as '{_EXAMPLE}', "
             "model=vit,resnet18 or 'train.accumulate_steps=int(interval(1, 4))'"
         )
     return list(fixed.values()), sorted(space.values(), key=plain_key)
 
 
 def inside(space: Sequence[Dimension], words: dict[str, str]) -> bool:
-    """Whether a proposal, {plain key: word}, is a point of the space."""
+    """Return whether a proposal, {plain key: word}, is a point of the space."""
     keys = {plain_key(dimension) for dimension in space}
     return keys == words.keys() and all(each.value(words[plain_key(each)]) is not None for each in space)
 
 
 def num_points(space: Sequence[Dimension]) -> int | None:
-    """How many points the space has; None for too many."""
+    """Return how many points the space has; None for too many."""
     counts = [dimension.num_words for dimension in space]
     return math.prod(count for count in counts if count is not None) if None not in counts else None
 
 
 def all_points(space: Sequence[Dimension]) -> Iterator[dict[str, str]]:
-    """Every point of a space that has so many, one by one."""
+    """Yield every point of a space that has so many, one by one."""
     if not space:
         yield {}
         return
@@ -146,7 +148,7 @@ def all_points(space: Sequence[Dimension]) -> Iterator[dict[str, str]]:
 
 
 def probes(space: Sequence[Dimension]) -> list[dict[str, str]]:
-    """Points in which every option, and both ends of every interval, come up: what is wrong with one is wrong."""
+    """Return points that cover every option and both ends of every interval, to check each."""
     count = max(len(dimension.ends) for dimension in space)
     return [{plain_key(each): each.ends[i % len(each.ends)] for each in space} for i in range(count)]
 
@@ -155,11 +157,11 @@ def _dimension(key: str, override: Override) -> Dimension:
     typed, sweep = f"{key}={override.get_value_string()}", override.value()
     tags: set[str] = getattr(sweep, "tags", set())
     if unknown := tags - {"log"}:
-        raise ConfigError(f"{typed}: the tag {min(unknown)} means nothing here; log is the only one that does")
+        raise ConfigError(f"{typed}: the tag {min(unknown)} is unknown; the only tag is log")
     if isinstance(sweep, IntervalSweep):
         return _interval(key, typed, sweep)
     if tags:
-        raise ConfigError(f"{typed}: the tag log is for an interval: {key}=tag(log, interval(...))")
+        raise ConfigError(f"{typed}: the tag log needs an interval: {key}=tag(log, interval(...))")
     if isinstance(sweep, (ChoiceSweep, RangeSweep)):
         sweep.shuffle = False  # the order of the options is part of what a seed means
     words = tuple(override.sweep_string_iterator())
@@ -174,7 +176,7 @@ def _interval(key: str, typed: str, sweep: IntervalSweep) -> Interval:
     low: Any = sweep.start
     high: Any = sweep.end
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
-        raise ConfigError(f"{typed}: an interval goes from a number up to a larger one")
+        raise ConfigError(f"{typed}: an interval needs a lower and a higher number")
     if "log" in sweep.tags and low <= 0:
-        raise ConfigError(f"{typed}: the tag log needs an interval that begins above 0")
+        raise ConfigError(f"{typed}: the tag log needs a lower bound above 0")
     return Interval(key, low, high, is_log="log" in sweep.tags)

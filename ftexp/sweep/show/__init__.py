@@ -1,1 +1,1 @@
-"""What a person sees of a sweep."""
+"""Display of a sweep."""

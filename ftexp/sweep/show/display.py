@@ -1,4 +1,4 @@
-"""What a person sees while a sweep goes on: one live table, or without a terminal a line for each change."""
+"""Display of a running sweep: a live table, or without a terminal a line for each change."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Display:
         self.console.print(text, style=style or None, markup=False, soft_wrap=True)
 
     def header(self, search: str | None) -> None:
-        """What is about to run, how it is searched for, and what is done already."""
+        """Print what is about to run, how it is searched for, and what is finished."""
         counts = {
             status: sum(process.trial.status == status for process in self._processes)
             for status in (FINISHED, STOPPED, FAILED)
@@ -64,7 +64,7 @@ class Display:
             self.say(f"search   {search}")
 
     def changed(self, process: TrialProcess) -> None:
-        """A trial's status has changed: without a terminal, this is the line that shows life."""
+        """Print that a trial's status has changed, without a terminal."""
         seen = self._look(process)
         if self.console.is_terminal:
             self.update()
@@ -75,7 +75,7 @@ class Display:
         self.say(f"{ended}/{self._total} {state} {seen.trial.name}{f': {what}' if what else ''}")
 
     def update(self) -> None:
-        """Draw the table anew."""
+        """Draw the table again."""
         if not self.console.is_terminal:
             return
         if self._live is None:
@@ -105,7 +105,7 @@ class Display:
         return f"{self._record.metric} {value:.4f} after {time.monotonic() - process.began:.0f} s"
 
     def _table(self) -> Table:
-        """As many rows as the terminal has lines: what runs, then what waits, then what is done."""
+        """Return a table with as many rows as the terminal has lines: running, waiting, then finished trials."""
         table = Table(*self._record.keys, "state", "epoch", self._record.metric, "left", box=None, pad_edge=False)
         order = {RUNNING: 0, FAILED: 1, INTERRUPTED: 2, WAITING: 3, FINISHED: 4, STOPPED: 5}
         processes = sorted(self._processes, key=lambda process: order[process.trial.status])
@@ -126,7 +126,7 @@ class Display:
 
 
 def time_left(process: TrialProcess, seen: Reached) -> float | None:
-    """Seconds until a running trial ends, at the pace of this call; None while that can't be told."""
+    """Return seconds until a running trial ends, at the pace of this invocation; None while it is unknown."""
     done = seen.epoch - process.began_at_epoch
     if process.trial.status != RUNNING or done <= 0:
         return None

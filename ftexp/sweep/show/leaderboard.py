@@ -28,7 +28,7 @@ def publish(folder: Storage, record: SweepRecord, trials: list[Reached], console
 
 
 def table(record: SweepRecord, ordered: list[Reached]) -> Table:
-    """The leaderboard for a terminal."""
+    """Return the leaderboard for a terminal."""
     keys = varying(record, ordered) or record.keys
     extra = [name for name in ("val_loss", "test_accuracy") if name != record.metric]
     drawn = Table("", *keys, record.metric, *extra, "epochs", "time", "failures", "state", box=None, pad_edge=False)
@@ -48,7 +48,7 @@ def table(record: SweepRecord, ordered: list[Reached]) -> Table:
 
 
 def as_csv(record: SweepRecord, ordered: list[Reached]) -> str:
-    """The leaderboard with every metric, one line a trial."""
+    """Return the leaderboard with every metric, one line a trial."""
     keys = varying(record, ordered) or record.keys
     metrics = sorted({name for each in ordered for name in each.last} - {record.metric})
     text = io.StringIO()

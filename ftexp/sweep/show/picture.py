@@ -11,7 +11,7 @@ from ftexp.storage.directory import Storage
 
 
 def draw(folder: Storage, record: SweepRecord, ordered: list[Reached]) -> bytes:
-    """The picture as PNG; `ordered`: the best first."""
+    """Return the picture as PNG; `ordered`: the best first."""
     keys = varying(record, ordered)
     trials = trial_lines(record, ordered, keys)
     curves = [(trial, learning_curve(folder, record, each)) for trial, each in zip(trials, ordered, strict=True)]

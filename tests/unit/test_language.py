@@ -1,0 +1,122 @@
+"""The word list of .github/CONTRIBUTING.md: strings of ftexp, pages and comments of conf/ use no banned words."""
+
+import ast
+import re
+import subprocess
+
+import pytest
+
+from ftexp.config.schema import config_dir
+
+ROOT = config_dir().parent
+# {pattern of a banned phrase: what to say}; the rows of the page's table, in its order
+BANNED = {
+    r"goes on|go on|going on|went on": "resume, continue",
+    r"told|tells?|telling": "log, print, report, return",
+    r"(?:does|do)n't count": "rejected: truncated, corrupt, missing",
+    r"torn": "truncated, incomplete",
+    r"last save|a save|saves before": "checkpoint",
+    r"alike to the bit|identical to the bit|the very (?:numbers|same)": "bitwise identical",
+    r"left out|leave (?:it|them) out": "excluded, skipped, removed",
+    r"take (?:it|them|that) out|taken out": "remove",
+    r"stood still|stands still": "no progress",
+    r"stands? beside": "conflicts with",
+    r"(?<!eval=)beside(?! evaluates)": "next to, besides",
+    r"anew|once more": "again",
+    r"folders?": "directory",
+    r"rivals?": "baseline",
+    r"fewest": "min",
+    r"put (?:back|right)|put these back": "restore, fix",
+    r"once that is put right": "fix the cause, then",
+    r"written by no run": "not a logged metric",
+    r"mend": "fix",
+}
+PATTERNS = {
+    re.compile(rf"(?<![\w.=/_-])(?:{banned})(?![\w=/_-])", re.IGNORECASE): say for banned, say in BANNED.items()
+}
+# what the second round of issue 21 converts; remove an entry once its files pass
+NOT_CONVERTED = (
+    *(
+        f"ftexp/{name}/"
+        for name in (
+            "checkpoint", "failure", "worker", "driver", "cluster", "wire", "chaos", "job", "rundir", "trackers",
+            "drilling",
+        )
+    ),
+    "conf/",
+    "README.md",
+    "scripts/README.md",
+    "ftexp/README.md",
+    *(f"ftexp/{name}/README.md" for name in ("data", "deploying", "diagnosing", "exporting", "model", "predicting")),
+    "ftexp/report/README.md",
+    "ftexp/sweep/README.md",
+)  # fmt: skip
+
+
+WORD_LIST = ".github/CONTRIBUTING.md"  # has the banned words
+
+
+def listed(*patterns):
+    """Return the files of the repository, except those that are not converted."""
+    found = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", *patterns],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    ).stdout.split()  # fmt: skip
+    return [name for name in found if not name.startswith((*NOT_CONVERTED, WORD_LIST))]
+
+
+def strings(source):
+    """Yield (line, text) of every string literal that is not a docstring; of an f-string, its literal parts."""
+    tree = ast.parse(source)
+    alone = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        # one word is a key or a value, which machines read
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in alone:
+            if " " in node.value.strip():
+                yield node.lineno, node.value
+
+
+def banned_in(lines):
+    """Return a line for every banned phrase in (line, text) pairs."""
+    return [
+        f"{number}: {found[0]!r} in {text.strip()[:100]!r}; say: {say}"
+        for number, text in lines
+        for pattern, say in PATTERNS.items()
+        for found in pattern.finditer(text)
+    ]
+
+
+@pytest.mark.parametrize("name", listed("ftexp/*.py"))
+def test_no_string_has_a_banned_word(name):
+    assert not banned_in(strings((ROOT / name).read_text(encoding="utf-8")))
+
+
+@pytest.mark.parametrize("name", listed("conf/*.yaml"))
+def test_no_comment_of_a_group_has_a_banned_word(name):
+    lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
+    assert not banned_in((number, line.partition("#")[2]) for number, line in enumerate(lines, 1))
+
+
+@pytest.mark.parametrize("name", listed("*.md"))
+def test_no_page_has_a_banned_word(name):
+    lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
+    assert not banned_in(enumerate(lines, 1))
+
+
+def test_the_entries_that_are_not_converted_exist():
+    assert all((ROOT / name).exists() for name in NOT_CONVERTED)
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ('print("the run goes on")', ["1: 'goes on' in 'the run goes on'; say: resume, continue"]),
+        ('x = f"{key}={value}: take it out"', ["1: 'take it out' in ': take it out'; say: remove"]),
+        ('"""The run goes on."""', []),
+        ('x = "beside"', []),
+        ('x = "train.eval=beside evaluates checkpoints"', []),
+        ('x = "data=image_folder data.root=here"', []),
+    ],
+)
+def test_the_check_finds_banned_words_in_strings_alone(source, found):
+    assert banned_in(strings(source)) == found
