@@ -94,7 +94,7 @@ def file_name_of(data: DataConfig) -> str:
 def require_data(data: DataConfig) -> None:
     """Raise ConfigError if a run's data is no longer where it was on disk."""
     if data.root is not None and not is_remote(data.root) and not Path(data.root).expanduser().exists():
-        raise ConfigError(f"data.root={data.root} the run's data, does not exist: add data.root=<where it is now>")
+        raise ConfigError(f"data.root={data.root}, the run's data, does not exist: add data.root=<where it is now>")
 
 
 def choose(store: CheckpointStore, wanted: str, run_config: Config) -> Manifest:

@@ -27,7 +27,7 @@ class Decider:
     def __init__(self, record: RunRecord, config: Config, num_before: int | None, no_new_ray: str | None) -> None:
         self._record, self._config, self._no_new_ray = record, config, no_new_ray
         self.num_before = len(record.state.failures) if num_before is None else num_before
-        self._hung: dict[int, str] = {}  # rank -> what it was doing, of this attempt
+        self._hung: dict[int, Hung] = {}  # by rank, of this attempt
         self.leaving: list[int] = []  # ranks whose machines were announced to be taken away
         self.given_up: FtexpError | None = None  # what ends the run
 
@@ -35,8 +35,7 @@ class Decider:
         """Take in what a message says of a failure that will come."""
         match message:
             case Hung():
-                where = f"for {message.seconds:.0f} s ({message.doing}); stack traces: {message.file}"
-                self._hung[message.rank] = where
+                self._hung[message.rank] = message
             case Happened(events.PreemptionNotice(ranks=ranks)):
                 self.leaving = ranks
 

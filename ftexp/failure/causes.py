@@ -13,6 +13,7 @@ from ftexp.cluster import ray_private
 from ftexp.config.schema import CAUSES, CORRUPTION
 from ftexp.errors import ConfigError, CorruptionError, DataError, FtexpError, NonFiniteError, StateError, StorageError
 from ftexp.failure.phases import WAITED_IN
+from ftexp.wire.messages import Hung
 
 BUG, OUT_OF_MEMORY, CRASH, HANG, PREEMPTION, NON_FINITE, STORAGE, STARTUP, RAY, _ = CAUSES
 CONFIG = "config"  # a mistake in the config that only a worker could find; it ends the run, so it has no budget
@@ -84,16 +85,15 @@ def as_death(cause: Cause, died_rank: int | None) -> Cause:
     return Cause(CRASH, died_rank, _DIED, Ending.DIED)
 
 
-def as_hang(cause: Cause, hung: dict[int, str]) -> Cause:
-    """Return the cause, once it is known which ranks killed themselves since they made no progress.
-
-    hung: rank -> for how long, and in what phase.
-    """
+def as_hang(cause: Cause, hung: dict[int, Hung]) -> Cause:
+    """Return the cause, once it is known which ranks, of `hung`, killed themselves since they made no progress."""
     if not hung or cause.ending is not Ending.DIED:
         return cause
-    # ranks that wait for another one stand still too
-    rank = min(hung, key=lambda rank: (hung[rank].startswith(WAITED_IN), rank))
-    return Cause(HANG, rank, f"no progress {hung[rank]}", Ending.DIED)
+    # ranks that wait for another one make no progress either
+    rank = min(hung, key=lambda rank: (hung[rank].doing in WAITED_IN, rank))
+    found = hung[rank]
+    error = f"no progress for {found.seconds:.0f} s ({found.doing}); stack traces: {found.file}"
+    return Cause(HANG, rank, error, Ending.DIED)
 
 
 def as_preemption(cause: Cause, leaving: list[int]) -> Cause:

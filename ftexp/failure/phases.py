@@ -4,6 +4,6 @@ from __future__ import annotations
 
 START, STEP, BETWEEN = "in its start", "in a step", "between steps"
 AGREEMENT = "in an agreement of all ranks"
-EVALUATION, SAVE = "in an evaluation", "waiting for a save"
+EVALUATION, SAVE = "in an evaluation", "waiting for a checkpoint"
 
-WAITED_IN = (STEP, AGREEMENT)  # where ranks wait for one that stands still elsewhere
+WAITED_IN = (STEP, AGREEMENT)  # where ranks wait for one that makes no progress elsewhere

@@ -34,9 +34,10 @@ from ftexp.failure.causes import (
     as_hang,
     find_cause,
 )
+from ftexp.failure.phases import AGREEMENT, EVALUATION, STEP
 from ftexp.failure.reporter import FailureReporter, StopRun
 from ftexp.wire.hub import Hub, HubAddress
-from ftexp.wire.messages import Begin, GroupFailed, Retry, Stop
+from ftexp.wire.messages import Begin, GroupFailed, Hung, Retry, Stop
 
 DIED = WorkerHealthCheckFailedError("A worker health check failed.", ray.exceptions.ActorDiedError())
 PREEMPTED = WorkerHealthCheckFailedError("A worker health check failed.", ray.exceptions.RayActorError(preempted=True))
@@ -238,23 +239,28 @@ def test_what_the_store_says_of_a_dead_or_silent_rank_is_not_taken_for_its_cause
     assert find_cause({0: silent.value}) == find_cause({0: dead.value}) == lost
 
 
-IN_STEP, BETWEEN = "for 3 s (in a step); stack traces: x", "for 4 s (between steps); stack traces: y"
+def hung(doing, seconds, rank=0):
+    return Hung(rank, doing, seconds, "x.txt")
+
+
+IN_STEP, BETWEEN = hung(STEP, 3.2), hung("between steps", 4.0)
 
 
 @pytest.mark.parametrize(
-    ("hung", "rank"),
+    ("found", "rank"),
     [
         ({0: IN_STEP, 1: BETWEEN}, 1),  # rank 0 waits for it in an all-reduce
         ({1: BETWEEN, 0: IN_STEP}, 1),
         ({2: IN_STEP, 1: IN_STEP}, 1),
-        ({3: "in an evaluation for 9 s", 2: IN_STEP}, 3),
-        ({0: "in an agreement of all ranks for 5 s", 1: BETWEEN}, 1),
+        ({3: hung(EVALUATION, 9.0), 2: IN_STEP}, 3),
+        ({0: hung(AGREEMENT, 5.0), 1: BETWEEN}, 1),
         ({0: BETWEEN}, 0),
     ],
 )
-def test_of_ranks_that_stood_still_the_one_that_does_not_wait_for_another_is_blamed(hung, rank):
-    cause = as_hang(find_cause({0: DIED, 1: ECHO}), hung)
-    assert cause == Cause(HANG, rank, f"no progress {hung[rank]}", Ending.DIED)
+def test_of_ranks_that_stood_still_the_one_that_does_not_wait_for_another_is_blamed(found, rank):
+    cause = as_hang(find_cause({0: DIED, 1: ECHO}), found)
+    error = f"no progress for {found[rank].seconds:.0f} s ({found[rank].doing}); stack traces: x.txt"
+    assert cause == Cause(HANG, rank, error, Ending.DIED)
 
 
 def test_nobody_is_blamed_for_standing_still_who_did_not_or_where_something_was_raised():

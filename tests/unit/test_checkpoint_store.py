@@ -561,12 +561,12 @@ def test_a_checkpoint_is_located_by_its_own_folder_or_by_its_run(tmp_path):
 
 
 def test_locating_nothing_tells_where_and_what_is_damaged(tmp_path):
-    with pytest.raises(CheckpointError, match=rf"^{tmp_path}/run holds no checkpoint that verifies: give a run"):
+    with pytest.raises(CheckpointError, match=rf"^{tmp_path}/run holds no checkpoint that verifies: set a run"):
         locate(str(tmp_path / "run"))
     store = CheckpointStore(Storage.at(str(tmp_path), "run", CHECKPOINTS))
     store.save(manifest(10), WRITERS)
     chaos.damage(store.storage.child("step_00000010.a1"), "delete_manifest")
-    with pytest.raises(CheckpointError, match=r"verifies \(step_00000010\.a1: it has no manifest\): give a run"):
+    with pytest.raises(CheckpointError, match=r"verifies \(step_00000010\.a1: it has no manifest\): set a run"):
         locate(str(tmp_path / "run"))
     with pytest.raises(CheckpointError, match="holds no checkpoint that verifies"):
         locate(str(tmp_path / "run" / CHECKPOINTS / "step_00000010.a1"))

@@ -209,7 +209,7 @@ WRONG = {
     "score's order": (
         "checkpoint.checkpoint_score_attribute=val_loss",
         "val_loss is best at its minimum, but checkpoint.checkpoint_score_order=max",
-        "set that to min",
+        "set it to min",
     ),
     "decay of another schedule": (
         "schedule.decay_epochs=5",

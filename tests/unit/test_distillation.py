@@ -411,7 +411,7 @@ def test_weights_that_do_not_make_a_whole_teacher_are_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"^distill\.teacher=.*part.safetensors: \d+ of its tensors are missing"):
         found(tmp_path, "distill.teacher=test_resnet", f"distill.pretrained={tmp_path / 'part.safetensors'}")
     (path.parent / "config.json").unlink()
-    with pytest.raises(ConfigError, match=r"no config\.json of timm's beside it.*distill\.teacher=<timm name>"):
+    with pytest.raises(ConfigError, match=r"no config\.json of timm's next to it.*distill\.teacher=<timm name>"):
         found(tmp_path, f"distill.teacher={path}")
 
 

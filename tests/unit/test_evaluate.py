@@ -36,7 +36,9 @@ def test_data_that_is_not_where_it_was_is_asked_for_and_taken_from_where_it_is(t
     seen = []
     monkeypatch.setattr(ftexp.cluster.ray_cluster, "private_ray", contextlib.nullcontext)
     monkeypatch.setattr(measuring, "measure", lambda _, run_config, *__, **___: seen.append(run_config.data.root))
-    with pytest.raises(ConfigError, match=rf"data.root={tmp_path}/photos does not exist.*add data\.root=<where it is"):
+    with pytest.raises(
+        ConfigError, match=rf"data.root={tmp_path}/photos, the run.s data, does not exist: add data\.root=<where it is"
+    ):
         evaluate(EvaluateConfig(run=run.storage.uri))
     (tmp_path / "moved").mkdir()
     monkeypatch.chdir(tmp_path)

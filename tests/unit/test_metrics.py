@@ -145,7 +145,7 @@ def test_a_metric_of_ones_own_gets_logits_and_is_logged(own_metrics):
         ),
         (
             ["train.metrics=[calibration_error]", "checkpoint.checkpoint_score_attribute=val_calibration_error"],
-            "is best at its minimum, and checkpoint.checkpoint_score_order=max: set it to min",
+            "is best at its minimum, but checkpoint.checkpoint_score_order=max: set it to min",
         ),
         (
             ["train.metrics=[auroc]", "checkpoint.checkpoint_score_attribute=val_auroc_ema"],

@@ -125,7 +125,7 @@ def test_the_first_steps_go_back_to_where_the_attempt_began(run):
 
 def test_rollbacks_to_one_save_have_a_limit(run):
     bad = {4, 5, 6, 7, 8}
-    with pytest.raises(NonFiniteError, match=r"step 6 .* rollbacks to the same save .*max_rollbacks=2"):
+    with pytest.raises(NonFiniteError, match=r"step 6 .* rollbacks to the same checkpoint .*max_rollbacks=2"):
         run("rollback", bad, max_rollbacks=2)
     # each save begins a new count
     assert run("rollback", {2, 5, 8, 11}, max_rollbacks=1, name="apart").progress.finished

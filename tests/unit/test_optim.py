@@ -271,7 +271,7 @@ def test_a_base_rate_is_scaled_to_the_batch_as_timms_train_script_does(words, ex
         ("schedule.cooldown_epochs=28", r"cooldown_epochs=28.* and schedule\.warmup_epochs=2.* must be below"),
         (
             "schedule.min_lr=0 schedule.cooldown_epochs=1",
-            r"^schedule\.cooldown_epochs=1.* with schedule\.min_lr=0: noth",
+            r"^schedule\.cooldown_epochs=1.* with schedule\.min_lr=0: the learning rate would be 0",
         ),
         ("schedule=constant schedule.cooldown_epochs=1", r"cooldown_epochs=1.* needs schedule=cosine or poly or tanh"),
         ("train.sync_bn=true", r"^train\.sync_bn=true: torch synchronises batch norm only on GPUs"),

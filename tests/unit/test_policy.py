@@ -147,7 +147,7 @@ def test_the_same_exception_at_the_same_step_twice_is_no_accident(cause, past, f
     got = decision(cause, step=100, past=[before(), past], **ENDLESS)
     assert restarts(got) == (found is None)
     assert got.cause == (found or cause.kind)
-    assert ("the same at the same step a second time" in got.reason) == (found is not None)
+    assert ("the same error occurred twice at the same step" in got.reason) == (found is not None)
 
 
 def test_failures_in_a_row_without_a_new_step_are_a_crash_loop():

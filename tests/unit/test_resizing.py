@@ -103,7 +103,7 @@ def test_the_utilisation_of_a_device_counts_images_of_the_size_that_it_sees(monk
         (("resizing.initial_scale=0",), r"resizing\.initial_scale=0\.0 is out of range"),
         (
             ("resizing.delay_fraction=0.9",),
-            r"resizing\.delay_fraction=0\.9 and resizing\.finetune_fraction=0\.2 are",
+            r"resizing\.delay_fraction=0\.9 and resizing\.finetune_fraction=0\.2 add up to more than 1",
         ),
         (("resizing.size_increment=128",), r"resizing\.size_increment=128 is larger than the first images"),
         (("resizing=none", "resizing.delay_fraction=0.1"), r"resizing\.delay_fraction=0\.1 needs resizing\.initial"),

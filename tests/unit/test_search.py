@@ -404,7 +404,7 @@ def test_a_run_without_the_objective_ends_the_search_with_a_reason(tmp_path):
     process = sweep.next()
     sweep.reach(process, FINISHED, metric="val_loss")
     assert sweep.next() is None
-    assert f"{process.trial.name} has finished without val_accuracy" in sweep.search.problem()
+    assert f"{process.trial.name} has finished without logging val_accuracy" in sweep.search.problem()
     assert "sweep.metric" in sweep.search.problem()
 
 
@@ -555,7 +555,7 @@ WRONG = {
     "asha over epochs": ([*TUNE, "train.epochs=10,20", ASHA], "train.epochs can't be searched"),
     "asha's settings without it": (
         [*TUNE, RATE, "hydra.sweeper.grace_epochs=2"],
-        "hydra.sweeper.grace_epochs=2 is for hydra.sweeper.scheduler=asha",
+        "hydra.sweeper.grace_epochs=2 needs hydra.sweeper.scheduler=asha",
     ),
     "factor of one": ([*TUNE, RATE, ASHA, "hydra.sweeper.reduction_factor=1"], "it must be above 1"),
     "no sweep": (["hydra/sweeper=tune"], "hydra/sweeper=tune needs a sweep: add -m"),

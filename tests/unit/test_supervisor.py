@@ -136,7 +136,10 @@ def test_a_wrong_config_that_a_worker_finds_ends_the_run_with_its_message_alone(
     answer = driver.fail(Cause(CONFIG, 1, "model.name=x returns a list", Ending.GAVE_UP))
     assert answer == Stop("model.name=x returns a list")
     assert isinstance(driver.supervisor.given_up, ConfigError)
-    assert "failed after step 20 [config]: model.name=x returns a list; another try would end the same" in driver.shown
+    assert (
+        "failed after step 20 [config]: model.name=x returns a list; another attempt would fail the same"
+        in driver.shown
+    )
     assert "the same command" not in driver.shown  # it would fail again
 
 
@@ -170,7 +173,7 @@ def test_a_run_that_is_given_up_says_where_its_first_error_was_raised(tmp_path, 
     driver.raised(samples)
     driver.raised([99], rank=0)  # an echo
     answer = driver.fail(Cause(BUG, 1, "TypeError: x"))
-    assert "failed after step 20 [bug]: TypeError: x; a bug does not go away" in answer.reason
+    assert "failed after step 20 [bug]: TypeError: x; a restart does not fix a bug" in answer.reason
     assert f"  rank 1 was at step 20, position 640, {shown} is in events.jsonl" in driver.shown
     assert "99" not in driver.shown
 
@@ -211,7 +214,7 @@ def test_the_same_exception_at_the_same_step_is_a_bug_the_second_time(tmp_path):
         driver.attempt(ready=ready)
         driver.raised([5])
         answer = driver.fail(Cause(CRASH, 1, "RuntimeError: x"))
-    assert "[bug]: RuntimeError: x; the same at the same step a second time" in answer.reason
+    assert "[bug]: RuntimeError: x; the same error occurred twice at the same step" in answer.reason
     assert [failure.cause for failure in read_state(driver.storage).failures] == [CRASH, BUG]
 
 
@@ -485,7 +488,7 @@ def test_where_there_can_be_no_new_ray_the_run_ends_with_the_reason(tmp_path):
     reason = str(driver.supervisor.given_up)
     assert reason.startswith(f"Ray failed after step 10 [ray]: {error}; a Ray that was joined can't")
     assert reason.endswith(": stopping")
-    assert "the same command with run.name=demo goes on" in driver.shown
+    assert "the same command with run.name=demo to resume" in driver.shown
 
 
 def test_a_group_that_starts_without_a_failure_before_it_was_resized(tmp_path):

@@ -69,7 +69,7 @@ def test_a_recovery_says_what_it_cost():
     text = show(lambda t: t.recovered(done, "step_00000040.a1", 1, [7, 8]))
     assert "training again after 9.3 s: restored step_00000040.a1 (1 damaged skipped), replaying 17 steps" in text
     assert "pids 7, 8" in text
-    assert "from the start" in show(lambda t: t.recovered(done, None, 0, []))
+    assert "from the beginning" in show(lambda t: t.recovered(done, None, 0, []))
     kept = failure(recovery="memory", steps_replayed=2)
     assert "s: restored step_7.a1 from memory, replaying 2" in show(lambda t: t.recovered(kept, "step_7.a1", 0, []))
     kept = failure(recovery="replaced", steps_replayed=0)

@@ -27,7 +27,7 @@ def check_failure(config: Config) -> Iterator[str]:
     if failure.memory_every_steps and not failure.takes_snapshots:
         yield (
             f"failure.memory_every_steps={failure.memory_every_steps} conflicts with failure.on_nonfinite=rollback, "
-            "which goes back to the last save: remove it, or set failure.on_nonfinite=skip_step"
+            "which restores the last checkpoint: remove it, or set failure.on_nonfinite=skip_step"
         )
     if failure.backoff_s > failure.max_backoff_s:
         yield f"failure.backoff_s={failure.backoff_s} must not be above failure.max_backoff_s={failure.max_backoff_s}"
