@@ -37,7 +37,7 @@ def test_data_that_is_not_where_it_was_is_asked_for_and_taken_from_where_it_is(t
     monkeypatch.setattr(ftexp.cluster.ray_cluster, "private_ray", contextlib.nullcontext)
     monkeypatch.setattr(measuring, "measure", lambda _, run_config, *__, **___: seen.append(run_config.data.root))
     with pytest.raises(
-        ConfigError, match=rf"data.root={tmp_path}/photos, the run.s data, does not exist: add data\.root=<where it is"
+        ConfigError, match=rf"data.root={tmp_path}/photos, the run.s data, does not exist: add data\.root="
     ):
         evaluate(EvaluateConfig(run=run.storage.uri))
     (tmp_path / "moved").mkdir()
