@@ -1,4 +1,4 @@
-"""What goes into extra_state.pt: named states, chosen by `checkpoint.extra_state`. Knows names, never types."""
+"""The content of extra_state.pt: named states, chosen by `checkpoint.extra_state`. Knows names, never types."""
 
 from __future__ import annotations
 

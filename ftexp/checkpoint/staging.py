@@ -53,7 +53,7 @@ class Staging:
 
 
 def writer(part: Any) -> Writer:
-    """What writes one file of a checkpoint."""
+    """Return the function that writes one file of a checkpoint."""
 
     def write(stream: Any) -> None:
         # the zip's own checksums would be computed besides the hash of every byte; torch.load doesn't read them

@@ -1,4 +1,4 @@
-"""What a drill found: the broken run beside the clean one."""
+"""The result of a drill: the run with faults compared with the clean one."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def _in_ledgers(clean: list[Update], broken: list[Update]) -> Iterator[tuple[int
         elif (mine.positions, mine.samples) != (update.positions, update.samples):
             yield update.step, f"step {update.step}: driven by other samples than in the clean run"
         elif mine.skipped != update.skipped:
-            yield update.step, f"step {update.step}: left out in the {'broken' if mine.skipped else 'clean'} run only"
+            yield update.step, f"step {update.step}: skipped in the {'broken' if mine.skipped else 'clean'} run only"
     for step in updates:
         yield step, f"step {step}: not in the clean run's sample ledger"
 

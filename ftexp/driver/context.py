@@ -1,4 +1,4 @@
-"""What the driver's functions share: what is known of a run before Ray is up, and what comes into being with it."""
+"""Shared context of the driver's functions: facts of a run before Ray is up, and the objects that come with it."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class RunContext:
 
 @dataclass(frozen=True)
 class Session:
-    """What an invocation works with while its Ray is up."""
+    """The objects of an invocation while its Ray is up."""
 
     running: RunningRay
     bundle: DataBundle

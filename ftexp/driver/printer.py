@@ -1,4 +1,4 @@
-"""What is printed of what happens in a run."""
+"""Prints the events of a run."""
 
 from __future__ import annotations
 

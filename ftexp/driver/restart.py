@@ -24,7 +24,7 @@ _BEGUN_WITH = (dict(os.environ), Path.cwd())  # Ray, Hydra and the libraries cha
 
 @dataclass(frozen=True)
 class Restart:
-    """What the new interpreter is to go on with. The config is that of the old: its files may have changed since."""
+    """The state that the new interpreter resumes with. The config is the old one: its files may have changed since."""
 
     config: Config  # with the run's name, and resuming
     overrides: list[str]
@@ -45,7 +45,7 @@ def begin_again(restart: Restart) -> NoReturn:
 
 
 def begun_again() -> Restart | None:
-    """What this process was to go on with; None if it was started by somebody else."""
+    """Return the state to resume with; None if this process was started by somebody else."""
     if (order := os.environ.pop(_VARIABLE, None)) is None:
         return None
     pid, folder, restart = pickle.loads(base64.b64decode(order))

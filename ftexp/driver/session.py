@@ -108,7 +108,7 @@ def _prepare(context: RunContext, terminal: Terminal) -> tuple[RunContext, str |
 
 
 def _build(context: RunContext, terminal: Terminal) -> DataBundle:
-    """What is trained on, once what else is named in the config is there; ConfigError if something isn't."""
+    """Return the data, once all names in the config are known to exist; ConfigError if one does not."""
     import ftexp.checkpoint.states  # noqa: F401 - registers what is built in
     from ftexp.checkpoint.registry import check_names
     from ftexp.data.build import build_data, drawn_by_class
@@ -216,7 +216,7 @@ def _introduce(context: RunContext, session: Session, changed: list[str]) -> Non
 
 
 def _weights(config: Config) -> str | None:
-    """What a run of pretrained weights starts from, and how its images are prepared for them."""
+    """Return the source of pretrained weights and their preprocessing, for the header; None without any."""
     data, pretrained = config.data, config.model.pretrained
     if pretrained is False:
         return None

@@ -151,7 +151,7 @@ class Supervisor:
 
     @property
     def given_up(self) -> FtexpError | None:
-        """What ends the run; None while it goes on."""
+        """The error that ends the run; None while it continues."""
         return self._decider.given_up
 
     def ray_lost(self, error: RayLostError) -> None:
@@ -159,7 +159,7 @@ class Supervisor:
         error.begins_again = isinstance(self._failed(Cause(RAY, None, str(error), Ending.DIED)), Retry)
 
     def restart(self, overrides: list[str]) -> Restart:
-        """What the command goes on with, in a new interpreter, once that is decided."""
+        """Return the state that the command resumes with in a new interpreter, once that is decided."""
         config, name, noticed_at = self._config, self._record.state.name, self._record.clock.noticed_at
         assert noticed_at is not None, "by what was decided upon"
         run = dataclasses.replace(config.run, name=name)
@@ -178,5 +178,5 @@ class Supervisor:
         return True
 
     def interrupted(self) -> KeyboardInterrupt:
-        """What asked the run to stop."""
+        """The interrupt that asked the run to stop."""
         return self._asked

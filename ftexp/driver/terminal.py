@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a header, a progress bar, a line for each failure and recovery, a table.
+"""Terminal output of a run: a header, a progress bar, a line for each failure and recovery, a table.
 
 With a terminal, rich draws; without one (CI, nohup) the same comes as plain lines.
 """
@@ -214,7 +214,7 @@ def _goodput(state: RunState) -> str:
 
 
 def _account(failure: Failure) -> str:
-    """What one failure cost, in a line."""
+    """Return the cost of one failure, as a line."""
     parts = (
         ("to detect", failure.seconds_to_detect),
         ("to restart", failure.seconds_to_restart),

@@ -1,4 +1,4 @@
-"""What made a worker group fail, from what Ray hands over."""
+"""The cause of a worker group's failure, from the exceptions that Ray passes."""
 
 from __future__ import annotations
 

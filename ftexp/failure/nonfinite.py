@@ -1,4 +1,4 @@
-"""What happens to a batch whose gradient is NaN or infinite. The gradient is summed over ranks, so all decide alike."""
+"""Handling of a batch whose gradient is NaN or infinite. The gradient is summed over ranks, so all decide the same."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def before_step(learner: Learner, meter: Meter) -> list[Tensor]:
-    """What `put_back` needs: the meter's sums, and the model's buffers, which batch norm changes in a forward pass."""
+    """Return the state for `put_back`: the meter's sums, and the model's buffers, which a forward pass may change."""
     return [meter.taken(), *(buffer.clone() for buffer in learner.model.buffers())]
 
 

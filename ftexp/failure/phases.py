@@ -1,4 +1,4 @@
-"""What a worker's loop is doing, for the watchdog that watches it and in the words that users read."""
+"""Phases of a worker's loop, for the watchdog and in the words that users read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What to do about a failure: a pure function of its cause, its step, and what had happened before."""
+"""The decision about a failure: a pure function of its cause, its step and the history."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Past:
 
 
 class Action(Enum):
-    """What to do about a failure."""
+    """A reaction to a failure."""
 
     RESTART = auto()
     RESTART_SMALLER_MICRO_BATCHES = auto()  # of half the size
@@ -33,7 +33,7 @@ class Action(Enum):
 
 @dataclass(frozen=True)
 class Decision:
-    """What happens now, and the arithmetic behind it."""
+    """A reaction, and the arithmetic behind it."""
 
     action: Action
     reason: str

@@ -1,4 +1,4 @@
-"""What runs in Ray Train's controller: it passes every failure to the driver, and obeys what the driver decides."""
+"""The hook in Ray Train's controller: it passes every failure to the driver, and obeys the driver's decision."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What one worker holds."""
+"""The state of one worker."""

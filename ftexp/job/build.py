@@ -80,7 +80,7 @@ def build_job(spec: JobSpec, streams: dict[str, IndexedSplit]) -> Job:
 def _build(spec: JobSpec, streams: dict[str, IndexedSplit], channel: Channel, group: ProcessGroup) -> Job:
     config, info, device = spec.config, spec.info, group.device
     begin = group.agree_on(channel.answer)
-    assert isinstance(begin, Begin), "rank 0 is answered so, or told to stop"
+    assert isinstance(begin, Begin), "rank 0 gets Begin or Stop"
     if config.train.deterministic:
         settle_kernels(device)
     trained = build_trained_model(config, info, device, group.world_size)

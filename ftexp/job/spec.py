@@ -1,4 +1,4 @@
-"""What the driver tells its workers. Apart from ftexp.job.job, which imports timm: the driver has no use for that."""
+"""Message from the driver to its workers. Not in ftexp.job.job, which imports timm: the driver does not need that."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ftexp.wire.hub import HubAddress
 
 @dataclass(frozen=True)
 class JobSpec:
-    """What the driver sends to every worker."""
+    """Everything that the driver sends to a worker."""
 
     config: Config
     info: DataInfo

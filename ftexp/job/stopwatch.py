@@ -71,11 +71,11 @@ class Stopwatch:
         self._num_asked += 1
 
     def begin(self) -> None:
-        """What comes belongs to the section of the next lap."""
+        """Start timing a section; the next `lap` names it."""
         self._mark, self._in_lap, self._waits_since = self._now(), [], None
 
     def lap(self, section: str) -> None:
-        """What came since the last lap, or the step's beginning, was `section`."""
+        """Count the time since the last lap, or the step's beginning, for `section`."""
         now = self._now()
         if self._waits_since is not None:
             self._in_lap.append((self._waits_since, now))
@@ -96,7 +96,7 @@ class Stopwatch:
             self._waits_since = self._now()
 
     def go_on(self) -> None:
-        """What it waited for, if it did, has come."""
+        """End a wait for other ranks, if there is one."""
         if self._waits_since is not None:
             self._in_lap.append((self._waits_since, self._now()))
             self._waits_since = None

@@ -1,4 +1,4 @@
-"""What the seconds of a run went to: what its failures cost, and how much was spent on new steps."""
+"""Time accounting of a run: the cost of its failures, and the time spent on new steps."""
 
 from __future__ import annotations
 

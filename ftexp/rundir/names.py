@@ -1,4 +1,4 @@
-"""What the files and directories of a run or sweep directory are called."""
+"""Names of the files and directories in a run or sweep directory."""
 
 CONFIG_FILE = "config.yaml"
 OVERRIDES_FILE = "overrides.yaml"

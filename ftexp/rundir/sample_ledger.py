@@ -49,7 +49,7 @@ class SampleLedger:
 
 @dataclass(frozen=True)
 class Update:
-    """What drove one optimiser step, over all ranks: positions ascending, and the sample at each."""
+    """The samples of one optimiser step, over all ranks: positions ascending, and the sample at each."""
 
     step: int
     attempt: int  # the last that did this step: what it did is what the weights hold

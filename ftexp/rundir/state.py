@@ -37,7 +37,7 @@ class Failure:
 
     @property
     def where(self) -> str:
-        """What failed, as a sentence about it begins."""
+        """The failed part, as the beginning of a sentence."""
         if self.cause == "ray":
             return "Ray"
         return f"rank {self.rank}" if self.rank is not None else "a worker"
@@ -45,7 +45,7 @@ class Failure:
 
 @dataclass(kw_only=True)
 class RunState:
-    """What run.json holds."""
+    """The content of run.json."""
 
     name: str
     status: str = RUNNING
@@ -74,7 +74,7 @@ class RunState:
 
 
 def read_state(storage: Storage) -> RunState | None:
-    """What a run directory says of its run; None if there is no run in it."""
+    """Return the state of a run directory's run; None if there is no run in it."""
     try:
         content = json.loads(storage.read_bytes(RUN_FILE))
     except FileNotFoundError:

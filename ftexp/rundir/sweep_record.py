@@ -37,7 +37,7 @@ class Trial:
 
 @dataclass(kw_only=True)
 class SweepRecord:
-    """What sweep.json holds."""
+    """The content of sweep.json."""
 
     name: str
     metric: str  # the objective, of a trial's last metrics
@@ -57,7 +57,7 @@ class SweepRecord:
 
 
 def read_sweep_record(folder: Storage) -> SweepRecord | None:
-    """What a sweep's directory says of its trials; None if there is no sweep in it."""
+    """Return the record of a sweep's directory; None if there is no sweep in it."""
     try:
         content = json.loads(folder.read_bytes(SWEEP_FILE))
     except FileNotFoundError:

@@ -123,7 +123,7 @@ class Follower:
         tracker.close(self._outcome)
 
     def _next(self) -> list[Point]:
-        """What has come since, waiting for it; empty once the run has ended and nothing is left."""
+        """Wait for new points and return them; empty once the run has ended and nothing is left."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._outcome is not None)
             points = list(self._waiting)

@@ -49,7 +49,7 @@ class MlflowTracker:
             self._client.update_run(self._id, status="RUNNING")
 
     def held(self) -> set[Key]:
-        """What the server has, by its own word."""
+        """Return the points that the server has."""
         found = [metric for name in self._metrics for metric in self._client.get_metric_history(self._id, name)]
         return {(metric.key, metric.step) for metric in found}
 

@@ -54,7 +54,7 @@ class PrometheusTracker:
 
 
 class _Collector:
-    """What prometheus_client asks at each request."""
+    """The collector that prometheus_client calls at each request."""
 
     def __init__(self, run: TrackedRun, labels: tuple[str, ...]) -> None:
         self._run, self._labels = run, labels

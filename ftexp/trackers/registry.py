@@ -1,4 +1,4 @@
-"""What a tracker is, and the names under which `tracker=...` finds them. Imports no tracker's package."""
+"""The interface of a tracker, and the names for `tracker=...`. Imports no tracker's package."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _no_figures() -> list[Figure]:
 
 @dataclass(frozen=True, kw_only=True)
 class TrackedRun:
-    """What a tracker is told of a run, or of a sweep as a whole, when it is opened."""
+    """Facts of a run, or of a whole sweep, for opening a tracker."""
 
     id: str  # the same for every attempt and every call of the command; no other run has it
     name: str
@@ -84,7 +84,7 @@ class Tracker(Protocol):
     where: str  # for people: a folder, an address
 
     def held(self) -> Iterable[Key]:
-        """What it has of this run already."""
+        """Return the points of this run that it has already."""
 
     def log(self, points: Sequence[Point]) -> None:
         """Keep the points, for good once this returns."""

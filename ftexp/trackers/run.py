@@ -26,7 +26,7 @@ _GIT_TIMEOUT_S = 5.0
 
 
 class Trackers:
-    """What `tracker=...` names, or of these only `names`. Once made, nothing here raises or takes its time.
+    """The trackers of `tracker=...`, or only `names` of them. After construction, nothing here raises or blocks.
 
     run: None if there are no trackers.
     points: reads the run's points so far, as metrics.jsonl has them.
@@ -101,7 +101,7 @@ def tracked_run(
     params: dict[str, Any] | None = None,
     figures: Callable[[], list[Figure]] = list,
 ) -> TrackedRun:
-    """What trackers are told of the run in `folder`, or with `params` of a sweep; `sweep`: the one that it is part of.
+    """Return the facts of the run in `folder`, or with `params` of a sweep; `sweep`: the one that it is part of.
 
     Sweeps lie two folders below `run.storage`, which is that of their own folder in a trial's config.
 
@@ -129,7 +129,7 @@ def shown(folder: Storage) -> str:
 
 
 def tracking_id(folder: Storage) -> str:
-    """What the run in `folder` is called in every tracker; written down before any tracker hears of it."""
+    """Return the name of the run in `folder` in every tracker; recorded before any tracker is opened."""
     content = _content(folder)
     if "id" not in content:
         content = _write(folder, secrets.token_hex(8), set())

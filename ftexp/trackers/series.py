@@ -57,9 +57,9 @@ CHECKPOINT_BYTES = Series("ftexp_checkpoint_bytes", "Size of the last verified c
 CHECKPOINT_STEP = Series("ftexp_checkpoint_step", "Step of the last verified checkpoint")
 SAVES = Series("ftexp_saves_total", "Checkpoints that were saved")
 FAILED_SAVES = Series("ftexp_failed_saves_total", "Checkpoints that could not be saved, each try counted")
-BLOCKED = Series("ftexp_save_blocked_seconds", "Time that the last save kept training waiting")
-BLOCKED_SUM = Series("ftexp_save_blocked_seconds_total", "Time that all saves kept training waiting")
-HEARTBEAT_AGE = Series("ftexp_heartbeat_age_seconds", "Time since a worker reported a step, a point or a save")
+BLOCKED = Series("ftexp_save_blocked_seconds", "Time that training was blocked by the last checkpoint")
+BLOCKED_SUM = Series("ftexp_save_blocked_seconds_total", "Time that training was blocked by all checkpoints")
+HEARTBEAT_AGE = Series("ftexp_heartbeat_age_seconds", "Time since a worker reported a step, a point or a checkpoint")
 
 SERIES = (
     *(INFO, WORKERS, ATTEMPTS, STEP, EPOCH, METRIC, IMAGES, MFU, STEP_PART, SAMPLE_PART, FEED_QUEUE, GOODPUT),

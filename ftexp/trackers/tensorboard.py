@@ -34,7 +34,7 @@ class TensorBoardTracker:
         self._writer: Any = SummaryWriter(self.where)
 
     def held(self) -> set[Key]:
-        """What the folder's files hold."""
+        """Return the points in the directory's files."""
         return self._held
 
     def log(self, points: Sequence[Point]) -> None:

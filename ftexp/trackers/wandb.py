@@ -66,7 +66,7 @@ class WandbTracker:
         self.where = self._run.url if mode == "online" else str(folder / "wandb")
 
     def held(self) -> set[Key]:
-        """What wandb's files hold."""
+        """Return the points in wandb's files."""
         return self._held
 
     def log(self, points: Sequence[Point]) -> None:

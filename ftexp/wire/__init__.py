@@ -1,1 +1,1 @@
-"""What processes send to each other."""
+"""Messages between processes."""

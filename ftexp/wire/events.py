@@ -23,7 +23,7 @@ class Event:
 
     @property
     def fields(self) -> dict[str, Any]:
-        """What events.jsonl holds of it, besides its name."""
+        """Return its fields in events.jsonl, besides its name."""
         values = ((field, getattr(self, field.name)) for field in dataclasses.fields(self))
         return {field.name: value for field, value in values if value != field.default}
 
@@ -142,7 +142,7 @@ class Ready(Event):
 
 @dataclass(frozen=True)
 class CaughtUp(Event):
-    """What was lost by a failure has been done again."""
+    """All steps lost by a failure have been repeated."""
 
     step: int
     replayed_from: int
@@ -305,7 +305,7 @@ class SnapshotsOff(Event):
 
 @dataclass(frozen=True)
 class Swept(Event):
-    """What a killed save had left was removed."""
+    """The remains of an interrupted checkpoint were removed."""
 
     folder: str
 

@@ -1,4 +1,4 @@
-"""What processes send to each other: one class for each kind of message, and how a line of JSON holds it."""
+"""Messages between processes: one class for each kind, and its form as a line of JSON."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ class Lost(Message):
 
 @dataclass(frozen=True)
 class Begin(Message):
-    """What rank 0 is to know of the run."""
+    """Facts of the run for rank 0."""
 
     attempt: int
     skipped: list[list[int]] = field(default_factory=list)  # [start, end) positions that drive no update

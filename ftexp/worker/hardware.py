@@ -1,4 +1,4 @@
-"""What a worker computes on, in words."""
+"""Description of a worker's hardware."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a logged point tells of speed."""
+"""Speed figures of a logged point."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an attempt goes on from, of what the keepers hold: found, chosen and read by all ranks together."""
+"""The snapshot that an attempt resumes from: found with the keepers, chosen and read by all ranks together."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ class HotStart:
         return _fork_words(self._socket) if self._folder is not None else [sys.executable]
 
     def runtime_env(self) -> dict[str, Any]:
-        """What ray.init is given, so that workers begin as forks."""
+        """Return the runtime env for ray.init with which workers begin as forks."""
         return {"py_executable": shlex.join(self.python())} if self._folder is not None else {}
 
     def raylet_settings(self) -> contextlib.AbstractContextManager[None]:

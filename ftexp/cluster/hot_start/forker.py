@@ -178,7 +178,7 @@ def _die_with(connection: socket.socket) -> None:
 
 
 def _in_a_fork(draw: Callable[[], str]) -> str:
-    """What `draw` returns in a forked child."""
+    """Return the result of `draw` in a forked child."""
     reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -192,7 +192,7 @@ def _in_a_fork(draw: Callable[[], str]) -> str:
 
 
 def receive(channel: socket.socket, num_descriptors: int) -> tuple[dict[str, Any], list[int]]:
-    """What `launcher.send` sent: a request and open files. ValueError or OSError if there is no whole one."""
+    """Return a request and open files from `launcher.send`. ValueError or OSError if it is not complete."""
     header, descriptors, _, _ = socket.recv_fds(channel, 8, num_descriptors)
     try:
         length, content = int.from_bytes(header, "big"), b""

@@ -205,7 +205,7 @@ def _pass_on(child: int, number: int) -> None:
 
 
 def _oom_score_adj() -> str:
-    """What raylet gave this process, so that the kernel ends workers first where memory runs out; empty if unknown."""
+    """Return the value that raylet set, so that the kernel ends workers first when out of memory; empty if unknown."""
     try:
         with open("/proc/self/oom_score_adj", encoding="ascii") as file:
             return file.read()

@@ -1,1 +1,1 @@
-"""What operators are alerted of: when (rules), by which way (mailbox), and the thread that watches (watch)."""
+"""Alerts to operators: when (rules), by which way (mailbox), and the thread that watches (watch)."""
