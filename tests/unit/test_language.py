@@ -74,6 +74,15 @@ def test_no_string_has_a_banned_word(name):
     assert not banned_in(strings((ROOT / name).read_text(encoding="utf-8")))
 
 
+@pytest.mark.parametrize("name", listed("ftexp/*.py"))
+def test_no_docstring_begins_with_what(name):
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    nodes = [
+        node for node in ast.walk(ast.parse((ROOT / name).read_text(encoding="utf-8"))) if isinstance(node, documented)
+    ]
+    assert [text for node in nodes if (text := ast.get_docstring(node) or "").startswith("What ")] == []
+
+
 @pytest.mark.parametrize("name", listed("conf/*.yaml"))
 def test_no_comment_of_a_group_has_a_banned_word(name):
     lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
