@@ -31,7 +31,7 @@ def test_a_run_names_counts_and_leaves_out_what_cannot_be_read(ftexp, run_folder
     shutil.copy(tmp_path / "pictures" / "a" / "12.png", tmp_path / "pictures" / "b" / "new.png")
     grown = ftexp(*words, "run.name=fails")
     assert grown.wait() == 2, grown.output
-    assert "data.name=image_folder has 65 training samples now, and had 64 when the run began: put" in grown.output
+    assert "data.name=image_folder has 65 training samples now, and had 64 when the run began: restore" in grown.output
     (tmp_path / "pictures" / "b" / "new.png").unlink()
     command = ftexp(*words, "run.name=skips", "data.on_bad_sample=skip")
     assert command.wait() == 0, command.output
