@@ -13,10 +13,13 @@ import re
 import sys
 import typing
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigNode, ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -77,6 +80,8 @@ def run_hydra(task: Callable[[DictConfig], float | None], argv: Sequence[str]) -
     failures: list[int] = []
 
     def reporting(composed: DictConfig) -> float | None:
+        if (hydra_config := HydraConfig.get()).mode == RunMode.MULTIRUN:
+            remove_note(hydra_config)
         try:
             with past_composing():
                 return task(composed)
@@ -100,6 +105,11 @@ def run_hydra(task: Callable[[DictConfig], float | None], argv: Sequence[str]) -
         print_error(reworded(error, argv))
         return ConfigError.exit_code
     return max(failures, default=0)
+
+
+def remove_note(hydra_config: DictConfig) -> None:
+    """Remove the note of Hydra's sweeper, which holds the whole config with its secrets; nothing reads it."""
+    Path(hydra_config.sweep.dir, "multirun.yaml").unlink(missing_ok=True)
 
 
 def hydras_words(argv: Sequence[str]) -> list[str]:

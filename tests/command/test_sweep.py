@@ -123,6 +123,8 @@ def test_a_failed_trial_leaves_the_others_alone_and_its_reason_is_kept(story):
     assert "TypeError: doomed" in doomed.trial.error
     assert f"failed      {DOOMED}: rank 0 failed after step 0 [bug]: TypeError: doomed" in story["first"]
     assert [each.status for each in story["told"].values()].count("failed") == 1
+    note = story["sweep"].parents[1] / "runs" / ".multirun"  # of Hydra's, which would hold secrets
+    assert list(note.iterdir()) == []
 
 
 def test_the_ledger_is_right_after_a_sigkill_and_nothing_runs_on(story):

@@ -472,6 +472,12 @@ def test_multirun_goes_on_after_a_failed_job_and_exits_with_the_worst_code(comma
     assert command("-m", "seed=3,4", task=task)[0] == 0
 
 
+def test_a_multirun_leaves_no_note_with_secrets(command, tmp_path):
+    note, seen = tmp_path / "note", []
+    command("-m", "seed=1,2", f"hydra.sweep.dir={note}", task=lambda _: seen.append(list(note.iterdir())))
+    assert seen == [[], []]
+
+
 def test_multirun_sweeps_over_keys_that_need_a_plus(command):
     depths = []
     command("-m", "model.kwargs.depth=2,3", task=lambda job: depths.append(job.model.kwargs.depth))

@@ -7,6 +7,7 @@ import importlib.util
 import os
 from collections.abc import Iterator
 
+from ftexp.config.masking import masked
 from ftexp.config.schema import Config
 from ftexp.config.tracker_schema import HTTP, TRACKER_PACKAGES, TrackerConfig
 from ftexp.registry import did_you_mean
@@ -61,8 +62,9 @@ def _unused(tracker: TrackerConfig) -> Iterator[str]:
         for field in dataclasses.fields(own):
             value = getattr(own, field.name)
             if name not in tracker.names and value != getattr(getattr(usual, name), field.name):
-                yield f"tracker.{name}.{field.name}={value} is not used: remove it, or add tracker={name}"
+                shown = masked({field.name: value})[field.name]
+                yield f"tracker.{name}.{field.name}={shown} is not used: remove it, or add tracker={name}"
     if not tracker.names:
         for key in ("tags", "kwargs"):
-            if getattr(tracker, key):
-                yield f"tracker.{key}={getattr(tracker, key)} is not used by tracker=none: remove it"
+            if value := getattr(tracker, key):
+                yield f"tracker.{key}={masked(value)} is not used by tracker=none: remove it"

@@ -16,7 +16,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
-from ftexp.cli.compose import past_composing, to_config
+from ftexp.cli.compose import past_composing, remove_note, to_config
 from ftexp.config.checks.validate import validate
 from ftexp.config.schema import Config
 from ftexp.errors import ConfigError
@@ -49,6 +49,7 @@ class SweepLauncher(Launcher):
             ConfigError: a job's config is wrong, or differs from what the sweep began with; nothing was started.
         """
         del initial_job_idx  # a trial is never its number
+        remove_note(self._config.hydra)
         composed = [compose(self._context, self._config, words) for words in job_overrides]
         configs = checked(composed, job_overrides)
         jobs = [parse_words(words, config) for words, config in zip(job_overrides, composed, strict=True)]
