@@ -137,7 +137,7 @@ def test_a_run_that_is_told_to_stop_saves_the_step_it_stopped_at_and_goes_on_fro
         pids = run.events("ready")[-1]["pids"]
         command.process.send_signal(number)
         assert command.wait() == code, command.output
-        assert "stopping after a last save" in command.output
+        assert "stopping after a final checkpoint" in command.output
         assert "the same command with run.name=stopped" in command.output
         assert "Traceback" not in command.output
         wait_until_none(lambda pids=pids: [pid for pid in pids if Path(f"/proc/{pid}").exists()])

@@ -219,7 +219,7 @@ def test_rows_of_parquet_are_not_streamed_without_a_window(roots, monkeypatch, f
     monkeypatch.setattr(build, "_object_store_bytes", lambda: 3.5 * 2**30 if feed == "streaming" else 100)
 
     with pytest.raises(
-        DataError, match=r"data\.shuffle_window is not set, .* data\.name=parquet .* set data\.shuffle_"
+        DataError, match=r"data\.shuffle_window is not set, .* data\.name=parquet .* data\.shuffle_window=8"
     ):
         build_data(data_config("parquet", roots / "parquet", feed=feed))
 
