@@ -81,7 +81,7 @@ def run_hydra(task: Callable[[DictConfig], float | None], argv: Sequence[str]) -
 
     def reporting(composed: DictConfig) -> float | None:
         if (hydra_config := HydraConfig.get()).mode == RunMode.MULTIRUN:
-            remove_note(hydra_config)
+            remove_note(hydra_config.sweep.dir)
         try:
             with past_composing():
                 return task(composed)
@@ -107,9 +107,9 @@ def run_hydra(task: Callable[[DictConfig], float | None], argv: Sequence[str]) -
     return max(failures, default=0)
 
 
-def remove_note(hydra_config: DictConfig) -> None:
+def remove_note(sweep_dir: str) -> None:
     """Remove the note of Hydra's sweeper, which holds the whole config with its secrets; nothing reads it."""
-    Path(hydra_config.sweep.dir, "multirun.yaml").unlink(missing_ok=True)
+    Path(sweep_dir, "multirun.yaml").unlink(missing_ok=True)
 
 
 def hydras_words(argv: Sequence[str]) -> list[str]:

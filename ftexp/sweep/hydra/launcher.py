@@ -49,7 +49,7 @@ class SweepLauncher(Launcher):
             ConfigError: a job's config is wrong, or differs from what the sweep began with; nothing was started.
         """
         del initial_job_idx  # a trial is never its number
-        remove_note(self._config.hydra)
+        remove_note(self._config.hydra.sweep.dir)
         composed = [compose(self._context, self._config, words) for words in job_overrides]
         configs = checked(composed, job_overrides)
         jobs = [parse_words(words, config) for words, config in zip(job_overrides, composed, strict=True)]
