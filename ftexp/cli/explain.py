@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from hydra.errors import MissingConfigException, OverrideParseException
@@ -15,6 +15,8 @@ from ftexp.cli.overrides import quoted_word
 from ftexp.config.fields import keys_problem, list_problem, null_problem, shown
 from ftexp.config.schema import Config, SearchConfig, config_dir
 from ftexp.registry import did_you_mean
+
+_MAX_SUGGESTED = 3  # keys
 
 
 def unknown_option(argv: Sequence[str]) -> str | None:
@@ -110,5 +112,26 @@ def unknown_key(key: str, schema: Any = None) -> str:
     prefix = "".join(f"{parent}." for parent in parents)
     if not siblings:
         return f"{key} is not a key" + (f": {prefix[:-1]} holds one value" if hasattr(Config(), parents[0]) else "")
-    near = did_you_mean(name, siblings).replace("'", f"'{prefix}", 1)
+    near = _named_alike(name) or did_you_mean(name, siblings).replace("'", f"'{prefix}", 1)
     return f"{key} is not a key.{near} Keys {f'of {prefix[:-1]}' if prefix else 'at the top'}: {', '.join(siblings)}"
+
+
+def _named_alike(name: str) -> str:
+    """Return " Did you mean 'x' or 'y'?" for the keys of any group whose name is `name`, or ends with it.
+
+    That is what users of other tools type: lr, epochs, batch_size. Empty if there are none, or too many to choose from.
+    """
+    keys = list(_leaves(Config()))
+    found = [key for key in keys if key.rpartition(".")[2] == name]
+    found = found or [key for key in keys if key.endswith(f"_{name}")]
+    return f" Did you mean {' or '.join(map(repr, found))}?" if 0 < len(found) <= _MAX_SUGGESTED else ""
+
+
+def _leaves(node: Any, prefix: str = "") -> Iterator[str]:
+    """Yield the keys of a config, without its groups."""
+    for field in dataclasses.fields(node):
+        value = getattr(node, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from _leaves(value, f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name

@@ -42,6 +42,12 @@ WRONG = {
     "unknown key with ++": ("++optim.lrr=1", "optim.lrr is not a key", "Did you mean 'optim.lr'?"),
     "unknown top-level key": ("sed=1", "sed is not a key", "Did you mean 'seed'?", "Keys at the top: seed"),
     "unknown top-level key with +": ("+sed=1", "sed is not a key", "Did you mean 'seed'?"),
+    "key of another group": ("data.lr=1", "data.lr is not a key", "Did you mean 'optim.lr'?", "Keys of data: name"),
+    "key of timm's": (
+        "train.batch_size=64",
+        "Did you mean 'train.global_batch_size' or 'train.eval_batch_size'?",
+    ),
+    "key of timm's at the top": ("epochs=3", "epochs is not a key", "Did you mean 'train.epochs'?"),
     "unknown group": ("optm=sgd", "optm is not a key", "Did you mean 'optim'?"),
     "key under an unknown group": ("optm.lr=1", "optm is not a key", "Did you mean 'optim'?"),
     "key of Hydra's that isn't": ("hydra.foo=1", "hydra.foo is not a key"),
