@@ -22,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benching import Check, composed, describe_machine, finish, options_parser, print_targets
+from benching import Check, composed, describe_machine, finish, options_parser, print_targets, scratch_directory
 from rich.console import Console
 from rich.table import Table
 
@@ -75,10 +75,11 @@ def compare_sharded(console: Console, options: Any) -> None:
 
 def run_job(overrides: list[str], measuring: Callable[[dict[str, Any]], Any], settings: dict[str, Any]) -> Any:
     """Start Ray, measure in one job of two workers, with a keeper of snapshots, stop Ray."""
+    from ftexp.cluster import ray_private
     from ftexp.cluster.ray_cluster import prepare_environment, quiet_data, start_ray
     from ftexp.cluster.resources import decide_workers
 
-    storage = tempfile.mkdtemp(prefix="bench_")
+    storage = str(scratch_directory())
     words = [*overrides, f"run.storage={storage}", "checkpoint.every_epochs=null", "scaling.num_workers=2"]
     config = composed(*words)
     prepare_environment(config)
@@ -108,7 +109,7 @@ def run_job(overrides: list[str], measuring: Callable[[dict[str, Any]], Any], se
             dataset_config=DataConfig(datasets_to_split=[]),
         )
         kept = start_keepers([ray.get_runtime_context().get_node_id()], None, {})
-        result = trainer.fit().return_value
+        result = ray_private.fitted(trainer).return_value
         hub.close()
         del kept  # an actor ends with its handle
         return result

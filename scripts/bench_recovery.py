@@ -17,14 +17,13 @@ import signal
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from bench_train import BASELINES, BATCH, WORKERS
-from benching import default_recipe, describe_machine, finish, options_parser, print_targets
+from benching import default_recipe, describe_machine, finish, options_parser, print_targets, scratch_directory
 from rich.console import Console
 from rich.table import Table
 
@@ -60,7 +59,7 @@ def main() -> None:
 
 def ftexp(hot_start: str, snapshot_every: int = 0, address: str | None = None) -> dict[str, float]:
     """The command, with the default config but for its length; on a cluster only as far as its first step."""
-    storage = Path(tempfile.mkdtemp(prefix="bench_"))
+    storage = scratch_directory()
     words = [f"run.storage={storage}", "run.name=bench", f"train.epochs={EPOCHS}", "train.log_every_steps=1"]
     words.append(f"failure.memory_every_steps={snapshot_every}")
     if address is not None:
@@ -105,14 +104,14 @@ def starts_on_a_live_cluster(rounds: int) -> dict[str, list[float]]:
 
 def tutorial(settings: dict[str, Any]) -> dict[str, float]:
     """Ray Train as its tutorials use it."""
-    path = Path(tempfile.mkdtemp(prefix="bench_")) / "notes"
+    path = scratch_directory() / "notes"
     command = [sys.executable, str(BASELINES / "tutorial.py"), json.dumps({**settings, "notes": str(path)})]
     return _measure(command, lambda: [tuple(line) for line in _lines(path)])
 
 
 def torchrun(settings: dict[str, Any]) -> dict[str, float]:
     """A DDP loop that torchrun restarts."""
-    folder = Path(tempfile.mkdtemp(prefix="bench_"))
+    folder = scratch_directory()
     given = {**settings, "notes": str(folder / "notes"), "checkpoint": str(folder / "checkpoint.pt")}
     words = ["--standalone", "--nproc-per-node", str(WORKERS), "--max-restarts", "3"]
     script = [str(BASELINES / "torchrun_ddp.py"), json.dumps(given)]

@@ -13,12 +13,11 @@ import json
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from benching import describe_machine, finish, options_parser, print_targets
+from benching import describe_machine, finish, options_parser, print_targets, scratch_directory
 from rich.console import Console
 from rich.table import Table
 
@@ -37,7 +36,7 @@ def main() -> None:
     parts: list[dict[str, float]] = []
     for number in range(options.rounds):
         for side in results:
-            storage = Path(tempfile.mkdtemp(prefix="bench_"))
+            storage = scratch_directory()
             results[side].append(measure(side, storage))
             console.print(f"round {number + 1}: {side}: {results[side][-1]:.1f} s")
             if side == SWEEP:

@@ -21,12 +21,11 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from benching import default_recipe, describe_machine, finish, options_parser, print_targets
+from benching import default_recipe, describe_machine, finish, options_parser, print_targets, scratch_directory
 from rich.console import Console
 from rich.table import Table
 
@@ -188,7 +187,7 @@ def _default_run(seed: int) -> dict[str, float]:
 
 def _run_ftexp(overrides: list[str]) -> tuple[Path, float, float]:
     """Run the command; returns its run directory, when it began, and how long it took."""
-    storage = tempfile.mkdtemp()
+    storage = str(scratch_directory())
     began = time.time()
     command = [sys.executable, "-m", "ftexp.train", "run.name=bench", f"run.storage={storage}", *overrides]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import json
 import os
 import platform
+import shutil
 import statistics
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,13 @@ def options_parser(description: str, rounds: int, rounds_help: str) -> argparse.
     parser.add_argument("--check", action="store_true", help="exit with 1 if a target is missed")
     parser.add_argument("--json", type=Path, help="keep the numbers in this file")
     return parser
+
+
+def scratch_directory() -> Path:
+    """Make a directory that is removed when the benchmark ends."""
+    path = Path(tempfile.mkdtemp(prefix="bench_"))
+    atexit.register(shutil.rmtree, path, ignore_errors=True)
+    return path
 
 
 def describe_machine(console: Console) -> None:
