@@ -11,6 +11,7 @@ import torch
 from ftexp.report.source import read_run
 from ftexp.report.timeline import build_timeline
 from tests.support.events import problems
+from tests.support.processes import wait_until_none
 from tests.support.reference import EVERY_FEW_STEPS, OPTIONS, STATES, STEPS
 
 SNAPSHOT_EVERY = 2
@@ -113,7 +114,7 @@ def test_a_killed_run_ends_exactly_where_the_clean_run_ends(ftexp, run_folder, c
     assert recovered["seconds_to_new_step"] == failure["seconds_to_new_step"] > 0
     assert f"{restored['checkpoint']} from memory, replaying" in killed_command.output
     (keeper,) = {event["pid"] for event in killed.events("snapshots_begun")}
-    assert not Path(f"/proc/{keeper}").exists()
+    wait_until_none(lambda: [keeper] if Path(f"/proc/{keeper}").exists() else [])
     assert killed.record["snapshots"]["every_steps"] == SNAPSHOT_EVERY
     assert "✗ rank 1 failed" in killed_command.output
     assert "failure 1 of 1 allowed: restarting the workers" in killed_command.output
