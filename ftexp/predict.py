@@ -32,7 +32,6 @@ from omegaconf import MISSING, DictConfig
 
 from ftexp.cli.compose import offer_option, run_hydra, to_config
 from ftexp.cli.entry import command_words, exiting_on_error, with_run
-from ftexp.cli.exit_codes import interrupted_code
 from ftexp.cli.parse import read_command
 from ftexp.config.checks.validate import validate
 from ftexp.config.fields import choice, ranged
@@ -96,10 +95,7 @@ def main() -> None:
         rest.append(f"data={_RUNS_DATA}")
 
     def task(composed: DictConfig) -> None:
-        try:
-            predict(to_config(composed), config, run, chosen, rest)
-        except KeyboardInterrupt as interrupt:
-            sys.exit(interrupted_code(interrupt))
+        predict(to_config(composed), config, run, chosen, rest)
 
     sys.exit(run_hydra(task, ["augment=none", *rest]))
 

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ftexp.cli.compose import run_hydra, to_config
 from ftexp.cli.entry import exiting_on_error, prepare_streams
-from ftexp.cli.exit_codes import exit_code_of, interrupted_code
+from ftexp.cli.exit_codes import exit_code_of
 from ftexp.cluster.process_exit import code_of
 from ftexp.driver.restart import Restart, begin_again, begun_again
 from ftexp.driver.run import train
@@ -38,10 +38,7 @@ def _task(composed: DictConfig) -> float | None:
     overrides: Any = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
     config = to_config(composed, overrides)
     alone = HydraConfig.get().mode == RunMode.RUN  # not one of several jobs, of which others have finished
-    try:
-        metrics = train(config, overrides, begin_again=begin_again if alone else None)
-    except KeyboardInterrupt as interrupt:
-        sys.exit(interrupted_code(interrupt))
+    metrics = train(config, overrides, begin_again=begin_again if alone else None)
     return metrics.get(config.checkpoint.checkpoint_score_attribute)
 
 

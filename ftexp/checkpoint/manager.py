@@ -171,7 +171,7 @@ class CheckpointManager:
         self._cadence.saved(progress.step)
 
     def begin_snapshots(self) -> None:
-        """Take snapshots from here on, and count anew what they cost, if there are to be some; collective."""
+        """Take snapshots from here on, if there are to be some, and measure their cost again; collective."""
         self.close()
         if self._links is not None:
             self._snapshots = Snapshots(self._failure, self._group, self._channel, self._links, self._cut_place)
@@ -218,8 +218,7 @@ class CheckpointManager:
             return None
         choice, state = found
         likes = self._likes()
-        lies_alike = len(choice.shards) == (self._cut_place.num_shards if self._cut_place is not None else 1)
-        join = joined if lies_alike else cut
+        join = joined if reader.lies_alike(choice) else cut
         # an optimiser, and a state, may take what they are given for their own
         parts = {name: part if name == MODEL else own(part) for name, part in state.items() if name in FILES}
         manifest = Manifest(**state[MANIFEST])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from hydra.errors import MissingConfigException, OverrideParseException
@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ftexp.cli.overrides import quoted_word
 from ftexp.config.fields import keys_problem, list_problem, null_problem, shown
+from ftexp.config.masking import flat
 from ftexp.config.schema import Config, SearchConfig, config_dir
 from ftexp.registry import did_you_mean
 
@@ -121,17 +122,7 @@ def _named_alike(name: str) -> str:
 
     That is what users of other tools type: lr, epochs, batch_size. Empty if there are none, or too many to choose from.
     """
-    keys = list(_leaves(Config()))
+    keys = [key for key, _ in flat(dataclasses.asdict(Config()), "")]
     found = [key for key in keys if key.rpartition(".")[2] == name]
     found = found or [key for key in keys if key.endswith(f"_{name}")]
     return f" Did you mean {' or '.join(map(repr, found))}?" if 0 < len(found) <= _MAX_SUGGESTED else ""
-
-
-def _leaves(node: Any, prefix: str = "") -> Iterator[str]:
-    """Yield the keys of a config, without its groups."""
-    for field in dataclasses.fields(node):
-        value = getattr(node, field.name)
-        if dataclasses.is_dataclass(value):
-            yield from _leaves(value, f"{prefix}{field.name}.")
-        else:
-            yield prefix + field.name

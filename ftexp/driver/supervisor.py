@@ -138,7 +138,7 @@ class Supervisor:
         if ready.source != MEMORY:
             if saved is not None and (name is None or name < saved) and saved not in self.group.rejected:
                 self._note(events.CheckpointRejected(saved, "it is gone"))
-            state.checkpoint = name  # a worker that died after a save may not have told of it
+            state.checkpoint = name  # a worker that died after saving it may not have reported it
         if start is Start.RESIZED:
             self._note(events.Resized(state.world_sizes[-1]))
         self._printer.ready(ready, start)

@@ -38,14 +38,10 @@ class RunClock:
     def attempt_started(self) -> float:
         """Rank 0 of a new worker group has connected; returns the time."""
         self._died_at, self._farthest_before = None, self._state.farthest_step
-        self.workers_started()
-        return self.now()
-
-    def workers_started(self) -> None:
-        """The process that was missing since the last failure is there."""
         failures, self._attempt_since = self._state.failures, self._steady()
         if failures and failures[-1].seconds_to_restart is None and self.noticed_at is not None:
             failures[-1].seconds_to_restart = round(self._attempt_since - self._noticed, 3)
+        return self.now()
 
     def ready(self, step: int, source: str) -> float:
         """Training begins after `step`, from a state of that source; returns the time."""

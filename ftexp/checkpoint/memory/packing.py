@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,10 +99,7 @@ class _Place:
 
 
 def _tensor(memory: memoryview, place: _Place) -> Tensor:
-    count = 1
-    for size in place.shape:
-        count *= size
-    if not count:
+    if not (count := math.prod(place.shape)):
         return torch.empty(place.shape, dtype=place.dtype)
     held = torch.frombuffer(memory, dtype=place.dtype, count=count, offset=place.offset)
     return held.as_strided(place.shape, place.stride)

@@ -56,7 +56,7 @@ class SnapshotReader:
     ) -> tuple[Choice, dict[str, Any]] | None:
         """Return the newest state that every rank can get, and which it is; None if there is none.
 
-        What doesn't verify is left out, and the next one taken. Arguments as of `choose`.
+        Snapshots that don't verify are rejected, and the next one is read. Arguments as of `choose`.
         """
         while True:
             left = [each for each in self._held if each not in self._bad]
@@ -85,11 +85,12 @@ class SnapshotReader:
 
     def _needed(self, choice: Choice) -> tuple[tuple[Held, ...], ...]:
         """Return the copies of each shard that this rank reads: its own where tensors lie as they did, or else all."""
-        if self._lies_alike(choice) and self._place is not None:
+        if self.lies_alike(choice) and self._place is not None:
             return (choice.shards[self._place.shard],)
         return choice.shards
 
-    def _lies_alike(self, choice: Choice) -> bool:
+    def lies_alike(self, choice: Choice) -> bool:
+        """Whether a choice is cut as this rank's tensors are, or neither is."""
         return len(choice.shards) == (1 if self._place is None else self._place.num_shards)
 
     def _tree(self, held: Held) -> Any:
@@ -111,7 +112,7 @@ class SnapshotReader:
 
     def _whole(self, choice: Choice, trees: list[Any]) -> dict[str, Any]:
         """Return the state: what isn't cut is that of the first shard, on every rank."""
-        if not self._lies_alike(choice):
+        if not self.lies_alike(choice):
             whole: dict[str, Any] = merged(trees)
             return whole
         (tree,) = trees

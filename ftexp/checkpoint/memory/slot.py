@@ -57,14 +57,14 @@ class Slot:
 
     def seal(self, sequence: int, data_bytes: int, facts: dict[str, Any], outline: bytes) -> bool:
         """Complete a snapshot whose data are there; False, and it stays incomplete, if the rest has no room."""
-        told = json.dumps(facts).encode()
+        encoded = json.dumps(facts).encode()
         rest = PAGE + data_bytes
-        if rest + len(told) + len(outline) > len(self._memory):
+        if rest + len(encoded) + len(outline) > len(self._memory):
             return False
-        self._memory[rest : rest + len(told)] = told
-        self._memory[rest + len(told) : rest + len(told) + len(outline)] = outline
-        numbers = _NUMBERS.pack(sequence, data_bytes, len(told), len(outline))
-        end = rest + len(told) + len(outline)
+        self._memory[rest : rest + len(encoded)] = encoded
+        self._memory[rest + len(encoded) : rest + len(encoded) + len(outline)] = outline
+        numbers = _NUMBERS.pack(sequence, data_bytes, len(encoded), len(outline))
+        end = rest + len(encoded) + len(outline)
         self._memory[: _HEADER.size] = _HEADER.pack(_MAGIC, numbers, _digest(numbers, self._memory[PAGE:end]))
         return True
 

@@ -200,7 +200,7 @@ class Snapshots:
         source = (self.links.node, number)
         for node in self._others:
             copied_from = (*source, self._shard, header.end, room.reserved.slot_bytes)
-            with contextlib.suppress(KeeperLostError):  # one that has no copy is left out
+            with contextlib.suppress(KeeperLostError):  # that node is skipped
                 taken = self.links.call(node, "copy_from", *copied_from, timeout_s=_COPY_S)
                 source = source if taken is None else (node, taken)
 
