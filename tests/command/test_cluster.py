@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ftexp.drilling.report import compare
+from ftexp.drill.report import compare
 from ftexp.rundir.names import CHECKPOINTS
 from ftexp.rundir.sample_ledger import problems, read_updates
 from tests.support.command import Command, RunFolder

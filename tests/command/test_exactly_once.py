@@ -13,7 +13,7 @@ from ftexp.checkpoint.compare import load
 from ftexp.checkpoint.staging import writer
 from ftexp.checkpoint.store import CheckpointStore, locate
 from ftexp.cli.trained_run import load_run_config
-from ftexp.drilling.report import compare
+from ftexp.drill.report import compare
 from ftexp.rundir.sample_ledger import problems, read_updates
 from ftexp.storage.directory import Storage
 from ftexp.storage.lease import LOCK_FILE

@@ -124,7 +124,7 @@ def check(monkeypatch, capsys, tmp_path):
     def run(module, words):
         package = importlib.import_module(f"ftexp.{module}")
         entry = importlib.import_module(f"ftexp.{module}.__main__") if hasattr(package, "__path__") else package
-        entry = importlib.import_module("ftexp.inspecting.command") if module == "data" else entry
+        entry = sys.modules[entry.main.__module__]
         for name, replacement in instead[module].items():
             monkeypatch.setattr(entry, name, replacement)
         monkeypatch.setattr("sys.argv", [module, *words])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from ftexp.cli.exit_codes import EXIT_TERMINATED
-from ftexp.deploying.plan import PORT, Plan
+from ftexp.deploy.plan import PORT, Plan
 
 _CLUSTER = f"""\
 # only who has this job's token may use its Ray; srun hands the environment on

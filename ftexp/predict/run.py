@@ -21,8 +21,8 @@ from ftexp.config.schema import Config
 from ftexp.config.source_names import AS_TRAINED
 from ftexp.driver.resume import require_trained_on
 from ftexp.errors import ConfigError, DataError, RayLostError
-from ftexp.predicting.parts import BAD_FILE, PARTS, PredictionPlan, begin, collect_bad
-from ftexp.predicting.stopping import Stopped, ask_to_stop
+from ftexp.predict.parts import BAD_FILE, PARTS, PredictionPlan, begin, collect_bad
+from ftexp.predict.stopping import Stopped, ask_to_stop
 from ftexp.storage.directory import Storage
 from ftexp.storage.lease import Lease
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from torch import Tensor
 
-    from ftexp.predicting.inputs import Inputs
+    from ftexp.predict.inputs import Inputs
 
 _MAX_BAD_SHOWN = 10
 _COLUMNS = ("image_column", "label_column", "label_separator", "target_columns")
@@ -89,7 +89,7 @@ def run_session(request: Request, workers: Workers) -> None:
     config = request.config
     lease = Lease.take(request.out, key="out")
     hot_start = HotStart(config.scaling, workers.num_threads)
-    importing = import_meanwhile("ftexp.predicting.pipeline")
+    importing = import_meanwhile("ftexp.predict.pipeline")
     asked: list[KeyboardInterrupt] = []
     running = None
 
@@ -116,9 +116,9 @@ def _predict(request: Request, workers: Workers) -> None:
     from rich.console import Console
 
     from ftexp.data.shared import Shared
-    from ftexp.predicting.inputs import find_inputs
-    from ftexp.predicting.pipeline import PredictionJob
-    from ftexp.predicting.progress import ImageProgress
+    from ftexp.predict.inputs import find_inputs
+    from ftexp.predict.pipeline import PredictionJob
+    from ftexp.predict.progress import ImageProgress
     from ftexp.registry import load_plugins
 
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)

@@ -28,7 +28,7 @@ from ftexp.config.fields import choice, ranged
 from ftexp.config.schema import AUTO, MULTI_LABEL, TTA, Config, ScalingConfig
 from ftexp.config.source_names import AS_TRAINED
 from ftexp.errors import ConfigError
-from ftexp.evaluating.printing import print_result
+from ftexp.evaluate.printing import print_result
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -163,7 +163,7 @@ def evaluate(config: EvaluateConfig, other: Config | None = None) -> dict[str, A
     from ftexp.cluster.ray_cluster import private_ray
 
     with private_ray(run_config) as run_config:
-        from ftexp.evaluating.measure import measure  # it imports torch and Ray Data
+        from ftexp.evaluate.measure import measure  # it imports torch and Ray Data
 
         return measure(config, run_config, storage, is_other=other is not None)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ftexp.config.versions import package_versions
-from ftexp.deploying.plan import MOUNT, USER_ID
+from ftexp.deploy.plan import MOUNT, USER_ID
 
 
 def dockerfile() -> str:

@@ -23,7 +23,7 @@ from ftexp.config.schema import SINGLE_LABEL
 from ftexp.data.info import BadSample
 from ftexp.data.order import Int64s
 from ftexp.errors import ConfigError, StorageError
-from ftexp.predicting.answers import AnswerColumns, answers_of, surest_classes
+from ftexp.predict.answers import AnswerColumns, answers_of, surest_classes
 from ftexp.storage.directory import Storage
 
 if TYPE_CHECKING:

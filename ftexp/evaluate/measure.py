@@ -37,7 +37,7 @@ from ftexp.rundir.state import read_state
 from ftexp.storage.append_log import finite
 
 if TYPE_CHECKING:
-    from ftexp.evaluate import EvaluateConfig
+    from ftexp.evaluate.command import EvaluateConfig
     from ftexp.storage.directory import Storage
 
 

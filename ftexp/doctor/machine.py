@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ftexp.config.machine import num_local_gpus, ray_problem
 from ftexp.config.schema import Config
-from ftexp.diagnosing.finding import Finding, fails, not_here, ok, warning
+from ftexp.doctor.finding import Finding, fails, not_here, ok, warning
 
 _SHARED_MEMORY = Path("/dev/shm")
 _RAYS_SHARE = 0.3  # of the memory, that Ray's object store takes by default

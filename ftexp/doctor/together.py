@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 from ftexp.config.masking import masked
 from ftexp.config.schema import Config
-from ftexp.diagnosing.finding import Finding, fails, not_here, ok, warning
-from ftexp.diagnosing.model_size import ModelSize
+from ftexp.doctor.finding import Finding, fails, not_here, ok, warning
+from ftexp.doctor.model_size import ModelSize
 
 if TYPE_CHECKING:
     from ftexp.cluster.resources import Workers
-    from ftexp.diagnosing.ranks import RankFacts
+    from ftexp.doctor.ranks import RankFacts
     from ftexp.storage.directory import Storage
 
 _SLOW_EXCHANGE_S = 0.5  # of all gradients, once a step
@@ -27,7 +27,7 @@ def measured(config: Config, workers: Workers, storage: Storage) -> list[RankFac
 
     from ftexp.cluster import ray_private
     from ftexp.cluster.ray_cluster import leave_ray, start_ray
-    from ftexp.diagnosing.ranks import RankFacts, measure
+    from ftexp.doctor.ranks import RankFacts, measure
 
     running = start_ray(config, decodes=False)
     try:
@@ -110,7 +110,7 @@ def _odd_one(facts: Sequence[RankFacts], device: str) -> RankFacts:
 
 def all_reduce(facts: Sequence[RankFacts], size: ModelSize | None) -> Finding:
     """Judge the network by the time that a step's gradients would take."""
-    from ftexp.diagnosing.ranks import all_reduce_rate
+    from ftexp.doctor.ranks import all_reduce_rate
 
     check = "all-reduce"
     if len(facts) == 1:

@@ -18,10 +18,10 @@ from ftexp.data.feeds.decoding import decode_samples, decoding
 from ftexp.data.info import IndexedSplit
 from ftexp.data.order import Int64s
 from ftexp.data.shared import Shared
-from ftexp.predicting.answers import answered
-from ftexp.predicting.inputs import Inputs
-from ftexp.predicting.parts import PredictionPlan, WritePart
-from ftexp.predicting.stopping import StopWhenAsked
+from ftexp.predict.answers import answered
+from ftexp.predict.inputs import Inputs
+from ftexp.predict.parts import PredictionPlan, WritePart
+from ftexp.predict.stopping import StopWhenAsked
 from ftexp.storage.directory import Storage
 
 _UNIT_ROWS, _UNIT_BYTES = 256, 32 * 2**20  # of what one task decodes; a smaller task costs more than it does

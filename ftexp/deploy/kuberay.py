@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from ftexp.config.versions import package_versions
-from ftexp.deploying.as_yaml import as_yaml
-from ftexp.deploying.plan import KUEUE, MOUNT, USER_ID, Plan
+from ftexp.deploy.as_yaml import as_yaml
+from ftexp.deploy.plan import KUEUE, MOUNT, USER_ID, Plan
 
 _HEAD_CPUS, _HEAD_GB = 2, 8
 _SHARED_MEMORY_SHARE = 0.3  # of a pod's memory, for Ray's object store

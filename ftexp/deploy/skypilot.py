@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from ftexp.cli.exit_codes import EXIT_TERMINATED
-from ftexp.deploying.as_yaml import as_yaml
-from ftexp.deploying.plan import PORT, Plan
+from ftexp.deploy.as_yaml import as_yaml
+from ftexp.deploy.plan import PORT, Plan
 
 _MAX_RESTARTS_ON_ERRORS = 3
 TOKEN = "RAY_AUTH_TOKEN"  # of the nodes' own Ray; given when the job is launched, so that no file holds it

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from ftexp.data.cropping import Fit
     from ftexp.data.decoder import Decoding
     from ftexp.data.info import DataInfo
-    from ftexp.exporting.checking import Difference, Samples
+    from ftexp.export.checking import Difference, Samples
     from ftexp.storage.directory import Storage
 
 _ABOUT_FILE = "export.json"
@@ -118,7 +118,7 @@ def _samples(run: SavedRun, num_samples: int) -> Samples:
     from ftexp.cluster.ray_cluster import private_ray
 
     with private_ray(run.config):
-        from ftexp.exporting.checking import samples_of
+        from ftexp.export.checking import samples_of
         from ftexp.registry import load_plugins
 
         load_plugins(run.config.plugins)
@@ -136,8 +136,8 @@ def _export(
 ) -> dict[str, Any]:
     import torch
 
-    from ftexp.exporting.checking import compare
-    from ftexp.exporting.formats import answers, formats
+    from ftexp.export.checking import compare
+    from ftexp.export.formats import answers, formats
     from ftexp.model.build import as_logits
 
     model = run.model(weights)

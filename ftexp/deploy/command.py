@@ -31,7 +31,7 @@ from ftexp.cli.parse import parse_words
 from ftexp.config.checks.validate import validate
 from ftexp.config.fields import field_problems
 from ftexp.config.schema import Config
-from ftexp.deploying.plan import (
+from ftexp.deploy.plan import (
     KINDS,
     KUBERAY,
     KUEUE,
@@ -117,7 +117,7 @@ def deploy(kind: str, own: DeployConfig, overrides: list[str], config: Config) -
 
 def _files(plan: Plan) -> dict[str, str]:
     """Return the content of each file."""
-    from ftexp.deploying import dockerfile, kuberay, skypilot, slurm
+    from ftexp.deploy import dockerfile, kuberay, skypilot, slurm
 
     if plan.kind == SLURM:
         return {"train.sbatch": slurm.script(plan)}

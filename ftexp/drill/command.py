@@ -40,7 +40,7 @@ from ftexp.storage.lease import unused_name
 from ftexp.wire.messages import MEMORY, STORAGE
 
 if TYPE_CHECKING:
-    from ftexp.drilling.report import DrillReport
+    from ftexp.drill.report import DrillReport
     from ftexp.storage.directory import Storage
 
 _KILLED = -9
@@ -129,7 +129,7 @@ def drill(config: Config, own: DrillConfig, overrides: list[str]) -> bool:
             with_faults, failure=dataclasses.replace(config.failure, memory_every_steps=1)
         )
     validate(with_faults)
-    from ftexp.drilling.report import compare
+    from ftexp.drill.report import compare
     from ftexp.storage.directory import Storage
 
     name = f"drill_{unused_name()}"

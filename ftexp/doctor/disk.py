@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ftexp.config.masking import masked
 from ftexp.config.schema import Config
-from ftexp.diagnosing.finding import Finding, fails, not_here, ok, warning
+from ftexp.doctor.finding import Finding, fails, not_here, ok, warning
 from ftexp.errors import ConfigError
 from ftexp.storage.directory import Storage, Writer
 

@@ -8,7 +8,7 @@ import time
 from ftexp.config.machine import usable_cpus
 from ftexp.config.schema import Config
 from ftexp.config.source_names import can_stream
-from ftexp.diagnosing.finding import Finding, fails, not_here, ok
+from ftexp.doctor.finding import Finding, fails, not_here, ok
 
 _SIZE = (500, 375)  # pixels of an average image of ImageNet
 _SECONDS = 1.0

@@ -15,8 +15,8 @@ from ftexp.config.source_names import can_stream
 from ftexp.data.feeds.decoding import decode_samples
 from ftexp.data.sources.arrays import UInt8s
 from ftexp.errors import DataError
-from ftexp.exporting.formats import Answer
-from ftexp.predicting.inputs import find_inputs
+from ftexp.export.formats import Answer
+from ftexp.predict.inputs import find_inputs
 
 NOISE = "noise"
 

@@ -175,7 +175,7 @@ def predict(composed: Config, own: PredictConfig, run: SavedRun, chosen: bool, w
     out = Storage.at(own.out) if own.out is not None else _default_out(run, data, split, own)
     out.require_writable("out")
     prepare_environment(config)
-    from ftexp.predicting.command import Request, run_session
+    from ftexp.predict.run import Request, run_session
 
     settings = own.predict
     shape = (settings.batch_size, settings.part_rows, settings.format)

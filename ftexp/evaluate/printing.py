@@ -20,7 +20,7 @@ def _number(value: Any) -> str:
 
 
 def print_result(result: dict[str, Any]) -> None:
-    """Print what `ftexp.evaluating.measure.measure` returned."""
+    """Print what `ftexp.evaluate.measure.measure` returned."""
     console = Console(highlight=False)
     console.print(
         f"{result['checkpoint']} (epoch {result['epoch']}) on {result['num_samples']} {result['split']} samples"

@@ -21,8 +21,8 @@ from ftexp.config.schema import Config
 from ftexp.errors import ConfigError
 
 if TYPE_CHECKING:
-    from ftexp.diagnosing.finding import Finding
-    from ftexp.diagnosing.model_size import ModelSize
+    from ftexp.doctor.finding import Finding
+    from ftexp.doctor.model_size import ModelSize
 
 
 def main() -> None:
@@ -44,7 +44,7 @@ def diagnose(config: Config) -> bool:
     validate(config)
     from rich.console import Console
 
-    from ftexp.diagnosing.finding import Verdict, print_table
+    from ftexp.doctor.finding import Verdict, print_table
 
     plain = not sys.stdout.isatty()
     console = Console(highlight=False, width=200 if plain else None)
@@ -56,10 +56,10 @@ def diagnose(config: Config) -> bool:
 
 def examine(config: Config) -> list[Finding]:
     """Make all checks, the quick ones first."""
-    from ftexp.diagnosing.decoding import decode_rate
-    from ftexp.diagnosing.disk import storage_checks
-    from ftexp.diagnosing.finding import Verdict, not_here
-    from ftexp.diagnosing.machine import gpus, open_files, ray_directory, shared_memory, versions
+    from ftexp.doctor.decoding import decode_rate
+    from ftexp.doctor.disk import storage_checks
+    from ftexp.doctor.finding import Verdict, not_here
+    from ftexp.doctor.machine import gpus, open_files, ray_directory, shared_memory, versions
 
     findings = [versions(), gpus(config), shared_memory(), open_files(), ray_directory(config)]
     size, of_model = _size(config)
@@ -74,11 +74,11 @@ def examine(config: Config) -> list[Finding]:
 def _size(config: Config) -> tuple[ModelSize | None, Finding]:
     """Return how large the model is, None if it can't be built, and a finding about that."""
     from ftexp.cluster.ray_cluster import prepare_environment
-    from ftexp.diagnosing.finding import fails, ok
+    from ftexp.doctor.finding import fails, ok
 
     with contextlib.suppress(ConfigError):  # the check of Ray's directory says so
         prepare_environment(config)  # before a plug-in imports Ray
-    from ftexp.diagnosing.model_size import model_size
+    from ftexp.doctor.model_size import model_size
 
     try:
         size = model_size(config)
@@ -90,9 +90,9 @@ def _size(config: Config) -> tuple[ModelSize | None, Finding]:
 
 def _together(config: Config, size: ModelSize | None) -> list[Finding]:
     from ftexp.cluster.resources import decide_workers, spare_of
-    from ftexp.diagnosing.disk import probed
-    from ftexp.diagnosing.finding import fails
-    from ftexp.diagnosing.together import together
+    from ftexp.doctor.disk import probed
+    from ftexp.doctor.finding import fails
+    from ftexp.doctor.together import together
 
     try:
         workers = decide_workers(config.scaling, spare=spare_of(config))
