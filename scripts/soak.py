@@ -27,7 +27,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ftexp.drilling.report import compare
+from ftexp.drill.report import compare
 from ftexp.rundir.sample_ledger import read_updates
 from ftexp.storage.directory import Storage
 
