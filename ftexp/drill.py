@@ -170,11 +170,11 @@ def _broken_words(config: Config, own: DrillConfig, total_steps: int) -> list[st
     return words
 
 
-def _run(words: list[str], name: str, most_starts: int, folder: Storage) -> int:
+def _run(words: list[str], name: str, max_starts: int, folder: Storage) -> int:
     """Run the command, again if it is killed; returns the last exit code."""
     command = [sys.executable, "-m", "ftexp.train", *words, f"run.name={name}"]
     code = _KILLED
-    for _ in range(most_starts):
+    for _ in range(max_starts):
         code = _run_once(command, _log(folder, name))
         if code != _KILLED:
             break

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 UNTAUGHT, TAUGHT = "untaught", "taught"
-LEAST_GAIN = 0.0  # of mean test accuracy
+MIN_GAIN = 0.0  # of mean test accuracy
 
 
 def main() -> None:
@@ -78,7 +78,7 @@ def report(console: Console, results: dict[str, list[dict[str, float]]], teacher
     table.add_row("the teacher", f"{teacher:.4f}")
     console.print(table)
     means = {side: statistics.mean(one["test_accuracy"] for one in runs) for side, runs in results.items()}
-    return print_targets(console, [("gain in mean accuracy", means[TAUGHT] - means[UNTAUGHT], LEAST_GAIN, True)], 4)
+    return print_targets(console, [("gain in mean accuracy", means[TAUGHT] - means[UNTAUGHT], MIN_GAIN, True)], 4)
 
 
 if __name__ == "__main__":

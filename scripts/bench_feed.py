@@ -322,7 +322,7 @@ def measure_first_batches(folder: Path, num_files: int, rounds: int) -> dict[str
 
 def measure_memory(folder: Path) -> dict[str, float]:
     """The most memory that all processes held during an epoch of the data, and of ten times the data; MiB."""
-    most = {}
+    peaks = {}
     for times in (1, 10):
         root, num_files = folder / f"times_{times}", times * 2000
         write_photos(root, num_files, size=SETS[SMALL][0])
@@ -334,8 +334,8 @@ def measure_memory(folder: Path) -> dict[str, float]:
                 next(batches)
                 if number % 4 == 0:
                     held.append(memory_mib())
-        most[f"{num_files:,} images"] = max(held)
-    return most
+        peaks[f"{num_files:,} images"] = max(held)
+    return peaks
 
 
 def report(console: Console, results: Results) -> list[str]:
@@ -355,8 +355,8 @@ def report(console: Console, results: Results) -> list[str]:
         apart = (max(medians) - min(medians)) / spread
         checks.append(("first batch: slowest position less fastest, in spreads", apart, 1.0, False))
     if results.memory_mib:
-        told = ", ".join(f"{value:,.0f} MiB over {name}" for name, value in results.memory_mib.items())
-        console.print(f"most memory: {told}")
+        text = ", ".join(f"{value:,.0f} MiB over {name}" for name, value in results.memory_mib.items())
+        console.print(f"most memory: {text}")
         one, ten = results.memory_mib.values()
         checks.append(("memory: 10 times the data : 1 time", ten / one, 1.1, False))
     return print_targets(console, checks)

@@ -191,7 +191,9 @@ def report(console: Console, results: dict[str, list[dict[str, float]]], starts:
     console.print(table)
     recovery = medians["recovery_s"]
     sides = ((TUTORIAL, 0.35), (TORCHRUN, 0.75))
-    checks = [(f"recovery, ftexp : {side}", recovery[FTEXP] / recovery[side], most, False) for side, most in sides]
+    checks = [
+        (f"recovery, ftexp : {side}", recovery[FTEXP] / recovery[side], maximum, False) for side, maximum in sides
+    ]
     replayed = max(run.get("steps_replayed", 0) for run in results[MEMORY])
     checks += [
         ("recovery from memory, s", recovery[MEMORY], 1.5, False),

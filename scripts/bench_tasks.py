@@ -74,8 +74,8 @@ def _print(console: Console, results: dict[str, list[dict[str, float]]]) -> None
     for run, rows in results.items():
         for figure in rows[0]:
             values = [row[figure] for row in rows]
-            told = ", ".join(f"{value:.3f}" for value in values)
-            table.add_row(run, figure, f"{statistics.mean(values):.3f}", told)
+            listed = ", ".join(f"{value:.3f}" for value in values)
+            table.add_row(run, figure, f"{statistics.mean(values):.3f}", listed)
     console.print(table)
 
 

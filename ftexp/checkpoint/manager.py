@@ -212,8 +212,8 @@ class CheckpointManager:
         run, lineage = self._run, self._run.lineage
         reader = SnapshotReader(self._links, self._group, self._cut_place)
         reader.find()
-        least_step = newest.step if newest is not None else 0
-        found = reader.read(lineage, run.name, sha256_of(run.fingerprint), least_step)
+        min_step = newest.step if newest is not None else 0
+        found = reader.read(lineage, run.name, sha256_of(run.fingerprint), min_step)
         if found is None:
             return None
         choice, state = found

@@ -43,10 +43,12 @@ class Excluded:
         return f"{self.count:,} entr{'ies' if self.count > 1 else 'y'}: {self.reason} ({such})"
 
 
-def reasons(excluded: Sequence[Excluded], bad: Sequence[BadSample], most: int = 10) -> str:
+def reasons(excluded: Sequence[Excluded], bad: Sequence[BadSample], max_shown: int = 10) -> str:
     """Return why entries of a source are no samples: a line each, begun by a newline, for the end of an error."""
-    lines = [f"excluded {rule}" for rule in excluded] + [f"{sample.where}: {sample.reason}" for sample in bad[:most]]
-    more = [f"and {len(bad) - most:,} more"] if len(bad) > most else []
+    lines = [f"excluded {rule}" for rule in excluded] + [
+        f"{sample.where}: {sample.reason}" for sample in bad[:max_shown]
+    ]
+    more = [f"and {len(bad) - max_shown:,} more"] if len(bad) > max_shown else []
     return "".join(f"\n{line}" for line in [*lines, *more])
 
 

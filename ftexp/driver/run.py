@@ -123,12 +123,12 @@ def _with_preprocessing(config: Config, overrides: list[str] | None, run_dir: St
     if overrides is None:
         return config
     made = with_preprocessing(config, overrides, values)
-    if told := [
+    if replaced := [
         f"data.{name}={getattr(made.data, name)} instead of {getattr(config.data, name)}"
         for name in PREPROCESSING
         if getattr(made.data, name) != getattr(config.data, name)
     ]:
-        print(f"ftexp: {', '.join(told)}: {origin}", file=sys.stderr)
+        print(f"ftexp: {', '.join(replaced)}: {origin}", file=sys.stderr)
     return made
 
 

@@ -99,16 +99,16 @@ class Supervisor:
         """The answer to a worker that starts although the run was given up: Ray's controller doesn't wait for us."""
         if self._decider.given_up is None and self._decider.leaving:
             # the end that was announced: Ray asks no callback then
-            self._failed(as_death(find_cause({}), self._record.died_rank), told_late=True)
+            self._failed(as_death(find_cause({}), self._record.died_rank), reported_late=True)
         return Stop(str(self._decider.given_up)) if self._decider.given_up is not None else None
 
-    def _failed(self, cause: Cause, told_late: bool = False) -> Retry | Stop:
-        """Decide, record and print; the answer is the controller's. `told_late`: Ray knew when it began."""
+    def _failed(self, cause: Cause, reported_late: bool = False) -> Retry | Stop:
+        """Decide, record and print; the answer is the controller's. `reported_late`: Ray knew when it began."""
         if self._decider.given_up is not None:  # by workers that were told to stop
             return Stop(str(self._decider.given_up))
         cause, decision = self._decider.decide(cause)
         self.group.failed()
-        failure = self._record.fail(decision.cause, cause.rank, cause.error, decision.reason, told_late)
+        failure = self._record.fail(decision.cause, cause.rank, cause.error, decision.reason, reported_late)
         raised = self._printer.failure(failure)
         self._note_nccl(failure.attempt)
         if decision.action is not Action.STOP:

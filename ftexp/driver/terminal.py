@@ -86,8 +86,8 @@ class Terminal:
         if data.bad_samples:
             first = f"{data.bad_samples[0].where}: {data.bad_samples[0].reason}"
             what = "sample" if len(data.bad_samples) == 1 else "samples"
-            told = f"{len(data.bad_samples)} {what} that can't be read (the first: {first}); see events.jsonl"
-            self.say(f"{'skipped':<9}{told}", "yellow")
+            text = f"{len(data.bad_samples)} {what} that can't be read (the first: {first}); see events.jsonl"
+            self.say(f"{'skipped':<9}{text}", "yellow")
 
     def changed(self, lines: Sequence[str]) -> None:
         """Print what is different from the run's last invocation."""

@@ -45,8 +45,8 @@ def print_result(result: dict[str, Any]) -> None:
     for row in rows:
         table.add_row(*(_number(row[column]) for column in columns))
     console.print(table)
-    told = f"written to {result['written']}" if "written" in result else f"! not written to {result['not_written']}"
-    console.print(told, markup=False, soft_wrap=True)
+    outcome = f"written to {result['written']}" if "written" in result else f"! not written to {result['not_written']}"
+    console.print(outcome, markup=False, soft_wrap=True)
 
 
 def _of_classes(result: dict[str, Any]) -> Iterator[str]:

@@ -110,11 +110,11 @@ def _by_budgets(kind: str, step: int, progressed: bool, past: Sequence[Past], co
         parts.append(f"{kind} {own_count} of {own_limit} allowed")
         exceeded = exceeded or own_count > own_limit
     stuck = 0 if progressed else 1 + _num_stuck(past)
-    most_stuck = config.max_failures_without_progress
+    max_stuck = config.max_failures_without_progress
     if stuck:
-        allowed = "" if most_stuck < 0 else f" of {most_stuck} allowed"
+        allowed = "" if max_stuck < 0 else f" of {max_stuck} allowed"
         parts.append(f"{stuck}{allowed} in a row without a new step")
-    exceeded = exceeded or 0 <= most_stuck < stuck
+    exceeded = exceeded or 0 <= max_stuck < stuck
     arithmetic = ", ".join(parts)
     if exceeded:
         return Decision(Action.STOP, f"{arithmetic}: stopping", kind)

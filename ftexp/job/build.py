@@ -246,12 +246,12 @@ def _as_it_is(model: nn.Module) -> nn.Module:
 def _rows(spec: JobSpec, streams: dict[str, IndexedSplit], channel: Channel, group: ProcessGroup) -> dict[str, Rows]:
     """Each split's rows: streamed if they are among `streams`, else cached."""
     data = spec.config.data
-    told: set[str] = set()
+    logged: set[str] = set()
 
     def on_bad(samples: list[BadSample]) -> None:
         refuse_bad(data, samples)
-        if new := [sample for sample in samples if sample.where not in told]:
-            told.update(sample.where for sample in new)
+        if new := [sample for sample in samples if sample.where not in logged]:
+            logged.update(sample.where for sample in new)
             channel.send(Happened(events.BadSamples(len(new), [vars(sample) for sample in new])))
 
     def on_slow(seconds: float) -> None:

@@ -109,11 +109,11 @@ class PredictionJob:
         """Make these parts; yields the number of each, once it is written, with how many images in it are bad."""
         answer_bytes = 12 * self.plan.top_k
         row_bytes = self.run.info.image_size**2 * self.run.info.channels + answer_bytes + _ROW_EXTRA_BYTES
-        most_rows = max(self.batch_size, min(_UNIT_ROWS, _UNIT_BYTES // row_bytes))
+        max_rows = max(self.batch_size, min(_UNIT_ROWS, _UNIT_BYTES // row_bytes))
         waiting: list[Int64s] = []
         for part in parts:
             samples = self.plan.samples(part)
-            waiting += np.array_split(samples, -(-len(samples) // most_rows))
+            waiting += np.array_split(samples, -(-len(samples) // max_rows))
             if len(waiting) >= _DATASET_UNITS or part == parts[-1]:
                 yield from self._write_units(waiting, row_bytes)
                 waiting = []

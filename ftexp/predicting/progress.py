@@ -16,7 +16,7 @@ class ImageProgress:
 
     def __init__(self, console: Console, total: int) -> None:
         self._console, self._total, self._done = console, total, 0
-        self._began = self._told = time.monotonic()
+        self._began = self._printed = time.monotonic()
         self._bar: Progress | None = None
         self._task = TaskID(0)
         if console.is_terminal and total:
@@ -38,8 +38,8 @@ class ImageProgress:
         now = time.monotonic()
         if self._bar is not None:
             self._bar.update(self._task, completed=self._done, description=str(self))
-        elif now - self._told >= _LINE_EVERY_S and self._done < self._total:
-            self._told = now
+        elif now - self._printed >= _LINE_EVERY_S and self._done < self._total:
+            self._printed = now
             self._console.print(str(self), markup=False, soft_wrap=True)
 
     @property

@@ -205,10 +205,10 @@ def _strips(found: Sequence[tuple[float, float, str, float]]) -> list[tuple[floa
             strips[-1][3].append((role, seconds))
         else:
             strips.append((x, right, role, [(role, seconds)]))
-    return [(x, right, *_told(inside)) for x, right, _, inside in strips]
+    return [(x, right, *_summary(inside)) for x, right, _, inside in strips]
 
 
-def _told(inside: list[tuple[str, float]]) -> tuple[str, str]:
+def _summary(inside: list[tuple[str, float]]) -> tuple[str, str]:
     """Return the role that took most, and a title."""
     total = sum(seconds for _, seconds in inside)
     role = max(inside, key=lambda one: one[1])[0]

@@ -98,8 +98,13 @@ class Report:
         state, model = self._state, self.run.config.get("model", {}).get("name", "")
         parameters = state.get("model", {}).get("num_parameters")
         began = minute(state["started"]) if "started" in state else ""
-        told = (model, f"{parameters:,} parameters" if parameters else "", state.get("data", {}).get("name", ""), began)
-        return " · ".join(str(part) for part in told if part)
+        facts = (
+            model,
+            f"{parameters:,} parameters" if parameters else "",
+            state.get("data", {}).get("name", ""),
+            began,
+        )
+        return " · ".join(str(part) for part in facts if part)
 
     def _numbers(self) -> Iterator[tuple[str, str, str]]:
         """Yield (title, value, what stands below) of the headline."""

@@ -65,14 +65,14 @@ class SweepReport:
             failed=[row for row in trials if row[1].trial.error is not None],
             charts=self.charts,
             narrow=dict(self._charts(None)),
-            most=_MAX_LINES,
+            max_lines=_MAX_LINES,
         )
 
     def _numbers(self, counts: Counter[str]) -> Iterator[tuple[str, str, str]]:
         best = self._lines[0] if self._lines and self._lines[0].finished else None
         if best is not None and best.score is not None:
-            told = ", ".join(f"{key}={value}" for key, value in best.values.items())
-            yield f"best {self._record.metric}", f"{best.score:.4f}", cut(told, 120)
+            values = ", ".join(f"{key}={value}" for key, value in best.values.items())
+            yield f"best {self._record.metric}", f"{best.score:.4f}", cut(values, 120)
         others = ", ".join(f"{number:,} {status}" for status, number in counts.items() if status != FINISHED)
         yield "trials", f"{len(self._ordered):,}", others or "all finished"
         states = [each.state for each in self._ordered if each.state is not None]

@@ -169,8 +169,13 @@ class RunRecord:
         if self.problem is not None:
             raise StorageError(f"the records of {self.storage.uri} can't be written: {self.problem}; make room there")
 
-    def fail(self, cause: str, rank: int | None, error: str, decision: str = "", told_late: bool = False) -> Failure:
-        """Record that the current attempt's worker group failed. `told_late`: Ray knew when the first process ended."""
+    def fail(
+        self, cause: str, rank: int | None, error: str, decision: str = "", reported_late: bool = False
+    ) -> Failure:
+        """Record that the current attempt's worker group failed.
+
+        reported_late: Ray knew when the first process ended.
+        """
         progressed = self.clock.has_progressed
         failure = Failure(
             attempt=self.state.attempts,
@@ -181,7 +186,7 @@ class RunRecord:
             decision=decision,
             step=self.state.step,
             error=error,
-            seconds_to_detect=self.clock.failed(told_late),
+            seconds_to_detect=self.clock.failed(reported_late),
         )
         self.state.failures.append(failure)
         self.died_rank = None

@@ -61,12 +61,12 @@ class Hub:
         Channels that are opened after a `Stop` are sent one as well.
         """
         with self._lock:
-            told, self._stopping = 0, self._stopping or isinstance(message, Stop)
+            num_sent, self._stopping = 0, self._stopping or isinstance(message, Stop)
             for connection in self._open:
                 with contextlib.suppress(OSError):  # died since
                     _send(connection, message)
-                    told += 1
-            return told
+                    num_sent += 1
+            return num_sent
 
     def close(self) -> None:
         """Stop listening; no message is handled after this returns. Open channels end with their processes."""

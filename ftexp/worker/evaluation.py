@@ -78,12 +78,12 @@ def _batch_size(job: Job) -> int:
 def _idle_batches(job: Job, split: str, size: int) -> list[Tensor]:
     """Images for a rank that has fewer batches of `size` rows than rank 0: all gather a sharded model equally often."""
     group, info, num_rows = job.group, job.info, len(job.data.rows[split])
-    most, own = (
+    max_batches, own = (
         math.ceil((last - first) / size)
         for first, last in (even_part(0, num_rows, rank, group.world_size) for rank in (0, group.rank))
     )
     image = torch.zeros((1, info.channels, info.image_size, info.image_size), device=group.device)
-    return [image] * (most - own)
+    return [image] * (max_batches - own)
 
 
 def test(job: Job, run_dir: Storage) -> None:

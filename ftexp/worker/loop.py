@@ -71,7 +71,7 @@ def _train(job: Job, run_dir: Storage) -> dict[str, float] | None:
     try:
         begin(job, store, checkpoints)
         with watchdog.during(EVALUATION):
-            settle(job, most=1)  # a run that was stopped while it waited has two
+            settle(job, max_pending=1)  # a run that was stopped while it waited has two
         run_steps(job, batches, checkpoints, watchdog, chaos)
         has_ended = progress.finished and not progress.pending
         if has_ended:

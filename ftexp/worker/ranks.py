@@ -103,8 +103,8 @@ class RankTimes:
             self._report(events.Straggler(slow.rank, OWN[slow.part], ratio, own_ms, usual_ms, step))
         for rank in ended:
             self._report(events.StragglerOver(rank, step))
-        most = max(of_ranks)
-        return dict(zip(RANKS, (min(of_ranks), usual, most, of_ranks.index(most)), strict=True))
+        highest = max(of_ranks)
+        return dict(zip(RANKS, (min(of_ranks), usual, highest, of_ranks.index(highest)), strict=True))
 
     def _report(self, event: events.Straggler | events.StragglerOver) -> None:
         self._job.channel.send(Happened(event))

@@ -303,8 +303,8 @@ def held(node="a", shard="0/1", step=10, attempt=1, slot=0, sequence=1, run="x",
     return Held(node, shard, slot, sequence, 100, step, attempt, run, fingerprint)
 
 
-def chosen(*found, limits=None, least_step=0):
-    choice = choose(found, {1: None} if limits is None else limits, "x", "f", least_step)
+def chosen(*found, limits=None, min_step=0):
+    choice = choose(found, {1: None} if limits is None else limits, "x", "f", min_step)
     return None if choice is None else (choice.step, choice.attempt)
 
 
@@ -322,8 +322,8 @@ def test_what_is_no_ancestor_of_the_run_is_not_chosen():
     assert chosen(held(attempt=2)) is None
     assert chosen(held(step=10), held(step=15), limits={1: 12}) == (10, 1)
     assert chosen(held(step=10, attempt=1), held(step=9, attempt=2), limits={1: 8, 2: None}) == (9, 2)
-    assert chosen(held(step=10), least_step=10) == (10, 1)
-    assert chosen(held(step=10), least_step=11) is None
+    assert chosen(held(step=10), min_step=10) == (10, 1)
+    assert chosen(held(step=10), min_step=11) is None
 
 
 def test_a_node_reads_its_own_copy_or_the_newest_written():

@@ -200,7 +200,7 @@ def test_a_run_that_is_to_stop_while_it_waits_ends_at_this_step():
     job.progress.step, job.progress.epoch = 8, 2
     assert not validate(job)
     job.channel.note_evaluated(found(4, FIRST, 0.5))
-    assert settle(job, most=1)
+    assert settle(job, max_pending=1)
     assert job.progress.pending == [Pending(8, 2, SECOND)]
     assert job.progress.best["step"] == 4
 

@@ -81,7 +81,7 @@ class Runner:
     next_process: Callable[[], TrialProcess | None] = lambda: None  # another, once there is room for it
     min_needs: dict[str, float] = field(default_factory=dict)  # of such a process, at least
     lost: Callable[[], str | None] = lambda: None  # why the trials' Ray is no more, if it isn't
-    _num_told: int = 0
+    _num_passed: int = 0
     _kill_at: float = float("inf")
 
     def run(self) -> None:
@@ -175,8 +175,8 @@ class Runner:
         assert process.popen.stdin is not None
         process.popen.stdin.close()
         process.popen = None
-        told_to_end = (EXIT_INTERRUPTED, EXIT_TERMINATED, -signal.SIGINT, -signal.SIGTERM, -signal.SIGKILL)
-        was_ended = code < 0 or code in told_to_end  # by a signal, from here or from elsewhere
+        of_ended = (EXIT_INTERRUPTED, EXIT_TERMINATED, -signal.SIGINT, -signal.SIGTERM, -signal.SIGKILL)
+        was_ended = code < 0 or code in of_ended  # by a signal, from here or from elsewhere
         stopped_early = process.trial.stopped_at is not None and was_ended
         if code != 0 and not stopped_early:
             process.trial.stopped_at = None  # it failed, or was killed, before it heard of it
@@ -184,7 +184,7 @@ class Runner:
             self._set(process, FINISHED)
         elif stopped_early:
             self._set(process, STOPPED)
-        elif self.asked and code in told_to_end:
+        elif self.asked and code in of_ended:
             self._set(process, INTERRUPTED)
         elif was_ended and process.num_starts <= self._restarts(process):
             self._set(process, WAITING)  # somebody ended its driver: it resumes, as the command would
@@ -201,13 +201,13 @@ class Runner:
 
     def _pass_signals_on(self) -> None:
         """Pass every signal to every trial: the first asks for a final checkpoint, the second ends them immediately."""
-        for interrupt in self.asked[self._num_told :]:
+        for interrupt in self.asked[self._num_passed :]:
             number = signal.SIGTERM if isinstance(interrupt, Terminated) else signal.SIGINT
             for process in self._running():
                 assert process.popen is not None
                 process.popen.send_signal(number)
             self._kill_at = min(self._kill_at, time.monotonic() + _END_WITHIN_S)
-        self._num_told = len(self.asked)
+        self._num_passed = len(self.asked)
         if time.monotonic() > self._kill_at:
             self._kill_all()
 
