@@ -95,14 +95,14 @@ def _by_budgets(kind: str, step: int, progressed: bool, past: Sequence[Past], co
     parts = []
     if kind == PREEMPTION:
         count, limit = sum(failure.cause == PREEMPTION for failure in past) + 1, config.max_preemption_failures
-        parts.append(f"preemption {count} of {_shown(limit)}, not charged to failure.max_failures")
+        parts.append(f"preemption {count}{_shown(limit)}, not charged to failure.max_failures")
     elif kind == RAY:
         count, limit = sum(failure.cause == RAY for failure in recent) + 1, config.max_ray_failures
-        parts.append(f"new Ray {count} of {_shown(limit)}, not charged to failure.max_failures")
+        parts.append(f"new Ray {count}{_shown(limit)}, not charged to failure.max_failures")
     else:
         count, limit = len(charged) + 1, config.max_failures
         since = f" in the last {refill} steps" if refill is not None else ""
-        parts.append(f"failure {count} of {_shown(limit)}{since}")
+        parts.append(f"failure {count}{_shown(limit)}{since}")
     exceeded = 0 <= limit < count
     own_limit = config.max_by_cause.get(kind)
     if own_limit is not None:
@@ -131,4 +131,4 @@ def _num_stuck(past: Sequence[Past]) -> int:
 
 
 def _shown(limit: int) -> str:
-    return "no limit" if limit < 0 else f"{limit} allowed"
+    return " (no limit)" if limit < 0 else f" of {limit} allowed"

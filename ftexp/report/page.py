@@ -58,7 +58,7 @@ class Report:
         rates = curve(run, "train", "lr", "learning rate", "val")
         if rates.points:
             yield "learning_rate", chart("Learning rate", rates)
-        if timeline.calls:
+        if timeline.invocations:
             yield "timeline", timeline_chart(run, timeline, _WIDE)
         found = run.evaluation
         if found and found.get("confusion") and len(found["classes"]) <= _MAX_CELLS:

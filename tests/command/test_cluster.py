@@ -204,7 +204,7 @@ def test_a_run_saves_before_an_announced_end_of_a_node_and_is_not_charged_for_it
     assert (failure["attempt"], failure["cause"]) == (3, "preemption")
     assert (failure["rank"], failure["node"]) == (story.announced_rank, socket.gethostname())
     # the one failure that was allowed had happened before
-    assert failure["decision"].startswith("preemption 1 of no limit, not charged to failure.max_failures: restarting")
+    assert failure["decision"].startswith("preemption 1 (no limit), not charged to failure.max_failures: restarting")
     assert run.record["world_sizes"][3:] == [1]
     latest = [event["step"] for event in run.events("checkpoint_saved") if event["attempt"] == 3][-1]
     assert run.events("restored")[2]["step"] >= latest >= saved["step"]

@@ -163,12 +163,12 @@ def test_a_driver_that_was_killed_is_an_interruption_and_the_night_after_it_is_l
     again.end()
     timeline = build_timeline(read_run(storage))
     (told,) = timeline.interruptions
-    assert (told.cause, told.step, told.steps_replayed) == ("command killed", 60, 20)
+    assert (told.cause, told.step, told.steps_replayed) == ("driver died", 60, 20)
     assert told.seconds == pytest.approx({"starting": 4, "restoring": 0.5, "replaying": 2.1})
     assert timeline.total_s == pytest.approx((2 + 0.5 + 6) + (4 + 0.5 + 4))
     assert timeline.running_s(again.now) == pytest.approx(timeline.total_s)
     write_config(storage)
-    assert "The command was given 2 times" in Report(read_run(storage)).html()
+    assert "2 invocations; the time between them is not shown" in Report(read_run(storage)).html()
 
 
 def test_what_comes_after_a_run_was_finished_is_not_charged_to_a_failure_that_was_over(storage):
