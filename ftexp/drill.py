@@ -6,7 +6,7 @@ was wrong.
 
 drill.faults  names, or {kind: ..., step: ..., rank: ...}; see conf/chaos. Each strikes once, in this order
 drill.steps   stop both runs after so many optimiser steps (default: the whole run)
-drill.recovery  what the broken run goes on from: memory (a snapshot every few steps), storage (checkpoints alone), or
+drill.recovery  what the broken run resumes from: memory (a snapshot every few steps), storage (checkpoints alone), or
               what the config says (config, the default)
 
 Both runs lie under <run.storage>/drill_<time>/, with drill.json, and may be deleted. What the drill sets itself, and
@@ -151,7 +151,7 @@ def drill(config: Config, own: DrillConfig, overrides: list[str]) -> bool:
 
 
 def _broken_words(config: Config, own: DrillConfig, total_steps: int) -> list[str]:
-    """Return the further overrides of the broken run: faults, each between two saves, and enough failures allowed."""
+    """Return the overrides of the broken run: faults, each between two checkpoints, and enough failures allowed."""
     number = len(own.faults)
     every = max(1, total_steps // (2 * (number + 1)))
     faults = []

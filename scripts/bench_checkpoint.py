@@ -1,9 +1,9 @@
-"""What a save costs the training, side by side: ftexp's, and the blocking save of Ray Train's tutorials.
+"""What a checkpoint costs the training, side by side: ftexp's, and the blocking checkpoint of Ray Train's tutorials.
 
     uv run python scripts/bench_checkpoint.py [--sharded] [--rounds 5] [--window 20] [--check] [--json FILE]
 
 In one Ray Train job a model: both sides save the same training state in turns, on two workers. "Blocked" is how
-long the training thread of rank 0 stands still for one save. Then windows of training take turns, one with a save
+long one checkpoint blocks the training thread of rank 0. Then windows of training take turns, one with a checkpoint
 every 5 s and one with none. Last, the time from asking for a batch to having it, at positions near and far.
 The default model, and ViT-S (22 million parameters with AdamW). Takes 8 minutes on 2 cores.
 
@@ -175,7 +175,7 @@ def steps(job: Any, batches: Any, count: int) -> None:
 def window(job: Any, batches: Any, checkpoints: Any, seconds: float) -> dict[str, Any]:
     """Train for about `seconds`, saving at the cadence of `checkpoints`; steps per second, and when saves began.
 
-    A save that is in flight at the end is trained through, so that all it costs falls into this window.
+    A checkpoint that is in flight at the end is trained through, so that all it costs falls into this window.
     """
     began, count, saves = time.perf_counter(), 0, []
     while job.group.agree(int(time.perf_counter() - began < seconds or (checkpoints is not None and checkpoints.busy))):

@@ -5,7 +5,7 @@
 Photograph-like JPEG files (scripts/photo_like.py) of ImageNet's usual size (500x375, to 224) and of 160x160 pixels (to
 128). Every side takes a random resized crop and a flip, on two processes, and hands over normalised batches of 64; some
 also take RandAugment. Sides take turns, and what comes before a side is warm isn't counted. No epoch ends while the
-others are measured: they begin each anew. The cached feeds run from their second epoch on. Sides are compared within
+others are measured: each is begun again. The cached feeds run from their second epoch on. Sides are compared within
 each round, since a shared machine changes its speed by the minute; the CPU time, of all processes, an image, changes
 less. Besides: the training process's own CPU time, by part, with augment=deit; the memory of all processes with 1 and
 10 times the data; and the time to the first batch at three positions, with a million files listed.
@@ -123,7 +123,7 @@ class Results:
 
 @contextlib.contextmanager
 def ray_of_this_machine() -> Iterator[None]:
-    """Ray as a run starts it, with CPUs to decode on beside those of the workers."""
+    """Ray as a run starts it, with CPUs to decode on besides those of the workers."""
     from ftexp.cluster.ray_cluster import prepare_environment, quiet_data, start_ray
 
     config = run_config()
@@ -154,7 +154,7 @@ def ftexp_feed(root: Path, image_size: int, feed: str, *overrides: str) -> Start
 
 
 def training_data(root: Path, image_size: int, feed: str, *overrides: str) -> TrainingData:
-    """What a worker trains on that is the only rank."""
+    """Return the training data of a single rank."""
     from ftexp.cluster.resources import decoding_cpus, no_workers
     from ftexp.data.augment.erasing import Erasing
     from ftexp.data.augment.mixing import Mixing
@@ -209,7 +209,7 @@ def measure_rates(root: Path, name: str, rounds: int, overrides: list[str]) -> d
 
 
 def sides_of(root: Path, name: str, overrides: list[str]) -> dict[str, Callable[[], Iterator[Any]]]:
-    """How each side begins."""
+    """Return {side: function that starts it}."""
     import ray
     from baselines.feeds import data_loader, fast_loader, ray_data, timm_loader
 

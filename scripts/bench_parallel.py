@@ -62,7 +62,7 @@ def main() -> None:
 
 
 def _ran(what: Any, workers: int, overrides: list[str], steps: int) -> list[Any]:
-    """What each worker found."""
+    """Return the results of each worker."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = (what, workers, overrides, steps, folder)
         torch.multiprocessing.start_processes(_worker, arguments, nprocs=workers, start_method="spawn")
@@ -80,7 +80,7 @@ def _worker(rank: int, what: Any, workers: int, overrides: list[str], steps: int
 
 def _memory(rank: int, workers: int, config: Any, _: int) -> float:
     before = _resident_mib("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins again
     model, optimizer = _made(config, workers)
     for step in range(MEMORY_STEPS):
         _step(model, optimizer, *_rows(config, rank, step, ROWS))
@@ -109,7 +109,7 @@ def _made(config: Any, workers: int) -> tuple[nn.Module, torch.optim.Optimizer]:
 
 
 def _rows(config: Any, rank: int, step: int, count: int) -> tuple[Tensor, Tensor]:
-    """Noise, with labels that it doesn't tell: the loss stays away from 0."""
+    """Noise, with labels independent of it: the loss stays away from 0."""
     generator = torch.Generator().manual_seed(1000 * step + rank)
     labels = torch.randint(0, 2, (count,), generator=generator)
     shape = (count, config.data.channels, config.data.image_size, config.data.image_size)

@@ -1,4 +1,4 @@
-"""`python -m ftexp.predict` over many JPEGs: its speed beside a plain loop's, its memory, and what a kill costs.
+"""`python -m ftexp.predict` over many JPEGs: its speed next to a plain loop's, its memory, and what a kill costs.
 
     uv run python scripts/bench_predict.py [--rounds 3] [--images 20000] [--only speed kill] [--check] [--json FILE]
 

@@ -148,7 +148,7 @@ def _measure(
 
 
 def _new_steps(notes: list[Note], stopped_at: float) -> list[Note]:
-    """Those after `stopped_at` that nobody had done by then."""
+    """Return the steps after `stopped_at` that had not been done by then."""
     farthest = max(note[3:] for note in notes if note[0] <= stopped_at)
     return [note for note in notes if note[0] > stopped_at and note[3:] > farthest]
 

@@ -147,13 +147,13 @@ def trained(listed: Path, epochs: int, rounds: int, name: str, words: list[str])
 
 
 def of_pairs(run: Path) -> dict[str, float]:
-    """What the test split says of sets."""
+    """Return the metrics of sets on the test split."""
     found = _tested(run)
     return {"average_precision": found["average_precision"], "exact match": found["accuracy"]}
 
 
 def of_rare(run: Path) -> dict[str, float]:
-    """What the test split says of the rare class, and of all."""
+    """Return the metrics of the rare class and of all classes on the test split."""
     found = _tested(run)
     row = next(row for row in found["classes"] if row["class"] == str(RARE))
     return {"recall": row["recall"], "precision": row["precision"] or 0.0, "accuracy": found["accuracy"]}

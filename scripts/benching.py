@@ -68,7 +68,7 @@ def finish(console: Console, results: Any, file: Path | None, misses: list[str],
 
 
 def figures(values: list[float]) -> tuple[float, float, float]:
-    """Median, least and most."""
+    """Median, minimum and maximum."""
     return statistics.median(values), min(values), max(values)
 
 

@@ -107,7 +107,7 @@ def main() -> None:
 
 
 def photo_experiments() -> list[str]:
-    """The experiments on folders of images."""
+    """Return the experiments on directories of images."""
     from ftexp.config.schema import config_dir
 
     names = sorted(file.stem for file in (config_dir() / "experiment").glob("*.yaml"))

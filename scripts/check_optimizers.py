@@ -49,7 +49,7 @@ def _step(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None
 
 
 def _problem(name: str, sharding: Sharding) -> str | None:
-    """What is wrong with an optimiser on shards; None if nothing is."""
+    """Return the problem of an optimiser on shards; None if there is none."""
     config, train = OptimConfig(name=name, lr=1e-2, weight_decay=0.01), TrainConfig(epochs=1, global_batch_size=8)
     alone, parts = _build(), sharding.shard(draft(_build, sharding.cut))
     optimizers = [build_optimizer(config, train, model) for model in (alone, parts)]
@@ -87,7 +87,7 @@ def _check(rank: int, folder: str, name: str) -> None:
 
 
 def _found(folder: str, name: str) -> str:
-    """What is wrong with an optimiser; "" if nothing is."""
+    """Return the problem of an optimiser; "" if there is none."""
     try:
         torch.multiprocessing.start_processes(_check, (folder, name), nprocs=_WORLD, start_method="fork")
     except ProcessException as error:

@@ -32,7 +32,7 @@ _CHUNK = 64  # pictures that a process makes at a time
 
 
 def main() -> None:
-    """Write a folder of them."""
+    """Write a directory of photographs."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--pictures", type=int, default=5000)
@@ -46,7 +46,7 @@ def main() -> None:
 def write_photos(
     root: Path, count: int, num_classes: int = 20, size: Sequence[int] = IMAGENET, seed: int = 0
 ) -> list[Path]:
-    """Write `count` pictures below `root`, in a folder a class; one in four stands upright. Returns their paths."""
+    """Write `count` pictures below `root`, a directory for each class; return their paths. One in four is upright."""
     if not 1 < num_classes <= len(GLYPHS):
         raise ValueError(f"{num_classes} classes; there are 2 to {len(GLYPHS)}")
     paths = [root / class_name(number % num_classes) / f"{number:06d}.jpg" for number in range(count)]
@@ -61,7 +61,7 @@ def write_photos(
 
 
 def class_name(number: int) -> str:
-    """The name of a class's folder."""
+    """Return the name of a class's directory."""
     return f"glyph_{number:02d}"
 
 
@@ -112,7 +112,7 @@ def _with_grain(rng: np.random.Generator, picture: Image.Image) -> Image.Image:
 
 
 def _glyph(rng: np.random.Generator, glyph: str, height: int) -> Image.Image:
-    """How much of each pixel the glyph covers, cut to it: about `height` pixels high."""
+    """Return the share of each pixel that the glyph covers, cut to it: about `height` pixels high."""
     fonts = _fonts()
     font = fonts[int(rng.integers(len(fonts)))]
     left, top, right, bottom = (int(value) for value in font.getbbox(glyph))
@@ -131,7 +131,7 @@ def _glyph(rng: np.random.Generator, glyph: str, height: int) -> Image.Image:
 
 
 def _colour(rng: np.random.Generator, below: Any) -> tuple[int, ...]:
-    """A colour that can be told from the one below it."""
+    """Return a colour that contrasts with the one below it."""
     while True:
         colour = rng.integers(0, 256, 3)
         if np.abs(colour - below.astype(int)).sum() > 180:

@@ -1,4 +1,4 @@
-"""Of `bench_checkpoint.py --sharded`: what a save of a sharded model costs the training, next to torch's own.
+"""Of `bench_checkpoint.py --sharded`: what a checkpoint of a sharded model costs the training, next to torch's own.
 
 Four processes share a model with AdamW under `fully_shard`, over four shards and over two replicas of two. In turns,
 they save it with ftexp, with torch.distributed.checkpoint.save and with its async_save, all to the same disk.

@@ -47,7 +47,7 @@ class ChaosError(RuntimeError):
 
 
 class FaultyStore(CheckpointStore):
-    """A store whose next saves fail half-way, or take longer."""
+    """A store whose next checkpoints fail half-way, or take longer."""
 
     def __init__(self, storage: Storage) -> None:
         super().__init__(storage)
@@ -126,7 +126,7 @@ class Chaos:
         self._run_dir.child(CHAOS).write_bytes(fault.name, b"")
         damaged = self._damage(fault) if fault.kind in DAMAGES else None
         self._channel.send(Happened(events.Chaos(fault.kind, self._group.rank, fault.step, damaged)))
-        if damaged is not None:  # or the run would go on from memory, and never look at them
+        if damaged is not None:  # or the run would resume from memory, and never look at them
             self._channel.send(ForgetSnapshots())
         self._channel.flush()
         match fault.kind:

@@ -40,7 +40,7 @@ class Manifest:
 
     @property
     def num_shards(self) -> int | None:
-        """How many files hold the model; None: a single one."""
+        """Return the number of files that hold the model; None: a single one."""
         return None if self.mesh is None else int(self.mesh["num_shards"])
 
     @property

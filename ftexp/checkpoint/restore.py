@@ -24,8 +24,8 @@ def restore(job: Job, store: CheckpointStore, checkpoints: CheckpointManager) ->
     """Go to the latest snapshot in memory, or checkpoint that verifies; collective. Without any, start from
     `resume_from`, or as built.
 
-    What doesn't verify is quarantined and told; ConfigError if the checkpoint is that of another run. Returns what the
-    state comes from: MEMORY, STORAGE or START.
+    Checkpoints that don't verify are quarantined and reported; ConfigError if the checkpoint is that of another
+    run. Returns the source of the state: MEMORY, STORAGE or START.
     """
     started = time.perf_counter()
     rejections = _Rejections(job.channel, store)

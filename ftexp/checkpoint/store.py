@@ -26,7 +26,7 @@ from ftexp.storage.directory import Storage, Writer
 REJECTED = ".rejected"
 _CHUNK_BYTES = 1 << 20
 _GONE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
-# what reading a torn or missing manifest raises
+# what reading a truncated or missing manifest raises
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)
 
 Rejected = Callable[[str, str], None]  # name of the checkpoint, and the reason
@@ -103,7 +103,7 @@ class CheckpointStore:
         return sorted(found, key=lambda manifest: (manifest.step, manifest.attempt), reverse=True)
 
     def latest(self, rejected: Rejected) -> Manifest | None:
-        """The verified checkpoint of the highest step; damaged ones are told to `rejected`."""
+        """Return the verified checkpoint of the highest step; report the others to `rejected`."""
         return next((each for each in self.manifests(rejected) if self._is_whole(each, rejected)), None)
 
     def candidates(self, rejected: Rejected) -> Iterator[Manifest]:
@@ -200,7 +200,7 @@ class CheckpointStore:
         return decode(folder.read_bytes(MANIFEST), folder.uri, name)
 
     def damage(self, name: str, error: OSError) -> CheckpointError:
-        """Return the damage that `error` shows; a store that doesn't answer shows none: its error goes on."""
+        """Return the damage that `error` shows; a store that doesn't answer shows none: its error is raised."""
         shows_damage = isinstance(error, _GONE) or (self.storage.local_path is not None and error.errno == errno.EIO)
         if not shows_damage:
             raise error

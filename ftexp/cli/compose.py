@@ -149,8 +149,8 @@ def _in_full(word: str) -> str:
 def to_config(composed: DictConfig, typed: Sequence[str] | None = None) -> Config:
     """Turn what Hydra composed into typed objects; ConfigError names what does not fit the schema.
 
-    typed: the overrides of this command. With them, recipe values that don't fit the others are fitted, and the user is
-    told so on standard error: see `fitted`. None (a stored config): nothing is changed.
+    typed: the overrides of this command. With them, recipe values that don't fit the others are fitted, and this is
+    printed to standard error: see `fitted`. None (a stored config): nothing is changed.
     """
     try:
         if unknown := list(_unknown_keys(composed, Config, "")):

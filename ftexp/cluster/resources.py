@@ -62,7 +62,7 @@ class Workers:
 
 
 def spare_of(config: Config) -> int:
-    """How many CPUs, and GPUs where there are some, a run wants besides its workers'."""
+    """Return the CPUs, and GPUs where there are some, that a run needs besides its workers'."""
     return int(config.train.eval == BESIDE)
 
 
@@ -137,7 +137,7 @@ def decoding_cpus(config: Config, workers: Workers) -> int:
 
 
 def num_possible(workers: Workers) -> int:
-    """How many workers the cluster's nodes have room for, were nothing else on them; as many as are wanted at most."""
+    """Return the number of workers that the cluster's empty nodes have room for; at most as many as are wanted."""
     import ray
 
     wanted = {name: amount for name, amount in workers.resources_per_worker.items() if amount}

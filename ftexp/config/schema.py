@@ -156,12 +156,12 @@ class AugmentConfig:
     rand_augment: str | None = None  # timm's words, rand-m9-n2-mstd0.5-inc1, say; drawn and applied sample by sample
     # a random part of the image as it is stored; none: all of it, as it is evaluated
     crop: str = choice("none", CROPS)
-    scale: list[float] | None = None  # [least, most] of the image's area; None: [0.08, 1], and [0.8, 1] of rkrc, rkrr
-    ratio: list[float] | None = None  # [least, most] of width to height; None: [3/4, 4/3], and [0.9, 1/0.9] of those
+    scale: list[float] | None = None  # [min, max] of the image's area; None: [0.08, 1], and [0.8, 1] of rkrc, rkrr
+    ratio: list[float] | None = None  # [min, max] of width to height; None: [3/4, 4/3], and [0.9, 1/0.9] of those
     interpolation: str = choice("random", ("random", *INTERPOLATIONS))  # of crop, and of what auto_augment moves
     vflip: float = ranged(0.0, low=0, high=1)  # probability of an upside-down flip
     auto_augment: str | None = None  # timm's words: rand-m9-mstd0.5-inc1, original, v0, augmix-m3, 3a, ...
-    # most change of brightness, contrast and saturation; or [brightness, contrast, saturation], and hue if you like
+    # maximum change of brightness, contrast and saturation; or [brightness, contrast, saturation], and hue if you like
     color_jitter: Any = None
     color_jitter_prob: float | None = ranged(None, low=0, high=1)  # None: of every sample
     grayscale: float = ranged(0.0, low=0, high=1)  # probability of grey
@@ -408,7 +408,7 @@ class FailureConfig:
     max_rollbacks: int = ranged(5, low=0)  # to the same checkpoint before the run gives up
     # retry: as the budgets say; fail: stop; halve_micro_batch: restart with twice the accumulate_steps, uncharged
     on_out_of_memory: str = choice("retry", ("retry", "fail", "halve_micro_batch"))
-    # compare the weights of all ranks every so many steps, and before each save; a difference is a failure; None: never
+    # compare the weights of all ranks every so many steps, and before each checkpoint; a difference is a failure
     check_replicas_every_steps: int | None = ranged(None, low=1)
     repeat_step_every: int | None = ranged(None, low=1)  # one step in so many is computed twice, and compared bitwise
     # steps between snapshots in memory that outlives the workers; None: as often as costs 1 % of the time; 0: none
@@ -417,14 +417,14 @@ class FailureConfig:
     hang_timeout_s: float | None = ranged(300.0, above=0)  # without a step, on any rank; None: never
     start_timeout_s: float | None = ranged(1800.0, above=0)  # for building, restoring, compiling and the first step
     evaluation_timeout_s: float | None = ranged(1800.0, above=0)
-    save_timeout_s: float | None = ranged(1800.0, above=0)  # waiting for the save before
+    save_timeout_s: float | None = ranged(1800.0, above=0)  # waiting for the checkpoint before
     controller_failure_limit: int = ranged(-1, low=-1)  # restarts of Ray's controller, and starts that failed
     relax_collectives_on_preemption: bool = False
     preemption_grace_s: float = ranged(0.0, low=0)
 
     @property
     def takes_snapshots(self) -> bool:
-        """Whether snapshots in memory are wanted; what a rollback goes back to is the last save, and no other state."""
+        """Whether snapshots in memory are wanted; a rollback goes back to the last checkpoint and no other state."""
         return self.memory_every_steps != 0 and self.on_nonfinite != "rollback"
 
 
@@ -458,7 +458,7 @@ class ChaosConfig:
     step: int | None = ranged(None, low=1)  # fires after this optimiser step; None: in the middle of the run
     rank: int = ranged(0, low=0)  # the worker that it happens to, modulo their number
     count: int = ranged(1, low=1)  # newest checkpoints that are corrupt; saves that fail or are slow; slow steps
-    # hang: how long; slow_storage, slow_rank: how much longer a save, or a step of that rank, takes
+    # hang: how long; slow_storage, slow_rank: how much longer a checkpoint, or a step of that rank, takes
     seconds: float = ranged(3600.0, low=0)
     faults: list[Any] = field(default_factory=list)  # several: names, or {kind: ..., step: ..., rank: ...}
     kinds: list[str] = field(default_factory=lambda: ["kill_worker"])  # random: what may happen

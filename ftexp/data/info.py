@@ -82,7 +82,7 @@ class DataInfo:
 
     @property
     def num_classes(self) -> int:
-        """How many outputs the model has: one for each class, or for each target of a regression."""
+        """Return the number of the model's outputs: one for each class, or for each target of a regression."""
         return len(self.class_names)
 
     @property
@@ -95,7 +95,7 @@ class DataInfo:
 
     @property
     def fit(self) -> Fit:
-        """How pictures are decoded, and whole ones fitted into what models see."""
+        """Return how images are decoded, and how whole ones are scaled and cropped for the model."""
         decoding = Decoding(self.decoder, self.decode_size, self.exif_orientation, self.background, self.bit_depth)
         fitting = (self.crop_pct, self.crop_mode, self.interpolation)
         return Fit(self.image_size, self.channels, *fitting, tuple(self.mean), decoding)

@@ -114,7 +114,7 @@ def in_units(outputs: Float32s, mean: Sequence[float] | None, std: Sequence[floa
 
 
 def _written(value: float) -> str:
-    """Return a number of float32 as text, with as many digits as tell it from all others, and up to 6 anyway."""
+    """Return a number of float32 as text, with as many digits as distinguish it from all others, and up to 6 anyway."""
     texts = [f"{value:.{digits}g}" for digits in range(6, 10)]
     return next((text for text in texts if np.float32(text) == np.float32(value)), texts[-1])
 

@@ -15,7 +15,7 @@ def uses_nccl(config: Config, workers: Workers) -> bool:
 
 
 def detect_hangs(config: Config) -> None:
-    """Have the detector tell before the watchdog ends what hangs."""
+    """Let the detector report a hang before the watchdog ends the process."""
     limit_s = config.failure.hang_timeout_s
     ray_private.detect_nccl_hangs(limit_s / 2 if limit_s is not None else None)
 

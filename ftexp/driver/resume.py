@@ -1,4 +1,4 @@
-"""Finding out what a run directory holds before a run begins, or goes on, in it."""
+"""Finding out what a run directory holds before a run begins, or continues, in it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def has_run(run_dir: Storage) -> bool:
 
 
 def located(uri: str, run_dir: Storage) -> str:
-    """`resume_from` as workers in another folder can open it; ConfigError if a new run finds no checkpoint there."""
+    """Return `resume_from` as an absolute path or URI; ConfigError if a new run finds no checkpoint there."""
     try:
         if not has_run(run_dir):  # a run that has begun has checkpoints of its own
             locate(uri)
@@ -69,7 +69,7 @@ def recorded(run_dir: Storage) -> dict[str, Any] | None:
 
 
 def decoding_as_begun(config: Config, run_dir: Storage, typed: Iterable[str]) -> Config:
-    """The config, with images decoded as the run here began to: see `as_begun`; what differs from new runs is told."""
+    """Return the config, with images decoded as the run began to: see `as_begun`; log what differs from new runs."""
     config, older = as_begun(config, recorded(run_dir), typed)
     if older:
         print(f"ftexp: the run is older than {', '.join(older)}: images are decoded as before", file=sys.stderr)
@@ -77,7 +77,7 @@ def decoding_as_begun(config: Config, run_dir: Storage, typed: Iterable[str]) ->
 
 
 def open_run(config: Config, run_dir: Storage, run_name: str) -> RunState:
-    """The state to go on from; ConfigError if the directory holds a run that is defined otherwise."""
+    """The state to resume from; ConfigError if the directory holds a run that is defined otherwise."""
     own = fingerprint(config)
     state = read_state(run_dir)
     if state is None:  # run.json may be lost: the checkpoints still tell what they are

@@ -32,7 +32,7 @@ def train(
         overrides: what was typed, for overrides.yaml; pretrained weights set their preprocessing where it wasn't. None:
             `config` is taken as it is.
         shared: the Ray of the sweep that this is a trial of; None: one of its own, or `scaling.address`.
-        restart: what a command that has begun again, because its Ray had died, goes on with.
+        restart: what a command that has begun again, because its Ray had died, continues with.
         begin_again: how a command does that; None: in this process it can't, and a Ray that dies ends the run.
 
     Raises:

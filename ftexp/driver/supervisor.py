@@ -167,7 +167,7 @@ class Supervisor:
         return Restart(config, overrides, self._decider.num_before, noticed_at, self._record.unwritten_failures)
 
     def stop(self, hub: Hub, asked: KeyboardInterrupt) -> bool:
-        """Ask the workers to end after a last save; whether there are any."""
+        """Ask the workers to end after a final checkpoint; whether there are any."""
         self._asked = asked
         if not hub.tell(Stop()):
             return False

@@ -105,7 +105,7 @@ def _named(config: Config) -> TeacherSpec:
 
 
 def _of_file(config: Config, path: Path) -> TeacherSpec:
-    """The spec of a weights file that has timm's config.json beside it."""
+    """The spec of a weights file that has timm's config.json next to it."""
     try:
         content = json.loads(path.with_name(_CONFIG_FILE).read_text(encoding="utf-8"))
         name, arguments = content["architecture"], {**content.get("model_args", {})}

@@ -141,7 +141,7 @@ class Terminal:
         self.say(f"{what}; {failure.decision}", "red")
 
     def recovered(self, failure: Failure, checkpoint: str | None, rejected: int, pids: list[int]) -> None:
-        """Training goes on after a failure."""
+        """Training continues after a failure."""
         origin = f"restored {checkpoint}" if checkpoint else "no checkpoint yet: restarting from the beginning"
         if failure.recovery == MEMORY:
             origin = f"restored {checkpoint} from memory"

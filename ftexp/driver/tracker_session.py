@@ -1,4 +1,4 @@
-"""Between a run's records and its trackers: what these are fed, what they are told at the end, what is said of them."""
+"""Between a run's records and its trackers: their points, the outcome at the end, and what is logged of them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def trackers_of(config: Config, record: RunRecord, sweep: Storage | None) -> Tra
 
 
 def outcome_of(state: RunState, run_dir: Storage) -> Outcome:
-    """How a run stands now that a call of the command ends."""
+    """Return a run's outcome at the end of an invocation."""
     folder, best_step = run_dir.child(CHECKPOINTS), state.metrics["best"].get("step")
     names = {"checkpoint": state.checkpoint}
     if best_step is not None:
@@ -58,7 +58,7 @@ def outcome_of(state: RunState, run_dir: Storage) -> Outcome:
 
 
 def close_trackers(trackers: Trackers, record: RunRecord, terminal: Terminal) -> None:
-    """After `Trackers.end`, once the records are closed: wait, and tell the rest. Takes nothing from the run."""
+    """After `Trackers.end`, once the records are closed: wait, and report the rest. Never fails the run."""
     for event in trackers.wait():
         terminal.say(described(event), "yellow" if isinstance(event, TrackerFailed) else "")
         with contextlib.suppress(OSError):

@@ -44,7 +44,7 @@ class WorkerGroup:
                 self.rejected.append(checkpoint)
 
     def failed(self) -> None:
-        """It failed, or could not start."""
+        """Handle a worker group that failed, or could not start."""
         self.start = Start.AFTER_FAILURE
         self._is_gone()
 

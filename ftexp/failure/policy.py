@@ -126,7 +126,7 @@ def _by_budgets(kind: str, step: int, progressed: bool, past: Sequence[Past], co
 
 
 def _num_stuck(past: Sequence[Past]) -> int:
-    """How many of the latest failures in a row came before a new step."""
+    """Return the number of the latest failures in a row without a new step between them."""
     return next((number for number, failure in enumerate(reversed(past)) if failure.progressed), len(past))
 
 

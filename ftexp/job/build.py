@@ -176,7 +176,7 @@ def _loss(config: Config, info: DataInfo, rows: Rows, device: torch.device) -> L
 
 
 def _plan(config: Config, group: ProcessGroup, num_samples: int, min_accumulate_steps: int) -> ShardPlan:
-    """Which positions this rank trains on, of `num_samples` an epoch."""
+    """Return the plan of the positions that this rank trains on, of `num_samples` an epoch."""
     train = config.train
     total_positions = num_samples * train.epochs
     if train.max_steps is not None:

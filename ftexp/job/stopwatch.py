@@ -1,7 +1,7 @@
 """Where a step's time goes, on one rank: what it waits for data, the forward and backward pass, the optimiser, saving.
 
-On a GPU, sections of a step are told apart by events in the stream, which are read where the loop waits for the GPU
-anyway, at a logged point: nothing is synchronised for it. Waiting for data and for a save is the host's time.
+On a GPU, sections of a step are separated by events in the stream, which are read where the loop waits for the GPU
+anyway, at a logged point: nothing is synchronised for it. Waiting for data and for a checkpoint is the host's time.
 
 Within a section, a rank may wait for others, which tells nothing of its own speed: what is between `wait` and `go_on`,
 or the section's end, is not the rank's own time.
@@ -51,7 +51,7 @@ class Stopwatch:
         self._queued = self._num_asked = 0  # batches that were ready, in all; how often one was asked for
 
     def feeding(self, batches: Generator[T], position: Callable[[], int]) -> Generator[T]:
-        """`batches`, with the time that is waited for each; `position` tells how many samples are done."""
+        """`batches`, with the time that is waited for each; `position` returns how many samples are done."""
         self._since, self._position = self._clock(), position()
         with contextlib.closing(batches):
             while True:

@@ -60,7 +60,7 @@ class PredictionPlan:
 
     @property
     def num_parts(self) -> int:
-        """How many files there will be."""
+        """Return the number of files in all."""
         return -(-self.num_images // self.part_rows)
 
     def samples(self, part: int) -> Int64s:

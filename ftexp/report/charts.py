@@ -14,7 +14,7 @@ from ftexp.report.timeline import PHASES, TRAINING, Timeline, saves
 
 _WIDTH, _HEIGHT = 480.0, 250.0
 LEFT, _RIGHT, _TOP, _BOTTOM = 54.0, 10.0, 30.0, 34.0
-_HOVERS = 120  # places of a chart that tell their numbers
+_HOVERS = 120  # places of a chart that show their numbers
 _NEAR = 5.0  # pixels within which marks are one
 LETTER = 6.8  # pixels of a letter of a label in a wide font, about
 _ROW = 14.0  # pixels from a row of labels to the next

@@ -39,7 +39,7 @@ class Segment:
 
 @dataclass
 class Interruption:
-    """One failure, or end of a command, and what it took to go on."""
+    """One failure, or end of a command, and what it took to continue."""
 
     at: float  # when the first process died; since 1970
     step: int
@@ -48,9 +48,9 @@ class Interruption:
     error: str = ""
     decision: str = ""
     seconds: dict[str, float] = field(default_factory=dict)  # by phase
-    steps_replayed: int | None = None  # None: it didn't go on
+    steps_replayed: int | None = None  # None: it didn't continue
     restored: str | None = None  # the checkpoint
-    recovery: str | None = None  # what training went on from: replaced, memory, storage or start
+    recovery: str | None = None  # what training continued from: replaced, memory, storage or start
 
     @property
     def lost_s(self) -> float:

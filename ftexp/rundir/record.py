@@ -65,7 +65,7 @@ class RunRecord:
         self._flushed = steady()  # or tried
         self.problem: str | None = None  # why the records couldn't be written the last time
         self.observers: list[Callable[[events.Event, float], None]] = []  # called with each event and its time
-        self.heard_at: float | None = None  # when a worker last reported a step, a point or a save
+        self.heard_at: float | None = None  # when a worker last reported a step, a point or a checkpoint
         self.died_rank: int | None = None  # that of the current attempt's first process that was lost
         self._num_written = len(state.failures)  # that run.json holds
         self._workers: dict[int, Hello] = {}  # of the current attempt, by rank
@@ -199,7 +199,7 @@ class RunRecord:
 
     @property
     def unwritten_failures(self) -> list[Failure]:
-        """Those that run.json may lack, since it could not be written."""
+        """Return the failures that run.json may lack, since it could not be written."""
         return self.state.failures[self._num_written :]
 
     def add_unwritten(self, failures: Sequence[Failure]) -> None:

@@ -30,7 +30,7 @@ class Failure:
     seconds_to_restore: float | None = None  # from there to the first batch
     seconds_to_new_step: float | None = None  # from there to the end of the first step that had never been done before
     steps_replayed: int | None = None
-    recovery: str | None = None  # what training went on from: replaced, memory, storage or start; None: it didn't yet
+    recovery: str | None = None  # what training continued from: replaced, memory, storage or start; None: it didn't yet
     node: str | None = None  # that the rank ran on
     progressed: bool = True  # whether its attempt did a step that had never been done before
     decision: str = ""  # what happened then, and the arithmetic behind it

@@ -127,7 +127,7 @@ def _allowed(key: str) -> str:
 
 
 def tracking_uri(configured: str | None, storage: str) -> str:
-    """Where the run goes; a database under `storage`, which is on a disk then, if nothing else is said."""
+    """Return the URI of the server; by default a database under `storage`, which must be on a disk."""
     if uri := configured or os.environ.get("MLFLOW_TRACKING_URI"):
         return str(Path(uri).expanduser()) if uri.startswith("~") else uri
     assert not is_remote(storage), "checks ask for a URI then"

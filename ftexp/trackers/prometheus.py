@@ -138,7 +138,7 @@ class _RayMetrics:
 
     def _keep_updating(self) -> None:
         while not self._ended.wait(_UPDATE_EVERY_S):
-            with contextlib.suppress(Exception):  # Ray is about to end, and the run with it, or goes on with another
+            with contextlib.suppress(Exception):  # Ray is about to end, and the run with it, or continues with another
                 self._update()
 
     def _update(self) -> None:

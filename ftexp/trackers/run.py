@@ -47,7 +47,7 @@ class Trackers:
         self._end = 0.0  # time.monotonic() until which it is waited for them
 
     def start(self, tell: Tell) -> None:
-        """Begin to feed them; `tell` is called with what becomes of them."""
+        """Begin to feed them; `tell` is called with each event of theirs."""
         if self._chosen:
             self._note_complete(set())
         for name, registered in self._chosen.items():
@@ -76,7 +76,7 @@ class Trackers:
         failures = [follower.wait(max(0.0, self._end - time.monotonic())) for follower in self._followers]
         if self._followers:
             done = {follower.name for follower in self._followers if follower.complete}
-            with contextlib.suppress(OSError):  # then they are asked once more than needed
+            with contextlib.suppress(OSError):  # then they are asked one time too many
                 self._note_complete(done)
         events = [*(follower.unheard for follower in self._followers), *failures]
         return [event for event in events if event is not None]
@@ -124,7 +124,7 @@ def tracked_run(
 
 
 def shown(folder: Storage) -> str:
-    """Where a folder is, without what is secret in a URI."""
+    """Return the path or URI of a folder, with secrets masked."""
     return folder.uri if folder.local_path is not None else str(masked(folder.uri))
 
 
@@ -137,7 +137,7 @@ def tracking_id(folder: Storage) -> str:
 
 
 def read_complete(folder: Storage) -> set[str]:
-    """The trackers that have all of the run in `folder`, and know how it ended."""
+    """Return the trackers that have all of the run in `folder`, and know how it ended."""
     return set(_content(folder).get("complete", ()))
 
 

@@ -16,7 +16,7 @@ from ftexp.trackers.places import own_folder
 from ftexp.trackers.registry import Key, Outcome, Point, TrackedRun, register_tracker
 
 _DESCRIBED = "run"  # the tag of the text that tells what ran
-_MARK = "ftexp_run_id"  # a file beside the event files, where a folder isn't the run's own
+_MARK = "ftexp_run_id"  # a file next to the event files, where a folder isn't the run's own
 
 
 @register_tracker("tensorboard", package="tensorboard")
@@ -58,7 +58,7 @@ class TensorBoardTracker:
 
 
 def _claimed(folder: Path, number: str) -> Path:
-    """The folder; one beside it if it holds another run of the same name, whose points would count as this one's."""
+    """Return the folder; one next to it if it holds another run of that name, whose points would be this one's."""
     for place in (folder, folder.with_name(f"{folder.name}-{number[:8]}")):
         mark = place / _MARK
         place.mkdir(parents=True, exist_ok=True)
@@ -75,7 +75,7 @@ def _plain(value: Any) -> bool | str | float:
 
 
 def scalars(folder: Path) -> Iterator[Key]:
-    """(tag, step) of every scalar in the event files of a folder; each file up to where a kill has torn it."""
+    """(tag, step) of every scalar in the event files of a folder; each file up to where a kill has truncated it."""
     from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
     for file in sorted(folder.glob("events.out.tfevents.*")):

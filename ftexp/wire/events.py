@@ -59,7 +59,7 @@ class DataWarnings(Event):
 
 @dataclass(frozen=True)
 class EntriesExcluded(Event):
-    """The listing left out what is no sample."""
+    """The listing excluded files that are no samples."""
 
     entries: list[dict[str, Any]]  # fields of ftexp.data.info.Excluded
 
@@ -252,7 +252,7 @@ class CheckpointFailed(Event):
 class FullModelFailed(Event):
     """A sharded checkpoint counts, and its model.pt could not be written."""
 
-    step: int  # of the save after which it was tried
+    step: int  # of the checkpoint after which it was tried
     checkpoint: str
     error: str
 
@@ -267,7 +267,7 @@ class CheckpointRejected(Event):
 
 @dataclass(frozen=True)
 class Restored(Event):
-    """A worker group goes on from a checkpoint, or from a snapshot in memory."""
+    """A worker group resumes from a checkpoint, or from a snapshot in memory."""
 
     rejected: int  # checkpoints
     restore_s: float
@@ -386,7 +386,7 @@ class StepSkipped(Event):
 
 @dataclass(frozen=True)
 class RolledBack(Event):
-    """A gradient was not finite: the run went back to its last save in memory."""
+    """A gradient was not finite: the run went back to the state of its last checkpoint, kept in memory."""
 
     positions: list[int]  # [start, end), that drive no update
     step: int
@@ -415,7 +415,7 @@ class Chaos(Event):
 
 @dataclass(frozen=True)
 class MfuUnknown(Event):
-    """The utilisation of the device can't be told."""
+    """The utilisation of the device is unknown."""
 
     reason: str
 

@@ -8,8 +8,8 @@ process has died, seconds before Ray polls it.
 A worker may outlive its group: one whose network was cut is dead to Ray, and heard again once the network is back. From
 the first hello of the next group on, nothing of it is handled: it would be taken for that group's.
 
-Messages are dated by their sender. Where a node's clock differs from the driver's, they are dated anew, so that the
-records have one clock: by how much it differs is told by the first message, which is sent at once.
+Messages are dated by their sender. Where a node's clock differs from the driver's, they are dated again, so that the
+records have one clock: the first message, which is sent at once, shows by how much it differs.
 """
 
 from __future__ import annotations

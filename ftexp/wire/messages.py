@@ -107,7 +107,7 @@ class Hung(Message):
 
 @dataclass(frozen=True)
 class ForgetSnapshots(Message):
-    """No attempt shall go on from what is in memory now."""
+    """No attempt shall resume from what is in memory now."""
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ def _while(batches: Generator[Batch], goes_on: Callable[[], bool]) -> Iterator[B
 
 @contextlib.contextmanager
 def _trace(job: Job, run_dir: Storage) -> Iterator[None]:
-    """Trace the block. What goes wrong with writing that down is told, and takes nothing from the run."""
+    """Trace the block. Errors are logged and never fail the run."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if job.group.device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)

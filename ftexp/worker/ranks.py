@@ -111,7 +111,7 @@ class RankTimes:
 
 
 def _compared_sections(job: Job) -> tuple[str, ...]:
-    """Return the sections of OWN in which a rank's own time can be told."""
+    """Return the sections of OWN in which a rank's own time can be measured."""
     train, learner = job.config.train, job.learner
     unknown = set[str]()
     if train.sync_bn and job.group.device.type == "cuda":

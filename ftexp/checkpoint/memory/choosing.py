@@ -1,4 +1,4 @@
-"""Which snapshot an attempt goes on from: a pure function of what the keepers hold."""
+"""Which snapshot an attempt resumes from: a pure function of what the keepers hold."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Held:
 
     @property
     def number(self) -> int:
-        """Which shard it is of."""
+        """Return the number of its shard."""
         return int(self.shard.partition("/")[0])
 
     @property

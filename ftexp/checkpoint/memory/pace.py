@@ -73,5 +73,5 @@ class Pace:
 
     @property
     def step_s(self) -> float:
-        """Seconds of a step: the median of the last, which evaluations and saves don't change."""
+        """Seconds of a step: the median of the last, which evaluations and checkpoints don't change."""
         return statistics.median(self._steps) if self._steps else 0.0

@@ -85,7 +85,7 @@ class Snapshots:
         self._others = others[:1] if self._is_cut else others
 
     def due(self, step: int, saves: bool) -> bool:
-        """Whether to call `take` after `step`, the last that was done. saves: whether a save is under way."""
+        """Whether to call `take` after `step`, the last that was done. saves: whether a checkpoint is under way."""
         if self._is_off or not self._pace.step_done(step):
             return False
         self._lowest = self._group.lowest(BUSY if saves else self._readiness())

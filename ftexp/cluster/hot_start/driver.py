@@ -60,14 +60,14 @@ class HotStart:
         return {"py_executable": shlex.join(self.python())} if self._folder is not None else {}
 
     def raylet_settings(self) -> contextlib.AbstractContextManager[None]:
-        """Where Ray is to be started: its raylet then starts workers the short way, and none before it is asked."""
+        """Set Ray's environment so that its raylet starts workers by the forker, and none before it is asked."""
         if self._folder is None:
             return contextlib.nullcontext()
         os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # they would have no runtime env, so no use
         return ray_private.workers_set_up_by(_SETUP)
 
     def stop(self) -> None:
-        """End the preloaded process; workers that run go on without it."""
+        """End the preloaded process; workers that run continue without it."""
         if self._folder is not None:
             assert self._process.stdin is not None
             self._process.stdin.close()

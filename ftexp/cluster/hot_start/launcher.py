@@ -159,7 +159,7 @@ def readable(descriptors: Iterable[int], timeout_s: float | None = None) -> list
 
 
 def wait_for(connection: socket.socket, child: int) -> int:
-    """The child's wait status; that of a failure if the preloaded process died and can't tell it."""
+    """The child's wait status; that of a failure if the preloaded process died."""
     for number in _PASSED_ON:
         signal.signal(number, lambda received, _: _pass_on(child, received))
     try:
@@ -172,7 +172,7 @@ def wait_for(connection: socket.socket, child: int) -> int:
         if connection.fileno() in ready:
             received = connection.recv(8 - len(answer))
             answer += received
-            if not received:  # the preloaded process is gone; the child goes on without it
+            if not received:  # the preloaded process is gone; the child continues without it
                 if alive >= 0:
                     readable([alive])
                 return 1 << 8

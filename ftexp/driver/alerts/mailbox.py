@@ -24,7 +24,7 @@ Send = Callable[[str, Body, float], None]
 
 
 class Mailbox:
-    """Sends alerts to `url`, each once, in order. `tell` is called with what became of each."""
+    """Sends alerts to `url`, each once, in order. `tell` is called with the outcome of each."""
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class Mailbox:
 
     @property
     def to(self) -> str:
-        """Where it sends to, without what is secret."""
+        """Return the URL that it sends to, with secrets masked."""
         return without_path(self._url)
 
     def post(self, body: Body) -> None:

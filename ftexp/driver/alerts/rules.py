@@ -89,5 +89,5 @@ def described(event: events.Straggler) -> str:
 
 
 def _is_over(failure: Any) -> bool:
-    """Whether training went on after a failure."""
+    """Whether training continued after a failure."""
     return failure.steps_replayed is not None

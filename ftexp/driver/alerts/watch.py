@@ -20,7 +20,7 @@ _LOOK_EVERY_S = 1.0  # for new steps
 
 
 class Alerts:
-    """The alerts of one invocation. `tell`, once there is one, records what became of each; False: nobody listens."""
+    """The alerts of one invocation. `tell`, once set, records the outcome of each, or returns False."""
 
     def __init__(self, config: NotifyConfig, look_every_s: float = _LOOK_EVERY_S) -> None:
         self._config, self._look_every_s = config, look_every_s

@@ -1,10 +1,10 @@
 """A sweep whose trials are proposed one by one, by what those before have shown.
 
 Everything that a search knows is in the record and in the run directories. Population based training isn't offered: it
-changes a trial's hyper-parameters half-way and has it go on from another's checkpoint. Here a run *is* its
-hyper-parameters: they name it, its fingerprint refuses to go on with others, and its config.yaml makes it again to the
-bit. A schedule of them that came about by chance would be none of this; so a checkpoint's optimiser and position are
-never another run's, and `resume_from` takes weights alone.
+changes a trial's hyper-parameters half-way and has it resume from another's checkpoint. Here a run *is* its
+hyper-parameters: they name it, its fingerprint refuses to continue with others, and its config.yaml repeats it bitwise.
+A schedule of them that came about by chance would be none of this; so a checkpoint's optimiser and position are never
+another run's, and `resume_from` takes weights alone.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ class SearchSetup:
 
     @property
     def num_trials(self) -> int:
-        """How many there will be in all: no more than the space has points."""
+        """Return the number of trials in all: no more than the space has points."""
         return min(self.settings.num_trials, num_points(self.space) or self.settings.num_trials)
 
     @property
     def epochs(self) -> int:
-        """How long trials train, if early stopping compares them."""
+        """Return the epochs of each trial, if early stopping compares them."""
         return self.probes[0].train.epochs
 
     def describe(self) -> str:
@@ -86,7 +86,7 @@ class Search:
 
     @property
     def num_trials(self) -> int:
-        """How many trials there will be in all."""
+        """Return the number of trials in all."""
         return self.setup.num_trials
 
     @property
