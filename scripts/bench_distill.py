@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 UNTAUGHT, TAUGHT = "untaught", "taught"
-MIN_GAIN = 0.0  # of mean test accuracy
+MIN_GAIN = 0.0  # gain of mean test accuracy
 
 
 def main() -> None:

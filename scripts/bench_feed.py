@@ -108,7 +108,7 @@ class Turns:
     """A side's turns."""
 
     images_per_s: list[float] = field(default_factory=list)
-    cpu_ms: list[float] = field(default_factory=list)  # of all processes, an image
+    cpu_ms: list[float] = field(default_factory=list)  # CPU time of all processes, for an image
 
 
 @dataclass

@@ -18,7 +18,7 @@ from benching import Check, describe_machine, figures, finish, options_parser, p
 from rich.console import Console
 from rich.table import Table
 
-_MAX_COST = 0.01  # of the steps per second
+_MAX_COST = 0.01  # share of the steps per second
 
 
 def main() -> None:

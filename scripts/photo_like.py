@@ -25,7 +25,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 IMAGENET = (500, 375)  # width and height that most of ImageNet's photographs have
 GLYPHS = "AKMRTXHWYGQV4785&@$%#CFJLPOUZ?"  # in this order
-GLYPH_SHARE = (0.35, 0.9)  # of the picture's height
+GLYPH_SHARE = (0.35, 0.9)  # share of the picture's height
 QUALITY = 95
 GRAIN = 10.0  # standard deviation of a camera's noise; with it, 500x375 take 110 kB, as ImageNet's do on average
 _CHUNK = 64  # pictures that a process makes at a time

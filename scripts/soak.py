@@ -4,9 +4,9 @@
 
 One clean run of the config (the default one, unless overridden), then one that is killed: a worker, the command itself
 or the keeper of its snapshots in memory, at a step drawn from the seed, or in the middle of a checkpoint. A killed
-command is run again. Then weights, optimiser and extra state are compared bitwise, with every logged metric and the samples
-that drove each update; no attempt may have begun before a checkpoint that was verified, and no process of the run may
-be left. Exits with 1 if anything is off.
+command is run again. Then weights, optimiser and extra state are compared bitwise, with every logged metric and the
+samples that drove each update; no attempt may have begun before a checkpoint that was verified, and no process of the
+run may be left. Exits with 1 if anything is off.
 20 kills take about 5 minutes on 2 cores.
 """
 

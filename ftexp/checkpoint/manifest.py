@@ -21,17 +21,17 @@ _READABLE = (2, _FORMAT)  # 2: no shards, and SHA-256 in place of BLAKE3
 class Manifest:
     """The facts of a checkpoint, with the size and hash of each file."""
 
-    name: str  # of its directory
+    name: str  # name of its directory
     step: int
     epoch: int
     position: int
     attempt: int
     world_size: int
     metrics: dict[str, float]
-    state_versions: dict[str, int]  # of extra_state.pt, by name
+    state_versions: dict[str, int]  # versions of extra_state.pt, by name
     written_by: str  # the run, and the time
     written_at: float  # seconds since 1970
-    versions: dict[str, str]  # of the packages that matter
+    versions: dict[str, str]  # versions of the packages that matter
     fingerprint: dict[str, Any]  # the config keys that define the run
     # name -> {"bytes": int, "blake3": hex}; of shards, {"bytes", "header_bytes", "header_blake3"}: see slices.py
     files: dict[str, dict[str, Any]] = field(default_factory=dict)

@@ -61,7 +61,7 @@ class Piece:
 
     rows: Tensor
     first: int  # row of the whole tensor
-    shape: tuple[int, ...]  # of the whole tensor
+    shape: tuple[int, ...]  # shape of the whole tensor
 
 
 def is_sharded(leaf: Any) -> TypeGuard[DTensor]:

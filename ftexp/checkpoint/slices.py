@@ -37,7 +37,7 @@ class Slice:
     dtype: str  # as safetensors calls it: F32
     num_rows: int
     first: int  # row of the whole tensor
-    shape: tuple[int, ...]  # of the whole tensor
+    shape: tuple[int, ...]  # shape of the whole tensor
     data: memoryview
 
 
@@ -79,7 +79,7 @@ class Entry:
     dtype: str
     first: int
     num_rows: int
-    shape: tuple[int, ...]  # of the whole tensor
+    shape: tuple[int, ...]  # shape of the whole tensor
     begin: int  # in the file
     end: int
     hashes: list[str]
@@ -97,7 +97,7 @@ class Wanted:
     name: str
     rows: range
     dtype: str
-    shape: tuple[int, ...]  # of the whole tensor
+    shape: tuple[int, ...]  # shape of the whole tensor
     put: Callable[[int, memoryview], object]
 
 

@@ -34,7 +34,7 @@ class SavedRun:
 
     storage: Storage
     config: Config
-    info: DataInfo  # of the data that it was trained on
+    info: DataInfo  # the data that it was trained on
 
     @classmethod
     def at(cls, uri: str) -> SavedRun:

@@ -58,7 +58,7 @@ INLINE, BESIDE = "inline", "beside"
 DISTILLATIONS = LOGITS, FEATURES, TOKEN = ("logits", "features", "token")  # timm's
 ALERTS = ("gave_up", "finished", "recoveries", "no_progress", "failing_saves", "straggler")
 HTTP_SCHEMES = ("http", "https")
-WEIGHTS = ("raw", "ema")  # of a run: those that were trained, or their EMA
+WEIGHTS = ("raw", "ema")  # weights of a run: those that were trained, or their EMA
 DIST_BN = ("none", "reduce", "broadcast")  # timm's
 LR_SCALES = ("linear", "sqrt")
 PARALLEL = DDP, FSDP, HSDP = ("ddp", "fsdp", "hsdp")
@@ -170,10 +170,10 @@ class AugmentConfig:
     erase_prob: float = ranged(0.0, low=0, high=1)  # random erasing, after normalising
     erase_mode: str = choice("const", ERASE_MODES)  # the mean; a colour; noise
     erase_count: int = ranged(1, low=1)  # rectangles at most
-    mixup_alpha: float = ranged(0.0, low=0)  # of the beta distribution; 0: no mixup
+    mixup_alpha: float = ranged(0.0, low=0)  # parameter of the beta distribution; 0: no mixup
     cutmix_alpha: float = ranged(0.0, low=0)  # likewise; where both are given, one of them is drawn
-    mix_prob: float = ranged(1.0, low=0, high=1)  # of mixing at all
-    mix_switch_prob: float = ranged(0.5, low=0, high=1)  # of cutmix, where both are given
+    mix_prob: float = ranged(1.0, low=0, high=1)  # probability of mixing at all
+    mix_switch_prob: float = ranged(0.5, low=0, high=1)  # probability of cutmix, where both are given
     mix_mode: str = choice("batch", MIX_MODES)  # one draw for a global batch, for two samples, or for each
     mixup_off_epoch: int | None = ranged(None, low=0)  # the first that mixes nothing any more, from 0; None, 0: none
     repeats: int = ranged(1, low=1)  # versions of a sample in a global batch; an epoch then draws so many times fewer
@@ -237,7 +237,7 @@ class TrainConfig:
     sync_bn: bool = False  # on GPUs: batch norm's statistics in training are of all workers together
     # before an evaluation, batch norm's running statistics become rank 0's, or their mean, or stay each rank's own
     dist_bn: str = choice("broadcast", DIST_BN)
-    clip_grad_norm: float | None = ranged(None, above=0)  # of all gradients together; one of these three, or none
+    clip_grad_norm: float | None = ranged(None, above=0)  # norm of all gradients together; one of these three, or none
     clip_grad_value: float | None = ranged(None, above=0)  # each gradient within +- this
     clip_grad_agc: float | None = ranged(None, above=0)  # each unit's, as a share of its weights' norm; not the head's
     # {part: first epoch that trains it, from 1, or null for none}: backbone, layers.0-5, or a pattern of timm's names
@@ -322,15 +322,15 @@ class DistillConfig:
     hard: bool = False  # token: the teacher's most likely class, not its distribution
     # of a run: best, latest, or a name. Of one that resumes, best and latest are what it began with, while that exists
     checkpoint: str = "best"
-    weights: str = choice("raw", WEIGHTS)  # of a run
-    pretrained: Any = True  # of a timm name: true for its hub's weights, or the path of a weights file
-    kwargs: dict[str, Any] = field(default_factory=dict)  # of a timm name: passed on to timm.create_model
+    weights: str = choice("raw", WEIGHTS)  # weights of a run
+    pretrained: Any = True  # weights of a timm name: true for its hub's, or the path of a weights file
+    kwargs: dict[str, Any] = field(default_factory=dict)  # kwargs of a timm name: passed on to timm.create_model
     # pixels that the teacher sees, scaled from data.image_size. None: a run's own; of others, data.image_size
     image_size: int | None = ranged(None, low=1)
-    precision: str | None = choice(None, PRECISIONS)  # of the teacher; None: train.precision
+    precision: str | None = choice(None, PRECISIONS)  # precision of the teacher; None: train.precision
     # of the file that holds the weights; BLAKE3 in checkpoints of format 3; None: what it is when the run begins
     sha256: str | None = None
-    spec_sha256: str | None = None  # of its arguments, mean, std, size and class names; None: likewise
+    spec_sha256: str | None = None  # SHA-256 of its arguments, mean, std, size and class names; None: likewise
 
 
 @dataclass(kw_only=True)
@@ -339,7 +339,7 @@ class ScheduleConfig:
     warmup_epochs: float = ranged(0.0, low=0)
     warmup_lr: float = ranged(1e-6, low=0)
     min_lr: float = ranged(0.0, low=0)
-    cooldown_epochs: float = ranged(0.0, low=0)  # of train.epochs, the last: at min_lr
+    cooldown_epochs: float = ranged(0.0, low=0)  # the last of train.epochs, at min_lr
     decay_epochs: float = ranged(30.0, above=0)  # step schedule: epochs between drops
     decay_rate: float = ranged(0.1, above=0)  # step: factor per drop; poly: exponent
 
@@ -348,7 +348,7 @@ class ScheduleConfig:
 class StoppingConfig:
     """Early stopping: the run ends, finished, once a metric no longer improves. The schedule stays as it is."""
 
-    metric: str | None = None  # of those that a run logs, val_loss, say; None: every epoch is trained
+    metric: str | None = None  # a metric that the run logs, such as val_loss; None: every epoch is trained
     mode: str | None = choice(None, ("max", "min"))  # which way the metric is better; None: as the metric says
     patience_epochs: int = ranged(10, low=1)  # without an improvement, counted at the ends of epochs
     min_delta: float = ranged(0.0, low=0)  # what is better by no more than this is no improvement
@@ -365,7 +365,7 @@ class ScalingConfig:
     elastic_resize_monitor_interval_s: float = ranged(60.0, low=0)
     address: str | None = None  # None: start Ray here; auto or host:port: join that cluster
     backend: str | None = None  # torch.distributed backend; None: nccl on GPU, gloo on CPU
-    timeout_s: int = ranged(1800, low=1)  # of one collective
+    timeout_s: int = ranged(1800, low=1)  # timeout of one collective
     hot_start: str = choice("auto", ("auto", "on", "off"))  # workers fork from a process that has imported everything
     # a rank whose own time of a step stays above this many times the median over ranks is reported; None: no comparison
     straggler_factor: float | None = ranged(1.5, above=1)
@@ -508,7 +508,7 @@ class SearchConfig:
 
     num_trials: int = ranged(MISSING, low=1)  # in all, over all invocations
     search: str = choice(MISSING, ("random", "tpe"))
-    seed: int = ranged(0, low=0)  # of what is proposed; not the trials' own
+    seed: int = ranged(0, low=0)  # seed of the proposals; not the trials' own
     scheduler: str = choice("none", ("none", "asha"))  # asha: stop early what lags behind
     grace_epochs: int = ranged(1, low=1)  # asha: the first rung; no trial is stopped before it
     reduction_factor: float = ranged(3.0, above=1)  # asha: about 1 trial in so many continues beyond a rung

@@ -63,9 +63,9 @@ class DataInfo:
     std: list[float]
     num_samples: dict[str, int]  # by split; without unreadable samples that were skipped
     bad_samples: list[BadSample] = field(default_factory=list)
-    digest: str | None = None  # of a listing, see listing.digest_of; None: of data that is in memory as a whole
+    digest: str | None = None  # digest of a listing, see listing.digest_of; None: of data that is in memory as a whole
     excluded: list[Excluded] | None = None  # None: of a run that began before ftexp counted them
-    warnings: list[str] = field(default_factory=list)  # of what looks wrong about its classes
+    warnings: list[str] = field(default_factory=list)  # warnings of what looks wrong about its classes
     integer_labels: str = "indices"  # data.integer_labels as the run began with; the default of runs without it
     crop_pct: float | None = None  # this and the next two as in DataConfig
     crop_mode: str = "center"
@@ -77,7 +77,7 @@ class DataInfo:
     background: str | None = Decoding.background
     bit_depth: int = Decoding.bit_depth
     task: str = SINGLE_LABEL  # as in DataConfig; of a regression, class_names are those of its targets
-    target_mean: list[float] | None = None  # of each target, where the model learns standardised ones
+    target_mean: list[float] | None = None  # mean of each target, where the model learns standardised ones
     target_std: list[float] | None = None
 
     @property
@@ -116,9 +116,9 @@ class DataBundle:
     blocks: Int64s | None = None  # samples of train in each block, in order, for data.shuffle_window
     feed: str = "cached"
     why: str = ""  # this feed
-    decode_cpus: int = 0  # of the cluster, where there are `streams`
+    decode_cpus: int = 0  # CPUs of the cluster, where there are `streams`
     pictures: IndexedSplit | None = None  # train, cached as what is done to single pictures needs it
-    classes: ClassTable | None = None  # of train, where data.sampling draws by class
+    classes: ClassTable | None = None  # classes of the training split, where data.sampling draws by class
 
     @property
     def streamed(self) -> bool:
@@ -150,7 +150,7 @@ class IndexedSplit:
 
     num_samples: int
     read: Reader
-    table: Shared[tuple[Int64s, Labels]]  # of each sample: its item, its label
+    table: Shared[tuple[Int64s, Labels]]  # table of each sample: its item, its label
     block_sizes: Int64s | None  # samples of each block, in order; None: no blocks
 
     def __len__(self) -> int:

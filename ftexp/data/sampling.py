@@ -37,8 +37,8 @@ from ftexp.data.order import (
     round_keys,
 )
 
-_STREAM = 1  # of the run's seed, apart from those of ftexp.job.build and ftexp.worker.step
-_FRACTION_BITS = 40  # of the square of a root
+_STREAM = 1  # stream of the run's seed, apart from those of ftexp.job.build and ftexp.worker.step
+_FRACTION_BITS = 40  # bits of the square of a root
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class ClassTable:
     """The samples of train by class. Takes 4 bytes a sample; 8 from 2**31 of them on."""
 
     members: npt.NDArray[np.signedinteger[Any]]  # sample numbers, class after class, [num_samples]
-    counts: Int64s  # of each class, [num_classes]
+    counts: Int64s  # counts of each class, [num_classes]
 
     @classmethod
     def of(cls, labels: Int64s, num_classes: int) -> ClassTable:
@@ -59,7 +59,7 @@ class ClassTable:
 class Quotas:
     """How many of the `num_draws` of an epoch are of each class: `whole`, and what is left over goes round."""
 
-    whole: Int64s  # of every epoch, [num_classes]
+    whole: Int64s  # draws of each class in every epoch, [num_classes]
     num_draws: int
 
     @classmethod

@@ -71,7 +71,7 @@ def strata(labels: Labels) -> Int64s:
         return labels
     num_bits = labels.shape[1] * 8
     counts = class_counts(labels, num_bits)
-    by_number = np.argsort(counts, kind="stable")  # of equals, the earlier class
+    by_number = np.argsort(counts, kind="stable")  # among equals, the earlier class first
     found = np.full(len(labels), num_bits, np.int64)
     for start in range(0, len(labels), _COUNTED_ROWS):
         sets = unpacked(labels[start : start + _COUNTED_ROWS], num_bits)[:, by_number]

@@ -57,7 +57,8 @@ class Supervisor:
         self._printer = Printer(terminal, record, self.group, config)
         self._asked = KeyboardInterrupt()
         self.on_evaluation_wanted: Callable[[EvaluateCheckpoint], None] = lambda _: None
-        self.on_message: Callable[[Message], None] = lambda _: None  # of workers, once it is on record
+        # called with each message of workers, once it is on record
+        self.on_message: Callable[[Message], None] = lambda _: None
         self.nccl_findings: Callable[[int], list[str]] = lambda _: []  # of an attempt that failed: names of files
 
     def handle(self, message: Message) -> Message | None:

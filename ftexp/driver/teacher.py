@@ -18,7 +18,7 @@ from ftexp.rundir.state import FINISHED, read_state
 from ftexp.storage.directory import Storage
 
 _CONFIG_FILE = "config.json"  # timm's, beside weights
-_FILES = {"raw": "model.pt", "ema": "extra_state.pt"}  # of a checkpoint
+_FILES = {"raw": "model.pt", "ema": "extra_state.pt"}  # files of a checkpoint
 
 
 def teacher_of(config: Config, run_dir: Storage) -> tuple[Config, TeacherSpec | None, ConfigError | None]:

@@ -20,7 +20,7 @@ from ftexp.evaluation.metric_registry import MetricContext, register_metric
 from ftexp.evaluation.numbers import errors
 from ftexp.evaluation.predictions import Predictions
 
-_BINS = 15  # of confidence; Guo et al., On Calibration of Modern Neural Networks, 2017, and torchmetrics
+_BINS = 15  # bins of confidence; Guo et al., On Calibration of Modern Neural Networks, 2017, and torchmetrics
 _UNIT = 2.0**24  # confidences are summed as whole numbers of 2**-24: see `ftexp.evaluation.meter`
 
 

@@ -34,7 +34,7 @@ class Samples:
 class Difference:
     """How far two models are apart."""
 
-    largest: float  # of the logits, absolute
+    largest: float  # largest absolute difference of logits
     largest_logit: float  # for scale
     num_same: int  # images of which both say the same class or classes; of numbers, the same to three digits
 

@@ -26,9 +26,9 @@ Answer = Callable[[UInt8s], npt.NDArray[np.float32]]  # pixels -> logits
 Format = Callable[[nn.Module, DataInfo, dict[str, Any], Path], Answer]
 formats: Registry[Format] = Registry("format")
 
-_ABOUT = "about.json"  # of the files inside a .pt2
+_ABOUT = "about.json"  # name of a file inside a .pt2
 _EXAMPLE_ROWS = 2  # one row would fix the batch to one
-_MAX_PROTOBUF_BYTES = 2**31 - 2**24  # of an ONNX file; larger weights go into a file beside it
+_MAX_PROTOBUF_BYTES = 2**31 - 2**24  # bytes of an ONNX file; larger weights go into a file next to it
 
 
 class FromPixels(nn.Module):

@@ -27,7 +27,7 @@ class Action(Enum):
     """A reaction to a failure."""
 
     RESTART = auto()
-    RESTART_SMALLER_MICRO_BATCHES = auto()  # of half the size
+    RESTART_SMALLER_MICRO_BATCHES = auto()  # batches of half the size
     STOP = auto()
 
 

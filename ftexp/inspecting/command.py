@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 _MAX_CLASSES = 25  # more are cut to the largest and the smallest
 _NUM_LARGEST, _NUM_SMALLEST = 20, 5
 _MAX_BAD = 10
-_TOLERANCE = 0.02  # of data.mean and data.std, in pixels scaled to 0..1
+_TOLERANCE = 0.02  # tolerance of data.mean and data.std, in pixels scaled to 0..1
 _CHANNELS = {1: ("grey",), 3: ("red", "green", "blue"), 4: ("red", "green", "blue", "alpha")}
 
 

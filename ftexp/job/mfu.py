@@ -67,7 +67,7 @@ class Utilisation:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
         peak = peak_flops(name, precision)
         self._peak = peak * num_devices if peak is not None else None
-        self._shape = shape  # of an image: channels, height, width
+        self._shape = shape  # shape of an image: channels, height, width
         self._flops: dict[tuple[int, int, int], float] = {}  # by the shape of an image
         self.problem: str | None = None
 

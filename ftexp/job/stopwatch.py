@@ -38,7 +38,7 @@ class Stopwatch:
         self._clock = clock
         self._on_gpu = device is not None and device.type == "cuda"
         self._spent = dict.fromkeys(SECTIONS, 0.0)  # seconds since the last point
-        self._waited = dict.fromkeys(SECTIONS, 0.0)  # of `_spent`, for others
+        self._waited = dict.fromkeys(SECTIONS, 0.0)  # the part of `_spent` that was waiting for others
         self._laps: list[tuple[str, Any, Any]] = []  # (section, event at its start, at its end), to be read
         self._waits: list[tuple[str, Any, Any]] = []  # likewise
         self._in_lap: list[tuple[Any, Any]] = []  # (begin, end) of waits since the last lap

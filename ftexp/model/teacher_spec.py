@@ -30,7 +30,7 @@ class TeacherSpec:
     mean: list[float]
     std: list[float]
     plugins: tuple[str, ...] = ()  # that it needs
-    uri: str | None = None  # of a run's checkpoint, with `file` in it
+    uri: str | None = None  # URI of a run's checkpoint, with `file` in it
     file: str = "model.pt"  # or extra_state.pt, for the EMA
     # of the file that holds the weights, as a run's manifest has it (BLAKE3, or SHA-256); None: of the hub
     sha256: str | None = None

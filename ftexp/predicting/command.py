@@ -42,9 +42,9 @@ _FILE_OF = {"raw": "model.pt", "ema": "extra_state.pt"}  # that holds the weight
 class Request:
     """A prediction: its data, its model and its output."""
 
-    config: Config  # of the data as the model sees it, the model, the scaling
+    config: Config  # config of the data as the model sees it, the model, the scaling
     run: SavedRun
-    manifest: Manifest  # of the checkpoint
+    manifest: Manifest  # manifest of the checkpoint
     weights: str  # raw, or ema
     tta: str  # none, or hflip
     split: str
@@ -54,7 +54,7 @@ class Request:
     part_rows: int
     format: str
     is_runs_own: bool  # the data that the run was trained on, cut into the same splits
-    thresholds: list[float] | None = None  # of each class, where an image may have any number of them
+    thresholds: list[float] | None = None  # thresholds of each class, where an image may have any number of them
 
     def plan(self, inputs: Inputs) -> PredictionPlan:
         """Return the plan to write, by which the command resumes."""

@@ -34,7 +34,7 @@ from ftexp.errors import DataError
 from ftexp.registry import Registry
 from ftexp.storage.directory import open_uri
 
-ALL = "all"  # of the splits: every image there is, with a label or without
+ALL = "all"  # all splits: every image there is, with a label or without
 _NONE = -1  # the label of an image whose class isn't known
 _BLOCKS_KEPT = 1  # a window of blocks, as BlockReader counts them: samples are read in the order of their files
 
@@ -45,7 +45,7 @@ class Inputs:
 
     split: IndexedSplit
     label_names: list[str]
-    digest: str  # of which images there are, and how large their files are
+    digest: str  # digest of the images' paths and file sizes
     bad: list[BadSample] = field(default_factory=list)  # files with an unknown number of images
     excluded: list[Excluded] = field(default_factory=list)  # entries that a rule keeps from being images
     listing: str | None = None  # the digest of all splits together, as a run has it; None: not known

@@ -19,7 +19,7 @@ _NEAR = 5.0  # pixels within which marks are one
 LETTER = 6.8  # pixels of a letter of a label in a wide font, about
 _ROW = 14.0  # pixels from a row of labels to the next
 _LOG_FROM = 30.0  # ratio of the largest to the smallest value
-_MAX_TITLES = 3  # of marks that are one
+_MAX_TITLES = 3  # titles of marks drawn as one
 _MAX_LINES = 30  # through a chart; more would hide it, and leave their marks above it
 
 
@@ -94,7 +94,7 @@ class Plot:
 
     def _mark_x(self, marks: Sequence[tuple[float, str]]) -> int:
         """Draw ticks with texts, in as many rows as needed; returns how many."""
-        ends: list[float] = []  # of each row: where its last text ends
+        ends: list[float] = []  # ends of each row: where its last text ends
         for value, text in marks:
             x, half = self.x(value), LETTER * len(text) / 2
             middle = min(x, self._drawing.width - half)

@@ -13,7 +13,7 @@ from itertools import pairwise
 from ftexp.report.source import RunFiles
 from ftexp.report.timeline import Timeline
 
-MAX_BUCKETS = 400  # of a curve: about as many as a chart has pixels
+MAX_BUCKETS = 400  # buckets of a curve: about as many as a chart has pixels
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from ftexp.rundir.names import (
 from ftexp.storage.append_log import read_lines
 from ftexp.storage.directory import Storage
 
-_SPLITS = ("test", "val", "train")  # of which an evaluation is shown, the first that there is
+_SPLITS = ("test", "val", "train")  # splits of which an evaluation is shown, the first that there is
 
 Record = dict[str, Any]
 

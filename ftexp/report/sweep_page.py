@@ -17,7 +17,7 @@ from ftexp.rundir.sweep_record import Reached, look
 from ftexp.storage.directory import Storage
 
 _WIDE = 1000.0
-_MAX_LINES = 300  # of a chart: the best, since more would be a surface
+_MAX_LINES = 300  # lines of a chart: the best, since more would be a surface
 _STATUS = {FINISHED: "good", FAILED: "bad"}
 _METRICS = ("val_accuracy", "val_loss", "test_accuracy", "test_loss")  # that get a column, where trials have them
 

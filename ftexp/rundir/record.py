@@ -68,7 +68,7 @@ class RunRecord:
         self.heard_at: float | None = None  # when a worker last reported a step, a point or a checkpoint
         self.died_rank: int | None = None  # that of the current attempt's first process that was lost
         self._num_written = len(state.failures)  # that run.json holds
-        self._workers: dict[int, Hello] = {}  # of the current attempt, by rank
+        self._workers: dict[int, Hello] = {}  # workers of the current attempt, by rank
         self._lineage = Lineage()
         self._is_ready = False  # the current attempt: until then its workers know no step, and say 0
 

@@ -26,8 +26,8 @@ WAITING, STOPPED = "waiting", "stopped"  # stopped: early, since others do bette
 class Trial:
     """One trial of a sweep."""
 
-    name: str  # of its run directory, inside the sweep's
-    values: dict[str, str]  # of the swept keys
+    name: str  # name of its run directory, inside the sweep's
+    values: dict[str, str]  # values of the swept keys
     epochs: int
     status: str = WAITING
     error: str | None = None  # why it failed

@@ -18,7 +18,7 @@ from ftexp.trackers.registry import Key, Outcome, Point, TrackedRun, register_tr
 from ftexp.trackers.series import RUN_LABELS, SERIES, Series
 
 _MAX_PORTS = 100  # that are tried: trials of a sweep run side by side
-_UPDATE_EVERY_S = 5.0  # of Ray's copies; its agents export every 10 s by default
+_UPDATE_EVERY_S = 5.0  # seconds between updates of Ray's copies; its agents export every 10 s by default
 _TOTAL = "_total"
 
 

@@ -27,7 +27,7 @@ from typing import TextIO
 
 from ftexp.wire.messages import Evaluated, Goodbye, Hello, Lost, Message, Save, Stop, Sync, from_line, to_line
 
-_MIN_SKEW_S = 1.0  # of a clock; less may be what a message takes
+_MIN_SKEW_S = 1.0  # difference of clocks; less may be what a message takes
 
 Handler = Callable[[Message], Message | None]
 

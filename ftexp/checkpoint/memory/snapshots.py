@@ -39,7 +39,7 @@ class _Room:
     reserved: Reserved
     keeper: int  # pidfd
     copiers: list[SlotCopier]
-    sequences: list[int]  # of what each slot holds; 0: nothing
+    sequences: list[int]  # number of the snapshot in each slot; 0: none
 
     @property
     def keeper_lives(self) -> bool:
@@ -66,13 +66,13 @@ class Snapshots:
         self._is_cut = place is not None
         self._pace = Pace(config.memory_every_steps, group.agree)
         self._is_off = not group.all_agree(supported())
-        self._lowest = OFF  # of all ranks' readiness, when it was last asked
+        self._lowest = OFF  # lowest readiness of all ranks, when it was last asked
         self._thread: threading.Thread | None = None
         self._closed = threading.Event()
         self._room: _Room | None = None
         self._refused = False
         self._others: list[str] = []  # nodes that keep a copy, one from the other
-        self._thread_s = 0.0  # of a processor, that the last snapshot took besides training
+        self._thread_s = 0.0  # seconds of a processor that the last snapshot took besides training
         self._num_taken = 0
         if not self._is_off:
             self._find_others()

@@ -32,8 +32,8 @@ from ftexp.config.schema import (
 from ftexp.config.timm_names import optimizer_names, without_drop_path
 from ftexp.registry import did_you_mean
 
-_SECOND_ORDER = ("adahessian",)  # of timm's optimisers
-_WARMUP_SHARE = 0.1  # of the epochs, and of the learning rate the lowest, where a recipe's own doesn't fit
+_SECOND_ORDER = ("adahessian",)  # timm's optimisers of second order
+_WARMUP_SHARE = 0.1  # share of the epochs, and of the learning rate the lowest, where a recipe's own doesn't fit
 _MIN_LR_SHARE = 0.01
 _CLIPPING = ("clip_grad_norm", "clip_grad_value", "clip_grad_agc")
 # timm scales the learning rate of optimisers with these name parts by the square root of the batch

@@ -30,15 +30,15 @@ if TYPE_CHECKING:
 
 _IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "ppm", "tif", "tiff")
 _LABEL = "cls"
-_LISTS = "json"  # of several labels, or numbers
-_BLOCK_BYTES = 32 * 2**20  # of a shard that are read at once
+_LISTS = "json"  # lists of several labels, or numbers
+_BLOCK_BYTES = 32 * 2**20  # bytes of a shard that are read at once
 
 
 class Entry(NamedTuple):
     """A sample of a shard."""
 
     name: str
-    offset: int  # of the image in the shard
+    offset: int  # offset of the image in the shard
     num_bytes: int
     label: str
 
@@ -232,7 +232,7 @@ def _before_dot(name: str) -> str:
 class Index:
     """Place of each item, columns by item."""
 
-    paths: list[str]  # of the shards
+    paths: list[str]  # paths of the shards
     names: Any  # pyarrow's large_string
     shards: Int64s
     offsets: Int64s

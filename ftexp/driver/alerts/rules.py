@@ -14,7 +14,7 @@ from ftexp.wire import events
 class Alert:
     """Something that an operator wants to hear of, once."""
 
-    kind: str  # of ftexp.config.schema.ALERTS
+    kind: str  # one of ftexp.config.schema.ALERTS
     text: str  # a sentence without the run's name
     details: dict[str, Any] = field(default_factory=dict)
 

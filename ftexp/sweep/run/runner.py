@@ -29,9 +29,9 @@ from ftexp.sweep.run.trial import TrialRequest
 
 _SCRIPT = Path(__file__).with_name("trial.py")
 _LOOK_EVERY_S = 0.1
-_MAX_RESTARTS = 3  # of a driver that was killed, whatever failure.max_failures allows
+_MAX_RESTARTS = 3  # restarts of a driver that was killed, whatever failure.max_failures allows
 _CLOSE_WITHIN_S = 15.0  # after the death of Ray
-_END_WITHIN_S = STOP_GRACE_S + 15.0  # of being asked to stop; then trials are killed
+_END_WITHIN_S = STOP_GRACE_S + 15.0  # seconds after being asked to stop; then trials are killed
 LOG_FILE = "train.log"
 
 
@@ -71,7 +71,7 @@ class Runner:
     """Starts, watches and stops trials. `changed` is called for every change of a trial's status."""
 
     processes: list[TrialProcess]
-    capacity: dict[str, float]  # of the cluster
+    capacity: dict[str, float]  # capacity of the cluster
     max_concurrent: int | None  # trials at once
     python: list[str]  # a command line up to the script
     request: Callable[[TrialProcess], TrialRequest]
@@ -79,7 +79,7 @@ class Runner:
     tick: Callable[[], None]  # called ten times a second
     asked: list[KeyboardInterrupt] = field(default_factory=list)  # signals, as they come
     next_process: Callable[[], TrialProcess | None] = lambda: None  # another, once there is room for it
-    min_needs: dict[str, float] = field(default_factory=dict)  # of such a process, at least
+    min_needs: dict[str, float] = field(default_factory=dict)  # needs of such a process, at least
     lost: Callable[[], str | None] = lambda: None  # why the trials' Ray is no more, if it isn't
     _num_passed: int = 0
     _kill_at: float = float("inf")

@@ -11,7 +11,7 @@ from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Overrid
 
 from ftexp.errors import ConfigError
 
-_DIGITS = 4  # of a number that is drawn: it names a directory, and more would tell nobody anything
+_DIGITS = 4  # digits of a number that is drawn: it names a directory, and more would say nothing
 _EXAMPLE = "optim.lr=tag(log, interval(1e-4, 1e-2))"
 
 
