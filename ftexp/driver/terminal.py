@@ -238,6 +238,6 @@ _LIVE = (
     ("val_accuracy_ema", "val_acc_ema"),
 )
 _SHOWN = (
-    *(("test_accuracy", "test accuracy"), ("test_accuracy_ema", "… averaged"), ("test_loss", "test loss")),
-    *(("val_accuracy", "val accuracy"), ("val_accuracy_ema", "… averaged"), ("val_loss", "val loss")),
+    *(("test_accuracy", "test accuracy"), ("test_accuracy_ema", "… of the EMA"), ("test_loss", "test loss")),
+    *(("val_accuracy", "val accuracy"), ("val_accuracy_ema", "… of the EMA"), ("val_loss", "val loss")),
 )
