@@ -133,19 +133,19 @@ def drill(config: Config, own: DrillConfig, overrides: list[str]) -> bool:
     from ftexp.storage.directory import Storage
 
     name = f"drill_{unused_name()}"
-    folder = Storage.at(config.run.storage, name)
-    words = [*overrides, f"run.storage={_quoted(folder.uri)}", "train.ledger=true", "train.log_every_steps=1"]
+    directory = Storage.at(config.run.storage, name)
+    words = [*overrides, f"run.storage={_quoted(directory.uri)}", "train.ledger=true", "train.log_every_steps=1"]
     if own.steps is not None:
         words.append(f"train.max_steps={own.steps}")
-    print(f"drill    {folder.uri}")
+    print(f"drill    {directory.uri}")
     began = time.time()
-    if _run(words, CLEAN, 1, folder) != 0:
-        raise RunFailedError(f"the clean run failed: see {folder.child(CLEAN).uri} and {_log(folder, CLEAN)}")
-    total_steps = json.loads(folder.child(CLEAN).read_bytes(RUN_FILE))["step"]
+    if _run(words, CLEAN, 1, directory) != 0:
+        raise RunFailedError(f"the clean run failed: see {directory.child(CLEAN).uri} and {_log(directory, CLEAN)}")
+    total_steps = json.loads(directory.child(CLEAN).read_bytes(RUN_FILE))["step"]
     print(f"clean    {total_steps:,} steps, the whole command {time.time() - began:.1f} s")
-    code = _run([*words, *_broken_words(config, own, total_steps)], BROKEN, len(own.faults) + 1, folder)
-    report = compare(folder.child(CLEAN), folder.child(BROKEN), config.train.global_batch_size, code, config)
-    folder.write_bytes("drill.json", json.dumps(dataclasses.asdict(report), indent=1).encode())
+    code = _run([*words, *_broken_words(config, own, total_steps)], BROKEN, len(own.faults) + 1, directory)
+    report = compare(directory.child(CLEAN), directory.child(BROKEN), config.train.global_batch_size, code, config)
+    directory.write_bytes("drill.json", json.dumps(dataclasses.asdict(report), indent=1).encode())
     _print(report)
     return report.identical
 
@@ -170,12 +170,12 @@ def _broken_words(config: Config, own: DrillConfig, total_steps: int) -> list[st
     return words
 
 
-def _run(words: list[str], name: str, max_starts: int, folder: Storage) -> int:
+def _run(words: list[str], name: str, max_starts: int, directory: Storage) -> int:
     """Run the command, again if it is killed; returns the last exit code."""
     command = [sys.executable, "-m", "ftexp.train", *words, f"run.name={name}"]
     code = _KILLED
     for _ in range(max_starts):
-        code = _run_once(command, _log(folder, name))
+        code = _run_once(command, _log(directory, name))
         if code != _KILLED:
             break
         print("         the command was killed: running the same command again", flush=True)
@@ -207,12 +207,12 @@ def _run_once(command: list[str], log: str) -> int:
     return process.returncode
 
 
-def _log(folder: Storage, name: str) -> str:
+def _log(directory: Storage, name: str) -> str:
     """Return the local file for a run's output."""
     import tempfile
     from pathlib import Path
 
-    path = folder.local_path or Path(tempfile.gettempdir()) / folder.name
+    path = directory.local_path or Path(tempfile.gettempdir()) / directory.name
     path.mkdir(parents=True, exist_ok=True)
     return str(path / f"{name}.log")
 

@@ -131,7 +131,7 @@ def _export(
     manifest: Manifest,
     weights: dict[str, Tensor],
     samples: Samples,
-    folder: Path,
+    directory: Path,
     out: Storage,
 ) -> dict[str, Any]:
     import torch
@@ -145,7 +145,7 @@ def _export(
         images = torch.zeros(1, run.info.channels, run.info.image_size, run.info.image_size)
         as_logits(model(images), run.config.model, run.info.num_classes)
     about = _about(config, run, manifest)
-    exported = formats.get(config.format)(model, run.info, about, folder)
+    exported = formats.get(config.format)(model, run.info, about, directory)
     difference = compare(answers(model, run.info), exported, samples.pixels, run.info.task)
     about["checked"] = {
         "images": len(samples.pixels),
@@ -161,9 +161,9 @@ def _export(
             f"the exported model differs from the original by {difference.largest:.3g} in a logit, and tolerance="
             f"{config.tolerance:g}: nothing was written. Set a larger tolerance if this is acceptable"
         )
-    (folder / _ABOUT_FILE).write_text(json.dumps(about, indent=1), encoding="utf-8")
-    files = sorted(path.name for path in folder.iterdir())
-    out.publish({name: functools.partial(_copy, folder / name) for name in files}, last=_ABOUT_FILE)
+    (directory / _ABOUT_FILE).write_text(json.dumps(about, indent=1), encoding="utf-8")
+    files = sorted(path.name for path in directory.iterdir())
+    out.publish({name: functools.partial(_copy, directory / name) for name in files}, last=_ABOUT_FILE)
     print(f"written  {out.uri}: {', '.join(files)}")
     return about
 

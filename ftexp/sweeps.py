@@ -22,7 +22,7 @@ def main() -> None:
         show(Storage.at(options.sweep))
 
 
-def show(folder: Storage) -> None:
+def show(directory: Storage) -> None:
     """Print the table, and why what failed did."""
     from rich.console import Console
 
@@ -30,7 +30,7 @@ def show(folder: Storage) -> None:
     from ftexp.rundir.sweep_record import look
     from ftexp.sweep.show.leaderboard import table
 
-    record, trials = look(folder)
+    record, trials = look(directory)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
     console.print(table(record, ranked(record, trials)))
     for each in trials:

@@ -188,17 +188,17 @@ def window(job: Any, batches: Any, checkpoints: Any, seconds: float) -> dict[str
 
 
 def tutorial_save(job: Any, number: int) -> None:
-    """The end of an epoch in Ray's tutorials: torch.save into a temporary folder, and a blocking report."""
+    """The end of an epoch in Ray's tutorials: torch.save into a temporary directory, and a blocking report."""
     import ray.train
     import torch
 
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as directory:
         checkpoint = None
         if job.group.rank == 0:
-            torch.save(job.learner.model.state_dict(), Path(folder) / "model.pt")
-            torch.save(job.learner.optimizer.state_dict(), Path(folder) / "optimizer.pt")
-            torch.save({"epoch": number}, Path(folder) / "extra_state.pt")
-            checkpoint = ray.train.Checkpoint.from_directory(folder)
+            torch.save(job.learner.model.state_dict(), Path(directory) / "model.pt")
+            torch.save(job.learner.optimizer.state_dict(), Path(directory) / "optimizer.pt")
+            torch.save({"epoch": number}, Path(directory) / "extra_state.pt")
+            checkpoint = ray.train.Checkpoint.from_directory(directory)
         ray.train.report({"epoch": number}, checkpoint=checkpoint)
 
 

@@ -86,19 +86,19 @@ def main() -> None:
     results = Results()
     console = Console(highlight=False, width=140)
     describe_machine(console)
-    with tempfile.TemporaryDirectory() as folder, ray_of_this_machine():
+    with tempfile.TemporaryDirectory() as directory, ray_of_this_machine():
         if MEMORY in options.only:  # first, while this process holds nothing else
-            results.memory_mib = measure_memory(Path(folder))
+            results.memory_mib = measure_memory(Path(directory))
             console.print("memory: measured")
         if RATES in options.only:
             for name in SETS:
-                results.rates[name] = measure_rates(Path(folder) / name, name, options.rounds, options.set)
+                results.rates[name] = measure_rates(Path(directory) / name, name, options.rounds, options.set)
                 console.print(f"rates of {name}: measured")
         if PROCESS in options.only:
-            results.process_ms = measure_process(Path(folder) / PROCESS, options.rounds, options.set)
+            results.process_ms = measure_process(Path(directory) / PROCESS, options.rounds, options.set)
             console.print("training process: measured")
         if FIRSTS in options.only:
-            results.first_batch_s = measure_first_batches(Path(folder), options.files, options.rounds)
+            results.first_batch_s = measure_first_batches(Path(directory), options.files, options.rounds)
             console.print("first batches: measured")
     finish(console, dataclasses.asdict(results), options.json, report(console, results), options.check)
 
@@ -141,7 +141,7 @@ def ray_of_this_machine() -> Iterator[None]:
 
 
 def run_config(*overrides: str) -> Any:
-    """The config of a run on a folder of images."""
+    """The config of a run on a directory of images."""
     return composed("data=image_folder", "data.root=.", "augment=none", *overrides)
 
 
@@ -300,9 +300,9 @@ def by_part(data: TrainingData, spent: dict[str, float]) -> TrainingData:
     )
 
 
-def measure_first_batches(folder: Path, num_files: int, rounds: int) -> dict[str, list[float]]:
+def measure_first_batches(directory: Path, num_files: int, rounds: int) -> dict[str, list[float]]:
     """Seconds from asking at a position to the first batch, with many files listed."""
-    root, sources = folder / "many", write_photos(folder / "few", 1000, size=SETS[SMALL][0])
+    root, sources = directory / "many", write_photos(directory / "few", 1000, size=SETS[SMALL][0])
     for number in range(num_files):
         path = root / f"class_{number % 10}" / f"{number // 10000:04d}" / f"{number:08d}.jpg"
         if number % 10000 < 10:
@@ -320,11 +320,11 @@ def measure_first_batches(folder: Path, num_files: int, rounds: int) -> dict[str
     return seconds
 
 
-def measure_memory(folder: Path) -> dict[str, float]:
+def measure_memory(directory: Path) -> dict[str, float]:
     """The most memory that all processes held during an epoch of the data, and of ten times the data; MiB."""
     peaks = {}
     for times in (1, 10):
-        root, num_files = folder / f"times_{times}", times * 2000
+        root, num_files = directory / f"times_{times}", times * 2000
         write_photos(root, num_files, size=SETS[SMALL][0])
         from_position = ftexp_feed(root, SETS[SMALL][1], "streaming")
         rate(from_position(0), 4 * WARM_IMAGES)  # all processes have begun, and done all that they will do

@@ -63,17 +63,17 @@ def main() -> None:
 
 def _ran(what: Any, workers: int, overrides: list[str], steps: int) -> list[Any]:
     """Return the results of each worker."""
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = (what, workers, overrides, steps, folder)
+    with tempfile.TemporaryDirectory() as directory:
+        arguments = (what, workers, overrides, steps, directory)
         torch.multiprocessing.start_processes(_worker, arguments, nprocs=workers, start_method="spawn")
-        return [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(workers)]
+        return [json.loads((Path(directory) / f"{rank}.json").read_text()) for rank in range(workers)]
 
 
-def _worker(rank: int, what: Any, workers: int, overrides: list[str], steps: int, folder: str) -> None:
+def _worker(rank: int, what: Any, workers: int, overrides: list[str], steps: int, directory: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=workers, init_method=f"file://{folder}/meeting")
+    dist.init_process_group("gloo", rank=rank, world_size=workers, init_method=f"file://{directory}/meeting")
     found = what(rank, workers, composed(*overrides), steps)
-    (Path(folder) / f"{rank}.json").write_text(json.dumps(found))
+    (Path(directory) / f"{rank}.json").write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()
 

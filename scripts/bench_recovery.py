@@ -111,12 +111,12 @@ def tutorial(settings: dict[str, Any]) -> dict[str, float]:
 
 def torchrun(settings: dict[str, Any]) -> dict[str, float]:
     """A DDP loop that torchrun restarts."""
-    folder = scratch_directory()
-    given = {**settings, "notes": str(folder / "notes"), "checkpoint": str(folder / "checkpoint.pt")}
+    directory = scratch_directory()
+    given = {**settings, "notes": str(directory / "notes"), "checkpoint": str(directory / "checkpoint.pt")}
     words = ["--standalone", "--nproc-per-node", str(WORKERS), "--max-restarts", "3"]
     script = [str(BASELINES / "torchrun_ddp.py"), json.dumps(given)]
     command = [sys.executable, "-m", "torch.distributed.run", *words, *script]
-    return _measure(command, lambda: [tuple(line) for line in _lines(folder / "notes")])
+    return _measure(command, lambda: [tuple(line) for line in _lines(directory / "notes")])
 
 
 def _measure(

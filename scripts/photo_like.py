@@ -34,13 +34,13 @@ _CHUNK = 64  # pictures that a process makes at a time
 def main() -> None:
     """Write a directory of photographs."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("directory", type=Path)
     parser.add_argument("--pictures", type=int, default=5000)
     parser.add_argument("--classes", type=int, default=20)
     parser.add_argument("--size", type=int, nargs=2, default=IMAGENET, metavar=("WIDTH", "HEIGHT"))
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    write_photos(options.folder, options.pictures, options.classes, options.size, options.seed)
+    write_photos(options.directory, options.pictures, options.classes, options.size, options.seed)
 
 
 def write_photos(
@@ -50,8 +50,8 @@ def write_photos(
     if not 1 < num_classes <= len(GLYPHS):
         raise ValueError(f"{num_classes} classes; there are 2 to {len(GLYPHS)}")
     paths = [root / class_name(number % num_classes) / f"{number:06d}.jpg" for number in range(count)]
-    for folder in {path.parent for path in paths}:
-        folder.mkdir(parents=True, exist_ok=True)
+    for directory in {path.parent for path in paths}:
+        directory.mkdir(parents=True, exist_ok=True)
     numbers = range(count)
     chunks = [numbers[first : first + _CHUNK] for first in numbers[::_CHUNK]]
     write = functools.partial(_write, [str(path) for path in paths], num_classes, tuple(size), seed)
@@ -155,8 +155,8 @@ def _fonts() -> list[Any]:
     """Faces at the largest size that a glyph takes, those that Ray brings and Pillow's; sorted, so that all agree."""
     import ray
 
-    folder = Path(ray.__file__).parent / "dashboard" / "client" / "build"
-    files = [str(file) for file in folder.rglob("roboto-latin-*.woff")]
+    directory = Path(ray.__file__).parent / "dashboard" / "client" / "build"
+    files = [str(file) for file in directory.rglob("roboto-latin-*.woff")]
     faces = [ImageFont.truetype(file, 256) for file in files]
     return [*sorted(faces, key=lambda face: face.getname()), ImageFont.load_default(256)]
 

@@ -157,8 +157,8 @@ class Soak:
         return True
 
     def _is_saving(self) -> bool:
-        folder = self._run_dir / "checkpoints"
-        return folder.is_dir() and any(path.name.startswith(".tmp-") for path in folder.iterdir())
+        directory = self._run_dir / "checkpoints"
+        return directory.is_dir() and any(path.name.startswith(".tmp-") for path in directory.iterdir())
 
     def _step(self) -> int:
         path = self._run_dir / "metrics.jsonl"

@@ -34,8 +34,8 @@ def _blank(leaf: Any, _: TreePath) -> Any:
 
 
 def _is_data(name: str) -> bool:
-    folder, _, number = name.rpartition("/")
-    return folder.endswith("/data") and number.isdigit()
+    directory, _, number = name.rpartition("/")
+    return directory.endswith("/data") and number.isdigit()
 
 
 def _data_offset(file: BinaryIO, header: int) -> int:

@@ -24,8 +24,8 @@ def unknown_option(argv: Sequence[str]) -> str | None:
     """Return the message for a word such as optim=null or optim=3, for which Hydra reports only the type."""
     for word in argv:
         group, _, option = word.lstrip("+").partition("=")
-        folder = config_dir() / group
-        if group and folder.is_dir() and not option.startswith("{"):
+        directory = config_dir() / group
+        if group and directory.is_dir() and not option.startswith("{"):
             options = _options(group)
             if options and not set(option.split(",")) <= set(options):
                 return _unknown_option_text(group, option, options)

@@ -31,7 +31,7 @@ _MAY_CHANGE = ("train", "data", "stopping", "hooks", "scaling", "failure", "chec
 
 def has_run(run_dir: Storage) -> bool:
     """Whether a run has begun here."""
-    return run_dir.exists(RUN_FILE) or bool(run_dir.child(CHECKPOINTS).list_folders())
+    return run_dir.exists(RUN_FILE) or bool(run_dir.child(CHECKPOINTS).list_directories())
 
 
 def located(uri: str, run_dir: Storage) -> str:
@@ -103,7 +103,7 @@ def open_run(config: Config, run_dir: Storage, run_name: str) -> RunState:
 
 
 def _has_progress(state: RunState, run_dir: Storage) -> bool:
-    return bool(state.step or state.farthest_step or run_dir.child(CHECKPOINTS).list_folders())
+    return bool(state.step or state.farthest_step or run_dir.child(CHECKPOINTS).list_directories())
 
 
 def preprocessing_as_begun(config: Config, overrides: Sequence[str], run_dir: Storage) -> Config | None:

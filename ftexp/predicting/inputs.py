@@ -112,7 +112,7 @@ class ArrayReader:
 
 
 @every_image.register("image_folder")
-def _folder(config: DataConfig, class_names: list[str]) -> Inputs:
+def _directory(config: DataConfig, class_names: list[str]) -> Inputs:
     """Return every image file below data.root; in class directories, or not."""
     import pyarrow as pa
 
@@ -134,7 +134,7 @@ def _list(config: DataConfig, _: list[str]) -> Inputs:
 
     listed = read_list(config, labelled=False)
     labels = _as_labels(listed.labels or [None] * len(listed.paths), config)
-    reader = FileReader(listed.filesystem, listed.folder, Shared(pa.array(listed.paths, pa.large_string())))
+    reader = FileReader(listed.filesystem, listed.directory, Shared(pa.array(listed.paths, pa.large_string())))
     return _inputs(reader, labels, _digest(((path, 0) for path in listed.paths), repr(labels).encode()))
 
 

@@ -59,9 +59,9 @@ def trial_lines(record: SweepRecord, ordered: Sequence[Reached], keys: Sequence[
     ]
 
 
-def learning_curve(folder: Storage, record: SweepRecord, each: Reached) -> list[Point]:
+def learning_curve(directory: Storage, record: SweepRecord, each: Reached) -> list[Point]:
     """Return (epoch, metric) of a trial."""
-    return [(float(epoch), value) for epoch, value in curve(folder, each.trial, record.metric)]
+    return [(float(epoch), value) for epoch, value in curve(directory, each.trial, record.metric)]
 
 
 @dataclass(frozen=True)

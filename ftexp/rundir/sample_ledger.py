@@ -70,9 +70,9 @@ def _attempt(name: str) -> int:
 def read_updates(run_dir: Storage) -> list[Update]:
     """The updates that made the weights, by step: where a step was done again, the last time counts."""
     shares: dict[int, dict[int, list[dict[str, Any]]]] = {}  # step -> attempt -> a line of each rank
-    folder = run_dir.child(LEDGER)
-    for name in folder.list_files():
-        for step, line in _standing(read_lines(folder, name)).items():
+    directory = run_dir.child(LEDGER)
+    for name in directory.list_files():
+        for step, line in _standing(read_lines(directory, name)).items():
             shares.setdefault(step, {}).setdefault(_attempt(name), []).append(line)
     updates = []
     for step in sorted(shares):

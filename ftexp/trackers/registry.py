@@ -81,7 +81,7 @@ class Tracker(Protocol):
     asked again what it holds. So `held` must tell the truth, whatever was killed or lost when.
     """
 
-    where: str  # for people: a folder, an address
+    where: str  # for people: a directory, an address
 
     def held(self) -> Iterable[Key]:
         """Return the points of this run that it has already."""

@@ -54,12 +54,12 @@ def _trace(job: Job, run_dir: Storage) -> Iterator[None]:
         yield
     finally:
         profiler.stop()
-        folder, name = run_dir.child(PROFILE), f"rank{job.group.rank}.json.gz"
+        directory, name = run_dir.child(PROFILE), f"rank{job.group.rank}.json.gz"
         try:
             with tempfile.TemporaryDirectory() as scratch:
                 profiler.export_chrome_trace(f"{scratch}/{name}")
-                folder.write_bytes(name, (Path(scratch) / name).read_bytes())
+                directory.write_bytes(name, (Path(scratch) / name).read_bytes())
         except OSError as error:
             job.channel.send(Happened(events.ProfileFailed(f"{name}: {error}")))
         else:
-            job.channel.send(Happened(events.ProfileWritten(folder.child(name).uri)))
+            job.channel.send(Happened(events.ProfileWritten(directory.child(name).uri)))

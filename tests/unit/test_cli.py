@@ -15,7 +15,9 @@ from ftexp.config.checks.validate import validate
 from ftexp.config.schema import config_dir
 from ftexp.errors import ConfigError, DataError, FtexpError, RunFailedError
 
-GROUPS = sorted(folder.name for folder in config_dir().iterdir() if folder.is_dir() and folder.name != "hydra")
+GROUPS = sorted(
+    directory.name for directory in config_dir().iterdir() if directory.is_dir() and directory.name != "hydra"
+)
 
 
 @pytest.fixture

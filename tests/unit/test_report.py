@@ -238,9 +238,9 @@ def test_the_page_shows_other_metrics_and_why_a_run_stopped_early(storage):
     page = Page(storage.read_bytes("report.html").decode())
     assert "stopped early epoch 2 val_loss has not improved" in page.text
     assert "auroc 0.7123, top5 ." in page.text
-    folder = storage.child("charts")
-    assert folder.exists("auroc.png")
-    assert not folder.exists("top5.png")
+    directory = storage.child("charts")
+    assert directory.exists("auroc.png")
+    assert not directory.exists("top5.png")
 
 
 def test_the_curves_mark_failures_where_they_were_and_shade_every_other_attempt(storage):

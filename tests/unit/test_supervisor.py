@@ -45,8 +45,8 @@ DIED = Cause(CRASH, 1, "the process died", Ending.DIED)
 class Driver:
     """A supervisor, and what it wrote and printed."""
 
-    def __init__(self, folder, failures=(), num_before=None, no_new_ray=None, **failure):
-        self.storage, self.output = Storage.at(str(folder)), io.StringIO()
+    def __init__(self, directory, failures=(), num_before=None, no_new_ray=None, **failure):
+        self.storage, self.output = Storage.at(str(directory)), io.StringIO()
         self.record = RunRecord(self.storage, RunState(name="demo", failures=list(failures)), ("val_accuracy", "max"))
         self.terminal = Terminal(Console(file=self.output, width=500, color_system=None, highlight=False))
         self.config = Config(train=TrainConfig(epochs=4, global_batch_size=32), failure=FailureConfig(**failure))

@@ -81,13 +81,13 @@ def on_this_node(prefix: str) -> str:
     KeyError, OSError or ValueError if there is none to be had.
     """
     raylet = os.environ["RAY_RAYLET_PID"]
-    folder = f"{prefix}-{raylet}"
+    directory = f"{prefix}-{raylet}"
     try:
-        os.mkdir(folder, 0o700)
+        os.mkdir(directory, 0o700)
     except FileExistsError:
-        _require_own(folder, stat.S_ISDIR)
-    path = f"{folder}/socket"
-    lock = os.open(f"{folder}/{LOCK}", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        _require_own(directory, stat.S_ISDIR)
+    path = f"{directory}/socket"
+    lock = os.open(f"{directory}/{LOCK}", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
     fcntl.flock(lock, fcntl.LOCK_EX)  # workers start several at a time
     try:
         if not _answers(path):

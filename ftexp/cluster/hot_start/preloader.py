@@ -44,11 +44,11 @@ def main() -> None:
         import_all(BEFORE_THE_CLUSTER, without=NOT_USED)
         Preloader(listener, owner).serve()
     finally:
-        folder = Path(path).parent
+        directory = Path(path).parent
         with contextlib.suppress(OSError):  # the driver removes it itself
             for name in (Path(path).name, LOCK):
-                (folder / name).unlink(missing_ok=True)
-            folder.rmdir()
+                (directory / name).unlink(missing_ok=True)
+            directory.rmdir()
     os._exit(0)  # taking the modules down would take a second or two, for which the driver waits
 
 

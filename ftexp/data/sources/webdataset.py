@@ -215,17 +215,17 @@ def _split_name(path: str, endings: tuple[str, ...]) -> tuple[str, str | None]:
 
     The name of a sample may hold dots, so a known ending is cut off; of other entries, all from the first dot on.
     """
-    folder, _, base = path.rpartition("/")
+    directory, _, base = path.rpartition("/")
     stem, _, ending = base.rpartition(".")
     known = bool(stem) and ending.lower() in endings
     name = stem if known else base.partition(".")[0]
-    return f"{folder}/{name}" if folder and name else name, ending.lower() if known else None
+    return f"{directory}/{name}" if directory and name else name, ending.lower() if known else None
 
 
 def _before_dot(name: str) -> str:
     """Return the name of the sample whose field an entry is, where a dot within a name begins a field (7.left.png)."""
-    folder, slash, base = name.rpartition("/")
-    return f"{folder}{slash}{base.partition('.')[0]}"
+    directory, slash, base = name.rpartition("/")
+    return f"{directory}{slash}{base.partition('.')[0]}"
 
 
 @dataclass(frozen=True)

@@ -60,10 +60,10 @@ class TrialProcess:
     @property
     def log(self) -> Path:
         """Local file for its output, whatever the storage."""
-        folder = self.run_dir.local_path
-        if folder is None:
-            folder = Path(tempfile.gettempdir()) / self.run_dir.parent.name / self.run_dir.name
-        return folder / LOG_FILE
+        directory = self.run_dir.local_path
+        if directory is None:
+            directory = Path(tempfile.gettempdir()) / self.run_dir.parent.name / self.run_dir.name
+        return directory / LOG_FILE
 
 
 @dataclass

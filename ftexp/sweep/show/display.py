@@ -33,7 +33,7 @@ class Display:
 
     def __init__(
         self,
-        folder: Storage,
+        directory: Storage,
         record: SweepRecord,
         processes: list[TrialProcess],
         total: int,  # trials there will be
@@ -41,7 +41,7 @@ class Display:
     ) -> None:
         plain = console is None and not sys.stdout.isatty()
         self.console = console or Console(highlight=False, width=160 if plain else None, soft_wrap=plain)
-        self._folder, self._record, self._processes, self._total = folder, record, processes, total
+        self._directory, self._record, self._processes, self._total = directory, record, processes, total
         self._known: dict[str, Reached] = {}
         self._live: Live | None = None
 
@@ -58,7 +58,7 @@ class Display:
         done = f", {counts[FINISHED]} finished already" if counts[FINISHED] else ""
         early = f", {counts[STOPPED]} stopped early" if counts[STOPPED] else ""
         left = f", {counts[FAILED]} failed before (sweep.retry_failed=false)" if counts[FAILED] else ""
-        self.say(f"sweep    {self._record.name}  ({self._folder.uri})")
+        self.say(f"sweep    {self._record.name}  ({self._directory.uri})")
         self.say(f"trials   {self._total} over {', '.join(self._record.keys) or 'nothing'}{done}{early}{left}")
         if search is not None:
             self.say(f"search   {search}")
@@ -93,7 +93,7 @@ class Display:
             self._live = None
 
     def _look(self, process: TrialProcess) -> Reached:
-        seen = self._known[process.trial.name] = reached(self._folder, process.trial, is_alive=True)
+        seen = self._known[process.trial.name] = reached(self._directory, process.trial, is_alive=True)
         return seen
 
     def _outcome(self, process: TrialProcess, seen: Reached) -> str:

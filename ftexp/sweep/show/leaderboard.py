@@ -18,13 +18,13 @@ from ftexp.sweep.show.display import STYLES
 from ftexp.sweep.show.picture import draw
 
 
-def publish(folder: Storage, record: SweepRecord, trials: list[Reached], console: Console) -> None:
+def publish(directory: Storage, record: SweepRecord, trials: list[Reached], console: Console) -> None:
     """Print the table, and write both files into the sweep's directory."""
     ordered = ranked(record, trials)
     console.print(table(record, ordered))
-    folder.write_bytes(LEADERBOARD_CSV_FILE, as_csv(record, ordered).encode())
+    directory.write_bytes(LEADERBOARD_CSV_FILE, as_csv(record, ordered).encode())
     if any(trial.status == FINISHED and trial.value(record.metric) is not None for trial in ordered):
-        folder.write_bytes(LEADERBOARD_PNG_FILE, draw(folder, record, ordered))
+        directory.write_bytes(LEADERBOARD_PNG_FILE, draw(directory, record, ordered))
 
 
 def table(record: SweepRecord, ordered: list[Reached]) -> Table:
