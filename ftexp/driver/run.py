@@ -107,6 +107,7 @@ def _show_again(context: RunContext) -> None:
     from ftexp.driver.tracker_session import deliver_late
 
     terminal = Terminal()
+    terminal.finished_before(context.state.name, context.run_dir.uri)
     terminal.changed(changes(context.config, context.state, context.run_dir))
     terminal.summary(context.state, context.run_dir)
     deliver_late(context, terminal)

@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from ftexp.cli.wrapping import wrapped
 from ftexp.config.metric_names import ALWAYS_LOGGED
 from ftexp.data.info import DataInfo
 from ftexp.rundir.names import CHECKPOINTS
@@ -37,9 +38,11 @@ class Terminal:
         self._rates: list[tuple[float, int]] = []  # (time, step) of the last seconds
         self._deaf = False  # nobody reads any more
 
-    def say(self, text: str, style: str = "") -> None:
-        """Print a line above the bar."""
+    def say(self, text: str, style: str = "", indent: int = 2) -> None:
+        """Print a line above the bar; on a terminal wrapped, with `indent` spaces before what continues it."""
         console = self._bar.console if self._bar is not None else self.console
+        if console.is_terminal:
+            text = wrapped(text, console.width, indent)
         self._draw(lambda: console.print(text, style=style or None, markup=False, soft_wrap=True))
 
     def _draw(self, draw: Callable[[], None]) -> None:
@@ -78,7 +81,7 @@ class Terminal:
             ("workers", workers),
         ):
             if text is not None:
-                self.say(f"{title:<9}{text}")
+                self.say(f"{title:<9}{text}", indent=9)
         for excluded in data.excluded or []:
             self.say(f"excluded {excluded}")
         for warning in data.warnings:
@@ -87,12 +90,17 @@ class Terminal:
             first = f"{data.bad_samples[0].where}: {data.bad_samples[0].reason}"
             what = "sample" if len(data.bad_samples) == 1 else "samples"
             text = f"{len(data.bad_samples)} {what} that can't be read (the first: {first}); see events.jsonl"
-            self.say(f"{'skipped':<9}{text}", "yellow")
+            self.say(f"{'skipped':<9}{text}", "yellow", indent=9)
+
+    def finished_before(self, run: str, location: str) -> None:
+        """Print that there is nothing to train."""
+        self.say(f"{'run':<9}{run}  ({location})", indent=9)
+        self.say(f"{'finished':<9}before: nothing to train; train.epochs=... trains on", indent=9)
 
     def changed(self, lines: Sequence[str]) -> None:
         """Print what is different from the run's last invocation."""
         for line in lines:
-            self.say(f"{'changed':<9}{line}", "yellow")
+            self.say(f"{'changed':<9}{line}", "yellow", indent=9)
 
     def ready(
         self, state: RunState, total_steps: int, batch_size: int, epochs: int, pids: list[int], device: str
@@ -151,7 +159,7 @@ class Terminal:
         parts = [failure.seconds_to_detect, failure.seconds_to_restart, failure.seconds_to_restore]
         total = sum(seconds for seconds in parts if seconds is not None)
         self.say(
-            f"↻ training again after {total:.1f} s: {origin}{damaged}, replaying {failure.steps_replayed} steps · "
+            f"↻ training again after {total:.1f} s: {origin}{damaged}, replaying {_steps(failure.steps_replayed)} · "
             f"pids {', '.join(map(str, pids))}",
             "green",
         )
@@ -190,7 +198,7 @@ class Terminal:
         ]
         self.say("─" * 60)
         for title, text in rows:
-            self.say(f"{title:<15}{text}")
+            self.say(f"{title:<15}{text}", indent=15)
         if state.status in ("interrupted", "failed"):
             self.say(f"All checkpoints are kept. To resume, run the same command with run.name={state.name}")
 
@@ -213,6 +221,10 @@ def _goodput(state: RunState) -> str:
     return f", {state.goodput:.0%} of it on steps that were kept" if state.goodput is not None else ""
 
 
+def _steps(number: int | None) -> str:
+    return "1 step" if number == 1 else f"{number} steps"
+
+
 def _account(failure: Failure) -> str:
     """Return the cost of one failure, as a line."""
     parts = (
@@ -223,7 +235,7 @@ def _account(failure: Failure) -> str:
     )
     costs = [_RECOVERIES[failure.recovery]] if failure.recovery is not None else []
     costs += [f"{seconds:.1f} s {title}" for title, seconds in parts if seconds is not None]
-    costs += [f"{failure.steps_replayed} steps replayed"] if failure.steps_replayed is not None else []
+    costs += [f"{_steps(failure.steps_replayed)} replayed"] if failure.steps_replayed is not None else []
     what = failure.cause if failure.where == "Ray" else f"{failure.cause} of {failure.where}"
     return f"{what} at step {failure.step}: {', '.join(costs)}"
 

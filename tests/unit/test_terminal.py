@@ -177,3 +177,26 @@ def test_what_can_not_be_shown_ends_nothing(error):
         terminal.epoch(state(), 40, 1)
         terminal.say("⚡")
         terminal.close()
+
+
+def test_a_terminal_gets_lines_broken_between_words_and_paths_whole():
+    path = "/runs/" + "a" * 120
+    text = show(lambda t: t.say(f"report   {path} and words " + "of a line " * 12, indent=9), terminal=True)
+    first, second, *rest = text.splitlines()
+    assert (first, second) == ("report", f"         {path}")
+    assert all(line.startswith(" " * 9) and len(line) <= 100 for line in rest)
+    assert text.split() == ["report", path, "and", "words", *["of", "a", "line"] * 12]
+
+
+def test_without_a_terminal_a_line_stays_a_line():
+    assert len(show(lambda t: t.say("words " * 60)).splitlines()) == 1
+
+
+def test_a_finished_run_says_that_there_is_nothing_to_train():
+    text = show(lambda t: t.finished_before("demo", "/runs/demo"))
+    assert text == "run      demo  (/runs/demo)\nfinished before: nothing to train; train.epochs=... trains on\n"
+
+
+@pytest.mark.parametrize(("steps", "words"), [(1, "replaying 1 step ·"), (2, "replaying 2 steps ·")])
+def test_a_single_step_is_counted_as_one(steps, words):
+    assert words in show(lambda t: t.recovered(failure(steps_replayed=steps), "step_1.a1", 0, [1, 2]))
