@@ -31,6 +31,7 @@ from omegaconf import DictConfig
 from ftexp.cli.compose import run_hydra, to_config
 from ftexp.cli.entry import command_words, exiting_on_error
 from ftexp.cli.parse import parse_words
+from ftexp.cli.wrapping import print_wrapped, say
 from ftexp.config.checks.validate import validate
 from ftexp.config.fields import choice, field_problems, ranged
 from ftexp.config.schema import Config, fault_fields
@@ -200,7 +201,7 @@ def _run_once(command: list[str], log: str) -> int:
                 file.write(line)
                 file.flush()
                 if line.startswith(_SHOWN):
-                    print(f"         {line.rstrip()}", flush=True)
+                    print_wrapped([f"         {line.rstrip()}"], sys.stdout)
         except KeyboardInterrupt:
             process.terminate()
             raise
@@ -232,7 +233,7 @@ def _print(report: DrillReport) -> None:
         table.add_row(row.fault, *cells)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 150)
     console.print(table)
-    console.print(report.verdict, markup=False, soft_wrap=True)
+    say(console, report.verdict)
 
 
 if __name__ == "__main__":

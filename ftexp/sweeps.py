@@ -9,6 +9,7 @@ import argparse
 import sys
 
 from ftexp.cli.entry import as_value, exiting_on_error, prepare_streams
+from ftexp.cli.wrapping import say
 from ftexp.storage.directory import Storage
 
 
@@ -35,7 +36,7 @@ def show(directory: Storage) -> None:
     console.print(table(record, ranked(record, trials)))
     for each in trials:
         if each.trial.error is not None:
-            console.print(f"{each.trial.name}: {each.trial.error}", markup=False, soft_wrap=True)
+            say(console, f"{each.trial.name}: {each.trial.error}")
 
 
 if __name__ == "__main__":

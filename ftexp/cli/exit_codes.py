@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 
 from ftexp.cli.wrapping import print_wrapped
@@ -36,6 +37,6 @@ def print_error(error: FtexpError) -> None:
     lines = str(error).splitlines()
     title = "the config is invalid" if isinstance(error, ConfigError) else type(error).__name__
     if len(lines) == 1:
-        print_wrapped([f"ftexp: {lines[0]}"])
+        print_wrapped([f"ftexp: {lines[0]}"], sys.stderr)
     else:
-        print_wrapped([f"ftexp: {title}:", *(f"  {line}" for line in lines)])
+        print_wrapped([f"ftexp: {title}:", *(f"  {line}" for line in lines)], sys.stderr)

@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from ftexp.cli.wrapping import wrapped
+from ftexp.cli.wrapping import say
 from ftexp.config.metric_names import ALWAYS_LOGGED
 from ftexp.data.info import DataInfo
 from ftexp.rundir.names import CHECKPOINTS
@@ -38,12 +38,10 @@ class Terminal:
         self._rates: list[tuple[float, int]] = []  # (time, step) of the last seconds
         self._deaf = False  # nobody reads any more
 
-    def say(self, text: str, style: str = "", indent: int = 2) -> None:
-        """Print a line above the bar; on a terminal wrapped, with `indent` spaces before what continues it."""
+    def say(self, text: str, style: str = "") -> None:
+        """Print a line above the bar."""
         console = self._bar.console if self._bar is not None else self.console
-        if console.is_terminal:
-            text = wrapped(text, console.width, indent)
-        self._draw(lambda: console.print(text, style=style or None, markup=False, soft_wrap=True))
+        self._draw(lambda: say(console, text, style))
 
     def _draw(self, draw: Callable[[], None]) -> None:
         """Call `draw`. What can't be shown never ends a run: from the first failure on, nothing is drawn."""
@@ -81,7 +79,7 @@ class Terminal:
             ("workers", workers),
         ):
             if text is not None:
-                self.say(f"{title:<9}{text}", indent=9)
+                self.say(f"{title:<9}{text}")
         for excluded in data.excluded or []:
             self.say(f"excluded {excluded}")
         for warning in data.warnings:
@@ -90,17 +88,17 @@ class Terminal:
             first = f"{data.bad_samples[0].where}: {data.bad_samples[0].reason}"
             what = "sample" if len(data.bad_samples) == 1 else "samples"
             text = f"{len(data.bad_samples)} {what} that can't be read (the first: {first}); see events.jsonl"
-            self.say(f"{'skipped':<9}{text}", "yellow", indent=9)
+            self.say(f"{'skipped':<9}{text}", "yellow")
 
     def finished_before(self, run: str, location: str) -> None:
         """Print that there is nothing to train."""
-        self.say(f"{'run':<9}{run}  ({location})", indent=9)
-        self.say(f"{'finished':<9}before: nothing to train; train.epochs=... trains on", indent=9)
+        self.say(f"{'run':<9}{run}  ({location})")
+        self.say(f"{'status':<9}finished before: nothing to train; train.epochs=... trains on")
 
     def changed(self, lines: Sequence[str]) -> None:
         """Print what is different from the run's last invocation."""
         for line in lines:
-            self.say(f"{'changed':<9}{line}", "yellow", indent=9)
+            self.say(f"{'changed':<9}{line}", "yellow")
 
     def ready(
         self, state: RunState, total_steps: int, batch_size: int, epochs: int, pids: list[int], device: str
@@ -155,7 +153,7 @@ class Terminal:
             origin = f"restored {checkpoint} from memory"
         elif failure.recovery == REPLACED:
             origin = f"{failure.where} replaced"
-        damaged = f" ({rejected} damaged skipped)" if rejected else ""
+        damaged = f" ({rejected} rejected)" if rejected else ""
         parts = [failure.seconds_to_detect, failure.seconds_to_restart, failure.seconds_to_restore]
         total = sum(seconds for seconds in parts if seconds is not None)
         self.say(
@@ -198,7 +196,7 @@ class Terminal:
         ]
         self.say("─" * 60)
         for title, text in rows:
-            self.say(f"{title:<15}{text}", indent=15)
+            self.say(f"{title:<15}{text}")
         if state.status in ("interrupted", "failed"):
             self.say(f"All checkpoints are kept. To resume, run the same command with run.name={state.name}")
 

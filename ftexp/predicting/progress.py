@@ -8,6 +8,8 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
+from ftexp.cli.wrapping import say
+
 _LINE_EVERY_S = 10.0
 
 
@@ -40,7 +42,7 @@ class ImageProgress:
             self._bar.update(self._task, completed=self._done, description=str(self))
         elif now - self._printed >= _LINE_EVERY_S and self._done < self._total:
             self._printed = now
-            self._console.print(str(self), markup=False, soft_wrap=True)
+            say(self._console, str(self))
 
     @property
     def seconds(self) -> float:

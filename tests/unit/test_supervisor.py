@@ -278,7 +278,7 @@ def test_a_recovery_tells_what_was_restored_and_what_was_damaged(tmp_path):
     driver.restored(20)
     driver.ready(20)
     assert "checkpoint step_00000040.a1 rejected: torn" in driver.shown
-    assert "restored step_00000020.a1 (2 damaged skipped), replaying 37 steps" in driver.shown
+    assert "restored step_00000020.a1 (2 rejected), replaying 37 steps" in driver.shown
     (failure,) = driver.record.state.failures
     assert failure.steps_replayed == 37
 

@@ -67,7 +67,7 @@ def test_a_failure_is_one_line_with_cause_place_and_decision():
 def test_a_recovery_says_what_it_cost():
     done = failure(seconds_to_detect=0.2, seconds_to_restart=8.0, seconds_to_restore=1.1, steps_replayed=17)
     text = show(lambda t: t.recovered(done, "step_00000040.a1", 1, [7, 8]))
-    assert "training again after 9.3 s: restored step_00000040.a1 (1 damaged skipped), replaying 17 steps" in text
+    assert "training again after 9.3 s: restored step_00000040.a1 (1 rejected), replaying 17 steps" in text
     assert "pids 7, 8" in text
     assert "from the beginning" in show(lambda t: t.recovered(done, None, 0, []))
     kept = failure(recovery="memory", steps_replayed=2)
@@ -181,7 +181,7 @@ def test_what_can_not_be_shown_ends_nothing(error):
 
 def test_a_terminal_gets_lines_broken_between_words_and_paths_whole():
     path = "/runs/" + "a" * 120
-    text = show(lambda t: t.say(f"report   {path} and words " + "of a line " * 12, indent=9), terminal=True)
+    text = show(lambda t: t.say(f"report   {path} and words " + "of a line " * 12), terminal=True)
     first, second, *rest = text.splitlines()
     assert (first, second) == ("report", f"         {path}")
     assert all(line.startswith(" " * 9) and len(line) <= 100 for line in rest)
@@ -194,7 +194,9 @@ def test_without_a_terminal_a_line_stays_a_line():
 
 def test_a_finished_run_says_that_there_is_nothing_to_train():
     text = show(lambda t: t.finished_before("demo", "/runs/demo"))
-    assert text == "run      demo  (/runs/demo)\nfinished before: nothing to train; train.epochs=... trains on\n"
+    assert (
+        text == "run      demo  (/runs/demo)\nstatus   finished before: nothing to train; train.epochs=... trains on\n"
+    )
 
 
 @pytest.mark.parametrize(("steps", "words"), [(1, "replaying 1 step ·"), (2, "replaying 2 steps ·")])

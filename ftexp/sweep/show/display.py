@@ -11,6 +11,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
+from ftexp.cli.wrapping import say
 from ftexp.rundir.state import FAILED, FINISHED, INTERRUPTED, RUNNING
 from ftexp.rundir.sweep_record import STOPPED, WAITING, Reached, SweepRecord, reached
 from ftexp.storage.directory import Storage
@@ -47,7 +48,7 @@ class Display:
 
     def say(self, text: str, style: str = "") -> None:
         """Print a line above the table."""
-        self.console.print(text, style=style or None, markup=False, soft_wrap=True)
+        say(self.console, text, style)
 
     def header(self, search: str | None) -> None:
         """Print what is about to run, how it is searched for, and what is finished."""
