@@ -30,8 +30,15 @@ def publish(directory: Storage, record: SweepRecord, trials: list[Reached], cons
 def table(record: SweepRecord, ordered: list[Reached]) -> Table:
     """Return the leaderboard for a terminal."""
     keys = varying(record, ordered) or record.keys
-    extra = [name for name in ("val_loss", "test_accuracy") if name != record.metric]
+    extra = [
+        name
+        for name in ("val_loss", "test_accuracy")
+        if name != record.metric and any(each.value(name) is not None for each in ordered)
+    ]
     drawn = Table("", *keys, record.metric, *extra, "epochs", "time", "failures", "state", box=None, pad_edge=False)
+    for column in drawn.columns:
+        column.overflow = "fold"  # a narrow terminal shows the whole of each name and value
+    drawn.columns[-1].no_wrap = True
     for place, each in enumerate(ordered, start=1):
         numbers = [each.value(name) for name in (record.metric, *extra)]
         state = each.state
