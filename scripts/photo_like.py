@@ -1,6 +1,6 @@
 """Photograph-like JPEGs with classes, out of what ftexp's dependencies bring: a glyph somewhere on a photograph.
 
-    uv run python scripts/photo_like.py FOLDER [--pictures 5000] [--classes 20] [--size 500 375] [--seed 0]
+    uv run python scripts/photo_like.py DIRECTORY [--pictures 5000] [--classes 20] [--size 500 375] [--seed 0]
 
 A class is a glyph, in any weight of Roboto (Ray's dashboard has it) and of Pillow's own typeface: of any colour, turned
 and slanted a little, 0.35 to 0.9 of the picture high, anywhere in it. Behind it is a part of one of scikit-learn's two

@@ -188,7 +188,7 @@ class Terminal:
             )
         survived = len(state.failures) - (state.status == "failed")
         rows += [
-            ("steps", f"{state.step:,} in {state.epoch} epochs"),
+            ("steps", f"{state.step:,} in {state.epoch} epoch{'' if state.epoch == 1 else 's'}"),
             ("time", f"{state.seconds:.1f} s" + _goodput(state)),
             ("failures", f"{max(survived, 0)} survived"),
             *(("", _account(failure)) for failure in state.failures[-_MAX_FAILURES_SHOWN:]),
@@ -198,7 +198,10 @@ class Terminal:
         for title, text in rows:
             self.say(f"{title:<15}{text}")
         if state.status in ("interrupted", "failed"):
-            self.say(f"All checkpoints are kept. To resume, run the same command with run.name={state.name}")
+            kept = (
+                "All checkpoints are kept. To resume" if state.checkpoint else "There is no checkpoint. To start again"
+            )
+            self.say(f"{kept}, run the same command with run.name={state.name}")
 
     def _values(self, state: RunState) -> str:
         last = state.metrics["last"]
