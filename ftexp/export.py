@@ -2,7 +2,7 @@
 
 safetensors   model.safetensors and config.json: timm.create_model("local-dir:<out>", pretrained=True)
 torch_export  model.pt2: torch.export.load("model.pt2").module(); any batch size
-onnx          model.onnx, for ONNX Runtime and others; any batch size. Needs: pip install "ftexp[onnx]"
+onnx          model.onnx, for ONNX Runtime and others; any batch size. Needs the extra onnx: uv run --extra onnx ...
 
 The last two take pixels, uint8 [batch, size, size, channels], and normalise them; all give logits. Next to each
 lies export.json: labels, input size, mean and std, and how far the exported model is from the original on images of the
@@ -78,7 +78,8 @@ def parse(words: list[str]) -> ExportConfig:
     missing = [name for name in _NEEDED if config.format == "onnx" and importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(
-            f'format=onnx needs {", ".join(missing)}: pip install "ftexp[onnx]", or set format=torch_export'
+            f"format=onnx needs {', '.join(missing)}: write uv run --extra onnx in front of the command, or "
+            "pip install 'ftexp[onnx]', or set format=torch_export"
         )
     return config
 

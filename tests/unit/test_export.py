@@ -167,7 +167,7 @@ def test_a_wrong_command_is_told(words, told):
 def test_onnx_without_its_packages_names_what_to_install(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "onnxscript" else name)
 
-    with pytest.raises(ConfigError, match=r'needs onnxscript: pip install "ftexp\[onnx\]"'):
+    with pytest.raises(ConfigError, match=r"needs onnxscript: write uv run --extra onnx in front"):
         parse(["run=x", "format=onnx"])
 
 
