@@ -116,7 +116,7 @@ class Terminal:
         if self.console.is_terminal and self._bar is None:
             columns = (
                 TextColumn("epoch {task.fields[epoch]}/{task.fields[epochs]}"),
-                BarColumn(),
+                BarColumn(_WIDE_BAR if self.console.width >= _WIDE_CONSOLE else _BAR),
                 TextColumn("step {task.completed:,.0f}/{task.total:,.0f} {task.fields[values]}"),
                 TimeRemainingColumn(),
                 TextColumn("left"),
@@ -132,14 +132,16 @@ class Terminal:
         now = time.monotonic()
         self._rates = [(when, step) for when, step in self._rates if now - when < _RATE_WINDOW_S] + [(now, state.step)]
         if (bar := self._bar) is not None and (task := self._task) is not None:
-            current, values = min(state.epoch + 1, self._epochs), self._values(state)
+            current = min(state.epoch + 1, self._epochs)
+            fixed = f"epoch {current}/{self._epochs} step {state.step:,}/{bar.tasks[0].total:,.0f} 0:00:00 left "
+            values = _fitting(self._values(state), self.console.width - len(fixed) - _BAR)
             self._draw(lambda: bar.update(task, completed=state.step, epoch=current, values=values))
 
     def epoch(self, state: RunState, step: int, epoch: int) -> None:
         """An epoch was evaluated, that ended at `step`: without a terminal this is the line that shows life."""
         self.step(state)
         if self._bar is None:
-            self.say(f"epoch {epoch}/{self._epochs} step {step} {self._values(state)}")
+            self.say(" ".join([f"epoch {epoch}/{self._epochs} step {step}", *self._values(state).values()]))
 
     def failure(self, failure: Failure) -> None:
         """A worker group failed; say what, where, and what happens now."""
@@ -203,13 +205,23 @@ class Terminal:
             )
             self.say(f"{kept}, run the same command with run.name={state.name}")
 
-    def _values(self, state: RunState) -> str:
+    def _values(self, state: RunState) -> dict[str, str]:
+        """Return {title: text} of what is shown of the last point."""
         last = state.metrics["last"]
-        shown = [f"{title} {last[key]:.3f}" for key, title in _LIVE if last.get(key) is not None]
+        shown = {title: f"{title} {last[key]:.3f}" for key, title in _LIVE if last.get(key) is not None}
         if len(self._rates) > 1 and (seconds := self._rates[-1][0] - self._rates[0][0]) > 0:
             rate = (self._rates[-1][1] - self._rates[0][1]) * self._batch_size / seconds
-            shown.append(f"{max(rate, 0):,.0f} images/s")
-        return " ".join(shown)
+            shown[_RATE] = f"{max(rate, 0):,.0f} {_RATE}"
+        return shown
+
+
+def _fitting(values: Mapping[str, str], room: int) -> str:
+    """Return as many of the values as `room` characters hold, the most useful ones."""
+    shown = dict(values)
+    for title in _DROPPED_FIRST:
+        if len(" ".join(shown.values())) > room:
+            shown.pop(title, None)
+    return " ".join(shown.values())
 
 
 def _others(last: Mapping[str, float | None]) -> list[str]:
@@ -250,6 +262,9 @@ _LIVE = (
     *(("train_loss", "loss"), ("train_accuracy", "acc"), ("val_loss", "val_loss"), ("val_accuracy", "val_acc")),
     ("val_accuracy_ema", "val_acc_ema"),
 )
+_RATE = "images/s"
+_DROPPED_FIRST = ("val_loss", "acc", _RATE, "val_acc_ema", "loss", "val_acc")
+_BAR, _WIDE_BAR, _WIDE_CONSOLE = 10, 40, 150  # characters
 _SHOWN = (
     *(("test_accuracy", "test accuracy"), ("test_accuracy_ema", "… of the EMA"), ("test_loss", "test loss")),
     *(("val_accuracy", "val accuracy"), ("val_accuracy_ema", "… of the EMA"), ("val_loss", "val loss")),

@@ -202,3 +202,23 @@ def test_a_finished_run_says_that_there_is_nothing_to_train():
 @pytest.mark.parametrize(("steps", "words"), [(1, "replaying 1 step ·"), (2, "replaying 2 steps ·")])
 def test_a_single_step_is_counted_as_one(steps, words):
     assert words in show(lambda t: t.recovered(failure(steps_replayed=steps), "step_1.a1", 0, [1, 2]))
+
+
+@pytest.mark.parametrize(
+    ("width", "shown", "hidden"),
+    [
+        (130, ("loss 0.217 acc 0.941 val_loss 0.112 val_acc 0.966",), ()),
+        (80, ("loss 0.217 val_acc 0.966",), ("acc 0.941", "val_loss")),
+    ],
+)
+def test_the_bar_shows_epoch_and_step_whole_and_the_values_that_fit(width, shown, hidden):
+    output = io.StringIO()
+    terminal = Terminal(Console(file=output, width=width, force_terminal=True, highlight=False, color_system=None))
+    metrics = {"train_loss": 0.217, "train_accuracy": 0.941, "val_loss": 0.112, "val_accuracy": 0.966}
+    current = state(step=552, epoch=14)
+    current.metrics["last"] = metrics
+    terminal.ready(current, 1180, 32, 30, [1, 2], "cpu")
+    terminal.close()
+    *_, bar = [line for line in output.getvalue().splitlines() if "step 552/1,180" in line]  # it is erased at the end
+    assert all(part in bar for part in ("epoch 15/30 ", " left", *shown))
+    assert not any(part in bar for part in hidden)
