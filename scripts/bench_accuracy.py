@@ -42,7 +42,7 @@ SETTINGS: dict[str, Any] = {
     "min_lr": 1e-5,
     "label_smoothing": 0.1,
     "hflip": 0.5,
-    "scale": (0.35, 1.0),  # of the crop, in the picture's area
+    "scale": (0.35, 1.0),  # the crop's share of the picture's area
 }
 FTEXP, TIMM = "ftexp", "timm's loader"
 CROPPED, WHOLE = "with the crop", "without"

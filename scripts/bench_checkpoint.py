@@ -145,7 +145,7 @@ def measure(settings: dict[str, Any]) -> dict[str, Any]:
         theirs.append(time.perf_counter() - began)
     # the first of each pays once for memory and for Ray's set-up
     result["ftexp_s"], result["tutorial_s"], result["ftexp_first_s"] = ours[1:], theirs[1:], ours[0]
-    result["ftexp_cpu_s"] = cpu[1:]  # of all threads of rank 0, which trains nothing meanwhile
+    result["ftexp_cpu_s"] = cpu[1:]  # all threads of rank 0, which trains nothing meanwhile
     if settings["window_s"]:
         config = dataclasses.replace(job.config.checkpoint, every_seconds=SAVE_EVERY_S)
         job = dataclasses.replace(job, config=dataclasses.replace(job.config, checkpoint=config))

@@ -81,7 +81,7 @@ def window(job: Any, batches: Any, checkpoints: Any, seconds: float) -> dict[str
         step(job, batches, checkpoints)
         count += 1
     rate = count / (time.perf_counter() - began)
-    # of all threads of rank 0, which writes the snapshots: what else the machine does changes it less
+    # CPU time of all threads of rank 0, which writes the snapshots: what else the machine does changes it less
     cpu_s = (time.process_time() - cpu_began) / count
     taken = (checkpoints._snapshots._num_taken if checkpoints is not None else 0) - taken
     return {"steps_per_s": rate, "cpu_s": cpu_s, "snapshots": taken}

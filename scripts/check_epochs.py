@@ -28,7 +28,7 @@ from rich.table import Table
 
 EXPERIMENTS, STRINGS, FEATURES = PARTS = ("experiments", "strings", "features")
 IMAGE_SIZE = 224
-SMALL_MODELS = {"vit": "test_vit", "deit": "test_vit", "convnext": "test_convnext", "resnet": "test_resnet"}  # of timm
+SMALL_MODELS = {"vit": "test_vit", "deit": "test_vit", "convnext": "test_convnext", "resnet": "test_resnet"}  # timm's
 AUTO_AUGMENTS = (
     *("rand-m9-mstd0.5-inc1", "rand-m7-mstd0.5-inc1", "rand-m15-n3-mmax20-p0.7", "rand-m9-n2-tweights"),
     *("original", "originalr-mstd0.5", "v0", "v0r-mstd0.5", "3a", "augmix-m3", "augmix-m5-w4-d2"),
@@ -45,7 +45,7 @@ OTHERS = {
 METRICS = "[top5,f1_macro,balanced_accuracy,auroc,average_precision,calibration_error]"
 OF_DIRECTORIES, OF_LABELS, OF_NUMBERS = "photos", "labels.csv", "numbers.csv"  # data.root of the features' runs
 BY_FEATURE: dict[str, tuple[str, list[str]]] = {
-    "teacher": (OF_DIRECTORIES, []),  # of those that distil
+    "teacher": (OF_DIRECTORIES, []),  # the teacher of those that distil
     "loss=jsd": (OF_DIRECTORIES, ["loss=jsd", "augment.splits=3", "augment.auto_augment=augmix-m3"]),
     "loss=bce, mixing": (OF_DIRECTORIES, ["loss=bce", "augment.mixup_alpha=0.2", "augment.cutmix_alpha=1"]),
     "loss=focal, class weights": (OF_DIRECTORIES, ["loss=focal", "loss.class_weights=effective_num"]),

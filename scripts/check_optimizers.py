@@ -83,7 +83,7 @@ def _check(rank: int, directory: str, name: str) -> None:
     except (RuntimeError, ValueError, AssertionError, TypeError, ConfigError, LookupError) as error:
         problem = f"{type(error).__name__}: {error}".splitlines()[0][:100]
     (Path(directory) / f"{name}.{rank}").write_text(problem or "")
-    dist.barrier()  # of ranks that went different ways, one waits here for nothing
+    dist.barrier()  # where ranks went different ways, one waits here for nothing
 
 
 def _found(directory: str, name: str) -> str:

@@ -35,7 +35,7 @@ class Manifest:
     fingerprint: dict[str, Any]  # the config keys that define the run
     # name -> {"bytes": int, "blake3": hex}; of shards, {"bytes", "header_bytes", "header_blake3"}: see slices.py
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
-    # of the processes that wrote it, where each wrote its shard: {"dims": {name: size}, "num_shards": int}
+    # the processes that wrote it, where each wrote its shard: {"dims": {name: size}, "num_shards": int}
     mesh: dict[str, Any] | None = None
 
     @property
@@ -122,5 +122,5 @@ def kept_names(manifests: list[Manifest], num_to_keep: int | None, steps: Collec
     kept = {manifest.name for manifest in newest_first[:num_to_keep]}
     for step in steps:
         if since := [each for each in newest_first if each.step >= step]:
-            kept.add(min(since, key=lambda each: each.step).name)  # of its attempts, the newest comes first
+            kept.add(min(since, key=lambda each: each.step).name)  # the newest of its attempts comes first
     return kept

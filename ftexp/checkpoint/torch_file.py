@@ -15,7 +15,7 @@ from torch import Tensor
 from ftexp.checkpoint.tree import Path as TreePath
 from ftexp.checkpoint.tree import mapped
 
-_LOCAL_HEADER_BYTES = 30  # of an entry of a zip file; the lengths of its name and of its extra field are at its end
+_LOCAL_HEADER_BYTES = 30  # in front of an entry of a zip file; ends with the lengths of its name and extra field
 
 
 def lay_out(tree: Any, path: Path) -> list[int]:

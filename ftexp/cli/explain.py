@@ -80,7 +80,7 @@ def explain(error: BaseException, schema: Any = None) -> str:
         return f"{key}: a key must be text, and {wrong[1]} is not"
     if "is not Optional" in first_line or "NoneType is not a subclass" in first_line or "value 'None'" in first_line:
         return null_problem(key)
-    # of a node that is made before it is put in its place, OmegaConf knows neither the whole key nor the value
+    # while a node is made, before it is put in its place, OmegaConf knows neither the whole key nor the value
     typed = re.search(r"Error merging override \+*([^=]+)=(.*)", str(error))
     if "is not a subclass of" in first_line or "Cannot assign" in first_line:
         return keys_problem(*typed.groups()) if typed and cause.value is None else keys_problem(key, cause.value)

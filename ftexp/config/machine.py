@@ -22,7 +22,7 @@ from ftexp.errors import ConfigError
 _MAX_PATH_BYTES = 107 if sys.platform == "linux" else 103  # bytes of a socket's path
 _BELOW = len(
     "/ray/session_2026-11-26_13-50-07_432371_4194304/sockets/plasma_store"
-)  # of the longest, for any process id
+)  # length of the longest, for any process id
 
 
 def prepare_machine() -> None:

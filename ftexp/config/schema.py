@@ -40,7 +40,7 @@ FAULTS = (
 SCHEDULES = ("cosine", "poly", "tanh", "step", "constant")
 MIX_MODES = ("batch", "pair", "elem")
 CROPS = ("none", "rrc", "rkrc", "rkrr")  # timm's train_crop_mode
-PREPROCESSING = ("mean", "std", "interpolation", "crop_pct", "crop_mode")  # of data, that pretrained weights bring
+PREPROCESSING = ("mean", "std", "interpolation", "crop_pct", "crop_mode")  # keys of data that pretrained weights bring
 CROP_MODES = ("center", "squash", "border")  # timm's crop_mode, of evaluation
 TTA = ("none", "hflip")  # test-time augmentation, of evaluate and predict
 INTERPOLATIONS = ("bilinear", "bicubic")
@@ -121,7 +121,7 @@ class DataConfig:
     exif_orientation: bool = False  # turn images upright as their EXIF data say
     background: str | None = None  # colour that transparent images are put on, white or #rrggbb; None: alpha is dropped
     bit_depth: int = ranged(16, low=8, high=16)  # bits of 16-bit grey images that are used: 12 for most X-rays, say
-    val_fraction: float = ranged(0.1, low=0, high=0.9)  # of the training samples, where the source has no split
+    val_fraction: float = ranged(0.1, low=0, high=0.9)  # share of train, where the source has no split
     test_fraction: float = ranged(0.1, low=0, high=0.9)  # likewise
     split_seed: int = ranged(0, low=0)  # its own seed, so that runs that differ in `seed` share a test set
     on_bad_sample: str = choice("fail", ("fail", "skip"))
@@ -158,7 +158,7 @@ class AugmentConfig:
     crop: str = choice("none", CROPS)
     scale: list[float] | None = None  # [min, max] of the image's area; None: [0.08, 1], and [0.8, 1] of rkrc, rkrr
     ratio: list[float] | None = None  # [min, max] of width to height; None: [3/4, 4/3], and [0.9, 1/0.9] of those
-    interpolation: str = choice("random", ("random", *INTERPOLATIONS))  # of crop, and of what auto_augment moves
+    interpolation: str = choice("random", ("random", *INTERPOLATIONS))  # for crop and auto_augment
     vflip: float = ranged(0.0, low=0, high=1)  # probability of an upside-down flip
     auto_augment: str | None = None  # timm's words: rand-m9-mstd0.5-inc1, original, v0, augmix-m3, 3a, ...
     # maximum change of brightness, contrast and saturation; or [brightness, contrast, saturation], and hue if you like
@@ -228,7 +228,7 @@ class TrainConfig:
     # what torch.compile takes: none; the model as one; each block, which compiles the blocks of a kind once. The first
     # steps are slow. true and false, of runs from before there were blocks, mean model and none: see `compiled`
     compile: Any = "none"
-    # of which blocks the activations are computed again in the backward pass, not kept: none; all blocks; every_2, ...:
+    # blocks whose activations are computed again in the backward pass, not kept: none; all blocks; every_2, ...:
     # each second, ... block. The losses are the same bits
     checkpoint_activations: str = "none"
     channels_last: bool = False
@@ -246,7 +246,7 @@ class TrainConfig:
     # inline: the workers evaluate, and training waits; beside: a Ray task evaluates the checkpoint, while they train
     eval: str = choice(INLINE, (INLINE, BESIDE))
     eval_batch_size: int | None = ranged(None, low=1)  # per worker; None: four times a micro-batch
-    # of each evaluation, besides loss and accuracy: names in ftexp.config.metric_names, or of your own
+    # metrics of each evaluation, besides loss and accuracy: names in ftexp.config.metric_names, or of your own
     metrics: list[str] = field(default_factory=list)
     log_every_steps: int = ranged(10, low=1)
     max_steps: int | None = ranged(None, low=1)  # stop after so many optimiser steps; the schedule stays as it is
@@ -320,7 +320,7 @@ class DistillConfig:
     alpha: float = ranged(0.5, above=0, high=1)  # share of the teacher's term; the rest is the loss of the labels
     temperature: float = ranged(1.0, above=0)  # logits, token: both sides' logits are divided by it
     hard: bool = False  # token: the teacher's most likely class, not its distribution
-    # of a run: best, latest, or a name. Of one that resumes, best and latest are what it began with, while that exists
+    # a run's: best, latest, or a name. Of one that resumes, best and latest are what it began with, while that exists
     checkpoint: str = "best"
     weights: str = choice("raw", WEIGHTS)  # weights of a run
     pretrained: Any = True  # weights of a timm name: true for its hub's, or the path of a weights file
@@ -328,7 +328,7 @@ class DistillConfig:
     # pixels that the teacher sees, scaled from data.image_size. None: a run's own; of others, data.image_size
     image_size: int | None = ranged(None, low=1)
     precision: str | None = choice(None, PRECISIONS)  # precision of the teacher; None: train.precision
-    # of the file that holds the weights; BLAKE3 in checkpoints of format 3; None: what it is when the run begins
+    # hash of the file that holds the weights; BLAKE3 in checkpoints of format 3; None: what it is when the run begins
     sha256: str | None = None
     spec_sha256: str | None = None  # SHA-256 of its arguments, mean, std, size and class names; None: likewise
 
@@ -413,7 +413,7 @@ class FailureConfig:
     repeat_step_every: int | None = ranged(None, low=1)  # one step in so many is computed twice, and compared bitwise
     # steps between snapshots in memory that outlives the workers; None: as often as costs 1 % of the time; 0: none
     memory_every_steps: int | None = ranged(None, low=0)
-    memory_max_gb: float | None = ranged(None, above=0)  # of a node, for snapshots; None: a quarter of what is free
+    memory_max_gb: float | None = ranged(None, above=0)  # for snapshots, per node; None: a quarter of what is free
     hang_timeout_s: float | None = ranged(300.0, above=0)  # without a step, on any rank; None: never
     start_timeout_s: float | None = ranged(1800.0, above=0)  # for building, restoring, compiling and the first step
     evaluation_timeout_s: float | None = ranged(1800.0, above=0)
@@ -480,7 +480,7 @@ class NotifyConfig:
     alerts: list[str] = field(default_factory=lambda: list(ALERTS))
     max_recoveries: int | None = ranged(3, low=0)  # one more is an alert; None: never
     no_progress_s: float | None = ranged(1800.0, above=0)  # without a step that had not been done before; None: never
-    timeout_s: float = ranged(10.0, above=0)  # of one request, and of what is still to be sent when the command ends
+    timeout_s: float = ranged(10.0, above=0)  # for a request, and for the rest when the command ends
 
 
 @dataclass(kw_only=True)

@@ -112,7 +112,7 @@ class DataBundle:
 
     datasets: dict[str, Dataset]
     info: DataInfo
-    indexed: dict[str, IndexedSplit] = field(default_factory=dict)  # of files, cached or not: how each split is read
+    indexed: dict[str, IndexedSplit] = field(default_factory=dict)  # files only: how each split is read
     blocks: Int64s | None = None  # samples of train in each block, in order, for data.shuffle_window
     feed: str = "cached"
     why: str = ""  # this feed

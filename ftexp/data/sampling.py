@@ -156,7 +156,7 @@ class RepeatedOrder:
         batch = positions // self.global_batch_size * self.global_batch_size
         starts = np.maximum(batch, epochs * self.num_samples)
         sizes = np.minimum(batch + self.global_batch_size, (epochs + 1) * self.num_samples) - starts
-        size, num_longer = np.divmod(sizes, self.repeats)  # of a stretch; the first `num_longer` have one more
+        size, num_longer = np.divmod(sizes, self.repeats)  # size of a stretch; the first `num_longer` have one more
         offsets = positions - starts
         in_longer = offsets < num_longer * (size + 1)
         stretches = np.where(in_longer, offsets // (size + 1), (offsets - num_longer) // np.maximum(size, 1))

@@ -59,7 +59,7 @@ class Supervisor:
         self.on_evaluation_wanted: Callable[[EvaluateCheckpoint], None] = lambda _: None
         # called with each message of workers, once it is on record
         self.on_message: Callable[[Message], None] = lambda _: None
-        self.nccl_findings: Callable[[int], list[str]] = lambda _: []  # of an attempt that failed: names of files
+        self.nccl_findings: Callable[[int], list[str]] = lambda _: []  # names of files of a failed attempt
 
     def handle(self, message: Message) -> Message | None:
         """The hub's handler: one message at a time."""

@@ -228,7 +228,7 @@ def _changed(config: Config, bundle: DataBundle, order: AnyOrder, images: UInt8s
     if not config.augment.changes_pictures:
         return images
     splits = config.augment.splits
-    positions = np.arange(len(images)) * splits + min(1, splits - 1)  # of several views, that after the clean one
+    positions = np.arange(len(images)) * splits + min(1, splits - 1)  # the view after the clean one
     augment = PictureAugment(config.augment, config.seed, bundle.info.fit, config.plugins)
     if split := bundle.indexed.get("train"):
         return decode_samples(split, order.samples(np.arange(len(images))), bundle.info.fit, augment, positions)[0]

@@ -131,7 +131,7 @@ def _learner(
 ) -> Learner:
     """Everything around the model; collective. rows: that it is trained on."""
     train, precision, model = config.train, config.train.precision, trained.model
-    # of all parameters, those that are frozen at first too
+    # all parameters, those that are frozen at first too
     trainable = model if distiller is None else distiller.trainable
     optimizer = build_optimizer(config.optim, train, trainable)
     ema = trained.average(config)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 FEED, FORWARD, BACKWARD, OPTIMIZER, SAVE = SECTIONS = ("feed", "forward", "backward", "optimizer", "save")
 TEACHER = "teacher"  # the section of a run that distils
 OWN = (FEED, TEACHER, FORWARD, BACKWARD, OPTIMIZER)  # sections of which ranks compare their own time
-# of a step, without waiting for others: over ranks, the least, the (lower) median and the most, and who takes the most
+# time of a step without waiting for others, over ranks: minimum, (lower) median, maximum, and the rank of the maximum
 RANKS = ("rank_ms_min", "rank_ms_median", "rank_ms_max", "slowest_rank")
 # keys of a logged point that differ from run to run; `<section>_ms` is the mean over the steps since the last point
 SPEEDS = ("images_per_s", "mfu", "feed_queue", *(f"{section}_ms" for section in (*SECTIONS, TEACHER)), *RANKS)

@@ -24,7 +24,7 @@ from ftexp.predicting.parts import PredictionPlan, WritePart
 from ftexp.predicting.stopping import StopWhenAsked
 from ftexp.storage.directory import Storage
 
-_UNIT_ROWS, _UNIT_BYTES = 256, 32 * 2**20  # of what one task decodes; a smaller task costs more than it does
+_UNIT_ROWS, _UNIT_BYTES = 256, 32 * 2**20  # limits of what one task decodes; a smaller task costs more than it does
 _DATASET_UNITS = 4096  # units of one Ray Dataset, whose plan is made in advance
 _WRITERS = 2
 _IN_FLIGHT = 2  # units that an actor has: one that it works on, and the next

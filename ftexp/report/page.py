@@ -19,7 +19,7 @@ from ftexp.report.source import RunFiles
 from ftexp.report.text import cut
 from ftexp.report.timeline import PHASES, build_timeline
 
-_WIDE, _NARROW = 1000.0, 360.0  # of the timeline, in pixels; which one is seen depends on the screen
+_WIDE, _NARROW = 1000.0, 360.0  # pixels of the timeline; which one is seen depends on the screen
 _MAX_CELLS = 100  # classes of a confusion matrix that is drawn
 
 

@@ -16,7 +16,7 @@ from ftexp.storage.directory import Storage
 
 _TOP, _BOTTOM, _SIDE = 52.0, 24.0, 46.0  # around the axes of the wide chart
 _HEIGHT = 300.0
-_ROW, _FIRST_ROW, _ROW_SIDE = 62.0, 44.0, 14.0  # of the narrow one, whose axes lie below each other
+_ROW, _FIRST_ROW, _ROW_SIDE = 62.0, 44.0, 14.0  # the narrow one, whose axes lie below each other
 _LOG_SPAN = 8.0  # numbers that span more than this factor get a logarithmic axis
 _MAX_PLACES = 12  # places of values that are words: names of more would run into each other
 _BEST, _OTHER, _OPEN = "val", "train", "faint"

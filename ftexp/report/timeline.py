@@ -8,7 +8,7 @@ from typing import Any
 
 from ftexp.report.source import Record, RunFiles
 
-# of one command, in the order in which they come; a failure's account in run.json has the same three in the middle
+# phases of an invocation, in their order; a failure's account in run.json has the same three in the middle
 STARTING, DETECTING, RESTARTING, RESTORING = "starting", "detecting", "restarting", "restoring"
 REPLAYING, TRAINING, ENDING = "replaying", "training", "ending"
 PHASES = {

@@ -21,7 +21,7 @@ from ftexp.trackers.registry import Key, Outcome, Point, TrackedRun, register_tr
 
 ID, PARENT = "ftexp.id", "mlflow.parentRunId"
 _STATUS = {"finished": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
-_MAX_PARAMS, _MAX_METRICS = 100, 1000  # of one request
+_MAX_PARAMS, _MAX_METRICS = 100, 1000  # limits of one request
 _REFUSED = re.compile(r"[^/\w.\- :]")
 _MAX_PARAM_CHARS = 500  # characters of a param: what every version and store takes
 

@@ -166,7 +166,7 @@ def _scan(filesystem: FileSystem, path: str, labelled: bool, endings: tuple[str,
             if not images:
                 raise
             torn = f"{type(error).__name__}: {error}"
-            # of a stream, it isn't known whether the last was read to its end
+            # in a stream, it isn't known whether the last was read to its end
             if size is None or (labelled and (name in images) != (name in labels or name in lists)):
                 images.pop(name, None)
                 labels.pop(name, None)
