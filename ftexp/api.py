@@ -161,7 +161,7 @@ class LoadedModel(NamedTuple):
 
     model: nn.Module  # in evaluation mode, on the CPU; float32 [batch, channels, size, size] -> logits
     transform: Callable[[Any], Tensor]  # a Pillow image, a path, or an encoded image -> [channels, size, size]
-    class_names: list[str]  # of the logits, in order
+    class_names: list[str]  # names of the classes in the order of the logits
 
 
 def load_model(run_or_checkpoint: Run | str | Path, weights: str = "model") -> LoadedModel:

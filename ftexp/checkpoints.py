@@ -69,7 +69,7 @@ def show(run_dir: Storage) -> bool:
     unreadable = [name for name in bad if name not in {manifest.name for manifest in manifests}]
     for name in unreadable:
         table.add_row(name, *"------", f"no: {bad[name]}")
-    rejected = store.storage.child(REJECTED).list_folders()
+    rejected = store.storage.child(REJECTED).list_directories()
     for name in rejected:
         table.add_row(f"{REJECTED}/{name}", *"------", "no: in quarantine")
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)

@@ -9,6 +9,7 @@ import argparse
 import sys
 
 from ftexp.cli.entry import as_value, exiting_on_error, prepare_streams
+from ftexp.cli.wrapping import say
 from ftexp.storage.directory import Storage
 
 
@@ -22,7 +23,7 @@ def main() -> None:
         show(Storage.at(options.sweep))
 
 
-def show(folder: Storage) -> None:
+def show(directory: Storage) -> None:
     """Print the table, and why what failed did."""
     from rich.console import Console
 
@@ -30,12 +31,12 @@ def show(folder: Storage) -> None:
     from ftexp.rundir.sweep_record import look
     from ftexp.sweep.show.leaderboard import table
 
-    record, trials = look(folder)
+    record, trials = look(directory)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
     console.print(table(record, ranked(record, trials)))
     for each in trials:
         if each.trial.error is not None:
-            console.print(f"{each.trial.name}: {each.trial.error}", markup=False, soft_wrap=True)
+            say(console, f"{each.trial.name}: {each.trial.error}")
 
 
 if __name__ == "__main__":

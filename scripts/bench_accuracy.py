@@ -42,7 +42,7 @@ SETTINGS: dict[str, Any] = {
     "min_lr": 1e-5,
     "label_smoothing": 0.1,
     "hflip": 0.5,
-    "scale": (0.35, 1.0),  # of the crop, in the picture's area
+    "scale": (0.35, 1.0),  # the crop's share of the picture's area
 }
 FTEXP, TIMM = "ftexp", "timm's loader"
 CROPPED, WHOLE = "with the crop", "without"
@@ -59,21 +59,21 @@ def main() -> None:
     results: dict[str, dict[str, list[float]]] = {crop: {FTEXP: [], TIMM: []} for crop in (CROPPED, WHOLE)}
     sides: dict[str, Callable[[dict[str, Any], bool, Path], float]] = {FTEXP: ftexp_accuracy, TIMM: loop_accuracy}
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+        directory = Path(name)
         for seed, (split, count) in enumerate((("train", NUM_TRAIN), ("test", NUM_TEST))):
-            write_photos(folder / "photos" / split, count, NUM_CLASSES, STORED, seed)
+            write_photos(directory / "photos" / split, count, NUM_CLASSES, STORED, seed)
         for seed in range(options.rounds):
-            settings = {**SETTINGS, "root": str(folder / "photos"), "epochs": options.epochs, "seed": seed}
+            settings = {**SETTINGS, "root": str(directory / "photos"), "epochs": options.epochs, "seed": seed}
             for crop in (CROPPED, WHOLE):
                 for side, measure in sides.items():
                     began_s = time.perf_counter()
-                    results[crop][side].append(measure(settings, crop == CROPPED, folder))
+                    results[crop][side].append(measure(settings, crop == CROPPED, directory))
                     seconds = time.perf_counter() - began_s
                     console.print(f"seed {seed}: {side} {crop}: {results[crop][side][-1]:.4f}, {seconds:.0f} s")
     finish(console, results, options.json, report(console, results), options.check)
 
 
-def ftexp_accuracy(settings: dict[str, Any], is_cropped: bool, folder: Path) -> float:
+def ftexp_accuracy(settings: dict[str, Any], is_cropped: bool, directory: Path) -> float:
     """Test accuracy of one run of the command, whose worker leaves a CPU to decode on."""
     name = f"{'cropped' if is_cropped else 'whole'}_{settings['seed']}"
     scale = f"augment.scale={list(settings['scale'])}".replace(" ", "")
@@ -88,10 +88,10 @@ def ftexp_accuracy(settings: dict[str, Any], is_cropped: bool, folder: Path) -> 
         *(f"train.epochs={settings['epochs']}", f"train.global_batch_size={settings['batch_size']}"),
         f"train.label_smoothing={settings['label_smoothing']}",
         *("scaling.num_workers=1", "scaling.resources_per_worker={CPU: 1}", f"seed={settings['seed']}"),
-        *(f"run.storage={folder / 'runs'}", f"run.name={name}", "checkpoint.every_epochs=null"),
+        *(f"run.storage={directory / 'runs'}", f"run.name={name}", "checkpoint.every_epochs=null"),
     ]
     subprocess.run([sys.executable, "-m", "ftexp.train", *overrides], check=True, stdout=subprocess.DEVNULL)
-    record = json.loads((folder / "runs" / name / "run.json").read_text())
+    record = json.loads((directory / "runs" / name / "run.json").read_text())
     return float(record["metrics"]["last"]["test_accuracy"])
 
 

@@ -1,9 +1,9 @@
-"""What a save costs the training, side by side: ftexp's, and the blocking save of Ray Train's tutorials.
+"""What a checkpoint costs the training, side by side: ftexp's, and the blocking checkpoint of Ray Train's tutorials.
 
     uv run python scripts/bench_checkpoint.py [--sharded] [--rounds 5] [--window 20] [--check] [--json FILE]
 
 In one Ray Train job a model: both sides save the same training state in turns, on two workers. "Blocked" is how
-long the training thread of rank 0 stands still for one save. Then windows of training take turns, one with a save
+long one checkpoint blocks the training thread of rank 0. Then windows of training take turns, one with a checkpoint
 every 5 s and one with none. Last, the time from asking for a batch to having it, at positions near and far.
 The default model, and ViT-S (22 million parameters with AdamW). Takes 8 minutes on 2 cores.
 
@@ -145,7 +145,7 @@ def measure(settings: dict[str, Any]) -> dict[str, Any]:
         theirs.append(time.perf_counter() - began)
     # the first of each pays once for memory and for Ray's set-up
     result["ftexp_s"], result["tutorial_s"], result["ftexp_first_s"] = ours[1:], theirs[1:], ours[0]
-    result["ftexp_cpu_s"] = cpu[1:]  # of all threads of rank 0, which trains nothing meanwhile
+    result["ftexp_cpu_s"] = cpu[1:]  # all threads of rank 0, which trains nothing meanwhile
     if settings["window_s"]:
         config = dataclasses.replace(job.config.checkpoint, every_seconds=SAVE_EVERY_S)
         job = dataclasses.replace(job, config=dataclasses.replace(job.config, checkpoint=config))
@@ -175,7 +175,7 @@ def steps(job: Any, batches: Any, count: int) -> None:
 def window(job: Any, batches: Any, checkpoints: Any, seconds: float) -> dict[str, Any]:
     """Train for about `seconds`, saving at the cadence of `checkpoints`; steps per second, and when saves began.
 
-    A save that is in flight at the end is trained through, so that all it costs falls into this window.
+    A checkpoint that is in flight at the end is trained through, so that all it costs falls into this window.
     """
     began, count, saves = time.perf_counter(), 0, []
     while job.group.agree(int(time.perf_counter() - began < seconds or (checkpoints is not None and checkpoints.busy))):
@@ -188,17 +188,17 @@ def window(job: Any, batches: Any, checkpoints: Any, seconds: float) -> dict[str
 
 
 def tutorial_save(job: Any, number: int) -> None:
-    """The end of an epoch in Ray's tutorials: torch.save into a temporary folder, and a blocking report."""
+    """The end of an epoch in Ray's tutorials: torch.save into a temporary directory, and a blocking report."""
     import ray.train
     import torch
 
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as directory:
         checkpoint = None
         if job.group.rank == 0:
-            torch.save(job.learner.model.state_dict(), Path(folder) / "model.pt")
-            torch.save(job.learner.optimizer.state_dict(), Path(folder) / "optimizer.pt")
-            torch.save({"epoch": number}, Path(folder) / "extra_state.pt")
-            checkpoint = ray.train.Checkpoint.from_directory(folder)
+            torch.save(job.learner.model.state_dict(), Path(directory) / "model.pt")
+            torch.save(job.learner.optimizer.state_dict(), Path(directory) / "optimizer.pt")
+            torch.save({"epoch": number}, Path(directory) / "extra_state.pt")
+            checkpoint = ray.train.Checkpoint.from_directory(directory)
         ray.train.report({"epoch": number}, checkpoint=checkpoint)
 
 

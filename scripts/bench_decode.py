@@ -29,14 +29,14 @@ from ftexp.data.feeds.decoding import as_image, as_sample
 
 SIZE = 224
 PHOTOS = [(500, 375), (640, 427), (1600, 1200), (4000, 3000)]  # width, height
-DECODE_SIZE = 792  # of which the smallest part of rrc, 0.08 of the area, has 224 pixels a side
+DECODE_SIZE = 792  # the smallest part that rrc takes, 0.08 of the area, then has 224 pixels a side
 DECODINGS = {
     "pillow": Decoding(),
     "torchvision": Decoding("torchvision"),
     f"decode_size={DECODE_SIZE}": Decoding("torchvision", DECODE_SIZE),
 }
 WHOLE, PART = "whole image", "random part"
-MIN_SECONDS = 0.1  # of CPU time that one figure is taken over
+MIN_SECONDS = 0.1  # seconds of CPU time that one figure is taken over
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 UNTAUGHT, TAUGHT = "untaught", "taught"
-LEAST_GAIN = 0.0  # of mean test accuracy
+MIN_GAIN = 0.0  # gain of mean test accuracy
 
 
 def main() -> None:
@@ -32,27 +32,27 @@ def main() -> None:
     describe_machine(console)
     results: dict[str, list[dict[str, float]]] = {UNTAUGHT: [], TAUGHT: []}
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        teacher = run(folder, "teacher", ["experiment=digits_resnet"])
+        directory = Path(name)
+        teacher = run(directory, "teacher", ["experiment=digits_resnet"])
         console.print(f"teacher: {teacher['test_accuracy']:.4f}, {teacher['seconds']:.0f} s")
-        taught = ["distill=logits", f"distill.teacher={folder / 'teacher'}"]
+        taught = ["distill=logits", f"distill.teacher={directory / 'teacher'}"]
         for seed in range(options.rounds):
             for side, overrides in ((UNTAUGHT, []), (TAUGHT, taught)):
-                found = run(folder, f"{side}_{seed}", [f"seed={seed}", *overrides])
+                found = run(directory, f"{side}_{seed}", [f"seed={seed}", *overrides])
                 results[side].append(found)
                 console.print(f"seed {seed}: {side}: {found['test_accuracy']:.4f}, {found['seconds']:.0f} s")
     misses = report(console, results, teacher["test_accuracy"])
     finish(console, {"teacher": teacher, **results}, options.json, misses, options.check)
 
 
-def run(folder: Path, name: str, overrides: list[str]) -> dict[str, float]:
+def run(directory: Path, name: str, overrides: list[str]) -> dict[str, float]:
     """Run the command; returns its test accuracy, its seconds, and the milliseconds of a step that the teacher took."""
     began_s = time.perf_counter()
-    command = [sys.executable, "-m", "ftexp.train", f"run.storage={folder}", f"run.name={name}", *overrides]
+    command = [sys.executable, "-m", "ftexp.train", f"run.storage={directory}", f"run.name={name}", *overrides]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     seconds = time.perf_counter() - began_s
-    last = json.loads((folder / name / "run.json").read_text())["metrics"]["last"]
-    points = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+    last = json.loads((directory / name / "run.json").read_text())["metrics"]["last"]
+    points = [json.loads(line) for line in (directory / name / "metrics.jsonl").read_text().splitlines()]
     steps = [point for point in points if "forward_ms" in point]
     return {
         "test_accuracy": last["test_accuracy"],
@@ -78,7 +78,7 @@ def report(console: Console, results: dict[str, list[dict[str, float]]], teacher
     table.add_row("the teacher", f"{teacher:.4f}")
     console.print(table)
     means = {side: statistics.mean(one["test_accuracy"] for one in runs) for side, runs in results.items()}
-    return print_targets(console, [("gain in mean accuracy", means[TAUGHT] - means[UNTAUGHT], LEAST_GAIN, True)], 4)
+    return print_targets(console, [("gain in mean accuracy", means[TAUGHT] - means[UNTAUGHT], MIN_GAIN, True)], 4)
 
 
 if __name__ == "__main__":

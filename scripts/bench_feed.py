@@ -5,7 +5,7 @@
 Photograph-like JPEG files (scripts/photo_like.py) of ImageNet's usual size (500x375, to 224) and of 160x160 pixels (to
 128). Every side takes a random resized crop and a flip, on two processes, and hands over normalised batches of 64; some
 also take RandAugment. Sides take turns, and what comes before a side is warm isn't counted. No epoch ends while the
-others are measured: they begin each anew. The cached feeds run from their second epoch on. Sides are compared within
+others are measured: each is begun again. The cached feeds run from their second epoch on. Sides are compared within
 each round, since a shared machine changes its speed by the minute; the CPU time, of all processes, an image, changes
 less. Besides: the training process's own CPU time, by part, with augment=deit; the memory of all processes with 1 and
 10 times the data; and the time to the first batch at three positions, with a million files listed.
@@ -86,19 +86,19 @@ def main() -> None:
     results = Results()
     console = Console(highlight=False, width=140)
     describe_machine(console)
-    with tempfile.TemporaryDirectory() as folder, ray_of_this_machine():
+    with tempfile.TemporaryDirectory() as directory, ray_of_this_machine():
         if MEMORY in options.only:  # first, while this process holds nothing else
-            results.memory_mib = measure_memory(Path(folder))
+            results.memory_mib = measure_memory(Path(directory))
             console.print("memory: measured")
         if RATES in options.only:
             for name in SETS:
-                results.rates[name] = measure_rates(Path(folder) / name, name, options.rounds, options.set)
+                results.rates[name] = measure_rates(Path(directory) / name, name, options.rounds, options.set)
                 console.print(f"rates of {name}: measured")
         if PROCESS in options.only:
-            results.process_ms = measure_process(Path(folder) / PROCESS, options.rounds, options.set)
+            results.process_ms = measure_process(Path(directory) / PROCESS, options.rounds, options.set)
             console.print("training process: measured")
         if FIRSTS in options.only:
-            results.first_batch_s = measure_first_batches(Path(folder), options.files, options.rounds)
+            results.first_batch_s = measure_first_batches(Path(directory), options.files, options.rounds)
             console.print("first batches: measured")
     finish(console, dataclasses.asdict(results), options.json, report(console, results), options.check)
 
@@ -108,7 +108,7 @@ class Turns:
     """A side's turns."""
 
     images_per_s: list[float] = field(default_factory=list)
-    cpu_ms: list[float] = field(default_factory=list)  # of all processes, an image
+    cpu_ms: list[float] = field(default_factory=list)  # CPU time of all processes, for an image
 
 
 @dataclass
@@ -123,7 +123,7 @@ class Results:
 
 @contextlib.contextmanager
 def ray_of_this_machine() -> Iterator[None]:
-    """Ray as a run starts it, with CPUs to decode on beside those of the workers."""
+    """Ray as a run starts it, with CPUs to decode on besides those of the workers."""
     from ftexp.cluster.ray_cluster import prepare_environment, quiet_data, start_ray
 
     config = run_config()
@@ -141,7 +141,7 @@ def ray_of_this_machine() -> Iterator[None]:
 
 
 def run_config(*overrides: str) -> Any:
-    """The config of a run on a folder of images."""
+    """The config of a run on a directory of images."""
     return composed("data=image_folder", "data.root=.", "augment=none", *overrides)
 
 
@@ -154,7 +154,7 @@ def ftexp_feed(root: Path, image_size: int, feed: str, *overrides: str) -> Start
 
 
 def training_data(root: Path, image_size: int, feed: str, *overrides: str) -> TrainingData:
-    """What a worker trains on that is the only rank."""
+    """Return the training data of a single rank."""
     from ftexp.cluster.resources import decoding_cpus, no_workers
     from ftexp.data.augment.erasing import Erasing
     from ftexp.data.augment.mixing import Mixing
@@ -209,7 +209,7 @@ def measure_rates(root: Path, name: str, rounds: int, overrides: list[str]) -> d
 
 
 def sides_of(root: Path, name: str, overrides: list[str]) -> dict[str, Callable[[], Iterator[Any]]]:
-    """How each side begins."""
+    """Return {side: function that starts it}."""
     import ray
     from baselines.feeds import data_loader, fast_loader, ray_data, timm_loader
 
@@ -300,9 +300,9 @@ def by_part(data: TrainingData, spent: dict[str, float]) -> TrainingData:
     )
 
 
-def measure_first_batches(folder: Path, num_files: int, rounds: int) -> dict[str, list[float]]:
+def measure_first_batches(directory: Path, num_files: int, rounds: int) -> dict[str, list[float]]:
     """Seconds from asking at a position to the first batch, with many files listed."""
-    root, sources = folder / "many", write_photos(folder / "few", 1000, size=SETS[SMALL][0])
+    root, sources = directory / "many", write_photos(directory / "few", 1000, size=SETS[SMALL][0])
     for number in range(num_files):
         path = root / f"class_{number % 10}" / f"{number // 10000:04d}" / f"{number:08d}.jpg"
         if number % 10000 < 10:
@@ -320,11 +320,11 @@ def measure_first_batches(folder: Path, num_files: int, rounds: int) -> dict[str
     return seconds
 
 
-def measure_memory(folder: Path) -> dict[str, float]:
+def measure_memory(directory: Path) -> dict[str, float]:
     """The most memory that all processes held during an epoch of the data, and of ten times the data; MiB."""
-    most = {}
+    peaks = {}
     for times in (1, 10):
-        root, num_files = folder / f"times_{times}", times * 2000
+        root, num_files = directory / f"times_{times}", times * 2000
         write_photos(root, num_files, size=SETS[SMALL][0])
         from_position = ftexp_feed(root, SETS[SMALL][1], "streaming")
         rate(from_position(0), 4 * WARM_IMAGES)  # all processes have begun, and done all that they will do
@@ -334,8 +334,8 @@ def measure_memory(folder: Path) -> dict[str, float]:
                 next(batches)
                 if number % 4 == 0:
                     held.append(memory_mib())
-        most[f"{num_files:,} images"] = max(held)
-    return most
+        peaks[f"{num_files:,} images"] = max(held)
+    return peaks
 
 
 def report(console: Console, results: Results) -> list[str]:
@@ -355,8 +355,8 @@ def report(console: Console, results: Results) -> list[str]:
         apart = (max(medians) - min(medians)) / spread
         checks.append(("first batch: slowest position less fastest, in spreads", apart, 1.0, False))
     if results.memory_mib:
-        told = ", ".join(f"{value:,.0f} MiB over {name}" for name, value in results.memory_mib.items())
-        console.print(f"most memory: {told}")
+        text = ", ".join(f"{value:,.0f} MiB over {name}" for name, value in results.memory_mib.items())
+        console.print(f"most memory: {text}")
         one, ten = results.memory_mib.values()
         checks.append(("memory: 10 times the data : 1 time", ten / one, 1.1, False))
     return print_targets(console, checks)

@@ -23,7 +23,7 @@ MAX_RATIO = 1.5
 BARE_APP = """
 import hydra
 
-@hydra.main(version_base="1.3", config_path={folder!r}, config_name="config")
+@hydra.main(version_base="1.3", config_path={directory!r}, config_name="config")
 def app(config):
     pass
 
@@ -38,8 +38,8 @@ def main() -> None:
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
     ratios = []
-    with tempfile.TemporaryDirectory() as folder:
-        bare = bare_app(Path(folder))
+    with tempfile.TemporaryDirectory() as directory:
+        bare = bare_app(Path(directory))
         for words in (["--help"], ["--cfg", "job"]):
             bare_s, own_s = median_times([[bare, *words], ["-m", "ftexp.train", *words]], options.repeats)
             ratios.append(own_s / bare_s)
@@ -48,17 +48,17 @@ def main() -> None:
         sys.exit(f"more than {MAX_RATIO} times as long")
 
 
-def bare_app(folder: Path) -> str:
+def bare_app(directory: Path) -> str:
     """Write a Hydra app with the same groups, files and defaults: no schema, no help text. Returns its path."""
-    conf = folder / "conf"
+    conf = directory / "conf"
     shutil.copytree(config_dir(), conf, ignore=shutil.ignore_patterns("hydra"))
     main = conf / "config.yaml"
     lines = main.read_text().splitlines()
     main.write_text(
         "\n".join(line for line in lines if line.strip() not in ("- schema", "- override hydra/help: ftexp"))
     )
-    script = folder / "bare.py"
-    script.write_text(BARE_APP.format(folder=str(conf)))
+    script = directory / "bare.py"
+    script.write_text(BARE_APP.format(directory=str(conf)))
     return str(script)
 
 

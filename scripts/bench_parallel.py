@@ -62,25 +62,25 @@ def main() -> None:
 
 
 def _ran(what: Any, workers: int, overrides: list[str], steps: int) -> list[Any]:
-    """What each worker found."""
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = (what, workers, overrides, steps, folder)
+    """Return the results of each worker."""
+    with tempfile.TemporaryDirectory() as directory:
+        arguments = (what, workers, overrides, steps, directory)
         torch.multiprocessing.start_processes(_worker, arguments, nprocs=workers, start_method="spawn")
-        return [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(workers)]
+        return [json.loads((Path(directory) / f"{rank}.json").read_text()) for rank in range(workers)]
 
 
-def _worker(rank: int, what: Any, workers: int, overrides: list[str], steps: int, folder: str) -> None:
+def _worker(rank: int, what: Any, workers: int, overrides: list[str], steps: int, directory: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=workers, init_method=f"file://{folder}/meeting")
+    dist.init_process_group("gloo", rank=rank, world_size=workers, init_method=f"file://{directory}/meeting")
     found = what(rank, workers, composed(*overrides), steps)
-    (Path(folder) / f"{rank}.json").write_text(json.dumps(found))
+    (Path(directory) / f"{rank}.json").write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()
 
 
 def _memory(rank: int, workers: int, config: Any, _: int) -> float:
     before = _resident_mib("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins again
     model, optimizer = _made(config, workers)
     for step in range(MEMORY_STEPS):
         _step(model, optimizer, *_rows(config, rank, step, ROWS))
@@ -109,7 +109,7 @@ def _made(config: Any, workers: int) -> tuple[nn.Module, torch.optim.Optimizer]:
 
 
 def _rows(config: Any, rank: int, step: int, count: int) -> tuple[Tensor, Tensor]:
-    """Noise, with labels that it doesn't tell: the loss stays away from 0."""
+    """Noise, with labels independent of it: the loss stays away from 0."""
     generator = torch.Generator().manual_seed(1000 * step + rank)
     labels = torch.randint(0, 2, (count,), generator=generator)
     shape = (count, config.data.channels, config.data.image_size, config.data.image_size)

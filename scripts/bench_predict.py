@@ -1,4 +1,4 @@
-"""`python -m ftexp.predict` over many JPEGs: its speed beside a plain loop's, its memory, and what a kill costs.
+"""`python -m ftexp.predict` over many JPEGs: its speed next to a plain loop's, its memory, and what a kill costs.
 
     uv run python scripts/bench_predict.py [--rounds 3] [--images 20000] [--only speed kill] [--check] [--json FILE]
 
@@ -57,33 +57,33 @@ def main() -> None:
     console, results = Console(highlight=False, width=120), Results()
     describe_machine(console)
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        paths = write_photos(folder / "images", options.images, size=SETS[SMALL][0])
-        run = trained(folder)
+        directory = Path(name)
+        paths = write_photos(directory / "images", options.images, size=SETS[SMALL][0])
+        run = trained(directory)
         console.print(f"{len(paths):,} JPEGs, and a run of {MODEL}: made")
         samples: list[tuple[float, float]] = []
         for number in range(options.rounds if SPEED in options.only else 0):
-            samples += measure_ours(run, folder / f"out_{number}", len(paths), results)
-            measure_loop(run, folder, results)
+            samples += measure_ours(run, directory / f"out_{number}", len(paths), results)
+            measure_loop(run, directory, results)
             console.print(f"round {number + 1}: {results.images_per_s[OURS][-1]:,.0f} and "
                           f"{results.images_per_s[LOOPS][-1]:,.0f} images/s")  # fmt: skip
         for title, (low, high) in (("early", EARLY), ("late", LATE)) if samples else ():
             results.memory_mib[title] = max(held for done, held in samples if low <= done < high)
         if KILL in options.only:
-            results.killed = measure_kill(run, folder, len(paths))
+            results.killed = measure_kill(run, directory, len(paths))
         finish(console, vars(results), options.json, report(console, results), options.check)
 
 
-def trained(folder: Path) -> Path:
+def trained(directory: Path) -> Path:
     """A run directory."""
-    write_photos(folder / "training", TRAINING_IMAGES, size=SETS[SMALL][0])
+    write_photos(directory / "training", TRAINING_IMAGES, size=SETS[SMALL][0])
     words = [
-        *("data=image_folder", f"data.root={folder / 'training'}", f"data.image_size={SETS[SMALL][1]}"),
+        *("data=image_folder", f"data.root={directory / 'training'}", f"data.image_size={SETS[SMALL][1]}"),
         *(f"model={MODEL}", "train.max_steps=2", "train.global_batch_size=32", "schedule.warmup_epochs=0"),
-        *(f"run.storage={folder}", "run.name=run", "report.enabled=false"),
+        *(f"run.storage={directory}", "run.name=run", "report.enabled=false"),
     ]
     subprocess.run([sys.executable, "-m", "ftexp.train", *words], check=True, stdout=subprocess.DEVNULL)
-    return folder / "run"
+    return directory / "run"
 
 
 def command(run: Path, out: Path) -> list[str]:
@@ -110,21 +110,21 @@ def measure_ours(run: Path, out: Path, num_images: int, results: Results) -> lis
     return samples
 
 
-def measure_loop(run: Path, folder: Path, results: Results) -> None:
+def measure_loop(run: Path, directory: Path, results: Results) -> None:
     """Run the other side to its end."""
     (checkpoint,) = (path.name for path in (run / "checkpoints").iterdir() if path.name.startswith("step"))
-    words = [str(run), checkpoint, str(folder / "images"), str(folder / "loop.csv")]
+    words = [str(run), checkpoint, str(directory / "images"), str(directory / "loop.csv")]
     began = time.perf_counter()
     done = subprocess.run([sys.executable, str(LOOP), *words], check=True, capture_output=True, text=True)
     results.command_s[LOOPS].append(time.perf_counter() - began)
     results.images_per_s[LOOPS].append(float(done.stdout))
 
 
-def measure_kill(run: Path, folder: Path, num_images: int) -> dict[str, Any]:
+def measure_kill(run: Path, directory: Path, num_images: int) -> dict[str, Any]:
     """Kill the command half-way, give it again, and compare what came of it with what came of a whole one."""
     import pyarrow.parquet as pq
 
-    out, whole = folder / "killed", folder / "out_0"
+    out, whole = directory / "killed", directory / "out_0"
     if not whole.exists():
         subprocess.run(command(run, whole), check=True, stdout=subprocess.DEVNULL)
     parts, half = out / "parts", num_images // 2000
@@ -158,8 +158,8 @@ def report(console: Console, results: Results) -> list[str]:
             speeds, seconds = figures(results.images_per_s[side]), figures(results.command_s[side])
             table.add_row(side, *(f"{speed:,.0f}" for speed in speeds), *(f"{value:.1f}" for value in seconds))
         console.print(table)
-        told = ", ".join(f"{value:,.0f} MiB {title}" for title, value in results.memory_mib.items())
-        console.print(f"most memory: {told}")
+        text = ", ".join(f"{value:,.0f} MiB {title}" for title, value in results.memory_mib.items())
+        console.print(f"most memory: {text}")
         ratio = statistics.median(quotients(results.images_per_s[OURS], results.images_per_s[LOOPS]))
         checks.append((f"images/s: {OURS} : {LOOPS}", ratio, 0.9, True))
         checks.append(("memory: late : early", results.memory_mib["late"] / results.memory_mib["early"], 1.1, False))

@@ -111,12 +111,12 @@ def tutorial(settings: dict[str, Any]) -> dict[str, float]:
 
 def torchrun(settings: dict[str, Any]) -> dict[str, float]:
     """A DDP loop that torchrun restarts."""
-    folder = scratch_directory()
-    given = {**settings, "notes": str(folder / "notes"), "checkpoint": str(folder / "checkpoint.pt")}
+    directory = scratch_directory()
+    given = {**settings, "notes": str(directory / "notes"), "checkpoint": str(directory / "checkpoint.pt")}
     words = ["--standalone", "--nproc-per-node", str(WORKERS), "--max-restarts", "3"]
     script = [str(BASELINES / "torchrun_ddp.py"), json.dumps(given)]
     command = [sys.executable, "-m", "torch.distributed.run", *words, *script]
-    return _measure(command, lambda: [tuple(line) for line in _lines(folder / "notes")])
+    return _measure(command, lambda: [tuple(line) for line in _lines(directory / "notes")])
 
 
 def _measure(
@@ -148,7 +148,7 @@ def _measure(
 
 
 def _new_steps(notes: list[Note], stopped_at: float) -> list[Note]:
-    """Those after `stopped_at` that nobody had done by then."""
+    """Return the steps after `stopped_at` that had not been done by then."""
     farthest = max(note[3:] for note in notes if note[0] <= stopped_at)
     return [note for note in notes if note[0] > stopped_at and note[3:] > farthest]
 
@@ -191,7 +191,9 @@ def report(console: Console, results: dict[str, list[dict[str, float]]], starts:
     console.print(table)
     recovery = medians["recovery_s"]
     sides = ((TUTORIAL, 0.35), (TORCHRUN, 0.75))
-    checks = [(f"recovery, ftexp : {side}", recovery[FTEXP] / recovery[side], most, False) for side, most in sides]
+    checks = [
+        (f"recovery, ftexp : {side}", recovery[FTEXP] / recovery[side], maximum, False) for side, maximum in sides
+    ]
     replayed = max(run.get("steps_replayed", 0) for run in results[MEMORY])
     checks += [
         ("recovery from memory, s", recovery[MEMORY], 1.5, False),

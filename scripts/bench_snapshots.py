@@ -18,7 +18,7 @@ from benching import Check, describe_machine, figures, finish, options_parser, p
 from rich.console import Console
 from rich.table import Table
 
-_MAX_COST = 0.01  # of the steps per second
+_MAX_COST = 0.01  # share of the steps per second
 
 
 def main() -> None:
@@ -81,7 +81,7 @@ def window(job: Any, batches: Any, checkpoints: Any, seconds: float) -> dict[str
         step(job, batches, checkpoints)
         count += 1
     rate = count / (time.perf_counter() - began)
-    # of all threads of rank 0, which writes the snapshots: what else the machine does changes it less
+    # CPU time of all threads of rank 0, which writes the snapshots: what else the machine does changes it less
     cpu_s = (time.process_time() - cpu_began) / count
     taken = (checkpoints._snapshots._num_taken if checkpoints is not None else 0) - taken
     return {"steps_per_s": rate, "cpu_s": cpu_s, "snapshots": taken}

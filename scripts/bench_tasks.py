@@ -47,8 +47,8 @@ def main() -> None:
     describe_machine(console)
     results = dict[str, list[dict[str, float]]]()
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        pairs, rare = write_pairs(folder / "pairs"), write_rare(folder / "rare")
+        directory = Path(name)
+        pairs, rare = write_pairs(directory / "pairs"), write_rare(directory / "rare")
         words = ["data.task=multi_label", "loss=bce", f"data.image_size={CANVAS}"]
         results["pairs"] = list(map(of_pairs, trained(pairs, options.epochs, options.rounds, "pairs", words)))
         console.print(f"pairs: {results['pairs']}")
@@ -74,8 +74,8 @@ def _print(console: Console, results: dict[str, list[dict[str, float]]]) -> None
     for run, rows in results.items():
         for figure in rows[0]:
             values = [row[figure] for row in rows]
-            told = ", ".join(f"{value:.3f}" for value in values)
-            table.add_row(run, figure, f"{statistics.mean(values):.3f}", told)
+            listed = ", ".join(f"{value:.3f}" for value in values)
+            table.add_row(run, figure, f"{statistics.mean(values):.3f}", listed)
     console.print(table)
 
 
@@ -90,7 +90,7 @@ def digits() -> dict[str, tuple[Any, Any]]:
     return {split: (images[part], labels[part]) for split, part in parts.items()}
 
 
-def write_pairs(folder: Path) -> Path:
+def write_pairs(directory: Path) -> Path:
     """Pictures of two digits, each in a quarter of its own; their list."""
     draws, rows = np.random.default_rng(1), list[tuple[str, Any, str]]()
     for split, (images, labels) in digits().items():
@@ -101,11 +101,11 @@ def write_pairs(folder: Path) -> Path:
                 top, left = (SIDE * part for part in divmod(int(place), 2))
                 canvas[top : top + SIDE, left : left + SIDE] = images[number]
             found = ";".join(str(label) for label in sorted(set(labels[chosen].tolist())))
-            rows.append((_saved(folder, len(rows), canvas), found, split))
-    return _listed(folder, rows)
+            rows.append((_saved(directory, len(rows), canvas), found, split))
+    return _listed(directory, rows)
 
 
-def write_rare(folder: Path) -> Path:
+def write_rare(directory: Path) -> Path:
     """Single digits, of which the training split has few of one class; their list."""
     rows = list[tuple[str, Any, str]]()
     for split, (images, labels) in digits().items():
@@ -114,18 +114,18 @@ def write_rare(folder: Path) -> Path:
             wanted = round(RARE_SHARE / (1 - RARE_SHARE) * int((~is_rare).sum()))
             kept[np.flatnonzero(is_rare)[wanted:]] = False
         for number in np.flatnonzero(kept):
-            rows.append((_saved(folder, len(rows), images[number]), labels[number], split))
-    return _listed(folder, rows)
+            rows.append((_saved(directory, len(rows), images[number]), labels[number], split))
+    return _listed(directory, rows)
 
 
-def _saved(folder: Path, number: int, pixels: Any) -> str:
-    folder.mkdir(exist_ok=True)
-    Image.fromarray(pixels).save(folder / f"{number:05d}.png")
+def _saved(directory: Path, number: int, pixels: Any) -> str:
+    directory.mkdir(exist_ok=True)
+    Image.fromarray(pixels).save(directory / f"{number:05d}.png")
     return f"{number:05d}.png"
 
 
-def _listed(folder: Path, rows: list[tuple[str, Any, str]]) -> Path:
-    file = folder / "list.csv"
+def _listed(directory: Path, rows: list[tuple[str, Any, str]]) -> Path:
+    file = directory / "list.csv"
     file.write_text("path,label,split\n" + "".join(f"{path},{label},{split}\n" for path, label, split in rows))
     return file
 
@@ -147,13 +147,13 @@ def trained(listed: Path, epochs: int, rounds: int, name: str, words: list[str])
 
 
 def of_pairs(run: Path) -> dict[str, float]:
-    """What the test split says of sets."""
+    """Return the metrics of sets on the test split."""
     found = _tested(run)
     return {"average_precision": found["average_precision"], "exact match": found["accuracy"]}
 
 
 def of_rare(run: Path) -> dict[str, float]:
-    """What the test split says of the rare class, and of all."""
+    """Return the metrics of the rare class and of all classes on the test split."""
     found = _tested(run)
     row = next(row for row in found["classes"] if row["class"] == str(RARE))
     return {"recall": row["recall"], "precision": row["precision"] or 0.0, "accuracy": found["accuracy"]}

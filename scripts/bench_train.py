@@ -97,13 +97,13 @@ def _print_features(console: Console, found: dict[str, list[float]]) -> None:
 
 def _step_ms(overrides: list[str]) -> float:
     """Milliseconds that a step takes, but for feeding and saving: the median over logged points of a steady run."""
-    folder, _, _ = _run_ftexp(
+    directory, _, _ = _run_ftexp(
         [
             *("scaling.num_workers=1", "report.enabled=false", "train.log_every_steps=10"),
             *(f"train.max_steps={FEATURE_STEPS}", *overrides),
         ]
     )
-    points = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    points = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     steady = [point for point in points if point["split"] == "train" and point["step"] > FEATURE_WARM_UP]
     sections = ("teacher", "forward", "backward", "optimizer")
     return statistics.median(sum(point.get(f"{section}_ms", 0.0) for section in sections) for point in steady)
@@ -111,8 +111,8 @@ def _step_ms(overrides: list[str]) -> float:
 
 def _ftexp(settings: dict[str, Any]) -> dict[str, float]:
     overrides = [f"train.epochs={settings['epochs']}", f"seed={settings['seed']}", "augment=none"]
-    folder, began, _ = _run_ftexp(overrides)
-    points = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    directory, began, _ = _run_ftexp(overrides)
+    points = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     steady = [point for point in points if point["epoch"] >= 1 and point["split"] == "train"]
     within = [
         (second["time"] - first["time"]) / (second["step"] - first["step"])
@@ -141,8 +141,8 @@ def _tutorial(settings: dict[str, Any]) -> dict[str, float]:
 
 
 def _default_run(seed: int) -> dict[str, float]:
-    folder, _, seconds = _run_ftexp([f"seed={seed}"])
-    last = json.loads((folder / "run.json").read_text())["metrics"]["last"]
+    directory, _, seconds = _run_ftexp([f"seed={seed}"])
+    last = json.loads((directory / "run.json").read_text())["metrics"]["last"]
     return {"seed": seed, "test_accuracy": last["test_accuracy"], "command_s": seconds}
 
 

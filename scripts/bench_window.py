@@ -34,8 +34,8 @@ def main() -> None:
     options = parser.parse_args()
     console = Console(highlight=False, width=120)
     describe_machine(console)
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "sorted.parquet"
+    with tempfile.TemporaryDirectory() as directory:
+        file = Path(directory) / "sorted.parquet"
         write_sorted(file)
         accuracies = {
             str(window): [accuracy(file, window, options.epochs, seed) for seed in range(options.rounds)]

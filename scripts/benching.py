@@ -68,7 +68,7 @@ def finish(console: Console, results: Any, file: Path | None, misses: list[str],
 
 
 def figures(values: list[float]) -> tuple[float, float, float]:
-    """Median, least and most."""
+    """Median, minimum and maximum."""
     return statistics.median(values), min(values), max(values)
 
 
@@ -118,9 +118,9 @@ def cpu_s(root: int | None = None) -> float:
 def _family(root: int | None) -> list[int]:
     """The numbers of a process (None: this one) and of all below it."""
     children: dict[int, list[int]] = {}
-    for folder in Path("/proc").glob("[0-9]*"):
+    for directory in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            children.setdefault(int(_stat(int(folder.name))[1]), []).append(int(folder.name))
+            children.setdefault(int(_stat(int(directory.name))[1]), []).append(int(directory.name))
     found, waiting = [], [root or os.getpid()]
     while waiting:
         found.append(waiting.pop())

@@ -28,7 +28,7 @@ from rich.table import Table
 
 EXPERIMENTS, STRINGS, FEATURES = PARTS = ("experiments", "strings", "features")
 IMAGE_SIZE = 224
-SMALL_MODELS = {"vit": "test_vit", "deit": "test_vit", "convnext": "test_convnext", "resnet": "test_resnet"}  # of timm
+SMALL_MODELS = {"vit": "test_vit", "deit": "test_vit", "convnext": "test_convnext", "resnet": "test_resnet"}  # timm's
 AUTO_AUGMENTS = (
     *("rand-m9-mstd0.5-inc1", "rand-m7-mstd0.5-inc1", "rand-m15-n3-mmax20-p0.7", "rand-m9-n2-tweights"),
     *("original", "originalr-mstd0.5", "v0", "v0r-mstd0.5", "3a", "augmix-m3", "augmix-m5-w4-d2"),
@@ -43,21 +43,21 @@ OTHERS = {
     "rand_augment in the worker": ["augment.rand_augment=rand-m9-mstd0.5-inc1", "augment.hflip=0.5"],
 }
 METRICS = "[top5,f1_macro,balanced_accuracy,auroc,average_precision,calibration_error]"
-OF_FOLDERS, OF_LABELS, OF_NUMBERS = "photos", "labels.csv", "numbers.csv"  # data.root of the features' runs
+OF_DIRECTORIES, OF_LABELS, OF_NUMBERS = "photos", "labels.csv", "numbers.csv"  # data.root of the features' runs
 BY_FEATURE: dict[str, tuple[str, list[str]]] = {
-    "teacher": (OF_FOLDERS, []),  # of those that distil
-    "loss=jsd": (OF_FOLDERS, ["loss=jsd", "augment.splits=3", "augment.auto_augment=augmix-m3"]),
-    "loss=bce, mixing": (OF_FOLDERS, ["loss=bce", "augment.mixup_alpha=0.2", "augment.cutmix_alpha=1"]),
-    "loss=focal, class weights": (OF_FOLDERS, ["loss=focal", "loss.class_weights=effective_num"]),
-    "loss=asl": (OF_FOLDERS, ["loss=asl"]),
-    "loss=poly, balanced": (OF_FOLDERS, ["loss=poly", "data.sampling=balanced"]),
+    "teacher": (OF_DIRECTORIES, []),  # the teacher of those that distil
+    "loss=jsd": (OF_DIRECTORIES, ["loss=jsd", "augment.splits=3", "augment.auto_augment=augmix-m3"]),
+    "loss=bce, mixing": (OF_DIRECTORIES, ["loss=bce", "augment.mixup_alpha=0.2", "augment.cutmix_alpha=1"]),
+    "loss=focal, class weights": (OF_DIRECTORIES, ["loss=focal", "loss.class_weights=effective_num"]),
+    "loss=asl": (OF_DIRECTORIES, ["loss=asl"]),
+    "loss=poly, balanced": (OF_DIRECTORIES, ["loss=poly", "data.sampling=balanced"]),
     "metrics, beside, EMA": (
-        OF_FOLDERS,
+        OF_DIRECTORIES,
         [f"train.metrics={METRICS}", "train.eval=beside", "ema=warmup"],
     ),
-    "distill=logits": (OF_FOLDERS, ["distill=logits", "distill.teacher={runs}/teacher"]),
-    "distill=features": (OF_FOLDERS, ["distill=features", "distill.teacher={runs}/teacher"]),
-    "resizing=progressive": (OF_FOLDERS, ["resizing=progressive"]),
+    "distill=logits": (OF_DIRECTORIES, ["distill=logits", "distill.teacher={runs}/teacher"]),
+    "distill=features": (OF_DIRECTORIES, ["distill=features", "distill.teacher={runs}/teacher"]),
+    "resizing=progressive": (OF_DIRECTORIES, ["resizing=progressive"]),
     "multi_label": (OF_LABELS, ["data.task=multi_label", "loss=asl", "train.metrics=[average_precision]"]),
     "regression": (OF_NUMBERS, ["data.task=regression", "loss=huber", "train.metrics=[mae,r2]"]),
 }
@@ -74,27 +74,27 @@ def main() -> None:
     seconds: dict[str, float] = {}
     failed: list[str] = []
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        write_photos(folder / "photos", options.pictures)
+        directory = Path(name)
+        write_photos(directory / "photos", options.pictures)
         if STRINGS in options.only:
             words = {f"auto_augment={words}": ["augment.crop=rrc", f"augment.auto_augment={words}"]
                      for words in AUTO_AUGMENTS}  # fmt: skip
             with ray_of_this_machine():
                 for title, overrides in (words | OTHERS).items():
-                    seconds[title] = epoch_of_feed(folder / "photos", options.pictures, overrides)
+                    seconds[title] = epoch_of_feed(directory / "photos", options.pictures, overrides)
                     console.print(f"{title}: {options.pictures:,} images in {seconds[title]:.0f} s")
         for experiment in photo_experiments() if EXPERIMENTS in options.only else ():
             began_s = time.perf_counter()
-            outcome = epoch_of_experiment(folder, experiment)
+            outcome = epoch_of_experiment(directory, experiment)
             seconds[experiment] = time.perf_counter() - began_s
             console.print(f"experiment={experiment}: {outcome} in {seconds[experiment]:.0f} s")
             if outcome != "finished":
                 failed.append(f"experiment={experiment}: {outcome}")
         if FEATURES in options.only:
-            write_lists(folder, folder / "photos")
+            write_lists(directory, directory / "photos")
             for title, (root, overrides) in BY_FEATURE.items():
                 began_s = time.perf_counter()
-                outcome = epoch_of_feature(folder, title, root, overrides)
+                outcome = epoch_of_feature(directory, title, root, overrides)
                 seconds[title] = time.perf_counter() - began_s
                 console.print(f"{title}: {outcome} in {seconds[title]:.0f} s")
                 if outcome != "finished":
@@ -107,7 +107,7 @@ def main() -> None:
 
 
 def photo_experiments() -> list[str]:
-    """The experiments on folders of images."""
+    """Return the experiments on directories of images."""
     from ftexp.config.schema import config_dir
 
     names = sorted(file.stem for file in (config_dir() / "experiment").glob("*.yaml"))
@@ -131,45 +131,45 @@ def epoch_of_feed(root: Path, num_images: int, overrides: list[str]) -> float:
     return time.perf_counter() - began_s
 
 
-def epoch_of_experiment(folder: Path, experiment: str) -> str:
+def epoch_of_experiment(directory: Path, experiment: str) -> str:
     """The status of a run of one epoch."""
     family = composed(f"experiment={experiment}").model.name
     small = next(name for prefix, name in SMALL_MODELS.items() if family.startswith(prefix))
     changed = [f"model.name={small}", "model.pretrained=false", "train.precision=fp32", "model.drop_path_rate=null"]
-    return _status(folder, experiment, [f"experiment={experiment}", f"data.root={folder / 'photos'}", *changed])
+    return _status(directory, experiment, [f"experiment={experiment}", f"data.root={directory / 'photos'}", *changed])
 
 
-def epoch_of_feature(folder: Path, title: str, root: str, overrides: list[str]) -> str:
+def epoch_of_feature(directory: Path, title: str, root: str, overrides: list[str]) -> str:
     """The status of a run of one epoch at 64 px."""
-    source = "image_folder" if root == OF_FOLDERS else "image_list"
-    given = [override.format(runs=folder / "runs") for override in overrides]
+    source = "image_folder" if root == OF_DIRECTORIES else "image_list"
+    given = [override.format(runs=directory / "runs") for override in overrides]
     common = ["data.image_size=64", "augment=none", "augment.crop=rrc", "augment.hflip=0.5", "model.name=test_resnet"]
     name = title.translate(str.maketrans(" ,=", "___"))
-    return _status(folder, name, [f"data={source}", f"data.root={folder / root}", *common, *given])
+    return _status(directory, name, [f"data={source}", f"data.root={directory / root}", *common, *given])
 
 
-def write_lists(folder: Path, photos: Path) -> None:
+def write_lists(directory: Path, photos: Path) -> None:
     """Write lists of the photos: of a class and its parity, and of a number."""
     classes = sorted(path.name for path in photos.iterdir())
     labels, numbers = ["path,label"], ["path,label"]
     for number, name in enumerate(classes):
         for path in sorted((photos / name).iterdir()):
-            where = path.relative_to(folder)
+            where = path.relative_to(directory)
             labels.append(f"{where},{name};{'odd' if number % 2 else 'even'}")
             numbers.append(f"{where},{number / len(classes)}")
-    (folder / OF_LABELS).write_text("\n".join(labels) + "\n")
-    (folder / OF_NUMBERS).write_text("\n".join(numbers) + "\n")
+    (directory / OF_LABELS).write_text("\n".join(labels) + "\n")
+    (directory / OF_NUMBERS).write_text("\n".join(numbers) + "\n")
 
 
-def _status(folder: Path, name: str, overrides: list[str]) -> str:
+def _status(directory: Path, name: str, overrides: list[str]) -> str:
     given = [
         *overrides,
         *("train.epochs=1", "scaling.num_workers=1", "scaling.resources_per_worker={CPU: 1}"),
         *("data.val_fraction=0.02", "data.test_fraction=0.02"),
-        *(f"run.storage={folder / 'runs'}", f"run.name={name}"),
+        *(f"run.storage={directory / 'runs'}", f"run.name={name}"),
     ]
     code = subprocess.run([sys.executable, "-m", "ftexp.train", *given], check=False).returncode
-    record = folder / "runs" / name / "run.json"
+    record = directory / "runs" / name / "run.json"
     return str(json.loads(record.read_text())["status"]) if record.exists() else f"exit code {code}"
 
 

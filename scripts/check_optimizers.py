@@ -49,7 +49,7 @@ def _step(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None
 
 
 def _problem(name: str, sharding: Sharding) -> str | None:
-    """What is wrong with an optimiser on shards; None if nothing is."""
+    """Return the problem of an optimiser on shards; None if there is none."""
     config, train = OptimConfig(name=name, lr=1e-2, weight_decay=0.01), TrainConfig(epochs=1, global_batch_size=8)
     alone, parts = _build(), sharding.shard(draft(_build, sharding.cut))
     optimizers = [build_optimizer(config, train, model) for model in (alone, parts)]
@@ -73,34 +73,36 @@ def _problem(name: str, sharding: Sharding) -> str | None:
     return None
 
 
-def _check(rank: int, folder: str, name: str) -> None:
+def _check(rank: int, directory: str, name: str) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    meeting, wait = f"file://{folder}/{name}", datetime.timedelta(seconds=20)
+    meeting, wait = f"file://{directory}/{name}", datetime.timedelta(seconds=20)
     dist.init_process_group("gloo", rank=rank, world_size=_WORLD, init_method=meeting, timeout=wait)
     try:
         problem = _problem(name, Sharding(ParallelConfig(kind="fsdp"), torch.device("cpu"), _WORLD))
     except (RuntimeError, ValueError, AssertionError, TypeError, ConfigError, LookupError) as error:
         problem = f"{type(error).__name__}: {error}".splitlines()[0][:100]
-    (Path(folder) / f"{name}.{rank}").write_text(problem or "")
-    dist.barrier()  # of ranks that went different ways, one waits here for nothing
+    (Path(directory) / f"{name}.{rank}").write_text(problem or "")
+    dist.barrier()  # where ranks went different ways, one waits here for nothing
 
 
-def _found(folder: str, name: str) -> str:
-    """What is wrong with an optimiser; "" if nothing is."""
+def _found(directory: str, name: str) -> str:
+    """Return the problem of an optimiser; "" if there is none."""
     try:
-        torch.multiprocessing.start_processes(_check, (folder, name), nprocs=_WORLD, start_method="fork")
+        torch.multiprocessing.start_processes(_check, (directory, name), nprocs=_WORLD, start_method="fork")
     except ProcessException as error:
         return f"ranks end differently: {str(error).strip().splitlines()[-1][:80]}"
-    return "; ".join({problem for rank in range(_WORLD) if (problem := (Path(folder) / f"{name}.{rank}").read_text())})
+    return "; ".join(
+        {problem for rank in range(_WORLD) if (problem := (Path(directory) / f"{name}.{rank}").read_text())}
+    )
 
 
 def main() -> None:
     """Check the optimisers that are named, or every one of timm's."""
     agree = []
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as directory:
         for name in sys.argv[1:] or list_optimizers():
-            problem = _found(folder, name)
+            problem = _found(directory, name)
             print(f"{name:24} {problem or 'agrees'}", flush=True)
             agree += [] if problem else [name]
     print(f"{len(agree)} agree: {' '.join(agree)}")

@@ -148,9 +148,9 @@ class Machine:
         call("ip", "link", "delete", self.port, check=False)
         shutil.rmtree(Path("/etc/netns", self.name), ignore_errors=True)
 
-    def start(self, folder: Path, *words: str, **arguments: Any) -> subprocess.Popen[str]:
-        """Start a command on it; `folder`/ray, where Ray keeps its files, is another directory on each machine."""
-        own, shown = folder / self.name, folder / "ray"
+    def start(self, directory: Path, *words: str, **arguments: Any) -> subprocess.Popen[str]:
+        """Start a command on it; `directory`/ray, where Ray keeps its files, is another directory on each machine."""
+        own, shown = directory / self.name, directory / "ray"
         for each in (own, shown):
             each.mkdir(exist_ok=True)
         inside = ["sh", "-c", f'hostname {self.name} && mount --bind {own} {shown} && exec "$@"', "sh", *words]
@@ -202,10 +202,10 @@ def network() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def object_store(folder: Path) -> Iterator[str]:
+def object_store(directory: Path) -> Iterator[str]:
     """moto's S3 on the bridge; yields a URI."""
     command = [sys.executable, "-m", "moto.server", "-H", GATEWAY, "-p", str(S3_PORT)]
-    with (folder / "moto.log").open("w") as log, subprocess.Popen(command, stdout=log, stderr=log) as server:
+    with (directory / "moto.log").open("w") as log, subprocess.Popen(command, stdout=log, stderr=log) as server:
         try:
             wait_until(lambda: call("ss", "-Hltn", f"sport = :{S3_PORT}"), 60)
             endpoint = {"endpoint_override": f"{GATEWAY}:{S3_PORT}", "scheme": "http", "region": "us-east-1"}
@@ -216,24 +216,24 @@ def object_store(folder: Path) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def ray_cluster(folder: Path, environment: dict[str, str], is_skewed: bool) -> Iterator[None]:
+def ray_cluster(directory: Path, environment: dict[str, str], is_skewed: bool) -> Iterator[None]:
     """Ray on all machines, a CPU on each. is_skewed: clocks are wrong on all but the first."""
     common = ["--num-cpus=1", "--object-store-memory=100000000", "--disable-usage-stats", "--block"]
     head = MACHINES[0]
     with contextlib.ExitStack() as stack:
-        log = stack.enter_context((folder / "ray.log").open("a"))
+        log = stack.enter_context((directory / "ray.log").open("a"))
         for machine in MACHINES:
             stack.callback(machine.kill)
-            wrong = {"LD_PRELOAD": str(shim(folder)), "SKEW_S": str(SKEWS_S[machine.name])} if is_skewed else {}
+            wrong = {"LD_PRELOAD": str(shim(directory)), "SKEW_S": str(SKEWS_S[machine.name])} if is_skewed else {}
             where = [f"--node-ip-address={machine.address}", *common]
-            first = ["--head", f"--port={RAY_PORT}", "--include-dashboard=false", f"--temp-dir={folder}/ray"]
+            first = ["--head", f"--port={RAY_PORT}", "--include-dashboard=false", f"--temp-dir={directory}/ray"]
             role = first if machine is head else [f"--address={ADDRESS}"]
-            machine.start(folder, str(RAY), "start", *role, *where, env=environment | wrong, stdout=log, stderr=log)
+            machine.start(directory, str(RAY), "start", *role, *where, env=environment | wrong, stdout=log, stderr=log)
             if machine is head:
                 wait_until(lambda: call("ip", "netns", "exec", head.name, "ss", "-Hltn", f"sport = :{RAY_PORT}"), 60)
         count = f"import ray, sys; ray.init('{ADDRESS}', log_to_driver=False); sys.exit(len(ray.nodes()) != 3)"
         asked = [sys.executable, "-c", count]
-        wait_until(lambda: head.start(folder, *asked, env=environment, stderr=log, stdout=log).wait() == 0, 120)
+        wait_until(lambda: head.start(directory, *asked, env=environment, stderr=log, stdout=log).wait() == 0, 120)
         yield
 
 
@@ -284,13 +284,17 @@ def _whom(failure: dict[str, Any]) -> str:
 
 
 def train(
-    folder: Path, storage: str, environment: dict[str, str], overrides: list[str], strike: Callable[[list[int]], None]
+    directory: Path,
+    storage: str,
+    environment: dict[str, str],
+    overrides: list[str],
+    strike: Callable[[list[int]], None],
 ) -> Run:
     """Run the command on the first machine; `strike` is called with the workers' pids once it trains."""
     head, lines, pids, began = MACHINES[0], list[str](), list[int](), time.monotonic()
     is_struck = False
     words = [sys.executable, "-m", "ftexp.train", *TRAINING, f"run.storage={storage}", *overrides]
-    with head.start(folder, *words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+    with head.start(directory, *words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
         assert process.stdout is not None
         for line in process.stdout:
             lines.append(f"{time.monotonic() - began:7.1f} {line}")
@@ -383,12 +387,12 @@ def batches(run: Run) -> dict[int, tuple[int, ...]]:
     return {update.step: update.samples for update in read_updates(Storage.at(run.uri))}
 
 
-def measure(case: Case, storage: str, folder: Path, environment: dict[str, str]) -> Run:
+def measure(case: Case, storage: str, directory: Path, environment: dict[str, str]) -> Run:
     """Run a case in a new Ray."""
     for machine in MACHINES:
         machine.connect(is_up=True)
-    with ray_cluster(folder, environment, case.is_skewed):
-        return train(folder, storage, environment, [*case.overrides], case.strike)
+    with ray_cluster(directory, environment, case.is_skewed):
+        return train(directory, storage, environment, [*case.overrides], case.strike)
 
 
 def print_table(console: Console, rows: list[tuple[str, ...]]) -> None:
@@ -399,9 +403,9 @@ def print_table(console: Console, rows: list[tuple[str, ...]]) -> None:
     console.print(table)
 
 
-def shim(folder: Path) -> Path:
+def shim(directory: Path) -> Path:
     """Compile the library that skews a process's clock."""
-    source, library = folder / "skew.c", folder / "skew.so"
+    source, library = directory / "skew.c", directory / "skew.so"
     source.write_text(SHIM)
     call("cc", "-shared", "-fPIC", "-o", str(library), str(source), "-ldl")
     return library
@@ -426,19 +430,19 @@ def main() -> None:
         stack.callback(print_table, console, rows)  # what there is of it, on Ctrl-C too
         if options.keep:
             options.keep.mkdir(parents=True, exist_ok=True)
-        folder = options.keep or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="netns-")))
+        directory = options.keep or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="netns-")))
         stack.enter_context(network())
         os.environ |= {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "RAY_USAGE_STATS_ENABLED": "0"}
         # as ftexp/cluster/README.md has it for clusters
         os.environ |= {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5", "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "5"}
-        store = stack.enter_context(object_store(folder))
+        store = stack.enter_context(object_store(directory))
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
         for kind in options.storage:
             clean = None
             for name in dict.fromkeys([UNDISTURBED, *options.cases]):
-                storage = under(store, name) if kind == "s3" else str(folder / name)
-                run = measure(CASES[name], storage, folder, environment)
+                storage = under(store, name) if kind == "s3" else str(directory / name)
+                run = measure(CASES[name], storage, directory, environment)
                 clean = clean or run
                 console.print(f"{name}, {kind}:\n{run.output}", markup=False)
                 same = "" if run is clean else compare(run, clean, environment)

@@ -1,6 +1,6 @@
 """Photograph-like JPEGs with classes, out of what ftexp's dependencies bring: a glyph somewhere on a photograph.
 
-    uv run python scripts/photo_like.py FOLDER [--pictures 5000] [--classes 20] [--size 500 375] [--seed 0]
+    uv run python scripts/photo_like.py DIRECTORY [--pictures 5000] [--classes 20] [--size 500 375] [--seed 0]
 
 A class is a glyph, in any weight of Roboto (Ray's dashboard has it) and of Pillow's own typeface: of any colour, turned
 and slanted a little, 0.35 to 0.9 of the picture high, anywhere in it. Behind it is a part of one of scikit-learn's two
@@ -25,33 +25,33 @@ from PIL import Image, ImageDraw, ImageFont
 
 IMAGENET = (500, 375)  # width and height that most of ImageNet's photographs have
 GLYPHS = "AKMRTXHWYGQV4785&@$%#CFJLPOUZ?"  # in this order
-GLYPH_SHARE = (0.35, 0.9)  # of the picture's height
+GLYPH_SHARE = (0.35, 0.9)  # share of the picture's height
 QUALITY = 95
 GRAIN = 10.0  # standard deviation of a camera's noise; with it, 500x375 take 110 kB, as ImageNet's do on average
 _CHUNK = 64  # pictures that a process makes at a time
 
 
 def main() -> None:
-    """Write a folder of them."""
+    """Write a directory of photographs."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("directory", type=Path)
     parser.add_argument("--pictures", type=int, default=5000)
     parser.add_argument("--classes", type=int, default=20)
     parser.add_argument("--size", type=int, nargs=2, default=IMAGENET, metavar=("WIDTH", "HEIGHT"))
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    write_photos(options.folder, options.pictures, options.classes, options.size, options.seed)
+    write_photos(options.directory, options.pictures, options.classes, options.size, options.seed)
 
 
 def write_photos(
     root: Path, count: int, num_classes: int = 20, size: Sequence[int] = IMAGENET, seed: int = 0
 ) -> list[Path]:
-    """Write `count` pictures below `root`, in a folder a class; one in four stands upright. Returns their paths."""
+    """Write `count` pictures below `root`, a directory for each class; return their paths. One in four is upright."""
     if not 1 < num_classes <= len(GLYPHS):
         raise ValueError(f"{num_classes} classes; there are 2 to {len(GLYPHS)}")
     paths = [root / class_name(number % num_classes) / f"{number:06d}.jpg" for number in range(count)]
-    for folder in {path.parent for path in paths}:
-        folder.mkdir(parents=True, exist_ok=True)
+    for directory in {path.parent for path in paths}:
+        directory.mkdir(parents=True, exist_ok=True)
     numbers = range(count)
     chunks = [numbers[first : first + _CHUNK] for first in numbers[::_CHUNK]]
     write = functools.partial(_write, [str(path) for path in paths], num_classes, tuple(size), seed)
@@ -61,7 +61,7 @@ def write_photos(
 
 
 def class_name(number: int) -> str:
-    """The name of a class's folder."""
+    """Return the name of a class's directory."""
     return f"glyph_{number:02d}"
 
 
@@ -112,7 +112,7 @@ def _with_grain(rng: np.random.Generator, picture: Image.Image) -> Image.Image:
 
 
 def _glyph(rng: np.random.Generator, glyph: str, height: int) -> Image.Image:
-    """How much of each pixel the glyph covers, cut to it: about `height` pixels high."""
+    """Return the share of each pixel that the glyph covers, cut to it: about `height` pixels high."""
     fonts = _fonts()
     font = fonts[int(rng.integers(len(fonts)))]
     left, top, right, bottom = (int(value) for value in font.getbbox(glyph))
@@ -131,7 +131,7 @@ def _glyph(rng: np.random.Generator, glyph: str, height: int) -> Image.Image:
 
 
 def _colour(rng: np.random.Generator, below: Any) -> tuple[int, ...]:
-    """A colour that can be told from the one below it."""
+    """Return a colour that contrasts with the one below it."""
     while True:
         colour = rng.integers(0, 256, 3)
         if np.abs(colour - below.astype(int)).sum() > 180:
@@ -155,8 +155,8 @@ def _fonts() -> list[Any]:
     """Faces at the largest size that a glyph takes, those that Ray brings and Pillow's; sorted, so that all agree."""
     import ray
 
-    folder = Path(ray.__file__).parent / "dashboard" / "client" / "build"
-    files = [str(file) for file in folder.rglob("roboto-latin-*.woff")]
+    directory = Path(ray.__file__).parent / "dashboard" / "client" / "build"
+    files = [str(file) for file in directory.rglob("roboto-latin-*.woff")]
     faces = [ImageFont.truetype(file, 256) for file in files]
     return [*sorted(faces, key=lambda face: face.getname()), ImageFont.load_default(256)]
 

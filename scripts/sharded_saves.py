@@ -1,4 +1,4 @@
-"""Of `bench_checkpoint.py --sharded`: what a save of a sharded model costs the training, next to torch's own.
+"""Of `bench_checkpoint.py --sharded`: what a checkpoint of a sharded model costs the training, next to torch's own.
 
 Four processes share a model with AdamW under `fully_shard`, over four shards and over two replicas of two. In turns,
 they save it with ftexp, with torch.distributed.checkpoint.save and with its async_save, all to the same disk.
@@ -26,24 +26,24 @@ def measured(rounds: int) -> dict[str, Any]:
     results = {}
     for model, name in MODELS.items():
         for mesh, sizes in MESHES.items():
-            with tempfile.TemporaryDirectory(prefix="bench_") as folder:
+            with tempfile.TemporaryDirectory(prefix="bench_") as directory:
                 torch.multiprocessing.start_processes(
-                    _on_rank, args=(folder, name, sizes, rounds), nprocs=NUM_WORKERS, start_method="fork"
+                    _on_rank, args=(directory, name, sizes, rounds), nprocs=NUM_WORKERS, start_method="fork"
                 )
-                results[f"{model}, {mesh}"] = torch.load(Path(folder) / "result.pt", weights_only=True)
+                results[f"{model}, {mesh}"] = torch.load(Path(directory) / "result.pt", weights_only=True)
     return results
 
 
-def _on_rank(rank: int, folder: str, name: str, sizes: tuple[int, ...], rounds: int) -> None:
+def _on_rank(rank: int, directory: str, name: str, sizes: tuple[int, ...], rounds: int) -> None:
     import ray.train
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
     ray.train.report = lambda _: None  # a part of neither side
-    dist.init_process_group("gloo", rank=rank, world_size=NUM_WORKERS, init_method=f"file://{folder}/meeting")
+    dist.init_process_group("gloo", rank=rank, world_size=NUM_WORKERS, init_method=f"file://{directory}/meeting")
     learner = _learner(name, sizes)
-    sides = _sides(rank, folder, learner)
+    sides = _sides(rank, directory, learner)
     times: dict[str, list[float]] = {side: [] for side in sides}
     for number in range(rounds + 1):
         for side, save in sides.items():
@@ -56,9 +56,9 @@ def _on_rank(rank: int, folder: str, name: str, sizes: tuple[int, ...], rounds: 
             dist.barrier()
             times[side].append(blocked.item())
     if rank == 0:
-        facts = _facts(folder, learner, sizes)
+        facts = _facts(directory, learner, sizes)
         # the first of each pays once for memory
-        torch.save({**facts, **{side: found[1:] for side, found in times.items()}}, Path(folder) / "result.pt")
+        torch.save({**facts, **{side: found[1:] for side, found in times.items()}}, Path(directory) / "result.pt")
     dist.barrier()
     dist.destroy_process_group()
 
@@ -82,12 +82,12 @@ def _learner(name: str, sizes: tuple[int, ...]) -> Any:
     return SimpleNamespace(model=model, optimizer=optimizer)
 
 
-def _sides(rank: int, folder: str, learner: Any) -> dict[str, Any]:
+def _sides(rank: int, directory: str, learner: Any) -> dict[str, Any]:
     """{side: save(number) -> a function that waits for the end of what is done besides the training}."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict
 
-    checkpoints = _manager(rank, folder, learner)
+    checkpoints = _manager(rank, directory, learner)
 
     def ours(number: int) -> Any:
         checkpoints._progress.step = number
@@ -100,8 +100,8 @@ def _sides(rank: int, folder: str, learner: Any) -> dict[str, Any]:
 
     def at(side: str, number: int) -> str:
         if rank == 0 and number:
-            shutil.rmtree(Path(folder, side, str(number - 1)))
-        return str(Path(folder, side, str(number)))
+            shutil.rmtree(Path(directory, side, str(number - 1)))
+        return str(Path(directory, side, str(number)))
 
     def theirs(number: int) -> Any:
         dcp.save(state(), checkpoint_id=at("torch", number))
@@ -113,7 +113,7 @@ def _sides(rank: int, folder: str, learner: Any) -> dict[str, Any]:
     return {"ftexp": ours, "torch save": theirs, "torch async_save": theirs_async}
 
 
-def _manager(rank: int, folder: str, learner: Any) -> Any:
+def _manager(rank: int, directory: str, learner: Any) -> Any:
     import torch
 
     from ftexp.checkpoint.manager import CheckpointManager
@@ -136,17 +136,17 @@ def _manager(rank: int, folder: str, learner: Any) -> Any:
         progress=progress,
         ledger=None,
         channel=channel,
-        store=CheckpointStore(Storage.at(folder, "ftexp")),
+        store=CheckpointStore(Storage.at(directory, "ftexp")),
         extra=extra,
     )
 
 
-def _facts(folder: str, learner: Any, sizes: tuple[int, ...]) -> dict[str, Any]:
+def _facts(directory: str, learner: Any, sizes: tuple[int, ...]) -> dict[str, Any]:
     """Return how many bytes the tensors have, and how many of them the newest checkpoint's files hold."""
     from ftexp.checkpoint.store import CheckpointStore
     from ftexp.storage.directory import Storage
 
-    newest = CheckpointStore(Storage.at(folder, "ftexp")).manifests(lambda *_: None)[0]
+    newest = CheckpointStore(Storage.at(directory, "ftexp")).manifests(lambda *_: None)[0]
     parameters = sum(parameter.numel() for parameter in learner.model.parameters())
     shards = [each for each in newest.files.values() if "header_bytes" in each]
     assert newest.num_shards == sizes[-1]

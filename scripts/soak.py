@@ -3,10 +3,10 @@
     uv run python scripts/soak.py [--kills 20] [--seed 0] [--json FILE] [overrides of the config ...]
 
 One clean run of the config (the default one, unless overridden), then one that is killed: a worker, the command itself
-or the keeper of its snapshots in memory, at a step drawn from the seed, or in the middle of a save. A killed command is
-given again. Then weights, optimiser and extra state are compared to the bit, with every logged metric and the samples
-that drove each update; no attempt may have begun before a checkpoint that was verified, and no process of the run may
-be left. Exits with 1 if anything is off.
+or the keeper of its snapshots in memory, at a step drawn from the seed, or in the middle of a checkpoint. A killed
+command is run again. Then weights, optimiser and extra state are compared bitwise, with every logged metric and the
+samples that drove each update; no attempt may have begun before a checkpoint that was verified, and no process of the
+run may be left. Exits with 1 if anything is off.
 20 kills take about 5 minutes on 2 cores.
 """
 
@@ -157,8 +157,8 @@ class Soak:
         return True
 
     def _is_saving(self) -> bool:
-        folder = self._run_dir / "checkpoints"
-        return folder.is_dir() and any(path.name.startswith(".tmp-") for path in folder.iterdir())
+        directory = self._run_dir / "checkpoints"
+        return directory.is_dir() and any(path.name.startswith(".tmp-") for path in directory.iterdir())
 
     def _step(self) -> int:
         path = self._run_dir / "metrics.jsonl"
@@ -179,7 +179,7 @@ class Soak:
         return [event for event in self.events() if event["event"] == name]
 
     def num_checkpoints(self) -> int:
-        """How many saves were completed and verified."""
+        """Return the number of checkpoints that were completed and verified."""
         return len(self._events("checkpoint_saved"))
 
 
@@ -207,7 +207,7 @@ def _left_behind(events: list[dict[str, Any]]) -> list[str]:
 
 
 def _recoveries(events: list[dict[str, Any]]) -> str:
-    """How many failures were recovered from what."""
+    """Return {source of the recovery: number of failures}."""
     found = [event["recovery"] for event in events if event["event"] == "recovered"]
     return ", ".join(f"{found.count(kind)} from {kind}" for kind in dict.fromkeys(found))
 

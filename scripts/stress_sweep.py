@@ -107,7 +107,7 @@ def quarters(values: list[float]) -> tuple[float, float]:
 
 
 def problems(found: dict[str, Any], trials: int) -> list[str]:
-    """What is off."""
+    """Return the problems that were found."""
     first, last = found["driver MB, first and last quarter"]
     return [
         text

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from ftexp.job.skipped_batches import SkippedBatches
     from ftexp.wire.channel import Channel
 
-_STEMS = ("model.", "optimizer.")  # of a checkpoint's files, or of the first worker's
+_STEMS = ("model.", "optimizer.")  # stems of a checkpoint's files, or of the first worker's
 _OF_THE_STORE = ("disk_full", "slow_storage")  # happen to rank 0, which does the writing
 
 
@@ -47,7 +47,7 @@ class ChaosError(RuntimeError):
 
 
 class FaultyStore(CheckpointStore):
-    """A store whose next saves fail half-way, or take longer."""
+    """A store whose next checkpoints fail half-way, or take longer."""
 
     def __init__(self, storage: Storage) -> None:
         super().__init__(storage)
@@ -126,7 +126,7 @@ class Chaos:
         self._run_dir.child(CHAOS).write_bytes(fault.name, b"")
         damaged = self._damage(fault) if fault.kind in DAMAGES else None
         self._channel.send(Happened(events.Chaos(fault.kind, self._group.rank, fault.step, damaged)))
-        if damaged is not None:  # or the run would go on from memory, and never look at them
+        if damaged is not None:  # or the run would resume from memory, and never look at them
             self._channel.send(ForgetSnapshots())
         self._channel.flush()
         match fault.kind:
@@ -174,25 +174,25 @@ def flip_bit(parameter: Tensor) -> None:
     first.view({2: torch.int16, 4: torch.int32}[parameter.element_size()]).bitwise_xor_(1)
 
 
-def damage(folder: Storage, kind: str) -> None:
-    """Break the checkpoint in `folder`: half of a file gone, a bit of another flipped, or files missing."""
+def damage(directory: Storage, kind: str) -> None:
+    """Break the checkpoint in `directory`: half of a file gone, a bit of another flipped, or files missing."""
     if kind == "delete_checkpoint":
-        folder.delete()
+        directory.delete()
     elif kind == "delete_manifest":
-        folder.delete_file(MANIFEST)
+        directory.delete_file(MANIFEST)
     elif kind == "truncate_checkpoint":
-        name = _file_of(folder, _STEMS[0])
-        content = folder.read_bytes(name)
-        folder.write_bytes(name, content[: len(content) // 2])
+        name = _file_of(directory, _STEMS[0])
+        content = directory.read_bytes(name)
+        directory.write_bytes(name, content[: len(content) // 2])
     elif kind == "flip_byte":
-        name = _file_of(folder, _STEMS[1])
-        flipped = bytearray(folder.read_bytes(name))
+        name = _file_of(directory, _STEMS[1])
+        flipped = bytearray(directory.read_bytes(name))
         flipped[len(flipped) // 2] ^= 1
-        folder.write_bytes(name, bytes(flipped))
+        directory.write_bytes(name, bytes(flipped))
     else:
         raise AssertionError(f"{kind} is no damage")
 
 
-def _file_of(folder: Storage, stem: str) -> str:
+def _file_of(directory: Storage, stem: str) -> str:
     """Return the file of a checkpoint that begins so; of several, the first worker's."""
-    return next(name for name in folder.list_files() if name.startswith(stem))
+    return next(name for name in directory.list_files() if name.startswith(stem))

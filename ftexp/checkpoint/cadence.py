@@ -1,4 +1,4 @@
-"""When a save is due. Every rank comes to the same answer at the same step."""
+"""When a checkpoint is due. Every rank comes to the same answer at the same step."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Cadence:
     rank 0's, and asked as seldom as will do: each answer says at which step to ask again. `machine_goes()`, whether one
     of the workers' machines has newly been announced to go away, is collective and asked at the same steps.
 
-    `reasons` says why a save is due, or waits for the one before: every_steps, every_epochs, every_seconds, evaluation,
-    requested, preemption, stop, end. Ranks other than 0 can't tell every_seconds from requested.
+    `reasons` says why a checkpoint is due, or waits for the one before: every_steps, every_epochs, every_seconds,
+    evaluation, requested, preemption, stop, end. Only rank 0 can distinguish every_seconds from requested.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class Cadence:
     ) -> None:
         self._config, self._agree, self._clock, self._stop_requested = config, agree, clock, stop_requested
         self._machine_goes, self._save_requested = machine_goes, save_requested
-        self.stopping = False  # this save is the last: somebody wants the run to stop
+        self.stopping = False  # this checkpoint is the last: somebody wants the run to stop
         self.reasons: list[str] = []
         self._saved_step = self._asked_step = self._ask_at = -1
         self._saved_at = self._asked_at = clock()
@@ -44,7 +44,7 @@ class Cadence:
     ) -> bool:
         """Whether to save after `step`; collective.
 
-        busy: rank 0 has a save in flight, for which the next waits.
+        busy: rank 0 has a checkpoint in flight, for which the next waits.
         evaluated: this very step shall be evaluated from its checkpoint.
         """
         if finished:
@@ -67,18 +67,18 @@ class Cadence:
         return bool(self.reasons) and not self._agree(int(busy))
 
     def saved(self, step: int) -> None:
-        """A save of `step` was begun, or restored."""
+        """A checkpoint of `step` was begun, or restored."""
         self._saved_step = step
         self.resumed(step, 0.0)
 
     def resumed(self, step: int, saved_s_ago: float) -> None:
-        """Training goes on after `step`, so long after the last save."""
+        """Training continues after `step`, so long after the last checkpoint."""
         self._asked_step, self._asked_at = step, self._clock()
         self._saved_at = self._asked_at - saved_s_ago
         self.reasons, self._ask_at, self._gap = [], step + 1, 1
 
     def stop(self) -> None:
-        """Let the next answer be that a save is due, the last; to be called on every rank."""
+        """Let the next answer be that a checkpoint is due, the last; to be called on every rank."""
         self.stopping = True
         self._note("stop")
 
@@ -87,7 +87,7 @@ class Cadence:
             self.reasons.append(reason)
 
     def _ask(self, step: int) -> None:
-        """Note whether a save is due by rank 0's clock, or because somebody wants it."""
+        """Note whether a checkpoint is due by rank 0's clock, or because somebody wants it."""
         if step < self._ask_at:
             return
         now, every = self._clock(), self._config.every_seconds
@@ -104,7 +104,7 @@ class Cadence:
         else:
             done = step - self._asked_step
             step_s = max((now - self._asked_at) / max(done, 1), 1e-6)
-            # half of what is left, since steps may get slower, and twice as far as last time at the most, since the
+            # half of what is left, since steps may get slower, and twice as far as last time at most, since the
             # first estimates may be far off
             answer = step + max(1, min(int(min(left / 2, _ASK_EVERY_S) / step_s), 2 * self._gap))
         answer = self._agree(answer)

@@ -49,8 +49,8 @@ def full_writer(store: CheckpointStore, manifest: Manifest, name: str) -> Writer
     def write(stream: BinaryIO) -> None:
         outline = read_outlines(store, manifest)[name]
         # next to where it goes, if that is a disk: there is room for a model
-        folder = store.storage.local_path
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".tmp-") as place:
+        directory = store.storage.local_path
+        with tempfile.TemporaryDirectory(dir=directory, prefix=".tmp-") as place:
             path = Path(place) / name
             _fill(store, manifest, name, outline, path)
             with path.open("rb") as file:

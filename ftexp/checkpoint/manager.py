@@ -1,6 +1,6 @@
 """When a run saves, of what, and what it resumes from: one rank's part of it.
 
-A save costs the training thread a copy of the state; the rest is done besides it, see ftexp.checkpoint.writing.
+A checkpoint costs the training thread a copy of the state; the rest is done besides it, see ftexp.checkpoint.writing.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class CheckpointManager:
         self._config = config.checkpoint
         self._is_local = config.scaling.address is None  # a Ray on this machine alone goes when the machine goes
         self._has_ledger = config.train.ledger
-        self._keeps = config.failure.on_nonfinite == "rollback"  # each save's state in memory, on every rank
+        self._keeps = config.failure.on_nonfinite == "rollback"  # each checkpoint's state in memory, on every rank
         self._cadence = Cadence(
             self._config,
             group.agree,
@@ -78,7 +78,7 @@ class CheckpointManager:
         self._leaving: set[str] = set()  # nodes that were announced to go away
         self._staging = Staging(group.device)
         self.num_rollbacks = 0
-        self._in_memory: dict[str, Any] | None = None  # the state of the last save, where a rollback may want it
+        self._in_memory: dict[str, Any] | None = None  # the state of the last checkpoint, where a rollback may want it
         self._pending_in_memory: list[Pending] = []
         sharded = common_place(learner.model.state_dict())
         if self._config.format == "sharded" and sharded is None:
@@ -108,16 +108,16 @@ class CheckpointManager:
         return self._cadence.due(progress.step, progress.epoch, epoch_ended, progress.finished, self.busy, evaluated)
 
     def stop(self) -> None:
-        """Make the save that is due next the last; to be called on every rank."""
+        """Make the checkpoint that is due next the last; to be called on every rank."""
         self._cadence.stop()
 
     def _save_requested(self) -> bool:
-        """Whether the driver has asked for a save since this was last asked."""
+        """Whether the driver has asked for a checkpoint since this was last asked."""
         requested, self._channel.save_requested = self._channel.save_requested, False
         return requested
 
     def _preemption_announced(self) -> bool:
-        """Whether Ray tells of a node that is about to be taken away, and hadn't told before; collective."""
+        """Whether Ray announces a preemption of a node for the first time; collective."""
         if self._is_local:
             return False
         self._num_asked += 1
@@ -135,16 +135,16 @@ class CheckpointManager:
 
     @property
     def busy(self) -> bool:
-        """Whether a save is in flight on this rank."""
+        """Whether a checkpoint is in flight on this rank."""
         return self._writer.busy
 
     @property
     def stopping(self) -> bool:
-        """Whether somebody wants the run to end after the save that is due now."""
+        """Whether somebody wants the run to end after the checkpoint that is due now."""
         return self._cadence.stopping
 
     def save(self) -> None:
-        """Copy the state and have it written; collective. Waits if the save before isn't done yet."""
+        """Copy the state and have it written; collective. Waits for the checkpoint before it."""
         started = time.perf_counter()
         self.wait()
         progress = self._progress
@@ -192,7 +192,7 @@ class CheckpointManager:
         try:
             self._flush_ledger()
             state = self._state(self._snapshots.writes)
-        except (OSError, NonFiniteError):  # not worth keeping; a save that meets the same says so
+        except (OSError, NonFiniteError):  # not worth keeping; a checkpoint that meets the same says so
             self._snapshots.leave_out(step)
             return
         facts = {"run": run.name, "fingerprint": sha256_of(run.fingerprint), "step": step, "attempt": run.attempt}
@@ -212,8 +212,8 @@ class CheckpointManager:
         run, lineage = self._run, self._run.lineage
         reader = SnapshotReader(self._links, self._group, self._cut_place)
         reader.find()
-        least_step = newest.step if newest is not None else 0
-        found = reader.read(lineage, run.name, sha256_of(run.fingerprint), least_step)
+        min_step = newest.step if newest is not None else 0
+        found = reader.read(lineage, run.name, sha256_of(run.fingerprint), min_step)
         if found is None:
             return None
         choice, state = found
@@ -292,7 +292,7 @@ class CheckpointManager:
             self._copied_state()
 
     def roll_back(self) -> None:
-        """Go back to the state of the last save, without any process starting again."""
+        """Go back to the state of the last checkpoint, without any process starting again."""
         assert self._in_memory is not None, "kept since the attempt began"
         # an optimiser takes the tensors that it is given for its own
         kept, likes = copy.deepcopy(self._in_memory), self._likes()
@@ -315,11 +315,11 @@ class CheckpointManager:
         }
 
     def wait(self) -> None:
-        """Return when no save is in flight, on this rank."""
+        """Return when no checkpoint is in flight, on this rank."""
         self._writer.wait()
 
     def finish(self) -> None:
-        """Wait for the last save; StorageError if it could not be written, NonFiniteError if it was not worth it."""
+        """Wait for the last checkpoint; StorageError if it could not be written, NonFiniteError if it is not finite."""
         self._writer.close()
         self.close()
         if self._writer.failures:

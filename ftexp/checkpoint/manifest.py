@@ -21,26 +21,26 @@ _READABLE = (2, _FORMAT)  # 2: no shards, and SHA-256 in place of BLAKE3
 class Manifest:
     """The facts of a checkpoint, with the size and hash of each file."""
 
-    name: str  # of its directory
+    name: str  # name of its directory
     step: int
     epoch: int
     position: int
     attempt: int
     world_size: int
     metrics: dict[str, float]
-    state_versions: dict[str, int]  # of extra_state.pt, by name
+    state_versions: dict[str, int]  # versions of extra_state.pt, by name
     written_by: str  # the run, and the time
     written_at: float  # seconds since 1970
-    versions: dict[str, str]  # of the packages that matter
+    versions: dict[str, str]  # versions of the packages that matter
     fingerprint: dict[str, Any]  # the config keys that define the run
     # name -> {"bytes": int, "blake3": hex}; of shards, {"bytes", "header_bytes", "header_blake3"}: see slices.py
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
-    # of the processes that wrote it, where each wrote its shard: {"dims": {name: size}, "num_shards": int}
+    # the processes that wrote it, where each wrote its shard: {"dims": {name: size}, "num_shards": int}
     mesh: dict[str, Any] | None = None
 
     @property
     def num_shards(self) -> int | None:
-        """How many files hold the model; None: a single one."""
+        """Return the number of files that hold the model; None: a single one."""
         return None if self.mesh is None else int(self.mesh["num_shards"])
 
     @property
@@ -122,5 +122,5 @@ def kept_names(manifests: list[Manifest], num_to_keep: int | None, steps: Collec
     kept = {manifest.name for manifest in newest_first[:num_to_keep]}
     for step in steps:
         if since := [each for each in newest_first if each.step >= step]:
-            kept.add(min(since, key=lambda each: each.step).name)  # of its attempts, the newest comes first
+            kept.add(min(since, key=lambda each: each.step).name)  # the newest of its attempts comes first
     return kept

@@ -60,11 +60,11 @@ def read_outlines(store: CheckpointStore, manifest: Manifest) -> dict[str, Any]:
 
 def read_shards(store: CheckpointStore, manifest: Manifest, name: str, wanted: Mapping[int, Iterable[Wanted]]) -> None:
     """Read rows of a part from its shards' files, {shard: rows}; CheckpointError if one isn't as it was written."""
-    folder = store.storage.child(manifest.name)
+    directory = store.storage.child(manifest.name)
     for shard, each in sorted(wanted.items()):
         file = shard_file(name, shard, manifest.num_shards or 0)
         try:
-            slices.read(folder, file, expected_of(manifest, file), each)
+            slices.read(directory, file, expected_of(manifest, file), each)
         except OSError as error:
             raise store.damage(file, error) from error
 
@@ -88,9 +88,9 @@ def weights_at(uri: str, name: str) -> tuple[dict[str, Tensor], str]:
 
     Errors as of `read_weights`.
     """
-    folder = Storage.at(uri)
-    store = CheckpointStore(folder.parent)
-    manifest = store.by_name(folder.name)
+    directory = Storage.at(uri)
+    store = CheckpointStore(directory.parent)
+    manifest = store.by_name(directory.name)
     return read_weights(store, manifest, "raw" if name == MODEL else "ema"), content_hash(manifest, name)
 
 

@@ -24,8 +24,8 @@ def restore(job: Job, store: CheckpointStore, checkpoints: CheckpointManager) ->
     """Go to the latest snapshot in memory, or checkpoint that verifies; collective. Without any, start from
     `resume_from`, or as built.
 
-    What doesn't verify is quarantined and told; ConfigError if the checkpoint is that of another run. Returns what the
-    state comes from: MEMORY, STORAGE or START.
+    Checkpoints that don't verify are quarantined and reported; ConfigError if the checkpoint is that of another
+    run. Returns the source of the state: MEMORY, STORAGE or START.
     """
     started = time.perf_counter()
     rejections = _Rejections(job.channel, store)
@@ -96,7 +96,7 @@ def _candidates(channel: Channel, store: CheckpointStore, rejections: _Rejection
 def _start_from(job: Job, uri: str) -> None:
     """Load the weights of another run's checkpoint into the model: what fits, with a report of the rest; collective."""
     group, learner = job.group, job.learner
-    found = locate(uri) if group.rank == 0 else None  # of a run that trains on, another rank might find a newer one
+    found = locate(uri) if group.rank == 0 else None  # while the run trains on, another rank might find a newer one
     where, name = group.agree_on(found and (found[0].storage.uri, found[1].name))
     store = CheckpointStore(Storage.at(where))
     manifest = store.by_name(name)

@@ -61,11 +61,11 @@ class Piece:
 
     rows: Tensor
     first: int  # row of the whole tensor
-    shape: tuple[int, ...]  # of the whole tensor
+    shape: tuple[int, ...]  # shape of the whole tensor
 
 
 def is_sharded(leaf: Any) -> TypeGuard[DTensor]:
-    """Whether a leaf is a DTensor, told by its methods: importing those takes time, which other runs don't spend."""
+    """Whether a leaf is a DTensor, by its methods: importing the class takes time, which other runs don't spend."""
     return isinstance(leaf, Tensor) and hasattr(leaf, "full_tensor")
 
 

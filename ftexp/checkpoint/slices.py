@@ -37,7 +37,7 @@ class Slice:
     dtype: str  # as safetensors calls it: F32
     num_rows: int
     first: int  # row of the whole tensor
-    shape: tuple[int, ...]  # of the whole tensor
+    shape: tuple[int, ...]  # shape of the whole tensor
     data: memoryview
 
 
@@ -79,7 +79,7 @@ class Entry:
     dtype: str
     first: int
     num_rows: int
-    shape: tuple[int, ...]  # of the whole tensor
+    shape: tuple[int, ...]  # shape of the whole tensor
     begin: int  # in the file
     end: int
     hashes: list[str]
@@ -97,7 +97,7 @@ class Wanted:
     name: str
     rows: range
     dtype: str
-    shape: tuple[int, ...]  # of the whole tensor
+    shape: tuple[int, ...]  # shape of the whole tensor
     put: Callable[[int, memoryview], object]
 
 
@@ -113,16 +113,16 @@ class _Chunk:
     put: Callable[[memoryview], object] | None = None
 
 
-def verify(folder: Storage, name: str, described: Mapping[str, Any]) -> None:
+def verify(directory: Storage, name: str, described: Mapping[str, Any]) -> None:
     """Read all of a file; CheckpointError, with its name, if it isn't as described. OSError if it can't be read."""
-    with folder.reading_at(name) as file:
+    with directory.reading_at(name) as file:
         entries = _entries(file, name, described)
         _read(file, name, itertools.chain.from_iterable(map(_chunks, entries.values())))
 
 
-def read(folder: Storage, name: str, described: Mapping[str, Any], wanted: Iterable[Wanted]) -> None:
+def read(directory: Storage, name: str, described: Mapping[str, Any], wanted: Iterable[Wanted]) -> None:
     """Read rows, a little at a time, and pass them on once they are verified; errors as of `verify`."""
-    with folder.reading_at(name) as file:
+    with directory.reading_at(name) as file:
         entries = _entries(file, name, described)
         chunks = [chunk for each in wanted for chunk in _chunks_of(_entry(entries, each, name), each)]
         _read(file, name, sorted(chunks, key=lambda chunk: chunk.begin))

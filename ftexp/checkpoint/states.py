@@ -55,7 +55,7 @@ class SchedulerState:
 
 @register_state("scaler")
 class ScalerState:
-    """The fp16 loss scale, its growth counter, and how many steps it left out; empty in other precisions."""
+    """The fp16 loss scale, its growth counter, and how many steps it skipped; empty in other precisions."""
 
     version = 2
 

@@ -1,6 +1,6 @@
 """How bytes become a checkpoint that can be trusted.
 
-A checkpoint is a folder `step_00000120.a1` (step, attempt) with model.pt, optimizer.pt, extra_state.pt and
+A checkpoint is a directory `step_00000120.a1` (step, attempt) with model.pt, optimizer.pt, extra_state.pt and
 manifest.json; of a sharded model, files of each process take the place of the first two. It exists when its manifest
 does, and counts when every file has the size and hash that the manifest says. Which one is the latest follows from
 manifests, never from names or times. What doesn't count is moved to `.rejected/`, where nobody takes it for a
@@ -26,14 +26,14 @@ from ftexp.storage.directory import Storage, Writer
 REJECTED = ".rejected"
 _CHUNK_BYTES = 1 << 20
 _GONE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
-# what reading a torn or missing manifest raises
+# what reading a truncated or missing manifest raises
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)
 
 Rejected = Callable[[str, str], None]  # name of the checkpoint, and the reason
 
 
 class CheckpointStore:
-    """The folder checkpoints/ of a run."""
+    """The directory checkpoints/ of a run."""
 
     def __init__(self, storage: Storage) -> None:
         self.storage = storage
@@ -58,33 +58,33 @@ class CheckpointStore:
         """
         return self._write_to(self.storage.child(name).draft, files)
 
-    def _write_to(self, folder: Storage, files: Mapping[str, Writer]) -> dict[str, dict[str, Any]]:
+    def _write_to(self, directory: Storage, files: Mapping[str, Writer]) -> dict[str, dict[str, Any]]:
         described = {}
         for file, write in files.items():
-            with folder.writing(file) as stream:
+            with directory.writing(file) as stream:
                 described[file] = _written(stream, write)
         for file, expected in described.items():
-            self._verify_file(folder, file, expected)
+            self._verify_file(directory, file, expected)
         return described
 
     def commit(self, manifest: Manifest) -> Manifest:
         """Let a checkpoint exist whose files were written, each by whoever wrote it; errors as of `save`."""
-        folder = self.storage.child(manifest.name)
-        there = folder.draft.sizes()
+        directory = self.storage.child(manifest.name)
+        there = directory.draft.sizes()
         if missing := [name for name, each in manifest.files.items() if there.get(name) != each["bytes"]]:
             raise CheckpointError(
-                f"{missing[0]} was written, and isn't at {folder.draft.uri}: run.storage must be one directory for all "
-                "workers, also on other machines"
+                f"{missing[0]} was written, and isn't at {directory.draft.uri}: run.storage must be one directory for "
+                "all workers, also on other machines"
             )
-        folder.draft.write_bytes(MANIFEST, encode(manifest))
-        folder.publish_draft()
+        directory.draft.write_bytes(MANIFEST, encode(manifest))
+        directory.publish_draft()
         return manifest
 
     def add(self, manifest: Manifest, files: Mapping[str, Writer]) -> Manifest:
         """Add files to a checkpoint that exists; returns its new manifest. Errors as of `save`: it is as before."""
-        folder = self.storage.child(manifest.name)
-        complete = dataclasses.replace(manifest, files=manifest.files | self._write_to(folder, files))
-        folder.write_bytes(MANIFEST, encode(complete))
+        directory = self.storage.child(manifest.name)
+        complete = dataclasses.replace(manifest, files=manifest.files | self._write_to(directory, files))
+        directory.write_bytes(MANIFEST, encode(complete))
         return complete
 
     def discard(self, name: str) -> None:
@@ -95,7 +95,7 @@ class CheckpointStore:
     def manifests(self, rejected: Rejected) -> list[Manifest]:
         """Every checkpoint that has a readable manifest, newest step first; its files aren't checked yet."""
         found = []
-        for name in self.storage.list_folders():
+        for name in self.storage.list_directories():
             try:
                 found.append(self._manifest(name))
             except _UNREADABLE as error:
@@ -103,7 +103,7 @@ class CheckpointStore:
         return sorted(found, key=lambda manifest: (manifest.step, manifest.attempt), reverse=True)
 
     def latest(self, rejected: Rejected) -> Manifest | None:
-        """The verified checkpoint of the highest step; damaged ones are told to `rejected`."""
+        """Return the verified checkpoint of the highest step; report the others to `rejected`."""
         return next((each for each in self.manifests(rejected) if self._is_whole(each, rejected)), None)
 
     def candidates(self, rejected: Rejected) -> Iterator[Manifest]:
@@ -125,21 +125,21 @@ class CheckpointStore:
 
     def verify(self, manifest: Manifest) -> None:
         """Read a checkpoint's files, a little at a time; CheckpointError, with the reason, if one isn't as written."""
-        folder = self.storage.child(manifest.name)
+        directory = self.storage.child(manifest.name)
         for name in FILES if manifest.mesh is None else {EXTRA, *manifest.files}:
-            self._verify_file(folder, name, expected_of(manifest, name))
+            self._verify_file(directory, name, expected_of(manifest, name))
 
     def verify_file(self, manifest: Manifest, name: str) -> None:
         """As `verify`, of one file."""
         self._verify_file(self.storage.child(manifest.name), name, expected_of(manifest, name))
 
-    def _verify_file(self, folder: Storage, name: str, expected: dict[str, Any]) -> None:
+    def _verify_file(self, directory: Storage, name: str, expected: dict[str, Any]) -> None:
         digest, num_bytes, buffer = new_hash(kind_of(expected)), 0, memoryview(bytearray(_CHUNK_BYTES))
         try:
             if slices.HEADER in expected:
-                slices.verify(folder, name, expected)
+                slices.verify(directory, name, expected)
                 return
-            with folder.reading(name) as stream:
+            with directory.reading(name) as stream:
                 while size := stream.readinto(buffer):  # type: ignore[attr-defined]  # as raw files and pyarrow's have
                     digest.update(buffer[:size])
                     num_bytes += size
@@ -170,7 +170,7 @@ class CheckpointStore:
         except _UNREADABLE as error:
             if isinstance(error, OSError):
                 self.damage(MANIFEST, error)  # raises it, if the store doesn't answer
-            available = ", ".join(self.storage.list_folders()) or "none"
+            available = ", ".join(self.storage.list_directories()) or "none"
             raise CheckpointError(
                 f"{self.storage.uri} has no checkpoint '{name}' with a readable manifest. Available: {available}"
             ) from error
@@ -187,20 +187,20 @@ class CheckpointStore:
 
         What has nothing but half-uploaded files, on an object store, is removed: it never was a checkpoint.
         """
-        folder = self.storage.child(name)
-        if folder.local_path is None and not folder.exists(MANIFEST):
-            folder.delete()
+        directory = self.storage.child(name)
+        if directory.local_path is None and not directory.exists(MANIFEST):
+            directory.delete()
             return
-        taken = set(self.storage.child(REJECTED).list_folders())
+        taken = set(self.storage.child(REJECTED).list_directories())
         number = next(number for number in itertools.count() if f"{name}.{number}" not in taken)
-        folder.move_to(self.storage.child(REJECTED, f"{name}.{number}"))
+        directory.move_to(self.storage.child(REJECTED, f"{name}.{number}"))
 
     def _manifest(self, name: str) -> Manifest:
-        folder = self.storage.child(name)
-        return decode(folder.read_bytes(MANIFEST), folder.uri, name)
+        directory = self.storage.child(name)
+        return decode(directory.read_bytes(MANIFEST), directory.uri, name)
 
     def damage(self, name: str, error: OSError) -> CheckpointError:
-        """Return the damage that `error` shows; a store that doesn't answer shows none: its error goes on."""
+        """Return the damage that `error` shows; a store that doesn't answer shows none: its error is raised."""
         shows_damage = isinstance(error, _GONE) or (self.storage.local_path is not None and error.errno == errno.EIO)
         if not shows_damage:
             raise error
@@ -231,19 +231,19 @@ def _written(stream: BinaryIO, write: Writer) -> dict[str, Any]:
 
 def locate(uri: str) -> tuple[CheckpointStore, Manifest]:
     """The checkpoint at `uri`, or the latest of the run at `uri`, verified; CheckpointError if there is none."""
-    folder = Storage.at(uri)
-    if folder.exists(MANIFEST):
-        store = CheckpointStore(folder.parent)
-        manifest = store.by_name(folder.name)
+    directory = Storage.at(uri)
+    if directory.exists(MANIFEST):
+        store = CheckpointStore(directory.parent)
+        manifest = store.by_name(directory.name)
         store.verify(manifest)
         return store, manifest
-    store = CheckpointStore(folder.child(CHECKPOINTS))
+    store = CheckpointStore(directory.child(CHECKPOINTS))
     reasons: list[str] = []
     latest = store.latest(lambda name, reason: reasons.append(f"{name}: {reason}"))
     if latest is None:
         damaged = f" ({'; '.join(reasons)})" if reasons else ""
         raise CheckpointError(
-            f"{folder.uri} holds no checkpoint that verifies{damaged}: set a run directory, or a directory under its "
-            f"{CHECKPOINTS}/"
+            f"{directory.uri} holds no checkpoint that verifies{damaged}: set a run directory, or a directory under "
+            f"its {CHECKPOINTS}/"
         )
     return store, latest

@@ -15,7 +15,7 @@ from torch import Tensor
 from ftexp.checkpoint.tree import Path as TreePath
 from ftexp.checkpoint.tree import mapped
 
-_LOCAL_HEADER_BYTES = 30  # of an entry of a zip file; the lengths of its name and of its extra field are at its end
+_LOCAL_HEADER_BYTES = 30  # in front of an entry of a zip file; ends with the lengths of its name and extra field
 
 
 def lay_out(tree: Any, path: Path) -> list[int]:
@@ -34,8 +34,8 @@ def _blank(leaf: Any, _: TreePath) -> Any:
 
 
 def _is_data(name: str) -> bool:
-    folder, _, number = name.rpartition("/")
-    return folder.endswith("/data") and number.isdigit()
+    directory, _, number = name.rpartition("/")
+    return directory.endswith("/data") and number.isdigit()
 
 
 def _data_offset(file: BinaryIO, header: int) -> int:

@@ -1,6 +1,6 @@
-"""The part of a save that runs besides training: serialising, hashing, writing, reading back, and Ray's report.
+"""The part of a checkpoint that runs besides training: serialising, hashing, writing, reading back, and Ray's report.
 
-Runs on a thread of each rank; there is one save in flight at the most. Where the model is sharded, each rank of the
+Runs on a thread of each rank; there is one checkpoint in flight at most. Where the model is sharded, each rank of the
 first replica writes its own files, and rank 0 the manifest, once every rank has reported the size and hash of its own.
 They agree in a process group of their own: the default one is the training's meanwhile. It needs no polling, and a
 rank that dies ends the others' waiting at once.
@@ -46,15 +46,15 @@ _LAST_TRIES_S = (1, 2, 4, 8, 16)  # waits before trying again to write the check
 
 @dataclass(frozen=True)
 class Saving:
-    """A save that is under way, on one rank."""
+    """A checkpoint that is under way, on one rank."""
 
     manifest: Manifest
     parts: dict[str, Any]  # by name, of FILES; empty where this rank writes nothing
-    place: Place | None  # of this rank, where the checkpoint is sharded
+    place: Place | None  # this rank's place, where the checkpoint is sharded
     metrics: dict[str, Any]
-    about: dict[str, Any]  # the save, for its event
+    about: dict[str, Any]  # the checkpoint, for its event
     is_last: bool
-    is_end: bool  # of the run, whose last step is done
+    is_end: bool  # whether the run's last step is done
     pending: tuple[Pending, ...]  # evaluations, of this checkpoint or of earlier ones
     best_step: int | None
 
@@ -101,7 +101,7 @@ class _Agreement:
 
 
 class CheckpointWriter:
-    """Writes one rank's part of each checkpoint. `failures` are those of the last saves, on rank 0.
+    """Writes one rank's part of each checkpoint. `failures` are those of the last checkpoints, on rank 0.
 
     is_sharded: whether every rank writes, or rank 0 alone; building it is collective then.
     """
@@ -124,7 +124,7 @@ class CheckpointWriter:
 
     @property
     def busy(self) -> bool:
-        """Whether a save is in flight on this rank."""
+        """Whether a checkpoint is in flight on this rank."""
         return self._pending is not None and not self._pending.done()
 
     def begin(self, saving: Saving) -> None:
@@ -132,18 +132,18 @@ class CheckpointWriter:
         self._pending = self._thread.submit(self._write, saving)
 
     def wait(self) -> None:
-        """Return when no save is in flight, on this rank."""
+        """Return when no checkpoint is in flight, on this rank."""
         if self._pending is not None:
             self._pending.result()
             self._pending = None
 
     def close(self) -> None:
-        """Wait for the last save, and end the thread."""
+        """Wait for the last checkpoint, and end the thread."""
         self.wait()
         self._thread.shutdown()
 
     def note_failed(self, step: int, error: Exception) -> None:
-        """Count and report a save that failed, if this is rank 0."""
+        """Count and report a checkpoint that failed, if this is rank 0."""
         if self._rank == 0:
             self.failures.append(error)
             self._channel.send(Happened(events.CheckpointFailed(step, str(error))))
@@ -208,7 +208,7 @@ class CheckpointWriter:
         except (OSError, CheckpointError) as error:
             return error
         self._announce(saving, saved, time.perf_counter() - started)
-        with contextlib.suppress(OSError):  # an object store that is down now: the next save thins out
+        with contextlib.suppress(OSError):  # an object store that is down now: the next checkpoint thins out
             manifests = self._store.manifests(lambda *_: None)
             kept = kept_names(manifests, self._config.num_to_keep, saving.steps_to_keep)
             self._store.delete_all_but(kept)

@@ -96,7 +96,7 @@ def run_hydra(task: Callable[[DictConfig], float | None], argv: Sequence[str]) -
         hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")(reporting)()
     except KeyboardInterrupt as interrupt:
         return interrupted_code(interrupt)
-    except FtexpError as error:  # of a launcher, which speaks for all jobs
+    except FtexpError as error:  # a launcher's, for all jobs
         print_error(error)
         return error.exit_code
     except Exception as error:  # composing raises ValueError, AssertionError and AttributeError too
@@ -149,8 +149,8 @@ def _in_full(word: str) -> str:
 def to_config(composed: DictConfig, typed: Sequence[str] | None = None) -> Config:
     """Turn what Hydra composed into typed objects; ConfigError names what does not fit the schema.
 
-    typed: the overrides of this command. With them, recipe values that don't fit the others are fitted, and the user is
-    told so on standard error: see `fitted`. None (a stored config): nothing is changed.
+    typed: the overrides of this command. With them, recipe values that don't fit the others are fitted, and this is
+    printed to standard error: see `fitted`. None (a stored config): nothing is changed.
     """
     try:
         if unknown := list(_unknown_keys(composed, Config, "")):
@@ -181,5 +181,5 @@ def _unknown_keys(node: DictConfig, schema: type[Any], prefix: str) -> Iterator[
         if dataclasses.is_dataclass(default) and not OmegaConf.is_missing(node, name):
             if isinstance(node[name], DictConfig):
                 yield from _unknown_keys(node[name], type(default), f"{prefix}{name}.")
-            else:  # of an interpolation
+            else:  # an interpolation
                 yield keys_problem(f"{prefix}{name}", node[name])

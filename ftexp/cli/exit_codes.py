@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
+from ftexp.cli.wrapping import print_wrapped
 from ftexp.errors import ConfigError, FtexpError
 
 EXIT_INTERRUPTED = 130
@@ -36,6 +37,6 @@ def print_error(error: FtexpError) -> None:
     lines = str(error).splitlines()
     title = "the config is invalid" if isinstance(error, ConfigError) else type(error).__name__
     if len(lines) == 1:
-        print(f"ftexp: {lines[0]}", file=sys.stderr)
+        print_wrapped([f"ftexp: {lines[0]}"], sys.stderr)
     else:
-        print("\n  ".join([f"ftexp: {title}:", *lines]), file=sys.stderr)
+        print_wrapped([f"ftexp: {title}:", *(f"  {line}" for line in lines)], sys.stderr)

@@ -24,8 +24,8 @@ def unknown_option(argv: Sequence[str]) -> str | None:
     """Return the message for a word such as optim=null or optim=3, for which Hydra reports only the type."""
     for word in argv:
         group, _, option = word.lstrip("+").partition("=")
-        folder = config_dir() / group
-        if group and folder.is_dir() and not option.startswith("{"):
+        directory = config_dir() / group
+        if group and directory.is_dir() and not option.startswith("{"):
             options = _options(group)
             if options and not set(option.split(",")) <= set(options):
                 return _unknown_option_text(group, option, options)
@@ -80,7 +80,7 @@ def explain(error: BaseException, schema: Any = None) -> str:
         return f"{key}: a key must be text, and {wrong[1]} is not"
     if "is not Optional" in first_line or "NoneType is not a subclass" in first_line or "value 'None'" in first_line:
         return null_problem(key)
-    # of a node that is made before it is put in its place, OmegaConf knows neither the whole key nor the value
+    # while a node is made, before it is put in its place, OmegaConf knows neither the whole key nor the value
     typed = re.search(r"Error merging override \+*([^=]+)=(.*)", str(error))
     if "is not a subclass of" in first_line or "Cannot assign" in first_line:
         return keys_problem(*typed.groups()) if typed and cause.value is None else keys_problem(key, cause.value)

@@ -34,7 +34,7 @@ class SavedRun:
 
     storage: Storage
     config: Config
-    info: DataInfo  # of the data that it was trained on
+    info: DataInfo  # the data that it was trained on
 
     @classmethod
     def at(cls, uri: str) -> SavedRun:
@@ -106,7 +106,7 @@ def choose(store: CheckpointStore, wanted: str, run_config: Config) -> Manifest:
         sign = 1 if run_config.checkpoint.checkpoint_score_order == "max" else -1
         scores = _scores(store, manifests, run_config)
         scored = [manifest for manifest in manifests if scores.get(manifest.name) is not None]
-        # a save between two evaluations repeats the value of the one before: of equals, the first was evaluated
+        # a checkpoint between two evaluations repeats the value of the one before: of equals, the first was evaluated
         manifests = sorted(scored, key=lambda each: (-sign * scores[each.name], each.step)) or manifests
     if not manifests:
         raise CheckpointError(f"{store.storage.uri} holds no checkpoint yet")

@@ -16,7 +16,7 @@ from ftexp.errors import RayLostError, StorageError
 from ftexp.storage.lease import Lease
 
 _LOOK_EVERY_S = 0.1
-STOP_GRACE_S = 30.0  # for the save that a signal asks for
+STOP_GRACE_S = 30.0  # for the checkpoint that a signal asks for
 _END_WITHIN_S = 2.0
 _RETRY_EVERY_S = 0.01
 # one wish may come as two signals: `uv run` and bash pass on SIGTERM and SIGHUP that the whole process group had got
@@ -36,9 +36,9 @@ def fit_interruptibly(
 ) -> Any:
     """Run fit() on a thread, so that Ctrl-C, SIGTERM and SIGHUP reach this one, not Ray's own handler.
 
-    The first asks the workers for a last save by `stop`, which tells whether there are any; the second ends it at once.
-    `failed` tells what went wrong elsewhere in this process: it is raised, and ends the run.
-    StorageError if another command has taken the run directory over; RayLostError once `lost` tells that Ray has died.
+    The first asks the workers for a final checkpoint by `stop`, which returns whether there are any; the second ends it
+    at once. `failed` returns what went wrong elsewhere in this process: it is raised, and ends the run.
+    StorageError if another command has taken the run directory over; RayLostError once `lost` says that Ray has died.
     """
     with collected_signals() as asked:
         require = functools.partial(_require, failed, lost, asked)

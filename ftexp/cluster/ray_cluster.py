@@ -44,7 +44,7 @@ class SharedRay:
     """A Ray that a sweep has started or joined, for its trials."""
 
     address: str
-    runtime_env: dict[str, Any]  # of the trials' jobs
+    runtime_env: dict[str, Any]  # environment of the trials' jobs
     why_cold: str | None  # why trials' workers aren't forked, if they aren't
     share: int  # trials that share this machine
 

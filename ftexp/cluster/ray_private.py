@@ -1,7 +1,7 @@
 """Every name of Ray's that isn't public. `tests/unit/test_ray_private.py` fails when an upgrade moves one.
 
 - The snapshot file: Ray Train would take up checkpoints of an earlier call from it, and refuses to start if it
-  is torn or names a missing folder. Ours follow from manifests, so it is dropped before each fit.
+  is truncated or names a missing directory. Ours follow from manifests, so it is dropped before each fit.
 - The error of a dead worker wraps Ray's public RayActorError in a private class.
 - What ends a fit() whose workers never began is a private class inside the public ControllerError.
 - Forks of a process that has imported Ray must not share its random numbers, from which Ray makes its ids. Its
@@ -110,7 +110,7 @@ def workers_set_up_by(script: Path) -> Iterator[None]:
     """Have the raylet that is started meanwhile run `script`, an absolute path, where it would run Ray's own."""
     from ray._private import ray_constants
 
-    original = ray_constants.SETUP_WORKER_FILENAME  # joined to a folder, which an absolute path replaces
+    original = ray_constants.SETUP_WORKER_FILENAME  # joined to a directory, which an absolute path replaces
     ray_constants.SETUP_WORKER_FILENAME = str(script)
     try:
         yield
@@ -174,7 +174,7 @@ def started_processes() -> dict[str, subprocess.Popen[bytes]]:
 
 
 def logs_dir() -> str:
-    """Where the processes of the Ray that this process is connected to leave their logs."""
+    """Return the directory of the logs of the Ray that this process is connected to."""
     import ray._private.worker as worker
 
     node = worker._global_node

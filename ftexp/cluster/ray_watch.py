@@ -31,7 +31,7 @@ def end_workers(pids: list[int]) -> None:
 
 @contextlib.contextmanager
 def ending_with(lost: Callable[[], str | None]) -> Iterator[None]:
-    """End this process by one line if Ray dies while the block runs: for commands that only read, and begin anew."""
+    """End this process by one line if Ray dies while the block runs: for commands that only read, and begin again."""
     done = threading.Event()
 
     def watch() -> None:

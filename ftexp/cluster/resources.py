@@ -62,7 +62,7 @@ class Workers:
 
 
 def spare_of(config: Config) -> int:
-    """How many CPUs, and GPUs where there are some, a run wants besides its workers'."""
+    """Return the CPUs, and GPUs where there are some, that a run needs besides its workers'."""
     return int(config.train.eval == BESIDE)
 
 
@@ -84,28 +84,28 @@ def decide_workers(config: ScalingConfig, num_cpus: int | None = None, share: in
         num_workers = config.num_workers
     else:
         num_workers = (config.num_workers[0], config.num_workers[1])
-    most = num_workers if isinstance(num_workers, int) else num_workers[1]
-    threads = 1 if joins else max(1, min((cpus // share - spare) // most, _MAX_AUTO_THREADS))
+    max_workers = num_workers if isinstance(num_workers, int) else num_workers[1]
+    threads = 1 if joins else max(1, min((cpus // share - spare) // max_workers, _MAX_AUTO_THREADS))
     resources = dict(config.resources_per_worker or {})
     resources.setdefault("CPU", threads)
     if use_gpu:
         resources.setdefault("GPU", 1)
-    if not joins and resources["CPU"] * most > cpus:
+    if not joins and resources["CPU"] * max_workers > cpus:
         raise ConfigError(
-            f"scaling.num_workers={most} with {resources['CPU']:g} CPU each want more than the {cpus} cores of this "
-            "machine: take fewer, or give scaling.resources_per_worker={CPU: 0.5}"
+            f"scaling.num_workers={max_workers} with {resources['CPU']:g} CPU each want more than the {cpus} cores of "
+            "this machine: take fewer, or give scaling.resources_per_worker={CPU: 0.5}"
         )
     return Workers(num_workers, use_gpu, resources)
 
 
-def num_shares(configs: Sequence[Config], most: int | None) -> int:
-    """How many of these runs are to share this machine at once: as many as it has cores, or GPUs, if not `most`."""
+def num_shares(configs: Sequence[Config], max_shares: int | None) -> int:
+    """Return how many of these runs share this machine at once: `max_shares`, else as many as it has cores or GPUs."""
     use_gpu = any(config.scaling.use_gpu is True for config in configs) or (
         any(config.scaling.use_gpu == AUTO for config in configs) and num_local_gpus() > 0
     )
     slots = num_local_gpus() if use_gpu else usable_cpus()
     slots //= 1 + max(map(spare_of, configs))
-    return max(1, min(len(configs), slots, most or slots))
+    return max(1, min(len(configs), slots, max_shares or slots))
 
 
 def may_decode(config: Config) -> bool:
@@ -137,7 +137,7 @@ def decoding_cpus(config: Config, workers: Workers) -> int:
 
 
 def num_possible(workers: Workers) -> int:
-    """How many workers the cluster's nodes have room for, were nothing else on them; as many as are wanted at most."""
+    """Return the number of workers that the cluster's empty nodes have room for; at most as many as are wanted."""
     import ray
 
     wanted = {name: amount for name, amount in workers.resources_per_worker.items() if amount}

@@ -22,7 +22,7 @@ from ftexp.errors import ConfigError
 _MAX_PATH_BYTES = 107 if sys.platform == "linux" else 103  # bytes of a socket's path
 _BELOW = len(
     "/ray/session_2026-11-26_13-50-07_432371_4194304/sockets/plasma_store"
-)  # of the longest, for any process id
+)  # length of the longest, for any process id
 
 
 def prepare_machine() -> None:
@@ -69,25 +69,25 @@ def _unfit(base: str) -> str | None:
     return None if _writable(Path(base) / "ray") else f"{base}/ray is not writable by this user"
 
 
-def _writable(folder: Path) -> bool:
+def _writable(directory: Path) -> bool:
     """Return whether files can be made in a directory, or it can be made itself."""
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
+    while not directory.exists() and directory != directory.parent:
+        directory = directory.parent
+    return directory.is_dir() and os.access(directory, os.W_OK | os.X_OK)
 
 
 def _private(problem: str) -> str:
     """Return this user's own short directory; raise ConfigError, giving `problem`, if it can't be made."""
-    folder = Path(f"/tmp/ftexp-{os.getuid()}")
+    directory = Path(f"/tmp/ftexp-{os.getuid()}")
     advice = "set RAY_TMPDIR and HOME to directories that you can write"
     try:
-        folder.mkdir(mode=0o700, exist_ok=True)
-        status = folder.lstat()
+        directory.mkdir(mode=0o700, exist_ok=True)
+        status = directory.lstat()
     except OSError as error:
-        raise ConfigError(f"{problem}, and neither can {folder} ({error}): {advice}") from error
+        raise ConfigError(f"{problem}, and neither can {directory} ({error}): {advice}") from error
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
-        raise ConfigError(f"{problem}, and {folder} is not this user's alone: {advice}")
-    return str(folder)
+        raise ConfigError(f"{problem}, and {directory} is not this user's alone: {advice}")
+    return str(directory)
 
 
 def _has_name() -> bool:

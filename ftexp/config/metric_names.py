@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ftexp.config.schema import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 
-ALWAYS_LOGGED = ("loss", "accuracy")  # of every evaluation, whatever train.metrics names
+ALWAYS_LOGGED = ("loss", "accuracy")  # metrics of every evaluation, whatever train.metrics names
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ FAULTS = (
 SCHEDULES = ("cosine", "poly", "tanh", "step", "constant")
 MIX_MODES = ("batch", "pair", "elem")
 CROPS = ("none", "rrc", "rkrc", "rkrr")  # timm's train_crop_mode
-PREPROCESSING = ("mean", "std", "interpolation", "crop_pct", "crop_mode")  # of data, that pretrained weights bring
+PREPROCESSING = ("mean", "std", "interpolation", "crop_pct", "crop_mode")  # keys of data that pretrained weights bring
 CROP_MODES = ("center", "squash", "border")  # timm's crop_mode, of evaluation
 TTA = ("none", "hflip")  # test-time augmentation, of evaluate and predict
 INTERPOLATIONS = ("bilinear", "bicubic")
@@ -58,7 +58,7 @@ INLINE, BESIDE = "inline", "beside"
 DISTILLATIONS = LOGITS, FEATURES, TOKEN = ("logits", "features", "token")  # timm's
 ALERTS = ("gave_up", "finished", "recoveries", "no_progress", "failing_saves", "straggler")
 HTTP_SCHEMES = ("http", "https")
-WEIGHTS = ("raw", "ema")  # of a run: those that were trained, or their EMA
+WEIGHTS = ("raw", "ema")  # weights of a run: those that were trained, or their EMA
 DIST_BN = ("none", "reduce", "broadcast")  # timm's
 LR_SCALES = ("linear", "sqrt")
 PARALLEL = DDP, FSDP, HSDP = ("ddp", "fsdp", "hsdp")
@@ -121,7 +121,7 @@ class DataConfig:
     exif_orientation: bool = False  # turn images upright as their EXIF data say
     background: str | None = None  # colour that transparent images are put on, white or #rrggbb; None: alpha is dropped
     bit_depth: int = ranged(16, low=8, high=16)  # bits of 16-bit grey images that are used: 12 for most X-rays, say
-    val_fraction: float = ranged(0.1, low=0, high=0.9)  # of the training samples, where the source has no split
+    val_fraction: float = ranged(0.1, low=0, high=0.9)  # share of train, where the source has no split
     test_fraction: float = ranged(0.1, low=0, high=0.9)  # likewise
     split_seed: int = ranged(0, low=0)  # its own seed, so that runs that differ in `seed` share a test set
     on_bad_sample: str = choice("fail", ("fail", "skip"))
@@ -156,12 +156,12 @@ class AugmentConfig:
     rand_augment: str | None = None  # timm's words, rand-m9-n2-mstd0.5-inc1, say; drawn and applied sample by sample
     # a random part of the image as it is stored; none: all of it, as it is evaluated
     crop: str = choice("none", CROPS)
-    scale: list[float] | None = None  # [least, most] of the image's area; None: [0.08, 1], and [0.8, 1] of rkrc, rkrr
-    ratio: list[float] | None = None  # [least, most] of width to height; None: [3/4, 4/3], and [0.9, 1/0.9] of those
-    interpolation: str = choice("random", ("random", *INTERPOLATIONS))  # of crop, and of what auto_augment moves
+    scale: list[float] | None = None  # [min, max] of the image's area; None: [0.08, 1], and [0.8, 1] of rkrc, rkrr
+    ratio: list[float] | None = None  # [min, max] of width to height; None: [3/4, 4/3], and [0.9, 1/0.9] of those
+    interpolation: str = choice("random", ("random", *INTERPOLATIONS))  # for crop and auto_augment
     vflip: float = ranged(0.0, low=0, high=1)  # probability of an upside-down flip
     auto_augment: str | None = None  # timm's words: rand-m9-mstd0.5-inc1, original, v0, augmix-m3, 3a, ...
-    # most change of brightness, contrast and saturation; or [brightness, contrast, saturation], and hue if you like
+    # maximum change of brightness, contrast and saturation; or [brightness, contrast, saturation], and hue if you like
     color_jitter: Any = None
     color_jitter_prob: float | None = ranged(None, low=0, high=1)  # None: of every sample
     grayscale: float = ranged(0.0, low=0, high=1)  # probability of grey
@@ -170,10 +170,10 @@ class AugmentConfig:
     erase_prob: float = ranged(0.0, low=0, high=1)  # random erasing, after normalising
     erase_mode: str = choice("const", ERASE_MODES)  # the mean; a colour; noise
     erase_count: int = ranged(1, low=1)  # rectangles at most
-    mixup_alpha: float = ranged(0.0, low=0)  # of the beta distribution; 0: no mixup
+    mixup_alpha: float = ranged(0.0, low=0)  # parameter of the beta distribution; 0: no mixup
     cutmix_alpha: float = ranged(0.0, low=0)  # likewise; where both are given, one of them is drawn
-    mix_prob: float = ranged(1.0, low=0, high=1)  # of mixing at all
-    mix_switch_prob: float = ranged(0.5, low=0, high=1)  # of cutmix, where both are given
+    mix_prob: float = ranged(1.0, low=0, high=1)  # probability of mixing at all
+    mix_switch_prob: float = ranged(0.5, low=0, high=1)  # probability of cutmix, where both are given
     mix_mode: str = choice("batch", MIX_MODES)  # one draw for a global batch, for two samples, or for each
     mixup_off_epoch: int | None = ranged(None, low=0)  # the first that mixes nothing any more, from 0; None, 0: none
     repeats: int = ranged(1, low=1)  # versions of a sample in a global batch; an epoch then draws so many times fewer
@@ -228,7 +228,7 @@ class TrainConfig:
     # what torch.compile takes: none; the model as one; each block, which compiles the blocks of a kind once. The first
     # steps are slow. true and false, of runs from before there were blocks, mean model and none: see `compiled`
     compile: Any = "none"
-    # of which blocks the activations are computed again in the backward pass, not kept: none; all blocks; every_2, ...:
+    # blocks whose activations are computed again in the backward pass, not kept: none; all blocks; every_2, ...:
     # each second, ... block. The losses are the same bits
     checkpoint_activations: str = "none"
     channels_last: bool = False
@@ -237,7 +237,7 @@ class TrainConfig:
     sync_bn: bool = False  # on GPUs: batch norm's statistics in training are of all workers together
     # before an evaluation, batch norm's running statistics become rank 0's, or their mean, or stay each rank's own
     dist_bn: str = choice("broadcast", DIST_BN)
-    clip_grad_norm: float | None = ranged(None, above=0)  # of all gradients together; one of these three, or none
+    clip_grad_norm: float | None = ranged(None, above=0)  # norm of all gradients together; one of these three, or none
     clip_grad_value: float | None = ranged(None, above=0)  # each gradient within +- this
     clip_grad_agc: float | None = ranged(None, above=0)  # each unit's, as a share of its weights' norm; not the head's
     # {part: first epoch that trains it, from 1, or null for none}: backbone, layers.0-5, or a pattern of timm's names
@@ -246,7 +246,7 @@ class TrainConfig:
     # inline: the workers evaluate, and training waits; beside: a Ray task evaluates the checkpoint, while they train
     eval: str = choice(INLINE, (INLINE, BESIDE))
     eval_batch_size: int | None = ranged(None, low=1)  # per worker; None: four times a micro-batch
-    # of each evaluation, besides loss and accuracy: names in ftexp.config.metric_names, or of your own
+    # metrics of each evaluation, besides loss and accuracy: names in ftexp.config.metric_names, or of your own
     metrics: list[str] = field(default_factory=list)
     log_every_steps: int = ranged(10, low=1)
     max_steps: int | None = ranged(None, low=1)  # stop after so many optimiser steps; the schedule stays as it is
@@ -320,17 +320,17 @@ class DistillConfig:
     alpha: float = ranged(0.5, above=0, high=1)  # share of the teacher's term; the rest is the loss of the labels
     temperature: float = ranged(1.0, above=0)  # logits, token: both sides' logits are divided by it
     hard: bool = False  # token: the teacher's most likely class, not its distribution
-    # of a run: best, latest, or a name. Of one that resumes, best and latest are what it began with, while that exists
+    # a run's: best, latest, or a name. Of one that resumes, best and latest are what it began with, while that exists
     checkpoint: str = "best"
-    weights: str = choice("raw", WEIGHTS)  # of a run
-    pretrained: Any = True  # of a timm name: true for its hub's weights, or the path of a weights file
-    kwargs: dict[str, Any] = field(default_factory=dict)  # of a timm name: passed on to timm.create_model
+    weights: str = choice("raw", WEIGHTS)  # weights of a run
+    pretrained: Any = True  # weights of a timm name: true for its hub's, or the path of a weights file
+    kwargs: dict[str, Any] = field(default_factory=dict)  # kwargs of a timm name: passed on to timm.create_model
     # pixels that the teacher sees, scaled from data.image_size. None: a run's own; of others, data.image_size
     image_size: int | None = ranged(None, low=1)
-    precision: str | None = choice(None, PRECISIONS)  # of the teacher; None: train.precision
-    # of the file that holds the weights; BLAKE3 in checkpoints of format 3; None: what it is when the run begins
+    precision: str | None = choice(None, PRECISIONS)  # precision of the teacher; None: train.precision
+    # hash of the file that holds the weights; BLAKE3 in checkpoints of format 3; None: what it is when the run begins
     sha256: str | None = None
-    spec_sha256: str | None = None  # of its arguments, mean, std, size and class names; None: likewise
+    spec_sha256: str | None = None  # SHA-256 of its arguments, mean, std, size and class names; None: likewise
 
 
 @dataclass(kw_only=True)
@@ -339,7 +339,7 @@ class ScheduleConfig:
     warmup_epochs: float = ranged(0.0, low=0)
     warmup_lr: float = ranged(1e-6, low=0)
     min_lr: float = ranged(0.0, low=0)
-    cooldown_epochs: float = ranged(0.0, low=0)  # of train.epochs, the last: at min_lr
+    cooldown_epochs: float = ranged(0.0, low=0)  # the last of train.epochs, at min_lr
     decay_epochs: float = ranged(30.0, above=0)  # step schedule: epochs between drops
     decay_rate: float = ranged(0.1, above=0)  # step: factor per drop; poly: exponent
 
@@ -348,7 +348,7 @@ class ScheduleConfig:
 class StoppingConfig:
     """Early stopping: the run ends, finished, once a metric no longer improves. The schedule stays as it is."""
 
-    metric: str | None = None  # of those that a run logs, val_loss, say; None: every epoch is trained
+    metric: str | None = None  # a metric that the run logs, such as val_loss; None: every epoch is trained
     mode: str | None = choice(None, ("max", "min"))  # which way the metric is better; None: as the metric says
     patience_epochs: int = ranged(10, low=1)  # without an improvement, counted at the ends of epochs
     min_delta: float = ranged(0.0, low=0)  # what is better by no more than this is no improvement
@@ -365,7 +365,7 @@ class ScalingConfig:
     elastic_resize_monitor_interval_s: float = ranged(60.0, low=0)
     address: str | None = None  # None: start Ray here; auto or host:port: join that cluster
     backend: str | None = None  # torch.distributed backend; None: nccl on GPU, gloo on CPU
-    timeout_s: int = ranged(1800, low=1)  # of one collective
+    timeout_s: int = ranged(1800, low=1)  # timeout of one collective
     hot_start: str = choice("auto", ("auto", "on", "off"))  # workers fork from a process that has imported everything
     # a rank whose own time of a step stays above this many times the median over ranks is reported; None: no comparison
     straggler_factor: float | None = ranged(1.5, above=1)
@@ -408,23 +408,23 @@ class FailureConfig:
     max_rollbacks: int = ranged(5, low=0)  # to the same checkpoint before the run gives up
     # retry: as the budgets say; fail: stop; halve_micro_batch: restart with twice the accumulate_steps, uncharged
     on_out_of_memory: str = choice("retry", ("retry", "fail", "halve_micro_batch"))
-    # compare the weights of all ranks every so many steps, and before each save; a difference is a failure; None: never
+    # compare the weights of all ranks every so many steps, and before each checkpoint; a difference is a failure
     check_replicas_every_steps: int | None = ranged(None, low=1)
     repeat_step_every: int | None = ranged(None, low=1)  # one step in so many is computed twice, and compared bitwise
     # steps between snapshots in memory that outlives the workers; None: as often as costs 1 % of the time; 0: none
     memory_every_steps: int | None = ranged(None, low=0)
-    memory_max_gb: float | None = ranged(None, above=0)  # of a node, for snapshots; None: a quarter of what is free
+    memory_max_gb: float | None = ranged(None, above=0)  # for snapshots, per node; None: a quarter of what is free
     hang_timeout_s: float | None = ranged(300.0, above=0)  # without a step, on any rank; None: never
     start_timeout_s: float | None = ranged(1800.0, above=0)  # for building, restoring, compiling and the first step
     evaluation_timeout_s: float | None = ranged(1800.0, above=0)
-    save_timeout_s: float | None = ranged(1800.0, above=0)  # waiting for the save before
+    save_timeout_s: float | None = ranged(1800.0, above=0)  # waiting for the checkpoint before
     controller_failure_limit: int = ranged(-1, low=-1)  # restarts of Ray's controller, and starts that failed
     relax_collectives_on_preemption: bool = False
     preemption_grace_s: float = ranged(0.0, low=0)
 
     @property
     def takes_snapshots(self) -> bool:
-        """Whether snapshots in memory are wanted; what a rollback goes back to is the last save, and no other state."""
+        """Whether snapshots in memory are wanted; a rollback goes back to the last checkpoint and no other state."""
         return self.memory_every_steps != 0 and self.on_nonfinite != "rollback"
 
 
@@ -458,7 +458,7 @@ class ChaosConfig:
     step: int | None = ranged(None, low=1)  # fires after this optimiser step; None: in the middle of the run
     rank: int = ranged(0, low=0)  # the worker that it happens to, modulo their number
     count: int = ranged(1, low=1)  # newest checkpoints that are corrupt; saves that fail or are slow; slow steps
-    # hang: how long; slow_storage, slow_rank: how much longer a save, or a step of that rank, takes
+    # hang: how long; slow_storage, slow_rank: how much longer a checkpoint, or a step of that rank, takes
     seconds: float = ranged(3600.0, low=0)
     faults: list[Any] = field(default_factory=list)  # several: names, or {kind: ..., step: ..., rank: ...}
     kinds: list[str] = field(default_factory=lambda: ["kill_worker"])  # random: what may happen
@@ -480,7 +480,7 @@ class NotifyConfig:
     alerts: list[str] = field(default_factory=lambda: list(ALERTS))
     max_recoveries: int | None = ranged(3, low=0)  # one more is an alert; None: never
     no_progress_s: float | None = ranged(1800.0, above=0)  # without a step that had not been done before; None: never
-    timeout_s: float = ranged(10.0, above=0)  # of one request, and of what is still to be sent when the command ends
+    timeout_s: float = ranged(10.0, above=0)  # for a request, and for the rest when the command ends
 
 
 @dataclass(kw_only=True)
@@ -508,7 +508,7 @@ class SearchConfig:
 
     num_trials: int = ranged(MISSING, low=1)  # in all, over all invocations
     search: str = choice(MISSING, ("random", "tpe"))
-    seed: int = ranged(0, low=0)  # of what is proposed; not the trials' own
+    seed: int = ranged(0, low=0)  # seed of the proposals; not the trials' own
     scheduler: str = choice("none", ("none", "asha"))  # asha: stop early what lags behind
     grace_epochs: int = ranged(1, low=1)  # asha: the first rung; no trial is stopped before it
     reduction_factor: float = ranged(3.0, above=1)  # asha: about 1 trial in so many continues beyond a rung

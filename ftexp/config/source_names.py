@@ -11,7 +11,7 @@ _OF_FILES = ("on_bad_sample", "decode_cpus", "crop_pct", "crop_mode", "interpola
 # fields of DataConfig that a run's weights rest on
 AS_TRAINED = (
     *("task", "image_size", "channels", "mean", "std", "num_classes", "crop_pct", "crop_mode", "interpolation"),
-    *(name for name in OF_DECODING if name != "decode_size"),  # of training alone
+    *(name for name in OF_DECODING if name != "decode_size"),  # used in training alone
 )
 
 SOURCE_FIELDS: dict[str, tuple[str, ...]] = {

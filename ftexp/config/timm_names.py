@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 
 
-def timm_folder() -> Path:
+def timm_directory() -> Path:
     """Return the directory of timm's source files."""
     spec = importlib.util.find_spec("timm")
     assert spec is not None, "timm is a dependency of ftexp"
@@ -24,7 +24,7 @@ _OTHER_MODELS = re.compile(r"^from (?:\.|timm\.models\.)[a-z]", re.MULTILINE)  #
 
 
 def _model_files() -> list[str]:
-    return [file.read_text(encoding="utf-8") for file in (timm_folder() / "models").glob("*.py")]
+    return [file.read_text(encoding="utf-8") for file in (timm_directory() / "models").glob("*.py")]
 
 
 @functools.cache
@@ -43,5 +43,5 @@ def without_drop_path() -> frozenset[str]:
 @functools.cache
 def optimizer_names() -> frozenset[str]:
     """Return every optimiser name `timm.optim.create_optimizer_v2` takes."""
-    source = (timm_folder() / "optim" / "_optim_factory.py").read_text(encoding="utf-8")
+    source = (timm_directory() / "optim" / "_optim_factory.py").read_text(encoding="utf-8")
     return frozenset(re.findall(r"(?:OptimInfo|register_alias)\(\s*(?:name=)?'(\w+)'", source))

@@ -58,7 +58,7 @@ class TrackerConfig:
 
     use: dict[str, bool] = field(default_factory=dict)  # {tracker: true}; what tracker=[...] fills
     tags: dict[str, str] = field(default_factory=dict)  # besides ftexp's own: name, git commit, checkpoint, ...
-    timeout_s: float = ranged(10.0, above=0)  # of one request, and of what is still to be sent when the run ends
+    timeout_s: float = ranged(10.0, above=0)  # for a request, and for the rest when the run ends
     tensorboard: TensorBoardConfig = field(default_factory=TensorBoardConfig)
     mlflow: MlflowConfig = field(default_factory=MlflowConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)

@@ -30,5 +30,5 @@ class Batch:
     start: int
     end: int
     micro_batches: list[MicroBatch]
-    positions: Int64s  # of this rank's share, [rows]
+    positions: Int64s  # positions of this rank's share, [rows]
     samples: Int64s  # at those positions, [rows]

@@ -26,7 +26,7 @@ from ftexp.data.sources.registry import sources
 from ftexp.data.targets import Labels
 from ftexp.errors import DataError
 
-_SHARE = 0.5  # of the object store that a cached data set may take
+_SHARE = 0.5  # share of the object store that a cached data set may take
 
 
 def build_data(

@@ -17,8 +17,8 @@ from PIL import Image, ImageOps
 from ftexp.data.decoder import RESAMPLING, Decoding, Picture, UInt8s, pixels_of, scaled, size_of
 
 _RANDOM = "random"
-_TRIES = 10  # of a random box, before it is the largest one in the centre
-_RKR_PROB = 0.5  # of a change of scale in rkrc and rkrr, and of one of the ratio
+_TRIES = 10  # tries of a random box, before it is the largest one in the centre
+_RKR_PROB = 0.5  # probability of a change of scale in rkrc and rkrr, and of one of the ratio
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,8 @@ class RandomCrop:
 
     mode: str
     size: int
-    scale: tuple[float, float]  # of the area, as a share of the picture's
-    ratio: tuple[float, float]  # of width to height; rkrc, rkrr: what it is multiplied by
+    scale: tuple[float, float]  # scale of the area, as a share of the picture's
+    ratio: tuple[float, float]  # ratio of width to height; rkrc, rkrr: what it is multiplied by
     interpolation: str  # bilinear, bicubic, or random for one of them
 
     def __call__(self, picture: Picture, draws: random.Random) -> UInt8s:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import torch
 
 UInt8s = npt.NDArray[np.uint8]
-Picture = Image.Image | UInt8s  # of any size; pillow's, or torchvision's: [height, width, channels]
+Picture = Image.Image | UInt8s  # any size; pillow's, or torchvision's: [height, width, channels]
 
 RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 _TORCHS = {resampling: name for name, resampling in RESAMPLING.items()}
@@ -59,7 +59,7 @@ class Traits(enum.IntFlag):
 
     ROTATED = 1  # its EXIF orientation isn't upright
     TRANSPARENT = 2  # and put on `data.background`
-    DARK = 4  # of 16 bits, most of which it doesn't use: see `data.bit_depth`
+    DARK = 4  # it uses few of its 16 bits: see `data.bit_depth`
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
     """Return how to turn an image upright; None if it is, or if its EXIF data can't be read."""
     try:
         return _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # of any kind; the pixels may be intact
+    except Exception:  # an error of any kind; the pixels may be intact
         return None
 
 

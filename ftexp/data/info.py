@@ -43,10 +43,12 @@ class Excluded:
         return f"{self.count:,} entr{'ies' if self.count > 1 else 'y'}: {self.reason} ({such})"
 
 
-def reasons(excluded: Sequence[Excluded], bad: Sequence[BadSample], most: int = 10) -> str:
+def reasons(excluded: Sequence[Excluded], bad: Sequence[BadSample], max_shown: int = 10) -> str:
     """Return why entries of a source are no samples: a line each, begun by a newline, for the end of an error."""
-    lines = [f"excluded {rule}" for rule in excluded] + [f"{sample.where}: {sample.reason}" for sample in bad[:most]]
-    more = [f"and {len(bad) - most:,} more"] if len(bad) > most else []
+    lines = [f"excluded {rule}" for rule in excluded] + [
+        f"{sample.where}: {sample.reason}" for sample in bad[:max_shown]
+    ]
+    more = [f"and {len(bad) - max_shown:,} more"] if len(bad) > max_shown else []
     return "".join(f"\n{line}" for line in [*lines, *more])
 
 
@@ -61,9 +63,9 @@ class DataInfo:
     std: list[float]
     num_samples: dict[str, int]  # by split; without unreadable samples that were skipped
     bad_samples: list[BadSample] = field(default_factory=list)
-    digest: str | None = None  # of a listing, see listing.digest_of; None: of data that is in memory as a whole
+    digest: str | None = None  # digest of a listing, see listing.digest_of; None: of data that is in memory as a whole
     excluded: list[Excluded] | None = None  # None: of a run that began before ftexp counted them
-    warnings: list[str] = field(default_factory=list)  # of what looks wrong about its classes
+    warnings: list[str] = field(default_factory=list)  # warnings of what looks wrong about its classes
     integer_labels: str = "indices"  # data.integer_labels as the run began with; the default of runs without it
     crop_pct: float | None = None  # this and the next two as in DataConfig
     crop_mode: str = "center"
@@ -75,12 +77,12 @@ class DataInfo:
     background: str | None = Decoding.background
     bit_depth: int = Decoding.bit_depth
     task: str = SINGLE_LABEL  # as in DataConfig; of a regression, class_names are those of its targets
-    target_mean: list[float] | None = None  # of each target, where the model learns standardised ones
+    target_mean: list[float] | None = None  # mean of each target, where the model learns standardised ones
     target_std: list[float] | None = None
 
     @property
     def num_classes(self) -> int:
-        """How many outputs the model has: one for each class, or for each target of a regression."""
+        """Return the number of the model's outputs: one for each class, or for each target of a regression."""
         return len(self.class_names)
 
     @property
@@ -93,7 +95,7 @@ class DataInfo:
 
     @property
     def fit(self) -> Fit:
-        """How pictures are decoded, and whole ones fitted into what models see."""
+        """Return how images are decoded, and how whole ones are scaled and cropped for the model."""
         decoding = Decoding(self.decoder, self.decode_size, self.exif_orientation, self.background, self.bit_depth)
         fitting = (self.crop_pct, self.crop_mode, self.interpolation)
         return Fit(self.image_size, self.channels, *fitting, tuple(self.mean), decoding)
@@ -110,13 +112,13 @@ class DataBundle:
 
     datasets: dict[str, Dataset]
     info: DataInfo
-    indexed: dict[str, IndexedSplit] = field(default_factory=dict)  # of files, cached or not: how each split is read
+    indexed: dict[str, IndexedSplit] = field(default_factory=dict)  # files only: how each split is read
     blocks: Int64s | None = None  # samples of train in each block, in order, for data.shuffle_window
     feed: str = "cached"
     why: str = ""  # this feed
-    decode_cpus: int = 0  # of the cluster, where there are `streams`
+    decode_cpus: int = 0  # CPUs of the cluster, where there are `streams`
     pictures: IndexedSplit | None = None  # train, cached as what is done to single pictures needs it
-    classes: ClassTable | None = None  # of train, where data.sampling draws by class
+    classes: ClassTable | None = None  # classes of the training split, where data.sampling draws by class
 
     @property
     def streamed(self) -> bool:
@@ -148,7 +150,7 @@ class IndexedSplit:
 
     num_samples: int
     read: Reader
-    table: Shared[tuple[Int64s, Labels]]  # of each sample: its item, its label
+    table: Shared[tuple[Int64s, Labels]]  # table of each sample: its item, its label
     block_sizes: Int64s | None  # samples of each block, in order; None: no blocks
 
     def __len__(self) -> int:

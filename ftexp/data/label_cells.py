@@ -17,7 +17,7 @@ from ftexp.data.labels import class_numbers, from_text
 from ftexp.data.targets import Labels, packed
 from ftexp.errors import DataError
 
-Cells = Mapping[str, Sequence[Any]]  # of each split, by item
+Cells = Mapping[str, Sequence[Any]]  # label cells of each split, by item
 Where = Callable[[str, int], str]  # the place of a split's item, for errors
 
 

@@ -37,7 +37,7 @@ class Listing:
     """Samples that a file source found, by listed split: train, and val and test if the source has them."""
 
     class_names: list[str]
-    labels: dict[str, Labels]  # of each item
+    labels: dict[str, Labels]  # labels of each item
     readers: dict[str, Reader]
     # items that `readers` read together, in stretches of this many; none: each by itself
     block_sizes: dict[str, Int64s] = field(default_factory=dict)

@@ -94,7 +94,7 @@ class SampleOrder:
 class _Epoch(NamedTuple):
     """How one epoch goes through the blocks. Blocks are in this epoch's order."""
 
-    first_samples: Int64s  # of each block
+    first_samples: Int64s  # first sample of each block
     block_ends: Int64s  # offset in the epoch at which each block would end if its window weren't shuffled
     window_ends: Int64s
 

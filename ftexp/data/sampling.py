@@ -37,8 +37,8 @@ from ftexp.data.order import (
     round_keys,
 )
 
-_STREAM = 1  # of the run's seed, apart from those of ftexp.job.build and ftexp.worker.step
-_FRACTION_BITS = 40  # of the square of a root
+_STREAM = 1  # stream of the run's seed, apart from those of ftexp.job.build and ftexp.worker.step
+_FRACTION_BITS = 40  # bits of the square of a root
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class ClassTable:
     """The samples of train by class. Takes 4 bytes a sample; 8 from 2**31 of them on."""
 
     members: npt.NDArray[np.signedinteger[Any]]  # sample numbers, class after class, [num_samples]
-    counts: Int64s  # of each class, [num_classes]
+    counts: Int64s  # counts of each class, [num_classes]
 
     @classmethod
     def of(cls, labels: Int64s, num_classes: int) -> ClassTable:
@@ -59,7 +59,7 @@ class ClassTable:
 class Quotas:
     """How many of the `num_draws` of an epoch are of each class: `whole`, and what is left over goes round."""
 
-    whole: Int64s  # of every epoch, [num_classes]
+    whole: Int64s  # draws of each class in every epoch, [num_classes]
     num_draws: int
 
     @classmethod
@@ -156,7 +156,7 @@ class RepeatedOrder:
         batch = positions // self.global_batch_size * self.global_batch_size
         starts = np.maximum(batch, epochs * self.num_samples)
         sizes = np.minimum(batch + self.global_batch_size, (epochs + 1) * self.num_samples) - starts
-        size, num_longer = np.divmod(sizes, self.repeats)  # of a stretch; the first `num_longer` have one more
+        size, num_longer = np.divmod(sizes, self.repeats)  # size of a stretch; the first `num_longer` have one more
         offsets = positions - starts
         in_longer = offsets < num_longer * (size + 1)
         stretches = np.where(in_longer, offsets // (size + 1), (offsets - num_longer) // np.maximum(size, 1))

@@ -71,7 +71,7 @@ def strata(labels: Labels) -> Int64s:
         return labels
     num_bits = labels.shape[1] * 8
     counts = class_counts(labels, num_bits)
-    by_number = np.argsort(counts, kind="stable")  # of equals, the earlier class
+    by_number = np.argsort(counts, kind="stable")  # among equals, the earlier class first
     found = np.full(len(labels), num_bits, np.int64)
     for start in range(0, len(labels), _COUNTED_ROWS):
         sets = unpacked(labels[start : start + _COUNTED_ROWS], num_bits)[:, by_number]
@@ -114,7 +114,7 @@ def in_units(outputs: Float32s, mean: Sequence[float] | None, std: Sequence[floa
 
 
 def _written(value: float) -> str:
-    """Return a number of float32 as text, with as many digits as tell it from all others, and up to 6 anyway."""
+    """Return a number of float32 as text, with as many digits as distinguish it from all others, and up to 6 anyway."""
     texts = [f"{value:.{digits}g}" for digits in range(6, 10)]
     return next((text for text in texts if np.float32(text) == np.float32(value)), texts[-1])
 

@@ -101,17 +101,17 @@ def deploy(kind: str, own: DeployConfig, overrides: list[str], config: Config) -
     require_deployable(kind, own, typed, config)
     validate(config)
     plan = Plan(kind, own, tuple(overrides), config.run.name or "", config.run.storage)
-    folder, written = Path(own.out), []
+    directory, written = Path(own.out), []
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        directory.mkdir(parents=True, exist_ok=True)
         for name, content in _files(plan).items():
-            (folder / name).write_text(content, encoding="utf-8")
-            written.append(folder / name)
+            (directory / name).write_text(content, encoding="utf-8")
+            written.append(directory / name)
     except OSError as error:
         raise StorageError(f"deploy.out={own.out} can't be written: {error}") from error
     for path in written:
         print(f"written  {path}")
-    print(f"next     {_NEXT[kind].format(folder, own.image, _SECRET if own.nodes > 1 else '')}")
+    print(f"next     {_NEXT[kind].format(directory, own.image, _SECRET if own.nodes > 1 else '')}")
     return written
 
 

@@ -12,9 +12,9 @@ from ftexp.errors import ConfigError
 from ftexp.storage.uri import is_remote
 
 SLURM, KUBERAY, KUEUE, SKYPILOT = KINDS = ("slurm", "kuberay", "kueue", "skypilot")
-PORT = 6379  # of Ray's GCS
+PORT = 6379  # port of Ray's GCS
 MOUNT = "/runs"  # where deploy.volume_claim is mounted
-USER_ID = 10001  # of the image; it has no entry in /etc/passwd
+USER_ID = 10001  # user id in the image; it has no entry in /etc/passwd
 _SET_HERE = ("scaling.address", "scaling.num_workers", "scaling.use_gpu")
 _NAME = re.compile(r"[a-z0-9]([-a-z0-9]{0,45}[a-z0-9])?")  # RayJob's: KubeRay adds to it, up to 63 characters
 
@@ -26,7 +26,7 @@ class DeployConfig:
     nodes: int = ranged(1, low=1)
     gpus_per_node: int = ranged(0, low=0)  # a worker for each; 0: training on CPUs
     cpus_per_node: int = ranged(8, low=1)
-    memory_gb: int = ranged(32, low=1)  # of a node
+    memory_gb: int = ranged(32, low=1)  # memory of a node
     hours: float = ranged(24.0, above=0)  # slurm: the job's time limit; it is requeued when that comes
     warn_s: int = ranged(120, low=30)  # slurm: from the signal to the time limit
     # slurm: the partition; kueue: the LocalQueue
@@ -44,7 +44,7 @@ class Plan:
     kind: str
     own: DeployConfig
     words: tuple[str, ...]
-    name: str  # of the run
+    name: str  # name of the run
     storage: str  # run.storage
 
     @property

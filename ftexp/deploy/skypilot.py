@@ -9,7 +9,7 @@ from ftexp.deploy.as_yaml import as_yaml
 from ftexp.deploy.plan import PORT, Plan
 
 _MAX_RESTARTS_ON_ERRORS = 3
-TOKEN = "RAY_AUTH_TOKEN"  # of the nodes' own Ray; given when the job is launched, so that no file holds it
+TOKEN = "RAY_AUTH_TOKEN"  # token of the nodes' own Ray; given when the job is launched, so that no file holds it
 
 _SETUP = """\
 pip install uv

@@ -98,8 +98,8 @@ def _together(config: Config, size: ModelSize | None) -> list[Finding]:
         workers = decide_workers(config.scaling, spare=spare_of(config))
     except ConfigError as error:
         return [fails("workers", str(error), "use fewer workers, or fewer resources per worker")]
-    with probed(config) as folder:
-        return together(config, workers, folder, size)
+    with probed(config) as directory:
+        return together(config, workers, directory, size)
 
 
 if __name__ == "__main__":

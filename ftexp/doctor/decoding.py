@@ -34,7 +34,7 @@ def decode_rate(config: Config, seconds: float = _SECONDS) -> Finding:
             while (spent := time.perf_counter() - began) < seconds:
                 fitted(decoding(encoded, fit.channels, fit.side).picture, fit)
                 count += 1
-    except Exception as error:  # of any kind, by codec
+    except Exception as error:  # an error of any kind, by codec
         return fails(check, f"{type(error).__name__}: {error}", "data.decoder=pillow, or reinstall torchvision")
     width, height = _SIZE
     rate, cpus = count / spent, usable_cpus()

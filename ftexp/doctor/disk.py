@@ -51,24 +51,24 @@ def probed(config: Config) -> Iterator[Storage]:
     """Make a temporary directory below run.storage, removed at the end, with run.storage if that was not there."""
     root = Storage.at(config.run.storage)
     was_there = root.exists()
-    folder = root.child(f"doctor-{secrets.token_hex(4)}")
+    directory = root.child(f"doctor-{secrets.token_hex(4)}")
     try:
-        yield folder
+        yield directory
     finally:
-        folder.delete()
+        directory.delete()
         if root.local_path is not None and not was_there and root.local_path.is_dir():
             with suppress(OSError):  # somebody else has written there meanwhile
                 root.local_path.rmdir()
 
 
-def storage_speed(folder: Storage, checkpoint_bytes: int | None) -> Finding:
+def storage_speed(directory: Storage, checkpoint_bytes: int | None) -> Finding:
     """Write a file as a checkpoint is written, to the disk itself, and read it."""
     content = os.urandom(_MIB) * (_PROBE_BYTES // _MIB)
     began = time.perf_counter()
-    folder.write_bytes("speed", content)
+    directory.write_bytes("speed", content)
     wrote_s = time.perf_counter() - began
     began = time.perf_counter()
-    folder.read_bytes("speed")
+    directory.read_bytes("speed")
     read_s = time.perf_counter() - began
     rate = len(content) / wrote_s
     found = f"writes {rate / 1e6:,.0f} MB/s (on the disk), reads {len(content) / read_s / 1e6:,.0f} MB/s (maybe cached)"
@@ -81,22 +81,22 @@ def storage_speed(folder: Storage, checkpoint_bytes: int | None) -> Finding:
     return ok("storage speed", found)
 
 
-def storage_operations(folder: Storage) -> Finding:
+def storage_operations(directory: Storage) -> Finding:
     """Write, publish by renaming, list, read and delete, as saving and thinning out do."""
     check = "storage: write, rename, list"
     began = time.perf_counter()
-    saved = folder.child("checkpoint")
+    saved = directory.child("checkpoint")
     files = {name: _writer(content) for name, content in (("a", _CONTENT), ("manifest", b"{}"))}
     saved.publish(files, last="manifest")
-    listed = folder.list_folders()
+    listed = directory.list_directories()
     if listed != ["checkpoint"] or saved.list_files() != ["a", "manifest"]:
         return fails(check, f"a new file is not listed: {listed}", "use a storage that lists new files")
     if saved.read_bytes("a") != _CONTENT:
         return fails(check, "the content read differs from the content written", "use another run.storage")
     saved.delete()
-    if folder.list_folders():
+    if directory.list_directories():
         return fails(check, "a deleted file is still listed", "use a storage whose lists are up to date")
-    return ok(check, f"{masked(folder.parent.uri)}: all in {1000 * (time.perf_counter() - began):.0f} ms")
+    return ok(check, f"{masked(directory.parent.uri)}: all in {1000 * (time.perf_counter() - began):.0f} ms")
 
 
 def _writer(content: bytes) -> Writer:
@@ -107,8 +107,8 @@ def storage_checks(config: Config, checkpoint_bytes: int | None) -> list[Finding
     """Return all of them; if the first to write fails, it stands for them."""
     try:
         findings = [disk_space(config, checkpoint_bytes)]
-        with probed(config) as folder:
-            return [*findings, storage_operations(folder), storage_speed(folder, checkpoint_bytes)]
+        with probed(config) as directory:
+            return [*findings, storage_operations(directory), storage_speed(directory, checkpoint_bytes)]
     except (OSError, ConfigError) as error:
         fix = "set run.storage to a directory or URI that can be written"
         return [fails("storage: write, rename, list", f"{masked(config.run.storage)}: {masked(str(error))}", fix)]

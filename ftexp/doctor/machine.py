@@ -16,10 +16,10 @@ from ftexp.config.schema import Config
 from ftexp.doctor.finding import Finding, fails, not_here, ok, warning
 
 _SHARED_MEMORY = Path("/dev/shm")
-_RAYS_SHARE = 0.3  # of the memory, that Ray's object store takes by default
+_RAYS_SHARE = 0.3  # share of the memory, that Ray's object store takes by default
 _MIN_OPEN_FILES = 1024  # Ray's processes on a machine of a few cores take some hundred
 _GOOD_OPEN_FILES = 8192
-_BUSY_GPU_SHARE = 0.1  # of its memory in use
+_BUSY_GPU_SHARE = 0.1  # share of its memory in use
 
 
 def versions() -> Finding:
@@ -73,14 +73,14 @@ def _driver() -> tuple[str, list[float]]:
     return (rows[0][0] if rows else "unknown"), [float(used) / float(total) for _, used, total in rows]
 
 
-def shared_memory(folder: Path = _SHARED_MEMORY) -> Finding:
+def shared_memory(directory: Path = _SHARED_MEMORY) -> Finding:
     """See whether Ray's object store, which holds cached data, fits into shared memory."""
     check = "shared memory"
-    if not folder.is_dir():
-        return not_here(check, f"this system has no {folder}")
-    free = shutil.disk_usage(folder).free
+    if not directory.is_dir():
+        return not_here(check, f"this system has no {directory}")
+    free = shutil.disk_usage(directory).free
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    found = f"{free / 1e9:.1f} GB free in {folder}, {memory / 1e9:.1f} GB of memory"
+    found = f"{free / 1e9:.1f} GB free in {directory}, {memory / 1e9:.1f} GB of memory"
     if free < _RAYS_SHARE * memory:
         fix = f"docker run --shm-size={_RAYS_SHARE * memory / 1e9:.0f}g, Kubernetes: an emptyDir of medium Memory"
         return warning(check, f"{found}: Ray will keep objects on disk", fix)
@@ -113,13 +113,13 @@ def ray_directory(config: Config, environment: Mapping[str, str] = os.environ) -
         return fails(check, problem, "set RAY_TMPDIR to a short directory that you can write, or unset it")
     if problem is not None:
         return ok(check, f"{problem}, so ftexp uses /tmp/ftexp-{os.getuid()} instead")
-    folder = Path(base) / "ray"
-    return ok(check, f"{folder}{_owner(folder)}")
+    directory = Path(base) / "ray"
+    return ok(check, f"{directory}{_owner(directory)}")
 
 
-def _owner(folder: Path) -> str:
+def _owner(directory: Path) -> str:
     try:
-        status = folder.stat()
+        status = directory.stat()
     except OSError:
         return ", not there yet"
     return f", of user {status.st_uid}, mode {stat.S_IMODE(status.st_mode):o}"

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 _PRODUCT = 512  # rows and columns
-_NUM_PRODUCTS = 3  # of the same matrices: a faulty unit doesn't err each time
+_NUM_PRODUCTS = 3  # products of the same matrices: a faulty unit doesn't err each time
 _ALL_REDUCE_BYTES = 16 * 2**20
 _NUM_ROUNDS = 7
 _NUM_PINGS = 20
@@ -29,7 +29,7 @@ class RankFacts:
     versions: dict[str, str]
     products: list[str]  # a hash of each
     all_reduce_s: float
-    clock_ahead_s: float  # of rank 0's
+    clock_ahead_s: float  # seconds by which the clock is ahead of rank 0's
     clock_error_s: float  # at most
 
 

@@ -6,7 +6,7 @@ was wrong.
 
 drill.faults  names, or {kind: ..., step: ..., rank: ...}; see conf/chaos. Each strikes once, in this order
 drill.steps   stop both runs after so many optimiser steps (default: the whole run)
-drill.recovery  what the broken run goes on from: memory (a snapshot every few steps), storage (checkpoints alone), or
+drill.recovery  what the broken run resumes from: memory (a snapshot every few steps), storage (checkpoints alone), or
               what the config says (config, the default)
 
 Both runs lie under <run.storage>/drill_<time>/, with drill.json, and may be deleted. What the drill sets itself, and
@@ -31,6 +31,7 @@ from omegaconf import DictConfig
 from ftexp.cli.compose import run_hydra, to_config
 from ftexp.cli.entry import command_words, exiting_on_error
 from ftexp.cli.parse import parse_words
+from ftexp.cli.wrapping import print_wrapped, say
 from ftexp.config.checks.validate import validate
 from ftexp.config.fields import choice, field_problems, ranged
 from ftexp.config.schema import Config, fault_fields
@@ -133,25 +134,25 @@ def drill(config: Config, own: DrillConfig, overrides: list[str]) -> bool:
     from ftexp.storage.directory import Storage
 
     name = f"drill_{unused_name()}"
-    folder = Storage.at(config.run.storage, name)
-    words = [*overrides, f"run.storage={_quoted(folder.uri)}", "train.ledger=true", "train.log_every_steps=1"]
+    directory = Storage.at(config.run.storage, name)
+    words = [*overrides, f"run.storage={_quoted(directory.uri)}", "train.ledger=true", "train.log_every_steps=1"]
     if own.steps is not None:
         words.append(f"train.max_steps={own.steps}")
-    print(f"drill    {folder.uri}")
+    print(f"drill    {directory.uri}")
     began = time.time()
-    if _run(words, CLEAN, 1, folder) != 0:
-        raise RunFailedError(f"the clean run failed: see {folder.child(CLEAN).uri} and {_log(folder, CLEAN)}")
-    total_steps = json.loads(folder.child(CLEAN).read_bytes(RUN_FILE))["step"]
+    if _run(words, CLEAN, 1, directory) != 0:
+        raise RunFailedError(f"the clean run failed: see {directory.child(CLEAN).uri} and {_log(directory, CLEAN)}")
+    total_steps = json.loads(directory.child(CLEAN).read_bytes(RUN_FILE))["step"]
     print(f"clean    {total_steps:,} steps, the whole command {time.time() - began:.1f} s")
-    code = _run([*words, *_broken_words(config, own, total_steps)], BROKEN, len(own.faults) + 1, folder)
-    report = compare(folder.child(CLEAN), folder.child(BROKEN), config.train.global_batch_size, code, config)
-    folder.write_bytes("drill.json", json.dumps(dataclasses.asdict(report), indent=1).encode())
+    code = _run([*words, *_broken_words(config, own, total_steps)], BROKEN, len(own.faults) + 1, directory)
+    report = compare(directory.child(CLEAN), directory.child(BROKEN), config.train.global_batch_size, code, config)
+    directory.write_bytes("drill.json", json.dumps(dataclasses.asdict(report), indent=1).encode())
     _print(report)
     return report.identical
 
 
 def _broken_words(config: Config, own: DrillConfig, total_steps: int) -> list[str]:
-    """Return the further overrides of the broken run: faults, each between two saves, and enough failures allowed."""
+    """Return the overrides of the broken run: faults, each between two checkpoints, and enough failures allowed."""
     number = len(own.faults)
     every = max(1, total_steps // (2 * (number + 1)))
     faults = []
@@ -170,12 +171,12 @@ def _broken_words(config: Config, own: DrillConfig, total_steps: int) -> list[st
     return words
 
 
-def _run(words: list[str], name: str, most_starts: int, folder: Storage) -> int:
+def _run(words: list[str], name: str, max_starts: int, directory: Storage) -> int:
     """Run the command, again if it is killed; returns the last exit code."""
     command = [sys.executable, "-m", "ftexp.train", *words, f"run.name={name}"]
     code = _KILLED
-    for _ in range(most_starts):
-        code = _run_once(command, _log(folder, name))
+    for _ in range(max_starts):
+        code = _run_once(command, _log(directory, name))
         if code != _KILLED:
             break
         print("         the command was killed: running the same command again", flush=True)
@@ -200,19 +201,19 @@ def _run_once(command: list[str], log: str) -> int:
                 file.write(line)
                 file.flush()
                 if line.startswith(_SHOWN):
-                    print(f"         {line.rstrip()}", flush=True)
+                    print_wrapped([f"         {line.rstrip()}"], sys.stdout)
         except KeyboardInterrupt:
             process.terminate()
             raise
     return process.returncode
 
 
-def _log(folder: Storage, name: str) -> str:
+def _log(directory: Storage, name: str) -> str:
     """Return the local file for a run's output."""
     import tempfile
     from pathlib import Path
 
-    path = folder.local_path or Path(tempfile.gettempdir()) / folder.name
+    path = directory.local_path or Path(tempfile.gettempdir()) / directory.name
     path.mkdir(parents=True, exist_ok=True)
     return str(path / f"{name}.log")
 
@@ -232,7 +233,7 @@ def _print(report: DrillReport) -> None:
         table.add_row(row.fault, *cells)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 150)
     console.print(table)
-    console.print(report.verdict, markup=False, soft_wrap=True)
+    say(console, report.verdict)
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ class Advice:
                 self._note(events.Waiting(lacking_resources(self._workers) or unknown))
 
     def _save_before_a_resize(self) -> None:
-        """Where there is room for more workers, Ray Train will soon stop those that train: save until then."""
+        """Save before Ray Train stops the workers that train, which it does once there is room for more."""
         expected, since, saved = None, 0.0, -_SAVE_EVERY_S
         soon_s = self._scaling.elastic_resize_monitor_interval_s + _RESIZE_TAKES_S
         while not self._done.wait(_LOOK_EVERY_S):

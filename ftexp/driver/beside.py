@@ -152,7 +152,7 @@ class Evaluations:
 
 
 def _cancel(task: ray.ObjectRef[Any]) -> None:
-    with contextlib.suppress(Exception):  # of a Ray that has died: nothing is left to cancel
+    with contextlib.suppress(Exception):  # Ray has died: nothing is left to cancel
         ray.cancel(task, force=True)
 
 

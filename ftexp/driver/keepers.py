@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ftexp.wire.hub import Hub
 
 _CLOSE_S = 5.0  # that the end of a run may wait for a start
-_AFTER_S = 1.0  # of training: a run that is over by then needs none
+_AFTER_S = 1.0  # seconds of training: a run that is over by then needs none
 
 
 class Keepers:
@@ -28,7 +28,7 @@ class Keepers:
 
     def __init__(self, config: FailureConfig, workers: Workers, hub: Hub) -> None:
         self._config, self._workers, self._hub = config, workers, hub
-        self._nodes: dict[int, str] = {}  # of the current group, by rank
+        self._nodes: dict[int, str] = {}  # node of each rank in the current group
         self._started: dict[str, Any] = {}  # by node
         self._closed = threading.Event()
         self._lock = threading.Lock()  # held while keepers are started

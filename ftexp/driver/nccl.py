@@ -15,7 +15,7 @@ def uses_nccl(config: Config, workers: Workers) -> bool:
 
 
 def detect_hangs(config: Config) -> None:
-    """Have the detector tell before the watchdog ends what hangs."""
+    """Let the detector report a hang before the watchdog ends the process."""
     limit_s = config.failure.hang_timeout_s
     ray_private.detect_nccl_hangs(limit_s / 2 if limit_s is not None else None)
 
@@ -25,7 +25,7 @@ def take_findings(run_dir: Storage, attempt: int) -> list[str]:
     found, hangs, moved = run_dir.child(ray_private.NCCL_FINDINGS), run_dir.child(HANGS), list[str]()
     if not found.exists():
         return moved
-    for kind in found.list_folders():
+    for kind in found.list_directories():
         for name in found.child(kind).list_files():
             moved.append(f"a{attempt}.{kind}.{name}")
             hangs.write_bytes(moved[-1], found.child(kind).read_bytes(name))

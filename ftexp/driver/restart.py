@@ -38,9 +38,9 @@ def begin_again(restart: Restart) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     _close_on_exec()
-    environment, folder = _BEGUN_WITH
+    environment, directory = _BEGUN_WITH
     order = base64.b64encode(pickle.dumps((os.getpid(), str(Path.cwd()), restart))).decode()
-    os.chdir(folder)
+    os.chdir(directory)
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**environment, _VARIABLE: order})
 
 
@@ -48,10 +48,10 @@ def begun_again() -> Restart | None:
     """Return the state to resume with; None if this process was started by somebody else."""
     if (order := os.environ.pop(_VARIABLE, None)) is None:
         return None
-    pid, folder, restart = pickle.loads(base64.b64decode(order))
+    pid, directory, restart = pickle.loads(base64.b64decode(order))
     if pid != os.getpid():
         return None
-    os.chdir(folder)
+    os.chdir(directory)
     assert isinstance(restart, Restart)
     return restart
 

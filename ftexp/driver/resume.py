@@ -1,4 +1,4 @@
-"""Finding out what a run directory holds before a run begins, or goes on, in it."""
+"""Finding out what a run directory holds before a run begins, or continues, in it."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ _MAY_CHANGE = ("train", "data", "stopping", "hooks", "scaling", "failure", "chec
 
 def has_run(run_dir: Storage) -> bool:
     """Whether a run has begun here."""
-    return run_dir.exists(RUN_FILE) or bool(run_dir.child(CHECKPOINTS).list_folders())
+    return run_dir.exists(RUN_FILE) or bool(run_dir.child(CHECKPOINTS).list_directories())
 
 
 def located(uri: str, run_dir: Storage) -> str:
-    """`resume_from` as workers in another folder can open it; ConfigError if a new run finds no checkpoint there."""
+    """Return `resume_from` as an absolute path or URI; ConfigError if a new run finds no checkpoint there."""
     try:
         if not has_run(run_dir):  # a run that has begun has checkpoints of its own
             locate(uri)
@@ -69,7 +69,7 @@ def recorded(run_dir: Storage) -> dict[str, Any] | None:
 
 
 def decoding_as_begun(config: Config, run_dir: Storage, typed: Iterable[str]) -> Config:
-    """The config, with images decoded as the run here began to: see `as_begun`; what differs from new runs is told."""
+    """Return the config, with images decoded as the run began to: see `as_begun`; log what differs from new runs."""
     config, older = as_begun(config, recorded(run_dir), typed)
     if older:
         print(f"ftexp: the run is older than {', '.join(older)}: images are decoded as before", file=sys.stderr)
@@ -77,7 +77,7 @@ def decoding_as_begun(config: Config, run_dir: Storage, typed: Iterable[str]) ->
 
 
 def open_run(config: Config, run_dir: Storage, run_name: str) -> RunState:
-    """The state to go on from; ConfigError if the directory holds a run that is defined otherwise."""
+    """The state to resume from; ConfigError if the directory holds a run that is defined otherwise."""
     own = fingerprint(config)
     state = read_state(run_dir)
     if state is None:  # run.json may be lost: the checkpoints still tell what they are
@@ -103,7 +103,7 @@ def open_run(config: Config, run_dir: Storage, run_name: str) -> RunState:
 
 
 def _has_progress(state: RunState, run_dir: Storage) -> bool:
-    return bool(state.step or state.farthest_step or run_dir.child(CHECKPOINTS).list_folders())
+    return bool(state.step or state.farthest_step or run_dir.child(CHECKPOINTS).list_directories())
 
 
 def preprocessing_as_begun(config: Config, overrides: Sequence[str], run_dir: Storage) -> Config | None:

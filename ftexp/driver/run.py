@@ -32,7 +32,7 @@ def train(
         overrides: what was typed, for overrides.yaml; pretrained weights set their preprocessing where it wasn't. None:
             `config` is taken as it is.
         shared: the Ray of the sweep that this is a trial of; None: one of its own, or `scaling.address`.
-        restart: what a command that has begun again, because its Ray had died, goes on with.
+        restart: what a command that has begun again, because its Ray had died, continues with.
         begin_again: how a command does that; None: in this process it can't, and a Ray that dies ends the run.
 
     Raises:
@@ -107,6 +107,7 @@ def _show_again(context: RunContext) -> None:
     from ftexp.driver.tracker_session import deliver_late
 
     terminal = Terminal()
+    terminal.finished_before(context.state.name, context.run_dir.uri)
     terminal.changed(changes(context.config, context.state, context.run_dir))
     terminal.summary(context.state, context.run_dir)
     deliver_late(context, terminal)
@@ -123,12 +124,12 @@ def _with_preprocessing(config: Config, overrides: list[str] | None, run_dir: St
     if overrides is None:
         return config
     made = with_preprocessing(config, overrides, values)
-    if told := [
+    if replaced := [
         f"data.{name}={getattr(made.data, name)} instead of {getattr(config.data, name)}"
         for name in PREPROCESSING
         if getattr(made.data, name) != getattr(config.data, name)
     ]:
-        print(f"ftexp: {', '.join(told)}: {origin}", file=sys.stderr)
+        print(f"ftexp: {', '.join(replaced)}: {origin}", file=sys.stderr)
     return made
 
 

@@ -244,7 +244,7 @@ def _conclude(context: RunContext, session: Session) -> None:
 
 
 def _leave_report(record: RunRecord, terminal: Terminal) -> None:
-    """Write the run's report. What goes wrong with that is told, and takes nothing from the run."""
+    """Write report.html. Errors are logged and never fail the run."""
     run_dir = record.storage
     try:
         from ftexp.report.write import write_report

@@ -57,8 +57,9 @@ class Supervisor:
         self._printer = Printer(terminal, record, self.group, config)
         self._asked = KeyboardInterrupt()
         self.on_evaluation_wanted: Callable[[EvaluateCheckpoint], None] = lambda _: None
-        self.on_message: Callable[[Message], None] = lambda _: None  # of workers, once it is on record
-        self.nccl_findings: Callable[[int], list[str]] = lambda _: []  # of an attempt that failed: names of files
+        # called with each message of workers, once it is on record
+        self.on_message: Callable[[Message], None] = lambda _: None
+        self.nccl_findings: Callable[[int], list[str]] = lambda _: []  # names of files of a failed attempt
 
     def handle(self, message: Message) -> Message | None:
         """The hub's handler: one message at a time."""
@@ -99,16 +100,16 @@ class Supervisor:
         """The answer to a worker that starts although the run was given up: Ray's controller doesn't wait for us."""
         if self._decider.given_up is None and self._decider.leaving:
             # the end that was announced: Ray asks no callback then
-            self._failed(as_death(find_cause({}), self._record.died_rank), told_late=True)
+            self._failed(as_death(find_cause({}), self._record.died_rank), reported_late=True)
         return Stop(str(self._decider.given_up)) if self._decider.given_up is not None else None
 
-    def _failed(self, cause: Cause, told_late: bool = False) -> Retry | Stop:
-        """Decide, record and print; the answer is the controller's. `told_late`: Ray knew when it began."""
+    def _failed(self, cause: Cause, reported_late: bool = False) -> Retry | Stop:
+        """Decide, record and print; the answer is the controller's. `reported_late`: Ray knew when it began."""
         if self._decider.given_up is not None:  # by workers that were told to stop
             return Stop(str(self._decider.given_up))
         cause, decision = self._decider.decide(cause)
         self.group.failed()
-        failure = self._record.fail(decision.cause, cause.rank, cause.error, decision.reason, told_late)
+        failure = self._record.fail(decision.cause, cause.rank, cause.error, decision.reason, reported_late)
         raised = self._printer.failure(failure)
         self._note_nccl(failure.attempt)
         if decision.action is not Action.STOP:
@@ -167,7 +168,7 @@ class Supervisor:
         return Restart(config, overrides, self._decider.num_before, noticed_at, self._record.unwritten_failures)
 
     def stop(self, hub: Hub, asked: KeyboardInterrupt) -> bool:
-        """Ask the workers to end after a last save; whether there are any."""
+        """Ask the workers to end after a final checkpoint; whether there are any."""
         self._asked = asked
         if not hub.tell(Stop()):
             return False

@@ -18,7 +18,7 @@ from ftexp.rundir.state import FINISHED, read_state
 from ftexp.storage.directory import Storage
 
 _CONFIG_FILE = "config.json"  # timm's, beside weights
-_FILES = {"raw": "model.pt", "ema": "extra_state.pt"}  # of a checkpoint
+_FILES = {"raw": "model.pt", "ema": "extra_state.pt"}  # files of a checkpoint
 
 
 def teacher_of(config: Config, run_dir: Storage) -> tuple[Config, TeacherSpec | None, ConfigError | None]:
@@ -105,7 +105,7 @@ def _named(config: Config) -> TeacherSpec:
 
 
 def _of_file(config: Config, path: Path) -> TeacherSpec:
-    """The spec of a weights file that has timm's config.json beside it."""
+    """The spec of a weights file that has timm's config.json next to it."""
     try:
         content = json.loads(path.with_name(_CONFIG_FILE).read_text(encoding="utf-8"))
         name, arguments = content["architecture"], {**content.get("model_args", {})}

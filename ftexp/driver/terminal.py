@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from ftexp.cli.wrapping import say
 from ftexp.config.metric_names import ALWAYS_LOGGED
 from ftexp.data.info import DataInfo
 from ftexp.rundir.names import CHECKPOINTS
@@ -40,7 +41,7 @@ class Terminal:
     def say(self, text: str, style: str = "") -> None:
         """Print a line above the bar."""
         console = self._bar.console if self._bar is not None else self.console
-        self._draw(lambda: console.print(text, style=style or None, markup=False, soft_wrap=True))
+        self._draw(lambda: say(console, text, style))
 
     def _draw(self, draw: Callable[[], None]) -> None:
         """Call `draw`. What can't be shown never ends a run: from the first failure on, nothing is drawn."""
@@ -86,8 +87,13 @@ class Terminal:
         if data.bad_samples:
             first = f"{data.bad_samples[0].where}: {data.bad_samples[0].reason}"
             what = "sample" if len(data.bad_samples) == 1 else "samples"
-            told = f"{len(data.bad_samples)} {what} that can't be read (the first: {first}); see events.jsonl"
-            self.say(f"{'skipped':<9}{told}", "yellow")
+            text = f"{len(data.bad_samples)} {what} that can't be read (the first: {first}); see events.jsonl"
+            self.say(f"{'skipped':<9}{text}", "yellow")
+
+    def finished_before(self, run: str, location: str) -> None:
+        """Print that there is nothing to train."""
+        self.say(f"{'run':<9}{run}  ({location})")
+        self.say(f"{'status':<9}finished before: nothing to train; train.epochs=... trains on")
 
     def changed(self, lines: Sequence[str]) -> None:
         """Print what is different from the run's last invocation."""
@@ -110,7 +116,7 @@ class Terminal:
         if self.console.is_terminal and self._bar is None:
             columns = (
                 TextColumn("epoch {task.fields[epoch]}/{task.fields[epochs]}"),
-                BarColumn(),
+                BarColumn(_WIDE_BAR if self.console.width >= _WIDE_CONSOLE else _BAR),
                 TextColumn("step {task.completed:,.0f}/{task.total:,.0f} {task.fields[values]}"),
                 TimeRemainingColumn(),
                 TextColumn("left"),
@@ -126,14 +132,16 @@ class Terminal:
         now = time.monotonic()
         self._rates = [(when, step) for when, step in self._rates if now - when < _RATE_WINDOW_S] + [(now, state.step)]
         if (bar := self._bar) is not None and (task := self._task) is not None:
-            current, values = min(state.epoch + 1, self._epochs), self._values(state)
+            current = min(state.epoch + 1, self._epochs)
+            fixed = f"epoch {current}/{self._epochs} step {state.step:,}/{bar.tasks[0].total:,.0f} 0:00:00 left "
+            values = _fitting(self._values(state), self.console.width - len(fixed) - _BAR)
             self._draw(lambda: bar.update(task, completed=state.step, epoch=current, values=values))
 
     def epoch(self, state: RunState, step: int, epoch: int) -> None:
         """An epoch was evaluated, that ended at `step`: without a terminal this is the line that shows life."""
         self.step(state)
         if self._bar is None:
-            self.say(f"epoch {epoch}/{self._epochs} step {step} {self._values(state)}")
+            self.say(" ".join([f"epoch {epoch}/{self._epochs} step {step}", *self._values(state).values()]))
 
     def failure(self, failure: Failure) -> None:
         """A worker group failed; say what, where, and what happens now."""
@@ -141,17 +149,17 @@ class Terminal:
         self.say(f"{what}; {failure.decision}", "red")
 
     def recovered(self, failure: Failure, checkpoint: str | None, rejected: int, pids: list[int]) -> None:
-        """Training goes on after a failure."""
+        """Training continues after a failure."""
         origin = f"restored {checkpoint}" if checkpoint else "no checkpoint yet: restarting from the beginning"
         if failure.recovery == MEMORY:
             origin = f"restored {checkpoint} from memory"
         elif failure.recovery == REPLACED:
             origin = f"{failure.where} replaced"
-        damaged = f" ({rejected} damaged skipped)" if rejected else ""
+        damaged = f" ({rejected} rejected)" if rejected else ""
         parts = [failure.seconds_to_detect, failure.seconds_to_restart, failure.seconds_to_restore]
         total = sum(seconds for seconds in parts if seconds is not None)
         self.say(
-            f"↻ training again after {total:.1f} s: {origin}{damaged}, replaying {failure.steps_replayed} steps · "
+            f"↻ training again after {total:.1f} s: {origin}{damaged}, replaying {_steps(failure.steps_replayed)} · "
             f"pids {', '.join(map(str, pids))}",
             "green",
         )
@@ -182,7 +190,7 @@ class Terminal:
             )
         survived = len(state.failures) - (state.status == "failed")
         rows += [
-            ("steps", f"{state.step:,} in {state.epoch} epochs"),
+            ("steps", f"{state.step:,} in {state.epoch} epoch{'' if state.epoch == 1 else 's'}"),
             ("time", f"{state.seconds:.1f} s" + _goodput(state)),
             ("failures", f"{max(survived, 0)} survived"),
             *(("", _account(failure)) for failure in state.failures[-_MAX_FAILURES_SHOWN:]),
@@ -192,15 +200,28 @@ class Terminal:
         for title, text in rows:
             self.say(f"{title:<15}{text}")
         if state.status in ("interrupted", "failed"):
-            self.say(f"All checkpoints are kept. To resume, run the same command with run.name={state.name}")
+            kept = (
+                "All checkpoints are kept. To resume" if state.checkpoint else "There is no checkpoint. To start again"
+            )
+            self.say(f"{kept}, run the same command with run.name={state.name}")
 
-    def _values(self, state: RunState) -> str:
+    def _values(self, state: RunState) -> dict[str, str]:
+        """Return {title: text} of what is shown of the last point."""
         last = state.metrics["last"]
-        shown = [f"{title} {last[key]:.3f}" for key, title in _LIVE if last.get(key) is not None]
+        shown = {title: f"{title} {last[key]:.3f}" for key, title in _LIVE if last.get(key) is not None}
         if len(self._rates) > 1 and (seconds := self._rates[-1][0] - self._rates[0][0]) > 0:
             rate = (self._rates[-1][1] - self._rates[0][1]) * self._batch_size / seconds
-            shown.append(f"{max(rate, 0):,.0f} images/s")
-        return " ".join(shown)
+            shown[_RATE] = f"{max(rate, 0):,.0f} {_RATE}"
+        return shown
+
+
+def _fitting(values: Mapping[str, str], room: int) -> str:
+    """Return as many of the values as `room` characters hold, the most useful ones."""
+    shown = dict(values)
+    for title in _DROPPED_FIRST:
+        if len(" ".join(shown.values())) > room:
+            shown.pop(title, None)
+    return " ".join(shown.values())
 
 
 def _others(last: Mapping[str, float | None]) -> list[str]:
@@ -213,6 +234,10 @@ def _goodput(state: RunState) -> str:
     return f", {state.goodput:.0%} of it on steps that were kept" if state.goodput is not None else ""
 
 
+def _steps(number: int | None) -> str:
+    return "1 step" if number == 1 else f"{number} steps"
+
+
 def _account(failure: Failure) -> str:
     """Return the cost of one failure, as a line."""
     parts = (
@@ -223,7 +248,7 @@ def _account(failure: Failure) -> str:
     )
     costs = [_RECOVERIES[failure.recovery]] if failure.recovery is not None else []
     costs += [f"{seconds:.1f} s {title}" for title, seconds in parts if seconds is not None]
-    costs += [f"{failure.steps_replayed} steps replayed"] if failure.steps_replayed is not None else []
+    costs += [f"{_steps(failure.steps_replayed)} replayed"] if failure.steps_replayed is not None else []
     what = failure.cause if failure.where == "Ray" else f"{failure.cause} of {failure.where}"
     return f"{what} at step {failure.step}: {', '.join(costs)}"
 
@@ -237,7 +262,10 @@ _LIVE = (
     *(("train_loss", "loss"), ("train_accuracy", "acc"), ("val_loss", "val_loss"), ("val_accuracy", "val_acc")),
     ("val_accuracy_ema", "val_acc_ema"),
 )
+_RATE = "images/s"
+_DROPPED_FIRST = ("val_loss", "acc", _RATE, "val_acc_ema", "loss", "val_acc")
+_BAR, _WIDE_BAR, _WIDE_CONSOLE = 10, 40, 150  # characters
 _SHOWN = (
-    *(("test_accuracy", "test accuracy"), ("test_accuracy_ema", "… averaged"), ("test_loss", "test loss")),
-    *(("val_accuracy", "val accuracy"), ("val_accuracy_ema", "… averaged"), ("val_loss", "val loss")),
+    *(("test_accuracy", "test accuracy"), ("test_accuracy_ema", "… of the EMA"), ("test_loss", "test loss")),
+    *(("val_accuracy", "val accuracy"), ("val_accuracy_ema", "… of the EMA"), ("val_loss", "val loss")),
 )

@@ -1,4 +1,4 @@
-"""Between a run's records and its trackers: what these are fed, what they are told at the end, what is said of them."""
+"""Between a run's records and its trackers: their points, the outcome at the end, and what is logged of them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ftexp.wire.events import TrackerFailed
 
 
 def trackers_of(config: Config, record: RunRecord, sweep: Storage | None) -> Trackers:
-    """The trackers of a run that is about to train; `sweep`: the folder of the one that it is a trial of."""
+    """The trackers of a run that is about to train; `sweep`: the directory of the one that it is a trial of."""
     run_dir, state = record.storage, record.state
     run = None
     if config.tracker.names:
@@ -34,12 +34,12 @@ def trackers_of(config: Config, record: RunRecord, sweep: Storage | None) -> Tra
 
 
 def outcome_of(state: RunState, run_dir: Storage) -> Outcome:
-    """How a run stands now that a call of the command ends."""
-    folder, best_step = run_dir.child(CHECKPOINTS), state.metrics["best"].get("step")
+    """Return a run's outcome at the end of an invocation."""
+    directory, best_step = run_dir.child(CHECKPOINTS), state.metrics["best"].get("step")
     names = {"checkpoint": state.checkpoint}
     if best_step is not None:
         with contextlib.suppress(OSError):  # the store is down: it may still have it
-            found = [name for name in folder.list_folders() if name.startswith(f"step_{best_step:08d}.")]
+            found = [name for name in directory.list_directories() if name.startswith(f"step_{best_step:08d}.")]
             names["best_checkpoint"] = found[-1] if found else None
     counted = {
         "attempts": state.attempts,
@@ -50,7 +50,7 @@ def outcome_of(state: RunState, run_dir: Storage) -> Outcome:
     return Outcome(
         status=state.status,
         tags={
-            **{key: shown(folder.child(name)) for key, name in names.items() if name is not None},
+            **{key: shown(directory.child(name)) for key, name in names.items() if name is not None},
             **{key: str(value) for key, value in counted.items() if value is not None},
         },
         metrics={name: value for name, value in state.metrics["last"].items() if value is not None},
@@ -58,7 +58,7 @@ def outcome_of(state: RunState, run_dir: Storage) -> Outcome:
 
 
 def close_trackers(trackers: Trackers, record: RunRecord, terminal: Terminal) -> None:
-    """After `Trackers.end`, once the records are closed: wait, and tell the rest. Takes nothing from the run."""
+    """After `Trackers.end`, once the records are closed: wait, and report the rest. Never fails the run."""
     for event in trackers.wait():
         terminal.say(described(event), "yellow" if isinstance(event, TrackerFailed) else "")
         with contextlib.suppress(OSError):

@@ -209,7 +209,7 @@ def build_trainer(context: RunContext, bundle: DataBundle, hub: HubAddress) -> T
 
 
 def _anywhere(config: Config) -> Config:
-    """With the path of the weights absolute: Ray Train lets workers begin in a folder of its own."""
+    """With the path of the weights absolute: Ray Train lets workers begin in a directory of its own."""
     if not isinstance(config.model.pretrained, str):
         return config
     path = str(Path(config.model.pretrained).expanduser().absolute())

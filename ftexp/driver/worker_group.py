@@ -12,7 +12,7 @@ from ftexp.wire.messages import Happened, Hello, Lost, Message, Ready
 class Start(Enum):
     """Why a worker group starts."""
 
-    FIRST = auto()  # of this invocation
+    FIRST = auto()  # first group of this invocation
     AFTER_FAILURE = auto()
     RESIZED = auto()  # Ray Train stopped the one before, to start more workers or fewer
 
@@ -21,7 +21,7 @@ class WorkerGroup:
     """The workers that train, or will."""
 
     def __init__(self, start: Start) -> None:
-        self.start = start  # of the group that trains next
+        self.start = start  # start of the group that trains next
         self.restored: events.Restored | None = None
         self.rejected: list[str] = []  # checkpoints
         self.world_size: int | None = None  # None while there is none
@@ -44,7 +44,7 @@ class WorkerGroup:
                 self.rejected.append(checkpoint)
 
     def failed(self) -> None:
-        """It failed, or could not start."""
+        """Handle a worker group that failed, or could not start."""
         self.start = Start.AFTER_FAILURE
         self._is_gone()
 

@@ -59,7 +59,7 @@ class EvaluateConfig:
     weights: str = choice("raw", ("raw", "ema"))  # those that were trained, or their EMA
     metrics: list[str] | None = None  # besides loss and accuracy; None: the run's train.metrics
     tta: str = choice("none", TTA)
-    threshold: Any = None  # of data.task=multi_label: one for all classes, or one for each; None: 0.5
+    threshold: Any = None  # threshold of data.task=multi_label: one for all classes, or one for each; None: 0.5
     batch_size: int = ranged(256, low=1)
     device: str = choice("auto", ("auto", "cpu", "cuda"))
     out: str | None = None

@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ftexp.cli.wrapping import say
 from ftexp.config.schema import MULTI_LABEL, REGRESSION
 
 _TITLES = {"num_samples": "samples", "average_precision": "average precision"}
@@ -22,14 +23,13 @@ def _number(value: Any) -> str:
 def print_result(result: dict[str, Any]) -> None:
     """Print what `ftexp.evaluate.measure.measure` returned."""
     console = Console(highlight=False)
-    console.print(
+    say(
+        console,
         f"{result['checkpoint']} (epoch {result['epoch']}) on {result['num_samples']} {result['split']} samples"
         + (", each with its mirror image (tta=hflip)" if result["tta"] == "hflip" else ""),
-        markup=False,
-        soft_wrap=True,
     )
     for line in _of_classes(result):
-        console.print(line, markup=False, soft_wrap=True)
+        say(console, line)
     keys = {MULTI_LABEL: ("accuracy", "loss", "average_precision"), REGRESSION: ("loss", "mae", "mse", "r2")}
     overall = keys.get(result["task"], ("accuracy", "loss"))
     console.print("   ".join(f"{key} {_number(result[key])}" for key in overall))
@@ -45,8 +45,8 @@ def print_result(result: dict[str, Any]) -> None:
     for row in rows:
         table.add_row(*(_number(row[column]) for column in columns))
     console.print(table)
-    told = f"written to {result['written']}" if "written" in result else f"! not written to {result['not_written']}"
-    console.print(told, markup=False, soft_wrap=True)
+    outcome = f"written to {result['written']}" if "written" in result else f"! not written to {result['not_written']}"
+    say(console, outcome)
 
 
 def _of_classes(result: dict[str, Any]) -> Iterator[str]:

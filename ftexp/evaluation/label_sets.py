@@ -114,7 +114,7 @@ def average_precision(probabilities: Float32s, held: npt.NDArray[np.bool_]) -> f
     if not held.any() or held.all() or not np.isfinite(probabilities).all():
         return None
     order = np.argsort(-probabilities, kind="stable")
-    ends = np.append(np.flatnonzero(np.diff(probabilities[order])), len(order) - 1)  # of stretches of one value
+    ends = np.append(np.flatnonzero(np.diff(probabilities[order])), len(order) - 1)  # ends of stretches of one value
     right = np.cumsum(held[order])[ends]
     steps = np.diff(right, prepend=0) / right[-1]
     return float(np.sum(steps * (right / (ends + 1))))

@@ -30,9 +30,9 @@ class MetricContext:
     task: str  # data.task
     num_classes: int
     class_names: Sequence[str]
-    device: torch.device  # of what `update` gets, and of what ranks send to each other
+    device: torch.device  # device of what `update` gets, and of what ranks send to each other
     predictions: Predictions  # `predictions.keep()`: all of the split's, for metrics that no sums make up
-    target_std: Sequence[float] | None = None  # of a regression whose targets are standardised: a unit of the model's
+    target_std: Sequence[float] | None = None  # where targets are standardised: a unit of the model's
 
 
 class Metric(Protocol):

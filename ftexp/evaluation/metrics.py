@@ -20,7 +20,7 @@ from ftexp.evaluation.metric_registry import MetricContext, register_metric
 from ftexp.evaluation.numbers import errors
 from ftexp.evaluation.predictions import Predictions
 
-_BINS = 15  # of confidence; Guo et al., On Calibration of Modern Neural Networks, 2017, and torchmetrics
+_BINS = 15  # bins of confidence; Guo et al., On Calibration of Modern Neural Networks, 2017, and torchmetrics
 _UNIT = 2.0**24  # confidences are summed as whole numbers of 2**-24: see `ftexp.evaluation.meter`
 
 
@@ -63,7 +63,7 @@ class _CalibrationError(Metric):
     def __init__(self, context: MetricContext) -> None:
         super().__init__()
         self._edges = torch.linspace(0, 1, _BINS + 1, device=context.device)
-        # of each bin: samples, right ones, confidence in units; the last bin is that of confidence 1, as torchmetrics'
+        # per bin: samples, right ones, confidence in units; the last bin is that of confidence 1, as torchmetrics'
         # and the number of samples whose logits aren't finite
         self.add_state("sums", torch.zeros(4, _BINS + 1, dtype=torch.int64), dist_reduce_fx="sum")
         self.sums: Tensor

@@ -18,7 +18,7 @@ from ftexp.evaluation.gathering import gathered
 
 MAX_MISTAKES = 24  # kept, with their pictures
 _MAX_PIXELS = 96  # a side of a picture
-_MAX_CLASSES = 1000  # of a confusion matrix that is written whole: a million numbers
+_MAX_CLASSES = 1000  # classes of a confusion matrix that is written whole: a million numbers
 
 
 @dataclass(frozen=True)

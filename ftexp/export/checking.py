@@ -34,7 +34,7 @@ class Samples:
 class Difference:
     """How far two models are apart."""
 
-    largest: float  # of the logits, absolute
+    largest: float  # largest absolute difference of logits
     largest_logit: float  # for scale
     num_same: int  # images of which both say the same class or classes; of numbers, the same to three digits
 
@@ -70,11 +70,11 @@ def compare(original: Answer, exported: Answer, pixels: UInt8s, task: str = SING
     return Difference(
         largest=float(np.abs(one - other).max()),
         largest_logit=float(np.abs(one).max()),
-        num_same=int((_told(one, task) == _told(other, task)).all(1).sum()),
+        num_same=int((_answers(one, task) == _answers(other, task)).all(1).sum()),
     )
 
 
-def _told(outputs: npt.NDArray[np.float32], task: str) -> npt.NDArray[Any]:
+def _answers(outputs: npt.NDArray[np.float32], task: str) -> npt.NDArray[Any]:
     """Return the answer of a model to each image, [images, n]."""
     if task == SINGLE_LABEL:
         classes: npt.NDArray[Any] = outputs.argmax(1)[:, None]

@@ -2,7 +2,7 @@
 
 safetensors   model.safetensors and config.json: timm.create_model("local-dir:<out>", pretrained=True)
 torch_export  model.pt2: torch.export.load("model.pt2").module(); any batch size
-onnx          model.onnx, for ONNX Runtime and others; any batch size. Needs: pip install "ftexp[onnx]"
+onnx          model.onnx, for ONNX Runtime and others; any batch size. Needs the extra onnx: uv run --extra onnx ...
 
 The last two take pixels, uint8 [batch, size, size, channels], and normalise them; all give logits. Next to each
 lies export.json: labels, input size, mean and std, and how far the exported model is from the original on images of the
@@ -78,7 +78,8 @@ def parse(words: list[str]) -> ExportConfig:
     missing = [name for name in _NEEDED if config.format == "onnx" and importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(
-            f'format=onnx needs {", ".join(missing)}: pip install "ftexp[onnx]", or set format=torch_export'
+            f"format=onnx needs {', '.join(missing)}: write uv run --extra onnx in front of the command, or "
+            "pip install 'ftexp[onnx]', or set format=torch_export"
         )
     return config
 
@@ -131,7 +132,7 @@ def _export(
     manifest: Manifest,
     weights: dict[str, Tensor],
     samples: Samples,
-    folder: Path,
+    directory: Path,
     out: Storage,
 ) -> dict[str, Any]:
     import torch
@@ -145,7 +146,7 @@ def _export(
         images = torch.zeros(1, run.info.channels, run.info.image_size, run.info.image_size)
         as_logits(model(images), run.config.model, run.info.num_classes)
     about = _about(config, run, manifest)
-    exported = formats.get(config.format)(model, run.info, about, folder)
+    exported = formats.get(config.format)(model, run.info, about, directory)
     difference = compare(answers(model, run.info), exported, samples.pixels, run.info.task)
     about["checked"] = {
         "images": len(samples.pixels),
@@ -161,9 +162,9 @@ def _export(
             f"the exported model differs from the original by {difference.largest:.3g} in a logit, and tolerance="
             f"{config.tolerance:g}: nothing was written. Set a larger tolerance if this is acceptable"
         )
-    (folder / _ABOUT_FILE).write_text(json.dumps(about, indent=1), encoding="utf-8")
-    files = sorted(path.name for path in folder.iterdir())
-    out.publish({name: functools.partial(_copy, folder / name) for name in files}, last=_ABOUT_FILE)
+    (directory / _ABOUT_FILE).write_text(json.dumps(about, indent=1), encoding="utf-8")
+    files = sorted(path.name for path in directory.iterdir())
+    out.publish({name: functools.partial(_copy, directory / name) for name in files}, last=_ABOUT_FILE)
     print(f"written  {out.uri}: {', '.join(files)}")
     return about
 

@@ -26,9 +26,9 @@ Answer = Callable[[UInt8s], npt.NDArray[np.float32]]  # pixels -> logits
 Format = Callable[[nn.Module, DataInfo, dict[str, Any], Path], Answer]
 formats: Registry[Format] = Registry("format")
 
-_ABOUT = "about.json"  # of the files inside a .pt2
+_ABOUT = "about.json"  # name of a file inside a .pt2
 _EXAMPLE_ROWS = 2  # one row would fix the batch to one
-_MAX_PROTOBUF_BYTES = 2**31 - 2**24  # of an ONNX file; larger weights go into a file beside it
+_MAX_PROTOBUF_BYTES = 2**31 - 2**24  # bytes of an ONNX file; larger weights go into a file next to it
 
 
 class FromPixels(nn.Module):
@@ -62,12 +62,12 @@ def answers(model: nn.Module, info: DataInfo) -> Answer:
 
 
 @formats.register("safetensors")
-def safetensors(model: nn.Module, info: DataInfo, about: dict[str, Any], folder: Path) -> Answer:
+def safetensors(model: nn.Module, info: DataInfo, about: dict[str, Any], directory: Path) -> Answer:
     """Write model.safetensors and config.json for timm.create_model("local-dir:<directory>", pretrained=True)."""
     import timm
     from safetensors.torch import save_model
 
-    save_model(model, str(folder / "model.safetensors"), metadata={"format": "pt"})
+    save_model(model, str(directory / "model.safetensors"), metadata={"format": "pt"})
     arguments = dict(about["arguments"])
     size = [info.channels, info.image_size, info.image_size]
     config = {
@@ -87,19 +87,19 @@ def safetensors(model: nn.Module, info: DataInfo, about: dict[str, Any], folder:
             **({"fixed_input_size": True} if "img_size" in arguments else {}),
         },
     }
-    (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
-    return answers(timm.create_model(f"local-dir:{folder}", pretrained=True).eval(), info)
+    (directory / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
+    return answers(timm.create_model(f"local-dir:{directory}", pretrained=True).eval(), info)
 
 
 @formats.register("torch_export")
-def torch_export(model: nn.Module, info: DataInfo, about: dict[str, Any], folder: Path) -> Answer:
+def torch_export(model: nn.Module, info: DataInfo, about: dict[str, Any], directory: Path) -> Answer:
     """Write model.pt2, a torch.export program; its extra file about.json has the rest."""
     program = torch.export.export(
         FromPixels(model, info).eval(),
         (_example(info),),
         dynamic_shapes={"pixels": {0: torch.export.Dim("batch", min=1)}},
     )
-    path = folder / "model.pt2"
+    path = directory / "model.pt2"
     torch.export.save(program, path, extra_files={_ABOUT: json.dumps(about)})
     loaded = torch.export.load(path).module()
 
@@ -112,7 +112,7 @@ def torch_export(model: nn.Module, info: DataInfo, about: dict[str, Any], folder
 
 
 @formats.register("onnx")
-def onnx(model: nn.Module, info: DataInfo, about: dict[str, Any], folder: Path) -> Answer:
+def onnx(model: nn.Module, info: DataInfo, about: dict[str, Any], directory: Path) -> Answer:
     """Write model.onnx, whose input is `pixels` and whose output is `logits`; its metadata has the rest."""
     import onnxruntime
 
@@ -129,7 +129,7 @@ def onnx(model: nn.Module, info: DataInfo, about: dict[str, Any], folder: Path) 
     assert program is not None, "dynamo gives one"
     for key, value in about.items():
         program.model.metadata_props[key] = value if isinstance(value, str) else json.dumps(value)
-    path = folder / "model.onnx"
+    path = directory / "model.onnx"
     program.save(path, external_data=num_bytes > _MAX_PROTOBUF_BYTES)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 

@@ -1,1 +1,1 @@
-"""Failures: what caused one, and what is told of it."""
+"""Failures: their causes, what follows from them, and what is reported of them."""

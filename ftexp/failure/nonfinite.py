@@ -63,7 +63,7 @@ class NonFiniteRecovery:
         return covered
 
     def recovered(self) -> None:
-        """Count anew: a step was taken."""
+        """Start counting again: a step was taken."""
         self.num_skipped = 0
 
     def recover(self, batch: Batch) -> bool:
@@ -89,7 +89,7 @@ class NonFiniteRecovery:
         self._leave_out(positions, events.StepSkipped([*positions], step, "the gradient is not finite"))
 
     def _roll_back(self, batch: Batch) -> None:
-        """Go back to the last save, in memory."""
+        """Go back to the last checkpoint, in memory."""
         step, limit = self._progress.step + 1, self._config.max_rollbacks
         if self._checkpoints.num_rollbacks >= limit:
             raise NonFiniteError(
@@ -101,7 +101,7 @@ class NonFiniteRecovery:
         self._leave_out(left_out, events.RolledBack([*left_out], step, self._progress.step))
 
     def _leave_out(self, positions: Range, event: events.Event) -> None:
-        """Have the batches at `positions` drive no update; on record before training goes on, so that it stays so."""
+        """Have the batches at `positions` drive no update; on record before training continues, so that it stays so."""
         self._skipped.add(positions)
         if self._group.rank == 0:
             self._channel.send(Happened(event))

@@ -27,7 +27,7 @@ class Action(Enum):
     """A reaction to a failure."""
 
     RESTART = auto()
-    RESTART_SMALLER_MICRO_BATCHES = auto()  # of half the size
+    RESTART_SMALLER_MICRO_BATCHES = auto()  # batches of half the size
     STOP = auto()
 
 
@@ -95,14 +95,14 @@ def _by_budgets(kind: str, step: int, progressed: bool, past: Sequence[Past], co
     parts = []
     if kind == PREEMPTION:
         count, limit = sum(failure.cause == PREEMPTION for failure in past) + 1, config.max_preemption_failures
-        parts.append(f"preemption {count} of {_shown(limit)}, not charged to failure.max_failures")
+        parts.append(f"preemption {count}{_shown(limit)}, not charged to failure.max_failures")
     elif kind == RAY:
         count, limit = sum(failure.cause == RAY for failure in recent) + 1, config.max_ray_failures
-        parts.append(f"new Ray {count} of {_shown(limit)}, not charged to failure.max_failures")
+        parts.append(f"new Ray {count}{_shown(limit)}, not charged to failure.max_failures")
     else:
         count, limit = len(charged) + 1, config.max_failures
         since = f" in the last {refill} steps" if refill is not None else ""
-        parts.append(f"failure {count} of {_shown(limit)}{since}")
+        parts.append(f"failure {count}{_shown(limit)}{since}")
     exceeded = 0 <= limit < count
     own_limit = config.max_by_cause.get(kind)
     if own_limit is not None:
@@ -110,11 +110,11 @@ def _by_budgets(kind: str, step: int, progressed: bool, past: Sequence[Past], co
         parts.append(f"{kind} {own_count} of {own_limit} allowed")
         exceeded = exceeded or own_count > own_limit
     stuck = 0 if progressed else 1 + _num_stuck(past)
-    most_stuck = config.max_failures_without_progress
+    max_stuck = config.max_failures_without_progress
     if stuck:
-        allowed = "" if most_stuck < 0 else f" of {most_stuck} allowed"
+        allowed = "" if max_stuck < 0 else f" of {max_stuck} allowed"
         parts.append(f"{stuck}{allowed} in a row without a new step")
-    exceeded = exceeded or 0 <= most_stuck < stuck
+    exceeded = exceeded or 0 <= max_stuck < stuck
     arithmetic = ", ".join(parts)
     if exceeded:
         return Decision(Action.STOP, f"{arithmetic}: stopping", kind)
@@ -126,9 +126,9 @@ def _by_budgets(kind: str, step: int, progressed: bool, past: Sequence[Past], co
 
 
 def _num_stuck(past: Sequence[Past]) -> int:
-    """How many of the latest failures in a row came before a new step."""
+    """Return the number of the latest failures in a row without a new step between them."""
     return next((number for number, failure in enumerate(reversed(past)) if failure.progressed), len(past))
 
 
 def _shown(limit: int) -> str:
-    return "no limit" if limit < 0 else f"{limit} allowed"
+    return " (no limit)" if limit < 0 else f" of {limit} allowed"

@@ -1,7 +1,7 @@
-"""Makes a crash of a hang: Ray restarts a dead worker, and never notices one that stands still.
+"""Turns a hang into a crash: Ray restarts a dead worker, and never notices one without progress.
 
 The loop says what it is about to do, and each phase has a limit of its own. When one is exceeded the stacks of all
-threads go to the run directory, the driver is told, and the worker kills itself.
+threads go to the run directory, the driver gets a message, and the worker kills itself.
 """
 
 from __future__ import annotations

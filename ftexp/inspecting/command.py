@@ -22,6 +22,7 @@ from omegaconf import DictConfig
 
 from ftexp.cli.compose import run_hydra, to_config
 from ftexp.cli.entry import command_words, exiting_on_error
+from ftexp.cli.wrapping import say
 from ftexp.config.checks.validate import validate
 from ftexp.config.schema import MULTI_LABEL, REGRESSION, AugmentConfig, Config
 from ftexp.errors import ConfigError, StorageError
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 _MAX_CLASSES = 25  # more are cut to the largest and the smallest
 _NUM_LARGEST, _NUM_SMALLEST = 20, 5
 _MAX_BAD = 10
-_TOLERANCE = 0.02  # of data.mean and data.std, in pixels scaled to 0..1
+_TOLERANCE = 0.02  # tolerance of data.mean and data.std, in pixels scaled to 0..1
 _CHANNELS = {1: ("grey",), 3: ("red", "green", "blue"), 4: ("red", "green", "blue", "alpha")}
 
 
@@ -116,12 +117,12 @@ def _inspect(config: Config, workers: Workers, out: Path) -> None:
     _draw(config, found, out)  # before anything is printed: the reader may leave, as in `... | head`
     _print_facts(console, config, bundle, found)
     if (repeated := repeated_samples(config, bundle.info)) is not None:
-        console.print(repeated, style="yellow", markup=False, soft_wrap=True)
+        say(console, repeated, "yellow")
     _print_bad(console, config, bundle, found)
     _print_classes(console, bundle.info, found)
     _print_pixels(console, config, bundle.info, found)
     line = f"\npicture  {out}: the first {len(found.names)} training samples, augmented"
-    console.print(line, markup=False, soft_wrap=True)
+    say(console, line)
 
 
 def _draw(config: Config, found: Found, out: Path) -> None:
@@ -171,11 +172,11 @@ def _print_facts(console: Console, config: Config, bundle: DataBundle, found: Fo
         ("images", _traits(config, found)),
     ):
         if text is not None:
-            console.print(f"{title:<9}{text}", markup=False, soft_wrap=True)
+            say(console, f"{title:<9}{text}")
     for excluded in info.excluded or []:
-        console.print(f"excluded {excluded}", markup=False, soft_wrap=True)
+        say(console, f"excluded {excluded}")
     for warning in info.warnings:
-        console.print(f"! {warning}", markup=False, soft_wrap=True, style="yellow")
+        say(console, f"! {warning}", "yellow")
 
 
 def _cost(found: Found) -> str | None:
@@ -212,7 +213,7 @@ def _print_bad(console: Console, config: Config, bundle: DataBundle, found: Foun
     number = "1 sample" if len(found.bad) == 1 else f"{len(found.bad):,} samples"
     console.print(f"bad      {number}{known} can't be read:", style="yellow")
     for sample in found.bad[:_MAX_BAD]:
-        console.print(f"           {sample.where}: {sample.reason}", markup=False, soft_wrap=True)
+        say(console, f"           {sample.where}: {sample.reason}")
     if len(found.bad) > _MAX_BAD:
         console.print(f"           and {len(found.bad) - _MAX_BAD:,} more")
     if config.data.on_bad_sample == "skip":
@@ -220,7 +221,7 @@ def _print_bad(console: Console, config: Config, bundle: DataBundle, found: Foun
     else:
         refusal = "stop at the first of them" if bundle.streamed else "refuse to start"
         line = f"training would {refusal}: fix them, or exclude them with data.on_bad_sample=skip"
-    console.print(f"         {line}", soft_wrap=True)
+    say(console, f"         {line}")
 
 
 def _label_counts(info: DataInfo, found: Found) -> str | None:
@@ -309,4 +310,4 @@ def _print_pixels(console: Console, config: Config, info: DataInfo, found: Found
             f"data.{key}=[{','.join(f'{v:.4f}' for v in values)}]" for key, values in (("mean", mean), ("std", std))
         )
         hint = f"to normalise by the measured values, add: {' '.join(words)}"
-    console.print(f"These differ by more than {_TOLERANCE}; {hint}", style="yellow", markup=False, soft_wrap=True)
+    say(console, f"These differ by more than {_TOLERANCE}; {hint}", "yellow")

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 MAX_READ = 20_000  # samples of train; and of val and test together, which are read for their bad samples only
 SHOWN = 64  # samples of the contact sheet
 
-_READ_BYTES = 32 * 2**20  # of a batch while reading
+_READ_BYTES = 32 * 2**20  # bytes of a batch while reading
 _RATE_SECONDS, _RATE_SAMPLES = 2.0, 1024  # that one CPU decodes at most, to measure its rate
 _RATE_UNIT = 16  # samples after which it looks at the clock
 
@@ -76,8 +76,8 @@ class Pixels:
 class Found:
     """Facts of a data set."""
 
-    labels: dict[str, Labels]  # of each sample, by split
-    pixels: Pixels  # of the training samples that were read
+    labels: dict[str, Labels]  # labels of each sample, by split
+    pixels: Pixels  # pixels of the training samples that were read
     num_read: int  # training samples, bad ones included
     others_read: bool  # whether what is bad in val and test is known
     bad: list[BadSample]
@@ -95,7 +95,7 @@ class Rate:
     """How fast tasks make samples, as training wants them."""
 
     images_per_s: float
-    parts_ms: dict[str, float]  # of one image on one CPU; see PARTS
+    parts_ms: dict[str, float]  # parts of one image on one CPU; see PARTS
     num_images: int  # that this was measured on
     num_cpus: int
 
@@ -228,7 +228,7 @@ def _changed(config: Config, bundle: DataBundle, order: AnyOrder, images: UInt8s
     if not config.augment.changes_pictures:
         return images
     splits = config.augment.splits
-    positions = np.arange(len(images)) * splits + min(1, splits - 1)  # of several views, that after the clean one
+    positions = np.arange(len(images)) * splits + min(1, splits - 1)  # the view after the clean one
     augment = PictureAugment(config.augment, config.seed, bundle.info.fit, config.plugins)
     if split := bundle.indexed.get("train"):
         return decode_samples(split, order.samples(np.arange(len(images))), bundle.info.fit, augment, positions)[0]

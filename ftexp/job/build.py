@@ -131,7 +131,7 @@ def _learner(
 ) -> Learner:
     """Everything around the model; collective. rows: that it is trained on."""
     train, precision, model = config.train, config.train.precision, trained.model
-    # of all parameters, those that are frozen at first too
+    # all parameters, those that are frozen at first too
     trainable = model if distiller is None else distiller.trainable
     optimizer = build_optimizer(config.optim, train, trainable)
     ema = trained.average(config)
@@ -176,7 +176,7 @@ def _loss(config: Config, info: DataInfo, rows: Rows, device: torch.device) -> L
 
 
 def _plan(config: Config, group: ProcessGroup, num_samples: int, min_accumulate_steps: int) -> ShardPlan:
-    """Which positions this rank trains on, of `num_samples` an epoch."""
+    """Return the plan of the positions that this rank trains on, of `num_samples` an epoch."""
     train = config.train
     total_positions = num_samples * train.epochs
     if train.max_steps is not None:
@@ -246,12 +246,12 @@ def _as_it_is(model: nn.Module) -> nn.Module:
 def _rows(spec: JobSpec, streams: dict[str, IndexedSplit], channel: Channel, group: ProcessGroup) -> dict[str, Rows]:
     """Each split's rows: streamed if they are among `streams`, else cached."""
     data = spec.config.data
-    told: set[str] = set()
+    logged: set[str] = set()
 
     def on_bad(samples: list[BadSample]) -> None:
         refuse_bad(data, samples)
-        if new := [sample for sample in samples if sample.where not in told]:
-            told.update(sample.where for sample in new)
+        if new := [sample for sample in samples if sample.where not in logged]:
+            logged.update(sample.where for sample in new)
             channel.send(Happened(events.BadSamples(len(new), [vars(sample) for sample in new])))
 
     def on_slow(seconds: float) -> None:

@@ -60,7 +60,7 @@ class EarlyStopping(Hook):
         return {"metric": self._metric, "best": self._best, **epochs}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Resume, or begin anew with another metric."""
+        """Resume, or begin again with another metric."""
         self._last_epoch = state["last_epoch"]
         if state["metric"] == self._metric:
             self._best, self._best_epoch = state["best"], state["best_epoch"]

@@ -27,10 +27,10 @@ class ProcessGroup:
 
     def all_agree(self, holds: bool) -> bool:
         """Return whether it holds on every rank; collective."""
-        return bool(self.least(int(holds)))
+        return bool(self.lowest(int(holds)))
 
-    def least(self, value: int) -> int:
-        """Return the least `value` of any rank; collective."""
+    def lowest(self, value: int) -> int:
+        """Return the lowest `value` of any rank; collective."""
         if not dist.is_initialized():
             return value
         box = torch.tensor([value], device=self.device)

@@ -56,7 +56,7 @@ class Hooks:
 
     @property
     def change_before_saves(self) -> bool:
-        """Whether what they do before a save may be part of what is saved."""
+        """Whether what they do before a checkpoint may be part of what is saved."""
         return bool(self._with(Hook.before_save))
 
     def at_end(self) -> None:

@@ -32,11 +32,11 @@ class Learner:
     scaler: torch.amp.GradScaler  # disabled unless fp16
     autocast: torch.autocast  # the context of forward passes; one after the other may use it
     as_logits: Callable[[Any], Tensor]  # checks what the model returns: see `ftexp.model.build.as_logits`
-    loss: Loss  # of logits float32 [rows, num_classes]; a value for each sample
+    loss: Loss  # loss of logits float32 [rows, num_classes]; a value for each sample
     freezing: Freezing
     ema: WeightsEMA | None = None
     distiller: Distiller | None = None
-    weights_report: WeightsReport | None = None  # of the weights that it started from, if they were loaded
+    weights_report: WeightsReport | None = None  # report of the weights that it started from, if they were loaded
     sharding: Sharding | None = None  # how model, gradients, optimiser's state and EMA lie on the ranks; None: whole
     counted: nn.Module | None = None  # the model without values, where it is sharded: see `countable`
 

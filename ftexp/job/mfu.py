@@ -48,7 +48,7 @@ def flops_per_image(model: nn.Module, shape: tuple[int, int, int]) -> float:
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]
     }
     images = torch.empty((_ROWS, *shape), device="meta")
-    # a compiled model would be compiled anew for these shapes
+    # a compiled model would be compiled again for these shapes
     with torch.compiler.set_stance("force_eager"), computed_once(), FlopCounterMode(display=False) as counter:
         given = functional_call(model, meta, (images,))
         logits = given[0] + given[1] if isinstance(given, tuple) else given  # a distillation token's, too
@@ -58,7 +58,7 @@ def flops_per_image(model: nn.Module, shape: tuple[int, int, int]) -> float:
 
 
 class Utilisation:
-    """Turns images/s into MFU, where the device's peak is known. The model is counted when first asked.
+    """Turns images/s into MFU, where the device's peak is known. The model's operations are counted when first asked.
 
     `problem` tells why it can't be counted, if it can't.
     """
@@ -67,7 +67,7 @@ class Utilisation:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
         peak = peak_flops(name, precision)
         self._peak = peak * num_devices if peak is not None else None
-        self._shape = shape  # of an image: channels, height, width
+        self._shape = shape  # shape of an image: channels, height, width
         self._flops: dict[tuple[int, int, int], float] = {}  # by the shape of an image
         self.problem: str | None = None
 

@@ -23,7 +23,7 @@ class Progress:
     """Where a run stands. `position` is the one truth; `step` and `epoch` are counted along."""
 
     train: Meter  # since the last logged point
-    total_positions: int  # of the whole run: samples of an epoch times epochs, or as far as train.max_steps goes
+    total_positions: int  # samples of an epoch times epochs, or as far as train.max_steps goes
     step: int = 0  # optimiser steps done
     position: int = 0  # samples that have driven an update
     epoch: int = 0  # whole epochs done

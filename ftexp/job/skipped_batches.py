@@ -16,7 +16,7 @@ class SkippedBatches:
             self.add((start, end))
 
     def cover(self, start: int) -> bool:
-        """Whether the batch that begins at position `start` is left out."""
+        """Whether the batch that begins at position `start` is skipped."""
         return any(first <= start < end for first, end in self._ranges)
 
     def add(self, added: Range) -> None:
@@ -28,7 +28,7 @@ class SkippedBatches:
         self._ranges = sorted([*apart, joined])
 
     def widened(self, start: int, end: int, first: int) -> Range:
-        """The range to leave out for a batch [start, end) that was bad, from `first` on at the earliest.
+        """Return the range to skip for a batch [start, end) that was bad, from `first` on at the earliest.
 
         Alone if it comes alone. Where the batches just before it are left out already, what went wrong began
         earlier, in weights that were still finite: then as many again before those are left out with it.

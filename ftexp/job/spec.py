@@ -25,6 +25,6 @@ class JobSpec:
     fingerprint: dict[str, Any]  # what defines the run
     hub: HubAddress
     blocks: Int64s | None = None  # samples of train in each block, where they are read in blocks
-    decode_cpus: int = 0  # of the cluster, for streams
-    classes: Shared[ClassTable] | None = None  # of train, where data.sampling draws by class
+    decode_cpus: int = 0  # CPUs of the cluster, for streams
+    classes: Shared[ClassTable] | None = None  # classes of the training split, where data.sampling draws by class
     teacher: TeacherSpec | None = None

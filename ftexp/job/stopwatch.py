@@ -1,7 +1,7 @@
 """Where a step's time goes, on one rank: what it waits for data, the forward and backward pass, the optimiser, saving.
 
-On a GPU, sections of a step are told apart by events in the stream, which are read where the loop waits for the GPU
-anyway, at a logged point: nothing is synchronised for it. Waiting for data and for a save is the host's time.
+On a GPU, sections of a step are separated by events in the stream, which are read where the loop waits for the GPU
+anyway, at a logged point: nothing is synchronised for it. Waiting for data and for a checkpoint is the host's time.
 
 Within a section, a rank may wait for others, which tells nothing of its own speed: what is between `wait` and `go_on`,
 or the section's end, is not the rank's own time.
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 FEED, FORWARD, BACKWARD, OPTIMIZER, SAVE = SECTIONS = ("feed", "forward", "backward", "optimizer", "save")
 TEACHER = "teacher"  # the section of a run that distils
 OWN = (FEED, TEACHER, FORWARD, BACKWARD, OPTIMIZER)  # sections of which ranks compare their own time
-# of a step, without waiting for others: over ranks, the least, the (lower) median and the most, and who takes the most
+# time of a step without waiting for others, over ranks: minimum, (lower) median, maximum, and the rank of the maximum
 RANKS = ("rank_ms_min", "rank_ms_median", "rank_ms_max", "slowest_rank")
 # keys of a logged point that differ from run to run; `<section>_ms` is the mean over the steps since the last point
 SPEEDS = ("images_per_s", "mfu", "feed_queue", *(f"{section}_ms" for section in (*SECTIONS, TEACHER)), *RANKS)
@@ -38,7 +38,7 @@ class Stopwatch:
         self._clock = clock
         self._on_gpu = device is not None and device.type == "cuda"
         self._spent = dict.fromkeys(SECTIONS, 0.0)  # seconds since the last point
-        self._waited = dict.fromkeys(SECTIONS, 0.0)  # of `_spent`, for others
+        self._waited = dict.fromkeys(SECTIONS, 0.0)  # the part of `_spent` that was waiting for others
         self._laps: list[tuple[str, Any, Any]] = []  # (section, event at its start, at its end), to be read
         self._waits: list[tuple[str, Any, Any]] = []  # likewise
         self._in_lap: list[tuple[Any, Any]] = []  # (begin, end) of waits since the last lap
@@ -51,7 +51,7 @@ class Stopwatch:
         self._queued = self._num_asked = 0  # batches that were ready, in all; how often one was asked for
 
     def feeding(self, batches: Generator[T], position: Callable[[], int]) -> Generator[T]:
-        """`batches`, with the time that is waited for each; `position` tells how many samples are done."""
+        """`batches`, with the time that is waited for each; `position` returns how many samples are done."""
         self._since, self._position = self._clock(), position()
         with contextlib.closing(batches):
             while True:

@@ -31,7 +31,7 @@ class TrainedModel:
     """A model on this rank's device, and what it came of."""
 
     model: nn.Module
-    report: WeightsReport | None  # of pretrained weights
+    report: WeightsReport | None  # report of pretrained weights
     sharding: Sharding | None = None
     twin: nn.Module | None = None  # a sharded copy, for the EMA
     counted: nn.Module | None = None  # a copy without values, where the model is sharded: its FLOPs are counted

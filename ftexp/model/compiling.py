@@ -39,10 +39,10 @@ def keep_compiled() -> None:
     if "TORCHINDUCTOR_CACHE_DIR" in os.environ:
         return
     base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    folder = base / "ftexp" / "inductor"
+    directory = base / "ftexp" / "inductor"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        directory.mkdir(parents=True, exist_ok=True)
     except OSError:  # no home that can be written: torch's own place then
         return
-    if os.access(folder, os.W_OK | os.X_OK):
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
+    if os.access(directory, os.W_OK | os.X_OK):
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(directory)

@@ -34,7 +34,7 @@ class ShardedEMA(WeightsEMA):
 
     def __init__(self, config: EmaConfig, copied: nn.Module) -> None:
         """copied: a sharded copy of the model, with the same values."""
-        self._ema = ModelEmaV3(nn.Linear(1, 1), **_arguments(config))  # of which the decays are used
+        self._ema = ModelEmaV3(nn.Linear(1, 1), **_arguments(config))  # used for its decays only
         self.model = copied.eval()
 
     @torch.no_grad()

@@ -30,7 +30,7 @@ class Freezing:
 
     def __init__(self, freeze: dict[str, Any], model: nn.Module) -> None:
         self._model = model
-        self._first_epoch: dict[str, float] = {}  # of frozen parameters, by name
+        self._first_epoch: dict[str, float] = {}  # first epoch of frozen parameters, by name
         for part, epoch in freeze.items():
             for name in parameters_of(part, model):
                 first = _NEVER if epoch is None else float(epoch)

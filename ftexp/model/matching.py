@@ -19,7 +19,7 @@ from ftexp.model.parallel.parts import load_weights
 from ftexp.model.timm_private import Filter, classifier_names
 from ftexp.model.weights import StateDict, nothing_fits
 
-_MIN_SHARE = 0.5  # of the model's parameters outside of its classifier, that weights must give
+_MIN_SHARE = 0.5  # share of the model's parameters outside of its classifier, that weights must give
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class WeightsReport:
     source: str
     matched: list[str]
     resized: list[str]  # position tables, patch embeddings and input convolutions, fitted by timm's own functions
-    missing: list[str]  # of the model, not found in the weights: these start from scratch
-    unused: list[str]  # of the weights, with no place in the model or another shape
+    missing: list[str]  # the model's keys that the weights lack: these start from scratch
+    unused: list[str]  # the weights' keys with no place in the model, or of another shape
 
     def __str__(self) -> str:
         total = len(self.matched) + len(self.resized) + len(self.missing)

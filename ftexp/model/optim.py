@@ -23,7 +23,7 @@ def build_optimizer(config: OptimConfig, train: TrainConfig, model: nn.Module) -
     The fused kernel is used where torch has one and it is sound, unless `config.kwargs` says `fused: false`.
     """
     fused = config.name in _FUSED and not config.kwargs.get("foreach")  # torch refuses both together
-    if config.name in SGD_NAMES:  # of shards, torch has no fused SGD either
+    if config.name in SGD_NAMES:  # for shards, torch has no fused SGD either
         fused = fused and not begins_unevenly(train) and not is_sharded(model)
     kwargs = {"fused": True, **config.kwargs} if fused else config.kwargs
     try:

@@ -30,9 +30,9 @@ class TeacherSpec:
     mean: list[float]
     std: list[float]
     plugins: tuple[str, ...] = ()  # that it needs
-    uri: str | None = None  # of a run's checkpoint, with `file` in it
+    uri: str | None = None  # URI of a run's checkpoint, with `file` in it
     file: str = "model.pt"  # or extra_state.pt, for the EMA
-    # of the file that holds the weights, as a run's manifest has it (BLAKE3, or SHA-256); None: of the hub
+    # hash of the file that holds the weights, as a run's manifest has it (BLAKE3, or SHA-256); None: of the hub
     sha256: str | None = None
     # reads what lies at `uri` and `file`: the state dict, and the file's hash; given by those who know checkpoints
     read: Callable[[str, str], tuple[dict[str, Any], str]] | None = None

@@ -10,7 +10,7 @@ import torch
 from timm.models import _builder, is_model, model_entrypoint
 from torch import nn
 
-Filter = Callable[..., dict[str, torch.Tensor]]  # of a state dict and a model, or of a state dict alone
+Filter = Callable[..., dict[str, torch.Tensor]]  # filter of a state dict and a model, or of a state dict alone
 
 
 def checkpoint_filter(arguments: dict[str, Any]) -> Filter | None:

@@ -58,7 +58,7 @@ class Settings:
     """Settings under `predict.`"""
 
     top_k: int | None = ranged(None, low=1)
-    threshold: Any = None  # of data.task=multi_label: one for all classes, or one for each; None: 0.5
+    threshold: Any = None  # threshold of data.task=multi_label: one for all classes, or one for each; None: 0.5
     batch_size: int = ranged(64, low=1)
     part_rows: int = ranged(1000, low=1)
     format: str = choice("parquet", ("parquet", "csv"))

@@ -34,7 +34,7 @@ from ftexp.errors import DataError
 from ftexp.registry import Registry
 from ftexp.storage.directory import open_uri
 
-ALL = "all"  # of the splits: every image there is, with a label or without
+ALL = "all"  # all splits: every image there is, with a label or without
 _NONE = -1  # the label of an image whose class isn't known
 _BLOCKS_KEPT = 1  # a window of blocks, as BlockReader counts them: samples are read in the order of their files
 
@@ -45,7 +45,7 @@ class Inputs:
 
     split: IndexedSplit
     label_names: list[str]
-    digest: str  # of which images there are, and how large their files are
+    digest: str  # digest of the images' paths and file sizes
     bad: list[BadSample] = field(default_factory=list)  # files with an unknown number of images
     excluded: list[Excluded] = field(default_factory=list)  # entries that a rule keeps from being images
     listing: str | None = None  # the digest of all splits together, as a run has it; None: not known
@@ -112,7 +112,7 @@ class ArrayReader:
 
 
 @every_image.register("image_folder")
-def _folder(config: DataConfig, class_names: list[str]) -> Inputs:
+def _directory(config: DataConfig, class_names: list[str]) -> Inputs:
     """Return every image file below data.root; in class directories, or not."""
     import pyarrow as pa
 
@@ -134,7 +134,7 @@ def _list(config: DataConfig, _: list[str]) -> Inputs:
 
     listed = read_list(config, labelled=False)
     labels = _as_labels(listed.labels or [None] * len(listed.paths), config)
-    reader = FileReader(listed.filesystem, listed.folder, Shared(pa.array(listed.paths, pa.large_string())))
+    reader = FileReader(listed.filesystem, listed.directory, Shared(pa.array(listed.paths, pa.large_string())))
     return _inputs(reader, labels, _digest(((path, 0) for path in listed.paths), repr(labels).encode()))
 
 

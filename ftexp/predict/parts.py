@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 PLAN_FILE, BAD_FILE, PARTS = "predictions.json", "bad.csv", "parts"
-_FREE = ("run",)  # of a plan: a run may be moved, since the hash of its weights shows that they are the same
+# keys of a plan that may change: a run may be moved, since the hash of its weights shows that they are the same
+_FREE = ("run",)
 # what plans don't say that were written before it could be chosen
 _DATA_OF_BEFORE = {
     **{"crop_pct": None, "crop_mode": "center", "interpolation": "bicubic"},
@@ -48,19 +49,19 @@ class PredictionPlan:
     run: str
     checkpoint: str
     weights: str  # raw, or ema
-    weights_sha256: str  # of the file that holds them; BLAKE3 in checkpoints of format 3
+    weights_sha256: str  # SHA-256 of the file that holds them; BLAKE3 in checkpoints of format 3
     data: dict[str, Any]  # name, root and split, and how the images are seen
     num_images: int
-    listing_sha256: str  # of paths and file sizes
+    listing_sha256: str  # SHA-256 of paths and file sizes
     top_k: int
     format: str
     part_rows: int
     tta: str = "none"  # or hflip: with mirror images
-    thresholds: list[float] | None = None  # of each class; None: the surest classes are written, or numbers
+    thresholds: list[float] | None = None  # thresholds of each class; None: the surest classes are written, or numbers
 
     @property
     def num_parts(self) -> int:
-        """How many files there will be."""
+        """Return the number of files in all."""
         return -(-self.num_images // self.part_rows)
 
     def samples(self, part: int) -> Int64s:

@@ -24,8 +24,8 @@ from ftexp.predict.parts import PredictionPlan, WritePart
 from ftexp.predict.stopping import StopWhenAsked
 from ftexp.storage.directory import Storage
 
-_UNIT_ROWS, _UNIT_BYTES = 256, 32 * 2**20  # of what one task decodes; a smaller task costs more than it does
-_DATASET_UNITS = 4096  # of one Ray Dataset, whose plan is made in advance
+_UNIT_ROWS, _UNIT_BYTES = 256, 32 * 2**20  # limits of what one task decodes; a smaller task costs more than it does
+_DATASET_UNITS = 4096  # units of one Ray Dataset, whose plan is made in advance
 _WRITERS = 2
 _IN_FLIGHT = 2  # units that an actor has: one that it works on, and the next
 _ROW_EXTRA_BYTES = 256  # path, sample number, label and error
@@ -109,11 +109,11 @@ class PredictionJob:
         """Make these parts; yields the number of each, once it is written, with how many images in it are bad."""
         answer_bytes = 12 * self.plan.top_k
         row_bytes = self.run.info.image_size**2 * self.run.info.channels + answer_bytes + _ROW_EXTRA_BYTES
-        most_rows = max(self.batch_size, min(_UNIT_ROWS, _UNIT_BYTES // row_bytes))
+        max_rows = max(self.batch_size, min(_UNIT_ROWS, _UNIT_BYTES // row_bytes))
         waiting: list[Int64s] = []
         for part in parts:
             samples = self.plan.samples(part)
-            waiting += np.array_split(samples, -(-len(samples) // most_rows))
+            waiting += np.array_split(samples, -(-len(samples) // max_rows))
             if len(waiting) >= _DATASET_UNITS or part == parts[-1]:
                 yield from self._write_units(waiting, row_bytes)
                 waiting = []

@@ -8,6 +8,8 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
+from ftexp.cli.wrapping import say
+
 _LINE_EVERY_S = 10.0
 
 
@@ -16,7 +18,7 @@ class ImageProgress:
 
     def __init__(self, console: Console, total: int) -> None:
         self._console, self._total, self._done = console, total, 0
-        self._began = self._told = time.monotonic()
+        self._began = self._printed = time.monotonic()
         self._bar: Progress | None = None
         self._task = TaskID(0)
         if console.is_terminal and total:
@@ -38,9 +40,9 @@ class ImageProgress:
         now = time.monotonic()
         if self._bar is not None:
             self._bar.update(self._task, completed=self._done, description=str(self))
-        elif now - self._told >= _LINE_EVERY_S and self._done < self._total:
-            self._told = now
-            self._console.print(str(self), markup=False, soft_wrap=True)
+        elif now - self._printed >= _LINE_EVERY_S and self._done < self._total:
+            self._printed = now
+            say(self._console, str(self))
 
     @property
     def seconds(self) -> float:

@@ -12,6 +12,7 @@ import ray  # before a thread imports what imports it
 from ftexp.checkpoint.manifest import Manifest, content_hash
 from ftexp.checkpoint.reading import read_weights
 from ftexp.cli.trained_run import SavedRun
+from ftexp.cli.wrapping import say
 from ftexp.cluster.hot_start.driver import HotStart, on_joined_nodes
 from ftexp.cluster.interruptible import fit_interruptibly
 from ftexp.cluster.ray_cluster import import_meanwhile, leave_ray, quiet_data, start_ray
@@ -42,9 +43,9 @@ _FILE_OF = {"raw": "model.pt", "ema": "extra_state.pt"}  # that holds the weight
 class Request:
     """A prediction: its data, its model and its output."""
 
-    config: Config  # of the data as the model sees it, the model, the scaling
+    config: Config  # config of the data as the model sees it, the model, the scaling
     run: SavedRun
-    manifest: Manifest  # of the checkpoint
+    manifest: Manifest  # manifest of the checkpoint
     weights: str  # raw, or ema
     tta: str  # none, or hflip
     split: str
@@ -54,7 +55,7 @@ class Request:
     part_rows: int
     format: str
     is_runs_own: bool  # the data that the run was trained on, cut into the same splits
-    thresholds: list[float] | None = None  # of each class, where an image may have any number of them
+    thresholds: list[float] | None = None  # thresholds of each class, where an image may have any number of them
 
     def plan(self, inputs: Inputs) -> PredictionPlan:
         """Return the plan to write, by which the command resumes."""
@@ -133,7 +134,7 @@ def _predict(request: Request, workers: Workers) -> None:
     missing = begin(request.out, plan)
     _print_header(console, request, plan, missing, f"{workers} · {num_decoding} CPUs decode")
     for excluded in inputs.excluded:
-        console.print(f"excluded {excluded}", markup=False, soft_wrap=True)
+        say(console, f"excluded {excluded}")
     weights = Shared(_as_array(read_weights(run.store, request.manifest, request.weights)))
     job = PredictionJob(run, weights, inputs, plan, request.out, workers, num_decoding, request.batch_size)
     with ImageProgress(console, sum(len(plan.samples(part)) for part in missing)) as progress:
@@ -186,7 +187,7 @@ def _print_header(console: Console, request: Request, plan: PredictionPlan, miss
         ("images", f"{plan.num_images:,} of {root} (split {plan.data['split']}){mirrored}{already}"),
         ("workers", workers),
     ):
-        console.print(f"{title:<9}{text}", markup=False, soft_wrap=True)
+        say(console, f"{title:<9}{text}")
 
 
 def _print_summary(console: Console, request: Request, plan: PredictionPlan, bad: list[Any], progress: Any) -> None:
@@ -197,10 +198,10 @@ def _print_summary(console: Console, request: Request, plan: PredictionPlan, bad
         console.print(f"{'speed':<9}{progress.rate:,.0f} images/s over {progress.seconds:.1f} s", markup=False)
     files = f"{plan.num_parts:,} {plan.format} file{'s' if plan.num_parts > 1 else ''}"
     line = f"{plan.num_images:,} images in {files}: {request.out.child(PARTS).uri}"
-    console.print(f"{'written':<9}{line}", markup=False, soft_wrap=True)
+    say(console, f"{'written':<9}{line}")
     if bad:
         number = "1 image" if len(bad) == 1 else f"{len(bad):,} images"
         listed = request.out.uri.rstrip("/") + f"/{BAD_FILE}"
-        console.print(f"{'bad':<9}{number} can't be read: {listed}", style="yellow", markup=False, soft_wrap=True)
+        say(console, f"{'bad':<9}{number} can't be read: {listed}", "yellow")
     for sample in bad[:_MAX_BAD_SHOWN]:
-        console.print(f"         {sample.where}: {sample.reason}", markup=False, soft_wrap=True)
+        say(console, f"         {sample.where}: {sample.reason}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from typing import Any
 
-# of the process, since Ray makes the callbacks itself, and sends their class to its workers
+# global to the process, since Ray makes the callbacks itself, and sends their class to its workers
 _asked, _running = threading.Event(), threading.Event()
 
 

@@ -14,12 +14,12 @@ from ftexp.report.timeline import PHASES, TRAINING, Timeline, saves
 
 _WIDTH, _HEIGHT = 480.0, 250.0
 LEFT, _RIGHT, _TOP, _BOTTOM = 54.0, 10.0, 30.0, 34.0
-_HOVERS = 120  # places of a chart that tell their numbers
+_HOVERS = 120  # places of a chart that show their numbers
 _NEAR = 5.0  # pixels within which marks are one
-LETTER = 6.0  # pixels of a letter of a label, about
+LETTER = 6.8  # pixels of a letter of a label in a wide font, about
 _ROW = 14.0  # pixels from a row of labels to the next
 _LOG_FROM = 30.0  # ratio of the largest to the smallest value
-_MAX_TITLES = 3  # of marks that are one
+_MAX_TITLES = 3  # titles of marks drawn as one
 _MAX_LINES = 30  # through a chart; more would hide it, and leave their marks above it
 
 
@@ -94,7 +94,7 @@ class Plot:
 
     def _mark_x(self, marks: Sequence[tuple[float, str]]) -> int:
         """Draw ticks with texts, in as many rows as needed; returns how many."""
-        ends: list[float] = []  # of each row: where its last text ends
+        ends: list[float] = []  # ends of each row: where its last text ends
         for value, text in marks:
             x, half = self.x(value), LETTER * len(text) / 2
             middle = min(x, self._drawing.width - half)
@@ -168,16 +168,16 @@ def legend(drawing: Drawing, entries: Sequence[tuple[str, str]], x: float, y: fl
 
 
 def timeline_chart(run: RunFiles, timeline: Timeline, width: float) -> Drawing:
-    """Return a strip of what each second went to, the saves below it, failures above."""
+    """Return a strip of what each second went to, the checkpoints below it, failures above."""
     drawing = Drawing("Timeline", width, 0)
     sums = timeline.seconds_by_phase()
     used = [(phase, phase) for phase in PHASES if sums[phase]]
-    top = legend(drawing, [*used, ("save", "save")], 0) + 28
+    top = legend(drawing, [*used, ("checkpoint", "save")], 0) + 28
 
     def place(when: float) -> float:
         return timeline.running_s(when) / (timeline.total_s or 1) * width
 
-    for begin, end in pairwise([0.0, *(place(call.end) for call in timeline.calls)]):
+    for begin, end in pairwise([0.0, *(place(invocation.end) for invocation in timeline.invocations)]):
         drawing.add(Box(begin, top, max(end - begin - 1, 0.5), 34, TRAINING))
     lost = [(place(s.begin), place(s.end), s.phase, s.seconds) for s in timeline.segments if s.phase != TRAINING]
     for x, right, phase, title in _strips(lost):
@@ -205,10 +205,10 @@ def _strips(found: Sequence[tuple[float, float, str, float]]) -> list[tuple[floa
             strips[-1][3].append((role, seconds))
         else:
             strips.append((x, right, role, [(role, seconds)]))
-    return [(x, right, *_told(inside)) for x, right, _, inside in strips]
+    return [(x, right, *_summary(inside)) for x, right, _, inside in strips]
 
 
-def _told(inside: list[tuple[str, float]]) -> tuple[str, str]:
+def _summary(inside: list[tuple[str, float]]) -> tuple[str, str]:
     """Return the role that took most, and a title."""
     total = sum(seconds for _, seconds in inside)
     role = max(inside, key=lambda one: one[1])[0]

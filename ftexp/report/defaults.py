@@ -28,7 +28,7 @@ def config_differences(config: dict[str, Any]) -> list[tuple[str, Any, Any]]:
 
 @functools.cache
 def _defaults() -> dict[str, Any]:
-    state = Singleton.get_state()  # of the command that this is called in, if Hydra runs it
+    state = Singleton.get_state()  # state of the command that this is called in, if Hydra runs it
     try:
         GlobalHydra.instance().clear()
         with initialize_config_dir(str(config_dir()), version_base="1.3"):

@@ -19,7 +19,7 @@ from ftexp.report.source import RunFiles
 from ftexp.report.text import cut
 from ftexp.report.timeline import PHASES, build_timeline
 
-_WIDE, _NARROW = 1000.0, 360.0  # of the timeline, in pixels; which one is seen depends on the screen
+_WIDE, _NARROW = 1000.0, 360.0  # pixels of the timeline; which one is seen depends on the screen
 _MAX_CELLS = 100  # classes of a confusion matrix that is drawn
 
 
@@ -58,7 +58,7 @@ class Report:
         rates = curve(run, "train", "lr", "learning rate", "val")
         if rates.points:
             yield "learning_rate", chart("Learning rate", rates)
-        if timeline.calls:
+        if timeline.invocations:
             yield "timeline", timeline_chart(run, timeline, _WIDE)
         found = run.evaluation
         if found and found.get("confusion") and len(found["classes"]) <= _MAX_CELLS:
@@ -98,8 +98,13 @@ class Report:
         state, model = self._state, self.run.config.get("model", {}).get("name", "")
         parameters = state.get("model", {}).get("num_parameters")
         began = minute(state["started"]) if "started" in state else ""
-        told = (model, f"{parameters:,} parameters" if parameters else "", state.get("data", {}).get("name", ""), began)
-        return " · ".join(str(part) for part in told if part)
+        facts = (
+            model,
+            f"{parameters:,} parameters" if parameters else "",
+            state.get("data", {}).get("name", ""),
+            began,
+        )
+        return " · ".join(str(part) for part in facts if part)
 
     def _numbers(self) -> Iterator[tuple[str, str, str]]:
         """Yield (title, value, what stands below) of the headline."""

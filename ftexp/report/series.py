@@ -13,7 +13,7 @@ from itertools import pairwise
 from ftexp.report.source import RunFiles
 from ftexp.report.timeline import Timeline
 
-MAX_BUCKETS = 400  # of a curve: about as many as a chart has pixels
+MAX_BUCKETS = 400  # buckets of a curve: about as many as a chart has pixels
 
 
 @dataclass(frozen=True)
@@ -39,14 +39,14 @@ class Series:
         """Its ys."""
         return [y for _, y in self.points]
 
-    def buckets(self, most: int = MAX_BUCKETS) -> list[Bucket]:
+    def buckets(self, max_buckets: int = MAX_BUCKETS) -> list[Bucket]:
         """Return at most so many buckets, each with its extremes; one for each point if there are fewer."""
-        if len(self.points) <= most:
+        if len(self.points) <= max_buckets:
             return [Bucket(x, y, y, y) for x, y in self.points]
         first, last = self.points[0][0], self.points[-1][0]
         groups: dict[int, list[tuple[float, float]]] = {}
         for x, y in self.points:
-            groups.setdefault(min(most - 1, int((x - first) / (last - first) * most)), []).append((x, y))
+            groups.setdefault(min(max_buckets - 1, int((x - first) / (last - first) * max_buckets)), []).append((x, y))
         return [_bucket(group) for _, group in sorted(groups.items())]
 
 
@@ -108,17 +108,17 @@ class Axis:
             return math.log(max(value, self.low) / self.low) / math.log(self.high / self.low)
         return (value - self.low) / (self.high - self.low)
 
-    def ticks(self, most: int = 6) -> list[float]:
+    def ticks(self, max_ticks: int = 6) -> list[float]:
         """Return round numbers on it, at most about so many."""
         if self.log:
             powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
             for digits in ((1, 2, 5), (1, 3), (1,)):
                 found = [digit * 10.0**power for power in powers for digit in digits]
                 found = [value for value in found if self.low <= value <= self.high]
-                if len(found) <= most + 1:
+                if len(found) <= max_ticks + 1:
                     return found
-            return found[:: math.ceil(len(found) / most)]
-        step = round_step((self.high - self.low) / most)
+            return found[:: math.ceil(len(found) / max_ticks)]
+        step = round_step((self.high - self.low) / max_ticks)
         first, last = math.ceil(self.low / step), math.floor(self.high / step + 1e-9)
         return [number * step for number in range(first, last + 1)]
 

@@ -23,7 +23,7 @@ from ftexp.rundir.names import (
 from ftexp.storage.append_log import read_lines
 from ftexp.storage.directory import Storage
 
-_SPLITS = ("test", "val", "train")  # of which an evaluation is shown, the first that there is
+_SPLITS = ("test", "val", "train")  # splits of which an evaluation is shown, the first that there is
 
 Record = dict[str, Any]
 
@@ -73,7 +73,7 @@ def read_run(storage: Storage) -> RunFiles:
         config_text=config_text,
         overrides=[str(word) for word in overrides] if isinstance(overrides, list) else [],
         evaluation=next(filter(None, (_evaluation(storage, split) for split in _SPLITS)), None),
-        kept=frozenset(_folders(storage.child(CHECKPOINTS))),
+        kept=frozenset(_directories(storage.child(CHECKPOINTS))),
     )
 
 
@@ -98,9 +98,9 @@ def _evaluation(storage: Storage, split: str) -> Record | None:
     return None
 
 
-def _folders(storage: Storage) -> list[str]:
+def _directories(storage: Storage) -> list[str]:
     path = storage.local_path
     if path is None:
-        return storage.list_folders()
+        return storage.list_directories()
     # without pyarrow, which takes longer to import than the rest of a report takes
     return [entry.name for entry in path.iterdir() if entry.is_dir()] if path.is_dir() else []

@@ -16,14 +16,14 @@ from ftexp.storage.directory import Storage
 
 _TOP, _BOTTOM, _SIDE = 52.0, 24.0, 46.0  # around the axes of the wide chart
 _HEIGHT = 300.0
-_ROW, _FIRST_ROW, _ROW_SIDE = 62.0, 44.0, 14.0  # of the narrow one, whose axes lie below each other
+_ROW, _FIRST_ROW, _ROW_SIDE = 62.0, 44.0, 14.0  # the narrow one, whose axes lie below each other
 _LOG_SPAN = 8.0  # numbers that span more than this factor get a logarithmic axis
-_MAX_PLACES = 12  # of values that are words: names of more would run into each other
+_MAX_PLACES = 12  # places of values that are words: names of more would run into each other
 _BEST, _OTHER, _OPEN = "val", "train", "faint"
 _FAINTEST, _STRONGEST = 0.18, 0.85
 _CURVE_HEIGHT = 300.0
 _NARROW, PANEL = 360.0, 420.0
-_INSET = 0.07  # of a panel's width, at both ends, that no trial lies in
+_INSET = 0.07  # inset of a panel's width, at both ends, that no trial lies in
 _NAME_LETTERS, _TITLE_LETTERS = 14, 55
 _LETTER = 6.6  # pixels of a letter of a label, at most
 _FEW = 6  # numbers that are marked themselves, where others get round ones
@@ -34,7 +34,7 @@ class TrialLine:
     """A trial as a chart shows it."""
 
     name: str
-    values: dict[str, str]  # of the swept keys
+    values: dict[str, str]  # values of the swept keys
     score: float | None  # None: it has not come to one
     finished: bool
     place: int  # 0: the best
@@ -59,9 +59,9 @@ def trial_lines(record: SweepRecord, ordered: Sequence[Reached], keys: Sequence[
     ]
 
 
-def learning_curve(folder: Storage, record: SweepRecord, each: Reached) -> list[Point]:
+def learning_curve(directory: Storage, record: SweepRecord, each: Reached) -> list[Point]:
     """Return (epoch, metric) of a trial."""
-    return [(float(epoch), value) for epoch, value in curve(folder, each.trial, record.metric)]
+    return [(float(epoch), value) for epoch, value in curve(directory, each.trial, record.metric)]
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from ftexp.rundir.sweep_record import Reached, look
 from ftexp.storage.directory import Storage
 
 _WIDE = 1000.0
-_MAX_LINES = 300  # of a chart: the best, since more would be a surface
+_MAX_LINES = 300  # lines of a chart: the best, since more would be a surface
 _STATUS = {FINISHED: "good", FAILED: "bad"}
 _METRICS = ("val_accuracy", "val_loss", "test_accuracy", "test_loss")  # that get a column, where trials have them
 
@@ -25,15 +25,15 @@ _METRICS = ("val_accuracy", "val_loss", "test_accuracy", "test_loss")  # that ge
 class SweepReport:
     """A sweep, drawn. `charts` are by the name of their PNG."""
 
-    def __init__(self, folder: Storage, run_report: str) -> None:
+    def __init__(self, directory: Storage, run_report: str) -> None:
         """run_report: file name of a trial's own report; ConfigError if there is no sweep."""
-        self._folder, self._run_report = folder, run_report
-        self._record, trials = look(folder)
+        self._directory, self._run_report = directory, run_report
+        self._record, trials = look(directory)
         self._ordered = ranked(self._record, trials)
         self._keys = varying(self._record, self._ordered) or self._record.keys
         self._lines = trial_lines(self._record, self._ordered, self._keys)
         few = zip(self._lines[:_MAX_LINES], self._ordered, strict=False)
-        self._curves = [(line, learning_curve(folder, self._record, each)) for line, each in few]
+        self._curves = [(line, learning_curve(directory, self._record, each)) for line, each in few]
         self.charts = dict(self._charts(_WIDE))
 
     def _charts(self, width: float | None) -> Iterator[tuple[str, Drawing]]:
@@ -57,7 +57,7 @@ class SweepReport:
             record=record,
             keys=self._keys,
             began=minute(record.started),
-            uri=self._folder.uri,
+            uri=self._directory.uri,
             numbers=self._numbers(counts),
             metrics=[name for name in _METRICS if name in there and name != record.metric],
             kinds=_STATUS,
@@ -65,14 +65,14 @@ class SweepReport:
             failed=[row for row in trials if row[1].trial.error is not None],
             charts=self.charts,
             narrow=dict(self._charts(None)),
-            most=_MAX_LINES,
+            max_lines=_MAX_LINES,
         )
 
     def _numbers(self, counts: Counter[str]) -> Iterator[tuple[str, str, str]]:
         best = self._lines[0] if self._lines and self._lines[0].finished else None
         if best is not None and best.score is not None:
-            told = ", ".join(f"{key}={value}" for key, value in best.values.items())
-            yield f"best {self._record.metric}", f"{best.score:.4f}", cut(told, 120)
+            values = ", ".join(f"{key}={value}" for key, value in best.values.items())
+            yield f"best {self._record.metric}", f"{best.score:.4f}", cut(values, 120)
         others = ", ".join(f"{number:,} {status}" for status, number in counts.items() if status != FINISHED)
         yield "trials", f"{len(self._ordered):,}", others or "all finished"
         states = [each.state for each in self._ordered if each.state is not None]
@@ -85,7 +85,7 @@ class SweepReport:
 
     def _link(self, each: Reached) -> str | None:
         """Return the link to the trial's own report, if there is one."""
-        path = self._folder.local_path
+        path = self._directory.local_path
         if path is None or not (path / each.trial.name / self._run_report).is_file():
             return None
         return f"{quote(plain(each.trial.name))}/{self._run_report}"

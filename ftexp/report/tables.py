@@ -14,7 +14,7 @@ _ERROR_LETTERS = 160
 
 
 def checkpoints(run: RunFiles) -> list[tuple[Record, str]]:
-    """Return (event, state) of every save, the newest first.
+    """Return (event, state) of every checkpoint, the newest first.
 
     The state is kept, removed or failed.
     """

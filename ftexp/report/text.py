@@ -10,10 +10,10 @@ def plain(value: object) -> str:
     return str(value).encode("utf-8", "replace").decode()
 
 
-def cut(value: object, most: int) -> str:
+def cut(value: object, max_length: int) -> str:
     """Return one line of at most so many characters."""
     line = " ".join(plain(value).split())
-    return line if len(line) <= most else f"{line[: most - 1]}…"
+    return line if len(line) <= max_length else f"{line[: max_length - 1]}…"
 
 
 def decimals(value: Any) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ftexp.report.source import Record, RunFiles
 
-# of one command, in the order in which they come; a failure's account in run.json has the same three in the middle
+# phases of an invocation, in their order; a failure's account in run.json has the same three in the middle
 STARTING, DETECTING, RESTARTING, RESTORING = "starting", "detecting", "restarting", "restoring"
 REPLAYING, TRAINING, ENDING = "replaying", "training", "ending"
 PHASES = {
@@ -17,7 +17,7 @@ PHASES = {
     DETECTING: "from a failure, or the last sign of life, to its detection by Ray",
     RESTARTING: "from detection to new workers",
     RESTORING: "building the model and reading the checkpoint, to the first batch",
-    STARTING: "from the start of the command to its first workers",
+    STARTING: "from the start of the driver to its first workers",
     ENDING: "the test evaluation and shutdown",
 }
 _ENDS = ("finished", "failed", "interrupted")
@@ -39,7 +39,7 @@ class Segment:
 
 @dataclass
 class Interruption:
-    """One failure, or end of a command, and what it took to go on."""
+    """One failure, or end of a command, and what it took to continue."""
 
     at: float  # when the first process died; since 1970
     step: int
@@ -48,9 +48,9 @@ class Interruption:
     error: str = ""
     decision: str = ""
     seconds: dict[str, float] = field(default_factory=dict)  # by phase
-    steps_replayed: int | None = None  # None: it didn't go on
+    steps_replayed: int | None = None  # None: it didn't continue
     restored: str | None = None  # the checkpoint
-    recovery: str | None = None  # what training went on from: replaced, memory, storage or start
+    recovery: str | None = None  # what training continued from: replaced, memory, storage or start
 
     @property
     def lost_s(self) -> float:
@@ -63,8 +63,8 @@ class Interruption:
 
 
 @dataclass
-class Call:
-    """One time that the command was given."""
+class Invocation:
+    """One start of the command, until its last sign of life."""
 
     begin: float
     end: float
@@ -72,9 +72,9 @@ class Call:
 
 @dataclass
 class Timeline:
-    """A run's time, without the time between its commands."""
+    """A run's time, without the time between invocations."""
 
-    calls: list[Call]
+    invocations: list[Invocation]
     segments: list[Segment] = field(default_factory=list)
     interruptions: list[Interruption] = field(default_factory=list)
     attempts: list[tuple[int, float]] = field(default_factory=list)  # (where its new steps began, when it was ready)
@@ -82,11 +82,13 @@ class Timeline:
     @property
     def total_s(self) -> float:
         """Seconds that a command was running."""
-        return sum(call.end - call.begin for call in self.calls)
+        return sum(invocation.end - invocation.begin for invocation in self.invocations)
 
     def running_s(self, when: float) -> float:
         """Return how many of them had passed then."""
-        return sum(min(max(when - call.begin, 0.0), call.end - call.begin) for call in self.calls)
+        return sum(
+            min(max(when - invocation.begin, 0.0), invocation.end - invocation.begin) for invocation in self.invocations
+        )
 
     def seconds_by_phase(self) -> dict[str, float]:
         """Return the sum of each."""
@@ -102,20 +104,21 @@ def build_timeline(run: RunFiles) -> Timeline:
         return Timeline([])
     starts = sorted({run.events[0]["time"], *(event["time"] for event in run.named("command_started"))})
     times = sorted([event["time"] for event in run.events] + [point["time"] for point in run.points])
-    calls = []
+    invocations = []
     for begin, after in zip(starts, [*starts[1:], float("inf")], strict=True):
-        calls.append(Call(begin, times[bisect.bisect_left(times, after) - 1]))  # to the last sign of life
-    follower = _Follower(Timeline(calls))
-    for call in calls:
+        invocations.append(Invocation(begin, times[bisect.bisect_left(times, after) - 1]))  # to the last sign of life
+    follower = _Follower(Timeline(invocations))
+    for invocation in invocations:
         events, points = (
-            [one for one in lines if call.begin <= one["time"] <= call.end] for lines in (run.events, run.points)
+            [one for one in lines if invocation.begin <= one["time"] <= invocation.end]
+            for lines in (run.events, run.points)
         )
-        follower.follow(call, events, points)
+        follower.follow(invocation, events, points)
     return follower.timeline
 
 
 class _Follower:
-    """Walks through the events of one call after the other."""
+    """Walks through the events of one invocation after another."""
 
     def __init__(self, timeline: Timeline) -> None:
         self.timeline = timeline
@@ -123,9 +126,9 @@ class _Follower:
         self._farthest = 0  # step that was ever done
         self._open: Interruption | None = None  # that isn't caught up with
 
-    def follow(self, call: Call, events: list[Record], points: list[Record]) -> None:
-        """Add what happened in a call to the timeline."""
-        self._phase, self._since = STARTING, call.begin
+    def follow(self, invocation: Invocation, events: list[Record], points: list[Record]) -> None:
+        """Add what happened in an invocation to the timeline."""
+        self._phase, self._since = STARTING, invocation.begin
         end = next((event for event in reversed(events) if event["event"] in _ENDS), None)
         for event in events:
             if event is end:
@@ -135,12 +138,12 @@ class _Follower:
                 handler(event)
             if event["event"] != "ready":  # whose step is what the attempt goes back to
                 self._farthest = max(self._farthest, event.get("step") or 0)
-        self._close(self._phase, call.end)
+        self._close(self._phase, invocation.end)
         self._farthest = max([self._farthest, *(point["step"] for point in points)])
-        cause = end["event"] if end is not None else "command killed"
+        cause = end["event"] if end is not None else "driver died"
         # where it failed, the failure that ended it is there
-        if call is not self.timeline.calls[-1] and cause not in ("finished", "failed"):
-            self._open = Interruption(call.end, self._farthest, cause, decision="the command was run again")
+        if invocation is not self.timeline.invocations[-1] and cause not in ("finished", "failed"):
+            self._open = Interruption(invocation.end, self._farthest, cause, decision="the command was run again")
             self.timeline.interruptions.append(self._open)
 
     def _close(self, phase: str, until: float) -> None:

@@ -86,14 +86,14 @@ class RunClock:
         """A process of the current attempt was lost, or raised."""
         self._died_at = when if self._died_at is None else self._died_at
 
-    def failed(self, told_late: bool) -> float:
-        """The current attempt failed; returns the seconds to detect it. `told_late`: Ray knew when it began.
+    def failed(self, reported_late: bool) -> float:
+        """The current attempt failed; returns the seconds to detect it. `reported_late`: Ray knew when it began.
 
         A machine that loses its power, or its network, doesn't say so: then its silence counts.
         """
         self.noticed_at = self.now()
         died_at = next(when for when in (self._died_at, self._heard_at, self.noticed_at) if when is not None)
-        if told_late:
+        if reported_late:
             self.noticed_at = died_at
         self._noticed = self._since(self.noticed_at)
         self._recovering = None

@@ -19,9 +19,9 @@ _HEAD = ("time", "split", "step", "epoch")
 
 
 class MetricsLog:
-    """Writes metrics.jsonl, and the metrics in a run's state. `score`: the metric that tells the best, `min` or `max`.
+    """Writes metrics.jsonl, and the metrics in a run's state.
 
-    `on_point` is called with each new line.
+    `score` is the metric that ranks checkpoints, by `min` or `max`; `on_point` is called with each new line.
     """
 
     def __init__(self, storage: Storage, state: RunState, score: tuple[str, str]) -> None:

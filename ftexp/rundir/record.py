@@ -65,10 +65,10 @@ class RunRecord:
         self._flushed = steady()  # or tried
         self.problem: str | None = None  # why the records couldn't be written the last time
         self.observers: list[Callable[[events.Event, float], None]] = []  # called with each event and its time
-        self.heard_at: float | None = None  # when a worker last reported a step, a point or a save
+        self.heard_at: float | None = None  # when a worker last reported a step, a point or a checkpoint
         self.died_rank: int | None = None  # that of the current attempt's first process that was lost
         self._num_written = len(state.failures)  # that run.json holds
-        self._workers: dict[int, Hello] = {}  # of the current attempt, by rank
+        self._workers: dict[int, Hello] = {}  # workers of the current attempt, by rank
         self._lineage = Lineage()
         self._is_ready = False  # the current attempt: until then its workers know no step, and say 0
 
@@ -169,8 +169,13 @@ class RunRecord:
         if self.problem is not None:
             raise StorageError(f"the records of {self.storage.uri} can't be written: {self.problem}; make room there")
 
-    def fail(self, cause: str, rank: int | None, error: str, decision: str = "", told_late: bool = False) -> Failure:
-        """Record that the current attempt's worker group failed. `told_late`: Ray knew when the first process ended."""
+    def fail(
+        self, cause: str, rank: int | None, error: str, decision: str = "", reported_late: bool = False
+    ) -> Failure:
+        """Record that the current attempt's worker group failed.
+
+        reported_late: Ray knew when the first process ended.
+        """
         progressed = self.clock.has_progressed
         failure = Failure(
             attempt=self.state.attempts,
@@ -181,7 +186,7 @@ class RunRecord:
             decision=decision,
             step=self.state.step,
             error=error,
-            seconds_to_detect=self.clock.failed(told_late),
+            seconds_to_detect=self.clock.failed(reported_late),
         )
         self.state.failures.append(failure)
         self.died_rank = None
@@ -194,7 +199,7 @@ class RunRecord:
 
     @property
     def unwritten_failures(self) -> list[Failure]:
-        """Those that run.json may lack, since it could not be written."""
+        """Return the failures that run.json may lack, since it could not be written."""
         return self.state.failures[self._num_written :]
 
     def add_unwritten(self, failures: Sequence[Failure]) -> None:

@@ -1,4 +1,4 @@
-"""Which samples drove which update: written beside the training when `train.ledger` is set, and read back to prove it.
+"""Which samples drove which update: written during training when `train.ledger` is set, and read back to prove it.
 
 Every rank appends a line a step to its own file, ledger/a<attempt>.r<rank>.jsonl, before a checkpoint can hold
 that step. So a step that a checkpoint holds is in the ledger, whatever is killed.
@@ -29,7 +29,7 @@ class SampleLedger:
         self._log = AppendLog(storage, f"a{attempt:04d}.r{rank}.jsonl") if storage is not None else None
 
     def note(self, step: int, batch: Batch, skipped: bool = False) -> None:
-        """Record that this rank's share of `batch` drove update number `step`, or was left out of it."""
+        """Record that this rank's share of `batch` drove update number `step`, or was skipped."""
         line = {"step": step, "positions": batch.positions.tolist(), "samples": batch.samples.tolist()}
         self._append({**line, "skipped": True} if skipped else line)
 
@@ -70,9 +70,9 @@ def _attempt(name: str) -> int:
 def read_updates(run_dir: Storage) -> list[Update]:
     """The updates that made the weights, by step: where a step was done again, the last time counts."""
     shares: dict[int, dict[int, list[dict[str, Any]]]] = {}  # step -> attempt -> a line of each rank
-    folder = run_dir.child(LEDGER)
-    for name in folder.list_files():
-        for step, line in _standing(read_lines(folder, name)).items():
+    directory = run_dir.child(LEDGER)
+    for name in directory.list_files():
+        for step, line in _standing(read_lines(directory, name)).items():
             shares.setdefault(step, {}).setdefault(_attempt(name), []).append(line)
     updates = []
     for step in sorted(shares):
@@ -87,7 +87,7 @@ def read_updates(run_dir: Storage) -> list[Update]:
 def _standing(lines: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
     """One rank's lines of one attempt by step, without what was rolled back."""
     standing: dict[int, dict[str, Any]] = {}
-    for line in lines:  # no checkpoint holds the step of a line that was torn
+    for line in lines:  # no checkpoint holds the step of a line that was truncated
         if "back_to" in line:
             standing = {step: kept for step, kept in standing.items() if step <= line["back_to"]}
         else:

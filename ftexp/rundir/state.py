@@ -30,7 +30,7 @@ class Failure:
     seconds_to_restore: float | None = None  # from there to the first batch
     seconds_to_new_step: float | None = None  # from there to the end of the first step that had never been done before
     steps_replayed: int | None = None
-    recovery: str | None = None  # what training went on from: replaced, memory, storage or start; None: it didn't yet
+    recovery: str | None = None  # what training continued from: replaced, memory, storage or start; None: it didn't yet
     node: str | None = None  # that the rank ran on
     progressed: bool = True  # whether its attempt did a step that had never been done before
     decision: str = ""  # what happened then, and the arithmetic behind it
@@ -53,7 +53,7 @@ class RunState:
     data: dict[str, Any] = field(default_factory=dict)
     fingerprint: dict[str, Any] = field(default_factory=dict)  # config keys that define the run
     attempts: int = 0
-    world_sizes: list[int] = field(default_factory=list)  # of each attempt
+    world_sizes: list[int] = field(default_factory=list)  # world size of each attempt
     failures: list[Failure] = field(default_factory=list)
     accumulate_steps: int | None = None  # since memory ran out, if more than configured
     skipped: list[list[int]] = field(default_factory=list)  # [start, end) positions that drive no update
@@ -67,10 +67,10 @@ class RunState:
     snapshots: dict[str, Any] | None = None  # in memory: steps from one to the next, and what one costs: SnapshotsTaken
     started: float = field(default_factory=time.time)  # seconds since 1970
     seconds: float = 0.0  # wall time over all calls of the command
-    productive_s: float = 0.0  # of it, on steps that had not been done before, and what they brought along
+    productive_s: float = 0.0  # seconds on steps that had not been done before, and what they brought along
     goodput: float | None = None  # productive_s / seconds
     versions: dict[str, str] = field(default_factory=package_versions)
-    hardware: dict[str, Any] = field(default_factory=dict)  # of rank 0's node, in the latest attempt
+    hardware: dict[str, Any] = field(default_factory=dict)  # hardware of rank 0's node, in the latest attempt
 
 
 def read_state(storage: Storage) -> RunState | None:

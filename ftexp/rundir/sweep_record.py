@@ -26,8 +26,8 @@ WAITING, STOPPED = "waiting", "stopped"  # stopped: early, since others do bette
 class Trial:
     """One trial of a sweep."""
 
-    name: str  # of its run directory, inside the sweep's
-    values: dict[str, str]  # of the swept keys
+    name: str  # name of its run directory, inside the sweep's
+    values: dict[str, str]  # values of the swept keys
     epochs: int
     status: str = WAITING
     error: str | None = None  # why it failed
@@ -46,9 +46,9 @@ class SweepRecord:
     trials: list[Trial] = field(default_factory=list)
     started: float = field(default_factory=time.time)  # seconds since 1970
 
-    def write(self, folder: Storage) -> None:
+    def write(self, directory: Storage) -> None:
         """Bring sweep.json up to date; it is there whole, or as it was."""
-        folder.write_bytes(SWEEP_FILE, json.dumps(dataclasses.asdict(self), indent=1).encode())
+        directory.write_bytes(SWEEP_FILE, json.dumps(dataclasses.asdict(self), indent=1).encode())
 
     def take_over(self, trials: list[Trial]) -> None:
         """Put `trials` first, in this order; those of earlier calls that aren't among them stay."""
@@ -56,10 +56,10 @@ class SweepRecord:
         self.trials = [*trials, *(trial for trial in self.trials if trial.name not in names)]
 
 
-def read_sweep_record(folder: Storage) -> SweepRecord | None:
+def read_sweep_record(directory: Storage) -> SweepRecord | None:
     """Return the record of a sweep's directory; None if there is no sweep in it."""
     try:
-        content = json.loads(folder.read_bytes(SWEEP_FILE))
+        content = json.loads(directory.read_bytes(SWEEP_FILE))
     except FileNotFoundError:
         return None
     content["trials"] = [Trial(**trial) for trial in content["trials"]]
@@ -89,18 +89,18 @@ class Reached:
         return self.state.epoch if self.state is not None else 0
 
 
-def look(folder: Storage) -> tuple[SweepRecord, list[Reached]]:
+def look(directory: Storage) -> tuple[SweepRecord, list[Reached]]:
     """A sweep as it is now, whether or not it is running; ConfigError if there is none."""
-    record = read_sweep_record(folder)
+    record = read_sweep_record(directory)
     if record is None:
-        raise ConfigError(f"{folder.uri} has no {SWEEP_FILE}: give the directory of a sweep")
-    is_alive = is_held(folder)
-    return record, [reached(folder, trial, is_alive) for trial in record.trials]
+        raise ConfigError(f"{directory.uri} has no {SWEEP_FILE}: give the directory of a sweep")
+    is_alive = is_held(directory)
+    return record, [reached(directory, trial, is_alive) for trial in record.trials]
 
 
-def reached(folder: Storage, trial: Trial, is_alive: bool) -> Reached:
+def reached(directory: Storage, trial: Trial, is_alive: bool) -> Reached:
     """A trial as it is now; `is_alive`: whether the driver that keeps the record is at work."""
-    state = read_state(folder.child(trial.name))
+    state = read_state(directory.child(trial.name))
     status = trial.status
     if not is_alive and state is not None and state.status == FINISHED and status != FAILED:
         status = FINISHED
@@ -109,10 +109,10 @@ def reached(folder: Storage, trial: Trial, is_alive: bool) -> Reached:
     return Reached(trial, status, state)
 
 
-def curve(folder: Storage, trial: Trial, metric: str) -> list[tuple[int, float]]:
+def curve(directory: Storage, trial: Trial, metric: str) -> list[tuple[int, float]]:
     """(epoch, value) of every logged point that has the metric."""
     try:
-        points: list[dict[str, Any]] = read_lines(folder.child(trial.name), METRICS_FILE)
+        points: list[dict[str, Any]] = read_lines(directory.child(trial.name), METRICS_FILE)
     except FileNotFoundError:
         return []
     return [(point["epoch"], point[metric]) for point in points if point.get(metric) is not None]

@@ -170,7 +170,7 @@ class Storage:
         except BaseException:
             temporary.unlink(missing_ok=True)  # a full disk needs the room
             raise
-        _sync_folder(target.parent)
+        _sync_directory(target.parent)
 
     @property
     def draft(self) -> Storage:
@@ -182,7 +182,7 @@ class Storage:
         """Have the draft become this directory, on disk when this returns; on an object store, it is."""
         if (path := self.local_path) is not None:
             Path(self.draft.uri).rename(path)
-            _sync_folder(path.parent)
+            _sync_directory(path.parent)
 
     def publish(self, files: Mapping[str, Writer], last: str) -> None:
         """Write a directory of files that becomes visible only when complete. `last` is written after the others.
@@ -202,7 +202,7 @@ class Storage:
                 draft.delete()  # a full disk needs the room
             raise
 
-    def list_folders(self) -> list[str]:
+    def list_directories(self) -> list[str]:
         """Return names of the directories directly inside, sorted, without hidden ones; empty if this isn't there."""
         from pyarrow.fs import FileType
 
@@ -292,7 +292,7 @@ def _hidden(info: Any) -> bool:
     return bool(info.base_name.startswith("."))
 
 
-def _sync_folder(path: Path) -> None:
+def _sync_directory(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

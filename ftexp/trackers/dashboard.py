@@ -12,7 +12,7 @@ from typing import Any
 from ftexp.trackers import series
 from ftexp.trackers.series import RAY_PREFIX, Series
 
-_WIDTH, _HEIGHT = 24, 8  # of Grafana's grid; of a panel in its rows
+_WIDTH, _HEIGHT = 24, 8  # columns of Grafana's grid; rows of a panel
 _DATASOURCE = {"type": "prometheus", "uid": "${datasource}"}
 _SCHEMA_VERSION = 39  # Grafana 10.2 and later; older dashboards are migrated by Grafana
 

@@ -1,4 +1,4 @@
-"""Hands the points of a run to one tracker, on a thread of its own. Whatever happens there, training goes on."""
+"""Hands the points of a run to one tracker, on a thread of its own. Whatever happens there, training continues."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Tell = Callable[[TrackerOpened | TrackerFailed], object]
 class Follower:
     """Keeps one tracker up to the run's points.
 
-    A tracker that fails is made anew, asked what it holds, and given the rest: what was sent, but not known to have
+    A tracker that fails is made again, asked what it holds, and given the rest: what was sent, but not known to have
     arrived, is neither lost nor there twice.
 
     Args:
@@ -69,7 +69,7 @@ class Follower:
             self._changed.notify()
 
     def wait(self, timeout_s: float) -> TrackerFailed | None:
-        """After `end`: None once the tracker has everything, or else the event that tells what it lacks."""
+        """After `end`: None once the tracker has everything, or else the event that says what it lacks."""
         self._stopped.wait(timeout_s)
         if self.complete:
             return None
@@ -87,7 +87,7 @@ class Follower:
                 self._follow()
                 self.complete = True
                 return
-            # of any kind: other people's code, on a thread where nobody else would notice
+            # any error: other people's code, on a thread where nobody else would notice
             except Exception as error:
                 num_failures = 1 if self._problem is None else num_failures + 1
                 self._fail(f"{type(error).__name__}: {error}")

@@ -21,7 +21,7 @@ from ftexp.trackers.registry import Key, Outcome, Point, TrackedRun, register_tr
 
 ID, PARENT = "ftexp.id", "mlflow.parentRunId"
 _STATUS = {"finished": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
-_MAX_PARAMS, _MAX_METRICS = 100, 1000  # of one request
+_MAX_PARAMS, _MAX_METRICS = 100, 1000  # limits of one request
 _REFUSED = re.compile(r"[^/\w.\- :]")
 _MAX_PARAM_CHARS = 500  # characters of a param: what every version and store takes
 
@@ -127,7 +127,7 @@ def _allowed(key: str) -> str:
 
 
 def tracking_uri(configured: str | None, storage: str) -> str:
-    """Where the run goes; a database under `storage`, which is on a disk then, if nothing else is said."""
+    """Return the URI of the server; by default a database under `storage`, which must be on a disk."""
     if uri := configured or os.environ.get("MLFLOW_TRACKING_URI"):
         return str(Path(uri).expanduser()) if uri.startswith("~") else uri
     assert not is_remote(storage), "checks ask for a URI then"

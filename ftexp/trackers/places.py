@@ -9,8 +9,8 @@ from ftexp.storage.uri import is_remote
 from ftexp.trackers.registry import TrackedRun
 
 
-def own_folder(base: str | None, run: TrackedRun) -> Path:
-    """A folder of one run's: its run directory, or, with a `base`, its name (in that of its sweep) below that."""
+def own_directory(base: str | None, run: TrackedRun) -> Path:
+    """A directory of one run's: its run directory, or, with a `base`, its name (in that of its sweep) below that."""
     if base is not None:
         return Path(Storage.at(base, *([run.sweep] if run.sweep else []), run.name).uri)
     assert not is_remote(run.uri), "checks ask for a base then"

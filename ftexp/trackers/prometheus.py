@@ -18,7 +18,7 @@ from ftexp.trackers.registry import Key, Outcome, Point, TrackedRun, register_tr
 from ftexp.trackers.series import RUN_LABELS, SERIES, Series
 
 _MAX_PORTS = 100  # that are tried: trials of a sweep run side by side
-_UPDATE_EVERY_S = 5.0  # of Ray's copies; its agents export every 10 s by default
+_UPDATE_EVERY_S = 5.0  # seconds between updates of Ray's copies; its agents export every 10 s by default
 _TOTAL = "_total"
 
 
@@ -138,7 +138,7 @@ class _RayMetrics:
 
     def _keep_updating(self) -> None:
         while not self._ended.wait(_UPDATE_EVERY_S):
-            with contextlib.suppress(Exception):  # Ray is about to end, and the run with it, or goes on with another
+            with contextlib.suppress(Exception):  # Ray is about to end, and the run with it, or continues with another
                 self._update()
 
     def _update(self) -> None:

@@ -19,7 +19,7 @@ _HEAD = ("time", "split", "step", "epoch")
 
 @dataclass(frozen=True)
 class Point:
-    """A line of metrics.jsonl. Values that aren't finite are left out: not every tracker can hold them."""
+    """A line of metrics.jsonl. Values that aren't finite are excluded: not every tracker can hold them."""
 
     time: float  # seconds since 1970
     split: str
@@ -77,11 +77,11 @@ class Outcome:
 class Tracker(Protocol):
     """One run in one tracker. Made by `Tracker(config, run)` on a thread of its own, where it may take its time.
 
-    Making it finds the run by `run.id`, or begins it. Any method may raise: the tracker is then made anew, later, and
+    Making it finds the run by `run.id`, or begins it. Any method may raise: the tracker is then made again, later, and
     asked again what it holds. So `held` must tell the truth, whatever was killed or lost when.
     """
 
-    where: str  # for people: a folder, an address
+    where: str  # for people: a directory, an address
 
     def held(self) -> Iterable[Key]:
         """Return the points of this run that it has already."""

@@ -37,17 +37,17 @@ class Trackers:
         self,
         config: TrackerConfig,
         run: TrackedRun | None,
-        folder: Storage,
+        directory: Storage,
         points: Callable[[], Iterable[dict[str, Any]]],
         names: Sequence[str] | None = None,
     ) -> None:
-        self._config, self._run, self._folder, self._points = config, run, folder, points
+        self._config, self._run, self._directory, self._points = config, run, directory, points
         self._chosen = {name: trackers.get(name) for name in (config.names if names is None else names)}
         self._followers: list[Follower] = []
         self._end = 0.0  # time.monotonic() until which it is waited for them
 
     def start(self, tell: Tell) -> None:
-        """Begin to feed them; `tell` is called with what becomes of them."""
+        """Begin to feed them; `tell` is called with each event of theirs."""
         if self._chosen:
             self._note_complete(set())
         for name, registered in self._chosen.items():
@@ -76,14 +76,14 @@ class Trackers:
         failures = [follower.wait(max(0.0, self._end - time.monotonic())) for follower in self._followers]
         if self._followers:
             done = {follower.name for follower in self._followers if follower.complete}
-            with contextlib.suppress(OSError):  # then they are asked once more than needed
+            with contextlib.suppress(OSError):  # then they are asked one time too many
                 self._note_complete(done)
         events = [*(follower.unheard for follower in self._followers), *failures]
         return [event for event in events if event is not None]
 
     def _note_complete(self, done: set[str]) -> None:
         assert self._run is not None, "there are trackers"
-        _write(self._folder, self._run.id, read_complete(self._folder) - {*self._chosen} | done)
+        _write(self._directory, self._run.id, read_complete(self._directory) - {*self._chosen} | done)
 
 
 def check_names(names: Sequence[str]) -> None:
@@ -94,28 +94,28 @@ def check_names(names: Sequence[str]) -> None:
 
 def tracked_run(
     config: Config,
-    folder: Storage,
+    directory: Storage,
     name: str,
     started: float,
     sweep: Storage | None = None,
     params: dict[str, Any] | None = None,
     figures: Callable[[], list[Figure]] = list,
 ) -> TrackedRun:
-    """Return the facts of the run in `folder`, or with `params` of a sweep; `sweep`: the one that it is part of.
+    """Return the facts of the run in `directory`, or with `params` of a sweep; `sweep`: the one that it is part of.
 
-    Sweeps lie two folders below `run.storage`, which is that of their own folder in a trial's config.
+    Sweeps lie two directories below `run.storage`, which is that of their own directory in a trial's config.
 
-    Its id is made now, and kept in the folder, if that hasn't one yet.
+    Its id is made now, and kept in the directory, if that hasn't one yet.
     """
-    tags = {"run_dir": shown(folder), "git_commit": git_commit(), "sweep": sweep.name if sweep is not None else None}
+    tags = {"run_dir": shown(directory), "git_commit": git_commit(), "sweep": sweep.name if sweep is not None else None}
     return TrackedRun(
-        id=tracking_id(folder),
+        id=tracking_id(directory),
         name=name,
-        uri=folder.uri,
+        uri=directory.uri,
         params=params if params is not None else dict(flat(masked(config), "")),
         tags={**{key: value for key, value in tags.items() if value is not None}, **masked(config.tracker.tags)},
         started=started,
-        storage=config.run.storage if sweep is None and params is None else (sweep or folder).parent.parent.uri,
+        storage=config.run.storage if sweep is None and params is None else (sweep or directory).parent.parent.uri,
         sweep=sweep.name if sweep is not None else None,
         sweep_id=tracking_id(sweep) if sweep is not None else None,
         figures=figures,
@@ -123,35 +123,35 @@ def tracked_run(
     )
 
 
-def shown(folder: Storage) -> str:
-    """Where a folder is, without what is secret in a URI."""
-    return folder.uri if folder.local_path is not None else str(masked(folder.uri))
+def shown(directory: Storage) -> str:
+    """Return the path or URI of a directory, with secrets masked."""
+    return directory.uri if directory.local_path is not None else str(masked(directory.uri))
 
 
-def tracking_id(folder: Storage) -> str:
-    """Return the name of the run in `folder` in every tracker; recorded before any tracker is opened."""
-    content = _content(folder)
+def tracking_id(directory: Storage) -> str:
+    """Return the name of the run in `directory` in every tracker; recorded before any tracker is opened."""
+    content = _content(directory)
     if "id" not in content:
-        content = _write(folder, secrets.token_hex(8), set())
+        content = _write(directory, secrets.token_hex(8), set())
     return str(content["id"])
 
 
-def read_complete(folder: Storage) -> set[str]:
-    """The trackers that have all of the run in `folder`, and know how it ended."""
-    return set(_content(folder).get("complete", ()))
+def read_complete(directory: Storage) -> set[str]:
+    """Return the trackers that have all of the run in `directory`, and know how it ended."""
+    return set(_content(directory).get("complete", ()))
 
 
-def _content(folder: Storage) -> dict[str, Any]:
+def _content(directory: Storage) -> dict[str, Any]:
     try:
-        content: dict[str, Any] = json.loads(folder.read_bytes(TRACKERS_FILE))
+        content: dict[str, Any] = json.loads(directory.read_bytes(TRACKERS_FILE))
     except FileNotFoundError:
         return {}
     return content
 
 
-def _write(folder: Storage, number: str, complete: set[str]) -> dict[str, Any]:
+def _write(directory: Storage, number: str, complete: set[str]) -> dict[str, Any]:
     content = {"id": number, "complete": sorted(complete)}
-    folder.write_bytes(TRACKERS_FILE, json.dumps(content).encode())
+    directory.write_bytes(TRACKERS_FILE, json.dumps(content).encode())
     return content
 
 

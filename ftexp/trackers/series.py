@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-RUN_LABELS = ("run", "sweep")  # of every series; sweep is empty outside of one
+RUN_LABELS = ("run", "sweep")  # labels of every series; sweep is empty outside of one
 RAY_PREFIX = "ray_"
 STEP_PARTS = ("feed", "forward", "backward", "optimizer", "save", "teacher")  # <part>_ms in a logged point
 SAMPLE_PARTS = ("read", "decode", "crop", "augment")  # likewise

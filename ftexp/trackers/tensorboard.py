@@ -1,7 +1,7 @@
 """TensorBoard: event files in the run directory, or below `tracker.tensorboard.dir`.
 
-Every call of the command adds a file of its own, and TensorBoard shows a folder's files as one run. What they hold is
-read back first, so that a point that was written, by whomever and killed whenever, isn't written again.
+Every invocation adds a file of its own, and TensorBoard shows a directory's files as one run. What they hold is read
+back first, so that a point that was written, by whomever and killed whenever, isn't written again.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from ftexp.config.tracker_schema import TrackerConfig
-from ftexp.trackers.places import own_folder
+from ftexp.trackers.places import own_directory
 from ftexp.trackers.registry import Key, Outcome, Point, TrackedRun, register_tracker
 
 _DESCRIBED = "run"  # the tag of the text that tells what ran
-_MARK = "ftexp_run_id"  # a file beside the event files, where a folder isn't the run's own
+_MARK = "ftexp_run_id"  # a file next to the event files, where a directory isn't the run's own
 
 
 @register_tracker("tensorboard", package="tensorboard")
@@ -28,9 +28,11 @@ class TensorBoardTracker:
 
         self._run = run
         base = config.tensorboard.dir
-        folder = own_folder(None, run) / "tensorboard" if base is None else _claimed(own_folder(base, run), run.id)
-        self.where = str(folder)
-        self._held = set(scalars(folder))
+        directory = (
+            own_directory(None, run) / "tensorboard" if base is None else _claimed(own_directory(base, run), run.id)
+        )
+        self.where = str(directory)
+        self._held = set(scalars(directory))
         self._writer: Any = SummaryWriter(self.where)
 
     def held(self) -> set[Key]:
@@ -57,9 +59,9 @@ class TensorBoardTracker:
         self._writer.close()
 
 
-def _claimed(folder: Path, number: str) -> Path:
-    """The folder; one beside it if it holds another run of the same name, whose points would count as this one's."""
-    for place in (folder, folder.with_name(f"{folder.name}-{number[:8]}")):
+def _claimed(directory: Path, number: str) -> Path:
+    """Return the directory; one next to it if it holds another run of that name, whose points would be this one's."""
+    for place in (directory, directory.with_name(f"{directory.name}-{number[:8]}")):
         mark = place / _MARK
         place.mkdir(parents=True, exist_ok=True)
         if not any(place.iterdir()):
@@ -74,11 +76,11 @@ def _plain(value: Any) -> bool | str | float:
     return value if isinstance(value, (bool, str, int, float)) else json.dumps(value)
 
 
-def scalars(folder: Path) -> Iterator[Key]:
-    """(tag, step) of every scalar in the event files of a folder; each file up to where a kill has torn it."""
+def scalars(directory: Path) -> Iterator[Key]:
+    """(tag, step) of every scalar in the event files of a directory; each file up to where a kill has truncated it."""
     from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
-    for file in sorted(folder.glob("events.out.tfevents.*")):
+    for file in sorted(directory.glob("events.out.tfevents.*")):
         for event in EventFileLoader(str(file)).Load():
             for value in event.summary.value:
                 if value.metadata.plugin_data.plugin_name == "scalars":

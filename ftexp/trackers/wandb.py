@@ -1,4 +1,4 @@
-"""Weights & Biases: one run, by its id. Offline, each call of the command leaves a folder; `wandb sync` joins them.
+"""Weights & Biases: one run, by its id. Offline, each invocation leaves a directory; `wandb sync` joins them.
 
 wandb's own process writes what is logged into a file, run-<id>.wandb, in online mode too. Those files are read back
 before anything is logged, so that no point is logged twice.
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ftexp.config.tracker_schema import TrackerConfig
-from ftexp.trackers.places import own_folder
+from ftexp.trackers.places import own_directory
 from ftexp.trackers.registry import Key, Outcome, Point, TrackedRun, register_tracker
 from ftexp.trackers.wandb_log import records
 
@@ -34,9 +34,9 @@ class WandbTracker:
         import wandb
 
         mode: Any = config.wandb.mode
-        folder = own_folder(config.wandb.dir, run)
-        folder.mkdir(parents=True, exist_ok=True)  # else wandb takes another
-        rows = list(logged_rows(folder, run.id))
+        directory = own_directory(config.wandb.dir, run)
+        directory.mkdir(parents=True, exist_ok=True)  # else wandb takes another
+        rows = list(logged_rows(directory, run.id))
         self._held = {(name, row[_STEP]) for row in rows for name in row}
         self._run: Any = wandb.init(
             project=config.wandb.project,
@@ -46,7 +46,7 @@ class WandbTracker:
             group=run.sweep,
             tags=[f"{key}={value}"[:_MAX_TAG_CHARS] for key, value in config.tags.items()],
             config={**run.params, **run.tags},
-            dir=str(folder),
+            dir=str(directory),
             mode=mode,
             resume="allow" if mode == "online" else None,
             settings=wandb.Settings(
@@ -63,7 +63,7 @@ class WandbTracker:
         )
         self._run.define_metric("*", step_metric=_STEP)
         self._next = max([self._run.step, *(row["_step"] + 1 for row in rows)])
-        self.where = self._run.url if mode == "online" else str(folder / "wandb")
+        self.where = self._run.url if mode == "online" else str(directory / "wandb")
 
     def held(self) -> set[Key]:
         """Return the points in wandb's files."""
@@ -81,12 +81,12 @@ class WandbTracker:
         self._run.finish(exit_code=0 if outcome.status == "finished" else 1)
 
 
-def logged_rows(folder: Path, number: str) -> Iterator[dict[str, Any]]:
+def logged_rows(directory: Path, number: str) -> Iterator[dict[str, Any]]:
     """Every row of history that wandb has written for the run of that id, with `_step`."""
     from wandb.proto.wandb_internal_pb2 import Record
 
-    # a folder that is begun in the same second as another has -1 behind its name
-    for file in sorted(folder.glob(f"wandb/*run-*-{number}*/run-{number}.wandb")):
+    # a directory that is begun in the same second as another has -1 behind its name
+    for file in sorted(directory.glob(f"wandb/*run-*-{number}*/run-{number}.wandb")):
         for content in records(file.read_bytes()):
             record = Record()
             record.ParseFromString(content)

@@ -18,7 +18,7 @@ _FULL, _FIRST, _MIDDLE, _LAST = 1, 2, 3, 4
 
 
 def records(content: bytes) -> Iterator[bytes]:
-    """Each whole record of a file, up to where a kill has torn it; none if it is no such file."""
+    """Each whole record of a file, up to where a kill has truncated it; none if it is no such file."""
     if not content.startswith(_FILE_HEAD):
         return
     position, parts = len(_FILE_HEAD), b""

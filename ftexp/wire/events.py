@@ -59,7 +59,7 @@ class DataWarnings(Event):
 
 @dataclass(frozen=True)
 class EntriesExcluded(Event):
-    """The listing left out what is no sample."""
+    """The listing excluded files that are no samples."""
 
     entries: list[dict[str, Any]]  # fields of ftexp.data.info.Excluded
 
@@ -137,7 +137,7 @@ class Ready(Event):
 
     device: str
     pids: list[int]  # by rank
-    source: str | None = None  # of its state: replaced, memory, storage or start
+    source: str | None = None  # source of its state: replaced, memory, storage or start
 
 
 @dataclass(frozen=True)
@@ -237,7 +237,7 @@ class CheckpointSaved(Event):
     write_s: float
     metrics: dict[str, Any]
     reasons: list[str]
-    blocked_s: float  # of the training
+    blocked_s: float  # seconds that it blocked the training
 
 
 @dataclass(frozen=True)
@@ -252,7 +252,7 @@ class CheckpointFailed(Event):
 class FullModelFailed(Event):
     """A sharded checkpoint counts, and its model.pt could not be written."""
 
-    step: int  # of the save after which it was tried
+    step: int  # step of the checkpoint after which it was tried
     checkpoint: str
     error: str
 
@@ -267,7 +267,7 @@ class CheckpointRejected(Event):
 
 @dataclass(frozen=True)
 class Restored(Event):
-    """A worker group goes on from a checkpoint, or from a snapshot in memory."""
+    """A worker group resumes from a checkpoint, or from a snapshot in memory."""
 
     rejected: int  # checkpoints
     restore_s: float
@@ -282,7 +282,7 @@ class SnapshotsBegun(Event):
     """A worker has found memory on its node for snapshots."""
 
     node: str  # Ray's id
-    pid: int  # of the keeper, whose memory it is
+    pid: int  # pid of the keeper, whose memory it is
     bytes: int  # that snapshots take on the node
 
 
@@ -292,7 +292,7 @@ class SnapshotsTaken(Event):
 
     every_steps: int  # from that one to the next
     seconds: float  # that it kept training waiting, or took of the processors that train
-    share: float  # of the time until the next
+    share: float  # share of the time until the next
     bytes: int  # that snapshots take on rank 0's node
 
 
@@ -334,9 +334,9 @@ class Straggler(Event):
     """A rank stays slower than the others, and keeps them waiting: see scaling.straggler_factor."""
 
     rank: int
-    part: str  # of a step, in which it exceeds the others most
+    part: str  # part of a step, in which it exceeds the others most
     ratio: float  # its own time, as a multiple of the median over ranks
-    own_ms: float  # of a step, without waiting for others
+    own_ms: float  # milliseconds of a step, without waiting for others
     median_ms: float
     step: int
     node: str | None = None  # filled in by the driver
@@ -355,7 +355,7 @@ class StragglerOver(Event):
 class NcclHang(Event):
     """Ray's detector has found ranks of a worker group, now ended, that had stopped in NCCL."""
 
-    files: list[str]  # of the run directory
+    files: list[str]  # files of the run directory
 
 
 @dataclass(frozen=True)
@@ -386,7 +386,7 @@ class StepSkipped(Event):
 
 @dataclass(frozen=True)
 class RolledBack(Event):
-    """A gradient was not finite: the run went back to its last save in memory."""
+    """A gradient was not finite: the run went back to the state of its last checkpoint, kept in memory."""
 
     positions: list[int]  # [start, end), that drive no update
     step: int
@@ -400,7 +400,7 @@ class CorruptionChecked(Event):
     check: str  # replicas, or repeat
     every_steps: int
     seconds: float  # that it took
-    share: float  # of the time since the first
+    share: float  # share of the time since the first
 
 
 @dataclass(frozen=True)
@@ -415,7 +415,7 @@ class Chaos(Event):
 
 @dataclass(frozen=True)
 class MfuUnknown(Event):
-    """The utilisation of the device can't be told."""
+    """The utilisation of the device is unknown."""
 
     reason: str
 

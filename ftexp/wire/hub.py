@@ -8,8 +8,8 @@ process has died, seconds before Ray polls it.
 A worker may outlive its group: one whose network was cut is dead to Ray, and heard again once the network is back. From
 the first hello of the next group on, nothing of it is handled: it would be taken for that group's.
 
-Messages are dated by their sender. Where a node's clock differs from the driver's, they are dated anew, so that the
-records have one clock: by how much it differs is told by the first message, which is sent at once.
+Messages are dated by their sender. Where a node's clock differs from the driver's, they are dated again, so that the
+records have one clock: the first message, which is sent at once, shows by how much it differs.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from typing import TextIO
 
 from ftexp.wire.messages import Evaluated, Goodbye, Hello, Lost, Message, Save, Stop, Sync, from_line, to_line
 
-_MIN_SKEW_S = 1.0  # of a clock; less may be what a message takes
+_MIN_SKEW_S = 1.0  # difference of clocks; less may be what a message takes
 
 Handler = Callable[[Message], Message | None]
 
@@ -61,12 +61,12 @@ class Hub:
         Channels that are opened after a `Stop` are sent one as well.
         """
         with self._lock:
-            told, self._stopping = 0, self._stopping or isinstance(message, Stop)
+            num_sent, self._stopping = 0, self._stopping or isinstance(message, Stop)
             for connection in self._open:
                 with contextlib.suppress(OSError):  # died since
                     _send(connection, message)
-                    told += 1
-            return told
+                    num_sent += 1
+            return num_sent
 
     def close(self) -> None:
         """Stop listening; no message is handled after this returns. Open channels end with their processes."""

@@ -43,11 +43,11 @@ class Ready(Message):
     step: int
     total_steps: int
     device: str
-    arguments: dict[str, Any]  # of timm.create_model
+    arguments: dict[str, Any]  # arguments of timm.create_model
     num_parameters: int
-    hardware: dict[str, Any] = field(default_factory=dict)  # of its node
+    hardware: dict[str, Any] = field(default_factory=dict)  # hardware of its node
     weights: str | None = None  # report of what was loaded into the model
-    source: str = START  # of the state: REPLACED, MEMORY, STORAGE or START
+    source: str = START  # source of the state: REPLACED, MEMORY, STORAGE or START
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class Hung(Message):
 
 @dataclass(frozen=True)
 class ForgetSnapshots(Message):
-    """No attempt shall go on from what is in memory now."""
+    """No attempt shall resume from what is in memory now."""
 
 
 @dataclass(frozen=True)

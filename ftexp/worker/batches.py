@@ -31,7 +31,7 @@ def batches(job: Job) -> Generator[Batch]:
 
 
 def prefetch_depth(job: Job) -> int:
-    """How many batches are made ahead of the one that trains."""
+    """Return the number of batches that are made ahead of the one that trains."""
     configured = job.config.data.prefetch_batches
     if configured is not None:
         return configured

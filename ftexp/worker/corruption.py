@@ -55,7 +55,7 @@ class _Cost:
 
 
 class ReplicaCheck:
-    """Compares the weights of all ranks every `failure.check_replicas_every_steps` steps, and before each save."""
+    """Compares the weights of all ranks every `failure.check_replicas_every_steps` steps and before each checkpoint."""
 
     def __init__(self, job: Job) -> None:
         """ConfigError if there are no replicas to compare."""

@@ -51,7 +51,7 @@ def evaluate(job: Job, split: str, findings: Findings | None = None) -> None:
 def _share_statistics(job: Job, split: str) -> None:
     """Bring them together for an evaluation, so that a run that resumes from the last checkpoint has the same ones."""
     learner, world_size = job.learner, job.group.world_size
-    # the test comes after the last save, so it is of what a checkpoint holds: rank 0's
+    # the test comes after the last checkpoint, so it is of what a checkpoint holds: rank 0's
     share_statistics(learner.model, "broadcast" if split == "test" else job.config.train.dist_bn, world_size)
     if learner.ema is not None:  # which averages its own rank's, and is saved as rank 0 has it
         share_statistics(learner.ema.model, "broadcast", world_size)
@@ -78,12 +78,12 @@ def _batch_size(job: Job) -> int:
 def _idle_batches(job: Job, split: str, size: int) -> list[Tensor]:
     """Images for a rank that has fewer batches of `size` rows than rank 0: all gather a sharded model equally often."""
     group, info, num_rows = job.group, job.info, len(job.data.rows[split])
-    most, own = (
+    max_batches, own = (
         math.ceil((last - first) / size)
         for first, last in (even_part(0, num_rows, rank, group.world_size) for rank in (0, group.rank))
     )
     image = torch.zeros((1, info.channels, info.image_size, info.image_size), device=group.device)
-    return [image] * (most - own)
+    return [image] * (max_batches - own)
 
 
 def test(job: Job, run_dir: Storage) -> None:

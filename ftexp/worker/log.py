@@ -71,7 +71,7 @@ class Ticker:
         self._last = 0.0
 
     def tick(self, at_once: bool = False) -> None:
-        """Tell the driver the step, unless it was told a moment ago and this isn't to be `at_once`."""
+        """Report the step to the driver, unless it was reported a moment ago and this isn't to be `at_once`."""
         now = time.monotonic()
         if self._job.group.rank == 0 and (at_once or now - self._last >= _TICK_INTERVAL_S):
             self._last = now

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 def train_loop(spec: JobSpec, streams: dict[str, IndexedSplit]) -> dict[str, float] | None:
     """Train from the latest verified checkpoint, or from the start, to the end; returns the last metrics.
 
-    None if it was stopped before the end, after a last save.
+    None if it was stopped before the end, after a final checkpoint.
     Runs on every worker of a Ray Train group, with the datasets train, val and test, or else with `streams` of them.
     """
     load_plugins(spec.config.plugins)
@@ -71,7 +71,7 @@ def _train(job: Job, run_dir: Storage) -> dict[str, float] | None:
     try:
         begin(job, store, checkpoints)
         with watchdog.during(EVALUATION):
-            settle(job, most=1)  # a run that was stopped while it waited has two
+            settle(job, max_pending=1)  # a run that was stopped while it waited has two
         run_steps(job, batches, checkpoints, watchdog, chaos)
         has_ended = progress.finished and not progress.pending
         if has_ended:

@@ -44,7 +44,7 @@ def _while(batches: Generator[Batch], goes_on: Callable[[], bool]) -> Iterator[B
 
 @contextlib.contextmanager
 def _trace(job: Job, run_dir: Storage) -> Iterator[None]:
-    """Trace the block. What goes wrong with writing that down is told, and takes nothing from the run."""
+    """Trace the block. Errors are logged and never fail the run."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if job.group.device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -54,12 +54,12 @@ def _trace(job: Job, run_dir: Storage) -> Iterator[None]:
         yield
     finally:
         profiler.stop()
-        folder, name = run_dir.child(PROFILE), f"rank{job.group.rank}.json.gz"
+        directory, name = run_dir.child(PROFILE), f"rank{job.group.rank}.json.gz"
         try:
             with tempfile.TemporaryDirectory() as scratch:
                 profiler.export_chrome_trace(f"{scratch}/{name}")
-                folder.write_bytes(name, (Path(scratch) / name).read_bytes())
+                directory.write_bytes(name, (Path(scratch) / name).read_bytes())
         except OSError as error:
             job.channel.send(Happened(events.ProfileFailed(f"{name}: {error}")))
         else:
-            job.channel.send(Happened(events.ProfileWritten(folder.child(name).uri)))
+            job.channel.send(Happened(events.ProfileWritten(directory.child(name).uri)))

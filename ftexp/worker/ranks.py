@@ -107,15 +107,15 @@ class RankTimes:
             self._report(events.Straggler(slow.rank, OWN[slow.part], ratio, own_ms, usual_ms, step))
         for rank in ended:
             self._report(events.StragglerOver(rank, step))
-        most = max(of_ranks)
-        return dict(zip(RANKS, (min(of_ranks), usual, most, of_ranks.index(most)), strict=True))
+        highest = max(of_ranks)
+        return dict(zip(RANKS, (min(of_ranks), usual, highest, of_ranks.index(highest)), strict=True))
 
     def _report(self, event: events.Straggler | events.StragglerOver) -> None:
         self._job.channel.send(Happened(event))
 
 
 def _compared_sections(job: Job) -> tuple[str, ...]:
-    """Return the sections of OWN in which a rank's own time can be told."""
+    """Return the sections of OWN in which a rank's own time can be measured."""
     train, learner = job.config.train, job.learner
     unknown = set[str]()
     if train.sync_bn and job.group.device.type == "cuda":

@@ -52,18 +52,18 @@ def _oldest_first(store: CheckpointStore) -> list[Manifest]:
     return sorted(store.manifests(lambda *_: None), key=lambda each: (each.step, each.attempt))
 
 
-def settle(job: Job, most: int = 0) -> bool:
+def settle(job: Job, max_pending: int = 0) -> bool:
     """Wait for the evaluations that are pending, the oldest first, and take in their results; collective.
 
     Args:
         job: the run.
-        most: how many may stay pending.
+        max_pending: how many may stay pending.
 
     Returns:
         False if the run was asked to stop meanwhile, and more than that stay pending.
     """
     progress = job.progress
-    while len(progress.pending) > most:
+    while len(progress.pending) > max_pending:
         first = progress.pending[0]
         found = job.group.agree_on(job.channel.evaluated(first.checkpoint) if job.group.rank == 0 else None)
         if found is None:

@@ -97,7 +97,7 @@ def loaded(
 
 def ray_data(root: Path, image_size: int, batch_size: int, times: int) -> Batches:
     """As Ray's guides read images for training: shuffled by file and within a buffer, transformed row by row."""
-    classes = {folder.name: number for number, folder in enumerate(sorted(root.iterdir()))}
+    classes = {directory.name: number for number, directory in enumerate(sorted(root.iterdir()))}
     transform = v2.Compose(
         [
             v2.ToImage(),

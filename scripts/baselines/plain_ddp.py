@@ -28,10 +28,10 @@ def main() -> None:
     torch.multiprocessing.spawn(train, (settings, tempfile.mkdtemp()), nprocs=settings["num_workers"])
 
 
-def train(rank: int, settings: dict[str, Any], folder: str) -> None:
+def train(rank: int, settings: dict[str, Any], directory: str) -> None:
     world, epochs, batch = settings["num_workers"], settings["epochs"], settings["global_batch_size"]
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    dist.init_process_group("gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=world)
     images, labels, train_rows, val_rows = digits()
     torch.manual_seed(settings["seed"])
     model = timm.create_model(**settings["model"])
@@ -53,8 +53,8 @@ def train(rank: int, settings: dict[str, Any], folder: str) -> None:
         stepped = time.perf_counter() - started
         accuracy = evaluate(model, images, labels, val_rows[rank::world])
         if rank == 0:
-            torch.save(model.state_dict(), Path(folder) / "model.pt")
-            torch.save(optimizer.state_dict(), Path(folder) / "optimizer.pt")
+            torch.save(model.state_dict(), Path(directory) / "model.pt")
+            torch.save(optimizer.state_dict(), Path(directory) / "optimizer.pt")
         dist.barrier()
         times.append((stepped, time.perf_counter() - started))
     if rank == 0:

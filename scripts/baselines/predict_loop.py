@@ -1,6 +1,6 @@
 """Predictions as a user would write them: one process, one loop. Same files, same decoding, same model.
 
-    python predict_loop.py <run directory> <checkpoint> <folder of images> <CSV file>
+    python predict_loop.py <run directory> <checkpoint> <directory of images> <CSV file>
 
 Prints images per second, imports and the model's making left out.
 """

@@ -33,10 +33,10 @@ def train_func(settings: dict[str, Any]) -> dict[str, Any]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings["lr"], weight_decay=settings["weight_decay"])
     start_epoch = 0
     if checkpoint := ray.train.get_checkpoint():
-        with checkpoint.as_directory() as folder:
-            model.module.load_state_dict(torch.load(Path(folder) / "model.pt"))
-            optimizer.load_state_dict(torch.load(Path(folder) / "optimizer.pt"))
-            start_epoch = torch.load(Path(folder) / "extra_state.pt")["epoch"] + 1
+        with checkpoint.as_directory() as directory:
+            model.module.load_state_dict(torch.load(Path(directory) / "model.pt"))
+            optimizer.load_state_dict(torch.load(Path(directory) / "optimizer.pt"))
+            start_epoch = torch.load(Path(directory) / "extra_state.pt")["epoch"] + 1
     world = ray.train.get_context().get_world_size()
     train_shard, val_shard = ray.train.get_dataset_shard("train"), ray.train.get_dataset_shard("val")
     times, first_step = [], None
@@ -62,13 +62,13 @@ def train_func(settings: dict[str, Any]) -> dict[str, Any]:
                 count += len(batch["label"])
         model.train()
         metrics = {"epoch": epoch, "val_accuracy": right / max(count, 1)}
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as directory:
             saved = None
             if ray.train.get_context().get_world_rank() == 0:
-                torch.save(model.module.state_dict(), Path(folder) / "model.pt")
-                torch.save(optimizer.state_dict(), Path(folder) / "optimizer.pt")
-                torch.save({"epoch": epoch}, Path(folder) / "extra_state.pt")
-                saved = Checkpoint.from_directory(folder)
+                torch.save(model.module.state_dict(), Path(directory) / "model.pt")
+                torch.save(optimizer.state_dict(), Path(directory) / "optimizer.pt")
+                torch.save({"epoch": epoch}, Path(directory) / "extra_state.pt")
+                saved = Checkpoint.from_directory(directory)
             ray.train.report(metrics, checkpoint=saved)
         times.append((steps, stepping, time.perf_counter() - started))
     steady = times[1:] or times

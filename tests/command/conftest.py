@@ -10,15 +10,17 @@ from tests.support.reference import PLUGIN, made_once, overrides_of, shared_fold
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory):
     """The default data as a directory of images: the overrides that train on it, by either feed."""
-    folder = made_once(shared_folder(tmp_path_factory) / "pictures", lambda folder: write_pictures(folder / "root"))
-    return overrides_of(folder / "root")
+    directory = made_once(
+        shared_folder(tmp_path_factory) / "pictures", lambda directory: write_pictures(directory / "root")
+    )
+    return overrides_of(directory / "root")
 
 
 @pytest.fixture(scope="session")
 def clean_run(tmp_path_factory, pictures, preloaded):
     """A run of reference.OPTIONS that nothing happened to: others, to which something does, must end as it did."""
-    folder = shared_folder(tmp_path_factory) / "clean_run"
-    return RunFolder(made_once(folder, lambda folder: train_reference(folder, pictures, preloaded)) / "clean")
+    directory = shared_folder(tmp_path_factory) / "clean_run"
+    return RunFolder(made_once(directory, lambda directory: train_reference(directory, pictures, preloaded)) / "clean")
 
 
 @pytest.fixture

@@ -89,24 +89,24 @@ class Story:
 @pytest.fixture(scope="module")
 def story(tmp_path_factory):
     """A run that loses its second node, gets another, is told that this one goes, and loses it."""
-    folder = tmp_path_factory.mktemp("cluster")
-    (folder / "obedient.py").write_text(PLUGIN)
-    (folder / "slow").touch()  # so that the run doesn't end before all this has happened
+    directory = tmp_path_factory.mktemp("cluster")
+    (directory / "obedient.py").write_text(PLUGIN)
+    (directory / "slow").touch()  # so that the run doesn't end before all this has happened
     with pytest.MonkeyPatch.context() as patch:
         for name, value in ENVIRONMENT.items():
             patch.setenv(name, value)
         nodes = TwoNodes()
         words = [
-            *OPTIONS, *EVERY_FEW_STEPS, "report.enabled=false", "run.name=run", f"run.storage={folder}",
+            *OPTIONS, *EVERY_FEW_STEPS, "report.enabled=false", "run.name=run", f"run.storage={directory}",
             f"scaling.address={nodes.address}",
             "scaling.num_workers=[1,2]", f"scaling.elastic_resize_monitor_interval_s={RESIZES_EVERY_S}",
             "scaling.use_gpu=false",
             f"train.epochs={EPOCHS}", f"train.eval_every_epochs={EPOCHS}", "failure.max_failures=1",
             f"failure.memory_every_steps={SNAPSHOT_EVERY}",
         ]  # fmt: skip
-        command = Command("train", words, folder)
+        command = Command("train", words, directory)
     try:
-        yield tell(command, RunFolder(folder / "run"), nodes, folder / "slow")
+        yield tell(command, RunFolder(directory / "run"), nodes, directory / "slow")
     finally:
         if command.process.poll() is None:
             command.process.kill()
@@ -144,9 +144,9 @@ def is_before_a_save(run):
     return run.metrics()[-1]["step"] % SAVE_EVERY == 2 * SNAPSHOT_EVERY and len(run.events("snapshots_begun")) > 0
 
 
-def newest(folder):
-    """Names of what was written last to a folder of checkpoints: one at most, whether or not it is whole."""
-    names = [path.name for path in folder.iterdir()] if folder.exists() else []
+def newest(directory):
+    """Names of what was written last to a directory of checkpoints: one at most, whether or not it is whole."""
+    names = [path.name for path in directory.iterdir()] if directory.exists() else []
     return sorted(names, key=lambda name: name.removeprefix(".tmp-"))[-1:]
 
 
@@ -204,7 +204,7 @@ def test_a_run_saves_before_an_announced_end_of_a_node_and_is_not_charged_for_it
     assert (failure["attempt"], failure["cause"]) == (3, "preemption")
     assert (failure["rank"], failure["node"]) == (story.announced_rank, socket.gethostname())
     # the one failure that was allowed had happened before
-    assert failure["decision"].startswith("preemption 1 of no limit, not charged to failure.max_failures: restarting")
+    assert failure["decision"].startswith("preemption 1 (no limit), not charged to failure.max_failures: restarting")
     assert run.record["world_sizes"][3:] == [1]
     latest = [event["step"] for event in run.events("checkpoint_saved") if event["attempt"] == 3][-1]
     assert run.events("restored")[2]["step"] >= latest >= saved["step"]
@@ -248,11 +248,13 @@ def test_a_run_whose_storage_is_gone_stops_and_goes_on_once_it_is_back(
     words += ["run.name=full", "checkpoint.max_failed_saves=1"]
     command, run = ftexp(*words), run_folder("full")
     command.wait_until((tmp_path / "held").exists)
-    folder, away = run.path / CHECKPOINTS, tmp_path / "away"
+    directory, away = run.path / CHECKPOINTS, tmp_path / "away"
     # the latest is there, and told
-    command.wait_until(lambda: [event["checkpoint"] for event in run.events("checkpoint_saved")][-1:] == newest(folder))
-    shutil.move(folder, away)
-    folder.touch()  # a file, in which not even root can make a folder
+    command.wait_until(
+        lambda: [event["checkpoint"] for event in run.events("checkpoint_saved")][-1:] == newest(directory)
+    )
+    shutil.move(directory, away)
+    directory.touch()  # a file, in which not even root can make a directory
     (tmp_path / "slow").touch()  # or the run might end before its second save has failed
     (tmp_path / "held").unlink()
     assert command.wait() == 1, command.output
@@ -263,15 +265,15 @@ def test_a_run_whose_storage_is_gone_stops_and_goes_on_once_it_is_back(
     assert failure["error"].startswith(
         "2 checkpoints in a row could not be saved, and checkpoint.max_failed_saves=1; the last error: "
     )
-    assert failure["error"].endswith(f"Put {folder} right, and run the same command again")
+    assert failure["error"].endswith(f"Put {directory} right, and run the same command again")
     assert record["error"] in command.output
     assert "another attempt would fail the same way: stopping" in command.output
     assert len(run.events("checkpoint_failed")) == 2
     assert "Traceback" not in command.output
     latest = run.events("checkpoint_saved")[-1]["step"]
 
-    folder.unlink()
-    shutil.move(away, folder)
+    directory.unlink()
+    shutil.move(away, directory)
     (tmp_path / "slow").unlink()
     again = ftexp(*words)
     assert again.wait() == 0, again.output

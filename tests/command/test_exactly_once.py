@@ -54,22 +54,22 @@ def test_a_drill_with_the_full_recipe_on_tells_a_run_that_survived_its_faults_fr
     command.wait_for("clean ")  # whatever waits has its own deadline, and this is three commands
     command.wait_for("running the same command again")
     assert command.wait() == 0, command.output
-    (folder,) = (tmp_path / "runs").iterdir()
+    (directory,) = (tmp_path / "runs").iterdir()
     table = [line.split() for line in command.lines if line.split()[-1:] == ["yes"]]
     assert [row[0] for row in table] == faults
     assert "the command was killed and run again" in command.output
     assert command.lines[-1].startswith("bitwise identical: model.pt, optimizer.pt, extra_state.pt")
     assert f"{DRILL_STEPS * DRILL_BATCH:,} samples that drove the updates" in command.lines[-1]
-    log = (folder / "clean.log").read_text()
+    log = (directory / "clean.log").read_text()
     assert re.search(r"^epoch    \d+ draws, each in 3 versions .* \(data.sampling=balanced\): ", log, re.MULTILINE)
-    report = json.loads((folder / "drill.json").read_text())
+    report = json.loads((directory / "drill.json").read_text())
     assert report["differences"] == []
     steps = [row["step"] for row in report["rows"]]
     assert [row["identical"] for row in report["rows"]] == [True, True, True]
-    assert_the_recipe_was_on(RunFolder(folder / "clean"), RunFolder(folder / "broken"))
+    assert_the_recipe_was_on(RunFolder(directory / "clean"), RunFolder(directory / "broken"))
 
     # a drill that finds nothing in whatever it is given would have said the same
-    first, second = Storage.at(str(folder), "clean"), Storage.at(str(folder), "broken")
+    first, second = Storage.at(str(directory), "clean"), Storage.at(str(directory), "broken")
     compared = functools.partial(compare, config=load_run_config(first))
     assert compared(first, second, DRILL_BATCH, 0).identical
     at = steps[1] + 2  # after the second fault, before the third
@@ -81,7 +81,7 @@ def test_a_drill_with_the_full_recipe_on_tells_a_run_that_survived_its_faults_fr
                 point["train_loss"] += 1e-12
         return map(json.dumps, points)
 
-    with changed(folder / "broken" / "metrics.jsonl", one_loss_is_another):
+    with changed(directory / "broken" / "metrics.jsonl", one_loss_is_another):
         report = compared(first, second, DRILL_BATCH, 0)
     assert report.differences[0].startswith(f"step {at}: train_loss is ")
     assert len(report.differences) == 1
@@ -89,7 +89,7 @@ def test_a_drill_with_the_full_recipe_on_tells_a_run_that_survived_its_faults_fr
     assert report.verdict.startswith("NOT identical; the first differences:\nstep")
 
     attempt = next(update.attempt for update in read_updates(second) if update.step == at)
-    ledger = folder / "broken" / "ledger" / f"a{attempt:04d}.r1.jsonl"
+    ledger = directory / "broken" / "ledger" / f"a{attempt:04d}.r1.jsonl"
     with changed(ledger, lambda lines: [line for line in lines if json.loads(line)["step"] != at]):
         report = compared(first, second, DRILL_BATCH, 0)
     assert f"step {at}: driven by other samples than in the clean run" in report.differences

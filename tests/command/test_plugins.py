@@ -126,8 +126,8 @@ def test_a_run_with_a_plug_in_of_every_kind_is_killed_and_stops_early_bitwise_as
     )  # fmt: skip
     assert command.wait() == 0, command.output
     assert command.lines[-1].startswith("bitwise identical: model.pt, optimizer.pt, extra_state.pt")
-    (folder,) = (tmp_path / "runs").iterdir()
-    runs = [RunFolder(folder / name) for name in ("clean", "broken")]
+    (directory,) = (tmp_path / "runs").iterdir()
+    runs = [RunFolder(directory / name) for name in ("clean", "broken")]
     assert [run.record["failures"] != [] for run in runs] == [False, True]
     for run in runs:
         (stopped,) = run.events("stopped_early")
@@ -142,13 +142,15 @@ def test_a_run_with_a_plug_in_of_every_kind_is_killed_and_stops_early_bitwise_as
         assert state["hooks"]["hooks"]["sum_up"] == {"steps": [2, 4, 6]}
         tracked = (tmp_path / f"{run.path.name}.jsonl").read_text()
         assert '["test_num_classes", 7]' in tracked
-        assert f"stopped early at step {STOPS_AT}, epoch 2: {reason}" in (folder / f"{run.path.name}.log").read_text()
+        assert (
+            f"stopped early at step {STOPS_AT}, epoch 2: {reason}" in (directory / f"{run.path.name}.log").read_text()
+        )
     assert json.loads((tmp_path / "summed_up.json").read_text()) == [2, 4, 6]
 
     # the same command prints it again, and trains no more
-    words = [*WORDS, f"tracker.kwargs.folder={tmp_path}", f"run.storage={folder}", "run.name=broken"]
+    words = [*WORDS, f"tracker.kwargs.folder={tmp_path}", f"run.storage={directory}", "run.name=broken"]
     again = ftexp(*words, "train.ledger=true", "train.log_every_steps=1")
     assert again.wait() == 0, again.output
     assert f"stopped early  at step {STOPS_AT}, epoch 2: {reason}" in again.output
     assert runs[1].record["attempts"] == 2
-    assert Storage.at(str(folder), "broken").exists("run.json")
+    assert Storage.at(str(directory), "broken").exists("run.json")

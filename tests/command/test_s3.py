@@ -91,7 +91,7 @@ class Proxy:
 
 def is_whole(store, after):
     """Whether there is a checkpoint of a later step."""
-    names = store.storage.list_folders()
+    names = store.storage.list_directories()
     return any(name > f"step_{after + 1:08d}" and store.storage.exists(f"{name}/{MANIFEST}") for name in names)
 
 
@@ -125,7 +125,7 @@ def test_an_outage_of_s3_in_the_middle_of_a_save_changes_nothing(
     events = [json.loads(line) for line in run.read_bytes("events.jsonl").decode().splitlines()]
     failed = [event["step"] for event in events if event["event"] == "checkpoint_failed"]
     saved = [event["checkpoint"] for event in events if event["event"] == "checkpoint_saved"]
-    kept = store.storage.list_folders()
+    kept = store.storage.list_directories()
     # training went on meanwhile, and saves did afterwards
     assert failed[0] >= 2 * SAVE_EVERY
     assert len(failed) == len(set(failed)) >= 2

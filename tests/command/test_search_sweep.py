@@ -34,18 +34,18 @@ def has_saved(run):
 @pytest.fixture(scope="module")
 def story(tmp_path_factory, preloaded):
     """The command, stopped in its first trial, and given again; what was seen in between and afterwards."""
-    folder = tmp_path_factory.mktemp("search")
-    mark = f"FTEXP_SEARCH_TEST={folder}"
-    sweep = folder / "sweeps" / "search"
+    directory = tmp_path_factory.mktemp("search")
+    mark = f"FTEXP_SEARCH_TEST={directory}"
+    sweep = directory / "sweeps" / "search"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(*mark.split("=", 1))
-        stopped = Command("train", [*WORDS, f"run.storage={folder}"], folder, preloaded)
+        stopped = Command("train", [*WORDS, f"run.storage={directory}"], directory, preloaded)
         stopped.wait_until(lambda: any(has_saved(RunFolder(path)) for path in sweep.glob("optim.lr=*")))
         stopped.process.terminate()
         stop_code = stopped.wait()
         wait_until_none(lambda: descendants_with(mark))
         after_stop = look(Storage.at(str(sweep)))[1]
-        again = Command("train", [*WORDS, f"run.storage={folder}"], folder, preloaded)
+        again = Command("train", [*WORDS, f"run.storage={directory}"], directory, preloaded)
         try:
             code = again.wait()
         finally:

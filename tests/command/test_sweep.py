@@ -61,21 +61,21 @@ class Doom:
 """
 
 
-def files(folder):
-    return {path: path.stat().st_mtime_ns for path in Path(folder).rglob("*") if path.is_file()}
+def files(directory):
+    return {path: path.stat().st_mtime_ns for path in Path(directory).rglob("*") if path.is_file()}
 
 
 @pytest.fixture(scope="module")
 def story(tmp_path_factory, preloaded):
     """The command, killed, and given again; what was seen in between."""
-    folder = tmp_path_factory.mktemp("sweep")
-    (folder / "doom.py").write_text(PLUGIN)
-    (folder / "on").touch()
-    mark = f"FTEXP_SWEEP_TEST={folder}"
-    sweep = folder / "sweeps" / "grid"
+    directory = tmp_path_factory.mktemp("sweep")
+    (directory / "doom.py").write_text(PLUGIN)
+    (directory / "on").touch()
+    mark = f"FTEXP_SWEEP_TEST={directory}"
+    sweep = directory / "sweeps" / "grid"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(*mark.split("=", 1))
-        first = Command("train", [*WORDS, f"run.storage={folder}"], folder, preloaded)
+        first = Command("train", [*WORDS, f"run.storage={directory}"], directory, preloaded)
         first.wait_for(f"failed      {DOOMED}")  # told after it is in the ledger
         first.wait_until(lambda: is_in_the_middle(sweep))
         os.kill(first.process.pid, signal.SIGKILL)
@@ -84,8 +84,8 @@ def story(tmp_path_factory, preloaded):
         told = {each.trial.name: each for each in look(Storage.at(str(sweep)))[1]}
         before = {name: files(sweep / name) for name, each in told.items() if each.status == "finished"}
         saved = {name: newest_step(sweep / name) for name in told}
-        (folder / "on").unlink()
-        second = Command("train", [*WORDS, f"run.storage={folder}"], folder, preloaded)
+        (directory / "on").unlink()
+        second = Command("train", [*WORDS, f"run.storage={directory}"], directory, preloaded)
         try:
             code = second.wait()
         finally:

@@ -69,12 +69,12 @@ def server(tmp_path_factory):
     """The address of an MLflow server: its application, on a thread here: `mlflow server` takes long to start."""
     from werkzeug.serving import make_server
 
-    folder = tmp_path_factory.mktemp("mlflow")
+    directory = tmp_path_factory.mktemp("mlflow")
     logging.getLogger("werkzeug").setLevel("ERROR")  # it logs every request
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
-        patch.setenv("_MLFLOW_SERVER_FILE_STORE", f"sqlite:///{folder}/mlflow.db")  # as `mlflow server` does
-        patch.setenv("_MLFLOW_SERVER_ARTIFACT_ROOT", str(folder))
+        patch.setenv("_MLFLOW_SERVER_FILE_STORE", f"sqlite:///{directory}/mlflow.db")  # as `mlflow server` does
+        patch.setenv("_MLFLOW_SERVER_ARTIFACT_ROOT", str(directory))
         with warnings.catch_warnings(action="ignore"):  # of a package's of MLflow's
             import starlette.middleware.wsgi  # noqa: F401 - imported when the server is asked something
         from mlflow.server import app
@@ -87,9 +87,9 @@ def server(tmp_path_factory):
         thread.join()
 
 
-def deliver(folder, uri, new=(), status="finished", **kwargs):
+def deliver(directory, uri, new=(), status="finished", **kwargs):
     """As a call of the command that logs `new`; returns what the trackers couldn't take."""
-    followed, lines = made(folder, uri, **kwargs)
+    followed, lines = made(directory, uri, **kwargs)
     followed.start(lambda event: None)
     for point in new:
         log(lines, followed, point)
@@ -97,8 +97,8 @@ def deliver(folder, uri, new=(), status="finished", **kwargs):
     return followed.wait()
 
 
-def in_tensorboard(folder):
-    return Counter(scalars(folder / "tensorboard"))
+def in_tensorboard(directory):
+    return Counter(scalars(directory / "tensorboard"))
 
 
 def mlflow_runs(uri, filter_string):
@@ -109,24 +109,24 @@ def mlflow_runs(uri, filter_string):
     return client, client.search_runs([experiment.experiment_id], filter_string)
 
 
-def mlflow_run(uri, folder):
-    client, found = mlflow_runs(uri, f"tags.run_dir = '{folder}'")
+def mlflow_run(uri, directory):
+    client, found = mlflow_runs(uri, f"tags.run_dir = '{directory}'")
     assert len(found) == 1
     return client, found[0]
 
 
-def in_mlflow(uri, folder):
-    client, run = mlflow_run(uri, folder)
+def in_mlflow(uri, directory):
+    client, run = mlflow_run(uri, directory)
     found = [metric for name in run.data.metrics for metric in client.get_metric_history(run.info.run_id, name)]
     return Counter((metric.key, metric.step) for metric in found)
 
 
-def in_wandb(folder):
-    number = tracking_id(Storage.at(str(folder)))
-    names = [path.name for path in (folder / "wandb").glob("offline-run-*")]
+def in_wandb(directory):
+    number = tracking_id(Storage.at(str(directory)))
+    names = [path.name for path in (directory / "wandb").glob("offline-run-*")]
     assert names
     assert all(re.fullmatch(rf"offline-run-\d+_\d+-{number}(-\d+)?", name) for name in names)  # one run
-    rows = list(logged_rows(folder, number))
+    rows = list(logged_rows(directory, number))
     assert len({row["_step"] for row in rows}) == len(rows)
     return Counter(
         (name, row["step"])
@@ -141,56 +141,56 @@ def once(points):
     return Counter({(name, point["step"]): 1 for point in points for name in point if name not in head})
 
 
-def assert_each_point_once(folder, uri):
-    wanted = once(json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines())
-    assert in_tensorboard(folder) == wanted
-    assert in_mlflow(uri, folder) == wanted
-    assert in_wandb(folder) == wanted
+def assert_each_point_once(directory, uri):
+    wanted = once(json.loads(line) for line in (directory / METRICS_FILE).read_text().splitlines())
+    assert in_tensorboard(directory) == wanted
+    assert in_mlflow(uri, directory) == wanted
+    assert in_wandb(directory) == wanted
 
 
 def test_after_a_kill_in_the_middle_of_sending_each_tracker_has_one_run_with_each_point_once(server, tmp_path):
-    folder = tmp_path / "killed"
-    lines = AppendLog(Storage.at(str(folder)), METRICS_FILE)
+    directory = tmp_path / "killed"
+    lines = AppendLog(Storage.at(str(directory)), METRICS_FILE)
     for point in points_of(range(1, 51)):
         lines.append(json.dumps(point))
     assert deliver(tmp_path / "before", None, names=["wandb"]) == []
     # the killed one inherits this process's wandb, and must not leave its run to it
     assert "WANDB_SERVICE" in os.environ
-    environment = {**os.environ, "FTEXP_TRACKERS_TEST": str(folder), "PYTHONPATH": str(Path(__file__).parents[2])}
-    killed = subprocess.run([sys.executable, "-c", KILLED, str(folder), server], env=environment, check=False)
+    environment = {**os.environ, "FTEXP_TRACKERS_TEST": str(directory), "PYTHONPATH": str(Path(__file__).parents[2])}
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(directory), server], env=environment, check=False)
     assert killed.returncode == -signal.SIGKILL
-    wait_until_none(lambda: descendants_with(f"FTEXP_TRACKERS_TEST={folder}"))  # wandb's process outlives it
-    assert len(list((folder / "tensorboard").iterdir())) == 1
-    assert deliver(folder, server, points_of(range(101, 121))) == []
-    assert_each_point_once(folder, server)
-    assert len(read_lines(Storage.at(str(folder)), METRICS_FILE)) == 132
+    wait_until_none(lambda: descendants_with(f"FTEXP_TRACKERS_TEST={directory}"))  # wandb's process outlives it
+    assert len(list((directory / "tensorboard").iterdir())) == 1
+    assert deliver(directory, server, points_of(range(101, 121))) == []
+    assert_each_point_once(directory, server)
+    assert len(read_lines(Storage.at(str(directory)), METRICS_FILE)) == 132
 
 
 def test_params_tags_and_the_end_are_told_and_secrets_are_not(server, tmp_path):
-    folder = tmp_path / "told"
-    assert deliver(folder, server, points_of([1]), status="interrupted") == []
-    _, run = mlflow_run(server, folder)
+    directory = tmp_path / "told"
+    assert deliver(directory, server, points_of([1]), status="interrupted") == []
+    _, run = mlflow_run(server, directory)
     assert run.info.status == "KILLED"
-    assert deliver(folder, server) == []
-    _, run = mlflow_run(server, folder)
+    assert deliver(directory, server) == []
+    _, run = mlflow_run(server, directory)
     assert (run.info.status, run.info.run_name) == ("FINISHED", "told")
     assert run.data.params["train.log_every_steps"] == "10"
     assert run.data.tags.items() >= {"team": "blue", "checkpoint": "step_9", "status": "finished"}.items()
     assert run.data.params["model.kwargs.api_key"] == "***"
-    for file in folder.rglob("*"):
+    for file in directory.rglob("*"):
         assert not file.is_file() or b"very secret" not in file.read_bytes(), file
 
 
 def test_a_key_that_mlflow_refuses_is_told_in_characters_that_it_takes(server, tmp_path):
-    folder = tmp_path / "pattern"
-    plain = settings(folder, server, ["mlflow"])
+    directory = tmp_path / "pattern"
+    plain = settings(directory, server, ["mlflow"])
     plain.train.freeze, plain.tracker.tags = {"blocks.0.*": None}, {"who?": "me"}
-    run_dir = Storage.at(str(folder))
+    run_dir = Storage.at(str(directory))
     followed = Trackers(plain.tracker, tracked_run(plain, run_dir, "pattern", 1e9), run_dir, list)
     followed.start(lambda event: None)
     followed.end(Outcome(status="finished"))
     assert followed.wait() == []
-    _, found = mlflow_run(server, folder)
+    _, found = mlflow_run(server, directory)
     assert (found.data.params["train.freeze.blocks.0._"], found.data.tags["who_"]) == ("None", "me")
 
 
@@ -199,8 +199,10 @@ def test_a_folder_of_tensorboards_keeps_runs_of_one_name_apart(tmp_path):
         config, run_dir = settings(tmp_path / storage / "first", "", ["tensorboard"]), tmp_path / storage / "first"
         config.tracker.tensorboard.dir = str(tmp_path / "boards")
         run_dir.mkdir(parents=True, exist_ok=True)
-        folder = Storage.at(str(run_dir))
-        followed = Trackers(config.tracker, tracked_run(config, folder, "first", 1e9), folder, lambda: points_of([1]))
+        directory = Storage.at(str(run_dir))
+        followed = Trackers(
+            config.tracker, tracked_run(config, directory, "first", 1e9), directory, lambda: points_of([1])
+        )
         followed.start(lambda event: None)
         followed.end(Outcome(status="finished"))
         assert followed.wait() == []
@@ -214,29 +216,29 @@ def test_a_folder_of_tensorboards_keeps_runs_of_one_name_apart(tmp_path):
 
 
 def test_what_another_call_sets_otherwise_becomes_a_tag(server, tmp_path, monkeypatch):
-    folder = tmp_path / "longer"
-    deliver(folder, server, names=["mlflow"])
+    directory = tmp_path / "longer"
+    deliver(directory, server, names=["mlflow"])
 
-    plain = settings(folder, server, ["mlflow"])
+    plain = settings(directory, server, ["mlflow"])
     plain.train.epochs = 7
-    run = tracked_run(plain, Storage.at(str(folder)), "longer", 1e9)
-    again = Trackers(plain.tracker, run, Storage.at(str(folder)), list)
+    run = tracked_run(plain, Storage.at(str(directory)), "longer", 1e9)
+    again = Trackers(plain.tracker, run, Storage.at(str(directory)), list)
     again.start(lambda event: None)
     again.end(Outcome(status="finished"))
     assert again.wait() == []
-    _, found = mlflow_run(server, folder)
+    _, found = mlflow_run(server, directory)
     assert (found.data.params["train.epochs"], found.data.tags["now.train.epochs"]) == ("???", "7")
 
 
 def test_a_server_that_is_down_fails_nothing_and_has_all_once_it_is_back(server, tmp_path):
-    folder = tmp_path / "down"
+    directory = tmp_path / "down"
     with socket.create_server(("127.0.0.1", 0)) as free:
         nobody = f"http://127.0.0.1:{free.getsockname()[1]}"
-    (failure,) = deliver(folder, nobody, points_of(range(1, 4)), names=["mlflow"])
+    (failure,) = deliver(directory, nobody, points_of(range(1, 4)), names=["mlflow"])
     assert (failure.tracker, failure.num_undelivered) == ("mlflow", 3)
     assert "Connection refused" in failure.reason
-    assert deliver(folder, server, points_of([4]), names=["mlflow"]) == []
-    assert in_mlflow(server, folder) == once(points_of(range(1, 5)))
+    assert deliver(directory, server, points_of([4]), names=["mlflow"]) == []
+    assert in_mlflow(server, directory) == once(points_of(range(1, 5)))
 
 
 def test_a_server_that_never_answers_costs_the_time_that_is_allowed(tmp_path, monkeypatch):
@@ -251,8 +253,8 @@ def test_a_trial_is_a_child_of_its_sweep_and_lies_below_it(server, tmp_path):
     sweep = Storage.at(str(tmp_path / "sweeps" / "lr"))
     deliver(sweep.local_path, server, names=["mlflow"])  # the sweep itself, which has no points
     for name in ("optim.lr=0.1", "optim.lr=0.2"):
-        folder = sweep.child(name).local_path
-        assert deliver(folder, server, points_of([1]), names=["mlflow", "tensorboard"], sweep=sweep) == []
+        directory = sweep.child(name).local_path
+        assert deliver(directory, server, points_of([1]), names=["mlflow", "tensorboard"], sweep=sweep) == []
     beginning, _ = made(sweep.child("optim.lr=0.3").local_path, server, ["mlflow"], sweep)
     opened = threading.Event()
     beginning.start(lambda event: opened.set())
@@ -270,15 +272,15 @@ def test_without_a_server_the_runs_of_a_storage_and_its_sweeps_are_in_one_databa
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)  # the server here sets it
     sweep = Storage.at(str(tmp_path / "sweeps" / "lr"))
     sweep.write_bytes("sweep.json", b"")
-    for folder, of in ((tmp_path / "alone", None), (sweep.child("seed=1").local_path, sweep)):
-        assert deliver(folder, None, points_of([1]), names=["mlflow"], sweep=of) == []
+    for directory, of in ((tmp_path / "alone", None), (sweep.child("seed=1").local_path, sweep)):
+        assert deliver(directory, None, points_of([1]), names=["mlflow"], sweep=of) == []
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     assert in_mlflow(uri, tmp_path / "alone") == in_mlflow(uri, sweep.child("seed=1").uri) == once(points_of([1]))
 
 
 def test_a_tracker_that_opens_when_the_run_has_ended_is_told_of_all_the_same(tmp_path):
-    folder = Storage.at(str(tmp_path / "short"))
-    record = RunRecord(folder, RunState(name="short"), ("val_accuracy", "max"))
+    directory = Storage.at(str(tmp_path / "short"))
+    record = RunRecord(directory, RunState(name="short"), ("val_accuracy", "max"))
     config, output, closed = settings(tmp_path / "short", None, ["tensorboard"]), io.StringIO(), []
     followed = trackers_of(config, record, None)
     followed.start(lambda event: closed.append(event) or False)
@@ -288,35 +290,35 @@ def test_a_tracker_that_opens_when_the_run_has_ended_is_told_of_all_the_same(tmp
     assert [event.name for event in closed] == ["tracker_opened"]
     where = f"{tmp_path}/short/tensorboard"
     assert output.getvalue() == f"tracker  tensorboard: {where}\n"
-    event = [*read_lines(folder, EVENTS_FILE)][-1]
+    event = [*read_lines(directory, EVENTS_FILE)][-1]
     assert (event["event"], event["tracker"], event["where"]) == ("tracker_opened", "tensorboard", where)
 
 
 def test_a_finished_run_is_given_to_trackers_that_lack_it_and_to_no_other(tmp_path, capsys):
-    folder = tmp_path / "late"
-    deliver(folder, None, points_of(range(1, 5)), names=["wandb"])
-    config = settings(folder, None, ["tensorboard", "wandb"])
-    before = sorted((folder / "wandb").rglob("*"))
+    directory = tmp_path / "late"
+    deliver(directory, None, points_of(range(1, 5)), names=["wandb"])
+    config = settings(directory, None, ["tensorboard", "wandb"])
+    before = sorted((directory / "wandb").rglob("*"))
     state = RunState(name="late", status="finished")
-    context = RunContext(config, [], Workers(1, False, {}), Storage.at(str(folder)), state, None)
+    context = RunContext(config, [], Workers(1, False, {}), Storage.at(str(directory)), state, None)
     for _ in range(2):
         deliver_late(context, Terminal())
-    assert capsys.readouterr().out.splitlines() == [f"tracker  tensorboard: {folder}/tensorboard"]
-    assert in_tensorboard(folder) == once(points_of(range(1, 5)))
-    assert sorted((folder / "wandb").rglob("*")) == before
+    assert capsys.readouterr().out.splitlines() == [f"tracker  tensorboard: {directory}/tensorboard"]
+    assert in_tensorboard(directory) == once(points_of(range(1, 5)))
+    assert sorted((directory / "wandb").rglob("*")) == before
 
 
 def test_an_event_file_that_a_kill_has_torn_is_gone_on_with(tmp_path):
-    folder = tmp_path / "torn"
-    deliver(folder, None, points_of(range(1, 5)), names=["tensorboard"])
-    (file,) = (folder / "tensorboard").iterdir()
+    directory = tmp_path / "torn"
+    deliver(directory, None, points_of(range(1, 5)), names=["tensorboard"])
+    (file,) = (directory / "tensorboard").iterdir()
     content, ends = file.read_bytes(), [0]
     for _ in range(5):  # the head, and four scalars: a record is its length, and sixteen bytes beside
         ends.append(ends[-1] + struct.unpack_from("<Q", content, ends[-1])[0] + 16)
     file.write_bytes(content[: ends[-1] - 1])
-    assert sum(in_tensorboard(folder).values()) == 3
-    assert deliver(folder, None, names=["tensorboard"]) == []
-    assert in_tensorboard(folder) == once(points_of(range(1, 5)))
+    assert sum(in_tensorboard(directory).values()) == 3
+    assert deliver(directory, None, names=["tensorboard"]) == []
+    assert in_tensorboard(directory) == once(points_of(range(1, 5)))
 
 
 def _own_labels(sample):
@@ -339,23 +341,29 @@ def scrape_into(scrapes, lines):
 @pytest.fixture(scope="module")
 def three_kills(server, tmp_path_factory, preloaded):
     """A run of which two workers and the command itself are killed, with all trackers, and the command given again."""
-    folder = tmp_path_factory.mktemp("runs")
+    directory = tmp_path_factory.mktemp("runs")
     faults = "{kind: kill_worker, step: 22, rank: 1}, {kind: kill_worker, step: 41}, {kind: kill_driver, step: 57}"
     faults += ", {kind: slow_rank, step: 62, rank: 1, count: 45, seconds: 0.1}"
     words = [
-        *(f"run.storage={folder}", "run.name=three", "report.enabled=false", "train.max_steps=128", "train.epochs=6"),
+        *(
+            f"run.storage={directory}",
+            "run.name=three",
+            "report.enabled=false",
+            "train.max_steps=128",
+            "train.epochs=6",
+        ),
         *("train.log_every_steps=5", "checkpoint.every_steps=10", f"chaos.faults=[{faults}]"),
         *("tracker=[tensorboard,mlflow,wandb,prometheus]", "tracker.prometheus.export=http"),
         *(f"tracker.mlflow.tracking_uri={server}", "tracker.tags.team=blue"),
         "tracker.timeout_s=60",
         "scaling.num_workers=2",
     ]
-    first = Command("train", words, folder, preloaded, joins=True)
+    first = Command("train", words, directory, preloaded, joins=True)
     assert first.wait() == -signal.SIGKILL, first.output
-    second, scrapes = Command("train", words, folder, preloaded, joins=True), []
+    second, scrapes = Command("train", words, directory, preloaded, joins=True), []
     second.wait_until(lambda: scrape_into(scrapes, second.lines) and scrapes[-1]["ftexp_step",] > 105)
     assert second.wait() == 0, second.output
-    return RunFolder(folder / "three"), [*first.lines, *second.lines], scrapes[-1]
+    return RunFolder(directory / "three"), [*first.lines, *second.lines], scrapes[-1]
 
 
 def test_a_run_with_three_kills_is_one_run_in_each_tracker_with_each_point_once(server, three_kills):

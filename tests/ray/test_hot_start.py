@@ -61,18 +61,18 @@ STEP = """
 """
 
 
-def python_path_without_torch(folder):
+def python_path_without_torch(directory):
     """A PYTHONPATH where preloading takes a second instead of eight: a name that isn't there is left out."""
     for name in ("torch", "torchvision", "timm"):
-        (folder / f"{name}.py").write_text(f"raise ModuleNotFoundError('No module named {name}', name={name!r})")
-    return os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+        (directory / f"{name}.py").write_text(f"raise ModuleNotFoundError('No module named {name}', name={name!r})")
+    return os.pathsep.join(filter(None, [str(directory), os.environ.get("PYTHONPATH")]))
 
 
 class Preloaded:
     """A preloaded process with its socket, and the launchers that were started on it."""
 
-    def __init__(self, folder, command):
-        self.folder, self.socket = folder, str(folder / "socket")
+    def __init__(self, directory, command):
+        self.directory, self.socket = directory, str(directory / "socket")
         unwanted = ("RAY_", "PYTHONUNBUFFERED")
         self.environment = {name: value for name, value in os.environ.items() if not name.startswith(unwanted)}
         self.environment |= {"RAY_JOB_ID": "01000000", "RAY_RAYLET_PID": str(os.getpid())}
@@ -80,17 +80,17 @@ class Preloaded:
             number = listener.fileno()
             self.process = subprocess.Popen(
                 [sys.executable, *command, self.socket, str(number)],
-                stdin=subprocess.PIPE, cwd=folder, env=self.environment, pass_fds=[number],
+                stdin=subprocess.PIPE, cwd=directory, env=self.environment, pass_fds=[number],
                 preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # `nohup pytest` ignores it
             )  # fmt: skip
         self.launchers = []
 
     def start(self, script, *arguments, plain=False, socket=None, flags=(), **options):
         """Start `script` through the launcher, or by the plain interpreter."""
-        path = self.folder / f"script_{len(self.launchers)}.py"
+        path = self.directory / f"script_{len(self.launchers)}.py"
         path.write_text(textwrap.dedent(script))
         words = [] if plain else ["-S", "-E", launcher.__file__, socket or self.socket]
-        options = {"env": self.environment, "cwd": self.folder, "stdin": subprocess.PIPE, **options}
+        options = {"env": self.environment, "cwd": self.directory, "stdin": subprocess.PIPE, **options}
         started = subprocess.Popen(
             [sys.executable, *words, *flags, path, *arguments],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options,
@@ -514,12 +514,12 @@ def test_ctrl_c_in_the_terminal_does_not_end_the_preloader(light, number):
 
 def ask(preloaded, script, stdin=0):
     """Send a request as a launcher does, and return the connection."""
-    path = preloaded.folder / "asked.py"
+    path = preloaded.directory / "asked.py"
     path.write_text(script)
     request = {
         "arguments": [str(path)],
         "environment": preloaded.environment,
-        "folder": str(preloaded.folder),
+        "folder": str(preloaded.directory),
         "umask": 0o022,
         "oom_score_adj": "",
     }
@@ -543,10 +543,10 @@ def test_where_memory_runs_out_a_forked_worker_goes_as_early_as_a_plain_one(ligh
 def test_launchers_that_hang_up_do_not_end_the_preloader(light):
     assert is_forked(light)
     light.process.send_signal(signal.SIGSTOP)  # so that it finds out when it answers
-    ask(light, f"open({str(light.folder / 'has_run')!r}, 'w')").close()
+    ask(light, f"open({str(light.directory / 'has_run')!r}, 'w')").close()
     light.process.send_signal(signal.SIGCONT)
     assert is_forked(light)
-    assert not (light.folder / "has_run").exists()  # it runs plainly by now: two workers would have its name
+    assert not (light.directory / "has_run").exists()  # it runs plainly by now: two workers would have its name
 
 
 def test_launchers_that_are_killed_while_they_ask_do_not_end_the_preloader(light):
@@ -746,11 +746,11 @@ def test_a_worker_without_the_launcher_has_the_interpreter_that_was_named(tmp_pa
 class Node:
     """A process in the place of a raylet, and launchers that look for its preloader."""
 
-    def __init__(self, folder):
-        self.folder, self.prefix = folder, str(folder / "ftexp-key")
+    def __init__(self, directory):
+        self.directory, self.prefix = directory, str(directory / "ftexp-key")
         self.raylet = subprocess.Popen(["sleep", "600"])
         environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-        environment["PYTHONPATH"] = python_path_without_torch(folder)
+        environment["PYTHONPATH"] = python_path_without_torch(directory)
         self.environment = environment | {"RAY_RAYLET_PID": str(self.raylet.pid)}
 
     @property
@@ -758,11 +758,11 @@ class Node:
         return Path(f"{self.prefix}-{self.raylet.pid}")
 
     def start(self, job="01000000"):
-        script = self.folder / "worker.py"
+        script = self.directory / "worker.py"
         script.write_text(f"import os; print(os.environ.get('{MARK}'), os.getppid())")
         command = [sys.executable, "-S", "-E", launcher.__file__, f"node:{self.prefix}", str(script)]
         environment = self.environment | {"RAY_JOB_ID": job}
-        return subprocess.Popen(command, env=environment, cwd=self.folder, stdout=subprocess.PIPE, text=True)
+        return subprocess.Popen(command, env=environment, cwd=self.directory, stdout=subprocess.PIPE, text=True)
 
     def run(self, job="01000000"):
         """(whether it was forked, by whom)"""
@@ -776,11 +776,11 @@ class Node:
     def preloaders(self):
         """Process ids."""
         text = f"{self.kept}/socket"
-        for folder in Path("/proc").glob("[0-9]*"):
+        for directory in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
-                words = (folder / "cmdline").read_text().split("\0")
-                if text in words and parent_of(int(folder.name)) == 1:
-                    yield int(folder.name)
+                words = (directory / "cmdline").read_text().split("\0")
+                if text in words and parent_of(int(directory.name)) == 1:
+                    yield int(directory.name)
 
 
 def num_waiting_for(lock):
@@ -839,10 +839,10 @@ def test_a_nodes_preloader_that_was_killed_is_replaced_and_the_last_ends_with_th
 
 
 def processes_with(text):
-    for folder in Path("/proc").iterdir():
+    for directory in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
-            if folder.name.isdigit() and text.encode() in (folder / "environ").read_bytes():
-                yield int(folder.name)
+            if directory.name.isdigit() and text.encode() in (directory / "environ").read_bytes():
+                yield int(directory.name)
 
 
 def test_a_preloaded_process_imports_without_what_only_a_library_of_its_would_use(tmp_path, monkeypatch):

@@ -32,7 +32,7 @@ def test_the_sources_agree_on_classes_and_remember_how_they_were_found(tmp_path)
         assert info.class_names == ["5", "7", "100001", *(f"class_{number}" for number in range(3, 10))]
 
 
-def folder(root):
+def directory(root):
     found = (("train", "digit2", 0), ("train", "digit3", 1), ("val", "Digit2", 2), ("test", "digit3", 3))
     for split, label, number in found:
         put(root / split / label / f"{number}.png", encoded(picture(number)))
@@ -41,7 +41,7 @@ def folder(root):
 @pytest.mark.usefixtures("data_ray")
 @pytest.mark.parametrize("feed", ["cached", "streaming"])
 def test_either_feed_tells_of_classes_that_differ_between_splits(tmp_path, feed):
-    folder(tmp_path)
+    directory(tmp_path)
     assert build_data(data_config("image_folder", tmp_path, feed=feed)).info.warnings == [
         "1 of the 1 samples of val have a class without a training sample, so each counts as wrong: 'Digit2' (1)",
         "classes whose names differ in case or Unicode form only: 'Digit2' and 'digit2'",

@@ -46,9 +46,11 @@ def as_file(pixels):
 @pytest.fixture(scope="module")
 def roots(tmp_path_factory):
     """The same images, of all sizes, in every layout."""
-    folder = tmp_path_factory.mktemp("roots")
-    write_layouts(folder, [image(number) for number in range(NUM_IMAGES)], [n % 3 for n in range(NUM_IMAGES)], as_file)
-    return folder
+    directory = tmp_path_factory.mktemp("roots")
+    write_layouts(
+        directory, [image(number) for number in range(NUM_IMAGES)], [n % 3 for n in range(NUM_IMAGES)], as_file
+    )
+    return directory
 
 
 def bundle_of(name, root, feed, augment, **values):

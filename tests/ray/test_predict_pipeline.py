@@ -148,7 +148,7 @@ def test_a_parquet_file_that_cannot_be_read_is_named_beside_the_others(tmp_path)
 def run(tmp_path_factory):
     """A run of a small model with random weights."""
     config = composed("model=vit", "data=image_folder", "data.root=.", f"data.image_size={SIZE}", "augment=none")
-    folder = Storage.at(str(tmp_path_factory.mktemp("run")))
+    directory = Storage.at(str(tmp_path_factory.mktemp("run")))
     info = {"name": "image_folder", "class_names": CLASSES, "image_size": SIZE, "channels": 3, "num_samples": {}}
     data = {**info, "mean": [0.5] * 3, "std": [0.25] * 3}
     from omegaconf import OmegaConf
@@ -157,11 +157,11 @@ def run(tmp_path_factory):
     from ftexp.model.build import timm_arguments
     from ftexp.rundir.names import RUN_FILE
 
-    folder.write_bytes("config.yaml", OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config))).encode())
+    directory.write_bytes("config.yaml", OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config))).encode())
     arguments = timm_arguments(config.model, DataInfo(**{k: v for k, v in data.items() if k != "name"}))
     record = {"name": "run", "data": data, "model": {"arguments": arguments}}
-    folder.write_bytes(RUN_FILE, json.dumps(record).encode())
-    return SavedRun.at(folder.uri)
+    directory.write_bytes(RUN_FILE, json.dumps(record).encode())
+    return SavedRun.at(directory.uri)
 
 
 def test_parts_hold_what_the_model_says_of_each_image_and_name_what_is_unreadable(run, tmp_path):

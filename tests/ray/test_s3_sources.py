@@ -45,13 +45,13 @@ class Flaky:
 
 @pytest.fixture(scope="module")
 def roots(s3_server, tmp_path_factory):
-    """A folder with the images in every layout; they are in the bucket, too."""
-    folder = tmp_path_factory.mktemp("roots")
-    write_layouts(folder, IMAGES, LABELS)
+    """A directory with the images in every layout; they are in the bucket, too."""
+    directory = tmp_path_factory.mktemp("roots")
+    write_layouts(directory, IMAGES, LABELS)
     storage = Storage.at(s3_uri(s3_server, "bucket"))
-    for path in filter(Path.is_file, folder.rglob("*")):
-        storage.child(*path.relative_to(folder).parts[:-1]).write_bytes(path.name, path.read_bytes())
-    return folder
+    for path in filter(Path.is_file, directory.rglob("*")):
+        storage.child(*path.relative_to(directory).parts[:-1]).write_bytes(path.name, path.read_bytes())
+    return directory
 
 
 @pytest.fixture(scope="module")

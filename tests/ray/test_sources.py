@@ -97,11 +97,11 @@ def write_cifar(root, monkeypatch, name, num_classes):
 
     dataset_class = getattr(torchvision.datasets, name)
     key = {"CIFAR10": "labels", "CIFAR100": "fine_labels"}[name]
-    folder = root / dataset_class.base_folder
+    directory = root / dataset_class.base_folder
 
     def write(file_name, content):
-        put(folder / file_name, pickle.dumps(content))
-        return hashlib.md5((folder / file_name).read_bytes()).hexdigest()
+        put(directory / file_name, pickle.dumps(content))
+        return hashlib.md5((directory / file_name).read_bytes()).hexdigest()
 
     hashes, arrays = {}, {}
     for split, entries in (("train_list", dataset_class.train_list), ("test_list", dataset_class.test_list)):
@@ -294,17 +294,17 @@ def test_split_that_has_no_folder_is_cut_from_training(tmp_path):
         (("Training/a", "Testing/a"), "Testing, Training, which look like splits, under other names"),
     ],
 )
-def test_folders_that_look_like_splits_are_not_taken_for_classes(tmp_path, folders, told):
-    for folder in folders:
-        put(tmp_path / folder / "0.png", encoded(COLOUR))
+def test_folders_that_look_like_splits_are_not_taken_for_classes(tmp_path, directories, told):
+    for directory in directories:
+        put(tmp_path / directory / "0.png", encoded(COLOUR))
     with pytest.raises(DataError, match=re.escape(told)):
         build_data(data_config("image_folder", tmp_path))
 
 
 def test_classes_may_be_called_like_splits(tmp_path):
-    for folder in ("train", "test", "bus"):
+    for directory in ("train", "test", "bus"):
         for number in range(9):
-            put(tmp_path / folder / f"{number}.png", encoded(COLOUR))
+            put(tmp_path / directory / f"{number}.png", encoded(COLOUR))
     assert build_data(data_config("image_folder", tmp_path)).info.class_names == ["bus", "test", "train"]
 
 
@@ -503,7 +503,7 @@ def test_encoded_parquet_keeps_rows_and_text_labels_together_over_files_and_row_
         write_parquet(path, [encoded(i) for i in images[start:end]], labels[start:end], row_group_size=4)
     put(tmp_path / "_SUCCESS", b"")
     put(tmp_path / "._part-0.parquet", b"macOS writes such")
-    (tmp_path / "empty.parquet").mkdir()  # Spark's data sets are folders so named
+    (tmp_path / "empty.parquet").mkdir()  # Spark's data sets are directories so named
 
     bundle = build_data(data_config("parquet", tmp_path))
     splits = read_all(bundle)
@@ -523,7 +523,7 @@ def test_files_and_folders_named_after_splits_are_the_splits_and_a_uri_is_a_root
     write_parquet(root / "data" / "train-00000-of-00002.parquet", structs["train"][:4], labels["train"][:4], 3)
     write_parquet(root / "data" / "train-00001-of-00002.parquet", structs["train"][4:], labels["train"][4:])
     write_parquet(root / "data" / "validation-00000-of-00001.parquet", structs["val"], labels["val"])
-    write_parquet(root / "test" / "trained-eyes-only.parquet", structs["test"], labels["test"])  # the folder counts
+    write_parquet(root / "test" / "trained-eyes-only.parquet", structs["test"], labels["test"])  # the directory counts
 
     bundle = build_data(data_config("parquet", root.as_uri()))
     splits = read_all(bundle)

@@ -45,9 +45,9 @@ LABELS = [number % 3 for number in range(NUM_IMAGES)]
 @pytest.fixture(scope="module")
 def roots(tmp_path_factory):
     """The same images in every layout."""
-    folder = tmp_path_factory.mktemp("roots")
-    write_layouts(folder, IMAGES, LABELS)
-    return folder
+    directory = tmp_path_factory.mktemp("roots")
+    write_layouts(directory, IMAGES, LABELS)
+    return directory
 
 
 @pytest.fixture
@@ -301,9 +301,9 @@ def test_decode_cpus_count_while_data_is_cached_too(roots, monkeypatch, num_cpus
 
 @pytest.mark.parametrize("name", ["image_folder", "image_list", "parquet", "webdataset"])
 def test_other_names_or_labels_give_another_digest_and_another_place_the_same(tmp_path, name):
-    def digest(labels, folder):
-        write_layouts(tmp_path / folder, [picture(number) for number in range(6)], labels)
-        return build_data(data_config(name, tmp_path / folder / name, feed="cached")).info.digest
+    def digest(labels, directory):
+        write_layouts(tmp_path / directory, [picture(number) for number in range(6)], labels)
+        return build_data(data_config(name, tmp_path / directory / name, feed="cached")).info.digest
 
     first = digest([0, 1, 0, 1, 0, 1], "first")
     assert len(first) == 64

@@ -39,35 +39,35 @@ pytestmark = pytest.mark.usefixtures("data_ray")
 class Numbered:
     """Reads images that show their item's number, and writes down every read, with the process that did it."""
 
-    folder: Path
+    directory: Path
 
     def __call__(self, items):
         for item in items.tolist():
             yield f"item {item}", lambda item=item: self.read(item)
 
     def read(self, item):
-        with (self.folder / f"reads.{os.getpid()}").open("a") as file:
+        with (self.directory / f"reads.{os.getpid()}").open("a") as file:
             file.write(f"{item}\n")
-        if (self.folder / f"kills.{item}").exists():
-            (self.folder / f"kills.{item}").unlink()
+        if (self.directory / f"kills.{item}").exists():
+            (self.directory / f"kills.{item}").unlink()
             os.kill(os.getpid(), 9)
         return np.full((SIZE, SIZE, 1), item % 251, np.uint8)
 
     def num_reads(self):
-        return sum(len(path.read_text().splitlines()) for path in self.folder.glob("reads.*"))
+        return sum(len(path.read_text().splitlines()) for path in self.directory.glob("reads.*"))
 
 
 def nothing_is_bad(samples):
     raise AssertionError(samples)
 
 
-def split_of(folder, num_samples):
+def split_of(directory, num_samples):
     items = np.arange(num_samples)
-    return IndexedSplit(num_samples, Numbered(folder), Shared((items, items % 2)), None)
+    return IndexedSplit(num_samples, Numbered(directory), Shared((items, items % 2)), None)
 
 
-def feed(folder, num_samples, batch, total, num_tasks=1):
-    rows = StreamedRows(split_of(folder, num_samples), INFO, num_tasks, nothing_is_bad, lambda _: None)
+def feed(directory, num_samples, batch, total, num_tasks=1):
+    rows = StreamedRows(split_of(directory, num_samples), INFO, num_tasks, nothing_is_bad, lambda _: None)
     to_tensors = ToTensors(INFO, torch.device("cpu"), channels_last=False)
     plan = ShardPlan(batch, 1, total, rank=0, world_size=1)
     return IndexedFeed(rows, SampleOrder(0, num_samples), plan, to_tensors, Augment(AugmentConfig(), 0))

@@ -41,7 +41,7 @@ class Command:
     preloaded: of which process it is to be a fork. joins: whether it is to join that one's Ray.
     """
 
-    def __init__(self, module, arguments, folder, preloaded=None, joins=False):
+    def __init__(self, module, arguments, directory, preloaded=None, joins=False):
         words, environment = [sys.executable, "-m", f"ftexp.{module}"], dict(os.environ)
         if joins:
             environment, joining = preloaded.joining()
@@ -52,9 +52,9 @@ class Command:
             words = preloaded.words(module)
         self.process = subprocess.Popen(
             [*words, *arguments],
-            cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            cwd=directory, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
-        self._folder, self.lines, self._new = Path(folder), [], queue.Queue()
+        self._directory, self.lines, self._new = Path(directory), [], queue.Queue()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
@@ -92,7 +92,7 @@ class Command:
         for process in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):  # ended meanwhile
                 title = (process / "cmdline").read_text().partition("\0")[0]
-                if Path(title).name.startswith(program) and (process / "cwd").readlink() == self._folder:
+                if Path(title).name.startswith(program) and (process / "cwd").readlink() == self._directory:
                     found.append(int(process.name))
         (pid,) = found
         os.kill(pid, signal.SIGKILL)

@@ -109,19 +109,21 @@ def tar_sample(name, pixels, label, extension="png", content=None):
     return [(f"{name}.{extension}", content or encoded(pixels, kind)), (f"{name}.cls", str(label).encode())]
 
 
-def write_layouts(folder, images, labels, as_file=encoded):
-    """The same images in every layout, in a folder named after it; neither shards nor row groups are of one size."""
+def write_layouts(directory, images, labels, as_file=encoded):
+    """The same images in every layout, in a directory named after it; neither shards nor row groups are of one size."""
     content, num_images = [as_file(pixels) for pixels in images], len(images)
     for number, png in enumerate(content):
-        put(folder / "image_folder" / str(labels[number]) / f"{number:02}.png", png)
+        put(directory / "image_folder" / str(labels[number]) / f"{number:02}.png", png)
     lines = [f"image_folder/{label}/{number:02}.png,{label}" for number, label in enumerate(labels)]
-    put(folder / "image_list", "\n".join(["path,label", *lines]).encode())
+    put(directory / "image_list", "\n".join(["path,label", *lines]).encode())
     first = num_images * 3 // 5
     for part, (start, end) in enumerate([(0, first), (first, first + 1), (first + 1, num_images)]):
-        write_parquet(folder / "parquet" / f"{part}.parquet", content[start:end], labels[start:end], row_group_size=5)
+        write_parquet(
+            directory / "parquet" / f"{part}.parquet", content[start:end], labels[start:end], row_group_size=5
+        )
         entries = [
             entry
             for n in range(start, end)
             for entry in tar_sample(f"{n:02}", images[n], labels[n], content=content[n])
         ]
-        write_shard(folder / "webdataset" / f"{part}.tar", entries)
+        write_shard(directory / "webdataset" / f"{part}.tar", entries)

@@ -215,11 +215,11 @@ def _stored(info, labels, pixels):
     return labels
 
 
-def manager_of(job, folder, states=("progress",)):
-    """What saves `job` to a folder, and its store."""
+def manager_of(job, directory, states=("progress",)):
+    """What saves `job` to a directory, and its store."""
     job.channel.stop_requested = job.channel.save_requested = False
     job.config.checkpoint.extra_state = list(states)
-    store = CheckpointStore(Storage.at(str(folder)))
+    store = CheckpointStore(Storage.at(str(directory)))
     return build_manager(job, store), store
 
 

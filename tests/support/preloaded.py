@@ -78,10 +78,10 @@ class Shared(driver.HotStart):
     def __init__(self, config, num_threads, joins=None):
         super().__init__(config, num_threads, joins=True)
         joins = config.address is not None if joins is None else joins
-        self._folder = None if joins or config.hot_start == "off" else os.environ[FOLDER]
+        self._directory = None if joins or config.hot_start == "off" else os.environ[FOLDER]
 
     def stop(self):
-        self._folder = None
+        self._directory = None
 
 
 def become(module):

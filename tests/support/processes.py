@@ -12,10 +12,10 @@ from tests.support.command import DEADLINE_S
 def descendants_with(text):
     """Living processes whose environment holds `text`."""
     found = []
-    for folder in Path("/proc").glob("[0-9]*"):
+    for directory in Path("/proc").glob("[0-9]*"):
         try:
-            if text.encode() in (folder / "environ").read_bytes():  # empty for a zombie
-                found.append(int(folder.name))
+            if text.encode() in (directory / "environ").read_bytes():  # empty for a zombie
+                found.append(int(directory.name))
         except OSError:
             continue
     return found

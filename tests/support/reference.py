@@ -62,15 +62,15 @@ def shared_folder(tmp_path_factory):
     return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
 
-def made_once(folder, make):
-    """Have the first that comes `make(folder)`, while others wait for it."""
-    folder.mkdir(exist_ok=True)
-    with (folder / "lock").open("w") as lock:
+def made_once(directory, make):
+    """Have the first that comes `make(directory)`, while others wait for it."""
+    directory.mkdir(exist_ok=True)
+    with (directory / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (folder / "made").exists():
-            make(folder)
-            (folder / "made").touch()
-    return folder
+        if not (directory / "made").exists():
+            make(directory)
+            (directory / "made").touch()
+    return directory
 
 
 def write_pictures(root):
@@ -91,8 +91,10 @@ def overrides_of(root):
     return ["data=image_folder", f"data.root={root}", "augment=digits", *shape, "data.test_fraction=0.2"]
 
 
-def train_reference(folder, pictures, preloaded):
+def train_reference(directory, pictures, preloaded):
     """Train with cached data, in a Ray of its own, and leave the run in the directory."""
-    (folder / "obedient.py").write_text(PLUGIN)
-    command = Command("train", [*OPTIONS, *pictures, f"run.storage={folder}", "run.name=clean"], folder, preloaded)
+    (directory / "obedient.py").write_text(PLUGIN)
+    command = Command(
+        "train", [*OPTIONS, *pictures, f"run.storage={directory}", "run.name=clean"], directory, preloaded
+    )
     assert command.wait() == 0, command.output

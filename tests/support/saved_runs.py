@@ -22,9 +22,9 @@ CLASSES = ["ant", "bee", "cow"]
 CHECKPOINT = "step_00000007.a1"
 
 
-def saved_run(folder, *overrides, channels=3, size=8, average=None):
+def saved_run(directory, *overrides, channels=3, size=8, average=None):
     """A run whose weights are random, in batch norms too; with one checkpoint, and its `average`."""
-    storage = Storage.at(str(folder))
+    storage = Storage.at(str(directory))
     config = composed("augment=none", *overrides)
     info = DataInfo(CLASSES, size, channels, [0.4] * channels, [0.25] * channels, {"train": 1})
     storage.write_bytes("config.yaml", OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config))).encode())

@@ -164,8 +164,8 @@ def resumed_past_damage(rank, where, sizes, source):
     store = CheckpointStore(Storage.at(where))
     if rank == 0:  # a newer one, of which a file is damaged that only other ranks read
         (older,) = store.manifests(lambda *_: None)
-        folder = store.storage.child(older.name)
-        files = {name: folder.read_bytes(name) for name in older.files}
+        directory = store.storage.child(older.name)
+        files = {name: directory.read_bytes(name) for name in older.files}
         name = "optimizer.00001-of-00002.safetensors"
         copied = {**files, name: files[name][:-1] + bytes([files[name][-1] ^ 1])}
         newer = type(older)(**{**vars(older), "name": "step_00000099.a1", "step": 99})
@@ -180,7 +180,7 @@ def resumed_past_damage(rank, where, sizes, source):
         assert rejected.reason == f"{name} differs from its BLAKE3", rejected
         (event,) = job.channel.events(events.Restored)
         assert (event.rejected, event.checkpoint) == (1, older.name), event
-        assert store.storage.list_folders() == [older.name]
+        assert store.storage.list_directories() == [older.name]
     job.progress.step, job.progress.position = job.progress.step + 1, job.progress.total_positions
     checkpoints.save()
     expected = whole(job, checkpoints)
@@ -202,8 +202,8 @@ def failing(rank, where, sizes, _):
         raise OSError(28, "No space left on device")
 
     def dying(name, files):
-        folder = store.storage.child(name).draft
-        folder.write_bytes(next(iter(files)), b"half of it")
+        directory = store.storage.child(name).draft
+        directory.write_bytes(next(iter(files)), b"half of it")
         os._exit(9)
 
     if rank == 1:
@@ -212,12 +212,12 @@ def failing(rank, where, sizes, _):
     checkpoints.wait()
     failed = [event.error for event in job.channel.events(events.CheckpointFailed)]
     assert failed == (["rank 1: [Errno 28] No space left on device"] if rank == 0 else []), failed
-    assert store.storage.list_folders() == []
+    assert store.storage.list_directories() == []
     store.write = write
     job.progress.step += 1
     checkpoints.save()
     checkpoints.wait()
-    assert len(store.storage.list_folders()) == 1
+    assert len(store.storage.list_directories()) == 1
     if rank == 1:
         store.write = dying
     job.progress.step += 1
@@ -247,8 +247,8 @@ def together(world, *calls):
 def main(uri):
     storage = Storage.at(uri)
     where = {name: storage.child(name, CHECKPOINTS).uri for name in ("two", "whole", "replicas", "failing")}
-    with tempfile.TemporaryDirectory() as folder:
-        kept = {name: str(Path(folder) / name) for name in where}
+    with tempfile.TemporaryDirectory() as directory:
+        kept = {name: str(Path(directory) / name) for name in where}
         saving = (saved, where["two"], (2,), kept["two"])
         if storage.local_path is None:
             together(2, saving)

@@ -32,14 +32,14 @@ class Server(BaseManager):
 class Links:
     """Reaches the keepers of other processes by sockets in a directory."""
 
-    def __init__(self, folder, node):
-        self._folder, self.node = folder, node
+    def __init__(self, directory, node):
+        self._directory, self.node = directory, node
 
     def nodes(self):
         return list(NODES)
 
     def call(self, node, method, *arguments, timeout_s):
-        server = Server(str(Path(self._folder) / node), authkey=b"test")
+        server = Server(str(Path(self._directory) / node), authkey=b"test")
         try:
             server.connect()
             return getattr(server.keeper(), method)(*arguments)
@@ -47,34 +47,34 @@ class Links:
             raise KeeperLostError(node) from error
 
 
-def serve(folder, node):
-    keeper = Keeper(Links(folder, node), 1 << 28)
+def serve(directory, node):
+    keeper = Keeper(Links(directory, node), 1 << 28)
     Server.register("keeper", lambda: keeper)
-    Server(str(Path(folder) / node), authkey=b"test").get_server().serve_forever()
+    Server(str(Path(directory) / node), authkey=b"test").get_server().serve_forever()
 
 
-def start(folder, node):
+def start(directory, node):
     if (pid := os.fork()) == 0:
-        serve(folder, node)
-    while not (Path(folder) / node).exists():
+        serve(directory, node)
+    while not (Path(directory) / node).exists():
         time.sleep(0.01)
     return pid
 
 
-def manager_on(node, folder, job, attempt, lineage):
+def manager_on(node, directory, job, attempt, lineage):
     Server.register("keeper")
     job.channel.stop_requested = job.channel.save_requested = False
     job.channel.flush = lambda: None
     job.config.checkpoint.extra_state = ["progress", "shadow"]
     job.config.failure.memory_every_steps = 1
     job = dataclasses.replace(job, run=RunIdentity("x", attempt, {}, lineage))
-    store = CheckpointStore(Storage.at(str(Path(folder) / "checkpoints")))
-    return job, store, build_manager(job, store, Links(folder, node))
+    store = CheckpointStore(Storage.at(str(Path(directory) / "checkpoints")))
+    return job, store, build_manager(job, store, Links(directory, node))
 
 
-def keep(rank, folder, sizes, nodes, into):
+def keep(rank, directory, sizes, nodes, into):
     """Train, keep snapshots, and leave what the last but one holds, and the last, in files."""
-    job, _, checkpoints = manager_on(nodes[rank], folder, job_on(rank, sizes, seed=1), 1, {})
+    job, _, checkpoints = manager_on(nodes[rank], directory, job_on(rank, sizes, seed=1), 1, {})
     checkpoints.begin_snapshots()
     taken = []
     while len(taken) < 3:
@@ -91,24 +91,24 @@ def keep(rank, folder, sizes, nodes, into):
                     whole(job, checkpoints)
 
 
-def go_on(rank, folder, sizes, nodes, into, lineage):
+def go_on(rank, directory, sizes, nodes, into, lineage):
     """Go on from memory, with what was kept."""
-    job, store, checkpoints = manager_on(nodes[rank], folder, job_on(rank, sizes, seed=2), 2, lineage)
+    job, store, checkpoints = manager_on(nodes[rank], directory, job_on(rank, sizes, seed=2), 2, lineage)
     assert restore(job, store, checkpoints) == "memory"
     same(whole(job, checkpoints), torch.load(into, weights_only=True))
 
 
 def main():
-    with tempfile.TemporaryDirectory() as folder:
-        pids = {node: start(folder, node) for node in NODES}
+    with tempfile.TemporaryDirectory() as directory:
+        pids = {node: start(directory, node) for node in NODES}
         try:
-            kept = str(Path(folder) / "kept")
-            together(2, (keep, folder, (2,), "ab", kept))
-            together(2, (go_on, folder, (2,), "ab", f"{kept}3", {1: None}))
+            kept = str(Path(directory) / "kept")
+            together(2, (keep, directory, (2,), "ab", kept))
+            together(2, (go_on, directory, (2,), "ab", f"{kept}3", {1: None}))
             os.kill(pids["a"], signal.SIGKILL)
-            together(2, (go_on, folder, (2,), "bc", f"{kept}3", {1: None}))
-            together(1, (go_on, folder, (1,), "b", f"{kept}3", {1: None}))
-            together(3, (go_on, folder, (3,), "bbc", f"{kept}3", {1: None}))
+            together(2, (go_on, directory, (2,), "bc", f"{kept}3", {1: None}))
+            together(1, (go_on, directory, (1,), "b", f"{kept}3", {1: None}))
+            together(3, (go_on, directory, (3,), "bbc", f"{kept}3", {1: None}))
         finally:
             for pid in pids.values():
                 os.kill(pid, signal.SIGKILL)

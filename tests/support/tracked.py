@@ -24,9 +24,9 @@ def log(lines, followed, point):
     followed.offer(point)
 
 
-def settings(folder, uri, names=ALL, timeout_s=PATIENCE_S):
+def settings(directory, uri, names=ALL, timeout_s=PATIENCE_S):
     config = Config()
-    config.run.storage = Storage.at(str(folder)).parent.uri
+    config.run.storage = Storage.at(str(directory)).parent.uri
     config.model.kwargs = {"api_key": "very secret"}
     config.tracker.use, config.tracker.timeout_s = dict.fromkeys(names, True), timeout_s
     config.tracker.mlflow.tracking_uri = uri
@@ -34,9 +34,9 @@ def settings(folder, uri, names=ALL, timeout_s=PATIENCE_S):
     return config
 
 
-def made(folder, uri, names=ALL, sweep=None, **kwargs):
-    """The trackers of the run in a folder, and its metrics.jsonl."""
-    config, run_dir = settings(folder, uri, names, **kwargs), Storage.at(str(folder))
+def made(directory, uri, names=ALL, sweep=None, **kwargs):
+    """The trackers of the run in a directory, and its metrics.jsonl."""
+    config, run_dir = settings(directory, uri, names, **kwargs), Storage.at(str(directory))
     lines = AppendLog(run_dir, METRICS_FILE)
     run = tracked_run(config, run_dir, run_dir.name, 1e9, sweep)
     return Trackers(config.tracker, run, run_dir, lambda: read_lines(run_dir, METRICS_FILE)), lines

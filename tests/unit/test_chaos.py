@@ -118,20 +118,20 @@ def save(store, step):
     ).name
 
 
-def contents(folder):
-    return {name: folder.read_bytes(name) for name in folder.list_files()}
+def contents(directory):
+    return {name: directory.read_bytes(name) for name in directory.list_files()}
 
 
 @pytest.mark.parametrize("place", ["local", "object store"])
 @pytest.mark.parametrize("kind", DAMAGES)
 def test_each_damage_does_what_it_says_and_no_more(tmp_path, memory, kind, place):
     store = CheckpointStore(Storage.at(str(tmp_path)) if place == "local" else Storage(memory))
-    folder, other = (store.storage.child(save(store, step)) for step in (10, 20))
-    before, untouched = contents(folder), contents(other)
-    damage(folder, kind)
-    after = contents(folder)
+    directory, other = (store.storage.child(save(store, step)) for step in (10, 20))
+    before, untouched = contents(directory), contents(other)
+    damage(directory, kind)
+    after = contents(directory)
     if kind == "delete_checkpoint":
-        assert not folder.exists()
+        assert not directory.exists()
     elif kind == "delete_manifest":
         assert after == {name: before[name] for name in FILES}
     elif kind == "truncate_checkpoint":
@@ -152,11 +152,11 @@ def test_a_damage_that_is_none_is_a_bug():
 class Run:
     """One attempt's worker, without Ray: what Chaos touches of it."""
 
-    def __init__(self, folder, rank=0, world_size=2, total_steps=10, **config):
+    def __init__(self, directory, rank=0, world_size=2, total_steps=10, **config):
         self.sent, self.waited, self.killed = [], 0, []
         self.model = nn.Linear(3, 2)
         self.progress, self.skipped = SimpleNamespace(step=0), SkippedBatches()
-        self.run_dir = Storage.at(str(folder))
+        self.run_dir = Storage.at(str(directory))
         faults, group = planned_faults(ChaosConfig(**config), total_steps), ProcessGroup(rank, world_size, None)
         self.chaos = Chaos(faults, group, self.progress, self.skipped, self, self.run_dir)
         self.store = self.chaos.store

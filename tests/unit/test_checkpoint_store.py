@@ -56,9 +56,9 @@ def manifest(step, attempt=1, **changes):
     return Manifest(**{**fields, **changes})
 
 
-def files_under(folder):
-    """{path: content} of everything in a folder, hidden or not."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+def files_under(directory):
+    """{path: content} of everything in a directory, hidden or not."""
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
 @pytest.fixture
@@ -157,41 +157,41 @@ def test_an_empty_or_missing_folder_has_no_latest(store):
     assert store.latest(never) is None
 
 
-def truncate(folder):
-    (folder / "optimizer.pt").write_bytes(CONTENT["optimizer.pt"][:-1])
+def truncate(directory):
+    (directory / "optimizer.pt").write_bytes(CONTENT["optimizer.pt"][:-1])
 
 
-def flip_a_byte(folder):
-    content = bytearray((folder / "model.pt").read_bytes())
+def flip_a_byte(directory):
+    content = bytearray((directory / "model.pt").read_bytes())
     content[7] ^= 1
-    (folder / "model.pt").write_bytes(bytes(content))
+    (directory / "model.pt").write_bytes(bytes(content))
 
 
-def delete_manifest(folder):
-    (folder / MANIFEST).unlink()
+def delete_manifest(directory):
+    (directory / MANIFEST).unlink()
 
 
-def tear_manifest(folder):
-    (folder / MANIFEST).write_bytes((folder / MANIFEST).read_bytes()[:40])
+def tear_manifest(directory):
+    (directory / MANIFEST).write_bytes((directory / MANIFEST).read_bytes()[:40])
 
 
-def delete_a_file(folder):
-    (folder / "extra_state.pt").unlink()
+def delete_a_file(directory):
+    (directory / "extra_state.pt").unlink()
 
 
-def empty_the_folder(folder):
-    shutil.rmtree(folder)
-    folder.mkdir()
+def empty_the_folder(directory):
+    shutil.rmtree(directory)
+    directory.mkdir()
 
 
-def rename_the_folder(folder):
-    folder.rename(folder.with_name("step_00009999.a9"))
+def rename_the_folder(directory):
+    directory.rename(directory.with_name("step_00009999.a9"))
 
 
-def forget_a_file_in_the_manifest(folder):
-    content = json.loads((folder / MANIFEST).read_text())
+def forget_a_file_in_the_manifest(directory):
+    content = json.loads((directory / MANIFEST).read_text())
     del content["files"]["optimizer.pt"], content["sha256"]
-    (folder / MANIFEST).write_text(json.dumps({**content, "sha256": _sha256_of(content)}))
+    (directory / MANIFEST).write_text(json.dumps({**content, "sha256": _sha256_of(content)}))
 
 
 DAMAGE = [
@@ -349,7 +349,7 @@ def test_a_manifest_that_can_not_be_written_leaves_nothing_either(store, monkeyp
         fsync(descriptor)
 
     monkeypatch.setattr("ftexp.storage.directory.os.fsync", full)
-    monkeypatch.setattr("ftexp.storage.directory._sync_folder", lambda path: None)
+    monkeypatch.setattr("ftexp.storage.directory._sync_directory", lambda path: None)
     with pytest.raises(OSError, match="No space left"):
         store.save(manifest(20), WRITERS)
     assert files_under(store.storage.local_path) == before
@@ -361,14 +361,14 @@ def test_a_write_that_fails_on_an_object_store_leaves_nothing_that_counts(memory
     with pytest.raises(OSError, match="No space left"):
         store.save(manifest(20), {**WRITERS, "optimizer.pt": on_a_full_disk(writing(b"x" * 1001))})
     assert store.latest(never) == saved
-    assert store.storage.list_folders() == ["step_00000010.a1"]
+    assert store.storage.list_directories() == ["step_00000010.a1"]
     store.storage.child("step_00000020.a1").write_bytes("model.pt", b"half")  # of a process that died
     rejected = {}
     assert store.latest(rejected.__setitem__) == saved
     assert rejected == {"step_00000020.a1": "it has no manifest"}
     store.quarantine("step_00000020.a1")  # it never was a checkpoint, and is removed
-    assert store.storage.list_folders() == ["step_00000010.a1"]
-    assert store.storage.child(REJECTED).list_folders() == []
+    assert store.storage.list_directories() == ["step_00000010.a1"]
+    assert store.storage.child(REJECTED).list_directories() == []
 
 
 def test_deleting_keeps_what_it_is_told_and_leaves_unreadable_ones_alone(store):
@@ -376,7 +376,7 @@ def test_deleting_keeps_what_it_is_told_and_leaves_unreadable_ones_alone(store):
         store.save(manifest(step), WRITERS)
     delete_manifest(store.storage.local_path / "step_00000010.a1")
     store.delete_all_but({"step_00000040.a1", "step_00000020.a1"})
-    assert store.storage.list_folders() == ["step_00000010.a1", "step_00000020.a1", "step_00000040.a1"]
+    assert store.storage.list_directories() == ["step_00000010.a1", "step_00000020.a1", "step_00000040.a1"]
 
 
 def test_asking_for_a_checkpoint_that_is_not_there_names_those_that_are(store):
@@ -452,7 +452,7 @@ def test_a_manifest_of_another_format_is_rejected(store):
     for ask in (lambda: store.latest(never), lambda: store.manifests(never), lambda: store.by_name(saved.name)):
         with pytest.raises(CheckpointError, match=rf"{saved.name} is in format 99, and this ftexp reads formats 2 and"):
             ask()
-    assert store.storage.list_folders() == [saved.name]
+    assert store.storage.list_directories() == [saved.name]
 
 
 def as_format_2(store, saved):
@@ -489,12 +489,12 @@ def test_a_checkpoint_of_format_2_is_read_verified_and_rejected_by_its_sha_256(s
 
 def test_a_flipped_bit_anywhere_in_a_manifest_never_stops_the_one_before_from_being_found(store):
     older, newer = (store.save(manifest(step), WRITERS) for step in (10, 20))
-    folder = store.storage.child(newer.name)
-    whole = folder.read_bytes(MANIFEST)
+    directory = store.storage.child(newer.name)
+    whole = directory.read_bytes(MANIFEST)
     for place in range(len(whole)):
         flipped = bytearray(whole)
         flipped[place] ^= 1
-        folder.write_bytes(MANIFEST, bytes(flipped))
+        directory.write_bytes(MANIFEST, bytes(flipped))
         assert store.latest(lambda *_: None) in (older, newer), whole[max(0, place - 30) : place + 10]
 
 
@@ -506,8 +506,8 @@ def test_a_quarantined_checkpoint_is_kept_and_no_longer_seen(store):
     before = files_under(store.storage.child(name).local_path)
     store.quarantine(name)
     assert [m.step for m in store.manifests(never)] == [10]
-    assert store.storage.list_folders() == ["step_00000010.a1"]
-    assert store.storage.child(REJECTED).list_folders() == [f"{name}.0"]
+    assert store.storage.list_directories() == ["step_00000010.a1"]
+    assert store.storage.child(REJECTED).list_directories() == [f"{name}.0"]
     assert files_under(store.storage.child(REJECTED, f"{name}.0").local_path) == before
 
 
@@ -519,9 +519,9 @@ def test_a_second_one_of_the_same_name_is_kept_beside_the_first(store):
         store.quarantine(f"{name}0")
         store.quarantine(name)
     rejected = store.storage.child(REJECTED)
-    assert rejected.list_folders() == sorted(f"{one}.{number}" for one in (name, f"{name}0") for number in range(3))
+    assert rejected.list_directories() == sorted(f"{one}.{number}" for one in (name, f"{name}0") for number in range(3))
     assert [rejected.child(f"{name}.{number}").read_bytes("model.pt") for number in range(3)] == [b"0", b"1", b"2"]
-    assert store.storage.list_folders() == []
+    assert store.storage.list_directories() == []
 
 
 def test_quarantine_finds_a_free_number_where_its_owner_removed_one(store):
@@ -532,7 +532,7 @@ def test_quarantine_finds_a_free_number_where_its_owner_removed_one(store):
     store.storage.child(REJECTED, f"{name}.0").delete()
     store.save(manifest(20), WRITERS)
     store.quarantine(name)
-    assert len(store.storage.child(REJECTED).list_folders()) == 2
+    assert len(store.storage.child(REJECTED).list_directories()) == 2
 
 
 def test_an_object_stores_damaged_checkpoint_is_moved_with_all_its_files(memory):
@@ -540,7 +540,7 @@ def test_an_object_stores_damaged_checkpoint_is_moved_with_all_its_files(memory)
     saved = store.save(manifest(20), WRITERS)
     chaos.damage(store.storage.child(saved.name), "flip_byte")
     store.quarantine(saved.name)
-    assert store.storage.list_folders() == []
+    assert store.storage.list_directories() == []
     assert store.storage.child(REJECTED, f"{saved.name}.0").list_files() == sorted([*FILES, MANIFEST])
 
 

@@ -15,7 +15,9 @@ from ftexp.config.schema import config_dir
 from ftexp.errors import ConfigError, DataError, FtexpError, RunFailedError
 from ftexp.evaluate import command as evaluate
 
-GROUPS = sorted(folder.name for folder in config_dir().iterdir() if folder.is_dir() and folder.name != "hydra")
+GROUPS = sorted(
+    directory.name for directory in config_dir().iterdir() if directory.is_dir() and directory.name != "hydra"
+)
 
 
 @pytest.fixture
@@ -245,7 +247,9 @@ WRONG = {
     "scale without a crop": ("augment.scale=[0.5,1]", "scale=[0.5, 1.0] needs augment.crop=rrc or rkrc or"),
     "interpolation without a crop": ("augment.interpolation=bicubic", "needs augment.crop or augment.auto_augment"),
     "unknown crop": ("augment.crop=rcc", "'rcc' is not one of none, rrc, rkrc, rkrr", "Did you mean 'rrc'?"),
-    "crop beside a shift": ("augment.crop=rrc", "pad_px=1 conflicts with augment.crop=rrc: set augment.pad_px=0"),
+    "crop beside a shift": (
+        "augment.crop=rrc augment.pad_px=1", "pad_px=1 conflicts with augment.crop=rrc: set augment.pad_px=0",
+    ),
     "unknown auto_augment": (
         "augment.auto_augment=orignal", "augment.auto_augment=orignal can't be read", "Did you mean 'original'?",
     ),

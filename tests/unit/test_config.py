@@ -410,14 +410,16 @@ def test_the_config_folder_exists_wherever_ftexp_lies():
     assert Path(ftexp.__file__).parent in {config_dir().parent, config_dir().parent / "ftexp"}
 
 
-def test_recipe_values_that_do_not_fit_fewer_epochs_or_a_lower_rate_are_fitted_and_named(capsys):
-    typed, recipe = ["train.epochs=1", "optim.lr=1e-6"], ["schedule.warmup_epochs=2", "+train.freeze.backbone=1"]
+def test_recipe_values_that_do_not_fit_what_was_typed_are_fitted_and_named(capsys):
+    typed = ["train.epochs=1", "optim.lr=1e-6", "augment.crop=rrc"]
+    recipe = ["schedule.warmup_epochs=2", "+train.freeze.backbone=1"]
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(config_dir())):
         config = to_config(hydra.compose("config", [*recipe, *typed]), typed)
     validate(config)
     assert (config.schedule.warmup_epochs, config.schedule.min_lr) == (0.1, 1e-8)
-    assert config.train.freeze == {"backbone": None}
+    assert (config.train.freeze, config.augment.pad_px) == ({"backbone": None}, 0)
     assert capsys.readouterr().err == (
+        "ftexp: augment.pad_px=0 instead of 1: augment.crop=rrc\n"
         "ftexp: schedule.warmup_epochs=0.1 instead of 2: train.epochs=1\n"
         "ftexp: schedule.min_lr=1e-08 instead of 1e-05: optim.lr=1e-06\n"
         "ftexp: train.freeze.backbone=null instead of 1: train.epochs=1\n"
@@ -427,13 +429,14 @@ def test_recipe_values_that_do_not_fit_fewer_epochs_or_a_lower_rate_are_fitted_a
 @pytest.mark.parametrize(
     ("typed", "told"),
     [
+        ("augment.crop=rrc augment.pad_px=1", "augment.pad_px=1 conflicts with augment.crop=rrc"),
         ("schedule.warmup_epochs=2", "schedule.warmup_epochs=2.0 must be below train.epochs=1"),
         ("schedule.min_lr=1", "schedule.min_lr=1.0 must not be above"),
         ("++train.freeze={backbone:1}", "train.freeze.backbone=1 is after the last epoch"),
     ],
 )
 def test_what_was_typed_is_never_fitted(typed, told):
-    overrides = ["train.epochs=1", typed]
+    overrides = ["train.epochs=1", *typed.split()]
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(config_dir())):
         config = to_config(hydra.compose("config", overrides), overrides)
     with pytest.raises(ConfigError, match=re.escape(told)):

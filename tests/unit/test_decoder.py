@@ -386,8 +386,8 @@ def test_torch_has_one_thread_while_it_decodes_and_as_many_as_before_then(fails,
 
 def test_100_pictures_by_torchvision_have_the_pixels_that_they_had():
     """Where a new version of torch changes them, runs go on with others than they began with."""
-    folder = Path(sklearn.datasets.__file__).parent / "images"
-    photos = [(folder / name).read_bytes() for name in ("china.jpg", "flower.jpg")]
+    directory = Path(sklearn.datasets.__file__).parent / "images"
+    photos = [(directory / name).read_bytes() for name in ("china.jpg", "flower.jpg")]
     fit, digest = Fit(24, 3, mean=(0.2, 0.4, 0.6), decoding=TORCH), hashlib.sha256()
     augment = PictureAugment(AugmentConfig(crop="rrc", hflip=0.5), 1, fit)
     for position in range(100):

@@ -271,8 +271,8 @@ def found(run_dir, *overrides):
     return with_teacher(taught(*overrides), Storage.at(str(run_dir)))
 
 
-def teacher_run(folder, *overrides, **changes):
-    return saved_run(folder, "model.name=test_resnet", "data=synthetic", *overrides, **changes)
+def teacher_run(directory, *overrides, **changes):
+    return saved_run(directory, "model.name=test_resnet", "data=synthetic", *overrides, **changes)
 
 
 def test_the_teacher_is_the_runs_checkpoint_with_its_preprocessing(tmp_path):
@@ -349,13 +349,13 @@ def test_a_finished_run_is_printed_again_without_its_teacher_and_trains_on_with_
         found(tmp_path / "other", "distill.teacher=resnet18", "distill.pretrained=no.pt")
 
 
-def weights_file(folder, name="test_resnet", num_classes=3, size=16):
-    folder.mkdir()
+def weights_file(directory, name="test_resnet", num_classes=3, size=16):
+    directory.mkdir()
     info = DataInfo(CLASSES[:num_classes], size, 3, [0.1] * 3, [0.2] * 3, {})
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=num_classes)
-    safetensors(model, info, {"arguments": {"model_name": name, "num_classes": num_classes}}, folder)
-    return folder / "model.safetensors", model
+    safetensors(model, info, {"arguments": {"model_name": name, "num_classes": num_classes}}, directory)
+    return directory / "model.safetensors", model
 
 
 def test_a_file_teaches_with_the_config_beside_it_or_with_a_timm_name(tmp_path):

@@ -108,8 +108,8 @@ def test_the_storage_is_tried_and_left_as_it_was(config, tmp_path, monkeypatch):
     assert [finding.verdict for finding in found] == [Verdict.OK] * 3
     assert "a checkpoint of 1 MB takes" in found[2].found
     assert list(tmp_path.iterdir()) == []
-    with probed(config) as folder:
-        folder.write_bytes("x", b"")
+    with probed(config) as directory:
+        directory.write_bytes("x", b"")
         (tmp_path / "runs" / "other").mkdir()
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["other"]
 

@@ -17,7 +17,7 @@ from ftexp.export.formats import answers, formats
 from tests.support.saved_runs import CHECKPOINT, CLASSES, pictures, saved_run
 
 IMAGES = pictures(5)
-# without ftexp: what README shows, over the folder and the pixels that are given
+# without ftexp: what README shows, over the directory and the pixels that are given
 READERS = {
     "safetensors": """
 import timm
@@ -101,8 +101,8 @@ def test_a_model_with_positions_and_one_channel_is_loaded_by_timm_alone(tmp_path
 def test_a_model_that_says_something_else_is_not_left_behind(run, tmp_path, monkeypatch):
     export_it = formats.get("torch_export")
 
-    def wrong(model, info, about, folder):
-        answer = export_it(model, info, about, folder)
+    def wrong(model, info, about, directory):
+        answer = export_it(model, info, about, directory)
         return lambda pixels: answer(pixels) + np.float32(0.01)
 
     monkeypatch.setitem(formats._entries, "torch_export", wrong)
@@ -169,7 +169,7 @@ def test_a_wrong_command_is_told(words, told):
 def test_onnx_without_its_packages_names_what_to_install(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "onnxscript" else name)
 
-    with pytest.raises(ConfigError, match=r'needs onnxscript: pip install "ftexp\[onnx\]"'):
+    with pytest.raises(ConfigError, match=r"needs onnxscript: write uv run --extra onnx in front"):
         parse(["run=x", "format=onnx"])
 
 

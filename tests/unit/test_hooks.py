@@ -38,17 +38,17 @@ def register(monkeypatch):
     return register_hook
 
 
-def begun(job, folder):
+def begun(job, directory):
     """What saves the job, once its latest checkpoint is restored."""
-    checkpoints, store = manager_of(job, folder)
+    checkpoints, store = manager_of(job, directory)
     restore(job, store, checkpoints)
     return checkpoints
 
 
-def run(job, folder, steps=None):
+def run(job, directory, steps=None):
     """Run to the end, or until the process would be killed after so many steps."""
-    checkpoints = begun(job, folder)
-    batches = feeding(job, Storage.at(str(folder)))
+    checkpoints = begun(job, directory)
+    batches = feeding(job, Storage.at(str(directory)))
     if steps is not None:
         batches = (batch for _, batch in zip(range(steps), batches, strict=False))
     saves = checkpoints.save

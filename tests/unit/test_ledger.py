@@ -90,9 +90,9 @@ def test_a_restart_with_another_number_of_workers_is_still_exactly_once(run_dir)
 
 def test_a_line_that_a_kill_tore_is_left_out(run_dir):
     write(run_dir, attempt=1, world_size=2, last_step=4)
-    folder = run_dir.child(LEDGER)
-    content = folder.read_bytes("a0001.r1.jsonl")
-    folder.write_bytes("a0001.r1.jsonl", content + content.splitlines()[-1][:-1].replace(b'"step": 4', b'"step": 5'))
+    directory = run_dir.child(LEDGER)
+    content = directory.read_bytes("a0001.r1.jsonl")
+    directory.write_bytes("a0001.r1.jsonl", content + content.splitlines()[-1][:-1].replace(b'"step": 4', b'"step": 5'))
     assert read_updates(run_dir) == correct()[:4]
 
 

@@ -26,11 +26,11 @@ def home(tmp_path, monkeypatch):
 
 @pytest.fixture
 def forbid(monkeypatch):
-    """Have folders not be writable, to root either."""
+    """Have directories not be writable, to root either."""
     access = os.access
 
-    def forbid(*folders):
-        monkeypatch.setattr(os, "access", lambda path, mode: str(path) not in folders and access(path, mode))
+    def forbid(*directories):
+        monkeypatch.setattr(os, "access", lambda path, mode: str(path) not in directories and access(path, mode))
 
     return forbid
 
@@ -74,16 +74,16 @@ def test_what_the_user_has_set_is_not_exchanged_but_told(home, monkeypatch):
 
 @pytest.mark.parametrize("spoil", ["another's", "open to all", "a link"])
 def test_a_private_folder_that_is_not_private_is_refused(home, monkeypatch, tmp_path, spoil):
-    folder = tmp_path / "private"
+    directory = tmp_path / "private"
     if spoil == "a link":
-        folder.symlink_to("/tmp")
+        directory.symlink_to("/tmp")
     else:
-        folder.mkdir(mode=0o700)
+        directory.mkdir(mode=0o700)
     if spoil == "open to all":
-        folder.chmod(0o755)
+        directory.chmod(0o755)
     if spoil == "another's":
-        os.chown(folder, 12345, 12345)
-    monkeypatch.setattr(machine, "Path", lambda path: folder if str(path) == PRIVATE else type(folder)(path))
+        os.chown(directory, 12345, 12345)
+    monkeypatch.setattr(machine, "Path", lambda path: directory if str(path) == PRIVATE else type(directory)(path))
     with pytest.raises(ConfigError, match=r"it is lacking, and .*private is not this user's alone: set RAY_TMPDIR and"):
         machine._private("it is lacking")
 

@@ -317,8 +317,8 @@ def test_a_lowest_rate_is_for_tanh_too():
     validate(composed("schedule.name=tanh", "schedule.min_lr=1e-4", "schedule.cooldown_epochs=1"))
 
 
-def _share_all(rank, dist_bn, split, folder):
-    where = f"file://{folder}/{dist_bn}.{split}"
+def _share_all(rank, dist_bn, split, directory):
+    where = f"file://{directory}/{dist_bn}.{split}"
     torch.distributed.init_process_group("gloo", init_method=where, rank=rank, world_size=2)
     model, average = nn.BatchNorm2d(1), nn.BatchNorm2d(1)
     for norm, least in ((model, 1.0), (average, 10.0)):
@@ -328,7 +328,7 @@ def _share_all(rank, dist_bn, split, folder):
     evaluation._share_statistics(
         SimpleNamespace(learner=learner, config=config, group=SimpleNamespace(world_size=2)), split
     )
-    torch.save((model.running_mean.item(), average.running_mean.item()), f"{folder}/{dist_bn}.{split}.{rank}")
+    torch.save((model.running_mean.item(), average.running_mean.item()), f"{directory}/{dist_bn}.{split}.{rank}")
     torch.distributed.barrier()  # another rank may still be connecting
     torch.distributed.destroy_process_group()
 
@@ -361,13 +361,13 @@ def test_means_over_ranks_need_a_validation_split():
     require_shared_statistics(config, dataclasses.replace(info, num_samples={"train": 9, "val": 1, "test": 2}))
 
 
-def _share(rank, dist_bn, folder):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/{dist_bn}", rank=rank, world_size=2)
+def _share(rank, dist_bn, directory):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{directory}/{dist_bn}", rank=rank, world_size=2)
     norm = nn.BatchNorm2d(1)
     norm.running_mean.fill_(1.0 + 2 * rank)
     norm.running_var.fill_(4.0 + 4 * rank)
     share_statistics(norm, dist_bn, 2)
-    torch.save((norm.running_mean.item(), norm.running_var.item()), f"{folder}/{dist_bn}.{rank}")
+    torch.save((norm.running_mean.item(), norm.running_var.item()), f"{directory}/{dist_bn}.{rank}")
     torch.distributed.barrier()  # another rank may still be connecting
     torch.distributed.destroy_process_group()
 

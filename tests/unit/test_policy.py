@@ -34,7 +34,7 @@ def restarts(decision):
         (3, 0, True, "failure 1 of 3 allowed: restarting the workers"),
         (3, 2, True, "failure 3 of 3 allowed: restarting the workers"),
         (3, 3, False, "failure 4 of 3 allowed: stopping"),
-        (-1, 3000, True, "failure 3001 of no limit: restarting the workers"),
+        (-1, 3000, True, "failure 3001 (no limit): restarting the workers"),
     ],
 )
 def test_failures_are_counted_against_their_number(max_failures, num_before, goes_on, reason):
@@ -88,7 +88,7 @@ def test_preemptions_are_not_charged_and_have_a_limit_of_their_own():
     assert decision(past=past, max_failures=1).reason == "failure 1 of 1 allowed: restarting the workers"
     got = decision(failed(PREEMPTION), past=[before()] * 9, max_failures=0)
     assert restarts(got)
-    assert got.reason == ("preemption 1 of no limit, not charged to failure.max_failures: restarting the workers")
+    assert got.reason == ("preemption 1 (no limit), not charged to failure.max_failures: restarting the workers")
     for limit, goes_on in ((6, True), (5, False), (0, False)):
         got = decision(failed(PREEMPTION), past=past, max_failures=9, max_preemption_failures=limit)
         assert restarts(got) == goes_on
@@ -156,9 +156,9 @@ def test_failures_in_a_row_without_a_new_step_are_a_crash_loop():
     got = [decision(progressed=False, past=[before()] + [stuck] * number, **limits) for number in range(3)]
     assert [restarts(one) for one in got] == [True, True, False]
     assert got[0].reason == (
-        "failure 2 of no limit, 1 of 2 allowed in a row without a new step: restarting the workers in 1 s"
+        "failure 2 (no limit), 1 of 2 allowed in a row without a new step: restarting the workers in 1 s"
     )
-    assert got[2].reason == "failure 4 of no limit, 3 of 2 allowed in a row without a new step: stopping"
+    assert got[2].reason == "failure 4 (no limit), 3 of 2 allowed in a row without a new step: stopping"
     assert restarts(decision(progressed=False, past=[stuck, stuck, before()], **limits))  # not in a row
     assert restarts(decision(progressed=True, past=[stuck] * 9, **limits))
     assert not restarts(decision(progressed=False, max_failures_without_progress=0))

@@ -50,9 +50,9 @@ def record(tmp_path, clock):
 
 
 def opened(tmp_path, clock):
-    folder = Storage.at(str(tmp_path / "first"))
-    state = RunState(name="first") if not (tmp_path / "first" / "run.json").exists() else read_state(folder)
-    return RunRecord(folder, state, ("val_accuracy", "max"), clock=lambda: clock.now, steady=lambda: clock.now)
+    directory = Storage.at(str(tmp_path / "first"))
+    state = RunState(name="first") if not (tmp_path / "first" / "run.json").exists() else read_state(directory)
+    return RunRecord(directory, state, ("val_accuracy", "max"), clock=lambda: clock.now, steady=lambda: clock.now)
 
 
 def figures_of(record):

@@ -40,7 +40,7 @@ def test_the_nccl_detector_reads_what_is_set_and_leaves_its_findings_where_they_
     assert detector._action == constants.NCCL_RAS_ACTION_OBSERVE  # the watchdog ends what hangs
     assert ray_private.NCCL_FINDINGS == constants.HANG_DETECTOR_DIRNAME
     stored = []
-    monkeypatch.setattr(nccl_ras, "_upload_to_fs_path", lambda folder, filesystem, path: stored.append(path))
+    monkeypatch.setattr(nccl_ras, "_upload_to_fs_path", lambda directory, filesystem, path: stored.append(path))
     storage = SimpleNamespace(experiment_fs_path="/runs/first", storage_filesystem=None)
     detector._worker_group = SimpleNamespace(_storage_context=storage)
     detector.dump_ras_query_history("rank 1 is behind")

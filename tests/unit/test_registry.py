@@ -17,7 +17,7 @@ def registry():
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
+def directory(tmp_path, monkeypatch):
     """An empty working directory; modules and paths that a test adds are taken back."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
@@ -64,17 +64,17 @@ def test_a_miss_far_from_everything_suggests_nothing(registry):
     assert "Did you mean" not in str(raised.value)
 
 
-def test_a_plugin_is_imported_from_the_working_directory(folder):
-    (folder / "my_plugin_a.py").write_text("LOADED = True\n")
-    (folder / "my_package_b").mkdir()
-    (folder / "my_package_b" / "inner.py").write_text("LOADED = True\n")
+def test_a_plugin_is_imported_from_the_working_directory(directory):
+    (directory / "my_plugin_a.py").write_text("LOADED = True\n")
+    (directory / "my_package_b").mkdir()
+    (directory / "my_package_b" / "inner.py").write_text("LOADED = True\n")
     load_plugins(["my_plugin_a", "my_package_b.inner"])
     assert sys.modules["my_plugin_a"].LOADED
     assert sys.modules["my_package_b.inner"].LOADED
 
 
-def test_a_plugin_is_imported_once(folder):
-    (folder / "my_plugin_c.py").write_text("import sys\nsys.my_count = getattr(sys, 'my_count', 0) + 1\n")
+def test_a_plugin_is_imported_once(directory):
+    (directory / "my_plugin_c.py").write_text("import sys\nsys.my_count = getattr(sys, 'my_count', 0) + 1\n")
     try:
         load_plugins(["my_plugin_c"])
         load_plugins(["my_plugin_c"])
@@ -84,28 +84,28 @@ def test_a_plugin_is_imported_once(folder):
 
 
 @pytest.mark.parametrize("module", ["my_nothing", "my_nothing.inner", "my_plugin_d.inner", "my_plugin_d.py"])
-def test_a_missing_plugin_is_named(folder, module):
-    (folder / "my_plugin_d.py").write_text("")
+def test_a_missing_plugin_is_named(directory, module):
+    (directory / "my_plugin_d.py").write_text("")
     with pytest.raises(ConfigError) as raised:
         load_plugins([module])
     assert str(raised.value).startswith(f"plugins=[{module}]: no module of that name can be imported. Run from the")
 
 
 @pytest.mark.parametrize("module", ["", ".relative", "double..dot"])
-def test_what_can_not_be_a_modules_name_is_refused(folder, module):
+def test_what_can_not_be_a_modules_name_is_refused(directory, module):
     with pytest.raises(ConfigError, match="is not a module name: write it as in an import"):
         load_plugins([module])
 
 
 @pytest.mark.parametrize("missing", ["my_nothing", "my_plug", "my_plugin_e.deeper"])
-def test_an_import_that_fails_inside_a_plugin_is_not_swallowed(folder, missing):
-    (folder / "my_plugin_e.py").write_text(f"import {missing}\n")
+def test_an_import_that_fails_inside_a_plugin_is_not_swallowed(directory, missing):
+    (directory / "my_plugin_e.py").write_text(f"import {missing}\n")
     with pytest.raises(ModuleNotFoundError) as raised:
         load_plugins(["my_plugin_e"])
     assert raised.value.name == missing
 
 
-def test_an_error_inside_a_plugin_is_not_swallowed(folder):
-    (folder / "my_plugin_f.py").write_text("from os import there_is_no_such_name\n")
+def test_an_error_inside_a_plugin_is_not_swallowed(directory):
+    (directory / "my_plugin_f.py").write_text("from os import there_is_no_such_name\n")
     with pytest.raises(ImportError, match="there_is_no_such_name"):
         load_plugins(["my_plugin_f"])

@@ -163,12 +163,12 @@ def test_a_driver_that_was_killed_is_an_interruption_and_the_night_after_it_is_l
     again.end()
     timeline = build_timeline(read_run(storage))
     (told,) = timeline.interruptions
-    assert (told.cause, told.step, told.steps_replayed) == ("command killed", 60, 20)
+    assert (told.cause, told.step, told.steps_replayed) == ("driver died", 60, 20)
     assert told.seconds == pytest.approx({"starting": 4, "restoring": 0.5, "replaying": 2.1})
     assert timeline.total_s == pytest.approx((2 + 0.5 + 6) + (4 + 0.5 + 4))
     assert timeline.running_s(again.now) == pytest.approx(timeline.total_s)
     write_config(storage)
-    assert "The command was given 2 times" in Report(read_run(storage)).html()
+    assert "2 invocations; the time between them is not shown" in Report(read_run(storage)).html()
 
 
 def test_what_comes_after_a_run_was_finished_is_not_charged_to_a_failure_that_was_over(storage):
@@ -238,9 +238,9 @@ def test_the_page_shows_other_metrics_and_why_a_run_stopped_early(storage):
     page = Page(storage.read_bytes("report.html").decode())
     assert "stopped early epoch 2 val_loss has not improved" in page.text
     assert "auroc 0.7123, top5 ." in page.text
-    folder = storage.child("charts")
-    assert folder.exists("auroc.png")
-    assert not folder.exists("top5.png")
+    directory = storage.child("charts")
+    assert directory.exists("auroc.png")
+    assert not directory.exists("top5.png")
 
 
 def test_the_curves_mark_failures_where_they_were_and_shade_every_other_attempt(storage):

@@ -33,8 +33,8 @@ def test_the_new_interpreter_is_the_same_process_where_the_old_one_was_and_finds
     child = subprocess.run(
         [sys.executable, "program.py", "key=value"], cwd=tmp_path, capture_output=True, text=True, check=True
     )
-    (pid, folder), again = map(json.loads, child.stdout.splitlines())
-    assert folder == str(tmp_path)
+    (pid, directory), again = map(json.loads, child.stdout.splitlines())
+    assert directory == str(tmp_path)
     expected = ["demo", ["seed=1"], 3, 1.5, ["key=value"], [7]]
     assert again == [pid, f"{tmp_path}/elsewhere", expected, [], None, False]
 

@@ -23,7 +23,7 @@ def manifest(step):
 
 
 def everything(storage):
-    """Paths of all objects under a folder."""
+    """Paths of all objects under a directory."""
     from pyarrow.fs import FileSelector, FileType
 
     filesystem, root = storage.open()
@@ -52,7 +52,7 @@ def test_a_checkpoint_on_s3_counts_only_while_it_is_whole(s3):
         store.quarantine(name)
     moved = [f"{REJECTED}/step_00000003.a1.0/{name}" for name in sorted([*FILES, MANIFEST])]
     assert everything(store.storage) == moved + whole[:8]
-    assert store.storage.list_folders() == ["step_00000001.a1", "step_00000002.a1"]
+    assert store.storage.list_directories() == ["step_00000001.a1", "step_00000002.a1"]
     assert store.latest(lambda *_: pytest.fail("nothing is left to reject")).step == 2
     assert store.read(store.by_name("step_00000002.a1")) == CONTENT
     store.delete_all_but(["step_00000002.a1"])

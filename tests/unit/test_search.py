@@ -253,11 +253,11 @@ def compose(words):
 
 
 class Sweep:
-    """A search in a folder, with made trials in place of real ones."""
+    """A search in a directory, with made trials in place of real ones."""
 
-    def __init__(self, folder, **settings):
+    def __init__(self, directory, **settings):
         chosen = {"num_trials": 14, "search": "tpe", **settings}
-        self.folder = Storage.at(str(folder))
+        self.directory = Storage.at(str(directory))
         config = Config()
         config.train.epochs = EPOCHS
         self.setup = SearchSetup(SearchConfig(**chosen), space_of(RATE)[1], [], [config], compose)
@@ -265,8 +265,8 @@ class Sweep:
 
     def begin(self):
         """As the command does, with nothing but what is on disk."""
-        self.record = open_record(self.folder, Config(), lambda _: self.setup.keys)
-        self.search = Search(self.folder, self.record, self.setup, share=1)
+        self.record = open_record(self.directory, Config(), lambda _: self.setup.keys)
+        self.search = Search(self.directory, self.record, self.setup, share=1)
         self.processes = self.search.processes
         self.record.take_over([process.trial for process in self.processes])
 
@@ -288,7 +288,7 @@ class Sweep:
         process.run_dir.write_bytes(RUN_FILE, json.dumps(dataclasses.asdict(state)).encode())
         process.run_dir.write_bytes(METRICS_FILE, "\n".join([*lines, ""]).encode())
         process.trial.status = status
-        self.record.write(self.folder)
+        self.record.write(self.directory)
 
     @property
     def proposed(self):
@@ -326,7 +326,7 @@ def test_one_after_the_other_early_stopping_depends_on_the_curves_alone(tmp_path
         )
         if how == "killed as it finishes":
             sweep.processes[-1].trial.status = RUNNING  # in the record; its run directory knows better
-            sweep.record.write(sweep.folder)
+            sweep.record.write(sweep.directory)
         if how in ("begun anew", "killed as it finishes"):
             sweep.begin()
         sweep.search.settle()
@@ -380,7 +380,7 @@ def test_points_outside_of_a_changed_space_stay_in_the_record_and_count_for_noth
     sweep.begin()
     assert len(sweep.processes) == 2
     assert sweep.next() is not None
-    assert len(look(sweep.folder)[1]) == 4
+    assert len(look(sweep.directory)[1]) == 4
 
 
 def test_a_crash_tells_the_search_nothing_and_a_divergence_that_the_point_is_bad(tmp_path):
@@ -429,7 +429,7 @@ def test_a_proposal_that_makes_no_good_config_fails_alone(tmp_path):
 def test_a_proposal_is_in_the_record_before_its_trial_begins(tmp_path):
     sweep = Sweep(tmp_path)
     process = sweep.next()
-    assert [each.trial.proposal for each in look(sweep.folder)[1]] == [process.trial.proposal]
+    assert [each.trial.proposal for each in look(sweep.directory)[1]] == [process.trial.proposal]
     assert process.trial.name == f"optim.lr={process.trial.proposal['optim.lr']}"
 
 

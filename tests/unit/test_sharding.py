@@ -136,17 +136,17 @@ def test_any_rows_of_a_file_are_read_with_the_chunks_around_them_alone(data, num
 def test_each_file_is_one_of_safetensors(store, tmp_path, small_chunks):
     parts = content()
     saved = as_sharded(store, full(store), CheckpointStore(store.storage.parent.child("sharded")), 2)
-    folder = tmp_path / "sharded" / saved.name
-    first, second = (load_file(folder / shard_file(MODEL, shard, 2)) for shard in range(2))
+    directory = tmp_path / "sharded" / saved.name
+    first, second = (load_file(directory / shard_file(MODEL, shard, 2)) for shard in range(2))
     assert sorted(first) == ["bias", "conv.weight", "half", "one"]
     assert sorted(second) == ["bias", "conv.weight", "half"]  # the only row of `one` is the first's
     for name in second:
         assert torch.equal(torch.cat([first[name], second[name]]), parts[MODEL][name])
     assert (
-        load_file(folder / shard_file(EXTRA, 1, 2))["ema/weights/bias"].tolist()
+        load_file(directory / shard_file(EXTRA, 1, 2))["ema/weights/bias"].tolist()
         == parts[EXTRA]["ema"]["weights"]["bias"][4:].tolist()
     )
-    sizes = sum(path.stat().st_size for path in folder.iterdir() if path.suffix != ".json")
+    sizes = sum(path.stat().st_size for path in directory.iterdir() if path.suffix != ".json")
     assert saved.num_bytes == sizes
 
 
@@ -179,8 +179,8 @@ def test_a_sharded_checkpoint_on_an_object_store_is_read_converted_and_rejected_
     complete = out.by_name(sharded.name)
     assert sorted({*complete.files} - {*sharded.files}) == [MODEL]
     assert same(torch.load(io.BytesIO(out.read_file(complete, MODEL)), weights_only=True), content()[MODEL])
-    folder = out.storage.child(sharded.name)
-    folder.write_bytes(shard_file(MODEL, 1, 3), folder.read_bytes(shard_file(MODEL, 1, 3))[:-1])
+    directory = out.storage.child(sharded.name)
+    directory.write_bytes(shard_file(MODEL, 1, 3), directory.read_bytes(shard_file(MODEL, 1, 3))[:-1])
     with pytest.raises(CheckpointError, match=r"^model\.00001-of-00003\.safetensors has"):
         read_part(out, complete, MODEL)
 
@@ -233,31 +233,31 @@ def test_model_pt_is_written_when_the_config_says_and_where_it_cannot_be_the_run
     assert lines.events(events.FullModelFailed) == failed
 
 
-def truncate(folder, name):
-    (folder / name).write_bytes((folder / name).read_bytes()[:-1])
+def truncate(directory, name):
+    (directory / name).write_bytes((directory / name).read_bytes()[:-1])
 
 
-def lengthen(folder, name):
-    (folder / name).write_bytes((folder / name).read_bytes() + b"x")
+def lengthen(directory, name):
+    (directory / name).write_bytes((directory / name).read_bytes() + b"x")
 
 
-def remove(folder, name):
-    (folder / name).unlink()
+def remove(directory, name):
+    (directory / name).unlink()
 
 
-def flip_a_byte_of_the_header(folder, name):
-    _flip(folder / name, 20)
+def flip_a_byte_of_the_header(directory, name):
+    _flip(directory / name, 20)
 
 
-def flip_the_last_byte(folder, name):
-    _flip(folder / name, -1)
+def flip_the_last_byte(directory, name):
+    _flip(directory / name, -1)
 
 
-def swap_with_another_ranks(folder, name):
+def swap_with_another_ranks(directory, name):
     other = name.replace("00001-of", "00000-of")
-    mine, theirs = (folder / name).read_bytes(), (folder / other).read_bytes()
-    (folder / name).write_bytes(theirs)
-    (folder / other).write_bytes(mine)
+    mine, theirs = (directory / name).read_bytes(), (directory / other).read_bytes()
+    (directory / name).write_bytes(theirs)
+    (directory / other).write_bytes(mine)
 
 
 def _flip(path, place):
@@ -301,7 +301,7 @@ def test_a_file_that_only_its_writer_sees_is_no_checkpoint(store):
     (store.storage.child(manifest().name).draft.local_path / "model.pt").unlink()
     with pytest.raises(CheckpointError, match=r"model\.pt was written, and isn't at .* one directory for all workers"):
         store.commit(Manifest(**{**vars(manifest()), "files": files}))
-    assert store.storage.list_folders() == []
+    assert store.storage.list_directories() == []
 
 
 def test_the_command_converts_lists_and_compares(store, capsys, small_chunks):

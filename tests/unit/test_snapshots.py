@@ -303,8 +303,8 @@ def held(node="a", shard="0/1", step=10, attempt=1, slot=0, sequence=1, run="x",
     return Held(node, shard, slot, sequence, 100, step, attempt, run, fingerprint)
 
 
-def chosen(*found, limits=None, least_step=0):
-    choice = choose(found, {1: None} if limits is None else limits, "x", "f", least_step)
+def chosen(*found, limits=None, min_step=0):
+    choice = choose(found, {1: None} if limits is None else limits, "x", "f", min_step)
     return None if choice is None else (choice.step, choice.attempt)
 
 
@@ -322,8 +322,8 @@ def test_what_is_no_ancestor_of_the_run_is_not_chosen():
     assert chosen(held(attempt=2)) is None
     assert chosen(held(step=10), held(step=15), limits={1: 12}) == (10, 1)
     assert chosen(held(step=10, attempt=1), held(step=9, attempt=2), limits={1: 8, 2: None}) == (9, 2)
-    assert chosen(held(step=10), least_step=10) == (10, 1)
-    assert chosen(held(step=10), least_step=11) is None
+    assert chosen(held(step=10), min_step=10) == (10, 1)
+    assert chosen(held(step=10), min_step=11) is None
 
 
 def test_a_node_reads_its_own_copy_or_the_newest_written():
@@ -373,7 +373,7 @@ class Watch:
         return contextlib.nullcontext()
 
 
-def run_of(folder, nodes, every=3, attempt=1, lineage=None, node="a", **switches):
+def run_of(directory, nodes, every=3, attempt=1, lineage=None, node="a", **switches):
     job = make_job(batch=16, attempt=attempt, **switches)
     job.config.failure.memory_every_steps = every
     job.config.checkpoint.extra_state = list(STATES)
@@ -381,7 +381,7 @@ def run_of(folder, nodes, every=3, attempt=1, lineage=None, node="a", **switches
     job.channel.stop_requested = job.channel.save_requested = False
     job.channel.flush = lambda: None
     job = dataclasses.replace(job, run=RunIdentity("x", attempt, {}, lineage or {}))
-    store = CheckpointStore(Storage.at(str(folder)))
+    store = CheckpointStore(Storage.at(str(directory)))
     checkpoints = build_manager(job, store, nodes.links(node))
     checkpoints.begin_snapshots()
     return job, store, checkpoints
@@ -449,16 +449,16 @@ def test_a_run_goes_on_from_memory_bitwise(tmp_path):
     assert again.progress.metrics == clean.progress.metrics
 
 
-def killed_run(folder, nodes, step=11, **switches):
-    job, store, checkpoints = run_of(folder, nodes, **switches)
+def killed_run(directory, nodes, step=11, **switches):
+    job, store, checkpoints = run_of(directory, nodes, **switches)
     train_to(job, checkpoints, step)
     return job, store
 
 
-def next_attempt(folder, nodes, lineage=None, **switches):
+def next_attempt(directory, nodes, lineage=None, **switches):
     """What the second attempt goes on from: where from, and at which step."""
     job, store, checkpoints = run_of(
-        folder, nodes, attempt=2, lineage={1: None} if lineage is None else lineage, **switches
+        directory, nodes, attempt=2, lineage={1: None} if lineage is None else lineage, **switches
     )
     return restore(job, store, checkpoints), job.progress.step
 
@@ -705,8 +705,8 @@ def test_keepers_that_can_not_be_started_are_said_and_the_run_goes_on(monkeypatc
     assert off == events.SnapshotsOff("ValueError: no")
 
 
-def record_of(folder):
-    return RunRecord(Storage.at(str(folder)), RunState(name="x"), ("val_loss", "min"))
+def record_of(directory):
+    return RunRecord(Storage.at(str(directory)), RunState(name="x"), ("val_loss", "min"))
 
 
 def begun(record, ready_at, source="storage"):

@@ -55,7 +55,7 @@ def test_a_published_folder_appears_whole_or_not_at_all(storage):
     assert seen == ["good", "bad"]
     assert list(storage.local_path.iterdir()) == []  # not even half of it: a full disk needs the room
     publish("last", "good")
-    assert storage.list_folders() == ["step"]
+    assert storage.list_directories() == ["step"]
     assert seen[2:] == ["good", "last"]
     assert [storage.child("step").read_bytes(name) for name in ("good", "last")] == [b"good", b"last"]
 
@@ -85,21 +85,21 @@ def test_an_object_stores_folder_gets_the_deciding_file_last(memory):
     def writer(name):
         return lambda stream: (order.append(name), stream.write(name.encode()))
 
-    folder = Storage(memory).child("step")
-    folder.publish({name: writer(name) for name in ("last", "a", "b")}, last="last")
+    directory = Storage(memory).child("step")
+    directory.publish({name: writer(name) for name in ("last", "a", "b")}, last="last")
     assert order == ["a", "b", "last"]
-    assert folder.list_files() == ["a", "b", "last"]
-    assert folder.read_bytes("b") == b"b"
+    assert directory.list_files() == ["a", "b", "last"]
+    assert directory.read_bytes("b") == b"b"
 
 
 @pytest.mark.parametrize("place", ["local", "object store"])
 def test_files_and_folders_are_listed_apart_sorted_and_without_hidden_ones(storage, memory, place):
     storage = storage if place == "local" else Storage(memory)
-    assert (storage.list_files(), storage.list_folders()) == ([], [])
+    assert (storage.list_files(), storage.list_directories()) == ([], [])
     for name in ("b", "a", "folder/inside", ".hidden", ".tmp-torn", ".hidden-folder/inside"):
         storage.write_bytes(name, b"")
     assert storage.list_files() == ["a", "b"]
-    assert storage.list_folders() == ["folder"]
+    assert storage.list_directories() == ["folder"]
     assert storage.child("folder").list_files() == ["inside"]
 
 
@@ -130,11 +130,11 @@ def test_a_folder_moves_with_its_files_into_a_folder_that_is_made(storage, memor
 
 
 def test_a_folder_does_not_move_onto_another(storage):
-    for folder in ("one", "two"):
-        storage.write_bytes(f"{folder}/file", folder.encode())
+    for directory in ("one", "two"):
+        storage.write_bytes(f"{directory}/file", directory.encode())
     with pytest.raises(OSError):
         storage.child("one").move_to(storage.child("two"))
-    assert [storage.read_bytes(f"{folder}/file") for folder in ("one", "two")] == [b"one", b"two"]
+    assert [storage.read_bytes(f"{directory}/file") for directory in ("one", "two")] == [b"one", b"two"]
     with pytest.raises(OSError):
         storage.child("nothing").move_to(storage.child("three"))
 
@@ -150,9 +150,9 @@ def test_a_folder_does_not_move_onto_another(storage):
     ],
 )
 def test_a_folder_knows_its_name_and_what_holds_it(uri, parent, name):
-    folder = Storage(uri)
-    assert (folder.parent.uri, folder.name) == (parent, name)
-    assert folder.parent.child(folder.name) == folder or parent == "/"
+    directory = Storage(uri)
+    assert (directory.parent.uri, directory.name) == (parent, name)
+    assert directory.parent.child(directory.name) == directory or parent == "/"
 
 
 def test_a_stream_is_written_whole_though_the_file_takes_a_part_at_a_time():
@@ -181,7 +181,7 @@ def test_local_paths_become_absolute_and_uris_keep_their_options(tmp_path, monke
 
 def test_an_unknown_scheme_is_an_error_that_names_the_key():
     with pytest.raises(ConfigError, match=r"^foo://x can't be opened"):
-        Storage.at("foo://x").list_folders()
+        Storage.at("foo://x").list_directories()
     with pytest.raises(ConfigError, match=r"^data\.root=foo://x can't be opened"):
         open_uri("foo://x", "data.root")
 
@@ -192,7 +192,7 @@ def test_a_store_that_does_not_answer_is_no_mistake_in_the_config(monkeypatch):
 
     monkeypatch.setattr(pyarrow.fs, "FileSystem", SimpleNamespace(from_uri=refuse))
     with pytest.raises(OSError, match="no route to host"):  # so that a worker's start is tried again
-        Storage.at("s3://b/run").list_folders()
+        Storage.at("s3://b/run").list_directories()
     with pytest.raises(ConfigError, match=r"^run\.storage=s3://b/run can't be opened: .*no route to host"):
         open_uri("s3://b/run", "run.storage")  # in front of everything
 

@@ -45,8 +45,8 @@ DIED = Cause(CRASH, 1, "the process died", Ending.DIED)
 class Driver:
     """A supervisor, and what it wrote and printed."""
 
-    def __init__(self, folder, failures=(), num_before=None, no_new_ray=None, **failure):
-        self.storage, self.output = Storage.at(str(folder)), io.StringIO()
+    def __init__(self, directory, failures=(), num_before=None, no_new_ray=None, **failure):
+        self.storage, self.output = Storage.at(str(directory)), io.StringIO()
         self.record = RunRecord(self.storage, RunState(name="demo", failures=list(failures)), ("val_accuracy", "max"))
         self.terminal = Terminal(Console(file=self.output, width=500, color_system=None, highlight=False))
         self.config = Config(train=TrainConfig(epochs=4, global_batch_size=32), failure=FailureConfig(**failure))
@@ -278,7 +278,7 @@ def test_a_recovery_tells_what_was_restored_and_what_was_damaged(tmp_path):
     driver.restored(20)
     driver.ready(20)
     assert "checkpoint step_00000040.a1 rejected: torn" in driver.shown
-    assert "restored step_00000020.a1 (2 damaged skipped), replaying 37 steps" in driver.shown
+    assert "restored step_00000020.a1 (2 rejected), replaying 37 steps" in driver.shown
     (failure,) = driver.record.state.failures
     assert failure.steps_replayed == 37
 

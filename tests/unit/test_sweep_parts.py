@@ -187,9 +187,11 @@ class Flaky(Storage):
         super().write_bytes(name, content)
 
 
-def test_a_store_that_is_down_costs_a_sweep_nothing_but_the_wait(folder, monkeypatch):
+def test_a_store_that_is_down_costs_a_sweep_nothing_but_the_wait(directory, monkeypatch):
     said, settled = [], []
-    records = Records(Flaky(folder.uri), record(trial("a")), lambda: settled.append(1), lambda *text: said.append(text))
+    records = Records(
+        Flaky(directory.uri), record(trial("a")), lambda: settled.append(1), lambda *text: said.append(text)
+    )
     monkeypatch.setattr(Flaky, "is_down", True)
     for _ in range(2):
         with records.riding_out():
@@ -200,7 +202,7 @@ def test_a_store_that_is_down_costs_a_sweep_nothing_but_the_wait(folder, monkeyp
     with records.riding_out():
         records.write()
     assert records.is_written
-    assert [each.name for each in read_sweep_record(folder).trials] == ["a"]
+    assert [each.name for each in read_sweep_record(directory).trials] == ["a"]
     with pytest.raises(TypeError), records.riding_out():  # a bug is no outage
         raise TypeError
 
@@ -395,11 +397,11 @@ def test_without_a_terminal_each_change_is_a_line(tmp_path):
 def test_of_a_trial_that_was_stopped_early_the_line_says_where_and_a_search_says_how_many_there_will_be(tmp_path):
     from rich.console import Console
 
-    behind, folder = process(tmp_path, "behind"), Storage.at(str(tmp_path))
+    behind, directory = process(tmp_path, "behind"), Storage.at(str(tmp_path))
     behind.trial.status, behind.trial.epochs = "stopped", 9
-    finish(folder, "behind", 0.25, INTERRUPTED)
+    finish(directory, "behind", 0.25, INTERRUPTED)
     console = Console(file=io.StringIO(), width=100, highlight=False)
-    display = Display(folder, record(behind.trial), [behind], 20, console)
+    display = Display(directory, record(behind.trial), [behind], 20, console)
     display.header("tpe, seed 0")
     display.changed(behind)
     assert console.file.getvalue().splitlines()[1:] == [
@@ -435,16 +437,16 @@ def test_time_left_follows_the_epochs_of_this_call(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def folder(tmp_path):
+def directory(tmp_path):
     return Storage.at(str(tmp_path), "sweeps", "grid")
 
 
-def finish(folder, name, value, status=FINISHED):
+def finish(directory, name, value, status=FINISHED):
     import dataclasses
     import json
 
     state = RunState(name=name, status=status, epoch=2, metrics={"last": {"val_accuracy": value}, "best": {}})
-    folder.child(name).write_bytes(RUN_FILE, json.dumps(dataclasses.asdict(state)).encode())
+    directory.child(name).write_bytes(RUN_FILE, json.dumps(dataclasses.asdict(state)).encode())
 
 
 def record(*trials):
@@ -455,22 +457,24 @@ def trial(name, status=FINISHED, **values):
     return Trial(name=name, values={"optim.lr": "0.1", **values}, epochs=2, status=status)
 
 
-def test_what_a_dead_driver_left_running_is_interrupted_or_has_finished(folder):
-    record(trial("cut", RUNNING), trial("done", RUNNING), trial("new", "waiting"), trial("bad", FAILED)).write(folder)
-    finish(folder, "cut", 0.1, RUNNING)
-    finish(folder, "done", 0.2)
-    assert [each.status for each in look(folder)[1]] == [INTERRUPTED, FINISHED, "waiting", FAILED]
+def test_what_a_dead_driver_left_running_is_interrupted_or_has_finished(directory):
+    record(trial("cut", RUNNING), trial("done", RUNNING), trial("new", "waiting"), trial("bad", FAILED)).write(
+        directory
+    )
+    finish(directory, "cut", 0.1, RUNNING)
+    finish(directory, "done", 0.2)
+    assert [each.status for each in look(directory)[1]] == [INTERRUPTED, FINISHED, "waiting", FAILED]
 
 
-def test_while_the_driver_lives_its_record_is_what_counts(folder):
-    record(trial("a", RUNNING), trial("more epochs", "waiting")).write(folder)
-    finish(folder, "more epochs", 0.1)
-    lease = Lease.take(folder, key="sweep.name")
+def test_while_the_driver_lives_its_record_is_what_counts(directory):
+    record(trial("a", RUNNING), trial("more epochs", "waiting")).write(directory)
+    finish(directory, "more epochs", 0.1)
+    lease = Lease.take(directory, key="sweep.name")
     try:
-        assert [each.status for each in look(folder)[1]] == [RUNNING, "waiting"]
+        assert [each.status for each in look(directory)[1]] == [RUNNING, "waiting"]
     finally:
         lease.release()
-    assert [each.status for each in look(folder)[1]] == [INTERRUPTED, FINISHED]
+    assert [each.status for each in look(directory)[1]] == [INTERRUPTED, FINISHED]
 
 
 def test_a_claim_on_an_object_store_is_alive_while_it_beats(memory):
@@ -483,11 +487,11 @@ def test_a_claim_on_an_object_store_is_alive_while_it_beats(memory):
     assert not is_held(storage, watch_s=0.2)
 
 
-def test_added_values_add_trials_and_the_others_stay(folder):
+def test_added_values_add_trials_and_the_others_stay(directory):
     kept = record(trial("a"), trial("b"))
     kept.take_over([trial("b"), trial("c", "waiting")])
-    kept.write(folder)
-    assert [each.name for each in read_sweep_record(folder).trials] == ["b", "c", "a"]
+    kept.write(directory)
+    assert [each.name for each in read_sweep_record(directory).trials] == ["b", "c", "a"]
 
 
 # The leaderboard
@@ -521,28 +525,28 @@ def test_only_what_varies_is_a_column():
 
 
 @pytest.mark.parametrize("values", [{}, {"model": "vit"}], ids=["one trial", "words"])
-def test_a_picture_is_drawn_of_any_number_of_trials(folder, values):
-    assert draw(folder, record(), [reached("a", 0.5, **values)]).startswith(b"\x89PNG")
+def test_a_picture_is_drawn_of_any_number_of_trials(directory, values):
+    assert draw(directory, record(), [reached("a", 0.5, **values)]).startswith(b"\x89PNG")
 
 
-def test_trials_without_the_objective_are_listed_and_not_drawn(folder, capsys):
+def test_trials_without_the_objective_are_listed_and_not_drawn(directory, capsys):
     trials = [Reached(trial(name, **{"optim.lr": name}), FINISHED, RunState(name=name)) for name in ("0.1", "0.2")]
-    assert draw(folder, record(), trials).startswith(b"\x89PNG")
-    publish(folder, record(), trials, Console(width=120))
+    assert draw(directory, record(), trials).startswith(b"\x89PNG")
+    publish(directory, record(), trials, Console(width=120))
     assert "0.2" in capsys.readouterr().out
-    assert folder.exists("leaderboard.csv")
-    assert not folder.exists("leaderboard.png")
+    assert directory.exists("leaderboard.csv")
+    assert not directory.exists("leaderboard.png")
 
 
 # What is refused, before anything is started
 
 
-def plan(folder, *configs, retry_failed=True, before=(), keeps_stopped=False):
+def plan(directory, *configs, retry_failed=True, before=(), keeps_stopped=False):
     processes = [
-        TrialProcess(Trial(name=name, values={}, epochs=2), config, [], Workers(1, False, {}), folder.child(name))
+        TrialProcess(Trial(name=name, values={}, epochs=2), config, [], Workers(1, False, {}), directory.child(name))
         for name, config in configs
     ]
-    preparation.mark_what_is_done(folder, processes, retry_failed, record(*before), keeps_stopped)
+    preparation.mark_what_is_done(directory, processes, retry_failed, record(*before), keeps_stopped)
     return [each.trial.status for each in processes]
 
 
@@ -552,29 +556,29 @@ def config(**changes):
     return made
 
 
-def test_finished_trials_are_done_and_failed_ones_are_retried_if_asked(folder):
+def test_finished_trials_are_done_and_failed_ones_are_retried_if_asked(directory):
     from ftexp.config.fingerprint import fingerprint
 
-    finish(folder, "a", 0.5)
+    finish(directory, "a", 0.5)
     both = [("a", config()), ("b", config())]
     bad = trial("b", FAILED)
     assert fingerprint(config())
-    assert plan(folder, *both, before=[bad]) == [FINISHED, "waiting"]
-    assert plan(folder, *both, before=[bad], retry_failed=False) == [FINISHED, FAILED]
+    assert plan(directory, *both, before=[bad]) == [FINISHED, "waiting"]
+    assert plan(directory, *both, before=[bad], retry_failed=False) == [FINISHED, FAILED]
 
 
-def test_what_was_stopped_early_stays_so_in_its_search_and_goes_on_in_a_grid(folder):
-    finish(folder, "a", 0.5, INTERRUPTED)
-    state = folder.child("a").read_bytes(RUN_FILE).replace(b'"attempts": 0', b'"attempts": 1')
-    folder.child("a").write_bytes(RUN_FILE, state)
+def test_what_was_stopped_early_stays_so_in_its_search_and_goes_on_in_a_grid(directory):
+    finish(directory, "a", 0.5, INTERRUPTED)
+    state = directory.child("a").read_bytes(RUN_FILE).replace(b'"attempts": 0', b'"attempts": 1')
+    directory.child("a").write_bytes(RUN_FILE, state)
     early, gone = trial("a", "stopped"), trial("gone", "stopped")
     early.stopped_at = gone.stopped_at = 2
-    assert plan(folder, ("a", config()), before=[early], keeps_stopped=True) == ["stopped"]
-    assert plan(folder, ("a", config()), before=[early]) == ["waiting"]
-    assert plan(folder, ("gone", config()), before=[gone], keeps_stopped=True) == ["waiting"]  # its folder is
+    assert plan(directory, ("a", config()), before=[early], keeps_stopped=True) == ["stopped"]
+    assert plan(directory, ("a", config()), before=[early]) == ["waiting"]
+    assert plan(directory, ("gone", config()), before=[gone], keeps_stopped=True) == ["waiting"]  # its directory is
 
 
-def test_a_changed_base_is_told_once(folder):
+def test_a_changed_base_is_told_once(directory):
     import dataclasses
     import json
 
@@ -582,34 +586,34 @@ def test_a_changed_base_is_told_once(folder):
 
     for name in "ab":
         state = RunState(name=name, fingerprint=fingerprint(config(seed=1)), step=30)
-        folder.child(name).write_bytes(RUN_FILE, json.dumps(dataclasses.asdict(state)).encode())
+        directory.child(name).write_bytes(RUN_FILE, json.dumps(dataclasses.asdict(state)).encode())
     with pytest.raises(ConfigError) as refused:
-        plan(folder, ("a", config(seed=2)), ("b", config(seed=2)))
+        plan(directory, ("a", config(seed=2)), ("b", config(seed=2)))
     title, *lines = str(refused.value).splitlines()
     assert "choose another sweep.name, or restore these values" in title
     assert lines == ["seed was 1, and is 2 now"]
 
 
-def test_the_same_trial_twice_is_refused(folder):
+def test_the_same_trial_twice_is_refused(directory):
     with pytest.raises(ConfigError, match="give each value once"):
-        plan(folder, ("a", config()), ("a", config()))
+        plan(directory, ("a", config()), ("a", config()))
 
 
-def test_a_finished_trial_of_pretrained_weights_is_done_with_the_preprocessing_they_brought(folder):
+def test_a_finished_trial_of_pretrained_weights_is_done_with_the_preprocessing_they_brought(directory):
     from ftexp.config.fingerprint import fingerprint
 
     made = config()
     made.model.pretrained, made.data.mean = True, [0.3]
     brought = config()
     brought.model.pretrained, brought.data.mean, brought.data.crop_pct = True, [0.5], 0.9
-    finish(folder, "a", 0.5)
-    state = json.loads(folder.child("a").read_bytes(RUN_FILE))
+    finish(directory, "a", 0.5)
+    state = json.loads(directory.child("a").read_bytes(RUN_FILE))
     state |= {"fingerprint": fingerprint(brought), "step": 30, "epoch": 2}
-    folder.child("a").write_bytes(RUN_FILE, json.dumps(state).encode())
-    assert plan(folder, ("a", made)) == [FINISHED]
+    directory.child("a").write_bytes(RUN_FILE, json.dumps(state).encode())
+    assert plan(directory, ("a", made)) == [FINISHED]
 
 
-def test_a_finished_trial_from_before_there_were_decoders_is_done_with_the_one_it_had(folder):
+def test_a_finished_trial_from_before_there_were_decoders_is_done_with_the_one_it_had(directory):
     from ftexp.config.fingerprint import fingerprint
 
     before, now = config(), config()
@@ -617,8 +621,8 @@ def test_a_finished_trial_from_before_there_were_decoders_is_done_with_the_one_i
     recorded = fingerprint(before)
     for name in ("decoder", "exif_orientation", "background"):
         del recorded[f"data.{name}"]
-    finish(folder, "a", 0.5)
-    state = json.loads(folder.child("a").read_bytes(RUN_FILE))
+    finish(directory, "a", 0.5)
+    state = json.loads(directory.child("a").read_bytes(RUN_FILE))
     state |= {"fingerprint": recorded, "step": 30, "epoch": 2}
-    folder.child("a").write_bytes(RUN_FILE, json.dumps(state).encode())
-    assert plan(folder, ("a", now)) == [FINISHED]
+    directory.child("a").write_bytes(RUN_FILE, json.dumps(state).encode())
+    assert plan(directory, ("a", now)) == [FINISHED]

@@ -21,11 +21,11 @@ from tests.support.pages import HOSTILE, Page, assert_only_text
 
 
 @pytest.fixture
-def folder(tmp_path):
+def directory(tmp_path):
     return Storage.at(str(tmp_path / "lr"))
 
 
-def write_sweep(folder, *trials, name="lr", keys=("optim.lr", "optim.name")):
+def write_sweep(directory, *trials, name="lr", keys=("optim.lr", "optim.name")):
     """`trials`: (name, values, status, the metric at each epoch, error)."""
     ledger = SweepRecord(name=name, metric="val_accuracy", mode="max", keys=list(keys), started=1_700_000_000.0)
     for own, values, status, scores, error in trials:
@@ -34,28 +34,28 @@ def write_sweep(folder, *trials, name="lr", keys=("optim.lr", "optim.name")):
         state.metrics["last"] = {"val_accuracy": scores[-1], "val_loss": 0.5} if scores else {}
         points = [{"split": "val", "step": 9 * n, "epoch": n, "time": n, "val_accuracy": score}
                   for n, score in enumerate(scores, start=1)]  # fmt: skip
-        trial = folder.local_path / own
+        trial = directory.local_path / own
         trial.mkdir(parents=True)
         (trial / RUN_FILE).write_text(json.dumps(dataclasses.asdict(state)))
         (trial / "metrics.jsonl").write_text("".join(f"{json.dumps(point)}\n" for point in points))
-    ledger.write(folder)
+    ledger.write(directory)
 
 
-def four_trials(folder):
+def four_trials(directory):
     write_sweep(
-        folder,
+        directory,
         ("a", {"optim.lr": "0.1", "optim.name": "sgd"}, FINISHED, [0.2, 0.4, 0.5], None),
         ("b", {"optim.lr": "0.001", "optim.name": "adamw"}, FINISHED, [0.5, 0.8, 0.9], None),
         ("c", {"optim.lr": "0.01", "optim.name": "sgd"}, INTERRUPTED, [0.3], None),
         ("d", {"optim.lr": "1", "optim.name": "sgd"}, FAILED, [], "NonFiniteError: the loss is NaN"),
     )
-    folder.child("b").write_bytes("report.html", b"its own")
+    directory.child("b").write_bytes("report.html", b"its own")
 
 
-def test_the_page_shows_the_leaderboard_and_what_failed_and_loads_nothing(folder):
-    four_trials(folder)
-    assert write_report(folder) == f"{folder.uri}/report.html"
-    page = Page(folder.read_bytes("report.html").decode())
+def test_the_page_shows_the_leaderboard_and_what_failed_and_loads_nothing(directory):
+    four_trials(directory)
+    assert write_report(directory) == f"{directory.uri}/report.html"
+    page = Page(directory.read_bytes("report.html").decode())
     for part in ("2 of 4 finished", "best val_accuracy 0.9000", "optim.lr=0.001, optim.name=adamw", "1 interrupted",
                  "NonFiniteError: the loss is NaN", "1 0.9000 0.001 adamw 0.5000 3/3 12.5 s 0 finished b",
                  "2 0.5000 0.1 sgd 0.5000", "Parallel coordinates", "val_accuracy by epoch."):  # fmt: skip
@@ -64,21 +64,21 @@ def test_the_page_shows_the_leaderboard_and_what_failed_and_loads_nothing(folder
     assert not page.tags["script"] + page.tags["link"]
     assert [value for _, name, value in page.attributes if name in ("src", "href")] == ["b/report.html"]
     for chart in ("trials", "curves"):
-        with Image.open(f"{folder.uri}/charts/{chart}.png") as picture:
+        with Image.open(f"{directory.uri}/charts/{chart}.png") as picture:
             assert picture.width > 400
 
 
 def test_whatever_comes_from_a_sweep_is_only_text(tmp_path):
     pages = []
     for kind, texts in (("calm", ["x" * len(text) for text in HOSTILE]), ("wild", HOSTILE)):
-        folder = Storage.at(str(tmp_path / kind))
+        directory = Storage.at(str(tmp_path / kind))
         trials = [(f"trial_{n}", dict.fromkeys(texts, text), (FINISHED, FAILED)[n % 2], [0.1 * n], text)
                   for n, text in enumerate(texts)]  # fmt: skip
-        write_sweep(folder, *trials, name=texts[0], keys=texts)
-        ledger = json.loads(folder.read_bytes("sweep.json"))
+        write_sweep(directory, *trials, name=texts[0], keys=texts)
+        ledger = json.loads(directory.read_bytes("sweep.json"))
         ledger["metric"] = "val_accuracy"
-        folder.write_bytes("sweep.json", json.dumps(ledger).encode())
-        pages.append(Page(SweepReport(folder, "report.html").html()))
+        directory.write_bytes("sweep.json", json.dumps(ledger).encode())
+        pages.append(Page(SweepReport(directory, "report.html").html()))
     calm, page = pages
     assert_only_text(page, calm, at_least=3)
 
@@ -173,15 +173,15 @@ def test_one_trial_or_one_value_is_a_chart_too():
     assert curves_chart("acc", [(trials[0], [(1.0, float("nan"))])], 1000.0).shapes
 
 
-def test_a_sweep_of_2_000_trials_gives_a_small_page(folder):
+def test_a_sweep_of_2_000_trials_gives_a_small_page(directory):
     trials = [(f"t{n}", {"optim.lr": f"{10 ** (-n / 500):.3g}", "optim.name": f"opt{n % 40}"}, FINISHED,
                [0.1, 0.2, n / 2000], None) for n in range(2000)]  # fmt: skip
-    write_sweep(folder, *trials)
-    page = SweepReport(folder, "report.html").html()
+    write_sweep(directory, *trials)
+    page = SweepReport(directory, "report.html").html()
     assert len(page) < 1_500_000
     assert "The best 300 trials; 1,700 more are in the table." in page
 
 
-def test_a_sweep_of_which_nothing_has_begun_gives_a_page_too(folder):
-    SweepRecord(name="new", metric="val_accuracy", mode="max", keys=["seed"]).write(folder)
-    assert "0 of 0 finished" in SweepReport(folder, "report.html").html()
+def test_a_sweep_of_which_nothing_has_begun_gives_a_page_too(directory):
+    SweepRecord(name="new", metric="val_accuracy", mode="max", keys=["seed"]).write(directory)
+    assert "0 of 0 finished" in SweepReport(directory, "report.html").html()

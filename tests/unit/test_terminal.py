@@ -67,7 +67,7 @@ def test_a_failure_is_one_line_with_cause_place_and_decision():
 def test_a_recovery_says_what_it_cost():
     done = failure(seconds_to_detect=0.2, seconds_to_restart=8.0, seconds_to_restore=1.1, steps_replayed=17)
     text = show(lambda t: t.recovered(done, "step_00000040.a1", 1, [7, 8]))
-    assert "training again after 9.3 s: restored step_00000040.a1 (1 damaged skipped), replaying 17 steps" in text
+    assert "training again after 9.3 s: restored step_00000040.a1 (1 rejected), replaying 17 steps" in text
     assert "pids 7, 8" in text
     assert "from the beginning" in show(lambda t: t.recovered(done, None, 0, []))
     kept = failure(recovery="memory", steps_replayed=2)
@@ -177,3 +177,48 @@ def test_what_can_not_be_shown_ends_nothing(error):
         terminal.epoch(state(), 40, 1)
         terminal.say("⚡")
         terminal.close()
+
+
+def test_a_terminal_gets_lines_broken_between_words_and_paths_whole():
+    path = "/runs/" + "a" * 120
+    text = show(lambda t: t.say(f"report   {path} and words " + "of a line " * 12), terminal=True)
+    first, second, *rest = text.splitlines()
+    assert (first, second) == ("report", f"         {path}")
+    assert all(line.startswith(" " * 9) and len(line) <= 100 for line in rest)
+    assert text.split() == ["report", path, "and", "words", *["of", "a", "line"] * 12]
+
+
+def test_without_a_terminal_a_line_stays_a_line():
+    assert len(show(lambda t: t.say("words " * 60)).splitlines()) == 1
+
+
+def test_a_finished_run_says_that_there_is_nothing_to_train():
+    text = show(lambda t: t.finished_before("demo", "/runs/demo"))
+    assert (
+        text == "run      demo  (/runs/demo)\nstatus   finished before: nothing to train; train.epochs=... trains on\n"
+    )
+
+
+@pytest.mark.parametrize(("steps", "words"), [(1, "replaying 1 step ·"), (2, "replaying 2 steps ·")])
+def test_a_single_step_is_counted_as_one(steps, words):
+    assert words in show(lambda t: t.recovered(failure(steps_replayed=steps), "step_1.a1", 0, [1, 2]))
+
+
+@pytest.mark.parametrize(
+    ("width", "shown", "hidden"),
+    [
+        (130, ("loss 0.217 acc 0.941 val_loss 0.112 val_acc 0.966",), ()),
+        (80, ("loss 0.217 val_acc 0.966",), ("acc 0.941", "val_loss")),
+    ],
+)
+def test_the_bar_shows_epoch_and_step_whole_and_the_values_that_fit(width, shown, hidden):
+    output = io.StringIO()
+    terminal = Terminal(Console(file=output, width=width, force_terminal=True, highlight=False, color_system=None))
+    metrics = {"train_loss": 0.217, "train_accuracy": 0.941, "val_loss": 0.112, "val_accuracy": 0.966}
+    current = state(step=552, epoch=14)
+    current.metrics["last"] = metrics
+    terminal.ready(current, 1180, 32, 30, [1, 2], "cpu")
+    terminal.close()
+    *_, bar = [line for line in output.getvalue().splitlines() if "step 552/1,180" in line]  # it is erased at the end
+    assert all(part in bar for part in ("epoch 15/30 ", " left", *shown))
+    assert not any(part in bar for part in hidden)

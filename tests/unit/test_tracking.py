@@ -457,8 +457,8 @@ def test_an_older_run_json_without_the_newer_keys_is_read(record, storage):
 
 
 def test_points_of_corrupt_weights_are_logged_anew(tmp_path):
-    folder = Storage.at(str(tmp_path / "first"))
-    record = RunRecord(folder, RunState(name="first"), ("val_accuracy", "max"))
+    directory = Storage.at(str(tmp_path / "first"))
+    record = RunRecord(directory, RunState(name="first"), ("val_accuracy", "max"))
     record.handle(Hello(0, 2, 11, "node"))
     record.handle(Ready(0, 100, "cpu", {}, 5))
     for step, accuracy in ((10, 0.5), (20, 0.9), (30, 0.7)):
@@ -478,4 +478,4 @@ def test_points_of_corrupt_weights_are_logged_anew(tmp_path):
         (10, 0.5), (20, 0.6), (30, 0.65),
     ]  # fmt: skip
     record.close("finished")
-    assert len(read_lines(folder, "metrics.jsonl")) == 3
+    assert len(read_lines(directory, "metrics.jsonl")) == 3

@@ -123,12 +123,12 @@ def test_a_checkpoint_stays_until_it_is_evaluated(tmp_path):
     for step in (4, 5, 6, 7):
         job.progress.step = step
         save(manager)
-    assert sorted(store.storage.list_folders()) == [FIRST, "step_00000006.a1", "step_00000007.a1"]
+    assert sorted(store.storage.list_directories()) == [FIRST, "step_00000006.a1", "step_00000007.a1"]
     job.channel.note_evaluated(Evaluated(4, 1, FIRST, {"val_loss": 1.0}))
     settle(job)
     job.progress.step = 8
     save(manager)
-    assert sorted(store.storage.list_folders()) == ["step_00000007.a1", SECOND]
+    assert sorted(store.storage.list_directories()) == ["step_00000007.a1", SECOND]
 
 
 def save(manager):
@@ -200,7 +200,7 @@ def test_a_run_that_is_to_stop_while_it_waits_ends_at_this_step():
     job.progress.step, job.progress.epoch = 8, 2
     assert not validate(job)
     job.channel.note_evaluated(found(4, FIRST, 0.5))
-    assert settle(job, most=1)
+    assert settle(job, max_pending=1)
     assert job.progress.pending == [Pending(8, 2, SECOND)]
     assert job.progress.best["step"] == 4
 
@@ -375,7 +375,7 @@ def test_a_task_measures_a_checkpoint_and_its_ema_as_the_workers_would(saved, mo
     job, spec, store = saved
     evaluate(job, "val")
     monkeypatch.setattr(beside, "_rows", lambda _: job.data.rows["val"])
-    values = _evaluate(spec, store.storage.list_folders()[0])
+    values = _evaluate(spec, store.storage.list_directories()[0])
     assert values == job.channel.points()[-1].values
     assert set(values) == {"val_loss", "val_accuracy", "val_loss_ema", "val_accuracy_ema"}
     assert values["val_loss"] != values["val_loss_ema"]
@@ -383,7 +383,7 @@ def test_a_task_measures_a_checkpoint_and_its_ema_as_the_workers_would(saved, mo
 
 def test_a_task_refuses_a_checkpoint_that_was_damaged(saved):
     _, spec, store = saved
-    (name,) = store.storage.list_folders()
+    (name,) = store.storage.list_directories()
     content = bytearray(store.storage.child(name).read_bytes("model.pt"))
     content[100] ^= 1
     store.storage.child(name).write_bytes("model.pt", bytes(content))

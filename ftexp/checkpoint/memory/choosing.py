@@ -1,4 +1,4 @@
-"""Which snapshot an attempt goes on from: a pure function of what the keepers hold."""
+"""Which snapshot an attempt resumes from: a pure function of what the keepers hold."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Held:
 
     @property
     def number(self) -> int:
-        """Which shard it is of."""
+        """Return the number of its shard."""
         return int(self.shard.partition("/")[0])
 
     @property
@@ -54,7 +54,7 @@ class Choice:
 
 
 def choose(
-    held: Iterable[Held], limits: Mapping[int, int | None], run: str, fingerprint: str, least_step: int
+    held: Iterable[Held], limits: Mapping[int, int | None], run: str, fingerprint: str, min_step: int
 ) -> Choice | None:
     """Return the newest step of which there are all shards; None if there is none.
 
@@ -63,14 +63,14 @@ def choose(
         limits: attempt -> its last step that the run descends from; None: any. Other attempts' steps are none of it.
         run: name of the run.
         fingerprint: of what defines it.
-        least_step: that of the newest checkpoint in storage, 0 without one.
+        min_step: that of the newest checkpoint in storage, 0 without one.
     """
     found: dict[tuple[int, int, int], dict[int, list[Held]]] = defaultdict(lambda: defaultdict(list))
     for each in held:
         if (each.run, each.fingerprint) != (run, fingerprint) or each.attempt not in limits:
             continue
         limit = limits[each.attempt]
-        if each.step >= least_step and (limit is None or each.step <= limit):
+        if each.step >= min_step and (limit is None or each.step <= limit):
             found[each.step, each.attempt, each.num_shards][each.number].append(each)
     whole = [place for place, shards in found.items() if len(shards) == place[2]]
     if not whole:

@@ -19,7 +19,7 @@ from ftexp.checkpoint.memory.slot import PAGE, Slot, sequence_of
 
 NUM_SLOTS = 2  # one holds the last snapshot while the other takes the next
 CHUNK_BYTES = 1 << 24  # that pass through Ray at a time
-_FREE_SHARE = 0.25  # of a node's free memory that snapshots may take, where the config doesn't say
+_FREE_SHARE = 0.25  # share of a node's free memory that snapshots may take, where the config doesn't say
 _ANSWER_S = 60.0  # that another keeper may take for a chunk
 
 
@@ -78,14 +78,14 @@ class Keeper:
         self._rooms: dict[str, _Room] = {}
         self._lock = threading.Lock()
 
-    def reserve(self, shard: str, least_bytes: int, slot_bytes: int) -> Reserved | str:
+    def reserve(self, shard: str, min_bytes: int, slot_bytes: int) -> Reserved | str:
         """Return where a shard's slots are, or why there is no room for them.
 
-        Those of `least_bytes` or more stay, with what they hold; new ones have `slot_bytes`.
+        Those of `min_bytes` or more stay, with what they hold; new ones have `slot_bytes`.
         """
         with self._lock:
             room = self._rooms.get(shard)
-            if room is None or room.slot_bytes < least_bytes:
+            if room is None or room.slot_bytes < min_bytes:
                 others = sum(NUM_SLOTS * each.slot_bytes for key, each in self._rooms.items() if key != shard)
                 slot_bytes = -(-slot_bytes // PAGE) * PAGE
                 if (wanted := NUM_SLOTS * slot_bytes + others) > self._max_bytes:

@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-MAX_SHARE = 0.01  # of the time, that snapshots cost where memory_every_steps is auto
+MAX_SHARE = 0.01  # share of the time, that snapshots cost where memory_every_steps is auto
 _FIRST_AFTER_STEPS = 10  # steps of an attempt before the first, where it is auto: the first ones are slower
 _NUM_STEPS_SEEN = 15
 _NUM_COSTS_SEEN = 5
@@ -73,5 +73,5 @@ class Pace:
 
     @property
     def step_s(self) -> float:
-        """Seconds of a step: the median of the last, which evaluations and saves don't change."""
+        """Seconds of a step: the median of the last, which evaluations and checkpoints don't change."""
         return statistics.median(self._steps) if self._steps else 0.0

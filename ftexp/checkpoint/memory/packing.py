@@ -31,8 +31,8 @@ def slot_bytes(state: Any) -> tuple[int, int]:
     rest = mapped(state, lambda leaf, _: None if isinstance(leaf, Tensor) else leaf)
     described = [(0, str(tensor.dtype), tuple(tensor.shape), tensor.stride(), 0, ()) for tensor in tensors]
     outline = len(_saved({"tree": rest, "tensors": described}))
-    least = PAGE + data + outline + _FACTS_BYTES
-    return least, least + outline + _SPARE_BYTES
+    needed = PAGE + data + outline + _FACTS_BYTES
+    return needed, needed + outline + _SPARE_BYTES
 
 
 class SlotCopier:

@@ -52,7 +52,7 @@ class SnapshotReader:
             return []
 
     def read(
-        self, lineage: Mapping[int, int | None], run: str, fingerprint: str, least_step: int
+        self, lineage: Mapping[int, int | None], run: str, fingerprint: str, min_step: int
     ) -> tuple[Choice, dict[str, Any]] | None:
         """Return the newest state that every rank can get, and which it is; None if there is none.
 
@@ -60,7 +60,7 @@ class SnapshotReader:
         """
         while True:
             left = [each for each in self._held if each not in self._bad]
-            choice = choose(left, lineage, run, fingerprint, least_step) if self._group.rank == 0 else None
+            choice = choose(left, lineage, run, fingerprint, min_step) if self._group.rank == 0 else None
             choice = self._group.agree_on(choice)
             if choice is None:
                 return None

@@ -90,7 +90,7 @@ class Slot:
         return facts
 
     def outline(self, header: Header) -> bytes:
-        """Return the outline."""
+        """Return the outline: the state without its tensors, pickled."""
         begin = PAGE + header.data_bytes + header.facts_bytes
         return bytes(self._memory[begin : begin + header.outline_bytes])
 

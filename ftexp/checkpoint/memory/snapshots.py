@@ -39,7 +39,7 @@ class _Room:
     reserved: Reserved
     keeper: int  # pidfd
     copiers: list[SlotCopier]
-    sequences: list[int]  # of what each slot holds; 0: nothing
+    sequences: list[int]  # number of the snapshot in each slot; 0: none
 
     @property
     def keeper_lives(self) -> bool:
@@ -66,13 +66,13 @@ class Snapshots:
         self._is_cut = place is not None
         self._pace = Pace(config.memory_every_steps, group.agree)
         self._is_off = not group.all_agree(supported())
-        self._least = OFF  # of all ranks' readiness, when it was last asked
+        self._lowest = OFF  # lowest readiness of all ranks, when it was last asked
         self._thread: threading.Thread | None = None
         self._closed = threading.Event()
         self._room: _Room | None = None
         self._refused = False
         self._others: list[str] = []  # nodes that keep a copy, one from the other
-        self._thread_s = 0.0  # of a processor, that the last snapshot took besides training
+        self._thread_s = 0.0  # seconds of a processor that the last snapshot took besides training
         self._num_taken = 0
         if not self._is_off:
             self._find_others()
@@ -85,15 +85,15 @@ class Snapshots:
         self._others = others[:1] if self._is_cut else others
 
     def due(self, step: int, saves: bool) -> bool:
-        """Whether to call `take` after `step`, the last that was done. saves: whether a save is under way."""
+        """Whether to call `take` after `step`, the last that was done. saves: whether a checkpoint is under way."""
         if self._is_off or not self._pace.step_done(step):
             return False
-        self._least = self._group.least(BUSY if saves else self._readiness())
-        if self._least == OFF:
+        self._lowest = self._group.lowest(BUSY if saves else self._readiness())
+        if self._lowest == OFF:
             self._is_off = True
-        elif self._least == BUSY:
+        elif self._lowest == BUSY:
             self._pace.postpone(step)
-        return self._least > BUSY
+        return self._lowest > BUSY
 
     def _readiness(self) -> int:
         if self._refused:
@@ -111,7 +111,7 @@ class Snapshots:
 
         began: by time.perf_counter, when training began to wait.
         """
-        if self._least < READY:
+        if self._lowest < READY:
             if self.writes and self._room is None:
                 self._begin(self._make_room, *slot_bytes(state))
             self._pace.postpone(step)
@@ -160,11 +160,11 @@ class Snapshots:
         self._thread = threading.Thread(target=run, daemon=True, name="snapshot")
         self._thread.start()
 
-    def _make_room(self, least: int, wanted: int) -> None:
+    def _make_room(self, needed: int, wanted: int) -> None:
         """On the thread: reserve slots of the keeper, once there is one."""
         while not self._closed.is_set():
             try:
-                answer = self.links.call(self.links.node, "reserve", self._shard, least, wanted, timeout_s=_RESERVE_S)
+                answer = self.links.call(self.links.node, "reserve", self._shard, needed, wanted, timeout_s=_RESERVE_S)
                 if isinstance(answer, str):
                     self._refuse(answer)
                     return

@@ -35,11 +35,11 @@ class HotStart:
     """
 
     def __init__(self, config: ScalingConfig, num_threads: int, joins: bool | None = None) -> None:
-        self._folder: str | None = None
+        self._directory: str | None = None
         joins = config.address is not None if joins is None else joins
         if config.hot_start == "off" or joins or not supported():
             return
-        self._folder = tempfile.mkdtemp(
+        self._directory = tempfile.mkdtemp(
             prefix="ftexp-", dir=os.environ.get("RAY_TMPDIR")
         )  # 0700: its socket is this user's alone
         with listen(self._socket) as listener:
@@ -53,31 +53,31 @@ class HotStart:
 
     def python(self) -> list[str]:
         """A command line up to the script: the interpreter's, or that of a fork with everything imported, Ray too."""
-        return _fork_words(self._socket) if self._folder is not None else [sys.executable]
+        return _fork_words(self._socket) if self._directory is not None else [sys.executable]
 
     def runtime_env(self) -> dict[str, Any]:
         """Return the runtime env for ray.init with which workers begin as forks."""
-        return {"py_executable": shlex.join(self.python())} if self._folder is not None else {}
+        return {"py_executable": shlex.join(self.python())} if self._directory is not None else {}
 
     def raylet_settings(self) -> contextlib.AbstractContextManager[None]:
-        """Where Ray is to be started: its raylet then starts workers the short way, and none before it is asked."""
-        if self._folder is None:
+        """Set Ray's environment so that its raylet starts workers by the forker, and none before it is asked."""
+        if self._directory is None:
             return contextlib.nullcontext()
         os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # they would have no runtime env, so no use
         return ray_private.workers_set_up_by(_SETUP)
 
     def stop(self) -> None:
-        """End the preloaded process; workers that run go on without it."""
-        if self._folder is not None:
+        """End the preloaded process; workers that run continue without it."""
+        if self._directory is not None:
             assert self._process.stdin is not None
             self._process.stdin.close()
             self._process.wait()
-            shutil.rmtree(self._folder, ignore_errors=True)
-            self._folder = None
+            shutil.rmtree(self._directory, ignore_errors=True)
+            self._directory = None
 
     @property
     def _socket(self) -> str:
-        return f"{self._folder}/socket"
+        return f"{self._directory}/socket"
 
 
 def on_joined_nodes(config: ScalingConfig, num_threads: int) -> tuple[dict[str, Any], str | None]:

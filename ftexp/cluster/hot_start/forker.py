@@ -46,7 +46,7 @@ def import_all(names: tuple[str, ...], without: tuple[str, ...] = ()) -> None:
 
 
 class Forker:
-    """Forks a child for each launcher that is handed over, tells its pid, and later its wait status."""
+    """Forks a child for each launcher that is handed over, and reports its pid and later its wait status."""
 
     def __init__(self, channel: socket.socket, environment: dict[str, str]) -> None:
         self._channel = channel
@@ -142,7 +142,7 @@ class Forker:
             connection.settimeout(None)
             threading.Thread(target=_die_with, args=(connection,), daemon=True, name="launcher").start()
             code = code_of(lambda: _run(request))
-        finally:  # whatever happens, a child never goes on as a second forker
+        finally:  # whatever happens, a child never continues as a second forker
             os._exit(code & 0xFF)
 
 

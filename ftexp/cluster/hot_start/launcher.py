@@ -81,13 +81,13 @@ def on_this_node(prefix: str) -> str:
     KeyError, OSError or ValueError if there is none to be had.
     """
     raylet = os.environ["RAY_RAYLET_PID"]
-    folder = f"{prefix}-{raylet}"
+    directory = f"{prefix}-{raylet}"
     try:
-        os.mkdir(folder, 0o700)
+        os.mkdir(directory, 0o700)
     except FileExistsError:
-        _require_own(folder, stat.S_ISDIR)
-    path = f"{folder}/socket"
-    lock = os.open(f"{folder}/{LOCK}", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        _require_own(directory, stat.S_ISDIR)
+    path = f"{directory}/socket"
+    lock = os.open(f"{directory}/{LOCK}", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
     fcntl.flock(lock, fcntl.LOCK_EX)  # workers start several at a time
     try:
         if not _answers(path):
@@ -159,7 +159,7 @@ def readable(descriptors: Iterable[int], timeout_s: float | None = None) -> list
 
 
 def wait_for(connection: socket.socket, child: int) -> int:
-    """The child's wait status; that of a failure if the preloaded process died and can't tell it."""
+    """The child's wait status; that of a failure if the preloaded process died."""
     for number in _PASSED_ON:
         signal.signal(number, lambda received, _: _pass_on(child, received))
     try:
@@ -172,7 +172,7 @@ def wait_for(connection: socket.socket, child: int) -> int:
         if connection.fileno() in ready:
             received = connection.recv(8 - len(answer))
             answer += received
-            if not received:  # the preloaded process is gone; the child goes on without it
+            if not received:  # the preloaded process is gone; the child continues without it
                 if alive >= 0:
                     readable([alive])
                 return 1 << 8

@@ -3,7 +3,7 @@
 Run as `python -m ftexp.cluster.hot_start.preloader <socket> <descriptor>` by the driver that starts a Ray of its own,
 and ends when its standard input closes: the driver is gone. On a node of a Ray that was joined, a launcher runs it,
 with the raylet's process id as a last argument, and it ends with that raylet. The socket listens already, as the
-descriptor says. Workers that run go on without it.
+descriptor says. Workers that run continue without it.
 
 Neither it nor a forker ever starts a thread or touches a GPU, so that a fork is a whole process.
 """
@@ -44,11 +44,11 @@ def main() -> None:
         import_all(BEFORE_THE_CLUSTER, without=NOT_USED)
         Preloader(listener, owner).serve()
     finally:
-        folder = Path(path).parent
+        directory = Path(path).parent
         with contextlib.suppress(OSError):  # the driver removes it itself
             for name in (Path(path).name, LOCK):
-                (folder / name).unlink(missing_ok=True)
-            folder.rmdir()
+                (directory / name).unlink(missing_ok=True)
+            directory.rmdir()
     os._exit(0)  # taking the modules down would take a second or two, for which the driver waits
 
 
@@ -103,7 +103,7 @@ class Preloader:
                     for descriptor in not_its_own:  # else a worker's output would stay open after the worker
                         os.close(descriptor)
                     Forker(theirs, {**environment, **read}).serve()
-                finally:  # whatever happens, it never goes on as a second preloaded process
+                finally:  # whatever happens, it never continues as a second preloaded process
                     os._exit(0)
             theirs.close()
             self._forkers[key] = ours

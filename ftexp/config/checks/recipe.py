@@ -32,8 +32,8 @@ from ftexp.config.schema import (
 from ftexp.config.timm_names import optimizer_names, without_drop_path
 from ftexp.registry import did_you_mean
 
-_SECOND_ORDER = ("adahessian",)  # of timm's optimisers
-_WARMUP_SHARE = 0.1  # of the epochs, and of the learning rate the lowest, where a recipe's own doesn't fit
+_SECOND_ORDER = ("adahessian",)  # timm's optimisers of second order
+_WARMUP_SHARE = 0.1  # share of the epochs, and of the learning rate the lowest, where a recipe's own doesn't fit
 _MIN_LR_SHARE = 0.01
 _CLIPPING = ("clip_grad_norm", "clip_grad_value", "clip_grad_agc")
 # timm scales the learning rate of optimisers with these name parts by the square root of the batch
@@ -165,15 +165,18 @@ def _weight_problems(key: str, given: Any, names: tuple[str, ...], num_classes: 
 
 
 def fitted(config: Config, typed: Iterable[str]) -> tuple[Config, list[str]]:
-    """Fit recipe values to `config` where they assume more epochs or a higher learning rate.
+    """Fit recipe values to `config` where they assume more epochs, a higher learning rate or another crop.
 
-    typed: the overrides of this invocation. Values they set stay, for `check_schedule` and `check_freeze`.
+    typed: the overrides of this invocation. Values they set stay, for `check_schedule`, `check_freeze` and
+    `check_pictures`.
 
     Returns:
         The config, and a line for each value that was changed.
     """
     keys = typed_keys(typed)
     config, notes = _ranked_by_loss(_with_scaled_lr(config, keys), keys)
+    config, shift_notes = _without_shift_if_cropped(config, keys)
+    notes += shift_notes
     schedule, train = config.schedule, config.train
     if MISSING in (train.epochs, config.optim.lr) or train.epochs < 1 or config.optim.lr <= 0:
         return config, notes  # `validate` says so
@@ -220,6 +223,15 @@ def _ranked_by_loss(config: Config, keys: set[str]) -> tuple[Config, list[str]]:
     saving = dataclasses.replace(saving, checkpoint_score_attribute="val_loss", checkpoint_score_order="min")
     note = f"checkpoint.checkpoint_score_attribute=val_loss instead of val_accuracy: data.task={REGRESSION}"
     return dataclasses.replace(config, checkpoint=saving), [note]
+
+
+def _without_shift_if_cropped(config: Config, keys: set[str]) -> tuple[Config, list[str]]:
+    """Let augment.crop replace the shift of a group file, as timm's crops replace each other."""
+    augment = config.augment
+    if augment.crop == "none" or not augment.pad_px or "augment.pad_px" in keys:
+        return config, []
+    note = f"augment.pad_px=0 instead of {augment.pad_px}: augment.crop={augment.crop}"
+    return dataclasses.replace(config, augment=dataclasses.replace(augment, pad_px=0)), [note]
 
 
 def check_schedule(config: Config) -> Iterator[str]:

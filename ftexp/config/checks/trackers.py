@@ -33,10 +33,10 @@ def tracker_problems(config: Config) -> Iterator[str]:
             )
     yield from _unused(tracker)
     for name in (each for each in _WRITE_FILES if each in tracker.names):
-        folder = getattr(tracker, name).dir
-        if folder is not None and is_remote(folder):
-            yield f"tracker.{name}.dir={folder} is not on a disk: {name} writes files; give a local directory"
-        elif folder is None and is_remote(config.run.storage):
+        directory = getattr(tracker, name).dir
+        if directory is not None and is_remote(directory):
+            yield f"tracker.{name}.dir={directory} is not on a disk: {name} writes files; give a local directory"
+        elif directory is None and is_remote(config.run.storage):
             yield (
                 f"tracker={name} writes to a disk, but run.storage={config.run.storage} is not on one: set "
                 f"tracker.{name}.dir"

@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from ftexp.config.timm_names import timm_folder
+from ftexp.config.timm_names import timm_directory
 from ftexp.data.cropping import fill_color
 from ftexp.data.order import Int64s, derive_seed
 from ftexp.data.sources.arrays import UInt8s
 
 _STREAM = 0x72616E64  # keeps RandAugment's draws apart from other uses of the run's seed
 _GREY = 0.5  # what moves in at the edges, where the data's mean isn't given
-_TRANSLATE_SHARE = 0.45  # of the image, at most, where a policy shifts by pixels; these three as create_transform's
+_TRANSLATE_SHARE = 0.45  # maximum shift of a policy that shifts by pixels; these three as create_transform's
 _AUGMIX_TRANSLATE_PCT = 0.3
 
 
@@ -96,7 +96,7 @@ class _ImageOps:
 
 
 def _copy_of_timms() -> Any:
-    path = timm_folder() / "data" / "auto_augment.py"  # found by its name, it would come with all of timm
+    path = timm_directory() / "data" / "auto_augment.py"  # found by its name, it would come with all of timm
     spec = importlib.util.spec_from_file_location("timm.data.auto_augment", path)
     assert spec is not None
     assert spec.loader is not None

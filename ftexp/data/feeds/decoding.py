@@ -24,7 +24,7 @@ from ftexp.errors import DataError
 if TYPE_CHECKING:
     from ray.data import Dataset
 
-PARTS = ("read", "decode", "crop", "augment")  # of making a sample; crop: or fit
+PARTS = ("read", "decode", "crop", "augment")  # parts of making a sample; crop stands for fit, too
 _NUM_BAD_SHOWN = 10
 
 Floats = npt.NDArray[np.float32]
@@ -209,7 +209,7 @@ class Sample(NamedTuple):
     """An image as a source gives it, decoded."""
 
     picture: Picture
-    is_final: bool  # of the size that models see, so that it isn't fitted
+    is_final: bool  # whether it has the size that models see, so that it isn't fitted
     traits: Traits
 
     def image(self, fit: Fit) -> UInt8s:

@@ -47,7 +47,7 @@ class Taken:
     """Decoded samples, in the order in which they were asked for."""
 
     images: UInt8s  # [rows, image_size, image_size, channels]; may be read-only
-    labels: Labels  # of each row
+    labels: Labels  # labels of each row
     readable: npt.NDArray[np.bool_] | None = None  # [rows]; None: all. What isn't has no image, and weighs nothing
 
 
@@ -206,7 +206,7 @@ class ToTensors:
         return rows
 
 
-Share = tuple[MicroShare, Int64s]  # of a micro-batch, and the samples at its positions
+Share = tuple[MicroShare, Int64s]  # rows of a micro-batch, and the samples at its positions
 
 
 class IndexedFeed:

@@ -15,7 +15,7 @@ from ftexp.data.info import Raw
 from ftexp.data.listing import raiser
 from ftexp.data.order import Int64s
 
-# of a CPU that reading a block takes: Ray starts a process for each that it finds room for. Tasks that decode give
+# CPUs that reading a block takes: Ray starts a process for each that it finds room for. Tasks that decode give
 # their CPU back while they wait for a block.
 _READ_CPUS = 0.5
 

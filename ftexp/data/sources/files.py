@@ -59,9 +59,9 @@ def image_folder(config: DataConfig) -> Listing:
     for split, files in by_split.items():
         files.sort()
         labels[split] = np.array([numbers[label] for _, label in files], np.int64)
-        folder = f"{root}/{_folder_of(listed, split)}" if own_splits else root
+        directory = f"{root}/{_directory_of(listed, split)}" if own_splits else root
         paths[split] = [path for path, _ in files]
-        readers[split] = FileReader(filesystem, folder, Shared(pa.array(paths[split], pa.large_string())))
+        readers[split] = FileReader(filesystem, directory, Shared(pa.array(paths[split], pa.large_string())))
     digest = digest_of(class_names, labels, paths)
     return Listing(class_names, labels, readers, bad=account.bad, digest=digest, excluded=account.excluded)
 
@@ -83,13 +83,13 @@ class FileReader:
     """Reads files one by one. Item i is the file `paths[i]` below `directory`."""
 
     filesystem: FileSystem
-    folder: str
+    directory: str
     paths: Shared[Any]
 
     def __call__(self, items: Int64s) -> Iterator[Raw]:
         """Yield where each file is, and how to read it."""
         for path in self.paths.get().take(items).to_pylist():
-            yield f"{self.folder}/{path}", functools.partial(self._read, f"{self.folder}/{path}")
+            yield f"{self.directory}/{path}", functools.partial(self._read, f"{self.directory}/{path}")
 
     def _read(self, path: str) -> bytes:
         def read() -> bytes:
@@ -104,23 +104,25 @@ def _inside_splits(
 ) -> dict[str, list[tuple[str, str]]]:
     """Return images in class directories of the splits; files next to those are excluded, as in the root."""
     by_split: dict[str, list[tuple[str, str]]] = {}
-    for folder, files in listed.items():
-        split = _SPLIT_NAMES.get(folder, folder)
+    for directory, files in listed.items():
+        split = _SPLIT_NAMES.get(directory, directory)
         if split in by_split:
-            raise DataError(f"data.root={config.root} holds more than one validation directory ({folder}/); keep one")
+            raise DataError(
+                f"data.root={config.root} holds more than one validation directory ({directory}/); keep one"
+            )
         by_split[split] = [(path, label) for path, label in files if path != label]
         for path in (path for path, label in files if path == label):
-            account.exclude(f"{root}/{folder}/{path}", _NO_CLASS)
+            account.exclude(f"{root}/{directory}/{path}", _NO_CLASS)
         if not by_split[split]:
             raise DataError(
-                f"data.root={config.root}: {folder}/ holds no image in a class directory; {folder}/class/image is "
-                f"expected. Without {folder}/, its samples are cut from train/ by data.val_fraction, data.test_fraction"
-                + reasons(account.excluded, account.bad)
+                f"data.root={config.root}: {directory}/ holds no image in a class directory; {directory}/class/image "
+                f"is expected. Without {directory}/, its samples are cut from train/ by data.val_fraction, "
+                "data.test_fraction" + reasons(account.excluded, account.bad)
             )
     return by_split
 
 
-def _folder_of(listed: dict[str, Any], split: str) -> str:
+def _directory_of(listed: dict[str, Any], split: str) -> str:
     return next(name for name in listed if _SPLIT_NAMES.get(name, name) == split)
 
 

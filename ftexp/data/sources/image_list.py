@@ -51,7 +51,7 @@ def image_list(config: DataConfig) -> Listing:
     )
     names = {split: [listed.paths[row] for row in own] for split, own in rows.items()}
     readers: dict[str, Reader] = {
-        split: FileReader(listed.filesystem, listed.folder, Shared(pa.array(own, pa.large_string())))
+        split: FileReader(listed.filesystem, listed.directory, Shared(pa.array(own, pa.large_string())))
         for split, own in names.items()
     }
     return Listing(class_names, labels, readers, digest=digest_of(class_names, labels, names))
@@ -62,7 +62,7 @@ class ListedFiles:
     """The rows of a list."""
 
     filesystem: FileSystem
-    folder: str  # that holds all of them
+    directory: str  # that holds all of them
     paths: list[str]  # below it
     labels: list[Any] | None  # cells, of several columns a list of them; None: the list lacks a column
     splits: list[str]
@@ -79,9 +79,9 @@ def read_list(config: DataConfig, labelled: bool = True) -> ListedFiles:
     if foreign := next((path for path in paths if "://" in path or (path.startswith("/") and not on_disk)), None):
         raise DataError(f"{root} lists {foreign}: paths are relative to the list, or absolute where it is on a disk")
     files = [posixpath.join(posixpath.dirname(root), path) for path in paths]
-    folder = posixpath.commonpath([posixpath.dirname(file) for file in files]).rstrip("/")
-    depth = len(_components(folder))
-    return ListedFiles(filesystem, folder, [_below(file, depth) for file in files], labels, splits)
+    directory = posixpath.commonpath([posixpath.dirname(file) for file in files]).rstrip("/")
+    depth = len(_components(directory))
+    return ListedFiles(filesystem, directory, [_below(file, depth) for file in files], labels, splits)
 
 
 def _components(path: str) -> list[str]:

@@ -16,7 +16,7 @@ from ftexp.data.stratify import stratified_split
 from ftexp.data.targets import Labels, packed, target_facts
 
 _LABELS = 0x6C6162  # keeps these draws apart from those of the noise
-_MEAN_CLASSES = 2  # of a sample that may have any number
+_MEAN_CLASSES = 2  # classes of a sample that may have any number
 _GREY = 128
 
 _Columns = dict[str, npt.NDArray[Any]]

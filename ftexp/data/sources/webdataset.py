@@ -30,15 +30,15 @@ if TYPE_CHECKING:
 
 _IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "ppm", "tif", "tiff")
 _LABEL = "cls"
-_LISTS = "json"  # of several labels, or numbers
-_BLOCK_BYTES = 32 * 2**20  # of a shard that are read at once
+_LISTS = "json"  # lists of several labels, or numbers
+_BLOCK_BYTES = 32 * 2**20  # bytes of a shard that are read at once
 
 
 class Entry(NamedTuple):
     """A sample of a shard."""
 
     name: str
-    offset: int  # of the image in the shard
+    offset: int  # offset of the image in the shard
     num_bytes: int
     label: str
 
@@ -166,7 +166,7 @@ def _scan(filesystem: FileSystem, path: str, labelled: bool, endings: tuple[str,
             if not images:
                 raise
             torn = f"{type(error).__name__}: {error}"
-            # of a stream, it isn't known whether the last was read to its end
+            # in a stream, it isn't known whether the last was read to its end
             if size is None or (labelled and (name in images) != (name in labels or name in lists)):
                 images.pop(name, None)
                 labels.pop(name, None)
@@ -215,24 +215,24 @@ def _split_name(path: str, endings: tuple[str, ...]) -> tuple[str, str | None]:
 
     The name of a sample may hold dots, so a known ending is cut off; of other entries, all from the first dot on.
     """
-    folder, _, base = path.rpartition("/")
+    directory, _, base = path.rpartition("/")
     stem, _, ending = base.rpartition(".")
     known = bool(stem) and ending.lower() in endings
     name = stem if known else base.partition(".")[0]
-    return f"{folder}/{name}" if folder and name else name, ending.lower() if known else None
+    return f"{directory}/{name}" if directory and name else name, ending.lower() if known else None
 
 
 def _before_dot(name: str) -> str:
     """Return the name of the sample whose field an entry is, where a dot within a name begins a field (7.left.png)."""
-    folder, slash, base = name.rpartition("/")
-    return f"{folder}{slash}{base.partition('.')[0]}"
+    directory, slash, base = name.rpartition("/")
+    return f"{directory}{slash}{base.partition('.')[0]}"
 
 
 @dataclass(frozen=True)
 class Index:
     """Place of each item, columns by item."""
 
-    paths: list[str]  # of the shards
+    paths: list[str]  # paths of the shards
     names: Any  # pyarrow's large_string
     shards: Int64s
     offsets: Int64s

@@ -24,7 +24,7 @@ Send = Callable[[str, Body, float], None]
 
 
 class Mailbox:
-    """Sends alerts to `url`, each once, in order. `tell` is called with what became of each."""
+    """Sends alerts to `url`, each once, in order. `tell` is called with the outcome of each."""
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class Mailbox:
 
     @property
     def to(self) -> str:
-        """Where it sends to, without what is secret."""
+        """Return the URL that it sends to, with secrets masked."""
         return without_path(self._url)
 
     def post(self, body: Body) -> None:
@@ -71,7 +71,7 @@ class Mailbox:
             try:
                 self._send(self._url, body, self._timeout_s)
                 return None
-            except Exception as error:  # of any kind: a server's, or a package's, and no business of the run's
+            except Exception as error:  # an error of any kind: a server's, or a package's, and no business of the run's
                 problem = self._without_url(f"{type(error).__name__}: {error}")
             if wait_s is None or self._closing.wait(wait_s):
                 break

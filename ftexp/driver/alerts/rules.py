@@ -14,7 +14,7 @@ from ftexp.wire import events
 class Alert:
     """Something that an operator wants to hear of, once."""
 
-    kind: str  # of ftexp.config.schema.ALERTS
+    kind: str  # one of ftexp.config.schema.ALERTS
     text: str  # a sentence without the run's name
     details: dict[str, Any] = field(default_factory=dict)
 
@@ -89,5 +89,5 @@ def described(event: events.Straggler) -> str:
 
 
 def _is_over(failure: Any) -> bool:
-    """Whether training went on after a failure."""
+    """Whether training continued after a failure."""
     return failure.steps_replayed is not None

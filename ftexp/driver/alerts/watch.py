@@ -20,12 +20,12 @@ _LOOK_EVERY_S = 1.0  # for new steps
 
 
 class Alerts:
-    """The alerts of one invocation. `tell`, once there is one, records what became of each; False: nobody listens."""
+    """The alerts of one invocation. `tell`, once set, records the outcome of each, or returns False."""
 
     def __init__(self, config: NotifyConfig, look_every_s: float = _LOOK_EVERY_S) -> None:
         self._config, self._look_every_s = config, look_every_s
         self.tell: Callable[[Event], bool] = lambda _: False
-        self._untold: list[AlertSent | AlertFailed] = []
+        self._unreported: list[AlertSent | AlertFailed] = []
         self._mailboxes = [Mailbox(url, config.timeout_s, self._tell) for url in config.urls]
         self._ended = threading.Event()
         self._record: RunRecord | None = None
@@ -43,7 +43,7 @@ class Alerts:
         self._ended.set()
         end = time.monotonic() + self._config.timeout_s
         late = [failed for each in self._mailboxes for failed in each.close(max(0.0, end - time.monotonic()))]
-        for event in [*self._untold, *late]:
+        for event in [*self._unreported, *late]:
             if isinstance(event, AlertFailed):
                 warn(event)
             if self._record is not None:
@@ -81,7 +81,7 @@ class Alerts:
 
     def _tell(self, event: AlertSent | AlertFailed) -> None:
         if not self.tell(event):
-            self._untold.append(event)
+            self._unreported.append(event)
 
 
 def _verb(alert: Alert) -> str:

@@ -87,7 +87,7 @@ class _Drafting(TorchFunctionMode):
         """Return what the module holds instead of a parameter; None: itself. A hook of torch's."""
         if parameter is None or id(parameter) in self._stand_ins:
             return None
-        if parameter.is_meta:  # of a model that has no values anyway
+        if parameter.is_meta:  # a model that has no values anyway
             return None
         if known := self._originals.get(id(parameter)):
             if known[0]() is parameter:

@@ -48,10 +48,10 @@ def run_grid(configs: Sequence[Config], jobs: Sequence[dict[str, str]], words: l
     """
     share = num_shares(configs, configs[0].sweep.max_concurrent)
     workers = [decide_workers(config.scaling, share=share, spare=spare_of(config)) for config in configs]
-    with claimed(configs[0]) as folder:
-        record = open_record(folder, configs[0], lambda before: swept_keys(jobs, before))
+    with claimed(configs[0]) as directory:
+        record = open_record(directory, configs[0], lambda before: swept_keys(jobs, before))
         processes = [
-            make_process(folder, record.keys, *each) for each in zip(configs, jobs, words, workers, strict=True)
+            make_process(directory, record.keys, *each) for each in zip(configs, jobs, words, workers, strict=True)
         ]
-        mark_what_is_done(folder, processes, configs[0].sweep.retry_failed, record)
-        return run_proposed(folder, record, Grid(processes), share, configs[0])
+        mark_what_is_done(directory, processes, configs[0].sweep.retry_failed, record)
+        return run_proposed(directory, record, Grid(processes), share, configs[0])

@@ -31,7 +31,7 @@ _LOOK_EVERY_S, _LOOK_EVERY_REMOTE_S = 1.0, 10.0  # at the run directories of run
 
 
 def run_trials(
-    folder: Storage, record: SweepRecord, proposer: Proposer, share: int, hot_start: HotStart | None
+    directory: Storage, record: SweepRecord, proposer: Proposer, share: int, hot_start: HotStart | None
 ) -> list[float | None]:
     """Run the trials that wait and those yet to be proposed; the objective of each. The record is right at every exit.
 
@@ -40,12 +40,12 @@ def run_trials(
     SweepFailedError if trials failed, ConfigError if one can never fit, SystemExit after a signal.
     """
     processes = proposer.processes
-    display = Display(folder, record, processes, proposer.num_trials)
+    display = Display(directory, record, processes, proposer.num_trials)
     display.header(proposer.description)
     if hot_start is not None:
         try:
-            with tracked_sweep(proposer.probes[0].config, folder, record, display):
-                _with_ray(folder, record, proposer, share, display, hot_start)
+            with tracked_sweep(proposer.probes[0].config, directory, record, display):
+                _with_ray(directory, record, proposer, share, display, hot_start)
         except KeyboardInterrupt as interrupt:
             display.close()
             display.say(f"stopped; run the same command with sweep.name={record.name} to resume")
@@ -54,11 +54,11 @@ def run_trials(
             raise RayLostError(f"{error}; run the same command with sweep.name={record.name} to resume") from error
         finally:
             display.close()
-            record.write(folder)
+            record.write(directory)
     else:
-        record.write(folder)
-    trials = [reached(folder, trial, is_alive=True) for trial in record.trials]
-    publish(folder, record, trials, display.console)
+        record.write(directory)
+    trials = [reached(directory, trial, is_alive=True) for trial in record.trials]
+    publish(directory, record, trials, display.console)
     if (failure := failures_of(processes)) is not None:
         raise failure
     by_name = {each.trial.name: each.value(record.metric) for each in trials if each.status == FINISHED}
@@ -66,7 +66,7 @@ def run_trials(
 
 
 def _with_ray(
-    folder: Storage, record: SweepRecord, proposer: Proposer, share: int, display: Display, hot_start: HotStart
+    directory: Storage, record: SweepRecord, proposer: Proposer, share: int, display: Display, hot_start: HotStart
 ) -> None:
     """Start or join Ray, and run."""
     probes, processes = proposer.probes, proposer.processes
@@ -85,9 +85,9 @@ def _with_ray(
         if not is_own:
             runtime_env, why_cold = on_joined_nodes(config.scaling, max_threads(probes))
         shared = SharedRay(address, runtime_env, why_cold, share)
-        interval_s = _LOOK_EVERY_S if folder.local_path is not None else _LOOK_EVERY_REMOTE_S
+        interval_s = _LOOK_EVERY_S if directory.local_path is not None else _LOOK_EVERY_REMOTE_S
         looked = 0.0
-        records = Records(folder, record, proposer.settle, display.say)
+        records = Records(directory, record, proposer.settle, display.say)
 
         def tick() -> None:
             nonlocal looked

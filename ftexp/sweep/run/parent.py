@@ -18,7 +18,7 @@ from ftexp.trackers.run import Trackers, check_names, shown, tracked_run
 
 
 @contextlib.contextmanager
-def tracked_sweep(config: Config, folder: Storage, record: SweepRecord, display: Display) -> Iterator[None]:
+def tracked_sweep(config: Config, directory: Storage, record: SweepRecord, display: Display) -> Iterator[None]:
     """Tell the trackers of the sweep that runs in this block. They hear of trials from the trials alone.
 
     UnknownNameError if a tracker isn't registered.
@@ -30,9 +30,9 @@ def tracked_sweep(config: Config, folder: Storage, record: SweepRecord, display:
     load_plugins(config.plugins)
     check_names(names)
     params = {"trials over": ", ".join(record.keys), "metric": record.metric, "mode": record.mode}
-    run = tracked_run(config, folder, record.name, record.started, params=params)
+    run = tracked_run(config, directory, record.name, record.started, params=params)
     parents = Trackers(
-        config.tracker, run, folder, lambda: (), [name for name in names if trackers.get(name).has_parents]
+        config.tracker, run, directory, lambda: (), [name for name in names if trackers.get(name).has_parents]
     )
     parents.start(lambda event: display.say(described(event)))
     status = FAILED
@@ -43,16 +43,16 @@ def tracked_sweep(config: Config, folder: Storage, record: SweepRecord, display:
         status = INTERRUPTED
         raise
     finally:
-        parents.end(_outcome(folder, record, status))
+        parents.end(_outcome(directory, record, status))
         for failure in parents.wait():
             display.say(described(failure), "yellow")
 
 
-def _outcome(folder: Storage, record: SweepRecord, status: str) -> Outcome:
-    found = [reached(folder, trial, is_alive=True) for trial in record.trials]
+def _outcome(directory: Storage, record: SweepRecord, status: str) -> Outcome:
+    found = [reached(directory, trial, is_alive=True) for trial in record.trials]
     tags = {"trials": str(len(found)), "finished": str(sum(each.status == FINISHED for each in found))}
     best = next(iter(ranked(record, found)), None)
     if best is not None and (value := best.value(record.metric)) is not None:
         tags |= {"best_trial": best.trial.name, f"best.{record.metric}": str(value)}
-        tags["best_run"] = shown(folder.child(best.trial.name))
+        tags["best_run"] = shown(directory.child(best.trial.name))
     return Outcome(status=status, tags=tags)

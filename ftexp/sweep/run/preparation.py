@@ -27,43 +27,47 @@ SWEEPS = "sweeps"  # the directory under run.storage
 @contextlib.contextmanager
 def claimed(config: Config) -> Iterator[Storage]:
     """Claim the sweep's directory for this command."""
-    folder = Storage.at(config.run.storage, SWEEPS, config.sweep.name or unused_name())
-    folder.require_writable()
-    lease = Lease.take(folder, key="sweep.name")
+    directory = Storage.at(config.run.storage, SWEEPS, config.sweep.name or unused_name())
+    directory.require_writable()
+    lease = Lease.take(directory, key="sweep.name")
     try:
-        yield folder
+        yield directory
     finally:
         lease.release()
 
 
-def open_record(folder: Storage, config: Config, keys: Callable[[list[str]], list[str]]) -> SweepRecord:
+def open_record(directory: Storage, config: Config, keys: Callable[[list[str]], list[str]]) -> SweepRecord:
     """Return the sweep's record, or a new one, with the keys that this call sweeps and its objective.
 
     keys: of what was swept before, those that name trials now.
     """
     checkpoint, sweep = config.checkpoint, config.sweep
-    before = read_sweep_record(folder)
+    before = read_sweep_record(directory)
     now = keys(before.keys if before is not None else [])
     metric = sweep.metric or checkpoint.checkpoint_score_attribute
     mode = sweep.mode or checkpoint.checkpoint_score_order
     if before is None:
-        return SweepRecord(name=folder.name, metric=metric, mode=mode, keys=now)
+        return SweepRecord(name=directory.name, metric=metric, mode=mode, keys=now)
     before.keys, before.metric, before.mode = now, metric, mode
     return before
 
 
 def make_process(
-    folder: Storage, keys: list[str], config: Config, values: dict[str, str], words: list[str], workers: Workers
+    directory: Storage, keys: list[str], config: Config, values: dict[str, str], words: list[str], workers: Workers
 ) -> TrialProcess:
     """Return a trial that waits, in a run directory of its name."""
     name = trial_name(values, keys)
-    own = dataclasses.replace(config, run=dataclasses.replace(config.run, name=name, storage=folder.uri))
+    own = dataclasses.replace(config, run=dataclasses.replace(config.run, name=name, storage=directory.uri))
     trial = Trial(name=name, values={key: values[key] for key in keys if key in values}, epochs=config.train.epochs)
-    return TrialProcess(trial, own, words, workers, folder.child(name))
+    return TrialProcess(trial, own, words, workers, directory.child(name))
 
 
 def mark_what_is_done(
-    folder: Storage, processes: list[TrialProcess], retry_failed: bool, record: SweepRecord, keeps_stopped: bool = False
+    directory: Storage,
+    processes: list[TrialProcess],
+    retry_failed: bool,
+    record: SweepRecord,
+    keeps_stopped: bool = False,
 ) -> None:
     """Set each trial's status by its run directory; ConfigError, once, if what defines the trials has changed.
 
@@ -88,7 +92,7 @@ def mark_what_is_done(
             trial.status, trial.stopped_at = STOPPED, known.stopped_at
     if changed:
         title = (
-            f"{folder.uri} holds trials with a different configuration; choose another sweep.name, or restore these "
+            f"{directory.uri} holds trials with a different configuration; choose another sweep.name, or restore these "
             "values:"
         )
         raise ConfigError("\n".join([title, *changed]))
@@ -107,7 +111,7 @@ def _as_begun(process: TrialProcess) -> Config:
 
 
 def run_proposed(
-    folder: Storage, record: SweepRecord, proposer: Proposer, share: int, config: Config
+    directory: Storage, record: SweepRecord, proposer: Proposer, share: int, config: Config
 ) -> list[float | None]:
     """Run what is not done yet of a sweep whose directory is claimed; the objective of each trial.
 
@@ -120,7 +124,7 @@ def run_proposed(
         # late, since it imports Ray: after the environment that Ray reads, and while the preloaded process imports too
         from ftexp.sweep.run.on_ray import run_trials
 
-        return run_trials(folder, record, proposer, share, hot_start)
+        return run_trials(directory, record, proposer, share, hot_start)
 
 
 @contextlib.contextmanager

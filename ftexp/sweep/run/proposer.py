@@ -19,11 +19,11 @@ class Proposer(Protocol):
 
     @property
     def num_trials(self) -> int:
-        """How many there will be in all."""
+        """Return the number of trials in all."""
 
     @property
     def description(self) -> str | None:
-        """How trials are searched for, in a line; None if they are given."""
+        """Return a line that describes the search; None if trials are given."""
 
     @property
     def min_needs(self) -> dict[str, float]:

@@ -13,10 +13,10 @@ class Records:
     """Writes the record down, now or as soon as that is possible again."""
 
     def __init__(
-        self, folder: Storage, record: SweepRecord, settle: Callable[[], None], say: Callable[[str, str], None]
+        self, directory: Storage, record: SweepRecord, settle: Callable[[], None], say: Callable[[str, str], None]
     ) -> None:
         """settle: called before each write. say(text, style): reports an outage, once."""
-        self._folder, self._record, self._settle, self._say = folder, record, settle, say
+        self._directory, self._record, self._settle, self._say = directory, record, settle, say
         self.is_written = True
 
     @contextlib.contextmanager
@@ -32,5 +32,5 @@ class Records:
     def write(self) -> None:
         """Bring sweep.json up to date; OSError if that can't be."""
         self._settle()
-        self._record.write(self._folder)
+        self._record.write(self._directory)
         self.is_written = True

@@ -29,9 +29,9 @@ from ftexp.sweep.run.trial import TrialRequest
 
 _SCRIPT = Path(__file__).with_name("trial.py")
 _LOOK_EVERY_S = 0.1
-_MAX_RESTARTS = 3  # of a driver that was killed, whatever failure.max_failures allows
+_MAX_RESTARTS = 3  # restarts of a driver that was killed, whatever failure.max_failures allows
 _CLOSE_WITHIN_S = 15.0  # after the death of Ray
-_END_WITHIN_S = STOP_GRACE_S + 15.0  # of being asked to stop; then trials are killed
+_END_WITHIN_S = STOP_GRACE_S + 15.0  # seconds after being asked to stop; then trials are killed
 LOG_FILE = "train.log"
 
 
@@ -60,10 +60,10 @@ class TrialProcess:
     @property
     def log(self) -> Path:
         """Local file for its output, whatever the storage."""
-        folder = self.run_dir.local_path
-        if folder is None:
-            folder = Path(tempfile.gettempdir()) / self.run_dir.parent.name / self.run_dir.name
-        return folder / LOG_FILE
+        directory = self.run_dir.local_path
+        if directory is None:
+            directory = Path(tempfile.gettempdir()) / self.run_dir.parent.name / self.run_dir.name
+        return directory / LOG_FILE
 
 
 @dataclass
@@ -71,7 +71,7 @@ class Runner:
     """Starts, watches and stops trials. `changed` is called for every change of a trial's status."""
 
     processes: list[TrialProcess]
-    capacity: dict[str, float]  # of the cluster
+    capacity: dict[str, float]  # capacity of the cluster
     max_concurrent: int | None  # trials at once
     python: list[str]  # a command line up to the script
     request: Callable[[TrialProcess], TrialRequest]
@@ -79,9 +79,9 @@ class Runner:
     tick: Callable[[], None]  # called ten times a second
     asked: list[KeyboardInterrupt] = field(default_factory=list)  # signals, as they come
     next_process: Callable[[], TrialProcess | None] = lambda: None  # another, once there is room for it
-    min_needs: dict[str, float] = field(default_factory=dict)  # of such a process, at least
+    min_needs: dict[str, float] = field(default_factory=dict)  # needs of such a process, at least
     lost: Callable[[], str | None] = lambda: None  # why the trials' Ray is no more, if it isn't
-    _num_told: int = 0
+    _num_passed: int = 0
     _kill_at: float = float("inf")
 
     def run(self) -> None:
@@ -146,7 +146,7 @@ class Runner:
         process.num_starts += 1
         try:
             self._launch(process)
-        except OSError as error:  # of the disk that its output goes to, or of the store
+        except OSError as error:  # the disk's that its output goes to, or the store's
             self._set(process, FAILED, f"it could not start: {error}")
             return
         self._set(process, RUNNING)
@@ -175,8 +175,8 @@ class Runner:
         assert process.popen.stdin is not None
         process.popen.stdin.close()
         process.popen = None
-        told_to_end = (EXIT_INTERRUPTED, EXIT_TERMINATED, -signal.SIGINT, -signal.SIGTERM, -signal.SIGKILL)
-        was_ended = code < 0 or code in told_to_end  # by a signal, from here or from elsewhere
+        of_ended = (EXIT_INTERRUPTED, EXIT_TERMINATED, -signal.SIGINT, -signal.SIGTERM, -signal.SIGKILL)
+        was_ended = code < 0 or code in of_ended  # by a signal, from here or from elsewhere
         stopped_early = process.trial.stopped_at is not None and was_ended
         if code != 0 and not stopped_early:
             process.trial.stopped_at = None  # it failed, or was killed, before it heard of it
@@ -184,7 +184,7 @@ class Runner:
             self._set(process, FINISHED)
         elif stopped_early:
             self._set(process, STOPPED)
-        elif self.asked and code in told_to_end:
+        elif self.asked and code in of_ended:
             self._set(process, INTERRUPTED)
         elif was_ended and process.num_starts <= self._restarts(process):
             self._set(process, WAITING)  # somebody ended its driver: it resumes, as the command would
@@ -201,13 +201,13 @@ class Runner:
 
     def _pass_signals_on(self) -> None:
         """Pass every signal to every trial: the first asks for a final checkpoint, the second ends them immediately."""
-        for interrupt in self.asked[self._num_told :]:
+        for interrupt in self.asked[self._num_passed :]:
             number = signal.SIGTERM if isinstance(interrupt, Terminated) else signal.SIGINT
             for process in self._running():
                 assert process.popen is not None
                 process.popen.send_signal(number)
             self._kill_at = min(self._kill_at, time.monotonic() + _END_WITHIN_S)
-        self._num_told = len(self.asked)
+        self._num_passed = len(self.asked)
         if time.monotonic() > self._kill_at:
             self._kill_all()
 

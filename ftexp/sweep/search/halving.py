@@ -31,7 +31,7 @@ class Halving:
         self._max_epochs = max_epochs
         self._percentile = (1 - 1 / reduction_factor) * 100
         self._num_taken: dict[str, int] = {}
-        # of each rung, the highest first: its epoch, and the value of each trial that has reached it
+        # rungs, the highest first: the epoch of each, and the value of each trial that has reached it
         self._rungs: list[tuple[float, dict[str, float]]] = [
             (epoch, {}) for epoch in reversed(rungs(grace_epochs, reduction_factor, max_epochs))
         ]

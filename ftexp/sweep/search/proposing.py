@@ -33,7 +33,7 @@ class Known:
     words: dict[str, str]  # {plain key: word}
     status: str  # RUNNING, FINISHED, STOPPED, or FAILED, which tells nothing
     value: float | None = None  # the objective, of one that has finished
-    curve: list[float] = field(default_factory=list)  # of one that was stopped; empty: it is as bad as can be
+    curve: list[float] = field(default_factory=list)  # curve of one that was stopped; empty: it is as bad as can be
 
 
 def propose(

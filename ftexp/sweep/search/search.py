@@ -1,10 +1,10 @@
 """A sweep whose trials are proposed one by one, by what those before have shown.
 
 Everything that a search knows is in the record and in the run directories. Population based training isn't offered: it
-changes a trial's hyper-parameters half-way and has it go on from another's checkpoint. Here a run *is* its
-hyper-parameters: they name it, its fingerprint refuses to go on with others, and its config.yaml makes it again to the
-bit. A schedule of them that came about by chance would be none of this; so a checkpoint's optimiser and position are
-never another run's, and `resume_from` takes weights alone.
+changes a trial's hyper-parameters half-way and has it resume from another's checkpoint. Here a run *is* its
+hyper-parameters: they name it, its fingerprint refuses to continue with others, and its config.yaml repeats it bitwise.
+A schedule of them that came about by chance would be none of this; so a checkpoint's optimiser and position are never
+another run's, and `resume_from` takes weights alone.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ class SearchSetup:
 
     @property
     def num_trials(self) -> int:
-        """How many there will be in all: no more than the space has points."""
+        """Return the number of trials in all: no more than the space has points."""
         return min(self.settings.num_trials, num_points(self.space) or self.settings.num_trials)
 
     @property
     def epochs(self) -> int:
-        """How long trials train, if early stopping compares them."""
+        """Return the epochs of each trial, if early stopping compares them."""
         return self.probes[0].train.epochs
 
     def describe(self) -> str:
@@ -67,9 +67,9 @@ class SearchSetup:
 class Search:
     """A `Proposer` that goes by what earlier trials have shown."""
 
-    def __init__(self, folder: Storage, record: SweepRecord, setup: SearchSetup, share: int) -> None:
+    def __init__(self, directory: Storage, record: SweepRecord, setup: SearchSetup, share: int) -> None:
         self.setup = setup
-        self._folder, self._record, self._share = folder, record, share
+        self._directory, self._record, self._share = directory, record, share
         self._ended: dict[str, Known] = {}
         self._whole: set[str] = set()  # trials that have ended, and all of whose points the halving has
         # trials that have finished since early stopping was asked about them for the last time
@@ -81,12 +81,12 @@ class Search:
         for trial in record.trials:
             if trial.proposal is not None and inside(setup.space, trial.proposal):
                 self.processes.append(self._proposed(trial.proposal))
-        mark_what_is_done(folder, self.processes, setup.probes[0].sweep.retry_failed, record, keeps_stopped=True)
+        mark_what_is_done(directory, self.processes, setup.probes[0].sweep.retry_failed, record, keeps_stopped=True)
         self._halving = self._rebuilt_halving() if setup.settings.scheduler == "asha" else None
 
     @property
     def num_trials(self) -> int:
-        """How many trials there will be in all."""
+        """Return the number of trials in all."""
         return self.setup.num_trials
 
     @property
@@ -118,13 +118,13 @@ class Search:
             return None
         process = self._proposed(words)
         try:
-            mark_what_is_done(self._folder, [process], retry_failed=True, record=self._record)
+            mark_what_is_done(self._directory, [process], retry_failed=True, record=self._record)
         except ConfigError as error:  # an earlier sweep's trial of that name
             process.trial.status, process.trial.error = FAILED, str(error)
         self._undecided.add(process.trial.name)
         others = [trial for trial in self._record.trials if trial.name != process.trial.name]
         self._record.trials = [*others, process.trial]
-        self._record.write(self._folder)
+        self._record.write(self._directory)
         return process
 
     def settle(self) -> None:
@@ -180,7 +180,7 @@ class Search:
 
     def _curve(self, process: TrialProcess) -> list[tuple[int, float]]:
         """Return (epoch, objective) points, up to the one that had the trial stopped."""
-        points = curve(self._folder, process.trial, self._record.metric)
+        points = curve(self._directory, process.trial, self._record.metric)
         last = process.trial.stopped_at
         return points if last is None else [(epoch, value) for epoch, value in points if epoch <= last]
 
@@ -221,7 +221,7 @@ class Search:
 
     def _process(self, config: Config, values: dict[str, str], words: Sequence[str] = ()) -> TrialProcess:
         workers = decide_workers(config.scaling, share=self._share, spare=spare_of(config))
-        return make_process(self._folder, self._record.keys, config, values, list(words), workers)
+        return make_process(self._directory, self._record.keys, config, values, list(words), workers)
 
 
 def _is_finite(value: float | None) -> bool:  # a record has null for NaN
@@ -238,9 +238,9 @@ def run_search(setup: SearchSetup) -> None:
     """
     config = setup.probes[0]
     share = num_shares([config] * setup.num_trials, config.sweep.max_concurrent)
-    with claimed(config) as folder:
-        record = open_record(folder, config, lambda _: setup.keys)
-        search = Search(folder, record, setup, share)
-        run_proposed(folder, record, search, share, config)
+    with claimed(config) as directory:
+        record = open_record(directory, config, lambda _: setup.keys)
+        search = Search(directory, record, setup, share)
+        run_proposed(directory, record, search, share, config)
         if (problem := search.problem()) is not None:
             raise SweepFailedError(problem)

@@ -11,7 +11,7 @@ from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Overrid
 
 from ftexp.errors import ConfigError
 
-_DIGITS = 4  # of a number that is drawn: it names a directory, and more would tell nobody anything
+_DIGITS = 4  # digits of a number that is drawn: it names a directory, and more would say nothing
 _EXAMPLE = "optim.lr=tag(log, interval(1e-4, 1e-2))"
 
 
@@ -25,7 +25,7 @@ class Options:
 
     @property
     def num_words(self) -> int:
-        """How many words may be drawn."""
+        """Return the number of different words."""
         return len(self.words)
 
     @property
@@ -35,7 +35,7 @@ class Options:
 
     @property
     def ends(self) -> Sequence[str]:
-        """Words which, if they are good, tell that all are."""
+        """Return words that, if they are valid, show that all are."""
         return self.words
 
     def word(self, value: int) -> str:
@@ -63,7 +63,7 @@ class Interval:
 
     @property
     def num_words(self) -> int | None:
-        """How many words may be drawn; None for too many."""
+        """Return the number of different words; None for too many."""
         return int(self.high) - int(self.low) + 1 if self.is_whole else None
 
     @property
@@ -73,7 +73,7 @@ class Interval:
 
     @property
     def ends(self) -> Sequence[str]:
-        """Words which, if they are good, tell that all are."""
+        """Return words that, if they are valid, show that all are."""
         return (self.word(self.low), self.word(self.high))
 
     def word(self, value: float) -> str:

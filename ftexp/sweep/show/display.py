@@ -11,6 +11,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
+from ftexp.cli.wrapping import say
 from ftexp.rundir.state import FAILED, FINISHED, INTERRUPTED, RUNNING
 from ftexp.rundir.sweep_record import STOPPED, WAITING, Reached, SweepRecord, reached
 from ftexp.storage.directory import Storage
@@ -33,7 +34,7 @@ class Display:
 
     def __init__(
         self,
-        folder: Storage,
+        directory: Storage,
         record: SweepRecord,
         processes: list[TrialProcess],
         total: int,  # trials there will be
@@ -41,13 +42,13 @@ class Display:
     ) -> None:
         plain = console is None and not sys.stdout.isatty()
         self.console = console or Console(highlight=False, width=160 if plain else None, soft_wrap=plain)
-        self._folder, self._record, self._processes, self._total = folder, record, processes, total
+        self._directory, self._record, self._processes, self._total = directory, record, processes, total
         self._known: dict[str, Reached] = {}
         self._live: Live | None = None
 
     def say(self, text: str, style: str = "") -> None:
         """Print a line above the table."""
-        self.console.print(text, style=style or None, markup=False, soft_wrap=True)
+        say(self.console, text, style)
 
     def header(self, search: str | None) -> None:
         """Print what is about to run, how it is searched for, and what is finished."""
@@ -58,7 +59,7 @@ class Display:
         done = f", {counts[FINISHED]} finished already" if counts[FINISHED] else ""
         early = f", {counts[STOPPED]} stopped early" if counts[STOPPED] else ""
         left = f", {counts[FAILED]} failed before (sweep.retry_failed=false)" if counts[FAILED] else ""
-        self.say(f"sweep    {self._record.name}  ({self._folder.uri})")
+        self.say(f"sweep    {self._record.name}  ({self._directory.uri})")
         self.say(f"trials   {self._total} over {', '.join(self._record.keys) or 'nothing'}{done}{early}{left}")
         if search is not None:
             self.say(f"search   {search}")
@@ -93,7 +94,7 @@ class Display:
             self._live = None
 
     def _look(self, process: TrialProcess) -> Reached:
-        seen = self._known[process.trial.name] = reached(self._folder, process.trial, is_alive=True)
+        seen = self._known[process.trial.name] = reached(self._directory, process.trial, is_alive=True)
         return seen
 
     def _outcome(self, process: TrialProcess, seen: Reached) -> str:

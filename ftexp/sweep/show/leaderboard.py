@@ -18,20 +18,27 @@ from ftexp.sweep.show.display import STYLES
 from ftexp.sweep.show.picture import draw
 
 
-def publish(folder: Storage, record: SweepRecord, trials: list[Reached], console: Console) -> None:
+def publish(directory: Storage, record: SweepRecord, trials: list[Reached], console: Console) -> None:
     """Print the table, and write both files into the sweep's directory."""
     ordered = ranked(record, trials)
     console.print(table(record, ordered))
-    folder.write_bytes(LEADERBOARD_CSV_FILE, as_csv(record, ordered).encode())
+    directory.write_bytes(LEADERBOARD_CSV_FILE, as_csv(record, ordered).encode())
     if any(trial.status == FINISHED and trial.value(record.metric) is not None for trial in ordered):
-        folder.write_bytes(LEADERBOARD_PNG_FILE, draw(folder, record, ordered))
+        directory.write_bytes(LEADERBOARD_PNG_FILE, draw(directory, record, ordered))
 
 
 def table(record: SweepRecord, ordered: list[Reached]) -> Table:
     """Return the leaderboard for a terminal."""
     keys = varying(record, ordered) or record.keys
-    extra = [name for name in ("val_loss", "test_accuracy") if name != record.metric]
+    extra = [
+        name
+        for name in ("val_loss", "test_accuracy")
+        if name != record.metric and any(each.value(name) is not None for each in ordered)
+    ]
     drawn = Table("", *keys, record.metric, *extra, "epochs", "time", "failures", "state", box=None, pad_edge=False)
+    for column in drawn.columns:
+        column.overflow = "fold"  # a narrow terminal shows the whole of each name and value
+    drawn.columns[-1].no_wrap = True
     for place, each in enumerate(ordered, start=1):
         numbers = [each.value(name) for name in (record.metric, *extra)]
         state = each.state

@@ -10,11 +10,11 @@ from ftexp.rundir.sweep_record import Reached, SweepRecord
 from ftexp.storage.directory import Storage
 
 
-def draw(folder: Storage, record: SweepRecord, ordered: list[Reached]) -> bytes:
+def draw(directory: Storage, record: SweepRecord, ordered: list[Reached]) -> bytes:
     """Return the picture as PNG; `ordered`: the best first."""
     keys = varying(record, ordered)
     trials = trial_lines(record, ordered, keys)
-    curves = [(trial, learning_curve(folder, record, each)) for trial, each in zip(trials, ordered, strict=True)]
+    curves = [(trial, learning_curve(directory, record, each)) for trial, each in zip(trials, ordered, strict=True)]
     panels = [values_chart(trials, key, record.metric) for key in keys]
     done = sum(trial.finished for trial in trials)
     title = f"{cut(record.name, 60)}: {done} of {len(trials)} trials finished"
