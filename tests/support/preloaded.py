@@ -1,4 +1,4 @@
-"""Commands that begin as forks of a process that has imported everything, on a Ray that all of them share.
+"""Commands, and programs of tests, that begin as forks of a process that has imported everything; and a Ray for them.
 
 Two thirds of what a command costs are imports and the start of a Ray. `python -m ftexp.<module>` in a fork has neither,
 and is otherwise the command: its own process, environment, directory, output and signals.
@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 from ftexp.cluster.hot_start import driver
+from tests.support.command import DEADLINE_S
 
 FOLDER = "FTEXP_TESTS_PRELOADED"  # in a fork's environment: where the preloaded process listens
 ROOT = str(Path(__file__).parents[2])  # workers that Ray starts for tests find these there
@@ -52,6 +53,15 @@ class Preloaded:
     def environment(self):
         """What a fork is started with."""
         return {**os.environ, **self._settings}
+
+    def run(self, program, *words, **environment):
+        """Return what a program of tests.support prints, in a fork; fail if it fails."""
+        done = subprocess.run(
+            [*self.python, f"{ROOT}/tests/support/{program}.py", *words],
+            env={**self.environment(), **environment}, capture_output=True, text=True, timeout=DEADLINE_S, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-4000:]
+        return done.stdout
 
     def runtime_env(self):
         """What makes Ray's workers forks."""
