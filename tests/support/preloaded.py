@@ -94,10 +94,22 @@ class Shared(driver.HotStart):
         self._folder = None
 
 
+class ForkedCommand(subprocess.Popen):
+    """In a fork: a command that a drill runs, as a fork as well."""
+
+    def __init__(self, words, **options):
+        python, is_module, module, *overrides = words
+        assert (python, is_module) == (sys.executable, "-m")
+        forked = driver._fork_words(f"{os.environ[FOLDER]}/socket")
+        super().__init__([*forked, __file__, module.removeprefix("ftexp."), *overrides], **options)
+
+
 def become(module):
     """Be the command, whose own workers are forks of the same preloaded process."""
     from ftexp.cluster.hot_start.forker import MARK
 
+    if module == "drill":
+        subprocess.Popen = ForkedCommand
     del os.environ[MARK]  # that of a worker
     sys.stdin = sys.stdout = sys.stderr = None  # the preloaded process's: each command opens what is lacking
     sys.orig_argv = [sys.executable, "-m", f"ftexp.{module}", *sys.argv[1:]]  # what begins again, where Ray has died
