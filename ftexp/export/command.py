@@ -93,7 +93,6 @@ def export(config: ExportConfig) -> dict[str, Any]:
         ExportError: the exported model differs from the original by more than the tolerance. Nothing is left behind.
         StorageError: `out` can't be written.
     """
-    from ftexp.checkpoint.reading import read_weights
     from ftexp.cli.trained_run import SavedRun, choose
     from ftexp.storage.directory import Storage
 
@@ -105,6 +104,8 @@ def export(config: ExportConfig) -> dict[str, Any]:
     if out.exists():
         raise ConfigError(f"out={out.uri} already exists: remove it, or give another out=...")
     out.parent.require_writable("out")
+    from ftexp.checkpoint.reading import read_weights  # it imports torch, for two seconds
+
     weights = read_weights(run.store, manifest, config.weights)
     samples = _samples(run, config.samples)
     with tempfile.TemporaryDirectory() as name:

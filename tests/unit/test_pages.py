@@ -6,7 +6,6 @@ import os
 import re
 import shlex
 import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -150,11 +149,12 @@ def test_every_python_block_compiles():
         compile(block, page, "exec")
 
 
-def test_every_plugin_of_the_pages_registers_itself(tmp_path):
+def test_every_plugin_of_the_pages_registers_itself(preloaded, tmp_path):
     plugins = [block for _, block in blocks("python") if "register" in block]
     for number, block in enumerate(plugins):
         (tmp_path / f"plugin_{number}.py").write_text(block, encoding="utf-8")
-    code = f"""
+    program = tmp_path / "program.py"
+    program.write_text(f"""
 from ftexp.registry import load_plugins
 load_plugins(f"plugin_{{number}}" for number in range({len(plugins)}))
 import timm
@@ -163,10 +163,9 @@ from ftexp.data.sources import sources
 from ftexp.trackers.registry import trackers
 check_names(["counter"])
 assert "mine" in sources and "mine" in trackers and timm.is_model("my_net")
-"""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+""")
     done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=120,
+        [*preloaded.python, program],
+        cwd=tmp_path, env=preloaded.environment(), capture_output=True, text=True, check=False, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

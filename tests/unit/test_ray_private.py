@@ -191,6 +191,7 @@ class Trainer:
 
     def __init__(self):
         self.kept = object()
+        self.run_config = ray.train.RunConfig()
 
     def _create_default_callbacks(self):
         from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
@@ -207,6 +208,32 @@ def test_no_actor_waits_for_an_api_server_that_does_not_run(monkeypatch, has_api
     trainer = Trainer()
     callbacks = ray_private.fitted(trainer)
     assert (len(callbacks), callbacks[-1]) == (num_callbacks, trainer.kept)
+
+
+def test_trains_controller_begins_as_its_workers_do(monkeypatch):
+    """And so do the actors that it creates: an actor has its creator's runtime env."""
+    made = []
+
+    def remote(**options):
+        made.append(options)
+        raise StopIteration
+
+    monkeypatch.setattr(ray_private, "has_api_server", lambda: True)
+    monkeypatch.setattr(ray, "remote", remote)
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "node"))
+    monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    runtime_env = {"py_executable": "fork", "env_vars": {"OMP_NUM_THREADS": "3"}}
+    trainer = ray.train.torch.TorchTrainer(lambda: None, run_config=ray.train.RunConfig(worker_runtime_env=runtime_env))
+    monkeypatch.setattr(trainer, "fit", lambda: trainer._initialize_and_run_controller())
+    with pytest.raises(StopIteration):
+        ray_private.fitted(trainer)
+    (options,) = made
+    assert options["runtime_env"]["py_executable"] == "fork"
+    variables = options["runtime_env"]["env_vars"]
+    assert variables["OMP_NUM_THREADS"] == "3"
+    assert variables["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] == "0.5"  # what Ray Train passes on itself
+    assert options["num_cpus"] == 0
+    assert sys.modules[type(trainer).__mro__[1].__module__].ray is ray, "the original is back"
 
 
 def test_ray_train_makes_its_callbacks_and_asks_the_api_server_where_that_is_looked_for():

@@ -321,9 +321,10 @@ def test_a_channel_that_opens_after_the_run_was_told_to_stop_is_told_too():
 
 
 def test_a_channel_that_said_goodbye_is_not_asked_to_stop(hub, messages):
+    before = {*threading.enumerate()}  # also what other tests have left, which may never end
     Channel(hub.address, hello(0)).close()
     assert [next_message(messages) for _ in range(2)] == [hello(0), Goodbye()]
-    for thread in threading.enumerate():
+    for thread in {*threading.enumerate()} - before:
         if "_serve" in thread.name:
             thread.join(timeout=5)
     assert hub.tell(Stop()) == 0
