@@ -15,6 +15,7 @@ from ftexp.cluster.interruptible import fit_interruptibly
 from ftexp.cluster.ray_cluster import import_meanwhile, leave_ray, quiet_data, start_ray
 from ftexp.cluster.resources import decoding_cpus, lacking_resources
 from ftexp.config.masking import masked
+from ftexp.config.recovery import decided
 from ftexp.config.schema import PREPROCESSING, Config
 from ftexp.data.augment.registry import augmentations
 from ftexp.driver.alerts.watch import Alerts
@@ -98,7 +99,9 @@ def _records(context: RunContext, terminal: Terminal, alerts: Alerts) -> tuple[R
     if restart is not None:
         record.add_unwritten(restart.unwritten)
     alerts.follow(record)
-    return record, Supervisor(record, terminal, context.config, num_before, context.no_new_ray)
+    workers = context.workers
+    run_config = decided(context.config, workers.num_workers, workers.use_gpu)
+    return record, Supervisor(record, terminal, run_config, num_before, context.no_new_ray)
 
 
 def _prepare(context: RunContext, terminal: Terminal) -> tuple[RunContext, str | None, DataBundle]:

@@ -23,6 +23,7 @@ from ftexp.wire import events
 from ftexp.wire.hub import Hub
 from ftexp.wire.messages import (
     MEMORY,
+    REPLACED,
     ControllerDied,
     CouldNotStart,
     EvaluateCheckpoint,
@@ -112,7 +113,7 @@ class Supervisor:
         raised = self._printer.failure(failure)
         self._note_nccl(failure.attempt)
         if decision.action is not Action.STOP:
-            return Retry(decision.delay_s)
+            return Retry(decision.delay_s, decision.action is Action.REPLACE)
         error = self._decider.give_up(failure)
         if not isinstance(error, ConfigError):
             self._printer.diagnosis(raised)
@@ -135,7 +136,7 @@ class Supervisor:
         name = restored.checkpoint if restored is not None else None
         # names begin with the step: what is restored may well be newer than the last that was heard of
         saved = state.checkpoint
-        if ready.source != MEMORY:
+        if ready.source not in (REPLACED, MEMORY):
             if saved is not None and (name is None or name < saved) and saved not in self.group.rejected:
                 self._note(events.CheckpointRejected(saved, "it is gone"))
             state.checkpoint = name  # a worker that died after saving it may not have reported it

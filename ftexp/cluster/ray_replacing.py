@@ -1,0 +1,113 @@
+"""Ray Train's controller, with a single worker started again in its slot: names of Ray's that aren't public, as in
+ray_private.py. `tests/unit/test_ray_private.py` fails when an upgrade moves one.
+
+Ray Train replaces members of its replica groups, which it keeps for TorchFT: there each is a world of its own. Here
+the group stays one world. So the backend isn't told of replica groups, and where a replacement doesn't succeed, for
+whatever reason, all workers are started again as ever.
+"""
+
+from __future__ import annotations
+
+import abc
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from ray.train.v2._internal.execution.controller import controller as controllers
+from ray.train.v2._internal.execution.controller.state import RunningState
+from ray.train.v2._internal.execution.worker_group import WorkerGroup
+from ray.train.v2._internal.execution.worker_group.execution_group import ReplicaGroup
+from ray.train.v2.api import data_parallel_trainer
+
+
+def is_replacement(group: Any) -> bool:
+    """Whether the backend is called for a worker that takes the place of another."""
+    return isinstance(group, ReplicaGroup)
+
+
+class SlotWorkerGroup(WorkerGroup):  # type: ignore[misc]
+    """A worker that is started again has the ranks of the one that it replaces; Ray would have it be local rank 0."""
+
+    _kept: Any = None
+
+    def replace_replica_group(self, replica_group_index: int) -> None:
+        """Start the worker of this rank again."""
+        (dead,) = self._replica_groups[replica_group_index].get_workers()
+        self._kept = dead.distributed_context
+        try:
+            super().replace_replica_group(replica_group_index)
+        finally:
+            self._kept = None
+
+    def _init_train_context(self, workers: list[Any], sync_actor: Any) -> None:
+        if self._kept is not None:
+            workers[0].distributed_context = self._kept
+        super()._init_train_context(workers, sync_actor)
+
+
+class ReplacingController(controllers.TrainController, abc.ABC):  # type: ignore[misc]
+    """Starts one worker again where it can, and all of them otherwise."""
+
+    worker_group_cls = SlotWorkerGroup
+
+    @abc.abstractmethod
+    def may_replace(self) -> bool:
+        """Whether a replacement was decided upon."""
+
+    @abc.abstractmethod
+    def bring_together(self, ask: Callable[..., list[Any]], tell: Callable[..., None], rank: int) -> bool:
+        """Have the workers form one group again; False if they can't. `rank` was started again.
+
+        ask, tell: call a function on each of the other workers, or on all.
+        """
+
+    def _execute_resize_decision(self, decision: Any) -> Any:
+        rank = self._failed_alone()
+        if rank is None or not self._replaced(rank):
+            return super()._execute_resize_decision(decision)
+        return controllers.TrainControllerLoopIterationResult(
+            run_attempt_id=self._get_run_attempt_id(), previous_state=self._state, next_state=RunningState()
+        )
+
+    def _failed_alone(self) -> int | None:
+        group = self._worker_group
+        status = group.get_latest_poll_status() if group is not None and group.has_started() else None
+        failed = list(status.errors) if status is not None else []
+        return failed[0] if len(failed) == 1 and self.may_replace() else None
+
+    def _replaced(self, rank: int) -> bool:
+        """Replace on a thread: where a node has gone, its slot may never come back, and Ray waits for it for ever."""
+        succeeded: list[bool] = []
+        group = self._worker_group
+        timeout_s = group._worker_group_start_timeout_s
+
+        def replace() -> None:
+            others = [worker for other, worker in enumerate(group.get_workers()) if other != rank]
+
+            def ask(function: Callable[..., Any], *arguments: Any) -> list[Any]:
+                asked: list[Any] = controllers.ray.get(
+                    [worker.execute_async(function, *arguments) for worker in others], timeout=timeout_s
+                )
+                return asked
+
+            def tell(function: Callable[..., Any], *arguments: Any) -> None:
+                group.execute(function, *arguments)
+
+            group.replace_replica_group(rank)
+            succeeded.append(self.bring_together(ask, tell, rank))
+
+        def attempt() -> None:
+            try:
+                replace()
+            except Exception:  # whatever it is, a restart follows
+                controllers.logger.warning("rank %d could not be replaced", rank, exc_info=True)
+
+        thread = threading.Thread(target=attempt, daemon=True, name="replace")
+        thread.start()
+        thread.join(timeout_s)
+        return succeeded == [True]
+
+
+def control_fits_by(controller: type[ReplacingController]) -> None:
+    """Have coming fits of this process use `controller`."""
+    data_parallel_trainer.TrainController = controller
