@@ -96,7 +96,7 @@ class Soak:
         self._words, self._run_dir, self._total_steps, self._console = words, run_dir, total_steps, console
         self._num_kills, self._random = num_kills, random.Random(seed)
         self.kills: list[dict[str, Any]] = []
-        self._killed = 0  # the last attempt that was
+        self._num_ready = 0  # starts of training when the last worker was killed: one that is replaced is one more
         self.num_commands = 0
 
     def run(self) -> int:
@@ -115,7 +115,7 @@ class Soak:
         """Wait for the attempt to train, then for the moment that was drawn, and kill."""
         if not self._wait(process, self._trains_again):
             return
-        ready = self._events("ready")[-1]
+        num_ready, ready = len(self._events("ready")), self._events("ready")[-1]
         left, kills_left = self._total_steps - ready["step"], self._num_kills - len(self.kills)
         target = self._random.choice([*TARGETS, WORKER_0, WORKER_1])
         at_step = ready["step"] + self._random.randint(0, max(1, 2 * left // (kills_left + 3)))
@@ -135,14 +135,13 @@ class Soak:
             return
         kill = {"target": target, "at_step": self._step(), "attempt": ready["attempt"]}
         self.kills.append(kill)
-        self._killed = ready["attempt"] if target != KEEPER else self._killed
+        self._num_ready = num_ready if target != KEEPER else self._num_ready
         self._console.print(f"kill {len(self.kills)}: {target} at step {kill['at_step']} of attempt {ready['attempt']}")
         if pid == process.pid:
             process.wait()
 
     def _trains_again(self) -> bool:
-        ready = self._events("ready")
-        return bool(ready) and ready[-1]["attempt"] > self._killed
+        return len(self._events("ready")) > self._num_ready
 
     def _wait(self, process: subprocess.Popen[bytes], condition: Any) -> bool:
         """Whether `condition` came to hold before the command ended."""

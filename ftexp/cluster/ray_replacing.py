@@ -13,6 +13,9 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from ray.data import DataContext
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+from ray.train.v2._internal.execution.callback import ExecutionGroupCallback
 from ray.train.v2._internal.execution.controller import controller as controllers
 from ray.train.v2._internal.execution.controller.state import RunningState
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
@@ -25,10 +28,23 @@ def is_replacement(group: Any) -> bool:
     return isinstance(group, ReplicaGroup)
 
 
+class _SameShards(ExecutionGroupCallback):  # type: ignore[misc]
+    """Gives a worker the data sets that the others have; Ray would make new ones, for a world of one."""
+
+    def __init__(self, datasets: DatasetsCallback) -> None:
+        self._datasets = datasets
+
+    def before_init_train_context(self, workers: list[Any]) -> dict[str, list[Any]]:
+        context = self._datasets._data_context
+        controllers.ray.get([worker.execute_async(DataContext._set_current, context) for worker in workers])
+        return {"dataset_shard_provider": [self._datasets._dataset_shard_provider] * len(workers)}
+
+
 class SlotWorkerGroup(WorkerGroup):  # type: ignore[misc]
     """A worker that is started again has the ranks of the one that it replaces; Ray would have it be local rank 0."""
 
     _kept: Any = None
+    _execution_group_callbacks: list[Any]
 
     def replace_replica_group(self, replica_group_index: int) -> None:
         """Start the worker of this rank again."""
@@ -40,9 +56,18 @@ class SlotWorkerGroup(WorkerGroup):  # type: ignore[misc]
             self._kept = None
 
     def _init_train_context(self, workers: list[Any], sync_actor: Any) -> None:
-        if self._kept is not None:
-            workers[0].distributed_context = self._kept
-        super()._init_train_context(workers, sync_actor)
+        if self._kept is None:
+            super()._init_train_context(workers, sync_actor)
+            return
+        workers[0].distributed_context = self._kept
+        callbacks = self._execution_group_callbacks
+        self._execution_group_callbacks = [
+            _SameShards(each) if isinstance(each, DatasetsCallback) else each for each in callbacks
+        ]
+        try:
+            super()._init_train_context(workers, sync_actor)
+        finally:
+            self._execution_group_callbacks = callbacks
 
 
 class ReplacingController(controllers.TrainController, abc.ABC):  # type: ignore[misc]

@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
-from ftexp.config.schema import AUTO, DDP, REPLACE, CheckpointConfig, Config
-
-RESTART = "restart"
+from ftexp.config.schema import AUTO, DDP, REPLACE, RESTART, CheckpointConfig, Config
 
 
 def obstacles(config: Config) -> Iterator[str]:

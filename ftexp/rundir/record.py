@@ -217,12 +217,11 @@ class RunRecord:
 
     def _hello(self, hello: Hello) -> Begin | None:
         state = self.state
-        self._workers[hello.rank] = hello
+        self._workers[hello.rank], self._is_ready = hello, False
         if hello.replaces:
             self.died_rank = None
             self.clock.attempt_started()
             return self._begin()
-        self._is_ready = False
         if hello.rank != 0:
             return None
         state.attempts += 1

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -129,7 +130,7 @@ class Controller:
 
 
 def run(folder, world, killed_rank, steps):
-    os.makedirs(folder)
+    Path(folder).mkdir(parents=True)
     controller = Controller(folder, world)
     for rank in range(world):
         controller.start(rank, steps[:1] if rank == killed_rank else [], is_first=True)
@@ -150,7 +151,8 @@ def main():
     assert clean[0]["points"] == replaced[0]["points"], (clean[0]["points"], replaced[0]["points"])
     assert replaced[0]["sources"] == ["start", *[REPLACED] * len(steps)]
     updates = read_updates(Storage.at(f"{folder}/replaced"))
-    assert len(updates) == NUM_STEPS and not list(problems(updates, NUM_SAMPLES, BATCH))
+    assert len(updates) == NUM_STEPS
+    assert not list(problems(updates, NUM_SAMPLES, BATCH))
     assert updates == read_updates(Storage.at(f"{folder}/clean"))
     print("bitwise identical")
 
