@@ -220,7 +220,8 @@ class RunRecord:
         self._workers[hello.rank], self._is_ready = hello, False
         if hello.replaces:
             self.died_rank = None
-            self.clock.attempt_started()
+            came = events.WorkerReplaced(hello.rank, hello.pid, hello.node, hello.hot_start)
+            self.event(came, self.clock.attempt_started())
             return self._begin()
         if hello.rank != 0:
             return None
