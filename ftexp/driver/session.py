@@ -99,9 +99,8 @@ def _records(context: RunContext, terminal: Terminal, alerts: Alerts) -> tuple[R
     if restart is not None:
         record.add_unwritten(restart.unwritten)
     alerts.follow(record)
-    workers = context.workers
-    run_config = decided(context.config, workers.num_workers, workers.use_gpu)
-    return record, Supervisor(record, terminal, run_config, num_before, context.no_new_ray)
+    recovery = decided(context.config, context.workers.num_workers, context.workers.use_gpu).failure.recovery
+    return record, Supervisor(record, terminal, context.config, num_before, context.no_new_ray, recovery)
 
 
 def _prepare(context: RunContext, terminal: Terminal) -> tuple[RunContext, str | None, DataBundle]:

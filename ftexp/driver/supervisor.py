@@ -9,7 +9,7 @@ import signal
 from collections.abc import Callable
 
 from ftexp.cluster.interruptible import STOP_GRACE_S
-from ftexp.config.schema import Config
+from ftexp.config.schema import RESTART, Config
 from ftexp.driver.decider import Decider
 from ftexp.driver.printer import Printer
 from ftexp.driver.restart import Restart
@@ -42,7 +42,7 @@ _CONTROLLER_DIED = Cause(CRASH, None, "Ray Train's controller died, and its work
 
 
 class Supervisor:
-    """Passes each message to the records, the decider and the printer. For `num_before`, `no_new_ray` see `Decider`."""
+    """Passes each message to the records, the decider and the printer. For the last three see `Decider`."""
 
     def __init__(
         self,
@@ -51,10 +51,11 @@ class Supervisor:
         config: Config,
         num_before: int | None = None,
         no_new_ray: str | None = None,
+        recovery: str = RESTART,
     ) -> None:
         self._record, self._terminal, self._config = record, terminal, config
         self.group = WorkerGroup(Start.FIRST if num_before is None else Start.AFTER_FAILURE)
-        self._decider = Decider(record, config, num_before, no_new_ray)
+        self._decider = Decider(record, config, num_before, no_new_ray, recovery)
         self._printer = Printer(terminal, record, self.group, config)
         self._asked = KeyboardInterrupt()
         self.on_evaluation_wanted: Callable[[EvaluateCheckpoint], None] = lambda _: None

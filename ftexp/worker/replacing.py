@@ -1,4 +1,4 @@
-"""What the ranks that live do when one dies in a step: wait for the one that is started again, and repeat the step."""
+"""Ranks that live through the death of another in a step: they wait until it is started again, and repeat the step."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _INVITED_S = 90.0  # after the build: beyond what the controller grants the othe
 
 @dataclass(frozen=True)
 class Facts:
-    """What a rank that is started again learns of the attempt besides the state that is saved."""
+    """Facts of the attempt for a rank that is started again, besides the state that is saved."""
 
     began: int  # the step after which the attempt began
     num_skipped: int = 0  # steps in a row that were skipped

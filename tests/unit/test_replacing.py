@@ -178,5 +178,5 @@ def test_a_ledger_says_which_step_its_file_ends_with(tmp_path):
 def test_a_drill_that_replaces_sets_it_and_refuses_another():
     own = drill.DrillConfig(recovery=REPLACE)
     assert "failure.recovery=replace" in drill._broken_words(Config(), own, 60)
-    with pytest.raises(ConfigError, match="drill.recovery=replace sets it"):
+    with pytest.raises(ConfigError, match=r"drill\.recovery=replace sets it"):
         drill.refuse(["failure.recovery=restart"], own)
