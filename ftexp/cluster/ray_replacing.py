@@ -22,6 +22,8 @@ from ray.train.v2._internal.execution.worker_group import WorkerGroup
 from ray.train.v2._internal.execution.worker_group.execution_group import ReplicaGroup
 from ray.train.v2.api import data_parallel_trainer
 
+_POLL_S = 0.2  # by which a death is noticed late; more seldom, it is most of what a replacement takes
+
 
 def is_replacement(group: Any) -> bool:
     """Whether the backend is called for a worker that takes the place of another."""
@@ -74,17 +76,23 @@ class ReplacingController(controllers.TrainController, abc.ABC):  # type: ignore
     """Starts one worker again where it can, and all of them otherwise."""
 
     worker_group_cls = SlotWorkerGroup
+    _health_check_interval_s: float
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._health_check_interval_s = min(self._health_check_interval_s, _POLL_S)
 
     @abc.abstractmethod
     def may_replace(self) -> bool:
         """Whether a replacement was decided upon."""
 
     @abc.abstractmethod
-    def bring_together(self, ask: Callable[..., list[Any]], tell: Callable[..., None], rank: int) -> bool:
-        """Have the workers form one group again; False if they can't. `rank` was started again.
+    def question(self, timeout_s: float) -> tuple[Callable[..., Any], Any]:
+        """Return what to run on each other worker while the one that died is started again, with its argument."""
 
-        ask, tell: call a function on each of the other workers, or on all.
-        """
+    @abc.abstractmethod
+    def invitation(self, rank: int, answers: list[Any]) -> tuple[Callable[..., None], Any] | None:
+        """Return what to run on all workers now that `rank` was started again, with its argument; None: a restart."""
 
     def _execute_resize_decision(self, decision: Any) -> Any:
         rank = self._failed_alone()
@@ -109,17 +117,12 @@ class ReplacingController(controllers.TrainController, abc.ABC):  # type: ignore
         def replace() -> None:
             others = [worker for other, worker in enumerate(group.get_workers()) if other != rank]
 
-            def ask(function: Callable[..., Any], *arguments: Any) -> list[Any]:
-                asked: list[Any] = controllers.ray.get(
-                    [worker.execute_async(function, *arguments) for worker in others], timeout=timeout_s
-                )
-                return asked
-
-            def tell(function: Callable[..., Any], *arguments: Any) -> None:
-                group.execute(function, *arguments)
-
+            asked = [worker.execute_async(*self.question(timeout_s)) for worker in others]
             group.replace_replica_group(rank)
-            succeeded.append(self.bring_together(ask, tell, rank))
+            found = controllers.ray.get(asked, timeout=timeout_s)
+            if (invitation := self.invitation(rank, found)) is not None:
+                group.execute(*invitation)
+                succeeded.append(True)
 
         def attempt() -> None:
             try:

@@ -5,7 +5,6 @@ thread and the calls of Ray Train's controller.
 from __future__ import annotations
 
 import threading
-import time
 from dataclasses import dataclass
 
 
@@ -33,6 +32,7 @@ class Meeting:
         self._changed = threading.Condition()
         self._waiting: Waiting | None = None
         self._invitation: Invitation | None = None
+        self.is_noticed = False  # by the controller, which starts a rank again or all of them
         self._can_wait = False  # whether the training thread is where it would wait if a rank died
 
     def expect(self, can_wait: bool) -> None:
@@ -44,7 +44,7 @@ class Meeting:
     def wait(self, waiting: Waiting) -> None:
         """The training thread waits from here on."""
         with self._changed:
-            self._waiting, self._invitation = waiting, None
+            self._waiting, self._invitation, self.is_noticed = waiting, None, False
             self._changed.notify_all()
 
     def leave(self) -> None:
@@ -57,6 +57,7 @@ class Meeting:
         """Return how the training thread waits, once it does; None if it won't, or doesn't in time."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting is not None or not self._can_wait, timeout_s)
+            self.is_noticed = self._waiting is not None
             return self._waiting
 
     def invite(self, invitation: Invitation) -> None:
@@ -89,8 +90,3 @@ def common_step(found: list[Waiting | None]) -> int | None:
     """Return the step after which all ranks wait; None if one doesn't, or has done another."""
     steps = {each.step if each is not None else None for each in found}
     return steps.pop() if len(steps) == 1 else None
-
-
-def seconds_left(deadline: float) -> float:
-    """Return the seconds until `deadline`, of time.monotonic."""
-    return max(0.0, deadline - time.monotonic())

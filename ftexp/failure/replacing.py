@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from typing import Any
 
 from ftexp.cluster.ray_replacing import ReplacingController
-from ftexp.failure.meeting import Invitation, common_step, invite, waiting
+from ftexp.failure.meeting import Invitation, Waiting, common_step, invite, waiting
 from ftexp.failure.reporter import FailureReporter
 
 WAIT_S = 30.0  # that a step may take which is interrupted
@@ -22,13 +21,15 @@ class TrainController(ReplacingController):  # its name is that of its process
         """Whether the driver's last answer was so."""
         return FailureReporter.replaces
 
-    def bring_together(self, ask: Callable[..., list[Any]], tell: Callable[..., None], rank: int) -> bool:
-        """Let the others, and who was started again, meet where rank 0 serves a store."""
-        found = ask(waiting, WAIT_S)
-        if common_step(found) is None:
-            return False
-        address = next((each.address for each in found if each.address is not None), None)
-        if address is None:
-            return False
-        tell(invite, Invitation(address, next(self._numbers), rank))
-        return True
+    def question(self, timeout_s: float) -> tuple[Callable[[float], Waiting | None], float]:
+        """Ask how each worker waits."""
+        return waiting, min(timeout_s, WAIT_S)
+
+    def invitation(
+        self, rank: int, answers: list[Waiting | None]
+    ) -> tuple[Callable[[Invitation], None], Invitation] | None:
+        """Have all meet in the store that rank 0 serves, if the others wait after the same step."""
+        address = next((each.address for each in answers if each is not None and each.address is not None), None)
+        if common_step(answers) is None or address is None:
+            return None
+        return invite, Invitation(address, next(self._numbers), rank)

@@ -30,7 +30,7 @@ _ELSEWHERE = (EVALUATION, SAVE)  # phases in which a death makes this rank raise
 _NOTICE_S = 30.0  # that Ray may take to notice a death; without one, the error is what it seems
 _LOOK_S = 0.005
 _CONNECT_S = 30.0
-_INVITED_S = 90.0  # after the build: beyond what the controller grants the others
+_INVITED_S = 90.0  # beyond what the controller waits for a worker's start
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,9 @@ class Replacing:
 
     def _summoned(self) -> Invitation | None:
         """Return the invitation to the meeting that the newcomer has come to; None if nobody has died."""
-        if MEETING.invitation(_NOTICE_S) is None:
+        if MEETING.invitation(_NOTICE_S) is None and not MEETING.is_noticed:
+            return None
+        if MEETING.invitation(_INVITED_S) is None:
             return None
         while True:
             invitation = MEETING.invitation(0.0)
