@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ray.data import DataContext
+from ray.train.torch.config import _set_torch_distributed_env_vars
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.execution.callback import ExecutionGroupCallback
 from ray.train.v2._internal.execution.controller import controller as controllers
@@ -28,6 +29,11 @@ _POLL_S = 0.2  # by which a death is noticed late; more seldom, it is most of wh
 def is_replacement(group: Any) -> bool:
     """Whether the backend is called for a worker that takes the place of another."""
     return isinstance(group, ReplicaGroup)
+
+
+def set_environment(group: Any) -> None:
+    """Set RANK, WORLD_SIZE and what else torch's launcher sets, for code of the user's."""
+    group.execute(_set_torch_distributed_env_vars)
 
 
 class _SameShards(ExecutionGroupCallback):  # type: ignore[misc]
