@@ -59,8 +59,10 @@ class Replacing:
         watchdog.on_phase = lambda phase: MEETING.expect(phase not in _ELSEWHERE)
 
         def recovers(error: RuntimeError) -> bool:
-            with watchdog.during(START):
-                return self._recovers(error, ranks, recovery)
+            with watchdog.during(START), self._job.stopwatch.apart():
+                is_back = self._recovers(error, ranks, recovery)
+            self._job.stopwatch.begin()  # the step, which it does again
+            return is_back
 
         return recovers
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -51,6 +52,7 @@ def train_step(
         except RuntimeError as error:
             if recovers is None:
                 raise
+            traceback.clear_frames(error.__traceback__)  # DDP, which they hold, would hear of the gradients that follow
             put_back(learner, job.progress.train, before)
             if not recovers(error):
                 raise
