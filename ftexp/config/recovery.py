@@ -23,7 +23,8 @@ def obstacles(config: Config) -> Iterator[str]:
         yield f"parallel={config.parallel.kind} keeps no whole copy of the state on any worker: set parallel=ddp"
     if failure.on_nonfinite == "rollback":
         yield "failure.on_nonfinite=rollback keeps a second state in each worker: set failure.on_nonfinite=skip_step"
-    lacking = [name for name in CheckpointConfig().extra_state if name not in config.checkpoint.extra_state]
+    empty = {name for name, is_on in (("ema", config.ema.decay), ("distill", config.distill.teacher)) if is_on is None}
+    lacking = [name for name in CheckpointConfig().extra_state if name not in (*config.checkpoint.extra_state, *empty)]
     if lacking:
         yield f"checkpoint.extra_state lacks {', '.join(lacking)}, which could not be handed over: add them"
 

@@ -63,7 +63,10 @@ def test_a_run_whose_rank_is_killed_in_a_step_and_replaced_ends_as_if_nothing_ha
         ({"backend": "mpi"}, "scaling.backend=mpi"),
         ({"parallel": {"kind": "fsdp"}}, "parallel=fsdp keeps no whole copy of the state on any worker: set"),
         ({"failure": {"on_nonfinite": "rollback"}}, "failure.on_nonfinite=rollback keeps a second state"),
-        ({"checkpoint": {"extra_state": ["progress"]}}, "checkpoint.extra_state lacks scheduler, scaler, ema"),
+        (
+            {"checkpoint": {"extra_state": ["progress"]}},
+            "checkpoint.extra_state lacks scheduler, scaler, rng, best, which",
+        ),
     ],
 )
 def test_what_can_not_replace_is_refused_with_what_to_set_and_auto_restarts_then(changes, problem):
