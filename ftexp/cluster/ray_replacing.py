@@ -122,7 +122,6 @@ class ReplacingController(controllers.TrainController, abc.ABC):  # type: ignore
 
         def replace() -> None:
             others = [worker for other, worker in enumerate(group.get_workers()) if other != rank]
-
             asked = [worker.execute_async(*self.question(timeout_s)) for worker in others]
             group.replace_replica_group(rank)
             found = controllers.ray.get(asked, timeout=timeout_s)
