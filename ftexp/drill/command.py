@@ -6,8 +6,8 @@ was wrong.
 
 drill.faults  names, or {kind: ..., step: ..., rank: ...}; see conf/chaos. Each strikes once, in this order
 drill.steps   stop both runs after so many optimiser steps (default: the whole run)
-drill.recovery  what the broken run resumes from: memory (a snapshot every few steps), storage (checkpoints alone), or
-              what the config says (config, the default)
+drill.recovery  what the broken run resumes from: the workers that live (replace), memory (a snapshot every few steps),
+              storage (checkpoints alone), or what the config says (config, the default)
 
 Both runs lie under <run.storage>/drill_<time>/, with drill.json, and may be deleted. What the drill sets itself, and
 none of which changes a bit: train.ledger, train.log_every_steps=1, how often the broken run saves, and
@@ -34,7 +34,7 @@ from ftexp.cli.parse import parse_words
 from ftexp.cli.wrapping import print_wrapped, say
 from ftexp.config.checks.validate import validate
 from ftexp.config.fields import choice, field_problems, ranged
-from ftexp.config.schema import Config, fault_fields
+from ftexp.config.schema import REPLACE, RESTART, Config, fault_fields
 from ftexp.errors import ConfigError, RunFailedError
 from ftexp.rundir.names import RUN_FILE
 from ftexp.storage.lease import unused_name
@@ -59,7 +59,7 @@ class DrillConfig:
         default_factory=lambda: ["kill_worker", "truncate_checkpoint", "disk_full", "flip_byte", "kill_driver"]
     )
     steps: int | None = ranged(None, low=2)
-    recovery: str = choice(CONFIG, (CONFIG, MEMORY, STORAGE))
+    recovery: str = choice(CONFIG, (CONFIG, REPLACE, MEMORY, STORAGE))
 
 
 def main() -> None:
@@ -105,7 +105,7 @@ def refuse(overrides: list[str], own: DrillConfig) -> None:
         key = word.lstrip("+~").partition("=")[0]
         if key == "chaos" or key.startswith("chaos."):
             raise ConfigError(f"{word}: the drill sets chaos itself; write drill.faults=[...]")
-        if own.recovery != CONFIG and key == "failure.memory_every_steps":
+        if key in _recovery_settings(own, every=1):
             raise ConfigError(f"{word}: drill.recovery={own.recovery} sets it; remove one of them")
         if key in ("run.name", "resume", "train.ledger", "train.max_steps"):
             raise ConfigError(f"{word}: the drill sets {key} itself; remove it" + _instead(key))
@@ -125,11 +125,8 @@ def drill(config: Config, own: DrillConfig, overrides: list[str]) -> bool:
         RunFailedError: the clean run failed by itself, so that there is nothing to compare with.
     """
     with_faults = dataclasses.replace(config, chaos=dataclasses.replace(config.chaos, faults=own.faults))
-    if own.recovery == MEMORY:
-        with_faults = dataclasses.replace(
-            with_faults, failure=dataclasses.replace(config.failure, memory_every_steps=1)
-        )
-    validate(with_faults)
+    settings = {key.removeprefix("failure."): value for key, value in _recovery_settings(own, every=1).items()}
+    validate(dataclasses.replace(with_faults, failure=dataclasses.replace(config.failure, **settings)))
     from ftexp.drill.report import compare
     from ftexp.storage.directory import Storage
 
@@ -164,11 +161,20 @@ def _broken_words(config: Config, own: DrillConfig, total_steps: int) -> list[st
         faults.append("{" + ", ".join(f"{key}: {value}" for key, value in chosen.items()) + "}")
     words = [f"chaos.faults=[{', '.join(faults)}]"]
     words += [f"checkpoint.every_steps={every}", "checkpoint.every_epochs=null", "checkpoint.every_seconds=null"]
-    if own.recovery != CONFIG:
-        words.append(f"failure.memory_every_steps={max(1, every // _SNAPSHOTS) if own.recovery == MEMORY else 0}")
+    words += [f"{key}={value}" for key, value in _recovery_settings(own, every).items()]
     if 0 <= config.failure.max_failures < number:
         words.append(f"failure.max_failures={number}")
     return words
+
+
+def _recovery_settings(own: DrillConfig, every: int) -> dict[str, Any]:
+    """Return what drill.recovery sets, by key. every: steps between checkpoints."""
+    if own.recovery == CONFIG:
+        return {}
+    if own.recovery == REPLACE:
+        return {"failure.recovery": REPLACE}
+    snapshots = max(1, every // _SNAPSHOTS) if own.recovery == MEMORY else 0
+    return {"failure.recovery": RESTART, "failure.memory_every_steps": snapshots}
 
 
 def _run(words: list[str], name: str, max_starts: int, directory: Storage) -> int:

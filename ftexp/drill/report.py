@@ -19,7 +19,7 @@ from ftexp.rundir.names import EVENTS_FILE, METRICS_FILE, RUN_FILE
 from ftexp.rundir.sample_ledger import Update, problems, read_updates
 from ftexp.storage.append_log import read_lines
 from ftexp.storage.directory import Storage
-from ftexp.wire.messages import MEMORY
+from ftexp.wire.messages import MEMORY, REPLACED
 
 Events = list[dict[str, Any]]
 Points = dict[tuple[str, int], dict[str, Any]]  # by split and step
@@ -142,7 +142,7 @@ def _rows(events: Events, points: Events) -> list[Row]:
     rows = []
     for start, end in itertools.pairwise([*starts, len(events)]):
         fault, after = events[start], events[start + 1 : end]
-        restarted = any(event["event"] == "attempt_started" for event in after)
+        restarted, is_back = bool(_named(after, "attempt_started")), bool(_named(after, "ready"))
         restored = next((event["step"] for event in _named(after, "restored")), 0)
         again_at = done_at.get(fault["step"] + 1)
         row = Row(
@@ -151,7 +151,7 @@ def _rows(events: Events, points: Events) -> list[Row]:
             rank=fault["rank"],
             happened="; ".join(_happened(after)) or "not noticed by the run",
             steps_replayed=fault["step"] - restored if restarted else 0,
-            seconds_lost=again_at - fault["time"] if restarted and again_at is not None else None,
+            seconds_lost=again_at - fault["time"] if is_back and again_at is not None else None,
             identical=True,
         )
         rows.append(row)
@@ -170,9 +170,15 @@ def _happened(after: Events) -> Iterator[str]:
         yield f"restored step {event['step']}" + (" from memory" if event.get("source") == MEMORY else "")
     if _named(after, "attempt_started") and not _named(after, "restored"):
         yield "restarted at step 0"
+    if _is_replaced(after):
+        yield f"rank {_named(after, 'worker_replaced')[0]['rank']} replaced"
     for event in _named(after, "checkpoint_failed"):
         saved = [other["step"] for other in _named(after, "checkpoint_saved") if other["step"] >= event["step"]]
         yield f"step {event['step']} not saved" + (f", step {saved[0]} was" if saved else "")
+
+
+def _is_replaced(after: Events) -> bool:
+    return any(event.get("source") == REPLACED for event in _named(after, "ready"))
 
 
 def _named(events: Events, name: str) -> Events:

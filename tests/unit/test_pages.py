@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
