@@ -222,7 +222,7 @@ def _encoded(picture: Any) -> bytes:
 
 def evaluate(run: Run | str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Evaluate a checkpoint: what `python -m ftexp.evaluate run=... <overrides>` writes, also returned."""
-    from ftexp.evaluate import evaluate_words
+    from ftexp.evaluate.command import evaluate_words
 
     with _undisturbed():
         return evaluate_words([f"run={run.uri if isinstance(run, Run) else run}", *overrides], compose)
@@ -240,7 +240,7 @@ def predict(
     import pandas as pd
     import torch
 
-    from ftexp.predicting.answers import probabilities
+    from ftexp.predict.answers import probabilities
 
     run, model = _loaded(run_or_checkpoint, weights)
     transform, parts = _transform(run), [torch.empty(0, run.info.num_classes)]

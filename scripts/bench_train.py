@@ -9,8 +9,7 @@ saves. "First step" counts from the start of the command to the end of the first
 Five rounds take 15 minutes on 2 cores, two rounds 8.
 
 --features: what each feature adds to a step of the default run, ms on one worker by `ftexp.job.stopwatch`; they and
-the plain run take turns. Then what comparing two workers adds, by the time from one logged point to the next. Two
-rounds take 15 minutes; --only ranks does the latter alone.
+the plain run take turns. Two rounds take 10 minutes. What comparing ranks costs: see bench_ranks.py.
 """
 
 from __future__ import annotations
@@ -46,13 +45,6 @@ FEATURES = {
     "resizing=progressive": ["resizing=progressive", "model.kwargs.dynamic_img_size=true"],
 }
 FEATURE_STEPS, FEATURE_WARM_UP = 160, 40
-PLAIN_PAIR = "plain, 2 workers"
-PAIR_FEATURES = {
-    "straggler_factor=1.5": ["scaling.straggler_factor=1.5"],
-    "check_replicas_every_steps=10": ["failure.check_replicas_every_steps=10"],
-    "repeat_step_every=10": ["failure.repeat_step_every=10"],
-}
-PAIR_STEPS = 400
 PLAIN, TUTORIAL, FTEXP = "plain DDP", "tutorial", "ftexp"
 
 
@@ -60,15 +52,12 @@ def main() -> None:
     """Measure, print a table, and exit with 1 under --check if a target is missed."""
     parser = options_parser(__doc__, 2, "runs of each side for speed and start-up")
     parser.add_argument("--features", action="store_true", help="the cost of each feature, and nothing else")
-    parser.add_argument("--only", choices=("steps", "ranks"), help="of --features: one worker's, or two workers'")
     parser.add_argument("--seeds", type=int, default=3, help="whole default runs, for accuracy and wall time")
     options = parser.parse_args()
     console = Console(highlight=False)
     describe_machine(console)
     if options.features:
-        found = {} if options.only == "ranks" else _features(console, options.rounds)
-        found |= {} if options.only == "steps" else _pair_features(console, options.rounds)
-        finish(console, found, options.json, [], options.check)
+        finish(console, _features(console, options.rounds), options.json, [], options.check)
         return
     settings = {"epochs": EPOCHS, "global_batch_size": BATCH, "num_workers": WORKERS, **default_recipe()}
     speed: dict[str, list[dict[str, float]]] = {PLAIN: [], TUTORIAL: [], FTEXP: []}
@@ -93,45 +82,17 @@ def _features(console: Console, rounds: int) -> dict[str, list[float]]:
             taught = [f"distill.teacher={teacher}"] if name.startswith("distill") else []
             found[name].append(_step_ms([*overrides, *taught]))
             console.print(f"round {number + 1}: {name}: {found[name][-1]:.2f} ms")
-    _print_features(console, found, PLAIN_STEP)
+    _print_features(console, found)
     return found
 
 
-def _pair_features(console: Console, rounds: int) -> dict[str, list[float]]:
-    """As `_features`, of what compares two workers, by wall time: a comparison is no section of a step."""
-    found: dict[str, list[float]] = {PLAIN_PAIR: [], **{name: [] for name in PAIR_FEATURES}}
-    for number in range(rounds):
-        for name, overrides in ((PLAIN_PAIR, []), *PAIR_FEATURES.items()):
-            found[name].append(_wall_ms(overrides))
-            console.print(f"round {number + 1}: {name}: {found[name][-1]:.2f} ms")
-    _print_features(console, found, PLAIN_PAIR)
-    return found
-
-
-def _print_features(console: Console, found: dict[str, list[float]], plain: str) -> None:
+def _print_features(console: Console, found: dict[str, list[float]]) -> None:
     table = Table("", "ms a step", "more than plain, ms", box=None)
     for name, values in found.items():
-        more = [value - base for value, base in zip(values, found[plain], strict=True)]
-        cell = f"{statistics.median(more):+.2f} ({min(more):+.2f} to {max(more):+.2f})" if name != plain else ""
+        more = [value - base for value, base in zip(values, found[PLAIN_STEP], strict=True)]
+        cell = f"{statistics.median(more):+.2f} ({min(more):+.2f} to {max(more):+.2f})" if name != PLAIN_STEP else ""
         table.add_row(name, f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})", cell)
     console.print(table)
-
-
-def _wall_ms(overrides: list[str]) -> float:
-    """Milliseconds from a step to the next, on two workers: the median between logged points of an epoch."""
-    directory, _, _ = _run_ftexp(
-        [
-            *(f"scaling.num_workers={WORKERS}", "scaling.straggler_factor=null", "report.enabled=false"),
-            *("train.log_every_steps=10", f"train.max_steps={PAIR_STEPS}", "checkpoint.every_epochs=10", *overrides),
-        ]
-    )
-    points = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    steady = [point for point in points if point["split"] == "train" and point["step"] > FEATURE_WARM_UP]
-    return statistics.median(
-        1000 * (second["time"] - first["time"]) / (second["step"] - first["step"])
-        for first, second in itertools.pairwise(steady)
-        if first["epoch"] == second["epoch"]
-    )
 
 
 def _step_ms(overrides: list[str]) -> float:

@@ -1,6 +1,6 @@
 """Kill a run again and again at random moments, and show that it ends as if nothing had happened.
 
-    uv run python scripts/soak.py [--kills 20] [--seed 0] [--json FILE] [overrides of the config ...]
+    uv run python scripts/soak.py [--kills 20] [--seed 0] [--target "worker 1"] [--json FILE] [overrides ...]
 
 One clean run of the config (the default one, unless overridden), then one that is killed: a worker, the command itself
 or the keeper of its snapshots in memory, at a step drawn from the seed, or in the middle of a checkpoint. A killed
@@ -27,7 +27,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ftexp.drilling.report import compare
+from ftexp.drill.report import compare
 from ftexp.rundir.sample_ledger import read_updates
 from ftexp.storage.directory import Storage
 
@@ -45,6 +45,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--target", action="append", choices=TARGETS, help="kill only these")
     parser.add_argument("--json", type=Path, help="keep the result in this file")
     parser.add_argument("overrides", nargs="*", help="as for python -m ftexp.train")
     options = parser.parse_args()
@@ -57,7 +58,13 @@ def main() -> None:
     total_steps = record["step"]
     console.print(f"{storage}: clean run of {total_steps} steps in {clean_s:.0f} s")
     soak = Soak(
-        [*words, "failure.max_failures=-1"], storage / _SOAKED, options.kills, options.seed, total_steps, console
+        [*words, "failure.max_failures=-1"],
+        storage / _SOAKED,
+        options.kills,
+        options.seed,
+        options.target or [*TARGETS, WORKER_0, WORKER_1],
+        total_steps,
+        console,
     )
     code = soak.run()
     batch = record["fingerprint"]["train.global_batch_size"]
@@ -91,12 +98,20 @@ class Soak:
     """Runs the command and kills it, until all kills are spent."""
 
     def __init__(
-        self, words: list[str], run_dir: Path, num_kills: int, seed: int, total_steps: int, console: Console
+        self,
+        words: list[str],
+        run_dir: Path,
+        num_kills: int,
+        seed: int,
+        targets: list[str],
+        total_steps: int,
+        console: Console,
     ) -> None:
+        self._targets = targets
         self._words, self._run_dir, self._total_steps, self._console = words, run_dir, total_steps, console
         self._num_kills, self._random = num_kills, random.Random(seed)
         self.kills: list[dict[str, Any]] = []
-        self._killed = 0  # the last attempt that was
+        self._num_ready = 0  # starts of training when the last worker was killed: one that is replaced is one more
         self.num_commands = 0
 
     def run(self) -> int:
@@ -115,9 +130,9 @@ class Soak:
         """Wait for the attempt to train, then for the moment that was drawn, and kill."""
         if not self._wait(process, self._trains_again):
             return
-        ready = self._events("ready")[-1]
+        num_ready, ready = len(self._events("ready")), self._events("ready")[-1]
         left, kills_left = self._total_steps - ready["step"], self._num_kills - len(self.kills)
-        target = self._random.choice([*TARGETS, WORKER_0, WORKER_1])
+        target = self._random.choice(self._targets)
         at_step = ready["step"] + self._random.randint(0, max(1, 2 * left // (kills_left + 3)))
         if not self._wait(process, lambda: self._step() >= at_step):
             return
@@ -135,14 +150,13 @@ class Soak:
             return
         kill = {"target": target, "at_step": self._step(), "attempt": ready["attempt"]}
         self.kills.append(kill)
-        self._killed = ready["attempt"] if target != KEEPER else self._killed
+        self._num_ready = num_ready if target != KEEPER else self._num_ready
         self._console.print(f"kill {len(self.kills)}: {target} at step {kill['at_step']} of attempt {ready['attempt']}")
         if pid == process.pid:
             process.wait()
 
     def _trains_again(self) -> bool:
-        ready = self._events("ready")
-        return bool(ready) and ready[-1]["attempt"] > self._killed
+        return len(self._events("ready")) > self._num_ready
 
     def _wait(self, process: subprocess.Popen[bytes], condition: Any) -> bool:
         """Whether `condition` came to hold before the command ended."""
@@ -191,7 +205,7 @@ def _lost_checkpoints(events: list[dict[str, Any]]) -> list[str]:
             restored = 0
         elif event["event"] == "restored":
             restored = event["step"]
-        elif event["event"] == "ready" and restored < newest:
+        elif event["event"] == "ready" and event.get("source") != "replaced" and restored < newest:
             problems.append(f"attempt {event['attempt']} began at step {restored}, though step {newest} was saved")
         elif event["event"] == "checkpoint_saved":
             newest = max(newest, event["step"])

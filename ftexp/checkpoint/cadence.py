@@ -77,6 +77,10 @@ class Cadence:
         self._saved_at = self._asked_at - saved_s_ago
         self.reasons, self._ask_at, self._gap = [], step + 1, 1
 
+    def rejoin(self, step: int) -> None:
+        """Training goes on after `step` together with a rank that has begun just now."""
+        self.resumed(step, self._clock() - self._saved_at)
+
     def stop(self) -> None:
         """Let the next answer be that a checkpoint is due, the last; to be called on every rank."""
         self.stopping = True

@@ -304,6 +304,31 @@ class CheckpointManager:
         self._ledger.back_to(self._progress.step)
         self.num_rollbacks += 1
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether no save is in flight on this rank, or waits for one."""
+        return not self.busy and not self._cadence.reasons
+
+    def hand_over(self, facts: Any) -> None:
+        """Give the state, and `facts`, to a rank that calls `take_over`; collective with that."""
+        state = self._state(self._group.rank == 0)
+        self._group.agree_on((state, facts))
+
+    def take_over(self) -> Any:
+        """Go to the state that the other ranks hand over; returns rank 0's facts. Collective."""
+        self._extra.state_dict()  # may sum over ranks
+        state, facts = self._group.agree_on(None)
+        self._learner.model.load_state_dict(state[MODEL])
+        self._learner.optimizer.load_state_dict(state[OPTIMIZER])
+        self._extra.load(state[EXTRA], self._extra.versions(), "this run")
+        return facts
+
+    def rejoin(self) -> None:
+        """Count alike on all ranks, one of which has begun just now; collective."""
+        self._cadence.rejoin(self._progress.step)
+        self._num_asked = 0
+        self.begin_snapshots()
+
     def _likes(self) -> dict[str, Like]:
         """Return where the learner has DTensors, by part; empty if it has none. Collective."""
         if not self._is_cut:

@@ -11,6 +11,7 @@
 - The processes that ray.init has started: by them a Ray that has died is noticed, and ended for good.
 - Three that it starts, and that a Ray for one command has no use for.
 - The actor that would remove a dead controller's placement group, and can't in such a Ray.
+- Train's controller, which Ray gives the runtime env of the job alone, and its workers' to nobody but these.
 - The detector of hangs in NCCL: the variables that fit() reads, and the directory of the run in which it leaves what it
   has found, a directory for each kind of findings.
 """
@@ -21,7 +22,7 @@ import contextlib
 import os
 import signal
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -145,15 +146,38 @@ def fitted(trainer: DataParallelTrainer) -> Result:
 
     It removes the placement group of a controller that died, as it learns from Ray's API server. Where none runs, its
     first question takes 40 s to fail, and Ray Train waits for that up to 12 s before a fit that has ended returns.
+
+    The controller, and with it the actors that it creates for each group of workers, has the workers' runtime env:
+    where these are forked, so are those, each of which would import Ray Train for 2 CPU-seconds while workers wait.
     """
     from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+    from ray.train.v2.api import data_parallel_trainer
 
     if not has_api_server():
         create = trainer._create_default_callbacks
         trainer._create_default_callbacks = lambda: [
             callback for callback in create() if not isinstance(callback, PlacementGroupCleanerCallback)
         ]
-    return trainer.fit()
+    original = data_parallel_trainer.ray
+    data_parallel_trainer.ray = _RayOfTrainer(original, trainer.run_config.worker_runtime_env)
+    try:
+        return trainer.fit()
+    finally:
+        data_parallel_trainer.ray = original
+
+
+class _RayOfTrainer:
+    """The module `ray` as the trainer sees it, whose one actor, Train's controller, has more of a runtime env."""
+
+    def __init__(self, ray: Any, runtime_env: Mapping[str, Any]) -> None:
+        self._ray, self._runtime_env = ray, runtime_env
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ray, name)
+
+    def remote(self, *, runtime_env: Mapping[str, Any], **options: Any) -> Any:
+        variables = {**self._runtime_env.get("env_vars", {}), **runtime_env["env_vars"]}
+        return self._ray.remote(**options, runtime_env={**self._runtime_env, "env_vars": variables})
 
 
 def has_api_server() -> bool:

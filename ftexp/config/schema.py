@@ -63,6 +63,7 @@ DIST_BN = ("none", "reduce", "broadcast")  # timm's
 LR_SCALES = ("linear", "sqrt")
 PARALLEL = DDP, FSDP, HSDP = ("ddp", "fsdp", "hsdp")
 COMPILED = ("none", "model", "blocks")
+RESTART, REPLACE = "restart", "replace"  # values of failure.recovery
 SGD_NAMES = ("sgd", "momentum", "nesterov")  # timm's, of torch's SGD
 
 
@@ -413,6 +414,8 @@ class FailureConfig:
     repeat_step_every: int | None = ranged(None, low=1)  # one step in so many is computed twice, and compared bitwise
     # steps between snapshots in memory that outlives the workers; None: as often as costs 1 % of the time; 0: none
     memory_every_steps: int | None = ranged(None, low=0)
+    # what follows when a worker dies: restart all workers, or replace it and have the others wait; auto: as it can be
+    recovery: str = choice(RESTART, (RESTART, REPLACE, AUTO))
     memory_max_gb: float | None = ranged(None, above=0)  # for snapshots, per node; None: a quarter of what is free
     hang_timeout_s: float | None = ranged(300.0, above=0)  # without a step, on any rank; None: never
     start_timeout_s: float | None = ranged(1800.0, above=0)  # for building, restoring, compiling and the first step

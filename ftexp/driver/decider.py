@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 from ftexp.config.schema import Config
@@ -22,10 +23,14 @@ class Decider:
         config: that of the run.
         num_before: how many these are, if not all; a new Ray in the middle of an invocation begins none.
         no_new_ray: why there can't be one, whatever the budget.
+        recovery: as it was decided.
     """
 
-    def __init__(self, record: RunRecord, config: Config, num_before: int | None, no_new_ray: str | None) -> None:
+    def __init__(
+        self, record: RunRecord, config: Config, num_before: int | None, no_new_ray: str | None, recovery: str
+    ) -> None:
         self._record, self._config, self._no_new_ray = record, config, no_new_ray
+        self._budgets = dataclasses.replace(config.failure, recovery=recovery)
         self.num_before = len(record.state.failures) if num_before is None else num_before
         self._hung: dict[int, Hung] = {}  # by rank, of this attempt
         self.leaving: list[int] = []  # ranks whose machines were announced to be taken away
@@ -51,7 +56,7 @@ class Decider:
         past = [Past(failure.cause, failure.step, failure.error, failure.progressed) for failure in failures]
         share = math.ceil(self._config.train.global_batch_size / (state.world_sizes or [1])[-1])
         micro_batch, progressed = math.ceil(share / accumulate_steps), self._record.clock.has_progressed
-        decision = decide(cause, state.step, progressed, past, self._config.failure, micro_batch)
+        decision = decide(cause, state.step, progressed, past, self._budgets, micro_batch)
         if decision.action is Action.RESTART_SMALLER_MICRO_BATCHES:
             state.accumulate_steps = 2 * accumulate_steps
         return cause, decision

@@ -15,6 +15,7 @@ from ftexp.cluster.interruptible import fit_interruptibly
 from ftexp.cluster.ray_cluster import import_meanwhile, leave_ray, quiet_data, start_ray
 from ftexp.cluster.resources import decoding_cpus, lacking_resources
 from ftexp.config.masking import masked
+from ftexp.config.recovery import decided
 from ftexp.config.schema import PREPROCESSING, Config
 from ftexp.data.augment.registry import augmentations
 from ftexp.driver.alerts.watch import Alerts
@@ -98,7 +99,8 @@ def _records(context: RunContext, terminal: Terminal, alerts: Alerts) -> tuple[R
     if restart is not None:
         record.add_unwritten(restart.unwritten)
     alerts.follow(record)
-    return record, Supervisor(record, terminal, context.config, num_before, context.no_new_ray)
+    recovery = decided(context.config, context.workers.num_workers, context.workers.use_gpu).failure.recovery
+    return record, Supervisor(record, terminal, context.config, num_before, context.no_new_ray, recovery)
 
 
 def _prepare(context: RunContext, terminal: Terminal) -> tuple[RunContext, str | None, DataBundle]:

@@ -9,7 +9,7 @@ import signal
 from collections.abc import Callable
 
 from ftexp.cluster.interruptible import STOP_GRACE_S
-from ftexp.config.schema import Config
+from ftexp.config.schema import RESTART, Config
 from ftexp.driver.decider import Decider
 from ftexp.driver.printer import Printer
 from ftexp.driver.restart import Restart
@@ -23,6 +23,7 @@ from ftexp.wire import events
 from ftexp.wire.hub import Hub
 from ftexp.wire.messages import (
     MEMORY,
+    REPLACED,
     ControllerDied,
     CouldNotStart,
     EvaluateCheckpoint,
@@ -41,7 +42,7 @@ _CONTROLLER_DIED = Cause(CRASH, None, "Ray Train's controller died, and its work
 
 
 class Supervisor:
-    """Passes each message to the records, the decider and the printer. For `num_before`, `no_new_ray` see `Decider`."""
+    """Passes each message to the records, the decider and the printer. For the last three see `Decider`."""
 
     def __init__(
         self,
@@ -50,10 +51,11 @@ class Supervisor:
         config: Config,
         num_before: int | None = None,
         no_new_ray: str | None = None,
+        recovery: str = RESTART,
     ) -> None:
         self._record, self._terminal, self._config = record, terminal, config
         self.group = WorkerGroup(Start.FIRST if num_before is None else Start.AFTER_FAILURE)
-        self._decider = Decider(record, config, num_before, no_new_ray)
+        self._decider = Decider(record, config, num_before, no_new_ray, recovery)
         self._printer = Printer(terminal, record, self.group, config)
         self._asked = KeyboardInterrupt()
         self.on_evaluation_wanted: Callable[[EvaluateCheckpoint], None] = lambda _: None
@@ -113,7 +115,7 @@ class Supervisor:
         raised = self._printer.failure(failure)
         self._note_nccl(failure.attempt)
         if decision.action is not Action.STOP:
-            return Retry(decision.delay_s)
+            return Retry(decision.delay_s, decision.action is Action.REPLACE)
         error = self._decider.give_up(failure)
         if not isinstance(error, ConfigError):
             self._printer.diagnosis(raised)
@@ -136,7 +138,7 @@ class Supervisor:
         name = restored.checkpoint if restored is not None else None
         # names begin with the step: what is restored may well be newer than the last that was heard of
         saved = state.checkpoint
-        if ready.source != MEMORY:
+        if ready.source not in (REPLACED, MEMORY):
             if saved is not None and (name is None or name < saved) and saved not in self.group.rejected:
                 self._note(events.CheckpointRejected(saved, "it is gone"))
             state.checkpoint = name  # a worker that died after saving it may not have reported it

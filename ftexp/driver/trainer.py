@@ -19,9 +19,11 @@ from ray.util.placement_group import PlacementGroup, placement_group_table, remo
 
 from ftexp.cluster import ray_private
 from ftexp.cluster.interruptible import fit_interruptibly
+from ftexp.cluster.ray_replacing import control_fits_by
 from ftexp.cluster.ray_watch import end_workers
 from ftexp.cluster.signals import ignore_termination
-from ftexp.config.schema import Config
+from ftexp.config.recovery import decided
+from ftexp.config.schema import REPLACE, Config
 from ftexp.data.info import DataBundle
 from ftexp.data.shared import Shared
 from ftexp.driver.advice import Advice
@@ -33,6 +35,7 @@ from ftexp.driver.terminal import Terminal
 from ftexp.errors import RayLostError, RunFailedError, StorageError
 from ftexp.failure.causes import find_cause
 from ftexp.failure.group_start import ReportingTorchConfig
+from ftexp.failure.replacing import TrainController
 from ftexp.failure.reporter import FailureReporter
 from ftexp.job.spec import JobSpec
 from ftexp.rundir.record import RunRecord
@@ -155,7 +158,8 @@ def _close(record: RunRecord, status: str, reason: str | None, terminal: Termina
 
 def build_trainer(context: RunContext, bundle: DataBundle, hub: HubAddress) -> TorchTrainer:
     """The TorchTrainer of a run. Ray's own snapshot of an earlier call is dropped: the manifests decide."""
-    config, workers, run_dir, state = context.config, context.workers, context.run_dir, context.state
+    workers, run_dir, state = context.workers, context.run_dir, context.state
+    config = decided(context.config, workers.num_workers, workers.use_gpu)
     run_dir.delete_file(ray_private.SNAPSHOT)
     scaling, failure = config.scaling, config.failure
     filesystem, path = run_dir.open()
@@ -174,6 +178,8 @@ def build_trainer(context: RunContext, bundle: DataBundle, hub: HubAddress) -> T
     # beside the spec: a reference to an object doesn't survive pickle
     classes = Shared(bundle.classes) if bundle.classes is not None else None
     reporter = FailureReporter(hub)
+    if config.failure.recovery == REPLACE:
+        control_fits_by(TrainController)
     return TorchTrainer(
         _train_function,
         # as bytes: Ray unpacks this config in its controller too, where importing torch and timm would only cost time

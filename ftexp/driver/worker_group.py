@@ -31,7 +31,7 @@ class WorkerGroup:
     def note(self, message: Message) -> None:
         """Take in what a message says of it."""
         match message:
-            case Hello(rank=0, world_size=world_size):
+            case Hello(rank=rank, world_size=world_size, replaces=replaces) if rank == 0 or replaces:
                 self.world_size, self.restored, self.rejected = world_size, None, []
                 self._waiting_since = self._waiting_for = None
             case Lost():

@@ -20,6 +20,7 @@ class Meter:
 
     def __init__(self, device: torch.device) -> None:
         self._sums = torch.zeros(_NUM_DIGITS + 3, dtype=torch.int64, device=device)
+        self._of_ranks: Tensor | None = None  # [ranks, sums] as of the last `share`
         self._scales = 2.0 ** (_BITS * torch.arange(_NUM_DIGITS, dtype=torch.float64, device=device))
 
     def add(self, losses: Tensor, correct: Tensor, counted: Tensor) -> None:
@@ -41,6 +42,17 @@ class Meter:
     def reset(self) -> None:
         """Start again from nothing."""
         self._sums.zero_()
+        self._of_ranks = None
+
+    def share(self) -> None:
+        """Let every rank know every rank's sums, so that none is lost with its process; collective."""
+        found = [torch.empty_like(self._sums) for _ in range(dist.get_world_size())]
+        dist.all_gather(found, self._sums)
+        self._of_ranks = torch.stack(found)
+
+    def shared(self, rank: int) -> Tensor:
+        """Return the sums of `rank` when they were last shared; nothing was counted if that was before the reset."""
+        return torch.zeros_like(self._sums) if self._of_ranks is None else self._of_ranks[rank]
 
     def totals(self) -> list[int]:
         """Return sums over all ranks (collective): loss in 2**-24, right answers, samples, those of non-finite loss."""

@@ -70,9 +70,9 @@ def find_cause(worker_exceptions: dict[int, Exception]) -> Cause:
     errors = {rank: ray_private.unwrap(error) for rank, error in worker_exceptions.items()}
     if not errors:
         return Cause(CRASH, None, "the worker group was lost", Ending.DIED)
-    ranked = sorted(errors.items(), key=lambda item: (_is_echo(item[1]), _FIRST.index(_kind(item[1])), item[0]))
+    ranked = sorted(errors.items(), key=lambda item: (is_echo(item[1]), _FIRST.index(_kind(item[1])), item[0]))
     rank, error = ranked[0]
-    if _is_echo(error):
+    if is_echo(error):
         return Cause(CRASH, None, "the connection to another worker was lost", Ending.DIED)
     began = error.rank if isinstance(error, CorruptionError) else rank  # every rank raises the former
     return Cause(_kind(error), began, _in_a_line(error), _ending(error))
@@ -135,7 +135,7 @@ def _ending(error: Exception) -> Ending:
     return Ending.GAVE_UP if isinstance(error, _FINAL) else Ending.RAISED
 
 
-def _is_echo(error: Exception) -> bool:
+def is_echo(error: Exception) -> bool:
     """Whether this looks like what another rank's death does to a collective."""
     return isinstance(error, RuntimeError) and _BROKEN_WORDS.search(str(error)) is not None
 

@@ -16,6 +16,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.train.torch import TorchConfig
 from ray.util.placement_group import get_current_placement_group, remove_placement_group
 
+from ftexp.cluster.ray_replacing import is_replacement, set_environment
 from ftexp.failure.causes import find_cause
 from ftexp.failure.reporter import FailureReporter
 
@@ -25,6 +26,9 @@ class ReportingBackend(TorchConfig().backend_cls):  # type: ignore[misc]
 
     def on_start(self, worker_group: Any, backend_config: ReportingTorchConfig) -> None:
         """Ray's hook. StopRun if there shall be no further try, else RayActorError: Ray then makes new workers."""
+        if is_replacement(worker_group):  # the ranks form their group themselves
+            set_environment(worker_group)
+            return
         placement_group = None
         try:
             placement_group = _placement_group(worker_group)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 
-from ftexp.config.schema import FailureConfig
+from ftexp.config.schema import REPLACE, FailureConfig
 from ftexp.failure.causes import BUG, CRASH, NON_FINITE, OUT_OF_MEMORY, PREEMPTION, RAY, Cause, Ending
 
 MIN_MICRO_BATCH = 2  # images: batch norm can't train on one
@@ -27,6 +27,7 @@ class Action(Enum):
     """A reaction to a failure."""
 
     RESTART = auto()
+    REPLACE = auto()  # the failed worker alone
     RESTART_SMALLER_MICRO_BATCHES = auto()  # batches of half the size
     STOP = auto()
 
@@ -76,7 +77,13 @@ def decide(
         if kind == OUT_OF_MEMORY:
             return _halve(micro_batch)
         past = [failure for failure in past if failure.cause != OUT_OF_MEMORY]
-    return _by_budgets(kind, step, progressed, past, config)
+    return _by_budgets(kind, step, progressed, past, config, _can_replace(cause, config))
+
+
+def _can_replace(cause: Cause, config: FailureConfig) -> bool:
+    """Whether the other workers hold all that the failed one held; what rank 0 holds, none of them does."""
+    dies_alone = cause.ending is Ending.DIED and cause.kind != PREEMPTION  # which takes the slot as well
+    return config.recovery == REPLACE and dies_alone and bool(cause.rank)
 
 
 def _halve(micro_batch: int) -> Decision:
@@ -88,7 +95,9 @@ def _halve(micro_batch: int) -> Decision:
     return Decision(Action.RESTART_SMALLER_MICRO_BATCHES, reason, OUT_OF_MEMORY)
 
 
-def _by_budgets(kind: str, step: int, progressed: bool, past: Sequence[Past], config: FailureConfig) -> Decision:
+def _by_budgets(
+    kind: str, step: int, progressed: bool, past: Sequence[Past], config: FailureConfig, replaces: bool
+) -> Decision:
     refill = config.refill_after_steps
     recent = [failure for failure in past if refill is None or step - failure.step < refill]
     charged = [failure for failure in recent if failure.cause not in (PREEMPTION, RAY)]
@@ -122,6 +131,8 @@ def _by_budgets(kind: str, step: int, progressed: bool, past: Sequence[Past], co
         return Decision(Action.RESTART, f"{arithmetic}: starting a new Ray", kind)
     delay_s = min(config.backoff_s * 2.0 ** min(stuck - 1, 99), config.max_backoff_s) if stuck else 0.0
     wait = f" in {delay_s:g} s" if delay_s else ""
+    if replaces:
+        return Decision(Action.REPLACE, f"{arithmetic}: replacing the worker{wait}", kind, delay_s)
     return Decision(Action.RESTART, f"{arithmetic}: restarting the workers{wait}", kind, delay_s)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import ClassVar
 
 from ray.train import UserCallback
 
@@ -20,6 +21,8 @@ class StopRun(Exception):
 class FailureReporter(UserCallback):  # type: ignore[misc]
     """Reports every failure to the driver, and ends the run if the driver says so."""
 
+    replaces: ClassVar[bool] = False  # what the driver last decided: the controller has a process of its own
+
     def __init__(self, hub: HubAddress) -> None:
         self._hub = hub
 
@@ -36,7 +39,8 @@ class FailureReporter(UserCallback):  # type: ignore[misc]
             raise StopRun(f"no decision from the driver: {error}") from error
         channel.close()
         match channel.answer:
-            case Retry(delay_s):
+            case Retry(delay_s, replaces):
+                FailureReporter.replaces = replaces
                 time.sleep(delay_s)  # Ray makes the next group when this returns
             case Stop(reason):
                 raise StopRun(reason)

@@ -45,6 +45,7 @@ class Watchdog:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._limits, self._on_hang, self._die, self._clock = limits, on_hang, die, clock
+        self.on_phase: Callable[[str], None] = lambda _: None  # called with each that is entered
         self._phase, self._since = START, clock()
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
@@ -59,6 +60,7 @@ class Watchdog:
     def stop(self) -> None:
         """Watch no more."""
         self._ended.set()
+        self.on_phase = lambda _: None
         if self._thread is not None:
             self._thread.join()
             faulthandler.cancel_dump_traceback_later()
@@ -66,6 +68,7 @@ class Watchdog:
     def beat(self, phase: str = STEP) -> None:
         """The loop is alive, and enters `phase`."""
         self._phase, self._since = phase, self._clock()
+        self.on_phase(phase)
 
     @contextlib.contextmanager
     def during(self, phase: str) -> Iterator[None]:

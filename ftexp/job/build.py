@@ -80,14 +80,14 @@ def build_job(spec: JobSpec, streams: dict[str, IndexedSplit]) -> Job:
 def _build(spec: JobSpec, streams: dict[str, IndexedSplit], channel: Channel, group: ProcessGroup) -> Job:
     config, info, device = spec.config, spec.info, group.device
     begin = group.agree_on(channel.answer)
-    assert isinstance(begin, Begin), "rank 0 gets Begin or Stop"
+    assert isinstance(begin, Begin), "rank 0 gets Begin or Stop, and so does who replaces another"
     if config.train.deterministic:
         settle_kernels(device)
     trained = build_trained_model(config, info, device, group.world_size)
     rows = _rows(spec, streams, channel, group)
     teacher = spec.teacher
     distiller = _distiller(config, info, trained.model, device, teacher) if teacher is not None else None
-    learner = _learner(config, info, trained, device, rows["train"], distiller)
+    learner = _learner(config, info, trained, device, rows["train"], distiller, group.is_awaited)
     plan = _plan(config, group, len(rows["train"]), begin.accumulate_steps or 1)
     ledger = Storage(spec.run_uri).child(LEDGER) if config.train.ledger else None
     shape = (info.channels, info.image_size, info.image_size)
@@ -127,9 +127,15 @@ def autocast_of(device: torch.device, precision: str) -> torch.autocast:
 
 
 def _learner(
-    config: Config, info: DataInfo, trained: TrainedModel, device: torch.device, rows: Rows, distiller: Distiller | None
+    config: Config,
+    info: DataInfo,
+    trained: TrainedModel,
+    device: torch.device,
+    rows: Rows,
+    distiller: Distiller | None,
+    awaited: bool,
 ) -> Learner:
-    """Everything around the model; collective. rows: that it is trained on."""
+    """Everything around the model; collective, unless the others are `awaited`. rows: that it is trained on."""
     train, precision, model = config.train, config.train.precision, trained.model
     # all parameters, those that are frozen at first too
     trainable = model if distiller is None else distiller.trainable
@@ -140,7 +146,7 @@ def _learner(
     wrap = _under_ddp if trained.sharding is None else _as_it_is
     return Learner(
         model=model,
-        wrapped=wrap(trainable),
+        wrapped=trainable if awaited else wrap(trainable),
         wrap=wrap,
         optimizer=optimizer,
         scheduler=scheduler_of(config, optimizer, len(rows)),
@@ -286,7 +292,8 @@ def _connect(spec: JobSpec, group: ProcessGroup) -> Channel:
 
     is_forked = HOT_START_MARK in os.environ
     node = ray.get_runtime_context().get_node_id()
-    hello = Hello(group.rank, group.world_size, os.getpid(), socket.gethostname(), is_forked, node)
+    place = (group.rank, group.world_size, os.getpid(), socket.gethostname())
+    hello = Hello(*place, is_forked, node, group.is_awaited)
     channel = Channel(spec.hub, hello)
     if isinstance(channel.answer, Stop):
         channel.close()

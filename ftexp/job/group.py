@@ -17,6 +17,11 @@ class ProcessGroup:
     world_size: int
     device: torch.device
 
+    @property
+    def is_awaited(self) -> bool:
+        """Whether other ranks wait for this one, which was started again, to form the group."""
+        return self.world_size > 1 and not dist.is_initialized()
+
     def agree(self, value: int) -> int:
         """Return rank 0's `value` on every rank; collective."""
         if not dist.is_initialized():

@@ -160,6 +160,8 @@ class _Follower:
         self._close(self._phase, event["time"])
         self._phase = RESTORING
 
+    _on_worker_replaced = _on_attempt_started
+
     def _on_restored(self, event: Record) -> None:
         if self._open is not None:
             self._open.restored = event.get("checkpoint")

@@ -223,6 +223,11 @@ class RunRecord:
     def _hello(self, hello: Hello) -> Begin | None:
         state = self.state
         self._workers[hello.rank], self._is_ready = hello, False
+        if hello.replaces:
+            self.died_rank = None
+            came = events.WorkerReplaced(hello.rank, hello.pid, hello.node, hello.hot_start)
+            self.event(came, self.clock.attempt_started())
+            return self._begin()
         if hello.rank != 0:
             return None
         state.attempts += 1
@@ -231,6 +236,10 @@ class RunRecord:
         event = events.AttemptStarted(hello.world_size, hello.pid, hello.node, hello.hot_start)
         self.event(event, self.clock.attempt_started())
         self.write()
+        return self._begin()
+
+    def _begin(self) -> Begin:
+        state = self.state
         return Begin(state.attempts, state.skipped, state.accumulate_steps, self._lineage.as_pairs())
 
     def _ready(self, ready: Ready) -> None:

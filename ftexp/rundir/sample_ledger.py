@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ftexp.rundir.names import LEDGER
-from ftexp.storage.append_log import AppendLog, read_lines
+from ftexp.storage.append_log import AppendLog, parse_lines, read_lines
 from ftexp.storage.directory import Storage
 
 if TYPE_CHECKING:
@@ -36,6 +36,11 @@ class SampleLedger:
     def back_to(self, step: int) -> None:
         """Record that the weights went back to those after `step`: the steps after it are done again."""
         self._append({"back_to": step})
+
+    def last_step(self) -> int:
+        """Return the last step of this attempt that the rank's file holds; 0 if it holds none."""
+        lines = parse_lines(self._log.lines()) if self._log is not None else []
+        return max(_standing(lines), default=0)
 
     def _append(self, line: dict[str, Any]) -> None:
         if self._log is not None:

@@ -125,6 +125,16 @@ class AttemptStarted(Event):
 
 
 @dataclass(frozen=True)
+class WorkerReplaced(Event):
+    """A worker has connected that takes the place of one that died, while the others wait for it."""
+
+    rank: int
+    pid: int
+    node: str
+    hot_start: bool
+
+
+@dataclass(frozen=True)
 class WeightsLoaded(Event):
     """The model began with the weights of another."""
 

@@ -116,7 +116,7 @@ class Hub:
     def _joins(self, hello: Hello) -> None:
         """Count a worker to the latest group, or to the next one if its rank is taken."""
         with self._lock:
-            if hello.rank in self._group:
+            if hello.rank in self._group and not hello.replaces:
                 self._group = {}
             self._group[hello.rank] = hello
 

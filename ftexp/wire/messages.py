@@ -26,7 +26,7 @@ UNSAVED, DAMAGED, FAILED = "unsaved", "damaged", "failed"  # checkpoints that ca
 
 @dataclass(frozen=True)
 class Hello(Message):
-    """A worker has started; answered by `Begin`, for rank 0, or `Stop`."""
+    """A worker has started; answered by `Begin`, for rank 0 and for one that replaces another, or `Stop`."""
 
     rank: int
     world_size: int
@@ -34,6 +34,7 @@ class Hello(Message):
     node: str
     hot_start: bool = False  # it was forked from a process that had imported everything
     ray_node: str = ""  # Ray's id of its node
+    replaces: bool = False  # it takes the place of a worker that died, among others that live
 
 
 @dataclass(frozen=True)
@@ -179,6 +180,7 @@ class Retry(Message):
     """There is another attempt."""
 
     delay_s: float
+    replaces: bool = False  # by starting the failed worker again, if the others are where they can wait for it
 
 
 @dataclass(frozen=True)

@@ -129,8 +129,6 @@ def _require_replicas(job: Job) -> None:
     key = f"failure.check_replicas_every_steps={job.config.failure.check_replicas_every_steps}"
     if job.group.world_size == 1:
         raise ConfigError(f"{key} compares ranks, and there is one: set scaling.num_workers=2 or more, or remove it")
-    if any(hasattr(parameter, "full_tensor") for parameter in job.learner.model.parameters()):
-        raise ConfigError(f"{key} compares whole replicas, and each rank holds a part of the weights: remove it")
 
 
 def _of_all_ranks(own: Tensor) -> Tensor:

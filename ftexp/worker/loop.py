@@ -15,6 +15,7 @@ from ftexp.checkpoint.restore import restore
 from ftexp.checkpoint.store import CheckpointStore
 from ftexp.data.batches import Batch
 from ftexp.data.info import IndexedSplit
+from ftexp.failure.meeting import MEETING
 from ftexp.failure.nonfinite import NonFiniteRecovery
 from ftexp.failure.phases import AGREEMENT, BETWEEN, EVALUATION, SAVE, START, STEP
 from ftexp.failure.watchdog import Watchdog, hang_limits, hang_reporter
@@ -31,6 +32,7 @@ from ftexp.worker.corruption import ReplicaCheck, StepRepeat
 from ftexp.worker.evaluation import evaluation_due, test
 from ftexp.worker.log import Ticker, announce, log_train
 from ftexp.worker.ranks import RankTimes
+from ftexp.worker.replacing import Facts, Replacing, come
 from ftexp.worker.step import settle_gradient_order, thaw, train_step
 from ftexp.worker.validation import ask_again, settle, validate
 
@@ -54,6 +56,7 @@ def train_loop(spec: JobSpec, streams: dict[str, IndexedSplit]) -> dict[str, flo
         job.channel.send(Raised(job.group.rank, progress.step, progress.position, samples, traceback.format_exc()))
         raise
     finally:
+        MEETING.expect(False)
         job.channel.close()
 
 
@@ -69,10 +72,10 @@ def _train(job: Job, run_dir: Storage) -> dict[str, float] | None:
     watchdog = Watchdog(hang_limits(job.config.failure), report_hang)
     watchdog.start()
     try:
-        begin(job, store, checkpoints)
+        replacing = begin(job, store, checkpoints)
         with watchdog.during(EVALUATION):
             settle(job, max_pending=1)  # a run that was stopped while it waited has two
-        run_steps(job, batches, checkpoints, watchdog, chaos)
+        run_steps(job, batches, checkpoints, watchdog, chaos, replacing)
         has_ended = progress.finished and not progress.pending
         if has_ended:
             with watchdog.during(EVALUATION):
@@ -95,13 +98,16 @@ def planned_chaos(job: Job, run_dir: Storage) -> Chaos | None:
     return Chaos(faults, job.group, job.progress, job.data.skipped, job.channel, run_dir)
 
 
-def begin(job: Job, store: CheckpointStore, checkpoints: CheckpointManager) -> None:
-    """Restore the state that the attempt starts from; collective."""
+def begin(job: Job, store: CheckpointStore, checkpoints: CheckpointManager) -> Replacing:
+    """Restore the state that the attempt starts from, or take it over from ranks that live; collective."""
+    if job.group.is_awaited:
+        return come(job, checkpoints)
     settle_gradient_order(job)
     announce(job, restore(job, store, checkpoints))
     ask_again(job, store)
     checkpoints.keep_in_memory()
     checkpoints.begin_snapshots()
+    return Replacing(job, checkpoints, Facts(began=job.progress.step))
 
 
 def run_steps(
@@ -110,18 +116,20 @@ def run_steps(
     checkpoints: CheckpointManager,
     watchdog: Watchdog,
     chaos: Chaos | None = None,
+    replacing: Replacing | None = None,
 ) -> None:
     """Train on `batches`, evaluate and save, until they end, a stop is requested or a hook ends the run; collective."""
     progress, config, ticker = job.progress, job.config, Ticker(job)
     replicas, repeat, ranks = ReplicaCheck(job), StepRepeat(job), RankTimes(job)
     recovery = NonFiniteRecovery(config.failure, job.group, progress, job.data.skipped, job.channel, checkpoints)
+    recovers = replacing.prepared(ranks, recovery, watchdog) if replacing is not None else None
     in_step = START  # until one step is done: the first compiles, and fills what is prefetched
     for batch in batches:
         watchdog.beat(in_step)
         if thaw(job):
             ranks.watch()
         if not recovery.skips(batch):
-            if train_step(job, batch, repeat):
+            if train_step(job, batch, repeat, recovers):
                 recovery.recovered()
             elif recovery.recover(batch):
                 continue  # from where it was rolled back to

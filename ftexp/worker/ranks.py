@@ -45,9 +45,7 @@ class RankTimes:
 
     def watch(self) -> None:
         """Notice where the model waits; to be called again when other parts of it are trained."""
-        for remove in [*self._remove, *(handle.remove for handle in self._gradients.values())]:
-            remove()
-        self._remove, self._gradients, self._last = [], {}, None
+        self.stop()
         self._job.stopwatch.go_on()  # gradients that were computed for their order alone are no step's
         if self._stragglers is None:
             return
@@ -61,6 +59,12 @@ class RankTimes:
         if BACKWARD in self._compared:
             trained = [parameter for parameter in learner.trainable.parameters() if parameter.requires_grad]
             self._gradients = {each: _hooked(each, self._computed) for each in trained}
+
+    def stop(self) -> None:
+        """Notice nothing any more."""
+        for remove in [*self._remove, *(handle.remove for handle in self._gradients.values())]:
+            remove()
+        self._remove, self._gradients, self._last = [], {}, None
 
     def _watch_forward(self, outer: nn.Module, inner: nn.Module) -> None:
         """A forward pass waits from the call of `outer` to the beginning of `inner` itself."""

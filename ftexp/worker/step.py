@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,15 +30,40 @@ from ftexp.worker.corruption import StepRepeat
 _STEP = 3  # stream of the run's seed; see ftexp.job.build
 
 
-def train_step(job: Job, batch: Batch, repeat: StepRepeat | None = None) -> bool:
+def train_step(
+    job: Job,
+    batch: Batch,
+    repeat: StepRepeat | None = None,
+    recovers: Callable[[RuntimeError], bool] | None = None,
+) -> bool:
     """One optimiser step on this rank's share of a global batch; False if its gradient was NaN or infinite.
 
     Then everything is as before, where failure.on_nonfinite asks to look; else the next logged point tells.
     In fp16 a gradient that is too large for the loss scale is none of that: the scaler leaves the step out, lowers the
     scale, and `job.progress.num_overflows` counts it.
+    recovers: waits until a rank that has died is back, whose death may have given the error; False if none has died.
+    """
+    learner = job.learner
+    micro_batches = [job.data.augmented(micro, batch.start) for micro in batch.micro_batches]
+    while True:
+        before = before_step(learner, job.progress.train) if recovers is not None else []
+        try:
+            return _take_step(job, micro_batches, repeat, shares=recovers is not None)
+        except RuntimeError as error:
+            if recovers is None:
+                raise
+            traceback.clear_frames(error.__traceback__)  # DDP, which they hold, would hear of the gradients that follow
+            put_back(learner, job.progress.train, before)
+            if not recovers(error):
+                raise
+
+
+def _take_step(job: Job, micro_batches: Sequence[MicroBatch], repeat: StepRepeat | None, shares: bool) -> bool:
+    """Do what `train_step` does once a batch is prepared. shares: whether ranks keep each other's sums of metrics.
+
+    Until the last collective, which tells them, nothing is changed that `put_back` doesn't put back.
     """
     learner, meter = job.learner, job.progress.train
-    micro_batches = [job.data.augmented(micro, batch.start) for micro in batch.micro_batches]
     _seed_step(job)
     looks, repeats = job.config.failure.on_nonfinite != "raise", repeat is not None and repeat.is_due
     before = before_step(learner, meter) if looks or repeats else []
@@ -49,6 +75,8 @@ def train_step(job: Job, batch: Batch, repeat: StepRepeat | None = None) -> bool
     if looks and not _is_finite(job, losses, norm):
         put_back(learner, meter, before)
         return False
+    if shares:
+        meter.share()
     _clip(learner, job.config.train, norm)
     learner.scaler.step(learner.optimizer)
     learner.scaler.update()

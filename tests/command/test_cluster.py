@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ftexp.drilling.report import compare
+from ftexp.drill.report import compare
 from ftexp.rundir.names import CHECKPOINTS
 from ftexp.rundir.sample_ledger import problems, read_updates
 from tests.support.command import Command, RunFolder
@@ -29,7 +29,7 @@ ENVIRONMENT = {
 }
 RESIZES_EVERY_S = 13  # how often Ray Train looks whether there is room for more workers: time for two saves
 SNAPSHOT_EVERY = 2
-NOTICE_S = 20.0  # from the announcement that a node goes to its end
+NOTICE_S = 10.0  # from the announcement that a node goes to its end
 EPOCHS = 7  # of the run on the cluster: 80 s at least, if every step is slowed
 
 

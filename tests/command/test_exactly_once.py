@@ -13,7 +13,7 @@ from ftexp.checkpoint.compare import load
 from ftexp.checkpoint.staging import writer
 from ftexp.checkpoint.store import CheckpointStore, locate
 from ftexp.cli.trained_run import load_run_config
-from ftexp.drilling.report import compare
+from ftexp.drill.report import compare
 from ftexp.rundir.sample_ledger import problems, read_updates
 from ftexp.storage.directory import Storage
 from ftexp.storage.lease import LOCK_FILE
@@ -46,12 +46,12 @@ def changed(path, change):
 def test_a_drill_with_the_full_recipe_on_tells_a_run_that_survived_its_faults_from_one_that_did_not(ftexp, tmp_path):
     faults = ["kill_worker", "truncate_checkpoint", "kill_driver"]  # as parts are unfrozen, between, and after
     words = [*faults[:2], f"{{kind: kill_driver, step: {DRILL_STEPS - 1}}}"]  # a save that is slow has time
-    (tmp_path / "slow").touch()  # so that saves keep up with steps
     command = ftexp(
         *RECIPE, "plugins=[obedient]", f"checkpoint.extra_state=[ema,{STATES}]", f"drill.steps={DRILL_STEPS}",
         f"drill.faults=[{','.join(words)}]", f"run.storage={tmp_path / 'runs'}", module="drill",
     )  # fmt: skip
     command.wait_for("clean ")  # whatever waits has its own deadline, and this is three commands
+    (tmp_path / "slow").touch()  # before the first step of the next: so that saves keep up with steps
     command.wait_for("running the same command again")
     assert command.wait() == 0, command.output
     (directory,) = (tmp_path / "runs").iterdir()

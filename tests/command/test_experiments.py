@@ -5,7 +5,7 @@ from tests.support.command import Command, RunFolder
 
 def test_the_smoke_experiment_runs_and_the_same_command_prints_it_again(tmp_path, preloaded):
     words = ["experiment=smoke", f"run.storage={tmp_path}", "run.name=smoke"]
-    command, run = Command("train", words, tmp_path), RunFolder(tmp_path / "smoke")
+    command, run = Command("train", words, tmp_path, preloaded), RunFolder(tmp_path / "smoke")
     assert command.wait() == 0, command.output
     assert (run.record["status"], run.record["world_sizes"]) == ("finished", [2])
     assert (run.path / "report.html").exists()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ftexp.drilling.report import compare
+from ftexp.drill.report import compare
 from ftexp.rundir.sample_ledger import problems, read_updates
 from tests.support.processes import wait_until_none
 from tests.support.reference import OPTIONS

@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from ftexp.errors import ConfigError
-from ftexp.predict import parse
-from ftexp.predicting.parts import PARTS
+from ftexp.predict.command import parse
+from ftexp.predict.parts import PARTS
 
 # the digits as a source whose images past a certain one can't be read until a file is there: a command stands still
 # then, half-way, for as long as it takes

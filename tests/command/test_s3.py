@@ -12,7 +12,7 @@ import pytest
 
 from ftexp.checkpoint.manifest import MANIFEST
 from ftexp.checkpoint.store import CheckpointStore
-from ftexp.drilling.report import compare
+from ftexp.drill.report import compare
 from ftexp.rundir.names import CHECKPOINTS
 from ftexp.storage.directory import Storage
 from tests.support.command import Command

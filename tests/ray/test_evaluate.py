@@ -11,9 +11,9 @@ from ftexp import evaluate as module
 from ftexp.checkpoint.reading import read_weights
 from ftexp.data.feeds.feed import ToTensors
 from ftexp.errors import DataError, StorageError
-from ftexp.evaluate import EvaluateConfig
-from ftexp.evaluating.measure import measure
-from ftexp.evaluating.printing import print_result
+from ftexp.evaluate.command import EvaluateConfig
+from ftexp.evaluate.measure import measure
+from ftexp.evaluate.printing import print_result
 from ftexp.storage.directory import Storage
 from tests.support.configs import composed
 from tests.support.image_files import encoded, picture, put

@@ -18,9 +18,9 @@ from ftexp.cluster.resources import Workers
 from ftexp.data.cropping import Fit
 from ftexp.data.feeds.decoding import decode_samples
 from ftexp.errors import DataError
-from ftexp.predicting import stopping
-from ftexp.predicting.inputs import ALL, find_inputs
-from ftexp.predicting.parts import PARTS, PredictionPlan, begin
+from ftexp.predict import stopping
+from ftexp.predict.inputs import ALL, find_inputs
+from ftexp.predict.parts import PARTS, PredictionPlan, begin
 from ftexp.storage.directory import Storage
 from tests.support.configs import composed
 from tests.support.image_files import (
@@ -166,7 +166,7 @@ def run(tmp_path_factory):
 
 def test_parts_hold_what_the_model_says_of_each_image_and_name_what_is_unreadable(run, tmp_path):
     from ftexp.data.shared import Shared
-    from ftexp.predicting.pipeline import PredictionJob
+    from ftexp.predict.pipeline import PredictionJob
 
     paths = [tmp_path / "images" / f"{'012'[n % 3]}/{n:02}.png" for n in range(20)]
     for path, image in zip(paths, IMAGES, strict=True):

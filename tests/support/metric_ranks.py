@@ -34,15 +34,14 @@ def counted(logits, targets, batch_size, names=NAMES):
     return metrics.compute()
 
 
-def count(rank, num_samples):
+def count(rank, logits, targets, expected):
     dist.init_process_group(
-        "gloo", rank=rank, world_size=WORLD, init_method=f"file://{os.environ['MEETING']}{num_samples}"
+        "gloo", rank=rank, world_size=WORLD, init_method=f"file://{os.environ['MEETING']}{len(targets)}"
     )
-    logits, targets = made(num_samples=num_samples)
     first, last = even_part(0, len(targets), rank, WORLD)
     shared = counted(logits[first:last], targets[first:last], 17)
     dist.destroy_process_group()
-    assert shared == counted(logits, targets, 64), "another number of workers, and of samples at a time"
+    assert shared == expected, "another number of workers, and of samples at a time"
 
 
 if __name__ == "__main__":
@@ -51,5 +50,7 @@ if __name__ == "__main__":
     if "torchmetrics" not in sys.modules:
         print("torchmetrics is not imported", flush=True)
     for num_samples in (NUM_SAMPLES, 2):  # with two samples, a rank has none
-        torch.multiprocessing.start_processes(count, (num_samples,), nprocs=WORLD, start_method="fork")
+        logits, targets = made(num_samples=num_samples)
+        expected = counted(logits, targets, 64)  # before the forks, which have torchmetrics by that
+        torch.multiprocessing.start_processes(count, (logits, targets, expected), nprocs=WORLD, start_method="fork")
     print("as one process")

@@ -1,4 +1,4 @@
-"""Commands that begin as forks of a process that has imported everything, on a Ray that all of them share.
+"""Commands, and programs of tests, that begin as forks of a process that has imported everything; and a Ray for them.
 
 Two thirds of what a command costs are imports and the start of a Ray. `python -m ftexp.<module>` in a fork has neither,
 and is otherwise the command: its own process, environment, directory, output and signals.
@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 from ftexp.cluster.hot_start import driver
+from tests.support.command import DEADLINE_S
 
 FOLDER = "FTEXP_TESTS_PRELOADED"  # in a fork's environment: where the preloaded process listens
 ROOT = str(Path(__file__).parents[2])  # workers that Ray starts for tests find these there
@@ -53,6 +54,15 @@ class Preloaded:
         """What a fork is started with."""
         return {**os.environ, **self._settings}
 
+    def run(self, program, *words, **environment):
+        """Return what a program of tests.support prints, in a fork; fail if it fails."""
+        done = subprocess.run(
+            [*self.python, f"{ROOT}/tests/support/{program}.py", *words],
+            env={**self.environment(), **environment}, capture_output=True, text=True, timeout=DEADLINE_S, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-4000:]
+        return done.stdout
+
     def runtime_env(self):
         """What makes Ray's workers forks."""
         return {"py_executable": shlex.join(self.python), "env_vars": {"PYTHONPATH": self._settings["PYTHONPATH"]}}
@@ -84,10 +94,22 @@ class Shared(driver.HotStart):
         self._directory = None
 
 
+class ForkedCommand(subprocess.Popen):
+    """In a fork: a command that a drill runs, as a fork as well."""
+
+    def __init__(self, words, **options):
+        python, is_module, module, *overrides = words
+        assert (python, is_module) == (sys.executable, "-m")
+        forked = driver._fork_words(f"{os.environ[FOLDER]}/socket")
+        super().__init__([*forked, __file__, module.removeprefix("ftexp."), *overrides], **options)
+
+
 def become(module):
     """Be the command, whose own workers are forks of the same preloaded process."""
     from ftexp.cluster.hot_start.forker import MARK
 
+    if module == "drill":
+        subprocess.Popen = ForkedCommand
     del os.environ[MARK]  # that of a worker
     sys.stdin = sys.stdout = sys.stderr = None  # the preloaded process's: each command opens what is lacking
     sys.orig_argv = [sys.executable, "-m", f"ftexp.{module}", *sys.argv[1:]]  # what begins again, where Ray has died

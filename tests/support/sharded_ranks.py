@@ -65,7 +65,7 @@ def state_of(job):
     return gathered(parts, keeps=True)
 
 
-def go_on(job, evaluates=True):
+def go_on(job):
     """Train to the end; returns each step's sum of losses, the last metrics, and the state after some steps."""
     losses, kept = [], None
     for batch in job.data.feed.from_position(job.progress.position):
@@ -74,10 +74,9 @@ def go_on(job, evaluates=True):
         thaw(job)
         assert train_step(job, batch)
         losses.append(job.progress.train.totals()[0])
-        if advance(job, batch) and evaluates:
+        if advance(job, batch):
             evaluate(job, "val")
-    if evaluates:
-        evaluate(job, "val")
+    evaluate(job, "val")
     return losses, dict(job.progress.metrics), kept
 
 
@@ -91,12 +90,16 @@ def tensors_of(state):
 
 
 def compare(rank, world, kinds):
+    """Returns what was trained with all switches on, {kind: (job, metrics, what go_on has kept)}."""
+    trained = {}
     for name, switches in SWITCHES.items():
         expected = None
         for kind in kinds:
             job = job_of(kind, rank, world, **switches)
             begun = tensors_of(state_of(job)[0])
-            losses, metrics, _ = go_on(job)
+            losses, metrics, kept = go_on(job)
+            if name == "all":
+                trained[kind] = (job, metrics, kept)
             found = (torch.tensor(losses), torch.tensor(list(metrics.values())), tensors_of(state_of(job)))
             if expected is None:
                 expected, first = found, begun
@@ -107,11 +110,10 @@ def compare(rank, world, kinds):
             torch.testing.assert_close(found[1], expected[1], rtol=10 * rtol, atol=1e-5)
             for ours, theirs in zip(found[2], expected[2], strict=True):
                 torch.testing.assert_close(ours.float(), theirs.float(), rtol=1e-2, atol=2e-3)
+    return trained
 
 
-def holds_a_part(rank, world):
-    job = job_of("fsdp", rank, world, **SWITCHES["all"])
-    go_on(job, evaluates=False)
+def holds_a_part(job):
     learner = job.learner
     held = sum(local(each).numel() for each in learner.model.parameters())
     in_all = sum(each.numel() for each in learner.model.parameters())
@@ -122,10 +124,10 @@ def holds_a_part(rank, world):
     assert sum(local(each).numel() for each in moments) <= 2 * held
 
 
-def resume(rank, world, kind):
-    """Trained on from a step between, or with a step that is skipped, every bit is as without."""
-    clean = job_of(kind, rank, world, **SWITCHES["all"])
-    _, metrics, (kept, progress) = go_on(clean)
+def resume(rank, world, clean, metrics, kept_at):
+    """Trained on from a step between, every bit is as in the job that was trained without a stop."""
+    kept, progress = kept_at
+    kind = clean.config.parallel.kind
     resumed = job_of(kind, rank, world, **SWITCHES["all"])
     learner = resumed.learner
     learner.model.load_state_dict(cut(kept[0], like_tree(learner.model.state_dict())))
@@ -156,15 +158,17 @@ def skip(rank, world):
 def run(rank, world):
     dist.init_process_group("gloo", rank=rank, world_size=world, init_method=f"file://{os.environ['MEETING']}{world}")
     if world == 4:
-        compare(rank, world, ("ddp", "fsdp", "hsdp"))
-        resume(rank, world, "hsdp")
+        trained = compare(rank, world, ("ddp", "fsdp", "hsdp"))
+        resume(rank, world, *trained["hsdp"])
+        resume(rank, world, *trained["fsdp"])
     if world == 3:
-        holds_a_part(rank, world)
+        clean = job_of("fsdp", rank, world, **SWITCHES["all"])
+        _, metrics, kept = go_on(clean)
+        holds_a_part(clean)
+        resume(rank, world, clean, metrics, kept)
         skip(rank, world)
     if world == 1:
         compare(rank, world, ("ddp", "fsdp"))
-    if world > 2:
-        resume(rank, world, "fsdp")
     dist.destroy_process_group()
 
 

@@ -23,7 +23,7 @@ from ftexp.checkpoint.store import REJECTED, CheckpointStore, locate
 from ftexp.cli.trained_run import choose
 from ftexp.config.schema import DAMAGES, Config
 from ftexp.errors import CheckpointError, ConfigError
-from ftexp.evaluate import EvaluateConfig, evaluate
+from ftexp.evaluate.command import EvaluateConfig, evaluate
 from ftexp.rundir.names import CHECKPOINTS
 from ftexp.storage.directory import Storage
 

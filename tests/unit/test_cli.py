@@ -7,13 +7,13 @@ import pytest
 from omegaconf import OmegaConf
 
 import ftexp.config.checks.scaling
-from ftexp import evaluate
 from ftexp.cli.compose import run_hydra, to_config
 from ftexp.cli.exit_codes import exit_code_of, print_error
 from ftexp.cluster.interruptible import Terminated
 from ftexp.config.checks.validate import validate
 from ftexp.config.schema import config_dir
 from ftexp.errors import ConfigError, DataError, FtexpError, RunFailedError
+from ftexp.evaluate import command as evaluate
 
 GROUPS = sorted(
     directory.name for directory in config_dir().iterdir() if directory.is_dir() and directory.name != "hydra"

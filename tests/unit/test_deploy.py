@@ -11,10 +11,10 @@ import time
 import pytest
 import yaml
 
-from ftexp.deploy import deploy, parse
-from ftexp.deploying import kuberay, skypilot, slurm
-from ftexp.deploying.dockerfile import dockerfile
-from ftexp.deploying.plan import KINDS, DeployConfig, Plan, checked_words
+from ftexp.deploy import kuberay, skypilot, slurm
+from ftexp.deploy.command import deploy, parse
+from ftexp.deploy.dockerfile import dockerfile
+from ftexp.deploy.plan import KINDS, DeployConfig, Plan, checked_words
 from ftexp.errors import ConfigError, StorageError
 
 WORDS = ("run.name=first", "model=vit", "'optim.lr=${oc.env:LR}'", "data.root=my photos")

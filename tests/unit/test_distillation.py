@@ -22,7 +22,7 @@ from ftexp.data.plan import ShardPlan
 from ftexp.driver import run
 from ftexp.driver.teacher import with_teacher
 from ftexp.errors import ConfigError
-from ftexp.exporting.formats import safetensors
+from ftexp.export.formats import safetensors
 from ftexp.job.stopwatch import TEACHER
 from ftexp.model.build import timm_arguments
 from ftexp.model.distillation import Distiller, term

@@ -9,17 +9,17 @@ from collections import namedtuple
 import pytest
 from rich.console import Console
 
-import ftexp.diagnosing.disk
-import ftexp.diagnosing.machine
-import ftexp.diagnosing.together
+import ftexp.doctor.disk
+import ftexp.doctor.machine
+import ftexp.doctor.together
 from ftexp.config.schema import Config
-from ftexp.diagnosing.decoding import decode_rate
-from ftexp.diagnosing.disk import disk_space, probed, storage_checks
-from ftexp.diagnosing.finding import Verdict, fails, not_here, ok, print_table, warning
-from ftexp.diagnosing.machine import gpus, open_files, ray_directory, shared_memory, versions
-from ftexp.diagnosing.model_size import ModelSize, model_size
-from ftexp.diagnosing.ranks import RankFacts, all_reduce_rate
-from ftexp.diagnosing.together import all_reduce, clocks, same_product, same_versions, together
+from ftexp.doctor.decoding import decode_rate
+from ftexp.doctor.disk import disk_space, probed, storage_checks
+from ftexp.doctor.finding import Verdict, fails, not_here, ok, print_table, warning
+from ftexp.doctor.machine import gpus, open_files, ray_directory, shared_memory, versions
+from ftexp.doctor.model_size import ModelSize, model_size
+from ftexp.doctor.ranks import RankFacts, all_reduce_rate
+from ftexp.doctor.together import all_reduce, clocks, same_product, same_versions, together
 from ftexp.storage.directory import Storage
 
 Usage = namedtuple("Usage", "total used free")
@@ -41,7 +41,7 @@ def facts(rank, node="a", device="cpu", products=("x", "x"), seconds=0.01, ahead
 
 def test_versions_that_are_installed_are_those_that_are_asked_for(monkeypatch):
     assert versions().verdict is Verdict.OK
-    monkeypatch.setattr(ftexp.diagnosing.machine, "requires", lambda _: ["torch>=99", "no-such-package", "rich"])
+    monkeypatch.setattr(ftexp.doctor.machine, "requires", lambda _: ["torch>=99", "no-such-package", "rich"])
     found = versions()
     assert found.verdict is Verdict.FAILS
     assert "is not >=99" in found.found
@@ -49,15 +49,15 @@ def test_versions_that_are_installed_are_those_that_are_asked_for(monkeypatch):
 
 
 def test_a_machine_without_a_gpu_is_told_and_fails_only_a_run_that_wants_one(config, monkeypatch):
-    monkeypatch.setattr(ftexp.diagnosing.machine, "num_local_gpus", lambda: 0)
+    monkeypatch.setattr(ftexp.doctor.machine, "num_local_gpus", lambda: 0)
     assert gpus(config).verdict is Verdict.NOT_HERE
     config.scaling.use_gpu = True
     assert gpus(config).verdict is Verdict.FAILS
 
 
 def test_gpus_that_torch_cannot_use_fail_a_run_and_those_in_use_are_told(config, monkeypatch):
-    monkeypatch.setattr(ftexp.diagnosing.machine, "num_local_gpus", lambda: 2)
-    monkeypatch.setattr(ftexp.diagnosing.machine, "_driver", lambda: ("470.1", [0.0, 0.5]))
+    monkeypatch.setattr(ftexp.doctor.machine, "num_local_gpus", lambda: 2)
+    monkeypatch.setattr(ftexp.doctor.machine, "_driver", lambda: ("470.1", [0.0, 0.5]))
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert gpus(config).verdict is Verdict.FAILS
     assert "driver 470.1" in gpus(config).found
@@ -103,7 +103,7 @@ def test_a_disk_without_room_for_the_checkpoints_fails_a_run(config, monkeypatch
 
 
 def test_the_storage_is_tried_and_left_as_it_was(config, tmp_path, monkeypatch):
-    monkeypatch.setattr(ftexp.diagnosing.disk, "_PROBE_BYTES", 2**20)
+    monkeypatch.setattr(ftexp.doctor.disk, "_PROBE_BYTES", 2**20)
     found = storage_checks(config, 10**6)
     assert [finding.verdict for finding in found] == [Verdict.OK] * 3
     assert "a checkpoint of 1 MB takes" in found[2].found
@@ -126,7 +126,7 @@ def test_a_storage_that_lists_wrongly_fails_a_run(config, monkeypatch):
 
 
 def test_a_slow_storage_is_told(config, monkeypatch):
-    monkeypatch.setattr(ftexp.diagnosing.disk, "_SLOW_SAVE_S", 0.0)
+    monkeypatch.setattr(ftexp.doctor.disk, "_SLOW_SAVE_S", 0.0)
     assert storage_checks(config, 10**6)[2].verdict is Verdict.WARNING
 
 
@@ -187,7 +187,7 @@ def test_workers_that_do_not_start_are_a_finding(config, monkeypatch):
     def refuse(*_):
         raise RuntimeError("no room\nat all")
 
-    monkeypatch.setattr(ftexp.diagnosing.together, "measured", refuse)
+    monkeypatch.setattr(ftexp.doctor.together, "measured", refuse)
     (found,) = together(config, "2 workers", None, None)
     assert (found.verdict, found.found) == (Verdict.FAILS, "2 workers: no room at all")
 

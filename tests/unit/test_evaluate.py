@@ -6,11 +6,11 @@ import pytest
 from omegaconf import OmegaConf
 
 import ftexp.cluster.ray_cluster
-import ftexp.evaluating.measure as measuring
+import ftexp.evaluate.measure as measuring
 from ftexp.cli.trained_run import load_run_config
 from ftexp.config.schema import ScalingConfig
 from ftexp.errors import ConfigError, StorageError
-from ftexp.evaluate import EvaluateConfig, MovedData, _on_other_data, evaluate
+from ftexp.evaluate.command import EvaluateConfig, MovedData, _on_other_data, evaluate
 from ftexp.rundir.names import CONFIG_FILE
 from tests.support.configs import composed
 from tests.support.saved_runs import saved_run

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-import ftexp.export
+import ftexp.export.command
 from ftexp.checkpoint.reading import read_weights
 from ftexp.errors import CheckpointError, ConfigError, ExportError
-from ftexp.export import export, parse
-from ftexp.exporting.checking import Samples, compare
-from ftexp.exporting.formats import answers, formats
+from ftexp.export.checking import Samples, compare
+from ftexp.export.command import export, parse
+from ftexp.export.formats import answers, formats
 from tests.support.saved_runs import CHECKPOINT, CLASSES, pictures, saved_run
 
 IMAGES = pictures(5)
@@ -62,7 +62,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def images_without_ray(monkeypatch):
-    monkeypatch.setattr(ftexp.export, "_samples", lambda run, number: Samples(IMAGES[:number], "test"))
+    monkeypatch.setattr(ftexp.export.command, "_samples", lambda run, number: Samples(IMAGES[:number], "test"))
 
 
 def test_what_is_exported_says_the_same_where_there_is_no_ftexp(run, tmp_path, capsys):
@@ -141,7 +141,9 @@ def test_the_first_image_is_asked_for_by_itself():
 
 
 def test_noise_is_told_of(run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(ftexp.export, "_samples", lambda *_: Samples(IMAGES, "noise", "data.root=gone can't be listed"))
+    monkeypatch.setattr(
+        ftexp.export.command, "_samples", lambda *_: Samples(IMAGES, "noise", "data.root=gone can't be listed")
+    )
     monkeypatch.setitem(formats._entries, "onnx", lambda model, info, *_: answers(model, info))
 
     about = export(parse([f"run={run.storage.uri}", "format=onnx", f"out={tmp_path / 'out'}"]))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ftexp.errors import ConfigError
-from ftexp.evaluate import refuse
+from ftexp.evaluate.command import refuse
 from ftexp.evaluation.matched_classes import MatchedClasses
 
 

@@ -1,9 +1,6 @@
 """Metrics of an evaluation: their values, over one process and over three, and which names are refused."""
 
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import sklearn.metrics
@@ -85,13 +82,10 @@ def test_logits_that_are_not_finite_have_no_auroc_and_no_calibration_error():
     assert all(math.isnan(value) for value in counted(logits, targets, 50, ["auroc", "calibration_error"]).values())
 
 
-def test_three_workers_and_other_batches_measure_bitwise_what_one_process_measures(tmp_path):
+def test_three_workers_and_other_batches_measure_bitwise_what_one_process_measures(preloaded, tmp_path):
     """In the same process, so that it costs no other: an evaluation without metrics imports no torchmetrics."""
-    command = [sys.executable, "-m", "tests.support.metric_ranks"]
-    ran = subprocess.run(
-        command, env={**os.environ, "MEETING": str(tmp_path / "meeting")}, capture_output=True, text=True, check=False
-    )
-    assert ran.stdout.split("\n") == ["torchmetrics is not imported", "as one process", ""], ran.stderr
+    printed = preloaded.run("metric_ranks", MEETING=str(tmp_path / "meeting"))
+    assert printed == "torchmetrics is not imported\nas one process\n"
 
 
 def test_an_evaluation_logs_the_metrics_that_are_named_and_the_emas():

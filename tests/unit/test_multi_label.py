@@ -35,8 +35,8 @@ from ftexp.evaluation.meter import Meter, means
 from ftexp.evaluation.metric_set import MetricSet
 from ftexp.model.loss_registry import LossContext
 from ftexp.model.losses import build_loss
-from ftexp.predicting.answers import answered, answers_of
-from ftexp.predicting.parts import part_table
+from ftexp.predict.answers import answered, answers_of
+from ftexp.predict.parts import part_table
 from ftexp.worker.evaluation import evaluate
 from tests.support.configs import composed
 from tests.support.feeds import mixing_seed

@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 
 from ftexp.cli.overrides import as_typed, as_typed_yaml, quoted_word
 from ftexp.config.schema import Config
-from ftexp.evaluate import EvaluateConfig
+from ftexp.evaluate.command import EvaluateConfig
 
 TEXTS = [
     *("1.10", "3e563", "7e12345", "1_0", "nan", "True", "0x1F", "2026-11-26", "~/x", "/ä/ö", "/a (1)/b", "/it's/here"),

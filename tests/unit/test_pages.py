@@ -124,7 +124,7 @@ def check(monkeypatch, capsys, tmp_path):
     def run(module, words):
         package = importlib.import_module(f"ftexp.{module}")
         entry = importlib.import_module(f"ftexp.{module}.__main__") if hasattr(package, "__path__") else package
-        entry = importlib.import_module("ftexp.inspecting.command") if module == "data" else entry
+        entry = sys.modules[entry.main.__module__]
         for name, replacement in instead[module].items():
             monkeypatch.setattr(entry, name, replacement)
         monkeypatch.setattr("sys.argv", [module, *words])
@@ -150,11 +150,12 @@ def test_every_python_block_compiles():
         compile(block, page, "exec")
 
 
-def test_every_plugin_of_the_pages_registers_itself(tmp_path):
+def test_every_plugin_of_the_pages_registers_itself(preloaded, tmp_path):
     plugins = [block for _, block in blocks("python") if "register" in block]
     for number, block in enumerate(plugins):
         (tmp_path / f"plugin_{number}.py").write_text(block, encoding="utf-8")
-    code = f"""
+    program = tmp_path / "program.py"
+    program.write_text(f"""
 from ftexp.registry import load_plugins
 load_plugins(f"plugin_{{number}}" for number in range({len(plugins)}))
 import timm
@@ -163,10 +164,9 @@ from ftexp.data.sources import sources
 from ftexp.trackers.registry import trackers
 check_names(["counter"])
 assert "mine" in sources and "mine" in trackers and timm.is_model("my_net")
-"""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+""")
     done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=120,
+        [*preloaded.python, program],
+        cwd=tmp_path, env=preloaded.environment(), capture_output=True, text=True, check=False, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -2,7 +2,10 @@
 
 import copy
 import dataclasses
+import subprocess
+import sys
 import weakref
+from unittest.mock import MagicMock
 
 import pytest
 import timm
@@ -11,7 +14,7 @@ from torch import nn
 
 from ftexp.config.checks.parallel import SHARDED_OPTIMIZERS
 from ftexp.config.checks.validate import validate
-from ftexp.config.schema import ModelConfig
+from ftexp.config.schema import ModelConfig, ParallelConfig
 from ftexp.config.timm_names import optimizer_names
 from ftexp.errors import ConfigError
 from ftexp.job.mfu import flops_per_image
@@ -19,6 +22,7 @@ from ftexp.model.build import build_model, initialise_head, without_values
 from ftexp.model.parallel.blocks import blocks_of
 from ftexp.model.parallel.drafting import copied, draft
 from ftexp.model.parallel.parts import cut
+from ftexp.model.parallel.sharding import Sharding
 from ftexp.model.recomputing import recompute
 from tests.support.configs import composed
 from tests.support.jobs import RESNET, SMALL_VIT, make_job, same, train
@@ -310,3 +314,38 @@ def test_what_goes_with_shards_is_taken():
 )
 def test_compile_is_what_it_was_when_it_was_true_or_false(given, meant):
     assert composed(f"train.compile={given}").train.compiled == meant
+
+
+FREES_BLOCKS = """
+import ctypes, sys
+from ftexp.model.parallel.memory import return_freed_memory
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+libc.free(libc.malloc(30 * 2**20))  # from now on, glibc takes smaller blocks from its heap
+if sys.argv[1] == "returned":
+    return_freed_memory()
+blocks = []
+for _ in range(50):
+    blocks.append(libc.malloc(4 * 2**20))
+    ctypes.memset(blocks[-1], 1, 4 * 2**20)
+    libc.malloc(2**10)  # what stays, and keeps the heap from shrinking
+for block in blocks:
+    libc.free(block)
+print(next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS:")) // 1024)
+"""
+
+
+def test_blocks_that_a_sharded_model_frees_on_cpus_go_back_to_the_system():
+    kept, returned = (
+        int(subprocess.check_output([sys.executable, "-c", FREES_BLOCKS, how], text=True))
+        for how in ("kept", "returned")
+    )
+    assert kept > 200 > 50 > returned, "MiB resident, of 200 that were freed"
+
+
+def test_a_sharded_model_on_cpus_returns_what_it_frees(monkeypatch):
+    called = []
+    monkeypatch.setattr("ftexp.model.parallel.sharding.return_freed_memory", lambda: called.append(True))
+    monkeypatch.setattr("ftexp.model.parallel.sharding.init_device_mesh", lambda *_, **__: MagicMock())
+    Sharding(ParallelConfig(kind="fsdp"), torch.device("cpu"), 2)
+    assert called == [True]

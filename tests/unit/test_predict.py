@@ -11,9 +11,8 @@ import torch
 from ftexp.config.schema import Config, DataConfig, ModelConfig
 from ftexp.data.info import DataInfo
 from ftexp.errors import ConfigError, StorageError
-from ftexp.predict import PredictConfig, _default_out, refuse
-from ftexp.predicting.command import _as_array
-from ftexp.predicting.parts import (
+from ftexp.predict.command import PredictConfig, _default_out, refuse
+from ftexp.predict.parts import (
     BAD_FILE,
     PARTS,
     PLAN_FILE,
@@ -24,8 +23,9 @@ from ftexp.predicting.parts import (
     encoded,
     part_table,
 )
-from ftexp.predicting.pipeline import Predict
-from ftexp.predicting.progress import ImageProgress
+from ftexp.predict.pipeline import Predict
+from ftexp.predict.progress import ImageProgress
+from ftexp.predict.run import _as_array
 from ftexp.storage.directory import Storage
 
 PLAN = PredictionPlan("run", "step_1", "raw", "abc", {"name": "image_folder", "root": "/a"}, 10, "def", 2, "parquet", 4)

@@ -191,6 +191,7 @@ class Trainer:
 
     def __init__(self):
         self.kept = object()
+        self.run_config = ray.train.RunConfig()
 
     def _create_default_callbacks(self):
         from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
@@ -209,6 +210,32 @@ def test_no_actor_waits_for_an_api_server_that_does_not_run(monkeypatch, has_api
     assert (len(callbacks), callbacks[-1]) == (num_callbacks, trainer.kept)
 
 
+def test_trains_controller_begins_as_its_workers_do(monkeypatch):
+    """And so do the actors that it creates: an actor has its creator's runtime env."""
+    made = []
+
+    def remote(**options):
+        made.append(options)
+        raise StopIteration
+
+    monkeypatch.setattr(ray_private, "has_api_server", lambda: True)
+    monkeypatch.setattr(ray, "remote", remote)
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "node"))
+    monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    runtime_env = {"py_executable": "fork", "env_vars": {"OMP_NUM_THREADS": "3"}}
+    trainer = ray.train.torch.TorchTrainer(lambda: None, run_config=ray.train.RunConfig(worker_runtime_env=runtime_env))
+    monkeypatch.setattr(trainer, "fit", lambda: trainer._initialize_and_run_controller())
+    with pytest.raises(StopIteration):
+        ray_private.fitted(trainer)
+    (options,) = made
+    assert options["runtime_env"]["py_executable"] == "fork"
+    variables = options["runtime_env"]["env_vars"]
+    assert variables["OMP_NUM_THREADS"] == "3"
+    assert variables["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] == "0.5"  # what Ray Train passes on itself
+    assert options["num_cpus"] == 0
+    assert sys.modules[type(trainer).__mro__[1].__module__].ray is ray, "the original is back"
+
+
 def test_ray_train_makes_its_callbacks_and_asks_the_api_server_where_that_is_looked_for():
     import ray.train.v2._internal.execution.controller.placement_group_cleaner as cleaner
     from ray.dashboard import utils
@@ -219,3 +246,56 @@ def test_ray_train_makes_its_callbacks_and_asks_the_api_server_where_that_is_loo
     assert "self._create_default_callbacks()" in inspect.getsource(DataParallelTrainer)
     assert "is_actor_alive(" in inspect.getsource(cleaner), "it may work without an API server now: let it run"
     assert "ray_constants.DASHBOARD_ADDRESS" in inspect.getsource(utils.ray_address_to_api_server_url)
+
+
+def test_the_controller_replaces_a_worker_by_the_methods_that_are_overridden():
+    from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+    from ray.train.v2._internal.execution.controller.controller import TrainController
+    from ray.train.v2._internal.execution.worker_group import WorkerGroup
+    from ray.train.v2._internal.execution.worker_group.poll import WorkerGroupPollStatus
+    from ray.train.v2.api import data_parallel_trainer
+
+    from ftexp.cluster import ray_replacing
+
+    def parameters(function):
+        return list(inspect.signature(function).parameters)
+
+    assert parameters(TrainController._execute_resize_decision) == ["self", "decision"]
+    assert parameters(WorkerGroup.replace_replica_group) == ["self", "replica_group_index"]
+    assert parameters(WorkerGroup._init_train_context) == ["self", "workers", "sync_actor"]
+    assert parameters(DatasetsCallback.before_init_train_context) == ["self", "workers"]
+    assert TrainController.worker_group_cls is WorkerGroup
+    assert data_parallel_trainer.TrainController.__name__ == "TrainController"  # a process has its actor's name
+    assert isinstance(WorkerGroupPollStatus.errors, property)
+    for source, names in (
+        (WorkerGroup.__init__, ["_worker_group_start_timeout_s", "_execution_group_callbacks"]),
+        (WorkerGroup._init_train_context, ["_execution_group_callbacks"]),
+        (WorkerGroup._start_impl, ["_replica_groups", "ReplicaGroup("]),
+        (
+            WorkerGroup._replace_replica_group_impl,
+            ["_init_train_context(new_workers", "placement_group_bundle_indices"],
+        ),
+        (TrainController._execute_resize_decision, ["_shutdown_worker_group()", "RunningState()"]),
+        (DatasetsCallback.__init__, ["_data_context", "_dataset_shard_provider"]),
+        (data_parallel_trainer.DataParallelTrainer._initialize_and_run_controller, [")(TrainController)"]),
+    ):
+        text = inspect.getsource(source)
+        assert [name for name in names if name not in text] == []
+    assert ray_replacing.ReplacingController.worker_group_cls is ray_replacing.SlotWorkerGroup
+
+
+def test_a_controller_replaces_only_a_worker_that_failed_alone(monkeypatch):
+    from ftexp.failure.replacing import TrainController
+    from ftexp.failure.reporter import FailureReporter
+
+    def failed(*ranks):
+        status = SimpleNamespace(errors=dict.fromkeys(ranks, OSError()))
+        group = SimpleNamespace(has_started=lambda: True, get_latest_poll_status=lambda: status)
+        return TrainController._failed_alone(SimpleNamespace(_worker_group=group, may_replace=may_replace))
+
+    may_replace = lambda: FailureReporter.replaces  # noqa: E731
+    monkeypatch.setattr(FailureReporter, "replaces", True)
+    assert [failed(1), failed(), failed(0, 1)] == [1, None, None]
+    monkeypatch.setattr(FailureReporter, "replaces", False)
+    assert failed(1) is None
+    assert TrainController._failed_alone(SimpleNamespace(_worker_group=None, may_replace=may_replace)) is None

@@ -2,10 +2,6 @@
 
 import copy
 import io
-import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -428,12 +424,9 @@ def test_ddp_is_made_anew_when_a_part_is_unfrozen_and_only_then():
     assert made == [4]
 
 
-def test_ranks_average_what_was_unfrozen_and_a_restart_between_changes_no_bit(tmp_path):
-    command = [sys.executable, "-m", "tests.support.thawing_ranks"]
-    environment = {**os.environ, "MEETING": str(tmp_path / "meeting")}
-    root = Path(__file__).parents[2]
-    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=200)
-    assert done.stdout == "as one process, and as without a stop\n", done.stderr
+def test_ranks_average_what_was_unfrozen_and_a_restart_between_changes_no_bit(preloaded, tmp_path):
+    printed = preloaded.run("thawing_ranks", MEETING=str(tmp_path / "meeting"))
+    assert printed == "as one process, and as without a stop\n"
 
 
 def test_batch_norm_of_a_frozen_part_uses_and_keeps_its_statistics_also_after_an_evaluation():

@@ -1,8 +1,5 @@
 """Stragglers: who is one, by arithmetic; and that waiting for a slow rank makes no rank slow."""
 
-import os
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -18,7 +15,6 @@ from ftexp.job.stopwatch import BACKWARD, FEED, FORWARD, OPTIMIZER, OWN, Stopwat
 from ftexp.storage.directory import Storage
 from ftexp.wire import events
 from ftexp.worker.ranks import RankTimes
-from tests.support.command import DEADLINE_S
 from tests.support.jobs import CPU, make_job
 
 FINE, TWICE = [10, 40, 0], [10, 90, 0]
@@ -145,12 +141,8 @@ def test_each_rank_puts_its_times_in_a_place_of_its_own(monkeypatch):
     assert RankTimes(job).take(sums) == {}  # rank 2 logs nothing
 
 
-def test_a_slow_rank_is_found_by_its_part_whatever_the_others_wait_in(tmp_path):
-    command = [sys.executable, "-m", "tests.support.straggler_ranks"]
-    environment = {**os.environ, "MEETING": str(tmp_path / "meeting")}
-    found = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S, check=False, env=environment)
-    assert found.returncode == 0, found.stderr[-4000:]
-    assert found.stdout == "the slow ranks were found\n"
+def test_a_slow_rank_is_found_by_its_part_whatever_the_others_wait_in(preloaded, tmp_path):
+    assert preloaded.run("straggler_ranks", MEETING=str(tmp_path / "meeting")) == "the slow ranks were found\n"
 
 
 def test_a_straggler_is_described_with_its_node():

@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 
 from ftexp.cluster.interruptible import Terminated
+from ftexp.cluster.resources import no_workers
 from ftexp.config.schema import Config, FailureConfig, TrainConfig
 from ftexp.driver.session import _records
 from ftexp.driver.supervisor import Supervisor
@@ -20,6 +21,8 @@ from ftexp.storage.directory import Storage
 from ftexp.wire import events
 from ftexp.wire.messages import (
     MEMORY,
+    REPLACED,
+    Begin,
     ControllerDied,
     CouldNotStart,
     GroupFailed,
@@ -50,7 +53,8 @@ class Driver:
         self.record = RunRecord(self.storage, RunState(name="demo", failures=list(failures)), ("val_accuracy", "max"))
         self.terminal = Terminal(Console(file=self.output, width=500, color_system=None, highlight=False))
         self.config = Config(train=TrainConfig(epochs=4, global_batch_size=32), failure=FailureConfig(**failure))
-        self.supervisor = Supervisor(self.record, self.terminal, self.config, num_before, no_new_ray)
+        recovery = self.config.failure.recovery
+        self.supervisor = Supervisor(self.record, self.terminal, self.config, num_before, no_new_ray, recovery)
 
     def tell(self, message):
         return self.supervisor.handle(message)
@@ -465,7 +469,12 @@ def test_a_death_of_ray_that_run_json_lacks_counts_where_the_run_begins_again(tm
     assert [failure.cause for failure in restart.unwritten] == [RAY]
     assert len(state.failures) == is_written
     context = SimpleNamespace(
-        config=driver.config, restart=restart, run_dir=driver.storage, state=state, no_new_ray=None
+        config=driver.config,
+        workers=no_workers(),
+        restart=restart,
+        run_dir=driver.storage,
+        state=state,
+        no_new_ray=None,
     )
     record, supervisor = _records(context, driver.terminal, SimpleNamespace(follow=lambda _: None))
     for rank in range(2):
@@ -517,3 +526,40 @@ def test_a_group_whose_machine_was_taken_away_as_announced_was_preempted(tmp_pat
     driver.ready(10)
     driver.fail()
     assert driver.supervisor.given_up is not None  # the next is its own
+
+
+def test_a_worker_that_is_replaced_stays_in_its_attempt_and_is_told_as_such(tmp_path):
+    driver = Driver(tmp_path, recovery="replace")
+    driver.attempt(step=40)
+    driver.saved(20)
+    driver.tell(Lost(1, 101))
+    answer = driver.fail()
+    assert answer == Retry(0.0, replaces=True)
+    begin = driver.tell(Hello(1, 2, 201, "node1", replaces=True))
+    assert isinstance(begin, Begin)
+    assert begin.attempt == 1
+    driver.tell(Ready(40, 100, "cpu", {}, 5, source=REPLACED))
+    driver.tell(Tick(41, 0))
+    state = driver.record.state
+    assert (state.attempts, state.world_sizes, state.checkpoint) == (1, [2], name(20))
+    (failure,) = state.failures
+    assert (failure.recovery, failure.steps_replayed, failure.step) == (REPLACED, 0, 40)
+    assert None not in (failure.seconds_to_detect, failure.seconds_to_restart, failure.seconds_to_restore)
+    assert failure.seconds_to_new_step is not None
+    assert driver.record.pids() == [100, 201]
+    assert "replacing the worker" in driver.output.getvalue()
+    assert "rank 1 replaced, replaying 0 steps · pids 100, 201" in driver.output.getvalue()
+    found = [event["event"] for event in driver.record.past_events()]
+    assert found.count("attempt_started") == found.count("worker_replaced") == 1
+    driver.tell(Lost(1, 101))  # of the one that died, late
+    assert driver.record.died_rank is None
+
+
+def test_a_worker_that_fails_while_it_takes_the_place_of_another_leaves_the_step_as_it_was(tmp_path):
+    driver = Driver(tmp_path, recovery="replace")
+    driver.attempt(step=40)
+    driver.fail()
+    driver.tell(Hello(1, 2, 201, "node1", replaces=True))
+    driver.tell(Raised(1, 0, 0, [], "Traceback"))
+    assert driver.record.state.step == 40
+    assert not driver.fail(Cause(CRASH, 1, "OSError: no", Ending.RAISED)).replaces

@@ -185,6 +185,22 @@ def test_a_worker_that_outlives_its_group_is_not_heard_once_the_next_one_says_he
     assert messages.empty()
 
 
+def test_a_worker_that_is_replaced_joins_those_that_live_and_they_stay_heard(hub, messages):
+    others = [Channel(hub.address, hello(rank)) for rank in range(2)]
+    new = Channel(hub.address, Hello(1, 2, 201, "n", replaces=True))
+    for channel in (others[0], new):
+        channel.send(Tick(1, 0))
+        channel.flush()
+    others[1].send(Tick(9, 0))  # of the one that died
+    others[1].flush()
+    for channel in (others[0], new):
+        channel.close()
+    found = [next_message(messages) for _ in range(7)]
+    assert found.count(Tick(1, 0)) == 2
+    assert Tick(9, 0) not in found
+    assert found.count(Goodbye()) == 2
+
+
 def test_a_goodbye_is_not_a_loss(hub, messages):
     Channel(hub.address, hello(0)).close()
     Channel(hub.address, hello(1)).close()
@@ -321,9 +337,10 @@ def test_a_channel_that_opens_after_the_run_was_told_to_stop_is_told_too():
 
 
 def test_a_channel_that_said_goodbye_is_not_asked_to_stop(hub, messages):
+    before = {*threading.enumerate()}  # also what other tests have left, which may never end
     Channel(hub.address, hello(0)).close()
     assert [next_message(messages) for _ in range(2)] == [hello(0), Goodbye()]
-    for thread in threading.enumerate():
+    for thread in {*threading.enumerate()} - before:
         if "_serve" in thread.name:
             thread.join(timeout=5)
     assert hub.tell(Stop()) == 0

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ftexp.config.checks.wording import unknown
-from ftexp.config.schema import CAUSES, FAULTS, Config, fault_fields
+from ftexp.config.recovery import obstacles
+from ftexp.config.schema import CAUSES, FAULTS, REPLACE, Config, fault_fields
 from ftexp.registry import did_you_mean
 
 _FAULT_FIELDS = ("kind", "step", "rank", "count", "seconds")
@@ -28,6 +29,11 @@ def check_failure(config: Config) -> Iterator[str]:
         yield (
             f"failure.memory_every_steps={failure.memory_every_steps} conflicts with failure.on_nonfinite=rollback, "
             "which restores the last checkpoint: remove it, or set failure.on_nonfinite=skip_step"
+        )
+    if failure.recovery == REPLACE:
+        yield from (
+            f"failure.recovery=replace conflicts with {each}, or set failure.recovery=auto"
+            for each in obstacles(config)
         )
     if failure.backoff_s > failure.max_backoff_s:
         yield f"failure.backoff_s={failure.backoff_s} must not be above failure.max_backoff_s={failure.max_backoff_s}"

@@ -41,6 +41,10 @@ class Feed(Protocol):
         """Yield this rank's share of every global batch from `position` to the end of the run."""
         ...
 
+    def shares(self, position: int) -> Iterator[Batch]:
+        """Yield the same without micro-batches: nothing is read."""
+        ...
+
 
 @dataclass(frozen=True)
 class Taken:
@@ -209,6 +213,12 @@ class ToTensors:
 Share = tuple[MicroShare, Int64s]  # rows of a micro-batch, and the samples at its positions
 
 
+def _counted(shares: list[Share]) -> tuple[Int64s, Int64s]:
+    """Return the positions that count in a step, and the samples at them."""
+    positions = np.concatenate([share.positions[: share.num_counted] for share, _ in shares])
+    return positions, np.concatenate([samples[: share.num_counted] for share, samples in shares])
+
+
 class IndexedFeed:
     """Batches of samples that are looked up by position."""
 
@@ -231,9 +241,12 @@ class IndexedFeed:
         with self._rows.open(self._request(*each) for each in planned) as take:
             for start, end, shares in self._planned(position):
                 micro_batches = [self._micro_batch(take, *share, start, end) for share in shares]
-                positions = np.concatenate([share.positions[: share.num_counted] for share, _ in shares])
-                samples = np.concatenate([samples[: share.num_counted] for share, samples in shares])
-                yield Batch(start, end, micro_batches, positions, samples)
+                yield Batch(start, end, micro_batches, *_counted(shares))
+
+    def shares(self, position: int) -> Iterator[Batch]:
+        """Yield the same without micro-batches: nothing is read."""
+        for start, end, shares in self._planned(position):
+            yield Batch(start, end, [], *_counted(shares))
 
     def _request(self, share: MicroShare, samples: Int64s) -> Request:
         if self._splits == 1:

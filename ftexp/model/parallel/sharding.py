@@ -14,6 +14,7 @@ from ftexp.config.schema import HSDP, ParallelConfig
 from ftexp.errors import ConfigError
 from ftexp.model.parallel.blocks import blocks_of
 from ftexp.model.parallel.drafting import Draft
+from ftexp.model.parallel.memory import return_freed_memory
 from ftexp.model.parallel.parts import cut
 
 _DTYPES = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -29,6 +30,8 @@ class Sharding:
         self._config, self._device = config, device
         if device.type == "cuda":
             torch.cuda.set_device(device)  # the one that a mesh takes
+        else:
+            return_freed_memory()
         self._placements: tuple[Replicate | Shard, ...] = (Shard(0),)
         if config.kind == HSDP:
             assert config.shard_size is not None, "checked with the config"

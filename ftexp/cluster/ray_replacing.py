@@ -1,0 +1,146 @@
+"""Ray Train's controller, with a single worker started again in its slot: names of Ray's that aren't public, as in
+ray_private.py. `tests/unit/test_ray_private.py` fails when an upgrade moves one.
+
+Ray Train replaces members of its replica groups, which it keeps for TorchFT: there each is a world of its own. Here
+the group stays one world. So the backend isn't told of replica groups, and where a replacement doesn't succeed, for
+whatever reason, all workers are started again as ever.
+"""
+
+from __future__ import annotations
+
+import abc
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from ray.data import DataContext
+from ray.train.torch.config import _set_torch_distributed_env_vars
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+from ray.train.v2._internal.execution.callback import ExecutionGroupCallback
+from ray.train.v2._internal.execution.controller import controller as controllers
+from ray.train.v2._internal.execution.controller.state import RunningState
+from ray.train.v2._internal.execution.worker_group import WorkerGroup
+from ray.train.v2._internal.execution.worker_group.execution_group import ReplicaGroup
+from ray.train.v2.api import data_parallel_trainer
+
+_POLL_S = 0.2  # by which a death is noticed late; more seldom, it is most of what a replacement takes
+
+
+def is_replacement(group: Any) -> bool:
+    """Whether the backend is called for a worker that takes the place of another."""
+    return isinstance(group, ReplicaGroup)
+
+
+def set_environment(group: Any) -> None:
+    """Set RANK, WORLD_SIZE and what else torch's launcher sets, for code of the user's."""
+    group.execute(_set_torch_distributed_env_vars)
+
+
+class _SameShards(ExecutionGroupCallback):  # type: ignore[misc]
+    """Gives a worker the data sets that the others have; Ray would make new ones, for a world of one."""
+
+    def __init__(self, datasets: DatasetsCallback) -> None:
+        self._datasets = datasets
+
+    def before_init_train_context(self, workers: list[Any]) -> dict[str, list[Any]]:
+        context = self._datasets._data_context
+        controllers.ray.get([worker.execute_async(DataContext._set_current, context) for worker in workers])
+        return {"dataset_shard_provider": [self._datasets._dataset_shard_provider] * len(workers)}
+
+
+class SlotWorkerGroup(WorkerGroup):  # type: ignore[misc]
+    """A worker that is started again has the ranks of the one that it replaces; Ray would have it be local rank 0."""
+
+    _kept: Any = None
+    _execution_group_callbacks: list[Any]
+
+    def replace_replica_group(self, replica_group_index: int) -> None:
+        """Start the worker of this rank again."""
+        (dead,) = self._replica_groups[replica_group_index].get_workers()
+        self._kept = dead.distributed_context
+        try:
+            super().replace_replica_group(replica_group_index)
+        finally:
+            self._kept = None
+
+    def _init_train_context(self, workers: list[Any], sync_actor: Any) -> None:
+        if self._kept is None:
+            super()._init_train_context(workers, sync_actor)
+            return
+        workers[0].distributed_context = self._kept
+        callbacks = self._execution_group_callbacks
+        self._execution_group_callbacks = [
+            _SameShards(each) if isinstance(each, DatasetsCallback) else each for each in callbacks
+        ]
+        try:
+            super()._init_train_context(workers, sync_actor)
+        finally:
+            self._execution_group_callbacks = callbacks
+
+
+class ReplacingController(controllers.TrainController, abc.ABC):  # type: ignore[misc]
+    """Starts one worker again where it can, and all of them otherwise."""
+
+    worker_group_cls = SlotWorkerGroup
+    _health_check_interval_s: float
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._health_check_interval_s = min(self._health_check_interval_s, _POLL_S)
+
+    @abc.abstractmethod
+    def may_replace(self) -> bool:
+        """Whether a replacement was decided upon."""
+
+    @abc.abstractmethod
+    def question(self, timeout_s: float) -> tuple[Callable[..., Any], Any]:
+        """Return what to run on each other worker while the one that died is started again, with its argument."""
+
+    @abc.abstractmethod
+    def invitation(self, rank: int, answers: list[Any]) -> tuple[Callable[..., None], Any] | None:
+        """Return what to run on all workers now that `rank` was started again, with its argument; None: a restart."""
+
+    def _execute_resize_decision(self, decision: Any) -> Any:
+        rank = self._failed_alone()
+        if rank is None or not self._replaced(rank):
+            return super()._execute_resize_decision(decision)
+        return controllers.TrainControllerLoopIterationResult(
+            run_attempt_id=self._get_run_attempt_id(), previous_state=self._state, next_state=RunningState()
+        )
+
+    def _failed_alone(self) -> int | None:
+        group = self._worker_group
+        status = group.get_latest_poll_status() if group is not None and group.has_started() else None
+        failed = list(status.errors) if status is not None else []
+        return failed[0] if len(failed) == 1 and self.may_replace() else None
+
+    def _replaced(self, rank: int) -> bool:
+        """Replace on a thread: where a node has gone, its slot may never come back, and Ray waits for it for ever."""
+        succeeded: list[bool] = []
+        group = self._worker_group
+        timeout_s = group._worker_group_start_timeout_s
+
+        def replace() -> None:
+            others = [worker for other, worker in enumerate(group.get_workers()) if other != rank]
+            asked = [worker.execute_async(*self.question(timeout_s)) for worker in others]
+            group.replace_replica_group(rank)
+            found = controllers.ray.get(asked, timeout=timeout_s)
+            if (invitation := self.invitation(rank, found)) is not None:
+                group.execute(*invitation)
+                succeeded.append(True)
+
+        def attempt() -> None:
+            try:
+                replace()
+            except Exception:  # whatever it is, a restart follows
+                controllers.logger.warning("rank %d could not be replaced", rank, exc_info=True)
+
+        thread = threading.Thread(target=attempt, daemon=True, name="replace")
+        thread.start()
+        thread.join(timeout_s)
+        return succeeded == [True]
+
+
+def control_fits_by(controller: type[ReplacingController]) -> None:
+    """Have coming fits of this process use `controller`."""
+    data_parallel_trainer.TrainController = controller

@@ -1,0 +1,104 @@
+"""What comparing ranks costs, side by side: stragglers, replicas of the weights, steps computed twice.
+
+    uv run python scripts/bench_ranks.py [--rounds 20] [--blocks 10] [--check] [--json FILE]
+
+In one Ray Train job of two workers with the default model: blocks of 10 steps, each with one logged point, one check of
+the replicas and one repeated step where that is on. None of the three and each alone take turns. Takes 4 minutes on 2
+cores.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+import statistics
+import time
+from typing import Any
+
+from bench_checkpoint import run_job
+from benching import Check, describe_machine, finish, options_parser, print_targets
+from rich.console import Console
+from rich.table import Table
+
+PLAIN, STRAGGLERS, REPLICAS, REPEAT = "plain", "straggler_factor", "check_replicas_every_steps", "repeat_step_every"
+LOG_EVERY = 10  # steps, also between checks of replicas, and between repeated steps
+_MAX_COST = 0.005  # of a step, for stragglers
+
+
+def main() -> None:
+    """Measure, print the table, and exit with 1 under --check if stragglers cost more than they may."""
+    parser = options_parser(__doc__, 20, "turns of each side")
+    parser.add_argument("--blocks", type=int, default=10, help="of a turn")
+    options = parser.parse_args()
+    console = Console(highlight=False, width=160)
+    describe_machine(console)
+    overrides = ["train.epochs=2000", f"train.log_every_steps={LOG_EVERY}"]
+    results = run_job(overrides, measure, {"rounds": options.rounds, "blocks": options.blocks})
+    misses = report(console, results)
+    finish(console, results, options.json, misses, options.check)
+
+
+def measure(settings: dict[str, Any]) -> dict[str, list[float]]:
+    """On each worker: take turns, and return the blocks of each side on rank 0."""
+    from ftexp.job.build import build_job
+
+    job = build_job(pickle.loads(settings["spec"]), {})
+    batches = job.data.feed.from_position(0)
+    sides: dict[str, list[float]] = {PLAIN: [], STRAGGLERS: [], REPLICAS: [], REPEAT: []}
+    turn(job, batches, PLAIN, settings["blocks"])  # the first steps also allocate
+    for number in range(settings["rounds"]):
+        order = list(sides)
+        for side in order[:: -1 if number % 2 else 1]:  # none always follows the same
+            sides[side] += turn(job, batches, side, settings["blocks"])
+    job.channel.close()
+    return sides
+
+
+def turn(job: Any, batches: Any, side: str, num_blocks: int) -> list[float]:
+    """Train for some blocks of steps; milliseconds of a step of each."""
+    from ftexp.worker.corruption import ReplicaCheck, StepRepeat
+    from ftexp.worker.log import log_train
+    from ftexp.worker.loop import advance
+    from ftexp.worker.ranks import RankTimes
+    from ftexp.worker.step import train_step
+
+    failure = dataclasses.replace(
+        job.config.failure,
+        check_replicas_every_steps=LOG_EVERY if side == REPLICAS else None,
+        repeat_step_every=LOG_EVERY if side == REPEAT else None,
+    )
+    factor = job.config.scaling.straggler_factor if side == STRAGGLERS else None
+    scaling = dataclasses.replace(job.config.scaling, straggler_factor=factor)
+    job = dataclasses.replace(job, config=dataclasses.replace(job.config, failure=failure, scaling=scaling))
+    replicas, repeat, ranks = ReplicaCheck(job), StepRepeat(job), RankTimes(job)
+    blocks = []
+    for _ in range(1 + num_blocks):
+        began = time.perf_counter()
+        for _ in range(LOG_EVERY):
+            batch = next(batches)
+            train_step(job, batch, repeat)
+            advance(job, batch)
+            if job.progress.step % LOG_EVERY == 0:
+                log_train(job, ranks)
+            replicas.check(saves=False)
+        blocks.append(1000 * (time.perf_counter() - began) / LOG_EVERY)
+    ranks.stop()
+    return blocks[1:]  # in the first one the order of gradients is looked at
+
+
+def report(console: Console, results: dict[str, list[float]]) -> list[str]:
+    """Print the tables; returns a line for each target that is missed."""
+    table = Table("", "ms a step: first quartile, median, third quartile", ": plain, by first quartiles", box=None)
+    # a shared machine only ever makes a block slower
+    quartiles = {side: statistics.quantiles(blocks, n=4) for side, blocks in results.items()}
+    shares = {side: found[0] / quartiles[PLAIN][0] for side, found in quartiles.items()}
+    for side, found in quartiles.items():
+        title = side if side in (PLAIN, STRAGGLERS) else f"{side}={LOG_EVERY}"
+        table.add_row(title, ", ".join(f"{each:.2f}" for each in found), f"{shares[side]:.4f}")
+    console.print(table)
+    checks: list[Check] = [("stragglers, share of a step", shares[STRAGGLERS] - 1, _MAX_COST, False)]
+    return print_targets(console, checks, digits=4)
+
+
+if __name__ == "__main__":
+    main()
