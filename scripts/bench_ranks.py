@@ -22,7 +22,7 @@ from rich.table import Table
 
 PLAIN, STRAGGLERS, REPLICAS, REPEAT = "plain", "straggler_factor", "check_replicas_every_steps", "repeat_step_every"
 LOG_EVERY = 10  # steps, also between checks of replicas, and between repeated steps
-_MAX_COST = 0.005  # of a step, for stragglers
+_MAX_COST = 0.005  # share of a step, for stragglers
 
 
 def main() -> None:

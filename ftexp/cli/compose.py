@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ftexp.cli.exit_codes import interrupted_code, print_error
-from ftexp.cli.explain import explain, open_interval, unknown_key, unknown_option
+from ftexp.cli.explain import explain, open_interval, unknown_flag, unknown_key, unknown_option
 from ftexp.cli.overrides import as_typed
 from ftexp.cli.parse import typed_node
 from ftexp.config.checks.recipe import fitted
@@ -90,6 +90,9 @@ def run_hydra(task: Callable[[DictConfig], float | None], argv: Sequence[str]) -
             failures.append(error.exit_code)
             return None
 
+    if (problem := unknown_flag(argv)) is not None:
+        print_error(ConfigError(problem))
+        return ConfigError.exit_code
     sys.argv[1:] = hydras_words(argv)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing, and we word the error
     try:

@@ -8,6 +8,7 @@ import typing
 from collections.abc import Sequence
 from typing import Any
 
+from hydra._internal.utils import get_args_parser
 from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
 
@@ -40,6 +41,16 @@ def open_interval(argv: Sequence[str]) -> str:
     """Return the message for a grid with an interval in it, for which Hydra reports only the type."""
     (typed, *_) = [word for word in argv if "interval(" in word]
     return f"{typed}: a grid needs a list of values: list them, or add hydra/sweeper=tune to search the interval"
+
+
+def unknown_flag(argv: Sequence[str]) -> str | None:
+    """Return the message for the first word such as --batch-size that is no flag of Hydra's; None if there is none."""
+    flags = [word for word in get_args_parser().parse_known_args(list(argv))[1] if word.startswith("-")]
+    if not flags:
+        return None
+    flag = flags[0].partition("=")[0]
+    near = _named_alike(flag.lstrip("-").replace("-", "_"))
+    return f"{flag} is not an option: write settings as key=value.{near} Options: --help, --cfg job, --hydra-help"
 
 
 def _unknown_option_text(group: str, option: str, options: list[str]) -> str:

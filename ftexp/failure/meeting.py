@@ -13,7 +13,7 @@ class Waiting:
     """A rank whose step was interrupted."""
 
     step: int  # the last that it has done
-    address: tuple[str, int] | None  # of the store in which the ranks meet, where this rank serves it
+    address: tuple[str, int] | None  # address of the store in which ranks meet, if this rank serves it
 
 
 @dataclass(frozen=True)

@@ -51,8 +51,8 @@ class TensorBoardTracker:
         from torch.utils.tensorboard.summary import hparams
 
         run = self._run
-        told = {"name": run.name, "status": outcome.status, **run.tags, **outcome.tags}
-        rows = "".join(f"| {key} | `{value}` |\n" for key, value in [*told.items(), *run.params.items()])
+        facts = {"name": run.name, "status": outcome.status, **run.tags, **outcome.tags}
+        rows = "".join(f"| {key} | `{value}` |\n" for key, value in [*facts.items(), *run.params.items()])
         self._writer.add_text(_DESCRIBED, f"| | |\n|-|-|\n{rows}")
         for summary in hparams({key: _plain(value) for key, value in run.params.items()}, outcome.metrics):
             self._writer.file_writer.add_summary(summary)

@@ -39,7 +39,7 @@ class Facts:
 
     began: int  # the step after which the attempt began
     num_skipped: int = 0  # steps in a row that were skipped
-    sums: Tensor | None = None  # of metrics, of the rank that died
+    sums: Tensor | None = None  # sums of metrics of the rank that died
 
 
 class Replacing:

@@ -382,6 +382,10 @@ WRONG = {
     "interpolation of nothing": ("run.name=${nothing}", "run.name: Interpolation key 'nothing' not found"),
     "interpolation of no kind": ("run.name=${no:kind}", "run.name: Unsupported interpolation type no"),
     "variable that isn't set": ("run.name=${oc.env:FTEXP_NOT_SET}", "run.name", "'FTEXP_NOT_SET' not found"),
+    "option of another tool": (
+        "--batch-size 3", "--batch-size is not an option: write settings as key=value", "'train.global_batch_size'",
+    ),
+    "option after a sweep": ("-m optim.lr=1,2 --bar", "--bar is not an option: write settings as key=value. Options:"),
     "config of another name": ("--config-name other", "--config-name other", "remove it"),
 }  # fmt: skip
 

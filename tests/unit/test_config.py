@@ -19,6 +19,7 @@ import ftexp
 from ftexp.cli.compose import open_keys, run_hydra, to_config
 from ftexp.cli.explain import explain
 from ftexp.config.checks.validate import validate
+from ftexp.config.fingerprint import fingerprint
 from ftexp.config.schema import AugmentConfig, Config, config_dir
 from ftexp.config.source_names import SOURCE_FIELDS
 from ftexp.errors import ConfigError
@@ -441,6 +442,15 @@ def test_what_was_typed_is_never_fitted(typed, told):
         config = to_config(hydra.compose("config", overrides), overrides)
     with pytest.raises(ConfigError, match=re.escape(told)):
         validate(config)
+
+
+def test_a_run_with_a_crop_resumes_whether_or_not_its_shift_is_typed():
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(config_dir())):
+        before, now = (
+            to_config(hydra.compose("config", typed), typed)
+            for typed in (["augment.crop=rrc", "augment.pad_px=0"], ["augment.crop=rrc"])
+        )
+    assert fingerprint(now) == fingerprint(before)
 
 
 def test_a_stored_config_and_one_that_fits_stay_as_they_are(capsys):
