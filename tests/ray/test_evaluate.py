@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from ftexp import evaluate as module
 from ftexp.checkpoint.reading import read_weights
 from ftexp.data.feeds.feed import ToTensors
 from ftexp.errors import DataError, StorageError
+from ftexp.evaluate import command as module
 from ftexp.evaluate.command import EvaluateConfig
 from ftexp.evaluate.measure import measure
 from ftexp.evaluate.printing import print_result

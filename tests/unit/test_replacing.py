@@ -8,7 +8,6 @@ import threading
 import pytest
 import torch
 
-from ftexp import drill
 from ftexp.config.checks.failure import check_failure
 from ftexp.config.recovery import decided
 from ftexp.config.schema import (
@@ -22,6 +21,7 @@ from ftexp.config.schema import (
     ScalingConfig,
 )
 from ftexp.data.batches import Batch
+from ftexp.drill import command as drill
 from ftexp.errors import ConfigError
 from ftexp.evaluation.meter import Meter
 from ftexp.failure.causes import CRASH, HANG, PREEMPTION, Cause, Ending

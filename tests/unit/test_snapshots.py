@@ -13,7 +13,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ftexp import drill
 from ftexp.chaos.plan import Fault
 from ftexp.chaos.strike import Chaos
 from ftexp.checkpoint.build import build_manager
@@ -29,6 +28,7 @@ from ftexp.checkpoint.sharding import Piece
 from ftexp.checkpoint.store import CheckpointStore
 from ftexp.config.checks.failure import check_failure
 from ftexp.config.schema import CheckpointConfig, Config, FailureConfig
+from ftexp.drill import command as drill
 from ftexp.driver.keepers import Keepers
 from ftexp.errors import ConfigError
 from ftexp.job.job import RunIdentity
