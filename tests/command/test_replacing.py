@@ -8,8 +8,9 @@ from tests.support.command import DEADLINE_S
 from tests.support.processes import descendants_with
 from tests.support.reference import BATCH, OPTIONS
 
-PLUGIN = """
-import os, signal
+SAVED_BY = 43  # the step by which the first epoch's checkpoint is: while one is written, all are restarted
+PLUGIN = f"""
+import os, signal, time
 from pathlib import Path
 
 from ftexp.worker import step
@@ -17,10 +18,19 @@ from ftexp.worker import step
 whole = step._forward_backward
 
 def deadly(job, micro):
-    mark = Path(__file__).with_name(f"die{job.progress.step}")
-    if job.group.rank == 1 and mark.exists():
-        mark.unlink()
-        os.kill(os.getpid(), signal.SIGKILL)
+    here = Path(__file__)
+    while job.progress.step == {SAVED_BY} and not list(here.parent.rglob("step_*.a1")):
+        time.sleep(0.01)
+    mark = here.with_name(f"die{{job.progress.step}}")
+    if mark.exists():
+        there = here.with_name(f"there{{job.progress.step}}")
+        if job.group.rank == 0:
+            there.touch()
+        while job.group.rank == 1:  # rank 0 may be between two steps
+            if there.exists():
+                mark.unlink()
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(0.01)
     return whole(job, micro)
 
 step._forward_backward = deadly
