@@ -1,6 +1,7 @@
-"""Run by tests/unit/test_replacing.py: ranks train, one is killed in a step and started again, alone.
+"""Run by tests/ray/test_replacing.py: ranks train, one is killed in a step and started again, alone.
 
-Arguments: a folder, the number of ranks, the rank that is killed, and the steps in which it is.
+Arguments: a folder, the number of ranks, the rank that is killed, and the steps in which it is; with a + where it has
+taken the step, and so have the others, but not yet said so.
 """
 
 import functools
@@ -58,12 +59,16 @@ def job_of(folder, rank, world):
 def dies_in(job, steps):
     loss = job.learner.loss
 
-    def deadly(*arguments):
-        if job.progress.step + 1 in steps:
+    def die_at(mark):
+        if f"{job.progress.step + 1}{mark}" in steps:
             os.kill(os.getpid(), signal.SIGKILL)
+
+    def deadly(*arguments):
+        die_at("")
         return loss(*arguments)
 
     job.learner.loss = deadly
+    job.learner.optimizer.register_step_post_hook(lambda *_: die_at("+"))
 
 
 def train(folder, rank, world, steps):
@@ -143,7 +148,7 @@ def run(folder, world, killed_rank, steps):
 
 
 def main():
-    folder, world, killed_rank, *steps = sys.argv[1], *map(int, sys.argv[2:])
+    folder, world, killed_rank, *steps = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:]
     clean = run(f"{folder}/clean", world, 0, [])
     replaced = run(f"{folder}/replaced", world, killed_rank, steps)
     for rank in range(world):

@@ -1,8 +1,5 @@
 """A worker that is started again alone: who may be, what the others do meanwhile, and what stays exact."""
 
-import os
-import subprocess
-import sys
 import threading
 
 import pytest
@@ -41,14 +38,6 @@ def config_of(recovery=REPLACE, failure=None, checkpoint=None, parallel=None, **
         parallel=ParallelConfig(**(parallel or {})),
         scaling=ScalingConfig(**scaling),
     )
-
-
-@pytest.mark.parametrize("ranks", ["2 1 6", "3 2 1 5 9"])  # of a rank that is killed in steps 1, 5 and 9
-def test_a_run_whose_rank_is_killed_in_a_step_and_replaced_ends_as_if_nothing_had_happened(tmp_path, ranks):
-    command = [sys.executable, "-m", "tests.support.replaced_ranks", str(tmp_path), *ranks.split()]
-    found = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S, check=False, env=os.environ)
-    assert found.returncode == 0, found.stderr[-4000:]
-    assert found.stdout == "bitwise identical\n"
 
 
 # Who may be replaced

@@ -1,0 +1,8 @@
+"""A rank that dies between processes, and is started again: every bit as if nothing had happened."""
+
+import pytest
+
+
+@pytest.mark.parametrize("ranks", ["2 1 6 6+", "3 2 1 5 9"])
+def test_a_run_whose_rank_is_killed_in_a_step_and_replaced_ends_as_if_nothing_had_happened(preloaded, tmp_path, ranks):
+    assert preloaded.run("replaced_ranks", str(tmp_path), *ranks.split()) == "bitwise identical\n"
