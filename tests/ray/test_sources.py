@@ -288,7 +288,7 @@ def test_split_that_has_no_folder_is_cut_from_training(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("folders", "told"),
+    ("directories", "told"),
     [
         (("train/a", "test/a", "extra/a"), "test, train, which look like splits, next to extra: move these elsewhere"),
         (("Training/a", "Testing/a"), "Testing, Training, which look like splits, under other names"),

@@ -83,7 +83,7 @@ def keep(rank, directory, sizes, nodes, into):
             checkpoints.take_snapshot(time.perf_counter())
             thread = checkpoints._snapshots._thread
             thread.join()
-            if checkpoints._snapshots._least == 3:
+            if checkpoints._snapshots._lowest == 3:
                 taken.append(job.progress.step)
                 if rank == 0:
                     torch.save(whole(job, checkpoints), f"{into}{len(taken)}")
