@@ -18,8 +18,9 @@ COPY pyproject.toml README.md ./
 COPY conf conf
 COPY ftexp ftexp
 # ray[default]: the dashboard, by which KubeRay submits jobs, and the export of metrics. Ray's processes share the .pyc
+# (of a file that is for another version of Python there is none)
 RUN pip install --no-cache-dir . 'ray[default]=={package_versions()["ray"]}' \\
-    && python -m compileall -q /usr/local/lib/python3.12
+    && (python -m compileall -q /usr/local/lib/python3.12 || true)
 # the user has no entry in /etc/passwd, and may be any: what it writes belongs to group 0
 RUN mkdir -p /home/ftexp {MOUNT} && chgrp 0 /home/ftexp {MOUNT} && chmod 2775 /home/ftexp {MOUNT}
 ENV HOME=/home/ftexp PYTHONUNBUFFERED=1 RAY_USAGE_STATS_ENABLED=0

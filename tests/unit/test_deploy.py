@@ -184,7 +184,7 @@ def test_the_dockerfile_ends_as_a_user_by_number_and_with_an_init():
     text = dockerfile()
     assert "\nUSER 10001:0\n" in text
     assert '\nENTRYPOINT ["tini", "--", "ftexp"]\n' in text
-    assert " \\\n    && python" in text
+    assert " \\\n    && (python" in text
 
 
 CHECKED = ["run.name=first", "run.storage=s3://bucket/runs"]
@@ -261,3 +261,14 @@ def test_a_directory_that_cannot_be_made_is_told(tmp_path):
     (tmp_path / "out").touch()
     with pytest.raises(StorageError, match="can't be written"):
         deploy(*composed("slurm", ["run.name=first", f"deploy.out={tmp_path / 'out'}"]))
+
+
+def test_an_image_is_built_though_a_package_holds_a_file_for_another_python_and_not_without_the_packages(tmp_path):
+    (step,) = re.findall(r"^RUN (pip install.*?[^\\])\n", dockerfile(), re.MULTILINE | re.DOTALL)
+    for name, code in (("pip", 0), ("python", 1)):
+        (tmp_path / name).write_text(f"#!/bin/sh\nexit {code}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    assert subprocess.run(["sh", "-c", step], env=environment, check=False).returncode == 0
+    (tmp_path / "pip").write_text("#!/bin/sh\nexit 1\n")
+    assert subprocess.run(["sh", "-c", step], env=environment, check=False).returncode == 1
