@@ -1,4 +1,4 @@
-"""What a checkpoint costs the training, side by side: ftexp's, and the blocking checkpoint of Ray Train's tutorials.
+"""The cost of a checkpoint to training, side by side: ftexp's, and the blocking checkpoint of Ray Train's tutorials.
 
     uv run python scripts/bench_checkpoint.py [--sharded] [--rounds 5] [--window 20] [--check] [--json FILE]
 

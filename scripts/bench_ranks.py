@@ -1,4 +1,4 @@
-"""What comparing ranks costs, side by side: stragglers, replicas of the weights, steps computed twice.
+"""The cost of comparing ranks, side by side: stragglers, replicas of the weights, steps computed twice.
 
     uv run python scripts/bench_ranks.py [--rounds 20] [--blocks 10] [--check] [--json FILE]
 

@@ -78,7 +78,7 @@ class Cadence:
         self.reasons, self._ask_at, self._gap = [], step + 1, 1
 
     def rejoin(self, step: int) -> None:
-        """Training goes on after `step` together with a rank that has begun just now."""
+        """Training continues after `step` together with a rank that has begun just now."""
         self.resumed(step, self._clock() - self._saved_at)
 
     def stop(self) -> None:

@@ -297,16 +297,14 @@ class CheckpointManager:
         # an optimiser takes the tensors that it is given for its own
         kept, likes = copy.deepcopy(self._in_memory), self._likes()
         parts = {name: joined(part, likes[name]) if likes else part for name, part in kept.items()}
-        self._learner.model.load_state_dict(parts[MODEL])
-        self._learner.optimizer.load_state_dict(parts[OPTIMIZER])
-        self._extra.load(parts[EXTRA], self._extra.versions(), "this run")
+        self._take(parts)
         self._progress.pending = list(self._pending_in_memory)
         self._ledger.back_to(self._progress.step)
         self.num_rollbacks += 1
 
     @property
     def is_idle(self) -> bool:
-        """Whether no save is in flight on this rank, or waits for one."""
+        """Whether no checkpoint is in flight on this rank, nor one due."""
         return not self.busy and not self._cadence.reasons
 
     def hand_over(self, facts: Any) -> None:
@@ -318,10 +316,14 @@ class CheckpointManager:
         """Go to the state that the other ranks hand over; returns rank 0's facts. Collective."""
         self._extra.state_dict()  # may sum over ranks
         state, facts = self._group.agree_on(None)
-        self._learner.model.load_state_dict(state[MODEL])
-        self._learner.optimizer.load_state_dict(state[OPTIMIZER])
-        self._extra.load(state[EXTRA], self._extra.versions(), "this run")
+        self._take(state)
         return facts
+
+    def _take(self, parts: dict[str, Any]) -> None:
+        """Go to a state of this very run, which may take what it is given for its own."""
+        self._learner.model.load_state_dict(parts[MODEL])
+        self._learner.optimizer.load_state_dict(parts[OPTIMIZER])
+        self._extra.load(parts[EXTRA], self._extra.versions(), "this run")
 
     def rejoin(self) -> None:
         """Count alike on all ranks, one of which has begun just now; collective."""

@@ -2,8 +2,8 @@
 ray_private.py. `tests/unit/test_ray_private.py` fails when an upgrade moves one.
 
 Ray Train replaces members of its replica groups, which it keeps for TorchFT: there each is a world of its own. Here
-the group stays one world. So the backend isn't told of replica groups, and where a replacement doesn't succeed, for
-whatever reason, all workers are started again as ever.
+the group stays one world. So the backend doesn't opt in to replica groups, and where a replacement fails, for whatever
+reason, all workers are started again as ever.
 """
 
 from __future__ import annotations

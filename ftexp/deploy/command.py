@@ -124,7 +124,3 @@ def _files(plan: Plan) -> dict[str, str]:
     if plan.kind == SKYPILOT:
         return {"sky.yaml": skypilot.manifest(plan)}
     return {"rayjob.yaml": kuberay.manifest(plan), "Dockerfile": dockerfile.dockerfile()}
-
-
-if __name__ == "__main__":
-    main()

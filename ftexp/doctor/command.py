@@ -100,7 +100,3 @@ def _together(config: Config, size: ModelSize | None) -> list[Finding]:
         return [fails("workers", str(error), "use fewer workers, or fewer resources per worker")]
     with probed(config) as directory:
         return together(config, workers, directory, size)
-
-
-if __name__ == "__main__":
-    main()

@@ -240,7 +240,3 @@ def _print(report: DrillReport) -> None:
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 150)
     console.print(table)
     say(console, report.verdict)
-
-
-if __name__ == "__main__":
-    main()

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn
 
+from ftexp.config.recovery import decided
+
 if TYPE_CHECKING:
     from ftexp.cluster.ray_cluster import RunningRay, SharedRay
     from ftexp.cluster.resources import Workers
@@ -37,6 +39,11 @@ class RunContext:
     restart: Restart | None = None  # where the command has begun again, since its Ray had died
     begin_again: Callable[[Restart], NoReturn] | None = None  # how it does; None: it can't, so that the run fails
     teacher: TeacherSpec | None = None
+
+    @property
+    def decided_config(self) -> Config:
+        """The config with failure.recovery decided, as the workers and the failure policy take it."""
+        return decided(self.config, self.workers.num_workers, self.workers.use_gpu)
 
     @property
     def joins_ray(self) -> bool:

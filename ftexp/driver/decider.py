@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 from ftexp.config.schema import Config
@@ -20,17 +19,13 @@ class Decider:
 
     Args:
         record: its state has the failures of earlier invocations, which had budgets of their own.
-        config: that of the run.
+        config: that of the run, with failure.recovery decided.
         num_before: how many these are, if not all; a new Ray in the middle of an invocation begins none.
         no_new_ray: why there can't be one, whatever the budget.
-        recovery: as it was decided.
     """
 
-    def __init__(
-        self, record: RunRecord, config: Config, num_before: int | None, no_new_ray: str | None, recovery: str
-    ) -> None:
+    def __init__(self, record: RunRecord, config: Config, num_before: int | None, no_new_ray: str | None) -> None:
         self._record, self._config, self._no_new_ray = record, config, no_new_ray
-        self._budgets = dataclasses.replace(config.failure, recovery=recovery)
         self.num_before = len(record.state.failures) if num_before is None else num_before
         self._hung: dict[int, Hung] = {}  # by rank, of this attempt
         self.leaving: list[int] = []  # ranks whose machines were announced to be taken away
@@ -56,7 +51,7 @@ class Decider:
         past = [Past(failure.cause, failure.step, failure.error, failure.progressed) for failure in failures]
         share = math.ceil(self._config.train.global_batch_size / (state.world_sizes or [1])[-1])
         micro_batch, progressed = math.ceil(share / accumulate_steps), self._record.clock.has_progressed
-        decision = decide(cause, state.step, progressed, past, self._budgets, micro_batch)
+        decision = decide(cause, state.step, progressed, past, self._config.failure, micro_batch)
         if decision.action is Action.RESTART_SMALLER_MICRO_BATCHES:
             state.accumulate_steps = 2 * accumulate_steps
         return cause, decision

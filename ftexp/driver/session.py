@@ -15,7 +15,6 @@ from ftexp.cluster.interruptible import fit_interruptibly
 from ftexp.cluster.ray_cluster import import_meanwhile, leave_ray, quiet_data, start_ray
 from ftexp.cluster.resources import decoding_cpus, lacking_resources
 from ftexp.config.masking import masked
-from ftexp.config.recovery import decided
 from ftexp.config.schema import PREPROCESSING, Config
 from ftexp.data.augment.registry import augmentations
 from ftexp.driver.alerts.watch import Alerts
@@ -79,7 +78,7 @@ def run_session(context: RunContext, hot_start: HotStart) -> dict[str, float]:
         hot_start.stop()
         context.lease.release()
         try:
-            context.begin_again(supervisor.restart(context.overrides))
+            context.begin_again(supervisor.restart(context.config, context.overrides))
         except OSError as failed:
             reason = f"{error}; the command could not restart: {failed}"
             record.close(FAILED, reason)
@@ -99,8 +98,7 @@ def _records(context: RunContext, terminal: Terminal, alerts: Alerts) -> tuple[R
     if restart is not None:
         record.add_unwritten(restart.unwritten)
     alerts.follow(record)
-    recovery = decided(context.config, context.workers.num_workers, context.workers.use_gpu).failure.recovery
-    return record, Supervisor(record, terminal, context.config, num_before, context.no_new_ray, recovery)
+    return record, Supervisor(record, terminal, context.decided_config, num_before, context.no_new_ray)
 
 
 def _prepare(context: RunContext, terminal: Terminal) -> tuple[RunContext, str | None, DataBundle]:

@@ -9,7 +9,7 @@ import signal
 from collections.abc import Callable
 
 from ftexp.cluster.interruptible import STOP_GRACE_S
-from ftexp.config.schema import RESTART, Config
+from ftexp.config.schema import Config
 from ftexp.driver.decider import Decider
 from ftexp.driver.printer import Printer
 from ftexp.driver.restart import Restart
@@ -42,7 +42,7 @@ _CONTROLLER_DIED = Cause(CRASH, None, "Ray Train's controller died, and its work
 
 
 class Supervisor:
-    """Passes each message to the records, the decider and the printer. For the last three see `Decider`."""
+    """Passes each message to the records, the decider and the printer. For its last three arguments see `Decider`."""
 
     def __init__(
         self,
@@ -51,11 +51,10 @@ class Supervisor:
         config: Config,
         num_before: int | None = None,
         no_new_ray: str | None = None,
-        recovery: str = RESTART,
     ) -> None:
         self._record, self._terminal, self._config = record, terminal, config
         self.group = WorkerGroup(Start.FIRST if num_before is None else Start.AFTER_FAILURE)
-        self._decider = Decider(record, config, num_before, no_new_ray, recovery)
+        self._decider = Decider(record, config, num_before, no_new_ray)
         self._printer = Printer(terminal, record, self.group, config)
         self._asked = KeyboardInterrupt()
         self.on_evaluation_wanted: Callable[[EvaluateCheckpoint], None] = lambda _: None
@@ -161,9 +160,12 @@ class Supervisor:
         """Decide and record whether the run begins again with a new Ray; `error` takes the answer along."""
         error.begins_again = isinstance(self._failed(Cause(RAY, None, str(error), Ending.DIED)), Retry)
 
-    def restart(self, overrides: list[str]) -> Restart:
-        """Return the state that the command resumes with in a new interpreter, once that is decided."""
-        config, name, noticed_at = self._config, self._record.state.name, self._record.clock.noticed_at
+    def restart(self, config: Config, overrides: list[str]) -> Restart:
+        """Return the state that the command resumes with in a new interpreter, once that is decided.
+
+        config: of the run, with nothing decided: the new interpreter decides again.
+        """
+        name, noticed_at = self._record.state.name, self._record.clock.noticed_at
         assert noticed_at is not None, "by what was decided upon"
         run = dataclasses.replace(config.run, name=name)
         config = dataclasses.replace(config, run=run, resume="auto")

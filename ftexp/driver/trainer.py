@@ -22,7 +22,6 @@ from ftexp.cluster.interruptible import fit_interruptibly
 from ftexp.cluster.ray_replacing import control_fits_by
 from ftexp.cluster.ray_watch import end_workers
 from ftexp.cluster.signals import ignore_termination
-from ftexp.config.recovery import decided
 from ftexp.config.schema import REPLACE, Config
 from ftexp.data.info import DataBundle
 from ftexp.data.shared import Shared
@@ -158,8 +157,7 @@ def _close(record: RunRecord, status: str, reason: str | None, terminal: Termina
 
 def build_trainer(context: RunContext, bundle: DataBundle, hub: HubAddress) -> TorchTrainer:
     """The TorchTrainer of a run. Ray's own snapshot of an earlier call is dropped: the manifests decide."""
-    workers, run_dir, state = context.workers, context.run_dir, context.state
-    config = decided(context.config, workers.num_workers, workers.use_gpu)
+    config, workers, run_dir, state = context.decided_config, context.workers, context.run_dir, context.state
     run_dir.delete_file(ray_private.SNAPSHOT)
     scaling, failure = config.scaling, config.failure
     filesystem, path = run_dir.open()

@@ -183,7 +183,3 @@ def _on_other_data(run_config: Config, other: Config, storage: Storage) -> Confi
     made = dataclasses.replace(run_config, data=data, model=model, plugins=plugins, scaling=ScalingConfig())
     validate(made, trains=False)
     return made
-
-
-if __name__ == "__main__":
-    main()

@@ -252,7 +252,3 @@ def _print(about: dict[str, Any], samples: Samples, difference: Difference) -> N
         f"checked  {number} images {origin}: largest difference of a logit {difference.largest:.3g} "
         f"(largest logit {difference.largest_logit:.3g}); same class for {difference.num_same} of {number}"
     )
-
-
-if __name__ == "__main__":
-    main()

@@ -48,7 +48,7 @@ class Meeting:
             self._changed.notify_all()
 
     def leave(self) -> None:
-        """The training thread goes on, or ends."""
+        """The training thread continues, or ends."""
         with self._changed:
             self._waiting = self._invitation = None
             self._changed.notify_all()
@@ -82,7 +82,7 @@ def waiting(timeout_s: float) -> Waiting | None:
 
 
 def invite(invitation: Invitation) -> None:
-    """Tell a worker's process, from the controller."""
+    """Invite a worker's process, from the controller."""
     MEETING.invite(invitation)
 
 

@@ -210,7 +210,3 @@ def _default_out(run: SavedRun, data: DataConfig, split: str, own: PredictConfig
 
     chosen = [each for each in (split, own.weights, own.tta) if each not in ("all", "raw", "none")]
     return run.storage.child(PREDICTIONS, "_".join([file_name_of(data), *chosen]))
-
-
-if __name__ == "__main__":
-    main()

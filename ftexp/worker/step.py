@@ -38,38 +38,48 @@ def train_step(
 ) -> bool:
     """One optimiser step on this rank's share of a global batch; False if its gradient was NaN or infinite.
 
-    Then everything is as before, where failure.on_nonfinite asks to look; else the next logged point tells.
+    If failure.on_nonfinite is not "raise", the state is then what it was before; else the next logged point raises.
     In fp16 a gradient that is too large for the loss scale is none of that: the scaler leaves the step out, lowers the
     scale, and `job.progress.num_overflows` counts it.
     recovers: waits until a rank that has died is back, whose death may have given the error; False if none has died.
     """
-    learner = job.learner
+    learner, meter = job.learner, job.progress.train
     micro_batches = [job.data.augmented(micro, batch.start) for micro in batch.micro_batches]
+    repeats = repeat if repeat is not None and repeat.is_due else None
+    may_undo = recovers is not None or repeats is not None or _looks(job)
     while True:
-        before = before_step(learner, job.progress.train) if recovers is not None else []
+        before = before_step(learner, meter) if may_undo else []
         try:
-            return _take_step(job, micro_batches, repeat, shares=recovers is not None)
+            return _take_step(job, micro_batches, before, repeats, shares=recovers is not None)
         except RuntimeError as error:
             if recovers is None:
                 raise
             traceback.clear_frames(error.__traceback__)  # DDP, which they hold, would hear of the gradients that follow
-            put_back(learner, job.progress.train, before)
+            put_back(learner, meter, before)
             if not recovers(error):
                 raise
 
 
-def _take_step(job: Job, micro_batches: Sequence[MicroBatch], repeat: StepRepeat | None, shares: bool) -> bool:
-    """Do what `train_step` does once a batch is prepared. shares: whether ranks keep each other's sums of metrics.
+def _looks(job: Job) -> bool:
+    """Whether each step looks for gradients that aren't finite."""
+    return job.config.failure.on_nonfinite != "raise"
 
-    Until the last collective, which tells them, nothing is changed that `put_back` doesn't put back.
+
+def _take_step(
+    job: Job, micro_batches: Sequence[MicroBatch], before: list[Tensor], repeat: StepRepeat | None, shares: bool
+) -> bool:
+    """Do what `train_step` does once a batch is prepared.
+
+    before: the state for `put_back`; empty if nothing may undo the step. Until the last collective, which shares the
+    sums, nothing is changed that `put_back` doesn't put back.
+    repeat: compares the step with a second computation; None: it is computed once.
+    shares: whether ranks keep each other's sums of metrics.
     """
     learner, meter = job.learner, job.progress.train
     _seed_step(job)
-    looks, repeats = job.config.failure.on_nonfinite != "raise", repeat is not None and repeat.is_due
-    before = before_step(learner, meter) if looks or repeats else []
-    scale = learner.scaler.get_scale()
+    looks, scale = _looks(job), learner.scaler.get_scale()
     losses = _gradients(job, micro_batches)
-    if repeat is not None and repeats:
+    if repeat is not None:
         losses = repeat.compare(losses, lambda: _gradients_again(job, micro_batches, before))
     norm = _gradient_norm(learner) if looks and not learner.scaler.is_enabled() else None
     if looks and not _is_finite(job, losses, norm):

@@ -17,20 +17,25 @@ from ftexp.worker import step
 
 whole = step._forward_backward
 
+def wait_until(holds):
+    deadline = time.monotonic() + {DEADLINE_S}
+    while not holds():
+        assert time.monotonic() < deadline, "it never came"
+        time.sleep(0.01)
+
 def deadly(job, micro):
     here = Path(__file__)
-    while job.progress.step == {SAVED_BY} and not list(here.parent.rglob("step_*.a1")):
-        time.sleep(0.01)
+    if job.progress.step == {SAVED_BY}:
+        wait_until(lambda: list(here.parent.rglob("step_*.a1")))
     mark = here.with_name(f"die{{job.progress.step}}")
     if mark.exists():
         there = here.with_name(f"there{{job.progress.step}}")
         if job.group.rank == 0:
             there.touch()
-        while job.group.rank == 1:  # rank 0 may be between two steps
-            if there.exists():
-                mark.unlink()
-                os.kill(os.getpid(), signal.SIGKILL)
-            time.sleep(0.01)
+        if job.group.rank == 1:
+            wait_until(there.exists)  # until then rank 0 may be between two steps
+            mark.unlink()
+            os.kill(os.getpid(), signal.SIGKILL)
     return whole(job, micro)
 
 step._forward_backward = deadly

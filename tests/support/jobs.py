@@ -216,7 +216,7 @@ def _stored(info, labels, pixels):
 
 
 def manager_of(job, directory, states=("progress",)):
-    """What saves `job` to a directory, and its store."""
+    """Return a manager that saves `job` to a directory, and its store."""
     job.channel.stop_requested = job.channel.save_requested = False
     job.config.checkpoint.extra_state = list(states)
     store = CheckpointStore(Storage.at(str(directory)))

@@ -53,8 +53,7 @@ class Driver:
         self.record = RunRecord(self.storage, RunState(name="demo", failures=list(failures)), ("val_accuracy", "max"))
         self.terminal = Terminal(Console(file=self.output, width=500, color_system=None, highlight=False))
         self.config = Config(train=TrainConfig(epochs=4, global_batch_size=32), failure=FailureConfig(**failure))
-        recovery = self.config.failure.recovery
-        self.supervisor = Supervisor(self.record, self.terminal, self.config, num_before, no_new_ray, recovery)
+        self.supervisor = Supervisor(self.record, self.terminal, self.config, num_before, no_new_ray)
 
     def tell(self, message):
         return self.supervisor.handle(message)
@@ -443,7 +442,7 @@ def test_where_ray_died_the_run_begins_again_with_the_same_config_and_the_budget
     state = read_state(driver.storage)
     assert (state.status, state.failures[-1].cause, state.failures[-1].rank) == ("running", RAY, None)
 
-    restart = driver.supervisor.restart(["seed=1"])
+    restart = driver.supervisor.restart(driver.config, ["seed=1"])
     assert (restart.config.run.name, restart.config.resume, restart.overrides) == ("demo", "auto", ["seed=1"])
     again = Driver(tmp_path, state.failures, restart.num_before, max_failures=2)
     again.attempt(step=20)
@@ -465,11 +464,12 @@ def test_a_death_of_ray_that_run_json_lacks_counts_where_the_run_begins_again(tm
     with monkeypatch.context() as store:
         store.setattr(Storage, "write_bytes", fails)
         driver.supervisor.ray_lost(lost())
-    state, restart = read_state(driver.storage), driver.supervisor.restart([])
+    state, restart = read_state(driver.storage), driver.supervisor.restart(driver.config, [])
     assert [failure.cause for failure in restart.unwritten] == [RAY]
     assert len(state.failures) == is_written
     context = SimpleNamespace(
         config=driver.config,
+        decided_config=driver.config,
         workers=no_workers(),
         restart=restart,
         run_dir=driver.storage,
