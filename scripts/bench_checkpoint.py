@@ -73,14 +73,16 @@ def compare_sharded(console: Console, options: Any) -> None:
     finish(console, results, options.json, print_targets(console, checks, digits=4), options.check)
 
 
-def run_job(overrides: list[str], measuring: Callable[[dict[str, Any]], Any], settings: dict[str, Any]) -> Any:
-    """Start Ray, measure in one job of two workers, with a keeper of snapshots, stop Ray."""
+def run_job(
+    overrides: list[str], measuring: Callable[[dict[str, Any]], Any], settings: dict[str, Any], num_workers: int = 2
+) -> Any:
+    """Start Ray, measure in one job, with a keeper of snapshots, stop Ray."""
     from ftexp.cluster import ray_private
     from ftexp.cluster.ray_cluster import prepare_environment, quiet_data, start_ray
     from ftexp.cluster.resources import decide_workers
 
     storage = str(scratch_directory())
-    words = [*overrides, f"run.storage={storage}", "checkpoint.every_epochs=null", "scaling.num_workers=2"]
+    words = [*overrides, f"run.storage={storage}", "checkpoint.every_epochs=null", f"scaling.num_workers={num_workers}"]
     config = composed(*words)
     prepare_environment(config)
     host = start_ray(config).host
@@ -103,7 +105,7 @@ def run_job(overrides: list[str], measuring: Callable[[dict[str, Any]], Any], se
         trainer = TorchTrainer(
             measuring,
             train_loop_config={"spec": pickle.dumps(spec), **settings},
-            scaling_config=ScalingConfig(num_workers=2, resources_per_worker=workers.resources_per_worker),
+            scaling_config=ScalingConfig(num_workers=num_workers, resources_per_worker=workers.resources_per_worker),
             run_config=RunConfig(name="bench", storage_path=storage),
             datasets=bundle.datasets,
             dataset_config=DataConfig(datasets_to_split=[]),

@@ -1,15 +1,11 @@
 """Training speed and start-up, side by side: ftexp, a hand-written DDP loop, and a script like Ray's tutorials.
 
     uv run python scripts/bench_train.py [--rounds 5] [--seeds 3] [--check] [--json FILE]
-    uv run python scripts/bench_train.py --features [--rounds 2] [--json FILE]
 
 Same model, data, batch and threads; the sides take turns. Steps per second are those of the steady state, the
 first epoch left out: once for the steps alone, and once with the ends of epochs, where each side evaluates and
 saves. "First step" counts from the start of the command to the end of the first optimiser step.
 Five rounds take 15 minutes on 2 cores, two rounds 8.
-
---features: what each feature adds to a step of the default run, ms on one worker by `ftexp.job.stopwatch`; they and
-the plain run take turns. Two rounds take 10 minutes. What comparing ranks costs: see bench_ranks.py.
 """
 
 from __future__ import annotations
@@ -32,33 +28,16 @@ BASELINES = Path(__file__).parent / "baselines"
 EPOCHS = 6
 BATCH = 32
 WORKERS = 2
-PLAIN_STEP = "plain"
-FEATURES = {
-    "EMA": ["ema=warmup"],
-    "clip_grad_norm": ["train.clip_grad_norm=1"],
-    "clip_grad_value": ["train.clip_grad_value=1"],
-    "clip_grad_agc": ["train.clip_grad_agc=0.02"],
-    **{f"loss={name}": [f"loss={name}"] for name in ("bce", "focal", "asl", "poly")},
-    "distill=logits": ["distill=logits"],
-    "distill=features": ["distill=features"],
-    # all of these steps are at half size
-    "resizing=progressive": ["resizing=progressive", "model.kwargs.dynamic_img_size=true"],
-}
-FEATURE_STEPS, FEATURE_WARM_UP = 160, 40
 PLAIN, TUTORIAL, FTEXP = "plain DDP", "tutorial", "ftexp"
 
 
 def main() -> None:
     """Measure, print a table, and exit with 1 under --check if a target is missed."""
     parser = options_parser(__doc__, 2, "runs of each side for speed and start-up")
-    parser.add_argument("--features", action="store_true", help="the cost of each feature, and nothing else")
     parser.add_argument("--seeds", type=int, default=3, help="whole default runs, for accuracy and wall time")
     options = parser.parse_args()
     console = Console(highlight=False)
     describe_machine(console)
-    if options.features:
-        finish(console, _features(console, options.rounds), options.json, [], options.check)
-        return
     settings = {"epochs": EPOCHS, "global_batch_size": BATCH, "num_workers": WORKERS, **default_recipe()}
     speed: dict[str, list[dict[str, float]]] = {PLAIN: [], TUTORIAL: [], FTEXP: []}
     for number in range(options.rounds):
@@ -71,42 +50,6 @@ def main() -> None:
         console.print("default run: " + _short(run))
     misses = _report(console, speed, defaults)
     finish(console, {"speed": speed, "default": defaults}, options.json, misses, options.check)
-
-
-def _features(console: Console, rounds: int) -> dict[str, list[float]]:
-    """Print what each feature adds to a step; returns the milliseconds of each round's step."""
-    teacher, _, _ = _run_ftexp(["experiment=digits_resnet", "train.max_steps=1", "report.enabled=false"])
-    found: dict[str, list[float]] = {PLAIN_STEP: [], **{name: [] for name in FEATURES}}
-    for number in range(rounds):
-        for name, overrides in ((PLAIN_STEP, []), *FEATURES.items()):
-            taught = [f"distill.teacher={teacher}"] if name.startswith("distill") else []
-            found[name].append(_step_ms([*overrides, *taught]))
-            console.print(f"round {number + 1}: {name}: {found[name][-1]:.2f} ms")
-    _print_features(console, found)
-    return found
-
-
-def _print_features(console: Console, found: dict[str, list[float]]) -> None:
-    table = Table("", "ms a step", "more than plain, ms", box=None)
-    for name, values in found.items():
-        more = [value - base for value, base in zip(values, found[PLAIN_STEP], strict=True)]
-        cell = f"{statistics.median(more):+.2f} ({min(more):+.2f} to {max(more):+.2f})" if name != PLAIN_STEP else ""
-        table.add_row(name, f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})", cell)
-    console.print(table)
-
-
-def _step_ms(overrides: list[str]) -> float:
-    """Milliseconds that a step takes, but for feeding and saving: the median over logged points of a steady run."""
-    directory, _, _ = _run_ftexp(
-        [
-            *("scaling.num_workers=1", "report.enabled=false", "train.log_every_steps=10"),
-            *(f"train.max_steps={FEATURE_STEPS}", *overrides),
-        ]
-    )
-    points = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    steady = [point for point in points if point["split"] == "train" and point["step"] > FEATURE_WARM_UP]
-    sections = ("teacher", "forward", "backward", "optimizer")
-    return statistics.median(sum(point.get(f"{section}_ms", 0.0) for section in sections) for point in steady)
 
 
 def _ftexp(settings: dict[str, Any]) -> dict[str, float]:

@@ -17,14 +17,22 @@ from ftexp.cluster.hot_start.driver import HotStart
 from ftexp.cluster.ray_watch import JoinedRay, OwnRay, ending_with
 from ftexp.cluster.resources import may_decode
 from ftexp.cluster.signals import terminable
+from ftexp.config.checks.scaling import is_pair
 from ftexp.config.machine import prepare_machine, usable_cpus
 from ftexp.config.schema import TORCHVISION, Config
 from ftexp.errors import ConfigError, RayLostError, RunFailedError
 
-# Read by Ray when it is imported or when workers start. Only set where ftexp starts Ray itself.
-_OWN_CLUSTER = {
+# Read by Ray Train's controller, to which Ray passes them on, on a cluster too.
+_CONTROLLER = {
     # how soon a death is seen; Ray's default is 2, and polling five times a second costs training speed
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+}
+_ELASTIC_CONTROLLER = {
+    # until workers are counted again, where a node has gone that Ray doesn't know to be dead; Ray's default is 60
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "5",
+}
+# Read by Ray when it is imported or when workers start. Only set where ftexp starts Ray itself.
+_OWN_CLUSTER = {
     # for workers whose group is given up anyway; NCCL may wait for a rank that is gone
     "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "2",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # else every worker starts through `uv run` again
@@ -65,7 +73,11 @@ def prepare_environment(config: Config) -> None:
         prepare_machine()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
-    settings = {} if config.scaling.address else dict(_OWN_CLUSTER)
+    settings = dict(_CONTROLLER)
+    if is_pair(config.scaling.num_workers):
+        settings |= _ELASTIC_CONTROLLER
+    if config.scaling.address is None:
+        settings |= _OWN_CLUSTER
     if not config.verbose:
         settings |= _QUIET
     for name, value in settings.items():

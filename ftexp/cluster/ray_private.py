@@ -149,21 +149,26 @@ def fitted(trainer: DataParallelTrainer) -> Result:
 
     The controller, and with it the actors that it creates for each group of workers, has the workers' runtime env:
     where these are forked, so are those, each of which would import Ray Train for 2 CPU-seconds while workers wait.
+
+    An elastic group counts the nodes again before it starts: see ray_elastic.py.
     """
     from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
     from ray.train.v2.api import data_parallel_trainer
+
+    from ftexp.cluster.ray_elastic import scaling_policy
 
     if not has_api_server():
         create = trainer._create_default_callbacks
         trainer._create_default_callbacks = lambda: [
             callback for callback in create() if not isinstance(callback, PlacementGroupCleanerCallback)
         ]
-    original = data_parallel_trainer.ray
-    data_parallel_trainer.ray = _RayOfTrainer(original, trainer.run_config.worker_runtime_env)
+    originals = data_parallel_trainer.ray, data_parallel_trainer.create_scaling_policy
+    data_parallel_trainer.ray = _RayOfTrainer(originals[0], trainer.run_config.worker_runtime_env)
+    data_parallel_trainer.create_scaling_policy = scaling_policy
     try:
         return trainer.fit()
     finally:
-        data_parallel_trainer.ray = original
+        data_parallel_trainer.ray, data_parallel_trainer.create_scaling_policy = originals
 
 
 class _RayOfTrainer:

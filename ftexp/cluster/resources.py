@@ -146,6 +146,13 @@ def num_possible(workers: Workers) -> int:
     return min(room, workers.max_workers)
 
 
+def living_nodes() -> set[str]:
+    """Return the ids of the cluster's nodes that are alive."""
+    import ray
+
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+
+
 def lacking_resources(workers: Workers) -> str | None:
     """Say what the cluster lacks, as it is now, for the fewest workers that were asked for; None if it has it."""
     import ray

@@ -6,7 +6,8 @@ import threading
 import time
 from collections.abc import Callable
 
-from ftexp.cluster.resources import lacking_resources, num_possible
+from ftexp.cluster.hot_start.driver import warm_node
+from ftexp.cluster.resources import lacking_resources, living_nodes, num_possible
 from ftexp.driver.context import RunContext
 from ftexp.driver.worker_group import WorkerGroup
 from ftexp.wire import events
@@ -56,10 +57,18 @@ class Advice:
                 self._note(events.Waiting(lacking_resources(self._workers) or unknown))
 
     def _save_before_a_resize(self) -> None:
-        """Save before Ray Train stops the workers that train, which it does once there is room for more."""
+        """Save before Ray Train stops the workers that train, which it does once there is room for more.
+
+        Until it has looked, a node that has joined gets ready to fork workers.
+        """
         expected, since, saved = None, 0.0, -_SAVE_EVERY_S
+        known = living_nodes()
         soon_s = self._scaling.elastic_resize_monitor_interval_s + _RESIZE_TAKES_S
         while not self._done.wait(_LOOK_EVERY_S):
+            if self._workers.runtime_env:
+                for node in (nodes := living_nodes()) - known:  # or its first worker would wait for all the imports
+                    warm_node(node, self._workers.runtime_env)
+                known = nodes
             now, possible, there = time.monotonic(), num_possible(self._workers), self._group.world_size
             if there is None or possible <= there:
                 expected = None

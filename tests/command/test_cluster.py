@@ -16,8 +16,6 @@ from tests.support.reference import BATCH, EVERY_FEW_STEPS, OPTIONS, PLUGIN, SAV
 
 # what a cluster is started with, and what the command is started with on it
 ENVIRONMENT = {
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "5",  # how long Ray waits for a node that it doesn't know to be dead
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.5",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -140,8 +138,9 @@ def tell(command, run, nodes, slow):
 
 
 def is_before_a_save(run):
-    """Whether the run has done some steps since it saved, and does some more before it saves again."""
-    return run.metrics()[-1]["step"] % SAVE_EVERY == 2 * SNAPSHOT_EVERY and len(run.events("snapshots_begun")) > 0
+    """Whether the run has done some steps since it saved, does some more before it saves again, and takes snapshots."""
+    begun, step = run.events("snapshots_begun"), run.metrics()[-1]["step"]
+    return step % SAVE_EVERY == 2 * SNAPSHOT_EVERY and bool(begun) and step > begun[0]["step"] + SAVE_EVERY
 
 
 def newest(directory):
@@ -167,7 +166,7 @@ def test_a_run_whose_node_dies_goes_on_with_the_worker_that_is_left(story):
     # from a copy on the node that lives, whichever rank was there
     assert (failure["recovery"], restored["source"]) == ("memory", "memory")
     assert restored["step"] > saved[-1]
-    assert failure["steps_replayed"] <= 2 * SNAPSHOT_EVERY
+    assert failure["steps_replayed"] <= 3 * SNAPSHOT_EVERY  # a copy takes a moment to the other node
 
 
 def test_a_run_grows_again_when_a_node_is_added(story):

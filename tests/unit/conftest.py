@@ -5,6 +5,7 @@ import pickle
 
 import hydra._internal.config_loader_impl as loader
 import pytest
+from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra._internal.defaults_list import Overrides
 from hydra._internal.hydra import Hydra
 from hydra.core.config_store import ConfigStore
@@ -33,6 +34,14 @@ def _composing_from_memory():
     """
     create, compose = loader.create_defaults_list, loader.ConfigLoaderImpl._compose_config_from_defaults_list
     store, stored, remembered, composed, own = ConfigStore.store, {}, {}, {}, f"file://{config_dir()}"
+    read, files = FileConfigSource.load_config, {}
+
+    def read_once(self, config_path):
+        if self.path != str(config_dir()):
+            return read(self, config_path)
+        if config_path not in files:
+            files[config_path] = pickle.dumps(read(self, config_path))
+        return pickle.loads(files[config_path])  # what is composed of it changes it
 
     def create_once(repo, config_name, overrides_list, prepend_hydra, skip_missing):
         sources = tuple(source.full_path() for source in repo.get_sources())
@@ -59,6 +68,7 @@ def _composing_from_memory():
         return store(self, name, node, group, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FileConfigSource, "load_config", read_once)
         patch.setattr(loader, "create_defaults_list", create_once)
         patch.setattr(loader.ConfigLoaderImpl, "_compose_config_from_defaults_list", compose_once)
         patch.setattr(ConfigStore, "store", store_and_forget)

@@ -1,5 +1,6 @@
 """Names of Ray's that aren't public. When one of these fails after an upgrade, mend ftexp/cluster/ray_private.py."""
 
+import copy
 import inspect
 import json
 import subprocess
@@ -234,6 +235,50 @@ def test_trains_controller_begins_as_its_workers_do(monkeypatch):
     assert variables["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] == "0.5"  # what Ray Train passes on itself
     assert options["num_cpus"] == 0
     assert sys.modules[type(trainer).__mro__[1].__module__].ray is ray, "the original is back"
+
+
+def test_an_elastic_group_counts_the_nodes_that_are_alive_when_it_is_asked_for(monkeypatch):
+    from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import _AutoscalingCoordinatorActor
+    from ray.train.v2._internal.execution.scaling_policy import autoscaling_coordinator_client, elastic
+    from ray.train.v2.api import data_parallel_trainer
+
+    from ftexp.cluster import ray_elastic
+
+    nodes = [{"NodeID": name, "Alive": True, "Resources": {"CPU": 1.0}, "Labels": {}} for name in ("first", "second")]
+    coordinator = _AutoscalingCoordinatorActor(
+        send_resources_request=lambda *_, **__: None, get_cluster_nodes=lambda: copy.deepcopy(nodes)
+    )
+
+    def remote(call):
+        return SimpleNamespace(remote=call)
+
+    stub = SimpleNamespace(
+        get_reserved_resources=remote(coordinator.get_reserved_resources),
+        request_resources=remote(coordinator.request_resources),
+    )
+    now = [100.0]
+    monkeypatch.setattr(elastic, "time_monotonic", lambda: now[0])
+    monkeypatch.setattr(elastic.ray, "get", lambda answer, timeout=None: answer)
+    monkeypatch.setattr(autoscaling_coordinator_client, "get_or_create_autoscaling_coordinator", lambda: stub)
+    config = ray.train.ScalingConfig(num_workers=(1, 2), resources_per_worker={"CPU": 1})
+    trainer = Trainer()
+    monkeypatch.setattr(trainer, "fit", lambda: data_parallel_trainer.create_scaling_policy(config))
+    monkeypatch.setattr(ray_private, "has_api_server", lambda: True)
+    policy = ray_private.fitted(trainer)
+    policy.after_controller_start(SimpleNamespace(run_id="run"))
+
+    def num_workers():
+        now[0] += policy.GET_RESERVED_RESOURCES_INTERVAL_S
+        return policy.make_decision_for_non_running_worker_group().num_workers
+
+    assert num_workers() == 2
+    nodes[1]["Alive"] = False
+    assert num_workers() == 1
+    nodes[1]["Alive"] = True
+    assert num_workers() == 2
+    fixed = ray_elastic.scaling_policy(ray.train.ScalingConfig(num_workers=2))
+    assert type(fixed).__name__ == "FixedScalingPolicy"
+    assert data_parallel_trainer.create_scaling_policy is not ray_elastic.scaling_policy, "the original is back"
 
 
 def test_ray_train_makes_its_callbacks_and_asks_the_api_server_where_that_is_looked_for():

@@ -3,6 +3,7 @@
 import os
 
 import pytest
+from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
 
 import ftexp.cluster.resources
 from ftexp.cluster.ray_cluster import prepare_environment
@@ -107,10 +108,15 @@ def test_the_environment_keeps_what_the_user_set(monkeypatch):
     assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
 
 
-def test_a_cluster_that_runs_already_is_not_tuned(monkeypatch):
+@pytest.mark.parametrize(("num_workers", "start_timeout_s"), [(2, None), ([1, 2], "5")])
+def test_on_a_cluster_only_the_controller_of_the_run_is_tuned(monkeypatch, num_workers, start_timeout_s):
     monkeypatch.setattr(os, "environ", {})
-    prepare_environment(Config(scaling=ScalingConfig(address="auto")))
-    assert "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S" not in os.environ
+    prepare_environment(Config(scaling=ScalingConfig(address="auto", num_workers=num_workers)))
+    assert os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] == "0.5"
+    assert os.environ.get("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S") == start_timeout_s
+    assert "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER" not in os.environ
+    # Ray passes them on to the controller, whatever environment the cluster was started with
+    assert {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"} <= ENV_VARS_TO_PROPAGATE
 
 
 def test_verbose_leaves_rays_output_alone(monkeypatch):

@@ -97,6 +97,19 @@ def on_joined_nodes(config: ScalingConfig, num_threads: int) -> tuple[dict[str, 
     return {"py_executable": shlex.join(_fork_words(where)), "env_vars": _threads(num_threads)}, None
 
 
+def warm_node(node: str, runtime_env: dict[str, Any]) -> None:
+    """Have a node's preloaded process started, without waiting. `runtime_env`: as `on_joined_nodes` returned it."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    def nothing() -> None:  # sent by value
+        return None
+
+    place = NodeAffinitySchedulingStrategy(node, soft=False)
+    options = {"num_cpus": 0, "max_retries": 0, "scheduling_strategy": place, "runtime_env": runtime_env}
+    ray.remote(nothing).options(**options).remote()
+
+
 def _unfit_nodes() -> str | None:
     """Why workers can't be forked everywhere in the cluster; None if they can."""
     import ray

@@ -1,0 +1,36 @@
+"""How many workers there is room for, as Ray Train asks before it starts a group: names of Ray's that aren't public, as
+in ray_private.py. `tests/unit/test_ray_private.py` fails when an upgrade moves one.
+
+The actor that answers looks at the nodes every 20 s. Asked just after a node's death, it still counts that node, and
+Ray Train waits for a group which nothing can start.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ray.train.v2._internal.execution.scaling_policy import elastic
+from ray.train.v2._internal.execution.scaling_policy.factory import create_scaling_policy
+
+if TYPE_CHECKING:
+    from ray.data._internal.cluster_autoscaler.base_autoscaling_coordinator import ReservedResources
+    from ray.train import ScalingConfig
+    from ray.train.v2._internal.execution.scaling_policy import ScalingPolicy
+
+
+class FreshElasticScalingPolicy(elastic.ElasticScalingPolicy):  # type: ignore[misc]
+    """Counts the nodes that are alive when it is asked."""
+
+    _latest_reserved_resources_query_time: float
+
+    def _get_reserved_resources(self) -> ReservedResources | None:
+        asked_s_ago = elastic.time_monotonic() - self._latest_reserved_resources_query_time
+        if asked_s_ago >= self.GET_RESERVED_RESOURCES_INTERVAL_S:
+            # what it returns is asked for again, by Ray's own code, which reports errors
+            self._autoscaling_coordinator.get_reserved_resources.remote(self._requester_id, recompute=True)
+        return super()._get_reserved_resources()
+
+
+def scaling_policy(config: ScalingConfig) -> ScalingPolicy:
+    """Return the policy that Ray Train would create, or the one above in place of its elastic one."""
+    return FreshElasticScalingPolicy(config) if config.elasticity_enabled else create_scaling_policy(config)

@@ -1,0 +1,115 @@
+"""What each feature adds to a step of the default run.
+
+    uv run python scripts/bench_features.py [--rounds 20] [--blocks 5] [--json FILE]
+
+In one Ray Train job of one worker: the plain run and one with each feature take turns in blocks of 10 steps, without
+feeding, logging and saving. What comparing ranks costs: see bench_ranks.py. Takes 6 minutes on 2 cores.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+import statistics
+import subprocess
+import sys
+import time
+from typing import Any
+
+from bench_checkpoint import run_job
+from benching import composed, describe_machine, finish, options_parser, scratch_directory
+from rich.console import Console
+from rich.table import Table
+
+PLAIN = "plain"
+FEATURES = {
+    PLAIN: [],
+    "EMA": ["ema=warmup"],
+    "clip_grad_norm": ["train.clip_grad_norm=1"],
+    "clip_grad_value": ["train.clip_grad_value=1"],
+    "clip_grad_agc": ["train.clip_grad_agc=0.02"],
+    **{f"loss={name}": [f"loss={name}"] for name in ("bce", "focal", "asl", "poly")},
+    "distill=logits, of a ResNet at 32 px": ["distill=logits"],
+    "distill=features, likewise": ["distill=features"],
+    "resizing=progressive, at half size": ["resizing=progressive", "+model.kwargs.dynamic_img_size=true"],
+}
+STEPS = 10  # of a block
+
+
+def main() -> None:
+    """Measure, and print the table."""
+    parser = options_parser(__doc__, 20, "turns of each feature")
+    parser.add_argument("--blocks", type=int, default=5, help="of a turn")
+    options = parser.parse_args()
+    console = Console(highlight=False, width=160)
+    describe_machine(console)
+    specs = pickle.dumps(described(str(scratch_directory())))
+    settings = {"features": specs, "rounds": options.rounds, "blocks": options.blocks}
+    results = run_job(["train.epochs=2000"], measure, settings, num_workers=1)
+    report(console, results)
+    finish(console, results, options.json, [], options.check)
+
+
+def described(storage: str) -> dict[str, Any]:
+    """Return the config and the teacher of each feature; trains the teacher for one step."""
+    from ftexp.driver.teacher import with_teacher
+    from ftexp.storage.directory import Storage
+
+    words = ["experiment=digits_resnet", "train.max_steps=1", "report.enabled=false", "run.name=teacher"]
+    command = [sys.executable, "-m", "ftexp.train", *words, f"run.storage={storage}"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    found = {}
+    for name, overrides in FEATURES.items():
+        taught = [f"distill.teacher={storage}/teacher"] if name.startswith("distill") else []
+        config = composed("train.epochs=2000", "scaling.num_workers=1", *overrides, *taught)
+        found[name] = with_teacher(config, Storage.at(storage, name))
+    return found
+
+
+def measure(settings: dict[str, Any]) -> dict[str, list[float]]:
+    """On the worker: take turns, and return the blocks of each feature."""
+    from ftexp.job.build import build_job
+
+    plain = pickle.loads(settings["spec"])
+    jobs = {}
+    for name, (config, teacher) in pickle.loads(settings["features"]).items():
+        jobs[name] = build_job(dataclasses.replace(plain, config=config, teacher=teacher), {})
+    batches = {name: job.data.feed.from_position(0) for name, job in jobs.items()}
+    blocks: dict[str, list[float]] = {name: [] for name in jobs}
+    for number in range(settings["rounds"]):
+        order = list(jobs)
+        for name in order[:: -1 if number % 2 else 1]:  # none always follows the same
+            blocks[name] += turn(jobs[name], batches[name], settings["blocks"])
+    for job in jobs.values():
+        job.channel.close()
+    return blocks
+
+
+def turn(job: Any, batches: Any, num_blocks: int) -> list[float]:
+    """Train for some blocks of steps; milliseconds of a step of each."""
+    from ftexp.worker.loop import advance
+    from ftexp.worker.step import train_step
+
+    blocks = []
+    for _ in range(1 + num_blocks):
+        some = [next(batches) for _ in range(STEPS)]
+        began = time.perf_counter()
+        for batch in some:
+            train_step(job, batch)
+            advance(job, batch)
+        blocks.append(1000 * (time.perf_counter() - began) / STEPS)
+    return blocks[1:]  # the first one after another model's finds nothing in the caches
+
+
+def report(console: Console, results: dict[str, list[float]]) -> None:
+    """Print the table: a shared machine only ever makes a block slower, so first quartiles are compared."""
+    table = Table("", "ms a step: first quartile, median, third quartile", "more than plain, ms", box=None)
+    quartiles = {name: statistics.quantiles(blocks, n=4) for name, blocks in results.items()}
+    for name, found in quartiles.items():
+        more = "" if name == PLAIN else f"{found[0] - quartiles[PLAIN][0]:+.2f}"
+        table.add_row(name, ", ".join(f"{each:.2f}" for each in found), more)
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()
