@@ -10,11 +10,12 @@ from torch import Tensor
 from ftexp.checkpoint.full_model import full_writer
 from ftexp.checkpoint.manifest import EXTRA, FILES, Manifest, shard_file
 from ftexp.checkpoint.reading import read_part, read_whole
-from ftexp.checkpoint.sharding import Piece, pieces_in, rows_of, skeleton, slices_of
+from ftexp.checkpoint.sharding import Piece, pieces_in, skeleton, slices_of
 from ftexp.checkpoint.slices import SliceFile
 from ftexp.checkpoint.staging import writer
 from ftexp.checkpoint.store import CheckpointStore
 from ftexp.checkpoint.tree import Path, mapped
+from ftexp.model.parallel.parts import rows_of
 
 
 def as_full(store: CheckpointStore, manifest: Manifest, out: CheckpointStore) -> Manifest:

@@ -17,12 +17,13 @@ from torch import Tensor
 
 from ftexp.checkpoint.manifest import MODEL, Manifest
 from ftexp.checkpoint.reading import read_outlines, read_shards
-from ftexp.checkpoint.sharding import bytes_of, dtype_name, flat_name, rows_of
+from ftexp.checkpoint.sharding import bytes_of, dtype_name, flat_name
 from ftexp.checkpoint.slices import Wanted
 from ftexp.checkpoint.store import CheckpointStore
 from ftexp.checkpoint.torch_file import lay_out
 from ftexp.checkpoint.tree import leaves
 from ftexp.errors import CheckpointError
+from ftexp.model.parallel.parts import rows_of
 from ftexp.storage.directory import Writer, write_all
 
 _COPY_BYTES = 1 << 22

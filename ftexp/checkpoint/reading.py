@@ -12,12 +12,13 @@ from torch import Tensor
 
 from ftexp.checkpoint import slices
 from ftexp.checkpoint.manifest import EXTRA, MODEL, Manifest, content_hash, expected_of, shard_file
-from ftexp.checkpoint.sharding import Like, Piece, bytes_of, dtype_name, flat_name, joined, overlaps, place_of, rows_of
+from ftexp.checkpoint.sharding import Like, Piece, bytes_of, dtype_name, flat_name, joined, overlaps, place_of
 from ftexp.checkpoint.slices import Wanted
 from ftexp.checkpoint.staging import load_part
 from ftexp.checkpoint.store import CheckpointStore
 from ftexp.checkpoint.tree import Path, mapped
 from ftexp.errors import CheckpointError
+from ftexp.model.parallel.parts import rows_of
 from ftexp.storage.directory import Storage
 
 

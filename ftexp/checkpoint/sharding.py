@@ -16,6 +16,7 @@ from torch import Tensor
 from ftexp.checkpoint.slices import Slice
 from ftexp.checkpoint.tree import Path, leaf_at, leaves, mapped
 from ftexp.errors import CheckpointError
+from ftexp.model.parallel.parts import rows_of
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -29,17 +30,11 @@ _DTYPES = {
 Like = Callable[[Path, tuple[int, ...]], Any]
 
 
-def rows_of(num_rows: int, shard: int, num_shards: int) -> range:
-    """Return the rows that a shard holds."""
-    size = -(-num_rows // num_shards)
-    return range(min(shard * size, num_rows), min((shard + 1) * size, num_rows))
-
-
 def overlaps(num_rows: int, rows: range, num_shards: int) -> Iterator[tuple[int, range]]:
     """Yield (shard, rows) of those of `num_shards` shards that hold some of `rows`, with what they hold of them."""
     if not rows:
         return
-    size = -(-num_rows // num_shards)
+    size = len(rows_of(num_rows, 0, num_shards))
     for shard in range(rows.start // size, (rows.stop - 1) // size + 1):
         held = rows_of(num_rows, shard, num_shards)
         yield shard, range(max(rows.start, held.start), min(rows.stop, held.stop))

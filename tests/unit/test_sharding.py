@@ -18,7 +18,7 @@ from ftexp.checkpoint.converting import as_full, as_sharded
 from ftexp.checkpoint.full_model import add_full_models
 from ftexp.checkpoint.manifest import EXTRA, FILES, MODEL, OPTIMIZER, Manifest, content_hash, shard_file
 from ftexp.checkpoint.reading import read_part, read_parts, read_weights, weights_at
-from ftexp.checkpoint.sharding import Piece, overlaps, rows_of, slices_of
+from ftexp.checkpoint.sharding import Piece, overlaps, slices_of
 from ftexp.checkpoint.slices import SliceFile, Wanted
 from ftexp.checkpoint.staging import writer
 from ftexp.checkpoint.store import CheckpointStore
@@ -26,6 +26,7 @@ from ftexp.checkpoint.writing import CheckpointWriter, Saving
 from ftexp.checkpoints import convert, show, show_differences
 from ftexp.config.schema import CheckpointConfig
 from ftexp.errors import CheckpointError, ConfigError
+from ftexp.model.parallel.parts import rows_of
 from ftexp.rundir.names import CHECKPOINTS
 from ftexp.storage.directory import Storage
 from ftexp.wire import events

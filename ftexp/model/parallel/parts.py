@@ -32,10 +32,16 @@ def whole(tensor: Tensor) -> Tensor:
     return gathered
 
 
+def rows_of(num_rows: int, index: int, count: int) -> range:
+    """Return which rows are in part number `index` of `count`, as FSDP2 cuts, and torch.chunk."""
+    size = -(-num_rows // count)
+    return range(min(index * size, num_rows), min((index + 1) * size, num_rows))
+
+
 def cut(tensor: Tensor, count: int, index: int) -> Tensor:
-    """Return part number `index` of `count` of a whole tensor's rows, a view: as FSDP2 cuts, by torch.chunk."""
-    chunks = tensor.chunk(count)
-    return chunks[index] if index < len(chunks) else tensor[:0]
+    """Return part number `index` of `count` of a whole tensor's rows, a view."""
+    rows = rows_of(len(tensor), index, count)
+    return tensor[rows.start : rows.stop]
 
 
 def like(value: Tensor, other: Any) -> Tensor:
