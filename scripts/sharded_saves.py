@@ -87,7 +87,7 @@ def _sides(rank: int, directory: str, learner: Any) -> dict[str, Any]:
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict
 
-    checkpoints = _manager(rank, directory, learner)
+    checkpoints = manager_of(rank, directory, learner)
 
     def ours(number: int) -> Any:
         checkpoints._progress.step = number
@@ -113,7 +113,8 @@ def _sides(rank: int, directory: str, learner: Any) -> dict[str, Any]:
     return {"ftexp": ours, "torch save": theirs, "torch async_save": theirs_async}
 
 
-def _manager(rank: int, directory: str, learner: Any) -> Any:
+def manager_of(rank: int, directory: str, learner: Any) -> Any:
+    """Return what saves a learner to `directory`, and restores it; collective."""
     import torch
 
     from ftexp.checkpoint.manager import CheckpointManager
@@ -127,6 +128,7 @@ def _manager(rank: int, directory: str, learner: Any) -> Any:
 
     progress = Progress(Meter(torch.device("cpu")), 10**9)
     extra = SimpleNamespace(state_dict=lambda: {"progress": progress.state_dict()}, versions=lambda: {"progress": 1})
+    extra.load = lambda *_: None
     channel = SimpleNamespace(sync=lambda: None, send=lambda _: None, stop_requested=False, save_requested=False)
     return CheckpointManager(
         config=Config(),
