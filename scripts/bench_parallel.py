@@ -169,7 +169,7 @@ def _learner(config: Any, workers: int) -> Any:
         wrapped = DistributedDataParallel(trained.model, gradient_as_bucket_view=True)
     group = ProcessGroup(dist.get_rank(), workers, torch.device("cpu"))
     return SimpleNamespace(
-        model=trained.model, wrapped=wrapped, optimizer=optimizer, group=group, before_step=lambda: None
+        model=trained.model, wrapped=wrapped, optimizer=optimizer, group=group, before_change=lambda: None
     )
 
 
@@ -190,7 +190,7 @@ def _step(learner: Any, images: Tensor, labels: Tensor) -> tuple[Tensor, float]:
     norm = whole(torch.nn.utils.get_total_norm([each.grad for each in parameters if each.grad is not None]))
     torch.nn.utils.clip_grads_with_norm_(parameters, 1.0, norm)
     began = time.perf_counter()
-    learner.before_step()
+    learner.before_change()
     waited = time.perf_counter() - began
     learner.optimizer.step()
     return loss.detach(), waited

@@ -90,6 +90,7 @@ class CheckpointManager:
         self._place = sharded if self._config.format != "full" else None
         is_sharded, timeout_s = self._place is not None, config.failure.save_timeout_s
         self._writer = CheckpointWriter(self._config, group, channel, store, is_sharded, timeout_s)
+        learner.before_change = self._staging.settle
         self._links, self._cut_place, self._failure = links, sharded, config.failure
         self._snapshots: Snapshots | None = None
 
@@ -249,15 +250,16 @@ class CheckpointManager:
             raise error or OSError("another worker can't write its ledger")
 
     def _copied_state(self) -> dict[str, Any]:
-        """Copy what this rank writes, {name: content}, so that later steps don't change it; collective."""
+        """Return what this rank writes, {name: content}, which later steps don't change; collective."""
         state, parts = self._state(), dict[str, Any]()
-        if self._keeps or self._writes:
-            parts = self._staging.copy(state)
         if self._keeps:
-            self._in_memory, self.num_rollbacks = parts, 0
+            parts = self._in_memory = self._staging.copy(state)
+            self.num_rollbacks = 0
             self._pending_in_memory = list(self._progress.pending)  # a state has no names of checkpoints
         if self._is_cut and self._place is None:
-            parts = gathered(state, self._group.rank == 0)
+            parts = gathered(state, self._writes)
+        elif self._writes and not self._keeps:
+            parts = self._staging.defer(state)
         return parts if self._writes else {}
 
     def _state(self, is_wanted: bool = True) -> dict[str, Any]:

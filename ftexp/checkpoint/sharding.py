@@ -6,6 +6,7 @@ Tensors are cut by rows (their first dimension) into as many shards as there are
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeGuard
@@ -50,13 +51,74 @@ class Place:
     dims: dict[str, int]  # sizes of the device mesh, by name
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Piece:
     """The rows of a tensor that a process holds: a copy."""
 
     rows: Tensor
     first: int  # row of the whole tensor
     shape: tuple[int, ...]  # shape of the whole tensor
+
+    def with_rows(self, use: Callable[[Tensor], Any]) -> Any:
+        """Return what `use` returns of the rows, which don't change meanwhile."""
+        return use(self.rows)
+
+    def reader(self) -> Callable[[int, int], memoryview]:
+        """Return what gives bytes from .. to .. of the rows, which hold until its next call."""
+        data = bytes_of(self.rows.contiguous())
+        return lambda begin, end: data[begin:end]
+
+    def written(self) -> None:
+        """Take note that the rows are where they shall go."""
+
+
+class Guard:
+    """Held while rows that are trained on are read, or copied because they are about to change."""
+
+    def __init__(self) -> None:
+        self.lock, self._scratch = threading.Lock(), bytearray()
+
+    def scratch(self, num_bytes: int) -> memoryview:
+        """Return memory that holds until the next call."""
+        if len(self._scratch) < num_bytes:
+            self._scratch = bytearray(num_bytes)
+        return memoryview(self._scratch)[:num_bytes]
+
+
+class LivePiece(Piece):
+    """Rows that are trained on, contiguous; training waits for nobody who reads them, but for a few bytes at a time."""
+
+    def __init__(self, rows: Tensor, first: int, shape: tuple[int, ...], guard: Guard) -> None:
+        super().__init__(rows, first, shape)
+        self._guard, self._is_live, self._is_written = guard, True, False
+
+    def with_rows(self, use: Callable[[Tensor], Any]) -> Any:
+        """As of any piece; training waits for `use`."""
+        with self._guard.lock:
+            return use(self.rows)
+
+    def reader(self) -> Callable[[int, int], memoryview]:
+        """As of any piece."""
+        return self._read
+
+    def _read(self, begin: int, end: int) -> memoryview:
+        with self._guard.lock:
+            data = bytes_of(self.rows)[begin:end]
+            if not self._is_live:
+                return data
+            copied = self._guard.scratch(end - begin)
+            copied[:] = data
+        return copied
+
+    def written(self) -> None:
+        """Take note that the rows need no copy any more."""
+        with self._guard.lock:
+            self._is_written = True
+
+    def settle(self, copy: Callable[[Tensor], Tensor]) -> None:
+        """Let go of the rows, which are about to change, and keep a copy if they aren't written; under the guard."""
+        self.rows = self.rows[:0] if self._is_written else copy(self.rows)
+        self._is_live = False
 
 
 def is_sharded(leaf: Any) -> TypeGuard[DTensor]:
@@ -123,8 +185,8 @@ def slices_of(pieces: dict[str, Piece]) -> list[Slice]:
 
 
 def _slice_of(name: str, piece: Piece) -> Slice:
-    rows = piece.rows
-    return Slice(name, dtype_name(rows.dtype), len(rows), piece.first, piece.shape, bytes_of(rows.contiguous()))
+    rows, dtype = piece.rows, dtype_name(piece.rows.dtype)
+    return Slice(name, dtype, len(rows), piece.first, piece.shape, rows.nbytes, piece.reader(), piece.written)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -38,21 +38,27 @@ class Slice:
     num_rows: int
     first: int  # row of the whole tensor
     shape: tuple[int, ...]  # shape of the whole tensor
-    data: memoryview
+    num_bytes: int
+    read: Callable[[int, int], memoryview]  # bytes from .. to .., which hold until the next call
+    written: Callable[[], object] = lambda: None  # called once they are in the file
+
+    def chunks(self) -> Iterator[memoryview]:
+        """Yield the bytes, CHUNK_BYTES at a time."""
+        for begin in range(0, self.num_bytes, CHUNK_BYTES):
+            yield self.read(begin, min(begin + CHUNK_BYTES, self.num_bytes))
 
 
 class SliceFile:
     """The content of a file; writes it when called with a stream. `described` is what a manifest says of it."""
 
     def __init__(self, slices: Iterable[Slice]) -> None:
-        self._data: list[memoryview] = []
+        self._slices = list(slices)
         entries, about, begin = dict[str, Any](), dict[str, Any](), 0
-        for each in slices:
-            self._data.append(each.data)
-            end = begin + len(each.data)
+        for each in self._slices:
+            end = begin + each.num_bytes
             shape, offsets = [each.num_rows, *each.shape[1:]], [begin, end]
             entries[each.name] = {"dtype": each.dtype, "shape": shape, "data_offsets": offsets}
-            hashes = [hex_of(each.data[at : at + CHUNK_BYTES]) for at in range(0, len(each.data), CHUNK_BYTES)]
+            hashes = list(map(hex_of, each.chunks()))
             about[each.name] = {"first": each.first, "shape": each.shape, "blake3": hashes}
             begin = end
         text = json.dumps({"__metadata__": {"format": "pt", "pieces": json.dumps(about)}, **entries}).encode()
@@ -67,8 +73,10 @@ class SliceFile:
     def __call__(self, stream: BinaryIO) -> None:
         """Write the file."""
         write_all(stream, self._header)
-        for data in self._data:
-            write_all(stream, data)
+        for each in self._slices:
+            for chunk in each.chunks():
+                write_all(stream, chunk)
+            each.written()
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 
 from ftexp.checkpoint import tree
-from ftexp.checkpoint.sharding import Piece, is_sharded, rows_held
+from ftexp.checkpoint.sharding import Guard, LivePiece, Piece, is_sharded, rows_held
 from ftexp.checkpoint.tree import mapped
 from ftexp.errors import CheckpointError
 from ftexp.storage.directory import Writer
@@ -25,6 +26,8 @@ class Staging:
     def __init__(self, device: torch.device, room_for: Callable[[torch.Tensor], torch.Tensor] | None = None) -> None:
         self._pin, self._room_for = device.type == "cuda", room_for
         self._kept: dict[tree.Path, torch.Tensor] = {}  # by their path in the tree
+        self._live: dict[tree.Path, LivePiece] = {}
+        self._guard = Guard()
 
     def copy(self, value: Any) -> Any:
         """Return a deep copy whose tensors later steps don't change; it holds until the next call.
@@ -35,6 +38,29 @@ class Staging:
         if self._pin:  # copies to the CPU are done by then
             torch.cuda.synchronize()
         return copied
+
+    def defer(self, value: Any) -> Any:
+        """As `copy`, but sharded tensors are copied when `settle` is called, if they aren't written by then.
+
+        On a GPU they are copied at once: its memory can't be written to a file.
+        """
+        self._live.clear()
+        return self.copy(value) if self._pin else mapped(value, self._defer)
+
+    def settle(self) -> None:
+        """Copy what the last `defer` has left, and what isn't written: it is about to change."""
+        if not self._live:
+            return
+        with self._guard.lock:
+            for path, piece in self._live.items():
+                piece.settle(functools.partial(self._copy_tensor, path=path))
+            self._live.clear()
+
+    def _defer(self, leaf: Any, path: tree.Path) -> Any:
+        if not is_sharded(leaf) or not (rows := leaf.to_local().detach()).is_contiguous():
+            return self._copy(leaf, path)
+        self._live[path] = LivePiece(rows, rows_held(leaf).start, tuple(leaf.shape), self._guard)
+        return self._live[path]
 
     def _copy(self, leaf: Any, path: tree.Path) -> Any:
         if is_sharded(leaf):

@@ -67,7 +67,7 @@ class Saving:
     def is_finite(self) -> bool:
         """Whether the weights are, as far as this rank has them."""
         held = self.parts.get(MODEL, {}).values()
-        return all(is_finite(each.rows if isinstance(each, Piece) else each) for each in held)
+        return all(each.with_rows(is_finite) if isinstance(each, Piece) else is_finite(each) for each in held)
 
     def files(self, rank: int) -> dict[str, Writer]:
         """Return what this rank writes."""

@@ -39,6 +39,8 @@ class Learner:
     weights_report: WeightsReport | None = None  # report of the weights that it started from, if they were loaded
     sharding: Sharding | None = None  # how model, gradients, optimiser's state and EMA lie on the ranks; None: whole
     counted: nn.Module | None = None  # the model without values, where it is sharded: see `countable`
+    # called before the weights, the optimiser's state or the EMA change: a checkpoint may still be written from them
+    before_change: Callable[[], object] = lambda: None
 
     @property
     def trainable(self) -> nn.Module:

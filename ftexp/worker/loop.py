@@ -173,6 +173,7 @@ def run_steps(
 
 def advance(job: Job, batch: Batch) -> bool:
     """Count the step just done; returns whether an epoch ended in it."""
+    job.learner.before_change()  # after a step that was skipped: hooks may change it
     epoch_ended = job.progress.advance(batch.end, len(job.data.rows["train"]))
     job.ledger.note(job.progress.step, batch, skipped=job.data.skipped.cover(batch.start))
     job.learner.scheduler.step_update(job.progress.step)

@@ -88,6 +88,7 @@ def _take_step(
     if shares:
         meter.share()
     _clip(learner, job.config.train, norm)
+    learner.before_change()
     learner.scaler.step(learner.optimizer)
     learner.scaler.update()
     if learner.scaler.get_scale() < scale:

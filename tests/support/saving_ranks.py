@@ -12,6 +12,7 @@ import io
 import os
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,7 @@ def train(job, rank):
     torch.manual_seed(100 + rank)
     for _ in range(2):
         job.learner.model(torch.randn(3, 1, 8, 8)).square().mean().backward()
+        job.learner.before_change()
         job.learner.optimizer.step()
         job.learner.optimizer.zero_grad()
         job.progress.step += 1
@@ -115,9 +117,18 @@ def saved(rank, where, sizes, into):
     job = job_on(rank, sizes, seed=1)
     checkpoints, store = manager_of(job, where, ("progress", "shadow"))
     train(job, rank)
+    write, trained = store.write, threading.Event()
+
+    def late(name, files):
+        trained.wait()
+        return write(name, files)
+
+    if rank:  # so that one rank writes what is trained on, and the other a copy
+        store.write = late
     checkpoints.save()
     expected = whole(job, checkpoints)
     train(job, rank)  # none of it reaches what is being written
+    trained.set()
     checkpoints.finish()
     if rank == 0:
         torch.save(expected, into)

@@ -2,13 +2,15 @@
 
 import contextlib
 import io
+import itertools
+from types import SimpleNamespace
 
 import pytest
+import safetensors.torch
 import timm
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 
 from ftexp import api
 from ftexp.chaos.strike import damage
@@ -18,7 +20,7 @@ from ftexp.checkpoint.converting import as_full, as_sharded
 from ftexp.checkpoint.full_model import add_full_models
 from ftexp.checkpoint.manifest import EXTRA, FILES, MODEL, OPTIMIZER, Manifest, content_hash, shard_file
 from ftexp.checkpoint.reading import read_part, read_parts, read_weights, weights_at
-from ftexp.checkpoint.sharding import Piece, overlaps, slices_of
+from ftexp.checkpoint.sharding import Guard, LivePiece, Piece, overlaps, slices_of
 from ftexp.checkpoint.slices import SliceFile, Wanted
 from ftexp.checkpoint.staging import writer
 from ftexp.checkpoint.store import CheckpointStore
@@ -138,13 +140,13 @@ def test_each_file_is_one_of_safetensors(store, tmp_path, small_chunks):
     parts = content()
     saved = as_sharded(store, full(store), CheckpointStore(store.storage.parent.child("sharded")), 2)
     directory = tmp_path / "sharded" / saved.name
-    first, second = (load_file(directory / shard_file(MODEL, shard, 2)) for shard in range(2))
+    first, second = (safetensors.torch.load_file(directory / shard_file(MODEL, shard, 2)) for shard in range(2))
     assert sorted(first) == ["bias", "conv.weight", "half", "one"]
     assert sorted(second) == ["bias", "conv.weight", "half"]  # the only row of `one` is the first's
     for name in second:
         assert torch.equal(torch.cat([first[name], second[name]]), parts[MODEL][name])
     assert (
-        load_file(directory / shard_file(EXTRA, 1, 2))["ema/weights/bias"].tolist()
+        safetensors.torch.load_file(directory / shard_file(EXTRA, 1, 2))["ema/weights/bias"].tolist()
         == parts[EXTRA]["ema"]["weights"]["bias"][4:].tolist()
     )
     sizes = sum(path.stat().st_size for path in directory.iterdir() if path.suffix != ".json")
@@ -232,6 +234,42 @@ def test_model_pt_is_written_when_the_config_says_and_where_it_cannot_be_the_run
     made._add_full_models(saving, saved)
     assert [each.step for each in out.manifests(lambda *_: None) if MODEL in each.files] == expected[::-1]
     assert lines.events(events.FullModelFailed) == failed
+
+
+def test_rows_that_change_while_they_are_written_are_written_as_they_were(small_chunks):
+    values = {name: torch.arange(20.0) + number for number, name in enumerate("abc")}
+    live, guard, copied, stream = {name: rows.clone() for name, rows in values.items()}, Guard(), [], io.BytesIO()
+    pieces = {name: LivePiece(rows, 0, (20,), guard) for name, rows in live.items()}
+    num_written = itertools.count(1)
+
+    def copy(rows):
+        copied.append(rows)
+        return rows.clone()
+
+    def write(data):
+        if next(num_written) == 1 + 4 + 2:  # the header, all of the first, half of the second
+            with guard.lock:
+                for piece in pieces.values():
+                    piece.settle(copy)
+            for rows in live.values():
+                rows.zero_()
+        return stream.write(data)
+
+    file = SliceFile(slices_of(pieces))
+    assert [piece.with_rows(torch.sum).item() for piece in pieces.values()] == [190.0, 210.0, 230.0]
+    file(SimpleNamespace(write=write))
+    found = safetensors.torch.load(stream.getvalue())
+    assert all(torch.equal(found[name], rows) for name, rows in values.items())
+    assert [rows.data_ptr() for rows in copied] == [live[name].data_ptr() for name in "bc"]
+
+
+def test_rows_that_are_written_already_are_not_copied(small_chunks):
+    guard = Guard()
+    pieces = {name: LivePiece(torch.randn(20), 0, (20,), guard) for name in "ab"}
+    SliceFile(slices_of(pieces))(io.BytesIO())
+    with guard.lock:
+        for piece in pieces.values():
+            piece.settle(lambda rows: pytest.fail("a copy that nobody needs"))
 
 
 def truncate(directory, name):
