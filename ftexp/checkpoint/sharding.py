@@ -90,7 +90,7 @@ class LivePiece(Piece):
 
     def __init__(self, rows: Tensor, first: int, shape: tuple[int, ...], guard: Guard) -> None:
         super().__init__(rows, first, shape)
-        self._guard, self._is_live, self._is_written = guard, True, False
+        self._guard, self._is_live, self._is_written, self._is_gone = guard, True, False, False
 
     def with_rows(self, use: Callable[[Tensor], Any]) -> Any:
         """As of any piece; training waits for `use`."""
@@ -98,7 +98,9 @@ class LivePiece(Piece):
             return use(self.rows)
 
     def reader(self) -> Callable[[int, int], memoryview]:
-        """As of any piece."""
+        """As of any piece. CheckpointError: the rows have changed since they were written, so there is no second time."""
+        if self._is_gone:
+            raise CheckpointError("these rows were written once already, and training has changed them since")
         return self._read
 
     def _read(self, begin: int, end: int) -> memoryview:
@@ -116,9 +118,10 @@ class LivePiece(Piece):
             self._is_written = True
 
     def settle(self, copy: Callable[[Tensor], Tensor]) -> None:
-        """Let go of the rows, which are about to change, and keep a copy if they aren't written; under the guard."""
-        self.rows = self.rows[:0] if self._is_written else copy(self.rows)
-        self._is_live = False
+        """Keep a copy of the rows, which are about to change, unless they are written; under the guard."""
+        if not self._is_written:
+            self.rows = copy(self.rows)
+        self._is_live, self._is_gone = False, self._is_written
 
 
 def is_sharded(leaf: Any) -> TypeGuard[DTensor]:

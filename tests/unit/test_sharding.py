@@ -261,6 +261,8 @@ def test_rows_that_change_while_they_are_written_are_written_as_they_were(small_
     found = safetensors.torch.load(stream.getvalue())
     assert all(torch.equal(found[name], rows) for name, rows in values.items())
     assert [rows.data_ptr() for rows in copied] == [live[name].data_ptr() for name in "bc"]
+    with pytest.raises(CheckpointError, match="written once already"):
+        slices_of(pieces)
 
 
 def test_rows_that_are_written_already_are_not_copied(small_chunks):
