@@ -2,17 +2,19 @@
 
     uv run python scripts/soak.py [--kills 20] [--seed 0] [--target "worker 1"] [--json FILE] [overrides ...]
 
-One clean run of the config (the default one, unless overridden), then one that is killed: a worker, the command itself
-or the keeper of its snapshots in memory, at a step drawn from the seed, or in the middle of a checkpoint. A killed
-command is run again. Then weights, optimiser and extra state are compared bitwise, with every logged metric and the
-samples that drove each update; no attempt may have begun before a checkpoint that was verified, and no process of the
-run may be left. Exits with 1 if anything is off.
+One clean run of the config (the default one, unless overridden), then one that is killed: a worker, two at once, a
+second one while the first is replaced, the command itself, the keeper of its snapshots in memory, or one of Ray's
+processes, at a step drawn from the seed, or in the middle of a checkpoint. A killed command is run again. Then weights,
+optimiser and extra state are compared bitwise, with every logged metric and the samples that drove each update; no
+attempt may have begun before a checkpoint that was verified, and no process of the run and no shared memory may be
+left. Exits with 1 if anything is off.
 20 kills take about 5 minutes on 2 cores.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -33,11 +35,26 @@ from ftexp.storage.directory import Storage
 
 _POLL_S = 0.005
 _DEADLINE_S = 300.0
+_GONE_S = 20.0  # that Ray's processes may take to end after a command that was killed
 _CLEAN, _SOAKED = "clean", "soaked"
-WORKER_0, WORKER_1, COMMAND, IN_SAVE_WORKER, IN_SAVE_COMMAND, KEEPER = TARGETS = (
+_MARK = "FTEXP_SOAK"  # environment variable, by which processes of the runs are known
+WORKER_0, WORKER_1, COMMAND, IN_SAVE_WORKER, IN_SAVE_COMMAND, KEEPER = _FIRST_TARGETS = (
     *("worker 0", "worker 1", "the command"),
     *("worker 0 in a save", "the command in a save", "the keeper of snapshots"),
 )
+ANY_WORKER, TWO_WORKERS = "any worker", "two workers"
+AFTER_WORKER_1 = "worker 0 while worker 1 is replaced"
+NEWCOMER = "worker 1 and the one in its place"
+CONTROLLER, RAYLET, GCS, AGENT = _RAYS = ("Ray Train's controller", "Ray's raylet", "Ray's GCS", "Ray's agent")
+_PROCESSES = {  # what their command lines hold
+    CONTROLLER: (b"ray::TrainController",),
+    RAYLET: (b"raylet/raylet",),
+    GCS: (b"gcs/gcs_server",),
+    AGENT: (b"ray::DashboardAgent", b"dashboard/agent.py"),
+}
+TARGETS = (*_FIRST_TARGETS, ANY_WORKER, TWO_WORKERS, AFTER_WORKER_1, NEWCOMER, *_RAYS)
+_BUDGETS = ("max_failures", "max_ray_failures", "max_failures_without_progress")
+_TRAINING_CONTINUES = (KEEPER, AGENT)  # without these, so that no other start is to be waited for
 
 
 def main() -> None:
@@ -51,6 +68,8 @@ def main() -> None:
     options = parser.parse_args()
     console, storage = Console(highlight=False, width=140), Path(tempfile.mkdtemp(prefix="soak_"))
     words = [*options.overrides, f"run.storage={storage}", "train.ledger=true", "train.log_every_steps=1"]
+    os.environ[_MARK] = str(storage)
+    shared_before = _shared_memory()
     began = time.time()
     subprocess.run(_command(words, _CLEAN), check=True, stdout=subprocess.DEVNULL)
     clean_s = time.time() - began
@@ -58,7 +77,7 @@ def main() -> None:
     total_steps = record["step"]
     console.print(f"{storage}: clean run of {total_steps} steps in {clean_s:.0f} s")
     soak = Soak(
-        [*words, "failure.max_failures=-1"],
+        [*words, *(f"failure.{budget}=-1" for budget in _BUDGETS)],
         storage / _SOAKED,
         options.kills,
         options.seed,
@@ -69,7 +88,7 @@ def main() -> None:
     code = soak.run()
     batch = record["fingerprint"]["train.global_batch_size"]
     report = compare(Storage.at(str(storage / _CLEAN)), Storage.at(str(storage / _SOAKED)), batch, code)
-    problems = [*report.differences, *_lost_checkpoints(soak.events()), *_left_behind(soak.events())]
+    problems = [*report.differences, *_lost_checkpoints(soak.events()), *_left_behind(str(storage), shared_before)]
     if len(soak.kills) < options.kills:
         problems.append(f"only {len(soak.kills)} of {options.kills} kills came before the end")
     _print(console, soak.kills)
@@ -136,24 +155,57 @@ class Soak:
         at_step = ready["step"] + self._random.randint(0, max(1, 2 * left // (kills_left + 3)))
         if not self._wait(process, lambda: self._step() >= at_step):
             return
-        in_save = target in (IN_SAVE_WORKER, IN_SAVE_COMMAND)
-        if in_save and not self._wait(process, self._is_saving):
+        if target in (IN_SAVE_WORKER, IN_SAVE_COMMAND) and not self._wait(process, self._is_saving):
             return
-        pid = process.pid if target in (COMMAND, IN_SAVE_COMMAND) else ready["pids"][int(target == WORKER_1)]
-        if target == KEEPER:
-            if not self._wait(process, lambda: self._events("snapshots_begun")):
-                return
-            pid = self._events("snapshots_begun")[-1]["pid"]
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:  # a keeper that was killed already, and whose successor isn't known yet
+        victims = self._victims(target, process, ready["pids"])
+        if not victims or not self._killed(victims):
             return
         kill = {"target": target, "at_step": self._step(), "attempt": ready["attempt"]}
         self.kills.append(kill)
-        self._num_ready = num_ready if target != KEEPER else self._num_ready
         self._console.print(f"kill {len(self.kills)}: {target} at step {kill['at_step']} of attempt {ready['attempt']}")
-        if pid == process.pid:
+        self._kill_another(target, process, ready["pids"])
+        if target not in _TRAINING_CONTINUES:
+            self._num_ready = max(num_ready, len(self._events("ready")))
+        if victims == [process.pid]:
             process.wait()
+
+    def _victims(self, target: str, process: subprocess.Popen[bytes], pids: list[int]) -> list[int]:
+        """Return what to kill first; empty if it isn't there. pids: of the workers, by rank."""
+        if target in (COMMAND, IN_SAVE_COMMAND):
+            return [process.pid]
+        if target in (WORKER_0, IN_SAVE_WORKER):
+            return pids[:1]
+        if target == ANY_WORKER:
+            return [self._random.choice(pids)]
+        if target == TWO_WORKERS:
+            return self._random.sample(pids, 2)
+        if target == KEEPER:
+            begun = self._events("snapshots_begun")
+            return [begun[-1]["pid"]] if begun else []
+        if target in _PROCESSES:
+            return _below(process.pid, _PROCESSES[target])[:1]
+        return pids[1:2]
+
+    def _kill_another(self, target: str, process: subprocess.Popen[bytes], pids: list[int]) -> None:
+        """Kill the second process of a target that has one after the other."""
+        if target == AFTER_WORKER_1:
+            time.sleep(self._random.uniform(0.0, 1.2))  # what a replacement takes
+            self._killed(pids[:1])
+        elif target == NEWCOMER:
+            began = ("worker_replaced", "attempt_started")
+            count = len([event for event in self.events() if event["event"] in began])
+            if self._wait(process, lambda: len([e for e in self.events() if e["event"] in began]) > count):
+                time.sleep(self._random.uniform(0.0, 0.3))
+                self._killed([[event for event in self.events() if event["event"] in began][-1]["pid"]])
+
+    def _killed(self, pids: list[int]) -> bool:
+        """Whether all of these, which belong to the run, were there to be killed."""
+        if not all(_is_marked(pid, str(self._run_dir.parent)) for pid in pids):
+            return False  # one that was killed already, and whose successor isn't known yet
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        return True
 
     def _trains_again(self) -> bool:
         return len(self._events("ready")) > self._num_ready
@@ -212,12 +264,56 @@ def _lost_checkpoints(events: list[dict[str, Any]]) -> list[str]:
     return problems
 
 
-def _left_behind(events: list[dict[str, Any]]) -> list[str]:
-    """Processes of the run that still are: their memory goes with them."""
-    pids = {pid for event in events for pid in (*event.get("pids", []), event.get("pid"))} - {None}
-    titles = {pid: Path(f"/proc/{pid}/cmdline") for pid in pids}
-    left = [pid for pid, title in titles.items() if title.exists() and b"ray::" in title.read_bytes()]
-    return [f"process {pid} is left" for pid in left]
+def _left_behind(storage: str, shared_before: set[str]) -> list[str]:
+    """Processes of the runs that still are, and shared memory that nobody uses any more."""
+    end = time.monotonic() + _GONE_S
+    while (left := _marked(storage)) and time.monotonic() < end:
+        time.sleep(_POLL_S)
+    problems = [f"process {pid} is left: {_title(pid)[:80].decode()}" for pid in left]
+    maps = b"".join(_read(path) for path in Path("/proc").glob("[0-9]*/maps"))
+    orphans = [name for name in _shared_memory() - shared_before if f"/dev/shm/{name}".encode() not in maps]
+    return [*problems, *(f"/dev/shm/{name} is left" for name in sorted(orphans))]
+
+
+def _marked(storage: str) -> list[int]:
+    """Return all processes of the runs of a soak, but for this one."""
+    pids = [int(path.name) for path in Path("/proc").glob("[0-9]*")]
+    return [pid for pid in pids if pid != os.getpid() and _is_marked(pid, storage)]
+
+
+def _is_marked(pid: int, storage: str) -> bool:
+    return f"{_MARK}={storage}".encode() in _read(Path(f"/proc/{pid}/environ")).split(b"\0")
+
+
+def _below(root: int, titles: tuple[bytes, ...]) -> list[int]:
+    """Return the processes below `root` whose command line holds one of these."""
+    children: dict[int, list[int]] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        if fields := _read(path).rpartition(b")")[2].split():
+            children.setdefault(int(fields[1]), []).append(int(path.parent.name))
+    found, waiting = [], [root]
+    while waiting:
+        pid = waiting.pop()
+        waiting += children.get(pid, [])
+        if any(title in _title(pid) for title in titles):
+            found.append(pid)
+    return found
+
+
+def _title(pid: int) -> bytes:
+    return _read(Path(f"/proc/{pid}/cmdline")).replace(b"\0", b" ").strip()
+
+
+def _read(path: Path) -> bytes:
+    """Return what a file of /proc holds; nothing if its process has ended."""
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
+
+
+def _shared_memory() -> set[str]:
+    return {path.name for path in Path("/dev/shm").iterdir()}
 
 
 def _recoveries(events: list[dict[str, Any]]) -> str:

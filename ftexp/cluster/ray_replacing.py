@@ -23,6 +23,7 @@ from ray.train.v2._internal.execution.worker_group import WorkerGroup
 from ray.train.v2._internal.execution.worker_group.execution_group import ReplicaGroup
 from ray.train.v2.api import data_parallel_trainer
 
+_ANSWER_S = 2.0  # that a worker may take to answer a question
 _POLL_S = 0.2  # by which a death is noticed late; more seldom, it is most of what a replacement takes
 
 
@@ -51,8 +52,16 @@ class _SameShards(ExecutionGroupCallback):  # type: ignore[misc]
 class SlotWorkerGroup(WorkerGroup):  # type: ignore[misc]
     """A worker that is started again has the ranks of the one that it replaces; Ray would have it be local rank 0."""
 
+    on_failure: Callable[[list[Any]], None]  # called with the workers that live, before anything is done about it
     _kept: Any = None
     _execution_group_callbacks: list[Any]
+
+    def _poll_workers_and_collect_errors(self, timeout: float | None) -> Any:
+        statuses = super()._poll_workers_and_collect_errors(timeout)
+        if any(status.error is not None for status in statuses):
+            workers = zip(self.get_workers(), statuses, strict=True)
+            self.on_failure([worker for worker, status in workers if status.error is None])
+        return statuses
 
     def replace_replica_group(self, replica_group_index: int) -> None:
         """Start the worker of this rank again."""
@@ -89,6 +98,13 @@ class ReplacingController(controllers.TrainController, abc.ABC):  # type: ignore
         self._health_check_interval_s = min(self._health_check_interval_s, _POLL_S)
 
     @abc.abstractmethod
+    def others(self, can: Callable[[Callable[[], bool]], bool]) -> None:
+        """Note what the others can do, where a worker has failed.
+
+        can: whether it alone has failed, and what `can` is given is true in all other workers' processes.
+        """
+
+    @abc.abstractmethod
     def may_replace(self) -> bool:
         """Whether a replacement was decided upon."""
 
@@ -99,6 +115,11 @@ class ReplacingController(controllers.TrainController, abc.ABC):  # type: ignore
     @abc.abstractmethod
     def invitation(self, rank: int, answers: list[Any]) -> tuple[Callable[..., None], Any] | None:
         """Return what to run on all workers now that `rank` was started again, with its argument; None: a restart."""
+
+    def _start_worker_group(self, *arguments: Any, **named: Any) -> None:
+        super()._start_worker_group(*arguments, **named)
+        group = self._worker_group
+        group.on_failure = lambda living: self.others(lambda asked: _all(asked, living, len(group) - 1))
 
     def _execute_resize_decision(self, decision: Any) -> Any:
         rank = self._failed_alone()
@@ -139,6 +160,15 @@ class ReplacingController(controllers.TrainController, abc.ABC):  # type: ignore
         thread.start()
         thread.join(timeout_s)
         return succeeded == [True]
+
+
+def _all(asked: Callable[[], bool], workers: list[Any], count: int) -> bool:
+    """Whether there are so many workers, and each answers what it is asked with yes."""
+    try:
+        answers = controllers.ray.get([worker.execute_async(asked) for worker in workers], timeout=_ANSWER_S)
+    except (controllers.ray.exceptions.RayError, TimeoutError):  # another one has died
+        return False
+    return len(answers) == count and all(answers)
 
 
 def control_fits_by(controller: type[ReplacingController]) -> None:

@@ -39,8 +39,8 @@ class Decider:
             case Happened(events.PreemptionNotice(ranks=ranks)):
                 self.leaving = ranks
 
-    def decide(self, cause: Cause) -> tuple[Cause, Decision]:
-        """Return the cause, as known now, and what to do about it."""
+    def decide(self, cause: Cause, others_wait: bool) -> tuple[Cause, Decision]:
+        """Return the cause, as known now, and what to do about it. others_wait: as of `ftexp.failure.policy`."""
         if cause.kind != RAY:
             cause = as_preemption(as_hang(cause, self._hung), self.leaving)
         self._hung, self.leaving = {}, []
@@ -51,7 +51,7 @@ class Decider:
         past = [Past(failure.cause, failure.step, failure.error, failure.progressed) for failure in failures]
         share = math.ceil(self._config.train.global_batch_size / (state.world_sizes or [1])[-1])
         micro_batch, progressed = math.ceil(share / accumulate_steps), self._record.clock.has_progressed
-        decision = decide(cause, state.step, progressed, past, self._config.failure, micro_batch)
+        decision = decide(cause, state.step, progressed, past, self._config.failure, micro_batch, others_wait)
         if decision.action is Action.RESTART_SMALLER_MICRO_BATCHES:
             state.accumulate_steps = 2 * accumulate_steps
         return cause, decision

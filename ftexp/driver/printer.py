@@ -134,6 +134,10 @@ class Printer:
         raised, self._raised = self._raised, None
         return raised
 
+    def not_replaced(self, failure: Failure) -> None:
+        """Print that another worker group starts, though a worker was to be replaced."""
+        self._warn(f"rank {failure.rank} could not be replaced: restarting the workers")
+
     def diagnosis(self, raised: Raised | None) -> None:
         """Print what helps to find out why a run was given up."""
         if raised is not None and raised.position == 0 and not raised.samples:

@@ -57,6 +57,7 @@ class Supervisor:
         self._decider = Decider(record, config, num_before, no_new_ray)
         self._printer = Printer(terminal, record, self.group, config)
         self._asked = KeyboardInterrupt()
+        self._replaces = False  # whether it was decided to replace a worker, and none has come yet
         self.on_evaluation_wanted: Callable[[EvaluateCheckpoint], None] = lambda _: None
         # called with each message of workers, once it is on record
         self.on_message: Callable[[Message], None] = lambda _: None
@@ -67,7 +68,7 @@ class Supervisor:
         match message:
             case GroupFailed():
                 cause = Cause(message.cause, message.rank, message.error, Ending(message.ending))
-                return self._failed(as_death(cause, self._record.died_rank))
+                return self._failed(as_death(cause, self._record.died_rank), others_wait=message.others_wait)
             case ControllerDied():  # as for a worker's failure; the driver itself has to fit again
                 return self._failed(_CONTROLLER_DIED)
             case CouldNotStart(error):
@@ -87,6 +88,10 @@ class Supervisor:
             case Happened(events.Straggler() | events.StragglerOver() as event):
                 located = dataclasses.replace(event, node=self._record.node_of(event.rank))
                 message = dataclasses.replace(message, event=located)
+        if isinstance(message, Hello) and self._replaces and (message.replaces or message.rank == 0):
+            self._replaces = False
+            if not message.replaces:
+                self._printer.not_replaced(self._record.not_replaced())
         start = self.group.start
         answer = self._record.handle(message)
         self._decider.note(message)
@@ -104,17 +109,18 @@ class Supervisor:
             self._failed(as_death(find_cause({}), self._record.died_rank), reported_late=True)
         return Stop(str(self._decider.given_up)) if self._decider.given_up is not None else None
 
-    def _failed(self, cause: Cause, reported_late: bool = False) -> Retry | Stop:
+    def _failed(self, cause: Cause, reported_late: bool = False, others_wait: bool = False) -> Retry | Stop:
         """Decide, record and print; the answer is the controller's. `reported_late`: Ray knew when it began."""
         if self._decider.given_up is not None:  # by workers that were told to stop
             return Stop(str(self._decider.given_up))
-        cause, decision = self._decider.decide(cause)
+        cause, decision = self._decider.decide(cause, others_wait)
         self.group.failed()
         failure = self._record.fail(decision.cause, cause.rank, cause.error, decision.reason, reported_late)
         raised = self._printer.failure(failure)
         self._note_nccl(failure.attempt)
+        self._replaces = decision.action is Action.REPLACE
         if decision.action is not Action.STOP:
-            return Retry(decision.delay_s, decision.action is Action.REPLACE)
+            return Retry(decision.delay_s, self._replaces)
         error = self._decider.give_up(failure)
         if not isinstance(error, ConfigError):
             self._printer.diagnosis(raised)

@@ -7,6 +7,8 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass
 
+_SETTLE_S = 0.05  # that a rank may take to notice the death of another, unless its step takes longer
+
 
 @dataclass(frozen=True)
 class Waiting:
@@ -60,6 +62,12 @@ class Meeting:
             self.is_noticed = self._waiting is not None
             return self._waiting
 
+    def may_wait(self) -> bool:
+        """Whether the training thread waits, or is where it will once it comes to the end of its step."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting is not None or not self._can_wait, _SETTLE_S)
+            return self._waiting is not None or self._can_wait
+
     def invite(self, invitation: Invitation) -> None:
         """Let the training thread come to a meeting."""
         with self._changed:
@@ -74,6 +82,11 @@ class Meeting:
 
 
 MEETING = Meeting()  # Ray's calls and the training thread share no more than the process
+
+
+def may_wait() -> bool:
+    """Ask a worker's process, from the controller, before anything is decided."""
+    return MEETING.may_wait()
 
 
 def waiting(timeout_s: float) -> Waiting | None:

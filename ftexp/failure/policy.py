@@ -43,7 +43,13 @@ class Decision:
 
 
 def decide(
-    cause: Cause, step: int, progressed: bool, past: Sequence[Past], config: FailureConfig, micro_batch: int
+    cause: Cause,
+    step: int,
+    progressed: bool,
+    past: Sequence[Past],
+    config: FailureConfig,
+    micro_batch: int,
+    others_wait: bool = False,
 ) -> Decision:
     """Decide what to do about a failure.
 
@@ -54,6 +60,7 @@ def decide(
         past: the failures of this run that came before, oldest first.
         config: the budgets.
         micro_batch: images of a worker's largest micro-batch.
+        others_wait: whether all other workers can wait until the one that failed is replaced.
     """
     kind = cause.kind
     if cause.ending is Ending.GAVE_UP:
@@ -77,7 +84,7 @@ def decide(
         if kind == OUT_OF_MEMORY:
             return _halve(micro_batch)
         past = [failure for failure in past if failure.cause != OUT_OF_MEMORY]
-    return _by_budgets(kind, step, progressed, past, config, _can_replace(cause, config))
+    return _by_budgets(kind, step, progressed, past, config, others_wait and _can_replace(cause, config))
 
 
 def _can_replace(cause: Cause, config: FailureConfig) -> bool:

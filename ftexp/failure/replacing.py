@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable
 
 from ftexp.cluster.ray_replacing import ReplacingController
-from ftexp.failure.meeting import Invitation, Waiting, common_step, invite, waiting
+from ftexp.failure.meeting import Invitation, Waiting, common_step, invite, may_wait, waiting
 from ftexp.failure.reporter import FailureReporter
 
 WAIT_S = 30.0  # that a step may take which is interrupted
@@ -16,6 +16,10 @@ class TrainController(ReplacingController):  # its name is that of its process
     """Replaces a worker where the driver says so, once all others wait after the same step."""
 
     _numbers = itertools.count(1)
+
+    def others(self, can: Callable[[Callable[[], bool]], bool]) -> None:
+        """Note for the report whether they can wait."""
+        FailureReporter.others_wait = can(may_wait)
 
     def may_replace(self) -> bool:
         """Whether the driver's last answer was so."""

@@ -21,18 +21,20 @@ class StopRun(Exception):
 class FailureReporter(UserCallback):  # type: ignore[misc]
     """Reports every failure to the driver, and ends the run if the driver says so."""
 
-    replaces: ClassVar[bool] = False  # what the driver last decided: the controller has a process of its own
+    # the controller has a process of its own
+    replaces: ClassVar[bool] = False  # what the driver last decided
+    others_wait: ClassVar[bool] = False  # whether one worker failed, and the others can wait until it is replaced
 
     def __init__(self, hub: HubAddress) -> None:
         self._hub = hub
 
     def after_exception(self, run_context: object, worker_exceptions: dict[int, Exception]) -> None:  # noqa: ARG002
         """Ray's hook: one or more workers raised, or died. StopRun if there shall be no further try."""
-        self.report(find_cause(worker_exceptions))
+        self.report(find_cause(worker_exceptions), self.others_wait)
 
-    def report(self, cause: Cause) -> None:
+    def report(self, cause: Cause, others_wait: bool = False) -> None:
         """Pass a failure to the driver, and wait as long as it says. StopRun if there shall be no further try."""
-        failed = GroupFailed(cause.kind, cause.rank, cause.error, cause.ending)
+        failed = GroupFailed(cause.kind, cause.rank, cause.error, cause.ending, others_wait)
         try:
             channel = Channel(self._hub, failed)
         except FtexpError as error:  # without a decision Ray would retry for ever

@@ -197,6 +197,12 @@ class RunRecord:
         self.write()
         return failure
 
+    def not_replaced(self) -> Failure:
+        """Correct what was decided about the last failure: all workers start again. Returns it."""
+        failure = self.state.failures[-1]
+        failure.decision += ", which failed: restarting the workers"
+        return failure
+
     @property
     def unwritten_failures(self) -> list[Failure]:
         """Return the failures that run.json may lack, since it could not be written."""

@@ -139,6 +139,7 @@ class GroupFailed(Message):
     rank: int | None
     error: str
     ending: str
+    others_wait: bool = False  # for the worker that failed, or will
 
 
 @dataclass(frozen=True)

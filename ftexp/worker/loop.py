@@ -56,7 +56,6 @@ def train_loop(spec: JobSpec, streams: dict[str, IndexedSplit]) -> dict[str, flo
         job.channel.send(Raised(job.group.rank, progress.step, progress.position, samples, traceback.format_exc()))
         raise
     finally:
-        MEETING.expect(False)
         job.channel.close()
 
 
@@ -82,6 +81,7 @@ def _train(job: Job, run_dir: Storage) -> dict[str, float] | None:
                 test(job, run_dir)
             job.hooks.at_end()
     finally:
+        MEETING.expect(False)  # at once: what follows takes a while
         watchdog.stop()
         checkpoints.close()
         batches.close()  # ends what decodes for it

@@ -317,6 +317,8 @@ def test_the_controller_replaces_a_worker_by_the_methods_that_are_overridden():
         (WorkerGroup.__init__, ["_worker_group_start_timeout_s", "_execution_group_callbacks"]),
         (WorkerGroup._init_train_context, ["_execution_group_callbacks"]),
         (WorkerGroup._start_impl, ["_replica_groups", "ReplicaGroup("]),
+        (WorkerGroup.poll_status, ["_poll_workers_and_collect_errors(", "after_worker_group_poll_status("]),
+        (TrainController._execute_resize_decision, ["_start_worker_group("]),
         (
             WorkerGroup._replace_replica_group_impl,
             ["_init_train_context(new_workers", "placement_group_bundle_indices"],
@@ -328,6 +330,25 @@ def test_the_controller_replaces_a_worker_by_the_methods_that_are_overridden():
         text = inspect.getsource(source)
         assert [name for name in names if name not in text] == []
     assert ray_replacing.ReplacingController.worker_group_cls is ray_replacing.SlotWorkerGroup
+
+
+def test_others_can_wait_where_one_worker_failed_and_all_others_say_so(monkeypatch):
+    from ftexp.cluster import ray_replacing
+
+    class Worker:
+        def __init__(self, says):
+            self.execute_async = lambda asked: (asked, says)
+
+    def get(answers, timeout):
+        assert timeout > 0
+        if None in [says for _, says in answers]:
+            raise ray_replacing.controllers.ray.exceptions.RayActorError
+        return [says for _, says in answers]
+
+    monkeypatch.setattr(ray_replacing.controllers.ray, "get", get)
+    given = [([True, True], 2), ([True, False], 2), ([True], 2), ([True, None], 2)]
+    found = [ray_replacing._all(bool, [Worker(says) for says in answers], count) for answers, count in given]
+    assert found == [True, False, False, False]
 
 
 def test_a_controller_replaces_only_a_worker_that_failed_alone(monkeypatch):

@@ -94,10 +94,14 @@ def test_auto_replaces_where_the_number_of_workers_and_their_device_allow_it(rec
     ],
 )
 def test_a_rank_that_died_is_replaced_and_any_other_failure_restarts_all(kind, rank, ending, expected):
-    decision = decide(Cause(kind, rank, "x", ending), 10, True, [], FailureConfig(recovery=REPLACE), 16)
-    assert decision.action is expected
-    assert ("replacing the worker" in decision.reason) == (expected is Action.REPLACE)
-    assert decide(Cause(kind, rank, "x", ending), 10, True, [], FailureConfig(), 16).action is Action.RESTART
+    def action(others_wait=True, **failure):
+        cause = Cause(kind, rank, "x", ending)
+        decision = decide(cause, 10, True, [], FailureConfig(**failure), 16, others_wait)
+        assert ("replacing the worker" in decision.reason) == (decision.action is Action.REPLACE)
+        return decision.action
+
+    assert action(recovery=REPLACE) is expected
+    assert action() is action(others_wait=False, recovery=REPLACE) is Action.RESTART
 
 
 # The meeting
@@ -121,6 +125,19 @@ def test_a_rank_is_asked_until_it_waits_and_invited_until_it_leaves():
         assert meeting.waiting(0.0) == Waiting(7, ADDRESS)
     meeting.leave()
     assert (meeting.waiting(0.0), meeting.invitation(0.0)) == (None, None)
+
+
+def test_a_rank_may_wait_while_it_waits_or_is_in_a_step_that_takes_long(monkeypatch):
+    monkeypatch.setattr("ftexp.failure.meeting._SETTLE_S", 0.0)
+    meeting = Meeting()
+    assert not meeting.may_wait()
+    meeting.expect(can_wait=True)
+    assert meeting.may_wait()
+    meeting.wait(Waiting(7, ADDRESS))
+    meeting.expect(can_wait=False)
+    assert meeting.may_wait()
+    meeting.leave()
+    assert not meeting.may_wait()
 
 
 def test_who_asks_a_rank_that_goes_where_it_would_not_wait_is_answered_at_once():

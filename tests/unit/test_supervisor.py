@@ -78,8 +78,8 @@ class Driver:
     def ready(self, step):
         self.tell(Ready(step, total_steps=100, device="cpu", arguments={}, num_parameters=5))
 
-    def fail(self, cause=DIED):
-        return self.tell(GroupFailed(cause.kind, cause.rank, cause.error, cause.ending))
+    def fail(self, cause=DIED, others_wait=True):
+        return self.tell(GroupFailed(cause.kind, cause.rank, cause.error, cause.ending, others_wait))
 
     def raised(self, samples, rank=1, step=20):
         self.tell(Raised(rank, step, 32 * step, samples, "TypeError: x"))
@@ -553,6 +553,26 @@ def test_a_worker_that_is_replaced_stays_in_its_attempt_and_is_told_as_such(tmp_
     assert found.count("attempt_started") == found.count("worker_replaced") == 1
     driver.tell(Lost(1, 101))  # of the one that died, late
     assert driver.record.died_rank is None
+
+
+def test_what_is_printed_is_what_is_done_where_the_others_can_not_wait_or_nobody_comes(tmp_path):
+    driver = Driver(tmp_path, recovery="replace")
+    driver.attempt(step=40)
+    assert driver.fail(others_wait=False) == Retry(0.0, replaces=False)
+    assert driver.record.state.failures[-1].decision.endswith(": restarting the workers")
+    assert "replac" not in driver.output.getvalue()
+    driver.attempt(40, step=50)
+    assert "could not be replaced" not in driver.output.getvalue()
+    assert driver.fail().replaces
+    driver.attempt(50, step=60)
+    assert driver.record.state.failures[-1].decision.endswith(
+        ": replacing the worker, which failed: restarting the workers"
+    )
+    assert driver.output.getvalue().count("! rank 1 could not be replaced: restarting the workers") == 1
+    assert driver.fail().replaces
+    driver.tell(Hello(1, 2, 201, "node1", replaces=True))
+    driver.tell(Ready(60, 100, "cpu", {}, 5, source=REPLACED))
+    assert driver.record.state.failures[-1].decision.endswith(": replacing the worker")
 
 
 def test_a_worker_that_fails_while_it_takes_the_place_of_another_leaves_the_step_as_it_was(tmp_path):
