@@ -9,6 +9,9 @@ reason, all workers are started again as ever.
 from __future__ import annotations
 
 import abc
+import asyncio
+import contextlib
+import os
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -24,7 +27,6 @@ from ray.train.v2._internal.execution.worker_group.execution_group import Replic
 from ray.train.v2.api import data_parallel_trainer
 
 _ANSWER_S = 2.0  # that a worker may take to answer a question
-_POLL_S = 0.2  # by which a death is noticed late; more seldom, it is most of what a replacement takes
 
 
 def is_replacement(group: Any) -> bool:
@@ -87,15 +89,32 @@ class SlotWorkerGroup(WorkerGroup):  # type: ignore[misc]
             self._execution_group_callbacks = callbacks
 
 
-class ReplacingController(controllers.TrainController, abc.ABC):  # type: ignore[misc]
-    """Starts one worker again where it can, and all of them otherwise."""
+class WatchingController(controllers.TrainController):  # type: ignore[misc]
+    """Asks its workers at once when one on its own node has ended, and not only when it is time to."""
 
-    worker_group_cls = SlotWorkerGroup
+    _latest_poll_time: float
     _health_check_interval_s: float
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
-        self._health_check_interval_s = min(self._health_check_interval_s, _POLL_S)
+        self._seen_dead: set[int] = set()  # each is a reason once: Ray may hear of it later
+
+    async def _poll_workers(self) -> Any:
+        since_s = controllers.time_monotonic() - self._latest_poll_time
+        own = controllers.ray.get_runtime_context().get_node_id()
+        workers = [worker.metadata for worker in self._worker_group.get_workers()]
+        pids = {each.pid for each in workers if each.node_id == own}
+        self._seen_dead &= pids
+        if dead := await first_ended(pids - self._seen_dead, self._health_check_interval_s - since_s):
+            self._seen_dead |= dead
+            self._latest_poll_time = float("-inf")
+        return await super()._poll_workers()
+
+
+class ReplacingController(WatchingController, abc.ABC):
+    """Starts one worker again where it can, and all of them otherwise."""
+
+    worker_group_cls = SlotWorkerGroup
 
     @abc.abstractmethod
     def others(self, can: Callable[[Callable[[], bool]], bool]) -> None:
@@ -162,6 +181,34 @@ class ReplacingController(controllers.TrainController, abc.ABC):  # type: ignore
         return succeeded == [True]
 
 
+async def first_ended(pids: set[int], timeout_s: float) -> set[int]:
+    """Wait until one of these processes, of this machine, has ended, and return which have; none once it is time."""
+    ended = set[int]()
+    loop, noticed, watched = asyncio.get_running_loop(), asyncio.Event(), dict[int, int]()
+
+    def note(pid: int) -> None:
+        ended.add(pid)
+        noticed.set()
+
+    try:
+        for pid in pids:
+            try:
+                watched[pid] = os.pidfd_open(pid)
+            except ProcessLookupError:
+                note(pid)
+            except OSError:  # the system has none, or no more files: it is asked when it is time
+                continue
+            else:
+                loop.add_reader(watched[pid], note, pid)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(noticed.wait(), max(0.0, timeout_s))
+    finally:
+        for descriptor in watched.values():
+            loop.remove_reader(descriptor)
+            os.close(descriptor)
+    return ended
+
+
 def _all(asked: Callable[[], bool], workers: list[Any], count: int) -> bool:
     """Whether there are so many workers, and each answers what it is asked with yes."""
     try:
@@ -171,6 +218,6 @@ def _all(asked: Callable[[], bool], workers: list[Any], count: int) -> bool:
     return len(answers) == count and all(answers)
 
 
-def control_fits_by(controller: type[ReplacingController]) -> None:
+def control_fits_by(controller: type[WatchingController]) -> None:
     """Have coming fits of this process use `controller`."""
     data_parallel_trainer.TrainController = controller

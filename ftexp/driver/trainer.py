@@ -32,9 +32,9 @@ from ftexp.driver.keepers import Keepers
 from ftexp.driver.nccl import detect_hangs, take_findings, uses_nccl
 from ftexp.driver.terminal import Terminal
 from ftexp.errors import RayLostError, RunFailedError, StorageError
+from ftexp.failure import replacing, watching
 from ftexp.failure.causes import find_cause
 from ftexp.failure.group_start import ReportingTorchConfig
-from ftexp.failure.replacing import TrainController
 from ftexp.failure.reporter import FailureReporter
 from ftexp.job.spec import JobSpec
 from ftexp.rundir.record import RunRecord
@@ -176,8 +176,7 @@ def build_trainer(context: RunContext, bundle: DataBundle, hub: HubAddress) -> T
     # beside the spec: a reference to an object doesn't survive pickle
     classes = Shared(bundle.classes) if bundle.classes is not None else None
     reporter = FailureReporter(hub)
-    if config.failure.recovery == REPLACE:
-        control_fits_by(TrainController)
+    control_fits_by(replacing.TrainController if config.failure.recovery == REPLACE else watching.TrainController)
     return TorchTrainer(
         _train_function,
         # as bytes: Ray unpacks this config in its controller too, where importing torch and timm would only cost time

@@ -1,10 +1,13 @@
 """Names of Ray's that aren't public. When one of these fails after an upgrade, mend ftexp/cluster/ray_private.py."""
 
+import asyncio
 import copy
+import dataclasses
 import inspect
 import json
 import subprocess
 import sys
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -20,6 +23,7 @@ from ray.train.v2._internal.exceptions import (
 )
 
 from ftexp.cluster import ray_private
+from tests.support.command import DEADLINE_S
 
 
 def test_the_snapshot_has_the_name_that_is_dropped_before_a_fit():
@@ -298,6 +302,7 @@ def test_the_controller_replaces_a_worker_by_the_methods_that_are_overridden():
     from ray.train.v2._internal.execution.controller.controller import TrainController
     from ray.train.v2._internal.execution.worker_group import WorkerGroup
     from ray.train.v2._internal.execution.worker_group.poll import WorkerGroupPollStatus
+    from ray.train.v2._internal.execution.worker_group.worker import ActorMetadata
     from ray.train.v2.api import data_parallel_trainer
 
     from ftexp.cluster import ray_replacing
@@ -320,6 +325,10 @@ def test_the_controller_replaces_a_worker_by_the_methods_that_are_overridden():
         (WorkerGroup.poll_status, ["_poll_workers_and_collect_errors(", "after_worker_group_poll_status("]),
         (TrainController._execute_resize_decision, ["_start_worker_group("]),
         (
+            TrainController._poll_workers,
+            ["self._latest_poll_time", "self._health_check_interval_s", "time_monotonic()"],
+        ),
+        (
             WorkerGroup._replace_replica_group_impl,
             ["_init_train_context(new_workers", "placement_group_bundle_indices"],
         ),
@@ -329,7 +338,51 @@ def test_the_controller_replaces_a_worker_by_the_methods_that_are_overridden():
     ):
         text = inspect.getsource(source)
         assert [name for name in names if name not in text] == []
+    assert {"node_id", "pid"} <= {field.name for field in dataclasses.fields(ActorMetadata)}
     assert ray_replacing.ReplacingController.worker_group_cls is ray_replacing.SlotWorkerGroup
+
+
+def test_a_process_that_ends_is_noticed_at_once_and_others_when_it_is_time():
+    from ftexp.cluster.ray_replacing import first_ended
+
+    async def ended(timeout_s, *processes):
+        return await first_ended({process.pid for process in processes}, timeout_s)
+
+    lives, dies = (subprocess.Popen(["cat"], stdin=subprocess.PIPE) for _ in range(2))
+    with lives, dies:
+        assert asyncio.run(ended(0.0, lives, dies)) == set()
+        assert asyncio.run(ended(-1.0, lives, dies)) == set()
+        threading.Timer(0.05, dies.kill).start()
+        assert asyncio.run(ended(DEADLINE_S, lives, dies)) == {dies.pid}  # as a zombie
+        dies.wait()
+        assert asyncio.run(ended(DEADLINE_S, lives, dies)) == {dies.pid}
+        lives.kill()
+
+
+def test_a_controller_asks_its_workers_early_once_for_each_that_died(monkeypatch):
+    from ftexp.cluster import ray_replacing
+
+    async def asked(controller):
+        return controller._latest_poll_time
+
+    async def ended(pids, timeout_s):
+        looked_at.append(sorted(pids))
+        assert timeout_s > 1000
+        return pids & {12}
+
+    looked_at: list[list[int]] = []
+    here, there = (SimpleNamespace(node_id=node, pid=pid) for node, pid in (("here", 12), ("there", 13)))
+    group = SimpleNamespace(get_workers=lambda: [SimpleNamespace(metadata=each) for each in (here, there)])
+    context = SimpleNamespace(get_node_id=lambda: "here")
+    monkeypatch.setattr(ray_replacing.controllers.ray, "get_runtime_context", lambda: context)
+    monkeypatch.setattr(ray_replacing.controllers.TrainController, "_poll_workers", asked)
+    monkeypatch.setattr(ray_replacing, "first_ended", ended)
+    controller = object.__new__(ray_replacing.WatchingController)
+    controller._worker_group, controller._seen_dead, controller._health_check_interval_s = group, set(), 1e9
+    for expected in (float("-inf"), 5.0):
+        controller._latest_poll_time = 5.0
+        assert asyncio.run(controller._poll_workers()) == expected
+    assert looked_at == [[12], []]
 
 
 def test_others_can_wait_where_one_worker_failed_and_all_others_say_so(monkeypatch):
