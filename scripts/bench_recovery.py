@@ -36,6 +36,9 @@ EPOCHS, KILL_EPOCH, KILL_STEP = 8, 2, 10
 _DEADLINE_S = 180.0
 # the least that is measured: until then the worker that lives may still end the step it is in
 _DYING_S = 0.5
+# from the command on: imports, config, data and Ray's start; workers' start; model, data and restore; the first step
+START_PHASES = {"command_started": "start_ray_s", "attempt_started": "start_workers_s", "ready": "start_model_s"}
+FIRST_STEP = "start_first_step_s"
 PHASES = ("seconds_to_detect", "seconds_to_restart", "seconds_to_restore", "seconds_to_new_step")
 Note = tuple[float, int, int, int, int]  # time, rank, pid, epoch, step within it (from 1)
 
@@ -82,7 +85,9 @@ def ftexp(
         ]
 
     found = _measure(command, notes, shift=1, kills=address is None)
-    for event in _lines(storage / "bench" / "events.jsonl"):
+    events = _lines(storage / "bench" / "events.jsonl")
+    found |= _start_phases(events, found["began"], found["first_step_s"])
+    for event in events:
         if event["event"] == "recovered":
             wanted = "memory" if snapshot_every else "storage"
             # a kill while ranks agree between steps restarts all workers, also where they would be replaced
@@ -143,11 +148,11 @@ def _measure(
             seen = _until(process, lambda: [n for n in notes() if n[1] == 1 and (n[3], n[4]) >= place])
             first_step = min(note[0] for note in notes()) - began
             if not kills:
-                return {"first_step_s": first_step}
+                return {"began": began, "first_step_s": first_step}
             killed_at = time.time()
             os.kill(seen[-1][2], signal.SIGKILL)
             again = _until(process, lambda: _new_steps(notes(), killed_at + _DYING_S))
-            return {"recovery_s": again[0][0] - killed_at, "first_step_s": first_step}
+            return {"began": began, "recovery_s": again[0][0] - killed_at, "first_step_s": first_step}
         finally:
             if process.poll() is None:  # else what _until says of its end is to be seen, not that it is gone
                 os.killpg(process.pid, signal.SIGTERM)
@@ -155,6 +160,15 @@ def _measure(
                 process.wait(timeout=30)
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
+
+
+def _start_phases(events: list[Any], began: float, first_step_s: float) -> dict[str, float]:
+    """Split the time from the command, at `began`, to its first step."""
+    phases, before = {}, began
+    for name, phase in START_PHASES.items():
+        at = next(event["time"] for event in events if event["event"] == name)
+        phases[phase], before = at - before, at
+    return {**phases, FIRST_STEP: began + first_step_s - before}
 
 
 def _new_steps(notes: list[Note], stopped_at: float) -> list[Note]:
@@ -188,8 +202,8 @@ def report(console: Console, results: dict[str, list[dict[str, float]]], starts:
         cells = [f"{statistics.median(v):.1f} ({min(v):.1f} to {max(v):.1f})" for v in values.values()]
         table.add_row(title, *cells)
     console.print(table)
-    table = Table("of ftexp's recoveries", *(side for side in _OF_FTEXP if side in results), box=None)
-    for key in (*PHASES, "steps_replayed", "replaced"):
+    table = Table("of ftexp's starts and recoveries", *(side for side in _OF_FTEXP if side in results), box=None)
+    for key in (*START_PHASES.values(), FIRST_STEP, *PHASES, "steps_replayed", "replaced"):
         values = [[run[key] for run in results[side] if key in run] for side in _OF_FTEXP]
         cells = [f"{statistics.median(v):.2f} ({min(v):.2f} to {max(v):.2f})" if v else "" for v in values]
         table.add_row(key.replace("_", " "), *cells)

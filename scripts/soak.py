@@ -53,6 +53,7 @@ _PROCESSES = {  # what their command lines hold
     AGENT: (b"ray::DashboardAgent", b"dashboard/agent.py"),
 }
 TARGETS = (*_FIRST_TARGETS, ANY_WORKER, TWO_WORKERS, AFTER_WORKER_1, NEWCOMER, *_RAYS)
+_EARLY = 0.2  # share of kills that come soon after a start
 _BUDGETS = ("max_failures", "max_ray_failures", "max_failures_without_progress")
 _TRAINING_CONTINUES = (KEEPER, AGENT)  # without these, so that no other start is to be waited for
 
@@ -77,7 +78,7 @@ def main() -> None:
     total_steps = record["step"]
     console.print(f"{storage}: clean run of {total_steps} steps in {clean_s:.0f} s")
     soak = Soak(
-        [*words, *(f"failure.{budget}=-1" for budget in _BUDGETS)],
+        [*words, *(f"failure.{budget}=-1" for budget in _BUDGETS), "failure.backoff_s=0"],
         storage / _SOAKED,
         options.kills,
         options.seed,
@@ -150,11 +151,15 @@ class Soak:
         if not self._wait(process, self._trains_again):
             return
         num_ready, ready = len(self._events("ready")), self._events("ready")[-1]
-        left, kills_left = self._total_steps - ready["step"], self._num_kills - len(self.kills)
+        farthest = max(ready["step"], self._step())
+        left, kills_left = self._total_steps - farthest, self._num_kills - len(self.kills)
         target = self._random.choice(self._targets)
-        at_step = ready["step"] + self._random.randint(0, max(1, 2 * left // (kills_left + 3)))
-        if not self._wait(process, lambda: self._step() >= at_step):
-            return
+        if self._random.random() < _EARLY:  # while steps are replayed, if they are, which log nothing new
+            time.sleep(self._random.uniform(0.0, 1.0))
+        else:
+            at_step = farthest + self._random.randint(1, max(1, 2 * left // (kills_left + 3)))
+            if not self._wait(process, lambda: self._step() >= at_step):
+                return
         if target in (IN_SAVE_WORKER, IN_SAVE_COMMAND) and not self._wait(process, self._is_saving):
             return
         victims = self._victims(target, process, ready["pids"])
