@@ -6,6 +6,7 @@ import functools
 import math
 import os
 import traceback
+from collections.abc import Callable
 from typing import Any
 
 import ray.train
@@ -23,7 +24,7 @@ from ftexp.data.augment.resizing import Resizing
 from ftexp.data.feeds.decoding import refuse_bad
 from ftexp.data.feeds.feed import CachedRows, IndexedFeed, Rows, ToTensors
 from ftexp.data.feeds.streamed import StreamedRows, slow_reason
-from ftexp.data.info import SPLITS, BadSample, DataInfo, IndexedSplit
+from ftexp.data.info import BadSample, DataInfo, IndexedSplit
 from ftexp.data.order import derive_seed
 from ftexp.data.plan import ShardPlan
 from ftexp.data.sampling import run_order
@@ -272,7 +273,19 @@ def _rows(spec: JobSpec, streams: dict[str, IndexedSplit], channel: Channel, gro
         augment = picture_augment(spec.config, spec.info) if split == "train" else None
         return StreamedRows(streams[split], spec.info, num_tasks, on_bad, on_slow, augment)
 
-    return {split: rows(split) for split in SPLITS}
+    return _WhenAsked(rows)
+
+
+class _WhenAsked(dict[str, Rows]):
+    """Rows by split, each read once somebody asks for it: an attempt needs the training split's to begin."""
+
+    def __init__(self, read: Callable[[str], Rows]) -> None:
+        super().__init__()
+        self._read = read
+
+    def __missing__(self, split: str) -> Rows:
+        self[split] = found = self._read(split)
+        return found
 
 
 def picture_augment(config: Config, info: DataInfo) -> PictureAugment | None:

@@ -23,6 +23,7 @@ from ftexp.data.feeds.streamed import StreamedRows
 from ftexp.data.info import DataInfo, IndexedSplit
 from ftexp.data.plan import ShardPlan
 from ftexp.data.sampling import ClassTable, run_order
+from ftexp.job.build import _WhenAsked
 
 SIZE = 4
 INFO = DataInfo(["a", "b"], SIZE, 1, [0.0], [1.0], {})
@@ -162,3 +163,12 @@ def test_what_tasks_took_for_a_sample_is_returned_once():
     assert list(costs) == ["read_ms", "decode_ms", "crop_ms", "augment_ms"]
     assert costs["decode_ms"] > costs["augment_ms"] == 0
     assert rows.costs_ms() == cached_rows(np.array([9])).costs_ms() == {}
+
+
+def test_a_split_is_read_when_it_is_asked_for_and_once():
+    read = []
+    rows = _WhenAsked(lambda split: read.append(split) or cached_rows([3]))
+    assert len(rows["train"]) == len(rows["train"]) == 3
+    assert read == ["train"]
+    assert rows["val"] is rows["val"]
+    assert read == ["train", "val"]
