@@ -167,7 +167,7 @@ def test_what_tasks_took_for_a_sample_is_returned_once():
 
 def test_a_split_is_read_when_it_is_asked_for_and_once():
     read = []
-    rows = _WhenAsked(lambda split: read.append(split) or cached_rows([3]))
+    rows = _WhenAsked(lambda split: read.append(split) or cached_rows(np.array([3])))
     assert len(rows["train"]) == len(rows["train"]) == 3
     assert read == ["train"]
     assert rows["val"] is rows["val"]
