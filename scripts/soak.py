@@ -46,7 +46,7 @@ ANY_WORKER, TWO_WORKERS = "any worker", "two workers"
 AFTER_WORKER_1 = "worker 0 while worker 1 is replaced"
 NEWCOMER = "worker 1 and the one in its place"
 CONTROLLER, RAYLET, GCS, AGENT = _RAYS = ("Ray Train's controller", "Ray's raylet", "Ray's GCS", "Ray's agent")
-_PROCESSES = {  # what their command lines hold
+_PROCESSES = {  # what the first words of their command lines hold
     CONTROLLER: (b"ray::TrainController",),
     RAYLET: (b"raylet/raylet",),
     GCS: (b"gcs/gcs_server",),
@@ -54,6 +54,7 @@ _PROCESSES = {  # what their command lines hold
 }
 TARGETS = (*_FIRST_TARGETS, ANY_WORKER, TWO_WORKERS, AFTER_WORKER_1, NEWCOMER, *_RAYS)
 _EARLY = 0.2  # share of kills that come soon after a start
+_NUM_WORDS = 3  # interpreter, option, script; raylet's later ones name the scripts that it starts
 _BUDGETS = ("max_failures", "max_ray_failures", "max_failures_without_progress")
 _TRAINING_CONTINUES = (KEEPER, AGENT)  # without these, so that no other start is to be waited for
 
@@ -291,7 +292,7 @@ def _is_marked(pid: int, storage: str) -> bool:
 
 
 def _below(root: int, titles: tuple[bytes, ...]) -> list[int]:
-    """Return the processes below `root` whose command line holds one of these."""
+    """Return the processes below `root` whose command line begins with words that hold one of these."""
     children: dict[int, list[int]] = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         if fields := _read(path).rpartition(b")")[2].split():
@@ -300,7 +301,7 @@ def _below(root: int, titles: tuple[bytes, ...]) -> list[int]:
     while waiting:
         pid = waiting.pop()
         waiting += children.get(pid, [])
-        if any(title in _title(pid) for title in titles):
+        if any(title in b" ".join(_title(pid).split()[:_NUM_WORDS]) for title in titles):
             found.append(pid)
     return found
 
