@@ -155,14 +155,16 @@ class Soak:
         farthest = max(ready["step"], self._step())
         left, kills_left = self._total_steps - farthest, self._num_kills - len(self.kills)
         target = self._random.choice(self._targets)
-        if self._random.random() < _EARLY:  # while steps are replayed, if they are, which log nothing new
+        is_early = self._random.random() < _EARLY
+        if target in (IN_SAVE_WORKER, IN_SAVE_COMMAND):  # the next that comes: later ones would leave too few steps
+            if not self._wait(process, self._is_saving):
+                return
+        elif is_early:  # while steps are replayed, if they are, which log nothing new
             time.sleep(self._random.uniform(0.0, 1.0))
         else:
             at_step = farthest + self._random.randint(1, max(1, 2 * left // (kills_left + 3)))
             if not self._wait(process, lambda: self._step() >= at_step):
                 return
-        if target in (IN_SAVE_WORKER, IN_SAVE_COMMAND) and not self._wait(process, self._is_saving):
-            return
         victims = self._victims(target, process, ready["pids"])
         if not victims or not self._killed(victims):
             return
