@@ -42,6 +42,12 @@ _FACTORS = (8, 4, 2)  # by which libjpeg shrinks
 _KEPT = 2
 _DARK = 64  # no pixel of a 16-bit image reaches this, of 255: it holds 14 bits, or fewer
 _UNCHANGED = 0  # torchvision's ImageReadMode
+# a JPEG's markers, after 0xFF (T.81, table B.1): frames, sequential or progressive; the scan; tables; JFIF's segment
+_START = b"\xff\xd8"
+_SOFS, _SOS, _DQT, _APP0 = (0xC0, 0xC2), 0xDA, 0xDB, 0xE0
+_SKIPPED = (0xC4, 0xDD, 0xFE)  # Huffman tables, restart interval, comment
+_JFIF_BYTES = 14  # of a JFIF segment, at least
+_TABLE_BYTES = 65  # of a quantization table of 8 bits
 # how an image of each EXIF orientation is turned upright; 1 is upright
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -81,8 +87,12 @@ class Decoding:
         fitted_to: what the shorter side will be scaled to, of an image that is fitted as a whole; None: a part of it
         is going to be cut out, so that it keeps its size, but for `decode_size`.
         """
+        if self.decoder == TORCHVISION and (size := plain_jpeg_size(encoded)) is not None:
+            is_full = self._factor(size, True, fitted_to) == 1
+            if is_full and (pixels := _torchvision_pixels(encoded)) is not None:
+                return Decoded(_with_channels(pixels, channels), Traits(0))
         with opened(encoded) as image:
-            factor, traits = self._factor(image, fitted_to), Traits(0)
+            factor, traits = self._factor(image.size, image.format in _JPEG, fitted_to), Traits(0)
             if self.decoder == TORCHVISION and factor == 1 and (pixels := _by_torchvision(image, encoded)) is not None:
                 picture: Picture = _with_channels(pixels, channels)
             else:
@@ -102,17 +112,17 @@ class Decoding:
     def num_pixels(self, encoded: bytes) -> int:
         """Return how many pixels an image that a part will be cut out of keeps; only its head is read."""
         with opened(encoded) as image:
-            factor = self._factor(image, None)
+            factor = self._factor(image.size, image.format in _JPEG, None)
             return -(-image.width // factor) * -(-image.height // factor)
 
-    def _factor(self, image: Image.Image, fitted_to: int | None) -> int:
-        """Return the factor by which the image is shrunk while it is decoded."""
+    def _factor(self, size: tuple[int, int], is_jpeg: bool, fitted_to: int | None) -> int:
+        """Return the factor by which an image of this size is shrunk while it is decoded."""
         min_size = self.decode_size
         if fitted_to is not None:
-            if self.decoder != TORCHVISION or image.format not in _JPEG:
+            if self.decoder != TORCHVISION or not is_jpeg:
                 return 1
             min_size = _KEPT * fitted_to
-        return next((factor for factor in _FACTORS if min_size is not None and min(image.size) >= factor * min_size), 1)
+        return next((factor for factor in _FACTORS if min_size is not None and min(size) >= factor * min_size), 1)
 
     def _by_pillow(self, image: Image.Image, channels: int, factor: int) -> tuple[Image.Image, Traits]:
         traits = Traits(0)
@@ -157,6 +167,10 @@ def _by_torchvision(image: Image.Image, encoded: bytes) -> UInt8s | None:
     """Return the pixels of an 8-bit grey or RGB JPEG as stored; None if it is none, or torchvision rejects it."""
     if image.format not in _JPEG or image.mode not in _DECODED_MODES:
         return None
+    return _torchvision_pixels(encoded)
+
+
+def _torchvision_pixels(encoded: bytes) -> UInt8s | None:
     import torch
     import torchvision  # noqa: F401 - registers the operator
 
@@ -166,6 +180,40 @@ def _by_torchvision(image: Image.Image, encoded: bytes) -> UInt8s | None:
         return pixels_of(found.permute(1, 2, 0).numpy())
     except (AttributeError, RuntimeError):
         return None
+
+
+def plain_jpeg_size(encoded: bytes) -> tuple[int, int] | None:
+    """Return (width, height) of an 8-bit grey or RGB JPEG that is upright; None if this can't say.
+
+    It takes a tenth of Pillow's time, and knows only the segments that most files have, whole and next to one another.
+    Pillow reads any other head, with EXIF data for example, and says what is wrong with one.
+    """
+    if not encoded.startswith(_START):
+        return None
+    size, place, end = None, len(_START), len(encoded)
+    while place + 4 <= end and encoded[place] == 0xFF:
+        marker, body = encoded[place + 1], place + 4
+        place += 2 + (encoded[place + 2] << 8 | encoded[place + 3])
+        if place < body or place > end:
+            return None
+        if marker in _SOFS and size is None and place >= body + 6 and encoded[body] == 8:
+            components = encoded[body + 5]
+            if components not in (1, 3) or place != body + 6 + 3 * components:
+                return None
+            height, width = encoded[body + 1] << 8 | encoded[body + 2], encoded[body + 3] << 8 | encoded[body + 4]
+            size = width, height
+        elif marker == _SOS:
+            is_known = size is not None and 0 < size[0] * size[1] <= (Image.MAX_IMAGE_PIXELS or 0)
+            return size if is_known else None
+        elif marker == _APP0:
+            if encoded[body : body + 5] != b"JFIF\0" or place < body + _JFIF_BYTES:
+                return None
+        elif marker == _DQT:
+            if (place - body) % _TABLE_BYTES or max(encoded[body:place:_TABLE_BYTES], default=0) > 3:
+                return None
+        elif marker not in _SKIPPED:
+            return None
+    return None
 
 
 def _tensor(values: UInt8s) -> torch.Tensor:

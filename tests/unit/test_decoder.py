@@ -17,7 +17,16 @@ from ftexp.config.schema import CROP_MODES, INTERPOLATIONS, AugmentConfig
 from ftexp.data import decoder
 from ftexp.data.augment.picture import PictureAugment
 from ftexp.data.cropping import Fit, RandomCrop, fitted
-from ftexp.data.decoder import RESAMPLING, Decoding, Traits, as_pillow, on_one_thread, scaled, size_of
+from ftexp.data.decoder import (
+    RESAMPLING,
+    Decoding,
+    Traits,
+    as_pillow,
+    on_one_thread,
+    plain_jpeg_size,
+    scaled,
+    size_of,
+)
 from ftexp.data.feeds.cached import DecodePictures
 from ftexp.data.feeds.decoding import Decode, Stored, as_image, as_sample, decode_samples
 from ftexp.data.info import IndexedSplit
@@ -56,8 +65,13 @@ JPEGS = {
 @pytest.fixture
 def by_torchvision(monkeypatch):
     """What torchvision decoded, or None for what it didn't, in order."""
-    found, own = [], decoder._by_torchvision
-    monkeypatch.setattr(decoder, "_by_torchvision", lambda *given: found.append(own(*given)) or found[-1])
+    found = []
+
+    def noted(own):
+        return lambda *given: found.append(own(*given)) or found[-1]
+
+    for name in ("_by_torchvision", "_torchvision_pixels"):
+        monkeypatch.setattr(decoder, name, noted(getattr(decoder, name)))
     return found
 
 
@@ -87,6 +101,58 @@ OTHERS = {
 def test_what_torchvision_does_not_decode_is_pillows(kind, by_torchvision):
     np.testing.assert_array_equal(decoded(OTHERS[kind], TORCH), decoded(OTHERS[kind], PILLOW))
     assert by_torchvision == [None]
+
+
+def segment(marker, content):
+    return bytes([0xFF, marker]) + (len(content) + 2).to_bytes(2, "big") + content
+
+
+HEADS = {
+    "full colour": (file_of(photo(40, 30), subsampling=0), True),
+    "quarter colour, with a comment": (file_of(photo(40, 30), comment=b"a comment"), True),
+    "progressive": (file_of(photo(30, 40), progressive=True), True),
+    "grey, with restarts": (file_of(photo(40, 30, 1), restart_marker_rows=1), True),
+    "no JFIF": (file_of(photo(40, 30))[:2] + file_of(photo(40, 30))[20:], True),
+    "rotated": (file_of(photo(40, 30), exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0"), False),
+    "with a profile": (file_of(photo(40, 30), icc_profile=b"p" * 200), False),
+    "of a telephone": (file_of(photo(40, 30), "MPO", save_all=True, append_images=[photo(8, 8)]), False),
+    "cmyk": (OTHERS["cmyk jpeg"], False),
+    "png": (OTHERS["png"], False),
+}
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_the_head_of_a_plain_jpeg_says_what_pillow_says(kind):
+    encoded, is_plain = HEADS[kind]
+    assert plain_jpeg_size(encoded) == (Image.open(io.BytesIO(encoded)).size if is_plain else None)
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_a_head_with_any_byte_changed_or_cut_off_is_plain_only_if_pillow_reads_the_same_in_it(kind):
+    encoded, _ = HEADS[kind]
+    head = encoded[: encoded.find(b"\xff\xda") + 20] if encoded[:2] == b"\xff\xd8" else encoded[:100]
+    rng, changed = np.random.default_rng(0), []
+    for place in range(len(head)):
+        changed += [head[:place], head[:place] + bytes([rng.integers(256)]) + head[place + 1 :]]
+        changed.append(
+            head[:place] + segment(int(rng.integers(0xC0, 0xFF)), bytes(rng.integers(0, 256, 7))) + head[place:]
+        )
+    num_plain = 0
+    for other in changed:
+        if (size := plain_jpeg_size(other)) is not None:
+            image = Image.open(io.BytesIO(other))
+            assert (image.format, image.size, image.mode in ("L", "RGB")) == ("JPEG", size, True)
+            assert not image.getexif()
+            assert not image.has_transparency_data
+            num_plain += 1
+    assert num_plain or plain_jpeg_size(encoded) is None
+
+
+def test_a_jpeg_of_more_pixels_than_pillow_opens_without_a_warning_is_not_plain(monkeypatch):
+    encoded = file_of(photo(40, 30))
+    for most, size in ((1200, (40, 30)), (1199, None)):
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", most)
+        assert plain_jpeg_size(encoded) == size
 
 
 def test_a_jpeg_that_torchvision_rejects_is_pillows(monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -56,7 +57,7 @@ class Decode:
         samples = batch["sample"]
         images, outcome = decode_samples(self.split, samples, self.fit, self.augment, batch.get("position"))
         if self.augment is not None:
-            images = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
+            images = images.transpose(0, 3, 1, 2)
         _, labels = self.split.table.get()
         columns = {"traits": np.array(outcome.traits, np.uint8), "cost": outcome.costs}
         return {
@@ -115,10 +116,14 @@ def each_sample(
             outcome.traits.append(Traits(0))
             continue
         laps.append(time.perf_counter())
-        outcome.costs[row, : len(laps) - 1] = 1000 * np.diff(laps)
+        outcome.costs[row, : len(laps) - 1] = _between(laps)
         outcome.reasons.append("")
         outcome.traits.append(sample.traits)
         yield row, found
+
+
+def _between(laps: Sequence[float]) -> list[float]:
+    return [1000 * (end - start) for start, end in itertools.pairwise(laps)]
 
 
 def decode_samples(
@@ -130,16 +135,19 @@ def decode_samples(
 ) -> tuple[UInt8s, Outcome]:
     """Decode samples into uint8 [rows, size, size, channels]; what can't be read is black.
 
-    Whole pictures are fitted, or else changed by `augment` as `positions` say.
+    Whole pictures are fitted, or else changed by `augment` as `positions` say; in memory, channels then come before
+    height and width.
     """
-    images = np.zeros((len(samples), fit.size, fit.size, fit.channels), np.uint8)
+    shape = (len(samples), fit.size, fit.size, fit.channels)
     outcome, is_whole = Outcome.of(len(samples)), augment is None or not augment.crops
     with on_one_thread(fit.decoding.decoder):
         if augment is None:
+            images = np.zeros(shape, np.uint8)
             for row, image in each_sample(split, samples, fit, is_whole, lambda sample: sample.image(fit), outcome):
                 images[row] = image
             return images, outcome
         assert positions is not None, "they are asked for along with the samples"
+        images = np.zeros([shape[axis] for axis in (0, 3, 1, 2)], np.uint8).transpose(0, 2, 3, 1)
         for row, sample in each_sample(split, samples, fit, is_whole, lambda sample: sample, outcome):
             laps = [time.perf_counter()]
             try:
@@ -151,7 +159,7 @@ def decode_samples(
                 where, reason = outcome.places[row], f"{type(error).__name__}: {error}"
                 raise RuntimeError(f"{where}: augmenting it for position {positions[row]} failed: {reason}") from error
             laps.append(time.perf_counter())
-            outcome.costs[row, -2:] = 1000 * np.diff(laps)
+            outcome.costs[row, -2:] = _between(laps)
     return images, outcome
 
 
