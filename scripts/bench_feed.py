@@ -291,7 +291,9 @@ def by_part(data: TrainingData, spent: dict[str, float]) -> TrainingData:
             yield timed(FETCH, take)
 
     # private: there is no other place between the parts
-    feed._to_tensors = timed(TENSORS, feed._to_tensors)  # type: ignore[attr-defined]
+    to_tensors = timed(TENSORS, feed._to_tensors)  # type: ignore[attr-defined]
+    to_tensors.targets = data.to_tensors.targets  # type: ignore[attr-defined]
+    feed._to_tensors = to_tensors  # type: ignore[attr-defined]
     rows.open = open_timed  # type: ignore[method-assign]
     return dataclasses.replace(
         data,

@@ -11,7 +11,7 @@ import contextlib
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +19,7 @@ import ray.data
 
 from ftexp.config.schema import AugmentConfig, DataConfig
 from ftexp.data.cropping import Fit
-from ftexp.data.decoder import Decoding, Picture, on_one_thread, size_of
+from ftexp.data.decoder import Decoding, Picture, UInt8s, on_one_thread, size_of
 from ftexp.data.feeds.decoding import (
     Decode,
     Outcome,
@@ -196,11 +196,30 @@ class StoredPictures:
         first_items, refs = self.blocks.get()
         numbers = np.searchsorted(first_items, items, side="right") - 1
         wanted = np.unique(numbers).tolist()
-        tables = dict(zip(wanted, ray.get([refs[number] for number in wanted]), strict=True))
+        blocks = dict(zip(wanted, map(_Block.of, ray.get([refs[number] for number in wanted])), strict=True))
         for item, number in zip(items.tolist(), numbers.tolist(), strict=True):
             row = item - int(first_items[number])
-            yield f"cached image {item}", functools.partial(self._picture, tables[number], row)
+            yield f"cached image {item}", functools.partial(self._picture, blocks[number], row)
 
-    def _picture(self, table: pa.Table, row: int) -> Stored:
-        flat = np.frombuffer(table["pixels"][row].as_buffer(), np.uint8)
-        return Stored(flat.reshape(table["height"][row].as_py(), -1, self.channels), self.is_final)
+    def _picture(self, block: _Block, row: int) -> Stored:
+        flat = block.pixels[block.ends[row] : block.ends[row + 1]]
+        return Stored(flat.reshape(block.heights[row], -1, self.channels), self.is_final)
+
+
+class _Block(NamedTuple):
+    """The pictures of a block, where they lie: an item of a table takes Arrow many times as long to give."""
+
+    pixels: UInt8s  # of all pictures
+    ends: Int64s  # where the first begins, and each ends
+    heights: Int64s
+
+    @classmethod
+    def of(cls, table: pa.Table) -> _Block:
+        """Return what a table of `DecodePictures` holds."""
+        column = table["pixels"]
+        column = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+        _, ends, pixels = column.buffers()
+        first, last = column.offset, column.offset + len(column) + 1
+        return cls(
+            np.frombuffer(pixels, np.uint8), np.frombuffer(ends, np.int64)[first:last], table["height"].to_numpy()
+        )
