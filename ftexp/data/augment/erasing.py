@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import torch
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
 from ftexp.config.schema import AugmentConfig
-from ftexp.data.order import Int64s, derive_seed
+from ftexp.data.order import Int64s, derive_seed, derive_seeds
 
 _STREAM = 0x657261  # keeps these draws apart from other uses of the run's seed
 
@@ -28,8 +29,7 @@ class Erasing:
 
     def __call__(self, images: Tensor, positions: Int64s) -> Tensor:
         """Erase in `images`, [rows, channels, height, width], in place; row i as `positions[i]` says."""
-        for row, position in enumerate(positions.tolist()):
-            seed = derive_seed(self._seed, position) % 2**63
+        for row, seed in enumerate((derive_seeds(self._seed, positions) % np.uint64(2**63)).tolist()):
             random.seed(seed)
             if random.random() > self._probability:  # as timm decides; most images then need nothing else seeded
                 continue
