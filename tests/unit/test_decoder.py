@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import sklearn.datasets
 import torch
@@ -27,6 +28,7 @@ from ftexp.data.decoder import (
     scaled,
     size_of,
 )
+from ftexp.data.feeds import cached
 from ftexp.data.feeds.cached import DecodePictures
 from ftexp.data.feeds.decoding import Decode, Stored, as_image, as_sample, decode_samples
 from ftexp.data.info import IndexedSplit
@@ -393,6 +395,22 @@ def test_a_picture_that_was_stored_becomes_what_its_file_becomes(decoding, crop_
     images, _ = decode_samples(split_of(stored), samples, fit, augment, samples + 50)
     np.testing.assert_array_equal(images, streamed["image"].transpose(0, 2, 3, 1))
     assert len({image.tobytes() for image in images}) == 6
+
+
+@pytest.mark.parametrize("is_final", [False, True])
+def test_a_blocks_pictures_are_read_where_they_lie_however_arrow_holds_them(is_final, monkeypatch):
+    pictures = [np.asarray(photo(*size, seed=number)) for number, size in enumerate([*SIZES, (9, 9)])]
+    pixels, heights = [picture.tobytes() for picture in pictures], [len(picture) for picture in pictures]
+    pixels[2], heights[2] = b"", 0  # it couldn't be decoded
+    table = cached._table(pixels, heights, np.arange(6), np.arange(6), [""] * 6)
+    blocks = [table, table.slice(3), pa.concat_tables([table.slice(0, 4), table.slice(4)])]
+    monkeypatch.setattr("ray.get", list)
+    reader = cached.StoredPictures(SimpleNamespace(get=lambda: (np.array([0, 6, 9]), blocks)), 3, is_final)
+    wanted = {0: 0, 5: 5, 6: 3, 8: 5, 9: 0, 13: 4, 14: 5}  # items, and which pictures they are
+    for (where, get), (item, number) in zip(reader(np.array(list(wanted))), wanted.items(), strict=True):
+        stored = get()
+        np.testing.assert_array_equal(stored.pixels, pictures[number])
+        assert (where, stored.is_final) == (f"cached image {item}", is_final)
 
 
 def test_the_traits_of_samples_come_with_them():
