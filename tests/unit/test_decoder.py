@@ -118,6 +118,7 @@ HEADS = {
     "rotated": (file_of(photo(40, 30), exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0"), False),
     "with a profile": (file_of(photo(40, 30), icc_profile=b"p" * 200), False),
     "of a telephone": (file_of(photo(40, 30), "MPO", save_all=True, append_images=[photo(8, 8)]), False),
+    "cut-off JFIF": (file_of(photo(40, 30))[:2] + segment(0xE0, b"JFIF\0") + file_of(photo(40, 30))[20:], False),
     "cmyk": (OTHERS["cmyk jpeg"], False),
     "png": (OTHERS["png"], False),
 }
@@ -387,6 +388,7 @@ def test_a_picture_that_was_stored_becomes_what_its_file_becomes(decoding, crop_
     fit, split, samples = Fit(24, 3, crop_pct, decoding=decoding), split_of(FILES), np.arange(6)
     augment = PictureAugment(AugmentConfig(crop=crop, vflip=0.5, auto_augment="rand-m9"), 0, fit)
     streamed = Decode(split, fit, augment)({"sample": samples, "position": samples + 50})
+    assert streamed["image"].flags.c_contiguous  # else Ray Data copies it, image by image
     table = DecodePictures(split, fit, keep_size=crop != "none")({"sample": samples})
     stored = [
         Stored(np.frombuffer(pixels, np.uint8).reshape(height, -1, 3), crop == "none")
