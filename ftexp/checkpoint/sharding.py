@@ -98,7 +98,7 @@ class LivePiece(Piece):
             return use(self.rows)
 
     def reader(self) -> Callable[[int, int], memoryview]:
-        """As of any piece. CheckpointError: the rows have changed since they were written, so there is no second time."""
+        """As of any piece. CheckpointError: the rows have changed since they were written."""
         if self._is_gone:
             raise CheckpointError("these rows were written once already, and training has changed them since")
         return self._read
