@@ -12,6 +12,7 @@ from typing import Generic, TypeVar
 from ftexp.errors import ConfigError, UnknownNameError
 
 T = TypeVar("T")
+FROM_PLUGINS = "Your own are registered by a module listed in plugins=[...]."
 
 
 def did_you_mean(name: str, available: Iterable[str]) -> str:
@@ -46,8 +47,7 @@ class Registry(Generic[T]):
         if name not in self._entries:
             raise UnknownNameError(
                 f"{self.key}='{name}' is unknown.{did_you_mean(name, self._entries)} "
-                f"Available: {', '.join(sorted(self._entries))}. "
-                "Your own are registered by a module listed in plugins=[...]."
+                f"Available: {', '.join(sorted(self._entries)) or 'none'}. {FROM_PLUGINS}"
             )
         return self._entries[name]
 

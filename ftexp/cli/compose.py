@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import os
 import re
 import sys
@@ -24,9 +25,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ftexp.cli.exit_codes import interrupted_code, print_error
-from ftexp.cli.explain import explain, open_interval, unknown_flag, unknown_key, unknown_option
+from ftexp.cli.explain import explain, hydras_flags, open_interval, unknown_flag, unknown_key, unknown_option
 from ftexp.cli.overrides import as_typed
 from ftexp.cli.parse import typed_node
+from ftexp.cli.wrapping import print_wrapped
 from ftexp.config.checks.recipe import fitted
 from ftexp.config.fields import keys_problem
 from ftexp.config.schema import Config, config_dir
@@ -96,7 +98,8 @@ def run_hydra(task: Callable[[DictConfig], float | None], argv: Sequence[str]) -
     sys.argv[1:] = hydras_words(argv)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing, and we word the error
     try:
-        hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")(reporting)()
+        with _wrapping() if hydras_flags(argv)[0].help else contextlib.nullcontext():
+            hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")(reporting)()
     except KeyboardInterrupt as interrupt:
         return interrupted_code(interrupt)
     except FtexpError as error:  # a launcher's, for all jobs
@@ -108,6 +111,17 @@ def run_hydra(task: Callable[[DictConfig], float | None], argv: Sequence[str]) -
         print_error(reworded(error, argv))
         return ConfigError.exit_code
     return max(failures, default=0)
+
+
+@contextlib.contextmanager
+def _wrapping() -> Iterator[None]:
+    """Print what this block prints once it ends, broken between words to the width of a terminal."""
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed):
+            yield
+    finally:
+        print_wrapped(printed.getvalue().splitlines(), sys.stdout)
 
 
 def remove_note(sweep_dir: str) -> None:

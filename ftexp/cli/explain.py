@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import re
 import typing
 from collections.abc import Sequence
 from typing import Any
 
+# Hydra has no public way to its command line's parser, and a list of its flags here would age: this is the parser that
+# hydra.main itself uses, which test_cli.py checks
 from hydra._internal.utils import get_args_parser
 from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
@@ -43,9 +46,14 @@ def open_interval(argv: Sequence[str]) -> str:
     return f"{typed}: a grid needs a list of values: list them, or add hydra/sweeper=tune to search the interval"
 
 
+def hydras_flags(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Return Hydra's own flags as Hydra reads them, and the words that it doesn't know."""
+    return get_args_parser().parse_known_args(list(argv))
+
+
 def unknown_flag(argv: Sequence[str]) -> str | None:
     """Return the message for the first word such as --batch-size that is no flag of Hydra's; None if there is none."""
-    flags = [word for word in get_args_parser().parse_known_args(list(argv))[1] if word.startswith("-")]
+    flags = [word for word in hydras_flags(argv)[1] if word.startswith("-")]
     if not flags:
         return None
     flag = flags[0].partition("=")[0]

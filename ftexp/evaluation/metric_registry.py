@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from ftexp.config.checks.metrics import better_of as better_of_built_in
 from ftexp.config.checks.metrics import name_of
-from ftexp.config.checks.wording import unknown
+from ftexp.config.checks.wording import unregistered
 from ftexp.config.metric_names import ALWAYS_LOGGED, METRICS, MetricKind
 from ftexp.config.schema import Config
 from ftexp.errors import ConfigError, UnknownNameError
@@ -83,8 +83,7 @@ def check_names(names: Sequence[str], task: str) -> None:
     """Raise ConfigError for a metric that neither ftexp nor a plug-in has, or that is for other tasks."""
     for name in names:
         if name not in _kinds:
-            advice = f"Available: {', '.join(sorted(_kinds))}. Your own are registered by a module listed in "
-            raise UnknownNameError(unknown("train.metrics", name, frozenset(_kinds), f"{advice}plugins=[...]."))
+            raise UnknownNameError(unregistered("train.metrics", name, sorted(_kinds)))
         if task not in _kinds[name].tasks:
             raise ConfigError(f"metric {name} is for {' and '.join(_kinds[name].tasks)}, and the task is {task}")
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ftexp.config.checks.wording import unknown
+from ftexp.config.checks.wording import unregistered
 from ftexp.config.schema import LOSSES, SINGLE_LABEL, LossConfig
 from ftexp.errors import ConfigError, UnknownNameError
 from ftexp.registry import Registry
@@ -51,8 +51,7 @@ def check_name(name: str) -> None:
     """Raise UnknownNameError for a loss that neither ftexp nor a plug-in has."""
     known = frozenset([*LOSSES, *_losses])
     if name not in known:
-        advice = f"Available: {', '.join(sorted(known))}. Your own are registered by a module listed in plugins=[...]."
-        raise UnknownNameError(unknown("loss.name", name, known, advice))
+        raise UnknownNameError(unregistered("loss.name", name, sorted(known)))
 
 
 def check_num_weights(config: LossConfig, num_classes: int) -> None:

@@ -2,11 +2,14 @@
 
 import importlib.util
 import re
+import sys
 
+import hydra
 import pytest
 from omegaconf import OmegaConf
 
 import ftexp.config.checks.scaling
+from ftexp.cli import explain
 from ftexp.cli.compose import run_hydra, to_config
 from ftexp.cli.exit_codes import exit_code_of, print_error
 from ftexp.cluster.interruptible import Terminated
@@ -523,6 +526,48 @@ def test_help_lists_every_group_with_its_options_and_an_example(command, capsys)
         assert f"{group}: {', '.join(options)}\n" in out
     examples = re.findall(r"^\s+python -m ftexp\.train (.+?)\s*(?:#.*)?$", out, re.MULTILINE)
     assert "model=vit failure.max_failures=3 run.name=first" in examples
+
+
+def test_help_on_a_terminal_is_broken_between_words(command, capsys, monkeypatch):
+    whole = help_text(command, capsys)
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    shown = help_text(command, capsys)
+    assert max(map(len, whole.splitlines())) > 80 >= max(map(len, shown.splitlines()))
+    assert shown.split() == whole.split()
+    assert "\n  webdataset\n" in shown
+    unwrapped = [line for line in whole.splitlines() if line.startswith("  ")]
+    assert set(unwrapped) <= set(shown.splitlines())  # the examples, to be copied
+
+
+PLUGINS = "Your own are registered by a module listed in plugins=[...]."
+OF_NO_PLUGIN = {
+    "loss.name=hinge": ("loss.name='hinge' is unknown.", "Available: ce, bce,", PLUGINS),
+    "train.metrics=[kappa]": ("train.metrics='kappa' is unknown.", "Available: top5,", PLUGINS),
+    "data.name=mine": ("data.name='mine' is unknown.", "Available: cifar10,", PLUGINS),
+    "tracker.use.mine=true": ("tracker.use names 'mine', which is unknown.", "Available: tensorboard, mlflow,", PLUGINS),
+    "model.name=my_net": ("model.name='my_net' is unknown.", "timm has", PLUGINS),
+    "optim.name=my_optimiser": ("optim.name='my_optimiser' is unknown.", "Any timm optimiser can be used.", PLUGINS),
+    "distill.teacher=my_net": ("distill.teacher=my_net is not a run,", PLUGINS),
+    "hooks.mine.after=3": ("hooks names mine, but no plug-in is imported: add plugins=[...]",),
+    "augment.custom=[rotate]": ("augment.custom names rotate, but no plug-in is imported: add plugins=[...]",),
+}
+
+
+@pytest.mark.parametrize("word", OF_NO_PLUGIN)
+def test_a_name_that_a_plug_in_may_register_is_refused_with_a_hint_at_plugins(command, word):
+    code, _, err = command(word)
+    assert code == 2
+    for part in OF_NO_PLUGIN[word]:
+        assert part in err
+
+
+def test_hydra_reads_its_flags_with_the_parser_that_unknown_flags_are_looked_for_with():
+    # a private name: if a new Hydra reads its command line with another parser, explain.hydras_flags must follow it
+    assert hydra.main.__globals__["get_args_parser"] is explain.get_args_parser
+    flags, unknown = explain.hydras_flags(["--help", "-m", "optim.lr=1", "--cfg", "job", "--batch-size", "3"])
+    assert (flags.help, flags.multirun, flags.cfg) == (True, True, "job")
+    assert "--batch-size" in unknown
 
 
 def test_every_example_of_the_help_composes(command, capsys):

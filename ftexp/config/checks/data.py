@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Iterator
 
-from ftexp.config.checks.wording import unknown
+from ftexp.config.checks.wording import unregistered
 from ftexp.config.schema import Config
 from ftexp.config.source_names import SOURCE_FIELDS, can_stream
 
@@ -18,8 +18,7 @@ def check_data(config: Config) -> Iterator[str]:
     data = config.data
     if data.name not in SOURCE_FIELDS:
         if not config.plugins:
-            names = frozenset(SOURCE_FIELDS)
-            yield unknown("data.name", data.name, names, f"Available: {', '.join(sorted(names))}")
+            yield unregistered("data.name", data.name, sorted(SOURCE_FIELDS))
     else:
         used = SOURCE_FIELDS[data.name]
         defaults = {field.name: field for field in dataclasses.fields(data)}

@@ -9,7 +9,7 @@ from pathlib import Path
 from ftexp.config.checks.wording import unused, yaml_text
 from ftexp.config.schema import FEATURES, SINGLE_LABEL, TOKEN, Config
 from ftexp.config.timm_names import model_names
-from ftexp.registry import did_you_mean
+from ftexp.registry import FROM_PLUGINS, did_you_mean
 
 _OF_MODEL = {"num_classes": "the data", "in_chans": "the data", "img_size": "distill.image_size"}
 _STATE = "distill"
@@ -57,7 +57,7 @@ def _teacher_problems(config: Config, teacher: str) -> Iterator[str]:
     # a path is looked at by `ftexp.driver.teacher`: a run that has finished is printed again without its teacher
     if "/" not in teacher and not Path(teacher).expanduser().exists():
         near = did_you_mean(teacher, model_names())
-        yield f"distill.teacher={teacher} is not a run, a weights file or a timm model name.{near}"
+        yield f"distill.teacher={teacher} is not a run, a weights file or a timm model name.{near} {FROM_PLUGINS}"
 
 
 def is_timm_name(teacher: str, has_plugins: bool) -> bool:

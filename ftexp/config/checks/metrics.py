@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ftexp.config.checks.wording import unknown
+from ftexp.config.checks.wording import unregistered
 from ftexp.config.metric_names import ALWAYS_LOGGED, METRICS
 from ftexp.config.schema import REGRESSION, Config
 from ftexp.registry import did_you_mean
@@ -19,7 +19,7 @@ def check_metrics(config: Config) -> Iterator[str]:
         if name in ALWAYS_LOGGED:
             yield f"train.metrics names {name}, which is always logged: remove it"
         elif name not in METRICS and not config.plugins:
-            yield unknown("train.metrics", name, frozenset(METRICS), f"Available: {', '.join(METRICS)}")
+            yield unregistered("train.metrics", name, METRICS)
         elif name in METRICS and config.data.task not in METRICS[name].tasks:
             fitting = ", ".join(other for other, kind in METRICS.items() if config.data.task in kind.tasks)
             yield (

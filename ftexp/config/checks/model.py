@@ -10,6 +10,7 @@ from pathlib import Path
 from ftexp.config.checks.wording import unknown, yaml_text
 from ftexp.config.schema import Config, config_dir
 from ftexp.config.timm_names import model_names
+from ftexp.registry import FROM_PLUGINS
 
 _NO_LOGITS = {"features_only": "a list of feature maps", "aux_logits": "a tuple while it trains"}
 
@@ -22,7 +23,8 @@ def check_model(config: Config) -> Iterator[str]:
     if not config.plugins and ":" not in model.name and architecture not in model_names():
         groups = [file.stem for file in (config_dir() / "model").glob("*.yaml")]
         near_group = get_close_matches(model.name, groups, n=1, cutoff=0.85)
-        where = f"timm has {len(model_names())} architectures; the config group model lists the usual ones"
+        there = f"timm has {len(model_names())} architectures; the config group model lists the usual ones."
+        where = f"{there} {FROM_PLUGINS}"
         if near_group:
             yield (
                 f"model.name='{model.name}' is unknown. Did you mean the config group option model={near_group[0]}? "

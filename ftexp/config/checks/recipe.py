@@ -13,7 +13,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from ftexp.config.checks.wording import unknown, unused
+from ftexp.config.checks.wording import unregistered, unused
 from ftexp.config.fields import typed_keys
 from ftexp.config.machine import num_local_gpus
 from ftexp.config.masking import flat
@@ -30,7 +30,7 @@ from ftexp.config.schema import (
     Config,
 )
 from ftexp.config.timm_names import optimizer_names, without_drop_path
-from ftexp.registry import did_you_mean
+from ftexp.registry import FROM_PLUGINS, did_you_mean
 
 _SECOND_ORDER = ("adahessian",)  # timm's optimisers of second order
 _WARMUP_SHARE = 0.1  # share of the epochs, and of the learning rate the lowest, where a recipe's own doesn't fit
@@ -62,7 +62,7 @@ def check_optim(config: Config) -> Iterator[str]:
     optim = config.optim
     if optim.name not in optimizer_names() and not config.plugins:
         suggestion = did_you_mean(optim.name, optimizer_names())
-        yield f"optim.name='{optim.name}' is unknown.{suggestion} Any timm optimiser can be used"
+        yield f"optim.name='{optim.name}' is unknown.{suggestion} Any timm optimiser can be used. {FROM_PLUGINS}"
     if optim.name in _SECOND_ORDER:
         yield (
             f"optim.name={optim.name} needs second derivatives, which the training step does not compute: choose "
@@ -120,7 +120,7 @@ def check_loss(config: Config) -> Iterator[str]:
     """Check the loss, its parameters, and the weights of classes."""
     loss = config.loss
     if loss.name not in LOSSES and not config.plugins:
-        yield unknown("loss.name", loss.name, frozenset(LOSSES), f"Available: {', '.join(LOSSES)}")
+        yield unregistered("loss.name", loss.name, LOSSES)
     further = _OF_SEVERAL_LABELS.get(loss.name, ()) if config.data.task == MULTI_LABEL else ()
     for name, names in _PARAMETERS_OF_LOSSES.items():
         if name != loss.name:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from ftexp.config.masking import masked
 from ftexp.config.schema import Config
 from ftexp.config.tracker_schema import HTTP, TRACKER_PACKAGES, TrackerConfig
-from ftexp.registry import did_you_mean
+from ftexp.registry import FROM_PLUGINS, did_you_mean
 from ftexp.storage.uri import is_remote
 
 _WRITE_FILES = ("tensorboard", "wandb")
@@ -24,7 +24,7 @@ def tracker_problems(config: Config) -> Iterator[str]:
             if not config.plugins:
                 yield (
                     f"tracker.use names '{name}', which is unknown.{did_you_mean(name, TRACKER_PACKAGES)} Available: "
-                    f"{', '.join(TRACKER_PACKAGES)}. Your own are registered by a module listed in plugins=[...]"
+                    f"{', '.join(TRACKER_PACKAGES)}. {FROM_PLUGINS}"
                 )
         elif _needs_package(config, name) and importlib.util.find_spec(package := TRACKER_PACKAGES[name]) is None:
             yield (

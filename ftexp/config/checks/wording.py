@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-from ftexp.registry import did_you_mean
+from ftexp.registry import FROM_PLUGINS, did_you_mean
 
 
 def yaml_text(value: object) -> str:
@@ -20,6 +20,12 @@ def yaml_text(value: object) -> str:
 def unknown(key: str, value: str, known: frozenset[str], where: str) -> str:
     """Return the message for a name that is not among the `known` ones; `where` ends it."""
     return f"{key}='{value}' is unknown.{did_you_mean(value, known)} {where}"
+
+
+def unregistered(key: str, value: str, known: Iterable[str]) -> str:
+    """Return the message for a name that is not among the `known` ones, of a kind that plug-ins may register."""
+    names = list(known)
+    return unknown(key, value, frozenset(names), f"Available: {', '.join(names)}. {FROM_PLUGINS}")
 
 
 def unused(node: Any, prefix: str, names: tuple[str, ...], needs: str) -> Iterator[str]:
