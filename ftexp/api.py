@@ -253,7 +253,7 @@ def predict(
 
 @contextlib.contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Let one call at a time use Ray, and put back what it changes of this process.
+    """Let one call at a time use Ray, and restore what it changes of this process.
 
     ConfigError if the process is connected to a Ray already, which the call would take away from its user.
     """

@@ -33,7 +33,7 @@ def show(directory: Storage) -> None:
 
     record, trials = look(directory)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
-    console.print(table(record, ranked(record, trials)))
+    console.print(table(record, ranked(record, trials), console))
     for each in trials:
         if each.trial.error is not None:
             say(console, f"{each.trial.name}: {each.trial.error}")

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from ftexp.job.skipped_batches import SkippedBatches
     from ftexp.wire.channel import Channel
 
-_STEMS = ("model.", "optimizer.")  # stems of a checkpoint's files, or of the first worker's
+_STEMS = ("model.", "optimizer.")  # file names without suffix: of a checkpoint, or of its first worker's shard
 _OF_THE_STORE = ("disk_full", "slow_storage")  # happen to rank 0, which does the writing
 
 

@@ -14,7 +14,7 @@ _SAVE, _STOP = 0, -1  # answers; any other is the step at which to ask again
 class Cadence:
     """Decides after each step. `agree(value)` returns rank 0's `value` on every rank, and is collective.
 
-    Steps and epochs are counted alike everywhere. The clock, and whether somebody wants the run to stop or to save, are
+    Every rank counts the same steps and epochs. The clock, and whether somebody wants the run to stop or to save, are
     rank 0's, and asked as seldom as will do: each answer says at which step to ask again. `machine_goes()`, whether one
     of the workers' machines has newly been announced to go away, is collective and asked at the same steps.
 

@@ -40,7 +40,7 @@ def add_full_models(store: CheckpointStore, steps: set[int | None]) -> Iterator[
         try:
             if MODEL not in manifest.files:
                 store.add(manifest, {MODEL: full_writer(store, manifest, MODEL)})
-        except (OSError, CheckpointError, RuntimeError) as error:  # torch's own, of a full disk
+        except (OSError, CheckpointError, RuntimeError) as error:  # torch raises it for a full disk
             yield manifest.name, error
 
 

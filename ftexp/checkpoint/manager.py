@@ -86,7 +86,7 @@ class CheckpointManager:
                 "checkpoint.format=sharded, and the model's parameters are not sharded: take parallel=fsdp or hsdp, or "
                 "checkpoint.format=auto"
             )
-        self._is_cut = sharded is not None  # whether the learner's tensors are
+        self._is_cut = sharded is not None  # whether the learner's tensors are sharded
         self._place = sharded if self._config.format != "full" else None
         is_sharded, timeout_s = self._place is not None, config.failure.save_timeout_s
         self._writer = CheckpointWriter(self._config, group, channel, store, is_sharded, timeout_s)
@@ -282,7 +282,7 @@ class CheckpointManager:
     def _is_worth_keeping(self) -> bool:
         """Whether the weights are finite, where the copy in memory is what a rollback goes back to; collective."""
         if not self._keeps:
-            return True  # asked beside the training, of the copy
+            return True  # of the copy, while training continues
         if self._group.all_agree(all(is_finite(local(each)) for each in self._learner.model.state_dict().values())):
             return True
         self._writer.note_failed(self._progress.step, NonFiniteError(NOT_FINITE))
@@ -328,7 +328,7 @@ class CheckpointManager:
         self._extra.load(parts[EXTRA], self._extra.versions(), "this run")
 
     def rejoin(self) -> None:
-        """Count alike on all ranks, one of which has begun just now; collective."""
+        """Set the cadence to the run's step on every rank, since one has just started; collective."""
         self._cadence.rejoin(self._progress.step)
         self._num_asked = 0
         self.begin_snapshots()

@@ -7,7 +7,7 @@ import sys
 import threading
 
 _LOWEST = 19
-_NICE = 10  # a tenth of a core where training wants it all; with less (19: a hundredth), saves could starve
+_NICE = 10  # a tenth of a core where training wants it all; with less (19: a hundredth), saving could starve
 
 
 def give_way() -> None:

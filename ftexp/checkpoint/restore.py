@@ -67,7 +67,7 @@ def _announce(job: Job, num_rejected: int, seconds: float, name: str, source: st
 
 
 class _Rejections:
-    """Moves checkpoints that don't count out of the way, reports and counts them."""
+    """Moves rejected checkpoints to quarantine, reports and counts them."""
 
     def __init__(self, channel: Channel, store: CheckpointStore) -> None:
         self._channel, self._store, self.count = channel, store, 0

@@ -44,7 +44,7 @@ class SchedulerState:
         return {"num_updates": self._context.progress.step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        # the optimiser's state was loaded before: it holds the rates with which the run would have gone on
+        # the optimiser's state was loaded before: it holds the rates with which the run would have continued
         before = [group["lr"] for group in self._context.optimizer.param_groups]
         self._context.scheduler.step_update(state["num_updates"])
         after = [group["lr"] for group in self._context.optimizer.param_groups]

@@ -2,9 +2,9 @@
 
 A checkpoint is a directory `step_00000120.a1` (step, attempt) with model.pt, optimizer.pt, extra_state.pt and
 manifest.json; of a sharded model, files of each process take the place of the first two. It exists when its manifest
-does, and counts when every file has the size and hash that the manifest says. Which one is the latest follows from
-manifests, never from names or times. What doesn't count is moved to `.rejected/`, where nobody takes it for a
-checkpoint and its owner can still look at it.
+does, and is valid when every file has the size and hash that the manifest says. Which one is the latest follows from
+manifests, never from names or times. A rejected one (truncated, corrupt, incomplete) is moved to `.rejected/`, where
+its owner can still look at it.
 """
 
 from __future__ import annotations
@@ -183,7 +183,7 @@ class CheckpointStore:
                 self.storage.child(manifest.name).delete()
 
     def quarantine(self, name: str) -> None:
-        """Move a checkpoint that doesn't count out of the way; OSError if that can't be done.
+        """Move a rejected checkpoint out of the way; OSError if that can't be done.
 
         What has nothing but half-uploaded files, on an object store, is removed: it never was a checkpoint.
         """

@@ -110,7 +110,7 @@ def start_ray(
         RayLostError: a process of the Ray that was started here died meanwhile.
         RunFailedError: Ray doesn't start on this machine.
 
-    decodes: whether CPUs are to decode beside the workers; None: if they may turn out to.
+    decodes: whether CPUs are to decode besides the workers; None: if they may turn out to.
     """
     import ray
 
@@ -120,7 +120,7 @@ def start_ray(
     logging.getLogger("ray").setLevel(level)
     if not config.verbose:
         ray_private.silence_raylet_messages()
-    # a machine's workers may take all its cores: what decodes beside them is counted on top, and shares them
+    # a machine's workers may take all its cores: CPUs that decode are counted on top, and share the cores
     decodes = may_decode(config) if decodes is None else decodes
     decoding = (config.data.decode_cpus or usable_cpus()) if decodes else 0
     options: dict[str, Any] = {"include_dashboard": False, "num_cpus": usable_cpus() + decoding} if own else {}

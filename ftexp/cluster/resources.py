@@ -122,15 +122,15 @@ def decoding_cpus(config: Config, workers: Workers) -> int:
     """CPUs of the cluster that may decode while the workers train; ConfigError if the workers leave none."""
     import ray
 
-    fewest = workers.min_workers
-    taken = fewest * workers.resources_per_worker.get("CPU", 1)
+    min_workers = workers.min_workers
+    taken = min_workers * workers.resources_per_worker.get("CPU", 1)
     there = ray.cluster_resources().get("CPU", 0)
     if there - taken < 1:
         user, instead = "data.feed=streaming decodes on", "data.feed=cached"
         if config.augment.changes_pictures:
             user, instead = "augment.crop and what else is done to single images needs", "augment=none"
         raise ConfigError(
-            f"{user} CPUs that the workers leave, and {fewest} workers take {taken:g} of the cluster's {there:g}: "
+            f"{user} CPUs that the workers leave, and {min_workers} workers take {taken:g} of the cluster's {there:g}: "
             f"take fewer workers, scaling.resources_per_worker={{CPU: 0.5}}, or {instead}"
         )
     return config.data.decode_cpus or int(there - taken)
@@ -154,15 +154,15 @@ def living_nodes() -> set[str]:
 
 
 def lacking_resources(workers: Workers) -> str | None:
-    """Say what the cluster lacks, as it is now, for the fewest workers that were asked for; None if it has it."""
+    """Say what the cluster lacks, as it is now, for the smallest number of workers asked for; None if it has it."""
     import ray
 
-    fewest = workers.min_workers
+    min_workers = workers.min_workers
     for name, amount in workers.resources_per_worker.items():
         there = ray.cluster_resources().get(name, 0)
-        if there < fewest * amount:
+        if there < min_workers * amount:
             return (
-                f"scaling.num_workers={fewest} with {amount:g} {name} each need {fewest * amount:g} {name}, and the "
-                f"cluster has {there:g}"
+                f"scaling.num_workers={min_workers} with {amount:g} {name} each need {min_workers * amount:g} {name}, "
+                f"and the cluster has {there:g}"
             )
     return None

@@ -15,7 +15,7 @@ from ftexp.wire.hub import Hub
 from ftexp.wire.messages import Happened, Save
 
 _LOOK_EVERY_S = 1.0
-_WAITING_S = 20.0  # without workers, before it is told
+_WAITING_S = 20.0  # without workers, before it is reported
 _SAVE_EVERY_S = 5.0  # while Ray Train is about to resize the group
 _RESIZE_TAKES_S = 30.0  # on top of its monitor's interval; if nothing has happened by then, others have the room
 
@@ -27,7 +27,7 @@ class Advice:
         self._workers, self._scaling = context.workers, context.config.scaling
         self._group, self._hub = group, hub
         self._done = threading.Event()
-        self._begin(self._tell_of_waiting)
+        self._begin(self._report_waiting)
         if self._workers.min_workers < self._workers.max_workers:
             self._begin(self._save_before_a_resize)
 
@@ -49,7 +49,7 @@ class Advice:
     def _note(self, event: events.Event) -> None:
         self._hub.handle(Happened(event))
 
-    def _tell_of_waiting(self) -> None:
+    def _report_waiting(self) -> None:
         """Ray tries to start workers in silence, for as long as it takes."""
         while not self._done.wait(_LOOK_EVERY_S):
             if self._group.waiting_s > _WAITING_S:
@@ -78,4 +78,4 @@ class Advice:
                 self._note(events.ResizeExpected(possible))
             if now - since < soon_s and now - saved >= _SAVE_EVERY_S:
                 saved = now
-                self._hub.tell(Save())
+                self._hub.broadcast(Save())

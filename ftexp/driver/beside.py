@@ -141,14 +141,14 @@ class Evaluations:
 
     def _pass_on(self, done: Future[Evaluated]) -> None:
         # on a thread of its own: a request that finds a result there is made under the hub's lock
-        threading.Thread(target=self._log_and_tell, args=(done.result(),), daemon=True).start()
+        threading.Thread(target=self._log_and_broadcast, args=(done.result(),), daemon=True).start()
 
-    def _log_and_tell(self, found: Evaluated) -> None:
+    def _log_and_broadcast(self, found: Evaluated) -> None:
         with self._lock:
             if self._closed.is_set():
                 return
         if self._hub.take(found):
-            self._hub.tell(found)
+            self._hub.broadcast(found)
 
 
 def _cancel(task: ray.ObjectRef[Any]) -> None:
@@ -163,7 +163,7 @@ def _in_a_line(error: BaseException) -> str:
 def _evaluate(spec: EvaluationSpec, name: str) -> dict[str, float]:
     """Measure a checkpoint on val, its EMA too; the task's body.
 
-    CheckpointError if the checkpoint is gone or damaged.
+    CheckpointError if the checkpoint is missing or corrupt.
     """
     import torch
 

@@ -80,7 +80,7 @@ def open_run(config: Config, run_dir: Storage, run_name: str) -> RunState:
     """The state to resume from; ConfigError if the directory holds a run that is defined otherwise."""
     own = fingerprint(config)
     state = read_state(run_dir)
-    if state is None:  # run.json may be lost: the checkpoints still tell what they are
+    if state is None:  # run.json may be lost: the checkpoints still hold their own description
         manifests = CheckpointStore(run_dir.child(CHECKPOINTS)).manifests(lambda *_: None)
         for manifest in manifests[:1]:
             differences(manifest.fingerprint, own, run_dir.uri)

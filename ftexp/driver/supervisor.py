@@ -111,7 +111,7 @@ class Supervisor:
 
     def _failed(self, cause: Cause, reported_late: bool = False, others_wait: bool = False) -> Retry | Stop:
         """Decide, record and print; the answer is the controller's. `reported_late`: Ray knew when it began."""
-        if self._decider.given_up is not None:  # by workers that were told to stop
+        if self._decider.given_up is not None:  # by workers that were asked to stop
             return Stop(str(self._decider.given_up))
         cause, decision = self._decider.decide(cause, others_wait)
         self.group.failed()
@@ -180,7 +180,7 @@ class Supervisor:
     def stop(self, hub: Hub, asked: KeyboardInterrupt) -> bool:
         """Ask the workers to end after a final checkpoint; whether there are any."""
         self._asked = asked
-        if not hub.tell(Stop()):
+        if not hub.broadcast(Stop()):
             return False
         self._terminal.say(
             f"stopping after a final checkpoint (up to {STOP_GRACE_S:.0f} s); press Ctrl-C again to stop immediately",

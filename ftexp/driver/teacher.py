@@ -17,7 +17,7 @@ from ftexp.model.teacher_spec import KEY, TeacherSpec
 from ftexp.rundir.state import FINISHED, read_state
 from ftexp.storage.directory import Storage
 
-_CONFIG_FILE = "config.json"  # timm's, beside weights
+_CONFIG_FILE = "config.json"  # timm's config, next to the weights
 _FILES = {"raw": "model.pt", "ema": "extra_state.pt"}  # files of a checkpoint
 
 

@@ -45,7 +45,7 @@ from ftexp.wire.messages import ControllerDied, CouldNotStart, Happened, Retry, 
 
 
 def run_training(context: RunContext, session: Session) -> dict[str, float]:
-    """Train to the end; returns the last metrics. Every way out leaves run.json telling how it ended.
+    """Train to the end; returns the last metrics. However it ends, run.json holds the outcome.
 
     RunFailedError when failures are spent; KeyboardInterrupt passes through once the run is marked interrupted.
     A RayLostError that `begins_again` is no end: the run's records stay open.
@@ -53,7 +53,7 @@ def run_training(context: RunContext, session: Session) -> dict[str, float]:
     record, supervisor, terminal, running = session.record, session.supervisor, session.terminal, session.running
     hub = Hub(running.host, supervisor.handle)
     session.trackers.start(lambda event: hub.take(Happened(event)))
-    session.alerts.tell = lambda event: hub.take(Happened(event))
+    session.alerts.report = lambda event: hub.take(Happened(event))
     advice = Advice(context, supervisor.group, hub)
     spec = EvaluationSpec.of(_anywhere(context.config), session.bundle, context.run_dir.uri)
     evaluations = Evaluations(spec, context.workers, hub)
@@ -119,7 +119,7 @@ def run_training(context: RunContext, session: Session) -> dict[str, float]:
 def _fit(context: RunContext, session: Session, hub: Hub) -> ray.train.Result:
     """Fit, and again if Ray Train's controller itself dies, for as long as the policy allows.
 
-    In a Ray that was joined, what the controller held can't be told from what others hold: there the run ends.
+    In a Ray that was joined, which resources the controller held is not known: there the run ends.
     """
     while True:
         trainer = build_trainer(context, session.bundle, hub.address)
@@ -173,7 +173,7 @@ def build_trainer(context: RunContext, bundle: DataBundle, hub: HubAddress) -> T
         bundle.decode_cpus,
         teacher=context.teacher,
     )
-    # beside the spec: a reference to an object doesn't survive pickle
+    # not in the spec: a reference to an object doesn't survive pickle
     classes = Shared(bundle.classes) if bundle.classes is not None else None
     reporter = FailureReporter(hub)
     control_fits_by(replacing.TrainController if config.failure.recovery == REPLACE else watching.TrainController)

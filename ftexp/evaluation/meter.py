@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 # Losses are summed as whole numbers of 2**-24: such sums don't depend on the order of addition, so a run that
-# was resumed, or resized, reports the very numbers that the undisturbed run reports.
+# was resumed, or resized, reports bitwise the numbers of the undisturbed run.
 _UNIT = 2.0**24
 # A sum is kept in digits of 32 bits, the lowest first: any loss of float32 has 5, and 2**31 samples fit an int64 each.
 _BITS, _NUM_DIGITS = 32, 5
@@ -69,7 +69,7 @@ class Meter:
         return [loss, *own[_NUM_DIGITS:]], summed
 
     def restore(self, totals: list[int], rank: int) -> None:
-        """Put back what `totals` returned: rank 0 holds the past of all ranks."""
+        """Restore what `totals` returned: rank 0 holds the past of all ranks."""
         self.reset()
         if rank == 0:
             loss, *others = totals

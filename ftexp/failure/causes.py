@@ -34,7 +34,7 @@ _BUG_WORDS = re.compile(
     r"(?:Missing|Unexpected) key\(s\) in state_dict|out of bounds|does not require grad|has no attribute|"
     r"is not implemented for"
 )
-# gloo's, NCCL's and the store's, where another rank has gone; what NCCL can't do on this machine is none of it
+# messages of gloo, NCCL and the store when another rank is gone; not those for what NCCL can't do on this machine
 _BROKEN_WORDS = re.compile(
     r"Connection reset|Connection closed|Connection was likely closed|Connection refused|Broken pipe|[gG]loo|"
     r"process group|Socket Timeout|[Tt]imed out waiting|wait timeout after|ncclRemoteError|remote process exit|"
@@ -66,7 +66,7 @@ class Cause:
 
 
 def find_cause(worker_exceptions: dict[int, Exception]) -> Cause:
-    """Tell the failure that began it from those that followed: a dead rank makes the others' collectives fail."""
+    """Return the first failure, not those that followed: a dead rank makes the others' collectives fail."""
     errors = {rank: ray_private.unwrap(error) for rank, error in worker_exceptions.items()}
     if not errors:
         return Cause(CRASH, None, "the worker group was lost", Ending.DIED)

@@ -37,7 +37,7 @@ class ReportingBackend(TorchConfig().backend_cls):  # type: ignore[misc]
             if placement_group is not None:
                 remove_placement_group(placement_group)  # and with it the workers, which wait for the one that failed
             cause = find_cause({0: error.cause if isinstance(error, RayTaskError) else error})
-            backend_config.reporter.report(dataclasses.replace(cause, rank=None))  # Ray doesn't tell which it was
+            backend_config.reporter.report(dataclasses.replace(cause, rank=None))  # Ray doesn't say which it was
             raise RayActorError(error_msg=cause.error) from error
 
 

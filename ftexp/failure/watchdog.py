@@ -107,10 +107,10 @@ class Watchdog:
 
 
 def hang_limits(config: FailureConfig) -> dict[str, float | None]:
-    """Seconds that each phase of the loop may stand still."""
+    """Return the seconds that each phase of the loop may take without progress; None: any."""
     return {
         START: config.start_timeout_s,
-        # the rank that keeps others waiting shall be the first to tell
+        # the rank that keeps others waiting shall report first
         **dict.fromkeys(WAITED_IN, config.hang_timeout_s + _LATER_S if config.hang_timeout_s is not None else None),
         BETWEEN: config.hang_timeout_s,
         EVALUATION: config.evaluation_timeout_s,

@@ -145,8 +145,8 @@ def _decode_cpus(config: Config, bundle: DataBundle, workers: Workers) -> int:
     from ftexp.cluster.resources import decoding_cpus, may_decode, no_workers
 
     # a Ray started here counts cores twice if tasks may decode during training: once for these
-    beside = bundle.streamed or (config.scaling.address is None and may_decode(config))
-    return decoding_cpus(config, workers if beside else no_workers())
+    while_training = bundle.streamed or (config.scaling.address is None and may_decode(config))
+    return decoding_cpus(config, workers if while_training else no_workers())
 
 
 def _print_facts(console: Console, config: Config, bundle: DataBundle, found: Found) -> None:

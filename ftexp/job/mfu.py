@@ -10,7 +10,7 @@ from ftexp.model.recomputing import computed_once
 
 _ROWS = 2  # batch norm needs more than one
 
-# FLOP/s of dense matrix products in bf16 and fp16, summed in fp32, by the name that torch.cuda.get_device_name tells.
+# FLOP/s of dense matrix products in bf16 and fp16, summed in fp32, by the name that torch.cuda.get_device_name returns.
 # From NVIDIA's data sheets, halved where these count sparse products. fp32 isn't here: what it runs on (TF32 or not)
 # is a matter of settings, and differs between convolutions and matrix products.
 _PEAK = {
@@ -51,7 +51,7 @@ def flops_per_image(model: nn.Module, shape: tuple[int, int, int]) -> float:
     # a compiled model would be compiled again for these shapes
     with torch.compiler.set_stance("force_eager"), computed_once(), FlopCounterMode(display=False) as counter:
         given = functional_call(model, meta, (images,))
-        logits = given[0] + given[1] if isinstance(given, tuple) else given  # a distillation token's, too
+        logits = given[0] + given[1] if isinstance(given, tuple) else given  # the head of a distillation token, too
         loss = F.cross_entropy(logits.float(), torch.zeros(_ROWS, dtype=torch.long, device="meta"))
         torch.autograd.grad(loss, [tensor for tensor in meta.values() if tensor.requires_grad], allow_unused=True)
     return float(counter.get_total_flops()) / _ROWS
@@ -60,7 +60,7 @@ def flops_per_image(model: nn.Module, shape: tuple[int, int, int]) -> float:
 class Utilisation:
     """Turns images/s into MFU, where the device's peak is known. The model's operations are counted when first asked.
 
-    `problem` tells why it can't be counted, if it can't.
+    `problem` is the reason where it can't be counted.
     """
 
     def __init__(self, device: torch.device, precision: str, num_devices: int, shape: tuple[int, int, int]) -> None:
@@ -71,8 +71,8 @@ class Utilisation:
         self._flops: dict[tuple[int, int, int], float] = {}  # by the shape of an image
         self.problem: str | None = None
 
-    def count_anew(self) -> None:
-        """Other parts of the model are trained from now on."""
+    def restart_count(self) -> None:
+        """Count the FLOPs again at the next use: other parts of the model are trained from now on."""
         self._flops.clear()
 
     def at(self, images_per_s: float, model: nn.Module, image_size: int | None = None) -> float | None:

@@ -30,8 +30,8 @@ class SkippedBatches:
     def widened(self, start: int, end: int, first: int) -> Range:
         """Return the range to skip for a batch [start, end) that was bad, from `first` on at the earliest.
 
-        Alone if it comes alone. Where the batches just before it are left out already, what went wrong began
-        earlier, in weights that were still finite: then as many again before those are left out with it.
+        The batch alone, unless the batches just before it are skipped already: then the error began earlier, while the
+        weights were still finite, and as many batches again before those are skipped too.
         """
         before = next((other for other, last in self._ranges if last == start), start)
         return max(first, before - (start - before)), end

@@ -3,8 +3,8 @@
 On a GPU, sections of a step are separated by events in the stream, which are read where the loop waits for the GPU
 anyway, at a logged point: nothing is synchronised for it. Waiting for data and for a checkpoint is the host's time.
 
-Within a section, a rank may wait for others, which tells nothing of its own speed: what is between `wait` and `go_on`,
-or the section's end, is not the rank's own time.
+Within a section, a rank may wait for others, which says nothing about its own speed: the time between `wait` and
+`go_on`, or the section's end, is not the rank's own.
 """
 
 from __future__ import annotations

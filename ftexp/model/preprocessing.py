@@ -22,7 +22,7 @@ def preprocessing_of(config: ModelConfig, channels: int) -> tuple[dict[str, Any]
     as of a plug-in's model. For images of one channel, mean and std are the average over colours; of other numbers but
     3 there are none.
     """
-    found, origin = _beside(config), _CONFIG_FILE + " next to the weights"
+    found, origin = _config_next_to_weights(config), _CONFIG_FILE + " next to the weights"
     if found is None:
         registered = get_pretrained_cfg(config.name) if ":" not in config.name else None
         found, origin = registered and registered.to_dict(), f"timm's config of {config.name}"
@@ -41,7 +41,7 @@ def preprocessing_of(config: ModelConfig, channels: int) -> tuple[dict[str, Any]
     return values, origin
 
 
-def _beside(config: ModelConfig) -> dict[str, Any] | None:
+def _config_next_to_weights(config: ModelConfig) -> dict[str, Any] | None:
     """Return the pretrained config in a config.json of timm's next to the weights file; None if there is none."""
     if not isinstance(config.pretrained, str):
         return None
@@ -49,7 +49,8 @@ def _beside(config: ModelConfig) -> dict[str, Any] | None:
         content = json.loads(Path(config.pretrained).expanduser().with_name(_CONFIG_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    if not isinstance(content, dict) or not isinstance(content.get("architecture"), str):  # another library's
+    # other libraries have files of this name too
+    if not isinstance(content, dict) or not isinstance(content.get("architecture"), str):
         return None
     found = content.get("pretrained_cfg", content)
     return found if isinstance(found, dict) and "mean" in found else None

@@ -65,7 +65,7 @@ def _read(path: Path, device: str) -> Any:
     if not is_safetensors:
         # argparse.Namespace holds what training was started with, in DeiT's, MAE's and DINO's files, say: plain data
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's, of what it then raises for
+            warnings.simplefilter("ignore")  # torch warns about what it then raises for
             return torch.load(path, map_location=device, weights_only=True)
     from safetensors import safe_open
 

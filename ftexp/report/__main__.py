@@ -1,6 +1,6 @@
 """`python -m ftexp.report <run directory or URI> [--out FILE]`: one HTML file that shows what a run, or a sweep, did.
 
-Written into its directory as report.html, with its charts as PNG in charts/, or to FILE, with charts/ beside it.
+Written into its directory as report.html, with its charts as PNG in charts/, or to FILE, with charts/ next to it.
 A run writes its report by itself when it ends, unless report.enabled=false.
 """
 

@@ -1,4 +1,4 @@
-"""In what a run's config differs from that of a command without any words."""
+"""Where a run's config differs from the defaults."""
 
 from __future__ import annotations
 

@@ -107,7 +107,7 @@ class Report:
         return " · ".join(str(part) for part in facts if part)
 
     def _numbers(self) -> Iterator[tuple[str, str, str]]:
-        """Yield (title, value, what stands below) of the headline."""
+        """Yield (title, value, note below it) for each headline number."""
         state = self._state
         last, best = (state.get("metrics", {}).get(which) or {} for which in ("last", "best"))
         if (accuracy := last.get("test_accuracy")) is not None:

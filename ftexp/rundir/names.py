@@ -17,7 +17,7 @@ HANGS = "hangs"  # stacks of workers that made no progress
 CHAOS = "chaos"  # a file for each fault that has struck
 LEDGER = "ledger"
 PROFILE = "profile"
-CHARTS = "charts"  # the report's, as PNG
+CHARTS = "charts"  # the report's charts, as PNG
 PREDICTIONS = "predictions"
 EXPORTS = "exports"
 

@@ -26,7 +26,7 @@ class AppendLog:
         self._num_there: int | None = None  # lines of an object store's copy; None while there is none
         if (path := storage.local_path) is not None:
             path.mkdir(parents=True, exist_ok=True)
-            _end_torn_line(path / name)
+            _end_truncated_line(path / name)
             self._file = (path / name).open("ab", buffering=0)  # closed by close()
         elif storage.exists(name):
             self._lines = storage.read_bytes(name).decode().splitlines()
@@ -128,7 +128,7 @@ def read_lines(storage: Storage, name: str) -> list[Any]:
     return parse_lines(storage.read_bytes(name).decode().splitlines())
 
 
-def _end_torn_line(path: Path) -> None:
+def _end_truncated_line(path: Path) -> None:
     """Cut a last line that a killed writer left without its end: it is no JSON."""
     if path.exists() and (content := path.read_bytes()) and not content.endswith(b"\n"):
         path.write_bytes(content[: content.rfind(b"\n") + 1])

@@ -229,13 +229,13 @@ class Storage:
         """Remove what a dead process left half-written directly inside; returns the names."""
         from pyarrow.fs import FileType
 
-        torn = [info for info in self._infos() if info.base_name.startswith(_TEMPORARY)]
-        for info in torn:
+        unfinished = [info for info in self._infos() if info.base_name.startswith(_TEMPORARY)]
+        for info in unfinished:
             if info.type == FileType.Directory:
                 self.child(info.base_name).delete()
             else:
                 self.delete_file(info.base_name)
-        return [info.base_name for info in torn]
+        return [info.base_name for info in unfinished]
 
     def move_to(self, target: Storage) -> None:
         """Give this directory of files another place on the same file system; OSError if that can't be done."""

@@ -15,7 +15,7 @@ _MAX_REASON_CHARS = 500  # characters
 _BATCH = 500  # points that a tracker is handed at once
 _RETRY_S = (5.0, 15.0, 60.0)  # between tries with a tracker that is down; the last for good
 
-Tell = Callable[[TrackerOpened | TrackerFailed], object]
+Report = Callable[[TrackerOpened | TrackerFailed], object]
 
 
 class Follower:
@@ -28,7 +28,7 @@ class Follower:
         name: the tracker's.
         make: makes or finds the tracker's run; may take its time, and may raise.
         points: reads all points of the run so far.
-        tell: is called with what becomes of the tracker; False if nobody listens any more.
+        report: is called with what becomes of the tracker; False if nobody listens any more.
         retry_s: how long to wait after the first failure in a row, after the second, and so on.
     """
 
@@ -37,18 +37,18 @@ class Follower:
         name: str,
         make: Callable[[], Tracker],
         points: Callable[[], Iterable[Point]],
-        tell: Tell,
+        report: Report,
         retry_s: tuple[float, ...] = _RETRY_S,
     ) -> None:
         self.name = name
-        self._make, self._points, self._tell, self._retry_s = make, points, tell, retry_s
+        self._make, self._points, self._report, self._retry_s = make, points, report, retry_s
         self._changed = threading.Condition()
         self._waiting: deque[Point] = deque()
         self._overflowed = False  # some that came are only in the run directory
         self._held: set[Key] = set()  # what the tracker is known to have
         self._outcome: Outcome | None = None
         self._problem: str | None = None  # while it is down
-        self.complete = False  # it has everything, and was told how the run ended
+        self.complete = False  # it has everything, and the run's outcome
         self.unheard: TrackerOpened | None = None  # that it was opened, if nobody listened any more
         self._stopped = threading.Event()
         threading.Thread(target=self._run, daemon=True, name=f"tracker-{name}").start()
@@ -100,7 +100,7 @@ class Follower:
     def _fail(self, problem: str) -> None:
         was_well, self._problem = self._problem is None, problem
         if was_well:  # further failures in a row are no news
-            self._tell(self._failure(problem))
+            self._report(self._failure(problem))
 
     def _failure(self, problem: str) -> TrackerFailed:
         num_undelivered = sum(not point.keys() <= self._held for point in self._points())
@@ -113,7 +113,7 @@ class Follower:
         self._deliver(tracker, self._points())
         self._problem = None
         opened = TrackerOpened(self.name, masked(tracker.where))
-        self.unheard = opened if self._tell(opened) is False else None
+        self.unheard = opened if self._report(opened) is False else None
         while points := self._next():
             if self._overflowed:
                 self._overflowed = False

@@ -66,7 +66,7 @@ class MlflowTracker:
             self._client.log_batch(self._id, metrics=metrics[start : start + _MAX_METRICS], synchronous=True)
 
     def close(self, outcome: Outcome) -> None:
-        """Tell what came of it."""
+        """Log the outcome."""
         self._adopt()
         self._tag({"status": outcome.status, **outcome.tags})
         self._client.set_terminated(self._id, _STATUS[outcome.status])

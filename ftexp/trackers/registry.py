@@ -78,7 +78,7 @@ class Tracker(Protocol):
     """One run in one tracker. Made by `Tracker(config, run)` on a thread of its own, where it may take its time.
 
     Making it finds the run by `run.id`, or begins it. Any method may raise: the tracker is then made again, later, and
-    asked again what it holds. So `held` must tell the truth, whatever was killed or lost when.
+    asked again what it holds. So `held` must return what the tracker really has, whatever was killed or lost when.
     """
 
     where: str  # for people: a directory, an address
@@ -98,7 +98,7 @@ class Registered:
     """A class of trackers."""
 
     make: Callable[[TrackerConfig, TrackedRun], Tracker]
-    package: str | None  # that must be installed; None: nothing beside ftexp
+    package: str | None  # that must be installed; None: nothing besides ftexp
     has_parents: bool  # whether a sweep is a run of its own there
     keeps: bool = True  # points, for good; False: it shows the present, so a run that has ended has nothing for it
 

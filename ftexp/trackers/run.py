@@ -18,7 +18,7 @@ from ftexp.config.tracker_schema import TrackerConfig
 from ftexp.rundir.names import TRACKERS_FILE
 from ftexp.storage.directory import Storage
 from ftexp.trackers.figures import Figure
-from ftexp.trackers.follower import Follower, Tell
+from ftexp.trackers.follower import Follower, Report
 from ftexp.trackers.registry import Outcome, Point, TrackedRun, trackers
 from ftexp.wire.events import TrackerFailed, TrackerOpened
 
@@ -46,14 +46,14 @@ class Trackers:
         self._followers: list[Follower] = []
         self._end = 0.0  # time.monotonic() until which it is waited for them
 
-    def start(self, tell: Tell) -> None:
-        """Begin to feed them; `tell` is called with each event of theirs."""
+    def start(self, report: Report) -> None:
+        """Begin to feed them; `report` is called with each event of theirs."""
         if self._chosen:
             self._note_complete(set())
         for name, registered in self._chosen.items():
             assert self._run is not None, "there are trackers"
             make = functools.partial(registered.make, self._config, self._run)
-            self._followers.append(Follower(name, make, self._read, tell))
+            self._followers.append(Follower(name, make, self._read, report))
 
     def _read(self) -> list[Point]:
         return [Point.of(line) for line in self._points()]

@@ -15,7 +15,7 @@ from ftexp.config.tracker_schema import TrackerConfig
 from ftexp.trackers.places import own_directory
 from ftexp.trackers.registry import Key, Outcome, Point, TrackedRun, register_tracker
 
-_DESCRIBED = "run"  # the tag of the text that tells what ran
+_DESCRIBED = "run"  # tag of the text that describes the run
 _MARK = "ftexp_run_id"  # a file next to the event files, where a directory isn't the run's own
 
 

@@ -18,7 +18,7 @@ from ftexp.trackers.registry import Key, Outcome, Point, TrackedRun, register_tr
 from ftexp.trackers.wandb_log import records
 
 _STEP = "step"  # the axis. wandb's own, `_step`, counts rows: it must grow, and a step may have a row for each split
-_INHERITED = "WANDB_SERVICE"  # where wandb tells processes that it starts which of its own to talk to
+_INHERITED = "WANDB_SERVICE"  # where wandb names, for the processes that it starts, its service process
 _FLUSH_EVERY_S = 1.0
 _MAX_TAG_CHARS = 64
 
@@ -76,7 +76,7 @@ class WandbTracker:
             self._next += 1
 
     def close(self, outcome: Outcome) -> None:
-        """Tell what came of it, and wait until wandb has written all."""
+        """Log the outcome, and wait until wandb has written everything."""
         self._run.summary.update({"status": outcome.status, **outcome.tags})
         self._run.finish(exit_code=0 if outcome.status == "finished" else 1)
 

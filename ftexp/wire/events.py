@@ -205,7 +205,7 @@ class Waiting(Event):
 
 @dataclass(frozen=True)
 class ResizeExpected(Event):
-    """There is room for more workers: Ray Train will stop those that train, without a word."""
+    """There is room for more workers: Ray Train will stop those that train, without notice."""
 
     num_workers: int
 
@@ -260,7 +260,7 @@ class CheckpointFailed(Event):
 
 @dataclass(frozen=True)
 class FullModelFailed(Event):
-    """A sharded checkpoint counts, and its model.pt could not be written."""
+    """A sharded checkpoint is valid, but its model.pt could not be written."""
 
     step: int  # step of the checkpoint after which it was tried
     checkpoint: str

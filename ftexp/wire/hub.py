@@ -2,7 +2,7 @@
 
 Ray's own report() takes one item a poll and blocks all ranks; it is kept for checkpoints. Ray already needs
 workers and driver to reach each other on any port, so this asks for no more of a network. The driver is the
-only writer of the run's records, which therefore need no locks. A closed connection also tells at once that a
+only writer of the run's records, which therefore need no locks. A closed connection also shows at once that a
 process has died, seconds before Ray polls it.
 
 A worker may outlive its group: one whose network was cut is dead to Ray, and heard again once the network is back. From
@@ -55,7 +55,7 @@ class Hub:
         self.address = HubAddress(host, self._listener.getsockname()[1], secrets.token_hex(16))
         threading.Thread(target=self._accept, daemon=True, name="hub").start()
 
-    def tell(self, message: Stop | Save | Evaluated) -> int:
+    def broadcast(self, message: Stop | Save | Evaluated) -> int:
         """Send `message` to every open channel; returns how many there are.
 
         Channels that are opened after a `Stop` are sent one as well.
@@ -92,7 +92,7 @@ class Hub:
                 return
             first = from_line(self._next(stream))
             skew_s = _skew_s(first)
-            first = _dated_anew(first, skew_s)
+            first = _redated(first, skew_s)
             if isinstance(first, Hello):
                 self._joins(first)
             self._answer(connection, self.handle(first) if first is not None else None)
@@ -102,7 +102,7 @@ class Hub:
                     self._answer(connection, Stop())
             said_goodbye = False
             while not said_goodbye and (line := self._next(stream)):
-                if (message := _dated_anew(from_line(line), skew_s)) is None:
+                if (message := _redated(from_line(line), skew_s)) is None:
                     continue
                 said_goodbye = isinstance(message, Goodbye)
                 answer = self.handle(message) if self._is_current(first) else None
@@ -127,7 +127,7 @@ class Hub:
 
     @staticmethod
     def _answer(connection: socket.socket, message: Message | None) -> None:
-        with contextlib.suppress(OSError):  # killed since: the next line tells
+        with contextlib.suppress(OSError):  # killed since: the next line fails
             _send(connection, message)
 
     @staticmethod
@@ -165,7 +165,7 @@ def _skew_s(first: Message | None) -> float:
     return ahead_s if abs(ahead_s) >= _MIN_SKEW_S else 0.0
 
 
-def _dated_anew(message: Message | None, skew_s: float) -> Message | None:
+def _redated(message: Message | None, skew_s: float) -> Message | None:
     return dataclasses.replace(message, time=message.time - skew_s) if message is not None and skew_s else message
 
 

@@ -18,7 +18,7 @@ def feeding(job: Job, run_dir: Storage) -> Generator[Batch]:
 
 
 def batches(job: Job) -> Generator[Batch]:
-    """Yield this rank's share of every global batch from where the run stands, also where it was put back meanwhile."""
+    """Yield this rank's share of every global batch from the run's position on, also after a rollback."""
     while not job.progress.finished:
         feed = job.data.feed.from_position(job.progress.position)
         ahead_of_loop = prefetched(feed, prefetch_depth(job), job.stopwatch.note_queue)

@@ -17,7 +17,10 @@ _TICK_INTERVAL_S = 0.1  # between messages that only move the progress bar
 
 
 def announce(job: Job, source: str) -> None:
-    """Tell the driver what was built, once everything is ready to train. source: of the state, see `Ready`."""
+    """Report to the driver what was built, once everything is ready to train.
+
+    source: of the state, see `Ready`.
+    """
     if job.group.rank == 0:
         ready = Ready(
             arguments=timm_arguments(job.config.model, job.info),
@@ -54,12 +57,12 @@ def log_train(job: Job, ranks: RankTimes | None = None) -> None:
         )
 
 
-def log_point(job: Job, split: str, values: dict[str, float], beside: dict[str, float] | None = None) -> None:
-    """Log a point. What is `beside` is no part of what the run computes: checkpoints don't hold it."""
+def log_point(job: Job, split: str, values: dict[str, float], measured: dict[str, float] | None = None) -> None:
+    """Log a point. Checkpoints don't hold `measured`: speeds and times."""
     progress = job.progress
     progress.metrics.update(values)
     if job.group.rank == 0:
-        values = {**values, **(beside or {})}
+        values = {**values, **(measured or {})}
         job.channel.send(Metrics(split, progress.step, progress.epoch, values))
 
 

@@ -69,7 +69,7 @@ class Replacing:
     def _recovers(self, error: RuntimeError, ranks: RankTimes, recovery: NonFiniteRecovery) -> bool:
         """Wait until a rank that died in the current step is back; False if there is no such rank.
 
-        Then the step is to be done again, from the state before it, which the caller has put back.
+        Then the step is to be repeated from the state before it, which the caller has restored.
         """
         while is_echo(error) and self._checkpoints.is_idle and not self._job.progress.pending:
             try:

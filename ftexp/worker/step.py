@@ -151,7 +151,7 @@ def _forward_backward(job: Job, micro: MicroBatch) -> Tensor:
 def _is_finite(job: Job, losses: Sequence[Tensor], norm: Tensor | None) -> bool:
     """Whether the step is worth taking; the same on every rank, and collective. `norm`: None in fp16."""
     if norm is None:
-        # a gradient that overflows is the scaler's affair; a loss that isn't finite no scale would mend
+        # the scaler handles an overflowing gradient; no scale makes a non-finite loss finite
         return job.group.all_agree(bool(torch.isfinite(torch.cat(list(losses))).all()))
     # gradients are summed over ranks: where one rank's are not finite, all ranks' are
     return bool(torch.isfinite(norm))
@@ -194,7 +194,7 @@ def thaw(job: Job) -> bool:
     if not learner.thaw(progress.epoch):
         return False
     settle_gradient_order(job)
-    job.utilisation.count_anew()
+    job.utilisation.restart_count()
     if job.group.rank == 0:
         job.channel.send(Happened(events.Thawed(progress.epoch, learner.freezing.num_frozen)))
     return True

@@ -77,7 +77,7 @@ def _take_in(job: Job, found: Evaluated) -> None:
     """Add an evaluation to what the run knows; the driver has logged it.
 
     Raises:
-        CheckpointError: the checkpoint was damaged since this attempt saved it: the run has to resume from the one
+        CheckpointError: the checkpoint is corrupt, though this attempt saved it: the run has to resume from the one
             before. Of an earlier attempt's, what was restored is newer, so that its metrics are lost.
         RuntimeError: the evaluation failed.
     """

@@ -545,7 +545,7 @@ OF_NO_PLUGIN = {
     "loss.name=hinge": ("loss.name='hinge' is unknown.", "Available: ce, bce,", PLUGINS),
     "train.metrics=[kappa]": ("train.metrics='kappa' is unknown.", "Available: top5,", PLUGINS),
     "data.name=mine": ("data.name='mine' is unknown.", "Available: cifar10,", PLUGINS),
-    "tracker.use.mine=true": ("tracker.use names 'mine', which is unknown.", "Available: tensorboard, mlflow,", PLUGINS),
+    "tracker.use.mine=true": ("tracker.use names 'mine', which is unknown.", "Available: tensorboard,", PLUGINS),
     "model.name=my_net": ("model.name='my_net' is unknown.", "timm has", PLUGINS),
     "optim.name=my_optimiser": ("optim.name='my_optimiser' is unknown.", "Any timm optimiser can be used.", PLUGINS),
     "distill.teacher=my_net": ("distill.teacher=my_net is not a run,", PLUGINS),

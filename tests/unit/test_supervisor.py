@@ -257,7 +257,7 @@ class Workers:
     def __init__(self, number):
         self.number = number
 
-    def tell(self, message):
+    def broadcast(self, message):
         return self.number
 
 

@@ -538,6 +538,16 @@ def test_trials_without_the_objective_are_listed_and_not_drawn(directory, capsys
     assert not directory.exists("leaderboard.png")
 
 
+@pytest.mark.parametrize(
+    ("width", "titles"), [(56, ["val_", "optim.lr", "accuracy"]), (120, ["optim.lr", "val_accuracy"])]
+)
+def test_the_titles_of_a_narrow_leaderboard_are_broken_between_words(directory, width, titles):
+    shown = io.StringIO()
+    trials = [reached(name, 0.5, **{"optim.lr": name}) for name in ("0.1", "0.2")]
+    publish(directory, record(), trials, Console(width=width, file=shown))
+    assert shown.getvalue().split()[: len(titles)] == titles
+
+
 # What is refused, before anything is started
 
 

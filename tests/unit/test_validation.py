@@ -262,7 +262,7 @@ def evaluations(monkeypatch):
 
     def make(*results):
         tasks, told = Tasks(*results), queue.Queue()
-        hub = SimpleNamespace(take=lambda _: True, tell=told.put)
+        hub = SimpleNamespace(take=lambda _: True, broadcast=told.put)
         job = make_job(eval="beside")
         made = Evaluations(
             EvaluationSpec(job.config, job.info, "runs/x", None, None), Workers(1, False, {"CPU": 1}), hub

@@ -154,7 +154,7 @@ def test_who_is_killed_before_its_hello_is_answered_is_told_as_lost():
         return Begin(7)
 
     hub = Hub("127.0.0.1", handle)
-    hub.tell(Stop())  # which a new line is told once its hello is answered
+    hub.broadcast(Stop())  # which a new line is told once its hello is answered
     with socket.create_connection((hub.address.host, hub.address.port)) as raw:
         raw.sendall(f"{hub.address.token}\n{to_line(hello(0))}".encode())
         assert next_message(messages) == hello(0)
@@ -162,7 +162,7 @@ def test_who_is_killed_before_its_hello_is_answered_is_told_as_lost():
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     held.set()
     assert next_message(messages) == Lost(0, 100)
-    assert hub.tell(Save()) == 0
+    assert hub.broadcast(Save()) == 0
     hub.close()
 
 
@@ -281,12 +281,12 @@ def answer_syncs(message):
 @pytest.mark.parametrize("word", [Stop(), Save()])
 def test_every_open_channel_is_told_to_stop_or_save_and_still_hears_whether_its_messages_are_safe(word):
     hub = Hub("127.0.0.1", answer_syncs)
-    assert hub.tell(Save()) == 0
+    assert hub.broadcast(Save()) == 0
     channels = [Channel(hub.address, hello(rank)) for rank in range(2)]
     for channel in channels:
         channel.sync()
         assert (channel.stop_requested, channel.save_requested) == (False, False)
-    assert hub.tell(word) == 2
+    assert hub.broadcast(word) == 2
     for channel in channels:
         channel.sync()  # answered after what was told, on the same channel
         assert (channel.stop_requested, channel.save_requested) == (word == Stop(), word == Save())
@@ -300,9 +300,9 @@ def test_a_worker_waits_for_the_evaluation_of_its_checkpoint_and_is_passed_no_ot
     waiting = threading.Thread(target=lambda: found.append(channel.evaluated("step_8.a1")))
     waiting.start()
     other, wanted = Evaluated(4, 0, "step_4.a1", {"val_loss": 2.0}), Evaluated(8, 1, "step_8.a1", {"val_loss": 1.0})
-    while not hub.tell(other):  # until the hub has taken the connection in
+    while not hub.broadcast(other):  # until the hub has taken the connection in
         pass
-    hub.tell(wanted)
+    hub.broadcast(wanted)
     waiting.join(20)
     assert found == [wanted]
     assert channel.evaluated("step_4.a1") == other
@@ -311,7 +311,7 @@ def test_a_worker_waits_for_the_evaluation_of_its_checkpoint_and_is_passed_no_ot
 
 def test_a_worker_waits_for_no_evaluation_once_the_run_is_to_stop_or_the_driver_is_gone(hub):
     channel = Channel(hub.address, hello(0))
-    while not hub.tell(Stop()):
+    while not hub.broadcast(Stop()):
         pass
     assert channel.evaluated("step_8.a1") is None
     channel.close()
@@ -323,11 +323,11 @@ def test_a_worker_waits_for_no_evaluation_once_the_run_is_to_stop_or_the_driver_
 
 def test_a_channel_that_opens_after_the_run_was_told_to_stop_is_told_too():
     hub = Hub("127.0.0.1", answer_syncs)
-    hub.tell(Save())
+    hub.broadcast(Save())
     before = Channel(hub.address, hello(0))
     before.sync()
     assert (before.stop_requested, before.save_requested) == (False, False)
-    hub.tell(Stop())
+    hub.broadcast(Stop())
     after = Channel(hub.address, hello(1))
     after.sync()
     assert after.stop_requested
@@ -343,7 +343,7 @@ def test_a_channel_that_said_goodbye_is_not_asked_to_stop(hub, messages):
     for thread in {*threading.enumerate()} - before:
         if "_serve" in thread.name:
             thread.join(timeout=5)
-    assert hub.tell(Stop()) == 0
+    assert hub.broadcast(Stop()) == 0
 
 
 def test_what_comes_while_a_sync_is_handled_is_not_lost(messages):

@@ -114,7 +114,7 @@ class Forker:
                 self._become(request, descriptors, connection)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, ANSWERED_BY_A_WORKER)
             self._children[pid] = connection
-            with contextlib.suppress(OSError):  # the launcher died: what can be read of it tells serve()
+            with contextlib.suppress(OSError):  # the launcher died: serve() learns it from what can be read
                 connection.sendall(pid.to_bytes(8, "big"))
         finally:
             for descriptor in descriptors:

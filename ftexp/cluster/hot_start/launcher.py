@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
 NODE = "node:"
-LOCK = "lock"  # beside the socket
+LOCK = "lock"  # next to the socket
 _ANSWER_TIMEOUT_S = 45.0  # the preloaded process may still be importing; raylet gives a worker 60 s to report
 _PASSED_ON = (
     signal.SIGTERM,
@@ -164,7 +164,7 @@ def wait_for(connection: socket.socket, child: int) -> int:
         signal.signal(number, lambda received, _: _pass_on(child, received))
     try:
         alive = os.pidfd_open(child)
-    except OSError:  # it has ended already, or the kernel has no pidfd: the connection tells
+    except OSError:  # it has ended already, or the kernel has no pidfd: the connection shows when
         alive = -1
     answer = b""
     while len(answer) < 8:

@@ -13,7 +13,7 @@ import re
 import shlex
 import sys
 
-import launcher  # type: ignore[import-not-found]  # beside this file, which is run by path
+import launcher  # type: ignore[import-not-found]  # next to this file, which is run by path
 
 TYPE_CHECKING = False  # typing takes longer to import than all the rest
 if TYPE_CHECKING:

@@ -54,7 +54,7 @@ _PARAMETERS_OF_LOSSES = {
 }
 _OF_SEVERAL_LABELS = {"asl": ("clip", "pos_weight")}  # further parameters, under data.task=multi_label
 _UNMIXED_LOSSES = ("focal", "asl")  # timm's take class numbers only
-_BESIDE = {"opt": "name", **{name: name for name in ("lr", "weight_decay", "filter_bias_and_bn", "layer_decay")}}
+_FIELDS = {"opt": "name", **{name: name for name in ("lr", "weight_decay", "filter_bias_and_bn", "layer_decay")}}
 
 
 def check_optim(config: Config) -> Iterator[str]:
@@ -68,7 +68,7 @@ def check_optim(config: Config) -> Iterator[str]:
             f"optim.name={optim.name} needs second derivatives, which the training step does not compute: choose "
             "another"
         )
-    for key, name in _BESIDE.items():
+    for key, name in _FIELDS.items():
         if key in optim.kwargs:
             yield f"optim.kwargs.{key} conflicts with optim.{name}; set only optim.{name}"
     if (
@@ -218,7 +218,7 @@ def _ranked_by_loss(config: Config, keys: set[str]) -> tuple[Config, list[str]]:
     usual = CheckpointConfig()
     if config.data.task != REGRESSION or not keys.isdisjoint(f"checkpoint.{name}" for name in names):
         return config, []
-    if any(getattr(saving, name) != getattr(usual, name) for name in names):  # a group file's
+    if any(getattr(saving, name) != getattr(usual, name) for name in names):  # set by a group file
         return config, []
     saving = dataclasses.replace(saving, checkpoint_score_attribute="val_loss", checkpoint_score_order="min")
     note = f"checkpoint.checkpoint_score_attribute=val_loss instead of val_accuracy: data.task={REGRESSION}"

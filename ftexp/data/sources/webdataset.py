@@ -136,7 +136,7 @@ def _scan(filesystem: FileSystem, path: str, labelled: bool, endings: tuple[str,
     labels: dict[str, str] = {}
     lists: dict[str, str] = {}
     spoilt: dict[str, str] = {}  # why, by name
-    torn = None
+    truncated = None
     with (
         filesystem.open_input_file(path) if local else filesystem.open_input_stream(path, buffer_size=2**20) as file,
         tarfile.open(fileobj=file, mode="r:" if local else "r|") as tar,
@@ -165,7 +165,7 @@ def _scan(filesystem: FileSystem, path: str, labelled: bool, endings: tuple[str,
         except tarfile.ReadError as error:  # it is truncated; what comes before is whole
             if not images:
                 raise
-            torn = f"{type(error).__name__}: {error}"
+            truncated = f"{type(error).__name__}: {error}"
             # in a stream, it isn't known whether the last was read to its end
             if size is None or (labelled and (name in images) != (name in labels or name in lists)):
                 images.pop(name, None)
@@ -173,9 +173,9 @@ def _scan(filesystem: FileSystem, path: str, labelled: bool, endings: tuple[str,
                 lists.pop(name, None)
     end = max((offset + num_bytes for offset, num_bytes in images.values()), default=0)
     if size is not None and end > size:
-        torn = f"it ends at {size} bytes, within an image"
-    if torn is not None:
-        account.add_bad(path, f"{torn}; what comes before is kept")
+        truncated = f"it ends at {size} bytes, within an image"
+    if truncated is not None:
+        account.add_bad(path, f"{truncated}; what comes before is kept")
     for name, text in lists.items():
         if name in labels:
             account.exclude(f"{path} {name}.{_LISTS}", f".{_LISTS} next to a .{_LABEL}, which takes precedence")

@@ -24,16 +24,16 @@ Send = Callable[[str, Body, float], None]
 
 
 class Mailbox:
-    """Sends alerts to `url`, each once, in order. `tell` is called with the outcome of each."""
+    """Sends alerts to `url`, each once, in order. `report` is called with the outcome of each."""
 
     def __init__(
         self,
         url: str,
         timeout_s: float,
-        tell: Callable[[AlertSent | AlertFailed], object],
+        report: Callable[[AlertSent | AlertFailed], object],
         retry_s: tuple[float, ...] = _RETRY_S,
     ) -> None:
-        self._url, self._timeout_s, self._tell, self._retry_s = url, timeout_s, tell, retry_s
+        self._url, self._timeout_s, self._report, self._retry_s = url, timeout_s, report, retry_s
         self._send = sender_of(url)
         self._waiting: queue.Queue[Body | None] = queue.Queue()
         self._pending: list[str] = []  # kinds of alerts that haven't been sent, nor failed
@@ -63,7 +63,7 @@ class Mailbox:
             problem = self._try(body)
             self._pending.pop(0)
             kind = body["alert"]
-            self._tell(AlertSent(kind, self.to) if problem is None else AlertFailed(kind, self.to, problem))
+            self._report(AlertSent(kind, self.to) if problem is None else AlertFailed(kind, self.to, problem))
 
     def _try(self, body: Body) -> str | None:
         """Send an alert, by several tries unless the command ends; returns why it couldn't be."""

@@ -20,13 +20,13 @@ _LOOK_EVERY_S = 1.0  # for new steps
 
 
 class Alerts:
-    """The alerts of one invocation. `tell`, once set, records the outcome of each, or returns False."""
+    """The alerts of one invocation. `report`, once set, records the outcome of each, or returns False."""
 
     def __init__(self, config: NotifyConfig, look_every_s: float = _LOOK_EVERY_S) -> None:
         self._config, self._look_every_s = config, look_every_s
-        self.tell: Callable[[Event], bool] = lambda _: False
+        self.report: Callable[[Event], bool] = lambda _: False
         self._unreported: list[AlertSent | AlertFailed] = []
-        self._mailboxes = [Mailbox(url, config.timeout_s, self._tell) for url in config.urls]
+        self._mailboxes = [Mailbox(url, config.timeout_s, self._report) for url in config.urls]
         self._ended = threading.Event()
         self._record: RunRecord | None = None
 
@@ -79,8 +79,8 @@ class Alerts:
         )
         return body
 
-    def _tell(self, event: AlertSent | AlertFailed) -> None:
-        if not self.tell(event):
+    def _report(self, event: AlertSent | AlertFailed) -> None:
+        if not self.report(event):
             self._unreported.append(event)
 
 

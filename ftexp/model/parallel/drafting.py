@@ -26,7 +26,7 @@ Cut = Callable[[Tensor], Tensor]  # the part of a whole tensor that is kept
 
 _OVERWRITING = {"uniform_", "normal_", "zero_", "fill_", "copy_", "random_", "bernoulli_", "exponential_"}
 _SCALING = {"mul_", "div_", "add_", "sub_", "clamp_", "neg_"}  # number by number, so of the kept part alone
-_OWN = (torch.Tensor.requires_grad, torch.Tensor.grad, torch.Tensor.is_leaf, torch.Tensor.grad_fn)  # the stand-in's
+_OWN = (torch.Tensor.requires_grad, torch.Tensor.grad, torch.Tensor.is_leaf, torch.Tensor.grad_fn)  # of the stand-in
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class _Drafting(TorchFunctionMode):
         super().__init__()
         self._cut = cut
         self._kept: dict[int, Tensor] = {}  # by the id of the stand-in
-        self._stand_ins: dict[int, nn.Parameter] = {}  # by their id, which then is no other's
+        self._stand_ins: dict[int, nn.Parameter] = {}  # keyed by id(), which is unique while they are held
         self._originals: dict[int, tuple[weakref.ref[Tensor], nn.Parameter]] = {}
         self._open: nn.Parameter | None = None  # whose values are whole
         self._whole: Tensor | None = None

@@ -19,7 +19,7 @@ from ftexp.trackers.run import Trackers, check_names, shown, tracked_run
 
 @contextlib.contextmanager
 def tracked_sweep(config: Config, directory: Storage, record: SweepRecord, display: Display) -> Iterator[None]:
-    """Tell the trackers of the sweep that runs in this block. They hear of trials from the trials alone.
+    """Log the sweep that runs in this block to the trackers. The trials log themselves.
 
     UnknownNameError if a tracker isn't registered.
     """

@@ -146,7 +146,7 @@ class Runner:
         process.num_starts += 1
         try:
             self._launch(process)
-        except OSError as error:  # the disk's that its output goes to, or the store's
+        except OSError as error:  # raised by the disk that its output goes to, or by the store
             self._set(process, FAILED, f"it could not start: {error}")
             return
         self._set(process, RUNNING)

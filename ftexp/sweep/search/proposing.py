@@ -31,7 +31,7 @@ class Known:
     """Known facts of an earlier proposal."""
 
     words: dict[str, str]  # {plain key: word}
-    status: str  # RUNNING, FINISHED, STOPPED, or FAILED, which tells nothing
+    status: str  # RUNNING, FINISHED, STOPPED, or FAILED, which has no objective
     value: float | None = None  # the objective, of one that has finished
     curve: list[float] = field(default_factory=list)  # curve of one that was stopped; empty: it is as bad as can be
 

@@ -17,17 +17,19 @@ from ftexp.storage.directory import Storage
 from ftexp.sweep.show.display import STYLES
 from ftexp.sweep.show.picture import draw
 
+_UNLIMITED = 10_000  # columns of a terminal on which no table is broken
+
 
 def publish(directory: Storage, record: SweepRecord, trials: list[Reached], console: Console) -> None:
     """Print the table, and write both files into the sweep's directory."""
     ordered = ranked(record, trials)
-    console.print(table(record, ordered))
+    console.print(table(record, ordered, console))
     directory.write_bytes(LEADERBOARD_CSV_FILE, as_csv(record, ordered).encode())
     if any(trial.status == FINISHED and trial.value(record.metric) is not None for trial in ordered):
         directory.write_bytes(LEADERBOARD_PNG_FILE, draw(directory, record, ordered))
 
 
-def table(record: SweepRecord, ordered: list[Reached]) -> Table:
+def table(record: SweepRecord, ordered: list[Reached], console: Console) -> Table:
     """Return the leaderboard for a terminal."""
     keys = varying(record, ordered) or record.keys
     extra = [
@@ -51,6 +53,9 @@ def table(record: SweepRecord, ordered: list[Reached]) -> Table:
             str(len(state.failures)) if state is not None else "",
             f"[{STYLES[each.status]}]{each.status}",
         )
+    if console.measure(drawn, options=console.options.update(width=_UNLIMITED)).maximum > console.width:
+        for column in drawn.columns:  # between words: val_ above accuracy
+            column.header = str(column.header).replace("_", "_\n")
     return drawn
 
 
