@@ -1,6 +1,7 @@
 """When a run saves, of what, and what it resumes from: one rank's part of it.
 
-A checkpoint costs the training thread a copy of the state; the rest is done besides it, see ftexp.checkpoint.writing.
+A checkpoint costs the training thread a copy of the state, or of a part of it where the model is sharded; the rest is
+done besides it, see ftexp.checkpoint.writing.
 """
 
 from __future__ import annotations
