@@ -22,6 +22,7 @@ from rich.table import Table
 
 WITH, WITHOUT = "a snapshot", "none"
 _MAX_COST = 0.01  # share of a step
+_MAX_RESOLVED = _MAX_COST / 2  # beyond it, the machine was too busy to say
 _TURNS = {"default ViT": 6}  # blocks of a side in a round, where they are short
 
 
@@ -120,6 +121,7 @@ def report(console: Console, results: dict[str, dict[str, Any]]) -> list[str]:
         cells += [f"{1000 * cost_s:.2f}", f"{interval:g} steps", f"{share:.4f}", f"{resolved:.4f}"]
         table.add_row(name, *cells, str(result["snapshots"]), f"{result['bytes'] / 1e6:,.1f}")
         checks.append((f"share of a step, {name}", share, _MAX_COST, False))
+        checks.append((f"none : none, {name}", resolved, _MAX_RESOLVED, False))
     console.print(table)
     return print_targets(console, checks, digits=4)
 
