@@ -190,7 +190,8 @@ def plain_jpeg_size(encoded: bytes) -> tuple[int, int] | None:
     """
     if not encoded.startswith(_START):
         return None
-    size, place, end = None, len(_START), len(encoded)
+    size: tuple[int, int] | None = None
+    place, end = len(_START), len(encoded)
     while place + 4 <= end and encoded[place] == 0xFF:
         marker, body = encoded[place + 1], place + 4
         place += 2 + (encoded[place + 2] << 8 | encoded[place + 3])
