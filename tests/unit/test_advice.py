@@ -23,7 +23,7 @@ class Hub:
     def handle(self, message):
         self.events.append(message.event)
 
-    def tell(self, message):
+    def broadcast(self, message):
         self.told.append(message)
 
 
