@@ -1,9 +1,7 @@
-"""What each feature adds to a step of the default run.
-
-    uv run python scripts/bench_features.py [--rounds 20] [--blocks 5] [--json FILE]
+"""What each feature adds to a step of the default run: `bench_train.py --features`.
 
 In one Ray Train job of one worker: the plain run and one with each feature take turns in blocks of 10 steps, without
-feeding, logging and saving. What comparing ranks costs: see bench_ranks.py. Takes 6 minutes on 2 cores.
+feeding, logging and saving. What comparing ranks costs: see bench_ranks.py.
 """
 
 from __future__ import annotations
@@ -17,7 +15,7 @@ import time
 from typing import Any
 
 from bench_checkpoint import run_job
-from benching import composed, describe_machine, finish, options_parser, scratch_directory
+from benching import composed, scratch_directory
 from rich.console import Console
 from rich.table import Table
 
@@ -33,21 +31,15 @@ FEATURES = {
     "distill=features, likewise": ["distill=features"],
     "resizing=progressive, at half size": ["resizing=progressive", "+model.kwargs.dynamic_img_size=true"],
 }
-STEPS = 10  # of a block
+STEPS, BLOCKS = 10, 5  # of a block; of a turn
 
 
-def main() -> None:
-    """Measure, and print the table."""
-    parser = options_parser(__doc__, 20, "turns of each feature")
-    parser.add_argument("--blocks", type=int, default=5, help="of a turn")
-    options = parser.parse_args()
-    console = Console(highlight=False, width=160)
-    describe_machine(console)
-    specs = pickle.dumps(described(str(scratch_directory())))
-    settings = {"features": specs, "rounds": options.rounds, "blocks": options.blocks}
-    results = run_job(["train.epochs=2000"], measure, settings, num_workers=1)
+def compare_features(console: Console, rounds: int) -> dict[str, list[float]]:
+    """Measure in as many rounds, print the table, and return the milliseconds of a step of each block."""
+    settings = {"features": pickle.dumps(described(str(scratch_directory()))), "rounds": rounds}
+    results: dict[str, list[float]] = run_job(["train.epochs=2000"], measure, settings, num_workers=1)
     report(console, results)
-    finish(console, results, options.json, [], options.check)
+    return results
 
 
 def described(storage: str) -> dict[str, Any]:
@@ -79,19 +71,19 @@ def measure(settings: dict[str, Any]) -> dict[str, list[float]]:
     for number in range(settings["rounds"]):
         order = list(jobs)
         for name in order[:: -1 if number % 2 else 1]:  # none always follows the same
-            blocks[name] += turn(jobs[name], batches[name], settings["blocks"])
+            blocks[name] += turn(jobs[name], batches[name])
     for job in jobs.values():
         job.channel.close()
     return blocks
 
 
-def turn(job: Any, batches: Any, num_blocks: int) -> list[float]:
+def turn(job: Any, batches: Any) -> list[float]:
     """Train for some blocks of steps; milliseconds of a step of each."""
     from ftexp.worker.loop import advance
     from ftexp.worker.step import train_step
 
     blocks = []
-    for _ in range(1 + num_blocks):
+    for _ in range(1 + BLOCKS):
         some = [next(batches) for _ in range(STEPS)]
         began = time.perf_counter()
         for batch in some:
@@ -109,7 +101,3 @@ def report(console: Console, results: dict[str, list[float]]) -> None:
         more = "" if name == PLAIN else f"{found[0] - quartiles[PLAIN][0]:+.2f}"
         table.add_row(name, ", ".join(f"{each:.2f}" for each in found), more)
     console.print(table)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,11 +1,12 @@
 """Training speed and start-up, side by side: ftexp, a hand-written DDP loop, and a script like Ray's tutorials.
 
     uv run python scripts/bench_train.py [--rounds 5] [--seeds 3] [--check] [--json FILE]
+    uv run python scripts/bench_train.py --features [--rounds 20] [--json FILE]
 
 Same model, data, batch and threads; the sides take turns. Steps per second are those of the steady state, the
 first epoch left out: once for the steps alone, and once with the ends of epochs, where each side evaluates and
 saves. "First step" counts from the start of the command to the end of the first optimiser step.
-Five rounds take 15 minutes on 2 cores, two rounds 8.
+Five rounds take 15 minutes on 2 cores, two rounds 8. --features: see bench_features.py; 20 rounds take 8 minutes.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from bench_features import compare_features
 from benching import default_recipe, describe_machine, finish, options_parser, print_targets, scratch_directory
 from rich.console import Console
 from rich.table import Table
@@ -34,10 +36,14 @@ PLAIN, TUTORIAL, FTEXP = "plain DDP", "tutorial", "ftexp"
 def main() -> None:
     """Measure, print a table, and exit with 1 under --check if a target is missed."""
     parser = options_parser(__doc__, 2, "runs of each side for speed and start-up")
+    parser.add_argument("--features", action="store_true", help="the cost of each feature, and nothing else")
     parser.add_argument("--seeds", type=int, default=3, help="whole default runs, for accuracy and wall time")
     options = parser.parse_args()
     console = Console(highlight=False)
     describe_machine(console)
+    if options.features:
+        finish(console, compare_features(console, options.rounds), options.json, [], options.check)
+        return
     settings = {"epochs": EPOCHS, "global_batch_size": BATCH, "num_workers": WORKERS, **default_recipe()}
     speed: dict[str, list[dict[str, float]]] = {PLAIN: [], TUTORIAL: [], FTEXP: []}
     for number in range(options.rounds):
