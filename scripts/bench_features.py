@@ -1,4 +1,4 @@
-"""What each feature adds to a step of the default run: `bench_train.py --features`.
+"""Compare the time of a step with each feature to that of the default run: `bench_train.py --features`.
 
 In one Ray Train job of one worker: the plain run and one with each feature take turns in blocks of 10 steps, without
 feeding, logging and saving. What comparing ranks costs: see bench_ranks.py.

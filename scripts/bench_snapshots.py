@@ -1,4 +1,4 @@
-"""What snapshots in memory cost: blocks of steps with one snapshot, and with none, that take turns.
+"""The cost of snapshots in memory: blocks of steps with one snapshot and with none, in alternation.
 
     uv run python scripts/bench_snapshots.py [--rounds 40] [--steps 8] [--check] [--json FILE]
 

@@ -91,11 +91,8 @@ def import_without_drawing(import_all: Callable[[], None]) -> None:
         def from_random() -> Any:
             return original(os.urandom(original.size()))
 
-    ray.actor.ActorClassID = Drawn
-    try:
+    with _replaced(ray.actor, ActorClassID=Drawn):
         import_all()
-    finally:
-        ray.actor.ActorClassID = original
 
 
 def random_id() -> str:
@@ -111,12 +108,9 @@ def workers_set_up_by(script: Path) -> Iterator[None]:
     """Have the raylet that is started meanwhile run `script`, an absolute path, where it would run Ray's own."""
     from ray._private import ray_constants
 
-    original = ray_constants.SETUP_WORKER_FILENAME  # joined to a directory, which an absolute path replaces
-    ray_constants.SETUP_WORKER_FILENAME = str(script)
-    try:
+    # it is joined to a directory, which an absolute path replaces
+    with _replaced(ray_constants, SETUP_WORKER_FILENAME=str(script)):
         yield
-    finally:
-        ray_constants.SETUP_WORKER_FILENAME = original
 
 
 # what starts a process without which nothing here is missed: the autoscaler, of a Ray that stays on one machine; the
@@ -131,17 +125,24 @@ def starting_fewer_processes(prints_logs: bool) -> Iterator[None]:
 
     counts_usage = os.environ.get("RAY_USAGE_STATS_ENABLED") != "0"
     names = [_AUTOSCALER, *([] if counts_usage else [_USAGE]), *([] if prints_logs else [_LOG_READER])]
-    originals = {name: getattr(Node, name) for name in names}
-    for name in names:
-        setattr(Node, name, lambda *_, **__: None)
+    with _replaced(Node, **dict.fromkeys(names, lambda *_, **__: None)):
+        yield
+
+
+@contextlib.contextmanager
+def _replaced(owner: Any, **values: Any) -> Iterator[None]:
+    """Set attributes of a module or a class, and restore them."""
+    originals = {name: getattr(owner, name) for name in values}
+    for name, value in values.items():
+        setattr(owner, name, value)
     try:
         yield
     finally:
         for name, original in originals.items():
-            setattr(Node, name, original)
+            setattr(owner, name, original)
 
 
-def fitted(trainer: DataParallelTrainer) -> Result:
+def fitted(trainer: DataParallelTrainer, controller: type[Any] | None = None) -> Result:
     """Fit `trainer`, without the actor that outlives its controller where that actor can't do its work.
 
     It removes the placement group of a controller that died, as it learns from Ray's API server. Where none runs, its
@@ -150,7 +151,8 @@ def fitted(trainer: DataParallelTrainer) -> Result:
     The controller, and with it the actors that it creates for each group of workers, has the workers' runtime env:
     where these are forked, so are those, each of which would import Ray Train for 2 CPU-seconds while workers wait.
 
-    An elastic group counts the nodes again before it starts: see ray_elastic.py.
+    An elastic group counts the nodes again before it starts: see ray_elastic.py. controller: a class derived from Ray
+    Train's, to use in its place.
     """
     from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
     from ray.train.v2.api import data_parallel_trainer
@@ -162,13 +164,13 @@ def fitted(trainer: DataParallelTrainer) -> Result:
         trainer._create_default_callbacks = lambda: [
             callback for callback in create() if not isinstance(callback, PlacementGroupCleanerCallback)
         ]
-    originals = data_parallel_trainer.ray, data_parallel_trainer.create_scaling_policy
-    data_parallel_trainer.ray = _RayOfTrainer(originals[0], trainer.run_config.worker_runtime_env)
-    data_parallel_trainer.create_scaling_policy = scaling_policy
-    try:
+    with _replaced(
+        data_parallel_trainer,
+        ray=_RayOfTrainer(data_parallel_trainer.ray, trainer.run_config.worker_runtime_env),
+        create_scaling_policy=scaling_policy,
+        TrainController=controller or data_parallel_trainer.TrainController,
+    ):
         return trainer.fit()
-    finally:
-        data_parallel_trainer.ray, data_parallel_trainer.create_scaling_policy = originals
 
 
 class _RayOfTrainer:

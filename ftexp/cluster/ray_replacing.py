@@ -24,7 +24,6 @@ from ray.train.v2._internal.execution.controller import controller as controller
 from ray.train.v2._internal.execution.controller.state import RunningState
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
 from ray.train.v2._internal.execution.worker_group.execution_group import ReplicaGroup
-from ray.train.v2.api import data_parallel_trainer
 
 _ANSWER_S = 2.0  # that a worker may take to answer a question
 
@@ -216,8 +215,3 @@ def _all(asked: Callable[[], bool], workers: list[Any], count: int) -> bool:
     except (controllers.ray.exceptions.RayError, TimeoutError):  # another one has died
         return False
     return len(answers) == count and all(answers)
-
-
-def control_fits_by(controller: type[WatchingController]) -> None:
-    """Have coming fits of this process use `controller`."""
-    data_parallel_trainer.TrainController = controller

@@ -136,21 +136,19 @@ def decoding_cpus(config: Config, workers: Workers) -> int:
     return config.data.decode_cpus or int(there - taken)
 
 
-def num_possible(workers: Workers) -> int:
-    """Return the number of workers that the cluster's empty nodes have room for; at most as many as are wanted."""
-    import ray
-
+def num_possible(workers: Workers, nodes: list[dict[str, Any]]) -> int:
+    """Return the number of workers that these nodes have room for if empty; at most as many as are wanted."""
     wanted = {name: amount for name, amount in workers.resources_per_worker.items() if amount}
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    room = sum(min((int(node.get(name, 0) / amount) for name, amount in wanted.items()), default=0) for node in nodes)
+    there = [node["Resources"] for node in nodes]
+    room = sum(min((int(node.get(name, 0) / amount) for name, amount in wanted.items()), default=0) for node in there)
     return min(room, workers.max_workers)
 
 
-def living_nodes() -> set[str]:
-    """Return the ids of the cluster's nodes that are alive."""
+def living_nodes() -> list[dict[str, Any]]:
+    """Return the cluster's nodes that are alive, as `ray.nodes` describes them."""
     import ray
 
-    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    return [node for node in ray.nodes() if node["Alive"]]
 
 
 def lacking_resources(workers: Workers) -> str | None:

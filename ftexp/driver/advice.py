@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from ftexp.cluster.hot_start.driver import warm_node
 from ftexp.cluster.resources import lacking_resources, living_nodes, num_possible
@@ -62,14 +63,15 @@ class Advice:
         Until it has looked, a node that has joined gets ready to fork workers.
         """
         expected, since, saved = None, 0.0, -_SAVE_EVERY_S
-        known = living_nodes()
+        known = _ids(living_nodes())
         soon_s = self._scaling.elastic_resize_monitor_interval_s + _RESIZE_TAKES_S
         while not self._done.wait(_LOOK_EVERY_S):
+            nodes = living_nodes()
             if self._workers.runtime_env:
-                for node in (nodes := living_nodes()) - known:  # or its first worker would wait for all the imports
+                for node in _ids(nodes) - known:  # or its first worker would wait for all the imports
                     warm_node(node, self._workers.runtime_env)
-                known = nodes
-            now, possible, there = time.monotonic(), num_possible(self._workers), self._group.world_size
+                known = _ids(nodes)
+            now, possible, there = time.monotonic(), num_possible(self._workers, nodes), self._group.world_size
             if there is None or possible <= there:
                 expected = None
                 continue
@@ -79,3 +81,7 @@ class Advice:
             if now - since < soon_s and now - saved >= _SAVE_EVERY_S:
                 saved = now
                 self._hub.broadcast(Save())
+
+
+def _ids(nodes: Iterable[Mapping[str, Any]]) -> set[str]:
+    return {node["NodeID"] for node in nodes}

@@ -19,7 +19,6 @@ from ray.util.placement_group import PlacementGroup, placement_group_table, remo
 
 from ftexp.cluster import ray_private
 from ftexp.cluster.interruptible import fit_interruptibly
-from ftexp.cluster.ray_replacing import control_fits_by
 from ftexp.cluster.ray_watch import end_workers
 from ftexp.cluster.signals import ignore_termination
 from ftexp.config.schema import REPLACE, Config
@@ -121,10 +120,12 @@ def _fit(context: RunContext, session: Session, hub: Hub) -> ray.train.Result:
 
     In a Ray that was joined, which resources the controller held is not known: there the run ends.
     """
+    is_replaced = context.config.failure.recovery == REPLACE
+    controller = replacing.TrainController if is_replaced else watching.TrainController
     while True:
         trainer = build_trainer(context, session.bundle, hub.address)
         try:
-            return ray_private.fitted(trainer)
+            return ray_private.fitted(trainer, controller)
         except ray.exceptions.RayActorError:
             match hub.handle(ControllerDied()):
                 case Retry(delay_s) if session.running.is_own:
@@ -176,7 +177,6 @@ def build_trainer(context: RunContext, bundle: DataBundle, hub: HubAddress) -> T
     # not in the spec: a reference to an object doesn't survive pickle
     classes = Shared(bundle.classes) if bundle.classes is not None else None
     reporter = FailureReporter(hub)
-    control_fits_by(replacing.TrainController if config.failure.recovery == REPLACE else watching.TrainController)
     return TorchTrainer(
         _train_function,
         # as bytes: Ray unpacks this config in its controller too, where importing torch and timm would only cost time

@@ -1,5 +1,6 @@
-"""What the driver does about a cluster that changes under a run, on nodes that the test makes up."""
+"""The driver's advice to a run whose cluster changes, on nodes that the test makes up."""
 
+import threading
 import time
 from types import SimpleNamespace
 
@@ -37,12 +38,22 @@ def wait_until(is_so):
 @pytest.fixture
 def cluster(monkeypatch):
     """Nodes of one worker each, by id; and those that were warmed, with the runtime env."""
-    nodes, warmed = {"first"}, []
+    nodes, warmed, looks = {"first"}, [], []
+
+    def num_possible(workers, living):
+        looks.append(len(living))
+        return min(len(living), workers.max_workers)
+
+    def looked_at():
+        """Wait until the advice has taken in the nodes as they are."""
+        before = len(looks)
+        wait_until(lambda: len(looks) >= before + 3)
+
     monkeypatch.setattr(advice, "_LOOK_EVERY_S", 0.005)
-    monkeypatch.setattr(advice, "living_nodes", lambda: set(nodes))
-    monkeypatch.setattr(advice, "num_possible", lambda workers: min(len(nodes), workers.max_workers))
+    monkeypatch.setattr(advice, "living_nodes", lambda: [{"NodeID": node} for node in nodes])
+    monkeypatch.setattr(advice, "num_possible", num_possible)
     monkeypatch.setattr(advice, "warm_node", lambda *words: warmed.append(words))
-    return SimpleNamespace(nodes=nodes, warmed=warmed)
+    return SimpleNamespace(nodes=nodes, warmed=warmed, looks=looks, looked_at=looked_at)
 
 
 @pytest.fixture
@@ -63,16 +74,16 @@ def advise():
 
 def test_an_elastic_run_saves_and_warms_a_node_that_joins_once(cluster, advise):
     hub = advise((1, 2), FORKS)
-    time.sleep(0.05)
+    cluster.looked_at()
     assert (hub.events, hub.told, cluster.warmed) == ([], [], [])
     cluster.nodes.add("second")
     wait_until(lambda: hub.told)
-    time.sleep(0.05)
+    cluster.looked_at()
     assert cluster.warmed == [("second", FORKS)]
     assert hub.events == [ResizeExpected(2)]
     assert hub.told == [Save()], "the next one is due in five seconds"
     cluster.nodes.remove("second")
-    time.sleep(0.05)
+    cluster.looked_at()
     cluster.nodes.add("second")
     wait_until(lambda: len(cluster.warmed) == 2)
 
@@ -85,7 +96,8 @@ def test_a_node_that_joins_is_left_alone_where_workers_start_plainly(cluster, ad
 
 
 def test_a_run_of_a_fixed_size_looks_for_no_room(cluster, advise):
+    running = set(threading.enumerate())
     hub = advise(1, FORKS)
     cluster.nodes.add("second")
-    time.sleep(0.05)
-    assert (hub.events, hub.told, cluster.warmed) == ([], [], [])
+    assert [thread.name for thread in set(threading.enumerate()) - running] == ["_report_waiting"]
+    assert (hub.events, hub.told, cluster.warmed, cluster.looks) == ([], [], [], [])

@@ -7,7 +7,7 @@ from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
 
 import ftexp.cluster.resources
 from ftexp.cluster.ray_cluster import prepare_environment
-from ftexp.cluster.resources import Workers, decide_workers, decoding_cpus, num_possible
+from ftexp.cluster.resources import Workers, decide_workers, decoding_cpus, living_nodes, num_possible
 from ftexp.config.schema import Config, DataConfig, ScalingConfig
 from ftexp.errors import ConfigError
 
@@ -138,7 +138,7 @@ def test_there_is_room_for_as_many_workers_as_fit_on_living_nodes_and_no_more_th
     monkeypatch.setattr(ray, "nodes", lambda: nodes)
 
     def room(most, **resources):
-        return num_possible(Workers((1, most), use_gpu=False, resources_per_worker=resources))
+        return num_possible(Workers((1, most), use_gpu=False, resources_per_worker=resources), living_nodes())
 
     assert room(9, CPU=2) == 2 + 1  # not 8 CPUs by 2
     assert room(9, CPU=0.5, GPU=0) == 9

@@ -14,11 +14,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ftexp.cluster import ray_private
 from ftexp.cluster.hot_start.launcher import NODE, listen
+from ftexp.cluster.resources import living_nodes
 from ftexp.config.schema import ScalingConfig
 from ftexp.config.versions import package_versions
 from ftexp.errors import ConfigError
@@ -99,21 +101,16 @@ def on_joined_nodes(config: ScalingConfig, num_threads: int) -> tuple[dict[str, 
 
 def warm_node(node: str, runtime_env: dict[str, Any]) -> None:
     """Have a node's preloaded process started, without waiting. `runtime_env`: as `on_joined_nodes` returned it."""
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     def nothing() -> None:  # sent by value
         return None
 
-    place = NodeAffinitySchedulingStrategy(node, soft=False)
-    options = {"num_cpus": 0, "max_retries": 0, "scheduling_strategy": place, "runtime_env": runtime_env}
-    ray.remote(nothing).options(**options).remote()
+    _on_node(node, nothing, runtime_env=runtime_env)
 
 
 def _unfit_nodes() -> str | None:
     """Why workers can't be forked everywhere in the cluster; None if they can."""
     import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     if not supported():
         return "it needs Linux"
@@ -126,10 +123,8 @@ def _unfit_nodes() -> str | None:
 
         return os.access(launcher, os.R_OK) and os.access(python, os.X_OK)
 
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    places = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
-    task = ray.remote(has_both)
-    asked = [task.options(num_cpus=0, max_retries=0, scheduling_strategy=place).remote() for place in places]
+    nodes = living_nodes()
+    asked = [_on_node(node["NodeID"], has_both) for node in nodes]
     for node, answer in zip(nodes, asked, strict=True):
         try:
             found = ray.get(answer, timeout=_ASK_TIMEOUT_S)
@@ -138,6 +133,16 @@ def _unfit_nodes() -> str | None:
         if not found:
             return f"node {node['NodeManagerHostname']} has no {python} with {launcher}"
     return None
+
+
+def _on_node(node: str, function: Callable[[], Any], **options: Any) -> Any:
+    """Run a function that is sent by value on a node, busy or not; returns the reference to its answer."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    place = NodeAffinitySchedulingStrategy(node, soft=False)
+    task = ray.remote(function).options(num_cpus=0, max_retries=0, scheduling_strategy=place, **options)
+    return task.remote()
 
 
 def _fork_words(where: str) -> list[str]:
