@@ -35,6 +35,7 @@ def counted(logits, targets, batch_size, names=NAMES):
 
 
 def count(rank, logits, targets, expected):
+    torch.set_num_threads(1)  # by each rank: threads that begin at once break the pool that a fork takes over
     dist.init_process_group(
         "gloo", rank=rank, world_size=WORLD, init_method=f"file://{os.environ['MEETING']}{len(targets)}"
     )

@@ -156,6 +156,7 @@ def skip(rank, world):
 
 
 def run(rank, world):
+    torch.set_num_threads(1)  # by each rank: threads that begin at once break the pool that a fork takes over
     dist.init_process_group("gloo", rank=rank, world_size=world, init_method=f"file://{os.environ['MEETING']}{world}")
     if world == 4:
         trained = compare(rank, world, ("ddp", "fsdp", "hsdp"))
@@ -173,7 +174,6 @@ def run(rank, world):
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     for world in map(int, sys.argv[1:]):
         torch.multiprocessing.start_processes(run, (world,), nprocs=world, start_method="fork")
         print(f"{world} ranks agree", flush=True)

@@ -35,6 +35,7 @@ def slowly(batches, part, rank_is_slow):
 
 
 def train(rank):
+    torch.set_num_threads(1)  # by each rank: threads that begin at once break the pool that a fork takes over
     dist.init_process_group("gloo", rank=rank, world_size=WORLD, init_method=f"file://{os.environ['MEETING']}")
     for kind, model, slow_rank, part in CASES:
         is_slow = rank == slow_rank
@@ -65,5 +66,4 @@ def train(rank):
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     torch.multiprocessing.start_processes(train, nprocs=WORLD, start_method="fork")

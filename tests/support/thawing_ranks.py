@@ -39,6 +39,7 @@ def go_on(job):
 
 
 def train(rank):
+    torch.set_num_threads(1)  # by each rank: threads that begin at once break the pool that a fork takes over
     dist.init_process_group("gloo", rank=rank, world_size=WORLD, init_method=f"file://{os.environ['MEETING']}")
     clean = rank_of(rank, WORLD)
     kept = go_on(clean)
@@ -58,5 +59,4 @@ def train(rank):
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     torch.multiprocessing.start_processes(train, nprocs=WORLD, start_method="fork")
