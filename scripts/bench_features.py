@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
-import statistics
 import subprocess
 import sys
 import time
 from typing import Any
 
 from bench_checkpoint import run_job
-from benching import composed, scratch_directory
+from benching import composed, in_turns, quartiles, scratch_directory
 from rich.console import Console
 from rich.table import Table
 
@@ -68,10 +67,8 @@ def measure(settings: dict[str, Any]) -> dict[str, list[float]]:
         jobs[name] = build_job(dataclasses.replace(plain, config=config, teacher=teacher), {})
     batches = {name: job.data.feed.from_position(0) for name, job in jobs.items()}
     blocks: dict[str, list[float]] = {name: [] for name in jobs}
-    for number in range(settings["rounds"]):
-        order = list(jobs)
-        for name in order[:: -1 if number % 2 else 1]:  # none always follows the same
-            blocks[name] += turn(jobs[name], batches[name])
+    for name in in_turns(jobs, settings["rounds"]):
+        blocks[name] += turn(jobs[name], batches[name])
     for job in jobs.values():
         job.channel.close()
     return blocks
@@ -94,10 +91,11 @@ def turn(job: Any, batches: Any) -> list[float]:
 
 
 def report(console: Console, results: dict[str, list[float]]) -> None:
-    """Print the table: a shared machine only ever makes a block slower, so first quartiles are compared."""
+    """Print the table."""
     table = Table("", "ms a step: first quartile, median, third quartile", "more than plain, ms", box=None)
-    quartiles = {name: statistics.quantiles(blocks, n=4) for name, blocks in results.items()}
-    for name, found in quartiles.items():
-        more = "" if name == PLAIN else f"{found[0] - quartiles[PLAIN][0]:+.2f}"
+    plain_ms = quartiles(results[PLAIN])[0]
+    for name, blocks in results.items():
+        found = quartiles(blocks)
+        more = "" if name == PLAIN else f"{found[0] - plain_ms:+.2f}"
         table.add_row(name, ", ".join(f"{each:.2f}" for each in found), more)
     console.print(table)

@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
-import statistics
 import time
 from typing import Any
 
 from bench_checkpoint import run_job
-from benching import Check, describe_machine, finish, options_parser, print_targets
+from benching import Check, describe_machine, finish, in_turns, options_parser, print_targets, quartiles
 from rich.console import Console
 from rich.table import Table
 
@@ -46,10 +45,8 @@ def measure(settings: dict[str, Any]) -> dict[str, list[float]]:
     batches = job.data.feed.from_position(0)
     sides: dict[str, list[float]] = {PLAIN: [], STRAGGLERS: [], REPLICAS: [], REPEAT: []}
     turn(job, batches, PLAIN, settings["blocks"])  # the first steps also allocate
-    for number in range(settings["rounds"]):
-        order = list(sides)
-        for side in order[:: -1 if number % 2 else 1]:  # none always follows the same
-            sides[side] += turn(job, batches, side, settings["blocks"])
+    for side in in_turns(sides, settings["rounds"]):
+        sides[side] += turn(job, batches, side, settings["blocks"])
     job.channel.close()
     return sides
 
@@ -89,12 +86,11 @@ def turn(job: Any, batches: Any, side: str, num_blocks: int) -> list[float]:
 def report(console: Console, results: dict[str, list[float]]) -> list[str]:
     """Print the tables; returns a line for each target that is missed."""
     table = Table("", "ms a step: first quartile, median, third quartile", ": plain, by first quartiles", box=None)
-    # a shared machine only ever makes a block slower
-    quartiles = {side: statistics.quantiles(blocks, n=4) for side, blocks in results.items()}
-    shares = {side: found[0] / quartiles[PLAIN][0] for side, found in quartiles.items()}
-    for side, found in quartiles.items():
+    found = {side: quartiles(blocks) for side, blocks in results.items()}
+    shares = {side: each[0] / found[PLAIN][0] for side, each in found.items()}
+    for side, each in found.items():
         title = side if side in (PLAIN, STRAGGLERS) else f"{side}={LOG_EVERY}"
-        table.add_row(title, ", ".join(f"{each:.2f}" for each in found), f"{shares[side]:.4f}")
+        table.add_row(title, ", ".join(f"{ms:.2f}" for ms in each), f"{shares[side]:.4f}")
     console.print(table)
     checks: list[Check] = [("stragglers, share of a step", shares[STRAGGLERS] - 1, _MAX_COST, False)]
     return print_targets(console, checks, digits=4)

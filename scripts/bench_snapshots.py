@@ -16,7 +16,7 @@ import time
 from typing import Any
 
 from bench_checkpoint import MODELS, run_job, steps
-from benching import Check, describe_machine, finish, options_parser, print_targets
+from benching import Check, describe_machine, finish, in_turns, options_parser, print_targets, quartiles
 from rich.console import Console
 from rich.table import Table
 
@@ -62,9 +62,8 @@ def measure(settings: dict[str, Any]) -> dict[str, Any]:
         step(job, batches, checkpoints)
     sides: dict[str, list[float]] = {WITH: [], WITHOUT: []}
     intervals = []
-    for number in range(settings["blocks"]):
-        for side in list(sides)[:: -1 if number % 2 else 1]:  # neither side is always the first
-            sides[side].append(block(job, batches, checkpoints, settings["steps"], takes=side == WITH))
+    for side in in_turns(sides, settings["blocks"]):
+        sides[side].append(block(job, batches, checkpoints, settings["steps"], takes=side == WITH))
         intervals.append(snapshots._pace.interval)
     taken = snapshots._num_taken
     checkpoints.close()
@@ -111,13 +110,12 @@ def report(console: Console, results: dict[str, dict[str, Any]]) -> list[str]:
     checks: list[Check] = []
     for name, result in results.items():
         num_steps, interval, plain = result["steps"], result["interval"], result[WITHOUT]
-        quartiles = {side: statistics.quantiles(result[side], n=4) for side in (WITH, WITHOUT)}
-        step_s = quartiles[WITHOUT][0] / num_steps
-        # a shared machine only ever makes a block slower
-        cost_s = quartiles[WITH][0] - quartiles[WITHOUT][0]
-        firsts = [statistics.quantiles(half, n=4)[0] for half in (plain[::2], plain[1::2])]
+        found = {side: quartiles(result[side]) for side in (WITH, WITHOUT)}
+        step_s = found[WITHOUT][0] / num_steps
+        cost_s = found[WITH][0] - found[WITHOUT][0]
+        firsts = [quartiles(half)[0] for half in (plain[::2], plain[1::2])]
         share, resolved = (seconds / (interval * step_s) for seconds in (cost_s, abs(firsts[0] - firsts[1])))
-        cells = [", ".join(f"{1000 * each / num_steps:.2f}" for each in found) for found in quartiles.values()]
+        cells = [", ".join(f"{1000 * each / num_steps:.2f}" for each in side) for side in found.values()]
         cells += [f"{1000 * cost_s:.2f}", f"{interval:g} steps", f"{share:.4f}", f"{resolved:.4f}"]
         table.add_row(name, *cells, str(result["snapshots"]), f"{result['bytes'] / 1e6:,.1f}")
         checks.append((f"share of a step, {name}", share, _MAX_COST, False))

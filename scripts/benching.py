@@ -12,6 +12,7 @@ import shutil
 import statistics
 import sys
 import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,18 @@ def figures(values: list[float]) -> tuple[float, float, float]:
 def quotients(ours: list[float], theirs: list[float]) -> list[float]:
     """Of each round."""
     return [our / their for our, their in zip(ours, theirs, strict=True)]
+
+
+def in_turns(sides: Iterable[str], rounds: int) -> Iterator[str]:
+    """Yield each side once a round; every second round backwards, so that none always follows the same."""
+    order = list(sides)
+    for number in range(rounds):
+        yield from order[:: -1 if number % 2 else 1]
+
+
+def quartiles(blocks: list[float]) -> list[float]:
+    """The three; sides are compared by the first, because a shared machine only ever makes a block slower."""
+    return statistics.quantiles(blocks, n=4)
 
 
 def composed(*overrides: str) -> Any:

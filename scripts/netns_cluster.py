@@ -433,8 +433,6 @@ def main() -> None:
         directory = options.keep or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="netns-")))
         stack.enter_context(network())
         os.environ |= {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "RAY_USAGE_STATS_ENABLED": "0"}
-        # as ftexp/cluster/README.md has it for clusters
-        os.environ |= {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5", "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "5"}
         store = stack.enter_context(object_store(directory))
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}

@@ -12,9 +12,8 @@ _HEAD_CPUS, _HEAD_GB = 2, 8
 _SHARED_MEMORY_SHARE = 0.3  # share of a pod's memory, for Ray's object store
 _GRACE_S = 60  # for the checkpoint that SIGTERM asks for, which takes 30 s at most
 _RETRIES = 5  # each with a new cluster; the run resumes
-_SETTINGS = {  # how soon a death is seen, and how long a node that is gone is waited for
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
+_SETTINGS = {
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",  # how long a node that is gone is waited for
     "RAY_USAGE_STATS_ENABLED": "0",
 }
 
