@@ -76,7 +76,8 @@ def _started(context: RunContext) -> dict[str, float]:
     """Train in a Ray. What workers will be forked from imports while this process does: the run waits for both."""
     from ftexp.cluster.hot_start.driver import HotStart
 
-    hot_start = HotStart(context.config.scaling, context.workers.num_threads, context.joins_ray)
+    imports = ["ftexp.evaluation.metric_set"] if context.config.train.metrics else []  # torchmetrics takes seconds
+    hot_start = HotStart(context.config.scaling, context.workers.num_threads, context.joins_ray, imports)
     try:
         from ftexp.driver.session import run_session
 

@@ -11,10 +11,14 @@ from tests.support.command import RunFolder
 PLUGIN = """
 import json
 import os
+import shlex
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
+import ray
 import torch.nn.functional as F
 
 from ftexp import plugins
@@ -66,6 +70,15 @@ class SumUp(plugins.Hook):
     def at_end(self):
         if self.context.rank == 0:
             Path(__file__).with_name("summed_up.json").write_text(json.dumps(self.steps))
+            Path(__file__).with_name("imported.json").write_text(json.dumps(self.imported()))
+
+    def imported(self):
+        # what this worker has imported itself: a fork of the same process doesn't have it
+        script = Path(__file__).with_name("list_modules.py")
+        script.write_text("import sys; print(*sys.modules)")
+        words = shlex.split(ray.get_runtime_context().runtime_env["py_executable"])
+        forked = subprocess.run([*words, str(script)], check=True, capture_output=True, text=True).stdout.split()
+        return sorted(set(sys.modules) - set(forked))
 
     def state_dict(self):
         return {"steps": list(self.steps)}
@@ -146,6 +159,10 @@ def test_a_run_with_a_plug_in_of_every_kind_is_killed_and_stops_early_bitwise_as
             f"stopped early at step {STOPS_AT}, epoch 2: {reason}" in (directory / f"{run.path.name}.log").read_text()
         )
     assert json.loads((tmp_path / "summed_up.json").read_text()) == [2, 4, 6]
+    imported = json.loads((tmp_path / "imported.json").read_text())
+    assert "mine" in imported
+    late = [name for name in imported if name.startswith(("ray.", "pydantic", "pyarrow", "ftexp."))]
+    assert len(late) < 40, late  # what every worker imports is to be in WITH_THE_CLUSTER
 
     # the same command prints it again, and trains no more
     words = [*WORDS, f"tracker.kwargs.folder={tmp_path}", f"run.storage={directory}", "run.name=broken"]

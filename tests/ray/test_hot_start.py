@@ -580,7 +580,7 @@ def test_no_process_is_started_where_there_is_nothing_to_gain(monkeypatch):
 def test_the_driver_starts_one_preloader_and_leaves_neither_process_nor_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(driver.tempfile, "tempdir", str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", python_path_without_torch(tmp_path))
-    hot_start = HotStart(ScalingConfig(), 1)
+    hot_start = HotStart(ScalingConfig(), 1, imports=["not_there", "colorsys"])
     try:
         words = shlex.split(hot_start.runtime_env()["py_executable"])
         path = Path(words[-1])
@@ -588,10 +588,10 @@ def test_the_driver_starts_one_preloader_and_leaves_neither_process_nor_folder(t
         assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
         script = tmp_path / "script.py"
-        script.write_text(f"import os; print(os.environ['{MARK}'], os.getppid())")
+        script.write_text(f"import os, sys; print(os.environ['{MARK}'], os.getppid(), 'colorsys' in sys.modules)")
         forked = subprocess.run([*words, script], capture_output=True, text=True, timeout=DEADLINE_S)
-        mark, forker = forked.stdout.split()
-        assert mark == "1"
+        mark, forker, has_import = forked.stdout.split()
+        assert (mark, has_import) == ("1", "True")
     finally:
         hot_start.stop()
     wait_for_end_of(int(forker))

@@ -85,7 +85,7 @@ class Preloaded:
 class Shared(driver.HotStart):
     """In a fork: the hot start whose preloaded process runs already, and outlives it."""
 
-    def __init__(self, config, num_threads, joins=None):
+    def __init__(self, config, num_threads, joins=None, imports=()):
         super().__init__(config, num_threads, joins=True)
         joins = config.address is not None if joins is None else joins
         self._directory = None if joins or config.hot_start == "off" else os.environ[FOLDER]

@@ -14,11 +14,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ftexp.cluster import ray_private
+from ftexp.cluster.hot_start.forker import MORE
 from ftexp.cluster.hot_start.launcher import NODE, listen
 from ftexp.cluster.resources import living_nodes
 from ftexp.config.schema import ScalingConfig
@@ -33,10 +34,13 @@ _ASK_TIMEOUT_S = 20.0  # a node that takes longer to start a task has other trou
 class HotStart:
     """Of a Ray that is started here: a preloaded process, unless `scaling.hot_start` or the platform is against it.
 
-    joins: whether Ray runs already, so that there is nothing to start; None: as `scaling.address` says.
+    joins: whether Ray runs already, so that there is nothing to start; None: as `scaling.address` says. imports:
+    modules that workers import besides what all do.
     """
 
-    def __init__(self, config: ScalingConfig, num_threads: int, joins: bool | None = None) -> None:
+    def __init__(
+        self, config: ScalingConfig, num_threads: int, joins: bool | None = None, imports: Sequence[str] = ()
+    ) -> None:
         self._directory: str | None = None
         joins = config.address is not None if joins is None else joins
         if config.hot_start == "off" or joins or not supported():
@@ -50,7 +54,7 @@ class HotStart:
                 [sys.executable, "-m", "ftexp.cluster.hot_start.preloader", self._socket, str(number)],
                 stdin=subprocess.PIPE,
                 pass_fds=[number],
-                env={**os.environ, **_threads(num_threads)},
+                env={**os.environ, **_threads(num_threads), MORE: ",".join(imports)},
             )
 
     def python(self) -> list[str]:

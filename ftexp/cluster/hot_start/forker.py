@@ -24,7 +24,14 @@ from typing import Any
 from ftexp.cluster.hot_start.launcher import readable
 from ftexp.cluster.process_exit import code_of
 
-WITH_THE_CLUSTER = ("ray", "ray.train", "ray.train.torch", "ray.data", "ftexp.worker.loop", "ftexp.driver.trainer")
+WITH_THE_CLUSTER = (
+    *("ray", "ray.train", "ray.train.torch", "ray.data", "ftexp.worker.loop", "ftexp.driver.trainer"),
+    *("ftexp.data.feeds.cached", "ftexp.plugins"),
+    # what Ray imports within functions while a worker starts, where it would take 0.8 CPU-seconds
+    *("pyarrow.json", "pydantic.v1", "ray.tune", "ray.data._internal.execution.streaming_executor"),
+    *("ray.data._internal.logical.optimizers", "ray.data._internal.planner.planner"),
+)
+MORE = "FTEXP_PRELOAD"  # names of modules that this job's workers import besides, with commas between
 ANSWERED_BY_A_WORKER = (signal.SIGINT, signal.SIGTERM)  # but ignored here
 MARK = "FTEXP_HOT_START"  # in a forked worker's environment
 _IDLE_S = 300.0  # without a worker, before it ends: a job waits for less between two worker groups
@@ -60,7 +67,8 @@ class Forker:
         """Import; whether forks draw ids of their own. If a new Ray breaks that, workers start plainly."""
         from ftexp.cluster import ray_private
 
-        ray_private.import_without_drawing(lambda: import_all(WITH_THE_CLUSTER))
+        more = filter(None, os.environ.get(MORE, "").split(","))
+        ray_private.import_without_drawing(lambda: import_all((*WITH_THE_CLUSTER, *more)))
         return len({_in_a_fork(ray_private.random_id) for _ in range(2)}) == 2
 
     def serve(self) -> None:
