@@ -44,7 +44,7 @@ def main() -> None:
     else:
         del sys.argv[1]
         if not sys.flags.safe_path:
-            sys.path[0] = str(Path.cwd())  # as of `python -m`; of the console script, it is the script's directory
+            sys.path[0] = str(Path.cwd())  # as under `python -m`; the console script has its own directory here
         runpy.run_module(f"ftexp.{name}", run_name="__main__", alter_sys=True)
 
 

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 _TYPED = "_typed"  # attribute of a composed config: the overrides that it was composed with
 _WEIGHTS = {"model": "raw", "ema": "ema"}
-_AS_PNG = ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16")  # modes of Pillow's that a PNG holds as they are
+_AS_PNG = ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16")  # Pillow's modes that PNG stores without conversion
 _alone = threading.Lock()  # Ray is one for a process
 
 

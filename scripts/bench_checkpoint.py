@@ -145,7 +145,7 @@ def measure(settings: dict[str, Any]) -> dict[str, Any]:
         began = time.perf_counter()
         tutorial_save(job, number)
         theirs.append(time.perf_counter() - began)
-    # the first of each pays once for memory and for Ray's set-up
+    # without the first save of each side, which allocates memory and sets up Ray
     result["ftexp_s"], result["tutorial_s"], result["ftexp_first_s"] = ours[1:], theirs[1:], ours[0]
     result["ftexp_cpu_s"] = cpu[1:]  # all threads of rank 0, which trains nothing meanwhile
     if settings["window_s"]:
@@ -233,7 +233,7 @@ def report(console: Console, results: dict[str, dict[str, Any]]) -> list[str]:
     rates = [[one["steps_per_s"] for one in windows[side]] for side in ("saving", "not_saving")]
     saves = sum(len(one["saves"]) for one in windows["saving"])
     table = Table("ViT-S, steps/s", f"a save every {SAVE_EVERY_S:.0f} s ({saves} saves)", "no save", "ratio", box=None)
-    # each window against its own neighbour: the machine's speed drifts
+    # the ratio within each pair of windows, since the speed of the machine drifts
     kept = statistics.median(one / other for one, other in zip(*rates, strict=True))
     table.add_row("median (range)", _spread(rates[0], 1), _spread(rates[1], 1), f"{kept:.3f}")
     console.print(table)

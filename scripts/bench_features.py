@@ -87,7 +87,7 @@ def turn(job: Any, batches: Any) -> list[float]:
             train_step(job, batch)
             advance(job, batch)
         blocks.append(1000 * (time.perf_counter() - began) / STEPS)
-    return blocks[1:]  # the first one after another model's finds nothing in the caches
+    return blocks[1:]  # without the first block, whose caches are cold after another model
 
 
 def report(console: Console, results: dict[str, list[float]]) -> None:

@@ -133,7 +133,7 @@ def ray_of_this_machine() -> Iterator[None]:
 
     config = run_config()
     prepare_environment(config)
-    # as the DataLoader's workers have; with Ray's own, 15, whatever else runs on this machine decides
+    # niceness as of the DataLoader's workers; with Ray's default, 15, the result would depend on other processes
     os.environ |= {"RAY_worker_niceness": "0"}
     import ray
 

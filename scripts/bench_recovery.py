@@ -5,8 +5,8 @@
 ftexp (replacing the worker; with snapshots in memory every ten steps, with none, and with neither these nor hot start),
 a script like Ray Train's tutorials, and a DDP loop under torchrun with --max-restarts and a checkpoint at each epoch's
 end. Same model, data and batch, two workers; the sides take turns, and the worker is killed ten steps after the second
-epoch. Beside it the start: from the command to the first step, on a Ray of its own as above, and on a cluster that
-lives on between runs, where the runs after the first count. Five rounds take 19 minutes on 2 cores, two rounds 8.
+epoch. Then the start: from the command to the first step, on a Ray of its own as above, and on a cluster that is
+kept between runs, without the first run. Five rounds take 19 minutes on 2 cores, two rounds 8.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ TUTORIAL, TORCHRUN = "tutorial", "torchrun"
 SNAPSHOT_EVERY = 10  # steps
 EPOCHS, KILL_EPOCH, KILL_STEP = 8, 2, 10
 _DEADLINE_S = 180.0
-# the least that is measured: until then the worker that lives may still end the step it is in
+# a new step before that may be the one that the surviving worker was in
 _DYING_S = 0.5
-# from the command on: imports, config, data and Ray's start; workers' start; model, data and restore; the first step
+# phases of a start: imports, config, data and Ray; workers; model, data and restore; the first step
 START_PHASES = {"command_started": "start_ray_s", "attempt_started": "start_workers_s", "ready": "start_model_s"}
 FIRST_STEP = "start_first_step_s"
 PHASES = ("seconds_to_detect", "seconds_to_restart", "seconds_to_restore", "seconds_to_new_step")
@@ -103,7 +103,7 @@ def starts_on_a_live_cluster(rounds: int) -> dict[str, list[float]]:
     """Seconds from the command to its first step, where Ray runs already and another run went before."""
     from ray.cluster_utils import Cluster
 
-    # as a cluster that ftexp's README recommends
+    # as ftexp/cluster/README.md recommends for a cluster
     os.environ.update(RAY_ENABLE_UV_RUN_RUNTIME_ENV="0", RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.5")
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": WORKERS, "include_dashboard": False})
     try:

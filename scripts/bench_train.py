@@ -3,8 +3,8 @@
     uv run python scripts/bench_train.py [--rounds 5] [--seeds 3] [--check] [--json FILE]
     uv run python scripts/bench_train.py --features [--rounds 20] [--json FILE]
 
-Same model, data, batch and threads; the sides take turns. Steps per second are those of the steady state, the
-first epoch left out: once for the steps alone, and once with the ends of epochs, where each side evaluates and
+Same model, data, batch and threads; the sides take turns. Steps per second are those of the steady state,
+without the first epoch: once for the steps alone, and once with the ends of epochs, where each side evaluates and
 saves. "First step" counts from the start of the command to the end of the first optimiser step.
 Five rounds take 15 minutes on 2 cores, two rounds 8. --features: see bench_features.py; 20 rounds take 8 minutes.
 """

@@ -54,7 +54,7 @@ _PROCESSES = {  # what the first words of their command lines hold
 }
 TARGETS = (*_FIRST_TARGETS, ANY_WORKER, TWO_WORKERS, AFTER_WORKER_1, NEWCOMER, *_RAYS)
 _EARLY = 0.2  # share of kills that come soon after a start
-_NUM_WORDS = 3  # interpreter, option, script; raylet's later ones name the scripts that it starts
+_NUM_WORDS = 3  # interpreter, option and script identify a process; raylet's further words name other scripts
 _BUDGETS = ("max_failures", "max_ray_failures", "max_failures_without_progress")
 _TRAINING_CONTINUES = (KEEPER, AGENT)  # without these, so that no other start is to be waited for
 

@@ -67,7 +67,7 @@ class CheckpointManager:
         self._config = config.checkpoint
         self._is_local = config.scaling.address is None  # a Ray on this machine alone goes when the machine goes
         self._has_ledger = config.train.ledger
-        self._keeps = config.failure.on_nonfinite == "rollback"  # each checkpoint's state in memory, on every rank
+        self._keeps = config.failure.on_nonfinite == "rollback"  # every rank keeps the last saved state in memory
         self._cadence = Cadence(
             self._config,
             group.agree,
@@ -123,7 +123,7 @@ class CheckpointManager:
         if self._is_local:
             return False
         self._num_asked += 1
-        # Ray's barrier here must not meet the one of a report in flight
+        # get_preemption_info() is a barrier, and must not overlap with that of a report in flight
         if self._num_asked % _ASKS_PER_PREEMPTION_POLL or not self._group.all_agree(not self.busy):
             return False
         info = ray.train.get_preemption_info()

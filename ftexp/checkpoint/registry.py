@@ -30,7 +30,7 @@ class StateContext(TrainingContext):
     scaler: torch.amp.GradScaler  # disabled unless train.precision=fp16
     channel: Channel  # to the driver
     hooks: Hooks
-    projection: nn.Module | None = None  # projection of features to a teacher's width, where a run distils them
+    projection: nn.Module | None = None  # from the model's features to the teacher's width, with distill=features
 
 
 class State(Protocol):

@@ -82,7 +82,7 @@ def writer(part: Any) -> Writer:
     """Return the function that writes one file of a checkpoint."""
 
     def write(stream: Any) -> None:
-        # the zip's own checksums would be computed besides the hash of every byte; torch.load doesn't read them
+        # no CRC32 of the zip format: every byte is hashed already, and torch.load doesn't read the CRC
         before = torch.serialization.get_crc32_options()
         torch.serialization.set_crc32_options(False)
         try:

@@ -44,7 +44,7 @@ class SchedulerState:
         return {"num_updates": self._context.progress.step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        # the optimiser's state was loaded before: it holds the rates with which the run would have continued
+        # the optimiser's state is loaded already, with the learning rates at which the run was saved
         before = [group["lr"] for group in self._context.optimizer.param_groups]
         self._context.scheduler.step_update(state["num_updates"])
         after = [group["lr"] for group in self._context.optimizer.param_groups]

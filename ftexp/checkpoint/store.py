@@ -140,7 +140,7 @@ class CheckpointStore:
                 slices.verify(directory, name, expected)
                 return
             with directory.reading(name) as stream:
-                while size := stream.readinto(buffer):  # type: ignore[attr-defined]  # as raw files and pyarrow's have
+                while size := stream.readinto(buffer):  # type: ignore[attr-defined]  # raw files have readinto, and so do pyarrow's
                     digest.update(buffer[:size])
                     num_bytes += size
         except OSError as error:
@@ -222,7 +222,7 @@ def _written(stream: BinaryIO, write: Writer) -> dict[str, Any]:
     hashed = HashedStream(stream)
     try:
         write(hashed)  # type: ignore[arg-type]  # has what torch.save calls
-    except RuntimeError as error:  # torch.save's own, on top of what went wrong with the stream
+    except RuntimeError as error:  # torch.save raises it when the stream fails; the cause is in __context__
         if isinstance(error.__context__, OSError):
             raise error.__context__ from None
         raise

@@ -9,8 +9,8 @@ import typing
 from collections.abc import Sequence
 from typing import Any
 
-# Hydra has no public way to its command line's parser, and a list of its flags here would age: this is the parser that
-# hydra.main itself uses, which test_cli.py checks
+# Hydra's command-line parser has no public name, and a copy of its flags would go out of date. This is the parser that
+# hydra.main uses; test_cli.py checks that
 from hydra._internal.utils import get_args_parser
 from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException

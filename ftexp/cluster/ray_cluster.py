@@ -28,7 +28,7 @@ _CONTROLLER = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
 }
 _ELASTIC_CONTROLLER = {
-    # until workers are counted again, where a node has gone that Ray doesn't know to be dead; Ray's default is 60
+    # time to start a worker group before nodes are counted again: a dead node may not be known as dead yet; default 60
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "5",
 }
 # Read by Ray when it is imported or when workers start. Only set where ftexp starts Ray itself.
@@ -86,8 +86,8 @@ def prepare_environment(config: Config) -> None:
 
 def import_meanwhile(module: str) -> threading.Thread:
     """Import a module that takes seconds while Ray starts, which is mostly waiting for its processes; join it then."""
-    # it registers a lock with fork(): imported on the thread while Ray's processes are forked, that would be released
-    # without having been taken, which Python complains of on the terminal
+    # this module registers a lock for fork(). If the thread imported it while Ray's processes are forked, that lock
+    # would be released without being held, and Python would print an error
     import concurrent.futures.thread  # noqa: F401
 
     thread = threading.Thread(target=importlib.import_module, args=(module,), name="import")
@@ -120,7 +120,7 @@ def start_ray(
     logging.getLogger("ray").setLevel(level)
     if not config.verbose:
         ray_private.silence_raylet_messages()
-    # a machine's workers may take all its cores: CPUs that decode are counted on top, and share the cores
+    # workers may take all cores, so CPUs for decoding are added to Ray's count; they share the same cores
     decodes = may_decode(config) if decodes is None else decodes
     decoding = (config.data.decode_cpus or usable_cpus()) if decodes else 0
     options: dict[str, Any] = {"include_dashboard": False, "num_cpus": usable_cpus() + decoding} if own else {}

@@ -26,7 +26,7 @@ class FreshElasticScalingPolicy(elastic.ElasticScalingPolicy):  # type: ignore[m
     def _get_reserved_resources(self) -> ReservedResources | None:
         asked_s_ago = elastic.time_monotonic() - self._latest_reserved_resources_query_time
         if asked_s_ago >= self.GET_RESERVED_RESOURCES_INTERVAL_S:
-            # what it returns is asked for again, by Ray's own code, which reports errors
+            # the result is not needed: Ray's code below asks again, and reports errors
             self._autoscaling_coordinator.get_reserved_resources.remote(self._requester_id, recompute=True)
         return super()._get_reserved_resources()
 

@@ -20,7 +20,7 @@ def terminable() -> Iterator[None]:
     except SystemExit as ended:
         if ended.code != signal.SIGTERM:
             raise
-        raise Terminated from None  # Ray's handler has been at work
+        raise Terminated from None  # Ray's handler turned SIGTERM into SystemExit
     finally:
         _set_handler(_raise)
 

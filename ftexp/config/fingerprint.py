@@ -44,7 +44,7 @@ def fingerprint(config: Config) -> dict[str, Any]:
     for name in _FREE_DATA:
         del chosen["data"][name]
     del chosen["model"]["pretrained_partial"]  # whether to train at all
-    if config.distill.sha256 is not None:  # where the teacher's weights lie may change
+    if config.distill.sha256 is not None:  # the weights are identified by their hash, so their path may change
         for name in _PLACES_OF_TEACHER[config.distill.pretrained is True]:
             chosen["distill"][name] = getattr(DistillConfig(), name)
     for name in _FREE_OPTIM:

@@ -19,7 +19,7 @@ from pathlib import Path
 from ftexp.config.schema import Config
 from ftexp.errors import ConfigError
 
-_MAX_PATH_BYTES = 107 if sys.platform == "linux" else 103  # bytes of a socket's path
+_MAX_PATH_BYTES = 107 if sys.platform == "linux" else 103  # bytes of the path of a Unix socket
 _BELOW = len(
     "/ray/session_2026-11-26_13-50-07_432371_4194304/sockets/plasma_store"
 )  # length of the longest, for any process id

@@ -77,8 +77,8 @@ class RunConfig:
 class ModelConfig:
     name: str = MISSING  # a timm model name
     kwargs: dict[str, Any] = field(default_factory=dict)  # passed on to timm.create_model
-    # {timm name: kwargs} that hold while `name` is that one, under `kwargs`; a group file's own sizes, so that
-    # `model.name=...` alone doesn't hand them to another architecture
+    # {timm name: kwargs}: defaults while `name` is that model; `kwargs` overrides them. A group file has its sizes
+    # here, so that with another `model.name` they don't reach that architecture
     preset: dict[str, dict[str, Any]] = field(default_factory=dict)
     pretrained: Any = False  # true: timm's hub weights; a path: a local file, PyTorch's or safetensors'
     pretrained_partial: bool = False  # train also where weights give less than half of the model's parameters
@@ -105,7 +105,7 @@ class DataConfig:
     # what a sample's label is: its class; any number of classes, none included; numbers
     task: str = choice(SINGLE_LABEL, TASKS)
     num_classes: int | None = ranged(None, low=2)  # None: as many as the source has
-    # with model.pretrained, those of PREPROCESSING that aren't typed are what timm's config of the model says
+    # with model.pretrained, a field of PREPROCESSING without an override is taken from timm's config of the model
     mean: list[float] = MISSING  # per channel, of pixels scaled to 0..1
     std: list[float] = MISSING
     # how a whole image becomes a square: timm's crop_pct, crop_mode and interpolation of evaluation; crop_pct=null: all
@@ -130,7 +130,7 @@ class DataConfig:
     label_column: str = "label"
     label_separator: str = ";"  # between the labels, or numbers, of a cell that is text
     target_columns: list[str] | None = None  # regression: the columns that hold the targets; None: label_column alone
-    standardize_targets: bool = True  # regression: the model learns targets less train's mean, divided by train's std
+    standardize_targets: bool = True  # regression: learn (target - mean) / std, of the training split
     # what whole numbers mean as labels: values, each that occurs is a class; indices, n is class n of 0 to the largest
     integer_labels: str = choice("values", ("values", "indices"))
     num_samples: int | None = ranged(None, low=1)  # synthetic
@@ -326,10 +326,11 @@ class DistillConfig:
     weights: str = choice("raw", WEIGHTS)  # weights of a run
     pretrained: Any = True  # weights of a timm name: true for its hub's, or the path of a weights file
     kwargs: dict[str, Any] = field(default_factory=dict)  # kwargs of a timm name: passed on to timm.create_model
-    # pixels that the teacher sees, scaled from data.image_size. None: a run's own; of others, data.image_size
+    # input size of the teacher, resized from data.image_size. None: the size that the teacher's run was trained with;
+    # data.image_size if the teacher is not a run
     image_size: int | None = ranged(None, low=1)
     precision: str | None = choice(None, PRECISIONS)  # precision of the teacher; None: train.precision
-    # hash of the file that holds the weights; BLAKE3 in checkpoints of format 3; None: what it is when the run begins
+    # hash of the weights file (BLAKE3 in checkpoints of format 3). None: computed when the run begins
     sha256: str | None = None
     spec_sha256: str | None = None  # SHA-256 of its arguments, mean, std, size and class names; None: likewise
 

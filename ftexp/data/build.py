@@ -103,7 +103,7 @@ def _from_files(
 ) -> DataBundle:
     num_samples = sum(len(labels) for labels in listing.labels.values())
     pixels = num_samples * config.image_size**2
-    if augment.crop != "none" and config.feed != "streaming":  # train's keep their own size
+    if augment.crop != "none" and config.feed != "streaming":  # train is cached in full size, to be cropped
         num_train = len(listing.labels["train"])
         pixels += num_train * (mean_pixels(config, listing) - config.image_size**2)
     needed, there = pixels * config.channels, _object_store_bytes()

@@ -37,8 +37,8 @@ _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 _JPEG = ("JPEG", "MPO")  # as Pillow names the format; the second is what telephones write
 _DECODED_MODES = ("L", "RGB")  # by torchvision
 _FACTORS = (8, 4, 2)  # by which libjpeg shrinks
-# the shorter side keeps so many times what it is scaled to: pixels are then 48 dB or more from those of a decoding
-# in full; 25 to 47 dB where it keeps it once, and little or nothing is left for torch's filter
+# the shorter side is decoded at no less than this multiple of its final size: the PSNR to a full decoding is then
+# 48 dB or more. With 1 it is 25 to 47 dB, since torch's antialiasing filter has little or nothing left to do
 _KEPT = 2
 _DARK = 64  # no pixel of a 16-bit image reaches this, of 255: it holds 14 bits, or fewer
 _UNCHANGED = 0  # torchvision's ImageReadMode
@@ -151,7 +151,7 @@ def opened(encoded: bytes) -> Image.Image:
     """Read the head of an image."""
     try:
         return Image.open(io.BytesIO(encoded))
-    except UnidentifiedImageError:  # Pillow's own words name an address in memory, another one each time
+    except UnidentifiedImageError:  # Pillow's message has a memory address in it, which differs each time
         raise UnidentifiedImageError("no format that Pillow reads") from None
 
 

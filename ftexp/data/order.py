@@ -131,7 +131,7 @@ class WindowOrder:
         return samples
 
     def _epoch(self, number: int) -> _Epoch:
-        # the loop's thread and the pipeline's both come here: what they see is never changed, only put in its place
+        # called on two threads, the loop's and the pipeline's: never change the dict that they read, replace it
         epochs = self._epochs
         if number not in epochs:
             count = len(self._sizes)

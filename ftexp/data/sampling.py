@@ -151,8 +151,8 @@ class RepeatedOrder:
         """Return the draw of `order` at each position."""
         positions = np.asarray(positions, np.int64)
         epochs = positions // self.num_samples
-        # the part of a global batch that lies in one epoch is cut into stretches, and copies of a draw dealt to them in
-        # turn, as timm's RepeatAugSampler deals them to ranks
+        # the part of a global batch in one epoch is cut into stretches; copies of a sample go to the stretches in turn,
+        # as timm's RepeatAugSampler gives them to the ranks
         batch = positions // self.global_batch_size * self.global_batch_size
         starts = np.maximum(batch, epochs * self.num_samples)
         sizes = np.minimum(batch + self.global_batch_size, (epochs + 1) * self.num_samples) - starts

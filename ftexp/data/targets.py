@@ -62,8 +62,8 @@ def class_counts(labels: Labels, num_classes: int) -> Int64s:
 def strata(labels: Labels) -> Int64s:
     """Return the group of each sample that a split divides alike, [num_samples].
 
-    The class; of a set of classes, that which the fewest samples have, and a group for samples without one. Samples
-    with numbers for targets are one group.
+    Single label: the class. Several labels: the rarest class of the sample, or a group for samples without one.
+    Regression: one group for all.
     """
     if is_numbers(labels):
         return np.zeros(len(labels), np.int64)

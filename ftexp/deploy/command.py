@@ -1,8 +1,8 @@
 """`python -m ftexp.deploy slurm|kuberay|kueue|skypilot [any train overrides] [deploy.key=value ...]`: files to run it.
 
-slurm     train.sbatch: one node or several; saves before the time limit, and is requeued
+slurm     train.sbatch: one node or several; a final checkpoint before the time limit, then requeued
 kuberay   rayjob.yaml and a Dockerfile
-kueue     the same, for a queue of Kueue's: deploy.queue=<LocalQueue>
+kueue     the same, for a Kueue queue: deploy.queue=<LocalQueue>
 skypilot  sky.yaml: a managed job on spot machines
 
 deploy.nodes, deploy.gpus_per_node, deploy.cpus_per_node, deploy.memory_gb   what it runs on (1, 0, 8, 32)

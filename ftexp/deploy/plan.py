@@ -64,7 +64,7 @@ class Plan:
         if own.gpus_per_node:
             return [("num_workers", str(workers)), ("use_gpu", "true")]
         if not joins:
-            return [("use_gpu", "false")]  # as many workers as the node's cores are good for
+            return [("use_gpu", "false")]  # num_workers=auto chooses by the cores of the node
         share = max(1, own.cpus_per_node - 1)
         return [("num_workers", str(workers)), ("use_gpu", "false"), ("resources_per_worker", f"{{CPU: {share}}}")]
 

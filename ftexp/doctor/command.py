@@ -76,7 +76,7 @@ def _size(config: Config) -> tuple[ModelSize | None, Finding]:
     from ftexp.cluster.ray_cluster import prepare_environment
     from ftexp.doctor.finding import fails, ok
 
-    with contextlib.suppress(ConfigError):  # the check of Ray's directory says so
+    with contextlib.suppress(ConfigError):  # a separate check reports a bad Ray directory
         prepare_environment(config)  # before a plug-in imports Ray
     from ftexp.doctor.model_size import model_size
 

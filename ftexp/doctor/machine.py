@@ -16,7 +16,7 @@ from ftexp.config.schema import Config
 from ftexp.doctor.finding import Finding, fails, not_here, ok, warning
 
 _SHARED_MEMORY = Path("/dev/shm")
-_RAYS_SHARE = 0.3  # share of the memory, that Ray's object store takes by default
+_RAYS_SHARE = 0.3  # share of memory that Ray's object store takes by default
 _MIN_OPEN_FILES = 1024  # Ray's processes on a machine of a few cores take some hundred
 _GOOD_OPEN_FILES = 8192
 _BUSY_GPU_SHARE = 0.1  # share of its memory in use

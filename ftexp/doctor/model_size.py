@@ -9,7 +9,7 @@ from ftexp.config.schema import Config
 
 _CLASSES = 1000  # where the config doesn't say how many: they are known only once the data is read
 _BYTES = 4  # bytes of a weight
-# size of an optimiser's state, in copies of the weights; others keep two, as adamw does
+# size of the optimiser's state, in copies of the weights; 2, as for adamw, for those not listed
 _STATES = {"sgd": 1, "momentum": 1, "nesterov": 1, "lion": 1, "adafactor": 0}
 
 

@@ -60,7 +60,7 @@ def together(config: Config, workers: Workers, storage: Storage, size: ModelSize
     """Return all checks of the ranks; a finding in their place if no workers start."""
     try:
         facts = measured(config, workers, storage)
-    except Exception as error:  # an error of any kind: Ray's, torch's, a library's that isn't there
+    except Exception as error:  # any error, from Ray, torch or a missing library, is the finding
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         fix = "fix the reason; verbose=true shows Ray's own output"
         return [fails("workers", f"{workers}: {masked(reason)}", fix)]

@@ -18,7 +18,7 @@ from ftexp.wire.messages import Happened, Save
 _LOOK_EVERY_S = 1.0
 _WAITING_S = 20.0  # without workers, before it is reported
 _SAVE_EVERY_S = 5.0  # while Ray Train is about to resize the group
-_RESIZE_TAKES_S = 30.0  # on top of its monitor's interval; if nothing has happened by then, others have the room
+_RESIZE_TAKES_S = 30.0  # after Ray Train's resize interval; no resize by then: other jobs took the room
 
 
 class Advice:

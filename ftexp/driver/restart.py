@@ -28,7 +28,7 @@ class Restart:
 
     config: Config  # with the run's name, and resuming
     overrides: list[str]
-    num_before: int  # failures of the run that earlier commands had: the others are charged to this one's budgets
+    num_before: int  # failures in earlier invocations; only later ones are charged to the budgets
     noticed_at: float  # when Ray was found dead, in seconds since 1970
     unwritten: list[Failure] = field(default_factory=list)  # failures that run.json may lack
 

@@ -69,7 +69,7 @@ class Supervisor:
             case GroupFailed():
                 cause = Cause(message.cause, message.rank, message.error, Ending(message.ending))
                 return self._failed(as_death(cause, self._record.died_rank), others_wait=message.others_wait)
-            case ControllerDied():  # as for a worker's failure; the driver itself has to fit again
+            case ControllerDied():  # same policy as for a worker; but here the driver must call fit() again
                 return self._failed(_CONTROLLER_DIED)
             case CouldNotStart(error):
                 self._could_not_start(error)

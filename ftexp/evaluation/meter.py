@@ -27,7 +27,7 @@ class Meter:
         """Count samples: losses float [rows], correct bool [rows]; rows where `counted` is False are excluded."""
         finite = torch.isfinite(losses.float())
         units = (torch.where(counted & finite, losses.detach(), 0).double() * _UNIT).round()
-        digits = (units[:, None] / self._scales).trunc().fmod(2.0**_BITS).long()  # each of the loss's sign, and exact
+        digits = (units[:, None] / self._scales).trunc().fmod(2.0**_BITS).long()  # exact, with the sign of the loss
         lost = (counted & ~finite).sum()
         self._sums += torch.stack([*digits.sum(0), (correct & counted).sum(), counted.sum(), lost])
 

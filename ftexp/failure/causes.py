@@ -25,7 +25,7 @@ _BUGS = (
     *(TypeError, AttributeError, NameError, ImportError, LookupError, AssertionError, ArithmeticError),
     *(NotImplementedError, SyntaxError, ValueError),
 )
-# RuntimeErrors of torch's that say that shapes, types or devices don't fit
+# messages of torch's RuntimeErrors about shapes, types or devices that don't match
 _BUG_WORDS = re.compile(
     r"shapes? cannot be multiplied|size mismatch|must match the size|shape '.*' is invalid|"
     r"[Ss]izes of tensors must match|expected scalar type|expected target dtype|have the same dtype|should be the same|"
@@ -40,7 +40,7 @@ _BROKEN_WORDS = re.compile(
     r"process group|Socket Timeout|[Tt]imed out waiting|wait timeout after|ncclRemoteError|remote process exit|"
     r"communicator was aborted|Watchdog caught collective"
 )
-# torch's, on the CPU, and what CUDA and its libraries say where it isn't torch's allocator that finds no room
+# messages of out-of-memory errors that aren't torch.OutOfMemoryError: torch on the CPU, CUDA, cuBLAS, cuDNN, NCCL
 _NO_MEMORY_WORDS = re.compile(
     r"can't allocate memory|CUDA error: out of memory|Cuda failure 2\b|CU(?:BLAS|DNN)_STATUS_ALLOC_FAILED"
 )

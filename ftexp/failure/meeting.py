@@ -81,7 +81,7 @@ class Meeting:
             return self._invitation
 
 
-MEETING = Meeting()  # Ray's calls and the training thread share no more than the process
+MEETING = Meeting()  # one for each process, since Ray's calls and the training thread share no other object
 
 
 def may_wait() -> bool:

@@ -59,7 +59,7 @@ from ftexp.wire.channel import Channel
 from ftexp.wire.messages import Begin, Happened, Hello, Raised, Stop
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# stream of the run's seed; 1 is the order's, 2 the model's (ftexp.job.trained_model), 3 the steps'
+# random stream of the run's seed. Others: 1 the order, 2 the model (ftexp.job.trained_model), 3 the steps
 _PROJECTION = 4
 
 

@@ -37,9 +37,9 @@ class Learner:
     ema: WeightsEMA | None = None
     distiller: Distiller | None = None
     weights_report: WeightsReport | None = None  # report of the weights that it started from, if they were loaded
-    sharding: Sharding | None = None  # how model, gradients, optimiser's state and EMA lie on the ranks; None: whole
+    sharding: Sharding | None = None  # how ranks share model, gradients, optimiser state and EMA; None: they don't
     counted: nn.Module | None = None  # the model without values, where it is sharded: see `countable`
-    # called before the weights, the optimiser's state or the EMA change: a checkpoint may still be written from them
+    # called before weights, optimiser state or EMA change: a checkpoint may still be reading them
     before_change: Callable[[], object] = lambda: None
 
     @property
@@ -74,6 +74,6 @@ class Learner:
             reshard(self.model)  # what is gathered stands in the place of the parameters
         if not self.freezing.settle(epoch):
             return False
-        self.wrapped = self.trainable  # the old one's hooks go with it, before the new one's come
+        self.wrapped = self.trainable  # drop the old DDP wrapper and its hooks before a new one adds hooks
         self.wrapped = self.wrap(self.trainable)
         return True

@@ -11,8 +11,8 @@ from ftexp.model.recomputing import computed_once
 _ROWS = 2  # batch norm needs more than one
 
 # FLOP/s of dense matrix products in bf16 and fp16, summed in fp32, by the name that torch.cuda.get_device_name returns.
-# From NVIDIA's data sheets, halved where these count sparse products. fp32 isn't here: what it runs on (TF32 or not)
-# is a matter of settings, and differs between convolutions and matrix products.
+# From NVIDIA's data sheets, halved where these count sparse products. Without fp32: whether it runs as TF32 depends on
+# settings, and differs between convolutions and matrix products.
 _PEAK = {
     "NVIDIA A10": 125e12,
     "NVIDIA A100-PCIE-40GB": 312e12,
@@ -86,7 +86,7 @@ class Utilisation:
         if shape not in self._flops:
             try:
                 self._flops[shape] = flops_per_image(model, shape)
-            # models are other people's code, and some can't do with shapes alone: the run is as good without
+            # some models can't run on shapes alone, and raise anything; the run then has no MFU
             except Exception as error:
                 self.problem = f"{type(error).__name__}: {error}"
                 return None

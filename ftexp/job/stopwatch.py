@@ -137,7 +137,7 @@ class Stopwatch:
 
     @contextlib.contextmanager
     def apart(self) -> Iterator[None]:
-        """The block is no part of training, so that it doesn't count for images/s."""
+        """Exclude the block's time from images/s: it is not training."""
         began, self._is_apart = self._clock(), True
         try:
             yield

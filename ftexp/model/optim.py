@@ -10,7 +10,7 @@ from ftexp.config.schema import SGD_NAMES, OptimConfig, TrainConfig
 from ftexp.errors import ConfigError
 from ftexp.model.parallel.parts import is_sharded
 
-# torch's own, whose fused kernels do a step in one pass; on a CPU that is 10 times faster than a loop
+# optimisers of torch with fused kernels, which update all parameters in one pass: on a CPU, 10 times faster than a loop
 _FUSED = ("adam", "adamw", *SGD_NAMES)
 
 

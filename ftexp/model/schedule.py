@@ -24,7 +24,7 @@ def build_scheduler(
     scheduler, _ = create_scheduler_v2(
         optimizer,
         sched="step" if constant else config.name,
-        num_epochs=falling_steps,  # timm's "epochs" are steps here, one update each
+        num_epochs=falling_steps,  # timm counts in epochs; here each is one step
         decay_epochs=max(1, round(config.decay_epochs * steps_per_epoch)),
         warmup_epochs=warmup_steps,
         warmup_lr=config.warmup_lr,

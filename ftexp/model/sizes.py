@@ -28,6 +28,6 @@ def check_sizes(config: Config) -> None:
 def _refusal(model: nn.Module, channels: int, size: int) -> str | None:
     try:
         model(torch.empty((2, channels, size, size), device="meta"))
-    except Exception as error:  # models are other people's code, and refuse in their own ways
+    except Exception as error:  # code of timm or of a plug-in may raise anything
         return str(error).partition("\n")[0] or type(error).__name__
     return None

@@ -23,7 +23,7 @@ _BEST, _OTHER, _OPEN = "val", "train", "faint"
 _FAINTEST, _STRONGEST = 0.18, 0.85
 _CURVE_HEIGHT = 300.0
 _NARROW, PANEL = 360.0, 420.0
-_INSET = 0.07  # inset of a panel's width, at both ends, that no trial lies in
+_INSET = 0.07  # margin at both ends of a panel without trials, as a share of its width
 _NAME_LETTERS, _TITLE_LETTERS = 14, 55
 _LETTER = 6.6  # pixels of a letter of a label, at most
 _FEW = 6  # numbers that are marked themselves, where others get round ones
@@ -69,7 +69,7 @@ class _Scale:
     """One axis: where each value lies in 0..1, and what is written next to it."""
 
     name: str
-    at: dict[str, float]  # by the value's text
+    at: dict[str, float]  # text of a value -> its place
     marks: list[tuple[float, str]]
 
 
@@ -150,7 +150,7 @@ def _upright_axis(drawing: Drawing, scale: _Scale, number: int, total: int) -> N
     room = int((drawing.width - 2 * _SIDE) / max(total - 1, 1) / 6.5)
     drawing.add(Line([top, bottom], "faint"))
     _label(drawing, top[0] + shift, _TOP - 14, cut(scale.name, room), edge, "ink")
-    outside = number == total - 1  # the metric's numbers stand to its right, where no line goes
+    outside = number == total - 1  # the last axis, the metric, has its numbers on the right: no lines there
     for share, text in scale.marks:
         x, y = _point(drawing, share, number, total, True)
         anchor = "start" if outside else "end"

@@ -8,7 +8,7 @@ from typing import Any
 
 from ftexp.report.source import Record, RunFiles
 
-# phases of an invocation, in their order; a failure's account in run.json has the same three in the middle
+# phases of an invocation, in order; run.json has DETECTING, RESTARTING and RESTORING of each failure
 STARTING, DETECTING, RESTARTING, RESTORING = "starting", "detecting", "restarting", "restoring"
 REPLAYING, TRAINING, ENDING = "replaying", "training", "ending"
 PHASES = {

@@ -26,7 +26,7 @@ class RunClock:
         self.noticed_at = noticed_at  # the last failure, by `now`
         self._noticed = self._since(now() if noticed_at is None else noticed_at)  # the same, by `steady`
         self._began, self._seconds_before = self._noticed, state.seconds
-        self._died_at: float | None = None  # when the current attempt's first process was lost, or raised
+        self._died_at: float | None = None  # when the first process of the current attempt died or raised
         self._heard_at: float | None = None  # the last sign of life of an attempt that trains
         self._farthest_before = state.farthest_step  # when the current attempt began
         self._working_since = steady()  # the end of what was last counted as productive, or lost

@@ -66,8 +66,8 @@ class RunRecord:
         self.problem: str | None = None  # why the records couldn't be written the last time
         self.observers: list[Callable[[events.Event, float], None]] = []  # called with each event and its time
         self.heard_at: float | None = None  # when a worker last reported a step, a point or a checkpoint
-        self.died_rank: int | None = None  # that of the current attempt's first process that was lost
-        self._num_written = len(state.failures)  # that run.json holds
+        self.died_rank: int | None = None  # rank of the first process that the current attempt lost
+        self._num_written = len(state.failures)  # number of failures that run.json holds
         self._workers: dict[int, Hello] = {}  # workers of the current attempt, by rank
         self._lineage = Lineage()
         self._is_ready = False  # the current attempt: until then its workers know no step, and say 0

@@ -24,7 +24,7 @@ class Failure:
     rank: int | None
     step: int  # the last that was seen done
     error: str
-    # from the process's death, the exception, or else the last sign of life, to Ray's notice
+    # from the death of the process, its exception, or else its last sign of life, until Ray reports the failure
     seconds_to_detect: float | None = None
     seconds_to_restart: float | None = None  # from there to the new worker group's start
     seconds_to_restore: float | None = None  # from there to the first batch

@@ -23,7 +23,7 @@ class AppendLog:
         self._storage, self._name = storage, name
         self._lines: list[str] = []  # local: those that wait; object store: all
         self._file: Any = None
-        self._num_there: int | None = None  # lines of an object store's copy; None while there is none
+        self._num_there: int | None = None  # lines in the copy on the object store; None: no copy yet
         if (path := storage.local_path) is not None:
             path.mkdir(parents=True, exist_ok=True)
             _end_truncated_line(path / name)

@@ -23,7 +23,7 @@ from ftexp.wire.events import (
     make_event,
 )
 
-# a logged point's times, in milliseconds -> the series and its part
+# name of a logged time, in ms -> series and value of its label `part`
 _TIMES = {f"{part}_ms": (series.STEP_PART, part) for part in series.STEP_PARTS}
 _TIMES |= {f"{part}_ms": (series.SAMPLE_PART, part) for part in series.SAMPLE_PARTS}
 _TIMES |= {f"rank_ms_{ranks}": (series.RANK_STEP, ranks) for ranks in ("min", "median", "max")}

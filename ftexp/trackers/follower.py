@@ -87,7 +87,7 @@ class Follower:
                 self._follow()
                 self.complete = True
                 return
-            # any error: other people's code, on a thread where nobody else would notice
+            # any error: on this thread, nobody else would report it, and a tracker is code of others
             except Exception as error:
                 num_failures = 1 if self._problem is None else num_failures + 1
                 self._fail(f"{type(error).__name__}: {error}")

@@ -60,7 +60,7 @@ class TrackedRun:
     tags: dict[str, str]  # run_dir, git_commit, sweep, and those of the config
     started: float  # seconds since 1970
     sweep: str | None = None  # the name of the sweep that it is a trial of
-    sweep_id: str | None = None  # that of the sweep's own TrackedRun
+    sweep_id: str | None = None  # `id` of the sweep's TrackedRun
     figures: Callable[[], list[Figure]] = _no_figures  # how it stands at this moment; from any thread
     ray_address: str | None = None  # scaling.address: the cluster that it joins; None: it has a Ray of its own
 

@@ -16,7 +16,7 @@ from ftexp.trackers.places import own_directory
 from ftexp.trackers.registry import Key, Outcome, Point, TrackedRun, register_tracker
 
 _DESCRIBED = "run"  # tag of the text that describes the run
-_MARK = "ftexp_run_id"  # a file next to the event files, where a directory isn't the run's own
+_MARK = "ftexp_run_id"  # a file next to the event files, in a directory that runs share
 
 
 @register_tracker("tensorboard", package="tensorboard")

@@ -17,7 +17,7 @@ from ftexp.trackers.places import own_directory
 from ftexp.trackers.registry import Key, Outcome, Point, TrackedRun, register_tracker
 from ftexp.trackers.wandb_log import records
 
-_STEP = "step"  # the axis. wandb's own, `_step`, counts rows: it must grow, and a step may have a row for each split
+_STEP = "step"  # the x axis. Not wandb's `_step`, which must grow with each row: a step may have a row for each split
 _INHERITED = "WANDB_SERVICE"  # where wandb names, for the processes that it starts, its service process
 _FLUSH_EVERY_S = 1.0
 _MAX_TAG_CHARS = 64
@@ -29,7 +29,7 @@ class WandbTracker:
 
     def __init__(self, config: TrackerConfig, run: TrackedRun) -> None:
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # offline means offline
-        # another process's wandb, which would hold on to the run of a command that was killed: "run ID is in use"
+        # service of another process; after a kill, that service would still hold the run: "run ID is in use"
         os.environ.pop(_INHERITED, None)
         import wandb
 

@@ -300,10 +300,10 @@ class SnapshotsBegun(Event):
 class SnapshotsTaken(Event):
     """Snapshots in memory are under way; what one of them cost."""
 
-    every_steps: int  # from that one to the next
+    every_steps: int  # steps between snapshots
     seconds: float  # that it kept training waiting, or took of the processors that train
     share: float  # share of the time until the next
-    bytes: int  # that snapshots take on rank 0's node
+    bytes: int  # memory that snapshots take on the node of rank 0
 
 
 @dataclass(frozen=True)
@@ -451,7 +451,7 @@ class StoppedEarly(Event):
     step: int
     epoch: int
     reason: str
-    rules: dict[str, Any]  # those that hold: the config's `stopping` and `hooks`
+    rules: dict[str, Any]  # the config's `stopping` and `hooks`
 
 
 # Trackers

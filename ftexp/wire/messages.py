@@ -17,7 +17,7 @@ class Message:
     time: float = field(default_factory=time.time, kw_only=True, compare=False)  # when it was; seconds since 1970
 
 
-# what an attempt's state comes from: ranks that live, snapshots in memory, a checkpoint, or nothing that was saved
+# source of the state that an attempt starts from: ranks that survived, snapshots in memory, a checkpoint, or none
 REPLACED, MEMORY, STORAGE, START = "replaced", "memory", "storage", "start"
 UNSAVED, DAMAGED, FAILED = "unsaved", "damaged", "failed"  # checkpoints that can't be evaluated; evaluation that raised
 

@@ -42,7 +42,7 @@ def log_train(job: Job, ranks: RankTimes | None = None) -> None:
     if totals[3]:
         raise NonFiniteError(f"{totals[3]} losses were NaN or infinite by step {progress.step}")
     progress.train.reset()
-    # layer-wise decay has the head's the largest
+    # with layer-wise decay, each group has its own rate; the head has the largest
     rate = max(group["lr"] for group in learner.optimizer.param_groups)
     values = {**named_means("train", totals, job.info.task), "lr": rate}
     if job.data.image_size is not None:

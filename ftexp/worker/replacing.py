@@ -30,7 +30,7 @@ _ELSEWHERE = (EVALUATION, SAVE)  # phases in which a death makes this rank raise
 _NOTICE_S = 30.0  # that Ray may take to notice a death; without one, the error is what it seems
 _LOOK_S = 0.005
 _CONNECT_S = 30.0
-_INVITED_S = 90.0  # beyond what the controller waits for a worker's start
+_INVITED_S = 90.0  # longer than the controller waits for a worker to start
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ def _own_address() -> str:
 
 def _leave_group(job: Job) -> None:
     """Break the connections to the other ranks, so that those who wait for this one learn of the death too."""
-    job.learner.wrapped = job.learner.trainable  # what is left of DDP's step goes with it
+    job.learner.wrapped = job.learner.trainable  # drop the DDP wrapper and what it holds of the unfinished step
     if dist.is_initialized():
         group = dist.distributed_c10d._get_default_group()
         group.abort()

@@ -70,8 +70,8 @@ def _take_step(
 ) -> bool:
     """Do what `train_step` does once a batch is prepared.
 
-    before: the state for `put_back`; empty if nothing may undo the step. Until the last collective, which shares the
-    sums, nothing is changed that `put_back` doesn't put back.
+    before: the state for `put_back`; empty if nothing may undo the step. `put_back` restores all that is changed before
+    the last collective, the one that shares the sums.
     repeat: compares the step with a second computation; None: it is computed once.
     shares: whether ranks keep each other's sums of metrics.
     """
@@ -104,7 +104,7 @@ def _gradients(job: Job, micro_batches: Sequence[MicroBatch]) -> Sequence[Tensor
     learner, losses = job.learner, []
     learner.optimizer.zero_grad(set_to_none=True)
     if learner.sharding is not None:
-        job.stopwatch.wait()  # for rank 0's buffers
+        job.stopwatch.wait()  # the time until rank 0's buffers arrive is waiting
         learner.sharding.begin_step(learner.model)
         job.stopwatch.go_on()
     for number, micro in enumerate(micro_batches):
@@ -153,7 +153,7 @@ def _is_finite(job: Job, losses: Sequence[Tensor], norm: Tensor | None) -> bool:
     if norm is None:
         # the scaler handles an overflowing gradient; no scale makes a non-finite loss finite
         return job.group.all_agree(bool(torch.isfinite(torch.cat(list(losses))).all()))
-    # gradients are summed over ranks: where one rank's are not finite, all ranks' are
+    # gradients are summed over ranks: if they are not finite on one rank, they are not on any
     return bool(torch.isfinite(norm))
 
 

@@ -2,7 +2,7 @@
 
     python predict_loop.py <run directory> <checkpoint> <directory of images> <CSV file>
 
-Prints images per second, imports and the model's making left out.
+Prints images per second, without the time of imports and of building the model.
 """
 
 from __future__ import annotations

@@ -59,6 +59,13 @@ def strings(source):
                 yield node.lineno, node.value
 
 
+def docstrings(source):
+    """Yield (line, text) of every docstring, and of every other string that stands alone."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            yield node.lineno, node.value.value
+
+
 def banned_in(lines):
     """Return a line for every banned phrase in (line, text) pairs."""
     return [
@@ -72,6 +79,11 @@ def banned_in(lines):
 @pytest.mark.parametrize("name", listed("ftexp/*.py"))
 def test_no_string_has_a_banned_word(name):
     assert not banned_in(strings((ROOT / name).read_text(encoding="utf-8")))
+
+
+@pytest.mark.parametrize("name", listed("ftexp/*.py", "scripts/*.py"))
+def test_no_docstring_has_a_banned_word(name):
+    assert not banned_in(docstrings((ROOT / name).read_text(encoding="utf-8")))
 
 
 @pytest.mark.parametrize("name", listed("ftexp/*.py"))
@@ -108,3 +120,16 @@ def test_no_page_has_a_banned_word(name):
 )
 def test_the_check_finds_banned_words_in_strings_alone(source, found):
     assert banned_in(strings(source)) == found
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ('"""The run goes on."""', ["1: 'goes on' in 'The run goes on.'; say: resume, continue"]),
+        ('x = 1\n"""Told to the hub."""', ["2: 'Told' in 'Told to the hub.'; say: log, print, report, return"]),
+        ('def f():\n    """Call `put_back`."""', []),
+        ('x = "the run goes on"', []),
+    ],
+)
+def test_the_check_finds_banned_words_in_docstrings_too(source, found):
+    assert banned_in(docstrings(source)) == found

@@ -19,7 +19,7 @@ from ftexp.checkpoint.memory.slot import PAGE, Slot, sequence_of
 
 NUM_SLOTS = 2  # one holds the last snapshot while the other takes the next
 CHUNK_BYTES = 1 << 24  # that pass through Ray at a time
-_FREE_SHARE = 0.25  # share of a node's free memory that snapshots may take, where the config doesn't say
+_FREE_SHARE = 0.25  # share of a node's free memory that snapshots may take, unless the config sets a limit
 _ANSWER_S = 60.0  # that another keeper may take for a chunk
 
 

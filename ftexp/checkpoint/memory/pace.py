@@ -41,7 +41,7 @@ class Pace:
         self._steps.append(now - self._since)
         self._since = now
         if self._due_at is None:
-            # steps from the run's first on, as the checkpoint cadence counts them
+            # multiples of `every`, counted from step 0, as for checkpoints
             self._due_at = step + _FIRST_AFTER_STEPS if self._every is None else -(-step // self._every) * self._every
         return step >= self._due_at
 

@@ -191,7 +191,7 @@ class Snapshots:
         began, copier = time.thread_time(), room.copiers[number]
         data_bytes, outline = copier.outline(copied)
         self._channel.flush()
-        give_way()  # not before: whoever has Python's lock and waits for a core keeps training waiting
+        give_way()  # not earlier: a thread that waits for a core while it holds the GIL blocks training
         if copier.slot.seal(sequence, data_bytes, facts, outline):
             room.sequences[number] = sequence
         self._thread_s = time.thread_time() - began

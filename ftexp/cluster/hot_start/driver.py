@@ -47,7 +47,7 @@ class HotStart:
             return
         self._directory = tempfile.mkdtemp(
             prefix="ftexp-", dir=os.environ.get("RAY_TMPDIR")
-        )  # 0700: its socket is this user's alone
+        )  # mode 0700: only this user may connect to the socket
         with listen(self._socket) as listener:
             number = listener.fileno()
             self._process = subprocess.Popen(

@@ -33,7 +33,7 @@ WITH_THE_CLUSTER = (
 )
 MORE = "FTEXP_PRELOAD"  # names of modules that this job's workers import besides, with commas between
 ANSWERED_BY_A_WORKER = (signal.SIGINT, signal.SIGTERM)  # but ignored here
-MARK = "FTEXP_HOT_START"  # in a forked worker's environment
+MARK = "FTEXP_HOT_START"  # environment variable that a forked worker has
 _IDLE_S = 300.0  # without a worker, before it ends: a job waits for less between two worker groups
 
 

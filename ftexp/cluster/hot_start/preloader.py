@@ -100,10 +100,10 @@ class Preloader:
                 try:
                     for other in (ours, self._listener, *self._forkers.values()):
                         other.close()
-                    for descriptor in not_its_own:  # else a worker's output would stay open after the worker
+                    for descriptor in not_its_own:  # else the output of a worker that has ended would stay open
                         os.close(descriptor)
                     Forker(theirs, {**environment, **read}).serve()
-                finally:  # whatever happens, it never continues as a second preloaded process
+                finally:  # after any error too: the fork must never continue as a second preloader
                     os._exit(0)
             theirs.close()
             self._forkers[key] = ours
@@ -111,9 +111,9 @@ class Preloader:
 
 
 def read_by_ray(environment: dict[str, str]) -> dict[str, str]:
-    """Return what Ray reads of a worker's environment when it is imported, for whichever job the worker will be.
+    """Return the variables that Ray reads from a worker's environment at import, without a job.
 
-    Of no job, as those workers are that raylet starts before it is asked: the first task tells a worker its job.
+    The worker will get its job with its first task, as workers do that raylet starts in advance.
     """
     read = {name: value for name, value in environment.items() if name.startswith("RAY_") and name not in _READ_LATER}
     return {**read, "RAY_JOB_ID": NO_JOB} if "RAY_JOB_ID" in read else read

@@ -47,7 +47,7 @@ def check_model(config: Config) -> Iterator[str]:
         if key in model.kwargs:
             yield f"model.kwargs.{key}={model.kwargs[key]} conflicts with {owner}; set only {owner}"
     for key, output in _NO_LOGITS.items():
-        if model.all_kwargs().get(key) and not config.plugins:  # a plug-in's model may mean something else by it
+        if model.all_kwargs().get(key) and not config.plugins:  # for a plug-in it may mean something else
             given = f"model.kwargs.{key}={model.all_kwargs()[key]}"
             yield f"{given}: the model then returns {output}, not logits: remove it"
     in_name = re.search(r"patch(\d+)", model.name)

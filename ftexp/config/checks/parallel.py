@@ -12,8 +12,8 @@ from ftexp.config.schema import COMPILED, DDP, FEATURES, HSDP, Config
 from ftexp.config.timm_names import optimizer_names
 from ftexp.registry import did_you_mean
 
-# timm's optimisers that update each number by itself, or by sums that torch adds up over shards: measured by
-# scripts/check_optimizers.py
+# timm's optimisers that give the same update on shards: elementwise ones, and those whose sums torch reduces over
+# shards. Measured by scripts/check_optimizers.py
 SHARDED_OPTIMIZERS = frozenset(
     (
         *("adabelief", "adadelta", "adagrad", "adam", "adamax", "adamc", "adamw", "adamwlegacy", "adan", "adanw"),

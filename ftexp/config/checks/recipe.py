@@ -33,8 +33,8 @@ from ftexp.config.timm_names import optimizer_names, without_drop_path
 from ftexp.registry import FROM_PLUGINS, did_you_mean
 
 _SECOND_ORDER = ("adahessian",)  # timm's optimisers of second order
-_WARMUP_SHARE = 0.1  # share of the epochs, and of the learning rate the lowest, where a recipe's own doesn't fit
-_MIN_LR_SHARE = 0.01
+# set where the recipe's own values don't fit: warm-up as a share of the epochs, min_lr as a share of lr
+_WARMUP_SHARE, _MIN_LR_SHARE = 0.1, 0.01
 _CLIPPING = ("clip_grad_norm", "clip_grad_value", "clip_grad_agc")
 # timm scales the learning rate of optimisers with these name parts by the square root of the batch
 _ADAPTIVE = ("ada", "lamb")
@@ -53,7 +53,7 @@ _PARAMETERS_OF_LOSSES = {
     "jsd": ("alpha",),
 }
 _OF_SEVERAL_LABELS = {"asl": ("clip", "pos_weight")}  # further parameters, under data.task=multi_label
-_UNMIXED_LOSSES = ("focal", "asl")  # timm's take class numbers only
+_UNMIXED_LOSSES = ("focal", "asl")  # losses that need class numbers as labels, so no mixed samples
 _FIELDS = {"opt": "name", **{name: name for name in ("lr", "weight_decay", "filter_bias_and_bn", "layer_decay")}}
 
 

@@ -26,7 +26,7 @@ from ftexp.data.targets import Labels
 
 _UNIT_ROWS, _UNIT_BYTES = 256, 32 * 2**20  # limits of what one task decodes; a smaller task costs more than it does
 _FIRST_ROWS = 32  # rows of the first task, so that the first batch comes soon; then twice as many each time
-_SPAN_UNITS = 128  # units of one Ray Dataset: its plan is made in advance, and a run's would have millions
+_SPAN_UNITS = 128  # units of one Ray Dataset. Ray plans all of it in advance, and a whole run would have millions
 _OVERLAP_UNITS = 8  # left of one span when the next begins
 
 _ROW_EXTRA_BYTES = 88  # sample number, error, traits and cost

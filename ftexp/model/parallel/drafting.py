@@ -34,7 +34,7 @@ class Draft:
     """A model without values, and the part of them that this process keeps."""
 
     model: nn.Module  # its parameters are on the device meta; its buffers have values
-    kept: dict[str, Tensor]  # by the parameter's name, on the CPU; of shared parameters, the first
+    kept: dict[str, Tensor]  # parameter name -> values on the CPU; a shared parameter is under its first name
     was_whole: bool  # while it was built, since it does more with its parameters than a draft allows
 
 
@@ -122,7 +122,7 @@ class _Drafting(TorchFunctionMode):
         if owner is torch.Tensor.data and name == "__set__":
             self._begin(args[0], args[1].detach().clone())
             return None
-        if name.startswith("new_"):  # a tensor of its own, of the parameter's type
+        if name.startswith("new_"):  # a new tensor, of the same type as the parameter
             return func(torch.empty(0, dtype=targets[0].dtype), *args[1:], **kwargs)
         if (name.endswith("_") and not name.startswith("__")) or name == "__setitem__":
             return self._write(func, name, args, kwargs, targets)

@@ -41,7 +41,7 @@ def main() -> None:
 
 def run(request: TrialRequest) -> int:
     """Return the exit code of one trial."""
-    # late, since sys.path is the sweep's only now
+    # imported here, once sys.path is that of the sweep
     from ftexp.cli.exit_codes import exit_code_of
     from ftexp.driver.run import train
 

@@ -34,7 +34,7 @@ class SearchSetup:
     space: list[Dimension]
     fixed: list[str]  # words that all trials share
     probes: list[Config]  # configs that between them have every option, and both ends of every interval
-    compose: Callable[[list[str]], tuple[Config, dict[str, str]]]  # a trial's words: its config, {key: value}
+    compose: Callable[[list[str]], tuple[Config, dict[str, str]]]  # overrides of a trial -> its config and {key: value}
 
     @property
     def keys(self) -> list[str]:
@@ -119,7 +119,7 @@ class Search:
         process = self._proposed(words)
         try:
             mark_what_is_done(self._directory, [process], retry_failed=True, record=self._record)
-        except ConfigError as error:  # an earlier sweep's trial of that name
+        except ConfigError as error:  # a trial of an earlier sweep has that name
             process.trial.status, process.trial.error = FAILED, str(error)
         self._undecided.add(process.trial.name)
         others = [trial for trial in self._record.trials if trial.name != process.trial.name]
