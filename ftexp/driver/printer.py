@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 from ftexp.config.schema import Config
 from ftexp.driver.alerts.rules import described as straggler_described
 from ftexp.driver.terminal import Terminal
@@ -12,7 +15,11 @@ from ftexp.trackers.follower import described
 from ftexp.wire import events
 from ftexp.wire.messages import Evaluated, Happened, Message, Metrics, Raised, Ready, Tick
 
+PACKAGE = Path(__file__).parents[1]
 _MAX_SAMPLES_SHOWN = 32
+_FRAME = re.compile(r'^  File "(?P<file>.+)", line (?P<line>\d+), in (?P<function>.+)\n(?P<code>    .+)?', re.MULTILINE)
+# libraries, and ftexp itself
+_OTHERS_FILE = re.compile(rf"/(?:site-packages|dist-packages|lib/python3\.\d+)/|^{re.escape(str(PACKAGE))}/")
 
 
 class Printer:
@@ -149,13 +156,25 @@ class Printer:
                 f"  rank {raised.rank} was at step {raised.step}, position {raised.position:,}, with samples "
                 f"{samples or 'none'}{f' and {more} more' if more > 0 else ''}; its traceback is in events.jsonl"
             )
-        name = self._record.state.name
-        self._terminal.say(
-            f"  fix the cause, then run the same command with run.name={name} to resume from the last checkpoint"
-        )
+        if raised is not None and (where := raised_at(raised.traceback)) is not None:
+            self._terminal.say(f"  raised at {where}")
 
     def _warn(self, text: str) -> None:
         self._terminal.say(f"! {text}", "yellow")
+
+
+def raised_at(text: str) -> str | None:
+    """Return file, line, function and code of the frame of a traceback that concerns the user.
+
+    The innermost frame of the user's own files; without one, the innermost of all.
+    """
+    frames = [frame for frame in _FRAME.finditer(text) if not frame["file"].startswith("<")]
+    own = [frame for frame in frames if not _OTHERS_FILE.search(frame["file"])]
+    if not frames:
+        return None
+    found = (own or frames)[-1]
+    code = f": {found['code'].strip()}" if found["code"] else ""
+    return f"{found['file']}:{found['line']} in {found['function']}{code}"
 
 
 def unsent(event: events.AlertFailed) -> str:

@@ -200,10 +200,9 @@ class Terminal:
         for title, text in rows:
             self.say(f"{title:<15}{text}")
         if state.status in ("interrupted", "failed"):
-            kept = (
-                "All checkpoints are kept. To resume" if state.checkpoint else "There is no checkpoint. To start again"
-            )
-            self.say(f"{kept}, run the same command with run.name={state.name}")
+            first = "Fix the cause. " if state.status == "failed" else ""
+            then = "resume from the last checkpoint" if state.checkpoint else "start again (there is no checkpoint)"
+            self.say(f"{first}To {then}, run the same command with run.name={state.name}")
 
     def _values(self, state: RunState) -> dict[str, str]:
         """Return {title: text} of what is shown of the last point."""

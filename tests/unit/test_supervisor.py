@@ -10,6 +10,7 @@ from rich.console import Console
 from ftexp.cluster.interruptible import Terminated
 from ftexp.cluster.resources import no_workers
 from ftexp.config.schema import Config, FailureConfig, TrainConfig
+from ftexp.driver.printer import PACKAGE, raised_at
 from ftexp.driver.session import _records
 from ftexp.driver.supervisor import Supervisor
 from ftexp.driver.terminal import Terminal
@@ -81,8 +82,8 @@ class Driver:
     def fail(self, cause=DIED, others_wait=True):
         return self.tell(GroupFailed(cause.kind, cause.rank, cause.error, cause.ending, others_wait))
 
-    def raised(self, samples, rank=1, step=20):
-        self.tell(Raised(rank, step, 32 * step, samples, "TypeError: x"))
+    def raised(self, samples, rank=1, step=20, traceback="TypeError: x"):
+        self.tell(Raised(rank, step, 32 * step, samples, traceback))
 
     @property
     def shown(self):
@@ -153,11 +154,8 @@ def test_a_spent_budget_is_answered_by_a_stop_that_says_why(tmp_path):
     assert driver.fail() == Stop(reason)
     assert isinstance(driver.supervisor.given_up, RunFailedError)
     assert str(driver.supervisor.given_up) == reason
-    assert (
-        "  fix the cause, then run the same command with run.name=demo to resume from the last checkpoint"
-        in driver.shown
-    )
     assert "with samples" not in driver.shown  # nothing was raised
+    assert "raised at" not in driver.shown
     unknown = Driver(tmp_path / "other", max_failures=0).fail(Cause(CRASH, None, "it was lost", Ending.DIED))
     assert unknown.reason.startswith("a worker failed after step 0 [crash]: it was lost; ")
 
@@ -179,6 +177,32 @@ def test_a_run_that_is_given_up_says_where_its_first_error_was_raised(tmp_path, 
     assert "failed after step 20 [bug]: TypeError: x; a restart does not fix a bug" in answer.reason
     assert f"  rank 1 was at step 20, position 640, {shown} is in events.jsonl" in driver.shown
     assert "99" not in driver.shown
+
+
+LOOP = f'  File "{PACKAGE}/worker/loop.py", line 3, in train\n    step(job)\n    ^^^^^^^^^\n'
+MINE = '  File "/home/me/ftexp/parts.py", line 27, in hinge\n    margin = kwargs["margin"]\n'
+TORCH = '  File "/x/lib/python3.11/site-packages/torch/nn/module.py", line 9, in _call\n    return f(*x)\n'
+
+
+@pytest.mark.parametrize(
+    ("frames", "shown"),
+    [
+        ([LOOP, MINE], '/home/me/ftexp/parts.py:27 in hinge: margin = kwargs["margin"]'),
+        ([LOOP, MINE, TORCH, LOOP], '/home/me/ftexp/parts.py:27 in hinge: margin = kwargs["margin"]'),
+        ([LOOP, TORCH], "/x/lib/python3.11/site-packages/torch/nn/module.py:9 in _call: return f(*x)"),
+        ([LOOP], f"{PACKAGE}/worker/loop.py:3 in train: step(job)"),
+        (['  File "/home/me/a.py", line 1, in <module>\n'], "/home/me/a.py:1 in <module>"),
+        (['  File "<string>", line 1, in <module>\n'], None),
+    ],
+)
+def test_a_run_that_is_given_up_names_the_line_of_the_users_own_file(tmp_path, frames, shown):
+    text = "".join(["Traceback (most recent call last):\n", *frames, "KeyError: 'margin'\n"])
+    assert raised_at(text) == shown
+    driver = Driver(tmp_path)
+    driver.attempt(step=18)
+    driver.raised([5], traceback=text)
+    driver.fail(Cause(BUG, 1, "KeyError: 'margin'"))
+    assert (f"  raised at {shown}\n" in driver.shown) == (shown is not None)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -497,7 +521,6 @@ def test_where_there_can_be_no_new_ray_the_run_ends_with_the_reason(tmp_path):
     reason = str(driver.supervisor.given_up)
     assert reason.startswith(f"Ray failed after step 10 [ray]: {error}; a Ray that was joined can't")
     assert reason.endswith(": stopping")
-    assert "the same command with run.name=demo to resume" in driver.shown
 
 
 def test_a_group_that_starts_without_a_failure_before_it_was_resized(tmp_path):

@@ -148,6 +148,11 @@ def test_a_run_that_did_not_finish_says_how_to_go_on():
         lambda t: t.summary(state(status="failed", error="rank 1: gone", failures=[failure()]), Storage("/runs/demo"))
     )
     assert "failed: rank 1: gone" in text
+    assert text.count("Fix the cause. To resume from the last checkpoint, run the same command with run.name=demo") == 1
+    text = show(lambda t: t.summary(state(status="failed", error="x", checkpoint=None), Storage("/runs/demo")))
+    assert "Fix the cause. To start again (there is no checkpoint), run the same command with run.name=demo" in text
+    text = show(lambda t: t.summary(state(status="interrupted"), Storage("/runs/demo")))
+    assert "\nTo resume from the last checkpoint, run the same command with run.name=demo" in text
     assert "0 survived" in text
     assert "the same command with run.name=demo" in text
 
