@@ -76,9 +76,8 @@ def parse(words: list[str]) -> tuple[str, DeployConfig, list[str]]:
     """Return the kind, the settings under `deploy.` and the training's overrides; ConfigError names what is wrong."""
     kind, *rest = words or [""]
     if kind not in KINDS:
-        raise ConfigError(
-            f"{kind or 'nothing'} is not a deployment target.{did_you_mean(kind, KINDS)} Name one: {', '.join(KINDS)}"
-        )
+        wrong = f"{kind} is not a deployment target.{did_you_mean(kind, KINDS)}" if kind else "no deployment target given."
+        raise ConfigError(f"{wrong} Name one: {', '.join(KINDS)}")
     if any(word in ("-m", "--multirun") for word in rest):
         raise ConfigError("-m: deploy writes files for one run; remove it")
     own: DeployConfig = parse_words(_Root, [word for word in rest if word.startswith("deploy.")]).deploy

@@ -245,7 +245,7 @@ def test_what_could_not_resume_or_start_is_refused(kind, words, problem):
 @pytest.mark.parametrize(
     ("words", "problem"),
     [
-        ([], "nothing is not a deployment target"),
+        ([], "no deployment target given. Name one: slurm, kuberay, kueue, skypilot"),
         (["slrum"], "slrum is not a deployment target. Did you mean 'slurm'?"),
         (["slurm", "deploy.nodes=0"], "deploy.nodes=0 is out of range"),
         (["slurm", "deploy.node=2"], "deploy.node"),
