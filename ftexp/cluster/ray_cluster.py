@@ -43,7 +43,6 @@ _QUIET = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_DEDUP_LOGS": "0",
     "RAY_LOG_TO_STDERR": "0",
-    "GLOG_minloglevel": "3",
 }
 
 
@@ -125,8 +124,9 @@ def start_ray(
     decoding = (config.data.decode_cpus or usable_cpus()) if decodes else 0
     options: dict[str, Any] = {"include_dashboard": False, "num_cpus": usable_cpus() + decoding} if own else {}
     fewer = ray_private.starting_fewer_processes(config.verbose) if own else contextlib.nullcontext()
+    quietly = contextlib.nullcontext() if config.verbose else ray_private.starting_core_worker_quietly()
     try:
-        with fewer, terminable():
+        with fewer, quietly, terminable():
             context = ray.init(
                 address="local" if own else address,
                 log_to_driver=config.verbose,

@@ -76,7 +76,9 @@ def parse(words: list[str]) -> tuple[str, DeployConfig, list[str]]:
     """Return the kind, the settings under `deploy.` and the training's overrides; ConfigError names what is wrong."""
     kind, *rest = words or [""]
     if kind not in KINDS:
-        wrong = f"{kind} is not a deployment target.{did_you_mean(kind, KINDS)}" if kind else "no deployment target given."
+        wrong = (
+            f"{kind} is not a deployment target.{did_you_mean(kind, KINDS)}" if kind else "no deployment target given."
+        )
         raise ConfigError(f"{wrong} Name one: {', '.join(KINDS)}")
     if any(word in ("-m", "--multirun") for word in rest):
         raise ConfigError("-m: deploy writes files for one run; remove it")

@@ -42,7 +42,7 @@ def _cells(names: Sequence[str], confusion: Sequence[Sequence[int]], left: float
                 continue
             role, share = ("right", number / sum(line)) if row == column else ("fault", number / worst)
             x, y = left + column * cell, _TOP + row * cell
-            title = f"{names[row]} taken for {names[column]}: {number:,} of {sum(line):,}"
+            title = f"{names[row]} predicted as {names[column]}: {number:,} of {sum(line):,}"
             yield Box(x + gap, y + gap, cell - 2 * gap, cell - 2 * gap, role, 0.15 + 0.75 * share, title)
             if cell > 20:
                 yield Label(x + cell / 2, y + cell / 2 + 4, short(number), "ink", "middle")

@@ -16,7 +16,7 @@ from ftexp.report.drawing import Drawing
 from ftexp.report.rendering import render
 from ftexp.report.series import Series, curve, duration, minute, throughput
 from ftexp.report.source import RunFiles
-from ftexp.report.text import cut
+from ftexp.report.text import counted, cut
 from ftexp.report.timeline import PHASES, build_timeline
 
 _WIDE, _NARROW = 1000.0, 360.0  # pixels of the timeline; which one is seen depends on the screen
@@ -84,6 +84,7 @@ class Report:
             phases=[(phase, spent, PHASES[phase]) for phase, spent in timeline.seconds_by_phase().items() if spent],
             stragglers=tables.stragglers(run),
             checkpoints=tables.checkpoints(run),
+            report_command=shlex.join(["python", "-m", "ftexp.report", run.uri]),
             evaluate_command=shlex.join(["python", "-m", "ftexp.evaluate", f"run={run.uri}"]),
             test=test,
             measured=tables.measured(test) if test else "",
@@ -116,11 +117,11 @@ class Report:
         if (accuracy := last.get("val_accuracy")) is not None:
             top = f"best {best['val_accuracy']:.4f} at epoch {best['epoch']}" if best.get("val_accuracy") else ""
             yield "val accuracy", f"{accuracy:.4f}", top
-        yield "steps", f"{state.get('step', 0):,}", f"{state.get('epoch', 0):,} epochs"
+        yield "steps", f"{state.get('step', 0):,}", counted(state.get("epoch", 0), "epoch")
         if stopped := state.get("stopped"):
             yield "stopped early", f"epoch {stopped['epoch']:,}", cut(stopped["reason"], 120)
         goodput = state.get("goodput")
-        yield "time", duration(state.get("seconds", 0.0)), f"{state.get('attempts', 0):,} attempts"
+        yield "time", duration(state.get("seconds", 0.0)), counted(state.get("attempts", 0), "attempt")
         if goodput is not None:
             yield "goodput", f"{goodput:.1%}", "on steps that were kept"
         failures = state.get("failures", [])

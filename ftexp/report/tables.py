@@ -73,7 +73,7 @@ def _of_task(evaluation: Record) -> str:
 
 
 def confused(evaluation: Record) -> list[tuple[str, str, int, float]]:
-    """Return (label, prediction, times, share of the class) of the pairs that are taken for each other most often."""
+    """Return (label, prediction, times, share of the class) of the pairs that are confused most often."""
     names = [row["class"] for row in evaluation["classes"]]
     pairs = [
         (names[row], names[column], number, number / sum(line))

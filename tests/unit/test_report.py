@@ -20,6 +20,7 @@ from ftexp.report.page import Report
 from ftexp.report.series import Axis, Series, duration
 from ftexp.report.source import read_run
 from ftexp.report.tables import stragglers
+from ftexp.report.text import counted
 from ftexp.report.timeline import PHASES, build_timeline
 from ftexp.report.write import write_report
 from ftexp.rundir.record import RunRecord
@@ -192,17 +193,30 @@ def test_the_page_shows_what_the_records_hold_and_loads_nothing(storage):
     state = read_state(storage)
     for part in (
         "finished", "0.9000", f"{state.goodput:.1%}", "crash of rank 1", "250 ms", "step_00000040.a1", "removed",
-        "dog taken for cat", "98.7% sure", "failure.max_failures 5 3", "python -m ftexp.train failure.max_failures=5",
+        "dog predicted as cat", "confidence 98.7%", "failure.max_failures 5 3", "python -m ftexp.train failure.max_failures=5",
         "a fast one", "2.0 GiB",
     ):  # fmt: skip
         assert part in page.text, part
     assert not page.tags["script"] + page.tags["link"]
+    assert page.tags["table"] == page.tags["caption"] > 4
+    assert ("img", "alt", "A sample of class dog") in page.attributes
     assert [value for _, name, value in page.attributes if name in ("src", "href")] == [
         "data:image/png;base64,aGVsbG8="
     ]
     for chart in ("loss", "accuracy", "throughput", "learning_rate", "timeline", "confusion"):
         with Image.open(f"{storage.uri}/charts/{chart}.png") as picture:
             assert picture.width > 400
+
+
+def test_a_run_of_one_attempt_and_one_epoch_is_counted_in_the_singular(storage):
+    story = Story(storage)
+    story.after(1).attempt(0)
+    story.steps(1, 20)
+    story.end("finished")
+    text = Page(Report(read_run(storage)).html()).text
+    assert "1 attempt " in text
+    assert "attempts" not in text
+    assert [counted(number, "epoch") for number in (0, 1, 1200)] == ["0 epochs", "1 epoch", "1,200 epochs"]
 
 
 def test_the_page_shows_ranks_that_stayed_slow_and_until_when(storage):
