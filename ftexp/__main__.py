@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from ftexp import __version__
+from ftexp.cli.wrapping import print_wrapped
 from ftexp.registry import did_you_mean
 
 COMMANDS = {
@@ -39,7 +40,7 @@ def main() -> None:
         print(f"ftexp {__version__}")
     elif name not in COMMANDS:
         known = f"Commands: {', '.join(COMMANDS)}"
-        print(f"ftexp: {name} is not a command.{did_you_mean(name, COMMANDS)} {known}", file=sys.stderr)
+        print_wrapped([f"ftexp: {name} is not a command.{did_you_mean(name, COMMANDS)} {known}"], sys.stderr)
         sys.exit(2)
     else:
         del sys.argv[1]

@@ -48,7 +48,7 @@ def train(
     from ftexp.cluster.resources import decide_workers, spare_of
     from ftexp.driver.resume import decoding_as_begun, open_run
     from ftexp.driver.teacher import teacher_of
-    from ftexp.storage.lease import Lease, unused_name
+    from ftexp.storage.lease import Lease, remove_unused, unused_name
 
     open_uri(config.run.storage, "run.storage")
     workers = decide_workers(config.scaling, share=shared.share if shared else 1, spare=spare_of(config))
@@ -70,6 +70,8 @@ def train(
         return _started(context)
     finally:
         lease.release()
+        if config.run.name is None:
+            remove_unused(run_dir)
 
 
 def _started(context: RunContext) -> dict[str, float]:

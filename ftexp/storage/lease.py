@@ -7,6 +7,7 @@ finds such a file watches it for longer than that: if it doesn't change, its own
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -147,6 +148,16 @@ class Lease:
             f"{self._storage.uri} is in use by {owner}: wait for it, stop it, or choose another {self._key}. "
             "Nothing was changed"
         )
+
+
+def remove_unused(storage: Storage) -> None:
+    """Remove a directory on a disk that holds only a released claim. No other process may know its name."""
+    if (path := storage.local_path) is None:
+        return
+    with contextlib.suppress(OSError):  # it is somebody's, or the disk's: it stays
+        if [entry.name for entry in path.iterdir()] == [LOCK_FILE]:
+            (path / LOCK_FILE).unlink()
+            path.rmdir()
 
 
 def is_held(storage: Storage, watch_s: float = _WATCH_S) -> bool:

@@ -12,9 +12,11 @@ import time
 
 import pytest
 
-from ftexp.errors import RunInUseError
+from ftexp.driver.run import train
+from ftexp.errors import DataError, RunInUseError
 from ftexp.storage.directory import Storage
 from ftexp.storage.lease import LEASE_FILE, LOCK_FILE, Lease, unused_name
+from tests.support.configs import composed
 
 FAST = {"beat_s": 0.02, "watch_s": 0.1}  # as beat_s=5, watch_s=15 in earnest
 DEADLINE_S = 30
@@ -229,3 +231,19 @@ def test_names_that_nobody_gave_differ_within_a_second_and_tell_when():
     names = {unused_name() for _ in range(50)}
     assert len(names) == 50
     assert all(time.strptime(name[:19], "%Y-%m-%d_%H-%M-%S") and len(name) == 26 for name in names)
+
+
+@pytest.mark.parametrize(("name", "is_begun", "left"), [(None, False, 0), (None, True, 1), ("demo", False, 1)])
+def test_a_run_without_a_name_that_is_refused_before_it_begins_leaves_no_directory(
+    tmp_path, monkeypatch, name, is_begun, left
+):
+    def refuse(context):
+        if is_begun:
+            context.run_dir.write_bytes("run.json", b"{}")
+        raise DataError("data.root=nowhere does not exist")
+
+    monkeypatch.setattr("ftexp.driver.run._started", refuse)
+    config = composed("data=synthetic", f"run.storage={tmp_path}", *([f"run.name={name}"] if name else []))
+    with pytest.raises(DataError, match="does not exist"):
+        train(config)
+    assert len(list(tmp_path.iterdir())) == left

@@ -193,8 +193,8 @@ def test_the_page_shows_what_the_records_hold_and_loads_nothing(storage):
     state = read_state(storage)
     for part in (
         "finished", "0.9000", f"{state.goodput:.1%}", "crash of rank 1", "250 ms", "step_00000040.a1", "removed",
-        "dog predicted as cat", "confidence 98.7%", "failure.max_failures 5 3", "python -m ftexp.train failure.max_failures=5",
-        "a fast one", "2.0 GiB",
+        "dog predicted as cat", "confidence 98.7%", "failure.max_failures 5 3",
+        "python -m ftexp.train failure.max_failures=5", "a fast one", "2.0 GiB",
     ):  # fmt: skip
         assert part in page.text, part
     assert not page.tags["script"] + page.tags["link"]

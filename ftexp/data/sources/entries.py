@@ -87,6 +87,8 @@ def files_at(
         info = retried(lambda: filesystem.get_file_info(root))
         if info.type == FileType.File:
             return [info]
+        if info.type == FileType.NotFound:
+            raise DataError(f"data.root={config.root} does not exist")
         if isinstance(filesystem, LocalFileSystem):
             return _local_files(root, account, endings)
         return _stored_files(filesystem, root, account, endings)
