@@ -21,6 +21,7 @@ class Verdict(StrEnum):
 
 
 _STYLES = {Verdict.OK: "green", Verdict.WARNING: "yellow", Verdict.FAILS: "red", Verdict.NOT_HERE: "dim"}
+_WIDE_CONSOLE = 110  # characters
 
 
 @dataclass(frozen=True)
@@ -54,12 +55,21 @@ def not_here(check: str, found: str) -> Finding:
 
 
 def print_table(findings: Iterable[Finding], console: Console) -> None:
-    """Print the findings, and a line of how many of each kind there are."""
+    """Print the findings, and a line of how many of each kind there are.
+
+    A narrow console has what to do below the finding, not next to it.
+    """
     findings = list(findings)
-    table = Table("check", "", "found", "what to do", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    is_beside = console.width >= _WIDE_CONSOLE and any(finding.fix for finding in findings)
+    titles = ("check", "", "found", *(["what to do"] if is_beside else []))
+    table = Table(*titles, box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for finding in findings:
-        verdict = Text(finding.verdict, style=_STYLES[finding.verdict])
-        table.add_row(Text(finding.check), verdict, Text(finding.found), Text(finding.fix))
+        cells = [Text(finding.check), Text(finding.verdict, style=_STYLES[finding.verdict]), Text(finding.found)]
+        if is_beside:
+            cells.append(Text(finding.fix))
+        elif finding.fix:
+            cells[-1].append(f"\n→ {finding.fix}")
+        table.add_row(*cells)
     console.print(table)
     counts = {verdict: sum(finding.verdict is verdict for finding in findings) for verdict in Verdict}
     outcome = "a run would fail" if counts[Verdict.FAILS] else "a run would start"

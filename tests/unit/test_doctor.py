@@ -202,3 +202,17 @@ def test_the_table_says_whether_a_run_would_start():
     assert "a run would start: 1 ok, 1 to look at, 0 that fail" in calm
     assert "buy more" in calm
     assert "a run would fail: 0 ok, 0 to look at, 1 that fail" in printed(fails("a", "[no] markup", "mend it"))
+
+
+def test_what_to_do_is_next_to_a_finding_where_there_is_room_and_below_it_elsewhere():
+    def printed(width, *findings):
+        console = Console(file=io.StringIO(), width=width)
+        print_table(findings, console)
+        return [line.rstrip() for line in console.file.getvalue().splitlines()]
+
+    files = fails("open files", "512", "ulimit -n 65536")
+    wide = printed(120, files)
+    assert wide[:2] == ["check              found  what to do", "open files  fails  512    ulimit -n 65536"]
+    narrow = printed(80, files)
+    assert narrow[:3] == ["check              found", "open files  fails  512", "                   → ulimit -n 65536"]
+    assert printed(120, ok("clocks", "they agree"))[0] == "check       found"
