@@ -140,7 +140,7 @@ def start_ray(
             raise _not_started(error) from error
         if not isinstance(error, ConnectionError):
             raise
-        raise ConfigError(f"scaling.address={address}: no Ray cluster answers there: {error}") from error
+        raise ConfigError(f"scaling.address={address}: no Ray cluster answers there: {error}{_token_hint()}") from error
     except BaseException:  # a signal: Ray forgets what it has started so far
         if own:
             ray_private.kill_started()
@@ -154,6 +154,13 @@ def start_ray(
     sockets = [node["RayletSocketName"] for node in ray.nodes() if node["NodeID"] == context.address_info["node_id"]]
     joined = JoinedRay(sockets[0], ray.get_runtime_context().gcs_address)
     return RunningRay(host, own, joined.lost, joined.close)
+
+
+def _token_hint() -> str:
+    """Return what may be the reason if a cluster that runs doesn't answer: `ray start` asks for a token by default."""
+    if os.environ.get("RAY_AUTH_MODE") == "token":
+        return ""
+    return '. If Ray prints "Unauthenticated", the cluster asks for a token: set RAY_AUTH_MODE=token'
 
 
 def leave_ray(running: RunningRay | None) -> None:

@@ -208,6 +208,16 @@ def test_the_page_shows_what_the_records_hold_and_loads_nothing(storage):
             assert picture.width > 400
 
 
+def test_a_test_without_mistakes_has_no_empty_table(storage):
+    three_kills(storage)
+    for number, text in ((3, "class predicted as samples share of the class"), (0, "None: every sample is right.")):
+        found = {**EVALUATION, "confusion": [[7, 0], [number, 7]]}
+        storage.write_bytes("evaluation_test.json", json.dumps(found).encode())
+        page = Page(Report(read_run(storage)).html()).text
+        assert ("None: every sample is right." in page) == (number == 0)
+        assert text in page
+
+
 def test_a_run_of_one_attempt_and_one_epoch_is_counted_in_the_singular(storage):
     story = Story(storage)
     story.after(1).attempt(0)
