@@ -124,9 +124,8 @@ def start_ray(
     decoding = (config.data.decode_cpus or usable_cpus()) if decodes else 0
     options: dict[str, Any] = {"include_dashboard": False, "num_cpus": usable_cpus() + decoding} if own else {}
     fewer = ray_private.starting_fewer_processes(config.verbose) if own else contextlib.nullcontext()
-    quietly = contextlib.nullcontext() if config.verbose else ray_private.starting_core_worker_quietly()
     try:
-        with fewer, quietly, terminable():
+        with fewer, terminable():
             context = ray.init(
                 address="local" if own else address,
                 log_to_driver=config.verbose,

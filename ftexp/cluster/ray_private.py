@@ -7,7 +7,6 @@
 - Forks of a process that has imported Ray must not share its random numbers, from which Ray makes its ids. Its
   generator is seeded at the first draw, and the decorator of actor classes draws when Ray's modules are imported.
 - The thread that prints raylet's messages starts whatever log_to_driver says; what it prints is in Ray's logs too.
-- The function by which ray.init starts this process's core worker, whose C++ code prints errors to the terminal.
 - The script that raylet starts for each worker, which imports all of ray to become the worker's interpreter.
 - The processes that ray.init has started: by them a Ray that has died is noticed, and ended for good.
 - Three that it starts, and that a Ray for one command has no use for.
@@ -37,7 +36,6 @@ _NCCL_DETECTOR = "RAY_TRAIN_ENABLE_NCCL_HANG_DETECTOR"
 _NCCL_POLL_S = "RAY_TRAIN_NCCL_RAS_MIN_POLL_INTERVAL_S"
 _NCCL_CONFIRM_S = "RAY_TRAIN_NCCL_RAS_CONFIRM_DURATION_S"
 _MAX_NCCL_POLL_S = 15.0  # Ray's default
-_BACKEND_LOG_LEVEL = "RAY_BACKEND_LOG_LEVEL"
 _WRAPPED_FAILURE = "health_check_failure"
 _VITAL = {"gcs_server": "GCS", "raylet": "raylet"}  # kind of process -> as Ray's documentation calls it
 
@@ -80,30 +78,6 @@ def silence_raylet_messages() -> None:
         return None
 
     worker.listen_error_messages = ignore
-
-
-@contextlib.contextmanager
-def starting_core_worker_quietly() -> Iterator[None]:
-    """Have the core worker that ray.init starts in this process log fatal errors only; other processes log as usual.
-
-    It prints its errors to the terminal, in the middle of a progress bar: for each actor of Ray Data's, say, that the
-    actor can't be restarted once its arguments are lost. An own RAY_BACKEND_LOG_LEVEL is respected.
-    """
-    import ray._private.worker as worker
-
-    connect = worker.connect
-
-    def quiet_connect(*args: Any, **kwargs: Any) -> Any:
-        if _BACKEND_LOG_LEVEL in os.environ:
-            return connect(*args, **kwargs)
-        os.environ[_BACKEND_LOG_LEVEL] = "fatal"
-        try:
-            return connect(*args, **kwargs)
-        finally:
-            del os.environ[_BACKEND_LOG_LEVEL]
-
-    with _replaced(worker, connect=quiet_connect):
-        yield
 
 
 def import_without_drawing(import_all: Callable[[], None]) -> None:

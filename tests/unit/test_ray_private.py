@@ -3,10 +3,8 @@
 import asyncio
 import copy
 import dataclasses
-import dis
 import inspect
 import json
-import os
 import subprocess
 import sys
 import threading
@@ -26,8 +24,6 @@ from ray.train.v2._internal.exceptions import (
 
 from ftexp.cluster import ray_private
 from tests.support.command import DEADLINE_S
-
-LEVEL = "RAY_BACKEND_LOG_LEVEL"
 
 
 def test_the_snapshot_has_the_name_that_is_dropped_before_a_fit():
@@ -83,25 +79,6 @@ def test_raylets_messages_are_printed_by_the_thread_that_is_silenced(monkeypatch
     monkeypatch.setattr(worker, "listen_error_messages", worker.listen_error_messages)
     ray_private.silence_raylet_messages()
     assert worker.listen_error_messages(None, None) is None
-
-
-@pytest.mark.parametrize("own", [None, "warning"])
-def test_ray_init_starts_the_core_worker_by_the_function_that_sets_its_log_level(monkeypatch, own):
-    import ray._private.worker as worker
-
-    loaded = [each.argval for each in dis.get_instructions(inspect.unwrap(worker.init)) if each.opname == "LOAD_GLOBAL"]
-    assert "connect" in loaded
-    assert "CoreWorker" in inspect.getsource(worker.connect)
-    levels = []
-    monkeypatch.setattr(worker, "connect", lambda *args, **kwargs: levels.append(os.environ.get(LEVEL)))
-    monkeypatch.delenv(LEVEL, raising=False)
-    if own is not None:
-        monkeypatch.setenv(LEVEL, own)
-    with ray_private.starting_core_worker_quietly():
-        levels.append(os.environ.get(LEVEL))  # of raylet and GCS, which start before
-        worker.connect()
-    worker.connect()
-    assert levels == [own, own or "fatal", own]
 
 
 def test_forks_of_a_process_that_imported_ray_without_drawing_have_ids_of_their_own():
