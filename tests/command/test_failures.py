@@ -120,7 +120,12 @@ def test_a_bug_ends_the_run_at_once_and_says_where_it_was(ftexp, run_folder, tmp
     samples = line.partition("with samples ")[2].partition(";")[0].split(", ")
     assert f"was at step 20, position {20 * BATCH}, with samples" in line
     assert len({int(sample) for sample in samples}) == BATCH / 2  # this rank's half
-    assert "run the same command with run.name=bug to resume from the last checkpoint" in command.output
+    assert (
+        "Fix the cause. To start again (there is no checkpoint), run the same command with run.name=bug"
+        in command.output
+    )
+    (where,) = [line for line in command.lines if "raised at" in line]
+    assert "my_states.py:" in where, where
     raised = run.events("raised")
     assert any("has no len()" in event["traceback"] for event in raised)
     assert "Traceback" not in command.output
