@@ -76,10 +76,10 @@ def train(
 
 def _started(context: RunContext) -> dict[str, float]:
     """Train in a Ray. What workers will be forked from imports while this process does: the run waits for both."""
-    from ftexp.cluster.hot_start.driver import HotStart
+    from ftexp.cluster.hot_start.driver import HotStart, imports_of
 
-    imports = ["ftexp.evaluation.metric_set"] if context.config.train.metrics else []  # torchmetrics takes seconds
-    hot_start = HotStart(context.config.scaling, context.workers.num_threads, context.joins_ray, imports)
+    config = context.config
+    hot_start = HotStart(config.scaling, context.workers.num_threads, context.joins_ray, imports_of(config))
     try:
         from ftexp.driver.session import run_session
 

@@ -1,4 +1,4 @@
-"""What the command says of a cluster that it can't join."""
+"""The error of a command that can't join its cluster."""
 
 import pytest
 import ray

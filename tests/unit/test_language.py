@@ -108,28 +108,23 @@ def test_no_page_has_a_banned_word(name):
 
 
 @pytest.mark.parametrize(
-    ("source", "found"),
+    ("read", "source", "found"),
     [
-        ('print("the run goes on")', ["1: 'goes on' in 'the run goes on'; say: resume, continue"]),
-        ('x = f"{key}={value}: take it out"', ["1: 'take it out' in ': take it out'; say: remove"]),
-        ('"""The run goes on."""', []),
-        ('x = "beside"', []),
-        ('x = "train.eval=beside evaluates checkpoints"', []),
-        ('x = "data=image_folder data.root=here"', []),
+        (strings, 'print("the run goes on")', ["1: 'goes on' in 'the run goes on'; say: resume, continue"]),
+        (strings, 'x = f"{key}={value}: take it out"', ["1: 'take it out' in ': take it out'; say: remove"]),
+        (strings, '"""The run goes on."""', []),
+        (strings, 'x = "beside"', []),
+        (strings, 'x = "train.eval=beside evaluates checkpoints"', []),
+        (strings, 'x = "data=image_folder data.root=here"', []),
+        (docstrings, '"""The run goes on."""', ["1: 'goes on' in 'The run goes on.'; say: resume, continue"]),
+        (
+            docstrings,
+            'x = 1\n"""Told to the hub."""',
+            ["2: 'Told' in 'Told to the hub.'; say: log, print, report, return"],
+        ),
+        (docstrings, 'def f():\n    """Call `put_back`."""', []),
+        (docstrings, 'x = "the run goes on"', []),
     ],
 )
-def test_the_check_finds_banned_words_in_strings_alone(source, found):
-    assert banned_in(strings(source)) == found
-
-
-@pytest.mark.parametrize(
-    ("source", "found"),
-    [
-        ('"""The run goes on."""', ["1: 'goes on' in 'The run goes on.'; say: resume, continue"]),
-        ('x = 1\n"""Told to the hub."""', ["2: 'Told' in 'Told to the hub.'; say: log, print, report, return"]),
-        ('def f():\n    """Call `put_back`."""', []),
-        ('x = "the run goes on"', []),
-    ],
-)
-def test_the_check_finds_banned_words_in_docstrings_too(source, found):
-    assert banned_in(docstrings(source)) == found
+def test_banned_words_are_found_in_strings_and_in_docstrings_apart(read, source, found):
+    assert banned_in(read(source)) == found

@@ -22,7 +22,7 @@ from ftexp.cluster import ray_private
 from ftexp.cluster.hot_start.forker import MORE
 from ftexp.cluster.hot_start.launcher import NODE, listen
 from ftexp.cluster.resources import living_nodes
-from ftexp.config.schema import ScalingConfig
+from ftexp.config.schema import Config, ScalingConfig
 from ftexp.config.versions import package_versions
 from ftexp.errors import ConfigError
 
@@ -101,6 +101,11 @@ def on_joined_nodes(config: ScalingConfig, num_threads: int) -> tuple[dict[str, 
     key = hashlib.sha256(repr(sorted(environment.items())).encode()).hexdigest()[:16]
     where = f"{NODE}{tempfile.gettempdir()}/ftexp-{os.getuid()}-{key}"
     return {"py_executable": shlex.join(_fork_words(where)), "env_vars": _threads(num_threads)}, None
+
+
+def imports_of(config: Config) -> list[str]:
+    """Return the modules that workers of a run import besides what all do: torchmetrics alone takes seconds."""
+    return ["ftexp.evaluation.metric_set"] if config.train.metrics else []
 
 
 def warm_node(node: str, runtime_env: dict[str, Any]) -> None:

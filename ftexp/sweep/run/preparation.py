@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 
-from ftexp.cluster.hot_start.driver import HotStart
+from ftexp.cluster.hot_start.driver import HotStart, imports_of
 from ftexp.cluster.ray_cluster import prepare_environment
 from ftexp.cluster.resources import Workers
 from ftexp.config.fingerprint import as_begun
@@ -133,7 +133,8 @@ def _preloading(probes: Sequence[TrialProcess], is_needed: bool) -> Iterator[Hot
     if not is_needed:
         yield None
         return
-    hot_start = HotStart(probes[0].config.scaling, max_threads(probes), joins=False)
+    config = probes[0].config
+    hot_start = HotStart(config.scaling, max_threads(probes), joins=False, imports=imports_of(config))
     try:
         yield hot_start
     finally:
