@@ -1,6 +1,5 @@
 """The fixtures of all lanes, and how two workers share the tests."""
 
-import gc
 import importlib.util
 import io
 import logging
@@ -11,6 +10,8 @@ from pathlib import Path
 import hypothesis
 import pytest
 from xdist.scheduler import LoadFileScheduling
+
+from ftexp.cluster.importing import importing_for_good
 
 pytest.register_assert_rewrite("tests.support")
 
@@ -66,8 +67,10 @@ def pytest_collection_modifyitems(items):
     items.sort(key=_place)
 
 
-def pytest_collection_finish():
-    gc.freeze()  # else each of the collector's passes looks at all of torch and Ray: a quarter of a composition's time
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    with importing_for_good():  # else each of the collector's passes looks at all of torch and Ray
+        return (yield)
 
 
 def _lane(item):

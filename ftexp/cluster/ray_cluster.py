@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib
 import logging
 import os
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -81,17 +79,6 @@ def prepare_environment(config: Config) -> None:
         settings |= _QUIET
     for name, value in settings.items():
         os.environ.setdefault(name, value)
-
-
-def import_meanwhile(module: str) -> threading.Thread:
-    """Import a module that takes seconds while Ray starts, which is mostly waiting for its processes; join it then."""
-    # this module registers a lock for fork(). If the thread imported it while Ray's processes are forked, that lock
-    # would be released without being held, and Python would print an error
-    import concurrent.futures.thread  # noqa: F401
-
-    thread = threading.Thread(target=importlib.import_module, args=(module,), name="import")
-    thread.start()
-    return thread
 
 
 def start_ray(

@@ -11,8 +11,9 @@ import ray  # noqa: F401 - before a thread imports what imports it
 from omegaconf import OmegaConf
 
 from ftexp.cluster.hot_start.driver import on_joined_nodes
+from ftexp.cluster.importing import import_meanwhile
 from ftexp.cluster.interruptible import fit_interruptibly
-from ftexp.cluster.ray_cluster import import_meanwhile, leave_ray, quiet_data, start_ray
+from ftexp.cluster.ray_cluster import leave_ray, quiet_data, start_ray
 from ftexp.cluster.resources import decoding_cpus, lacking_resources
 from ftexp.config.masking import masked
 from ftexp.config.schema import PREPROCESSING, Config

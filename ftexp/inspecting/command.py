@@ -89,7 +89,8 @@ def inspect(config: Config, out: Path | None = None) -> None:
     prepare_environment(config)
     import ray  # noqa: F401 - before a thread imports what imports it
 
-    from ftexp.cluster.ray_cluster import decoding_ray, import_meanwhile, quiet_data
+    from ftexp.cluster.importing import import_meanwhile
+    from ftexp.cluster.ray_cluster import decoding_ray, quiet_data
     from ftexp.cluster.ray_watch import ending_with
     from ftexp.registry import load_plugins
 

@@ -14,8 +14,9 @@ from ftexp.checkpoint.reading import read_weights
 from ftexp.cli.trained_run import SavedRun
 from ftexp.cli.wrapping import say
 from ftexp.cluster.hot_start.driver import HotStart, on_joined_nodes
+from ftexp.cluster.importing import import_meanwhile
 from ftexp.cluster.interruptible import fit_interruptibly
-from ftexp.cluster.ray_cluster import import_meanwhile, leave_ray, quiet_data, start_ray
+from ftexp.cluster.ray_cluster import leave_ray, quiet_data, start_ray
 from ftexp.cluster.resources import Workers, lacking_resources
 from ftexp.config.masking import masked
 from ftexp.config.schema import Config

@@ -8,7 +8,6 @@ preloaded process ends, or when nothing has been asked for in a while.
 from __future__ import annotations
 
 import contextlib
-import gc
 import importlib
 import json
 import os
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ftexp.cluster.hot_start.launcher import readable
+from ftexp.cluster.importing import importing_for_good
 from ftexp.cluster.process_exit import code_of
 
 WITH_THE_CLUSTER = (
@@ -38,18 +38,17 @@ _IDLE_S = 300.0  # without a worker, before it ends: a job waits for less betwee
 
 
 def import_all(names: tuple[str, ...], without: tuple[str, ...] = ()) -> None:
-    """Import what is there of these, for good: the collector of a fork would write to, and so copy, every page.
+    """Import what is there of these.
 
     without: what they would import if it is installed, and no worker uses.
     """
     sys.modules.update(dict.fromkeys(without))  # type: ignore[arg-type]  # None: an ImportError
-    for name in names:
-        with contextlib.suppress(ImportError):
-            importlib.import_module(name)
+    with importing_for_good():
+        for name in names:
+            with contextlib.suppress(ImportError):
+                importlib.import_module(name)
     for name in without:
         del sys.modules[name]
-    gc.collect()
-    gc.freeze()
 
 
 class Forker:
@@ -68,7 +67,8 @@ class Forker:
         from ftexp.cluster import ray_private
 
         more = filter(None, os.environ.get(MORE, "").split(","))
-        ray_private.import_without_drawing(lambda: import_all((*WITH_THE_CLUSTER, *more)))
+        with importing_for_good():  # Ray as well
+            ray_private.import_without_drawing(lambda: import_all((*WITH_THE_CLUSTER, *more)))
         return len({_in_a_fork(ray_private.random_id) for _ in range(2)}) == 2
 
     def serve(self) -> None:
