@@ -3,12 +3,18 @@ in ray_private.py. `tests/unit/test_ray_private.py` fails when an upgrade moves 
 
 The actor that answers looks at the nodes every 20 s. Asked just after a node's death, it still counts that node, and
 Ray Train waits for a group which nothing can start.
+
+A placement group that is asked for before Ray knows that the resources of the last group are free waits for Ray's next
+look at what is pending, once a second.
 """
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
+import ray
+from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 from ray.train.v2._internal.execution.scaling_policy import elastic
 from ray.train.v2._internal.execution.scaling_policy.factory import create_scaling_policy
 
@@ -16,6 +22,10 @@ if TYPE_CHECKING:
     from ray.data._internal.cluster_autoscaler.base_autoscaling_coordinator import ReservedResources
     from ray.train import ScalingConfig
     from ray.train.v2._internal.execution.scaling_policy import ScalingPolicy
+    from ray.train.v2._internal.execution.worker_group.worker_group import WorkerGroupContext
+
+_ROOM_S = 1.0  # then the placement group would have been looked at again
+_POLL_S = 0.01
 
 
 class FreshElasticScalingPolicy(elastic.ElasticScalingPolicy):  # type: ignore[misc]
@@ -34,3 +44,17 @@ class FreshElasticScalingPolicy(elastic.ElasticScalingPolicy):  # type: ignore[m
 def scaling_policy(config: ScalingConfig) -> ScalingPolicy:
     """Return the policy that Ray Train would create, or the one above in place of its elastic one."""
     return FreshElasticScalingPolicy(config) if config.elasticity_enabled else create_scaling_policy(config)
+
+
+class RoomAwaited(WorkerGroupCallback):  # type: ignore[misc]
+    """Lets a group of workers start once Ray knows of room for it, or after a second."""
+
+    def before_worker_group_start(self, worker_group_context: WorkerGroupContext) -> None:
+        """Ray's hook, in the controller."""
+        wanted, count = worker_group_context.resources_per_worker, worker_group_context.num_workers
+        deadline = time.monotonic() + _ROOM_S
+        while time.monotonic() < deadline:
+            available = ray.available_resources()
+            if all(available.get(name, 0) >= amount * count for name, amount in wanted.items()):
+                return
+            time.sleep(_POLL_S)

@@ -19,6 +19,7 @@ from ray.util.placement_group import PlacementGroup, placement_group_table, remo
 
 from ftexp.cluster import ray_private
 from ftexp.cluster.interruptible import fit_interruptibly
+from ftexp.cluster.ray_elastic import RoomAwaited
 from ftexp.cluster.ray_watch import end_workers
 from ftexp.cluster.signals import ignore_termination
 from ftexp.config.schema import REPLACE, Config
@@ -201,7 +202,7 @@ def build_trainer(context: RunContext, bundle: DataBundle, hub: HubAddress) -> T
             ),
             # the store thins out; Ray must not delete what it keeps
             checkpoint_config=CheckpointConfig(num_to_keep=None),
-            callbacks=[reporter],
+            callbacks=[reporter, RoomAwaited()],
             worker_runtime_env=workers.runtime_env,
             logging_config=LoggingConfig("INFO" if config.verbose else "CRITICAL"),
         ),

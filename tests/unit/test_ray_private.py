@@ -419,3 +419,21 @@ def test_a_controller_replaces_only_a_worker_that_failed_alone(monkeypatch):
     monkeypatch.setattr(FailureReporter, "replaces", False)
     assert failed(1) is None
     assert TrainController._failed_alone(SimpleNamespace(_worker_group=None, may_replace=may_replace)) is None
+
+
+def test_a_group_starts_once_ray_knows_of_room_for_it_or_after_a_while(monkeypatch):
+    from ray.train.v2._internal.execution.worker_group import worker_group
+
+    from ftexp.cluster import ray_elastic
+
+    names = {field.name for field in dataclasses.fields(worker_group.WorkerGroupContext)}
+    assert {"num_workers", "resources_per_worker"} <= names
+    assert "callback.before_worker_group_start(worker_group_context)" in inspect.getsource(worker_group.WorkerGroup)
+    context = SimpleNamespace(num_workers=2, resources_per_worker={"CPU": 1, "GPU": 0.5})
+    answers = iter([{"CPU": 4}, {"CPU": 1.0, "GPU": 1.0}, {"CPU": 2.0, "GPU": 1.0}, {}])
+    monkeypatch.setattr(ray, "available_resources", lambda: next(answers))
+    ray_elastic.RoomAwaited().before_worker_group_start(context)
+    assert next(answers) == {}, "it asks until there is room, and no more"
+    monkeypatch.setattr(ray, "available_resources", dict)
+    monkeypatch.setattr(ray_elastic, "_ROOM_S", 0.05)
+    ray_elastic.RoomAwaited().before_worker_group_start(context)

@@ -1,0 +1,31 @@
+"""The garbage collector and imports that take seconds."""
+
+import gc
+import sys
+
+import pytest
+
+from ftexp.cluster.importing import import_meanwhile, importing_for_good
+
+
+@pytest.mark.parametrize("error", [None, ImportError("not there")])
+def test_the_collector_leaves_alone_what_was_imported_and_works_on_afterwards(error):
+    made, running = [], []
+    try:
+        with importing_for_good():
+            made.append({"of": "a module"})
+            running.append(gc.isenabled())
+            if error is not None:
+                raise error
+    except ImportError as caught:
+        assert caught is error
+    assert (running, gc.isenabled()) == ([False], True)
+    assert not any(each is made[0] for each in gc.get_objects())
+
+
+def test_a_module_is_imported_on_a_thread_without_the_collector(tmp_path, monkeypatch):
+    (tmp_path / "asks_at_import.py").write_text("import gc\nCOLLECTS = gc.isenabled()\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    import_meanwhile("asks_at_import").join()
+    assert sys.modules.pop("asks_at_import").COLLECTS is False
+    assert gc.isenabled()
