@@ -19,12 +19,13 @@ from ftexp.predict.parts import PARTS
 # the digits as a source whose images past a certain one can't be read until a file is there: a command stands still
 # then, half-way, for as long as it takes
 GATED = """
-import functools, time
+import functools
 from pathlib import Path
 import numpy as np
 from sklearn.datasets import load_digits
 from ftexp.data.listing import Listing
 from ftexp.data.sources.registry import sources
+from tests.support.processes import wait_until
 
 class Reader:
     def __init__(self, folder):
@@ -38,8 +39,7 @@ class Reader:
 
     def read(self, item):
         for gate in (600, 1200):
-            while item > gate and not (self.folder / f"open_{gate}").exists():
-                time.sleep(0.02)
+            wait_until(lambda: item <= gate or (self.folder / f"open_{gate}").exists())
         return self.images[item]
 
 @sources.register("gated")

@@ -10,18 +10,13 @@ from tests.support.reference import BATCH, OPTIONS
 
 SAVED_BY = 43  # the step by which the first epoch's checkpoint is: while one is written, all are restarted
 PLUGIN = f"""
-import os, signal, time
+import os, signal
 from pathlib import Path
 
 from ftexp.worker import step
+from tests.support.processes import wait_until
 
 whole = step._forward_backward
-
-def wait_until(holds):
-    deadline = time.monotonic() + {DEADLINE_S}
-    while not holds():
-        assert time.monotonic() < deadline, "it never came"
-        time.sleep(0.01)
 
 def deadly(job, micro):
     here = Path(__file__)

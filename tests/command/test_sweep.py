@@ -31,10 +31,10 @@ WORDS = [
 
 # while there is a file `on`, one trial fails, and the next stands still in its third epoch, having saved
 PLUGIN = """
-import time
 from pathlib import Path
 
 from ftexp.checkpoint.registry import register_state
+from tests.support.processes import wait_until_none
 
 @register_state("doom")
 class Doom:
@@ -48,8 +48,8 @@ class Doom:
 
         def step_update(step):
             advance(step)
-            while step == 24 and rate == 0.03 and on.exists():
-                time.sleep(0.05)
+            if step == 24 and rate == 0.03:
+                wait_until_none(on.exists)
 
         job.scheduler.step_update = step_update
 

@@ -13,7 +13,6 @@ import stat
 import subprocess
 import sys
 import textwrap
-import time
 import uuid
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from ftexp.cluster.hot_start import driver, launcher
 from ftexp.cluster.hot_start.driver import HotStart
 from ftexp.cluster.hot_start.forker import MARK, import_all
 from ftexp.config.schema import ScalingConfig
-from tests.support.processes import many_open_files
+from tests.support.processes import many_open_files, wait_until
 
 DEADLINE_S = 60
 FULL = ("-m", "ftexp.cluster.hot_start.preloader")
@@ -142,13 +141,6 @@ def is_forked(preloaded, **options):
     code, output, errors = preloaded.run(f"import os; print(os.environ.get('{MARK}'))", **options)
     assert code == 0, errors
     return output == "1\n"
-
-
-def wait_until(condition):
-    end = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 def wait_for_end_of(pid):

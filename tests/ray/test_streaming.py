@@ -26,7 +26,7 @@ from ftexp.data.order import SampleOrder
 from ftexp.data.plan import ShardPlan
 from ftexp.data.shared import Shared
 from ftexp.job.build import _rows
-from tests.support.processes import wait_until_none
+from tests.support.processes import wait_until, wait_until_none
 
 SIZE = 24  # so that an image outweighs what comes with it
 INFO = DataInfo(["a", "b"], SIZE, 1, [0.0], [1.0], {})
@@ -80,10 +80,14 @@ def shown(batch):
 def settled(count):
     """The count, once it has stood still for two seconds."""
     last, since = count(), time.monotonic()
-    while time.monotonic() - since < 2:
-        time.sleep(0.05)
+
+    def has_stood_still():
+        nonlocal last, since
         if (now := count()) != last:
             last, since = now, time.monotonic()
+        return time.monotonic() - since > 2
+
+    wait_until(has_stood_still)
     return last
 
 

@@ -21,20 +21,22 @@ def descendants_with(text):
     return found
 
 
-def wait_for_command_line(pid, start):
-    """Return once the process's command line begins with `start`: subprocess.Popen returns a moment before that."""
+def wait_until(condition, tell=lambda: "it never came", every_s=0.05):
+    """Return once `condition()` holds; fail with `tell()` if that takes longer than anything here may."""
     end = time.monotonic() + DEADLINE_S
-    while not Path(f"/proc/{pid}/cmdline").read_bytes().startswith(start):
-        assert time.monotonic() < end, pid
-        time.sleep(0.001)
+    while not condition():
+        assert time.monotonic() < end, tell()
+        time.sleep(every_s)
 
 
 def wait_until_none(found):
     """Return once `found()` is empty."""
-    end = time.monotonic() + DEADLINE_S
-    while left := found():
-        assert time.monotonic() < end, left
-        time.sleep(0.05)
+    wait_until(lambda: not found(), tell=found)
+
+
+def wait_for_command_line(pid, start):
+    """Return once the process's command line begins with `start`: subprocess.Popen returns a moment before that."""
+    wait_until(lambda: Path(f"/proc/{pid}/cmdline").read_bytes().startswith(start), every_s=0.001)
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ from ftexp.checkpoint.restore import restore
 from ftexp.checkpoint.store import CheckpointStore
 from ftexp.job.job import RunIdentity
 from ftexp.storage.directory import Storage
+from tests.support.processes import wait_until
 from tests.support.saving_ranks import job_on, same, together, train, whole
 
 NODES = "abc"
@@ -56,8 +57,7 @@ def serve(directory, node):
 def start(directory, node):
     if (pid := os.fork()) == 0:
         serve(directory, node)
-    while not (Path(directory) / node).exists():
-        time.sleep(0.01)
+    wait_until((Path(directory) / node).exists)
     return pid
 
 
