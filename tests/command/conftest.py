@@ -33,7 +33,9 @@ def ftexp(tmp_path, preloaded):
     (tmp_path / "obedient.py").write_text(PLUGIN)  # of reference.OPTIONS
 
     def start(*overrides, module="train", as_typed=False, own_ray=False):
-        given = [f"run.storage={tmp_path / 'runs'}"] if module == "train" else []
+        given = []
+        if module == "train" and not any(word.startswith("run.storage=") for word in overrides):
+            given.append(f"run.storage={tmp_path / 'runs'}")
         if module == "train" and not any(word.startswith("report.") for word in overrides):
             given.append("report.enabled=false")  # half a second, which few tests look at
         joins = module in ("train", "drill") and not as_typed and not own_ray
