@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from ftexp.job.skipped_batches import SkippedBatches
     from ftexp.wire.channel import Channel
 
-_STEMS = ("model.", "optimizer.")  # file names without suffix: of a checkpoint, or of its first worker's shard
+_STEMS = ("model.", "optimizer.")  # file names without suffix, of a checkpoint or of the shard of its first worker
 _OF_THE_STORE = ("disk_full", "slow_storage")  # happen to rank 0, which does the writing
 
 
@@ -154,7 +154,7 @@ class Chaos:
 
     def _kill_driver(self) -> None:
         self._channel.send(KillDriver())
-        time.sleep(3600)  # the driver's death ends this process
+        time.sleep(3600)  # this process ends when the driver dies
 
     def _halve_snapshot(self) -> None:
         """Leave what Ray Train leaves when it is killed while it writes its bookkeeping in place."""

@@ -11,7 +11,7 @@ from blake3 import blake3
 from ftexp.errors import CheckpointError
 from ftexp.storage.directory import write_all
 
-BLAKE3, SHA256 = "blake3", "sha256"  # keys of a file's description in a manifest
+BLAKE3, SHA256 = "blake3", "sha256"  # keys by which a manifest describes a file
 TITLES = {BLAKE3: "BLAKE3", SHA256: "SHA-256"}
 
 

@@ -87,7 +87,7 @@ class CheckpointManager:
                 "checkpoint.format=sharded, and the model's parameters are not sharded: take parallel=fsdp or hsdp, or "
                 "checkpoint.format=auto"
             )
-        self._is_cut = sharded is not None  # whether the learner's tensors are sharded
+        self._is_cut = sharded is not None  # whether the tensors of the learner are sharded
         self._place = sharded if self._config.format != "full" else None
         is_sharded, timeout_s = self._place is not None, config.failure.save_timeout_s
         self._writer = CheckpointWriter(self._config, group, channel, store, is_sharded, timeout_s)
@@ -354,7 +354,7 @@ class CheckpointManager:
         self.close()
         if self._writer.failures:
             error = self._writer.failures[-1]
-            if isinstance(error, NonFiniteError):  # no fault of the storage's
+            if isinstance(error, NonFiniteError):  # not a failure of the storage
                 raise error
             raise StorageError(
                 f"the last checkpoint could not be written: {error}. Put {self._store.storage.uri} right, and give "

@@ -26,7 +26,7 @@ class StateContext(TrainingContext):
     they were built, and `load_state_dict` of the model and the optimiser comes before that of the states.
     """
 
-    scheduler: Any  # timm's; step_update(n) is called after n steps
+    scheduler: Any  # a timm scheduler; step_update(n) is called after n steps
     scaler: torch.amp.GradScaler  # disabled unless train.precision=fp16
     channel: Channel  # to the driver
     hooks: Hooks

@@ -42,7 +42,7 @@ def restore(job: Job, store: CheckpointStore, checkpoints: CheckpointManager) ->
             rejections.add(name, problem)
     if name is None and job.config.resume_from is not None:
         _start_from(job, job.config.resume_from)
-        checkpoints.save()  # so that a restart doesn't need the other run's checkpoints, which may be removed
+        checkpoints.save()  # so that a restart doesn't need the checkpoints of the other run, which may be removed
     if name is None:
         return START
     _announce(job, rejections.count, time.perf_counter() - started, name, STORAGE)

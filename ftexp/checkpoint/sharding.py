@@ -271,7 +271,7 @@ def like_parameters(optimizer: torch.optim.Optimizer) -> Like:
         if path[0] != "state" or not path[1] < len(parameters):
             return None
         parameter = parameters[path[1]]
-        # FSDP2's parameters are parameters and DTensors
+        # a parameter of FSDP2 is an nn.Parameter that holds a DTensor
         return parameter if is_sharded(parameter) and tuple(parameter.shape) == shape else None
 
     return like

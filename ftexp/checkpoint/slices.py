@@ -22,7 +22,7 @@ from ftexp.checkpoint.hashing import hex_of
 from ftexp.errors import CheckpointError
 from ftexp.storage.directory import Storage, write_all
 
-HEADER, HEADER_BYTES = "header_blake3", "header_bytes"  # keys of such a file's description in a manifest
+HEADER, HEADER_BYTES = "header_blake3", "header_bytes"  # keys by which a manifest describes such a file
 CHUNK_BYTES = 1 << 18
 _READ_BYTES = 1 << 23  # at a time
 _GAP_BYTES = 1 << 18  # at most, between chunks that are read together

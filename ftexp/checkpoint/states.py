@@ -44,7 +44,7 @@ class SchedulerState:
         return {"num_updates": self._context.progress.step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        # the optimiser's state is loaded already, with the learning rates at which the run was saved
+        # the state of the optimiser is loaded already, with the learning rates at which the run was saved
         before = [group["lr"] for group in self._context.optimizer.param_groups]
         self._context.scheduler.step_update(state["num_updates"])
         after = [group["lr"] for group in self._context.optimizer.param_groups]
@@ -138,7 +138,7 @@ class RngState:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if self._rank != 0:  # the other ranks' generators were not saved, and must not copy rank 0's
+        if self._rank != 0:  # only the generators of rank 0 are saved, and other ranks must not copy them
             return
         keys, *rest = state["numpy"]
         random.setstate(state["python"])

@@ -50,11 +50,11 @@ class Saving:
 
     manifest: Manifest
     parts: dict[str, Any]  # by name, of FILES; empty where this rank writes nothing
-    place: Place | None  # this rank's place, where the checkpoint is sharded
+    place: Place | None  # place of this rank, where the checkpoint is sharded
     metrics: dict[str, Any]
     about: dict[str, Any]  # the checkpoint, for its event
     is_last: bool
-    is_end: bool  # whether the run's last step is done
+    is_end: bool  # whether the last step of the run is done
     pending: tuple[Pending, ...]  # evaluations, of this checkpoint or of earlier ones
     best_step: int | None
 

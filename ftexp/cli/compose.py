@@ -102,7 +102,7 @@ def run_hydra(task: Callable[[DictConfig], float | None], argv: Sequence[str]) -
             hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")(reporting)()
     except KeyboardInterrupt as interrupt:
         return interrupted_code(interrupt)
-    except FtexpError as error:  # a launcher's, for all jobs
+    except FtexpError as error:  # raised by a launcher, for all jobs
         print_error(error)
         return error.exit_code
     except Exception as error:  # composing raises ValueError, AssertionError and AttributeError too

@@ -58,8 +58,8 @@ class SharedRay:
 class RunningRay:
     """The Ray that this process has connected to."""
 
-    host: str  # this node's address
-    is_own: bool  # started here, so that everything in it is this run's
+    host: str  # address of this node
+    is_own: bool  # started here, so that everything in it belongs to this run
     lost: Callable[[], str | None] = lambda: None  # why it is no more, if it isn't
     close: Callable[[], None] = lambda: None  # ends the watch over it
 

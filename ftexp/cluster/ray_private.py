@@ -37,7 +37,7 @@ _NCCL_POLL_S = "RAY_TRAIN_NCCL_RAS_MIN_POLL_INTERVAL_S"
 _NCCL_CONFIRM_S = "RAY_TRAIN_NCCL_RAS_CONFIRM_DURATION_S"
 _MAX_NCCL_POLL_S = 15.0  # Ray's default
 _WRAPPED_FAILURE = "health_check_failure"
-_VITAL = {"gcs_server": "GCS", "raylet": "raylet"}  # kind of process -> as Ray's documentation calls it
+_VITAL = {"gcs_server": "GCS", "raylet": "raylet"}  # kind of process -> its name in Ray's documentation
 
 
 def unwrap(error: Exception) -> Exception:

@@ -23,7 +23,7 @@ class Workers:
     num_workers: int | tuple[int, int]
     use_gpu: bool
     resources_per_worker: dict[str, float]
-    runtime_env: dict[str, Any] = field(default_factory=dict)  # Ray's, for the train workers alone
+    runtime_env: dict[str, Any] = field(default_factory=dict)  # runtime_env in Ray, for the train workers alone
 
     def ray_scaling(self, scaling: ScalingConfig) -> dict[str, Any]:
         """Return the arguments of Ray's ScalingConfig that say what a worker takes, and where it runs."""

@@ -39,9 +39,9 @@ FAULTS = (
 )
 SCHEDULES = ("cosine", "poly", "tanh", "step", "constant")
 MIX_MODES = ("batch", "pair", "elem")
-CROPS = ("none", "rrc", "rkrc", "rkrr")  # timm's train_crop_mode
+CROPS = ("none", "rrc", "rkrc", "rkrr")  # names of timm's train_crop_mode
 PREPROCESSING = ("mean", "std", "interpolation", "crop_pct", "crop_mode")  # keys of data that pretrained weights bring
-CROP_MODES = ("center", "squash", "border")  # timm's crop_mode, of evaluation
+CROP_MODES = ("center", "squash", "border")  # names of timm's crop_mode in evaluation
 TTA = ("none", "hflip")  # test-time augmentation, of evaluate and predict
 INTERPOLATIONS = ("bilinear", "bicubic")
 PILLOW, TORCHVISION = "pillow", "torchvision"
@@ -50,21 +50,21 @@ ERASE_MODES = ("const", "rand", "pixel")
 SINGLE_LABEL_LOSSES = ("ce", "bce", "focal", "asl", "poly", "jsd")
 MULTI_LABEL_LOSSES, REGRESSION_LOSSES = ("bce", "asl", "focal"), ("mse", "l1", "huber")
 LOSSES = (*SINGLE_LABEL_LOSSES, *REGRESSION_LOSSES)  # built in
-CLASS_WEIGHTS = ("none", "inv_freq", "effective_num")  # timm's
+CLASS_WEIGHTS = ("none", "inv_freq", "effective_num")  # names of timm's class weights
 SINGLE_LABEL, MULTI_LABEL, REGRESSION = "single_label", "multi_label", "regression"
 TASKS = (SINGLE_LABEL, MULTI_LABEL, REGRESSION)
 SAMPLINGS = ("shuffle", "balanced", "sqrt")
 INLINE, BESIDE = "inline", "beside"
-DISTILLATIONS = LOGITS, FEATURES, TOKEN = ("logits", "features", "token")  # timm's
+DISTILLATIONS = LOGITS, FEATURES, TOKEN = ("logits", "features", "token")  # names of timm's distillation types
 ALERTS = ("gave_up", "finished", "recoveries", "no_progress", "failing_saves", "straggler")
 HTTP_SCHEMES = ("http", "https")
 WEIGHTS = ("raw", "ema")  # weights of a run: those that were trained, or their EMA
-DIST_BN = ("none", "reduce", "broadcast")  # timm's
+DIST_BN = ("none", "reduce", "broadcast")  # names of timm's --dist-bn
 LR_SCALES = ("linear", "sqrt")
 PARALLEL = DDP, FSDP, HSDP = ("ddp", "fsdp", "hsdp")
 COMPILED = ("none", "model", "blocks")
 RESTART, REPLACE = "restart", "replace"  # values of failure.recovery
-SGD_NAMES = ("sgd", "momentum", "nesterov")  # timm's, of torch's SGD
+SGD_NAMES = ("sgd", "momentum", "nesterov")  # timm's names for torch.optim.SGD
 
 
 @dataclass(kw_only=True)
@@ -80,7 +80,7 @@ class ModelConfig:
     # {timm name: kwargs}: defaults while `name` is that model; `kwargs` overrides them. A group file has its sizes
     # here, so that with another `model.name` they don't reach that architecture
     preset: dict[str, dict[str, Any]] = field(default_factory=dict)
-    pretrained: Any = False  # true: timm's hub weights; a path: a local file, PyTorch's or safetensors'
+    pretrained: Any = False  # true: weights of timm's hub; a path: a local file of PyTorch or safetensors
     pretrained_partial: bool = False  # train also where weights give less than half of the model's parameters
     head_init_scale: float | None = ranged(
         None, above=0
@@ -154,14 +154,14 @@ class AugmentConfig:
     pad_px: int = ranged(0, low=0)  # shift by up to this many pixels each way, zeros moving in
     hflip: float = ranged(0.0, low=0, high=1)  # probability of a left-right flip
     brightness: float = ranged(0.0, low=0, high=1)  # multiply pixels by 1 +- up to this
-    rand_augment: str | None = None  # timm's words, rand-m9-n2-mstd0.5-inc1, say; drawn and applied sample by sample
+    rand_augment: str | None = None  # as timm writes it, such as rand-m9-n2-mstd0.5-inc1; drawn and applied per sample
     # a random part of the image as it is stored; none: all of it, as it is evaluated
     crop: str = choice("none", CROPS)
     scale: list[float] | None = None  # [min, max] of the image's area; None: [0.08, 1], and [0.8, 1] of rkrc, rkrr
     ratio: list[float] | None = None  # [min, max] of width to height; None: [3/4, 4/3], and [0.9, 1/0.9] of those
     interpolation: str = choice("random", ("random", *INTERPOLATIONS))  # for crop and auto_augment
     vflip: float = ranged(0.0, low=0, high=1)  # probability of an upside-down flip
-    auto_augment: str | None = None  # timm's words: rand-m9-mstd0.5-inc1, original, v0, augmix-m3, 3a, ...
+    auto_augment: str | None = None  # as timm writes it: rand-m9-mstd0.5-inc1, original, v0, augmix-m3, 3a, ...
     # maximum change of brightness, contrast and saturation; or [brightness, contrast, saturation], and hue if you like
     color_jitter: Any = None
     color_jitter_prob: float | None = ranged(None, low=0, high=1)  # None: of every sample
@@ -235,12 +235,13 @@ class TrainConfig:
     channels_last: bool = False
     deterministic: bool = True  # on GPUs: the same bits each time, at some cost; CPUs do that anyway
     label_smoothing: float = ranged(0.0, low=0, high=0.999)
-    sync_bn: bool = False  # on GPUs: batch norm's statistics in training are of all workers together
-    # before an evaluation, batch norm's running statistics become rank 0's, or their mean, or stay each rank's own
+    sync_bn: bool = False  # on GPUs: in training, batch norm takes its statistics over all workers
+    # batch norm's running statistics before an evaluation. broadcast: all ranks take those of rank 0; reduce: they take
+    # the mean; none: each rank keeps its own
     dist_bn: str = choice("broadcast", DIST_BN)
     clip_grad_norm: float | None = ranged(None, above=0)  # norm of all gradients together; one of these three, or none
     clip_grad_value: float | None = ranged(None, above=0)  # each gradient within +- this
-    clip_grad_agc: float | None = ranged(None, above=0)  # each unit's, as a share of its weights' norm; not the head's
+    clip_grad_agc: float | None = ranged(None, above=0)  # each unit's, as a share of its weight norm; not in the head
     # {part: first epoch that trains it, from 1, or null for none}: backbone, layers.0-5, or a pattern of timm's names
     freeze: dict[str, Any] = field(default_factory=dict)
     eval_every_epochs: int = ranged(1, low=1)  # the last epoch is always evaluated
@@ -266,7 +267,7 @@ class LossConfig:
     """The loss that training minimises. Evaluation's is that of `ftexp.evaluation.tasks`, whatever is set here."""
 
     name: str = "ce"  # one of LOSSES, or one of your own
-    # none, inv_freq, effective_num, or a weight for each class: a sample's loss is multiplied by its class's
+    # none, inv_freq, effective_num, or a weight for each class, by which the loss of its samples is multiplied
     class_weights: Any = "none"
     effective_num_beta: float = ranged(0.999, above=0, high=0.9999999)  # effective_num: near 1 is near inv_freq
     target_threshold: float | None = ranged(None, low=0, high=0.999)  # bce: targets of mixed samples above it become 1
@@ -296,7 +297,7 @@ class OptimConfig:
     lr_base_scale: str | None = choice(None, LR_SCALES)  # None: sqrt for ada* and lamb, else linear
     weight_decay: float = ranged(0.0, low=0)  # not applied to biases and norms
     filter_bias_and_bn: bool = True  # false: weight decay for all but what the model itself excludes
-    layer_decay: float | None = ranged(None, above=0, high=1)  # rate of a layer, as a share of the next one's
+    layer_decay: float | None = ranged(None, above=0, high=1)  # learning rate of a layer, as a share of the next
     kwargs: dict[str, Any] = field(default_factory=dict)  # passed on to timm's create_optimizer_v2
 
 
@@ -321,10 +322,11 @@ class DistillConfig:
     alpha: float = ranged(0.5, above=0, high=1)  # share of the teacher's term; the rest is the loss of the labels
     temperature: float = ranged(1.0, above=0)  # logits, token: both sides' logits are divided by it
     hard: bool = False  # token: the teacher's most likely class, not its distribution
-    # a run's: best, latest, or a name. Of one that resumes, best and latest are what it began with, while that exists
+    # checkpoint of a run: best, latest, or a name. When a run resumes, best and latest stay what they were at its start
+    # while that checkpoint exists
     checkpoint: str = "best"
     weights: str = choice("raw", WEIGHTS)  # weights of a run
-    pretrained: Any = True  # weights of a timm name: true for its hub's, or the path of a weights file
+    pretrained: Any = True  # weights of a timm name: true for timm's hub, or the path of a weights file
     kwargs: dict[str, Any] = field(default_factory=dict)  # kwargs of a timm name: passed on to timm.create_model
     # input size of the teacher, resized from data.image_size. None: the size that the teacher's run was trained with;
     # data.image_size if the teacher is not a run
@@ -337,7 +339,7 @@ class DistillConfig:
 
 @dataclass(kw_only=True)
 class ScheduleConfig:
-    name: str = choice(MISSING, SCHEDULES)  # timm's; stepped every optimiser step
+    name: str = choice(MISSING, SCHEDULES)  # schedulers of timm, stepped every optimiser step
     warmup_epochs: float = ranged(0.0, low=0)
     warmup_lr: float = ranged(1e-6, low=0)
     min_lr: float = ranged(0.0, low=0)
@@ -377,7 +379,7 @@ class ScalingConfig:
 class ParallelConfig:
     """How the model lies on the workers."""
 
-    # ddp: each worker holds all of it; fsdp: each holds a share of its parameters, gradients and optimiser's state;
+    # ddp: each worker holds all of it; fsdp: each holds a share of parameters, gradients and optimiser state;
     # hsdp: so do the shard_size workers of a replica, and each replica is whole
     kind: str = choice(DDP, PARALLEL)
     shard_size: int | None = ranged(
@@ -502,7 +504,7 @@ class SweepConfig:
     name: str | None = None  # None: a new, timestamped sweep. Set: the same command resumes it
     max_concurrent: int | None = ranged(None, low=1)  # trials at once; None: as many as fit
     retry_failed: bool = True  # whether the same command tries failed trials again
-    metric: str | None = None  # the objective, of a trial's last metrics; None: checkpoint.checkpoint_score_attribute
+    metric: str | None = None  # objective, in a trial's last metrics; None: checkpoint.checkpoint_score_attribute
     mode: str | None = choice(None, ("max", "min"))  # None: checkpoint.checkpoint_score_order
 
 

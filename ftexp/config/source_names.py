@@ -8,7 +8,7 @@ from __future__ import annotations
 
 OF_DECODING = ("decoder", "decode_size", "exif_orientation", "background", "bit_depth")
 _OF_FILES = ("on_bad_sample", "decode_cpus", "crop_pct", "crop_mode", "interpolation", *OF_DECODING)
-# fields of DataConfig that a run's weights rest on
+# fields of DataConfig on which the weights of a run depend
 AS_TRAINED = (
     *("task", "image_size", "channels", "mean", "std", "num_classes", "crop_pct", "crop_mode", "interpolation"),
     *(name for name in OF_DECODING if name != "decode_size"),  # used in training alone

@@ -7,7 +7,7 @@ from typing import Any
 
 from ftexp.config.fields import choice, ranged
 
-# what each of ftexp's needs
+# the package that each built-in tracker needs
 TRACKER_PACKAGES = {
     "tensorboard": "tensorboard",
     "mlflow": "mlflow",

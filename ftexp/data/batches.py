@@ -13,7 +13,7 @@ from ftexp.data.order import Int64s
 class MicroBatch:
     """Part of a rank's share, for one forward and backward pass."""
 
-    # float32, normalised [rows, channels, image_size, image_size]; with augment.splits, each row's views after another
+    # float32, normalised [rows, channels, image_size, image_size]; with augment.splits, views of a row come together
     images: Tensor
     labels: Tensor  # int64 [rows], or float32 [rows, num_classes]: see `ToTensors.targets`
     weights: Tensor  # float32 [rows]; summed over all ranks and micro-batches, weight times loss is the global mean
@@ -30,5 +30,5 @@ class Batch:
     start: int
     end: int
     micro_batches: list[MicroBatch]
-    positions: Int64s  # positions of this rank's share, [rows]
+    positions: Int64s  # positions of the share of this rank, [rows]
     samples: Int64s  # at those positions, [rows]

@@ -97,7 +97,7 @@ class RandomCrop:
 
     mode: str
     size: int
-    scale: tuple[float, float]  # scale of the area, as a share of the picture's
+    scale: tuple[float, float]  # area of the crop, as a share of the picture
     ratio: tuple[float, float]  # ratio of width to height; rkrc, rkrr: what it is multiplied by
     interpolation: str  # bilinear, bicubic, or random for one of them
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import torch
 
 UInt8s = npt.NDArray[np.uint8]
-Picture = Image.Image | UInt8s  # any size; pillow's, or torchvision's: [height, width, channels]
+Picture = Image.Image | UInt8s  # of any size; Pillow's image, or torchvision's pixels [height, width, channels]
 
 RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 _TORCHS = {resampling: name for name, resampling in RESAMPLING.items()}
@@ -41,8 +41,8 @@ _FACTORS = (8, 4, 2)  # by which libjpeg shrinks
 # 48 dB or more. With 1 it is 25 to 47 dB, since torch's antialiasing filter has little or nothing left to do
 _KEPT = 2
 _DARK = 64  # no pixel of a 16-bit image reaches this, of 255: it holds 14 bits, or fewer
-_UNCHANGED = 0  # torchvision's ImageReadMode
-# a JPEG's markers, after 0xFF (T.81, table B.1): frames, sequential or progressive; the scan; tables; JFIF's segment
+_UNCHANGED = 0  # ImageReadMode.UNCHANGED of torchvision
+# markers of a JPEG, after 0xFF (T.81, table B.1): frames, sequential or progressive; the scan; tables; JFIF's segment
 _START = b"\xff\xd8"
 _SOFS, _SOS, _DQT, _APP0 = (0xC0, 0xC2), 0xDA, 0xDB, 0xE0
 _SKIPPED = (0xC4, 0xDD, 0xFE)  # Huffman tables, restart interval, comment

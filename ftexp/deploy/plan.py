@@ -16,7 +16,7 @@ PORT = 6379  # port of Ray's GCS
 MOUNT = "/runs"  # where deploy.volume_claim is mounted
 USER_ID = 10001  # user id in the image; it has no entry in /etc/passwd
 _SET_HERE = ("scaling.address", "scaling.num_workers", "scaling.use_gpu")
-_NAME = re.compile(r"[a-z0-9]([-a-z0-9]{0,45}[a-z0-9])?")  # RayJob's: KubeRay adds to it, up to 63 characters
+_NAME = re.compile(r"[a-z0-9]([-a-z0-9]{0,45}[a-z0-9])?")  # of a RayJob: KubeRay appends to it, up to 63 characters
 
 
 @dataclass(kw_only=True)
@@ -27,7 +27,7 @@ class DeployConfig:
     gpus_per_node: int = ranged(0, low=0)  # a worker for each; 0: training on CPUs
     cpus_per_node: int = ranged(8, low=1)
     memory_gb: int = ranged(32, low=1)  # memory of a node
-    hours: float = ranged(24.0, above=0)  # slurm: the job's time limit; it is requeued when that comes
+    hours: float = ranged(24.0, above=0)  # slurm: time limit of the job, which is requeued when it is reached
     warn_s: int = ranged(120, low=30)  # slurm: from the signal to the time limit
     # slurm: the partition; kueue: the LocalQueue
     queue: str | None = None

@@ -25,11 +25,11 @@ class RankFacts:
 
     rank: int
     node: str
-    device: str  # the GPU's name, or the processor's
+    device: str  # name of the GPU, or of the processor
     versions: dict[str, str]
     products: list[str]  # a hash of each
     all_reduce_s: float
-    clock_ahead_s: float  # seconds by which the clock is ahead of rank 0's
+    clock_ahead_s: float  # seconds by which the clock is ahead of that of rank 0
     clock_error_s: float  # at most
 
 

@@ -140,7 +140,7 @@ class Evaluations:
                 self._running.discard(task)
 
     def _pass_on(self, done: Future[Evaluated]) -> None:
-        # on its own thread: where the result is there already, this callback runs while the hub's lock is held
+        # on a thread of its own: if the result is there already, this callback runs while the hub holds its lock
         threading.Thread(target=self._log_and_broadcast, args=(done.result(),), daemon=True).start()
 
     def _log_and_broadcast(self, found: Evaluated) -> None:

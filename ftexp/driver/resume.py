@@ -91,7 +91,7 @@ def open_run(config: Config, run_dir: Storage, run_name: str) -> RunState:
     except ConfigError:
         if _has_progress(state, run_dir):
             raise
-        # it ended before its first step, by a mistake in its config, say: there is nothing to mix with another run's
+        # it ended before its first step (by a mistake in its config, say): there is nothing to mix with another run
         return RunState(name=run_name, fingerprint=own, attempts=state.attempts)
     train = config.train
     if state.stopped is not None and state.stopped["rules"] != stopping_rules(config):

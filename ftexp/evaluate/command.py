@@ -179,7 +179,7 @@ def _on_other_data(run_config: Config, other: Config, storage: Storage) -> Confi
     data = dataclasses.replace(data, root=root, num_classes=None, feed=AUTO, shuffle_window=None)
     plugins = [*run_config.plugins, *(name for name in other.plugins if name not in run_config.plugins)]
     model = dataclasses.replace(run_config.model, pretrained=False, pretrained_partial=False)
-    # there are no workers, and this may be another machine than the run's
+    # there are no workers, and this may not be the machine that trained the run
     made = dataclasses.replace(run_config, data=data, model=model, plugins=plugins, scaling=ScalingConfig())
     validate(made, trains=False)
     return made

@@ -31,8 +31,9 @@ class MetricContext:
     num_classes: int
     class_names: Sequence[str]
     device: torch.device  # device of what `update` gets, and of what ranks send to each other
-    predictions: Predictions  # `predictions.keep()`: all of the split's, for metrics that no sums make up
-    target_std: Sequence[float] | None = None  # where targets are standardised: a unit of the model's
+    predictions: Predictions  # `predictions.keep()` keeps all of the split, for metrics that are not sums
+    # where targets are standardised: what 1 of the model's outputs is in the unit of the targets
+    target_std: Sequence[float] | None = None
 
 
 class Metric(Protocol):

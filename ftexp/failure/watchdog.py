@@ -93,8 +93,8 @@ class Watchdog:
             self.check()
             limit = self._limits.get(self._phase)
             if limit is not None:
-                # for code that never releases the GIL: a timer in C, set again while this thread can run; it prints the
-                # stack traces to the worker's log
+                # for code that never releases the GIL: a timer in C, set again while this thread can run; it prints
+                # the stack traces to the log of the worker
                 faulthandler.dump_traceback_later(limit + _GRACE_S, exit=True)
             else:
                 faulthandler.cancel_dump_traceback_later()

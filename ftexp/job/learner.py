@@ -28,7 +28,7 @@ class Learner:
     wrapped: nn.Module  # `trainable` under DDP; itself where it is sharded
     wrap: Callable[[nn.Module], nn.Module]  # makes `wrapped` of `trainable`; collective
     optimizer: torch.optim.Optimizer
-    scheduler: Any  # timm's; step_update(n) after n steps
+    scheduler: Any  # a timm scheduler; step_update(n) after n steps
     scaler: torch.amp.GradScaler  # disabled unless fp16
     autocast: torch.autocast  # the context of forward passes; one after the other may use it
     as_logits: Callable[[Any], Tensor]  # checks what the model returns: see `ftexp.model.build.as_logits`

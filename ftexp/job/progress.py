@@ -29,7 +29,7 @@ class Progress:
     epoch: int = 0  # whole epochs done
     metrics: dict[str, float] = field(default_factory=dict)  # the latest of each
     best: dict[str, Any] = field(default_factory=dict)  # {"metric": name, "value": float, "step": int}, or empty
-    num_overflows: int = 0  # steps that fp16's loss scaler skipped
+    num_overflows: int = 0  # steps that the fp16 loss scaler skipped
     stopped: str | None = None  # why a hook had the run end at this step
     pending: list[Pending] = field(default_factory=list)  # evaluations, oldest first
 

@@ -42,7 +42,7 @@ def keep_compiled() -> None:
     directory = base / "ftexp" / "inductor"
     try:
         directory.mkdir(parents=True, exist_ok=True)
-    except OSError:  # no home that can be written: torch's own place then
+    except OSError:  # the home cannot be written to: torch then uses its own default
         return
     if os.access(directory, os.W_OK | os.X_OK):
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(directory)

@@ -18,7 +18,7 @@ from ftexp.config.schema import MULTI_LABEL, SINGLE_LABEL, LossConfig
 from ftexp.model.loss_registry import Loss, LossContext, loss_builder, register_loss
 from ftexp.model.multi_label_losses import PER_CLASS, build_per_class
 
-_MIN_PROBABILITY = 1e-7  # probability of a mixture, timm's
+_MIN_PROBABILITY = 1e-7  # lowest probability of a mixture, as in timm's JsdCrossEntropy
 
 
 @register_loss("ce")

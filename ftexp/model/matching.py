@@ -28,9 +28,9 @@ class WeightsReport:
 
     source: str
     matched: list[str]
-    resized: list[str]  # position tables, patch embeddings and input convolutions, fitted by timm's own functions
-    missing: list[str]  # the model's keys that the weights lack: these start from scratch
-    unused: list[str]  # the weights' keys with no place in the model, or of another shape
+    resized: list[str]  # position tables, patch embeddings and input convolutions, resized by timm's own functions
+    missing: list[str]  # keys of the model that the weights lack: these start from scratch
+    unused: list[str]  # keys of the weights that the model lacks, or has with another shape
 
     def __str__(self) -> str:
         total = len(self.matched) + len(self.resized) + len(self.missing)
@@ -117,7 +117,7 @@ def _filtered(filter_fn: Filter | None, weights: StateDict, model: nn.Module) ->
         try:
             assert filter_fn is not None
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # torch's, of how timm interpolates
+                warnings.simplefilter("ignore")  # torch warns about the way in which timm interpolates
                 filtered = filter_fn(dict(weights), *arguments)
             return {name: value for name, value in filtered.items() if isinstance(value, torch.Tensor)}
         except Exception:  # filters look up names, and resample what they take for square grids: KeyError, RuntimeError
@@ -165,7 +165,7 @@ def _fit_positions(model: nn.Module, value: torch.Tensor, own: torch.Tensor) -> 
     if not _is_square(value.shape[1] - prefix):
         if prefix or not _is_square(value.shape[1] - 1):
             return value
-        value = value[:, 1:]  # a class token's, which a mean-pooling model doesn't have
+        value = value[:, 1:]  # without the class token, which a mean-pooling model doesn't have
     resampled: torch.Tensor = resample_abs_pos_embed(value, new_size=list(grid), num_prefix_tokens=prefix)
     return resampled
 

@@ -49,7 +49,7 @@ class Teacher:
         """Return the student's images, normalised and scaled as the teacher's were."""
         if self._constants is not None:
             mean, std, own_mean, own_std = self._constants
-            images = (images * std + mean - own_mean) / own_std  # as timm's DistillationTeacher
+            images = (images * std + mean - own_mean) / own_std  # as timm's DistillationTeacher does
         if images.shape[-1] == self._size:
             return images
         return F.interpolate(images, size=(self._size, self._size), mode="bicubic", antialias=True)

@@ -21,7 +21,7 @@ _MAX_SHOWN = 3  # names of classes in a message
 class TeacherSpec:
     """A frozen model: what it is built as, where its weights lie, and how images are prepared for it."""
 
-    model: ModelConfig  # `pretrained`: true for the hub's weights, the path of a file; false for those of a run
+    model: ModelConfig  # `pretrained`: true for timm's hub, or the path of a file; false where the weights are a run's
     source: str  # names it in messages
     class_names: list[str] | None  # None: not known
     num_classes: int | None  # likewise
@@ -32,7 +32,7 @@ class TeacherSpec:
     plugins: tuple[str, ...] = ()  # that it needs
     uri: str | None = None  # URI of a run's checkpoint, with `file` in it
     file: str = "model.pt"  # or extra_state.pt, for the EMA
-    # hash of the file that holds the weights, as a run's manifest has it (BLAKE3, or SHA-256); None: of the hub
+    # hash of the file that holds the weights, as in a run's manifest (BLAKE3, or SHA-256); None: weights of timm's hub
     sha256: str | None = None
     # reads what lies at `uri` and `file`: the state dict, and the file's hash; given by those who know checkpoints
     read: Callable[[str, str], tuple[dict[str, Any], str]] | None = None

@@ -49,7 +49,7 @@ _SCALING = ("num_workers", "use_gpu", "resources_per_worker", "address", "hot_st
 _FOLLOWS = (*AS_TRAINED, "decode_size")
 _OF_TRAINING = ("feed", "shuffle_window", "prefetch_batches", "on_bad_sample")
 _SPLITTING = ("val_fraction", "test_fraction", "split_seed")
-_RUNS_DATA = "of_the_run"  # the option of the group `data` that holds the run's own
+_RUNS_DATA = "of_the_run"  # the option of group `data` that is the data of the run
 _TOP_K = 5
 
 

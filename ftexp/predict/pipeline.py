@@ -127,7 +127,7 @@ class PredictionJob:
         dataset.context.enable_progress_bars = False
         dataset.context.custom_execution_callback_classes = [StopWhenAsked]
         options = dataset.context.execution_options
-        options.preserve_order = True  # so that a part's rows come together
+        options.preserve_order = True  # so that the rows of a part come together
         unit_bytes = max(len(unit) for unit in units) * row_bytes
         # what tasks are making, as much again that waits for an actor, and what actors have
         store = (2 * num_decoding + (_IN_FLIGHT + 1) * workers.max_workers + 2) * unit_bytes

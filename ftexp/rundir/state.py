@@ -26,7 +26,7 @@ class Failure:
     error: str
     # from the death of the process, its exception, or else its last sign of life, until Ray reports the failure
     seconds_to_detect: float | None = None
-    seconds_to_restart: float | None = None  # from there to the new worker group's start
+    seconds_to_restart: float | None = None  # from there to the start of the new worker group
     seconds_to_restore: float | None = None  # from there to the first batch
     seconds_to_new_step: float | None = None  # from there to the end of the first step that had never been done before
     steps_replayed: int | None = None

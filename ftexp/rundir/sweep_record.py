@@ -40,7 +40,7 @@ class SweepRecord:
     """The content of sweep.json."""
 
     name: str
-    metric: str  # the objective, of a trial's last metrics
+    metric: str  # the objective, a key of a trial's last metrics
     mode: str  # max, or min
     keys: list[str]  # that were ever swept: they name the trials
     trials: list[Trial] = field(default_factory=list)

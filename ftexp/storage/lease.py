@@ -154,7 +154,7 @@ def remove_unused(storage: Storage) -> None:
     """Remove a directory on a disk that holds only a released claim. No other process may know its name."""
     if (path := storage.local_path) is None:
         return
-    with contextlib.suppress(OSError):  # it is somebody's, or the disk's: it stays
+    with contextlib.suppress(OSError):  # in use, or the disk fails: the directory stays
         if [entry.name for entry in path.iterdir()] == [LOCK_FILE]:
             (path / LOCK_FILE).unlink()
             path.rmdir()

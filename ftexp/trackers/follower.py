@@ -48,7 +48,7 @@ class Follower:
         self._held: set[Key] = set()  # what the tracker is known to have
         self._outcome: Outcome | None = None
         self._problem: str | None = None  # while it is down
-        self.complete = False  # it has everything, and the run's outcome
+        self.complete = False  # it has everything, and the outcome of the run
         self.unheard: TrackerOpened | None = None  # that it was opened, if nobody listened any more
         self._stopped = threading.Event()
         threading.Thread(target=self._run, daemon=True, name=f"tracker-{name}").start()

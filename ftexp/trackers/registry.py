@@ -13,7 +13,7 @@ from ftexp.registry import Registry
 if TYPE_CHECKING:
     from ftexp.trackers.figures import Figure
 
-Key = tuple[str, int]  # a metric's name and a step: what a tracker must have once, and never twice
+Key = tuple[str, int]  # name of a metric, and step: a tracker must have each exactly once
 _HEAD = ("time", "split", "step", "epoch")
 
 
@@ -60,7 +60,7 @@ class TrackedRun:
     tags: dict[str, str]  # run_dir, git_commit, sweep, and those of the config
     started: float  # seconds since 1970
     sweep: str | None = None  # the name of the sweep that it is a trial of
-    sweep_id: str | None = None  # `id` of the sweep's TrackedRun
+    sweep_id: str | None = None  # `id` of the TrackedRun of the sweep
     figures: Callable[[], list[Figure]] = _no_figures  # how it stands at this moment; from any thread
     ray_address: str | None = None  # scaling.address: the cluster that it joins; None: it has a Ray of its own
 

@@ -291,7 +291,7 @@ class Restored(Event):
 class SnapshotsBegun(Event):
     """A worker has found memory on its node for snapshots."""
 
-    node: str  # Ray's id
+    node: str  # its node id in Ray
     pid: int  # pid of the keeper, whose memory it is
     bytes: int  # that snapshots take on the node
 
@@ -451,7 +451,7 @@ class StoppedEarly(Event):
     step: int
     epoch: int
     reason: str
-    rules: dict[str, Any]  # the config's `stopping` and `hooks`
+    rules: dict[str, Any]  # `stopping` and `hooks` of the config
 
 
 # Trackers
@@ -482,7 +482,7 @@ class AlertSent(Event):
     """An alert was delivered."""
 
     alert: str  # its kind
-    to: str  # the URL's scheme and host
+    to: str  # scheme and host of the URL
 
 
 @dataclass(frozen=True)

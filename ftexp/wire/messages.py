@@ -33,7 +33,7 @@ class Hello(Message):
     pid: int
     node: str
     hot_start: bool = False  # it was forked from a process that had imported everything
-    ray_node: str = ""  # Ray's id of its node
+    ray_node: str = ""  # node id in Ray
     replaces: bool = False  # it takes the place of a worker that died, among others that live
 
 

@@ -51,9 +51,9 @@ def evaluate(job: Job, split: str, findings: Findings | None = None) -> None:
 def _share_statistics(job: Job, split: str) -> None:
     """Bring them together for an evaluation, so that a run that resumes from the last checkpoint has the same ones."""
     learner, world_size = job.learner, job.group.world_size
-    # the test comes after the last checkpoint, so it is of what a checkpoint holds: rank 0's
+    # the test follows the last checkpoint, so it takes the statistics that the checkpoint holds: those of rank 0
     share_statistics(learner.model, "broadcast" if split == "test" else job.config.train.dist_bn, world_size)
-    if learner.ema is not None:  # which averages its own rank's, and is saved as rank 0 has it
+    if learner.ema is not None:  # each rank averages its own statistics, and rank 0 saves the EMA
         share_statistics(learner.ema.model, "broadcast", world_size)
 
 

@@ -46,7 +46,7 @@ class RankTimes:
     def watch(self) -> None:
         """Notice where the model waits; to be called again when other parts of it are trained."""
         self.stop()
-        self._job.stopwatch.go_on()  # gradients that were computed for their order alone are no step's
+        self._job.stopwatch.go_on()  # gradients that were computed for their order alone belong to no step
         if self._stragglers is None:
             return
         learner = self._job.learner

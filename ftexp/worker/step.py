@@ -104,7 +104,7 @@ def _gradients(job: Job, micro_batches: Sequence[MicroBatch]) -> Sequence[Tensor
     learner, losses = job.learner, []
     learner.optimizer.zero_grad(set_to_none=True)
     if learner.sharding is not None:
-        job.stopwatch.wait()  # the time until rank 0's buffers arrive is waiting
+        job.stopwatch.wait()  # until the buffers of rank 0 arrive, this rank waits
         learner.sharding.begin_step(learner.model)
         job.stopwatch.go_on()
     for number, micro in enumerate(micro_batches):

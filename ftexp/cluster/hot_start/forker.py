@@ -31,7 +31,7 @@ WITH_THE_CLUSTER = (
     *("pyarrow.json", "pydantic.v1", "ray.tune", "ray.data._internal.execution.streaming_executor"),
     *("ray.data._internal.logical.optimizers", "ray.data._internal.planner.planner"),
 )
-MORE = "FTEXP_PRELOAD"  # names of modules that this job's workers import besides, with commas between
+MORE = "FTEXP_PRELOAD"  # more modules for the workers of this job to import, with commas between
 ANSWERED_BY_A_WORKER = (signal.SIGINT, signal.SIGTERM)  # but ignored here
 MARK = "FTEXP_HOT_START"  # environment variable that a forked worker has
 _IDLE_S = 300.0  # without a worker, before it ends: a job waits for less between two worker groups
@@ -56,7 +56,7 @@ class Forker:
 
     def __init__(self, channel: socket.socket, environment: dict[str, str]) -> None:
         self._channel = channel
-        self._children: dict[int, socket.socket] = {}  # pid -> its launcher's connection
+        self._children: dict[int, socket.socket] = {}  # pid -> connection to its launcher
         self._wakeup = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         os.environ.update({name: value for name, value in environment.items() if os.environ.get(name) != value})
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -133,7 +133,7 @@ class Forker:
         """In the child: be the worker that was asked for. Never returns."""
         code = 1
         try:
-            os.setpgid(0, 0)  # Ray kills a dead worker's whole process group
+            os.setpgid(0, 0)  # Ray kills the whole process group of a dead worker
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGINT, signal.default_int_handler)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)

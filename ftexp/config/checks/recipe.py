@@ -32,8 +32,8 @@ from ftexp.config.schema import (
 from ftexp.config.timm_names import optimizer_names, without_drop_path
 from ftexp.registry import FROM_PLUGINS, did_you_mean
 
-_SECOND_ORDER = ("adahessian",)  # timm's optimisers of second order
-# set where the recipe's own values don't fit: warm-up as a share of the epochs, min_lr as a share of lr
+_SECOND_ORDER = ("adahessian",)  # second-order optimisers of timm
+# suggested where the values of the recipe don't fit: warm-up as a share of the epochs, min_lr as a share of lr
 _WARMUP_SHARE, _MIN_LR_SHARE = 0.1, 0.01
 _CLIPPING = ("clip_grad_norm", "clip_grad_value", "clip_grad_agc")
 # timm scales the learning rate of optimisers with these name parts by the square root of the batch

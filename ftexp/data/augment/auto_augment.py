@@ -22,7 +22,7 @@ from ftexp.data.sources.arrays import UInt8s
 
 _STREAM = 0x72616E64  # keeps RandAugment's draws apart from other uses of the run's seed
 _GREY = 0.5  # what moves in at the edges, where the data's mean isn't given
-_TRANSLATE_SHARE = 0.45  # maximum shift of a policy that shifts by pixels; these three as create_transform's
+_TRANSLATE_SHARE = 0.45  # maximum shift of a policy that shifts by pixels; these three as in timm's create_transform
 _AUGMIX_TRANSLATE_PCT = 0.3
 
 

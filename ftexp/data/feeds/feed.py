@@ -142,7 +142,7 @@ class Reused:
             kept = [(memory, user) for memory, user in self._kept if memory.size == size]  # a short batch is rare
             memory = next((memory for memory, user in kept if user() is None), None)
             if memory is None:
-                memory = torch.empty(size).numpy()  # torch's, as it aligns more than numpy does
+                memory = torch.empty(size).numpy()  # by torch, which aligns to more bytes than numpy
             lent = memory[:]  # what the tensor and all its views hold on to
             self._kept = [(other, user) for other, user in kept if other is not memory] + [(memory, weakref.ref(lent))]
         return torch.from_numpy(lent).view(shape)

@@ -20,4 +20,4 @@ if TYPE_CHECKING:
 Source = Callable[[DataConfig], "DataBundle | Listing"]  # all in memory; or files, which ftexp.data.build reads
 
 sources: Registry[Source] = Registry("data.name")
-register_source = sources.register  # a function's decorator: data.name finds it under the name that is given
+register_source = sources.register  # decorates a function, which data.name then finds by the given name

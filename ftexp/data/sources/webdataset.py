@@ -233,7 +233,7 @@ class Index:
     """Place of each item, columns by item."""
 
     paths: list[str]  # paths of the shards
-    names: Any  # pyarrow's large_string
+    names: Any  # a pyarrow array of large_string
     shards: Int64s
     offsets: Int64s
     num_bytes: Int64s

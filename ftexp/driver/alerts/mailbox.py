@@ -71,7 +71,7 @@ class Mailbox:
             try:
                 self._send(self._url, body, self._timeout_s)
                 return None
-            except Exception as error:  # an error of any kind: a server's, or a package's, and no business of the run's
+            except Exception as error:  # whatever the server or a package raises: the run must not fail
                 problem = self._without_url(f"{type(error).__name__}: {error}")
             if wait_s is None or self._closing.wait(wait_s):
                 break

@@ -161,7 +161,7 @@ class Runner:
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C in a terminal is the sweep's, which passes it on once
+                start_new_session=True,  # so that Ctrl-C in a terminal reaches the sweep alone, which passes it on once
             )
         assert process.popen.stdin is not None
         try:

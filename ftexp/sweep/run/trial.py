@@ -30,12 +30,12 @@ class TrialRequest:
 
 def main() -> None:
     """Read the request, train, and end with the exit code that `python -m ftexp.train` would end with."""
-    sys.path[:] = json.loads(sys.argv[1])  # the sweep's: plug-ins lie where it looks for them
+    sys.path[:] = json.loads(sys.argv[1])  # that of the sweep, so that the same plug-ins are found
     request: Any = pickle.load(sys.stdin.buffer)
     threading.Thread(target=_end_with_the_sweep, daemon=True, name="sweep").start()
     sys.stdout.reconfigure(encoding="utf-8", errors="replace", line_buffering=True)  # type: ignore[union-attr]  # its log is read now
     sys.stderr.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # may have been left ignored by a shell's `&`
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that started it with `&` has SIGINT ignored
     sys.exit(run(request))
 
 
