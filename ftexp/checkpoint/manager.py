@@ -103,7 +103,7 @@ class CheckpointManager:
                 raise failures[-1]
             raise StorageError(
                 f"{len(failures)} checkpoints in a row could not be saved, and checkpoint.max_failed_saves={limit}; "
-                f"the last error: {failures[-1]}. Put {self._store.storage.uri} right, and run the same command again"
+                f"the last error: {failures[-1]}. Fix {self._store.storage.uri}, then run the same command again"
             )
         progress = self._progress
         evaluated = any(each.step == progress.step for each in progress.pending)
@@ -357,8 +357,8 @@ class CheckpointManager:
             if isinstance(error, NonFiniteError):  # not a failure of the storage
                 raise error
             raise StorageError(
-                f"the last checkpoint could not be written: {error}. Put {self._store.storage.uri} right, and give "
-                "the same command again"
+                f"the last checkpoint could not be written: {error}. Fix {self._store.storage.uri}, then run the same "
+                "command again"
             ) from error
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Errors of Hydra's and OmegaConf's, worded: key, value, what is allowed, nearest valid name."""
+"""Errors of Hydra and OmegaConf, worded: key, value, what is allowed, nearest valid name."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def hydras_flags(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def unknown_flag(argv: Sequence[str]) -> str | None:
-    """Return the message for the first word such as --batch-size that is no flag of Hydra's; None if there is none."""
+    """Return the message for the first word such as --batch-size that is no flag of Hydra; None if there is none."""
     flags = [word for word in hydras_flags(argv)[1] if word.startswith("-")]
     if not flags:
         return None
@@ -66,7 +66,7 @@ def _unknown_option_text(group: str, option: str, options: list[str]) -> str:
 
 
 def explain(error: BaseException, schema: Any = None) -> str:
-    """Word an error of Hydra's or OmegaConf's: key, value, what is allowed, nearest valid name.
+    """Word an error of Hydra or OmegaConf: key, value, what is allowed, nearest valid name.
 
     schema: an instance of the dataclass that was composed; None: `Config`.
     """

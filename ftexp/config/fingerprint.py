@@ -65,7 +65,7 @@ def as_begun(config: Config, recorded: Mapping[str, Any] | None, typed: Iterable
     """Return `config` with the decoding that the run was started with, unless typed; resolves data.decoder=auto.
 
     Args:
-        config: this invocation's.
+        config: config of this invocation.
         recorded: the fingerprint that the run directory was made with; None for a new run.
         typed: the overrides of this invocation.
 

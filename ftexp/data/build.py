@@ -38,7 +38,7 @@ def build_data(
     """Read the data named by `config.name`; DataError if that can't be done. Ray must be running.
 
     augment: what train is trained with, which decides how it is cached; None where nothing is trained.
-    runtime_env: of tasks that decode, where they aren't to have the job's.
+    runtime_env: of tasks that decode, where they aren't to have that of the job.
     only_evaluates: samples are read in their order, and no training split is needed.
     """
     augment = augment or AugmentConfig()

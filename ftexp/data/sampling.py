@@ -1,4 +1,4 @@
-"""Which samples an epoch draws: position -> sample, a pure function of (seed, position) as ftexp.data.order's.
+"""Which samples an epoch draws: position -> sample, a pure function of (seed, position), as in ftexp.data.order.
 
 An epoch has as many positions as there are training samples, whatever it draws:
 
@@ -175,7 +175,7 @@ def run_order(config: Config, num_samples: int, block_sizes: Int64s | None, tabl
     """Return the order of a run.
 
     Args:
-        config: the run's.
+        config: config of the run.
         num_samples: of train.
         block_sizes: samples in each block, for data.shuffle_window.
         table: of train, for data.sampling; None for shuffle.

@@ -1,4 +1,4 @@
-"""A managed job of SkyPilot's: on spot machines, begun again elsewhere when they are taken away."""
+"""A managed job of SkyPilot: on spot machines, begun again elsewhere when they are taken away."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ def _all_reduce_s(device: torch.device) -> float:
 
 
 def _clock(rank: int, world_size: int, device: torch.device) -> tuple[float, float]:
-    """Return by how much this rank's clock is ahead of rank 0's, and the largest error of that; collective."""
+    """Return by how much this rank's clock is ahead of that of rank 0, and the largest error of that; collective."""
     found = torch.zeros(2, dtype=torch.float64, device=device)
     for other in range(1, world_size):
         if rank == 0:

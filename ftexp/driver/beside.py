@@ -41,7 +41,7 @@ def require_room(config: Config, workers: Workers) -> None:
         taken = workers.max_workers * workers.resources_per_worker.get(name, 0)
         if there.get(name, 0) - taken < amount:
             raise ConfigError(
-                f"train.eval=beside needs {amount:g} {name} besides the workers', and {workers.max_workers} workers "
+                f"train.eval=beside needs {amount:g} {name} besides the workers, and {workers.max_workers} workers "
                 f"take {taken:g} of the cluster's {there.get(name, 0):g}: take fewer workers, "
                 f"scaling.resources_per_worker={{{name}: ...}}, or train.eval=inline"
             )

@@ -110,7 +110,7 @@ class Supervisor:
         return Stop(str(self._decider.given_up)) if self._decider.given_up is not None else None
 
     def _failed(self, cause: Cause, reported_late: bool = False, others_wait: bool = False) -> Retry | Stop:
-        """Decide, record and print; the answer is the controller's. `reported_late`: Ray knew when it began."""
+        """Decide, record and print; the controller obeys the answer. `reported_late`: Ray knew when it began."""
         if self._decider.given_up is not None:  # by workers that were asked to stop
             return Stop(str(self._decider.given_up))
         cause, decision = self._decider.decide(cause, others_wait)

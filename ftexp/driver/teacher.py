@@ -88,7 +88,7 @@ def _named(config: Config) -> TeacherSpec:
         path = Path(distill.pretrained).expanduser().absolute()
         if not path.is_file():
             raise ConfigError(
-                f"distill.pretrained={path}: no such file. Give a file of PyTorch's or safetensors', or true"
+                f"distill.pretrained={path}: no such file. Give a file of PyTorch or safetensors, or true"
             )
         model = ModelConfig(name=distill.teacher, kwargs=distill.kwargs, pretrained=str(path))
         return _with_file(config, model, path, f"{distill.teacher} of {path}")

@@ -3,7 +3,7 @@
 Keys: run (a run directory or URI), checkpoint (best, latest, or a directory's name), split (train, val, test),
 weights (raw, ema), metrics (besides loss and accuracy; if not given, the run's train.metrics), tta (none, or hflip: the
 mean of the logits of each image and its mirror image), batch_size,
-threshold (of runs with data.task=multi_label: one probability for all classes, or a list of each class's; default 0.5),
+threshold (of runs with data.task=multi_label: one probability for all classes, or one for each; default 0.5),
 device (auto, cpu, cuda), data.root (where the run's data lies now, if it has moved), out (a JSON file; if not given,
 evaluation_<split>.json in the run, evaluation_<split>_ema.json for weights=ema, evaluation_<split>_hflip.json and
 evaluation_<split>_ema_hflip.json with tta=hflip).
@@ -130,7 +130,7 @@ def evaluate(config: EvaluateConfig, other: Config | None = None) -> dict[str, A
         other: holds the data to evaluate on; None: the run's own.
 
     Raises:
-        ConfigError: there is no run at `config.run`, no GPU for device=cuda, or the data have no class of the run's.
+        ConfigError: there is no run at `config.run`, no GPU for device=cuda, or the data have no class of the run.
         CheckpointError: the run has no such checkpoint, or it is corrupt.
         DataError: the data that the run was made with can't be read.
         StorageError: `out` can't be written.

@@ -46,7 +46,7 @@ def measure(wanted: EvaluateConfig, run_config: Config, storage: Storage, is_oth
 
     Args:
         wanted: the command's own part.
-        run_config: the run's, with the data to evaluate on.
+        run_config: config of the run, with the data to evaluate on.
         storage: the run directory.
         is_other: those aren't the data that the run was trained on.
     """
@@ -72,7 +72,7 @@ def measure(wanted: EvaluateConfig, run_config: Config, storage: Storage, is_oth
 
 
 def _data(run_config: Config, storage: Storage, is_other: bool) -> DataBundle:
-    """Build the data; DataError if they are meant to be the run's, and aren't."""
+    """Build the data; DataError if they should be those of the run, and aren't."""
     state = read_state(storage) if not is_other else None
     if state is None:  # run.json may be lost
         return build_data(run_config.data, only_evaluates=True)

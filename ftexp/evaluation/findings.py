@@ -33,7 +33,7 @@ def findings_of(info: DataInfo, to_pixels: Callable[[Tensor], UInt8s], threshold
     Args:
         info: of the data.
         to_pixels: turns images as the model gets them back into uint8 rows.
-        threshold: of multi_label: one for all classes, or a list of each class's; None: 0.5.
+        threshold: of multi_label: one for all classes, or a list with one for each; None: 0.5.
     """
     if info.task == MULTI_LABEL:
         thresholds = thresholds_of("threshold", threshold, info.num_classes)

@@ -106,7 +106,7 @@ def of_class(probabilities: Float32s, held: npt.NDArray[np.bool_], threshold: fl
 
 
 def average_precision(probabilities: Float32s, held: npt.NDArray[np.bool_]) -> float | None:
-    """Return the area under the precision-recall curve by steps, as scikit-learn's.
+    """Return the area under the precision-recall curve by steps, as scikit-learn does.
 
     Samples of equal probability count as one step, so that their order doesn't matter. None where all or no samples are
     held, or a probability isn't finite.

@@ -1,4 +1,4 @@
-"""Evaluating on other data than a run's: their classes are matched with the model's by name."""
+"""Evaluating on other data than a run's: their classes are matched by name with those of the model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _MAX_SHOWN = 5  # names of classes in a message
 
 
 class MatchedClasses:
-    """Turns the labels of other data into the model's, and excludes samples of classes that the model doesn't know."""
+    """Turns the labels of other data into those of the model; excludes samples of classes that the model lacks."""
 
     def __init__(self, known: Sequence[str], found: Sequence[str]) -> None:
         """Take the class names of the model and of the data; ConfigError if they have none in common."""
@@ -24,7 +24,7 @@ class MatchedClasses:
         self.excluded = Counter[str]()  # samples of each new class
         if len(self.missing) == len(known):
             raise ConfigError(
-                f"the data have no class of the run's: they have {_some(found)}, and the model knows {_some(known)}; "
+                f"the data have no class of the run: they have {_some(found)}, and the model knows {_some(known)}; "
                 "classes are matched by name, so rename those of the data"
             )
         numbers = {name: number for number, name in enumerate(known)}

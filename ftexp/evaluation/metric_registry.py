@@ -43,7 +43,7 @@ class Metric(Protocol):
     """
 
     def update(self, logits: Tensor, targets: Tensor) -> None:
-        """Count a batch of this rank's, each once: logits float32 [rows, num_classes], targets as losses take them."""
+        """Count a batch of this rank: logits float32 [rows, num_classes], targets as losses take them."""
         ...
 
     def compute(self) -> Any:

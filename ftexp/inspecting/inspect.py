@@ -65,7 +65,7 @@ class Pixels:
             self.counts += np.reshape(values, self.counts.shape)
 
     def mean_std(self) -> tuple[list[float], list[float]]:
-        """Return mean and std per channel, of pixels scaled to 0..1; the std is numpy's, of all there are."""
+        """Return mean and std per channel, of pixels scaled to 0..1; the std as numpy computes it, over all of them."""
         values, numbers = np.arange(256) / 255, self.counts.sum(axis=1)
         mean = self.counts @ values / numbers
         variance = np.array([counts @ (values - center) ** 2 for counts, center in zip(self.counts, mean, strict=True)])

@@ -31,7 +31,7 @@ T = TypeVar("T")
 class Stopwatch:
     """Adds up seconds by section. `laps` within a step; `feeding`, `section` and `apart` around what is not in it.
 
-    device: whose time the laps take; None: the host's.
+    device: whose time the laps take; None: time of the host.
     """
 
     def __init__(self, device: torch.device | None = None, clock: Callable[[], float] = time.perf_counter) -> None:

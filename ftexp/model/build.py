@@ -74,7 +74,7 @@ def trained_model(config: ModelConfig, info: DataInfo, weights: StateDict) -> nn
 def initialise_head(model: nn.Module, config: ModelConfig, loaded: Collection[str] | None = None) -> None:
     """Scale the classifier, and set its biases, as timm's train.py does; ConfigError if the model hasn't got one.
 
-    loaded: the tensors that are to be scaled, of a model whose others have been; None: all of the classifier's.
+    loaded: the tensors that are to be scaled, of a model whose others have been; None: all tensors of the classifier.
     """
     if config.head_init_scale is None and config.head_init_bias is None:
         return

@@ -13,7 +13,7 @@ from ftexp.model.parallel.parts import local
 
 
 class WeightsEMA:
-    """A model whose weights, and batch norm's statistics, are the EMA of another's. On that one's device."""
+    """A model whose weights and batch norm's statistics are the EMA of those of another model, on its device."""
 
     def __init__(self, config: EmaConfig, model: nn.Module) -> None:
         self._ema = ModelEmaV3(model, **_arguments(config))

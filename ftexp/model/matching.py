@@ -46,7 +46,7 @@ def load_matching(
 ) -> WeightsReport:
     """Load what fits into `model` and report the rest; ConfigError, which names `key`, if nothing fits.
 
-    filter_fn: timm's, of this model. A head with another number of classes is left as it was initialised.
+    filter_fn: timm's filter for this model. A head with another number of classes is left as it was initialised.
     """
     fitting, report = match(model, weights, source, key, filter_fn)
     load_weights(model, fitting, strict=False)
@@ -156,7 +156,7 @@ def _fit(model: nn.Module, name: str, value: torch.Tensor, own: torch.Tensor) ->
 
 def _fit_positions(model: nn.Module, value: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
     """Resample a square grid of positions, where timm's filter doesn't: of a model without one, or without the class
-    token that the weights have. `value` as it is if it holds other prefix tokens than the model's.
+    token that the weights have. `value` as it is if it holds other prefix tokens than the model.
     """
     grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
     if grid is None:

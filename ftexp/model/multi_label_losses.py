@@ -1,4 +1,4 @@
-"""Losses of samples that have any number of classes: a binary decision about each class, by timm's and torchvision's.
+"""Losses of samples that have any number of classes: a binary decision about each class, as in timm and torchvision.
 
 Each gives a value for each sample and class, which `build_per_class` weighs and reduces. Targets are float32
 [rows, num_classes], 1 for each class of a sample and 0 for others, or between where samples were mixed.

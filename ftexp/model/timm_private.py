@@ -16,7 +16,7 @@ Filter = Callable[..., dict[str, torch.Tensor]]  # filter of a state dict and a 
 def checkpoint_filter(arguments: dict[str, Any]) -> Filter | None:
     """Return what timm passes a file's state dict through before `create_model(**arguments)` loads it, if anything.
 
-    It renames the tensors of the original authors' files, and resamples position tables to the model's. A model's
+    It renames the tensors of the original authors' files, and resamples position tables for the model. A model's
     builder passes it to timm's `load_pretrained` and to nothing else, so the model is built a second time, without
     values, and the call is noted. None for a plug-in's model too: it may load weights by itself.
     """

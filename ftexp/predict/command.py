@@ -147,7 +147,7 @@ def top_k(config: PredictConfig, run: SavedRun) -> int:
 def predict(composed: Config, own: PredictConfig, run: SavedRun, chosen: bool, words: list[str]) -> None:
     """Predict what isn't predicted yet; `composed` holds the data and the scaling.
 
-    chosen: whether the data are others than the run's. words: what was typed of data and scaling.
+    chosen: whether the data are not those of the run. words: what was typed of data and scaling.
 
     Raises:
         ConfigError: something doesn't fit; nothing was predicted.

@@ -25,7 +25,7 @@ class Follower:
     arrived, is neither lost nor there twice.
 
     Args:
-        name: the tracker's.
+        name: name of the tracker.
         make: makes or finds the tracker's run; may take its time, and may raise.
         points: reads all points of the run so far.
         report: is called with what becomes of the tracker; False if nobody listens any more.

@@ -6,7 +6,7 @@ only writer of the run's records, which therefore need no locks. A closed connec
 process has died, seconds before Ray polls it.
 
 A worker may outlive its group: one whose network was cut is dead to Ray, and heard again once the network is back. From
-the first hello of the next group on, nothing of it is handled: it would be taken for that group's.
+the first hello of the next group on, nothing of it is handled: it would be taken for a message of that group.
 
 Messages are dated by their sender. Where a node's clock differs from the driver's, they are dated again, so that the
 records have one clock: the first message, which is sent at once, shows by how much it differs.

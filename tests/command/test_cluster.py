@@ -264,7 +264,7 @@ def test_a_run_whose_storage_is_gone_stops_and_goes_on_once_it_is_back(
     assert failure["error"].startswith(
         "2 checkpoints in a row could not be saved, and checkpoint.max_failed_saves=1; the last error: "
     )
-    assert failure["error"].endswith(f"Put {directory} right, and run the same command again")
+    assert failure["error"].endswith(f"Fix {directory}, then run the same command again")
     assert record["error"] in command.output
     assert "another attempt would fail the same way: stopping" in command.output
     assert len(run.events("checkpoint_failed")) == 2

@@ -416,11 +416,11 @@ def test_files_are_decoded_in_the_task_itself_and_bad_ones_excluded_or_refused(o
         (
             {"CPU": 2},
             Workers(2, False, {"CPU": 1}),
-            "1 CPU besides the workers', and 2 workers take 2 of",
+            "1 CPU besides the workers, and 2 workers take 2 of",
         ),
         ({"CPU": 2}, Workers((1, 2), False, {"CPU": 1}), "2 workers take 2"),
         ({"CPU": 9, "GPU": 2}, Workers(1, True, {"CPU": 1, "GPU": 1}), None),
-        ({"CPU": 9, "GPU": 2}, Workers(2, True, {"CPU": 1, "GPU": 1}), "1 GPU besides the workers'"),
+        ({"CPU": 9, "GPU": 2}, Workers(2, True, {"CPU": 1, "GPU": 1}), "1 GPU besides the workers, and"),
     ],
 )
 def test_a_cluster_without_room_for_the_evaluation_is_refused(monkeypatch, cluster, workers, lacks):

@@ -65,7 +65,7 @@ class _Room:
 
 
 class Keeper:
-    """Owns the slots of a node's writers, and of copies of other nodes', by the shard that they hold: "0/1".
+    """Owns the slots of the writers of a node, and of copies from other nodes, by the shard that they hold: "0/1".
 
     Args:
         links: to the keepers of other nodes.
@@ -177,7 +177,7 @@ def opened(reserved: Reserved) -> list[mmap.mmap]:
 
 
 def free_bytes() -> int:
-    """Return how much memory is free here: the machine's, or the container's where that is less."""
+    """Return how much memory is free here, in the machine or the container, whichever is less."""
     lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     (available,) = [int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")]
     for limit, used in (

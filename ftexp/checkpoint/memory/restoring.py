@@ -35,7 +35,7 @@ class SnapshotReader:
         self._held: list[Held] = []
 
     def find(self) -> None:
-        """Ask the keepers what they hold: this node's, and on rank 0 those of nodes without ranks."""
+        """Ask keepers what they hold: that of this node, and on rank 0 those of nodes without ranks."""
         node = self._links.node
         found = self._group.gather((node, self._ask(node)))
         by_node = dict(found)

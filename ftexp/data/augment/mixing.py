@@ -76,7 +76,7 @@ def _blend(one: Float32s, other: Float32s, lam: np.float32, rest: np.float32) ->
 class Mixing:
     """Mixes pairs of samples, and their classes. Draws from numpy's global generator, which it seeds.
 
-    A global batch that begins at position `end` or later isn't mixed, but has the same smoothed targets, as timm's.
+    A global batch that begins at position `end` or later isn't mixed, but has the same smoothed targets, as in timm.
     """
 
     def __init__(
@@ -149,7 +149,7 @@ class Mixing:
         return [(np.concatenate([first, second[::-1]]), start)] if len(first) else []
 
     def _unmixed(self, labels: Tensor) -> Tensor:
-        """Return targets of samples without a partner: timm's, as if mixed with themselves."""
+        """Return targets of samples without a partner, as timm makes them: as if mixed with themselves."""
         smoothing, classes = self._mixup.label_smoothing, self._mixup.num_classes
         if self._mixup.multi_label:
             smoothed: Tensor = labels * (1.0 - smoothing) + 0.5 * smoothing

@@ -1,4 +1,4 @@
-"""Names of augmentations of the user's. Imports neither numpy nor Pillow: the driver knows them by name."""
+"""Names of the user's own augmentations. Imports neither numpy nor Pillow: the driver knows them by name."""
 
 from __future__ import annotations
 

@@ -175,7 +175,7 @@ def decoding(
 
     units: the columns that `stage` takes, "sample" at least.
     stage: makes the map stage of a split, and of how it is fitted.
-    runtime_env: the tasks', where they aren't to have that of the process that asks for them.
+    runtime_env: that of the tasks, where they aren't to have that of the process that asks for them.
     """
     max_tasks = (
         min(concurrency, len(units)) if concurrency is not None else None

@@ -20,7 +20,7 @@ class Alert:
 
 
 class Rules:
-    """Decides for one invocation. `state`: the run's, which the records keep up to date."""
+    """Decides for one invocation. `state`: state of the run, which the records keep up to date."""
 
     def __init__(self, config: NotifyConfig, state: RunState, now: float) -> None:
         self._config, self._state = config, state

@@ -61,7 +61,7 @@ class SweepLauncher(Launcher):
 
 
 def compose(context: HydraContext, config: DictConfig, words: Sequence[str]) -> DictConfig:
-    """Return the config of a job: the command's, with the job's overrides."""
+    """Return the config of a job: that of the command, with the overrides of the job."""
     composed = context.config_loader.load_sweep_config(config, list(words))
     with open_dict(composed):
         del composed["hydra"]
