@@ -10,18 +10,32 @@ from collections.abc import Iterator
 
 
 @contextlib.contextmanager
-def importing_for_good() -> Iterator[None]:
-    """Keep the collector from all that this block makes, now and later.
+def uncollected() -> Iterator[None]:
+    """Keep the collector from running in this block.
 
-    Modules are hardly ever garbage, and looking for some takes a tenth of the time of importing torch and Ray. In a
-    fork, the collector would write to every page that holds an object, and so copy it.
+    Modules are hardly ever garbage, and looking for some takes a tenth of the time of importing torch and Ray.
     """
+    was_enabled = gc.isenabled()  # a program that calls ftexp.api may have switched it off
     gc.disable()
     try:
         yield
     finally:
-        gc.freeze()
-        gc.enable()
+        if was_enabled:
+            gc.enable()
+
+
+@contextlib.contextmanager
+def importing_for_good() -> Iterator[None]:
+    """As `uncollected`, and afterwards the collector never looks at what this process has.
+
+    In a fork, it would write to every page that holds an object, and so copy it. Not for a program that calls
+    ftexp.api: what it has, and drops later, would never be freed where it is part of a cycle.
+    """
+    with uncollected():
+        try:
+            yield
+        finally:
+            gc.freeze()
 
 
 def import_meanwhile(module: str) -> threading.Thread:
@@ -31,7 +45,7 @@ def import_meanwhile(module: str) -> threading.Thread:
     import concurrent.futures.thread  # noqa: F401
 
     def run() -> None:
-        with importing_for_good():
+        with uncollected():
             importlib.import_module(module)
 
     thread = threading.Thread(target=run, name="import")

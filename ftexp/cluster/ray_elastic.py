@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ray.data._internal.cluster_autoscaler.base_autoscaling_coordinator import ReservedResources
     from ray.train import ScalingConfig
     from ray.train.v2._internal.execution.scaling_policy import ScalingPolicy
-    from ray.train.v2._internal.execution.worker_group.worker_group import WorkerGroupContext
+    from ray.train.v2._internal.execution.worker_group import WorkerGroupContext
 
 _ROOM_S = 1.0  # then the placement group would have been looked at again
 _POLL_S = 0.01

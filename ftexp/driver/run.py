@@ -77,12 +77,12 @@ def train(
 def _started(context: RunContext) -> dict[str, float]:
     """Train in a Ray. What workers will be forked from imports while this process does: the run waits for both."""
     from ftexp.cluster.hot_start.driver import HotStart, imports_of
-    from ftexp.cluster.importing import importing_for_good
+    from ftexp.cluster.importing import uncollected
 
     config = context.config
     hot_start = HotStart(config.scaling, context.workers.num_threads, context.joins_ray, imports_of(config))
     try:
-        with importing_for_good():
+        with uncollected():
             from ftexp.driver.session import run_session
 
         return run_session(context, hot_start)

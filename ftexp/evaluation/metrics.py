@@ -38,7 +38,7 @@ def _f1_macro(context: MetricContext) -> Metric:
 
 @register_metric("balanced_accuracy")
 class _BalancedAccuracy(MulticlassStatScores):
-    """The mean recall of the classes that samples have, as scikit-learn does.
+    """The mean recall of the classes that samples have, as scikit-learn computes it.
 
     torchmetrics' own macro accuracy counts a class without samples as 0 once it is predicted.
     """

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import functools
 import gc
 import importlib
 import json
@@ -24,9 +25,11 @@ from ftexp.cluster.hot_start import driver, launcher
 from ftexp.cluster.hot_start.driver import HotStart
 from ftexp.cluster.hot_start.forker import MARK, import_all
 from ftexp.config.schema import ScalingConfig
-from tests.support.processes import many_open_files, wait_until
+from tests.support import processes
+from tests.support.processes import many_open_files
 
 DEADLINE_S = 60
+wait_until = functools.partial(processes.wait_until, every_s=0.01, within_s=DEADLINE_S)
 FULL = ("-m", "ftexp.cluster.hot_start.preloader")
 LIGHT = (
     "import sys, ftexp.cluster.hot_start.preloader as preloader, ftexp.cluster.hot_start.forker as forker;"

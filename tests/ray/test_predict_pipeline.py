@@ -232,4 +232,4 @@ def test_a_pipeline_of_which_nothing_comes_ends_when_it_is_asked_to_and_so_does_
         with pytest.raises(stopping.Stopped):
             pool.submit(results).result(timeout=60)
     (tmp_path / "over").touch()
-    wait_until(lambda: ray.available_resources().get("CPU", 0) == ray.cluster_resources()["CPU"])
+    wait_until(lambda: ray.available_resources().get("CPU", 0) >= ray.cluster_resources()["CPU"])

@@ -21,9 +21,9 @@ def descendants_with(text):
     return found
 
 
-def wait_until(condition, tell=lambda: "it never came", every_s=0.05):
+def wait_until(condition, tell=lambda: "it never came", every_s=0.05, within_s=DEADLINE_S):
     """Return once `condition()` holds; fail with `tell()` if that takes longer than anything here may."""
-    end = time.monotonic() + DEADLINE_S
+    end = time.monotonic() + within_s
     while not condition():
         assert time.monotonic() < end, tell()
         time.sleep(every_s)

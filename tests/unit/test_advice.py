@@ -1,7 +1,7 @@
 """The driver's advice to a run whose cluster changes, on nodes that the test makes up."""
 
+import functools
 import threading
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -11,8 +11,10 @@ from ftexp.config.schema import Config
 from ftexp.driver import advice
 from ftexp.wire.events import ResizeExpected
 from ftexp.wire.messages import Save
+from tests.support.processes import wait_until
 
 FORKS = {"py_executable": "fork"}
+wait_soon = functools.partial(wait_until, every_s=0.005, within_s=20)
 
 
 class Hub:
@@ -28,13 +30,6 @@ class Hub:
         self.told.append(message)
 
 
-def wait_until(is_so):
-    end = time.monotonic() + 20
-    while not is_so():
-        assert time.monotonic() < end
-        time.sleep(0.005)
-
-
 @pytest.fixture
 def cluster(monkeypatch):
     """Nodes of one worker each, by id; and those that were warmed, with the runtime env."""
@@ -47,7 +42,7 @@ def cluster(monkeypatch):
     def looked_at():
         """Wait until the advice has taken in the nodes as they are."""
         before = len(looks)
-        wait_until(lambda: len(looks) >= before + 3)
+        wait_soon(lambda: len(looks) >= before + 3)
 
     monkeypatch.setattr(advice, "_LOOK_EVERY_S", 0.005)
     monkeypatch.setattr(advice, "living_nodes", lambda: [{"NodeID": node} for node in nodes])
@@ -77,7 +72,7 @@ def test_an_elastic_run_saves_and_warms_a_node_that_joins_once(cluster, advise):
     cluster.looked_at()
     assert (hub.events, hub.told, cluster.warmed) == ([], [], [])
     cluster.nodes.add("second")
-    wait_until(lambda: hub.told)
+    wait_soon(lambda: hub.told)
     cluster.looked_at()
     assert cluster.warmed == [("second", FORKS)]
     assert hub.events == [ResizeExpected(2)]
@@ -85,13 +80,13 @@ def test_an_elastic_run_saves_and_warms_a_node_that_joins_once(cluster, advise):
     cluster.nodes.remove("second")
     cluster.looked_at()
     cluster.nodes.add("second")
-    wait_until(lambda: len(cluster.warmed) == 2)
+    wait_soon(lambda: len(cluster.warmed) == 2)
 
 
 def test_a_node_that_joins_is_left_alone_where_workers_start_plainly(cluster, advise):
     hub = advise((1, 2), {})
     cluster.nodes.add("second")
-    wait_until(lambda: hub.told)
+    wait_soon(lambda: hub.told)
     assert cluster.warmed == []
 
 

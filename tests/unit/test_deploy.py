@@ -6,7 +6,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import yaml
@@ -16,6 +15,7 @@ from ftexp.deploy.command import deploy, parse
 from ftexp.deploy.dockerfile import dockerfile
 from ftexp.deploy.plan import KINDS, DeployConfig, Plan, checked_words
 from ftexp.errors import ConfigError, StorageError
+from tests.support.processes import wait_until
 
 WORDS = ("run.name=first", "model=vit", "'optim.lr=${oc.env:LR}'", "data.root=my photos")
 PATIENCE_S = 20.0
@@ -83,10 +83,10 @@ def slurm_job(tmp_path):
 
 
 def wait_for(path, num_lines=0):
-    end = time.monotonic() + PATIENCE_S
-    while not path.exists() or len(path.read_text().splitlines()) < num_lines:
-        assert time.monotonic() < end, path
-        time.sleep(0.02)
+    def is_there():
+        return path.exists() and len(path.read_text().splitlines()) >= num_lines
+
+    wait_until(is_there, tell=lambda: path, every_s=0.02, within_s=PATIENCE_S)
 
 
 @pytest.mark.parametrize("sent", [signal.SIGUSR1, signal.SIGTERM])

@@ -3,10 +3,11 @@
 import contextlib
 import gc
 import sys
+import weakref
 
 import pytest
 
-from ftexp.cluster.importing import import_meanwhile, importing_for_good
+from ftexp.cluster.importing import import_meanwhile, importing_for_good, uncollected
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -27,3 +28,24 @@ def test_a_module_is_imported_on_a_thread_without_the_collector(tmp_path, monkey
     import_meanwhile("asks_at_import").join()
     assert sys.modules.pop("asks_at_import").COLLECTS is False
     assert gc.isenabled()
+
+
+def test_what_a_program_drops_after_an_import_is_freed_and_a_collector_that_was_off_stays_off(tmp_path, monkeypatch):
+    class Cycle:
+        pass
+
+    (tmp_path / "imported_beside.py").touch()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    cycle = Cycle()
+    cycle.own, alive = cycle, weakref.ref(cycle)
+    import_meanwhile("imported_beside").join()
+    del cycle
+    gc.collect()
+    assert alive() is None
+    gc.disable()
+    try:
+        with uncollected():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ftexp.cluster.hot_start.launcher import readable
-from ftexp.cluster.importing import importing_for_good
+from ftexp.cluster.importing import importing_for_good, uncollected
 from ftexp.cluster.process_exit import code_of
 
 WITH_THE_CLUSTER = (
@@ -67,7 +67,7 @@ class Forker:
         from ftexp.cluster import ray_private
 
         more = filter(None, os.environ.get(MORE, "").split(","))
-        with importing_for_good():  # Ray as well
+        with uncollected():  # Ray as well
             ray_private.import_without_drawing(lambda: import_all((*WITH_THE_CLUSTER, *more)))
         return len({_in_a_fork(ray_private.random_id) for _ in range(2)}) == 2
 
