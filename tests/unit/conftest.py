@@ -4,11 +4,13 @@ import dataclasses
 import pickle
 
 import hydra._internal.config_loader_impl as loader
+import hydra._internal.defaults_list as defaults_list
 import pytest
-from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra._internal.defaults_list import Overrides
 from hydra._internal.hydra import Hydra
+from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.config_store import ConfigStore
+from hydra.core.plugins import Plugins
 
 from ftexp.config.schema import config_dir
 
@@ -34,7 +36,10 @@ def _composing_from_memory():
     """
     create, compose = loader.create_defaults_list, loader.ConfigLoaderImpl._compose_config_from_defaults_list
     store, stored, remembered, composed, own = ConfigStore.store, {}, {}, {}, f"file://{config_dir()}"
-    read, files = FileConfigSource.load_config, {}
+    Plugins.instance()  # it imports the sources a second time, under names of its own
+    source = SourcesRegistry.instance().types["file"]
+    read, files = source.load_config, {}
+    choices_so_far = defaults_list._create_interpolation_map
 
     def read_once(self, config_path):
         if self.path != str(config_dir()):
@@ -42,6 +47,11 @@ def _composing_from_memory():
         if config_path not in files:
             files[config_path] = pickle.dumps(read(self, config_path))
         return pickle.loads(files[config_path])  # what is composed of it changes it
+
+    def where_asked_for(overrides, defaults, self_added):
+        """Return the choices so far, a config that Hydra makes for each file, where a name in `defaults` needs it."""
+        is_needed = any(not default.is_self() and default.is_interpolation() for default in defaults)
+        return choices_so_far(overrides, defaults, self_added) if is_needed else None
 
     def create_once(repo, config_name, overrides_list, prepend_hydra, skip_missing):
         sources = tuple(source.full_path() for source in repo.get_sources())
@@ -68,7 +78,8 @@ def _composing_from_memory():
         return store(self, name, node, group, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(FileConfigSource, "load_config", read_once)
+        patch.setattr(source, "load_config", read_once)
+        patch.setattr(defaults_list, "_create_interpolation_map", where_asked_for)
         patch.setattr(loader, "create_defaults_list", create_once)
         patch.setattr(loader.ConfigLoaderImpl, "_compose_config_from_defaults_list", compose_once)
         patch.setattr(ConfigStore, "store", store_and_forget)

@@ -99,14 +99,14 @@ def test_a_model_with_positions_and_one_channel_is_loaded_by_timm_alone(tmp_path
 
 
 def test_a_model_that_says_something_else_is_not_left_behind(run, tmp_path, monkeypatch):
-    export_it = formats.get("torch_export")
+    export_it = formats.get("safetensors")
 
     def wrong(model, info, about, directory):
         answer = export_it(model, info, about, directory)
         return lambda pixels: answer(pixels) + np.float32(0.01)
 
-    monkeypatch.setitem(formats._entries, "torch_export", wrong)
-    words = [f"run={run.storage.uri}", "format=torch_export", f"out={tmp_path / 'out'}"]
+    monkeypatch.setitem(formats._entries, "safetensors", wrong)
+    words = [f"run={run.storage.uri}", "format=safetensors", f"out={tmp_path / 'out'}"]
     with pytest.raises(ExportError, match=r"differs from the original by 0\.01.* and tolerance=0\.001"):
         export(parse(words))
     assert list(tmp_path.iterdir()) == []
