@@ -17,6 +17,7 @@ import time
 from ftexp.checkpoint.manifest import Manifest
 from ftexp.checkpoint.store import REJECTED, CheckpointStore, locate
 from ftexp.cli.entry import as_value, exiting_on_error, prepare_streams
+from ftexp.counting import counted
 from ftexp.errors import CheckpointError, ConfigError
 from ftexp.rundir.names import CHECKPOINTS
 from ftexp.storage.directory import Storage
@@ -63,7 +64,7 @@ def show(run_dir: Storage) -> bool:
         if reason:
             bad[manifest.name] = reason
         size, age = f"{manifest.num_bytes / 1e6:,.1f} MB", _age(time.time() - manifest.written_at)
-        files = f"{manifest.num_shards} shards" if manifest.num_shards is not None else "full"
+        files = counted(manifest.num_shards, "shard") if manifest.num_shards is not None else "full"
         cells = (str(manifest.step), str(manifest.epoch), str(manifest.world_size), files, size, age)
         table.add_row(manifest.name, *cells, f"no: {reason}" if reason else "yes")
     unreadable = [name for name in bad if name not in {manifest.name for manifest in manifests}]

@@ -24,6 +24,7 @@ from ftexp.checkpoint.staging import Staging, is_finite
 from ftexp.checkpoint.store import CheckpointStore
 from ftexp.checkpoint.writing import NOT_FINITE, CheckpointWriter, Saving
 from ftexp.config.versions import package_versions
+from ftexp.counting import counted
 from ftexp.errors import CheckpointError, ConfigError, NonFiniteError, StorageError
 from ftexp.model.parallel.parts import local
 from ftexp.wire import events
@@ -102,7 +103,8 @@ class CheckpointManager:
             if isinstance(failures[-1], NonFiniteError):
                 raise failures[-1]
             raise StorageError(
-                f"{len(failures)} checkpoints in a row could not be saved, and checkpoint.max_failed_saves={limit}; "
+                f"{counted(len(failures), 'checkpoint')} in a row could not be saved, and "
+                f"checkpoint.max_failed_saves={limit}; "
                 f"the last error: {failures[-1]}. Fix {self._store.storage.uri}, then run the same command again"
             )
         progress = self._progress

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ftexp.config.schema import MULTI_LABEL, REGRESSION, SINGLE_LABEL
+from ftexp.counting import counted
 from ftexp.data.cropping import Fit
 from ftexp.data.decoder import Decoding
 from ftexp.data.order import Int64s
@@ -90,8 +91,8 @@ class DataInfo:
         """Say what the model has outputs for."""
         number = self.num_classes
         if self.task == REGRESSION:
-            return f"{number} target{'s' if number > 1 else ''}"
-        return f"{number} classes" + (", any number of them for each sample" if self.task == MULTI_LABEL else "")
+            return counted(number, "target")
+        return counted(number, "class") + (", any number of them for each sample" if self.task == MULTI_LABEL else "")
 
     @property
     def fit(self) -> Fit:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from ftexp.config.masking import masked
 from ftexp.config.schema import Config
+from ftexp.counting import counted
 from ftexp.doctor.finding import Finding, fails, not_here, ok, warning
 from ftexp.doctor.model_size import ModelSize
 
@@ -65,7 +66,7 @@ def together(config: Config, workers: Workers, storage: Storage, size: ModelSize
         fix = "fix the reason; verbose=true shows Ray's own output"
         return [fails("workers", f"{workers}: {masked(reason)}", fix)]
     nodes = Counter(each.node for each in facts)
-    started = ok("workers", f"{workers} started on {len(nodes)} node{'s' if len(nodes) > 1 else ''}")
+    started = ok("workers", f"{workers} started on {counted(len(nodes), 'node')}")
     return [started, same_versions(facts), same_product(facts), all_reduce(facts, size), clocks(facts)]
 
 
@@ -77,7 +78,7 @@ def same_versions(facts: Sequence[RankFacts]) -> Finding:
             if found != first[name]:
                 text = f"{name} is {first[name]} on {facts[0].node}, and {found} on {each.node}"
                 return fails(check, text, "install the same everywhere: one image, or one lock file")
-    return ok(check, f"the same on {len(facts)} ranks")
+    return ok(check, f"the same on {counted(len(facts), 'rank')}")
 
 
 def same_product(facts: Sequence[RankFacts]) -> Finding:
@@ -98,7 +99,8 @@ def same_product(facts: Sequence[RankFacts]) -> Finding:
     if len(set.union(*by_device.values())) > 1:
         text = f"differs between {' and '.join(sorted(by_device))}"
         return warning(check, text, "ranks of one kind of device: a restart that moves ranks changes bits")
-    return ok(check, f"bitwise identical on {len(facts)} ranks, {len(facts[0].products)} times each")
+    ranks, times = counted(len(facts), "rank"), counted(len(facts[0].products), "time")
+    return ok(check, f"bitwise identical on {ranks}, {times} each")
 
 
 def _odd_one(facts: Sequence[RankFacts], device: str) -> RankFacts:

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from ftexp.config.schema import Config
+from ftexp.counting import counted
 from ftexp.driver.alerts.rules import described as straggler_described
 from ftexp.driver.terminal import Terminal
 from ftexp.driver.worker_group import Start, WorkerGroup
@@ -56,10 +57,11 @@ class Printer:
             case events.AdviceFailed(error):
                 self._warn(f"{error}; the run does without")
             case events.ResizeExpected(num_workers):
-                self._terminal.say(f"there is room for {num_workers} workers: saving until Ray Train starts them")
+                room = counted(num_workers, "worker")
+                self._terminal.say(f"there is room for {room}: saving until Ray Train starts them")
             case events.Resized(world_size):
                 step = self._record.state.step
-                self._terminal.say(f"resized  to {world_size} workers, from step {step}", "green")
+                self._terminal.say(f"resized  to {counted(world_size, 'worker')}, from step {step}", "green")
             case events.CheckpointRejected(checkpoint, reason):
                 self._warn(f"checkpoint {checkpoint} rejected: {reason}")
             case events.CheckpointFailed(step, error):

@@ -18,6 +18,7 @@ from ftexp.config.fingerprint import as_begun, differences, fingerprint, stoppin
 from ftexp.config.masking import flat, masked
 from ftexp.config.schema import PREPROCESSING, Config, DataConfig
 from ftexp.config.source_names import can_stream
+from ftexp.counting import counted
 from ftexp.data.info import DataInfo
 from ftexp.errors import CheckpointError, ConfigError
 from ftexp.rundir.names import CHECKPOINTS, CONFIG_FILE, RUN_FILE
@@ -142,7 +143,8 @@ def changes(config: Config, state: RunState, run_dir: Storage) -> list[str]:
     """
     epochs, lines = config.train.epochs, []
     if state.epoch > epochs:
-        lines.append(f"train.epochs={epochs}: the run has trained {state.epoch} epochs already, so no more is trained")
+        trained = counted(state.epoch, "epoch")
+        lines.append(f"train.epochs={epochs}: the run has trained {trained} already, so no more is trained")
     try:
         stored = OmegaConf.to_container(OmegaConf.create(run_dir.read_bytes(CONFIG_FILE).decode()))
     except (OSError, ValueError, OmegaConfBaseException, YAMLError):

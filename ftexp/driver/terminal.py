@@ -15,6 +15,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 
 from ftexp.cli.wrapping import say
 from ftexp.config.metric_names import ALWAYS_LOGGED
+from ftexp.counting import counted
 from ftexp.data.info import DataInfo
 from ftexp.rundir.names import CHECKPOINTS
 from ftexp.rundir.state import Failure, RunState
@@ -158,8 +159,9 @@ class Terminal:
         damaged = f" ({rejected} rejected)" if rejected else ""
         parts = [failure.seconds_to_detect, failure.seconds_to_restart, failure.seconds_to_restore]
         total = sum(seconds for seconds in parts if seconds is not None)
+        replayed = counted(failure.steps_replayed or 0, "step")
         self.say(
-            f"↻ training again after {total:.1f} s: {origin}{damaged}, replaying {_steps(failure.steps_replayed)} · "
+            f"↻ training again after {total:.1f} s: {origin}{damaged}, replaying {replayed} · "
             f"pids {', '.join(map(str, pids))}",
             "green",
         )
@@ -233,10 +235,6 @@ def _goodput(state: RunState) -> str:
     return f", {state.goodput:.0%} of it on steps that were kept" if state.goodput is not None else ""
 
 
-def _steps(number: int | None) -> str:
-    return "1 step" if number == 1 else f"{number} steps"
-
-
 def _account(failure: Failure) -> str:
     """Return the cost of one failure, as a line."""
     parts = (
@@ -247,7 +245,7 @@ def _account(failure: Failure) -> str:
     )
     costs = [_RECOVERIES[failure.recovery]] if failure.recovery is not None else []
     costs += [f"{seconds:.1f} s {title}" for title, seconds in parts if seconds is not None]
-    costs += [f"{_steps(failure.steps_replayed)} replayed"] if failure.steps_replayed is not None else []
+    costs += [f"{counted(failure.steps_replayed, 'step')} replayed"] if failure.steps_replayed is not None else []
     what = failure.cause if failure.where == "Ray" else f"{failure.cause} of {failure.where}"
     return f"{what} at step {failure.step}: {', '.join(costs)}"
 

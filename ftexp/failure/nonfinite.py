@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from ftexp.config.schema import FailureConfig
+from ftexp.counting import counted
 from ftexp.data.batches import Batch
 from ftexp.errors import NonFiniteError
 from ftexp.job.skipped_batches import Range, SkippedBatches
@@ -82,8 +83,8 @@ class NonFiniteRecovery:
         self.num_skipped += 1
         if self.num_skipped > limit:
             raise NonFiniteError(
-                f"{self.num_skipped} steps in a row had a gradient that is not finite, the last of them step {step}, "
-                f"and failure.max_nonfinite_steps={limit}"
+                f"{counted(self.num_skipped, 'step')} in a row had a gradient that is not finite, the last of them "
+                f"step {step}, and failure.max_nonfinite_steps={limit}"
             )
         positions = (batch.start, batch.end)
         self._leave_out(positions, events.StepSkipped([*positions], step, "the gradient is not finite"))

@@ -25,6 +25,7 @@ from ftexp.cli.entry import command_words, exiting_on_error
 from ftexp.cli.wrapping import say
 from ftexp.config.checks.validate import validate
 from ftexp.config.schema import MULTI_LABEL, REGRESSION, AugmentConfig, Config
+from ftexp.counting import counted
 from ftexp.errors import ConfigError, StorageError
 
 if TYPE_CHECKING:
@@ -211,8 +212,7 @@ def _print_bad(console: Console, config: Config, bundle: DataBundle, found: Foun
     if not found.bad:
         console.print(f"bad      none{known}")
         return
-    number = "1 sample" if len(found.bad) == 1 else f"{len(found.bad):,} samples"
-    console.print(f"bad      {number}{known} can't be read:", style="yellow")
+    console.print(f"bad      {counted(len(found.bad), 'sample')}{known} can't be read:", style="yellow")
     for sample in found.bad[:_MAX_BAD]:
         say(console, f"           {sample.where}: {sample.reason}")
     if len(found.bad) > _MAX_BAD:

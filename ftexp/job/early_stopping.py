@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from ftexp.counting import counted
 from ftexp.errors import ConfigError
 from ftexp.evaluation.metric_registry import better_of
 from ftexp.job.hook_registry import Hook, HookContext
@@ -49,7 +50,7 @@ class EarlyStopping(Hook):
         elif epoch - self._best_epoch >= self._config.patience_epochs:
             best = "never finite" if self._best is None else f"{self._best:.4f} at epoch {self._best_epoch}"
             waited = epoch - self._best_epoch
-            self.context.request_stop(f"{self._metric} has not improved for {waited} epochs (best {best})")
+            self.context.request_stop(f"{self._metric} has not improved for {counted(waited, 'epoch')} (best {best})")
 
     def _improves(self, value: float) -> bool:
         return self._best is None or self._sign * (value - self._best) > self._config.min_delta

@@ -21,6 +21,7 @@ from ftexp.cluster.resources import Workers, lacking_resources
 from ftexp.config.masking import masked
 from ftexp.config.schema import Config
 from ftexp.config.source_names import AS_TRAINED
+from ftexp.counting import counted
 from ftexp.driver.resume import require_trained_on
 from ftexp.errors import ConfigError, DataError, RayLostError
 from ftexp.predict.parts import BAD_FILE, PARTS, PredictionPlan, begin, collect_bad
@@ -197,12 +198,11 @@ def _print_summary(console: Console, request: Request, plan: PredictionPlan, bad
         raise DataError(f"none of {plan.num_images:,} images can be read; the first: {first.where}: {first.reason}")
     if progress is not None:
         console.print(f"{'speed':<9}{progress.rate:,.0f} images/s over {progress.seconds:.1f} s", markup=False)
-    files = f"{plan.num_parts:,} {plan.format} file{'s' if plan.num_parts > 1 else ''}"
-    line = f"{plan.num_images:,} images in {files}: {request.out.child(PARTS).uri}"
+    files = counted(plan.num_parts, f"{plan.format} file")
+    line = f"{counted(plan.num_images, 'image')} in {files}: {request.out.child(PARTS).uri}"
     say(console, f"{'written':<9}{line}")
     if bad:
-        number = "1 image" if len(bad) == 1 else f"{len(bad):,} images"
         listed = request.out.uri.rstrip("/") + f"/{BAD_FILE}"
-        say(console, f"{'bad':<9}{number} can't be read: {listed}", "yellow")
+        say(console, f"{'bad':<9}{counted(len(bad), 'image')} can't be read: {listed}", "yellow")
     for sample in bad[:_MAX_BAD_SHOWN]:
         say(console, f"         {sample.where}: {sample.reason}")

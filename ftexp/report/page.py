@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Iterator
 
 from ftexp.config.metric_names import ALWAYS_LOGGED
+from ftexp.counting import counted
 from ftexp.job.stopwatch import SECTIONS, TEACHER
 from ftexp.report import tables
 from ftexp.report.charts import Mark, line_chart, timeline_chart
@@ -16,7 +17,7 @@ from ftexp.report.drawing import Drawing
 from ftexp.report.rendering import render
 from ftexp.report.series import Series, curve, duration, minute, throughput
 from ftexp.report.source import RunFiles
-from ftexp.report.text import counted, cut
+from ftexp.report.text import cut
 from ftexp.report.timeline import PHASES, build_timeline
 
 _WIDE, _NARROW = 1000.0, 360.0  # pixels of the timeline; which one is seen depends on the screen

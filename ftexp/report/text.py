@@ -16,11 +16,6 @@ def cut(value: object, max_length: int) -> str:
     return line if len(line) <= max_length else f"{line[: max_length - 1]}…"
 
 
-def counted(number: int, thing: str) -> str:
-    """Return a number with its noun, "1 epoch" or "1,200 epochs"."""
-    return f"{number:,} {thing}{'' if number == 1 else 's'}"
-
-
 def decimals(value: Any) -> str:
     """Return a number to four decimals; nothing for what is none."""
     return f"{value:.4f}" if isinstance(value, (int, float)) else ""

@@ -144,7 +144,7 @@ def test_a_run_with_a_plug_in_of_every_kind_is_killed_and_stops_early_bitwise_as
     for run in runs:
         (stopped,) = run.events("stopped_early")
         assert (stopped["step"], stopped["epoch"]) == (STOPS_AT, 2)
-        reason = "val_num_classes has not improved for 1 epochs (best 3.0000 at epoch 1)"
+        reason = "val_num_classes has not improved for 1 epoch (best 3.0000 at epoch 1)"
         assert run.record["status"] == "finished"
         assert run.record["stopped"] == {key: stopped[key] for key in ("step", "epoch", "reason", "rules")}
         assert run.record["stopped"]["reason"] == reason

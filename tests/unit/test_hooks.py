@@ -156,7 +156,7 @@ def test_a_run_stops_at_the_same_step_with_the_same_weights_after_a_kill(monkeyp
     worse(monkeypatch, {1: 0.5, 2: 0.6, 3: 0.7})
     clean = run(make_job(stopping=StoppingConfig(**STOPPING)), tmp_path / "clean")
     assert (clean.progress.step, clean.progress.epoch) == (8, 2)
-    assert clean.progress.stopped == "val_loss has not improved for 1 epochs (best 0.5000 at epoch 1)"
+    assert clean.progress.stopped == "val_loss has not improved for 1 epoch (best 0.5000 at epoch 1)"
     run(make_job(stopping=StoppingConfig(**STOPPING)), tmp_path / "killed", steps=6)
     killed = run(make_job(stopping=StoppingConfig(**STOPPING)), tmp_path / "killed")
     assert (killed.progress.step, killed.progress.stopped) == (8, clean.progress.stopped)

@@ -14,13 +14,13 @@ from PIL import Image
 from ftexp.cli.compose import to_config
 from ftexp.config.masking import masked
 from ftexp.config.schema import config_dir
+from ftexp.counting import counted
 from ftexp.errors import ConfigError
 from ftexp.evaluation.mistakes import ClassFindings, _together, described
 from ftexp.report.page import Report
 from ftexp.report.series import Axis, Series, duration
 from ftexp.report.source import read_run
 from ftexp.report.tables import stragglers
-from ftexp.report.text import counted
 from ftexp.report.timeline import PHASES, build_timeline
 from ftexp.report.write import write_report
 from ftexp.rundir.record import RunRecord
@@ -227,6 +227,7 @@ def test_a_run_of_one_attempt_and_one_epoch_is_counted_in_the_singular(storage):
     assert "1 attempt " in text
     assert "attempts" not in text
     assert [counted(number, "epoch") for number in (0, 1, 1200)] == ["0 epochs", "1 epoch", "1,200 epochs"]
+    assert [counted(number, "class") for number in (1, 10)] == ["1 class", "10 classes"]
 
 
 def test_the_page_shows_ranks_that_stayed_slow_and_until_when(storage):

@@ -72,7 +72,7 @@ def test_a_run_stops_early_at_the_evaluation_after_the_one_that_did_not_improve(
         job.channel.note_evaluated(found(4 * epoch, f"step_{4 * epoch:08d}.a1", accuracy))
     (stopped,) = job.channel.events(events.StoppedEarly)
     assert (stopped.step, stopped.epoch) == (12, 3)
-    assert stopped.reason == "val_accuracy has not improved for 1 epochs (best 0.7500 at epoch 1)"
+    assert stopped.reason == "val_accuracy has not improved for 1 epoch (best 0.7500 at epoch 1)"
     assert job.progress.pending[-1].step == 12  # the last is evaluated too
     settle(job)
     assert (job.progress.metrics["val_accuracy"], job.progress.best["step"]) == (0.9, 12)

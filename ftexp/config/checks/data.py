@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from ftexp.config.checks.wording import unregistered
 from ftexp.config.schema import Config
 from ftexp.config.source_names import SOURCE_FIELDS, can_stream
+from ftexp.counting import counted
 
 _SOURCE_ONLY = frozenset(name for names in SOURCE_FIELDS.values() for name in names) | {"kwargs"}
 
@@ -37,7 +38,7 @@ def check_data(config: Config) -> Iterator[str]:
     for name in ("mean", "std"):
         values = getattr(data, name)
         if len(values) != data.channels:
-            found = f"{len(values)} value{'s' if len(values) != 1 else ''}"
+            found = f"{counted(len(values), 'value')}"
             yield f"data.{name}={values} has {found}, but data.channels={data.channels}: give one per channel"
     if not all(math.isfinite(value) for value in data.mean):
         yield f"data.mean={data.mean} must be finite numbers"

@@ -15,6 +15,7 @@ import ray.data
 from ray.data import TaskPoolStrategy
 
 from ftexp.config.schema import DataConfig
+from ftexp.counting import counted
 from ftexp.data.augment.picture import PictureAugment
 from ftexp.data.cropping import Fit, fitted
 from ftexp.data.decoder import Decoding, Picture, Traits, UInt8s, on_one_thread, pixels_of
@@ -199,7 +200,7 @@ def refuse_bad(config: DataConfig, bad: list[BadSample]) -> None:
         return
     shown = [f"{sample.where}: {sample.reason}" for sample in bad[:_NUM_BAD_SHOWN]]
     more = [f"and {len(bad) - len(shown)} more"] if len(bad) > len(shown) else []
-    count = f"{len(bad)} samples" if len(bad) > 1 else "1 sample"
+    count = counted(len(bad), "sample")
     raise DataError(
         "\n".join([f"{count} can't be read; fix them, or exclude them with data.on_bad_sample=skip:", *shown, *more])
     )

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ftexp.config.schema import NotifyConfig
+from ftexp.counting import counted
 from ftexp.rundir.state import RunState
 from ftexp.wire import events
 
@@ -72,7 +73,8 @@ class Rules:
         if limit is None or len(recovered) != limit + 1 or recovered[-1] is not self._state.failures[-1]:
             return None
         causes = sorted({failure.cause for failure in recovered})
-        text = f"recovered {len(recovered)} times, more than notify.max_recoveries={limit}: {', '.join(causes)}"
+        times = counted(len(recovered), "time")
+        text = f"recovered {times}, more than notify.max_recoveries={limit}: {', '.join(causes)}"
         return Alert("recoveries", text, {"recoveries": len(recovered), "causes": causes})
 
     def _metrics(self) -> dict[str, float]:
