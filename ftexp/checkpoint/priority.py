@@ -7,14 +7,18 @@ import sys
 import threading
 
 _LOWEST = 19
-_NICE = 10  # a tenth of a core where training wants it all; with less (19: a hundredth), saving could starve
+_NICE = 10  # a tenth of a core where training wants it all; with less, saving could starve
 
 
 def give_way() -> None:
     """Have this thread run where the training leaves a core idle; Linux knows priorities of threads.
 
-    From the process's own on, which Ray has lowered: only root may raise one.
+    From the process's own on, which may be low: Ray gives its workers 15, from where the lowest still leaves this
+    thread a third of a core that training wants, and the policy for idle cores a tenth. Only root may raise one.
     """
     if sys.platform == "linux":
-        lower = min(_LOWEST, os.getpriority(os.PRIO_PROCESS, 0) + _NICE)
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), lower)
+        own, thread = os.getpriority(os.PRIO_PROCESS, os.getpid()), threading.get_native_id()
+        if own + _NICE <= _LOWEST:
+            os.setpriority(os.PRIO_PROCESS, thread, own + _NICE)
+        else:
+            os.sched_setscheduler(thread, os.SCHED_IDLE, os.sched_param(0))

@@ -1,5 +1,6 @@
 """Staging: a copy that later steps don't change, in memory that is used again."""
 
+import os
 import subprocess
 import sys
 from collections import OrderedDict
@@ -153,12 +154,14 @@ def test_the_writing_thread_gives_way_to_its_process_and_never_asks_for_more_tha
         "import os, threading\n"
         "from concurrent.futures import ThreadPoolExecutor\n"
         "from ftexp.checkpoint.priority import give_way\n"
-        "for more in (0, 5, 10):\n"
-        "    own, pool = os.nice(more), ThreadPoolExecutor(1, initializer=give_way)\n"
+        "for own in range(os.nice(0), 20):\n"
+        "    pool = ThreadPoolExecutor(1, initializer=give_way)\n"
         "    number = pool.submit(threading.get_native_id).result()\n"
-        "    print(own, os.getpriority(os.PRIO_PROCESS, number))"
+        "    print(os.nice(0), os.getpriority(os.PRIO_PROCESS, number), os.sched_getscheduler(number))\n"
+        "    os.nice(1)"
     )
     child = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     found = [tuple(map(int, line.split())) for line in child.stdout.splitlines()]
-    assert found == [(own, min(19, own + 10)) for own, _ in found]
-    assert len(found) == 3
+    expected = {own: (own + 10, os.SCHED_OTHER) if own < 10 else (own, os.SCHED_IDLE) for own in range(20)}
+    assert [line[0] for line in found] == list(range(os.nice(0), 20))
+    assert all(line[1:] == expected[line[0]] for line in found)
