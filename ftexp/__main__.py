@@ -18,7 +18,7 @@ COMMANDS = {
     "data": "inspect the data of a run",
     "evaluate": "evaluate a checkpoint of a run",
     "predict": "predict classes for any number of images",
-    "export": "export a model for use without ftexp: safetensors, torch_export, onnx",
+    "export": "export a model to safetensors, torch.export or ONNX",
     "report": "write report.html of a run or a sweep",
     "checkpoints": "list, verify and compare a run's checkpoints",
     "sweeps": "print the leaderboard of a sweep",

@@ -40,7 +40,8 @@ def main() -> None:
     parser.add_argument("--size", type=int, nargs=2, default=IMAGENET, metavar=("WIDTH", "HEIGHT"))
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    write_photos(options.directory, options.pictures, options.classes, options.size, options.seed)
+    paths = write_photos(options.directory, options.pictures, options.classes, options.size, options.seed)
+    print(f"written  {len(paths):,} pictures in {options.classes} classes: {options.directory}")
 
 
 def write_photos(

@@ -72,8 +72,8 @@ class SavedRun:
         if not decoded:
             defaults = DataConfig()
             seen |= {name: getattr(defaults, name) for name in OF_DECODING}
-        # nothing is cut out of an image but in training
-        return dataclasses.replace(data, integer_labels=self.info.integer_labels, decode_size=None, **seen)
+        seen["decode_size"] = None  # nothing is cut out of an image but in training
+        return dataclasses.replace(data, integer_labels=self.info.integer_labels, **seen)
 
 
 def load_run_config(storage: Storage) -> Config:

@@ -92,7 +92,7 @@ def start_ray(
     From then on, SIGTERM and SIGHUP raise Terminated, a KeyboardInterrupt, instead of Ray's SystemExit.
 
     Raises:
-        ConfigError: no cluster answers at the address.
+        ConfigError: no cluster answers at the address, or it can't be given the working directory.
         RayLostError: a process of the Ray that was started here died meanwhile.
         RunFailedError: Ray doesn't start on this machine.
 
@@ -124,6 +124,8 @@ def start_ray(
     except Exception as error:
         if own:
             raise _not_started(error) from error
+        if isinstance(error, ray.exceptions.RuntimeEnvSetupError):
+            raise ConfigError(f"scaling.address={address}: {_not_shipped(error)}") from error
         if not isinstance(error, ConnectionError):
             raise
         raise ConfigError(f"scaling.address={address}: no Ray cluster answers there: {error}{_token_hint()}") from error
@@ -142,11 +144,21 @@ def start_ray(
     return RunningRay(host, own, joined.lost, joined.close)
 
 
+def _not_shipped(error: Exception) -> str:
+    """Return why Ray can't bring the working directory to the cluster's machines, in a line, and how to do without."""
+    reason = " ".join(str(error).split())
+    without = "where every machine has ftexp, set RAY_ENABLE_UV_RUN_RUNTIME_ENV=0"
+    return f"{reason} Under `uv run`, Ray ships the working directory: {without}"
+
+
 def _token_hint() -> str:
-    """Return what may be the reason if a cluster that runs doesn't answer: `ray start` asks for a token by default."""
-    if os.environ.get("RAY_AUTH_MODE") == "token":
+    """Return what may be the reason if a cluster that runs doesn't answer: it may ask for a token that isn't set here.
+
+    Ray sets RAY_AUTH_MODE itself where it finds a token in the home directory, which may be of another cluster.
+    """
+    if os.environ.get("RAY_AUTH_MODE") == "token" and {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
         return ""
-    return '. If Ray prints "Unauthenticated", the cluster asks for a token: set RAY_AUTH_MODE=token'
+    return '. If Ray prints "Unauthenticated", set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN as where the cluster started'
 
 
 def leave_ray(running: RunningRay | None) -> None:

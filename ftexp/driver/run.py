@@ -46,6 +46,7 @@ def train(
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, root=absolute(config.data.root)))
     from ftexp.cluster.ray_cluster import prepare_environment
     from ftexp.cluster.resources import decide_workers, spare_of
+    from ftexp.data.root import require_root
     from ftexp.driver.resume import decoding_as_begun, open_run
     from ftexp.driver.teacher import teacher_of
     from ftexp.storage.lease import Lease, remove_unused, unused_name
@@ -66,6 +67,7 @@ def train(
         if state.status == FINISHED:
             _show_again(context)
             return state.metrics["last"]
+        require_root(config.data)
         prepare_environment(config)
         return _started(context)
     finally:

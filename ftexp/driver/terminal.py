@@ -176,7 +176,7 @@ class Terminal:
         """Print the closing table."""
         self.close()
         last, best = state.metrics["last"], state.metrics["best"]
-        rows: list[tuple[str, Any]] = [("status", state.status + (f": {state.error}" if state.error else ""))]
+        rows: list[tuple[str, Any]] = [("status", state.status + _reason(state))]
         if state.stopped is not None:
             at = f"at step {state.stopped['step']:,}, epoch {state.stopped['epoch']}"
             rows.append(("stopped early", f"{at}: {state.stopped['reason']}"))
@@ -229,6 +229,12 @@ def _others(last: Mapping[str, float | None]) -> list[str]:
     """Return the names of the test split's metrics besides loss and accuracy."""
     known = {f"test_{name}{of}" for name in ALWAYS_LOGGED for of in ("", "_ema")}
     return [key for key, value in last.items() if key.startswith("test_") and key not in known and value is not None]
+
+
+def _reason(state: RunState) -> str:
+    """Return why the run ended, unless the line of its last failure has said so."""
+    printed = state.error is None or (state.failures and state.failures[-1].error in state.error)
+    return "" if printed else f": {state.error}"
 
 
 def _goodput(state: RunState) -> str:

@@ -28,7 +28,7 @@ from ftexp.config.fields import choice, ranged
 from ftexp.config.schema import AUTO, MULTI_LABEL, TTA, Config, ScalingConfig
 from ftexp.config.source_names import AS_TRAINED
 from ftexp.errors import ConfigError
-from ftexp.evaluate.printing import print_result
+from ftexp.evaluate.printing import evaluating, print_result
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -71,7 +71,9 @@ def main() -> None:
     words = with_run(command_words(__doc__))
     if not any(_key(word) == "data" for word in words):
         with exiting_on_error():
-            result = evaluate(parse(words))
+            config = parse(words)
+            with evaluating():
+                result = evaluate(config)
         print_result(result)
         return
     with exiting_on_error():
@@ -79,7 +81,10 @@ def main() -> None:
     from ftexp.cli.compose import run_hydra, to_config
 
     def task(composed: DictConfig) -> None:
-        print_result(evaluate(config, to_config(composed)))
+        other = to_config(composed)
+        with evaluating():
+            result = evaluate(config, other)
+        print_result(result)
 
     sys.exit(run_hydra(task, ["augment=none", *rest]))
 

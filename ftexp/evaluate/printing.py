@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
+from rich.status import Status
 from rich.table import Table
 
 from ftexp.cli.wrapping import say
@@ -18,6 +19,11 @@ def _number(value: Any) -> str:
     if value is None:
         return "-"
     return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def evaluating() -> Status:
+    """Return the line that a terminal shows meanwhile."""
+    return Console().status("evaluating")
 
 
 def print_result(result: dict[str, Any]) -> None:

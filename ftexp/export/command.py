@@ -22,6 +22,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import json
+import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ from omegaconf import MISSING
 
 from ftexp.cli.entry import command_words, exiting_on_error, with_run
 from ftexp.cli.parse import read_command
+from ftexp.cli.wrapping import print_wrapped
 from ftexp.config.fields import choice, ranged
 from ftexp.config.schema import REGRESSION, SINGLE_LABEL, TORCHVISION
 from ftexp.errors import ConfigError, ExportError
@@ -166,7 +168,7 @@ def _export(
     (directory / _ABOUT_FILE).write_text(json.dumps(about, indent=1), encoding="utf-8")
     files = sorted(path.name for path in directory.iterdir())
     out.publish({name: functools.partial(_copy, directory / name) for name in files}, last=_ABOUT_FILE)
-    print(f"written  {out.uri}: {', '.join(files)}")
+    print_wrapped([f"written  {out.uri}: {', '.join(files)}"], sys.stdout)
     return about
 
 
@@ -242,13 +244,14 @@ def _copy(path: Path, stream: BinaryIO) -> None:
 
 
 def _print(about: dict[str, Any], samples: Samples, difference: Difference) -> None:
-    print(f"model    {about['arguments']['model_name']}, {about['checkpoint']} (epoch {about['epoch']})")
+    lines = [f"model    {about['arguments']['model_name']}, {about['checkpoint']} (epoch {about['epoch']})"]
     if samples.why_noise:
-        print(
+        lines.append(
             f"!        no image of the run's data can be read, so the models are compared on noise: {samples.why_noise}"
         )
     number, origin = len(samples.pixels), "of noise" if samples.why_noise else f"of the {samples.origin} split"
-    print(
+    lines.append(
         f"checked  {number} images {origin}: largest difference of a logit {difference.largest:.3g} "
         f"(largest logit {difference.largest_logit:.3g}); same class for {difference.num_same} of {number}"
     )
+    print_wrapped(lines, sys.stdout)

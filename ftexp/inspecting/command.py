@@ -26,6 +26,7 @@ from ftexp.cli.wrapping import say
 from ftexp.config.checks.validate import validate
 from ftexp.config.schema import MULTI_LABEL, REGRESSION, AugmentConfig, Config
 from ftexp.counting import counted
+from ftexp.data.root import require_root
 from ftexp.errors import ConfigError, StorageError
 
 if TYPE_CHECKING:
@@ -80,6 +81,7 @@ def inspect(config: Config, out: Path | None = None) -> None:
         StorageError: the picture can't be written.
     """
     validate(config)
+    require_root(config.data)
     out = out or Path(f"{config.data.name.replace('/', '_')}_samples.png")
     if out.is_dir() or not os.access(out if out.exists() else out.parent, os.W_OK):
         raise ConfigError(f"{out} can't be written: give another file with out=...")

@@ -29,6 +29,13 @@ def test_weights_that_fit_nothing_are_told_before_ray_is_imported(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["w.bin"]
 
 
+def test_data_that_are_not_there_are_told_before_ray_is_imported(tmp_path):
+    done = process("-c", TELL_IMPORTS, "torch,ray,timm", "data=image_folder", "data.root=photos", cwd=tmp_path)
+    told = [f"ftexp: data.root={tmp_path}/photos does not exist", "imported: []"]
+    assert (done.returncode, done.stdout, done.stderr.splitlines()) == (1, "", told)
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
 @pytest.mark.parametrize(
     "words",
     [

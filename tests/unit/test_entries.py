@@ -8,9 +8,13 @@ from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
 import ftexp.data.listing
 from ftexp.config.schema import DataConfig
 from ftexp.data.info import BadSample, Excluded, reasons
+from ftexp.data.root import require_root
 from ftexp.data.sources import entries as module
 from ftexp.data.sources.entries import Account, files_at
+from ftexp.driver.run import train
 from ftexp.errors import DataError
+from ftexp.inspecting.command import inspect
+from tests.support.configs import composed
 
 IMAGES = (".png", ".jpg")
 
@@ -196,3 +200,33 @@ def test_accounts_add_up_and_say_why_entries_are_no_samples():
     )
     many = [BadSample(str(number), "torn") for number in range(12)]
     assert reasons([], many).endswith("\n9: torn\nand 2 more")
+
+
+@pytest.mark.parametrize("root", ["{}/nowhere", "file://{}/nowhere", "nowhere"])
+@pytest.mark.parametrize("name", ["image_folder", "image_list", "parquet", "webdataset"])
+def test_a_missing_root_of_files_is_noticed_at_first_sight(tmp_path, name, root):
+    root = root.format(tmp_path)
+    with pytest.raises(DataError, match=rf"^data\.root={root} does not exist$"):
+        require_root(DataConfig(name=name, root=root))
+
+
+@pytest.mark.parametrize("command", [train, inspect])
+def test_a_missing_root_is_noticed_before_ray_is_imported(tmp_path, monkeypatch, command):
+    monkeypatch.setattr("ftexp.cluster.ray_cluster.prepare_environment", lambda _: pytest.fail("Ray is next"))
+    config = composed("data=image_folder", f"data.root={tmp_path}/nowhere", f"run.storage={tmp_path}")
+    with pytest.raises(DataError, match="does not exist"):
+        command(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "root"),
+    [
+        ("image_folder", "{}"),
+        ("image_folder", "s3://bucket/nowhere"),
+        ("cifar10", "{}/nowhere"),  # it may be downloaded to there
+        ("mine", "what only a source of the user's understands"),
+        ("digits", None),
+    ],
+)
+def test_what_may_be_there_is_left_to_the_source(tmp_path, name, root):
+    require_root(DataConfig(name=name, root=root and root.format(tmp_path)))

@@ -1,11 +1,14 @@
 """`python -m ftexp.evaluate`: where its result goes. What it finds is in tests/command/test_end_to_end.py."""
 
 import contextlib
+import io
+import sys
 
 import pytest
 from omegaconf import OmegaConf
 
 import ftexp.cluster.ray_cluster
+import ftexp.evaluate.command as command
 import ftexp.evaluate.measure as measuring
 from ftexp.cli.trained_run import load_run_config
 from ftexp.config.schema import ScalingConfig
@@ -56,3 +59,19 @@ def test_a_run_that_is_older_than_some_fields_has_their_defaults(tmp_path):
     del config["profile"]
     run.storage.write_bytes(CONFIG_FILE, OmegaConf.to_yaml(config).encode())
     assert load_run_config(run.storage) == whole
+
+
+class Screen(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize(("output", "shown"), [(Screen, True), (io.StringIO, False)])
+def test_only_a_terminal_shows_that_a_result_is_awaited(monkeypatch, output, shown):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "argv", ["evaluate", "run=somewhere"])
+    monkeypatch.setattr(sys, "stdout", output())
+    monkeypatch.setattr(command, "evaluate", lambda _: {})
+    monkeypatch.setattr(command, "print_result", lambda _: None)
+    command.main()
+    assert ("evaluating" in sys.stdout.getvalue()) is shown

@@ -11,8 +11,8 @@ import torch
 import ftexp.export.command
 from ftexp.checkpoint.reading import read_weights
 from ftexp.errors import CheckpointError, ConfigError, ExportError
-from ftexp.export.checking import Samples, compare
-from ftexp.export.command import export, parse
+from ftexp.export.checking import Difference, Samples, compare
+from ftexp.export.command import _print, export, parse
 from ftexp.export.formats import answers, formats
 from tests.support.saved_runs import CHECKPOINT, CLASSES, pictures, saved_run
 
@@ -150,6 +150,17 @@ def test_noise_is_told_of(run, tmp_path, monkeypatch, capsys):
 
     assert "so the models are compared on noise: data.root=gone can't be listed" in capsys.readouterr().out
     assert about["checked"]["of"] == "noise"
+
+
+def test_a_terminal_breaks_no_word(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    about = {"arguments": {"model_name": "vit"}, "checkpoint": "step_00000004.a1", "epoch": 1}
+    _print(about, Samples(IMAGES, "test"), Difference(3.81e-06, 11.0, 5))
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "checked  5 images of the test split: largest difference of a logit 3.81e-06",
+        "         (largest logit 11); same class for 5 of 5",
+    ]
 
 
 @pytest.mark.parametrize(

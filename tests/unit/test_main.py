@@ -34,6 +34,7 @@ def test_without_a_command_they_are_listed(monkeypatch, capsys, start):
     ftexp.__main__.main()
     listed = capsys.readouterr().out
     assert all(f"\n  {name} " in listed for name in ftexp.__main__.COMMANDS)
+    assert max(map(len, listed.splitlines())) <= 80
 
 
 def test_an_unknown_command_is_refused_with_the_nearest(monkeypatch, capsys):

@@ -8,6 +8,7 @@ import pyarrow.csv
 import pytest
 import torch
 
+from ftexp.cli.trained_run import SavedRun
 from ftexp.config.schema import Config, DataConfig, ModelConfig
 from ftexp.data.info import DataInfo
 from ftexp.errors import ConfigError, StorageError
@@ -47,6 +48,18 @@ PLAN = PredictionPlan("run", "step_1", "raw", "abc", {"name": "image_folder", "r
 def test_what_would_not_be_read_is_refused(word, told):
     with pytest.raises(ConfigError, match=told):
         refuse(["data=image_folder", "scaling.num_workers=1", word])
+
+
+@pytest.mark.parametrize(("name", "exif"), [("digits", False), ("image_folder", True)])
+def test_data_of_any_source_is_decoded_as_the_run_was_if_at_all_and_nothing_is_cut_out(name, exif):
+    trained = DataConfig(name="image_folder", image_size=64, decode_size=96, exif_orientation=True)
+    info = DataInfo(["cat", "dog"], 64, 3, [0.5] * 3, [0.5] * 3, {"train": 10}, integer_labels="values")
+    run = SavedRun(Storage("/runs/first"), Config(data=trained), info)
+
+    seen = run.data_as_seen(DataConfig(name=name, decode_size=32))
+
+    assert (seen.name, seen.image_size, seen.integer_labels) == (name, 64, "values")
+    assert (seen.decode_size, seen.exif_orientation) == (None, exif)
 
 
 def test_the_last_part_is_short_and_no_sample_is_in_two():

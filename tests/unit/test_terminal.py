@@ -147,7 +147,7 @@ def test_a_run_that_did_not_finish_says_how_to_go_on():
     text = show(
         lambda t: t.summary(state(status="failed", error="rank 1: gone", failures=[failure()]), Storage("/runs/demo"))
     )
-    assert "failed: rank 1: gone" in text
+    assert "status         failed: rank 1: gone\n" in text
     assert text.count("Fix the cause. To resume from the last checkpoint, run the same command with run.name=demo") == 1
     text = show(lambda t: t.summary(state(status="failed", error="x", checkpoint=None), Storage("/runs/demo")))
     assert "Fix the cause. To start again (there is no checkpoint), run the same command with run.name=demo" in text
@@ -155,6 +155,11 @@ def test_a_run_that_did_not_finish_says_how_to_go_on():
     assert "\nTo resume from the last checkpoint, run the same command with run.name=demo" in text
     assert "0 survived" in text
     assert "the same command with run.name=demo" in text
+
+
+def test_the_summary_does_not_repeat_the_error_of_a_failure_that_was_printed():
+    ended = state(status="failed", error="rank 1: the process died; stopping", failures=[failure()])
+    assert "\nstatus         failed\n" in show(lambda t: t.summary(ended, Storage("/runs/demo")))
 
 
 class Unwritable(io.StringIO):

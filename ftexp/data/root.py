@@ -1,0 +1,18 @@
+"""A first look at data.root, before anything heavy is imported and Ray starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ftexp.config.schema import DataConfig
+from ftexp.config.source_names import SOURCE_FIELDS, can_stream
+from ftexp.errors import DataError
+from ftexp.storage.directory import absolute
+from ftexp.storage.uri import is_remote
+
+
+def require_root(data: DataConfig) -> None:
+    """Raise DataError if the files of a built-in source are on this machine, and are not there."""
+    reads_files = data.name in SOURCE_FIELDS and can_stream(data.name)
+    if reads_files and data.root is not None and not is_remote(data.root) and not Path(absolute(data.root)).exists():
+        raise DataError(f"data.root={data.root} does not exist")
