@@ -30,7 +30,6 @@ from tests.support.processes import many_open_files
 
 DEADLINE_S = 60
 wait_until = functools.partial(processes.wait_until, every_s=0.01, within_s=DEADLINE_S)
-FULL = ("-m", "ftexp.cluster.hot_start.preloader")
 LIGHT = (
     "import sys, ftexp.cluster.hot_start.preloader as preloader, ftexp.cluster.hot_start.forker as forker;"
     "preloader.BEFORE_THE_CLUSTER = (); forker.WITH_THE_CLUSTER = ('ray',);"
@@ -70,21 +69,14 @@ def python_path_without_torch(directory):
     return os.pathsep.join(filter(None, [str(directory), os.environ.get("PYTHONPATH")]))
 
 
-class Preloaded:
-    """A preloaded process with its socket, and the launchers that were started on it."""
+class Launchers:
+    """Those that were started on the socket of a preloaded process."""
 
-    def __init__(self, directory, command):
-        self.directory, self.socket = directory, str(directory / "socket")
+    def __init__(self, directory, socket, **variables):
+        self.directory, self.socket = directory, socket
         unwanted = ("RAY_", "PYTHONUNBUFFERED")
         self.environment = {name: value for name, value in os.environ.items() if not name.startswith(unwanted)}
-        self.environment |= {"RAY_JOB_ID": "01000000", "RAY_RAYLET_PID": str(os.getpid())}
-        with launcher.listen(self.socket) as listener:
-            number = listener.fileno()
-            self.process = subprocess.Popen(
-                [sys.executable, *command, self.socket, str(number)],
-                stdin=subprocess.PIPE, cwd=directory, env=self.environment, pass_fds=[number],
-                preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # `nohup pytest` ignores it
-            )  # fmt: skip
+        self.environment |= {"RAY_JOB_ID": "01000000", "RAY_RAYLET_PID": str(os.getpid()), **variables}
         self.launchers = []
 
     def start(self, script, *arguments, plain=False, socket=None, flags=(), **options):
@@ -105,19 +97,40 @@ class Preloaded:
         return outcome(self.start(script, *arguments, **options))
 
     def stop(self):
-        for process in (*self.launchers, self.process):
+        for process in self.launchers:
             process.kill()
             process.wait()
 
 
+class Preloaded(Launchers):
+    """And with the preloaded process."""
+
+    def __init__(self, directory, command):
+        super().__init__(directory, str(directory / "socket"))
+        with launcher.listen(self.socket) as listener:
+            number = listener.fileno()
+            self.process = subprocess.Popen(
+                [sys.executable, *command, self.socket, str(number)],
+                stdin=subprocess.PIPE, cwd=directory, env=self.environment, pass_fds=[number],
+                preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # `nohup pytest` ignores it
+            )  # fmt: skip
+
+    def stop(self):
+        super().stop()
+        self.process.kill()
+        self.process.wait()
+
+
 @pytest.fixture(scope="module")
-def preloaded(tmp_path_factory):
-    """With everything imported."""
-    started = Preloaded(tmp_path_factory.mktemp("full"), FULL)
-    assert is_forked(started)  # its first worker, whose environment it takes
-    yield started
-    assert started.process.poll() is None, "a test has ended it"
-    started.stop()
+def preloaded(preloaded, tmp_path_factory):
+    """With everything imported: that of all tests."""
+    *_, socket = preloaded.python
+    path = preloaded.environment()["PYTHONPATH"]
+    launchers = Launchers(tmp_path_factory.mktemp("full"), socket, PYTHONPATH=path)
+    assert is_forked(launchers)  # its first worker, whose environment it takes
+    yield launchers
+    assert is_forked(launchers), "a test has ended it"
+    launchers.stop()
 
 
 @pytest.fixture
@@ -327,7 +340,7 @@ def test_workers_start_and_end_where_a_process_holds_many_files_open(tmp_path):
 def test_workers_do_not_share_a_process_group_with_the_preloader(preloaded):
     """Ray kills the whole group of a worker that has died."""
     groups = [int(preloaded.run("import os; print(os.getpgrp())")[1]) for _ in range(2)]
-    assert len({*groups, os.getpgid(preloaded.process.pid)}) == 3
+    assert len({*groups, os.getpgid(parent_of(forker_of(preloaded)))}) == 3
 
 
 def test_a_signal_that_follows_the_fork_at_once_is_not_lost(preloaded):
@@ -383,8 +396,7 @@ def test_a_ddp_step_among_forks_has_the_gradient_of_plain_processes(preloaded, t
 def test_what_is_forked_from_has_no_thread_of_pythons_or_torchs(preloaded):
     """What threads there are is pyarrow's allocator's, which stops and restarts around a fork by itself."""
     forker = forker_of(preloaded)
-    assert forker != preloaded.process.pid
-    for pid in (preloaded.process.pid, forker):
+    for pid in (parent_of(forker), forker):
         names = [(task / "comm").read_text().strip() for task in Path(f"/proc/{pid}/task").iterdir()]
         assert len([name for name in names if name != "jemalloc_bg_thd"]) == 1, names
 
