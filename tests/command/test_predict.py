@@ -65,7 +65,7 @@ def test_a_command_interrupted_and_killed_goes_on_and_agrees_with_the_evaluation
     assert "Traceback" not in interrupted.output
     first = written()
     (tmp_path / "open_600").touch()
-    killed = ftexp(*words, module="predict")
+    killed = ftexp(*words, module="predict", own_ray=False)
     killed.wait_until(lambda: len(written()) == 6)  # as many before the second
     os.kill(killed.process.pid, signal.SIGKILL)
     killed.wait()
