@@ -21,9 +21,12 @@ from pathlib import Path
 
 from ftexp.cluster import ray_private
 from ftexp.cluster.hot_start import driver
+from ftexp.cluster.hot_start.forker import MARK, MORE
 from tests.support.command import DEADLINE_S
 
 FOLDER = "FTEXP_TESTS_PRELOADED"  # in a fork's environment: where the preloaded process listens
+COMMANDS_IMPORT = "hydra.main,ftexp.cli.compose,ftexp.report.write"  # besides what workers do
+RAYS_WORKERS_IMPORT = "ftexp.evaluation.metric_set"  # as those of a run with metrics do in a Ray of its own
 ROOT = str(Path(__file__).parents[2])  # workers that Ray starts for tests find these there
 NUM_CPUS = 8  # of the shared Ray: for the workers of a run, and what decodes beside them
 
@@ -52,7 +55,7 @@ class Preloaded:
             os.environ.clear()
             os.environ.update(before)
         *_, where = self.python
-        self._settings[FOLDER] = str(Path(where).parent)
+        self._settings |= {FOLDER: str(Path(where).parent), MORE: COMMANDS_IMPORT}
 
     def _shared(self, name, start):
         """Return what `start` returns besides a process, (what, process), or what it returned to another worker."""
@@ -159,11 +162,10 @@ class ForkedCommand(subprocess.Popen):
 
 def become(module):
     """Be the command, whose own workers are forks of the same preloaded process."""
-    from ftexp.cluster.hot_start.forker import MARK
-
     if module == "drill":
         subprocess.Popen = ForkedCommand
-    del os.environ[MARK]  # that of a worker
+    for name in (MARK, MORE):  # of what was forked, not of a command
+        os.environ.pop(name, None)
     sys.stdin = sys.stdout = sys.stderr = None  # the preloaded process's: each command opens what is lacking
     sys.orig_argv = [sys.executable, "-m", f"ftexp.{module}", *sys.argv[1:]]  # what begins again, where Ray has died
     own, driver.HotStart = driver.HotStart, Shared
@@ -181,6 +183,7 @@ def hold_ray():
     from ftexp.config.schema import Config
 
     logging.getLogger("ray").setLevel("ERROR")
+    os.environ[MORE] = RAYS_WORKERS_IMPORT
     hot_start = Shared(Config().scaling, num_threads=1)
     with hot_start.raylet_settings(), ray_private.starting_fewer_processes(prints_logs=False):
         ray.init(address="local", num_cpus=NUM_CPUS, include_dashboard=False, log_to_driver=False)
