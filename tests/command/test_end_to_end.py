@@ -125,7 +125,7 @@ def test_a_killed_run_ends_exactly_where_the_clean_run_ends(ftexp, run_folder, c
         path.name for path in killed.path.iterdir()
     }
     assert [problem for run in (clean, killed) for line in run.events() for problem in problems(line)] == []
-    (finished,), saved = clean.events("finished"), clean.events("checkpoint_saved")
+    (finished,), saved = killed.events("finished"), killed.events("checkpoint_saved")
     assert finished["time"] - saved[-1]["time"] < 9  # Ray Train waits 12 s for an actor that can't do its work
     noise = [line for line in killed_command.lines if "raylet" in line or "WARNING" in line or "ray." in line]
     assert noise == []
