@@ -352,6 +352,7 @@ def three_kills(server, tmp_path_factory, preloaded):
             "run.name=three",
             "report.enabled=false",
             "train.max_steps=128",
+            "model.kwargs.depth=1",
             "train.epochs=6",
         ),
         *("train.log_every_steps=5", "checkpoint.every_steps=10", f"chaos.faults=[{faults}]"),
