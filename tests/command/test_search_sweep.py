@@ -45,7 +45,7 @@ def story(tmp_path_factory, preloaded):
         stop_code = stopped.wait()
         wait_until_none(lambda: descendants_with(mark))
         after_stop = look(Storage.at(str(sweep)))[1]
-        again = Command("train", [*WORDS, f"run.storage={directory}"], directory, preloaded)
+        again = Command("train", [*WORDS, f"run.storage={directory}"], directory, preloaded, joins=True)
         try:
             code = again.wait()
         finally:
