@@ -38,7 +38,8 @@ class TwoNodes:
     def __init__(self):
         from ray.cluster_utils import Cluster
 
-        self._cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+        head = {"num_cpus": 1, "include_dashboard": False, "no_monitor": True, "include_log_monitor": False}
+        self._cluster = Cluster(initialize_head=True, head_node_args=head)
         self.address = self._cluster.address
         self.second = self.add_node()
 
