@@ -85,7 +85,7 @@ def story(tmp_path_factory, preloaded):
         before = {name: files(sweep / name) for name, each in told.items() if each.status == "finished"}
         saved = {name: newest_step(sweep / name) for name in told}
         (directory / "on").unlink()
-        second = Command("train", [*WORDS, f"run.storage={directory}"], directory, preloaded, joins=True)
+        second = Command("train", [*WORDS, f"run.storage={directory}"], directory, preloaded)
         try:
             code = second.wait()
         finally:
