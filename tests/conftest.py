@@ -24,9 +24,11 @@ os.environ |= {"RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0"}
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 # Two workers of pytest-xdist share the tests. One begins with the files of FIRST, one after the other, since they mind
-# most what runs beside them; the other with those that share a Ray instance. Then come commands, and files of unit
-# tests last, the longest first: these are short, so that both workers end at about one time.
+# most what runs beside them; the other with those that share a Ray instance, of which there is one then. Then come
+# commands, what starts processes as Ray does, and files of unit tests last, the longest first: these are short, so that
+# both workers end at about one time.
 FIRST = ("cluster", "exactly_once", "end_to_end")
+RAYLESS = ("sharding", "hot_start", "sharded_checkpoints", "replacing")  # of ray
 SINGLY = ("data_command", "failures", "predict", "cli", "imports")  # of command: they need nothing of one another
 LONG = ("cli", "config", "recipe", "augment", "search", "causes")  # of unit
 
@@ -79,9 +81,10 @@ def _lane(item):
 
 def _place(item):
     lane, name = _lane(item), _name(item.path)
-    first = FIRST if lane == "command" else LONG if lane == "unit" else ()
+    first = {"command": FIRST, "ray": RAYLESS, "unit": LONG}[lane]
+    part = "first" if lane == "command" and name in FIRST else "rayless" if lane == "ray" and name in RAYLESS else lane
     place = first.index(name) if name in first else len(first)
-    return (lane != "command" or name not in FIRST, ("ray", "command", "unit").index(lane), place)
+    return ("first", "ray", "command", "rayless", "unit").index(part), place
 
 
 def _name(path):
@@ -89,11 +92,12 @@ def _name(path):
 
 
 @pytest.fixture(scope="session")
-def preloaded():
+def preloaded(tmp_path_factory):
     """What most commands, and Ray's workers, begin as forks of."""
     from tests.support.preloaded import Preloaded
+    from tests.support.reference import shared_folder
 
-    process = Preloaded()
+    process = Preloaded(shared_folder(tmp_path_factory) / "preloaded")
     yield process
     process.stop()
 

@@ -27,18 +27,19 @@ def clean_run(tmp_path_factory, pictures, preloaded):
 def ftexp(tmp_path, preloaded):
     """Start `python -m ftexp.train <overrides>` with its storage in tmp_path/runs, on the Ray that commands share.
 
-    as_typed: start it as users do, with imports and a Ray of its own. own_ray: start a fork, with a Ray of its own.
+    as_typed: start it as users do, with imports and a Ray of its own. own_ray: start a fork, with a Ray of its own, as
+    commands other than train and drill have if it isn't said.
     """
     started = []
     (tmp_path / "obedient.py").write_text(PLUGIN)  # of reference.OPTIONS
 
-    def start(*overrides, module="train", as_typed=False, own_ray=False):
+    def start(*overrides, module="train", as_typed=False, own_ray=None):
         given = []
         if module == "train" and not any(word.startswith("run.storage=") for word in overrides):
             given.append(f"run.storage={tmp_path / 'runs'}")
         if module == "train" and not any(word.startswith("report.") for word in overrides):
             given.append("report.enabled=false")  # half a second, which few tests look at
-        joins = module in ("train", "drill") and not as_typed and not own_ray
+        joins = not as_typed and not (module not in ("train", "drill") if own_ray is None else own_ray)
         if joins and not any(word.startswith("scaling.num_workers=") for word in overrides):
             given.append("scaling.num_workers=2")
         command = Command(module, [*overrides, *given], tmp_path, None if as_typed else preloaded, joins)

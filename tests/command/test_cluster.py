@@ -25,9 +25,10 @@ ENVIRONMENT = {
     "RAY_health_check_timeout_ms": "10000",
     "RAY_health_check_failure_threshold": "3",
 }
-RESIZES_EVERY_S = 13  # how often Ray Train looks whether there is room for more workers: time for two saves
+RESIZES_EVERY_S = 12  # how often Ray Train looks whether there is room for more workers
+NODE_TAKES_S = 8  # until it is there and a save has been requested, on a busy machine
 SNAPSHOT_EVERY = 2
-NOTICE_S = 10.0  # from the announcement that a node goes to its end
+NOTICE_S = 6.0  # from the announcement that a node goes to its end
 EPOCHS = 7  # of the run on the cluster: 80 s at least, if every step is slowed
 
 
@@ -37,7 +38,8 @@ class TwoNodes:
     def __init__(self):
         from ray.cluster_utils import Cluster
 
-        self._cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+        head = {"num_cpus": 1, "include_dashboard": False, "no_monitor": True, "include_log_monitor": False}
+        self._cluster = Cluster(initialize_head=True, head_node_args=head)
         self.address = self._cluster.address
         self.second = self.add_node()
 
@@ -125,7 +127,7 @@ def tell(command, run, nodes, slow):
     wait_for_save(attempt=2)
     (began,) = [event["time"] for event in run.events("attempt_started") if event["attempt"] == 2]
     # or Ray Train may look just then, and resize before anybody was told of it
-    command.wait_until(lambda: (time.time() - began) % RESIZES_EVERY_S < 2)
+    command.wait_until(lambda: (time.time() - began) % RESIZES_EVERY_S < RESIZES_EVERY_S - NODE_TAKES_S)
     nodes.add_node()
     wait_for_save(attempt=3)
     announced_rank = nodes.rank_on_second(run.events("ready")[-1]["pids"])

@@ -28,8 +28,9 @@ def processes_of(namespace):
 def test_as_pid_1_a_command_ends_with_75_after_sigterm_and_leaves_no_zombies_of_killed_workers(tmp_path):
     if subprocess.run([*UNSHARE, "true"], check=False, capture_output=True).returncode != 0:
         pytest.skip("no PID namespace may be made here")
-    words = ["run.name=first", f"run.storage={tmp_path}", "train.epochs=200", "scaling.num_workers=2"]
+    words = ["run.name=first", f"run.storage={tmp_path}", "train.epochs=500", "scaling.num_workers=2"]
     words += ["chaos=kill_worker", "chaos.step=20", "report.enabled=false", "checkpoint.every_steps=10"]
+    words += ["model.kwargs.depth=1"]
     with (tmp_path / "log").open("w") as log:
         command = subprocess.Popen(
             [*UNSHARE, sys.executable, "-m", "ftexp.train", *words], cwd=tmp_path, stdout=log, stderr=log

@@ -105,7 +105,7 @@ def test_a_run_that_lost_ray_hung_lost_numbers_and_raised_ends_where_the_clean_r
 def test_a_bug_ends_the_run_at_once_and_says_where_it_was(ftexp, run_folder, tmp_path):
     (tmp_path / "my_states.py").write_text(PLUGIN)
     extra = "checkpoint.extra_state=[progress,scheduler,scaler,rng,best,faulty]"
-    command = ftexp("run.name=bug", "plugins=[my_states]", extra, "report.enabled=true")
+    command = ftexp("run.name=bug", "model.kwargs.depth=1", "plugins=[my_states]", extra, "report.enabled=true")
     run = run_folder("bug")
     assert command.wait() == 1, command.output
     record = run.record
@@ -133,12 +133,12 @@ def test_a_bug_ends_the_run_at_once_and_says_where_it_was(ftexp, run_folder, tmp
 
 @pytest.mark.timeout(400)
 def test_a_run_that_is_told_to_stop_saves_the_step_it_stopped_at_and_goes_on_from_it(ftexp, run_folder):
-    options = ["run.name=stopped", "data=synthetic", "data.image_size=8", "data.num_samples=600", "train.epochs=100"]
-    options += ["train.eval_every_epochs=5", "checkpoint.every_epochs=99", "train.eval=beside"]
+    options = ["run.name=stopped", "data=synthetic", "data.image_size=8", "data.num_samples=600", "train.epochs=300"]
+    options += ["model.kwargs.depth=1", "train.eval_every_epochs=5", "checkpoint.every_epochs=99", "train.eval=beside"]
     run, steps = run_folder("stopped"), [0]
     for number, code, epoch in ((signal.SIGINT, 130, 5), (signal.SIGTERM, 75, 10)):
         command = ftexp(*options)
-        command.wait_for(f"epoch {epoch}/100")
+        command.wait_for(f"epoch {epoch}/300")
         pids = run.events("ready")[-1]["pids"]
         command.process.send_signal(number)
         assert command.wait() == code, command.output
@@ -150,7 +150,7 @@ def test_a_run_that_is_told_to_stop_saves_the_step_it_stopped_at_and_goes_on_fro
         saved = run.checkpoints[-1]
         assert saved == run.record["checkpoint"]
         steps.append(json.loads((run.path / "checkpoints" / saved / "manifest.json").read_text())["step"])
-        assert steps[-2] < steps[-1] < 1300
+        assert steps[-2] < steps[-1] < 3900
         assert run.record["farthest_step"] <= steps[-1]  # what was done after the last tick was saved too
     assert f"at step {steps[1]} from step_{steps[1]:08d}.a1" in command.output
     assert [event["step"] for event in run.events("restored")] == [steps[1]]
@@ -191,7 +191,8 @@ def test_micro_batches_that_do_not_fit_are_halved(ftexp, run_folder, tmp_path):
     (tmp_path / "my_states.py").write_text(HUNGRY)
     extra = "checkpoint.extra_state=[progress,scheduler,scaler,rng,best,hungry]"
     options = ["train.max_steps=20", "train.ledger=true", "failure.on_out_of_memory=halve_micro_batch"]
-    command = ftexp("run.name=hungry", "plugins=[my_states]", extra, *options, "data.val_fraction=0")
+    options += ["model.kwargs.depth=1", "data.val_fraction=0"]
+    command = ftexp("run.name=hungry", "plugins=[my_states]", extra, *options)
     run = run_folder("hungry")
     assert command.wait() == 0, command.output
     record = run.record

@@ -1,8 +1,8 @@
 """Wrong words, help and a report: the command imports nothing heavy for them."""
 
+import json
 import shutil
 
-import pytest
 import torch
 
 from tests.support.command import TELL_IMPORTS, WRITE_REPORT, process
@@ -36,23 +36,29 @@ def test_data_that_are_not_there_are_told_before_ray_is_imported(tmp_path):
     assert list((tmp_path / "runs").iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["optim.lr=-1"],
-        ["optim.lrr=1"],
-        ["model=vitt"],
-        ["chaos.faults=[nope]"],
-        ["resume=must"],
-        ["--help"],
-        ["--cfg", "job"],
-    ],
-)
-def test_nothing_heavy_is_imported_before_the_config_is_known_to_be_good(words, tmp_path):
-    heavy = "torch,ray,timm,numpy,pandas,pyarrow,torchvision,sklearn"
-    done = process("-c", TELL_IMPORTS, heavy, *words, cwd=tmp_path)
-    assert "imported: []" in done.stderr
-    assert done.returncode == (0 if words[0].startswith("--") else 2)
+# gives commands one after the other; tells after each its exit code, and which of some modules were imported by then
+COMMANDS = """
+import json, sys
+from ftexp.train import main
+for words in json.loads(sys.argv[1]):
+    sys.argv[1:], code = words, 0
+    try:
+        main()
+    except SystemExit as error:
+        code = error.code
+    print("ended:", words, code, sorted({*HEAVY} & set(sys.modules)), file=sys.stderr)
+"""
+HEAVY = ["torch", "ray", "timm", "numpy", "pandas", "pyarrow", "torchvision", "sklearn"]
+WRONG = [["optim.lr=-1"], ["optim.lrr=1"], ["model=vitt"], ["chaos.faults=[nope]"], ["resume=must"]]
+ASKING = [["--help"], ["--cfg", "job"]]
+
+
+def test_nothing_heavy_is_imported_before_the_config_is_known_to_be_good(tmp_path):
+    program = COMMANDS.replace("HEAVY", str(HEAVY))
+    done = process("-c", program, json.dumps(WRONG + ASKING), cwd=tmp_path)
+    ended = [line for line in done.stderr.splitlines() if line.startswith("ended: ")]
+    codes = [(words, 2) for words in WRONG] + [(words, 0) for words in ASKING]
+    assert ended == [f"ended: {words} {code} []" for words, code in codes]
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []  # and nothing is left behind
 

@@ -13,7 +13,7 @@ def test_a_run_that_rolled_back_and_was_killed_leaves_out_the_same_without_findi
     faults += "{kind: kill_worker, step: 78, rank: 1}"
     command = ftexp(
         "failure.on_nonfinite=rollback", "train.max_steps=120", "train.ledger=true", "checkpoint.every_steps=40",
-        "checkpoint.every_epochs=null", "run.name=killed",
+        "model.kwargs.depth=1", "checkpoint.every_epochs=null", "run.name=killed",
         f"chaos.faults=[{faults}]",
     )  # fmt: skip
     run = run_folder("killed")

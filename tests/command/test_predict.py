@@ -7,10 +7,12 @@ import subprocess
 import sys
 from collections import Counter
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
+from sklearn.datasets import load_digits
 
 from ftexp.errors import ConfigError
 from ftexp.predict.command import parse
@@ -22,7 +24,6 @@ GATED = """
 import functools
 from pathlib import Path
 import numpy as np
-from sklearn.datasets import load_digits
 from ftexp.data.listing import Listing
 from ftexp.data.sources.registry import sources
 from tests.support.processes import wait_until
@@ -33,7 +34,7 @@ class Reader:
 
     def __call__(self, items):
         if self.images is None:
-            self.images = np.round(load_digits().images.reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8)
+            self.images = np.load(self.folder / "images.npy")
         for item in items.tolist():
             yield f"digit {item}", functools.partial(self.read, item)
 
@@ -44,13 +45,18 @@ class Reader:
 
 @sources.register("gated")
 def gated(config):
-    labels = load_digits().target.astype(np.int64)
-    return Listing([str(digit) for digit in range(10)], {"train": labels}, {"train": Reader(config.kwargs["folder"])})
+    reader = Reader(config.kwargs["folder"])
+    labels = np.load(reader.folder / "labels.npy")
+    return Listing([str(digit) for digit in range(10)], {"train": labels}, {"train": reader})
 """
 
 
 def test_a_command_interrupted_and_killed_goes_on_and_agrees_with_the_evaluation(clean_run, ftexp, tmp_path):
     (tmp_path / "gated_digits.py").write_text(GATED)
+    digits = load_digits()
+    images = np.round(digits.images.reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8)
+    np.save(tmp_path / "images.npy", images)  # scikit-learn takes each process that reads a second or two
+    np.save(tmp_path / "labels.npy", digits.target.astype(np.int64))
     out, parts = tmp_path / "out", tmp_path / "out" / PARTS
     words = [f"run={clean_run.path}", "checkpoint=latest", f"out={out}", "predict.part_rows=40", "predict.top_k=3"]
     words += ["data.name=gated", f"data.kwargs.folder={tmp_path}", "plugins=[gated_digits]"]
@@ -65,13 +71,13 @@ def test_a_command_interrupted_and_killed_goes_on_and_agrees_with_the_evaluation
     assert "Traceback" not in interrupted.output
     first = written()
     (tmp_path / "open_600").touch()
-    killed = ftexp(*words, module="predict")
+    killed = ftexp(*words, module="predict", own_ray=False)
     killed.wait_until(lambda: len(written()) == 6)  # as many before the second
     os.kill(killed.process.pid, signal.SIGKILL)
     killed.wait()
     second = written()
     (tmp_path / "open_1200").touch()
-    last = ftexp(*words, module="predict")
+    last = ftexp(*words, module="predict", own_ray=False)
     assert last.wait() == 0, last.output
 
     assert f"{len(first)} of 9 parts are written already" in killed.output

@@ -106,7 +106,8 @@ def test_an_outage_of_s3_in_the_middle_of_a_save_changes_nothing(
     proxy = Proxy(s3_server, re.compile(rb"checkpoints/step_(?!%08d)\d+\.a1/optimizer\.pt" % SAVE_EVERY))
     through = Storage.at(s3_uri(proxy.port, "bucket"), s3.name)
     words = [*OPTIONS, *EVERY_FEW_STEPS, *pictures, f"run.storage='{through.uri}'", "run.name=run"]
-    command = Command("train", [*words, "report.enabled=false"], tmp_path, preloaded)
+    words += ["scaling.num_workers=2", "report.enabled=false"]
+    command = Command("train", words, tmp_path, preloaded, joins=True)
     run = s3.child("run")
     store = CheckpointStore(run.child(CHECKPOINTS))
     try:

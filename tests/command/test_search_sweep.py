@@ -16,7 +16,7 @@ from tests.support.processes import descendants_with, wait_until_none
 SEED = 36
 LOW, HIGH = 1e-8, 1e-2
 NUM_TRIALS = 2
-EPOCHS = 40  # seconds of training after what stops a trial
+EPOCHS = 20  # seconds of training after what stops a trial
 WORDS = [
     "-m", "hydra/sweeper=tune", f"optim.lr=tag(log, interval({LOW}, {HIGH}))", "sweep.name=search",
     f"hydra.sweeper.num_trials={NUM_TRIALS}", f"hydra.sweeper.seed={SEED}", "hydra.sweeper.scheduler=asha",
@@ -45,7 +45,7 @@ def story(tmp_path_factory, preloaded):
         stop_code = stopped.wait()
         wait_until_none(lambda: descendants_with(mark))
         after_stop = look(Storage.at(str(sweep)))[1]
-        again = Command("train", [*WORDS, f"run.storage={directory}"], directory, preloaded)
+        again = Command("train", [*WORDS, f"run.storage={directory}"], directory, preloaded, joins=True)
         try:
             code = again.wait()
         finally:

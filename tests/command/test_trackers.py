@@ -11,12 +11,10 @@ import signal
 import socket
 import struct
 import subprocess
-import sys
 import threading
 import urllib.request
 import warnings
 from collections import Counter
-from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -148,7 +146,9 @@ def assert_each_point_once(directory, uri):
     assert in_wandb(directory) == wanted
 
 
-def test_after_a_kill_in_the_middle_of_sending_each_tracker_has_one_run_with_each_point_once(server, tmp_path):
+def test_after_a_kill_in_the_middle_of_sending_each_tracker_has_one_run_with_each_point_once(
+    server, tmp_path, preloaded
+):
     directory = tmp_path / "killed"
     lines = AppendLog(Storage.at(str(directory)), METRICS_FILE)
     for point in points_of(range(1, 51)):
@@ -156,8 +156,10 @@ def test_after_a_kill_in_the_middle_of_sending_each_tracker_has_one_run_with_eac
     assert deliver(tmp_path / "before", None, names=["wandb"]) == []
     # the killed one inherits this process's wandb, and must not leave its run to it
     assert "WANDB_SERVICE" in os.environ
-    environment = {**os.environ, "FTEXP_TRACKERS_TEST": str(directory), "PYTHONPATH": str(Path(__file__).parents[2])}
-    killed = subprocess.run([sys.executable, "-c", KILLED, str(directory), server], env=environment, check=False)
+    environment = {**preloaded.environment(), "FTEXP_TRACKERS_TEST": str(directory)}
+    (tmp_path / "killed.py").write_text(KILLED)
+    words = [*preloaded.python, str(tmp_path / "killed.py"), str(directory), server]
+    killed = subprocess.run(words, env=environment, check=False)
     assert killed.returncode == -signal.SIGKILL
     wait_until_none(lambda: descendants_with(f"FTEXP_TRACKERS_TEST={directory}"))  # wandb's process outlives it
     assert len(list((directory / "tensorboard").iterdir())) == 1
@@ -350,6 +352,7 @@ def three_kills(server, tmp_path_factory, preloaded):
             "run.name=three",
             "report.enabled=false",
             "train.max_steps=128",
+            "model.kwargs.depth=1",
             "train.epochs=6",
         ),
         *("train.log_every_steps=5", "checkpoint.every_steps=10", f"chaos.faults=[{faults}]"),

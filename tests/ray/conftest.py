@@ -18,7 +18,12 @@ def data_ray(preloaded):
         ftexp.data.listing._RETRY_AFTER_S = (0.0, 0.0, 0.0)
 
     logging.getLogger("ray").setLevel(logging.WARNING)  # it fills the report of a failed test otherwise
-    with ray_private.starting_fewer_processes(prints_logs=False):
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        preloaded.raylet_settings(),
+        ray_private.starting_fewer_processes(prints_logs=False),
+    ):
+        patch.setenv("RAY_prestart_worker_first_driver", "0")  # they would be no forks
         ray.init(
             address="local",
             num_cpus=2,

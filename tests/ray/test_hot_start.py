@@ -18,6 +18,7 @@ import uuid
 from pathlib import Path
 
 import pytest
+import torch
 from ray._private.runtime_env.context import RuntimeEnvContext
 from ray._private.utils import update_envs
 
@@ -30,7 +31,6 @@ from tests.support.processes import many_open_files
 
 DEADLINE_S = 60
 wait_until = functools.partial(processes.wait_until, every_s=0.01, within_s=DEADLINE_S)
-FULL = ("-m", "ftexp.cluster.hot_start.preloader")
 LIGHT = (
     "import sys, ftexp.cluster.hot_start.preloader as preloader, ftexp.cluster.hot_start.forker as forker;"
     "preloader.BEFORE_THE_CLUSTER = (); forker.WITH_THE_CLUSTER = ('ray',);"
@@ -70,21 +70,14 @@ def python_path_without_torch(directory):
     return os.pathsep.join(filter(None, [str(directory), os.environ.get("PYTHONPATH")]))
 
 
-class Preloaded:
-    """A preloaded process with its socket, and the launchers that were started on it."""
+class Launchers:
+    """Those that were started on the socket of a preloaded process."""
 
-    def __init__(self, directory, command):
-        self.directory, self.socket = directory, str(directory / "socket")
+    def __init__(self, directory, socket, **variables):
+        self.directory, self.socket = directory, socket
         unwanted = ("RAY_", "PYTHONUNBUFFERED")
         self.environment = {name: value for name, value in os.environ.items() if not name.startswith(unwanted)}
-        self.environment |= {"RAY_JOB_ID": "01000000", "RAY_RAYLET_PID": str(os.getpid())}
-        with launcher.listen(self.socket) as listener:
-            number = listener.fileno()
-            self.process = subprocess.Popen(
-                [sys.executable, *command, self.socket, str(number)],
-                stdin=subprocess.PIPE, cwd=directory, env=self.environment, pass_fds=[number],
-                preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # `nohup pytest` ignores it
-            )  # fmt: skip
+        self.environment |= {"RAY_JOB_ID": "01000000", "RAY_RAYLET_PID": str(os.getpid()), **variables}
         self.launchers = []
 
     def start(self, script, *arguments, plain=False, socket=None, flags=(), **options):
@@ -105,25 +98,54 @@ class Preloaded:
         return outcome(self.start(script, *arguments, **options))
 
     def stop(self):
-        for process in (*self.launchers, self.process):
+        for process in self.launchers:
             process.kill()
             process.wait()
 
 
+class Preloaded(Launchers):
+    """And with the preloaded process."""
+
+    def __init__(self, directory, command):
+        super().__init__(directory, str(directory / "socket"))
+        with launcher.listen(self.socket) as listener:
+            number = listener.fileno()
+            self.process = subprocess.Popen(
+                [sys.executable, *command, self.socket, str(number)],
+                stdin=subprocess.PIPE, cwd=directory, env=self.environment, pass_fds=[number],
+                preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # `nohup pytest` ignores it
+            )  # fmt: skip
+
+    def stop(self):
+        super().stop()
+        self.process.kill()
+        self.process.wait()
+
+
 @pytest.fixture(scope="module")
-def preloaded(tmp_path_factory):
-    """With everything imported."""
-    started = Preloaded(tmp_path_factory.mktemp("full"), FULL)
-    assert is_forked(started)  # its first worker, whose environment it takes
-    yield started
-    assert started.process.poll() is None, "a test has ended it"
-    started.stop()
+def preloaded(preloaded, tmp_path_factory):
+    """With everything imported: that of all tests."""
+    *_, socket = preloaded.python
+    path = preloaded.environment()["PYTHONPATH"]
+    launchers = Launchers(tmp_path_factory.mktemp("full"), socket, PYTHONPATH=path)
+    assert is_forked(launchers)  # its first worker, whose environment it takes
+    yield launchers
+    assert is_forked(launchers), "a test has ended it"
+    launchers.stop()
 
 
 @pytest.fixture
 def light(tmp_path):
     """With Ray only, for one test, which may end it."""
     started = Preloaded(tmp_path, ("-c", LIGHT + "preloader.main()"))
+    yield started
+    started.stop()
+
+
+@pytest.fixture(scope="module")
+def enduring(tmp_path_factory):
+    """With Ray only, for tests that must not end it."""
+    started = Preloaded(tmp_path_factory.mktemp("enduring"), ("-c", LIGHT + "preloader.main()"))
     yield started
     started.stop()
 
@@ -327,7 +349,7 @@ def test_workers_start_and_end_where_a_process_holds_many_files_open(tmp_path):
 def test_workers_do_not_share_a_process_group_with_the_preloader(preloaded):
     """Ray kills the whole group of a worker that has died."""
     groups = [int(preloaded.run("import os; print(os.getpgrp())")[1]) for _ in range(2)]
-    assert len({*groups, os.getpgid(preloaded.process.pid)}) == 3
+    assert len({*groups, os.getpgid(parent_of(forker_of(preloaded)))}) == 3
 
 
 def test_a_signal_that_follows_the_fork_at_once_is_not_lost(preloaded):
@@ -369,22 +391,30 @@ def test_the_collector_of_a_fork_leaves_alone_what_it_shares_with_others(preload
     assert own < shared / 10
 
 
-def test_a_ddp_step_among_forks_has_the_gradient_of_plain_processes(preloaded, tmp_path):
+def test_a_ddp_step_among_forks_has_the_gradient_of_a_plain_process(preloaded, tmp_path):
+    ranks = [preloaded.start(STEP, str(rank), tmp_path / "store") for rank in range(2)]
     gradients = []
-    for plain in (False, True):
-        store = tmp_path / f"store_{plain}"
-        ranks = [preloaded.start(STEP, str(rank), store, plain=plain) for rank in range(2)]
-        for code, output, errors in map(outcome, ranks):
-            assert code == 0, errors
-            gradients.append(json.loads(output))
-    assert gradients == gradients[:1] * 4
+    for code, output, errors in map(outcome, ranks):
+        assert code == 0, errors
+        gradients.append(json.loads(output))
+    assert gradients == [mean_of_both_ranks()] * 2
+
+
+def mean_of_both_ranks():
+    """STEP's gradient as DDP defines it, worked out here: half of it by each rank, which is exact."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = torch.nn.Linear(8, 3)
+    for rank in range(2):
+        loss = model(torch.full((4, 8), rank + 0.3)).square().sum()
+        (loss / 2).backward()
+    return [parameter.grad.tolist() for parameter in model.parameters()]
 
 
 def test_what_is_forked_from_has_no_thread_of_pythons_or_torchs(preloaded):
     """What threads there are is pyarrow's allocator's, which stops and restarts around a fork by itself."""
     forker = forker_of(preloaded)
-    assert forker != preloaded.process.pid
-    for pid in (preloaded.process.pid, forker):
+    for pid in (parent_of(forker), forker):
         names = [(task / "comm").read_text().strip() for task in Path(f"/proc/{pid}/task").iterdir()]
         assert len([name for name in names if name != "jemalloc_bg_thd"]) == 1, names
 
@@ -398,10 +428,10 @@ def test_a_worker_that_imports_from_elsewhere_starts_plainly(preloaded):
 
 
 @pytest.mark.parametrize("name", ["RAY_JOB_ID", "RAY_RAYLET_PID", "RAY_task_retry_delay_ms"])
-def test_a_worker_of_another_raylet_or_setting_has_another_forker_and_one_of_another_job_has_not(light, name):
+def test_a_worker_of_another_raylet_or_setting_has_another_forker_and_one_of_another_job_has_not(enduring, name):
     """Ray reads all three when it is imported; of a job, that there is none yet."""
     look = f"import os, ray; print(os.getppid(), os.environ['{name}'], os.environ['{MARK}'])"
-    seen = [light.run(look, env=light.environment | {name: value})[1].split() for value in ("02000000", "3", "3")]
+    seen = [enduring.run(look, env=enduring.environment | {name: value})[1].split() for value in ("02000000", "3", "3")]
     assert [value for _, value, _ in seen] == ["02000000", "3", "3"]
     assert (seen[0][0] == seen[1][0]) == (name == "RAY_JOB_ID")
     assert seen[1][0] == seen[2][0]
@@ -427,11 +457,11 @@ def test_workers_start_plainly_without_a_socket(preloaded, tmp_path):
 
 
 @pytest.mark.parametrize("mode", [0o666, 0o620, 0o606])
-def test_workers_start_plainly_when_others_may_use_the_socket(light, mode):
-    Path(light.socket).chmod(mode)
-    assert not is_forked(light)
-    Path(light.socket).chmod(0o600)
-    assert is_forked(light)
+def test_workers_start_plainly_when_others_may_use_the_socket(enduring, mode):
+    Path(enduring.socket).chmod(mode)
+    assert not is_forked(enduring)
+    Path(enduring.socket).chmod(0o600)
+    assert is_forked(enduring)
 
 
 def test_a_socket_of_another_user_is_not_used(monkeypatch, preloaded):
@@ -501,10 +531,10 @@ def test_the_preloader_ends_with_its_standard_input_and_workers_go_on(light):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_in_the_terminal_does_not_end_the_preloader(light, number):
-    wait_until(lambda: has_signal(light.process.pid, number, "SigIgn"))
-    light.process.send_signal(number)
-    assert is_forked(light)
+def test_ctrl_c_in_the_terminal_does_not_end_the_preloader(enduring, number):
+    wait_until(lambda: has_signal(enduring.process.pid, number, "SigIgn"))
+    enduring.process.send_signal(number)
+    assert is_forked(enduring)
 
 
 def ask(preloaded, script, stdin=0):
@@ -527,35 +557,35 @@ def ask(preloaded, script, stdin=0):
     return connection
 
 
-def test_where_memory_runs_out_a_forked_worker_goes_as_early_as_a_plain_one(light):
+def test_where_memory_runs_out_a_forked_worker_goes_as_early_as_a_plain_one(enduring):
     score = Path("/proc/self/oom_score_adj")
     look = "print(open('/proc/self/oom_score_adj').read().strip())"
     for plain in (False, True):
-        started = light.start(look, plain=plain, preexec_fn=lambda: score.write_text("700"))  # as raylet does
+        started = enduring.start(look, plain=plain, preexec_fn=lambda: score.write_text("700"))  # as raylet does
         assert outcome(started)[:2] == (0, "700\n")
 
 
-def test_launchers_that_hang_up_do_not_end_the_preloader(light):
-    assert is_forked(light)
-    light.process.send_signal(signal.SIGSTOP)  # so that it finds out when it answers
-    ask(light, f"open({str(light.directory / 'has_run')!r}, 'w')").close()
-    light.process.send_signal(signal.SIGCONT)
-    assert is_forked(light)
-    assert not (light.directory / "has_run").exists()  # it runs plainly by now: two workers would have its name
+def test_launchers_that_hang_up_do_not_end_the_preloader(enduring):
+    assert is_forked(enduring)
+    enduring.process.send_signal(signal.SIGSTOP)  # so that it finds out when it answers
+    ask(enduring, f"open({str(enduring.directory / 'has_run')!r}, 'w')").close()
+    enduring.process.send_signal(signal.SIGCONT)
+    assert is_forked(enduring)
+    assert not (enduring.directory / "has_run").exists()  # it runs plainly by now: two workers would have its name
 
 
-def test_launchers_that_are_killed_while_they_ask_do_not_end_the_preloader(light):
+def test_launchers_that_are_killed_while_they_ask_do_not_end_the_preloader(enduring):
     for _ in range(20):
-        ask(light, "import signal; signal.pause()").close()
-    assert is_forked(light)
+        ask(enduring, "import signal; signal.pause()").close()
+    assert is_forked(enduring)
 
 
 @pytest.mark.parametrize("content", [b"", b"\0" * 8, b"\0" * 7 + b"\x09[1, 2", b"\0" * 7 + b"\x06[1, 2]"])
-def test_what_is_no_request_does_not_end_the_preloader(light, content):
+def test_what_is_no_request_does_not_end_the_preloader(enduring, content):
     with socket.socket(socket.AF_UNIX) as connection:
-        connection.connect(light.socket)
+        connection.connect(enduring.socket)
         connection.sendall(content)
-    assert is_forked(light)
+    assert is_forked(enduring)
 
 
 # The driver

@@ -26,9 +26,10 @@ def test_the_sources_agree_on_classes_and_remember_how_they_were_found(tmp_path)
     entries = [entry for n, label in enumerate(labels) for entry in tar_sample(f"{n}", picture(n), label)]
     write_shard(tmp_path / "shards" / "a.tar", entries)
     for name, root in (("parquet", "rows"), ("image_list", "list.csv"), ("webdataset", "shards")):
-        info = build_data(data_config(name, tmp_path / root, val_fraction=0, test_fraction=0)).info
+        streaming = {"feed": "streaming", "shuffle_window": 2 if name == "parquet" else None}
+        info = build_data(data_config(name, tmp_path / root, val_fraction=0, test_fraction=0, **streaming)).info
         assert (info.class_names, info.integer_labels) == (["5", "7", "100001"], "values")
-        info = build_data(data_config(name, tmp_path / root, num_classes=10)).info
+        info = build_data(data_config(name, tmp_path / root, num_classes=10, **streaming)).info
         assert info.class_names == ["5", "7", "100001", *(f"class_{number}" for number in range(3, 10))]
 
 

@@ -92,9 +92,8 @@ def overrides_of(root):
 
 
 def train_reference(directory, pictures, preloaded):
-    """Train with cached data, in a Ray of its own, and leave the run in the directory."""
+    """Train with cached data, and leave the run in the directory."""
     (directory / "obedient.py").write_text(PLUGIN)
-    command = Command(
-        "train", [*OPTIONS, *pictures, f"run.storage={directory}", "run.name=clean"], directory, preloaded
-    )
+    words = [*OPTIONS, *pictures, f"run.storage={directory}", "run.name=clean", "scaling.num_workers=2"]
+    command = Command("train", words, directory, preloaded, joins=True)
     assert command.wait() == 0, command.output
