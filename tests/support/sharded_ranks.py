@@ -160,7 +160,8 @@ def run(rank, world):
     dist.init_process_group("gloo", rank=rank, world_size=world, init_method=f"file://{os.environ['MEETING']}{world}")
     if world == 4:
         trained = compare(rank, world, ("ddp", "fsdp", "hsdp"))
-        resume(rank, world, *trained["hsdp"])  # fsdp's is resumed by three
+        resume(rank, world, *trained["hsdp"])
+        resume(rank, world, *trained["fsdp"])
     if world == 3:
         clean = job_of("fsdp", rank, world, **SWITCHES["all"])
         _, metrics, kept = go_on(clean)
