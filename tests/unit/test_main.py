@@ -20,6 +20,7 @@ def test_every_entry_point_is_a_command():
         "__init__",
         "__main__",
         "api",
+        "counting",
         "errors",
         "plugins",
         "registry",
