@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import typing
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -55,18 +54,13 @@ def typed_node(node: DictConfig, schema: type[Any]) -> Any:
 
 
 def _type_problems(node: Any, prefix: str) -> Iterator[str]:
-    hints = _hints(type(node))
+    hints = typing.get_type_hints(type(node))
     for field in dataclasses.fields(node):
         value = getattr(node, field.name)
         if dataclasses.is_dataclass(value):
             yield from _type_problems(value, f"{prefix}{field.name}.")
         elif value != MISSING:
             yield from type_problems(f"{prefix}{field.name}", value, hints[field.name])
-
-
-@functools.cache  # it compiles each annotation
-def _hints(schema: type[Any]) -> dict[str, Any]:
-    return typing.get_type_hints(schema)
 
 
 def _values(node: DictConfig, schema: type[Any]) -> Any:
