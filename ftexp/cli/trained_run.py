@@ -6,7 +6,6 @@ import dataclasses
 import re
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
@@ -17,12 +16,12 @@ from ftexp.cli.compose import to_config
 from ftexp.config.schema import BESIDE, Config, DataConfig
 from ftexp.config.source_names import AS_TRAINED, OF_DECODING, can_stream
 from ftexp.data.info import DataInfo
+from ftexp.data.root import is_missing
 from ftexp.errors import CheckpointError, ConfigError
 from ftexp.rundir.names import CHECKPOINTS, CONFIG_FILE, METRICS_FILE
 from ftexp.rundir.state import read_state
 from ftexp.storage.append_log import read_lines
 from ftexp.storage.directory import Storage
-from ftexp.storage.uri import is_remote
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -93,7 +92,7 @@ def file_name_of(data: DataConfig) -> str:
 
 def require_data(data: DataConfig) -> None:
     """Raise ConfigError if a run's data is no longer where it was on disk."""
-    if data.root is not None and not is_remote(data.root) and not Path(data.root).expanduser().exists():
+    if is_missing(data.root):
         raise ConfigError(f"data.root={data.root}, the run's data, does not exist: add data.root=<where it is now>")
 
 

@@ -11,8 +11,13 @@ from ftexp.storage.directory import absolute
 from ftexp.storage.uri import is_remote
 
 
+def is_missing(root: str | None) -> bool:
+    """Whether a root is on this machine, and is not there."""
+    return root is not None and not is_remote(root) and not Path(absolute(root)).exists()
+
+
 def require_root(data: DataConfig) -> None:
     """Raise DataError if the files of a built-in source are on this machine, and are not there."""
     reads_files = data.name in SOURCE_FIELDS and can_stream(data.name)
-    if reads_files and data.root is not None and not is_remote(data.root) and not Path(absolute(data.root)).exists():
+    if reads_files and is_missing(data.root):
         raise DataError(f"data.root={data.root} does not exist")
