@@ -32,7 +32,7 @@ def test_no_command_minds_what_its_streams_can_not_take(module, tmp_path):
     wrong = "é⚡" if module in ("checkpoints", "sweeps", "report") else wrong
     command = f"{shlex.quote(sys.executable)} -m ftexp.{module} {' '.join(map(shlex.quote, wrong.split()))}"
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    for streams in (">&-", ">&- 2>&- <&-"):
+    for streams in ("", ">&-", ">&- 2>&- <&-"):
         shell = ["sh", "-c", f"{command} {streams}"]
         done = subprocess.run(shell, cwd=tmp_path, env=environment, capture_output=True, check=False, timeout=120)
         assert done.returncode == 2, done.stderr
