@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ftexp.config.schema import MULTI_LABEL, REGRESSION, SINGLE_LABEL, DataConfig
+from ftexp.counting import counted
 from ftexp.data.labels import class_numbers, from_text
 from ftexp.data.targets import Labels, packed
 from ftexp.errors import DataError
@@ -112,10 +113,9 @@ def _targets(
     for split, rows in found.items():
         for item, row in enumerate(rows):
             if len(row) != first or not row:
-                many = f"{len(row)} numbers" if len(row) != 1 else "1 number"
                 raise DataError(
-                    f"{what} holds {many} at {where(split, item)}, and {first} in the first row: every sample needs as "
-                    "many targets, at least one"
+                    f"{what} holds {counted(len(row), 'number')} at {where(split, item)}, and {first} in the first "
+                    "row: every sample needs as many targets, at least one"
                 )
             row[:] = [_number(value, split, item, what, where) for value in row]
         labels[split] = np.array(rows, np.float32).reshape(len(rows), first)

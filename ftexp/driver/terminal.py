@@ -87,8 +87,8 @@ class Terminal:
             self.say(f"! {warning}", "yellow")
         if data.bad_samples:
             first = f"{data.bad_samples[0].where}: {data.bad_samples[0].reason}"
-            what = "sample" if len(data.bad_samples) == 1 else "samples"
-            text = f"{len(data.bad_samples)} {what} that can't be read (the first: {first}); see events.jsonl"
+            samples = counted(len(data.bad_samples), "sample")
+            text = f"{samples} that can't be read (the first: {first}); see events.jsonl"
             self.say(f"{'skipped':<9}{text}", "yellow")
 
     def finished_before(self, run: str, location: str) -> None:
@@ -192,7 +192,7 @@ class Terminal:
             )
         survived = len(state.failures) - (state.status == "failed")
         rows += [
-            ("steps", f"{state.step:,} in {state.epoch} epoch{'' if state.epoch == 1 else 's'}"),
+            ("steps", f"{state.step:,} in {counted(state.epoch, 'epoch')}"),
             ("time", f"{state.seconds:.1f} s" + _goodput(state)),
             ("failures", f"{max(survived, 0)} survived"),
             *(("", _account(failure)) for failure in state.failures[-_MAX_FAILURES_SHOWN:]),

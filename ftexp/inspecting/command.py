@@ -161,7 +161,7 @@ def _print_facts(console: Console, config: Config, bundle: DataBundle, found: Fo
     sizes = " · ".join(f"{count:,} {split}" for split, count in info.num_samples.items())
     decoding = "nothing to decode: the source is held in memory"
     if rate is not None:
-        cpus = f"{rate.num_cpus} CPUs" if rate.num_cpus > 1 else "1 CPU"
+        cpus = counted(rate.num_cpus, "CPU")
         decoding = f"{rate.images_per_s:,.0f} images/s on {cpus} (measured on {rate.num_images:,} images)"
     for title, text in (
         ("source", config.data.name),

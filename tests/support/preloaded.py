@@ -95,7 +95,7 @@ class Preloaded:
         return done.stdout
 
     def runtime_env(self):
-        """What makes Ray's workers forks, which can ask an S3 server of a test."""
+        """Return the runtime_env with which Ray forks its workers, and with which these reach a test's S3 server."""
         variables = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
         variables["PYTHONPATH"] = self._settings["PYTHONPATH"]
         return {"py_executable": shlex.join(self.python), "env_vars": variables}

@@ -38,7 +38,7 @@ def check_data(config: Config) -> Iterator[str]:
     for name in ("mean", "std"):
         values = getattr(data, name)
         if len(values) != data.channels:
-            found = f"{counted(len(values), 'value')}"
+            found = counted(len(values), "value")
             yield f"data.{name}={values} has {found}, but data.channels={data.channels}: give one per channel"
     if not all(math.isfinite(value) for value in data.mean):
         yield f"data.mean={data.mean} must be finite numbers"
