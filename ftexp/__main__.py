@@ -30,7 +30,7 @@ COMMANDS = {
 
 
 def main() -> None:
-    """Run the command that the first argument names; exits with 2 if there is none of that name."""
+    """Run the command named by the first argument; exit with 2 if there is no such command."""
     name, *_ = [*sys.argv[1:], "--help"]
     if name in ("-h", "--help"):
         print("usage: ftexp <command> ...\n")

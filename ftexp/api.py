@@ -6,9 +6,9 @@
     run.metrics.query("split == 'val'").plot("step", "val_accuracy")
     model, transform, class_names = api.load_model(run)
 
-Errors are `ftexp.errors.FtexpError`s with the text that the command prints. `train` and `evaluate` start
-a Ray and end it, or join `scaling.address`; one at a time in a process. Hydra, signal handlers and the environment are
-left as they were.
+Errors are subclasses of `ftexp.errors.FtexpError`, with the message that the command prints. `train` and `evaluate`
+start Ray and stop it, or connect to `scaling.address`; a process runs one of them at a time. Hydra's state and signal
+handlers are restored, and added environment variables are removed.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ if TYPE_CHECKING:
     from ftexp.cli.trained_run import SavedRun
     from ftexp.rundir.state import Failure, RunState
 
-_TYPED = "_typed"  # attribute of a composed config: the overrides that it was composed with
+_TYPED = "_typed"  # attribute of a composed config: its overrides
 _WEIGHTS = {"model": "raw", "ema": "ema"}
 _AS_PNG = ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16")  # Pillow's modes that PNG stores without conversion
-_alone = threading.Lock()  # Ray is one for a process
+_alone = threading.Lock()  # a process can have only one Ray
 
 
 def compose(overrides: Sequence[str] = ()) -> Config:
-    """Return the config that the command composes from these overrides; ConfigError names a key that there isn't.
+    """Return the config that the command composes from these overrides; ConfigError names an unknown key.
 
-    Values are checked by `train`. Whatever Hydra is initialised with in this process stays so.
+    `train` checks the values. Hydra's state in this process is restored.
     """
     import hydra
     from hydra.core.global_hydra import GlobalHydra
@@ -70,7 +70,7 @@ def compose(overrides: Sequence[str] = ()) -> Config:
 
 @dataclass(frozen=True)
 class Run:
-    """A run directory, as it is when it is asked."""
+    """A run directory; each property reads its current state."""
 
     uri: str
 
@@ -81,7 +81,7 @@ class Run:
 
     @property
     def metrics(self) -> pd.DataFrame:
-        """Every logged point, a row each: time, split, step, epoch, and a column for each metric."""
+        """Every logged point as a row: time, split, step, epoch, and a column for each metric."""
         import pandas as pd
 
         from ftexp.rundir.names import METRICS_FILE
@@ -100,17 +100,17 @@ class Run:
 
     @property
     def checkpoints(self) -> list[Manifest]:
-        """Its checkpoints that have a readable manifest, newest step first."""
+        """The checkpoints that have a readable manifest, highest step first."""
         return self._saved.store.manifests(lambda *_: None)
 
     @property
     def failures(self) -> list[Failure]:
-        """The failures that it had, and what each cost."""
+        """The run's failures, each with its cost."""
         return list(self._state.failures)
 
     @property
     def config(self) -> Config:
-        """The config that it was last started with."""
+        """The config of the last start."""
         return self._saved.config
 
     @property
@@ -131,13 +131,13 @@ class Run:
 
 
 def train(config: Config) -> Run:
-    """Train, or resume the run that `run.name` names, to the end; as the command does, but for a Ray that dies.
+    """Train a run to its end, or resume the run named by `run.name`. Unlike the command, don't restart a dead Ray.
 
-    The config is one of `compose`, also changed afterwards, or one of your own, which is taken as it is.
+    config: from `compose`, possibly changed afterwards, or built by hand; it is used as it is.
 
     Raises:
-        ConfigError: the config is wrong, or this process is connected to a Ray of yours; nothing was started.
-        RunFailedError: failures are spent, or Ray died. `Run(<directory>)` has the details.
+        ConfigError: the config is wrong, or this process is already connected to Ray; nothing was started.
+        RunFailedError: no restart is left, or Ray died. `Run(<directory>)` has the details.
         KeyboardInterrupt: after a final checkpoint.
     """
     from ftexp.driver.run import train as run_to_end
@@ -165,13 +165,13 @@ class LoadedModel(NamedTuple):
 
 
 def load_model(run_or_checkpoint: Run | str | Path, weights: str = "model") -> LoadedModel:
-    """Load a run's best checkpoint, or the checkpoint at this directory or URI; no Ray is needed.
+    """Load a run's best checkpoint, or the checkpoint at this directory or URI; needs no Ray.
 
-    weights: model, or ema for their EMA.
+    weights: "model", or "ema" for the EMA weights.
 
     Raises:
         ConfigError: there is no run.
-        CheckpointError: the run has no checkpoint, it is corrupt, or it has no average.
+        CheckpointError: the run has no checkpoint, it is corrupt, or it has no EMA.
     """
     run, model = _loaded(run_or_checkpoint, weights)
     return LoadedModel(model, _transform(run), run.info.class_names)
@@ -203,13 +203,13 @@ def _transform(run: SavedRun) -> Callable[[Any], Tensor]:
 
     def transform(picture: Any) -> Tensor:
         pixels = as_image(_encoded(picture), fit)
-        return to_tensors(pixels[None])[0].clone()  # the memory is used again
+        return to_tensors(pixels[None])[0].clone()  # to_tensors reuses its output buffer
 
     return transform
 
 
 def _encoded(picture: Any) -> bytes:
-    """Return a picture as what the decoder reads: files as they are, Pillow images without loss."""
+    """Return bytes that the decoder reads: files unchanged, Pillow images encoded without loss."""
     if isinstance(picture, bytes):
         return picture
     if isinstance(picture, (str, Path)):
@@ -221,7 +221,7 @@ def _encoded(picture: Any) -> bytes:
 
 
 def evaluate(run: Run | str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Evaluate a checkpoint: what `python -m ftexp.evaluate run=... <overrides>` writes, also returned."""
+    """Evaluate a checkpoint; return the results that `python -m ftexp.evaluate run=... <overrides>` writes."""
     from ftexp.evaluate.command import evaluate_words
 
     with _undisturbed():
@@ -231,11 +231,11 @@ def evaluate(run: Run | str | Path, overrides: Sequence[str] = ()) -> dict[str, 
 def predict(
     run_or_checkpoint: Run | str | Path, pictures: Sequence[Any], weights: str = "model", batch_size: int = 64
 ) -> pd.DataFrame:
-    """Return the probability of each class, or the value of each target: a row for each picture.
+    """Return a row per picture: the probability of each class, or the value of each target.
 
     pictures: Pillow images, paths, or encoded images.
 
-    In this process, without Ray. For any number of files, there is `python -m ftexp.predict`.
+    Runs in this process, without Ray. Use `python -m ftexp.predict` for large numbers of files.
     """
     import pandas as pd
     import torch
@@ -253,9 +253,9 @@ def predict(
 
 @contextlib.contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Let one call at a time use Ray, and restore what it changes of this process.
+    """Let one call at a time use Ray; then restore signal handlers and remove added environment variables.
 
-    ConfigError if the process is connected to a Ray already, which the call would take away from its user.
+    ConfigError if the process is already connected to Ray: the call would shut down that connection.
     """
     with _alone:
         ray = sys.modules.get("ray")
@@ -275,7 +275,7 @@ def _undisturbed() -> Iterator[None]:
 
 
 def _handlers() -> dict[int, Any]:
-    """Return the handlers of signals that Ray and a run set; none on a thread, where nobody can set any."""
+    """Return the handlers of the signals that Ray and a run handle; empty outside of the main thread."""
     if threading.current_thread() is not threading.main_thread():
         return {}
     return {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}

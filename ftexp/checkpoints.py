@@ -1,9 +1,9 @@
 """`python -m ftexp.checkpoints <run directory> [--diff A B | --convert ...]`: list and verify checkpoints.
 
-Lists every checkpoint with its step, size and age, and reads each to the last byte. `--diff` names two of them
+Lists every checkpoint with its step, size and age, and verifies every byte of it. `--diff` names two of them
 (a directory's name in the run, or the path of any other checkpoint or run) and shows every place where they differ.
-`--convert full CHECKPOINT OUT` writes a sharded one as model.pt, optimizer.pt and extra_state.pt to OUT/CHECKPOINT,
-`--convert sharded:N CHECKPOINT OUT` any as N workers would.
+`--convert full CHECKPOINT OUT` writes a sharded checkpoint as model.pt, optimizer.pt and extra_state.pt to
+OUT/CHECKPOINT. `--convert sharded:N CHECKPOINT OUT` writes any checkpoint as N workers would save it.
 Exit codes: 0 all verify, or no difference; 1 otherwise; 2 the command was wrong.
 """
 
@@ -23,7 +23,7 @@ from ftexp.rundir.names import CHECKPOINTS
 from ftexp.storage.directory import Storage
 
 _SHARDED = re.compile(r"sharded:([1-9]\d*)")
-_MAX_DIFFERENCES = 40  # shown; the rest is counted
+_MAX_DIFFERENCES = 40  # differences that are printed; the rest are only counted
 
 
 def main() -> None:
@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def show(run_dir: Storage) -> bool:
-    """Print the table; returns whether everything that isn't in quarantine verifies."""
+    """Print the table; return whether every checkpoint that isn't in quarantine verifies."""
     from rich.console import Console
     from rich.table import Table
 
@@ -82,7 +82,7 @@ def show(run_dir: Storage) -> bool:
 
 
 def show_differences(run_dir: Storage, first: str, second: str) -> bool:
-    """Print every place where two checkpoints differ; returns whether there is none."""
+    """Print every place where two checkpoints differ; return whether there is none."""
     from ftexp.checkpoint.compare import load, tree_differences
 
     sides = [_find(run_dir, name) for name in (first, second)]
@@ -98,7 +98,7 @@ def show_differences(run_dir: Storage, first: str, second: str) -> bool:
 
 
 def convert(run_dir: Storage, wanted: str, name: str, out: str) -> bool:
-    """Write a checkpoint in another format, and print where; returns whether it was."""
+    """Write a checkpoint in another format, print its path, and return True."""
     from ftexp.checkpoint.converting import as_full, as_sharded
 
     found = _SHARDED.fullmatch(wanted)

@@ -5,7 +5,7 @@ FtexpError
 │   └── UnknownNameError   a registry has no entry of that name
 ├── DataError        a data source is missing, empty, or holds unreadable samples
 ├── StorageError     the run directory can't be read or written
-│   └── RunInUseError      another command is running in it
+│   └── RunInUseError      another process is running in it
 ├── CheckpointError  a checkpoint is corrupt, or does not fit the run
 │   └── StateError   a saved state and the configured states disagree
 ├── NonFiniteError   a loss or gradient is NaN or infinite
@@ -50,7 +50,7 @@ class RunInUseError(StorageError):
 
 
 class CheckpointError(FtexpError):
-    """A checkpoint is corrupt, or does not fit the run that wants it."""
+    """A checkpoint is corrupt, or does not fit the run that loads it."""
 
 
 class StateError(CheckpointError):
@@ -84,7 +84,7 @@ class RunFailedError(FtexpError):
 
 
 class RayLostError(RunFailedError):
-    """Ray's own processes died: its raylet, or its GCS. The checkpoints are still there.
+    """One of Ray's own processes died: its raylet or its GCS. The checkpoints are still there.
 
     begins_again: whether the run resumes with a new Ray.
     """
@@ -93,4 +93,4 @@ class RayLostError(RunFailedError):
 
 
 class SweepFailedError(FtexpError):
-    """Trials of a sweep failed; the others ran to their end."""
+    """Trials of a sweep failed; the others finished."""

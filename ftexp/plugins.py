@@ -1,7 +1,7 @@
-"""The one place to import from for a module of your own that `plugins=[...]` names.
+"""All names that a plug-in, a module listed in `plugins=[...]`, imports from ftexp.
 
-Each name is imported where it is first used: some of them need Ray or torch, which a plug-in that registers a tracker,
-say, doesn't have to wait for.
+Each name is imported at its first use: some need Ray or torch, and a plug-in that only registers a tracker, for
+example, need not wait for these.
 """
 
 from __future__ import annotations

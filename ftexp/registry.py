@@ -1,4 +1,4 @@
-"""Names to builders. A config holds names only, so a config file can't name code to run."""
+"""Registries: maps from names to builders. A config holds only names, so a config file can't run arbitrary code."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def did_you_mean(name: str, available: Iterable[str]) -> str:
 
 
 class Registry(Generic[T]):
-    """Maps a name to whatever was registered under it.
+    """Map from names to registered objects.
 
     `key` is the config key whose value is looked up here; messages name it.
     """
@@ -43,7 +43,7 @@ class Registry(Generic[T]):
         return decorate
 
     def get(self, name: str) -> T:
-        """Return the entry called `name`; UnknownNameError names the nearest one there is."""
+        """Return the entry called `name`; UnknownNameError suggests the closest match."""
         if name not in self._entries:
             raise UnknownNameError(
                 f"{self.key}='{name}' is unknown.{did_you_mean(name, self._entries)} "
@@ -61,7 +61,7 @@ class Registry(Generic[T]):
 def load_plugins(modules: Iterable[str]) -> None:
     """Import the user's modules, so that what they register can be named in the config.
 
-    The working directory counts as an import path, as it does for `python -m`.
+    The working directory is on the import path, as it is for `python -m`.
     """
     if (cwd := str(Path.cwd())) not in sys.path and "" not in sys.path:
         sys.path.append(cwd)

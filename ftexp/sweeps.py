@@ -24,7 +24,7 @@ def main() -> None:
 
 
 def show(directory: Storage) -> None:
-    """Print the table, and why what failed did."""
+    """Print the table, and the error of each failed trial."""
     from rich.console import Console
 
     from ftexp.rundir.ranking import ranked

@@ -1,6 +1,6 @@
 """`python -m ftexp.train [group=option ...] [key=value ...]`: compose, check, run.
 
-Nothing heavy is imported before the config is known to be good.
+Nothing slow is imported before the config has been validated.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ def _task(composed: DictConfig) -> float | None:
     # unresolved: ${oc.env:...} may be a secret, and may be missing
     overrides: Any = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
     config = to_config(composed, overrides)
-    alone = HydraConfig.get().mode == RunMode.RUN  # not one of several jobs, of which others have finished
+    alone = HydraConfig.get().mode == RunMode.RUN  # not one of several jobs: a restart would repeat all of them
     metrics = train(config, overrides, begin_again=begin_again if alone else None)
     return metrics.get(config.checkpoint.checkpoint_score_attribute)
 
 
 def _again(restart: Restart) -> int:
-    """Run the command again to resume; return its exit code."""
+    """Resume after the process has replaced itself because Ray died; return the exit code."""
     return exit_code_of(lambda: train(restart.config, restart.overrides, restart=restart, begin_again=begin_again))
 
 

@@ -1,7 +1,7 @@
-"""From the command line to a checked `Config`, with every mistake in one message and exit code 2.
+"""From the command line to a checked `Config`; all mistakes are reported in one message, with exit code 2.
 
-Hydra composes; this module only rewords its errors and turns the result into typed objects. Used by every
-entry point. Imports neither torch nor Ray.
+Hydra composes; this module only rewords its errors and converts the result to typed objects. Every entry point uses
+it. Imports neither torch nor Ray.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from ftexp.errors import ConfigError, FtexpError
 class _Shared(ConfigNode):
     """A schema that isn't copied with the store: for --help, Hydra copies the whole store a hundred times.
 
-    What it loads from the store is copied again, so the schema stays as it is.
+    Hydra copies what it loads from the store again, so the schema is never changed.
     """
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Shared:
@@ -51,19 +51,19 @@ ConfigStore.instance().repo["schema.yaml"] = _Shared(
 
 
 def offer_option(group: str, name: str, node: Any) -> None:
-    """Let `group=name` stand for a dataclass, as if it were a file of that group."""
+    """Register a dataclass as `group=name`, as if it were a file of that group."""
     ConfigStore.instance().store(name, dataclasses.asdict(node), group=group, provider="ftexp")
 
 
 _crashes: list[Exception] = []
-_noted: set[str] = set()  # printed once, not for every trial of a sweep
+_noted: set[str] = set()  # notes that were printed: each once, not for every trial of a sweep
 
 
 @contextlib.contextmanager
 def past_composing() -> Iterator[None]:
     """Treat an error in this block as a bug or a failure of the machine, not as a mistake in the command.
 
-    `run_hydra` lets its traceback through: that is what helps.
+    `run_hydra` then lets the traceback through.
     """
     try:
         yield
@@ -115,7 +115,7 @@ def run_hydra(task: Callable[[DictConfig], float | None], argv: Sequence[str]) -
 
 @contextlib.contextmanager
 def _wrapping() -> Iterator[None]:
-    """Print what this block prints once it ends, broken between words to the width of a terminal."""
+    """Print this block's output at its end, wrapped to the width of a terminal."""
     printed = io.StringIO()
     try:
         with contextlib.redirect_stdout(printed):
@@ -125,20 +125,20 @@ def _wrapping() -> Iterator[None]:
 
 
 def remove_note(sweep_dir: str) -> None:
-    """Remove the note of Hydra's sweeper, which holds the whole config with its secrets; nothing reads it."""
+    """Remove the file of Hydra's sweeper that has the whole config with its secrets; nothing reads it."""
     Path(sweep_dir, "multirun.yaml").unlink(missing_ok=True)
 
 
 def hydras_words(argv: Sequence[str]) -> list[str]:
-    """Return overrides in the form that Hydra takes."""
-    # any key may be added under these, so Hydra's "+" is put there for the user
+    """Return overrides in the form that Hydra accepts."""
+    # any key may be added under these, so Hydra's "++" is added for the user
     open_key = re.compile(rf"({'|'.join(map(re.escape, open_keys(Config)))})(\.[^=]+)?=")
     words = [f"++{word}" if open_key.match(word) else _in_full(word) for word in argv]
     return [as_typed(Config, word) for word in words]
 
 
 def reworded(error: Exception, argv: Sequence[str]) -> ConfigError:
-    """Return what Hydra raised while it composed `argv`, in this project's words."""
+    """Return an error that Hydra raised while it composed `argv`, in this project's words."""
     is_type_only = isinstance(error, TypeError) or "group override must be a string" in str(error)
     unknown = unknown_option(argv) if is_type_only else None
     if "does not support sweep type" in str(error):
@@ -164,9 +164,9 @@ def _in_full(word: str) -> str:
 
 
 def to_config(composed: DictConfig, typed: Sequence[str] | None = None) -> Config:
-    """Turn what Hydra composed into typed objects; ConfigError names what does not fit the schema.
+    """Convert Hydra's composed config to typed objects; ConfigError names each key that does not fit the schema.
 
-    typed: the overrides of this command. With them, recipe values that don't fit the others are fitted, and this is
+    typed: the overrides of this invocation. If given, recipe values that don't fit the others are adjusted, which is
     printed to standard error: see `fitted`. None (a stored config): nothing is changed.
     """
     try:
@@ -186,7 +186,7 @@ def to_config(composed: DictConfig, typed: Sequence[str] | None = None) -> Confi
 
 
 def _unknown_keys(node: DictConfig, schema: type[Any], prefix: str) -> Iterator[str]:
-    """Yield keys that a leading "+" slipped past Hydra's own check."""
+    """Yield errors for unknown keys that a leading "+" hid from Hydra's own check."""
     fields = {field.name: field for field in dataclasses.fields(schema)}
     for key in node:
         name = str(key)

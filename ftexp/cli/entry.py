@@ -1,4 +1,4 @@
-"""The start and the end of every command. Imports nothing heavy, not even Hydra: some commands need no more."""
+"""The start and the end of every command. Imports nothing slow, not even Hydra: some commands need no more."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from ftexp.errors import FtexpError
 
 
 def prepare_streams() -> None:
-    """Let standard output and error take any text: what their encoding lacks is replaced; closed ones lead nowhere.
+    """Make standard output and error accept any text: unencodable characters are replaced; closed streams discard it.
 
-    The first thing that a command does: a file opened before would get the number of a closed stream.
+    A command calls this first: a file that is opened earlier would get the number of a closed stream.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
@@ -31,7 +31,7 @@ def prepare_streams() -> None:
 
 
 def command_words(doc: str | None) -> list[str]:
-    """Prepare the streams and return what was typed; where that asks for help, print `doc` and exit."""
+    """Prepare the streams and return the arguments; if these ask for help, print `doc` and exit."""
     prepare_streams()
     words = sys.argv[1:]
     if any(word in ("-h", "--help") for word in words):
@@ -42,7 +42,7 @@ def command_words(doc: str | None) -> list[str]:
 
 @contextlib.contextmanager
 def exiting_on_error() -> Iterator[None]:
-    """Print an error of this block that is meant for the user, and exit with its code; so too after a signal."""
+    """Print an FtexpError of this block, and exit with its code; after a signal, exit with the signal's code."""
     try:
         yield
     except FtexpError as error:
@@ -53,7 +53,7 @@ def exiting_on_error() -> Iterator[None]:
 
 
 def with_run(words: Sequence[str]) -> list[str]:
-    """Return the words, with the first that is neither an override nor an option as run=<word>."""
+    """Return the words, with the first one that is neither an override nor an option as run=<word>."""
     for place, word in enumerate(words):
         key, is_override, _ = word.partition("=")
         if not word.startswith("-") and (not is_override or "/" in key):
@@ -62,5 +62,5 @@ def with_run(words: Sequence[str]) -> list[str]:
 
 
 def as_value(word: str) -> str:
-    """Return what an argument holds, also where it is written as run=<value> or sweep=<value>."""
+    """Return the value of an argument, which may be written as run=<value> or sweep=<value>."""
     return re.sub(r"^(run|sweep)=", "", word)

@@ -9,7 +9,7 @@ from ftexp.cli.wrapping import print_wrapped
 from ftexp.errors import ConfigError, FtexpError
 
 EXIT_INTERRUPTED = 130
-EXIT_TERMINATED = 75  # by SIGTERM, after a final checkpoint: EX_TEMPFAIL, the same command resumes
+EXIT_TERMINATED = 75  # by SIGTERM or SIGHUP: EX_TEMPFAIL, the same command resumes
 
 
 def interrupted_code(interrupt: KeyboardInterrupt) -> int:
@@ -33,7 +33,7 @@ def exit_code_of(run: Callable[[], object]) -> int:
 
 
 def print_error(error: FtexpError) -> None:
-    """Write an error for the user: no traceback, a line each where there are several."""
+    """Print an error for the user: no traceback, and a line for each if there are several."""
     lines = str(error).splitlines()
     title = "the config is invalid" if isinstance(error, ConfigError) else type(error).__name__
     if len(lines) == 1:

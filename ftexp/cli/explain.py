@@ -1,4 +1,4 @@
-"""Errors of Hydra and OmegaConf, worded: key, value, what is allowed, nearest valid name."""
+"""Messages for errors of Hydra and OmegaConf: key, value, allowed values, closest valid name."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def open_interval(argv: Sequence[str]) -> str:
 
 
 def hydras_flags(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Return Hydra's own flags as Hydra reads them, and the words that it doesn't know."""
+    """Return Hydra's own flags, as Hydra parses them, and the words that it doesn't know."""
     return get_args_parser().parse_known_args(list(argv))
 
 
@@ -66,7 +66,7 @@ def _unknown_option_text(group: str, option: str, options: list[str]) -> str:
 
 
 def explain(error: BaseException, schema: Any = None) -> str:
-    """Word an error of Hydra or OmegaConf: key, value, what is allowed, nearest valid name.
+    """Return the message for an error of Hydra or OmegaConf: key, value, allowed values, closest valid name.
 
     schema: an instance of the dataclass that was composed; None: `Config`.
     """
@@ -99,7 +99,7 @@ def explain(error: BaseException, schema: Any = None) -> str:
         return f"{key}: a key must be text, and {wrong[1]} is not"
     if "is not Optional" in first_line or "NoneType is not a subclass" in first_line or "value 'None'" in first_line:
         return null_problem(key)
-    # while a node is made, before it is put in its place, OmegaConf knows neither the whole key nor the value
+    # while OmegaConf creates a node, before inserting it, it knows neither the whole key nor the value
     typed = re.search(r"Error merging override \+*([^=]+)=(.*)", str(error))
     if "is not a subclass of" in first_line or "Cannot assign" in first_line:
         return keys_problem(*typed.groups()) if typed and cause.value is None else keys_problem(key, cause.value)
@@ -119,7 +119,7 @@ def _holds_list(key: str) -> bool:
 
 
 def unknown_key(key: str, schema: Any = None) -> str:
-    """Return the message for a key that the schema doesn't have, with the nearest that it has."""
+    """Return the message for a key that the schema doesn't have, with the closest existing key."""
     node: Any = schema if schema is not None else Config()
     *parents, name = key.split(".")
     if parents == ["hydra", "sweeper"]:
@@ -137,9 +137,9 @@ def unknown_key(key: str, schema: Any = None) -> str:
 
 
 def _named_alike(name: str) -> str:
-    """Return " Did you mean 'x' or 'y'?" for the keys of any group whose name is `name`, or ends with it.
+    """Return " Did you mean 'x' or 'y'?" for the keys of any group that are called `name`, or end with it.
 
-    That is what users of other tools type: lr, epochs, batch_size. Empty if there are none, or too many to choose from.
+    Users of other tools type such names: lr, epochs, batch_size. Empty if there are none, or too many to choose from.
     """
     keys = [key for key, _ in flat(dataclasses.asdict(Config()), "")]
     found = [key for key in keys if key.rpartition(".")[2] == name]

@@ -1,7 +1,7 @@
-"""Overrides as they are typed, turned into what Hydra and YAML take for the same text.
+"""Quoting of overrides, so that Hydra and YAML read text values as they were typed.
 
-Hydra and YAML read 1.10 as a number, and a path with a bracket as a list or a mistake. Where the schema says that a key
-holds text, the text that was typed is meant.
+Hydra and YAML read 1.10 as a number, and a path with a bracket as a list or a mistake. If the schema says that a key's
+value is text, the text is kept as typed.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ _WORD = re.compile(r"(?P<key>\+{0,2}[^=~\s]+)=(?P<value>.*)", re.DOTALL)
 
 
 def as_typed(schema: type[Any], word: str) -> str:
-    """Return a word of Hydra's command line, with its value quoted if the key holds text and Hydra reads other than it.
+    """Return a word of Hydra's command line, with its value quoted if it is text that Hydra would read otherwise.
 
-    Interpolations, null, quoted text and sweeps of such values stay.
+    Interpolations, null, quoted text and sweeps of such values are unchanged.
     """
     parts = _typed(schema, word)
     if parts is None:
@@ -44,7 +44,7 @@ def as_typed(schema: type[Any], word: str) -> str:
 
 
 def as_typed_yaml(schema: type[Any], word: str) -> str:
-    """Return a word of a command that reads YAML, likewise."""
+    """Like `as_typed`, for a command that reads its overrides as YAML."""
     parts = _typed(schema, word)
     if parts is None or not _is_text_key(schema, parts[0]):
         return word
@@ -54,7 +54,7 @@ def as_typed_yaml(schema: type[Any], word: str) -> str:
 
 
 def quoted_word(word: str) -> str | None:
-    """Return a word as a shell hands it to Hydra unharmed; None if it is no override."""
+    """Return a word quoted for a shell and for Hydra; None if it is no override."""
     parts = _WORD.fullmatch(word)
     if parts is None:
         return None
@@ -79,7 +79,7 @@ def _is_text_key(schema: Any, key: str) -> bool:
 
 
 def _hint(schema: Any, key: str) -> Any:
-    """Return the type of a key of a schema, or of the values of the mapping that it is in; None if it is in none."""
+    """Return the type of a schema's key, or of a key in one of its mappings; None if it is neither."""
     hints, key = _keys(schema), key.lstrip("+")
     if key in hints:
         return hints[key]
@@ -107,7 +107,7 @@ def _is_text(value: Any) -> bool:
 
 
 def _elements(override: Override, value: str) -> list[str]:
-    """Return the values of a sweep as they were typed, those quoted that Hydra reads otherwise."""
+    """Return the values of a sweep as typed, quoted if Hydra would read them otherwise."""
     simple = override.value_type == ValueType.SIMPLE_CHOICE_SWEEP and not re.search(r"[\[\]{}()'\"\\]", value)
     if not simple:
         return [value]

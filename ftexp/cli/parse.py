@@ -1,4 +1,4 @@
-"""From overrides, or what Hydra composed, to typed objects; every mistake in one ConfigError."""
+"""From overrides, or Hydra's composed config, to typed objects; all mistakes are reported in one ConfigError."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def parse_words(schema: type[Any], words: Sequence[str]) -> Any:
 
 
 def read_command(schema: type[Any], words: Sequence[str], **needed: str) -> Any:
-    """Return `parse_words`, with ranges checked; `needed` holds an example for each field without a default."""
+    """Like `parse_words`, but also check ranges; `needed` has an example for each field without a default."""
     config = parse_words(schema, words)
     for key, example in needed.items():
         if getattr(config, key) == MISSING:
@@ -68,7 +68,7 @@ def _values(node: DictConfig, schema: type[Any]) -> Any:
     for field in dataclasses.fields(schema):
         default = field.default_factory() if callable(field.default_factory) else None
         if field.name not in node.keys():  # noqa: SIM118 - a value that is missing, or can't be resolved, isn't "in" it
-            continue  # younger than the run that wrote this down: its default
+            continue  # newer than the run that wrote this config: its default
         if OmegaConf.is_missing(node, field.name):
             values[field.name] = "???"
         elif dataclasses.is_dataclass(default):

@@ -1,4 +1,4 @@
-"""A trained run, for commands that use its config, its data's facts or its weights."""
+"""A trained run, for commands that use its config, the facts of its data or its weights."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SavedRun:
-    """A run directory, opened."""
+    """An opened run directory."""
 
     storage: Storage
     config: Config
-    info: DataInfo  # the data that it was trained on
+    info: DataInfo  # facts of the data that it was trained on
 
     @classmethod
     def at(cls, uri: str) -> SavedRun:
-        """Open a run; raise ConfigError if there is none, or it never began to train."""
+        """Open a run; ConfigError if there is none, or if it has never started training."""
         storage = Storage.at(uri)
         config = load_run_config(storage)
         state = read_state(storage)
@@ -52,11 +52,11 @@ class SavedRun:
 
     @property
     def store(self) -> CheckpointStore:
-        """Its checkpoints."""
+        """The run's checkpoints."""
         return CheckpointStore(self.storage.child(CHECKPOINTS))
 
     def model(self, weights: dict[str, Tensor]) -> nn.Module:
-        """Return the model with these weights, a state dict, for evaluation, on the CPU. Imports torch."""
+        """Return the model with these weights (a state dict), in evaluation mode, on the CPU. Imports torch."""
         from ftexp.model.build import trained_model
         from ftexp.registry import load_plugins
 
@@ -64,14 +64,14 @@ class SavedRun:
         return trained_model(self.config.model, self.info, weights).eval()
 
     def data_as_seen(self, data: DataConfig) -> DataConfig:
-        """Return `data` with the run's cropping, scaling, normalisation and reading of labels."""
-        decoded = can_stream(data.name)  # else they are in memory as the model sees them
+        """Return `data` with the run's cropping, scaling, normalisation and label format."""
+        decoded = can_stream(data.name)  # otherwise images are in memory as the model sees them
         names = [name for name in AS_TRAINED if decoded or name not in OF_DECODING]
         seen: dict[str, Any] = {name: getattr(self.config.data, name) for name in names}
         if not decoded:
             defaults = DataConfig()
             seen |= {name: getattr(defaults, name) for name in OF_DECODING}
-        seen["decode_size"] = None  # nothing is cut out of an image but in training
+        seen["decode_size"] = None  # only training crops a part of an image
         return dataclasses.replace(data, integer_labels=self.info.integer_labels, **seen)
 
 
@@ -85,7 +85,7 @@ def load_run_config(storage: Storage) -> Config:
 
 
 def file_name_of(data: DataConfig) -> str:
-    """Return what names files about a data set: the last part of its root, or its source."""
+    """Return a name of a data set for file names: the last part of its root, or its source."""
     name = (data.root or "").partition("?")[0].rstrip("/").rpartition("/")[2] or data.name
     return re.sub(r"[^\w.-]+", "_", name)
 
@@ -105,7 +105,7 @@ def choose(store: CheckpointStore, wanted: str, run_config: Config) -> Manifest:
         sign = 1 if run_config.checkpoint.checkpoint_score_order == "max" else -1
         scores = _scores(store, manifests, run_config)
         scored = [manifest for manifest in manifests if scores.get(manifest.name) is not None]
-        # a checkpoint between two evaluations repeats the value of the one before: of equals, the first was evaluated
+        # a checkpoint between two evaluations repeats the previous value: of equal ones, the first was evaluated
         manifests = sorted(scored, key=lambda each: (-sign * scores[each.name], each.step)) or manifests
     if not manifests:
         raise CheckpointError(f"{store.storage.uri} holds no checkpoint yet")
@@ -113,9 +113,9 @@ def choose(store: CheckpointStore, wanted: str, run_config: Config) -> Manifest:
 
 
 def _scores(store: CheckpointStore, manifests: list[Manifest], run_config: Config) -> dict[str, float]:
-    """Return the metric that ranks checkpoints, by checkpoint.
+    """Return the value of the metric that ranks checkpoints, by checkpoint.
 
-    From the logged points where there is one of its step: one evaluated besides training has none in its manifest.
+    A logged point of the checkpoint's step comes first: if `train.eval` is `beside`, manifests have no current value.
     """
     metric = run_config.checkpoint.checkpoint_score_attribute
     try:

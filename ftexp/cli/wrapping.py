@@ -1,4 +1,4 @@
-"""Lines broken between words to the width of a terminal, which itself breaks them anywhere."""
+"""Lines wrapped between words to the width of a terminal, which itself would break them anywhere."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _TITLE = re.compile(r"\S+( \S+)* {2,}(?=\S)")  # "test accuracy  0.9778": the fi
 
 
 def wrapped(text: str, width: int) -> str:
-    """Return `text` in lines of at most `width` characters; those that continue one are indented as its text is.
+    """Return `text` in lines of at most `width` characters; continuation lines are indented to the text above.
 
-    A word that is longer than a line stays whole, so that paths can be copied.
+    A word longer than a line is not broken, so that paths can be copied.
     """
     return "\n".join(
         textwrap.fill(
@@ -34,12 +34,12 @@ def _indent(line: str, width: int) -> str:
 
 
 def say(console: Console, text: str, style: str = "") -> None:
-    """Print a line as it is; on a terminal wrapped."""
+    """Print a line; on a terminal, wrap it."""
     shown = wrapped(text, console.width) if console.is_terminal else text
     console.print(shown, style=style or None, markup=False, soft_wrap=True)
 
 
 def print_wrapped(lines: Iterable[str], stream: TextIO) -> None:
-    """Print `lines` at once, wrapped if `stream` is a terminal."""
+    """Print `lines` and flush, wrapped if `stream` is a terminal."""
     for line in lines:
         print(wrapped(line, get_terminal_size().columns) if stream.isatty() else line, file=stream, flush=True)

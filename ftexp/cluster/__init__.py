@@ -1,1 +1,1 @@
-"""Ray and its processes: where it is started, joined and ended."""
+"""Ray and its processes: starting, joining and stopping them."""

@@ -1,4 +1,4 @@
-"""Imports that take seconds, without the garbage collector."""
+"""Slow imports without garbage collection."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def uncollected() -> Iterator[None]:
-    """Keep the collector from running in this block.
+    """Disable garbage collection in this block.
 
-    Modules are hardly ever garbage, and looking for some takes a tenth of the time of importing torch and Ray.
+    Modules are hardly ever garbage, and collecting takes a tenth of the time of importing torch and Ray.
     """
     was_enabled = gc.isenabled()  # a program that calls ftexp.api may have switched it off
     gc.disable()
@@ -26,10 +26,10 @@ def uncollected() -> Iterator[None]:
 
 @contextlib.contextmanager
 def importing_for_good() -> Iterator[None]:
-    """As `uncollected`, and afterwards the collector never looks at what this process has.
+    """Disable garbage collection in this block, and exclude all objects that exist after it for good.
 
-    In a fork, it would write to every page that holds an object, and so copy it. Not for a program that calls
-    ftexp.api: what it has, and drops later, would never be freed where it is part of a cycle.
+    In a fork, the collector would write to every page that holds an object, and so copy it. Not for a program that
+    calls ftexp.api: reference cycles among its excluded objects would never be freed.
     """
     with uncollected():
         try:
@@ -39,9 +39,9 @@ def importing_for_good() -> Iterator[None]:
 
 
 def import_meanwhile(module: str) -> threading.Thread:
-    """Import a module that takes seconds while Ray starts, which is mostly waiting for its processes; join it then."""
-    # this module registers a lock for fork(). If the thread imported it while Ray's processes are forked, that lock
-    # would be released without being held, and Python would print an error
+    """Import a slow module on a thread while Ray starts, which is mostly waiting; the caller joins the thread."""
+    # the module below registers a lock for fork(). If the thread imported it while Ray's processes are forked, that
+    # lock would be released without being held, and Python would print an error
     import concurrent.futures.thread  # noqa: F401
 
     def run() -> None:

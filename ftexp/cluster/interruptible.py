@@ -1,4 +1,4 @@
-"""Running Ray Train's fit() so that it can be stopped: by a signal, by another command, or by Ray's own death."""
+"""Interruptible fit() of Ray Train: a signal, a process that takes the run over, or Ray's death stops it."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from ftexp.errors import RayLostError, StorageError
 from ftexp.storage.lease import Lease
 
 _LOOK_EVERY_S = 0.1
-STOP_GRACE_S = 30.0  # for the checkpoint that a signal asks for
+STOP_GRACE_S = 30.0  # time limit of the final checkpoint after a signal
 _END_WITHIN_S = 2.0
 _RETRY_EVERY_S = 0.01
-# one wish may come as two signals: `uv run` and bash pass on SIGTERM and SIGHUP that the whole process group had got
+# one request may arrive as two signals: `uv run` and bash forward a SIGTERM or SIGHUP that the whole group received
 _REPEAT_WITHIN_S = 2.0
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM: somebody wants the machine back, and will start the command again elsewhere."""
+    """SIGTERM or SIGHUP: the machine is being reclaimed, and the command may be started again elsewhere."""
 
 
 def fit_interruptibly(
@@ -34,11 +34,14 @@ def fit_interruptibly(
     failed: Callable[[], Exception | None] = lambda: None,
     lost: Callable[[], str | None] = lambda: None,
 ) -> Any:
-    """Run fit() on a thread, so that Ctrl-C, SIGTERM and SIGHUP reach this one, not Ray's own handler.
+    """Run fit() on a thread, so that SIGINT, SIGTERM and SIGHUP reach this thread, not Ray's own handler.
 
-    The first asks the workers for a final checkpoint by `stop`, which returns whether there are any; the second ends it
-    at once. `failed` returns what went wrong elsewhere in this process: it is raised, and ends the run.
-    StorageError if another command has taken the run directory over; RayLostError once `lost` says that Ray has died.
+    stop: called at the first signal; asks the workers for a final checkpoint, and returns whether there are any.
+        A second signal ends fit() at once.
+    failed: returns an error from elsewhere in this process, which is raised and ends the run; None if there is none.
+    lost: returns why Ray is dead; None while it runs.
+
+    StorageError if another process has taken the run directory over; RayLostError if Ray has died.
     """
     with collected_signals() as asked:
         require = functools.partial(_require, failed, lost, asked)
@@ -47,10 +50,10 @@ def fit_interruptibly(
 
 @contextlib.contextmanager
 def collected_signals() -> Iterator[list[KeyboardInterrupt]]:
-    """Collect SIGINT (also where a shell's `&` left it ignored), SIGTERM and SIGHUP, which then interrupt nothing.
+    """Collect SIGINT, SIGTERM and SIGHUP in a list, without interrupting anything.
 
-    SIGHUP (the terminal is gone) stays ignored where it is: `nohup` asks for that. SIGTERM and SIGHUP that follow one
-    another at once are collected as one.
+    SIGINT is collected even if a shell's `&` left it ignored. SIGHUP (the terminal is gone) stays ignored if it was:
+    `nohup` asks for that. SIGTERM and SIGHUP within _REPEAT_WITHIN_S are collected as one.
     """
     asked: list[KeyboardInterrupt] = []
     terminated_at: float | None = None
@@ -88,7 +91,7 @@ def _fit_on_thread(
     def run() -> None:
         try:
             outcome.append(fit())
-        except BaseException as error:  # raised again below, on the thread that waits
+        except BaseException as error:  # raised again below, on the waiting thread
             errors.append(error)
         finally:
             done.set()
@@ -102,7 +105,7 @@ def _fit_on_thread(
         raise
     if errors:
         if isinstance(errors[0], Exception):
-            require(errors[0])  # what fit() makes of it says nothing
+            require(errors[0])  # the cause, where it is known; fit()'s own error doesn't show it
         raise errors[0]
     return outcome[0]
 
@@ -113,9 +116,9 @@ def _require(
     asked: list[KeyboardInterrupt],
     error: Exception | None,
 ) -> None:
-    """Raise what failed elsewhere, and RayLostError if Ray has died; or the signal that had asked for the end before.
+    """Raise an error from elsewhere in the process, or RayLostError if Ray has died, or the signal that came before.
 
-    error: that of fit(), if it has ended by one.
+    error: the exception that ended fit(); None while it runs.
     """
     if error is None and (other := failed()) is not None:
         raise other
@@ -134,7 +137,7 @@ def _wait(
     done: threading.Event,
 ) -> None:
     stop_by: float | None = None
-    # not thread.join(): a signal that comes while it waits may leave a thread that runs for dead (Python 3.11)
+    # not thread.join(): a signal during it may mark a running thread as finished (Python 3.11)
     while not done.wait(timeout=_LOOK_EVERY_S):
         if asked and stop_by is None:
             if not stop(asked[0]):
@@ -150,13 +153,16 @@ def _wait(
 
 
 def _interrupt(thread: threading.Thread, done: threading.Event) -> None:
-    """End a thread, unless it is in C and stays there: shut down under one that uses it, Ray ends the process, by 1."""
+    """Interrupt a thread; one that stays in C code is left running.
+
+    If Ray were shut down while a thread uses it, Ray would exit the process with code 1.
+    """
     assert thread.ident is not None
     ends_by = time.monotonic() + _END_WITHIN_S
     is_due = True
     hook = sys.unraisablehook
 
-    def again(raised: sys.UnraisableHookArgs) -> None:  # it struck in a place that can't raise, such as a __del__
+    def again(raised: sys.UnraisableHookArgs) -> None:  # raised where it can't propagate, such as in a __del__
         nonlocal is_due
         if raised.exc_type is KeyboardInterrupt:
             is_due = True
@@ -166,7 +172,8 @@ def _interrupt(thread: threading.Thread, done: threading.Event) -> None:
     sys.unraisablehook = again
     try:
         while not done.is_set() and time.monotonic() < ends_by:
-            # Python 3.11 takes a thread that is being started for the one that starts it, which then waits for ever
+            # in Python 3.11, a thread that is being started has its creator's id: it would get the exception instead,
+            # and its creator would wait for it for ever
             if is_due and all(other.ident is not None for other in threading.enumerate()):
                 is_due = False
                 thread_id, kind = ctypes.c_ulong(thread.ident), ctypes.py_object(KeyboardInterrupt)

@@ -1,4 +1,4 @@
-"""How a process ends that has imported torch and Ray: taking all their modules down would take a second or two."""
+"""Fast exit of a process that has imported torch and Ray: unloading all their modules would take a second or two."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from collections.abc import Callable
 
 
 def code_of(run: Callable[[], int | None]) -> int:
-    """The exit code of `run`, after what the interpreter does at its end, short of taking the modules down.
+    """Call `run`, then do the interpreter's exit steps except for unloading modules; return the exit code.
 
-    The process is to end by `os._exit` then. After a KeyboardInterrupt it ends here, by SIGINT.
+    The caller then exits by `os._exit`. After a KeyboardInterrupt, the process ends here, by SIGINT.
     """
     interrupted = False
     try:
@@ -26,7 +26,7 @@ def code_of(run: Callable[[], int | None]) -> int:
     except BaseException as error:
         code, interrupted = 1, isinstance(error, KeyboardInterrupt)
         sys.excepthook(*sys.exc_info())
-    threading._shutdown()  # type: ignore[attr-defined]  # joins threads that aren't daemons, as multiprocessing does
+    threading._shutdown()  # type: ignore[attr-defined]  # joins non-daemon threads; multiprocessing calls it too
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or None

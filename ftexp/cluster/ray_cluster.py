@@ -1,4 +1,4 @@
-"""The Ray that a command runs on: started here, or joined."""
+"""The Ray that a command runs on: started by the command, or joined."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from ftexp.config.machine import prepare_machine, usable_cpus
 from ftexp.config.schema import TORCHVISION, Config
 from ftexp.errors import ConfigError, RayLostError, RunFailedError
 
-# Read by Ray Train's controller, to which Ray passes them on, on a cluster too.
+# Read by Ray Train's controller. Ray passes them to it, also on a cluster.
 _CONTROLLER = {
-    # how soon a death is seen; Ray's default is 2, and polling five times a second costs training speed
+    # interval at which deaths are noticed; Ray's default is 2, and 0.2 would slow training down
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
 }
 _ELASTIC_CONTROLLER = {
-    # time to start a worker group before nodes are counted again: a dead node may not be known as dead yet; default 60
+    # start-up limit of a worker group before nodes are counted again: Ray may still count a dead node; default 60
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "5",
 }
 # Read by Ray when it is imported or when workers start. Only set where ftexp starts Ray itself.
 _OWN_CLUSTER = {
-    # for workers whose group is given up anyway; NCCL may wait for a rank that is gone
+    # the process group is discarded anyway, and NCCL may wait for a rank that no longer exists
     "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "2",
-    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # else every worker starts through `uv run` again
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # otherwise every worker starts through `uv run` again
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process in each run that asks whether this one node is drained
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process per run that only asks whether this node is being drained
 }
 _QUIET = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
@@ -46,12 +46,12 @@ _QUIET = {
 
 @dataclass(frozen=True)
 class SharedRay:
-    """A Ray that a sweep has started or joined, for its trials."""
+    """The Ray that a sweep has started or joined for its trials."""
 
     address: str
     runtime_env: dict[str, Any]  # environment of the trials' jobs
-    why_cold: str | None  # why trials' workers aren't forked, if they aren't
-    share: int  # trials that share this machine
+    why_cold: str | None  # reason why trials' workers aren't forked; None if they are
+    share: int  # number of trials that share this machine
 
 
 @dataclass(frozen=True)
@@ -59,13 +59,13 @@ class RunningRay:
     """The Ray that this process has connected to."""
 
     host: str  # address of this node
-    is_own: bool  # started here, so that everything in it belongs to this run
-    lost: Callable[[], str | None] = lambda: None  # why it is no more, if it isn't
-    close: Callable[[], None] = lambda: None  # ends the watch over it
+    is_own: bool  # started here, so everything in it belongs to this run
+    lost: Callable[[], str | None] = lambda: None  # returns why Ray is dead; None while it runs
+    close: Callable[[], None] = lambda: None  # stops the watch over it
 
 
 def prepare_environment(config: Config) -> None:
-    """Set what Ray reads at import; ConfigError if this machine lacks what it needs. Call before ray is imported."""
+    """Set the variables that Ray reads at import. Call before ray is imported; ConfigError if Ray can't run here."""
     if config.scaling.address is None:
         prepare_machine()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -87,16 +87,16 @@ def start_ray(
     shared: SharedRay | None = None,
     decodes: bool | None = None,
 ) -> RunningRay:
-    """Start Ray on this machine, or join a sweep's, or `scaling.address`.
+    """Start Ray on this machine, or join a sweep's Ray or `scaling.address`.
 
     From then on, SIGTERM and SIGHUP raise Terminated, a KeyboardInterrupt, instead of Ray's SystemExit.
 
-    Raises:
-        ConfigError: no cluster answers at the address, or it can't be given the working directory.
-        RayLostError: a process of the Ray that was started here died meanwhile.
-        RunFailedError: Ray doesn't start on this machine.
+    decodes: whether to add CPUs for decoding while the workers train; None: decided by `may_decode`.
 
-    decodes: whether CPUs are to decode besides the workers; None: if they may turn out to.
+    Raises:
+        ConfigError: no cluster answers at the address, or Ray can't ship the working directory to it.
+        RayLostError: a process of the Ray that is started here died during the start.
+        RunFailedError: Ray can't be started on this machine.
     """
     import ray
 
@@ -106,7 +106,7 @@ def start_ray(
     logging.getLogger("ray").setLevel(level)
     if not config.verbose:
         ray_private.silence_raylet_messages()
-    # workers may take all cores, so CPUs for decoding are added to Ray's count; they share the same cores
+    # workers may reserve all cores, so CPUs for decoding are added to Ray's count; both share the same cores
     decodes = may_decode(config) if decodes is None else decodes
     decoding = (config.data.decode_cpus or usable_cpus()) if decodes else 0
     options: dict[str, Any] = {"include_dashboard": False, "num_cpus": usable_cpus() + decoding} if own else {}
@@ -129,7 +129,7 @@ def start_ray(
         if not isinstance(error, ConnectionError):
             raise
         raise ConfigError(f"scaling.address={address}: no Ray cluster answers there: {error}{_token_hint()}") from error
-    except BaseException:  # a signal: Ray forgets what it has started so far
+    except BaseException:  # a signal: Ray loses track of the processes that it has started
         if own:
             ray_private.kill_started()
         raise
@@ -145,16 +145,16 @@ def start_ray(
 
 
 def _not_shipped(error: Exception) -> str:
-    """Return why Ray can't bring the working directory to the cluster's machines, in a line, and how to do without."""
+    """Return one line: why Ray can't ship the working directory to the cluster, and how to avoid shipping it."""
     reason = " ".join(str(error).split())
     without = "where every machine has ftexp, set RAY_ENABLE_UV_RUN_RUNTIME_ENV=0"
     return f"{reason} Under `uv run`, Ray ships the working directory: {without}"
 
 
 def _token_hint() -> str:
-    """Return what may be the reason if a cluster that runs doesn't answer: it may ask for a token that isn't set here.
+    """Return a hint for a running cluster that doesn't answer: it may require a token that isn't set here.
 
-    Ray sets RAY_AUTH_MODE itself where it finds a token in the home directory, which may be of another cluster.
+    Ray sets RAY_AUTH_MODE itself if it finds a token in the home directory, which may be for another cluster.
     """
     if os.environ.get("RAY_AUTH_MODE") == "token" and {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
         return ""
@@ -162,7 +162,10 @@ def _token_hint() -> str:
 
 
 def leave_ray(running: RunningRay | None) -> None:
-    """End the Ray that `start_ray` started, or leave the one that it joined; None: it did not come so far."""
+    """Stop the Ray that `start_ray` started, or disconnect from the one that it joined.
+
+    running: None if `start_ray` did not return.
+    """
     import ray
 
     if running is not None:
@@ -171,24 +174,24 @@ def leave_ray(running: RunningRay | None) -> None:
 
 
 def _no_node() -> str | None:
-    """Say so if the raylet has left the Ray that was started: it ends when a helper of its own dies at the start."""
+    """Return an error if the raylet has left the new Ray: it exits when one of its helpers dies at the start."""
     import ray
 
     return None if ray.cluster_resources().get("CPU") else "Ray's raylet process gave up while it started"
 
 
 def _not_started(error: Exception) -> RunFailedError:
-    """An error of ray.init's, as one that another try may not meet, if it isn't about this machine or the settings."""
+    """Convert an error of ray.init: RunFailedError if the machine or the settings cause it, else RayLostError."""
     reason = f"{type(error).__name__}: {str(error).strip() or 'no reason given'}".splitlines()[0]
     if isinstance(error, (OSError, ValueError, TypeError)):
         return RunFailedError(f"Ray can't be started on this machine: {reason}")
     lost = OwnRay().lost()
-    ray_private.kill_started()  # also what Ray has forgotten, since it gave up halfway
+    ray_private.kill_started()  # including processes that Ray lost track of when it gave up
     return RayLostError(lost or f"Ray did not start: {reason}")
 
 
 def quiet_data(config: Config) -> None:
-    """Stop Ray Data's progress bars and lines, here and in the workers, unless `verbose`."""
+    """Disable Ray Data's progress bars and log lines, here and in the workers, unless `verbose`."""
     from ray.data import DataContext
 
     if not config.verbose:
@@ -198,9 +201,9 @@ def quiet_data(config: Config) -> None:
 
 @contextlib.contextmanager
 def decoding_ray(config: Config) -> Iterator[RunningRay]:
-    """Ray for a command whose tasks read data, and no more; left again at the end.
+    """Start or join Ray for a command whose tasks only read data; leave it at the end.
 
-    A decoder that takes torch would be slow to start in each of its tasks: these are forks then.
+    A decoder that needs torch would make every task slow to start, so its tasks are forked.
     """
     hot_start = HotStart(config.scaling, num_threads=1) if config.data.decoder_name == TORCHVISION else None
     running = None
@@ -216,7 +219,7 @@ def decoding_ray(config: Config) -> Iterator[RunningRay]:
 
 @contextlib.contextmanager
 def private_ray(config: Config) -> Iterator[Config]:
-    """A Ray of this machine's own while the block runs, for what only reads data; yields the config without address."""
+    """Start a Ray on this machine for a block that only reads data; yield the config without its address."""
     config = dataclasses.replace(config, scaling=dataclasses.replace(config.scaling, address=None))
     prepare_environment(config)
     with decoding_ray(config) as running:

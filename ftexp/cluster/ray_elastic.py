@@ -1,11 +1,12 @@
-"""How many workers there is room for, as Ray Train asks before it starts a group: names of Ray's that aren't public, as
-in ray_private.py. `tests/unit/test_ray_private.py` fails when an upgrade moves one.
+"""Number of workers that there is room for, as Ray Train asks before it starts a worker group.
 
-The actor that answers looks at the nodes every 20 s. Asked just after a node's death, it still counts that node, and
-Ray Train waits for a group which nothing can start.
+Uses private names of Ray; `tests/unit/test_ray_private.py` fails when an upgrade moves one.
 
-A placement group that is asked for before Ray knows that the resources of the last group are free waits for Ray's next
-look at what is pending, once a second.
+The actor that counts the nodes does so every 20 s. Asked just after a node's death, it still counts that node, and Ray
+Train waits for a group that can't start.
+
+A placement group that is requested before Ray knows that the previous group's resources are free waits until Ray looks
+at pending requests again, once a second.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ if TYPE_CHECKING:
     from ray.train.v2._internal.execution.scaling_policy import ScalingPolicy
     from ray.train.v2._internal.execution.worker_group import WorkerGroupContext
 
-_ROOM_S = 1.0  # then the placement group would have been looked at again
+_ROOM_S = 1.0  # by then, Ray would have looked at the pending placement group again
 _POLL_S = 0.01
 
 
 class FreshElasticScalingPolicy(elastic.ElasticScalingPolicy):  # type: ignore[misc]
-    """Counts the nodes that are alive when it is asked."""
+    """Elastic policy that counts the nodes that are alive at the time of the call."""
 
     _latest_reserved_resources_query_time: float
 
@@ -42,15 +43,15 @@ class FreshElasticScalingPolicy(elastic.ElasticScalingPolicy):  # type: ignore[m
 
 
 def scaling_policy(config: ScalingConfig) -> ScalingPolicy:
-    """Return the policy that Ray Train would create, or the one above in place of its elastic one."""
+    """Return the policy that Ray Train would create, with the class above in place of its elastic one."""
     return FreshElasticScalingPolicy(config) if config.elasticity_enabled else create_scaling_policy(config)
 
 
 class RoomAwaited(WorkerGroupCallback):  # type: ignore[misc]
-    """Lets a group of workers start once Ray knows of room for it, or after a second."""
+    """Delays the start of a worker group until Ray reports room for it, for at most a second."""
 
     def before_worker_group_start(self, worker_group_context: WorkerGroupContext) -> None:
-        """Ray's hook, in the controller."""
+        """Wait for room; Ray Train calls this hook in the controller."""
         wanted, count = worker_group_context.resources_per_worker, worker_group_context.num_workers
         deadline = time.monotonic() + _ROOM_S
         while time.monotonic() < deadline:

@@ -1,19 +1,21 @@
-"""Every name of Ray's that isn't public. `tests/unit/test_ray_private.py` fails when an upgrade moves one.
+"""Private names of Ray that ftexp uses; more are in ray_elastic.py and ray_replacing.py.
 
-- The snapshot file: Ray Train would take up checkpoints of an earlier call from it, and refuses to start if it
-  is truncated or names a missing directory. Ours follow from manifests, so it is dropped before each fit.
-- The error of a dead worker wraps Ray's public RayActorError in a private class.
-- What ends a fit() whose workers never began is a private class inside the public ControllerError.
-- Forks of a process that has imported Ray must not share its random numbers, from which Ray makes its ids. Its
-  generator is seeded at the first draw, and the decorator of actor classes draws when Ray's modules are imported.
-- The thread that prints raylet's messages starts whatever log_to_driver says; what it prints is in Ray's logs too.
-- The script that raylet starts for each worker, which imports all of ray to become the worker's interpreter.
-- The processes that ray.init has started: by them a Ray that has died is noticed, and ended for good.
-- Three that it starts, and that a Ray for one command has no use for.
-- The actor that would remove a dead controller's placement group, and can't in such a Ray.
-- Train's controller, which Ray gives the runtime env of the job alone, and its workers' to nobody but these.
-- The detector of hangs in NCCL: the variables that fit() reads, and the directory of the run in which it leaves what it
-  has found, a directory for each kind of findings.
+`tests/unit/test_ray_private.py` fails when an upgrade moves one.
+
+- The snapshot file: Ray Train would load an earlier invocation's checkpoints from it, and refuses to start if it is
+  truncated or names a missing directory. ftexp finds checkpoints by their manifests, so it is removed before each fit.
+- The error of a dead worker: a private class wraps Ray's public RayActorError.
+- The error of a fit() whose workers never started: a private class inside the public ControllerError.
+- Ray's random ids: forks of a process that has imported Ray must not share the generator that draws them. It is seeded
+  at the first draw, and the decorator of actor classes draws when Ray's modules are imported.
+- The thread that prints raylet's messages: it starts whatever log_to_driver says. Ray's logs have the messages too.
+- The script that raylet starts for each worker: Ray's imports all of ray before it becomes the worker's interpreter.
+- The processes that ray.init has started: by these, a dead Ray is noticed and its remains are killed.
+- Three processes that ray.init starts and that a Ray for one command does not need.
+- The actor that removes a dead controller's placement group: it can't do so in a Ray without an API server.
+- Ray Train's controller: Ray gives it only the job's runtime env, and gives the workers' runtime env only to workers.
+- The detector of NCCL hangs: the variables that fit() reads, and the directory in the run's where it writes its
+  findings, with a subdirectory for each kind.
 """
 
 from __future__ import annotations
@@ -41,14 +43,14 @@ _VITAL = {"gcs_server": "GCS", "raylet": "raylet"}  # kind of process -> its nam
 
 
 def unwrap(error: Exception) -> Exception:
-    """The error of a worker that stopped answering, without Ray Train's wrapper."""
+    """Return the error of a worker that stopped answering, without Ray Train's wrapper."""
     inner = getattr(error, _WRAPPED_FAILURE, error)
     assert isinstance(inner, Exception)
     return inner
 
 
 def is_startup_failure(error: Exception) -> bool:
-    """Whether fit() ended with this because no group of workers began."""
+    """Return whether fit() ended with this error because no worker group started."""
     from ray.train.v2._internal import exceptions
 
     kinds = (
@@ -60,9 +62,9 @@ def is_startup_failure(error: Exception) -> bool:
 
 
 def detect_nccl_hangs(within_s: float | None) -> None:
-    """Have coming fits observe NCCL, and leave what they find `within_s` of standing still; None: as Ray does.
+    """Make later fits report a hang in NCCL after `within_s` without progress; None: after Ray's default.
 
-    It needs `ncclras`, of NCCL 2.28 or later, on the workers' PATH, and does without where there is none.
+    It needs `ncclras`, of NCCL 2.28 or later, on the workers' PATH; without it, no hang is reported.
     """
     os.environ.setdefault(_NCCL_DETECTOR, "1")
     if within_s is not None:
@@ -81,7 +83,7 @@ def silence_raylet_messages() -> None:
 
 
 def import_without_drawing(import_all: Callable[[], None]) -> None:
-    """Import what defines Ray actors, while their class ids come from the operating system's randomness."""
+    """Import modules that define Ray actors, with class ids from the operating system's randomness."""
     import ray.actor
 
     original = ray.actor.ActorClassID
@@ -96,7 +98,7 @@ def import_without_drawing(import_all: Callable[[], None]) -> None:
 
 
 def random_id() -> str:
-    """An id as Ray draws it."""
+    """Return an id drawn the way Ray draws it."""
     from ray._raylet import UniqueID
 
     drawn: str = UniqueID.from_random().hex()
@@ -105,22 +107,22 @@ def random_id() -> str:
 
 @contextlib.contextmanager
 def workers_set_up_by(script: Path) -> Iterator[None]:
-    """Have the raylet that is started meanwhile run `script`, an absolute path, where it would run Ray's own."""
+    """Make a raylet that is started in this block run `script`, an absolute path, instead of Ray's own script."""
     from ray._private import ray_constants
 
-    # it is joined to a directory, which an absolute path replaces
+    # Ray joins this name to a directory; an absolute path replaces the directory
     with _replaced(ray_constants, SETUP_WORKER_FILENAME=str(script)):
         yield
 
 
-# what starts a process without which nothing here is missed: the autoscaler, of a Ray that stays on one machine; the
-# dashboard without a dashboard, which then counts usage alone; what reads workers' logs in order to print them here
+# methods that start processes nothing here needs: the autoscaler, since this Ray stays on one machine; the API server,
+# which without a dashboard only reports usage; the process that reads workers' logs to print them here
 _AUTOSCALER, _USAGE, _LOG_READER = "start_monitor", "start_api_server", "start_log_monitor"
 
 
 @contextlib.contextmanager
 def starting_fewer_processes(prints_logs: bool) -> Iterator[None]:
-    """Have ray.init start a Ray without the processes that a command has no use for: half of what a start costs."""
+    """Make ray.init skip the processes that a command does not need: half of the cost of a start."""
     from ray._private.node import Node
 
     counts_usage = os.environ.get("RAY_USAGE_STATS_ENABLED") != "0"
@@ -131,7 +133,7 @@ def starting_fewer_processes(prints_logs: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _replaced(owner: Any, **values: Any) -> Iterator[None]:
-    """Set attributes of a module or a class, and restore them."""
+    """Set attributes of a module or a class in this block, and restore them."""
     originals = {name: getattr(owner, name) for name in values}
     for name, value in values.items():
         setattr(owner, name, value)
@@ -143,16 +145,18 @@ def _replaced(owner: Any, **values: Any) -> Iterator[None]:
 
 
 def fitted(trainer: DataParallelTrainer, controller: type[Any] | None = None) -> Result:
-    """Fit `trainer`, without the actor that outlives its controller where that actor can't do its work.
+    """Fit `trainer`, with Ray Train's internals adapted as follows.
 
-    It removes the placement group of a controller that died, as it learns from Ray's API server. Where none runs, its
-    first question takes 40 s to fail, and Ray Train waits for that up to 12 s before a fit that has ended returns.
+    Without an API server, the placement group's cleaner is omitted. This actor outlives the controller and asks the
+    API server whether the controller died. Without one, its first request takes 40 s to fail, and Ray Train waits up to
+    12 s of that before a fit that has ended returns.
 
-    The controller, and with it the actors that it creates for each group of workers, has the workers' runtime env:
-    where these are forked, so are those, each of which would import Ray Train for 2 CPU-seconds while workers wait.
+    The controller, and the actors that it creates for each worker group, get the workers' runtime env: if workers are
+    forked, so are these actors. Otherwise each would import Ray Train, 2 CPU-seconds, while workers wait.
 
-    An elastic group counts the nodes again before it starts: see ray_elastic.py. controller: a class derived from Ray
-    Train's, to use in its place.
+    An elastic group counts the nodes again before it starts: see ray_elastic.py.
+
+    controller: a subclass of Ray Train's controller, to use in its place.
     """
     from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
     from ray.train.v2.api import data_parallel_trainer
@@ -174,7 +178,7 @@ def fitted(trainer: DataParallelTrainer, controller: type[Any] | None = None) ->
 
 
 class _RayOfTrainer:
-    """The module `ray` as the trainer sees it, whose one actor, Train's controller, has more of a runtime env."""
+    """The module `ray` as the trainer sees it: adds a runtime env to its only actor, Ray Train's controller."""
 
     def __init__(self, ray: Any, runtime_env: Mapping[str, Any]) -> None:
         self._ray, self._runtime_env = ray, runtime_env
@@ -188,7 +192,7 @@ class _RayOfTrainer:
 
 
 def has_api_server() -> bool:
-    """Whether the Ray that this process is connected to has one: the dashboard's process, also without a dashboard."""
+    """Return whether the connected Ray has an API server: the dashboard's process, also without a dashboard."""
     import ray._private.ray_constants as constants
     from ray.experimental.internal_kv import _internal_kv_get
 
@@ -196,7 +200,7 @@ def has_api_server() -> bool:
 
 
 def started_processes() -> dict[str, subprocess.Popen[bytes]]:
-    """The processes that a Ray started here can't do without, by what they are called; none of one that was joined."""
+    """Return the vital processes of a Ray that was started here, by name; empty for a Ray that was joined."""
     import ray._private.worker as worker
 
     node = worker._global_node
@@ -213,7 +217,7 @@ def logs_dir() -> str:
 
 
 def kill_started() -> None:
-    """End every process that ray.init has started here, at once; also where it gave up halfway, and forgot them."""
+    """Kill every process that ray.init has started here, including those it lost track of when it gave up."""
     import ray
     import ray._private.worker as worker
 

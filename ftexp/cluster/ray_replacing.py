@@ -1,9 +1,10 @@
-"""Ray Train's controller, with a single worker started again in its slot: names of Ray's that aren't public, as in
-ray_private.py. `tests/unit/test_ray_private.py` fails when an upgrade moves one.
+"""A controller of Ray Train that restarts a single worker in its slot.
 
-Ray Train replaces members of its replica groups, which it keeps for TorchFT: there each is a world of its own. Here
-the group stays one world. So the backend doesn't opt in to replica groups, and where a replacement fails, for whatever
-reason, all workers are started again as ever.
+Uses private names of Ray; `tests/unit/test_ray_private.py` fails when an upgrade moves one.
+
+Ray Train replaces members of its replica groups, which exist for TorchFT, where each group is a world of its own. Here
+all workers stay one world. So the backend doesn't opt in to replica groups, and if a replacement fails for any reason,
+all workers are restarted as usual.
 """
 
 from __future__ import annotations
@@ -25,21 +26,21 @@ from ray.train.v2._internal.execution.controller.state import RunningState
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
 from ray.train.v2._internal.execution.worker_group.execution_group import ReplicaGroup
 
-_ANSWER_S = 2.0  # that a worker may take to answer a question
+_ANSWER_S = 2.0  # time limit of a worker's answer to a question
 
 
 def is_replacement(group: Any) -> bool:
-    """Whether the backend is called for a worker that takes the place of another."""
+    """Return whether the backend is called for a worker that replaces another."""
     return isinstance(group, ReplicaGroup)
 
 
 def set_environment(group: Any) -> None:
-    """Set RANK, WORLD_SIZE and what else torch's launcher sets, for code of the user's."""
+    """Set RANK, WORLD_SIZE and the other variables of torch's launcher, for the user's code."""
     group.execute(_set_torch_distributed_env_vars)
 
 
 class _SameShards(ExecutionGroupCallback):  # type: ignore[misc]
-    """Gives a worker the data sets that the others have; Ray would make new ones, for a world of one."""
+    """Gives a replacement the datasets of the other workers; Ray would create new ones, for a world of one."""
 
     def __init__(self, datasets: DatasetsCallback) -> None:
         self._datasets = datasets
@@ -51,9 +52,9 @@ class _SameShards(ExecutionGroupCallback):  # type: ignore[misc]
 
 
 class SlotWorkerGroup(WorkerGroup):  # type: ignore[misc]
-    """A worker that is started again has the ranks of the one that it replaces; Ray would have it be local rank 0."""
+    """Worker group whose replacements keep the ranks of the workers they replace; Ray would make them local rank 0."""
 
-    on_failure: Callable[[list[Any]], None]  # called with the workers that live, before anything is done about it
+    on_failure: Callable[[list[Any]], None]  # called with the living workers, before any reaction to the failure
     _kept: Any = None
     _execution_group_callbacks: list[Any]
 
@@ -65,7 +66,7 @@ class SlotWorkerGroup(WorkerGroup):  # type: ignore[misc]
         return statuses
 
     def replace_replica_group(self, replica_group_index: int) -> None:
-        """Start the worker of this rank again."""
+        """Restart the worker of this rank."""
         (dead,) = self._replica_groups[replica_group_index].get_workers()
         self._kept = dead.distributed_context
         try:
@@ -89,14 +90,14 @@ class SlotWorkerGroup(WorkerGroup):  # type: ignore[misc]
 
 
 class WatchingController(controllers.TrainController):  # type: ignore[misc]
-    """Asks its workers at once when one on its own node has ended, and not only when it is time to."""
+    """Controller that polls its workers as soon as one on its own node has ended, not only at the next health check."""
 
     _latest_poll_time: float
     _health_check_interval_s: float
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
-        self._seen_dead: set[int] = set()  # each is a reason once: Ray may hear of it later
+        self._seen_dead: set[int] = set()  # each triggers one poll: Ray may notice the death later
 
     async def _poll_workers(self) -> Any:
         since_s = controllers.time_monotonic() - self._latest_poll_time
@@ -111,28 +112,28 @@ class WatchingController(controllers.TrainController):  # type: ignore[misc]
 
 
 class ReplacingController(WatchingController, abc.ABC):
-    """Starts one worker again where it can, and all of them otherwise."""
+    """Controller that restarts a single worker where possible, and all of them otherwise."""
 
     worker_group_cls = SlotWorkerGroup
 
     @abc.abstractmethod
     def others(self, can: Callable[[Callable[[], bool]], bool]) -> None:
-        """Note what the others can do, where a worker has failed.
+        """Note the state of the other workers after a worker has failed.
 
-        can: whether it alone has failed, and what `can` is given is true in all other workers' processes.
+        can: returns whether only one worker has failed, and its argument returns True in all other workers.
         """
 
     @abc.abstractmethod
     def may_replace(self) -> bool:
-        """Whether a replacement was decided upon."""
+        """Return whether the failed worker is to be replaced."""
 
     @abc.abstractmethod
     def question(self, timeout_s: float) -> tuple[Callable[..., Any], Any]:
-        """Return what to run on each other worker while the one that died is started again, with its argument."""
+        """Return the function to run on each other worker while the dead one is restarted, and its argument."""
 
     @abc.abstractmethod
     def invitation(self, rank: int, answers: list[Any]) -> tuple[Callable[..., None], Any] | None:
-        """Return what to run on all workers now that `rank` was started again, with its argument; None: a restart."""
+        """Return the function to run on all workers after `rank` was restarted, and its argument; None: restart all."""
 
     def _start_worker_group(self, *arguments: Any, **named: Any) -> None:
         super()._start_worker_group(*arguments, **named)
@@ -154,7 +155,7 @@ class ReplacingController(WatchingController, abc.ABC):
         return failed[0] if len(failed) == 1 and self.may_replace() else None
 
     def _replaced(self, rank: int) -> bool:
-        """Replace on a thread: where a node has gone, its slot may never come back, and Ray waits for it for ever."""
+        """Replace the worker on a thread: if its node is gone, its slot may never return, and Ray waits for ever."""
         succeeded: list[bool] = []
         group = self._worker_group
         timeout_s = group._worker_group_start_timeout_s
@@ -171,7 +172,7 @@ class ReplacingController(WatchingController, abc.ABC):
         def attempt() -> None:
             try:
                 replace()
-            except Exception:  # whatever it is, a restart follows
+            except Exception:  # of any kind: all workers are restarted then
                 controllers.logger.warning("rank %d could not be replaced", rank, exc_info=True)
 
         thread = threading.Thread(target=attempt, daemon=True, name="replace")
@@ -181,7 +182,7 @@ class ReplacingController(WatchingController, abc.ABC):
 
 
 async def first_ended(pids: set[int], timeout_s: float) -> set[int]:
-    """Wait until one of these processes, of this machine, has ended, and return which have; none once it is time."""
+    """Wait until one of these processes on this machine has ended; return those that have, or none at the timeout."""
     ended = set[int]()
     loop, noticed, watched = asyncio.get_running_loop(), asyncio.Event(), dict[int, int]()
 
@@ -195,7 +196,7 @@ async def first_ended(pids: set[int], timeout_s: float) -> set[int]:
                 watched[pid] = os.pidfd_open(pid)
             except ProcessLookupError:
                 note(pid)
-            except OSError:  # the system has none, or no more files: it is asked when it is time
+            except OSError:  # no pidfd support, or no descriptor left: the health check covers it
                 continue
             else:
                 loop.add_reader(watched[pid], note, pid)
@@ -209,9 +210,9 @@ async def first_ended(pids: set[int], timeout_s: float) -> set[int]:
 
 
 def _all(asked: Callable[[], bool], workers: list[Any], count: int) -> bool:
-    """Whether there are so many workers, and each answers what it is asked with yes."""
+    """Return whether there are `count` workers, and `asked` returns True on each."""
     try:
         answers = controllers.ray.get([worker.execute_async(asked) for worker in workers], timeout=_ANSWER_S)
-    except (controllers.ray.exceptions.RayError, TimeoutError):  # another one has died
+    except (controllers.ray.exceptions.RayError, TimeoutError):  # another worker has died
         return False
     return len(answers) == count and all(answers)

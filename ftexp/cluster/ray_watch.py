@@ -1,4 +1,4 @@
-"""Noticing that Ray itself has died, before Ray ends this process for it: 13 s after its raylet, 60 s after its GCS."""
+"""Detection of Ray's death, before Ray exits this process: 13 s after the raylet's death, or 60 s after the GCS's."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from ftexp.errors import RayLostError
 
 _LOOK_EVERY_S = 0.5
 _PROBE_EVERY_S = 5.0
-_GCS_SILENT_S = 45.0  # a GCS that is restarted elsewhere may come back; Ray gives it 60 s
+_GCS_SILENT_S = 45.0  # a GCS that is restarted elsewhere may come back; Ray allows 60 s
 
 
 def end_workers(pids: list[int]) -> None:
-    """End a dead Ray's train workers on this machine: they outlive it by ten seconds, and would train on."""
+    """Kill a dead Ray's train workers on this machine: they outlive it by ten seconds, and would continue training."""
     for pid in pids:
         with contextlib.suppress(OSError):  # it has ended, or this system has no /proc
-            if b"ray::" in Path(f"/proc/{pid}/cmdline").read_bytes():  # no other process that has got its number
+            if b"ray::" in Path(f"/proc/{pid}/cmdline").read_bytes():  # not another process that has reused the id
                 os.kill(pid, signal.SIGKILL)
 
 
 @contextlib.contextmanager
 def ending_with(lost: Callable[[], str | None]) -> Iterator[None]:
-    """End this process by one line if Ray dies while the block runs: for commands that only read, and begin again."""
+    """Exit this process with a one-line message if Ray dies in this block: for commands that only read."""
     done = threading.Event()
 
     def watch() -> None:
@@ -39,7 +39,7 @@ def ending_with(lost: Callable[[], str | None]) -> Iterator[None]:
             if (reason := lost()) is not None:
                 print(f"ftexp: {reason}: run the same command again", file=sys.stderr, flush=True)
                 sys.stdout.flush()
-                os._exit(RayLostError.exit_code)  # what waits in Ray can't be interrupted
+                os._exit(RayLostError.exit_code)  # code that waits in Ray can't be interrupted
 
     threading.Thread(target=watch, daemon=True, name="ray-watch").start()
     try:
@@ -49,14 +49,14 @@ def ending_with(lost: Callable[[], str | None]) -> Iterator[None]:
 
 
 class OwnRay:
-    """Watches a Ray that this process has started, by the processes that it can't do without."""
+    """Watch over a Ray that this process has started, by its vital processes."""
 
     def __init__(self) -> None:
         self._processes = ray_private.started_processes()
         self._logs = ray_private.logs_dir()
 
     def lost(self) -> str | None:
-        """Say which of them has ended, and how, and end the others; None while all run."""
+        """Return which vital process has ended and how, and kill the others; None while all run."""
         for name, process in self._processes.items():
             if (code := process.poll()) is not None:
                 ray_private.kill_started()
@@ -66,7 +66,7 @@ class OwnRay:
 
 
 class JoinedRay:
-    """Watches a Ray that was joined: this machine's raylet by an open connection, the GCS by asking now and then."""
+    """Watch over a Ray that was joined: this machine's raylet by an open connection, the GCS by regular probes."""
 
     def __init__(self, raylet_socket: str, gcs_address: str) -> None:
         self._gcs_address = gcs_address
@@ -77,14 +77,14 @@ class JoinedRay:
         try:
             connection.connect(raylet_socket)
             self._raylet = connection
-        except OSError:  # in another container than the raylet: then Ray ends this process, as it does without this
+        except OSError:  # in another container than the raylet: Ray exits this process then, as without this watch
             connection.close()
         threading.Thread(target=self._probe_until_closed, daemon=True, name="gcs-probe").start()
 
     def lost(self) -> str | None:
-        """Say what has gone; None while Ray is there."""
-        with self._lock:  # a file that is closed gives its number to the next
-            if self._raylet is not None and readable([self._raylet.fileno()], 0):  # the raylet never sends a word
+        """Return which part of Ray has died; None while Ray runs."""
+        with self._lock:  # a closed descriptor's number is reused
+            if self._raylet is not None and readable([self._raylet.fileno()], 0):  # the raylet never sends data
                 return "the raylet of this machine, a process of the Ray that was joined, has died"
         since = self._silent_since
         if since is not None and not self._closed.is_set() and time.monotonic() - since > _GCS_SILENT_S:
@@ -92,7 +92,7 @@ class JoinedRay:
         return None
 
     def probe(self) -> None:
-        """Ask the GCS for a connection, and note whether it answers."""
+        """Connect to the GCS, and note whether it answers."""
         host, _, port = self._gcs_address.rpartition(":")
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=_PROBE_EVERY_S).close()
@@ -101,7 +101,7 @@ class JoinedRay:
             self._silent_since = self._silent_since or time.monotonic()
 
     def close(self) -> None:
-        """Watch no more: nothing is lost any longer."""
+        """Stop watching: `lost` returns None from now on."""
         self._closed.set()
         with self._lock:
             if self._raylet is not None:

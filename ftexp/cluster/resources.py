@@ -1,4 +1,4 @@
-"""How many workers with what, and what the cluster has for them."""
+"""Number and resources of the workers, and the cluster's resources for them."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ _MAX_AUTO_THREADS = 8
 
 @dataclass(frozen=True)
 class Workers:
-    """`ScalingConfig` with every `auto` decided."""
+    """`ScalingConfig` with every `auto` resolved."""
 
     num_workers: int | tuple[int, int]
     use_gpu: bool
     resources_per_worker: dict[str, float]
-    runtime_env: dict[str, Any] = field(default_factory=dict)  # runtime_env in Ray, for the train workers alone
+    runtime_env: dict[str, Any] = field(default_factory=dict)  # Ray's runtime_env, for the train workers only
 
     def ray_scaling(self, scaling: ScalingConfig) -> dict[str, Any]:
-        """Return the arguments of Ray's ScalingConfig that say what a worker takes, and where it runs."""
+        """Return the arguments of Ray's ScalingConfig for a worker's resources and placement."""
         return {
             "use_gpu": self.use_gpu,
             "resources_per_worker": self.resources_per_worker,
@@ -37,7 +37,7 @@ class Workers:
 
     @property
     def num_threads(self) -> int:
-        """Of one worker: as many as it has whole CPUs, and one at least."""
+        """Threads of one worker: its whole CPUs, at least one."""
         return max(1, int(self.resources_per_worker.get("CPU", 1)))
 
     @property
@@ -52,7 +52,7 @@ class Workers:
 
     @property
     def evaluation_resources(self) -> dict[str, float]:
-        """A task that evaluates besides them: a CPU, and a GPU where the workers have some."""
+        """Resources of a task that evaluates while training continues: a CPU, and a GPU if the workers use GPUs."""
         return {"CPU": 1, **({"GPU": 1} if self.use_gpu else {})}
 
     def __str__(self) -> str:
@@ -62,14 +62,14 @@ class Workers:
 
 
 def spare_of(config: Config) -> int:
-    """Return the CPUs, and GPUs where there are some, that a run needs besides its workers'."""
+    """Return the number of CPUs, and of GPUs if it uses any, that a run needs in addition to its workers'."""
     return int(config.train.eval == BESIDE)
 
 
 def decide_workers(config: ScalingConfig, num_cpus: int | None = None, share: int = 1, spare: int = 0) -> Workers:
-    """Fill in `auto`: a worker for each GPU, or up to two on CPU; the machine's cores shared out as threads.
+    """Resolve `auto`: a worker for each GPU, or up to two on CPU; the machine's cores are divided into threads.
 
-    share: runs that are to fit on the machine side by side; numbers that are given are kept all the same.
+    share: number of runs that share the machine; numbers given in the config are kept all the same.
     spare: see `spare_of`.
     """
     joins = config.address is not None
@@ -99,7 +99,7 @@ def decide_workers(config: ScalingConfig, num_cpus: int | None = None, share: in
 
 
 def num_shares(configs: Sequence[Config], max_shares: int | None) -> int:
-    """Return how many of these runs share this machine at once: `max_shares`, else as many as it has cores or GPUs."""
+    """Return how many of these runs share this machine at once: at most `max_shares`, and one per core or GPU."""
     use_gpu = any(config.scaling.use_gpu is True for config in configs) or (
         any(config.scaling.use_gpu == AUTO for config in configs) and num_local_gpus() > 0
     )
@@ -109,17 +109,17 @@ def num_shares(configs: Sequence[Config], max_shares: int | None) -> int:
 
 
 def may_decode(config: Config) -> bool:
-    """Whether tasks may turn out to decode, or to change pictures, while the workers train."""
+    """Return whether tasks may decode or change pictures while the workers train."""
     return config.augment.changes_pictures or (config.data.feed != "cached" and can_stream(config.data.name))
 
 
 def no_workers() -> Workers:
-    """For commands that need none."""
+    """Return the `Workers` of a command that needs none."""
     return Workers(0, use_gpu=False, resources_per_worker={})
 
 
 def decoding_cpus(config: Config, workers: Workers) -> int:
-    """CPUs of the cluster that may decode while the workers train; ConfigError if the workers leave none."""
+    """Return the CPUs that may decode while the workers train; ConfigError if the workers leave none."""
     import ray
 
     min_workers = workers.min_workers
@@ -137,7 +137,7 @@ def decoding_cpus(config: Config, workers: Workers) -> int:
 
 
 def num_possible(workers: Workers, nodes: list[dict[str, Any]]) -> int:
-    """Return the number of workers that these nodes have room for if empty; at most as many as are wanted."""
+    """Return the number of workers that these nodes have room for if empty; at most `workers.max_workers`."""
     wanted = {name: amount for name, amount in workers.resources_per_worker.items() if amount}
     there = [node["Resources"] for node in nodes]
     room = sum(min((int(node.get(name, 0) / amount) for name, amount in wanted.items()), default=0) for node in there)
@@ -152,7 +152,7 @@ def living_nodes() -> list[dict[str, Any]]:
 
 
 def lacking_resources(workers: Workers) -> str | None:
-    """Say what the cluster lacks, as it is now, for the smallest number of workers asked for; None if it has it."""
+    """Return which resource the cluster currently lacks for the smallest number of workers; None if it has enough."""
     import ray
 
     min_workers = workers.min_workers

@@ -13,7 +13,7 @@ from ftexp.cluster.interruptible import Terminated
 
 @contextlib.contextmanager
 def terminable() -> Iterator[None]:
-    """Have them raise Terminated, from this block on, in which Ray starts and sets a handler of its own."""
+    """Make SIGTERM and SIGHUP raise Terminated from this block on. Ray, started in the block, sets its own handler."""
     _set_handler(_raise)
     try:
         yield
@@ -26,8 +26,8 @@ def terminable() -> Iterator[None]:
 
 
 def ignore_termination() -> None:
-    """Have them do nothing from here on: how a run ended is settled, and so is its exit code."""
-    _set_handler(lambda *_: None)  # not SIG_IGN: children would have it
+    """Ignore SIGTERM and SIGHUP from now on: the run's outcome and exit code are settled."""
+    _set_handler(lambda *_: None)  # not SIG_IGN: children would inherit it
 
 
 def _raise(*_: object) -> NoReturn:

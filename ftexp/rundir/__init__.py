@@ -1,1 +1,1 @@
-"""Every file of a run or sweep directory: its one writer and its readers."""
+"""The files of a run or sweep directory: for each, its only writer and its readers."""

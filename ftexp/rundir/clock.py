@@ -13,30 +13,30 @@ class RunClock:
     """Keeps the times in a run's state.
 
     Args:
-        state: it is changed here.
-        now: seconds since 1970, for what is dated.
-        steady: seconds of a clock that nobody sets, for how long things took.
-        noticed_at: when the command, before it began again with a new Ray, noticed that its first had died.
+        state: modified in place.
+        now: clock in seconds since 1970, for dates.
+        steady: monotonic clock in seconds, for durations.
+        noticed_at: when the process noticed that its Ray had died, before it restarted with a new one; None: it didn't.
     """
 
     def __init__(
         self, state: RunState, now: Callable[[], float], steady: Callable[[], float], noticed_at: float | None
     ) -> None:
         self._state, self.now, self._steady = state, now, steady
-        self.noticed_at = noticed_at  # the last failure, by `now`
+        self.noticed_at = noticed_at  # detection of the last failure, by `now`
         self._noticed = self._since(now() if noticed_at is None else noticed_at)  # the same, by `steady`
         self._began, self._seconds_before = self._noticed, state.seconds
         self._died_at: float | None = None  # when the first process of the current attempt died or raised
-        self._heard_at: float | None = None  # the last sign of life of an attempt that trains
-        self._farthest_before = state.farthest_step  # when the current attempt began
-        self._working_since = steady()  # the end of what was last counted as productive, or lost
+        self._heard_at: float | None = None  # last sign of life of an attempt that trains
+        self._farthest_before = state.farthest_step  # farthest step when the current attempt started
+        self._working_since = steady()  # end of the last interval that was counted as productive or lost
         self._attempt_since = steady()
-        self._replayed_from: int | None = None  # the step that the attempt began at, while it replays
-        self._recovering: Failure | None = None  # until a step is done that had never been done before
+        self._replayed_from: int | None = None  # step that the attempt resumed from, while it replays steps
+        self._recovering: Failure | None = None  # last failure, until a new step is done
         self._ready_since = steady()
 
     def attempt_started(self) -> float:
-        """Rank 0 of a new worker group has connected; returns the time."""
+        """Note that rank 0 of a new worker group, or a replacement, has connected; return the time."""
         self._died_at, self._farthest_before = None, self._state.farthest_step
         failures, self._attempt_since = self._state.failures, self._steady()
         if failures and failures[-1].seconds_to_restart is None and self.noticed_at is not None:
@@ -44,7 +44,7 @@ class RunClock:
         return self.now()
 
     def ready(self, step: int, source: str) -> float:
-        """Training begins after `step`, from a state of that source; returns the time."""
+        """Note that training starts after `step`, from a state of that source; return the time."""
         failures = self._state.failures
         self._working_since = self._ready_since = self._steady()
         self._heard_at = self.now()
@@ -58,7 +58,7 @@ class RunClock:
         return self.now()
 
     def reached(self, step: int, epoch: int) -> list[Event]:
-        """`step` is done; returns events if everything that was lost has been done again."""
+        """Note that `step` is done; return events if all lost steps have been repeated."""
         state, now, caught_up = self._state, self._steady(), list[Event]()
         if step > state.farthest_step:
             if self._replayed_from is not None:
@@ -68,7 +68,7 @@ class RunClock:
                 caught_up.append(self._recovered(self._recovering, now))
                 self._recovering = None
             state.productive_s += now - self._working_since
-        if step != state.step:  # at the same step, the time goes to the step that comes next
+        if step != state.step:  # if a step is reported again, the time counts for the next step
             self._working_since = now
         state.step, state.epoch, state.farthest_step = step, epoch, max(step, state.farthest_step)
         return caught_up
@@ -78,18 +78,20 @@ class RunClock:
         return Recovered(**{each.name: getattr(failure, each.name) for each in dataclasses.fields(Recovered)})
 
     def heard(self) -> None:
-        """A worker gave a sign of life."""
+        """Note a worker's sign of life."""
         if self._heard_at is not None:
             self._heard_at = self.now()
 
     def process_ended(self, when: float) -> None:
-        """A process of the current attempt was lost, or raised."""
+        """Note that a process of the current attempt was lost, or raised."""
         self._died_at = when if self._died_at is None else self._died_at
 
     def failed(self, reported_late: bool) -> float:
-        """The current attempt failed; returns the seconds to detect it. `reported_late`: Ray knew when it began.
+        """Note that the current attempt failed; return the seconds until this was detected.
 
-        A machine that loses its power, or its network, doesn't say so: then its silence counts.
+        A node that loses power or network closes no connection: then the time since its last sign of life counts.
+
+        reported_late: Ray knew at once, but did not report it; the process's death counts as the detection.
         """
         self.noticed_at = self.now()
         died_at = next(when for when in (self._died_at, self._heard_at, self.noticed_at) if when is not None)
@@ -103,15 +105,15 @@ class RunClock:
 
     @property
     def has_progressed(self) -> bool:
-        """Whether the current attempt has done a step that had never been done before."""
+        """Whether the current attempt has done a new step."""
         return self._state.farthest_step > self._farthest_before
 
     def sum_up(self) -> None:
-        """Bring the state's seconds and goodput up to date."""
+        """Update the state's seconds and goodput."""
         self._state.seconds, self._state.goodput = self._seconds(), self.goodput()
 
     def goodput(self) -> float | None:
-        """Return the share of the run's seconds so far that went into steps not done before; None at its beginning."""
+        """Return the share of the run's seconds so far that was spent on new steps; None at its start."""
         seconds = self._seconds()
         return round(self._state.productive_s / seconds, 4) if seconds else None
 
@@ -119,5 +121,5 @@ class RunClock:
         return self._seconds_before + self._steady() - self._began
 
     def _since(self, when: float) -> float:
-        """Return what the steady clock showed at a time not long ago."""
+        """Convert a recent time of `now` to the steady clock."""
         return self._steady() - max(0.0, self.now() - when)

@@ -12,7 +12,7 @@ from ftexp.wire.events import Event
 
 
 class EventLog:
-    """Writes events.jsonl. A line's attempt and step are those of `state` when it is added."""
+    """Writes events.jsonl. A line has the attempt and step that `state` has when it is added."""
 
     def __init__(self, storage: Storage, state: RunState) -> None:
         self._log, self._state = AppendLog(storage, EVENTS_FILE), state
@@ -23,11 +23,11 @@ class EventLog:
         self._log.append(as_json({**head, **event.fields}))
 
     def lines(self) -> list[dict[str, Any]]:
-        """Return what events.jsonl holds, or will hold once it can be written."""
+        """Return the events of events.jsonl, including those that couldn't be written yet."""
         return parse_lines(self._log.lines())
 
     def sync(self) -> None:
-        """Return when every line is safe; OSError if that can't be done."""
+        """Wait until every line is durable; OSError if that fails."""
         self._log.sync()
 
     def close(self) -> None:

@@ -1,23 +1,23 @@
-"""Which states of earlier attempts a run descends from, as far as they may be in memory."""
+"""The states of earlier attempts that a run descends from, as far as they may still be in memory."""
 
 from __future__ import annotations
 
 
 class Lineage:
-    """The attempts of an invocation, and where each began."""
+    """The attempts of an invocation, and the last step of each that the run descends from."""
 
     def __init__(self) -> None:
         self._limits: dict[int, int | None] = {}
 
     def began(self, attempt: int, step: int) -> None:
-        """An attempt trains on after `step`: what others did after it is none of the run."""
+        """Note that an attempt continues after `step`: later states of earlier attempts are not the run's."""
         self._limits = {earlier: step if limit is None else min(limit, step) for earlier, limit in self._limits.items()}
         self._limits[attempt] = None
 
     def broke(self) -> None:
-        """Nothing that was in memory can be trusted: the last failure was of the state itself."""
+        """Exclude all states in memory: the state itself was bad, so none can be trusted."""
         self._limits = {}
 
     def as_pairs(self) -> list[list[int | None]]:
-        """Return [attempt, its last step that the run descends from] of each; None: any."""
+        """Return [attempt, last step that the run descends from] of each; None: every step."""
         return [[attempt, limit] for attempt, limit in self._limits.items()]

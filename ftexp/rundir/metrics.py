@@ -1,4 +1,4 @@
-"""metrics.jsonl and metrics.csv: the points that a run logged, each once; and its latest and best metrics."""
+"""metrics.jsonl and metrics.csv: a run's logged points, each once. Also the latest and best metrics in run.json."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _HEAD = ("time", "split", "step", "epoch")
 class MetricsLog:
     """Writes metrics.jsonl, and the metrics in a run's state.
 
-    `score` is the metric that ranks checkpoints, by `min` or `max`; `on_point` is called with each new line.
+    score: the metric that ranks checkpoints, and `min` or `max`. `on_point` is called with each new line.
     """
 
     def __init__(self, storage: Storage, state: RunState, score: tuple[str, str]) -> None:
@@ -32,11 +32,11 @@ class MetricsLog:
         self.on_point: Callable[[dict[str, Any]], None] = lambda _: None
 
     def points(self) -> list[dict[str, Any]]:
-        """Return what metrics.jsonl holds, or will hold once it can be written."""
+        """Return the points of metrics.jsonl, including those that couldn't be written yet."""
         return parse_lines(self._log.lines())
 
     def add(self, point: Metrics) -> None:
-        """Add a point, unless a restart has replayed it."""
+        """Add a point, unless it was logged before a restart."""
         values = point.values
         self._metrics["last"].update(values)
         if (score := values.get(self._score_name)) is not None and self._is_best(score):
@@ -49,9 +49,9 @@ class MetricsLog:
         self.on_point(line)
 
     def forget_after(self, step: int) -> None:
-        """Drop the points after a step, which weights that were corrupt have given: the run logs them again.
+        """Remove the points after a step, which corrupt weights produced: the run will log them again.
 
-        OSError if that can't be done: they stay then.
+        OSError if that fails; the points stay then.
         """
         points = self.points()
         kept = [point for point in points if point["step"] <= step]
@@ -71,7 +71,7 @@ class MetricsLog:
         return math.isfinite(score) and (best is None or sign * score > sign * best)
 
     def sync(self) -> None:
-        """Return when every line is safe; OSError if that can't be done."""
+        """Wait until every line is durable; OSError if that fails."""
         self._log.sync()
 
     def close(self) -> None:
@@ -80,7 +80,7 @@ class MetricsLog:
 
 
 def write_metrics_csv(storage: Storage, points: Iterable[dict[str, Any]]) -> None:
-    """Write the points of metrics.jsonl as a table: a row a point, a column a metric."""
+    """Write the points of metrics.jsonl as a table: a row per point, a column per metric."""
     points = list(points)
     names = list(dict.fromkeys([*_HEAD, *(name for point in points for name in point)]))
     table = io.StringIO()

@@ -6,7 +6,7 @@ RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
 METRICS_CSV_FILE = "metrics.csv"
 EVENTS_FILE = "events.jsonl"
-TRACKERS_FILE = "trackers.json"  # {"id": of the run in every tracker, "complete": trackers that lack nothing}
+TRACKERS_FILE = "trackers.json"  # {"id": the run's id in every tracker, "complete": trackers that have every point}
 REPORT_FILE = "report.html"
 SWEEP_FILE = "sweep.json"
 LEADERBOARD_CSV_FILE = "leaderboard.csv"
@@ -14,7 +14,7 @@ LEADERBOARD_PNG_FILE = "leaderboard.png"
 
 CHECKPOINTS = "checkpoints"
 HANGS = "hangs"  # stacks of workers that made no progress
-CHAOS = "chaos"  # a file for each fault that has struck
+CHAOS = "chaos"  # a file for each injected fault
 LEDGER = "ledger"
 PROFILE = "profile"
 CHARTS = "charts"  # the report's charts, as PNG
@@ -23,5 +23,5 @@ EXPORTS = "exports"
 
 
 def evaluation_file(split: str) -> str:
-    """Return the name of what a report shows of the split `train`, `val` or `test`."""
+    """Return the name of the file with a report's evaluation of the split `train`, `val` or `test`."""
     return f"evaluation_{split}.json"

@@ -1,4 +1,4 @@
-"""The order of a sweep's trials, and in what they differ. Light: a report needs no more of a sweep."""
+"""Order of a sweep's trials, and the keys in which they differ. Imports little: a report needs no more of a sweep."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ftexp.rundir.sweep_record import STOPPED, Reached, SweepRecord
 
 
 def ranked(record: SweepRecord, trials: list[Reached]) -> list[Reached]:
-    """Finished trials, the best first; then those that were stopped early, likewise; then the others as they come."""
+    """Return finished trials, best first; then those stopped early, best first; then the others in the given order."""
     sign = -1 if record.mode == "max" else 1
     groups = (FINISHED, STOPPED)
 
@@ -23,7 +23,7 @@ def ranked(record: SweepRecord, trials: list[Reached]) -> list[Reached]:
 
 
 def has_place(record: SweepRecord, trial: Reached) -> bool:
-    """Whether a trial is to be compared with others: it has finished, with a number."""
+    """Return whether a trial can be compared with others: it has finished, with a finite value."""
     return trial.status == FINISHED and _number(record, trial) is not None
 
 
@@ -33,5 +33,5 @@ def _number(record: SweepRecord, trial: Reached) -> float | None:
 
 
 def varying(record: SweepRecord, trials: list[Reached]) -> list[str]:
-    """The swept keys that differ between these trials."""
+    """Return the swept keys whose values differ between these trials."""
     return [key for key in record.keys if len({trial.trial.values.get(key) for trial in trials}) > 1]

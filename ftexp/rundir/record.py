@@ -1,4 +1,4 @@
-"""A run's records: run.json, metrics.jsonl and .csv, events.jsonl. Written by the driver alone, fed by the hub."""
+"""A run's records: run.json, metrics.jsonl and .csv, events.jsonl. Only the driver writes them; the hub feeds it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from ftexp.wire.messages import (
     Tick,
 )
 
-_FLUSH_INTERVAL_S = 10.0  # between copies to an object store
+_FLUSH_INTERVAL_S = 10.0  # time between copies to an object store
 _HEARTBEATS = (Hello, Ready, Tick, Metrics, Sync)  # only workers send these
 
 
@@ -44,7 +44,7 @@ class RunRecord:
 
     Args:
         storage: the run directory.
-        state: as run.json had it.
+        state: the content of run.json.
         score: see `MetricsLog`.
         clock: seconds since 1970.
         noticed_at, steady: see `RunClock`.
@@ -62,18 +62,18 @@ class RunRecord:
         self.storage, self.state = storage, state
         self.clock, self._steady = RunClock(state, clock, steady, noticed_at), steady
         self.metrics, self._events = MetricsLog(storage, state, score), EventLog(storage, state)
-        self._flushed = steady()  # or tried
-        self.problem: str | None = None  # why the records couldn't be written the last time
+        self._flushed = steady()  # time of the last write, or of an attempt to write
+        self.problem: str | None = None  # why the last write failed; None if it succeeded
         self.observers: list[Callable[[events.Event, float], None]] = []  # called with each event and its time
-        self.heard_at: float | None = None  # when a worker last reported a step, a point or a checkpoint
+        self.heard_at: float | None = None  # when a worker last sent one of _HEARTBEATS
         self.died_rank: int | None = None  # rank of the first process that the current attempt lost
         self._num_written = len(state.failures)  # number of failures that run.json holds
         self._workers: dict[int, Hello] = {}  # workers of the current attempt, by rank
         self._lineage = Lineage()
-        self._is_ready = False  # the current attempt: until then its workers know no step, and say 0
+        self._is_ready = False  # whether the current attempt trains; before, its workers report step 0
 
     def handle(self, message: Message) -> Message | None:
-        """Record a message; returns the answer to a `Hello` or `Sync`."""
+        """Record a message; return the answer to a `Hello` or `Sync`."""
         if isinstance(message, _HEARTBEATS):
             self.heard_at = self.clock.now()
             self.clock.heard()
@@ -98,7 +98,7 @@ class RunRecord:
             case Happened(event):
                 self._happened(event, message.time)
             case Raised():
-                if self._is_ready:  # the exact step, by which a bug is known when it comes again
+                if self._is_ready:  # the exact step: the same error at the same step is treated as a bug
                     self._reached(message.step, self.state.epoch)
                 self.event(events.Raised(message.rank, message.traceback))
                 self.clock.process_ended(message.time)
@@ -106,7 +106,7 @@ class RunRecord:
                 self._lineage.broke()
             case Lost(rank):
                 self.clock.process_ended(message.time)
-                # a rank that raised may be heard of first, though it raised because this one had died
+                # a rank that raised may be lost later, although it raised because this one had died
                 self.died_rank = rank if self.died_rank is None else self.died_rank
             case Sync(number):
                 self.write()
@@ -125,15 +125,15 @@ class RunRecord:
         return self._events.lines()
 
     def late_event(self, event: events.Event) -> None:
-        """As `event`, once the records are closed; OSError if it can't be written."""
+        """Like `event`, after the records were closed; OSError if it can't be written."""
         self._events = EventLog(self.storage, self.state)
         self.event(event)
         self._events.close()
 
     def write(self) -> None:
-        """Bring run.json, and the copies on an object store, up to date.
+        """Write run.json, and update the copies on an object store.
 
-        What goes wrong stays in `problem` until a later call succeeds: a full disk must not end the training.
+        An error stays in `problem` until a later write succeeds: a full disk must not end the training.
         """
         self._attempt_to(self._write)
 
@@ -144,7 +144,7 @@ class RunRecord:
             self.problem = str(error)
         else:
             self.problem = None
-        finally:  # from its end: a store that doesn't answer takes as long as the interval, and the hub waits meanwhile
+        finally:  # from the end: a store that doesn't answer may block as long as the interval, and the hub with it
             self._flushed = self._steady()
 
     def _write(self) -> None:
@@ -161,7 +161,7 @@ class RunRecord:
         self._events.close()
 
     def close(self, status: str, error: str | None = None) -> None:
-        """Record how the invocation ended; StorageError if the records can't be written even now."""
+        """Record how the invocation ended; StorageError if the records can't be written."""
         self.state.status, self.state.error = status, error
         ends = {FINISHED: events.Finished(), FAILED: events.Failed(error), INTERRUPTED: events.Interrupted()}
         self.event(ends[status])
@@ -174,7 +174,7 @@ class RunRecord:
     ) -> Failure:
         """Record that the current attempt's worker group failed.
 
-        reported_late: Ray knew when the first process ended.
+        reported_late: see `RunClock.failed`.
         """
         progressed = self.clock.has_progressed
         failure = Failure(
@@ -190,7 +190,7 @@ class RunRecord:
         )
         self.state.failures.append(failure)
         self.died_rank = None
-        if cause in (CORRUPTION, NON_FINITE):  # the state itself has failed: a checkpoint was verified
+        if cause in (CORRUPTION, NON_FINITE):  # the state itself is bad; only checkpoints are verified
             self._lineage.broke()
         fields = {each.name: getattr(failure, each.name) for each in dataclasses.fields(events.Failure)}
         self.event(events.Failure(**fields), self.clock.noticed_at)
@@ -198,7 +198,7 @@ class RunRecord:
         return failure
 
     def not_replaced(self) -> Failure:
-        """Correct what was decided about the last failure: all workers start again. Returns it."""
+        """Correct the decision about the last failure, since all workers restart after all; return the failure."""
         failure = self.state.failures[-1]
         failure.decision += ", which failed: restarting the workers"
         return failure
@@ -209,20 +209,20 @@ class RunRecord:
         return self.state.failures[self._num_written :]
 
     def add_unwritten(self, failures: Sequence[Failure]) -> None:
-        """Take over those of the process that this one was, except those that were written all the same."""
+        """Add the failures that this process noted before it restarted, except those that run.json already has."""
         self.state.failures += [failure for failure in failures if failure not in self.state.failures]
 
     def pids(self) -> list[int]:
-        """Process ids of the current attempt's workers, by rank."""
+        """Return the process ids of the current attempt's workers, by rank."""
         world_size = (self.state.world_sizes or [0])[-1]
         return [self._workers[rank].pid for rank in range(world_size) if rank in self._workers]
 
     def node_of(self, rank: int | None) -> str | None:
-        """Return the node of a rank of the current attempt, as far as it is known."""
+        """Return the node of a rank of the current attempt; None if it is unknown."""
         return self._workers[rank].node if rank in self._workers else None
 
     def is_of_the_past(self, lost: Lost) -> bool:
-        """Whether a process was one of an earlier worker group: another may say hello meanwhile."""
+        """Return whether a lost process is of an earlier worker group: its successor may already have connected."""
         known = self._workers.get(lost.rank)
         return known is not None and known.pid != lost.pid
 
@@ -260,7 +260,7 @@ class RunRecord:
         self.write()
 
     def _forget_corrupt(self, step: int) -> None:
-        """Drop what was logged after `step`, which training resumes from, if corrupt weights may have given it."""
+        """Remove points after `step`, where training resumes, if corrupt weights may have produced them."""
         recent = itertools.takewhile(lambda failure: failure.steps_replayed is None, reversed(self.state.failures))
         if any(failure.cause == CORRUPTION for failure in recent):
             self._attempt_to(lambda: self.metrics.forget_after(step))

@@ -1,7 +1,7 @@
-"""Which samples drove which update: written during training when `train.ledger` is set, and read back to prove it.
+"""Sample ledger: which samples drove which update. Written during training if `train.ledger` is set; read to verify it.
 
-Every rank appends a line a step to its own file, ledger/a<attempt>.r<rank>.jsonl, before a checkpoint can hold
-that step. So a step that a checkpoint holds is in the ledger, whatever is killed.
+Every rank appends a line per step to its own file, ledger/a<attempt>.r<rank>.jsonl, before a checkpoint can contain
+that step. So every step of a checkpoint is in the ledger, whichever process is killed.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ class SampleLedger:
         self._append({**line, "skipped": True} if skipped else line)
 
     def back_to(self, step: int) -> None:
-        """Record that the weights went back to those after `step`: the steps after it are done again."""
+        """Record that the weights after `step` were restored: later steps are done again."""
         self._append({"back_to": step})
 
     def last_step(self) -> int:
-        """Return the last step of this attempt that the rank's file holds; 0 if it holds none."""
+        """Return the last step of this attempt in the rank's file; 0 if there is none."""
         lines = parse_lines(self._log.lines()) if self._log is not None else []
         return max(_standing(lines), default=0)
 
@@ -47,7 +47,7 @@ class SampleLedger:
             self._log.append(json.dumps(line))
 
     def flush(self) -> None:
-        """Return when every line can be read by others; OSError if that can't be done."""
+        """Wait until other processes can read every line; OSError if that fails."""
         if self._log is not None:
             self._log.flush()
 
@@ -57,14 +57,14 @@ class Update:
     """The samples of one optimiser step, over all ranks: positions ascending, and the sample at each."""
 
     step: int
-    attempt: int  # the last that did this step: what it did is what the weights hold
+    attempt: int  # last attempt that did this step: the weights contain its update
     positions: tuple[int, ...]
     samples: tuple[int, ...]
-    skipped: bool = False  # the gradient was not finite: the samples changed nothing
+    skipped: bool = False  # the gradient was not finite: no update
 
 
 def last_attempt(run_dir: Storage) -> int:
-    """The highest attempt that has written a ledger; 0 if none has."""
+    """Return the highest attempt that has written a ledger; 0 if none has."""
     return max((_attempt(name) for name in run_dir.child(LEDGER).list_files()), default=0)
 
 
@@ -73,8 +73,8 @@ def _attempt(name: str) -> int:
 
 
 def read_updates(run_dir: Storage) -> list[Update]:
-    """The updates that made the weights, by step: where a step was done again, the last time counts."""
-    shares: dict[int, dict[int, list[dict[str, Any]]]] = {}  # step -> attempt -> a line of each rank
+    """Return the updates that produced the weights, by step; for a repeated step, the last one."""
+    shares: dict[int, dict[int, list[dict[str, Any]]]] = {}  # step -> attempt -> a line per rank
     directory = run_dir.child(LEDGER)
     for name in directory.list_files():
         for step, line in _standing(read_lines(directory, name)).items():
@@ -90,9 +90,9 @@ def read_updates(run_dir: Storage) -> list[Update]:
 
 
 def _standing(lines: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
-    """One rank's lines of one attempt by step, without what was rolled back."""
+    """Return one rank's lines of one attempt by step, without steps that were rolled back."""
     standing: dict[int, dict[str, Any]] = {}
-    for line in lines:  # no checkpoint holds the step of a line that was truncated
+    for line in lines:  # a truncated line is not here; no checkpoint contains its step
         if "back_to" in line:
             standing = {step: kept for step, kept in standing.items() if step <= line["back_to"]}
         else:
@@ -103,10 +103,10 @@ def _standing(lines: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
 def problems(
     updates: list[Update], num_samples: int, global_batch_size: int, identities: Identities | None = None
 ) -> Iterator[tuple[int, str]]:
-    """(step, what contradicts exactly once): a missing step, other positions than its own, a sample twice an epoch.
+    """Yield (step, violation of exactly-once): a missing step, wrong positions, or a sample used twice in an epoch.
 
-    identities: of a run whose epoch isn't each sample once; see `ftexp.data.sampling.identities`. Then a sample that
-    the order doesn't draw where it was used.
+    identities: for a run whose epoch isn't each sample once; see `ftexp.data.sampling.identities`. A violation is then
+    a sample at a position where the order draws another.
     """
     draws = _EachOnce(num_samples) if identities is None else _ByIdentity(identities)
     for expected, update in enumerate(updates, start=1):
@@ -124,7 +124,7 @@ def problems(
 
 
 class _EachOnce:
-    """Finds samples that come twice an epoch, or not at all."""
+    """Finds samples that are used twice in an epoch, or not at all."""
 
     def __init__(self, num_samples: int) -> None:
         self._num_samples = num_samples
@@ -145,14 +145,12 @@ class _EachOnce:
 
 
 class _ByIdentity:
-    """Finds samples that come where the order draws another, or don't where it draws them again."""
+    """Finds places of a round with two different samples, and samples of a round at two different places."""
 
     def __init__(self, identities: Identities) -> None:
         self._identities = identities
-        self._samples: dict[
-            tuple[int, int], tuple[int, int]
-        ] = {}  # (round, place) -> the sample, the step that used it
-        self._places: dict[tuple[int, int], tuple[int, int]] = {}  # (round, sample) -> its place, likewise
+        self._samples: dict[tuple[int, int], tuple[int, int]] = {}  # (round, place) -> (sample, step that used it)
+        self._places: dict[tuple[int, int], tuple[int, int]] = {}  # (round, sample) -> (place, step that used it)
 
     def add(self, update: Update) -> Iterator[tuple[int, str]]:
         step = update.step

@@ -1,4 +1,4 @@
-"""run.json: how a run stands, and what its failures cost."""
+"""run.json: the state of a run, and the cost of its failures."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ RUNNING, FINISHED, FAILED, INTERRUPTED = "running", "finished", "failed", "inter
 
 @dataclass(kw_only=True)
 class Failure:
-    """One failure of the worker group. Times in seconds; None while it isn't known."""
+    """One failure of the worker group. Times in seconds; None until known."""
 
     attempt: int
     cause: str
     rank: int | None
-    step: int  # the last that was seen done
+    step: int  # last step that was reported as done
     error: str
-    # from the death of the process, its exception, or else its last sign of life, until Ray reports the failure
+    # from the process's death, its exception, or else its last sign of life, until Ray reports the failure
     seconds_to_detect: float | None = None
     seconds_to_restart: float | None = None  # from there to the start of the new worker group
     seconds_to_restore: float | None = None  # from there to the first batch
-    seconds_to_new_step: float | None = None  # from there to the end of the first step that had never been done before
+    seconds_to_new_step: float | None = None  # from there to the end of the first new step
     steps_replayed: int | None = None
-    recovery: str | None = None  # what training continued from: replaced, memory, storage or start; None: it didn't yet
-    node: str | None = None  # that the rank ran on
-    progressed: bool = True  # whether its attempt did a step that had never been done before
-    decision: str = ""  # what happened then, and the arithmetic behind it
+    recovery: str | None = None  # source of the next state: replaced, memory, storage or start; None: not yet resumed
+    node: str | None = None  # node of the rank
+    progressed: bool = True  # whether its attempt did a new step
+    decision: str = ""  # the reaction to it, and the arithmetic behind that
 
     @property
     def where(self) -> str:
@@ -55,26 +55,26 @@ class RunState:
     attempts: int = 0
     world_sizes: list[int] = field(default_factory=list)  # world size of each attempt
     failures: list[Failure] = field(default_factory=list)
-    accumulate_steps: int | None = None  # since memory ran out, if more than configured
+    accumulate_steps: int | None = None  # set after an out-of-memory error, if more than configured
     skipped: list[list[int]] = field(default_factory=list)  # [start, end) positions that drive no update
     step: int = 0
-    farthest_step: int = 0  # that was ever done: after a restart, `step` is behind it until what was lost is done again
+    farthest_step: int = 0  # highest step done; after a restart, `step` is below it until lost steps are repeated
     epoch: int = 0
     metrics: dict[str, dict[str, float]] = field(default_factory=lambda: {"last": {}, "best": {}})
-    checkpoint: str | None = None  # the latest saved, under checkpoints/
+    checkpoint: str | None = None  # name of the latest, under checkpoints/
     error: str | None = None
-    stopped: dict[str, Any] | None = None  # step, epoch, reason and rules, where the run was ended early: StoppedEarly
-    snapshots: dict[str, Any] | None = None  # in memory: steps from one to the next, and what one costs: SnapshotsTaken
+    stopped: dict[str, Any] | None = None  # step, epoch, reason and rules of an early stop: StoppedEarly
+    snapshots: dict[str, Any] | None = None  # in memory: their interval, and the cost of one: SnapshotsTaken
     started: float = field(default_factory=time.time)  # seconds since 1970
-    seconds: float = 0.0  # wall time over all calls of the command
-    productive_s: float = 0.0  # seconds on steps that had not been done before, and what they brought along
+    seconds: float = 0.0  # wall time over all invocations
+    productive_s: float = 0.0  # seconds on new steps, including the work between them
     goodput: float | None = None  # productive_s / seconds
     versions: dict[str, str] = field(default_factory=package_versions)
     hardware: dict[str, Any] = field(default_factory=dict)  # hardware of rank 0's node, in the latest attempt
 
 
 def read_state(storage: Storage) -> RunState | None:
-    """Return the state of a run directory's run; None if there is no run in it."""
+    """Return the state of the run in a directory; None if there is no run."""
     try:
         content = json.loads(storage.read_bytes(RUN_FILE))
     except FileNotFoundError:

@@ -1,7 +1,7 @@
-"""sweep.json: which trials there are, and how each try ended. Written by the sweep's driver alone.
+"""sweep.json: a sweep's trials, and how each ended. Written only by the sweep's driver.
 
-What a trial has reached is in its own run.json. So the record is right after a SIGKILL too: a trial that it has as
-running, though nobody holds the sweep any more, was cut off; and one whose run.json says finished is.
+A trial's progress is in its own run.json. So the record is correct even after a SIGKILL: a trial that is recorded as
+running, while no process holds the sweep, was interrupted; a trial whose run.json says finished has finished.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ftexp.storage.append_log import read_lines
 from ftexp.storage.directory import Storage
 from ftexp.storage.lease import is_held
 
-WAITING, STOPPED = "waiting", "stopped"  # stopped: early, since others do better; no failure
+WAITING, STOPPED = "waiting", "stopped"  # stopped early, since others are better; not a failure
 
 
 @dataclass(kw_only=True)
@@ -31,8 +31,8 @@ class Trial:
     epochs: int
     status: str = WAITING
     error: str | None = None  # why it failed
-    proposal: dict[str, str] | None = None  # {key: word} of the search that proposed it
-    stopped_at: int | None = None  # the epoch whose value had it stopped early, unless it finished before it heard
+    proposal: dict[str, str] | None = None  # {key: word} that a search proposed
+    stopped_at: int | None = None  # epoch whose value led to an early stop; the trial may finish before the stop
 
 
 @dataclass(kw_only=True)
@@ -42,16 +42,16 @@ class SweepRecord:
     name: str
     metric: str  # the objective, a key of a trial's last metrics
     mode: str  # max, or min
-    keys: list[str]  # that were ever swept: they name the trials
+    keys: list[str]  # all keys that were ever swept: they name the trials
     trials: list[Trial] = field(default_factory=list)
     started: float = field(default_factory=time.time)  # seconds since 1970
 
     def write(self, directory: Storage) -> None:
-        """Bring sweep.json up to date; it is there whole, or as it was."""
+        """Write sweep.json, atomically."""
         directory.write_bytes(SWEEP_FILE, json.dumps(dataclasses.asdict(self), indent=1).encode())
 
     def take_over(self, trials: list[Trial]) -> None:
-        """Put `trials` first, in this order; those of earlier calls that aren't among them stay."""
+        """Put `trials` first, in this order; keep the other trials of earlier invocations after them."""
         names = {trial.name for trial in trials}
         self.trials = [*trials, *(trial for trial in self.trials if trial.name not in names)]
 
@@ -68,29 +68,29 @@ def read_sweep_record(directory: Storage) -> SweepRecord | None:
 
 @dataclass(frozen=True)
 class Reached:
-    """A trial with what its run directory says."""
+    """A trial and the state in its run directory."""
 
     trial: Trial
     status: str
-    state: RunState | None  # None: it has not begun
+    state: RunState | None  # None: it has not started
 
     def value(self, metric: str) -> float | None:
-        """A metric, as it was last."""
+        """Return the latest value of a metric."""
         return self.last.get(metric)
 
     @property
     def last(self) -> dict[str, float]:
-        """The last of every metric."""
+        """The latest value of each metric."""
         return self.state.metrics["last"] if self.state is not None else {}
 
     @property
     def epoch(self) -> int:
-        """Epochs that are done."""
+        """Number of completed epochs."""
         return self.state.epoch if self.state is not None else 0
 
 
 def look(directory: Storage) -> tuple[SweepRecord, list[Reached]]:
-    """A sweep as it is now, whether or not it is running; ConfigError if there is none."""
+    """Return the current record and trials of a sweep, running or not; ConfigError if there is no sweep."""
     record = read_sweep_record(directory)
     if record is None:
         raise ConfigError(f"{directory.uri} has no {SWEEP_FILE}: give the directory of a sweep")
@@ -99,7 +99,7 @@ def look(directory: Storage) -> tuple[SweepRecord, list[Reached]]:
 
 
 def reached(directory: Storage, trial: Trial, is_alive: bool) -> Reached:
-    """A trial as it is now; `is_alive`: whether the driver that keeps the record is at work."""
+    """Return the current state of a trial. `is_alive`: whether the sweep's driver is running."""
     state = read_state(directory.child(trial.name))
     status = trial.status
     if not is_alive and state is not None and state.status == FINISHED and status != FAILED:
@@ -110,7 +110,7 @@ def reached(directory: Storage, trial: Trial, is_alive: bool) -> Reached:
 
 
 def curve(directory: Storage, trial: Trial, metric: str) -> list[tuple[int, float]]:
-    """(epoch, value) of every logged point that has the metric."""
+    """Return (epoch, value) of every logged point that has the metric."""
     try:
         points: list[dict[str, Any]] = read_lines(directory.child(trial.name), METRICS_FILE)
     except FileNotFoundError:

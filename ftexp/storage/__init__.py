@@ -1,1 +1,1 @@
-"""Durable bytes, on a disk or at a URI."""
+"""Durable storage, on a disk or at a URI."""

@@ -1,4 +1,4 @@
-"""Files of JSON lines that only grow, and outlive whoever writes them."""
+"""Append-only files of JSON lines, which survive the death of their writer."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from ftexp.storage.directory import Storage
 
 
 class AppendLog:
-    """Lines added to the end of a file. On an object store, which can't append, the whole is written again.
+    """A file to which lines are appended. An object store can't append, so there the whole file is written again.
 
-    A line that can't be written waits, and is tried again with the next one: a full disk loses none.
+    A line that can't be written is kept, and retried with the next one: a full disk loses none.
     """
 
     def __init__(self, storage: Storage, name: str) -> None:
         self._storage, self._name = storage, name
-        self._lines: list[str] = []  # local: those that wait; object store: all
+        self._lines: list[str] = []  # local: lines not yet written; object store: all lines
         self._file: Any = None
         self._num_there: int | None = None  # lines in the copy on the object store; None: no copy yet
         if (path := storage.local_path) is not None:
@@ -40,7 +40,7 @@ class AppendLog:
                 self.flush()
 
     def flush(self) -> None:
-        """Write what waits, or bring an object store's copy up to date; OSError if that can't be done."""
+        """Write the lines not yet written, or update an object store's copy; OSError if that fails."""
         if self._file is None and self._num_there == len(self._lines):
             return
         content = "".join(f"{line}\n" for line in self._lines).encode()
@@ -64,7 +64,7 @@ class AppendLog:
             os.fsync(self._file.fileno())
 
     def rewrite(self, lines: list[str]) -> None:
-        """Let these be all lines; OSError if that can't be done, and then they stay as they were."""
+        """Replace all lines; OSError if that fails, and the old lines stay."""
         if self._file is None:
             before, self._lines = self._lines, list(lines)
             try:
@@ -96,7 +96,7 @@ class AppendLog:
 
 
 def as_json(value: Any, indent: int | None = None) -> str:
-    """Return a line, unless it is indented."""
+    """Return JSON, in one line unless `indent` is given; NaN and infinity become null."""
     return json.dumps(finite(value), indent=indent)
 
 
@@ -112,7 +112,7 @@ def finite(value: Any) -> Any:
 
 
 def parse_lines(lines: Iterable[str]) -> list[Any]:
-    """Return the parsed lines, without one that a kill has cut short."""
+    """Return the parsed lines, without one that a kill has truncated."""
     entries = []
     for line in lines:
         with contextlib.suppress(ValueError):  # incomplete
@@ -121,14 +121,14 @@ def parse_lines(lines: Iterable[str]) -> list[Any]:
 
 
 def read_lines(storage: Storage, name: str) -> list[Any]:
-    """Return the parsed lines of an AppendLog, without one that a kill has cut short.
+    """Return the parsed lines of an AppendLog, without one that a kill has truncated.
 
-    Raises FileNotFoundError if there is none.
+    FileNotFoundError if there is no such file.
     """
     return parse_lines(storage.read_bytes(name).decode().splitlines())
 
 
 def _end_truncated_line(path: Path) -> None:
-    """Cut a last line that a killed writer left without its end: it is no JSON."""
+    """Remove a last line that a killed writer left incomplete."""
     if path.exists() and (content := path.read_bytes()) and not content.endswith(b"\n"):
         path.write_bytes(content[: content.rfind(b"\n") + 1])

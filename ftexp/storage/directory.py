@@ -1,7 +1,7 @@
-"""A directory at a local path or at any URI that pyarrow.fs opens, with the few operations ftexp rests on.
+"""A directory at a local path or at any URI that pyarrow.fs opens, with the few operations that ftexp needs.
 
 Local writes are atomic and on disk when they return: temporary name, fsync, rename, fsync of the directory.
-Object stores make a single object visible whole, so there a plain write does.
+An object store shows an object only when it is complete, so there a plain write is enough.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from ftexp.storage.uri import is_remote
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
 
-_TEMPORARY = ".tmp-"  # prefix of a name that is being written; never a result
+_TEMPORARY = ".tmp-"  # prefix of a name while it is being written; never a result
 
 _S3_ATTEMPTS = 3  # an endpoint that never answers then costs about 10 s instead of 100 (pyarrow 26)
 
-Writer = Callable[[BinaryIO], object]  # writes a file's content into the stream that it is given
+Writer = Callable[[BinaryIO], object]  # writes a file's content into the given stream
 
 
 def open_uri(uri: str, key: str) -> tuple[FileSystem, str]:
-    """Return the pyarrow file system of a path or URI, and the path in it; ConfigError, naming `key`, if it can't."""
+    """Return the pyarrow file system of a path or URI, and the path in it; ConfigError, naming `key`, if that fails."""
     try:
         return _opened(uri)
     except (ConfigError, OSError) as error:
@@ -38,7 +38,7 @@ def open_uri(uri: str, key: str) -> tuple[FileSystem, str]:
 
 
 def _opened(uri: str) -> tuple[FileSystem, str]:
-    """Open as `open_uri`, but raise OSError where a store doesn't answer: S3 is asked for the bucket's region."""
+    """Like `open_uri`, but raise OSError if a store doesn't answer: S3 is asked for the bucket's region."""
     from pyarrow.fs import FileSystem, LocalFileSystem
 
     if not is_remote(uri):
@@ -53,16 +53,14 @@ def _opened(uri: str) -> tuple[FileSystem, str]:
 
 
 def absolute(uri: str) -> str:
-    """Return a path of this machine from its root; a URI as it is."""
+    """Return a local path as an absolute path; a URI unchanged."""
     return uri if is_remote(uri) else _local_path(uri)
 
 
 def _less_patient(filesystem: FileSystem) -> FileSystem:
-    """Return an S3 that gives up a dead endpoint after seconds, not minutes.
+    """Return an S3 file system that gives up on a dead endpoint after seconds, not minutes; callers retry later anyway.
 
-    What rests on it is tried again later anyway.
-
-    pyarrow has no URI option for it; how a file system pickles says with which arguments it was made.
+    pyarrow has no URI option for this; the pickled form of a file system has the arguments that it was created with.
     """
     from pyarrow import fs
 
@@ -79,7 +77,7 @@ def _local_path(uri: str) -> str:
 
 @dataclass(frozen=True)
 class Storage:
-    """A directory. Names are relative to it, with forward slashes; a missing directory is made on first write."""
+    """A directory. Names are relative to it, with forward slashes; a missing directory is created at first write."""
 
     uri: str  # absolute path, or URI
 
@@ -97,7 +95,7 @@ class Storage:
 
     @property
     def parent(self) -> Storage:
-        """The directory that holds this one."""
+        """The parent directory."""
         base, options = self._split()
         return Storage((base.rpartition("/")[0] or "/") + options)
 
@@ -113,13 +111,13 @@ class Storage:
 
     @property
     def local_path(self) -> Path | None:
-        """The directory as a Path, or None where it isn't on a local file system."""
+        """The directory as a Path; None if it isn't on a local file system."""
         return None if is_remote(self.uri) else Path(self.uri)
 
     def open(self) -> tuple[FileSystem, str]:
-        """Return the pyarrow file system that holds the directory, and its path there.
+        """Return the directory's pyarrow file system, and its path in it.
 
-        ConfigError if the URI is none; OSError if the store doesn't answer.
+        ConfigError if the URI is invalid; OSError if the store doesn't answer.
         """
         return _opened(self.uri)
 
@@ -147,7 +145,7 @@ class Storage:
             yield file
 
     def write_bytes(self, name: str, content: bytes | memoryview) -> None:
-        """Write a file so that it is there whole, or not at all, whatever dies in between; OSError on failure."""
+        """Write a file atomically: complete or not at all, whatever dies in between; OSError on failure."""
         with self.writing(name) as stream:
             write_all(stream, content)
 
@@ -174,12 +172,12 @@ class Storage:
 
     @property
     def draft(self) -> Storage:
-        """Directory for this one's files until `publish_draft`: next to it; on an object store, here."""
+        """Directory of this one's files until `publish_draft`: next to it; on an object store, this directory."""
         path = self.local_path
         return self if path is None else Storage(str(path.with_name(f"{_TEMPORARY}{path.name}")))
 
     def publish_draft(self) -> None:
-        """Have the draft become this directory, on disk when this returns; on an object store, it is."""
+        """Rename the draft to this directory, on disk when this returns; on an object store, both are the same."""
         if (path := self.local_path) is not None:
             Path(self.draft.uri).rename(path)
             _sync_directory(path.parent)
@@ -187,7 +185,7 @@ class Storage:
     def publish(self, files: Mapping[str, Writer], last: str) -> None:
         """Write a directory of files that becomes visible only when complete. `last` is written after the others.
 
-        Local: under a temporary name, renamed. Object store: `last` is the one that readers look for.
+        Local: written under a temporary name, then renamed. Object store: readers look for `last`.
         """
         draft, is_local = self.draft, self.local_path is not None
         if is_local:
@@ -203,17 +201,17 @@ class Storage:
             raise
 
     def list_directories(self) -> list[str]:
-        """Return names of the directories directly inside, sorted, without hidden ones; empty if this isn't there."""
+        """Return the sorted names of directories directly inside, without hidden ones; empty if this doesn't exist."""
         from pyarrow.fs import FileType
 
         return [info.base_name for info in self._infos() if info.type == FileType.Directory and not _hidden(info)]
 
     def list_files(self) -> list[str]:
-        """Return names of the files directly inside, sorted, without hidden ones; empty if this isn't there."""
+        """Return the sorted names of files directly inside, without hidden ones; empty if this doesn't exist."""
         return list(self.sizes())
 
     def sizes(self) -> dict[str, int]:
-        """Return {name: bytes} of the files directly inside, sorted, without hidden ones; empty if this isn't there."""
+        """Return {name: bytes} of files directly inside, sorted, without hidden ones; empty if this doesn't exist."""
         from pyarrow.fs import FileType
 
         return {i.base_name: i.size for i in self._infos() if i.type == FileType.File and not _hidden(i)}
@@ -226,7 +224,7 @@ class Storage:
         return sorted(found, key=lambda info: info.base_name)
 
     def sweep(self) -> list[str]:
-        """Remove what a dead process left half-written directly inside; returns the names."""
+        """Remove unfinished files and directories of dead processes directly inside; return their names."""
         from pyarrow.fs import FileType
 
         unfinished = [info for info in self._infos() if info.base_name.startswith(_TEMPORARY)]
@@ -238,7 +236,7 @@ class Storage:
         return [info.base_name for info in unfinished]
 
     def move_to(self, target: Storage) -> None:
-        """Give this directory of files another place on the same file system; OSError if that can't be done."""
+        """Move this directory of files to another place on the same file system; OSError if that fails."""
         if (path := self.local_path) is not None:
             Path(target.uri).parent.mkdir(parents=True, exist_ok=True)
             path.rename(target.uri)
@@ -249,14 +247,14 @@ class Storage:
         self.delete()
 
     def exists(self, name: str = "") -> bool:
-        """Return whether a file or directory of that name is there."""
+        """Return whether a file or directory of that name exists."""
         from pyarrow.fs import FileType
 
         filesystem, root = self.open()
         return bool(filesystem.get_file_info(f"{root}/{name}".rstrip("/")).type != FileType.NotFound)
 
     def delete(self) -> None:
-        """Remove this directory and all it holds; nothing happens if it isn't there."""
+        """Remove this directory and its content; does nothing if it doesn't exist."""
         if (path := self.local_path) is not None:
             shutil.rmtree(path, ignore_errors=True)
         elif self.exists():
@@ -264,7 +262,7 @@ class Storage:
             filesystem.delete_dir(root)
 
     def delete_file(self, name: str) -> None:
-        """Remove a file; nothing happens if it isn't there."""
+        """Remove a file; does nothing if it doesn't exist."""
         if (path := self.local_path) is not None:
             (path / name).unlink(missing_ok=True)
         elif self.exists(name):
@@ -272,7 +270,7 @@ class Storage:
             filesystem.delete_file(f"{root}/{name}")
 
     def require_writable(self, key: str = "run.storage") -> None:
-        """Raise StorageError, naming the key that says where and the reason, if nothing can be written here."""
+        """Raise StorageError, naming the config key and the reason, if nothing can be written here."""
         try:
             self.write_bytes(".writable", b"")
             self.delete_file(".writable")
@@ -281,10 +279,10 @@ class Storage:
 
 
 def write_all(stream: BinaryIO, content: bytes | memoryview) -> None:
-    """Write all of `content`: a raw file may take only a part of what it is given."""
+    """Write all of `content`: a raw file may write only a part of it per call."""
     view = memoryview(content)
     while view.nbytes:
-        # object stores' streams return nothing, and take everything
+        # object stores' streams return None, and write everything
         view = view[stream.write(view) or view.nbytes :]
 
 

@@ -1,8 +1,8 @@
-"""One driver at a time on a run directory, by a claim that a crash can't leave behind.
+"""Lease: one driver at a time on a run directory, by a claim that a crash can't leave behind.
 
-On a local file system the claim is a lock of the kernel's (flock), which ends with the process. On an object
-store, and where the file system has no locks, it is a file that its owner rewrites every few seconds. Whoever
-finds such a file watches it for longer than that: if it doesn't change, its owner is dead. No clocks are compared.
+On a local file system the claim is a kernel lock (flock), which ends with the process. On an object store, and on a
+file system without locks, it is a file that its owner rewrites every few seconds. A process that finds such a file
+watches it for longer than that: if it doesn't change, its owner is dead. No clocks are compared.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from ftexp.storage.directory import Storage
 
 LOCK_FILE, LEASE_FILE = ".lock", "lease.json"
 _BEAT_S = 5.0
-_WATCH_S = 3 * _BEAT_S  # an owner whose two beats were lost is still alive
+_WATCH_S = 3 * _BEAT_S  # an owner that failed to write two beats is still alive
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
 def unused_name() -> str:
-    """Return a name for a run, sweep or drill that was given none: commands of the same second get different ones."""
+    """Return a name for a run, sweep or drill without one; invocations in the same second get different names."""
     return f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{secrets.token_hex(3)}"
 
 
 class Lease:
-    """The claim of this process on a run directory. Take it with `take`, give it back with `release`."""
+    """The claim of this process on a run directory. Acquire it with `take`, return it with `release`."""
 
     def __init__(
         self, storage: Storage, say: Callable[[str], None], beat_s: float, watch_s: float, key: str = "run.name"
@@ -46,7 +46,7 @@ class Lease:
         self._key = key
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
-        self.lost: str | None = None  # who took it over: this process was taken for dead
+        self.lost: str | None = None  # process that took it over, since this one seemed dead
 
     @classmethod
     def take(
@@ -57,14 +57,17 @@ class Lease:
         watch_s: float = _WATCH_S,
         key: str = "run.name",
     ) -> Lease:
-        """Claim the directory; RunInUseError, naming the owner, if a living process has it. `key` chooses another."""
+        """Claim the directory; RunInUseError, naming the owner, if a living process has it.
+
+        key: config key that chooses another directory; the message names it.
+        """
         lease = cls(storage, say, beat_s, watch_s, key)
         if storage.local_path is None or not lease._take_lock():
             lease._take_file()
         return lease
 
     def release(self) -> None:
-        """Give the claim back; nothing happens if it was lost."""
+        """Release the claim; does nothing if it was lost."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
@@ -75,11 +78,11 @@ class Lease:
             try:
                 if self.lost is None:
                     self._storage.delete_file(LEASE_FILE)
-            except OSError:  # the store doesn't answer; whoever comes next waits for a beat instead
+            except OSError:  # the store doesn't answer; the next process watches the file instead
                 pass
 
     def _take_lock(self) -> bool:
-        """Return whether the file system has locks; RunInUseError if another process holds this one."""
+        """Take the kernel lock; return False if the file system has none. RunInUseError if another process holds it."""
         import fcntl
 
         path = self._storage.local_path
@@ -115,7 +118,7 @@ class Lease:
                 if now != found:
                     raise RunInUseError(self._in_use(now["owner"]))
         self._write()
-        if (now := self._read()) is None or now["token"] != self._token:  # two took it at once: the last write holds
+        if (now := self._read()) is None or now["token"] != self._token:  # if two took it at once, the last write wins
             raise RunInUseError(self._in_use(now["owner"] if now else "another process"))
         self._thread = threading.Thread(target=self._beat, daemon=True, name="lease")
         self._thread.start()
@@ -128,7 +131,7 @@ class Lease:
                     self.lost = str(now["owner"])
                     return
                 self._write()
-            except OSError:  # an outage: whoever watches meanwhile can't read it either
+            except OSError:  # an outage: a watching process can't read the file either
                 continue
 
     def _write(self) -> None:
@@ -151,7 +154,7 @@ class Lease:
 
 
 def remove_unused(storage: Storage) -> None:
-    """Remove a directory on a disk that holds only a released claim. No other process may know its name."""
+    """Remove a local directory that contains only a released claim. No other process may know its name."""
     if (path := storage.local_path) is None:
         return
     with contextlib.suppress(OSError):  # in use, or the disk fails: the directory stays
@@ -161,9 +164,9 @@ def remove_unused(storage: Storage) -> None:
 
 
 def is_held(storage: Storage, watch_s: float = _WATCH_S) -> bool:
-    """Return whether a living process has the directory.
+    """Return whether a living process has claimed the directory.
 
-    Where there are only files, that takes up to `watch_s` to see.
+    Without kernel locks, this takes up to `watch_s`.
     """
     if (path := storage.local_path) is not None and (path / LOCK_FILE).exists() and _is_locked(str(path / LOCK_FILE)):
         return True

@@ -1,1 +1,1 @@
-"""Many trials of one command: side by side, resumable, compared."""
+"""Sweeps: many trials of one command, in parallel, resumable, compared."""

@@ -1,1 +1,1 @@
-"""Messages between processes."""
+"""Messages between a run's processes."""

@@ -11,21 +11,21 @@ from ftexp.wire.hub import HubAddress
 from ftexp.wire.messages import Evaluated, Goodbye, Message, Save, Stop, Sync, Synced, from_line, to_line
 
 _CONNECT_TIMEOUT_S = 30.0
-_GOODBYE_S = 10.0  # for what is still to be sent, and for the driver to take it in
+_GOODBYE_S = 10.0  # time limit for sending the remaining messages, and again for the driver to handle them
 
 
 class Channel:
-    """Sends messages to the driver. `send` returns at once; `sync` waits until the driver has handled all so far."""
+    """Sends messages to the driver. `send` returns at once; `sync` waits until the driver has handled all of them."""
 
     def __init__(self, address: HubAddress, first: Message) -> None:
         try:
             self._socket = socket.create_connection((address.host, address.port), timeout=_CONNECT_TIMEOUT_S)
-            # two, since a thread writes while another reads
+            # two streams, since one thread writes while another reads
             self._stream = self._socket.makefile("w", encoding="utf-8")
             self._incoming = self._socket.makefile("r", encoding="utf-8")
             self._stream.write(f"{address.token}\n{to_line(first)}")
             self._stream.flush()
-            self.answer = from_line(self._incoming.readline())  # to the first message
+            self.answer = from_line(self._incoming.readline())  # answer to the first message
         except (OSError, ValueError) as error:
             raise FtexpError(
                 f"this worker can't reach the driver at {address.host}:{address.port} ({error}); "
@@ -48,11 +48,11 @@ class Channel:
         self._queue.put(message)
 
     def flush(self) -> None:
-        """Return when every message so far is with the operating system, which delivers it even after a kill."""
+        """Wait until the operating system has every message; it delivers them even if this process is killed."""
         self._queue.join()
 
     def sync(self, timeout_s: float = 60.0) -> None:
-        """Return when what was sent so far is safe with the driver; OSError if it isn't, or the driver is dead."""
+        """Wait until the driver has recorded all messages so far; OSError if it can't write them or is dead."""
         with self._answered:
             self._num_asked += 1
             number = self._num_asked
@@ -64,7 +64,7 @@ class Channel:
                 raise OSError(f"the run's records can't be written: {self._synced.problem}")
 
     def evaluated(self, checkpoint: str) -> Evaluated | None:
-        """Wait until `checkpoint` is evaluated; None if a stop is requested before.
+        """Wait until `checkpoint` has been evaluated, and return the result; None if a stop is requested before.
 
         ConnectionError if the driver dies.
         """
@@ -81,7 +81,7 @@ class Channel:
             self._answered.notify_all()
 
     def close(self) -> None:
-        """Say goodbye, and return when the driver has handled all that was sent: it hangs up then."""
+        """Say goodbye, and wait until the driver has handled all messages and closed the connection."""
         self.send(Goodbye())
         self._queue.put(None)
         self._thread.join(timeout=_GOODBYE_S)
@@ -127,7 +127,7 @@ class Channel:
                     self._answered.notify_all()
 
     def _break(self) -> None:
-        """The driver is gone, and Ray ends this process in a moment."""
+        """Note that the driver is gone. Ray will end this process soon."""
         with self._answered:
             self._broken = True
             self._answered.notify_all()

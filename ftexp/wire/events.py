@@ -1,7 +1,7 @@
-"""The schema of events.jsonl: one class for each event, called what its class is called, in snake case.
+"""The schema of events.jsonl: one class for each event, whose name is the class's name in snake case.
 
-A line holds `time`, `event` (the name), `attempt` and `step`, those of the run when it was written, and the fields of
-the event. An event's own `step` takes the place of the run's. A field that has its default isn't written.
+A line holds `time`, `event` (the name), the run's `attempt` and `step` at that time, and the event's fields. An event's
+own `step` replaces the run's. A field that has its default isn't written.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ class Event:
 
     @property
     def name(self) -> str:
-        """As events.jsonl has it."""
+        """The event's name in events.jsonl."""
         return snake_case(type(self))
 
     @property
     def fields(self) -> dict[str, Any]:
-        """Return its fields in events.jsonl, besides its name."""
+        """The event's fields in events.jsonl, without its name."""
         values = ((field, getattr(self, field.name)) for field in dataclasses.fields(self))
         return {field.name: value for field, value in values if value != field.default}
 
 
 def snake_case(kind: type) -> str:
-    """Return the name of a class as lines of JSON have it."""
+    """Return the name of a class in snake case, as JSON lines use it."""
     return re.sub(r"(?<!^)(?=[A-Z])", "_", kind.__name__).lower()
 
 
@@ -38,28 +38,28 @@ def snake_case(kind: type) -> str:
 
 @dataclass(frozen=True)
 class CommandStarted(Event):
-    """Somebody gave the command."""
+    """An invocation has started."""
 
-    changed: list[str] | None = None  # what is different from the last time, a line each
+    changed: list[str] | None = None  # differences from the last invocation, one per line
 
 
 @dataclass(frozen=True)
 class ColdStart(Event):
-    """Workers import for themselves."""
+    """Workers are not forked: each imports everything itself."""
 
     reason: str
 
 
 @dataclass(frozen=True)
 class DataWarnings(Event):
-    """The listing of the data found what may be a mistake."""
+    """The listing of the data has found possible mistakes."""
 
     warnings: list[str]
 
 
 @dataclass(frozen=True)
 class EntriesExcluded(Event):
-    """The listing excluded files that are no samples."""
+    """The listing has excluded files that are not samples."""
 
     entries: list[dict[str, Any]]  # fields of ftexp.data.info.Excluded
 
@@ -78,19 +78,19 @@ class Finished(Event):
 
 @dataclass(frozen=True)
 class Failed(Event):
-    """The run was given up."""
+    """The run has failed, and is not restarted."""
 
     error: str | None = None
 
 
 @dataclass(frozen=True)
 class Interrupted(Event):
-    """Somebody stopped the run."""
+    """A user or the system has stopped the run."""
 
 
 @dataclass(frozen=True)
 class DriverFailed(Event):
-    """The driver could not handle what it was sent."""
+    """The driver could not handle a message."""
 
     error: str
     traceback: str
@@ -105,7 +105,7 @@ class ReportFailed(Event):
 
 @dataclass(frozen=True)
 class EvaluationFailed(Event):
-    """A checkpoint could not be evaluated besides training; the run has no metrics of its step."""
+    """A checkpoint could not be evaluated while training continued; the run has no metrics of its step."""
 
     step: int
     error: str
@@ -126,7 +126,7 @@ class AttemptStarted(Event):
 
 @dataclass(frozen=True)
 class WorkerReplaced(Event):
-    """A worker has connected that takes the place of one that died, while the others wait for it."""
+    """A worker that replaces a dead one has connected; the others wait for it."""
 
     rank: int
     pid: int
@@ -136,7 +136,7 @@ class WorkerReplaced(Event):
 
 @dataclass(frozen=True)
 class WeightsLoaded(Event):
-    """The model began with the weights of another."""
+    """Another model's weights were loaded at the start."""
 
     report: str
 
@@ -147,7 +147,7 @@ class Ready(Event):
 
     device: str
     pids: list[int]  # by rank
-    source: str | None = None  # source of its state: replaced, memory, storage or start
+    source: str | None = None  # source of the state: replaced, memory, storage or start
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ class CaughtUp(Event):
 
 @dataclass(frozen=True)
 class Raised(Event):
-    """A worker raised."""
+    """A worker has ended by an exception."""
 
     rank: int
     traceback: str
@@ -168,7 +168,7 @@ class Raised(Event):
 
 @dataclass(frozen=True)
 class Failure(Event):
-    """A worker group failed; fields of `ftexp.rundir.state.Failure`, as far as they are known by then."""
+    """A worker group has failed; the fields of `ftexp.rundir.state.Failure` that are known at that time."""
 
     cause: str
     rank: int | None
@@ -184,7 +184,7 @@ class Failure(Event):
 
 @dataclass(frozen=True)
 class Recovered(Event):
-    """The first step since a failure that had never been done before; fields of `ftexp.rundir.state.Failure`."""
+    """The first new step after a failure was done; fields of `ftexp.rundir.state.Failure`."""
 
     cause: str
     rank: int | None
@@ -205,33 +205,33 @@ class Waiting(Event):
 
 @dataclass(frozen=True)
 class ResizeExpected(Event):
-    """There is room for more workers: Ray Train will stop those that train, without notice."""
+    """There is room for more workers: Ray Train will stop the running ones, without notice."""
 
     num_workers: int
 
 
 @dataclass(frozen=True)
 class Resized(Event):
-    """A group of another size trains, without any failure."""
+    """A worker group of another size trains, without any failure."""
 
     world_size: int
 
 
 @dataclass(frozen=True)
 class AdviceFailed(Event):
-    """A thread that the run can do without has ended."""
+    """A thread that the run does not depend on has failed."""
 
     error: str
 
 
 @dataclass(frozen=True)
 class PreemptionNotice(Event):
-    """Machines are about to be taken away."""
+    """Nodes are about to be preempted."""
 
     step: int
     nodes: list[str]
     ranks: list[int]
-    deadline_ms: int | None  # since 1970
+    deadline_ms: int | None  # milliseconds since 1970
 
 
 # Checkpoints
@@ -269,7 +269,7 @@ class FullModelFailed(Event):
 
 @dataclass(frozen=True)
 class CheckpointRejected(Event):
-    """A checkpoint doesn't verify, or is gone."""
+    """A checkpoint doesn't verify, or is missing."""
 
     checkpoint: str
     reason: str
@@ -279,9 +279,9 @@ class CheckpointRejected(Event):
 class Restored(Event):
     """A worker group resumes from a checkpoint, or from a snapshot in memory."""
 
-    rejected: int  # checkpoints
+    rejected: int  # number of checkpoints rejected before this one
     restore_s: float
-    checkpoint: str  # name; of a snapshot, the one that its checkpoint would have
+    checkpoint: str  # name; for a snapshot, the name that its checkpoint would have
     step: int
     position: int
     source: str = "storage"  # or memory
@@ -289,26 +289,26 @@ class Restored(Event):
 
 @dataclass(frozen=True)
 class SnapshotsBegun(Event):
-    """A worker has found memory on its node for snapshots."""
+    """A worker has reserved memory on its node for snapshots."""
 
     node: str  # its node id in Ray
-    pid: int  # pid of the keeper, whose memory it is
-    bytes: int  # that snapshots take on the node
+    pid: int  # pid of the keeper, which owns the memory
+    bytes: int  # memory of the snapshots on the node
 
 
 @dataclass(frozen=True)
 class SnapshotsTaken(Event):
-    """Snapshots in memory are under way; what one of them cost."""
+    """Snapshots in memory are being taken; the cost of one of them."""
 
     every_steps: int  # steps between snapshots
-    seconds: float  # that it kept training waiting, or took of the processors that train
+    seconds: float  # time that training waited for it, or processor time that it took from training
     share: float  # share of the time until the next
-    bytes: int  # memory that snapshots take on the node of rank 0
+    bytes: int  # memory of the snapshots on rank 0's node
 
 
 @dataclass(frozen=True)
 class SnapshotsOff(Event):
-    """There are no snapshots in memory: failures go back to the last checkpoint."""
+    """There are no snapshots in memory: after a failure, the run resumes from the last checkpoint."""
 
     reason: str
 
@@ -333,7 +333,7 @@ class BadSamples(Event):
 
 @dataclass(frozen=True)
 class SlowData(Event):
-    """A worker waits for its data."""
+    """A worker has to wait for its data."""
 
     rank: int
     reason: str
@@ -344,10 +344,10 @@ class Straggler(Event):
     """A rank stays slower than the others, and keeps them waiting: see scaling.straggler_factor."""
 
     rank: int
-    part: str  # part of a step, in which it exceeds the others most
-    ratio: float  # its own time, as a multiple of the median over ranks
+    part: str  # part of a step in which it exceeds the others most
+    ratio: float  # own_ms as a multiple of median_ms
     own_ms: float  # milliseconds of a step, without waiting for others
-    median_ms: float
+    median_ms: float  # median over ranks
     step: int
     node: str | None = None  # filled in by the driver
 
@@ -363,7 +363,7 @@ class StragglerOver(Event):
 
 @dataclass(frozen=True)
 class NcclHang(Event):
-    """Ray's detector has found ranks of a worker group, now ended, that had stopped in NCCL."""
+    """Ray's detector has found that ranks of a worker group, now ended, hung in NCCL."""
 
     files: list[str]  # files of the run directory
 
@@ -373,12 +373,12 @@ class Thawed(Event):
     """Another part of the model is trained from now on."""
 
     epoch: int
-    num_frozen: int  # parameters
+    num_frozen: int  # number of frozen parameters
 
 
 @dataclass(frozen=True)
 class LearningRateChanged(Event):
-    """The schedule has other rates than the checkpoint: train.epochs was raised."""
+    """The schedule's learning rate differs from the checkpoint's: train.epochs was raised."""
 
     step: int
     before: float
@@ -396,21 +396,21 @@ class StepSkipped(Event):
 
 @dataclass(frozen=True)
 class RolledBack(Event):
-    """A gradient was not finite: the run went back to the state of its last checkpoint, kept in memory."""
+    """A gradient was not finite: the state of the last checkpoint, kept in memory, was restored."""
 
-    positions: list[int]  # [start, end), that drive no update
+    positions: list[int]  # [start, end) positions that drive no update
     step: int
     to_step: int
 
 
 @dataclass(frozen=True)
 class CorruptionChecked(Event):
-    """A check for silent corruption has passed, for the second time of an attempt."""
+    """A check for silent corruption has passed for the second time in an attempt."""
 
     check: str  # replicas, or repeat
     every_steps: int
-    seconds: float  # that it took
-    share: float  # share of the time since the first
+    seconds: float  # duration of the check
+    share: float  # share of the time since the first check
 
 
 @dataclass(frozen=True)
@@ -420,7 +420,7 @@ class Chaos(Event):
     fault: str
     rank: int
     step: int
-    damaged: list[str] | None = None  # checkpoints
+    damaged: list[str] | None = None  # names of checkpoints
 
 
 @dataclass(frozen=True)
@@ -432,14 +432,14 @@ class MfuUnknown(Event):
 
 @dataclass(frozen=True)
 class ProfileWritten(Event):
-    """A trace is in the run directory."""
+    """A profiler trace was written to the run directory."""
 
     where: str
 
 
 @dataclass(frozen=True)
 class ProfileFailed(Event):
-    """There is no trace."""
+    """No profiler trace could be written."""
 
     error: str
 
@@ -459,7 +459,7 @@ class StoppedEarly(Event):
 
 @dataclass(frozen=True)
 class TrackerOpened(Event):
-    """A tracker takes the run's points."""
+    """A tracker receives the run's points."""
 
     tracker: str
     where: str
@@ -471,7 +471,7 @@ class TrackerFailed(Event):
 
     tracker: str
     reason: str
-    num_undelivered: int  # points
+    num_undelivered: int  # number of points not delivered
 
 
 # Alerts

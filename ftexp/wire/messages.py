@@ -1,4 +1,4 @@
-"""Messages between processes: one class for each kind, and its form as a line of JSON."""
+"""Messages between processes: a class for each kind, and conversion to and from a line of JSON."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ from ftexp.wire.events import Event, make_event, snake_case
 
 @dataclass(frozen=True)
 class Message:
-    """Something that one process sends to another."""
+    """A message from one process to another."""
 
-    time: float = field(default_factory=time.time, kw_only=True, compare=False)  # when it was; seconds since 1970
+    time: float = field(default_factory=time.time, kw_only=True, compare=False)  # of the event; seconds since 1970
 
 
-# source of the state that an attempt starts from: ranks that survived, snapshots in memory, a checkpoint, or none
+# source of an attempt's initial state: surviving ranks, snapshots in memory, a checkpoint, or none
 REPLACED, MEMORY, STORAGE, START = "replaced", "memory", "storage", "start"
-UNSAVED, DAMAGED, FAILED = "unsaved", "damaged", "failed"  # checkpoints that can't be evaluated; evaluation that raised
+UNSAVED, DAMAGED, FAILED = "unsaved", "damaged", "failed"  # the checkpoint can't be evaluated; the evaluation raised
 
 # From a worker to the driver
 
 
 @dataclass(frozen=True)
 class Hello(Message):
-    """A worker has started; answered by `Begin`, for rank 0 and for one that replaces another, or `Stop`."""
+    """A worker has started; answered by `Begin` for rank 0 and for a replacement, or by `Stop`."""
 
     rank: int
     world_size: int
     pid: int
     node: str
-    hot_start: bool = False  # it was forked from a process that had imported everything
+    hot_start: bool = False  # whether it was forked from a process that had imported everything
     ray_node: str = ""  # node id in Ray
-    replaces: bool = False  # it takes the place of a worker that died, among others that live
+    replaces: bool = False  # whether it replaces a dead worker, while the others live
 
 
 @dataclass(frozen=True)
 class Ready(Message):
-    """Rank 0 is about to train, or to train on after another rank was replaced."""
+    """Rank 0 is about to train, or to continue after another rank was replaced."""
 
     step: int
     total_steps: int
@@ -47,7 +47,7 @@ class Ready(Message):
     arguments: dict[str, Any]  # arguments of timm.create_model
     num_parameters: int
     hardware: dict[str, Any] = field(default_factory=dict)  # hardware of its node
-    weights: str | None = None  # report of what was loaded into the model
+    weights: str | None = None  # report on the weights that were loaded into the model
     source: str = START  # source of the state: REPLACED, MEMORY, STORAGE or START
 
 
@@ -71,7 +71,7 @@ class Metrics(Message):
 
 @dataclass(frozen=True)
 class EvaluateCheckpoint(Message):
-    """Rank 0 wants a checkpoint evaluated on val; `Evaluated` comes once that is done."""
+    """Rank 0 requests the evaluation of a checkpoint on val; answered by `Evaluated` when it is done."""
 
     step: int
     epoch: int
@@ -87,45 +87,45 @@ class Happened(Message):
 
 @dataclass(frozen=True)
 class Raised(Message):
-    """A worker ends by an exception."""
+    """A worker is ending by an exception."""
 
     rank: int
     step: int
     position: int
-    samples: list[int]  # that it trained on
+    samples: list[int]  # samples of its current batch
     traceback: str
 
 
 @dataclass(frozen=True)
 class Hung(Message):
-    """A worker made no progress, and is about to kill itself."""
+    """A worker has made no progress, and is about to kill itself."""
 
     rank: int
     doing: str  # the phase of its loop
     seconds: float
-    file: str  # with the stacks of its threads
+    file: str  # file that has the stacks of its threads
 
 
 @dataclass(frozen=True)
 class ForgetSnapshots(Message):
-    """No attempt shall resume from what is in memory now."""
+    """No attempt may resume from the snapshots that are in memory now."""
 
 
 @dataclass(frozen=True)
 class KillDriver(Message):
-    """Chaos: the driver shall die."""
+    """Chaos: kills the driver."""
 
 
 @dataclass(frozen=True)
 class Sync(Message):
-    """Is what came before safe? Answered by `Synced`."""
+    """Asks whether all earlier messages have been recorded; answered by `Synced`."""
 
     number: int
 
 
 @dataclass(frozen=True)
 class Goodbye(Message):
-    """Nothing follows, and the process may end."""
+    """The sender's last message; its process may end."""
 
 
 # From Ray's controller to the driver, and from threads of the driver
@@ -133,30 +133,30 @@ class Goodbye(Message):
 
 @dataclass(frozen=True)
 class GroupFailed(Message):
-    """A worker group failed: the fields of `ftexp.failure.causes.Cause`. Answered by `Retry` or `Stop`."""
+    """A worker group has failed: the fields of `ftexp.failure.causes.Cause`. Answered by `Retry` or `Stop`."""
 
     cause: str
     rank: int | None
     error: str
     ending: str
-    others_wait: bool = False  # for the worker that failed, or will
+    others_wait: bool = False  # whether the others can wait for the failed worker's replacement
 
 
 @dataclass(frozen=True)
 class ControllerDied(Message):
-    """Ray Train's controller died, and its workers with it; answered as `GroupFailed`."""
+    """Ray Train's controller has died, and its workers with it; answered like `GroupFailed`."""
 
 
 @dataclass(frozen=True)
 class CouldNotStart(Message):
-    """Ray Train gave up before any worker group began to train."""
+    """Ray Train has given up before any worker group started to train."""
 
     error: str
 
 
 @dataclass(frozen=True)
 class Lost(Message):
-    """The hub's own: the connection of a worker closed without a goodbye."""
+    """The hub's own message: a worker's connection has closed without a goodbye."""
 
     rank: int
     pid: int
@@ -171,29 +171,29 @@ class Begin(Message):
 
     attempt: int
     skipped: list[list[int]] = field(default_factory=list)  # [start, end) positions that drive no update
-    accumulate_steps: int | None = None  # if more than configured
-    # attempts of whose states in memory the run descends, each with the last such step; None: any
+    accumulate_steps: int | None = None  # set if it is more than configured
+    # [attempt, step]: the run descends from this attempt's states in memory up to this step; None: from all of them
     lineage: list[list[int | None]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Retry(Message):
-    """There is another attempt."""
+    """Another attempt follows."""
 
     delay_s: float
-    replaces: bool = False  # by starting the failed worker again, if the others are where they can wait for it
+    replaces: bool = False  # restart only the failed worker, if the others are at a point where they can wait for it
 
 
 @dataclass(frozen=True)
 class Stop(Message):
-    """The run shall end; workers that train save first."""
+    """Asks the run to end; workers that train save a checkpoint first."""
 
     reason: str = "the run was asked to stop"
 
 
 @dataclass(frozen=True)
 class Save(Message):
-    """Workers shall save soon."""
+    """Asks workers to save a checkpoint soon."""
 
 
 @dataclass(frozen=True)
@@ -204,29 +204,29 @@ class Evaluated(Message):
     epoch: int
     checkpoint: str
     values: dict[str, float] = field(default_factory=dict)
-    failure: str | None = None  # why there are none: UNSAVED, DAMAGED or FAILED
-    problem: str = ""  # the same in words
+    failure: str | None = None  # why there are no values: UNSAVED, DAMAGED or FAILED
+    problem: str = ""  # the same, as a message
 
 
 @dataclass(frozen=True)
 class Synced(Message):
-    """Everything up to the `Sync` of that number was handled."""
+    """Everything up to the `Sync` of that number has been handled."""
 
     number: int
-    problem: str | None = None  # why it isn't safe
+    problem: str | None = None  # why it could not be written
 
 
 _MESSAGES = {snake_case(message): message for message in Message.__subclasses__()}
 
 
 def to_line(message: Message | None) -> str:
-    """Return `message` as a line of JSON, with its end."""
+    """Return `message` as a line of JSON, including the newline."""
     content = message and {"kind": snake_case(type(message)), **vars(message)}
     return json.dumps(content, default=lambda event: [event.name, vars(event)]) + "\n"
 
 
 def from_line(line: str) -> Message | None:
-    """Return the message in a line; None if it holds none: a kill may cut it short."""
+    """Return the message in a line; None if the line holds none, for example because a kill truncated it."""
     try:
         content = json.loads(line)
         kind = _MESSAGES[content.pop("kind")]

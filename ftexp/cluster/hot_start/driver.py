@@ -1,7 +1,7 @@
-"""The driver's side: which interpreter Ray is to start workers with, and the preloaded process that it asks.
+"""The driver's side: the interpreter with which Ray starts workers, and the preloaded process behind it.
 
-For a Ray that is started here, the driver runs one, which ends with it. On the nodes of a Ray that was joined, the
-first worker starts one for its raylet, which later runs find there.
+For a Ray that is started here, the driver runs a preloaded process, which ends with the driver. On each node of a Ray
+that was joined, the first worker starts one for its raylet, and later runs find it there.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from ftexp.errors import ConfigError
 
 _LAUNCHER = Path(__file__).with_name("launcher.py")
 _SETUP = Path(__file__).with_name("setup_worker.py")
-_ASK_TIMEOUT_S = 20.0  # a node that takes longer to start a task has other troubles
+_ASK_TIMEOUT_S = 20.0  # time limit for a node to start a task and answer
 
 
 class HotStart:
-    """Of a Ray that is started here: a preloaded process, unless `scaling.hot_start` or the platform is against it.
+    """The preloaded process of a Ray that is started here; none if `scaling.hot_start` or the platform forbids it.
 
-    joins: whether Ray runs already, so that there is nothing to start; None: as `scaling.address` says. imports:
-    modules that workers import besides what all do.
+    joins: whether Ray already runs, so there is nothing to start; None: decided by `scaling.address`.
+    imports: modules that this run's workers import in addition to those that all workers import.
     """
 
     def __init__(
@@ -58,22 +58,22 @@ class HotStart:
             )
 
     def python(self) -> list[str]:
-        """A command line up to the script: the interpreter's, or that of a fork with everything imported, Ray too."""
+        """Return a command line up to the script: the interpreter, or a fork that has everything imported, also Ray."""
         return _fork_words(self._socket) if self._directory is not None else [sys.executable]
 
     def runtime_env(self) -> dict[str, Any]:
-        """Return the runtime env for ray.init with which workers begin as forks."""
+        """Return the runtime env for ray.init that makes workers start as forks."""
         return {"py_executable": shlex.join(self.python())} if self._directory is not None else {}
 
     def raylet_settings(self) -> contextlib.AbstractContextManager[None]:
-        """Set Ray's environment so that its raylet starts workers by the forker, and none before it is asked."""
+        """Make the raylet of a Ray started in this block start workers by the forker, and none in advance."""
         if self._directory is None:
             return contextlib.nullcontext()
-        os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # they would have no runtime env, so no use
+        os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # without a runtime env, they would be useless
         return ray_private.workers_set_up_by(_SETUP)
 
     def stop(self) -> None:
-        """End the preloaded process; workers that run continue without it."""
+        """Stop the preloaded process; running workers continue without it."""
         if self._directory is not None:
             assert self._process.stdin is not None
             self._process.stdin.close()
@@ -87,9 +87,9 @@ class HotStart:
 
 
 def on_joined_nodes(config: ScalingConfig, num_threads: int) -> tuple[dict[str, Any], str | None]:
-    """The train workers' runtime env in a Ray that was joined; empty, with the reason, where they start plainly.
+    """Return the train workers' runtime env in a Ray that was joined; empty, with the reason, if they can't be forked.
 
-    ConfigError if `scaling.hot_start=on` and that can't be.
+    ConfigError if they can't be and `scaling.hot_start=on`.
     """
     if config.hot_start == "off":
         return {}, "scaling.hot_start=off"
@@ -104,12 +104,12 @@ def on_joined_nodes(config: ScalingConfig, num_threads: int) -> tuple[dict[str, 
 
 
 def imports_of(config: Config) -> list[str]:
-    """Return the modules that workers of a run import besides what all do: torchmetrics alone takes seconds."""
+    """Return the modules that only this run's workers import: torchmetrics alone takes seconds."""
     return ["ftexp.evaluation.metric_set"] if config.train.metrics else []
 
 
 def warm_node(node: str, runtime_env: dict[str, Any]) -> None:
-    """Have a node's preloaded process started, without waiting. `runtime_env`: as `on_joined_nodes` returned it."""
+    """Start a node's preloaded process, without waiting. `runtime_env`: from `on_joined_nodes`."""
 
     def nothing() -> None:  # sent by value
         return None
@@ -118,7 +118,7 @@ def warm_node(node: str, runtime_env: dict[str, Any]) -> None:
 
 
 def _unfit_nodes() -> str | None:
-    """Why workers can't be forked everywhere in the cluster; None if they can."""
+    """Return why workers can't be forked on every node of the cluster; None if they can."""
     import ray
 
     if not supported():
@@ -145,7 +145,7 @@ def _unfit_nodes() -> str | None:
 
 
 def _on_node(node: str, function: Callable[[], Any], **options: Any) -> Any:
-    """Run a function that is sent by value on a node, busy or not; returns the reference to its answer."""
+    """Run a function, sent by value, on a node even if the node is busy; return the reference to its result."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -159,10 +159,10 @@ def _fork_words(where: str) -> list[str]:
 
 
 def _threads(number: int) -> dict[str, str]:
-    """Read when the libraries are loaded, so before the fork."""
+    """Return variables that libraries read when they are loaded, so they must be set before the fork."""
     return {"OMP_NUM_THREADS": str(number)}
 
 
 def supported() -> bool:
-    """Whether this platform has what forking workers needs: Linux, in short."""
+    """Return whether this platform has the system calls that forking workers needs, which means Linux."""
     return all(hasattr(os, name) for name in ("fork", "pidfd_open", "pipe2"))

@@ -1,8 +1,8 @@
-"""Forks the workers of one raylet: a fork of the preloaded process that has imported Ray as well.
+"""Forker of one raylet's workers: a fork of the preloaded process that has also imported Ray.
 
-Ray reads its raylet, its settings and the cluster's token when it is imported, so the first worker brings the
-environment for that; what belongs to no raylet, as the drivers of a sweep's trials, has a forker as well. Ends when the
-preloaded process ends, or when nothing has been asked for in a while.
+At import, Ray reads the raylet, the settings and the cluster's token from the environment, which the first worker
+sends. Processes without a raylet, such as the drivers of a sweep's trials, have a forker of their own. A forker ends
+when the preloaded process ends, or after a while without requests.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from ftexp.cluster.process_exit import code_of
 WITH_THE_CLUSTER = (
     *("ray", "ray.train", "ray.train.torch", "ray.data", "ftexp.worker.loop", "ftexp.driver.trainer"),
     *("ftexp.data.feeds.cached", "ftexp.plugins"),
-    # what Ray imports within functions while a worker starts, where it would take 0.8 CPU-seconds
+    # modules that Ray imports inside functions while a worker starts; there they would take 0.8 CPU-seconds
     *("pyarrow.json", "pydantic.v1", "ray.tune", "ray.data._internal.execution.streaming_executor"),
     *("ray.data._internal.logical.optimizers", "ray.data._internal.planner.planner"),
 )
-MORE = "FTEXP_PRELOAD"  # more modules for the workers of this job to import, with commas between
+MORE = "FTEXP_PRELOAD"  # more modules that this job's workers import, separated by commas
 ANSWERED_BY_A_WORKER = (signal.SIGINT, signal.SIGTERM)  # but ignored here
 MARK = "FTEXP_HOT_START"  # environment variable that a forked worker has
-_IDLE_S = 300.0  # without a worker, before it ends: a job waits for less between two worker groups
+_IDLE_S = 300.0  # time without a worker after which it ends; a job needs less between two worker groups
 
 
 def import_all(names: tuple[str, ...], without: tuple[str, ...] = ()) -> None:
-    """Import what is there of these.
+    """Import those of these modules that exist.
 
-    without: what they would import if it is installed, and no worker uses.
+    without: modules that they import if installed, and that no worker uses; their import is made to fail.
     """
     sys.modules.update(dict.fromkeys(without))  # type: ignore[arg-type]  # None: an ImportError
     with importing_for_good():
@@ -52,7 +52,7 @@ def import_all(names: tuple[str, ...], without: tuple[str, ...] = ()) -> None:
 
 
 class Forker:
-    """Forks a child for each launcher that is handed over, and reports its pid and later its wait status."""
+    """Forks a child for each launcher's request, and sends the launcher its pid and later its wait status."""
 
     def __init__(self, channel: socket.socket, environment: dict[str, str]) -> None:
         self._channel = channel
@@ -63,7 +63,7 @@ class Forker:
         self._is_fit = self._import_ray()
 
     def _import_ray(self) -> bool:
-        """Import; whether forks draw ids of their own. If a new Ray breaks that, workers start plainly."""
+        """Import Ray; return whether forks draw different ids. If a new Ray breaks that, workers aren't forked."""
         from ftexp.cluster import ray_private
 
         more = filter(None, os.environ.get(MORE, "").split(","))
@@ -72,7 +72,7 @@ class Forker:
         return len({_in_a_fork(ray_private.random_id) for _ in range(2)}) == 2
 
     def serve(self) -> None:
-        """Until the preloaded process ends, or nothing has been asked for in a while."""
+        """Serve until the preloaded process ends, or until no worker has been requested for _IDLE_S."""
         signal.set_wakeup_fd(self._wakeup[1])
         signal.signal(signal.SIGCHLD, lambda *_: None)
         while True:
@@ -91,7 +91,7 @@ class Forker:
                 return
 
     def _launcher_died(self, pid: int) -> None:
-        """A launcher sends nothing after its request: what can be read is the end."""
+        """Kill its child. A launcher sends nothing after its request, so a readable connection has closed."""
         if pid in self._children:
             _kill(pid)
 
@@ -100,19 +100,19 @@ class Forker:
             done, status = os.waitpid(pid, os.WNOHANG)
             if done:
                 connection = self._children.pop(pid)
-                with contextlib.suppress(OSError):  # the launcher went first
+                with contextlib.suppress(OSError):  # the launcher has died
                     connection.sendall(status.to_bytes(8, "big"))
                 connection.close()
 
     def _take(self) -> bool:
-        """Fork a worker for the next launcher that is handed over; False once there is nobody to hand one over."""
+        """Fork a worker for the next launcher's request; return False once the preloaded process has ended."""
         try:
             request, (asker, *descriptors) = receive(self._channel, 4)
         except (OSError, ValueError):
             return False
         connection = socket.socket(fileno=asker)
         try:
-            # it may have waited too long, and run plainly: a second worker must not start
+            # the launcher may have timed out and become a plain interpreter: a second worker must not start
             if not self._is_fit or _hung_up(connection):
                 connection.close()
                 return True
@@ -122,7 +122,7 @@ class Forker:
                 self._become(request, descriptors, connection)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, ANSWERED_BY_A_WORKER)
             self._children[pid] = connection
-            with contextlib.suppress(OSError):  # the launcher died: serve() learns it from what can be read
+            with contextlib.suppress(OSError):  # the launcher died: serve() notices it by its connection
                 connection.sendall(pid.to_bytes(8, "big"))
         finally:
             for descriptor in descriptors:
@@ -130,7 +130,7 @@ class Forker:
         return True
 
     def _become(self, request: dict[str, Any], descriptors: list[int], connection: socket.socket) -> None:
-        """In the child: be the worker that was asked for. Never returns."""
+        """Run the requested worker, in the child. Never returns."""
         code = 1
         try:
             os.setpgid(0, 0)  # Ray kills the whole process group of a dead worker
@@ -150,17 +150,17 @@ class Forker:
             connection.settimeout(None)
             threading.Thread(target=_die_with, args=(connection,), daemon=True, name="launcher").start()
             code = code_of(lambda: _run(request))
-        finally:  # whatever happens, a child never continues as a second forker
+        finally:  # after any error too: a child must never continue as a second forker
             os._exit(code & 0xFF)
 
 
 def _hung_up(connection: socket.socket) -> bool:
-    """A launcher sends nothing after its request: what can be read is the end."""
+    """Return whether the launcher has hung up: it sends nothing after its request, so readable means closed."""
     return bool(readable([connection.fileno()], 0))
 
 
 def _run(request: dict[str, Any]) -> int:
-    """Run the script as the interpreter would have."""
+    """Run the script as the interpreter would."""
     import numpy as np
 
     script, *arguments = request["arguments"]
@@ -168,9 +168,9 @@ def _run(request: dict[str, Any]) -> int:
     os.environ.update(request["environment"], **{MARK: "1"})
     os.chdir(request["folder"])
     os.umask(request["umask"])
-    with contextlib.suppress(OSError):  # a system that doesn't know it
+    with contextlib.suppress(OSError):  # not on every system
         Path("/proc/self/oom_score_adj").write_text(request["oom_score_adj"], encoding="ascii")
-    np.random.seed()  # or every worker would draw the same; Python sees to its own
+    np.random.seed()  # otherwise all workers draw the same numbers; Python reseeds `random` in a fork itself
     sys.argv = [script, *arguments]
     sys.path[0] = str(Path(script).parent)
     runpy.run_path(script, run_name="__main__")
@@ -178,7 +178,7 @@ def _run(request: dict[str, Any]) -> int:
 
 
 def _die_with(connection: socket.socket) -> None:
-    """The launcher is what Ray knows: when it is killed, this goes too."""
+    """Kill this process when the launcher is killed: the launcher is the process that Ray knows."""
     with contextlib.suppress(OSError):
         while connection.recv(64):
             pass
@@ -200,7 +200,7 @@ def _in_a_fork(draw: Callable[[], str]) -> str:
 
 
 def receive(channel: socket.socket, num_descriptors: int) -> tuple[dict[str, Any], list[int]]:
-    """Return a request and open files from `launcher.send`. ValueError or OSError if it is not complete."""
+    """Return a request and open files from `launcher.send`; ValueError or OSError if they are incomplete."""
     header, descriptors, _, _ = socket.recv_fds(channel, 8, num_descriptors)
     try:
         length, content = int.from_bytes(header, "big"), b""

@@ -1,10 +1,11 @@
-"""Stands where Ray expects a worker's interpreter: asks the preloaded process for a fork, and is its proxy.
+"""A worker's interpreter, as Ray sees it: requests a fork from the preloaded process, and is the fork's proxy.
 
-Run by path, as `python -S -E launcher.py <where> <script> <arguments>`, so it may import the standard library only,
-and as little of it as will do. <where> is the socket of a preloaded process, or `node:<prefix>`: then there is one for
-each raylet, which the first launcher starts. It passes signals on, ends as the child ends, and takes the child with it
-when it is killed: the child notices that the connection has closed. Whatever goes wrong before there is a child, it
-becomes the plain interpreter.
+Run by path, as `python -S -E launcher.py <where> <script> <arguments>`, so it imports only the standard library, and
+as little of it as possible. <where> is the socket of a preloaded process, or `node:<prefix>`: then each raylet has a
+preloaded process, which the first launcher starts.
+
+It forwards signals and ends as the child ends. When it is killed, the child notices the closed connection and ends too.
+If anything fails before there is a child, it becomes the plain interpreter.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def main() -> None:
 
 
 def ask_for_a_fork(path: str, arguments: list[str]) -> tuple[socket.socket, int]:
-    """(connection, pid of the child); OSError or ValueError if there is no child to be had."""
+    """Return (connection, pid of the child); OSError or ValueError if no child can be forked."""
     if arguments[0].startswith("-"):
         raise ValueError("an option of the interpreter, which has started already")
     _require_own(path, stat.S_ISSOCK)
@@ -70,15 +71,15 @@ def ask_for_a_fork(path: str, arguments: list[str]) -> tuple[socket.socket, int]
 
 
 def send(channel: socket.socket, message: bytes, descriptors: list[int]) -> None:
-    """Send a message with open files; its length goes first."""
+    """Send a message and open files; the message's length is sent first."""
     socket.send_fds(channel, [len(message).to_bytes(8, "big")], descriptors)
     channel.sendall(message)
 
 
 def on_this_node(prefix: str) -> str:
-    """The socket of the preloaded process that belongs to this worker's raylet, which is started if there is none.
+    """Return the socket of the preloaded process of this worker's raylet; start the process if there is none.
 
-    KeyError, OSError or ValueError if there is none to be had.
+    KeyError, OSError or ValueError if that fails.
     """
     raylet = os.environ["RAY_RAYLET_PID"]
     directory = f"{prefix}-{raylet}"
@@ -98,7 +99,7 @@ def on_this_node(prefix: str) -> str:
 
 
 def listen(path: str) -> socket.socket:
-    """A socket at `path` for this user alone; one that was left there is replaced."""
+    """Return a listening socket at `path`, for this user only; replaces an old one."""
     try:
         os.unlink(path)
     except FileNotFoundError:
@@ -112,7 +113,7 @@ def listen(path: str) -> socket.socket:
 
 
 def _answers(path: str) -> bool:
-    """Whether somebody listens. A connection that asks nothing is taken for a launcher that hung up."""
+    """Return whether a process listens, which takes a connection without a request for a launcher that hung up."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         try:
             connection.connect(path)
@@ -122,7 +123,7 @@ def _answers(path: str) -> bool:
 
 
 def _start(path: str, raylet: str) -> None:
-    """Start the preloaded process of a raylet, as nobody's child: it must not end with this worker."""
+    """Start the preloaded process of a raylet, detached: it must not end with this worker."""
     listener = listen(path)
     if (pid := os.fork()) == 0:
         try:
@@ -148,9 +149,9 @@ def _start(path: str, raylet: str) -> None:
 
 
 def readable(descriptors: Iterable[int], timeout_s: float | None = None) -> list[int]:
-    """Wait until some of these can be read or have ended, and return them; none once `timeout_s` has passed.
+    """Wait until some of these can be read or have closed, and return them; none once `timeout_s` has passed.
 
-    By poll: select.select refuses descriptors above 1,023, which a process that holds many files open has.
+    Uses poll: select.select refuses descriptors above 1,023, which a process with many open files has.
     """
     poll = select.poll()
     for descriptor in descriptors:
@@ -159,12 +160,12 @@ def readable(descriptors: Iterable[int], timeout_s: float | None = None) -> list
 
 
 def wait_for(connection: socket.socket, child: int) -> int:
-    """The child's wait status; that of a failure if the preloaded process died."""
+    """Return the child's wait status; exit code 1 if the preloaded process died."""
     for number in _PASSED_ON:
         signal.signal(number, lambda received, _: _pass_on(child, received))
     try:
         alive = os.pidfd_open(child)
-    except OSError:  # it has ended already, or the kernel has no pidfd: the connection shows when
+    except OSError:  # it has already ended, or the kernel has no pidfd: the connection shows the end
         alive = -1
     answer = b""
     while len(answer) < 8:
@@ -182,7 +183,7 @@ def wait_for(connection: socket.socket, child: int) -> int:
 
 
 def end_like(status: int) -> None:
-    """End this process as the child ended."""
+    """End this process in the way the child ended: by the same signal or exit code."""
     if os.WIFSIGNALED(status):
         number = os.WTERMSIG(status)
         signal.signal(number, signal.SIG_DFL) if number != signal.SIGKILL else None
@@ -191,7 +192,7 @@ def end_like(status: int) -> None:
 
 
 def _require_own(path: str, is_kind: Callable[[int], bool]) -> None:
-    """ValueError unless it is what it should be, and this user's alone."""
+    """Raise ValueError unless `path` is of this kind, and only this user has access to it."""
     found = os.lstat(path)
     if found.st_uid != os.getuid() or not is_kind(found.st_mode) or stat.S_IMODE(found.st_mode) & 0o077:
         raise ValueError(f"{path} isn't this user's alone")
@@ -205,7 +206,7 @@ def _pass_on(child: int, number: int) -> None:
 
 
 def _oom_score_adj() -> str:
-    """Return the value that raylet set, so that the kernel ends workers first when out of memory; empty if unknown."""
+    """Return the value that raylet has set, so that the kernel's OOM killer takes workers first; empty if unknown."""
     try:
         with open("/proc/self/oom_score_adj", encoding="ascii") as file:
             return file.read()

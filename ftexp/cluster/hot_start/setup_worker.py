@@ -1,8 +1,8 @@
-"""Stands where raylet expects Ray's own setup_worker.py, on a Ray that ftexp starts.
+"""Replacement of Ray's setup_worker.py, on a Ray that ftexp starts.
 
-Ray's own imports all of ray, half a CPU-second for each worker, to read one JSON object and become a shell. This does
-the same for a worker whose runtime env names nothing but variables and an interpreter, and is the launcher at once
-where that is ftexp's. Every other worker gets Ray's own.
+Ray's script imports all of ray, half a CPU-second for each worker, to read one JSON object and become a shell. This
+one does the same for a worker whose runtime env has only variables and an interpreter. If the interpreter is ftexp's
+launcher, it runs the launcher directly. For every other worker, it runs Ray's script.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _CONTEXT, _LANGUAGE = "--serialized-runtime-env-context", "--language"
 
 
 def main() -> None:
-    """Become what raylet asked for."""
+    """Become the worker's interpreter."""
     context, language, worker = read(sys.argv[1:])
     if not is_plain(context, language):
         os.execv(sys.executable, [sys.executable, "-m", _RAYS_OWN, *sys.argv[1:]])
@@ -38,7 +38,7 @@ def main() -> None:
 
 
 def read(arguments: list[str]) -> tuple[dict[str, Any], str, list[str]]:
-    """The runtime env's context, the worker's language, and the words for the worker itself."""
+    """Return the runtime env's context, the worker's language, and the arguments for the worker itself."""
     found, worker, words = {}, [], iter(arguments)
     for word in words:
         name, is_joined, value = word.partition("=")
@@ -50,12 +50,12 @@ def read(arguments: list[str]) -> tuple[dict[str, Any], str, list[str]]:
 
 
 def is_plain(context: dict[str, Any], language: str) -> bool:
-    """Whether the worker is Python's, and needs nothing but variables and the name of its interpreter."""
+    """Return whether the worker is a Python worker that needs only variables and the name of its interpreter."""
     return language == "PYTHON" and {name for name, value in context.items() if value} <= {"py_executable", "env_vars"}
 
 
 def set_variables(values: dict[str, str]) -> None:
-    """Set environment variables; ${X} in one stands for X as it is by then, or for nothing."""
+    """Set environment variables; ${X} in a value is replaced by X's current value, or by nothing if X is unset."""
     for name, value in values.items():
         os.environ[name] = re.sub(r"\$\{[A-Z0-9_]+\}", "", os.path.expandvars(value))
 

@@ -1,9 +1,9 @@
-"""The Hydra launcher behind `python -m ftexp.train -m ...`: checks every trial, then hands them to the sweep.
+"""The Hydra launcher behind `python -m ftexp.train -m ...`: checks every trial, then passes them to the sweep.
 
-Why not hydra-ray-launcher (1.2.2): it gives every job one and the same resource spec, runs a job as a Ray task
-that knows nothing of the workers that its trainer will ask for, returns when the whole batch has, renumbers jobs in
-every call and keeps no record of them, so that nothing can be gone on with. It also wants boto3, ray[default] and
-cloudpickle < 3. What it does do, handing composed configs to processes, is a small part of what is here.
+Why not hydra-ray-launcher (1.2.2): it gives every job the same resource spec, and runs a job as a Ray task that knows
+nothing of the workers that its trainer will request. It returns only when the whole batch has ended. It renumbers jobs
+in every invocation and keeps no record of them, so nothing can be resumed. It also needs boto3, ray[default] and
+cloudpickle < 3. Its actual task, passing composed configs to processes, is a small part of this package.
 """
 
 from __future__ import annotations
@@ -22,10 +22,8 @@ from ftexp.config.schema import Config
 from ftexp.errors import ConfigError
 from ftexp.sweep.run.identity import parse_words
 
-PLUGINS = (
-    "hydra_plugins.ftexp"  # the module that Hydra shall think its plug-ins are from: see ftexp.sweep.hydra.plugins
-)
-_OF_THE_SWEEP = ("sweep", "verbose", "plugins", "tracker")  # one Ray, one command: the same for all trials
+PLUGINS = "hydra_plugins.ftexp"  # module that Hydra takes for the plug-ins' origin: see ftexp.sweep.hydra.plugins
+_OF_THE_SWEEP = ("sweep", "verbose", "plugins", "tracker")  # one of each in a sweep: the same for all trials
 
 
 class SweepLauncher(Launcher):
@@ -34,7 +32,7 @@ class SweepLauncher(Launcher):
     __module__ = PLUGINS
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Keep what composing takes; the task of a job is ftexp's own training, in another process."""
+        """Keep the arguments of `compose`; a job's task is always ftexp's training, in another process."""
         del task_function
         self._context, self._config = hydra_context, config
         if config.hydra.sweeper.get("max_batch_size"):
@@ -46,9 +44,9 @@ class SweepLauncher(Launcher):
         """Run all jobs; SweepFailedError if any of them failed.
 
         Raises:
-            ConfigError: a job's config is wrong, or differs from what the sweep began with; nothing was started.
+            ConfigError: a job's config is wrong, or differs from the sweep's earlier config; nothing was started.
         """
-        del initial_job_idx  # a trial is never its number
+        del initial_job_idx  # trials are known by name, not by number
         remove_note(self._config.hydra.sweep.dir)
         composed = [compose(self._context, self._config, words) for words in job_overrides]
         configs = checked(composed, job_overrides)
@@ -61,7 +59,7 @@ class SweepLauncher(Launcher):
 
 
 def compose(context: HydraContext, config: DictConfig, words: Sequence[str]) -> DictConfig:
-    """Return the config of a job: that of the command, with the overrides of the job."""
+    """Return the config of a job: the command's config with the job's overrides."""
     composed = context.config_loader.load_sweep_config(config, list(words))
     with open_dict(composed):
         del composed["hydra"]

@@ -1,7 +1,7 @@
-"""How Hydra comes to know ftexp's launcher and sweeper.
+"""Registration of ftexp's launcher and sweeper with Hydra.
 
-Hydra takes plug-ins from the package hydra_plugins alone. These classes say that they are from there, so that nothing
-has to be installed next to ftexp.
+Hydra accepts plug-ins only from the package hydra_plugins. These classes claim to come from there, so nothing has to be
+installed in addition to ftexp.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ class _SweeperNode(SearchConfig):
 
 
 def with_plugins(words: Sequence[str]) -> list[str]:
-    """Return the command's words, and for a multirun ftexp's launcher unless they name another.
+    """Return the command's words; for a multirun, add ftexp's launcher unless they name another.
 
-    Hydra then knows the plug-ins.
+    For a multirun, also registers the plug-ins with Hydra.
 
-    ConfigError for a search that isn't a multirun, or with another launcher.
+    ConfigError for a search that isn't a multirun or names a launcher.
     """
     names_launcher = any(word.startswith("hydra/launcher=") for word in words)
     if not any(word in ("-m", "--multirun", "hydra.mode=MULTIRUN") for word in words):
@@ -49,13 +49,13 @@ def with_plugins(words: Sequence[str]) -> list[str]:
 
 
 def _register() -> None:
-    plugins = Plugins.instance()  # looks through what is installed, so before anything is added
+    plugins = Plugins.instance()  # scans the installed plug-ins, so this comes before any registration
     package_name, _, module = PLUGINS.partition(".")
     try:
         package = importlib.import_module(package_name)
     except ModuleNotFoundError:  # no plug-in is installed
         package = sys.modules[package_name] = types.ModuleType(package_name)
-        package.__path__ = []  # Hydra looks through it if it begins again in this process, as its compose API does
+        package.__path__ = []  # Hydra scans it if it is initialised again in this process, as by its compose API
     classes: tuple[type[Plugin], ...] = (SweepLauncher, TuneSweeper)
     setattr(package, module, types.SimpleNamespace(**{each.__name__: each for each in classes}))
     for each in classes:

@@ -1,7 +1,7 @@
-"""The Hydra sweeper behind `hydra/sweeper=tune`: checks the command, then hands it to the search.
+"""The Hydra sweeper behind `hydra/sweeper=tune`: checks the command, then passes it to the search.
 
-hydra-optuna-sweeper (1.3.0) is no help: it wants optuna < 3, and Optuna is at 5. It would also propose in batches, each
-waiting for its slowest trial, and stop nothing early.
+hydra-optuna-sweeper (1.3.0) can't be used: it needs optuna < 3, and Optuna is at 5. It would also propose in batches,
+each of which waits for its slowest trial, and stop no trial early.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from ftexp.sweep.run.identity import parse_words
 from ftexp.sweep.search.space import Dimension, Options, plain_key, probes, read_space
 
 _KEY = "hydra.sweeper"
-_OPTUNA = 5  # the oldest major version that will do
+_OPTUNA = 5  # oldest supported major version
 
 
 class TuneSweeper(Sweeper):
-    """Runs a search over what the command's words leave open."""
+    """Runs a search over the keys for which the command gives several values."""
 
     __module__ = PLUGINS
 
@@ -37,7 +37,7 @@ class TuneSweeper(Sweeper):
         self._settings = SearchConfig(**settings)
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Keep what composing takes; the task of a job is ftexp's own training, in another process."""
+        """Keep the arguments of `compose`; a job's task is always ftexp's training, in another process."""
         del task_function
         self._context, self._config = hydra_context, config
 
@@ -45,7 +45,7 @@ class TuneSweeper(Sweeper):
         """Run the search to its end.
 
         Raises:
-            ConfigError: the command is wrong, or differs from what the sweep began with; nothing was started.
+            ConfigError: the command is wrong, or differs from the sweep's earlier config; nothing was started.
             SweepFailedError: some trials failed; the others are done.
         """
         parser = OverridesParser.create(config_loader=self._context.config_loader)
@@ -106,7 +106,7 @@ def _words(fixed: Sequence[str], space: Sequence[Dimension], point: dict[str, st
 def _same_values(
     space: Sequence[Dimension], points: Sequence[dict[str, str]], fixed: list[str], composed: Sequence[DictConfig]
 ) -> list[str]:
-    """Return options that are equal values, such as 1e-3 and 0.001: trials are named by values."""
+    """Return errors for options with equal values, such as 1e-3 and 0.001: trials are named by values."""
     jobs = [parse_words(_words(fixed, space, point), config) for point, config in zip(points, composed, strict=True)]
     problems = []
     for each in space:
@@ -118,7 +118,7 @@ def _same_values(
 
 
 def _unlike(config: Config, first: Config, is_halved: bool) -> list[str]:
-    """Return errors for keys that a search needs to be the same in all trials, besides those of every sweep."""
+    """Return errors for keys that must be the same in all trials of a search, in addition to those of every sweep."""
     problems = []
     if is_halved and config.train.epochs != first.train.epochs:
         problems.append(f"train.epochs can't be searched with {_KEY}.scheduler=asha, which compares trials by epoch")

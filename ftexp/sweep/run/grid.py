@@ -1,4 +1,4 @@
-"""A sweep whose trials are given."""
+"""A grid: a sweep whose trials are all given at the start."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ftexp.sweep.run.runner import TrialProcess
 
 
 class Grid:
-    """A `Proposer` of the trials that it is given: there are no others, and none is stopped early."""
+    """A `Proposer` of given trials: it proposes no others, and stops none early."""
 
     description = None
     has_more = False
@@ -30,11 +30,11 @@ class Grid:
         return []
 
     def settle(self) -> None:
-        """Learn nothing from what has ended."""
+        """Do nothing: proposals don't depend on results."""
 
 
 def run_grid(configs: Sequence[Config], jobs: Sequence[dict[str, str]], words: list[list[str]]) -> list[float | None]:
-    """Run what is not done yet; the objective of each job, in order, None where there is none.
+    """Run the unfinished jobs; return the objective of each job, in order, or None if it has none.
 
     Args:
         configs: one for each job; `sweep` is the same in all.
@@ -42,7 +42,7 @@ def run_grid(configs: Sequence[Config], jobs: Sequence[dict[str, str]], words: l
         words: the overrides as typed, for overrides.yaml.
 
     Raises:
-        ConfigError: the sweep began with another config, or a trial can never fit; nothing was started.
+        ConfigError: the sweep started with another config, or a trial can never fit; nothing was started.
         SweepFailedError: some trials failed; the others are done.
         SystemExit: a signal stopped the sweep.
     """

@@ -1,4 +1,4 @@
-"""Names of trials: by what differs from their siblings, never by number, so that they are found again."""
+"""Names of trials: from the values in which they differ, not from numbers, so that a later invocation finds them."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-_UNSAFE = re.compile(r"[^A-Za-z0-9._=,+-]+")  # for directories, and for object stores' keys
-_MAX_LENGTH = 100  # characters; file systems take 255, and Ray adds to it
+_UNSAFE = re.compile(r"[^A-Za-z0-9._=,+-]+")  # in names of directories, and in object stores' keys
+_MAX_LENGTH = 100  # characters; file systems allow 255, and Ray appends to the name
 _NOT_OF_A_TRIAL = ("sweep.", "run.", "hydra.", "hydra/")
 
 
 def parse_words(words: Sequence[str], composed: DictConfig) -> dict[str, str]:
-    """Return {key: value} of a job's overrides; values as they were composed, so that 1e-3 and 0.001 are one trial."""
+    """Return {key: value} of a job's overrides; values are as composed, so that 1e-3 and 0.001 are one trial."""
     chosen = {}
     for word in words:
         key, _, text = word.lstrip("+").partition("=")
@@ -33,9 +33,9 @@ def swept_keys(jobs: Sequence[dict[str, str]], before: Sequence[str]) -> list[st
 
 
 def trial_name(job: dict[str, str], swept: Sequence[str]) -> str:
-    """Return a name for a directory.
+    """Return a name for a trial's directory.
 
-    It is readable, with a hash if it would be long or has characters that directories can't have.
+    It is readable; it ends with a hash if it would be too long or has unsafe characters.
     """
     text = ",".join(f"{key}={job[key]}" for key in sorted(swept) if key in job) or "default"
     safe = _UNSAFE.sub("-", text)
@@ -45,7 +45,7 @@ def trial_name(job: dict[str, str], swept: Sequence[str]) -> str:
 
 
 def _compact(value: Any) -> str:
-    """Return a value as it is typed, without spaces."""
+    """Return a value as a user types it, without spaces."""
     plain = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
     if isinstance(plain, bool):
         return str(plain).lower()

@@ -1,4 +1,4 @@
-"""The part of a sweep that has a Ray: started or joined once, for all trials."""
+"""The part of a sweep that uses Ray, which is started or joined once, for all trials."""
 
 from __future__ import annotations
 
@@ -27,16 +27,18 @@ from ftexp.sweep.run.trial import TrialRequest
 from ftexp.sweep.show.display import Display
 from ftexp.sweep.show.leaderboard import publish
 
-_LOOK_EVERY_S, _LOOK_EVERY_REMOTE_S = 1.0, 10.0  # at the run directories of running trials
+_LOOK_EVERY_S, _LOOK_EVERY_REMOTE_S = 1.0, 10.0  # interval of reading the run directories of running trials
 
 
 def run_trials(
     directory: Storage, record: SweepRecord, proposer: Proposer, share: int, hot_start: HotStart | None
 ) -> list[float | None]:
-    """Run the trials that wait and those yet to be proposed; the objective of each. The record is right at every exit.
+    """Run the waiting trials and those yet to be proposed; return the objective of each.
 
-    hot_start: what trials' drivers are forked by, whoever started Ray, and their workers, if that is done here; None if
-    no trial waits.
+    The record is correct at every exit.
+
+    hot_start: forks the trials' drivers, and their workers too if Ray is started here; None if no trial waits.
+
     SweepFailedError if trials failed, ConfigError if one can never fit, SystemExit after a signal.
     """
     processes = proposer.processes
@@ -68,7 +70,7 @@ def run_trials(
 def _with_ray(
     directory: Storage, record: SweepRecord, proposer: Proposer, share: int, display: Display, hot_start: HotStart
 ) -> None:
-    """Start or join Ray, and run."""
+    """Start or join Ray, and run the trials."""
     probes, processes = proposer.probes, proposer.processes
     config = _widest(probes)
     is_own, running = config.scaling.address is None, None
@@ -77,7 +79,7 @@ def _with_ray(
             running = start_ray(config)
         capacity = dict(ray.cluster_resources())
         if is_own:
-            capacity["CPU"] = usable_cpus()  # what decodes is counted on top
+            capacity["CPU"] = usable_cpus()  # without the CPUs for decoding, which are counted on top
         if too_large := require_room(probes, capacity):
             raise ConfigError("\n".join(["trials that can never run:", *too_large]))
         address = ray.get_runtime_context().gcs_address
@@ -112,7 +114,7 @@ def _with_ray(
                 with records.riding_out():
                     return proposer.next_process()
                 if asked or any(process.popen is not None for process in processes):
-                    return None  # it is asked for again
+                    return None  # the runner asks again later
                 time.sleep(interval_s)
 
         with collected_signals() as asked:
@@ -135,5 +137,5 @@ def _with_ray(
 
 
 def _widest(processes: Sequence[TrialProcess]) -> Config:
-    """Return the config that Ray is started by: one whose data is decoded during training, if there is one."""
+    """Return the config with which Ray is started: one whose data is decoded during training, if there is one."""
     return next((process.config for process in processes if may_decode(process.config)), processes[0].config)

@@ -1,4 +1,4 @@
-"""A sweep as a run of its own in the trackers that group runs that way: its trials are the children."""
+"""A sweep as a run of its own in trackers that group runs this way: its trials are child runs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ftexp.trackers.run import Trackers, check_names, shown, tracked_run
 
 @contextlib.contextmanager
 def tracked_sweep(config: Config, directory: Storage, record: SweepRecord, display: Display) -> Iterator[None]:
-    """Log the sweep that runs in this block to the trackers. The trials log themselves.
+    """Log the sweep of this block to the trackers. The trials log themselves.
 
     UnknownNameError if a tracker isn't registered.
     """

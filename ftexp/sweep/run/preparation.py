@@ -26,7 +26,7 @@ SWEEPS = "sweeps"  # the directory under run.storage
 
 @contextlib.contextmanager
 def claimed(config: Config) -> Iterator[Storage]:
-    """Claim the sweep's directory for this command."""
+    """Claim the sweep's directory for this invocation."""
     directory = Storage.at(config.run.storage, SWEEPS, config.sweep.name or unused_name())
     directory.require_writable()
     lease = Lease.take(directory, key="sweep.name")
@@ -37,9 +37,9 @@ def claimed(config: Config) -> Iterator[Storage]:
 
 
 def open_record(directory: Storage, config: Config, keys: Callable[[list[str]], list[str]]) -> SweepRecord:
-    """Return the sweep's record, or a new one, with the keys that this call sweeps and its objective.
+    """Return the sweep's record, or a new one, with the keys and the objective of this invocation.
 
-    keys: of what was swept before, those that name trials now.
+    keys: maps the keys that were swept before to the keys that name trials now.
     """
     checkpoint, sweep = config.checkpoint, config.sweep
     before = read_sweep_record(directory)
@@ -55,7 +55,7 @@ def open_record(directory: Storage, config: Config, keys: Callable[[list[str]], 
 def make_process(
     directory: Storage, keys: list[str], config: Config, values: dict[str, str], words: list[str], workers: Workers
 ) -> TrialProcess:
-    """Return a trial that waits, in a run directory of its name."""
+    """Return a waiting trial, with a run directory of its name."""
     name = trial_name(values, keys)
     own = dataclasses.replace(config, run=dataclasses.replace(config.run, name=name, storage=directory.uri))
     trial = Trial(name=name, values={key: values[key] for key in keys if key in values}, epochs=config.train.epochs)
@@ -69,9 +69,9 @@ def mark_what_is_done(
     record: SweepRecord,
     keeps_stopped: bool = False,
 ) -> None:
-    """Set each trial's status by its run directory; ConfigError, once, if what defines the trials has changed.
+    """Set each trial's status from its run directory; one ConfigError if the config keys that define trials changed.
 
-    keeps_stopped: whether what was stopped early stays so; a grid resumes it.
+    keeps_stopped: whether trials that were stopped early stay stopped; a grid resumes them.
     """
     before = {trial.name: trial for trial in record.trials}
     changed: dict[str, None] = {}
@@ -102,7 +102,7 @@ def mark_what_is_done(
 
 
 def _as_begun(process: TrialProcess) -> Config:
-    """Return the config as the trial itself makes it: with the preprocessing and the decoding that it began with."""
+    """Return the config as the trial itself builds it: with the preprocessing and decoding of its first start."""
     config, overrides, run_dir = process.config, process.overrides, process.run_dir
     if config.model.pretrained is not False:
         config = preprocessing_as_begun(config, overrides, run_dir) or config
@@ -113,15 +113,15 @@ def _as_begun(process: TrialProcess) -> Config:
 def run_proposed(
     directory: Storage, record: SweepRecord, proposer: Proposer, share: int, config: Config
 ) -> list[float | None]:
-    """Run what is not done yet of a sweep whose directory is claimed; the objective of each trial.
+    """Run the unfinished trials of a sweep whose directory is claimed; return the objective of each trial.
 
-    share: how many trials may share a machine. config: of any trial.
+    share: number of trials that may share a machine. config: the config of any trial.
     """
     record.take_over([process.trial for process in proposer.processes])
     prepare_environment(config)
     is_needed = proposer.has_more or any(process.trial.status == WAITING for process in proposer.processes)
     with _preloading(proposer.probes, is_needed) as hot_start:
-        # late, since it imports Ray: after the environment that Ray reads, and while the preloaded process imports too
+        # late, since it imports Ray: after Ray's environment is set, and in parallel with the preloaded process
         from ftexp.sweep.run.on_ray import run_trials
 
         return run_trials(directory, record, proposer, share, hot_start)
@@ -129,7 +129,7 @@ def run_proposed(
 
 @contextlib.contextmanager
 def _preloading(probes: Sequence[TrialProcess], is_needed: bool) -> Iterator[HotStart | None]:
-    """Start a process with all imports done, from which others are forked."""
+    """Start a preloaded process, from which drivers and workers are forked, if it is needed."""
     if not is_needed:
         yield None
         return

@@ -1,4 +1,4 @@
-"""Interface by which a sweep gets its trials, from a grid or a search."""
+"""Interface through which a sweep gets its trials, from a grid or a search."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from ftexp.sweep.run.runner import TrialProcess
 class Proposer(Protocol):
     """Proposes the trials of a sweep, and says which to stop early."""
 
-    processes: list[TrialProcess]  # proposed so far, in that order; whoever takes another from `next_process` adds it
+    processes: list[TrialProcess]  # proposed so far, in that order; the caller of `next_process` appends its result
 
     @property
     def probes(self) -> Sequence[TrialProcess]:
-        """Trials whose configs between them hold whatever any trial needs of the cluster."""
+        """Trials whose configs together need everything that any trial needs of the cluster."""
 
     @property
     def num_trials(self) -> int:
-        """Return the number of trials in all."""
+        """Return the total number of trials."""
 
     @property
     def description(self) -> str | None:
@@ -27,17 +27,17 @@ class Proposer(Protocol):
 
     @property
     def min_needs(self) -> dict[str, float]:
-        """Minimum resources that any trial yet to be proposed needs."""
+        """Minimum resources that a trial yet to be proposed needs."""
 
     @property
     def has_more(self) -> bool:
         """Whether there are trials yet to be proposed."""
 
     def next_process(self) -> TrialProcess | None:
-        """Propose the next trial, in the record before it begins; None if there is none. OSError if that fails."""
+        """Propose the next trial and record it, before it starts; None if there is none. OSError if that fails."""
 
     def to_stop(self) -> list[tuple[TrialProcess, int]]:
         """Return running trials to stop early, each with the epoch whose value decides it."""
 
     def settle(self) -> None:
-        """Take what has ended into account, before the record says that it has."""
+        """Take ended trials into account, before the record says that they have ended."""

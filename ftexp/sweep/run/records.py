@@ -1,4 +1,4 @@
-"""The record of a sweep that runs, also while its store is down: trials ride that out, and so does what starts them."""
+"""The record of a running sweep, kept through outages of its store, which trials survive too."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ftexp.storage.directory import Storage
 
 
 class Records:
-    """Writes the record down, now or as soon as that is possible again."""
+    """Writes the record, now or as soon as that is possible again."""
 
     def __init__(
         self, directory: Storage, record: SweepRecord, settle: Callable[[], None], say: Callable[[str, str], None]
@@ -30,7 +30,7 @@ class Records:
             self.is_written = False
 
     def write(self) -> None:
-        """Bring sweep.json up to date; OSError if that can't be."""
+        """Write sweep.json; OSError if that fails."""
         self._settle()
         self._record.write(self._directory)
         self.is_written = True

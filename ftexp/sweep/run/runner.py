@@ -1,4 +1,4 @@
-"""Runs trials side by side, as many as fit, each in its own process; what ends one leaves the others alone."""
+"""Runs trials in parallel, as many as fit, each in its own process; the end of one doesn't affect the others."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ from ftexp.sweep.run.trial import TrialRequest
 
 _SCRIPT = Path(__file__).with_name("trial.py")
 _LOOK_EVERY_S = 0.1
-_MAX_RESTARTS = 3  # restarts of a driver that was killed, whatever failure.max_failures allows
-_CLOSE_WITHIN_S = 15.0  # after the death of Ray
-_END_WITHIN_S = STOP_GRACE_S + 15.0  # seconds after being asked to stop; then trials are killed
+_MAX_RESTARTS = 3  # restarts of a killed driver, even if failure.max_failures allows more
+_CLOSE_WITHIN_S = 15.0  # time for trials to close their records after Ray's death
+_END_WITHIN_S = STOP_GRACE_S + 15.0  # time for trials to stop when asked; then they are killed
 LOG_FILE = "train.log"
 
 
 @dataclass
 class TrialProcess:
-    """A trial with what it takes to run it."""
+    """A trial and everything that is needed to run it."""
 
     trial: Trial
     config: Config
@@ -45,14 +45,14 @@ class TrialProcess:
     workers: Workers
     run_dir: Storage
     popen: subprocess.Popen[bytes] | None = None
-    began: float = 0.0  # time.monotonic() of its start in this call
+    began: float = 0.0  # time.monotonic() of its start in this invocation
     began_at_epoch: int = 0
     num_starts: int = 0
-    kill_at: float = float("inf")  # time.monotonic(); of a trial that was asked to stop early
+    kill_at: float = float("inf")  # time.monotonic(); set for a trial that was asked to stop early
 
     @property
     def needs(self) -> dict[str, float]:
-        """Resources it takes, with its minimum number of workers."""
+        """Resources that it needs with its minimum number of workers."""
         spare = self.workers.evaluation_resources if spare_of(self.config) else {}
         each = self.workers.resources_per_worker.items()
         return {name: self.workers.min_workers * amount + spare.get(name, 0) for name, amount in each}
@@ -77,17 +77,18 @@ class Runner:
     request: Callable[[TrialProcess], TrialRequest]
     changed: Callable[[TrialProcess], None]
     tick: Callable[[], None]  # called ten times a second
-    asked: list[KeyboardInterrupt] = field(default_factory=list)  # signals, as they come
-    next_process: Callable[[], TrialProcess | None] = lambda: None  # another, once there is room for it
-    min_needs: dict[str, float] = field(default_factory=dict)  # needs of such a process, at least
-    lost: Callable[[], str | None] = lambda: None  # why the trials' Ray is no more, if it isn't
+    asked: list[KeyboardInterrupt] = field(default_factory=list)  # signals, in order of arrival
+    next_process: Callable[[], TrialProcess | None] = lambda: None  # called if there is room for another
+    min_needs: dict[str, float] = field(default_factory=dict)  # minimum needs of such a process
+    lost: Callable[[], str | None] = lambda: None  # returns why the trials' Ray is dead; None while it runs
     _num_passed: int = 0
     _kill_at: float = float("inf")
 
     def run(self) -> None:
-        """Run until every trial has ended; raise KeyboardInterrupt once all have stopped because of a signal.
+        """Run until every trial has ended.
 
-        RayLostError once all have stopped because their Ray has died: they are as good as interrupted.
+        KeyboardInterrupt once all have stopped because of a signal. RayLostError once all have stopped because Ray has
+        died: they are recorded as interrupted.
         """
         try:
             self._start_what_fits()
@@ -106,7 +107,7 @@ class Runner:
                         process.popen.kill()
                 self._start_what_fits()
         finally:
-            self._kill_all()  # none, unless something here raised
+            self._kill_all()  # none are left, unless this method raised
         if self.asked:
             raise self.asked[0]
 
@@ -137,7 +138,7 @@ class Runner:
         return not running or fits(needs, self.capacity, [other.needs for other in running])
 
     def stop_early(self, process: TrialProcess, epoch: int) -> None:
-        """End a running trial after a final checkpoint, because of its value after `epoch`; this is no failure."""
+        """Stop a running trial after a final checkpoint, because of its value after `epoch`; this is no failure."""
         assert process.popen is not None
         process.trial.stopped_at, process.kill_at = epoch, time.monotonic() + _END_WITHIN_S
         process.popen.send_signal(signal.SIGINT)
@@ -146,7 +147,7 @@ class Runner:
         process.num_starts += 1
         try:
             self._launch(process)
-        except OSError as error:  # raised by the disk that its output goes to, or by the store
+        except OSError as error:  # from the disk with its output, or from the store
             self._set(process, FAILED, f"it could not start: {error}")
             return
         self._set(process, RUNNING)
@@ -161,7 +162,7 @@ class Runner:
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # so that Ctrl-C in a terminal reaches the sweep alone, which passes it on once
+                start_new_session=True,  # so that Ctrl-C in a terminal reaches only the sweep, which forwards it once
             )
         assert process.popen.stdin is not None
         try:
@@ -176,10 +177,10 @@ class Runner:
         process.popen.stdin.close()
         process.popen = None
         of_ended = (EXIT_INTERRUPTED, EXIT_TERMINATED, -signal.SIGINT, -signal.SIGTERM, -signal.SIGKILL)
-        was_ended = code < 0 or code in of_ended  # by a signal, from here or from elsewhere
+        was_ended = code < 0 or code in of_ended  # by a signal, from this process or another
         stopped_early = process.trial.stopped_at is not None and was_ended
         if code != 0 and not stopped_early:
-            process.trial.stopped_at = None  # it failed, or was killed, before it heard of it
+            process.trial.stopped_at = None  # it failed before it could be stopped
         if code == 0:
             self._set(process, FINISHED)
         elif stopped_early:
@@ -187,7 +188,7 @@ class Runner:
         elif self.asked and code in of_ended:
             self._set(process, INTERRUPTED)
         elif was_ended and process.num_starts <= self._restarts(process):
-            self._set(process, WAITING)  # somebody ended its driver: it resumes, as the command would
+            self._set(process, WAITING)  # its driver was stopped from outside: it resumes, as the command would
         else:
             self._set(process, FAILED, _reason(process, code))
 
@@ -200,7 +201,7 @@ class Runner:
         self.changed(process)
 
     def _pass_signals_on(self) -> None:
-        """Pass every signal to every trial: the first asks for a final checkpoint, the second ends them immediately."""
+        """Forward every signal to every trial: the first asks for a final checkpoint, the second ends them at once."""
         for interrupt in self.asked[self._num_passed :]:
             number = signal.SIGTERM if isinstance(interrupt, Terminated) else signal.SIGINT
             for process in self._running():
@@ -212,7 +213,7 @@ class Runner:
             self._kill_all()
 
     def _let_all_end(self) -> None:
-        """Have trials that have lost their Ray, as each notices by itself, close their records; then kill them."""
+        """Wait until the trials, which notice Ray's death themselves, have closed their records; then kill them."""
         ends_by = time.monotonic() + _CLOSE_WITHIN_S
         for process in self._running():
             assert process.popen is not None
@@ -229,12 +230,12 @@ class Runner:
 
 
 def config_of(process: TrialProcess) -> Config:
-    """Return a trial's overrides; a restarted trial resumes, whatever `resume` says."""
+    """Return a trial's config; a restarted trial resumes, whatever `resume` says."""
     return process.config if process.num_starts == 1 else dataclasses.replace(process.config, resume="auto")
 
 
 def fits(needs: dict[str, float], capacity: dict[str, float], taken: list[dict[str, float]]) -> bool:
-    """Return whether `capacity` has `needs` besides what is taken, within rounding."""
+    """Return whether `capacity` has `needs` in addition to what is taken, within rounding."""
     return all(
         amount <= capacity.get(name, 0) - sum(other.get(name, 0) for other in taken) + 1e-6
         for name, amount in needs.items()
@@ -243,7 +244,7 @@ def fits(needs: dict[str, float], capacity: dict[str, float], taken: list[dict[s
 
 def _reason(process: TrialProcess, code: int) -> str:
     """Return why a trial failed: the reason in its run.json, else its last printed line."""
-    with contextlib.suppress(OSError):  # a store that is down now
+    with contextlib.suppress(OSError):  # the store is down
         state = read_state(process.run_dir)
         if state is not None and state.status == FAILED and state.error:
             return state.error
@@ -254,7 +255,7 @@ def _reason(process: TrialProcess, code: int) -> str:
 
 
 def failures_of(processes: Sequence[TrialProcess]) -> SweepFailedError | None:
-    """Return each failed trial with its reason, in a line; None if none failed."""
+    """Return an error with a line for each failed trial and its reason; None if none failed."""
     failed = [process.trial for process in processes if process.trial.status == FAILED]
     if not failed:
         return None
@@ -263,7 +264,7 @@ def failures_of(processes: Sequence[TrialProcess]) -> SweepFailedError | None:
 
 
 def max_threads(processes: Sequence[TrialProcess]) -> int:
-    """Return the threads of the widest worker of any trial: one preloaded process serves them all."""
+    """Return the largest number of threads of any trial's workers: one preloaded process serves them all."""
     return max(process.workers.num_threads for process in processes)
 
 

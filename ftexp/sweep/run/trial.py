@@ -1,8 +1,8 @@
-"""The driver of one trial, in a process of its own: `python trial.py <JSON of sys.path>`, a request on standard input.
+"""The driver of one trial, in its own process: `python trial.py <JSON of sys.path>`, with a request on standard input.
 
-A process of its own, and so a job of its own in Ray: what it crashes, prints, catches or leaves behind is nobody
-else's, and Ray takes back what a dead job held. Standard input stays open as long as the sweep lives: when it ends,
-the sweep is gone, and so is the trial.
+Its own process is also its own job in Ray: its crashes, output, signals and leftovers don't affect other trials, and
+Ray frees the resources of a dead job. Standard input stays open while the sweep lives. When it closes, the sweep is
+gone, and the trial kills itself.
 """
 
 import json
@@ -29,19 +29,19 @@ class TrialRequest:
 
 
 def main() -> None:
-    """Read the request, train, and end with the exit code that `python -m ftexp.train` would end with."""
-    sys.path[:] = json.loads(sys.argv[1])  # that of the sweep, so that the same plug-ins are found
+    """Read the request, train, and exit with the exit code that `python -m ftexp.train` would have."""
+    sys.path[:] = json.loads(sys.argv[1])  # the sweep's, so that the same plug-ins are found
     request: Any = pickle.load(sys.stdin.buffer)
     threading.Thread(target=_end_with_the_sweep, daemon=True, name="sweep").start()
-    sys.stdout.reconfigure(encoding="utf-8", errors="replace", line_buffering=True)  # type: ignore[union-attr]  # its log is read now
+    sys.stdout.reconfigure(encoding="utf-8", errors="replace", line_buffering=True)  # type: ignore[union-attr]  # its log is read while it runs
     sys.stderr.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that started it with `&` has SIGINT ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored if a shell started the sweep with `&`
     sys.exit(run(request))
 
 
 def run(request: TrialRequest) -> int:
     """Return the exit code of one trial."""
-    # imported here, once sys.path is that of the sweep
+    # imported here, once sys.path is the sweep's
     from ftexp.cli.exit_codes import exit_code_of
     from ftexp.driver.run import train
 

@@ -1,10 +1,10 @@
 """Early stopping by asynchronous successive halving (ASHA, Li et al. 2020, arXiv:1810.05934).
 
-The rule is that of Ray Tune's ASHAScheduler: at a rung, a trial needs the interpolated percentile of those before it.
-Optuna's SuccessiveHalvingPruner takes whole reduction factors of 2 or more only, and would continue other trials.
+The rule is Ray Tune's ASHAScheduler's: at a rung, a trial must reach the interpolated percentile of those before it.
+Optuna's SuccessiveHalvingPruner accepts only integer reduction factors of 2 or more, and would continue other trials.
 
-What `Halving` holds, the values that trials had when they first reached a rung, follows from the points that it is fed,
-in that order: a sweep that is resumed feeds it the curves that are on disk, and needs no snapshot of it.
+`Halving` keeps the value that each trial had when it first reached a rung. This depends only on the points that it is
+given and on their order. So a resumed sweep feeds it the curves on disk, and needs no snapshot of it.
 """
 
 from __future__ import annotations
@@ -31,27 +31,27 @@ class Halving:
         self._max_epochs = max_epochs
         self._percentile = (1 - 1 / reduction_factor) * 100
         self._num_taken: dict[str, int] = {}
-        # rungs, the highest first: the epoch of each, and the value of each trial that has reached it
+        # rungs, highest first: (epoch, {trial: value when it reached the rung})
         self._rungs: list[tuple[float, dict[str, float]]] = [
             (epoch, {}) for epoch in reversed(rungs(grace_epochs, reduction_factor, max_epochs))
         ]
 
     def take(self, name: str, curve: Sequence[tuple[int, float]]) -> None:
-        """Take the new (epoch, value) points of a trial that has ended."""
+        """Add the new (epoch, value) points of a trial that has ended."""
         for _ in self._decisions(name, curve):
             pass
 
     def decide(self, name: str, curve: Sequence[tuple[int, float]]) -> int | None:
-        """Decide as `take` for an unfinished trial; return the epoch whose value says to stop it, None to continue.
+        """Add an unfinished trial's new points; return the epoch whose value says to stop it, or None to continue.
 
-        What comes after that epoch isn't taken: it may be there, since a trial doesn't wait for the decision.
+        Points after that epoch aren't added; there may be some, since a trial doesn't wait for the decision.
         """
         return next((epoch for epoch, stops in self._decisions(name, curve) if stops), None)
 
     def _decisions(self, name: str, curve: Sequence[tuple[int, float]]) -> Iterator[tuple[int, bool]]:
         for epoch, value in curve[self._num_taken.get(name, 0) :]:
             self._num_taken[name] = self._num_taken.get(name, 0) + 1
-            if epoch < self._max_epochs:  # else it has done what there is to do
+            if epoch < self._max_epochs:  # otherwise it has finished
                 yield epoch, self._is_behind(name, epoch, self._sign * value)
 
     def _is_behind(self, name: str, epoch: int, value: float) -> bool:

@@ -1,10 +1,10 @@
-"""The next point to try: a pure function of the space, the seed, the proposal's number and what is known.
+"""The next point to try: a pure function of the space, the seed, the proposal's number and the known trials.
 
-Optuna's samplers propose; its studies are not kept. Each proposal is made by a study that is built for it, holds all
-that is known, and has a seed of its own. So a sweep that is resumed after a kill proposes what it would have proposed.
+Optuna's samplers propose; its studies are not kept. For each proposal, a new study is built from all known trials, with
+a seed of its own. So a sweep that is resumed after a kill proposes what it would have proposed without it.
 
-Trials that run are in the study as running; until they end TPE assumes the worst of them (Optuna's constant liar), so
-that trials side by side differ.
+Running trials are in the study as running. Until they end, TPE assumes the worst of them (Optuna's constant liar), so
+that parallel trials differ.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ from ftexp.rundir.state import FINISHED, RUNNING
 from ftexp.rundir.sweep_record import STOPPED
 from ftexp.sweep.search.space import Dimension, Options, all_points, num_points, plain_key
 
-_MAX_DRAWS = 20  # before the points that are left are counted out
-# Optuna ranks pruned trials below complete ones: by how far they came, then by their last value
+_MAX_DRAWS = 20  # draws before the remaining points are enumerated
+# Optuna ranks pruned trials below complete ones: by their last step, then by the value there
 _STATES = {RUNNING: TrialState.RUNNING, FINISHED: TrialState.COMPLETE, STOPPED: TrialState.PRUNED}
 
 
 @dataclass(frozen=True)
 class Known:
-    """Known facts of an earlier proposal."""
+    """An earlier proposal and its result."""
 
     words: dict[str, str]  # {plain key: word}
     status: str  # RUNNING, FINISHED, STOPPED, or FAILED, which has no objective
-    value: float | None = None  # the objective, of one that has finished
-    curve: list[float] = field(default_factory=list)  # curve of one that was stopped; empty: it is as bad as can be
+    value: float | None = None  # the objective of a finished trial
+    curve: list[float] = field(default_factory=list)  # curve of a stopped trial; empty: the worst possible
 
 
 def propose(
     space: Sequence[Dimension], search: str, mode: str, seed: int, number: int, known: Sequence[Known]
 ) -> dict[str, str] | None:
-    """Return proposal `number`, {plain key: word}, unlike all that are known; None if no other is left.
+    """Return proposal `number`, {plain key: word}, different from all known ones; None if no other is left.
 
     search: random or tpe. mode: max or min.
     """
@@ -51,11 +51,11 @@ def propose(
     study.add_trials([_trial(space, distributions, each) for each in known if each.status in _STATES])
     taken = {_point(each.words) for each in known}
     for _ in range(_MAX_DRAWS):
-        drawn = study.ask(distributions).params  # if it is taken, the study holds it as running, and keeps away
+        drawn = study.ask(distributions).params  # a taken point stays in the study as running, and is avoided then
         words = {plain_key(each): each.word(drawn[plain_key(each)]) for each in space}
         if _point(words) not in taken:
             return words
-    if num_points(space) is None:  # no wider than its digits
+    if num_points(space) is None:  # a real interval so narrow that its rounded values are all taken
         return None
     return next((point for point in all_points(space) if _point(point) not in taken), None)
 

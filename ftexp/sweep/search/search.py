@@ -1,10 +1,10 @@
-"""A sweep whose trials are proposed one by one, by what those before have shown.
+"""A search: a sweep whose trials are proposed one by one, from the results of earlier ones.
 
-Everything that a search knows is in the record and in the run directories. Population based training isn't offered: it
-changes a trial's hyper-parameters half-way and has it resume from another's checkpoint. Here a run *is* its
-hyper-parameters: they name it, its fingerprint refuses to continue with others, and its config.yaml repeats it bitwise.
-A schedule of them that came about by chance would be none of this; so a checkpoint's optimiser and position are never
-another run's, and `resume_from` takes weights alone.
+A search's whole state is in the sweep record and in the run directories. Population based training isn't offered: it
+changes a trial's hyper-parameters during training and resumes it from another trial's checkpoint. Here a run *is* its
+hyper-parameters: they name it, its fingerprint refuses to continue with others, and its config.yaml reproduces it
+bitwise. A schedule that arises by chance would break all three. So a checkpoint's optimiser and position are never used
+for another run, and `resume_from` loads only weights.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from ftexp.sweep.search.space import Dimension, inside, num_points, plain_key
 
 @dataclass(frozen=True)
 class SearchSetup:
-    """A search whose command is known to be good."""
+    """A search whose command has been validated."""
 
     settings: SearchConfig
     space: list[Dimension]
-    fixed: list[str]  # words that all trials share
-    probes: list[Config]  # configs that between them have every option, and both ends of every interval
+    fixed: list[str]  # overrides that all trials share
+    probes: list[Config]  # configs that together have every option, and both ends of every interval
     compose: Callable[[list[str]], tuple[Config, dict[str, str]]]  # overrides of a trial -> its config and {key: value}
 
     @property
@@ -43,16 +43,16 @@ class SearchSetup:
 
     @property
     def num_trials(self) -> int:
-        """Return the number of trials in all: no more than the space has points."""
+        """Return the total number of trials: at most the number of points in the space."""
         return min(self.settings.num_trials, num_points(self.space) or self.settings.num_trials)
 
     @property
     def epochs(self) -> int:
-        """Return the epochs of each trial, if early stopping compares them."""
+        """Return the epochs of each trial; if early stopping compares trials, all have the same."""
         return self.probes[0].train.epochs
 
     def describe(self) -> str:
-        """Describe the search in a line."""
+        """Describe the search in one line."""
         settings = self.settings
         text = f"{settings.search}, seed {settings.seed}"
         if self.num_trials < settings.num_trials:
@@ -65,16 +65,16 @@ class SearchSetup:
 
 
 class Search:
-    """A `Proposer` that goes by what earlier trials have shown."""
+    """A `Proposer` that uses the results of earlier trials."""
 
     def __init__(self, directory: Storage, record: SweepRecord, setup: SearchSetup, share: int) -> None:
         self.setup = setup
         self._directory, self._record, self._share = directory, record, share
         self._ended: dict[str, Known] = {}
-        self._whole: set[str] = set()  # trials that have ended, and all of whose points the halving has
-        # trials that have finished since early stopping was asked about them for the last time
+        self._whole: set[str] = set()  # ended trials, all of whose points the halving has
+        # trials that may have finished since early stopping last decided about them
         self._undecided = {trial.name for trial in record.trials if trial.status == RUNNING}
-        self._without: str | None = None  # a trial that has finished, and has no objective
+        self._without: str | None = None  # a finished trial that has no objective
         self._is_exhausted = False  # nothing new can be drawn from the space
         self.probes = [self._process(config, {}) for config in setup.probes]
         self.processes: list[TrialProcess] = []
@@ -86,7 +86,7 @@ class Search:
 
     @property
     def num_trials(self) -> int:
-        """Return the number of trials in all."""
+        """Return the total number of trials."""
         return self.setup.num_trials
 
     @property
@@ -106,7 +106,7 @@ class Search:
         return {name: min(each.get(name, 0) for each in needs) for name in needs[0]}
 
     def next_process(self) -> TrialProcess | None:
-        """Propose the next trial, in the record before it begins; None if there is none."""
+        """Propose the next trial and record it, before it starts; None if there is none."""
         known = [self._known(process) for process in self.processes]
         if not self.has_more or self._without is not None:
             return None
@@ -128,7 +128,7 @@ class Search:
         return process
 
     def settle(self) -> None:
-        """Have early stopping take what has ended; before the record says that it has."""
+        """Pass ended trials to early stopping, before the record says that they have ended."""
         if self._halving is not None:
             self._take_what_has_ended(self._halving)
 
@@ -145,7 +145,7 @@ class Search:
         return [(process, epoch) for process, epoch in decided if epoch is not None]
 
     def problem(self) -> str | None:
-        """Return why there is no objective, if there is none."""
+        """Return an error if a finished trial has no objective; None otherwise."""
         for process in self.processes:
             self._known(process)
         if self._without is None:
@@ -156,7 +156,7 @@ class Search:
         )
 
     def _rebuilt_halving(self) -> Halving:
-        """Rebuild what early stopping knows; it may find that a trial that was interrupted need not be resumed."""
+        """Rebuild the state of early stopping; it may stop an interrupted trial, which then isn't resumed."""
         settings = self.setup.settings
         halving = Halving(self._record.mode, settings.grace_epochs, settings.reduction_factor, self.setup.epochs)
         self._take_what_has_ended(halving)
@@ -172,14 +172,14 @@ class Search:
             if trial.status not in (FINISHED, STOPPED, FAILED) or trial.name in self._whole:
                 continue
             if trial.status == FINISHED and trial.name in self._undecided and trial.stopped_at is None:
-                # it was too quick to be stopped; what the search makes of it mustn't depend on that
+                # it finished before it could be stopped; the search's result must not depend on such timing
                 trial.stopped_at = halving.decide(trial.name, self._curve(process))
             else:
                 halving.take(trial.name, self._curve(process))
             self._whole.add(trial.name)
 
     def _curve(self, process: TrialProcess) -> list[tuple[int, float]]:
-        """Return (epoch, objective) points, up to the one that had the trial stopped."""
+        """Return (epoch, objective) points, up to the one that stopped the trial."""
         points = curve(self._directory, process.trial, self._record.metric)
         last = process.trial.stopped_at
         return points if last is None else [(epoch, value) for epoch, value in points if epoch <= last]
@@ -194,7 +194,7 @@ class Search:
         return self._ended[trial.name]
 
     def _outcome(self, process: TrialProcess, words: dict[str, str]) -> Known:
-        """Return the result of an ended trial. One that diverged is the worst possible; one that crashed has none."""
+        """Return the result of an ended trial. A diverged one is the worst possible; a crashed one has none."""
         trial, state, metric = process.trial, read_state(process.run_dir), self._record.metric
         if trial.stopped_at is not None:
             return Known(words, STOPPED, curve=[value for _, value in self._curve(process)])
@@ -208,7 +208,7 @@ class Search:
         return Known(words, FINISHED, value) if _is_finite(value) else Known(words, STOPPED)
 
     def _proposed(self, words: dict[str, str]) -> TrialProcess:
-        """Return the trial of a proposal; one whose config is wrong has failed already."""
+        """Return the trial of a proposal; if its config is wrong, its status is FAILED."""
         typed = [*self.setup.fixed, *(f"{each.key}={words[plain_key(each)]}" for each in self.setup.space)]
         try:
             config, values = self.setup.compose(typed)
@@ -224,15 +224,15 @@ class Search:
         return make_process(self._directory, self._record.keys, config, values, list(words), workers)
 
 
-def _is_finite(value: float | None) -> bool:  # a record has null for NaN
+def _is_finite(value: float | None) -> bool:  # run.json has null for NaN
     return value is not None and math.isfinite(value)
 
 
 def run_search(setup: SearchSetup) -> None:
-    """Run the trials of a search that aren't done yet, and show which was best.
+    """Run the unfinished trials of a search, and print the leaderboard.
 
     Raises:
-        ConfigError: the sweep began with another config, or a trial can never fit; nothing was started.
+        ConfigError: the sweep started with another config, or a trial can never fit; nothing was started.
         SweepFailedError: some trials failed, or there is no objective to search by.
         SystemExit: a signal stopped the sweep.
     """

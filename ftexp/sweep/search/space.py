@@ -1,4 +1,4 @@
-"""The search space: values spanned by Hydra's override grammar, and their words."""
+"""The search space: keys with choices or intervals in Hydra's override grammar. A word is a value as typed."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Overrid
 
 from ftexp.errors import ConfigError
 
-_DIGITS = 4  # digits of a number that is drawn: it names a directory, and more would say nothing
+_DIGITS = 4  # significant digits of a drawn number: it names a directory, and more digits mean nothing
 _EXAMPLE = "optim.lr=tag(log, interval(1e-4, 1e-2))"
 
 
 @dataclass(frozen=True)
 class Options:
-    """A key that takes one of some words. A value, for whoever draws it, is a word's index."""
+    """A key with a choice of words. The value that a sampler draws is a word's index."""
 
-    key: str  # as it is overridden: with + or ++ where Hydra asks for one
+    key: str  # as in an override: with + or ++ if Hydra needs it
     words: tuple[str, ...]
-    is_ordered: bool  # steps of a range, of which neighbours are alike
+    is_ordered: bool  # steps of a range, whose neighbours are similar
 
     @property
     def num_words(self) -> int:
@@ -39,17 +39,17 @@ class Options:
         return self.words
 
     def word(self, value: int) -> str:
-        """Return the word for a value that was drawn."""
+        """Return the word of a drawn value."""
         return self.words[value]
 
     def value(self, word: str) -> int | None:
-        """Return the value that a word stands for; None for a word that isn't among these."""
+        """Return the value of a word; None if it is not one of `words`."""
         return self.words.index(word) if word in self.words else None
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A key that takes a number from `low` to `high`, both included; a whole one if they are whole."""
+    """A key with a number from `low` to `high`, both included; an integer if both are integers."""
 
     key: str
     low: float
@@ -58,17 +58,17 @@ class Interval:
 
     @property
     def is_whole(self) -> bool:
-        """Whether the numbers are whole."""
+        """Whether the numbers are integers."""
         return isinstance(self.low, int)
 
     @property
     def num_words(self) -> int | None:
-        """Return the number of different words; None for too many."""
+        """Return the number of different words; None if the interval is real."""
         return int(self.high) - int(self.low) + 1 if self.is_whole else None
 
     @property
     def all_words(self) -> Iterable[str]:
-        """Every word that may be drawn, of whole numbers, which may be very many."""
+        """Every word that may be drawn from an interval of integers, which may be very many."""
         return map(str, range(int(self.low), int(self.high) + 1))
 
     @property
@@ -77,13 +77,13 @@ class Interval:
         return (self.word(self.low), self.word(self.high))
 
     def word(self, value: float) -> str:
-        """Return the word for a value that was drawn, of few digits."""
+        """Return the word of a drawn value, with few digits."""
         if self.is_whole:
             return str(int(value))
         return repr(min(max(float(f"{value:.{_DIGITS}g}"), self.low), self.high))
 
     def value(self, word: str) -> float | None:
-        """Return the value that a word stands for; None outside of the interval, and for what is no number."""
+        """Return the value of a word; None if it is outside of the interval, or no such number."""
         try:
             number = int(word) if self.is_whole and word.lstrip("-").isdigit() else float(word)
         except ValueError:
@@ -95,16 +95,16 @@ Dimension = Options | Interval
 
 
 def plain_key(dimension: Dimension) -> str:
-    """Return the key, without what Hydra wants before it."""
+    """Return the key without a leading + or ++."""
     return dimension.key.lstrip("+")
 
 
 def read_space(overrides: Sequence[Override]) -> tuple[list[str], list[Dimension]]:
-    """Return the words that all trials share, and the dimensions that they differ in, by key.
+    """Return the overrides that all trials share, and the dimensions in which they differ, sorted by key.
 
-    Later words win, as in Hydra.
+    Later overrides win, as in Hydra.
 
-    ConfigError for a dimension that nothing can be drawn from, or if there is none at all.
+    ConfigError for an empty dimension, or if there is no dimension.
     """
     fixed: dict[str, str] = {}
     space: dict[str, Dimension] = {}
@@ -131,13 +131,13 @@ def inside(space: Sequence[Dimension], words: dict[str, str]) -> bool:
 
 
 def num_points(space: Sequence[Dimension]) -> int | None:
-    """Return how many points the space has; None for too many."""
+    """Return the number of points of the space; None if one of its intervals is real."""
     counts = [dimension.num_words for dimension in space]
     return math.prod(count for count in counts if count is not None) if None not in counts else None
 
 
 def all_points(space: Sequence[Dimension]) -> Iterator[dict[str, str]]:
-    """Yield every point of a space that has so many, one by one."""
+    """Yield every point of a space without real intervals."""
     if not space:
         yield {}
         return
@@ -163,7 +163,7 @@ def _dimension(key: str, override: Override) -> Dimension:
     if tags:
         raise ConfigError(f"{typed}: the tag log needs an interval: {key}=tag(log, interval(...))")
     if isinstance(sweep, (ChoiceSweep, RangeSweep)):
-        sweep.shuffle = False  # the order of the options is part of what a seed means
+        sweep.shuffle = False  # a seed's proposals depend on the order of the options
     words = tuple(override.sweep_string_iterator())
     if not words:
         raise ConfigError(f"{typed} holds no value: give at least one")

@@ -1,4 +1,4 @@
-"""Display of a running sweep: a live table, or without a terminal a line for each change."""
+"""Display of a running sweep: a live table; without a terminal, a line for each change."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ftexp.rundir.sweep_record import STOPPED, WAITING, Reached, SweepRecord, re
 from ftexp.storage.directory import Storage
 
 if TYPE_CHECKING:
-    from ftexp.sweep.run.runner import TrialProcess  # shows them, and makes none
+    from ftexp.sweep.run.runner import TrialProcess  # only for annotations
 
 STYLES = {
     RUNNING: "cyan",
@@ -30,14 +30,14 @@ STYLES = {
 
 
 class Display:
-    """Shows one sweep. Only what runs is looked up again; what has ended stays as it was."""
+    """Display of one sweep. Only running trials are read again; the state of ended ones is kept."""
 
     def __init__(
         self,
         directory: Storage,
         record: SweepRecord,
         processes: list[TrialProcess],
-        total: int,  # trials there will be
+        total: int,  # number of trials, including those yet to be proposed
         console: Console | None = None,
     ) -> None:
         plain = console is None and not sys.stdout.isatty()
@@ -51,7 +51,7 @@ class Display:
         say(self.console, text, style)
 
     def header(self, search: str | None) -> None:
-        """Print what is about to run, how it is searched for, and what is finished."""
+        """Print the sweep's trials and search, and the number of trials that have ended."""
         counts = {
             status: sum(process.trial.status == status for process in self._processes)
             for status in (FINISHED, STOPPED, FAILED)
@@ -65,7 +65,7 @@ class Display:
             self.say(f"search   {search}")
 
     def changed(self, process: TrialProcess) -> None:
-        """Print that a trial's status has changed, without a terminal."""
+        """Show that a trial's status has changed: redraw the table, or print a line without a terminal."""
         seen = self._look(process)
         if self.console.is_terminal:
             self.update()
@@ -76,7 +76,7 @@ class Display:
         self.say(f"{ended}/{self._total} {state} {seen.trial.name}{f': {what}' if what else ''}")
 
     def update(self) -> None:
-        """Draw the table again."""
+        """Redraw the table."""
         if not self.console.is_terminal:
             return
         if self._live is None:
@@ -88,7 +88,7 @@ class Display:
         self._live.update(self._table(), refresh=True)
 
     def close(self) -> None:
-        """Take the table away."""
+        """Remove the table."""
         if self._live is not None:
             self._live.stop()
             self._live = None
@@ -106,7 +106,7 @@ class Display:
         return f"{self._record.metric} {value:.4f} after {time.monotonic() - process.began:.0f} s"
 
     def _table(self) -> Table:
-        """Return a table with as many rows as the terminal has lines: running, waiting, then finished trials."""
+        """Return a table that fits the terminal's height: running trials first, ended ones last."""
         table = Table(*self._record.keys, "state", "epoch", self._record.metric, "left", box=None, pad_edge=False)
         order = {RUNNING: 0, FAILED: 1, INTERRUPTED: 2, WAITING: 3, FINISHED: 4, STOPPED: 5}
         processes = sorted(self._processes, key=lambda process: order[process.trial.status])

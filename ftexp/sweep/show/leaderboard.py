@@ -1,4 +1,4 @@
-"""Which trial is best: a table, leaderboard.csv, leaderboard.png. Only what varies gets a column."""
+"""The leaderboard of a sweep: a table, leaderboard.csv, leaderboard.png. Only keys that vary get a column."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ftexp.storage.directory import Storage
 from ftexp.sweep.show.display import STYLES
 from ftexp.sweep.show.picture import draw
 
-_UNLIMITED = 10_000  # columns of a terminal on which no table is broken
+_UNLIMITED = 10_000  # terminal width at which no table is wrapped
 
 
 def publish(directory: Storage, record: SweepRecord, trials: list[Reached], console: Console) -> None:
@@ -39,7 +39,7 @@ def table(record: SweepRecord, ordered: list[Reached], console: Console) -> Tabl
     ]
     drawn = Table("", *keys, record.metric, *extra, "epochs", "time", "failures", "state", box=None, pad_edge=False)
     for column in drawn.columns:
-        column.overflow = "fold"  # a narrow terminal shows the whole of each name and value
+        column.overflow = "fold"  # so that a narrow terminal shows every name and value in full
     drawn.columns[-1].no_wrap = True
     for place, each in enumerate(ordered, start=1):
         numbers = [each.value(name) for name in (record.metric, *extra)]
@@ -54,13 +54,13 @@ def table(record: SweepRecord, ordered: list[Reached], console: Console) -> Tabl
             f"[{STYLES[each.status]}]{each.status}",
         )
     if console.measure(drawn, options=console.options.update(width=_UNLIMITED)).maximum > console.width:
-        for column in drawn.columns:  # between words: val_ above accuracy
+        for column in drawn.columns:  # wrap headers between words: val_ above accuracy
             column.header = str(column.header).replace("_", "_\n")
     return drawn
 
 
 def as_csv(record: SweepRecord, ordered: list[Reached]) -> str:
-    """Return the leaderboard with every metric, one line a trial."""
+    """Return the leaderboard as CSV, with every metric, one line per trial."""
     keys = varying(record, ordered) or record.keys
     metrics = sorted({name for each in ordered for name in each.last} - {record.metric})
     text = io.StringIO()

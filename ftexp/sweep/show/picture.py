@@ -1,4 +1,4 @@
-"""leaderboard.png: the objective against each swept parameter, and the learning curves laid over each other."""
+"""leaderboard.png: the objective against each swept parameter, and all learning curves in one chart."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ftexp.storage.directory import Storage
 
 
 def draw(directory: Storage, record: SweepRecord, ordered: list[Reached]) -> bytes:
-    """Return the picture as PNG; `ordered`: the best first."""
+    """Return the picture as PNG. `ordered`: best first."""
     keys = varying(record, ordered)
     trials = trial_lines(record, ordered, keys)
     curves = [(trial, learning_curve(directory, record, each)) for trial, each in zip(trials, ordered, strict=True)]
