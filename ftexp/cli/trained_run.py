@@ -115,7 +115,7 @@ def choose(store: CheckpointStore, wanted: str, run_config: Config) -> Manifest:
 def _scores(store: CheckpointStore, manifests: list[Manifest], run_config: Config) -> dict[str, float]:
     """Return the value of the metric that ranks checkpoints, by checkpoint.
 
-    A logged point of the checkpoint's step comes first: if `train.eval` is `beside`, manifests have no current value.
+    A logged point of the checkpoint's step comes first: with train.eval=beside, manifests have no current value.
     """
     metric = run_config.checkpoint.checkpoint_score_attribute
     try:

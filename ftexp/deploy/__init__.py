@@ -1,1 +1,1 @@
-"""Files that run a training elsewhere: on Slurm, on Kubernetes by KubeRay and Kueue, by SkyPilot."""
+"""Files for training on Slurm, on Kubernetes with KubeRay and Kueue, or with SkyPilot."""

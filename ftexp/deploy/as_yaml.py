@@ -1,4 +1,4 @@
-"""YAML for people: in the given order, scripts as blocks, nothing by reference."""
+"""Readable YAML: in the given order, scripts as blocks, no references."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import yaml
 
 
 class _Dumper(yaml.SafeDumper):  # type: ignore[misc]  # PyYAML has no types
-    """Writes each value where it is used, and text of several lines as it is."""
+    """Writes each value where it is used, and text of several lines as a block."""
 
     def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002
-        """Return whether a value that occurs twice is written twice."""
+        """Return True: a value that occurs twice is written twice."""
         return True
 
 

@@ -1,19 +1,19 @@
-"""`python -m ftexp.deploy slurm|kuberay|kueue|skypilot [any train overrides] [deploy.key=value ...]`: files to run it.
+"""`python -m ftexp.deploy slurm|kuberay|kueue|skypilot [any train overrides] [deploy.key=value ...]`: write job files.
 
-slurm     train.sbatch: one node or several; a final checkpoint before the time limit, then requeued
+slurm     train.sbatch: one node or several; saves a final checkpoint before the time limit, and is requeued
 kuberay   rayjob.yaml and a Dockerfile
 kueue     the same, for a Kueue queue: deploy.queue=<LocalQueue>
 skypilot  sky.yaml: a managed job on spot machines
 
-deploy.nodes, deploy.gpus_per_node, deploy.cpus_per_node, deploy.memory_gb   what it runs on (1, 0, 8, 32)
+deploy.nodes, deploy.gpus_per_node, deploy.cpus_per_node, deploy.memory_gb   resources of the job (1, 0, 8, 32)
 deploy.hours, deploy.warn_s   slurm: time limit, and seconds from the signal to it (24, 120)
 deploy.queue          slurm: the partition; kueue: the LocalQueue
 deploy.image          kuberay, kueue: the image (ftexp:latest)
 deploy.volume_claim   kuberay, kueue: a PersistentVolumeClaim to keep runs in
-deploy.accelerator    skypilot: the GPU, H100 say
+deploy.accelerator    skypilot: the GPU, for example H100
 deploy.out            directory of the files (deploy)
 
-run.name is needed: a restarted job resumes the run of that name. The overrides are checked as by train.
+run.name is needed: a restarted job resumes the run of that name. The overrides are checked as in train.
 Exit codes: 0 written, 1 the files can't be written, 2 the command was wrong.
 """
 
@@ -61,7 +61,7 @@ class _Root:
 
 
 def main() -> None:
-    """Run the command; exits with 0, 1 or 2."""
+    """Run the command; exit with 0, 1 or 2."""
     words = command_words(__doc__)
     with exiting_on_error():
         kind, own, overrides = parse(words)
@@ -92,10 +92,10 @@ def parse(words: list[str]) -> tuple[str, DeployConfig, list[str]]:
 
 
 def deploy(kind: str, own: DeployConfig, overrides: list[str], config: Config) -> list[Path]:
-    """Write the files for a training of `config`, which `overrides` compose; returns them.
+    """Write the files for a training of `config`, composed from `overrides`; return their paths.
 
     Raises:
-        ConfigError: the config is wrong, or can't be deployed so; nothing was written.
+        ConfigError: the config is wrong, or can't be deployed this way; nothing was written.
         StorageError: the files can't be written.
     """
     typed = [word for word in overrides if own.volume_claim is None or word != f"run.storage={MOUNT}"]
@@ -117,7 +117,7 @@ def deploy(kind: str, own: DeployConfig, overrides: list[str], config: Config) -
 
 
 def _files(plan: Plan) -> dict[str, str]:
-    """Return the content of each file."""
+    """Return {file name: content}."""
     from ftexp.deploy import dockerfile, kuberay, skypilot, slurm
 
     if plan.kind == SLURM:

@@ -1,4 +1,4 @@
-"""A Dockerfile whose image runs as any user, also one without an entry in /etc/passwd."""
+"""A Dockerfile whose image runs as any user, even without an entry in /etc/passwd."""
 
 from __future__ import annotations
 

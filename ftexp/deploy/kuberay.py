@@ -1,4 +1,4 @@
-"""A RayJob for KubeRay: a head pod, which runs the driver, and a pod for each node's workers. With Kueue: its queue."""
+"""A RayJob for KubeRay: a head pod, which runs the driver, and a worker pod per node. For Kueue, also the queue."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from ftexp.deploy.as_yaml import as_yaml
 from ftexp.deploy.plan import KUEUE, MOUNT, USER_ID, Plan
 
 _HEAD_CPUS, _HEAD_GB = 2, 8
-_SHARED_MEMORY_SHARE = 0.3  # share of a pod's memory, for Ray's object store
-_GRACE_S = 60  # for the checkpoint that SIGTERM asks for, which takes 30 s at most
-_RETRIES = 5  # each with a new cluster; the run resumes
+_SHARED_MEMORY_SHARE = 0.3  # share of a pod's memory for Ray's object store
+_GRACE_S = 60  # time after SIGTERM, for the final checkpoint, which takes 30 s at most
+_RETRIES = 5  # each creates a new cluster, and resumes the run
 _SETTINGS = {
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",  # how long a node that is gone is waited for
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",  # time limit for waiting for a lost node
     "RAY_USAGE_STATS_ENABLED": "0",
 }
 
@@ -35,7 +35,7 @@ def rayjob(plan: Plan) -> dict[str, Any]:
         "template": _pod(plan, "ray-worker", own.cpus_per_node, own.memory_gb, own.gpus_per_node),
     }
     head = {
-        # the driver alone runs there
+        # only the driver runs there
         "rayStartParams": {"dashboard-host": "0.0.0.0", "num-cpus": "0"},
         "template": _pod(plan, "ray-head", _HEAD_CPUS, _HEAD_GB, 0),
     }
@@ -49,10 +49,10 @@ def rayjob(plan: Plan) -> dict[str, Any]:
             "shutdownAfterJobFinishes": True,
             "ttlSecondsAfterFinished": 3600,
             "backoffLimit": _RETRIES,
-            **({"suspend": True} if plan.kind == KUEUE else {}),  # until Kueue admits it
+            **({"suspend": True} if plan.kind == KUEUE else {}),  # suspended until Kueue admits it
             "rayClusterSpec": {
                 "rayVersion": package_versions()["ray"],
-                "authOptions": {"mode": "token"},  # KubeRay makes one, and hands it to the pods
+                "authOptions": {"mode": "token"},  # KubeRay creates a token, and passes it to the pods
                 "headGroupSpec": head,
                 "workerGroupSpecs": [workers],
             },

@@ -1,4 +1,4 @@
-"""Settings under `deploy.`, and the command line that they give."""
+"""Settings under `deploy.`, and the training's command line for them."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from ftexp.storage.uri import is_remote
 
 SLURM, KUBERAY, KUEUE, SKYPILOT = KINDS = ("slurm", "kuberay", "kueue", "skypilot")
 PORT = 6379  # port of Ray's GCS
-MOUNT = "/runs"  # where deploy.volume_claim is mounted
+MOUNT = "/runs"  # mount point of deploy.volume_claim
 USER_ID = 10001  # user id in the image; it has no entry in /etc/passwd
 _SET_HERE = ("scaling.address", "scaling.num_workers", "scaling.use_gpu")
-_NAME = re.compile(r"[a-z0-9]([-a-z0-9]{0,45}[a-z0-9])?")  # of a RayJob: KubeRay appends to it, up to 63 characters
+_NAME = re.compile(r"[a-z0-9]([-a-z0-9]{0,45}[a-z0-9])?")  # a RayJob's name; 63 characters with KubeRay's suffix
 
 
 @dataclass(kw_only=True)
@@ -24,22 +24,22 @@ class DeployConfig:
     """Settings under `deploy.`"""
 
     nodes: int = ranged(1, low=1)
-    gpus_per_node: int = ranged(0, low=0)  # a worker for each; 0: training on CPUs
+    gpus_per_node: int = ranged(0, low=0)  # one worker per GPU; 0: training on CPUs
     cpus_per_node: int = ranged(8, low=1)
     memory_gb: int = ranged(32, low=1)  # memory of a node
-    hours: float = ranged(24.0, above=0)  # slurm: time limit of the job, which is requeued when it is reached
-    warn_s: int = ranged(120, low=30)  # slurm: from the signal to the time limit
+    hours: float = ranged(24.0, above=0)  # slurm: time limit of the job, which is requeued then
+    warn_s: int = ranged(120, low=30)  # slurm: time from the signal to the time limit
     # slurm: the partition; kueue: the LocalQueue
     queue: str | None = None
     image: str = "ftexp:latest"  # kuberay, kueue: built from the Dockerfile
     volume_claim: str | None = None  # kuberay, kueue: mounted as run.storage
-    accelerator: str | None = None  # skypilot: the GPU, H100 say
-    out: str = "deploy"  # the directory of the files
+    accelerator: str | None = None  # skypilot: the GPU, for example H100
+    out: str = "deploy"  # directory of the files
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One deployment: `words` are the overrides of the training but for those of `scaling`."""
+    """One deployment. `words`: the training's overrides, without those of `scaling` that deploy sets."""
 
     kind: str
     own: DeployConfig
@@ -49,11 +49,11 @@ class Plan:
 
     @property
     def job_name(self) -> str:
-        """The name in the scheduler."""
+        """The job's name in the scheduler."""
         return f"ftexp-{self.name}"
 
     def command(self, address: str | None, python: str = "python") -> str:
-        """Return the training's command line for a shell; `address`: of Ray, None: the command's own. Shell code."""
+        """Return the training's command line for a shell. `address`: Ray's address as shell code; None: its own Ray."""
         scaling = [f"scaling.{key}={value}" for key, value in self._scaling(address is not None)]
         typed = shlex.join([python, "-m", "ftexp.train", *self.words, *scaling])
         return typed if address is None else f"{typed} scaling.address={address}"
@@ -64,20 +64,20 @@ class Plan:
         if own.gpus_per_node:
             return [("num_workers", str(workers)), ("use_gpu", "true")]
         if not joins:
-            return [("use_gpu", "false")]  # num_workers=auto chooses by the cores of the node
+            return [("use_gpu", "false")]  # num_workers=auto depends on the node's cores
         share = max(1, own.cpus_per_node - 1)
         return [("num_workers", str(workers)), ("use_gpu", "false"), ("resources_per_worker", f"{{CPU: {share}}}")]
 
 
 def checked_words(plan_words: list[str], own: DeployConfig) -> list[str]:
-    """Return overrides to check the training by: as on a cluster, whatever this machine has."""
+    """Return overrides for checking the training as on a cluster, whatever this machine has."""
     workers = own.nodes * max(1, own.gpus_per_node)
     use_gpu = str(own.gpus_per_node > 0).lower()
     return [*plan_words, "scaling.address=auto", f"scaling.num_workers={workers}", f"scaling.use_gpu={use_gpu}"]
 
 
 def require_deployable(kind: str, own: DeployConfig, words: list[str], config: Config) -> None:
-    """Raise ConfigError, a line for each setting that would keep the job from resuming or being accepted."""
+    """Raise ConfigError, with a line for each setting that would prevent the job from being accepted or resumed."""
     problems = [f"{word}: deploy sets {key} itself; remove it" for word in words if (key := _key(word)) in _SET_HERE]
     if config.run.name is None:
         problems.append("run.name is not set: the job resumes the run of that name after a restart; add run.name=...")

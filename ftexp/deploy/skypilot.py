@@ -1,4 +1,4 @@
-"""A managed job of SkyPilot: on spot machines, begun again elsewhere when they are taken away."""
+"""A managed job of SkyPilot: on spot machines, restarted elsewhere when they are preempted."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from ftexp.deploy.as_yaml import as_yaml
 from ftexp.deploy.plan import PORT, Plan
 
 _MAX_RESTARTS_ON_ERRORS = 3
-TOKEN = "RAY_AUTH_TOKEN"  # token of the nodes' own Ray; given when the job is launched, so that no file holds it
+TOKEN = "RAY_AUTH_TOKEN"  # token of the nodes' Ray; passed when the job is launched, so that no file contains it
 
 _SETUP = """\
 pip install uv
 uv venv --python 3.12 --seed ~/ftexp-env
 uv pip install --python ~/ftexp-env/bin/python .
 """
-# SkyPilot has a Ray of its own on each machine, on port 6380, which `ray stop` would end too
+# SkyPilot runs a Ray of its own on each machine, on port 6380; `ray stop` would stop that one too
 _CLUSTER = f"""\
 head=$(echo "$SKYPILOT_NODE_IPS" | head -n 1)
 answers() {{ (exec 3<>"/dev/tcp/$head/{PORT}") 2>/dev/null; }}

@@ -1,4 +1,4 @@
-"""A batch script for Slurm, on one node or several; requeued when it ends by a signal after a final checkpoint."""
+"""A batch script for Slurm, on one or several nodes; it requeues itself after a signal and a final checkpoint."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def _time(hours: float) -> str:
 
 
 def _training(plan: Plan) -> str:
-    """Start the training without srun, which would signal Ray's own processes too."""
+    """Return the shell code that starts the training, without srun, which would also signal Ray's own processes."""
     address = None if plan.own.nodes == 1 else f'"$head:{PORT}"'
     return f"{plan.command(address)} &\ntraining=$!\n"
 

@@ -1,1 +1,1 @@
-"""Checks of what a run needs, before it starts: this machine, its storage, and the ranks together."""
+"""Checks of everything that a run needs, before it starts: this machine, the storage, and the ranks together."""

@@ -1,8 +1,8 @@
 """`python -m ftexp.doctor [any train overrides]`: would such a run start here, and what must be fixed first?
 
-Checks versions, GPUs and driver, shared memory, open files, Ray's directory, room and speed of run.storage, whether it
-can write, rename and list, and the decode rate. Then starts workers as training does, which compare a matrix product,
-their versions and clocks, and time an all-reduce. Nothing is trained, and nothing is left behind.
+Checks versions, GPUs and driver, shared memory, open files, Ray's directory, free space and speed of run.storage,
+whether it can write, rename and list, and the decode rate. Then starts workers as training does; they compare a matrix
+product, their versions and clocks, and time an all-reduce. Nothing is trained, and nothing is left behind.
 Exit codes: 0 a run would start, 1 it would fail, 2 the command was wrong.
 """
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def main() -> None:
-    """Run the command; exits with 0, 1 or 2."""
+    """Run the command; exit with 0, 1 or 2."""
     words = command_words(__doc__)
     with exiting_on_error():
         if any(word in ("-m", "--multirun") for word in words):
@@ -40,7 +40,7 @@ def main() -> None:
 
 
 def diagnose(config: Config) -> bool:
-    """Print what a run of `config` would find here; returns whether it would start. ConfigError if that is wrong."""
+    """Print the findings for a run of `config`; return whether it would start. ConfigError if the config is wrong."""
     validate(config)
     from rich.console import Console
 
@@ -55,7 +55,7 @@ def diagnose(config: Config) -> bool:
 
 
 def examine(config: Config) -> list[Finding]:
-    """Make all checks, the quick ones first."""
+    """Run all checks, the quick ones first."""
     from ftexp.doctor.decoding import decode_rate
     from ftexp.doctor.disk import storage_checks
     from ftexp.doctor.finding import Verdict, not_here
@@ -72,7 +72,7 @@ def examine(config: Config) -> list[Finding]:
 
 
 def _size(config: Config) -> tuple[ModelSize | None, Finding]:
-    """Return how large the model is, None if it can't be built, and a finding about that."""
+    """Return the model's size, None if it can't be built, and a finding about it."""
     from ftexp.cluster.ray_cluster import prepare_environment
     from ftexp.doctor.finding import fails, ok
 

@@ -16,7 +16,7 @@ _QUALITY = 90
 
 
 def decode_rate(config: Config, seconds: float = _SECONDS) -> Finding:
-    """Decode a JPEG of usual size to data.image_size on one core, by the decoder of the config."""
+    """Measure decoding a JPEG of usual size to data.image_size on one core, with the config's decoder."""
     check = "decode rate"
     if not can_stream(config.data.name):
         return not_here(check, f"data={config.data.name} is held in memory: nothing is decoded")
@@ -29,12 +29,12 @@ def decode_rate(config: Config, seconds: float = _SECONDS) -> Finding:
     encoded, count = _jpeg(), 0
     try:
         with on_one_thread(decoding.decoder):
-            fitted(decoding(encoded, fit.channels, fit.side).picture, fit)  # the first also imports
+            fitted(decoding(encoded, fit.channels, fit.side).picture, fit)  # the first call also imports
             began = time.perf_counter()
             while (spent := time.perf_counter() - began) < seconds:
                 fitted(decoding(encoded, fit.channels, fit.side).picture, fit)
                 count += 1
-    except Exception as error:  # an error of any kind, by codec
+    except Exception as error:  # the kind of error depends on the codec
         return fails(check, f"{type(error).__name__}: {error}", "data.decoder=pillow, or reinstall torchvision")
     width, height = _SIZE
     rate, cpus = count / spent, usable_cpus()
@@ -42,7 +42,7 @@ def decode_rate(config: Config, seconds: float = _SECONDS) -> Finding:
 
 
 def _jpeg() -> bytes:
-    """Return a JPEG that compresses as photos do: gradients with some noise."""
+    """Return a JPEG that compresses like a photo: gradients with some noise."""
     import numpy as np
     from PIL import Image
 

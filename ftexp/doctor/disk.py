@@ -1,4 +1,4 @@
-"""Checks of run.storage: room and speed for checkpoints, and the operations that the run directory rests on."""
+"""Checks of run.storage: free space and speed for checkpoints, and the operations that a run directory needs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _CONTENT = b"ftexp doctor"
 
 
 def disk_space(config: Config, checkpoint_bytes: int | None) -> Finding:
-    """Compare the room below run.storage with what the run's checkpoints will take."""
+    """Compare the free space below run.storage with the size of the run's checkpoints."""
     check, storage = "disk space", Storage.at(config.run.storage)
     if storage.local_path is None:
         return not_here(check, f"{masked(storage.uri)} is an object store")
@@ -31,7 +31,7 @@ def disk_space(config: Config, checkpoint_bytes: int | None) -> Finding:
     if checkpoint_bytes is None:
         return ok(check, f"{free / 1e9:,.1f} GB free at {storage.uri}")
     kept = config.checkpoint.num_to_keep
-    # the best one is kept besides, and a new one is complete before an old one is deleted
+    # the best one is kept in addition, and a new one is complete before an old one is deleted
     needed = checkpoint_bytes * ((kept or 2) + 2)
     found = f"{free / 1e9:,.1f} GB free at {storage.uri}; {(kept or 2) + 2} checkpoints take {needed / 1e9:,.2f} GB"
     if free < needed:
@@ -42,13 +42,13 @@ def disk_space(config: Config, checkpoint_bytes: int | None) -> Finding:
 
 
 def _existing(path: Path) -> Path:
-    """Return the nearest directory above that is there."""
+    """Return the nearest existing directory, `path` or above it."""
     return path if path.is_dir() or path == path.parent else _existing(path.parent)
 
 
 @contextmanager
 def probed(config: Config) -> Iterator[Storage]:
-    """Make a temporary directory below run.storage, removed at the end, with run.storage if that was not there."""
+    """Yield a temporary directory below run.storage; remove it at the end, and run.storage if it did not exist."""
     root = Storage.at(config.run.storage)
     was_there = root.exists()
     directory = root.child(f"doctor-{secrets.token_hex(4)}")
@@ -57,12 +57,12 @@ def probed(config: Config) -> Iterator[Storage]:
     finally:
         directory.delete()
         if root.local_path is not None and not was_there and root.local_path.is_dir():
-            with suppress(OSError):  # somebody else has written there meanwhile
+            with suppress(OSError):  # another process has written there in the meantime
                 root.local_path.rmdir()
 
 
 def storage_speed(directory: Storage, checkpoint_bytes: int | None) -> Finding:
-    """Write a file as a checkpoint is written, to the disk itself, and read it."""
+    """Measure writing a file as a checkpoint is written, with fsync, and reading it."""
     content = os.urandom(_MIB) * (_PROBE_BYTES // _MIB)
     began = time.perf_counter()
     directory.write_bytes("speed", content)
@@ -82,7 +82,7 @@ def storage_speed(directory: Storage, checkpoint_bytes: int | None) -> Finding:
 
 
 def storage_operations(directory: Storage) -> Finding:
-    """Write, publish by renaming, list, read and delete, as saving and thinning out do."""
+    """Write, publish by renaming, list, read and delete, as saving and removing checkpoints do."""
     check = "storage: write, rename, list"
     began = time.perf_counter()
     saved = directory.child("checkpoint")
@@ -104,7 +104,7 @@ def _writer(content: bytes) -> Writer:
 
 
 def storage_checks(config: Config, checkpoint_bytes: int | None) -> list[Finding]:
-    """Return all of them; if the first to write fails, it stands for them."""
+    """Return the findings of all storage checks; an error of any of them becomes the only finding."""
     try:
         findings = [disk_space(config, checkpoint_bytes)]
         with probed(config) as directory:

@@ -15,7 +15,7 @@ class Verdict(StrEnum):
     """Consequence of a finding for a run."""
 
     OK = "ok"
-    WARNING = "warning"  # it would run, but slower, or with less safety
+    WARNING = "warning"  # a run would work, but slower or less safely
     FAILS = "fails"  # a run would fail
     NOT_HERE = "-"  # there is nothing to check on this machine, or with this config
 
@@ -26,7 +26,7 @@ _WIDE_CONSOLE = 110  # characters
 
 @dataclass(frozen=True)
 class Finding:
-    """The outcome of one check. `fix`: what to do about it, in a line; "" where nothing is to be done."""
+    """The outcome of one check. `fix`: what to do about it, in a line; "" if nothing is to be done."""
 
     check: str
     verdict: Verdict
@@ -35,29 +35,29 @@ class Finding:
 
 
 def ok(check: str, found: str) -> Finding:
-    """Return a finding that needs nothing."""
+    """Return a finding without a problem."""
     return Finding(check, Verdict.OK, found)
 
 
 def warning(check: str, found: str, fix: str) -> Finding:
-    """Return a finding that a run survives."""
+    """Return a finding with which a run would still work."""
     return Finding(check, Verdict.WARNING, found, fix)
 
 
 def fails(check: str, found: str, fix: str) -> Finding:
-    """Return a finding that a run would fail by."""
+    """Return a finding with which a run would fail."""
     return Finding(check, Verdict.FAILS, found, fix)
 
 
 def not_here(check: str, found: str) -> Finding:
-    """Return why there is nothing to check."""
+    """Return a finding that says why there is nothing to check."""
     return Finding(check, Verdict.NOT_HERE, found)
 
 
 def print_table(findings: Iterable[Finding], console: Console) -> None:
-    """Print the findings, and a line of how many of each kind there are.
+    """Print the findings, and a line with their number by verdict.
 
-    A narrow console has what to do below the finding, not next to it.
+    On a narrow console, the fix is below the finding, not next to it.
     """
     findings = list(findings)
     is_beside = console.width >= _WIDE_CONSOLE and any(finding.fix for finding in findings)

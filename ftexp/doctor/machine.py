@@ -16,14 +16,14 @@ from ftexp.config.schema import Config
 from ftexp.doctor.finding import Finding, fails, not_here, ok, warning
 
 _SHARED_MEMORY = Path("/dev/shm")
-_RAYS_SHARE = 0.3  # share of memory that Ray's object store takes by default
-_MIN_OPEN_FILES = 1024  # Ray's processes on a machine of a few cores take some hundred
+_RAYS_SHARE = 0.3  # share of memory that Ray's object store uses by default
+_MIN_OPEN_FILES = 1024  # Ray's processes on a machine with a few cores use some hundred
 _GOOD_OPEN_FILES = 8192
-_BUSY_GPU_SHARE = 0.1  # share of its memory in use
+_BUSY_GPU_SHARE = 0.1  # share of a GPU's memory in use from which it counts as busy
 
 
 def versions() -> Finding:
-    """Compare what is installed with what ftexp asks for."""
+    """Compare the installed packages with ftexp's requirements."""
     from packaging.requirements import Requirement
 
     wrong = []
@@ -45,7 +45,7 @@ def versions() -> Finding:
 
 
 def gpus(config: Config) -> Finding:
-    """See whether torch can use the GPUs that the driver shows, and whether somebody else does."""
+    """Check whether torch can use the driver's GPUs, and whether other processes use them."""
     check, count = "GPUs and driver", num_local_gpus()
     if count == 0:
         wanted = config.scaling.use_gpu is True and config.scaling.address is None
@@ -66,7 +66,7 @@ def gpus(config: Config) -> Finding:
 
 
 def _driver() -> tuple[str, list[float]]:
-    """Return the driver's version, and of each GPU the share of its memory that is in use."""
+    """Return the driver's version, and the share of memory in use of each GPU."""
     query = ["nvidia-smi", "--query-gpu=driver_version,memory.used,memory.total", "--format=csv,noheader,nounits"]
     listed = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False)
     rows = [line.split(", ") for line in listed.stdout.splitlines() if line.count(",") == 2]
@@ -74,7 +74,7 @@ def _driver() -> tuple[str, list[float]]:
 
 
 def shared_memory(directory: Path = _SHARED_MEMORY) -> Finding:
-    """See whether Ray's object store, which holds cached data, fits into shared memory."""
+    """Check whether Ray's object store, which holds cached data, fits into shared memory."""
     check = "shared memory"
     if not directory.is_dir():
         return not_here(check, f"this system has no {directory}")
@@ -88,7 +88,7 @@ def shared_memory(directory: Path = _SHARED_MEMORY) -> Finding:
 
 
 def open_files(limits: tuple[int, int] | None = None) -> Finding:
-    """See how many files a process may have open."""
+    """Check how many files a process may have open."""
     soft, hard = limits or resource.getrlimit(resource.RLIMIT_NOFILE)
     endless = resource.RLIM_INFINITY
     found = f"{_limit(soft)}, which may be raised to {_limit(hard)}"
@@ -104,7 +104,7 @@ def _limit(number: int) -> str:
 
 
 def ray_directory(config: Config, environment: Mapping[str, str] = os.environ) -> Finding:
-    """See whether Ray can keep its sockets and logs where it would: owner, length of the path, room."""
+    """Check whether Ray can keep its sockets and logs in its directory: owner, length of the path, permissions."""
     check = "Ray's directory"
     if config.scaling.address is not None:
         return not_here(check, f"Ray runs already, at {config.scaling.address}")

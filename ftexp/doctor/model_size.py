@@ -1,4 +1,4 @@
-"""Size of the model, without building it."""
+"""Size of the model, without allocating its weights."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from dataclasses import dataclass
 
 from ftexp.config.schema import Config
 
-_CLASSES = 1000  # where the config doesn't say how many: they are known only once the data is read
+_CLASSES = 1000  # assumed number if the config has none: it is known only once the data is read
 _BYTES = 4  # bytes of a weight
-# size of the optimiser's state, in copies of the weights; 2, as for adamw, for those not listed
+# size of the optimiser's state, in copies of the weights; unlisted optimisers: 2, as for adamw
 _STATES = {"sgd": 1, "momentum": 1, "nesterov": 1, "lion": 1, "adafactor": 0}
 
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Sizes that checks compare disks and networks with."""
+    """Sizes of the model, for checks of disks and networks."""
 
     num_parameters: int
     checkpoint_bytes: int
 
 
 def model_size(config: Config) -> ModelSize:
-    """Count the model's weights on torch's device without memory; ConfigError if timm refuses it."""
+    """Count the model's weights on torch's meta device; ConfigError if timm refuses the model."""
     from ftexp.data.info import DataInfo
     from ftexp.model.build import build_model, without_values
     from ftexp.registry import load_plugins

@@ -1,4 +1,4 @@
-"""Checks between ranks, as workers of a run: arithmetic, network and clocks."""
+"""Measurements by the ranks of a worker group: arithmetic, network and clocks."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-_PRODUCT = 512  # rows and columns
-_NUM_PRODUCTS = 3  # products of the same matrices: a faulty unit doesn't err each time
+_PRODUCT = 512  # rows and columns of the matrices
+_NUM_PRODUCTS = 3  # repetitions of the product: a faulty unit doesn't err each time
 _ALL_REDUCE_BYTES = 16 * 2**20
 _NUM_ROUNDS = 7
 _NUM_PINGS = 20
@@ -27,14 +27,14 @@ class RankFacts:
     node: str
     device: str  # name of the GPU, or of the processor
     versions: dict[str, str]
-    products: list[str]  # a hash of each
+    products: list[str]  # hash of each repetition
     all_reduce_s: float
-    clock_ahead_s: float  # seconds by which the clock is ahead of that of rank 0
-    clock_error_s: float  # at most
+    clock_ahead_s: float  # seconds by which the clock is ahead of rank 0's
+    clock_error_s: float  # largest error of that
 
 
 def measure(_: dict[str, Any]) -> list[dict[str, Any]]:
-    """Measure on every worker of a Ray Train group; returns the facts of all ranks."""
+    """Measure, on every worker of a Ray Train group; return the facts of all ranks."""
     from ray.train.torch import get_device
 
     from ftexp.config.versions import package_versions
@@ -51,7 +51,7 @@ def measure(_: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def product_hash(device: torch.device) -> str:
-    """Multiply two matrices that are the same everywhere, and hash the result's bits."""
+    """Multiply two matrices that are the same on all ranks, and return a hash of the result's bits."""
     generator = torch.Generator().manual_seed(0)
     left, right = (torch.randn(_PRODUCT, _PRODUCT, generator=generator).to(device) for _ in range(2))
     return hashlib.sha256((left @ right).cpu().numpy().tobytes()).hexdigest()
@@ -65,7 +65,7 @@ def _name(device: torch.device) -> str:
 
 
 def _all_reduce_s(device: torch.device) -> float:
-    """Return the median time of an all-reduce."""
+    """Return the median time of an all-reduce; collective."""
     values, spent = torch.ones(_ALL_REDUCE_BYTES // 4, device=device), []
     for _ in range(_NUM_ROUNDS):
         dist.barrier()
@@ -74,11 +74,11 @@ def _all_reduce_s(device: torch.device) -> float:
         values[0].item()  # waits for a GPU
         spent.append(time.perf_counter() - began)
         values.fill_(1)
-    return statistics.median(spent[1:])  # the first connects
+    return statistics.median(spent[1:])  # the first round also connects
 
 
 def _clock(rank: int, world_size: int, device: torch.device) -> tuple[float, float]:
-    """Return by how much this rank's clock is ahead of that of rank 0, and the largest error of that; collective."""
+    """Return the seconds by which this rank's clock is ahead of rank 0's, and their largest error; collective."""
     found = torch.zeros(2, dtype=torch.float64, device=device)
     for other in range(1, world_size):
         if rank == 0:
@@ -91,7 +91,7 @@ def _clock(rank: int, world_size: int, device: torch.device) -> tuple[float, flo
 
 
 def _ask(other: int, device: torch.device) -> tuple[float, float]:
-    """Return how far the clock of rank `other` is ahead, by the quickest of some round trips."""
+    """Return the seconds by which rank `other`'s clock is ahead, and their error, from the quickest round trip."""
     answer, best = torch.zeros(1, dtype=torch.float64, device=device), (0.0, float("inf"))
     for _ in range(_NUM_PINGS):
         sent = time.time()
@@ -112,5 +112,5 @@ def _answer(device: torch.device) -> None:
 
 
 def all_reduce_rate(seconds: float, world_size: int) -> float:
-    """Return bytes/s on the wire of each rank, as nccl-tests' bus bandwidth is defined."""
+    """Return bytes/s on the wire of each rank, which is nccl-tests' bus bandwidth."""
     return 2 * (world_size - 1) / world_size * _ALL_REDUCE_BYTES / seconds

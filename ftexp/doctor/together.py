@@ -1,4 +1,4 @@
-"""Starts workers as training does, has them measure, and judges what they found."""
+"""Checks between ranks: workers are started as in training, and measure."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from ftexp.doctor.ranks import RankFacts
     from ftexp.storage.directory import Storage
 
-_SLOW_EXCHANGE_S = 0.5  # seconds for an exchange of all gradients, once a step
+_SLOW_EXCHANGE_S = 0.5  # time of one exchange of all gradients, from which the network is slow
 _CLOCKS_APART_S = 1.0
 
 
 def measured(config: Config, workers: Workers, storage: Storage) -> list[RankFacts]:
-    """Start Ray, or join it, and a worker group; returns what each rank found. Raises what Ray raises."""
+    """Start or join Ray, start a worker group, and return each rank's facts. Raises what Ray raises."""
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -58,10 +58,10 @@ def measured(config: Config, workers: Workers, storage: Storage) -> list[RankFac
 
 
 def together(config: Config, workers: Workers, storage: Storage, size: ModelSize | None) -> list[Finding]:
-    """Return all checks of the ranks; a finding in their place if no workers start."""
+    """Return the findings of all checks of the ranks; if no workers start, one finding about that."""
     try:
         facts = measured(config, workers, storage)
-    except Exception as error:  # any error, from Ray, torch or a missing library, is the finding
+    except Exception as error:  # any error of Ray, torch or a missing library becomes the finding
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         fix = "fix the reason; verbose=true shows Ray's own output"
         return [fails("workers", f"{workers}: {masked(reason)}", fix)]
@@ -71,7 +71,7 @@ def together(config: Config, workers: Workers, storage: Storage, size: ModelSize
 
 
 def same_versions(facts: Sequence[RankFacts]) -> Finding:
-    """Compare the versions that the nodes have."""
+    """Compare the package versions of the nodes."""
     check, first = "versions on all nodes", facts[0].versions
     for each in facts:
         for name, found in each.versions.items():
@@ -82,7 +82,7 @@ def same_versions(facts: Sequence[RankFacts]) -> Finding:
 
 
 def same_product(facts: Sequence[RankFacts]) -> Finding:
-    """Compare the matrix product over the ranks, and over repetitions on each."""
+    """Compare the matrix product between ranks, and between repetitions on each rank."""
     check = "matrix product"
     for each in facts:
         if len(set(each.products)) > 1:
@@ -104,14 +104,14 @@ def same_product(facts: Sequence[RankFacts]) -> Finding:
 
 
 def _odd_one(facts: Sequence[RankFacts], device: str) -> RankFacts:
-    """Return the first rank of a device whose product is the rarest."""
+    """Return the first rank of a device that has the rarest product."""
     own = [each for each in facts if each.device == device]
     counts = Counter(each.products[0] for each in own)
     return min(reversed(own), key=lambda each: counts[each.products[0]])
 
 
 def all_reduce(facts: Sequence[RankFacts], size: ModelSize | None) -> Finding:
-    """Judge the network by the time that a step's gradients would take."""
+    """Check the network by the time that a step's gradients would take."""
     from ftexp.doctor.ranks import all_reduce_rate
 
     check = "all-reduce"

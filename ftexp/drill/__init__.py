@@ -1,1 +1,1 @@
-"""Breaking a run on purpose and comparing what came of it."""
+"""Drill: inject faults into a run, and compare its result with a clean run's."""

@@ -4,14 +4,14 @@ Runs your config twice, clean and with faults, and checks that the results are b
 extra state, every logged metric, and which samples drove which update. Exit codes: 0 identical, 1 not, 2 the command
 was wrong.
 
-drill.faults  names, or {kind: ..., step: ..., rank: ...}; see conf/chaos. Each strikes once, in this order
+drill.faults  names, or {kind: ..., step: ..., rank: ...}; see conf/chaos. Each is injected once, in this order
 drill.steps   stop both runs after so many optimiser steps (default: the whole run)
-drill.recovery  what the broken run resumes from: the workers that live (replace), memory (a snapshot every few steps),
-              storage (checkpoints alone), or what the config says (config, the default)
+drill.recovery  source from which the broken run resumes: the living workers (replace), memory (a snapshot every few
+              steps), storage (checkpoints only), or as the config says (config, the default)
 
-Both runs lie under <run.storage>/drill_<time>/, with drill.json, and may be deleted. What the drill sets itself, and
-none of which changes a bit: train.ledger, train.log_every_steps=1, how often the broken run saves, and
-failure.max_failures where it allows fewer failures than there are faults.
+Both runs are stored under <run.storage>/drill_<time>/, with drill.json, and may be deleted. The drill sets
+train.ledger, train.log_every_steps=1, the checkpoint interval of the broken run, and failure.max_failures if it allows
+fewer failures than there are faults. None of these changes a bit of the result.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from ftexp.storage.directory import Storage
 
 _KILLED = -9
-_SNAPSHOTS = 4  # in memory, for each checkpoint, with drill.recovery=memory
+_SNAPSHOTS = 4  # snapshots in memory per checkpoint, with drill.recovery=memory
 _SHOWN = ("⚡", "✗", "↻", "!", "resumed")  # prefixes of the run's lines that are printed
 CLEAN, BROKEN = "clean", "broken"
 CONFIG = "config"
@@ -72,7 +72,7 @@ def main() -> None:
         refuse(overrides, config)
     identical = False
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the run is stopped with the drill
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # by nohup
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # ignored under nohup
         signal.signal(signal.SIGHUP, signal.default_int_handler)
 
     def task(composed: DictConfig) -> None:
@@ -84,7 +84,7 @@ def main() -> None:
 
 
 def parse(words: list[str]) -> DrillConfig:
-    """Read drill.key=value words; ConfigError names what is wrong."""
+    """Parse drill.key=value words; ConfigError names what is wrong."""
     config: DrillConfig = parse_words(_Root, words).drill
     problems = list(dict(field_problems(config, "drill.")).values())
     if not config.faults:
@@ -100,7 +100,7 @@ class _Root:
 
 
 def refuse(overrides: list[str], own: DrillConfig) -> None:
-    """Raise ConfigError if the overrides set what the drill sets."""
+    """Raise ConfigError if the overrides set a key that the drill sets."""
     for word in overrides:
         key = word.lstrip("+~").partition("=")[0]
         if key == "chaos" or key.startswith("chaos."):
@@ -118,11 +118,11 @@ def _instead(key: str) -> str:
 
 
 def drill(config: Config, own: DrillConfig, overrides: list[str]) -> bool:
-    """Run clean and broken, compare, print; returns whether they are identical.
+    """Run clean and broken, compare, and print; return whether the results are identical.
 
     Raises:
         ConfigError: the config is wrong; nothing was started.
-        RunFailedError: the clean run failed by itself, so that there is nothing to compare with.
+        RunFailedError: the clean run failed, so there is nothing to compare with.
     """
     with_faults = dataclasses.replace(config, chaos=dataclasses.replace(config.chaos, faults=own.faults))
     settings = {key.removeprefix("failure."): value for key, value in _recovery_settings(own, every=1).items()}
@@ -168,7 +168,7 @@ def _broken_words(config: Config, own: DrillConfig, total_steps: int) -> list[st
 
 
 def _recovery_settings(own: DrillConfig, every: int) -> dict[str, Any]:
-    """Return what drill.recovery sets, by key. every: steps between checkpoints."""
+    """Return the overrides that drill.recovery sets, by key. every: steps between checkpoints."""
     if own.recovery == CONFIG:
         return {}
     if own.recovery == REPLACE:
@@ -178,7 +178,7 @@ def _recovery_settings(own: DrillConfig, every: int) -> dict[str, Any]:
 
 
 def _run(words: list[str], name: str, max_starts: int, directory: Storage) -> int:
-    """Run the command, again if it is killed; returns the last exit code."""
+    """Run the command, again if it is killed; return the last exit code."""
     command = [sys.executable, "-m", "ftexp.train", *words, f"run.name={name}"]
     code = _KILLED
     for _ in range(max_starts):
@@ -191,7 +191,7 @@ def _run(words: list[str], name: str, max_starts: int, directory: Storage) -> in
 
 def _run_once(command: list[str], log: str) -> int:
     with (
-        open(log, "a", encoding="utf-8") as file,  # noqa: PTH123 - for a remote directory, it is in a temporary one
+        open(log, "a", encoding="utf-8") as file,  # noqa: PTH123 - for a remote directory, a file in a temporary one
         subprocess.Popen(
             command,
             stdout=subprocess.PIPE,

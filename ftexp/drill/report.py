@@ -22,25 +22,25 @@ from ftexp.storage.directory import Storage
 from ftexp.wire.messages import MEMORY, REPLACED
 
 Events = list[dict[str, Any]]
-Points = dict[tuple[str, int], dict[str, Any]]  # by split and step
+Points = dict[tuple[str, int], dict[str, Any]]  # {(split, step): values}
 
 
 @dataclass
 class Row:
-    """One fault, and what came of it."""
+    """One fault and its consequences."""
 
     fault: str
     step: int
     rank: int
     happened: str
     steps_replayed: int
-    seconds_lost: float | None  # from the fault to the end of the first step that had not been done before
+    seconds_lost: float | None  # from the fault to the end of the first new step
     identical: bool
 
 
 @dataclass
 class DrillReport:
-    """The comparison. `differences` are empty when the runs are identical."""
+    """The comparison. `differences` is empty if the runs are identical."""
 
     rows: list[Row]
     differences: list[str]
@@ -55,9 +55,9 @@ class DrillReport:
 def compare(
     clean: Storage, broken: Storage, global_batch_size: int, exit_code: int, config: Config | None = None
 ) -> DrillReport:
-    """Compare two finished runs; `exit_code` is that of the broken one.
+    """Compare two finished runs. `exit_code`: the broken run's.
 
-    config: of both, for what their epochs draw; None: each sample once.
+    config: the config of both, which determines the samples of an epoch; None: each sample once.
     """
     points, updates = read_lines(broken, METRICS_FILE), read_updates(broken)
     logged = _by_place(read_lines(clean, METRICS_FILE))
@@ -91,7 +91,7 @@ def compare(
 
 
 def _in_metrics(clean: Points, broken: Points) -> Iterator[tuple[int, str]]:
-    """(step, text) of every logged point that differs."""
+    """Yield (step, text) for every logged point that differs."""
     for split, step in sorted({*broken, *clean}, key=lambda place: place[1]):
         one, other = clean.get((split, step)), broken.get((split, step))
         if one is None or other is None:
@@ -103,7 +103,7 @@ def _in_metrics(clean: Points, broken: Points) -> Iterator[tuple[int, str]]:
 
 
 def _in_ledgers(clean: list[Update], broken: list[Update]) -> Iterator[tuple[int, str]]:
-    """(step, text) of every update that other samples drove."""
+    """Yield (step, text) for every update that other samples drove."""
     updates = {update.step: update for update in broken}
     for update in clean:
         mine = updates.pop(update.step, None)
@@ -127,7 +127,7 @@ def _in_checkpoints(clean: Storage, broken: Storage) -> list[str]:
 
 
 def _by_place(points: Events) -> Points:
-    """{(split, step): values} of logged points, without times and speeds."""
+    """Return {(split, step): values} of logged points, without times and speeds."""
     return {
         (point["split"], point["step"]): {
             key: value for key, value in point.items() if key not in ("split", "step", "time", *SPEEDS, *COSTS)
@@ -159,7 +159,7 @@ def _rows(events: Events, points: Events) -> list[Row]:
 
 
 def _happened(after: Events) -> Iterator[str]:
-    """The account of one fault in a few words."""
+    """Yield the consequences of one fault, as short phrases."""
     for event in _named(after, "failure")[:1]:
         yield f"{event['cause']} of rank {event['rank']}"
     if not _named(after, "failure") and _named(after, "attempt_started"):

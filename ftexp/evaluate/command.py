@@ -1,15 +1,15 @@
-"""`python -m ftexp.evaluate run=<dir> [key=value ...]`: how good is a saved checkpoint?
+"""`python -m ftexp.evaluate run=<dir> [key=value ...]`: evaluate a checkpoint.
 
 Keys: run (a run directory or URI), checkpoint (best, latest, or a directory's name), split (train, val, test),
 weights (raw, ema), metrics (besides loss and accuracy; if not given, the run's train.metrics), tta (none, or hflip: the
 mean of the logits of each image and its mirror image), batch_size,
-threshold (of runs with data.task=multi_label: one probability for all classes, or one for each; default 0.5),
-device (auto, cpu, cuda), data.root (where the run's data lies now, if it has moved), out (a JSON file; if not given,
+threshold (for runs with data.task=multi_label: one probability for all classes, or one for each; default 0.5),
+device (auto, cpu, cuda), data.root (new path of the run's data, if it was moved), out (a JSON file; if not given,
 evaluation_<split>.json in the run, evaluation_<split>_ema.json for weights=ema, evaluation_<split>_hflip.json and
 evaluation_<split>_ema_hflip.json with tta=hflip).
 
-With data=<source> data.*=... it evaluates on other data; split may then be all, and is by default where files are read.
-Classes are matched by name, images prepared as the run's were. Samples of new classes are excluded and counted,
+With data=<source> data.*=... it evaluates on other data. Then split may be all, which is the default for files.
+Classes are matched by name, and images are prepared like the run's. Samples of new classes are excluded and counted;
 missing classes have no row. The file is evaluation_<last part of data.root>_<split>.json.
 """
 
@@ -43,9 +43,9 @@ _OF_TRAINING = ("feed", "shuffle_window", "prefetch_batches")
 
 @dataclass(kw_only=True)
 class MovedData:
-    """Where the run's data lies now."""
+    """Path of the run's data, if it was moved."""
 
-    root: str | None = None  # None: where it lay when the run was trained
+    root: str | None = None  # None: the path with which the run was trained
 
 
 @dataclass(kw_only=True)
@@ -54,12 +54,12 @@ class EvaluateConfig:
 
     run: str = MISSING
     checkpoint: str = "best"  # best, latest, or the name of a directory under checkpoints/
-    # all: of other data; None: all of other data that are read from files, else test
+    # all: only for other data; None: all for other data from files, else test
     split: str | None = choice(None, ("train", "val", "test", "all"))
-    weights: str = choice("raw", ("raw", "ema"))  # those that were trained, or their EMA
-    metrics: list[str] | None = None  # besides loss and accuracy; None: the run's train.metrics
+    weights: str = choice("raw", ("raw", "ema"))  # the trained weights, or their EMA
+    metrics: list[str] | None = None  # in addition to loss and accuracy; None: the run's train.metrics
     tta: str = choice("none", TTA)
-    threshold: Any = None  # threshold of data.task=multi_label: one for all classes, or one for each; None: 0.5
+    threshold: Any = None  # for data.task=multi_label: one for all classes, or one for each; None: 0.5
     batch_size: int = ranged(256, low=1)
     device: str = choice("auto", ("auto", "cpu", "cuda"))
     out: str | None = None
@@ -67,7 +67,7 @@ class EvaluateConfig:
 
 
 def main() -> None:
-    """Run the command; exits with 0, 1 or 2."""
+    """Run the command; exit with 0, 1 or 2."""
     words = with_run(command_words(__doc__))
     if not any(_key(word) == "data" for word in words):
         with exiting_on_error():
@@ -90,7 +90,7 @@ def main() -> None:
 
 
 def evaluate_words(words: list[str], compose: Callable[[list[str]], Config]) -> dict[str, Any]:
-    """Evaluate what these words of the command say; `compose` composes those about other data."""
+    """Evaluate as these words of the command say; `compose` composes the words about other data."""
     if not any(_key(word) == "data" for word in words):
         return evaluate(parse(words))
     config, rest = _apart(words)
@@ -98,7 +98,7 @@ def evaluate_words(words: list[str], compose: Callable[[list[str]], Config]) -> 
 
 
 def _apart(words: list[str]) -> tuple[EvaluateConfig, list[str]]:
-    """Return the command's own words, parsed, and those about other data; ConfigError names what is wrong."""
+    """Return the command's own words, parsed, and the words about other data; ConfigError names what is wrong."""
     rest = [word for word in words if _key(word) not in _OWN]
     config = parse([word for word in words if word not in rest])
     refuse(rest)
@@ -110,7 +110,7 @@ def _key(word: str) -> str:
 
 
 def refuse(words: list[str]) -> None:
-    """Raise ConfigError if one of the words about other data sets what isn't read, or what the run has settled."""
+    """Raise ConfigError if a word about other data sets a value that isn't read, or that the run determines."""
     for word in words:
         group, _, name = _key(word).partition(".")
         if word.startswith("-") or group not in ("data", "plugins"):
@@ -122,7 +122,7 @@ def refuse(words: list[str]) -> None:
 
 
 def parse(argv: list[str]) -> EvaluateConfig:
-    """Read key=value words; ConfigError names what is wrong."""
+    """Parse key=value words; ConfigError names what is wrong."""
     config: EvaluateConfig = read_command(EvaluateConfig, argv, run="<run directory>")
     return config
 
@@ -131,13 +131,13 @@ def evaluate(config: EvaluateConfig, other: Config | None = None) -> dict[str, A
     """Evaluate the checkpoint; return the content of the JSON file.
 
     Args:
-        config: what to evaluate.
-        other: holds the data to evaluate on; None: the run's own.
+        config: the arguments of the command.
+        other: has the data to evaluate on; None: the run's own data.
 
     Raises:
         ConfigError: there is no run at `config.run`, no GPU for device=cuda, or the data have no class of the run.
         CheckpointError: the run has no such checkpoint, or it is corrupt.
-        DataError: the data that the run was made with can't be read.
+        DataError: the data can't be read, or are not the data that the run was trained on.
         StorageError: `out` can't be written.
     """
     from ftexp.cli.trained_run import load_run_config, require_data
@@ -168,13 +168,13 @@ def evaluate(config: EvaluateConfig, other: Config | None = None) -> dict[str, A
     from ftexp.cluster.ray_cluster import private_ray
 
     with private_ray(run_config) as run_config:
-        from ftexp.evaluate.measure import measure  # it imports torch and Ray Data
+        from ftexp.evaluate.measure import measure  # imports torch and Ray Data
 
         return measure(config, run_config, storage, is_other=other is not None)
 
 
 def _on_other_data(run_config: Config, other: Config, storage: Storage) -> Config:
-    """Return the run's config with other data, prepared as its own; ConfigError if something doesn't fit."""
+    """Return the run's config with other data, prepared like its own; ConfigError if something doesn't fit."""
     from ftexp.cli.trained_run import SavedRun
     from ftexp.config.checks.validate import validate
     from ftexp.storage.directory import absolute
@@ -184,7 +184,7 @@ def _on_other_data(run_config: Config, other: Config, storage: Storage) -> Confi
     data = dataclasses.replace(data, root=root, num_classes=None, feed=AUTO, shuffle_window=None)
     plugins = [*run_config.plugins, *(name for name in other.plugins if name not in run_config.plugins)]
     model = dataclasses.replace(run_config.model, pretrained=False, pretrained_partial=False)
-    # there are no workers, and this may not be the machine that trained the run
+    # evaluation has no workers, and this may not be the machine that trained the run
     made = dataclasses.replace(run_config, data=data, model=model, plugins=plugins, scaling=ScalingConfig())
     validate(made, trains=False)
     return made

@@ -1,4 +1,4 @@
-"""Measures a checkpoint on a split, and writes what was found."""
+"""Evaluation of a checkpoint on a split, and writing the result."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ if TYPE_CHECKING:
 
 
 def measure(wanted: EvaluateConfig, run_config: Config, storage: Storage, is_other: bool = False) -> dict[str, Any]:
-    """Return what is also written as JSON.
+    """Evaluate, write the result as JSON, and return it.
 
     Args:
-        wanted: the command's own part.
+        wanted: the command's arguments.
         run_config: config of the run, with the data to evaluate on.
         storage: the run directory.
-        is_other: those aren't the data that the run was trained on.
+        is_other: whether these are other data than the run was trained on.
     """
     load_plugins(run_config.plugins)
     names = run_config.train.metrics if wanted.metrics is None else wanted.metrics
@@ -72,7 +72,7 @@ def measure(wanted: EvaluateConfig, run_config: Config, storage: Storage, is_oth
 
 
 def _data(run_config: Config, storage: Storage, is_other: bool) -> DataBundle:
-    """Build the data; DataError if they should be those of the run, and aren't."""
+    """Build the data; DataError if they should be the run's own data, and aren't."""
     state = read_state(storage) if not is_other else None
     if state is None:  # run.json may be lost
         return build_data(run_config.data, only_evaluates=True)
@@ -83,7 +83,7 @@ def _data(run_config: Config, storage: Storage, is_other: bool) -> DataBundle:
 
 
 def _matched(info: DataInfo, found: DataInfo, data: DataConfig) -> MatchedClasses | None:
-    """Match classes by name; the outputs of other tasks must be the same, and aren't matched."""
+    """Match classes by name for single_label; None for other tasks, whose outputs must be the same."""
     if info.task == SINGLE_LABEL:
         return MatchedClasses(info.class_names, found.class_names)
     if info.class_names != found.class_names:
@@ -144,7 +144,7 @@ def _reads_files(data: DataConfig) -> bool:
 def _batches(
     split: str, batch_size: int, run_config: Config, bundle: DataBundle, to_tensors: ToTensors
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield images and labels of a split, or of all of them in turn."""
+    """Yield batches of images and labels of a split, or of all splits one after another."""
 
     def of_split(name: str) -> Iterator[tuple[Tensor, Tensor]]:
         cpus = decoding_cpus(run_config, no_workers())
@@ -170,7 +170,7 @@ def _head(storage: Storage, manifest: Manifest, wanted: EvaluateConfig, split: s
 def _about_other(
     data: DataConfig, info: DataInfo, classes: MatchedClasses, rows: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """Return what the result says of other data. confusion is of `class_names`, which are the model's."""
+    """Return the result's entries about other data. confusion is over `class_names`, the model's classes."""
     return {
         "data": {"name": data.name, "root": data.root},
         "classes": [row for row in rows if row["class"] not in classes.missing],
@@ -181,13 +181,13 @@ def _about_other(
 
 
 def _written(result: dict[str, Any], wanted: EvaluateConfig, storage: Storage, about: list[str]) -> dict[str, Any]:
-    """Write the result, and return where; or why not, where nobody has named a file. StorageError if somebody has."""
+    """Write the result and return its path; if that fails, return why, or raise StorageError if `out` was given."""
     chosen = [name for name in (wanted.weights, wanted.tta) if name not in ("raw", "none")]
     name = evaluation_file("_".join([*about, result["split"], *chosen]))
     target = type(storage).at(wanted.out) if wanted.out is not None else storage.child(name)
     try:
         target.parent.write_bytes(target.name, json.dumps(result, indent=1).encode())
-    except OSError as error:  # such as of a run on a disk that is mounted to be read only
+    except OSError as error:  # such as a run on a read-only disk
         if wanted.out is not None:
             raise StorageError(f"out={wanted.out} can't be written: {error}") from error
         return {"not_written": f"{target.uri}: {error}; add out=<file> for another place"}

@@ -1,4 +1,4 @@
-"""An evaluation in the terminal."""
+"""Printing of an evaluation."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def _number(value: Any) -> str:
 
 
 def evaluating() -> Status:
-    """Return the line that a terminal shows meanwhile."""
+    """Return the status line that a terminal shows during the evaluation."""
     return Console().status("evaluating")
 
 
 def print_result(result: dict[str, Any]) -> None:
-    """Print what `ftexp.evaluate.measure.measure` returned."""
+    """Print a result of `ftexp.evaluate.measure.measure`."""
     console = Console(highlight=False)
     say(
         console,
@@ -56,7 +56,7 @@ def print_result(result: dict[str, Any]) -> None:
 
 
 def _of_classes(result: dict[str, Any]) -> Iterator[str]:
-    """Yield lines about classes that only the model, or only the other data, have."""
+    """Yield lines about classes that only the model, or only the other data, has."""
     if missing := result.get("missing_classes"):
         yield f"missing classes: {', '.join(missing)}"
     if new := result.get("new_classes"):

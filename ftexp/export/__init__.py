@@ -1,1 +1,1 @@
-"""A trained model in formats that need no ftexp."""
+"""Export of a trained model to formats that don't need ftexp."""

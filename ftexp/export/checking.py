@@ -1,4 +1,4 @@
-"""Whether an exported model says what the original says, on images of the run's own data."""
+"""Comparison of an exported model with the original, on images of the run's own data."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NOISE = "noise"
 
 @dataclass(frozen=True)
 class Samples:
-    """Images to compare on."""
+    """Images for the comparison."""
 
     pixels: UInt8s  # [rows, size, size, channels]
     origin: str  # test, val or train; or noise
@@ -32,17 +32,15 @@ class Samples:
 
 @dataclass(frozen=True)
 class Difference:
-    """How far two models are apart."""
+    """Difference between two models."""
 
     largest: float  # largest absolute difference of logits
-    largest_logit: float  # for scale
-    num_same: int  # images of which both say the same class or classes; of numbers, the same to three digits
+    largest_logit: float  # for comparison
+    num_same: int  # images with the same class or classes by both; for regression, the same values to three decimals
 
 
 def samples_of(run: SavedRun, num_samples: int) -> Samples:
-    """Return images of the test split, or of another if that is empty, spread evenly over it.
-
-    Noise if none can be read.
+    """Return images spread evenly over the test split, or over another one if that is empty; noise if none can be read.
 
     Ray must be running.
     """
@@ -64,7 +62,7 @@ def samples_of(run: SavedRun, num_samples: int) -> Samples:
 
 
 def compare(original: Answer, exported: Answer, pixels: UInt8s, task: str = SINGLE_LABEL) -> Difference:
-    """Ask both for the same images: the first by itself, and then the others, so that the batch is seen to be free."""
+    """Compare two models on the same images: the first one alone, then the others, to test other batch sizes too."""
     pieces = [piece for piece in (pixels[:1], pixels[1:]) if len(piece)]
     one, other = (np.concatenate([answer(piece) for piece in pieces]) for answer in (original, exported))
     return Difference(
@@ -75,7 +73,7 @@ def compare(original: Answer, exported: Answer, pixels: UInt8s, task: str = SING
 
 
 def _answers(outputs: npt.NDArray[np.float32], task: str) -> npt.NDArray[Any]:
-    """Return the answer of a model to each image, [images, n]."""
+    """Return a model's answer for each image, [images, n]."""
     if task == SINGLE_LABEL:
         classes: npt.NDArray[Any] = outputs.argmax(1)[:, None]
         return classes

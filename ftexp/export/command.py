@@ -1,20 +1,20 @@
-"""`python -m ftexp.export run=<dir> format=safetensors|torch_export|onnx [key=value ...]`: a model without ftexp.
+"""`python -m ftexp.export run=<dir> format=safetensors|torch_export|onnx [key=value ...]`: export a trained model.
 
 safetensors   model.safetensors and config.json: timm.create_model("local-dir:<out>", pretrained=True)
 torch_export  model.pt2: torch.export.load("model.pt2").module(); any batch size
 onnx          model.onnx, for ONNX Runtime and others; any batch size. Needs the extra onnx: uv run --extra onnx ...
 
-The last two take pixels, uint8 [batch, size, size, channels], and normalise them; all give logits. Next to each
-lies export.json: labels, input size, mean and std, and how far the exported model is from the original on images of the
-run's data. One that is farther than the tolerance is removed. Exit codes: 0 done, 1 failed, 2 the command was
-wrong.
+The exported models do not need ftexp. The input of the last two is pixels, uint8 [batch, size, size, channels], which
+they normalise; the output is always logits. export.json, next to the model, has labels, input size, mean and std, and
+the difference from the original on images of the run's data. A model that differs by more than the tolerance is
+removed. Exit codes: 0 done, 1 failed, 2 the command was wrong.
 
 run         a run directory or URI
 checkpoint  best, latest, or a directory's name under checkpoints/ (default: best)
 weights     raw, or ema: their EMA, if the run has one (default: raw)
-out         a new directory or URI (default: <run>/exports/<format>_<checkpoint>, _ema behind it for weights=ema)
-samples     images to compare on (64)
-tolerance   of the largest difference of a logit (0.001)
+out         a new directory or URI (default: <run>/exports/<format>_<checkpoint>, plus _ema for weights=ema)
+samples     number of images for the comparison (64)
+tolerance   largest allowed difference of a logit (0.001)
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 
 _ABOUT_FILE = "export.json"
 _FORMATS = ("safetensors", "torch_export", "onnx")
-_NEEDED = ("onnx", "onnxscript", "onnxruntime")  # by format=onnx
+_NEEDED = ("onnx", "onnxscript", "onnxruntime")  # packages that format=onnx needs
 
 
 @dataclass(kw_only=True)
@@ -68,14 +68,14 @@ class ExportConfig:
 
 
 def main() -> None:
-    """Run the command; exits with 0, 1, 2 or 130."""
+    """Run the command; exit with 0, 1, 2 or 130."""
     words = with_run(command_words(__doc__))
     with exiting_on_error():
         export(parse(words))
 
 
 def parse(words: list[str]) -> ExportConfig:
-    """Read key=value words; ConfigError names what is wrong."""
+    """Parse key=value words; ConfigError names what is wrong."""
     config: ExportConfig = read_command(ExportConfig, words, run="<run directory>", format="|".join(_FORMATS))
     missing = [name for name in _NEEDED if config.format == "onnx" and importlib.util.find_spec(name) is None]
     if missing:
@@ -87,10 +87,10 @@ def parse(words: list[str]) -> ExportConfig:
 
 
 def export(config: ExportConfig) -> dict[str, Any]:
-    """Write the model, checked against the original; returns what export.json says.
+    """Write the model, checked against the original; return the content of export.json.
 
     Raises:
-        ConfigError: there is no such run, or something lies at `out` already.
+        ConfigError: there is no such run, or `out` already exists.
         CheckpointError: the run has no such checkpoint, or it is corrupt.
         ExportError: the exported model differs from the original by more than the tolerance. Nothing is left behind.
         StorageError: `out` can't be written.
@@ -106,7 +106,7 @@ def export(config: ExportConfig) -> dict[str, Any]:
     if out.exists():
         raise ConfigError(f"out={out.uri} already exists: remove it, or give another out=...")
     out.parent.require_writable("out")
-    from ftexp.checkpoint.reading import read_weights  # it imports torch, for two seconds
+    from ftexp.checkpoint.reading import read_weights  # imports torch, which takes two seconds
 
     weights = read_weights(run.store, manifest, config.weights)
     samples = _samples(run, config.samples)
@@ -115,10 +115,7 @@ def export(config: ExportConfig) -> dict[str, Any]:
 
 
 def _samples(run: SavedRun, num_samples: int) -> Samples:
-    """Return images to compare on.
-
-    They are read as training reads them, which takes a Ray of its own for some seconds.
-    """
+    """Return images for the comparison, read as in training, which needs a Ray of its own for some seconds."""
     from ftexp.cluster.ray_cluster import private_ray
 
     with private_ray(run.config):
@@ -160,7 +157,7 @@ def _export(
         "tolerance": config.tolerance,
     }
     _print(about, samples, difference)
-    if not difference.largest <= config.tolerance:  # NaN is no agreement
+    if not difference.largest <= config.tolerance:  # also if it is NaN
         raise ExportError(
             f"the exported model differs from the original by {difference.largest:.3g} in a logit, and tolerance="
             f"{config.tolerance:g}: nothing was written. Set a larger tolerance if this is acceptable"
@@ -214,7 +211,7 @@ def _outputs(info: DataInfo) -> dict[str, Any]:
 
 
 def _resizing(fit: Fit) -> str:
-    """Describe how an image becomes the model's input: see `ftexp.data.decoder` and `ftexp.data.cropping.fitted`."""
+    """Describe the conversion of an image to the model's input: see `ftexp.data.decoder` and `ftexp.data.cropping`."""
     by_torch = fit.decoding.decoder == TORCHVISION
     if fit.crop_pct is None and fit.crop_mode == "center":
         how = f"shorter side to the size by Pillow's {fit.interpolation}, then the centre: PIL.ImageOps.fit"
@@ -228,7 +225,7 @@ def _resizing(fit: Fit) -> str:
 
 
 def _decoding_steps(decoding: Decoding) -> list[str]:
-    """Return the steps before an image is scaled that decoders don't do by default."""
+    """Return the steps before scaling that decoders don't do by default."""
     steps = ["turned upright as its EXIF data say"] if decoding.exif_orientation else []
     if decoding.background is not None:
         steps.append(f"transparent images on {decoding.background}")

@@ -1,8 +1,8 @@
-"""How a model is written in each format, and read back as whoever gets it would do.
+"""Writing a model in each format, and reading it back as its user would.
 
-The graphs of torch_export and onnx begin with pixels, uint8 [batch, size, size, channels], and hold the scaling to 0..1
-and the normalisation: what decodes and crops an image can't get the mean and the std wrong. Weights in safetensors are
-for timm, which normalises itself by its config.json. All give logits, float32 [batch, classes].
+The input of the graphs of torch_export and onnx is pixels, uint8 [batch, size, size, channels]. The graphs include the
+scaling to 0..1 and the normalisation, so the user's code can't get mean and std wrong. Weights in safetensors are for
+timm, which normalises by config.json. The output is always logits, float32 [batch, classes].
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ Format = Callable[[nn.Module, DataInfo, dict[str, Any], Path], Answer]
 formats: Registry[Format] = Registry("format")
 
 _ABOUT = "about.json"  # name of a file inside a .pt2
-_EXAMPLE_ROWS = 2  # one row would fix the batch to one
-_MAX_PROTOBUF_BYTES = 2**31 - 2**24  # bytes of an ONNX file; larger weights go into a file next to it
+_EXAMPLE_ROWS = 2  # one row would fix the batch size to one
+_MAX_PROTOBUF_BYTES = 2**31 - 2**24  # limit of an ONNX file; larger weights are stored in a file next to it
 
 
 class FromPixels(nn.Module):
-    """The model behind scaling and normalisation: as ToTensors does both."""
+    """The model with scaling and normalisation before it, as in ToTensors."""
 
     def __init__(self, model: nn.Module, info: DataInfo) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class FromPixels(nn.Module):
 
 
 def answers(model: nn.Module, info: DataInfo) -> Answer:
-    """Return the logits of a model in memory, for images that are prepared as in evaluation."""
+    """Return a function that computes a model's logits for pixels, prepared as in evaluation."""
     to_tensors = ToTensors(info, torch.device("cpu"), channels_last=False)
 
     def answer(pixels: UInt8s) -> npt.NDArray[np.float32]:
@@ -93,7 +93,7 @@ def safetensors(model: nn.Module, info: DataInfo, about: dict[str, Any], directo
 
 @formats.register("torch_export")
 def torch_export(model: nn.Module, info: DataInfo, about: dict[str, Any], directory: Path) -> Answer:
-    """Write model.pt2, a torch.export program; its extra file about.json has the rest."""
+    """Write model.pt2, a torch.export program; its extra file about.json has the metadata."""
     program = torch.export.export(
         FromPixels(model, info).eval(),
         (_example(info),),
@@ -113,7 +113,7 @@ def torch_export(model: nn.Module, info: DataInfo, about: dict[str, Any], direct
 
 @formats.register("onnx")
 def onnx(model: nn.Module, info: DataInfo, about: dict[str, Any], directory: Path) -> Answer:
-    """Write model.onnx, whose input is `pixels` and whose output is `logits`; its metadata has the rest."""
+    """Write model.onnx, with input `pixels` and output `logits`; its metadata_props have the metadata."""
     import onnxruntime
 
     num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())

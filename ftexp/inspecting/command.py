@@ -1,13 +1,13 @@
-"""`python -m ftexp.data <any train overrides> [out=FILE.png]`: what a run would train on, before it does.
+"""`python -m ftexp.data <any train overrides> [out=FILE.png]`: inspect the data of a run before training.
 
 Lists samples by split and class, the feed, samples that can't be read, the pixels' mean and std next to data.mean and
-data.std, and how fast images decode; and draws the first 64 training samples as the model will see them. Nothing is
-trained. Exit codes: 0 done, 1 the data can't be read, 2 the command was wrong.
+data.std, and the decode rate. Draws the first 64 training samples as the model will see them. Nothing is trained.
+Exit codes: 0 done, 1 the data can't be read, 2 the command was wrong.
 
 out  the picture; <data.name>_samples.png in the current directory if not given
 
-Samples that can't be read are named and excluded, whatever data.on_bad_sample says. Of more than 20,000 training
-samples the pixels are those of the first 20,000 positions of the run.
+Samples that can't be read are listed and excluded, whatever data.on_bad_sample says. With more than 20,000 training
+samples, only the pixels of the run's first 20,000 positions are measured.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ if TYPE_CHECKING:
     from ftexp.data.info import DataBundle, DataInfo
     from ftexp.inspecting.inspect import Found
 
-_MAX_CLASSES = 25  # more are cut to the largest and the smallest
+_MAX_CLASSES = 25  # of more classes, only the largest and the smallest are shown
 _NUM_LARGEST, _NUM_SMALLEST = 20, 5
 _MAX_BAD = 10
-_TOLERANCE = 0.02  # tolerance of data.mean and data.std, in pixels scaled to 0..1
+_TOLERANCE = 0.02  # tolerated difference from data.mean and data.std, for pixels scaled to 0..1
 _CHANNELS = {1: ("grey",), 3: ("red", "green", "blue"), 4: ("red", "green", "blue", "alpha")}
 
 
 def main() -> None:
-    """Run the command; exits with 0, 1 or 2."""
+    """Run the command; exit with 0, 1 or 2."""
     words = command_words(__doc__)
     own = [word for word in words if word.startswith("out=")]
     with exiting_on_error():
@@ -73,11 +73,11 @@ def parse_out(words: list[str]) -> Path | None:
 
 
 def inspect(config: Config, out: Path | None = None) -> None:
-    """Look at the data that `config` names: print what is found, and draw samples to `out`.
+    """Inspect the data that `config` names: print the facts, and draw samples to `out`.
 
     Raises:
         ConfigError: the config is wrong; nothing was started.
-        DataError: the data can't be read at all.
+        DataError: the data can't be read.
         StorageError: the picture can't be written.
     """
     validate(config)
@@ -90,7 +90,7 @@ def inspect(config: Config, out: Path | None = None) -> None:
 
     workers = decide_workers(config.scaling)
     prepare_environment(config)
-    import ray  # noqa: F401 - before a thread imports what imports it
+    import ray  # noqa: F401 - before a thread imports a module that imports it
 
     from ftexp.cluster.importing import import_meanwhile
     from ftexp.cluster.ray_cluster import decoding_ray, quiet_data
@@ -145,10 +145,10 @@ def _draw(config: Config, found: Found, out: Path) -> None:
 
 
 def _decode_cpus(config: Config, bundle: DataBundle, workers: Workers) -> int:
-    """Return how many CPUs decode for this run: next to the workers if it streams, before they start if not."""
+    """Return the number of CPUs that decode for this run: next to the workers if it streams, otherwise before them."""
     from ftexp.cluster.resources import decoding_cpus, may_decode, no_workers
 
-    # a Ray started here counts cores twice if tasks may decode during training: once for these
+    # a Ray that is started here counts cores twice if tasks may decode during training: once for the workers
     while_training = bundle.streamed or (config.scaling.address is None and may_decode(config))
     return decoding_cpus(config, workers if while_training else no_workers())
 
@@ -184,7 +184,7 @@ def _print_facts(console: Console, config: Config, bundle: DataBundle, found: Fo
 
 
 def _cost(found: Found) -> str | None:
-    """Say what each part of making a sample takes."""
+    """Return the time of each part of making a sample, as text."""
     if found.rate is None or not found.rate.parts_ms:
         return None
     parts = " · ".join(f"{name} {spent:.2f} ms" for name, spent in found.rate.parts_ms.items())
@@ -192,7 +192,7 @@ def _cost(found: Found) -> str | None:
 
 
 def _traits(config: Config, found: Found) -> str | None:
-    """Say which images aren't what they look like in a file browser, or need a setting."""
+    """Return the numbers of images that look different in a file browser, or need a setting, as text."""
     from ftexp.data.decoder import Traits
 
     data, numbers = config.data, found.traits
@@ -228,7 +228,7 @@ def _print_bad(console: Console, config: Config, bundle: DataBundle, found: Foun
 
 
 def _label_counts(info: DataInfo, found: Found) -> str | None:
-    """Say how many labels samples have, where that may be any number."""
+    """Return the number of labels per sample, as text, for multi_label; None for other tasks."""
     from ftexp.data.targets import unpacked
 
     if info.task != MULTI_LABEL:

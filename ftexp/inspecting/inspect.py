@@ -1,4 +1,4 @@
-"""Facts of a data set: counts, pixels, bad samples, and a contact sheet as the model sees it.
+"""Facts of a data set: counts, pixels, bad samples, and a contact sheet of images as the model sees them.
 
 Tasks that measure decoding import this module, so nothing at its top imports torch.
 """
@@ -33,12 +33,12 @@ if TYPE_CHECKING:
     from ftexp.data.feeds.feed import Rows, Taken
     from ftexp.data.order import AnyOrder
 
-MAX_READ = 20_000  # samples of train; and of val and test together, which are read for their bad samples only
+MAX_READ = 20_000  # samples of train; also the limit of val and test together, which are read only for bad samples
 SHOWN = 64  # samples of the contact sheet
 
 _READ_BYTES = 32 * 2**20  # bytes of a batch while reading
-_RATE_SECONDS, _RATE_SAMPLES = 2.0, 1024  # that one CPU decodes at most, to measure its rate
-_RATE_UNIT = 16  # samples after which it looks at the clock
+_RATE_SECONDS, _RATE_SAMPLES = 2.0, 1024  # limits for one CPU when the decode rate is measured
+_RATE_UNIT = 16  # samples between two readings of the clock
 
 _COLUMNS, _GAP, _MARGIN = 8, 8, 16
 _MIN_TILE, _MAX_TILE = 64, 256  # pixels
@@ -47,7 +47,7 @@ _PAPER, _INK, _FAINT, _EMPTY = "#ffffff", "#1a1a1a", "#6b6b6b", "#e4e4e4"
 
 @dataclass
 class Pixels:
-    """How often each value from 0 to 255 occurs, by channel: exact, whatever their number."""
+    """Counts of each pixel value from 0 to 255, by channel: exact for any number of pixels."""
 
     counts: npt.NDArray[np.int64]  # [channels, 256]
 
@@ -59,13 +59,13 @@ class Pixels:
     def add(self, images: UInt8s) -> None:
         """Count a batch, [rows, height, width, channels]."""
         if len(images):
-            # Pillow counts many times as fast as numpy; to it the batch is one tall image
+            # Pillow counts many times as fast as numpy, and sees the batch as one tall image
             tall = images.reshape(-1, *images.shape[2:])
             values = Image.fromarray(tall[..., 0] if tall.shape[2] == 1 else tall).histogram()
             self.counts += np.reshape(values, self.counts.shape)
 
     def mean_std(self) -> tuple[list[float], list[float]]:
-        """Return mean and std per channel, of pixels scaled to 0..1; the std as numpy computes it, over all of them."""
+        """Return mean and std per channel, of pixels scaled to 0..1; the std is numpy's, the population's."""
         values, numbers = np.arange(256) / 255, self.counts.sum(axis=1)
         mean = self.counts @ values / numbers
         variance = np.array([counts @ (values - center) ** 2 for counts, center in zip(self.counts, mean, strict=True)])
@@ -78,31 +78,29 @@ class Found:
 
     labels: dict[str, Labels]  # labels of each sample, by split
     pixels: Pixels  # pixels of the training samples that were read
-    num_read: int  # training samples, bad ones included
-    others_read: bool  # whether what is bad in val and test is known
+    num_read: int  # number of training samples that were read, including bad ones
+    others_read: bool  # whether bad samples of val and test are known
     bad: list[BadSample]
-    images: (
-        UInt8s  # the first positions of epoch 0 as the model gets them, back in 0..255; [rows, size, size, channels]
-    )
-    names: list[str | None]  # their classes; None: a sample that can't be read
-    traits: dict[Traits, int]  # how many images have each
-    num_decoded: int  # images that were looked at for that, of all splits that were read
+    images: UInt8s  # first positions of epoch 0 as the model sees them, in 0..255; [rows, size, size, channels]
+    names: list[str | None]  # classes of `images`; None: a sample that can't be read
+    traits: dict[Traits, int]  # number of images with each trait
+    num_decoded: int  # number of images that were checked for traits, of all splits read
     rate: Rate | None  # None: nothing is decoded
 
 
 @dataclass(frozen=True)
 class Rate:
-    """How fast tasks make samples, as training wants them."""
+    """Rate at which tasks make training samples."""
 
     images_per_s: float
-    parts_ms: dict[str, float]  # parts of one image on one CPU; see PARTS
-    num_images: int  # that this was measured on
+    parts_ms: dict[str, float]  # time of each part for one image on one CPU; see PARTS
+    num_images: int  # number of measured images
     num_cpus: int
 
 
 @dataclass
 class _Counted:
-    """How many images have which traits."""
+    """Numbers of images by trait."""
 
     numbers: dict[Traits, int] = field(default_factory=lambda: dict.fromkeys(Traits, 0))
     num_images: int = 0
@@ -126,7 +124,7 @@ class _Bad:
 
 
 def look(config: Config, bundle: DataBundle, num_cpus: int) -> Found:
-    """Read what there is to read; `config.data` must skip bad samples. DataError if no training sample can be read."""
+    """Read the data set; `config.data` must skip bad samples. DataError if no training sample can be read."""
     from ftexp.data.feeds.streamed import bundle_rows
 
     bad, counted = _Bad(), _Counted()
@@ -169,20 +167,20 @@ def look(config: Config, bundle: DataBundle, num_cpus: int) -> Found:
 
 
 def _each_once(config: Config) -> Config:
-    """Return the same, but an epoch draws each sample once."""
+    """Return the config, changed so that an epoch draws each sample once."""
     data = dataclasses.replace(config.data, sampling="shuffle")
     return dataclasses.replace(config, data=data, augment=dataclasses.replace(config.augment, repeats=1))
 
 
 def _count_traits(dataset: Dataset, counted: _Counted) -> None:
-    """Count what is in a cached split."""
+    """Count the traits of a cached split."""
     if dataset.count():
         for block in dataset.select_columns(["traits"]).iter_batches(batch_size=None, batch_format="numpy"):
             counted(block)
 
 
 def _read_train(rows: Rows, order: AnyOrder, info: DataInfo) -> tuple[Pixels, int, Taken]:
-    """Return pixels of the first samples of epoch 0, how many were read, and the first few samples."""
+    """Return the pixels of the first samples of epoch 0, the number of samples read, and the first few samples."""
     pixels, num_read = Pixels.of(info.channels), min(len(rows), MAX_READ)
     first: list[Taken] = []
     for taken in _taken(rows, order.samples(np.arange(num_read)), info):
@@ -193,7 +191,7 @@ def _read_train(rows: Rows, order: AnyOrder, info: DataInfo) -> tuple[Pixels, in
 
 
 def _joined(batches: Sequence[Taken]) -> Taken:
-    """Return the first few of their samples."""
+    """Return the first SHOWN samples of these batches."""
     from ftexp.data.feeds.feed import Taken
 
     parts = [(batch.images, batch.labels, _good(batch)) for batch in batches]
@@ -222,7 +220,7 @@ def _labels(bundle: DataBundle, split: str) -> Labels:
 
 
 def _changed(config: Config, bundle: DataBundle, order: AnyOrder, images: UInt8s) -> UInt8s:
-    """Return the samples at positions 0, 1, ... as tasks change their pictures; `images` are their whole ones."""
+    """Return the samples at positions 0, 1, ... with the tasks' picture augmentation; `images` are without it."""
     from ftexp.data.augment.picture import PictureAugment
 
     if not config.augment.changes_pictures:
@@ -262,7 +260,7 @@ def as_the_model_sees(config: Config, info: DataInfo, images: UInt8s) -> UInt8s:
         for start in range(0, len(images), config.train.global_batch_size):
             own = positions[start : start + config.train.global_batch_size]
             rows = slice(start, start + len(own))
-            # what is mixed of the labels isn't shown
+            # labels are dummies: mixed labels aren't shown
             none = torch.zeros(len(own), info.num_classes) if has_vectors else torch.zeros(len(own), dtype=torch.long)
             pairs = MicroShare(own, len(own)).pairs(start, None)
             seen[rows] = mixing(MicroBatch(seen[rows], none, none, own, pairs), start).images
@@ -270,7 +268,7 @@ def as_the_model_sees(config: Config, info: DataInfo, images: UInt8s) -> UInt8s:
 
 
 def _rate(config: Config, bundle: DataBundle, num_cpus: int) -> Rate | None:
-    """Make training samples on every CPU for some seconds; None for a source that has nothing to decode."""
+    """Measure making training samples on every CPU for some seconds; None for a source without decoding."""
     from ftexp.data.augment.picture import PictureAugment
 
     if not bundle.indexed:
@@ -290,11 +288,11 @@ def _rate(config: Config, bundle: DataBundle, num_cpus: int) -> Rate | None:
 def _make_for(
     split: IndexedSplit, fit: Fit, augment: PictureAugment | None, samples: Int64s
 ) -> tuple[npt.NDArray[np.float32], float]:
-    """Make samples for some seconds at most; returns what each part took of those that can be read, and the seconds."""
-    decode_samples(split, samples[:1], fit, augment, samples[:1])  # the first also imports, and opens files
+    """Make samples for at most some seconds; return each readable sample's time by part, and the seconds in total."""
+    decode_samples(split, samples[:1], fit, augment, samples[:1])  # the first call also imports, and opens files
     costs, began = [], time.perf_counter()
     for some in np.split(samples, range(_RATE_UNIT, len(samples), _RATE_UNIT)):
-        _, outcome = decode_samples(split, some, fit, augment, some)  # each at a position: which is all the same
+        _, outcome = decode_samples(split, some, fit, augment, some)  # any positions will do
         costs.append(outcome.costs[[not reason for reason in outcome.reasons]])
         if time.perf_counter() - began > _RATE_SECONDS:
             break
@@ -302,7 +300,7 @@ def _make_for(
 
 
 def contact_sheet(images: UInt8s, names: Sequence[str | None], title: str, subtitle: str) -> Image.Image:
-    """Draw tiles with class names below, in rows of eight; None for a name: a sample that can't be read."""
+    """Draw tiles with class names below them, in rows of eight. A name of None: the sample can't be read."""
     tile, scaled = _scaling(images.shape[1])
     font_size = min(18, max(12, tile // 10))
     font, title_font = ImageFont.load_default(font_size), ImageFont.load_default(font_size + 4)
@@ -318,7 +316,7 @@ def contact_sheet(images: UInt8s, names: Sequence[str | None], title: str, subti
     for number, (pixels, name) in enumerate(zip(images, names, strict=True)):
         row, column = divmod(number, _COLUMNS)
         x, y = _MARGIN + column * step_x, top + row * step_y
-        draw.rectangle((x - 1, y - 1, x + tile, y + tile), _EMPTY)  # its edge stays, around images on white
+        draw.rectangle((x - 1, y - 1, x + tile, y + tile), _EMPTY)  # its border stays visible, around white images
         if name is not None:
             sheet.paste(scaled(_picture(pixels)), (x, y))
         text = _cut("unreadable" if name is None else name, tile, font)
@@ -327,9 +325,9 @@ def contact_sheet(images: UInt8s, names: Sequence[str | None], title: str, subti
 
 
 def _scaling(size: int) -> tuple[int, Callable[[Image.Image], Image.Image]]:
-    """Return the pixels of a tile, and how a picture of `size` pixels comes to it.
+    """Return the size of a tile in pixels, and a function that scales a picture of `size` pixels to it.
 
-    Whole pixels repeated if it is tiny.
+    Tiny pictures are enlarged by repeating whole pixels.
     """
     tile = size * -(-_MIN_TILE // size)
     if tile > _MAX_TILE:
@@ -338,7 +336,7 @@ def _scaling(size: int) -> tuple[int, Callable[[Image.Image], Image.Image]]:
 
 
 def _picture(pixels: UInt8s) -> Image.Image:
-    """Return a colour picture of any number of channels, without a second or fourth one, Pillow's alpha."""
+    """Return an RGB picture of pixels with any number of channels, without a second or fourth one: Pillow's alpha."""
     return Image.fromarray(pixels[..., 0] if pixels.shape[2] in (1, 2) else pixels[..., :3]).convert("RGB")
 
 

@@ -1,1 +1,1 @@
-"""Classes for any number of images."""
+"""Predictions for any number of images."""

@@ -1,8 +1,8 @@
-"""The model's answers to images, from its outputs to columns of a file, by `data.task`.
+"""Conversion of the model's outputs to columns of a file, by `data.task`.
 
-single_label  label, probability, label_2, ...: the surest classes and their softmax probabilities
-multi_label   labels, probabilities: the classes above their threshold and their sigmoid probabilities, sure ones first;
-              lists in parquet, and text with `;` between in CSV
+single_label  label, probability, label_2, ...: the most probable classes and their softmax probabilities
+multi_label   labels, probabilities: the classes above their threshold and their sigmoid probabilities, descending;
+              lists in parquet, text separated by `;` in CSV
 regression    a column for each target, in the units of the data
 """
 
@@ -30,7 +30,7 @@ AnswerColumns = Callable[[dict[str, Any], list[str], Bools], "dict[str, pa.Array
 
 
 class Plan(Protocol):
-    """The fields of a `PredictionPlan` that are read here."""
+    """The fields of a `PredictionPlan` that this module reads."""
 
     @property
     def format(self) -> str:
@@ -44,7 +44,7 @@ class Plan(Protocol):
 
 
 def answered(outputs: Tensor, info: DataInfo, top_k: int) -> tuple[Any, Any]:
-    """Return classes and numbers, [rows, top_k], of outputs [rows, num_classes], that the columns are made of."""
+    """Return classes and values, [rows, top_k], of outputs [rows, num_classes]; the columns are made of them."""
     import torch
 
     if info.task == SINGLE_LABEL:
@@ -54,7 +54,7 @@ def answered(outputs: Tensor, info: DataInfo, top_k: int) -> tuple[Any, Any]:
 
 
 def probabilities(outputs: Tensor, info: DataInfo) -> Tensor:
-    """Return each class's probability, or each target in its own unit, of outputs [rows, num_classes]."""
+    """Convert outputs [rows, num_classes] to the probability of each class, or to each target in its own unit."""
     import torch
 
     outputs = outputs.float()
@@ -64,7 +64,7 @@ def probabilities(outputs: Tensor, info: DataInfo) -> Tensor:
 
 
 def answers_of(plan: Plan, task: str) -> AnswerColumns:
-    """Return what makes the columns of a task."""
+    """Return the function that makes the columns of a task."""
     if task == MULTI_LABEL:
         assert plan.thresholds is not None, "made by ftexp.predict"
         return functools.partial(_sets, thresholds=np.array(plan.thresholds, np.float32), joins=plan.format == "csv")
@@ -72,7 +72,7 @@ def answers_of(plan: Plan, task: str) -> AnswerColumns:
 
 
 def surest_classes(batch: dict[str, Any], class_names: list[str], bad: Bools) -> dict[str, pa.Array]:
-    """Return columns of `classes` and `probabilities`, [rows, top_k], by descending probability."""
+    """Return the columns of `classes` and `probabilities`, [rows, top_k], by descending probability."""
     import pyarrow as pa
 
     names, columns = np.array(class_names, object), dict[str, "pa.Array"]()

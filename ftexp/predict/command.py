@@ -1,24 +1,24 @@
 """`python -m ftexp.predict run=<dir> [data=image_folder data.root=<dir>] [key=value ...]`: classes for many images.
 
-Any number of them, in files that hold path, label, probability, the next best, and error where an image can't be read.
-The same command resumes. Exit codes: 0 done, 1 failed, 2 the command was wrong, 75 ended by SIGTERM,
-130 interrupted.
+Writes files with path, label, probability, the next best classes, and an error if an image can't be read. The number of
+images is unlimited. The same command resumes. Exit codes: 0 done, 1 failed, 2 the command was wrong, 75 ended by
+SIGTERM, 130 interrupted.
 
 run         a run directory or URI
 checkpoint  best, latest, or a directory's name under checkpoints/ (default: best)
 weights     raw, or ema: their EMA, if the run has one (default: raw)
 tta         none, or hflip: the mean of the logits of each image and its mirror image (default: none)
 data, data.*  what to predict, as for training (image_folder, image_list, parquet, webdataset); without labels, too.
-            Without data=..., what the run was trained on. Size and normalisation are always the run's
-split       all, train, val or test (default: all where data=... reads files, else test)
+            Without data=..., the run's own data. Size and normalisation are always the run's
+split       all, train, val or test (default: all if data=... reads files, else test)
 out         a directory or URI (default: <run>/predictions/<name of the data>, with split, weights and tta if given)
-scaling, scaling.*  num_workers processes hold the model (auto: up to two, or one on each GPU); address joins a cluster
+scaling, scaling.*  num_workers: processes with the model (auto: up to two, or one per GPU); address joins a cluster
 predict.top_k       classes for each image (5, or as many as there are)
-predict.threshold   with data.task=multi_label: images get all classes of a higher probability; one number for all of
-            them, or a list of each class's (0.5)
+predict.threshold   with data.task=multi_label: images get all classes with a higher probability; one number for all
+            classes, or a list with one for each (0.5)
 predict.format      parquet or csv
-predict.part_rows   images in a file (1000); what is lost when the command is killed
-predict.batch_size  images that the model takes at once (64)
+predict.part_rows   images in a file (1000); unfinished files are lost when the command is killed
+predict.batch_size  images in a batch of the model (64)
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _SCALING = ("num_workers", "use_gpu", "resources_per_worker", "address", "hot_st
 _FOLLOWS = (*AS_TRAINED, "decode_size")
 _OF_TRAINING = ("feed", "shuffle_window", "prefetch_batches", "on_bad_sample")
 _SPLITTING = ("val_fraction", "test_fraction", "split_seed")
-_RUNS_DATA = "of_the_run"  # the option of group `data` that is the data of the run
+_RUNS_DATA = "of_the_run"  # option of group `data` for the run's own data
 _TOP_K = 5
 
 
@@ -58,7 +58,7 @@ class Settings:
     """Settings under `predict.`"""
 
     top_k: int | None = ranged(None, low=1)
-    threshold: Any = None  # threshold of data.task=multi_label: one for all classes, or one for each; None: 0.5
+    threshold: Any = None  # for data.task=multi_label: one for all classes, or one for each; None: 0.5
     batch_size: int = ranged(64, low=1)
     part_rows: int = ranged(1000, low=1)
     format: str = choice("parquet", ("parquet", "csv"))
@@ -66,7 +66,7 @@ class Settings:
 
 @dataclass(kw_only=True)
 class PredictConfig:
-    """Arguments of the command, besides data and scaling."""
+    """Arguments of the command, except data and scaling."""
 
     run: str = MISSING
     checkpoint: str = "best"
@@ -78,7 +78,7 @@ class PredictConfig:
 
 
 def main() -> None:
-    """Run the command; exits with 0, 1, 2, 75 or 130."""
+    """Run the command; exit with 0, 1, 2, 75 or 130."""
     words = with_run(command_words(__doc__))
     own = [word for word in words if _key(word) in _OWN or _key(word).partition(".")[0] == "predict"]
     rest = [word for word in words if word not in own]
@@ -105,13 +105,13 @@ def _key(word: str) -> str:
 
 
 def parse(words: list[str]) -> PredictConfig:
-    """Read the command's own key=value words; ConfigError names what is wrong."""
+    """Parse the command's own key=value words; ConfigError names what is wrong."""
     config: PredictConfig = read_command(PredictConfig, words, run="<run directory>")
     return config
 
 
 def refuse(words: list[str]) -> None:
-    """Raise ConfigError if one of the words sets what predicting doesn't read, or what the run has settled."""
+    """Raise ConfigError if one of the words sets a value that predicting doesn't read, or that the run determines."""
     for word in words:
         group, _, name = _key(word).partition(".")
         if word.startswith("-"):
@@ -130,7 +130,7 @@ def refuse(words: list[str]) -> None:
 
 
 def top_k(config: PredictConfig, run: SavedRun) -> int:
-    """Return how many classes to write for each image, or outputs to read; ConfigError if the model has fewer."""
+    """Return the number of classes to write for each image, or of outputs to read; ConfigError if there are fewer."""
     wanted, there, task = config.predict.top_k, run.info.num_classes, run.info.task
     if task != MULTI_LABEL and config.predict.threshold is not None:
         raise ConfigError(f"predict.threshold={config.predict.threshold}: the run's data.task is {task}; remove it")
@@ -145,15 +145,15 @@ def top_k(config: PredictConfig, run: SavedRun) -> int:
 
 
 def predict(composed: Config, own: PredictConfig, run: SavedRun, chosen: bool, words: list[str]) -> None:
-    """Predict what isn't predicted yet; `composed` holds the data and the scaling.
+    """Predict the images that have no predictions yet; `composed` has the data and the scaling.
 
-    chosen: whether the data are not those of the run. words: what was typed of data and scaling.
+    chosen: whether the data are not the run's own. words: the typed overrides of data and scaling.
 
     Raises:
-        ConfigError: something doesn't fit; nothing was predicted.
+        ConfigError: a setting doesn't fit; nothing was predicted.
         CheckpointError: the run has no such checkpoint, or it is corrupt.
-        DataError: the images can't be listed, or not one of them can be read.
-        StorageError: `out` can't be written, or is being written by another command.
+        DataError: the images can't be listed, or none of them can be read.
+        StorageError: `out` can't be written, or another process is writing it.
     """
     data = run.data_as_seen(dataclasses.replace(composed.data, feed=AUTO, shuffle_window=None, on_bad_sample="fail"))
     config = dataclasses.replace(

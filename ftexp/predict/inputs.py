@@ -1,4 +1,4 @@
-"""The images that predictions are made for, in a fixed order. They need no labels. Ray must be running."""
+"""The images to predict, in a fixed order. They need no labels. Ray must be running."""
 
 from __future__ import annotations
 
@@ -34,30 +34,30 @@ from ftexp.errors import DataError
 from ftexp.registry import Registry
 from ftexp.storage.directory import open_uri
 
-ALL = "all"  # all splits: every image there is, with a label or without
-_NONE = -1  # the label of an image whose class isn't known
-_BLOCKS_KEPT = 1  # a window of blocks, as BlockReader counts them: samples are read in the order of their files
+ALL = "all"  # all splits: every image, with or without a label
+_NONE = -1  # label of an image whose class is unknown
+_BLOCKS_KEPT = 1  # window of BlockReader's cache, in blocks: samples are read in the order of their files
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Samples 0 to len(split) - 1, as tasks read them; a label of -1 says that the class isn't known."""
+    """Samples 0 to len(split) - 1, as tasks read them; a label of -1 means that the class is unknown."""
 
     split: IndexedSplit
     label_names: list[str]
     digest: str  # digest of the images' paths and file sizes
     bad: list[BadSample] = field(default_factory=list)  # files with an unknown number of images
-    excluded: list[Excluded] = field(default_factory=list)  # entries that a rule keeps from being images
-    listing: str | None = None  # the digest of all splits together, as a run has it; None: not known
+    excluded: list[Excluded] = field(default_factory=list)  # entries that a rule excludes
+    listing: str | None = None  # digest of all splits together, as recorded by a run; None: unknown
 
 
 def find_inputs(config: DataConfig, split: str, class_names: list[str]) -> Inputs:
-    """Look for the images that `config` names; DataError if there is none.
+    """Find the images that `config` names; DataError if there are none.
 
     Args:
-        config: the data; samples that can't be read must be skipped, as it says.
-        split: train, val or test, as training would cut them; or all.
-        class_names: of the model. A directory of one of these names is the class of its images.
+        config: the data; must say that samples that can't be read are skipped.
+        split: train, val or test, split as in training; or all.
+        class_names: the model's class names. A directory with one of these names is the class of its images.
     """
     found = every_image.get(config.name)(config, class_names) if split == ALL else _one_split(config, split)
     if not len(found.split):
@@ -75,7 +75,7 @@ def _one_split(config: DataConfig, split: str) -> Inputs:
         files: Iterable[tuple[str, int]] = []
         if config.root is not None:
             filesystem, root = open_uri(config.root, "data.root")
-            infos = files_at(filesystem, root, config, Account())  # the source has accounted for the others
+            infos = files_at(filesystem, root, config, Account())  # the source has reported the others
             files = sorted((info.path.removeprefix(root), info.size) for info in infos)
         items, labels = own.table.get()
         digest = _digest(files, items.tobytes(), labels.tobytes())
@@ -99,13 +99,13 @@ def _arrays(dataset: Any) -> tuple[UInt8s, Labels]:
 
 @dataclass(frozen=True)
 class ArrayReader:
-    """Reads images that are in memory as a whole."""
+    """Reads images from an array in memory."""
 
     name: str
     images: Shared[UInt8s]
 
     def __call__(self, items: Int64s) -> Iterator[Raw]:
-        """Yield a number for a place, and how to get it."""
+        """Yield a name and a function that returns the image, for each item."""
         images = self.images.get()
         for item in items.tolist():
             yield f"{self.name}/{item}", functools.partial(images.__getitem__, item)
@@ -113,7 +113,7 @@ class ArrayReader:
 
 @every_image.register("image_folder")
 def _directory(config: DataConfig, class_names: list[str]) -> Inputs:
-    """Return every image file below data.root; in class directories, or not."""
+    """Return every image file below data.root, in class directories or not."""
     import pyarrow as pa
 
     filesystem, root = open_uri(config.root or "", "data.root")
@@ -177,7 +177,7 @@ def _webdataset(config: DataConfig, _: list[str]) -> Inputs:
 
 
 def _inputs(reader: Reader, labels: Sequence[Any], digest: str, account: Account | None = None) -> Inputs:
-    """Return inputs with labels as training takes them; None or "": no label."""
+    """Return inputs with numbered labels; None or "" means no label."""
     written = [None if label in (None, "") else str(label) for label in labels]
     names = sorted({label for label in written if label is not None})
     numbers: dict[str | None, int] = {None: _NONE, **{name: number for number, name in enumerate(names)}}
@@ -188,14 +188,14 @@ def _inputs(reader: Reader, labels: Sequence[Any], digest: str, account: Account
 
 
 def _as_labels(cells: Sequence[Any], config: DataConfig) -> list[str | int | None]:
-    """Return labels of a source of text, where training reads digits as numbers; or of several labels."""
+    """Return labels from text: digits as numbers, as in training; for other tasks, the cells' text."""
     if config.task != SINGLE_LABEL:
         return [cell_text(cell, config) for cell in cells]
     return [None if text is None else written_number(text, config) for text in cells]
 
 
 def _kept(split: IndexedSplit) -> IndexedSplit:
-    """Return the same, where neighbouring tasks share the blocks that they read."""
+    """Return the split with a cache of blocks if it is read in blocks."""
     if not isinstance(split.read, BlockReader):
         return split
     return IndexedSplit(split.num_samples, split.read.with_cache(_BLOCKS_KEPT), split.table, split.block_sizes)

@@ -1,11 +1,11 @@
-"""Predictions on their way to files: parts of fixed size, each written whole, and what they were made of and with.
+"""Files of predictions: parts of fixed size, each written atomically, and the plan that defines them.
 
     predictions.json             the plan: run, checkpoint, images, settings
-    bad.csv                      images that can't be read, once everything is done
+    bad.csv                      images that can't be read, written at the end
     parts/part_000000.parquet    samples 0 to part_rows - 1, and so on; or .csv
 
-Part k holds the samples [k * part_rows, (k + 1) * part_rows) whatever was interrupted, so what is missing follows from
-the names that are there.
+Part k holds the samples [k * part_rows, (k + 1) * part_rows), whatever was interrupted. So the existing files show
+which parts are missing.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ if TYPE_CHECKING:
 PLAN_FILE, BAD_FILE, PARTS = "predictions.json", "bad.csv", "parts"
 # keys of a plan that may change: a run may be moved, since the hash of its weights shows that they are the same
 _FREE = ("run",)
-# what plans don't say that were written before it could be chosen
+# values of fields that older plans don't have
 _DATA_OF_BEFORE = {
     **{"crop_pct": None, "crop_mode": "center", "interpolation": "bicubic"},
     **{"task": "single_label", "label_separator": ";", "target_columns": None},
     **{"decoder": "pillow", "exif_orientation": False, "background": None, "bit_depth": 16},
 }
-# what a message calls them
+# names of fields in messages
 _TITLES = {"weights_sha256": "the hash of the weights' file", "listing_sha256": "the SHA-256 of the listing"}
 
 
@@ -49,19 +49,19 @@ class PredictionPlan:
     run: str
     checkpoint: str
     weights: str  # raw, or ema
-    weights_sha256: str  # SHA-256 of the file that holds them; BLAKE3 in checkpoints of format 3
-    data: dict[str, Any]  # name, root and split, and how the images are seen
+    weights_sha256: str  # SHA-256 of the weights' file; BLAKE3 in checkpoints of format 3
+    data: dict[str, Any]  # name, root, split, and preparation of the images
     num_images: int
     listing_sha256: str  # SHA-256 of paths and file sizes
     top_k: int
     format: str
     part_rows: int
     tta: str = "none"  # or hflip: with mirror images
-    thresholds: list[float] | None = None  # thresholds of each class; None: the surest classes are written, or numbers
+    thresholds: list[float] | None = None  # threshold of each class, for multi_label; None for other tasks
 
     @property
     def num_parts(self) -> int:
-        """Return the number of files in all."""
+        """Return the total number of files."""
         return -(-self.num_images // self.part_rows)
 
     def samples(self, part: int) -> Int64s:
@@ -74,9 +74,9 @@ class PredictionPlan:
 
 
 def begin(out: Storage, plan: PredictionPlan) -> list[int]:
-    """Write the plan, or find it written; returns the parts that are missing.
+    """Write the plan, or check it against the one in the directory; return the missing parts.
 
-    ConfigError, with what differs, if the directory holds predictions that were planned otherwise.
+    ConfigError, with the differences, if the directory holds predictions of another plan.
     """
     parts = out.child(PARTS)
     written = set(parts.list_files())
@@ -88,7 +88,7 @@ def begin(out: Storage, plan: PredictionPlan) -> list[int]:
         out.write_bytes(PLAN_FILE, json.dumps(dataclasses.asdict(plan), indent=1).encode())
         return list(range(plan.num_parts))
     _require_same(before, plan, out)
-    parts.sweep()  # what was being written when something died
+    parts.sweep()  # remove files that a dead process left unfinished
     return [part for part in range(plan.num_parts) if plan.file(part) not in written]
 
 
@@ -113,13 +113,14 @@ def _require_same(before: dict[str, Any], plan: PredictionPlan, out: Storage) ->
 def part_table(
     batch: dict[str, Any], class_names: list[str], label_names: list[str], answers: AnswerColumns | None = None
 ) -> pa.Table:
-    """Return rows as they are written: path, what the model says, truth, error; null where there is nothing.
+    """Return the rows to write: path, the model's answers, truth, error; null for missing values.
 
-    batch: where, error ("": none), label (-1: not known), and what `answers` reads, by default `surest_classes`.
+    batch: where, error ("": none), label (-1: unknown), and the columns that `answers` reads.
+    answers: makes the columns of the model's answers; None: `surest_classes`.
     """
     import pyarrow as pa
 
-    errors = [" ".join(error.split()) or None for error in batch["error"].tolist()]  # a line each
+    errors = [" ".join(error.split()) or None for error in batch["error"].tolist()]  # in one line each
     bad = np.array([error is not None for error in errors])
     columns: dict[str, pa.Array] = {"path": pa.array(batch["where"].tolist(), pa.string())}
     columns |= (answers or surest_classes)(batch, class_names, bad)
@@ -129,7 +130,7 @@ def part_table(
 
 @dataclass(frozen=True)
 class WritePart:
-    """A map stage of Ray Data: all rows of one part -> its number, and how many of it are bad."""
+    """A map stage of Ray Data: all rows of one part -> the part's number, and the number of its bad rows."""
 
     plan: PredictionPlan
     out: Storage
@@ -138,7 +139,7 @@ class WritePart:
     task: str = SINGLE_LABEL
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, npt.NDArray[np.int64]]:
-        """Write the file, whole or not at all."""
+        """Write the file, atomically."""
         part = int(batch["sample"][0]) // self.plan.part_rows
         if not np.array_equal(batch["sample"], self.plan.samples(part)):
             raise RuntimeError(f"the pipeline returned rows of another part than {part}")
@@ -163,7 +164,7 @@ def encoded(table: pa.Table, kind: str) -> bytes:
 
 
 def collect_bad(plan: PredictionPlan, out: Storage, unlisted: list[BadSample]) -> list[BadSample]:
-    """Read back what can't be read, from every part and in their order, and write it to bad.csv if there is any.
+    """Collect the images that can't be read from all parts, in order, and write them to bad.csv if there are any.
 
     StorageError if a part is missing.
     """

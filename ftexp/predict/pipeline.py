@@ -1,4 +1,4 @@
-"""Images in, parts out: decoding on any node's CPUs, ahead of actors that hold the model, ahead of writing."""
+"""The pipeline from images to parts: tasks on any node's CPUs decode, actors with the model predict, tasks write."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from ftexp.predict.parts import PredictionPlan, WritePart
 from ftexp.predict.stopping import StopWhenAsked
 from ftexp.storage.directory import Storage
 
-_UNIT_ROWS, _UNIT_BYTES = 256, 32 * 2**20  # limits of what one task decodes; a smaller task costs more than it does
-_DATASET_UNITS = 4096  # units of one Ray Dataset, whose plan is made in advance
+_UNIT_ROWS, _UNIT_BYTES = 256, 32 * 2**20  # limits of one task's unit; a smaller task is mostly overhead
+_DATASET_UNITS = 4096  # units of one Ray Dataset, whose whole plan is created in advance
 _WRITERS = 2
-_IN_FLIGHT = 2  # units that an actor has: one that it works on, and the next
+_IN_FLIGHT = 2  # units per actor: the current one and the next
 _ROW_EXTRA_BYTES = 256  # path, sample number, label and error
 
 
 @dataclass(frozen=True)
 class DecodeNamed:
-    """A map stage of Ray Data: {"sample": [n]} -> image, label, where it is, and what is wrong with it."""
+    """A map stage of Ray Data: {"sample": [n]} -> image, label, location, and error."""
 
     split: IndexedSplit
     fit: Fit
@@ -48,7 +48,7 @@ class DecodeNamed:
 
 
 class Predict:
-    """An actor of a map stage: holds the model, and takes images away for what it says of each."""
+    """An actor of a map stage: holds the model, and replaces images by predictions."""
 
     def __init__(
         self,
@@ -76,7 +76,7 @@ class Predict:
         self._info, self._top_k, self._batch_size = run.info, top_k, batch_size
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Predict a unit; what can't be read keeps its row, with nothing in it."""
+        """Predict a unit; images that can't be read keep their rows, with zeros."""
         import torch
 
         images = batch.pop("image")
@@ -102,11 +102,11 @@ class PredictionJob:
     plan: PredictionPlan
     out: Storage
     workers: Workers
-    num_decoding: int  # tasks at a time, on a CPU each
+    num_decoding: int  # tasks at a time, each on one CPU
     batch_size: int
 
     def write(self, parts: list[int]) -> Iterator[tuple[int, int]]:
-        """Make these parts; yields the number of each, once it is written, with how many images in it are bad."""
+        """Write these parts; yield the number of each after it was written, and its number of bad images."""
         answer_bytes = 12 * self.plan.top_k
         row_bytes = self.run.info.image_size**2 * self.run.info.channels + answer_bytes + _ROW_EXTRA_BYTES
         max_rows = max(self.batch_size, min(_UNIT_ROWS, _UNIT_BYTES // row_bytes))
@@ -120,16 +120,16 @@ class PredictionJob:
 
     def _write_units(self, units: list[Int64s], row_bytes: int) -> Iterator[tuple[int, int]]:
         info, workers = self.run.info, self.workers
-        num_decoding = self.num_decoding + 1  # one waits, so that no CPU does
+        num_decoding = self.num_decoding + 1  # one extra task waits, so that no CPU is idle
         write = WritePart(self.plan, self.out, info.class_names, self.inputs.label_names, info.task)
         columns = [{"sample": unit} for unit in units]
         dataset = decoding(self.inputs.split, info, columns, num_decoding, DecodeNamed, workers.runtime_env)
         dataset.context.enable_progress_bars = False
         dataset.context.custom_execution_callback_classes = [StopWhenAsked]
         options = dataset.context.execution_options
-        options.preserve_order = True  # so that the rows of a part come together
+        options.preserve_order = True  # so that the rows of a part stay together
         unit_bytes = max(len(unit) for unit in units) * row_bytes
-        # what tasks are making, as much again that waits for an actor, and what actors have
+        # the output of running tasks, as much again that waits for an actor, and the actors' units
         store = (2 * num_decoding + (_IN_FLIGHT + 1) * workers.max_workers + 2) * unit_bytes
         options.resource_limits = options.resource_limits.copy(object_store_memory=store)
         written = dataset.map_batches(

@@ -1,4 +1,4 @@
-"""How far predictions have come: a bar on a terminal, a line every few seconds elsewhere."""
+"""Progress of predictions: a bar on a terminal, a line every few seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _LINE_EVERY_S = 10.0
 
 
 class ImageProgress:
-    """Counts images of this call. A context manager, within which `advance` is called."""
+    """Counts images of this invocation. A context manager; call `advance` inside it."""
 
     def __init__(self, console: Console, total: int) -> None:
         self._console, self._total, self._done = console, total, 0
@@ -46,12 +46,12 @@ class ImageProgress:
 
     @property
     def seconds(self) -> float:
-        """Since it began."""
+        """Seconds since the start."""
         return time.monotonic() - self._began
 
     @property
     def rate(self) -> float:
-        """Images per second, since it began."""
+        """Images per second, since the start."""
         return self._done / max(self.seconds, 1e-9)
 
     def __str__(self) -> str:

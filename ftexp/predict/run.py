@@ -1,4 +1,4 @@
-"""One call of `python -m ftexp.predict` once its config is good: Ray up, images found, predicted, Ray down."""
+"""One invocation of `python -m ftexp.predict` after validation: start Ray, find the images, predict, stop Ray."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import ray  # before a thread imports what imports it
+import ray  # before a thread imports a module that imports it
 
 from ftexp.checkpoint.manifest import Manifest, content_hash
 from ftexp.checkpoint.reading import read_weights
@@ -37,15 +37,15 @@ if TYPE_CHECKING:
 
 _MAX_BAD_SHOWN = 10
 _COLUMNS = ("image_column", "label_column", "label_separator", "target_columns")
-_SPLITTING = ("val_fraction", "test_fraction", "split_seed")  # data fields that decide which image is in which split
-_FILE_OF = {"raw": "model.pt", "ema": "extra_state.pt"}  # that holds the weights
+_SPLITTING = ("val_fraction", "test_fraction", "split_seed")  # data fields that assign images to splits
+_FILE_OF = {"raw": "model.pt", "ema": "extra_state.pt"}  # file that holds the weights
 
 
 @dataclass(frozen=True)
 class Request:
     """A prediction: its data, its model and its output."""
 
-    config: Config  # config of the data as the model sees it, the model, the scaling
+    config: Config  # data as the model sees it, model, scaling
     run: SavedRun
     manifest: Manifest  # manifest of the checkpoint
     weights: str  # raw, or ema
@@ -56,11 +56,11 @@ class Request:
     batch_size: int
     part_rows: int
     format: str
-    is_runs_own: bool  # the data that the run was trained on, cut into the same splits
-    thresholds: list[float] | None = None  # thresholds of each class, where an image may have any number of them
+    is_runs_own: bool  # whether it is the run's own data, in the same splits
+    thresholds: list[float] | None = None  # threshold of each class, for multi_label
 
     def plan(self, inputs: Inputs) -> PredictionPlan:
-        """Return the plan to write, by which the command resumes."""
+        """Return the plan to write, from which the command resumes."""
         data = self.config.data
         fields = [*AS_TRAINED, *_COLUMNS, *([] if self.split == "all" else _SPLITTING)]
         root = Storage.at(data.root).uri if data.root is not None else None
@@ -82,12 +82,12 @@ class Request:
 
 
 def run_session(request: Request, workers: Workers) -> None:
-    """Predict what isn't predicted yet, and print what there is.
+    """Predict the images that have no predictions yet, and print a summary.
 
     Raises:
-        ConfigError: the directory holds predictions of something else, or the cluster lacks something.
-        DataError: the images can't be listed, or not one of them can be read.
-        KeyboardInterrupt: Ctrl-C or SIGTERM came. What is written stays.
+        ConfigError: the directory holds predictions of another plan, or the cluster lacks resources.
+        DataError: the images can't be listed, or none of them can be read.
+        KeyboardInterrupt: Ctrl-C or SIGTERM was received. Finished parts stay.
     """
     config = request.config
     lease = Lease.take(request.out, key="out")
@@ -146,7 +146,7 @@ def _predict(request: Request, workers: Workers) -> None:
 
 
 def _as_array(weights: dict[str, Tensor]) -> Any:
-    """Return a state dict as bytes that Ray's object store hands out without a copy."""
+    """Return a state dict as bytes that Ray's object store can return without a copy."""
     import io
 
     import numpy as np
@@ -159,9 +159,9 @@ def _as_array(weights: dict[str, Tensor]) -> Any:
 
 
 def _placed(config: Config, workers: Workers) -> tuple[Workers, int]:
-    """Return the workers as they are started on this cluster, and the number of CPUs that decode.
+    """Return the workers to start on this cluster, and the number of CPUs that decode.
 
-    ConfigError if none.
+    ConfigError if the cluster lacks resources for either.
     """
     if lacking := lacking_resources(workers):
         raise ConfigError(f"{lacking}: use fewer workers, or set scaling.resources_per_worker")

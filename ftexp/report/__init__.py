@@ -1,1 +1,1 @@
-"""Report of a run: one self-contained HTML file, and its charts as PNG."""
+"""Reports of runs and sweeps: one self-contained HTML file each, and its charts as PNG."""

@@ -1,7 +1,7 @@
-"""`python -m ftexp.report <run directory or URI> [--out FILE]`: one HTML file that shows what a run, or a sweep, did.
+"""`python -m ftexp.report <run directory or URI> [--out FILE]`: write one HTML file about a run or a sweep.
 
-Written into its directory as report.html, with its charts as PNG in charts/, or to FILE, with charts/ next to it.
-A run writes its report by itself when it ends, unless report.enabled=false.
+It is written into the directory as report.html, with its charts as PNG in charts/; or to FILE, with charts/ next to it.
+A run writes its report itself when it ends, unless report.enabled=false.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ftexp.storage.directory import Storage
 
 
 def main() -> None:
-    """Run the command; exits with 0, or 2 if there is neither."""
+    """Run the command; exit with 0, with 1 if the report can't be written, with 2 if there is no run or sweep."""
     prepare_streams()
     parser = argparse.ArgumentParser(prog="python -m ftexp.report", description=__doc__.partition("\n\n")[0])
     parser.add_argument("run", type=as_value, help="the directory of a run or a sweep, or its URI")

@@ -14,18 +14,18 @@ from ftexp.report.timeline import PHASES, TRAINING, Timeline, saves
 
 _WIDTH, _HEIGHT = 480.0, 250.0
 LEFT, _RIGHT, _TOP, _BOTTOM = 54.0, 10.0, 30.0, 34.0
-_HOVERS = 120  # places of a chart that show their numbers
-_NEAR = 5.0  # pixels within which marks are one
-LETTER = 6.8  # pixels of a letter of a label in a wide font, about
-_ROW = 14.0  # pixels from a row of labels to the next
-_LOG_FROM = 30.0  # ratio of the largest to the smallest value
-_MAX_TITLES = 3  # titles of marks drawn as one
-_MAX_LINES = 30  # through a chart; more would hide it, and leave their marks above it
+_HOVERS = 120  # tooltips along a curve
+_NEAR = 5.0  # pixels; marks that are closer are merged
+LETTER = 6.8  # pixels; approximate width of a label's letter, in a wide font
+_ROW = 14.0  # pixels between rows of labels
+_LOG_FROM = 30.0  # ratio of the largest to the smallest value from which the axis is logarithmic
+_MAX_TITLES = 3  # titles that merged marks show
+_MAX_LINES = 30  # vertical lines through a chart; more would hide it, so then only the marks above it are drawn
 
 
 @dataclass(frozen=True)
 class Mark:
-    """Something that happened."""
+    """An event on the x axis."""
 
     at: float
     title: str
@@ -38,7 +38,7 @@ def line_chart(
     faults: Sequence[Mark] = (),
     from_zero: bool = False,
 ) -> Drawing:
-    """Draw curves by step. `attempts`: the steps at which one gave way to the next; `faults` are marked."""
+    """Draw curves by step. `attempts`: steps at which a new attempt started; `faults`: events to mark."""
     series = [one for one in series if one.points]
     drawing = Drawing(title, _WIDTH, _HEIGHT)
     values = [y for one in series for y in one.values]
@@ -58,18 +58,18 @@ def line_chart(
 
 
 class Plot:
-    """Draws into the frame of a line chart; `x_name` is what it goes by."""
+    """Draws into the frame of a line chart. `x_name`: name of the x axis."""
 
     def __init__(self, drawing: Drawing, x_axis: Axis, y_axis: Axis, x_name: str = "step") -> None:
         self._drawing, self._x_axis, self._y_axis, self._x_name = drawing, x_axis, y_axis, x_name
         self._right, self._bottom = drawing.width - _RIGHT, drawing.height - _BOTTOM
 
     def x(self, value: float) -> float:
-        """Return the x of a step."""
+        """Return the x coordinate of a step."""
         return LEFT + self._x_axis.at(value) * (self._right - LEFT)
 
     def y(self, value: float) -> float:
-        """Return the y of a value."""
+        """Return the y coordinate of a value."""
         return self._bottom - self._y_axis.at(value) * (self._bottom - _TOP)
 
     def shade(self, attempts: Sequence[float]) -> None:
@@ -81,7 +81,7 @@ class Plot:
             self._drawing.add(Box(begin, _TOP, max(end - begin, 0.5), self._bottom - _TOP, "shade"))
 
     def grid(self, note: str, x_marks: Sequence[tuple[float, str]] = ()) -> None:
-        """Draw the axes and their labels. `x_marks`: (value, its text); whole round numbers if there are none."""
+        """Draw the axes and their labels. `x_marks`: (value, text); round integers if there are none."""
         for value in self._y_axis.ticks():
             y = self.y(value)
             self._drawing.add(Line([(LEFT, y), (self._right, y)], "grid"))
@@ -93,8 +93,8 @@ class Plot:
         self._drawing.add(Label(self._right, 14, note, anchor="end"))
 
     def _mark_x(self, marks: Sequence[tuple[float, str]]) -> int:
-        """Draw ticks with texts, in as many rows as needed; returns how many."""
-        ends: list[float] = []  # ends of each row: where its last text ends
+        """Draw ticks with texts, in as many rows as needed; return the number of rows."""
+        ends: list[float] = []  # x at which the last text of each row ends
         for value, text in marks:
             x, half = self.x(value), LETTER * len(text) / 2
             middle = min(x, self._drawing.width - half)
@@ -105,7 +105,7 @@ class Plot:
         return len(ends)
 
     def curve(self, series: Series) -> None:
-        """Draw the mean of each bucket as a line, and a fainter one between its extremes."""
+        """Draw a line through the buckets' means, and a fainter one through their extremes."""
         buckets = series.buckets()
         if any(bucket.low < bucket.high for bucket in buckets):
             extremes = [(self.x(bucket.x), self.y(y)) for bucket in buckets for y in (bucket.low, bucket.high)]
@@ -116,7 +116,7 @@ class Plot:
         self._drawing.add(Line(points, series.role, 1.6))
 
     def faults(self, faults: Sequence[Mark]) -> None:
-        """Draw a line through the chart for each, or for those that are too close together."""
+        """Draw a vertical line for each fault; faults that are close together share one."""
         merged = _merged(faults, self.x)
         for x, title in merged:
             if len(merged) <= _MAX_LINES:
@@ -136,7 +136,7 @@ class Plot:
 
 
 def _merged(marks: Sequence[Mark], place: Callable[[float], float]) -> list[tuple[float, str]]:
-    """Return (x, title) of marks, those that are near each other together."""
+    """Return (x, title) of marks, with nearby marks merged."""
     groups: list[tuple[float, list[str]]] = []
     for mark in sorted(marks, key=lambda mark: mark.at):
         x = place(mark.at)
@@ -156,7 +156,7 @@ def _triangle(x: float, y: float) -> list[Point]:
 
 
 def legend(drawing: Drawing, entries: Sequence[tuple[str, str]], x: float, y: float = 14) -> float:
-    """Draw swatches with names, in as many lines as needed; returns the y of the last."""
+    """Draw swatches with names, in as many lines as needed; return the y of the last line."""
     begin = x
     for name, role in entries:
         width = 22 + LETTER * len(name)
@@ -168,7 +168,7 @@ def legend(drawing: Drawing, entries: Sequence[tuple[str, str]], x: float, y: fl
 
 
 def timeline_chart(run: RunFiles, timeline: Timeline, width: float) -> Drawing:
-    """Return a strip of what each second went to, the checkpoints below it, failures above."""
+    """Draw the phase of each second as a strip, with checkpoints below it and failures above."""
     drawing = Drawing("Timeline", width, 0)
     sums = timeline.seconds_by_phase()
     used = [(phase, phase) for phase in PHASES if sums[phase]]
@@ -197,7 +197,7 @@ def timeline_chart(run: RunFiles, timeline: Timeline, width: float) -> Drawing:
 
 
 def _strips(found: Sequence[tuple[float, float, str, float]]) -> list[tuple[float, float, str, str]]:
-    """Return (x, right, role, title): each at least a pixel wide, and those of less that touch together."""
+    """Return (x, right, role, title), each at least a pixel wide; touching ones of less than two pixels are merged."""
     strips: list[tuple[float, float, str, list[tuple[str, float]]]] = []
     for x, right, role, seconds in found:
         right = max(right, x + 1)
@@ -209,7 +209,7 @@ def _strips(found: Sequence[tuple[float, float, str, float]]) -> list[tuple[floa
 
 
 def _summary(inside: list[tuple[str, float]]) -> tuple[str, str]:
-    """Return the role that took most, and a title."""
+    """Return the role that took most of the time, and a title."""
     total = sum(seconds for _, seconds in inside)
     role = max(inside, key=lambda one: one[1])[0]
     name = role if len(inside) == 1 else f"{len(inside)} stretches, most of it {role}"

@@ -9,12 +9,12 @@ from ftexp.report.series import short
 from ftexp.report.text import cut
 
 _SIDE, _MAX_CELL, _MIN_CELL = 400.0, 34.0, 5.0  # pixels
-_MAX_NAMED = 30  # classes whose names find room
+_MAX_NAMED = 30  # largest number of classes for which names fit
 _LETTER, _TOP = 6.0, 24.0
 
 
 def confusion_chart(names: Sequence[str], confusion: Sequence[Sequence[int]]) -> Drawing:
-    """Draw labels down, predictions across; right ones in one colour, wrong ones in another."""
+    """Draw labels as rows, predictions as columns; correct ones in one colour, wrong ones in another."""
     cell = max(_MIN_CELL, min(_MAX_CELL, _SIDE / len(names)))
     shown = [cut(name, 12) for name in names] if len(names) <= _MAX_NAMED else []
     widest = max(map(len, shown), default=0) * _LETTER

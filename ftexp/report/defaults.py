@@ -1,4 +1,4 @@
-"""Where a run's config differs from the defaults."""
+"""Differences between a run's config and the defaults."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ABSENT = "—"
 
 
 def config_differences(config: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Return (key, value, default) of every key whose value isn't the default's."""
+    """Return (key, value, default) of every key whose value differs from the default."""
     own, usual = dict(flat(config, "")), _defaults()
     return [
         (key, own.get(key, ABSENT), usual.get(key, ABSENT))
@@ -28,7 +28,7 @@ def config_differences(config: dict[str, Any]) -> list[tuple[str, Any, Any]]:
 
 @functools.cache
 def _defaults() -> dict[str, Any]:
-    state = Singleton.get_state()  # state of the command that this is called in, if Hydra runs it
+    state = Singleton.get_state()  # Hydra's state in the calling command, if it has one
     try:
         GlobalHydra.instance().clear()
         with initialize_config_dir(str(config_dir()), version_base="1.3"):

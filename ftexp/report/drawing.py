@@ -1,6 +1,6 @@
-"""A chart as a list of shapes, in pixels, and as SVG.
+"""A chart as a list of shapes, in pixels, and its conversion to SVG.
 
-Colours are roles: the page, or the PNG, says what they look like.
+Colours are roles: the page or the PNG defines how they look.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Line:
     width: float = 1.0
     dashed: bool = False
     opacity: float = 1.0
-    title: str | None = None  # shown when the mouse is over it, as with the other shapes
+    title: str | None = None  # tooltip, as for the other shapes
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Area:
 
 @dataclass(frozen=True)
 class Box:
-    """A filled rectangle. The role "none" is seen by the mouse only."""
+    """A filled rectangle. With the role "none", it is invisible but has a tooltip."""
 
     x: float
     y: float
@@ -84,12 +84,12 @@ class Drawing:
     shapes: list[Shape] = field(default_factory=list)
 
     def add(self, *shapes: Shape) -> None:
-        """Draw over what is there."""
+        """Add shapes on top of the others."""
         self.shapes.extend(shapes)
 
 
 def svg(drawing: Drawing) -> Markup:
-    """Return the drawing inline, as wide as its place."""
+    """Return the drawing as inline SVG, as wide as its container."""
     box = f'viewBox="0 0 {drawing.width:g} {drawing.height:g}" role="img"'
     return Markup(f"<svg {box}>{_title(drawing.title)}{''.join(map(_as_svg, drawing.shapes))}</svg>")
 

@@ -1,4 +1,4 @@
-"""The page of a run: its charts, and what its template shows."""
+"""The page of a run: its charts, and the values of its template."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from ftexp.report.source import RunFiles
 from ftexp.report.text import cut
 from ftexp.report.timeline import PHASES, build_timeline
 
-_WIDE, _NARROW = 1000.0, 360.0  # pixels of the timeline; which one is seen depends on the screen
-_MAX_CELLS = 100  # classes of a confusion matrix that is drawn
+_WIDE, _NARROW = 1000.0, 360.0  # pixels; widths of the timeline, of which the screen shows one
+_MAX_CELLS = 100  # largest number of classes for which a confusion matrix is drawn
 
 
 class Report:
-    """A run, drawn. `charts` are by the name of their PNG."""
+    """The report of a run. `charts`: {name of the PNG: drawing}."""
 
     def __init__(self, run: RunFiles) -> None:
         self.run, self._state = run, run.state
         self._timeline = build_timeline(run)
         self._rates = throughput(run, self._timeline)
         metrics = run.config.get("train", {}).get("metrics") or []
-        # a chart's file is called what the metric is
+        # a chart's file is named after its metric
         self._metrics = (*ALWAYS_LOGGED, *(name for name in metrics if str(name).isidentifier()))
         self.charts = dict(self._charts())
 
@@ -66,7 +66,7 @@ class Report:
             yield "confusion", confusion_chart([row["class"] for row in found["classes"]], found["confusion"])
 
     def html(self) -> str:
-        """Return the whole file."""
+        """Return the whole HTML file."""
         run, state, timeline = self.run, self._state, self._timeline
         curves = (*self._metrics, "throughput", "step_time", "rank_time", "learning_rate")
         test = run.evaluation
@@ -134,6 +134,6 @@ class Report:
 
 
 _ROLES = ("val", "train", "restoring", "test", "replaying", "restarting")
-_SECTIONS = dict(zip((*SECTIONS, TEACHER), _ROLES, strict=True))  # their colours
+_SECTIONS = dict(zip((*SECTIONS, TEACHER), _ROLES, strict=True))  # section -> role, which gives its colour
 _RANKS = (("max", "slowest", "fault"), ("median", "median", "val"), ("min", "fastest", "test"))
 _STATUS = {"finished": "good", "failed": "bad", "interrupted": "paused", "running": "paused"}

@@ -1,4 +1,4 @@
-"""Colours by role, on light and on dark ground."""
+"""Colours by role, on light and on dark background."""
 
 LIGHT = {
     "paper": "#ffffff",

@@ -1,4 +1,4 @@
-"""Drawings as PNG, for where no HTML goes. Drawn larger and scaled down, since Pillow's edges are hard."""
+"""Drawings as PNG, for places without HTML. Drawn larger and scaled down, since Pillow does not smooth edges."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from PIL import Image, ImageDraw, ImageFont
 from ftexp.report.drawing import Area, Box, Dot, Drawing, Label, Line, Point, Shape
 from ftexp.report.palette import LIGHT
 
-_SCALE, _OVER = 2, 2  # pixels of the picture for one of the drawing; drawn so many times larger still
+_SCALE, _OVER = 2, 2  # pixels of the picture per pixel of the drawing; oversampling factor
 _ANCHORS = {"start": "ls", "middle": "ms", "end": "rs"}
 _MARGIN, _DASH = 10, 3
 
 
 def png(*drawings: Drawing, title: str = "") -> bytes:
-    """Return the drawings on white, side by side, each with its title above, and one above them all."""
+    """Return the drawings on white, side by side, each below its own title, all below `title`."""
     scale, top = _SCALE * _OVER, _MARGIN * (6 if title else 3)
     width, height = sum(_outer_width(one) for one in drawings), top + _MARGIN + max(one.height for one in drawings)
     picture = Image.new("RGB", (round(width) * scale, round(height) * scale), LIGHT["paper"])
@@ -32,7 +32,7 @@ def png(*drawings: Drawing, title: str = "") -> bytes:
             pen.draw(shape)
         left += _outer_width(drawing)
     stream = io.BytesIO()
-    few = picture.reduce(_OVER).quantize(64, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)  # much the fastest
+    few = picture.reduce(_OVER).quantize(64, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)  # the fastest
     few.save(stream, "png")
     return stream.getvalue()
 
@@ -90,7 +90,7 @@ class _Pen:
 
 
 def _dashes(points: Sequence[Point]) -> list[list[Point]]:
-    """Return the pieces of a polyline, with dashes and gaps continued around its corners."""
+    """Return the dashes of a polyline; dashes and gaps continue around its corners."""
     dashes, walked = [], 0.0
     for (x, y), (to_x, to_y) in pairwise(points):
         length = max(math.hypot(to_x - x, to_y - y), 1e-9)

@@ -15,7 +15,7 @@ from ftexp.report.text import cut, decimals, digits, plain
 
 
 def render(template: str, **values: Any) -> str:
-    """Return a whole file."""
+    """Return a whole HTML file."""
     now = time.strftime("%Y-%m-%d %H:%M:%S")
     return plain(_TEMPLATES.get_template(template).render(values, light=LIGHT, dark=DARK, now=now))
 

@@ -1,4 +1,4 @@
-"""Numbers for charts: curves thinned out so that spikes survive, and axes with round numbers."""
+"""Numbers for charts: curves downsampled so that spikes survive, and axes with round numbers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MAX_BUCKETS = 400  # buckets of a curve: about as many as a chart has pixels
 
 @dataclass(frozen=True)
 class Bucket:
-    """Neighbouring points of a curve in one."""
+    """Neighbouring points of a curve, combined."""
 
     x: float
     low: float
@@ -36,11 +36,11 @@ class Series:
 
     @property
     def values(self) -> list[float]:
-        """Its ys."""
+        """The y values."""
         return [y for _, y in self.points]
 
     def buckets(self, max_buckets: int = MAX_BUCKETS) -> list[Bucket]:
-        """Return at most so many buckets, each with its extremes; one for each point if there are fewer."""
+        """Return at most `max_buckets` buckets, each with its extremes; one for each point if there are fewer."""
         if len(self.points) <= max_buckets:
             return [Bucket(x, y, y, y) for x, y in self.points]
         first, last = self.points[0][0], self.points[-1][0]
@@ -62,7 +62,7 @@ def curve(run: RunFiles, split: str, key: str, name: str, role: str) -> Series:
 
 
 def throughput(run: RunFiles, timeline: Timeline) -> list[tuple[float, float]]:
-    """Return (step, images/s) between logged points with no start and, if possible, no evaluation between them."""
+    """Return (step, images/s) between logged points without a start and, if possible, an evaluation between them."""
     size = run.config.get("train", {}).get("global_batch_size")
     if not isinstance(size, int):
         return []
@@ -86,7 +86,7 @@ def _any_between(times: list[float], first: float, last: float) -> bool:
 
 @dataclass(frozen=True)
 class Axis:
-    """Maps values to [0, 1], and has round numbers to mark."""
+    """Maps values to [0, 1], and has round numbers as ticks."""
 
     low: float
     high: float
@@ -94,7 +94,7 @@ class Axis:
 
     @classmethod
     def over(cls, values: Sequence[float], log: bool = False, from_zero: bool = False) -> Axis:
-        """Return an axis that holds all of them, with a little room."""
+        """Return an axis that contains all values, with a small margin."""
         low, high = min(values, default=0.0), max(values, default=1.0)
         if log and low > 0:
             return cls(low / 1.1, high * 1.1, True)
@@ -103,13 +103,13 @@ class Axis:
         return cls(low if from_zero else low - room, high + room)
 
     def at(self, value: float) -> float:
-        """Return the place of a value: 0 is the low end."""
+        """Return the position of a value: 0 at the low end, 1 at the high end."""
         if self.log:
             return math.log(max(value, self.low) / self.low) / math.log(self.high / self.low)
         return (value - self.low) / (self.high - self.low)
 
     def ticks(self, max_ticks: int = 6) -> list[float]:
-        """Return round numbers on it, at most about so many."""
+        """Return round numbers on the axis, at most about `max_ticks`."""
         if self.log:
             powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
             for digits in ((1, 2, 5), (1, 3), (1,)):
@@ -124,7 +124,7 @@ class Axis:
 
 
 def round_step(minimum: float) -> float:
-    """Return the smallest of 1, 2, 5, 10, ... times a power of ten that isn't below `least`."""
+    """Return the smallest of 1, 2, 5, 10, ... times a power of ten that isn't below `minimum`."""
     power = 10.0 ** math.floor(math.log10(minimum))
     return next(digit * power for digit in (1, 2, 5, 10) if digit * power >= minimum * 0.999)
 

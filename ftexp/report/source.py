@@ -23,7 +23,7 @@ from ftexp.rundir.names import (
 from ftexp.storage.append_log import read_lines
 from ftexp.storage.directory import Storage
 
-_SPLITS = ("test", "val", "train")  # splits of which an evaluation is shown, the first that there is
+_SPLITS = ("test", "val", "train")  # the first split that has an evaluation is shown
 
 Record = dict[str, Any]
 
@@ -39,7 +39,7 @@ class RunFiles:
     config_text: str
     overrides: list[str]
     evaluation: Record | None  # evaluation_<split>.json
-    kept: frozenset[str]  # checkpoints that are there now
+    kept: frozenset[str]  # checkpoints that exist now
 
     @cached_property
     def config(self) -> Record:
@@ -102,5 +102,5 @@ def _directories(storage: Storage) -> list[str]:
     path = storage.local_path
     if path is None:
         return storage.list_directories()
-    # without pyarrow, which takes longer to import than the rest of a report takes
+    # without pyarrow, whose import takes longer than the rest of a report
     return [entry.name for entry in path.iterdir() if entry.is_dir()] if path.is_dir() else []

@@ -1,4 +1,4 @@
-"""The charts of a sweep: every trial as a line over the swept keys, and the learning curves laid over each other."""
+"""The charts of a sweep: every trial as a line over the swept keys, and all learning curves in one chart."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from ftexp.rundir.ranking import has_place
 from ftexp.rundir.sweep_record import Reached, SweepRecord, curve
 from ftexp.storage.directory import Storage
 
-_TOP, _BOTTOM, _SIDE = 52.0, 24.0, 46.0  # around the axes of the wide chart
+_TOP, _BOTTOM, _SIDE = 52.0, 24.0, 46.0  # margins around the axes of the wide chart
 _HEIGHT = 300.0
-_ROW, _FIRST_ROW, _ROW_SIDE = 62.0, 44.0, 14.0  # the narrow one, whose axes lie below each other
+_ROW, _FIRST_ROW, _ROW_SIDE = 62.0, 44.0, 14.0  # for the narrow chart, whose axes are stacked
 _LOG_SPAN = 8.0  # numbers that span more than this factor get a logarithmic axis
-_MAX_PLACES = 12  # places of values that are words: names of more would run into each other
+_MAX_PLACES = 12  # labels of values that are words: more would overlap
 _BEST, _OTHER, _OPEN = "val", "train", "faint"
 _FAINTEST, _STRONGEST = 0.18, 0.85
 _CURVE_HEIGHT = 300.0
 _NARROW, PANEL = 360.0, 420.0
 _INSET = 0.07  # margin at both ends of a panel without trials, as a share of its width
 _NAME_LETTERS, _TITLE_LETTERS = 14, 55
-_LETTER = 6.6  # pixels of a letter of a label, at most
-_FEW = 6  # numbers that are marked themselves, where others get round ones
+_LETTER = 6.6  # pixels; largest width of a label's letter
+_FEW = 6  # up to so many numbers, each one is a tick; with more, ticks are round numbers
 
 
 @dataclass(frozen=True)
 class TrialLine:
-    """A trial as a chart shows it."""
+    """A trial, as charts show it."""
 
     name: str
     values: dict[str, str]  # values of the swept keys
-    score: float | None  # None: it has not come to one
+    score: float | None  # None: no value yet
     finished: bool
     place: int  # 0: the best
 
@@ -46,7 +46,7 @@ class TrialLine:
 
 
 def trial_lines(record: SweepRecord, ordered: Sequence[Reached], keys: Sequence[str]) -> list[TrialLine]:
-    """Return the trials as charts show them; `ordered`: the best first."""
+    """Return the trials as charts show them. `ordered`: best first."""
     return [
         TrialLine(
             each.trial.name,
@@ -60,23 +60,23 @@ def trial_lines(record: SweepRecord, ordered: Sequence[Reached], keys: Sequence[
 
 
 def learning_curve(directory: Storage, record: SweepRecord, each: Reached) -> list[Point]:
-    """Return (epoch, metric) of a trial."""
+    """Return the (epoch, metric) points of a trial."""
     return [(float(epoch), value) for epoch, value in curve(directory, each.trial, record.metric)]
 
 
 @dataclass(frozen=True)
 class _Scale:
-    """One axis: where each value lies in 0..1, and what is written next to it."""
+    """One axis: the position of each value, in 0..1, and its ticks."""
 
     name: str
-    at: dict[str, float]  # text of a value -> its place
+    at: dict[str, float]  # text of a value -> its position
     marks: list[tuple[float, str]]
 
 
 def parallel_chart(trials: Sequence[TrialLine], keys: Sequence[str], metric: str, wide: float | None) -> Drawing:
-    """Return a line for each trial, from axis to axis; the last axis is the metric.
+    """Draw a line for each trial, from axis to axis; the last axis is the metric.
 
-    wide: the chart's width, with axes side by side; None: for a telephone, axes below each other.
+    wide: the chart's width, with axes side by side; None: for a phone, with stacked axes.
     """
     scored = [trial for trial in trials if trial.score is not None]
     scales = [_scale(key, [trial.values.get(key, "") for trial in scored]) for key in keys]
@@ -97,20 +97,20 @@ def parallel_chart(trials: Sequence[TrialLine], keys: Sequence[str], metric: str
                 trial.tooltip(metric),
             )
         )  # fmt: skip
-    for number, scale in enumerate(scales):  # over the lines, so that it can be read
+    for number, scale in enumerate(scales):  # on top of the lines, so that it is readable
         (_upright_axis if upright else _flat_axis)(drawing, scale, number, len(scales))
     return drawing
 
 
 def _strength(trial: TrialLine, number: int) -> float:
-    """Return the better, the stronger."""
+    """Return the opacity of a trial's line: the better the trial, the stronger."""
     if trial.place == 0 or not trial.finished:
         return 1.0
     return _STRONGEST - (_STRONGEST - _FAINTEST) * trial.place / max(number, 1)
 
 
 def _scale(name: str, texts: Sequence[str]) -> _Scale:
-    """Return a scale: numbers to scale, on a logarithmic axis if they span much; anything else a place each."""
+    """Return a scale: for numbers, linear, or logarithmic if they span much; otherwise one place per text."""
     distinct = list(dict.fromkeys(texts))
     numbers = {text: number for text in distinct if (number := _number(text)) is not None}
     if len(numbers) < len(distinct) or not numbers:
@@ -182,7 +182,7 @@ def _label(drawing: Drawing, x: float, y: float, text: str, anchor: str, role: s
 
 
 def values_chart(trials: Sequence[TrialLine], key: str, metric: str) -> Drawing:
-    """Return the metric of finished trials against a swept key, the best trial over the others."""
+    """Draw the metric of finished trials against a swept key, the best trial on top of the others."""
     done = [(trial, trial.score) for trial in trials if trial.finished and trial.score is not None]
     drawing = Drawing(cut(f"{metric} by {key}", _TITLE_LETTERS), PANEL, _CURVE_HEIGHT)
     scale = _scale(key, [trial.values.get(key, "") for trial, _ in done])
@@ -200,7 +200,7 @@ def values_chart(trials: Sequence[TrialLine], key: str, metric: str) -> Drawing:
 def curves_chart(
     metric: str, curves: Sequence[tuple[TrialLine, list[tuple[float, float]]]], wide: float | None
 ) -> Drawing:
-    """Return the metric by epoch, the best trial over the others; what hasn't finished is dashed. `wide`: as above."""
+    """Draw the metric by epoch, the best trial on top; unfinished trials are dashed. `wide`: as for parallel_chart."""
     drawing = Drawing(f"{metric} by epoch", wide or _NARROW, _CURVE_HEIGHT)
     finite = [(trial, [(x, y) for x, y in points if math.isfinite(y)]) for trial, points in curves]
     drawn = [(trial, Series(trial.name, _OTHER, points)) for trial, points in finite if points]

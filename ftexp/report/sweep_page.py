@@ -1,4 +1,4 @@
-"""The page of a sweep: its charts, and what its template shows."""
+"""The page of a sweep: its charts, and the values of its template."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from ftexp.rundir.sweep_record import Reached, look
 from ftexp.storage.directory import Storage
 
 _WIDE = 1000.0
-_MAX_LINES = 300  # lines of a chart: the best, since more would be a surface
+_MAX_LINES = 300  # trials in a chart, the best ones: more lines would be a solid area
 _STATUS = {FINISHED: "good", FAILED: "bad"}
-_METRICS = ("val_accuracy", "val_loss", "test_accuracy", "test_loss")  # that get a column, where trials have them
+_METRICS = ("val_accuracy", "val_loss", "test_accuracy", "test_loss")  # metrics that get a column if trials have them
 
 
 class SweepReport:
-    """A sweep, drawn. `charts` are by the name of their PNG."""
+    """The report of a sweep. `charts`: {name of the PNG: drawing}."""
 
     def __init__(self, directory: Storage, run_report: str) -> None:
         """run_report: file name of a trial's own report; ConfigError if there is no sweep."""
@@ -44,7 +44,7 @@ class SweepReport:
             yield "curves", curves_chart(metric, self._curves, width)
 
     def html(self) -> str:
-        """Return the whole file."""
+        """Return the whole HTML file."""
         record, counts = self._record, Counter(each.status for each in self._ordered)
         all_done = 0 < counts[FINISHED] == len(self._ordered)
         there = {name for each in self._ordered for name in each.last}

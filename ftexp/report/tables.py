@@ -1,4 +1,4 @@
-"""Rows of the tables of a run's page."""
+"""Rows of the tables on a run's page."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _ERROR_LETTERS = 160
 
 
 def checkpoints(run: RunFiles) -> list[tuple[Record, str]]:
-    """Return (event, state) of every checkpoint, the newest first.
+    """Return (event, state) of every checkpoint, newest first.
 
-    The state is kept, removed or failed.
+    The state is kept, removed, rejected or not written, the last two with the reason.
     """
     rejected = {event["checkpoint"]: event.get("reason", "") for event in run.named("checkpoint_rejected")}
 
@@ -32,7 +32,7 @@ def checkpoints(run: RunFiles) -> list[tuple[Record, str]]:
 
 
 def stragglers(run: RunFiles) -> list[tuple[Record, int | None]]:
-    """(event, step) of each rank that stayed slow; the step at which that was over, by a restart too; None: not yet."""
+    """Return (event, step) of each rank that stayed slow; step: when that was over, or a restart; None: not yet."""
     found: list[tuple[Record, int | None]] = []
     ends = run.named("straggler_over", "failure", "resized")
     for event in run.named("straggler"):
@@ -46,13 +46,13 @@ def stragglers(run: RunFiles) -> list[tuple[Record, int | None]]:
 
 
 def worst_classes(evaluation: Record) -> list[Record]:
-    """Return the rows of the classes, the worst first: by average precision where there is one, or by recall."""
+    """Return the rows of the classes, worst first: by average precision for multi_label, else by recall."""
     by = "average_precision" if evaluation.get("task") == MULTI_LABEL else "recall"
     return sorted(evaluation["classes"], key=lambda row: (row[by] is None, row[by], row["class"]))
 
 
 def measured(evaluation: Record) -> str:
-    """Say how good the model is on all samples together."""
+    """Return the metrics over all samples, as text."""
     others = (evaluation.get("metrics") or {}).items()
     shown = [f"{name} {decimals(value)}" for name, value in others if name not in evaluation]
     return ", ".join([_of_task(evaluation), *shown])
@@ -73,7 +73,7 @@ def _of_task(evaluation: Record) -> str:
 
 
 def confused(evaluation: Record) -> list[tuple[str, str, int, float]]:
-    """Return (label, prediction, times, share of the class) of the pairs that are confused most often."""
+    """Return (label, prediction, count, share of the class) of the most frequent confusions."""
     names = [row["class"] for row in evaluation["classes"]]
     pairs = [
         (names[row], names[column], number, number / sum(line))

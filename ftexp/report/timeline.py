@@ -25,7 +25,7 @@ _ENDS = ("finished", "failed", "interrupted")
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of time. Seconds since 1970."""
+    """A time interval. Times in seconds since 1970."""
 
     phase: str
     begin: float
@@ -39,32 +39,32 @@ class Segment:
 
 @dataclass
 class Interruption:
-    """One failure, or end of a command, and what it took to continue."""
+    """One failure, or end of an invocation, and its cost."""
 
-    at: float  # when the first process died; since 1970
+    at: float  # when the first process died; seconds since 1970
     step: int
     cause: str
     rank: int | None = None
     error: str = ""
     decision: str = ""
-    seconds: dict[str, float] = field(default_factory=dict)  # by phase
-    steps_replayed: int | None = None  # None: it didn't continue
-    restored: str | None = None  # the checkpoint
-    recovery: str | None = None  # what training continued from: replaced, memory, storage or start
+    seconds: dict[str, float] = field(default_factory=dict)  # seconds lost, by phase
+    steps_replayed: int | None = None  # None: the run didn't continue
+    restored: str | None = None  # name of the checkpoint
+    recovery: str | None = None  # source of the next state: replaced, memory, storage or start
 
     @property
     def lost_s(self) -> float:
-        """All that it cost."""
+        """Total cost in seconds."""
         return sum(self.seconds.values())
 
     def spent_on(self, *phases: str) -> float:
-        """Return seconds of these phases."""
+        """Return the seconds lost in these phases."""
         return sum(self.seconds.get(phase, 0.0) for phase in phases)
 
 
 @dataclass
 class Invocation:
-    """One start of the command, until its last sign of life."""
+    """One invocation, from its start to its last sign of life."""
 
     begin: float
     end: float
@@ -77,21 +77,21 @@ class Timeline:
     invocations: list[Invocation]
     segments: list[Segment] = field(default_factory=list)
     interruptions: list[Interruption] = field(default_factory=list)
-    attempts: list[tuple[int, float]] = field(default_factory=list)  # (where its new steps began, when it was ready)
+    attempts: list[tuple[int, float]] = field(default_factory=list)  # (step of its first new work, time when ready)
 
     @property
     def total_s(self) -> float:
-        """Seconds that a command was running."""
+        """Seconds during which an invocation was running."""
         return sum(invocation.end - invocation.begin for invocation in self.invocations)
 
     def running_s(self, when: float) -> float:
-        """Return how many of them had passed then."""
+        """Return how many of these seconds had passed at a time in seconds since 1970."""
         return sum(
             min(max(when - invocation.begin, 0.0), invocation.end - invocation.begin) for invocation in self.invocations
         )
 
     def seconds_by_phase(self) -> dict[str, float]:
-        """Return the sum of each."""
+        """Return the total seconds of each phase."""
         sums = dict.fromkeys(PHASES, 0.0)
         for segment in self.segments:
             sums[segment.phase] += segment.seconds
@@ -99,7 +99,7 @@ class Timeline:
 
 
 def build_timeline(run: RunFiles) -> Timeline:
-    """Follow a run's events."""
+    """Build the timeline from a run's events."""
     if not run.events:
         return Timeline([])
     starts = sorted({run.events[0]["time"], *(event["time"] for event in run.named("command_started"))})
@@ -118,16 +118,16 @@ def build_timeline(run: RunFiles) -> Timeline:
 
 
 class _Follower:
-    """Walks through the events of one invocation after another."""
+    """Processes the events of one invocation after another."""
 
     def __init__(self, timeline: Timeline) -> None:
         self.timeline = timeline
         self._phase, self._since = STARTING, 0.0
-        self._farthest = 0  # step that was ever done
-        self._open: Interruption | None = None  # that isn't caught up with
+        self._farthest = 0  # highest step done so far
+        self._open: Interruption | None = None  # interruption whose lost steps are not all repeated yet
 
     def follow(self, invocation: Invocation, events: list[Record], points: list[Record]) -> None:
-        """Add what happened in an invocation to the timeline."""
+        """Add an invocation's events to the timeline."""
         self._phase, self._since = STARTING, invocation.begin
         end = next((event for event in reversed(events) if event["event"] in _ENDS), None)
         for event in events:
@@ -136,18 +136,18 @@ class _Follower:
             handler = getattr(self, f"_on_{event['event']}", None)
             if handler is not None:
                 handler(event)
-            if event["event"] != "ready":  # whose step is what the attempt goes back to
+            if event["event"] != "ready":  # its step is the one that the attempt resumes from
                 self._farthest = max(self._farthest, event.get("step") or 0)
         self._close(self._phase, invocation.end)
         self._farthest = max([self._farthest, *(point["step"] for point in points)])
         cause = end["event"] if end is not None else "driver died"
-        # where it failed, the failure that ended it is there
+        # if the invocation failed, the failure that ended it already is an interruption
         if invocation is not self.timeline.invocations[-1] and cause not in ("finished", "failed"):
             self._open = Interruption(invocation.end, self._farthest, cause, decision="the command was run again")
             self.timeline.interruptions.append(self._open)
 
     def _close(self, phase: str, until: float) -> None:
-        """End the phase that is under way."""
+        """End the current phase."""
         seconds = until - self._since
         if seconds <= 0:
             return
@@ -171,7 +171,7 @@ class _Follower:
         self.timeline.attempts.append((max(event["step"], self._farthest), event["time"]))
         if self._open is not None:
             self._open.steps_replayed = max(0, self._open.step - event["step"])
-            before = "start" if self._open.restored is None else "storage"  # in records that don't say
+            before = "start" if self._open.restored is None else "storage"  # for older records, which have no source
             self._open.recovery = event.get("source") or before
         self._phase = REPLAYING if event["step"] < self._farthest else TRAINING
         if self._phase == TRAINING:
@@ -200,7 +200,7 @@ class _Follower:
 
 
 def saves(run: RunFiles) -> list[tuple[float, float, dict[str, Any]]]:
-    """Return (begin, end, event) of every checkpoint that was written."""
+    """Return (begin, end, event) of every saved checkpoint."""
     return [
         (event["time"] - event.get("write_s", 0.0), event["time"], event) for event in run.named("checkpoint_saved")
     ]

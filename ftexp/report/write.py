@@ -1,4 +1,4 @@
-"""Writing the report of a run, or of a sweep, where it belongs."""
+"""Writing the report of a run or a sweep into its directory."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from ftexp.storage.directory import Storage
 
 
 def open_report(run_dir: Storage) -> Report | SweepReport:
-    """Read what a report shows; ConfigError if there is neither a run nor a sweep in `run_dir`."""
+    """Read the content of a report; ConfigError if there is neither a run nor a sweep in `run_dir`."""
     if read_sweep_record(run_dir) is not None:
         return SweepReport(run_dir, REPORT_FILE)
     return Report(read_run(run_dir))
 
 
 def save_report(report: Report | SweepReport, target: Storage, name: str = REPORT_FILE) -> str:
-    """Write a report and its PNGs into `target`; returns where it is. OSError if that can't be done."""
+    """Write a report and its PNGs into `target`; return the report's path or URI. OSError if that fails."""
     target.write_bytes(name, report.html().encode())
     for chart, drawing in report.charts.items():
         target.child(CHARTS).write_bytes(f"{chart}.png", png(drawing))
@@ -27,5 +27,5 @@ def save_report(report: Report | SweepReport, target: Storage, name: str = REPOR
 
 
 def write_report(run_dir: Storage) -> str:
-    """Write the report and its PNGs into the run's or sweep's directory; errors as of the two functions above."""
+    """Write the report and its PNGs into the run's or sweep's directory. Raises as the two functions above."""
     return save_report(open_report(run_dir), run_dir)

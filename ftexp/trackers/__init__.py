@@ -1,1 +1,1 @@
-"""Other programs that keep a run's numbers: TensorBoard, MLflow, Weights & Biases, and trackers of the user's."""
+"""Trackers: programs that keep or show a run's metrics, such as TensorBoard, MLflow, W&B and the user's own."""

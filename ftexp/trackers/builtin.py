@@ -1,4 +1,4 @@
-"""Registers the trackers that come with ftexp. None of their packages is imported before a run uses it."""
+"""Registers the trackers that come with ftexp. Each tracker's package is imported only when a run uses it."""
 
 from __future__ import annotations
 

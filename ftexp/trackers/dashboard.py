@@ -1,6 +1,6 @@
-"""The Grafana dashboard over the series of `tracker=prometheus`, as Grafana imports it.
+"""The Grafana dashboard for the series of `tracker=prometheus`, in the JSON that Grafana imports.
 
-Its queries find a series under its own name and under the one that Ray exports it by, so one dashboard serves both.
+Its queries find a series under its own name and under Ray's name for it, so one dashboard serves both exporters.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _SCHEMA_VERSION = 39  # Grafana 10.2 and later; older dashboards are migrated by
 
 @dataclass(frozen=True)
 class Query:
-    """A PromQL expression, and what its lines are called; {{name}} stands for a label."""
+    """A PromQL expression and its legend, where {{name}} is replaced by a label."""
 
     expression: str
     legend: str = "{{run}}"
@@ -27,7 +27,7 @@ class Query:
 
 @dataclass(frozen=True)
 class Panel:
-    """A panel: `unit` is Grafana's name of one."""
+    """A panel. `unit`: Grafana's name of the unit."""
 
     title: str
     queries: tuple[Query, ...]
@@ -37,12 +37,12 @@ class Panel:
 
 
 def selected(of: Series) -> str:
-    """Return the selector of a series of the chosen runs, by either name."""
+    """Return the selector of a series of the chosen runs, under either name."""
     return f'{{__name__=~"({RAY_PREFIX})?{of.name}",run=~"$run"}}'
 
 
 def _one(of: Series, *labels: str) -> str:
-    """Return the query for a value for each run, and each of `labels`: Ray's agents add labels of their own."""
+    """Return the query for one value per run and value of `labels`: Ray's agents add labels of their own."""
     return f"max by ({', '.join(('run', *labels))}) ({selected(of)})"
 
 
@@ -118,7 +118,7 @@ def dashboard() -> dict[str, Any]:
 
 
 def _variables() -> list[dict[str, Any]]:
-    """Return what a viewer chooses: the Prometheus, and the runs."""
+    """Return the viewer's choices: the Prometheus, and the runs."""
     runs = f'label_values({{__name__=~"({RAY_PREFIX})?{series.STEP.name}"}}, run)'
     return [
         {"name": "datasource", "label": "Prometheus", "type": "datasource", "query": "prometheus"},
@@ -129,7 +129,7 @@ def _variables() -> list[dict[str, Any]]:
             "datasource": _DATASOURCE,
             "definition": runs,
             "query": {"query": runs, "refId": "run"},
-            "refresh": 2,  # whenever the time range changes
+            "refresh": 2,  # refresh whenever the time range changes
             "multi": True,
             "includeAll": True,
             "allValue": ".*",
@@ -139,7 +139,7 @@ def _variables() -> list[dict[str, Any]]:
 
 
 def _placed(panels: Sequence[Panel]) -> list[dict[str, Any]]:
-    """Return the panels' models, from left to right and row by row."""
+    """Return the panels' models, placed from left to right and row by row."""
     placed, x, y, row_height = list[dict[str, Any]](), 0, 0, 0
     for number, panel in enumerate(panels, start=1):
         height = _HEIGHT // 2 if panel.kind == "stat" else _HEIGHT

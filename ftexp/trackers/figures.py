@@ -1,4 +1,4 @@
-"""How a run stands at this moment, as values of the series: read from its records, at any time, on any thread."""
+"""The current state of a run as values of the series, read from its records at any time, on any thread."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _HEAD = ("time", "event", "attempt")
 
 @dataclass(frozen=True)
 class Figure:
-    """A value of a series now. `labels`: values of the series' own labels, in their order."""
+    """The current value of a series. `labels`: values of the series' own labels, in their order."""
 
     series: Series
     value: float
@@ -46,11 +46,11 @@ class Figure:
 
 
 class RunFigures:
-    """The figures of one run. Made before it trains; counts over all invocations, from events.jsonl on."""
+    """The figures of one run. Created before it trains; counts include earlier invocations, from events.jsonl."""
 
     def __init__(self, record: RunRecord, model: str, data: str, run_dir: str) -> None:
         self._record, self._about = record, (model, data, run_dir)
-        self._saved: dict[str, tuple[float, CheckpointSaved]] = {}  # name -> (when, what)
+        self._saved: dict[str, tuple[float, CheckpointSaved]] = {}  # name -> (time, event)
         self._last_blocked_s: float | None = None
         self._blocked_s, self._num_failed = 0.0, 0
         self._stragglers: dict[tuple[str, str, str], float] = {}  # (rank, node, part) -> ratio; 0 once it is over
@@ -98,7 +98,7 @@ class RunFigures:
 
     def _points(self) -> Iterator[Figure]:
         for name, value in self._record.state.metrics["last"].copy().items():
-            if value is None or not math.isfinite(value):  # run.json has null for what isn't
+            if value is None or not math.isfinite(value):  # run.json has null for values that aren't
                 continue
             if (own := _OWN_SERIES.get(name)) is not None:
                 yield Figure(own, value)
@@ -111,7 +111,7 @@ class RunFigures:
     def _failures(self) -> Iterator[Figure]:
         failures = list(self._record.state.failures)
         counts = Counter(failure.cause for failure in failures)
-        for cause in sorted({*CAUSES, *counts}):  # also those that are 0: a rate needs where it began
+        for cause in sorted({*CAUSES, *counts}):  # including zeros: a rate needs a start value
             yield Figure(series.FAILURES, counts[cause], (cause,))
         yield Figure(series.REPLAYED, sum(failure.steps_replayed or 0 for failure in failures))
         yield Figure(series.RESTART, sum(map(_restart_s, failures)))
@@ -132,6 +132,6 @@ class RunFigures:
 
 
 def _restart_s(failure: Failure) -> float:
-    """Return the seconds that a failure has cost so far, without the steps that were done again."""
+    """Return the seconds that a failure has cost so far, without the repeated steps."""
     parts = (failure.seconds_to_detect, failure.seconds_to_restart, failure.seconds_to_restore)
     return sum(part for part in parts if part is not None)

@@ -1,4 +1,4 @@
-"""Hands the points of a run to one tracker, on a thread of its own. Whatever happens there, training continues."""
+"""Delivery of a run's points to one tracker, on a thread of its own. Whatever happens there, training continues."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from ftexp.config.masking import masked
 from ftexp.trackers.registry import Key, Outcome, Point, Tracker
 from ftexp.wire.events import TrackerFailed, TrackerOpened
 
-_MAX_WAITING = 10_000  # points in memory; what is beyond is read from the run directory again
+_MAX_WAITING = 10_000  # points in memory; any more are read from the run directory later
 _MAX_REASON_CHARS = 500  # characters
-_BATCH = 500  # points that a tracker is handed at once
-_RETRY_S = (5.0, 15.0, 60.0)  # between tries with a tracker that is down; the last for good
+_BATCH = 500  # points per call of a tracker
+_RETRY_S = (5.0, 15.0, 60.0)  # pauses between tries with a failing tracker; the last one repeats
 
 Report = Callable[[TrackerOpened | TrackerFailed], object]
 
 
 class Follower:
-    """Keeps one tracker up to the run's points.
+    """Keeps one tracker up to date with the run's points.
 
-    A tracker that fails is made again, asked what it holds, and given the rest: what was sent, but not known to have
-    arrived, is neither lost nor there twice.
+    A tracker that fails is created again, asked for what it has, and given the rest. So points that were sent, but
+    perhaps did not arrive, are neither lost nor duplicated.
 
     Args:
         name: name of the tracker.
-        make: makes or finds the tracker's run; may take its time, and may raise.
+        make: finds or creates the tracker's run; may take time, and may raise.
         points: reads all points of the run so far.
-        report: is called with what becomes of the tracker; False if nobody listens any more.
-        retry_s: how long to wait after the first failure in a row, after the second, and so on.
+        report: called when the tracker was opened or has failed; returns False if nobody listens any more.
+        retry_s: pauses after the first failure in a row, after the second, and so on.
     """
 
     def __init__(
@@ -44,17 +44,17 @@ class Follower:
         self._make, self._points, self._report, self._retry_s = make, points, report, retry_s
         self._changed = threading.Condition()
         self._waiting: deque[Point] = deque()
-        self._overflowed = False  # some that came are only in the run directory
-        self._held: set[Key] = set()  # what the tracker is known to have
+        self._overflowed = False  # whether some points are only in the run directory
+        self._held: set[Key] = set()  # keys that the tracker is known to have
         self._outcome: Outcome | None = None
-        self._problem: str | None = None  # while it is down
-        self.complete = False  # it has everything, and the outcome of the run
-        self.unheard: TrackerOpened | None = None  # that it was opened, if nobody listened any more
+        self._problem: str | None = None  # why it is down; None while it works
+        self.complete = False  # whether it has all points and the outcome
+        self.unheard: TrackerOpened | None = None  # its opening, if nobody listened any more
         self._stopped = threading.Event()
         threading.Thread(target=self._run, daemon=True, name=f"tracker-{name}").start()
 
     def offer(self, point: Point) -> None:
-        """A point was logged; returns at once."""
+        """Add a logged point, without waiting."""
         with self._changed:
             if len(self._waiting) < _MAX_WAITING:
                 self._waiting.append(point)
@@ -63,13 +63,13 @@ class Follower:
             self._changed.notify()
 
     def end(self, outcome: Outcome) -> None:
-        """No point comes any more; returns at once."""
+        """Set the outcome after the last point, without waiting."""
         with self._changed:
             self._outcome = outcome
             self._changed.notify()
 
     def wait(self, timeout_s: float) -> TrackerFailed | None:
-        """After `end`: None once the tracker has everything, or else the event that says what it lacks."""
+        """Wait after `end`; return None once the tracker has everything, otherwise the event with what it lacks."""
         self._stopped.wait(timeout_s)
         if self.complete:
             return None
@@ -87,7 +87,7 @@ class Follower:
                 self._follow()
                 self.complete = True
                 return
-            # any error: on this thread, nobody else would report it, and a tracker is code of others
+            # any error: nothing else would report it on this thread, and a tracker is third-party code
             except Exception as error:
                 num_failures = 1 if self._problem is None else num_failures + 1
                 self._fail(f"{type(error).__name__}: {error}")
@@ -99,7 +99,7 @@ class Follower:
 
     def _fail(self, problem: str) -> None:
         was_well, self._problem = self._problem is None, problem
-        if was_well:  # further failures in a row are no news
+        if was_well:  # further failures in a row are not reported
             self._report(self._failure(problem))
 
     def _failure(self, problem: str) -> TrackerFailed:
@@ -131,7 +131,7 @@ class Follower:
             return points
 
     def _deliver(self, tracker: Tracker, points: Iterable[Point]) -> None:
-        """Give the tracker what it hasn't got: points may come from the run directory and from memory, too."""
+        """Send the tracker what it lacks: the same point may come from the run directory and from memory."""
         missing = [left for point in points if (left := point.without(self._held)).values]
         for start in range(0, len(missing), _BATCH):
             batch = missing[start : start + _BATCH]
@@ -140,7 +140,7 @@ class Follower:
 
 
 def described(event: TrackerOpened | TrackerFailed) -> str:
-    """A line for people."""
+    """Return an event as a line for the user."""
     if isinstance(event, TrackerOpened):
         return f"{'tracker':<9}{event.tracker}: {event.where}"
     return (

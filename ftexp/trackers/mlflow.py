@@ -1,8 +1,8 @@
-"""MLflow: one run in a server or a database; a sweep's runs are the children of one.
+"""MLflow: one run on a server or in a database; a sweep's trials are children of one run.
 
-A run is found again by its tag `ftexp.id`, which is written down before the run is made, and asked for its metrics
-before any are sent. MLflow's databases keep a (metric, time, step, value) once, however often it comes: so even a
-request that a server carries out after its client gave up adds nothing.
+A run is found by its tag `ftexp.id`; the id is stored before the run is created. Its metrics are read before any are
+sent. MLflow's databases store each (metric, time, step, value) once, however often it arrives. So even a request that a
+server executes after its client gave up adds nothing.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ ID, PARENT = "ftexp.id", "mlflow.parentRunId"
 _STATUS = {"finished": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
 _MAX_PARAMS, _MAX_METRICS = 100, 1000  # limits of one request
 _REFUSED = re.compile(r"[^/\w.\- :]")
-_MAX_PARAM_CHARS = 500  # characters of a param: what every version and store takes
+_MAX_PARAM_CHARS = 500  # characters of a param: the length that every version and store accepts
 
 
 @register_tracker("mlflow", package="mlflow", has_parents=True)
 class MlflowTracker:
-    """Metrics by step; the config as params; what came of it as tags."""
+    """Metrics by step; the config as params; the outcome as tags."""
 
     def __init__(self, config: TrackerConfig, run: TrackedRun) -> None:
         _prepare(config.timeout_s)
@@ -54,7 +54,7 @@ class MlflowTracker:
         return {(metric.key, metric.step) for metric in found}
 
     def log(self, points: Sequence[Point]) -> None:
-        """Carried out by the server when this returns."""
+        """Send the points; the server has stored them when this returns."""
         from mlflow.entities import Metric
 
         metrics = [
@@ -78,7 +78,7 @@ class MlflowTracker:
         if experiment is None:
             try:
                 return str(self._client.create_experiment(name))
-            except MlflowException:  # another run was quicker, or this raises the same
+            except MlflowException:  # another run may have created it meanwhile
                 experiment = self._client.get_experiment_by_name(name)
                 if experiment is None:
                     raise
@@ -96,7 +96,7 @@ class MlflowTracker:
         return self._client.create_run(self._experiment, round(1000 * run.started), tags, run.name)
 
     def _describe(self, recorded: dict[str, str]) -> None:
-        """MLflow never lets a param change: what another call has set otherwise becomes a tag."""
+        """Log the config. MLflow never changes a param: a value that differs from the recorded one becomes a tag."""
         from mlflow.entities import Param
 
         wanted = {_allowed(key): str(value)[:_MAX_PARAM_CHARS] for key, value in self._run.params.items()}
@@ -106,7 +106,7 @@ class MlflowTracker:
         self._tag({f"now.{key}": value for key, value in wanted.items() if recorded.get(key, value) != value})
 
     def _adopt(self) -> None:
-        """Put the run under that of its sweep, if it is a trial, and once that is there."""
+        """Make the run a child of its sweep's run, if it is a trial and once that run exists."""
         if self._run.sweep_id is None or self._has_parent:
             return
         if (parent := self._find(self._run.sweep_id)) is not None:
@@ -122,7 +122,7 @@ class MlflowTracker:
 
 
 def _allowed(key: str) -> str:
-    """A key as MLflow takes it: a pattern of layers' names, say, holds what it refuses."""
+    """Return a key that MLflow accepts: a pattern of layer names, for example, has characters that it refuses."""
     return _REFUSED.sub("_", key)
 
 
@@ -135,12 +135,12 @@ def tracking_uri(configured: str | None, storage: str) -> str:
 
 
 def _prepare(timeout_s: float) -> None:
-    """Read by MLflow when it is imported, or at each request. What the user has set stays."""
+    """Set variables that MLflow reads at import or at each request; the user's values are kept."""
     for name, value in {
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_LOGGING_LEVEL": "ERROR",
         "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
         "MLFLOW_HTTP_REQUEST_TIMEOUT": str(math.ceil(timeout_s)),
-        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # the follower tries again, and asks what arrived
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # the follower retries, and asks what has arrived
     }.items():
         os.environ.setdefault(name, value)

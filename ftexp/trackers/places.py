@@ -1,4 +1,4 @@
-"""Where trackers that write files write them."""
+"""Directories of trackers that write files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ftexp.trackers.registry import TrackedRun
 
 
 def own_directory(base: str | None, run: TrackedRun) -> Path:
-    """A directory of one run's: its run directory, or, with a `base`, its name (in that of its sweep) below that."""
+    """Return a run's own directory: its run directory, or, with a `base`, <base>/[<sweep>/]<name>."""
     if base is not None:
         return Path(Storage.at(base, *([run.sweep] if run.sweep else []), run.name).uri)
     assert not is_remote(run.uri), "checks ask for a base then"

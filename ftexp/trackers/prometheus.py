@@ -1,7 +1,7 @@
-"""Prometheus: how a run stands now, on an endpoint of the driver, or on a cluster next to Ray's own series.
+"""Prometheus: the current state of a run, on an endpoint of the driver, or on a cluster next to Ray's own series.
 
-Prometheus asks, and keeps what it is answered. So nothing is sent here, and nothing can arrive twice: the figures are
-read from the run's records at each request, and at regular times where Ray's agents export them.
+Prometheus polls and stores. So nothing is sent from here, and nothing can arrive twice. The figures are read from the
+run's records at each request, or at regular intervals if Ray's agents export them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ftexp.trackers.figures import Figure
 from ftexp.trackers.registry import Key, Outcome, Point, TrackedRun, register_tracker
 from ftexp.trackers.series import RUN_LABELS, SERIES, Series
 
-_MAX_PORTS = 100  # that are tried: trials of a sweep run side by side
+_MAX_PORTS = 100  # number of ports to try: trials of a sweep run in parallel
 _UPDATE_EVERY_S = 5.0  # seconds between updates of Ray's copies; its agents export every 10 s by default
 _TOTAL = "_total"
 
@@ -30,7 +30,7 @@ class _Exporter(Protocol):
 
 @register_tracker("prometheus", package="prometheus_client", keeps=False)
 class PrometheusTracker:
-    """The run's series, for as long as the command runs."""
+    """The run's series, while the command runs."""
 
     def __init__(self, config: TrackerConfig, run: TrackedRun) -> None:
         wanted, labels = config.prometheus, (run.name, run.sweep or "")
@@ -42,14 +42,14 @@ class PrometheusTracker:
         self.where = self._exporter.where
 
     def held(self) -> Iterable[Key]:
-        """Nothing: Prometheus holds what it has asked for."""
+        """Return nothing: Prometheus stores what it has polled."""
         return ()
 
     def log(self, points: Sequence[Point]) -> None:
-        """Do nothing: the figures are read when they are asked for."""
+        """Do nothing: the figures are read at each request."""
 
     def close(self, outcome: Outcome) -> None:  # noqa: ARG002 - the series end with the command
-        """Export no more."""
+        """Stop exporting."""
         self._exporter.close()
 
 
@@ -80,7 +80,7 @@ def _family(series: Series) -> Any:
 
 
 class _Endpoint:
-    """An HTTP server on a thread of the driver's."""
+    """An HTTP server on a thread of the driver."""
 
     def __init__(self, host: str, port: int, collector: _Collector) -> None:
         from prometheus_client import CollectorRegistry
@@ -98,7 +98,7 @@ class _Endpoint:
 
 
 def _serve(host: str, first_port: int, registry: Any) -> tuple[Any, threading.Thread]:
-    """Listen on the first free port from `first_port` on; OSError if all that are tried are taken."""
+    """Listen on the first free port from `first_port` on; OSError if all tried ports are taken."""
     from prometheus_client import start_http_server
 
     last = min(first_port + _MAX_PORTS, 65536)
@@ -115,7 +115,7 @@ def _serve(host: str, first_port: int, registry: Any) -> tuple[Any, threading.Th
 
 
 class _RayMetrics:
-    """Copies the figures into Ray's metrics, which each node's agent exports, under RAY_PREFIX and the same names."""
+    """Copies the figures into Ray's metrics, which each node's agent exports under the same names with RAY_PREFIX."""
 
     def __init__(self, run: TrackedRun, labels: tuple[str, ...]) -> None:
         from ray.util import metrics
@@ -126,7 +126,7 @@ class _RayMetrics:
             series.name: kinds[series.is_counter](series.name, series.help, (*RUN_LABELS, *series.labels))
             for series in SERIES
         }
-        self._counted: dict[tuple[str, tuple[str, ...]], float] = {}  # what each counter was given so far
+        self._counted: dict[tuple[str, tuple[str, ...]], float] = {}  # value of each counter so far
         self.where = "the metrics of Ray's nodes (ray_ftexp_...)"
         self._ended = threading.Event()
         self._update()
@@ -138,7 +138,7 @@ class _RayMetrics:
 
     def _keep_updating(self) -> None:
         while not self._ended.wait(_UPDATE_EVERY_S):
-            with contextlib.suppress(Exception):  # Ray is about to end, and the run with it, or continues with another
+            with contextlib.suppress(Exception):  # Ray is ending; the run ends too, or restarts with a new Ray
                 self._update()
 
     def _update(self) -> None:

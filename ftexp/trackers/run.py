@@ -44,10 +44,10 @@ class Trackers:
         self._config, self._run, self._directory, self._points = config, run, directory, points
         self._chosen = {name: trackers.get(name) for name in (config.names if names is None else names)}
         self._followers: list[Follower] = []
-        self._end = 0.0  # time.monotonic() until which it is waited for them
+        self._end = 0.0  # time.monotonic() until which `wait` waits
 
     def start(self, report: Report) -> None:
-        """Begin to feed them; `report` is called with each event of theirs."""
+        """Start feeding the trackers; `report` is called with each of their events."""
         if self._chosen:
             self._note_complete(set())
         for name, registered in self._chosen.items():
@@ -59,24 +59,24 @@ class Trackers:
         return [Point.of(line) for line in self._points()]
 
     def offer(self, line: dict[str, Any]) -> None:
-        """Pass a new line of metrics.jsonl on; returns at once."""
+        """Pass a new line of metrics.jsonl to the trackers, without waiting."""
         if self._followers:
             point = Point.of(line)
             for follower in self._followers:
                 follower.offer(point)
 
     def end(self, outcome: Outcome) -> None:
-        """No point comes any more; returns at once."""
+        """Pass the outcome to the trackers after the last point, without waiting."""
         self._end = time.monotonic() + self._config.timeout_s
         for follower in self._followers:
             follower.end(outcome)
 
     def wait(self) -> list[TrackerOpened | TrackerFailed]:
-        """Let them take the rest, for `tracker.timeout_s` since `end`; events of what they lack, and nobody heard."""
+        """Wait for deliveries until `tracker.timeout_s` after `end`; return unreported openings and final failures."""
         failures = [follower.wait(max(0.0, self._end - time.monotonic())) for follower in self._followers]
         if self._followers:
             done = {follower.name for follower in self._followers if follower.complete}
-            with contextlib.suppress(OSError):  # then they are asked one time too many
+            with contextlib.suppress(OSError):  # then they are only asked again needlessly
                 self._note_complete(done)
         events = [*(follower.unheard for follower in self._followers), *failures]
         return [event for event in events if event is not None]
@@ -101,11 +101,12 @@ def tracked_run(
     params: dict[str, Any] | None = None,
     figures: Callable[[], list[Figure]] = list,
 ) -> TrackedRun:
-    """Return the facts of the run in `directory`, or with `params` of a sweep; `sweep`: the one that it is part of.
+    """Return the facts of the run in `directory`, or of a sweep if `params` is given.
 
-    Sweeps lie two directories below `run.storage`, which is that of their own directory in a trial's config.
+    sweep: directory of the sweep that the run is a trial of. It is two levels below the sweep's `run.storage`; a
+    trial's own `run.storage` is the sweep's directory.
 
-    Its id is made now, and kept in the directory, if that hasn't one yet.
+    Creates the run's id and stores it in the directory, if there is none yet.
     """
     tags = {"run_dir": shown(directory), "git_commit": git_commit(), "sweep": sweep.name if sweep is not None else None}
     return TrackedRun(
@@ -129,7 +130,7 @@ def shown(directory: Storage) -> str:
 
 
 def tracking_id(directory: Storage) -> str:
-    """Return the name of the run in `directory` in every tracker; recorded before any tracker is opened."""
+    """Return the id of the run in `directory`, used in every tracker; it is stored before any tracker is opened."""
     content = _content(directory)
     if "id" not in content:
         content = _write(directory, secrets.token_hex(8), set())
@@ -137,7 +138,7 @@ def tracking_id(directory: Storage) -> str:
 
 
 def read_complete(directory: Storage) -> set[str]:
-    """Return the trackers that have all of the run in `directory`, and know how it ended."""
+    """Return the names of trackers that have all points of the run in `directory`, and its outcome."""
     return set(_content(directory).get("complete", ()))
 
 
@@ -156,7 +157,7 @@ def _write(directory: Storage, number: str, complete: set[str]) -> dict[str, Any
 
 
 def git_commit() -> str | None:
-    """Of the working directory; None where there is no git, or no repository."""
+    """Return the commit of the working directory; None without git or without a repository."""
     try:
         words = ["git", "rev-parse", "HEAD"]
         found = subprocess.run(

@@ -1,7 +1,7 @@
-"""The series that `tracker=prometheus` exports: names, labels and meaning, after Prometheus' naming practice.
+"""The series that `tracker=prometheus` exports: names, labels and meaning, by Prometheus' naming conventions.
 
-Base units (seconds, bytes, ratios of 1) are in the names; a counter's name ends in _total. Ray's exporter puts ray_ in
-front of each.
+Base units (seconds, bytes, ratios of 1) are in the names; a counter's name ends in _total. Ray's exporter adds the
+prefix ray_ to each.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ SAMPLE_PARTS = ("read", "decode", "crop", "augment")  # likewise
 
 @dataclass(frozen=True)
 class Series:
-    """A metric in Prometheus' sense: one time series for each combination of its labels' values."""
+    """A metric in Prometheus' sense: one time series for each combination of label values."""
 
     name: str
     help: str
-    labels: tuple[str, ...] = ()  # besides RUN_LABELS
+    labels: tuple[str, ...] = ()  # in addition to RUN_LABELS
 
     @property
     def is_counter(self) -> bool:

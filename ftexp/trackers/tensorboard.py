@@ -1,7 +1,7 @@
 """TensorBoard: event files in the run directory, or below `tracker.tensorboard.dir`.
 
-Every invocation adds a file of its own, and TensorBoard shows a directory's files as one run. What they hold is read
-back first, so that a point that was written, by whomever and killed whenever, isn't written again.
+Every invocation adds a file of its own, and TensorBoard shows a directory's files as one run. The files are read first,
+so that a point that any earlier invocation has written isn't written again, whenever that one was killed.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from ftexp.trackers.places import own_directory
 from ftexp.trackers.registry import Key, Outcome, Point, TrackedRun, register_tracker
 
 _DESCRIBED = "run"  # tag of the text that describes the run
-_MARK = "ftexp_run_id"  # a file next to the event files, in a directory that runs share
+_MARK = "ftexp_run_id"  # file with the run's id, next to the event files under a shared directory
 
 
 @register_tracker("tensorboard", package="tensorboard")
 class TensorBoardTracker:
-    """Scalars by metric and step; config and outcome as a text, and as hparams to compare runs by."""
+    """Scalars by metric and step; config and outcome as text, and as hparams for comparing runs."""
 
     def __init__(self, config: TrackerConfig, run: TrackedRun) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -40,14 +40,14 @@ class TensorBoardTracker:
         return self._held
 
     def log(self, points: Sequence[Point]) -> None:
-        """Written, and with the operating system, when this returns."""
+        """Write the points, and flush them to the operating system."""
         for point in points:
             for name, value in point.values.items():
                 self._writer.add_scalar(name, value, point.step, point.time)
         self._writer.flush()
 
     def close(self, outcome: Outcome) -> None:
-        """Add what was set and what came of it."""
+        """Add the config and the outcome."""
         from torch.utils.tensorboard.summary import hparams
 
         run = self._run
@@ -60,7 +60,7 @@ class TensorBoardTracker:
 
 
 def _claimed(directory: Path, number: str) -> Path:
-    """Return the directory; one next to it if it holds another run of that name, whose points would be this one's."""
+    """Return the directory; if it has another run of that name, one next to it, so that their points don't mix."""
     for place in (directory, directory.with_name(f"{directory.name}-{number[:8]}")):
         mark = place / _MARK
         place.mkdir(parents=True, exist_ok=True)
@@ -72,12 +72,12 @@ def _claimed(directory: Path, number: str) -> Path:
 
 
 def _plain(value: Any) -> bool | str | float:
-    """A value as hparams take it."""
+    """Return a value that hparams accept."""
     return value if isinstance(value, (bool, str, int, float)) else json.dumps(value)
 
 
 def scalars(directory: Path) -> Iterator[Key]:
-    """(tag, step) of every scalar in the event files of a directory; each file up to where a kill has truncated it."""
+    """Yield (tag, step) of every scalar in a directory's event files, each up to where a kill has truncated it."""
     from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
     for file in sorted(directory.glob("events.out.tfevents.*")):

@@ -1,7 +1,7 @@
-"""Weights & Biases: one run, by its id. Offline, each invocation leaves a directory; `wandb sync` joins them.
+"""Weights & Biases: one run, found by its id. Offline, each invocation leaves a directory; `wandb sync` joins them.
 
-wandb's own process writes what is logged into a file, run-<id>.wandb, in online mode too. Those files are read back
-before anything is logged, so that no point is logged twice.
+wandb's own process writes logged points to a file, run-<id>.wandb, also in online mode. These files are read before
+anything is logged, so that no point is logged twice.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from ftexp.trackers.registry import Key, Outcome, Point, TrackedRun, register_tr
 from ftexp.trackers.wandb_log import records
 
 _STEP = "step"  # the x axis. Not wandb's `_step`, which must grow with each row: a step may have a row for each split
-_INHERITED = "WANDB_SERVICE"  # where wandb names, for the processes that it starts, its service process
+_INHERITED = "WANDB_SERVICE"  # variable in which wandb passes its service process to the processes that it starts
 _FLUSH_EVERY_S = 1.0
 _MAX_TAG_CHARS = 64
 
 
 @register_tracker("wandb", package="wandb")
 class WandbTracker:
-    """A row for each point; the config, and what came of it as summary."""
+    """A row for each point; the config; the outcome as summary."""
 
     def __init__(self, config: TrackerConfig, run: TrackedRun) -> None:
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # offline means offline
-        # service of another process; after a kill, that service would still hold the run: "run ID is in use"
+        # the service of another process; after a kill, it would still hold the run: "run ID is in use"
         os.environ.pop(_INHERITED, None)
         import wandb
 
         mode: Any = config.wandb.mode
         directory = own_directory(config.wandb.dir, run)
-        directory.mkdir(parents=True, exist_ok=True)  # else wandb takes another
+        directory.mkdir(parents=True, exist_ok=True)  # otherwise wandb uses another directory
         rows = list(logged_rows(directory, run.id))
         self._held = {(name, row[_STEP]) for row in rows for name in row}
         self._run: Any = wandb.init(
@@ -50,7 +50,7 @@ class WandbTracker:
             mode=mode,
             resume="allow" if mode == "online" else None,
             settings=wandb.Settings(
-                console="off",  # what a run prints is its own
+                console="off",  # don't capture the run's output
                 silent=True,
                 reinit="create_new",
                 init_timeout=config.timeout_s,
@@ -70,7 +70,7 @@ class WandbTracker:
         return self._held
 
     def log(self, points: Sequence[Point]) -> None:
-        """With wandb's process when this returns: it writes them, whatever becomes of this one."""
+        """Pass the points to wandb's process, which writes them even if this one dies."""
         for point in points:
             self._run.log({_STEP: point.step, "epoch": point.epoch, **point.values}, step=self._next, commit=True)
             self._next += 1
@@ -82,10 +82,10 @@ class WandbTracker:
 
 
 def logged_rows(directory: Path, number: str) -> Iterator[dict[str, Any]]:
-    """Every row of history that wandb has written for the run of that id, with `_step`."""
+    """Yield every row of history in wandb's files of the run with this id, including `_step`."""
     from wandb.proto.wandb_internal_pb2 import Record
 
-    # a directory that is begun in the same second as another has -1 behind its name
+    # a directory that is created in the same second as another has -1 appended to its name
     for file in sorted(directory.glob(f"wandb/*run-*-{number}*/run-{number}.wandb")):
         for content in records(file.read_bytes()):
             record = Record()

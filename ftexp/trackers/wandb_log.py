@@ -1,8 +1,8 @@
-"""Reads the files that wandb writes: records in LevelDB's log format, for which wandb has no reader in Python.
+"""Reader of wandb's files: records in LevelDB's log format, for which wandb has no Python reader.
 
-Seven bytes begin the file. Blocks of 32 KiB follow, the first with those seven; in them chunks with a head each:
-CRC-32 of type and content, length, and type (the whole of a record, or its first, a middle, or its last part). A
-block's end that a head doesn't fit into is zeros.
+The file consists of blocks of 32 KiB; the first one starts with a file header of seven bytes. Blocks consist of chunks,
+each with a header: CRC-32 of type and content, length, and type (a whole record, or its first, a middle, or its last
+part). The rest of a block that is too short for a header is zeros.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _FULL, _FIRST, _MIDDLE, _LAST = 1, 2, 3, 4
 
 
 def records(content: bytes) -> Iterator[bytes]:
-    """Each whole record of a file, up to where a kill has truncated it; none if it is no such file."""
+    """Yield each complete record of a file, up to where a kill has truncated it; none if it is no such file."""
     if not content.startswith(_FILE_HEAD):
         return
     position, parts = len(_FILE_HEAD), b""
