@@ -21,7 +21,7 @@ from ftexp.sweep.hydra.plugins import with_plugins
 
 
 def main() -> None:
-    """Run the command; exits with 0, 1, 2, 75 or 130."""
+    """Run the command; exit with 0, 1, 2, 75 or 130."""
     prepare_streams()
     if (restart := begun_again()) is not None:
         sys.exit(_again(restart))

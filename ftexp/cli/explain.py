@@ -72,7 +72,7 @@ def explain(error: BaseException, schema: Any = None) -> str:
     """
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, option = str(error.missing_cfg_file).rpartition("/")
-        options = [str(name) for name in error.options or ()] or _options(group)  # for a list, Hydra gives none
+        options = [str(name) for name in error.options or ()] or _options(group)  # for a list, Hydra lists none
         if not group:
             return f"--config-name {option}: no such file in {config_dir()}; remove it to use config.yaml"
         return _unknown_option_text(group, option, options)

@@ -31,7 +31,7 @@ def code_of(run: Callable[[], int | None]) -> int:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or None
             stream.flush()
-    if interrupted:  # by this, a shell and a launcher recognise an interrupt
+    if interrupted:  # shells and the launcher recognise an interrupt by this signal
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGINT)
     return code

@@ -48,7 +48,7 @@ def scaling_policy(config: ScalingConfig) -> ScalingPolicy:
 
 
 class RoomAwaited(WorkerGroupCallback):  # type: ignore[misc]
-    """Delays the start of a worker group until Ray reports room for it, for at most a second."""
+    """Callback that delays the start of a worker group until Ray reports room for it, for at most a second."""
 
     def before_worker_group_start(self, worker_group_context: WorkerGroupContext) -> None:
         """Wait for room; Ray Train calls this hook in the controller."""

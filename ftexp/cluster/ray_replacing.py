@@ -40,7 +40,7 @@ def set_environment(group: Any) -> None:
 
 
 class _SameShards(ExecutionGroupCallback):  # type: ignore[misc]
-    """Gives a replacement the datasets of the other workers; Ray would create new ones, for a world of one."""
+    """Callback that gives a replacement the others' datasets; Ray would create new ones, for a world of one."""
 
     def __init__(self, datasets: DatasetsCallback) -> None:
         self._datasets = datasets

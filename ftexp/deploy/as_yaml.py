@@ -8,7 +8,7 @@ import yaml
 
 
 class _Dumper(yaml.SafeDumper):  # type: ignore[misc]  # PyYAML has no types
-    """Writes each value where it is used, and text of several lines as a block."""
+    """Dumper that writes each value where it is used, and text of several lines as a block."""
 
     def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002
         """Return True: a value that occurs twice is written twice."""

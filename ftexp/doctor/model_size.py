@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ftexp.config.schema import Config
 
-_CLASSES = 1000  # assumed number if the config has none: it is known only once the data is read
+_CLASSES = 1000  # assumed number of classes if the config has none: it is known only once the data is read
 _BYTES = 4  # bytes of a weight
 # size of the optimiser's state, in copies of the weights; unlisted optimisers: 2, as for adamw
 _STATES = {"sgd": 1, "momentum": 1, "nesterov": 1, "lion": 1, "adafactor": 0}

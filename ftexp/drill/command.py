@@ -118,7 +118,7 @@ def _instead(key: str) -> str:
 
 
 def drill(config: Config, own: DrillConfig, overrides: list[str]) -> bool:
-    """Run clean and broken, compare, and print; return whether the results are identical.
+    """Run the config clean and with faults, compare, and print; return whether the results are identical.
 
     Raises:
         ConfigError: the config is wrong; nothing was started.

@@ -170,7 +170,7 @@ def _head(storage: Storage, manifest: Manifest, wanted: EvaluateConfig, split: s
 def _about_other(
     data: DataConfig, info: DataInfo, classes: MatchedClasses, rows: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """Return the result's entries about other data. confusion is over `class_names`, the model's classes."""
+    """Return the result's entries about other data. `confusion` is over `class_names`, the model's classes."""
     return {
         "data": {"name": data.name, "root": data.root},
         "classes": [row for row in rows if row["class"] not in classes.missing],

@@ -1,4 +1,4 @@
-"""`python -m ftexp.predict run=<dir> [data=image_folder data.root=<dir>] [key=value ...]`: classes for many images.
+"""`python -m ftexp.predict run=<dir> [data=image_folder data.root=<dir>] [key=value ...]`: predict many images.
 
 Writes files with path, label, probability, the next best classes, and an error if an image can't be read. The number of
 images is unlimited. The same command resumes. Exit codes: 0 done, 1 failed, 2 the command was wrong, 75 ended by
@@ -8,7 +8,7 @@ run         a run directory or URI
 checkpoint  best, latest, or a directory's name under checkpoints/ (default: best)
 weights     raw, or ema: their EMA, if the run has one (default: raw)
 tta         none, or hflip: the mean of the logits of each image and its mirror image (default: none)
-data, data.*  what to predict, as for training (image_folder, image_list, parquet, webdataset); without labels, too.
+data, data.*  images to predict, as for training (image_folder, image_list, parquet, webdataset); need no labels.
             Without data=..., the run's own data. Size and normalisation are always the run's
 split       all, train, val or test (default: all if data=... reads files, else test)
 out         a directory or URI (default: <run>/predictions/<name of the data>, with split, weights and tta if given)

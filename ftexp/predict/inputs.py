@@ -99,7 +99,7 @@ def _arrays(dataset: Any) -> tuple[UInt8s, Labels]:
 
 @dataclass(frozen=True)
 class ArrayReader:
-    """Reads images from an array in memory."""
+    """Reader of images from an array in memory."""
 
     name: str
     images: Shared[UInt8s]

@@ -61,7 +61,7 @@ class PredictionPlan:
 
     @property
     def num_parts(self) -> int:
-        """Return the total number of files."""
+        """Total number of files."""
         return -(-self.num_images // self.part_rows)
 
     def samples(self, part: int) -> Int64s:

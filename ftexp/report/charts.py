@@ -58,7 +58,7 @@ def line_chart(
 
 
 class Plot:
-    """Draws into the frame of a line chart. `x_name`: name of the x axis."""
+    """The frame of a line chart, to draw into. `x_name`: name of the x axis."""
 
     def __init__(self, drawing: Drawing, x_axis: Axis, y_axis: Axis, x_name: str = "step") -> None:
         self._drawing, self._x_axis, self._y_axis, self._x_name = drawing, x_axis, y_axis, x_name

@@ -86,7 +86,7 @@ def _any_between(times: list[float], first: float, last: float) -> bool:
 
 @dataclass(frozen=True)
 class Axis:
-    """Maps values to [0, 1], and has round numbers as ticks."""
+    """Mapping of values to [0, 1], with round numbers as ticks."""
 
     low: float
     high: float

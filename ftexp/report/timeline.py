@@ -77,7 +77,7 @@ class Timeline:
     invocations: list[Invocation]
     segments: list[Segment] = field(default_factory=list)
     interruptions: list[Interruption] = field(default_factory=list)
-    attempts: list[tuple[int, float]] = field(default_factory=list)  # (step of its first new work, time when ready)
+    attempts: list[tuple[int, float]] = field(default_factory=list)  # (step before its first new one, time when ready)
 
     @property
     def total_s(self) -> float:
@@ -118,7 +118,7 @@ def build_timeline(run: RunFiles) -> Timeline:
 
 
 class _Follower:
-    """Processes the events of one invocation after another."""
+    """Builder of the timeline from the events of one invocation after another."""
 
     def __init__(self, timeline: Timeline) -> None:
         self.timeline = timeline

@@ -10,7 +10,7 @@ from ftexp.wire.events import CaughtUp, Event, Recovered
 
 
 class RunClock:
-    """Keeps the times in a run's state.
+    """Clock that keeps the times in a run's state.
 
     Args:
         state: modified in place.

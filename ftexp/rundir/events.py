@@ -12,7 +12,7 @@ from ftexp.wire.events import Event
 
 
 class EventLog:
-    """Writes events.jsonl. A line has the attempt and step that `state` has when it is added."""
+    """Writer of events.jsonl. A line has the attempt and step that `state` has when it is added."""
 
     def __init__(self, storage: Storage, state: RunState) -> None:
         self._log, self._state = AppendLog(storage, EVENTS_FILE), state

@@ -19,7 +19,7 @@ _HEAD = ("time", "split", "step", "epoch")
 
 
 class MetricsLog:
-    """Writes metrics.jsonl, and the metrics in a run's state.
+    """Writer of metrics.jsonl, and of the metrics in a run's state.
 
     score: the metric that ranks checkpoints, and `min` or `max`. `on_point` is called with each new line.
     """

@@ -40,7 +40,7 @@ _HEARTBEATS = (Hello, Ready, Tick, Metrics, Sync)  # only workers send these
 
 
 class RunRecord:
-    """Keeps the records of one invocation. `handle` is called by the hub, one message at a time.
+    """Writer of an invocation's records. The hub calls `handle`, with one message at a time.
 
     Args:
         storage: the run directory.
@@ -106,7 +106,7 @@ class RunRecord:
                 self._lineage.broke()
             case Lost(rank):
                 self.clock.process_ended(message.time)
-                # a rank that raised may be lost later, although it raised because this one had died
+                # set here, not by Raised: a rank may raise, and be reported first, because this one had died
                 self.died_rank = rank if self.died_rank is None else self.died_rank
             case Sync(number):
                 self.write()
@@ -205,7 +205,7 @@ class RunRecord:
 
     @property
     def unwritten_failures(self) -> list[Failure]:
-        """Return the failures that run.json may lack, since it could not be written."""
+        """The failures that run.json may lack, since it could not be written."""
         return self.state.failures[self._num_written :]
 
     def add_unwritten(self, failures: Sequence[Failure]) -> None:

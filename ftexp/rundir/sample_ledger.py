@@ -124,7 +124,7 @@ def problems(
 
 
 class _EachOnce:
-    """Finds samples that are used twice in an epoch, or not at all."""
+    """Check for samples that are used twice in an epoch, or not at all."""
 
     def __init__(self, num_samples: int) -> None:
         self._num_samples = num_samples
@@ -145,7 +145,7 @@ class _EachOnce:
 
 
 class _ByIdentity:
-    """Finds places of a round with two different samples, and samples of a round at two different places."""
+    """Check for places of a round with two different samples, and samples of a round at two different places."""
 
     def __init__(self, identities: Identities) -> None:
         self._identities = identities

@@ -122,7 +122,7 @@ class Storage:
         return _opened(self.uri)
 
     def read_bytes(self, name: str) -> bytes:
-        """Read a file; FileNotFoundError if there is none, StorageError if it can't be read."""
+        """Read a file; FileNotFoundError if there is none, another OSError if it can't be read."""
         with self.reading(name) as stream:
             return bytes(stream.read())
 

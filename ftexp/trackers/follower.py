@@ -11,7 +11,7 @@ from ftexp.trackers.registry import Key, Outcome, Point, Tracker
 from ftexp.wire.events import TrackerFailed, TrackerOpened
 
 _MAX_WAITING = 10_000  # points in memory; any more are read from the run directory later
-_MAX_REASON_CHARS = 500  # characters
+_MAX_REASON_CHARS = 500  # limit of a reason in an event
 _BATCH = 500  # points per call of a tracker
 _RETRY_S = (5.0, 15.0, 60.0)  # pauses between tries with a failing tracker; the last one repeats
 
@@ -19,7 +19,7 @@ Report = Callable[[TrackerOpened | TrackerFailed], object]
 
 
 class Follower:
-    """Keeps one tracker up to date with the run's points.
+    """Thread that keeps one tracker up to date with the run's points.
 
     A tracker that fails is created again, asked for what it has, and given the rest. So points that were sent, but
     perhaps did not arrive, are neither lost nor duplicated.

@@ -115,7 +115,7 @@ def _serve(host: str, first_port: int, registry: Any) -> tuple[Any, threading.Th
 
 
 class _RayMetrics:
-    """Copies the figures into Ray's metrics, which each node's agent exports under the same names with RAY_PREFIX."""
+    """Copy of the figures in Ray's metrics, which each node's agent exports under the same names with RAY_PREFIX."""
 
     def __init__(self, run: TrackedRun, labels: tuple[str, ...]) -> None:
         from ray.util import metrics

@@ -15,7 +15,7 @@ _GOODBYE_S = 10.0  # time limit for sending the remaining messages, and again fo
 
 
 class Channel:
-    """Sends messages to the driver. `send` returns at once; `sync` waits until the driver has handled all of them."""
+    """Connection to the driver. `send` returns at once; `sync` waits until the driver has handled all messages."""
 
     def __init__(self, address: HubAddress, first: Message) -> None:
         try:
@@ -36,8 +36,8 @@ class Channel:
         self._synced = Synced(0)  # the last answer
         self._num_asked = 0
         self._broken = False
-        self.stop_requested = self.save_requested = False  # by the driver
-        self._evaluated: dict[str, Evaluated] = {}  # by checkpoint
+        self.stop_requested = self.save_requested = False  # whether the driver has requested these
+        self._evaluated: dict[str, Evaluated] = {}  # results by name of the checkpoint
         self._answered = threading.Condition()
         self._thread = threading.Thread(target=self._send_all, daemon=True, name="channel-to-driver")
         self._thread.start()

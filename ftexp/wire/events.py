@@ -415,12 +415,12 @@ class CorruptionChecked(Event):
 
 @dataclass(frozen=True)
 class Chaos(Event):
-    """A planned fault strikes."""
+    """A planned fault is being injected."""
 
     fault: str
     rank: int
     step: int
-    damaged: list[str] | None = None  # names of checkpoints
+    damaged: list[str] | None = None  # names of the checkpoints that it damaged
 
 
 @dataclass(frozen=True)
@@ -481,7 +481,7 @@ class TrackerFailed(Event):
 class AlertSent(Event):
     """An alert was delivered."""
 
-    alert: str  # its kind
+    alert: str  # kind of the alert
     to: str  # scheme and host of the URL
 
 

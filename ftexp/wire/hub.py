@@ -72,7 +72,7 @@ class Hub:
         """Stop listening; no message is handled after this returns. Open channels end with their processes."""
         with self._lock:
             self._closed = True
-        with contextlib.suppress(OSError):  # macOS; on Linux, accept() would otherwise not return, and keep the port
+        with contextlib.suppress(OSError):  # raised on macOS; on Linux, this makes accept() return and frees the port
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
 
@@ -121,7 +121,7 @@ class Hub:
             self._group[hello.rank] = hello
 
     def _is_current(self, first: Message | None) -> bool:
-        """Return whether the sender of `first` is not a worker of an earlier group, or one that was replaced."""
+        """Return False if the sender of `first` is a worker of an earlier group, or one that was replaced."""
         with self._lock:
             return not isinstance(first, Hello) or self._group.get(first.rank) is first
 

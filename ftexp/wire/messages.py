@@ -14,7 +14,7 @@ from ftexp.wire.events import Event, make_event, snake_case
 class Message:
     """A message from one process to another."""
 
-    time: float = field(default_factory=time.time, kw_only=True, compare=False)  # of the event; seconds since 1970
+    time: float = field(default_factory=time.time, kw_only=True, compare=False)  # of the event, in seconds since 1970
 
 
 # source of an attempt's initial state: surviving ranks, snapshots in memory, a checkpoint, or none

@@ -32,7 +32,7 @@ WITH_THE_CLUSTER = (
     *("ray.data._internal.logical.optimizers", "ray.data._internal.planner.planner"),
 )
 MORE = "FTEXP_PRELOAD"  # more modules that this job's workers import, separated by commas
-ANSWERED_BY_A_WORKER = (signal.SIGINT, signal.SIGTERM)  # but ignored here
+ANSWERED_BY_A_WORKER = (signal.SIGINT, signal.SIGTERM)  # ignored by the preloaded process and the forkers
 MARK = "FTEXP_HOT_START"  # environment variable that a forked worker has
 _IDLE_S = 300.0  # time without a worker after which it ends; a job needs less between two worker groups
 
@@ -52,7 +52,7 @@ def import_all(names: tuple[str, ...], without: tuple[str, ...] = ()) -> None:
 
 
 class Forker:
-    """Forks a child for each launcher's request, and sends the launcher its pid and later its wait status."""
+    """Forker of workers: forks a child for each launcher's request, and sends the launcher its pid and wait status."""
 
     def __init__(self, channel: socket.socket, environment: dict[str, str]) -> None:
         self._channel = channel
@@ -67,7 +67,7 @@ class Forker:
         from ftexp.cluster import ray_private
 
         more = filter(None, os.environ.get(MORE, "").split(","))
-        with uncollected():  # Ray as well
+        with uncollected():  # also covers the import of Ray itself
             ray_private.import_without_drawing(lambda: import_all((*WITH_THE_CLUSTER, *more)))
         return len({_in_a_fork(ray_private.random_id) for _ in range(2)}) == 2
 

@@ -113,7 +113,7 @@ def listen(path: str) -> socket.socket:
 
 
 def _answers(path: str) -> bool:
-    """Return whether a process listens, which takes a connection without a request for a launcher that hung up."""
+    """Return whether a process listens; it takes this empty connection for a launcher that hung up."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         try:
             connection.connect(path)

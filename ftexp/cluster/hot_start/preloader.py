@@ -5,7 +5,7 @@ ends when its standard input closes, since the driver is gone then. On a node of
 it with the raylet's process id as a last argument, and it ends with that raylet. <descriptor> is the listening socket.
 Running workers continue without it.
 
-Neither it nor a forker ever starts a thread or touches a GPU, because a fork would lack them.
+Neither it nor a forker ever starts a thread or touches a GPU, because forks would not have these.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 class Preloader:
-    """Passes each launcher's request to the forker of its raylet, which is forked at the first request.
+    """Dispatcher of launchers' requests to the forkers of their raylets, each of which is forked at its first request.
 
     A job that sets variables of Ray's for its workers has another forker.
     """

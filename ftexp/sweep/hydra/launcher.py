@@ -27,7 +27,7 @@ _OF_THE_SWEEP = ("sweep", "verbose", "plugins", "tracker")  # one of each in a s
 
 
 class SweepLauncher(Launcher):
-    """Runs a batch of jobs as the trials of one sweep."""
+    """Launcher that runs a batch of jobs as the trials of one sweep."""
 
     __module__ = PLUGINS
 

@@ -29,7 +29,7 @@ _OPTUNA = 5  # oldest supported major version
 
 
 class TuneSweeper(Sweeper):
-    """Runs a search over the keys for which the command gives several values."""
+    """Sweeper that runs a search over the keys for which the command gives several values."""
 
     __module__ = PLUGINS
 

@@ -9,7 +9,7 @@ from ftexp.sweep.run.runner import TrialProcess
 
 
 class Proposer(Protocol):
-    """Proposes the trials of a sweep, and says which to stop early."""
+    """Source of a sweep's trials, which also decides which ones to stop early."""
 
     processes: list[TrialProcess]  # proposed so far, in that order; the caller of `next_process` appends its result
 
@@ -19,11 +19,11 @@ class Proposer(Protocol):
 
     @property
     def num_trials(self) -> int:
-        """Return the total number of trials."""
+        """Total number of trials."""
 
     @property
     def description(self) -> str | None:
-        """Return a line that describes the search; None if trials are given."""
+        """Description of the search in one line; None if trials are given."""
 
     @property
     def min_needs(self) -> dict[str, float]:

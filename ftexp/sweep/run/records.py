@@ -10,7 +10,7 @@ from ftexp.storage.directory import Storage
 
 
 class Records:
-    """Writes the record, now or as soon as that is possible again."""
+    """Writer of the record, now or as soon as that is possible again."""
 
     def __init__(
         self, directory: Storage, record: SweepRecord, settle: Callable[[], None], say: Callable[[str, str], None]

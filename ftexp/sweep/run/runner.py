@@ -68,7 +68,7 @@ class TrialProcess:
 
 @dataclass
 class Runner:
-    """Starts, watches and stops trials. `changed` is called for every change of a trial's status."""
+    """Runner of trials: starts, watches and stops them. `changed` is called for every change of a trial's status."""
 
     processes: list[TrialProcess]
     capacity: dict[str, float]  # capacity of the cluster

@@ -24,7 +24,7 @@ def rungs(grace_epochs: int, reduction_factor: float, max_epochs: int) -> list[f
 
 
 class Halving:
-    """Decides which trials continue beyond a rung: those not worse than the best 1 in `reduction_factor` so far."""
+    """Decision which trials continue beyond a rung: those not worse than the best 1 in `reduction_factor` so far."""
 
     def __init__(self, mode: str, grace_epochs: int, reduction_factor: float, max_epochs: int) -> None:
         self._sign = 1 if mode == "max" else -1
@@ -55,10 +55,7 @@ class Halving:
                 yield epoch, self._is_behind(name, epoch, self._sign * value)
 
     def _is_behind(self, name: str, epoch: int, value: float) -> bool:
-        """Return whether a trial that has just reached a rung is worse there than it must be.
-
-        A greater value is better.
-        """
+        """Return whether a trial has just reached a rung and is too bad to continue. Greater values are better."""
         values = next((values for rung, values in self._rungs if epoch >= rung), None)
         if values is None or name in values:
             return False

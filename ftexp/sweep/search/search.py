@@ -43,12 +43,12 @@ class SearchSetup:
 
     @property
     def num_trials(self) -> int:
-        """Return the total number of trials: at most the number of points in the space."""
+        """Total number of trials: at most the number of points in the space."""
         return min(self.settings.num_trials, num_points(self.space) or self.settings.num_trials)
 
     @property
     def epochs(self) -> int:
-        """Return the epochs of each trial; if early stopping compares trials, all have the same."""
+        """Epochs of each trial; if early stopping compares trials, all have the same."""
         return self.probes[0].train.epochs
 
     def describe(self) -> str:
@@ -86,7 +86,7 @@ class Search:
 
     @property
     def num_trials(self) -> int:
-        """Return the total number of trials."""
+        """Total number of trials."""
         return self.setup.num_trials
 
     @property

@@ -25,7 +25,7 @@ class Options:
 
     @property
     def num_words(self) -> int:
-        """Return the number of different words."""
+        """Number of different words."""
         return len(self.words)
 
     @property
@@ -35,7 +35,7 @@ class Options:
 
     @property
     def ends(self) -> Sequence[str]:
-        """Return words that, if they are valid, show that all are."""
+        """Words whose validity implies that all are valid."""
         return self.words
 
     def word(self, value: int) -> str:
@@ -63,7 +63,7 @@ class Interval:
 
     @property
     def num_words(self) -> int | None:
-        """Return the number of different words; None if the interval is real."""
+        """Number of different words; None if the interval is real."""
         return int(self.high) - int(self.low) + 1 if self.is_whole else None
 
     @property
@@ -73,7 +73,7 @@ class Interval:
 
     @property
     def ends(self) -> Sequence[str]:
-        """Return words that, if they are valid, show that all are."""
+        """Words whose validity implies that all are valid."""
         return (self.word(self.low), self.word(self.high))
 
     def word(self, value: float) -> str:
