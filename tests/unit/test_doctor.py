@@ -14,7 +14,7 @@ import ftexp.doctor.machine
 import ftexp.doctor.together
 from ftexp.config.schema import Config
 from ftexp.doctor.decoding import decode_rate
-from ftexp.doctor.disk import disk_space, probed, storage_checks
+from ftexp.doctor.disk import data_root, disk_space, probed, storage_checks
 from ftexp.doctor.finding import Verdict, fails, not_here, ok, print_table, warning
 from ftexp.doctor.machine import gpus, open_files, ray_directory, shared_memory, versions
 from ftexp.doctor.model_size import ModelSize, model_size
@@ -112,6 +112,21 @@ def test_the_storage_is_tried_and_left_as_it_was(config, tmp_path, monkeypatch):
         directory.write_bytes("x", b"")
         (tmp_path / "runs" / "other").mkdir()
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["other"]
+
+
+@pytest.mark.parametrize(
+    ("name", "root", "verdict"),
+    [
+        ("image_folder", "{}/nowhere", Verdict.FAILS),
+        ("image_folder", "{}", Verdict.OK),
+        ("image_folder", "s3://bucket/nowhere", Verdict.NOT_HERE),
+        ("cifar10", "{}/nowhere", Verdict.NOT_HERE),  # it may be downloaded to there
+        ("digits", None, Verdict.NOT_HERE),
+    ],
+)
+def test_a_root_that_is_not_there_fails_a_run(config, tmp_path, name, root, verdict):
+    config.data.name, config.data.root = name, root and root.format(tmp_path)
+    assert data_root(config).verdict is verdict
 
 
 def test_a_storage_that_cannot_be_written_fails_a_run(config, tmp_path):

@@ -11,8 +11,8 @@ import torch
 from ftexp.cli.trained_run import SavedRun
 from ftexp.config.schema import Config, DataConfig, ModelConfig
 from ftexp.data.info import DataInfo
-from ftexp.errors import ConfigError, StorageError
-from ftexp.predict.command import PredictConfig, _default_out, refuse
+from ftexp.errors import ConfigError, DataError, StorageError
+from ftexp.predict.command import PredictConfig, _default_out, predict, refuse
 from ftexp.predict.parts import (
     BAD_FILE,
     PARTS,
@@ -28,6 +28,8 @@ from ftexp.predict.pipeline import Predict
 from ftexp.predict.progress import ImageProgress
 from ftexp.predict.run import _as_array
 from ftexp.storage.directory import Storage
+from tests.support.configs import composed
+from tests.support.saved_runs import saved_run
 
 PLAN = PredictionPlan("run", "step_1", "raw", "abc", {"name": "image_folder", "root": "/a"}, 10, "def", 2, "parquet", 4)
 
@@ -48,6 +50,21 @@ PLAN = PredictionPlan("run", "step_1", "raw", "abc", {"name": "image_folder", "r
 def test_what_would_not_be_read_is_refused(word, told):
     with pytest.raises(ConfigError, match=told):
         refuse(["data=image_folder", "scaling.num_workers=1", word])
+
+
+@pytest.mark.parametrize(
+    ("chosen", "error", "message"),
+    [
+        (True, DataError, "/photos does not exist$"),
+        (False, ConfigError, "/photos, the run's data, does not exist: add data.root="),
+    ],
+)
+def test_data_that_are_not_there_are_noticed_before_ray_starts(tmp_path, monkeypatch, chosen, error, message):
+    words = ["data=image_folder", f"data.root={tmp_path}/photos", "data.image_size=8"]
+    run = saved_run(tmp_path / "run", *words)
+    monkeypatch.setattr("ftexp.cluster.ray_cluster.prepare_environment", lambda _: pytest.fail("Ray is next"))
+    with pytest.raises(error, match=rf"^data\.root={tmp_path}{message}"):
+        predict(composed("augment=none", *words), PredictConfig(run=run.storage.uri), run, chosen, words)
 
 
 @pytest.mark.parametrize(("name", "exif"), [("digits", False), ("image_folder", True)])
