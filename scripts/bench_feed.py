@@ -53,7 +53,8 @@ if TYPE_CHECKING:
 
 BATCH = 64
 PHOTOS, SMALL = "500x375", "160x160"
-SETS = {PHOTOS: ((500, 375), 224, 1500, 1024), SMALL: ((160, 160), 128, 4000, 2560)}  # stored size, fed size, files, images counted
+# stored size, fed size, number of files, images counted
+SETS = {PHOTOS: ((500, 375), 224, 1500, 1024), SMALL: ((160, 160), 128, 4000, 2560)}
 WARM_IMAGES = 512
 RAND_AUGMENT = "rand-m9-mstd0.5-inc1"
 CROP = ["augment.crop=rrc", "augment.hflip=0.5"]
@@ -351,7 +352,7 @@ def measure_memory(directory: Path) -> dict[str, float]:
             if not root.exists():
                 write_photos(root, num_files, size=SETS[SMALL][0])
             from_position = ftexp_feed(root, SETS[SMALL][1], feed, *CROP, "data.sampling=balanced")
-            rate(from_position(0), 4 * WARM_IMAGES)  # by now, all processes have started and executed every kind of work
+            rate(from_position(0), 4 * WARM_IMAGES)  # afterwards all processes run, and have done every kind of work
             with closing(from_position(0)) as batches:  # type: ignore[type-var]
                 held = []
                 for number in range(num_files // BATCH):

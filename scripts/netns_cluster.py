@@ -149,7 +149,7 @@ class Machine:
         shutil.rmtree(Path("/etc/netns", self.name), ignore_errors=True)
 
     def start(self, directory: Path, *words: str, **arguments: Any) -> subprocess.Popen[str]:
-        """Start a command on the machine; `directory`/ray, for Ray's files, is a different directory on each machine."""
+        """Start a command on the machine; `directory`/ray, for Ray's files, differs between machines."""
         own, shown = directory / self.name, directory / "ray"
         for each in (own, shown):
             each.mkdir(exist_ok=True)

@@ -2,12 +2,12 @@
 
     uv run python scripts/photo_like.py DIRECTORY [--pictures 5000] [--classes 20] [--size 500 375] [--seed 0]
 
-A class is a glyph, drawn in a random weight of Roboto (from Ray's dashboard) or in Pillow's own typeface: in any colour,
-slightly rotated and slanted, 0.35 to 0.9 of the picture's height, at any place. The background is a part of one of
+A class is a glyph, drawn in any weight of Roboto (from Ray's dashboard) or in Pillow's own typeface, in any colour,
+slightly rotated and slanted, 0.35 to 0.9 of the picture's height, anywhere in it. The background is a part of one of
 scikit-learn's two photographs, at a random scale, flipped and tinted. As in a photograph, position and size of the
 object say nothing about its class, and a model that memorises pictures fails on others. No glyph is the mirror image of
 another. With the same versions of these packages, a seed always gives the same pixels; picture n of a seed doesn't
-depend on their number. 5,000 of 500x375 take 45 s on 2 cores.
+depend on the number of pictures. 5,000 of 500x375 take 45 s on 2 cores.
 """
 
 from __future__ import annotations
