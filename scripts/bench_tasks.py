@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 SIDE, CANVAS = 8, 16
-NUM_TEST = 360  # digits, of 1,797; none of them is in a training picture
+NUM_TEST = 360  # test digits, out of 1,797; training pictures contain none of them
 NUM_PAIRS = {"train": 2000, "test": 500}
 RARE, RARE_SHARE = 8, 0.02
 NEITHER = "neither"

@@ -68,7 +68,7 @@ def test_a_drill_with_the_full_recipe_on_tells_a_run_that_survived_its_faults_fr
     assert [row["identical"] for row in report["rows"]] == [True, True, True]
     assert_the_recipe_was_on(RunFolder(directory / "clean"), RunFolder(directory / "broken"))
 
-    # a drill that never finds a difference would print the same, so give it some
+    # a drill that never finds a difference would print the same, so it must find these
     first, second = Storage.at(str(directory), "clean"), Storage.at(str(directory), "broken")
     compared = functools.partial(compare, config=load_run_config(first))
     assert compared(first, second, DRILL_BATCH, 0).identical

@@ -1,7 +1,7 @@
 """Program of tests/ray/test_replacing.py: ranks train, one is killed in a step, and only that one is started again.
 
-Arguments: a directory, the number of ranks, the rank to kill, and the steps in which to kill it. A step with a + means
-right after the optimiser's step, before the ranks have agreed on it.
+Arguments: a directory, the number of ranks, the rank to kill, and the steps in which to kill it. With a +, the kill
+comes after the optimiser's step, which the other ranks have taken too, but before the rank has reported it.
 """
 
 import functools

@@ -7,6 +7,7 @@
 - Four ranks in two replicas save; each byte is written once.
 - One rank and three ranks resume from these checkpoints.
 - Of two ranks, one can't write, and later one dies while writing: neither leaves a checkpoint.
+- On an object store, which is slower, only two ranks save and three resume.
 """
 
 import functools

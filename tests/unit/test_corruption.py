@@ -99,7 +99,7 @@ def test_the_cost_is_told_once(monkeypatch):
     ranks, now = Ranks(monkeypatch, 2), iter([0.0, 9.0, 10.0, 20.0, 20.5, 110.0, 120.0, 121.0, 122.0])
     monkeypatch.setattr(ftexp.worker.corruption.time, "perf_counter", lambda: next(now))
     check = ReplicaCheck(ranks.job)
-    # checks take from 0 to 9, 20 to 20.5 and 120 to 121; the second is noted at 110, 100 s after the first
+    # checks last from 0 to 9, 20 to 20.5 and 120 to 121; the second is noted at 110, 100 s after the first
     for _ in range(3):
         check.check(saves=True)
     ((event),) = [message.event for message in ranks.sent if isinstance(message, Happened)]

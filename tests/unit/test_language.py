@@ -36,7 +36,7 @@ PATTERNS = {
 }
 
 
-WORD_LIST = ".github/CONTRIBUTING.md"  # has the banned words
+WORD_LIST = ".github/CONTRIBUTING.md"  # contains the banned words
 
 
 def listed(*patterns):
@@ -60,7 +60,7 @@ def strings(source):
 
 
 def docstrings(source):
-    """Yield (line, text) of every docstring, and of every other string that stands alone."""
+    """Yield (line, text) of every docstring, and of every other string used as a statement."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
             yield node.lineno, node.value.value

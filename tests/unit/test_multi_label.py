@@ -237,7 +237,7 @@ def test_evaluation_is_the_mean_binary_cross_entropy_and_the_share_of_exact_sets
     loss, accuracy = means(meter.totals())
     expected = F.binary_cross_entropy_with_logits(LOGITS.double(), SETS.double())
     assert loss == pytest.approx(expected.item(), rel=1e-6)
-    assert accuracy == 0  # of 11 random decisions
+    assert accuracy == 0  # no sample has all of its 11 random decisions right
     meter.reset()
     nearly = (2 * SETS - 1) * torch.rand(SETS.shape, generator=GENERATOR)
     nearly[2, 3] *= -1

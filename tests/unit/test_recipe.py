@@ -83,7 +83,7 @@ def restored(parts, **arguments):
 
 @pytest.mark.parametrize("killed_after", [2, 4, 7])
 def test_with_the_full_recipe_a_restart_changes_no_bit(killed_after):
-    """Before, at, and after the epoch that unfreezes a part."""
+    """The kill comes before, at or after the epoch that unfreezes a part."""
     clean = make_job(DROPPING, **FULL)
     clean.learner.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24, growth_interval=3)  # some steps overflow
     batches = clean.data.feed.from_position(0)

@@ -277,7 +277,7 @@ def test_the_curves_mark_failures_where_they_were_and_shade_every_other_attempt(
     ]
     assert [title for title in titles if title] == [f"crash after step {step}" for step in steps]
     shades = [shape for shape in drawing.shapes if getattr(shape, "role", "") == "shade"]
-    assert len(shades) == 2  # of four attempts
+    assert len(shades) == 2  # every second of four attempts
     dashed = [shape.points[0][0] for shape in drawing.shapes if getattr(shape, "dashed", False)]
     assert [shade.x for shade in shades] == pytest.approx(dashed[::2])
 

@@ -103,7 +103,7 @@ def test_a_run_that_goes_on_from_memory_keeps_its_newest_checkpoint_and_says_so(
     assert driver.record.state.checkpoint == name(10)
     assert f"restored {name(16)} from memory, replaying 2 steps" in driver.shown
     driver.event(events.SnapshotsTaken(44, 0.0031, 0.0098, 19_400_000))
-    driver.event(events.SnapshotsTaken(45, 0.0031, 0.0098, 19_400_000))  # of another attempt
+    driver.event(events.SnapshotsTaken(45, 0.0031, 0.0098, 19_400_000))  # from another attempt
     assert driver.shown.count("memory   a snapshot every ") == 1
     assert "every 44 steps: 3.1 ms, 0.98% of the time; 19.4 MB of a node" in driver.shown
     driver.event(events.SnapshotsOff("there is no room"))

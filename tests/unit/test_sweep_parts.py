@@ -91,7 +91,7 @@ def test_as_many_trials_share_a_machine_as_there_are_up_to_its_cores(no_gpus, mo
     assert num_shares([Config()] * 8, 2) == 2
 
 
-# What fits
+# Which trials fit
 
 
 def test_trials_fit_beside_each_other_to_the_last_fraction():

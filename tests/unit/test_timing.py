@@ -197,7 +197,7 @@ def test_a_model_that_cannot_be_counted_has_no_utilisation_and_says_why(monkeypa
 
 @pytest.mark.parametrize(("first", "count", "traced"), [(2, 3, 3), (10, 5, 3), (13, 2, 0)])
 def test_a_trace_of_the_chosen_steps_is_left(tmp_path, first, count, traced):
-    job, run_dir = make_job(), Storage.at(str(tmp_path))  # of 12 steps
+    job, run_dir = make_job(), Storage.at(str(tmp_path))  # 12 steps
     job.config.profile.enabled, job.config.profile.start_step, job.config.profile.num_steps = True, first, count
     feed = job.data.feed
     job.data.feed = SimpleNamespace(

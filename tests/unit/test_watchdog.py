@@ -68,8 +68,8 @@ def test_within_a_block_its_limit_holds_and_afterwards_the_one_before(watched):
         assert watched.after(49) == 0
         with watched.dog.during(SAVE):
             assert watched.after(1000) == 0
-        assert watched.after(49) == 0  # from the inner block's end
-    assert watched.after(9) == 0  # from the block's end
+        assert watched.after(49) == 0  # counted from the end of the inner block
+    assert watched.after(9) == 0  # counted from the end of the outer block
     assert watched.after(2) == 1
     assert watched.told[0][0] == STEP
     with pytest.raises(KeyError), watched.dog.during(SAVE):

@@ -178,7 +178,7 @@ def test_a_worker_that_outlives_its_group_is_not_heard_once_the_next_one_says_he
         with pytest.raises(OSError, match="the driver has ended, or does not answer"):
             channel.sync(timeout_s=0.2)  # nor may it assume that its messages are safe
     past[0].close()
-    past[1]._socket.shutdown(socket.SHUT_RDWR)  # lost
+    past[1]._socket.shutdown(socket.SHUT_RDWR)  # the connection is lost
     new.send(Tick(1, 0))
     new.close()
     assert [next_message(messages) for _ in range(3)] == [Hello(0, 1, 200, "n"), Tick(1, 0), Goodbye()]
