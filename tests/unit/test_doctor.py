@@ -1,4 +1,4 @@
-"""The checks of ftexp.doctor: what each finds, and which of it would fail a run."""
+"""The checks of ftexp.doctor: their findings, and which of these would fail a run."""
 
 import io
 import os
@@ -94,7 +94,8 @@ def test_rays_directory_is_checked_for_length_and_owner(config, tmp_path):
 
 def test_a_disk_without_room_for_the_checkpoints_fails_a_run(config, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(0, 0, 399))
-    assert disk_space(config, 100).verdict is Verdict.FAILS  # two, the best, and the one that is written
+    # four checkpoints: num_to_keep=2, the best, and the one in flight
+    assert disk_space(config, 100).verdict is Verdict.FAILS
     assert disk_space(config, 99).verdict is Verdict.OK
     config.checkpoint.num_to_keep = None
     assert disk_space(config, 99).verdict is Verdict.WARNING
@@ -152,9 +153,9 @@ def test_the_model_is_measured_without_being_built(config):
 
     arguments = {"num_classes": 10, "in_chans": 1, "img_size": 32}
     real = sum(each.numel() for each in timm.create_model("vit_tiny_patch16_224", **arguments).parameters())
-    assert (size.num_parameters, size.checkpoint_bytes) == (real, 12 * real)  # adamw keeps two more of each
+    assert (size.num_parameters, size.checkpoint_bytes) == (real, 12 * real)  # float32: parameters and two moments
     config.optim.name, config.ema.decay = "sgd", 0.9
-    assert model_size(config).checkpoint_bytes == 12 * real  # one more, and the average
+    assert model_size(config).checkpoint_bytes == 12 * real  # parameters, momentum and EMA
 
 
 def test_decoding_is_timed_where_there_is_some(config):

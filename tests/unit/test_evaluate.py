@@ -1,4 +1,4 @@
-"""`python -m ftexp.evaluate`: where its result goes. What it finds is in tests/command/test_end_to_end.py."""
+"""`python -m ftexp.evaluate`: where it writes its result. tests/command/test_end_to_end.py checks the result itself."""
 
 import contextlib
 import io

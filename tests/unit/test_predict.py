@@ -1,4 +1,4 @@
-"""`python -m ftexp.predict`: the command killed and interrupted half-way, and what doesn't need Ray."""
+"""`python -m ftexp.predict`: the parts that don't need Ray."""
 
 import json
 from types import SimpleNamespace
@@ -145,7 +145,7 @@ def test_part_files_without_a_plan_are_nobody_s(tmp_path):
 
 
 def rows(samples, errors=None):
-    """What the model's stage hands on for `samples`: of three classes, the one of the sample's number is surest."""
+    """Return the model stage's output for `samples`; sample n has class n % 3 of three as its top prediction."""
     count = len(samples)
     return {
         "sample": np.array(samples),
@@ -257,7 +257,7 @@ def test_a_plan_that_was_written_before_there_was_tta_goes_on_without(tmp_path):
 @pytest.mark.parametrize("tta", ["none", "hflip"])
 def test_the_logits_of_mirror_images_are_averaged_with_tta(tta):
     class Left(torch.nn.Module):
-        def forward(self, images):  # the logits of a class are the pixels in the left column
+        def forward(self, images):  # the logits of the classes are the pixels of the left column
             return images[:, 0, :, 0]
 
     info = DataInfo(["a", "b"], 2, 1, [0.0], [1.0], {})
