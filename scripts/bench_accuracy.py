@@ -1,12 +1,12 @@
-"""Does training on photographs come to timm's accuracy? ftexp and a loop around timm.data.create_loader, side by side.
+"""Does training on photographs reach timm's accuracy? Compare ftexp with a loop around timm.data.create_loader.
 
     uv run python scripts/bench_accuracy.py [--rounds 3] [--epochs 12] [--check] [--json FILE]
 
 Photograph-like JPEGs (scripts/photo_like.py: a glyph of any size, anywhere on a photograph), 4,096 of 200x150 to train
-on and 2,048 to test on, in 10 classes. A small ResNet is trained at 64 px, once with a random resized crop and once
-without, by both sides with the same epochs, batch, optimiser, schedule and flip. Rounds are seeds; each side draws
-its own. Test images are scaled and cut by the same crop_pct. Means of two sides agree if they differ by no more than
-twice the standard error of their difference. Takes 25 minutes on 2 cores.
+on and 2,048 to test on, in 10 classes. Both sides train a small ResNet at 64 px, with and without a random resized
+crop, with the same epochs, batch, optimiser, schedule and flip. Rounds are seeds; each side has its own random draws.
+Test images are scaled and cropped by the same crop_pct. The two means agree if they differ by at most twice the
+standard error of their difference. Takes 25 minutes on 2 cores.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def main() -> None:
 
 
 def ftexp_accuracy(settings: dict[str, Any], is_cropped: bool, directory: Path) -> float:
-    """Test accuracy of one run of the command, whose worker leaves a CPU to decode on."""
+    """Return the test accuracy of one run of the command, with one CPU left for decoding."""
     name = f"{'cropped' if is_cropped else 'whole'}_{settings['seed']}"
     scale = f"augment.scale={list(settings['scale'])}".replace(" ", "")
     augment = ["augment.crop=rrc", "augment.interpolation=bicubic", scale] if is_cropped else []
@@ -96,7 +96,7 @@ def ftexp_accuracy(settings: dict[str, Any], is_cropped: bool, directory: Path) 
 
 
 def loop_accuracy(settings: dict[str, Any], is_cropped: bool, _: Path) -> float:
-    """Test accuracy of the loop by hand, with as many processes."""
+    """Return the test accuracy of the hand-written loop, with the same number of processes."""
     crop = {"scale": settings["scale"]} if is_cropped else {"scale": (1.0, 1.0), "ratio": (1.0, 1.0)}
     argument = json.dumps({**settings, "crop": crop, "num_workers": 1, "num_threads": 1})
     done = subprocess.run([sys.executable, str(LOOP), argument], check=True, capture_output=True, text=True)
@@ -104,7 +104,7 @@ def loop_accuracy(settings: dict[str, Any], is_cropped: bool, _: Path) -> float:
 
 
 def report(console: Console, results: dict[str, dict[str, list[float]]]) -> list[str]:
-    """Print the table and the crop's gain; returns a line for each comparison whose means don't agree."""
+    """Print the table and the crop's gain; return a line for each comparison whose means don't agree."""
     table = Table("test accuracy", "", "mean", "standard deviation", "by seed", box=None)
     checks: list[Check] = []
     for crop, sides in results.items():

@@ -1,13 +1,13 @@
-"""The cost of a checkpoint to training, side by side: ftexp's, and the blocking checkpoint of Ray Train's tutorials.
+"""Compare the cost of a checkpoint to training: ftexp's, and the blocking checkpoint of Ray Train's tutorials.
 
     uv run python scripts/bench_checkpoint.py [--sharded] [--rounds 5] [--window 20] [--check] [--json FILE]
 
-In one Ray Train job a model: both sides save the same training state in turns, on two workers. "Blocked" is how
-long one checkpoint blocks the training thread of rank 0. Then windows of training take turns, one with a checkpoint
-every 5 s and one with none. Last, the time from asking for a batch to having it, at positions near and far.
-The default model, and ViT-S (22 million parameters with AdamW). Takes 8 minutes on 2 cores.
+Models: the default one, and ViT-S (22 million parameters with AdamW); one Ray Train job of two workers each. Both sides
+save the same training state in turns; "blocked" is how long one checkpoint blocks the training thread of rank 0. ViT-S:
+then windows of training take turns, one with a checkpoint every 5 s and one without. Default model: the time from a
+start at a position to the first batch, at near and far positions. Takes 8 minutes on 2 cores.
 
---sharded: instead, what saves of sharded models cost next to torch's own distributed save, see sharded_saves.py.
+--sharded: instead, compare checkpoints of sharded models with torch's own distributed save; see sharded_saves.py.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def compare_sharded(console: Console, options: Any) -> None:
-    """Measure saves of sharded models, print tables, and exit as `main` does."""
+    """Measure checkpoints of sharded models, print tables, and exit with 1 under --check if a target is missed."""
     import sharded_saves
 
     results = sharded_saves.measured(options.rounds)
@@ -76,7 +76,7 @@ def compare_sharded(console: Console, options: Any) -> None:
 def run_job(
     overrides: list[str], measuring: Callable[[dict[str, Any]], Any], settings: dict[str, Any], num_workers: int = 2
 ) -> Any:
-    """Start Ray, measure in one job, with a keeper of snapshots, stop Ray."""
+    """Start Ray and a keeper of snapshots, run `measuring` in one Ray Train job, stop Ray; return rank 0's result."""
     from ftexp.cluster import ray_private
     from ftexp.cluster.ray_cluster import prepare_environment, quiet_data, start_ray
     from ftexp.cluster.resources import decide_workers
@@ -113,14 +113,14 @@ def run_job(
         kept = start_keepers([ray.get_runtime_context().get_node_id()], None, {})
         result = ray_private.fitted(trainer).return_value
         hub.close()
-        del kept  # an actor ends with its handle
+        del kept  # Ray ends an actor when its last handle is gone
         return result
     finally:
         ray.shutdown()
 
 
 def measure(settings: dict[str, Any]) -> dict[str, Any]:
-    """On each worker: take turns, and return rank 0's times."""
+    """Take turns on each worker; return the times of this rank."""
     from ftexp.checkpoint.build import build_manager
     from ftexp.checkpoint.store import CHECKPOINTS, CheckpointStore
     from ftexp.job.build import build_job
@@ -145,7 +145,7 @@ def measure(settings: dict[str, Any]) -> dict[str, Any]:
         began = time.perf_counter()
         tutorial_save(job, number)
         theirs.append(time.perf_counter() - began)
-    # without the first save of each side, which allocates memory and sets up Ray
+    # without the first checkpoint of each side, which allocates memory and sets up Ray
     result["ftexp_s"], result["tutorial_s"], result["ftexp_first_s"] = ours[1:], theirs[1:], ours[0]
     result["ftexp_cpu_s"] = cpu[1:]  # all threads of rank 0, which trains nothing meanwhile
     if settings["window_s"]:
@@ -164,7 +164,7 @@ def measure(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def steps(job: Any, batches: Any, count: int) -> None:
-    """Take optimiser steps."""
+    """Take `count` optimiser steps."""
     from ftexp.worker.loop import advance
     from ftexp.worker.step import train_step
 
@@ -175,9 +175,9 @@ def steps(job: Any, batches: Any, count: int) -> None:
 
 
 def window(job: Any, batches: Any, checkpoints: Any, seconds: float) -> dict[str, Any]:
-    """Train for about `seconds`, saving at the cadence of `checkpoints`; steps per second, and when saves began.
+    """Train for about `seconds`, saving when `checkpoints` is due; return steps per second and the times of the saves.
 
-    A checkpoint that is in flight at the end is trained through, so that all it costs falls into this window.
+    Training continues until a checkpoint in flight is complete, so that its whole cost falls into this window.
     """
     began, count, saves = time.perf_counter(), 0, []
     while job.group.agree(int(time.perf_counter() - began < seconds or (checkpoints is not None and checkpoints.busy))):
@@ -190,7 +190,7 @@ def window(job: Any, batches: Any, checkpoints: Any, seconds: float) -> dict[str
 
 
 def tutorial_save(job: Any, number: int) -> None:
-    """The end of an epoch in Ray's tutorials: torch.save into a temporary directory, and a blocking report."""
+    """Save as Ray's tutorials do at the end of an epoch: torch.save into a temporary directory, a blocking report."""
     import ray.train
     import torch
 
@@ -205,7 +205,7 @@ def tutorial_save(job: Any, number: int) -> None:
 
 
 def first_batches(job: Any) -> dict[str, list[float]]:
-    """Seconds from asking the feed for a position to its first batch; the positions take turns."""
+    """Return the seconds from a start of the feed at a position to its first batch; the positions take turns."""
     samples = len(job.data.rows["train"])
     places = {"position 0": 0, "half an epoch": samples // 2, "epoch 1,000": 1000 * samples + 7}
     times: dict[str, list[float]] = {name: [] for name in places}
@@ -219,7 +219,7 @@ def first_batches(job: Any) -> dict[str, list[float]]:
 
 
 def report(console: Console, results: dict[str, dict[str, Any]]) -> list[str]:
-    """Print the tables; returns a line for each target that is missed."""
+    """Print the tables; return a line for each target that is missed."""
     table = Table("one save, ms blocked", "ftexp", "tutorial", "ratio", "CPU-s of ftexp's", box=None)
     checks: list[Check] = []
     for name, result in results.items():
@@ -233,7 +233,7 @@ def report(console: Console, results: dict[str, dict[str, Any]]) -> list[str]:
     rates = [[one["steps_per_s"] for one in windows[side]] for side in ("saving", "not_saving")]
     saves = sum(len(one["saves"]) for one in windows["saving"])
     table = Table("ViT-S, steps/s", f"a save every {SAVE_EVERY_S:.0f} s ({saves} saves)", "no save", "ratio", box=None)
-    # the ratio within each pair of windows, since the speed of the machine drifts
+    # the ratio within each pair of windows, because the speed of the machine drifts
     kept = statistics.median(one / other for one, other in zip(*rates, strict=True))
     table.add_row("median (range)", _spread(rates[0], 1), _spread(rates[1], 1), f"{kept:.3f}")
     console.print(table)

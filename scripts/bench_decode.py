@@ -1,11 +1,11 @@
-"""What an image costs a CPU from its bytes to what models see, by decoder; and what starting to decode costs a task.
+"""Measure the CPU time from an image's bytes to model input, by decoder, and the cost of a task that starts to decode.
 
     uv run python scripts/bench_decode.py [--rounds 15] [--json FILE]
 
-JPEGs of scikit-learn's photographs in four sizes, to 224: fitted as a whole, and a random part of them
-(augment.crop=rrc). Sides take turns in one process with one thread; CPU time. Then a task of Ray's that decodes one
-image by torchvision, in a process that is new: forked from one that has torch imported, and plain. Seconds until it
-answers, its CPU seconds, and what it holds of memory for itself (Private_Clean and _Dirty) and in all (PSS).
+JPEGs of a scikit-learn photograph in four sizes, to 224: the whole image, and a random part of it (augment.crop=rrc).
+Sides take turns in one process with one thread; the figure is CPU time. Then a Ray task decodes one image by
+torchvision in a new process: one forked from a process that has imported torch, and a plain one. Its figures: seconds
+to its result, CPU seconds, private memory (Private_Clean and _Dirty) and proportional memory (PSS).
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from ftexp.data.feeds.decoding import as_image, as_sample
 
 SIZE = 224
 PHOTOS = [(500, 375), (640, 427), (1600, 1200), (4000, 3000)]  # width, height
-DECODE_SIZE = 792  # the smallest part that rrc takes, 0.08 of the area, then has 224 pixels a side
+DECODE_SIZE = 792  # rrc's smallest part, 0.08 of the area, then has 224 pixels a side
 DECODINGS = {
     "pillow": Decoding(),
     "torchvision": Decoding("torchvision"),
     f"decode_size={DECODE_SIZE}": Decoding("torchvision", DECODE_SIZE),
 }
 WHOLE, PART = "whole image", "random part"
-MIN_SECONDS = 0.1  # seconds of CPU time that one figure is taken over
+MIN_SECONDS = 0.1  # CPU seconds over which one figure is measured
 
 
 def main() -> None:
@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def photo(size: tuple[int, int]) -> bytes:
-    """One of the photographs, scaled."""
+    """Return one of the photographs, scaled, as a JPEG."""
     import sklearn.datasets
     from PIL import Image
 
@@ -63,7 +63,7 @@ def photo(size: tuple[int, int]) -> bytes:
 
 
 def measure(size: tuple[int, int], rounds: int) -> dict[str, list[float]]:
-    """CPU milliseconds of an image, a figure a round."""
+    """Return CPU milliseconds per image by side, one figure per round."""
     encoded, sides = photo(size), dict[str, Callable[[int], Any]]()
     for name, decoding in DECODINGS.items():
         fit = Fit(SIZE, decoding=decoding)
@@ -72,7 +72,7 @@ def measure(size: tuple[int, int], rounds: int) -> dict[str, list[float]]:
         sides[f"{PART}, {name}"] = part(encoded, fit)
     found: dict[str, list[float]] = {name: [] for name in sides}
     for make in sides.values():
-        make(0)  # the first imports
+        make(0)  # the first call imports
     for _ in range(rounds):
         for name, make in sides.items():
             began, count = time.process_time(), 0
@@ -84,18 +84,18 @@ def measure(size: tuple[int, int], rounds: int) -> dict[str, list[float]]:
 
 
 def whole(encoded: bytes, fit: Fit) -> Callable[[int], Any]:
-    """As in evaluation."""
+    """Return a function that decodes the whole image, as in evaluation."""
     return lambda _: as_image(encoded, fit)
 
 
 def part(encoded: bytes, fit: Fit) -> Callable[[int], Any]:
-    """As in training; each position its own part."""
+    """Return a function that decodes a random part, as in training; each position has its own part."""
     augment = PictureAugment(AugmentConfig(crop="rrc", interpolation="bicubic"), 0, fit)
     return lambda position: augment(as_sample(encoded, fit, is_whole=False).picture, position)
 
 
 def measure_task(is_forked: bool, repeats: int = 3) -> dict[str, list[float]]:
-    """A task that decodes one image, in a process of its own each time."""
+    """Measure a task that decodes one image, each time in a new process."""
     from ftexp.cluster.hot_start.driver import HotStart
     from ftexp.cluster.ray_cluster import prepare_environment
     from ftexp.config.schema import Config, ScalingConfig
@@ -116,10 +116,10 @@ def measure_task(is_forked: bool, repeats: int = 3) -> dict[str, list[float]]:
                 logging_level="ERROR",
                 runtime_env=hot_start.runtime_env(),
             )
-        task = ray.remote(max_calls=1)(decode_here)  # its process ends with it
-        ray.get(task.remote(encoded))  # a forker imports Ray with the first
+        task = ray.remote(max_calls=1)(decode_here)  # its process exits after one call
+        ray.get(task.remote(encoded))  # the process that forks imports Ray at the first task
         for _ in range(repeats):
-            time.sleep(2)  # until Ray has started, and ended, what it will
+            time.sleep(2)  # until Ray has started and stopped its own processes
             began = time.perf_counter()
             for name, value in ray.get(task.remote(encoded)).items():
                 found[name].append(value)
@@ -131,7 +131,7 @@ def measure_task(is_forked: bool, repeats: int = 3) -> dict[str, list[float]]:
 
 
 def decode_here(encoded: bytes) -> dict[str, float]:
-    """Decode; returns what this process has cost."""
+    """Decode; return the CPU time and memory of this process."""
     as_image(encoded, Fit(SIZE, decoding=Decoding("torchvision")))
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]
     kib = {line.split(":")[0]: int(line.split()[1]) for line in lines}
@@ -154,7 +154,7 @@ def report(
 
 
 def shown(values: list[float]) -> str:
-    """The median with the range."""
+    """Format the median with the range."""
     return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 

@@ -1,9 +1,9 @@
-"""Does a teacher help? The default ViT on digits, taught by the ResNet of experiment=digits_resnet and on its own.
+"""Does a teacher help? Train the default ViT on digits with and without the ResNet of experiment=digits_resnet.
 
     uv run python scripts/bench_distill.py [--rounds 3] [--check] [--json FILE]
 
-The teacher is trained once (seed 0) and sees the student's batches, of 8 px, scaled to its 32 px. Rounds are seeds of
-the student; the sides take turns, and differ in `distill` alone. Takes 6 minutes on 2 cores.
+The teacher is trained once (seed 0) and receives the student's batches, scaled from 8 px to its 32 px. Rounds are seeds
+of the student; the sides take turns and differ only in `distill`. Takes 6 minutes on 2 cores.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def run(directory: Path, name: str, overrides: list[str]) -> dict[str, float]:
-    """Run the command; returns its test accuracy, its seconds, and the milliseconds of a step that the teacher took."""
+    """Run the command; return its test accuracy, its seconds, and the milliseconds of a step and of the teacher."""
     began_s = time.perf_counter()
     command = [sys.executable, "-m", "ftexp.train", f"run.storage={directory}", f"run.name={name}", *overrides]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
@@ -68,7 +68,7 @@ def _step_ms(point: dict[str, Any]) -> float:
 
 
 def report(console: Console, results: dict[str, list[dict[str, float]]], teacher: float) -> list[str]:
-    """Print the table; returns a line if the teacher doesn't help."""
+    """Print the table; return a line if the teacher doesn't help."""
     table = Table("", "test accuracy, mean", "standard deviation", "by seed", "step, ms", "teacher, ms", box=None)
     for side, runs in results.items():
         values = [one["test_accuracy"] for one in runs]

@@ -1,7 +1,7 @@
 """Compare the time of a step with each feature to that of the default run: `bench_train.py --features`.
 
-In one Ray Train job of one worker: the plain run and one with each feature take turns in blocks of 10 steps, without
-feeding, logging and saving. What comparing ranks costs: see bench_ranks.py.
+In one Ray Train job of one worker, the plain run and one run per feature take turns in blocks of 10 steps. Feeding,
+logging and saving are excluded. For the cost of comparing ranks, see bench_ranks.py.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ FEATURES = {
     "distill=features, likewise": ["distill=features"],
     "resizing=progressive, at half size": ["resizing=progressive", "+model.kwargs.dynamic_img_size=true"],
 }
-STEPS, BLOCKS = 10, 5  # of a block; of a turn
+STEPS, BLOCKS = 10, 5  # steps per block; blocks per turn
 
 
 def compare_features(console: Console, rounds: int) -> dict[str, list[float]]:
-    """Measure in as many rounds, print the table, and return the milliseconds of a step of each block."""
+    """Measure `rounds` rounds and print the table; return {feature: ms per step of each block}."""
     settings = {"features": pickle.dumps(described(str(scratch_directory()))), "rounds": rounds}
     results: dict[str, list[float]] = run_job(["train.epochs=2000"], measure, settings, num_workers=1)
     report(console, results)
@@ -42,7 +42,7 @@ def compare_features(console: Console, rounds: int) -> dict[str, list[float]]:
 
 
 def described(storage: str) -> dict[str, Any]:
-    """Return the config and the teacher of each feature; trains the teacher for one step."""
+    """Train the teacher for one step; return {feature: (config, teacher)}."""
     from ftexp.driver.teacher import with_teacher
     from ftexp.storage.directory import Storage
 
@@ -58,7 +58,7 @@ def described(storage: str) -> dict[str, Any]:
 
 
 def measure(settings: dict[str, Any]) -> dict[str, list[float]]:
-    """On the worker: take turns, and return the blocks of each feature."""
+    """Take turns on the worker; return the blocks of each feature."""
     from ftexp.job.build import build_job
 
     plain = pickle.loads(settings["spec"])
@@ -75,7 +75,7 @@ def measure(settings: dict[str, Any]) -> dict[str, list[float]]:
 
 
 def turn(job: Any, batches: Any) -> list[float]:
-    """Train for some blocks of steps; milliseconds of a step of each."""
+    """Train for some blocks; return the milliseconds per step of each."""
     from ftexp.worker.loop import advance
     from ftexp.worker.step import train_step
 
@@ -87,7 +87,7 @@ def turn(job: Any, batches: Any) -> list[float]:
             train_step(job, batch)
             advance(job, batch)
         blocks.append(1000 * (time.perf_counter() - began) / STEPS)
-    return blocks[1:]  # without the first block, whose caches are cold after another model
+    return blocks[1:]  # without the first block: caches are cold after another model
 
 
 def report(console: Console, results: dict[str, list[float]]) -> None:

@@ -1,15 +1,17 @@
-"""How fast images come, side by side: ftexp's feeds, torch's DataLoader and a plain Ray Data pipeline.
+"""Compare the speed of image feeds: ftexp's, torch's DataLoader and a plain Ray Data pipeline.
 
     uv run python scripts/bench_feed.py [--rounds 7] [--only rates] [--set data.decoder=pillow] [--check] [--json FILE]
 
 Photograph-like JPEG files (scripts/photo_like.py) of ImageNet's usual size (500x375, to 224) and of 160x160 pixels (to
-128). Every side takes a random resized crop and a flip, on two processes, and hands over normalised batches of 64; some
-also take RandAugment. Sides take turns, and what comes before a side is warm isn't counted. No epoch ends while the
-others are measured: each is begun again. The cached feeds run from their second epoch on. Sides are compared within
-each round, since a shared machine changes its speed by the minute; the CPU time, of all processes, an image, changes
-less. Besides: the training process's own CPU time, by part, with augment=deit; the memory of all processes with 1 and
-10 times the data; and the time to the first batch at three positions, with a million files listed. The last two of both
-feeds, with classes drawn alike too.
+128). Every side applies a random resized crop and a flip in two processes and returns normalised batches of 64; some
+also apply RandAugment. Sides take turns. Every turn starts its side again and excludes the warm-up; the baselines'
+epochs are long enough not to end within a turn, and the cached feeds run from their second epoch. Sides are compared
+within each round, because the speed of a shared machine changes by the minute. CPU time per image, over all processes,
+varies less.
+
+Also measured: the training process's own CPU time by part, with augment=deit; the memory of all processes with 1 and 10
+times the data, for both feeds, with data.sampling=balanced; and the time to the first batch at three positions, for
+both feeds and both samplings (the streaming feed lists a million files).
 """
 
 from __future__ import annotations
@@ -51,7 +53,8 @@ if TYPE_CHECKING:
 
 BATCH = 64
 PHOTOS, SMALL = "500x375", "160x160"
-SETS = {PHOTOS: ((500, 375), 224, 1500, 1024), SMALL: ((160, 160), 128, 4000, 2560)}  # stored, fed; files; counted
+# stored size, fed size, number of files, images counted
+SETS = {PHOTOS: ((500, 375), 224, 1500, 1024), SMALL: ((160, 160), 128, 4000, 2560)}
 WARM_IMAGES = 512
 RAND_AUGMENT = "rand-m9-mstd0.5-inc1"
 CROP = ["augment.crop=rrc", "augment.hflip=0.5"]
@@ -74,7 +77,7 @@ TARGETS = [
 POSITIONS = {"position 0": 0.0, "half an epoch": 0.5, "epoch 1,000": 1000.0}
 SAMPLINGS = ("shuffle", "balanced")
 MILLION = 1_000_000
-NUM_CACHED = 1000  # files of the cached runs whose first batches are timed
+NUM_CACHED = 1000  # files of the cached feed whose first batches are timed
 PARTS = RATES, PROCESS, FIRSTS, MEMORY = "rates", "process", "first", "memory"
 FETCH, TENSORS, ERASE, MIX, ALL = "fetch", "normalise", "erase", "mix", "all, with Ray's threads"
 PROCESS_PARTS = (FETCH, TENSORS, ERASE, MIX)
@@ -92,7 +95,7 @@ def main() -> None:
     console = Console(highlight=False, width=140)
     describe_machine(console)
     with tempfile.TemporaryDirectory() as directory, ray_of_this_machine():
-        if MEMORY in options.only:  # first, while this process holds nothing else
+        if MEMORY in options.only:  # first, because this process holds nothing else yet
             results.memory_mib = measure_memory(Path(directory))
             console.print("memory: measured")
         if RATES in options.only:
@@ -110,30 +113,30 @@ def main() -> None:
 
 @dataclass
 class Turns:
-    """A side's turns."""
+    """The figures of a side, one per turn."""
 
     images_per_s: list[float] = field(default_factory=list)
-    cpu_ms: list[float] = field(default_factory=list)  # CPU time of all processes, for an image
+    cpu_ms: list[float] = field(default_factory=list)  # CPU time of all processes, per image
 
 
 @dataclass
 class Results:
-    """What was measured; empty: it wasn't."""
+    """The measurements; a part that wasn't measured is empty."""
 
     rates: dict[str, dict[str, Turns]] = field(default_factory=dict)  # by images and side
-    process_ms: dict[str, list[float]] = field(default_factory=dict)  # CPU time an image, by part
+    process_ms: dict[str, list[float]] = field(default_factory=dict)  # CPU time per image, by part
     first_batch_s: dict[str, list[float]] = field(default_factory=dict)
     memory_mib: dict[str, float] = field(default_factory=dict)
 
 
 @contextlib.contextmanager
 def ray_of_this_machine() -> Iterator[None]:
-    """Ray as a run starts it, with CPUs to decode on besides those of the workers."""
+    """Start Ray as a run does, with CPUs for decoding in addition to the workers'."""
     from ftexp.cluster.ray_cluster import prepare_environment, quiet_data, start_ray
 
     config = run_config()
     prepare_environment(config)
-    # niceness as of the DataLoader's workers; with Ray's default, 15, the result would depend on other processes
+    # the niceness of the DataLoader's workers; with Ray's default, 15, the result would depend on other processes
     os.environ |= {"RAY_worker_niceness": "0"}
     import ray
 
@@ -146,15 +149,15 @@ def ray_of_this_machine() -> Iterator[None]:
 
 
 def run_config(*overrides: str) -> Any:
-    """The config of a run on a directory of images."""
+    """Return the config of a run on a directory of images."""
     return composed("data=image_folder", "data.root=.", "augment=none", *overrides)
 
 
-Start = Callable[[int], Iterator[Any]]  # from a position
+Start = Callable[[int], Iterator[Any]]  # (position in samples) -> batches
 
 
 def ftexp_feed(root: Path, image_size: int, feed: str, *overrides: str) -> Start:
-    """A feed of one rank, as a worker builds it."""
+    """Return the function that starts the feed of a single rank, built as in a worker."""
     return training_data(root, image_size, feed, *overrides).feed.from_position
 
 
@@ -202,7 +205,7 @@ def training_data(root: Path, image_size: int, feed: str, *overrides: str) -> Tr
 
 
 def measure_rates(root: Path, name: str, rounds: int, overrides: list[str]) -> dict[str, Turns]:
-    """Every side's turns."""
+    """Return the figures of every side."""
     size, _, num_files, num_counted = SETS[name]
     write_photos(root, num_files, size=size)
     sides = sides_of(root, name, overrides)
@@ -241,7 +244,7 @@ def sides_of(root: Path, name: str, overrides: list[str]) -> dict[str, Callable[
 
 
 def rate(batches: Iterator[Any], num_counted: int) -> tuple[float, float]:
-    """Images per second once the pipeline runs, and milliseconds of all processes' CPU time an image."""
+    """Return images per second after the warm-up, and CPU milliseconds per image over all processes."""
     with closing(batches):  # type: ignore[type-var]
         for _ in range(WARM_IMAGES // BATCH):
             next(batches)
@@ -253,7 +256,7 @@ def rate(batches: Iterator[Any], num_counted: int) -> tuple[float, float]:
 
 
 def measure_process(root: Path, rounds: int, overrides: list[str]) -> dict[str, list[float]]:
-    """CPU milliseconds an image that a training process on one CPU spends on data, streamed with augment=deit."""
+    """Return CPU milliseconds per image of a training process on one CPU, by part; streamed, with augment=deit."""
     size, image_size, num_files, num_counted = SETS[PHOTOS]
     write_photos(root, num_files, size=size)
     num_threads = torch.get_num_threads()
@@ -277,7 +280,7 @@ def measure_process(root: Path, rounds: int, overrides: list[str]) -> dict[str, 
 
 
 def by_part(data: TrainingData, spent: dict[str, float]) -> TrainingData:
-    """The same, adding to `spent` the seconds of CPU time that each part takes on the thread that trains."""
+    """Return `data` with timed parts: each adds its CPU seconds on the training thread to `spent`."""
 
     def timed(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any) -> Any:
@@ -297,7 +300,7 @@ def by_part(data: TrainingData, spent: dict[str, float]) -> TrainingData:
         with opened(requests) as take:
             yield timed(FETCH, take)
 
-    # private: there is no other place between the parts
+    # private attributes: there is no public hook between the parts
     to_tensors = timed(TENSORS, feed._to_tensors)  # type: ignore[attr-defined]
     to_tensors.targets = data.to_tensors.targets  # type: ignore[attr-defined]
     feed._to_tensors = to_tensors  # type: ignore[attr-defined]
@@ -310,7 +313,7 @@ def by_part(data: TrainingData, spent: dict[str, float]) -> TrainingData:
 
 
 def measure_first_batches(directory: Path, num_files: int, rounds: int) -> dict[str, list[float]]:
-    """Seconds from asking at a position to the first batch: of many files that stream, and of a few that are cached."""
+    """Return seconds from a start at a position to the first batch: streaming many files, and with a few cached."""
     few, many = directory / "few", directory / "many"
     sources = write_photos(few, NUM_CACHED, size=SETS[SMALL][0])
     for number in range(num_files):
@@ -338,9 +341,9 @@ def measure_first_batches(directory: Path, num_files: int, rounds: int) -> dict[
 
 
 def measure_memory(directory: Path) -> dict[str, float]:
-    """The most memory that all processes held during an epoch of the data, and of ten times the data; MiB.
+    """Return the peak MiB of all processes during an epoch, of the data and of ten times the data.
 
-    With classes alike and a random crop; the pixels that a cached run keeps aren't counted.
+    With data.sampling=balanced and a random crop; excludes the pixels that the cached feed keeps.
     """
     peaks = {}
     for feed in ("streaming", "cached"):
@@ -349,7 +352,7 @@ def measure_memory(directory: Path) -> dict[str, float]:
             if not root.exists():
                 write_photos(root, num_files, size=SETS[SMALL][0])
             from_position = ftexp_feed(root, SETS[SMALL][1], feed, *CROP, "data.sampling=balanced")
-            rate(from_position(0), 4 * WARM_IMAGES)  # all processes have begun, and done all that they will do
+            rate(from_position(0), 4 * WARM_IMAGES)  # afterwards all processes run, and have done every kind of work
             with closing(from_position(0)) as batches:  # type: ignore[type-var]
                 held = []
                 for number in range(num_files // BATCH):
@@ -362,7 +365,7 @@ def measure_memory(directory: Path) -> dict[str, float]:
 
 
 def report(console: Console, results: Results) -> list[str]:
-    """Print the tables; returns a line for each target that is missed."""
+    """Print the tables; return a line for each target that is missed."""
     checks: list[Check] = []
     if results.rates:
         checks += report_rates(console, results.rates)
@@ -373,7 +376,7 @@ def report(console: Console, results: Results) -> list[str]:
         for name, values in results.first_batch_s.items():
             table.add_row(name, *(f"{value:.2f}" for value in figures(values)))
         console.print(table)
-        for begin in range(0, len(table.rows), len(POSITIONS)):  # those of a feed and its sampling
+        for begin in range(0, len(table.rows), len(POSITIONS)):  # the positions of one feed and sampling
             names = list(results.first_batch_s)[begin : begin + len(POSITIONS)]
             values = [results.first_batch_s[name] for name in names]
             medians = [statistics.median(each) for each in values]
@@ -391,7 +394,7 @@ def report(console: Console, results: Results) -> list[str]:
 
 
 def report_rates(console: Console, rates: dict[str, dict[str, Turns]]) -> list[Check]:
-    """Print how fast each side is, and how many times as fast as streaming is; returns what is to be checked."""
+    """Print the speed of each side and the ratio of the streaming feed's to it; return the checks."""
     table = Table("images", "feed", "images/s", "least", "most", "streaming :", "least", "most", "CPU ms", box=None)
     checks: list[Check] = []
     for name, sides in rates.items():
@@ -410,7 +413,7 @@ def report_rates(console: Console, rates: dict[str, dict[str, Turns]]) -> list[C
 
 
 def report_process(console: Console, process_ms: dict[str, list[float]]) -> list[Check]:
-    """Print what the training process's CPU time goes into; returns what is to be checked."""
+    """Print the training process's CPU time by part; return the checks."""
     table = Table("training process, augment=deit", "CPU ms an image", "least", "most", box=None)
     for part, values in process_ms.items():
         table.add_row(part, *(f"{value:.3f}" for value in figures(values)))

@@ -1,8 +1,8 @@
-"""How much longer than a bare Hydra app `--help` and `--cfg job` take: what a command does before heavy imports.
+"""Compare the time of `--help` and `--cfg job` with a bare Hydra app's: the cost before heavy imports.
 
     uv run python scripts/bench_help.py [--repeats 5] [--check]
 
-The bare app has the same groups, files and defaults, and nothing of ftexp. Both are started in turns, so that a busy
+The bare app has the same groups, files and defaults, but nothing of ftexp. Both are started in turns, so that a busy
 machine slows both. With --check, exits with 1 if ftexp takes more than 1.5 times as long.
 """
 
@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def bare_app(directory: Path) -> str:
-    """Write a Hydra app with the same groups, files and defaults: no schema, no help text. Returns its path."""
+    """Write a Hydra app with the same groups, files and defaults, without schema and help text; return its path."""
     conf = directory / "conf"
     shutil.copytree(config_dir(), conf, ignore=shutil.ignore_patterns("hydra"))
     main = conf / "config.yaml"

@@ -1,12 +1,13 @@
-"""What a worker holds under parallel=ddp and fsdp, and how far losses of ddp, fsdp and hsdp are apart.
+"""Measure a worker's memory under parallel=ddp and fsdp, and compare the losses of ddp, fsdp and hsdp.
 
     uv run python scripts/bench_parallel.py [--rounds 1] [--model vit_base] [--steps 50] [--check] [--json FILE]
 
-Memory: workers build the model with AdamW and take 3 steps on two tiny images each; the peak of a worker's resident
-memory above what it had before it built the model. 4 workers under fsdp, 2 under ddp, where a worker's share doesn't
-depend on their number (and 4 would need twice the memory). Under fsdp, the same while they save and train on, and of
-new workers that build the model and restore what was saved. Losses: 4 workers train the default model on made images,
-under each of the three. A run of its own for each, on CPU. Takes some 5 minutes on 2 cores.
+Memory: workers build the model with AdamW and take 3 steps on two tiny images each; the figure is a worker's peak
+resident memory minus its memory before the model was built. 4 workers under fsdp, 2 under ddp, where a worker's memory
+doesn't depend on their number (4 would need twice as much in all). Under fsdp, the peak is also measured while workers
+save and continue to train, and in new workers that build the model and restore the checkpoint. Losses: 4 workers train
+the default model on generated images, under each of the three. Every measurement has its own processes, on CPU. Takes
+about 5 minutes on 2 cores.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 from benching import Check, composed, describe_machine, finish, options_parser, print_targets
-from pyarrow import fs  # noqa: F401 - loaded in a worker anyway
+from pyarrow import fs  # noqa: F401 - a worker loads it anyway
 from rich.console import Console
 from sharded_saves import manager_of
 from torch import Tensor, nn
@@ -79,7 +80,7 @@ def main() -> None:
 
 
 def _peaks(overrides: list[str]) -> dict[str, float]:
-    """Return the figures of the worker that has the most."""
+    """Return the largest figure of any worker, by name."""
     under_ddp = _ran(_training, NUM_DDP_WORKERS, [*overrides, *OVERRIDES[DDP]])
     with tempfile.TemporaryDirectory(prefix="bench_") as directory:
         under_fsdp = [
@@ -92,7 +93,7 @@ def _peaks(overrides: list[str]) -> dict[str, float]:
 
 
 def _ran(what: Any, workers: int, overrides: list[str], of: Any = None) -> list[Any]:
-    """Return the results of each worker."""
+    """Run `what` in new processes; return the result of each."""
     with tempfile.TemporaryDirectory() as directory:
         arguments = (what, workers, overrides, of, directory)
         torch.multiprocessing.start_processes(_worker, arguments, nprocs=workers, start_method="spawn")
@@ -136,7 +137,7 @@ def _saving(rank: int, workers: int, config: Any, directory: str) -> dict[str, f
         waited.append(time.perf_counter() - began + _step(learner, *_rows(config, rank, number, ROWS))[1])
         while learner.group.agree(int(checkpoints.busy)):
             _step(learner, *_rows(config, rank, number, ROWS))
-    # the first pays once for memory
+    # without the first checkpoint, which allocates memory
     return {TRAINING: training, SAVING: _peak_mib() - before, WAITED: statistics.median(waited[1:]) * 1e3}
 
 
@@ -149,7 +150,7 @@ def _restoring(rank: int, workers: int, config: Any, directory: str) -> dict[str
 
 
 def _losses(rank: int, workers: int, config: Any, steps: int) -> list[float]:
-    """The mean loss over workers of each step."""
+    """Return the mean loss over workers of each step."""
     config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, lr=1e-3))
     learner = _learner(config, workers)
     means = []
@@ -174,7 +175,7 @@ def _learner(config: Any, workers: int) -> Any:
 
 
 def _rows(config: Any, rank: int, step: int, count: int) -> tuple[Tensor, Tensor]:
-    """Noise, with labels independent of it: the loss stays away from 0."""
+    """Return noise and labels that are independent of it, so that the loss stays away from 0."""
     generator = torch.Generator().manual_seed(1000 * step + rank)
     labels = torch.randint(0, 2, (count,), generator=generator)
     shape = (count, config.data.channels, config.data.image_size, config.data.image_size)
@@ -182,7 +183,7 @@ def _rows(config: Any, rank: int, step: int, count: int) -> tuple[Tensor, Tensor
 
 
 def _step(learner: Any, images: Tensor, labels: Tensor) -> tuple[Tensor, float]:
-    """Return the loss, and how long a checkpoint made the optimiser wait, in seconds."""
+    """Take a step; return the loss and the seconds that the optimiser waited for a checkpoint."""
     learner.optimizer.zero_grad(set_to_none=True)
     loss = nn.functional.cross_entropy(learner.wrapped(images), labels)
     loss.backward()  # type: ignore[no-untyped-call]
@@ -197,7 +198,7 @@ def _step(learner: Any, images: Tensor, labels: Tensor) -> tuple[Tensor, float]:
 
 
 def _from_here() -> float:
-    """Let the peak begin again; returns MiB of resident memory."""
+    """Reset the peak to the current resident memory; return it in MiB."""
     Path("/proc/self/clear_refs").write_text("5")
     return _resident_mib("VmRSS")
 

@@ -1,12 +1,11 @@
-"""`python -m ftexp.predict` over many JPEGs: its speed next to a plain loop's, its memory, and what a kill costs.
+"""Measure `python -m ftexp.predict` over many JPEGs: speed next to a plain loop, memory, and the cost of a kill.
 
     uv run python scripts/bench_predict.py [--rounds 3] [--images 20000] [--only speed kill] [--check] [--json FILE]
 
-JPEGs of 160x160 pixels (to 128), cut from scikit-learn's two photographs, and a model that was trained for two steps:
-what it says doesn't matter here. The other side is baselines/predict_loop.py: one process that decodes by the same
-function, predicts by the same model, and writes the same. Sides take turns; they are compared within each round. Memory
-is that of all processes of the command, early (at 20 to 50 % of the images) and late (from 70 %). Last, a command is
-killed by SIGKILL half-way, and given again.
+JPEGs of 160x160 pixels (to 128, scripts/photo_like.py) and a model that was trained for two steps: its predictions
+don't matter here. The baseline is baselines/predict_loop.py: one process with the same decoding function, model and
+output. Sides take turns and are compared within each round. Memory is the total of the command's processes, early (at
+20 to 50 % of the images) and late (from 70 %). Finally a command is killed by SIGKILL half-way and run again.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ SPEED, KILL = "speed", "kill"
 
 @dataclass
 class Results:
-    """What was measured."""
+    """The measurements; a part that wasn't measured is empty."""
 
     images_per_s: dict[str, list[float]] = field(default_factory=lambda: {OURS: [], LOOPS: []})
     command_s: dict[str, list[float]] = field(default_factory=lambda: {OURS: [], LOOPS: []})
@@ -75,7 +74,7 @@ def main() -> None:
 
 
 def trained(directory: Path) -> Path:
-    """A run directory."""
+    """Train for two steps; return the run directory."""
     write_photos(directory / "training", TRAINING_IMAGES, size=SETS[SMALL][0])
     words = [
         *("data=image_folder", f"data.root={directory / 'training'}", f"data.image_size={SETS[SMALL][1]}"),
@@ -87,13 +86,13 @@ def trained(directory: Path) -> Path:
 
 
 def command(run: Path, out: Path) -> list[str]:
-    """The command, over all images."""
+    """Return the command that predicts all images."""
     words = [f"run={run}", "data=image_folder", f"data.root={run.parent / 'images'}", f"out={out}"]
     return [sys.executable, "-m", "ftexp.predict", *words]
 
 
 def measure_ours(run: Path, out: Path, num_images: int, results: Results) -> list[tuple[float, float]]:
-    """Run the command to its end; returns (share of the images that is written, MiB that all processes hold)."""
+    """Run the command; return samples of (share of the images written, MiB of all its processes)."""
     samples, began = [], time.perf_counter()
     with subprocess.Popen(command(run, out), stdout=subprocess.PIPE, text=True) as process:
         while process.poll() is None:
@@ -111,7 +110,7 @@ def measure_ours(run: Path, out: Path, num_images: int, results: Results) -> lis
 
 
 def measure_loop(run: Path, directory: Path, results: Results) -> None:
-    """Run the other side to its end."""
+    """Run the baseline."""
     (checkpoint,) = (path.name for path in (run / "checkpoints").iterdir() if path.name.startswith("step"))
     words = [str(run), checkpoint, str(directory / "images"), str(directory / "loop.csv")]
     began = time.perf_counter()
@@ -121,7 +120,7 @@ def measure_loop(run: Path, directory: Path, results: Results) -> None:
 
 
 def measure_kill(run: Path, directory: Path, num_images: int) -> dict[str, Any]:
-    """Kill the command half-way, give it again, and compare what came of it with what came of a whole one."""
+    """Kill the command half-way, run it again, and compare its output with that of an undisturbed one."""
     import pyarrow.parquet as pq
 
     out, whole = directory / "killed", directory / "out_0"
@@ -150,7 +149,7 @@ def measure_kill(run: Path, directory: Path, num_images: int) -> dict[str, Any]:
 
 
 def report(console: Console, results: Results) -> list[str]:
-    """Print the tables; returns a line for each target that is missed."""
+    """Print the tables; return a line for each target that is missed."""
     checks: list[Check] = []
     if results.memory_mib:
         table = Table("", "images/s", "least", "most", "whole command, s", "least", "most", box=None)

@@ -1,10 +1,10 @@
-"""The cost of comparing ranks, side by side: stragglers, replicas of the weights, steps computed twice.
+"""Measure the cost of each comparison of ranks: stragglers, replicas of the weights, steps computed twice.
 
     uv run python scripts/bench_ranks.py [--rounds 20] [--blocks 10] [--check] [--json FILE]
 
-In one Ray Train job of two workers with the default model: blocks of 10 steps, each with one logged point, one check of
-the replicas and one repeated step where that is on. None of the three and each alone take turns. Takes 4 minutes on 2
-cores.
+One Ray Train job of two workers trains the default model in blocks of 10 steps. A block has one logged point, and one
+check of the replicas or one repeated step if that is enabled. None of the three and each alone take turns. Takes
+4 minutes on 2 cores.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from rich.console import Console
 from rich.table import Table
 
 PLAIN, STRAGGLERS, REPLICAS, REPEAT = "plain", "straggler_factor", "check_replicas_every_steps", "repeat_step_every"
-LOG_EVERY = 10  # steps, also between checks of replicas, and between repeated steps
-_MAX_COST = 0.005  # share of a step, for stragglers
+LOG_EVERY = 10  # steps between logged points, checks of the replicas, and repeated steps
+_MAX_COST = 0.005  # share of a step, for detecting stragglers
 
 
 def main() -> None:
-    """Measure, print the table, and exit with 1 under --check if stragglers cost more than they may."""
+    """Measure, print the table, and exit with 1 under --check if detecting stragglers costs too much."""
     parser = options_parser(__doc__, 20, "turns of each side")
     parser.add_argument("--blocks", type=int, default=10, help="of a turn")
     options = parser.parse_args()
@@ -38,13 +38,13 @@ def main() -> None:
 
 
 def measure(settings: dict[str, Any]) -> dict[str, list[float]]:
-    """On each worker: take turns, and return the blocks of each side on rank 0."""
+    """Take turns on each worker; return the blocks of each side on this rank."""
     from ftexp.job.build import build_job
 
     job = build_job(pickle.loads(settings["spec"]), {})
     batches = job.data.feed.from_position(0)
     sides: dict[str, list[float]] = {PLAIN: [], STRAGGLERS: [], REPLICAS: [], REPEAT: []}
-    turn(job, batches, PLAIN, settings["blocks"])  # the first steps also allocate
+    turn(job, batches, PLAIN, settings["blocks"])  # not counted: the first steps also allocate memory
     for side in in_turns(sides, settings["rounds"]):
         sides[side] += turn(job, batches, side, settings["blocks"])
     job.channel.close()
@@ -52,7 +52,7 @@ def measure(settings: dict[str, Any]) -> dict[str, list[float]]:
 
 
 def turn(job: Any, batches: Any, side: str, num_blocks: int) -> list[float]:
-    """Train for some blocks of steps; milliseconds of a step of each."""
+    """Train for some blocks; return the milliseconds per step of each."""
     from ftexp.worker.corruption import ReplicaCheck, StepRepeat
     from ftexp.worker.log import log_train
     from ftexp.worker.loop import advance
@@ -80,11 +80,11 @@ def turn(job: Any, batches: Any, side: str, num_blocks: int) -> list[float]:
             replicas.check(saves=False)
         blocks.append(1000 * (time.perf_counter() - began) / LOG_EVERY)
     ranks.stop()
-    return blocks[1:]  # in the first one the order of gradients is looked at
+    return blocks[1:]  # in the first block, RankTimes has a hook on every gradient to find the last one
 
 
 def report(console: Console, results: dict[str, list[float]]) -> list[str]:
-    """Print the tables; returns a line for each target that is missed."""
+    """Print the tables; return a line for each target that is missed."""
     table = Table("", "ms a step: first quartile, median, third quartile", ": plain, by first quartiles", box=None)
     found = {side: quartiles(blocks) for side, blocks in results.items()}
     shares = {side: each[0] / found[PLAIN][0] for side, each in found.items()}

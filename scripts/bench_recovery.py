@@ -1,12 +1,13 @@
-"""Recovery, side by side: from the SIGKILL of a worker to the first step that had not been done before.
+"""Compare recovery times: from the SIGKILL of a worker to the first new step, one that had not been done before.
 
     uv run python scripts/bench_recovery.py [--rounds 5] [--check] [--json FILE]
 
-ftexp (replacing the worker; with snapshots in memory every ten steps, with none, and with neither these nor hot start),
-a script like Ray Train's tutorials, and a DDP loop under torchrun with --max-restarts and a checkpoint at each epoch's
-end. Same model, data and batch, two workers; the sides take turns, and the worker is killed ten steps after the second
-epoch. Then the start: from the command to the first step, on a Ray of its own as above, and on a cluster that is
-kept between runs, without the first run. Five rounds take 19 minutes on 2 cores, two rounds 8.
+Sides: ftexp (replacing the worker; with in-memory snapshots every ten steps; without snapshots; without snapshots and
+hot start), a script like Ray Train's tutorials, and a DDP loop under torchrun with --max-restarts and a checkpoint at
+the end of each epoch. Model, data, batch and the two workers are the same; the sides take turns, and the worker is
+killed ten steps after the second epoch. Start-up is measured from the command to the first step: with its own Ray as
+above, and on a cluster that stays up between runs, excluding the first run. Five rounds take 19 minutes on 2 cores, two
+rounds 8.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ TUTORIAL, TORCHRUN = "tutorial", "torchrun"
 SNAPSHOT_EVERY = 10  # steps
 EPOCHS, KILL_EPOCH, KILL_STEP = 8, 2, 10
 _DEADLINE_S = 180.0
-# a new step before that may be the one that the surviving worker was in
+# a step that is logged earlier after the kill may be one that the surviving worker was still finishing
 _DYING_S = 0.5
 # phases of a start: imports, config, data and Ray; workers; model, data and restore; the first step
 START_PHASES = {"command_started": "start_ray_s", "attempt_started": "start_workers_s", "ready": "start_model_s"}
@@ -67,7 +68,7 @@ def main() -> None:
 def ftexp(
     hot_start: str, snapshot_every: int = 0, address: str | None = None, recovery: str = "restart"
 ) -> dict[str, float]:
-    """The command, with the default config but for its length; on a cluster only as far as its first step."""
+    """Measure the command with the default config, shortened; with an `address`, only up to its first step."""
     storage = scratch_directory()
     words = [f"run.storage={storage}", "run.name=bench", f"train.epochs={EPOCHS}", "train.log_every_steps=1"]
     words += [f"failure.memory_every_steps={snapshot_every}", f"failure.recovery={recovery}"]
@@ -90,7 +91,7 @@ def ftexp(
     for event in events:
         if event["event"] == "recovered":
             wanted = "memory" if snapshot_every else "storage"
-            # a kill while ranks agree between steps restarts all workers, also where they would be replaced
+            # a kill while the ranks agree between steps restarts all workers, even with failure.recovery=replace
             assert recovery == "replace" or event["recovery"] == wanted, (
                 f"recovery is {event['recovery']}, not {wanted}"
             )
@@ -100,7 +101,7 @@ def ftexp(
 
 
 def starts_on_a_live_cluster(rounds: int) -> dict[str, list[float]]:
-    """Seconds from the command to its first step, where Ray runs already and another run went before."""
+    """Return seconds from the command to its first step on a running Ray, after an earlier run on it."""
     from ray.cluster_utils import Cluster
 
     os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"  # as ftexp/cluster/README.md recommends for a cluster
@@ -117,14 +118,14 @@ def starts_on_a_live_cluster(rounds: int) -> dict[str, list[float]]:
 
 
 def tutorial(settings: dict[str, Any]) -> dict[str, float]:
-    """Ray Train as its tutorials use it."""
+    """Measure Ray Train as its tutorials use it."""
     path = scratch_directory() / "notes"
     command = [sys.executable, str(BASELINES / "tutorial.py"), json.dumps({**settings, "notes": str(path)})]
     return _measure(command, lambda: [tuple(line) for line in _lines(path)])
 
 
 def torchrun(settings: dict[str, Any]) -> dict[str, float]:
-    """A DDP loop that torchrun restarts."""
+    """Measure a DDP loop that torchrun restarts."""
     directory = scratch_directory()
     given = {**settings, "notes": str(directory / "notes"), "checkpoint": str(directory / "checkpoint.pt")}
     words = ["--standalone", "--nproc-per-node", str(WORKERS), "--max-restarts", "3"]
@@ -136,7 +137,7 @@ def torchrun(settings: dict[str, Any]) -> dict[str, float]:
 def _measure(
     command: list[str], notes: Callable[[], list[Any]], shift: int = 0, kills: bool = True
 ) -> dict[str, float]:
-    """Start, kill rank 1 at the place that was chosen, wait for a step that is new; then stop everything."""
+    """Start the command, kill rank 1 at the chosen step, wait for a new step; then stop everything."""
     environment = {**os.environ, "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0", "OMP_NUM_THREADS": "1"}
     began = time.time()
     with subprocess.Popen(
@@ -153,7 +154,7 @@ def _measure(
             again = _until(process, lambda: _new_steps(notes(), killed_at + _DYING_S))
             return {"began": began, "recovery_s": again[0][0] - killed_at, "first_step_s": first_step}
         finally:
-            if process.poll() is None:  # else what _until says of its end is to be seen, not that it is gone
+            if process.poll() is None:  # else _until's error about its exit must be seen, not ProcessLookupError
                 os.killpg(process.pid, signal.SIGTERM)
             try:
                 process.wait(timeout=30)
@@ -162,7 +163,7 @@ def _measure(
 
 
 def _start_phases(events: list[Any], began: float, first_step_s: float) -> dict[str, float]:
-    """Split the time from the command, at `began`, to its first step."""
+    """Split the time from the start of the command, at `began`, to its first step into phases."""
     phases, before = {}, began
     for name, phase in START_PHASES.items():
         at = next(event["time"] for event in events if event["event"] == name)
@@ -171,7 +172,7 @@ def _start_phases(events: list[Any], began: float, first_step_s: float) -> dict[
 
 
 def _new_steps(notes: list[Note], stopped_at: float) -> list[Note]:
-    """Return the steps after `stopped_at` that had not been done by then."""
+    """Return the notes after `stopped_at` of steps that had not been done by then."""
     farthest = max(note[3:] for note in notes if note[0] <= stopped_at)
     return [note for note in notes if note[0] > stopped_at and note[3:] > farthest]
 
@@ -192,7 +193,7 @@ def _lines(path: Path) -> list[Any]:
 
 
 def report(console: Console, results: dict[str, list[dict[str, float]]], starts: dict[str, list[float]]) -> list[str]:
-    """Print the tables; returns a line for each target that is missed."""
+    """Print the tables; return a line for each target that is missed."""
     table = Table("", *results, box=None)
     medians: dict[str, dict[str, float]] = {}
     for key, title in (("recovery_s", "kill to first new step, s"), ("first_step_s", "command to first step, s")):

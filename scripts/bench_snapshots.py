@@ -1,11 +1,12 @@
-"""The cost of snapshots in memory: blocks of steps with one snapshot and with none, in alternation.
+"""Measure the cost of in-memory snapshots: blocks of steps with one snapshot and with none take turns.
 
     uv run python scripts/bench_snapshots.py [--rounds 40] [--steps 8] [--check] [--json FILE]
 
-In one Ray Train job of two workers a model: the default one, and ViT-S (22 million parameters with AdamW). A block with
-a snapshot ends once it is complete; what it takes longer than one without is the cost of a snapshot, and a share of the
-steps between two, as many as `failure.memory_every_steps=auto` has found. Blocks are compared by first quartiles, as in
-bench_ranks.py. The same comparison among blocks without a snapshot says what is resolved. Takes 10 minutes on 2 cores.
+Models: the default one, and ViT-S (22 million parameters with AdamW); one Ray Train job of two workers each. A block
+with a snapshot ends once the snapshot is complete; the time that it takes longer than a block without one is the cost
+of a snapshot. The cost is also given as a share of the steps between two snapshots, at the interval that
+`failure.memory_every_steps=auto` chooses. Blocks are compared by first quartiles, as in bench_ranks.py. The same
+comparison among blocks without a snapshot gives the resolution. Takes 10 minutes on 2 cores.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from rich.table import Table
 
 WITH, WITHOUT = "a snapshot", "none"
 _MAX_COST = 0.01  # share of a step
-_MAX_RESOLVED = _MAX_COST / 2  # beyond it, the machine was too busy to say
-_TURNS = {"default ViT": 6}  # blocks of a side in a round, where they are short
+_MAX_RESOLVED = _MAX_COST / 2  # above it, the machine was too busy for a result
+_TURNS = {"default ViT": 6}  # blocks of a side per round, for models with short blocks
 
 
 def main() -> None:
@@ -43,7 +44,7 @@ def main() -> None:
 
 
 def measure(settings: dict[str, Any]) -> dict[str, Any]:
-    """On each worker: take turns, and return rank 0's figures."""
+    """Take turns on each worker; return the figures of this rank."""
     from ftexp.checkpoint.build import build_manager
     from ftexp.checkpoint.memory.links import RayLinks
     from ftexp.checkpoint.store import CHECKPOINTS, CheckpointStore
@@ -79,9 +80,9 @@ def measure(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def block(job: Any, batches: Any, checkpoints: Any, num_steps: int, takes: bool) -> float:
-    """Train for some steps, with a snapshot after the first if it `takes` one; seconds until both are done."""
+    """Train for some steps, with a snapshot after the first if `takes`; return seconds until both are done."""
     snapshots = checkpoints._snapshots
-    job.group.agree(0)  # ranks begin together
+    job.group.agree(0)  # ranks start together
     began = time.perf_counter()
     for number in range(num_steps):
         if takes:
@@ -103,7 +104,7 @@ def step(job: Any, batches: Any, checkpoints: Any) -> None:
 
 
 def report(console: Console, results: dict[str, dict[str, Any]]) -> list[str]:
-    """Print the tables; returns a line for each target that is missed."""
+    """Print the tables; return a line for each target that is missed."""
     sides = [f"ms a step, {side}: quartiles" for side in (WITH, WITHOUT)]
     titles = ("", *sides, "ms of a snapshot", "every", "share of a step", "none : none", "snapshots", "MB of the node")
     table = Table(*titles, box=None)

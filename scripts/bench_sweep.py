@@ -1,10 +1,10 @@
-"""Wall time of eight short trials: a sweep of ftexp's, Hydra's own launcher, and eight commands.
+"""Compare the wall time of eight short trials: an ftexp sweep, Hydra's own launcher, and eight commands.
 
     uv run python scripts/bench_sweep.py [--rounds 1] [--check] [--json FILE]
 
-The same command each time, but for the launcher: the default model on digits at eight learning rates, two epochs. The
-sweep runs two at a time with a worker each; the other sides run one after the other, with the workers that the
-default gives them. Then where the sweep's time went. A round takes about 6 minutes on 2 cores.
+The commands differ only in the launcher: the default model on digits at eight learning rates, two epochs. The sweep
+runs two trials at a time with one worker each; the other sides run one after the other, with the default number of
+workers. Also prints a breakdown of the sweep's time. A round takes about 6 minutes on 2 cores.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def measure(side: str, storage: Path) -> float:
-    """Seconds from the first command to the last one's end."""
+    """Return the seconds from the start of the first command to the end of the last."""
     rates = f"optim.lr={','.join(RATES)}"
     words = [*SHORT, f"run.storage={storage}"]
     commands = {
@@ -62,7 +62,7 @@ def measure(side: str, storage: Path) -> float:
 
 
 def where_time_went(storage: Path, whole_s: float) -> dict[str, float]:
-    """Means over the trials, of seconds from a trial's start to each stage; and what lies outside of trials."""
+    """Return mean seconds from a trial's start to each stage, and the seconds outside of trials."""
     stages: dict[str, list[float]] = {"until its workers start": [], "until the first step": [], "until its end": []}
     starts, ends = [], []
     for run_dir in sorted((storage / "sweeps" / "bench").iterdir()):
@@ -79,7 +79,7 @@ def where_time_went(storage: Path, whole_s: float) -> dict[str, float]:
 
 
 def report(console: Console, results: dict[str, list[float]], parts: list[dict[str, Any]]) -> list[str]:
-    """Print the tables; returns a line for each target that is missed."""
+    """Print the tables; return a line for each target that is missed."""
     table = Table("8 trials", *results, box=None)
     medians = {side: statistics.median(values) for side, values in results.items()}
     spread = [f"{statistics.median(v):.1f} ({min(v):.1f} to {max(v):.1f})" for v in results.values()]

@@ -1,12 +1,12 @@
-"""What tasks come to on real pixels: sets of digits, and a rare digit with and without weights.
+"""Measure tasks on real pixels: multi-label sets of digits, and a rare digit with and without remedies.
 
     uv run python scripts/bench_tasks.py [--rounds 3] [--epochs 10] [--check] [--json FILE]
 
-Both parts write scikit-learn's digits as PNGs with a CSV list. The first pastes two of them into quarters of a 16x16
-picture and learns which digits are there (data.task=multi_label): mean average precision. The second keeps so few
-eights that they are 2 % of the training samples, and measures the eights' recall on a test split that has all of its
-own: as they are, with loss.class_weights=inv_freq, and with data.sampling=balanced. The default model; rounds are
-seeds. Takes 6 minutes on 2 cores.
+Both parts write scikit-learn's digits as PNGs with a CSV list. The first pastes two digits into quarters of a 16x16
+picture and learns which digits are present (data.task=multi_label); its figure is the mean average precision. The
+second reduces the eights to 2 % of the training samples and measures their recall on a complete test split: without
+a remedy, with loss.class_weights=inv_freq, and with data.sampling=balanced. The default model; rounds are seeds. Takes
+6 minutes on 2 cores.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 SIDE, CANVAS = 8, 16
-NUM_TEST = 360  # digits, of 1,797; none of them is in a training picture
+NUM_TEST = 360  # test digits, out of 1,797; training pictures contain none of them
 NUM_PAIRS = {"train": 2000, "test": 500}
 RARE, RARE_SHARE = 8, 0.02
 NEITHER = "neither"
@@ -80,7 +80,7 @@ def _print(console: Console, results: dict[str, list[dict[str, float]]]) -> None
 
 
 def digits() -> dict[str, tuple[Any, Any]]:
-    """(images uint8 [n, 8, 8], labels [n]) of both splits."""
+    """Return {split: (images uint8 [n, 8, 8], labels [n])}."""
     from sklearn.datasets import load_digits
 
     pixels, labels = load_digits(return_X_y=True)
@@ -91,7 +91,7 @@ def digits() -> dict[str, tuple[Any, Any]]:
 
 
 def write_pairs(directory: Path) -> Path:
-    """Pictures of two digits, each in a quarter of its own; their list."""
+    """Write pictures of two digits, each in its own quarter; return their list."""
     draws, rows = np.random.default_rng(1), list[tuple[str, Any, str]]()
     for split, (images, labels) in digits().items():
         for _ in range(NUM_PAIRS[split]):
@@ -106,7 +106,7 @@ def write_pairs(directory: Path) -> Path:
 
 
 def write_rare(directory: Path) -> Path:
-    """Single digits, of which the training split has few of one class; their list."""
+    """Write single digits, with few of one class in the training split; return their list."""
     rows = list[tuple[str, Any, str]]()
     for split, (images, labels) in digits().items():
         is_rare, kept = labels == RARE, np.ones(len(labels), bool)
@@ -131,7 +131,7 @@ def _listed(directory: Path, rows: list[tuple[str, Any, str]]) -> Path:
 
 
 def trained(listed: Path, epochs: int, rounds: int, name: str, words: list[str]) -> list[Path]:
-    """The directories of the runs, one for each seed: a sweep, two at a time."""
+    """Train one run per seed, as a sweep, two at a time; return their directories."""
     seeds = ",".join(map(str, range(rounds)))
     subprocess.run(
         [
@@ -147,7 +147,7 @@ def trained(listed: Path, epochs: int, rounds: int, name: str, words: list[str])
 
 
 def of_pairs(run: Path) -> dict[str, float]:
-    """Return the metrics of sets on the test split."""
+    """Return the multi-label metrics on the test split."""
     found = _tested(run)
     return {"average_precision": found["average_precision"], "exact match": found["accuracy"]}
 

@@ -1,12 +1,12 @@
-"""Training speed and start-up, side by side: ftexp, a hand-written DDP loop, and a script like Ray's tutorials.
+"""Compare training speed and start-up: ftexp, a hand-written DDP loop, and a script like Ray's tutorials.
 
     uv run python scripts/bench_train.py [--rounds 5] [--seeds 3] [--check] [--json FILE]
     uv run python scripts/bench_train.py --features [--rounds 20] [--json FILE]
 
-Same model, data, batch and threads; the sides take turns. Steps per second are those of the steady state,
-without the first epoch: once for the steps alone, and once with the ends of epochs, where each side evaluates and
-saves. "First step" counts from the start of the command to the end of the first optimiser step.
-Five rounds take 15 minutes on 2 cores, two rounds 8. --features: see bench_features.py; 20 rounds take 8 minutes.
+Model, data, batch and threads are the same; the sides take turns. Steps per second are measured in the steady state,
+without the first epoch: for the steps alone, and including the ends of epochs, where each side evaluates and saves.
+"First step" is the time from the start of the command to the end of the first optimiser step. Five rounds take
+15 minutes on 2 cores, two rounds 8. --features: see bench_features.py; 20 rounds take 8 minutes.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def _ftexp(settings: dict[str, Any]) -> dict[str, float]:
         "steps_per_s": 1 / step_s,
         "steps_per_s_with_epoch_ends": (steady[-1]["step"] - steady[0]["step"])
         / (steady[-1]["time"] - steady[0]["time"]),
-        # the first logged point comes after ten steps: count nine of them back
+        # the first logged point comes after ten steps: subtract nine of them
         "first_step_s": points[0]["time"] - began - (points[0]["step"] - 1) * step_s,
     }
 
@@ -96,7 +96,7 @@ def _default_run(seed: int) -> dict[str, float]:
 
 
 def _run_ftexp(overrides: list[str]) -> tuple[Path, float, float]:
-    """Run the command; returns its run directory, when it began, and how long it took."""
+    """Run the command; return its run directory, its start time and its duration in seconds."""
     storage = str(scratch_directory())
     began = time.time()
     command = [sys.executable, "-m", "ftexp.train", "run.name=bench", f"run.storage={storage}", *overrides]
@@ -106,7 +106,7 @@ def _run_ftexp(overrides: list[str]) -> tuple[Path, float, float]:
 
 def _python(script: Path, argument: str, **environment: str) -> tuple[dict[str, Any], float]:
     began = time.time()
-    # workers of a plain Ray script started under `uv run` would each start through uv again
+    # otherwise each worker of a plain Ray script under `uv run` would start through uv again
     variables = {**os.environ, "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0", **environment}
     done = subprocess.run(
         [sys.executable, str(script), argument], check=True, capture_output=True, text=True, env=variables
@@ -116,7 +116,7 @@ def _python(script: Path, argument: str, **environment: str) -> tuple[dict[str, 
 
 
 def _report(console: Console, speed: dict[str, list[dict[str, float]]], defaults: list[dict[str, float]]) -> list[str]:
-    """Print the table; returns a line for each target that is missed."""
+    """Print the table; return a line for each target that is missed."""
     table = Table("", *speed, box=None)
     titles = {
         "steps_per_s": "steps/s, steps alone",

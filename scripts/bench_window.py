@@ -1,10 +1,10 @@
-"""What `data.shuffle_window` gives up: accuracy by window, on data that lie in their files sorted by class.
+"""Measure the accuracy lost to `data.shuffle_window`, by window, on data sorted by class.
 
     uv run python scripts/bench_window.py [--rounds 2] [--epochs 6] [--check] [--json FILE]
 
 scikit-learn's digits in one parquet file, sorted by class, in row groups of 20: the worst case, in which a row group
-holds one class. The default model is trained for a few epochs at each window, and once shuffled as a whole; rounds
-are seeds. Takes 8 minutes on 2 cores.
+holds one class. The default model is trained for a few epochs with each window, and with a shuffle of the whole epoch;
+rounds are seeds. Takes 8 minutes on 2 cores.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from rich.table import Table
 
 ROW_GROUP = 20
 WINDOWS = (1, 2, 4, 8, 16, None)  # row groups; None: the whole epoch
-LARGEST = 16  # the window that the target is about: a quarter of an epoch
+LARGEST = 16  # the window of the target: a quarter of an epoch
 
 
 def main() -> None:
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def write_sorted(file: Path) -> None:
-    """The digits as PNGs, by class."""
+    """Write the digits as PNGs, sorted by class."""
     import pyarrow as pa
     import pyarrow.parquet as pq
     from PIL import Image
@@ -71,7 +71,7 @@ def write_sorted(file: Path) -> None:
 
 
 def accuracy(file: Path, window: int | None, epochs: int, seed: int) -> float:
-    """Test accuracy of one run."""
+    """Return the test accuracy of one run."""
     name = f"window_{window}_{seed}"
     shape = [
         "data.image_size=8",

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the options, the machine's line, the table of targets, and how they end."""
+"""Helpers shared by the benchmarks: options, machine description, table of targets, exit status."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Check = tuple[str, float, float, bool]  # title, measured, target, whether the t
 
 
 def options_parser(description: str, rounds: int, rounds_help: str) -> argparse.ArgumentParser:
-    """The options that every benchmark has: --rounds, --check and --json."""
+    """Return a parser with the options of every benchmark: --rounds, --check and --json."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=rounds, help=rounds_help)
     parser.add_argument("--check", action="store_true", help="exit with 1 if a target is missed")
@@ -39,14 +39,14 @@ def scratch_directory() -> Path:
 
 
 def describe_machine(console: Console) -> None:
-    """Print what the numbers were taken on."""
+    """Print the CPU, the number of cores and the Python version."""
     console.print(
         f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
     )
 
 
 def print_targets(console: Console, checks: list[Check], digits: int = 3) -> list[str]:
-    """Print the table of targets; returns a line for each that is missed."""
+    """Print the table of targets; return a line for each target that is missed."""
     table = Table("figure", "measured", "target", "", box=None)
     misses = []
     for title, value, target, at_least in checks:
@@ -60,7 +60,7 @@ def print_targets(console: Console, checks: list[Check], digits: int = 3) -> lis
 
 
 def finish(console: Console, results: Any, file: Path | None, misses: list[str], check: bool) -> None:
-    """Keep the numbers in `file`; with misses, print them on the last line, and exit with 1 if `check`."""
+    """Write the numbers to `file`; if there are misses, print them on the last line and, if `check`, exit with 1."""
     if file:
         file.write_text(json.dumps(results, indent=1))
     if misses:
@@ -69,29 +69,29 @@ def finish(console: Console, results: Any, file: Path | None, misses: list[str],
 
 
 def figures(values: list[float]) -> tuple[float, float, float]:
-    """Median, minimum and maximum."""
+    """Return median, minimum and maximum."""
     return statistics.median(values), min(values), max(values)
 
 
 def quotients(ours: list[float], theirs: list[float]) -> list[float]:
-    """Of each round."""
+    """Return the ratio of the two sides in each round."""
     return [our / their for our, their in zip(ours, theirs, strict=True)]
 
 
 def in_turns(sides: Iterable[str], rounds: int) -> Iterator[str]:
-    """Yield each side once a round; every second round backwards, so that none always follows the same."""
+    """Yield each side once a round; every second round is reversed, so that no side always follows the same one."""
     order = list(sides)
     for number in range(rounds):
         yield from order[:: -1 if number % 2 else 1]
 
 
 def quartiles(blocks: list[float]) -> list[float]:
-    """The three; sides are compared by the first, because a shared machine only ever makes a block slower."""
+    """Return the three quartiles; sides are compared by the first, because other load only ever slows a block down."""
     return statistics.quantiles(blocks, n=4)
 
 
 def composed(*overrides: str) -> Any:
-    """The config of a run with these overrides."""
+    """Return the config of a run with these overrides."""
     from hydra import compose, initialize_config_dir
 
     import ftexp.cli.compose  # registers the schema
@@ -102,7 +102,7 @@ def composed(*overrides: str) -> Any:
 
 
 def default_recipe() -> dict[str, Any]:
-    """The default model and optimiser, as `timm.create_model` and AdamW take them."""
+    """Return the arguments of the default model (for `timm.create_model`) and of the default optimiser (for AdamW)."""
     config = composed()
     arguments = {"model_name": config.model.name, "img_size": 8, "in_chans": 1, "num_classes": 10}
     recipe = {"lr": config.optim.lr, "weight_decay": config.optim.weight_decay}
@@ -110,7 +110,7 @@ def default_recipe() -> dict[str, Any]:
 
 
 def memory_mib(root: int | None = None) -> float:
-    """Of a process (None: this one) and all below it, shared pages counted once (proportional set size)."""
+    """Return the proportional set size of a process (None: this one) and its descendants: shared pages count once."""
     total = 0
     for process in _family(root):
         with contextlib.suppress(OSError):
@@ -120,7 +120,7 @@ def memory_mib(root: int | None = None) -> float:
 
 
 def cpu_s(root: int | None = None) -> float:
-    """Seconds of CPU time that a process (None: this one) and all below it have used, those that have ended too."""
+    """Return the CPU seconds of a process (None: this one) and its descendants, including children that have exited."""
     used = 0
     for process in _family(root):
         with contextlib.suppress(OSError):
@@ -129,7 +129,7 @@ def cpu_s(root: int | None = None) -> float:
 
 
 def _family(root: int | None) -> list[int]:
-    """The numbers of a process (None: this one) and of all below it."""
+    """Return the pids of a process (None: this one) and its descendants."""
     children: dict[int, list[int]] = {}
     for directory in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -142,5 +142,5 @@ def _family(root: int | None) -> list[int]:
 
 
 def _stat(process: int) -> list[str]:
-    """The fields of /proc/N/stat from the third on, its state."""
+    """Return the fields of /proc/N/stat from the third one, the state."""
     return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()

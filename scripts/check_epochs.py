@@ -1,12 +1,12 @@
-"""One full epoch of each photo experiment, augmentation string and feature, over photograph-like images of real size.
+"""Run a full epoch of each photo experiment, augmentation string and feature, on photograph-like images of real size.
 
     uv run python scripts/check_epochs.py [--pictures 5000] [--only experiments] [--json FILE]
 
-An experiment is trained by the command, with its own recipe and image size, on JPEGs of 500x375
-(scripts/photo_like.py); only its model is a small one, in fp32, since it is the data that is checked. A string gets
-an epoch of a worker's feed without a model: decoded, augmented, normalised, erased and mixed, every image counted.
-A feature (a loss, task, metric, teacher, ...) is trained by the command at 64 px. Exits with 1 if anything fails, lacks
-an image or holds what isn't finite. Takes 20 minutes on 2 cores.
+The command trains an experiment with its own recipe and image size on JPEGs of 500x375 (scripts/photo_like.py); only
+the model is replaced by a small one in fp32, because the data is what is checked. A string is checked by an epoch of a
+worker's feed without a model: images are decoded, augmented, normalised, erased, mixed and counted. The command trains
+a feature (a loss, task, metric, teacher, ...) at 64 px. Exits with 1 if anything fails, an image is missing or a value
+isn't finite. Takes 20 minutes on 2 cores.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ OTHERS = {
 METRICS = "[top5,f1_macro,balanced_accuracy,auroc,average_precision,calibration_error]"
 OF_DIRECTORIES, OF_LABELS, OF_NUMBERS = "photos", "labels.csv", "numbers.csv"  # data.root of the features' runs
 BY_FEATURE: dict[str, tuple[str, list[str]]] = {
-    "teacher": (OF_DIRECTORIES, []),  # the teacher of those that distil
+    "teacher": (OF_DIRECTORIES, []),  # the teacher of the distill runs below
     "loss=jsd": (OF_DIRECTORIES, ["loss=jsd", "augment.splits=3", "augment.auto_augment=augmix-m3"]),
     "loss=bce, mixing": (OF_DIRECTORIES, ["loss=bce", "augment.mixup_alpha=0.2", "augment.cutmix_alpha=1"]),
     "loss=focal, class weights": (OF_DIRECTORIES, ["loss=focal", "loss.class_weights=effective_num"]),
@@ -64,7 +64,7 @@ BY_FEATURE: dict[str, tuple[str, list[str]]] = {
 
 
 def main() -> None:
-    """Run every epoch, print a line for each, and exit with 1 if one went wrong."""
+    """Run every epoch, print a line for each, and exit with 1 if one fails."""
     parser = options_parser(__doc__, 1, "unused")
     parser.add_argument("--pictures", type=int, default=5000)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
@@ -107,7 +107,7 @@ def main() -> None:
 
 
 def photo_experiments() -> list[str]:
-    """Return the experiments on directories of images."""
+    """Return the experiments whose data is image_folder."""
     from ftexp.config.schema import config_dir
 
     names = sorted(file.stem for file in (config_dir() / "experiment").glob("*.yaml"))
@@ -115,7 +115,7 @@ def photo_experiments() -> list[str]:
 
 
 def epoch_of_feed(root: Path, num_images: int, overrides: list[str]) -> float:
-    """Seconds of an epoch in which every image comes once, in finite numbers."""
+    """Return the seconds of an epoch; exit unless every image comes once, with finite values."""
     began_s, seen = time.perf_counter(), []
     data = training_data(root, IMAGE_SIZE, "streaming", *overrides)
     with closing(data.feed.from_position(0)) as batches:
@@ -132,7 +132,7 @@ def epoch_of_feed(root: Path, num_images: int, overrides: list[str]) -> float:
 
 
 def epoch_of_experiment(directory: Path, experiment: str) -> str:
-    """The status of a run of one epoch."""
+    """Return the status of a run of one epoch."""
     family = composed(f"experiment={experiment}").model.name
     small = next(name for prefix, name in SMALL_MODELS.items() if family.startswith(prefix))
     changed = [f"model.name={small}", "model.pretrained=false", "train.precision=fp32", "model.drop_path_rate=null"]
@@ -140,7 +140,7 @@ def epoch_of_experiment(directory: Path, experiment: str) -> str:
 
 
 def epoch_of_feature(directory: Path, title: str, root: str, overrides: list[str]) -> str:
-    """The status of a run of one epoch at 64 px."""
+    """Return the status of a run of one epoch at 64 px."""
     source = "image_folder" if root == OF_DIRECTORIES else "image_list"
     given = [override.format(runs=directory / "runs") for override in overrides]
     common = ["data.image_size=64", "augment=none", "augment.crop=rrc", "augment.hflip=0.5", "model.name=test_resnet"]
@@ -149,7 +149,7 @@ def epoch_of_feature(directory: Path, title: str, root: str, overrides: list[str
 
 
 def write_lists(directory: Path, photos: Path) -> None:
-    """Write lists of the photos: of a class and its parity, and of a number."""
+    """Write two lists of the photos: one with the labels class and parity, one with a number as label."""
     classes = sorted(path.name for path in photos.iterdir())
     labels, numbers = ["path,label"], ["path,label"]
     for number, name in enumerate(classes):

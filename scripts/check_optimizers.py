@@ -1,10 +1,11 @@
-"""Finds timm's optimisers that update the shards of a model as they update whole tensors.
+"""Find timm's optimisers that update the shards of a model exactly as they update whole tensors.
 
     uv run python scripts/check_optimizers.py [NAME ...]
 
-Three ranks update a small ViT, whole and sharded, by the same gradients, and compare the weights after a few steps; in
-between, the sharded optimiser's state is saved whole and loaded in parts. Prints a line for each optimiser and, last,
-the names that agree: `SHARDED_OPTIMIZERS` in ftexp/config/checks/parallel.py. Takes some 5 minutes for all.
+Three ranks update a small ViT, whole and sharded, with the same gradients, and compare the weights after a few steps.
+Half-way, the sharded optimiser's state is gathered whole and loaded into the shards of a new optimiser. Prints a line
+for each optimiser and finally the names that agree: `SHARDED_OPTIMIZERS` in ftexp/config/checks/parallel.py. Takes
+about 5 minutes for all.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def _step(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None
 
 
 def _problem(name: str, sharding: Sharding) -> str | None:
-    """Return the problem of an optimiser on shards; None if there is none."""
+    """Return how an optimiser on shards differs from the same one on whole tensors; None if it agrees."""
     config, train = OptimConfig(name=name, lr=1e-2, weight_decay=0.01), TrainConfig(epochs=1, global_batch_size=8)
     alone, parts = _build(), sharding.shard(draft(_build, sharding.cut))
     optimizers = [build_optimizer(config, train, model) for model in (alone, parts)]
@@ -83,11 +84,11 @@ def _check(rank: int, directory: str, name: str) -> None:
     except (RuntimeError, ValueError, AssertionError, TypeError, ConfigError, LookupError) as error:
         problem = f"{type(error).__name__}: {error}".splitlines()[0][:100]
     (Path(directory) / f"{name}.{rank}").write_text(problem or "")
-    dist.barrier()  # where ranks went different ways, one waits here for nothing
+    dist.barrier()  # times out if another rank has failed
 
 
 def _found(directory: str, name: str) -> str:
-    """Return the problem of an optimiser; "" if there is none."""
+    """Check an optimiser on all ranks; return its problems, "" if there are none."""
     try:
         torch.multiprocessing.start_processes(_check, (directory, name), nprocs=_WORLD, start_method="fork")
     except ProcessException as error:
@@ -98,7 +99,7 @@ def _found(directory: str, name: str) -> str:
 
 
 def main() -> None:
-    """Check the optimisers that are named, or every one of timm's."""
+    """Check the named optimisers, or all of timm's."""
     agree = []
     with tempfile.TemporaryDirectory() as directory:
         for name in sys.argv[1:] or list_optimizers():

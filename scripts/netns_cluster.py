@@ -1,13 +1,13 @@
-"""Three machines, each a network namespace, run one Ray, and one of them fails: what does a run report, lose, compute?
+"""Fail one of three machines (network namespaces) of a Ray cluster: what does a run report, lose and compute?
 
     sudo uv run python scripts/netns_cluster.py [--cases CASE ...] [--storage directory s3] [--json FILE] [--check]
 
-Needs root and Linux's `ip`, `tc` and `unshare`; a skewed clock also a C compiler, `cc`. Each machine has a network, a
-host name and an /etc/hosts of its own, behind one bridge; on the bridge listens moto's S3. For each case a new Ray is
-started: the command runs on the first machine, and two workers on two of the three (elastic: three workers, or two).
-Once it trains, the case strikes a machine that has a worker, but for the first. Afterwards the last checkpoint is
-compared with that of the undisturbed run, bitwise; where the number of workers changed, the batches are. Everything
-that was made is removed at the end, on Ctrl-C too. Takes 20 minutes on 2 cores.
+Needs root and Linux's `ip`, `tc` and `unshare`; a skewed clock also needs a C compiler, `cc`. Each machine has its own
+network, host name and /etc/hosts, behind one bridge; moto's S3 listens on the bridge. Every case starts a new Ray: the
+command runs on the first machine, two workers on two of the three (elastic: two or three workers). Once the run trains,
+the case strikes a machine other than the first that has a worker. Afterwards the last checkpoint is compared bitwise
+with the undisturbed run's; if the number of workers changed, the batches are compared instead. Everything created is
+removed at the end, also on Ctrl-C. Takes 20 minutes on 2 cores.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 RAY = Path(sys.executable).with_name("ray")
 BRIDGE, GATEWAY, S3_PORT, RAY_PORT = "ftexp-br", "10.77.0.254", 5555, 6379
 ADDRESS = f"10.77.0.1:{RAY_PORT}"
-STRIKE_AT = "epoch 4/"  # a line of the command's output
+STRIKE_AT = "epoch 4/"  # beginning of a line of the command's output
 CUT_S = SLOW_S = 20
 SLOW_MBIT = 20  # a step sends 3 MB each way
 SKEWS_S = {"ftexp-1": 0, "ftexp-2": 3600, "ftexp-3": -3600}
@@ -118,7 +118,7 @@ long syscall(long number, ...) {
 
 
 def call(*words: str, check: bool = True) -> str:
-    """Run a command; returns what it printed."""
+    """Run a command; return its standard output."""
     return subprocess.run(words, check=check, capture_output=True, text=True).stdout
 
 
@@ -129,9 +129,9 @@ class Machine:
         self.name, self.address, self.port = f"ftexp-{number}", f"10.77.0.{number}", f"ftexp-v{number}"
 
     def make(self) -> None:
-        """Connect it to the bridge."""
+        """Create the namespace and connect it to the bridge."""
         hosts = "".join(f"{other.address} {other.name}\n" for other in MACHINES)
-        etc = Path("/etc/netns", self.name)  # bound over /etc by `ip netns exec`
+        etc = Path("/etc/netns", self.name)  # `ip netns exec` bind-mounts its files over /etc
         etc.mkdir(parents=True)
         (etc / "hosts").write_text(f"127.0.0.1 localhost\n{hosts}")
         call("ip", "netns", "add", self.name)
@@ -142,14 +142,14 @@ class Machine:
             call("ip", "-n", self.name, "link", "set", device, "up")
 
     def remove(self) -> None:
-        """End what runs in it, and all that `make` made."""
+        """Kill its processes and remove everything that `make` created."""
         self.kill()
         call("ip", "netns", "delete", self.name, check=False)
         call("ip", "link", "delete", self.port, check=False)
         shutil.rmtree(Path("/etc/netns", self.name), ignore_errors=True)
 
     def start(self, directory: Path, *words: str, **arguments: Any) -> subprocess.Popen[str]:
-        """Start a command on it; `directory`/ray, where Ray keeps its files, is another directory on each machine."""
+        """Start a command on the machine; `directory`/ray, for Ray's files, differs between machines."""
         own, shown = directory / self.name, directory / "ray"
         for each in (own, shown):
             each.mkdir(exist_ok=True)
@@ -159,11 +159,11 @@ class Machine:
         return subprocess.Popen(command, **arguments)
 
     def pids(self) -> list[int]:
-        """Return the processes in it."""
+        """Return the pids of its processes."""
         return [int(pid) for pid in call("ip", "netns", "pids", self.name, check=False).split()]
 
     def kill(self) -> None:
-        """End its processes at once."""
+        """Kill its processes, until none is left."""
         while pids := self.pids():
             for pid in pids:
                 with contextlib.suppress(ProcessLookupError):
@@ -171,11 +171,11 @@ class Machine:
             time.sleep(0.05)
 
     def connect(self, is_up: bool) -> None:
-        """Plug its cable in, or pull it out: nothing arrives, and no end of a connection either."""
+        """Set its link up or down; while it is down nothing arrives, not even the end of a connection."""
         call("ip", "link", "set", self.port, "up" if is_up else "down")
 
     def limit(self, mbit: int | None) -> None:
-        """Let so much through in each direction; None: all."""
+        """Limit the bandwidth in each direction; None: no limit."""
         call("tc", "qdisc", "delete", "dev", self.port, "root", check=False)
         call("ip", "netns", "exec", self.name, "tc", "qdisc", "delete", "dev", "eth0", "root", check=False)
         if mbit is not None:
@@ -189,7 +189,7 @@ MACHINES = [Machine(number) for number in (1, 2, 3)]
 
 @contextlib.contextmanager
 def network() -> Iterator[None]:
-    """The bridge and the machines."""
+    """Create the bridge and the machines; remove them on exit."""
     with contextlib.ExitStack() as stack:
         stack.callback(call, "ip", "link", "delete", BRIDGE, check=False)
         call("ip", "link", "add", BRIDGE, "type", "bridge")
@@ -203,7 +203,7 @@ def network() -> Iterator[None]:
 
 @contextlib.contextmanager
 def object_store(directory: Path) -> Iterator[str]:
-    """moto's S3 on the bridge; yields a URI."""
+    """Run moto's S3 on the bridge; yield a URI."""
     command = [sys.executable, "-m", "moto.server", "-H", GATEWAY, "-p", str(S3_PORT)]
     with (directory / "moto.log").open("w") as log, subprocess.Popen(command, stdout=log, stderr=log) as server:
         try:
@@ -217,7 +217,7 @@ def object_store(directory: Path) -> Iterator[str]:
 
 @contextlib.contextmanager
 def ray_cluster(directory: Path, environment: dict[str, str], is_skewed: bool) -> Iterator[None]:
-    """Ray on all machines, a CPU on each. is_skewed: clocks are wrong on all but the first."""
+    """Run Ray on all machines, with one CPU each. is_skewed: the clocks of all but the first are wrong."""
     common = ["--num-cpus=1", "--object-store-memory=100000000", "--disable-usage-stats", "--block"]
     head = MACHINES[0]
     with contextlib.ExitStack() as stack:
@@ -238,7 +238,7 @@ def ray_cluster(directory: Path, environment: dict[str, str], is_skewed: bool) -
 
 
 def wait_until(holds: Callable[[], Any], timeout_s: float) -> None:
-    """TimeoutError if it doesn't hold in time."""
+    """Wait until `holds` returns a true value; raise TimeoutError after `timeout_s`."""
     end = time.monotonic() + timeout_s
     while not holds():
         if time.monotonic() > end:
@@ -248,7 +248,7 @@ def wait_until(holds: Callable[[], Any], timeout_s: float) -> None:
 
 @dataclass
 class Run:
-    """A command that has ended, and its run."""
+    """A finished invocation and its run."""
 
     uri: str
     status: int
@@ -256,26 +256,26 @@ class Run:
 
     @functools.cached_property
     def state(self) -> dict[str, Any]:
-        """Return run.json."""
+        """Contents of run.json."""
         state: dict[str, Any] = json.loads(Storage.at(self.uri).read_bytes(RUN_FILE))
         return state
 
     @property
     def seconds(self) -> float:
-        """Return the time from the first batch to the end; a start takes longer or less as it likes."""
+        """Time from the first batch to the end; excludes the start, whose duration varies."""
         lines = read_lines(Storage.at(self.uri), EVENTS_FILE)
         first = next(line["time"] for line in lines if line["event"] == "ready")
         return float(lines[-1]["time"] - first)
 
     @property
     def reported(self) -> str:
-        """Return the failures with their causes, and how the command ended."""
+        """Failures with their causes, final status and exit status."""
         causes = [f"{each['cause']} of {_whom(each)}" for each in self.state.get("failures", [])]
         return f"{', '.join(causes) or 'nothing'}; {self.state.get('status')}, exit status {self.status}"
 
     @property
     def replayed(self) -> int:
-        """Return the steps that were done again."""
+        """Number of replayed steps."""
         return sum(each["steps_replayed"] or 0 for each in self.state.get("failures", []))
 
 
@@ -290,7 +290,7 @@ def train(
     overrides: list[str],
     strike: Callable[[list[int]], None],
 ) -> Run:
-    """Run the command on the first machine; `strike` is called with the workers' pids once it trains."""
+    """Run the command on the first machine; call `strike` with the workers' pids at the line `STRIKE_AT`."""
     head, lines, pids, began = MACHINES[0], list[str](), list[int](), time.monotonic()
     is_struck = False
     words = [sys.executable, "-m", "ftexp.train", *TRAINING, f"run.storage={storage}", *overrides]
@@ -300,20 +300,20 @@ def train(
             lines.append(f"{time.monotonic() - began:7.1f} {line}")
             if found := re.search(r"pids ([\d, ]+)", line):
                 pids = [int(pid) for pid in found[1].split(",")]
-            if line.startswith(STRIKE_AT) and not is_struck:  # the line may come again
+            if line.startswith(STRIKE_AT) and not is_struck:  # a recovery may print the line again
                 is_struck = True
                 strike(pids)
     return Run(under(storage, "run"), process.returncode, "".join(lines))
 
 
 def under(uri: str, name: str) -> str:
-    """Return the place of a name in a directory, or at a URI with its query."""
+    """Append `name` to a directory, or to the path of a URI that has a query."""
     place, mark, query = uri.partition("?")
     return f"{place}/{name}{mark}{query}"
 
 
 def worker_machine(pids: list[int]) -> Machine:
-    """Return a machine that has a worker, other than the first."""
+    """Return a machine other than the first that has a worker."""
     return next(machine for machine in MACHINES[1:] if set(pids) & set(machine.pids()))
 
 
@@ -322,14 +322,14 @@ def do_nothing(_: list[int]) -> None:
 
 
 def kill_node(pids: list[int]) -> None:
-    """Cut a machine's power: nobody is sent the end of its connections."""
+    """Cut a machine's power: its peers never receive the end of a connection."""
     machine = worker_machine(pids)
     machine.connect(is_up=False)
     machine.kill()
 
 
 def cut_network(pids: list[int]) -> None:
-    """Pull a machine's cable out for a while."""
+    """Set a machine's link down for `CUT_S`."""
     machine = worker_machine(pids)
     machine.connect(is_up=False)
     time.sleep(CUT_S)
@@ -337,7 +337,7 @@ def cut_network(pids: list[int]) -> None:
 
 
 def slow_link(pids: list[int]) -> None:
-    """Make a machine's link slow for a while."""
+    """Limit a machine's link to `SLOW_MBIT` for `SLOW_S`."""
     machine = worker_machine(pids)
     machine.limit(SLOW_MBIT)
     time.sleep(SLOW_S)
@@ -345,13 +345,13 @@ def slow_link(pids: list[int]) -> None:
 
 
 def kill_worker(pids: list[int]) -> None:
-    """End a worker on a machine other than the first."""
+    """Kill a worker on a machine other than the first."""
     os.kill(next(pid for pid in pids if pid in worker_machine(pids).pids()), signal.SIGKILL)
 
 
 @dataclass(frozen=True)
 class Case:
-    """Something that goes wrong."""
+    """A fault and the overrides of its run."""
 
     title: str
     strike: Callable[[list[int]], None] = do_nothing
@@ -372,7 +372,7 @@ STORAGES = ("directory", "s3")
 
 
 def compare(run: Run, clean: Run, environment: dict[str, str]) -> str:
-    """Say whether the run's last checkpoint is bitwise identical; or its batches, if the number of workers changed."""
+    """Compare the last checkpoint bitwise, or the batches if the number of workers changed; return the verdict."""
     if run.state.get("status") != "finished":
         return "not finished"
     if len(set(run.state["world_sizes"])) > 1:
@@ -383,7 +383,7 @@ def compare(run: Run, clean: Run, environment: dict[str, str]) -> str:
 
 
 def batches(run: Run) -> dict[int, tuple[int, ...]]:
-    """Return the samples that drove each step, of the attempt that did it last, over all ranks."""
+    """Return {step: its samples over all ranks, in the last attempt that took the step}."""
     return {update.step: update.samples for update in read_updates(Storage.at(run.uri))}
 
 
@@ -396,7 +396,7 @@ def measure(case: Case, storage: str, directory: Path, environment: dict[str, st
 
 
 def print_table(console: Console, rows: list[tuple[str, ...]]) -> None:
-    """Print what came of each case."""
+    """Print the outcome of each case."""
     table = Table("case", "storage", "reported", "time lost", "steps replayed", "bitwise identical", box=None)
     for row in rows:
         table.add_row(*row)
@@ -412,7 +412,7 @@ def shim(directory: Path) -> Path:
 
 
 def main() -> None:
-    """Run the cases, print a line for each, and a table last."""
+    """Run the cases, print the output of each, and finally a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="besides the undisturbed one")
     parser.add_argument("--storage", nargs="+", choices=STORAGES, default=list(STORAGES))
@@ -427,7 +427,7 @@ def main() -> None:
     describe_machine(console)
     rows, misses = list[tuple[str, ...]](), list[str]()
     with contextlib.ExitStack() as stack:
-        stack.callback(print_table, console, rows)  # what there is of it, on Ctrl-C too
+        stack.callback(print_table, console, rows)  # with the rows so far, also on Ctrl-C
         if options.keep:
             options.keep.mkdir(parents=True, exist_ok=True)
         directory = options.keep or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="netns-")))

@@ -1,13 +1,13 @@
-"""Photograph-like JPEGs with classes, out of what ftexp's dependencies bring: a glyph somewhere on a photograph.
+"""Write photograph-like JPEGs in classes, made from data in ftexp's dependencies: a glyph anywhere on a photograph.
 
     uv run python scripts/photo_like.py DIRECTORY [--pictures 5000] [--classes 20] [--size 500 375] [--seed 0]
 
-A class is a glyph, in any weight of Roboto (Ray's dashboard has it) and of Pillow's own typeface: of any colour, turned
-and slanted a little, 0.35 to 0.9 of the picture high, anywhere in it. Behind it is a part of one of scikit-learn's two
-photographs, at a random scale, turned, mirrored and tinted. So where and how large the object is says nothing about its
-class, as in a photograph, and a model that learns pictures by heart is no good on others. None of the glyphs is the
-mirror image of another. The same seed makes the same pixels with the same versions of these packages; picture number n
-of a seed is the same, however many there are. 5,000 of 500x375 take 45 s on 2 cores.
+A class is a glyph, drawn in any weight of Roboto (from Ray's dashboard) or in Pillow's own typeface, in any colour,
+slightly rotated and slanted, 0.35 to 0.9 of the picture's height, anywhere in it. The background is a part of one of
+scikit-learn's two photographs, at a random scale, flipped and tinted. As in a photograph, position and size of the
+object say nothing about its class, and a model that memorises pictures fails on others. No glyph is the mirror image of
+another. With the same versions of these packages, a seed always gives the same pixels; picture n of a seed doesn't
+depend on the number of pictures. 5,000 of 500x375 take 45 s on 2 cores.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-IMAGENET = (500, 375)  # width and height that most of ImageNet's photographs have
-GLYPHS = "AKMRTXHWYGQV4785&@$%#CFJLPOUZ?"  # in this order
+IMAGENET = (500, 375)  # width and height of most of ImageNet's photographs
+GLYPHS = "AKMRTXHWYGQV4785&@$%#CFJLPOUZ?"  # in the order of the classes
 GLYPH_SHARE = (0.35, 0.9)  # share of the picture's height
 QUALITY = 95
-GRAIN = 10.0  # standard deviation of a camera's noise; with it, 500x375 take 110 kB, as ImageNet's do on average
-_CHUNK = 64  # pictures that a process makes at a time
+GRAIN = 10.0  # standard deviation of the camera noise; with it, 500x375 take 110 kB, the average of ImageNet
+_CHUNK = 64  # pictures per task of a process
 
 
 def main() -> None:
@@ -47,7 +47,7 @@ def main() -> None:
 def write_photos(
     root: Path, count: int, num_classes: int = 20, size: Sequence[int] = IMAGENET, seed: int = 0
 ) -> list[Path]:
-    """Write `count` pictures below `root`, a directory for each class; return their paths. One in four is upright."""
+    """Write `count` pictures below `root`, a directory per class; return their paths. One in four is upright."""
     if not 1 < num_classes <= len(GLYPHS):
         raise ValueError(f"{num_classes} classes; there are 2 to {len(GLYPHS)}")
     paths = [root / class_name(number % num_classes) / f"{number:06d}.jpg" for number in range(count)]
@@ -74,7 +74,7 @@ def _write(paths: list[str], num_classes: int, size: tuple[int, int], seed: int,
 
 
 def photo(label: int, size: tuple[int, int], seed: int, number: int) -> Image.Image:
-    """Picture `number` of this seed: one of the class `label`, of this width and height, or of those exchanged."""
+    """Return picture `number` of this seed, of class `label`; every fourth has width and height swapped."""
     rng = np.random.default_rng([seed, number])
     width, height = size if number % 4 else size[::-1]
     picture = _background(rng, width, height)
@@ -88,7 +88,7 @@ def photo(label: int, size: tuple[int, int], seed: int, number: int) -> Image.Im
 
 
 def _background(rng: np.random.Generator, width: int, height: int) -> Image.Image:
-    """A part of one of the photographs, of any scale, so that most pixels have a photograph's frequencies."""
+    """Return a random part of a photograph, at a random scale, so that most pixels have a photograph's frequencies."""
     source = _photographs()[int(rng.integers(2))]
     largest = min(source.width / width, source.height / height)
     across = int(width * largest * rng.uniform(0.35, 1.0))
@@ -104,7 +104,7 @@ def _background(rng: np.random.Generator, width: int, height: int) -> Image.Imag
 
 
 def _with_grain(rng: np.random.Generator, picture: Image.Image) -> Image.Image:
-    """A camera's noise, which most bytes of a photograph's JPEG go into: both sources are smooth when enlarged."""
+    """Add camera noise, which takes most bytes of a photograph's JPEG: both sources are smooth when enlarged."""
     grain = _grain()
     top, left = (int(rng.integers(0, len(grain) - length)) for length in (picture.height, picture.width))
     pixels = np.asarray(picture).astype(np.int16)
@@ -113,7 +113,7 @@ def _with_grain(rng: np.random.Generator, picture: Image.Image) -> Image.Image:
 
 
 def _glyph(rng: np.random.Generator, glyph: str, height: int) -> Image.Image:
-    """Return the share of each pixel that the glyph covers, cut to it: about `height` pixels high."""
+    """Return the glyph's coverage of each pixel, cropped to the glyph: about `height` pixels high."""
     fonts = _fonts()
     font = fonts[int(rng.integers(len(fonts)))]
     left, top, right, bottom = (int(value) for value in font.getbbox(glyph))
@@ -132,7 +132,7 @@ def _glyph(rng: np.random.Generator, glyph: str, height: int) -> Image.Image:
 
 
 def _colour(rng: np.random.Generator, below: Any) -> tuple[int, ...]:
-    """Return a colour that contrasts with the one below it."""
+    """Return a random colour that contrasts with `below`, an RGB colour."""
     while True:
         colour = rng.integers(0, 256, 3)
         if np.abs(colour - below.astype(int)).sum() > 180:
@@ -153,7 +153,7 @@ def _photographs() -> list[Image.Image]:
 
 @functools.cache
 def _fonts() -> list[Any]:
-    """Faces at the largest size that a glyph takes, those that Ray brings and Pillow's; sorted, so that all agree."""
+    """Return Ray's and Pillow's typefaces at 256 px; sorted, because the order of the files isn't stable."""
     import ray
 
     directory = Path(ray.__file__).parent / "dashboard" / "client" / "build"

@@ -1,6 +1,6 @@
-"""Of `bench_checkpoint.py --sharded`: what a checkpoint of a sharded model costs the training, next to torch's own.
+"""Measurements of `bench_checkpoint.py --sharded`: the cost of a sharded model's checkpoint, ftexp's and torch's.
 
-Four processes share a model with AdamW under `fully_shard`, over four shards and over two replicas of two. In turns,
+Four processes share a model with AdamW under `fully_shard`: in four shards, or in two replicas of two shards. In turns,
 they save it with ftexp, with torch.distributed.checkpoint.save and with its async_save, all to the same disk.
 """
 
@@ -20,7 +20,7 @@ MESHES = {"fsdp": (4,), "hsdp": (2, 2)}
 
 
 def measured(rounds: int) -> dict[str, Any]:
-    """{"<model>, <mesh>": times of each side in seconds, and bytes}."""
+    """Measure; return {"<model>, <mesh>": {side: seconds of each round, and the keys of `_facts`}}."""
     import torch.multiprocessing
 
     results = {}
@@ -40,7 +40,7 @@ def _on_rank(rank: int, directory: str, name: str, sizes: tuple[int, ...], round
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    ray.train.report = lambda _: None  # a part of neither side
+    ray.train.report = lambda _: None  # neither side measures it
     dist.init_process_group("gloo", rank=rank, world_size=NUM_WORKERS, init_method=f"file://{directory}/meeting")
     learner = _learner(name, sizes)
     sides = _sides(rank, directory, learner)
@@ -52,12 +52,12 @@ def _on_rank(rank: int, directory: str, name: str, sizes: tuple[int, ...], round
             wait = save(number)
             blocked = torch.tensor([time.perf_counter() - began])
             wait()
-            dist.all_reduce(blocked, op=dist.ReduceOp.MAX)  # training goes at the pace of the slowest
+            dist.all_reduce(blocked, op=dist.ReduceOp.MAX)  # training runs at the pace of the slowest rank
             dist.barrier()
             times[side].append(blocked.item())
     if rank == 0:
         facts = _facts(directory, learner, sizes)
-        # the first of each pays once for memory
+        # without the first checkpoint of each side, which allocates memory
         torch.save({**facts, **{side: found[1:] for side, found in times.items()}}, Path(directory) / "result.pt")
     dist.barrier()
     dist.destroy_process_group()
@@ -83,7 +83,7 @@ def _learner(name: str, sizes: tuple[int, ...]) -> Any:
 
 
 def _sides(rank: int, directory: str, learner: Any) -> dict[str, Any]:
-    """{side: save(number) -> a function that waits for the end of what is done besides the training}."""
+    """Return {side: save}; save(number) blocks as in training, and returns a function that waits for the rest."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict
 
@@ -114,7 +114,7 @@ def _sides(rank: int, directory: str, learner: Any) -> dict[str, Any]:
 
 
 def manager_of(rank: int, directory: str, learner: Any) -> Any:
-    """Return what saves a learner to `directory`, and restores it; collective."""
+    """Return a CheckpointManager that saves a learner to `directory` and restores it; collective."""
     import torch
 
     from ftexp.checkpoint.manager import CheckpointManager
@@ -144,7 +144,7 @@ def manager_of(rank: int, directory: str, learner: Any) -> Any:
 
 
 def _facts(directory: str, learner: Any, sizes: tuple[int, ...]) -> dict[str, Any]:
-    """Return how many bytes the tensors have, and how many of them the newest checkpoint's files hold."""
+    """Return the sizes of the model's tensors and of the newest checkpoint, in bytes."""
     from ftexp.checkpoint.store import CheckpointStore
     from ftexp.storage.directory import Storage
 
@@ -154,14 +154,14 @@ def _facts(directory: str, learner: Any, sizes: tuple[int, ...]) -> dict[str, An
     assert newest.num_shards == sizes[-1]
     return {
         "parameters": parameters,
-        "tensor_bytes": 3 * 4 * parameters,  # and two moments of each
+        "tensor_bytes": 3 * 4 * parameters,  # float32 parameters and AdamW's two moments
         "written_bytes": sum(each["bytes"] - each["header_bytes"] for each in shards),
         "num_files": len(newest.files),
     }
 
 
 def report(results: dict[str, dict[str, Any]], table: Any, spread: Any) -> list[tuple[str, float, float, bool]]:
-    """Fill a table of four columns; returns the figures and their targets."""
+    """Fill a table of four columns; return the figures and their targets."""
     checks: list[tuple[str, float, float, bool]] = []
     for name, result in results.items():
         cells = [spread(result[side], 1e3) for side in ("ftexp", "torch save", "torch async_save")]

@@ -1,14 +1,15 @@
-"""Kill a run again and again at random moments, and show that it ends as if nothing had happened.
+"""Kill a run repeatedly at random moments, and check that its results are those of a clean run.
 
     uv run python scripts/soak.py [--kills 20] [--seed 0] [--target "worker 1"] [--json FILE] [overrides ...]
 
-One clean run of the config (the default one, unless overridden), then one that is killed: a worker, two at once, a
-second one while the first is replaced, the command itself, the keeper of its snapshots in memory, or one of Ray's
-processes, at a step drawn from the seed, or in the middle of a checkpoint. A killed command is run again. Then weights,
-optimiser and extra state are compared bitwise, with every logged metric and the samples that drove each update; no
-attempt may have begun before a checkpoint that was verified, and no process of the run and no shared memory may be
-left. Exits with 1 if anything is off.
-20 kills take about 5 minutes on 2 cores.
+The config (the default one, unless overridden) is run twice: once undisturbed, once with kills. A kill hits a worker,
+two workers at once, a second worker while the first is replaced, the command itself, the keeper of its in-memory
+snapshots, or one of Ray's processes. It comes at a step drawn from the seed, or in the middle of a checkpoint. A killed
+command is run again.
+
+Then the two runs are compared: weights, optimiser and extra state bitwise, every logged metric, and the samples of each
+update. No attempt may have started from a step before the last verified checkpoint, and no process and no shared memory
+of the run may be left. Exits with 1 if any check fails. 20 kills take about 5 minutes on 2 cores.
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ from ftexp.storage.directory import Storage
 
 _POLL_S = 0.005
 _DEADLINE_S = 300.0
-_GONE_S = 20.0  # that Ray's processes may take to end after a command that was killed
+_GONE_S = 20.0  # time limit for Ray's processes to exit after the command was killed
 _CLEAN, _SOAKED = "clean", "soaked"
-_MARK = "FTEXP_SOAK"  # environment variable, by which processes of the runs are known
+_MARK = "FTEXP_SOAK"  # environment variable that marks the processes of the runs
 WORKER_0, WORKER_1, COMMAND, IN_SAVE_WORKER, IN_SAVE_COMMAND, KEEPER = _FIRST_TARGETS = (
     *("worker 0", "worker 1", "the command"),
     *("worker 0 in a save", "the command in a save", "the keeper of snapshots"),
@@ -46,21 +47,21 @@ ANY_WORKER, TWO_WORKERS = "any worker", "two workers"
 AFTER_WORKER_1 = "worker 0 while worker 1 is replaced"
 NEWCOMER = "worker 1 and the one in its place"
 CONTROLLER, RAYLET, GCS, AGENT = _RAYS = ("Ray Train's controller", "Ray's raylet", "Ray's GCS", "Ray's agent")
-_PROCESSES = {  # what the first words of their command lines hold
+_PROCESSES = {  # substrings of the first `_NUM_WORDS` words of their command lines
     CONTROLLER: (b"ray::TrainController",),
     RAYLET: (b"raylet/raylet",),
     GCS: (b"gcs/gcs_server",),
     AGENT: (b"ray::DashboardAgent", b"dashboard/agent.py"),
 }
 TARGETS = (*_FIRST_TARGETS, ANY_WORKER, TWO_WORKERS, AFTER_WORKER_1, NEWCOMER, *_RAYS)
-_EARLY = 0.2  # share of kills that come soon after a start
-_NUM_WORDS = 3  # interpreter, option and script identify a process; raylet's further words name other scripts
+_EARLY = 0.2  # share of kills that come within a second of the start of training
+_NUM_WORDS = 3  # interpreter, option and script identify a process; further arguments of raylet name other scripts
 _BUDGETS = ("max_failures", "max_ray_failures", "max_failures_without_progress")
-_TRAINING_CONTINUES = (KEEPER, AGENT)  # without these, so that no other start is to be waited for
+_TRAINING_CONTINUES = (KEEPER, AGENT)  # training continues when one of these is killed: no new `ready` event follows
 
 
 def main() -> None:
-    """Run both, print a table of the kills and the verdict."""
+    """Run both, print a table of the kills and the verdict, and exit."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
@@ -116,7 +117,7 @@ def _command(words: list[str], name: str) -> list[str]:
 
 
 class Soak:
-    """Runs the command and kills it, until all kills are spent."""
+    """Runs the command and kills its processes until the given number of kills is reached."""
 
     def __init__(
         self,
@@ -132,11 +133,11 @@ class Soak:
         self._words, self._run_dir, self._total_steps, self._console = words, run_dir, total_steps, console
         self._num_kills, self._random = num_kills, random.Random(seed)
         self.kills: list[dict[str, Any]] = []
-        self._num_ready = 0  # starts of training when the last worker was killed: one that is replaced is one more
+        self._num_ready = 0  # number of `ready` events at the last kill; a replaced worker adds one
         self.num_commands = 0
 
     def run(self) -> int:
-        """Give the command until it ends by itself; returns its exit code."""
+        """Run the command until one invocation ends without being killed; return its exit code."""
         while True:
             self.num_commands += 1
             with (self._run_dir.parent / "soaked.log").open("a") as log:
@@ -148,7 +149,7 @@ class Soak:
                 return code
 
     def _kill_once(self, process: subprocess.Popen[bytes]) -> None:
-        """Wait for the attempt to train, then for the moment that was drawn, and kill."""
+        """Wait until the attempt trains, then for the moment that was drawn, and kill."""
         if not self._wait(process, self._trains_again):
             return
         num_ready, ready = len(self._events("ready")), self._events("ready")[-1]
@@ -156,10 +157,10 @@ class Soak:
         left, kills_left = self._total_steps - farthest, self._num_kills - len(self.kills)
         target = self._random.choice(self._targets)
         is_early = self._random.random() < _EARLY
-        if target in (IN_SAVE_WORKER, IN_SAVE_COMMAND):  # the next that comes: later ones would leave too few steps
+        if target in (IN_SAVE_WORKER, IN_SAVE_COMMAND):  # the next checkpoint: later ones would leave too few steps
             if not self._wait(process, self._is_saving):
                 return
-        elif is_early:  # while steps are replayed, if they are, which log nothing new
+        elif is_early:  # by time, because replayed steps log nothing new
             time.sleep(self._random.uniform(0.0, 1.0))
         else:
             at_step = farthest + self._random.randint(1, max(1, 2 * left // (kills_left + 3)))
@@ -178,7 +179,7 @@ class Soak:
             process.wait()
 
     def _victims(self, target: str, process: subprocess.Popen[bytes], pids: list[int]) -> list[int]:
-        """Return what to kill first; empty if it isn't there. pids: of the workers, by rank."""
+        """Return the pids to kill first; empty if there is no such process. pids: those of the workers, by rank."""
         if target in (COMMAND, IN_SAVE_COMMAND):
             return [process.pid]
         if target in (WORKER_0, IN_SAVE_WORKER):
@@ -195,9 +196,9 @@ class Soak:
         return pids[1:2]
 
     def _kill_another(self, target: str, process: subprocess.Popen[bytes], pids: list[int]) -> None:
-        """Kill the second process of a target that has one after the other."""
+        """Kill the second process of a target that consists of two kills in sequence."""
         if target == AFTER_WORKER_1:
-            time.sleep(self._random.uniform(0.0, 1.2))  # what a replacement takes
+            time.sleep(self._random.uniform(0.0, 1.2))  # at some moment during the replacement
             self._killed(pids[:1])
         elif target == NEWCOMER:
             began = ("worker_replaced", "attempt_started")
@@ -207,9 +208,9 @@ class Soak:
                 self._killed([[event for event in self.events() if event["event"] in began][-1]["pid"]])
 
     def _killed(self, pids: list[int]) -> bool:
-        """Whether all of these, which belong to the run, were there to be killed."""
+        """Kill these pids if all of them belong to the run; return whether they did."""
         if not all(_is_marked(pid, str(self._run_dir.parent)) for pid in pids):
-            return False  # one that was killed already, and whose successor isn't known yet
+            return False  # it was already killed, and its successor isn't known yet
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -219,7 +220,7 @@ class Soak:
         return len(self._events("ready")) > self._num_ready
 
     def _wait(self, process: subprocess.Popen[bytes], condition: Any) -> bool:
-        """Whether `condition` came to hold before the command ended."""
+        """Wait for `condition`; return False if the command exits first."""
         end = time.monotonic() + _DEADLINE_S
         while not condition():
             if process.poll() is not None:
@@ -244,7 +245,7 @@ class Soak:
         return int(json.loads(lines[-1])["step"]) if lines else 0
 
     def events(self) -> list[dict[str, Any]]:
-        """All of events.jsonl."""
+        """Return all events of events.jsonl."""
         path = self._run_dir / "events.jsonl"
         lines = path.read_text().split("\n")[:-1] if path.exists() else []
         return [json.loads(line) for line in lines]
@@ -258,7 +259,7 @@ class Soak:
 
 
 def _lost_checkpoints(events: list[dict[str, Any]]) -> list[str]:
-    """Attempts that began before a step that was verified on disk."""
+    """Return a line for each attempt that started from a step before the last verified checkpoint."""
     problems, newest, restored = [], 0, 0
     for event in events:
         if event["event"] == "attempt_started":
@@ -273,7 +274,7 @@ def _lost_checkpoints(events: list[dict[str, Any]]) -> list[str]:
 
 
 def _left_behind(storage: str, shared_before: set[str]) -> list[str]:
-    """Processes of the runs that still are, and shared memory that nobody uses any more."""
+    """Return a line for each remaining process of the runs, and for each shared-memory file that no process maps."""
     end = time.monotonic() + _GONE_S
     while (left := _marked(storage)) and time.monotonic() < end:
         time.sleep(_POLL_S)
@@ -284,7 +285,7 @@ def _left_behind(storage: str, shared_before: set[str]) -> list[str]:
 
 
 def _marked(storage: str) -> list[int]:
-    """Return all processes of the runs of a soak, but for this one."""
+    """Return the pids of all processes of the runs, except for this one."""
     pids = [int(path.name) for path in Path("/proc").glob("[0-9]*")]
     return [pid for pid in pids if pid != os.getpid() and _is_marked(pid, storage)]
 
@@ -294,7 +295,7 @@ def _is_marked(pid: int, storage: str) -> bool:
 
 
 def _below(root: int, titles: tuple[bytes, ...]) -> list[int]:
-    """Return the processes below `root` whose command line begins with words that hold one of these."""
+    """Return the descendants of `root` with one of `titles` in the first words of their command lines."""
     children: dict[int, list[int]] = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         if fields := _read(path).rpartition(b")")[2].split():
@@ -313,7 +314,7 @@ def _title(pid: int) -> bytes:
 
 
 def _read(path: Path) -> bytes:
-    """Return what a file of /proc holds; nothing if its process has ended."""
+    """Return the contents of a file of /proc; empty if its process has exited."""
     try:
         return path.read_bytes()
     except OSError:
@@ -325,7 +326,7 @@ def _shared_memory() -> set[str]:
 
 
 def _recoveries(events: list[dict[str, Any]]) -> str:
-    """Return {source of the recovery: number of failures}."""
+    """Return the number of recoveries by source, as text."""
     found = [event["recovery"] for event in events if event["event"] == "recovered"]
     return ", ".join(f"{found.count(kind)} from {kind}" for kind in dict.fromkeys(found))
 

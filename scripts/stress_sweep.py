@@ -1,10 +1,10 @@
-"""Many trials at once on a simulated cluster: do all finish, is nothing left, does the driver stay small?
+"""Run many trials at once on a simulated cluster: do all finish, is nothing left, does the driver's memory stay low?
 
     uv run python scripts/stress_sweep.py [--trials 50] [--at-once 50] [--check] [--json FILE]
 
-One step each of the smallest model, on made images; two nodes of `ray.cluster_utils.Cluster` with a CPU each, of which
-a trial takes a fraction. Says how long it took, the most trials that ran at once, how long the last one waited, which
-placement groups are left, and how the driver's memory went.
+A trial is one step of the smallest model on generated images. The cluster is `ray.cluster_utils.Cluster` with two nodes
+of one CPU each; a trial takes a fraction of a CPU. Prints the duration, the largest number of trials that ran at once,
+how many placement groups and CPUs were not released, and the driver's memory early and late.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SMALL = [
 
 
 def main() -> None:
-    """Run the sweep on the cluster, watch it, and say what came of it."""
+    """Run and watch the sweep on the cluster, and print the outcome."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--trials", type=int, default=50)
     parser.add_argument("--at-once", type=int, default=50)
@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def watch(address: str, trials: int, at_once: int) -> dict[str, Any]:
-    """Start the command, sample its memory and the ledger until it ends, then look at what the cluster still holds."""
+    """Run the command, sampling its memory and the sweep record; then count the resources still held by the cluster."""
     storage = Path(tempfile.mkdtemp(prefix="stress_"))
     # a whole number of trials fits on each node
     cpus = 1 / -(-at_once // 2)
@@ -92,7 +92,7 @@ def watch(address: str, trials: int, at_once: int) -> dict[str, Any]:
 
 
 def resident_mb(pid: int) -> float | None:
-    """Memory that a process holds; None once it has ended."""
+    """Return a process's resident memory in MiB; None once it has exited."""
     try:
         return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / _MB
     except OSError:
@@ -100,14 +100,14 @@ def resident_mb(pid: int) -> float | None:
 
 
 def quarters(values: list[float]) -> tuple[float, float]:
-    """Means of the first and the last quarter of what was sampled while trials ended."""
+    """Return the means of the first and of the last quarter of the samples."""
     size = max(1, len(values) // 4)
     first, last = values[:size], values[-size:]
     return round(sum(first) / size, 1), round(sum(last) / size, 1)
 
 
 def problems(found: dict[str, Any], trials: int) -> list[str]:
-    """Return the problems that were found."""
+    """Return a line for each failed check."""
     first, last = found["driver MB, first and last quarter"]
     return [
         text

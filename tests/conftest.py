@@ -1,4 +1,4 @@
-"""The fixtures of all lanes, and how two workers share the tests."""
+"""Fixtures of all test directories, and the distribution of tests over two workers."""
 
 import importlib.util
 import io
@@ -15,37 +15,38 @@ from ftexp.cluster.importing import importing_for_good
 
 pytest.register_assert_rewrite("tests.support")
 
-# read when Ray is imported: else `uv run pytest` has Ray start every worker through `uv run`, in an environment anew
+# read when Ray is imported: without it, under `uv run pytest` Ray starts every worker through `uv run`, in a new
+# environment
 os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
-# Ray's own is 15: beside tests that keep a core busy, a run would stand still
+# Ray's default niceness is 15: a run would make no progress while other tests keep a core busy
 os.environ |= {"RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0"}
 
-# else every process that a test starts compiles ftexp anew
+# otherwise every process that a test starts compiles ftexp again
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
-# Two workers of pytest-xdist share the tests. One begins with the files of FIRST, one after the other, since they mind
-# most what runs beside them; the other with those that share a Ray instance, of which there is one then. Then come
-# commands, what starts processes as Ray does, and files of unit tests last, the longest first: these are short, so that
-# both workers end at about one time.
+# Two workers of pytest-xdist share the tests. One starts with the files of FIRST, in sequence, because other load
+# disturbs them most. The other starts with the files that share a Ray instance, so that there is only one instance.
+# Then come the commands, the tests that start processes as Ray does, and finally the unit tests, the longest file
+# first: they are short, so both workers finish at about the same time.
 FIRST = ("cluster", "exactly_once", "end_to_end")
-RAYLESS = ("sharding", "hot_start", "sharded_checkpoints", "replacing")  # of ray
-SINGLY = ("data_command", "failures", "predict", "cli", "imports")  # of command: they need nothing of one another
-LONG = ("cli", "config", "recipe", "augment", "search", "causes")  # of unit
+RAYLESS = ("sharding", "hot_start", "sharded_checkpoints", "replacing")  # in tests/ray, without the shared Ray
+SINGLY = ("data_command", "failures", "predict", "cli", "imports")  # in tests/command: distributed test by test
+LONG = ("cli", "config", "recipe", "augment", "search", "causes")  # in tests/unit
 
-# how long an example takes is the machine's affair
+# the time of an example depends on the machine
 hypothesis.settings.register_profile("ftexp", deadline=None)
 hypothesis.settings.load_profile("ftexp")
 
 
 def pytest_configure(config):
-    """Begin again with what all tests need, if this is `uv run pytest` where only training was installed."""
+    """Restart with the group dev if this is `uv run pytest` in an environment without it."""
     lacking = [name for name in ("mlflow", "moto", "onnx", "optuna", "wandb") if not importlib.util.find_spec(name)]
     if lacking and (uv := os.environ.get("UV")):
         config.pluginmanager.getplugin("capturemanager").stop_global_capturing()
         os.execv(uv, [uv, "run", "--group", "dev", "pytest", *sys.argv[1:]])
     if lacking:
         raise pytest.UsageError(f"the tests need {', '.join(lacking)}: pip install --group dev")
-    if hasattr(config, "workerinput"):  # or torch's threads of all workers wait for one another
+    if hasattr(config, "workerinput"):  # otherwise torch's threads of all workers compete for the cores
         import torch
 
         torch.set_num_threads(1)
@@ -71,7 +72,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection():
-    with importing_for_good():  # else each of the collector's passes looks at all of torch and Ray
+    with importing_for_good():  # otherwise every pass of the garbage collector visits all of torch and Ray
         return (yield)
 
 
@@ -93,7 +94,7 @@ def _name(path):
 
 @pytest.fixture(scope="session")
 def preloaded(tmp_path_factory):
-    """What most commands, and Ray's workers, begin as forks of."""
+    """The process from which most commands and Ray's workers are forked."""
     from tests.support.preloaded import Preloaded
     from tests.support.reference import shared_folder
 
@@ -104,7 +105,7 @@ def preloaded(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def s3_server():
-    """The port of an S3 server with an empty bucket named `bucket`."""
+    """Port of an S3 server with an empty bucket named `bucket`."""
     from moto.server import ThreadedMotoServer
 
     from ftexp.storage.directory import Storage
@@ -125,7 +126,7 @@ def s3_server():
 
 @pytest.fixture
 def s3(s3_server, request):
-    """A directory of the test's own."""
+    """Storage in the bucket, for this test only."""
     from ftexp.storage.directory import Storage
     from tests.support.s3 import s3_uri
 
@@ -134,7 +135,7 @@ def s3(s3_server, request):
 
 @pytest.fixture
 def memory(monkeypatch):
-    """A URI on something like an object store, in memory; every Storage under memory:// reads and writes there."""
+    """URI on an in-memory imitation of an object store; every Storage under memory:// reads and writes there."""
     from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
     from pyarrow.fs import FSSpecHandler, PyFileSystem
 
@@ -144,12 +145,12 @@ def memory(monkeypatch):
         is_whole = False
 
         def close(self):
-            if not self.is_whole:  # it is closed once more when it is collected
+            if not self.is_whole:  # the garbage collector closes it again
                 self.is_whole = True
                 self.commit()
 
     class WholeFiles(MemoryFileSystem):
-        """As an object store: nobody sees a file before it is whole, and each reader has a place of its own."""
+        """Like an object store: a file is visible once it is complete, and each reader has its own position."""
 
         def _open(self, path, mode="rb", **kwargs):
             if mode == "wb":

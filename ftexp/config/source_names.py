@@ -33,3 +33,8 @@ WITH_OTHER_TASKS = ("image_list", "parquet", "synthetic", "webdataset")  # sourc
 def can_stream(name: str) -> bool:
     """Return whether a source may be too large for memory; sources of the user's own may."""
     return "on_bad_sample" in SOURCE_FIELDS.get(name, ("on_bad_sample",))
+
+
+def reads_files(name: str) -> bool:
+    """Return whether a built-in source reads the files at data.root; others may download them, or need none."""
+    return name in SOURCE_FIELDS and can_stream(name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ftexp.config.schema import DataConfig
-from ftexp.config.source_names import SOURCE_FIELDS, can_stream
+from ftexp.config.source_names import reads_files
 from ftexp.errors import DataError
 from ftexp.storage.directory import absolute
 from ftexp.storage.uri import is_remote
@@ -18,6 +18,5 @@ def is_missing(root: str | None) -> bool:
 
 def require_root(data: DataConfig) -> None:
     """Raise DataError if the files of a built-in source are on this machine, and are not there."""
-    reads_files = data.name in SOURCE_FIELDS and can_stream(data.name)
-    if reads_files and is_missing(data.root):
+    if reads_files(data.name) and is_missing(data.root):
         raise DataError(f"data.root={data.root} does not exist")

@@ -57,7 +57,7 @@ def diagnose(config: Config) -> bool:
 def examine(config: Config) -> list[Finding]:
     """Run all checks, the quick ones first."""
     from ftexp.doctor.decoding import decode_rate
-    from ftexp.doctor.disk import storage_checks
+    from ftexp.doctor.disk import data_root, storage_checks
     from ftexp.doctor.finding import Verdict, not_here
     from ftexp.doctor.machine import gpus, open_files, ray_directory, shared_memory, versions
 
@@ -65,7 +65,7 @@ def examine(config: Config) -> list[Finding]:
     size, of_model = _size(config)
     findings.append(of_model)
     findings += storage_checks(config, size.checkpoint_bytes if size is not None else None)
-    findings.append(decode_rate(config))
+    findings += [data_root(config), decode_rate(config)]
     if any(finding.verdict is Verdict.FAILS for finding in findings):
         return [*findings, not_here("workers", "not started, since a run would fail earlier")]
     return [*findings, *_together(config, size)]

@@ -1,4 +1,4 @@
-"""Checks of run.storage: free space and speed for checkpoints, and the operations that a run directory needs."""
+"""Checks of data.root and run.storage: existence, free space, speed, and the operations that run directories need."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ from pathlib import Path
 
 from ftexp.config.masking import masked
 from ftexp.config.schema import Config
+from ftexp.config.source_names import reads_files
+from ftexp.data.root import is_missing
 from ftexp.doctor.finding import Finding, fails, not_here, ok, warning
 from ftexp.errors import ConfigError
 from ftexp.storage.directory import Storage, Writer
+from ftexp.storage.uri import is_remote
 
 _MIB = 2**20
 _PROBE_BYTES = 64 * _MIB
@@ -101,6 +104,18 @@ def storage_operations(directory: Storage) -> Finding:
 
 def _writer(content: bytes) -> Writer:
     return lambda stream: stream.write(content)
+
+
+def data_root(config: Config) -> Finding:
+    """Check whether the files or the directory at data.root exist."""
+    check, data = "data", config.data
+    if data.root is None or not reads_files(data.name):
+        return not_here(check, f"data={data.name}: nothing to check before a run")
+    if is_remote(data.root):
+        return not_here(check, f"data.root={masked(data.root)} is listed when a run starts")
+    if is_missing(data.root):
+        return fails(check, f"data.root={data.root} does not exist", "set data.root to where the images are")
+    return ok(check, f"data.root={data.root} exists")
 
 
 def storage_checks(config: Config, checkpoint_bytes: int | None) -> list[Finding]:

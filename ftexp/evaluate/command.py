@@ -135,12 +135,14 @@ def evaluate(config: EvaluateConfig, other: Config | None = None) -> dict[str, A
         other: has the data to evaluate on; None: the run's own data.
 
     Raises:
-        ConfigError: there is no run at `config.run`, no GPU for device=cuda, or the data have no class of the run.
+        ConfigError: there is no run at `config.run`, no GPU for device=cuda, the run's own data have changed, or other
+            data have no class of the run.
         CheckpointError: the run has no such checkpoint, or it is corrupt.
-        DataError: the data can't be read, or are not the data that the run was trained on.
+        DataError: the data can't be read.
         StorageError: `out` can't be written.
     """
     from ftexp.cli.trained_run import load_run_config, require_data
+    from ftexp.data.root import require_root
     from ftexp.storage.directory import Storage, absolute
 
     if config.device == "cuda":
@@ -162,7 +164,7 @@ def evaluate(config: EvaluateConfig, other: Config | None = None) -> dict[str, A
     if config.data.root is not None:
         data = dataclasses.replace(run_config.data, root=absolute(config.data.root))
         run_config = dataclasses.replace(run_config, data=data)
-    require_data(run_config.data)
+    (require_data if other is None else require_root)(run_config.data)
     if config.out is not None:
         Storage.at(config.out).parent.require_writable("out")
     from ftexp.cluster.ray_cluster import private_ray

@@ -17,7 +17,7 @@ from ftexp.checkpoint.store import CheckpointStore
 from ftexp.cli.trained_run import SavedRun, choose, file_name_of
 from ftexp.cluster.resources import decoding_cpus, no_workers
 from ftexp.config.schema import AUTO, SINGLE_LABEL, Config, DataConfig
-from ftexp.config.source_names import SOURCE_FIELDS, can_stream
+from ftexp.config.source_names import reads_files
 from ftexp.data.build import build_data
 from ftexp.data.feeds.decoding import refuse_bad
 from ftexp.data.feeds.feed import ToTensors, evaluation_batches
@@ -59,7 +59,7 @@ def measure(wanted: EvaluateConfig, run_config: Config, storage: Storage, is_oth
     bundle = _data(run_config, storage, is_other)
     info = SavedRun.at(storage.uri).info if is_other else bundle.info
     classes = _matched(info, bundle.info, run_config.data) if is_other else None
-    split = wanted.split or ("all" if is_other and _reads_files(run_config.data) else "test")
+    split = wanted.split or ("all" if is_other and reads_files(run_config.data.name) else "test")
     _require_samples(bundle, split)
     check_num_classes(names, info.num_classes)
     model = trained_model(run_config.model, info, weights).to(_device(wanted.device))
@@ -72,7 +72,7 @@ def measure(wanted: EvaluateConfig, run_config: Config, storage: Storage, is_oth
 
 
 def _data(run_config: Config, storage: Storage, is_other: bool) -> DataBundle:
-    """Build the data; DataError if they should be the run's own data, and aren't."""
+    """Build the data; ConfigError if they should be the run's own data, and aren't."""
     state = read_state(storage) if not is_other else None
     if state is None:  # run.json may be lost
         return build_data(run_config.data, only_evaluates=True)
@@ -135,10 +135,6 @@ def _counted(
         "metrics": finite({name: values[f"{split}_{name}"] for name in names}),
         **findings.report(info),
     }
-
-
-def _reads_files(data: DataConfig) -> bool:
-    return data.name in SOURCE_FIELDS and can_stream(data.name)
 
 
 def _batches(

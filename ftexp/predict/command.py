@@ -36,7 +36,7 @@ from ftexp.cli.parse import read_command
 from ftexp.config.checks.validate import validate
 from ftexp.config.fields import choice, ranged
 from ftexp.config.schema import AUTO, MULTI_LABEL, SINGLE_LABEL, TTA, Config, DataConfig
-from ftexp.config.source_names import AS_TRAINED, SOURCE_FIELDS, can_stream
+from ftexp.config.source_names import AS_TRAINED, reads_files
 from ftexp.errors import ConfigError
 from ftexp.rundir.names import PREDICTIONS
 
@@ -162,10 +162,13 @@ def predict(composed: Config, own: PredictConfig, run: SavedRun, chosen: bool, w
         model=dataclasses.replace(run.config.model, pretrained=False, pretrained_partial=False),
         plugins=[*run.config.plugins, *(name for name in composed.plugins if name not in run.config.plugins)],
     )
+    from ftexp.cli.trained_run import choose, require_data
+    from ftexp.data.root import require_root
+
     validate(config, trains=False)
     split = _split(own, data, chosen, words)
+    (require_root if chosen else require_data)(data)
     config = dataclasses.replace(config, data=dataclasses.replace(data, on_bad_sample="skip"))
-    from ftexp.cli.trained_run import choose
     from ftexp.cluster.ray_cluster import prepare_environment
     from ftexp.cluster.resources import decide_workers
     from ftexp.storage.directory import Storage
@@ -193,11 +196,10 @@ def _thresholds(own: PredictConfig, run: SavedRun) -> list[float] | None:
 
 
 def _split(own: PredictConfig, data: DataConfig, chosen: bool, words: list[str]) -> str:
-    reads_files = data.name in SOURCE_FIELDS and can_stream(data.name)
-    split = own.split or ("all" if chosen and reads_files else "test")
+    split = own.split or ("all" if chosen and reads_files(data.name) else "test")
     if split != "all":
         return split
-    if not reads_files:
+    if not reads_files(data.name):
         raise ConfigError(f"split=all, but data.name={data.name} is read by split: give train, val or test")
     for word in words:
         if _key(word) in {f"data.{name}" for name in _SPLITTING}:

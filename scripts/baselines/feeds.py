@@ -1,6 +1,6 @@
-"""Feeds as users would write them: torch's DataLoader in three ways, and a plain Ray Data pipeline.
+"""Feeds as users would write them: three variants of torch's DataLoader, and a plain Ray Data pipeline.
 
-Each takes a random resized crop and a flip, and yields normalised batches of epochs without end.
+Each applies a random resized crop and a flip, and yields normalised batches, epoch after epoch.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Batches = Iterator[tuple[Tensor, Tensor]]
 
 
 def pillow_transform(image_size: int) -> Callable[[Any], Tensor]:
-    """As in pytorch/examples/imagenet/main.py."""
+    """Return the training transform of pytorch/examples/imagenet/main.py."""
     return transforms.Compose(
         [
             transforms.RandomResizedCrop(image_size),
@@ -39,14 +39,14 @@ def pillow_transform(image_size: int) -> Callable[[Any], Tensor]:
 
 
 def data_loader(root: Path, image_size: int, batch_size: int, num_workers: int, times: int) -> Batches:
-    """ImageFolder, and torchvision's transforms of Pillow images; an epoch has all files so many `times`."""
+    """Load an ImageFolder with torchvision's transforms of Pillow images; an epoch has every file `times` times."""
     return loaded(ImageFolder(root, pillow_transform(image_size)), batch_size, num_workers, times)
 
 
 def timm_loader(
     root: Path, image_size: int, batch_size: int, num_workers: int, times: int, auto_augment: str
 ) -> Batches:
-    """The same with timm's transform."""
+    """Load an ImageFolder with timm's transform."""
     transform = create_transform(
         image_size, is_training=True, color_jitter=None, auto_augment=auto_augment, interpolation="bicubic"
     )
@@ -54,13 +54,13 @@ def timm_loader(
 
 
 def as_older_pillow(_: int) -> None:
-    """timm may draw 0 bits to posterize to, which Pillow refuses now; it was a black image."""
+    """Make posterize return a black image for 0 bits, which timm may draw: older Pillow did, newer raises an error."""
     posterize = ImageOps.posterize
     ImageOps.posterize = lambda image, bits: posterize(image, bits) if bits else Image.new(image.mode, image.size)
 
 
 def fast_loader(root: Path, image_size: int, batch_size: int, num_workers: int, times: int) -> Batches:
-    """By hand: torchvision's decoder, its transforms of uint8 tensors, and batches normalised as a whole."""
+    """Load with torchvision's decoder and its transforms of uint8 tensors; normalise whole batches."""
     transform = v2.Compose([v2.RandomResizedCrop(image_size, antialias=True), v2.RandomHorizontalFlip()])
     mean, std = (torch.tensor(values).view(3, 1, 1) * 255 for values in (MEAN, STD))
     for images, labels in loaded(ImageFolder(root, transform, loader=decoded), batch_size, num_workers, times):
@@ -78,7 +78,7 @@ def loaded(
     times: int,
     worker_init_fn: Callable[[int], None] | None = None,
 ) -> Batches:
-    # forking a process in which Ray runs now and then crashes it, in gRPC
+    # a fork of a process in which Ray runs occasionally crashes, in gRPC
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     loader = DataLoader(
@@ -96,7 +96,7 @@ def loaded(
 
 
 def ray_data(root: Path, image_size: int, batch_size: int, times: int) -> Batches:
-    """As Ray's guides read images for training: shuffled by file and within a buffer, transformed row by row."""
+    """Read images as Ray's guides do for training: shuffled by file and within a buffer, transformed row by row."""
     classes = {directory.name: number for number, directory in enumerate(sorted(root.iterdir()))}
     transform = v2.Compose(
         [

@@ -1,7 +1,7 @@
-"""The other side of bench_train.py: digits and a timm ViT in a hand-written DistributedDataParallel loop.
+"""Baseline of bench_train.py: digits and a timm ViT in a hand-written DistributedDataParallel loop.
 
-Two processes started by torch.multiprocessing, gloo, a shuffled epoch per seed, evaluation and a checkpoint
-at the end of every epoch. Prints one JSON line: steps per second of the steady state, and validation accuracy.
+Processes started by torch.multiprocessing, gloo, epochs shuffled by seed, evaluation and a checkpoint at the end of
+every epoch. Prints one JSON line: steps per second in the steady state, and validation accuracy.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Predictions as a user would write them: one process, one loop. Same files, same decoding, same model.
+"""Baseline of bench_predict.py: a user's loop in one process, with the same files, decoding and model.
 
     python predict_loop.py <run directory> <checkpoint> <directory of images> <CSV file>
 
-Prints images per second, without the time of imports and of building the model.
+Prints images per second, excluding imports and the building of the model.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def main() -> None:
     paths = sorted(path for path in Path(root).rglob("*") if path.is_file())
 
     started = time.perf_counter()
-    with open(out, "w", newline="") as file, torch.inference_mode():  # noqa: PTH123 - as its user would
+    with open(out, "w", newline="") as file, torch.inference_mode():  # noqa: PTH123 - as a user would
         writer = csv.writer(file)
         for start in range(0, len(paths), BATCH):
             batch = paths[start : start + BATCH]

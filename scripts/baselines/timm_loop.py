@@ -1,4 +1,4 @@
-"""The other side of bench_accuracy.py: a loop around `timm.data.create_loader`, in one process.
+"""Baseline of bench_accuracy.py: a loop around `timm.data.create_loader`, in one process.
 
     python timm_loop.py '{"root": ..., "model": ..., ...}'
 
@@ -60,7 +60,7 @@ def loader(settings: dict[str, Any], split: str) -> Any:
         batch_size=settings["batch_size"],
         is_training=is_training,
         hflip=settings["hflip"],
-        # without the crop, the largest square in the centre
+        # the settings for "without the crop" select the largest square in the centre
         **(settings["crop"] if is_training else {}),
         color_jitter=None,
         interpolation="bicubic",

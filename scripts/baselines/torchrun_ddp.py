@@ -1,4 +1,4 @@
-"""The other side of bench_recovery.py: the hand-written DDP loop under torchrun, resumed from a checkpoint an epoch.
+"""Baseline of bench_recovery.py: the hand-written DDP loop under torchrun, with a checkpoint per epoch to resume from.
 
 torchrun --standalone --nproc-per-node 2 --max-restarts 3 torchrun_ddp.py '<settings>'
 """
@@ -25,8 +25,8 @@ def main() -> None:
     epochs, batch, path = settings["epochs"], settings["global_batch_size"], Path(settings["checkpoint"])
     torch.set_num_threads(1)
     store, rank, world = next(dist.rendezvous("env://"))
-    # torchrun's store outlives its workers: without a prefix of its own, a restart may take up the addresses of the
-    # attempt before it, and wait for them for ever (torch 2.15 on one node)
+    # torchrun's store outlives its workers: without its own prefix, a restart may read the addresses of the previous
+    # attempt and wait for them forever (torch 2.15 on one node)
     store = dist.PrefixStore(f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
     images, labels, train_rows, val_rows = digits()

@@ -1,7 +1,8 @@
-"""The other side of bench_train.py and bench_recovery.py: digits and a timm ViT the way Ray Train's tutorials do it.
+"""Baseline of bench_train.py and bench_recovery.py: digits and a timm ViT, written like Ray Train's tutorials.
 
 A Ray Dataset split over the workers, iter_torch_batches, a blocking checkpoint and report at the end of every
-epoch, FailureConfig(max_failures=3). Prints one JSON line: steps per second of the steady state.
+epoch, FailureConfig(max_failures=3). Prints one JSON line: steps per second in the steady state, and the time of the
+first step.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ def train_func(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def note(settings: dict[str, Any], epoch: int, step: int) -> None:
-    """For bench_recovery.py: when each worker had done which step, and its process."""
+    """Write the time, rank, pid, epoch and step of each completed step, for bench_recovery.py."""
     if "notes" in settings:
         rank = ray.train.get_context().get_world_rank()
         with Path(settings["notes"]).open("a") as file:
@@ -98,7 +99,7 @@ def main() -> None:
     images = ((pixels.reshape(-1, 1, 8, 8) / 16 - 0.3053) / 0.3760).astype(np.float32)
     rows, held = train_test_split(np.arange(len(labels)), test_size=0.3, stratify=labels, random_state=0)
     val = held[: len(held) // 3]
-    ray.init(address="local", num_cpus=4)  # two for the workers, two that Ray Data needs to read
+    ray.init(address="local", num_cpus=4)  # two for the workers, two for Ray Data's reads
     trainer = TorchTrainer(
         train_func,
         train_loop_config=settings,

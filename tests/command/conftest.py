@@ -1,4 +1,4 @@
-"""Commands and what they leave."""
+"""Fixtures that start commands and read their run directories."""
 
 import pytest
 
@@ -9,7 +9,7 @@ from tests.support.reference import PLUGIN, made_once, overrides_of, shared_fold
 
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory):
-    """The default data as a directory of images: the overrides that train on it, by either feed."""
+    """Overrides that train on the default data as a directory of images, for either feed."""
     directory = made_once(
         shared_folder(tmp_path_factory) / "pictures", lambda directory: write_pictures(directory / "root")
     )
@@ -18,27 +18,27 @@ def pictures(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def clean_run(tmp_path_factory, pictures, preloaded):
-    """A run of reference.OPTIONS that nothing happened to: others, to which something does, must end as it did."""
+    """An undisturbed run of reference.OPTIONS; disturbed runs must end with the same state."""
     directory = shared_folder(tmp_path_factory) / "clean_run"
     return RunFolder(made_once(directory, lambda directory: train_reference(directory, pictures, preloaded)) / "clean")
 
 
 @pytest.fixture
 def ftexp(tmp_path, preloaded):
-    """Start `python -m ftexp.train <overrides>` with its storage in tmp_path/runs, on the Ray that commands share.
+    """Function that starts `python -m ftexp.<module> <overrides>`; train has its storage in tmp_path/runs.
 
-    as_typed: start it as users do, with imports and a Ray of its own. own_ray: start a fork, with a Ray of its own, as
-    commands other than train and drill have if it isn't said.
+    as_typed: start it as users do, with its own imports and its own Ray; otherwise it is a fork. own_ray: whether a
+    fork has its own Ray instead of the one that commands share; None: true for all commands except train and drill.
     """
     started = []
-    (tmp_path / "obedient.py").write_text(PLUGIN)  # of reference.OPTIONS
+    (tmp_path / "obedient.py").write_text(PLUGIN)  # which reference.OPTIONS names
 
     def start(*overrides, module="train", as_typed=False, own_ray=None):
         given = []
         if module == "train" and not any(word.startswith("run.storage=") for word in overrides):
             given.append(f"run.storage={tmp_path / 'runs'}")
         if module == "train" and not any(word.startswith("report.") for word in overrides):
-            given.append("report.enabled=false")  # half a second, which few tests look at
+            given.append("report.enabled=false")  # it takes half a second, and few tests need it
         joins = not as_typed and not (module not in ("train", "drill") if own_ray is None else own_ray)
         if joins and not any(word.startswith("scaling.num_workers=") for word in overrides):
             given.append("scaling.num_workers=2")

@@ -1,4 +1,4 @@
-"""ftexp.api in a notebook: two runs in one process, the second from a thread, and no Ray left behind."""
+"""ftexp.api in a notebook: two runs in one process, the second in a thread; no Ray is left afterwards."""
 
 import nbformat
 from nbclient import NotebookClient

@@ -1,4 +1,4 @@
-"""The command in a process: its exit code, and streams that take little."""
+"""The command in a process: its exit code, and streams that accept little."""
 
 import os
 import shlex

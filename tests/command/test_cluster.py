@@ -1,4 +1,4 @@
-"""What takes more than one worker with it: nodes, Ray's controller and storage that are really gone."""
+"""Failures that affect more than one worker: nodes, Ray's controller and storage are really gone."""
 
 import shutil
 import socket
@@ -14,26 +14,26 @@ from ftexp.rundir.sample_ledger import problems, read_updates
 from tests.support.command import Command, RunFolder
 from tests.support.reference import BATCH, EVERY_FEW_STEPS, OPTIONS, PLUGIN, SAVE_EVERY
 
-# what a cluster is started with, and what the command is started with on it
+# environment of the cluster and of the command
 ENVIRONMENT = {
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.5",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
-    # a dead node refuses connections; one that is merely busy has 10 s to answer
+    # a dead node refuses connections; a busy one has 10 s to answer
     "RAY_health_check_initial_delay_ms": "1000",
     "RAY_health_check_period_ms": "500",
     "RAY_health_check_timeout_ms": "10000",
     "RAY_health_check_failure_threshold": "3",
 }
-RESIZES_EVERY_S = 12  # how often Ray Train looks whether there is room for more workers
-NODE_TAKES_S = 8  # until it is there and a save has been requested, on a busy machine
+RESIZES_EVERY_S = 12  # interval at which Ray Train checks for room for more workers
+NODE_TAKES_S = 8  # until a new node has joined and a checkpoint has been requested, on a busy machine
 SNAPSHOT_EVERY = 2
-NOTICE_S = 6.0  # from the announcement that a node goes to its end
-EPOCHS = 7  # of the run on the cluster: 80 s at least, if every step is slowed
+NOTICE_S = 6.0  # from the announcement of a node's end to its end
+EPOCHS = 7  # of the run on the cluster: at least 80 s if every step is slowed
 
 
 class TwoNodes:
-    """A Ray cluster on this machine, of two nodes with a CPU each."""
+    """A Ray cluster of two nodes on this machine, with one CPU each."""
 
     def __init__(self):
         from ray.cluster_utils import Cluster
@@ -48,11 +48,11 @@ class TwoNodes:
         return self.second
 
     def kill_node(self):
-        """Take the second node away without a word."""
+        """Remove the second node without notice."""
         self._cluster.remove_node(self.second, allow_graceful=False)
 
     def announce_end(self):
-        """Announce that the second node will be taken away; returns when, in seconds since 1970."""
+        """Announce the preemption of the second node; return its time, in seconds since 1970."""
         from ray._raylet import GcsClient
         from ray.core.generated.autoscaler_pb2 import DRAIN_NODE_REASON_PREEMPTION
 
@@ -63,7 +63,7 @@ class TwoNodes:
         return end
 
     def rank_on_second(self, pids):
-        """The rank, of those with these process ids, that runs on the second node."""
+        """Return the rank on the second node; pids: of the workers, by rank."""
         raylet = self.second.all_processes["raylet"][0].process.pid
         variable = f"RAY_RAYLET_PID={raylet}"
         found = [Path(f"/proc/{pid}/environ").read_text().split("\0") for pid in pids]
@@ -76,7 +76,7 @@ class TwoNodes:
 
 @dataclass
 class Story:
-    """What happened to the run on the cluster, in this order; times in seconds since 1970."""
+    """Events of the run on the cluster, in this order; times in seconds since 1970."""
 
     run: RunFolder
     exit_code: int
@@ -88,10 +88,10 @@ class Story:
 
 @pytest.fixture(scope="module")
 def story(tmp_path_factory):
-    """A run that loses its second node, gets another, is told that this one goes, and loses it."""
+    """A run that loses its second node, gets another, receives the announcement of its end, and loses it."""
     directory = tmp_path_factory.mktemp("cluster")
     (directory / "obedient.py").write_text(PLUGIN)
-    (directory / "slow").touch()  # so that the run doesn't end before all this has happened
+    (directory / "slow").touch()  # so that the run doesn't end before all of these events
     with pytest.MonkeyPatch.context() as patch:
         for name, value in ENVIRONMENT.items():
             patch.setenv(name, value)
@@ -115,7 +115,7 @@ def story(tmp_path_factory):
 
 
 def tell(command, run, nodes, slow):
-    """Let it all happen."""
+    """Cause the events of the story."""
 
     def wait_for_save(attempt):
         command.wait_until(lambda: any(event["attempt"] == attempt for event in run.events("checkpoint_saved")))
@@ -126,7 +126,7 @@ def tell(command, run, nodes, slow):
     nodes.kill_node()
     wait_for_save(attempt=2)
     (began,) = [event["time"] for event in run.events("attempt_started") if event["attempt"] == 2]
-    # or Ray Train may look just then, and resize before anybody was told of it
+    # otherwise Ray Train might check in between, and resize before anyone is notified
     command.wait_until(lambda: (time.time() - began) % RESIZES_EVERY_S < RESIZES_EVERY_S - NODE_TAKES_S)
     nodes.add_node()
     wait_for_save(attempt=3)
@@ -140,13 +140,13 @@ def tell(command, run, nodes, slow):
 
 
 def is_before_a_save(run):
-    """Whether the run has done some steps since it saved, does some more before it saves again, and takes snapshots."""
+    """Return whether the run takes snapshots and is a few steps after one checkpoint and before the next."""
     begun, step = run.events("snapshots_begun"), run.metrics()[-1]["step"]
     return step % SAVE_EVERY == 2 * SNAPSHOT_EVERY and bool(begun) and step > begun[0]["step"] + SAVE_EVERY
 
 
 def newest(directory):
-    """Names of what was written last to a directory of checkpoints: one at most, whether or not it is whole."""
+    """Return a list with the name of the newest checkpoint, complete or not; empty if there is none."""
     names = [path.name for path in directory.iterdir()] if directory.exists() else []
     return sorted(names, key=lambda name: name.removeprefix(".tmp-"))[-1:]
 
@@ -165,10 +165,10 @@ def test_a_run_whose_node_dies_goes_on_with_the_worker_that_is_left(story):
     assert story.run.record["world_sizes"][:2] == [2, 1]
     restored = story.run.events("restored")[0]
     saved = [event["step"] for event in story.run.events("checkpoint_saved") if event["attempt"] == 1]
-    # from a copy on the node that lives, whichever rank was there
+    # from the copy on the surviving node, whichever rank ran there
     assert (failure["recovery"], restored["source"]) == ("memory", "memory")
     assert restored["step"] > saved[-1]
-    assert failure["steps_replayed"] <= 3 * SNAPSHOT_EVERY  # a copy takes a moment to the other node
+    assert failure["steps_replayed"] <= 3 * SNAPSHOT_EVERY  # the copy to the other node takes a moment
 
 
 def test_a_run_grows_again_when_a_node_is_added(story):
@@ -177,7 +177,7 @@ def test_a_run_grows_again_when_a_node_is_added(story):
     assert (resized["attempt"], resized["world_size"]) == (3, 2)
     saved = [event["step"] for event in story.run.events("checkpoint_saved") if event["attempt"] < 3]
     restored = [event["step"] for event in story.run.events("restored")][1]
-    assert restored == resized["step"] >= saved[-1]  # the group may be stopped before it can tell of its last save
+    assert restored == resized["step"] >= saved[-1]  # the group may be stopped before it reports its last checkpoint
 
 
 def test_a_run_saves_when_it_is_about_to_grow(story):
@@ -204,7 +204,7 @@ def test_a_run_saves_before_an_announced_end_of_a_node_and_is_not_charged_for_it
     failure = run.record["failures"][1]
     assert (failure["attempt"], failure["cause"]) == (3, "preemption")
     assert (failure["rank"], failure["node"]) == (story.announced_rank, socket.gethostname())
-    # the one failure that was allowed had happened before
+    # the one allowed failure had happened before
     assert failure["decision"].startswith("preemption 1 (no limit), not charged to failure.max_failures: restarting")
     assert run.record["world_sizes"][3:] == [1]
     latest = [event["step"] for event in run.events("checkpoint_saved") if event["attempt"] == 3][-1]
@@ -250,13 +250,13 @@ def test_a_run_whose_storage_is_gone_stops_and_goes_on_once_it_is_back(
     command, run = ftexp(*words), run_folder("full")
     command.wait_until((tmp_path / "held").exists)
     directory, away = run.path / CHECKPOINTS, tmp_path / "away"
-    # the latest is there, and told
+    # the latest checkpoint is complete and reported
     command.wait_until(
         lambda: [event["checkpoint"] for event in run.events("checkpoint_saved")][-1:] == newest(directory)
     )
     shutil.move(directory, away)
-    directory.touch()  # a file, in which not even root can make a directory
-    (tmp_path / "slow").touch()  # or the run might end before its second save has failed
+    directory.touch()  # a file instead of the directory: not even root can create a directory in it
+    (tmp_path / "slow").touch()  # otherwise the run might end before its second checkpoint has failed
     (tmp_path / "held").unlink()
     assert command.wait() == 1, command.output
     record = run.record

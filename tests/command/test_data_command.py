@@ -1,4 +1,4 @@
-"""`python -m ftexp.data`: what it counts, measures, names and draws, held against the same worked out here."""
+"""`python -m ftexp.data`: its counts, measures, names and drawings are compared with values computed here."""
 
 import re
 
@@ -11,13 +11,13 @@ from ftexp.data.order import SampleOrder, derive_seed
 from ftexp.data.stratify import stratified_split
 
 SEED = 3
-ORDER = 1  # stream of the run's seed that the order is drawn from; see ftexp.job.job
-TILE, LEFT, TOP, STEP_X, STEP_Y, MARGIN = 64, 16, 65, 72, 89, 16  # of the picture, where images are tiny
+ORDER = 1  # random stream of the run's seed for the order; see ftexp.job.build
+TILE, LEFT, TOP, STEP_X, STEP_Y, MARGIN = 64, 16, 65, 72, 89, 16  # layout of the picture for tiny images
 
 
 @pytest.fixture
 def look(ftexp):
-    """Run the command to its end; returns (exit code, output)."""
+    """Function that runs the command and returns (exit code, output)."""
 
     def run(*words, **options):
         command = ftexp(f"seed={SEED}", "augment=none", *words, module="data", **options)
@@ -27,7 +27,7 @@ def look(ftexp):
 
 
 def cells(output, name):
-    """The numbers of a table's row."""
+    """Return the numbers in a row of the table."""
     (row,) = [line for line in output.splitlines() if re.match(rf"{re.escape(name)} +[\d.]+ ", line)]
     return row.removeprefix(name).split()
 
@@ -47,7 +47,7 @@ def tile(path, number):
 
 
 def enlarged(image):
-    """[size, size, channels] as a tile shows it."""
+    """Return an image [size, size, channels] as a tile shows it."""
     times = TILE // len(image)
     return np.broadcast_to(image.repeat(times, axis=0).repeat(times, axis=1), (TILE, TILE, 3))
 

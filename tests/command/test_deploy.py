@@ -1,4 +1,4 @@
-"""A command as the first process of a container: signals, and what it leaves."""
+"""A command as the first process of a container: signals, and no processes left."""
 
 import os
 import signal
@@ -15,13 +15,13 @@ UNSHARE = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
 
 
 def processes_of(namespace):
-    """(state, name) of every process of a PID namespace."""
+    """Yield (state, name) of every process in a PID namespace."""
     for status in Path("/proc").glob("[0-9]*/status"):
         try:
             if str((status.with_name("ns") / "pid").readlink()) == namespace:
                 fields = dict(line.split(":\t", 1) for line in status.read_text().splitlines() if ":\t" in line)
                 yield fields["State"][0], fields["Name"]
-        except OSError:  # ended meanwhile
+        except OSError:  # it has exited meanwhile
             continue
 
 

@@ -1,4 +1,4 @@
-"""The command, through Ray, on real images: it finishes, and what dies comes back."""
+"""The command, through Ray, on real images: it finishes, and recovers from kills."""
 
 import json
 import subprocess
@@ -70,7 +70,7 @@ def assert_same_tree(first, second, where=""):
 
 
 def has_steps_since_a_save(run):
-    """Whether there are a few steps since the second save, so that a snapshot is newer."""
+    """Return whether a few steps follow the second checkpoint, so that a snapshot is newer."""
     saved = run.events("checkpoint_saved")
     return len(saved) >= 2 and run.metrics()[-1]["step"] >= saved[-1]["step"] + SNAPSHOT_EVERY + 2
 
@@ -84,7 +84,7 @@ def test_a_killed_run_ends_exactly_where_the_clean_run_ends(
     ftexp, run_folder, clean_run, pictures, tmp_path, preloaded
 ):
     (tmp_path / "my_states.py").write_text(PLUGIN)
-    (tmp_path / "slow").touch()  # so that it does not end before it is killed
+    (tmp_path / "slow").touch()  # so that it doesn't end before the kill
     clean, killed = clean_run, run_folder("killed")
     killed_command = ftexp(
         *OPTIONS, *EVERY_FEW_STEPS, *pictures, "failure.max_failures=1", "plugins=[obedient,my_states]",
@@ -136,13 +136,13 @@ def test_a_killed_run_ends_exactly_where_the_clean_run_ends(
     noise = [line for line in killed_command.lines if "raylet" in line or "WARNING" in line or "ray." in line]
     assert noise == []
 
-    # the checkpoint stands on its own, and the evaluation agrees with the run
+    # the checkpoint can be loaded without ftexp, and the evaluation agrees with the run
     (tmp_path / "load.py").write_text(LOAD_WITHOUT_FTEXP)
     bare = [*preloaded.python, str(tmp_path / "load.py"), str(killed.path), again]
     loaded = subprocess.run(bare, env=preloaded.environment(), capture_output=True, text=True, check=True, cwd=tmp_path)
     assert int(loaded.stdout) == killed.record["model"]["num_parameters"]
     left = [json.loads((run.path / "evaluation_test.json").read_text()) for run in (clean, killed)]
-    assert left[0] == {**left[1], "run": str(clean.path)}  # its surest mistakes with their pictures, too
+    assert left[0] == {**left[1], "run": str(clean.path)}  # including the most confident mistakes with their pictures
     evaluation = ftexp(f"run={killed.path}", "checkpoint=latest", module="evaluate")
     assert evaluation.wait() == 0, evaluation.output
     result = json.loads((killed.path / "evaluation_test.json").read_text())
@@ -150,12 +150,12 @@ def test_a_killed_run_ends_exactly_where_the_clean_run_ends(
     assert result["accuracy"] == killed.record["metrics"]["last"]["test_accuracy"]
     assert sum(row["num_samples"] for row in result["classes"]) == result["num_samples"] == 360
 
-    # the report that the run wrote shows the kill, with what the records say that it took
+    # the run's report shows the kill with the durations of the records
     timeline = build_timeline(read_run(killed.storage))
     (told,) = timeline.interruptions
     assert (told.cause, told.step, told.rank) == ("crash", failure["step"], 1)
     for phase, key in (("detecting", "detect"), ("restarting", "restart"), ("restoring", "restore")):
-        assert told.seconds[phase] == pytest.approx(failure[f"seconds_to_{key}"], abs=0.002)  # which is rounded
+        assert told.seconds[phase] == pytest.approx(failure[f"seconds_to_{key}"], abs=0.002)  # the record is rounded
     assert timeline.total_s == pytest.approx(killed.record["seconds"], abs=0.5)
     report = (killed.path / "report.html").read_text()
     assert f"report         {killed.path}/report.html" in killed_command.output

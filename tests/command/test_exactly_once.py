@@ -1,4 +1,4 @@
-"""Whatever dies, is damaged or changes size: the same samples drive the same updates, and the drill sees when not."""
+"""Kills, corruption and resizing: the same samples drive the same updates, and the drill detects when they don't."""
 
 import functools
 import json
@@ -20,7 +20,7 @@ from ftexp.storage.lease import LOCK_FILE
 from tests.support.command import RunFolder
 from tests.support.reference import BATCH, OPTIONS, STATES, STEPS
 
-DRILL_STEPS, DRILL_BATCH = 16, 62  # 4.95 steps an epoch; shares of 31, micro-batches of 16 and 15
+DRILL_STEPS, DRILL_BATCH = 16, 62  # 4.95 steps per epoch; 31 samples per rank, in micro-batches of 16 and 15
 RECIPE = [
     "data=synthetic", "data.num_samples=396", "data.image_size=8", "data.val_fraction=0.1", "data.test_fraction=0.13",
     "model.kwargs.depth=2", "model.drop_path_rate=0.1", "augment.rand_augment=rand-m5-mstd0.5-inc1",
@@ -35,7 +35,7 @@ RECIPE = [
 
 @contextmanager
 def changed(path, change):
-    """Hold `change(lines)` instead of a file's lines."""
+    """Replace a file's lines by `change(lines)`; restore them on exit."""
     before = path.read_text()
     path.write_text("".join(f"{line}\n" for line in change(before.splitlines())))
     yield
@@ -44,14 +44,14 @@ def changed(path, change):
 
 @pytest.mark.timeout(600)
 def test_a_drill_with_the_full_recipe_on_tells_a_run_that_survived_its_faults_from_one_that_did_not(ftexp, tmp_path):
-    faults = ["kill_worker", "truncate_checkpoint", "kill_driver"]  # as parts are unfrozen, between, and after
-    words = [*faults[:2], f"{{kind: kill_driver, step: {DRILL_STEPS - 1}}}"]  # a save that is slow has time
+    faults = ["kill_worker", "truncate_checkpoint", "kill_driver"]  # at the first thawing, between both, after both
+    words = [*faults[:2], f"{{kind: kill_driver, step: {DRILL_STEPS - 1}}}"]  # leaves time for a slow checkpoint
     command = ftexp(
         *RECIPE, "plugins=[obedient]", f"checkpoint.extra_state=[ema,{STATES}]", f"drill.steps={DRILL_STEPS}",
         f"drill.faults=[{','.join(words)}]", f"run.storage={tmp_path / 'runs'}", module="drill",
     )  # fmt: skip
-    command.wait_for("clean ")  # whatever waits has its own deadline, and this is three commands
-    (tmp_path / "slow").touch()  # before the first step of the next: so that saves keep up with steps
+    command.wait_for("clean ")  # every wait has its own deadline, and the drill runs three commands
+    (tmp_path / "slow").touch()  # before the next command's first step, so that checkpoints keep up with steps
     command.wait_for("running the same command again")
     assert command.wait() == 0, command.output
     (directory,) = (tmp_path / "runs").iterdir()
@@ -68,11 +68,11 @@ def test_a_drill_with_the_full_recipe_on_tells_a_run_that_survived_its_faults_fr
     assert [row["identical"] for row in report["rows"]] == [True, True, True]
     assert_the_recipe_was_on(RunFolder(directory / "clean"), RunFolder(directory / "broken"))
 
-    # a drill that finds nothing in whatever it is given would have said the same
+    # a drill that never finds a difference would print the same, so it must find these
     first, second = Storage.at(str(directory), "clean"), Storage.at(str(directory), "broken")
     compared = functools.partial(compare, config=load_run_config(first))
     assert compared(first, second, DRILL_BATCH, 0).identical
-    at = steps[1] + 2  # after the second fault, before the third
+    at = steps[1] + 2  # after the second fault and before the third
 
     def one_loss_is_another(lines):
         points = [json.loads(line) for line in lines]
@@ -125,7 +125,7 @@ def assert_the_recipe_was_on(clean, broken):
     assert {"test_accuracy", "test_accuracy_ema", "val_loss_ema"} <= broken.record["metrics"]["last"].keys()
 
 
-DAMAGE = [  # (kind, how many of the newest, the reason that is told)
+DAMAGE = [  # (kind, number of newest checkpoints, start of the reported reason)
     (kind, count, reason)
     for kind, reason in (
         ("truncate_checkpoint", "model.pt has"),
@@ -162,11 +162,11 @@ def test_each_damage_to_checkpoints_and_each_fault_of_a_worker_changes_nothing(f
         damaged = events[start]["damaged"]
         assert damaged == standing[-count:][::-1], kind
         rejected = {event["checkpoint"]: event["reason"] for event in after if event["event"] == "checkpoint_rejected"}
-        # of those that are deleted, the newest is known to have been
+        # of deleted checkpoints, only the newest one is known to have existed
         assert sorted(rejected) == sorted(damaged[:1] if kind == "delete_checkpoint" else damaged)
         assert all(text.startswith(reason) for text in rejected.values()), rejected
         assert all(f"! checkpoint {name} rejected: {reason}" in command.output for name in rejected)
-        # a disk so slow that nothing older was saved yet means the start
+        # on a slow disk there may be no older checkpoint yet; then the run restarts from the beginning
         restored = [event["checkpoint"] for event in after if event["event"] == "restored"]
         assert restored == standing[-count - 1 :][: len(standing) > count], kind
         standing = standing[:-count] + [event["checkpoint"] for event in after if event["event"] == "checkpoint_saved"]
@@ -184,7 +184,7 @@ def test_a_run_that_goes_on_with_other_numbers_of_workers_sees_the_same_batches(
     streamed = [*OPTIONS, *pictures, "data.feed=streaming", "run.name=elastic"]
     first = ftexp(*streamed, "train.max_steps=40")
     first.wait_until(lambda: (run.path / LOCK_FILE).exists())
-    # a second driver meanwhile: it is turned away, and what it would have harmed ends as the clean run does
+    # meanwhile a second driver is rejected, and the first run still ends as the clean run does
     second = ftexp(*streamed, "train.max_steps=40")
     assert second.wait() == 1, second.output
     (pid,) = re.findall(r"in use by process (\d+) on ", second.output)
@@ -201,7 +201,7 @@ def test_a_run_that_goes_on_with_other_numbers_of_workers_sees_the_same_batches(
     assert ours == theirs
     num_samples = run.record["data"]["num_samples"]["train"]
     assert list(problems(read_updates(run.storage), num_samples, BATCH)) == []
-    # gradients are added up in another order: equal but for rounding, 1e-6 after 40 steps as measured
+    # gradients are summed in another order: equal except for rounding, 1e-6 after 40 steps as measured
     ours, theirs = (
         [point["train_loss"] for point in r.metrics() if point["split"] == "train"] for r in (run, clean_run)
     )

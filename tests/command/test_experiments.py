@@ -1,4 +1,4 @@
-"""The experiment that tells whether a machine runs ftexp at all; tests/unit/test_experiments.py has all of them."""
+"""The experiment that checks whether a machine runs ftexp at all; tests/unit/test_experiments.py has all of them."""
 
 
 def test_the_smoke_experiment_runs_and_the_same_command_prints_it_again(ftexp, run_folder):

@@ -1,4 +1,4 @@
-"""Failures of every kind, through Ray: the cause that is found, what it costs, and what is kept."""
+"""Failures of every kind, through Ray: their reported cause, their cost, and the state that is kept."""
 
 import json
 import signal
@@ -41,7 +41,7 @@ class Faulty:
 def test_a_run_that_lost_ray_hung_lost_numbers_and_raised_ends_where_the_clean_run_ends(
     ftexp, run_folder, clean_run, pictures, tmp_path, alert_server
 ):
-    (tmp_path / "slow").touch()  # so that nothing is saved before Ray is killed
+    (tmp_path / "slow").touch()  # so that there is no checkpoint before Ray is killed
     faults = "{kind: hang, step: 45, rank: 1}, {kind: nonfinite, step: 55}, {kind: raise, step: 65}"
     faults += ", {kind: flip_weight, step: 70, rank: 1}"
     alerts = [f"notify.urls=[{alert_server.url('ok')},{alert_server.url('hang')}]", "notify.max_recoveries=1"]
@@ -73,12 +73,12 @@ def test_a_run_that_lost_ray_hung_lost_numbers_and_raised_ends_where_the_clean_r
         f"failure {number} of 4 allowed: restarting the workers" for number in (1, 2, 3, 4)
     ]
     assert all(failure["progressed"] for failure in failures)
-    # what has failed by itself is gone on from where it was verified
+    # after non-finite values and corruption, the run resumes from a verified checkpoint, never from memory
     assert [failure["recovery"] for failure in failures if failure["cause"] in ("non_finite", "corruption")] == [
         "storage", "storage"
     ]  # fmt: skip
     assert {failure["recovery"] for failure in failures} <= {"memory", "storage"}
-    # rank 0 waits for rank 1 in the next step's all-reduce, and tells of that
+    # rank 0 waits for rank 1 in the next step's all-reduce, and reports that
     assert failures[0]["rank"] == 1
     assert failures[0]["error"].startswith("no progress for ")
     stacks = run.path / "hangs" / "a2.r1.txt"
@@ -86,7 +86,7 @@ def test_a_run_that_lost_ray_hung_lost_numbers_and_raised_ends_where_the_clean_r
     assert "strike.py" in stacks.read_text()
     assert failures[2]["step"] == 65
     assert "ChaosError" in failures[2]["error"]
-    assert (failures[3]["rank"], failures[3]["step"]) == (None, 72)  # of two, nobody knows which is right
+    assert (failures[3]["rank"], failures[3]["step"]) == (None, 72)  # of two ranks, it is unknown which one is right
     assert failures[3]["error"].startswith("silent corruption: the weights after step 72: ranks differ, none is in")
     assert failures[3]["error"].partition("minority, in ")[2].startswith("pos_embed")
     assert "replicas compared every 4 steps and before each checkpoint: " in command.output
@@ -119,7 +119,7 @@ def test_a_bug_ends_the_run_at_once_and_says_where_it_was(ftexp, run_folder, tmp
     (line,) = [line for line in command.lines if "with samples" in line]
     samples = line.partition("with samples ")[2].partition(";")[0].split(", ")
     assert f"was at step 20, position {20 * BATCH}, with samples" in line
-    assert len({int(sample) for sample in samples}) == BATCH / 2  # this rank's half
+    assert len({int(sample) for sample in samples}) == BATCH / 2  # the half of this rank
     assert (
         "Fix the cause. To start again (there is no checkpoint), run the same command with run.name=bug"
         in command.output
@@ -151,7 +151,7 @@ def test_a_run_that_is_told_to_stop_saves_the_step_it_stopped_at_and_goes_on_fro
         assert saved == run.record["checkpoint"]
         steps.append(json.loads((run.path / "checkpoints" / saved / "manifest.json").read_text())["step"])
         assert steps[-2] < steps[-1] < 3900
-        assert run.record["farthest_step"] <= steps[-1]  # what was done after the last tick was saved too
+        assert run.record["farthest_step"] <= steps[-1]  # steps after the last tick were saved too
     assert f"at step {steps[1]} from step_{steps[1]:08d}.a1" in command.output
     assert [event["step"] for event in run.events("restored")] == [steps[1]]
     evaluated = [(point["epoch"], point["step"]) for point in run.metrics() if point["split"] == "val"]

@@ -1,4 +1,4 @@
-"""Wrong words, help and a report: the command imports nothing heavy for them."""
+"""For wrong overrides, help and a report, the command imports no heavy modules."""
 
 import json
 import shutil
@@ -36,7 +36,7 @@ def test_data_that_are_not_there_are_told_before_ray_is_imported(tmp_path):
     assert list((tmp_path / "runs").iterdir()) == []
 
 
-# gives commands one after the other; tells after each its exit code, and which of some modules were imported by then
+# runs commands in sequence; after each, prints its exit code and which of the given modules were imported by then
 COMMANDS = """
 import json, sys
 from ftexp.train import main
@@ -60,7 +60,7 @@ def test_nothing_heavy_is_imported_before_the_config_is_known_to_be_good(tmp_pat
     codes = [(words, 2) for words in WRONG] + [(words, 0) for words in ASKING]
     assert ended == [f"ended: {words} {code} []" for words, code in codes]
     assert "Traceback" not in done.stderr
-    assert list(tmp_path.iterdir()) == []  # and nothing is left behind
+    assert list(tmp_path.iterdir()) == []  # and no files are left
 
 
 def test_a_wrong_search_is_told_before_anything_heavy_is_imported(tmp_path):
@@ -72,7 +72,7 @@ def test_a_wrong_search_is_told_before_anything_heavy_is_imported(tmp_path):
 
 
 def test_a_wrong_sweep_is_told_before_anything_heavy_is_imported(tmp_path):
-    words = ["-m", "seed=1,2", "scaling.num_workers=32"]  # the last mistake that is looked for
+    words = ["-m", "seed=1,2", "scaling.num_workers=32"]  # the last check that is made
     done = process("-c", TELL_IMPORTS, "torch,ray,timm", *words, cwd=tmp_path)
     assert done.returncode == 2, done.stderr
     assert "scaling.num_workers=32 with 1 CPU each want more than" in done.stderr

@@ -1,4 +1,4 @@
-"""A run that goes back behind a step with a bad gradient."""
+"""A run that rolls back to before a step with a non-finite gradient."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from ftexp.storage.directory import Storage
 
 @pytest.mark.timeout(400)
 def test_a_run_that_rolled_back_and_was_killed_leaves_out_the_same_without_finding_it_out_again(ftexp, run_folder):
-    # the save at 40 is the first, so no other is in its way, and it is written while rank 1 stands still
+    # the checkpoint at step 40 is the first, so it doesn't wait for another; it is written while rank 1 hangs
     faults = "{kind: nonfinite, step: 49, rank: 1}, {kind: hang, step: 60, rank: 1, seconds: 8}, "
     faults += "{kind: kill_worker, step: 78, rank: 1}"
     command = ftexp(
@@ -21,7 +21,7 @@ def test_a_run_that_rolled_back_and_was_killed_leaves_out_the_same_without_findi
     (event,) = run.events("rolled_back")
     assert (event["step"], event["to_step"], event["positions"]) == (50, 40, [1568, 1600])
     assert "the gradient of step 50 is not finite: back to step 40 in memory" in command.output
-    # the restart goes back to the same step, and the fault does not come a second time
+    # the restart resumes from the same step, and the fault doesn't occur again
     assert [event["step"] for event in run.events("restored")] == [40]
     assert [failure["cause"] for failure in run.record["failures"]] == ["crash"]
     assert run.record["skipped"] == [[1568, 1600]]

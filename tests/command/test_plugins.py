@@ -1,4 +1,4 @@
-"""A plug-in of every kind in one run, which is killed, and stops early: nothing of it is lost, and nothing differs."""
+"""A run with a plug-in of every kind is killed and stops early: no state is lost, and the result doesn't differ."""
 
 import json
 
@@ -161,9 +161,9 @@ def test_a_run_with_a_plug_in_of_every_kind_is_killed_and_stops_early_bitwise_as
     imported = json.loads((tmp_path / "imported.json").read_text())
     assert "mine" in imported
     late = [name for name in imported if name.startswith(("ray.", "pydantic", "pyarrow", "ftexp."))]
-    assert len(late) < 40, late  # what every worker imports is to be in WITH_THE_CLUSTER
+    assert len(late) < 40, late  # modules that every worker imports should be in WITH_THE_CLUSTER
 
-    # the same command prints it again, and trains no more
+    # the same command prints the result again, and doesn't train
     words = [*WORDS, f"tracker.kwargs.folder={tmp_path}", f"run.storage={directory}", "run.name=broken"]
     before = runs[1].events()
     again = ftexp(*words, "train.ledger=true", "train.log_every_steps=1")

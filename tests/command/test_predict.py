@@ -1,4 +1,4 @@
-"""`python -m ftexp.predict`, killed and interrupted half-way, and given wrong words."""
+"""`python -m ftexp.predict`: killed and interrupted half-way, and with wrong overrides."""
 
 import json
 import os
@@ -18,8 +18,8 @@ from ftexp.errors import ConfigError
 from ftexp.predict.command import parse
 from ftexp.predict.parts import PARTS
 
-# the digits as a source whose images past a certain one can't be read until a file is there: a command stands still
-# then, half-way, for as long as it takes
+# the digits as a source in which images after a certain one are blocked until a file exists: this holds a command
+# half-way for as long as needed
 GATED = """
 import functools
 from pathlib import Path
@@ -55,7 +55,7 @@ def test_a_command_interrupted_and_killed_goes_on_and_agrees_with_the_evaluation
     (tmp_path / "gated_digits.py").write_text(GATED)
     digits = load_digits()
     images = np.round(digits.images.reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8)
-    np.save(tmp_path / "images.npy", images)  # scikit-learn takes each process that reads a second or two
+    np.save(tmp_path / "images.npy", images)  # importing scikit-learn would take every reading process a second or two
     np.save(tmp_path / "labels.npy", digits.target.astype(np.int64))
     out, parts = tmp_path / "out", tmp_path / "out" / PARTS
     words = [f"run={clean_run.path}", "checkpoint=latest", f"out={out}", "predict.part_rows=40", "predict.top_k=3"]
@@ -65,14 +65,14 @@ def test_a_command_interrupted_and_killed_goes_on_and_agrees_with_the_evaluation
         return {path.name: path.stat().st_mtime_ns for path in parts.glob("part_*")}
 
     interrupted = ftexp(*words, module="predict")
-    interrupted.wait_until(lambda: len(written()) == 3)  # all before the first gate: none is under way
+    interrupted.wait_until(lambda: len(written()) == 3)  # all parts before the first gate: none is being written
     interrupted.process.send_signal(signal.SIGINT)
     assert interrupted.wait() == 130, interrupted.output
     assert "Traceback" not in interrupted.output
     first = written()
     (tmp_path / "open_600").touch()
     killed = ftexp(*words, module="predict", own_ray=False)
-    killed.wait_until(lambda: len(written()) == 6)  # as many before the second
+    killed.wait_until(lambda: len(written()) == 6)  # all parts before the second gate
     os.kill(killed.process.pid, signal.SIGKILL)
     killed.wait()
     second = written()
@@ -82,7 +82,7 @@ def test_a_command_interrupted_and_killed_goes_on_and_agrees_with_the_evaluation
 
     assert f"{len(first)} of 9 parts are written already" in killed.output
     assert f"{len(second)} of 9 parts are written already" in last.output
-    assert second.items() <= written().items()  # not touched again
+    assert second.items() <= written().items()  # their files were not touched again
     assert first.items() <= second.items()
     assert not list(parts.glob(".tmp*"))
     tables = [pq.read_table(parts / f"part_{part:06d}.parquet") for part in range(9)]

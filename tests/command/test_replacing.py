@@ -1,4 +1,4 @@
-"""A worker that is killed in a step is started again, alone."""
+"""A worker that is killed in a step is replaced, without a restart of the others."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from tests.support.command import DEADLINE_S
 from tests.support.processes import descendants_with
 from tests.support.reference import BATCH, OPTIONS
 
-SAVED_BY = 43  # the step by which the first epoch's checkpoint is: while one is written, all are restarted
+SAVED_BY = 43  # the first epoch's checkpoint is written by this step; during a write, a kill restarts all workers
 PLUGIN = f"""
 import os, signal
 from pathlib import Path
@@ -35,7 +35,7 @@ def deadly(job, micro):
 
 step._forward_backward = deadly
 """
-KILLED_AFTER = (0, 20, 21, 45)  # steps: in the first, in two in a row, and in the second epoch
+KILLED_AFTER = (0, 20, 21, 45)  # steps: the first, two in a row, and one in the second epoch
 
 
 @pytest.mark.timeout(3 * DEADLINE_S)

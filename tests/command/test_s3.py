@@ -1,4 +1,4 @@
-"""A run whose S3 store does not answer for a while."""
+"""A run whose S3 store is unavailable for a while."""
 
 import contextlib
 import json
@@ -21,10 +21,10 @@ from tests.support.s3 import s3_uri
 
 
 class Proxy:
-    """A TCP port in front of an S3 server, whose service ends in the middle of a request, until `end` is called.
+    """A TCP proxy of an S3 server, with an outage that starts in the middle of a request and lasts until `end`.
 
-    The request in which `trigger` is found is cut off, with all others under way. Later ones are told 403, which
-    pyarrow doesn't try again: whatever else an outage says takes it 6 s for each operation.
+    The request that matches `trigger` is cut off, with all others in flight. Later ones get a 403, which pyarrow
+    doesn't retry; any other response to an outage costs it 6 s per operation.
     """
 
     REFUSED = (
@@ -44,7 +44,7 @@ class Proxy:
         self._down.clear()
 
     def close(self):
-        self._listener.shutdown(socket.SHUT_RDWR)  # else accept() would wait on
+        self._listener.shutdown(socket.SHUT_RDWR)  # otherwise accept() would keep waiting
         self._listener.close()
         self._cut()
 
@@ -90,7 +90,7 @@ class Proxy:
 
 
 def is_whole(store, after):
-    """Whether there is a checkpoint of a later step."""
+    """Return whether there is a complete checkpoint of a step later than `after`."""
     names = store.storage.list_directories()
     return any(name > f"step_{after + 1:08d}" and store.storage.exists(f"{name}/{MANIFEST}") for name in names)
 
@@ -99,8 +99,8 @@ def is_whole(store, after):
 def test_an_outage_of_s3_in_the_middle_of_a_save_changes_nothing(
     clean_run, pictures, preloaded, s3_server, tmp_path, s3
 ):
-    # as the second save is about to write its second file, the store is gone until two saves have failed. Steps are
-    # slowed down meanwhile: saves give way to training, and on a busy machine they'd come after the last step
+    # The outage starts when the second checkpoint writes its second file, and lasts until two checkpoints have failed.
+    # Steps are slowed down meanwhile: saving yields to training, and on a busy machine it would end after the last step
     (tmp_path / "obedient.py").write_text(PLUGIN)
     (tmp_path / "slow").touch()
     proxy = Proxy(s3_server, re.compile(rb"checkpoints/step_(?!%08d)\d+\.a1/optimizer\.pt" % SAVE_EVERY))
@@ -127,10 +127,10 @@ def test_an_outage_of_s3_in_the_middle_of_a_save_changes_nothing(
     failed = [event["step"] for event in events if event["event"] == "checkpoint_failed"]
     saved = [event["checkpoint"] for event in events if event["event"] == "checkpoint_saved"]
     kept = store.storage.list_directories()
-    # training went on meanwhile, and saves did afterwards
+    # training continued during the outage, and saving after it
     assert failed[0] >= 2 * SAVE_EVERY
     assert len(failed) == len(set(failed)) >= 2
-    # the killed worker's run went back to the save after them, and what the outage had torn was removed
+    # after the kill, the run resumed from a checkpoint after the outage; the incomplete ones were removed
     (restored,) = [event for event in events if event["event"] == "restored"]
     assert restored["checkpoint"] > f"step_{failed[-1]:08d}"
     assert restored["checkpoint"].endswith(".a1")
@@ -144,5 +144,5 @@ def test_an_outage_of_s3_in_the_middle_of_a_save_changes_nothing(
     assert [failure["cause"] for failure in record["failures"]] == ["crash"]
     assert record["checkpoint"] == saved[-1] == f"step_{STEPS:08d}.a2"
     assert kept[-1] == saved[-1]
-    for name in kept:  # also one that was complete when the kill came, and was not told any more
+    for name in kept:  # also one that was complete at the kill but not reported any more
         store.verify(store.by_name(name))

@@ -1,4 +1,4 @@
-"""A search, for real: TPE with early stopping, one trial at a time; stopped by SIGTERM, and the same command again."""
+"""A real search: TPE with early stopping, one trial at a time; it is stopped by SIGTERM and resumed."""
 
 import csv
 
@@ -12,11 +12,11 @@ from ftexp.sweep.search.space import Interval
 from tests.support.command import Command, RunFolder
 from tests.support.processes import descendants_with, wait_until_none
 
-# the first two draws are a rate that learns, and one that doesn't
+# with this seed, the first learning rate trains well and the second doesn't
 SEED = 36
 LOW, HIGH = 1e-8, 1e-2
 NUM_TRIALS = 2
-EPOCHS = 20  # seconds of training after what stops a trial
+EPOCHS = 20  # so that seconds of training remain after the decision to stop a trial
 WORDS = [
     "-m", "hydra/sweeper=tune", f"optim.lr=tag(log, interval({LOW}, {HIGH}))", "sweep.name=search",
     f"hydra.sweeper.num_trials={NUM_TRIALS}", f"hydra.sweeper.seed={SEED}", "hydra.sweeper.scheduler=asha",
@@ -33,7 +33,7 @@ def has_saved(run):
 
 @pytest.fixture(scope="module")
 def story(tmp_path_factory, preloaded):
-    """The command, stopped in its first trial, and given again; what was seen in between and afterwards."""
+    """Run the command, stop it in its first trial, and run it again; record the state in between and afterwards."""
     directory = tmp_path_factory.mktemp("search")
     mark = f"FTEXP_SEARCH_TEST={directory}"
     sweep = directory / "sweeps" / "search"
@@ -50,7 +50,7 @@ def story(tmp_path_factory, preloaded):
             code = again.wait()
         finally:
             again.process.kill()
-    assert code == 0, again.output  # a trial that was stopped early is no failure
+    assert code == 0, again.output  # an early-stopped trial is not a failure
     return {
         "sweep": sweep, "stopped": stopped.output, "stop_code": stop_code, "after_stop": after_stop,
         "again": again.output, "trials": look(Storage.at(str(sweep)))[1],

@@ -1,4 +1,4 @@
-"""A run that streams images of which some cannot be read."""
+"""A run that streams images, some of which can't be read."""
 
 import shutil
 
@@ -27,7 +27,7 @@ def test_a_run_names_counts_and_leaves_out_what_cannot_be_read(ftexp, run_folder
     assert failing.wait() == 1, failing.output
     assert "1 sample can't be read; fix" in failing.output
     assert f"{torn}: " in failing.output
-    # which sample comes when depends on their number: the run goes on with no other
+    # the order depends on the number of samples: the run must not resume with a different one
     shutil.copy(tmp_path / "pictures" / "a" / "12.png", tmp_path / "pictures" / "b" / "new.png")
     grown = ftexp(*words, "run.name=fails")
     assert grown.wait() == 2, grown.output

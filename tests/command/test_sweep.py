@@ -1,4 +1,4 @@
-"""A sweep, for real: six trials, one of which fails; its driver killed in the middle, and the same command again."""
+"""A real sweep of six trials, one of which fails; its driver is killed in the middle, and the sweep is resumed."""
 
 import csv
 import json
@@ -20,7 +20,7 @@ from tests.support.processes import descendants_with, wait_until_none
 RATES = ["0.001", "0.01", "0.03"]
 MODELS = ["vit", "vit_tiny"]
 DOOMED = "model=vit,optim.lr=0.01"
-NUM_FINISHED = 2  # trials, when the driver is killed
+NUM_FINISHED = 2  # number of finished trials at which the driver is killed
 WORDS = [
     "-m", f"model={','.join(MODELS)}", "optim.lr=1e-3,1e-2,3e-2", "sweep.name=grid", "plugins=[doom]",
     "train.epochs=3", "schedule.warmup_epochs=0", "sweep.max_concurrent=2", "data.val_fraction=0.3",
@@ -29,7 +29,7 @@ WORDS = [
     "checkpoint.extra_state=[progress,scheduler,scaler,rng,best,doom]",
 ]  # fmt: skip
 
-# while there is a file `on`, one trial fails, and the next stands still in its third epoch, having saved
+# while the file `on` exists, one trial fails, and the next one pauses in its third epoch, after a checkpoint
 PLUGIN = """
 from pathlib import Path
 
@@ -67,7 +67,7 @@ def files(directory):
 
 @pytest.fixture(scope="module")
 def story(tmp_path_factory, preloaded):
-    """The command, killed, and given again; what was seen in between."""
+    """Run the command, kill it, and run it again; record the state in between."""
     directory = tmp_path_factory.mktemp("sweep")
     (directory / "doom.py").write_text(PLUGIN)
     (directory / "on").touch()
@@ -76,7 +76,7 @@ def story(tmp_path_factory, preloaded):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(*mark.split("=", 1))
         first = Command("train", [*WORDS, f"run.storage={directory}"], directory, preloaded)
-        first.wait_for(f"failed      {DOOMED}")  # told after it is in the ledger
+        first.wait_for(f"failed      {DOOMED}")  # printed after the sweep record is written
         first.wait_until(lambda: is_in_the_middle(sweep))
         os.kill(first.process.pid, signal.SIGKILL)
         first.wait()
@@ -97,7 +97,7 @@ def story(tmp_path_factory, preloaded):
 
 
 def newest_step(run):
-    """Of the checkpoints that are there, whatever the records heard of them; None if none is."""
+    """Return the step of the newest checkpoint on disk, whether or not it was recorded; None if there is none."""
     newest = CheckpointStore(Storage.at(str(run), CHECKPOINTS)).latest(lambda *_: None)
     return newest.step if newest is not None else None
 
@@ -110,7 +110,7 @@ def trials_with(sweep, status):
 
 
 def is_in_the_middle(sweep):
-    """Some have ended, one of them by its doom, and one that runs has saved."""
+    """Return whether enough trials have finished, one has failed, and a running one has a checkpoint."""
     has_enough = trials_with(sweep, "failed") and len(trials_with(sweep, "finished")) >= NUM_FINISHED
     return has_enough and any(
         run.events("checkpoint_saved") and run.record["status"] == "running" for run in trials_with(sweep, "running")
@@ -123,7 +123,7 @@ def test_a_failed_trial_leaves_the_others_alone_and_its_reason_is_kept(story):
     assert "TypeError: doomed" in doomed.trial.error
     assert f"failed      {DOOMED}: rank 0 failed after step 0 [bug]: TypeError: doomed" in story["first"]
     assert [each.status for each in story["told"].values()].count("failed") == 1
-    note = story["sweep"].parents[1] / "runs" / ".multirun"  # of Hydra's, which would hold secrets
+    note = story["sweep"].parents[1] / "runs" / ".multirun"  # Hydra's directory, whose files would contain secrets
     assert list(note.iterdir()) == []
 
 
@@ -146,7 +146,7 @@ def test_the_same_command_goes_on_with_broken_trials_from_their_last_save(story)
     assert any(story["saved"][name] for name in broken)
     for name in broken:
         run = RunFolder(story["sweep"] / name)
-        # a trial that was killed before its first save has nothing to go on from
+        # a trial that was killed before its first checkpoint has nothing to resume from
         expected = [step] if (step := story["saved"][name]) is not None else []
         assert [event["step"] for event in run.events("restored")] == expected, (name, run.events())
         if expected:

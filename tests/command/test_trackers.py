@@ -40,7 +40,7 @@ from tests.support.command import Command, RunFolder
 from tests.support.processes import descendants_with, wait_until_none
 from tests.support.tracked import ALL, PATIENCE_S, log, made, points_of, settings
 
-# offers points to all three, and is killed in the middle of it
+# sends points to all three trackers, and is killed in the middle
 KILLED = """
 import os, signal, sys, threading
 from tests.support.tracked import log, made, points_of
@@ -57,14 +57,14 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 @pytest.fixture(scope="module", autouse=True)
 def environment():
-    """Restored afterwards: MLflow's server and the trackers set variables, which a later test's command would read."""
+    """Restore the environment: MLflow's server and the trackers set variables that later commands would read."""
     with mock.patch.dict(os.environ):
         yield
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    """The address of an MLflow server: its application, on a thread here: `mlflow server` takes long to start."""
+    """Address of an MLflow server: its application runs on a thread here, because `mlflow server` starts slowly."""
     from werkzeug.serving import make_server
 
     directory = tmp_path_factory.mktemp("mlflow")
@@ -73,8 +73,8 @@ def server(tmp_path_factory):
         patch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
         patch.setenv("_MLFLOW_SERVER_FILE_STORE", f"sqlite:///{directory}/mlflow.db")  # as `mlflow server` does
         patch.setenv("_MLFLOW_SERVER_ARTIFACT_ROOT", str(directory))
-        with warnings.catch_warnings(action="ignore"):  # of a package's of MLflow's
-            import starlette.middleware.wsgi  # noqa: F401 - imported when the server is asked something
+        with warnings.catch_warnings(action="ignore"):  # from a dependency of MLflow
+            import starlette.middleware.wsgi  # noqa: F401 - imported at the server's first request
         from mlflow.server import app
 
         serving = make_server("127.0.0.1", 0, app, threaded=True)
@@ -86,7 +86,7 @@ def server(tmp_path_factory):
 
 
 def deliver(directory, uri, new=(), status="finished", **kwargs):
-    """As a call of the command that logs `new`; returns what the trackers couldn't take."""
+    """Log the points `new` as one invocation would; return the trackers' failures."""
     followed, lines = made(directory, uri, **kwargs)
     followed.start(lambda event: None)
     for point in new:
@@ -154,14 +154,14 @@ def test_after_a_kill_in_the_middle_of_sending_each_tracker_has_one_run_with_eac
     for point in points_of(range(1, 51)):
         lines.append(json.dumps(point))
     assert deliver(tmp_path / "before", None, names=["wandb"]) == []
-    # the killed one inherits this process's wandb, and must not leave its run to it
+    # the process to be killed inherits the address of this process's wandb service, and must not use it
     assert "WANDB_SERVICE" in os.environ
     environment = {**preloaded.environment(), "FTEXP_TRACKERS_TEST": str(directory)}
     (tmp_path / "killed.py").write_text(KILLED)
     words = [*preloaded.python, str(tmp_path / "killed.py"), str(directory), server]
     killed = subprocess.run(words, env=environment, check=False)
     assert killed.returncode == -signal.SIGKILL
-    wait_until_none(lambda: descendants_with(f"FTEXP_TRACKERS_TEST={directory}"))  # wandb's process outlives it
+    wait_until_none(lambda: descendants_with(f"FTEXP_TRACKERS_TEST={directory}"))  # wandb's own process outlives it
     assert len(list((directory / "tensorboard").iterdir())) == 1
     assert deliver(directory, server, points_of(range(101, 121))) == []
     assert_each_point_once(directory, server)
@@ -244,7 +244,7 @@ def test_a_server_that_is_down_fails_nothing_and_has_all_once_it_is_back(server,
 
 
 def test_a_server_that_never_answers_costs_the_time_that_is_allowed(tmp_path, monkeypatch):
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "600")  # longer than a test may take
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "600")  # longer than the time limit of a test
     with socket.create_server(("127.0.0.1", 0)) as silent:
         uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
         (failure,) = deliver(tmp_path / "hung", uri, points_of([1]), names=["mlflow"], timeout_s=1.0)
@@ -253,7 +253,7 @@ def test_a_server_that_never_answers_costs_the_time_that_is_allowed(tmp_path, mo
 
 def test_a_trial_is_a_child_of_its_sweep_and_lies_below_it(server, tmp_path):
     sweep = Storage.at(str(tmp_path / "sweeps" / "lr"))
-    deliver(sweep.local_path, server, names=["mlflow"])  # the sweep itself, which has no points
+    deliver(sweep.local_path, server, names=["mlflow"])  # the sweep itself, without points
     for name in ("optim.lr=0.1", "optim.lr=0.2"):
         directory = sweep.child(name).local_path
         assert deliver(directory, server, points_of([1]), names=["mlflow", "tensorboard"], sweep=sweep) == []
@@ -271,7 +271,7 @@ def test_a_trial_is_a_child_of_its_sweep_and_lies_below_it(server, tmp_path):
 
 
 def test_without_a_server_the_runs_of_a_storage_and_its_sweeps_are_in_one_database(tmp_path, monkeypatch):
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)  # the server here sets it
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)  # the server of these tests sets it
     sweep = Storage.at(str(tmp_path / "sweeps" / "lr"))
     sweep.write_bytes("sweep.json", b"")
     for directory, of in ((tmp_path / "alone", None), (sweep.child("seed=1").local_path, sweep)):
@@ -315,7 +315,7 @@ def test_an_event_file_that_a_kill_has_torn_is_gone_on_with(tmp_path):
     deliver(directory, None, points_of(range(1, 5)), names=["tensorboard"])
     (file,) = (directory / "tensorboard").iterdir()
     content, ends = file.read_bytes(), [0]
-    for _ in range(5):  # the head, and four scalars: a record is its length, and sixteen bytes beside
+    for _ in range(5):  # the header and four scalars; a record has 16 bytes in addition to its length
         ends.append(ends[-1] + struct.unpack_from("<Q", content, ends[-1])[0] + 16)
     file.write_bytes(content[: ends[-1] - 1])
     assert sum(in_tensorboard(directory).values()) == 3
@@ -328,9 +328,9 @@ def _own_labels(sample):
 
 
 def scrape_into(scrapes, lines):
-    """Add what the endpoint that `lines` name says now, {(series, its labels' values besides the run's): value}."""
+    """Scrape the endpoint printed in `lines`; append {(series, *labels other than run and sweep): value}."""
     named = [line.split(": ", 1)[1] for line in lines if line.startswith("tracker  prometheus: ")]
-    with contextlib.suppress(OSError):  # it is not opened yet, or closed again
+    with contextlib.suppress(OSError):  # not open yet, or already closed
         with urllib.request.urlopen(named[0], timeout=10) if named else contextlib.nullcontext() as answer:
             families = text_string_to_metric_families(answer.read().decode()) if named else []
         samples = [sample for family in families for sample in family.samples]
@@ -342,7 +342,7 @@ def scrape_into(scrapes, lines):
 
 @pytest.fixture(scope="module")
 def three_kills(server, tmp_path_factory, preloaded):
-    """A run of which two workers and the command itself are killed, with all trackers, and the command given again."""
+    """A run with all trackers: two workers and the command itself are killed, and the command is run again."""
     directory = tmp_path_factory.mktemp("runs")
     faults = "{kind: kill_worker, step: 22, rank: 1}, {kind: kill_worker, step: 41}, {kind: kill_driver, step: 57}"
     faults += ", {kind: slow_rank, step: 62, rank: 1, count: 45, seconds: 0.2}"
@@ -406,10 +406,10 @@ def test_a_run_with_three_kills_is_shown_by_its_series(three_kills):
     restarts = [sum(failure[f"seconds_to_{part}"] for part in ("detect", "restart", "restore")) for failure in failures]
     last = [event for event in saved if event["step"] == scrape["ftexp_checkpoint_step",]][-1]
     assert {each.name for each in SERIES} - {name for name, *_ in scrape} == {
-        *("ftexp_mfu_ratio", "ftexp_sample_part_seconds", "ftexp_feed_queue_batches")  # of a GPU, tasks, prefetching
+        *("ftexp_mfu_ratio", "ftexp_sample_part_seconds", "ftexp_feed_queue_batches")  # need a GPU, tasks, prefetching
     }
     (straggler,) = (event for event in run.events("straggler") if event["rank"] == 1)
-    assert straggler["step"] in (90, 95)  # the sixth point since it is slow; of the first, two steps are not
+    assert straggler["step"] in (90, 95)  # the sixth point with a slow rank; two steps of the first point are not slow
     assert scrape["ftexp_straggler_ratio", straggler["node"], "forward", "1"] == straggler["ratio"] > 1.5
     assert scrape["ftexp_slowest_rank",] == 1
     assert scrape["ftexp_rank_step_seconds", "max"] > 0.2 > scrape["ftexp_rank_step_seconds", "median"]

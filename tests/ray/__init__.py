@@ -1,1 +1,1 @@
-"""Tests that need a Ray instance, or processes as Ray starts them."""
+"""Tests that need a Ray instance, or processes like those that Ray starts."""

@@ -1,4 +1,4 @@
-"""One Ray instance for all tests that a worker of pytest-xdist runs from here."""
+"""One Ray instance for all tests of this directory that a worker of pytest-xdist runs."""
 
 import logging
 
@@ -9,7 +9,7 @@ from ftexp.cluster import ray_private
 
 @pytest.fixture(scope="package")
 def data_ray(preloaded):
-    """A Ray on this machine; its workers can import the tests, and ask a store again at once."""
+    """Start a Ray on this machine whose workers can import the tests, and retry reads from a store without a delay."""
     import ray
 
     def hurry():
@@ -17,13 +17,13 @@ def data_ray(preloaded):
 
         ftexp.data.listing._RETRY_AFTER_S = (0.0, 0.0, 0.0)
 
-    logging.getLogger("ray").setLevel(logging.WARNING)  # it fills the report of a failed test otherwise
+    logging.getLogger("ray").setLevel(logging.WARNING)  # otherwise it fills the report of a failed test
     with (
         pytest.MonkeyPatch.context() as patch,
         preloaded.raylet_settings(),
         ray_private.starting_fewer_processes(prints_logs=False),
     ):
-        patch.setenv("RAY_prestart_worker_first_driver", "0")  # they would be no forks
+        patch.setenv("RAY_prestart_worker_first_driver", "0")  # prestarted workers would not be forks
         ray.init(
             address="local",
             num_cpus=2,

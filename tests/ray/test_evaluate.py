@@ -1,4 +1,4 @@
-"""`python -m ftexp.evaluate`: where its result goes. What it finds is in tests/command/test_end_to_end.py."""
+"""`python -m ftexp.evaluate`: where it writes its result. tests/command/test_end_to_end.py checks the result itself."""
 
 import dataclasses
 import json
@@ -59,7 +59,7 @@ def test_a_list_of_test_images_alone_is_evaluated(run, tmp_path):
     rows = ["path,label,split"]
     for seed, name in enumerate(("ant", "cow", "cow")):
         put(tmp_path / "x" / f"{seed}.png", encoded(picture(seed, size=8)))
-        rows.append(f"./x/{seed}.png,{name},test")  # as find prints them
+        rows.append(f"./x/{seed}.png,{name},test")  # the form of `find`'s output
     (tmp_path / "test.csv").write_text("\n".join(rows))
     listed = composed("data=image_list", f"data.root={tmp_path / 'test.csv'}", "augment=none")
     asked = EvaluateConfig(run=run.storage.uri, split="test", metrics=[])
@@ -96,7 +96,7 @@ def test_with_tta_the_logits_of_mirror_images_are_averaged_and_the_plain_evaluat
 
 
 def test_other_data_are_counted_by_the_names_of_their_classes(run, tmp_path, capsys):
-    names = {"cow": [1, 2, 3], "ant": [4, 5], "dog": [6, 7]}  # the run knows ant, bee, cow, in this order
+    names = {"cow": [1, 2, 3], "ant": [4, 5], "dog": [6, 7]}  # the run's classes are ant, bee, cow, in this order
     for name, seeds in names.items():
         for seed in seeds:
             put(tmp_path / "photos" / name / f"{seed}.png", encoded(picture(seed, size=8)))

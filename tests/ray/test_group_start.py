@@ -1,4 +1,4 @@
-"""What fails while torch's process group starts, in Ray Train's own controller and workers."""
+"""Failures while torch's process group starts, in Ray Train's own controller and workers."""
 
 import contextlib
 import os
@@ -25,10 +25,10 @@ pytestmark = pytest.mark.usefixtures("data_ray")
 
 @dataclass(kw_only=True)
 class FaultyTorchConfig(ReportingTorchConfig):
-    """For the first group of workers Ray picks `port`, which is taken; of the others but the fourth, one dies."""
+    """A config whose first group of workers gets `port`, which is taken; a worker of the second and the third dies."""
 
     port: int
-    starts: Path  # a file with a line for each
+    starts: Path  # a file with a line per start
 
     @property
     def backend_cls(self):
@@ -62,7 +62,7 @@ def count_workers(_):
 
 
 def test_workers_start_again_where_another_process_took_the_port_and_where_one_dies(tmp_path):
-    """There is room for two: those of a group that failed must be gone."""
+    """There are CPUs for two workers only, so the workers of a failed group must be gone."""
     told = []
     hub = Hub("127.0.0.1", lambda message: told.append(message) or Retry(0.0))
     reporter = FailureReporter(hub.address)

@@ -1,4 +1,4 @@
-"""Hot start: a fork is the worker that a plain start would have been, and nothing of it outlives what it belongs to."""
+"""Hot start: a fork behaves like a plainly started worker, and no process outlives its owner."""
 
 import contextlib
 import fcntl
@@ -34,7 +34,7 @@ wait_until = functools.partial(processes.wait_until, every_s=0.01, within_s=DEAD
 LIGHT = (
     "import sys, ftexp.cluster.hot_start.preloader as preloader, ftexp.cluster.hot_start.forker as forker;"
     "preloader.BEFORE_THE_CLUSTER = (); forker.WITH_THE_CLUSTER = ('ray',);"
-)  # a second instead of eight, for tests that need a preloader of their own
+)  # preloading takes 1 s instead of 8 s, for tests that need their own preloader
 DRAWS = """
     import json, random, uuid
     import numpy as np
@@ -64,14 +64,14 @@ STEP = """
 
 
 def python_path_without_torch(directory):
-    """A PYTHONPATH where preloading takes a second instead of eight: a name that isn't there is left out."""
+    """Return a PYTHONPATH with which preloading takes 1 s, not 8 s: modules that can't be imported are skipped."""
     for name in ("torch", "torchvision", "timm"):
         (directory / f"{name}.py").write_text(f"raise ModuleNotFoundError('No module named {name}', name={name!r})")
     return os.pathsep.join(filter(None, [str(directory), os.environ.get("PYTHONPATH")]))
 
 
 class Launchers:
-    """Those that were started on the socket of a preloaded process."""
+    """Starts launchers that connect to the socket of a preloaded process."""
 
     def __init__(self, directory, socket, **variables):
         self.directory, self.socket = directory, socket
@@ -94,7 +94,7 @@ class Launchers:
         return started
 
     def run(self, script, *arguments, **options):
-        """(exit code, standard output, standard error) of `script`."""
+        """Run `script`; return (exit code, standard output, standard error)."""
         return outcome(self.start(script, *arguments, **options))
 
     def stop(self):
@@ -104,7 +104,7 @@ class Launchers:
 
 
 class Preloaded(Launchers):
-    """And with the preloaded process."""
+    """Launchers with their own preloaded process."""
 
     def __init__(self, directory, command):
         super().__init__(directory, str(directory / "socket"))
@@ -124,11 +124,11 @@ class Preloaded(Launchers):
 
 @pytest.fixture(scope="module")
 def preloaded(preloaded, tmp_path_factory):
-    """With everything imported: that of all tests."""
+    """Launchers on the preloaded process of all tests, which has imported everything."""
     *_, socket = preloaded.python
     path = preloaded.environment()["PYTHONPATH"]
     launchers = Launchers(tmp_path_factory.mktemp("full"), socket, PYTHONPATH=path)
-    assert is_forked(launchers)  # its first worker, whose environment it takes
+    assert is_forked(launchers)  # the first worker: its environment becomes the forker's
     yield launchers
     assert is_forked(launchers), "a test has ended it"
     launchers.stop()
@@ -136,7 +136,7 @@ def preloaded(preloaded, tmp_path_factory):
 
 @pytest.fixture
 def light(tmp_path):
-    """With Ray only, for one test, which may end it."""
+    """Preloaded process with Ray only, for one test, which may end it."""
     started = Preloaded(tmp_path, ("-c", LIGHT + "preloader.main()"))
     yield started
     started.stop()
@@ -144,14 +144,14 @@ def light(tmp_path):
 
 @pytest.fixture(scope="module")
 def enduring(tmp_path_factory):
-    """With Ray only, for tests that must not end it."""
+    """Preloaded process with Ray only, for tests that must not end it."""
     started = Preloaded(tmp_path_factory.mktemp("enduring"), ("-c", LIGHT + "preloader.main()"))
     yield started
     started.stop()
 
 
 def forker_of(preloaded):
-    """The process that workers are forked from."""
+    """Return the pid of the process from which workers are forked."""
     code, output, errors = preloaded.run("import os; print(os.getppid())")
     assert code == 0, errors
     return int(output)
@@ -178,12 +178,12 @@ def wait_for_end_of(pid):
 
 
 def has_signal(pid, number, field):
-    """Whether the process has the signal among those that it catches (SigCgt), or ignores (SigIgn)."""
+    """Return whether the process catches (field SigCgt) or ignores (SigIgn) the signal."""
     signals = Path(f"/proc/{pid}/status").read_text().partition(f"{field}:")[2].split()[0]
     return bool(int(signals, 16) >> (number - 1) & 1)
 
 
-# What a script sees
+# The environment of a script
 
 
 def test_a_script_sees_what_the_plain_interpreter_would_have_shown_it(preloaded, tmp_path):
@@ -218,7 +218,7 @@ def test_a_script_may_have_an_argument_of_the_interpreters_name(preloaded):
 
 @pytest.mark.parametrize("flag", ["-s", "-u"])
 def test_an_option_of_the_interpreter_holds(preloaded, flag):
-    """Ray passes -s on from a driver that runs with PYTHONNOUSERSITE."""
+    """Ray passes -s to workers if the driver runs with PYTHONNOUSERSITE."""
     code, output, errors = preloaded.run(
         "import sys; print(sys.flags.no_user_site, sys.stdout.write_through)", flags=[flag]
     )
@@ -238,7 +238,7 @@ def test_a_process_title_leaves_the_environment_whole(preloaded):
     assert (code, output) == (0, "True\n1\n"), errors
 
 
-# How it ends
+# The end of a worker
 
 
 @pytest.mark.parametrize(
@@ -286,7 +286,7 @@ def test_a_signal_to_the_launcher_reaches_the_worker(preloaded, number):
         time.sleep(0.05)
     """)
     assert worker.stdout.readline() == "ready\n"
-    # the last one that it passes on: Python itself catches SIGINT from its start
+    # SIGUSR2 is the last signal whose handler the launcher installs; SIGINT is caught by Python from its start
     wait_until(lambda: has_signal(worker.pid, signal.SIGUSR2, "SigCgt"))
     worker.send_signal(number)
     assert outcome(worker) == (5, f"got {number.value}\n", "")
@@ -303,7 +303,7 @@ def test_the_launcher_ends_by_the_signal_that_ended_the_worker(preloaded, number
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_the_launcher_ends_by_a_signal_that_it_was_started_to_ignore(preloaded, number):
-    """As by `nohup`."""
+    """`nohup` has this effect."""
     worker = preloaded.start(READY_THEN_READ, preexec_fn=lambda: signal.signal(number, signal.SIG_IGN))
     os.kill(int(worker.stdout.readline()), number)
     assert worker.wait(DEADLINE_S) == -number
@@ -326,7 +326,7 @@ def test_a_worker_is_gone_when_its_launcher_is_killed_after_the_preloader(light)
 
 
 def test_workers_start_and_end_where_a_process_holds_many_files_open(tmp_path):
-    """The preloader and its forker first, and then the launcher."""
+    """First the preloader and its forker hold many open files, then the launcher."""
 
     def hold():
         for descriptor in range(3, 1024):
@@ -340,14 +340,14 @@ def test_workers_start_and_end_where_a_process_holds_many_files_open(tmp_path):
             assert is_forked(started, close_fds=False, preexec_fn=hold)
             worker = started.start(READY_THEN_READ)
             child = int(worker.stdout.readline())
-            worker.kill()  # the forker notices
+            worker.kill()  # the forker must notice
             wait_for_end_of(child)
         finally:
             started.stop()
 
 
 def test_workers_do_not_share_a_process_group_with_the_preloader(preloaded):
-    """Ray kills the whole group of a worker that has died."""
+    """Ray kills the whole process group of a worker that has died."""
     groups = [int(preloaded.run("import os; print(os.getpgrp())")[1]) for _ in range(2)]
     assert len({*groups, os.getpgid(parent_of(forker_of(preloaded)))}) == 3
 
@@ -363,7 +363,7 @@ def test_a_signal_that_follows_the_fork_at_once_is_not_lost(preloaded):
             assert int.from_bytes(connection.recv(8), "big") == signal.SIGTERM
 
 
-# A fork is a whole process
+# A fork as a complete process
 
 
 def test_forks_draw_different_numbers_and_ids(preloaded):
@@ -401,7 +401,7 @@ def test_a_ddp_step_among_forks_has_the_gradient_of_a_plain_process(preloaded, t
 
 
 def mean_of_both_ranks():
-    """STEP's gradient as DDP defines it, worked out here: half of it by each rank, which is exact."""
+    """Return STEP's gradient as DDP defines it, computed here: half from each rank, which is exact."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = torch.nn.Linear(8, 3)
@@ -412,14 +412,14 @@ def mean_of_both_ranks():
 
 
 def test_what_is_forked_from_has_no_thread_of_pythons_or_torchs(preloaded):
-    """What threads there are is pyarrow's allocator's, which stops and restarts around a fork by itself."""
+    """The only other threads belong to pyarrow's allocator, which stops and restarts them around a fork."""
     forker = forker_of(preloaded)
     for pid in (parent_of(forker), forker):
         names = [(task / "comm").read_text().strip() for task in Path(f"/proc/{pid}/task").iterdir()]
         assert len([name for name in names if name != "jemalloc_bg_thd"]) == 1, names
 
 
-# Who may share one
+# Workers that may share a forker
 
 
 def test_a_worker_that_imports_from_elsewhere_starts_plainly(preloaded):
@@ -429,7 +429,7 @@ def test_a_worker_that_imports_from_elsewhere_starts_plainly(preloaded):
 
 @pytest.mark.parametrize("name", ["RAY_JOB_ID", "RAY_RAYLET_PID", "RAY_task_retry_delay_ms"])
 def test_a_worker_of_another_raylet_or_setting_has_another_forker_and_one_of_another_job_has_not(enduring, name):
-    """Ray reads all three when it is imported; of a job, that there is none yet."""
+    """Ray reads all three variables when it is imported; at that time the forker has no job."""
     look = f"import os, ray; print(os.getppid(), os.environ['{name}'], os.environ['{MARK}'])"
     seen = [enduring.run(look, env=enduring.environment | {name: value})[1].split() for value in ("02000000", "3", "3")]
     assert [value for _, value, _ in seen] == ["02000000", "3", "3"]
@@ -485,7 +485,7 @@ def test_workers_start_plainly_when_their_ids_would_be_the_same(tmp_path):
         unfit.stop()
 
 
-# What the preloader's end costs
+# The end of the preloader
 
 
 def test_workers_start_plainly_when_the_preloader_is_dead(light):
@@ -515,7 +515,7 @@ def test_a_worker_starts_plainly_when_the_preloader_is_killed_while_it_asks(ligh
 
 
 def is_connecting_to(path):
-    """Whether somebody has connected to the socket beside its listener."""
+    """Return whether a process has connected to the socket, in addition to its listener."""
     lines = Path("/proc/net/unix").read_text().splitlines()
     return sum(line.endswith(f" {path}") for line in lines) > 1
 
@@ -538,7 +538,7 @@ def test_ctrl_c_in_the_terminal_does_not_end_the_preloader(enduring, number):
 
 
 def ask(preloaded, script, stdin=0):
-    """Send a request as a launcher does, and return the connection."""
+    """Send a request as a launcher does; return the connection."""
     path = preloaded.directory / "asked.py"
     path.write_text(script)
     request = {
@@ -561,17 +561,18 @@ def test_where_memory_runs_out_a_forked_worker_goes_as_early_as_a_plain_one(endu
     score = Path("/proc/self/oom_score_adj")
     look = "print(open('/proc/self/oom_score_adj').read().strip())"
     for plain in (False, True):
-        started = enduring.start(look, plain=plain, preexec_fn=lambda: score.write_text("700"))  # as raylet does
+        started = enduring.start(look, plain=plain, preexec_fn=lambda: score.write_text("700"))  # as the raylet does
         assert outcome(started)[:2] == (0, "700\n")
 
 
 def test_launchers_that_hang_up_do_not_end_the_preloader(enduring):
     assert is_forked(enduring)
-    enduring.process.send_signal(signal.SIGSTOP)  # so that it finds out when it answers
+    enduring.process.send_signal(signal.SIGSTOP)  # so that it notices only when it answers
     ask(enduring, f"open({str(enduring.directory / 'has_run')!r}, 'w')").close()
     enduring.process.send_signal(signal.SIGCONT)
     assert is_forked(enduring)
-    assert not (enduring.directory / "has_run").exists()  # it runs plainly by now: two workers would have its name
+    # a launcher that hangs up starts its worker plainly: a fork would be a second worker with the same id
+    assert not (enduring.directory / "has_run").exists()
 
 
 def test_launchers_that_are_killed_while_they_ask_do_not_end_the_preloader(enduring):
@@ -676,7 +677,7 @@ print(json.dumps(ray.get([worker.look.remote() for worker in workers])))
 ray.shutdown()
 hot_start.stop()
 """
-    name = f"FTEXP_TEST={uuid.uuid4().hex}"  # by which every process that it starts is known
+    name = f"FTEXP_TEST={uuid.uuid4().hex}"  # marks every process that it starts
     environment = {**os.environ, **dict([name.split("=")]), "PYTHONPATH": python_path_without_torch(tmp_path)}
     session = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=240, cwd=tmp_path
@@ -685,12 +686,12 @@ hot_start.stop()
     (one, first, pid, *ways), (other, second, other_pid, *others) = json.loads(session.stdout.splitlines()[-1])
     assert (one, other) == ("1", "1")
     assert first != second
-    assert ways == others == [["hot_start"], name.split("=")[1] + "!"]  # and not Ray's own setup_worker.py
+    assert ways == others == [["hot_start"], name.split("=")[1] + "!"]  # not by Ray's own setup_worker.py
     for left in {pid, other_pid, *processes_with(name)}:
         wait_for_end_of(left)
 
 
-# Raylet's own start of a worker
+# The raylet's own start of a worker
 
 
 SETUP_WORDS = ["default_worker.py", "--node-id=1", "--language=PYTHON", "--worker-launch-time-ms=2"]
@@ -702,7 +703,7 @@ def context_of(**fields):
 
 @pytest.fixture(scope="module")
 def setup_worker():
-    """The script as a module."""
+    """setup_worker.py as a module."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(Path(launcher.__file__).parent))
         yield importlib.import_module("setup_worker")
@@ -765,11 +766,11 @@ def test_a_worker_without_the_launcher_has_the_interpreter_that_was_named(tmp_pa
     assert output.stdout == f"['--node-id=1', '--worker-launch-time-ms=2'] {named}\n"
 
 
-# The nodes of a Ray that was joined
+# The nodes of a joined Ray
 
 
 class Node:
-    """A process in the place of a raylet, and launchers that look for its preloader."""
+    """A process that stands in for a raylet, and launchers that look for its preloader."""
 
     def __init__(self, directory):
         self.directory, self.prefix = directory, str(directory / "ftexp-key")
@@ -790,7 +791,7 @@ class Node:
         return subprocess.Popen(command, env=environment, cwd=self.directory, stdout=subprocess.PIPE, text=True)
 
     def run(self, job="01000000"):
-        """(whether it was forked, by whom)"""
+        """Run a worker; return (whether it was forked, its parent's pid)."""
         return self.told(self.start(job))
 
     @staticmethod
@@ -799,7 +800,7 @@ class Node:
         return mark == "1", int(parent)
 
     def preloaders(self):
-        """Process ids."""
+        """Yield the pids of the node's preloaders."""
         text = f"{self.kept}/socket"
         for directory in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
@@ -809,7 +810,7 @@ class Node:
 
 
 def num_waiting_for(lock):
-    """Processes that want the lock, and don't have it."""
+    """Return the number of processes that wait for the lock."""
     inode = f":{os.fstat(lock.fileno()).st_ino} "
     return sum("->" in line and inode in line for line in Path("/proc/locks").read_text().splitlines())
 
@@ -879,7 +880,7 @@ def test_a_preloaded_process_imports_without_what_only_a_library_of_its_would_us
     try:
         import_all(("takes_it", "not_there"), without=("unwanted",))
         import takes_it
-        import unwanted  # for a worker that wants it after all
+        import unwanted  # a worker can still import it
 
         assert takes_it.unwanted is None
         assert unwanted.__file__

@@ -1,4 +1,4 @@
-"""Labels as the sources read them."""
+"""Labels read by the sources."""
 
 import json
 
@@ -64,7 +64,7 @@ def test_the_sources_agree_on_sets_of_classes_in_both_feeds(tmp_path):
         (image, content), _ = tar_sample(f"{number}", picture(number), 0)
         entries += [(image, content), (f"{number}.json", json.dumps(labels).encode())]
     write_shard(tmp_path / "shards" / "a.tar", entries)
-    crop = AugmentConfig(crop="rrc")  # keeps pictures in their own size, in tables
+    crop = AugmentConfig(crop="rrc")  # keeps pictures at their own size, in tables
     for name, root in (("parquet", "rows"), ("image_list", "list.csv"), ("webdataset", "shards")):
         window = {"shuffle_window": 2} if name == "parquet" else {}
         for feed, augment in (("cached", None), ("cached", crop), ("streaming", None)):

@@ -1,4 +1,4 @@
-"""What is done to single pictures, in both feeds: a pure function of (seed, position) and the picture."""
+"""Augmentation of single pictures, in both feeds: a pure function of (seed, position) and the picture."""
 
 import numpy as np
 import pytest
@@ -39,13 +39,13 @@ def image(number):
 
 
 def as_file(pixels):
-    """Every second one a JPEG, whatever its name says."""
+    """Encode about every second image as a JPEG, whatever its name says."""
     return encoded(pixels, "JPEG" if pixels[0, 0, 0] % 2 else "PNG")
 
 
 @pytest.fixture(scope="module")
 def roots(tmp_path_factory):
-    """The same images, of all sizes, in every layout."""
+    """Directory with the same images, of different sizes, in every layout."""
     directory = tmp_path_factory.mktemp("roots")
     write_layouts(
         directory, [image(number) for number in range(NUM_IMAGES)], [n % 3 for n in range(NUM_IMAGES)], as_file
@@ -63,7 +63,7 @@ def never(*_):
 
 
 def feed_of(bundle, augment, world=1, rank=0, on_bad=never):
-    """A rank's feed, as a worker builds it."""
+    """Return a rank's feed, built as in a worker."""
     pictures = PictureAugment(augment, SEED, bundle.info.fit)
     rows = StreamedRows(bundle.streams["train"], bundle.info, 1, on_bad, never, pictures)
     plan = ShardPlan(6, 1, 50, rank, world, augment.mixes)
@@ -73,7 +73,7 @@ def feed_of(bundle, augment, world=1, rank=0, on_bad=never):
 
 
 def by_position(bundle, augment, world, begin=0):
-    """{position: pixels, as normalised floats} over all ranks."""
+    """Return {position: pixels, as normalised floats} over all ranks."""
     found = {}
     for rank in range(world):
         feed, _ = feed_of(bundle, augment, world, rank)
@@ -85,7 +85,7 @@ def by_position(bundle, augment, world, begin=0):
 
 
 def expected(bundle, augment, begin=0):
-    """The same by the pure function alone; samples are numbered alike by both feeds."""
+    """Return the same as `by_position`, by the pure function alone; both feeds number samples equally."""
     split, pictures = bundle.indexed["train"], PictureAugment(augment, SEED, bundle.info.fit)
     items, _ = split.table.get()
     _, to_tensors = feed_of(bundle, augment)

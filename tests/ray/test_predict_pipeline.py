@@ -1,4 +1,4 @@
-"""From images of every layout, with labels and without, to part files; in one Ray."""
+"""Prediction from images in every layout, with and without labels, to part files; in one Ray."""
 
 import dataclasses
 import json
@@ -42,7 +42,7 @@ pytestmark = pytest.mark.usefixtures("data_ray")
 
 
 def read(inputs, size=SIZE):
-    """{what is in it: (where, class)} of every sample, in order."""
+    """Return (pixels, places, reasons, class names) of all samples, in order."""
     pixels, outcome = decode_samples(inputs.split, np.arange(len(inputs.split)), Fit(size, 3))
     _, labels = inputs.split.table.get()
     names = [inputs.label_names[label] if label >= 0 else None for label in labels]
@@ -145,7 +145,7 @@ def test_a_parquet_file_that_cannot_be_read_is_named_beside_the_others(tmp_path)
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run of a small model with random weights."""
+    """Run directory of a small model with random weights."""
     config = composed("model=vit", "data=image_folder", "data.root=.", f"data.image_size={SIZE}", "augment=none")
     directory = Storage.at(str(tmp_path_factory.mktemp("run")))
     info = {"name": "image_folder", "class_names": CLASSES, "image_size": SIZE, "channels": 3, "num_samples": {}}
@@ -184,7 +184,7 @@ def test_parts_hold_what_the_model_says_of_each_image_and_name_what_is_unreadabl
     assert missing == [0, 1, 2, 3]
     job = PredictionJob(run, weights, inputs, plan, out, Workers(1, False, {"CPU": 0.5}), 1, batch_size=4)
 
-    written = dict(job.write([0, 1, 3]))  # as after a kill: part 2 isn't asked for
+    written = dict(job.write([0, 1, 3]))  # as if a kill had come before part 2
 
     assert written == {part: sum(path in (paths[4], in_order[-1]) for path in in_order[6 * part : 6 * part + 6])
                        for part in (0, 1, 3)}  # fmt: skip
@@ -212,7 +212,7 @@ def test_a_pipeline_of_which_nothing_comes_ends_when_it_is_asked_to_and_so_does_
 
     def wait_for_ever(batch):
         (tmp_path / "began").touch()
-        wait_until((tmp_path / "over").exists)  # Ray lets a task that runs go on, and other tests need its CPU
+        wait_until((tmp_path / "over").exists)  # Ray doesn't stop a running task, and other tests need its CPU
         return batch
 
     def results():
@@ -221,7 +221,7 @@ def test_a_pipeline_of_which_nothing_comes_ends_when_it_is_asked_to_and_so_does_
         return list(dataset.iter_batches())
 
     with ThreadPoolExecutor(1) as pool:
-        assert not stopping.ask_to_stop()  # nobody would hear it
+        assert not stopping.ask_to_stop()  # no pipeline is waiting
         stopping._asked.clear()
         waiting = pool.submit(results)
         wait_until((tmp_path / "began").exists)

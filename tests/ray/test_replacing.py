@@ -1,4 +1,4 @@
-"""A rank that dies between processes, and is started again: every bit as if nothing had happened."""
+"""One rank of several processes dies and is started again: the result is bitwise identical to a clean run."""
 
 import pytest
 

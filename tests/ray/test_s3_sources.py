@@ -1,4 +1,4 @@
-"""Sources in an object store that speaks S3, and fails now and then: the same rows as from a disk."""
+"""Sources in an S3 object store that fails occasionally: the rows are the same as from a disk."""
 
 import threading
 from pathlib import Path
@@ -20,11 +20,11 @@ LABELS = [number % 3 for number in range(23)]
 
 
 class Flaky:
-    """The application of an S3 server that refuses every request the first time, and some objects for ever."""
+    """WSGI application of an S3 server that refuses every request the first time, and some objects always."""
 
     def __init__(self, application):
         self._application, self._seen, self._lock = application, set(), threading.Lock()
-        self.gone = None  # part of a path whose bytes can't be had
+        self.gone = None  # part of the paths that are always refused
         self.num_refused = 0
 
     def __call__(self, environment, start_response):
@@ -35,7 +35,7 @@ class Flaky:
             self.num_refused += refused
         if not refused:
             return self._application(environment, start_response)
-        # pyarrow itself doesn't try this again, as it would a 503, for seconds
+        # pyarrow itself doesn't retry a 403; it would retry a 503 for seconds
         start_response("403 Forbidden", [("Content-Type", "application/xml")])
         return [b"<Error><Code>AccessDenied</Code></Error>"]
 
@@ -45,7 +45,7 @@ class Flaky:
 
 @pytest.fixture(scope="module")
 def roots(s3_server, tmp_path_factory):
-    """A directory with the images in every layout; they are in the bucket, too."""
+    """Directory with the images in every layout; they are in the bucket, too."""
     directory = tmp_path_factory.mktemp("roots")
     write_layouts(directory, IMAGES, LABELS)
     storage = Storage.at(s3_uri(s3_server, "bucket"))
@@ -56,7 +56,7 @@ def roots(s3_server, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def flaky_server(s3_server):
-    """(its port, its application): the same bucket, behind a server that fails."""
+    """(port, application) of a failing server in front of the same bucket."""
     from moto.server import DomainDispatcherApplication, create_backend_app
     from werkzeug.serving import make_server
 
@@ -69,7 +69,7 @@ def flaky_server(s3_server):
 
 @pytest.fixture
 def flaky(roots, flaky_server, data_ray, monkeypatch):
-    """(a URI in it by name, the application), none of whose requests was made yet."""
+    """(function from a name to its URI, application); the application has seen no requests yet."""
     monkeypatch.setattr(ftexp.data.listing, "_RETRY_AFTER_S", (0.0, 0.0, 0.0))
     port, application = flaky_server
     application.begin_anew()
@@ -101,7 +101,7 @@ def test_rows_from_a_store_that_fails_now_and_then_are_those_of_the_disk(roots, 
     np.testing.assert_array_equal(taken.images, expected.images)
     np.testing.assert_array_equal(taken.labels, expected.labels)
     num_files = len(IMAGES) if name.startswith("image") else 3
-    assert store.num_refused > 2 * num_files  # each was looked at, and read, in vain at first
+    assert store.num_refused > 2 * num_files  # for each file, the first look-up and the first read were refused
 
 
 def test_a_list_in_a_store_may_not_name_files_of_a_disk(roots, flaky, s3_server):

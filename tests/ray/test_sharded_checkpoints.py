@@ -1,4 +1,4 @@
-"""Sharded checkpoints between processes: 2 save, 4 and 1 resume, HSDP, damage, and writers that fail or die."""
+"""Sharded checkpoints across processes: 2 save, 4 and 1 resume; HSDP, corruption, and writers that fail or die."""
 
 
 def test_processes_of_any_number_resume_bitwise_what_others_saved_in_shards(preloaded, tmp_path):

@@ -1,4 +1,4 @@
-"""Sharded training between processes: DDP's losses, HSDP, and every bit again after a resume."""
+"""Sharded training across processes: losses as under DDP, HSDP, and bitwise identical results after a resume."""
 
 
 def test_ranks_train_under_fsdp_and_hsdp_as_under_ddp_and_resume_to_the_same_bits(preloaded, tmp_path):

@@ -1,6 +1,6 @@
-"""Sources: every image keeps its pixels and its label, from each layout, and what can't be read is never lost.
+"""Sources: every image keeps its pixels and its label, from each layout, and unreadable images are always reported.
 
-Real Ray Data pipelines on small files that the tests write; one Ray for the module, data sets shared by its tests.
+Real Ray Data pipelines on small files that the tests write; tests share one Ray and the data sets.
 """
 
 import hashlib
@@ -51,7 +51,7 @@ def test_digits_are_those_of_sklearn_each_once_with_its_label(digits):
     images, labels = load_digits(return_X_y=True)
     info, splits = digits
 
-    # 16 levels survive the way to 0..255 and back
+    # scaling the 16 levels to 0..255 and back is exact
     found = [(np.rint(rows["image"].reshape(-1, 64) * (16 / 255)), rows["label"]) for rows in splits.values()]
     assert sorted((i.tobytes(), n) for part in found for i, n in zip(*part, strict=True)) == sorted(
         (i.tobytes(), n) for i, n in zip(images, labels, strict=True)
@@ -92,7 +92,7 @@ def test_zero_fractions_leave_splits_that_are_empty_and_can_be_read():
 
 
 def write_cifar(root, monkeypatch, name, num_classes):
-    """Files as torchvision lays them out, whose hashes it is told; returns ((images, labels) of train and of test)."""
+    """Write files in torchvision's layout and patch its hashes; return ((images, labels) of train and of test)."""
     import torchvision.datasets
 
     dataset_class = getattr(torchvision.datasets, name)
@@ -133,7 +133,7 @@ def test_cifar_is_read_from_torchvisions_files(tmp_path, monkeypatch, name, num_
     assert bundle.info.class_names == names
     assert pairs(splits["train"], splits["val"]) == expected_pairs(*train)
     assert len(splits["train"]["label"]) + len(splits["val"]["label"]) == num_train
-    # its own test split, in its own order: data.test_fraction has no say
+    # CIFAR's own test split, in its own order: data.test_fraction has no effect
     np.testing.assert_array_equal(splits["test"]["image"], test[0])
     assert splits["test"]["label"].tolist() == test[1]
 
@@ -168,7 +168,7 @@ def test_jpeg_decodes_to_the_colour_that_was_saved():
 
     found = as_image(encoded(np.ascontiguousarray(flat), "JPEG"), Fit(SIZE, 3))
 
-    assert np.abs(found.astype(int) - flat).max() <= 3  # what JPEG loses of a flat image
+    assert np.abs(found.astype(int) - flat).max() <= 3  # JPEG's loss on a flat image
 
 
 def test_grey_becomes_three_equal_channels():
@@ -216,7 +216,7 @@ def test_oblong_image_is_scaled_by_its_shorter_side_and_cropped_at_the_centre(up
     assert found.shape == (SIZE, SIZE, 3)
     centre = np.broadcast_to([10, 120, 60], found.shape)
     np.testing.assert_array_equal(found[2:-2, 2:-2], centre[2:-2, 2:-2])
-    assert np.abs(found - centre).max() <= 20  # the bicubic kernel reaches over the edge, 250 there, by a little
+    assert np.abs(found - centre).max() <= 20  # the bicubic kernel reaches slightly over the edge, where pixels are 250
 
 
 # image_folder
@@ -224,8 +224,8 @@ def test_oblong_image_is_scaled_by_its_shorter_side_and_cropped_at_the_centre(up
 
 @pytest.fixture(scope="module")
 def class_folders(tmp_path_factory):
-    """Three classes in several formats; returns the root and the expected (pixels, class name) of all images."""
-    root = tmp_path_factory.mktemp("train_and_test") / "val"  # names above the root mean nothing
+    """Root with three classes in several formats, and the expected (pixels, class name) of all images."""
+    root = tmp_path_factory.mktemp("train_and_test") / "val"  # names above the root must have no effect
     expected = []
     for number, name in enumerate(["cat", "dog", "eel"]):
         for row in range(5):
@@ -233,7 +233,7 @@ def class_folders(tmp_path_factory):
             put(root / name / f"{row}.png", encoded(pixels))
             expected.append((pixels, name))
         colour, grey, clear = picture([number, 10]), picture([number, 11], 1), picture([number, 12], 4)
-        flat = np.full((SIZE, SIZE, 3), 40 * number + 50, np.uint8)  # a grey that JPEG keeps
+        flat = np.full((SIZE, SIZE, 3), 40 * number + 50, np.uint8)  # a grey that JPEG preserves exactly
         put(root / name / "colour.bmp", encoded(colour, "BMP"))
         put(root / name / "flat.jpg", encoded(flat, "JPEG"))
         put(root / name / "deep" / "deeper" / "grey.png", encoded(grey))
@@ -393,7 +393,7 @@ def test_skipped_images_are_counted_with_file_and_reason_and_left_out(spoilt_fol
     assert set(bad) == {f"{root}/a/torn.jpg", f"{root}/b/text.png"}
     assert "truncated" in bad[f"{root}/a/torn.jpg"]
     assert "UnidentifiedImageError" in bad[f"{root}/b/text.png"]
-    assert pairs(*read_all(bundle).values(), names="ab") == expected  # read_all checks num_samples too
+    assert pairs(*read_all(bundle).values(), names="ab") == expected  # read_all also checks num_samples
 
 
 def test_long_list_of_unreadable_images_is_cut_but_counted(tmp_path):
@@ -435,7 +435,7 @@ def listed(tmp_path, text):
 
 
 def found(listing, split="train"):
-    """The (path, class name) of each item of a split, in order."""
+    """Return the (path, class name) of each item of a split, in order."""
     items = np.arange(len(listing.labels[split]))
     names = [listing.class_names[label] for label in listing.labels[split]]
     return [(where, name) for (where, _), name in zip(listing.readers[split](items), names, strict=True)]
@@ -464,7 +464,7 @@ def test_a_lists_own_splits_are_kept_and_numbers_are_labels(tmp_path):
     assert listing.class_names == ["0", "2"]
     assert found(listing) == [(f"{tmp_path}/a.png", "2"), (f"{tmp_path}/c.png", "0")]
     assert found(listing, "test") == [(f"{tmp_path}/b.png", "0")]
-    assert "val" not in listing.labels  # to be cut from train
+    assert "val" not in listing.labels  # it is split off train later
 
 
 @pytest.mark.parametrize(
@@ -504,7 +504,7 @@ def test_encoded_parquet_keeps_rows_and_text_labels_together_over_files_and_row_
         write_parquet(path, [encoded(i) for i in images[start:end]], labels[start:end], row_group_size=4)
     put(tmp_path / "_SUCCESS", b"")
     put(tmp_path / "._part-0.parquet", b"macOS writes such")
-    (tmp_path / "empty.parquet").mkdir()  # Spark's data sets are directories so named
+    (tmp_path / "empty.parquet").mkdir()  # Spark gives directories such names
 
     bundle = build_data(data_config("parquet", tmp_path))
     splits = read_all(bundle)
@@ -512,7 +512,7 @@ def test_encoded_parquet_keeps_rows_and_text_labels_together_over_files_and_row_
     assert bundle.info.class_names == names
     assert pairs(*splits.values(), names=names) == expected_pairs(images, labels)
     assert all(len(splits[name]["label"]) for name in SPLITS)
-    # a row group is the unit of work, however few there are
+    # each row group is a unit of work, even if there are few
     assert bundle.datasets["train"].num_blocks() > 1
 
 
@@ -524,7 +524,7 @@ def test_files_and_folders_named_after_splits_are_the_splits_and_a_uri_is_a_root
     write_parquet(root / "data" / "train-00000-of-00002.parquet", structs["train"][:4], labels["train"][:4], 3)
     write_parquet(root / "data" / "train-00001-of-00002.parquet", structs["train"][4:], labels["train"][4:])
     write_parquet(root / "data" / "validation-00000-of-00001.parquet", structs["val"], labels["val"])
-    write_parquet(root / "test" / "trained-eyes-only.parquet", structs["test"], labels["test"])  # the directory counts
+    write_parquet(root / "test" / "trained-eyes-only.parquet", structs["test"], labels["test"])  # its directory decides
 
     bundle = build_data(data_config("parquet", root.as_uri()))
     splits = read_all(bundle)
@@ -612,7 +612,7 @@ def test_text_labels_in_one_file_and_numbers_in_another_are_refused(tmp_path):
 
 @pytest.fixture(scope="module")
 def spoilt_parquet(tmp_path_factory):
-    """Rows 3 and 5 hold no image; the second row group of three, rows 4 to 7, is good but for 5."""
+    """Parquet file with three row groups; rows 3 and 5 have no image, so the second (rows 4 to 7) lacks only row 5."""
     root = tmp_path_factory.mktemp("spoilt")
     images = [encoded(picture(row)) for row in range(12)]
     images[3], images[5] = b"no image", None
@@ -719,8 +719,8 @@ def test_synthetic_is_deterministic_balanced_and_learnable():
         np.testing.assert_array_equal(splits[name]["label"], again[name]["label"])
         assert np.ptp(np.bincount(splits[name]["label"], minlength=4)) <= 1
     assert sorted(np.concatenate([rows["sample"] for rows in splits.values()]).tolist()) == list(range(100))
-    assert len(pairs(*splits.values())) == len(set(pairs(*splits.values())))  # each image has noise of its own
-    # what the docstring promises: the mean image of a class tells it apart
+    assert len(pairs(*splits.values())) == len(set(pairs(*splits.values())))  # each image has its own noise
+    # the docstring's promise: classes can be distinguished by their mean images
     train, test = splits["train"], splits["test"]
     means = np.stack([train["image"][train["label"] == label].mean(axis=0) for label in range(4)])
     distances = ((test["image"][:, None] - means) ** 2).mean(axis=(2, 3, 4))
@@ -738,7 +738,7 @@ def test_synthetic_images_differ_between_split_seeds():
     assert not set(pairs(first)) & set(pairs(other))
 
 
-# what all sources share
+# all sources
 
 
 def test_fewer_classes_than_found_are_refused():
@@ -764,14 +764,14 @@ def test_digits_can_be_scaled(digits):
     assert larger.info.image_size == 32
     images, small = read_all(larger)["train"]["image"], splits["train"]["image"]
     assert images.shape == (len(small), 32, 32, 1)
-    # bicubic weights sum to 1: blocks of 4x4 are about as bright as the pixels that they were
+    # bicubic weights sum to 1: the mean of a 4x4 block is close to the original pixel
     blocks = images.reshape(-1, 8, 4, 8, 4).mean((2, 4))
     assert np.corrcoef(blocks.ravel(), small.ravel())[0, 1] > 0.95
 
 
 @pytest.fixture
 def own_source():
-    """Register a source for the time of a test."""
+    """Function that registers a source for the duration of a test."""
     names = []
 
     def register(name, source):

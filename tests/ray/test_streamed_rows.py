@@ -1,4 +1,4 @@
-"""Streamed against cached: the same images and labels, whatever the source, the order and the pieces asked for."""
+"""Streamed and cached rows have the same images and labels, for every source, order and size of requests."""
 
 import os
 import time
@@ -44,7 +44,7 @@ LABELS = [number % 3 for number in range(NUM_IMAGES)]
 
 @pytest.fixture(scope="module")
 def roots(tmp_path_factory):
-    """The same images in every layout."""
+    """Directory with the same images in every layout."""
     directory = tmp_path_factory.mktemp("roots")
     write_layouts(directory, IMAGES, LABELS)
     return directory
@@ -52,7 +52,7 @@ def roots(tmp_path_factory):
 
 @pytest.fixture
 def small_units(monkeypatch):
-    """Several units a pipeline, several pipelines a pass, and several stretches a shard, although there is little."""
+    """Reduce sizes: several units per pipeline, pipelines per pass and stretches per shard, despite the few samples."""
     monkeypatch.setattr(stream, "_FIRST_ROWS", 4)
     monkeypatch.setattr(stream, "_UNIT_ROWS", 16)
     monkeypatch.setattr(stream, "_OVERLAP_UNITS", 2)
@@ -68,7 +68,7 @@ def streamed(bundle, split="train", on_bad=never):
 
 
 def assert_same_rows(streams, cached, requests):
-    """Both give the same for every request, asked for in pieces other than those that were announced."""
+    """Assert that both return the same rows; the requests are split differently from the announced ones."""
     announced = np.array_split(np.concatenate(requests), 7)
     with streams.open(request(samples, samples) for samples in announced) as take:
         for samples in requests:
@@ -111,11 +111,11 @@ def test_streamed_rows_are_those_that_are_cached(roots, small_units, name, windo
         assert streams.blocks.sum() == num_train
         order = WindowOrder(5, streams.blocks, 2)
     rng = np.random.default_rng(0)
-    # in the order of an epoch and a half, then in any, one of them longer than the split
+    # in the order of an epoch and a half, then in random order; one request is longer than the split
     requests = [*np.array_split(order.samples(np.arange(num_train * 3 // 2)), 4)]
     requests += [rng.integers(0, num_train, size) for size in (1, 3 * num_train, 2)]
     assert_same_rows(streamed(streams), rows["train"], requests)
-    assert num_test < 4  # less than the first unit
+    assert num_test < 4  # smaller than the first unit
     assert_same_rows(streamed(streams, "test"), rows["test"], [np.arange(num_test), np.arange(num_test)[::-1]])
 
 
@@ -137,7 +137,7 @@ def test_an_image_that_vanished_is_named_and_the_others_stay(tmp_path):
     config = data_config("image_folder", tmp_path, feed="streaming", val_fraction=0, test_fraction=0)
     bundle = build_data(config)
     (tmp_path / "b" / "3.png").unlink()
-    files = [0, 2, 4, 1, 3, 5]  # as they were listed, by class
+    files = [0, 2, 4, 1, 3, 5]  # in the order of the listing, by class
 
     told, samples = [], np.array([0, 4, 5, 4, 1])
     with streamed(bundle, on_bad=told.extend).open(iter([request(samples, samples)])) as take:
@@ -178,7 +178,7 @@ def test_a_shard_that_vanished_costs_its_own_samples_alone_and_each_is_named(tmp
     assert all(bad.where.startswith(f"{shard} ") and "FileNotFoundError" in bad.reason for bad in told)
 
 
-# which feed
+# the choice of the feed
 
 
 @pytest.mark.parametrize(
@@ -277,13 +277,13 @@ def test_a_window_needs_a_source_that_is_read_in_blocks(roots, monkeypatch, in_m
 
 
 def test_few_processes_read_however_many_blocks_are_asked_for():
-    def fetch(block):  # so slowly that others are asked for meanwhile
+    def fetch(block):  # slow, so that other blocks are requested meanwhile
         time.sleep(1)
         return os.getpid()
 
     cache = ray.remote(num_cpus=0)(BlockCache).remote(fetch, 12)
     readers = ray.get(ray.get(cache.refs.remote(list(range(12)))))
-    assert 1 <= len(set(readers)) <= 4  # two for each of this Ray's two CPUs
+    assert 1 <= len(set(readers)) <= 4  # two per CPU of this Ray, which has two
 
 
 @pytest.mark.parametrize("num_cpus", [None, 1])

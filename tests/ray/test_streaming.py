@@ -1,4 +1,4 @@
-"""The streaming feed: it never runs far ahead of its reader, survives what kills its tasks, and begins anywhere."""
+"""The streaming feed never runs far ahead of its reader, survives killed tasks, and starts at any position."""
 
 import os
 import queue
@@ -28,7 +28,7 @@ from ftexp.data.shared import Shared
 from ftexp.job.build import _rows
 from tests.support.processes import wait_until, wait_until_none
 
-SIZE = 24  # so that an image outweighs what comes with it
+SIZE = 24  # so that an image is larger than its metadata
 INFO = DataInfo(["a", "b"], SIZE, 1, [0.0], [1.0], {})
 
 
@@ -37,7 +37,7 @@ pytestmark = pytest.mark.usefixtures("data_ray")
 
 @dataclass(frozen=True)
 class Numbered:
-    """Reads images that show their item's number, and writes down every read, with the process that did it."""
+    """Returns images of their item's number, and records every read with the pid of its process."""
 
     directory: Path
 
@@ -78,7 +78,7 @@ def shown(batch):
 
 
 def settled(count):
-    """The count, once it has stood still for two seconds."""
+    """Return the count once it hasn't changed for two seconds."""
     last, since = count(), time.monotonic()
 
     def has_stood_still():
@@ -96,11 +96,11 @@ def test_what_nobody_takes_is_not_decoded(tmp_path):
     with closing(feed(tmp_path, 100_000, 16, 10**9).from_position(0)) as batches:
         next(batches)
         first = settled(reads.num_reads)
-        for _ in range(60):  # 960 samples: the next tasks are of full size
+        for _ in range(60):  # 960 samples: after these, tasks have full size
             next(batches)
         ahead = settled(reads.num_reads) - 61 * 16
     assert first < 8 * _UNIT_ROWS
-    # two tasks, as much again that waits, what is handed over and what is read; twice where one span meets the next
+    # running and waiting tasks (two each), handed-over and read rows; twice that where two spans meet
     assert ahead < 16 * _UNIT_ROWS
 
 
@@ -117,7 +117,7 @@ def test_a_task_that_is_killed_is_done_again_and_changes_nothing(tmp_path):
 
 
 def test_epochs_follow_one_another_in_one_pipeline_and_it_can_begin_in_any(tmp_path):
-    """Batches over the ends of epochs that are shorter than a task, and than a batch."""
+    """Batches cross the ends of epochs, which are shorter than a task and than a batch."""
     made = feed(tmp_path, 7, 10, 95)
     whole = [(b.start, b.end, b.samples.tolist(), shown(b)) for b in made.from_position(0)]
     assert [(start, end) for start, end, *_ in whole] == [(s, min(s + 10, 95)) for s in range(0, 95, 10)]
@@ -137,7 +137,7 @@ def test_a_pass_that_is_left_ends_its_pipeline(tmp_path):
     next(batches)
     assert pipelines()
     batches.close()
-    wait_until_none(pipelines)  # a thread of the pool may hold the iterator a moment longer
+    wait_until_none(pipelines)  # a thread of the pool may hold the iterator for a moment
 
 
 def test_a_worker_that_finds_no_cpu_to_decode_on_says_so_and_goes_on_when_there_is_one(tmp_path, monkeypatch):
@@ -153,7 +153,7 @@ def test_a_worker_that_finds_no_cpu_to_decode_on_says_so_and_goes_on_when_there_
     rows = _rows(spec, dict.fromkeys(SPLITS, split_of(tmp_path, 40)), channel, group)["train"]
     other = Everything.remote()
     assert ray.get(other.held.remote())
-    wait_until_none(lambda: ray.available_resources().get("CPU", 0))  # it takes a moment until that is known
+    wait_until_none(lambda: ray.available_resources().get("CPU", 0))  # Ray reports it after a moment
     samples = np.arange(40)
     with rows.open(iter([request(samples, samples)])) as take, ThreadPoolExecutor(1) as pool:
         taking = pool.submit(take, samples)

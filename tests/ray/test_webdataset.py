@@ -1,6 +1,6 @@
-"""Tar shards: every image comes with its label out of its place in its shard, and what is spoilt is named.
+"""Tar shards: every image is read with its label from its place in its shard, and corrupt samples are named.
 
-Without Ray Data: entries are read here, by the readers that its tasks are given.
+Without Ray Data: the tests call the readers that its tasks would call.
 """
 
 import tarfile
@@ -22,14 +22,14 @@ pytestmark = pytest.mark.usefixtures("data_ray")
 
 
 def listed(listing, split="train"):
-    """The (pixels, class name) of every item of a listed split, as a sorted list."""
+    """Return the sorted (pixels, class name) of all items of a listed split."""
     labels = listing.labels[split]
     images = [as_image(get(), Fit(SIZE, 3)) for _, get in listing.readers[split](np.arange(len(labels)))]
     return expected_pairs(images, [listing.class_names[label] for label in labels])
 
 
 def write_shards(root, sizes):
-    """Shards of so many samples each; returns (images, labels) of all."""
+    """Write shards with `sizes` samples; return (images, labels) of all."""
     images = [picture(number) for number in range(sum(sizes))]
     labels = [str(number % 3) for number in range(sum(sizes))]
     for shard, part in enumerate(np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1])):
@@ -40,10 +40,10 @@ def write_shards(root, sizes):
 
 @pytest.mark.parametrize("kind", [tarfile.USTAR_FORMAT, tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
 def test_images_and_text_labels_are_those_of_the_shards(tmp_path, monkeypatch, kind):
-    monkeypatch.setattr(module, "_BLOCK_BYTES", 5000)  # several stretches a shard
+    monkeypatch.setattr(module, "_BLOCK_BYTES", 5000)  # several stretches per shard
     names = ["ant", "bee", "cow"]
     images, labels = [picture(number) for number in range(22)], [names[number % 3] for number in range(22)]
-    deep = "folder/" * 20  # longer than a header of the old kind has room for
+    deep = "folder/" * 20  # longer than a USTAR header's name field
     for shard, (start, end) in enumerate([(0, 9), (9, 10), (10, 22)]):
         entries = [("__index__.json", b"{}"), ("readme", b"no sample"), ("folder/.hidden.png", b"no image")]
         for number in range(start, end):
@@ -79,7 +79,7 @@ def test_shards_named_after_splits_are_the_splits_and_numbers_are_labels(tmp_pat
 
 @pytest.fixture
 def incomplete(tmp_path):
-    """Five samples, of which 1 has no label and 3 no image."""
+    """Shard with five samples; sample 1 has no label, sample 3 no image."""
     entries = [entry for number in range(5) for entry in tar_sample(f"{number}", picture(number), number % 2)]
     return write_shard(tmp_path / "a.tar", [entry for entry in entries if entry[0] not in ("1.cls", "3.png")])
 
@@ -164,7 +164,7 @@ def test_a_shard_that_became_shorter_since_it_was_listed_fails_where_it_is_read(
 def test_a_shard_in_a_store_is_listed_as_one_on_disk(tmp_path):
     entries = [entry for number in range(5) for entry in tar_sample(f"{number}", picture(number), f"class {number}")]
     content = write_shard(tmp_path / "a.tar", entries[:-1]).read_bytes()
-    store = SubTreeFileSystem(str(tmp_path), LocalFileSystem())  # not taken for a disk: it is read as a stream
+    store = SubTreeFileSystem(str(tmp_path), LocalFileSystem())  # not recognised as a disk, so it is read as a stream
 
     (on_disk, account_on_disk), (stored, account_stored) = (
         scan_shard(LocalFileSystem(), str(tmp_path / "a.tar")),

@@ -1,1 +1,1 @@
-"""What tests share; no test imports from another test file."""
+"""Helpers shared by tests; no test imports from another test file."""

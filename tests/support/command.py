@@ -1,4 +1,4 @@
-"""The command in a process of its own, and the run directory that it leaves."""
+"""A command in its own process, and its run directory."""
 
 import contextlib
 import json
@@ -13,7 +13,7 @@ from pathlib import Path
 
 DEADLINE_S = 240
 
-# ends as the command does, and tells on standard error which of some modules were imported by then
+# exits as the command does, and prints to standard error which of the given modules were imported by then
 TELL_IMPORTS = """
 import sys
 from ftexp.train import main
@@ -25,7 +25,7 @@ except SystemExit as error:
 print("imported:", sorted({*heavy} & set(sys.modules)), file=sys.stderr)
 sys.exit(code)
 """
-# writes the report of a run or sweep, and prints which of some modules were imported
+# writes the report of a run or sweep, and prints which of the heavy modules were imported
 WRITE_REPORT = """
 import sys
 from ftexp.report.__main__ import main
@@ -38,7 +38,7 @@ print(sorted({"torch", "ray", "timm", "torchvision", "pyarrow", "pandas", "numpy
 class Command:
     """`python -m ftexp.<module> ...` in its own process, watched by its output and its run directory.
 
-    preloaded: of which process it is to be a fork. joins: whether it is to join that one's Ray.
+    preloaded: the process to fork from; None: start Python. joins: whether to join the Ray of `preloaded`.
     """
 
     def __init__(self, module, arguments, directory, preloaded=None, joins=False):
@@ -69,14 +69,14 @@ class Command:
         return "\n".join(self.lines)
 
     def wait_for(self, text):
-        """Return once a line with `text` was printed; fail if the command ends first."""
+        """Wait until a line with `text` is printed; fail if the command ends first."""
         end = time.monotonic() + DEADLINE_S
         while not any(text in line for line in list(self.lines)):
             if self._new.get(timeout=max(0.0, end - time.monotonic())) is None:
                 raise AssertionError(f"ended without printing {text!r}:\n{self.output}")
 
     def wait_until(self, condition):
-        """Return once `condition()` holds; it is asked again on every line, and ten times a second."""
+        """Wait until `condition()` holds; it is called again on every line, and at least ten times a second."""
         end = time.monotonic() + DEADLINE_S
         while not condition():
             assert self.process.poll() is None, f"ended too early:\n{self.output}"
@@ -85,12 +85,13 @@ class Command:
                 self._new.get(timeout=0.1)
 
     def kill_in_own_ray(self, program):
-        """SIGKILL the one process of the Ray of this command's own whose command line begins with a path to `program`,
-        or with that title: they are in the command's directory.
+        """SIGKILL the one process of this command's own Ray whose program or process title begins with `program`.
+
+        Processes of that Ray are recognised by their working directory, which is the command's.
         """
         found = []
         for process in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):  # ended meanwhile
+            with contextlib.suppress(OSError):  # it has exited meanwhile
                 title = (process / "cmdline").read_text().partition("\0")[0]
                 if Path(title).name.startswith(program) and (process / "cwd").readlink() == self._directory:
                     found.append(int(process.name))
@@ -105,7 +106,7 @@ class Command:
 
 
 class RunFolder:
-    """What a run left behind."""
+    """A run directory and its contents."""
 
     def __init__(self, path):
         self.path = Path(path)

@@ -1,4 +1,4 @@
-"""Configs composed as the command composes them."""
+"""Configs composed as in the command."""
 
 import hydra
 

@@ -1,4 +1,4 @@
-"""Lines of events.jsonl held against the schema of events."""
+"""Validation of lines of events.jsonl against the schema of events."""
 
 import dataclasses
 import types
@@ -10,7 +10,7 @@ HEAD = {"time": float, "event": str, "attempt": int, "step": int}
 
 
 def problems(line):
-    """What keeps a line of events.jsonl from being an event of the schema."""
+    """Return how a line of events.jsonl violates the schema of events."""
     if line.get("event") not in EVENTS:
         return [f"{line.get('event')} is no event"]
     kind = EVENTS[line["event"]]

@@ -1,4 +1,4 @@
-"""A small feed over made rows."""
+"""A small feed over generated rows."""
 
 import contextlib
 
@@ -15,12 +15,12 @@ CPU = torch.device("cpu")
 
 
 def mixing_seed(seed, position):
-    """What numpy's generator is seeded with for what is mixed at `position`."""
+    """Return the seed of numpy's generator for mixing at `position`."""
     return derive_seed(derive_seed(seed, 0x6D6978), position) % 2**32
 
 
 class Blocks:
-    """Stands in for a Ray DataIterator: the same iter_batches over blocks that the test gives."""
+    """Replaces a Ray DataIterator: `iter_batches` yields blocks given by the test."""
 
     def __init__(self, *blocks):
         self.blocks = blocks
@@ -36,7 +36,7 @@ def block(samples, size=4, channels=1):
 
 
 class Unreadable:
-    """Rows of which some can't be read, the others as `CachedRows` has them."""
+    """`CachedRows` of which some can't be read."""
 
     def __init__(self, num_samples, unreadable):
         self._rows, self._unreadable = CachedRows(Blocks(block(np.arange(num_samples)))), list(unreadable)

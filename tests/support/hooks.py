@@ -1,4 +1,4 @@
-"""A server that alerts are posted to: it takes them, refuses them, or never answers."""
+"""An HTTP server for alerts: it accepts them, refuses them, or never answers."""
 
 import json
 import threading
@@ -6,7 +6,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class AlertServer:
-    """On loopback. `taken`: the bodies that came to /ok/..., in order; `num_refused`: requests for /refuse/..."""
+    """A server on loopback. `taken`: bodies posted to /ok/..., in order; `num_refused`: requests for /refuse/..."""
 
     def __init__(self):
         self.taken, self.num_refused, self.release = [], 0, threading.Event()

@@ -1,4 +1,4 @@
-"""Small files of images for the tests of sources and feeds, and what was read from them."""
+"""Small image files for the tests of sources and feeds, and functions that read them back."""
 
 import io
 import tarfile
@@ -16,7 +16,7 @@ SIZE = 8
 
 def data_config(name, root=None, channels=3, image_size=SIZE, **values):
     values = {"val_fraction": 0.2, "test_fraction": 0.2} | values
-    if name == "image_list":  # as its group file says
+    if name == "image_list":  # the default of conf/data/image_list.yaml
         values = {"image_column": "path"} | values
     return DataConfig(
         name=name,
@@ -30,7 +30,7 @@ def data_config(name, root=None, channels=3, image_size=SIZE, **values):
 
 
 def read_back(dataset):
-    """All rows of a split, by `sample`."""
+    """Return all rows of a split, ordered by `sample`."""
     batches = list(dataset.iter_batches(batch_size=None, batch_format="numpy"))
     if not batches:
         return {"image": np.empty((0, 0)), "label": np.empty(0, np.int64), "sample": np.empty(0, np.int64)}
@@ -40,7 +40,7 @@ def read_back(dataset):
 
 
 def read_all(bundle):
-    """{split: rows}, after checks that hold for every source."""
+    """Return {split: rows}, after checks that apply to every source."""
     assert tuple(bundle.datasets) == SPLITS
     splits = {name: read_back(dataset) for name, dataset in bundle.datasets.items()}
     info = bundle.info
@@ -57,7 +57,7 @@ def read_all(bundle):
 
 
 def pairs(*row_sets, names=None):
-    """The (pixels, label) of each row as a sorted list, which compares regardless of order."""
+    """Return the sorted (pixels, label) of all rows, for comparisons that ignore the order."""
     found = []
     for rows in row_sets:
         for image, label in zip(rows["image"], rows["label"], strict=True):
@@ -70,7 +70,7 @@ def expected_pairs(images, labels):
 
 
 def picture(seed, channels=3, size=SIZE):
-    """An image like no other."""
+    """Return random pixels."""
     pixels = np.random.default_rng(seed).integers(0, 256, (size, size, channels), dtype=np.uint8)
     return pixels if channels > 1 else pixels[..., 0]
 
@@ -93,7 +93,7 @@ def write_parquet(path, images, labels, row_group_size=None, **columns):
 
 
 def write_shard(path, entries, kind=tarfile.USTAR_FORMAT):
-    """A tar file; `entries`: (name in it, content)."""
+    """Write a tar file; `entries`: (name, content)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w", format=kind) as tar:
         for name, content in entries:
@@ -104,13 +104,13 @@ def write_shard(path, entries, kind=tarfile.USTAR_FORMAT):
 
 
 def tar_sample(name, pixels, label, extension="png", content=None):
-    """The two entries of a shard that make a sample."""
+    """Return the two entries of a sample in a shard: image and label."""
     kind = {"png": "PNG", "bmp": "BMP"}[extension.lower()]
     return [(f"{name}.{extension}", content or encoded(pixels, kind)), (f"{name}.cls", str(label).encode())]
 
 
 def write_layouts(directory, images, labels, as_file=encoded):
-    """The same images in every layout, in a directory named after it; neither shards nor row groups are of one size."""
+    """Write the same images in every layout, each under its name; shards and row groups have different sizes."""
     content, num_images = [as_file(pixels) for pixels in images], len(images)
     for number, png in enumerate(content):
         put(directory / "image_folder" / str(labels[number]) / f"{number:02}.png", png)

@@ -1,4 +1,4 @@
-"""A small job on made data in this process, without Ray."""
+"""A small job on generated data in this process, without Ray."""
 
 import functools
 import math
@@ -69,7 +69,7 @@ RESNET = ModelConfig(name="resnet18")
 
 
 class Lines:
-    """Collects what a worker would send to the driver."""
+    """Replaces a worker's channel: collects the messages to the driver."""
 
     def __init__(self):
         self.sent, self.found = [], {}
@@ -134,9 +134,10 @@ def make_job(
 
 
 def job_of(config, info, num_samples, group=ALONE, attempt=1, teacher=None):
-    """A rank of a run whose classes are dark and light by turns; see `_stored` for those of other tasks.
+    """Return one rank's job, on dark and light images in turns; see `_stored` for the labels of other tasks.
 
-    Taught by a `Teacher`, if one is given. Sharded if the config says so, over torch's process group.
+    With a `Teacher`, the model is distilled from it. With parallel.kind other than ddp, the model is sharded over
+    torch's process group.
     """
     train, augment, size = config.train, config.augment, info.image_size
     batch, precision = train.global_batch_size, train.precision
@@ -205,7 +206,7 @@ def _trained(config, info, group):
 
 
 def _stored(info, labels, pixels):
-    """Labels of the task: of several, the class and the last, that all have; of numbers, how light an image is."""
+    """Return the task's labels. Multi-label: the class and, for all, the last class; regression: the mean pixel."""
     rows = np.arange(len(labels))
     if info.task == MULTI_LABEL:
         classes = np.concatenate([labels % 2, np.full(len(rows), info.num_classes - 1)])
@@ -216,7 +217,7 @@ def _stored(info, labels, pixels):
 
 
 def manager_of(job, directory, states=("progress",)):
-    """Return a manager that saves `job` to a directory, and its store."""
+    """Return a CheckpointManager that saves `job` to a directory, and its store."""
     job.channel.stop_requested = job.channel.save_requested = False
     job.config.checkpoint.extra_state = list(states)
     store = CheckpointStore(Storage.at(str(directory)))
@@ -237,7 +238,7 @@ def train(job):
 
 
 def copied(job):
-    """Weights, buffers, and what the optimiser holds of them, as they are now."""
+    """Return clones of weights, buffers and optimiser state."""
     held = [value for state in job.learner.optimizer.state.values() for value in state.values()]
     return [value.clone() for value in (*job.learner.model.state_dict().values(), *held)]
 

@@ -1,4 +1,4 @@
-"""Keepers without Ray: in this process, as nodes that can be lost."""
+"""Keepers of snapshots without Ray: in this process, on simulated nodes that can be lost."""
 
 from ftexp.checkpoint.memory.keeper import Keeper, KeeperLostError
 

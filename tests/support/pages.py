@@ -1,11 +1,11 @@
-"""A report read back as its text and its parts."""
+"""A parser of reports, for their text, tags and attributes."""
 
 from collections import Counter
 from html.parser import HTMLParser
 
 
 class Page(HTMLParser):
-    """What a browser would make of a page."""
+    """The tags, attributes and text of an HTML page."""
 
     def __init__(self, text):
         super().__init__()
@@ -31,7 +31,7 @@ HOSTILE = [
 
 
 def assert_only_text(page, calm, at_least):
-    """HOSTILE changes nothing of a page but its text, where each is told so often; `calm` holds none of it."""
+    """Assert that HOSTILE changes only the page's text, where each occurs `at_least` times; `calm` has none of it."""
     assert page.tags == calm.tags
     names = Counter((tag, name) for tag, name, _ in page.attributes)
     assert names == Counter((tag, name) for tag, name, _ in calm.attributes)

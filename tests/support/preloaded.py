@@ -1,9 +1,9 @@
-"""Commands, and programs of tests, that begin as forks of a process that has imported everything; and a Ray for them.
+"""Commands and test programs as forks of a process that has imported everything, and a shared Ray for them.
 
-Two thirds of what a command costs are imports and the start of a Ray. `python -m ftexp.<module>` in a fork has neither,
-and is otherwise the command: its own process, environment, directory, output and signals.
+Imports and the start of a Ray are two thirds of a command's cost. `python -m ftexp.<module>` in a fork needs neither.
+Otherwise it is like the command: it has its own process, environment, directory, output and signals.
 
-Run as a script, this file is that fork's program: `preloaded.py <module> <words>`. As `preloaded.py ray`, it holds the
+Run as a script, this file is the fork's program: `preloaded.py <module> <words>`. `preloaded.py ray` runs the shared
 Ray until its standard input ends.
 """
 
@@ -24,18 +24,18 @@ from ftexp.cluster.hot_start import driver
 from ftexp.cluster.hot_start.forker import MARK, MORE
 from tests.support.command import DEADLINE_S
 
-FOLDER = "FTEXP_TESTS_PRELOADED"  # in a fork's environment: where the preloaded process listens
-COMMANDS_IMPORT = "hydra.main,ftexp.cli.compose,ftexp.report.write"  # besides what workers do
-RAYS_WORKERS_IMPORT = "ftexp.evaluation.metric_set"  # as those of a run with metrics do in a Ray of its own
-ROOT = str(Path(__file__).parents[2])  # workers that Ray starts for tests find these there
-NUM_CPUS = 8  # of the shared Ray: for the workers of a run, and what decodes beside them
+FOLDER = "FTEXP_TESTS_PRELOADED"  # environment variable of a fork: the directory with the preloaded process's socket
+COMMANDS_IMPORT = "hydra.main,ftexp.cli.compose,ftexp.report.write"  # in addition to the workers' imports
+RAYS_WORKERS_IMPORT = "ftexp.evaluation.metric_set"  # as workers of a run with metrics do in a Ray of their own
+ROOT = str(Path(__file__).parents[2])  # in the workers' PYTHONPATH, so that they can import the tests
+NUM_CPUS = 8  # of the shared Ray: for a run's workers and its decoding tasks
 
 
 class Preloaded:
-    """The preloaded process, and the Ray that the first command starts which asks for it.
+    """The preloaded process, and the shared Ray, which the first command that needs it starts.
 
-    All workers of pytest-xdist share both, by way of `directory`. Whichever needs one first starts it, and it ends when
-    its standard input does: when no worker holds that open any more.
+    All workers of pytest-xdist share both through files in `directory`. The first worker that needs one of them starts
+    it. It exits when its standard input ends, which is when no worker holds that open any more.
     """
 
     def __init__(self, directory):
@@ -46,7 +46,7 @@ class Preloaded:
         directory.mkdir(exist_ok=True)
         before = dict(os.environ)
         try:
-            os.environ["RAY_AUTH_MODE"] = "token"  # Ray's default where it is started; it is read when Ray is imported
+            os.environ["RAY_AUTH_MODE"] = "token"  # Ray's default in a cluster; read when Ray is imported
             os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [ROOT, before.get("PYTHONPATH")]))
             prepare_environment(Config())
             self.python = self._shared("python", _start_preloader)
@@ -58,10 +58,10 @@ class Preloaded:
         self._settings |= {FOLDER: str(Path(where).parent), MORE: COMMANDS_IMPORT}
 
     def _shared(self, name, start):
-        """Return what `start` returns besides a process, (what, process), or what it returned to another worker."""
+        """Return `what` of `start`'s (what, process), from this worker's call or from that of another worker."""
         kept = self._directory / name
         with self._alone_with(kept):
-            with contextlib.suppress(FileNotFoundError):  # nobody has, or who did has ended
+            with contextlib.suppress(FileNotFoundError):  # not started yet, or the worker that started it has exited
                 standard_input, what = json.loads(kept.read_text())
                 self._held.append(os.open(standard_input, os.O_WRONLY))
                 return what
@@ -78,15 +78,15 @@ class Preloaded:
             yield
 
     def words(self, module):
-        """The words that stand for `python -m ftexp.<module>`."""
+        """Return the command line that replaces `python -m ftexp.<module>`."""
         return [*self.python, __file__, module]
 
     def environment(self):
-        """What a fork is started with."""
+        """Return the environment of a fork."""
         return {**os.environ, **self._settings}
 
     def run(self, program, *words, **environment):
-        """Return what a program of tests.support prints, in a fork; fail if it fails."""
+        """Run a program of tests.support in a fork and return its output; fail if it fails."""
         done = subprocess.run(
             [*self.python, f"{ROOT}/tests/support/{program}.py", *words],
             env={**self.environment(), **environment}, capture_output=True, text=True, timeout=DEADLINE_S, check=False,
@@ -95,17 +95,17 @@ class Preloaded:
         return done.stdout
 
     def runtime_env(self):
-        """Return the runtime_env with which Ray forks its workers, and with which these reach a test's S3 server."""
+        """Return the runtime_env that makes Ray fork its workers; AWS_* gives them access to a test's S3 server."""
         variables = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
         variables["PYTHONPATH"] = self._settings["PYTHONPATH"]
         return {"py_executable": shlex.join(self.python), "env_vars": variables}
 
     def raylet_settings(self):
-        """Have the raylet that is started meanwhile begin workers as forks do, without importing Ray before."""
+        """Return a context in which a started raylet sets up workers by driver._SETUP, without importing Ray first."""
         return ray_private.workers_set_up_by(driver._SETUP)
 
     def joining(self):
-        """(the environment, the overrides) with which a command joins the shared Ray, where all is forked as well."""
+        """Return (environment, overrides) with which a command joins the shared Ray, whose workers are forks too."""
         if self._address is None:
             self._address = self._shared("ray", self._start_ray)
         environment = {"RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps({"runtime_env": self.runtime_env()})}
@@ -117,7 +117,7 @@ class Preloaded:
         return process.stdout.readline().strip(), process
 
     def stop(self):
-        """Need neither any more; wait for the end of what this worker has started, if no other needs that."""
+        """Release both; wait until those that this worker started exit, unless another worker still needs them."""
         for kept, process in self._started.items():
             with self._alone_with(kept):
                 kept.unlink()
@@ -132,14 +132,14 @@ class Preloaded:
 def _start_preloader():
     from ftexp.config.schema import Config
 
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # `nohup pytest` ignores it, and forks would as well
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # `nohup pytest` ignores SIGHUP, and forks would inherit that
     hot_start = driver.HotStart(Config().scaling, num_threads=1)
     signal.signal(signal.SIGHUP, before)
     return hot_start.python(), hot_start._process
 
 
 class Shared(driver.HotStart):
-    """In a fork: the hot start whose preloaded process runs already, and outlives it."""
+    """The HotStart of a fork: uses the preloaded process that already runs, and never stops it."""
 
     def __init__(self, config, num_threads, joins=None, imports=()):
         super().__init__(config, num_threads, joins=True)
@@ -151,7 +151,7 @@ class Shared(driver.HotStart):
 
 
 class ForkedCommand(subprocess.Popen):
-    """In a fork: a command that a drill runs, as a fork as well."""
+    """The subprocess.Popen of a forked drill: its command is a fork too."""
 
     def __init__(self, words, **options):
         python, is_module, module, *overrides = words
@@ -161,13 +161,13 @@ class ForkedCommand(subprocess.Popen):
 
 
 def become(module):
-    """Be the command, whose own workers are forks of the same preloaded process."""
+    """Become the command; its workers are forks of the same preloaded process."""
     if module == "drill":
         subprocess.Popen = ForkedCommand
-    for name in (MARK, MORE):  # of what was forked, not of a command
+    for name in (MARK, MORE):  # variables of a forked worker, not of a command
         os.environ.pop(name, None)
-    sys.stdin = sys.stdout = sys.stderr = None  # the preloaded process's: each command opens what is lacking
-    sys.orig_argv = [sys.executable, "-m", f"ftexp.{module}", *sys.argv[1:]]  # what begins again, where Ray has died
+    sys.stdin = sys.stdout = sys.stderr = None  # they are the preloaded process's: each command opens missing streams
+    sys.orig_argv = [sys.executable, "-m", f"ftexp.{module}", *sys.argv[1:]]  # what a restart executes
     own, driver.HotStart = driver.HotStart, Shared
     for imported in [*sys.modules.values()]:
         if getattr(imported, "HotStart", None) is own:

@@ -1,4 +1,4 @@
-"""Processes that a test started, and waiting for their end; and a process that holds many files open."""
+"""Finding and awaiting processes that a test started, and a context with many open files."""
 
 import contextlib
 import os
@@ -10,7 +10,7 @@ from tests.support.command import DEADLINE_S
 
 
 def descendants_with(text):
-    """Living processes whose environment holds `text`."""
+    """Return the pids of running processes whose environment contains `text`."""
     found = []
     for directory in Path("/proc").glob("[0-9]*"):
         try:
@@ -22,7 +22,7 @@ def descendants_with(text):
 
 
 def wait_until(condition, tell=lambda: "it never came", every_s=0.05, within_s=DEADLINE_S):
-    """Return once `condition()` holds; fail with `tell()` if that takes longer than anything here may."""
+    """Wait until `condition()` holds; fail with the message `tell()` after `within_s`."""
     end = time.monotonic() + within_s
     while not condition():
         assert time.monotonic() < end, tell()
@@ -30,18 +30,18 @@ def wait_until(condition, tell=lambda: "it never came", every_s=0.05, within_s=D
 
 
 def wait_until_none(found):
-    """Return once `found()` is empty."""
+    """Wait until `found()` is empty."""
     wait_until(lambda: not found(), tell=found)
 
 
 def wait_for_command_line(pid, start):
-    """Return once the process's command line begins with `start`: subprocess.Popen returns a moment before that."""
+    """Wait until the process's command line begins with `start`: subprocess.Popen returns a moment before that."""
     wait_until(lambda: Path(f"/proc/{pid}/cmdline").read_bytes().startswith(start), every_s=0.001)
 
 
 @contextlib.contextmanager
 def many_open_files():
-    """Hold so many that what is opened meanwhile is above 1,023, where select.select ends."""
+    """Hold 1,024 open files, so that new descriptors are above 1,023, the limit of select.select."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 4096), hard))
     held = [os.open(os.devnull, os.O_RDONLY) for _ in range(1024)]

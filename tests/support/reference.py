@@ -1,7 +1,7 @@
-"""The run that others, to which something happens, must end as: made once, whichever tests need it.
+"""The undisturbed reference run, trained once for all tests: disturbed runs must end with its state.
 
-OPTIONS are those of the reference and of every run that is compared with it. Its plug-in slows or holds a run on
-request of a file in the directory that the command was started in, and does nothing else.
+OPTIONS are the overrides of the reference and of every run compared with it. The plug-in slows or holds a run if a file
+`slow` or `hold` exists in the directory where the command was started; it does nothing else.
 """
 
 import fcntl
@@ -10,10 +10,10 @@ import os
 from tests.support.command import Command
 
 BATCH = 32
-STEPS = 79  # two epochs of 39.5
+STEPS = 79  # two epochs of 39.5 steps
 SAVE_EVERY = 7
-HELD_AT = 60  # between two saves
-SLOWED_S = 0.3  # a step
+HELD_AT = 60  # between two checkpoints
+SLOWED_S = 0.3  # per step
 
 PLUGIN = f"""
 import time
@@ -57,13 +57,13 @@ EVERY_FEW_STEPS = ["checkpoint.every_epochs=null", f"checkpoint.every_steps={SAV
 
 
 def shared_folder(tmp_path_factory):
-    """The directory that all workers of pytest-xdist have in common."""
+    """Return the directory that all workers of pytest-xdist share."""
     base = tmp_path_factory.getbasetemp()
     return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
 
 def made_once(directory, make):
-    """Have the first that comes `make(directory)`, while others wait for it."""
+    """Call `make(directory)` in the first process to arrive, while the others wait for it."""
     directory.mkdir(exist_ok=True)
     with (directory / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -74,7 +74,7 @@ def made_once(directory, make):
 
 
 def write_pictures(root):
-    """scikit-learn's digits as a directory of images."""
+    """Write scikit-learn's digits as a directory of images."""
     import numpy as np
     from PIL import Image
     from sklearn.datasets import load_digits
@@ -86,13 +86,13 @@ def write_pictures(root):
 
 
 def overrides_of(root):
-    """What trains on the pictures, by either feed."""
+    """Return the overrides that train on the pictures, for either feed."""
     shape = ["data.image_size=8", "data.channels=1", "data.mean=[0.3053]", "data.std=[0.3760]"]
     return ["data=image_folder", f"data.root={root}", "augment=digits", *shape, "data.test_fraction=0.2"]
 
 
 def train_reference(directory, pictures, preloaded):
-    """Train with cached data, and leave the run in the directory."""
+    """Train the reference run `clean` in the directory, with cached data."""
     (directory / "obedient.py").write_text(PLUGIN)
     words = [*OPTIONS, *pictures, f"run.storage={directory}", "run.name=clean", "scaling.num_workers=2"]
     command = Command("train", words, directory, preloaded, joins=True)

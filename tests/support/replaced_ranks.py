@@ -1,7 +1,7 @@
-"""Run by tests/ray/test_replacing.py: ranks train, one is killed in a step and started again, alone.
+"""Program of tests/ray/test_replacing.py: ranks train, one is killed in a step, and only that one is started again.
 
-Arguments: a folder, the number of ranks, the rank that is killed, and the steps in which it is; with a + where it has
-taken the step, and so have the others, but not yet said so.
+Arguments: a directory, the number of ranks, the rank to kill, and the steps in which to kill it. With a +, the kill
+comes after the optimiser's step, which the other ranks have taken too, but before the rank has reported it.
 """
 
 import functools
@@ -72,7 +72,7 @@ def dies_in(job, steps):
 
 
 def train(folder, rank, world, steps):
-    """Train to the end; returns the job."""
+    """Train to the end; return the job."""
     job = job_of(folder, rank, world)
     checkpoints = build_manager(job, CheckpointStore(Storage.at(str(folder)).child("checkpoints")))
     checkpoints.finish = lambda: None
@@ -103,7 +103,7 @@ def comparable(values):
 
 
 def answer(pipe):
-    """Do what Ray's calls of an actor do."""
+    """Answer requests from the pipe, as an actor's methods would."""
     while True:
         name, argument = pipe.recv()
         pipe.send(getattr(MEETING, name)(argument))

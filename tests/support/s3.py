@@ -1,4 +1,4 @@
-"""The address of the S3 server that the tests start."""
+"""URIs on the S3 server that the tests start."""
 
 
 def s3_uri(port, path):

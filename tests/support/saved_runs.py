@@ -1,4 +1,4 @@
-"""Run directories as a trained run leaves them, made without training."""
+"""Run directories like those of a trained run, made without training."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ CHECKPOINT = "step_00000007.a1"
 
 
 def saved_run(directory, *overrides, channels=3, size=8, average=None):
-    """A run whose weights are random, in batch norms too; with one checkpoint, and its `average`."""
+    """Write a run with random weights, including batch norms, and one checkpoint; `average`: its EMA weights."""
     storage = Storage.at(str(directory))
     config = composed("augment=none", *overrides)
     info = DataInfo(CLASSES, size, channels, [0.4] * channels, [0.25] * channels, {"train": 1})
@@ -40,7 +40,7 @@ def saved_run(directory, *overrides, channels=3, size=8, average=None):
 
 
 def random_weights(model):
-    """Nothing of it as it was initialised: a zero or a one would hide a mistake."""
+    """Replace all initial values by random ones: a zero or a one could hide a bug."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, tensor in model.state_dict().items():

@@ -1,10 +1,13 @@
-"""Run by tests/ray/test_sharded_checkpoints.py: processes that share a model save it, and others resume from that.
+"""Program of tests/ray/test_sharded_checkpoints.py: ranks save a sharded model, and other numbers of ranks resume.
 
     python -m tests.support.saving_ranks DIRECTORY_OR_URI
 
-Two save, in shards and as one file. Four find a damaged shard in the newest checkpoint, resume from the one before and
-save; four in two replicas save, each byte once. Three, and one, resume from each of these. Of two, one can't write,
-then one dies while it writes: neither leaves a checkpoint. On an object store, which is slower: two save, three resume.
+- Two ranks save, in shards and as one file.
+- Four ranks reject the newest checkpoint, which has a corrupt shard, resume from the one before and save.
+- Four ranks in two replicas save; each byte is written once.
+- One rank and three ranks resume from these checkpoints.
+- Of two ranks, one can't write, and later one dies while writing: neither leaves a checkpoint.
+- On an object store, which is slower, only two ranks save and three resume.
 """
 
 import functools
@@ -43,7 +46,7 @@ CPU = torch.device("cpu")
 
 @register_state("shadow")
 class Shadow:
-    """Sharded as the model is: what an EMA is."""
+    """A state that is sharded like the model, as an EMA is."""
 
     version = 1
 
@@ -59,7 +62,7 @@ class Shadow:
 
 
 def job_on(rank, sizes, seed):
-    """A job whose model is cut over the last dimension of a mesh of these sizes."""
+    """Return a job whose model is sharded over the last dimension of a mesh of these sizes."""
     world = functools.reduce(lambda one, other: one * other, sizes)
     job = make_job(group=ProcessGroup(rank, world, CPU))
     learner = job.learner
@@ -86,7 +89,7 @@ def train(job, rank):
 
 
 def whole(job, checkpoints):
-    """Everything that a checkpoint of this job would hold, on every rank."""
+    """Return the contents of a checkpoint of this job, gathered on every rank."""
     state = (job.learner.model.state_dict(), job.learner.optimizer.state_dict(), checkpoints._extra.state_dict())
     return dict(zip(FILES, gathered(state, keeps=True), strict=True))
 
@@ -97,7 +100,7 @@ def same(first, second):
 
 
 def saved_whole(rank, where, sizes, into):
-    """As `saved`, gathered by rank 0."""
+    """Train and save as `saved` does, but with checkpoint.format=full, gathered by rank 0."""
     job = job_on(rank, sizes, seed=1)
     job.config.checkpoint.format = "full"
     checkpoints, store = manager_of(job, where, ("progress", "shadow"))
@@ -113,7 +116,7 @@ def saved_whole(rank, where, sizes, into):
 
 
 def saved(rank, where, sizes, into):
-    """Train, save, and leave what was saved in a file."""
+    """Train and save a checkpoint; write the expected contents to the file `into`."""
     job = job_on(rank, sizes, seed=1)
     checkpoints, store = manager_of(job, where, ("progress", "shadow"))
     train(job, rank)
@@ -123,11 +126,11 @@ def saved(rank, where, sizes, into):
         trained.wait()
         return write(name, files)
 
-    if rank:  # so that one rank writes what is trained on, and the other a copy
+    if rank:  # so that one rank writes the trained tensors themselves, and the other a copy
         store.write = late
     checkpoints.save()
     expected = whole(job, checkpoints)
-    train(job, rank)  # none of it reaches what is being written
+    train(job, rank)  # none of it must reach the checkpoint in flight
     trained.set()
     checkpoints.finish()
     if rank == 0:
@@ -155,7 +158,7 @@ def _sharded(expected, part):
 
 
 def resumed(rank, where, sizes, source):
-    """Resume from what was left, whatever saved it; then save again."""
+    """Resume from the newest checkpoint, compare with the file `source`, then train on and roll back."""
     job = job_on(rank, sizes, seed=2)
     job.config.failure.on_nonfinite = "rollback"
     checkpoints, store = manager_of(job, where, ("progress", "shadow"))
@@ -173,7 +176,7 @@ def resumed(rank, where, sizes, source):
 
 def resumed_past_damage(rank, where, sizes, source):
     store = CheckpointStore(Storage.at(where))
-    if rank == 0:  # a newer one, of which a file is damaged that only other ranks read
+    if rank == 0:  # add a newer checkpoint with a corrupt file that only other ranks read
         (older,) = store.manifests(lambda *_: None)
         directory = store.storage.child(older.name)
         files = {name: directory.read_bytes(name) for name in older.files}
@@ -196,7 +199,7 @@ def resumed_past_damage(rank, where, sizes, source):
     checkpoints.save()
     expected = whole(job, checkpoints)
     checkpoints.finish()
-    if rank == 0:  # the run has ended, so that there is a model.pt
+    if rank == 0:  # the run has ended, so there is a model.pt
         torch.save(expected, source)
         newest = store.manifests(lambda *_: None)[0]
         assert MODEL in newest.files
@@ -204,7 +207,7 @@ def resumed_past_damage(rank, where, sizes, source):
 
 
 def failing(rank, where, sizes, _):
-    """One rank's disk is full; then one dies."""
+    """Save with a full disk on one rank; later with a rank that dies while writing."""
     job = job_on(rank, sizes, seed=1)
     checkpoints, store = manager_of(job, where, ("progress", "shadow"))
     write = store.write
@@ -236,7 +239,7 @@ def failing(rank, where, sizes, _):
     with pytest.raises(RuntimeError, match=r"peer|onnection"):
         checkpoints.wait()
     assert [each.step for each in store.candidates(lambda *_: None)] == [1]
-    os._exit(0)  # the barrier that follows would fail here too, perhaps before the other's end is seen
+    os._exit(0)  # the barrier after this function would fail too, perhaps before the other rank's exit is noticed
 
 
 def _as_rank(rank, world, meeting, calls):
@@ -250,7 +253,7 @@ def _as_rank(rank, world, meeting, calls):
 
 
 def together(world, *calls):
-    """Run functions on as many ranks, one after the other: (function, directory, sizes of the mesh, arguments)."""
+    """Run calls on `world` ranks in sequence; a call is (function, directory, sizes of the mesh, *arguments)."""
     torch.multiprocessing.start_processes(
         _as_rank, args=(world, tempfile.mktemp(), calls), nprocs=world, start_method="fork"
     )

@@ -1,4 +1,4 @@
-"""Run by tests/ray/test_sharding.py: ranks train a model under DDP, FSDP2 and its hybrid, and resume."""
+"""Program of tests/ray/test_sharding.py: ranks train a model under DDP, FSDP2 and hybrid FSDP2, and resume."""
 
 import os
 import sys
@@ -31,7 +31,7 @@ SWITCHES = {
     },
     "recomputed": {"clip_grad_value": 0.01, "checkpoint_activations": "every_2", "num_steps": 6},
     "fp16": {"precision": "fp16", "clip_grad_norm": 1.0, "num_steps": 6},
-    # after more steps, what is rounded otherwise is amplified by batch norm over few pixels
+    # few steps: batch norm over few pixels amplifies differences in rounding
     "batch norm": {
         "model": RESNET,
         "num_steps": 3,
@@ -42,7 +42,7 @@ KEPT_AT = 6
 
 
 def job_of(kind, rank, world, num_steps=12, **switches):
-    """A rank's job; the batches are the same whatever the world size."""
+    """Return a rank's job; the batches don't depend on the world size."""
     parallel = ParallelConfig(kind=kind, shard_size=2 if kind == "hsdp" else None)
     group = ProcessGroup(rank, world, CPU)
     job = make_job(**{"model": VIT, **switches}, parallel=parallel, group=group, num_samples=91)
@@ -58,7 +58,7 @@ def job_of(kind, rank, world, num_steps=12, **switches):
 
 
 def state_of(job):
-    """Model, optimiser and EMA, with whole tensors."""
+    """Return the state of model, optimiser and EMA, with whole tensors."""
     learner = job.learner
     parts = [learner.model.state_dict(), learner.optimizer.state_dict()]
     parts += [learner.ema.model.state_dict()] if learner.ema is not None else []
@@ -66,7 +66,7 @@ def state_of(job):
 
 
 def go_on(job):
-    """Train to the end; returns each step's sum of losses, the last metrics, and the state after some steps."""
+    """Train to the end; return the sum of losses after each step, the last metrics, and the state at step KEPT_AT."""
     losses, kept = [], None
     for batch in job.data.feed.from_position(job.progress.position):
         if job.progress.step == KEPT_AT:
@@ -81,7 +81,7 @@ def go_on(job):
 
 
 def tensors_of(state):
-    """The tensors of a state dict, in its order."""
+    """Return the tensors of a nested state dict, in its order."""
     if isinstance(state, torch.Tensor):
         return [state]
     if isinstance(state, dict):
@@ -90,7 +90,7 @@ def tensors_of(state):
 
 
 def compare(rank, world, kinds):
-    """Returns what was trained with all switches on, {kind: (job, metrics, what go_on has kept)}."""
+    """Compare training under `kinds`; return {kind: (job, metrics, state at KEPT_AT)} of the switches "all"."""
     trained = {}
     for name, switches in SWITCHES.items():
         expected = None
@@ -125,7 +125,7 @@ def holds_a_part(job):
 
 
 def resume(rank, world, clean, metrics, kept_at):
-    """Trained on from a step between, every bit is as in the job that was trained without a stop."""
+    """Resume at KEPT_AT and train; the result must be bitwise identical to the uninterrupted job."""
     kept, progress = kept_at
     kind = clean.config.parallel.kind
     resumed = job_of(kind, rank, world, **SWITCHES["all"])
@@ -141,7 +141,7 @@ def resume(rank, world, clean, metrics, kept_at):
 
 
 def skip(rank, world):
-    """A step that isn't finite on one rank changes nothing on any, and the next is as if it had not been."""
+    """A step that is non-finite on one rank changes nothing on any rank, and the next step succeeds."""
     job = job_of("fsdp", rank, world)
     job.config.failure.on_nonfinite = "skip_step"
     batches = list(job.data.feed.from_position(0))
@@ -156,7 +156,7 @@ def skip(rank, world):
 
 
 def run(rank, world):
-    torch.set_num_threads(1)  # by each rank: threads that begin at once break the pool that a fork takes over
+    torch.set_num_threads(1)  # in each rank: threads that start at once break the thread pool inherited by a fork
     dist.init_process_group("gloo", rank=rank, world_size=world, init_method=f"file://{os.environ['MEETING']}{world}")
     if world == 4:
         trained = compare(rank, world, ("ddp", "fsdp", "hsdp"))

@@ -1,7 +1,7 @@
-"""Run by tests/ray/test_sharded_checkpoints.py: processes that share a model go on from snapshots of its shards.
+"""Program of tests/ray/test_sharded_checkpoints.py: ranks resume a sharded model from in-memory snapshots.
 
-Two keep snapshots, each on a node of its own and a copy on the other's. One node is lost: two go on, one of them on a
-node that has nothing; so does one process that holds all of the model.
+Two ranks keep snapshots, each on its own node with a copy on the other's, and resume. Then one node is lost: two ranks
+resume, one of them on a node without a snapshot. So do one rank with the whole model, and three ranks.
 """
 
 import dataclasses
@@ -27,11 +27,11 @@ NODES = "abc"
 
 
 class Server(BaseManager):
-    """A process that has a keeper."""
+    """A server process with a keeper."""
 
 
 class Links:
-    """Reaches the keepers of other processes by sockets in a directory."""
+    """Reaches the keepers of other processes through sockets in a directory."""
 
     def __init__(self, directory, node):
         self._directory, self.node = directory, node
@@ -73,7 +73,7 @@ def manager_on(node, directory, job, attempt, lineage):
 
 
 def keep(rank, directory, sizes, nodes, into):
-    """Train, keep snapshots, and leave what the last but one holds, and the last, in files."""
+    """Train and take snapshots; write the state of each of three complete ones to a file."""
     job, _, checkpoints = manager_on(nodes[rank], directory, job_on(rank, sizes, seed=1), 1, {})
     checkpoints.begin_snapshots()
     taken = []
@@ -92,7 +92,7 @@ def keep(rank, directory, sizes, nodes, into):
 
 
 def go_on(rank, directory, sizes, nodes, into, lineage):
-    """Go on from memory, with what was kept."""
+    """Resume from memory and compare with the file `into`."""
     job, store, checkpoints = manager_on(nodes[rank], directory, job_on(rank, sizes, seed=2), 2, lineage)
     assert restore(job, store, checkpoints) == "memory"
     same(whole(job, checkpoints), torch.load(into, weights_only=True))

@@ -1,4 +1,4 @@
-"""Run by tests/unit/test_stragglers.py: two ranks train, of which one is slow in a part of its steps."""
+"""Program of tests/unit/test_stragglers.py: two ranks train, one of them slow in one section of its steps."""
 
 import os
 import time
@@ -19,10 +19,10 @@ from tests.support.sharded_ranks import job_of
 
 WORLD, NUM_STEPS, SLOW_S = 2, 7, 0.12
 WITH_BUFFERS = ModelConfig(name="test_byobnet")
-CASES = [  # how the model lies on the ranks, the model, the slow rank, and its part
+CASES = [  # parallel.kind, model, slow rank, its slow section
     ("ddp", SMALL_VIT, 1, FORWARD),
     ("ddp", SMALL_VIT, 0, FEED),
-    ("ddp", WITH_BUFFERS, 0, FEED),  # whose buffers the other rank waits for, in its forward pass
+    ("ddp", WITH_BUFFERS, 0, FEED),  # the other rank waits in its forward pass for the buffers of rank 0
     ("fsdp", SMALL_VIT, 1, FORWARD),
 ]
 
@@ -35,12 +35,12 @@ def slowly(batches, part, rank_is_slow):
 
 
 def train(rank):
-    torch.set_num_threads(1)  # by each rank: threads that begin at once break the pool that a fork takes over
+    torch.set_num_threads(1)  # in each rank: threads that start at once break the thread pool inherited by a fork
     dist.init_process_group("gloo", rank=rank, world_size=WORLD, init_method=f"file://{os.environ['MEETING']}")
     for kind, model, slow_rank, part in CASES:
         is_slow = rank == slow_rank
         job = job_of(kind, rank, WORLD, NUM_STEPS, model=model, freeze={"blocks.0": 2} if model is SMALL_VIT else {})
-        job.config.train.log_every_steps = 10  # what counts as few steps; here each is logged
+        job.config.train.log_every_steps = 10  # so that MIN_POINTS points make a straggler; here every step is logged
         ranks = RankTimes(job)
         feed = job.data.feed.from_position(0)
         for batch in job.stopwatch.feeding(slowly(feed, part, is_slow), lambda job=job: job.progress.position):

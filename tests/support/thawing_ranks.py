@@ -1,4 +1,4 @@
-"""Run by tests/unit/test_recipe.py: three ranks train a model whose parts thaw, and go on from a step between."""
+"""Program of tests/unit/test_recipe.py: three ranks train a model whose parts thaw, and resume from a step between."""
 
 import copy
 import os
@@ -39,7 +39,7 @@ def go_on(job):
 
 
 def train(rank):
-    torch.set_num_threads(1)  # by each rank: threads that begin at once break the pool that a fork takes over
+    torch.set_num_threads(1)  # in each rank: threads that start at once break the thread pool inherited by a fork
     dist.init_process_group("gloo", rank=rank, world_size=WORLD, init_method=f"file://{os.environ['MEETING']}")
     clean = rank_of(rank, WORLD)
     kept = go_on(clean)

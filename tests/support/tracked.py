@@ -1,4 +1,4 @@
-"""A run that is followed by trackers, without training."""
+"""A run with trackers, without training."""
 
 import json
 
@@ -35,7 +35,7 @@ def settings(directory, uri, names=ALL, timeout_s=PATIENCE_S):
 
 
 def made(directory, uri, names=ALL, sweep=None, **kwargs):
-    """The trackers of the run in a directory, and its metrics.jsonl."""
+    """Return the trackers of the run in a directory, and its metrics.jsonl."""
     config, run_dir = settings(directory, uri, names, **kwargs), Storage.at(str(directory))
     lines = AppendLog(run_dir, METRICS_FILE)
     run = tracked_run(config, run_dir, run_dir.name, 1e9, sweep)

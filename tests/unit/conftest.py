@@ -1,4 +1,4 @@
-"""What composes faster here than in the command."""
+"""Fixtures that make Hydra compose configs faster than in the command."""
 
 import dataclasses
 import pickle
@@ -17,7 +17,7 @@ from ftexp.config.schema import config_dir
 
 @pytest.fixture(autouse=True)
 def _composing_once(monkeypatch):
-    """Hydra composes all of a config for its `hydra.mode`, and again to run: here only where words give a mode."""
+    """Compose for `hydra.mode` only if an override sets it; otherwise Hydra composes every config twice."""
     get_mode = Hydra.get_mode
 
     def mode(self, config_name, overrides):
@@ -29,14 +29,14 @@ def _composing_once(monkeypatch):
 
 @pytest.fixture(autouse=True, scope="session")
 def _composing_from_memory():
-    """What Hydra makes of the files depends on the words that choose options alone; other words are applied to it.
+    """Compose the files once for each choice of options, and apply the other overrides to the result.
 
-    So it is made once for each choice of options, while these are of the package: a directory of a test's own may
-    change, and so may the config store, which empties the memory.
+    Only the overrides that choose options affect how Hydra composes the files. Nothing is remembered if a test adds its
+    own config directory, which may change; a change of the config store clears everything remembered.
     """
     create, compose = loader.create_defaults_list, loader.ConfigLoaderImpl._compose_config_from_defaults_list
     store, stored, remembered, composed, own = ConfigStore.store, {}, {}, {}, f"file://{config_dir()}"
-    Plugins.instance()  # it imports the sources a second time, under names of its own
+    Plugins.instance()  # it imports the sources a second time, under other names
     source = SourcesRegistry.instance().types["file"]
     read, files = source.load_config, {}
     choices_so_far = defaults_list._create_interpolation_map
@@ -46,10 +46,10 @@ def _composing_from_memory():
             return read(self, config_path)
         if config_path not in files:
             files[config_path] = pickle.dumps(read(self, config_path))
-        return pickle.loads(files[config_path])  # what is composed of it changes it
+        return pickle.loads(files[config_path])  # composing changes the loaded object
 
     def where_asked_for(overrides, defaults, self_added):
-        """Return the choices so far, a config that Hydra makes for each file, where a name in `defaults` needs it."""
+        """Return the choices so far only if a name in `defaults` needs them: Hydra builds them for every file."""
         is_needed = any(not default.is_self() and default.is_interpolation() for default in defaults)
         return choices_so_far(overrides, defaults, self_added) if is_needed else None
 
@@ -71,7 +71,7 @@ def _composing_from_memory():
         return pickle.loads(composed[id(defaults)][0])
 
     def store_and_forget(self, name, node, group=None, **kwargs):
-        if stored.get((group, name)) != (node, kwargs):  # a sweep stores the same each time
+        if stored.get((group, name)) != (node, kwargs):  # a sweep stores the same node each time
             stored[group, name] = node, kwargs
             remembered.clear()
             composed.clear()

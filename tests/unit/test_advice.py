@@ -1,4 +1,4 @@
-"""The driver's advice to a run whose cluster changes, on nodes that the test makes up."""
+"""The driver's advice to a run whose cluster changes, on simulated nodes."""
 
 import functools
 import threading
@@ -18,7 +18,7 @@ wait_soon = functools.partial(wait_until, every_s=0.005, within_s=20)
 
 
 class Hub:
-    """Keeps what it is given."""
+    """Records events and broadcasts."""
 
     def __init__(self):
         self.events, self.told = [], []
@@ -32,7 +32,7 @@ class Hub:
 
 @pytest.fixture
 def cluster(monkeypatch):
-    """Nodes of one worker each, by id; and those that were warmed, with the runtime env."""
+    """Simulated nodes with room for one worker each, by id; and the warmed nodes, with the runtime env."""
     nodes, warmed, looks = {"first"}, [], []
 
     def num_possible(workers, living):
@@ -40,7 +40,7 @@ def cluster(monkeypatch):
         return min(len(living), workers.max_workers)
 
     def looked_at():
-        """Wait until the advice has taken in the nodes as they are."""
+        """Wait until the advice has seen the current nodes."""
         before = len(looks)
         wait_soon(lambda: len(looks) >= before + 3)
 
@@ -53,7 +53,7 @@ def cluster(monkeypatch):
 
 @pytest.fixture
 def advise():
-    """Advise a run with this many workers and this runtime env on the first node; return its hub."""
+    """Function that advises a run with this many workers and this runtime env on the first node; returns its hub."""
     begun = []
 
     def begin(num_workers, runtime_env):

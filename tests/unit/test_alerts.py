@@ -1,4 +1,4 @@
-"""Alerts: when there is one, and how it is sent: once, from a thread, without its URL written anywhere."""
+"""Alerts: their conditions, and their delivery: once, from a thread, without their URL in any file."""
 
 import dataclasses
 import sys
@@ -51,14 +51,14 @@ def test_a_runs_end_is_an_alert_unless_somebody_stopped_it():
 def test_only_the_first_recovery_beyond_the_limit_is_an_alert():
     state = RunState(name="first")
     watched = rules(state, max_recoveries=1)
-    assert watched.after(READY) is None  # the run begins
+    assert watched.after(READY) is None  # the start of the run
     found = []
     for cause in ("crash", "hang", "crash"):
         state.failures.append(failed(cause))
         found.append(watched.after(READY))
     assert [kind(alert) for alert in found] == [None, "recoveries", None]
     assert found[1].text == "recovered 2 times, more than notify.max_recoveries=1: crash, hang"
-    assert rules(state, max_recoveries=1).after(READY) is None  # of another invocation
+    assert rules(state, max_recoveries=1).after(READY) is None  # failures of another invocation
     assert rules(RunState(name="a", failures=[failed()]), max_recoveries=None).after(READY) is None
 
 
@@ -90,7 +90,7 @@ def test_a_run_without_new_steps_is_an_alert_once_until_there_is_one():
     assert watched.at(110.0) is None
     alert = watched.at(110.5)
     assert (alert.kind, alert.text) == ("no_progress", "no new step for 10 s, since step 5")
-    state.step = 3  # done again: no progress
+    state.step = 3  # a replayed step is no progress
     assert watched.at(200.0) is None
     state.farthest_step = 6
     assert watched.at(201.0) is None
@@ -106,7 +106,7 @@ def server():
 
 
 class Told:
-    """Collects the events that a mailbox tells."""
+    """Collects the events that a mailbox reports."""
 
     def __init__(self):
         self.events, self._changed = [], threading.Condition()
@@ -158,7 +158,7 @@ def test_each_alert_is_sent_once_to_each_url_and_what_becomes_of_it_is_recorded(
     alerts.follow(record)
     record.event(events.CheckpointFailed(4, "s3://key:word@bucket is full"))
     end = time.monotonic() + PATIENCE_S
-    while len(server.taken) < 2 and time.monotonic() < end:  # the save, and no new step
+    while len(server.taken) < 2 and time.monotonic() < end:  # the alerts on the checkpoint and on no new step
         time.sleep(0.01)
     record.close("finished")
     alerts.close(warned.append)

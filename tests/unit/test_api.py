@@ -1,4 +1,4 @@
-"""What notebooks call: nothing of Hydra's, of signals or of the environment changes, and models see what runs saw."""
+"""ftexp.api: Hydra, signals and the environment stay unchanged, and models get the same input as in their runs."""
 
 import io
 import os

@@ -1,4 +1,4 @@
-"""Augmentation: a function of (seed, position), and nothing a human would call another image."""
+"""Augmentation: a function of (seed, position) that keeps an image recognisable."""
 
 import numpy as np
 import pytest
@@ -67,7 +67,7 @@ def test_brightness_scales_a_whole_image_and_stays_in_range():
     assert bright[:, 0, 0, 0].std() > 0.05
 
 
-# every word that augment.rand_augment takes, and the recipes' own
+# every parameter of augment.rand_augment, and the strings of the recipes
 RAND_AUGMENTS = [
     *("rand-m9-mstd0.5-inc1", "rand-m7-mstd0.5-inc1", "rand-m10-mstd101-inc1", "rand-m15-mstd0.5-mmax20-inc1"),
     *("rand-m12-n3", "rand-m9-p0.3-inc0", "rand-m9-mstd0.5-inc1-tweights", "rand-m9-n3-mstd0.5-t3a", "rand-m9-t3aw"),

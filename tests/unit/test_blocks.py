@@ -1,4 +1,4 @@
-"""Blocks: each is read once while it is held, and every item comes out of the block that it is in."""
+"""Blocks: each is read once while it is held, and every item is read from its own block."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from ftexp.data.sources.blocks import BlockCache, BlockReader
 
 
 class Remote:
-    """Stands in for Ray's tasks: runs them at once, and a reference is what they gave."""
+    """Replaces Ray's tasks: runs them at once, and a reference is their result."""
 
     def __init__(self, function):
         self._function = function
@@ -21,7 +21,7 @@ class Remote:
 
 @pytest.fixture
 def reads(monkeypatch):
-    """The blocks that a BlockCache reads, in order."""
+    """List of the blocks that a BlockCache reads, in order."""
     monkeypatch.setattr(blocks.ray, "remote", lambda **_: Remote)
     return []
 
@@ -47,7 +47,7 @@ def test_the_block_that_was_not_asked_for_for_longest_is_dropped(reads):
     held = cache(reads, 3)
     held.refs([0, 1, 2])
     held.refs([0])
-    held.refs([3])  # drops 1, which is the oldest now
+    held.refs([3])  # drops 1, the least recently requested
     held.refs([0, 2, 3])
     assert reads == [0, 1, 2, 3]
     held.refs([1])
@@ -61,14 +61,14 @@ def test_all_blocks_of_one_request_are_held_even_where_they_are_more_than_the_ca
     assert reads == [0, 1, 2, 3]
     held.refs([1, 2])
     held.refs([3])
-    assert reads == [0, 1, 2, 3, 3]  # it holds two again
+    assert reads == [0, 1, 2, 3, 3]  # the capacity is two again
 
 
 def test_a_forgotten_block_is_read_again(reads):
     held = cache(reads, 3)
     held.refs([0, 1])
     held.forget(1)
-    held.forget(7)  # which isn't held
+    held.forget(7)  # it isn't held
     held.refs([0, 1])
     assert reads == [0, 1, 1]
 
@@ -80,7 +80,7 @@ def test_what_keeps_a_block_from_being_read_is_a_value(reads):
 
 
 class Numbers:
-    """Blocks of whole numbers: item i is i. One block may be torn."""
+    """Blocks of integers: item i is i. The block `torn` can't be read."""
 
     def __init__(self, sizes, torn=None):
         self.firsts, self.torn, self.fetched = np.cumsum(sizes) - sizes, torn, []

@@ -1,6 +1,6 @@
-"""The two feeds against each other and the order: whatever the sizes, every position once, and the same bits.
+"""Both feeds give every position once, in the order, with the same bits, whatever the sizes.
 
-Without Ray: cached rows lie in blocks of any sizes; streamed ones are decoded here, by the stage that Ray Data runs.
+Without Ray: cached rows are in blocks of any sizes; streamed ones are decoded here, by the stage that Ray Data runs.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ AUGMENT = AugmentConfig(pad_px=1, hflip=0.5, brightness=0.3)
 
 @pytest.fixture(scope="module", autouse=True)
 def small_tasks():
-    """Several units a pipeline and several pipelines a pass, although there is little."""
+    """Reduce sizes: several units per pipeline and pipelines per pass, despite the few samples."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (("_FIRST_ROWS", 3), ("_UNIT_ROWS", 16), ("_OVERLAP_UNITS", 1), ("_SPAN_UNITS", 3)):
             patch.setattr(stream, name, value)
@@ -45,7 +45,7 @@ def image(sample):
 
 
 class DecodedHere(StreamedRows):
-    """Streamed rows whose pipelines are loops."""
+    """Streamed rows whose pipelines are loops in this process."""
 
     def _start(self, span):
         decode = Decode(self._split, Fit(SIZE, 1), self._augment)
@@ -100,7 +100,7 @@ sizes_of_blocks = st.lists(st.integers(1, 9), min_size=1, max_size=6)
 )  # a batch of 3.3 epochs
 @example(
     blocks=[9, 8], batch=5, epochs=3, world=3, accumulate=1, window=2, repeats=3, steps_done=3
-)  # 3.4 steps an epoch
+)  # 3.4 steps per epoch
 @example(
     blocks=[3], batch=2, epochs=1, world=4, accumulate=1, window=None, repeats=1, steps_done=0
 )  # more workers than samples
@@ -138,11 +138,11 @@ def test_every_position_comes_once_from_both_feeds_with_the_same_bits(
             counted |= dict(zip(ours.positions.tolist(), ours.samples.tolist(), strict=True))
     assert counted == dict(zip(range(begin, total), order.samples(np.arange(begin, total)).tolist(), strict=True))
     assert sorted(weight_of_step) == list(range(begin, total, batch))
-    assert list(weight_of_step.values()) == pytest.approx([world] * len(weight_of_step))  # DDP divides by it
+    assert list(weight_of_step.values()) == pytest.approx([world] * len(weight_of_step))  # DDP divides by `world`
 
 
 @given(blocks=sizes_of_blocks, batch=st.integers(1, 40), world=st.integers(1, 5))
-@example(blocks=[2, 1], batch=2, world=5)  # some ranks have nothing to evaluate
+@example(blocks=[2, 1], batch=2, world=5)  # some ranks have no samples to evaluate
 @settings(max_examples=25)
 def test_evaluation_sees_each_sample_once_by_both_feeds(blocks, batch, world):
     sizes = np.array(blocks)

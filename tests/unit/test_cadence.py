@@ -1,4 +1,4 @@
-"""When a save is due: alike on every rank, never late by much, never piling up, and seldom asking the clock."""
+"""When a checkpoint is due: the same on every rank, never much too late, never queued up, with few clock agreements."""
 
 import pytest
 from hypothesis import given
@@ -9,11 +9,11 @@ from ftexp.config.schema import CheckpointConfig
 
 
 class Rank:
-    """One rank's cadence, its clock, and what it was told to agree on."""
+    """One rank's cadence, its clock, and the values on which it agreed."""
 
     def __init__(self, agree=None, start=100.0, requests=None, **config):
         self.now, self.asked = start, []
-        self.reasons = []  # of each save
+        self.reasons = []  # of each checkpoint
         self._agree = agree or (lambda value: value)
         everything = {"every_epochs": None, **config}
         self.cadence = Cadence(CheckpointConfig(**everything), self.agree, lambda: self.now, **(requests or {}))
@@ -23,7 +23,7 @@ class Rank:
         return self._agree(value)
 
     def step(self, step, epoch=0, epoch_ended=False, finished=False, busy=False, evaluated=False, seconds=1.0):
-        """Take a step, and begin a save if it is due; returns whether it was."""
+        """Take a step and save if a checkpoint is due; return whether it was."""
         self.now += seconds
         due = self.cadence.due(step, epoch, epoch_ended, finished, busy, evaluated)
         if due:
@@ -43,7 +43,7 @@ def test_a_save_is_due_every_so_many_steps(every_steps, expected):
 
 def test_a_save_is_due_every_so_many_epochs():
     rank = Rank(every_epochs=2)
-    # four steps an epoch; `epoch` counts those that are done
+    # four steps per epoch; `epoch` counts completed epochs
     done = [step for step in range(1, 25) if rank.step(step, step // 4, epoch_ended=step % 4 == 0)]
     assert done == [8, 16, 24]
 
@@ -70,7 +70,7 @@ def test_a_save_says_why_it_was_due():
     assert rank.step(6, 1, epoch_ended=True)
     wanted.add("save_requested")
     assert not rank.step(7, busy=True)
-    assert rank.step(8)  # that of step 7 was put off
+    assert rank.step(8)  # the checkpoint of step 7 was postponed
     wanted.add("machine_goes")
     assert rank.step(9)
     assert not rank.step(10)
@@ -82,7 +82,7 @@ def test_a_save_says_why_it_was_due():
         *(["every_steps"], ["every_epochs"], ["requested", "every_steps"], ["preemption"], ["every_seconds"]),
         *(["stop"], ["end"]),
     ]
-    follower = Rank(agree=lambda _: 0)  # it only knows that rank 0 has a reason
+    follower = Rank(agree=lambda _: 0)  # it only learns that rank 0 has a reason
     assert follower.step(1)
 
 
@@ -121,13 +121,13 @@ def test_a_request_to_stop_makes_a_save_within_about_a_second_and_is_agreed_on()
 def test_a_save_is_due_once_the_seconds_are_over_since_the_last_began():
     assert saves(Rank(every_seconds=10), range(1, 36)) == [10, 20, 30]
     rank = Rank(every_seconds=10, every_steps=15)
-    assert saves(rank, range(1, 50)) == [10, 15, 25, 30, 40, 45]  # any save starts the count again
+    assert saves(rank, range(1, 50)) == [10, 15, 25, 30, 40, 45]  # every checkpoint restarts the count
 
 
 def test_a_busy_writer_puts_the_save_off_to_the_next_free_step():
     rank = Rank(every_steps=4)
     done = [step for step in range(1, 21) if rank.step(step, busy=4 <= step <= 14)]
-    assert done == [15, 16, 20]  # three fell due in the meantime, and one save is for them all
+    assert done == [15, 16, 20]  # three became due meanwhile; one checkpoint covers them all
 
 
 def test_a_busy_writer_puts_a_save_by_the_clock_off_too():
@@ -159,7 +159,7 @@ def test_a_step_that_was_restored_or_just_saved_is_not_saved_again():
 
 def test_a_restored_run_counts_its_seconds_from_the_restore():
     rank = Rank(every_seconds=10)
-    rank.now += 1000  # loading took its time
+    rank.now += 1000  # the restore took long
     rank.cadence.saved(500)
     assert saves(rank, range(501, 530)) == [510, 520]
 
@@ -167,7 +167,7 @@ def test_a_restored_run_counts_its_seconds_from_the_restore():
 def test_the_clock_is_asked_about_once_a_second_however_many_steps_there_are():
     rank = Rank(every_seconds=100)
     assert saves(rank, range(1, 30_001), seconds=1 / 128) == [12_800, 25_600]
-    # and a few times more as the save comes near, and once for whether the writer is busy
+    # and a few times more as the checkpoint approaches, and once about a busy writer
     assert len(rank.asked) <= 30_000 / 128 * 1.3 + 2 * 12
 
 
@@ -222,7 +222,7 @@ def test_ranks_with_other_clocks_and_other_writers_decide_alike_and_ask_at_the_s
         return value
 
     leader = Rank(first, **config)
-    # a collective: who asks when rank 0 doesn't, or doesn't when it does, hangs the run
+    # asking is a collective: a rank that asks at other steps than rank 0 hangs the run
     follower = Rank(lambda value: answers.pop(0), start=offset, **config)
     for step, (taken, taken_there, busy, busy_there) in enumerate(steps, start=1):
         when = {"epoch": step // 7, "epoch_ended": step % 7 == 0, "finished": step == len(steps)}

@@ -1,4 +1,4 @@
-"""Causes: the failure that began it, told from those that followed. The errors are those of real failures."""
+"""Causes: the original failure is distinguished from its consequences. The errors are from real failures."""
 
 import datetime
 import errno
@@ -41,7 +41,7 @@ from ftexp.wire.messages import Begin, GroupFailed, Hung, Retry, Stop
 
 DIED = WorkerHealthCheckFailedError("A worker health check failed.", ray.exceptions.ActorDiedError())
 PREEMPTED = WorkerHealthCheckFailedError("A worker health check failed.", ray.exceptions.RayActorError(preempted=True))
-# gloo, when the other rank was killed in the middle of an all-reduce
+# gloo's error when the other rank is killed during an all-reduce
 ECHO = RuntimeError(
     "[/__w/pytorch/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:545] Read error [127.0.0.1]:34444: Connection "
     "reset by peer. This is typically caused by a remote worker hanging or bugs in the application. Check the logs of "
@@ -64,7 +64,7 @@ BUG_ERROR = RuntimeError("mat1 and mat2 shapes cannot be multiplied (32x128 and 
         ({0: ECHO, 1: RuntimeError("x")}, CRASH, 1),
         ({0: DIED, 1: PREEMPTED}, PREEMPTION, 1),
         ({0: BUG_ERROR, 1: NonFiniteError("3 losses were NaN")}, NON_FINITE, 1),
-        ({0: ECHO}, CRASH, None),  # the dead rank itself wasn't polled yet
+        ({0: ECHO}, CRASH, None),  # the dead rank itself had not been polled yet
         ({}, CRASH, None),
     ],
 )
@@ -86,7 +86,7 @@ def write_to_a_full_disk():
         stream.write(b"x")
 
 
-# what a person's own model or data gets wrong, and what goes wrong around it
+# errors in a user's model or data, and errors of their surroundings
 REAL = {
     "shapes of a product": (lambda: torch.ones(2, 3) @ torch.ones(4, 5), BUG),
     "shapes of a sum": (lambda: torch.ones(3) + torch.ones(4), BUG),
@@ -173,7 +173,7 @@ def test_what_is_known_of_an_error_is_told(error, kind, ending):
     assert (cause.kind, cause.rank, cause.ending) == (kind, 1, ending)
 
 
-# rank 1 ends; rank 0 says what its collective raised of it
+# rank 1 exits; rank 0 prints the resulting error of its collective
 RANK = """
     import datetime, os, sys
     import torch, torch.distributed as dist
@@ -215,7 +215,7 @@ def test_what_gloo_says_of_another_rank_is_not_taken_for_its_cause(tmp_path, how
     assert (with_other.kind, with_other.rank) == (BUG, 1)
 
 
-# rank 0's store, which every rank asks when groups are made
+# rank 0's store, which every rank uses to create groups
 STORE = """
     import sys
     from torch.distributed import TCPStore
@@ -249,7 +249,7 @@ IN_STEP, BETWEEN = hung(STEP, 3.2), hung("between steps", 4.0)
 @pytest.mark.parametrize(
     ("found", "rank"),
     [
-        ({0: IN_STEP, 1: BETWEEN}, 1),  # rank 0 waits for it in an all-reduce
+        ({0: IN_STEP, 1: BETWEEN}, 1),  # rank 0 waits for rank 1 in an all-reduce
         ({1: BETWEEN, 0: IN_STEP}, 1),
         ({2: IN_STEP, 1: IN_STEP}, 1),
         ({3: hung(EVALUATION, 9.0), 2: IN_STEP}, 3),
@@ -266,8 +266,8 @@ def test_of_ranks_that_stood_still_the_one_that_does_not_wait_for_another_is_bla
 def test_nobody_is_blamed_for_standing_still_who_did_not_or_where_something_was_raised():
     died, raised = find_cause({0: DIED}), find_cause({0: ECHO, 1: BUG_ERROR})
     assert as_hang(died, {}) == died
-    assert as_hang(raised, {0: IN_STEP}) == raised  # rank 0 waited for what rank 1 raised
-    lost = find_cause({0: ECHO})  # the hung rank has killed itself, and wasn't polled yet
+    assert as_hang(raised, {0: IN_STEP}) == raised  # rank 0 waited for rank 1, which had raised an error
+    lost = find_cause({0: ECHO})  # the hung rank has killed itself, and had not been polled yet
     assert (as_hang(lost, {1: BETWEEN}).kind, as_hang(lost, {1: BETWEEN}).rank) == (HANG, 1)
 
 
@@ -281,7 +281,7 @@ def test_a_process_that_is_known_to_have_died_is_told_instead_of_what_followed()
         assert as_death(other, 1) == other
 
 
-# as CUDA and NCCL word them, in reports of users; no GPU was at hand
+# messages of CUDA and NCCL from reports of users; no GPU was available
 CUDA = "CUDA kernel errors might be asynchronously reported.\nCompile with `TORCH_USE_CUDA_DSA` to enable assertions."
 NCCL = "NCCL error in: ProcessGroupNCCL.cpp:3356, {}, NCCL version 2.27.5\n{}\nLast error:\n{}"
 
@@ -326,7 +326,7 @@ def test_the_error_is_one_line_that_says_what_happened():
 
 
 def reported(answer, monkeypatch):
-    """(what the driver was told, seconds slept) of one failure that the driver answers so."""
+    """Report one failure to a driver that returns `answer`; return (messages to the driver, seconds slept)."""
     told, slept = [], []
     monkeypatch.setattr("ftexp.failure.reporter.time.sleep", slept.append)
 
@@ -360,7 +360,7 @@ def test_the_controller_ends_the_run_if_the_driver_decides_nothing(monkeypatch, 
 
 
 def test_a_controller_without_a_driver_ends_the_run_too():
-    with socket.socket() as taken:  # bound, and nobody listens
+    with socket.socket() as taken:  # bound, but not listening
         taken.bind(("127.0.0.1", 0))
         address = HubAddress("127.0.0.1", taken.getsockname()[1], "token")
         with pytest.raises(StopRun, match=r"no decision from the driver: .+"):

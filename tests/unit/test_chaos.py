@@ -1,4 +1,4 @@
-"""Chaos: what goes wrong is planned, the same for everyone, and happens once in a run."""
+"""Chaos: faults are planned, the same on all ranks, and occur once per run."""
 
 import importlib
 import json
@@ -79,7 +79,7 @@ def test_random_faults_follow_from_the_config_alone(seed, rate, kinds, total):
     assert [fault.step for fault in faults] == sorted({fault.step for fault in faults})
     assert all(1 <= fault.step < total and fault.kind in kinds for fault in faults)
     assert len({fault.name for fault in faults}) == len(faults)
-    # a longer run has the same beginning
+    # the faults of a longer run begin with the same ones
     assert planned_faults(config, 2 * total)[: len(faults)] == faults
 
 
@@ -150,7 +150,7 @@ def test_a_damage_that_is_none_is_a_bug():
 
 
 class Run:
-    """One attempt's worker, without Ray: what Chaos touches of it."""
+    """The parts of one attempt's worker that Chaos uses, without Ray."""
 
     def __init__(self, directory, rank=0, world_size=2, total_steps=10, **config):
         self.sent, self.waited, self.killed = [], 0, []
@@ -186,7 +186,7 @@ def test_an_exception_is_raised_once_in_a_run_and_told_before(tmp_path):
         run.reach(3)
     assert run.sent == [Happened(events.Chaos("raise", 0, 3)), "flushed"]
     assert run.run_dir.child(CHAOS).list_files() == ["00-raise"]
-    again = Run(tmp_path, kind="raise", step=3)  # the next attempt does the step again
+    again = Run(tmp_path, kind="raise", step=3)  # the next attempt replays the step
     again.reach(3)
     run.reach(3)
     assert again.sent == []
@@ -333,7 +333,7 @@ def test_damage_hits_the_newest_checkpoints_once_they_are_written_and_then_kills
     run = Run(tmp_path, kind=kind, step=35, count=count, total_steps=100)
     monkeypatch.setattr(chaos.os, "kill", lambda pid, number: run.killed.append((pid, number)))
     names = [save(run.store, step) for step in (10, 20)]
-    monkeypatch.setattr(run, "wait", lambda: names.append(save(run.store, 30)))  # a save was in flight
+    monkeypatch.setattr(run, "wait", lambda: names.append(save(run.store, 30)))  # a checkpoint was in flight
     run.reach(35)
     assert run.sent[0].event.damaged == names[::-1][:count]
     assert run.killed == [(chaos.os.getpid(), chaos.signal.SIGKILL)]
@@ -349,7 +349,7 @@ def test_killing_a_worker_waits_for_no_save(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["kill_driver", "half_snapshot"])
 def test_the_driver_is_asked_to_kill_itself(tmp_path, monkeypatch, kind):
-    monkeypatch.setattr(chaos.time, "sleep", lambda seconds: None)  # the driver's death would end it
+    monkeypatch.setattr(chaos.time, "sleep", lambda seconds: None)  # the driver's death would end the sleep
     run = Run(tmp_path, kind=kind, step=4)
     run.run_dir.write_bytes(chaos.ray_private.SNAPSHOT, b"0123456789")
     run.reach(4)

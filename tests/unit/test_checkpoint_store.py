@@ -1,4 +1,4 @@
-"""The store: a checkpoint counts when it is whole, and the newest whole one is found whatever happened."""
+"""The store: incomplete and corrupt checkpoints are rejected, and the newest good one is always found."""
 
 import contextlib
 import dataclasses
@@ -31,7 +31,7 @@ CONTENT = {name: name.encode() * 50 for name in FILES}
 
 
 def writing(content):
-    """A writer of bytes that are there already."""
+    """Return a function that writes these bytes to a stream."""
     return lambda stream: stream.write(content)
 
 
@@ -57,7 +57,7 @@ def manifest(step, attempt=1, **changes):
 
 
 def files_under(directory):
-    """{path: content} of everything in a directory, hidden or not."""
+    """Return {path: content} of all files in a directory, including hidden ones."""
     return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
@@ -226,7 +226,7 @@ CHAOS_REASON = {
     "truncate_checkpoint": f"model.pt has {len(CONTENT['model.pt']) // 2} bytes, not {len(CONTENT['model.pt'])}",
     "flip_byte": "optimizer.pt differs from its BLAKE3",
     "delete_manifest": "it has no manifest",
-    "delete_checkpoint": None,  # nothing is left that could be rejected
+    "delete_checkpoint": None,  # no directory is left to reject
 }
 
 
@@ -241,7 +241,7 @@ def test_no_damage_that_chaos_does_gets_past_verification(store, kind, num_damag
     found = store.latest(rejected.__setitem__)
     assert (found, store.read(found)) == (saved[2 - num_damaged], CONTENT)
     assert rejected == ({one.name: CHAOS_REASON[kind] for one in damaged} if CHAOS_REASON[kind] else {})
-    if kind != "delete_manifest":  # a manifest that was read before tells what should be there
+    if kind != "delete_manifest":  # a manifest that was read earlier lists the expected files
         for one in damaged:
             for check in (store.verify, store.read):
                 with pytest.raises(CheckpointError, match=r"\.pt (has|differs|can't be read)"):
@@ -262,13 +262,13 @@ def test_a_half_written_checkpoint_is_not_seen(store):
     half.mkdir()
     (half / "model.pt").write_bytes(b"half")
     assert store.latest(never).step == 10
-    store.save(manifest(20), WRITERS)  # the same name again, over what the dead process left
+    store.save(manifest(20), WRITERS)  # the same name again, over the files of the dead process
     assert store.latest(never).step == 20
     assert not half.exists()
 
 
 def losing_a_byte(writing):
-    """A disk that says it has written model.pt, and hasn't quite."""
+    """Return a `writing` that silently loses the last byte of model.pt."""
 
     @contextlib.contextmanager
     def write(self, name):
@@ -297,7 +297,7 @@ def test_a_save_that_read_back_wrong_can_be_tried_again(store, monkeypatch):
 
 
 class Full:
-    """A file on a disk that has room for so many bytes more."""
+    """A file on a disk with `room` bytes left."""
 
     def __init__(self, stream, room):
         self.stream, self.room = stream, room
@@ -362,11 +362,11 @@ def test_a_write_that_fails_on_an_object_store_leaves_nothing_that_counts(memory
         store.save(manifest(20), {**WRITERS, "optimizer.pt": on_a_full_disk(writing(b"x" * 1001))})
     assert store.latest(never) == saved
     assert store.storage.list_directories() == ["step_00000010.a1"]
-    store.storage.child("step_00000020.a1").write_bytes("model.pt", b"half")  # of a process that died
+    store.storage.child("step_00000020.a1").write_bytes("model.pt", b"half")  # left by a process that died
     rejected = {}
     assert store.latest(rejected.__setitem__) == saved
     assert rejected == {"step_00000020.a1": "it has no manifest"}
-    store.quarantine("step_00000020.a1")  # it never was a checkpoint, and is removed
+    store.quarantine("step_00000020.a1")  # it never was a complete checkpoint, so it is removed
     assert store.storage.list_directories() == ["step_00000010.a1"]
     assert store.storage.child(REJECTED).list_directories() == []
 
@@ -403,7 +403,7 @@ def test_a_store_that_does_not_answer_is_not_taken_for_one_without_the_checkpoin
         (2, {40}, {30, 40}),
         (2, {10, 20}, {10, 20, 30, 40}),
         (None, {10}, {10, 20, 30, 40}),
-        (2, {11}, {20, 30, 40}),  # not saved: the next that was is the nearest
+        (2, {11}, {20, 30, 40}),  # there is no checkpoint of step 11; the next one, of step 20, is the nearest
         (2, {41}, {30, 40}),
     ],
 )
@@ -421,12 +421,12 @@ def test_of_saves_with_one_value_the_best_is_the_first_since_it_was_evaluated(st
 
 
 def test_of_checkpoints_evaluated_besides_training_the_best_is_known_from_the_logged_points(store, tmp_path):
-    for step in (10, 20, 30):  # each holds the metrics of the evaluation before
+    for step in (10, 20, 30):  # each has the metrics of the previous evaluation
         store.save(manifest(step, metrics={"val_accuracy": {10: 0.0, 20: 0.5, 30: 0.9}[step]}), WRITERS)
     lines = [{"split": "val", "step": step, "val_accuracy": value} for step, value in ((10, 0.5), (20, 0.9), (30, 0.7))]
     lines.append({"split": "train", "step": 30, "train_loss": 0.1})
     store.storage.parent.write_bytes("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
-    for where in ("inline", "beside"):  # how it is resumed, say
+    for where in ("inline", "beside"):  # e.g. of the invocation that resumes it
         config = Config()
         config.train.eval = where
         assert choose(store, "best", config).step == 20
@@ -456,7 +456,7 @@ def test_a_manifest_of_another_format_is_rejected(store):
 
 
 def as_format_2(store, saved):
-    """Rewrite a manifest as ftexp wrote it before there was BLAKE3."""
+    """Rewrite a manifest in format 2, which ftexp wrote before it used BLAKE3."""
     files = {name: {"bytes": len(each), "sha256": hashlib.sha256(each).hexdigest()} for name, each in CONTENT.items()}
     known = {name: value for name, value in dataclasses.asdict(saved).items() if name in FIELDS_OF_FORMAT_2}
     content = {"format": 2, **known, "files": files}
@@ -515,7 +515,7 @@ def test_a_second_one_of_the_same_name_is_kept_beside_the_first(store):
     name = "step_00000020.a1"
     for number in range(3):
         store.save(manifest(20), {**WRITERS, "model.pt": writing(b"%d" % number)})
-        store.save(manifest(20, attempt=10), WRITERS)  # whose name begins with the other's
+        store.save(manifest(20, attempt=10), WRITERS)  # its name begins with the other's
         store.quarantine(f"{name}0")
         store.quarantine(name)
     rejected = store.storage.child(REJECTED)
@@ -557,7 +557,7 @@ def test_a_checkpoint_is_located_by_its_own_folder_or_by_its_run(tmp_path):
         assert (where.storage, found) == (store.storage, expected)
         assert where.read(found) == CONTENT
     chaos.damage(store.storage.child(newer.name), "truncate_checkpoint")
-    assert locate(str(tmp_path / "run"))[1] == older  # the latest that verifies
+    assert locate(str(tmp_path / "run"))[1] == older  # the latest that passes verification
 
 
 def test_locating_nothing_tells_where_and_what_is_damaged(tmp_path):
@@ -579,7 +579,7 @@ def test_a_checkpoint_is_located_on_an_object_store(memory):
 
 
 class Payload:
-    """What a hostile checkpoint holds."""
+    """An object that runs code when it is unpickled, as in a hostile checkpoint."""
 
     def __init__(self, trace):
         self.trace = trace
@@ -598,7 +598,7 @@ def zipped(value):
 def test_code_in_a_checkpoint_with_a_valid_manifest_is_refused_and_does_not_run(store, tmp_path, pack):
     trace = tmp_path / "ran"
     saved = store.save(manifest(10), {**WRITERS, "model.pt": writing(pack({"weights": Payload(trace)}))})
-    assert store.latest(never) == saved  # the hashes are right: they don't tell who wrote it
+    assert store.latest(never) == saved  # the hashes are right: they don't prove who wrote it
     with pytest.raises(CheckpointError, match=r"model\.pt can't be loaded as plain data"):
         load_part("model.pt", store.read(saved)["model.pt"])
     assert not trace.exists()

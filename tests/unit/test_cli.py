@@ -1,4 +1,4 @@
-"""What the command says: to wrong words, to --help and to --cfg, and how fast."""
+"""The command's output for wrong overrides, --help and --cfg, and its speed."""
 
 import importlib.util
 import re
@@ -25,9 +25,9 @@ GROUPS = sorted(
 
 @pytest.fixture
 def command(monkeypatch, capsys, tmp_path):
-    """Run words as the command does, up to and including validation; returns (exit code, stdout, stderr)."""
+    """Function that runs the command up to and including validation; returns (exit code, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # run_hydra sets it; put back afterwards
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # run_hydra sets it; this restores it afterwards
     monkeypatch.setattr("sys.argv", ["train.py"])
     monkeypatch.setattr(ftexp.config.checks.scaling, "num_local_gpus", lambda: 0)
 
@@ -39,9 +39,9 @@ def command(monkeypatch, capsys, tmp_path):
     return run
 
 
-# words -> what stderr must hold: the key with its value, and what to do about it
+# name: (overrides, *texts that stderr must contain: the key with its value, and the fix)
 WRONG = {
-    # keys that aren't there
+    # missing keys
     "unknown key": ("optim.lrr=1", "optim.lrr is not a key", "Did you mean 'optim.lr'?", "weight_decay"),
     "unknown key with +": ("+optim.lrr=1", "optim.lrr is not a key", "Did you mean 'optim.lr'?"),
     "unknown key with ++": ("++optim.lrr=1", "optim.lrr is not a key", "Did you mean 'optim.lr'?"),
@@ -428,7 +428,7 @@ def test_a_wrong_command_names_the_key_the_value_and_the_fix(words, command):
         assert text in err
     assert err.startswith("ftexp: ")
     assert "Traceback" not in out + err
-    assert len(err.splitlines()) <= 3  # no more than what was wrong
+    assert len(err.splitlines()) <= 3  # nothing but the mistake
     assert out == ""
 
 
@@ -513,7 +513,7 @@ def test_an_error_of_several_lines_gets_a_title(capsys):
 
 
 def help_text(command, capsys):
-    with pytest.raises(SystemExit) as done:  # Hydra's way
+    with pytest.raises(SystemExit) as done:  # Hydra exits after --help
         command("--help")
     assert done.value.code == 0
     return capsys.readouterr().out
@@ -537,7 +537,7 @@ def test_help_on_a_terminal_is_broken_between_words(command, capsys, monkeypatch
     assert shown.split() == whole.split()
     assert "\n  webdataset\n" in shown
     unwrapped = [line for line in whole.splitlines() if line.startswith("  ")]
-    assert set(unwrapped) <= set(shown.splitlines())  # the examples, to be copied
+    assert set(unwrapped) <= set(shown.splitlines())  # the examples stay on one line, to be copied
 
 
 PLUGINS = "Your own are registered by a module listed in plugins=[...]."
@@ -563,7 +563,7 @@ def test_a_name_that_a_plug_in_may_register_is_refused_with_a_hint_at_plugins(co
 
 
 def test_hydra_reads_its_flags_with_the_parser_that_unknown_flags_are_looked_for_with():
-    # a private name: if a new Hydra reads its command line with another parser, explain.hydras_flags must follow it
+    # a private name: if a new Hydra uses another parser for its command line, change explain.hydras_flags
     assert hydra.main.__globals__["get_args_parser"] is explain.get_args_parser
     flags, unknown = explain.hydras_flags(["--help", "-m", "optim.lr=1", "--cfg", "job", "--batch-size", "3"])
     assert (flags.help, flags.multirun, flags.cfg) == (True, True, "job")
@@ -574,7 +574,7 @@ def test_every_example_of_the_help_composes(command, capsys):
     examples = re.findall(r"^ +python -m ftexp\.train ?(.*?)\s*(?:#.*)?$", help_text(command, capsys), re.MULTILINE)
     assert len(examples) >= 5
     for example in examples:
-        if "hydra/sweeper=tune" in example:  # its trials are composed one by one: see test_search
+        if "hydra/sweeper=tune" in example:  # its trials are composed one by one; see test_search.py
             continue
         words = [word for word in example.split() if word not in ("--cfg", "job")]
         words = [word.replace("scaling=multi_gpu", "scaling=local") for word in words]

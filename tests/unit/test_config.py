@@ -1,4 +1,4 @@
-"""The groups under conf/ and the schema: what composes, what it composes to, and what is refused."""
+"""The groups under conf/ and the schema: valid compositions, their values, and rejected ones."""
 
 import copy
 import dataclasses
@@ -32,7 +32,7 @@ OPTIONS = sorted(
 )
 EXPERIMENTS = sorted(file.stem for file in (config_dir() / "experiment").glob("*.yaml"))
 
-# what an option can't do without; empty: it validates alone
+# overrides that an option requires; empty: it validates alone
 OF_NUMBERS = [
     *("data=synthetic", "data.task=regression"),
     *("checkpoint.checkpoint_score_attribute=val_loss", "checkpoint.checkpoint_score_order=min"),
@@ -47,21 +47,21 @@ COMPANIONS = {
     ("distill", "token"): ["distill.teacher=resnet18"],
     ("scaling", "cluster"): ["scaling.num_workers=2"],
     ("parallel", "hsdp"): ["parallel.shard_size=2"],
-    ("augment", "image_folder"): ["data=image_folder", "data.root=photos"],  # shifts by more than a digit is wide
+    ("augment", "image_folder"): ["data=image_folder", "data.root=photos"],  # its shifts exceed a digit's width
     ("augment", "image_list"): ["data=image_list", "data.root=photos.csv"],
     ("augment", "parquet"): ["data=parquet", "data.root=tables"],
     ("augment", "webdataset"): ["data=webdataset", "data.root=shards"],
     ("loss", "jsd"): ["augment.splits=3", "augment.auto_augment=augmix-m3"],
     **{("loss", name): OF_NUMBERS for name in ("mse", "l1", "huber")},
 }
-# for the eight pixels of the default data; the other data groups have more
+# too large for the 8 px of the default data; the other data groups have more
 NEEDS_SIXTEEN_PX = {"vit_base", "vit_small", "vit_tiny", "deit_small"}
 NEEDS_GPU = ("single_gpu", "multi_gpu")
 
 
 @pytest.fixture
 def gpus(monkeypatch):
-    """Set how many GPUs this machine seems to have; none at first."""
+    """Function that sets the number of GPUs that this machine appears to have; initially 0."""
 
     def set_to(number):
         monkeypatch.setattr(ftexp.config.checks.scaling, "num_local_gpus", lambda: number)
@@ -71,9 +71,9 @@ def gpus(monkeypatch):
 
 
 def from_command_line(monkeypatch, capsys, *words):
-    """The config that a command composes, as its task gets it."""
+    """Return the config that a command passes to its task."""
     monkeypatch.setattr("sys.argv", ["train.py"])
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # run_hydra sets it; put back afterwards
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # run_hydra sets it; this restores it afterwards
     got = []
     code = run_hydra(lambda job: got.append(to_config(job)), words)
     assert (code, len(got)) == (0, 1), capsys.readouterr().err
@@ -125,7 +125,7 @@ def test_every_option_composes_alone_and_validates(group, option, gpus):
             validate(config)
         config = composed(*overrides, "data=cifar10")
     validate(config)
-    # the file's own values are what arrived, not only something that composes
+    # the config has the values of the file
     written = OmegaConf.load(config_dir() / group / f"{option}.yaml")
     for key, value in written.items():
         if f"{group}.{key}" not in {word.partition("=")[0] for word in COMPANIONS.get((group, option), [])}:
@@ -148,7 +148,7 @@ def test_every_experiment_composes_and_validates(name, gpus):
 
 def test_the_fault_tolerant_experiment_takes_its_own_groups_and_values():
     config = composed("experiment=fault_tolerant_cifar_vit")
-    assert (config.data.name, config.augment.pad_px) == ("cifar10", 4)  # the augmentation follows the data
+    assert (config.data.name, config.augment.pad_px) == ("cifar10", 4)  # augment=cifar10 follows from data=cifar10
     assert (config.failure.max_failures, config.train.epochs) == (3, 10)
     assert config.model.all_kwargs() == {"patch_size": 4}
     assert config.run.name == "fault-tolerant-cifar-vit"
@@ -319,7 +319,7 @@ WRONG_VALUES = st.one_of(
 
 
 def overridden(base, word):
-    """Return what Hydra and `to_config` make of an override without composing again; errors as `run_hydra`'s."""
+    """Return `base` with an override, without composing again; errors are the same as from `run_hydra`."""
     key = word.partition("=")[0]
     word = f"++{word}" if key in set(open_keys(Config)) else word
     cfg = copy.deepcopy(base)
@@ -331,7 +331,7 @@ def overridden(base, word):
 
 
 def wrong(check):
-    """The text of the ConfigError that `check` raises, or None; any other error passes."""
+    """Return the text of the ConfigError that `check` raises, or None; other errors propagate."""
     try:
         check()
     except ConfigError as error:
@@ -351,11 +351,11 @@ def test_no_value_of_any_field_gives_another_error_than_a_wrong_config(base, key
     with mock.patch("ftexp.config.checks.scaling.num_local_gpus", return_value=0):
         text = wrong(lambda: validate(overridden(base, f"{key}={value}")))
     assert text is None or key.partition(".")[0] in text
-    assert "Cannot" not in (text or "")  # OmegaConf's own words
+    assert "Cannot" not in (text or "")  # the start of OmegaConf's own messages
 
 
 def containers(schema, prefix=""):
-    """(key, dict or list) of every field that holds one."""
+    """Yield (key, dict or list) of every field of these types."""
     hints = get_type_hints(schema)
     for field in dataclasses.fields(schema):
         hint = hints[field.name]
@@ -388,7 +388,7 @@ def test_cfg_job_shows_every_field_of_the_schema(monkeypatch, capsys):
         for parent in parents:
             node = node[parent]
         assert name in node, key
-    assert to_config(shown) == composed()  # and nothing beside: to_config refuses what the schema lacks
+    assert to_config(shown) == composed()  # and no other keys: to_config rejects keys that aren't in the schema
 
 
 @pytest.mark.parametrize("option", [option for group, option in OPTIONS if group == "data"])

@@ -21,7 +21,7 @@ from tests.support.jobs import make_job
 
 
 class Ranks:
-    """The weights of several ranks in one process: all_gather hands over everybody's checksums."""
+    """The weights of several ranks in one process; all_gather returns the checksums of all of them."""
 
     def __init__(self, monkeypatch, world_size, every=5, dtype=torch.float32):
         torch.manual_seed(0)
@@ -99,7 +99,8 @@ def test_the_cost_is_told_once(monkeypatch):
     ranks, now = Ranks(monkeypatch, 2), iter([0.0, 9.0, 10.0, 20.0, 20.5, 110.0, 120.0, 121.0, 122.0])
     monkeypatch.setattr(ftexp.worker.corruption.time, "perf_counter", lambda: next(now))
     check = ReplicaCheck(ranks.job)
-    for _ in range(3):  # from 0 to 9; from 20 to 20.5, noted at 110, 100 s after the first; from 120 to 121
+    # checks last from 0 to 9, 20 to 20.5 and 120 to 121; the second is noted at 110, 100 s after the first
+    for _ in range(3):
         check.check(saves=True)
     ((event),) = [message.event for message in ranks.sent if isinstance(message, Happened)]
     assert (event.check, event.every_steps, event.seconds, event.share) == ("replicas", 5, 0.5, 0.005)
@@ -120,7 +121,7 @@ def test_the_odd_one_is_the_one_unlike_a_majority():
 
 
 def trained(every):
-    """The weights after some steps of a made job, and the job."""
+    """Return the weights and sums after four steps of a small job, and the job."""
     job = make_job()
     job.config.failure.repeat_step_every = every
     repeat = StepRepeat(job)
@@ -146,7 +147,7 @@ def test_a_step_that_gives_another_result_when_repeated_is_an_error(monkeypatch)
     def wrong(job, micro):
         losses = add(job, micro)
         calls.append(job.progress.step)
-        if calls.count(3) == 2:  # the second time that the fourth step is computed
+        if calls.count(3) == 2:  # the second computation of the fourth step
             flip_bit(next(each.grad for each in job.learner.model.parameters() if each.grad is not None))
         return losses
 

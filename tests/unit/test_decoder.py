@@ -1,4 +1,4 @@
-"""What encoded images become: by torchvision as by Pillow, upright, without transparency, of 8 bits."""
+"""Decoding: torchvision and Pillow give the same upright, opaque images of 8 bits."""
 
 import hashlib
 import io
@@ -39,7 +39,7 @@ SIZES = [(1, 1), (3, 2), (17, 9), (40, 64), (101, 77)]  # width, height
 
 
 def photo(width, height, channels=3, seed=0):
-    """Smooth, as photographs are."""
+    """Return a smooth image, as photographs are."""
     small = np.random.default_rng([seed, width, height]).integers(0, 256, (5, 5, channels), np.uint8)
     return Image.fromarray(small[..., 0] if channels == 1 else small).resize((width, height), Image.Resampling.BICUBIC)
 
@@ -66,7 +66,7 @@ JPEGS = {
 
 @pytest.fixture
 def by_torchvision(monkeypatch):
-    """What torchvision decoded, or None for what it didn't, in order."""
+    """List of the images that torchvision decoded, in order; None for each that it didn't."""
     found = []
 
     def noted(own):
@@ -185,7 +185,7 @@ def test_files_that_are_torn_are_refused_in_the_same_words():
             except Exception as error:
                 told.append((type(error), str(error)))
         assert told[0] == told[1]
-        assert told[0] is not None or length == len(whole) - 2  # Pillow does without the last marker
+        assert told[0] is not None or length == len(whole) - 2  # Pillow accepts a file without the last marker
 
 
 # scaling
@@ -238,7 +238,8 @@ def test_a_jpeg_that_is_fitted_is_decoded_at_the_smallest_scale_that_leaves_twic
     drafted.draft("RGB", (size[0] // factor, size[1] // factor))
     np.testing.assert_array_equal(found, np.asarray(drafted))
     for whole in (decoded(encoded, TORCH), decoded(encoded, PILLOW, fitted_to=fitted_to)):
-        assert whole.shape[:2] == size[::-1]  # a part is cut out; and what runs from before go on with
+        # torchvision without fitted_to, for a part that is cut out, and Pillow, for older runs, decode the full size
+        assert whole.shape[:2] == size[::-1]
     assert decoded(file_of(image, "PNG"), TORCH, fitted_to=fitted_to).shape[:2] == size[::-1]
 
 
@@ -274,7 +275,7 @@ def test_an_image_is_turned_upright_as_pillow_turns_it(name, kind, number):
     np.testing.assert_array_equal(
         np.asarray(picture), np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(encoded))))
     )
-    assert (Traits.ROTATED in traits) == (number != 1 and kind != "TIFF")  # which Pillow turns by itself
+    assert (Traits.ROTATED in traits) == (number != 1 and kind != "TIFF")  # Pillow itself rotates TIFFs
     stored, traits = Decoding(name)(encoded, 3)
     np.testing.assert_array_equal(np.asarray(stored), np.asarray(Image.open(io.BytesIO(encoded))))
     assert (Traits.ROTATED in traits) == (number != 1 and kind != "TIFF")
@@ -291,7 +292,7 @@ NOTHING = [b"Exif\0\0", b"Exif\0\0MM\0*\xff\xff\xff\xff", orientation(6)[:-9], o
 
 
 @BOTH
-@pytest.mark.parametrize("kind", ["JPEG", "PNG"])  # of which Pillow reads such data as it opens them, and later
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])  # Pillow reads JPEG's EXIF data when it opens the file, PNG's later
 @pytest.mark.parametrize("content", NOTHING)
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 def test_exif_data_that_say_nothing_leave_an_image_as_it_is(name, kind, content):
@@ -351,7 +352,7 @@ def test_an_opaque_image_with_alpha_is_not_transparent(name):
     [
         (16, [0, 255, 256, 65535], [0, 0, 1, 255]),
         (12, [0, 15, 16, 4095], [0, 0, 1, 255]),
-        (12, [4096, 40000, 100, 1600], [255, 255, 6, 100]),  # what has more bits is white
+        (12, [4096, 40000, 100, 1600], [255, 255, 6, 100]),  # values above 12 bits become white
         (8, [0, 7, 255, 256], [0, 7, 255, 255]),
     ],
 )
@@ -370,7 +371,7 @@ def test_a_16_bit_image_that_uses_few_of_them_is_dark(largest, is_dark):
 
 
 def split_of(values):
-    """A split as tasks read it, without Ray."""
+    """Return a split as tasks receive it, without Ray."""
     numbers = np.arange(len(values))
     table = SimpleNamespace(get=lambda: (numbers, numbers % 2))
     return IndexedSplit(
@@ -388,7 +389,7 @@ def test_a_picture_that_was_stored_becomes_what_its_file_becomes(decoding, crop_
     fit, split, samples = Fit(24, 3, crop_pct, decoding=decoding), split_of(FILES), np.arange(6)
     augment = PictureAugment(AugmentConfig(crop=crop, vflip=0.5, auto_augment="rand-m9"), 0, fit)
     streamed = Decode(split, fit, augment)({"sample": samples, "position": samples + 50})
-    assert streamed["image"].flags.c_contiguous  # else Ray Data copies it, image by image
+    assert streamed["image"].flags.c_contiguous  # otherwise Ray Data copies it, image by image
     table = DecodePictures(split, fit, keep_size=crop != "none")({"sample": samples})
     stored = [
         Stored(np.frombuffer(pixels, np.uint8).reshape(height, -1, 3), crop == "none")
@@ -408,7 +409,7 @@ def test_a_blocks_pictures_are_read_where_they_lie_however_arrow_holds_them(is_f
     blocks = [table, table.slice(3), pa.concat_tables([table.slice(0, 4), table.slice(4)])]
     monkeypatch.setattr("ray.get", list)
     reader = cached.StoredPictures(SimpleNamespace(get=lambda: (np.array([0, 6, 9]), blocks)), 3, is_final)
-    wanted = {0: 0, 5: 5, 6: 3, 8: 5, 9: 0, 13: 4, 14: 5}  # items, and which pictures they are
+    wanted = {0: 0, 5: 5, 6: 3, 8: 5, 9: 0, 13: 4, 14: 5}  # {item: number of its picture}
     for (where, get), (item, number) in zip(reader(np.array(list(wanted))), wanted.items(), strict=True):
         stored = get()
         np.testing.assert_array_equal(stored.pixels, pictures[number])
@@ -425,7 +426,7 @@ def test_the_traits_of_samples_come_with_them():
 
 @pytest.mark.parametrize("crop", ["none", "rrc"])
 def test_what_each_part_of_a_sample_took_comes_with_it(crop, monkeypatch):
-    clock = itertools.count()  # a second passes whenever it is looked at
+    clock = itertools.count()  # advances by one second at each call
     monkeypatch.setattr("time.perf_counter", lambda: float(next(clock)))
     augment = PictureAugment(AugmentConfig(crop=crop, vflip=0.5), 0, Fit(8))
     blocks = [
@@ -471,7 +472,7 @@ def test_torch_has_one_thread_while_it_decodes_and_as_many_as_before_then(fails,
 
 
 def test_100_pictures_by_torchvision_have_the_pixels_that_they_had():
-    """Where a new version of torch changes them, runs go on with others than they began with."""
+    """If a new version of torch changes them, resumed runs continue with other pixels than they started with."""
     directory = Path(sklearn.datasets.__file__).parent / "images"
     photos = [(directory / name).read_bytes() for name in ("china.jpg", "flower.jpg")]
     fit, digest = Fit(24, 3, mean=(0.2, 0.4, 0.6), decoding=TORCH), hashlib.sha256()

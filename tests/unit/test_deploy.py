@@ -1,4 +1,4 @@
-"""The files of ftexp.deploy: what is in them, what they do with stand-ins for Slurm's programs, what is refused."""
+"""The files of ftexp.deploy: their content, their behaviour with fake Slurm programs, and rejected settings."""
 
 import os
 import re
@@ -20,7 +20,7 @@ from tests.support.processes import wait_until
 WORDS = ("run.name=first", "model=vit", "'optim.lr=${oc.env:LR}'", "data.root=my photos")
 PATIENCE_S = 20.0
 
-# the training: saves on TERM and ends with 75 the first time, and finishes the second
+# the training: the first run saves on TERM and exits with 75, the second finishes
 TRAINING = """#!/bin/bash
 echo "$@" >> "$LOG/training"
 [ -e "$LOG/saved" ] && exit "${LAST_CODE:-0}"
@@ -28,7 +28,7 @@ trap 'touch "$LOG/saved"; exit 75' TERM
 touch "$LOG/training_started"
 while :; do sleep 0.05; done
 """
-# runs its command in this place, passes TERM on, and returns its code
+# replaces itself by its command, which then receives TERM and determines the exit code
 SRUN = """#!/bin/bash
 while [[ "$1" == --* ]]; do echo "$1" >> "$LOG/srun"; shift; done
 exec "$@"
@@ -36,7 +36,7 @@ exec "$@"
 SCONTROL = """#!/bin/bash
 if [ "$1" = show ]; then printf 'localhost\\nother\\n'; else echo "$@" >> "$LOG/scontrol"; fi
 """
-# the head answers on its port until it is killed
+# the head listens on its port until it is killed
 RAY = """#!/bin/bash
 echo "$@" >> "$LOG/ray"
 [ "$RAY_AUTH_MODE" = token ] && echo -n "$RAY_AUTH_TOKEN" > "$LOG/token"
@@ -53,7 +53,7 @@ def plan(kind="slurm", words=WORDS, **settings):
 
 @pytest.fixture
 def slurm_job(tmp_path):
-    """Start a batch script as Slurm would, with stand-ins for its programs, for Ray and for the training."""
+    """Function that starts a batch script as Slurm would, with fakes of Slurm's programs, Ray and the training."""
     programs = tmp_path / "programs"
     programs.mkdir()
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("python", TRAINING), ("ray", RAY)):

@@ -1,4 +1,4 @@
-"""How tests are laid out: what several need is in tests/support, so that each file can be read and moved alone."""
+"""Layout of the tests: shared helpers are in tests/support, so that each test file can be read and moved alone."""
 
 import re
 from pathlib import Path
@@ -12,7 +12,7 @@ def test_every_test_file_lies_in_a_lane():
 
 
 def test_nothing_is_imported_from_a_test_file():
-    from_tests = re.compile(r"^ *(?:from|import) [\w.]*\btest_\w+.*$", re.MULTILINE)  # in programs in strings, too
+    from_tests = re.compile(r"^ *(?:from|import) [\w.]*\btest_\w+.*$", re.MULTILINE)  # also in programs within strings
     found = {str(path): from_tests.findall(path.read_text()) for path in TESTS.rglob("*.py")}
     assert {path: lines for path, lines in found.items() if lines} == {}
 

@@ -1,4 +1,4 @@
-"""The teacher and its term: timm's values for each sample, one gradient for any number of workers, one state."""
+"""The teacher and its loss term: values as in timm, the same gradient for any number of workers, and its state."""
 
 import dataclasses
 import json
@@ -36,7 +36,7 @@ from tests.support.configs import composed
 from tests.support.jobs import CPU, SMALL_VIT, make_job, train
 from tests.support.saved_runs import CHECKPOINT, CLASSES, random_weights, saved_run
 
-TEACHER_MODEL = ModelConfig(name="test_resnet")  # 96 features, and the small ViT has 32
+TEACHER_MODEL = ModelConfig(name="test_resnet")  # 96 features; the small ViT has 32
 DEIT = ModelConfig(
     name="deit_tiny_distilled_patch16_224", kwargs={"patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
 )
@@ -71,7 +71,7 @@ def taught_job(kind, alpha=0.3, **switches):
     return make_job(student_of(kind), distill=distill, teacher=teacher_of(), **switches)
 
 
-# --- the term
+# --- the loss term
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -154,7 +154,7 @@ def test_a_student_of_a_teacher_alone_comes_closer_to_it(kind):
     assert all(torch.equal(*pair) for pair in zip(frozen, distiller._teacher.model.state_dict().values(), strict=True))
 
 
-# --- what the teacher sees
+# --- the teacher's input
 
 
 def test_a_teacher_sees_images_normalised_and_scaled_as_its_own_were():
@@ -259,7 +259,7 @@ def test_a_projection_is_drawn_from_its_seed_alone_and_left_out_where_widths_are
     assert num_features(model) == 32
 
 
-# --- where a teacher comes from
+# --- the source of a teacher
 
 
 def taught(*overrides):

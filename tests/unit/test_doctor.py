@@ -1,4 +1,4 @@
-"""The checks of ftexp.doctor: what each finds, and which of it would fail a run."""
+"""The checks of ftexp.doctor: their findings, and which of these would fail a run."""
 
 import io
 import os
@@ -14,7 +14,7 @@ import ftexp.doctor.machine
 import ftexp.doctor.together
 from ftexp.config.schema import Config
 from ftexp.doctor.decoding import decode_rate
-from ftexp.doctor.disk import disk_space, probed, storage_checks
+from ftexp.doctor.disk import data_root, disk_space, probed, storage_checks
 from ftexp.doctor.finding import Verdict, fails, not_here, ok, print_table, warning
 from ftexp.doctor.machine import gpus, open_files, ray_directory, shared_memory, versions
 from ftexp.doctor.model_size import ModelSize, model_size
@@ -94,7 +94,8 @@ def test_rays_directory_is_checked_for_length_and_owner(config, tmp_path):
 
 def test_a_disk_without_room_for_the_checkpoints_fails_a_run(config, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(0, 0, 399))
-    assert disk_space(config, 100).verdict is Verdict.FAILS  # two, the best, and the one that is written
+    # four checkpoints: num_to_keep=2, the best, and the one in flight
+    assert disk_space(config, 100).verdict is Verdict.FAILS
     assert disk_space(config, 99).verdict is Verdict.OK
     config.checkpoint.num_to_keep = None
     assert disk_space(config, 99).verdict is Verdict.WARNING
@@ -112,6 +113,21 @@ def test_the_storage_is_tried_and_left_as_it_was(config, tmp_path, monkeypatch):
         directory.write_bytes("x", b"")
         (tmp_path / "runs" / "other").mkdir()
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["other"]
+
+
+@pytest.mark.parametrize(
+    ("name", "root", "verdict"),
+    [
+        ("image_folder", "{}/nowhere", Verdict.FAILS),
+        ("image_folder", "{}", Verdict.OK),
+        ("image_folder", "s3://bucket/nowhere", Verdict.NOT_HERE),
+        ("cifar10", "{}/nowhere", Verdict.NOT_HERE),  # it may be downloaded to there
+        ("digits", None, Verdict.NOT_HERE),
+    ],
+)
+def test_a_root_that_is_not_there_fails_a_run(config, tmp_path, name, root, verdict):
+    config.data.name, config.data.root = name, root and root.format(tmp_path)
+    assert data_root(config).verdict is verdict
 
 
 def test_a_storage_that_cannot_be_written_fails_a_run(config, tmp_path):
@@ -137,9 +153,9 @@ def test_the_model_is_measured_without_being_built(config):
 
     arguments = {"num_classes": 10, "in_chans": 1, "img_size": 32}
     real = sum(each.numel() for each in timm.create_model("vit_tiny_patch16_224", **arguments).parameters())
-    assert (size.num_parameters, size.checkpoint_bytes) == (real, 12 * real)  # adamw keeps two more of each
+    assert (size.num_parameters, size.checkpoint_bytes) == (real, 12 * real)  # float32: parameters and two moments
     config.optim.name, config.ema.decay = "sgd", 0.9
-    assert model_size(config).checkpoint_bytes == 12 * real  # one more, and the average
+    assert model_size(config).checkpoint_bytes == 12 * real  # parameters, momentum and EMA
 
 
 def test_decoding_is_timed_where_there_is_some(config):

@@ -1,4 +1,4 @@
-"""Entries of a source: every one is used, excluded by a rule and counted, or bad and named. No Ray."""
+"""Entries of a source: each one is used, excluded by a rule and counted, or bad and named. Without Ray."""
 
 import os
 
@@ -21,7 +21,7 @@ IMAGES = (".png", ".jpg")
 
 @pytest.fixture
 def slept(monkeypatch):
-    """The seconds that would have been slept."""
+    """List of the seconds that would have been slept."""
     seconds = []
     monkeypatch.setattr(ftexp.data.listing.time, "sleep", seconds.append)
     return seconds
@@ -34,7 +34,7 @@ def touch(root, *names):
 
 
 def found_at(root, filesystem=None, endings=IMAGES):
-    """(files below the root, the account of the others)."""
+    """Return (files below the root, account of the others)."""
     account = Account()
     where = str(root) if filesystem is None else ""
     infos = files_at(filesystem or LocalFileSystem(), where, DataConfig(root=str(root)), account, endings)
@@ -116,7 +116,7 @@ def test_links_that_make_no_cycle_are_followed_by_every_path(tmp_path):
 
 @pytest.fixture
 def forbidden(tmp_path, monkeypatch):
-    """A directory that can't be read, also by root."""
+    """Directory that can't be read, not even by root."""
     path = str(tmp_path / "private")
     scandir = os.scandir
 
@@ -155,7 +155,7 @@ def test_a_name_that_is_not_utf_8_is_bad_and_what_is_no_file_is_excluded(tmp_pat
 
 
 class FlakyFolder:
-    """A filesystem whose every call fails so often before it does as it is asked."""
+    """A filesystem whose first `num_failures` calls fail."""
 
     def __init__(self, num_failures):
         self._local, self._left = LocalFileSystem(), num_failures
@@ -223,7 +223,7 @@ def test_a_missing_root_is_noticed_before_ray_is_imported(tmp_path, monkeypatch,
     [
         ("image_folder", "{}"),
         ("image_folder", "s3://bucket/nowhere"),
-        ("cifar10", "{}/nowhere"),  # it may be downloaded to there
+        ("cifar10", "{}/nowhere"),  # it may be downloaded to this directory
         ("mine", "what only a source of the user's understands"),
         ("digits", None),
     ],

@@ -1,4 +1,4 @@
-"""`python -m ftexp.evaluate`: where its result goes. What it finds is in tests/command/test_end_to_end.py."""
+"""`python -m ftexp.evaluate`: where it writes its result. tests/command/test_end_to_end.py checks the result itself."""
 
 import contextlib
 import io
@@ -12,7 +12,7 @@ import ftexp.evaluate.command as command
 import ftexp.evaluate.measure as measuring
 from ftexp.cli.trained_run import load_run_config
 from ftexp.config.schema import ScalingConfig
-from ftexp.errors import ConfigError, StorageError
+from ftexp.errors import ConfigError, DataError, StorageError
 from ftexp.evaluate.command import EvaluateConfig, MovedData, _on_other_data, evaluate
 from ftexp.rundir.names import CONFIG_FILE
 from tests.support.configs import composed
@@ -47,6 +47,14 @@ def test_data_that_is_not_where_it_was_is_asked_for_and_taken_from_where_it_is(t
     monkeypatch.chdir(tmp_path)
     evaluate(EvaluateConfig(run=run.storage.uri, data=MovedData(root="moved")))
     assert seen == [f"{tmp_path}/moved"]
+
+
+def test_other_data_that_are_not_there_are_noticed_before_ray_starts(tmp_path, monkeypatch):
+    run = saved_run(tmp_path / "run", "data=synthetic")
+    monkeypatch.setattr(ftexp.cluster.ray_cluster, "private_ray", lambda _: pytest.fail("Ray is next"))
+    other = composed("data=image_folder", f"data.root={tmp_path}/nowhere")
+    with pytest.raises(DataError, match=rf"^data\.root={tmp_path}/nowhere does not exist$"):
+        evaluate(EvaluateConfig(run=run.storage.uri), other)
 
 
 def test_a_run_that_is_older_than_some_fields_has_their_defaults(tmp_path):

@@ -1,4 +1,4 @@
-"""events.jsonl has a schema: every line of a run is an event of it, with its fields and their types."""
+"""The schema of events.jsonl: every line of a run is one of its events, with the right fields and types."""
 
 import dataclasses
 import json

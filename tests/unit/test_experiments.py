@@ -1,4 +1,4 @@
-"""Every file under conf/experiment/: it composes to what is kept here, and it trains."""
+"""Every file under conf/experiment/ composes to its config in golden/, and trains."""
 
 import dataclasses
 import difflib
@@ -22,7 +22,7 @@ from tests.support.jobs import job_of
 GOLDEN = Path(__file__).parent / "golden"
 EXPERIMENTS = sorted(file.stem for file in (config_dir() / "experiment").glob("*.yaml"))
 UPDATE = "FTEXP_UPDATE_GOLDEN"  # environment variable
-# where a preset is for larger models and images than a test has
+# overrides for presets whose models and images are too large for a test
 TINY = {
     "deit_small": [
         "data.image_size=32", "++model.kwargs.patch_size=4", "++model.kwargs.embed_dim=64", "++model.kwargs.depth=2",

@@ -1,4 +1,4 @@
-"""`python -m ftexp.export`: what is written says what the model says, without ftexp too; what doesn't is not left."""
+"""`python -m ftexp.export`: exported models predict as the original, also without ftexp; others are removed."""
 
 import json
 import subprocess
@@ -17,7 +17,7 @@ from ftexp.export.formats import answers, formats
 from tests.support.saved_runs import CHECKPOINT, CLASSES, pictures, saved_run
 
 IMAGES = pictures(5)
-# without ftexp: what README shows, over the directory and the pixels that are given
+# the examples of README, which don't use ftexp, on a given directory and pixels
 READERS = {
     "safetensors": """
 import timm
@@ -55,7 +55,7 @@ print(json.dumps(found))
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A convolutional net with batch norm, whose weights aren't what training would start from."""
+    """Run of a convolutional network with batch norm, whose weights differ from the initial ones."""
     words = ["model=resnet18", "model.name=test_resnet", "data=image_folder", "data.root=photos", "data.image_size=8"]
     return saved_run(tmp_path_factory.mktemp("runs") / "run", *words)
 

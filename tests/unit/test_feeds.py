@@ -60,7 +60,7 @@ def test_resuming_at_a_position_gives_the_batches_that_would_have_come(batch, re
 
 @pytest.mark.parametrize(("batch", "world", "accumulate"), [(12, 1, 1), (12, 5, 1), (7, 3, 2), (2, 4, 1), (1, 2, 3)])
 def test_weighted_gradients_averaged_over_ranks_are_the_global_mean(batch, world, accumulate):
-    """What DDP computes from the shares, against one process that sees the whole batch, in float64."""
+    """Compare DDP's gradient from the shares with that of one process with the whole batch, in float64."""
     total = 2 * batch
     torch.manual_seed(0)
     weight = torch.randn(16, 3, dtype=torch.float64, requires_grad=True)
@@ -137,7 +137,7 @@ def test_a_feed_opens_its_rows_with_all_that_it_will_take_in_that_order():
             return super().take(samples)
 
     rows = Recorded(3000, [])
-    feed = make_feed(3000, ShardPlan(7, 2, 6001, rank=1, world_size=3), rows=rows)  # more than is planned at a time
+    feed = make_feed(3000, ShardPlan(7, 2, 6001, rank=1, world_size=3), rows=rows)  # more than one plan covers
     assert sum(1 for _ in feed.from_position(14)) == len(range(14, 6001, 7))
     samples, positions = rows.asked
     assert samples.tolist() == np.concatenate(rows.taken).tolist()

@@ -1,4 +1,4 @@
-"""What makes two configs the same run, and what is never written down."""
+"""The fingerprint: the settings that define a run, and secrets that are never recorded."""
 
 import copy
 import dataclasses
@@ -214,7 +214,7 @@ def test_a_key_that_does_not_define_the_run_may_change(key):
 
 
 def test_every_key_of_model_data_augment_optim_ema_and_schedule_is_sorted_into_one_kind():
-    """A field added to one of these groups must be put in a table above."""
+    """A field that is added to one of these groups must be added to a table above."""
     made = config()
     keys = {
         f"{group}.{field.name}"
@@ -257,7 +257,7 @@ def test_a_run_from_before_there_was_a_key_has_its_default():
     ]
 
 
-NEW = {"data.decoder": "auto", "data.exif_orientation": True, "data.background": "white"}  # as group files have it
+NEW = {"data.decoder": "auto", "data.exif_orientation": True, "data.background": "white"}  # as in the group files
 OLD = {"decoder": "pillow", "exif_orientation": False, "background": None}
 
 

@@ -1,4 +1,4 @@
-"""Stopping a run from outside: the first signal asks for a last save, the second ends it."""
+"""Stopping a run by signals: the first one requests a final checkpoint, the second one ends the run."""
 
 import contextlib
 import json
@@ -24,7 +24,7 @@ from ftexp.errors import RayLostError, RunFailedError, StorageError
 
 FREE = SimpleNamespace(lost=None)
 
-# sends itself signals from the thread that fits, the second once the first was answered
+# sends itself signals from the fitting thread, the second one after the first was handled
 CHILD = """
     import json, os, signal, sys, threading
     from types import SimpleNamespace
@@ -64,7 +64,7 @@ INT, TERM = signal.SIGINT, signal.SIGTERM
 
 @pytest.fixture
 def fit_in_c(monkeypatch):
-    """Don't wait long for the end of a fit that waits in C, and so never is interrupted."""
+    """Shorten the wait for the end of a fit that can't be interrupted, because it waits in C."""
     monkeypatch.setattr(fitting, "_END_WITHIN_S", 0.1)
 
 
@@ -77,8 +77,8 @@ def fit_in_c(monkeypatch):
         ([TERM, TERM], True, 30, ["Terminated"], "Terminated"),
         ([TERM, INT], True, 30, ["Terminated"], "KeyboardInterrupt"),
         ([INT, TERM], True, 30, ["KeyboardInterrupt"], "Terminated"),
-        ([TERM], False, 30, ["Terminated"], "Terminated"),  # nobody could save
-        ([INT], True, 0.01, ["KeyboardInterrupt"], "KeyboardInterrupt"),  # the save takes too long
+        ([TERM], False, 30, ["Terminated"], "Terminated"),  # there are no workers to save
+        ([INT], True, 0.01, ["KeyboardInterrupt"], "KeyboardInterrupt"),  # the checkpoint takes too long
         ([TERM], True, 0.01, ["Terminated"], "Terminated"),
     ],
 )
@@ -91,7 +91,7 @@ def test_the_first_signal_asks_for_a_last_save_and_the_second_ends_it(numbers, h
 
 @pytest.fixture
 def handlers():
-    """Put them back as they were; SIGHUP is not ignored meanwhile, as `nohup pytest` has it."""
+    """Restore the handlers afterwards; reset SIGHUP meanwhile, which `nohup pytest` ignores."""
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
@@ -101,7 +101,7 @@ def handlers():
 
 @pytest.mark.usefixtures("handlers")
 def test_a_signal_that_comes_twice_at_once_asks_once(monkeypatch):
-    """As uv and bash pass on what the process group has got already."""
+    """uv and bash pass on signals that the process group has already received."""
     now = [100.0]
     monkeypatch.setattr(fitting.time, "monotonic", lambda: now[0])
     sent = [
@@ -122,7 +122,7 @@ def never(why):
 @pytest.mark.usefixtures("fit_in_c")
 def test_a_signal_that_comes_while_the_first_is_answered_is_not_lost():
     def stop(why):
-        os.kill(os.getpid(), signal.SIGTERM)  # somebody is impatient
+        os.kill(os.getpid(), signal.SIGTERM)  # a second signal
         return True
 
     ended = threading.Event()
@@ -137,7 +137,7 @@ def test_a_signal_that_comes_while_the_first_is_answered_is_not_lost():
 
 
 def stand_still(ended):
-    """Never come to an end by itself; `ended` tells that something else has ended it."""
+    """Loop until an exception ends it; then set `ended`."""
     try:
         while True:
             time.sleep(0.01)
@@ -179,7 +179,7 @@ def test_an_interruption_that_strikes_where_nothing_can_be_raised_is_told_again(
 
 
 def test_no_interruption_strikes_a_thread_that_is_being_started(monkeypatch):
-    """Python 3.11 would raise it in that one, print it, and leave the one that starts it waiting for ever."""
+    """Python 3.11 would raise it in the new thread and print it, and the starting thread would wait forever."""
     starting, started, ended, asked = threading.Thread(), threading.Event(), threading.Event(), []
 
     def threads():

@@ -1,4 +1,4 @@
-"""What hands points to a tracker: each once, whatever fails in between, and never in the way of the run."""
+"""Followers pass each point to a tracker exactly once, despite failures, and never delay the run."""
 
 import threading
 
@@ -14,7 +14,7 @@ from ftexp.wire.messages import Metrics
 
 SCORE = ("val_accuracy", "max")
 DONE = Outcome(status="finished")
-PATIENCE_S = 20.0  # for threads of a busy machine; no test takes as long unless it fails
+PATIENCE_S = 20.0  # for threads on a busy machine; only a failing test takes this long
 
 
 def point(step, split="train", **values):
@@ -22,11 +22,11 @@ def point(step, split="train", **values):
 
 
 class Backend:
-    """Something that keeps (metric, step), as a server would, and outlives the trackers that talk to it."""
+    """Stores (metric, step), as a server would, and outlives the trackers that connect to it."""
 
     def __init__(self):
         self.stored, self.outcomes, self.num_made = [], [], 0
-        self.trouble = []  # called in turn, one at each request, with what happens to it
+        self.trouble = []  # functions, one for each request in order, that decide its outcome
 
     def make(self):
         self.num_made += 1
@@ -74,7 +74,7 @@ def backend():
 
 
 class Following:
-    """A follower with the run directory that its points are in."""
+    """A follower and the points of its run."""
 
     def __init__(self, backend, lines=(), retry_s=(0.01,)):
         self.lines, self.told, self.changed = list(lines), [], threading.Condition()
@@ -137,14 +137,14 @@ def test_replays_and_the_command_given_again_bring_nothing_twice(tmp_path, backe
 
 
 def test_what_was_sent_but_not_known_to_have_arrived_is_there_once(backend):
-    backend.trouble = [well, answer_lost, down, down]  # make; log, of which the answer is lost; make, make
+    backend.trouble = [well, answer_lost, down, down]  # make; log, whose answer is lost; make, make
     following = Following(backend, [point(1), point(2)])
     following.wait_until_told("tracker_opened")
     following.log(point(3))
     assert following.finish() is None
     assert backend.stored == [("train_loss", step) for step in (1, 2, 3)]
     assert backend.num_made == 4
-    assert following.names() == ["tracker_failed", "tracker_opened"]  # failures in a row are no news
+    assert following.names() == ["tracker_failed", "tracker_opened"]  # consecutive failures are reported once
 
 
 def test_half_a_point_that_arrived_is_made_whole(backend):
@@ -170,7 +170,7 @@ def test_a_tracker_that_stays_down_is_given_up_when_the_run_ends(backend):
     following = Following(backend, retry_s=(3600.0,))
     following.wait_until_told("tracker_failed")
     following.log(point(1), point(2))
-    failure = following.finish()  # the end doesn't wait for the next try to fall due
+    failure = following.finish()  # the end doesn't wait for the next retry
     assert (failure.name, failure.tracker, failure.num_undelivered) == ("tracker_failed", "memory", 2)
     assert backend.num_made == 2
     assert not following.follower.complete

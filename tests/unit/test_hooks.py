@@ -1,4 +1,4 @@
-"""Hooks: when they are called, what is kept of them, and how they, and early stopping, end a run."""
+"""Hooks: when they are called, their saved state, and how they and early stopping end a run."""
 
 import contextlib
 import math
@@ -33,20 +33,20 @@ WATCHDOG = SimpleNamespace(beat=lambda _: None, during=lambda _: contextlib.null
 
 @pytest.fixture
 def register(monkeypatch):
-    """Register hooks that are forgotten afterwards."""
+    """Function that registers hooks for one test."""
     monkeypatch.setattr(hook_registry._hooks, "_entries", {})
     return register_hook
 
 
 def begun(job, directory):
-    """What saves the job, once its latest checkpoint is restored."""
+    """Restore the job from its latest checkpoint; return its CheckpointManager."""
     checkpoints, store = manager_of(job, directory)
     restore(job, store, checkpoints)
     return checkpoints
 
 
 def run(job, directory, steps=None):
-    """Run to the end, or until the process would be killed after so many steps."""
+    """Run to the end, or stop after `steps` as if the process were killed."""
     checkpoints = begun(job, directory)
     batches = feeding(job, Storage.at(str(directory)))
     if steps is not None:
@@ -63,7 +63,7 @@ def _without_ray(monkeypatch):
 
 
 def worse(monkeypatch, values):
-    """Let the validation loss of epoch n be values[n]."""
+    """Patch evaluation so that the validation loss of epoch n is values[n]."""
 
     def measured(job, split):
         evaluate(job, split)
@@ -118,14 +118,14 @@ def test_what_a_hook_counts_is_resumed_from_the_checkpoint(register, tmp_path):
     run(make_job(hooks={"count": {}}), tmp_path, steps=6)  # saved after 4
     resumed = run(make_job(hooks={"count": {}}), tmp_path)
     assert resumed.hooks.state_dict()["hooks"] == {"count": {"steps": [*range(1, 13)]}}
-    run(make_job(), tmp_path)  # a run that has no hooks any more resumes, and saves none
+    run(make_job(), tmp_path)  # a run whose hooks were removed resumes, and saves no hook state
 
 
 def test_a_run_without_hooks_saves_what_it_saved(tmp_path):
     job = run(make_job(), tmp_path / "run")
     _, store = manager_of(job, tmp_path / "run")
     assert set(store.latest(lambda *_: None).state_versions) == {"progress"}
-    # and one that begins to have hooks resumes
+    # a run to which hooks were added resumes
     stopping = run(make_job(stopping=StoppingConfig(metric="val_loss", patience_epochs=1)), tmp_path / "run")
     assert stopping.progress.step == job.progress.step
 
@@ -173,7 +173,7 @@ def test_a_run_that_stopped_early_trains_on_once_stopping_is_changed(monkeypatch
     assert (resumed.progress.step, resumed.progress.epoch) == (12, 3)
     assert same(copied(whole), copied(resumed))
     assert not resumed.channel.events(events.StoppedEarly)  # it was the last step anyway
-    # more epochs don't make it train on: a run that had had them from the beginning would have stopped here
+    # raising train.epochs doesn't make it continue: with that value from the start, it would have stopped here too
     assert resumed.progress.stopped == "val_loss has not improved for 2 epochs (best 0.5000 at epoch 1)"
 
 
@@ -181,7 +181,7 @@ def test_a_run_that_stopped_early_trains_on_once_stopping_is_changed(monkeypatch
     ("settings", "values", "stops_at"),
     [
         ({}, [3, 2, 2, 2, 1], 4),
-        ({"min_delta": 0.5}, [3, 2.6, 2.5, 9], 3),  # from the best: 2.6 and 2.5 improve by too little
+        ({"min_delta": 0.5}, [3, 2.6, 2.5, 9], 3),  # compared with the best: 2.6 and 2.5 improve by too little
         ({"metric": "val_accuracy"}, [0.3, 0.4, 0.2, 0.4], 4),
         ({"metric": "val_accuracy", "mode": "min"}, [0.3, 0.4, 0.2, 0.4], None),
         ({"metric": "val_calibration_error"}, [0.3, 0.4, 0.5], 3),
@@ -197,7 +197,7 @@ def test_patience_counts_epochs_since_the_best(settings, values, stops_at):
     for epoch, value in enumerate(values, 1):
         progress.epoch, progress.metrics = epoch, {config.stopping.metric: value}
         hook.after_evaluation(4 * epoch, epoch)
-        hook.after_evaluation(4 * epoch + 1, epoch)  # as where train.max_steps ends a run within an epoch
+        hook.after_evaluation(4 * epoch + 1, epoch)  # as if train.max_steps ended the run within an epoch
         assert hook.state_dict()["metric"] == config.stopping.metric
         other = EarlyStopping(context)  # as after a restart
         other.load_state_dict(hook.state_dict())
@@ -210,7 +210,7 @@ def test_epochs_between_those_that_are_evaluated_dont_count():
     config = Config(stopping=StoppingConfig(metric="val_loss", patience_epochs=4))
     config.train.eval_every_epochs = 2
     hook = EarlyStopping(SimpleNamespace(config=config, progress=progress, request_stop=asked.append))
-    for epoch, value in ((1, 1.0), (2, 3.0), (4, 3.5), (5, 2.0)):  # 1 and 5: where runs have ended
+    for epoch, value in ((1, 1.0), (2, 3.0), (4, 3.5), (5, 2.0)):  # 1 and 5: epochs at which invocations ended
         progress.metrics = {"val_loss": value}
         hook.after_evaluation(9, epoch)
     assert (asked, hook.state_dict()["best"]) == ([], 3.0)

@@ -1,4 +1,4 @@
-"""The garbage collector and imports that take seconds."""
+"""The garbage collector during imports that take seconds."""
 
 import contextlib
 import gc

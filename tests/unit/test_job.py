@@ -1,4 +1,4 @@
-"""What workers are sent, and what becomes of a model that can't be built."""
+"""The job spec that workers receive, and errors while a model is built."""
 
 from types import SimpleNamespace
 
@@ -21,7 +21,7 @@ def test_workers_in_another_folder_find_the_weights(monkeypatch, tmp_path):
     for given, sent in (("w.pt", f"{tmp_path}/w.pt"), ("/data/w.pt", "/data/w.pt"), (True, True), (False, False)):
         config.model.pretrained = given
         assert _anywhere(config).model.pretrained == sent
-        assert config.model.pretrained == given  # what defines the run stays as it was typed
+        assert config.model.pretrained == given  # the run's definition keeps the typed value
 
 
 def test_what_fails_while_a_model_is_built_is_on_record(monkeypatch):
@@ -46,7 +46,7 @@ def test_what_fails_while_a_model_is_built_is_on_record(monkeypatch):
 
 
 def test_of_a_run_that_trains_on_every_rank_takes_the_checkpoint_that_rank_0_found(monkeypatch):
-    """Rank 1 doesn't look: it is told."""
+    """Rank 1 doesn't locate the checkpoint itself."""
     monkeypatch.setattr(restore, "locate", lambda uri: pytest.fail("rank 1 looked for itself"))
     read, loaded = [], []
     monkeypatch.setattr(restore, "CheckpointStore", lambda storage: SimpleNamespace(

@@ -13,7 +13,7 @@ from tests.support.configs import composed
     [
         ({}, True),
         ({"RAY_AUTH_MODE": "disabled", "RAY_AUTH_TOKEN": "x"}, True),
-        ({"RAY_AUTH_MODE": "token"}, True),  # Ray sets it where the home directory holds a token of any cluster
+        ({"RAY_AUTH_MODE": "token"}, True),  # Ray sets it if the home directory holds a token, of any cluster
         ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "x"}, False),
         ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": "/x"}, False),
     ],

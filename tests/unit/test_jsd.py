@@ -1,4 +1,4 @@
-"""loss=jsd and augment.splits: timm's loss for each sample, and views that depend on seed, position and view alone."""
+"""loss=jsd and augment.splits: timm's loss per sample, and views that depend only on seed, position and view number."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -39,7 +39,7 @@ def test_the_mean_over_samples_is_what_timm_computes(views, smoothing):
     context = LossContext(LossConfig(name="jsd", alpha=9.0), 5, smoothing, num_views=views)
     losses = build_loss(context, list, CPU)(logits.reshape(-1, 5).double(), labels)
     theirs = JsdCrossEntropy(views, alpha=9.0, smoothing=smoothing)
-    by_view = logits.double().transpose(0, 1).reshape(-1, 5)  # all clean ones first
+    by_view = logits.double().transpose(0, 1).reshape(-1, 5)  # timm's layout: all clean views first
     assert losses.shape == (7,)
     torch.testing.assert_close(losses.mean(), theirs(by_view, labels.repeat(views)), rtol=1e-9, atol=0)
 
@@ -63,7 +63,7 @@ def test_the_first_view_is_cropped_and_flipped_and_the_others_are_changed_each_b
 
 
 class DecodedHere(StreamedRows):
-    """Streamed rows whose pipelines are loops."""
+    """Streamed rows whose pipelines are loops in this process."""
 
     def _start(self, span):
         decode = Decode(self._split, Fit(SIZE, 3), self._augment)
@@ -80,7 +80,7 @@ def read(items):
 
 
 def views_of(world, accumulate, begin=0, total=40):
-    """{position: its views}, their labels and weights, over all ranks."""
+    """Check labels and weights over all ranks; return {position: its views}."""
     samples = np.arange(20)
     split = IndexedSplit(20, read, SimpleNamespace(get=lambda: (samples, samples % 2)), None)
     found, weight = {}, 0.0

@@ -1,4 +1,4 @@
-"""Labels as they are written, the classes that they name, and what is told of those."""
+"""Labels in files, the classes that they name, and messages about these."""
 
 import unicodedata
 
@@ -16,7 +16,7 @@ from tests.support.image_files import data_config, write_shard
 
 
 def numbered(*labels, **values):
-    """Class names and numbers of labels written as text."""
+    """Return class names and class numbers of labels written as text."""
     config = data_config("image_list", "unused", **values)
     found = from_text({"train": list(labels)}, config)
     names, numbers = class_numbers(found, config, "it", lambda split, item: f"{split} {item}")

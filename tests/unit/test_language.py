@@ -36,11 +36,11 @@ PATTERNS = {
 }
 
 
-WORD_LIST = ".github/CONTRIBUTING.md"  # has the banned words
+WORD_LIST = ".github/CONTRIBUTING.md"  # contains the banned words
 
 
 def listed(*patterns):
-    """Return the files of the repository."""
+    """Return the repository's files that match `patterns`."""
     found = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard", *patterns],
         cwd=ROOT, capture_output=True, text=True, check=True,
@@ -53,14 +53,14 @@ def strings(source):
     tree = ast.parse(source)
     alone = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
     for node in ast.walk(tree):
-        # one word is a key or a value, which machines read
+        # a single word is a key or a value, which programs read
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in alone:
             if " " in node.value.strip():
                 yield node.lineno, node.value
 
 
 def docstrings(source):
-    """Yield (line, text) of every docstring, and of every other string that stands alone."""
+    """Yield (line, text) of every docstring, and of every other string used as a statement."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
             yield node.lineno, node.value.value

@@ -1,4 +1,4 @@
-"""The lease: one living owner, whatever way the one before ended."""
+"""The lease: one running owner, however the previous one ended."""
 
 import errno
 import json
@@ -18,7 +18,7 @@ from ftexp.storage.directory import Storage
 from ftexp.storage.lease import LEASE_FILE, LOCK_FILE, Lease, unused_name
 from tests.support.configs import composed
 
-FAST = {"beat_s": 0.02, "watch_s": 0.1}  # as beat_s=5, watch_s=15 in earnest
+FAST = {"beat_s": 0.02, "watch_s": 0.1}  # in production: beat_s=5, watch_s=15
 DEADLINE_S = 30
 
 
@@ -29,7 +29,7 @@ def run_dir(tmp_path):
 
 @pytest.fixture
 def take(request):
-    """Take leases that are given back at the end."""
+    """Function that takes leases, which are released at the end of the test."""
 
     def take(storage, say=lambda text: None, **how):
         lease = Lease.take(storage, say, **{**FAST, **how})
@@ -41,7 +41,7 @@ def take(request):
 
 @pytest.fixture(params=["no locks", "object store"])
 def without_locks(request, run_dir, memory, monkeypatch):
-    """A run directory where only the file can tell who has it."""
+    """Run directory without locks, where only the lease file identifies the owner."""
     if request.param == "object store":
         return Storage(memory)
 
@@ -53,7 +53,7 @@ def without_locks(request, run_dir, memory, monkeypatch):
 
 
 def wait_for(condition):
-    """Return once `condition()` holds, asking often; fail after DEADLINE_S."""
+    """Wait until `condition()` holds, polling often; fail after about DEADLINE_S."""
     never = threading.Event()
     for _ in range(int(DEADLINE_S / 0.005)):
         if condition():
@@ -69,7 +69,7 @@ def test_a_second_command_is_refused_and_told_who_has_the_run(run_dir, take):
     ) as told:
         take(run_dir)
     assert "Nothing was changed" in str(told.value)
-    with pytest.raises(RunInUseError, match=f"process {os.getpid()} on "):  # being refused takes nothing away
+    with pytest.raises(RunInUseError, match=f"process {os.getpid()} on "):  # the rejected attempt has changed nothing
         take(run_dir)
 
 
@@ -83,7 +83,7 @@ def test_what_was_given_back_is_free_and_can_be_given_back_twice(run_dir, take):
     lease.release()
     lease.release()
     second = take(run_dir)
-    lease.release()  # the first owner's, which is over
+    lease.release()  # the first owner's lease, which has ended
     with pytest.raises(RunInUseError):
         take(run_dir)
     second.release()
@@ -182,7 +182,7 @@ def test_without_locks_an_owner_that_ends_while_it_is_watched_makes_way(without_
 
 
 def test_an_owner_that_seemed_dead_notices_that_it_was_taken_over(without_locks, take):
-    slept = take(without_locks, beat_s=3600)  # as in a suspended process
+    slept = take(without_locks, beat_s=3600)  # like a suspended process
     second = take(without_locks)
     slept._beat_s = 0.01
     slept._ended.set()  # it wakes up
@@ -191,7 +191,7 @@ def test_an_owner_that_seemed_dead_notices_that_it_was_taken_over(without_locks,
     threading.Thread(target=slept._beat, daemon=True).start()
     wait_for(lambda: slept.lost is not None)
     assert slept.lost == f"process {os.getpid()} on {os.uname().nodename}"
-    slept.release()  # and doesn't take the other's claim with it
+    slept.release()  # it doesn't remove the other's claim
     assert second.lost is None
     with pytest.raises(RunInUseError):
         take(without_locks, watch_s=3)

@@ -1,4 +1,4 @@
-"""The ledger: it proves exactly once, and finds every way in which that could be untrue."""
+"""The sample ledger proves that each sample was used exactly once, and detects every violation."""
 
 import dataclasses
 import json
@@ -18,7 +18,7 @@ from ftexp.rundir.sample_ledger import SampleLedger, Update, last_attempt, probl
 from ftexp.storage.directory import Storage
 
 NUM_SAMPLES, BATCH, EPOCHS = 10, 4, 3
-TOTAL = NUM_SAMPLES * EPOCHS  # seven steps of four, and one of two
+TOTAL = NUM_SAMPLES * EPOCHS  # seven steps of four samples, and one of two
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def run_dir(tmp_path):
 
 
 def batches(world_size, rank, start_step=0, seed=0, accumulate=1):
-    """(step, Batch) of one rank's share from after `start_step`, as its feed gives them."""
+    """Yield (step, Batch) of one rank's share after `start_step`, as its feed does."""
     plan, order = ShardPlan(BATCH, accumulate, TOTAL, rank, world_size), SampleOrder(seed, NUM_SAMPLES)
     for step, (start, end) in enumerate(plan.batch_ends(start_step * BATCH), start=start_step + 1):
         positions = np.concatenate([share.positions[: share.num_counted] for share in plan.micro_shares(start, end)])
@@ -48,7 +48,7 @@ def found(updates):
 
 
 def correct():
-    """What a run without a fault leaves, made from the order alone."""
+    """Return the updates of a run without faults, derived from the order alone."""
     order, updates = SampleOrder(0, NUM_SAMPLES), []
     for step, start in enumerate(range(0, TOTAL, BATCH), start=1):
         positions = np.arange(start, min(start + BATCH, TOTAL))
@@ -67,9 +67,9 @@ def test_a_run_without_a_fault_has_no_problem_at_any_number_of_workers(run_dir, 
 
 
 def test_a_step_that_was_done_again_counts_as_it_was_done_last(run_dir):
-    write(run_dir, attempt=1, world_size=3, last_step=5, seed=7)  # other samples, so that they can be told apart
+    write(run_dir, attempt=1, world_size=3, last_step=5, seed=7)  # another seed, so that its samples differ
     write(run_dir, attempt=2, world_size=1, start_step=3, last_step=6)
-    write(run_dir, attempt=10, world_size=2, start_step=4)  # ten is more than two, as a number
+    write(run_dir, attempt=10, world_size=2, start_step=4)  # attempts are ordered as numbers: 10 is after 2
     updates = read_updates(run_dir)
     assert [update.attempt for update in updates] == [1, 1, 1, 2, 10, 10, 10, 10]
     assert updates[3].samples == correct()[3].samples
@@ -165,7 +165,7 @@ def test_a_short_batch_is_found_wherever_it_is_not_the_last():
     updates = correct()
     short = dataclasses.replace(updates[2], positions=updates[2].positions[:3], samples=updates[2].samples[:3])
     assert found([*updates[:2], short, *updates[3:]])[0] == "step 3 was driven by 3 samples, not 4"
-    assert found([*updates[:2], short]) == []  # a run may stop there
+    assert found([*updates[:2], short]) == []  # a short batch may be the last one of a stopped run
 
 
 def test_a_rank_whose_lines_are_gone_is_found(run_dir):
@@ -184,7 +184,7 @@ def test_the_last_attempt_is_the_highest_that_wrote_a_line(run_dir):
 
 
 def drawn(config, epochs=6):
-    """What a run over classes of 2, 0 and 8 samples leaves, whose epoch is as `config` has it."""
+    """Return the updates of a run over classes of 2, 0 and 8 samples, with the sampling of `config`; and identities."""
     table, updates = ClassTable.of(np.array([2, 0, 2, 2, 2, 2, 0, 2, 2, 2]), 3), []
     order = run_order(config, NUM_SAMPLES, None, table)
     for step, start in enumerate(range(0, epochs * NUM_SAMPLES, BATCH), start=1):
@@ -204,7 +204,7 @@ def test_what_is_drawn_by_class_or_repeated_is_checked_against_what_is_drawn(dra
     )
     updates, drawn_by = drawn(config)
     assert list(problems(updates, NUM_SAMPLES, BATCH, drawn_by)) == []
-    assert found(updates) != []  # not each once an epoch
+    assert found(updates) != []  # samples don't come once per epoch
     samples = updates[step - 1].samples
     other = next(sample for sample in range(NUM_SAMPLES) if sample not in samples)
     for wrong in ((other, *samples[1:]), (*samples[1:], samples[0])):
@@ -218,7 +218,7 @@ def test_what_is_drawn_by_class_or_repeated_is_checked_against_what_is_drawn(dra
 @given(data=st.data())
 def test_no_swap_of_a_sample_goes_unnoticed(data):
     updates = correct()
-    step = data.draw(st.integers(1, len(updates) - 3))  # of an epoch that was completed
+    step = data.draw(st.integers(1, len(updates) - 3))  # in a completed epoch
     place = data.draw(st.integers(0, BATCH - 1))
     samples = list(updates[step - 1].samples)
     other = data.draw(st.integers(0, NUM_SAMPLES - 1).filter(lambda sample: sample != samples[place]))
@@ -233,7 +233,7 @@ def test_what_was_rolled_back_does_not_stand_and_what_was_left_out_is_marked(run
         for step in (1, 2, 3, 4):
             ledger.note(step, done[step])
         ledger.back_to(1)
-        for step in (2, 3):  # and then the power went
+        for step in (2, 3):  # a power failure comes after these
             ledger.note(step, done[step], skipped=step == 3)
         ledger.flush()
     one, two, three, *_ = correct()

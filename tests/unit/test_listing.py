@@ -1,4 +1,4 @@
-"""Listings: what a store fails to give is asked for again, and splits keep every item, its label and its block."""
+"""Listings: failed requests to a store are retried, and splits keep every item, its label and its block."""
 
 import io
 
@@ -18,14 +18,14 @@ from ftexp.data.sources.parquet import RowGroup, RowGroups
 
 @pytest.fixture
 def slept(monkeypatch):
-    """The seconds that would have been slept."""
+    """List of the seconds that would have been slept."""
     seconds = []
     monkeypatch.setattr(ftexp.data.listing.time, "sleep", seconds.append)
     return seconds
 
 
 class Store:
-    """Raises the errors it is given, one a call, then gives its content."""
+    """Raises the given errors, one per call, then returns its content."""
 
     def __init__(self, *errors):
         self.errors, self.calls = list(errors), 0
@@ -70,7 +70,7 @@ def test_what_another_try_cannot_mend_fails_at_once(error, slept):
 
 
 class FlakyFiles:
-    """A filesystem of one file, whose every call fails once before it does as it is asked."""
+    """A filesystem with one file, on which the first attempt of every call fails."""
 
     def __init__(self, content):
         self._file, self._failed, self.closed = pa.BufferReader(content), set(), False
@@ -130,7 +130,7 @@ def test_a_damaged_row_group_fails_at_once_and_a_failing_store_does_not(tmp_path
 
 
 class Here:
-    """Stands in for `Shared`, without Ray."""
+    """Replaces `Shared`, without Ray."""
 
     def __init__(self, value):
         self._value = value
@@ -146,7 +146,7 @@ def test_what_cannot_be_got_raises_where_it_is_got():
 
 
 class Local:
-    """Stands in for `Shared`: without Ray, the value itself."""
+    """Replaces `Shared`, without Ray."""
 
     def __init__(self, value):
         self.get = lambda: value
@@ -181,11 +181,11 @@ def test_splits_keep_each_item_with_its_label_and_each_block_its_items(sizes, se
 @pytest.mark.parametrize(
     ("own", "per_class", "changes", "without"),
     [
-        ({}, 4, {}, ["val"]),  # floor(0.1 * 4 + 0.5) is none, floor(0.2 * 4 + 0.5) one
+        ({}, 4, {}, ["val"]),  # floor(0.1 * 4 + 0.5) = 0, floor(0.2 * 4 + 0.5) = 1
         ({}, 2, {}, ["val", "test"]),
         ({}, 10, {}, []),
         ({}, 4, {"val_fraction": 0.0, "test_fraction": 0.2}, []),
-        ({"val": []}, 10, {}, []),  # the source's own, and its affair
+        ({"val": []}, 10, {}, []),  # the source's own split may be empty
     ],
 )
 def test_a_split_that_rounding_leaves_empty_is_named(own, per_class, changes, without):

@@ -1,4 +1,4 @@
-"""One optimiser step in one process: every switch of `train` trains, and accumulation changes no result."""
+"""Optimiser steps in one process: every switch of `train` trains, and accumulation doesn't change the result."""
 
 import dataclasses
 import functools
@@ -47,7 +47,7 @@ from tests.support.jobs import (
 
 
 class Pair(torch.nn.Module):
-    """Returns its logits twice, in the mode that it is given."""
+    """Returns its logits twice in training mode if `mode`, else in evaluation mode."""
 
     def __init__(self, inner, mode):
         super().__init__()
@@ -76,7 +76,7 @@ def test_an_evaluation_takes_as_much_at_a_time_as_surely_has_room(
     monkeypatch, configured, accumulate_steps, now, largest
 ):
     job, sizes = make_job(eval_batch_size=configured, accumulate_steps=accumulate_steps), []
-    job.data.accumulate_steps = now  # more than configured: memory has run out before
+    job.data.accumulate_steps = now  # more than configured after an earlier lack of memory
     job.learner.model.register_forward_pre_hook(lambda _, images: sizes.append(len(images[0])))
     evaluate(job, "val")
     assert max(sizes) == largest
@@ -91,7 +91,7 @@ def test_a_gpus_kernels_are_asked_for_the_same_bits_each_time(monkeypatch):
         assert not torch.are_deterministic_algorithms_enabled()
         settle_kernels(torch.device("cuda"))
         assert torch.are_deterministic_algorithms_enabled()
-        assert torch.is_deterministic_algorithms_warn_only_enabled()  # what has no such kernel still trains
+        assert torch.is_deterministic_algorithms_warn_only_enabled()  # other operations still run
         assert not torch.backends.cudnn.benchmark
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     finally:
@@ -125,7 +125,7 @@ def test_every_switch_learns_what_can_be_learned(switches):
 
 
 def test_a_compiled_model_takes_the_steps_of_the_plain_one(monkeypatch):
-    # traced and differentiated as ever; the C++ that would come of it takes half a minute
+    # traced and differentiated as usual, but without compiling C++, which takes half a minute
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     shallow = dataclasses.replace(SMALL_VIT, kwargs={**SMALL_VIT.kwargs, "depth": 1})
     plain, compiled = make_job(shallow), make_job(shallow, compile=True)
@@ -170,7 +170,7 @@ def test_dropout_depends_on_step_and_rank_alone():
         batch = next(make_job(dropping).data.feed.from_position(0))
         job = make_job(dropping, group=dataclasses.replace(ALONE, rank=rank))
         job.progress.step = step
-        torch.rand(noise)  # whatever else drew numbers before
+        torch.rand(noise)  # other draws from the global generator
         train_step(job, batch)
         return torch.cat([parameter.flatten() for parameter in job.learner.model.parameters()])
 
@@ -237,7 +237,7 @@ def test_a_poisoned_step_is_not_a_number():
 
 
 def test_a_batch_tells_which_samples_it_counts():
-    job = make_job(accumulate_steps=5, batch=7)  # micro-batches of one row are filled up
+    job = make_job(accumulate_steps=5, batch=7)  # micro-batches of one row are padded
     order, told = SampleOrder(0, 96), []
     for batch in job.data.feed.from_position(0):
         assert batch.positions.tolist() == list(range(batch.start, batch.end))
@@ -274,13 +274,13 @@ def test_a_step_whose_gradient_is_not_finite_changes_nothing_and_the_next_one_do
     recovery = recovery_of(job)
     poisoned_step(job, batches, recovery)
     assert same(copied(job), weights)
-    assert torch.equal(job.progress.train.taken(), sums)  # neither a loss nor a sample was counted
+    assert torch.equal(job.progress.train.taken(), sums)  # neither its losses nor its samples were counted
     assert all(parameter.grad is None for parameter in job.learner.model.parameters())
     assert (job.progress.step, job.progress.position, recovery.num_skipped) == (
         2,
         48,
         1,
-    )  # the samples are gone, though
+    )  # its samples are skipped, though
     assert job.channel.sent == [Happened(events.StepSkipped([24, 48], 2, "the gradient is not finite"))]
     train_step(job, next(batches))
     assert not same(copied(job), weights)
@@ -328,7 +328,7 @@ def test_only_rank_0_tells_of_a_skipped_step():
 def test_where_steps_are_not_skipped_a_bad_loss_is_an_error_when_it_would_be_logged():
     job = make_job()
     batches = job.data.feed.from_position(0)
-    poisoned_step(job, batches)  # raises nothing yet: asking the device at each step would cost time
+    poisoned_step(job, batches)  # raises nothing yet: synchronising with the device at each step would cost time
     with pytest.raises(NonFiniteError, match="24 losses were NaN or infinite by step 1"):
         log_train(job)
     assert job.channel.sent == []
@@ -356,7 +356,7 @@ def test_weights_that_are_not_finite_are_not_kept_as_a_checkpoint(tmp_path, monk
         next(iter(job.learner.model.parameters())).view(-1)[0] = math.inf
     job.progress.step = 2
     monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("waiting doesn't mend it"))
-    job.progress.total_positions = 0  # so that it is the last
+    job.progress.total_positions = 0  # so that this checkpoint is the last
     checkpoints.save()
     checkpoints.wait()
     saved, failed = job.channel.events()
@@ -364,7 +364,7 @@ def test_weights_that_are_not_finite_are_not_kept_as_a_checkpoint(tmp_path, monk
     assert "the weights are not finite" in failed.error
     assert store.latest(lambda *_: None).step == 1
     with pytest.raises(NonFiniteError, match=r"are not finite, so this step is not worth keeping: lower optim\.lr"):
-        checkpoints.finish()  # not that the storage were at fault
+        checkpoints.finish()  # the error doesn't blame the storage
     job.config.checkpoint.max_failed_saves = 0
     with pytest.raises(NonFiniteError, match="are not finite"):
         checkpoints.due(epoch_ended=False)
@@ -392,4 +392,4 @@ def test_a_hang_is_told_and_its_stacks_are_left_in_the_run_directory(tmp_path):
     report("in a step", 12.5, "the stacks")
     file = tmp_path / "hangs" / "a2.r3.txt"
     assert file.read_text() == "the stacks"
-    assert order == [[Hung(3, "in a step", 12.5, str(file))]]  # flushed once it was told
+    assert order == [[Hung(3, "in a step", 12.5, str(file))]]  # the flush comes after the message

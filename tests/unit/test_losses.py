@@ -1,4 +1,4 @@
-"""The loss group: timm's and torch's values for each sample, and one gradient for any number of workers."""
+"""The loss group: per-sample values as in timm and torch, and the same gradient for any number of workers."""
 
 import itertools
 import math
@@ -27,7 +27,7 @@ GENERATOR = torch.Generator().manual_seed(3)
 LOGITS = 3 * torch.randn(11, CLASSES, generator=GENERATOR)
 LABELS = torch.randint(0, CLASSES, (11,), generator=GENERATOR)
 MIXED = torch.rand(11, CLASSES, generator=GENERATOR).softmax(1)
-TIMMS = {  # settings, and timm's arguments for the same
+TIMMS = {  # {loss: (settings, timm's arguments for the same)}
     "ce": ({}, {}),
     "bce": ({"target_threshold": 0.2}, {"bce_target_thresh": 0.2}),
     "asl": ({"gamma_pos": 1.5, "gamma_neg": 3.0}, {"asl_gamma_pos": 1.5, "asl_gamma_neg": 3.0}),
@@ -36,7 +36,7 @@ TIMMS = {  # settings, and timm's arguments for the same
 PAIRS = [
     *itertools.product(SINGLE_LABEL_LOSSES, [False]),
     *itertools.product(["ce", "bce", "poly"], [True]),
-]  # of name and mixed
+]  # (name, mixed)
 
 
 def loss_of(name="ce", smoothing=0.0, counts=COUNTS, **settings):
@@ -147,7 +147,7 @@ def test_the_gradient_is_the_global_mean_for_any_number_of_workers_and_micro_bat
 
     (alone,) = torch.autograd.grad(loss(images @ head, targets).mean(), head)
     for accumulate, world in ((3, 1), (1, 2), (2, 5)):
-        rtol = 1e-4 if name == "poly" else 1e-12  # timm's computes in float32
+        rtol = 1e-4 if name == "poly" else 1e-12  # timm's poly computes in float32
         torch.testing.assert_close(gradient(accumulate, world), alone, rtol=rtol, atol=rtol / 1000)
 
 

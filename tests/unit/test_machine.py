@@ -1,4 +1,4 @@
-"""What the machine lacks is found before Ray starts: put elsewhere where that is safe, or told in one line."""
+"""Problems of the machine are found before Ray starts: avoided if that is safe, else reported in one line."""
 
 import getpass
 import os
@@ -16,9 +16,9 @@ PRIVATE = f"/tmp/ftexp-{os.getuid()}"
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
-    """A machine that lacks nothing: an environment of its own, in which a test takes something away."""
+    """Home directory and environment of a machine without problems, into which a test introduces one."""
     for name in ("RAY_TMPDIR", "RAY_AUTH_TOKEN_PATH", "TORCHINDUCTOR_CACHE_DIR", "TMPDIR"):
-        monkeypatch.setenv(name, "")  # so that what is set is put back
+        monkeypatch.setenv(name, "")  # so that values set by the test are restored
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
     return tmp_path
@@ -26,7 +26,7 @@ def home(tmp_path, monkeypatch):
 
 @pytest.fixture
 def forbid(monkeypatch):
-    """Have directories not be writable, to root either."""
+    """Function that makes directories appear unwritable, even to root."""
     access = os.access
 
     def forbid(*directories):

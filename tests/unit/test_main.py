@@ -1,4 +1,4 @@
-"""`ftexp <command>`, and what a module of the user's imports."""
+"""`ftexp <command>`, and imports of a user's module."""
 
 import importlib
 import sys

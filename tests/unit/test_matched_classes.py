@@ -1,4 +1,4 @@
-"""Other data's classes, matched with a model's by name."""
+"""Classes of other data, matched with a model's by name."""
 
 import pytest
 import torch

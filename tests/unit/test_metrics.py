@@ -1,4 +1,4 @@
-"""Metrics of an evaluation: their values, over one process and over three, and which names are refused."""
+"""Metrics of an evaluation: their values in one process and in three, and rejected names."""
 
 import math
 
@@ -23,7 +23,7 @@ from tests.support.metric_ranks import NAMES, NUM_CLASSES, counted, made
 
 @pytest.fixture
 def own_metrics(monkeypatch):
-    """Forget afterwards what a test registers."""
+    """Remove metrics registered by a test afterwards."""
     monkeypatch.setattr(metric_registry, "_kinds", dict(metric_registry._kinds))
     monkeypatch.setattr(metric_registry._metrics, "_entries", dict(metric_registry._metrics._entries))
 
@@ -41,7 +41,7 @@ def test_metrics_are_those_of_scikit_learn(num_classes):
         )
 
     assert found["f1_macro"] == pytest.approx(sklearn.metrics.f1_score(labels, predictions, average="macro"), rel=1e-6)
-    # scikit-learn warns of classes that are predicted and have no samples
+    # not from scikit-learn, which warns about predicted classes without samples
     recalls = [(predictions[labels == label] == label).mean() for label in sorted(set(labels))]
     assert found["balanced_accuracy"] == pytest.approx(sum(recalls) / len(recalls), rel=1e-12)
     assert found["auroc"] == pytest.approx(mean_of_classes(sklearn.metrics.roc_auc_score), rel=1e-6, nan_ok=True)
@@ -50,7 +50,7 @@ def test_metrics_are_those_of_scikit_learn(num_classes):
     )
     if num_classes > 5:
         top5 = sklearn.metrics.top_k_accuracy_score(labels, logits.double().numpy(), k=5, labels=range(num_classes))
-        # ties: scikit-learn takes other classes of equal logits
+        # ties: of classes with equal logits, scikit-learn chooses others
         assert found["top5"] == pytest.approx(top5, abs=0.05)
         distinct = logits + torch.rand(logits.shape, generator=torch.Generator().manual_seed(1)) / 4
         top5 = sklearn.metrics.top_k_accuracy_score(labels, distinct.double().numpy(), k=5, labels=range(num_classes))
@@ -59,7 +59,7 @@ def test_metrics_are_those_of_scikit_learn(num_classes):
 
 def test_the_calibration_error_and_the_auroc_are_those_of_torchmetrics():
     logits, targets = made(7)
-    logits[:40] *= 40  # of confidence 1
+    logits[:40] *= 40  # with confidence 1
     expected = multiclass_calibration_error(logits.softmax(1), targets, 7)
     assert counted(logits, targets, 50, ["calibration_error"])["calibration_error"] == pytest.approx(
         float(expected), rel=1e-5
@@ -83,7 +83,7 @@ def test_logits_that_are_not_finite_have_no_auroc_and_no_calibration_error():
 
 
 def test_three_workers_and_other_batches_measure_bitwise_what_one_process_measures(preloaded, tmp_path):
-    """In the same process, so that it costs no other: an evaluation without metrics imports no torchmetrics."""
+    """The process first checks that an evaluation without metrics doesn't import torchmetrics; this saves a process."""
     printed = preloaded.run("metric_ranks", MEETING=str(tmp_path / "meeting"))
     assert printed == "torchmetrics is not imported\nas one process\n"
 
@@ -95,7 +95,7 @@ def test_an_evaluation_logs_the_metrics_that_are_named_and_the_emas():
     names = [f"val_{name}{of}" for of in ("", "_ema") for name in ("loss", "accuracy")]
     assert [*point.values] == [*names, "val_auroc", "val_f1_macro", "val_auroc_ema", "val_f1_macro_ema"]
     assert set(point.values) <= set(logged_metrics(job.config))
-    assert point.values["val_auroc"] == point.values["val_auroc_ema"]  # nothing is trained yet
+    assert point.values["val_auroc"] == point.values["val_auroc_ema"]  # the model is untrained
 
 
 def test_a_metric_of_ones_own_gets_logits_and_is_logged(own_metrics):

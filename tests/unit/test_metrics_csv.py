@@ -1,4 +1,4 @@
-"""metrics.csv says what metrics.jsonl says."""
+"""metrics.csv has the content of metrics.jsonl."""
 
 import csv
 import json
@@ -48,7 +48,7 @@ def test_a_run_that_goes_on_has_the_points_of_both_invocations(storage):
     record = RunRecord(storage, RunState(name="x"), SCORE)
     log(record, "train", 10, train_loss=1.0)
     record.write()
-    assert not storage.exists("metrics.csv")  # it is written at the end
+    assert not storage.exists("metrics.csv")  # it is written at the end of the run
     record.close("interrupted")
     again = RunRecord(storage, read_state(storage), SCORE)
     log(again, "train", 20, train_loss=2.0)

@@ -1,4 +1,4 @@
-"""Mixup, cutmix, random erasing, RandAugment: timm's own results, and the same for any number of workers."""
+"""Mixup, cutmix, random erasing, RandAugment: the same results as timm's, for any number of workers."""
 
 import random
 from types import SimpleNamespace
@@ -39,7 +39,7 @@ def configured(mode, **changes):
 
 
 def whole_batch(count=12, start=0):
-    """A micro-batch that is a whole global batch."""
+    """Return a micro-batch that is a whole global batch."""
     share = ShardPlan(count, 1, start + count, 0, 1, True).micro_shares(start, start + count)[0]
     rows = share.positions - start
     return MicroBatch(
@@ -63,7 +63,7 @@ def timms(config, smoothing=0.1, **changes):
 def test_a_global_batch_is_mixed_as_timm_mixes_it(seed, changes):
     config = configured("batch", **changes)
     mixed = Mixing(config, CLASSES, 0.1, seed)(whole_batch(start=24), 24)
-    # timm mixes the first with the last; neighbours are mixed here
+    # timm mixes the first sample with the last; ftexp mixes neighbours
     order = [0, 2, 4, 6, 8, 10, 11, 9, 7, 5, 3, 1]
     np.random.seed(mixing_seed(seed, 24))
     images, targets = timms(config)(IMAGES[order].clone(), LABELS[order])
@@ -93,7 +93,7 @@ def test_two_samples_that_draw_for_themselves_are_mixed_as_timm_mixes_two(mode):
 )
 def test_a_sample_is_mixed_alike_by_any_number_of_workers_and_micro_batches(batch, total, accumulate, world, mode):
     augment = configured(mode)
-    mixing = Mixing(augment, 101, 0.1, 1)  # make_feed's labels are tens
+    mixing = Mixing(augment, 101, 0.1, 1)  # make_feed's labels are multiples of ten
 
     def mixed(accumulate, world):
         found = {}
@@ -151,7 +151,7 @@ def test_the_last_of_an_odd_batch_is_left_as_it_is():
 def test_from_its_last_position_on_nothing_is_mixed_and_targets_stay_smoothed_as_timms(mode):
     config = configured(mode)
     always, ending = Mixing(config, CLASSES, 0.1, 3), Mixing(config, CLASSES, 0.1, 3, end=24)
-    for start in (12, 23):  # the latter reaches beyond the end: the epoch of a batch is that of its first position
+    for start in (12, 23):  # the second reaches beyond the end: a batch belongs to the epoch of its first position
         before, usual = ending(whole_batch(start=start), start), always(whole_batch(start=start), start)
         assert torch.equal(before.images, usual.images)
         assert torch.equal(before.targets, usual.targets)

@@ -1,4 +1,4 @@
-"""The timm models that configs name, and pretrained weights."""
+"""timm models of the config, and pretrained weights."""
 
 import argparse
 import contextlib
@@ -37,14 +37,14 @@ def info(image_size=32, channels=3, num_classes=5):
 
 
 def vit(data=None, pretrained=False, **kwargs):
-    """A ViT of 5k parameters and the report on its weights."""
+    """Return a ViT of 5k parameters and the report on its weights."""
     config = ModelConfig(name=VIT, kwargs={**SMALL, **kwargs}, pretrained=str(pretrained) if pretrained else False)
     return build_model(config, data or info())
 
 
 def saved(model, path, wrap=lambda state: state):
     state = {name: value.clone() for name, value in model.state_dict().items()}
-    if "safetensors" in path.name:  # whatever the ending
+    if "safetensors" in path.name:  # with any extension
         save_file(wrap(state), path)
     else:
         torch.save(wrap(state), path)
@@ -198,7 +198,7 @@ def test_of_several_state_dicts_the_one_that_is_taken_is_told(tmp_path):
 
 def test_a_prefix_is_kept_where_few_names_match_without_it(tmp_path):
     path = tmp_path / "w.pt"
-    torch.save({"net.head.weight": torch.zeros(5, 16)}, path)  # as a part of another architecture may be called
+    torch.save({"net.head.weight": torch.zeros(5, 16)}, path)  # a possible name in another architecture
     with pytest.raises(ConfigError, match=r"none match by name \(it has net\.head\.weight, the model"):
         vit(pretrained=path)
 
@@ -219,7 +219,7 @@ def test_a_head_of_another_class_count_stays_as_it_was_initialised(tmp_path):
 
 def test_a_position_embedding_is_resampled_for_another_image_size(tmp_path):
     trained, _ = vit(info(image_size=32))
-    ramp = torch.arange(8.0).repeat(8, 1)  # each row of patches 0..7, left to right
+    ramp = torch.arange(8.0).repeat(8, 1)  # each row of patches is 0..7, left to right
     with torch.no_grad():
         trained.pos_embed[0, 1:] = ramp.reshape(64, 1)
         trained.pos_embed[0, 0] = 100.0
@@ -227,10 +227,10 @@ def test_a_position_embedding_is_resampled_for_another_image_size(tmp_path):
     assert report.resized == ["pos_embed"]
     assert (report.missing, report.unused) == ([], [])
     assert model.pos_embed.shape == (1, 1 + 16 * 16, 16)
-    assert torch.equal(model.pos_embed[0, 0], torch.full((16,), 100.0))  # the class token's isn't touched
+    assert torch.equal(model.pos_embed[0, 0], torch.full((16,), 100.0))  # the class token's embedding is unchanged
     grid = model.pos_embed[0, 1:, 0].reshape(16, 16)
-    assert torch.allclose(grid, grid[:1].expand(16, 16), atol=1e-5)  # rows alike, as before
-    assert torch.all(grid[0].diff() > 0)  # and rising from left to right
+    assert torch.allclose(grid, grid[:1].expand(16, 16), atol=1e-5)  # rows are equal, as before
+    assert torch.all(grid[0].diff() > 0)  # and rise from left to right
     assert grid.mean().item() == pytest.approx(3.5, abs=0.05)
     model(torch.zeros(1, 3, 64, 64))
 
@@ -269,7 +269,7 @@ def test_an_input_convolution_is_adapted_from_three_channels_to_one(tmp_path):
     model, report = vit(info(channels=1), saved(trained, tmp_path / "w.pt"))
     assert report.resized == ["patch_embed.proj.weight"]
     assert (report.missing, report.unused) == ([], [])
-    summed = trained.patch_embed.proj.weight.sum(dim=1, keepdim=True)  # so grey as r = g = b gives what it gave
+    summed = trained.patch_embed.proj.weight.sum(dim=1, keepdim=True)  # so a grey image gives the same as r = g = b did
     assert torch.allclose(model.patch_embed.proj.weight, summed)
 
 
@@ -301,7 +301,7 @@ def test_weights_that_fit_nothing_are_refused(tmp_path):
 
 
 class Payload:
-    """Pickled, it creates a file when it is loaded."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, target):
         self.target = target
@@ -326,7 +326,7 @@ def test_code_in_a_weights_file_is_refused_and_does_not_run(zipped, tmp_path):
         )
     assert not target.exists()
     torch.load(path, weights_only=False) if zipped else pickle.loads(path.read_bytes())
-    assert target.exists()  # the payload does run where nothing guards against it
+    assert target.exists()  # without protection, the payload does run
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
@@ -435,7 +435,7 @@ def test_a_model_that_the_hub_has_no_weights_for_is_told():
 
 
 def facebook_convnext(state):
-    """The names of the original authors' ConvNeXt, for those of timm's."""
+    """Rename the weights of timm's ConvNeXt as in the original authors' files."""
     renamed = {}
     for name, value in state.items():
         name = re.sub(r"^stem\.", "downsample_layers.0.", name)
@@ -451,7 +451,7 @@ SWIN = {"embed_dim": 8, "depths": (1, 1), "num_heads": (1, 2), "window_size": 7,
 
 
 def loaded_by_timm(arguments, path):
-    """A model that timm loads from a file by itself, as it does weights of its hub."""
+    """Return a model whose weights timm itself loads from a file, as it loads weights of its hub."""
     return timm.create_model(
         **arguments, pretrained=True,
         pretrained_cfg_overlay={"file": str(path), "num_classes": arguments["num_classes"], "custom_load": False},
@@ -470,7 +470,7 @@ def loaded_by_timm(arguments, path):
         (VIT, SMALL, (32, 64), lambda state: {"state_dict": state}),
     ],
 )  # fmt: skip
-@pytest.mark.filterwarnings("ignore")  # torch's, of how timm interpolates
+@pytest.mark.filterwarnings("ignore")  # torch's warning about timm's interpolation
 def test_a_file_is_loaded_as_timm_loads_it(name, kwargs, sizes, wrap, tmp_path):
     torch.manual_seed(1)
     before, after = (info(image_size=size) for size in sizes)
@@ -482,7 +482,7 @@ def test_a_file_is_loaded_as_timm_loads_it(name, kwargs, sizes, wrap, tmp_path):
     model, report = build_model(config, after)
     assert (report.missing, report.unused) == ([], [])
     assert bool(report.resized) == (sizes[0] != sizes[1])
-    saved(trained, path, lambda state: wrap(state).get("module", wrap(state)))  # timm doesn't know that key
+    saved(trained, path, lambda state: wrap(state).get("module", wrap(state)))  # timm doesn't know the key "module"
     theirs = loaded_by_timm(timm_arguments(config, after), path).state_dict()
     assert list(tree_differences(model.state_dict(), theirs)) == []
 
@@ -508,7 +508,7 @@ def test_weights_of_another_patch_size_are_resampled_with_their_positions(tmp_pa
 
 
 def test_every_architecture_of_timms_has_the_filter_that_its_module_names():
-    """What `checkpoint_filter` captures, for one architecture of each kind; timm's names aren't public."""
+    """`checkpoint_filter` depends on names in timm that aren't public; one architecture of each kind is checked."""
     expected = {
         "vit_tiny_patch16_224": "checkpoint_filter_fn", "swin_tiny_patch4_window7_224": "checkpoint_filter_fn",
         "regnetx_002": "_filter_fn", "densenet121": "_filter_torchvision_pretrained", "resnet18": None,
@@ -551,7 +551,7 @@ def test_weights_that_give_less_than_half_are_refused_with_both_numbers(tmp_path
         "architecture, or set model.pretrained_partial=true to train the rest from scratch"
     )
     check_weights(dataclasses.replace(config, pretrained_partial=True), data)
-    _, report = build_model(config, info())  # a run that has begun resumes
+    _, report = build_model(config, info())  # a run that has already started resumes
     assert len(report.matched) == 14
 
 
@@ -563,7 +563,7 @@ def test_weights_of_a_sibling_that_share_little_are_refused(tmp_path):
     data = DataConfig(name="x", image_size=32, mean=[0.5] * 3, std=[0.5] * 3)
     with pytest.raises(ConfigError, match=r"gives 43 of the model's 159 parameter tensors, .* \(27%, the classifier"):
         check_weights(ModelConfig(name="resnet50", pretrained=str(tmp_path / "w.pt")), data)
-    check_weights(ModelConfig(name="resnet18", pretrained=str(tmp_path / "w.pt")), data)  # whatever the classes
+    check_weights(ModelConfig(name="resnet18", pretrained=str(tmp_path / "w.pt")), data)  # whatever the classes are
 
 
 @pytest.mark.parametrize(("kwargs", "fits"), [({}, True), ({"embed_dim": 32, "num_heads": 2}, False)])

@@ -1,4 +1,4 @@
-"""data.task=multi_label: sets of classes from cell to batch, timm's losses and mixing over them, and evaluation."""
+"""data.task=multi_label: label sets from table cell to batch, timm's losses and mixing on them, and evaluation."""
 
 import base64
 import copy
@@ -42,7 +42,7 @@ from tests.support.configs import composed
 from tests.support.feeds import mixing_seed
 from tests.support.jobs import CPU, copied, make_job, same, train
 
-CLASSES = 11  # more than a byte holds
+CLASSES = 11  # more than the bits of a byte
 GENERATOR = torch.Generator().manual_seed(5)
 LOGITS = 3 * torch.randn(13, CLASSES, generator=GENERATOR)
 SETS = (torch.rand(13, CLASSES, generator=GENERATOR) < 0.3).float()
@@ -50,7 +50,7 @@ SETS[4] = 0  # a sample without a label
 SOFT = SETS.lerp(SETS.flip(0), 0.3)
 COUNTS = [40, 1, 9, 0, 30, 5, 6, 7, 8, 9, 10]
 INFO = DataInfo(["dark", "light", "picture"], 8, 1, [0.5], [0.25], {}, task=MULTI_LABEL)
-TIMMS = {  # settings, and timm's arguments for the same
+TIMMS = {  # {loss: (settings, timm's arguments for the same)}
     "bce": ({"pos_weight": 3.0}, {"pos_weight": 3.0}),
     "asl": (
         {"gamma_pos": 1.5, "gamma_neg": 3.0, "clip": 0.1, "pos_weight": 2.0},
@@ -110,10 +110,10 @@ def test_cells_of_text_lists_and_json_make_the_same_sets():
         assert unpacked(labels["train"], 3).tolist() == [[1, 1, 0], [0, 0, 0], [0, 1, 0], [0, 0, 0]]
         assert unpacked(labels["val"], 3).tolist() == [[0, 0, 1]]
     names, labels = as_labels({"train": ["2|10"]}, config_of(label_separator="|"), "labels", where)
-    assert names == ["2", "10"]  # in the order of numbers
+    assert names == ["2", "10"]  # in numerical order
     assert labels["train"].shape == (1, 1)
     names, labels = as_labels({"train": ["2"]}, config_of(num_classes=9), "labels", where)
-    assert labels["train"].shape == (1, 2)  # room for the classes that no sample has
+    assert labels["train"].shape == (1, 2)  # with room for classes without samples
     assert unpacked(labels["train"], 9).tolist() == [[0, 0, 1, 0, 0, 0, 0, 0, 0]]
 
 
@@ -218,7 +218,7 @@ def test_a_job_learns_sets_and_micro_batches_change_nothing(name):
         train(job)
         evaluate(job, "val")
     metrics = jobs[0].progress.metrics
-    assert metrics["val_accuracy"] > (0.6 if name == "asl" else 0.9)  # its few steps go to positives first
+    assert metrics["val_accuracy"] > (0.6 if name == "asl" else 0.9)  # in so few steps, asl mostly learns positives
     assert jobs[1].progress.metrics["val_loss"] == pytest.approx(metrics["val_loss"], abs=1e-4)
 
 
@@ -237,7 +237,7 @@ def test_evaluation_is_the_mean_binary_cross_entropy_and_the_share_of_exact_sets
     loss, accuracy = means(meter.totals())
     expected = F.binary_cross_entropy_with_logits(LOGITS.double(), SETS.double())
     assert loss == pytest.approx(expected.item(), rel=1e-6)
-    assert accuracy == 0  # of 11 random decisions
+    assert accuracy == 0  # no sample has all of its 11 random decisions right
     meter.reset()
     nearly = (2 * SETS - 1) * torch.rand(SETS.shape, generator=GENERATOR)
     nearly[2, 3] *= -1
@@ -318,7 +318,7 @@ def test_the_most_confident_mistakes_come_with_their_sets_and_pictures():
     info = DataInfo(["a", "b", "c"], 8, 1, [0.5], [0.25], {}, task=MULTI_LABEL)
     findings = findings_of(info, lambda images: np.full((len(images), 8, 8, 1), images.mean() * 255, np.uint8), 0.5)
     held = torch.tensor([[1, 0, 0], [0, 0, 0], [0, 1, 1], [1, 1, 1]]).float()
-    #  right; b is told for nothing; c is missed, and a told, which is surer; a is missed by less than any
+    # rows: correct; b is a false positive; c is missed and, with more confidence, a is given; a is narrowly missed
     logits = torch.tensor([[9.0, -9, -9], [-9, 2, -9], [4, 4, -3], [-0.5, 9, 9]])
     for row in range(4):
         findings.add(torch.full((1, 1, 8, 8), row / 4), held[row : row + 1], logits[row : row + 1])

@@ -1,4 +1,4 @@
-"""Gradients that are not finite: what is left out, what is gone back to, and that both stay so after a restart."""
+"""Non-finite gradients: skipped batches, rollbacks, and that a restart keeps both."""
 
 import dataclasses
 import math
@@ -28,7 +28,7 @@ STATES = ["progress", "scheduler", "scaler", "ema", "rng", "best"]
 
 
 class BadFeed:
-    """Batches of another feed; an image is not a number where the step, counted from 1, is one of `steps`."""
+    """Batches of another feed; in each of `steps`, counted from 1, an image has a NaN."""
 
     def __init__(self, feed, steps):
         self.feed, self.steps = feed, steps
@@ -42,10 +42,10 @@ class BadFeed:
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """Run a job to its end, with bad images at some steps and a save every 3 steps."""
+    """Function that runs a job to its end, with bad images at some steps and a checkpoint every 3 steps."""
     monkeypatch.setattr("ray.train.report", lambda metrics: None)
     save = CheckpointManager.save
-    # these steps are quicker than a save, and a save that falls due meanwhile would wait
+    # steps are faster than a checkpoint here, and a checkpoint that becomes due meanwhile would be postponed
     monkeypatch.setattr(CheckpointManager, "save", lambda self: (save(self), self.wait()))
 
     def start(policy, bad_steps=(), skips=(), name="run", model=None, recipe=None, **failure):
@@ -80,7 +80,7 @@ def test_a_rollback_leaves_out_the_bad_batch_and_does_the_rest_again(run, model,
         (5, 3, [96, 120]),
         (9, 6, [192, 216]),
     ]
-    # a single bad batch is left out either way, and what is done again comes out the same
+    # both policies skip a single bad batch, and replayed steps have the same result
     assert same(copied(rolled), copied(skipped))
     assert points(rolled) == points(skipped)
     assert rolled.progress.finished
@@ -94,7 +94,7 @@ def test_a_rollback_takes_the_average_fp16s_scaler_and_what_was_unfrozen_back_wi
     recipe = {
         "precision": "fp16",
         "ema": EmaConfig(decay=0.9, use_warmup=True),
-        "freeze": {"blocks.0": 1},  # the fifth step is the first that trains it
+        "freeze": {"blocks.0": 1},  # the fifth step is the first one that trains it
         "augment": AugmentConfig(mixup_alpha=0.8, erase_prob=0.5, erase_mode="pixel"),
     }
     skipped = run("skip_step", {5, 9}, name="skipped", recipe=recipe)
@@ -111,7 +111,7 @@ def test_a_rollback_takes_the_average_fp16s_scaler_and_what_was_unfrozen_back_wi
 def test_bad_batches_in_a_row_are_blamed_on_those_before_them(run, tmp_path):
     job = run("rollback", {8, 9})
     found = [(event.step, event.to_step, event.positions) for event in job.channel.events(RolledBack)]
-    # the second takes the batch before the first with it, but nothing from before the save after step 6
+    # the second rollback also skips the batch before the first, but none from before the checkpoint of step 6
     assert found == [(8, 6, [168, 192]), (9, 6, [144, 216])]
     assert same(copied(job), copied(run("raise", skips=[(144, 216)], name="left out")))
     assert [update.step for update in read_updates(Storage.at(str(tmp_path), "run")) if update.skipped] == [7, 8, 9]
@@ -127,7 +127,7 @@ def test_rollbacks_to_one_save_have_a_limit(run):
     bad = {4, 5, 6, 7, 8}
     with pytest.raises(NonFiniteError, match=r"step 6 .* rollbacks to the same checkpoint .*max_rollbacks=2"):
         run("rollback", bad, max_rollbacks=2)
-    # each save begins a new count
+    # each checkpoint restarts the count
     assert run("rollback", {2, 5, 8, 11}, max_rollbacks=1, name="apart").progress.finished
 
 
@@ -136,7 +136,7 @@ def test_known_batches_are_left_out_whatever_the_policy_and_count_for_its_limit(
     assert same(copied(left_out), copied(run("skip_step", {5})))
     with pytest.raises(NonFiniteError, match=r"3 steps in a row .* the last of them step 7"):
         run("skip_step", {7}, skips=[(96, 144)], max_nonfinite_steps=2, name="too many")
-    # a step that is taken begins a new count
+    # a step that isn't skipped restarts the count
     assert run("skip_step", {3, 5, 7}, max_nonfinite_steps=1, name="not in a row").progress.finished
 
 
@@ -153,7 +153,7 @@ def test_weights_that_are_not_finite_are_nothing_to_go_back_to(tmp_path, monkeyp
     checkpoints.save()
     (failed,) = job.channel.events(CheckpointFailed)
     assert "the weights are not finite" in failed.error
-    for _ in range(2):  # the copy stays as it is, also when the optimiser has had it
+    for _ in range(2):  # the copy stays unchanged, even after the optimiser has used the restored state
         checkpoints.roll_back()
         assert same(copied(job), good)
         assert job.progress.step == 0

@@ -1,4 +1,4 @@
-"""Optimisers and schedules as timm builds them for us."""
+"""Optimisers and schedules, which timm builds."""
 
 import dataclasses
 import math
@@ -40,7 +40,7 @@ def optimizer_of(model=None, train=None, **settings):
 
 
 def rates(config, steps):
-    """The learning rate after each of `steps`, asked in that order."""
+    """Return the learning rate at each of `steps`, requested in that order."""
     optimizer = optimizer_of(name="sgd")
     falling_steps = TOTAL - round(config.cooldown_epochs * PER_EPOCH)
     scheduler = build_scheduler(config, optimizer, falling_steps, PER_EPOCH)
@@ -79,7 +79,7 @@ def test_a_vits_position_embedding_and_class_token_get_no_weight_decay():
 def test_torchs_own_optimisers_are_fused_unless_told_otherwise(name):
     assert optimizer_of(name=name).defaults["fused"] is True
     assert optimizer_of(name=name, kwargs={"fused": False}).defaults["fused"] is False
-    assert not optimizer_of(name=name, kwargs={"foreach": True}).defaults.get("fused")  # torch takes one of the two
+    assert not optimizer_of(name=name, kwargs={"foreach": True}).defaults.get("fused")  # torch allows one of the two
 
 
 @pytest.mark.parametrize("name", SGD_NAMES)
@@ -133,7 +133,7 @@ def test_every_schedule_starts_at_its_warm_up_rate_and_stays_within_bounds(name,
     else:
         assert all_rates[0] == pytest.approx(0.1, rel=1e-6)
     assert max(all_rates) <= 0.1
-    assert min(all_rates) >= 0.0001  # of step's three drops; the others end at min_lr
+    assert min(all_rates) >= 0.0001  # schedule=step after three drops; the others end at min_lr
 
 
 def test_the_rate_is_set_before_the_first_step():
@@ -174,7 +174,7 @@ def test_constant_holds_the_rate_after_warm_up():
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_the_rate_depends_on_the_step_alone(name):
-    """So that a resumed run, which jumps to its step, goes on with the rates of a run that never stopped."""
+    """A resumed run, which jumps to its step, must have the rates of an uninterrupted run."""
     config = ScheduleConfig(name=name, warmup_epochs=2, warmup_lr=0.001, min_lr=0.01, decay_epochs=3)
     in_order = rates(config, range(TOTAL + 1))
     jumps = [57, 3, 100, 0, 20, 19, 57]
@@ -209,7 +209,7 @@ def test_the_last_epochs_hold_the_lowest_rate_as_timms_cooldown(name):
 
 @pytest.mark.parametrize("added", [1, 2, 3])
 def test_epochs_that_are_added_with_a_cooldown_leave_the_rates_before_as_they_were(added):
-    """Of epochs that aren't a whole number of steps: 22.45."""
+    """An epoch here has 22.45 steps."""
     curves = []
     for cooldown in (0, added):
         words = (f"train.epochs={4 + cooldown}", f"schedule.cooldown_epochs={cooldown}", "schedule.min_lr=1e-3")

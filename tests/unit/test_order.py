@@ -1,4 +1,4 @@
-"""Order: a true permutation per epoch, at any position, independent of everything but the seed."""
+"""Order: a true permutation per epoch, available at any position, dependent only on the seed."""
 
 import itertools
 
@@ -35,7 +35,7 @@ def test_epochs_and_seeds_differ():
 
 
 def test_the_order_of_a_seed_never_changes_between_versions():
-    # a run that resumes under a newer ftexp must go on in the order that it began in
+    # a run that resumes under a newer ftexp must keep its order
     samples = SampleOrder(7, 10).samples(np.arange(20))
     assert samples.tolist() == [
         4,
@@ -66,14 +66,14 @@ def test_the_order_of_a_seed_never_changes_between_versions():
 
 @pytest.fixture(scope="module", params=["all", "a window of all blocks"])
 def places(request):
-    """The place of each sample in each of 200 epochs, [epochs, samples]."""
+    """Place of each sample in each of 200 epochs, [epochs, samples]."""
     num_samples, num_epochs = 1257, 200
     order = SampleOrder(3, num_samples) if request.param == "all" else WindowOrder(3, np.full(419, 3), 419)
     return np.argsort(order.samples(np.arange(num_samples * num_epochs)).reshape(num_epochs, num_samples), axis=1)
 
 
 def excess(counts, expected, freedom):
-    """Chi-squared of counts that should all be alike, in standard deviations above what chance gives."""
+    """Return the chi-squared of counts, in standard deviations above its expectation for random counts."""
     return (((counts - expected) ** 2 / expected).sum() - freedom) / np.sqrt(2 * freedom)
 
 
@@ -92,7 +92,7 @@ def test_where_a_sample_comes_in_one_epoch_says_nothing_about_a_later_one(places
     ends = np.histogram(np.arange(num_samples), bins=parts, range=(0, num_samples))[0]
     expected = (num_epochs - apart) * np.outer(ends, ends) / num_samples
     assert abs(excess(pairs, expected, (parts - 1) ** 2)) < 4
-    # nor does it move by some distances rather than by others
+    # all distances between the two places are equally frequent
     moves = np.bincount((later - now) % num_samples, minlength=num_samples)
     assert abs(excess(moves, num_epochs - apart, num_samples - 1)) < 4
 
@@ -100,8 +100,8 @@ def test_where_a_sample_comes_in_one_epoch_says_nothing_about_a_later_one(places
 def test_no_single_sample_comes_early_or_late_by_habit(places):
     num_samples = places.shape[1]
     centred = (places - (num_samples - 1) / 2) / np.sqrt((num_samples**2 - 1) / 12)
-    for statistic in (centred[:-1] * centred[1:], centred):  # with the epoch before, and with all epochs
-        # a sum of independent values of spread 1, over its own spread: its squares are chi-squared
+    for statistic in (centred[:-1] * centred[1:], centred):  # products with the next epoch, and values of all epochs
+        # sums of independent values of spread 1, divided by the sums' spread; the sum of their squares is chi-squared
         scores = statistic.sum(axis=0) / np.sqrt(len(statistic))
         assert abs((scores**2).sum() - num_samples) < 4 * np.sqrt(2 * num_samples)
 
@@ -111,7 +111,7 @@ def test_neighbours_in_one_epoch_are_no_neighbours_in_the_next(places):
     together = sum(
         np.count_nonzero(np.abs(np.diff(later[np.argsort(now)])) == 1) for now, later in itertools.pairwise(places)
     )
-    expected = (num_epochs - 1) * (num_samples - 1) * 2 / num_samples  # of independent permutations; Poisson
+    expected = (num_epochs - 1) * (num_samples - 1) * 2 / num_samples  # independent permutations; Poisson
     assert abs(together - expected) < 4 * np.sqrt(expected)
 
 
@@ -119,7 +119,7 @@ def test_neighbours_in_one_epoch_are_no_neighbours_in_the_next(places):
 def test_uniforms_are_uniform_and_of_their_position_alone(draw):
     values = uniforms(5, np.arange(50_000), draw)
     counts, _ = np.histogram(values, bins=20, range=(0, 1))
-    assert ((counts - 2500) ** 2 / 2500).sum() < 45  # chi-squared of 19 degrees: above 45 once in 1,500
+    assert ((counts - 2500) ** 2 / 2500).sum() < 45  # chi-squared with 19 degrees of freedom: above 45 once in 1,500
     assert uniforms(5, np.array([1234]), draw)[0] == values[1234]
 
 
@@ -145,7 +145,7 @@ def test_every_epoch_of_windows_visits_every_sample_once(seed, sizes, window, ep
     seed=seeds, sizes=sizes_of_blocks, window=windows, positions=st.lists(st.integers(0, 2000), min_size=1, max_size=12)
 )
 def test_a_sample_depends_on_its_position_alone_whatever_it_is_asked_for_with(seed, sizes, window, positions):
-    order = WindowOrder(seed, sizes, window)  # it holds two epochs at a time, and is asked for them in any order
+    order = WindowOrder(seed, sizes, window)  # it holds two epochs at a time; requests come in any order
     alone = [int(WindowOrder(seed, sizes, window).samples(np.array([position]))[0]) for position in positions]
     assert order.samples(np.array(positions)).tolist() == alone
     assert [int(order.samples(np.array(position))) for position in positions] == alone
@@ -193,7 +193,7 @@ def test_another_thread_may_ask_for_other_epochs_meanwhile():
         def __contains__(self, number):
             found = super().__contains__(number)
             order._epochs = dict(self)
-            for epoch in (5, 9):  # as another thread would, between a look at what is held and its use
+            for epoch in (5, 9):  # as another thread might, between the look-up and the use of an epoch
                 WindowOrder.samples(order, np.arange(3) + 3 * epoch)
             return found
 

@@ -1,4 +1,4 @@
-"""What is typed for a key that holds text is that text, whatever Hydra or YAML would make of it."""
+"""A text key gets exactly the typed text, even where Hydra or YAML would convert it."""
 
 import subprocess
 
@@ -17,7 +17,7 @@ TEXTS = [
 
 
 def read(word):
-    """The value of an override as Hydra gives it to OmegaConf."""
+    """Return the value of an override as Hydra passes it to OmegaConf."""
     value = OverridesParser.create().parse_override(word).value()
     return value if isinstance(value, str) else value.text
 
@@ -43,7 +43,7 @@ def test_what_means_something_else_is_left_alone(word):
 
 
 def test_a_sweep_over_texts_keeps_each_as_it_was_typed():
-    assert as_typed(Config, "data.split=x,1.10") == "data.split=x,1.10"  # no key of the schema
+    assert as_typed(Config, "data.split=x,1.10") == "data.split=x,1.10"  # not a key of the schema
     assert as_typed(Config, "run.name=1.10,b,2e9") == "run.name='1.10',b,'2e9'"
 
 

@@ -1,4 +1,4 @@
-"""The pages: every link leads somewhere, every command is one that ftexp takes, every Python block is Python."""
+"""The pages: every link has a target, ftexp accepts every command, and every Python block is valid."""
 
 import dataclasses
 import importlib
@@ -29,7 +29,7 @@ MODULES = (
 
 
 def blocks(language):
-    """(page, text) of every fenced block in `language`."""
+    """Return (page, text) of every fenced block in `language`."""
     return [(page, block) for page, text in PAGES.items() for name, block in FENCE.findall(text) if name == language]
 
 
@@ -38,20 +38,20 @@ def links(page):
 
 
 def headings(page):
-    """The anchors of a page's headings, as GitHub makes them."""
+    """Return the anchors of a page's headings, as GitHub generates them."""
     found = re.findall(r"^#+ (.+)$", PROSE[page], re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in found}
 
 
 def target(page, link):
-    """(path from the root, anchor) of a link of `page`."""
+    """Return (path from the root, anchor) of a link on `page`."""
     path, _, anchor = link.partition("#")
     whole = os.path.normpath(ROOT / page if not path else (ROOT / page).parent / path)
     return os.path.relpath(whole, ROOT), anchor
 
 
 def commands():
-    """{command: (module, words)} of every `python -m ftexp.<module>` in a console block, or as code within a text."""
+    """Return {command: (module, words)} of every `python -m ftexp.<module>` in console blocks and inline code."""
     lines = [line[2:] for _, block in blocks("console") for line in block.splitlines() if line.startswith("$ ")]
     lines += [" ".join(code.split()) for text in PROSE.values() for code in re.findall(r"`([^`]+)`", text)]
     found = {}
@@ -86,12 +86,12 @@ def test_there_is_a_command_of_each_kind_to_check():
 
 @pytest.fixture
 def check(monkeypatch, capsys, tmp_path):
-    """Give a command up to where it would start Ray, or read a run."""
+    """Function that runs a command up to the point where it would start Ray or read a run."""
     (tmp_path / "runs" / "first" / "checkpoints").mkdir(parents=True)
     (tmp_path / "weights.safetensors").touch()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FTEXP_HOOK", "https://hooks.example.com/secret")
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # run_hydra sets it; put back afterwards
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # run_hydra sets it; this restores it afterwards
     monkeypatch.setattr("signal.signal", lambda *_: None)
     monkeypatch.setattr("ftexp.config.checks.scaling.num_local_gpus", lambda: 0)
     monkeypatch.setattr("ftexp.sweep.run.grid.run_grid", lambda configs, *_: [0.0] * len(configs))

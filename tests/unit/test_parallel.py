@@ -1,4 +1,4 @@
-"""A model's blocks, how it is built in parts, and blocks that compute twice."""
+"""A model's blocks, building it in shards, and activation checkpointing of blocks."""
 
 import copy
 import dataclasses
@@ -27,7 +27,7 @@ from ftexp.model.recomputing import recompute
 from tests.support.configs import composed
 from tests.support.jobs import RESNET, SMALL_VIT, make_job, same, train
 
-# a small model of each family: its blocks' number, the first and the last of them
+# {a small model of each family: (number of blocks, first block, last block)}
 BLOCKS = {
     "vit_tiny_patch16_224": (12, "blocks.0", "blocks.11"),
     "deit_tiny_distilled_patch16_224": (12, "blocks.0", "blocks.11"),
@@ -50,7 +50,7 @@ def test_blocks_are_those_that_timm_numbers(name):
 
 
 class Stack(nn.Module):
-    """A model of a plug-in: timm numbers none of its layers."""
+    """A model of a plug-in, whose layers timm doesn't number."""
 
     def __init__(self, num_classes=5, **_):
         super().__init__()
@@ -82,7 +82,7 @@ def of_a_plugin(build):
 
 @of_a_plugin
 def reading_net(**kwargs):
-    """Copies a row of one parameter into another one, after it has drawn more."""
+    """Copies a row of one parameter into another one after further draws."""
     model = Stack(**kwargs)
     with torch.no_grad():
         model.head.weight[:, 0] = model.stages[0]["inner"][0][0].weight[0, :5]
@@ -102,7 +102,7 @@ def swallowing_net(**kwargs):
 
 @of_a_plugin
 def odd_net(**kwargs):
-    """Draws in ways that models draw in, all of which a draft allows."""
+    """Draws in all the ways of real models that a draft supports."""
     model = Stack(**kwargs)
     weight = nn.Parameter(torch.empty(7, 3))
     model.early = weight
@@ -131,7 +131,7 @@ def built(name, **kwargs):
 
 
 def parts_of(build):
-    """The drafts of each of some ranks."""
+    """Return the drafts of NUM_SHARDS ranks."""
     return [draft(build, lambda whole, index=index: cut(whole, NUM_SHARDS, index)) for index in range(NUM_SHARDS)]
 
 
@@ -143,7 +143,7 @@ DRAFTED = (
 
 @of_a_plugin
 def sharing_net(**kwargs):
-    """Makes a parameter of another one's values."""
+    """Makes a parameter that shares another one's values."""
     model = Stack(**kwargs)
     model.other = nn.Parameter(model.stages[0]["inner"][0][0].weight.data)
     nn.init.normal_(model.other)

@@ -1,4 +1,4 @@
-"""What is done to pictures where they are decoded: timm's and torchvision's own pixels for the same draws."""
+"""Augmentation of decoded pictures: the pixels of timm and torchvision for the same draws."""
 
 import hashlib
 import itertools
@@ -38,7 +38,7 @@ from tests.support.configs import composed
 
 SIZE, MEAN = 24, (0.2, 0.4, 0.6)
 FIT = Fit(SIZE, 3, mean=MEAN)
-PHOTOS = ("china.jpg", "flower.jpg")  # that scikit-learn comes with
+PHOTOS = ("china.jpg", "flower.jpg")  # from scikit-learn
 SHAPES = [(24, 24), (37, 29), (29, 90), (10, 7), (1, 1), (200, 24), (24, 3)]  # width, height
 
 
@@ -51,13 +51,13 @@ PICTURES = [picture(*shape, seed=number) for number, shape in enumerate(itertool
 
 
 def seed_globals(position, seed=0):
-    """Begin the global generators as the picture at this position begins its own."""
+    """Seed the global generators as the picture at this position seeds its own."""
     own = derive_seed(derive_seed(seed, 0x706963), position)
     random.seed(own), np.random.seed(own % 2**32)
 
 
 def expected(transform, image, position):
-    """The transform's pixels, drawn as ours are."""
+    """Return the pixels of a timm or torchvision transform, with the same draws as ftexp's."""
     seed_globals(position)
     return np.asarray(transform(image))
 
@@ -67,7 +67,7 @@ def augmented(image, position, **config):
 
 
 def is_tiny(image):
-    """Where timm draws a box without a pixel now and then, and fails."""
+    """Return whether timm may fail on the image, because it sometimes draws a box without pixels."""
     return min(image.size) < 4
 
 
@@ -168,7 +168,7 @@ def _fit_of_before(image):
     return ImageOps.fit(image, (SIZE, SIZE), Image.Resampling.BICUBIC)
 
 
-# what follows the crop
+# after the crop
 
 WORDS = [
     *("rand-m9-mstd0.5-inc1", "rand-m15-n3-mmax20-p0.7", "rand-m9-n2-tweights", "rand-m9-t3aw", "original", "v0"),
@@ -179,7 +179,7 @@ WORDS = [
 @pytest.mark.parametrize("interpolation", ["random", "bilinear"])
 @pytest.mark.parametrize("words", WORDS)
 def test_auto_augment_after_a_crop_is_timms(words, interpolation, monkeypatch):
-    posterize = ImageOps.posterize  # refuses 0 bits, which v0 draws; older ones gave black, and so do we
+    posterize = ImageOps.posterize  # rejects 0 bits, which v0 draws; older Pillow returned black, and so does ftexp
     black = Image.new("RGB", (SIZE, SIZE))
     monkeypatch.setattr("PIL.ImageOps.posterize", lambda image, bits: posterize(image, bits) if bits else black)
     theirs = transforms_imagenet_train(
@@ -269,7 +269,7 @@ def test_a_blur_is_torchvisions_but_for_its_rounding(sigma):
     theirs = F.gaussian_blur(torch.from_numpy(pixels).permute(2, 0, 1), [23, 23], [sigma, sigma]).permute(1, 2, 0)
     apart = np.abs(blurred(pixels, sigma).astype(int) - theirs.numpy())
     assert apart.max() <= 1
-    assert (apart > 0).mean() < 1e-3  # float32 sums, where ours are exact
+    assert (apart > 0).mean() < 1e-3  # torchvision sums in float32, ftexp exactly
 
 
 # positions
@@ -298,7 +298,7 @@ def test_a_picture_is_changed_by_seed_and_position_alone():
 
 
 def test_augmentations_of_ones_own_come_last_and_draw_by_position(monkeypatch, tmp_path):
-    """In a process that hasn't imported the plug-in too."""
+    """Also in a process that hasn't imported the plug-in."""
     (tmp_path / "own_pictures.py").write_text(
         "import numpy as np\n"
         "from ftexp.plugins import register_augmentation\n"
@@ -319,7 +319,7 @@ def test_augmentations_of_ones_own_come_last_and_draw_by_position(monkeypatch, t
     assert found[0][0, 0, 0] == found[2][0, 0, 0] != found[1][0, 0, 0]
     assert found[0][0, 0, 0] >= 20
     pickled = pickle.dumps(augment)
-    del sys.modules["own_pictures"]  # as in another process
+    del sys.modules["own_pictures"]  # as if in another process
     registry._augmentations._entries.clear()
     np.testing.assert_array_equal(pickle.loads(pickled)(PICTURES[1], 3), found[0])
     wrong = {
@@ -338,7 +338,7 @@ def test_augmentations_of_ones_own_come_last_and_draw_by_position(monkeypatch, t
 
 
 def test_100_decoded_and_augmented_pictures_have_the_pixels_that_they_had():
-    """Where a new version of Pillow, timm or numpy changes them, runs go on with others than they began with."""
+    """If a new Pillow, timm or numpy changes them, resumed runs continue with other pixels than they started with."""
     photos = [(Path(sklearn.datasets.__file__).parent / "images" / name).read_bytes() for name in PHOTOS]
     augment, digest = PictureAugment(EVERYTHING, 1, FIT), hashlib.sha256()
     for position in range(100):

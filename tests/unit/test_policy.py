@@ -1,4 +1,4 @@
-"""What is done about a failure: budgets, what is forgiven, what is no accident, and how long the wait is."""
+"""The decision about a failure: budgets, their refill, failures that are bugs, and the backoff."""
 
 import pytest
 from hypothesis import given
@@ -66,7 +66,7 @@ def test_preemption_may_have_a_number_among_the_causes_too(num_before, goes_on):
 @pytest.mark.parametrize(
     ("step", "goes_on", "reason"),
     [
-        (59, False, "failure 3 of 2 allowed in the last 50 steps: stopping"),  # steps 10 and 20 are less than 50 back
+        (59, False, "failure 3 of 2 allowed in the last 50 steps: stopping"),  # steps 10 and 20 are within 50 steps
         (60, True, "failure 2 of 2 allowed in the last 50 steps: restarting the workers"),
         (70, True, "failure 1 of 2 allowed in the last 50 steps: restarting the workers"),
     ],
@@ -136,7 +136,7 @@ def test_an_error_that_another_try_would_end_in_stops_at_once(kind):
         (failed(NON_FINITE), before(NON_FINITE, step=100, error="ChaosError: x"), NON_FINITE),
         (failed(), before(step=99, error="ChaosError: x"), None),  # at another step
         (failed(), before(step=100, error="ChaosError: y"), None),  # another exception
-        # a SIGKILL says nothing of what was done, and so does memory that was short
+        # a SIGKILL or a lack of memory doesn't show that the step itself is at fault
         (failed(ending=Ending.DIED), before(step=100, error="ChaosError: x"), None),
         (failed(HANG, ending=Ending.DIED), before(HANG, step=100, error="ChaosError: x"), None),
         (failed(OUT_OF_MEMORY), before(OUT_OF_MEMORY, step=100, error="ChaosError: x"), None),

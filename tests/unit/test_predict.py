@@ -1,4 +1,4 @@
-"""`python -m ftexp.predict`: the command killed and interrupted half-way, and what doesn't need Ray."""
+"""`python -m ftexp.predict`: the parts that don't need Ray."""
 
 import json
 from types import SimpleNamespace
@@ -11,8 +11,8 @@ import torch
 from ftexp.cli.trained_run import SavedRun
 from ftexp.config.schema import Config, DataConfig, ModelConfig
 from ftexp.data.info import DataInfo
-from ftexp.errors import ConfigError, StorageError
-from ftexp.predict.command import PredictConfig, _default_out, refuse
+from ftexp.errors import ConfigError, DataError, StorageError
+from ftexp.predict.command import PredictConfig, _default_out, predict, refuse
 from ftexp.predict.parts import (
     BAD_FILE,
     PARTS,
@@ -28,6 +28,8 @@ from ftexp.predict.pipeline import Predict
 from ftexp.predict.progress import ImageProgress
 from ftexp.predict.run import _as_array
 from ftexp.storage.directory import Storage
+from tests.support.configs import composed
+from tests.support.saved_runs import saved_run
 
 PLAN = PredictionPlan("run", "step_1", "raw", "abc", {"name": "image_folder", "root": "/a"}, 10, "def", 2, "parquet", 4)
 
@@ -48,6 +50,21 @@ PLAN = PredictionPlan("run", "step_1", "raw", "abc", {"name": "image_folder", "r
 def test_what_would_not_be_read_is_refused(word, told):
     with pytest.raises(ConfigError, match=told):
         refuse(["data=image_folder", "scaling.num_workers=1", word])
+
+
+@pytest.mark.parametrize(
+    ("chosen", "error", "message"),
+    [
+        (True, DataError, "/photos does not exist$"),
+        (False, ConfigError, "/photos, the run's data, does not exist: add data.root="),
+    ],
+)
+def test_data_that_are_not_there_are_noticed_before_ray_starts(tmp_path, monkeypatch, chosen, error, message):
+    words = ["data=image_folder", f"data.root={tmp_path}/photos", "data.image_size=8"]
+    run = saved_run(tmp_path / "run", *words)
+    monkeypatch.setattr("ftexp.cluster.ray_cluster.prepare_environment", lambda _: pytest.fail("Ray is next"))
+    with pytest.raises(error, match=rf"^data\.root={tmp_path}{message}"):
+        predict(composed("augment=none", *words), PredictConfig(run=run.storage.uri), run, chosen, words)
 
 
 @pytest.mark.parametrize(("name", "exif"), [("digits", False), ("image_folder", True)])
@@ -128,7 +145,7 @@ def test_part_files_without_a_plan_are_nobody_s(tmp_path):
 
 
 def rows(samples, errors=None):
-    """What the model's stage hands on for `samples`: of three classes, the one of the sample's number is surest."""
+    """Return the model stage's output for `samples`; sample n has class n % 3 of three as its top prediction."""
     count = len(samples)
     return {
         "sample": np.array(samples),
@@ -240,7 +257,7 @@ def test_a_plan_that_was_written_before_there_was_tta_goes_on_without(tmp_path):
 @pytest.mark.parametrize("tta", ["none", "hflip"])
 def test_the_logits_of_mirror_images_are_averaged_with_tta(tta):
     class Left(torch.nn.Module):
-        def forward(self, images):  # the logits of a class are the pixels in the left column
+        def forward(self, images):  # the logits of the classes are the pixels of the left column
             return images[:, 0, :, 0]
 
     info = DataInfo(["a", "b"], 2, 1, [0.0], [1.0], {})

@@ -1,4 +1,4 @@
-"""Meters: sums that don't depend on the order of addition, so that a resumed run reports the same numbers."""
+"""Meters: sums are independent of the order of addition, so that a resumed run reports the same numbers."""
 
 import math
 from fractions import Fraction
@@ -41,7 +41,7 @@ def test_a_sum_of_any_losses_of_float32_is_exact_also_when_it_is_restored():
     assert restored.totals() == meter.totals()
     meter.add(-torch.tensor(values), torch.zeros(len(values), dtype=torch.bool), torch.ones(len(values)) > 0)
     assert meter.totals()[0] == 0
-    restored.restore([-(3 * 2**40), 1, 2, 0], rank=0)  # as checkpoints hold it that were made with one number
+    restored.restore([-(3 * 2**40), 1, 2, 0], rank=0)  # the format of older checkpoints, which held one number
     assert restored.totals() == [-(3 * 2**40), 1, 2, 0]
 
 

@@ -1,4 +1,4 @@
-"""tracker=prometheus: the figures of a run, its endpoint, Ray's copies, and the dashboard over the series."""
+"""tracker=prometheus: the figures of a run, its endpoint, the copies in Ray's metrics, and the dashboard."""
 
 import re
 import socket
@@ -60,7 +60,7 @@ def figures_of(record):
 
 
 def trained(record, clock):
-    """A crash after step 50, seen 1 s later, with a restart of 2 s and a restore of 3 s that goes back to step 40."""
+    """Record a crash after step 50, detected after 1 s, a restart of 2 s and a restore of 3 s to step 40."""
     record.handle(Hello(0, 2, 11, "node"))
     record.handle(Ready(0, 100, "cpu", {}, 5))
     clock.now += 10
@@ -130,7 +130,7 @@ def test_counters_go_on_where_an_earlier_invocation_ended(record, clock, tmp_pat
     before = values(figures)
     record.close("interrupted")
     again = values(figures_of(opened(tmp_path, clock)))
-    # nobody has been heard of yet, and this invocation has its own clock
+    # this invocation has its own clock and no messages from workers yet
     own = ("ftexp_heartbeat_age_seconds", "ftexp_straggler_ratio")
     assert {key: value for key, value in before.items() if key[0] not in own} == again
 
@@ -163,7 +163,7 @@ def tracked(record, address=None, **settings):
 
 
 def scraped(url):
-    """{(sample's name, its labels): value} in Prometheus' text format."""
+    """Scrape `url`; return ({sample's name: type}, {(sample's name, its labels): value})."""
     with urllib.request.urlopen(url, timeout=10) as answer:
         families = list(text_string_to_metric_families(answer.read().decode()))
     types = {sample.name: family.type for family in families for sample in family.samples}
@@ -218,7 +218,7 @@ def test_on_a_cluster_rays_metrics_get_each_gauge_and_what_each_counter_has_grow
     assert ("set", "ftexp_step", ("first", ""), 0) in given
     assert not [each for each in given if each[0] == "inc"]
     trained(record, clock)
-    for _ in range(2):  # what has not grown is not counted again
+    for _ in range(2):  # a counter that has not grown is not incremented again
         tracker._exporter._update()
     assert [each for each in given if each[1] == "ftexp_failures_total"] == [
         ("inc", "ftexp_failures_total", ("first", "", "crash"), 1)

@@ -1,4 +1,4 @@
-"""Names of Ray's that aren't public. When one of these fails after an upgrade, mend ftexp/cluster/ray_private.py."""
+"""Ray's private names. If one of these tests fails after an upgrade, fix ftexp/cluster/ray_private.py."""
 
 import asyncio
 import copy
@@ -36,13 +36,13 @@ def test_the_nccl_detector_reads_what_is_set_and_leaves_its_findings_where_they_
 
     names = {"RAY_TRAIN_ENABLE_NCCL_HANG_DETECTOR", "RAY_TRAIN_NCCL_RAS_ACTION"}
     for name in [*names, ray_private._NCCL_POLL_S, ray_private._NCCL_CONFIRM_S]:
-        monkeypatch.setenv(name, "")  # so that what is set here is forgotten
+        monkeypatch.setenv(name, "")  # so that values set in this test are removed afterwards
         monkeypatch.delenv(name)
     ray_private.detect_nccl_hangs(within_s=30.0)
     trainer = ray.train.torch.TorchTrainer(lambda: None)
     (detector,) = [each for each in trainer._create_default_callbacks() if isinstance(each, nccl_ras.NCCLRASCallback)]
     assert (detector._confirm_duration_s, detector._poll_interval_s) == (30.0, 7.5)
-    assert detector._action == constants.NCCL_RAS_ACTION_OBSERVE  # the watchdog ends what hangs
+    assert detector._action == constants.NCCL_RAS_ACTION_OBSERVE  # the watchdog kills hung workers
     assert ray_private.NCCL_FINDINGS == constants.HANG_DETECTOR_DIRNAME
     stored = []
     monkeypatch.setattr(nccl_ras, "_upload_to_fs_path", lambda directory, filesystem, path: stored.append(path))
@@ -126,7 +126,7 @@ def fail():
 
 
 def test_the_decorator_of_actor_classes_draws_by_the_name_that_is_replaced():
-    """Else import_without_drawing would replace a name that nobody reads."""
+    """Otherwise import_without_drawing would replace a name that Ray doesn't use."""
     import ray.actor
 
     assert "ActorClassID.from_random()" in inspect.getsource(ray.actor), (
@@ -155,7 +155,7 @@ def test_the_processes_that_ray_has_started_are_where_they_are_looked_for(monkey
         assert "self.all_processes[ray_constants.PROCESS_TYPE_" in inspect.getsource(start)
     assert callable(Node.get_logs_dir_path)
     assert hasattr(worker, "_global_node")
-    monkeypatch.setattr(worker, "_global_node", None)  # another test may have left its Ray running in this process
+    monkeypatch.setattr(worker, "_global_node", None)  # an earlier test may have left a Ray in this process
     assert ray_private.started_processes() == {}
 
 
@@ -192,7 +192,7 @@ def test_the_dashboards_process_does_nothing_but_count_usage_where_there_is_no_d
 
 
 class Trainer:
-    """As much of Ray's as `fitted` uses: its fit() returns the callbacks that Ray Train's controller would get."""
+    """The parts of Ray's trainer that `fitted` uses; fit() returns the callbacks for Ray Train's controller."""
 
     def __init__(self):
         self.kept = object()
@@ -216,7 +216,7 @@ def test_no_actor_waits_for_an_api_server_that_does_not_run(monkeypatch, has_api
 
 
 def test_trains_controller_begins_as_its_workers_do(monkeypatch):
-    """And so do the actors that it creates: an actor has its creator's runtime env."""
+    """So do the actors that it creates: an actor inherits its creator's runtime env."""
     made = []
 
     def remote(**options):
@@ -236,7 +236,7 @@ def test_trains_controller_begins_as_its_workers_do(monkeypatch):
     assert options["runtime_env"]["py_executable"] == "fork"
     variables = options["runtime_env"]["env_vars"]
     assert variables["OMP_NUM_THREADS"] == "3"
-    assert variables["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] == "0.5"  # what Ray Train passes on itself
+    assert variables["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] == "0.5"  # a variable that Ray Train itself passes on
     assert options["num_cpus"] == 0
     assert sys.modules[type(trainer).__mro__[1].__module__].ray is ray, "the original is back"
 
@@ -308,7 +308,7 @@ def test_the_controller_replaces_a_worker_by_the_methods_that_are_overridden():
     from ftexp.cluster import ray_replacing
 
     def parameters(function):
-        # From the code: Ray adds a parameter to the signatures of a class that an actor was made of in this process.
+        # from the code: Ray adds a parameter to the signatures of a class once this process has made an actor of it
         return list(inspect.getargs(inspect.unwrap(function).__code__).args)
 
     assert parameters(TrainController._execute_resize_decision) == ["self", "decision"]
@@ -316,7 +316,7 @@ def test_the_controller_replaces_a_worker_by_the_methods_that_are_overridden():
     assert parameters(WorkerGroup._init_train_context) == ["self", "workers", "sync_actor"]
     assert parameters(DatasetsCallback.before_init_train_context) == ["self", "workers"]
     assert TrainController.worker_group_cls is WorkerGroup
-    assert data_parallel_trainer.TrainController.__name__ == "TrainController"  # a process has its actor's name
+    assert data_parallel_trainer.TrainController.__name__ == "TrainController"  # the process is named after its actor
     assert isinstance(WorkerGroupPollStatus.errors, property)
     for source, names in (
         (WorkerGroup.__init__, ["_worker_group_start_timeout_s", "_execution_group_callbacks"]),

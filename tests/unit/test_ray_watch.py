@@ -1,4 +1,4 @@
-"""Whether a Ray is still there: one that was started here by its processes, one that was joined by who answers."""
+"""Detecting a lost Ray: our own by its processes, a joined one by its answers."""
 
 import signal
 import socket

@@ -1,4 +1,4 @@
-"""The average, fp16's scaler, clipping, layer-wise decay, freezing: as timm has them, and kept to the bit."""
+"""EMA, fp16 scaler, clipping, layer-wise decay and freezing: as in timm, and bitwise identical after a restart."""
 
 import copy
 import io
@@ -56,7 +56,7 @@ def step(job, batches):
 
 
 def saved(job):
-    """A checkpoint's parts, through the files."""
+    """Return a checkpoint's parts, written to files and read back."""
     held = (job.learner.model, job.learner.optimizer, ExtraState(STATES, state_context(job)))
     parts = Staging(job.group.device).copy(tuple(each.state_dict() for each in held))
     loaded = []
@@ -68,7 +68,7 @@ def saved(job):
 
 
 def restored(parts, **arguments):
-    """What a restart makes of a checkpoint."""
+    """Return the job that a restart restores from a checkpoint."""
     job = make_job(**arguments)
     model, optimizer, extra = copy.deepcopy(parts)
     job.learner.model.load_state_dict(model)
@@ -78,21 +78,21 @@ def restored(parts, **arguments):
     return job
 
 
-# --- all of it
+# --- the full recipe
 
 
 @pytest.mark.parametrize("killed_after", [2, 4, 7])
 def test_with_the_full_recipe_a_restart_changes_no_bit(killed_after):
-    """Before, at, and after the epoch that unfreezes a part."""
+    """The kill comes before, at or after the epoch that unfreezes a part."""
     clean = make_job(DROPPING, **FULL)
-    clean.learner.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24, growth_interval=3)  # with overflows, too
+    clean.learner.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24, growth_interval=3)  # some steps overflow
     batches = clean.data.feed.from_position(0)
     for _ in range(killed_after):
         step(clean, batches)
     checkpoint = saved(clean)
     other = restored(checkpoint, model=DROPPING, **FULL)
     assert list(tree_differences(checkpoint, saved(other))) == []
-    torch.rand(7)  # whatever else the new process drew
+    torch.rand(7)  # other draws in the new process
     for job in (clean, other):
         own = job.data.feed.from_position(job.progress.position)
         while not job.progress.finished:
@@ -101,7 +101,7 @@ def test_with_the_full_recipe_a_restart_changes_no_bit(killed_after):
     assert 0 < clean.progress.num_overflows < clean.progress.step
 
 
-# --- the average
+# --- EMA
 
 
 def test_the_average_is_timms():
@@ -177,7 +177,7 @@ def test_a_gradient_that_overflows_changes_nothing_is_counted_and_is_no_failure(
     job = overflowing_job(ema=EMA, **clip)
     batches = job.data.feed.from_position(0)
     before, average = copied(job), [value.clone() for value in job.learner.ema.model.state_dict().values()]
-    assert step(job, batches)  # no failure
+    assert step(job, batches)  # an overflow is no failure
     assert (job.progress.num_overflows, job.learner.scaler.get_scale()) == (1, 2.0**23)
     assert same(copied(job)[: len(before)], before)
     assert same(list(job.learner.ema.model.state_dict().values()), average)
@@ -206,11 +206,11 @@ def test_in_fp16_an_overflow_is_the_scalers_affair_and_a_bad_loss_the_policys(po
     assert not train_step(job, poisoned(batch))
     assert same(copied(job), kept[0])
     assert list(tree_differences(saved(job)[2]["scaler"], kept[1]["scaler"])) == []
-    assert train_step(job, batch)  # the scaler is as it was: it can take a step
+    assert train_step(job, batch)  # the scaler is unchanged: a step is possible
 
 
 def test_sgds_momentum_is_zero_after_a_first_step_that_overflowed():
-    """torch's fused SGD would leave it as whatever lay in memory."""
+    """torch's fused SGD would leave it uninitialised."""
     job = overflowing_job(optim=OptimConfig(name="sgd", lr=0.01, kwargs={"momentum": 0.9}))
     step(job, job.data.feed.from_position(0))
     assert job.progress.num_overflows == 1
@@ -252,7 +252,7 @@ def test_gradients_are_clipped_as_timm_clips_them(mode, bound):
     reference.learner.model.load_state_dict(make_job().learner.model.state_dict())
     for parameter, other in zip(reference.learner.model.parameters(), plain.learner.model.parameters(), strict=True):
         parameter.grad = other.grad.clone()
-    # timm's training script leaves the head out, too, where it clips adaptively
+    # for adaptive clipping, timm's training script excludes the head, too
     names = [
         name for name, _ in reference.learner.model.named_parameters() if mode != "agc" or not name.startswith("head.")
     ]

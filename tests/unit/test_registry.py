@@ -1,4 +1,4 @@
-"""Names to builders, and the modules of users that add to them."""
+"""Registries of builders by name, and users' modules that extend them."""
 
 import sys
 
@@ -18,7 +18,7 @@ def registry():
 
 @pytest.fixture
 def directory(tmp_path, monkeypatch):
-    """An empty working directory; modules and paths that a test adds are taken back."""
+    """Empty working directory; modules and paths added by a test are removed afterwards."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
     before = set(sys.modules)

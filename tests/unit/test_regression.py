@@ -1,4 +1,4 @@
-"""data.task=regression: targets from cell to batch, losses, what evaluation measures, and the best checkpoint."""
+"""data.task=regression: targets from table cell to batch, losses, evaluation, and the best checkpoint."""
 
 import numpy as np
 import pytest
@@ -70,7 +70,7 @@ def test_targets_are_standardised_by_train_alone_and_come_back_in_their_units():
     import pyarrow as pa
 
     labels = np.random.default_rng(0).normal(50, 7, (40, 3)).astype(np.float32)
-    labels[:, 2] = 4  # always the same
+    labels[:, 2] = 4  # a constant target
     facts = target_facts(config_of(), labels)
     np.testing.assert_allclose(facts["target_mean"], labels.mean(0), rtol=1e-6)
     np.testing.assert_allclose(facts["target_std"][:2], labels.std(0)[:2], rtol=1e-5)

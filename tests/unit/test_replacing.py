@@ -1,4 +1,4 @@
-"""A worker that is started again alone: who may be, what the others do meanwhile, and what stays exact."""
+"""Replacing a single worker: when it is allowed, what the others do meanwhile, and exactness."""
 
 import threading
 
@@ -40,7 +40,7 @@ def config_of(recovery=REPLACE, failure=None, checkpoint=None, parallel=None, **
     )
 
 
-# Who may be replaced
+# Which failures allow a replacement
 
 
 @pytest.mark.parametrize(
@@ -86,11 +86,11 @@ def test_auto_replaces_where_the_number_of_workers_and_their_device_allow_it(rec
     ("kind", "rank", "ending", "expected"),
     [
         (CRASH, 1, Ending.DIED, Action.REPLACE),
-        (HANG, 2, Ending.DIED, Action.REPLACE),  # which killed itself
-        (CRASH, 0, Ending.DIED, Action.RESTART),  # what it holds, no other rank does
+        (HANG, 2, Ending.DIED, Action.REPLACE),  # the hung rank killed itself
+        (CRASH, 0, Ending.DIED, Action.RESTART),  # no other rank holds rank 0's state
         (CRASH, None, Ending.DIED, Action.RESTART),
         (CRASH, 1, Ending.RAISED, Action.RESTART),
-        (PREEMPTION, 1, Ending.DIED, Action.RESTART),  # whose slot goes too
+        (PREEMPTION, 1, Ending.DIED, Action.RESTART),  # its node goes, too
     ],
 )
 def test_a_rank_that_died_is_replaced_and_any_other_failure_restarts_all(kind, rank, ending, expected):
@@ -109,7 +109,7 @@ def test_a_rank_that_died_is_replaced_and_any_other_failure_restarts_all(kind, r
 
 def test_a_rank_is_asked_until_it_waits_and_invited_until_it_leaves():
     meeting = Meeting()
-    assert meeting.waiting(DEADLINE_S) is None  # it wouldn't wait
+    assert meeting.waiting(DEADLINE_S) is None  # before `expect`, the rank wouldn't wait
     meeting.expect(can_wait=True)
     assert meeting.waiting(0.0) is None
     asked = []
@@ -119,7 +119,7 @@ def test_a_rank_is_asked_until_it_waits_and_invited_until_it_leaves():
     thread.join()
     assert asked == [Waiting(7, ADDRESS)]
     assert meeting.invitation(0.0) is None
-    for number in (1, 2):  # who was to come at first has died
+    for number in (1, 2):  # the first replacement has died
         meeting.invite(Invitation(ADDRESS, number, 1))
         assert meeting.invitation(0.0) == Invitation(ADDRESS, number, 1)
         assert meeting.waiting(0.0) == Waiting(7, ADDRESS)
@@ -157,7 +157,7 @@ def test_ranks_meet_if_they_all_wait_after_the_same_step(steps, expected):
     assert common_step([None if step is None else Waiting(step, None) for step in steps]) == expected
 
 
-# What a rank that has died leaves
+# The remains of a dead rank
 
 
 def test_sums_that_were_never_shared_since_the_reset_are_none():
@@ -180,7 +180,7 @@ def test_a_ledger_says_which_step_its_file_ends_with(tmp_path):
     ledger().back_to(4)
     assert ledger().last_step() == 4
     with (tmp_path / "a0001.r1.jsonl").open("a") as file:
-        file.write('{"step": 7, "posi')  # a kill
+        file.write('{"step": 7, "posi')  # cut off by a kill
     assert ledger().last_step() == 4
 
 

@@ -1,4 +1,4 @@
-"""The report: what it says agrees with the records, whatever is in them is only text, and long runs stay small."""
+"""The report agrees with the records, escapes all text in them, and stays small for long runs."""
 
 import dataclasses
 import json
@@ -34,7 +34,7 @@ SCORE = ("val_accuracy", "max")
 
 
 class Story:
-    """Makes the records of a run, by the code that makes them, on a clock of its own."""
+    """Writes the records of a run through RunRecord, with its own clock."""
 
     def __init__(self, storage, name="told", now=1_700_000_000.0, state=None):
         self.storage, self.now = storage, now
@@ -135,7 +135,7 @@ def test_the_timeline_of_three_kills_has_the_durations_that_the_records_have(sto
                 "detecting": failure.seconds_to_detect,
                 "restarting": failure.seconds_to_restart,
                 "restoring": failure.seconds_to_restore,
-                "replaying": replay_s,  # to the end of the first step that was new
+                "replaying": replay_s,  # up to the end of the first new step
             },
             abs=1e-3,
         )
@@ -145,11 +145,11 @@ def test_the_timeline_of_three_kills_has_the_durations_that_the_records_have(sto
     sums = timeline.seconds_by_phase()
     assert sums["starting"] == pytest.approx(3)
     assert sums["ending"] == pytest.approx(2)
-    # each second went to one thing, and what went to new steps is what goodput counts
+    # every second belongs to one phase, and goodput counts the time of new steps
     assert sum(sums.values()) == pytest.approx(timeline.total_s) == pytest.approx(read_state(storage).seconds)
     assert timeline.total_s == pytest.approx(story.now - 1_700_000_000)
     assert all(one.end == two.begin for one, two in pairwise(timeline.segments))
-    # the first new step after each replay ends it: goodput counts that one step with the new ones
+    # the first new step after a replay is part of the replay in the timeline, but a new step for goodput
     assert read_state(storage).productive_s == pytest.approx(sums["training"] + 3 * 0.1, abs=0.01)
 
 
@@ -157,7 +157,7 @@ def test_a_driver_that_was_killed_is_an_interruption_and_the_night_after_it_is_l
     first = Story(storage)
     first.after(2).attempt(0)
     first.steps(1, 60)
-    first.record.write()  # and no more: it was killed
+    first.record.write()  # then the driver was killed
     again = Story(storage, now=first.now + 8 * 3600, state=read_state(storage))
     again.after(4).attempt(40)
     again.steps(41, 80)
@@ -277,7 +277,7 @@ def test_the_curves_mark_failures_where_they_were_and_shade_every_other_attempt(
     ]
     assert [title for title in titles if title] == [f"crash after step {step}" for step in steps]
     shades = [shape for shape in drawing.shapes if getattr(shape, "role", "") == "shade"]
-    assert len(shades) == 2  # of four attempts
+    assert len(shades) == 2  # every second of four attempts
     dashed = [shape.points[0][0] for shape in drawing.shapes if getattr(shape, "dashed", False)]
     assert [shade.x for shade in shades] == pytest.approx(dashed[::2])
 
@@ -338,7 +338,7 @@ def test_a_run_of_100_000_steps_and_300_failures_gives_a_small_page(storage):
 
 
 def long_run(failures):
-    """run.json and the lines of metrics.jsonl, logged at every step, and events.jsonl; quicker than by `Story`."""
+    """Return run.json and the lines of metrics.jsonl, one per step, and events.jsonl; faster than with `Story`."""
     steps, points, events = 100_000, [], []
     now, failure_every = 0.0, steps // (failures + 1)
     events.append({"event": "command_started", "time": now, "step": 0})
@@ -447,7 +447,7 @@ def test_a_report_that_fails_is_an_event_and_a_line_and_no_more(storage, monkeyp
 
 
 def found_on(parts, num_classes=3):
-    """What is found where each rank has one of the parts: (images, labels, logits)."""
+    """Return the findings over all ranks; each rank has one part (images, labels, logits)."""
     together = []
     for images, labels, logits in parts:
         findings = ClassFindings(num_classes, lambda chosen: chosen.mul(255).byte().permute(0, 2, 3, 1).numpy())
@@ -463,7 +463,7 @@ def test_every_sample_is_counted_once_however_many_ranks_share_the_split(cuts):
     generator = torch.Generator().manual_seed(1)
     images = torch.rand(100, 1, 8, 8, generator=generator)
     labels = torch.randint(0, 3, (100,), generator=generator)
-    logits = torch.randn(100, 3, generator=generator).round()  # so that confidences tie
+    logits = torch.randn(100, 3, generator=generator).round()  # so that some confidences are equal
     whole = described(found_on([(images, labels, logits)]), ["a", "b", "c"])
     bounds = [0, *cuts, 100]
     pieces = [tuple(t[a:b] for t in (images, labels, logits)) for a, b in pairwise(bounds)]

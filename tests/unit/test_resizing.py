@@ -1,4 +1,4 @@
-"""Progressive resizing: Composer's sizes, from the step alone, for any number of workers."""
+"""Progressive resizing: Composer's sizes, dependent only on the step, for any number of workers."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -57,7 +57,7 @@ def test_images_are_scaled_with_antialiasing_and_those_of_full_size_are_left_alo
 
 
 def resizing_job(**changes):
-    job = make_job(model=RESNET, num_samples=24, batch=12, **changes)  # six steps of images of 8 px
+    job = make_job(model=RESNET, num_samples=24, batch=12, **changes)  # six steps; images of 8 px
     config = dataclasses.replace(job.config, resizing=dataclasses.replace(HALF, size_increment=2))
     return job_of(config, job.info, 24, job.group)
 
@@ -76,7 +76,7 @@ def test_a_step_trains_on_the_size_of_its_place_in_the_run_and_logs_it():
         job.progress.advance(batch.end, 24)
         log_train(job)
         logged.append(job.channel.points()[-1].values["image_size"])
-    # shares 0, 1/6, ..., 5/6 of the run
+    # at 0, 1/6, ..., 5/6 of the run
     assert logged == [4, 4, 4, 4, 6, 8]
     assert seen == [(size, size) for size in logged]
 

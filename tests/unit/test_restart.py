@@ -1,4 +1,4 @@
-"""A command that becomes a new interpreter: the same process to others, with nothing of what it held."""
+"""A command that replaces itself by a new interpreter: the same process to others, without its open resources."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Which run a command goes on with, and when it refuses to: before anything is started."""
+"""Which run a command resumes, and when it refuses to, before anything is started."""
 
 import dataclasses
 import json
@@ -204,7 +204,7 @@ def test_where_all_is_lost_but_damaged_checkpoints_the_run_begins_anew(run_dir):
         ("finished", 2, 60, None, "running"),  # train.epochs was raised
         ("finished", 1, 30, 30, "finished"),
         ("finished", 1, 30, 31, "running"),  # train.max_steps was raised
-        ("finished", 1, 30, None, "running"),  # or taken out
+        ("finished", 1, 30, None, "running"),  # train.max_steps was removed
         ("finished", 3, 90, 200, "finished"),
         ("failed", 3, 90, None, "running"),
         ("interrupted", 1, 30, 30, "running"),
@@ -250,7 +250,7 @@ def test_a_run_goes_on_though_the_one_it_started_from_is_gone(tmp_path, run_dir,
     monkeypatch.setattr(
         ftexp.cluster.ray_cluster, "prepare_environment", lambda config: (_ for _ in ()).throw(KeyboardInterrupt)
     )
-    with pytest.raises(KeyboardInterrupt):  # as far as to where Ray would start
+    with pytest.raises(KeyboardInterrupt):  # up to the start of Ray
         ftexp.driver.run.train(made)
 
 
@@ -266,7 +266,7 @@ def test_a_run_goes_on_with_as_many_samples_as_it_began_with(now, told):
         return DataInfo(["a", "b"], 8, 1, [0.5], [0.5], {"train": num_train, "val": 3, "test": 0})
 
     state = RunState(name="first")
-    require_same_data(config(), state, info(now))  # it begins
+    require_same_data(config(), state, info(now))  # the run starts
     state.data = {"num_samples": {"train": 100, "val": 5}}
     require_same_data(config(), state, info(100))
     with pytest.raises(
@@ -308,7 +308,7 @@ def test_a_run_goes_on_with_the_samples_that_it_began_with_and_not_with_others_a
     require_same_data(config(), state, info(None))
     with pytest.raises(ConfigError, match="as many training samples as when the run began, but not the same ones"):
         require_same_data(config(), state, info("ab"))
-    state.data["digest"] = None  # of a run by an older ftexp
+    state.data["digest"] = None  # as recorded by an older ftexp
     require_same_data(config(), state, info("ab"))
 
 
@@ -348,7 +348,7 @@ def test_a_batch_larger_than_the_training_split_is_named(samples, told):
 
 
 def recorded(made):
-    """What a run's record and its manifests say of a config."""
+    """Return a config's fingerprint as a run's record and its manifests hold it."""
     return json.loads(json.dumps(fingerprint(made)))
 
 
@@ -357,7 +357,7 @@ BROUGHT = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bilinear", "cr
 
 
 def prepared(monkeypatch, run_dir, *words, data=PHOTOS):
-    """The data of a run of pretrained weights that bring BROUGHT, after the check before Ray; the model unbuilt."""
+    """Return the data config after the checks before Ray, for pretrained weights that bring BROUGHT."""
     monkeypatch.setattr(ftexp.driver.run, "_check_weights", lambda made: (BROUGHT, "timm's config of x"))
     overrides = ["model=vit", "model.pretrained=true", *data, *words]
     return ftexp.driver.run._checked(composed(*overrides), overrides, run_dir).data
@@ -394,7 +394,7 @@ def test_weights_are_not_looked_at_without_pretrained(run_dir, monkeypatch):
 
 @pytest.mark.parametrize("leave", ["run.json", "a checkpoint"])
 def test_a_run_begun_before_weights_brought_their_preprocessing_resumes_with_its_own(run_dir, monkeypatch, leave):
-    """It recorded the data's mean and std, and neither crop nor interpolation."""
+    """Such a run recorded the data's mean and std, but neither crop nor interpolation."""
     made = composed("model=vit", "model.pretrained=true", *PHOTOS)
     before = recorded(made)
     for name in ("crop_pct", "crop_mode", "interpolation"):
@@ -417,7 +417,7 @@ def test_a_run_of_pretrained_weights_resumes_with_the_preprocessing_they_brought
     data = prepared(monkeypatch, run_dir)
     begun = dataclasses.replace(composed("model=vit", "model.pretrained=true", *PHOTOS), data=data)
     note(run_dir, fingerprint=recorded(begun), step=3)
-    monkeypatch.setitem(BROUGHT, "mean", [0.7] * 3)  # as a later timm may say
+    monkeypatch.setitem(BROUGHT, "mean", [0.7] * 3)  # as if a later timm had other values
     assert prepared(monkeypatch, run_dir) == data
-    note(run_dir, fingerprint=recorded(begun))  # it ended before its first step
+    note(run_dir, fingerprint=recorded(begun))  # the run ended before its first step
     assert prepared(monkeypatch, run_dir).mean == [0.7] * 3

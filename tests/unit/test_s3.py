@@ -1,4 +1,4 @@
-"""An object store that speaks S3: what lies there is as safe as on a disk, also while it doesn't answer."""
+"""An S3 object store is as safe as a disk, also during an outage."""
 
 import json
 
@@ -23,7 +23,7 @@ def manifest(step):
 
 
 def everything(storage):
-    """Paths of all objects under a directory."""
+    """Return the sorted paths of all objects under a directory."""
     from pyarrow.fs import FileSelector, FileType
 
     filesystem, root = storage.open()
@@ -37,7 +37,7 @@ def test_a_checkpoint_on_s3_counts_only_while_it_is_whole(s3):
         store.save(manifest(step), WRITERS)
     whole = [f"step_0000000{step}.a1/{name}" for step in (1, 2, 3) for name in sorted([*FILES, MANIFEST])]
     assert everything(store.storage) == whole
-    # two saves that were cut short, and one whose bytes changed afterwards
+    # two incomplete checkpoints, and one that is corrupt
     for torn in ("step_00000004.a1", "step_00000005.a1"):
         store.storage.child(torn).write_bytes("model.pt", b"half of it")
     store.storage.child("step_00000003.a1").write_bytes("optimizer.pt", CONTENT["optimizer.pt"][:-1] + b"?")
@@ -59,7 +59,7 @@ def test_a_checkpoint_on_s3_counts_only_while_it_is_whole(s3):
     assert everything(store.storage) == moved + whole[4:8]
     assert locate(s3.uri)[1].step == 2
 
-    # what is removed is gone, and asking for it says so
+    # reading a removed file fails with the reason
     store.storage.child("step_00000002.a1").delete_file("model.pt")
     with pytest.raises(CheckpointError, match=r"model.pt can't be read \(FileNotFoundError\)"):
         store.verify(store.by_name("step_00000002.a1"))
@@ -92,7 +92,7 @@ def test_a_run_on_s3_has_one_driver_at_a_time(s3):
     first.release()
     assert not s3.exists(LEASE_FILE)
 
-    # an owner that died left its claim; once it was taken over, what wasn't dead after all knows
+    # a claim of a dead owner is taken over; an owner that was not dead after all notices that
     dead = Lease.take(s3, beat_s=3600, watch_s=0.3)
     second = Lease.take(s3, said.append, beat_s=0.05, watch_s=0.3)
     assert json.loads(s3.read_bytes(LEASE_FILE))["token"] == second._token

@@ -1,4 +1,4 @@
-"""What an epoch draws: by class or repeated, exactly so in every epoch, and of the position alone."""
+"""Samples drawn by class or repeatedly: exact shares in every epoch, dependent only on the position."""
 
 import dataclasses
 import itertools
@@ -30,7 +30,7 @@ samplings = st.sampled_from(["balanced", "sqrt"])
 
 
 def table_of(counts):
-    """Classes that lie scattered over the sample numbers."""
+    """Return a table of classes scattered over the sample numbers."""
     labels = np.repeat(np.arange(len(counts)), counts)
     return ClassTable.of(np.random.default_rng(0).permutation(labels), len(counts))
 
@@ -86,7 +86,7 @@ def test_sqrt_draws_are_proportional_to_the_root_of_a_classs_size_and_never_none
     own = draws * roots / roots.sum()
     if (own >= 1).all():
         assert (abs(found[present] - own) < 1).all()
-    else:  # what is raised to one draw is taken from the others
+    else:  # raising a class to one draw takes draws from the others
         assert (found[present] <= np.maximum(own, 1) + 1e-9 + (own >= 1)).all()
     assert (np.diff(found[present][np.argsort(counts[present], kind="stable")]) >= -1).all()
 
@@ -128,7 +128,7 @@ def test_classes_and_members_come_in_another_order_in_the_next_epoch_and_under_a
         agree = (classes_of(table, first) == classes_of(table, other)).mean()
         assert abs(agree - 1 / 3) < 0.08
     rows = classes_of(table, first)
-    assert abs(np.corrcoef(rows[:-1] == 0, rows[1:] == 0)[0, 1]) < 0.15  # neighbours are strangers
+    assert abs(np.corrcoef(rows[:-1] == 0, rows[1:] == 0)[0, 1]) < 0.15  # neighbours are uncorrelated
 
 
 def test_permutations_of_rows_are_permutations_and_uncorrelated():
@@ -187,7 +187,7 @@ def test_as_many_workers_as_repeats_have_a_copy_each_as_timm_deals_them(repeats,
         stream = np.arange(start, start + batch) // repeats
         for rank in range(repeats):
             low, high = even_part(0, batch, rank, repeats)
-            assert draws[low:high].tolist() == stream[rank::repeats].tolist()  # RepeatAugSampler's, of this rank
+            assert draws[low:high].tolist() == stream[rank::repeats].tolist()  # timm's RepeatAugSampler for this rank
 
 
 @given(repeats=st.integers(2, 5), factor=st.integers(3, 9), extra=st.integers(0, 4), batches=st.integers(1, 5))
@@ -219,7 +219,7 @@ def test_a_run_draws_by_class_and_repeats_what_it_draws(sampling, counts, repeat
     if sampling == "balanced":
         epoch = classes_of(table, samples[:num_samples])
         found = np.bincount(epoch, minlength=len(counts))[counts > 0]
-        assert np.ptp(found) <= 2 * repeats - 1  # one draw more, and one that is cut short at the end
+        assert np.ptp(found) <= 2 * repeats - 1  # one draw more, and one that the epoch's end cuts off
     if sampling == "shuffle" and num_samples % repeats == 0:
         assert sorted(Counter(order.samples(np.arange(repeats * num_samples)).tolist()).items()) == [
             (sample, repeats) for sample in range(num_samples)
@@ -236,7 +236,7 @@ def test_a_run_draws_by_class_and_repeats_what_it_draws(sampling, counts, repeat
 
 
 def test_what_an_epoch_draws_never_changes_between_versions():
-    # a run that resumes under a newer ftexp must go on in the order that it began in
+    # a run that resumes under a newer ftexp must keep its order
     counts = np.array([2, 0, 5, 3])
     table = ClassTable.of(np.array([2, 0, 3, 2, 2, 0, 3, 2, 3, 2]), 4)
     assert (table.members.tolist(), table.counts.tolist()) == ([1, 5, 0, 3, 4, 7, 9, 2, 6, 8], counts.tolist())

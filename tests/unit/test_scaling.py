@@ -1,4 +1,4 @@
-"""How many workers with what."""
+"""Number of workers and their resources."""
 
 import os
 
@@ -14,7 +14,7 @@ from ftexp.errors import ConfigError
 
 @pytest.fixture
 def gpus(monkeypatch):
-    """Set how many GPUs this machine seems to have; none at first."""
+    """Function that sets the number of GPUs that this machine appears to have; initially 0."""
 
     def set_to(number):
         monkeypatch.setattr(ftexp.cluster.resources, "num_local_gpus", lambda: number)
@@ -61,7 +61,7 @@ def test_resources_that_are_given_are_kept(gpus):
     config = ScalingConfig(num_workers=2, resources_per_worker={"GPU": 0.5, "memory": 1e9})
     workers = decide_workers(config, 8)
     assert workers.resources_per_worker == {"CPU": 4, "GPU": 0.5, "memory": 1e9}
-    assert config.resources_per_worker == {"GPU": 0.5, "memory": 1e9}  # not written to
+    assert config.resources_per_worker == {"GPU": 0.5, "memory": 1e9}  # the config is unchanged
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_on_a_cluster_only_the_controller_of_the_run_is_tuned(monkeypatch, num_w
     assert os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] == "0.5"
     assert os.environ.get("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S") == start_timeout_s
     assert "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER" not in os.environ
-    # Ray passes them on to the controller, whatever environment the cluster was started with
+    # Ray passes these on to the controller, whatever the environment of the cluster
     assert {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"} <= ENV_VARS_TO_PROPAGATE
 
 
@@ -140,7 +140,7 @@ def test_there_is_room_for_as_many_workers_as_fit_on_living_nodes_and_no_more_th
     def room(most, **resources):
         return num_possible(Workers((1, most), use_gpu=False, resources_per_worker=resources), living_nodes())
 
-    assert room(9, CPU=2) == 2 + 1  # not 8 CPUs by 2
+    assert room(9, CPU=2) == 2 + 1  # per node, not 8 / 2
     assert room(9, CPU=0.5, GPU=0) == 9
     assert room(99, CPU=0.5, GPU=0) == 16
     assert room(9, CPU=2, GPU=1) == 2
@@ -149,7 +149,7 @@ def test_there_is_room_for_as_many_workers_as_fit_on_living_nodes_and_no_more_th
 
 @pytest.fixture
 def cluster(monkeypatch):
-    """Set how many CPUs a Ray seems to have."""
+    """Function that sets the number of CPUs that Ray appears to have."""
     import ray
 
     return lambda num_cpus: monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": float(num_cpus)})
@@ -174,7 +174,7 @@ def test_workers_that_leave_no_cpu_to_decode_on_are_refused_and_the_ways_out_nam
     [
         (Workers(2, False, {"CPU": 1}), None, 6),
         (Workers(8, False, {"CPU": 0.5}), None, 4),
-        (Workers((1, 8), False, {"CPU": 1}), None, 7),  # as many as the fewest leave
+        (Workers((1, 8), False, {"CPU": 1}), None, 7),  # the CPUs left by min_workers
         (Workers(2, True, {"GPU": 1}), None, 6),
         (Workers(2, False, {"CPU": 1}), 3, 3),
     ],

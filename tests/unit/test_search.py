@@ -1,4 +1,4 @@
-"""A search without Ray: its space, its proposals, early stopping, how it goes on, and what is refused."""
+"""A search without Ray: its space, proposals, early stopping, resuming, and rejected settings."""
 
 import dataclasses
 import importlib.metadata
@@ -66,7 +66,7 @@ def test_probes_try_every_option_and_both_ends_of_every_interval():
 def test_a_drawn_number_has_few_digits_and_stays_inside():
     drawn = Interval("optim.lr", 1.23446e-4, 0.5, is_log=True)
     assert drawn.word(0.00123456789) == "0.001235"
-    assert drawn.word(1.23446e-4) == "0.000123446"  # four digits would be below the interval
+    assert drawn.word(1.23446e-4) == "0.000123446"  # with four digits, it would be below the interval
     assert [drawn.value(word) for word in ("0.001235", "0.6")] == [0.001235, None]
 
 
@@ -98,7 +98,7 @@ def test_what_nothing_can_be_drawn_from_is_told_with_key_and_value(word, told):
 
 
 def proposals(search, count, *words, seed=0, mode="max", objective=None):
-    """The first `count`, each made with the results of all before it."""
+    """Return the first `count` proposals, each made with the results of all before it."""
     _, space = space_of(*words)
     known = []
     for number in range(count):
@@ -111,7 +111,7 @@ def proposals(search, count, *words, seed=0, mode="max", objective=None):
 
 
 def distance(point):
-    """Smallest at optim.lr = 0.01, in decades."""
+    """Return the distance of optim.lr from 0.01, in decades."""
     import math
 
     return abs(math.log10(float(point["optim.lr"])) + 2)
@@ -148,7 +148,7 @@ def test_trials_that_run_are_told_to_tpe():
 
     here, there = (Known({"optim.lr": rate}, RUNNING) for rate in ("0.01", "0.0002"))
     assert proposed(here) != proposed(there)
-    assert proposed(dataclasses.replace(here, status=FAILED)) == proposed()  # a crash tells nothing
+    assert proposed(dataclasses.replace(here, status=FAILED)) == proposed()  # a crash is no information
 
 
 def test_tpe_keeps_away_from_what_diverged_or_was_stopped_early():
@@ -177,13 +177,14 @@ def test_what_is_left_of_a_small_space_is_counted_out_where_draws_do_not_hit_it(
     assert len(proposals("random", 20, MODEL, DEPTH)) == 9
     _, space = space_of(RATE)
     (first,) = proposals("random", 1, RATE)
-    assert propose(space, "random", "max", 0, 0, [Known(first, RUNNING)]) is None  # no end of others, but none drawn
+    # there are infinitely many others, but no draw hit one
+    assert propose(space, "random", "max", 0, 0, [Known(first, RUNNING)]) is None
 
 
 def test_a_space_of_very_many_points_is_neither_counted_out_nor_held_in_memory(monkeypatch):
     _, space = space_of("seed=int(interval(0, 2147483647))", "optim.lr=1e-3,3e-3")
     assert num_points(space) == 2**32
-    monkeypatch.setattr(proposing, "_MAX_DRAWS", 0)  # so that what is left is counted out
+    monkeypatch.setattr(proposing, "_MAX_DRAWS", 0)  # so that remaining points would be enumerated
     first = propose(space, "random", "max", 0, 0, [])
     second = propose(space, "random", "max", 0, 1, [Known(first, RUNNING)])
     assert [first, second] == [{"optim.lr": "0.001", "seed": "0"}, {"optim.lr": "0.001", "seed": "1"}]
@@ -198,7 +199,7 @@ def halving(mode="max", grace_epochs=1, reduction_factor=2.0, max_epochs=8):
 
 def test_a_trial_that_is_behind_at_a_rung_is_stopped_there():
     rungs = halving()
-    assert rungs.decide("first", [(1, 0.5)]) is None  # there is nothing to compare with
+    assert rungs.decide("first", [(1, 0.5)]) is None  # there is nothing to compare with yet
     assert rungs.decide("worse", [(1, 0.4)]) == 1
     assert rungs.decide("better", [(1, 0.6)]) is None
     assert rungs.decide("better", [(1, 0.6), (2, 0.7)]) is None
@@ -226,7 +227,7 @@ def test_what_a_trial_needs_lies_between_the_values_of_those_before_it():
     for name, value in zip("abcd", (0.1, 0.2, 0.3, 0.4), strict=True):
         rungs.take(name, [(1, value)])
     assert rungs.decide("below 0.325", [(1, 0.32)]) == 1
-    assert rungs.decide("at 0.32", [(1, 0.32)]) is None  # what was stopped counts, too
+    assert rungs.decide("at 0.32", [(1, 0.32)]) is None  # stopped trials count, too
 
 
 def test_a_trial_is_compared_once_at_each_rung_and_not_at_one_that_it_has_skipped():
@@ -242,7 +243,7 @@ def test_points_that_come_at_once_are_decided_in_their_order():
     assert rungs.decide("bad", [(1, 0.1), (2, 0.2), (3, 0.95)]) == 1
 
 
-# A search that goes on
+# A search that resumes
 
 
 def compose(words):
@@ -253,7 +254,7 @@ def compose(words):
 
 
 class Sweep:
-    """A search in a directory, with made trials in place of real ones."""
+    """A search in a directory, with simulated trials."""
 
     def __init__(self, directory, **settings):
         chosen = {"num_trials": 14, "search": "tpe", **settings}
@@ -264,7 +265,7 @@ class Sweep:
         self.begin()
 
     def begin(self):
-        """As the command does, with nothing but what is on disk."""
+        """Start as the command does, from the files on disk alone."""
         self.record = open_record(self.directory, Config(), lambda _: self.setup.keys)
         self.search = Search(self.directory, self.record, self.setup, share=1)
         self.processes = self.search.processes
@@ -277,7 +278,7 @@ class Sweep:
         return process
 
     def reach(self, process, status, values=(0.5,), metric="val_accuracy", cause=None):
-        """Have a trial's run directory say how far it has come, and the record its status."""
+        """Write a trial's progress to its run directory, and its status to the sweep record."""
         failures = [Failure(attempt=1, cause=cause, rank=0, step=1, error="")] if cause else []
         state = RunState(
             name=process.trial.name, status=FINISHED if status == FINISHED else RUNNING, epoch=len(values), attempts=1,
@@ -304,7 +305,7 @@ def test_a_search_that_begins_anew_before_every_trial_proposes_what_an_undisturb
     while (process := whole.next()) is not None:
         whole.reach(process, FINISHED, [score(process)] * EPOCHS)
     while (process := broken.next()) is not None:
-        broken.reach(process, RUNNING, [score(process)])  # the driver is killed
+        broken.reach(process, RUNNING, [score(process)])  # then the driver is killed
         broken.begin()
         process = broken.processes[-1]
         assert (process.trial.status, len(broken.search.processes)) == (WAITING, len(broken.processes))
@@ -325,7 +326,7 @@ def test_one_after_the_other_early_stopping_depends_on_the_curves_alone(tmp_path
             is_quick=how in ("too quick", "killed as it finishes"),
         )
         if how == "killed as it finishes":
-            sweep.processes[-1].trial.status = RUNNING  # in the record; its run directory knows better
+            sweep.processes[-1].trial.status = RUNNING  # only in the record; its run directory says finished
             sweep.record.write(sweep.directory)
         if how in ("begun anew", "killed as it finishes"):
             sweep.begin()
@@ -336,15 +337,15 @@ def test_one_after_the_other_early_stopping_depends_on_the_curves_alone(tmp_path
 
 
 def run_trial(sweep, curve, is_quick):
-    """Have a trial log a curve, and stop it when it is told to, unless it is done before anybody looks."""
+    """Log a curve for the next trial; stop it when the search asks to, unless `is_quick`: it finishes before."""
     process = sweep.next()
-    process.popen = object()  # it runs
+    process.popen = object()  # it is running
     for epoch in range(1, EPOCHS + 1):
         sweep.reach(process, RUNNING, curve[:epoch])
         if not is_quick and (found := sweep.search.to_stop()):
             ((who, process.trial.stopped_at),) = found
             assert who is process
-            sweep.reach(process, STOPPED, curve[: epoch + 3])  # it goes on a little until it hears of it
+            sweep.reach(process, STOPPED, curve[: epoch + 3])  # it continues for a moment until it receives the stop
             break
     else:
         sweep.reach(process, FINISHED, curve)
@@ -394,7 +395,7 @@ def test_a_crash_tells_the_search_nothing_and_a_divergence_that_the_point_is_bad
 def test_a_value_that_is_not_a_number_is_as_bad_as_can_be(tmp_path):
     sweep = Sweep(tmp_path)
     process = sweep.next()
-    sweep.reach(process, FINISHED, [None])  # as JSON has it
+    sweep.reach(process, FINISHED, [None])  # JSON's form of NaN
     assert sweep.search._known(process) == Known(process.trial.proposal, STOPPED)
     assert sweep.search.problem() is None
 
@@ -438,7 +439,7 @@ def test_a_proposal_is_in_the_record_before_its_trial_begins(tmp_path):
 
 @pytest.fixture
 def command(monkeypatch, capsys, tmp_path):
-    """Give the command; returns (exit code, stderr, what reached the grid or the search)."""
+    """Function that runs the command; returns (exit code, stderr, jobs or setup passed to the grid or the search)."""
     import ftexp.sweep.run.grid
     import ftexp.sweep.search.search
     from ftexp.train import main

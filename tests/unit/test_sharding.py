@@ -1,4 +1,4 @@
-"""Shards: which rows lie where, files that are verified in part, and damage that is found wherever it is."""
+"""Shards: their rows, files that are verified in parts, and corruption that is found anywhere."""
 
 import contextlib
 import io
@@ -44,7 +44,7 @@ def manifest(step=10):
 
 
 def content():
-    """What a run might hold: rows that don't divide, one row, no row, several types, and what isn't cut."""
+    """State of a run: uneven rows, one row, no row, several dtypes, and values that aren't sharded."""
     torch.manual_seed(3)
     weights = {
         "conv.weight": torch.randn(5, 2, 3, 3).to(memory_format=torch.channels_last),
@@ -142,7 +142,7 @@ def test_each_file_is_one_of_safetensors(store, tmp_path, small_chunks):
     directory = tmp_path / "sharded" / saved.name
     first, second = (safetensors.torch.load_file(directory / shard_file(MODEL, shard, 2)) for shard in range(2))
     assert sorted(first) == ["bias", "conv.weight", "half", "one"]
-    assert sorted(second) == ["bias", "conv.weight", "half"]  # the only row of `one` is the first's
+    assert sorted(second) == ["bias", "conv.weight", "half"]  # the only row of `one` is in the first shard
     for name in second:
         assert torch.equal(torch.cat([first[name], second[name]]), parts[MODEL][name])
     assert (
@@ -247,7 +247,7 @@ def test_rows_that_change_while_they_are_written_are_written_as_they_were(small_
         return rows.clone()
 
     def write(data):
-        if next(num_written) == 1 + 4 + 2:  # the header, all of the first, half of the second
+        if next(num_written) == 1 + 4 + 2:  # after the header, all of the first tensor and half of the second
             with guard.lock:
                 for piece in pieces.values():
                     piece.settle(copy)

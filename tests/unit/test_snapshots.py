@@ -1,4 +1,4 @@
-"""Snapshots in memory: slots that are complete or nothing, keepers, the pace, the choice, and a run that goes on."""
+"""In-memory snapshots: slots that are complete or empty, keepers, the pace, the choice, and resuming a run."""
 
 import dataclasses
 import os
@@ -117,7 +117,7 @@ def test_an_outline_that_has_no_room_leaves_the_slot_incomplete():
 def test_what_is_begun_and_not_completed_holds_nothing():
     slot = slot_of(slot_bytes(tree())[1])
     written(slot, tree())
-    SlotCopier(slot, CPU).copy(tree())  # and no more: the worker was killed
+    SlotCopier(slot, CPU).copy(tree())  # then the worker was killed
     assert (slot.header(), slot.facts(), slot.verified(1)) == (None, None, None)
 
 
@@ -126,7 +126,7 @@ def test_any_byte_of_a_snapshot_that_changed_is_found(where, flipped):
     memory = bytearray(1 << 16)
     slot = Slot(memoryview(memory))
     header = written(slot, tree())
-    used = [*range(72), *range(PAGE, header.end)]  # magic, numbers and hash; the rest
+    used = [*range(72), *range(PAGE, header.end)]  # magic, numbers and hash; then the content
     memory[used[int(where * len(used))]] ^= flipped
     assert slot.verified(1) is None
 
@@ -166,7 +166,7 @@ def test_a_keeper_hands_out_memory_that_other_processes_map(tmp_path):
     two.clear()
     (held,) = nodes.keepers["a"].held()
     assert held == {"step": 3, "shard": "0/1", "slot": 0, "sequence": 4, "bytes": PAGE + 10 + len('{"step": 3}') + 1}
-    assert nodes.keepers["a"].reserve("0/1", 3 * PAGE, 4 * PAGE) == reserved  # with what it holds
+    assert nodes.keepers["a"].reserve("0/1", 3 * PAGE, 4 * PAGE) == reserved  # including its content
     assert len(nodes.keepers["a"].held()) == 1
     larger = nodes.keepers["a"].reserve("0/1", 3 * PAGE + 1, 4 * PAGE)
     assert larger.slot_bytes == 4 * PAGE
@@ -191,7 +191,7 @@ def test_memory_is_bounded_over_all_that_a_keeper_holds():
     assert keeper.reserve("1/2", 3 * PAGE, 3 * PAGE) == "two snapshots take 0.00 GB, of 0.00 GB allowed"
     assert isinstance(keeper.reserve("1/2", 2 * PAGE, 2 * PAGE), Reserved)
     assert keeper.reserve("0/2", 9 * PAGE, 9 * PAGE).startswith("two snapshots take")
-    assert isinstance(keeper.reserve("0/2", 3 * PAGE, 9 * PAGE), Reserved)  # what there was stays
+    assert isinstance(keeper.reserve("0/2", 3 * PAGE, 9 * PAGE), Reserved)  # the existing slots stay
 
 
 def test_what_the_machine_lacks_is_a_reason_and_no_error(monkeypatch):
@@ -362,7 +362,7 @@ def test_a_step_is_of_the_lineage_if_no_later_attempt_began_before_it(attempts):
 
 
 class Watch:
-    """A watchdog that watches nothing."""
+    """A watchdog without any function."""
 
     def beat(self, _):
         pass
@@ -401,7 +401,7 @@ def run_to_the_end(job, checkpoints):
 
 
 def train_to(job, checkpoints, step):
-    checkpoints.finish = lambda: None  # it is killed then
+    checkpoints.finish = lambda: None  # it is killed at that step
     run_steps(job, stopping_at(job, step), checkpoints, Watch())
     settled(checkpoints)
 
@@ -417,7 +417,7 @@ def settled(checkpoints):
 
 @pytest.fixture
 def at_once(monkeypatch):
-    """Snapshots are completed before training goes on."""
+    """Complete each snapshot before training continues."""
     from ftexp.checkpoint.memory.snapshots import Snapshots
 
     begin = Snapshots._begin
@@ -443,7 +443,7 @@ def test_a_run_goes_on_from_memory_bitwise(tmp_path):
     assert again.progress.step == 9
     (restored,) = again.channel.events(events.Restored)
     assert (restored.source, restored.checkpoint, restored.step) == ("memory", "step_00000009.a1", 9)
-    assert not (np.random.get_state()[1] == state).all()  # its generators are those of step 9
+    assert not (np.random.get_state()[1] == state).all()  # its generators have the state of step 9
     run_to_the_end(again, checkpoints)
     assert same(copied(again), copied(clean))
     assert again.progress.metrics == clean.progress.metrics
@@ -456,7 +456,7 @@ def killed_run(directory, nodes, step=11, **switches):
 
 
 def next_attempt(directory, nodes, lineage=None, **switches):
-    """What the second attempt goes on from: where from, and at which step."""
+    """Restore in a second attempt; return (source, step)."""
     job, store, checkpoints = run_of(
         directory, nodes, attempt=2, lineage={1: None} if lineage is None else lineage, **switches
     )
@@ -483,7 +483,7 @@ def train_to_save(job, checkpoints, step):
 
 
 def write(checkpoints):
-    """Save, and wait; without Ray's report."""
+    """Save a checkpoint and wait for it, without Ray's report."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ray.train.report", lambda _: None)
         checkpoints.save()
@@ -524,7 +524,7 @@ def test_replicas_are_compared_before_a_snapshot(tmp_path, monkeypatch):
         "ftexp.worker.loop.ReplicaCheck.check", lambda _, saves: compared.append(job.progress.step) if saves else None
     )
     train_to(job, checkpoints, 9)
-    assert compared == [4, 5, 8]  # at step 4 it made room
+    assert compared == [4, 5, 8]  # step 4 only reserved memory
 
 
 @pytest.mark.usefixtures("at_once")
@@ -542,7 +542,7 @@ def test_a_keeper_that_dies_takes_its_snapshots_along_and_another_gets_new_ones(
     nodes = Nodes("a")
     job, _, checkpoints = run_of(tmp_path, nodes)
     train_to(job, checkpoints, 7)
-    assert steps_held(nodes) == [4, 6]  # at step 3 it made room
+    assert steps_held(nodes) == [4, 6]  # step 3 only reserved memory
     lives = [False, True]
     monkeypatch.setattr(
         "ftexp.checkpoint.memory.snapshots._Room.keeper_lives", property(lambda _: lives.pop(0) if lives else True)
@@ -613,7 +613,7 @@ def test_the_next_node_has_a_copy_and_a_lost_one_loses_nothing(tmp_path):
     checkpoints._snapshots._others = ["b", "c"]
     train_to(job, checkpoints, 11)
     assert [steps_held(nodes, node) for node in "abc"] == [[6, 9]] * 3
-    assert ("c", "b", "read") in nodes.calls  # each node sends once
+    assert ("c", "b", "read") in nodes.calls  # each node sends the data once
     nodes.lose("a")
     nodes.restart("d")
     assert next_attempt(tmp_path, nodes, node="d") == ("memory", 9)
@@ -659,7 +659,7 @@ def ready():
 
 
 def keepers_of(monkeypatch, *attempts, start=None, **failure):
-    """What is started for attempts whose ranks are on these nodes."""
+    """Return the keepers started, and the hub's messages, for attempts whose ranks are on these nodes."""
     started, hub = [], Hub()
     monkeypatch.setattr("ftexp.driver.keepers._AFTER_S", 0.0)
     monkeypatch.setattr(
@@ -692,7 +692,7 @@ def test_none_is_started_once_the_run_has_ended(monkeypatch):
     monkeypatch.setattr("ftexp.driver.keepers.start_keepers", lambda *given: started.append(given))
     keepers = Keepers(FailureConfig(), SimpleNamespace(runtime_env={}), Hub())
     keepers.close()
-    monkeypatch.setattr(keepers._closed, "wait", lambda _: False)  # it had waited before
+    monkeypatch.setattr(keepers._closed, "wait", lambda _: False)  # the wait is over
     keepers._start(["a"])
     assert started == []
 
@@ -764,5 +764,5 @@ def test_a_drill_chooses_what_its_run_goes_on_from(recovery, word):
 def test_snapshots_and_a_rollback_to_the_last_save_conflict():
     config = Config(failure=FailureConfig(memory_every_steps=5, on_nonfinite="rollback"))
     assert any("memory_every_steps=5 conflicts with" in problem for problem in check_failure(config))
-    config.failure.memory_every_steps = None  # auto: there are none then
+    config.failure.memory_every_steps = None  # auto, which then takes no snapshots
     assert list(check_failure(config)) == []

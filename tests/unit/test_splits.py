@@ -1,4 +1,4 @@
-"""Splits: disjoint, complete, stratified, and the same for the same seed."""
+"""Splits: disjoint, complete, stratified, and determined by the seed."""
 
 import numpy as np
 from hypothesis import given
@@ -27,7 +27,7 @@ def test_each_class_is_within_one_sample_of_its_share(labels, fractions, seed):
 
     for label in np.unique(labels):
         size = int(np.sum(labels == label))
-        if (1 - sum(fractions)) * size >= 1:  # below that, the next test's promise takes precedence
+        if (1 - sum(fractions)) * size >= 1:  # below that, the promise of the next test has priority
             for part, fraction in zip(parts, (1 - sum(fractions), *fractions), strict=True):
                 assert abs(np.sum(labels[part] == label) - fraction * size) <= 1 + 1e-9
 

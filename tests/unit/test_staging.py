@@ -1,4 +1,4 @@
-"""Staging: a copy that later steps don't change, in memory that is used again."""
+"""Staging: a copy that later steps don't change, in reused memory."""
 
 import os
 import subprocess
@@ -25,7 +25,7 @@ def state():
 
 
 def same(first, second):
-    """Whether two trees are equal to the bit, with the same types of containers."""
+    """Return whether two trees are bitwise identical, with the same container types."""
     if isinstance(first, torch.Tensor):
         return first.dtype == second.dtype and first.shape == second.shape and torch.equal(first, second)
     if isinstance(first, dict):

@@ -51,7 +51,7 @@ def job():
 
 @pytest.fixture
 def own_state():
-    """Registers a state for one test."""
+    """Function that registers a state for one test; returns the dict that the state loads into."""
     names = []
 
     def register(name, **attributes):
@@ -72,7 +72,7 @@ def own_state():
 
 
 def round_trip(state):
-    """Through the file, as a restart would."""
+    """Return the state after writing and reading a file, as in a restart."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     return load_part("extra_state.pt", buffer.getvalue())
@@ -110,7 +110,7 @@ def test_a_schedule_that_goes_on_otherwise_than_the_checkpoint_says_so_and_only_
     longer = build_scheduler(ScheduleConfig(name="cosine", warmup_epochs=1), job.optimizer, 300, 10.0)
     longer.step_update(40)
     after, job.scheduler = job.optimizer.param_groups[0]["lr"], longer
-    job.optimizer.param_groups[0]["lr"] = before  # as restored from optimizer.pt
+    job.optimizer.param_groups[0]["lr"] = before  # the value restored from optimizer.pt
     extra.load(saved, versions, "run 'x'")
     assert before != after
     assert sent == [Happened(LearningRateChanged(40, before, after))]
@@ -211,7 +211,7 @@ def test_a_version_that_can_not_be_read_is_an_error(job, own_state, saved_versio
 
 
 class Payload:
-    """What a hostile checkpoint holds."""
+    """An object that runs code when it is unpickled, as in a hostile checkpoint."""
 
     def __reduce__(self):
         return (exec, (f"import pathlib; pathlib.Path(r'{Payload.trace}').touch()",))

@@ -1,4 +1,4 @@
-"""Storage: whole files or none, on a local disk and on an object store alike."""
+"""Storage: files are complete or absent, on a local disk and on an object store."""
 
 from types import SimpleNamespace
 
@@ -53,7 +53,7 @@ def test_a_published_folder_appears_whole_or_not_at_all(storage):
     with pytest.raises(OSError, match="disk full"):
         publish("last", "good", "bad")
     assert seen == ["good", "bad"]
-    assert list(storage.local_path.iterdir()) == []  # not even half of it: a full disk needs the room
+    assert list(storage.local_path.iterdir()) == []  # no partial files either, since a full disk needs the room
     publish("last", "good")
     assert storage.list_directories() == ["step"]
     assert seen[2:] == ["good", "last"]
@@ -144,7 +144,7 @@ def test_a_folder_does_not_move_onto_another(storage):
     [
         ("/runs/first/checkpoints", "/runs/first", "checkpoints"),
         ("/runs", "/", "runs"),
-        ("/odd?name/x?y", "/odd?name", "x?y"),  # a question mark means nothing in a local path
+        ("/odd?name/x?y", "/odd?name", "x?y"),  # a question mark has no meaning in a local path
         ("s3://bucket/first/step", "s3://bucket/first", "step"),
         ("s3://bucket/first/step?region=eu-west-1&x=a/b", "s3://bucket/first?region=eu-west-1&x=a/b", "step"),
     ],
@@ -191,10 +191,10 @@ def test_a_store_that_does_not_answer_is_no_mistake_in_the_config(monkeypatch):
         raise OSError("When resolving region for bucket 'b': no route to host")
 
     monkeypatch.setattr(pyarrow.fs, "FileSystem", SimpleNamespace(from_uri=refuse))
-    with pytest.raises(OSError, match="no route to host"):  # so that a worker's start is tried again
+    with pytest.raises(OSError, match="no route to host"):  # so that a worker's start is retried
         Storage.at("s3://b/run").list_directories()
     with pytest.raises(ConfigError, match=r"^run\.storage=s3://b/run can't be opened: .*no route to host"):
-        open_uri("s3://b/run", "run.storage")  # in front of everything
+        open_uri("s3://b/run", "run.storage")  # the check before the start
 
 
 def test_a_place_that_can_not_be_written_is_named(tmp_path):

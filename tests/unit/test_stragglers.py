@@ -1,4 +1,4 @@
-"""Stragglers: who is one, by arithmetic; and that waiting for a slow rank makes no rank slow."""
+"""Stragglers: their detection from given times, and that waiting for a slow rank makes no other rank slow."""
 
 from types import SimpleNamespace
 
@@ -44,7 +44,7 @@ def noted(stragglers, *points):
 def test_a_rank_must_stay_slow_and_then_stay_fast():
     stragglers, slow, fine = Stragglers(1.5, log_every_steps=100), [FINE, TWICE], [FINE, FINE]
     nothing = ([], [])
-    assert noted(stragglers, slow, slow, fine, slow, slow) == [nothing] * 5  # not in a row
+    assert noted(stragglers, slow, slow, fine, slow, slow) == [nothing] * 5  # not three in a row
     assert noted(stragglers, slow) == [([Slow(1, 1, 2.0)], [])]
     assert noted(stragglers, slow, fine, fine, slow, fine, fine) == [nothing] * 6
     assert noted(stragglers, fine, fine) == [([], [1]), nothing]
@@ -66,15 +66,15 @@ def test_what_is_waited_for_others_is_no_own_time():
 
     for _ in stopwatch.feeding((number for number in range(2)), lambda: 0):
         after(1, stopwatch.wait)
-        after(10, stopwatch.wait)  # it does already
+        after(10, stopwatch.wait)  # it is already waiting
         after(10, stopwatch.go_on)
-        after(2, stopwatch.go_on)  # it has already
+        after(2, stopwatch.go_on)  # it is already running
         after(0, stopwatch.lap, FORWARD)
-        after(3, stopwatch.wait, only_from_now=True)  # a gradient, and another
+        after(3, stopwatch.wait, only_from_now=True)  # a first and a second gradient
         after(1, stopwatch.wait, only_from_now=True)
         after(20, stopwatch.lap, BACKWARD)
         after(5, stopwatch.lap, OPTIMIZER)
-        stopwatch.wait()  # between steps, for whatever it is
+        stopwatch.wait()  # a wait between steps
     own = {FEED: 0, "teacher": 0, FORWARD: 3, BACKWARD: 4, OPTIMIZER: 5}
     assert stopwatch.own_s() == own
     speeds = stopwatch.take(8)
@@ -109,7 +109,7 @@ def test_on_a_gpu_waits_are_told_by_events_once_the_last_has_come(monkeypatch):
         clock.now += 7
         stopwatch.lap(BACKWARD)
     before = len(made)
-    with stopwatch.apart():  # an evaluation, which gathers a sharded model's blocks too
+    with stopwatch.apart():  # an evaluation, which also gathers a sharded model's blocks
         stopwatch.wait()
         stopwatch.go_on()
     assert len(made) == before

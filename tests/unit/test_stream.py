@@ -20,7 +20,7 @@ requests_of_any_size = st.lists(st.integers(0, 300), max_size=20).map(
 
 
 def numbered(count, first=0):
-    """A request for samples 3, 6, 9, ... at positions 0, 1, 2, ..."""
+    """Return a request for samples 0, 3, 6, ... at positions 0, 1, 2, ..., from position `first`."""
     positions = np.arange(first, first + count)
     return request(3 * positions, positions)
 
@@ -56,7 +56,7 @@ def test_spans_are_equally_long_and_no_unit_is_lost():
 
 
 class Pipelines:
-    """Stands in for Ray Data: a span's blocks are its units. Keeps a log of what began and what ended."""
+    """Replaces Ray Data: a span's blocks are its units. Logs the start and end of every pipeline."""
 
     def __init__(self, fail_at=None):
         self.log, self._fail_at = [], fail_at
@@ -115,10 +115,10 @@ def test_closing_ends_every_pipeline_that_began(num_taken):
     def numbers(kind):
         return sorted(n for what, n in start.log if what == kind)
 
-    wait_until_none(lambda: set(numbers("began")) - set(numbers("ended")))  # a thread may hold one for a moment yet
+    wait_until_none(lambda: set(numbers("began")) - set(numbers("ended")))  # a thread may hold one for a moment
     began, ended = numbers("began"), numbers("ended")
     assert ended == began
-    # the one that is to follow may not have begun yet
+    # the following pipeline may not have started yet
     assert len(began) in {1: [1], 14: [1, 2], 21: [2, 3]}[num_taken]
 
 
@@ -155,8 +155,8 @@ def test_whoever_waits_is_told_of_it_until_something_comes(monkeypatch):
 
     assert list(chained(iter(cut(3)), start, on_slow)) == [0, 1, 2]
     assert len(told) >= 3
-    waits = np.diff([0.0, *told[:3]])  # what is told later is of other waits
-    assert all(wait >= 0.001 * 2**number for number, wait in enumerate(waits))  # ever more rarely
+    waits = np.diff([0.0, *told[:3]])  # later reports belong to other waits
+    assert all(wait >= 0.001 * 2**number for number, wait in enumerate(waits))  # at increasing intervals
 
 
 def test_whoever_waits_for_a_block_of_a_pipeline_that_began_is_told_of_it(monkeypatch):
@@ -171,7 +171,7 @@ def test_whoever_waits_for_a_block_of_a_pipeline_that_began_is_told_of_it(monkey
             yield unit
 
     def on_slow(seconds):
-        if is_late.is_set():  # the beginning may take long too
+        if is_late.is_set():  # the start may be slow, too
             told.append(seconds)
         if len(told) == 3:
             go_on.set()
@@ -217,7 +217,7 @@ def test_closing_does_not_wait_for_a_pipeline_that_cannot_begin(monkeypatch):
 
 
 def decoded(samples, wrong=()):
-    """A block as `Decode` makes it: image and label tell the sample."""
+    """Return a block like those of `Decode`; image and label identify the sample."""
     samples = np.asarray(samples)
     return {
         "image": np.broadcast_to(samples[:, None, None, None], (len(samples), 2, 2, 1)).astype(np.uint8),
@@ -234,7 +234,7 @@ def window(*blocks):
 
 def test_images_of_one_block_are_read_where_they_lie_and_by_plane_where_they_were_changed():
     block = decoded([3, 4, 5]) | {"image": np.arange(3 * 3 * 2 * 4, dtype=np.uint8).reshape(3, 3, 2, 4)}
-    block["image"].flags.writeable = False  # as Ray gives it
+    block["image"].flags.writeable = False  # as from Ray
     taken = _Window(iter([block]), pytest.fail, by_plane=True).take(np.array([3, 4]))
     assert np.shares_memory(taken.images, block["image"])
     assert taken.images.shape == (2, 2, 4, 3)

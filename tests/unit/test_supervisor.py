@@ -1,4 +1,4 @@
-"""What the driver makes of what it is told: decisions, answers to the controller, and lines on the terminal."""
+"""The driver's reaction to messages: decisions, answers to the controller, and lines on the terminal."""
 
 import io
 import json
@@ -47,7 +47,7 @@ DIED = Cause(CRASH, 1, "the process died", Ending.DIED)
 
 
 class Driver:
-    """A supervisor, and what it wrote and printed."""
+    """A supervisor, its records and its output."""
 
     def __init__(self, directory, failures=(), num_before=None, no_new_ray=None, **failure):
         self.storage, self.output = Storage.at(str(directory)), io.StringIO()
@@ -69,7 +69,7 @@ class Driver:
         self.event(events.Restored(0, 0.1, name(step), step, step * 32))
 
     def attempt(self, ready=0, step=None):
-        """A worker group starts, and comes as far as `step`."""
+        """Start a worker group, and let it reach `step`."""
         for rank in range(2):
             self.tell(Hello(rank, 2, 100 + rank, f"node{rank}"))
         self.ready(ready)
@@ -103,7 +103,7 @@ def test_a_run_that_goes_on_from_memory_keeps_its_newest_checkpoint_and_says_so(
     assert driver.record.state.checkpoint == name(10)
     assert f"restored {name(16)} from memory, replaying 2 steps" in driver.shown
     driver.event(events.SnapshotsTaken(44, 0.0031, 0.0098, 19_400_000))
-    driver.event(events.SnapshotsTaken(45, 0.0031, 0.0098, 19_400_000))  # of another attempt
+    driver.event(events.SnapshotsTaken(45, 0.0031, 0.0098, 19_400_000))  # from another attempt
     assert driver.shown.count("memory   a snapshot every ") == 1
     assert "every 44 steps: 3.1 ms, 0.98% of the time; 19.4 MB of a node" in driver.shown
     driver.event(events.SnapshotsOff("there is no room"))
@@ -144,7 +144,7 @@ def test_a_wrong_config_that_a_worker_finds_ends_the_run_with_its_message_alone(
         "failed after step 20 [config]: model.name=x returns a list; another attempt would fail the same"
         in driver.shown
     )
-    assert "the same command" not in driver.shown  # it would fail again
+    assert "the same command" not in driver.shown  # the same command would fail again
 
 
 def test_a_spent_budget_is_answered_by_a_stop_that_says_why(tmp_path):
@@ -172,7 +172,7 @@ def test_a_run_that_is_given_up_says_where_its_first_error_was_raised(tmp_path, 
     driver = Driver(tmp_path)
     driver.attempt(step=18)
     driver.raised(samples)
-    driver.raised([99], rank=0)  # an echo
+    driver.raised([99], rank=0)  # a consequence of rank 1's error
     answer = driver.fail(Cause(BUG, 1, "TypeError: x"))
     assert "failed after step 20 [bug]: TypeError: x; a restart does not fix a bug" in answer.reason
     assert f"  rank 1 was at step 20, position 640, {shown} is in events.jsonl" in driver.shown
@@ -210,7 +210,7 @@ def test_a_group_that_fails_while_it_starts_failed_after_the_step_that_the_run_h
     driver = Driver(tmp_path, max_failures=2, refill_after_steps=100)
     driver.attempt(step=454)
     driver.fail()
-    driver.tell(Hello(rank, 2, 200, "node0"))  # perhaps the other one died before it said so
+    driver.tell(Hello(rank, 2, 200, "node0"))  # the other rank may have died before its Hello
     driver.raised([], rank, step=0)
     assert isinstance(driver.fail(Cause(CRASH, rank, "OSError: x")), Retry)
     assert f"✗ rank {rank} failed after step 454 [crash]: OSError: x; failure 2 of 2 allowed in the" in driver.shown
@@ -256,7 +256,7 @@ def test_a_worker_that_died_because_it_stood_still_hung(tmp_path):
     hang, crash = read_state(driver.storage).failures
     assert (hang.cause, hang.rank, hang.node) == (HANG, 1, "node1")
     assert hang.error == "no progress for 3 s (between steps); stack traces: /runs/a1.r1.txt"
-    assert (crash.cause, crash.error) == (CRASH, "the process died")  # the next attempt's is its own
+    assert (crash.cause, crash.error) == (CRASH, "the process died")  # a failure of the next attempt has its own cause
 
 
 def test_an_exception_is_not_a_hang_because_others_stood_still(tmp_path):
@@ -315,7 +315,7 @@ def test_what_was_restored_is_the_latest_checkpoint_and_one_that_is_gone_is_told
     driver = Driver(tmp_path)
     driver.attempt(step=57)
     driver.saved(40)
-    driver.fail()  # of a save at step 50, if there was one, nothing was heard
+    driver.fail()  # a checkpoint of step 50, if there was one, was not reported
     driver.tell(Hello(0, 2, 200, "n"))
     driver.restored(restored)
     driver.ready(50)
@@ -342,7 +342,7 @@ def test_micro_batches_are_halved_for_the_attempts_after_a_lack_of_memory(tmp_pa
         assert f"with micro-batches of {after} images, not {before}, at the same global batch" in driver.shown
         answer = driver.tell(Hello(0, 2, 1, "node0"))
         assert answer.accumulate_steps == 2**attempt
-    assert read_state(driver.storage).accumulate_steps == 8  # a later call of the command goes on with it
+    assert read_state(driver.storage).accumulate_steps == 8  # later invocations keep it
 
 
 def test_who_waits_for_workers_is_told_what_is_lacking_once(tmp_path):
@@ -437,7 +437,7 @@ def test_where_only_what_followed_is_handed_over_the_process_that_died_is_told(t
 def test_the_death_of_the_controller_is_no_workers_fault(tmp_path):
     driver = Driver(tmp_path, max_failures=1)
     driver.attempt(step=3)
-    driver.tell(Lost(1, 101))  # it ends with its owner
+    driver.tell(Lost(1, 101))  # a worker exits with the controller, its owner
     answer = driver.tell(ControllerDied())
     assert isinstance(answer, Retry)
     (failure,) = read_state(driver.storage).failures
@@ -472,7 +472,7 @@ def test_where_ray_died_the_run_begins_again_with_the_same_config_and_the_budget
     again.attempt(step=20)
     assert "↻ training again" in again.shown
     assert again.fail() == Retry(0.0)
-    assert isinstance(again.fail(), Stop)  # its third; those of earlier commands don't count, nor does Ray's
+    assert isinstance(again.fail(), Stop)  # its third failure; those of earlier commands and Ray's aren't charged
 
 
 @pytest.mark.parametrize("is_written", [False, True], ids=["lost", "written though it was said to have failed"])
@@ -542,13 +542,13 @@ def test_a_group_whose_machine_was_taken_away_as_announced_was_preempted(tmp_pat
     driver.attempt(step=10)
     driver.event(events.PreemptionNotice(10, ["some node"], [1], None))
     driver.tell(Lost(1, 101))
-    answer = driver.tell(Hello(0, 2, 200, "node0"))  # Ray has asked nobody
+    answer = driver.tell(Hello(0, 2, 200, "node0"))  # Ray has started a new group without asking
     assert answer.attempt == 2
     (failure,) = read_state(driver.storage).failures
     assert (failure.cause, failure.rank, failure.seconds_to_detect) == ("preemption", 1, 0.0)
     driver.ready(10)
     driver.fail()
-    assert driver.supervisor.given_up is not None  # the next is its own
+    assert driver.supervisor.given_up is not None  # the next failure is charged
 
 
 def test_a_worker_that_is_replaced_stays_in_its_attempt_and_is_told_as_such(tmp_path):
@@ -574,7 +574,7 @@ def test_a_worker_that_is_replaced_stays_in_its_attempt_and_is_told_as_such(tmp_
     assert "rank 1 replaced, replaying 0 steps · pids 100, 201" in driver.output.getvalue()
     found = [event["event"] for event in driver.record.past_events()]
     assert found.count("attempt_started") == found.count("worker_replaced") == 1
-    driver.tell(Lost(1, 101))  # of the one that died, late
+    driver.tell(Lost(1, 101))  # a late message about the dead worker
     assert driver.record.died_rank is None
 
 

@@ -1,4 +1,4 @@
-"""The parts of a sweep without Ray: names, the record, what fits, the leaderboard, and what is refused."""
+"""The parts of a sweep without Ray: names, the record, fitting trials, the leaderboard, and rejected sweeps."""
 
 import csv
 import io
@@ -48,7 +48,7 @@ def test_a_trial_is_named_by_values_not_by_how_they_were_typed():
 def test_only_what_was_ever_swept_names_a_trial():
     jobs = [{"seed": "1", "optim.lr": "0.1"}, {"seed": "2", "optim.lr": "0.1"}]
     assert swept_keys(jobs, []) == ["seed"]
-    assert swept_keys(jobs[:1], ["seed"]) == ["seed"]  # a single value of a sweep that had two
+    assert swept_keys(jobs[:1], ["seed"]) == ["seed"]  # now a single value, in a sweep that had two
     assert swept_keys(jobs[:1], []) == ["optim.lr", "seed"]
     assert trial_name({}, []) == "default"
 
@@ -91,7 +91,7 @@ def test_as_many_trials_share_a_machine_as_there_are_up_to_its_cores(no_gpus, mo
     assert num_shares([Config()] * 8, 2) == 2
 
 
-# What fits
+# Which trials fit
 
 
 def test_trials_fit_beside_each_other_to_the_last_fraction():
@@ -122,7 +122,7 @@ print("ftexp:", request)
 
 
 def run(tmp_path, bodies, monkeypatch, max_concurrent=None, capacity=2.0):
-    """Run a process for each body in place of a trial; returns the processes and the sequence of their changes."""
+    """Run a process per body instead of trials; return the processes and the sequence of status changes."""
     import ftexp.sweep.run.runner as runner
 
     processes, changes = [], []
@@ -149,7 +149,7 @@ def test_one_failure_is_its_own_and_has_a_reason(tmp_path, monkeypatch):
     ("end", "told"),
     [
         ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "its driver was killed by SIGKILL"),
-        ("sys.exit(75)", "killed (exit code 75)"),  # as after a SIGTERM that didn't come from the sweep
+        ("sys.exit(75)", "killed (exit code 75)"),  # as after a SIGTERM from outside the sweep
     ],
 )
 def test_a_driver_that_somebody_ends_is_started_again_as_often_as_failures_are_allowed(
@@ -177,7 +177,7 @@ def test_a_trial_that_cannot_be_started_leaves_the_others_alone(tmp_path, monkey
 
 
 class Flaky(Storage):
-    """Fails to write as long as it is told to."""
+    """Fails to write while `is_down`."""
 
     is_down = False
 
@@ -203,7 +203,7 @@ def test_a_store_that_is_down_costs_a_sweep_nothing_but_the_wait(directory, monk
         records.write()
     assert records.is_written
     assert [each.name for each in read_sweep_record(directory).trials] == ["a"]
-    with pytest.raises(TypeError), records.riding_out():  # a bug is no outage
+    with pytest.raises(TypeError), records.riding_out():  # a bug is not an outage
         raise TypeError
 
 
@@ -287,7 +287,7 @@ def test_trials_that_are_proposed_one_by_one_are_proposed_when_there_is_room_for
             return None
         made = process(tmp_path, names.pop(0))
         if made.trial.name == "b":
-            made.trial.status = FAILED  # as a proposal that makes no good config is
+            made.trial.status = FAILED  # like a proposal with an invalid config
         return made
 
     changes = []
@@ -298,7 +298,7 @@ def test_trials_that_are_proposed_one_by_one_are_proposed_when_there_is_room_for
     ).run()  # fmt: skip
     assert [each.trial.name for each in processes] == list("abcd")
     assert [each.trial.status for each in processes] == [FINISHED, FAILED, FINISHED, FINISHED]
-    assert max(running) <= 1  # two fit
+    assert max(running) <= 1  # the new one and another: two fit
     assert ("b", FAILED) in changes
     assert ("b", RUNNING) not in changes
 
@@ -308,9 +308,9 @@ def test_trials_that_are_proposed_one_by_one_are_proposed_when_there_is_room_for
     [
         ("sys.exit(130)", "stopped"),
         ("os.kill(os.getpid(), signal.SIGKILL)", "stopped"),
-        ("return", "stopped"),  # it hangs on
+        ("return", "stopped"),  # it doesn't exit
         ("sys.exit(1)", FAILED),
-        ("sys.exit(0)", FINISHED),  # it had finished before it heard of it
+        ("sys.exit(0)", FINISHED),  # it had finished before it received the stop
     ],
 )
 def test_a_trial_that_is_stopped_early_is_no_failure(tmp_path, monkeypatch, end, status):
@@ -370,7 +370,7 @@ def test_a_bug_in_a_sweep_is_no_mistake_in_the_command(monkeypatch):
         run_hydra(lambda _: None, with_plugins(["-m", "optim.lr=1e-3,3e-3"]))
 
 
-# What is seen
+# The display
 
 
 def displayed(tmp_path, *processes, terminal):
@@ -548,7 +548,7 @@ def test_the_titles_of_a_narrow_leaderboard_are_broken_between_words(directory, 
     assert shown.getvalue().split()[: len(titles)] == titles
 
 
-# What is refused, before anything is started
+# Sweeps that are rejected before anything is started
 
 
 def plan(directory, *configs, retry_failed=True, before=(), keeps_stopped=False):
@@ -585,7 +585,7 @@ def test_what_was_stopped_early_stays_so_in_its_search_and_goes_on_in_a_grid(dir
     early.stopped_at = gone.stopped_at = 2
     assert plan(directory, ("a", config()), before=[early], keeps_stopped=True) == ["stopped"]
     assert plan(directory, ("a", config()), before=[early]) == ["waiting"]
-    assert plan(directory, ("gone", config()), before=[gone], keeps_stopped=True) == ["waiting"]  # its directory is
+    assert plan(directory, ("gone", config()), before=[gone], keeps_stopped=True) == ["waiting"]  # so is its directory
 
 
 def test_a_changed_base_is_told_once(directory):

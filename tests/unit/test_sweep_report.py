@@ -1,4 +1,4 @@
-"""A sweep's report: what it says agrees with the trials, and whatever is in them is only text."""
+"""A sweep's report agrees with the trials, and escapes all text in them."""
 
 import dataclasses
 import io
@@ -26,7 +26,7 @@ def directory(tmp_path):
 
 
 def write_sweep(directory, *trials, name="lr", keys=("optim.lr", "optim.name")):
-    """`trials`: (name, values, status, the metric at each epoch, error)."""
+    """Write a sweep's files; `trials`: (name, values, status, metric by epoch, error)."""
     ledger = SweepRecord(name=name, metric="val_accuracy", mode="max", keys=list(keys), started=1_700_000_000.0)
     for own, values, status, scores, error in trials:
         ledger.trials.append(Trial(name=own, values=values, epochs=3, status=status, error=error))
@@ -91,7 +91,7 @@ def lines(*scores, **values):
 
 
 def drawn(drawing, trials):
-    """{place: its line's points}; a trial's line is the one that tells of it."""
+    """Return {place: points of the trial's line}; lines are identified by their tooltips."""
     told = {trial.tooltip("acc"): trial.place for trial in trials}
     return {told[s.title]: s.points for s in drawing.shapes if isinstance(s, Line) and s.title in told}
 
@@ -102,11 +102,12 @@ def test_a_line_goes_through_each_value_of_its_trial(wide):
     drawing = parallel_chart(trials, ["lr", "name"], "acc", wide)
 
     found = drawn(drawing, trials)
-    along = 1 if wide else 0  # which coordinate is the value
-    sign = -1 if wide else 1  # up is more; to the right is more
+    along = 1 if wide else 0  # the coordinate of the value
+    sign = -1 if wide else 1  # values increase upwards, or to the right
     rates, names, scores = ([sign * found[n][axis][along] for n in range(3)] for axis in range(3))
     assert rates[0] < rates[1] < rates[2]
-    assert rates[1] - rates[0] == pytest.approx(rates[2] - rates[1])  # they span a hundred: a logarithmic axis
+    # they span a factor of 100, so the axis is logarithmic
+    assert rates[1] - rates[0] == pytest.approx(rates[2] - rates[1])
     assert names[0] == names[2] != names[1]
     assert scores[0] > scores[1] > scores[2]
     assert all(0 <= x <= drawing.width and 0 <= y <= drawing.height for points in found.values() for x, y in points)

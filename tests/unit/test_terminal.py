@@ -1,4 +1,4 @@
-"""What a person sees."""
+"""The terminal output."""
 
 import io
 
@@ -139,7 +139,7 @@ def test_the_summary_accounts_for_each_of_the_last_failures():
     cost = f"restored from memory, {times}, 17 steps replayed"
     shown = [line.strip() for line in text.splitlines() if " at step " in line]
     assert shown == [f"crash of rank 1 at step {step}: {cost}" for step in range(3, 12)] + [
-        "hang of a worker at step 57:"  # nothing is known of what it cost
+        "hang of a worker at step 57:"  # its cost is unknown
     ]
 
 
@@ -163,7 +163,7 @@ def test_the_summary_does_not_repeat_the_error_of_a_failure_that_was_printed():
 
 
 class Unwritable(io.StringIO):
-    """A stream whose encoding lacks symbols, or whose terminal has gone."""
+    """A stream whose encoding lacks symbols, or whose terminal is gone."""
 
     def __init__(self, error):
         super().__init__()
@@ -229,6 +229,6 @@ def test_the_bar_shows_epoch_and_step_whole_and_the_values_that_fit(width, shown
     current.metrics["last"] = metrics
     terminal.ready(current, 1180, 32, 30, [1, 2], "cpu")
     terminal.close()
-    *_, bar = [line for line in output.getvalue().splitlines() if "step 552/1,180" in line]  # it is erased at the end
+    *_, bar = [line for line in output.getvalue().splitlines() if "step 552/1,180" in line]  # erased at the end
     assert all(part in bar for part in ("epoch 15/30 ", " left", *shown))
     assert not any(part in bar for part in hidden)

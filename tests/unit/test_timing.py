@@ -1,4 +1,4 @@
-"""What a logged point tells of speed: sections that add up, FLOPs counted right, a peak only where it is known."""
+"""The speed in a logged point: sections that add up, correct FLOPs, and MFU only for known peaks."""
 
 import dataclasses
 import gzip
@@ -37,7 +37,7 @@ def clock():
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """On a busy machine, torch's threads wait for each other longer than these models compute."""
+    """Use one thread: on a busy machine, torch's threads wait for each other longer than these models compute."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -67,13 +67,13 @@ def test_sections_are_told_apart_and_what_is_no_training_counts_for_no_speed(clo
         "images_per_s": round(32 / 6.8, 1),
     }  # fmt: skip
     assert speeds.keys() <= set(SPEEDS)
-    assert stopwatch.take(done.position) == {}  # nothing new since
+    assert stopwatch.take(done.position) == {}  # no new samples since
 
 
 def test_a_gpus_time_is_told_by_events_that_are_read_at_logged_points_alone_and_used_again(clock, monkeypatch):
     made = []
 
-    class Event:  # of a GPU that is as quick as the host
+    class Event:  # of a GPU as fast as the host
         def __init__(self, enable_timing):
             assert enable_timing
             made.append(self)
@@ -137,7 +137,7 @@ def test_points_tell_of_speed_and_checkpoints_do_not(monkeypatch):
 def test_flops_are_those_of_the_layers():
     model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Flatten(), nn.Linear(8 * 16 * 16, 10))
     convolution, linear = 2 * 3 * 8 * 9 * 256, 2 * 8 * 256 * 10
-    # backward: as much for the weights, and for the inputs again, of which the first layer's nobody wants
+    # backward: as much for the weights, and as much for the inputs, except those of the first layer
     assert flops_per_image(model, (3, 16, 16)) == 2 * convolution + 3 * linear
 
 
@@ -197,7 +197,7 @@ def test_a_model_that_cannot_be_counted_has_no_utilisation_and_says_why(monkeypa
 
 @pytest.mark.parametrize(("first", "count", "traced"), [(2, 3, 3), (10, 5, 3), (13, 2, 0)])
 def test_a_trace_of_the_chosen_steps_is_left(tmp_path, first, count, traced):
-    job, run_dir = make_job(), Storage.at(str(tmp_path))  # of 12 steps
+    job, run_dir = make_job(), Storage.at(str(tmp_path))  # 12 steps
     job.config.profile.enabled, job.config.profile.start_step, job.config.profile.num_steps = True, first, count
     feed = job.data.feed
     job.data.feed = SimpleNamespace(

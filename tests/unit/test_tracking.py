@@ -1,4 +1,4 @@
-"""The records of a run: each point once, failures with their account, numbers that survive the command."""
+"""The records of a run: each point once, failures with their costs, and totals over all invocations."""
 
 import json
 
@@ -267,7 +267,7 @@ def test_an_object_store_that_goes_down_at_the_end_of_a_run_is_a_storage_error(s
         write(self, name, content)
 
     monkeypatch.setattr(Storage, "write_bytes", goes_down)
-    expected = ["run.json", "events.jsonl", "metrics.csv"]  # metrics.jsonl is there
+    expected = ["run.json", "events.jsonl", "metrics.csv"]  # metrics.jsonl exists already
     if num_answers < len(expected):
         with pytest.raises(StorageError, match="timeout; make room"):
             record.close("finished")
@@ -289,14 +289,14 @@ def tick(record, step, epoch=0):
 
 
 def test_goodput_is_the_share_of_time_on_steps_that_were_new(record, storage, clock):
-    clock.now += 5  # starting
+    clock.now += 5  # start-up
     hello(record, 0)
     ready(record, 0)
     for step in range(1, 11):
         clock.now += 2
         tick(record, step)
     assert record.state.productive_s == 20
-    clock.now += 3  # in a step that was never finished
+    clock.now += 3  # in an unfinished step
     record.fail("crash", 1, "x")
     clock.now += 7
     hello(record, 0)
@@ -391,11 +391,11 @@ def test_a_group_that_falls_silent_is_detected_that_long_after_it_was_last_heard
     for _ in range(3):
         clock.now += 1
         tick(record, 10)
-    clock.now += 60  # its machine has lost its power: no connection has ended
+    clock.now += 60  # its machine has lost power, so no connection was closed
     failure = record.fail("crash", 1, "x")
     assert failure.seconds_to_detect == 60
     clock.now += 5
-    tick(record, 11)  # of what outlived it
+    tick(record, 11)  # from a surviving worker
     clock.now += 30
     assert record.fail("crash", None, "no worker started").seconds_to_detect == 0
 
@@ -408,7 +408,7 @@ def test_an_attempt_that_died_before_it_said_hello_did_not_progress(record, cloc
     assert record.fail("crash", record.died_rank, "x").progressed
     clock.now += 60
     assert record.died_rank is None
-    failure = record.fail("crash", None, "x")  # no worker got as far as a hello
+    failure = record.fail("crash", None, "x")  # no worker sent a Hello
     assert (failure.progressed, failure.seconds_to_detect) == (False, 0)
 
 
@@ -438,7 +438,7 @@ def test_the_rank_that_died_is_one_that_was_lost_whether_or_not_another_raised_f
 def test_what_a_worker_raised_tells_its_exact_step(record):
     hello(record, 0)
     ready(record, 0)
-    tick(record, 7)  # ticks are seldom
+    tick(record, 7)  # ticks are rare
     record.handle(Raised(1, 9, 288, [], "x", time=1.0))
     assert record.fail("crash", 1, "x").step == 9
 
@@ -472,7 +472,7 @@ def test_points_of_corrupt_weights_are_logged_anew(tmp_path):
         record.handle(Metrics("val", step, 1, {"val_accuracy": accuracy}))
     record.fail("crash", 1, "gone")
     record.handle(Hello(0, 2, 13, "node"))
-    record.handle(Ready(10, 100, "cpu", {}, 5))  # nothing is wrong with these
+    record.handle(Ready(10, 100, "cpu", {}, 5))  # the weights of step 10 are good
     record.handle(Metrics("val", 20, 1, {"val_accuracy": 0.3}))
     assert [(point["step"], point["val_accuracy"]) for point in record.metrics.points()] == [
         (10, 0.5), (20, 0.6), (30, 0.65),

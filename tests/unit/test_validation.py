@@ -1,4 +1,4 @@
-"""Validation besides training: what a run knows at which step, whatever an evaluation takes or fails of."""
+"""Evaluation in parallel with training: the metrics that a run has at each step, for slow and failing evaluations."""
 
 import dataclasses
 import io
@@ -49,7 +49,7 @@ def test_an_evaluation_counts_from_the_next_one_on_for_the_step_that_it_belongs_
     assert job.progress.pending == [Pending(4, 1, FIRST)]
     assert (job.progress.metrics, job.progress.best) == ({}, {})
     job.channel.note_evaluated(found(4, FIRST, 0.75))
-    assert job.progress.metrics == {}  # until then, however early it is there
+    assert job.progress.metrics == {}  # not used before the next evaluation, however early it arrives
     job.progress.step, job.progress.epoch = 8, 2
     validate(job)
     assert job.progress.pending == [Pending(8, 2, SECOND)]
@@ -73,7 +73,7 @@ def test_a_run_stops_early_at_the_evaluation_after_the_one_that_did_not_improve(
     (stopped,) = job.channel.events(events.StoppedEarly)
     assert (stopped.step, stopped.epoch) == (12, 3)
     assert stopped.reason == "val_accuracy has not improved for 1 epoch (best 0.7500 at epoch 1)"
-    assert job.progress.pending[-1].step == 12  # the last is evaluated too
+    assert job.progress.pending[-1].step == 12  # the last checkpoint is evaluated too
     settle(job)
     assert (job.progress.metrics["val_accuracy"], job.progress.best["step"]) == (0.9, 12)
 
@@ -240,7 +240,7 @@ def test_a_save_that_is_given_up_before_it_is_written_is_reported_as_not_evaluat
 
 
 class Tasks:
-    """Stands in for Ray's task: what each call returns or raises, in turn."""
+    """Replaces Ray's task: calls return or raise `results` in turn."""
 
     def __init__(self, *results):
         self.results, self.checkpoints, self.cancelled = list(results), [], []
@@ -258,7 +258,7 @@ class Tasks:
 
 @pytest.fixture
 def evaluations(monkeypatch):
-    """Make `Evaluations` of a hub that collects, over tasks with given results."""
+    """Function that makes `Evaluations` with a recording hub, and tasks with given results."""
 
     def make(*results):
         tasks, told = Tasks(*results), queue.Queue()
@@ -362,7 +362,7 @@ def png(item):
 
 @pytest.fixture
 def saved(tmp_path, monkeypatch):
-    """A job that is trained, its spec, and where its checkpoint is."""
+    """(a trained job, its EvaluationSpec, the store with its checkpoint)."""
     monkeypatch.setattr(beside.ray, "get_gpu_ids", list)
     job = make_job(eval="beside", eval_batch_size=96, ema=EmaConfig(decay=0.9))
     manager, store = manager_of(job, tmp_path / CHECKPOINTS, ("progress", "ema"))

@@ -1,4 +1,4 @@
-"""A worker that stands still: noticed by phase, told with its stacks, and ended."""
+"""A worker without progress is detected by the limit of its phase, reported with its stacks, and killed."""
 
 import json
 import signal
@@ -16,18 +16,18 @@ LIMITS = {START: 100.0, STEP: 10.0, BETWEEN: 20.0, EVALUATION: 50.0, SAVE: None}
 
 
 class Watched:
-    """A watchdog with a clock of its own; `told` is what it said, `died` how often it would have killed."""
+    """A watchdog with its own clock; `told`: its reports; `died`: how often it would have killed the process."""
 
     def __init__(self, limits=LIMITS):
         self.now, self.told, self.died = 1000.0, [], 0
         self.dog = Watchdog(limits, lambda *found: self.told.append(found), self.die, lambda: self.now)
 
     def die(self):
-        assert len(self.told) == self.died + 1  # it was told before
+        assert len(self.told) == self.died + 1  # the report comes first
         self.died += 1
 
     def after(self, seconds):
-        """How often it has killed once so much time has gone by."""
+        """Advance the clock and check; return the number of kills so far."""
         self.now += seconds
         self.dog.check()
         return self.died
@@ -40,7 +40,7 @@ def watched():
 
 @pytest.mark.parametrize("phase", [START, STEP, BETWEEN, EVALUATION])
 def test_each_phase_has_its_own_limit(watched, phase):
-    if phase != START:  # which it begins in
+    if phase != START:  # it starts in this phase
         watched.dog.beat(phase)
     assert watched.after(LIMITS[phase]) == 0
     assert watched.after(0.5) == 1
@@ -51,7 +51,7 @@ def test_each_phase_has_its_own_limit(watched, phase):
 def test_a_phase_without_a_limit_lasts_for_ever(watched):
     watched.dog.beat(SAVE)
     assert watched.after(1e9) == 0
-    assert Watched({STEP: 1.0}).after(1e9) == 0  # in its start
+    assert Watched({STEP: 1.0}).after(1e9) == 0  # in the phase START
 
 
 def test_a_loop_that_beats_lives(watched):
@@ -68,8 +68,8 @@ def test_within_a_block_its_limit_holds_and_afterwards_the_one_before(watched):
         assert watched.after(49) == 0
         with watched.dog.during(SAVE):
             assert watched.after(1000) == 0
-        assert watched.after(49) == 0  # from the inner block's end
-    assert watched.after(9) == 0  # from the block's end
+        assert watched.after(49) == 0  # counted from the end of the inner block
+    assert watched.after(9) == 0  # counted from the end of the outer block
     assert watched.after(2) == 1
     assert watched.told[0][0] == STEP
     with pytest.raises(KeyError), watched.dog.during(SAVE):
@@ -122,7 +122,7 @@ STANDS_STILL = """
         time.sleep(600)
     wait_for_ever()
 """
-# PyDLL doesn't let go of the interpreter. The watchdog has polled once by then, which sets the alarm
+# PyDLL doesn't release the GIL. By then the watchdog has polled once, which sets the alarm
 HOLDS_THE_INTERPRETER = """
     def hold_the_interpreter():
         ctypes.PyDLL(None).sleep(600)

@@ -105,7 +105,7 @@ def test_once_the_handler_has_raised_everybody_is_told_to_stop_and_nobody_waits(
     first = Channel(hub.address, hello(0))
     first.send(POINT)
     first.flush()
-    first.close()  # returns when all was taken in
+    first.close()  # returns once all messages were received
     assert isinstance(hub.failed, UnicodeEncodeError)
     told = Channel(hub.address, FAILED).answer
     assert isinstance(told, Stop)
@@ -130,7 +130,7 @@ def test_who_says_goodbye_stays_until_the_driver_has_handled_it_all():
     assert closing.is_alive()
     held.set()
     closing.join(20)
-    hub.close()  # as when fit() returns, since the workers have ended
+    hub.close()  # as when fit() returns, after the workers have exited
     assert handled == [Hello, Metrics, Goodbye]
 
 
@@ -154,7 +154,7 @@ def test_who_is_killed_before_its_hello_is_answered_is_told_as_lost():
         return Begin(7)
 
     hub = Hub("127.0.0.1", handle)
-    hub.broadcast(Stop())  # which a new line is told once its hello is answered
+    hub.broadcast(Stop())  # a new connection receives it after the answer to its Hello
     with socket.create_connection((hub.address.host, hub.address.port)) as raw:
         raw.sendall(f"{hub.address.token}\n{to_line(hello(0))}".encode())
         assert next_message(messages) == hello(0)
@@ -168,7 +168,7 @@ def test_who_is_killed_before_its_hello_is_answered_is_told_as_lost():
 
 def test_a_worker_that_outlives_its_group_is_not_heard_once_the_next_one_says_hello(hub, messages):
     past = [Channel(hub.address, hello(rank)) for rank in (0, 1)]
-    past[1].send(POINT)  # what it says before that counts
+    past[1].send(POINT)  # messages before that are accepted
     past[1].flush()
     assert [next_message(messages) for _ in range(3)][-1] == POINT
     new = Channel(hub.address, Hello(0, 1, 200, "n"))
@@ -176,9 +176,9 @@ def test_a_worker_that_outlives_its_group_is_not_heard_once_the_next_one_says_he
         channel.send(Tick(99, 0))
         channel.send(Hung(1, "in a step", 9.0, "file"))
         with pytest.raises(OSError, match="the driver has ended, or does not answer"):
-            channel.sync(timeout_s=0.2)  # nor may it believe that anything is safe
+            channel.sync(timeout_s=0.2)  # nor may it assume that its messages are safe
     past[0].close()
-    past[1]._socket.shutdown(socket.SHUT_RDWR)  # lost
+    past[1]._socket.shutdown(socket.SHUT_RDWR)  # the connection is lost
     new.send(Tick(1, 0))
     new.close()
     assert [next_message(messages) for _ in range(3)] == [Hello(0, 1, 200, "n"), Tick(1, 0), Goodbye()]
@@ -191,7 +191,7 @@ def test_a_worker_that_is_replaced_joins_those_that_live_and_they_stay_heard(hub
     for channel in (others[0], new):
         channel.send(Tick(1, 0))
         channel.flush()
-    others[1].send(Tick(9, 0))  # of the one that died
+    others[1].send(Tick(9, 0))  # from the dead worker
     others[1].flush()
     for channel in (others[0], new):
         channel.close()
@@ -222,7 +222,7 @@ def test_a_hub_that_was_closed_leaves_neither_thread_nor_port():
     address = (hub.address.host, hub.address.port)
     with socket.create_connection(address) as stranger:
         stranger.sendall(b"no token\n")
-        assert stranger.recv(1) == b""  # the thread waits for the next by now
+        assert stranger.recv(1) == b""  # by now, the thread waits for the next connection
     hub.close()
     thread.join(10)
     assert not thread.is_alive()
@@ -270,7 +270,7 @@ def test_a_worker_goes_on_when_the_driver_is_gone():
     channel._socket.shutdown(socket.SHUT_RDWR)
     for _ in range(10):
         channel.send(Tick(1, 0))
-    channel.flush()  # would wait for ever if the sending thread had died of the error
+    channel.flush()  # would wait forever if the error had ended the sending thread
     hub.close()
 
 
@@ -288,7 +288,7 @@ def test_every_open_channel_is_told_to_stop_or_save_and_still_hears_whether_its_
         assert (channel.stop_requested, channel.save_requested) == (False, False)
     assert hub.broadcast(word) == 2
     for channel in channels:
-        channel.sync()  # answered after what was told, on the same channel
+        channel.sync()  # its answer comes after the broadcast, on the same channel
         assert (channel.stop_requested, channel.save_requested) == (word == Stop(), word == Save())
     for channel in channels:
         channel.close()
@@ -300,7 +300,7 @@ def test_a_worker_waits_for_the_evaluation_of_its_checkpoint_and_is_passed_no_ot
     waiting = threading.Thread(target=lambda: found.append(channel.evaluated("step_8.a1")))
     waiting.start()
     other, wanted = Evaluated(4, 0, "step_4.a1", {"val_loss": 2.0}), Evaluated(8, 1, "step_8.a1", {"val_loss": 1.0})
-    while not hub.broadcast(other):  # until the hub has taken the connection in
+    while not hub.broadcast(other):  # until the hub has accepted the connection
         pass
     hub.broadcast(wanted)
     waiting.join(20)
@@ -337,7 +337,7 @@ def test_a_channel_that_opens_after_the_run_was_told_to_stop_is_told_too():
 
 
 def test_a_channel_that_said_goodbye_is_not_asked_to_stop(hub, messages):
-    before = {*threading.enumerate()}  # also what other tests have left, which may never end
+    before = {*threading.enumerate()}  # including threads of other tests, which may never end
     Channel(hub.address, hello(0)).close()
     assert [next_message(messages) for _ in range(2)] == [hello(0), Goodbye()]
     for thread in {*threading.enumerate()} - before:
@@ -356,7 +356,7 @@ def test_what_comes_while_a_sync_is_handled_is_not_lost(messages):
         answers = connection.makefile("r")
         connection.sendall(f"{hub.address.token}\n{to_line(hello(0))}".encode())
         assert from_line(answers.readline()) is None
-        # all of it is there when the first line is read, as after a record that took its time
+        # all lines have arrived when the first one is read, as after a slow write of the record
         sent = [Sync(1), *(Tick(step, 0) for step in range(3))]
         connection.sendall("".join(map(to_line, sent)).encode())
         assert from_line(answers.readline()) == Synced(1)
