@@ -65,7 +65,7 @@ def probed(config: Config) -> Iterator[Storage]:
 
 
 def storage_speed(directory: Storage, checkpoint_bytes: int | None) -> Finding:
-    """Measure writing a file as a checkpoint is written, with fsync, and reading it."""
+    """Measure writing a file as a checkpoint is written (on a local disk, with fsync), and reading it."""
     content = os.urandom(_MIB) * (_PROBE_BYTES // _MIB)
     began = time.perf_counter()
     directory.write_bytes("speed", content)

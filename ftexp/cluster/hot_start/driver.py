@@ -87,9 +87,9 @@ class HotStart:
 
 
 def on_joined_nodes(config: ScalingConfig, num_threads: int) -> tuple[dict[str, Any], str | None]:
-    """Return the train workers' runtime env in a Ray that was joined; empty, with the reason, if they can't be forked.
+    """Return the train workers' runtime env in a Ray that was joined; empty, with the reason, if they aren't forked.
 
-    ConfigError if they can't be and `scaling.hot_start=on`.
+    ConfigError if they can't be forked and `scaling.hot_start=on`.
     """
     if config.hot_start == "off":
         return {}, "scaling.hot_start=off"

@@ -72,7 +72,7 @@ class Forker:
         return len({_in_a_fork(ray_private.random_id) for _ in range(2)}) == 2
 
     def serve(self) -> None:
-        """Serve until the preloaded process ends, or until no worker has been requested for _IDLE_S."""
+        """Serve until the preloaded process ends, or until no worker has run or been requested for _IDLE_S."""
         signal.set_wakeup_fd(self._wakeup[1])
         signal.signal(signal.SIGCHLD, lambda *_: None)
         while True:
