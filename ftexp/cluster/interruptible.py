@@ -116,7 +116,7 @@ def _require(
     asked: list[KeyboardInterrupt],
     error: Exception | None,
 ) -> None:
-    """Raise an error from elsewhere in the process, or RayLostError if Ray has died; or the signal that came before that.
+    """Raise an error from elsewhere in the process; RayLostError if Ray has died, or the signal that came before that.
 
     error: the exception that ended fit(); None while it runs.
     """
