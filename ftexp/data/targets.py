@@ -102,9 +102,9 @@ def target_facts(config: DataConfig, labels: Labels) -> dict[str, Any]:
 
 
 def in_units(outputs: Float32s, mean: Sequence[float] | None, std: Sequence[float] | None) -> npt.NDArray[np.float64]:
-    """Return standardised targets, or what a model gave for them, in the units of the data: [rows, num_targets].
+    """Return standardised targets, or a model's outputs, in the units of the data: [rows, num_targets].
 
-    mean, std: of `DataInfo`; None where the model learns the numbers as they are.
+    mean, std: from `DataInfo`; None if targets are not standardised.
     """
     values = outputs.astype(np.float64)
     if mean is None or std is None:
@@ -114,7 +114,7 @@ def in_units(outputs: Float32s, mean: Sequence[float] | None, std: Sequence[floa
 
 
 def _written(value: float) -> str:
-    """Return a number of float32 as text, with as many digits as distinguish it from all others, and up to 6 anyway."""
+    """Return a float32 number as text, with up to 6 digits, or more if needed to distinguish it from all others."""
     texts = [f"{value:.{digits}g}" for digits in range(6, 10)]
     return next((text for text in texts if np.float32(text) == np.float32(value)), texts[-1])
 
@@ -131,7 +131,7 @@ def joined_label(label: Any, class_names: Sequence[str], separator: str) -> str:
 
 
 def distinct(labels: Labels, class_names: Sequence[str], separator: str) -> tuple[list[str], Int64s]:
-    """Return the labels that occur as text, and which of them each sample has, [num_samples]."""
+    """Return the distinct labels as text, and the index of each sample's label in them, [num_samples]."""
     if labels.ndim == 1:
         return list(class_names), labels
     rows, numbers = np.unique(labels, axis=0, return_inverse=True)
