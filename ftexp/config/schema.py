@@ -131,8 +131,8 @@ class DataConfig:
     standardize_targets: bool = True  # regression: learn (target - mean) / std, computed on the training split
     # meaning of integer labels. values: each value that occurs is a class; indices: n is class n, of 0 to the largest n
     integer_labels: str = choice("values", ("values", "indices"))
-    num_samples: int | None = ranged(None, low=1)  # synthetic
-    kwargs: dict[str, Any] = field(default_factory=dict)  # for sources of your own
+    num_samples: int | None = ranged(None, low=1)  # synthetic: over all splits
+    kwargs: dict[str, Any] = field(default_factory=dict)  # for your own sources
     # cached: decoded once, kept in memory; streaming: decoded while the run trains; auto: cached if the data fit
     feed: str = choice(AUTO, (AUTO, "cached", "streaming"))
     shuffle_window: int | None = ranged(None, low=1)  # blocks (row groups, ..) shuffled together; None: a whole epoch
@@ -283,7 +283,7 @@ class LossConfig:
     epsilon: float = 2.0  # poly: 0 gives cross-entropy
     alpha: float = ranged(12.0, above=0)  # jsd: weight of the divergence between the views of a sample
     delta: float = ranged(1.0, above=0)  # huber: error above which the loss is linear; in stds if standardize_targets
-    kwargs: dict[str, Any] = field(default_factory=dict)  # for losses of your own
+    kwargs: dict[str, Any] = field(default_factory=dict)  # for your own losses
 
 
 @dataclass(kw_only=True)
@@ -361,7 +361,7 @@ class StoppingConfig:
 @dataclass(kw_only=True)
 class ScalingConfig:
     num_workers: Any = AUTO  # int, [min, max] for elastic, or auto
-    use_gpu: Any = AUTO  # true, false, or auto: if this machine has a GPU
+    use_gpu: Any = AUTO  # true, false, or auto: true if this machine has a GPU
     resources_per_worker: dict[str, float] = field(default_factory=dict)  # CPU and GPU are chosen if not set here
     placement_strategy: str = choice("PACK", ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"))
     accelerator_type: str | None = None
@@ -399,7 +399,7 @@ class FailureConfig:
     max_preemption_failures: int = ranged(-1, low=-1)  # preemptions are not charged to max_failures
     max_ray_failures: int = ranged(3, low=-1)  # restarts of a local Ray that died; not charged to max_failures
     max_by_cause: dict[str, int] = field(default_factory=dict)  # {cause: restarts}, a limit in addition to max_failures
-    refill_after_steps: int | None = ranged(None, low=1)  # steps until a failure no longer counts; None: always counts
+    refill_after_steps: int | None = ranged(None, low=1)  # steps after which a failure no longer counts; None: never
     max_failures_without_progress: int = ranged(3, low=-1)  # consecutive failures without a new step: a crash loop
     backoff_s: float = ranged(1.0, low=0)  # delay before a restart after no progress; doubled each time
     max_backoff_s: float = ranged(60.0, low=0)
@@ -412,7 +412,7 @@ class FailureConfig:
     # interval in steps for comparing the weights of all ranks, also before each checkpoint; a difference is a failure
     check_replicas_every_steps: int | None = ranged(None, low=1)
     repeat_step_every: int | None = ranged(None, low=1)  # steps between those computed twice and compared bitwise
-    # steps between snapshots in memory, which survive the workers; None: as often as 1 % of the time allows; 0: none
+    # steps between snapshots in memory, which survive the workers; None: as many as cost 1 % of the time; 0: none
     memory_every_steps: int | None = ranged(None, low=0)
     # when a worker dies: restart all workers, or replace it while the others wait; auto: replace if possible
     recovery: str = choice(RESTART, (RESTART, REPLACE, AUTO))

@@ -63,7 +63,7 @@ class TrackerConfig:
     mlflow: MlflowConfig = field(default_factory=MlflowConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
     prometheus: PrometheusConfig = field(default_factory=PrometheusConfig)
-    kwargs: dict[str, Any] = field(default_factory=dict)  # for trackers of your own
+    kwargs: dict[str, Any] = field(default_factory=dict)  # for your own trackers
 
     @property
     def names(self) -> list[str]:

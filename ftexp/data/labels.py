@@ -48,7 +48,7 @@ def class_numbers(
     Args:
         raw: labels of each split: text, or integers.
         config: provides `num_classes` and `integer_labels`.
-        what: name of the labels' container, for errors.
+        what: name of the column or files with the labels, for errors.
         where: (split, item) -> location, for errors.
 
     Raises:

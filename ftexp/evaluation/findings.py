@@ -1,4 +1,4 @@
-"""The findings of an evaluation besides loss and accuracy, by `data.task`."""
+"""The findings of an evaluation, besides loss and accuracy, for each `data.task`."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ class Meter:
 
 
 def _digits(loss: int) -> list[int]:
-    """Return the digits of a sum of losses; the last digit holds the whole rest."""
+    """Return the digits of a sum of losses; the last digit is not limited to 32 bits."""
     digits = [loss >> _BITS * place & 2**_BITS - 1 for place in range(_NUM_DIGITS - 1)]
     return [*digits, loss >> _BITS * (_NUM_DIGITS - 1)]
 

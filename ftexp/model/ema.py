@@ -21,11 +21,11 @@ class WeightsEMA:
         self.model: nn.Module = self._ema.module
 
     def update(self, model: nn.Module, step: int) -> None:
-        """Take in the weights of `model` after optimiser step number `step`, counted from 1."""
+        """Update the EMA with the weights of `model` after optimiser step number `step`, counted from 1."""
         self._ema.update(model, step=step)
 
     def begin_at(self, model: nn.Module) -> None:
-        """Forget what was averaged: the weights of `model` are all there is."""
+        """Reset the EMA to the weights of `model`."""
         self._ema.set(model)
 
 
@@ -39,7 +39,7 @@ class ShardedEMA(WeightsEMA):
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
-        """Take in the weights of `model` after optimiser step number `step`, counted from 1."""
+        """Update the EMA with the weights of `model` after optimiser step number `step`, counted from 1."""
         weight = 1.0 - self._ema.get_decay(step)
         for average, value in self._pairs(model):
             if average.is_floating_point():
@@ -49,7 +49,7 @@ class ShardedEMA(WeightsEMA):
 
     @torch.no_grad()
     def begin_at(self, model: nn.Module) -> None:
-        """Forget what was averaged: the weights of `model` are all there is."""
+        """Reset the EMA to the weights of `model`."""
         for average, value in self._pairs(model):
             average.copy_(value)
 

@@ -125,7 +125,7 @@ def _of_arrays(batch: dict[str, Any]) -> pa.Table:
 
 
 def mean_pixels(config: DataConfig, listing: Listing) -> int:
-    """Return the mean number of pixels of a few training pictures; that of the final size if none can be read."""
+    """Return the mean number of pixels of a few training pictures; if none can be read, that of the final size."""
     reader = listing.single_readers.get("train", listing.readers["train"])
     num_items = len(listing.labels["train"])
     items = np.arange(num_items)[:: max(1, num_items // _PROBED)][:_PROBED]

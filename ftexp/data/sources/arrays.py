@@ -30,7 +30,7 @@ def bundle_from_arrays(
     class_names: list[str],
     test: tuple[UInt8s, Labels] | None = None,
 ) -> DataBundle:
-    """Split arrays and put them into Ray's object store.
+    """Split arrays and store them in Ray's object store.
 
     Args:
         config: provides the split fractions and the fields that `DataInfo` copies.

@@ -276,7 +276,7 @@ class Stretches:
         return self.read(first, start, int(index.offsets[last] + index.num_bytes[last]) - start)
 
     def read(self, item: int, offset: int, num_bytes: int) -> bytes:
-        """Return bytes of the shard that holds an item."""
+        """Return bytes of the shard with this item."""
         index = self.index.get()
         path = index.paths[index.shards[item]]
 
