@@ -35,8 +35,8 @@ def typed_keys(overrides: Iterable[str]) -> set[str]:
 def type_problems(key: str, value: Any, hint: Any) -> Iterator[str]:
     """Yield a message for each part of `value` that doesn't match `hint`, a field's annotation.
 
-    OmegaConf checks single values, but accepts an interpolation in place of a mapping or list, and doesn't check nested
-    containers.
+    OmegaConf converts single values, but accepts an interpolation in place of a mapping or list. Containers are checked
+    recursively.
     """
     if isinstance(hint, types.UnionType):  # includes None
         if value is None:
