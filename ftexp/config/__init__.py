@@ -1,1 +1,1 @@
-"""The schema and every check of it; imports neither torch, Ray, numpy nor pyarrow."""
+"""The config schema and its checks. Imports neither torch, Ray, numpy nor pyarrow."""

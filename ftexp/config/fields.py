@@ -1,4 +1,4 @@
-"""Fields of a schema that say more than their type, and the checks of values against type and metadata."""
+"""Schema fields with ranges and choices in their metadata, and checks of values against type and metadata."""
 
 from __future__ import annotations
 
@@ -13,29 +13,30 @@ from omegaconf import MISSING
 
 from ftexp.registry import did_you_mean
 
-_MAX_SHOWN = 60  # characters of a value that is of the wrong type
+_MAX_SHOWN = 60  # characters of a value that a message shows
 _NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
 def ranged(default: Any, low: float | None = None, high: float | None = None, above: float | None = None) -> Any:
-    """Return a number field: low <= value <= high, and value > above, where given. None passes."""
+    """Return a number field with the given bounds: low <= value <= high, and value > above. None is always allowed."""
     return dataclasses.field(default=default, metadata={"low": low, "high": high, "above": above})
 
 
 def choice(default: Any, options: tuple[str, ...]) -> Any:
-    """Return a field that holds one of `options`."""
+    """Return a field whose value must be one of `options`."""
     return dataclasses.field(default=default, metadata={"options": options})
 
 
 def typed_keys(overrides: Iterable[str]) -> set[str]:
-    """Return the keys that overrides set, or delete."""
+    """Return the keys that overrides set or delete."""
     return {override.lstrip("+~").partition("=")[0] for override in overrides}
 
 
 def type_problems(key: str, value: Any, hint: Any) -> Iterator[str]:
-    """Yield a message for each part of `value` that isn't of the type `hint`, a field's annotation.
+    """Yield a message for each part of `value` that doesn't match `hint`, a field's annotation.
 
-    OmegaConf converts single values, but lets an interpolation stand for a mapping or a list, and containers nest.
+    OmegaConf converts single values, but accepts an interpolation in place of a mapping or list. Containers are checked
+    recursively.
     """
     if isinstance(hint, types.UnionType):  # includes None
         if value is None:
@@ -59,29 +60,29 @@ def type_problems(key: str, value: Any, hint: Any) -> Iterator[str]:
 
 
 def null_problem(key: str) -> str:
-    """Return the message for a null where there must be a value."""
+    """Return the message for null where a value is required."""
     return f"{key}=null is not allowed: it must have a value"
 
 
 def keys_problem(key: str, value: Any) -> str:
-    """Return the message for a value that is no mapping where there must be one."""
+    """Return the message for a value that should be a mapping."""
     return f"{key}={shown(value)} is not allowed: {key} holds keys, so write {key}.<key>=..."
 
 
 def list_problem(key: str, value: Any) -> str:
-    """Return the message for a value that is no list where there must be one."""
+    """Return the message for a value that should be a list."""
     single = "..." if isinstance(value, dict) else shown(value)
     return f"{key}={shown(value)} must be a list: {key}=[{single}]"
 
 
 def shown(value: Any) -> str:
-    """Return a value as a message shows it: in a line, and cut where it is long."""
+    """Return a value as text for a message: on one line, truncated if long."""
     text = " ".join(str(value).split())
     return text if len(text) <= _MAX_SHOWN else f"{text[: _MAX_SHOWN - 3]}..."
 
 
 def field_problems(node: Any, prefix: str) -> Iterator[tuple[str, str]]:
-    """Yield (key, message) of every field that is missing or out of its range."""
+    """Yield (key, message) for each field that is missing or out of range."""
     for field in dataclasses.fields(node):
         key, value = f"{prefix}{field.name}", getattr(node, field.name)
         if dataclasses.is_dataclass(value):
@@ -101,7 +102,7 @@ def range_problem(
     above: float | None = None,
     options: tuple[str, ...] = (),
 ) -> Iterator[str]:
-    """Yield the message for a value outside its field's metadata (see `ranged`), or nothing."""
+    """Yield a message if the value violates its field's metadata (see `ranged` and `choice`)."""
     if options:
         if value not in options:
             yield f"{key}={value!r} is not one of {', '.join(options)}.{did_you_mean(str(value), options)}"

@@ -1,4 +1,4 @@
-"""The settings that define a run, so that resuming with other ones is refused."""
+"""The settings that define a run; a run can't resume with different ones."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from ftexp.config.masking import flat, masked
 from ftexp.config.schema import AUTO, Config, DistillConfig
 from ftexp.errors import ConfigError
 
-# model, data, optimiser, seed and batch define a run; epochs, workers, logging, failure and checkpoint settings
-# may change between invocations
+# Model, data, optimiser, seed and batch define a run. Epochs, workers, logging, failure and checkpoint settings may
+# change between invocations.
 _DEFINING = (
     *("seed", "resume_from", "model", "data", "augment", "resizing"),
     *("loss", "optim", "ema", "distill", "schedule"),
@@ -22,16 +22,16 @@ _DEFINING_TRAIN = (
     *("sync_bn", "dist_bn"),
     *("clip_grad_norm", "clip_grad_value", "clip_grad_agc"),
 )
-# how the model lies on the workers changes rounding alone, as their number does, and may change; what it computes in is
-# like train.precision
+# The kind of parallelism may change: like the number of workers, it affects rounding only. The dtypes of computation
+# define a run, as train.precision does.
 _DEFINING_PARALLEL = ("param_dtype", "reduce_dtype")
-# where the data lies may change, and how it is read; what integers mean is recorded with the data, and so is a cached
-# data set without its bad samples, which is another one
+# The location of the data, and how it is read, may change. The meaning of integer labels is recorded with the data, and
+# so is a cached data set without its bad samples, which counts as a different data set.
 _FREE_DATA = ("root", "download", "feed", "decode_cpus", "prefetch_batches", "integer_labels", "on_bad_sample")
-_FREE_OPTIM = ("lr_base", "lr_base_size", "lr_base_scale")  # optim.lr is what comes of them
-# fields of distill that say where a teacher of known weights lies: of a timm name, and of a run or a file
+_FREE_OPTIM = ("lr_base", "lr_base_size", "lr_base_scale")  # they only determine optim.lr
+# fields of distill with the location of weights that have a known hash: of a timm name; of a run or a file
 _PLACES_OF_TEACHER = (("pretrained",), ("teacher", "checkpoint", "weights"))
-# fields of data that group files set for new runs, to another value than runs had before there were such fields
+# fields of data whose value in group files, for new runs, differs from the behaviour of runs older than these fields
 _OF_NEW_RUNS = ("decoder", "exif_orientation", "background")
 
 
@@ -43,34 +43,34 @@ def fingerprint(config: Config) -> dict[str, Any]:
     chosen["parallel"] = {name: values["parallel"][name] for name in _DEFINING_PARALLEL}
     for name in _FREE_DATA:
         del chosen["data"][name]
-    del chosen["model"]["pretrained_partial"]  # whether to train at all
-    if config.distill.sha256 is not None:  # the weights are identified by their hash, so their path may change
+    del chosen["model"]["pretrained_partial"]  # only allows or refuses training
+    if config.distill.sha256 is not None:  # the hash identifies the weights, so their path may change
         for name in _PLACES_OF_TEACHER[config.distill.pretrained is True]:
             chosen["distill"][name] = getattr(DistillConfig(), name)
     for name in _FREE_OPTIM:
         del chosen["optim"][name]
-    del chosen["schedule"]["cooldown_epochs"]  # with train.epochs, it says when the rate has come down
+    del chosen["schedule"]["cooldown_epochs"]  # may change, as train.epochs may
     chosen["data"]["decoder"] = config.data.decoder_name
     defining: dict[str, Any] = masked(dict(flat(chosen, "")))
     return defining
 
 
 def stopping_rules(config: Config) -> dict[str, Any]:
-    """Return the settings that can end a run early: if they changed, a finished run trains on."""
+    """Return the settings that can end a run early. If they change, a finished run resumes training."""
     rules: dict[str, Any] = masked({"stopping": dataclasses.asdict(config.stopping), "hooks": config.hooks})
     return rules
 
 
 def as_begun(config: Config, recorded: Mapping[str, Any] | None, typed: Iterable[str]) -> tuple[Config, list[str]]:
-    """Return `config` with the decoding that the run was started with, unless typed; resolves data.decoder=auto.
+    """Return `config` with the decoding that the run started with, unless overridden; resolves data.decoder=auto.
 
     Args:
         config: config of this invocation.
-        recorded: the fingerprint that the run directory was made with; None for a new run.
-        typed: the overrides of this invocation.
+        recorded: fingerprint with which the run directory was created; None for a new run.
+        typed: overrides of this invocation.
 
     Returns:
-        The config, and the keys that the run is older than and that have another value for it than for a new one.
+        The config, and the keys that didn't exist when the run started and whose value differs from a new run's.
     """
     if recorded is None:
         return dataclasses.replace(config, data=dataclasses.replace(config.data, decoder=config.data.decoder_name)), []
@@ -88,9 +88,9 @@ def as_begun(config: Config, recorded: Mapping[str, Any] | None, typed: Iterable
 
 
 def differences(recorded: dict[str, Any], own: dict[str, Any], location: str) -> None:
-    """Raise ConfigError, listing the keys, if `own` differs from what the run directory was made with.
+    """Raise ConfigError with the differing keys if `own` differs from the fingerprint `recorded` in the run directory.
 
-    A key of the schema that is not recorded is younger than the run, which then was made with its default.
+    A schema key that is not recorded was added after the run started; the run used its default.
     """
     before = {**fingerprint(Config()), **recorded}
     changed = [

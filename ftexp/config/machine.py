@@ -1,6 +1,6 @@
-"""Checks of this machine before Ray starts; files go elsewhere where that is safe.
+"""Checks of this machine before Ray starts. If a directory is unsuitable, another is used where that is safe.
 
-Ray keeps sockets and logs below RAY_TMPDIR, else TMPDIR, else /tmp, and a token in the home directory. Imports neither
+Ray stores sockets and logs under RAY_TMPDIR, else TMPDIR, else /tmp, and a token in the home directory. Imports neither
 torch nor Ray.
 """
 
@@ -19,15 +19,14 @@ from pathlib import Path
 from ftexp.config.schema import Config
 from ftexp.errors import ConfigError
 
-_MAX_PATH_BYTES = 107 if sys.platform == "linux" else 103  # bytes of the path of a Unix socket
-_BELOW = len(
-    "/ray/session_2026-11-26_13-50-07_432371_4194304/sockets/plasma_store"
-)  # length of the longest, for any process id
+_MAX_PATH_BYTES = 107 if sys.platform == "linux" else 103  # maximum length of a Unix socket's path
+# length of Ray's longest socket path below the directory, with the largest process id
+_BELOW = len("/ray/session_2026-11-26_13-50-07_432371_4194304/sockets/plasma_store")
 
 
 def prepare_machine() -> None:
-    """Choose directories that Ray and torch can write; raise ConfigError, naming what to set, if there are none."""
-    if os.environ.get("TMPDIR") == "":  # Ray would take it for a relative path
+    """Choose directories that Ray and torch can write to; raise ConfigError, naming what to set, if there are none."""
+    if os.environ.get("TMPDIR") == "":  # Ray would use it as a relative path
         del os.environ["TMPDIR"]
     base, problem = ray_problem(os.environ)
     if problem is not None:
@@ -46,13 +45,13 @@ def prepare_machine() -> None:
 
 
 def ray_problem(environment: Mapping[str, str]) -> tuple[str, str | None]:
-    """Return the directory below which Ray would keep its files, and why it can't; None if it can."""
+    """Return (directory for Ray's files, reason why Ray can't use it, or None if it can)."""
     base = environment.get("RAY_TMPDIR") or environment.get("TMPDIR") or "/tmp"
     return base, _unfit(base)
 
 
 def check_compiler(config: Config) -> Iterator[str]:
-    """Yield what train.compile lacks on this machine, if workers are to run here."""
+    """Yield what train.compile needs and this machine lacks, if the workers run on it."""
     if config.train.compiled == "none" or config.scaling.address is not None:
         return
     chosen = os.environ.get("CXX")
@@ -63,21 +62,24 @@ def check_compiler(config: Config) -> Iterator[str]:
 
 
 def _unfit(base: str) -> str | None:
-    """Return why Ray can't keep its files below `base`; None if it can."""
+    """Return why Ray can't store its files under `base`; None if it can."""
     if len(os.fsencode(base)) + _BELOW > _MAX_PATH_BYTES:
         return f"{base} is too long for a socket's path by {len(os.fsencode(base)) + _BELOW - _MAX_PATH_BYTES} bytes"
     return None if _writable(Path(base) / "ray") else f"{base}/ray is not writable by this user"
 
 
 def _writable(directory: Path) -> bool:
-    """Return whether files can be made in a directory, or it can be made itself."""
+    """Return whether the directory is writable or, if it doesn't exist, can be created."""
     while not directory.exists() and directory != directory.parent:
         directory = directory.parent
     return directory.is_dir() and os.access(directory, os.W_OK | os.X_OK)
 
 
 def _private(problem: str) -> str:
-    """Return this user's own short directory; raise ConfigError, giving `problem`, if it can't be made."""
+    """Return a directory with a short path that only this user can access.
+
+    Raises ConfigError, which includes `problem`, if it can't be created.
+    """
     directory = Path(f"/tmp/ftexp-{os.getuid()}")
     advice = "set RAY_TMPDIR and HOME to directories that you can write"
     try:
@@ -99,7 +101,7 @@ def _has_name() -> bool:
 
 
 def num_local_gpus() -> int:
-    """Return the number of NVIDIA GPUs on this machine, read from the driver: torch isn't imported yet."""
+    """Return the number of visible NVIDIA GPUs on this machine, by nvidia-smi: torch isn't imported yet."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None and visible.strip() in ("", "-1"):
         return 0
@@ -111,5 +113,5 @@ def num_local_gpus() -> int:
 
 
 def usable_cpus() -> int:
-    """Return the number of cores this process may run on; on macOS, all of them."""
+    """Return the number of cores that this process may run on; on macOS, all cores."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""Configs that are safe to write down."""
+"""Masking of secrets in configs, before they are logged or written to files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _URI_USER = re.compile(r"(?<=://)[^/\s]+(?=@)")
 
 _URI_OPTION = re.compile(rf"({_SECRET.pattern}\w*=)[^&\s]+", re.IGNORECASE)
 
-# what names one: a whole URL is a secret where it says whom to notify
+# an override of notify.urls, whose URLs are secret as a whole
 _OF_SECRET_URLS = re.compile(r"^\+*notify\.urls\b")
 _SECRET_URLS_KEY = "urls"
 _URL = re.compile(r"\w+://[^\s,\]\"']+")
@@ -21,7 +21,7 @@ _MASK = "***"
 
 
 def masked(value: Any) -> Any:
-    """Return a copy of configs, dicts and lists with secrets replaced by ***."""
+    """Return a copy of a config, dict or list with secrets replaced by ***."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return masked(dataclasses.asdict(value))
     if isinstance(value, dict):
@@ -53,7 +53,7 @@ def _masked_under(key: str, value: Any) -> Any:
 
 
 def _without_text(value: Any) -> Any:
-    """Return a copy with every string replaced; numbers stay, since class_token=1 or reg_tokens=4 are no secrets."""
+    """Return a copy with every string masked; numbers stay, since class_token=1 or reg_tokens=4 are not secret."""
     if isinstance(value, dict):
         return {key: _without_text(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -62,7 +62,7 @@ def _without_text(value: Any) -> Any:
 
 
 def flat(values: dict[str, Any], prefix: str) -> list[tuple[str, Any]]:
-    """Return (dotted key, value) of nested keys; `prefix` comes before each."""
+    """Return (dotted key, value) for all nested keys; each key starts with `prefix`."""
     found: list[tuple[str, Any]] = []
     for key, value in values.items():
         if isinstance(value, dict) and value:

@@ -1,4 +1,4 @@
-"""The metrics that are built in, by name: which way each is better, and which tasks it is for."""
+"""The built-in metrics by name: whether larger or smaller is better, and their tasks."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ ALWAYS_LOGGED = ("loss", "accuracy")  # metrics of every evaluation, whatever tr
 
 @dataclass(frozen=True)
 class MetricKind:
-    """The facts of a metric that are known before it is built."""
+    """Properties of a metric that are known before it is built."""
 
-    better: str = "max"  # max, or min
+    better: str = "max"  # max or min
     tasks: tuple[str, ...] = (SINGLE_LABEL,)
 
 

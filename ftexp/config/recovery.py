@@ -1,4 +1,4 @@
-"""Which runs can replace a worker that dies: the others wait for it, and hand their state over."""
+"""Conditions for replacing a worker that died, while the others wait and then pass their state to it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ftexp.config.schema import AUTO, DDP, REPLACE, RESTART, CheckpointConfig, C
 
 
 def obstacles(config: Config) -> Iterator[str]:
-    """Yield what keeps a run from replacing workers, each with what to set instead."""
+    """Yield each setting that prevents replacing workers, with what to set instead."""
     scaling, failure = config.scaling, config.failure
     if isinstance(scaling.num_workers, (list, tuple)):
         yield f"scaling.num_workers={list(scaling.num_workers)} changes their number: give one number"
@@ -30,7 +30,10 @@ def obstacles(config: Config) -> Iterator[str]:
 
 
 def decided(config: Config, num_workers: object, use_gpu: bool) -> Config:
-    """Return the config with failure.recovery decided, as what `auto` has come to allows it; never `auto`."""
+    """Return the config with failure.recovery resolved to replace or restart.
+
+    num_workers, use_gpu: resolved values, never `auto`.
+    """
     failure = config.failure
     can = isinstance(num_workers, int) and num_workers > 1 and not use_gpu and not any(obstacles(config))
     recovery = REPLACE if failure.recovery in (AUTO, REPLACE) and can else RESTART

@@ -1,8 +1,8 @@
-"""The schema: every field a config may hold, with its type, unit, range and meaning.
+"""The schema: every field of a config, with its type, unit, range and meaning.
 
-The YAML groups under conf/ fill these classes; Hydra refuses a key or a type that is not here. What a
-type can't say (ranges, choices, contradictions between groups) is in `ftexp.config.checks.validate`. Nothing heavier
-than omegaconf is imported, so that a mistake is reported at once.
+The YAML groups under conf/ fill these classes; Hydra rejects unknown keys and wrong types. Checks that types can't
+express (ranges, choices, conflicts between groups) are in `ftexp.config.checks.validate`. Imports nothing heavier than
+omegaconf, so that a mistake is reported immediately.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ CAUSES = (
     "ray",
     CORRUPTION,
 )
-DAMAGES = ("truncate_checkpoint", "flip_byte", "delete_manifest", "delete_checkpoint")  # to checkpoints
+DAMAGES = ("truncate_checkpoint", "flip_byte", "delete_manifest", "delete_checkpoint")  # damage to checkpoints
 FAULTS = (
     *("raise", "kill_worker", "kill_driver", "hang", "nonfinite"),
     *DAMAGES,
@@ -39,27 +39,27 @@ FAULTS = (
 )
 SCHEDULES = ("cosine", "poly", "tanh", "step", "constant")
 MIX_MODES = ("batch", "pair", "elem")
-CROPS = ("none", "rrc", "rkrc", "rkrr")  # names of timm's train_crop_mode
-PREPROCESSING = ("mean", "std", "interpolation", "crop_pct", "crop_mode")  # keys of data that pretrained weights bring
-CROP_MODES = ("center", "squash", "border")  # names of timm's crop_mode in evaluation
-TTA = ("none", "hflip")  # test-time augmentation, of evaluate and predict
+CROPS = ("none", "rrc", "rkrc", "rkrr")  # timm's train_crop_mode, and none
+PREPROCESSING = ("mean", "std", "interpolation", "crop_pct", "crop_mode")  # keys of data that pretrained weights set
+CROP_MODES = ("center", "squash", "border")  # timm's crop_mode for evaluation
+TTA = ("none", "hflip")  # test-time augmentation in evaluate and predict
 INTERPOLATIONS = ("bilinear", "bicubic")
 PILLOW, TORCHVISION = "pillow", "torchvision"
 DECODERS = (AUTO, TORCHVISION, PILLOW)  # see ftexp.data.decoder
 ERASE_MODES = ("const", "rand", "pixel")
 SINGLE_LABEL_LOSSES = ("ce", "bce", "focal", "asl", "poly", "jsd")
 MULTI_LABEL_LOSSES, REGRESSION_LOSSES = ("bce", "asl", "focal"), ("mse", "l1", "huber")
-LOSSES = (*SINGLE_LABEL_LOSSES, *REGRESSION_LOSSES)  # built in
-CLASS_WEIGHTS = ("none", "inv_freq", "effective_num")  # names of timm's class weights
+LOSSES = (*SINGLE_LABEL_LOSSES, *REGRESSION_LOSSES)  # built-in losses
+CLASS_WEIGHTS = ("none", "inv_freq", "effective_num")  # timm's names, and none
 SINGLE_LABEL, MULTI_LABEL, REGRESSION = "single_label", "multi_label", "regression"
 TASKS = (SINGLE_LABEL, MULTI_LABEL, REGRESSION)
 SAMPLINGS = ("shuffle", "balanced", "sqrt")
 INLINE, BESIDE = "inline", "beside"
-DISTILLATIONS = LOGITS, FEATURES, TOKEN = ("logits", "features", "token")  # names of timm's distillation types
+DISTILLATIONS = LOGITS, FEATURES, TOKEN = ("logits", "features", "token")  # timm's names of distillation types
 ALERTS = ("gave_up", "finished", "recoveries", "no_progress", "failing_saves", "straggler")
 HTTP_SCHEMES = ("http", "https")
-WEIGHTS = ("raw", "ema")  # weights of a run: those that were trained, or their EMA
-DIST_BN = ("none", "reduce", "broadcast")  # names of timm's --dist-bn
+WEIGHTS = ("raw", "ema")  # weights of a run: the trained ones, or their EMA
+DIST_BN = ("none", "reduce", "broadcast")  # values of timm's --dist-bn, and none
 LR_SCALES = ("linear", "sqrt")
 PARALLEL = DDP, FSDP, HSDP = ("ddp", "fsdp", "hsdp")
 COMPILED = ("none", "model", "blocks")
@@ -69,117 +69,116 @@ SGD_NAMES = ("sgd", "momentum", "nesterov")  # timm's names for torch.optim.SGD
 
 @dataclass(kw_only=True)
 class RunConfig:
-    name: str | None = None  # None: a new, timestamped run. Set: the same command resumes it
-    storage: str = "runs"  # a directory, or any URI that pyarrow.fs opens: s3://bucket/prefix
+    name: str | None = None  # None: a new, timestamped run; with a name, the same command resumes the run
+    storage: str = "runs"  # directory, or a URI that pyarrow.fs opens: s3://bucket/prefix
 
 
 @dataclass(kw_only=True)
 class ModelConfig:
-    name: str = MISSING  # a timm model name
-    kwargs: dict[str, Any] = field(default_factory=dict)  # passed on to timm.create_model
-    # {timm name: kwargs}: defaults while `name` is that model; `kwargs` overrides them. A group file has its sizes
-    # here, so that with another `model.name` they don't reach that architecture
+    name: str = MISSING  # timm model name
+    kwargs: dict[str, Any] = field(default_factory=dict)  # passed to timm.create_model
+    # {timm name: kwargs}: kwargs used only if `name` is that timm name; `kwargs` overrides them. A group file sets
+    # sizes here, so that they don't apply to another `model.name`
     preset: dict[str, dict[str, Any]] = field(default_factory=dict)
-    pretrained: Any = False  # true: weights of timm's hub; a path: a local file of PyTorch or safetensors
-    pretrained_partial: bool = False  # train also where weights give less than half of the model's parameters
-    head_init_scale: float | None = ranged(
-        None, above=0
-    )  # the new classifier's weights and biases are multiplied by it
-    head_init_bias: float | None = None  # what the new classifier's biases are set to
-    # stochastic depth: probability that the last block is skipped for a sample, falling to 0 at the first
+    pretrained: Any = False  # true: weights from timm's hub; a path: a PyTorch or safetensors file
+    pretrained_partial: bool = False  # accept weights that provide less than half of the model's parameters
+    head_init_scale: float | None = ranged(None, above=0)  # factor on the new classifier's weights and biases
+    head_init_bias: float | None = None  # initial biases of the new classifier
+    # stochastic depth: probability of skipping the last block for a sample, decreasing to 0 at the first block
     drop_path_rate: float | None = ranged(None, low=0, high=0.99)
 
     def all_kwargs(self) -> dict[str, Any]:
-        """Return the arguments for `timm.create_model`, besides input size, channels and classes."""
+        """Return the arguments of `timm.create_model` other than input size, channels and number of classes."""
         drop_path = {} if self.drop_path_rate is None else {"drop_path_rate": self.drop_path_rate}
         return {**self.preset.get(self.name, {}), **drop_path, **self.kwargs}
 
 
 @dataclass(kw_only=True)
 class DataConfig:
-    name: str = MISSING  # a registered source
-    root: str | None = None  # directory or URI that holds the data, for sources that read files
-    download: bool = False  # let torchvision fetch what is missing under root
-    image_size: int = ranged(MISSING, low=1)  # pixels; images are square as the model sees them
+    name: str = MISSING  # registered data source
+    root: str | None = None  # directory or URI of the data, for sources that read files
+    download: bool = False  # let torchvision download missing files to root
+    image_size: int = ranged(MISSING, low=1)  # pixels; the model's input images are square
     channels: int = ranged(3, low=1, high=4)
-    # what a sample's label is: its class; any number of classes, none included; numbers
+    # a sample's label. single_label: one class; multi_label: any number of classes, including none; regression: numbers
     task: str = choice(SINGLE_LABEL, TASKS)
-    num_classes: int | None = ranged(None, low=2)  # None: as many as the source has
-    # with model.pretrained, a field of PREPROCESSING without an override is taken from timm's config of the model
+    num_classes: int | None = ranged(None, low=2)  # None: the number of classes in the data
+    # with model.pretrained, each field of PREPROCESSING that no override sets is taken from timm's config of the model
     mean: list[float] = MISSING  # per channel, of pixels scaled to 0..1
     std: list[float] = MISSING
-    # how a whole image becomes a square: timm's crop_pct, crop_mode and interpolation of evaluation; crop_pct=null: all
-    # of it, and with crop_mode=center its largest square, cut out before it is scaled
+    # how a whole image becomes a square: timm's crop_pct, crop_mode and interpolation for evaluation. crop_pct=null:
+    # without cropping; with crop_mode=center, the largest centred square, cropped before scaling
     crop_pct: float | None = ranged(None, above=0, high=1)
     crop_mode: str = choice("center", CROP_MODES)
     interpolation: str = choice("bicubic", INTERPOLATIONS)
-    # how images are decoded, by default as runs did before there was a choice; group files set it for new runs.
-    # decoder: see ftexp.data.decoder; auto is what a run began with, and torchvision for a new one
+    # decoder, exif_orientation, background: the defaults are those of runs older than these fields; group files set
+    # other values for new runs. decoder: see ftexp.data.decoder; auto: the run's own, for a new run torchvision
     decoder: str = choice(PILLOW, DECODERS)
-    # pixels. An image that augment.crop cuts a part out of, and whose shorter side is at least 2, 4 or 8 times this, is
-    # shrunk so many times while it is decoded; None: parts are cut out of the image as it is stored
+    # pixels. With augment.crop, an image whose shorter side is at least 2, 4 or 8 times decode_size is shrunk by that
+    # factor during decoding; None: crops are taken from the image at its stored size
     decode_size: int | None = ranged(None, low=1)
-    exif_orientation: bool = False  # turn images upright as their EXIF data say
-    background: str | None = None  # colour that transparent images are put on, white or #rrggbb; None: alpha is dropped
-    bit_depth: int = ranged(16, low=8, high=16)  # bits of 16-bit grey images that are used: 12 for most X-rays, say
-    val_fraction: float = ranged(0.1, low=0, high=0.9)  # share of train, where the source has no split
-    test_fraction: float = ranged(0.1, low=0, high=0.9)  # likewise
-    split_seed: int = ranged(0, low=0)  # its own seed, so that runs that differ in `seed` share a test set
+    exif_orientation: bool = False  # rotate and flip images upright according to their EXIF data
+    background: str | None = None  # colour behind transparent images: white, #rrggbb; None: alpha is dropped
+    bit_depth: int = ranged(16, low=8, high=16)  # bits in use of 16-bit grey images, for example 12 for most X-rays
+    val_fraction: float = ranged(0.1, low=0, high=0.9)  # share of train, if the source has no validation split
+    test_fraction: float = ranged(0.1, low=0, high=0.9)  # share of train, if the source has no test split
+    split_seed: int = ranged(0, low=0)  # independent of `seed`, so that runs with different seeds share a test set
     on_bad_sample: str = choice("fail", ("fail", "skip"))
     image_column: str = "image"  # parquet: encoded bytes, {"bytes": ...}, or nested lists; image_list: paths
     label_column: str = "label"
-    label_separator: str = ";"  # between the labels, or numbers, of a cell that is text
-    target_columns: list[str] | None = None  # regression: the columns that hold the targets; None: label_column alone
-    standardize_targets: bool = True  # regression: learn (target - mean) / std, of the training split
-    # what whole numbers mean as labels: values, each that occurs is a class; indices, n is class n of 0 to the largest
+    label_separator: str = ";"  # separates labels, or numbers, in a text cell
+    target_columns: list[str] | None = None  # regression: columns of the targets; None: only label_column
+    standardize_targets: bool = True  # regression: learn (target - mean) / std, computed on the training split
+    # meaning of integer labels. values: each value that occurs is a class; indices: n is class n, of 0 to the largest n
     integer_labels: str = choice("values", ("values", "indices"))
-    num_samples: int | None = ranged(None, low=1)  # synthetic
-    kwargs: dict[str, Any] = field(default_factory=dict)  # for sources of your own
-    # cached: decoded once, in memory; streaming: decoded while the run trains; auto: cached if it fits
+    num_samples: int | None = ranged(None, low=1)  # synthetic: over all splits
+    kwargs: dict[str, Any] = field(default_factory=dict)  # for your own sources
+    # cached: decoded once, kept in memory; streaming: decoded while the run trains; auto: cached if the data fit
     feed: str = choice(AUTO, (AUTO, "cached", "streaming"))
     shuffle_window: int | None = ranged(None, low=1)  # blocks (row groups, ..) shuffled together; None: a whole epoch
-    # what an epoch draws: each sample once; classes alike; classes by the square root of their size
+    # samples of an epoch. shuffle: each once; balanced: all classes equally often; sqrt: classes by the square root of
+    # their size
     sampling: str = choice("shuffle", SAMPLINGS)
-    decode_cpus: int | None = ranged(None, low=1)  # over all nodes; None: all, or what the workers leave
-    prefetch_batches: int | None = ranged(None, low=0)  # batches made ahead; None: 2 on GPU, none on CPU
+    decode_cpus: int | None = ranged(None, low=1)  # over all nodes; None: all, or those that workers leave free
+    prefetch_batches: int | None = ranged(None, low=0)  # batches prepared in advance; None: 2 on GPU, 0 on CPU
 
     @property
     def decoder_name(self) -> str:
-        """The definition that `decoder` names; that of a new run for auto: see `ftexp.config.fingerprint.as_begun`."""
+        """The decoder's name; for auto, that of a new run (`ftexp.config.fingerprint.as_begun` resolves other runs)."""
         return TORCHVISION if self.decoder == AUTO else self.decoder
 
 
 @dataclass(kw_only=True)
 class AugmentConfig:
-    pad_px: int = ranged(0, low=0)  # shift by up to this many pixels each way, zeros moving in
+    pad_px: int = ranged(0, low=0)  # shift by up to this many pixels in each direction, filled with zeros
     hflip: float = ranged(0.0, low=0, high=1)  # probability of a left-right flip
     brightness: float = ranged(0.0, low=0, high=1)  # multiply pixels by 1 +- up to this
-    rand_augment: str | None = None  # as timm writes it, such as rand-m9-n2-mstd0.5-inc1; drawn and applied per sample
-    # a random part of the image as it is stored; none: all of it, as it is evaluated
+    rand_augment: str | None = None  # in timm's notation, such as rand-m9-n2-mstd0.5-inc1; drawn per sample
+    # timm's random crop of the stored image; none: the whole image, as in evaluation
     crop: str = choice("none", CROPS)
-    scale: list[float] | None = None  # [min, max] of the image's area; None: [0.08, 1], and [0.8, 1] of rkrc, rkrr
-    ratio: list[float] | None = None  # [min, max] of width to height; None: [3/4, 4/3], and [0.9, 1/0.9] of those
+    scale: list[float] | None = None  # [min, max] share of the image's area; None: [0.08, 1]; rkrc, rkrr: [0.8, 1]
+    ratio: list[float] | None = None  # [min, max] of width / height; None: [3/4, 4/3]; rkrc, rkrr: [0.9, 1/0.9]
     interpolation: str = choice("random", ("random", *INTERPOLATIONS))  # for crop and auto_augment
     vflip: float = ranged(0.0, low=0, high=1)  # probability of an upside-down flip
-    auto_augment: str | None = None  # as timm writes it: rand-m9-mstd0.5-inc1, original, v0, augmix-m3, 3a, ...
-    # maximum change of brightness, contrast and saturation; or [brightness, contrast, saturation], and hue if you like
+    auto_augment: str | None = None  # in timm's notation: rand-m9-mstd0.5-inc1, original, v0, augmix-m3, 3a, ...
+    # maximum change of brightness, contrast and saturation; or [brightness, contrast, saturation(, hue)]
     color_jitter: Any = None
-    color_jitter_prob: float | None = ranged(None, low=0, high=1)  # None: of every sample
-    grayscale: float = ranged(0.0, low=0, high=1)  # probability of grey
-    gaussian_blur: float = ranged(0.0, low=0, high=1)  # probability; 23 px wide, of sigma 0.1 to 2
-    custom: list[str] = field(default_factory=list)  # augmentations of your own, in this order, after all of those
-    erase_prob: float = ranged(0.0, low=0, high=1)  # random erasing, after normalising
-    erase_mode: str = choice("const", ERASE_MODES)  # the mean; a colour; noise
-    erase_count: int = ranged(1, low=1)  # rectangles at most
+    color_jitter_prob: float | None = ranged(None, low=0, high=1)  # None: every sample is jittered
+    grayscale: float = ranged(0.0, low=0, high=1)  # probability of conversion to grey
+    gaussian_blur: float = ranged(0.0, low=0, high=1)  # probability; the kernel is 23 px wide, sigma 0.1 to 2
+    custom: list[str] = field(default_factory=list)  # your own augmentations, in this order, after all of the above
+    erase_prob: float = ranged(0.0, low=0, high=1)  # probability of random erasing, after normalisation
+    erase_mode: str = choice("const", ERASE_MODES)  # fill with: const: the mean; rand: one colour; pixel: noise
+    erase_count: int = ranged(1, low=1)  # maximum number of rectangles
     mixup_alpha: float = ranged(0.0, low=0)  # parameter of the beta distribution; 0: no mixup
-    cutmix_alpha: float = ranged(0.0, low=0)  # likewise; where both are given, one of them is drawn
+    cutmix_alpha: float = ranged(0.0, low=0)  # parameter of the beta distribution; 0: no cutmix
     mix_prob: float = ranged(1.0, low=0, high=1)  # probability of mixing at all
-    mix_switch_prob: float = ranged(0.5, low=0, high=1)  # probability of cutmix, where both are given
-    mix_mode: str = choice("batch", MIX_MODES)  # one draw for a global batch, for two samples, or for each
-    mixup_off_epoch: int | None = ranged(None, low=0)  # the first that mixes nothing any more, from 0; None, 0: none
-    repeats: int = ranged(1, low=1)  # versions of a sample in a global batch; an epoch then draws so many times fewer
-    # views of each sample for loss=jsd, timm's --aug-splits: the first is cropped and flipped only, the others are also
-    # changed by auto_augment, colour, blur and erasing, each by draws of its own
+    mix_switch_prob: float = ranged(0.5, low=0, high=1)  # with mixup and cutmix: probability of cutmix
+    mix_mode: str = choice("batch", MIX_MODES)  # one draw per global batch, per pair of samples, or per sample
+    mixup_off_epoch: int | None = ranged(None, low=0)  # first epoch without mixing, counted from 0; None, 0: mix always
+    repeats: int = ranged(1, low=1)  # copies of a sample in a global batch; an epoch has this many times fewer samples
+    # views of each sample for loss=jsd, as timm's --aug-splits: the first is only cropped and flipped; auto_augment,
+    # colour, blur and erasing change each of the others by its own draws
     splits: int = ranged(1, low=1)
 
     @property
@@ -189,7 +188,7 @@ class AugmentConfig:
 
     @property
     def is_random(self) -> bool:
-        """Whether a sample looks different at another position."""
+        """Whether the augmentation of a sample depends on its position."""
         return (
             self.changes_pictures
             or self.mixes
@@ -199,7 +198,7 @@ class AugmentConfig:
 
     @property
     def changes_pictures(self) -> bool:
-        """Whether images are changed one by one, where they are decoded: by `ftexp.data.augment.picture`."""
+        """Whether images are augmented one by one during decoding, by `ftexp.data.augment.picture`."""
         return (
             self.crop != "none"
             or max(self.vflip, self.grayscale, self.gaussian_blur) > 0
@@ -211,13 +210,13 @@ class AugmentConfig:
 
 @dataclass(kw_only=True)
 class ResizingConfig:
-    """Progressive resizing, as in Composer: training begins with images smaller than data.image_size."""
+    """Progressive resizing, as in Composer: training starts with images smaller than data.image_size."""
 
-    # size of the first images, as a share of data.image_size; None: every step trains on images of full size
+    # first image size, as a share of data.image_size; None: every step trains on images of full size
     initial_scale: float | None = ranged(None, above=0, high=1)
-    delay_fraction: float = ranged(0.5, low=0, high=1)  # share of train.epochs that keeps the first size
-    finetune_fraction: float = ranged(0.2, low=0, high=1)  # share of train.epochs, at the end, of full size
-    size_increment: int = ranged(4, low=1)  # pixels; sizes are multiples of it, the full size aside
+    delay_fraction: float = ranged(0.5, low=0, high=1)  # share of train.epochs at the first size
+    finetune_fraction: float = ranged(0.2, low=0, high=1)  # share of train.epochs at full size, at the end
+    size_increment: int = ranged(4, low=1)  # pixels; all sizes but the full size are multiples of it
 
 
 @dataclass(kw_only=True)
@@ -226,37 +225,39 @@ class TrainConfig:
     global_batch_size: int = ranged(MISSING, low=1)  # samples per optimiser step, over all workers
     accumulate_steps: int = ranged(1, low=1)  # micro-batches per optimiser step on each worker
     precision: str = choice("fp32", PRECISIONS)
-    # what torch.compile takes: none; the model as one; each block, which compiles the blocks of a kind once. The first
-    # steps are slow. true and false, of runs from before there were blocks, mean model and none: see `compiled`
+    # scope of torch.compile. none; model: the whole model; blocks: each block, compiled once per kind of block. The
+    # first steps are slow. true and false, used before `blocks` existed, mean model and none: see `compiled`
     compile: Any = "none"
-    # blocks whose activations are computed again in the backward pass, not kept: none; all blocks; every_2, ...:
-    # each second, ... block. The losses are the same bits
+    # blocks whose activations are recomputed in the backward pass: none; blocks: all; every_2, ...: every second, ...
+    # block. Losses are bitwise identical
     checkpoint_activations: str = "none"
     channels_last: bool = False
-    deterministic: bool = True  # on GPUs: the same bits each time, at some cost; CPUs do that anyway
+    deterministic: bool = True  # on GPUs: bitwise identical results in each run, at some cost; always so on CPUs
     label_smoothing: float = ranged(0.0, low=0, high=0.999)
-    sync_bn: bool = False  # on GPUs: in training, batch norm takes its statistics over all workers
-    # batch norm's running statistics before an evaluation. broadcast: all ranks take those of rank 0; reduce: they take
-    # the mean; none: each rank keeps its own
+    sync_bn: bool = False  # on GPUs: batch norm computes its training statistics over all workers
+    # batch norm's running statistics before an evaluation. broadcast: all ranks take rank 0's; reduce: all ranks take
+    # the mean over ranks; none: each rank keeps its own
     dist_bn: str = choice("broadcast", DIST_BN)
-    clip_grad_norm: float | None = ranged(None, above=0)  # norm of all gradients together; one of these three, or none
-    clip_grad_value: float | None = ranged(None, above=0)  # each gradient within +- this
-    clip_grad_agc: float | None = ranged(None, above=0)  # each unit's, as a share of its weight norm; not in the head
-    # {part: first epoch that trains it, from 1, or null for none}: backbone, layers.0-5, or a pattern of timm's names
+    # gradient clipping; at most one of these three
+    clip_grad_norm: float | None = ranged(None, above=0)  # maximum norm of all gradients together
+    clip_grad_value: float | None = ranged(None, above=0)  # maximum absolute value of each gradient
+    clip_grad_agc: float | None = ranged(None, above=0)  # maximum norm of a unit / norm of its weights; except the head
+    # {part: first epoch that trains it, at least 1, where epochs count from 0; null: never}. A part is backbone,
+    # layers.0-5, or a pattern of parameter names
     freeze: dict[str, Any] = field(default_factory=dict)
     eval_every_epochs: int = ranged(1, low=1)  # the last epoch is always evaluated
-    # inline: the workers evaluate, and training waits; beside: a Ray task evaluates the checkpoint, while they train
+    # inline: the workers evaluate and training waits; eval=beside: a Ray task evaluates a checkpoint while they train
     eval: str = choice(INLINE, (INLINE, BESIDE))
     eval_batch_size: int | None = ranged(None, low=1)  # per worker; None: four times a micro-batch
-    # metrics of each evaluation, besides loss and accuracy: names in ftexp.config.metric_names, or of your own
+    # metrics of each evaluation, besides loss and accuracy: names in ftexp.config.metric_names, or your own
     metrics: list[str] = field(default_factory=list)
     log_every_steps: int = ranged(10, low=1)
-    max_steps: int | None = ranged(None, low=1)  # stop after so many optimiser steps; the schedule stays as it is
-    ledger: bool = False  # write down which samples drove which update: ledger/*.jsonl
+    max_steps: int | None = ranged(None, low=1)  # stop after this many optimiser steps; does not change the schedule
+    ledger: bool = False  # record which samples each update used, in ledger/*.jsonl
 
     @property
     def compiled(self) -> str:
-        """The value of COMPILED that `compile` means."""
+        """The value of COMPILED that `compile` stands for."""
         if isinstance(self.compile, bool):
             return "model" if self.compile else "none"
         return str(self.compile)
@@ -264,135 +265,131 @@ class TrainConfig:
 
 @dataclass(kw_only=True)
 class LossConfig:
-    """The loss that training minimises. Evaluation's is that of `ftexp.evaluation.tasks`, whatever is set here."""
+    """The training loss. Evaluation always uses the loss of `ftexp.evaluation.tasks`."""
 
-    name: str = "ce"  # one of LOSSES, or one of your own
-    # none, inv_freq, effective_num, or a weight for each class, by which the loss of its samples is multiplied
+    name: str = "ce"  # one of LOSSES, or your own
+    # none, inv_freq, effective_num, or a list of factors, one per class, on the loss of the class's samples
     class_weights: Any = "none"
-    effective_num_beta: float = ranged(0.999, above=0, high=0.9999999)  # effective_num: near 1 is near inv_freq
+    effective_num_beta: float = ranged(0.999, above=0, high=0.9999999)  # effective_num: near 1, it approaches inv_freq
     target_threshold: float | None = ranged(None, low=0, high=0.999)  # bce: targets of mixed samples above it become 1
-    sum_classes: bool = False  # bce: the sum over classes, not the mean
-    pos_weight: Any = (
-        None  # bce, and asl of several labels: weight of the positive term, a number or one for each class
-    )
-    gamma: float = ranged(2.0, low=0)  # focal: 0 is cross-entropy, binary where samples have several labels
+    sum_classes: bool = False  # bce: sum over classes instead of mean
+    # bce, and asl with multi_label: weight of the positive term, a number or a list with one per class
+    pos_weight: Any = None
+    gamma: float = ranged(2.0, low=0)  # focal: 0 gives cross-entropy; with multi_label, binary cross-entropy
     gamma_pos: float = ranged(1.0, low=0)  # asl
     gamma_neg: float = ranged(4.0, low=0)  # asl
-    clip: float = ranged(
-        0.05, low=0, high=0.5
-    )  # asl of several labels: what probabilities are lowered by for classes not had
-    epsilon: float = 2.0  # poly: 0 is cross-entropy
+    # asl with multi_label: margin subtracted from the probabilities of classes that a sample does not have
+    clip: float = ranged(0.05, low=0, high=0.5)
+    epsilon: float = 2.0  # poly: 0 gives cross-entropy
     alpha: float = ranged(12.0, above=0)  # jsd: weight of the divergence between the views of a sample
-    delta: float = ranged(1.0, above=0)  # huber: errors above it count linearly; of standardised targets, in stds
-    kwargs: dict[str, Any] = field(default_factory=dict)  # for losses of your own
+    delta: float = ranged(1.0, above=0)  # huber: error above which the loss is linear; in stds if standardize_targets
+    kwargs: dict[str, Any] = field(default_factory=dict)  # for your own losses
 
 
 @dataclass(kw_only=True)
 class OptimConfig:
-    name: str = MISSING  # a timm optimiser name
-    lr: float = ranged(MISSING, above=0)  # peak learning rate at the configured global batch; never rescaled
-    # instead of lr: the rate at lr_base_size samples per step, scaled to train.global_batch_size as by timm's train.py
+    name: str = MISSING  # timm optimiser name
+    lr: float = ranged(MISSING, above=0)  # peak learning rate at train.global_batch_size; never rescaled
+    # instead of lr: learning rate for a batch of lr_base_size, scaled to train.global_batch_size as in timm's train.py
     lr_base: float | None = ranged(None, above=0)
     lr_base_size: int = ranged(256, low=1)
     lr_base_scale: str | None = choice(None, LR_SCALES)  # None: sqrt for ada* and lamb, else linear
     weight_decay: float = ranged(0.0, low=0)  # not applied to biases and norms
-    filter_bias_and_bn: bool = True  # false: weight decay for all but what the model itself excludes
-    layer_decay: float | None = ranged(None, above=0, high=1)  # learning rate of a layer, as a share of the next
-    kwargs: dict[str, Any] = field(default_factory=dict)  # passed on to timm's create_optimizer_v2
+    filter_bias_and_bn: bool = True  # false: weight decay also on biases and norms, unless the model excludes them
+    layer_decay: float | None = ranged(None, above=0, high=1)  # learning rate of a layer relative to the next layer's
+    kwargs: dict[str, Any] = field(default_factory=dict)  # passed to timm's create_optimizer_v2
 
 
 @dataclass(kw_only=True)
 class EmaConfig:
-    """The EMA of the weights, timm's ModelEmaV3: saved, and evaluated besides the weights themselves."""
+    """The EMA of the weights, timm's ModelEmaV3: saved, and evaluated in addition to the weights themselves."""
 
-    decay: float | None = ranged(None, above=0, high=0.999999)  # share of the EMA that a step keeps; None: no EMA
-    use_warmup: bool = False  # begin with less, and come up to `decay`: 1 - (1 + step / gamma) ** -power
+    decay: float | None = ranged(None, above=0, high=0.999999)  # share of the EMA kept at each step; None: no EMA
+    use_warmup: bool = False  # let the decay grow up to `decay`: 1 - (1 + step / gamma) ** -power
     warmup_gamma: float = ranged(1.0, above=0)
     warmup_power: float = ranged(2 / 3, above=0)
-    update_after_step: int = ranged(0, low=0)  # until then the EMA equals the weights
+    update_after_step: int = ranged(0, low=0)  # until this step, the EMA equals the weights
 
 
 @dataclass(kw_only=True)
 class DistillConfig:
-    """A frozen model, the teacher, whose answers on the same batch are part of the loss that training minimises."""
+    """Distillation from a teacher: a frozen model whose outputs on the same batch are part of the training loss."""
 
     # a run's directory or URI; a weights file with timm's config.json next to it; or a timm name. None: no teacher
     teacher: str | None = None
-    kind: str = choice(LOGITS, DISTILLATIONS)  # what is compared: logits; pooled features; the logits of DeiT's token
-    alpha: float = ranged(0.5, above=0, high=1)  # share of the teacher's term; the rest is the loss of the labels
-    temperature: float = ranged(1.0, above=0)  # logits, token: both sides' logits are divided by it
-    hard: bool = False  # token: the teacher's most likely class, not its distribution
-    # checkpoint of a run: best, latest, or a name. When a run resumes, best and latest stay what they were at its start
-    # while that checkpoint exists
+    kind: str = choice(LOGITS, DISTILLATIONS)  # outputs compared: logits; pooled features; logits of DeiT's token
+    alpha: float = ranged(0.5, above=0, high=1)  # weight of the teacher's term; the label loss has 1 - alpha
+    temperature: float = ranged(1.0, above=0)  # logits, token: divides the logits of student and teacher
+    hard: bool = False  # token: use the teacher's most likely class instead of its distribution
+    # teacher is a run: best, latest, or a checkpoint's name. A resumed run keeps the checkpoint that best or latest
+    # meant at its start, as long as that checkpoint exists
     checkpoint: str = "best"
-    weights: str = choice("raw", WEIGHTS)  # weights of a run
-    pretrained: Any = True  # weights of a timm name: true for timm's hub, or the path of a weights file
-    kwargs: dict[str, Any] = field(default_factory=dict)  # kwargs of a timm name: passed on to timm.create_model
+    weights: str = choice("raw", WEIGHTS)  # teacher is a run: which of its weights
+    pretrained: Any = True  # teacher is a timm name: true for timm's hub, or the path of a weights file
+    kwargs: dict[str, Any] = field(default_factory=dict)  # teacher is a timm name: passed to timm.create_model
     # input size of the teacher, resized from data.image_size. None: the size that the teacher's run was trained with;
     # data.image_size if the teacher is not a run
     image_size: int | None = ranged(None, low=1)
     precision: str | None = choice(None, PRECISIONS)  # precision of the teacher; None: train.precision
-    # hash of the weights file (BLAKE3 in checkpoints of format 3). None: computed when the run begins
+    # hash of the weights file (BLAKE3 in checkpoints of format 3). None: computed when the run starts
     sha256: str | None = None
-    spec_sha256: str | None = None  # SHA-256 of its arguments, mean, std, size and class names; None: likewise
+    # SHA-256 of the teacher's arguments, mean, std, size and class names. None: computed when the run starts
+    spec_sha256: str | None = None
 
 
 @dataclass(kw_only=True)
 class ScheduleConfig:
-    name: str = choice(MISSING, SCHEDULES)  # schedulers of timm, stepped every optimiser step
+    name: str = choice(MISSING, SCHEDULES)  # timm's schedulers, updated at every optimiser step
     warmup_epochs: float = ranged(0.0, low=0)
     warmup_lr: float = ranged(1e-6, low=0)
     min_lr: float = ranged(0.0, low=0)
-    cooldown_epochs: float = ranged(0.0, low=0)  # the last of train.epochs, at min_lr
-    decay_epochs: float = ranged(30.0, above=0)  # step schedule: epochs between drops
-    decay_rate: float = ranged(0.1, above=0)  # step: factor per drop; poly: exponent
+    cooldown_epochs: float = ranged(0.0, low=0)  # last epochs of train.epochs, trained at min_lr
+    decay_epochs: float = ranged(30.0, above=0)  # step: epochs between decays
+    decay_rate: float = ranged(0.1, above=0)  # step: factor per decay; poly: exponent
 
 
 @dataclass(kw_only=True)
 class StoppingConfig:
-    """Early stopping: the run ends, finished, once a metric no longer improves. The schedule stays as it is."""
+    """Early stopping: the run finishes once a metric no longer improves. The schedule does not change."""
 
-    metric: str | None = None  # a metric that the run logs, such as val_loss; None: every epoch is trained
-    mode: str | None = choice(None, ("max", "min"))  # which way the metric is better; None: as the metric says
-    patience_epochs: int = ranged(10, low=1)  # without an improvement, counted at the ends of epochs
-    min_delta: float = ranged(0.0, low=0)  # what is better by no more than this is no improvement
+    metric: str | None = None  # a logged metric, such as val_loss; None: no early stopping
+    mode: str | None = choice(None, ("max", "min"))  # whether larger or smaller is better; None: the metric's own
+    patience_epochs: int = ranged(10, low=1)  # epochs without improvement, counted at their ends
+    min_delta: float = ranged(0.0, low=0)  # an improvement must be larger than this
 
 
 @dataclass(kw_only=True)
 class ScalingConfig:
     num_workers: Any = AUTO  # int, [min, max] for elastic, or auto
-    use_gpu: Any = AUTO  # true, false, or auto: whether this machine has one
-    resources_per_worker: dict[str, float] = field(default_factory=dict)  # what isn't named here is decided: CPU, GPU
+    use_gpu: Any = AUTO  # true, false, or auto: true if this machine has a GPU
+    resources_per_worker: dict[str, float] = field(default_factory=dict)  # CPU and GPU are chosen if not set here
     placement_strategy: str = choice("PACK", ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"))
     accelerator_type: str | None = None
-    label_selector: Any = None  # {label: value}, or a list of such, one for each worker
+    label_selector: Any = None  # {label: value}, or a list with one such dict per worker
     elastic_resize_monitor_interval_s: float = ranged(60.0, low=0)
-    address: str | None = None  # None: start Ray here; auto or host:port: join that cluster
+    address: str | None = None  # None: start Ray on this machine; auto or host:port: join that cluster
     backend: str | None = None  # torch.distributed backend; None: nccl on GPU, gloo on CPU
     timeout_s: int = ranged(1800, low=1)  # timeout of one collective
-    hot_start: str = choice("auto", ("auto", "on", "off"))  # workers fork from a process that has imported everything
-    # a rank whose own time of a step stays above this many times the median over ranks is reported; None: no comparison
+    hot_start: str = choice("auto", ("auto", "on", "off"))  # fork workers from a process that has imported everything
+    # a rank is reported if its own step time stays above this factor times the median over ranks; None: never
     straggler_factor: float | None = ranged(1.5, above=1)
 
 
 @dataclass(kw_only=True)
 class ParallelConfig:
-    """How the model lies on the workers."""
+    """How the model is distributed over the workers."""
 
-    # ddp: each worker holds all of it; fsdp: each holds a share of parameters, gradients and optimiser state;
-    # hsdp: so do the shard_size workers of a replica, and each replica is whole
+    # ddp: each worker holds the whole model; fsdp: parameters, gradients and optimiser state are sharded over all
+    # workers; hsdp: they are sharded over shard_size workers, which form a replica
     kind: str = choice(DDP, PARALLEL)
-    shard_size: int | None = ranged(
-        None, low=2
-    )  # hsdp: workers that share a replica; the number of workers is a multiple
-    reshard_after_forward: bool = (
-        True  # false: a block stays whole from its forward to its backward pass; faster, larger
-    )
-    # fsdp, hsdp: what blocks compute in, and what gradients are summed in; None: as the parameters are, in float32
+    shard_size: int | None = ranged(None, low=2)  # hsdp: workers per replica; must divide the number of workers
+    # false: a block stays gathered from its forward to its backward pass: faster, but more memory
+    reshard_after_forward: bool = True
+    # fsdp, hsdp: dtype of computation in blocks, and of gradient reduction; None: the parameters' dtype, float32
     param_dtype: str | None = choice(None, PRECISIONS)
     reduce_dtype: str | None = choice(None, PRECISIONS)
-    # what is gathered at a time: patterns of module names, blocks.*, say; *: any one part between dots. []: the blocks
-    # that timm numbers
+    # modules that are gathered, compiled or recomputed as a unit: patterns of module names such as blocks.*, where *
+    # matches one part between dots. []: the blocks that timm numbers
     wrap: list[str] = field(default_factory=list)
 
 
@@ -400,53 +397,54 @@ class ParallelConfig:
 class FailureConfig:
     max_failures: int = ranged(3, low=-1)  # restarts of the worker group; -1: no limit
     max_preemption_failures: int = ranged(-1, low=-1)  # preemptions are not charged to max_failures
-    max_ray_failures: int = ranged(3, low=-1)  # new Rays for one of our own that died; not charged to max_failures
-    max_by_cause: dict[str, int] = field(default_factory=dict)  # {cause: restarts}, besides max_failures
-    refill_after_steps: int | None = ranged(None, low=1)  # a failure this many steps back is forgiven; None: never
-    max_failures_without_progress: int = ranged(3, low=-1)  # in a row, none of which saw a new step: a crash loop
-    backoff_s: float = ranged(1.0, low=0)  # wait before a restart that follows no progress; doubled each time
+    max_ray_failures: int = ranged(3, low=-1)  # restarts of a local Ray that died; not charged to max_failures
+    max_by_cause: dict[str, int] = field(default_factory=dict)  # {cause: restarts}, a limit in addition to max_failures
+    refill_after_steps: int | None = ranged(None, low=1)  # steps after which a failure no longer counts; None: never
+    max_failures_without_progress: int = ranged(3, low=-1)  # consecutive failures without a new step: a crash loop
+    backoff_s: float = ranged(1.0, low=0)  # delay before a restart after no progress; doubled each time
     max_backoff_s: float = ranged(60.0, low=0)
-    # a NaN or infinite loss or gradient: restart, skip the batch, or skip it and go back to the last checkpoint
+    # after a NaN or infinite loss or gradient: restart; skip the batch; or skip it and restore the last checkpoint
     on_nonfinite: str = choice("raise", ("raise", "skip_step", "rollback"))
-    max_nonfinite_steps: int = ranged(10, low=0)  # skipped in a row before the run gives up
-    max_rollbacks: int = ranged(5, low=0)  # to the same checkpoint before the run gives up
-    # retry: as the budgets say; fail: stop; halve_micro_batch: restart with twice the accumulate_steps, uncharged
+    max_nonfinite_steps: int = ranged(10, low=0)  # consecutive skipped steps before the run gives up
+    max_rollbacks: int = ranged(5, low=0)  # rollbacks to the same checkpoint before the run gives up
+    # retry: within the budgets; fail: stop; halve_micro_batch: restart with twice the accumulate_steps, not charged
     on_out_of_memory: str = choice("retry", ("retry", "fail", "halve_micro_batch"))
-    # compare the weights of all ranks every so many steps, and before each checkpoint; a difference is a failure
+    # interval in steps for comparing the weights of all ranks, also before each checkpoint; a difference is a failure
     check_replicas_every_steps: int | None = ranged(None, low=1)
-    repeat_step_every: int | None = ranged(None, low=1)  # one step in so many is computed twice, and compared bitwise
-    # steps between snapshots in memory that outlives the workers; None: as often as costs 1 % of the time; 0: none
+    repeat_step_every: int | None = ranged(None, low=1)  # steps between those computed twice and compared bitwise
+    # steps between snapshots in memory, which survive the workers; None: as many as cost 1 % of the time; 0: none
     memory_every_steps: int | None = ranged(None, low=0)
-    # what follows when a worker dies: restart all workers, or replace it and have the others wait; auto: as it can be
+    # when a worker dies: restart all workers, or replace it while the others wait; auto: replace if possible
     recovery: str = choice(RESTART, (RESTART, REPLACE, AUTO))
-    memory_max_gb: float | None = ranged(None, above=0)  # for snapshots, per node; None: a quarter of what is free
-    hang_timeout_s: float | None = ranged(300.0, above=0)  # without a step, on any rank; None: never
+    memory_max_gb: float | None = ranged(None, above=0)  # memory for snapshots per node; None: a quarter of free memory
+    hang_timeout_s: float | None = ranged(300.0, above=0)  # time without a step on a rank; None: no limit
     start_timeout_s: float | None = ranged(1800.0, above=0)  # for building, restoring, compiling and the first step
     evaluation_timeout_s: float | None = ranged(1800.0, above=0)
-    save_timeout_s: float | None = ranged(1800.0, above=0)  # waiting for the checkpoint before
-    controller_failure_limit: int = ranged(-1, low=-1)  # restarts of Ray's controller, and starts that failed
+    save_timeout_s: float | None = ranged(1800.0, above=0)  # for the wait for the previous checkpoint
+    controller_failure_limit: int = ranged(-1, low=-1)  # restarts of Ray's controller, and failed starts
     relax_collectives_on_preemption: bool = False
     preemption_grace_s: float = ranged(0.0, low=0)
 
     @property
     def takes_snapshots(self) -> bool:
-        """Whether snapshots in memory are wanted; a rollback goes back to the last checkpoint and no other state."""
+        """Whether to take snapshots in memory. A rollback restores the last checkpoint only, so it uses none."""
         return self.memory_every_steps != 0 and self.on_nonfinite != "rollback"
 
 
 @dataclass(kw_only=True)
 class CheckpointConfig:
-    every_epochs: int | None = ranged(1, low=1)  # None: only at the other cadences, and at the end
+    every_epochs: int | None = ranged(1, low=1)  # None: only at the other intervals, and at the end
     every_steps: int | None = ranged(None, low=1)  # optimiser steps
-    every_seconds: float | None = ranged(None, above=0)  # since the last checkpoint was begun
-    max_failed_saves: int | None = ranged(None, low=0)  # failed saves in a row that training survives; None: any number
-    # full: rank 0 writes all of it; sharded: each worker writes its share of model and optimiser; auto: as they lie
+    every_seconds: float | None = ranged(None, above=0)  # since the start of the last checkpoint
+    max_failed_saves: int | None = ranged(None, low=0)  # consecutive failures that training survives; None: any number
+    # full: rank 0 writes everything; sharded: each worker writes its shard of model and optimiser; auto: sharded if the
+    # model is sharded, else full
     format: str = choice(AUTO, (AUTO, "full", "sharded"))
-    # which sharded checkpoints have model.pt as well, for others than ftexp. end: the last and the best, once the run
-    # ends; best: also each that is the best so far; never: none
+    # sharded checkpoints that also get model.pt, for use without ftexp. end: the last and the best, when the run ends;
+    # best: also each new best; never: none
     full_at: str = choice("end", ("end", "best", "never"))
-    num_to_keep: int | None = ranged(2, low=2)  # 1 would leave no way back if the newest is corrupt; None: all
-    checkpoint_score_attribute: str = "val_accuracy"  # the best by this metric is kept as well
+    num_to_keep: int | None = ranged(2, low=2)  # at least 2, in case the newest is corrupt; None: all
+    checkpoint_score_attribute: str = "val_accuracy"  # the best checkpoint by this metric is also kept
     checkpoint_score_order: str = choice("max", ("max", "min"))
     extra_state: list[str] = field(
         default_factory=lambda: ["progress", "scheduler", "scaler", "ema", "distill", "rng", "best"]
@@ -454,22 +452,22 @@ class CheckpointConfig:
 
 
 def fault_fields(fault: Any) -> dict[str, Any]:
-    """Return an entry of `chaos.faults`, a name or {kind: ..., step: ...}, as the latter; a new dict."""
+    """Return an entry of `chaos.faults`, a name or {kind: ..., step: ...}, as a new dict of the second form."""
     return {"kind": fault} if isinstance(fault, str) else dict(fault)
 
 
 @dataclass(kw_only=True)
 class ChaosConfig:
     kind: str = choice("none", ("none", *FAULTS, "random"))
-    step: int | None = ranged(None, low=1)  # fires after this optimiser step; None: in the middle of the run
-    rank: int = ranged(0, low=0)  # the worker that it happens to, modulo their number
-    count: int = ranged(1, low=1)  # newest checkpoints that are corrupt; saves that fail or are slow; slow steps
-    # hang: how long; slow_storage, slow_rank: how much longer a checkpoint, or a step of that rank, takes
+    step: int | None = ranged(None, low=1)  # inject after this optimiser step; None: in the middle of the run
+    rank: int = ranged(0, low=0)  # affected worker, modulo the number of workers
+    count: int = ranged(1, low=1)  # newest checkpoints to damage; saves that fail or are slow; slow steps
+    # hang: duration; slow_storage, slow_rank: extra time per checkpoint, or per step of that rank
     seconds: float = ranged(3600.0, low=0)
-    faults: list[Any] = field(default_factory=list)  # several: names, or {kind: ..., step: ..., rank: ...}
-    kinds: list[str] = field(default_factory=lambda: ["kill_worker"])  # random: what may happen
+    faults: list[Any] = field(default_factory=list)  # several faults: names, or {kind: ..., step: ..., rank: ...}
+    kinds: list[str] = field(default_factory=lambda: ["kill_worker"])  # random: faults to draw from
     rate: float = ranged(0.01, low=0, high=1)  # random: probability of a fault at a step
-    seed: int = ranged(0, low=0)  # random: its own seed
+    seed: int = ranged(0, low=0)  # random: seed of the draws
 
 
 @dataclass(kw_only=True)
@@ -481,53 +479,57 @@ class ReportConfig:
 class NotifyConfig:
     """Alerts, each sent once. Errors in sending are logged and never fail the run."""
 
-    # http and https: a JSON POST; others, slack://... or mailto://..., by the package apprise. Secret: written nowhere
+    # http, https: a JSON POST; others, such as slack://... or mailto://...: sent by the package apprise. Secret: never
+    # written to a file or log
     urls: list[str] = field(default_factory=list)
     alerts: list[str] = field(default_factory=lambda: list(ALERTS))
-    max_recoveries: int | None = ranged(3, low=0)  # one more is an alert; None: never
-    no_progress_s: float | None = ranged(1800.0, above=0)  # without a step that had not been done before; None: never
-    timeout_s: float = ranged(10.0, above=0)  # for a request, and for the rest when the command ends
+    max_recoveries: int | None = ranged(3, low=0)  # more recoveries than this raise an alert; None: never
+    no_progress_s: float | None = ranged(1800.0, above=0)  # time without a new step that raises an alert; None: never
+    timeout_s: float = ranged(10.0, above=0)  # for one request, and for all pending ones when the driver exits
 
 
 @dataclass(kw_only=True)
 class ProfileConfig:
-    enabled: bool = False  # leave a torch profiler trace of some steps in the run directory; profile=true for short
-    start_step: int = ranged(20, low=1)  # the first that is traced; the first steps of all are slower than the rest
+    enabled: bool = False  # write a torch profiler trace of some steps to the run directory; short: profile=true
+    start_step: int = ranged(20, low=1)  # first traced step; a run's first steps are slower than the rest
     num_steps: int = ranged(5, low=1, high=1000)
     rank: int = ranged(0, low=0)  # modulo the number of workers
 
 
 @dataclass(kw_only=True)
 class SweepConfig:
-    """Settings of a multirun (-m); none defines a trial."""
+    """Settings of a multirun (-m); none of them is part of a trial's definition."""
 
-    name: str | None = None  # None: a new, timestamped sweep. Set: the same command resumes it
+    name: str | None = None  # None: a new, timestamped sweep; with a name, the same command resumes the sweep
     max_concurrent: int | None = ranged(None, low=1)  # trials at once; None: as many as fit
-    retry_failed: bool = True  # whether the same command tries failed trials again
-    metric: str | None = None  # objective, in a trial's last metrics; None: checkpoint.checkpoint_score_attribute
+    retry_failed: bool = True  # whether a resumed sweep retries failed trials
+    metric: str | None = None  # objective, from a trial's last metrics; None: checkpoint.checkpoint_score_attribute
     mode: str | None = choice(None, ("max", "min"))  # None: checkpoint.checkpoint_score_order
 
 
 @dataclass(kw_only=True)
 class SearchConfig:
-    """Settings of `hydra/sweeper=tune`, under hydra.sweeper; the objective is sweep.metric. None defines a trial."""
+    """Settings of `hydra/sweeper=tune`, under hydra.sweeper. The objective is sweep.metric.
 
-    num_trials: int = ranged(MISSING, low=1)  # in all, over all invocations
+    None of them is part of a trial's definition.
+    """
+
+    num_trials: int = ranged(MISSING, low=1)  # in total, over all invocations
     search: str = choice(MISSING, ("random", "tpe"))
-    seed: int = ranged(0, low=0)  # seed of the proposals; not the trials' own
-    scheduler: str = choice("none", ("none", "asha"))  # asha: stop early what lags behind
-    grace_epochs: int = ranged(1, low=1)  # asha: the first rung; no trial is stopped before it
-    reduction_factor: float = ranged(3.0, above=1)  # asha: about 1 trial in so many continues beyond a rung
+    seed: int = ranged(0, low=0)  # seed of the proposals, not of the trials
+    scheduler: str = choice("none", ("none", "asha"))  # asha: stop the worse trials early
+    grace_epochs: int = ranged(1, low=1)  # asha: first rung; no trial is stopped before it
+    reduction_factor: float = ranged(3.0, above=1)  # asha: about 1 trial in reduction_factor continues beyond a rung
 
 
 @dataclass(kw_only=True)
 class Config:
-    """A whole run. `conf/config.yaml` names the group files that fill it."""
+    """The config of a run. `conf/config.yaml` names the group files that fill it."""
 
     seed: int = ranged(0, low=0, high=2**32 - 1)
-    resume: str = choice("auto", ("auto", "must", "never"))  # must, never: whether run.name must, or mustn't, exist
-    resume_from: str | None = None  # a run directory or a checkpoint, whose weights a new run starts from
-    plugins: list[str] = field(default_factory=list)  # modules of yours to import: models, sources, states
+    resume: str = choice("auto", ("auto", "must", "never"))  # must: run.name must exist; never: it must not exist
+    resume_from: str | None = None  # run directory or checkpoint with the initial weights of a new run
+    plugins: list[str] = field(default_factory=list)  # your modules to import: models, sources, states
     verbose: bool = False  # show Ray's own output
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -541,7 +543,7 @@ class Config:
     distill: DistillConfig = field(default_factory=DistillConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     stopping: StoppingConfig = field(default_factory=StoppingConfig)
-    hooks: dict[str, dict[str, Any]] = field(default_factory=dict)  # {name: arguments} of hooks of your own
+    hooks: dict[str, dict[str, Any]] = field(default_factory=dict)  # {name: arguments} of your own hooks
     scaling: ScalingConfig = field(default_factory=ScalingConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     failure: FailureConfig = field(default_factory=FailureConfig)
@@ -555,7 +557,7 @@ class Config:
 
 
 def config_dir() -> Path:
-    """Return the directory of the YAML groups: inside the package when installed, next to it in a checkout."""
+    """Return the directory of the YAML groups: in the package if installed, next to it in a checkout."""
     package = Path(__file__).resolve().parents[1]
     installed = package / "conf"
     return installed if installed.is_dir() else package.parent / "conf"

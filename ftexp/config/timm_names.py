@@ -1,6 +1,6 @@
-"""The names timm knows, read from its source files: importing timm takes seconds, this takes 0.1 s.
+"""The names that timm knows, read from its source files: importing timm takes seconds, this takes 0.1 s.
 
-`tests/unit/test_models.py` holds the lists against `timm.list_models()` and `timm.optim.list_optimizers()`.
+`tests/unit/test_models.py` compares the lists with `timm.list_models()` and `timm.optim.list_optimizers()`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def timm_directory() -> Path:
 
 
 _REGISTERED = re.compile(r"^@register_model\ndef (\w+)\(", re.MULTILINE)
-_OTHER_MODELS = re.compile(r"^from (?:\.|timm\.models\.)[a-z]", re.MULTILINE)  # built on those of another file
+_OTHER_MODELS = re.compile(r"^from (?:\.|timm\.models\.)[a-z]", re.MULTILINE)  # imports of models from another file
 
 
 def _model_files() -> list[str]:
@@ -29,19 +29,19 @@ def _model_files() -> list[str]:
 
 @functools.cache
 def model_names() -> frozenset[str]:
-    """Return every architecture name `timm.create_model` takes."""
+    """Return every architecture name that `timm.create_model` accepts."""
     return frozenset(name for text in _model_files() for name in _REGISTERED.findall(text))
 
 
 @functools.cache
 def without_drop_path() -> frozenset[str]:
-    """Return the architectures that certainly have no stochastic depth; timm itself refuses it for some others."""
+    """Return the architectures known to have no stochastic depth; timm itself rejects it for some others."""
     files = [text for text in _model_files() if "drop_path" not in text and not _OTHER_MODELS.search(text)]
     return frozenset(name for text in files for name in _REGISTERED.findall(text))
 
 
 @functools.cache
 def optimizer_names() -> frozenset[str]:
-    """Return every optimiser name `timm.optim.create_optimizer_v2` takes."""
+    """Return every optimiser name that `timm.optim.create_optimizer_v2` accepts."""
     source = (timm_directory() / "optim" / "_optim_factory.py").read_text(encoding="utf-8")
     return frozenset(re.findall(r"(?:OptimInfo|register_alias)\(\s*(?:name=)?'(\w+)'", source))

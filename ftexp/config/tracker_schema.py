@@ -7,7 +7,7 @@ from typing import Any
 
 from ftexp.config.fields import choice, ranged
 
-# the package that each built-in tracker needs
+# package required by each built-in tracker
 TRACKER_PACKAGES = {
     "tensorboard": "tensorboard",
     "mlflow": "mlflow",
@@ -20,12 +20,12 @@ HTTP, RAY = "http", "ray"
 
 @dataclass(kw_only=True)
 class TensorBoardConfig:
-    dir: str | None = None  # the run's files lie below it; None: in the run directory, which must be on a disk
+    dir: str | None = None  # parent of the run's files; None: the run directory, which must be on a local disk
 
 
 @dataclass(kw_only=True)
 class MlflowConfig:
-    tracking_uri: str | None = None  # None: $MLFLOW_TRACKING_URI, or else mlflow.db under run.storage
+    tracking_uri: str | None = None  # None: $MLFLOW_TRACKING_URI if set, else mlflow.db under run.storage
     experiment: str = "ftexp"
 
 
@@ -34,19 +34,19 @@ class WandbConfig:
     mode: str = choice("offline", ("offline", "online"))
     project: str = "ftexp"
     entity: str | None = None
-    dir: str | None = None  # the run's files lie below it; None: in the run directory, which must be on a disk
+    dir: str | None = None  # parent of the run's files; None: the run directory, which must be on a local disk
 
 
 @dataclass(kw_only=True)
 class PrometheusConfig:
-    # http: an endpoint of the driver; ray: next to Ray's own series, by ray.util.metrics, which each node of a cluster
-    # exports if it has ray[default]; auto: ray where scaling.address is set, else http
+    # http: an endpoint of the driver; ray: with Ray's own metrics, by ray.util.metrics, which each node of a cluster
+    # exports if ray[default] is installed; auto: ray if scaling.address is set, else http
     export: str = choice(AUTO, (AUTO, HTTP, RAY))
-    port: int = ranged(9464, low=1, high=65535)  # http: if it is taken, the next free one of 100
-    host: str = "127.0.0.1"  # http: where it listens; 0.0.0.0 for a Prometheus on another machine
+    port: int = ranged(9464, low=1, high=65535)  # http: if the port is in use, the next free one of 100 is used
+    host: str = "127.0.0.1"  # http: listening address; 0.0.0.0 for a Prometheus on another machine
 
     def exporter(self, ray_address: str | None) -> str:
-        """Return HTTP or RAY for a run that joins the Ray at `ray_address`; None: one of its own."""
+        """Return HTTP or RAY for a run that joins the Ray at `ray_address`; None: the run starts its own Ray."""
         if self.export != AUTO:
             return self.export
         return HTTP if ray_address is None else RAY
@@ -54,16 +54,16 @@ class PrometheusConfig:
 
 @dataclass(kw_only=True)
 class TrackerConfig:
-    """Trackers: they store metrics besides metrics.jsonl and metrics.csv. Their errors never fail the run."""
+    """Trackers, which store metrics in addition to metrics.jsonl and metrics.csv. Their errors never fail the run."""
 
-    use: dict[str, bool] = field(default_factory=dict)  # {tracker: true}; what tracker=[...] fills
-    tags: dict[str, str] = field(default_factory=dict)  # besides ftexp's own: name, git commit, checkpoint, ...
-    timeout_s: float = ranged(10.0, above=0)  # for a request, and for the rest when the run ends
+    use: dict[str, bool] = field(default_factory=dict)  # {tracker: true}; set by tracker=[...]
+    tags: dict[str, str] = field(default_factory=dict)  # added to ftexp's own: name, git commit, checkpoint, ...
+    timeout_s: float = ranged(10.0, above=0)  # for one request, and for all pending ones when the run ends
     tensorboard: TensorBoardConfig = field(default_factory=TensorBoardConfig)
     mlflow: MlflowConfig = field(default_factory=MlflowConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
     prometheus: PrometheusConfig = field(default_factory=PrometheusConfig)
-    kwargs: dict[str, Any] = field(default_factory=dict)  # for trackers of your own
+    kwargs: dict[str, Any] = field(default_factory=dict)  # for your own trackers
 
     @property
     def names(self) -> list[str]:

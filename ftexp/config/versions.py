@@ -1,4 +1,4 @@
-"""Versions of the packages that decide what a run computes."""
+"""Versions of the packages that affect a run's results."""
 
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ _PACKAGES = ("ftexp", "ray", "torch", "torchvision", "timm", "numpy", "hydra-cor
 
 @functools.cache
 def package_versions() -> dict[str, str]:
-    """Return {package: version}, with Python's own."""
+    """Return {package: version}, including Python's."""
     return {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}

@@ -1,1 +1,1 @@
-"""Data: sources (what there is), order (which sample when), feeds (how rows reach a worker), augmentation."""
+"""Data: sources of samples, their order, feeds that bring them to workers, and augmentation."""

@@ -13,14 +13,14 @@ from ftexp.data.order import Int64s
 class MicroBatch:
     """Part of a rank's share, for one forward and backward pass."""
 
-    # float32, normalised [rows, channels, image_size, image_size]; with augment.splits, views of a row come together
+    # float32, normalised, [rows, channels, image_size, image_size]; with augment.splits, views of a row are adjacent
     images: Tensor
     labels: Tensor  # int64 [rows], or float32 [rows, num_classes]: see `ToTensors.targets`
-    weights: Tensor  # float32 [rows]; summed over all ranks and micro-batches, weight times loss is the global mean
+    weights: Tensor  # float32 [rows]; weight * loss, summed over micro-batches and averaged over ranks: the global mean
     positions: Int64s  # [rows]
-    pairs: Int64s | None = None  # [2, pairs]: rows to be mixed with one another
-    num_partners: int = 0  # rows at the end that are only there to be mixed into others
-    targets: Tensor | None = None  # float32 [rows, num_classes], where samples were mixed
+    pairs: Int64s | None = None  # [2, pairs]: rows to mix with each other
+    num_partners: int = 0  # rows at the end that are present only to be mixed into others
+    targets: Tensor | None = None  # float32 [rows, num_classes], if samples were mixed
 
 
 @dataclass(frozen=True)
@@ -30,5 +30,5 @@ class Batch:
     start: int
     end: int
     micro_batches: list[MicroBatch]
-    positions: Int64s  # positions of the share of this rank, [rows]
-    samples: Int64s  # at those positions, [rows]
+    positions: Int64s  # positions of this rank's share, [rows]
+    samples: Int64s  # samples at these positions, [rows]

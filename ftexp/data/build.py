@@ -1,4 +1,4 @@
-"""The data of a run and its feed: cached in memory if it fits, streamed if not."""
+"""The data of a run and their feed: cached in memory if they fit, else streamed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import ftexp.data.sources.files
 import ftexp.data.sources.image_list
 import ftexp.data.sources.parquet
 import ftexp.data.sources.synthetic
-import ftexp.data.sources.webdataset  # noqa: F401 - these register what is built in
+import ftexp.data.sources.webdataset  # noqa: F401 - these register the built-in sources
 from ftexp.config.schema import AUTO, AugmentConfig, Config, DataConfig
 from ftexp.data.feeds.cached import array_pictures, decoded_bundle, mean_pixels
 from ftexp.data.feeds.decoding import refuse_bad
@@ -26,7 +26,7 @@ from ftexp.data.sources.registry import sources
 from ftexp.data.targets import Labels
 from ftexp.errors import DataError
 
-_SHARE = 0.5  # share of the object store that a cached data set may take
+_SHARE = 0.5  # maximum share of the object store for a cached data set
 
 
 def build_data(
@@ -35,11 +35,11 @@ def build_data(
     runtime_env: Mapping[str, Any] | None = None,
     only_evaluates: bool = False,
 ) -> DataBundle:
-    """Read the data named by `config.name`; DataError if that can't be done. Ray must be running.
+    """Read the data of the source `config.name`; DataError if that fails. Ray must be running.
 
-    augment: what train is trained with, which decides how it is cached; None where nothing is trained.
-    runtime_env: of tasks that decode, where they aren't to have that of the job.
-    only_evaluates: samples are read in their order, and no training split is needed.
+    augment: augmentation of the training split, which determines how it is cached; None: no training.
+    runtime_env: runtime_env of the decoding tasks; None: the job's.
+    only_evaluates: samples are read in order, and no training split is needed.
     """
     augment = augment or AugmentConfig()
     found = sources.get(config.name)(config)
@@ -68,7 +68,7 @@ def build_data(
 
 
 def drawn_by_class(config: Config, bundle: DataBundle) -> DataBundle:
-    """Add what data.sampling needs to know of classes; DataError if an epoch is too short for it."""
+    """Add the table of classes that data.sampling needs; DataError if an epoch is too short for it."""
     sampling, repeats = config.data.sampling, config.augment.repeats
     if sampling == "shuffle":
         return bundle
@@ -84,7 +84,7 @@ def drawn_by_class(config: Config, bundle: DataBundle) -> DataBundle:
 
 
 def _train_labels(bundle: DataBundle) -> Labels:
-    """Return the label of each training sample, by its number."""
+    """Return the label of each training sample, in the order of the sample numbers."""
     if "train" in bundle.streams:
         return bundle.streams["train"].table.get()[1]
     columns = bundle.datasets["train"].select_columns(["sample", "label"])
@@ -103,7 +103,7 @@ def _from_files(
 ) -> DataBundle:
     num_samples = sum(len(labels) for labels in listing.labels.values())
     pixels = num_samples * config.image_size**2
-    if augment.crop != "none" and config.feed != "streaming":  # train is cached in full size, to be cropped
+    if augment.crop != "none" and config.feed != "streaming":  # train is cached at full size, for cropping
         num_train = len(listing.labels["train"])
         pixels += num_train * (mean_pixels(config, listing) - config.image_size**2)
     needed, there = pixels * config.channels, _object_store_bytes()
@@ -132,7 +132,7 @@ def _streamed(config: DataConfig, listing: Listing, readers: Mapping[str, Reader
 
 
 def _stream_readers(config: DataConfig, listing: Listing, sizes: str, in_order: bool) -> Mapping[str, Reader]:
-    """Return how samples are read: in their order, or in that of `data.shuffle_window`."""
+    """Return the reader of each split: one that reads single samples, or one that reads blocks."""
     if config.shuffle_window is not None:
         return _block_readers(listing, config.shuffle_window)
     if listing.single_readers or not listing.block_sizes:
@@ -147,7 +147,7 @@ def _stream_readers(config: DataConfig, listing: Listing, sizes: str, in_order: 
 
 
 def _block_readers(listing: Listing, num_blocks: int) -> dict[str, Reader]:
-    """Return readers that keep so many blocks in memory."""
+    """Return readers that share a cache for windows of `num_blocks` blocks."""
     readers: dict[str, Reader] = {}
     for split, reader in listing.readers.items():
         assert isinstance(reader, BlockReader), "what a Listing has block_sizes for is read by one"
@@ -156,7 +156,7 @@ def _block_readers(listing: Listing, num_blocks: int) -> dict[str, Reader]:
 
 
 def _object_store_bytes() -> float:
-    """Return the size of the smallest node's object store: every node that trains holds a whole cached data set."""
+    """Return the size of the smallest node's object store: each node that trains holds the whole cached data set."""
     nodes = [node["Resources"].get("object_store_memory", 0.0) for node in ray.nodes() if node["Alive"]]
     return float(min(nodes))
 

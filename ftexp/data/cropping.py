@@ -1,7 +1,7 @@
-"""How a picture becomes a square of the final size, as timm has it: all of it to evaluate, a random part to train.
+"""Cropping and scaling of a picture to the final square, as in timm: fitted for evaluation, random for training.
 
-Only a box and its scaling are of the picture's own size, and done by what decoded it: see `ftexp.data.decoder`. Draws
-come from the generator that is given, in timm's order; tests hold every function against timm's own.
+Only cropping a box and scaling it work at the picture's full size; the library that decoded the picture does both: see
+`ftexp.data.decoder`. Draws come from the given generator, in timm's order. Tests compare every function with timm's.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from PIL import Image, ImageOps
 from ftexp.data.decoder import RESAMPLING, Decoding, Picture, UInt8s, pixels_of, scaled, size_of
 
 _RANDOM = "random"
-_TRIES = 10  # tries of a random box, before it is the largest one in the centre
-_RKR_PROB = 0.5  # probability of a change of scale in rkrc and rkrr, and of one of the ratio
+_TRIES = 10  # attempts to draw a box; then the largest centred one is used
+_RKR_PROB = 0.5  # rkrc, rkrr: probability of changing the scale, and of changing the ratio
 
 
 @dataclass(frozen=True)
 class Fit:
-    """How the whole picture is fitted into a square: `data.crop_pct`, `data.crop_mode` and `data.interpolation`."""
+    """Settings for fitting a whole picture into a square, as in `data.crop_pct`, `crop_mode` and `interpolation`."""
 
     size: int
     channels: int = 3
-    crop_pct: float | None = None  # side of the square, as a share of the side that is scaled to; see `fitted`
+    crop_pct: float | None = None  # side of the square / side after scaling; see `fitted`
     crop_mode: str = "center"
     interpolation: str = "bicubic"
     mean: tuple[float, ...] = ()  # per channel, of pixels scaled to 0..1; fills the border of crop_mode=border
@@ -35,15 +35,15 @@ class Fit:
 
     @property
     def side(self) -> int:
-        """Pixels that the picture's shorter side is scaled to, before the square is cut out; at most."""
+        """Maximum length in pixels of the picture's shorter side after scaling, before the square is cropped."""
         return math.floor(self.size / (self.crop_pct or 1.0))
 
 
 def fitted(picture: Picture, fit: Fit) -> UInt8s:
-    """Scale and crop as timm's transforms_imagenet_eval does; without `crop_pct`, the largest square in the centre.
+    """Scale and crop as timm's transforms_imagenet_eval does; without `crop_pct`, use the largest centred square.
 
-    The latter is cut out and scaled in one step, where timm scales first, to whole pixels: from between pixels where
-    Pillow does it (ImageOps.fit), and else from whole ones.
+    That square is cropped and scaled in one step, where timm scales first, to whole pixels. For Pillow's images
+    (ImageOps.fit) the box may start between pixels; for others it starts at whole pixels.
 
     Returns:
         [size, size, channels].
@@ -71,10 +71,7 @@ def fitted(picture: Picture, fit: Fit) -> UInt8s:
 
 
 def _in_the_centre(pixels: UInt8s, fit: Fit) -> UInt8s:
-    """Return a square of the final size.
-
-    The middle of what is larger, and a border of the mean around what is smaller.
-    """
+    """Return a square of the final size: longer sides are cropped to the centre, shorter ones padded with the mean."""
     height, width, channels = pixels.shape
     canvas = np.empty((fit.size, fit.size, channels), np.uint8)
     canvas[:] = fill_color(fit.mean)
@@ -86,7 +83,7 @@ def _in_the_centre(pixels: UInt8s, fit: Fit) -> UInt8s:
 
 
 def fill_color(mean: Sequence[float]) -> int | tuple[int, ...]:
-    """Return the mean of pixels in 0..1, a value a channel, as a colour of Pillow's; black without one."""
+    """Return the mean per channel, of pixels in 0..1, as a Pillow colour; black if `mean` is empty."""
     values = tuple(min(255, round(255 * value)) for value in mean)
     return values if len(values) > 1 else sum(values)
 
@@ -98,8 +95,8 @@ class RandomCrop:
     mode: str
     size: int
     scale: tuple[float, float]  # area of the crop, as a share of the picture
-    ratio: tuple[float, float]  # ratio of width to height; rkrc, rkrr: what it is multiplied by
-    interpolation: str  # bilinear, bicubic, or random for one of them
+    ratio: tuple[float, float]  # width / height; rkrc, rkrr: factor on the picture's ratio
+    interpolation: str  # bilinear, bicubic, or random: one of the two
 
     def __call__(self, picture: Picture, draws: random.Random) -> UInt8s:
         """Crop and scale; returns [size, size, channels]."""
@@ -116,7 +113,7 @@ class RandomCrop:
         for _ in range(_TRIES):
             area = draws.uniform(*self.scale) * (width * height)
             ratio = math.exp(draws.uniform(low, high))
-            # at least a pixel: timm fails where it draws none of a tiny picture
+            # at least one pixel: timm fails if it draws an empty box in a tiny picture
             across, down = max(1, round(math.sqrt(area * ratio))), max(1, round(math.sqrt(area / ratio)))
             if across <= width and down <= height:
                 top = draws.randint(0, height - down)
@@ -136,7 +133,7 @@ class RandomCrop:
         return RESAMPLING[self.interpolation]
 
     def _scaled(self, size: tuple[int, int], draws: random.Random) -> tuple[int, int]:
-        """Return the width and height that a picture is scaled to in rkrc and rkrr, as ResizeKeepRatio's."""
+        """Return the width and height after scaling in rkrc and rkrr, as timm's ResizeKeepRatio."""
         width, height = size
         shorter = min(height / self.size, width / self.size)
         down = across = 1.0
@@ -148,10 +145,7 @@ class RandomCrop:
         return round(width * across / shorter), round(height * down / shorter)
 
     def _placed(self, pixels: UInt8s, draws: random.Random) -> UInt8s:
-        """Return a square of it: rkrc's from the centre, rkrr's from anywhere.
-
-        What lies outside mirrors what is inside.
-        """
+        """Return a square from the centre (rkrc) or a random place (rkrr); pixels outside are mirrored from inside."""
         height, width, _ = pixels.shape
         if self.mode == "rkrc":
             top, left = _centred(height, self.size), _centred(width, self.size)
@@ -165,7 +159,7 @@ class RandomCrop:
 
 
 def _centred(length: int, size: int) -> int:
-    """Return where the middle `size` pixels of `length` begin; negative if that is shorter. Rounds as timm does."""
+    """Return the start of the middle `size` pixels of `length`; negative if `length` is shorter. Rounds as timm."""
     return round((length - size) / 2) if length > size else -((size - length) // 2)
 
 
@@ -175,5 +169,5 @@ def _anywhere(margin: int, draws: random.Random) -> int:
 
 
 def _outside(start: int, length: int, size: int) -> tuple[int, int]:
-    """Return how many of `size` pixels from `start` on lie before and after a line of `length`."""
+    """Return how many of the `size` pixels from `start` lie before 0, and how many at `length` or later."""
     return max(-start, 0), max(start + size - length, 0)

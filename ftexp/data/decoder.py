@@ -1,13 +1,13 @@
-"""How an encoded image becomes pixels, and how pixels are scaled, by named definitions: `data.decoder`.
+"""Decoding of images to pixels and scaling of pixels, by the definitions that `data.decoder` names.
 
-pillow       Pillow decodes and scales; pictures are Pillow's images until they are small.
-torchvision  Pillow reads the head. 8-bit grey and RGB JPEGs are decoded by torchvision, everything else and what it
-             rejects by Pillow, with the same pixels. torch scales, antialiased, in uint8: of photos, 0.4 % of values
-             differ from Pillow's by 1. A JPEG that is fitted as a whole is decoded at 1/2, 1/4 or 1/8 of its size, by
-             libjpeg's scaling, if its shorter side stays at least twice what that is scaled to.
+pillow       Pillow decodes and scales; pictures are Pillow images until they have their final size.
+torchvision  Pillow reads the header. torchvision decodes 8-bit grey and RGB JPEGs; Pillow decodes all other images and
+             those that torchvision rejects, with the same pixels. torch scales, with antialiasing, in uint8: in photos,
+             0.4 % of values differ from Pillow's by 1. A JPEG that is fitted as a whole is decoded at 1/2, 1/4 or 1/8
+             of its size, by libjpeg's scaling, if its shorter side is then at least twice the side after scaling.
 
-What a name stands for never changes, since runs resume with what they began with: a change gets another name.
-torch is imported by torchvision's definition alone.
+The meaning of a name never changes, since runs resume with the decoder that they started with: a different definition
+gets a new name. Only the definition torchvision imports torch.
 """
 
 from __future__ import annotations
@@ -29,26 +29,26 @@ if TYPE_CHECKING:
     import torch
 
 UInt8s = npt.NDArray[np.uint8]
-Picture = Image.Image | UInt8s  # of any size; Pillow's image, or torchvision's pixels [height, width, channels]
+Picture = Image.Image | UInt8s  # a Pillow image, or torchvision's pixels [height, width, channels]; any size
 
 RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 _TORCHS = {resampling: name for name, resampling in RESAMPLING.items()}
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-_JPEG = ("JPEG", "MPO")  # as Pillow names the format; the second is what telephones write
-_DECODED_MODES = ("L", "RGB")  # by torchvision
-_FACTORS = (8, 4, 2)  # by which libjpeg shrinks
-# the shorter side is decoded at no less than this multiple of its final size: the PSNR to a full decoding is then
-# 48 dB or more. With 1 it is 25 to 47 dB, since torch's antialiasing filter has little or nothing left to do
+_JPEG = ("JPEG", "MPO")  # Pillow's format names; phones write MPO
+_DECODED_MODES = ("L", "RGB")  # Pillow modes of images that torchvision decodes
+_FACTORS = (8, 4, 2)  # factors by which libjpeg can shrink
+# minimum ratio of the decoded shorter side to its final size. With 2, the PSNR relative to full decoding is at least
+# 48 dB; with 1, it is 25 to 47 dB, since torch's antialiasing filter has little or nothing left to do
 _KEPT = 2
-_DARK = 64  # no pixel of a 16-bit image reaches this, of 255: it holds 14 bits, or fewer
-_UNCHANGED = 0  # ImageReadMode.UNCHANGED of torchvision
-# markers of a JPEG, after 0xFF (T.81, table B.1): frames, sequential or progressive; the scan; tables; JFIF's segment
+_DARK = 64  # if no pixel of a 16-bit image, scaled to 0..255, reaches this, the image uses 14 bits or fewer
+_UNCHANGED = 0  # torchvision's ImageReadMode.UNCHANGED
+# JPEG markers after 0xFF (T.81, table B.1): frames, sequential and progressive; scan; quantization tables; JFIF segment
 _START = b"\xff\xd8"
 _SOFS, _SOS, _DQT, _APP0 = (0xC0, 0xC2), 0xDA, 0xDB, 0xE0
 _SKIPPED = (0xC4, 0xDD, 0xFE)  # Huffman tables, restart interval, comment
-_JFIF_BYTES = 14  # of a JFIF segment, at least
-_TABLE_BYTES = 65  # of a quantization table of 8 bits
-# how an image of each EXIF orientation is turned upright; 1 is upright
+_JFIF_BYTES = 14  # minimum length of a JFIF segment
+_TABLE_BYTES = 65  # length of an 8-bit quantization table
+# EXIF orientation -> transposition that makes the image upright; orientation 1 is upright
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -64,15 +64,15 @@ class Traits(enum.IntFlag):
     """Properties of an image that users may not expect of it."""
 
     ROTATED = 1  # its EXIF orientation isn't upright
-    TRANSPARENT = 2  # and put on `data.background`
+    TRANSPARENT = 2  # it has transparent pixels, which were put on `data.background`
     DARK = 4  # it uses few of its 16 bits: see `data.bit_depth`
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """`data.decoder` and what else says how images are decoded; the defaults are what runs had before there were any.
+    """`data.decoder` and the other decoding settings; the defaults are the behaviour of runs older than the settings.
 
-    Raises whatever a codec raises on bytes that it can't read.
+    A call raises whatever a codec raises on bytes that it can't read.
     """
 
     decoder: str = PILLOW
@@ -82,10 +82,10 @@ class Decoding:
     bit_depth: int = 16
 
     def __call__(self, encoded: bytes, channels: int, fitted_to: int | None = None) -> Decoded:
-        """Decode anything Pillow reads.
+        """Decode an image in any format that Pillow reads.
 
-        fitted_to: what the shorter side will be scaled to, of an image that is fitted as a whole; None: a part of it
-        is going to be cut out, so that it keeps its size, but for `decode_size`.
+        fitted_to: length to which the shorter side of a whole image will be scaled; None: the image will be cropped, so
+        it keeps its size, unless `decode_size` is set.
         """
         if self.decoder == TORCHVISION and (size := plain_jpeg_size(encoded)) is not None:
             is_full = self._factor(size, True, fitted_to) == 1
@@ -97,26 +97,26 @@ class Decoding:
                 picture: Picture = _with_channels(pixels, channels)
             else:
                 picture, traits = self._by_pillow(image, channels, factor)
-            turn = _turn(image)  # by now, since Pillow turns a TIFF upright itself
+            turn = _turn(image)  # after decoding, since Pillow makes a TIFF upright itself
         if turn is not None:
             traits |= Traits.ROTATED
             picture = _turned(picture, turn) if self.exif_orientation else picture
         return Decoded(self.picture(picture), traits)
 
     def picture(self, picture: Picture) -> Picture:
-        """Return the same as this decoder's kind of picture."""
+        """Convert a picture to this decoder's type: a Pillow image, or pixels."""
         if self.decoder == TORCHVISION:
             return pixels_of(picture)
         return picture if isinstance(picture, Image.Image) else as_pillow(picture)
 
     def num_pixels(self, encoded: bytes) -> int:
-        """Return how many pixels an image that a part will be cut out of keeps; only its head is read."""
+        """Return the number of pixels of an image decoded for cropping; reads only its header."""
         with opened(encoded) as image:
             factor = self._factor(image.size, image.format in _JPEG, None)
             return -(-image.width // factor) * -(-image.height // factor)
 
     def _factor(self, size: tuple[int, int], is_jpeg: bool, fitted_to: int | None) -> int:
-        """Return the factor by which an image of this size is shrunk while it is decoded."""
+        """Return the factor by which an image of this size is shrunk during decoding."""
         min_size = self.decode_size
         if fitted_to is not None:
             if self.decoder != TORCHVISION or not is_jpeg:
@@ -141,22 +141,22 @@ class Decoding:
 
 
 class Decoded(NamedTuple):
-    """An image once it is decoded."""
+    """A decoded image."""
 
     picture: Picture
     traits: Traits
 
 
 def opened(encoded: bytes) -> Image.Image:
-    """Read the head of an image."""
+    """Open an image with Pillow, which reads only its header."""
     try:
         return Image.open(io.BytesIO(encoded))
-    except UnidentifiedImageError:  # Pillow's message has a memory address in it, which differs each time
+    except UnidentifiedImageError:  # Pillow's message contains a memory address, which differs each time
         raise UnidentifiedImageError("no format that Pillow reads") from None
 
 
 def _transparent(image: Image.Image) -> Image.Image | None:
-    """Return the image with alpha; None if it has none, or is opaque."""
+    """Return the image as RGBA; None if it has no transparent pixel."""
     if not image.has_transparency_data:
         return None
     clear = image.convert("RGBA")
@@ -164,7 +164,7 @@ def _transparent(image: Image.Image) -> Image.Image | None:
 
 
 def _by_torchvision(image: Image.Image, encoded: bytes) -> UInt8s | None:
-    """Return the pixels of an 8-bit grey or RGB JPEG as stored; None if it is none, or torchvision rejects it."""
+    """Return the pixels of an 8-bit grey or RGB JPEG; None for other images, or if torchvision rejects it."""
     if image.format not in _JPEG or image.mode not in _DECODED_MODES:
         return None
     return _torchvision_pixels(encoded)
@@ -175,7 +175,7 @@ def _torchvision_pixels(encoded: bytes) -> UInt8s | None:
     import torchvision  # noqa: F401 - registers the operator
 
     try:
-        # the operator itself: torchvision 0.29 deprecates the function, and without either Pillow decodes the same
+        # the operator, since torchvision 0.29 deprecates the function; without the operator, Pillow decodes the same
         found = torch.ops.image.decode_jpeg(_tensor(np.frombuffer(encoded, np.uint8)), _UNCHANGED, False)
         return pixels_of(found.permute(1, 2, 0).numpy())
     except (AttributeError, RuntimeError):
@@ -183,10 +183,10 @@ def _torchvision_pixels(encoded: bytes) -> UInt8s | None:
 
 
 def plain_jpeg_size(encoded: bytes) -> tuple[int, int] | None:
-    """Return (width, height) of an 8-bit grey or RGB JPEG that is upright; None if this can't say.
+    """Return (width, height) of an upright 8-bit grey or RGB JPEG; None if this function can't determine it.
 
-    It takes a tenth of Pillow's time, and knows only the segments that most files have, whole and next to one another.
-    Pillow reads any other head, with EXIF data for example, and says what is wrong with one.
+    It takes a tenth of Pillow's time. It knows only the segments that most files have, and requires them to be complete
+    and contiguous. Pillow handles all other headers, for example with EXIF data, and reports errors in them.
     """
     if not encoded.startswith(_START):
         return None
@@ -218,10 +218,7 @@ def plain_jpeg_size(encoded: bytes) -> tuple[int, int] | None:
 
 
 def _tensor(values: UInt8s) -> torch.Tensor:
-    """Return the same memory as a tensor.
-
-    torch has none that is read-only, and warns, so such values are copied.
-    """
+    """Return a tensor that shares memory with `values`; read-only values are copied, since torch would warn."""
     import torch
 
     return torch.from_numpy(values if values.flags.writeable else values.copy())
@@ -237,10 +234,10 @@ def _with_channels(pixels: UInt8s, channels: int) -> UInt8s:
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
-    """Return how to turn an image upright; None if it is, or if its EXIF data can't be read."""
+    """Return the transposition that makes an image upright; None if it is upright or its EXIF data can't be read."""
     try:
         return _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # an error of any kind; the pixels may be intact
+    except Exception:  # whatever Pillow raises on corrupt EXIF data; the pixels may be intact
         return None
 
 
@@ -266,7 +263,7 @@ def _turned(picture: Picture, turn: Image.Transpose) -> Picture:
 
 
 def _high_bits(image: Any, bit_depth: int) -> UInt8s:
-    """Convert 16-bit grey to the high 8 of `bit_depth` bits; Pillow's own conversion cuts off everything above 255."""
+    """Convert 16-bit grey to the high 8 of `bit_depth` bits; Pillow's own conversion clips all values above 255."""
     if not image.mode.startswith("I;16"):
         raise ValueError(f"pixels of Pillow's mode {image.mode}, whose range isn't known")
     pixels: UInt8s = np.minimum(np.asarray(image).astype(np.uint16) >> (bit_depth - 8), 255).astype(np.uint8)
@@ -279,13 +276,13 @@ def size_of(picture: Picture) -> tuple[int, int]:
 
 
 def pixels_of(picture: Picture) -> UInt8s:
-    """Return [height, width, channels]."""
+    """Return a picture's pixels, [height, width, channels]."""
     pixels: UInt8s = np.asarray(picture, np.uint8)
     return pixels if pixels.ndim == 3 else pixels[..., None]
 
 
 def as_pillow(pixels: UInt8s) -> Image.Image:
-    """Return [height, width, channels] as Pillow has it."""
+    """Return pixels [height, width, channels] as a Pillow image."""
     return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
 
 
@@ -295,7 +292,7 @@ def scaled(
     resampling: Image.Resampling,
     box: tuple[int, int, int, int] | None = None,
 ) -> UInt8s:
-    """Return a picture, or what a box of it holds, as [height, width, channels] of this width and height.
+    """Scale a picture, or a box of it, to (width, height) `size`; returns [height, width, channels].
 
     box: (left, top, right, bottom), within the picture.
     """
@@ -308,7 +305,7 @@ def scaled(
         return picture
     from torch.nn.functional import interpolate
 
-    # channels last in every stride: so they stay, which saves torch a copy of both
+    # the memory layout is channels last, which torch keeps: this saves a copy of input and output
     planes = _tensor(np.ascontiguousarray(picture))[None].permute(0, 3, 1, 2)
     width, height = size
     found = interpolate(planes, (height, width), mode=_TORCHS[resampling], antialias=True)
@@ -317,7 +314,7 @@ def scaled(
 
 @contextlib.contextmanager
 def on_one_thread(decoder: str) -> Iterator[None]:
-    """Decode on one thread: a task has one CPU, but the process it is forked from may have many threads."""
+    """Limit torch to one thread in the context: a task has one CPU, but its process may have many threads."""
     if decoder != TORCHVISION:
         yield
         return
@@ -328,4 +325,4 @@ def on_one_thread(decoder: str) -> Iterator[None]:
     try:
         yield
     finally:
-        torch.set_num_threads(before)  # Ray may take this process for a worker that trains
+        torch.set_num_threads(before)  # Ray may reuse this process for a training worker

@@ -1,4 +1,4 @@
-"""The facts about a data set that the rest of ftexp needs, and how each split of it is read."""
+"""The properties of a data set that the rest of ftexp needs, and the reading of its splits."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SPLITS = ("train", "val", "test")
 
 @dataclass(frozen=True)
 class BadSample:
-    """A sample that could not be read: where it is, and why not."""
+    """A sample that could not be read: its location and the reason."""
 
     where: str
     reason: str
@@ -37,7 +37,7 @@ class Excluded:
 
     reason: str
     count: int
-    example: str  # where the first of them is
+    example: str  # location of the first one
 
     def __str__(self) -> str:
         such = f"such as {self.example}" if self.count > 1 else self.example
@@ -45,7 +45,7 @@ class Excluded:
 
 
 def reasons(excluded: Sequence[Excluded], bad: Sequence[BadSample], max_shown: int = 10) -> str:
-    """Return why entries of a source are no samples: a line each, begun by a newline, for the end of an error."""
+    """Return the reasons why entries of a source are not samples, each after a newline, to append to an error."""
     lines = [f"excluded {rule}" for rule in excluded] + [
         f"{sample.where}: {sample.reason}" for sample in bad[:max_shown]
     ]
@@ -55,40 +55,40 @@ def reasons(excluded: Sequence[Excluded], bad: Sequence[BadSample], max_shown: i
 
 @dataclass(frozen=True)
 class DataInfo:
-    """Facts of the data for models, feeds and reports. Sent to every worker."""
+    """Properties of the data for models, feeds and reports. Sent to every worker."""
 
     class_names: list[str]
     image_size: int  # pixels, square
     channels: int
     mean: list[float]  # per channel, of pixels scaled to 0..1
     std: list[float]
-    num_samples: dict[str, int]  # by split; without unreadable samples that were skipped
+    num_samples: dict[str, int]  # by split; without skipped unreadable samples
     bad_samples: list[BadSample] = field(default_factory=list)
-    digest: str | None = None  # digest of a listing, see listing.digest_of; None: of data that is in memory as a whole
-    excluded: list[Excluded] | None = None  # None: of a run that began before ftexp counted them
-    warnings: list[str] = field(default_factory=list)  # warnings of what looks wrong about its classes
-    integer_labels: str = "indices"  # data.integer_labels as the run began with; the default of runs without it
+    digest: str | None = None  # of the listing, see listing.digest_of; None: the source holds its data in memory
+    excluded: list[Excluded] | None = None  # None: the run is older than this field
+    warnings: list[str] = field(default_factory=list)  # warnings about the classes
+    integer_labels: str = "indices"  # data.integer_labels at the run's start; the default is that of older runs
     crop_pct: float | None = None  # this and the next two as in DataConfig
     crop_mode: str = "center"
     interpolation: str = "bicubic"
-    class_counts: list[int] | None = None  # training samples of each class, where data.sampling draws by class
+    class_counts: list[int] | None = None  # training samples per class, if data.sampling draws by class
     decoder: str = Decoding.decoder  # this and the next four as in DataConfig, but never auto
     decode_size: int | None = Decoding.decode_size
     exif_orientation: bool = Decoding.exif_orientation
     background: str | None = Decoding.background
     bit_depth: int = Decoding.bit_depth
-    task: str = SINGLE_LABEL  # as in DataConfig; of a regression, class_names are those of its targets
-    target_mean: list[float] | None = None  # mean of each target, where the model learns standardised ones
+    task: str = SINGLE_LABEL  # as in DataConfig; in a regression, class_names are the names of the targets
+    target_mean: list[float] | None = None  # mean of each target, if targets are standardised
     target_std: list[float] | None = None
 
     @property
     def num_classes(self) -> int:
-        """Return the number of the model's outputs: one for each class, or for each target of a regression."""
+        """Number of the model's outputs: one per class, or per target of a regression."""
         return len(self.class_names)
 
     @property
     def outputs_in_words(self) -> str:
-        """Say what the model has outputs for."""
+        """Description of the model's outputs, for messages."""
         number = self.num_classes
         if self.task == REGRESSION:
             return counted(number, "target")
@@ -96,7 +96,7 @@ class DataInfo:
 
     @property
     def fit(self) -> Fit:
-        """Return how images are decoded, and how whole ones are scaled and cropped for the model."""
+        """Settings for decoding images, and for scaling and cropping whole ones."""
         decoding = Decoding(self.decoder, self.decode_size, self.exif_orientation, self.background, self.bit_depth)
         fitting = (self.crop_pct, self.crop_mode, self.interpolation)
         return Fit(self.image_size, self.channels, *fitting, tuple(self.mean), decoding)
@@ -104,22 +104,23 @@ class DataInfo:
 
 @dataclass(frozen=True)
 class DataBundle:
-    """The data of a run: every split cached, or every split streamed.
+    """The data of a run: all splits cached, or all splits streamed.
 
-    A cached split is a materialised Ray Dataset (train's may be `pictures` instead) with the columns
+    A cached split is a materialised Ray Dataset (for train, `pictures` may replace it). Its columns are
     image: uint8 [image_size, image_size, channels]; label: a row of `ftexp.data.targets.Labels`;
-    sample: int64, distinct in the split. Others are ignored. Sorted by `sample`, row i is sample i of `SampleOrder`.
+    sample: int64, unique in the split. Other columns are ignored. After sorting by `sample`, row i is sample i of
+    `SampleOrder`.
     """
 
     datasets: dict[str, Dataset]
     info: DataInfo
-    indexed: dict[str, IndexedSplit] = field(default_factory=dict)  # files only: how each split is read
-    blocks: Int64s | None = None  # samples of train in each block, in order, for data.shuffle_window
+    indexed: dict[str, IndexedSplit] = field(default_factory=dict)  # sources of files: the splits as tasks read them
+    blocks: Int64s | None = None  # number of training samples in each block, in order, for data.shuffle_window
     feed: str = "cached"
-    why: str = ""  # this feed
-    decode_cpus: int = 0  # CPUs of the cluster, where there are `streams`
-    pictures: IndexedSplit | None = None  # train, cached as what is done to single pictures needs it
-    classes: ClassTable | None = None  # classes of the training split, where data.sampling draws by class
+    why: str = ""  # reason for this feed
+    decode_cpus: int = 0  # CPUs of the cluster that decode, if there are `streams`
+    pictures: IndexedSplit | None = None  # train, cached as single pictures for augmentation in tasks
+    classes: ClassTable | None = None  # classes of the training split, if data.sampling draws by class
 
     @property
     def streamed(self) -> bool:
@@ -128,30 +129,30 @@ class DataBundle:
 
     @property
     def streams(self) -> dict[str, IndexedSplit]:
-        """Splits that tasks decode, or change the pictures of, while the run trains."""
+        """Splits whose pictures tasks decode or augment while the run trains."""
         if self.streamed:
             return self.indexed
         return {} if self.pictures is None else {"train": self.pictures}
 
 
-Raw = tuple[str, Callable[[], Any]]  # where an image is, and how to get it: encoded, or as an array
+Raw = tuple[str, Callable[[], Any]]  # location of an image, and a function that returns it: encoded, or as an array
 
 
 class Reader(Protocol):
     """Reads items of one listed split; pickled into every decoding task."""
 
     def __call__(self, items: Int64s) -> Iterator[Raw]:
-        """Yield an entry for each item, in this order. What can't be read raises where it is got, not here."""
+        """Yield an entry for each item, in this order. If an item can't be read, the entry's function raises."""
         ...
 
 
 @dataclass(frozen=True)
 class IndexedSplit:
-    """One split's samples, 0 to num_samples - 1, as tasks read them."""
+    """One split's samples, numbered 0 to num_samples - 1, as tasks read them."""
 
     num_samples: int
     read: Reader
-    table: Shared[tuple[Int64s, Labels]]  # table of each sample: its item, its label
+    table: Shared[tuple[Int64s, Labels]]  # (item, label) of each sample, as two arrays
     block_sizes: Int64s | None  # samples of each block, in order; None: no blocks
 
     def __len__(self) -> int:

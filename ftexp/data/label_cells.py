@@ -1,6 +1,6 @@
-"""The labels of sources, cell by cell, read as each `data.task` wants them.
+"""Parsing of a source's label cells for each `data.task`.
 
-A cell of several labels or numbers is a list, or text: a JSON list, or parts with `data.label_separator` between them.
+A cell with several labels or numbers is a list, or text: a JSON list, or parts separated by `data.label_separator`.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ from ftexp.data.targets import Labels, packed
 from ftexp.errors import DataError
 
 Cells = Mapping[str, Sequence[Any]]  # label cells of each split, by item
-Where = Callable[[str, int], str]  # the place of a split's item, for errors
+Where = Callable[[str, int], str]  # (split, item) -> location, for errors
 
 
 def label_columns(config: DataConfig) -> tuple[str, ...]:
-    """Return the columns that a table's labels are in; of several, a cell is a list."""
+    """Return the columns of a table that hold the labels; with several columns, a cell is a list."""
     return tuple(config.target_columns) if config.target_columns is not None else (config.label_column,)
 
 
 def label_field(config: DataConfig) -> str:
-    """Return the setting that names `label_columns`."""
+    """Return the name of the setting that `label_columns` reads."""
     return "data.label_column" if config.target_columns is None else "data.target_columns"
 
 
 def labels_key(config: DataConfig) -> str:
-    """Return that setting with its value, as errors name it."""
+    """Return the setting of `label_columns` with its value, for errors."""
     value = config.label_column if config.target_columns is None else config.target_columns
     return f"{label_field(config)}={value}"
 
 
 def label_values(cell: Any, config: DataConfig) -> list[Any]:
-    """Return the labels of one cell; ValueError for a JSON list that isn't one."""
+    """Return the labels of one cell; ValueError for text that starts like a JSON list and isn't one."""
     if cell is None:
         return []
     if isinstance(cell, str):
@@ -50,7 +50,7 @@ def label_values(cell: Any, config: DataConfig) -> list[Any]:
 
 
 def cell_text(cell: Any, config: DataConfig) -> str:
-    """Return a cell of several labels as text with `data.label_separator`; one that can't be read as it is."""
+    """Return a cell's labels as text, joined by `data.label_separator`; a cell that can't be parsed unchanged."""
     try:
         return config.label_separator.join(map(str, label_values(cell, config)))
     except ValueError:
@@ -60,12 +60,12 @@ def cell_text(cell: Any, config: DataConfig) -> str:
 def as_labels(
     cells: Cells, config: DataConfig, what: str, where: Where, is_text: bool = True
 ) -> tuple[list[str], dict[str, Labels]]:
-    """Return the names of classes or targets, and each split's labels.
+    """Return the names of the classes or targets, and each split's labels.
 
-    is_text: whether the source holds text only, so that what looks like a number is one.
+    is_text: whether the source contains only text, so that text that looks like a number is treated as a number.
 
     Raises:
-        DataError: a cell isn't what `config.task` takes; it is named with its place.
+        DataError: a cell is invalid for `config.task`; the message gives its location.
     """
     if config.task == SINGLE_LABEL:
         names, numbers = class_numbers(from_text(cells, config) if is_text else cells, config, what, where)

@@ -1,4 +1,4 @@
-"""Labels as sources write them, and the classes that they name."""
+"""Conversion of a source's labels to classes."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from ftexp.data.order import Int64s
 from ftexp.data.targets import Labels, class_counts, is_numbers, is_packed
 from ftexp.errors import DataError
 
-_MAX_SHOWN = 10  # classes that a warning names
-_HELD = {False: "samples", True: "labels"}  # by whether a sample has any number of them
+_MAX_SHOWN = 10  # maximum number of classes that a warning names
+_HELD = {False: "samples", True: "labels"}  # what a warning counts, by whether the task is multi_label
 
 
 def from_text(columns: Mapping[str, Sequence[str]], config: DataConfig) -> dict[str, list[str | int]]:
-    """Return the labels of each split as whole numbers if all are written as those are printed, or else as text.
+    """Return the labels of each split as integers if all are written as integers without leading zeros, else as text.
 
-    Under data.integer_labels=indices, digits are a number even next to text, and with zeros before it.
+    With data.integer_labels=indices, any text of digits is an integer, also with leading zeros and among other text.
     """
     found = {split: [written_number(text, config) for text in column] for split, column in columns.items()}
     if config.integer_labels == "indices" or all(isinstance(label, int) for own in found.values() for label in own):
@@ -32,7 +32,7 @@ def from_text(columns: Mapping[str, Sequence[str]], config: DataConfig) -> dict[
 
 
 def written_number(text: str, config: DataConfig) -> str | int:
-    """Return the number that one text alone stands for; itself if it is none."""
+    """Return a text as an integer if it is one, else unchanged."""
     digits = text.isascii() and text.isdigit()
     return int(text) if digits and (config.integer_labels == "indices" or text in ("0", text.lstrip("0"))) else text
 
@@ -40,19 +40,20 @@ def written_number(text: str, config: DataConfig) -> str | int:
 def class_numbers(
     raw: Mapping[str, Sequence[Any]], config: DataConfig, what: str, where: Callable[[str, int], str]
 ) -> tuple[list[str], dict[str, Int64s]]:
-    """Return class names, and each split's labels as their numbers.
+    """Return the class names, and each split's labels as class numbers.
 
-    Classes are the values that occur: text in the order of its characters, whole numbers in theirs. Whole numbers are
-    themselves the classes' numbers under data.integer_labels=indices, and where they are all below data.num_classes.
+    The classes are the values that occur, sorted: text alphabetically, integers by value. Integers are class numbers
+    themselves with data.integer_labels=indices, or if all are below data.num_classes.
 
     Args:
         raw: labels of each split: text, or integers.
-        config: has `num_classes` and `integer_labels`.
-        what: holds the labels, for errors.
-        where: the place of a split's item, for errors.
+        config: provides `num_classes` and `integer_labels`.
+        what: name of the column or files with the labels, for errors.
+        where: (split, item) -> location, for errors.
 
     Raises:
-        DataError: there is a label that is none of those, or both kinds; it is named with its place.
+        DataError: a label is neither text nor a non-negative integer, or there are both kinds; the message gives its
+            location.
     """
     earlier = config.integer_labels == "indices"
     number = sum(map(_is_number, _all(raw))) * 2 > sum(len(column) for column in raw.values())
@@ -90,9 +91,9 @@ def _first_wrong(
 
 
 def class_warnings(class_names: Sequence[str], labels: Mapping[str, Labels]) -> list[str]:
-    """Return what looks wrong about classes: those that train lacks, and names that differ in case or encoding only.
+    """Return warnings about classes without training samples, and about names that differ only in case or encoding.
 
-    labels: of each split's samples; those of a regression have no classes.
+    labels: labels of each split; for those of a regression there are no warnings.
     """
     if any(map(is_numbers, labels.values())):
         return []

@@ -1,7 +1,7 @@
-"""Listings of file sources: samples that can be read by number, on any node and in any order.
+"""Listings of file sources, whose samples can be read by number, on any node and in any order.
 
-A `Listing` is what was found; an `IndexedSplit` is one split of it, ready to be sent to the tasks that decode.
-Items are numbered as they were listed, samples as they are in their split.
+A `Listing` holds what a source found; an `IndexedSplit` is one split of it, ready to be sent to decoding tasks. Items
+are numbered in the order of the listing, samples in the order of their split.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_RETRY_AFTER_S = (0.2, 1.0, 3.0)  # a store that fails is asked again
+_RETRY_AFTER_S = (0.2, 1.0, 3.0)  # delays before retries of a failed request to a store
 
 
 @dataclass(frozen=True)
@@ -37,20 +37,17 @@ class Listing:
     """Samples that a file source found, by listed split: train, and val and test if the source has them."""
 
     class_names: list[str]
-    labels: dict[str, Labels]  # labels of each item
+    labels: dict[str, Labels]  # label of each item
     readers: dict[str, Reader]
-    # items that `readers` read together, in stretches of this many; none: each by itself
+    # sizes of the blocks of items that `readers` read at once; {}: items are read one by one
     block_sizes: dict[str, Int64s] = field(default_factory=dict)
-    single_readers: dict[str, Reader] = field(default_factory=dict)  # that read each by itself, where it is possible
+    single_readers: dict[str, Reader] = field(default_factory=dict)  # read items one by one, if the source can
     bad: list[BadSample] = field(default_factory=list)  # found unreadable while listing
-    digest: str | None = None  # `digest_of` it; None: not known, and other samples go unnoticed if they are as many
-    excluded: list[Excluded] = field(default_factory=list)  # entries that a rule keeps from being samples
+    digest: str | None = None  # see `digest_of`; None: only changes of the number of samples are noticed
+    excluded: list[Excluded] = field(default_factory=list)  # entries that a rule excludes
 
     def splits(self, config: DataConfig, readers: Mapping[str, Reader]) -> dict[str, IndexedSplit]:
-        """Return every split, read by `readers`.
-
-        What the source has no split for is cut off from train as `config` says.
-        """
+        """Return every split, read by `readers`; val and test are split off from train if the source lacks them."""
         missing = [name for name in ("val", "test") if name not in self.labels]
         fractions = [getattr(config, f"{name}_fraction") for name in missing]
         rest, *cut = stratified_split(self.labels["train"], fractions, config.split_seed)
@@ -69,7 +66,7 @@ class Listing:
         return splits
 
     def facts(self, config: DataConfig, splits: dict[str, IndexedSplit]) -> dict[str, Any]:
-        """Return what `DataInfo` takes over of it."""
+        """Return the fields of `DataInfo` that come from the listing."""
         labels = {name: split.table.get()[1] for name, split in splits.items()}
         return {
             "bad_samples": self.bad,
@@ -80,7 +77,7 @@ class Listing:
         }
 
     def _empty_splits(self, config: DataConfig, labels: Mapping[str, Labels]) -> Iterator[str]:
-        """Warn of splits that were to be cut off from train, and got no sample: each class is rounded by itself."""
+        """Yield a warning for each split from train that got no samples, since each class is rounded separately."""
         for name in ("val", "test"):
             fraction = getattr(config, f"{name}_fraction")
             if name not in self.labels and fraction > 0 and not len(labels[name]):
@@ -91,9 +88,9 @@ class Listing:
 
 
 def digest_of(class_names: list[str], labels: dict[str, Labels], names: Mapping[str, Iterable[str]]) -> str:
-    """Return the SHA-256 of the list of samples, in order, and of their labels; not of their content.
+    """Return the SHA-256 of the samples' names and labels, in order; it doesn't cover their content.
 
-    `names` are each split's, below the root, so that data may move.
+    names: of each split's samples, relative to the root, so that the data may be moved.
     """
     found = hashlib.sha256(json.dumps(class_names).encode())
     for split, numbers in sorted(labels.items()):
@@ -103,12 +100,12 @@ def digest_of(class_names: list[str], labels: dict[str, Labels], names: Mapping[
 
 
 def retried(get: Callable[[], T]) -> T:
-    """Get again what a store failed to give, for some seconds; what isn't there, or is forbidden, fails at once.
+    """Call `get`, with retries for some seconds if a store fails; missing or forbidden files fail immediately.
 
     Raises:
-        FileNotFoundError, NotADirectoryError: it was listed, and is gone now.
-        PermissionError: of a local disk; a store's refusal is a plain OSError.
-        OSError: of the last try.
+        FileNotFoundError, NotADirectoryError: the file no longer exists.
+        PermissionError: on a local disk; a store raises a plain OSError instead.
+        OSError: the error of the last attempt.
     """
     for delay_s in _RETRY_AFTER_S:
         try:
@@ -121,48 +118,48 @@ def retried(get: Callable[[], T]) -> T:
 
 
 class SteadyFile(io.RawIOBase):
-    """A file of a store that may fail for a while, for formats whose library reads it.
+    """A file that retries reads of a store that may fail for a while; for libraries that read from file objects.
 
-    The bytes are what is got again: what a library makes of them, of a corrupt file say, is an OSError too.
+    Only reads of bytes are retried: a library's own errors, for example about a corrupt file, are OSErrors too.
     """
 
     def __init__(self, filesystem: FileSystem, path: str) -> None:
-        """Raise FileNotFoundError if it isn't there; OSError if it can't be opened."""
+        """Open the file; FileNotFoundError if it doesn't exist, OSError if it can't be opened."""
         self._file = retried(lambda: filesystem.open_input_file(path))
         self._size, self._position = self._file.size(), 0
 
     def readable(self) -> bool:
-        """It is."""
+        """Return True."""
         return True
 
     def seekable(self) -> bool:
-        """It is."""
+        """Return True."""
         return True
 
     def tell(self) -> int:
-        """Return where the next read begins, in bytes."""
+        """Return the position of the next read, in bytes."""
         return self._position
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Go to `offset`, counted from where `whence` says."""
+        """Set the position to `offset` bytes, relative to `whence`."""
         self._position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
         return self._position
 
     def readinto(self, buffer: Any) -> int:
-        """Read on. OSError of the last try."""
+        """Read the next bytes into `buffer`; OSError if all attempts fail."""
         found = retried(lambda: self._file.read_at(len(buffer), self._position))
         buffer[: len(found)] = found
         self._position += len(found)
         return len(found)
 
     def close(self) -> None:
-        """Close the file below, too."""
+        """Close this object and the underlying file."""
         self._file.close()
         super().close()
 
 
 def raiser(error: Exception) -> Callable[[], Any]:
-    """Return a way to get an image that can't be got."""
+    """Return a function that raises `error`, for an image that can't be read."""
 
     def get() -> Any:
         raise error

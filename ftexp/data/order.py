@@ -1,13 +1,13 @@
 """Permutations that give a sample at any position: pure functions of (seed, position), with no state and no I/O.
 
-Position p of a run over `num_samples` samples belongs to epoch `p // num_samples`. Each epoch visits every
-sample once, in an order drawn from (seed, epoch) by a Feistel network, evaluated at any position at the same
-cost and without a permutation in memory (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002:
-cycle-walking). Nothing here knows the number of workers.
+Position p of a run over `num_samples` samples belongs to epoch `p // num_samples`. Each epoch visits every sample once,
+in an order drawn from (seed, epoch) by a Feistel network. The network is evaluated at any position at the same cost,
+without a permutation in memory (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002: cycle-walking). The
+order does not depend on the number of workers.
 
-Where samples can only be read in blocks (row groups, stretches of a tar file), `WindowOrder` shuffles the blocks,
-and then the rows within a few blocks at a time. Every sample still comes once an epoch, but rows that lie in one
-block come near one another: where a file is sorted by class, so is a batch, in part.
+If samples can only be read in blocks (row groups, ranges of a tar file), `WindowOrder` shuffles the blocks, and then
+the rows of a few blocks at a time. Every sample still occurs once per epoch, but rows of one block stay close to each
+other: if a file is sorted by class, batches are partly sorted too.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def mix(values: UInt64s) -> UInt64s:
 
 
 def derive_seed(*parts: int) -> int:
-    """Hash whole numbers into one 64-bit seed; the order of `parts` matters."""
+    """Hash integers into one 64-bit seed; the order of `parts` matters."""
     state = 0
     for part in parts:
         state = _mix_int((state + (part + 1) * _GOLDEN) & _MASK)
@@ -44,7 +44,7 @@ def derive_seed(*parts: int) -> int:
 
 
 def derive_seeds(seed: int, *parts: Int64s) -> UInt64s:
-    """Return `derive_seed(seed, *parts)` of each row; `parts` are non-negative, all of one shape, [rows]."""
+    """Return `derive_seed(seed, *parts)` for each row; `parts` are non-negative, each [rows]."""
     states = np.full(parts[0].shape, derive_seed(seed), np.uint64)
     for part in parts:
         states = mix(states + (part.astype(np.uint64) + np.uint64(1)) * np.uint64(_GOLDEN))
@@ -58,7 +58,7 @@ def _mix_int(value: int) -> int:
 
 
 def uniforms(seed: int, positions: Int64s, draw: int) -> npt.NDArray[np.float64]:
-    """Return uniform numbers in [0, 1), one per position: draw number `draw` of each sample's own random stream."""
+    """Return uniform numbers in [0, 1), one per position: draw number `draw` of the position's random stream."""
     counters = positions.astype(np.uint64) * np.uint64(_GOLDEN) + np.uint64(derive_seed(seed, draw))
     return (mix(mix(counters)) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
@@ -73,7 +73,7 @@ class AnyOrder(Protocol):
 
 @dataclass(frozen=True)
 class SampleOrder:
-    """The sequence of samples of a run: position -> (epoch, sample), `0 <= sample < num_samples`."""
+    """The shuffled sequence of a run's samples: position -> sample, `0 <= sample < num_samples`."""
 
     seed: int
     num_samples: int
@@ -92,17 +92,17 @@ class SampleOrder:
 
 
 class _Epoch(NamedTuple):
-    """How one epoch goes through the blocks. Blocks are in this epoch's order."""
+    """The order of blocks in one epoch; the arrays are in this order."""
 
     first_samples: Int64s  # first sample of each block
-    block_ends: Int64s  # offset in the epoch at which each block would end if its window weren't shuffled
-    window_ends: Int64s
+    block_ends: Int64s  # offset in the epoch at which each block ends before rows are shuffled
+    window_ends: Int64s  # offset in the epoch at which each window ends
 
 
 class WindowOrder:
-    """Blocks of samples in a new order each epoch, and the rows of `window` blocks at a time among themselves.
+    """Blocks of samples in a new order each epoch, with the rows of each `window` blocks shuffled together.
 
-    Block b holds the next `block_sizes[b]` samples. Costs one look at all block sizes an epoch.
+    Block b holds the next `block_sizes[b]` samples. Each epoch costs one pass over all block sizes.
     """
 
     def __init__(self, seed: int, block_sizes: Int64s, window: int) -> None:
@@ -110,7 +110,7 @@ class WindowOrder:
         assert self.num_samples > 0, "sources refuse an empty split"
         self._seed, self._sizes, self._window = seed, block_sizes, window
         self._first_samples = np.cumsum(block_sizes) - block_sizes
-        self._epochs: dict[int, _Epoch] = {}  # the last two
+        self._epochs: dict[int, _Epoch] = {}  # by epoch; the last two
 
     def samples(self, positions: Int64s) -> Int64s:
         """Return the sample at each position; `positions` is any shape of non-negative integers."""
@@ -131,7 +131,7 @@ class WindowOrder:
         return samples
 
     def _epoch(self, number: int) -> _Epoch:
-        # called on two threads, the loop's and the pipeline's: never change the dict that they read, replace it
+        # called on two threads, the training loop's and the pipeline's: replace the dict, never modify it
         epochs = self._epochs
         if number not in epochs:
             count = len(self._sizes)
@@ -144,17 +144,17 @@ class WindowOrder:
 
 
 def permute(offsets: Int64s, size: int, keys: tuple[np.uint64, ...]) -> Int64s:
-    """Return where a permutation of [0, size), chosen by `keys`, takes each of `offsets`."""
+    """Apply the permutation of [0, size) that `keys` select to each of `offsets`."""
     num_bits = np.uint64(max(2, (size - 1).bit_length()))
     values = _feistel(offsets.astype(np.uint64), num_bits, keys)
-    # the network permutes a domain of up to twice the size: walk on until inside
+    # the network permutes a domain of up to twice the size: apply it again until the value is inside
     while (outside := np.flatnonzero(values >= np.uint64(size))).size:
         values[outside] = _feistel(values[outside], num_bits, keys)
     return values.astype(np.int64)
 
 
 def permute_each(offsets: Int64s, sizes: Int64s, seeds: UInt64s) -> Int64s:
-    """Return `permute` with a permutation for each row: of [0, sizes[row]), chosen by seeds[row]; all are [rows]."""
+    """Apply `permute` with a separate permutation per row: of [0, sizes[row]), selected by seeds[row]; all [rows]."""
     num_bits = np.maximum(2, np.frexp(sizes - 1.0)[1]).astype(np.uint64)  # exact below 2**53
     keys = [mix(seeds + np.uint64(number * _GOLDEN & _MASK)) for number in range(1, _NUM_ROUNDS + 1)]
     values = _feistel(offsets.astype(np.uint64), num_bits, keys)
@@ -165,14 +165,14 @@ def permute_each(offsets: Int64s, sizes: Int64s, seeds: UInt64s) -> Int64s:
 
 @functools.lru_cache(maxsize=64)
 def round_keys(seed: int, *stream: int) -> tuple[np.uint64, ...]:
-    """Return the keys of the permutation that a seed and the numbers of a stream choose."""
+    """Return the keys of the permutation that a seed and the numbers of a stream select."""
     return tuple(np.uint64(derive_seed(seed, *stream, number)) for number in range(_NUM_ROUNDS))
 
 
 def _feistel(values: UInt64s, num_bits: np.uint64 | UInt64s, keys: Sequence[np.uint64 | UInt64s]) -> UInt64s:
-    """Return a permutation of [0, 2**num_bits): Feistel rounds that change the high and the low bits in turn.
+    """Apply a permutation of [0, 2**num_bits): Feistel rounds that change the high and the low bits in turn.
 
-    num_bits, keys: of all `values`, or of each.
+    num_bits, keys: one for all `values`, or one per value.
     """
     low_bits = num_bits // np.uint64(2)
     low_mask, high_mask = _ones(low_bits), _ones(num_bits - low_bits)

@@ -1,4 +1,4 @@
-"""A first look at data.root, before anything heavy is imported and Ray starts."""
+"""A first check of data.root, before heavy imports and before Ray starts."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from ftexp.storage.uri import is_remote
 
 
 def is_missing(root: str | None) -> bool:
-    """Whether a root is on this machine, and is not there."""
+    """Return whether `root` is a local path that does not exist."""
     return root is not None and not is_remote(root) and not Path(absolute(root)).exists()
 
 
 def require_root(data: DataConfig) -> None:
-    """Raise DataError if the files of a built-in source are on this machine, and are not there."""
+    """Raise DataError if a built-in source needs files at data.root, and that is a local path that does not exist."""
     if reads_files(data.name) and is_missing(data.root):
         raise DataError(f"data.root={data.root} does not exist")

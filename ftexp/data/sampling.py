@@ -1,16 +1,18 @@
-"""Which samples an epoch draws: position -> sample, a pure function of (seed, position), as in ftexp.data.order.
+"""The samples that an epoch draws: position -> sample, a pure function of (seed, position), as in ftexp.data.order.
 
-An epoch has as many positions as there are training samples, whatever it draws:
+An epoch always has as many positions as there are training samples. `data.sampling` determines the samples:
 
 shuffle   each sample once
-balanced  classes alike: draws of two classes differ by one at most, and the odd ones go round from epoch to epoch
-sqrt      classes by the square root of their size, in whole draws an epoch, each class at least once
+balanced  all classes equally often: counts differ by at most one, and the classes with one more rotate over epochs
+sqrt      classes in proportion to the square root of their size, in whole draws per epoch, each class at least once
 
-`ClassOrder` is of the latter two. A Feistel permutation of (seed, epoch) decides which draws of an epoch are a class's.
-They are the next of that class's own permutations: how many it had before is a closed form of the epoch. So after any
-number of whole epochs the members of a class have come equally often, give or take one.
+`ClassOrder` implements balanced and sqrt. A Feistel permutation of (seed, epoch) assigns the draws of an epoch to
+classes. Each class has its own sequence of permutations of its members, and its draws take the next members. The number
+of a class's earlier draws has a closed form. So after any number of whole epochs, the members of a class have been
+drawn equally often, within one.
 
-`RepeatedOrder` is repeated augmentation (Hoffer et al., "Augment your batch", 2020): each draw at several positions.
+`RepeatedOrder` implements repeated augmentation (Hoffer et al., "Augment your batch", 2020): each draw has several
+positions.
 """
 
 from __future__ import annotations
@@ -37,58 +39,61 @@ from ftexp.data.order import (
     round_keys,
 )
 
-_STREAM = 1  # stream of the run's seed, apart from those of ftexp.job.build and ftexp.worker.step
-_FRACTION_BITS = 40  # bits of the square of a root
+_STREAM = 1  # stream of the run's seed, separate from those of ftexp.job.build and ftexp.worker.step
+_FRACTION_BITS = 40  # a count is shifted left by this before its integer square root, for precision
 
 
 @dataclass(frozen=True)
 class ClassTable:
-    """The samples of train by class. Takes 4 bytes a sample; 8 from 2**31 of them on."""
+    """The training samples by class. Takes 4 bytes per sample; 8 bytes if there are 2**31 samples or more."""
 
-    members: npt.NDArray[np.signedinteger[Any]]  # sample numbers, class after class, [num_samples]
-    counts: Int64s  # counts of each class, [num_classes]
+    members: npt.NDArray[np.signedinteger[Any]]  # sample numbers, sorted by class, [num_samples]
+    counts: Int64s  # number of samples of each class, [num_classes]
 
     @classmethod
     def of(cls, labels: Int64s, num_classes: int) -> ClassTable:
-        """Sort samples by `labels`, [num_samples], the class of each."""
+        """Sort samples by class. labels: class of each sample, [num_samples]."""
         dtype = np.int32 if len(labels) < 2**31 else np.int64
         return cls(np.argsort(labels, kind="stable").astype(dtype), np.bincount(labels, minlength=num_classes))
 
 
 @dataclass(frozen=True)
 class Quotas:
-    """How many of the `num_draws` of an epoch are of each class: `whole`, and what is left over goes round."""
+    """Number of draws of each class in an epoch of `num_draws`: `whole`, and the remainder rotates over the classes."""
 
     whole: Int64s  # draws of each class in every epoch, [num_classes]
     num_draws: int
 
     @classmethod
     def of(cls, sampling: str, counts: Int64s, num_draws: int) -> Quotas:
-        """Return those of `data.sampling`, where `counts` are the samples of each class, all above 0."""
+        """Return the quotas for `data.sampling`. counts: number of samples of each class, all above 0."""
         if sampling == "balanced":
             return cls(np.full(len(counts), num_draws // len(counts)), num_draws)
         assert sampling == "sqrt", "a choice of the schema"
         assert num_draws >= len(counts), "ftexp.data.build refuses it"
-        # integers: their sums and quotients are the same on every machine
+        # integers, whose sums and quotients are the same on every machine
         roots = [math.isqrt(int(count) << _FRACTION_BITS) for count in counts]
         return cls(np.array(_apportioned(roots, num_draws), np.int64), num_draws)
 
     def before(self, epoch: int) -> Int64s:
-        """Return how many draws each class has in all epochs before `epoch`, [num_classes]."""
+        """Return the number of draws of each class in all epochs before `epoch`, [num_classes]."""
         num_classes, rest = len(self.whole), self.num_draws - int(self.whole.sum())
-        # floor((x + c) / n) over c = 0 .. n - 1 adds up to x (Hermite)
+        # the sum of floor((x + c) / n) over c = 0 .. n - 1 is x (Hermite)
         return epoch * self.whole + (epoch * rest + np.arange(num_classes)) // num_classes
 
 
 def _apportioned(weights: Sequence[int], total: int) -> list[int]:
-    """Divide `total` by `weights` into whole numbers from 1 on: largest remainders first, of equal ones the earlier."""
+    """Divide `total` in proportion to `weights` into integers of at least 1, by the largest remainder method.
+
+    Among equal remainders, the earlier one gets more.
+    """
     parts = dict.fromkeys(range(len(weights)), 1)
     shared = set(parts)
     while True:
         left, weight = total - (len(weights) - len(shared)), sum(weights[number] for number in shared)
         if not (low := {number for number in shared if left * weights[number] < weight}):
             break
-        shared -= low  # each gets 1, though its share is less
+        shared -= low  # each gets 1, although its share is less
     parts |= {number: left * weights[number] // weight for number in shared}
     by_remainder = sorted(shared, key=lambda number: (-(left * weights[number] % weight), number))
     for number in by_remainder[: total - sum(parts.values())]:
@@ -97,10 +102,10 @@ def _apportioned(weights: Sequence[int], total: int) -> list[int]:
 
 
 class ClassOrder:
-    """Draws by class: draw -> sample. An epoch is `quotas.num_draws` draws; costs one look at all classes an epoch."""
+    """Draws by class: draw -> sample. An epoch has `quotas.num_draws` draws and costs one pass over all classes."""
 
     def __init__(self, seed: int, table: ClassTable, quotas: Quotas) -> None:
-        """quotas: of the classes that have samples."""
+        """quotas: for the classes that have samples."""
         self._seed, self._members, self._quotas = seed, table.members, quotas
         self._classes = np.flatnonzero(table.counts)
         self._counts = table.counts[self._classes]
@@ -113,9 +118,9 @@ class ClassOrder:
         return samples
 
     def places(self, positions: Int64s) -> Int64s:
-        """Return the same samples as their places in `ClassTable.members`."""
+        """Return the place of each draw's sample in `ClassTable.members`."""
         epochs, offsets = np.divmod(np.asarray(positions, np.int64), self._quotas.num_draws)
-        rows, visits = np.empty_like(offsets), np.empty_like(offsets)  # which class, and its how many-th draw
+        rows, visits = np.empty_like(offsets), np.empty_like(offsets)  # the class, and its number of earlier draws
         for epoch in np.unique(epochs).tolist():
             here = epochs == epoch
             slots = permute(offsets[here], self._quotas.num_draws, round_keys(self._seed, epoch))
@@ -134,8 +139,8 @@ class ClassOrder:
 class RepeatedOrder:
     """Each draw of `order` at `repeats` positions, far apart in one global batch: position -> sample.
 
-    Each epoch of `num_samples` positions makes ceil(num_samples / repeats) draws, the last of them at fewer positions
-    where that doesn't divide evenly. A draw that a global batch cuts off continues in the next.
+    Each epoch of `num_samples` positions has ceil(num_samples / repeats) draws; the last draw has fewer positions if
+    the division has a remainder. A draw that doesn't fit into a global batch continues in the next.
     """
 
     order: AnyOrder
@@ -151,12 +156,12 @@ class RepeatedOrder:
         """Return the draw of `order` at each position."""
         positions = np.asarray(positions, np.int64)
         epochs = positions // self.num_samples
-        # the part of a global batch in one epoch is cut into stretches; copies of a sample go to the stretches in turn,
-        # as timm's RepeatAugSampler gives them to the ranks
+        # the part of a global batch in one epoch is divided into stretches; the copies of a sample go to consecutive
+        # stretches, as timm's RepeatAugSampler distributes them to ranks
         batch = positions // self.global_batch_size * self.global_batch_size
         starts = np.maximum(batch, epochs * self.num_samples)
         sizes = np.minimum(batch + self.global_batch_size, (epochs + 1) * self.num_samples) - starts
-        size, num_longer = np.divmod(sizes, self.repeats)  # size of a stretch; the first `num_longer` have one more
+        size, num_longer = np.divmod(sizes, self.repeats)  # size of a stretch; the first `num_longer` are longer by one
         offsets = positions - starts
         in_longer = offsets < num_longer * (size + 1)
         stretches = np.where(in_longer, offsets // (size + 1), (offsets - num_longer) // np.maximum(size, 1))
@@ -167,7 +172,7 @@ class RepeatedOrder:
 
 
 def num_draws(num_samples: int, repeats: int) -> int:
-    """Return how many samples an epoch of `num_samples` positions draws, where each is repeated so often."""
+    """Return the number of draws in an epoch of `num_samples` positions, if each draw has `repeats` positions."""
     return -(-num_samples // repeats)
 
 
@@ -176,9 +181,9 @@ def run_order(config: Config, num_samples: int, block_sizes: Int64s | None, tabl
 
     Args:
         config: config of the run.
-        num_samples: of train.
-        block_sizes: samples in each block, for data.shuffle_window.
-        table: of train, for data.sampling; None for shuffle.
+        num_samples: number of training samples.
+        block_sizes: number of samples in each block, for data.shuffle_window.
+        table: classes of the training samples, for data.sampling; None for shuffle.
     """
     seed, window, repeats = derive_seed(config.seed, _STREAM), config.data.shuffle_window, config.augment.repeats
     order: AnyOrder
@@ -197,10 +202,10 @@ def run_order(config: Config, num_samples: int, block_sizes: Int64s | None, tabl
 def identities(
     config: Config, num_samples: int, class_counts: Sequence[int] | None
 ) -> Callable[[Sequence[int]], tuple[Int64s, Int64s]] | None:
-    """Return what a ledger is checked by: positions -> (rounds, places), without the samples themselves.
+    """Return a function for checks of the sample ledger: positions -> (rounds, places). It needs no data.
 
-    Positions of one round have one sample if and only if they have one place. None for a run that draws each sample
-    once an epoch.
+    Two positions of the same round have the same sample if and only if their places are equal. None for a run that
+    draws each sample once per epoch.
     """
     repeats = config.augment.repeats
     if config.data.sampling != "shuffle":
@@ -214,7 +219,7 @@ def identities(
 
 
 def epoch_in_words(config: Config, info: DataInfo) -> str:
-    """Return what an epoch of the run draws, for its header."""
+    """Return a description of the samples that an epoch draws, for the run's header."""
     positions, repeats = info.num_samples["train"], config.augment.repeats
     draws = num_draws(positions, repeats)
     versions = f", each in {repeats} versions (augment.repeats={repeats})" if repeats > 1 else ""
@@ -237,7 +242,7 @@ def epoch_in_words(config: Config, info: DataInfo) -> str:
         f"each of the {counts[classes[row]]:,} samples of {info.class_names[classes[row]]!r} {times[row]:.3g} times"
         for row in (int(times.argmax()), int(times.argmin()))
     ]
-    extremes = ", ".join(dict.fromkeys(named))  # classes of one size are one
+    extremes = ", ".join(dict.fromkeys(named))  # one entry if all classes have the same size
     none = len(counts) - len(classes)
     left = f"; {none:,} class{'es have' if none > 1 else ' has'} no training sample, so no draw" if none else ""
     return f"{draws:,} draws{versions}, {how} (data.sampling={config.data.sampling}): {extremes}{left}"

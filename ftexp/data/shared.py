@@ -10,17 +10,17 @@ T = TypeVar("T")
 
 
 class Shared(Generic[T]):
-    """A value that many tasks read: once in the object store, and read there in place."""
+    """A value that many tasks read: stored once in the object store, and read there in place."""
 
     def __init__(self, value: T) -> None:
         self._ref = ray.put(value)
-        self._here: T | None = None  # once it was got; asked for again for every row
+        self._here: T | None = None  # cached value, since `get` is called for every row
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_here": None}
 
     def get(self) -> T:
-        """Return the value; arrays in it can't be written to."""
+        """Return the value; its arrays are read-only."""
         if self._here is None:
             self._here = ray.get(self._ref)
         return self._here

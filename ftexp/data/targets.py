@@ -1,11 +1,11 @@
-"""The labels of samples under each `data.task`, as an array with a row for each sample.
+"""The labels of samples for each `data.task`, as an array with one row per sample.
 
 single_label  int64 [num_samples]: the class
-multi_label   uint8 [num_samples, bytes]: a bit for each class, 8 in a byte, the first class in the lowest bit
-regression    float32 [num_samples, num_targets]: the numbers as the data give them
+multi_label   uint8 [num_samples, bytes]: one bit per class, 8 in a byte, the first class in the lowest bit
+regression    float32 [num_samples, num_targets]: the numbers in the data
 
-So 1.2 million samples of 1,000 classes take 150 MB. `Labels` are split, gathered and sent as they are; they become
-tensors where a batch does.
+In the multi_label format, 1.2 million samples of 1,000 classes take 150 MB. `Labels` are split, gathered and sent in
+these formats; they are converted to tensors with each batch.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Labels = npt.NDArray[Any]  # any of the three
 Bits = npt.NDArray[np.uint8]
 Float32s = npt.NDArray[np.float32]
 
-_COUNTED_ROWS = 4096  # unpacked at a time
+_COUNTED_ROWS = 4096  # rows unpacked at a time
 
 
 def is_packed(labels: Labels) -> bool:
@@ -45,12 +45,12 @@ def packed(rows: Int64s, classes: Int64s, num_samples: int, num_classes: int) ->
 
 
 def unpacked(bits: Bits, num_classes: int) -> Bits:
-    """Return 1 where a sample has a class and 0 where not, [rows, num_classes]."""
+    """Return uint8 [rows, num_classes]: 1 if the sample has the class, else 0."""
     return np.unpackbits(bits, axis=1, count=num_classes, bitorder="little")
 
 
 def class_counts(labels: Labels, num_classes: int) -> Int64s:
-    """Return how many samples have each class, [num_classes]."""
+    """Return the number of samples with each class, [num_classes]."""
     if not is_packed(labels):
         return np.bincount(labels, minlength=num_classes)
     counts = np.zeros(num_classes, np.int64)
@@ -60,10 +60,10 @@ def class_counts(labels: Labels, num_classes: int) -> Int64s:
 
 
 def strata(labels: Labels) -> Int64s:
-    """Return the group of each sample that a split divides alike, [num_samples].
+    """Return each sample's group, [num_samples]; a split divides all groups in the same proportions.
 
-    Single label: the class. Several labels: the rarest class of the sample, or a group for samples without one.
-    Regression: one group for all.
+    single_label: the class. multi_label: the sample's rarest class, or a group for samples without classes.
+    regression: one group for all.
     """
     if is_numbers(labels):
         return np.zeros(len(labels), np.int64)
@@ -71,7 +71,7 @@ def strata(labels: Labels) -> Int64s:
         return labels
     num_bits = labels.shape[1] * 8
     counts = class_counts(labels, num_bits)
-    by_number = np.argsort(counts, kind="stable")  # among equals, the earlier class first
+    by_number = np.argsort(counts, kind="stable")  # among equal counts, the earlier class first
     found = np.full(len(labels), num_bits, np.int64)
     for start in range(0, len(labels), _COUNTED_ROWS):
         sets = unpacked(labels[start : start + _COUNTED_ROWS], num_bits)[:, by_number]
@@ -81,9 +81,9 @@ def strata(labels: Labels) -> Int64s:
 
 
 def _mean_std(targets: Float32s) -> tuple[list[float], list[float]]:
-    """Return mean and std of each target, [num_targets], whose sums are exact: the same on every machine.
+    """Return mean and std of each target, [num_targets]; sums are exact, so they are the same on every machine.
 
-    A target that is the same for all samples has the std 1.
+    A constant target gets a std of 1.
     """
     columns = targets.astype(np.float64).T
     means = [math.fsum(column) / len(column) for column in columns]
@@ -94,7 +94,7 @@ def _mean_std(targets: Float32s) -> tuple[list[float], list[float]]:
 
 
 def target_facts(config: DataConfig, labels: Labels) -> dict[str, Any]:
-    """Return what `DataInfo` takes over of the targets of train."""
+    """Return the fields of `DataInfo` that come from the targets of train."""
     if config.task != REGRESSION or not config.standardize_targets or not len(labels):
         return {}
     mean, std = _mean_std(labels)
@@ -102,9 +102,9 @@ def target_facts(config: DataConfig, labels: Labels) -> dict[str, Any]:
 
 
 def in_units(outputs: Float32s, mean: Sequence[float] | None, std: Sequence[float] | None) -> npt.NDArray[np.float64]:
-    """Return standardised targets, or what a model gave for them, in the units of the data: [rows, num_targets].
+    """Return standardised targets, or a model's outputs, in the units of the data: [rows, num_targets].
 
-    mean, std: of `DataInfo`; None where the model learns the numbers as they are.
+    mean, std: from `DataInfo`; None if targets are not standardised.
     """
     values = outputs.astype(np.float64)
     if mean is None or std is None:
@@ -114,7 +114,7 @@ def in_units(outputs: Float32s, mean: Sequence[float] | None, std: Sequence[floa
 
 
 def _written(value: float) -> str:
-    """Return a number of float32 as text, with as many digits as distinguish it from all others, and up to 6 anyway."""
+    """Return a float32 number as text, with up to 6 digits, or more if needed to distinguish it from all others."""
     texts = [f"{value:.{digits}g}" for digits in range(6, 10)]
     return next((text for text in texts if np.float32(text) == np.float32(value)), texts[-1])
 
@@ -131,7 +131,7 @@ def joined_label(label: Any, class_names: Sequence[str], separator: str) -> str:
 
 
 def distinct(labels: Labels, class_names: Sequence[str], separator: str) -> tuple[list[str], Int64s]:
-    """Return the labels that occur as text, and which of them each sample has, [num_samples]."""
+    """Return the distinct labels as text, and the index of each sample's label in them, [num_samples]."""
     if labels.ndim == 1:
         return list(class_names), labels
     rows, numbers = np.unique(labels, axis=0, return_inverse=True)
@@ -139,7 +139,7 @@ def distinct(labels: Labels, class_names: Sequence[str], separator: str) -> tupl
 
 
 def label_column(labels: Labels) -> Any:
-    """Return labels as a column of a pyarrow table that `label_rows` reads back; one of single classes is itself."""
+    """Convert labels to a column of a pyarrow table, which `label_rows` reads; single-class labels stay an array."""
     import pyarrow as pa
 
     if labels.ndim == 1:
@@ -148,7 +148,7 @@ def label_column(labels: Labels) -> Any:
 
 
 def label_rows(column: Any) -> Labels:
-    """Return the labels of a column, pyarrow's chunked array, that `label_column` made."""
+    """Return the labels of a column, a pyarrow chunked array, that `label_column` made."""
     import pyarrow as pa
 
     if not pa.types.is_fixed_size_list(column.type):

@@ -1,1 +1,1 @@
-"""Counting each sample of a split once."""
+"""Evaluation of a split: losses, metrics and findings, each sample counted once."""

@@ -1,4 +1,4 @@
-"""Counting how well a model does on a split: each sample once, over any number of workers."""
+"""Evaluation of models on a split: each sample is counted once, over any number of workers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def logits_of(model: nn.Module, images: Tensor, as_logits: Callable[[Any], Tensor], mirrored: bool = False) -> Tensor:
-    """Return the model's logits, [images, classes]; mirrored: their mean with those of the left-right mirror images."""
+    """Return the model's logits, [images, classes]; mirrored: the mean with the logits of the mirrored images."""
     logits = as_logits(model(images))
     return (logits + as_logits(model(images.flip(-1)))) / 2 if mirrored else logits
 
@@ -40,7 +40,7 @@ def measured(
 ) -> dict[str, float]:
     """Return `<split>_loss`, `<split>_accuracy` and further metrics of each model over all ranks; collective.
 
-    models: by the suffix of their metrics' names.
+    models: {suffix of the metrics' names: model}.
     metric_set: see `metric_set_of`.
     mirrored: see `logits_of`.
     idle: see `count_into`.
@@ -58,7 +58,7 @@ def measured(
 
 
 def metric_set_of(names: Sequence[str], info: DataInfo, device: torch.device) -> Callable[[], MetricSet] | None:
-    """Return what makes the metrics of one model besides loss and accuracy; None where there are no `names`."""
+    """Return a function that builds a model's metrics besides loss and accuracy; None if `names` is empty."""
     if not names:
         return None
     from ftexp.evaluation.metric_set import MetricSet  # it imports torchmetrics
@@ -77,18 +77,19 @@ def count_into(
     task: str = SINGLE_LABEL,
     idle: Iterable[Tensor] = (),
 ) -> None:
-    """Add each model's loss and right answers on `batches` to its meter, and the rest of the first's to `findings`.
+    """Add each model's losses and right predictions on `batches` to its meter; `findings` gets the first model's.
 
-    metrics: one for each model, in their order; none where no other metrics are asked for.
-    idle: images that models which are sharded are given afterwards, so that all ranks gather them equally often.
+    as_logits: checks a model's output: see `ftexp.model.build.as_logits`.
+    mirrored: see `logits_of`.
+    metrics: one per model, in their order; () if there are no other metrics.
+    idle: further images for sharded models, so that all ranks gather the models equally often.
 
-    `as_logits` checks what a model returns: see `ftexp.model.build.as_logits`. mirrored: see `logits_of`.
-    The models' parts are left in the mode that each was in: what is frozen doesn't train.
+    Each module returns to its previous mode: frozen modules are not in training mode.
     """
     training = [module for model, _ in models for module in model.modules() if module.training]
     for model, _ in models:
         model.eval()
-    # what is gathered in inference mode couldn't be trained afterwards
+    # parameters gathered in inference mode could not be trained afterwards
     with torch.no_grad() if any(is_sharded(model) for model, _ in models) else torch.inference_mode():
         _count(models, as_logits, batches, autocast, findings, mirrored, metrics, task)
         for images in idle:

@@ -1,4 +1,4 @@
-"""The findings of an evaluation besides loss and accuracy, by `data.task`."""
+"""The findings of an evaluation, besides loss and accuracy, for each `data.task`."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from ftexp.evaluation.numbers import NumberFindings
 
 
 class Findings(Protocol):
-    """Collects batches on one rank, and reports on all ranks'."""
+    """Collects the batches of one rank, and reports on those of all ranks."""
 
     def add(self, images: Tensor, targets: Tensor, outputs: Tensor) -> None:
-        """Count a batch: images and targets as evaluation has them, and what the model gave for them."""
+        """Count a batch: normalised images, targets, and the model's outputs for them."""
         ...
 
     def report(self, info: DataInfo) -> dict[str, Any]:
-        """Return what `evaluation_<split>.json` says, on rank 0; collective."""
+        """Return the content of `evaluation_<split>.json`, on rank 0; collective."""
         ...
 
 
 def findings_of(info: DataInfo, to_pixels: Callable[[Tensor], UInt8s], threshold: Any = None) -> Findings:
-    """Return what collects for the task of `info`.
+    """Return the findings for the task of `info`.
 
     Args:
-        info: of the data.
-        to_pixels: turns images as the model gets them back into uint8 rows.
-        threshold: of multi_label: one for all classes, or a list with one for each; None: 0.5.
+        info: info of the data.
+        to_pixels: converts normalised images back to uint8 rows.
+        threshold: for multi_label: a number for all classes, or a list with one per class; None: 0.5.
     """
     if info.task == MULTI_LABEL:
         thresholds = thresholds_of("threshold", threshold, info.num_classes)

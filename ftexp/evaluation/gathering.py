@@ -1,4 +1,4 @@
-"""Bringing what every rank found to rank 0."""
+"""Gathering of all ranks' values on rank 0."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 def gathered(own: T) -> list[T]:
-    """Return what all ranks have, in their order, on rank 0, and a rank's own alone on the others; collective."""
+    """Return all ranks' values, in rank order, on rank 0, and only the own value on other ranks; collective."""
     if not dist.is_initialized():
         return [own]
     parts: list[T] | None = [own] * dist.get_world_size() if dist.get_rank() == 0 else None

@@ -1,4 +1,4 @@
-"""Metrics of sets of classes, per class: precision and recall at a threshold, and average precision."""
+"""Findings for data.task=multi_label: precision and recall at a threshold, and average precision, of each class."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Float32s = npt.NDArray[np.float32]
 
 
 def thresholds_of(key: str, given: Any, num_classes: int) -> list[float]:
-    """Return the threshold of each class; ConfigError unless `given` is None, a number, or one for each class."""
+    """Return the threshold of each class; ConfigError unless `given` is None, a number, or one number per class."""
     values = given if isinstance(given, list) else [DEFAULT_THRESHOLD if given is None else given] * num_classes
     if len(values) != num_classes:
         raise ConfigError(
@@ -36,17 +36,17 @@ def thresholds_of(key: str, given: Any, num_classes: int) -> list[float]:
 
 
 class SetFindings:
-    """Collects on one rank: 4 bytes for each sample and class, all of them on rank 0 in the end."""
+    """Findings of multi_label. They take 4 bytes per sample and class; rank 0 gathers those of all ranks."""
 
     def __init__(self, num_classes: int, thresholds: Sequence[float], to_pixels: Callable[[Tensor], UInt8s]) -> None:
-        """to_pixels: turns images as the model gets them back into uint8 rows."""
+        """to_pixels: converts normalised images back to uint8 rows."""
         self._num_classes, self._thresholds = num_classes, np.array(thresholds, np.float32)
         self._to_pixels, self._mistakes = to_pixels, list[Mistake]()
         self._probabilities: list[Float32s] = []
         self._sets: list[Bits] = []
 
     def add(self, images: Tensor, targets: Tensor, logits: Tensor) -> None:
-        """Count a batch: targets 0 and 1, logits, both [rows, num_classes]."""
+        """Count a batch: targets (0 and 1) and logits, both [rows, num_classes]."""
         rows, classes = targets.cpu().numpy().nonzero()
         self._sets.append(packed(rows, classes, len(targets), self._num_classes))
         probabilities = logits.float().sigmoid()
@@ -54,7 +54,7 @@ class SetFindings:
         self._mistakes = surest_of([*self._mistakes, *self._mistaken(images, targets > 0, probabilities)])
 
     def _mistaken(self, images: Tensor, held: Tensor, probabilities: Tensor) -> list[Mistake]:
-        """Return the most confident mistakes of a batch; a sample's confidence is that of its worst class."""
+        """Return the most confident mistakes of a batch, by the confidence of each sample's worst class."""
         predicted = probabilities > torch.from_numpy(self._thresholds).to(probabilities)
         confidences = torch.where(predicted, probabilities, 1 - probabilities).nan_to_num()
         worst = torch.where(predicted != held, confidences, -1.0).amax(1)
@@ -64,7 +64,7 @@ class SetFindings:
         return mistakes_of(worst[surest].tolist(), label, prediction, self._to_pixels(images[surest]))
 
     def report(self, info: DataInfo) -> dict[str, Any]:
-        """Return what `evaluation_<split>.json` says, on rank 0; collective."""
+        """Return the content of `evaluation_<split>.json`, on rank 0; collective."""
         parts = gathered((self._probabilities, self._sets, self._mistakes))
         none, nobody = np.empty((0, self._num_classes), np.float32), np.empty(0, np.int64)
         probabilities = np.concatenate([none, *(batch for part, _, _ in parts for batch in part)])
@@ -88,12 +88,12 @@ class SetFindings:
 
 
 def _sets_of(flags: Tensor) -> list[tuple[int, ...]]:
-    """Return the classes that are set in each row, [rows, num_classes]."""
+    """Return the classes of each row. flags: bool [rows, num_classes]."""
     return [tuple(row.nonzero().flatten().tolist()) for row in flags.cpu()]
 
 
 def of_class(probabilities: Float32s, held: npt.NDArray[np.bool_], threshold: float) -> dict[str, Any]:
-    """Return what is said of one class; None for what nothing is a share of."""
+    """Return the metrics of one class; a metric is None if it is not defined, such as a precision of 0 predictions."""
     predicted = probabilities > np.float32(threshold)
     right, num_held, num_predicted = int((predicted & held).sum()), int(held.sum()), int(predicted.sum())
     return {
@@ -106,15 +106,15 @@ def of_class(probabilities: Float32s, held: npt.NDArray[np.bool_], threshold: fl
 
 
 def average_precision(probabilities: Float32s, held: npt.NDArray[np.bool_]) -> float | None:
-    """Return the area under the precision-recall curve by steps, as scikit-learn does.
+    """Return the area under the precision-recall curve, by steps, as in scikit-learn.
 
-    Samples of equal probability count as one step, so that their order doesn't matter. None where all or no samples are
-    held, or a probability isn't finite.
+    Samples of equal probability form one step, so their order doesn't matter. None if all or no samples have the class,
+    or if a probability isn't finite.
     """
     if not held.any() or held.all() or not np.isfinite(probabilities).all():
         return None
     order = np.argsort(-probabilities, kind="stable")
-    ends = np.append(np.flatnonzero(np.diff(probabilities[order])), len(order) - 1)  # ends of stretches of one value
+    ends = np.append(np.flatnonzero(np.diff(probabilities[order])), len(order) - 1)  # last index of each probability
     right = np.cumsum(held[order])[ends]
     steps = np.diff(right, prepend=0) / right[-1]
     return float(np.sum(steps * (right / (ends + 1))))

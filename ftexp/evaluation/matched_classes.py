@@ -1,4 +1,4 @@
-"""Evaluating on other data than a run's: their classes are matched by name with those of the model."""
+"""Evaluation on data other than a run's: classes are matched with the model's by name."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _MAX_SHOWN = 5  # names of classes in a message
 
 
 class MatchedClasses:
-    """Turns the labels of other data into those of the model; excludes samples of classes that the model lacks."""
+    """Maps labels of other data to the model's labels; excludes samples of classes that the model lacks."""
 
     def __init__(self, known: Sequence[str], found: Sequence[str]) -> None:
-        """Take the class names of the model and of the data; ConfigError if they have none in common."""
+        """Match the model's class names, `known`, with the data's, `found`; ConfigError if none is in both."""
         self._found = list(found)
         self.missing = [name for name in known if name not in found]
         self.new = [name for name in found if name not in known]
-        self.excluded = Counter[str]()  # samples of each new class
+        self.excluded = Counter[str]()  # new class -> number of excluded samples
         if len(self.missing) == len(known):
             raise ConfigError(
                 f"the data have no class of the run: they have {_some(found)}, and the model knows {_some(known)}; "

@@ -1,4 +1,4 @@
-"""Running sums that come out the same however often a run was interrupted."""
+"""Running sums that are the same however often a run was interrupted."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# Losses are summed as whole numbers of 2**-24: such sums don't depend on the order of addition, so a run that
-# was resumed, or resized, reports bitwise the numbers of the undisturbed run.
+# Losses are summed as integer multiples of 2**-24. Such sums don't depend on the order of addition, so a run that was
+# resumed or resized reports bitwise the same numbers as an undisturbed run.
 _UNIT = 2.0**24
-# A sum is kept in digits of 32 bits, the lowest first: any loss of float32 has 5, and 2**31 samples fit an int64 each.
+# A sum is stored in 32-bit digits, the lowest first. Any float32 loss has 5 digits, and an int64 per digit has room for
+# the sum over 2**31 samples.
 _BITS, _NUM_DIGITS = 32, 5
 
 
 class Meter:
-    """Sums of loss, right answers and samples since the last reset, kept on the device without synchronising."""
+    """Sums of losses, right predictions and samples since the last reset, on the device and without synchronisation."""
 
     def __init__(self, device: torch.device) -> None:
         self._sums = torch.zeros(_NUM_DIGITS + 3, dtype=torch.int64, device=device)
-        self._of_ranks: Tensor | None = None  # [ranks, sums] as of the last `share`
+        self._of_ranks: Tensor | None = None  # [ranks, sums] at the last `share`
         self._scales = 2.0 ** (_BITS * torch.arange(_NUM_DIGITS, dtype=torch.float64, device=device))
 
     def add(self, losses: Tensor, correct: Tensor, counted: Tensor) -> None:
@@ -32,34 +33,37 @@ class Meter:
         self._sums += torch.stack([*digits.sum(0), (correct & counted).sum(), counted.sum(), lost])
 
     def taken(self) -> Tensor:
-        """Return the sums as they are now, for `put_back`."""
+        """Return a copy of the sums, for `put_back`."""
         return self._sums.clone()
 
     def put_back(self, sums: Tensor) -> None:
-        """Forget what was counted since `taken`."""
+        """Restore the sums that `taken` returned."""
         self._sums.copy_(sums)
 
     def reset(self) -> None:
-        """Start again from nothing."""
+        """Set all sums to 0."""
         self._sums.zero_()
         self._of_ranks = None
 
     def share(self) -> None:
-        """Let every rank know every rank's sums, so that none is lost with its process; collective."""
+        """Send every rank's sums to all ranks, so that they survive the loss of a process; collective."""
         found = [torch.empty_like(self._sums) for _ in range(dist.get_world_size())]
         dist.all_gather(found, self._sums)
         self._of_ranks = torch.stack(found)
 
     def shared(self, rank: int) -> Tensor:
-        """Return the sums of `rank` when they were last shared; nothing was counted if that was before the reset."""
+        """Return the sums of `rank` at the last `share` since the last reset; zeros if there was none."""
         return torch.zeros_like(self._sums) if self._of_ranks is None else self._of_ranks[rank]
 
     def totals(self) -> list[int]:
-        """Return sums over all ranks (collective): loss in 2**-24, right answers, samples, those of non-finite loss."""
+        """Return sums over all ranks: loss in units of 2**-24, right predictions, samples, samples of non-finite loss.
+
+        Collective.
+        """
         return self.totals_with([])[0]
 
     def totals_with(self, others: Sequence[int]) -> tuple[list[int], list[int]]:
-        """Return `totals`, and the sums over ranks of other numbers, by the same collective."""
+        """Return `totals`, and the sums of `others` over ranks; one collective for both."""
         totals = torch.cat([self._sums, torch.tensor(others, dtype=torch.int64, device=self._sums.device)])
         if dist.is_initialized():
             dist.all_reduce(totals)
@@ -69,7 +73,7 @@ class Meter:
         return [loss, *own[_NUM_DIGITS:]], summed
 
     def restore(self, totals: list[int], rank: int) -> None:
-        """Restore what `totals` returned: rank 0 holds the past of all ranks."""
+        """Restore the result of `totals`: rank 0 gets the sums of all ranks, the others get 0."""
         self.reset()
         if rank == 0:
             loss, *others = totals
@@ -78,13 +82,16 @@ class Meter:
 
 
 def _digits(loss: int) -> list[int]:
-    """Return the digits of a sum of losses, whose sum it is; the last takes all that is left."""
+    """Return the digits of a sum of losses; the last digit is not limited to 32 bits."""
     digits = [loss >> _BITS * place & 2**_BITS - 1 for place in range(_NUM_DIGITS - 1)]
     return [*digits, loss >> _BITS * (_NUM_DIGITS - 1)]
 
 
 def means(totals: list[int]) -> tuple[float, float]:
-    """Return (mean loss, accuracy) of what `Meter.totals` returned; NaN for nothing counted, or a non-finite loss."""
+    """Return (mean loss, accuracy) for a result of `Meter.totals`.
+
+    Both are NaN if there are no samples; the loss is NaN if a sample's loss is not finite.
+    """
     loss, correct, count, non_finite = totals
     if count == 0:
         return float("nan"), float("nan")

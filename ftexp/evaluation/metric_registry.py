@@ -1,4 +1,4 @@
-"""Names of metrics, and what a metric is. Imports neither torch nor torchmetrics: the driver knows metrics by name."""
+"""Names of metrics and their interface. Imports neither torch nor torchmetrics: the driver uses only the names."""
 
 from __future__ import annotations
 
@@ -25,29 +25,29 @@ _TOP = 5
 
 @dataclass(frozen=True)
 class MetricContext:
-    """One evaluation of one model, on one rank, for which a metric is built."""
+    """Context in which a metric is built: one evaluation of one model on one rank."""
 
     task: str  # data.task
     num_classes: int
     class_names: Sequence[str]
-    device: torch.device  # device of what `update` gets, and of what ranks send to each other
-    predictions: Predictions  # `predictions.keep()` keeps all of the split, for metrics that are not sums
-    # where targets are standardised: what 1 of the model's outputs is in the unit of the targets
+    device: torch.device  # device of the arguments of `update`, and of tensors in collectives
+    predictions: Predictions  # `predictions.keep()` keeps all predictions, for metrics that are not sums over samples
+    # standard deviation of each target, by which outputs are multiplied for the data's units; None: not standardised
     target_std: Sequence[float] | None = None
 
 
 class Metric(Protocol):
-    """One number over a split; a `torchmetrics.Metric` is one, which sums its states over ranks by itself.
+    """A number over a split. A `torchmetrics.Metric` implements this interface and sums its states over ranks itself.
 
-    Sums of whole numbers are the same bits over any number of workers and any batch size; sums of floats aren't.
+    Sums of integers are bitwise identical for any number of workers and any batch size; sums of floats are not.
     """
 
     def update(self, logits: Tensor, targets: Tensor) -> None:
-        """Count a batch of this rank: logits float32 [rows, num_classes], targets as losses take them."""
+        """Count a batch of this rank: logits float32 [rows, num_classes], targets as for losses."""
         ...
 
     def compute(self) -> Any:
-        """Return the number over all ranks; collective, and called once."""
+        """Return the metric over all ranks; collective, called once."""
         ...
 
 
@@ -58,9 +58,9 @@ _kinds = dict(METRICS)
 
 
 def register_metric(name: str, better: str = "max", tasks: Sequence[str] = ()) -> Callable[[B], B]:
-    """Decorate a function or class: log the metric that it builds where train.metrics has `name`.
+    """Decorate a function or class that builds a metric: register it under `name` for train.metrics.
 
-    better: max or min, which way the metric is better. tasks: those that it is for; by default single_label.
+    better: max or min, whichever is better. tasks: tasks that the metric supports; by default single_label.
     """
     if better not in ("max", "min"):
         raise ValueError(f"metric '{name}': better='{better}' must be max or min")
@@ -76,12 +76,12 @@ def register_metric(name: str, better: str = "max", tasks: Sequence[str] = ()) -
 
 
 def metric_builder(name: str) -> MetricBuilder:
-    """Return the builder of a metric; those built in are there once `ftexp.evaluation.metrics` is imported."""
+    """Return the builder of a metric; built-in metrics are registered by importing `ftexp.evaluation.metrics`."""
     return _metrics.get(name)
 
 
 def check_names(names: Sequence[str], task: str) -> None:
-    """Raise ConfigError for a metric that neither ftexp nor a plug-in has, or that is for other tasks."""
+    """Raise ConfigError for a metric that neither ftexp nor a plug-in provides, or that doesn't support `task`."""
     for name in names:
         if name not in _kinds:
             raise UnknownNameError(unregistered("train.metrics", name, sorted(_kinds)))
@@ -90,9 +90,9 @@ def check_names(names: Sequence[str], task: str) -> None:
 
 
 def check_metrics(config: Config, task: str) -> None:
-    """Raise ConfigError for names in train.metrics as `check_names`, and for a best that is the worst.
+    """Raise ConfigError for invalid names in train.metrics, and for settings that would prefer the worst value.
 
-    To be called once plug-ins are imported: which way their metrics are better is known then.
+    Call this after the import of plug-ins: only then it is known whether larger or smaller is better for their metrics.
     """
     check_names(config.train.metrics, task)
     scored, order = config.checkpoint.checkpoint_score_attribute, config.checkpoint.checkpoint_score_order
@@ -107,11 +107,11 @@ def check_metrics(config: Config, task: str) -> None:
 
 
 def better_of(logged: str) -> str:
-    """Return whether a logged metric, of a plug-in's perhaps, is better at its max or its min."""
+    """Return "max" or "min", whichever is better for a logged metric, built in or from a plug-in."""
     return better_of_built_in(logged) or _kinds[name_of(logged)].better
 
 
 def check_num_classes(names: Sequence[str], num_classes: int) -> None:
-    """Raise ConfigError for a metric that is the same whatever is predicted of so many classes."""
+    """Raise ConfigError for a metric that is constant for this number of classes."""
     if "top5" in names and num_classes <= _TOP:
         raise ConfigError(f"metric top5 is always 1, since the data have {num_classes} classes: remove it")

@@ -1,4 +1,4 @@
-"""The metrics of one evaluation of one model. Imported where a run asks for metrics besides loss and accuracy."""
+"""The metrics of one evaluation of one model. Imported only if a run has metrics besides loss and accuracy."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ftexp.evaluation.predictions import Predictions
 
 
 class MetricSet:
-    """Counts each batch into every metric that `names` names."""
+    """The metrics in `names`, updated with each batch."""
 
     def __init__(
         self,
@@ -28,11 +28,11 @@ class MetricSet:
         context = MetricContext(task, len(class_names), class_names, device, self._predictions, target_std)
         self._metrics = {name: metric_builder(name)(context) for name in names}
         for metric in self._metrics.values():
-            if isinstance(metric, torch.nn.Module):  # as torchmetrics' are
+            if isinstance(metric, torch.nn.Module):  # torchmetrics' metrics are modules
                 metric.to(device)
 
     def update(self, logits: Tensor, targets: Tensor) -> None:
-        """Count a batch: logits float32 [rows, classes], targets as losses take them."""
+        """Count a batch: logits float32 [rows, classes], targets as for losses."""
         self._predictions.add(logits, targets)
         for metric in self._metrics.values():
             metric.update(logits, targets)
@@ -41,5 +41,5 @@ class MetricSet:
     def compute(self) -> dict[str, float]:
         """Return each metric over all ranks; collective."""
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torchmetrics warns where this rank has no samples
+            warnings.simplefilter("ignore")  # torchmetrics warns if this rank has no samples
             return {name: float(metric.compute()) for name, metric in self._metrics.items()}

@@ -1,7 +1,7 @@
-"""The metrics that are built in, by torchmetrics. Imported only where a run asks for one: torchmetrics takes seconds.
+"""The built-in metrics, by torchmetrics. Imported only if a run has one of them: importing torchmetrics takes seconds.
 
-Each comes out the same over any number of workers and any batch size: what is added up are whole numbers, and where
-a metric is no such sum, all predictions are brought together in the order of the samples.
+Each metric is the same for any number of workers and any batch size. It either sums integers, or is computed from all
+predictions, gathered in the order of the samples.
 """
 
 from __future__ import annotations
@@ -20,34 +20,34 @@ from ftexp.evaluation.metric_registry import MetricContext, register_metric
 from ftexp.evaluation.numbers import errors
 from ftexp.evaluation.predictions import Predictions
 
-_BINS = 15  # bins of confidence; Guo et al., On Calibration of Modern Neural Networks, 2017, and torchmetrics
-_UNIT = 2.0**24  # confidences are summed as whole numbers of 2**-24: see `ftexp.evaluation.meter`
+_BINS = 15  # bins of confidence, as in Guo et al., On Calibration of Modern Neural Networks, 2017, and torchmetrics
+_UNIT = 2.0**24  # confidences are summed as integer multiples of 2**-24: see `ftexp.evaluation.meter`
 
 
 @register_metric("top5")
 def _top5(context: MetricContext) -> Metric:
-    """Return the share of samples whose class is among the five of the largest logits."""
+    """Return the share of samples whose class is among the five with the largest logits."""
     return MulticlassAccuracy(context.num_classes, top_k=5, average="micro", validate_args=False)
 
 
 @register_metric("f1_macro")
 def _f1_macro(context: MetricContext) -> Metric:
-    """Return the mean F1 of the classes that occur, as labels or as predictions."""
+    """Return the mean F1 of the classes that occur as labels or predictions."""
     return MulticlassF1Score(context.num_classes, average="macro", validate_args=False)
 
 
 @register_metric("balanced_accuracy")
 class _BalancedAccuracy(MulticlassStatScores):
-    """The mean recall of the classes that samples have, as scikit-learn computes it.
+    """The mean recall of the classes that have samples, as in scikit-learn.
 
-    torchmetrics' own macro accuracy counts a class without samples as 0 once it is predicted.
+    torchmetrics' own macro accuracy counts a class without samples as 0 if it is predicted.
     """
 
     def __init__(self, context: MetricContext) -> None:
         super().__init__(context.num_classes, average="none", validate_args=False)
 
     def compute(self) -> Tensor:
-        """Compute over what was counted."""
+        """Return the metric over all counted samples."""
         assert isinstance(self.tp, Tensor)
         assert isinstance(self.fn, Tensor)
         right, samples = self.tp.double(), (self.tp + self.fn).double()
@@ -56,15 +56,15 @@ class _BalancedAccuracy(MulticlassStatScores):
 
 @register_metric("calibration_error")
 class _CalibrationError(Metric):
-    """The expected calibration error: how far accuracy is from confidence, in 15 bins of confidence."""
+    """The expected calibration error: |accuracy - confidence| in 15 bins of confidence, averaged over samples."""
 
     full_state_update = False
 
     def __init__(self, context: MetricContext) -> None:
         super().__init__()
         self._edges = torch.linspace(0, 1, _BINS + 1, device=context.device)
-        # per bin: samples, right ones, confidence in units; the last bin is that of confidence 1, as torchmetrics'
-        # and the number of samples whose logits aren't finite
+        # per bin: samples, right predictions, sum of confidences in units, samples whose logits aren't finite. The last
+        # bin is for a confidence of 1, as in torchmetrics
         self.add_state("sums", torch.zeros(4, _BINS + 1, dtype=torch.int64), dist_reduce_fx="sum")
         self.sums: Tensor
 
@@ -77,17 +77,17 @@ class _CalibrationError(Metric):
         self.sums.index_add_(1, bins, torch.stack([torch.ones_like(units), right, units, lost]))
 
     def compute(self) -> Tensor:
-        """Compute over what was counted."""
+        """Return the metric over all counted samples."""
         samples, right, units, lost = self.sums.double()
         error = (right - units / _UNIT).abs().sum() / samples.sum()
         return torch.where(lost.sum() > 0, torch.nan, error)
 
 
 class _MeanOfClasses:
-    """The mean of what `measure` makes of each class against the rest, over the classes that have both.
+    """The mean of `measure` for each class against the rest, over classes with positive and negative samples.
 
-    Exact, from all predictions: linear thresholds, by which torchmetrics saves memory, see nothing of 1,000 classes,
-    nearly all of whose probabilities are below the first.
+    It is computed exactly, from all predictions. torchmetrics' linear thresholds, which save memory, don't work for
+    1,000 classes, where nearly all probabilities are below the first threshold.
     """
 
     def __init__(self, predictions: Predictions, measure: Callable[[Tensor, Tensor], float]) -> None:
@@ -97,7 +97,7 @@ class _MeanOfClasses:
         """Do nothing: the predictions are kept for all metrics at once."""
 
     def compute(self) -> float:
-        """Compute over all predictions; collective."""
+        """Return the metric over all predictions; collective."""
         values = [value for value in self._predictions.by_class(self._of_class) if value is not None]
         return math.fsum(values) / len(values) if values else math.nan
 
@@ -119,7 +119,7 @@ def _average_precision(context: MetricContext) -> _MeanOfClasses:
     return _MeanOfClasses(context.predictions, _step_area)
 
 
-# numpy adds up: torch's sum depends on the number of threads
+# sums by numpy, since torch's sum depends on the number of threads
 def _area_under_roc(probabilities: Tensor, holds: Tensor) -> float:
     false_rate, true_rate, _ = binary_roc(probabilities, holds, validate_args=False)
     return float(np.trapezoid(true_rate.double().numpy(), false_rate.double().numpy()))
@@ -131,7 +131,7 @@ def _step_area(probabilities: Tensor, holds: Tensor) -> float:
 
 
 class _OfTargets:
-    """The mean over targets of one of `ftexp.evaluation.numbers.errors`, in the units of the data."""
+    """The mean over targets of one entry of `ftexp.evaluation.numbers.errors`, in the units of the data."""
 
     def __init__(self, context: MetricContext, key: str) -> None:
         self._predictions, self._key = context.predictions.keep(), key
@@ -141,7 +141,7 @@ class _OfTargets:
         """Do nothing: the predictions are kept for all metrics at once."""
 
     def compute(self) -> float:
-        """Compute over all predictions; collective. NaN where no target has one."""
+        """Return the metric over all predictions; collective. NaN if it is not defined for any target."""
         outputs, targets = (values.double().numpy() * self._std for values in self._predictions.pairs())
         found = [errors(*pair)[self._key] for pair in zip(outputs.T, targets.T, strict=True)]
         known = [value for value in found if value is not None]

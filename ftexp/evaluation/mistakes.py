@@ -1,4 +1,4 @@
-"""The findings of an evaluation of single labels: which class was taken for which, and the most confident mistakes."""
+"""Findings for data.task=single_label: the confusion of classes, and the most confident mistakes."""
 
 from __future__ import annotations
 
@@ -16,35 +16,35 @@ from ftexp.data.info import DataInfo
 from ftexp.data.sources.arrays import UInt8s
 from ftexp.evaluation.gathering import gathered
 
-MAX_MISTAKES = 24  # kept, with their pictures
-_MAX_PIXELS = 96  # a side of a picture
-_MAX_CLASSES = 1000  # classes of a confusion matrix that is written whole: a million numbers
+MAX_MISTAKES = 24  # maximum number of mistakes that are kept, with their pictures
+_MAX_PIXELS = 96  # maximum side of a picture
+_MAX_CLASSES = 1000  # maximum number of classes for which the confusion matrix is written: a million numbers
 
 
 @dataclass(frozen=True)
 class Mistake:
     """One sample whose prediction is wrong."""
 
-    confidence: float  # the probability that the model gave to what is wrong about its prediction
+    confidence: float  # probability that the model gave to the wrong part of its prediction
     label: tuple[int, ...]  # the sample's class, or its set of classes
     prediction: tuple[int, ...]
-    png: bytes  # the picture, as the model sees it
+    png: bytes  # the model's input image
 
 
 @dataclass
 class Part:
-    """Mistakes on one rank's part of a split, or on all of it."""
+    """Findings on one rank's part of a split, or on the whole split."""
 
-    pairs: Counter[tuple[int, int]] = field(default_factory=Counter)  # how often (label, prediction)
-    mistakes: list[Mistake] = field(default_factory=list)  # the surest first
+    pairs: Counter[tuple[int, int]] = field(default_factory=Counter)  # (label, prediction) -> number of samples
+    mistakes: list[Mistake] = field(default_factory=list)  # the most confident first
 
 
 class ClassFindings:
-    """Collects on one rank. `to_pixels` turns images as the model gets them back into uint8 rows."""
+    """Findings of single_label. to_pixels: converts normalised images back to uint8 rows."""
 
     def __init__(self, num_classes: int, to_pixels: Callable[[Tensor], UInt8s]) -> None:
         self._num_classes, self._to_pixels = num_classes, to_pixels
-        self._pairs: list[Tensor] = []  # label * num_classes + prediction, of each sample
+        self._pairs: list[Tensor] = []  # label * num_classes + prediction for each sample, by batch
         self._mistakes: list[Mistake] = []
 
     def add(self, images: Tensor, labels: Tensor, logits: Tensor) -> None:
@@ -53,7 +53,7 @@ class ClassFindings:
         confidences = logits.float().softmax(1).gather(1, predictions.unsqueeze(1)).squeeze(1).nan_to_num()
         self._pairs.append((labels * self._num_classes + predictions).cpu())
         wrong = (predictions != labels).nonzero().flatten()
-        # stable: samples that tie stay in their order, however many ranks share them
+        # stable: ties stay in the order of the samples, for any number of ranks
         surest = wrong[confidences[wrong].argsort(descending=True, stable=True)][:MAX_MISTAKES]
         pixels = self._to_pixels(images[surest])
         sure, of_label, guesses = (column[surest].tolist() for column in (confidences, labels, predictions))
@@ -61,18 +61,18 @@ class ClassFindings:
         self._mistakes = surest_of([*self._mistakes, *found])
 
     def gathered(self) -> Part:
-        """Return the mistakes of all ranks on rank 0, and this rank's part on the others; collective."""
+        """Return the findings of all ranks on rank 0, and only this rank's on other ranks; collective."""
         counted = Counter(pair for pairs in self._pairs for pair in pairs.tolist())
         own = Part(Counter({divmod(pair, self._num_classes): count for pair, count in counted.items()}), self._mistakes)
         return _together(gathered(own))
 
     def report(self, info: DataInfo) -> dict[str, Any]:
-        """Return what `evaluation_<split>.json` says, on rank 0; collective."""
+        """Return the content of `evaluation_<split>.json`, on rank 0; collective."""
         return described(self.gathered(), info.class_names)
 
 
 def described(part: Part, class_names: list[str]) -> dict[str, Any]:
-    """Return entries of `evaluation_<split>.json`; confusion is [label][prediction], null beyond 1,000 classes."""
+    """Return the content of `evaluation_<split>.json`; confusion is [label][prediction], null above 1,000 classes."""
     num_classes = len(class_names)
     confusion = None
     if num_classes <= _MAX_CLASSES:
@@ -98,7 +98,7 @@ def described(part: Part, class_names: list[str]) -> dict[str, Any]:
 
 
 def described_mistakes(mistakes: Sequence[Mistake], class_names: Sequence[str]) -> list[dict[str, Any]]:
-    """Return what `evaluation_<split>.json` says of mistakes, with their pictures."""
+    """Return the entries of `evaluation_<split>.json` for mistakes, with their pictures."""
     return [
         {
             "label": _named(mistake.label, class_names),
@@ -119,7 +119,7 @@ def _share(right: int, total: int) -> float | None:
 
 
 def _together(parts: list[Part]) -> Part:
-    """Join the parts of ranks, which hold consecutive stretches of the split, in the order of samples."""
+    """Join the parts of all ranks in rank order, which is the order of the samples."""
     pairs = Counter[tuple[int, int]]()
     for part in parts:
         pairs.update(part.pairs)
@@ -138,12 +138,12 @@ def mistakes_of(
 
 
 def surest_of(mistakes: Sequence[Mistake]) -> list[Mistake]:
-    """Return those that are kept, the most confident first; those that tie stay in their order."""
+    """Return the MAX_MISTAKES most confident mistakes, the most confident first; ties keep their order."""
     return sorted(mistakes, key=lambda mistake: -mistake.confidence)[:MAX_MISTAKES]
 
 
 def _png(pixels: UInt8s) -> bytes:
-    """Return [height, width, channels]; a second or fourth channel, Pillow's alpha, isn't shown."""
+    """Encode pixels [height, width, channels] as PNG, without a second or fourth channel (alpha in Pillow)."""
     picture = Image.fromarray(pixels[..., 0] if pixels.shape[2] in (1, 2) else pixels[..., :3])
     picture.thumbnail((_MAX_PIXELS, _MAX_PIXELS))
     stream = io.BytesIO()

@@ -1,4 +1,4 @@
-"""Errors of predicted numbers, in the units of the data."""
+"""Findings for data.task=regression: errors in the units of the data."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ Floats = npt.NDArray[np.float64]
 
 
 class NumberFindings:
-    """Collects on one rank: 8 bytes for each sample and target, all of them on rank 0 in the end."""
+    """Findings of regression. They take 8 bytes per sample and target; rank 0 gathers those of all ranks."""
 
     def __init__(self) -> None:
-        self._pairs: list[Any] = []  # float32 [rows, 2, num_targets]: outputs and targets as the model has them
+        self._pairs: list[Any] = []  # float32 [rows, 2, num_targets] by batch: outputs and targets, not in data units
 
-    def add(self, images: Tensor, targets: Tensor, outputs: Tensor) -> None:  # noqa: ARG002 - as other findings'
+    def add(self, images: Tensor, targets: Tensor, outputs: Tensor) -> None:  # noqa: ARG002 - the interface of Findings
         """Count a batch: targets and outputs [rows, num_targets]."""
         self._pairs.append(np.stack([outputs.float().cpu().numpy(), targets.float().cpu().numpy()], 1))
 
     def report(self, info: DataInfo) -> dict[str, Any]:
-        """Return what `evaluation_<split>.json` says, on rank 0; collective."""
+        """Return the content of `evaluation_<split>.json`, on rank 0; collective."""
         pairs = [batch for part in gathered(self._pairs) for batch in part]
         values = np.concatenate(pairs or [np.empty((0, 2, info.num_classes), np.float32)])
         predicted, true = (in_units(values[:, which], info.target_mean, info.target_std) for which in (0, 1))
@@ -44,9 +44,10 @@ class NumberFindings:
 
 
 def errors(predicted: Floats, true: Floats) -> dict[str, float | None]:
-    """Return mae, mse and r2 of one target; None where it isn't known, and r2 None where the target is always the same.
+    """Return mae, mse and r2 of one target.
 
-    Sums are exact, so that they don't depend on how samples are shared.
+    All are None without samples or with a non-finite prediction; r2 is None for a constant target. Sums are exact, so
+    they don't depend on how samples are distributed over ranks.
     """
     count = len(true)
     if not count or not np.isfinite(predicted).all():

@@ -1,4 +1,4 @@
-"""Every prediction of a split, kept for metrics that are no sums over samples."""
+"""All predictions of a split, kept for metrics that are not sums over samples."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     MULTI_LABEL: torch.sigmoid,
     REGRESSION: lambda outputs: outputs,
 }
-_COLUMNS = 64  # classes that a rank has of all samples at a time
+_COLUMNS = 64  # number of classes for which one rank gathers all samples at a time
 
 
 class Predictions:
-    """Probabilities of this rank's samples, float32 on the CPU; kept once, however many metrics want them.
+    """Probabilities of this rank's samples, float32 on the CPU, stored once for all metrics.
 
-    Memory: 4 bytes by sample and class, over all ranks together (1,000 classes of 50,000 samples: 200 MB), and while a
-    metric is computed those of 64 classes of all samples on each rank (13 MB).
+    Memory: 4 bytes per sample and class, over all ranks together (50,000 samples of 1,000 classes: 200 MB). While a
+    metric is computed, each rank also holds 64 classes of all samples (13 MB).
     """
 
     def __init__(self, task: str = SINGLE_LABEL) -> None:
@@ -34,14 +34,14 @@ class Predictions:
         self._targets: list[Tensor] = []
 
     def keep(self) -> Predictions:
-        """Keep what comes from now on."""
+        """Start keeping predictions."""
         self._keeps = True
         return self
 
     def add(self, logits: Tensor, targets: Tensor) -> None:
-        """Keep a batch, if any metric wants it: logits float32 [rows, classes], targets as losses take them.
+        """Keep a batch if a metric needs it: logits float32 [rows, classes], targets as for losses.
 
-        Of several labels, the probabilities are by sigmoid; of a regression, they are the outputs themselves.
+        Probabilities are computed by softmax; for multi_label by sigmoid; for regression, outputs are kept unchanged.
         """
         if self._keeps:
             self._probabilities.append(_ACTIVATIONS[self._task](logits).cpu())
@@ -54,13 +54,14 @@ class Predictions:
         return torch.cat(outputs), torch.cat(targets)
 
     def by_class(self, measure: Callable[[Tensor, Tensor], T]) -> list[T]:
-        """Return `measure(probabilities, targets)` of each class over all ranks' samples, in their order; collective.
+        """Return `measure(probabilities, holds)` for each class over all ranks' samples, in their order; collective.
 
-        measure: gets float32 [samples] and bool [samples], whether each is of the class. Ranks share the classes.
+        measure: its arguments are float32 [samples] and bool [samples]: whether each sample has the class. The classes
+        are distributed over ranks.
         """
         rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         held = torch.cat(self._probabilities) if self._probabilities else None
-        # a rank without samples doesn't know how many classes there are
+        # a rank without samples doesn't know the number of classes
         num_classes = max(_gathered_everywhere(0 if held is None else held.shape[1]))
         if not num_classes:  # the split is empty
             return []
@@ -82,7 +83,7 @@ def _holds(targets: Tensor, label: int) -> Tensor:
 
 
 def _gathered_everywhere(value: Any) -> list[Any]:
-    """Return every rank's value on all of them; collective."""
+    """Return all ranks' values, on all ranks; collective."""
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
@@ -91,7 +92,7 @@ def _gathered_everywhere(value: Any) -> list[Any]:
 
 
 def _gathered(value: Any, home: int) -> list[Any]:
-    """Return every rank's value on rank `home`, and nothing of use on the others; collective."""
+    """Return all ranks' values on rank `home`, and a list of None on other ranks; collective."""
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()

@@ -1,1 +1,1 @@
-"""torch and timm alone: the model, its optimiser and what is averaged or frozen of it."""
+"""The model and its parts in torch and timm: losses, optimiser, schedule, EMA, freezing, sharding and distillation."""

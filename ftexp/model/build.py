@@ -1,4 +1,4 @@
-"""Builds the timm model that a config names, sized to the data."""
+"""Building of the timm model that a config names, sized to the data."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ KEY = "model.pretrained"
 
 
 def timm_arguments(config: ModelConfig, info: DataInfo) -> dict[str, Any]:
-    """Return the arguments with which a bare `timm.create_model(**arguments)` builds this model.
+    """Return the arguments with which `timm.create_model(**arguments)` builds this model.
 
-    Architectures with position embeddings get `img_size`, others adapt to any size.
+    Architectures with a fixed input size get `img_size`; others adapt to any size.
     """
     arguments: dict[str, Any] = {
         "model_name": config.name,
@@ -40,10 +40,10 @@ def timm_arguments(config: ModelConfig, info: DataInfo) -> dict[str, Any]:
 
 
 def build_model(config: ModelConfig, info: DataInfo, key: str = KEY) -> tuple[nn.Module, WeightsReport | None]:
-    """Create the model on the CPU, with pretrained weights if `config.pretrained` asks for them; `key` names these.
+    """Create the model on the CPU, with pretrained weights if `config.pretrained` asks for them.
 
-    Random initialisation draws from torch's global generator: seed it first. ConfigError if timm refuses the
-    arguments.
+    key: setting that errors about these weights name. Initialisation draws from torch's global generator: seed it
+    first. ConfigError if timm rejects the arguments.
     """
     arguments = timm_arguments(config, info)
     if ":" not in config.name and not is_model(config.name.partition(".")[0]):
@@ -64,7 +64,7 @@ def build_model(config: ModelConfig, info: DataInfo, key: str = KEY) -> tuple[nn
 
 
 def trained_model(config: ModelConfig, info: DataInfo, weights: StateDict) -> nn.Module:
-    """Return the model with weights of its own, on the CPU; `config.pretrained` is not loaded first."""
+    """Return the model on the CPU with the given weights; ignores `config.pretrained`."""
     model, _ = build_model(dataclasses.replace(config, pretrained=False), info)
     model.load_state_dict(weights)
     return model
@@ -72,9 +72,9 @@ def trained_model(config: ModelConfig, info: DataInfo, weights: StateDict) -> nn
 
 @torch.no_grad()
 def initialise_head(model: nn.Module, config: ModelConfig, loaded: Collection[str] | None = None) -> None:
-    """Scale the classifier, and set its biases, as timm's train.py does; ConfigError if the model hasn't got one.
+    """Scale the classifier and set its biases, as timm's train.py does; ConfigError if the model has no classifier.
 
-    loaded: the tensors that are to be scaled, of a model whose others have been; None: all tensors of the classifier.
+    loaded: names of the tensors to scale, if the others are already scaled; None: all tensors of the classifier.
     """
     if config.head_init_scale is None and config.head_init_bias is None:
         return
@@ -92,7 +92,7 @@ def initialise_head(model: nn.Module, config: ModelConfig, loaded: Collection[st
 
 
 def as_logits(output: Any, config: ModelConfig, num_classes: int) -> torch.Tensor:
-    """Return what a model gave for some images; ConfigError if that isn't logits, [images, num_classes]."""
+    """Return a model's output; ConfigError if it is not logits of shape [images, num_classes]."""
     if isinstance(output, torch.Tensor):
         if output.ndim == 2 and output.shape[1] == num_classes:
             return output
@@ -107,7 +107,7 @@ def as_logits(output: Any, config: ModelConfig, num_classes: int) -> torch.Tenso
 
 
 def _hub_config(name: str, key: str = KEY) -> PretrainedCfg:
-    """Return timm's config of a model with weights; ConfigError if its hub has none."""
+    """Return timm's config of a pretrained model; ConfigError if timm's hub has no weights for it."""
     pretrained_cfg = get_pretrained_cfg(name)
     if pretrained_cfg is None or not pretrained_cfg.has_weights:
         raise ConfigError(f"{key}=true, but timm's hub has no weights for model.name={name}")
@@ -121,7 +121,7 @@ def _hub_weights(name: str, key: str) -> StateDict:
             file = (pretrained_cfg.hf_hub_filename,) if pretrained_cfg.hf_hub_filename else ()
             return dict(load_state_dict_from_hf(pretrained_cfg.hf_hub_id, *file, weights_only=True))
         return dict(torch.hub.load_state_dict_from_url(pretrained_cfg.url, map_location="cpu", weights_only=True))
-    except Exception as error:  # hub clients raise their own types for being offline
+    except Exception as error:  # hub clients raise their own exception types when offline
         raise DataError(
             f"{key}=true: the weights of {name} can't be fetched ({error}); "
             "without a network, give the path of a weights file"
@@ -129,10 +129,10 @@ def _hub_weights(name: str, key: str) -> StateDict:
 
 
 def check_weights(config: ModelConfig, data: DataConfig) -> None:
-    """Raise ConfigError if the weights can't be read or don't fit the model; looks at names and shapes alone.
+    """Raise ConfigError if the weights can't be read or don't fit the model. Uses only names and shapes.
 
-    Weights of timm's hub aren't fetched: they are taken to be of the model that timm builds by this name. The number of
-    classes may not be known yet, but it decides about the head only.
+    Weights of timm's hub aren't fetched; they are assumed to fit the model that timm builds by this name. The number of
+    classes may not be known yet, but it affects only the head.
     """
     info = _assumed_info(data)
     if config.pretrained is True:
@@ -148,21 +148,21 @@ def check_weights(config: ModelConfig, data: DataConfig) -> None:
 
 
 def _assumed_info(data: DataConfig) -> DataInfo:
-    """Return what a model is built for while the data, and so perhaps the number of classes, aren't known yet."""
+    """Return a DataInfo for building a model before the data are known; the number of classes may be wrong."""
     names = [str(number) for number in range(data.num_classes or 2)]
     return DataInfo(names, data.image_size, data.channels, data.mean, data.std, {})
 
 
 def without_values_of(config: ModelConfig, data: DataConfig) -> nn.Module:
-    """Return the model that the configs describe, on the device meta; its head may have another number of classes."""
+    """Return the configured model on the device meta; the number of classes of its head may be wrong."""
     info = _assumed_info(data)
     return without_values(lambda: build_model(dataclasses.replace(config, pretrained=False), info)[0])
 
 
 def without_values(build: Callable[[], nn.Module]) -> nn.Module:
-    """Return a model on the device meta."""
+    """Return the built model on the device meta."""
     try:
         with torch.device("meta"):
             return build()
-    except Exception:  # it can't do with shapes alone, or can't be built at all
+    except Exception:  # building needs values, or fails on any device
         return build().to("meta")

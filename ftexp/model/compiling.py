@@ -1,4 +1,4 @@
-"""torch.compile, of the model or of its blocks, and where what it makes is kept."""
+"""torch.compile for the model or its blocks, and the location of its cache."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from ftexp.model.parallel.blocks import blocks_of
 
 
 def compile_parts(model: nn.Module, setting: str, wrap: Sequence[str] = ()) -> None:
-    """Have the model, or each of its blocks, compiled when it first runs; setting: `train.compiled`.
+    """Set the model, or each of its blocks, to be compiled at its first run.
 
-    Blocks that differ in their weights alone share what is compiled. wrap: see `blocks_of`.
+    setting: `train.compiled`. wrap: see `blocks_of`. Blocks that differ only in their weights share the compiled code.
     """
     if setting == "none":
         return
@@ -24,7 +24,7 @@ def compile_parts(model: nn.Module, setting: str, wrap: Sequence[str] = ()) -> N
         model.compile()
         return
     blocks = blocks_of(model, wrap).values()
-    # those of other shapes, or of another rate of stochastic depth, are compiled too; with and without gradients
+    # blocks of different shapes or stochastic depth are compiled separately, each with and without gradients
     limits = torch.compiler.config
     limits.recompile_limit = max(limits.recompile_limit, 2 * len(blocks))
     for block in blocks:
@@ -32,9 +32,10 @@ def compile_parts(model: nn.Module, setting: str, wrap: Sequence[str] = ()) -> N
 
 
 def keep_compiled() -> None:
-    """Have torch keep what it compiles in this user's cache, for workers that start again; not below /tmp, as it would.
+    """Set torch's compile cache to this user's cache directory instead of /tmp, so that restarted workers reuse it.
 
-    On this machine alone, and in no run directory: it is code that runs. TORCHINDUCTOR_CACHE_DIR names another place.
+    The cache stays on this machine and outside of run directories, since it contains executable code.
+    TORCHINDUCTOR_CACHE_DIR overrides the location.
     """
     if "TORCHINDUCTOR_CACHE_DIR" in os.environ:
         return
@@ -42,7 +43,7 @@ def keep_compiled() -> None:
     directory = base / "ftexp" / "inductor"
     try:
         directory.mkdir(parents=True, exist_ok=True)
-    except OSError:  # the home cannot be written to: torch then uses its own default
+    except OSError:  # the home directory is not writable: torch uses its own default
         return
     if os.access(directory, os.W_OK | os.X_OK):
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(directory)

@@ -1,7 +1,7 @@
-"""Distillation: the term of the loss that compares a student with a frozen teacher, by timm's formulas.
+"""Distillation: the loss term that compares a student with a frozen teacher, by timm's formulas.
 
-timm's own tasks reduce a batch to its mean; here each sample has a value, so that the gradient is the mean over the
-global batch whatever the number of workers.
+timm's own tasks return a batch's mean. Here each sample has a value, so that the gradient is the mean over the global
+batch for any number of workers.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from ftexp.model.teacher import Teacher, num_features
 
 
 class Distiller:
-    """A student, and what it is compared with.
+    """A student and its teacher.
 
-    `trainable` is what DDP wraps and the optimiser trains: the model, or the model with a projection of its features to
-    the teacher's width. The projection is no part of the model that is saved.
+    `trainable` is the module that DDP wraps and the optimiser trains: the model, or the model with a projection of its
+    features to the teacher's width. The projection is not part of the saved model.
     """
 
     def __init__(self, config: DistillConfig, model: nn.Module, teacher: Teacher, seed: int) -> None:
-        """seed: of the projection's initialisation."""
+        """seed: seed of the projection's initialisation."""
         self._config, self._teacher = config, teacher
         self.projection: nn.Module | None = None
         self.trainable = model
@@ -37,11 +37,11 @@ class Distiller:
             self.trainable = FeatureDistillationTrainableModule(model, self.projection)
 
     def answers(self, images: Tensor) -> Tensor:
-        """Return what the teacher says of a student's batch: logits, or features; [rows, ...]."""
+        """Return the teacher's logits or features for a student's batch, [rows, ...]."""
         return self._teacher(images, features=self._config.kind == FEATURES)
 
     def split(self, output: Any) -> tuple[Any, Any]:
-        """Split what `trainable` returned in training into its logits and what is compared with the teacher's."""
+        """Split the output of `trainable` in training into logits and the output to compare with the teacher."""
         if self._config.kind in (FEATURES, TOKEN):
             if not (isinstance(output, tuple) and len(output) == 2):
                 raise ConfigError(f"distill.kind={self._config.kind}: the model returns one output, not two")
@@ -49,13 +49,13 @@ class Distiller:
         return output, output
 
     def losses(self, losses: Tensor, compared: Tensor, answers: Tensor) -> Tensor:
-        """Return each sample's loss: `losses`, of the labels, and the teacher's term, by their shares; [rows]."""
+        """Return each sample's loss, [rows]: the weighted sum of `losses`, of the labels, and the teacher's term."""
         alpha = self._config.alpha
         return (1 - alpha) * losses + alpha * term(self._config, compared.float(), answers.float())
 
 
 def term(config: DistillConfig, compared: Tensor, answers: Tensor) -> Tensor:
-    """Return how far a student is from its teacher, [rows]; of both, [rows, classes or features]."""
+    """Return the distance of a student's outputs to the teacher's, [rows]; both are [rows, classes or features]."""
     if config.kind == FEATURES:
         return F.mse_loss(compared, answers, reduction="none").mean(1)
     if config.hard:
@@ -65,7 +65,7 @@ def term(config: DistillConfig, compared: Tensor, answers: Tensor) -> Tensor:
 
 
 def _projection(width: int, wanted: int, seed: int) -> nn.Module | None:
-    """Return timm's projection, drawn from `seed` alone; None where the widths are the same, as in timm."""
+    """Return timm's projection, initialised from `seed` only; None if the widths are equal, as in timm."""
     if width == wanted:
         return None
     with torch.random.fork_rng(devices=[]):

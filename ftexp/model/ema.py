@@ -1,4 +1,4 @@
-"""The moving average of the weights: timm's ModelEmaV3, moved on by steps that changed the weights."""
+"""The EMA of the weights: timm's ModelEmaV3, updated after each step that changed the weights."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ from ftexp.model.parallel.parts import local
 
 
 class WeightsEMA:
-    """A model whose weights and batch norm's statistics are the EMA of those of another model, on its device."""
+    """A copy of a model, on its device, whose weights and batch norm statistics are the EMA of the model's."""
 
     def __init__(self, config: EmaConfig, model: nn.Module) -> None:
         self._ema = ModelEmaV3(model, **_arguments(config))
-        # the EMA's progress is the run's step, so that it is the same after a restart
+        # the decay depends on the run's step, so that it is the same after a restart
         self.model: nn.Module = self._ema.module
 
     def update(self, model: nn.Module, step: int) -> None:
-        """Take in the weights of `model` after optimiser step number `step`, counted from 1."""
+        """Update the EMA with the weights of `model` after optimiser step number `step`, counted from 1."""
         self._ema.update(model, step=step)
 
     def begin_at(self, model: nn.Module) -> None:
-        """Forget what was averaged: the weights of `model` are all there is."""
+        """Reset the EMA to the weights of `model`."""
         self._ema.set(model)
 
 
 class ShardedEMA(WeightsEMA):
-    """The same of a model that is sharded: each rank averages its own part. By timm's formula, at timm's decays."""
+    """The EMA of a sharded model: each rank averages its own shard, by timm's formula and decays."""
 
     def __init__(self, config: EmaConfig, copied: nn.Module) -> None:
-        """copied: a sharded copy of the model, with the same values."""
-        self._ema = ModelEmaV3(nn.Linear(1, 1), **_arguments(config))  # used for its decays only
+        """copied: sharded copy of the model, with the same values."""
+        self._ema = ModelEmaV3(nn.Linear(1, 1), **_arguments(config))  # used only to compute the decays
         self.model = copied.eval()
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
-        """Take in the weights of `model` after optimiser step number `step`, counted from 1."""
+        """Update the EMA with the weights of `model` after optimiser step number `step`, counted from 1."""
         weight = 1.0 - self._ema.get_decay(step)
         for average, value in self._pairs(model):
             if average.is_floating_point():
@@ -49,7 +49,7 @@ class ShardedEMA(WeightsEMA):
 
     @torch.no_grad()
     def begin_at(self, model: nn.Module) -> None:
-        """Forget what was averaged: the weights of `model` are all there is."""
+        """Reset the EMA to the weights of `model`."""
         for average, value in self._pairs(model):
             average.copy_(value)
 

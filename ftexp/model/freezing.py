@@ -1,9 +1,9 @@
-"""Parts of a model that are not trained, or only from some epoch on.
+"""Freezing of parts of a model, for all of training or until a given epoch.
 
-A frozen parameter has requires_grad=False: no gradient is computed for it, DDP excludes it, the optimiser passes it
-over and keeps no state of it. The optimiser knows all parameters from the beginning, so that a part's state begins when
-the part is unfrozen, and a checkpoint has the same parameter groups before and after. Which parts are frozen follows
-from the epoch alone. Batch norm in a frozen part uses the statistics that it has, and leaves them as they are.
+A frozen parameter has requires_grad=False: no gradient is computed for it, DDP excludes it, and the optimiser skips it
+and keeps no state for it. The optimiser gets all parameters at the start: the state of a part is created when the part
+is unfrozen, and checkpoints have the same parameter groups before and after. The epoch alone determines which parts are
+frozen. Batch norm in a frozen part uses its running statistics and does not update them.
 """
 
 from __future__ import annotations
@@ -26,11 +26,14 @@ _NEVER = float("inf")
 
 
 class Freezing:
-    """Which parameters train in which epoch. ConfigError if the model hasn't a part of `freeze`, or all is frozen."""
+    """The epochs in which each parameter trains.
+
+    ConfigError if the model lacks a part of `freeze`, or if all parameters are frozen in epoch 0.
+    """
 
     def __init__(self, freeze: dict[str, Any], model: nn.Module) -> None:
         self._model = model
-        self._first_epoch: dict[str, float] = {}  # first epoch of frozen parameters, by name
+        self._first_epoch: dict[str, float] = {}  # parameter name -> first epoch that trains it
         for part, epoch in freeze.items():
             for name in parameters_of(part, model):
                 first = _NEVER if epoch is None else float(epoch)
@@ -50,7 +53,7 @@ class Freezing:
         return max(first for first in self._stages if first <= epoch)
 
     def settle(self, epoch: int) -> bool:
-        """Freeze and unfreeze as `epoch`, counted from 0, has it; whether that changed anything."""
+        """Freeze and unfreeze parameters for `epoch`, counted from 0; return whether that changed anything."""
         if not self.is_due(epoch):
             return False
         self._stage = stage = self._stage_of(epoch)
@@ -67,15 +70,15 @@ class Freezing:
 
     @property
     def num_frozen(self) -> int:
-        """Values of parameters that are frozen now."""
+        """Number of values in the parameters that are frozen now."""
         return sum(parameter.numel() for parameter in self._model.parameters() if not parameter.requires_grad)
 
 
 def parameters_of(part: str, model: nn.Module) -> list[str]:
-    """Return names of the parameters that `part` means; ConfigError if there is none.
+    """Return the names of the parameters in `part`; ConfigError if there are none.
 
-    `backbone`: all but timm's classifier. `layers.0-5`: those of timm's numbering, as in layer-wise decay. Else a
-    pattern with * and ?, of a parameter's name or of a module's that holds it.
+    `backbone`: all but timm's classifier. `layers.0-5`: layers by timm's numbering, as in layer-wise decay. Otherwise a
+    pattern with * and ? that matches the name of a parameter or of a module that contains it.
     """
     names = [name for name, _ in model.named_parameters()]
     if part == BACKBONE:
@@ -100,7 +103,7 @@ def parameters_of(part: str, model: nn.Module) -> list[str]:
 
 
 def classifier_parameters(model: nn.Module) -> set[str]:
-    """Return names of the parameters of timm's classifier; empty where the model doesn't name it."""
+    """Return the names of the parameters of timm's classifier; empty if the model doesn't name its classifier."""
     get_classifier: Callable[[], Any] | None = getattr(model, "get_classifier", None)
     if get_classifier is None:
         return set()
@@ -132,5 +135,5 @@ def _modules(names: Iterable[str]) -> set[str]:
 
 
 def _parts(model: nn.Module) -> str:
-    """Return the model's outermost parts that have parameters."""
+    """Return the model's top-level parts that have parameters, as text."""
     return ", ".join(dict.fromkeys(name.split(".")[0] for name, _ in model.named_parameters()))

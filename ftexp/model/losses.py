@@ -1,6 +1,6 @@
-"""Training losses: the built-in ones, by timm's and torch's functions, and class weights.
+"""The built-in training losses, by timm's and torch's functions, and class weights.
 
-Each gives a value for each sample; see `ftexp.model.loss_registry.Loss`. Those of samples that have several classes are
+Each loss returns one value per sample; see `ftexp.model.loss_registry.Loss`. The losses for data.task=multi_label are
 in `ftexp.model.multi_label_losses`.
 """
 
@@ -18,7 +18,7 @@ from ftexp.config.schema import MULTI_LABEL, SINGLE_LABEL, LossConfig
 from ftexp.model.loss_registry import Loss, LossContext, loss_builder, register_loss
 from ftexp.model.multi_label_losses import PER_CLASS, build_per_class
 
-_MIN_PROBABILITY = 1e-7  # lowest probability of a mixture, as in timm's JsdCrossEntropy
+_MIN_PROBABILITY = 1e-7  # minimum of the views' mean probability, as in timm's JsdCrossEntropy
 
 
 @register_loss("ce")
@@ -34,10 +34,7 @@ def _torch_cross_entropy(logits: Tensor, targets: Tensor, smoothing: float) -> T
 
 @register_loss("bce")
 def _binary_cross_entropy(context: LossContext) -> Loss:
-    """Return a binary decision about each class (Wightman et al., "ResNet strikes back", 2021).
-
-    Their mean, or their sum.
-    """
+    """Return the mean or sum of each class's binary cross-entropy (Wightman et al., "ResNet strikes back", 2021)."""
     config = context.config
     every_class = BinaryCrossEntropy(
         smoothing=context.label_smoothing,
@@ -55,7 +52,7 @@ def _binary_cross_entropy(context: LossContext) -> Loss:
 
 @register_loss("focal")
 def _focal(context: LossContext) -> Loss:
-    """Return cross-entropy times (1 - p) ** gamma, p the probability of the right class (Lin et al., 2017)."""
+    """Return cross-entropy times (1 - p) ** gamma, where p is the probability of the right class (Lin et al., 2017)."""
     gamma, smoothing = context.config.gamma, context.label_smoothing
     focal: Loss = AsymmetricLossSingleLabel(gamma_pos=gamma, gamma_neg=0.0, eps=smoothing, reduction="none")
     return focal
@@ -80,7 +77,7 @@ def _poly(context: LossContext) -> Loss:
 def _jensen_shannon(context: LossContext) -> Loss:
     """Return cross-entropy of the clean view plus alpha times the Jensen-Shannon divergence of all views.
 
-    timm's JsdCrossEntropy for each sample (Hendrycks et al., "AugMix", 2020).
+    This is timm's JsdCrossEntropy per sample (Hendrycks et al., "AugMix", 2020).
     """
     views, alpha, smoothing = context.num_views, context.config.alpha, context.label_smoothing
 
@@ -89,7 +86,7 @@ def _jensen_shannon(context: LossContext) -> Loss:
         log_probabilities = by_view.log_softmax(2)
         probabilities = log_probabilities.exp()
         log_mixture = probabilities.mean(1, keepdim=True).clamp(_MIN_PROBABILITY, 1).log()
-        # timm's kl_div has no gradient where a probability is 0
+        # not by kl_div as in timm, which has no gradient where a probability is 0
         divergences = (probabilities * (log_probabilities - log_mixture)).sum(2).mean(1)
         return _torch_cross_entropy(by_view[:, 0], targets, smoothing) + alpha * divergences
 
@@ -113,7 +110,7 @@ def _huber(context: LossContext) -> Loss:
 
 
 def build_loss(context: LossContext, counts: Callable[[], Sequence[int]], device: torch.device) -> Loss:
-    """Return the loss of a run. counts: counts the training samples of each class, [num_classes]."""
+    """Return the loss of a run. counts: returns the number of training samples per class, [num_classes]."""
     weights = class_weights(context.config, counts, context.task)
     if context.task == MULTI_LABEL and context.config.name in PER_CLASS:
         return build_per_class(context, weights, device)
@@ -122,11 +119,11 @@ def build_loss(context: LossContext, counts: Callable[[], Sequence[int]], device
 
 
 def class_weights(config: LossConfig, count: Callable[[], Sequence[int]], task: str = SINGLE_LABEL) -> Tensor | None:
-    """Return each class's weight, float32 [num_classes], or None where all are 1.
+    """Return the class weights, float32 [num_classes], or None if all are 1.
 
-    A list is taken as it is. What is counted is scaled, so that the mean over the training samples is 1: the loss, and
-    with it the learning rate, keep their scale. A class without samples has the weight of one that has one. Where a
-    sample has several classes, each class has its term in every sample: the mean over classes is 1.
+    A list is used unchanged. Weights computed from counts are scaled to a mean of 1 over the training samples, so that
+    the loss keeps its scale and the learning rate still fits. With data.task=multi_label, each class has a term in
+    every sample, so the mean over classes is 1. A class without samples gets the weight of a class with one sample.
     """
     given = config.class_weights
     if given == "none":
@@ -144,5 +141,5 @@ def class_weights(config: LossConfig, count: Callable[[], Sequence[int]], task: 
 
 
 def _weighted(loss: Loss, weights: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
-    """Return a sample's loss times the weight of its class; that of a mixed one's classes by their parts."""
+    """Return each sample's loss times its class weight; for a mixed sample, the mean weight by its class shares."""
     return loss(logits, targets) * (weights[targets] if targets.ndim == 1 else targets @ weights.to(targets.dtype))

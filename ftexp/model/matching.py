@@ -1,4 +1,4 @@
-"""Weights and a model: passed through timm's own filter, matched by name and shape, with a report of the rest."""
+"""Matching of weights with a model: timm's own filter, then names and shapes, with a report of what doesn't match."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from ftexp.model.parallel.parts import load_weights
 from ftexp.model.timm_private import Filter, classifier_names
 from ftexp.model.weights import StateDict, nothing_fits
 
-_MIN_SHARE = 0.5  # share of the model's parameters outside of its classifier, that weights must give
+_MIN_SHARE = 0.5  # minimum share of the model's parameters, without the classifier's, that weights must provide
 
 
 @dataclass(frozen=True)
 class WeightsReport:
-    """Result of loading pretrained weights. Names of tensors are those of the model's state dict."""
+    """Result of loading pretrained weights. Tensors are named as in the model's state dict."""
 
     source: str
     matched: list[str]
     resized: list[str]  # position tables, patch embeddings and input convolutions, resized by timm's own functions
-    missing: list[str]  # keys of the model that the weights lack: these start from scratch
+    missing: list[str]  # keys of the model that the weights lack; they start from scratch
     unused: list[str]  # keys of the weights that the model lacks, or has with another shape
 
     def __str__(self) -> str:
@@ -44,9 +44,9 @@ class WeightsReport:
 def load_matching(
     model: nn.Module, weights: StateDict, source: str, key: str, filter_fn: Filter | None
 ) -> WeightsReport:
-    """Load what fits into `model` and report the rest; ConfigError, which names `key`, if nothing fits.
+    """Load the tensors that fit into `model` and report the rest; ConfigError, which names `key`, if none fits.
 
-    filter_fn: timm's filter for this model. A head with another number of classes is left as it was initialised.
+    filter_fn: timm's filter for this model. A head with another number of classes keeps its initialisation.
     """
     fitting, report = match(model, weights, source, key, filter_fn)
     load_weights(model, fitting, strict=False)
@@ -56,7 +56,7 @@ def load_matching(
 def match(
     model: nn.Module, weights: StateDict, source: str, key: str, filter_fn: Filter | None
 ) -> tuple[StateDict, WeightsReport]:
-    """Return what of `weights` fits into `model`, as it fits, and the report; ConfigError if nothing does."""
+    """Return the tensors that fit into `model`, adapted to its shapes, and a report; ConfigError if none fits."""
     own: StateDict = model.state_dict()
     fitting: StateDict = {}
     offered, before, others = weights, weights, list[str]()
@@ -80,10 +80,7 @@ def match(
 
 
 def require_half(model: nn.Module, report: WeightsReport, key: str) -> None:
-    """Raise ConfigError if less than half of the model's parameters come of the weights.
-
-    Those of its classifier aside.
-    """
+    """Raise ConfigError if the weights provide less than half of the model's parameters, without the classifier's."""
     heads = tuple(f"{name}." for name in classifier_names(model))
     sizes = {name: each.numel() for name, each in model.named_parameters() if not name.startswith(heads)}
     loaded = [name for name in (*report.matched, *report.resized) if name in sizes]
@@ -97,8 +94,9 @@ def require_half(model: nn.Module, report: WeightsReport, key: str) -> None:
 
 
 def _candidates(weights: StateDict, num_own: int) -> Iterator[tuple[StateDict, list[str]]]:
-    """Yield the weights as they are, then without each prefix (net., backbone.) that so many names have that it may be
-    the model's; with the names that don't have it.
+    """Yield (weights, names of the tensors that are not in them): first all weights, then those with a common prefix.
+
+    A prefix such as net. or backbone. is removed if more names have it than half of the model's number of tensors.
     """
     yield weights, []
     prefixes = Counter(name[: dot.end()] for name in weights for dot in re.finditer(r"\.", name))
@@ -109,18 +107,15 @@ def _candidates(weights: StateDict, num_own: int) -> Iterator[tuple[StateDict, l
 
 
 def _filtered(filter_fn: Filter | None, weights: StateDict, model: nn.Module) -> StateDict:
-    """Return the weights through timm's filter.
-
-    As they are where there is none, or where they aren't what it expects.
-    """
-    for arguments in ((model,), ()) if filter_fn is not None else ():  # some take the state dict alone
+    """Return the weights after timm's filter; unchanged if there is no filter or if it fails on them."""
+    for arguments in ((model,), ()) if filter_fn is not None else ():  # some filters take only the state dict
         try:
             assert filter_fn is not None
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # torch warns about the way in which timm interpolates
+                warnings.simplefilter("ignore")  # torch warns about timm's interpolation
                 filtered = filter_fn(dict(weights), *arguments)
             return {name: value for name, value in filtered.items() if isinstance(value, torch.Tensor)}
-        except Exception:  # filters look up names, and resample what they take for square grids: KeyError, RuntimeError
+        except Exception:  # filters look up names, and resample assumed square grids: KeyError, RuntimeError, ...
             continue
     return weights
 
@@ -136,7 +131,7 @@ def _fitting(model: nn.Module, weights: StateDict, own: StateDict) -> StateDict:
 
 
 def _is_resized(name: str, value: torch.Tensor, before: StateDict) -> bool:
-    """Return whether `value` had another shape; of a tensor that a filter has renamed, by whether any had this one."""
+    """Return whether `value` had another shape before; if a filter renamed it, whether no tensor had its shape."""
     if name in before:
         return before[name].shape != value.shape
     return all(each.shape != value.shape for each in before.values())
@@ -155,8 +150,10 @@ def _fit(model: nn.Module, name: str, value: torch.Tensor, own: torch.Tensor) ->
 
 
 def _fit_positions(model: nn.Module, value: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-    """Resample a square grid of positions, where timm's filter doesn't: of a model without one, or without the class
-    token that the weights have. `value` as it is if it holds other prefix tokens than the model.
+    """Resample a square grid of position embeddings in cases that timm's filter doesn't handle.
+
+    These are models without a filter, and models without the class token that the weights have. Returns `value`
+    unchanged if it has other prefix tokens than the model.
     """
     grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
     if grid is None:
@@ -165,7 +162,7 @@ def _fit_positions(model: nn.Module, value: torch.Tensor, own: torch.Tensor) -> 
     if not _is_square(value.shape[1] - prefix):
         if prefix or not _is_square(value.shape[1] - 1):
             return value
-        value = value[:, 1:]  # without the class token, which a mean-pooling model doesn't have
+        value = value[:, 1:]  # remove the class token, which a mean-pooling model doesn't have
     resampled: torch.Tensor = resample_abs_pos_embed(value, new_size=list(grid), num_prefix_tokens=prefix)
     return resampled
 

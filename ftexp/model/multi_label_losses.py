@@ -1,7 +1,7 @@
-"""Losses of samples that have any number of classes: a binary decision about each class, as in timm and torchvision.
+"""Losses for data.task=multi_label: a binary loss per class, as in timm and torchvision.
 
-Each gives a value for each sample and class, which `build_per_class` weighs and reduces. Targets are float32
-[rows, num_classes], 1 for each class of a sample and 0 for others, or between where samples were mixed.
+Each loss returns a value per sample and class, which `build_per_class` weights and reduces. Targets are float32
+[rows, num_classes]: 1 for the classes of a sample and 0 for others, or between 0 and 1 if samples were mixed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def _binary_cross_entropy(context: LossContext) -> Elements:
 
 
 def _asymmetric(context: LossContext) -> Elements:
-    """Return the asymmetric loss of several labels (Ridnik et al., 2021)."""
+    """Return the asymmetric loss for multi-label targets (Ridnik et al., 2021)."""
     config = context.config
     loss: Elements = AsymmetricLossMultiLabel(
         gamma_neg=config.gamma_neg,
@@ -45,7 +45,7 @@ def _asymmetric(context: LossContext) -> Elements:
 
 
 def _focal(context: LossContext) -> Elements:
-    """Return the binary focal loss (Lin et al., 2017), without alpha; classes are smoothed as in the others."""
+    """Return the binary focal loss (Lin et al., 2017) without alpha; labels are smoothed as in the other losses."""
     gamma, smoothing = context.config.gamma, context.label_smoothing
 
     def elements(logits: Tensor, targets: Tensor) -> Tensor:
@@ -62,11 +62,11 @@ def _pos_weight(context: LossContext) -> Tensor | None:
 
 
 PER_CLASS = {"bce": _binary_cross_entropy, "asl": _asymmetric, "focal": _focal}
-_SUMMED = ("asl",)  # over classes, as its authors and timm do; the mean of others
+_SUMMED = ("asl",)  # losses summed over classes, as by their authors and timm; others are averaged
 
 
 def build_per_class(context: LossContext, weights: Tensor | None, device: torch.device) -> Loss:
-    """Return a built-in loss for several labels; `weights` of the classes, [num_classes], None where all are 1."""
+    """Return a built-in multi-label loss. weights: class weights, [num_classes]; None: all are 1."""
     elements = PER_CLASS[context.config.name](context)
     if isinstance(elements, torch.nn.Module):
         elements.to(device)

@@ -10,20 +10,20 @@ from ftexp.config.schema import SGD_NAMES, OptimConfig, TrainConfig
 from ftexp.errors import ConfigError
 from ftexp.model.parallel.parts import is_sharded
 
-# optimisers of torch with fused kernels, which update all parameters in one pass: on a CPU, 10 times faster than a loop
+# torch's optimisers with fused kernels, which update all parameters in one pass: 10 times faster than a loop on a CPU
 _FUSED = ("adam", "adamw", *SGD_NAMES)
 
 
 def build_optimizer(config: OptimConfig, train: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """Create the optimiser. ConfigError if timm refuses the arguments.
+    """Create the optimiser. ConfigError if timm rejects the arguments.
 
-    Biases and norms get no weight decay, unless `config.filter_bias_and_bn` is false; nor does what the model excludes.
-    With `config.layer_decay`, timm's groups carry an lr_scale, which its schedules respect.
+    Parameters that the model excludes get no weight decay; nor do biases and norms, unless `config.filter_bias_and_bn`
+    is false. With `config.layer_decay`, timm's parameter groups have an lr_scale, which its schedulers apply.
 
-    The fused kernel is used where torch has one and it is sound, unless `config.kwargs` says `fused: false`.
+    The fused kernel is used if torch has one that is correct here, unless `config.kwargs` has `fused: false`.
     """
-    fused = config.name in _FUSED and not config.kwargs.get("foreach")  # torch refuses both together
-    if config.name in SGD_NAMES:  # for shards, torch has no fused SGD either
+    fused = config.name in _FUSED and not config.kwargs.get("foreach")  # torch rejects both together
+    if config.name in SGD_NAMES:  # torch has no fused SGD for shards
         fused = fused and not begins_unevenly(train) and not is_sharded(model)
     kwargs = {"fused": True, **config.kwargs} if fused else config.kwargs
     try:
@@ -42,8 +42,8 @@ def build_optimizer(config: OptimConfig, train: TrainConfig, model: nn.Module) -
 
 
 def begins_unevenly(train: TrainConfig) -> bool:
-    """Return whether a parameter's first step may be skipped, or come later than others'.
+    """Return whether a parameter's first step may be skipped, or may be later than other parameters' first step.
 
-    torch's fused SGD takes neither: momentum then begins as whatever lay in memory, or the step raises.
+    torch's fused SGD supports neither: momentum would start from uninitialised memory, or the step raises.
     """
     return bool(train.freeze) or train.precision == "fp16"

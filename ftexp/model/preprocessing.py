@@ -12,15 +12,15 @@ from timm.models import get_pretrained_cfg
 
 from ftexp.config.schema import INTERPOLATIONS, ModelConfig
 
-_CONFIG_FILE = "config.json"  # next to weights, as on timm's hub, and `python -m ftexp.export format=safetensors`
+_CONFIG_FILE = "config.json"  # next to weights, as on timm's hub and by `python -m ftexp.export format=safetensors`
 
 
 def preprocessing_of(config: ModelConfig, channels: int) -> tuple[dict[str, Any], str]:
-    """Return {field of DataConfig: value} that the weights were trained with, and which config says so.
+    """Return {field of DataConfig: value} that the weights were trained with, and the origin of these values.
 
-    A config.json of timm's next to a weights file comes before timm's own of `config.name`. {} where there is neither,
-    as of a plug-in's model. For images of one channel, mean and std are the average over colours; of other numbers but
-    3 there are none.
+    timm's config.json next to a weights file takes precedence over timm's registered config of `config.name`. {} if
+    there is neither, as for a plug-in's model. For images of one channel, mean and std are averaged over the colours;
+    for two or four channels they are absent.
     """
     found, origin = _config_next_to_weights(config), _CONFIG_FILE + " next to the weights"
     if found is None:
@@ -42,14 +42,14 @@ def preprocessing_of(config: ModelConfig, channels: int) -> tuple[dict[str, Any]
 
 
 def _config_next_to_weights(config: ModelConfig) -> dict[str, Any] | None:
-    """Return the pretrained config in a config.json of timm's next to the weights file; None if there is none."""
+    """Return the pretrained config in timm's config.json next to the weights file; None if there is none."""
     if not isinstance(config.pretrained, str):
         return None
     try:
         content = json.loads(Path(config.pretrained).expanduser().with_name(_CONFIG_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    # other libraries have files of this name too
+    # other libraries use this file name too
     if not isinstance(content, dict) or not isinstance(content.get("architecture"), str):
         return None
     found = content.get("pretrained_cfg", content)

@@ -1,4 +1,4 @@
-"""Blocks whose activations are computed again in the backward pass instead of being kept until then."""
+"""Activation checkpointing: blocks whose activations are recomputed in the backward pass instead of being kept."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-_is_off = False  # while operations are counted
+_is_off = False  # true inside `computed_once`
 
 
 def recompute(blocks: Sequence[nn.Module], setting: str) -> None:
-    """Have some of the blocks compute their activations again; setting: `train.checkpoint_activations`.
+    """Make blocks recompute their activations, as `setting` says: `train.checkpoint_activations`.
 
-    Outputs, gradients and batch norm's statistics are the same bits as without. A block becomes one of a subclass, so
-    that a copy of the model computes with its own weights, and names of modules stay as they are.
+    Outputs, gradients and batch norm statistics are bitwise identical to those without. A block's class is replaced by
+    a subclass, so that a copy of the model uses its own weights and the names of modules don't change.
     """
     if setting == "none":
         return
@@ -30,7 +30,7 @@ def recompute(blocks: Sequence[nn.Module], setting: str) -> None:
 
 @contextlib.contextmanager
 def computed_once() -> Iterator[None]:
-    """Keep activations meanwhile, as if nothing was to be computed again."""
+    """Disable recomputation in the context: all activations are kept."""
     global _is_off
     _is_off = True
     try:
@@ -40,7 +40,7 @@ def computed_once() -> Iterator[None]:
 
 
 class _Recomputing(nn.Module):
-    """Mixin that makes a class of blocks compute twice."""
+    """Mixin that makes a class of blocks recompute its activations."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         forward = super().forward
@@ -58,15 +58,15 @@ def _recomputing(kind: type[nn.Module]) -> type[nn.Module]:
 
 
 def _contexts(block: nn.Module) -> tuple[contextlib.AbstractContextManager[None], ...]:
-    """Return the contexts of the first and of the second computation."""
+    """Return the context of the first computation and that of the recomputation."""
     return contextlib.nullcontext(), _statistics_kept(block)
 
 
 @contextlib.contextmanager
 def _statistics_kept(block: nn.Module) -> Iterator[None]:
-    """Have batch norm leave its running statistics as they are: the first computation has counted the batch.
+    """Keep batch norm's running statistics unchanged, since the first computation has already counted the batch.
 
-    By a momentum of 0. To put them back afterwards would count as a change of what the backward pass still wants.
+    Sets the momentum to 0. Restoring the statistics afterwards would modify tensors that the backward pass still needs.
     """
     norms = [module for module in block.modules() if isinstance(module, _BatchNorm) and module.training]
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]

@@ -1,4 +1,4 @@
-"""The learning rate of each step."""
+"""The learning rate schedule."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ def build_scheduler(
 ) -> Any:
     """Create a timm scheduler whose `step_update(n)` sets the learning rate after n optimiser steps.
 
-    The rate is a function of n alone, so a resumed run needs nothing but n. falling_steps: after which it has come down
-    to min_lr, those of `config.cooldown_epochs` excluded.
+    The learning rate depends on n only, so a resumed run needs nothing else. falling_steps: steps until the rate has
+    reached min_lr, without those of `config.cooldown_epochs`.
     """
     falling_steps = max(1, falling_steps)
     warmup_steps = min(round(config.warmup_epochs * steps_per_epoch), falling_steps - 1)
-    constant = config.name == "constant"  # as a step that never drops: not every timm that we take knows "constant"
+    constant = config.name == "constant"  # a step schedule without decay: not every supported timm has "constant"
     scheduler, _ = create_scheduler_v2(
         optimizer,
         sched="step" if constant else config.name,

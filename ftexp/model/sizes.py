@@ -1,4 +1,4 @@
-"""Whether a model takes the sizes of images that progressive resizing trains it on."""
+"""Check whether a model accepts the image sizes of progressive resizing."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from ftexp.model.build import without_values_of
 
 
 def check_sizes(config: Config) -> None:
-    """Raise ConfigError if the model refuses a size that the run may train on. Looks at shapes alone."""
+    """Raise ConfigError if the model rejects an image size that the run may train on. Uses only shapes."""
     model, data = without_values_of(config.model, config.data), config.data
     if _refusal(model, data.channels, data.image_size) is not None:
-        return  # not a matter of size: it can't do with shapes alone, say
+        return  # the size is not the cause: for example, the forward pass needs values
     for size in sizes(config.resizing, data.image_size):
         if error := _refusal(model, data.channels, size):
             raise ConfigError(
@@ -28,6 +28,6 @@ def check_sizes(config: Config) -> None:
 def _refusal(model: nn.Module, channels: int, size: int) -> str | None:
     try:
         model(torch.empty((2, channels, size, size), device="meta"))
-    except Exception as error:  # code of timm or of a plug-in may raise anything
+    except Exception as error:  # code of timm or a plug-in may raise anything
         return str(error).partition("\n")[0] or type(error).__name__
     return None

@@ -1,4 +1,4 @@
-"""The teacher: a frozen model in evaluation mode that sees a student's batches as it was trained to see images."""
+"""The teacher: a frozen model in evaluation mode, whose inputs are a student's batches in its own preprocessing."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from ftexp.registry import load_plugins
 
 
 class Teacher:
-    """A frozen model, and how a student's batch is prepared for it."""
+    """A frozen model and the preparation of a student's batch for it."""
 
     def __init__(self, model: nn.Module, spec: TeacherSpec, info: DataInfo, autocast: torch.autocast) -> None:
-        """info: the student's data. A teacher of a run may know the classes in another order."""
+        """info: the student's data. A teacher from a run may have the classes in another order."""
         self.model = model.eval().requires_grad_(False)
         self._autocast = autocast
         self._size = spec.image_size
@@ -46,7 +46,7 @@ class Teacher:
         return logits if self._order is None else logits[:, self._order]
 
     def prepared(self, images: Tensor) -> Tensor:
-        """Return the student's images, normalised and scaled as the teacher's were."""
+        """Return the student's images with the teacher's normalisation and size."""
         if self._constants is not None:
             mean, std, own_mean, own_std = self._constants
             images = (images * std + mean - own_mean) / own_std  # as timm's DistillationTeacher does
@@ -60,7 +60,7 @@ def _constants(mean: Sequence[float], std: Sequence[float], device: torch.device
 
 
 def build_teacher(spec: TeacherSpec, info: DataInfo, kind: str, device: torch.device) -> nn.Module:
-    """Build the teacher of a student on `info`, with its weights; ConfigError if these are not those of the spec."""
+    """Build the teacher with its weights, for a student on `info`; ConfigError if the weights don't match the spec."""
     load_plugins(spec.plugins)
     model, report = build_model(spec.model, own_info(spec, info.num_classes), KEY)
     if spec.uri is not None:
@@ -73,7 +73,7 @@ def build_teacher(spec: TeacherSpec, info: DataInfo, kind: str, device: torch.de
 
 
 def own_info(spec: TeacherSpec, num_classes: int) -> DataInfo:
-    """Return what a teacher is built for; num_classes: where the spec doesn't say."""
+    """Return the DataInfo to build a teacher with; num_classes: used if the spec has none."""
     names = spec.class_names or [str(number) for number in range(spec.num_classes or num_classes)]
     return DataInfo(names, spec.image_size, spec.channels, spec.mean, spec.std, {})
 
@@ -92,15 +92,15 @@ def _require_same(spec: TeacherSpec, sha256: str) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """Return the hash of a file's content."""
+    """Return the SHA-256 of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def require_whole(model: nn.Module, report: WeightsReport, kind: str) -> None:
-    """Raise ConfigError if a part of the teacher starts from scratch: it would teach noise.
+    """Raise ConfigError if the weights lack a part of the teacher, which would be random.
 
-    Features need no classifier.
+    For distill.kind=features the classifier may be missing.
     """
     heads = tuple(f"{name}." for name in classifier_names(model)) if kind == FEATURES else ()
     if missing := [name for name in report.missing if not name.startswith(heads)]:
@@ -111,5 +111,5 @@ def require_whole(model: nn.Module, report: WeightsReport, kind: str) -> None:
 
 
 def num_features(model: nn.Module) -> int:
-    """Return the width of a timm model's pooled features, found as timm's FeatureDistillationTask does."""
+    """Return the width of a timm model's pooled features, as timm's FeatureDistillationTask determines it."""
     return int(getattr(model, "head_hidden_size", None) or model.num_features)  # type: ignore[arg-type]

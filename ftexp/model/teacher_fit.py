@@ -1,4 +1,4 @@
-"""Whether a teacher fits: its weights, its classes, and the student; before any worker starts."""
+"""Checks of a teacher before any worker starts: its weights, its classes, and the student."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from ftexp.registry import load_plugins
 
 
 def check_teacher(spec: TeacherSpec, config: Config) -> TeacherSpec:
-    """Return the spec, with the number of its classes; ConfigError if the teacher can't teach this model.
+    """Return the spec with the teacher's number of classes; ConfigError if the teacher doesn't fit the student.
 
-    Looks at names and shapes alone. Weights of timm's hub aren't fetched.
+    Uses only names and shapes. Weights of timm's hub aren't fetched.
     """
     load_plugins([*config.plugins, *spec.plugins])
     kind, data = config.distill.kind, config.data
@@ -46,7 +46,7 @@ def check_teacher(spec: TeacherSpec, config: Config) -> TeacherSpec:
 
 
 def _check_hub(spec: TeacherSpec) -> int:
-    """Return how many classes timm's weights of a teacher have; ConfigError if it has none."""
+    """Return the number of classes of timm's weights for the teacher; ConfigError if timm has none."""
     pretrained_cfg = get_pretrained_cfg(spec.model.name)
     if pretrained_cfg is None or not pretrained_cfg.has_weights:
         raise ConfigError(f"{KEY}={spec.model.name}: timm's hub has no weights for it; set distill.pretrained=<file>")
@@ -54,10 +54,10 @@ def _check_hub(spec: TeacherSpec) -> int:
 
 
 def _check_file(spec: TeacherSpec, model: nn.Module, own: DataInfo, kind: str) -> int | None:
-    """Return how many classes a file's weights have, if that can be seen."""
+    """Return the number of classes of a file's weights; None if it can't be determined."""
     weights, source = load_weights(Path(spec.model.pretrained), "meta", KEY)
     _, report = match(model, weights, source, KEY, checkpoint_filter(timm_arguments(spec.model, own)))
-    # a classifier of another shape is there; its classes are counted once those of the data are known
+    # a classifier of another shape is not missing; the number of classes is checked once the data are known
     require_whole(model, dataclasses.replace(report, missing=sorted({*report.missing} - {*report.unused})), kind)
     shapes = [weights[f"{name}.weight"].shape for name in classifier_names(model) if f"{name}.weight" in weights]
     return int(shapes[0][0]) if shapes else spec.num_classes

@@ -1,4 +1,4 @@
-"""The description of a teacher, which the driver makes and workers build from. Imports neither torch nor timm."""
+"""The description of a teacher, made by the driver, from which workers build it. Imports neither torch nor timm."""
 
 from __future__ import annotations
 
@@ -19,36 +19,36 @@ _MAX_SHOWN = 3  # names of classes in a message
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherSpec:
-    """A frozen model: what it is built as, where its weights lie, and how images are prepared for it."""
+    """A frozen model: its architecture, the location of its weights, and its preprocessing."""
 
-    model: ModelConfig  # `pretrained`: true for timm's hub, or the path of a file; false where the weights are a run's
-    source: str  # names it in messages
+    model: ModelConfig  # `pretrained`: true for timm's hub, or the path of a file; false for weights of a run
+    source: str  # the teacher's name in messages
     class_names: list[str] | None  # None: not known
-    num_classes: int | None  # likewise
+    num_classes: int | None  # None: not known
     image_size: int
     channels: int
     mean: list[float]
     std: list[float]
-    plugins: tuple[str, ...] = ()  # that it needs
-    uri: str | None = None  # URI of a run's checkpoint, with `file` in it
+    plugins: tuple[str, ...] = ()  # plug-ins that the model needs
+    uri: str | None = None  # URI of a run's checkpoint, which contains `file`
     file: str = "model.pt"  # or extra_state.pt, for the EMA
-    # hash of the file that holds the weights, as in a run's manifest (BLAKE3, or SHA-256); None: weights of timm's hub
+    # hash of the weights file, as in a run's manifest (BLAKE3 or SHA-256); None: weights of timm's hub
     sha256: str | None = None
-    # reads what lies at `uri` and `file`: the state dict, and the file's hash; given by those who know checkpoints
+    # (uri, file) -> state dict and hash of the file; passed in, since ftexp.model does not import ftexp.checkpoint
     read: Callable[[str, str], tuple[dict[str, Any], str]] | None = None
 
     def definition_sha256(self) -> str:
-        """Return the hash of what it computes besides its weights."""
+        """Return the hash of everything but the weights that affects the teacher's outputs."""
         default = ModelConfig()
-        # what has its default is omitted, so that a field that comes later changes no hash
+        # defaults are omitted, so that a field added later doesn't change the hash
         model = {name: value for name, value in vars(self.model).items() if value != getattr(default, name)}
-        model.pop("pretrained", None)  # says where the weights lie
+        model.pop("pretrained", None)  # only the location of the weights
         facts = [model, self.mean, self.std, self.image_size, self.channels, self.class_names]
         return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def require_same_classes(spec: TeacherSpec, info: DataInfo, kind: str) -> None:
-    """Raise ConfigError if the teacher has other classes than the data; features need none."""
+    """Raise ConfigError if the teacher's classes differ from the data's; distill.kind=features needs no classes."""
     if kind == FEATURES:
         return
     if spec.class_names is not None and sorted(spec.class_names) != sorted(info.class_names):

@@ -1,4 +1,4 @@
-"""Every name of timm's that isn't public, in one place."""
+"""All uses of timm's private names."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ Filter = Callable[..., dict[str, torch.Tensor]]  # filter of a state dict and a 
 
 
 def checkpoint_filter(arguments: dict[str, Any]) -> Filter | None:
-    """Return what timm passes a file's state dict through before `create_model(**arguments)` loads it, if anything.
+    """Return timm's filter of a file's state dict for `create_model(**arguments)`; None if there is none.
 
-    It renames the tensors of the original authors' files, and resamples position tables for the model. A model's
-    builder passes it to timm's `load_pretrained` and to nothing else, so the model is built a second time, without
-    values, and the call is noted. None for a plug-in's model too: it may load weights by itself.
+    The filter renames the tensors of the original authors' files and resamples position embeddings. A model's builder
+    passes it only to timm's `load_pretrained`. So the model is built again, without values, and that call is recorded.
+    None also for a plug-in's model, which may load weights itself.
     """
     name = arguments["model_name"].partition(".")[0]
     if is_model(name) and not model_entrypoint(name).__module__.startswith("timm."):
@@ -34,7 +34,7 @@ def checkpoint_filter(arguments: dict[str, Any]) -> Filter | None:
         try:
             with torch.device("meta"):
                 timm.create_model(**arguments, pretrained=True)
-        except Exception:  # it can't do with shapes alone
+        except Exception:  # building needs values
             timm.create_model(**arguments, pretrained=True)
     finally:
         _builder.load_pretrained = before
@@ -42,6 +42,6 @@ def checkpoint_filter(arguments: dict[str, Any]) -> Filter | None:
 
 
 def classifier_names(model: nn.Module) -> tuple[str, ...]:
-    """Return the modules that give a timm model's logits; () for a model that doesn't say."""
+    """Return the names of the modules that compute a timm model's logits; () if the model doesn't name them."""
     names = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
     return (names,) if isinstance(names, str) else tuple(names)

@@ -1,4 +1,4 @@
-"""Weights files: read as plain data, whatever wraps the state dict, and matched with a model by name."""
+"""Reading of weights files as plain data, whatever wraps their state dict."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from ftexp.errors import ConfigError
 
 StateDict = dict[str, torch.Tensor]
 
-# where training code puts its state dict: the first that is there is taken, a moving average first, as timm does
+# keys under which training code stores its state dict; the first one found is used, an EMA before others, as in timm
 _KEYS = (
     *("state_dict_ema", "model_ema", "state_dict", "model", "model_state_dict", "model_state", "ema"),
     *("teacher", "student", "module", "net", "network", "weights", "params"),
 )
-_WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+")  # what DDP and torch.compile put before a tensor's name
+_WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+")  # prefixes that DDP and torch.compile add to tensor names
 _MAX_SHOWN = 3  # names of tensors, or keys, in a message
 _RESAVE = "where you trust it, load it by torch.load(..., weights_only=False), and torch.save its state dict alone"
 
 
 def load_weights(path: Path, device: str = "cpu", key: str = "model.pretrained") -> tuple[StateDict, str]:
-    """Read the state dict of a PyTorch or safetensors file, and describe it; no code in the file runs.
+    """Return (state dict, description of its source) of a PyTorch or safetensors file, without running code in it.
 
-    The content decides, not the name's ending. On the device "meta" there are names and shapes without values.
-    ConfigError, which names `key`, if the file can't be read, or holds no state dict.
+    The format is detected from the content, not from the file name. On the device "meta", tensors have shapes only.
+    ConfigError, which names `key`, if the file can't be read or holds no state dict.
     """
     try:
         loaded = _read(path, device)
@@ -49,7 +49,7 @@ def load_weights(path: Path, device: str = "cpu", key: str = "model.pretrained")
 
 
 def nothing_fits(key: str, source: str, weights: StateDict, own: StateDict) -> str:
-    """Return the message for weights of which no tensor has a place in the model."""
+    """Return the message for weights of which no tensor fits the model."""
     same = [name for name in own if name in weights]
     detail = f"{key}={source}: 0 of the model's {len(own)} tensors can be taken from its {len(weights)}: "
     if same:
@@ -61,11 +61,11 @@ def nothing_fits(key: str, source: str, weights: StateDict, own: StateDict) -> s
 
 def _read(path: Path, device: str) -> Any:
     with path.open("rb") as file:
-        is_safetensors = file.read(9)[8:] == b"{"  # behind the length of its header
+        is_safetensors = file.read(9)[8:] == b"{"  # after 8 bytes with the header's length
     if not is_safetensors:
-        # argparse.Namespace holds what training was started with, in DeiT's, MAE's and DINO's files, say: plain data
+        # argparse.Namespace holds the training arguments, for example in files of DeiT, MAE and DINO: plain data
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns about what it then raises for
+            warnings.simplefilter("ignore")  # torch warns before it raises for the same reason
             return torch.load(path, map_location=device, weights_only=True)
     from safetensors import safe_open
 
@@ -77,7 +77,7 @@ def _read(path: Path, device: str) -> Any:
 
 
 def _inside(loaded: dict[Any, Any]) -> list[str]:
-    """Return keys of nested state dicts, the one to use first: known ones, else the only one with tensors."""
+    """Return the keys of nested state dicts, the one to use first: known keys, else the only key with tensors."""
     if known := [key for key in _KEYS if isinstance(loaded.get(key), dict)]:
         return known
     if any(isinstance(value, torch.Tensor) for value in loaded.values()):
@@ -91,7 +91,7 @@ def _has_tensors(value: dict[Any, Any]) -> bool:
 
 
 def _reason(path: Path, error: Exception) -> str:
-    """Return in a line what is wrong with a file and what to do, without torch's advice to run what is in it."""
+    """Return one line about what is wrong with a file and what to do, without torch's advice to run its code."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
     if wanted := re.search(r"Unsupported (?:global|class|function|operand).*?GLOBAL (\S+)", text):
         return f"it holds {wanted[1]}, which is not plain data: loading it could run code; {_RESAVE}"

@@ -1,1 +1,1 @@
-"""Every check of a config, each with one message: key, value, what is allowed."""
+"""The checks of a config. A message gives the key, the value and what is allowed."""

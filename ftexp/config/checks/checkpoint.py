@@ -1,4 +1,4 @@
-"""Checks of checkpoints and of the metric that ranks them."""
+"""Checks of the checkpoint settings and of the metric that ranks checkpoints."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ftexp.config.schema import BESIDE, DDP, Config
 
 
 def check_checkpoint(config: Config) -> Iterator[str]:
-    """Check what a checkpoint holds and which metric ranks it."""
+    """Check the content and format of checkpoints and the metric that ranks them."""
     names = config.checkpoint.extra_state
     if "progress" not in names:
         yield f"checkpoint.extra_state={names} must hold progress: a run can't resume without its position"

@@ -1,4 +1,4 @@
-"""The data source and the shape of the images."""
+"""Checks of the data source and of the images' shape and decoding."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def check_data(config: Config) -> Iterator[str]:
     else:
         used = SOURCE_FIELDS[data.name]
         defaults = {field.name: field for field in dataclasses.fields(data)}
-        # images of a source in memory aren't decoded, but tasks may change them
+        # images of a source in memory aren't decoded, but tasks may augment them
         free = {"decode_cpus"} if config.augment.changes_pictures else set()
         for name in sorted(_SOURCE_ONLY - set(used) - free):
             field, value = defaults[name], getattr(data, name)
@@ -72,7 +72,7 @@ def _decoding_problems(config: Config) -> Iterator[str]:
 
 
 def _is_colour(text: str) -> bool:
-    from PIL import ImageColor  # by a name that Pillow knows
+    from PIL import ImageColor  # accepts #rrggbb and the names that Pillow knows
 
     try:
         return len(ImageColor.getrgb(text)) == 3

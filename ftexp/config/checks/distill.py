@@ -16,7 +16,7 @@ _STATE = "distill"
 
 
 def check_distill(config: Config) -> Iterator[str]:
-    """Check the teacher, and fields that need one."""
+    """Check the teacher and the fields that need one."""
     distill, names = config.distill, config.checkpoint.extra_state
     if distill.teacher is None:
         others = tuple(field.name for field in dataclasses.fields(distill) if field.name != "teacher")
@@ -45,7 +45,7 @@ def check_distill(config: Config) -> Iterator[str]:
 
 
 def _teacher_problems(config: Config, teacher: str) -> Iterator[str]:
-    """Yield an error for each wrong setting of where the teacher's weights are."""
+    """Yield a message for each wrong setting of the teacher's weights."""
     distill = config.distill
     if is_timm_name(teacher, has_plugins=bool(config.plugins)):
         yield from unused(distill, "distill", ("checkpoint", "weights"), "is only for a teacher that is a run")
@@ -54,16 +54,16 @@ def _teacher_problems(config: Config, teacher: str) -> Iterator[str]:
             yield f"distill.pretrained={yaml_text(pretrained)} must be true, or the path of a weights file"
         return
     yield from unused(distill, "distill", ("pretrained", "kwargs"), "is only for a teacher that is a timm name")
-    # a path is looked at by `ftexp.driver.teacher`: a run that has finished is printed again without its teacher
+    # `ftexp.driver.teacher` checks paths later: the results of a finished run can be printed without its teacher
     if "/" not in teacher and not Path(teacher).expanduser().exists():
         near = did_you_mean(teacher, model_names())
         yield f"distill.teacher={teacher} is not a run, a weights file or a timm model name.{near} {FROM_PLUGINS}"
 
 
 def is_timm_name(teacher: str, has_plugins: bool) -> bool:
-    """Return whether `teacher` names an architecture; a directory or file of that name comes first.
+    """Return whether `teacher` names an architecture; an existing directory or file of that name takes precedence.
 
-    has_plugins: any word may be a name then.
+    has_plugins: if true, any text without a slash may be a name.
     """
     if "://" in teacher or Path(teacher).expanduser().exists():
         return False

@@ -13,7 +13,7 @@ _FAULT_FIELDS = ("kind", "step", "rank", "count", "seconds")
 
 
 def check_failure(config: Config) -> Iterator[str]:
-    """Check the budgets by cause and the back-off."""
+    """Check failure budgets, back-off, and settings that conflict with recovery."""
     failure = config.failure
     for cause, count in failure.max_by_cause.items():
         if cause not in CAUSES:

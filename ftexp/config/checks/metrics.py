@@ -1,4 +1,4 @@
-"""Checks of metrics, and the names that a run logs."""
+"""Checks of metrics, and the names of a run's logged metrics."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ftexp.registry import did_you_mean
 
 
 def check_metrics(config: Config) -> Iterator[str]:
-    """Check the names in train.metrics; those of plug-ins are checked once these are imported."""
+    """Check the names in train.metrics; metrics of plug-ins are checked after their import."""
     names = config.train.metrics
     for name in sorted({name for name in names if names.count(name) > 1}):
         yield f"train.metrics names {name} more than once"
@@ -29,14 +29,14 @@ def check_metrics(config: Config) -> Iterator[str]:
 
 
 def logged_metrics(config: Config) -> list[str]:
-    """Return the names under which a run logs what it measures, the EMA's last."""
+    """Return the names of all logged metrics; those of the EMA come last."""
     always = tuple(name for name in ALWAYS_LOGGED if name == "loss" or config.data.task != REGRESSION)
     own = [f"{split}_{name}" for split in ("val", "test") for name in (*always, *config.train.metrics)]
     return [*(f"train_{name}" for name in always), *own, *(f"{name}_ema" for name in own)]
 
 
 def unlogged(key: str, metric: str, logged: list[str]) -> str:
-    """Return the message for a metric that is not among those `logged`."""
+    """Return the message for a metric that is not in `logged`."""
     name = name_of(metric)
     if name in METRICS and metric.startswith(("val_", "test_")):
         return f"{key}={metric} is only logged with train.metrics=[{name}]: add {name} to train.metrics"
@@ -44,7 +44,7 @@ def unlogged(key: str, metric: str, logged: list[str]) -> str:
 
 
 def better_of(logged: str) -> str | None:
-    """Return whether a logged metric is better at its max or its min; None where only a plug-in knows."""
+    """Return "max" or "min", whichever is better for a logged metric; None for a metric of a plug-in."""
     name = name_of(logged)
     if name in ALWAYS_LOGGED:
         return "min" if name == "loss" else "max"
@@ -52,5 +52,5 @@ def better_of(logged: str) -> str | None:
 
 
 def name_of(logged: str) -> str:
-    """Return the metric's name without its split, and without whose it is."""
+    """Return a logged metric's name without its split and without `_ema`."""
     return logged.partition("_")[2].removesuffix("_ema")

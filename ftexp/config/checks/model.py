@@ -1,4 +1,4 @@
-"""The architecture, its arguments and its weights."""
+"""Checks of the architecture, its arguments and its weights."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def check_model(config: Config) -> Iterator[str]:
     """Check the name, arguments, patch size and weights."""
     model = config.model
     architecture = model.name.partition(".")[0]  # timm names read architecture.pretrained_tag
-    # a plug-in may register models with timm; an unknown name is then reported later, by timm
+    # a plug-in may register models with timm; timm then reports an unknown name later
     if not config.plugins and ":" not in model.name and architecture not in model_names():
         groups = [file.stem for file in (config_dir() / "model").glob("*.yaml")]
         near_group = get_close_matches(model.name, groups, n=1, cutoff=0.85)

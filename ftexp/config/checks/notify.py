@@ -1,4 +1,4 @@
-"""Checks of where alerts go."""
+"""Checks of the alert settings."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _NEEDS_URLS = ("alerts", "max_recoveries", "no_progress_s", "timeout_s")
 
 
 def check_notify(config: Config) -> Iterator[str]:
-    """Check the URLs, which are never shown whole, and the names of alerts."""
+    """Check the URLs, which messages never show in full, and the names of alerts."""
     notify = config.notify
     for number, url in enumerate(notify.urls):
         yield from _url_problem(f"notify.urls[{number}]", url)

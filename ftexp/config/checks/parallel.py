@@ -12,7 +12,7 @@ from ftexp.config.schema import COMPILED, DDP, FEATURES, HSDP, Config
 from ftexp.config.timm_names import optimizer_names
 from ftexp.registry import did_you_mean
 
-# timm's optimisers that give the same update on shards: elementwise ones, and those whose sums torch reduces over
+# timm's optimisers whose updates are the same on shards: they work elementwise, or torch reduces their sums over
 # shards. Measured by scripts/check_optimizers.py
 SHARDED_OPTIMIZERS = frozenset(
     (
@@ -27,7 +27,7 @@ _ACTIVATIONS = ("none", "blocks", "every_2")
 
 
 def check_parallel(config: Config) -> Iterator[str]:
-    """Check the group parallel, and settings that need the whole model on each worker."""
+    """Check the group parallel and settings that need the whole model on each worker."""
     parallel = config.parallel
     if parallel.kind == DDP:
         others = tuple(field.name for field in dataclasses.fields(parallel) if field.name not in ("kind", "wrap"))
@@ -49,7 +49,7 @@ def check_parallel(config: Config) -> Iterator[str]:
 
 
 def _size_problems(config: Config) -> Iterator[str]:
-    """Yield an error for each wrong number of workers per replica."""
+    """Yield a message if the number of workers doesn't fit the size of a replica."""
     parallel, workers = config.parallel, config.scaling.num_workers
     size = parallel.shard_size
     if parallel.kind != HSDP:
@@ -69,7 +69,7 @@ def _size_problems(config: Config) -> Iterator[str]:
 
 
 def _whole_model_problems(config: Config) -> Iterator[str]:
-    """Yield what needs the whole model, or a whole tensor, on a worker."""
+    """Yield a message for each setting that needs the whole model, or a whole tensor, on one worker."""
     train, why = config.train, f"parallel={config.parallel.kind}"
     if train.clip_grad_agc is not None:
         yield (

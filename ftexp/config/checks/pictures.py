@@ -1,6 +1,6 @@
 """Checks of augmentation: mixing, repeats, views, and changes of single images.
 
-Each check yields a message for every mistake; `validate` runs them.
+Each check yields one message per mistake; `validate` runs them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ftexp.config.checks.wording import unused
 from ftexp.config.schema import CROPS, AugmentConfig, Config
 from ftexp.registry import did_you_mean
 
-# as timm reads each, by what it begins with
+# timm's syntax of each policy, by the policy's name
 _SPREAD = r"mstd\d+(\.\d+)?"
 _AUTO_AUGMENT = {
     "rand": re.compile(rf"rand(-(m\d+|n[1-9]\d*|p(0|1|0\.\d+|1\.0+)|{_SPREAD}|mmax\d+|inc[01]|t\w+))*"),
@@ -36,7 +36,7 @@ _ADVICE = {
 _RAND_AUGMENT_SETS = ("weights", "3a", "3aw")
 _USUAL_LIMITS = {"scale": "[0.08,1]", "ratio": "[0.75,1.33]"}
 _MAX_HUE = 0.5  # half the colour circle
-# what makes views differ
+# fields that can make the views of a sample differ
 _BY_VIEW = ("auto_augment", "color_jitter", "grayscale", "gaussian_blur", "custom", "erase_prob")
 _WITHOUT_VIEWS = {
     "mixup_alpha": "samples of several views aren't mixed, as in timm; set it to 0",
@@ -145,7 +145,7 @@ def check_pictures(config: Config) -> Iterator[str]:
 
 
 def _auto_augment_problems(key: str, words: str, policies: tuple[str, ...]) -> Iterator[str]:
-    """Yield an error for each part of `words` that timm can't read."""
+    """Yield a message for each part of `words` that timm can't parse."""
     policy = words.partition("-")[0]
     if policy not in policies:
         begins = f"it begins with none of {', '.join(policies)}.{did_you_mean(policy, policies)}"

@@ -1,7 +1,7 @@
 """Checks of the training recipe: optimiser, schedule, loss, EMA, freezing.
 
-Each check yields a message for every mistake; `validate` runs them. A setting that another one disables is an
-error too: it would be silently ignored.
+Each check yields one message per mistake; `validate` runs them. A setting that another one disables is an error too: it
+would be silently ignored.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from ftexp.config.timm_names import optimizer_names, without_drop_path
 from ftexp.registry import FROM_PLUGINS, did_you_mean
 
 _SECOND_ORDER = ("adahessian",)  # second-order optimisers of timm
-# suggested where the values of the recipe don't fit: warm-up as a share of the epochs, min_lr as a share of lr
+# used where a recipe's values don't fit: warm-up as a share of train.epochs, min_lr as a share of optim.lr
 _WARMUP_SHARE, _MIN_LR_SHARE = 0.1, 0.01
 _CLIPPING = ("clip_grad_norm", "clip_grad_value", "clip_grad_agc")
-# timm scales the learning rate of optimisers with these name parts by the square root of the batch
+# for optimisers with these name parts, timm scales the learning rate by the square root of the batch size
 _ADAPTIVE = ("ada", "lamb")
 _SCHEDULED_BY = {
     "cooldown_epochs": ("cosine", "poly", "tanh"),
@@ -52,13 +52,13 @@ _PARAMETERS_OF_LOSSES = {
     "huber": ("delta",),
     "jsd": ("alpha",),
 }
-_OF_SEVERAL_LABELS = {"asl": ("clip", "pos_weight")}  # further parameters, under data.task=multi_label
-_UNMIXED_LOSSES = ("focal", "asl")  # losses that need class numbers as labels, so no mixed samples
+_OF_SEVERAL_LABELS = {"asl": ("clip", "pos_weight")}  # additional parameters with data.task=multi_label
+_UNMIXED_LOSSES = ("focal", "asl")  # losses that need class numbers as targets, so no mixed samples
 _FIELDS = {"opt": "name", **{name: name for name in ("lr", "weight_decay", "filter_bias_and_bn", "layer_decay")}}
 
 
 def check_optim(config: Config) -> Iterator[str]:
-    """Check the optimiser's name and settings that are given twice."""
+    """Check the optimiser's name and arguments, and gradient clipping."""
     optim = config.optim
     if optim.name not in optimizer_names() and not config.plugins:
         suggestion = did_you_mean(optim.name, optimizer_names())
@@ -86,7 +86,7 @@ def check_optim(config: Config) -> Iterator[str]:
 
 
 def check_lr_base(config: Config) -> Iterator[str]:
-    """Check optim.lr_base, and an optim.lr that contradicts it."""
+    """Check optim.lr_base and whether optim.lr conflicts with it."""
     optim = config.optim
     if optim.lr_base is None:
         yield from unused(optim, "optim", ("lr_base_size", "lr_base_scale"), "needs optim.lr_base")
@@ -96,7 +96,7 @@ def check_lr_base(config: Config) -> Iterator[str]:
 
 
 def scaled_lr(config: Config) -> float:
-    """Return the learning rate that optim.lr_base means for the global batch, as timm's train.py computes it."""
+    """Return optim.lr_base scaled to the global batch, as in timm's train.py."""
     optim = config.optim
     assert optim.lr_base is not None
     share = config.train.global_batch_size / optim.lr_base_size
@@ -117,7 +117,7 @@ def check_batch_norm(config: Config) -> Iterator[str]:
 
 
 def check_loss(config: Config) -> Iterator[str]:
-    """Check the loss, its parameters, and the weights of classes."""
+    """Check the loss, its parameters and class weights."""
     loss = config.loss
     if loss.name not in LOSSES and not config.plugins:
         yield unregistered("loss.name", loss.name, LOSSES)
@@ -150,7 +150,7 @@ def check_loss(config: Config) -> Iterator[str]:
 
 
 def _weight_problems(key: str, given: Any, names: tuple[str, ...], num_classes: int | None) -> Iterator[str]:
-    """Yield an error for each mistake in class weights: one of `names`, or a list with one weight per class."""
+    """Yield a message unless `given` is one of `names` or a list with one weight per class."""
     if isinstance(given, str) and given in names:
         return
     numbers = isinstance(given, list) and all(
@@ -165,13 +165,13 @@ def _weight_problems(key: str, given: Any, names: tuple[str, ...], num_classes: 
 
 
 def fitted(config: Config, typed: Iterable[str]) -> tuple[Config, list[str]]:
-    """Fit recipe values to `config` where they assume more epochs, a higher learning rate or another crop.
+    """Adapt recipe values that assume more epochs, a higher learning rate or another crop than `config` has.
 
-    typed: the overrides of this invocation. Values they set stay, for `check_schedule`, `check_freeze` and
-    `check_pictures`.
+    typed: overrides of this invocation. Values that they set don't change; `check_schedule`, `check_freeze` and
+    `check_pictures` check them.
 
     Returns:
-        The config, and a line for each value that was changed.
+        The config, and a line for each changed value.
     """
     keys = typed_keys(typed)
     config, notes = _ranked_by_loss(_with_scaled_lr(config, keys), keys)
@@ -179,7 +179,7 @@ def fitted(config: Config, typed: Iterable[str]) -> tuple[Config, list[str]]:
     notes += shift_notes
     schedule, train = config.schedule, config.train
     if MISSING in (train.epochs, config.optim.lr) or train.epochs < 1 or config.optim.lr <= 0:
-        return config, notes  # `validate` says so
+        return config, notes  # `validate` reports it
     if "schedule.warmup_epochs" not in keys and schedule.warmup_epochs >= train.epochs:
         warmup = train.epochs * _WARMUP_SHARE
         notes.append(
@@ -202,10 +202,7 @@ def fitted(config: Config, typed: Iterable[str]) -> tuple[Config, list[str]]:
 
 
 def _with_scaled_lr(config: Config, keys: set[str]) -> Config:
-    """Return the config with the rate that optim.lr_base means, unless one was typed.
-
-    If one was typed, `check_lr_base` compares them.
-    """
+    """Set optim.lr from optim.lr_base unless an override sets optim.lr; `check_lr_base` then compares them."""
     optim = config.optim
     if optim.lr_base is None or "optim.lr" in keys or MISSING in (optim.name, config.train.global_batch_size):
         return config
@@ -213,7 +210,7 @@ def _with_scaled_lr(config: Config, keys: set[str]) -> Config:
 
 
 def _ranked_by_loss(config: Config, keys: set[str]) -> tuple[Config, list[str]]:
-    """Rank checkpoints by val_loss where there is no accuracy and nothing else was typed."""
+    """Rank checkpoints by val_loss in a regression, which has no accuracy, unless an override sets the metric."""
     saving, names = config.checkpoint, ("checkpoint_score_attribute", "checkpoint_score_order")
     usual = CheckpointConfig()
     if config.data.task != REGRESSION or not keys.isdisjoint(f"checkpoint.{name}" for name in names):
@@ -226,7 +223,7 @@ def _ranked_by_loss(config: Config, keys: set[str]) -> tuple[Config, list[str]]:
 
 
 def _without_shift_if_cropped(config: Config, keys: set[str]) -> tuple[Config, list[str]]:
-    """Let augment.crop replace the shift of a group file, as timm's crops replace each other."""
+    """Remove a group file's shift (augment.pad_px) if augment.crop is set; an override of it stays."""
     augment = config.augment
     if augment.crop == "none" or not augment.pad_px or "augment.pad_px" in keys:
         return config, []
@@ -288,7 +285,7 @@ def check_drop_path(config: Config) -> Iterator[str]:
 
 
 def check_freeze(config: Config) -> Iterator[str]:
-    """Check which parts are frozen and until when. Whether the model has them is checked when it is built."""
+    """Check the syntax and epochs of train.freeze. Whether the model has the parts is checked when it is built."""
     for part, epoch in config.train.freeze.items():
         key = f"train.freeze.{part}={'null' if epoch is None else epoch}"
         if not str(part).strip():

@@ -1,4 +1,4 @@
-"""Progressive resizing."""
+"""Checks of progressive resizing."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _RAMP = ("delay_fraction", "finetune_fraction", "size_increment")
 
 
 def check_resizing(config: Config) -> Iterator[str]:
-    """Check the first size of images and how it grows."""
+    """Check the first image size and its growth."""
     resizing, size = config.resizing, config.data.image_size
     if resizing.initial_scale is None:
         yield from unused(resizing, "resizing", _RAMP, "needs resizing.initial_scale")

@@ -1,4 +1,4 @@
-"""Checks of workers, their resources, and the batch that they share."""
+"""Checks of workers, their resources and the global batch that they share."""
 
 from __future__ import annotations
 
@@ -66,22 +66,22 @@ def _label_selector(scaling: ScalingConfig) -> Iterator[str]:
 
 
 def is_count(value: object) -> bool:
-    """Return whether it is a number of workers."""
+    """Return whether `workers` is a number of workers."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def is_pair(workers: object) -> bool:
-    """Return whether it is [min_workers, max_workers]."""
+    """Return whether `workers` is [min_workers, max_workers]."""
     return isinstance(workers, (list, tuple)) and len(workers) == 2 and all(is_count(count) for count in workers)
 
 
 def max_workers(workers: Any) -> int | None:
-    """Return the largest number of workers; None where that isn't known yet, or `workers` is wrong."""
+    """Return the maximum number of workers; None if it isn't known yet or `workers` is invalid."""
     return max(workers) if is_pair(workers) else workers if is_count(workers) else None
 
 
 def check_batch(config: Config) -> Iterator[str]:
-    """Check that every micro-batch of every worker has a sample."""
+    """Check that every micro-batch of every worker has at least one sample."""
     train, workers = config.train, config.scaling.num_workers
     largest = max_workers(workers) or 1
     if train.global_batch_size < largest * train.accumulate_steps:

@@ -32,7 +32,7 @@ _USUAL_LOSS = {SINGLE_LABEL: "ce", MULTI_LABEL: "bce", REGRESSION: "mse"}
 
 
 def check_task(config: Config) -> Iterator[str]:
-    """Check the source, the loss and the sampling of a task."""
+    """Check that source, loss, sampling and distillation fit the task."""
     data, task = config.data, config.data.task
     yield from _field_problems(data)
     if task == SINGLE_LABEL:
@@ -60,7 +60,7 @@ def check_task(config: Config) -> Iterator[str]:
 
 
 def _regression_problems(config: Config) -> Iterator[str]:
-    """Yield an error for each setting that a regression does not use."""
+    """Yield a message for each setting that a regression does not use."""
     if config.train.label_smoothing:
         yield (
             f"train.label_smoothing={config.train.label_smoothing} applies to classes, but data.task=regression has "
@@ -69,7 +69,7 @@ def _regression_problems(config: Config) -> Iterator[str]:
 
 
 def _field_problems(data: DataConfig) -> Iterator[str]:
-    """Yield an error for each field of data that another task reads."""
+    """Yield a message for each field of data that belongs to another task."""
     if data.task == SINGLE_LABEL and data.label_separator != DataConfig.label_separator:
         yield (
             f"data.label_separator={data.label_separator!r} is for cells of several labels: set data.task=multi_label "

@@ -17,7 +17,7 @@ _WRITE_FILES = ("tensorboard", "wandb")
 
 
 def tracker_problems(config: Config) -> Iterator[str]:
-    """Yield a line for each mistake; a plug-in's trackers are looked up once it is imported."""
+    """Yield a message for each mistake; trackers of plug-ins are checked after their import."""
     tracker = config.tracker
     for name in tracker.names:
         if name not in TRACKER_PACKAGES:
@@ -50,12 +50,12 @@ def tracker_problems(config: Config) -> Iterator[str]:
 
 
 def _needs_package(config: Config, name: str) -> bool:
-    """Return whether the driver imports the package of a tracker."""
+    """Return whether the driver imports the tracker's package."""
     return name != "prometheus" or config.tracker.prometheus.exporter(config.scaling.address) == HTTP
 
 
 def _unused(tracker: TrackerConfig) -> Iterator[str]:
-    """Yield an error for each setting that no tracker reads."""
+    """Yield a message for each setting that no tracker reads."""
     usual = TrackerConfig()
     for name in TRACKER_PACKAGES:
         own = getattr(tracker, name)

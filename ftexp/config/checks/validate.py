@@ -1,7 +1,7 @@
-"""Check what types can't express: ranges, choices, names, and contradictions between groups.
+"""Validation of what types can't express: ranges, choices, names, and conflicts between groups.
 
-`validate` runs before torch or Ray is imported and reports every mistake it finds, one line each: the key,
-the value, what is allowed, the nearest valid name.
+`validate` runs before torch or Ray is imported. It reports all mistakes, one line each, with the key, the value, what
+is allowed and the nearest valid name.
 """
 
 from __future__ import annotations
@@ -41,10 +41,13 @@ from ftexp.errors import ConfigError
 
 
 def validate(config: Config, trains: bool = True) -> None:
-    """Raise ConfigError, listing every mistake in `config`; of model, data and scaling alone if nothing `trains`."""
+    """Raise ConfigError with all mistakes in `config`.
+
+    trains: whether the command trains; if not, only model, data and scaling are checked.
+    """
     wrong = dict(field_problems(config, ""))
     problems = list(wrong.values())
-    # a check is skipped if a field that it reads is already wrong
+    # a check is skipped if a field that it reads is invalid
     for check, fields in _CHECKS.items():
         if (trains or check in (check_model, check_data, check_scaling)) and wrong.keys().isdisjoint(fields):
             problems += check(config)
@@ -52,7 +55,7 @@ def validate(config: Config, trains: bool = True) -> None:
         raise ConfigError("\n".join(problems))
 
 
-# each check, and the fields that it reads
+# {check: fields that must be valid for it to run}
 _CHECKS: dict[Callable[[Config], Iterator[str]], tuple[str, ...]] = {
     check_run: (),
     check_sweep: (),

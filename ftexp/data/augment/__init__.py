@@ -1,1 +1,1 @@
-"""Augmentation of images, seeded by their position."""
+"""Augmentation of images, seeded by their positions."""

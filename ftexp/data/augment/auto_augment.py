@@ -1,8 +1,8 @@
 """AutoAugment, RandAugment, AugMix and 3-Augment, by timm's own code, image by image.
 
-timm draws from Python's and numpy's global generators. Those are the training thread's, and a feed may run on another:
-so this works with a copy of timm's module that has generators of its own. They are drawn from as the global ones are.
-Nothing else of timm is imported, and so no torch, which tasks that decode would pay for.
+timm draws from Python's and numpy's global generators, which the training thread uses, while a feed may run on another
+thread. So this module uses a copy of timm's module with its own generators; the draws are the same. It imports nothing
+else of timm, and so not torch, whose import would slow decoding tasks down.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from ftexp.data.order import Int64s, derive_seed
 from ftexp.data.sources.arrays import UInt8s
 
 _STREAM = 0x72616E64  # keeps RandAugment's draws apart from other uses of the run's seed
-_GREY = 0.5  # what moves in at the edges, where the data's mean isn't given
-_TRANSLATE_SHARE = 0.45  # maximum shift of a policy that shifts by pixels; these three as in timm's create_transform
+_GREY = 0.5  # fill colour at the edges if the data's mean isn't given
+# as in timm's create_transform: maximum shifts, as a share of the image size
+_TRANSLATE_SHARE = 0.45
 _AUGMIX_TRANSLATE_PCT = 0.3
 
 
 class AutoAugment:
-    """timm's auto_augment, called with Pillow images. `draws` is seeded by `seed`, and may be drawn from besides."""
+    """timm's auto_augment for Pillow images. `seed` seeds `draws`, which callers may also use for their own draws."""
 
     def __init__(self, words: str, hparams: dict[str, Any]) -> None:
         """words: timm's notation, for example rand-m9-mstd0.5-inc1, original, v0, augmix-m3 or 3a."""
@@ -38,18 +39,18 @@ class AutoAugment:
         self._transform = make.get(words.partition("-")[0], module.auto_augment_transform)(words, hparams)
 
     def seed(self, seed: int) -> None:
-        """Begin the stream of draws of one image."""
+        """Start the random stream of one image."""
         self.draws.seed(seed)
         self._numpy_draws.seed(seed % 2**32)
 
     def __call__(self, image: Image.Image) -> Image.Image:
-        """Return a changed copy, drawing on in the stream."""
+        """Return an augmented copy, with the next draws of the stream."""
         changed: Image.Image = self._transform(image)
         return changed
 
 
 def hparams_of(words: str, size: int, mean: Sequence[float], resampling: Image.Resampling | None) -> dict[str, Any]:
-    """Return hparams as timm's create_transform makes them. `resampling`: None for a random one at each operation."""
+    """Return the hparams that timm's create_transform uses. `resampling`: None for a random one per operation."""
     hparams: dict[str, Any] = {"translate_const": int(size * _TRANSLATE_SHARE), "img_mean": fill_color(mean)}
     if resampling is not None:
         hparams["interpolation"] = resampling
@@ -59,14 +60,14 @@ def hparams_of(words: str, size: int, mean: Sequence[float], resampling: Image.R
 
 
 class RandAugment:
-    """`augment.rand_augment`: called with uint8 images [rows, height, width, channels], of one or three channels."""
+    """`augment.rand_augment` for uint8 images [rows, height, width, channels] with one or three channels."""
 
     def __init__(self, words: str, seed: int, mean: Sequence[float]) -> None:
         self._seed = derive_seed(seed, _STREAM)
         self._augment = AutoAugment(words, {"img_mean": fill_color(mean or (_GREY,))})
 
     def __call__(self, rows: UInt8s, positions: Int64s) -> UInt8s:
-        """Return a changed copy; row i as `positions[i]` says."""
+        """Return an augmented copy; the draws of row i depend on `positions[i]`."""
         changed = np.empty_like(rows)
         for number, position in enumerate(positions.tolist()):
             self._augment.seed(derive_seed(self._seed, position))
@@ -76,7 +77,7 @@ class RandAugment:
 
 
 class _Numpy:
-    """numpy with other random numbers."""
+    """numpy with another generator as `numpy.random`."""
 
     def __init__(self, generator: np.random.RandomState) -> None:
         self.random = generator
@@ -86,7 +87,10 @@ class _Numpy:
 
 
 class _ImageOps:
-    """PIL.ImageOps, whose posterize refuses the 0 bits that timm may draw: a black image, as in older Pillow."""
+    """PIL.ImageOps with a posterize that returns a black image for 0 bits, as in older Pillow.
+
+    timm may draw 0 bits, which Pillow's own posterize rejects.
+    """
 
     def posterize(self, image: Image.Image, bits: int) -> Image.Image:
         return ImageOps.posterize(image, bits) if bits > 0 else Image.new(image.mode, image.size)
@@ -96,7 +100,7 @@ class _ImageOps:
 
 
 def _copy_of_timms() -> Any:
-    path = timm_directory() / "data" / "auto_augment.py"  # found by its name, it would come with all of timm
+    path = timm_directory() / "data" / "auto_augment.py"  # importing it by name would import all of timm
     spec = importlib.util.spec_from_file_location("timm.data.auto_augment", path)
     assert spec is not None
     assert spec.loader is not None

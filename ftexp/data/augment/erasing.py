@@ -1,4 +1,4 @@
-"""Random erasing, by timm's own class, on normalised images. What is erased depends on (seed, position) only."""
+"""Random erasing, by timm's own class, on normalised images. The draws depend on (seed, position) only."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class Erasing:
         )
 
     def __call__(self, images: Tensor, positions: Int64s) -> Tensor:
-        """Erase in `images`, [rows, channels, height, width], in place; row i as `positions[i]` says."""
+        """Erase in place in `images`, [rows, channels, height, width]; the draws of row i depend on `positions[i]`."""
         for row, seed in enumerate((derive_seeds(self._seed, positions) % np.uint64(2**63)).tolist()):
             random.seed(seed)
-            if random.random() > self._probability:  # as timm decides; most images then need nothing else seeded
+            if random.random() > self._probability:  # timm's decision; avoids seeding torch for most images
                 continue
             random.seed(seed)
             if self._draws_pixels:

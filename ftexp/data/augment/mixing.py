@@ -1,9 +1,9 @@
-"""Mixup and cutmix, by timm's own class. Which two samples are mixed, and how, never depends on the workers.
+"""Mixup and cutmix, by timm's own class. Mixing does not depend on the number of workers or micro-batches.
 
-Partners are neighbours in the global batch: positions 0 and 1 of it, 2 and 3, and so on; the order is shuffled, so
-that they are strangers all the same. A share that begins or ends between two partners takes the missing one along.
-Draws are seeded by (seed, position): of the global batch's beginning where it is mixed as a whole, of the first of two
-partners where each two draw for themselves. So any number of workers and micro-batches mix a global batch alike.
+Partners are neighbours in the global batch: its positions 0 and 1, 2 and 3, and so on. They are random samples, since
+the order is shuffled. If a share starts or ends between two partners, it includes the missing one. Draws are seeded
+by (seed, position). The position is the start of the global batch if the batch is mixed as a whole, or the first
+position of a pair if each pair has its own draws.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ _STREAM = 0x6D6978  # keeps these draws apart from other uses of the run's seed
 
 @dataclass(frozen=True)
 class _Pairs:
-    """Images on a CPU, and which rows of them are partners: all that timm asks of what it mixes."""
+    """Images on a CPU and the rows of partners, with the interface that timm's Mixup needs."""
 
     images: Tensor
-    first: Int64s
-    second: Int64s
+    first: Int64s  # row of the first partner of each pair
+    second: Int64s  # row of the second partner
 
     def __len__(self) -> int:
         return len(self.first) + len(self.second)
 
 
 class _InPlaceMixup(Mixup):  # type: ignore[misc]
-    """timm's Mixup, of the same bits; `mode=batch` mixes `_Pairs` where they lie, in a tenth of the time on a CPU."""
+    """timm's Mixup, bitwise identical; `mode=batch` mixes `_Pairs` in place, in a tenth of the time on a CPU."""
 
     def _mix_batch(self, x: Tensor | _Pairs) -> float:
         if not isinstance(x, _Pairs):
@@ -65,7 +65,7 @@ def _exchange(one: Float32s, other: Float32s) -> None:
 
 
 def _blend(one: Float32s, other: Float32s, lam: np.float32, rest: np.float32) -> None:
-    """Blend both at once; a plane and its partner stay in a core's cache."""
+    """Blend a plane and its partner in place; both stay in a core's cache."""
     from_one, from_other = one * rest, other * rest
     np.multiply(one, lam, out=one)
     np.multiply(other, lam, out=other)
@@ -74,9 +74,9 @@ def _blend(one: Float32s, other: Float32s, lam: np.float32, rest: np.float32) ->
 
 
 class Mixing:
-    """Mixes pairs of samples, and their classes. Draws from numpy's global generator, which it seeds.
+    """Mixes pairs of samples and their labels. Seeds numpy's global generator and draws from it.
 
-    A global batch that begins at position `end` or later isn't mixed, but has the same smoothed targets, as in timm.
+    A global batch that starts at position `end` or later isn't mixed, but its targets are still smoothed, as in timm.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Mixing:
         end: int | None = None,
         has_vectors: bool = False,
     ) -> None:
-        """has_vectors: whether labels are float32 [rows, num_classes], each 0 or 1, or numbers."""
+        """has_vectors: whether labels are float32 [rows, num_classes]: 0 and 1, or numbers."""
         self._end = end
         self._seed = derive_seed(seed, _STREAM)
         self._whole = config.mix_mode == "batch"
@@ -104,9 +104,9 @@ class Mixing:
         )
 
     def __call__(self, batch: MicroBatch, start: int) -> MicroBatch:
-        """Return the batch mixed, with soft targets and without its partners' rows.
+        """Return the mixed batch, with soft targets and without the rows of partners.
 
-        The global batch begins at `start`.
+        start: position at which the global batch starts.
         """
         assert batch.pairs is not None, "made by a plan in pairs"
         kept = len(batch.labels) - batch.num_partners
@@ -133,9 +133,9 @@ class Mixing:
         )
 
     def _together(self, batch: MicroBatch, start: int) -> list[tuple[Int64s, int]]:
-        """Return (rows, position that seeds) of what is mixed in one call.
+        """Return (rows, position for the seed) for each call of timm's Mixup.
 
-        timm's partner of row i is row i from the end.
+        timm's partner of row i is row i counted from the end.
         """
         assert batch.pairs is not None
         if self._end is not None and start >= self._end:
@@ -149,7 +149,7 @@ class Mixing:
         return [(np.concatenate([first, second[::-1]]), start)] if len(first) else []
 
     def _unmixed(self, labels: Tensor) -> Tensor:
-        """Return targets of samples without a partner, as timm makes them: as if mixed with themselves."""
+        """Return the targets of samples without a partner: as in timm, those of a sample mixed with itself."""
         smoothing, classes = self._mixup.label_smoothing, self._mixup.num_classes
         if self._mixup.multi_label:
             smoothed: Tensor = labels * (1.0 - smoothing) + 0.5 * smoothing

@@ -1,9 +1,9 @@
-"""Augmentation of one picture where it is decoded, in timm's order: crop, flips, auto_augment, colour, grey, blur.
+"""Augmentation of one picture during decoding, in timm's order: crop, flips, auto_augment, colour, grey, blur.
 
-The user's own come last.
+The user's own augmentations come last.
 
-What becomes of it depends on (seed, position) and the picture only. Everything draws from one stream of that position,
-as timm's transforms draw from the global generators. torch isn't imported, unless that is how the picture is scaled.
+The result depends only on (seed, position) and the picture. All operations draw from one stream per position, in the
+order in which timm's transforms draw from the global generators. torch is imported only if it scales the picture.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ _STREAM = 0x706963  # keeps these draws apart from other uses of the run's seed
 _SCALES = {"rrc": (0.08, 1.0), "rkrc": (0.8, 1.0), "rkrr": (0.8, 1.0)}  # timm's defaults
 _RATIOS = {"rrc": (3 / 4, 4 / 3), "rkrc": (0.9, 1 / 0.9), "rkrr": (0.9, 1 / 0.9)}
 _ENHANCERS: tuple[Any, ...] = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
-_BLUR_HALF = 11  # taps on each side: timm's kernel_size=23
+_BLUR_HALF = 11  # taps on each side of the centre: timm's kernel_size=23
 _BLUR_SIGMAS = (0.1, 2.0)
 _TAP_UNIT = 2.0**-22
 
 
 class PictureAugment:
-    """Pictures of one or three channels and any size -> uint8 [size, size, channels], by position."""
+    """Augments pictures of any size, with one or three channels, to uint8 [size, size, channels]."""
 
     def __init__(self, config: AugmentConfig, seed: int, fit: Fit, plugins: Sequence[str] = ()) -> None:
-        """fit: applied to a whole picture where `config.crop` is none. plugins: have `config.custom`."""
+        """fit: applied to whole pictures if `config.crop` is none. plugins: modules that register `config.custom`."""
         self._config, self._run_seed, self._fit, self._plugins = config, seed, fit, plugins
-        load_plugins(plugins if config.custom else ())  # in each process that decodes
+        load_plugins(plugins if config.custom else ())  # needed in each process that decodes
         self._custom = augmentations(config.custom)
         self._seed = derive_seed(seed, _STREAM)
         self._crop = _crop(config, fit.size) if config.crop != "none" else None
@@ -51,19 +51,19 @@ class PictureAugment:
 
     @property
     def crops(self) -> bool:
-        """Whether a part of the picture is cut out, so that it is wanted in its own size."""
+        """Whether pictures are cropped, so that they are needed at their own size."""
         return self._crop is not None
 
     def __call__(self, picture: Picture, position: int, is_fitted: bool = False) -> UInt8s:
-        """Return the picture as the training step at `position` gets it. is_fitted: it is of the final size already.
+        """Return the picture for the training step at `position`. is_fitted: it already has the final size.
 
-        With `augment.splits`, `position` is that of a view: see `view_positions`.
+        With `augment.splits`, `position` is the number of a view: see `view_positions`.
         """
         self.seed(position)
         return self.changed(self.cropped(picture, is_fitted))
 
     def seed(self, position: int) -> None:
-        """Begin the stream of draws of a position, for `cropped` and then `changed`: `__call__` in its parts."""
+        """Start the random stream of a position; then call `cropped` and `changed`, as `__call__` does."""
         self._position, self._view = divmod(position, self._config.splits)
         self._begin(derive_seed(self._seed, self._position))
 
@@ -71,19 +71,19 @@ class PictureAugment:
         self._auto_augment.seed(seed) if self._auto_augment is not None else self._draws.seed(seed)
 
     def cropped(self, picture: Picture, is_fitted: bool = False) -> UInt8s:
-        """Crop the picture, or fit it, to the final size: [size, size, channels]."""
+        """Crop or fit the picture to the final size: [size, size, channels]."""
         if self._crop is not None:
             return self._crop(picture, self._draws)
         return pixels_of(picture) if is_fitted else fitted(picture, self._fit)
 
     def changed(self, pixels: UInt8s) -> UInt8s:
-        """Do what follows the crop."""
+        """Apply all operations after the crop."""
         config = self._config
         if self._happens(config.hflip):
             pixels = pixels[:, ::-1]
         if self._happens(config.vflip):
             pixels = pixels[::-1]
-        if config.splits > 1:  # the crop and the flips are those of all views
+        if config.splits > 1:  # all views share the crop and the flips
             if self._view == 0:
                 return pixels
             self._begin(derive_seed(self._seed, self._position, self._view))
@@ -96,7 +96,7 @@ class PictureAugment:
         return pixels
 
     def _recoloured(self, image: Image.Image) -> Image.Image:
-        """Do what only Pillow does: auto_augment, colour and grey."""
+        """Apply the operations that need Pillow: auto_augment, colour and grey."""
         config = self._config
         if self._auto_augment is not None:
             image = self._auto_augment(image)
@@ -106,16 +106,16 @@ class PictureAugment:
         return image.convert("L").convert(image.mode) if self._happens(config.grayscale) else image
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle what it is made of: generators and a module stay where they are."""
+        """Pickle only the arguments, not the generators and the copied timm module."""
         return PictureAugment, (self._config, self._run_seed, self._fit, self._plugins)
 
     def _happens(self, probability: float) -> bool:
-        """Draw whether to do something that is done at all."""
+        """Draw whether to apply an operation; without a draw if its probability is 0."""
         return probability > 0 and self._draws.random() < probability
 
 
 def _checked(name: str, found: Any, shape: tuple[int, ...]) -> UInt8s:
-    """Return the pixels that the user's augmentation made; TypeError if they are no such pixels as it was given."""
+    """Return the result of the user's augmentation; TypeError if it isn't uint8 pixels of the given shape."""
     if not isinstance(found, np.ndarray) or found.dtype != np.uint8 or found.shape != shape:
         made = f"{found.dtype} {list(found.shape)}" if isinstance(found, np.ndarray) else type(found).__name__
         raise TypeError(f"augment.custom: {name} returned {made}: return an array of uint8 {list(shape)}")
@@ -123,7 +123,7 @@ def _checked(name: str, found: Any, shape: tuple[int, ...]) -> UInt8s:
 
 
 def view_positions(positions: Int64s, splits: int) -> Int64s:
-    """Return a number for each view of each position, [positions * splits], the views of one next to one another."""
+    """Return a number for each view of each position, [positions * splits]; the views of a position are adjacent."""
     numbers: Int64s = (positions[:, None] * splits + np.arange(splits)).reshape(-1)
     return numbers
 
@@ -141,7 +141,7 @@ def _auto_augment(config: AugmentConfig, fit: Fit) -> AutoAugment:
 
 
 def strengths(color_jitter: float | Sequence[float] | None) -> list[float]:
-    """Return brightness, contrast, saturation and hue of `augment.color_jitter`; without one, nothing."""
+    """Return brightness, contrast, saturation and hue of `augment.color_jitter`; [] if it is None."""
     if color_jitter is None:
         return []
     if isinstance(color_jitter, (int, float)):
@@ -150,7 +150,7 @@ def strengths(color_jitter: float | Sequence[float] | None) -> list[float]:
 
 
 def jitters(strengths: Sequence[float], draws: random.Random) -> list[Callable[[Image.Image], Image.Image]]:
-    """Draw torchvision's ColorJitter: its changes in the order in which they are made; none where the strength is 0."""
+    """Draw the changes of torchvision's ColorJitter, in their order of application; none for a strength of 0."""
     *enhancing, hue = strengths
     changes = [
         _enhance(enhancer, draws.uniform(max(0.0, 1 - strength), 1 + strength))
@@ -168,7 +168,7 @@ def _enhance(enhancer: Any, factor: float) -> Callable[[Image.Image], Image.Imag
 
 
 def _turn_hue(share: float) -> Callable[[Image.Image], Image.Image]:
-    """Return a turn of the colour circle by a share of it; grey stays as it is."""
+    """Return a function that rotates the hue by a share of the colour circle; it leaves grey images unchanged."""
 
     def turn(image: Image.Image) -> Image.Image:
         if image.mode == "L":
@@ -181,9 +181,9 @@ def _turn_hue(share: float) -> Callable[[Image.Image], Image.Image]:
 
 
 def blurred(pixels: UInt8s, sigma: float) -> UInt8s:
-    """Return torchvision's gaussian_blur of 23 taps, [height, width, channels]; the image is mirrored at its edges.
+    """Return torchvision's gaussian_blur with 23 taps, [height, width, channels]; the image is mirrored at its edges.
 
-    Weights are whole multiples of 2**-22, so that sums are exact: the same on any CPU, whatever they are added up by.
+    Weights are multiples of 2**-22, so that sums are exact: the same on any CPU, in any order of summation.
     """
     values = [math.exp(-0.5 * (tap / sigma) ** 2) for tap in range(-_BLUR_HALF, _BLUR_HALF + 1)]
     taps = [round(value / sum(values) / _TAP_UNIT) * _TAP_UNIT for value in values]

@@ -1,7 +1,7 @@
-"""Augmentation of whole batches before they are normalised. What happens to a sample depends on (seed, position) only.
+"""Augmentation of batches before normalisation. The draws of a sample depend on (seed, position) only.
 
-Shift, flip and brightness work on tensors; `augment.rand_augment` goes image by image. What is done to pictures where
-they are decoded comes before, in `ftexp.data.augment.picture`.
+Shift, flip and brightness work on tensors, `augment.rand_augment` on single images. `ftexp.data.augment.picture`, which
+augments pictures during decoding, is applied before.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ _STREAM = 0x617567  # keeps these draws apart from other uses of the run's seed
 
 
 class Augment:
-    """Shift, flip and brightness. Called with uint8-valued floats in 0..1, [batch, channels, height, width].
+    """Shift, flip and brightness of images [batch, channels, height, width] with values in 0..1.
 
-    `mean` of the data's pixels, a value a channel, is what RandAugment has move in at the edges.
+    mean: mean of the data's pixels per channel, with which RandAugment fills the edges.
     """
 
     def __init__(self, config: AugmentConfig, seed: int, mean: Sequence[float] = ()) -> None:
@@ -32,20 +32,20 @@ class Augment:
 
     @property
     def changes_tensors(self) -> bool:
-        """Whether calling it changes anything."""
+        """Whether a call changes anything."""
         config = self._config
         return config.pad_px > 0 or config.brightness > 0 or (config.hflip > 0 and not config.changes_pictures)
 
     def pixels(self, rows: UInt8s, positions: Int64s) -> UInt8s:
-        """Apply RandAugment, if set, to uint8 rows [batch, height, width, channels]; comes before all else."""
+        """Apply RandAugment, if configured, to uint8 rows [batch, height, width, channels]; call this first."""
         return rows if self._rand_augment is None else self._rand_augment(rows, positions)
 
     def __call__(self, images: Tensor, positions: Int64s) -> Tensor:
-        """Return augmented images; row i is changed by the random stream of `positions[i]`."""
+        """Return augmented images; row i uses the random stream of `positions[i]`."""
         config = self._config
         if config.pad_px:
             images = self._shift(images, positions, config.pad_px)
-        if config.hflip and not config.changes_pictures:  # there it is done with them
+        if config.hflip and not config.changes_pictures:  # else PictureAugment flips
             flipped = self._draw(positions, 2) < config.hflip
             images = torch.where(flipped.to(images.device).view(-1, 1, 1, 1), images.flip(3), images)
         if config.brightness:

@@ -1,6 +1,6 @@
-"""Progressive resizing: batches of smaller images early in training, in less time. The size depends on the step alone.
+"""Progressive resizing: smaller images early in training, to save time. The size depends only on the step.
 
-The schedule is that of MosaicML's Composer (composer/algorithms/progressive_resizing).
+The schedule is from MosaicML's Composer (composer/algorithms/progressive_resizing).
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from ftexp.config.schema import ResizingConfig
 
 
 class Resizing:
-    """Scales a batch to the size of its step. Evaluation sees images of full size."""
+    """Scales a batch to the image size of its step. Evaluation uses images of full size."""
 
     def __init__(self, config: ResizingConfig, full_size: int, total_positions: int) -> None:
-        """full_size: pixels. total_positions: of all epochs, whether or not train.max_steps ends the run before."""
+        """full_size: in pixels. total_positions: of all epochs, also if train.max_steps ends the run earlier."""
         self._config, self._full_size, self._total_positions = config, full_size, total_positions
 
     def size_at(self, position: int) -> int:
-        """Return the size in pixels of images in the global batch that begins at `position`."""
+        """Return the image size in pixels of the global batch that starts at `position`."""
         return size_at(self._config, self._full_size, position / self._total_positions)
 
     def __call__(self, images: Tensor, position: int) -> Tensor:
@@ -31,7 +31,7 @@ class Resizing:
 
 
 def size_at(config: ResizingConfig, full_size: int, elapsed: float) -> int:
-    """Return the size in pixels once the share `elapsed`, 0 to 1, of training is done."""
+    """Return the image size in pixels after the share `elapsed`, 0 to 1, of training."""
     if config.initial_scale is None:
         return full_size
     ramp = 1 - config.finetune_fraction - config.delay_fraction
@@ -45,6 +45,6 @@ def size_at(config: ResizingConfig, full_size: int, elapsed: float) -> int:
 
 
 def sizes(config: ResizingConfig, full_size: int) -> list[int]:
-    """Return every size that a run may train on, the smallest first."""
-    steps = 4 * full_size  # finer than sizes change
+    """Return all image sizes that a run may train on, in ascending order."""
+    steps = 4 * full_size  # fine enough to find every size
     return sorted({size_at(config, full_size, step / steps) for step in range(steps + 1)})

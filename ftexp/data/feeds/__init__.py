@@ -1,1 +1,1 @@
-"""How rows reach a worker: cached or streamed."""
+"""Feeds, which bring rows to a worker: cached or streamed."""

@@ -1,8 +1,7 @@
 """A data set that is decoded once, into Ray's object store.
 
-A run that changes pictures one by one as it trains has those of train there as pixels, of their own size if they are
-cropped. Tasks read them as they would read files, so that a cached run and a streamed one differ in nothing but where
-a picture comes from.
+If a run augments single pictures, the training pictures are stored as pixels, at their own size if they are cropped.
+Tasks read them like files, so a cached run differs from a streamed one only in where pictures come from.
 """
 
 from __future__ import annotations
@@ -42,16 +41,16 @@ if TYPE_CHECKING:
     from ray.data import Dataset
 
 
-_FILES = 64  # decoded by one task
-_PROBED = 16  # pictures from whose size the memory of all is estimated
+_FILES = 64  # files decoded by one task
+_PROBED = 16  # pictures whose size is read to estimate the memory of all
 
 
 def decoded_bundle(
     config: DataConfig, listing: Listing, augment: AugmentConfig, runtime_env: Mapping[str, Any] | None = None
 ) -> DataBundle:
-    """Decode every split into the object store, and deal with what can't be decoded as `data.on_bad_sample` says.
+    """Decode every split into the object store; samples that can't be decoded are handled by `data.on_bad_sample`.
 
-    augment: decides what is kept of train's pictures. runtime_env: see `decoding`.
+    augment: determines the form in which training pictures are stored. runtime_env: see `decoding`.
     """
     splits = listing.splits(config, listing.readers)
     info = make_info(config, listing.class_names, {name: split.num_samples for name, split in splits.items()})
@@ -85,7 +84,7 @@ def decoded_bundle(
 
 
 def _whole_blocks(split: IndexedSplit) -> list[dict[str, Int64s]]:
-    """Return all samples in order: a unit for each block, since any may be large, or 64 files."""
+    """Return all samples in order, in units of one block, which may be large, or of 64 files."""
     sizes = split.block_sizes if split.block_sizes is not None else np.full(-(-len(split) // _FILES), _FILES)
     samples = np.arange(len(split))
     return [{"sample": unit} for unit in np.split(samples, np.cumsum(sizes)[:-1]) if len(unit)]
@@ -98,14 +97,14 @@ def _only_good(batch: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class DecodePictures:
-    """A map stage of Ray Data: {"sample": [n]} -> pixels, height, label, sample, and an error where there are none."""
+    """A map stage of Ray Data: {"sample": [n]} -> pixels, height, label, sample, error ("" if decoded)."""
 
     split: IndexedSplit
     fit: Fit
-    keep_size: bool  # else pictures are fitted
+    keep_size: bool  # False: pictures are fitted to the final size
 
     def __call__(self, batch: dict[str, Int64s]) -> pa.Table:
-        """Decode a block of samples; `error` is as that of `ftexp.data.feeds.decoding.Decode`."""
+        """Decode a block of samples; the column `error` is that of `ftexp.data.feeds.decoding.Decode`."""
         samples = batch["sample"]
         pixels, heights, outcome = [b""] * len(samples), [0] * len(samples), Outcome.of(len(samples))
         with on_one_thread(self.fit.decoding.decoder):
@@ -120,13 +119,13 @@ class DecodePictures:
 
 
 def _of_arrays(batch: dict[str, Any]) -> pa.Table:
-    """Return the same of a block of a source that is in memory."""
+    """Return a block of an in-memory source in the format of `DecodePictures`."""
     pixels, heights = [image.tobytes() for image in batch["image"]], [len(image) for image in batch["image"]]
     return _table(pixels, heights, batch["label"], batch["sample"], [""] * len(pixels))
 
 
 def mean_pixels(config: DataConfig, listing: Listing) -> int:
-    """Return about how many pixels a training picture has, by a few; the final number if none of them can be read."""
+    """Return the mean number of pixels of a few training pictures; if none can be read, that of the final size."""
     reader = listing.single_readers.get("train", listing.readers["train"])
     num_items = len(listing.labels["train"])
     items = np.arange(num_items)[:: max(1, num_items // _PROBED)][:_PROBED]
@@ -139,7 +138,7 @@ def _sizes(reader: Reader, items: Int64s, decoding: Decoding) -> list[int]:
     sizes = []
     for item in items:
         for _, get in reader(np.array([item])):
-            with contextlib.suppress(Exception):  # decoding reports it
+            with contextlib.suppress(Exception):  # decoding reports it later
                 sizes.append(num_pixels(get(), decoding))
     return sizes
 
@@ -159,14 +158,14 @@ def _table(
 
 
 def array_pictures(dataset: Dataset, channels: int) -> IndexedSplit:
-    """Return the pictures of a cached split, with the columns that `DataBundle` describes."""
+    """Return a cached split, with the columns of `DataBundle`, as a split of pictures."""
     return stored_pictures(dataset.map_batches(_of_arrays, batch_size=None).materialize(), channels, is_final=True)
 
 
 def stored_pictures(dataset: Dataset, channels: int, is_final: bool) -> IndexedSplit:
-    """Return a split of the good samples of `DecodePictures`' materialised blocks, in the order of their numbers.
+    """Return a split with the decoded samples in materialised blocks of `DecodePictures`, in the samples' order.
 
-    is_final: whether they are of the size that models see.
+    is_final: whether the pictures have the final size.
     """
     refs = dataset.to_arrow_refs()
     facts = ray.remote(_facts)
@@ -185,14 +184,14 @@ def _facts(table: pa.Table) -> tuple[Int64s, Labels, Any]:
 
 @dataclass(frozen=True)
 class StoredPictures:
-    """Reads pictures out of blocks in the object store: each block's first item, and where the block is."""
+    """Reads pictures from blocks in the object store."""
 
-    blocks: Shared[tuple[Int64s, list[ray.ObjectRef]]]
+    blocks: Shared[tuple[Int64s, list[ray.ObjectRef]]]  # each block's first item, and its reference
     channels: int
     is_final: bool
 
     def __call__(self, items: Int64s) -> Iterator[Raw]:
-        """Yield a number for a place, and how to get the picture."""
+        """Yield each item's number as its location, and a function that returns the picture."""
         first_items, refs = self.blocks.get()
         numbers = np.searchsorted(first_items, items, side="right") - 1
         wanted = np.unique(numbers).tolist()
@@ -207,15 +206,15 @@ class StoredPictures:
 
 
 class _Block(NamedTuple):
-    """The pictures of a block, where they lie: an item of a table takes Arrow many times as long to give."""
+    """The pictures of a block as views of its buffers: reading an item through Arrow takes many times as long."""
 
-    pixels: UInt8s  # of all pictures
-    ends: Int64s  # where the first begins, and each ends
+    pixels: UInt8s  # pixels of all pictures, one after another
+    ends: Int64s  # start of the first picture, then the end of each
     heights: Int64s
 
     @classmethod
     def of(cls, table: pa.Table) -> _Block:
-        """Return what a table of `DecodePictures` holds."""
+        """Return views of a table made by `DecodePictures`."""
         column = table["pixels"]
         column = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
         _, ends, pixels = column.buffers()

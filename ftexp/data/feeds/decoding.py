@@ -1,4 +1,4 @@
-"""Decoding as Ray tasks, and what becomes of samples that can't be read."""
+"""Decoding in Ray tasks, and the handling of samples that can't be read."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from ftexp.errors import DataError
 if TYPE_CHECKING:
     from ray.data import Dataset
 
-PARTS = ("read", "decode", "crop", "augment")  # parts of making a sample; crop stands for fit, too
+PARTS = ("read", "decode", "crop", "augment")  # timed parts of making a sample; crop includes fitting
 _NUM_BAD_SHOWN = 10
 
 Floats = npt.NDArray[np.float32]
@@ -34,19 +34,19 @@ T = TypeVar("T")
 
 
 def num_pixels(value: Any, decoding: Decoding) -> int:
-    """Return how many pixels an image keeps, as a source gives it; of an encoded one, only the head is read."""
+    """Return the number of pixels of a source's image, decoded for cropping; reads only an encoded image's header."""
     encoded: Any = value.get("bytes") if isinstance(value, dict) else value
     return decoding.num_pixels(encoded) if isinstance(encoded, bytes) else int(np.prod(np.shape(encoded)[:2]))
 
 
 @dataclass(frozen=True)
 class Decode:
-    """A map stage of Ray Data: {"sample": [n]} -> image, label, sample, and an error where there is no image.
+    """A map stage of Ray Data: {"sample": [n]} -> image, label, sample, error, traits, cost.
 
-    Besides traits, see `Traits`, and cost: milliseconds of each of PARTS.
+    error: "" if the sample was decoded; traits: see `Traits`; cost: milliseconds for each of PARTS.
 
-    With `augment`, which also needs {"position": [n]}, an image is what the step at its position trains on. Channels
-    then come before height and width, as a training process wants them.
+    With `augment`, which also needs {"position": [n]}, an image is augmented for the training step at its position. Its
+    channels then come before height and width, as training needs them.
     """
 
     split: IndexedSplit
@@ -54,7 +54,7 @@ class Decode:
     augment: PictureAugment | None = None
 
     def __call__(self, batch: dict[str, Int64s]) -> dict[str, Any]:
-        """Decode a block of samples; `error` is "" or "where\\nwhat", and the image then black."""
+        """Decode a block of samples. `error` is "" or "location\\nreason"; in the latter case the image is black."""
         samples = batch["sample"]
         images, outcome = decode_samples(self.split, samples, self.fit, self.augment, batch.get("position"))
         if self.augment is not None:
@@ -72,21 +72,21 @@ class Decode:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Result of decoding: where samples are, why some can't be read, their traits and times."""
+    """Result of decoding: the samples' locations, errors, traits and times."""
 
-    places: list[str]
-    reasons: list[str]  # why one can't be read; "": it can
+    places: list[str]  # locations of the samples
+    reasons: list[str]  # why a sample can't be read; "": it was read
     traits: list[Traits]
-    costs: Floats  # [samples, PARTS], milliseconds; 0 throughout of what can't be read
+    costs: Floats  # [samples, PARTS], milliseconds; 0 for samples that can't be read
 
     @classmethod
     def of(cls, num_samples: int) -> Outcome:
-        """Return an empty outcome."""
+        """Return an empty outcome for this number of samples."""
         return cls([], [], [], np.zeros((num_samples, len(PARTS)), np.float32))
 
     @property
     def errors(self) -> list[str]:
-        """Place and reason in one, for a column: see `bad_sample`."""
+        """Location and reason of each sample in one string, for a column; `bad_sample` parses it."""
         return [f"{where}\n{why}" if why else "" for where, why in zip(self.places, self.reasons, strict=True)]
 
 
@@ -98,7 +98,7 @@ def each_sample(
     finish: Callable[[Sample], T],
     outcome: Outcome,
 ) -> Iterator[tuple[int, T]]:
-    """Yield each sample's row with what `finish` makes of it, but for those that can't be read; add to `outcome`.
+    """Yield (row, result of `finish`) for each sample that can be read, and record all samples in `outcome`.
 
     is_whole: see `as_sample`.
     """
@@ -112,7 +112,7 @@ def each_sample(
             sample = as_sample(value, fit, is_whole)
             laps.append(time.perf_counter())
             found = finish(sample)
-        except Exception as error:  # whatever a codec raises on bytes from outside; recorded, never dropped
+        except Exception as error:  # whatever a codec raises on invalid bytes; recorded, never dropped
             outcome.reasons.append(f"{type(error).__name__}: {error}")
             outcome.traits.append(Traits(0))
             continue
@@ -134,10 +134,10 @@ def decode_samples(
     augment: PictureAugment | None = None,
     positions: Int64s | None = None,
 ) -> tuple[UInt8s, Outcome]:
-    """Decode samples into uint8 [rows, size, size, channels]; what can't be read is black.
+    """Decode samples into uint8 [rows, size, size, channels]; samples that can't be read are black.
 
-    Whole pictures are fitted, or else changed by `augment` as `positions` say; in memory, channels then come before
-    height and width.
+    Without `augment`, whole pictures are fitted. With it, pictures are augmented for their `positions`; in memory, the
+    channels then come before height and width.
     """
     shape = (len(samples), fit.size, fit.size, fit.channels)
     outcome, is_whole = Outcome.of(len(samples)), augment is None or not augment.crops
@@ -172,15 +172,14 @@ def decoding(
     stage: Callable[[IndexedSplit, Fit], Callable[[dict[str, Int64s]], Any]] = Decode,
     runtime_env: Mapping[str, Any] | None = None,
 ) -> Dataset:
-    """Return a Ray Dataset that decodes samples on any node: a task and a block for each unit, in the order of `units`.
+    """Return a Ray Dataset that decodes samples on any node, with one task and one block per unit, in order.
 
-    units: the columns that `stage` takes, "sample" at least.
-    stage: makes the map stage of a split, and of how it is fitted.
-    runtime_env: that of the tasks, where they aren't to have that of the process that asks for them.
+    units: the columns that `stage` reads, at least "sample".
+    stage: builds the map stage from a split and its `Fit`.
+    runtime_env: runtime_env of the tasks; None: that of this process.
     """
-    max_tasks = (
-        min(concurrency, len(units)) if concurrency is not None else None
-    )  # Ray warns of tasks that can't all begin
+    # Ray warns if not all tasks can start
+    max_tasks = min(concurrency, len(units)) if concurrency is not None else None
     tables = [pa.table(dict(unit)) for unit in units]
     decode = stage(split, info.fit)
     options = {"runtime_env": dict(runtime_env)} if runtime_env else {}
@@ -190,12 +189,12 @@ def decoding(
 
 
 def bad_sample(error: str) -> BadSample:
-    """Return the bad sample of an entry of `Decode`'s column `error`."""
+    """Return the bad sample that an entry in `Decode`'s column `error` describes."""
     return BadSample(*error.split("\n", 1))
 
 
 def refuse_bad(config: DataConfig, bad: list[BadSample]) -> None:
-    """Raise DataError naming samples that can't be read, unless they shall be skipped."""
+    """Raise DataError, which names samples that can't be read, unless data.on_bad_sample=skip."""
     if not bad or config.on_bad_sample == "skip":
         return
     shown = [f"{sample.where}: {sample.reason}" for sample in bad[:_NUM_BAD_SHOWN]]
@@ -208,33 +207,33 @@ def refuse_bad(config: DataConfig, bad: list[BadSample]) -> None:
 
 @dataclass(frozen=True)
 class Stored:
-    """A picture that was decoded before, and lies in memory: [height, width, channels]."""
+    """A decoded picture in memory, [height, width, channels]."""
 
     pixels: UInt8s
-    is_final: bool  # fitted already, or of a source whose images are of the final size
+    is_final: bool  # whether it has the final size
 
 
 class Sample(NamedTuple):
-    """An image as a source gives it, decoded."""
+    """A source's image, decoded."""
 
     picture: Picture
-    is_final: bool  # whether it has the size that models see, so that it isn't fitted
+    is_final: bool  # whether it already has the final size, so that it needs no fitting
     traits: Traits
 
     def image(self, fit: Fit) -> UInt8s:
-        """Return the whole of it as models see it, [size, size, channels]."""
+        """Return the whole image at the model's input size, [size, size, channels]."""
         return pixels_of(self.picture) if self.is_final else fitted(self.picture, fit)
 
 
 def as_image(value: Any, fit: Fit) -> UInt8s:
-    """Return an image as uint8 [size, size, channels], from encoded bytes, {"bytes": ...} or an array."""
+    """Convert encoded bytes, {"bytes": ...} or an array to an image, uint8 [size, size, channels]."""
     return as_sample(value, fit).image(fit)
 
 
 def as_sample(value: Any, fit: Fit, is_whole: bool = True) -> Sample:
-    """Return an image, decoded, as the decoder has it; arrays must be of the final size.
+    """Decode a source's image; arrays must have the final size.
 
-    is_whole: it is going to be fitted, so that it may be decoded at the size that this takes; else a part is cut out.
+    is_whole: the image will be fitted as a whole, so it may be decoded at a smaller size; False: it will be cropped.
     """
     if isinstance(value, Stored):
         return Sample(fit.decoding.picture(value.pixels), value.is_final, Traits(0))
@@ -249,14 +248,14 @@ def as_sample(value: Any, fit: Fit, is_whole: bool = True) -> Sample:
 
 
 def _checked(value: Any, fit: Fit) -> UInt8s:
-    """Return an array of the final size; ValueError for any other."""
+    """Return the value as uint8 pixels; ValueError unless it is an array of the final size with values 0 to 255."""
     size, channels = fit.size, fit.channels
     pixels = np.asarray(value)
     if pixels.shape == (size, size) and channels == 1:
         pixels = pixels[..., None]
     if pixels.shape != (size, size, channels):
         raise ValueError(f"an array of shape {pixels.shape}, not {(size, size, channels)}")
-    if pixels.dtype.kind not in "iu":  # fractions of 1 would all become 0
+    if pixels.dtype.kind not in "iu":  # values between 0 and 1 would all become 0
         raise ValueError(f"pixels of type {pixels.dtype}, not whole numbers from 0 to 255")
     if pixels.min() < 0 or pixels.max() > 255:
         raise ValueError("pixel values outside 0..255")

@@ -1,4 +1,4 @@
-"""Rows that are decoded where they are taken, in this process: for tasks that must not wait for other tasks' CPUs."""
+"""Rows that are decoded in the process that uses them: for tasks that must not wait for CPUs of other tasks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ftexp.data.order import Int64s
 
 
 class DirectRows:
-    """A split's rows as they are evaluated: whole images, fitted. `on_bad` is called with what can't be read."""
+    """A split's rows for evaluation: whole images, fitted. `on_bad` is called with samples that can't be read."""
 
     def __init__(self, split: IndexedSplit, info: DataInfo, on_bad: Callable[[list[BadSample]], None]) -> None:
         self._split, self._fit, self._on_bad = split, info.fit, on_bad
@@ -27,7 +27,7 @@ class DirectRows:
         """The class of each sample, [num_samples]."""
         return self._split.table.get()[1]
 
-    def open(self, requests: Iterator[Request]) -> AbstractContextManager[Take]:  # noqa: ARG002 - nothing is made ahead
+    def open(self, requests: Iterator[Request]) -> AbstractContextManager[Take]:  # noqa: ARG002 - nothing is prepared
         """Do nothing: nothing has to be prepared."""
         return nullcontext(self.take)
 
@@ -41,5 +41,5 @@ class DirectRows:
         return Taken(images, self.labels[samples], ~bad if bad.any() else None)
 
     def costs_ms(self) -> dict[str, float]:
-        """Return nothing: no task makes these rows."""
+        """Return {}: no task makes these rows."""
         return {}

@@ -1,4 +1,4 @@
-"""How rows reach a worker. A feed does one thing: iterate over batches from a position."""
+"""Feeds, which bring rows to a worker. A feed does one thing: iterate over batches from a position."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ from ftexp.data.targets import Float32s, Labels, is_packed, unpacked
 
 T = TypeVar("T")
 
-COSTS = tuple(f"{part}_ms" for part in PARTS)  # keys of a logged point: of a sample, in the tasks that make samples
+COSTS = tuple(f"{part}_ms" for part in PARTS)  # keys of a logged point: mean time per sample in the tasks
 _LARGEST = np.float32(255)
-_PLAN_ROWS = 2048  # positions turned into samples at a time: the permutation costs per call, not per row
+_PLAN_ROWS = 2048  # positions looked up at a time: the permutation costs per call, not per row
 
 
 class Feed(Protocol):
@@ -42,25 +42,25 @@ class Feed(Protocol):
         ...
 
     def shares(self, position: int) -> Iterator[Batch]:
-        """Yield the same without micro-batches: nothing is read."""
+        """Yield the same batches without micro-batches, so without reading data."""
         ...
 
 
 @dataclass(frozen=True)
 class Taken:
-    """Decoded samples, in the order in which they were asked for."""
+    """Decoded samples, in the requested order."""
 
     images: UInt8s  # [rows, image_size, image_size, channels]; may be read-only
     labels: Labels  # labels of each row
-    readable: npt.NDArray[np.bool_] | None = None  # [rows]; None: all. What isn't has no image, and weighs nothing
+    readable: npt.NDArray[np.bool_] | None = None  # [rows]; None: all. Other rows have no image, and weight 0
 
 
 Take = Callable[[Int64s], Taken]
-Request = Int64s  # [2, rows]: samples, and the positions that they are for; in evaluation, the samples again
+Request = Int64s  # [2, rows]: samples and their positions; in evaluation, the samples twice
 
 
 def request(samples: Int64s, positions: Int64s) -> Request:
-    """Return the announcement of samples that will be taken for these positions."""
+    """Return the request for samples that will be taken for these positions."""
     return np.stack([samples, positions])
 
 
@@ -75,23 +75,23 @@ class Rows(Protocol):
         ...
 
     def open(self, requests: Iterator[Request]) -> AbstractContextManager[Take]:
-        """Prepare to take samples, which are requested in the order of `requests`, if not in its pieces."""
+        """Prepare to take samples: in the order of `requests`, though any number at a time."""
         ...
 
     def costs_ms(self) -> dict[str, float]:
-        """Return what each of COSTS was for a sample, in the mean since the last call; {} where none was made."""
+        """Return the mean of each of COSTS over the samples made since the last call; {} if none was made."""
         ...
 
 
 class CachedRows:
-    """A split's rows in the object store: read in place, gathered by index, never copied as a whole."""
+    """A split's rows in the object store: read in place and gathered by index, never copied as a whole."""
 
     def __init__(self, dataset: DataIterator) -> None:
         blocks = list(dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0))
         self._images: list[UInt8s] = [block["image"] for block in blocks]
         sizes = [len(block) for block in self._images]
         samples = np.concatenate([block["sample"] for block in blocks]) if blocks else np.empty(0, np.int64)
-        in_order = np.argsort(samples, kind="stable")  # blocks may arrive in any order; rows then still don't
+        in_order = np.argsort(samples, kind="stable")  # blocks may arrive in any order
         labels = np.concatenate([block["label"] for block in blocks]) if blocks else np.empty(0, np.int64)
         self._labels: Labels = labels[in_order]
         self._block = np.repeat(np.arange(len(sizes)), sizes)[in_order]
@@ -105,7 +105,7 @@ class CachedRows:
         """The label of each sample."""
         return self._labels
 
-    def open(self, requests: Iterator[Request]) -> AbstractContextManager[Take]:  # noqa: ARG002 - any order is as good
+    def open(self, requests: Iterator[Request]) -> AbstractContextManager[Take]:  # noqa: ARG002 - any order is equally fast
         """Do nothing: nothing has to be prepared."""
         return nullcontext(self.take)
 
@@ -114,7 +114,7 @@ class CachedRows:
         return Taken(self._gather(samples), self._labels[samples])
 
     def costs_ms(self) -> dict[str, float]:
-        """Return nothing: the samples are already decoded."""
+        """Return {}: the samples are already decoded."""
         return {}
 
     def _gather(self, samples: Int64s) -> UInt8s:
@@ -129,11 +129,11 @@ class CachedRows:
 
 
 class Reused:
-    """Memory for tensors on a CPU, used again once none of them refers to it."""
+    """Memory for CPU tensors, reused once no tensor refers to it."""
 
     def __init__(self) -> None:
         self._kept: list[tuple[npt.NDArray[np.float32], weakref.ref[Any]]] = []
-        self._lock = threading.Lock()  # a thread may make batches ahead while another evaluates
+        self._lock = threading.Lock()  # a thread may prepare batches while another evaluates
 
     def tensor(self, shape: tuple[int, ...]) -> Tensor:
         """Return an uninitialised float32 tensor."""
@@ -142,14 +142,14 @@ class Reused:
             kept = [(memory, user) for memory, user in self._kept if memory.size == size]  # a short batch is rare
             memory = next((memory for memory, user in kept if user() is None), None)
             if memory is None:
-                memory = torch.empty(size).numpy()  # by torch, which aligns to more bytes than numpy
-            lent = memory[:]  # what the tensor and all its views hold on to
+                memory = torch.empty(size).numpy()  # torch aligns to more bytes than numpy
+            lent = memory[:]  # the tensor and all its views keep this reference
             self._kept = [(other, user) for other, user in kept if other is not memory] + [(memory, weakref.ref(lent))]
         return torch.from_numpy(lent).view(shape)
 
 
 class ToTensors:
-    """uint8 rows -> normalised float tensors on the device, [rows, channels, height, width]."""
+    """Conversion of uint8 rows to normalised float tensors on the device, [rows, channels, height, width]."""
 
     def __init__(self, info: DataInfo, device: torch.device, channels_last: bool) -> None:
         self._device = device
@@ -164,7 +164,7 @@ class ToTensors:
             self._standard = np.array(info.target_mean, np.float32), np.array(info.target_std, np.float32)
 
     def targets(self, labels: Labels) -> Tensor:
-        """Return labels as losses take them: int64 [rows]; or float32 [rows, num_classes], 0 and 1, or standardised."""
+        """Return targets for a loss: int64 [rows], or float32 [rows, num_classes] of 0 and 1 or standardised values."""
         if is_packed(labels):
             labels = unpacked(labels, self._num_outputs).astype(np.float32)
         elif self._standard is not None:
@@ -173,7 +173,7 @@ class ToTensors:
         return torch.from_numpy(labels).to(self._device, non_blocking=True)
 
     def __call__(self, rows: UInt8s, augment: Augment | None = None, positions: Int64s | None = None) -> Tensor:
-        """Scale to 0..1, augment if asked to, and normalise."""
+        """Scale to 0..1, augment if `augment` is given, and normalise."""
         if augment is not None and positions is not None:
             rows = augment.pixels(rows, positions)
             if augment.changes_tensors:
@@ -184,14 +184,14 @@ class ToTensors:
         moved = torch.from_numpy(rows if rows.flags.writeable else rows.copy(order="K"))
         if self._device.type == "cuda":
             moved = moved.pin_memory().to(self._device, non_blocking=True)
-        # in place: on a CPU, memory that is new costs more than the arithmetic
+        # in place: on a CPU, allocating memory costs more than the arithmetic
         return moved.permute(0, 3, 1, 2).to(torch.float32, memory_format=self._format).div_(255)
 
     def _normalised(self, images: Tensor) -> Tensor:
         return images.sub_(self._mean).div_(self._std)
 
     def _by_planes(self, rows: UInt8s) -> Tensor:
-        """Return the same numbers in half the time or less: a plane stays in a core's cache until it is done."""
+        """Return bitwise identical tensors in half the time or less: each plane stays in a core's cache."""
         count, height, width, channels = rows.shape
         images = self._memory.tensor((count, channels, height, width))
         mean, std = (values.flatten().numpy() for values in (self._mean, self._std))
@@ -204,23 +204,23 @@ class ToTensors:
         return images
 
     def pixels(self, images: Tensor) -> UInt8s:
-        """Return uint8 rows of what this returned: the given ones unless they were augmented."""
+        """Convert tensors of this object back to uint8 rows; the original rows if they were not augmented."""
         scaled = (images * self._std + self._mean).clamp(0, 1).mul(255).round()
         rows: UInt8s = scaled.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
         return rows
 
 
-Share = tuple[MicroShare, Int64s]  # rows of a micro-batch, and the samples at its positions
+Share = tuple[MicroShare, Int64s]  # positions of a micro-batch, and the samples at them
 
 
 def _counted(shares: list[Share]) -> tuple[Int64s, Int64s]:
-    """Return the positions that count in a step, and the samples at them."""
+    """Return the positions that count in a step, without padding and partners, and their samples."""
     positions = np.concatenate([share.positions[: share.num_counted] for share, _ in shares])
     return positions, np.concatenate([samples[: share.num_counted] for share, samples in shares])
 
 
 class IndexedFeed:
-    """Batches of samples that are looked up by position."""
+    """Feed that looks up samples by position."""
 
     def __init__(
         self,
@@ -231,12 +231,12 @@ class IndexedFeed:
         augment: Augment,
         splits: int = 1,
     ) -> None:
-        """splits: views of each sample, see `AugmentConfig`."""
+        """splits: number of views of each sample, see `AugmentConfig`."""
         self._rows, self._order, self._plan = rows, order, plan
         self._to_tensors, self._augment, self._splits = to_tensors, augment, splits
 
     def from_position(self, position: int) -> Generator[Batch]:
-        """Yield this rank's share of every global batch from `position` on."""
+        """Yield this rank's share of every global batch from `position` to the end of the run."""
         planned = (share for *_, shares in self._planned(position) for share in shares)
         with self._rows.open(self._request(*each) for each in planned) as take:
             for start, end, shares in self._planned(position):
@@ -244,7 +244,7 @@ class IndexedFeed:
                 yield Batch(start, end, micro_batches, *_counted(shares))
 
     def shares(self, position: int) -> Iterator[Batch]:
-        """Yield the same without micro-batches: nothing is read."""
+        """Yield the same batches without micro-batches, so without reading data."""
         for start, end, shares in self._planned(position):
             yield Batch(start, end, [], *_counted(shares))
 
@@ -254,7 +254,7 @@ class IndexedFeed:
         return request(np.repeat(samples, self._splits), view_positions(share.positions, self._splits))
 
     def _planned(self, position: int) -> Iterator[tuple[int, int, list[Share]]]:
-        """Yield (start, end, a share for each micro-batch) of every global batch, looked up in chunks."""
+        """Yield (start, end, shares of the micro-batches) for every global batch; samples are looked up in chunks."""
         chunk: list[tuple[int, int, list[MicroShare]]] = []
         num_rows = 0
         for start, end in self._plan.batch_ends(position):
@@ -280,7 +280,7 @@ class IndexedFeed:
     def _micro_batch(self, take: Take, share: MicroShare, samples: Int64s, start: int, end: int) -> MicroBatch:
         taken, rows = take(np.repeat(samples, self._splits)), len(samples)
         images = self._to_tensors(taken.images, self._augment, np.repeat(share.positions, self._splits))
-        # DDP averages gradients over ranks, so each rank's part counts world_size times
+        # DDP averages gradients over ranks, so weights contain a factor of world_size
         weight = np.zeros(rows, np.float32)
         weight[: share.num_counted] = self._plan.world_size / (end - start)
         readable: npt.NDArray[np.bool_] | None = None
@@ -303,9 +303,9 @@ def read(rows: Rows, batches: Sequence[Int64s]) -> Iterator[Taken]:
 def evaluation_batches(
     rows: Rows, to_tensors: ToTensors, batch_size: int, rank: int, world_size: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (images, labels) of this rank's part of a split: over all ranks, each sample exactly once.
+    """Yield (images, targets) of this rank's part of a split; over all ranks, each sample occurs exactly once.
 
-    Samples that can't be read, and shall be skipped, are excluded.
+    Samples that can't be read are excluded.
     """
     first, last = even_part(0, len(rows), rank, world_size)
     cuts = range(first, last, batch_size)
@@ -316,9 +316,9 @@ def evaluation_batches(
 
 
 def prefetched(batches: Iterator[T], depth: int, note_queue: Callable[[int], None] = lambda _: None) -> Generator[T]:
-    """Make up to `depth` items ahead on a thread, in order. Errors surface where the item would have.
+    """Yield items in order while a thread prepares up to `depth` of them. An item's error is raised in its place.
 
-    `note_queue` is called with the number of items that are ready, each time one is asked for.
+    note_queue: called with the number of ready items each time an item is requested.
     """
     if depth == 0:
         yield from batches

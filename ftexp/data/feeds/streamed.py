@@ -1,8 +1,8 @@
-"""Rows that are decoded while the run trains, by a Ray Data pipeline that this rank drives over its own samples.
+"""Rows that are decoded while the run trains, by one Ray Data pipeline per rank.
 
-Each rank's pipeline decodes the samples that the rank will ask for, in that order, on any node's CPUs. Nothing is
-handed out to ranks, so nothing can reach the wrong one or come in another order; a pipeline begins anywhere at the same
-cost; and a rank that goes back to an earlier position begins a new one, in the same process.
+A rank's pipeline decodes the samples that this rank will request, in that order, on CPUs of any node. Data are not
+distributed over ranks, so they can't reach the wrong rank or arrive in another order. A pipeline can start at any
+position at the same cost. A rank that returns to an earlier position starts a new pipeline in the same process.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from ftexp.data.info import BadSample, DataBundle, DataInfo, IndexedSplit
 from ftexp.data.order import Int64s
 from ftexp.data.targets import Labels
 
-_UNIT_ROWS, _UNIT_BYTES = 256, 32 * 2**20  # limits of what one task decodes; a smaller task costs more than it does
-_FIRST_ROWS = 32  # rows of the first task, so that the first batch comes soon; then twice as many each time
-_SPAN_UNITS = 128  # units of one Ray Dataset. Ray plans all of it in advance, and a whole run would have millions
-_OVERLAP_UNITS = 8  # left of one span when the next begins
+_UNIT_ROWS, _UNIT_BYTES = 256, 32 * 2**20  # maximum of what one task decodes; small tasks have too much overhead
+_FIRST_ROWS = 32  # rows of the first unit, so that the first batch is ready soon; doubled for each further unit
+_SPAN_UNITS = 128  # units of one Ray Dataset. Ray plans a whole Dataset in advance; a run would have millions of units
+_OVERLAP_UNITS = 8  # remaining units of a span when the next span starts
 
 _ROW_EXTRA_BYTES = 88  # sample number, error, traits and cost
 _SLOW_S = 20.0
@@ -38,7 +38,7 @@ Block = dict[str, Any]  # columns of ftexp.data.feeds.decoding.Decode
 
 
 class StreamedRows:
-    """A split's rows, decoded on the way. Every pass over them is a pipeline of its own."""
+    """A split's rows, decoded while they are used. Every pass over them has its own pipeline."""
 
     def __init__(
         self,
@@ -50,10 +50,12 @@ class StreamedRows:
         augment: PictureAugment | None = None,
         on_block: Callable[[Block], None] = lambda _: None,
     ) -> None:
-        """num_tasks: decode at a time, on a CPU each, and apply `augment`.
+        """Set up; decoding starts with `open`.
 
-        `on_bad` gets what can't be read, and ends the pass by raising; `on_slow` gets for how many seconds
-        nothing was decoded, ever more rarely while that lasts; `on_block` gets each block that is read.
+        num_tasks: number of concurrent tasks that decode and apply `augment`, on one CPU each.
+        on_bad: called with samples that can't be read; may raise, which ends the pass.
+        on_slow: called with the seconds in which nothing was decoded, at doubling intervals.
+        on_block: called with each block that is read.
         """
         self._split, self._info, self._num_tasks = split, info, num_tasks
         self._on_bad, self._on_slow = on_bad, on_slow
@@ -72,7 +74,7 @@ class StreamedRows:
 
     @contextmanager
     def open(self, requests: Iterator[Request]) -> Iterator[Take]:
-        """Begin to decode; ends the pipeline when it is left."""
+        """Start the pipeline; it stops when the context exits."""
         rows = max(16, min(_UNIT_ROWS, _UNIT_BYTES // self._row_bytes))
         blocks = chained(spans(units(requests, rows)), self._start, self._on_slow)
         try:
@@ -85,16 +87,16 @@ class StreamedRows:
         self._on_block(block)
 
     def costs_ms(self) -> dict[str, float]:
-        """Return what each part of making a sample took, in the mean over those that were read since the last call.
+        """Return the mean time of each part of making a sample, over the samples read since the last call.
 
-        It is the time of tasks on other CPUs, so that none of it is waited for while they keep ahead.
+        It is spent in tasks on other CPUs; training waits only if the tasks are too slow.
         """
         spent_ms, num_made = self._spent_ms, self._num_made
-        self._spent_ms, self._num_made = np.zeros(len(PARTS)), 0  # a block that is read meanwhile may not count
+        self._spent_ms, self._num_made = np.zeros(len(PARTS)), 0  # may lose a block that is read at the same time
         return dict(zip(COSTS, (spent_ms / num_made).round(3).tolist(), strict=True)) if num_made else {}
 
     def _start(self, span: list[Request]) -> Iterator[Block]:
-        num_tasks = self._num_tasks + 1  # one waits, so that no CPU does
+        num_tasks = self._num_tasks + 1  # one task waits, so that no CPU is idle
         columns = [{"sample": samples, "position": positions} for samples, positions in span]
         dataset = decoding(
             self._split, self._info, columns, num_tasks, functools.partial(Decode, augment=self._augment)
@@ -103,7 +105,7 @@ class StreamedRows:
         options = context.execution_options
         options.preserve_order = True
         unit_bytes = max(unit.shape[1] for unit in span) * self._row_bytes
-        # what tasks are making, as much again that waits, and what is being read
+        # units in progress, as many waiting ones, and those being read
         store = (2 * num_tasks + 2) * unit_bytes
         options.resource_limits = options.resource_limits.copy(cpu=num_tasks, object_store_memory=store)
         context.enable_progress_bars = False
@@ -117,14 +119,14 @@ def bundle_rows(
     on_bad: Callable[[list[BadSample]], None],
     on_block: Callable[[Block], None] = lambda _: None,
 ) -> Rows:
-    """Return a split's rows outside of a run, by the bundle's feed; errors as in `StreamedRows`."""
+    """Return a split's rows for use outside of a run, by the bundle's feed; callbacks as in `StreamedRows`."""
     if not bundle.streamed:
         return CachedRows(bundle.datasets[split].iterator())
     return StreamedRows(bundle.indexed[split], bundle.info, num_tasks, on_bad, lambda _: None, on_block=on_block)
 
 
 def units(requests: Iterator[Request], rows: int) -> Iterator[Request]:
-    """Yield the same samples, in the same order, in pieces that grow to `rows`."""
+    """Yield the same samples in the same order, in units that grow to `rows`."""
     size, waiting, num_waiting = min(_FIRST_ROWS, rows), [np.empty((2, 0), np.int64)], 0
     for request in requests:
         waiting.append(request)
@@ -139,9 +141,9 @@ def units(requests: Iterator[Request], rows: int) -> Iterator[Request]:
 
 
 def spans(pieces: Iterator[Request]) -> Iterator[list[Request]]:
-    """Return lists of units, each for one Ray Dataset.
+    """Return an iterator of lists of units, one list per Ray Dataset.
 
-    All are long, the first too: a new pipeline decodes one unit at a time until Ray has seen how large blocks are.
+    The first list is long too: a new pipeline decodes one unit at a time until Ray knows the size of a block.
     """
     return iter(lambda: list(itertools.islice(pieces, _SPAN_UNITS)), [])
 
@@ -151,17 +153,17 @@ def chained(
     start: Callable[[list[Request]], Iterator[Block]],
     on_slow: Callable[[float], None],
 ) -> Generator[Block]:
-    """Yield the blocks of one span after the other; each span has begun to decode before the one before it ends."""
+    """Yield the blocks of all spans in order; a span starts decoding before the previous one ends."""
 
     def begin() -> tuple[int, Iterator[Block]] | None:
         span = next(spans, None)
         if span is None:
             return None
         blocks = start(span)
-        first = list(itertools.islice(blocks, 1))  # this is what makes Ray Data begin
+        first = list(itertools.islice(blocks, 1))  # makes Ray Data start
         return len(span), itertools.chain(first, blocks)
 
-    pool = ThreadPoolExecutor(2, thread_name_prefix="stream")  # one begins a span while the other waits for a block
+    pool = ThreadPoolExecutor(2, thread_name_prefix="stream")  # one starts a span while the other waits for a block
     coming: Future[tuple[int, Iterator[Block]] | None] = pool.submit(begin)
     try:
         while (begun := _awaited(coming, on_slow)) is not None:
@@ -174,7 +176,7 @@ def chained(
             if given < num_units:
                 raise RuntimeError(f"the pipeline ended after {given} blocks of {num_units}")
     finally:
-        # what has begun ends when nothing refers to it; what can't begin for want of a CPU isn't waited for
+        # a started span stops when nothing refers to it; a span that can't start for lack of a CPU isn't waited for
         pool.shutdown(wait=False)
         if not coming.cancel():
             wait([coming], _CLOSE_S)
@@ -189,7 +191,7 @@ def _awaited(future: Future[T], on_slow: Callable[[float], None]) -> T:
 
 
 def slow_reason(seconds: float, free_cpus: float, num_cpus: float) -> str:
-    """Return the message for `seconds` in which nothing was decoded, in a cluster with so many CPUs."""
+    """Return the message for `seconds` in which nothing was decoded. num_cpus: CPUs of the cluster."""
     if free_cpus >= 1:
         why = f"{free_cpus:g} of the cluster's {num_cpus:g} CPUs are free, so reading is slow"
     else:
@@ -201,7 +203,7 @@ def slow_reason(seconds: float, free_cpus: float, num_cpus: float) -> str:
 
 
 class _Window:
-    """The block that is being read: hands out its rows in the order in which they were asked for."""
+    """The block that is being read; returns its rows in the requested order."""
 
     def __init__(
         self,
@@ -210,13 +212,13 @@ class _Window:
         on_block: Callable[[Block], None] = lambda _: None,
         by_plane: bool = False,
     ) -> None:
-        """by_plane: whether blocks have an image's channels before its height."""
+        """by_plane: whether images in blocks have their channels before their height."""
         self._blocks, self._on_bad, self._on_block, self._by_plane = blocks, on_bad, on_block, by_plane
         self._block: Block | None = None
         self._used = 0
 
     def take(self, samples: Int64s) -> Taken:
-        """Return the next rows; they must be those of `samples`. Images of one block are read where they lie."""
+        """Return the next rows, which must be those of `samples`. Images from one block are not copied."""
         parts = list(self._next_rows(len(samples)))
         columns = ([part[name] for part in parts] for name in ("image", "label", "sample", "error"))
         image, label, sample, error = (
@@ -241,7 +243,7 @@ class _Window:
         block = next(self._blocks, None)
         if block is None:
             raise RuntimeError("the pipeline ended before all requested samples were decoded")
-        if errors := {error: None for error in block["error"].tolist() if error}:  # epochs may meet in a block
+        if errors := {error: None for error in block["error"].tolist() if error}:  # two epochs may share a block
             self._on_bad([bad_sample(error) for error in errors])
         self._on_block(block)
         return block

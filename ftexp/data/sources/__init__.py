@@ -1,4 +1,4 @@
-"""Sources of images."""
+"""Data sources."""
 
 from ftexp.data.sources.arrays import bundle_from_arrays
 from ftexp.data.sources.registry import sources

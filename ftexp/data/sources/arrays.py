@@ -1,4 +1,4 @@
-"""Sources that are in memory as a whole, and what builds a `DataBundle` of such data."""
+"""Sources that hold all data in memory, and the building of a `DataBundle` from arrays."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ftexp.errors import DataError
 if TYPE_CHECKING:
     pass
 
-BLOCK_BYTES = 64 * 2**20  # Ray Data's blocks are best at 1 to 128 MiB
+BLOCK_BYTES = 64 * 2**20  # Ray Data recommends blocks of 1 to 128 MiB
 
 
 def bundle_from_arrays(
@@ -30,15 +30,15 @@ def bundle_from_arrays(
     class_names: list[str],
     test: tuple[UInt8s, Labels] | None = None,
 ) -> DataBundle:
-    """Split arrays and put them into Ray's object store.
+    """Split arrays and store them in Ray's object store.
 
     Args:
-        config: gives the split fractions and what `DataInfo` copies.
+        config: provides the split fractions and the fields that `DataInfo` copies.
         images: uint8 [num_samples, image_size, image_size, channels].
-        labels: [num_samples], in [0, len(class_names)). Under data.task=multi_label 0 or 1 for each class, and under
-            data.task=regression numbers, [num_samples, len(class_names)].
-        class_names: in the order of the labels; of a regression, the names of its targets.
-        test: images and labels of the source's own test split; None: cut off by `config.test_fraction`.
+        labels: [num_samples], in [0, len(class_names)). With data.task=multi_label 0 or 1 for each class, and with
+            data.task=regression numbers, each [num_samples, len(class_names)].
+        class_names: in the order of the labels; in a regression, the names of the targets.
+        test: images and labels of the source's own test split; None: split off by `config.test_fraction`.
     """
     expected = (config.image_size, config.image_size, config.channels)
     for pixels, numbers in ((images, labels), *([test] if test is not None else [])):
@@ -67,7 +67,7 @@ def bundle_from_arrays(
 
 
 def make_info(config: DataConfig, class_names: list[str], num_samples: dict[str, int], **extra: Any) -> DataInfo:
-    """Assemble the `DataInfo` of a source; DataError if `data.num_classes` contradicts what was found."""
+    """Build the `DataInfo` of a source; DataError if `data.num_classes` is smaller than the number of classes found."""
     if config.num_classes is not None and config.num_classes < len(class_names):
         raise DataError(
             f"data.num_classes={config.num_classes}, but data.name={config.name} has {len(class_names)} classes: "
@@ -97,7 +97,7 @@ def make_info(config: DataConfig, class_names: list[str], num_samples: dict[str,
 
 
 def _as_stored(config: DataConfig, labels: Labels) -> Labels:
-    """Return the same as `Labels` of the task."""
+    """Convert labels to the task's format of `Labels`."""
     if config.task == MULTI_LABEL:
         rows, classes = np.nonzero(labels)
         return packed(rows, classes, len(labels), max(labels.shape[1], config.num_classes or 0))
@@ -105,10 +105,7 @@ def _as_stored(config: DataConfig, labels: Labels) -> Labels:
 
 
 def _require_sound(config: DataConfig, images: UInt8s, labels: Labels, num_classes: int) -> None:
-    """Raise DataError for arrays that a source of the user's own got wrong.
-
-    Training would only fail later, or not at all.
-    """
+    """Raise DataError for invalid arrays from a custom source; training would fail later, or not at all."""
     name = config.name
     if images.dtype != np.uint8:
         raise DataError(f"data.name={name} has images of type {images.dtype}: give pixels from 0 to 255 as uint8")
@@ -157,7 +154,7 @@ def _dataset(images: UInt8s, labels: Labels) -> Any:
 
 
 def _column(labels: Labels) -> Any:
-    """Return a column that Ray Data reads as an array of the same shape."""
+    """Return labels as a column that Ray Data reads as an array of the same shape."""
     import pyarrow as pa
 
     return labels if labels.ndim == 1 else pa.FixedShapeTensorArray.from_numpy_ndarray(np.ascontiguousarray(labels))
@@ -165,7 +162,7 @@ def _column(labels: Labels) -> Any:
 
 @register_source("digits")
 def digits(config: DataConfig) -> DataBundle:
-    """Load scikit-learn's digits: 1,797 grey images of 8x8 pixels with 17 levels, scaled to `image_size`."""
+    """Load scikit-learn's digits: 1,797 grey images of 8x8 pixels with 17 grey levels, scaled to `image_size`."""
     from PIL import Image
 
     rows = np.loadtxt(_digits_file(), delimiter=",")
@@ -179,7 +176,7 @@ def digits(config: DataConfig) -> DataBundle:
 
 
 def _digits_file() -> Path:
-    """Return the file that sklearn.datasets.load_digits reads; importing scikit-learn for it would take a second."""
+    """Return the file that sklearn.datasets.load_digits reads; importing scikit-learn would take a second."""
     found = importlib.util.find_spec("sklearn")
     if found is None or found.origin is None:
         raise DataError("data.name=digits comes with scikit-learn, which isn't installed: pip install scikit-learn")
@@ -188,7 +185,7 @@ def _digits_file() -> Path:
 
 @register_source("cifar10")
 def cifar10(config: DataConfig) -> DataBundle:
-    """Load CIFAR-10 as torchvision stores it: 50,000 + 10,000 colour images of 32x32 pixels."""
+    """Load CIFAR-10 in torchvision's layout: 50,000 + 10,000 colour images of 32x32 pixels."""
     from torchvision.datasets import CIFAR10
 
     return _cifar(config, CIFAR10)
@@ -196,7 +193,7 @@ def cifar10(config: DataConfig) -> DataBundle:
 
 @register_source("cifar100")
 def cifar100(config: DataConfig) -> DataBundle:
-    """Load CIFAR-100 as torchvision stores it: 50,000 + 10,000 colour images of 32x32 pixels, 100 classes."""
+    """Load CIFAR-100 in torchvision's layout: 50,000 + 10,000 colour images of 32x32 pixels, 100 classes."""
     from torchvision.datasets import CIFAR100
 
     return _cifar(config, CIFAR100)
@@ -208,7 +205,7 @@ def _cifar(config: DataConfig, dataset_class: Any) -> DataBundle:
     try:
         train = dataset_class(root, train=True, download=config.download)
         test = dataset_class(root, train=False, download=config.download)
-    except (RuntimeError, OSError) as error:  # torchvision: files missing or corrupt; URLError is an OSError
+    except (RuntimeError, OSError) as error:  # files missing or corrupt; URLError is an OSError
         hint = "check the network" if config.download else "set data.download=true, or point data.root at them"
         raise DataError(
             f"data.name={config.name}: no usable files of torchvision's layout under data.root={root} ({error}); {hint}"

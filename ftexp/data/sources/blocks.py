@@ -1,4 +1,4 @@
-"""Samples that can only be read with their neighbours: row groups of parquet, stretches of a tar file."""
+"""Reading of samples in blocks: row groups of parquet files, ranges of tar files."""
 
 from __future__ import annotations
 
@@ -15,33 +15,33 @@ from ftexp.data.info import Raw
 from ftexp.data.listing import raiser
 from ftexp.data.order import Int64s
 
-# CPUs that reading a block takes: Ray starts a process for each that it finds room for. Tasks that decode give
-# their CPU back while they wait for a block.
+# CPUs reserved by a task that reads a block; they limit the number of processes that Ray starts. Decoding tasks release
+# their CPU while they wait for a block.
 _READ_CPUS = 0.5
 
 
 class BlockSource(Protocol):
-    """How one kind of file is read in blocks; pickled into every task that reads."""
+    """Reads one kind of file in blocks; pickled into every reading task."""
 
     def first_items(self) -> Int64s:
-        """Return the first item of each block, ascending."""
+        """Return the first item of each block, in ascending order."""
         ...
 
     def fetch(self, block: int) -> Any:
-        """Read a whole block: something that Ray's object store holds well. OSError and the like if it can't be."""
+        """Read a whole block, in a form suited to Ray's object store. OSError and the like if it can't be read."""
         ...
 
     def pick(self, data: Any, block: int, row: int) -> Raw:
-        """Return the entry of one row of what `fetch` gave."""
+        """Return the entry of one row. data: result of `fetch`."""
         ...
 
     def where(self, block: int, row: int) -> str:
-        """Describe a row."""
+        """Return the location of a row, for messages."""
         ...
 
 
 class BlockCache:
-    """Blocks in the object store, each read once for all tasks, and the least recently used dropped. An actor."""
+    """An actor that keeps recently used blocks in the object store, so that each is read once for all tasks."""
 
     def __init__(self, fetch: Callable[[int], Any], capacity: int) -> None:
         self._fetch, self._capacity = fetch, capacity
@@ -49,7 +49,7 @@ class BlockCache:
         self._refs: OrderedDict[int, ray.ObjectRef] = OrderedDict()
 
     def refs(self, blocks: list[int]) -> list[ray.ObjectRef]:
-        """Return references to blocks, reading those that aren't there."""
+        """Return references to blocks; blocks that aren't in the cache are read."""
         for block in blocks:
             if block not in self._refs:
                 self._refs[block] = self._read.remote(self._fetch, block)
@@ -60,15 +60,12 @@ class BlockCache:
         return found
 
     def forget(self, block: int) -> None:
-        """Read it again when it is next asked for."""
+        """Remove a block, so that it is read again at the next request."""
         self._refs.pop(block, None)
 
 
 def _fetched(fetch: Callable[[int], Any], block: int) -> Any:
-    """Return the block, or the exception that kept it from being read.
-
-    As a value, so that Ray doesn't wrap or retry it.
-    """
+    """Return the block, or the exception that reading it raised, as a value, so that Ray doesn't wrap or retry it."""
     try:
         return fetch(block)
     except Exception as error:  # whatever a file format raises on a corrupt file; it becomes a bad sample
@@ -77,7 +74,7 @@ def _fetched(fetch: Callable[[int], Any], block: int) -> Any:
 
 @dataclass(frozen=True)
 class BlockReader:
-    """Reads items by way of their blocks. `cache` is the handle of a BlockCache; None: read here, and forget."""
+    """Reads items through their blocks. cache: handle of a BlockCache; None: blocks are read here and not kept."""
 
     source: BlockSource
     cache: Any = None
@@ -96,7 +93,7 @@ class BlockReader:
                 yield self.source.pick(data[block], block, row)
 
     def with_cache(self, window: int) -> BlockReader:
-        """Return the same, sharing what is read: this window of blocks and the next one."""
+        """Return the same reader with a shared cache, for the blocks of the current window and the next one."""
         actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(BlockCache)
         return dataclasses.replace(self, cache=actor.remote(self.source.fetch, 2 * window + 1))
 

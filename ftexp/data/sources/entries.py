@@ -1,4 +1,4 @@
-"""The entries of a source, each accounted for: used, excluded by a rule (counted), or bad (named)."""
+"""Listing of a source's entries. Each is accounted for: used, excluded by a rule (counted), or bad (named)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ftexp.errors import DataError
 if TYPE_CHECKING:
     from pyarrow.fs import FileInfo, FileSystem
 
-# made by NAS systems, archivers and operating systems next to a user's files
+# directories that NAS systems, archivers and operating systems create among a user's files
 _SYSTEM_DIRECTORIES = frozenset(
     {
         "@eadir", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "$recycle.bin", "__macosx", "lost+found",
@@ -25,11 +25,11 @@ _SYSTEM_DIRECTORIES = frozenset(
     }
 )  # fmt: skip
 
-_Directory = tuple[int, int]  # which one it is, by device and inode
+_Directory = tuple[int, int]  # identity of a directory: device and inode
 
 
 class Account:
-    """Entries of a source that are no samples, and why."""
+    """Entries of a source that are not samples, with the reasons."""
 
     def __init__(self) -> None:
         self.bad: list[BadSample] = []
@@ -37,34 +37,34 @@ class Account:
 
     @property
     def excluded(self) -> list[Excluded]:
-        """Entries excluded by a rule, by rule."""
+        """Excluded entries, one item per rule."""
         return [Excluded(reason, count, example) for reason, (count, example) in self._excluded.items()]
 
     def add_bad(self, where: str, reason: str) -> None:
-        """Name an entry that would be a sample if it could be read."""
+        """Record an entry that would be a sample if it could be read."""
         self.bad.append(BadSample(where, reason))
 
     def exclude(self, where: str, reason: str, count: int = 1) -> None:
-        """Count entries that a rule excludes; the first of a reason is its example."""
+        """Count entries that a rule excludes; the first entry for a reason is its example."""
         before, example = self._excluded.get(reason, (0, where))
         self._excluded[reason] = (before + count, example)
 
     def add(self, other: Account) -> None:
-        """Take over all of another account."""
+        """Add all entries of another account."""
         self.bad += other.bad
         for excluded in other.excluded:
             self.exclude(excluded.example, excluded.reason, excluded.count)
 
 
 def exclusion(name: str) -> str | None:
-    """Return why entries of this name are excluded in every source; None if they aren't."""
+    """Return why every source excludes entries of this name; None if they aren't excluded."""
     if name.startswith(".") and name not in (".", ".."):
         return "hidden"
     return "system directory" if name.lower() in _SYSTEM_DIRECTORIES else None
 
 
 def path_exclusion(parts: Sequence[str]) -> tuple[int, str] | None:
-    """Return the number of leading parts of a path that name the excluded entry, and why; None if none is."""
+    """Return (number of leading parts that form the excluded entry, reason); None if no part is excluded."""
     found = ((number, exclusion(name)) for number, name in enumerate(parts, start=1))
     return next(((number, reason) for number, reason in found if reason is not None), None)
 
@@ -75,11 +75,11 @@ def files_at(
     """Return the file at data.root, or all files below it; DataError if it can't be listed.
 
     Args:
-        filesystem: that holds `root`.
+        filesystem: file system of `root`.
         root: a file, or a directory.
-        config: names data.root in errors.
-        account: gets every other entry below `root`; of an excluded directory only itself.
-        endings: in lower case, of the files to select; a name matches in any case. Empty: all.
+        config: provides data.root for errors.
+        account: receives every other entry below `root`; an excluded directory counts as one entry.
+        endings: name endings of the files to select, in lower case; names match in any case. Empty: all files.
     """
     from pyarrow.fs import FileType, LocalFileSystem
 
@@ -103,7 +103,7 @@ def _ending_exclusion(name: str, endings: Collection[str]) -> str | None:
 
 
 def _stored_files(filesystem: FileSystem, root: str, account: Account, endings: Collection[str]) -> list[FileInfo]:
-    """Return the files in an object store, which has neither links nor directories."""
+    """Return the files in an object store, which has neither links nor real directories."""
     from pyarrow.fs import FileSelector, FileType
 
     found, seen = [], set()
@@ -126,13 +126,16 @@ def _stored_files(filesystem: FileSystem, root: str, account: Account, endings: 
 class _Contents(NamedTuple):
     """Entries of one local directory."""
 
-    path: str  # one of those that lead to it
-    files: list[tuple[str, int]]  # name, bytes
-    directories: list[tuple[str, _Directory, bool]]  # name, which one, whether it is a symbolic link
+    path: str  # one of its paths
+    files: list[tuple[str, int]]  # name, size in bytes
+    directories: list[tuple[str, _Directory, bool]]  # name, identity, whether it is a symbolic link
 
 
 def _local_files(root: str, account: Account, endings: Collection[str]) -> list[FileInfo]:
-    """Return files below `root` on a local disk, by every path to them without a cycle; OSError of `root`."""
+    """Return the files below `root` on a local disk, with every path to them without a cycle.
+
+    OSError if `root` can't be read.
+    """
     from pyarrow.fs import FileInfo, FileType
 
     top = _identity(Path(root).stat())
@@ -140,7 +143,7 @@ def _local_files(root: str, account: Account, endings: Collection[str]) -> list[
     waiting = [(root, top)]
     while waiting:
         path, which = waiting.pop()
-        if which in contents:  # by another path
+        if which in contents:  # already listed through another path
             continue
         try:
             contents[which] = _listed(path, account, endings)
@@ -195,7 +198,7 @@ def _listed(path: str, account: Account, endings: Collection[str]) -> _Contents:
 
 
 def _is_text(name: str) -> bool:
-    """Return whether a name is UTF-8; Python keeps other bytes as surrogates, which can't be encoded."""
+    """Return whether a name is UTF-8; Python represents other bytes as surrogates, which can't be encoded."""
     try:
         name.encode()
     except UnicodeEncodeError:
@@ -214,7 +217,7 @@ def _identity(status: os.stat_result) -> _Directory:
 
 
 def _cut_cycles(contents: dict[_Directory, _Contents], account: Account) -> None:
-    """Exclude every symbolic link that leads back to the directory that holds it."""
+    """Exclude every symbolic link through which its own directory can be reached again."""
     cut = [
         (own, link) for which, own in contents.items() for link in own.directories
         if link[2] and _leads_to(contents, link[1], which)

@@ -1,4 +1,4 @@
-"""Directories of images."""
+"""The source image_folder: directories of images."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from ftexp.storage.directory import open_uri
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
 
-# Formats that Pillow reads, and heic, heif and jxl: these are images too, so they are bad rather than excluded if no
-# plugin reads them. Not taken from Pillow, whose next version would make other samples of the same directory.
+# Formats that Pillow reads, and heic, heif and jxl: those are images too, so without a Pillow plugin they count as bad,
+# not as excluded. The list is fixed, since with Pillow's own list another version of Pillow could find other samples.
 _ENDINGS = (
     ".apng", ".avif", ".bmp", ".dds", ".dib", ".gif", ".heic", ".heif", ".icns", ".ico", ".j2c", ".j2k", ".jfif",
     ".jp2", ".jpc", ".jpe", ".jpeg", ".jpf", ".jpg", ".jpx", ".jxl", ".mpo", ".pbm", ".pcx", ".pfm", ".pgm", ".png",
@@ -38,7 +38,7 @@ _SPLIT_NAMES = {"valid": "val", "validation": "val"}
 
 @register_source("image_folder")
 def image_folder(config: DataConfig) -> Listing:
-    """Read one directory per class, or train/, val/, test/ with such directories inside; images by their extension."""
+    """List one directory per class, or train/, val/, test/ with such directories; images are found by extension."""
     import pyarrow as pa
 
     filesystem, root = open_uri(config.root or "", "data.root")
@@ -67,7 +67,7 @@ def image_folder(config: DataConfig) -> Listing:
 
 
 def _refuse_half_splits(listed: dict[str, list[tuple[str, str]]], config: DataConfig) -> None:
-    """Raise DataError if directories that look like splits, with directories inside, would be taken for classes."""
+    """Raise DataError if directories that look like splits and contain directories would be used as classes."""
     like = [name for name in listed if _LIKE_SPLITS.fullmatch(name)]
     if len(like) > 1 and all("/" in rest for name in like for rest, _ in listed[name]):
         others = sorted(set(listed) - set(like))
@@ -87,7 +87,7 @@ class FileReader:
     paths: Shared[Any]
 
     def __call__(self, items: Int64s) -> Iterator[Raw]:
-        """Yield where each file is, and how to read it."""
+        """Yield each file's location and a function that reads it."""
         for path in self.paths.get().take(items).to_pylist():
             yield f"{self.directory}/{path}", functools.partial(self._read, f"{self.directory}/{path}")
 
@@ -102,7 +102,7 @@ class FileReader:
 def _inside_splits(
     listed: dict[str, list[tuple[str, str]]], root: str, config: DataConfig, account: Account
 ) -> dict[str, list[tuple[str, str]]]:
-    """Return images in class directories of the splits; files next to those are excluded, as in the root."""
+    """Return the images in class directories of each split; files next to class directories are excluded."""
     by_split: dict[str, list[tuple[str, str]]] = {}
     for directory, files in listed.items():
         split = _SPLIT_NAMES.get(directory, directory)
@@ -129,7 +129,7 @@ def _directory_of(listed: dict[str, Any], split: str) -> str:
 def image_files(
     filesystem: FileSystem, root: str, config: DataConfig, account: Account
 ) -> list[tuple[tuple[str, ...], int]]:
-    """Return (parts of its path below data.root, size in bytes) of every image file."""
+    """Return (parts of the path below data.root, size in bytes) of every image file."""
     infos = files_at(filesystem, root, config, account, _ENDINGS)
     return [(PurePosixPath(info.path).relative_to(root).parts, info.size) for info in infos]
 
@@ -137,7 +137,7 @@ def image_files(
 def _list_images(
     filesystem: FileSystem, root: str, config: DataConfig, account: Account
 ) -> dict[str, list[tuple[str, str]]]:
-    """Return {top directory: [(path below it, its first directory)]} of every image file."""
+    """Return {top directory: [(path below it, first part of that path)]} for all image files."""
     listed: dict[str, list[tuple[str, str]]] = {}
     for parts, _ in image_files(filesystem, root, config, account):
         if len(parts) > 1:

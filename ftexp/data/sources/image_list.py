@@ -1,4 +1,4 @@
-"""Lists of image files."""
+"""The source image_list: a CSV file that lists image files."""
 
 from __future__ import annotations
 
@@ -24,12 +24,10 @@ _SPLIT = "split"
 
 @register_source("image_list")
 def image_list(config: DataConfig) -> Listing:
-    """Read a CSV file (.tsv: with tabs) with a column of paths, one of labels, and perhaps `split`.
+    """Read a CSV file (.tsv: separated by tabs) with a column of paths, one of labels and, optionally, `split`.
 
-    `split` holds train, val or test.
-
-    Paths are relative to the list, or absolute if it is on a disk. Labels are text, or all whole numbers from 0; see
-    `ftexp.data.label_cells` for cells of several, and for targets.
+    `split` is train, val or test. Paths are relative to the list, or absolute if the list is on a local disk. Labels
+    are text, or all are integers from 0; see `ftexp.data.label_cells` for cells with several labels, and for targets.
     """
     import pyarrow as pa
 
@@ -62,16 +60,16 @@ class ListedFiles:
     """The rows of a list."""
 
     filesystem: FileSystem
-    directory: str  # that holds all of them
-    paths: list[str]  # below it
-    labels: list[Any] | None  # cells, of several columns a list of them; None: the list lacks a column
+    directory: str  # common parent directory of all files
+    paths: list[str]  # relative to `directory`
+    labels: list[Any] | None  # label cells; with several columns, a cell is a list; None: a column is missing
     splits: list[str]
 
 
 def read_list(config: DataConfig, labelled: bool = True) -> ListedFiles:
-    """Return the list at data.root; DataError if it can't be read, or lacks a column.
+    """Read the list at data.root; DataError if it can't be read or lacks a column.
 
-    labelled: whether it needs labels.
+    labelled: whether labels are required.
     """
     filesystem, root = open_uri(config.root or "", "data.root")
     paths, labels, splits = _columns(filesystem, root, config, labelled)
@@ -89,7 +87,7 @@ def _components(path: str) -> list[str]:
 
 
 def _below(file: str, depth: int) -> str:
-    """Return the path without its first `depth` components; "." and empty ones are none, as for `commonpath`."""
+    """Return the path without its first `depth` components; "." and empty ones are ignored, as by `commonpath`."""
     parts, skipped = file.lstrip("/").split("/"), 0
     while skipped < depth:
         skipped += parts.pop(0) not in ("", ".")
@@ -99,7 +97,7 @@ def _below(file: str, depth: int) -> str:
 def _columns(
     filesystem: FileSystem, root: str, config: DataConfig, labelled: bool
 ) -> tuple[list[str], list[Any] | None, list[str]]:
-    """Return path, label and split of each row."""
+    """Return the path, label and split of each row, as three columns."""
     import pyarrow as pa
     from pyarrow import csv
 
@@ -110,7 +108,7 @@ def _columns(
             table = csv.read_csv(
                 opened,
                 parse_options=csv.ParseOptions(delimiter="\t" if root.lower().endswith(".tsv") else ","),
-                # pyarrow guesses types otherwise: a label 1.0 would become 1
+                # otherwise pyarrow would infer types, and a label 1.0 would become 1
                 convert_options=csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string())),
             )
     except (OSError, pa.ArrowException) as error:

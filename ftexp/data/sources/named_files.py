@@ -1,4 +1,4 @@
-"""Code shared by sources whose files hold many samples: splits of files and meaning of labels."""
+"""Files of sources that store many samples per file, and their splits by name."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ if TYPE_CHECKING:
 def files_by_split(
     filesystem: FileSystem, root: str, config: DataConfig, suffix: str, account: Account
 ) -> dict[str, list[str]]:
-    """Return {split: files}, sorted.
+    """Return {split: sorted files}.
 
-    Files, or directories of them, named train*, val* and test* are splits if there is a train.
+    Files, or directories of files, named train*, val* and test* form splits if there is a train*; otherwise all files
+    are train.
 
-    DataError if `root` can't be listed, or is neither a file nor a directory that holds one ending in `suffix`.
+    DataError if `root` can't be listed, or is neither a file nor a directory with files that end in `suffix`.
     """
     return _by_split(root, [info.path for info in data_files(filesystem, root, config, suffix, account)])
 
 
 def data_files(filesystem: FileSystem, root: str, config: DataConfig, suffix: str, account: Account) -> list[FileInfo]:
-    """Return the file at data.root, or all below it that end in `suffix`, sorted; DataError if there is none."""
+    """Return the file at data.root, or all files below it that end in `suffix`, sorted; DataError if there is none."""
     infos = files_at(filesystem, root, config, account, (suffix,))
     if not infos:
         raise DataError(

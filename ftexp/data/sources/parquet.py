@@ -1,4 +1,4 @@
-"""Parquet files with images and labels."""
+"""The source parquet: Parquet files with images and labels."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 
 @register_source("parquet")
 def parquet(config: DataConfig) -> Listing:
-    """Read Parquet files with an image column (encoded bytes, {"bytes": ...} or arrays) and a label column.
+    """List Parquet files with an image column (encoded bytes, {"bytes": ...} or arrays) and a label column.
 
-    Labels may be whole numbers from 0 or text, or lists of them; files named train*, val* and test* (or in such
-    directories) are splits of their own if there is a train one.
+    Labels may be integers from 0 or text, or lists of them. Files named train*, val* and test* (or in such directories)
+    form splits if there is a train*.
     """
     import pyarrow as pa
 
@@ -86,10 +86,10 @@ def parquet(config: DataConfig) -> Listing:
 
 
 class RowGroup(NamedTuple):
-    """A row group: what parquet reads at once."""
+    """A row group: the unit in which Parquet is read."""
 
     path: str
-    number: int  # in its file
+    number: int  # index in its file
     first_item: int
 
 
@@ -100,7 +100,7 @@ def _place(groups: list[RowGroup], item: int) -> str:
 
 @dataclass(frozen=True)
 class RowGroups:
-    """Parquet's row groups as blocks: their image column."""
+    """The image columns of row groups, as blocks."""
 
     filesystem: FileSystem
     image_column: str
@@ -124,13 +124,16 @@ class RowGroups:
         return self.where(block, row), data[row].as_py
 
     def where(self, block: int, row: int) -> str:
-        """Return the file, the row group and the row in it."""
+        """Return the file, the row group and the row."""
         path, number, _ = self.groups.get()[block]
         return f"{path} row {row} of group {number}"
 
 
 def labels_of(filesystem: FileSystem, path: str, config: DataConfig, labelled: bool = True) -> Iterator[list[Any]]:
-    """Yield the labels of each row group; DataError if a column isn't there. `labelled`: else labels are None then."""
+    """Yield the labels of each row group; DataError if a column is missing.
+
+    labelled: whether labels are required; if not, and the column is missing, labels are None.
+    """
     import pyarrow.parquet as pq
 
     with SteadyFile(filesystem, path) as opened, pq.ParquetFile(opened) as file:

@@ -1,8 +1,8 @@
-"""Registry of data sources. A source turns `DataConfig` into a `DataBundle` of Ray Datasets, on the driver,
-or into a `Listing` of files that are too many to decode at once.
+"""Registry of data sources. On the driver, a source turns a `DataConfig` into a `DataBundle` of Ray Datasets, or into a
+`Listing` of files that may be too many to decode at once.
 
-Add one with `@register_source("name")` in a module named under `plugins`; it may read `config.kwargs`, and
-`bundle_from_arrays` does the rest for data that fits in memory. Ray must be running when one is called.
+Add a source with `@register_source("name")` in a module listed in `plugins`. It may read `config.kwargs`;
+`bundle_from_arrays` does the rest for data that fit in memory. Ray must be running when a source is called.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ftexp.registry import Registry
 if TYPE_CHECKING:
     from ftexp.data.listing import Listing
 
-Source = Callable[[DataConfig], "DataBundle | Listing"]  # all in memory; or files, which ftexp.data.build reads
+Source = Callable[[DataConfig], "DataBundle | Listing"]  # data in memory; or files, which ftexp.data.build reads
 
 sources: Registry[Source] = Registry("data.name")
-register_source = sources.register  # decorates a function, which data.name then finds by the given name
+register_source = sources.register  # decorator that registers a function as data.name=<name>

@@ -1,4 +1,4 @@
-"""Made images whose labels can be learned, of any size and number."""
+"""The source synthetic: images of any size and number, whose labels can be learned."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from ftexp.data.sources.registry import register_source
 from ftexp.data.stratify import stratified_split
 from ftexp.data.targets import Labels, packed, target_facts
 
-_LABELS = 0x6C6162  # keeps these draws apart from those of the noise
-_MEAN_CLASSES = 2  # classes of a sample that may have any number
+_LABELS = 0x6C6162  # keeps the labels' draws apart from those of the noise
+_MEAN_CLASSES = 2  # mean number of classes of a multi_label sample
 _GREY = 128
 
 _Columns = dict[str, npt.NDArray[Any]]
@@ -24,10 +24,10 @@ _Columns = dict[str, npt.NDArray[Any]]
 
 @register_source("synthetic")
 def synthetic(config: DataConfig) -> DataBundle:
-    """Make images in which each class has its own pattern, under noise. `num_samples` over all splits together.
+    """Generate images in which each class has its own pattern, with noise; `num_samples` in all splits together.
 
-    A sample of several classes shows all their patterns. Of a regression, `num_classes` patterns are shown as strongly
-    as the targets say, each from -1 to 1.
+    multi_label: a sample shows the patterns of all its classes. regression: a sample shows `num_classes` patterns, with
+    the targets, each from -1 to 1, as their strengths.
     """
     import ray.data
 
@@ -65,7 +65,7 @@ def synthetic(config: DataConfig) -> DataBundle:
 
 
 def _strengths(task: str, seed: int, samples: Int64s, num_classes: int) -> npt.NDArray[np.float64]:
-    """Return how strongly each pattern is shown, [samples, num_classes]."""
+    """Return the strength of each pattern, [samples, num_classes]."""
     places = samples[:, None] * num_classes + np.arange(num_classes)
     draws = uniforms(derive_seed(seed, _LABELS), places, 0)
     return 2 * draws - 1 if task == REGRESSION else (draws < _MEAN_CLASSES / num_classes).astype(np.float64)
@@ -83,7 +83,7 @@ def _labels(task: str, seed: int, samples: Int64s, num_classes: int) -> Labels:
 
 
 def _blend(patterns: npt.NDArray[np.int64], strengths: npt.NDArray[np.float64]) -> Int64s:
-    """Return patterns on grey, each with its given strength, within 0..255 before noise."""
+    """Return the patterns on grey, each with its strength, clipped so that values with noise are within 0..255."""
     shown = np.flatnonzero(strengths)
     total = (strengths[shown, None, None, None] * (patterns[shown] - _GREY)).sum(0)
     blend: Int64s = np.clip(np.round(total + _GREY), 64, 191).astype(np.int64)

@@ -1,4 +1,4 @@
-"""Tar shards in the layout of github.com/webdataset/webdataset: 000123.jpg and 000123.cls make a sample."""
+"""The source webdataset: tar shards as in github.com/webdataset/webdataset, with samples 000123.jpg and 000123.cls."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 _IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "ppm", "tif", "tiff")
 _LABEL = "cls"
-_LISTS = "json"  # lists of several labels, or numbers
+_LISTS = "json"  # ending of files with a list of labels or numbers
 _BLOCK_BYTES = 32 * 2**20  # bytes of a shard that are read at once
 
 
@@ -38,20 +38,20 @@ class Entry(NamedTuple):
     """A sample of a shard."""
 
     name: str
-    offset: int  # offset of the image in the shard
+    offset: int  # offset of the image in the shard, in bytes
     num_bytes: int
     label: str
 
 
 @register_source("webdataset")
 def webdataset(config: DataConfig) -> Listing:
-    """Read tar shards whose samples have an image and a .cls (a whole number, or text). Not compressed.
+    """Index uncompressed tar shards whose samples have an image and a .cls file (an integer, or text).
 
-    Where a sample may have several labels, or numbers, they may also be in a .json that holds a list, or one number.
-    A .cls next to it takes precedence.
+    If data.task allows several labels or numbers, they may also be in a .json file with a list or one number. A .cls
+    file of the same sample takes precedence.
 
-    Shards named train*, val* and test* (or in such directories) are splits if there is a train one. Every shard is read
-    through once for its index: locally its headers only, and all of it from an object store.
+    Shards named train*, val* and test* (or in such directories) form splits if there is a train*. Every shard is read
+    once for its index: on a local disk only its headers, from an object store all of it.
     """
     filesystem, root = open_uri(config.root or "", "data.root")
     account = Account()
@@ -83,16 +83,16 @@ def webdataset(config: DataConfig) -> Listing:
 
 
 def label_endings(config: DataConfig) -> tuple[str, ...]:
-    """Return the endings of entries that hold labels."""
+    """Return the endings of entries with labels."""
     return (_LABEL,) if config.task == SINGLE_LABEL else (_LABEL, _LISTS)
 
 
 def scan_shards(
     filesystem: FileSystem, paths: list[str], labelled: bool = True, endings: tuple[str, ...] = (_LABEL,)
 ) -> tuple[Stretches, list[str], Account]:
-    """Return how the samples of shards are read, their labels, and what else is in them; each shard is read by a task.
+    """Return the samples of shards as blocks, their labels, and an account of other entries. Each shard has a task.
 
-    labelled: whether a sample needs a label; one that has none has "". endings: of the entries that hold labels.
+    labelled: whether a sample needs a label; otherwise a missing label is "". endings: endings of entries with labels.
     """
     import pyarrow as pa
 
@@ -135,7 +135,7 @@ def _scan(filesystem: FileSystem, path: str, labelled: bool, endings: tuple[str,
     images: dict[str, tuple[int, int]] = {}
     labels: dict[str, str] = {}
     lists: dict[str, str] = {}
-    spoilt: dict[str, str] = {}  # why, by name
+    spoilt: dict[str, str] = {}  # name of a bad sample -> reason
     truncated = None
     with (
         filesystem.open_input_file(path) if local else filesystem.open_input_stream(path, buffer_size=2**20) as file,
@@ -162,11 +162,11 @@ def _scan(filesystem: FileSystem, path: str, labelled: bool, endings: tuple[str,
                     label = content.read().decode(errors="replace").strip()
                     if (lists if ending == _LISTS else labels).setdefault(name, label) != label:
                         spoilt[name] = f"it has more than one .{ending}"
-        except tarfile.ReadError as error:  # it is truncated; what comes before is whole
+        except tarfile.ReadError as error:  # the shard is truncated; earlier entries are complete
             if not images:
                 raise
             truncated = f"{type(error).__name__}: {error}"
-            # in a stream, it isn't known whether the last was read to its end
+            # in a stream, it isn't known whether the last entry was read to its end
             if size is None or (labelled and (name in images) != (name in labels or name in lists)):
                 images.pop(name, None)
                 labels.pop(name, None)
@@ -211,9 +211,10 @@ def _holds_labels(text: str) -> bool:
 
 
 def _split_name(path: str, endings: tuple[str, ...]) -> tuple[str, str | None]:
-    """Name of the sample that an entry belongs to, and its ending in lower case; None if it is none of those read.
+    """Return (name of the entry's sample, ending in lower case, or None if it is not one of `endings`).
 
-    The name of a sample may hold dots, so a known ending is cut off; of other entries, all from the first dot on.
+    The name of a sample may contain dots, so only a known ending is removed; for other entries, everything from the
+    first dot.
     """
     directory, _, base = path.rpartition("/")
     stem, _, ending = base.rpartition(".")
@@ -223,23 +224,23 @@ def _split_name(path: str, endings: tuple[str, ...]) -> tuple[str, str | None]:
 
 
 def _before_dot(name: str) -> str:
-    """Return the name of the sample whose field an entry is, where a dot within a name begins a field (7.left.png)."""
+    """Return the sample's name if the first dot in `name` starts a field, as in 7.left.png."""
     directory, slash, base = name.rpartition("/")
     return f"{directory}{slash}{base.partition('.')[0]}"
 
 
 @dataclass(frozen=True)
 class Index:
-    """Place of each item, columns by item."""
+    """Location of each item; the columns are indexed by item."""
 
     paths: list[str]  # paths of the shards
-    names: Any  # a pyarrow array of large_string
+    names: Any  # pyarrow array of large_string
     shards: Int64s
     offsets: Int64s
     num_bytes: Int64s
 
     def cut(self, block_bytes: int) -> Int64s:
-        """Return first items of stretches of at most about `block_bytes`, none across the end of a shard."""
+        """Return the first items of ranges of about `block_bytes`, none of which spans two shards."""
         firsts: list[int] = []
         start = 0
         for item in range(len(self.names)):
@@ -251,31 +252,31 @@ class Index:
 
 @dataclass(frozen=True)
 class Stretches:
-    """Stretches of shards as blocks."""
+    """Ranges of shards, as blocks."""
 
     filesystem: FileSystem
     index: Shared[Index]
     firsts: Shared[Int64s]
 
     def first_items(self) -> Int64s:
-        """Return the first item of each stretch."""
+        """Return the first item of each range."""
         return self.firsts.get()
 
     def names(self, root: str) -> list[str]:
-        """Return each sample's shard, below `root`, and its name there."""
+        """Return each sample's shard, relative to `root`, and its name in the shard."""
         index = self.index.get()
         pairs = zip(index.shards.tolist(), index.names.to_pylist(), strict=True)
         return [f"{index.paths[shard].removeprefix(root)} {name}" for shard, name in pairs]
 
     def fetch(self, block: int) -> Any:
-        """Return the bytes from the first image of a stretch to the end of its last."""
+        """Return the bytes from the start of a range's first image to the end of its last."""
         index, firsts = self.index.get(), np.append(self.firsts.get(), len(self.index.get().names))
         first, last = int(firsts[block]), int(firsts[block + 1]) - 1
         start = int(index.offsets[first])
         return self.read(first, start, int(index.offsets[last] + index.num_bytes[last]) - start)
 
     def read(self, item: int, offset: int, num_bytes: int) -> bytes:
-        """Return bytes of the shard that holds an item."""
+        """Return bytes of the shard with this item."""
         index = self.index.get()
         path = index.paths[index.shards[item]]
 
@@ -289,30 +290,30 @@ class Stretches:
         return retried(read)
 
     def pick(self, data: Any, block: int, row: int) -> Raw:
-        """Return an image out of a stretch."""
+        """Return an image from a range's bytes."""
         index, first = self.index.get(), int(self.firsts.get()[block])
         start = int(index.offsets[first + row] - index.offsets[first])
         view = memoryview(data)[start : start + int(index.num_bytes[first + row])]
         return self.where(block, row), view.tobytes
 
     def where(self, block: int, row: int) -> str:
-        """Return the shard, and the sample in it."""
+        """Return the shard and the sample's name."""
         return self.where_item(int(self.firsts.get()[block]) + row)
 
     def where_item(self, item: int) -> str:
-        """Return the shard, and the sample in it."""
+        """Return the shard and the sample's name."""
         index = self.index.get()
         return f"{index.paths[index.shards[item]]} {index.names[item]}"
 
 
 @dataclass(frozen=True)
 class EntryReader:
-    """Reads samples out of shards one by one: a tar file that isn't compressed can be read anywhere."""
+    """Reads samples one by one: an uncompressed tar file can be read at any offset."""
 
     stretches: Stretches
 
     def __call__(self, items: Int64s) -> Iterator[Raw]:
-        """Yield where each sample is, and how to read it."""
+        """Yield each sample's location and a function that reads it."""
         index = self.stretches.index.get()
         for item in items.tolist():
             yield self.stretches.where_item(item), self._reader(index, item)

@@ -1,1 +1,1 @@
-"""A model that no process holds whole: its blocks, how it is built, and how it lies on the ranks."""
+"""Sharded models: their blocks, how they are built, and how they are distributed over the ranks."""

@@ -1,4 +1,4 @@
-"""The repeated blocks of a model: what is gathered, compiled, or computed again, at a time."""
+"""The repeated blocks of a model: the units of gathering, compilation and recomputation."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _MAX_SUGGESTED = 3
 def blocks_of(model: nn.Module, wrap: Sequence[str] = ()) -> dict[str, nn.Module]:
     """Return the blocks by name, in the model's order; ConfigError if there are none.
 
-    wrap: patterns of module names, with * for a part between dots. Without any, the modules that timm counts as layers
-    of their own: those that the model's `group_matcher` numbers, and that have a forward pass.
+    wrap: patterns of module names, where * matches one part between dots. Without patterns, the blocks are the modules
+    that timm counts as layers: the model's `group_matcher` numbers them, and they have a forward pass.
     """
     modules = {name: module for name, module in model.named_modules() if name and _computes(module)}
     if wrap:
@@ -35,9 +35,9 @@ def blocks_of(model: nn.Module, wrap: Sequence[str] = ()) -> dict[str, nn.Module
 
 
 def timm_rules(model: nn.Module) -> list[re.Pattern[str]]:
-    """Return the patterns of the blocks' names in a timm model's `group_matcher`; [] for a model that has none.
+    """Return the patterns of block names in a timm model's `group_matcher`; [] if the model has none.
 
-    Entries with a suffix are of what lies between blocks: a stage's downsampling, the last norm.
+    Entries with a suffix are omitted: they match modules between blocks, such as a stage's downsampling.
     """
     matcher = getattr(model, "group_matcher", None)
     found = matcher(coarse=False) if matcher is not None else {}
@@ -48,7 +48,7 @@ def timm_rules(model: nn.Module) -> list[re.Pattern[str]]:
 
 
 def _computes(module: nn.Module) -> bool:
-    """Return whether a module has parameters, and a forward pass of its own."""
+    """Return whether a module has parameters and its own forward pass."""
     if isinstance(module, (nn.ModuleList, nn.ModuleDict)) and type(module).forward is nn.Module.forward:
         return False
     return any(True for _ in module.parameters())
@@ -68,14 +68,14 @@ def _fits(parts: Sequence[str], pattern: Sequence[str]) -> bool:
 
 
 def _suggestion(modules: dict[str, nn.Module]) -> str:
-    """Say which patterns of the model's own names may be meant."""
+    """Return advice that names patterns of the model's modules."""
     found = list(_repeated(modules))[:_MAX_SUGGESTED]
     options = " or ".join(f"'parallel.wrap=[{pattern}]'" for pattern in found)
     return f"try {options}" if found else "give parallel.wrap=[<pattern of module names>], or set parallel=ddp"
 
 
 def _repeated(modules: dict[str, nn.Module]) -> Iterator[str]:
-    """Yield patterns that cover several modules of a kind, those with the most parameters first."""
+    """Yield patterns that match several modules of one class, those with the most parameters first."""
     kinds: dict[str, list[nn.Module]] = defaultdict(list)
     for name, module in modules.items():
         *path, last = name.split(".")

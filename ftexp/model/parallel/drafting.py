@@ -1,11 +1,11 @@
-"""Builds a model of which a process keeps a part, with the values that it would have as a whole.
+"""Building of a model of which a process keeps only its shard, with the same initial values as an unsharded model.
 
-Initial values are drawn from one generator, parameter after parameter, so that a rank can't draw its own alone. So
-each is drawn whole, as ever, and cut to what is kept before the next one is: at any time one parameter is whole. (A
-model draws most of its parameters twice, in the modules' own initialisation and in its own.)
+One generator draws the initial values, parameter after parameter, so a rank can't draw only its own rows. Instead, each
+parameter is drawn in full and cut to the kept rows before the next one is drawn: at any time, one parameter is whole.
+(Most parameters of a model are drawn twice: by the modules' own initialisation and by the model's.)
 
-What a module holds from its first parameter on are stand-ins without values. A model that does more with them than to
-draw and to scale (that copies a part of one into another, say) is built whole, and cut afterwards.
+In the modules, parameters are replaced by stand-ins without values. If a model does more with its parameters than
+overwriting and scaling (for example, copies a part of one to another), it is built whole and cut afterwards.
 """
 
 from __future__ import annotations
@@ -25,23 +25,25 @@ from torch.overrides import TorchFunctionMode
 Cut = Callable[[Tensor], Tensor]  # the part of a whole tensor that is kept
 
 _OVERWRITING = {"uniform_", "normal_", "zero_", "fill_", "copy_", "random_", "bernoulli_", "exponential_"}
-_SCALING = {"mul_", "div_", "add_", "sub_", "clamp_", "neg_"}  # number by number, so of the kept part alone
-_OWN = (torch.Tensor.requires_grad, torch.Tensor.grad, torch.Tensor.is_leaf, torch.Tensor.grad_fn)  # of the stand-in
+_SCALING = {"mul_", "div_", "add_", "sub_", "clamp_", "neg_"}  # elementwise, so the kept rows suffice
+# properties that are read from the stand-in itself
+_OWN = (torch.Tensor.requires_grad, torch.Tensor.grad, torch.Tensor.is_leaf, torch.Tensor.grad_fn)
 
 
 @dataclass(frozen=True)
 class Draft:
-    """A model without values, and the part of them that this process keeps."""
+    """A model without parameter values, and the part of the values that this process keeps."""
 
     model: nn.Module  # its parameters are on the device meta; its buffers have values
-    kept: dict[str, Tensor]  # parameter name -> values on the CPU; a shared parameter is under its first name
-    was_whole: bool  # while it was built, since it does more with its parameters than a draft allows
+    kept: dict[str, Tensor]  # parameter name -> values on the CPU; a shared parameter has its first name
+    was_whole: bool  # whether the model had to be built whole
 
 
 def draft(build: Callable[[], nn.Module], cut: Cut) -> Draft:
-    """Return what `build` returns, cut.
+    """Build a model and keep only this process's part of its values.
 
-    build: makes the model on the CPU, and seeds what it draws from; called twice if the model must be built whole.
+    build: seeds the generator and builds the model on the CPU; called twice if the model must be built whole.
+    cut: returns the part of a whole tensor to keep.
     """
     drafting = _Drafting(cut)
     handle = register_module_parameter_registration_hook(drafting.register)  # type: ignore[arg-type]  # may return one
@@ -61,39 +63,40 @@ def draft(build: Callable[[], nn.Module], cut: Cut) -> Draft:
 
 
 def copied(draft: Draft) -> Draft:
-    """Return a copy of a model that isn't sharded yet: a sharded one can't be copied."""
+    """Return a copy of a draft, before it is sharded: a sharded model can't be copied."""
     kept = {name: rows.clone() for name, rows in draft.kept.items()}
     return Draft(copy.deepcopy(draft.model), kept, draft.was_whole)
 
 
 class _NeedsWholeError(Exception):
-    """A model reads a parameter whose values are not there."""
+    """A model uses a parameter whose values are not available."""
 
 
 class _Drafting(TorchFunctionMode):
-    """Has what is done to a stand-in done to its values: to all of them for the last that was drawn."""
+    """Redirects operations on a stand-in to its values: all values of the open parameter, kept rows of the others."""
 
     def __init__(self, cut: Cut) -> None:
         super().__init__()
         self._cut = cut
-        self._kept: dict[int, Tensor] = {}  # by the id of the stand-in
-        self._stand_ins: dict[int, nn.Parameter] = {}  # keyed by id(), which is unique while they are held
+        self._kept: dict[int, Tensor] = {}  # id of the stand-in -> kept values
+        self._stand_ins: dict[int, nn.Parameter] = {}  # by id, which is unique while they are referenced here
+        # id of a registered parameter -> the parameter, and its stand-in
         self._originals: dict[int, tuple[weakref.ref[Tensor], nn.Parameter]] = {}
-        self._open: nn.Parameter | None = None  # whose values are whole
-        self._whole: Tensor | None = None
-        self.is_refused = False  # also where the error was caught on its way
+        self._open: nn.Parameter | None = None  # stand-in whose values are whole
+        self._whole: Tensor | None = None  # these values
+        self.is_refused = False  # set even if the model catches the error
 
     def register(self, module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:  # noqa: ARG002
-        """Return what the module holds instead of a parameter; None: itself. A hook of torch's."""
+        """Return the stand-in to register instead of a parameter; None: register the parameter. A hook of torch."""
         if parameter is None or id(parameter) in self._stand_ins:
             return None
-        if parameter.is_meta:  # a model that has no values anyway
+        if parameter.is_meta:  # it has no values anyway
             return None
         if known := self._originals.get(id(parameter)):
             if known[0]() is parameter:
                 return known[1]
         self._close()
-        stand_in, whole = _without_values(parameter), parameter.detach()  # before it is known, and stood in for
+        stand_in, whole = _without_values(parameter), parameter.detach()  # before operations on it are redirected
         self._stand_ins[id(stand_in)] = stand_in
         self._originals[id(parameter)] = (weakref.ref(parameter), stand_in)
         self._open, self._whole = stand_in, whole
@@ -112,7 +115,7 @@ class _Drafting(TorchFunctionMode):
     def _called(self, func: Any, args: Any, kwargs: Any, targets: list[nn.Parameter]) -> Any:
         owner, name = getattr(func, "__self__", None), getattr(func, "__name__", "")
         if name == "detach" or (owner is torch.Tensor.data and name == "__get__"):
-            return targets[0]  # what is done to it is done to the parameter
+            return targets[0]  # operations on the result apply to the parameter
         if owner is torch.Tensor.device:
             return torch.device("cpu")
         if owner is torch.Tensor.is_meta:
@@ -122,7 +125,7 @@ class _Drafting(TorchFunctionMode):
         if owner is torch.Tensor.data and name == "__set__":
             self._begin(args[0], args[1].detach().clone())
             return None
-        if name.startswith("new_"):  # a new tensor, of the same type as the parameter
+        if name.startswith("new_"):  # a new tensor of the parameter's dtype
             return func(torch.empty(0, dtype=targets[0].dtype), *args[1:], **kwargs)
         if (name.endswith("_") and not name.startswith("__")) or name == "__setitem__":
             return self._write(func, name, args, kwargs, targets)
@@ -145,7 +148,7 @@ class _Drafting(TorchFunctionMode):
         return target
 
     def _read(self, func: Any, args: Any, kwargs: Any, targets: list[nn.Parameter]) -> Any:
-        """Answer from the values if they are whole, else from the shape alone."""
+        """Compute a read from the whole values if the parameter is open, else from its shape only."""
         is_open = all(target is self._open for target in targets)
         try:
             found = func(*self._opened(args), **self._opened(kwargs)) if is_open else func(*args, **kwargs)
@@ -164,7 +167,7 @@ class _Drafting(TorchFunctionMode):
         self._open, self._whole = target, whole
 
     def _shares(self, tensor: Tensor) -> bool:
-        """Return whether it is a view of the open parameter, which may be written to once that is cut."""
+        """Return whether a tensor is a view of the open parameter: it might be written to after that is cut."""
         assert self._whole is not None
         return tensor.untyped_storage().data_ptr() == self._whole.untyped_storage().data_ptr()
 
@@ -173,7 +176,7 @@ class _Drafting(TorchFunctionMode):
         return _NeedsWholeError()
 
     def _standing_in(self, value: Any) -> Any:
-        """Put stand-ins in the place of parameters that were registered."""
+        """Replace registered parameters in arguments by their stand-ins."""
         if isinstance(value, dict):
             return {name: self._standing_in(each) for name, each in value.items()}
         if type(value) in (tuple, list):
@@ -182,7 +185,7 @@ class _Drafting(TorchFunctionMode):
         return known[1] if known is not None and known[0]() is value else value
 
     def _opened(self, value: Any) -> Any:
-        """Put the whole values in the place of the open stand-in."""
+        """Replace the open stand-in in arguments by its whole values."""
         if isinstance(value, dict):
             return {name: self._opened(each) for name, each in value.items()}
         if type(value) in (tuple, list):
@@ -190,7 +193,7 @@ class _Drafting(TorchFunctionMode):
         return self._whole if value is self._open and value is not None else value
 
     def _found(self, value: Any) -> Iterator[nn.Parameter]:
-        """Yield the stand-ins among arguments."""
+        """Yield the stand-ins in arguments."""
         if isinstance(value, dict):
             value = list(value.values())
         if isinstance(value, (tuple, list)):
@@ -200,9 +203,9 @@ class _Drafting(TorchFunctionMode):
             yield value
 
     def finish(self, model: nn.Module) -> dict[str, Tensor] | None:
-        """Return what is kept of each parameter, and put stand-ins in the place of those that are whole.
+        """Return the kept values of each parameter, and replace parameters that are still whole by stand-ins.
 
-        None if a parameter or a buffer has been made of a stand-in.
+        None if a parameter or buffer was computed from a stand-in.
         """
         self._close()
         for module in model.modules():

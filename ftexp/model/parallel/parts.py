@@ -1,4 +1,4 @@
-"""Models and tensors of which this rank may hold a part. Known by their methods: importing FSDP2 takes time."""
+"""Helpers for models and tensors that may be sharded. Detected by their methods: importing FSDP2 takes time."""
 
 from __future__ import annotations
 
@@ -9,43 +9,43 @@ from torch import Tensor, nn
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Return whether a module is one of FSDP2's."""
+    """Return whether FSDP2 has sharded a module."""
     return hasattr(model, "reshard") and hasattr(model, "unshard")
 
 
 def reshard(model: nn.Module) -> None:
-    """Let go of what a forward pass without a backward pass has gathered: the next must gather what is new by then."""
+    """Free parameters gathered by a forward pass without a backward pass, so that the next pass gathers new values."""
     for module in model.modules():
         if is_sharded(module):
             module.reshard()  # type: ignore[operator]
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return this rank's part of a tensor, sharing its memory; all of one that isn't sharded."""
+    """Return this rank's part of a tensor, without a copy; the tensor itself if it isn't sharded."""
     part: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     return part
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return all of a tensor; collective if it is sharded."""
+    """Return the whole tensor; collective if it is sharded."""
     gathered: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
     return gathered
 
 
 def rows_of(num_rows: int, index: int, count: int) -> range:
-    """Return which rows are in part number `index` of `count`, as FSDP2 cuts, and torch.chunk."""
+    """Return the rows in part number `index` of `count`, cut as by FSDP2 and torch.chunk."""
     size = -(-num_rows // count)
     return range(min(index * size, num_rows), min((index + 1) * size, num_rows))
 
 
 def cut(tensor: Tensor, count: int, index: int) -> Tensor:
-    """Return part number `index` of `count` of a whole tensor's rows, a view."""
+    """Return part number `index` of `count` of a whole tensor's rows, as a view."""
     rows = rows_of(len(tensor), index, count)
     return tensor[rows.start : rows.stop]
 
 
 def like(value: Tensor, other: Any) -> Tensor:
-    """Return a whole tensor as `other` lies on the ranks, a copy; as it is if that isn't sharded."""
+    """Return a copy of a whole tensor, sharded as `other` is; `value` itself if `other` isn't sharded."""
     if not hasattr(other, "full_tensor") or hasattr(value, "full_tensor"):
         return value
     mesh, placements = other.device_mesh, other.placements
@@ -58,6 +58,6 @@ def like(value: Tensor, other: Any) -> Tensor:
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], strict: bool = True) -> None:
-    """Load a state dict of whole tensors, of which a sharded model takes this rank's part."""
+    """Load a state dict of whole tensors; a sharded model loads this rank's part of them."""
     own = model.state_dict()
     model.load_state_dict({name: like(value, own.get(name)) for name, value in weights.items()}, strict=strict)

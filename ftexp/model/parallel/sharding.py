@@ -21,15 +21,15 @@ _DTYPES = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": to
 
 
 class Sharding:
-    """The ranks among which parameters are cut by rows, as even as torch.chunk makes them; collective to make.
+    """The ranks over which parameters are sharded by rows, cut as by torch.chunk. Creating it is collective.
 
-    ConfigError if the number of ranks is no multiple of `config.shard_size`.
+    ConfigError if the number of ranks is not a multiple of `config.shard_size`.
     """
 
     def __init__(self, config: ParallelConfig, device: torch.device, world_size: int) -> None:
         self._config, self._device = config, device
         if device.type == "cuda":
-            torch.cuda.set_device(device)  # the one that a mesh takes
+            torch.cuda.set_device(device)  # a mesh uses the current device
         else:
             return_freed_memory()
         self._placements: tuple[Replicate | Shard, ...] = (Shard(0),)
@@ -48,21 +48,18 @@ class Sharding:
         self._num_shards, self._index = self.mesh["shard"].size(), self.mesh["shard"].get_local_rank()
 
     def cut(self, whole: Tensor) -> Tensor:
-        """Return this rank's rows of a parameter, a view; what has no dimension as it is."""
+        """Return this rank's rows of a parameter, as a view; a scalar unchanged."""
         return cut(whole, self._num_shards, self._index) if whole.ndim else whole
 
     def shard(self, draft: Draft) -> nn.Module:
-        """Shard the draft's model, and put what is kept of its values where it belongs; returns the model.
-
-        ConfigError if it can't be sharded.
-        """
+        """Shard the draft's model, load its kept values, and return it; ConfigError if it can't be sharded."""
         model = draft.model
         _require_shardable(model, self._config)
         policy = MixedPrecisionPolicy(_DTYPES[self._config.param_dtype], _DTYPES[self._config.reduce_dtype])
         reshard = self._config.reshard_after_forward
         for block in reversed(blocks_of(model, self._config.wrap).values()):
             fully_shard(block, mesh=self.mesh, mp_policy=policy, reshard_after_forward=reshard)
-        # the rest is wanted again as soon as the backward pass begins
+        # parameters outside of blocks are needed again at the start of the backward pass
         fully_shard(model, mesh=self.mesh, mp_policy=policy, reshard_after_forward=False)
         values = {name: self._sharded(parameter, draft.kept[name]) for name, parameter in model.named_parameters()}
         model.load_state_dict(values, strict=False, assign=True)
@@ -74,7 +71,7 @@ class Sharding:
         return DTensor.from_local(rows, self.mesh, self._placements, run_check=False, shape=shape, stride=stride)
 
     def begin_step(self, model: nn.Module) -> None:
-        """Give every rank rank 0's buffers, as DDP does before a step: batch norm's statistics; collective."""
+        """Broadcast rank 0's buffers, such as batch norm's statistics, as DDP does before a step; collective."""
         kinds: dict[torch.dtype, list[Tensor]] = {}
         for buffer in model.buffers():
             kinds.setdefault(buffer.dtype, []).append(buffer)
@@ -85,9 +82,9 @@ class Sharding:
                 buffer.copy_(values.view_as(buffer))
 
     def sync_replicas(self, model: nn.Module, *, is_last: bool) -> None:
-        """Have the coming backward pass add up gradients over replicas, or only within each.
+        """Set whether the next backward pass sums gradients over replicas (`is_last`), or only within each replica.
 
-        Within a replica they always are: else each rank would hold the gradient of the whole model.
+        Within a replica, gradients are always summed: otherwise each rank would hold the whole model's gradient.
         """
         if len(self._placements) > 1:
             model.set_requires_all_reduce(is_last)  # type: ignore[operator]
