@@ -7,8 +7,8 @@
     model, transform, class_names = api.load_model(run)
 
 Errors are subclasses of `ftexp.errors.FtexpError`, with the message that the command prints. `train` and `evaluate`
-start Ray and stop it, or connect to `scaling.address`; a process runs one of them at a time. Hydra's state and signal
-handlers are restored, and added environment variables are removed.
+start Ray and stop it, or connect to `scaling.address`; a process runs one of them at a time. Hydra's state, signal
+handlers and environment variables are restored.
 """
 
 from __future__ import annotations
@@ -253,7 +253,7 @@ def predict(
 
 @contextlib.contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Let one call at a time use Ray; then restore signal handlers and remove added environment variables.
+    """Let one call at a time use Ray; then restore signal handlers and environment variables.
 
     ConfigError if the process is already connected to Ray: the call would shut down that connection.
     """
@@ -272,6 +272,7 @@ def _undisturbed() -> Iterator[None]:
                 signal.signal(number, handler)
             for name in set(os.environ) - set(environment):
                 del os.environ[name]
+            os.environ.update(environment)
 
 
 def _handlers() -> dict[int, Any]:

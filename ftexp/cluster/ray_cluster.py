@@ -24,6 +24,9 @@ from ftexp.errors import ConfigError, RayLostError, RunFailedError
 _CONTROLLER = {
     # interval at which deaths are noticed; Ray's default is 2, and 0.2 would slow training down
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    # limit of a worker's answer. Ray's default is 600, and it notices a broken connection after 300: a network that was
+    # cut for some seconds would cost these
+    "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "60",
 }
 _ELASTIC_CONTROLLER = {
     # start-up limit of a worker group before nodes are counted again: Ray may still count a dead node; default 60

@@ -49,6 +49,13 @@ def unwrap(error: Exception) -> Exception:
     return inner
 
 
+def is_unanswered(error: Exception) -> bool:
+    """Return whether this is Ray Train's error for a worker that did not answer its controller in time."""
+    from ray.train.v2._internal import exceptions
+
+    return isinstance(error, exceptions.WorkerHealthCheckTimeoutError)
+
+
 def is_startup_failure(error: Exception) -> bool:
     """Return whether fit() ended with this error because no worker group started."""
     from ray.train.v2._internal import exceptions

@@ -105,6 +105,7 @@ def as_preemption(cause: Cause, leaving: list[int]) -> Cause:
 
 _DEAD = (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError)
 _DIED = "the process died (killed, or crashed below Python)"
+_NO_ANSWER = "the process did not answer Ray in time: it is stopped, or its machine or network is gone"
 
 
 def _kind(error: Exception) -> str:
@@ -130,7 +131,7 @@ def _kind(error: Exception) -> str:
 
 
 def _ending(error: Exception) -> Ending:
-    if isinstance(error, _DEAD):
+    if isinstance(error, _DEAD) or ray_private.is_unanswered(error):
         return Ending.DIED
     return Ending.GAVE_UP if isinstance(error, _FINAL) else Ending.RAISED
 
@@ -143,6 +144,8 @@ def is_echo(error: Exception) -> bool:
 def _in_a_line(error: Exception) -> str:
     if isinstance(error, _DEAD):
         return _DIED
+    if ray_private.is_unanswered(error):
+        return _NO_ANSWER
     if isinstance(error, FtexpError):
         return str(error)
     lines = [line for line in str(error).splitlines() if line.strip()]

@@ -52,9 +52,11 @@ def test_training_knows_what_was_typed_and_leaves_the_process_as_it_was(monkeypa
         calls.append((config.run.name, overrides))
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         monkeypatch.setenv("RAY_SOMETHING", "1")
+        monkeypatch.setenv("RAY_TMPDIR", "elsewhere")
         return {}
 
     monkeypatch.setattr(ftexp.driver.run, "train", spoiling)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     before, environment = signal.getsignal(signal.SIGTERM), dict(os.environ)
     words = [f"run.storage={tmp_path}", "run.name=mine"]
     run = api.train(api.compose(words))

@@ -15,7 +15,7 @@ import pytest
 import ray.exceptions
 import torch
 import torch.nn.functional as F
-from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
 from torch import nn
 
 from ftexp.errors import CheckpointError, ConfigError, DataError, NonFiniteError, StateError, StorageError
@@ -41,6 +41,7 @@ from ftexp.wire.messages import Begin, GroupFailed, Hung, Retry, Stop
 
 DIED = WorkerHealthCheckFailedError("A worker health check failed.", ray.exceptions.ActorDiedError())
 PREEMPTED = WorkerHealthCheckFailedError("A worker health check failed.", ray.exceptions.RayActorError(preempted=True))
+SILENT = WorkerHealthCheckTimeoutError("A worker health check has been hanging for 60.2 seconds.")
 # gloo's error when the other rank is killed during an all-reduce
 ECHO = RuntimeError(
     "[/__w/pytorch/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:545] Read error [127.0.0.1]:34444: Connection "
@@ -164,6 +165,7 @@ def test_torchs_own_lack_of_memory_is_one():
         (ray.exceptions.RayActorError(preempted=True), PREEMPTION, Ending.DIED),
         (PREEMPTED, PREEMPTION, Ending.DIED),
         (DIED, CRASH, Ending.DIED),
+        (SILENT, CRASH, Ending.DIED),
         (ray.exceptions.OutOfMemoryError("killed"), OUT_OF_MEMORY, Ending.RAISED),
     ],
     ids=lambda value: str(value)[:40],
@@ -171,6 +173,14 @@ def test_torchs_own_lack_of_memory_is_one():
 def test_what_is_known_of_an_error_is_told(error, kind, ending):
     cause = find_cause({1: error})
     assert (cause.kind, cause.rank, cause.ending) == (kind, 1, ending)
+
+
+def test_a_worker_that_does_not_answer_is_the_cause_of_the_others_waiting():
+    cause = find_cause({0: ECHO, 1: SILENT})
+    assert (cause.rank, cause.error) == (
+        1,
+        "the process did not answer Ray in time: it is stopped, or its machine or network is gone",
+    )
 
 
 # rank 1 exits; rank 0 prints the resulting error of its collective

@@ -113,10 +113,15 @@ def test_on_a_cluster_only_the_controller_of_the_run_is_tuned(monkeypatch, num_w
     monkeypatch.setattr(os, "environ", {})
     prepare_environment(Config(scaling=ScalingConfig(address="auto", num_workers=num_workers)))
     assert os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] == "0.5"
+    assert os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] == "60"
     assert os.environ.get("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S") == start_timeout_s
     assert "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER" not in os.environ
     # Ray passes these on to the controller, whatever the environment of the cluster
-    assert {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"} <= ENV_VARS_TO_PROPAGATE
+    assert {
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S",
+        "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S",
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S",
+    } <= ENV_VARS_TO_PROPAGATE
 
 
 def test_verbose_leaves_rays_output_alone(monkeypatch):
