@@ -213,7 +213,7 @@ def report(console: Console, results: dict[str, list[dict[str, float]]], starts:
         cell = f"{statistics.median(values):.1f} ({min(values):.1f} to {max(values):.1f})"
         table.add_row(f"scaling.hot_start={hot_start}", cell)
     console.print(table)
-    recovery = medians["recovery_s"]
+    recovery, first_step = medians["recovery_s"], medians["first_step_s"]
     sides = ((TUTORIAL, 0.35), (TORCHRUN, 0.75))
     checks = [
         (f"recovery, ftexp : {side}", recovery[FTEXP] / recovery[side], maximum, False) for side, maximum in sides
@@ -224,6 +224,7 @@ def report(console: Console, results: dict[str, list[dict[str, float]]], starts:
         ("steps replayed by replacing", max(run.get("steps_replayed", 0) for run in results[REPLACED]), 0, False),
         ("recovery from memory, s", recovery[MEMORY], 1.5, False),
         ("steps replayed from memory", replayed, SNAPSHOT_EVERY, False),
+        (f"command to first step, ftexp : {TORCHRUN}", first_step[FTEXP] / first_step[TORCHRUN], 1.0, False),
     ]
     return print_targets(console, checks)
 
