@@ -248,7 +248,8 @@ class TrainConfig:
     eval_every_epochs: int = ranged(1, low=1)  # the last epoch is always evaluated
     # inline: the workers evaluate and training waits; eval=beside: a Ray task evaluates a checkpoint while they train
     eval: str = choice(INLINE, (INLINE, BESIDE))
-    eval_batch_size: int | None = ranged(None, low=1)  # per worker; None: four times a micro-batch
+    # per worker; None: four times a micro-batch, and with eval=beside the global batch, at most 256
+    eval_batch_size: int | None = ranged(None, low=1)
     # metrics of each evaluation, besides loss and accuracy: names in ftexp.config.metric_names, or your own
     metrics: list[str] = field(default_factory=list)
     log_every_steps: int = ranged(10, low=1)
@@ -412,7 +413,7 @@ class FailureConfig:
     # interval in steps for comparing the weights of all ranks, also before each checkpoint; a difference is a failure
     check_replicas_every_steps: int | None = ranged(None, low=1)
     repeat_step_every: int | None = ranged(None, low=1)  # steps between those computed twice and compared bitwise
-    # steps between snapshots in memory, which survive the workers; None: as many as cost 1 % of the time; 0: none
+    # steps between snapshots in memory, which survive workers; 0: none; None: as many as cost 1 % of the time
     memory_every_steps: int | None = ranged(None, low=0)
     # when a worker dies: restart all workers, or replace it while the others wait; auto: replace if possible
     recovery: str = choice(RESTART, (RESTART, REPLACE, AUTO))

@@ -1,8 +1,9 @@
 """`python -m ftexp.doctor [any train overrides]`: would such a run start here, and what must be fixed first?
 
 Checks versions, GPUs and driver, shared memory, open files, Ray's directory, free space and speed of run.storage,
-whether it can write, rename and list, and the decode rate. Then starts workers as training does; they compare a matrix
-product, their versions and clocks, and time an all-reduce. Nothing is trained, and nothing is left behind.
+whether it can write, rename and list, data.root, and the decode rate. Then starts workers as training does; they
+compare a matrix product, their versions and clocks, and time an all-reduce. Nothing is trained, and nothing is left
+behind.
 Exit codes: 0 a run would start, 1 it would fail, 2 the command was wrong.
 """
 

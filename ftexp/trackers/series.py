@@ -59,7 +59,7 @@ SAVES = Series("ftexp_saves_total", "Checkpoints that were saved")
 FAILED_SAVES = Series("ftexp_failed_saves_total", "Checkpoints that could not be saved, each try counted")
 BLOCKED = Series("ftexp_save_blocked_seconds", "Time that training was blocked by the last checkpoint")
 BLOCKED_SUM = Series("ftexp_save_blocked_seconds_total", "Time that training was blocked by all checkpoints")
-HEARTBEAT_AGE = Series("ftexp_heartbeat_age_seconds", "Time since a worker reported a step, a point or a checkpoint")
+HEARTBEAT_AGE = Series("ftexp_heartbeat_age_seconds", "Time since the last message of a worker")
 
 SERIES = (
     *(INFO, WORKERS, ATTEMPTS, STEP, EPOCH, METRIC, IMAGES, MFU, STEP_PART, SAMPLE_PART, FEED_QUEUE, GOODPUT),

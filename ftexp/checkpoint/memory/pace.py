@@ -8,7 +8,9 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-MAX_SHARE = 0.01  # share of the time, that snapshots cost where memory_every_steps is auto
+# target share of the time for snapshots if memory_every_steps is auto; with what isn't measured, such as cold caches, a
+# snapshot costs at most 0.01
+SHARE = 0.008
 _FIRST_AFTER_STEPS = 10  # steps of an attempt before the first, where it is auto: the first ones are slower
 _NUM_STEPS_SEEN = 15
 _NUM_COSTS_SEEN = 5
@@ -19,7 +21,7 @@ class Pace:
     """Says after which steps a snapshot is due.
 
     Args:
-        every_steps: steps between snapshots; None: as many as make their cost MAX_SHARE of the time.
+        every_steps: steps between snapshots; None: as many as make their cost SHARE of the time.
         agree: returns rank 0's number on every rank; collective.
         clock: seconds.
     """
@@ -56,7 +58,7 @@ class Pace:
         self._costs.append(cost_s)
         self._wait_steps = 1
         if self._every is None:
-            self.interval = self._agree(max(1, math.ceil(self.cost_s / (MAX_SHARE * max(self.step_s, 1e-6)))))
+            self.interval = self._agree(max(1, math.ceil(self.cost_s / (SHARE * max(self.step_s, 1e-6)))))
             self._due_at = step + self.interval
         else:
             self._due_at = (step // self._every + 1) * self._every
