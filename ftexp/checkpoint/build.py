@@ -14,7 +14,7 @@ from ftexp.job.job import Job
 def build_manager(job: Job, store: CheckpointStore, links: Links | None = None) -> CheckpointManager:
     """Build the manager that saves this rank's job to `store`, with the states that the config names.
 
-    links: to the keepers of snapshots, where the job may take some.
+    links: to the keepers of snapshots; None: no snapshots.
     """
     takes = job.config.failure.takes_snapshots and not job.hooks.change_before_saves
     return CheckpointManager(
@@ -32,7 +32,7 @@ def build_manager(job: Job, store: CheckpointStore, links: Links | None = None) 
 
 
 def _state_names(job: Job) -> list[str]:
-    """Return the configured states, and that of hooks where there are any."""
+    """Return the names of the configured states, and of the hooks' state if there are hooks."""
     names = job.config.checkpoint.extra_state
     return [*names, HOOKS] if job.hooks and HOOKS not in names else names
 

@@ -1,4 +1,4 @@
-"""When a checkpoint is due. Every rank comes to the same answer at the same step."""
+"""The times at which checkpoints are due: every rank decides the same at the same step."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from collections.abc import Callable
 
 from ftexp.config.schema import CheckpointConfig
 
-_ASK_EVERY_S = 1.0  # how late a request to stop is noticed
-_SAVE, _STOP = 0, -1  # answers; any other is the step at which to ask again
+_ASK_EVERY_S = 1.0  # about the longest delay until a request to stop is noticed
+_SAVE, _STOP = 0, -1  # answers of rank 0; any other is the step of the next question
 
 
 class Cadence:
-    """Decides after each step. `agree(value)` returns rank 0's `value` on every rank, and is collective.
+    """Decides after each step whether to save. `agree(value)` returns rank 0's `value` on every rank; it is collective.
 
-    Every rank counts the same steps and epochs. The clock, and whether somebody wants the run to stop or to save, are
-    rank 0's, and asked as seldom as will do: each answer says at which step to ask again. `machine_goes()`, whether one
-    of the workers' machines has newly been announced to go away, is collective and asked at the same steps.
+    Every rank counts the same steps and epochs. The clock and requests to stop or save are read on rank 0 only. The
+    other ranks ask it as rarely as possible: each answer determines the step of the next question. `machine_goes()` is
+    called at the same steps, and is collective: whether the preemption of a worker's machine has been newly announced.
 
-    `reasons` says why a checkpoint is due, or waits for the one before: every_steps, every_epochs, every_seconds,
+    `reasons`: why a checkpoint is due, or waits for the previous one: every_steps, every_epochs, every_seconds,
     evaluation, requested, preemption, stop, end. Only rank 0 can distinguish every_seconds from requested.
     """
 
@@ -33,7 +33,7 @@ class Cadence:
     ) -> None:
         self._config, self._agree, self._clock, self._stop_requested = config, agree, clock, stop_requested
         self._machine_goes, self._save_requested = machine_goes, save_requested
-        self.stopping = False  # this checkpoint is the last: somebody wants the run to stop
+        self.stopping = False  # the run is to stop after this checkpoint
         self.reasons: list[str] = []
         self._saved_step = self._asked_step = self._ask_at = -1
         self._saved_at = self._asked_at = clock()
@@ -42,10 +42,10 @@ class Cadence:
     def due(
         self, step: int, epoch: int, epoch_ended: bool, finished: bool, busy: bool, evaluated: bool = False
     ) -> bool:
-        """Whether to save after `step`; collective.
+        """Return whether to save after `step`; collective.
 
-        busy: rank 0 has a checkpoint in flight, for which the next waits.
-        evaluated: this very step shall be evaluated from its checkpoint.
+        busy: whether a checkpoint is in flight on rank 0; the next one waits for it.
+        evaluated: whether this step is to be evaluated from its checkpoint.
         """
         if finished:
             if step == self._saved_step:
@@ -67,22 +67,22 @@ class Cadence:
         return bool(self.reasons) and not self._agree(int(busy))
 
     def saved(self, step: int) -> None:
-        """A checkpoint of `step` was begun, or restored."""
+        """Note that a checkpoint of `step` was started or restored."""
         self._saved_step = step
         self.resumed(step, 0.0)
 
     def resumed(self, step: int, saved_s_ago: float) -> None:
-        """Training continues after `step`, so long after the last checkpoint."""
+        """Note that training continues after `step`, `saved_s_ago` seconds after the last checkpoint."""
         self._asked_step, self._asked_at = step, self._clock()
         self._saved_at = self._asked_at - saved_s_ago
         self.reasons, self._ask_at, self._gap = [], step + 1, 1
 
     def rejoin(self, step: int) -> None:
-        """Training continues after `step` together with a rank that has begun just now."""
+        """Note that training continues after `step`, together with a rank that has just started."""
         self.resumed(step, self._clock() - self._saved_at)
 
     def stop(self) -> None:
-        """Let the next answer be that a checkpoint is due, the last; to be called on every rank."""
+        """Make the next call of `due` return True, for a last checkpoint; to be called on every rank."""
         self.stopping = True
         self._note("stop")
 
@@ -91,7 +91,7 @@ class Cadence:
             self.reasons.append(reason)
 
     def _ask(self, step: int) -> None:
-        """Note whether a checkpoint is due by rank 0's clock, or because somebody wants it."""
+        """Note whether a checkpoint is due by rank 0's clock, a request or a preemption."""
         if step < self._ask_at:
             return
         now, every = self._clock(), self._config.every_seconds
@@ -108,8 +108,8 @@ class Cadence:
         else:
             done = step - self._asked_step
             step_s = max((now - self._asked_at) / max(done, 1), 1e-6)
-            # half of what is left, since steps may get slower, and twice as far as last time at most, since the
-            # first estimates may be far off
+            # half of the time left, since steps may get slower; at most twice the last gap, since the first estimates
+            # may be far off
             answer = step + max(1, min(int(min(left / 2, _ASK_EVERY_S) / step_s), 2 * self._gap))
         answer = self._agree(answer)
         self._gap = answer - step

@@ -1,4 +1,4 @@
-"""Where two checkpoints differ, to the bit."""
+"""Bitwise comparison of two checkpoints."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def load(store: CheckpointStore, manifest: Manifest) -> dict[str, Any]:
 
 
 def tree_differences(first: Any, second: Any, where: str = "") -> Iterator[str]:
-    """A line for each place where two trees of tensors and plain values are not the same to the bit."""
+    """Yield a line for each place where two trees of tensors and plain values are not bitwise identical."""
     if isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):
         yield from _tensor_differences(first, second, where)
     elif isinstance(first, dict) and isinstance(second, dict):

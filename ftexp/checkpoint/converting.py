@@ -1,4 +1,4 @@
-"""A checkpoint in the other format: sharded as one that isn't, and back. What it holds stays the same bits."""
+"""Conversion of checkpoints between the sharded and the full format; the content stays bitwise identical."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def as_full(store: CheckpointStore, manifest: Manifest, out: CheckpointStore) ->
 
 
 def as_sharded(store: CheckpointStore, manifest: Manifest, out: CheckpointStore, num_shards: int) -> Manifest:
-    """Write a checkpoint to `out` as that many processes would; holds one part of it in memory at a time.
+    """Write a checkpoint to `out` as `num_shards` processes would, with one part of it in memory at a time.
 
-    A part in a file of this machine is mapped into memory instead. Errors as of `as_full`.
+    A part in a local file is mapped into memory instead. Errors as of `as_full`.
     """
     outlines, files = dict[str, Any](), dict[str, dict[str, Any]]()
     try:
@@ -51,7 +51,7 @@ def as_sharded(store: CheckpointStore, manifest: Manifest, out: CheckpointStore,
 
 
 def _shard(tree: Any, shard: int, num_shards: int) -> Any:
-    """Return a tree with pieces in place of what a process would share: numbers with a fraction, in rows."""
+    """Return a tree with a shard's pieces in place of floating-point tensors that have at least one dimension."""
 
     def cut(leaf: Any, _: Path) -> Any:
         if not isinstance(leaf, Tensor) or not leaf.is_floating_point() or not leaf.dim():

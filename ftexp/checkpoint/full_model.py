@@ -1,4 +1,4 @@
-"""A sharded checkpoint's parts as torch.save would have written them, tensor by tensor in bounded memory.
+"""Conversion of a sharded checkpoint's parts to torch.save's format, tensor by tensor in bounded memory.
 
 The file is laid out first, with room for the tensors; then their rows are copied from the shards' files.
 """
@@ -30,7 +30,7 @@ _COPY_BYTES = 1 << 22
 
 
 def add_full_models(store: CheckpointStore, steps: set[int | None]) -> Iterator[tuple[str, Exception]]:
-    """Add model.pt to the sharded checkpoints of these steps that lack it; yields (name, why not) where that fails."""
+    """Add model.pt to the sharded checkpoints of these steps that lack it; yield (name, error) for each failure."""
     try:
         manifests = [each for each in store.manifests(lambda *_: None) if each.step in steps and each.mesh is not None]
     except OSError as error:
@@ -40,16 +40,16 @@ def add_full_models(store: CheckpointStore, steps: set[int | None]) -> Iterator[
         try:
             if MODEL not in manifest.files:
                 store.add(manifest, {MODEL: full_writer(store, manifest, MODEL)})
-        except (OSError, CheckpointError, RuntimeError) as error:  # torch raises it for a full disk
+        except (OSError, CheckpointError, RuntimeError) as error:  # torch raises RuntimeError for a full disk
             yield manifest.name, error
 
 
 def full_writer(store: CheckpointStore, manifest: Manifest, name: str) -> Writer:
-    """Return what writes a part of a sharded checkpoint as the file `name`, of FILES, of one that isn't."""
+    """Return a function that writes a sharded checkpoint's part `name`, of FILES, as an unsharded checkpoint has it."""
 
     def write(stream: BinaryIO) -> None:
         outline = read_outlines(store, manifest)[name]
-        # next to where it goes, if that is a disk: there is room for a model
+        # in the checkpoints' directory, if it is local: its disk has room for a model
         directory = store.storage.local_path
         with tempfile.TemporaryDirectory(dir=directory, prefix=".tmp-") as place:
             path = Path(place) / name

@@ -11,22 +11,22 @@ from blake3 import blake3
 from ftexp.errors import CheckpointError
 from ftexp.storage.directory import write_all
 
-BLAKE3, SHA256 = "blake3", "sha256"  # keys by which a manifest describes a file
+BLAKE3, SHA256 = "blake3", "sha256"  # keys of a file's manifest entry
 TITLES = {BLAKE3: "BLAKE3", SHA256: "SHA-256"}
 
 
 class Hash(Protocol):
-    """A hash that is being computed, as hashlib has it."""
+    """An incremental hash with hashlib's interface."""
 
     def update(self, data: Any, /) -> Any:
-        """Take in bytes."""
+        """Add bytes."""
 
     def hexdigest(self) -> str:
-        """Return the hash of what was taken in."""
+        """Return the hash of all bytes so far."""
 
 
 def new_hash(kind: str = BLAKE3) -> Hash:
-    """Return a hash of a kind; it computes on the calling thread alone, since the cores are the training's."""
+    """Return a new hash of a kind; it uses only the calling thread, since training needs the cores."""
     made: Hash = hashlib.sha256() if kind == SHA256 else blake3(max_threads=1)
     return made
 
@@ -39,12 +39,12 @@ def hex_of(data: Any) -> str:
 
 
 def kind_of(described: Mapping[str, Any]) -> str:
-    """Return which hash a manifest has of a file."""
+    """Return the kind of hash in a file's manifest entry."""
     return BLAKE3 if BLAKE3 in described else SHA256
 
 
 def require_same(name: str, described: Mapping[str, Any], num_bytes: int, digest: str) -> None:
-    """Raise CheckpointError if a file isn't as it is described."""
+    """Raise CheckpointError if a file differs from its manifest entry."""
     if num_bytes != described["bytes"]:
         raise CheckpointError(f"{name} has {num_bytes} bytes, not {described['bytes']}")
     kind = kind_of(described)
@@ -53,14 +53,14 @@ def require_same(name: str, described: Mapping[str, Any], num_bytes: int, digest
 
 
 class HashedStream:
-    """A stream that passes bytes on, counting and hashing them."""
+    """A stream that counts and hashes the bytes that it passes on."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
         self._digest, self._num_bytes = new_hash(), 0
 
     def write(self, data: bytes | memoryview) -> int:
-        """Pass on all of `data`; OSError if the stream does not take it."""
+        """Pass on all of `data`; OSError if the stream does not accept it."""
         view = memoryview(data).cast("B") if len(data) else memoryview(b"")
         self._digest.update(view)
         self._num_bytes += len(view)
@@ -68,8 +68,8 @@ class HashedStream:
         return len(view)
 
     def flush(self) -> None:
-        """Do nothing: no byte is held back here."""
+        """Do nothing, since nothing is buffered here."""
 
     def described(self) -> dict[str, Any]:
-        """Return what a manifest says of the bytes so far."""
+        """Return the manifest entry of the bytes so far."""
         return {"bytes": self._num_bytes, BLAKE3: self._digest.hexdigest()}

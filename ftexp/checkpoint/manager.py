@@ -1,7 +1,7 @@
-"""When a run saves, of what, and what it resumes from: one rank's part of it.
+"""Saving and restoring on one rank: when to save, what to save, what to resume from.
 
-A checkpoint costs the training thread a copy of the state, or of a part of it where the model is sharded; the rest is
-done besides it, see ftexp.checkpoint.writing.
+Training waits only while the state is copied, or a part of it if the model is sharded. The rest runs in the background:
+see ftexp.checkpoint.writing.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _ASKS_PER_PREEMPTION_POLL = 3  # the cadence asks about once a second; a poll co
 class CheckpointManager:
     """Saves and restores one rank's part of a run. Its methods are called by every rank at the same steps.
 
-    `num_rollbacks` counts those to the copy in memory since it was made.
+    `num_rollbacks`: rollbacks to the copy in memory since that copy was made.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class CheckpointManager:
         self._run, self._group, self._learner, self._progress = run, group, learner, progress
         self._ledger, self._channel, self._store, self._extra = ledger, channel, store, extra
         self._config = config.checkpoint
-        self._is_local = config.scaling.address is None  # a Ray on this machine alone goes when the machine goes
+        self._is_local = config.scaling.address is None  # a local Ray dies with its machine
         self._has_ledger = config.train.ledger
         self._keeps = config.failure.on_nonfinite == "rollback"  # every rank keeps the last saved state in memory
         self._cadence = Cadence(
@@ -77,10 +77,10 @@ class CheckpointManager:
             save_requested=self._save_requested,
         )
         self._num_asked = 0
-        self._leaving: set[str] = set()  # nodes that were announced to go away
+        self._leaving: set[str] = set()  # nodes whose preemption was announced
         self._staging = Staging(group.device)
         self.num_rollbacks = 0
-        self._in_memory: dict[str, Any] | None = None  # the state of the last checkpoint, where a rollback may want it
+        self._in_memory: dict[str, Any] | None = None  # state of the last checkpoint, if `_keeps`
         self._pending_in_memory: list[Pending] = []
         sharded = common_place(learner.model.state_dict())
         if self._config.format == "sharded" and sharded is None:
@@ -97,7 +97,7 @@ class CheckpointManager:
         self._snapshots: Snapshots | None = None
 
     def due(self, epoch_ended: bool) -> bool:
-        """Whether to save after the step just done; StorageError or NonFiniteError if too many in a row have failed."""
+        """Return whether to save after the last step; StorageError or NonFiniteError if too many saves have failed."""
         limit, failures = self._config.max_failed_saves, self._writer.failures
         if limit is not None and len(failures) > limit:
             if isinstance(failures[-1], NonFiniteError):
@@ -112,20 +112,20 @@ class CheckpointManager:
         return self._cadence.due(progress.step, progress.epoch, epoch_ended, progress.finished, self.busy, evaluated)
 
     def stop(self) -> None:
-        """Make the checkpoint that is due next the last; to be called on every rank."""
+        """Make the next call of `due` return True, for a last checkpoint; to be called on every rank."""
         self._cadence.stop()
 
     def _save_requested(self) -> bool:
-        """Whether the driver has asked for a checkpoint since this was last asked."""
+        """Return whether the driver has requested a checkpoint since the last call."""
         requested, self._channel.save_requested = self._channel.save_requested, False
         return requested
 
     def _preemption_announced(self) -> bool:
-        """Whether Ray announces a preemption of a node for the first time; collective."""
+        """Return whether Ray announces a node's preemption for the first time; collective."""
         if self._is_local:
             return False
         self._num_asked += 1
-        # get_preemption_info() is a barrier, and must not overlap with that of a report in flight
+        # get_preemption_info() is a barrier, which must not overlap with the barrier of a report in flight
         if self._num_asked % _ASKS_PER_PREEMPTION_POLL or not self._group.all_agree(not self.busy):
             return False
         info = ray.train.get_preemption_info()
@@ -144,11 +144,11 @@ class CheckpointManager:
 
     @property
     def stopping(self) -> bool:
-        """Whether somebody wants the run to end after the checkpoint that is due now."""
+        """Whether the run is to end after the checkpoint that is due now."""
         return self._cadence.stopping
 
     def save(self) -> None:
-        """Copy the state and have it written; collective. Waits for the checkpoint before it."""
+        """Copy the state and start writing it; collective. Waits for the previous checkpoint."""
         started = time.perf_counter()
         self.wait()
         progress = self._progress
@@ -158,7 +158,7 @@ class CheckpointManager:
             self._writer.note_unsaved(manifest)
             return
         parts = self._copied_state()
-        # reported with the checkpoint, next to what it cost
+        # reported with the checkpoint
         about = {"reasons": self._cadence.reasons, "blocked_s": round(time.perf_counter() - started, 6)}
         saving = Saving(
             manifest,
@@ -175,28 +175,28 @@ class CheckpointManager:
         self._cadence.saved(progress.step)
 
     def begin_snapshots(self) -> None:
-        """Take snapshots from here on, if there are to be some, and measure their cost again; collective."""
+        """Start taking snapshots, if this run takes any, and measure their cost again; collective."""
         self.close()
         if self._links is not None:
             self._snapshots = Snapshots(self._failure, self._group, self._channel, self._links, self._cut_place)
 
     def snapshot_due(self) -> bool:
-        """Whether to take a snapshot after the step just done: not of one that is saved. Collective."""
+        """Return whether to take a snapshot after the last step: never of a step that is saved. Collective."""
         if self._snapshots is None or self._progress.finished:
             return False
         return self._snapshots.due(self._progress.step, self.busy or bool(self._cadence.reasons) or self.stopping)
 
     def take_snapshot(self, began: float) -> None:
-        """Keep a copy of the state in memory that outlives the workers; collective.
+        """Copy the state into memory that outlives the workers; collective.
 
-        began: by time.perf_counter, when training began to wait for it.
+        began: time at which training began to wait, by time.perf_counter.
         """
         assert self._snapshots is not None, "it was due"
         run, step = self._run, self._progress.step
         try:
             self._flush_ledger()
             state = self._state(self._snapshots.writes)
-        except (OSError, NonFiniteError):  # not worth keeping; a checkpoint that meets the same says so
+        except (OSError, NonFiniteError):  # the state isn't worth keeping; a checkpoint would report the error
             self._snapshots.leave_out(step)
             return
         facts = {"run": run.name, "fingerprint": sha256_of(run.fingerprint), "step": step, "attempt": run.attempt}
@@ -204,13 +204,14 @@ class CheckpointManager:
 
     @property
     def may_have_snapshots(self) -> bool:
-        """Whether earlier attempts may have left some that the run descends from."""
+        """Whether earlier attempts may have left snapshots that the run descends from."""
         return self._links is not None and bool(self._run.lineage)
 
     def restore_snapshot(self, newest: Manifest | None) -> Manifest | None:
-        """Go to the newest snapshot that every rank can get, if it isn't behind `newest`, in storage; collective.
+        """Load the newest snapshot that every rank can read, unless `newest` has a higher step; collective.
 
-        Returns its manifest; None if there is none. Errors as of `restore`.
+        newest: newest checkpoint in storage.
+        Returns the snapshot's manifest; None if no snapshot was loaded. Errors: as of `restore`.
         """
         assert self._links is not None, "where there may be some"
         run, lineage = self._run, self._run.lineage
@@ -223,7 +224,7 @@ class CheckpointManager:
         choice, state = found
         likes = self._likes()
         join = joined if reader.lies_alike(choice) else cut
-        # an optimiser, and a state, may take what they are given for their own
+        # copied, since an optimiser or a state may keep the tensors that it loads
         parts = {name: part if name == MODEL else own(part) for name, part in state.items() if name in FILES}
         manifest = Manifest(**state[MANIFEST])
         self._load({name: join(part, likes[name]) if likes else part for name, part in parts.items()}, manifest)
@@ -232,7 +233,7 @@ class CheckpointManager:
         return manifest
 
     def _ledger_is_safe(self) -> bool:
-        """Whether every rank's ledger holds what was done so far: no checkpoint may be ahead of it."""
+        """Flush every rank's sample ledger, since no checkpoint may be ahead of it; False if one fails. Collective."""
         try:
             self._flush_ledger()
         except OSError as error:
@@ -241,7 +242,7 @@ class CheckpointManager:
         return True
 
     def _flush_ledger(self) -> None:
-        """Have every rank's ledger hold what was done so far; OSError on every rank if one can't. Collective."""
+        """Flush every rank's sample ledger; OSError on every rank if one fails. Collective."""
         error = None
         if not self._has_ledger:
             return
@@ -253,12 +254,12 @@ class CheckpointManager:
             raise error or OSError("another worker can't write its ledger")
 
     def _copied_state(self) -> dict[str, Any]:
-        """Return what this rank writes, {name: content}, which later steps don't change; collective."""
+        """Return the content that this rank writes, {name: content}, safe from later steps; collective."""
         state, parts = self._state(), dict[str, Any]()
         if self._keeps:
             parts = self._in_memory = self._staging.copy(state)
             self.num_rollbacks = 0
-            self._pending_in_memory = list(self._progress.pending)  # a state has no names of checkpoints
+            self._pending_in_memory = list(self._progress.pending)  # with checkpoint names, which the state lacks
         if self._is_cut and self._place is None:
             parts = gathered(state, self._writes)
         elif self._writes and not self._keeps:
@@ -266,9 +267,9 @@ class CheckpointManager:
         return parts if self._writes else {}
 
     def _state(self, is_wanted: bool = True) -> dict[str, Any]:
-        """Return the state by the names of FILES, which later steps change; NonFiniteError if it was lost. Collective.
+        """Return the live state, {name of FILES: content}; NonFiniteError after non-finite losses. Collective.
 
-        is_wanted: whether this rank needs it.
+        is_wanted: whether this rank needs it; if not, {} is returned.
         """
         extra, learner = self._extra.state_dict(), self._learner
         if lost := extra["progress"]["train"][3]:
@@ -283,23 +284,23 @@ class CheckpointManager:
         return self._group.rank == 0 if self._place is None else self._place.is_first_replica
 
     def _is_worth_keeping(self) -> bool:
-        """Whether the weights are finite, where the copy in memory is what a rollback goes back to; collective."""
+        """Return whether the weights are finite; checked only if rollbacks use the copy in memory. Collective."""
         if not self._keeps:
-            return True  # of the copy, while training continues
+            return True  # the writing thread checks the copy
         if self._group.all_agree(all(is_finite(local(each)) for each in self._learner.model.state_dict().values())):
             return True
         self._writer.note_failed(self._progress.step, NonFiniteError(NOT_FINITE))
         return False
 
     def keep_in_memory(self) -> None:
-        """Let a rollback go back to here; collective."""
+        """Keep the current state for rollbacks, if they are configured; collective."""
         if self._keeps:
             self._copied_state()
 
     def roll_back(self) -> None:
-        """Go back to the state of the last checkpoint, without any process starting again."""
+        """Restore the last checkpoint's state from memory; no process restarts."""
         assert self._in_memory is not None, "kept since the attempt began"
-        # an optimiser takes the tensors that it is given for its own
+        # copied, since an optimiser keeps the tensors that it loads
         kept, likes = copy.deepcopy(self._in_memory), self._likes()
         parts = {name: joined(part, likes[name]) if likes else part for name, part in kept.items()}
         self._take(parts)
@@ -309,35 +310,35 @@ class CheckpointManager:
 
     @property
     def is_idle(self) -> bool:
-        """Whether no checkpoint is in flight on this rank, nor one due."""
+        """Whether no checkpoint is in flight on this rank, and none is due."""
         return not self.busy and not self._cadence.reasons
 
     def hand_over(self, facts: Any) -> None:
-        """Give the state, and `facts`, to a rank that calls `take_over`; collective with that."""
+        """Send the state and `facts` to a rank that calls `take_over`; collective with it."""
         state = self._state(self._group.rank == 0)
         self._group.agree_on((state, facts))
 
     def take_over(self) -> Any:
-        """Go to the state that the other ranks hand over; returns rank 0's facts. Collective."""
-        self._extra.state_dict()  # may sum over ranks
+        """Load the state that the other ranks hand over; returns rank 0's facts. Collective."""
+        self._extra.state_dict()  # takes part in the other ranks' call, which may sum over ranks
         state, facts = self._group.agree_on(None)
         self._take(state)
         return facts
 
     def _take(self, parts: dict[str, Any]) -> None:
-        """Go to a state of this very run, which may take what it is given for its own."""
+        """Load a state of this run; what loads it may keep its tensors."""
         self._learner.model.load_state_dict(parts[MODEL])
         self._learner.optimizer.load_state_dict(parts[OPTIMIZER])
         self._extra.load(parts[EXTRA], self._extra.versions(), "this run")
 
     def rejoin(self) -> None:
-        """Set the cadence to the run's step on every rank, since one has just started; collective."""
+        """Restart cadence and snapshots on every rank, since one of the ranks has just started; collective."""
         self._cadence.rejoin(self._progress.step)
         self._num_asked = 0
         self.begin_snapshots()
 
     def _likes(self) -> dict[str, Like]:
-        """Return where the learner has DTensors, by part; empty if it has none. Collective."""
+        """Return the learner's DTensors, by part; empty if it has none. Collective."""
         if not self._is_cut:
             return {}
         return {
@@ -347,7 +348,7 @@ class CheckpointManager:
         }
 
     def wait(self) -> None:
-        """Return when no checkpoint is in flight, on this rank."""
+        """Wait until no checkpoint is in flight on this rank."""
         self._writer.wait()
 
     def finish(self) -> None:
@@ -364,18 +365,18 @@ class CheckpointManager:
             ) from error
 
     def close(self) -> None:
-        """Take no more snapshots."""
+        """Stop taking snapshots."""
         if self._snapshots is not None:
             self._snapshots.close()
 
     def restore(self, manifest: Manifest) -> str | None:
-        """Load a checkpoint; collective. Returns why it is rejected, and then nothing was changed; None if it isn't.
+        """Load a checkpoint; collective. If it is rejected, return the reason and change nothing; else return None.
 
         Each rank reads what it needs, and verifies what it reads.
 
         Raises:
             StateError: its states are not the configured ones.
-            CheckpointError: it is that of another model or optimiser.
+            CheckpointError: it was saved from another model or optimiser.
         """
         loaded, problem = dict[str, Any](), None
         try:
@@ -419,5 +420,5 @@ class CheckpointManager:
 
 
 def _described(place: Place | None) -> dict[str, Any] | None:
-    """Return what a manifest says of the mesh that a sharded checkpoint was written from."""
+    """Return the manifest's entry for the mesh that writes a sharded checkpoint."""
     return None if place is None else {"dims": place.dims, "num_shards": place.num_shards}

@@ -28,19 +28,19 @@ class Manifest:
     attempt: int
     world_size: int
     metrics: dict[str, float]
-    state_versions: dict[str, int]  # versions of extra_state.pt, by name
+    state_versions: dict[str, int]  # format versions of the states in extra_state.pt, by name
     written_by: str  # the run, and the time
     written_at: float  # seconds since 1970
     versions: dict[str, str]  # versions of the packages that matter
     fingerprint: dict[str, Any]  # the config keys that define the run
-    # name -> {"bytes": int, "blake3": hex}; of shards, {"bytes", "header_bytes", "header_blake3"}: see slices.py
+    # name -> {"bytes": int, "blake3": hex}; for shards {"bytes", "header_bytes", "header_blake3"}, see slices.py
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
-    # the processes that wrote it, where each wrote its shard: {"dims": {name: size}, "num_shards": int}
+    # device mesh that wrote a sharded checkpoint: {"dims": {name: size}, "num_shards": int}; None: not sharded
     mesh: dict[str, Any] | None = None
 
     @property
     def num_shards(self) -> int | None:
-        """Return the number of files that hold the model; None: a single one."""
+        """Number of shards; None if the checkpoint is not sharded."""
         return None if self.mesh is None else int(self.mesh["num_shards"])
 
     @property
@@ -50,7 +50,7 @@ class Manifest:
 
 
 def content_hash(manifest: Manifest, name: str) -> str:
-    """Return the hash by which the content of one of FILES is known; CheckpointError if there is no such file."""
+    """Return a hash that identifies the content of one of FILES; CheckpointError if there is no such file."""
     if manifest.num_shards is not None:
         names = [EXTRA, *(shard for shard in shard_files(manifest, name) if shard in manifest.files)]
         return hex_of(json.dumps([expected_of(manifest, each) for each in names], sort_keys=True).encode())
@@ -60,18 +60,18 @@ def content_hash(manifest: Manifest, name: str) -> str:
 
 
 def shard_file(name: str, shard: int, num_shards: int) -> str:
-    """Return the name of the file that holds a shard of what would be in one of FILES."""
+    """Return the name of the file with a shard of `name`, of FILES."""
     return f"{name.removesuffix('.pt')}.{shard:05d}-of-{num_shards:05d}.safetensors"
 
 
 def shard_files(manifest: Manifest, name: str) -> list[str]:
-    """Return the names of all shards' files of what would be in one of FILES; not each part has them."""
+    """Return the names of the files with all shards of `name`, of FILES; not all of them need exist."""
     num_shards = manifest.num_shards or 0
     return [shard_file(name, shard, num_shards) for shard in range(num_shards)]
 
 
 def expected_of(manifest: Manifest, name: str) -> dict[str, Any]:
-    """Return what a manifest says of a file; CheckpointError if that is nothing."""
+    """Return a file's manifest entry; CheckpointError if there is none."""
     if name not in manifest.files:
         raise CheckpointError(f"{name} isn't in the manifest")
     return manifest.files[name]
@@ -116,7 +116,7 @@ def checkpoint_name(step: int, attempt: int) -> str:
 def kept_names(manifests: list[Manifest], num_to_keep: int | None, steps: Collection[int]) -> set[str]:
     """Return the names to keep: the `num_to_keep` of the highest steps (None: all), and those of `steps`.
 
-    Such a step may not have been saved: then the next that was is the nearest to it.
+    If one of `steps` was not saved, the next saved step is kept instead.
     """
     newest_first = sorted(manifests, key=lambda manifest: (manifest.step, manifest.attempt), reverse=True)
     kept = {manifest.name for manifest in newest_first[:num_to_keep]}

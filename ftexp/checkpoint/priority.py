@@ -1,4 +1,4 @@
-"""Threads that give way to training."""
+"""Priority of background threads below that of training."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ import sys
 import threading
 
 _LOWEST = 19
-_NICE = 10  # a tenth of a core where training wants it all; with less, saving could starve
+_NICE = 10  # leaves a tenth of a core that training would use fully; with less, saving could starve
 
 
 def give_way() -> None:
-    """Have this thread run where the training leaves a core idle; Linux knows priorities of threads.
+    """Lower this thread's priority below that of training; on Linux only, where threads have their own.
 
-    From the process's own on, which may be low: Ray gives its workers 15, from where the lowest still leaves this
-    thread a third of a core that training wants, and the policy for idle cores a tenth. Only root may raise one.
+    The value is relative to the process's own, which may be low already. Ray starts workers with nice 15; there the
+    maximum, 19, would leave this thread a third of a core that training needs, so SCHED_IDLE is used, which leaves a
+    tenth. Only root may raise a priority again.
     """
     if sys.platform == "linux":
         own, thread = os.getpriority(os.PRIO_PROCESS, os.getpid()), threading.get_native_id()

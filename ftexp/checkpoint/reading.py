@@ -1,4 +1,4 @@
-"""The content of a checkpoint, whatever its format; of sharded tensors all, or the rows that this process holds."""
+"""Reading a checkpoint in either format: with whole tensors, or with the rows that this process holds."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ftexp.storage.directory import Storage
 
 
 def read_part(store: CheckpointStore, manifest: Manifest, name: str) -> Any:
-    """Return what `name`, of FILES, holds, or would hold if the checkpoint weren't sharded, on the CPU.
+    """Return the content of `name`, of FILES, on the CPU; if the checkpoint is sharded, with whole tensors.
 
     CheckpointError if the checkpoint isn't as it was written.
     """
@@ -33,9 +33,9 @@ def read_part(store: CheckpointStore, manifest: Manifest, name: str) -> Any:
 def read_parts(
     store: CheckpointStore, manifest: Manifest, names: Iterable[str], like: Mapping[str, Like] | None = None
 ) -> dict[str, Any]:
-    """As `read_part`, of several: {name: content}.
+    """Return the content of several parts, {name: content}; errors as of `read_part`.
 
-    like: by name, which DTensors take the content; of these, a process reads the rows that it holds.
+    like: by name, lookup of the DTensors that will load the content. Of these, only this process's rows are read.
     """
     like = like or {}
     if manifest.num_shards is None:
@@ -45,7 +45,7 @@ def read_parts(
 
 
 def read_whole(store: CheckpointStore, manifest: Manifest, name: str, is_cut: bool) -> Any:
-    """Return the content of one of FILES; mapped into memory, where only rows of it are needed, if it can be."""
+    """Return the content of one of FILES. is_cut: only some rows are needed, so a local file is mapped into memory."""
     path = store.storage.child(manifest.name).local_path
     if is_cut and path is not None:
         store.verify_file(manifest, name)
@@ -54,7 +54,7 @@ def read_whole(store: CheckpointStore, manifest: Manifest, name: str, is_cut: bo
 
 
 def read_outlines(store: CheckpointStore, manifest: Manifest) -> dict[str, Any]:
-    """Return what the parts of a sharded checkpoint hold, {name: content}, with sharded tensors on the meta device."""
+    """Return the content of a sharded checkpoint, {name: content}, with sharded tensors on the meta device."""
     outlines: dict[str, Any] = load_part(EXTRA, store.read_file(manifest, EXTRA))
     return outlines
 
@@ -71,9 +71,9 @@ def read_shards(store: CheckpointStore, manifest: Manifest, name: str, wanted: M
 
 
 def read_weights(store: CheckpointStore, manifest: Manifest, weights: str) -> dict[str, Tensor]:
-    """Return a state dict of the bare model: the `raw` weights, or `ema`, their moving average.
+    """Return a state dict of the bare model: the `raw` weights, or `ema`, their EMA.
 
-    CheckpointError if the checkpoint isn't as it was written, or has no average.
+    CheckpointError if the checkpoint isn't as it was written, or has no EMA.
     """
     if weights == "raw":
         raw: dict[str, Tensor] = read_part(store, manifest, MODEL)
@@ -85,9 +85,9 @@ def read_weights(store: CheckpointStore, manifest: Manifest, weights: str) -> di
 
 
 def weights_at(uri: str, name: str) -> tuple[dict[str, Tensor], str]:
-    """Return the weights of the checkpoint at `uri` that are, or would be, in its file `name`, and the content's hash.
+    """Return the weights in `name`, of FILES, of the checkpoint at `uri`, and the content's hash.
 
-    Errors as of `read_weights`.
+    The checkpoint may be sharded. Errors as of `read_weights`.
     """
     directory = Storage.at(uri)
     store = CheckpointStore(directory.parent)
@@ -96,7 +96,7 @@ def weights_at(uri: str, name: str) -> tuple[dict[str, Tensor], str]:
 
 
 def cut(tree: Any, like: Like | None) -> Any:
-    """Return a tree with DTensors of this process's rows in place of the tensors that are sharded here."""
+    """Return a tree in which tensors that `like` has as DTensors are DTensors of this process's rows."""
     if like is None:
         return tree
 
@@ -112,7 +112,7 @@ def cut(tree: Any, like: Like | None) -> Any:
 
 
 def _filled(store: CheckpointStore, manifest: Manifest, name: str, outline: Any, like: Like | None) -> Any:
-    """Return an outline with its sharded tensors read: whole, or as DTensors of this process's rows."""
+    """Read the sharded tensors of an outline, and return it with them: whole, or as DTensors of this process's rows."""
     wanted: dict[int, list[Wanted]] = defaultdict(list)
 
     def allocate(leaf: Any, path: Path) -> Any:

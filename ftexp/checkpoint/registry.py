@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class StateContext(TrainingContext):
-    """The run that a state belongs to, on one rank. The objects are those that train.
+    """The run that a state belongs to, on one rank, with the objects that training uses.
 
-    A state is made before a checkpoint is loaded: `progress` then stands at the beginning, the model's weights are as
-    they were built, and `load_state_dict` of the model and the optimiser comes before that of the states.
+    States are built before a checkpoint is loaded: `progress` is at step 0, and the model has its initial weights.
+    Model and optimiser are loaded before the states.
     """
 
     scheduler: Any  # a timm scheduler; step_update(n) is called after n steps
@@ -34,14 +34,13 @@ class StateContext(TrainingContext):
 
 
 class State(Protocol):
-    """Something that a run must not lose. Made once per attempt, with a `StateContext` as its only argument.
+    """State that a run must not lose. Built once per attempt, with a `StateContext` as its only argument.
 
-    `state_dict` is called on every rank; rank 0's result is saved, and must be plain: numbers, text, tensors,
-    lists, tuples, dicts, since it is read back with `weights_only=True`. `load_state_dict` gets it on every rank.
+    `state_dict` is called on every rank, and rank 0's result is saved. It must be plain (numbers, text, tensors, lists,
+    tuples, dicts), since it is read back with `weights_only=True`. `load_state_dict` receives it on every rank.
 
-    A class may also have `optional = True` (a checkpoint without it is fine, and so is one with it when the
-    run doesn't want it) and `migrate(state, version)`, a static method that turns a state of an older
-    `version` into today's.
+    A class may also have `optional = True` (a checkpoint may lack the state, and a run may ignore a saved one), and
+    `migrate(state, version)`, a static method that converts a state of an older `version` to the current one.
     """
 
     version: int
@@ -58,7 +57,7 @@ _states: Registry[StateClass] = Registry("checkpoint.extra_state")
 
 
 def register_state(name: str) -> Callable[[C], C]:
-    """Class decorator: makes a state available to `checkpoint.extra_state` under `name`."""
+    """Return a class decorator that registers a state for `checkpoint.extra_state` under `name`."""
 
     def decorate(state_class: C) -> C:
         if not isinstance(getattr(state_class, "version", None), int):
@@ -76,17 +75,17 @@ def check_names(names: list[str]) -> None:
 
 
 class ExtraState:
-    """The states of one run, under the names by which its config chose them."""
+    """The states of one run, by their names in its config."""
 
     def __init__(self, names: list[str], context: StateContext) -> None:
         self._states = {name: _states.get(name)(context) for name in names}
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
-        """{name: state}; collective, since a state may sum over ranks."""
+        """Return {name: state}; collective, since a state may sum over ranks."""
         return {name: state.state_dict() for name, state in self._states.items()}
 
     def versions(self) -> dict[str, int]:
-        """{name: version of its format}."""
+        """Return {name: version of its format}."""
         return {name: state.version for name, state in self._states.items()}
 
     def load(self, saved: dict[str, dict[str, Any]], versions: dict[str, int], written_by: str) -> None:

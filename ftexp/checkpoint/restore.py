@@ -1,4 +1,4 @@
-"""Where an attempt starts from. Rank 0 decides, and every rank loads what it decided."""
+"""The state that an attempt starts from: rank 0 chooses it, and every rank loads it."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ from ftexp.wire.messages import MEMORY, START, STORAGE, Happened
 
 
 def restore(job: Job, store: CheckpointStore, checkpoints: CheckpointManager) -> str:
-    """Go to the latest snapshot in memory, or checkpoint that verifies; collective. Without any, start from
-    `resume_from`, or as built.
+    """Load the newest snapshot in memory, or the newest checkpoint that verifies if it is newer; collective.
 
-    Checkpoints that don't verify are quarantined and reported; ConfigError if the checkpoint is that of another
-    run. Returns the source of the state: MEMORY, STORAGE or START.
+    Without either, start from `resume_from` or from the initial weights. Checkpoints that don't verify are quarantined
+    and reported; ConfigError if a checkpoint's run has a different configuration.
+
+    Returns the source of the state: MEMORY, STORAGE or START.
     """
     started = time.perf_counter()
     rejections = _Rejections(job.channel, store)
@@ -50,7 +51,7 @@ def restore(job: Job, store: CheckpointStore, checkpoints: CheckpointManager) ->
 
 
 def _from_memory(job: Job, store: CheckpointStore, checkpoints: CheckpointManager) -> Manifest | None:
-    """Go to the newest snapshot in memory, unless storage has a newer checkpoint; its manifest. Collective."""
+    """Load the newest snapshot in memory, unless storage has a newer checkpoint; returns its manifest. Collective."""
     if not checkpoints.may_have_snapshots:
         return None
     newest = next(iter(store.manifests(lambda *_: None)), None) if job.group.rank == 0 else None
@@ -87,16 +88,16 @@ def _sweep(channel: Channel, store: CheckpointStore) -> None:
 
 
 def _candidates(channel: Channel, store: CheckpointStore, rejections: _Rejections) -> Iterator[str]:
-    """Yield the names of the checkpoints to try, the best first; of sharded ones, each rank verifies what it reads."""
+    """Yield the names of the checkpoints to try, the newest first; each rank verifies what it reads of sharded ones."""
     _sweep(channel, store)
     for manifest in store.candidates(rejections.add):
         yield manifest.name
 
 
 def _start_from(job: Job, uri: str) -> None:
-    """Load the weights of another run's checkpoint into the model: what fits, with a report of the rest; collective."""
+    """Load the fitting weights of another run's checkpoint into the model, and report the rest; collective."""
     group, learner = job.group, job.learner
-    found = locate(uri) if group.rank == 0 else None  # while the run trains on, another rank might find a newer one
+    found = locate(uri) if group.rank == 0 else None  # other ranks might find newer ones if that run still trains
     where, name = group.agree_on(found and (found[0].storage.uri, found[1].name))
     store = CheckpointStore(Storage.at(where))
     manifest = store.by_name(name)
@@ -104,7 +105,8 @@ def _start_from(job: Job, uri: str) -> None:
     filter_fn = checkpoint_filter(timm_arguments(job.config.model, job.info))
     source = _described(store, manifest)
     learner.weights_report = load_matching(learner.model, weights, source, "resume_from", filter_fn)
-    initialise_head(learner.model, job.config.model, learner.weights_report.matched)  # what is new was so when built
+    # tensors that weren't loaded were initialised when the model was built
+    initialise_head(learner.model, job.config.model, learner.weights_report.matched)
     if learner.ema is not None:
         learner.ema.begin_at(learner.model)
 

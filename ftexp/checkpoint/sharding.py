@@ -1,7 +1,7 @@
-"""Which rows of a sharded tensor lie where: arithmetic, and the DTensors of a process.
+"""Which process holds which rows of a sharded tensor; conversion between DTensors and their local rows.
 
-Tensors are cut by rows (their first dimension) into as many shards as there are processes in a replica, as
-`torch.chunk` and FSDP2 cut them: each has the same number of rows, but for the last ones, which may have fewer or none.
+Tensors are sharded by rows (their first dimension), into one shard for each process of a replica, as by `torch.chunk`
+and FSDP2: all shards have the same number of rows, but the last ones may have fewer or none.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Like = Callable[[Path, tuple[int, ...]], Any]
 
 
 def overlaps(num_rows: int, rows: range, num_shards: int) -> Iterator[tuple[int, range]]:
-    """Yield (shard, rows) of those of `num_shards` shards that hold some of `rows`, with what they hold of them."""
+    """Yield (shard, its part of `rows`) for each of `num_shards` shards that holds some of them."""
     if not rows:
         return
     size = len(rows_of(num_rows, 0, num_shards))
@@ -43,11 +43,11 @@ def overlaps(num_rows: int, rows: range, num_shards: int) -> Iterator[tuple[int,
 
 @dataclass(frozen=True)
 class Place:
-    """Where a process stands among those that share tensors."""
+    """Position of a process among the processes that share sharded tensors."""
 
     shard: int
     num_shards: int
-    is_first_replica: bool  # whose processes write
+    is_first_replica: bool  # only its processes write
     dims: dict[str, int]  # sizes of the device mesh, by name
 
 
@@ -56,49 +56,49 @@ class Piece:
     """The rows of a tensor that a process holds: a copy."""
 
     rows: Tensor
-    first: int  # row of the whole tensor
+    first: int  # index of its first row in the whole tensor
     shape: tuple[int, ...]  # shape of the whole tensor
 
     def with_rows(self, use: Callable[[Tensor], Any]) -> Any:
-        """Return what `use` returns of the rows, which don't change meanwhile."""
+        """Return `use(rows)`; the rows don't change meanwhile."""
         return use(self.rows)
 
     def reader(self) -> Callable[[int, int], memoryview]:
-        """Return what gives bytes from .. to .. of the rows, which hold until its next call."""
+        """Return a function that reads bytes [begin, end) of the rows; the result is valid until its next call."""
         data = bytes_of(self.rows.contiguous())
         return lambda begin, end: data[begin:end]
 
     def written(self) -> None:
-        """Take note that the rows are where they shall go."""
+        """Note that the rows have been written."""
 
 
 class Guard:
-    """Held while rows that are trained on are read, or copied because they are about to change."""
+    """Lock that is held while live rows are read, or copied because training is about to change them."""
 
     def __init__(self) -> None:
         self.lock, self._scratch = threading.Lock(), bytearray()
 
     def scratch(self, num_bytes: int) -> memoryview:
-        """Return memory that holds until the next call."""
+        """Return memory that is valid until the next call."""
         if len(self._scratch) < num_bytes:
             self._scratch = bytearray(num_bytes)
         return memoryview(self._scratch)[:num_bytes]
 
 
 class LivePiece(Piece):
-    """Rows that are trained on, contiguous; training waits for nobody who reads them, but for a few bytes at a time."""
+    """Contiguous rows that training updates; training waits for a reader only while it copies one chunk."""
 
     def __init__(self, rows: Tensor, first: int, shape: tuple[int, ...], guard: Guard) -> None:
         super().__init__(rows, first, shape)
         self._guard, self._is_live, self._is_written, self._is_gone = guard, True, False, False
 
     def with_rows(self, use: Callable[[Tensor], Any]) -> Any:
-        """As of any piece; training waits for `use`."""
+        """Return `use(rows)`; training waits meanwhile."""
         with self._guard.lock:
             return use(self.rows)
 
     def reader(self) -> Callable[[int, int], memoryview]:
-        """As of any piece. CheckpointError: the rows have changed since they were written."""
+        """As of `Piece`; CheckpointError if the rows have changed since they were written."""
         if self._is_gone:
             raise CheckpointError("these rows were written once already, and training has changed them since")
         return self._read
@@ -113,24 +113,24 @@ class LivePiece(Piece):
         return copied
 
     def written(self) -> None:
-        """Take note that the rows need no copy any more."""
+        """Note that the rows no longer need a copy."""
         with self._guard.lock:
             self._is_written = True
 
     def settle(self, copy: Callable[[Tensor], Tensor]) -> None:
-        """Keep a copy of the rows, which are about to change, unless they are written; under the guard."""
+        """Copy the rows, which are about to change, unless they have been written; the caller holds the lock."""
         if not self._is_written:
             self.rows = copy(self.rows)
         self._is_live, self._is_gone = False, self._is_written
 
 
 def is_sharded(leaf: Any) -> TypeGuard[DTensor]:
-    """Whether a leaf is a DTensor, by its methods: importing the class takes time, which other runs don't spend."""
+    """Return whether a leaf is a DTensor, by its methods: runs without DTensors skip the slow import of the class."""
     return isinstance(leaf, Tensor) and hasattr(leaf, "full_tensor")
 
 
 def place_of(tensor: DTensor) -> Place:
-    """Return where this process stands; CheckpointError if the tensor isn't cut by rows, along one mesh dimension."""
+    """Return this process's place; CheckpointError if the tensor isn't sharded by rows along one mesh dimension."""
     from torch.distributed.tensor import Replicate, Shard
 
     mesh, placements = tensor.device_mesh, tensor.placements
@@ -168,7 +168,7 @@ def rows_held(tensor: DTensor) -> range:
 
 
 def flat_name(path: Path) -> str:
-    """Return what a tensor is called in a file of shards."""
+    """Return a tensor's name in a shard's file."""
     return "/".join(map(str, path))
 
 
@@ -181,7 +181,7 @@ def pieces_in(tree: Any) -> dict[str, Piece]:
 
 
 def slices_of(pieces: dict[str, Piece]) -> list[Slice]:
-    """Return pieces as a file holds them: without empty ones, and the widest numbers first, which keeps all aligned."""
+    """Return the slices of a file: without empty pieces, and the widest types first, so that all are aligned."""
     held = [(name, piece) for name, piece in pieces.items() if piece.rows.numel()]
     held.sort(key=lambda item: -item[1].rows.element_size())
     return [_slice_of(name, piece) for name, piece in held]
@@ -193,7 +193,7 @@ def _slice_of(name: str, piece: Piece) -> Slice:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """Return what safetensors calls a type; CheckpointError if it has no name for it."""
+    """Return safetensors' name of a type; CheckpointError if it has none."""
     if dtype not in _DTYPES:
         raise CheckpointError(f"checkpoint.format=sharded can't hold {dtype}")
     return _DTYPES[dtype]
@@ -205,7 +205,7 @@ def bytes_of(tensor: Tensor) -> memoryview:
 
 
 def skeleton(tree: Any) -> Any:
-    """Return a tree with an empty tensor on the meta device, of the whole's shape, for each piece."""
+    """Return a tree with a tensor on the meta device, of the whole tensor's shape, in place of each piece."""
     return mapped(tree, lambda leaf, _: _on_meta(leaf) if isinstance(leaf, Piece) else leaf)
 
 
@@ -214,7 +214,7 @@ def _on_meta(piece: Piece) -> Tensor:
 
 
 def as_dtensor(rows: Tensor, shape: tuple[int, ...], like: DTensor) -> DTensor:
-    """Return the tensor of `shape` of which this process holds `rows`, on the mesh of `like`."""
+    """Return a DTensor of `shape`, of which this process holds `rows`, on the mesh of `like`."""
     from torch.distributed.tensor import DTensor
 
     local, is_same = like.to_local(), tuple(like.shape) == shape
@@ -233,7 +233,7 @@ def as_dtensor(rows: Tensor, shape: tuple[int, ...], like: DTensor) -> DTensor:
 
 
 def gathered(tree: Any, keeps: bool) -> Any:
-    """Return a copy of a tree on the CPU, with whole tensors; collective. keeps: whether this process wants it."""
+    """Return a copy of a tree on the CPU, with whole tensors; collective. keeps: whether this process needs it."""
 
     def gather(leaf: Any, _: Path) -> Any:
         if not isinstance(leaf, Tensor):
@@ -254,7 +254,7 @@ def joined(tree: Any, like: Like) -> Any:
 
 
 def like_tree(tree: Any) -> Like:
-    """Return where the DTensors of a tree are."""
+    """Return a lookup of a tree's DTensors by path."""
 
     def like(path: Path, _: tuple[int, ...]) -> Any:
         leaf = leaf_at(tree, path)
@@ -264,7 +264,7 @@ def like_tree(tree: Any) -> Like:
 
 
 def like_parameters(optimizer: torch.optim.Optimizer) -> Like:
-    """Return where an optimiser's state dict has DTensors: what has a parameter's shape lies as the parameter does."""
+    """Return a lookup for an optimiser's state: a tensor of its parameter's shape is sharded like the parameter."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
     def like(path: Path, shape: tuple[int, ...]) -> Any:

@@ -1,12 +1,12 @@
-"""A file with the rows of tensors that one process holds: safetensors, verifiable in part.
+"""A file with one process's rows of tensors: safetensors, verifiable in part.
 
     8 bytes             length of the header
     header              JSON: {name: {dtype, shape, data_offsets}}, and under __metadata__ "pieces":
-                        {name: {"first": row of the whole tensor, "shape": the whole's, "blake3": [hex of each chunk]}}
-    data                rows of one tensor after the other
+                        {name: {"first": first row, "shape": of the whole tensor, "blake3": [hex of each chunk]}}
+    data                rows of each tensor in turn
 
-A manifest has the hash of all that comes before the data, which holds the hashes of the data, a chunk of CHUNK_BYTES
-of a tensor each: so whoever needs some rows reads and verifies these alone.
+The manifest has the hash of length and header. The header has a hash for each chunk of CHUNK_BYTES of a tensor's data.
+A process that needs some rows thus reads and verifies only their chunks.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from ftexp.checkpoint.hashing import hex_of
 from ftexp.errors import CheckpointError
 from ftexp.storage.directory import Storage, write_all
 
-HEADER, HEADER_BYTES = "header_blake3", "header_bytes"  # keys by which a manifest describes such a file
+HEADER, HEADER_BYTES = "header_blake3", "header_bytes"  # keys of such a file's manifest entry
 CHUNK_BYTES = 1 << 18
-_READ_BYTES = 1 << 23  # at a time
-_GAP_BYTES = 1 << 18  # at most, between chunks that are read together
+_READ_BYTES = 1 << 23  # maximum size of a read
+_GAP_BYTES = 1 << 18  # maximum gap between chunks that are read together
 _ALIGNED = 8
 
 
@@ -36,11 +36,11 @@ class Slice:
     name: str
     dtype: str  # as safetensors calls it: F32
     num_rows: int
-    first: int  # row of the whole tensor
+    first: int  # index of the first row in the whole tensor
     shape: tuple[int, ...]  # shape of the whole tensor
     num_bytes: int
-    read: Callable[[int, int], memoryview]  # bytes from .. to .., which hold until the next call
-    written: Callable[[], object] = lambda: None  # called once they are in the file
+    read: Callable[[int, int], memoryview]  # returns bytes [begin, end), valid until the next call
+    written: Callable[[], object] = lambda: None  # called once the rows are in the file
 
     def chunks(self) -> Iterator[memoryview]:
         """Yield the bytes, CHUNK_BYTES at a time."""
@@ -49,7 +49,7 @@ class Slice:
 
 
 class SliceFile:
-    """The content of a file; writes it when called with a stream. `described` is what a manifest says of it."""
+    """Content of a file; a call with a stream writes it. `described`: its manifest entry."""
 
     def __init__(self, slices: Iterable[Slice]) -> None:
         self._slices = list(slices)
@@ -81,26 +81,26 @@ class SliceFile:
 
 @dataclass(frozen=True)
 class Entry:
-    """The rows of a tensor in a file."""
+    """Rows of a tensor in a file."""
 
     name: str
     dtype: str
     first: int
     num_rows: int
     shape: tuple[int, ...]  # shape of the whole tensor
-    begin: int  # in the file
+    begin: int  # offset in the file
     end: int
     hashes: list[str]
 
     @property
     def rows(self) -> range:
-        """The rows that there are, as the whole tensor counts them."""
+        """Indices of the rows in the whole tensor."""
         return range(self.first, self.first + self.num_rows)
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """Rows of a tensor to read. `put(offset, data)` takes their bytes, counted from the first of these rows."""
+    """Rows of a tensor to read. `put(offset, data)` receives their bytes; offset 0 is the first of these rows."""
 
     name: str
     rows: range
@@ -111,25 +111,25 @@ class Wanted:
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Bytes of a file that are verified together, and what of them goes where."""
+    """Bytes of a file that are verified together; `put` receives the wanted ones."""
 
     begin: int
     end: int
     digest: str
-    low: int = 0  # what is wanted of it, counted from its beginning
+    low: int = 0  # wanted bytes [low, high), relative to `begin`
     high: int = 0
     put: Callable[[memoryview], object] | None = None
 
 
 def verify(directory: Storage, name: str, described: Mapping[str, Any]) -> None:
-    """Read all of a file; CheckpointError, with its name, if it isn't as described. OSError if it can't be read."""
+    """Verify all of a file; CheckpointError, with its name, if it isn't as described. OSError if it can't be read."""
     with directory.reading_at(name) as file:
         entries = _entries(file, name, described)
         _read(file, name, itertools.chain.from_iterable(map(_chunks, entries.values())))
 
 
 def read(directory: Storage, name: str, described: Mapping[str, Any], wanted: Iterable[Wanted]) -> None:
-    """Read rows, a little at a time, and pass them on once they are verified; errors as of `verify`."""
+    """Read rows, some at a time, and pass them on once they are verified; errors as of `verify`."""
     with directory.reading_at(name) as file:
         entries = _entries(file, name, described)
         chunks = [chunk for each in wanted for chunk in _chunks_of(_entry(entries, each, name), each)]
@@ -191,7 +191,7 @@ def _read(file: Any, name: str, chunks: Iterable[_Chunk]) -> None:
 
 
 def _runs(chunks: Iterable[_Chunk]) -> Iterator[list[_Chunk]]:
-    """Yield chunks that are read at once: to ask an object store again costs more than what lies between."""
+    """Yield groups of chunks to read at once: another request to an object store costs more than reading the gap."""
     run: list[_Chunk] = []
     for chunk in chunks:
         if run and (chunk.begin > run[-1].end + _GAP_BYTES or chunk.end - run[0].begin > _READ_BYTES):

@@ -1,4 +1,4 @@
-"""State on its way between a job and bytes: copied to the CPU, checked, serialised, and read back."""
+"""Copies of state on the CPU: made, checked, serialised and read back."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from ftexp.storage.directory import Writer
 
 
 class Staging:
-    """Copies state to the CPU, into memory that is kept: new memory costs several times as long as the copy.
+    """Copies state to the CPU into reused memory: new memory takes several times as long as the copy.
 
-    room_for: gives memory for a tensor's copy, if it isn't to be new.
+    room_for: returns memory for a tensor's first copy; None: it is allocated.
     """
 
     def __init__(self, device: torch.device, room_for: Callable[[torch.Tensor], torch.Tensor] | None = None) -> None:
@@ -30,25 +30,25 @@ class Staging:
         self._guard = Guard()
 
     def copy(self, value: Any) -> Any:
-        """Return a deep copy whose tensors later steps don't change; it holds until the next call.
+        """Return a deep copy that later steps don't change; it is valid until the next call.
 
-        Of a sharded tensor, the `Piece` that this process holds.
+        A sharded tensor becomes the `Piece` that this process holds.
         """
         copied = mapped(value, self._copy)
-        if self._pin:  # copies to the CPU are done by then
+        if self._pin:  # waits for the copies
             torch.cuda.synchronize()
         return copied
 
     def defer(self, value: Any) -> Any:
-        """As `copy`, but sharded tensors are copied when `settle` is called, if they aren't written by then.
+        """Copy as `copy` does, but sharded tensors only when `settle` is called, if they aren't written by then.
 
-        On a GPU they are copied at once: its memory can't be written to a file.
+        On a GPU they are copied at once, since its memory can't be written to a file.
         """
         self._live.clear()
         return self.copy(value) if self._pin else mapped(value, self._defer)
 
     def settle(self) -> None:
-        """Copy what the last `defer` has left, and what isn't written: it is about to change."""
+        """Copy the tensors of the last `defer` that aren't written yet, since they are about to change."""
         if not self._live:
             return
         with self._guard.lock:
@@ -96,7 +96,7 @@ def writer(part: Any) -> Writer:
 def load_part(name: str, content: bytes | Path) -> Any:
     """Read one file of a checkpoint onto the CPU without running code in it; CheckpointError if it has any.
 
-    content: what it holds, or its path, and then its tensors are mapped into memory.
+    content: the file's bytes, or its path; with a path, tensors are mapped into memory.
     """
     source = content if isinstance(content, Path) else io.BytesIO(content)
     try:
@@ -106,7 +106,7 @@ def load_part(name: str, content: bytes | Path) -> Any:
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether no value is NaN or infinite; of a sharded tensor, as far as this process holds it."""
+    """Return whether no value is NaN or infinite; of a sharded tensor, only this process's rows are checked."""
     tensor = tensor.to_local() if is_sharded(tensor) else tensor
     if not tensor.is_floating_point():
         return True

@@ -12,12 +12,12 @@ from ftexp.checkpoint.registry import StateContext, register_state
 from ftexp.wire import events
 from ftexp.wire.messages import Happened
 
-HOOKS = "hooks"  # joins checkpoint.extra_state where a run has hooks, or early stopping
+HOOKS = "hooks"  # added to checkpoint.extra_state if a run has hooks or early stopping
 
 
 @register_state("progress")
 class ProgressState:
-    """Epoch, step, position, and the sums of metrics that are being counted."""
+    """Epoch, step, position, metrics, pending evaluations, and the sums since the last logged point."""
 
     version = 1
 
@@ -33,7 +33,7 @@ class ProgressState:
 
 @register_state("scheduler")
 class SchedulerState:
-    """The schedule's place. Its shape comes from the config: train.epochs may have been raised since."""
+    """Position in the schedule. Its shape comes from the config, since train.epochs may have been raised."""
 
     version = 1
 
@@ -44,7 +44,7 @@ class SchedulerState:
         return {"num_updates": self._context.progress.step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        # the state of the optimiser is loaded already, with the learning rates at which the run was saved
+        # the optimiser's state is loaded already, with the learning rates of the checkpoint
         before = [group["lr"] for group in self._context.optimizer.param_groups]
         self._context.scheduler.step_update(state["num_updates"])
         after = [group["lr"] for group in self._context.optimizer.param_groups]
@@ -55,7 +55,7 @@ class SchedulerState:
 
 @register_state("scaler")
 class ScalerState:
-    """The fp16 loss scale, its growth counter, and how many steps it skipped; empty in other precisions."""
+    """The fp16 loss scale, its growth counter, and the number of skipped steps; empty in other precisions."""
 
     version = 2
 
@@ -73,19 +73,19 @@ class ScalerState:
 
     @staticmethod
     def migrate(state: dict[str, Any], version: int) -> dict[str, Any]:  # noqa: ARG004 - there is one older version
-        """Version 1 counted no steps."""
+        """Add the number of skipped steps, which version 1 lacks."""
         return {**state, "num_overflows": 0} if state else {}
 
 
 @register_state("ema")
 class EmaState:
-    """The moving average of the weights, as a state dict of the bare model under "weights"; empty without one.
+    """The EMA of the weights, as a state dict of the bare model under "weights"; empty without an EMA.
 
-    How far it has come is the run's step.
+    Its decay depends on the run's step, so it has no step of its own.
     """
 
     version = 1
-    optional = True  # runs from before there was an average have none
+    optional = True  # checkpoints from before EMA existed have none
 
     def __init__(self, context: StateContext) -> None:
         self._context = context
@@ -101,10 +101,10 @@ class EmaState:
 
 @register_state("distill")
 class DistillState:
-    """The projection of features to a teacher's width, a state dict; empty where a run has none."""
+    """The projection of features to a teacher's width, as a state dict; empty without a projection."""
 
     version = 1
-    optional = True  # runs from before there were teachers have none
+    optional = True  # checkpoints from before teachers existed have none
 
     def __init__(self, context: StateContext) -> None:
         self._projection = context.projection
@@ -119,9 +119,9 @@ class DistillState:
 
 @register_state("rng")
 class RngState:
-    """Generators of Python, numpy and torch on rank 0, for code of the user's that draws from them.
+    """Random generators of Python, numpy and torch on rank 0, for user code that draws from them.
 
-    ftexp's own randomness needs none of it: it is a function of seed, position, step and rank.
+    ftexp itself doesn't need them: its random numbers are a function of seed, position, step and rank.
     """
 
     version = 1
@@ -148,7 +148,7 @@ class RngState:
 
 @register_state("best")
 class BestState:
-    """The best value so far of `checkpoint.checkpoint_score_attribute`, and the step that had it."""
+    """The best value so far of `checkpoint.checkpoint_score_attribute`, and its step."""
 
     version = 1
 
@@ -164,10 +164,10 @@ class BestState:
 
 @register_state(HOOKS)
 class HooksState:
-    """The states of the hooks, and whether one of them has ended the run."""
+    """The states of the hooks, and whether one of them has stopped the run."""
 
     version = 1
-    optional = True  # runs may begin to have hooks, and cease to
+    optional = True  # a run may add or remove hooks
 
     def __init__(self, context: StateContext) -> None:
         self._hooks = context.hooks

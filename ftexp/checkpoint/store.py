@@ -1,10 +1,9 @@
-"""How bytes become a checkpoint that can be trusted.
+"""Writing, verifying and finding checkpoints in a storage.
 
 A checkpoint is a directory `step_00000120.a1` (step, attempt) with model.pt, optimizer.pt, extra_state.pt and
-manifest.json; of a sharded model, files of each process take the place of the first two. It exists when its manifest
-does, and is valid when every file has the size and hash that the manifest says. Which one is the latest follows from
-manifests, never from names or times. A rejected one (truncated, corrupt, incomplete) is moved to `.rejected/`, where
-its owner can still look at it.
+manifest.json; if the model is sharded, files of each process replace the first two. It exists once its manifest does,
+and is valid if every file has the size and hash in the manifest. The latest is found from manifests, never from names
+or file times. A rejected one (truncated, corrupt, incomplete) is moved to `.rejected/`, where it can be inspected.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from ftexp.storage.directory import Storage, Writer
 REJECTED = ".rejected"
 _CHUNK_BYTES = 1 << 20
 _GONE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
-# what reading a truncated or missing manifest raises
+# errors of reading a truncated or missing manifest
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)
 
 Rejected = Callable[[str, str], None]  # name of the checkpoint, and the reason
@@ -39,9 +38,9 @@ class CheckpointStore:
         self.storage = storage
 
     def save(self, manifest: Manifest, files: Mapping[str, Writer]) -> Manifest:
-        """Write a checkpoint; returns its manifest once what was written has been read back.
+        """Write a checkpoint and read it back; returns its manifest.
 
-        OSError if it can't be written, CheckpointError if what is there afterwards is not what was written.
+        OSError if it can't be written, CheckpointError if the files there differ from what was written.
         """
         if self.storage.local_path is not None:
             self.storage.child(manifest.name).draft.delete()  # left by a process that died here before
@@ -52,9 +51,9 @@ class CheckpointStore:
             raise
 
     def write(self, name: str, files: Mapping[str, Writer]) -> dict[str, dict[str, Any]]:
-        """Write files of a checkpoint that isn't committed yet, and read them back; errors as of `save`.
+        """Write files of an uncommitted checkpoint, and read them back; errors as of `save`.
 
-        Returns what its manifest says of them.
+        Returns the files' manifest entries.
         """
         return self._write_to(self.storage.child(name).draft, files)
 
@@ -68,7 +67,7 @@ class CheckpointStore:
         return described
 
     def commit(self, manifest: Manifest) -> Manifest:
-        """Let a checkpoint exist whose files were written, each by whoever wrote it; errors as of `save`."""
+        """Publish a checkpoint whose files have been written, by any processes; errors as of `save`."""
         directory = self.storage.child(manifest.name)
         there = directory.draft.sizes()
         if missing := [name for name, each in manifest.files.items() if there.get(name) != each["bytes"]]:
@@ -81,19 +80,19 @@ class CheckpointStore:
         return manifest
 
     def add(self, manifest: Manifest, files: Mapping[str, Writer]) -> Manifest:
-        """Add files to a checkpoint that exists; returns its new manifest. Errors as of `save`: it is as before."""
+        """Add files to an existing checkpoint; returns its new manifest. On an error, as of `save`, it is as before."""
         directory = self.storage.child(manifest.name)
         complete = dataclasses.replace(manifest, files=manifest.files | self._write_to(directory, files))
         directory.write_bytes(MANIFEST, encode(complete))
         return complete
 
     def discard(self, name: str) -> None:
-        """Remove what was written of a checkpoint that won't be committed: a full disk needs the room."""
-        with contextlib.suppress(OSError):  # a store that is down; without a manifest, it never counts
+        """Delete the files of a checkpoint that won't be committed, since a full disk needs the room."""
+        with contextlib.suppress(OSError):  # the storage is down; without a manifest, the files are no checkpoint
             self.storage.child(name).draft.delete()
 
     def manifests(self, rejected: Rejected) -> list[Manifest]:
-        """Every checkpoint that has a readable manifest, newest step first; its files aren't checked yet."""
+        """Return all readable manifests, the highest step first; report others to `rejected`. Files aren't verified."""
         found = []
         for name in self.storage.list_directories():
             try:
@@ -107,9 +106,9 @@ class CheckpointStore:
         return next((each for each in self.manifests(rejected) if self._is_whole(each, rejected)), None)
 
     def candidates(self, rejected: Rejected) -> Iterator[Manifest]:
-        """As `latest`, one after the other, the highest step first.
+        """Yield the verified checkpoints, the highest step first; report the others to `rejected`.
 
-        Sharded ones aren't verified yet: whoever reads a part of one verifies that part.
+        Sharded ones aren't verified yet: each process verifies the parts that it reads.
         """
         for manifest in self.manifests(rejected):
             if manifest.mesh is not None or self._is_whole(manifest, rejected):
@@ -124,13 +123,13 @@ class CheckpointStore:
         return True
 
     def verify(self, manifest: Manifest) -> None:
-        """Read a checkpoint's files, a little at a time; CheckpointError, with the reason, if one isn't as written."""
+        """Verify a checkpoint's files, a chunk at a time; CheckpointError, with the reason, if one isn't as written."""
         directory = self.storage.child(manifest.name)
         for name in FILES if manifest.mesh is None else {EXTRA, *manifest.files}:
             self._verify_file(directory, name, expected_of(manifest, name))
 
     def verify_file(self, manifest: Manifest, name: str) -> None:
-        """As `verify`, of one file."""
+        """Verify one file; errors as of `verify`."""
         self._verify_file(self.storage.child(manifest.name), name, expected_of(manifest, name))
 
     def _verify_file(self, directory: Storage, name: str, expected: dict[str, Any]) -> None:
@@ -148,11 +147,11 @@ class CheckpointStore:
         require_same(name, expected, num_bytes, digest.hexdigest())
 
     def read(self, manifest: Manifest) -> dict[str, bytes]:
-        """A checkpoint's files, verified; CheckpointError, with the reason, if one isn't as written."""
+        """Return a checkpoint's files, verified; CheckpointError, with the reason, if one isn't as written."""
         return {name: self.read_file(manifest, name) for name in FILES}
 
     def read_file(self, manifest: Manifest, name: str) -> bytes:
-        """One file of a checkpoint, verified; CheckpointError, with the reason, if it isn't as written."""
+        """Return one file of a checkpoint, verified; CheckpointError, with the reason, if it isn't as written."""
         expected = expected_of(manifest, name)
         try:
             content = self.storage.child(manifest.name).read_bytes(name)
@@ -164,12 +163,12 @@ class CheckpointStore:
         return content
 
     def by_name(self, name: str) -> Manifest:
-        """The manifest of one checkpoint; CheckpointError if there is none."""
+        """Return the manifest of one checkpoint; CheckpointError if there is none."""
         try:
             return self._manifest(name)
         except _UNREADABLE as error:
             if isinstance(error, OSError):
-                self.damage(MANIFEST, error)  # raises it, if the store doesn't answer
+                self.damage(MANIFEST, error)  # raises the error if the storage doesn't answer
             available = ", ".join(self.storage.list_directories()) or "none"
             raise CheckpointError(
                 f"{self.storage.uri} has no checkpoint '{name}' with a readable manifest. Available: {available}"
@@ -183,9 +182,9 @@ class CheckpointStore:
                 self.storage.child(manifest.name).delete()
 
     def quarantine(self, name: str) -> None:
-        """Move a rejected checkpoint out of the way; OSError if that can't be done.
+        """Move a rejected checkpoint to `.rejected/`; OSError if that fails.
 
-        What has nothing but half-uploaded files, on an object store, is removed: it never was a checkpoint.
+        On an object store, a directory without a manifest only holds partial uploads, and is deleted.
         """
         directory = self.storage.child(name)
         if directory.local_path is None and not directory.exists(MANIFEST):
@@ -200,7 +199,7 @@ class CheckpointStore:
         return decode(directory.read_bytes(MANIFEST), directory.uri, name)
 
     def damage(self, name: str, error: OSError) -> CheckpointError:
-        """Return the damage that `error` shows; a store that doesn't answer shows none: its error is raised."""
+        """Return a CheckpointError if `error` shows damage; if the storage just doesn't answer, raise `error`."""
         shows_damage = isinstance(error, _GONE) or (self.storage.local_path is not None and error.errno == errno.EIO)
         if not shows_damage:
             raise error
@@ -215,13 +214,13 @@ class CheckpointStore:
 
 
 def _written(stream: BinaryIO, write: Writer) -> dict[str, Any]:
-    """Write a file's content; returns what a manifest says of it."""
+    """Write a file's content; returns its manifest entry."""
     if isinstance(write, slices.SliceFile):
         write(stream)
         return write.described
     hashed = HashedStream(stream)
     try:
-        write(hashed)  # type: ignore[arg-type]  # has what torch.save calls
+        write(hashed)  # type: ignore[arg-type]  # has the methods that torch.save calls
     except RuntimeError as error:  # torch.save raises it when the stream fails; the cause is in __context__
         if isinstance(error.__context__, OSError):
             raise error.__context__ from None
@@ -230,7 +229,7 @@ def _written(stream: BinaryIO, write: Writer) -> dict[str, Any]:
 
 
 def locate(uri: str) -> tuple[CheckpointStore, Manifest]:
-    """The checkpoint at `uri`, or the latest of the run at `uri`, verified; CheckpointError if there is none."""
+    """Return the checkpoint at `uri`, or the latest of the run at `uri`, verified; CheckpointError if there is none."""
     directory = Storage.at(uri)
     if directory.exists(MANIFEST):
         store = CheckpointStore(directory.parent)

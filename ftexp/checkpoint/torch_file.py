@@ -1,6 +1,6 @@
-"""A file as torch.save writes it, laid out before its tensors are at hand.
+"""Layout of a torch.save file whose tensors are filled in later.
 
-`torch.serialization.skip_data` is public, and called a prototype by torch: this is the only place that uses it.
+`torch.serialization.skip_data` is public, but torch calls it a prototype: only this module uses it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _LOCAL_HEADER_BYTES = 30  # in front of an entry of a zip file; ends with the le
 
 
 def lay_out(tree: Any, path: Path) -> list[int]:
-    """Write `tree` with room for its tensors, contiguous; returns where each one's data begin, in the tree's order."""
+    """Write `tree` with room for its tensors, contiguous; returns the offsets of their data, in the tree's order."""
     with torch.serialization.skip_data():
         torch.save(mapped(tree, _blank), path)
     with zipfile.ZipFile(path) as archive, path.open("rb") as file:
@@ -29,7 +29,7 @@ def lay_out(tree: Any, path: Path) -> list[int]:
 
 
 def _blank(leaf: Any, _: TreePath) -> Any:
-    # memory that is never touched is never taken
+    # memory that is never touched is never allocated
     return torch.empty(leaf.shape, dtype=leaf.dtype) if isinstance(leaf, Tensor) else leaf
 
 

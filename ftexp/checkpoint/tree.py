@@ -1,11 +1,11 @@
-"""Trees of dicts, lists and tuples with tensors as leaves: what state dicts are."""
+"""Trees of dicts, lists and tuples with tensors as leaves, such as state dicts."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-Path = tuple[Any, ...]  # keys and numbers that lead to a leaf
+Path = tuple[Any, ...]  # keys and indices that lead to a leaf
 
 
 def mapped(tree: Any, change: Callable[[Any, Path], Any], path: Path = ()) -> Any:
@@ -26,7 +26,7 @@ def leaves(tree: Any) -> Iterator[tuple[Path, Any]]:
 
 
 def leaf_at(tree: Any, path: Path) -> Any:
-    """Return what lies at `path`; None if nothing does."""
+    """Return the item at `path`; None if there is none."""
     for key in path:
         try:
             tree = tree[key]

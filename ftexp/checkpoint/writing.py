@@ -1,9 +1,9 @@
-"""The part of a checkpoint that runs besides training: serialising, hashing, writing, reading back, and Ray's report.
+"""The part of a save that runs in the background: serialising, hashing, writing, reading back, the report to Ray.
 
-Runs on a thread of each rank; there is one checkpoint in flight at most. Where the model is sharded, each rank of the
-first replica writes its own files, and rank 0 the manifest, once every rank has reported the size and hash of its own.
-They agree in a process group of their own: the default one is the training's meanwhile. It needs no polling, and a
-rank that dies ends the others' waiting at once.
+It runs on one thread of each rank; at most one checkpoint is in flight. If the model is sharded, each rank of the first
+replica writes its own files. Rank 0 writes the manifest once every rank has reported the sizes and hashes of its files.
+The threads have their own process group, since training uses the default one meanwhile. It needs no polling, and if a
+rank dies, the others stop waiting at once.
 """
 
 from __future__ import annotations
@@ -41,21 +41,21 @@ NOT_FINITE = (
     "the weights are not finite, so this step is not worth keeping: lower optim.lr, set train.clip_grad_norm, or see "
     "failure.on_nonfinite"
 )
-_LAST_TRIES_S = (1, 2, 4, 8, 16)  # waits before trying again to write the checkpoint that ends the run
+_LAST_TRIES_S = (1, 2, 4, 8, 16)  # delays before retries of the checkpoint that ends the run
 
 
 @dataclass(frozen=True)
 class Saving:
-    """A checkpoint that is under way, on one rank."""
+    """One rank's part of a checkpoint in flight."""
 
     manifest: Manifest
-    parts: dict[str, Any]  # by name, of FILES; empty where this rank writes nothing
-    place: Place | None  # place of this rank, where the checkpoint is sharded
+    parts: dict[str, Any]  # content by name of FILES; empty if this rank writes nothing
+    place: Place | None  # this rank's place; None: the checkpoint is not sharded
     metrics: dict[str, Any]
-    about: dict[str, Any]  # the checkpoint, for its event
+    about: dict[str, Any]  # further fields of the event
     is_last: bool
     is_end: bool  # whether the last step of the run is done
-    pending: tuple[Pending, ...]  # evaluations, of this checkpoint or of earlier ones
+    pending: tuple[Pending, ...]  # evaluations of this checkpoint or of earlier ones
     best_step: int | None
 
     @property
@@ -65,12 +65,12 @@ class Saving:
         return best | {pending.step for pending in self.pending}
 
     def is_finite(self) -> bool:
-        """Whether the weights are, as far as this rank has them."""
+        """Return whether this rank's part of the weights is finite."""
         held = self.parts.get(MODEL, {}).values()
         return all(each.with_rows(is_finite) if isinstance(each, Piece) else is_finite(each) for each in held)
 
     def files(self, rank: int) -> dict[str, Writer]:
-        """Return what this rank writes."""
+        """Return the files that this rank writes, by name."""
         if self.place is None or not self.parts:
             return {name: writer(part) for name, part in self.parts.items()}
         shard, num_shards, files = self.place.shard, self.place.num_shards, dict[str, Writer]()
@@ -83,7 +83,7 @@ class Saving:
 
 
 class _Agreement:
-    """How the writing threads of all ranks agree; a thread that writes alone agrees with itself."""
+    """The process group of all ranks' writing threads; a thread that writes alone has none."""
 
     def __init__(self, is_alone: bool, timeout_s: float | None) -> None:
         self._group: dist.ProcessGroup | None = None
@@ -101,9 +101,9 @@ class _Agreement:
 
 
 class CheckpointWriter:
-    """Writes one rank's part of each checkpoint. `failures` are those of the last checkpoints, on rank 0.
+    """Writes one rank's part of each checkpoint. `failures`: errors since the last success, on rank 0.
 
-    is_sharded: whether every rank writes, or rank 0 alone; building it is collective then.
+    is_sharded: whether every rank writes, instead of rank 0 alone; then building a writer is collective.
     """
 
     def __init__(
@@ -128,11 +128,11 @@ class CheckpointWriter:
         return self._pending is not None and not self._pending.done()
 
     def begin(self, saving: Saving) -> None:
-        """Have a checkpoint written; the one before is done."""
+        """Start writing a checkpoint; the previous one must be done."""
         self._pending = self._thread.submit(self._write, saving)
 
     def wait(self) -> None:
-        """Return when no checkpoint is in flight, on this rank."""
+        """Wait until no checkpoint is in flight on this rank."""
         if self._pending is not None:
             self._pending.result()
             self._pending = None
@@ -149,22 +149,22 @@ class CheckpointWriter:
             self._channel.send(Happened(events.CheckpointFailed(step, str(error))))
 
     def note_unsaved(self, manifest: Manifest) -> None:
-        """Let nobody wait for the evaluation of a checkpoint that there isn't."""
+        """Report that a checkpoint was not saved, so that nobody waits for its evaluation."""
         about = (manifest.step, manifest.epoch, checkpoint_name(manifest.step, manifest.attempt))
         self._channel.note_evaluated(Evaluated(*about, failure=UNSAVED, problem="its checkpoint was not saved"))
 
     def _write(self, saving: Saving) -> None:
-        """On the thread: write, thin out, report to Ray. Ranks that write nothing wait in their report.
+        """On the thread: write, delete old checkpoints, report to Ray. Ranks that write nothing wait in their report.
 
-        The checkpoint is not reported to Ray: it would write a snapshot of its own into the run directory, from its
-        control loop, where a store that is down for a moment ends the run. The manifests say what there is.
+        The report contains no checkpoint. If it did, Ray's control loop would write its own snapshot into the run
+        directory, and a storage that is down for a moment would end the run. The manifests record what was saved.
         """
         if self._writes and not self._tried(saving):
             self.note_unsaved(saving.manifest)
         ray.train.report(saving.metrics)
 
     def _tried(self, saving: Saving) -> bool:
-        """Write, more than once if it is the last; returns whether there is a checkpoint, on every rank that writes."""
+        """Write the checkpoint, with retries if it is the last; returns success, the same on every rank that writes."""
         step = saving.manifest.step
         if not all(self._agreement.gather(saving.is_finite())):
             self.note_failed(step, NonFiniteError(NOT_FINITE))
@@ -179,7 +179,7 @@ class CheckpointWriter:
         return False
 
     def _write_once(self, saving: Saving) -> Exception | None:
-        """Write this rank's files; commit, on rank 0, if every rank has written. Returns why there is no checkpoint."""
+        """Write this rank's files; rank 0 commits them if every rank succeeded. Returns the error; None on success."""
         started, files = time.perf_counter(), dict[str, dict[str, Any]]()
         problem: Exception | None = None
         try:
@@ -201,14 +201,14 @@ class CheckpointWriter:
         return None
 
     def _committed(self, saving: Saving, files: dict[str, dict[str, Any]], started: float) -> Exception | None:
-        """Let the checkpoint exist, report it and thin out; returns why it doesn't."""
+        """Commit the checkpoint, report it, delete old ones; returns the error if it can't be committed."""
         try:
-            self._channel.sync()  # what was logged up to this step must be written down before the step counts as done
+            self._channel.sync()  # everything logged up to this step must be written before the checkpoint exists
             saved = self._store.commit(dataclasses.replace(saving.manifest, files=files))
         except (OSError, CheckpointError) as error:
             return error
         self._announce(saving, saved, time.perf_counter() - started)
-        with contextlib.suppress(OSError):  # an object store that is down now: the next checkpoint thins out
+        with contextlib.suppress(OSError):  # the storage is down now: the next checkpoint deletes old ones
             manifests = self._store.manifests(lambda *_: None)
             kept = kept_names(manifests, self._config.num_to_keep, saving.steps_to_keep)
             self._store.delete_all_but(kept)
@@ -231,7 +231,7 @@ class CheckpointWriter:
                 self._channel.send(EvaluateCheckpoint(**vars(pending)))
 
     def _add_full_models(self, saving: Saving, saved: Manifest) -> None:
-        """Put model.pt into the checkpoints that shall have it now; one that can't be written fails nothing."""
+        """Add model.pt to the checkpoints that are to have it now; errors are only reported."""
         is_best = saving.best_step == saved.step
         wanted = {"end": saving.is_end, "best": saving.is_end or is_best, "never": False}[self._config.full_at]
         if not wanted:
