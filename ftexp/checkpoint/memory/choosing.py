@@ -1,4 +1,4 @@
-"""Which snapshot an attempt resumes from: a pure function of what the keepers hold."""
+"""Choice of the snapshot that an attempt resumes from: a pure function of what the keepers hold."""
 
 from __future__ import annotations
 
@@ -10,45 +10,45 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Held:
-    """A snapshot of a shard, as a keeper holds it."""
+    """A shard's snapshot in a keeper."""
 
     node: str
-    shard: str  # "0/1": the first of one
+    shard: str  # "0/1": shard 0 of 1
     slot: int
     sequence: int
     num_bytes: int
     step: int
     attempt: int
-    run: str  # its name
-    fingerprint: str  # hash of what defines it
+    run: str  # name of the run
+    fingerprint: str  # hash of what defines the run
 
     @classmethod
     def of(cls, node: str, facts: Mapping[str, Any]) -> Held:
-        """Return what a keeper of `node` says of a snapshot."""
+        """Return the snapshot that the keeper of `node` describes."""
         place = (facts["shard"], facts["slot"], facts["sequence"], facts["bytes"])
         return cls(node, *place, facts["step"], facts["attempt"], facts["run"], facts["fingerprint"])
 
     @property
     def number(self) -> int:
-        """Return the number of its shard."""
+        """Index of the shard."""
         return int(self.shard.partition("/")[0])
 
     @property
     def num_shards(self) -> int:
-        """Of how many."""
+        """Number of shards."""
         return int(self.shard.partition("/")[2])
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A step that every rank can get from memory: the copies of each of its shards, in their order."""
+    """A step that every rank can load from memory, with the copies of each shard in the order of shards."""
 
     step: int
     attempt: int
     shards: tuple[tuple[Held, ...], ...]
 
     def without(self, bad: Iterable[Held]) -> bool:
-        """Whether it is still there without these."""
+        """Return whether every shard still has a copy without these."""
         gone = set(bad)
         return all(any(each not in gone for each in copies) for copies in self.shards)
 
@@ -56,14 +56,14 @@ class Choice:
 def choose(
     held: Iterable[Held], limits: Mapping[int, int | None], run: str, fingerprint: str, min_step: int
 ) -> Choice | None:
-    """Return the newest step of which there are all shards; None if there is none.
+    """Return the newest step of which all shards are held; None if there is none.
 
     Args:
         held: what all keepers hold.
-        limits: attempt -> its last step that the run descends from; None: any. Other attempts' steps are none of it.
+        limits: attempt -> its last step that the run descends from; None: any. Snapshots of other attempts are ignored.
         run: name of the run.
-        fingerprint: of what defines it.
-        min_step: that of the newest checkpoint in storage, 0 without one.
+        fingerprint: hash of what defines the run.
+        min_step: step of the newest checkpoint in storage; 0 without one.
     """
     found: dict[tuple[int, int, int], dict[int, list[Held]]] = defaultdict(lambda: defaultdict(list))
     for each in held:
@@ -80,7 +80,7 @@ def choose(
 
 
 def nearest(copies: Iterable[Held], node: str, bad: Iterable[Held] = ()) -> Held | None:
-    """Return the copy to read on a node: its own, or else the newest written; None if all are bad."""
+    """Return the copy to read on a node: its own if it has one, else the newest; None if all are bad."""
     gone = set(bad)
     left = [each for each in copies if each not in gone]
     return max(left, key=lambda each: (each.node == node, each.sequence), default=None)

@@ -1,8 +1,8 @@
-"""The keeper: a process on each node that owns the memory of its snapshots, and outlives the workers.
+"""The keeper: a process on each node that owns the memory of the node's snapshots, and outlives the workers.
 
-The memory is that of anonymous files: it is in no directory, and gone once the keeper, and whoever has mapped it, have
-ended, however that was. Workers of the node open it through the keeper's /proc/<pid>/fd; other nodes read it through
-Ray. A keeper ends with the driver's job. Ray starts one that died again, empty.
+The memory consists of anonymous files. They are in no directory, and are freed once the keeper and all processes that
+mapped them have exited, for whatever reason. Workers on the node open them through the keeper's /proc/<pid>/fd; other
+nodes read them through Ray. A keeper exits with the driver's job. If it dies earlier, Ray restarts it, empty.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from typing import Any, Protocol
 from ftexp.checkpoint.memory.slot import PAGE, Slot, sequence_of
 
 NUM_SLOTS = 2  # one holds the last snapshot while the other takes the next
-CHUNK_BYTES = 1 << 24  # that pass through Ray at a time
+CHUNK_BYTES = 1 << 24  # maximum size of a transfer through Ray
 _FREE_SHARE = 0.25  # share of a node's free memory that snapshots may take, unless the config sets a limit
-_ANSWER_S = 60.0  # that another keeper may take for a chunk
+_ANSWER_S = 60.0  # time limit of a read from another keeper
 
 
 class KeeperLostError(Exception):
@@ -28,11 +28,11 @@ class KeeperLostError(Exception):
 
 
 class Links(Protocol):
-    """How a process reaches the keepers."""
+    """A process's access to the keepers."""
 
     @property
     def node(self) -> str:
-        """This process's node."""
+        """The id of this process's node."""
 
     def nodes(self) -> list[str]:
         """Return the nodes that have, or had, a keeper."""
@@ -43,12 +43,12 @@ class Links(Protocol):
 
 @dataclass(frozen=True)
 class Reserved:
-    """Where a writer finds its slots."""
+    """Location of a writer's slots."""
 
     pid: int
-    files: list[int]  # descriptors of that process
+    files: list[int]  # file descriptors of that process
     slot_bytes: int
-    node_bytes: int  # that all snapshots on the node take
+    node_bytes: int  # size of all slots on the node
 
 
 @dataclass
@@ -65,11 +65,11 @@ class _Room:
 
 
 class Keeper:
-    """Owns the slots of the writers of a node, and of copies from other nodes, by the shard that they hold: "0/1".
+    """Owns the slots of a node's writers, and of copies from other nodes, by shard: "0/1".
 
     Args:
         links: to the keepers of other nodes.
-        max_bytes: at most, for all slots; None: a share of the memory that is free.
+        max_bytes: limit for all slots; None: a share of the free memory.
     """
 
     def __init__(self, links: Links, max_bytes: int | None) -> None:
@@ -79,9 +79,9 @@ class Keeper:
         self._lock = threading.Lock()
 
     def reserve(self, shard: str, min_bytes: int, slot_bytes: int) -> Reserved | str:
-        """Return where a shard's slots are, or why there is no room for them.
+        """Return the location of a shard's slots, or the reason why there is no room for them.
 
-        Those of `min_bytes` or more stay, with what they hold; new ones have `slot_bytes`.
+        Existing slots of at least `min_bytes` are kept with their content; new ones have `slot_bytes`.
         """
         with self._lock:
             room = self._rooms.get(shard)
@@ -99,7 +99,7 @@ class Keeper:
             return Reserved(os.getpid(), list(room.files), room.slot_bytes, node_bytes)
 
     def held(self) -> list[dict[str, Any]]:
-        """Return the facts of each snapshot that says that it is complete, with where it lies."""
+        """Return the facts and the location of each snapshot whose header says that it is complete."""
         with self._lock:
             found = []
             for shard, room in self._rooms.items():
@@ -111,13 +111,13 @@ class Keeper:
             return found
 
     def read(self, slot: int, shard: str, offset: int, size: int) -> bytes:
-        """Return bytes of a slot; empty if there is none."""
+        """Return bytes of a slot; empty if there is no such slot."""
         with self._lock:
             room = self._rooms.get(shard)
             return b"" if room is None else room.maps[slot][offset : offset + size]
 
     def copy_from(self, node: str, slot: int, shard: str, num_bytes: int, slot_bytes: int) -> int | None:
-        """Copy a snapshot of another node's keeper, whose slots are so large; returns its slot, None without room."""
+        """Copy a snapshot from another node's keeper, with slots of its size; returns the slot, None without room."""
         if isinstance(self.reserve(shard, num_bytes, slot_bytes), str):
             return None
         with self._lock:
@@ -128,7 +128,7 @@ class Keeper:
 
     def _free(self, shard: str) -> None:
         if (room := self._rooms.pop(shard, None)) is not None:
-            for descriptor in room.files:  # the mappings go with the last that uses them
+            for descriptor in room.files:  # mappings are freed with their last user
                 os.close(descriptor)
 
 
@@ -139,7 +139,7 @@ def _made(slot_bytes: int) -> _Room:
         for number in range(NUM_SLOTS):
             descriptor = os.memfd_create(f"ftexp-snapshot-{number}")
             room.files.append(descriptor)
-            os.posix_fallocate(descriptor, 0, slot_bytes)  # now, or a worker would die of it later
+            os.posix_fallocate(descriptor, 0, slot_bytes)  # allocates now; a lack of memory later would kill a worker
             room.maps.append(mmap.mmap(descriptor, slot_bytes))
     except OSError:
         for descriptor in room.files:
@@ -149,9 +149,9 @@ def _made(slot_bytes: int) -> _Room:
 
 
 def fetch(links: Links, node: str, slot: int, shard: str, num_bytes: int, memory: memoryview) -> None:
-    """Read a snapshot from another node into memory, which nobody takes for one before it is there.
+    """Read a snapshot from another node into memory, which is no valid snapshot until all of it is there.
 
-    KeeperLostError if its keeper is.
+    KeeperLostError if that node's keeper is lost, or no longer has the snapshot.
     """
     Slot(memory).clear()
     for begin in [*range(PAGE, num_bytes, CHUNK_BYTES), 0]:  # the header comes last
@@ -177,7 +177,7 @@ def opened(reserved: Reserved) -> list[mmap.mmap]:
 
 
 def free_bytes() -> int:
-    """Return how much memory is free here, in the machine or the container, whichever is less."""
+    """Return the free memory of the machine or the container, whichever is less."""
     lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     (available,) = [int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")]
     for limit, used in (
@@ -190,5 +190,5 @@ def free_bytes() -> int:
 
 
 def supported() -> bool:
-    """Whether this platform has memory that belongs to a process, and opens it to others: Linux."""
+    """Return whether this platform has memory that one process owns and others can open: Linux."""
     return hasattr(os, "memfd_create") and Path("/proc/self/fd").is_dir()

@@ -1,4 +1,4 @@
-"""How processes of a run reach the keepers: as Ray actors, named by their node."""
+"""Access of a run's processes to the keepers, which are Ray actors named by their node."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from ftexp.checkpoint.memory.keeper import Keeper, KeeperLostError
 
 _PREFIX = "ftexp-snapshots-"
-_NICE = 5  # what a keeper does, it does besides training
+_NICE = 5  # a keeper works while training continues
 
 
 class RayLinks:
@@ -49,7 +49,7 @@ class _RayKeeper(Keeper):
 
 
 def start_keepers(nodes: Sequence[str], max_bytes: int | None, runtime_env: dict[str, Any]) -> list[Any]:
-    """Start a keeper on each of these nodes; returns their handles. They end with this process's job."""
+    """Start a keeper on each of these nodes; returns their handles. They exit with this process's job."""
     made = ray.remote(_RayKeeper)
     return [
         made.options(

@@ -1,4 +1,4 @@
-"""When a snapshot is due. Every rank comes to the same answer at the same step."""
+"""The times at which snapshots are due: every rank decides the same at the same step."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-# target share of the time for snapshots if memory_every_steps is auto; with what isn't measured, such as cold caches, a
-# snapshot costs at most 0.01
+# target share of the time for snapshots if memory_every_steps is auto; with unmeasured costs, such as cold caches,
+# snapshots cost at most 0.01
 SHARE = 0.008
-_FIRST_AFTER_STEPS = 10  # steps of an attempt before the first, where it is auto: the first ones are slower
+_FIRST_AFTER_STEPS = 10  # steps before an attempt's first snapshot, if auto: the first steps are slower
 _NUM_STEPS_SEEN = 15
 _NUM_COSTS_SEEN = 5
-_MAX_WAIT_STEPS = 64  # before it is asked again whether a snapshot can be taken
+_MAX_WAIT_STEPS = 64  # maximum number of steps before a postponed snapshot is tried again
 
 
 class Pace:
-    """Says after which steps a snapshot is due.
+    """Decides after which steps a snapshot is due.
 
     Args:
-        every_steps: steps between snapshots; None: as many as make their cost SHARE of the time.
+        every_steps: steps between snapshots; None: chosen so that their cost is SHARE of the time.
         agree: returns rank 0's number on every rank; collective.
-        clock: seconds.
+        clock: returns seconds.
     """
 
     def __init__(
@@ -32,13 +32,13 @@ class Pace:
         self._every, self._agree, self._clock = every_steps, agree, clock
         self._due_at: int | None = None
         self._wait_steps = 1
-        self._steps: deque[float] = deque(maxlen=_NUM_STEPS_SEEN)  # seconds
+        self._steps: deque[float] = deque(maxlen=_NUM_STEPS_SEEN)  # seconds of the last steps
         self._since = clock()
-        self._costs: deque[float] = deque(maxlen=_NUM_COSTS_SEEN)  # seconds
-        self.interval = every_steps or 0  # steps to the next
+        self._costs: deque[float] = deque(maxlen=_NUM_COSTS_SEEN)  # seconds of the last snapshots
+        self.interval = every_steps or 0  # steps between snapshots
 
     def step_done(self, step: int) -> bool:
-        """Whether a snapshot is due after `step`, the last that was done."""
+        """Return whether a snapshot is due after `step`, the last one done."""
         now = self._clock()
         self._steps.append(now - self._since)
         self._since = now
@@ -48,13 +48,13 @@ class Pace:
         return step >= self._due_at
 
     def postpone(self, step: int) -> None:
-        """Let the next be due a little later: this one can't be taken now."""
+        """Make the snapshot due a little later, since it can't be taken now."""
         self._due_at = step + self._wait_steps
         self._wait_steps = min(2 * self._wait_steps, self._every or _MAX_WAIT_STEPS)
         self._resume()
 
     def taken(self, step: int, cost_s: float) -> None:
-        """Let the next be due when that has become worth it. cost_s: of the snapshot of `step`; collective."""
+        """Schedule the next snapshot by the cost of the last ones; collective. cost_s: of the snapshot of `step`."""
         self._costs.append(cost_s)
         self._wait_steps = 1
         if self._every is None:
@@ -65,15 +65,15 @@ class Pace:
         self._resume()
 
     def _resume(self) -> None:
-        """Count what has passed since the step as no part of the next one."""
+        """Exclude the time since the last step from the next one."""
         self._since = self._clock()
 
     @property
     def cost_s(self) -> float:
-        """Seconds of a snapshot: the median of the last, which a machine that was busy for a moment doesn't change."""
+        """Seconds of a snapshot: the median of the last ones, which a briefly busy machine doesn't change."""
         return statistics.median(self._costs) if self._costs else 0.0
 
     @property
     def step_s(self) -> float:
-        """Seconds of a step: the median of the last, which evaluations and checkpoints don't change."""
+        """Seconds of a step: the median of the last ones, which evaluations and checkpoints don't change."""
         return statistics.median(self._steps) if self._steps else 0.0

@@ -1,4 +1,4 @@
-"""A tree of state in a slot: copied into it, and made of it again."""
+"""Copying a tree of state into a slot, and rebuilding it from there."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _SPARE_BYTES = 1 << 16  # for an outline that grows
 
 
 class SlotIsFullError(Exception):
-    """A state doesn't fit into its slot any more."""
+    """A state no longer fits into its slot."""
 
 
 def slot_bytes(state: Any) -> tuple[int, int]:
-    """Return how large a slot for `state` must be, and how large a new one had better be."""
+    """Return the minimum size of a slot for `state`, and the size of a new one, with reserves."""
     tensors = [leaf.to_local() if is_sharded(leaf) else leaf for _, leaf in leaves(state) if isinstance(leaf, Tensor)]
     data = sum(_aligned(tensor.nbytes) for tensor in tensors)
     rest = mapped(state, lambda leaf, _: None if isinstance(leaf, Tensor) else leaf)
@@ -36,7 +36,7 @@ def slot_bytes(state: Any) -> tuple[int, int]:
 
 
 class SlotCopier:
-    """Copies states into one slot, whose memory is used again by tensors of the same shape."""
+    """Copies states into one slot; tensors of unchanged shape reuse their memory."""
 
     def __init__(self, slot: Slot, device: torch.device) -> None:
         self.slot, self._device = slot, device
@@ -53,7 +53,7 @@ class SlotCopier:
         try:
             return self._staging.copy(state)
         except SlotIsFullError:
-            self._begin()  # shapes have changed
+            self._begin()  # shapes have changed: lay the slot out again
             return self._staging.copy(state)
 
     def _room_for(self, tensor: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ class SlotCopier:
         return self._memory[begin : begin + tensor.nbytes].view(tensor.dtype).as_strided(tensor.shape, stride)
 
     def outline(self, copied: Any) -> tuple[int, bytes]:
-        """Return how many bytes of data there are, and the outline of what `copy` returned."""
+        """Return the number of data bytes, and the outline of what `copy` returned."""
         base, tensors = self._memory.data_ptr(), dict[int, Any]()
         for number, (_, leaf) in enumerate(leaves(copied)):
             if isinstance(leaf, (Tensor, Piece)):
@@ -76,7 +76,7 @@ class SlotCopier:
 
 
 def unpacked(slot: Slot, header: Header) -> Any:
-    """Return the state in a verified slot; its tensors lie there. CheckpointError if it isn't plain data."""
+    """Return the state in a verified slot; its tensors stay there. CheckpointError if it isn't plain data."""
     outline = load_part("a snapshot's outline", slot.outline(header))
     memory, tensors, numbers = slot.data, outline["tensors"], iter(range(1 << 62))
 
@@ -106,7 +106,7 @@ def _tensor(memory: memoryview, place: _Place) -> Tensor:
 
 
 def merged(trees: list[Any]) -> Any:
-    """Return a tree with whole tensors, of the trees of all shards; what isn't cut is the first's."""
+    """Merge the trees of all shards into one with whole tensors; other leaves come from the first tree."""
     pieces: dict[Path, list[Piece]] = {}
     for tree in trees:
         for path, leaf in leaves(tree):
@@ -123,7 +123,7 @@ def merged(trees: list[Any]) -> Any:
 
 
 def own(tree: Any) -> Any:
-    """Return a copy of a tree whose tensors lie in memory of this process."""
+    """Return a copy of a tree with tensors in this process's own memory."""
 
     def copy(leaf: Any, _: Path) -> Any:
         if isinstance(leaf, Piece):

@@ -1,4 +1,4 @@
-"""The snapshot that an attempt resumes from: found with the keepers, chosen and read by all ranks together."""
+"""Reading the snapshot that an attempt resumes from: all ranks find, choose and read it together."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
     from ftexp.checkpoint.sharding import Place
     from ftexp.job.group import ProcessGroup
 
-_ASK_S = 1.0  # that a keeper may take to say what it holds: one that starts again holds nothing
-_RESERVE_S = 5.0
-_CUT = "\0cut"  # stands where each rank has its own rows
+_ASK_S = 1.0  # time limit for a keeper to list its snapshots; one that is restarting has none
+_RESERVE_S = 5.0  # time limit for a keeper to locate a slot
+_CUT = "\0cut"  # placeholder of a tensor of which each rank has its own rows
 
 
 class SnapshotReader:
-    """Reads snapshots for one rank; every rank calls its methods alike.
+    """Reads snapshots for one rank; every rank makes the same calls.
 
-    place: where this rank stands among those that share tensors; None: it holds all of them.
+    place: this rank's place among those that share tensors; None: it holds whole tensors.
     """
 
     def __init__(self, links: Links, group: ProcessGroup, place: Place | None) -> None:
@@ -35,7 +35,7 @@ class SnapshotReader:
         self._held: list[Held] = []
 
     def find(self) -> None:
-        """Ask keepers what they hold: that of this node, and on rank 0 those of nodes without ranks."""
+        """List the snapshots of this node's keeper and, on rank 0, of keepers on nodes without ranks; collective."""
         node = self._links.node
         found = self._group.gather((node, self._ask(node)))
         by_node = dict(found)
@@ -54,7 +54,7 @@ class SnapshotReader:
     def read(
         self, lineage: Mapping[int, int | None], run: str, fingerprint: str, min_step: int
     ) -> tuple[Choice, dict[str, Any]] | None:
-        """Return the newest state that every rank can get, and which it is; None if there is none.
+        """Return the newest state that every rank can read, with its choice; None if there is none. Collective.
 
         Snapshots that don't verify are rejected, and the next one is read. Arguments as of `choose`.
         """
@@ -71,7 +71,7 @@ class SnapshotReader:
             self._bad.update(is_bad)
 
     def _trees(self, choice: Choice) -> tuple[list[Any], list[Held]]:
-        """Return what this rank needs of a choice, and what of it isn't as it was written."""
+        """Return the trees that this rank needs of a choice, and the snapshots that can't be read or don't verify."""
         trees, bad = [], list[Held]()
         for copies in self._needed(choice):
             found = nearest(copies, self._links.node)
@@ -84,17 +84,17 @@ class SnapshotReader:
         return trees, bad
 
     def _needed(self, choice: Choice) -> tuple[tuple[Held, ...], ...]:
-        """Return the copies of each shard that this rank reads: its own where tensors lie as they did, or else all."""
+        """Return the copies of each shard that this rank reads: its own if the sharding is the same, else all."""
         if self.lies_alike(choice) and self._place is not None:
             return (choice.shards[self._place.shard],)
         return choice.shards
 
     def lies_alike(self, choice: Choice) -> bool:
-        """Whether a choice is cut as this rank's tensors are, or neither is."""
+        """Return whether a choice has as many shards as this rank's tensors have."""
         return len(choice.shards) == (1 if self._place is None else self._place.num_shards)
 
     def _tree(self, held: Held) -> Any:
-        """Return what a snapshot holds; None if it isn't as it was written, or gone."""
+        """Return a snapshot's tree; None if it doesn't verify or is gone."""
         with contextlib.suppress(KeeperLostError, OSError, CheckpointError):
             slot = Slot(self._memory(held))
             header = slot.verified(held.sequence)
@@ -102,7 +102,7 @@ class SnapshotReader:
         return None
 
     def _memory(self, held: Held) -> memoryview:
-        """Return a slot's memory, or a copy; KeeperLostError or OSError if it can't be had."""
+        """Return a slot's memory, or a copy from another node; KeeperLostError or OSError if it can't be reached."""
         if held.node == self._links.node:
             reserved = self._links.call(held.node, "reserve", held.shard, 0, 0, timeout_s=_RESERVE_S)
             return memoryview(opened(reserved)[held.slot])
@@ -111,7 +111,7 @@ class SnapshotReader:
         return memory
 
     def _whole(self, choice: Choice, trees: list[Any]) -> dict[str, Any]:
-        """Return the state: what isn't cut is that of the first shard, on every rank."""
+        """Return the state; on every rank, its unsharded leaves are those of the first shard. Collective."""
         if not self.lies_alike(choice):
             whole: dict[str, Any] = merged(trees)
             return whole

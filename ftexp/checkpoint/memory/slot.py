@@ -1,12 +1,12 @@
-"""A slot: memory that holds one snapshot, complete or not. Imports no torch.
+"""A slot: memory for one snapshot, complete or not. Imports no torch.
 
-    header     magic, sequence number, sizes of the parts, BLAKE3 of numbers, sizes and parts; a page of its own
+    header     magic, sequence number, sizes of the parts, BLAKE3 of these numbers and the parts; takes a page
     data       the tensors
-    facts      JSON, for whoever chooses among snapshots
-    outline    what else the snapshot holds, and where its tensors lie
+    facts      JSON, to choose among snapshots
+    outline    the rest of the snapshot, and the locations of its tensors
 
-The header is cleared before anything else is written, and comes last. Whatever was written by a process that died, or
-while somebody read it, differs from the hash.
+The header is cleared first and written last. If the writer died, or wrote while another process was reading, the
+content doesn't match the hash.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _HEADER = struct.Struct(f"<8s{_NUMBERS.size}s32s")
 class Header:
     """The numbers of a complete snapshot."""
 
-    sequence: int  # higher than that of any snapshot before, of the same writer on the node
+    sequence: int  # higher than any earlier one of the same writer on the node
     data_bytes: int
     facts_bytes: int
     outline_bytes: int
@@ -36,7 +36,7 @@ class Header:
 
     @property
     def end(self) -> int:
-        """Bytes of the slot that the snapshot takes."""
+        """Size of the snapshot in the slot, with the header."""
         return PAGE + self.data_bytes + self.facts_bytes + self.outline_bytes
 
 
@@ -48,15 +48,15 @@ class Slot:
 
     @property
     def data(self) -> memoryview:
-        """All of it but the header."""
+        """The memory after the header."""
         return self._memory[PAGE:]
 
     def clear(self) -> None:
-        """Let it hold nothing."""
+        """Mark the slot as empty."""
         self._memory[: _HEADER.size] = bytes(_HEADER.size)
 
     def seal(self, sequence: int, data_bytes: int, facts: dict[str, Any], outline: bytes) -> bool:
-        """Complete a snapshot whose data are there; False, and it stays incomplete, if the rest has no room."""
+        """Complete a snapshot whose data are written; False, and it stays incomplete, if the rest doesn't fit."""
         encoded = json.dumps(facts).encode()
         rest = PAGE + data_bytes
         if rest + len(encoded) + len(outline) > len(self._memory):
@@ -69,7 +69,7 @@ class Slot:
         return True
 
     def header(self) -> Header | None:
-        """Return the header of a snapshot that says that it is complete; None if it doesn't."""
+        """Return the header, not verified yet; None if it is not the header of a complete snapshot."""
         magic, numbers, digest = _HEADER.unpack_from(self._memory)
         if magic != _MAGIC:
             return None
@@ -95,7 +95,7 @@ class Slot:
         return bytes(self._memory[begin : begin + header.outline_bytes])
 
     def verified(self, sequence: int) -> Header | None:
-        """Return the header if the snapshot of that number is as it was written; None if it isn't."""
+        """Return the header if the slot holds snapshot number `sequence` as it was written; else None."""
         header = self.header()
         if header is None or header.sequence != sequence:
             return None
@@ -104,7 +104,7 @@ class Slot:
 
 
 def sequence_of(slot: Slot) -> int:
-    """Return the number of the snapshot that a slot holds; 0 if it holds none."""
+    """Return the sequence number of a slot's snapshot; 0 if it holds none."""
     header = slot.header()
     return 0 if header is None else header.sequence
 

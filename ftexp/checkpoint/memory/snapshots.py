@@ -1,4 +1,4 @@
-"""One rank's part of the snapshots in memory: a copy while training waits, and the rest on a thread besides it."""
+"""One rank's snapshots in memory: the state is copied while training waits; the rest runs on a background thread."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from ftexp.job.group import ProcessGroup
     from ftexp.wire.channel import Channel
 
-OFF, BUSY, UNPREPARED, READY = range(4)  # how far a rank is from taking a snapshot
-_RESERVE_S = 30.0  # that a keeper may take: it fills what it reserves
-_COPY_S = 600.0  # that a copy to another node may take
-_CLOSE_S = 1.0  # that an end may wait for the thread
-_LOOK_AGAIN_S = 0.25  # for a keeper that isn't there yet
+OFF, BUSY, UNPREPARED, READY = range(4)  # a rank's readiness to take a snapshot
+_RESERVE_S = 30.0  # time limit for a keeper to reserve slots: it allocates all of their memory
+_COPY_S = 600.0  # time limit of a copy to another node
+_CLOSE_S = 1.0  # time limit of the wait for the thread at the end
+_LOOK_AGAIN_S = 0.25  # delay before looking again for a keeper that isn't there yet
 
 
 @dataclass
@@ -47,14 +47,14 @@ class _Room:
 
 
 class Snapshots:
-    """Takes one rank's snapshots. It is built, and its methods are called, by every rank at the same steps.
+    """Takes one rank's snapshots. Every rank builds one, and calls its methods at the same steps.
 
     Args:
-        config: how often, and what of.
+        config: its `memory_every_steps` says how often.
         group: all ranks.
         channel: to the driver.
         links: to the keepers.
-        place: where this rank stands among those that share tensors; None: it holds all of them.
+        place: this rank's place among those that share tensors; None: it holds whole tensors.
     """
 
     def __init__(
@@ -66,26 +66,29 @@ class Snapshots:
         self._is_cut = place is not None
         self._pace = Pace(config.memory_every_steps, group.agree)
         self._is_off = not group.all_agree(supported())
-        self._lowest = OFF  # lowest readiness of all ranks, when it was last asked
+        self._lowest = OFF  # lowest readiness of all ranks at the last check
         self._thread: threading.Thread | None = None
         self._closed = threading.Event()
         self._room: _Room | None = None
         self._refused = False
-        self._others: list[str] = []  # nodes that keep a copy, one from the other
-        self._thread_s = 0.0  # seconds of a processor that the last snapshot took besides training
+        self._others: list[str] = []  # nodes that keep a copy; each copies from the previous one
+        self._thread_s = 0.0  # CPU time of the thread for the last snapshot
         self._num_taken = 0
         if not self._is_off:
             self._find_others()
 
     def _find_others(self) -> None:
-        """Whole states are kept on every node; of shards, a copy on the next node."""
+        """Choose the nodes that keep a copy: every node of a whole state, the next node of a shard."""
         nodes = list(dict.fromkeys(self._group.gather(self.links.node)))
         at = nodes.index(self.links.node)
         others = nodes[at + 1 :] + nodes[:at]
         self._others = others[:1] if self._is_cut else others
 
     def due(self, step: int, saves: bool) -> bool:
-        """Whether to call `take` after `step`, the last that was done. saves: whether a checkpoint is under way."""
+        """Return whether to call `take` after `step`, the last one done; collective.
+
+        saves: whether a checkpoint is in flight or due, and a snapshot has to wait.
+        """
         if self._is_off or not self._pace.step_done(step):
             return False
         self._lowest = self._group.lowest(BUSY if saves else self._readiness())
@@ -107,9 +110,9 @@ class Snapshots:
         return UNPREPARED if self._room is None else READY
 
     def take(self, step: int, state: Any, facts: dict[str, Any], began: float) -> None:
-        """Copy what this rank keeps of `state`, and have it completed. Collective, though the first only makes room.
+        """Copy this rank's part of `state`, and complete it in the background; collective.
 
-        began: by time.perf_counter, when training began to wait.
+        The first call only makes room. began: time at which training began to wait, by time.perf_counter.
         """
         if self._lowest < READY:
             if self.writes and self._room is None:
@@ -118,17 +121,17 @@ class Snapshots:
             return
         if self.writes:
             self._copy(state, {**facts, "shard": self._shard})
-        # besides training, a thread of its own takes from it what it takes of a processor, unless a GPU trains
+        # unless a GPU trains, the thread's CPU time is also lost to training
         besides_s = 0.0 if self._group.device.type == "cuda" else self._thread_s
         self._pace.taken(step, time.perf_counter() - began + besides_s)
         self._report()
 
     def leave_out(self, step: int) -> None:
-        """Take none of this step: its state isn't worth keeping."""
+        """Take no snapshot of this step, whose state isn't worth keeping."""
         self._pace.postpone(step)
 
     def _report(self) -> None:
-        """Say what snapshots cost, once in an attempt: of the third, since the first ones also touch new memory."""
+        """Report the cost of snapshots once an attempt: after the third, since the first ones also touch new memory."""
         self._num_taken += 1
         if self._num_taken != NUM_SLOTS + 1 or self._group.rank != 0 or self._room is None:
             return
@@ -149,7 +152,7 @@ class Snapshots:
         self._begin(self._complete, self._room, number, sequence, copied, facts)
 
     def _begin(self, work: Callable[..., None], *arguments: Any) -> None:
-        """Have something done besides training; a run that ends doesn't wait for it."""
+        """Run `work` on a background thread; a run that ends doesn't wait for it."""
 
         def run() -> None:
             try:
@@ -161,7 +164,7 @@ class Snapshots:
         self._thread.start()
 
     def _make_room(self, needed: int, wanted: int) -> None:
-        """On the thread: reserve slots of the keeper, once there is one."""
+        """On the thread: reserve slots in the keeper, once there is one."""
         while not self._closed.is_set():
             try:
                 answer = self.links.call(self.links.node, "reserve", self._shard, needed, wanted, timeout_s=_RESERVE_S)
@@ -187,7 +190,7 @@ class Snapshots:
         self._channel.send(Happened(events.SnapshotsOff(reason)))
 
     def _complete(self, room: _Room, number: int, sequence: int, copied: Any, facts: dict[str, Any]) -> None:
-        """On the thread: let a snapshot count, once all that was reported up to its step is out of this process."""
+        """On the thread: complete a snapshot, once all reports up to its step have left this process, and copy it."""
         began, copier = time.thread_time(), room.copiers[number]
         data_bytes, outline = copier.outline(copied)
         self._channel.flush()
@@ -210,7 +213,7 @@ class Snapshots:
             self._room = None
 
     def close(self) -> None:
-        """Take no more; what is being completed is, but for copies on other nodes that take long."""
+        """Stop taking snapshots; one that is being completed is finished, except for slow copies to other nodes."""
         self._closed.set()
         if self._thread is not None:
             self._thread.join(_CLOSE_S)
