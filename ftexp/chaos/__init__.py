@@ -1,1 +1,1 @@
-"""Faults made on purpose: deterministic, once per run."""
+"""Injected faults: deterministic, once per run."""

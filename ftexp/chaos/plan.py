@@ -12,7 +12,7 @@ from ftexp.data.order import derive_seed, uniforms
 
 @dataclass(frozen=True)
 class Fault:
-    """One thing that goes wrong after `step`."""
+    """A fault that happens after `step`."""
 
     name: str  # unique in the run
     kind: str
@@ -23,7 +23,7 @@ class Fault:
 
 
 def planned_faults(config: ChaosConfig, total_steps: int) -> list[Fault]:
-    """Every fault of a run of `total_steps`, by step: a pure function, the same on every rank and in every attempt."""
+    """Return all faults of a run, in order of steps: a pure function, the same on every rank and in every attempt."""
     if config.kind == "random":
         return _random_faults(config, total_steps)
     listed = [fault_fields(fault) for fault in config.faults]
@@ -31,7 +31,7 @@ def planned_faults(config: ChaosConfig, total_steps: int) -> list[Fault]:
         listed.insert(0, {"kind": config.kind, "step": config.step})
     faults = []
     for number, fault in enumerate(listed):
-        # without a step of their own they are spread evenly
+        # faults without a step are spread evenly
         step = fault.get("step") or max(1, total_steps * (number + 1) // (len(listed) + 1))
         own = {name: fault.get(name, getattr(config, name)) for name in ("rank", "count", "seconds")}
         faults.append(Fault(f"{number:02d}-{fault['kind']}", fault["kind"], step, **own))

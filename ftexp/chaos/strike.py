@@ -1,6 +1,6 @@
-"""Faults on purpose: at one step, on one rank, once per run, however often the step is done again.
+"""Injection of faults: at one step, on one rank, once per run, even if the step is repeated.
 
-What has happened is kept in the run directory, chaos/<fault>, written before the fault strikes.
+A fault is recorded in the run directory, as chaos/<fault>, before it strikes.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ if TYPE_CHECKING:
     from ftexp.wire.channel import Channel
 
 _STEMS = ("model.", "optimizer.")  # file names without suffix, of a checkpoint or of the shard of its first worker
-_OF_THE_STORE = ("disk_full", "slow_storage")  # happen to rank 0, which does the writing
+_OF_THE_STORE = ("disk_full", "slow_storage")  # happen on rank 0, which writes checkpoints
 
 
 class ChaosError(RuntimeError):
-    """Raised by `chaos=raise`."""
+    """The error of `chaos=raise`."""
 
 
 class FaultyStore(CheckpointStore):
@@ -55,7 +55,7 @@ class FaultyStore(CheckpointStore):
         self.delay_s = 0.0
 
     def write(self, name: str, files: Mapping[str, Writer]) -> dict[str, dict[str, Any]]:
-        """As the base class does, unless a fault is due."""
+        """Write as the base class does, unless a fault is due."""
         if self.num_slow:
             self.num_slow -= 1
             time.sleep(self.delay_s)
@@ -72,7 +72,7 @@ def _write_on_a_full_disk(stream: BinaryIO) -> None:
 
 
 def poisoned(batch: Batch) -> Batch:
-    """The batch with images that are not numbers, so that neither its loss nor its gradient is finite."""
+    """Return the batch with NaN in images, so that neither its loss nor its gradient is finite."""
     first, *others = batch.micro_batches
     return dataclasses.replace(
         batch, micro_batches=[dataclasses.replace(first, images=first.images * math.nan), *others]
@@ -94,15 +94,15 @@ class Chaos:
         self._group, self._progress, self._skipped, self._channel = group, progress, skipped, channel
         self._run_dir = run_dir
         self.store = FaultyStore(run_dir.child(CHECKPOINTS))
-        self._poisons = False  # the next batch that is trained on
-        self._num_slow, self._slow_s = 0, 0.0  # steps that take longer
+        self._poisons = False  # whether the next batch that is trained on will be poisoned
+        self._num_slow, self._slow_s = 0, 0.0  # number of steps to delay, and the delay of each
         self._by_step: dict[int, list[Fault]] = {}
         for fault in faults:
             if group.rank == (0 if fault.kind in _OF_THE_STORE else fault.rank % group.world_size):
                 self._by_step.setdefault(fault.step, []).append(fault)
 
     def feeding(self, batches: Generator[Batch]) -> Generator[Batch]:
-        """`batches`, with those poisoned, and those delayed, that a fault asks for."""
+        """Yield `batches`, poisoned or delayed where a fault requires it."""
         with contextlib.closing(batches):
             for batch in batches:
                 if self._num_slow:
@@ -115,18 +115,18 @@ class Chaos:
                     yield batch
 
     def strike(self, checkpoints: CheckpointManager, model: nn.Module) -> None:
-        """Let happen what is planned after the step just done, unless it has happened before."""
+        """Inject the faults that are planned after the current step, unless they have happened before."""
         for fault in self._by_step.get(self._progress.step, ()):
             if not self._run_dir.exists(f"{CHAOS}/{fault.name}"):
                 self._strike(fault, checkpoints, model)
 
     def _strike(self, fault: Fault, checkpoints: CheckpointManager, model: nn.Module) -> None:
         if fault.kind in DAMAGES or fault.kind == "half_snapshot":
-            checkpoints.wait()  # so that it is the newest checkpoint that is hit
+            checkpoints.wait()  # so that the newest checkpoint is hit
         self._run_dir.child(CHAOS).write_bytes(fault.name, b"")
         damaged = self._damage(fault) if fault.kind in DAMAGES else None
         self._channel.send(Happened(events.Chaos(fault.kind, self._group.rank, fault.step, damaged)))
-        if damaged is not None:  # or the run would resume from memory, and never look at them
+        if damaged is not None:  # otherwise the run would resume from memory, and never read them
             self._channel.send(ForgetSnapshots())
         self._channel.flush()
         match fault.kind:
@@ -157,11 +157,11 @@ class Chaos:
         time.sleep(3600)  # this process ends when the driver dies
 
     def _halve_snapshot(self) -> None:
-        """Leave what Ray Train leaves when it is killed while it writes its bookkeeping in place."""
+        """Write the truncated file that Ray Train leaves if it is killed while it writes its bookkeeping in place."""
         self._run_dir.write_bytes(ray_private.SNAPSHOT, b'{"checkpoint_results": [{"checkpoint_dir_name": "step_')
 
     def _damage(self, fault: Fault) -> list[str]:
-        """Break the newest `fault.count` checkpoints; returns their names."""
+        """Damage the newest `fault.count` checkpoints; returns their names."""
         names = [manifest.name for manifest in self.store.manifests(lambda *_: None)][: fault.count]
         for name in names:
             damage(self.store.storage.child(name), fault.kind)
@@ -169,13 +169,13 @@ class Chaos:
 
 
 def flip_bit(parameter: Tensor) -> None:
-    """Flip the lowest bit of a parameter's first value: no loss would show it."""
+    """Flip the lowest bit of a parameter's first value, which no loss would show."""
     first = parameter.detach().view(-1)[:1]
     first.view({2: torch.int16, 4: torch.int32}[parameter.element_size()]).bitwise_xor_(1)
 
 
 def damage(directory: Storage, kind: str) -> None:
-    """Break the checkpoint in `directory`: half of a file gone, a bit of another flipped, or files missing."""
+    """Damage the checkpoint in `directory`: halve a file, flip a bit of another, or delete files."""
     if kind == "delete_checkpoint":
         directory.delete()
     elif kind == "delete_manifest":
@@ -194,5 +194,5 @@ def damage(directory: Storage, kind: str) -> None:
 
 
 def _file_of(directory: Storage, stem: str) -> str:
-    """Return the file of a checkpoint that begins so; of several, the first worker's."""
+    """Return a checkpoint's file whose name begins with `stem`; of several, the first worker's."""
     return next(name for name in directory.list_files() if name.startswith(stem))

@@ -1,4 +1,4 @@
-"""Builds one worker's job from what the driver sent."""
+"""Construction of one worker's job from the driver's message."""
 
 from __future__ import annotations
 
@@ -136,9 +136,9 @@ def _learner(
     distiller: Distiller | None,
     awaited: bool,
 ) -> Learner:
-    """Everything around the model; collective, unless the others are `awaited`. rows: that it is trained on."""
+    """Build everything around the model; collective, unless this rank is `awaited`. rows: the training split."""
     train, precision, model = config.train, config.train.precision, trained.model
-    # all parameters, those that are frozen at first too
+    # all parameters, including those that are frozen at first
     trainable = model if distiller is None else distiller.trainable
     optimizer = build_optimizer(config.optim, train, trainable)
     ema = trained.average(config)
@@ -165,10 +165,10 @@ def _learner(
 
 
 def scheduler_of(config: Config, optimizer: torch.optim.Optimizer, num_samples: int) -> Any:
-    """Return the scheduler of a run on so many samples an epoch.
+    """Return the scheduler of a run with `num_samples` samples per epoch.
 
-    The rate falls for as many steps as a run without the cooldown's epochs has: so epochs that are added as such change
-    no rate before them.
+    The learning rate falls for as many steps as a run without the cooldown epochs has, so that adding cooldown epochs
+    doesn't change the rates before them.
     """
     batch = config.train.global_batch_size
     falling_steps = math.ceil(num_samples * (config.train.epochs - config.schedule.cooldown_epochs) / batch)
@@ -176,14 +176,14 @@ def scheduler_of(config: Config, optimizer: torch.optim.Optimizer, num_samples: 
 
 
 def _loss(config: Config, info: DataInfo, rows: Rows, device: torch.device) -> Loss:
-    # sets of classes that are mixed are smoothed before
+    # multi-label targets are smoothed when they are mixed
     smoothing = 0.0 if info.task == MULTI_LABEL and config.augment.mixes else config.train.label_smoothing
     context = LossContext(config.loss, info.num_classes, smoothing, info.task, config.augment.splits)
     return build_loss(context, lambda: class_counts(rows.labels, info.num_classes).tolist(), device)
 
 
 def _plan(config: Config, group: ProcessGroup, num_samples: int, min_accumulate_steps: int) -> ShardPlan:
-    """Return the plan of the positions that this rank trains on, of `num_samples` an epoch."""
+    """Return the plan of the positions that this rank trains on; an epoch has `num_samples`."""
     train = config.train
     total_positions = num_samples * train.epochs
     if train.max_steps is not None:
@@ -232,10 +232,10 @@ def _mixing(config: Config, info: DataInfo, end: int | None) -> Mixing:
 
 
 def settle_kernels(device: torch.device) -> None:
-    """Have a GPU's kernels give the same bits each time, as a CPU's do anyway; torch warns of those that can't."""
+    """Make a GPU's kernels deterministic, as a CPU's always are; torch warns about those that can't be."""
     if device.type != "cuda":
         return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read with the first matrix product
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first matrix product
     torch.backends.cudnn.benchmark = False  # it would choose a kernel by timing
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
@@ -251,7 +251,7 @@ def _as_it_is(model: nn.Module) -> nn.Module:
 
 
 def _rows(spec: JobSpec, streams: dict[str, IndexedSplit], channel: Channel, group: ProcessGroup) -> dict[str, Rows]:
-    """Each split's rows: streamed if they are among `streams`, else cached."""
+    """Return each split's rows: streamed if the split is in `streams`, else cached."""
     data = spec.config.data
     logged: set[str] = set()
 
@@ -277,7 +277,7 @@ def _rows(spec: JobSpec, streams: dict[str, IndexedSplit], channel: Channel, gro
 
 
 class _WhenAsked(dict[str, Rows]):
-    """Rows by split, each read once somebody asks for it: an attempt needs the training split's to begin."""
+    """Rows by split, each read at its first use: to start, an attempt needs only the training split's."""
 
     def __init__(self, read: Callable[[str], Rows]) -> None:
         super().__init__()
@@ -289,14 +289,14 @@ class _WhenAsked(dict[str, Rows]):
 
 
 def picture_augment(config: Config, info: DataInfo) -> PictureAugment | None:
-    """Return the augmentation of single images that the config asks for; None without one."""
+    """Return the configured augmentation of single images; None without one."""
     if not config.augment.changes_pictures:
         return None
     return PictureAugment(config.augment, config.seed, info.fit, config.plugins)
 
 
 def lineage_of(begin: Begin) -> dict[int, int | None]:
-    """Return {attempt: the last step of whose states in memory the run descends}; None: any."""
+    """Return {attempt: last step whose state in memory the run descends from}; None: any step."""
     return {attempt: limit for attempt, limit in begin.lineage if attempt is not None}
 
 

@@ -1,4 +1,4 @@
-"""The part of a run, on one rank, that states and hooks of the user's are given alike."""
+"""The part of a run, on one rank, that both states and hooks receive."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingContext:
-    """A run on one rank. The objects are those that train."""
+    """A run on one rank, with the objects that training uses."""
 
     config: Config
     rank: int
@@ -27,7 +27,7 @@ class TrainingContext:
     progress: Progress  # step, position, epoch, metrics, best
     model: nn.Module  # the bare model, without DDP
     optimizer: torch.optim.Optimizer
-    ema: WeightsEMA | None  # the moving average of the weights, if the config asks for one
+    ema: WeightsEMA | None  # EMA of the weights, if one is configured
 
 
 def shared_fields(config: Config, group: ProcessGroup, learner: Learner, progress: Progress) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from ftexp.job.hook_registry import Hook, HookContext
 
 
 def check_measured(metric: str | None, num_samples: Mapping[str, int]) -> None:
-    """Raise ConfigError if a metric of the validation split is to stop a run, and the data have none."""
+    """Raise ConfigError if a validation metric is to stop a run whose data have no validation split."""
     if metric is not None and metric.startswith("val_") and not num_samples["val"]:
         raise ConfigError(
             f"stopping.metric={metric} is never measured, since the data have no validation split: raise "
@@ -24,8 +24,8 @@ def check_measured(metric: str | None, num_samples: Mapping[str, int]) -> None:
 class EarlyStopping(Hook):
     """Requests a stop once `stopping.metric` hasn't improved for `stopping.patience_epochs` epochs.
 
-    An evaluation counts once an epoch, and not where the run ends between epochs or between two of
-    train.eval_every_epochs: so it resumes with more epochs or steps as if it had not ended there.
+    Only the first evaluation after each train.eval_every_epochs epochs is used. The extra evaluation at the end of a
+    run is ignored, so that the run can resume with more epochs or steps as if it had not ended there.
     """
 
     def __init__(self, context: HookContext) -> None:
@@ -56,12 +56,12 @@ class EarlyStopping(Hook):
         return self._best is None or self._sign * (value - self._best) > self._config.min_delta
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the best and its epoch, and of which metric they are."""
+        """Return the metric's name, its best value, and the epochs of the best and of the last evaluation."""
         epochs = {"best_epoch": self._best_epoch, "last_epoch": self._last_epoch}
         return {"metric": self._metric, "best": self._best, **epochs}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Resume, or begin again with another metric."""
+        """Restore the best value, or start again if the metric has changed."""
         self._last_epoch = state["last_epoch"]
         if state["metric"] == self._metric:
             self._best, self._best_epoch = state["best"], state["best_epoch"]

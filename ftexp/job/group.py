@@ -1,4 +1,4 @@
-"""The processes that train together, and how they come to agree."""
+"""The processes that train together, and their collectives."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """One rank of torch's default process group. Without one, a process agrees with itself."""
+    """One rank of torch's default process group. Without a group, collectives return the process's own value."""
 
     rank: int
     world_size: int
@@ -19,7 +19,7 @@ class ProcessGroup:
 
     @property
     def is_awaited(self) -> bool:
-        """Whether other ranks wait for this one, which was started again, to form the group."""
+        """Whether this rank was restarted, and other ranks wait for it to form the group."""
         return self.world_size > 1 and not dist.is_initialized()
 
     def agree(self, value: int) -> int:

@@ -1,4 +1,4 @@
-"""The hooks of a run, called as one; and the requests to stop that they make."""
+"""The hooks of a run, called together, and their requests to stop."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Hooks:
 
     @property
     def change_before_saves(self) -> bool:
-        """Whether what they do before a checkpoint may be part of what is saved."""
+        """Whether hooks may change the state just before it is saved."""
         return bool(self._with(Hook.before_save))
 
     def at_end(self) -> None:
@@ -84,12 +84,12 @@ class Hooks:
             self._channel.send(Happened(events.StoppedEarly(progress.step, progress.epoch, reason, self._rules)))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return their states, and that of a stop, as a checkpoint holds them."""
+        """Return the hooks' states, the reason of a stop, and the rules for stopping."""
         states = {name: hook.state_dict() for name, hook in self._hooks.items()}
         return {"stopped": self._progress.stopped, "rules": self._rules, "hooks": states}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Resume; a run that has stopped trains on if what stopped it has been changed since."""
+        """Restore the states; a run that was stopped continues if the rules for stopping have changed since."""
         for name, hook in self._hooks.items():
             if name in state["hooks"]:
                 hook.load_state_dict(state["hooks"][name])

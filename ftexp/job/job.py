@@ -21,7 +21,7 @@ from ftexp.wire.channel import Channel
 
 @dataclass(frozen=True)
 class RunIdentity:
-    """A run, and which of its attempts this is."""
+    """A run, and the number of this attempt."""
 
     name: str
     attempt: int  # worker groups of this run so far, this one included
@@ -32,7 +32,7 @@ class RunIdentity:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One rank's part of a run. Its parts change while it trains; which parts they are doesn't."""
+    """One rank's part of a run. The objects change during training, but are never replaced."""
 
     config: Config
     info: DataInfo

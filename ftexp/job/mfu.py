@@ -1,4 +1,4 @@
-"""Model FLOPs utilisation: what the model needs, by what the device could do. Unknown devices have none."""
+"""Model FLOPs utilisation (MFU): the model's FLOP/s as a share of the device's peak. Unknown devices have none."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from ftexp.model.recomputing import computed_once
 
 _ROWS = 2  # batch norm needs more than one
 
-# FLOP/s of dense matrix products in bf16 and fp16, summed in fp32, by the name that torch.cuda.get_device_name returns.
-# From NVIDIA's data sheets, halved where these count sparse products. Without fp32: whether it runs as TF32 depends on
-# settings, and differs between convolutions and matrix products.
+# FLOP/s of dense matrix products in bf16 and fp16, accumulated in fp32, by the name from torch.cuda.get_device_name.
+# From NVIDIA's data sheets, halved where they count sparse products. fp32 is missing: whether it runs as TF32 depends
+# on settings, and differs between convolutions and matrix products.
 _PEAK = {
     "NVIDIA A10": 125e12,
     "NVIDIA A100-PCIE-40GB": 312e12,
@@ -31,14 +31,14 @@ _PEAK = {
 
 
 def peak_flops(device_name: str, precision: str) -> float | None:
-    """FLOP/s of one device in bf16 or fp16; None where that isn't known."""
+    """Return the FLOP/s of one device in bf16 or fp16; None if unknown."""
     return _PEAK.get(device_name) if precision in ("bf16", "fp16") else None
 
 
 def flops_per_image(model: nn.Module, shape: tuple[int, int, int]) -> float:
-    """FLOPs of matrix products and convolutions in a forward and backward pass, by image; a fma is two.
+    """Return the FLOPs per image of matrix products and convolutions in a forward and backward pass; an FMA is two.
 
-    Counted on the meta device: shapes alone, so that nothing is computed, and the model is left as it is.
+    Counted on the meta device, from shapes alone: nothing is computed, and the model stays unchanged.
     """
     from torch.func import functional_call
     from torch.utils.flop_counter import FlopCounterMode
@@ -58,9 +58,9 @@ def flops_per_image(model: nn.Module, shape: tuple[int, int, int]) -> float:
 
 
 class Utilisation:
-    """Turns images/s into MFU, where the device's peak is known. The model's operations are counted when first asked.
+    """Converts images/s to MFU, if the device's peak is known. The model's FLOPs are counted at the first use.
 
-    `problem` is the reason where it can't be counted.
+    `problem`: the reason if they can't be counted.
     """
 
     def __init__(self, device: torch.device, precision: str, num_devices: int, shape: tuple[int, int, int]) -> None:
@@ -72,11 +72,11 @@ class Utilisation:
         self.problem: str | None = None
 
     def restart_count(self) -> None:
-        """Count the FLOPs again at the next use: other parts of the model are trained from now on."""
+        """Count the FLOPs again at the next use, since other parts of the model are trained from now on."""
         self._flops.clear()
 
     def at(self, images_per_s: float, model: nn.Module, image_size: int | None = None) -> float | None:
-        """Return the share of the devices' peak that so many images a second are; None where that isn't known.
+        """Return the MFU at `images_per_s`, as a share of all devices' peak; None if unknown.
 
         image_size: pixels; None: those of full size.
         """

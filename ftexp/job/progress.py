@@ -1,4 +1,4 @@
-"""How far a run has come."""
+"""The progress of a run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ftexp.evaluation.meter import Meter
 
 @dataclass(frozen=True)
 class Pending:
-    """A checkpoint whose evaluation besides training isn't known yet. State holds no names: attempts differ in them."""
+    """A checkpoint whose evaluation in parallel with training is pending. Its name, which has the attempt, isn't saved."""
 
     step: int
     epoch: int
@@ -20,18 +20,18 @@ class Pending:
 
 @dataclass
 class Progress:
-    """Where a run stands. `position` is the one truth; `step` and `epoch` are counted along."""
+    """The progress of a run. `position` is authoritative; `step` and `epoch` are counted along with it."""
 
     train: Meter  # since the last logged point
-    total_positions: int  # samples of an epoch times epochs, or as far as train.max_steps goes
+    total_positions: int  # samples per epoch times epochs, at most up to train.max_steps
     step: int = 0  # optimiser steps done
     position: int = 0  # samples that have driven an update
-    epoch: int = 0  # whole epochs done
-    metrics: dict[str, float] = field(default_factory=dict)  # the latest of each
+    epoch: int = 0  # complete epochs
+    metrics: dict[str, float] = field(default_factory=dict)  # latest value of each
     best: dict[str, Any] = field(default_factory=dict)  # {"metric": name, "value": float, "step": int}, or empty
     num_overflows: int = 0  # steps that the fp16 loss scaler skipped
-    stopped: str | None = None  # why a hook had the run end at this step
-    pending: list[Pending] = field(default_factory=list)  # evaluations, oldest first
+    stopped: str | None = None  # reason why a hook stopped the run at this step
+    pending: list[Pending] = field(default_factory=list)  # pending evaluations, oldest first
 
     @property
     def finished(self) -> bool:
@@ -39,14 +39,14 @@ class Progress:
         return self.stopped is not None or self.position >= self.total_positions
 
     def advance(self, end: int, num_samples: int) -> bool:
-        """Count the step that ended at position `end`; whether an epoch, of `num_samples`, ended in it."""
+        """Count the step that ended at position `end`; returns whether an epoch of `num_samples` ended in it."""
         self.step += 1
         self.position = end
         before, self.epoch = self.epoch, end // num_samples
         return self.epoch > before
 
     def update_best(self, metric: str, order: str, step: int | None = None) -> None:
-        """Remember `step`, by default the last, if `metric` was never better, or another one selected the best.
+        """Record `step`, by default the last, if `metric` was never better, or if another metric selected the best.
 
         order: "max" or "min".
         """
@@ -58,9 +58,9 @@ class Progress:
             self.best = {"metric": metric, "value": value, "step": self.step if step is None else step}
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain numbers, the same on every rank; collective, since meters are summed over ranks.
+        """Return plain numbers, the same on every rank; collective, since meters are summed over ranks.
 
-        Without `best`, `num_overflows` and `stopped`, which belong to states of their own.
+        `best`, `num_overflows` and `stopped` are saved by other states.
         """
         pending = [{"step": each.step, "epoch": each.epoch} for each in self.pending]
         return {
@@ -73,7 +73,7 @@ class Progress:
         }
 
     def load_state_dict(self, state: dict[str, Any], rank: int) -> None:
-        """Resume where `state_dict` was taken."""
+        """Restore the result of `state_dict`."""
         self.epoch, self.step, self.position = state["epoch"], state["step"], state["position"]
         self.metrics = dict(state["metrics"])
         self.pending = [Pending(**each, checkpoint="") for each in state.get("pending", [])]

@@ -16,11 +16,11 @@ class SkippedBatches:
             self.add((start, end))
 
     def cover(self, start: int) -> bool:
-        """Whether the batch that begins at position `start` is skipped."""
+        """Return whether the batch that begins at position `start` is skipped."""
         return any(first <= start < end for first, end in self._ranges)
 
     def add(self, added: Range) -> None:
-        """Leave a range out too; ranges that touch become one."""
+        """Add a range; ranges that touch are merged."""
         start, end = added
         apart = [(first, last) for first, last in self._ranges if last < start or first > end]
         touching = [other for other in self._ranges if other not in apart]
@@ -28,10 +28,10 @@ class SkippedBatches:
         self._ranges = sorted([*apart, joined])
 
     def widened(self, start: int, end: int, first: int) -> Range:
-        """Return the range to skip for a batch [start, end) that was bad, from `first` on at the earliest.
+        """Return the range to skip for a bad batch [start, end); it begins no earlier than `first`.
 
-        The batch alone, unless the batches just before it are skipped already: then the error began earlier, while the
-        weights were still finite, and as many batches again before those are skipped too.
+        It is the batch alone, unless the batches just before it are skipped already. In that case the error began
+        earlier, while the weights were still finite, so the same number of batches before those is skipped too.
         """
         before = next((other for other, last in self._ranges if last == start), start)
         return max(first, before - (start - before)), end

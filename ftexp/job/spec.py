@@ -1,4 +1,4 @@
-"""Message from the driver to its workers. Not in ftexp.job.job, which imports timm: the driver does not need that."""
+"""Message from the driver to its workers. Not in ftexp.job.job, which imports timm: the driver does not need it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class JobSpec:
     run_uri: str
     fingerprint: dict[str, Any]  # what defines the run
     hub: HubAddress
-    blocks: Int64s | None = None  # samples of train in each block, where they are read in blocks
-    decode_cpus: int = 0  # CPUs of the cluster, for streams
-    classes: Shared[ClassTable] | None = None  # classes of the training split, where data.sampling draws by class
+    blocks: Int64s | None = None  # number of training samples in each block, if they are read in blocks
+    decode_cpus: int = 0  # CPUs of the cluster, for decoding streams
+    classes: Shared[ClassTable] | None = None  # classes of the training split, if data.sampling draws by class
     teacher: TeacherSpec | None = None

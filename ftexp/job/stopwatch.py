@@ -1,10 +1,11 @@
-"""Where a step's time goes, on one rank: what it waits for data, the forward and backward pass, the optimiser, saving.
+"""A step's time on one rank, by section: waiting for data, forward and backward pass, optimiser, saving.
 
-On a GPU, sections of a step are separated by events in the stream, which are read where the loop waits for the GPU
-anyway, at a logged point: nothing is synchronised for it. Waiting for data and for a checkpoint is the host's time.
+On a GPU, sections of a step are separated by events in the stream. They are read at a logged point, where the loop
+waits for the GPU anyway, so nothing is synchronised for them. Waiting for data and for a checkpoint is timed on the
+host.
 
-Within a section, a rank may wait for others, which says nothing about its own speed: the time between `wait` and
-`go_on`, or the section's end, is not the rank's own.
+Within a section, a rank may wait for others, which says nothing about its own speed. The time from `wait` to `go_on`,
+or to the section's end, is not the rank's own.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 FEED, FORWARD, BACKWARD, OPTIMIZER, SAVE = SECTIONS = ("feed", "forward", "backward", "optimizer", "save")
 TEACHER = "teacher"  # the section of a run that distils
-OWN = (FEED, TEACHER, FORWARD, BACKWARD, OPTIMIZER)  # sections of which ranks compare their own time
+OWN = (FEED, TEACHER, FORWARD, BACKWARD, OPTIMIZER)  # sections whose own time is compared between ranks
 # time of a step without waiting for others, over ranks: minimum, (lower) median, maximum, and the rank of the maximum
 RANKS = ("rank_ms_min", "rank_ms_median", "rank_ms_max", "slowest_rank")
 # keys of a logged point that differ from run to run; `<section>_ms` is the mean over the steps since the last point
@@ -29,9 +30,9 @@ T = TypeVar("T")
 
 
 class Stopwatch:
-    """Adds up seconds by section. `laps` within a step; `feeding`, `section` and `apart` around what is not in it.
+    """Adds up seconds by section: `lap` within a step; `feeding`, `section` and `apart` outside of it.
 
-    device: whose time the laps take; None: time of the host.
+    device: device on which `lap` measures; None: the host.
     """
 
     def __init__(self, device: torch.device | None = None, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -42,16 +43,16 @@ class Stopwatch:
         self._laps: list[tuple[str, Any, Any]] = []  # (section, event at its start, at its end), to be read
         self._waits: list[tuple[str, Any, Any]] = []  # likewise
         self._in_lap: list[tuple[Any, Any]] = []  # (begin, end) of waits since the last lap
-        self._waits_since: Any = None  # None: it waits for nobody
+        self._waits_since: Any = None  # start of the current wait; None: not waiting
         self._used: list[Any] = []  # events since the last point
-        self._free: list[Any] = []  # those to use again
-        self._mark: Any = None  # when the section that runs began
+        self._free: list[Any] = []  # events to reuse
+        self._mark: Any = None  # start of the current section
         self._since, self._apart_s, self._is_apart = clock(), 0.0, False
         self._num_steps = self._position = 0
-        self._queued = self._num_asked = 0  # batches that were ready, in all; how often one was asked for
+        self._queued = self._num_asked = 0  # sum of the ready batches at each request; number of requests
 
     def feeding(self, batches: Generator[T], position: Callable[[], int]) -> Generator[T]:
-        """`batches`, with the time that is waited for each; `position` returns how many samples are done."""
+        """Yield `batches`, timing the wait for each; `position` returns how many samples are done."""
         self._since, self._position = self._clock(), position()
         with contextlib.closing(batches):
             while True:
@@ -66,7 +67,7 @@ class Stopwatch:
                 yield batch
 
     def note_queue(self, num_ready: int) -> None:
-        """A batch is asked for while `num_ready` are ready; not called where none are made ahead."""
+        """Note that a batch is requested while `num_ready` are ready; not called if none are prepared ahead."""
         self._queued += num_ready
         self._num_asked += 1
 
@@ -75,7 +76,7 @@ class Stopwatch:
         self._mark, self._in_lap, self._waits_since = self._now(), [], None
 
     def lap(self, section: str) -> None:
-        """Count the time since the last lap, or the step's beginning, for `section`."""
+        """Add the time since the last lap, or since the step's start, to `section`."""
         now = self._now()
         if self._waits_since is not None:
             self._in_lap.append((self._waits_since, now))
@@ -91,7 +92,7 @@ class Stopwatch:
         self._mark = now
 
     def wait(self, only_from_now: bool = False) -> None:
-        """From here on this rank waits for others. only_from_now: if it was thought to wait already, it didn't."""
+        """Start a wait for other ranks. only_from_now: discard a wait that was started before."""
         if not self._is_apart and (self._waits_since is None or only_from_now):
             self._waits_since = self._now()
 
@@ -102,7 +103,7 @@ class Stopwatch:
             self._waits_since = None
 
     def own_s(self) -> dict[str, float]:
-        """Return the seconds of a step that this rank spent alone since `take`, by section of OWN; waits for a GPU."""
+        """Return the rank's own seconds per step since `take`, by section of OWN; waits for a GPU."""
         if self._used:
             self._used[-1].synchronize()
         self._read()
@@ -110,7 +111,7 @@ class Stopwatch:
         return {name: (self._spent.get(name, 0.0) - self._waited.get(name, 0.0)) / steps for name in OWN}
 
     def _read(self) -> None:
-        """Add up what a GPU's events say, once it has caught up."""
+        """Add up the times between the GPU's events, which must have completed."""
         for sums, laps in ((self._spent, self._laps), (self._waited, self._waits)):
             for section, start, end in laps:
                 _add(sums, section, start.elapsed_time(end) / 1000)
@@ -128,7 +129,7 @@ class Stopwatch:
 
     @contextlib.contextmanager
     def section(self, name: str) -> Iterator[None]:
-        """The block is `name`, by the host's clock."""
+        """Add the block's time to section `name`, by the host's clock."""
         began = self._clock()
         try:
             yield
@@ -146,10 +147,10 @@ class Stopwatch:
             self._is_apart = False
 
     def take(self, position: int) -> dict[str, float]:
-        """`images_per_s` over all ranks and `<section>_ms` of a step, since the last call, once the GPU has caught up.
+        """Return `images_per_s` over all ranks and `<section>_ms` per step, since the last call.
 
-        And `feed_queue`, the mean number of batches that were ready when one was asked for, where they are made ahead.
-        Empty if no sample was new.
+        Also `feed_queue`, the mean number of ready batches when one was requested, if they are prepared ahead. Empty if
+        there was no new sample. The GPU must have caught up.
         """
         self._read()
         self._free += self._used

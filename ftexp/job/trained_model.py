@@ -28,16 +28,16 @@ _INIT = 2  # stream of the run's seed; see ftexp.job.build
 
 @dataclass(kw_only=True)
 class TrainedModel:
-    """A model on this rank's device, and what it came of."""
+    """A model on this rank's device, and what was built with it."""
 
     model: nn.Module
     report: WeightsReport | None  # report of pretrained weights
     sharding: Sharding | None = None
     twin: nn.Module | None = None  # a sharded copy, for the EMA
-    counted: nn.Module | None = None  # a copy without values, where the model is sharded: its FLOPs are counted
+    counted: nn.Module | None = None  # a sharded model's copy without values, to count FLOPs
 
     def average(self, config: Config) -> WeightsEMA | None:
-        """Return the EMA of the weights; None where none is configured."""
+        """Return the EMA of the weights; None if none is configured."""
         if config.ema.decay is None:
             return None
         return WeightsEMA(config.ema, self.model) if self.twin is None else ShardedEMA(config.ema, self.twin)
@@ -46,7 +46,7 @@ class TrainedModel:
 def build_trained_model(config: Config, info: DataInfo, device: torch.device, world_size: int) -> TrainedModel:
     """Build the model with the initial or pretrained weights that the config names; collective if it is sharded.
 
-    Its weights are the same bits whichever way it lies on the ranks.
+    Its weights are bitwise identical, however it is distributed over ranks.
     """
     if config.parallel.kind != DDP:
         from ftexp.model.parallel.sharding import Sharding  # FSDP2 takes time to import
@@ -85,7 +85,7 @@ def _initialised(config: Config, info: DataInfo) -> tuple[nn.Module, WeightsRepo
 
 
 def prepare(model: nn.Module, config: Config) -> None:
-    """Have the model trade time for memory, or the first steps' time for the later ones'."""
+    """Set up recomputation, which trades time for memory, and compilation, which makes later steps faster."""
     train, wrap = config.train, config.parallel.wrap
     if train.checkpoint_activations != "none":
         recompute(list(blocks_of(model, wrap).values()), train.checkpoint_activations)
