@@ -1,1 +1,1 @@
-"""Checkpoints: registry and states (what is saved), store (how bytes become trustworthy), manager (when), reading."""
+"""Checkpoints: registry and states (content), store (writing and verification), manager (when), reading."""

@@ -1,4 +1,4 @@
-"""Builds a job's checkpoint manager."""
+"""Construction of a job's checkpoint manager."""
 
 from __future__ import annotations
 

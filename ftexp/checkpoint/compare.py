@@ -43,7 +43,7 @@ def _tensor_differences(first: torch.Tensor, second: torch.Tensor, where: str) -
     if kinds[0] != kinds[1]:
         yield f"{where}: {kinds[0]} in the first, {kinds[1]} in the second"
         return
-    # bytes, not values: NaN differs from NaN by value, and 0.0 is -0.0
+    # compares bytes, not values: NaN doesn't equal NaN, and 0.0 equals -0.0
     differing = first.contiguous().view(-1).view(torch.uint8) != second.contiguous().view(-1).view(torch.uint8)
     if not differing.any():
         return

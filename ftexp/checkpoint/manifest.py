@@ -122,5 +122,5 @@ def kept_names(manifests: list[Manifest], num_to_keep: int | None, steps: Collec
     kept = {manifest.name for manifest in newest_first[:num_to_keep]}
     for step in steps:
         if since := [each for each in newest_first if each.step >= step]:
-            kept.add(min(since, key=lambda each: each.step).name)  # the newest of its attempts comes first
+            kept.add(min(since, key=lambda each: each.step).name)  # of equal steps, the newest attempt comes first
     return kept

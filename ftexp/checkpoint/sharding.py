@@ -27,7 +27,7 @@ _DTYPES = {
     **{torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8"},
     torch.bool: "BOOL",
 }
-# path and shape of a saved tensor -> the DTensor that takes it, or None
+# path and shape of a saved tensor -> the DTensor that will load it, or None
 Like = Callable[[Path, tuple[int, ...]], Any]
 
 

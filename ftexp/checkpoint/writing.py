@@ -1,4 +1,4 @@
-"""The part of a save that runs in the background: serialising, hashing, writing, reading back, the report to Ray.
+"""The background part of saving a checkpoint: serialising, hashing, writing, reading back, the report to Ray.
 
 It runs on one thread of each rank; at most one checkpoint is in flight. If the model is sharded, each rank of the first
 replica writes its own files. Rank 0 writes the manifest once every rank has reported the sizes and hashes of its files.

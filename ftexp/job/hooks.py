@@ -36,21 +36,21 @@ class Hooks:
         return bool(self._hooks)
 
     def after_step(self) -> None:
-        """Call the point of this name; collective where a hook has it."""
+        """Call the hooks' `after_step`; collective if a hook has it."""
         if hooks := self._with(Hook.after_step):
             for hook in hooks:
                 hook.after_step()
             self._decide()
 
     def after_evaluation(self, step: int, epoch: int) -> None:
-        """Call the point of this name; collective where a hook has it."""
+        """Call the hooks' `after_evaluation`; collective if a hook has it."""
         if hooks := self._with(Hook.after_evaluation):
             for hook in hooks:
                 hook.after_evaluation(step, epoch)
             self._decide()
 
     def before_save(self) -> None:
-        """Call the point of this name."""
+        """Call the hooks' `before_save`."""
         for hook in self._with(Hook.before_save):
             hook.before_save()
 
@@ -60,7 +60,7 @@ class Hooks:
         return bool(self._with(Hook.before_save))
 
     def at_end(self) -> None:
-        """Call the point of this name."""
+        """Call the hooks' `at_end`."""
         for hook in self._with(Hook.at_end):
             hook.at_end()
 

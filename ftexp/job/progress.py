@@ -11,7 +11,7 @@ from ftexp.evaluation.meter import Meter
 
 @dataclass(frozen=True)
 class Pending:
-    """A checkpoint whose evaluation in parallel with training is pending. Its name, which has the attempt, isn't saved."""
+    """A checkpoint whose evaluation is pending. Its name differs between attempts, so states don't have it."""
 
     step: int
     epoch: int

@@ -56,7 +56,7 @@ def start_keepers(nodes: Sequence[str], max_bytes: int | None, runtime_env: dict
             name=f"{_PREFIX}{node}",
             num_cpus=0,
             max_restarts=-1,
-            max_concurrency=4,  # a read by another node must not wait for a copy from it
+            max_concurrency=4,  # a keeper that copies from a node must serve that node's reads meanwhile
             scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
             runtime_env=runtime_env or None,
         ).remote(max_bytes)

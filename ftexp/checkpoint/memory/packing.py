@@ -48,7 +48,7 @@ class SlotCopier:
         self._staging = Staging(self._device, self._room_for)
 
     def copy(self, state: Any) -> Any:
-        """Return a copy of `state` whose tensors lie in the slot; SlotIsFullError if they don't fit."""
+        """Return a copy of `state` whose tensors are in the slot; SlotIsFullError if they don't fit."""
         self.slot.clear()
         try:
             return self._staging.copy(state)
