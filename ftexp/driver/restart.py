@@ -34,7 +34,7 @@ class Restart:
 
 
 def begin_again(restart: Restart) -> NoReturn:
-    """Replace this process with a new interpreter that gets the same command line, and `restart`; OSError on failure."""
+    """Replace this process with a new interpreter, with the same command line and `restart`; OSError if that fails."""
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     _close_on_exec()

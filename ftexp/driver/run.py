@@ -161,7 +161,7 @@ def _check_sizes(config: Config) -> None:
 
 
 def _check_weights(config: Config) -> tuple[dict[str, Any], str]:
-    """Check the pretrained weights; return their preprocessing and its origin. Imports torch and timm: takes seconds."""
+    """Check the pretrained weights; return their preprocessing and its origin. Importing torch and timm is slow."""
     _import_plugins(config)
     from ftexp.model.build import check_weights
     from ftexp.model.preprocessing import preprocessing_of
