@@ -51,7 +51,7 @@ def evaluate(job: Job, split: str, findings: Findings | None = None) -> None:
 
 
 def _share_statistics(job: Job, split: str) -> None:
-    """Share batch norm's statistics, so that an evaluation has the same ones after resuming from the last checkpoint."""
+    """Share batch norm's statistics, so that an evaluation uses the same ones after resuming from the checkpoint."""
     learner, world_size = job.learner, job.group.world_size
     # the test follows the last checkpoint, so it uses the checkpoint's statistics, which are rank 0's
     share_statistics(learner.model, "broadcast" if split == "test" else job.config.train.dist_bn, world_size)

@@ -96,7 +96,7 @@ class Replacing:
         return True
 
     def _summoned(self) -> Invitation | None:
-        """Return the invitation of the meeting that the replacement has joined; None if no rank died or none is replaced."""
+        """Return the invitation of the meeting that the replacement has joined; None if no rank died or none came."""
         if MEETING.invitation(_NOTICE_S) is None and not MEETING.is_noticed:
             return None
         if MEETING.invitation(_INVITED_S) is None:
