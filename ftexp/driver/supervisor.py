@@ -61,7 +61,7 @@ class Supervisor:
         self.on_evaluation_wanted: Callable[[EvaluateCheckpoint], None] = lambda _: None
         # called with each recorded message
         self.on_message: Callable[[Message], None] = lambda _: None
-        self.nccl_findings: Callable[[int], list[str]] = lambda _: []  # returns names of files for an attempt
+        self.nccl_findings: Callable[[int], list[str]] = lambda _: []  # returns the files of a failed attempt
 
     def handle(self, message: Message) -> Message | None:
         """Handle a message and return the answer. The hub calls this for one message at a time."""
@@ -69,7 +69,7 @@ class Supervisor:
             case GroupFailed():
                 cause = Cause(message.cause, message.rank, message.error, Ending(message.ending))
                 return self._failed(as_death(cause, self._record.died_rank), others_wait=message.others_wait)
-            case ControllerDied():  # the policy is a worker's, but the driver itself must call fit() again
+            case ControllerDied():  # same policy as for a worker, but the driver must call fit() again
                 return self._failed(_CONTROLLER_DIED)
             case CouldNotStart(error):
                 self._could_not_start(error)

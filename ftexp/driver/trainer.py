@@ -216,7 +216,7 @@ def build_trainer(context: RunContext, bundle: DataBundle, hub: HubAddress) -> T
 
 
 def _anywhere(config: Config) -> Config:
-    """Make the path of the weights absolute: Ray Train starts workers in another working directory."""
+    """Return the config with the weights' path absolute: Ray Train starts workers in another working directory."""
     if not isinstance(config.model.pretrained, str):
         return config
     path = str(Path(config.model.pretrained).expanduser().absolute())

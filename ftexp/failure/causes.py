@@ -74,7 +74,8 @@ def find_cause(worker_exceptions: dict[int, Exception]) -> Cause:
     rank, error = ranked[0]
     if is_echo(error):
         return Cause(CRASH, None, "the connection to another worker was lost", Ending.DIED)
-    began = error.rank if isinstance(error, CorruptionError) else rank  # raised by every rank
+    # every rank raises a CorruptionError, which names the faulty rank if it is known
+    began = error.rank if isinstance(error, CorruptionError) else rank
     return Cause(_kind(error), began, _in_a_line(error), _ending(error))
 
 

@@ -1,4 +1,4 @@
-"""Handling of a batch whose gradient is NaN or infinite: all ranks decide the same, as the gradient is their sum."""
+"""Handling of a batch with a NaN or infinite gradient. It is summed over ranks, so all ranks decide the same."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class NonFiniteRecovery:
         return covered
 
     def recovered(self) -> None:
-        """Start counting again: a step was taken."""
+        """Reset `num_skipped`: a step was taken."""
         self.num_skipped = 0
 
     def recover(self, batch: Batch) -> bool:
@@ -106,5 +106,5 @@ class NonFiniteRecovery:
         self._skipped.add(positions)
         if self._group.rank == 0:
             self._channel.send(Happened(event))
-            with contextlib.suppress(OSError):  # not recorded: a later attempt would check the batch again
+            with contextlib.suppress(OSError):  # if this can't be recorded, a later attempt checks the batch again
                 self._channel.sync()

@@ -9,7 +9,7 @@ from ftexp.cluster.ray_replacing import ReplacingController
 from ftexp.failure.meeting import Invitation, Waiting, common_step, invite, may_wait, waiting
 from ftexp.failure.reporter import FailureReporter
 
-WAIT_S = 30.0  # time limit for the other workers to wait, after their interrupted step
+WAIT_S = 30.0  # time limit for another worker to end its interrupted step and wait
 
 
 class TrainController(ReplacingController):  # Ray names the process after the class
@@ -26,7 +26,7 @@ class TrainController(ReplacingController):  # Ray names the process after the c
         return FailureReporter.replaces
 
     def question(self, timeout_s: float) -> tuple[Callable[[float], Waiting | None], float]:
-        """Return the question after which step a worker waits, and its time limit."""
+        """Return the function that asks a worker whether it waits, and its time limit."""
         return waiting, min(timeout_s, WAIT_S)
 
     def invitation(

@@ -15,13 +15,13 @@ from ftexp.wire.messages import GroupFailed, Retry, Stop
 
 
 class StopRun(Exception):
-    """Raised in Ray Train's controller to end the run; Ray retries everything but this."""
+    """Exception that ends the run in Ray Train's controller; Ray retries after any other."""
 
 
 class FailureReporter(UserCallback):  # type: ignore[misc]
     """Reports every failure to the driver, and ends the run if the driver decides so."""
 
-    # of the class: each controller has its own process
+    # class attributes, shared with TrainController; each controller has its own process
     replaces: ClassVar[bool] = False  # whether the driver's last decision was to replace a worker
     others_wait: ClassVar[bool] = False  # whether one worker failed, and the others can wait until it is replaced
 

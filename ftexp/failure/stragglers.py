@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# logged points, and steps, in a row until a slow rank becomes a straggler, and until a straggler is none any more
+# minimum of logged points, and of steps, in a row for a rank to become a straggler, or to stop being one
 MIN_POINTS, MIN_STEPS = 3, 30
 
 Times = Sequence[Sequence[float]]  # [ranks][parts], in any unit
@@ -49,7 +49,7 @@ def slow_ranks(times: Times, factor: float) -> list[Slow]:
 
 
 class Stragglers:
-    """Stragglers of a worker group. A rank must stay slow to become one, and stay fast to be none any more."""
+    """Stragglers of a worker group. A rank must stay slow to become one, and stay as fast as others to end it."""
 
     def __init__(self, factor: float, log_every_steps: int) -> None:
         self._factor = factor

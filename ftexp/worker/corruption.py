@@ -66,7 +66,7 @@ class ReplicaCheck:
         self._cost = _Cost(job, REPLICAS, self._every or 0)
 
     def check(self, saves: bool) -> None:
-        """Compare if it is due, or the weights are about to be saved; collective. CorruptionError, on every rank."""
+        """Compare if due, or if the weights are about to be saved; collective. CorruptionError on every rank."""
         if self._every is None or not (saves or self._job.progress.step % self._every == 0):
             return
         began = time.perf_counter()

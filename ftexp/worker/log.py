@@ -77,7 +77,7 @@ class Ticker:
         self._last = 0.0
 
     def tick(self, at_once: bool = False) -> None:
-        """Report the step to the driver: at most every _TICK_INTERVAL_S, or `at_once`."""
+        """Report the step to the driver: at most once per _TICK_INTERVAL_S, unless `at_once`."""
         now = time.monotonic()
         if self._job.group.rank == 0 and (at_once or now - self._last >= _TICK_INTERVAL_S):
             self._last = now

@@ -101,7 +101,7 @@ def planned_chaos(job: Job, run_dir: Storage) -> Chaos | None:
 
 
 def begin(job: Job, store: CheckpointStore, checkpoints: CheckpointManager) -> Replacing:
-    """Restore the initial state of the attempt, or of a replacement from the living ranks; collective."""
+    """Restore the attempt's initial state, or receive it from the living ranks as a replacement; collective."""
     if job.group.is_awaited:
         return come(job, checkpoints)
     settle_gradient_order(job)

@@ -26,7 +26,7 @@ from ftexp.job.stopwatch import BACKWARD, FORWARD, OWN, RANKS
 from ftexp.wire import events
 from ftexp.wire.messages import Happened
 
-_US = 1_000_000  # per second; times are summed as whole microseconds
+_US = 1_000_000  # microseconds per second; times are summed as whole microseconds
 
 
 class RankTimes:

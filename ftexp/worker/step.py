@@ -213,7 +213,7 @@ def settle_gradient_order(job: Job) -> None:
     over ranks. With three or more ranks, it changes the order of addition: the first step of a resumed attempt would be
     rounded differently from the same step of an uninterrupted run. FSDP2's layout depends on the model alone.
     """
-    if job.group.world_size < 3 or job.learner.sharding is not None:  # a + b equals b + a
+    if job.group.world_size < 3 or job.learner.sharding is not None:  # of two, a + b equals b + a
         return
     learner, meter = job.learner, job.progress.train
     before = before_step(learner, meter)

@@ -25,7 +25,7 @@ def validate(job: Job) -> bool:
     Return False if a stop was requested before the result came: this step must then be the last.
     """
     progress = job.progress
-    is_settled = settle(job)  # also with train.eval=inline: an earlier invocation may have used beside
+    is_settled = settle(job)  # also with train.eval=inline: evaluations of train.eval=beside may be pending
     if job.config.train.eval == BESIDE and len(job.data.rows["val"]):
         name = checkpoint_name(progress.step, job.run.attempt)
         progress.pending.append(Pending(progress.step, progress.epoch, name))
