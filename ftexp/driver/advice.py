@@ -1,4 +1,4 @@
-"""Threads of the driver that look after a run, and that it can do without."""
+"""Optional threads of the driver: the run continues if one fails."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from ftexp.wire.hub import Hub
 from ftexp.wire.messages import Happened, Save
 
 _LOOK_EVERY_S = 1.0
-_WAITING_S = 20.0  # without workers, before it is reported
-_SAVE_EVERY_S = 5.0  # while Ray Train is about to resize the group
-_RESIZE_TAKES_S = 30.0  # after Ray Train's resize interval; no resize by then: other jobs took the room
+_WAITING_S = 20.0  # time without workers before it is reported
+_SAVE_EVERY_S = 5.0  # interval of checkpoints while Ray Train is about to resize the group
+_RESIZE_TAKES_S = 30.0  # time limit of a resize beyond Ray Train's interval; later, other jobs took the room
 
 
 class Advice:
-    """Says why no workers start, and has them save before Ray Train starts more. Begins at once."""
+    """Reports why no workers start, and requests checkpoints before Ray Train starts more. Starts at once."""
 
     def __init__(self, context: RunContext, group: WorkerGroup, hub: Hub) -> None:
         self._workers, self._scaling = context.workers, context.config.scaling
@@ -33,11 +33,11 @@ class Advice:
             self._begin(self._save_before_a_resize)
 
     def stop(self) -> None:
-        """Say no more."""
+        """Stop the threads."""
         self._done.set()
 
     def _begin(self, advise: Callable[[], None]) -> None:
-        """Run `advise` on a thread. What it raises is recorded, and ends only that advice."""
+        """Run `advise` on a thread. An exception is recorded, and ends only this thread."""
 
         def run() -> None:
             try:
@@ -51,16 +51,16 @@ class Advice:
         self._hub.handle(Happened(event))
 
     def _report_waiting(self) -> None:
-        """Ray tries to start workers in silence, for as long as it takes."""
+        """Report why no workers start: Ray itself retries silently and without a limit."""
         while not self._done.wait(_LOOK_EVERY_S):
             if self._group.waiting_s > _WAITING_S:
                 unknown = "what they need is there, but taken by others, or they don't start"
                 self._note(events.Waiting(lacking_resources(self._workers) or unknown))
 
     def _save_before_a_resize(self) -> None:
-        """Save before Ray Train stops the workers that train, which it does once there is room for more.
+        """Request checkpoints before Ray Train stops the workers, which it does once there is room for more.
 
-        Until it has looked, a node that has joined gets ready to fork workers.
+        Ray Train checks for room at intervals; meanwhile, a node that has joined starts its preloaded process.
         """
         expected, since, saved = None, 0.0, -_SAVE_EVERY_S
         known = _ids(living_nodes())
@@ -68,7 +68,7 @@ class Advice:
         while not self._done.wait(_LOOK_EVERY_S):
             nodes = living_nodes()
             if self._workers.runtime_env:
-                for node in _ids(nodes) - known:  # or its first worker would wait for all the imports
+                for node in _ids(nodes) - known:  # else its first worker would wait for all imports
                     warm_node(node, self._workers.runtime_env)
                 known = _ids(nodes)
             now, possible, there = time.monotonic(), num_possible(self._workers, nodes), self._group.world_size

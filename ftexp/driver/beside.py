@@ -1,7 +1,7 @@
-"""Evaluation of checkpoints besides training: a Ray task for each, whose results the driver logs and passes on.
+"""Evaluation of checkpoints while training continues: one Ray task for each; the driver logs and passes on the results.
 
-The driver owns the tasks, so that a worker group that fails takes none of them along. A result is the same bits
-wherever a task runs on the same kind of machine: it depends on the checkpoint, the split and the batch size alone.
+The driver owns the tasks, so they survive the failure of a worker group. A result depends only on the checkpoint, the
+split and the batch size: on the same kind of machine it is bitwise identical wherever the task runs.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
     from ftexp.data.feeds.feed import Rows
     from ftexp.wire.hub import Hub
 
-_RETRY_AFTER_S = (1, 4, 15, 60, 60)  # seconds: how long a store that doesn't answer is waited for
-_MAX_BATCH = 256  # images at a time, unless train.eval_batch_size says otherwise
+_RETRY_AFTER_S = (1, 4, 15, 60, 60)  # pauses before retries if the store doesn't answer, in seconds
+_MAX_BATCH = 256  # limit of a batch, in images, if train.eval_batch_size isn't set
 
 
 def require_room(config: Config, workers: Workers) -> None:
-    """ConfigError if the workers leave a task that evaluates nothing to run on."""
+    """Raise ConfigError if the workers leave too few resources for an evaluation task."""
     if config.train.eval != BESIDE:
         return
     there, wanted = ray.cluster_resources(), workers.evaluation_resources
@@ -49,13 +49,13 @@ def require_room(config: Config, workers: Workers) -> None:
 
 @dataclass(frozen=True)
 class EvaluationSpec:
-    """The facts that a task needs to evaluate a run's checkpoints on val."""
+    """Facts that a task needs to evaluate a run's checkpoints on val."""
 
     config: Config
     info: DataInfo
     run_uri: str
-    cached: Dataset | None  # val, if it is in memory
-    indexed: IndexedSplit | None  # or else how its files are read
+    cached: Dataset | None  # val, if it is cached in memory
+    indexed: IndexedSplit | None  # val, if its files are streamed
 
     @classmethod
     def of(cls, config: Config, bundle: DataBundle, run_uri: str) -> EvaluationSpec:
@@ -71,7 +71,7 @@ class EvaluationSpec:
 
 
 class Evaluations:
-    """Runs the tasks of one invocation. `hub` takes each result, and passes it on to the workers."""
+    """Runs the evaluation tasks of one invocation. `hub`: logs each result and sends it to the workers."""
 
     def __init__(self, spec: EvaluationSpec, workers: Workers, hub: Hub) -> None:
         self._spec, self._hub = spec, hub
@@ -89,18 +89,18 @@ class Evaluations:
         self._closed = threading.Event()
 
     def request(self, wanted: EvaluateCheckpoint) -> None:
-        """Evaluate a checkpoint, unless that was done, and have the result logged and passed on. Returns at once."""
+        """Have a checkpoint evaluated, unless it was before, and its result logged and passed on; return at once."""
         with self._lock:
             if self._closed.is_set():
                 return
             found = self._found.get(wanted.checkpoint)
-            if found is None or (found.done() and found.result().failure == FAILED):  # a restart asks again
+            if found is None or (found.done() and found.result().failure == FAILED):  # retried if it failed
                 found = self._found[wanted.checkpoint] = Future()
                 threading.Thread(target=self._run, args=(wanted, found), daemon=True, name="evaluation").start()
         found.add_done_callback(self._pass_on)
 
     def close(self) -> None:
-        """Cancel what still runs; nothing is passed on any more."""
+        """Cancel running tasks; no further result is passed on."""
         with self._lock:
             self._closed.set()
             running = list(self._running)
@@ -111,18 +111,18 @@ class Evaluations:
         found.set_result(self._result(wanted))
 
     def _result(self, wanted: EvaluateCheckpoint) -> Evaluated:
-        """Wait for a task, whatever becomes of it; on a thread."""
+        """Return the result of a task, or its failure; waits on a background thread."""
         about = (wanted.step, wanted.epoch, wanted.checkpoint)
         for wait_s in (*_RETRY_AFTER_S, None):
             try:
                 return Evaluated(*about, values=self._values(wanted.checkpoint))
             except ray.exceptions.RayTaskError as error:
-                # a store that doesn't answer says nothing of the checkpoint: the workers train on meanwhile
+                # the checkpoint may be fine if the store doesn't answer: retry while the workers train
                 if isinstance(error.cause, OSError) and wait_s is not None and not self._closed.wait(wait_s):
                     continue
                 is_damaged = isinstance(error.cause, CheckpointError)
                 return Evaluated(*about, failure=DAMAGED if is_damaged else FAILED, problem=_in_a_line(error.cause))
-            except Exception as error:  # its process died more often than Ray tries, say
+            except Exception as error:  # for example, its process died more often than Ray retries
                 return Evaluated(*about, failure=FAILED, problem=_in_a_line(error))
         raise AssertionError("the last try returns")
 
@@ -140,7 +140,7 @@ class Evaluations:
                 self._running.discard(task)
 
     def _pass_on(self, done: Future[Evaluated]) -> None:
-        # on a thread of its own: if the result is there already, this callback runs while the hub holds its lock
+        # on its own thread: if the result already exists, this callback runs while the hub holds its lock
         threading.Thread(target=self._log_and_broadcast, args=(done.result(),), daemon=True).start()
 
     def _log_and_broadcast(self, found: Evaluated) -> None:
@@ -161,7 +161,7 @@ def _in_a_line(error: BaseException) -> str:
 
 
 def _evaluate(spec: EvaluationSpec, name: str) -> dict[str, float]:
-    """Measure a checkpoint on val, its EMA too; the task's body.
+    """Evaluate a checkpoint on val, and its EMA if there is one; the body of the task.
 
     CheckpointError if the checkpoint is missing or corrupt.
     """

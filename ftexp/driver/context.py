@@ -1,4 +1,4 @@
-"""Shared context of the driver's functions: facts of a run before Ray is up, and the objects that come with it."""
+"""Shared context of the driver's functions: facts known before Ray runs, and objects that exist while it runs."""
 
 from __future__ import annotations
 
@@ -27,27 +27,27 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunContext:
-    """One invocation, once its config is good."""
+    """Facts of one invocation, after its config was validated."""
 
     config: Config
-    overrides: list[str]  # what was typed
+    overrides: list[str]  # overrides as typed
     workers: Workers
     run_dir: Storage
     state: RunState
     lease: Lease
-    shared: SharedRay | None = None  # the Ray of the sweep that this is a trial of
-    restart: Restart | None = None  # where the command has begun again, since its Ray had died
-    begin_again: Callable[[Restart], NoReturn] | None = None  # how it does; None: it can't, so that the run fails
+    shared: SharedRay | None = None  # Ray of the sweep that this run is a trial of
+    restart: Restart | None = None  # set if the process restarted because its Ray had died
+    begin_again: Callable[[Restart], NoReturn] | None = None  # restarts the process; None: Ray's death ends the run
     teacher: TeacherSpec | None = None
 
     @property
     def decided_config(self) -> Config:
-        """The config with failure.recovery decided, as the workers and the failure policy take it."""
+        """Config with failure.recovery resolved, for the workers and the failure policy."""
         return decided(self.config, self.workers.num_workers, self.workers.use_gpu)
 
     @property
     def joins_ray(self) -> bool:
-        """Whether its Ray is somebody else's."""
+        """Whether its Ray was joined, not started here."""
         return self.shared is not None or self.config.scaling.address is not None
 
     @property
@@ -69,4 +69,4 @@ class Session:
     terminal: Terminal
     trackers: Trackers
     alerts: Alerts
-    why_cold: str | None = None  # why workers aren't forked, if they aren't
+    why_cold: str | None = None  # why workers of a joined Ray can't be forked; None if they can

@@ -1,4 +1,4 @@
-"""The decision to restart: what is known of a failure and its history, handed to ftexp.failure.policy."""
+"""Decisions about failures: passes what is known of a failure, and the history, to ftexp.failure.policy."""
 
 from __future__ import annotations
 
@@ -18,21 +18,22 @@ class Decider:
     """Decides what happens after each failure of an invocation.
 
     Args:
-        record: its state has the failures of earlier invocations, which had budgets of their own.
-        config: that of the run, with failure.recovery decided.
-        num_before: how many these are, if not all; a new Ray in the middle of an invocation begins none.
-        no_new_ray: why there can't be one, whatever the budget.
+        record: records of the run; its state holds the failures of all invocations.
+        config: config of the run, with failure.recovery resolved.
+        num_before: number of failures in earlier invocations, which aren't charged to the budgets; None: all so far.
+            It is set after a restart with a new Ray, which continues the invocation.
+        no_new_ray: why a dead Ray can't be replaced; None if it can.
     """
 
     def __init__(self, record: RunRecord, config: Config, num_before: int | None, no_new_ray: str | None) -> None:
         self._record, self._config, self._no_new_ray = record, config, no_new_ray
         self.num_before = len(record.state.failures) if num_before is None else num_before
-        self._hung: dict[int, Hung] = {}  # by rank, of this attempt
-        self.leaving: list[int] = []  # ranks whose machines were announced to be taken away
-        self.given_up: FtexpError | None = None  # what ends the run
+        self._hung: dict[int, Hung] = {}  # hangs of this attempt, by rank
+        self.leaving: list[int] = []  # ranks with an announced preemption
+        self.given_up: FtexpError | None = None  # error that ends the run
 
     def note(self, message: Message) -> None:
-        """Take in what a message says of a failure that will come."""
+        """Note a hang or the notice of a preemption: each precedes a failure."""
         match message:
             case Hung():
                 self._hung[message.rank] = message
@@ -40,7 +41,10 @@ class Decider:
                 self.leaving = ranks
 
     def decide(self, cause: Cause, others_wait: bool) -> tuple[Cause, Decision]:
-        """Return the cause, as known now, and what to do about it. others_wait: as of `ftexp.failure.policy`."""
+        """Return the cause, refined by earlier messages, and the decision.
+
+        others_wait: see `ftexp.failure.policy.decide`.
+        """
         if cause.kind != RAY:
             cause = as_preemption(as_hang(cause, self._hung), self.leaving)
         self._hung, self.leaving = {}, []
@@ -57,7 +61,7 @@ class Decider:
         return cause, decision
 
     def give_up(self, failure: Failure) -> FtexpError:
-        """Return what ends the run, now that a failure is on record after which nothing is tried."""
+        """Give the run up after a recorded failure; return the error that ends it."""
         if failure.cause == CONFIG:
             self.given_up = ConfigError(failure.error)
         else:

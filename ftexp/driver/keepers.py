@@ -1,6 +1,6 @@
-"""Keepers of snapshots, a process on each node with workers: started once these train, so that nothing waits for them.
+"""Keepers of snapshots: a process on each node with workers, started once these train, so that nothing waits for it.
 
-The driver owns them, so that a worker group that fails takes none of them along, and that they end with the command.
+The driver owns the keepers: they survive the failure of a worker group, and end with the invocation.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ if TYPE_CHECKING:
     from ftexp.config.schema import FailureConfig
     from ftexp.wire.hub import Hub
 
-_CLOSE_S = 5.0  # that the end of a run may wait for a start
-_AFTER_S = 1.0  # seconds of training: a run that is over by then needs none
+_CLOSE_S = 5.0  # how long the end of a run waits for keepers that are being started
+_AFTER_S = 1.0  # delay after training starts: a run that ends sooner needs no keepers
 
 
 class Keepers:
-    """Starts the keepers of one invocation, on each node where workers are; once, since Ray starts them again."""
+    """Starts the keepers of one invocation: one per node with workers, and only once, since Ray restarts dead ones."""
 
     def __init__(self, config: FailureConfig, workers: Workers, hub: Hub) -> None:
         self._config, self._workers, self._hub = config, workers, hub
-        self._nodes: dict[int, str] = {}  # node of each rank in the current group
-        self._started: dict[str, Any] = {}  # by node
+        self._nodes: dict[int, str] = {}  # Ray's id of each rank's node, in the current group
+        self._started: dict[str, Any] = {}  # handles by node; None until it has started
         self._closed = threading.Event()
         self._lock = threading.Lock()  # held while keepers are started
 
     def note(self, message: Message) -> None:
-        """Take in where workers are; start what is missing once they train. Returns at once."""
+        """Note the workers' nodes; once they train, start missing keepers on a thread. Return at once."""
         match message:
             case Hello(rank, ray_node=node):
                 self._nodes[rank] = node
@@ -45,7 +45,7 @@ class Keepers:
                     threading.Thread(target=self._start, args=(sorted(nodes),), daemon=True, name="keepers").start()
 
     def close(self) -> None:
-        """Start no more: a call would start another Ray for them, once this one has been left."""
+        """Start no more keepers: once this Ray was left, a call would start another one."""
         self._closed.set()
         if self._lock.acquire(timeout=_CLOSE_S):
             self._lock.release()

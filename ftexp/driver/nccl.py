@@ -1,4 +1,4 @@
-"""Ray's detector of hangs in NCCL: asked for where NCCL is used; what it finds is put with the record of the hang."""
+"""Ray's NCCL hang detector: enabled where NCCL is used; its findings are stored with the records of the hang."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from ftexp.storage.directory import Storage
 
 
 def uses_nccl(config: Config, workers: Workers) -> bool:
-    """Whether ranks talk to each other by NCCL."""
+    """Return whether ranks communicate by NCCL."""
     return workers.use_gpu if config.scaling.backend is None else "nccl" in config.scaling.backend
 
 
 def detect_hangs(config: Config) -> None:
-    """Let the detector report a hang before the watchdog ends the process."""
+    """Enable the detector, with a limit that reports a hang before the watchdog ends the process."""
     limit_s = config.failure.hang_timeout_s
     ray_private.detect_nccl_hangs(limit_s / 2 if limit_s is not None else None)
 
 
 def take_findings(run_dir: Storage, attempt: int) -> list[str]:
-    """Move what the detector found in an attempt to hangs/; returns the files' names in the run directory."""
+    """Move the detector's findings in an attempt to hangs/; return the files' names in the run directory."""
     found, hangs, moved = run_dir.child(ray_private.NCCL_FINDINGS), run_dir.child(HANGS), list[str]()
     if not found.exists():
         return moved

@@ -1,4 +1,4 @@
-"""Prints the events of a run."""
+"""Printing of a run's messages, events and failures."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from ftexp.wire.messages import Evaluated, Happened, Message, Metrics, Raised, R
 PACKAGE = Path(__file__).parents[1]
 _MAX_SAMPLES_SHOWN = 32
 _FRAME = re.compile(r'^  File "(?P<file>.+)", line (?P<line>\d+), in (?P<function>.+)\n(?P<code>    .+)?', re.MULTILINE)
-# libraries, and ftexp itself
+# files of libraries, and of ftexp itself
 _OTHERS_FILE = re.compile(rf"/(?:site-packages|dist-packages|lib/python3\.\d+)/|^{re.escape(str(PACKAGE))}/")
 
 
 class Printer:
-    """Prints messages, events and failures, once they are on record."""
+    """Prints messages, events and failures, once they are recorded."""
 
     def __init__(self, terminal: Terminal, record: RunRecord, group: WorkerGroup, config: Config) -> None:
         self._terminal, self._record, self._group, self._config = terminal, record, group, config
-        self._raised: Raised | None = None  # the first of this attempt
-        self._problem: str | None = None  # the last that was printed
-        self._checks: set[str] = set()  # for silent corruption, whose cost was printed
+        self._raised: Raised | None = None  # first exception of this attempt
+        self._problem: str | None = None  # last problem of the records that was printed
+        self._checks: set[str] = set()  # checks for silent corruption, and "memory" snapshots, whose cost was printed
 
     def message(self, message: Message) -> None:
-        """Print what a message says, if anything, and what the records lack since."""
+        """Print a message if it concerns the user, and a warning if the records can't be written."""
         if self._record.problem not in (None, self._problem):
             self._warn(f"the run's records can't be written: {self._record.problem}; trying again")
         self._problem = self._record.problem
@@ -50,7 +50,7 @@ class Printer:
                 self.event(event)
 
     def event(self, event: events.Event) -> None:
-        """Print an event, if it concerns a person."""
+        """Print an event if it concerns the user."""
         match event:
             case events.Waiting(reason):
                 self._warn(f"no workers for {self._group.waiting_s:.0f} s: {reason}")
@@ -138,17 +138,17 @@ class Printer:
         self._terminal.ready(state, ready.total_steps, train.global_batch_size, train.epochs, pids, ready.device)
 
     def failure(self, failure: Failure) -> Raised | None:
-        """Print a failure; returns what was raised first in the attempt that it ended."""
+        """Print a failure; return the first exception of the attempt that it ended."""
         self._terminal.failure(failure)
         raised, self._raised = self._raised, None
         return raised
 
     def not_replaced(self, failure: Failure) -> None:
-        """Print that another worker group starts, though a worker was to be replaced."""
+        """Print that all workers restart, although only one was to be replaced."""
         self._warn(f"rank {failure.rank} could not be replaced: restarting the workers")
 
     def diagnosis(self, raised: Raised | None) -> None:
-        """Print what helps to find out why a run was given up."""
+        """Print where the last attempt's first exception was raised, and in which batch."""
         if raised is not None and raised.position == 0 and not raised.samples:
             self._terminal.say(f"  rank {raised.rank} had not begun to train; its traceback is in events.jsonl")
         elif raised is not None:
@@ -166,9 +166,9 @@ class Printer:
 
 
 def raised_at(text: str) -> str | None:
-    """Return file, line, function and code of the frame of a traceback that concerns the user.
+    """Return file, line, function and code of the innermost frame in the user's own files.
 
-    The innermost frame of the user's own files; without one, the innermost of all.
+    Without such a frame, of the innermost frame of all; None if the text holds no traceback.
     """
     frames = [frame for frame in _FRAME.finditer(text) if not frame["file"].startswith("<")]
     own = [frame for frame in frames if not _OTHERS_FILE.search(frame["file"])]
@@ -180,12 +180,12 @@ def raised_at(text: str) -> str | None:
 
 
 def unsent(event: events.AlertFailed) -> str:
-    """Return a line for people about an alert that could not be sent."""
+    """Return a line about an alert that could not be sent."""
     return f"alert {event.alert} not sent to {event.to}: {event.reason}; the run is not affected"
 
 
 def _how_to_keep_rates(config: Config) -> str:
-    """Say how more epochs leave the learning rates as they were; "" where they can't, since the lowest is 0."""
+    """Return how to add epochs without changing the learning rates; "" if schedule.min_lr is 0: none would train."""
     schedule = config.schedule
     if not schedule.min_lr:
         return ""

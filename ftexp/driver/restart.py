@@ -1,8 +1,8 @@
-"""Beginning again in the same process, with nothing of what it holds: for a command whose Ray has died.
+"""Restart of the driver as a new interpreter in the same process, after its Ray has died.
 
-A process that has a dead Ray can't be trusted with a new one: threads of it wait in Ray for ever, and Ray ends the
-process when it is shut down under them. So the process becomes a new interpreter. To whoever started it, it is the
-same: its id, terminal, standard streams and signals stay.
+A process whose Ray has died can't use a new Ray reliably: some of its threads wait in the dead one for ever, and Ray
+exits the process if it is shut down while they do. So the process replaces itself by exec. It keeps its id, terminal
+and standard streams: whoever started it sees the same process, and can send it signals.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from ftexp.config.schema import Config
 from ftexp.rundir.state import Failure
 
 _VARIABLE = "FTEXP_RESTART"
-_BEGUN_WITH = (dict(os.environ), Path.cwd())  # Ray, Hydra and the libraries change theirs
+_BEGUN_WITH = (dict(os.environ), Path.cwd())  # Ray, Hydra and other libraries change these later
 
 
 @dataclass(frozen=True)
 class Restart:
-    """The state that the new interpreter resumes with. The config is the old one: its files may have changed since."""
+    """State that the new interpreter resumes with. It includes the config, whose files may have changed since."""
 
-    config: Config  # with the run's name, and resuming
+    config: Config  # with run.name set, and resume=auto
     overrides: list[str]
     num_before: int  # failures in earlier invocations; only later ones are charged to the budgets
     noticed_at: float  # when Ray was found dead, in seconds since 1970
@@ -34,7 +34,7 @@ class Restart:
 
 
 def begin_again(restart: Restart) -> NoReturn:
-    """Become a new interpreter, with the command line of this one, that finds `restart`; OSError if that fails."""
+    """Replace this process with a new interpreter, with the same command line and `restart`; OSError if that fails."""
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     _close_on_exec()
@@ -45,7 +45,7 @@ def begin_again(restart: Restart) -> NoReturn:
 
 
 def begun_again() -> Restart | None:
-    """Return the state to resume with; None if this process was started by somebody else."""
+    """Return the state to resume with; None if `begin_again` did not start this interpreter."""
     if (order := os.environ.pop(_VARIABLE, None)) is None:
         return None
     pid, directory, restart = pickle.loads(base64.b64decode(order))
@@ -57,7 +57,7 @@ def begun_again() -> Restart | None:
 
 
 def _close_on_exec() -> None:
-    """Have all but the standard streams closed then: Ray leaves files open, and with them its shared memory."""
+    """Let exec close all files but the standard streams: Ray leaves files open, which would keep its shared memory."""
     try:
         numbers = [int(entry.name) for entry in Path("/dev/fd").iterdir()]
     except OSError:
@@ -66,5 +66,5 @@ def _close_on_exec() -> None:
         if number > 2:
             try:
                 os.set_inheritable(number, False)
-            except OSError:  # that of the listing itself
+            except OSError:  # closed meanwhile: the descriptor of the listing itself
                 continue

@@ -1,4 +1,4 @@
-"""Finding out what a run directory holds before a run begins, or continues, in it."""
+"""Checks of a run directory, and of the config against it, before a run starts or resumes there."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ from ftexp.rundir.sample_ledger import last_attempt
 from ftexp.rundir.state import RunState, read_state
 from ftexp.storage.directory import Storage
 
-# groups of which a resumed run says what changed
+# groups whose changes a resumed run prints
 _MAY_CHANGE = ("train", "data", "stopping", "hooks", "scaling", "failure", "checkpoint", "schedule")
 
 
 def has_run(run_dir: Storage) -> bool:
-    """Whether a run has begun here."""
+    """Return whether the directory holds a run."""
     return run_dir.exists(RUN_FILE) or bool(run_dir.child(CHECKPOINTS).list_directories())
 
 
 def located(uri: str, run_dir: Storage) -> str:
     """Return `resume_from` as an absolute path or URI; ConfigError if a new run finds no checkpoint there."""
     try:
-        if not has_run(run_dir):  # a run that has begun has checkpoints of its own
+        if not has_run(run_dir):  # an existing run resumes from its own checkpoints
             locate(uri)
     except (CheckpointError, ConfigError, OSError) as error:
         raise ConfigError(f"resume_from={uri}: {error}") from error
@@ -46,7 +46,7 @@ def located(uri: str, run_dir: Storage) -> str:
 
 
 def require_resumable(config: Config, run_dir: Storage) -> None:
-    """ConfigError if `resume` says that there must, or mustn't, be a run already."""
+    """Raise ConfigError if `resume` demands a run and there is none, or forbids one and there is one."""
     if config.resume == "auto":
         return
     begun = has_run(run_dir)
@@ -61,7 +61,7 @@ def require_resumable(config: Config, run_dir: Storage) -> None:
 
 
 def recorded(run_dir: Storage) -> dict[str, Any] | None:
-    """Return the fingerprint of the run here, a checkpoint's if run.json is lost; None if there is no run."""
+    """Return the fingerprint of the run here, from a checkpoint if run.json is lost; None if there is no run."""
     state = read_state(run_dir)
     if state is not None:
         return state.fingerprint
@@ -70,7 +70,7 @@ def recorded(run_dir: Storage) -> dict[str, Any] | None:
 
 
 def decoding_as_begun(config: Config, run_dir: Storage, typed: Iterable[str]) -> Config:
-    """Return the config, with images decoded as the run began to: see `as_begun`; log what differs from new runs."""
+    """Return the config with the decoding that the run started with, see `as_begun`; print how new runs differ."""
     config, older = as_begun(config, recorded(run_dir), typed)
     if older:
         print(f"ftexp: the run is older than {', '.join(older)}: images are decoded as before", file=sys.stderr)
@@ -78,10 +78,10 @@ def decoding_as_begun(config: Config, run_dir: Storage, typed: Iterable[str]) ->
 
 
 def open_run(config: Config, run_dir: Storage, run_name: str) -> RunState:
-    """The state to resume from; ConfigError if the directory holds a run that is defined otherwise."""
+    """Return the state to start or resume from; ConfigError if the directory holds a different run."""
     own = fingerprint(config)
     state = read_state(run_dir)
-    if state is None:  # run.json may be lost: the checkpoints still hold their own description
+    if state is None:  # run.json may be lost; each checkpoint holds the fingerprint too
         manifests = CheckpointStore(run_dir.child(CHECKPOINTS)).manifests(lambda *_: None)
         for manifest in manifests[:1]:
             differences(manifest.fingerprint, own, run_dir.uri)
@@ -92,11 +92,11 @@ def open_run(config: Config, run_dir: Storage, run_name: str) -> RunState:
     except ConfigError:
         if _has_progress(state, run_dir):
             raise
-        # it ended before its first step (by a mistake in its config, say): there is nothing to mix with another run
+        # it ended before its first step, for example by an error in its config: there is nothing to resume
         return RunState(name=run_name, fingerprint=own, attempts=state.attempts)
     train = config.train
     if state.stopped is not None and state.stopped["rules"] != stopping_rules(config):
-        state.stopped = None  # what ended it has been changed: the run trains on
+        state.stopped = None  # the rules that ended it have changed: it continues to train
     done = state.epoch >= train.epochs or (train.max_steps is not None and state.step >= train.max_steps)
     done = done or state.stopped is not None
     state.status = state.status if state.status == "finished" and done else "running"
@@ -108,14 +108,14 @@ def _has_progress(state: RunState, run_dir: Storage) -> bool:
 
 
 def preprocessing_as_begun(config: Config, overrides: Sequence[str], run_dir: Storage) -> Config | None:
-    """The config with the preprocessing that its run began with, where the overrides don't set it.
+    """Return the config with the preprocessing that its run started with, where the overrides don't set it.
 
-    For runs of pretrained weights. None if no run that has made progress is there.
+    For runs with pretrained weights. None if the directory holds no run with progress.
     """
     before, state = recorded(run_dir), read_state(run_dir)
     if before is None or (state is not None and not _has_progress(state, run_dir)):
         return None
-    # a field that isn't recorded is younger than the run, which then began with its default
+    # a field that isn't recorded was added after the run started; the run used its default
     begun = {**fingerprint(Config()), **before}
     return _with_data(config, overrides, {name: begun[f"data.{name}"] for name in PREPROCESSING})
 
@@ -123,7 +123,7 @@ def preprocessing_as_begun(config: Config, overrides: Sequence[str], run_dir: St
 def with_preprocessing(config: Config, overrides: Sequence[str], values: Mapping[str, Any]) -> Config:
     """Return the config with the preprocessing of its weights, where the overrides don't set it.
 
-    Images of a source in memory are neither cropped nor scaled, so that mean and std are all they take.
+    For a source in memory, only mean and std apply: its images are neither cropped nor scaled.
     """
     own = values if can_stream(config.data.name) else {name: values[name] for name in ("mean", "std") if name in values}
     return _with_data(config, overrides, own)
@@ -137,9 +137,10 @@ def _with_data(config: Config, overrides: Sequence[str], values: Mapping[str, An
 
 
 def changes(config: Config, state: RunState, run_dir: Storage) -> list[str]:
-    """Return what is different from the run's last invocation, a line each: of what may change (see `fingerprint`).
+    """Return a line for each setting that differs from the run's last invocation; only of groups in _MAY_CHANGE.
 
-    [] for a new run, and where config.yaml can't be read.
+    Also a line if the run has already trained more than train.epochs. Nothing is compared for a new run, or if
+    config.yaml can't be read.
     """
     epochs, lines = config.train.epochs, []
     if state.epoch > epochs:
@@ -156,10 +157,10 @@ def changes(config: Config, state: RunState, run_dir: Storage) -> list[str]:
 
 
 def labels_as_begun(data: DataConfig, before: Mapping[str, Any]) -> DataConfig:
-    """The same, where whole numbers as labels mean what they meant when the run began.
+    """Return `data` with the meaning of integer labels that the run started with.
 
-    before: the fields of the run's DataInfo; none for a new run. Runs without `integer_labels` began before there was
-    a choice.
+    before: the fields of the run's DataInfo; empty for a new run. Without `integer_labels`, the run is older than the
+    choice between meanings.
     """
     if not before:
         return data
@@ -167,7 +168,7 @@ def labels_as_begun(data: DataConfig, before: Mapping[str, Any]) -> DataConfig:
 
 
 def require_same_data(config: Config, state: RunState, info: DataInfo) -> None:
-    """ConfigError if the run began with other samples: which one comes when depends on their number and order."""
+    """Raise ConfigError if the run started with other samples: their order depends on their number and listing."""
     before, now = state.data.get("num_samples", {}).get("train"), info.num_samples["train"]
     earlier = _listed_otherwise(state.data)
     if before is not None and before != now:
@@ -186,7 +187,7 @@ def require_same_data(config: Config, state: RunState, info: DataInfo) -> None:
 
 
 def repeated_samples(config: Config, info: DataInfo) -> str | None:
-    """Return a warning if a global batch is larger than the training split; None if it isn't."""
+    """Return a warning if a global batch is larger than the training split; None otherwise."""
     batch, samples = config.train.global_batch_size, info.num_samples["train"]
     if batch <= samples:
         return None
@@ -197,7 +198,7 @@ def repeated_samples(config: Config, info: DataInfo) -> str | None:
 
 
 def require_shared_statistics(config: Config, info: DataInfo) -> None:
-    """ConfigError if batch norm's means over ranks are asked for, which a validation takes, and there is none."""
+    """Raise ConfigError if train.dist_bn=reduce and there is no validation, before which it averages over ranks."""
     if config.train.dist_bn == "reduce" and not info.num_samples["val"]:
         raise ConfigError(
             "train.dist_bn=reduce takes means over ranks before each validation, and the data have no validation "
@@ -206,10 +207,10 @@ def require_shared_statistics(config: Config, info: DataInfo) -> None:
 
 
 def require_trained_on(what: str, before: Mapping[str, Any], now: str | None) -> None:
-    """ConfigError if a data set isn't the one that a run was cut into splits from.
+    """Raise ConfigError if a data set isn't the one whose splits a run was trained on.
 
     Args:
-        what: names the data set in the error.
+        what: name of the data set in the error.
         before: the fields of the run's DataInfo.
         now: the digest of the listing of the data set.
     """
@@ -222,7 +223,7 @@ def require_trained_on(what: str, before: Mapping[str, Any], now: str | None) ->
 
 
 def _listed_otherwise(data: Mapping[str, Any]) -> str:
-    """Return what else may have changed the samples of a run: an earlier ftexp listed other entries."""
+    """Return a hint if an earlier version of ftexp, which listed other entries, started the run; otherwise ""."""
     if data.get("excluded") is not None:
         return ""
     return (
@@ -233,5 +234,5 @@ def _listed_otherwise(data: Mapping[str, Any]) -> str:
 
 
 def _are_others(before: str | None, now: str | None) -> bool:
-    """Whether digests of two listings differ, where both are known."""
+    """Return whether two digests of listings are known and differ."""
     return None not in (before, now) and before != now

@@ -1,4 +1,4 @@
-"""One run, from a config to its last metrics. Nothing heavy is imported before the config is known to be good."""
+"""One run, from a config to its last metrics. Nothing heavy is imported before the config is validated."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ def train(
     restart: Restart | None = None,
     begin_again: Callable[[Restart], NoReturn] | None = None,
 ) -> dict[str, float]:
-    """Check `config`, run it to the end and return its last metrics.
+    """Validate `config`, run it to the end and return the last metrics.
 
     Args:
-        config: a whole run.
-        overrides: what was typed, for overrides.yaml; pretrained weights set their preprocessing where it wasn't. None:
-            `config` is taken as it is.
-        shared: the Ray of the sweep that this is a trial of; None: one of its own, or `scaling.address`.
-        restart: what a command that has begun again, because its Ray had died, continues with.
-        begin_again: how a command does that; None: in this process it can't, and a Ray that dies ends the run.
+        config: config of the whole run.
+        overrides: overrides as typed, for overrides.yaml; preprocessing that they don't set is taken from pretrained
+            weights. None: `config` is used unchanged.
+        shared: the Ray of the sweep that this run is a trial of; None: a Ray of its own, or `scaling.address`.
+        restart: state to resume with, if this process restarted because its Ray had died.
+        begin_again: restarts this process if its Ray dies; None: Ray's death ends the run.
 
     Raises:
         ConfigError: the config is wrong; nothing was started.
         DataError: the data can't be read.
-        RunFailedError: failures are spent, or Ray died. Everything saved is still there.
+        RunFailedError: no restart is allowed any more, or Ray died. The checkpoints are still there.
     """
-    if restart is None:  # else it was, before its weights' preprocessing came in
+    if restart is None:  # else it was validated before its weights' preprocessing was added
         validate(config)
-    if config.data.root is not None:  # the run's config.yaml is read from other directories
+    if config.data.root is not None:  # absolute: config.yaml may be read in another working directory
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, root=absolute(config.data.root)))
     from ftexp.cluster.ray_cluster import prepare_environment
     from ftexp.cluster.resources import decide_workers, spare_of
@@ -77,7 +77,7 @@ def train(
 
 
 def _started(context: RunContext) -> dict[str, float]:
-    """Train in a Ray. What workers will be forked from imports while this process does: the run waits for both."""
+    """Run the session. The process that workers are forked from imports modules in parallel with this one."""
     from ftexp.cluster.hot_start.driver import HotStart, imports_of
     from ftexp.cluster.importing import uncollected
 
@@ -93,7 +93,7 @@ def _started(context: RunContext) -> dict[str, float]:
 
 
 def _checked(config: Config, overrides: list[str] | None, run_dir: Storage) -> Config:
-    """The config, with `resume_from` as workers can open it, once it is known to fit what the run directory holds."""
+    """Check the config against the run directory; return it with `resume_from` absolute and the preprocessing set."""
     from ftexp.driver.resume import has_run, located, require_resumable
 
     require_resumable(config, run_dir)
@@ -108,7 +108,7 @@ def _checked(config: Config, overrides: list[str] | None, run_dir: Storage) -> C
 
 
 def _show_again(context: RunContext) -> None:
-    """Print a run that has finished, and give it to the trackers that haven't got all of it."""
+    """Print the summary of a finished run, and deliver it to trackers that lack part of it."""
     from ftexp.driver.resume import changes
     from ftexp.driver.terminal import Terminal
     from ftexp.driver.tracker_session import deliver_late
@@ -121,7 +121,10 @@ def _show_again(context: RunContext) -> None:
 
 
 def _with_preprocessing(config: Config, overrides: list[str] | None, run_dir: Storage) -> Config:
-    """The config with what its run began with, or what its weights bring; ConfigError if those don't fit the model."""
+    """Return the config with the preprocessing that its run started with, or else that of its pretrained weights.
+
+    ConfigError if the weights don't fit the model.
+    """
     from ftexp.driver.resume import preprocessing_as_begun, with_preprocessing
 
     begun = preprocessing_as_begun(config, overrides or [], run_dir)
@@ -141,7 +144,7 @@ def _with_preprocessing(config: Config, overrides: list[str] | None, run_dir: St
 
 
 def _import_plugins(config: Config) -> None:
-    """Import what may register the model, on the driver."""
+    """Import the plug-ins on the driver; one may register the model."""
     from ftexp.cluster.ray_cluster import prepare_environment
     from ftexp.registry import load_plugins
 
@@ -150,7 +153,7 @@ def _import_plugins(config: Config) -> None:
 
 
 def _check_sizes(config: Config) -> None:
-    """ConfigError if the model can't be trained on the sizes of progressive resizing; imports torch and timm."""
+    """Raise ConfigError if the model can't be trained on the sizes of progressive resizing. Imports torch and timm."""
     _import_plugins(config)
     from ftexp.model.sizes import check_sizes
 
@@ -158,7 +161,7 @@ def _check_sizes(config: Config) -> None:
 
 
 def _check_weights(config: Config) -> tuple[dict[str, Any], str]:
-    """The weights' preprocessing, and whose config says so. It takes torch and timm, so that it costs seconds."""
+    """Check the pretrained weights; return their preprocessing and its origin. Importing torch and timm is slow."""
     _import_plugins(config)
     from ftexp.model.build import check_weights
     from ftexp.model.preprocessing import preprocessing_of

@@ -1,4 +1,4 @@
-"""One call of the command once the config is good: Ray up, data in, train, Ray down."""
+"""One invocation after its config was validated: start or join Ray, list the data, train, leave Ray."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import dataclasses
 import functools
 from typing import TYPE_CHECKING
 
-import ray  # noqa: F401 - before a thread imports what imports it
+import ray  # noqa: F401 - before a thread imports modules that import it
 from omegaconf import OmegaConf
 
 from ftexp.cluster.hot_start.driver import on_joined_nodes
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 
 
 def run_session(context: RunContext, hot_start: HotStart) -> dict[str, float]:
-    """Train in a Ray that is started here, or joined, and left again; returns the last metrics."""
+    """Start or join Ray, train, leave Ray; return the last metrics."""
     config, shared, terminal = context.config, context.shared, Terminal()
     importing = import_meanwhile("ftexp.driver.trainer")
     alerts, running = Alerts(config.notify), None
@@ -103,14 +103,14 @@ def _records(context: RunContext, terminal: Terminal, alerts: Alerts) -> tuple[R
 
 
 def _prepare(context: RunContext, terminal: Terminal) -> tuple[RunContext, str | None, DataBundle]:
-    """The context for the Ray that runs, why its workers aren't forked if they aren't, and what is trained on."""
+    """Return the context and the reason from `_with_joined_nodes`, and the data."""
     context, why_cold = _with_joined_nodes(context)
     return context, why_cold, _build(context, terminal)
 
 
 def _build(context: RunContext, terminal: Terminal) -> DataBundle:
-    """Return the data, once all names in the config are known to exist; ConfigError if one does not."""
-    import ftexp.checkpoint.states  # noqa: F401 - registers what is built in
+    """Check the config against plug-ins, cluster and data; return the data. ConfigError if a check fails."""
+    import ftexp.checkpoint.states  # noqa: F401 - registers the built-in states
     from ftexp.checkpoint.registry import check_names
     from ftexp.data.build import build_data, drawn_by_class
 
@@ -160,7 +160,7 @@ def _run(context: RunContext, session: Session) -> dict[str, float]:
 
 
 def _record_command(context: RunContext, session: Session) -> list[str]:
-    """Write what the run is made of; returns what is different from its last invocation."""
+    """Write the config, the overrides and run.json; return the differences from the run's last invocation."""
     config, run_dir, bundle = context.config, context.run_dir, session.bundle
     context.state.data = {"name": config.data.name, "feed": bundle.feed, **masked(bundle.info)}
     changed = changes(config, context.state, run_dir)
@@ -173,9 +173,9 @@ def _record_command(context: RunContext, session: Session) -> list[str]:
 
 
 def _with_joined_nodes(context: RunContext) -> tuple[RunContext, str | None]:
-    """The same, with what workers need for a hot start in a Ray that was joined; and why there is none."""
+    """Return the context with the workers' runtime env for a joined Ray; the reason if they can't be forked there."""
     shared, workers, scaling = context.shared, context.workers, context.config.scaling
-    why_cold = shared.why_cold if shared is not None else None  # a sweep has seen to its trials' jobs
+    why_cold = shared.why_cold if shared is not None else None  # a sweep sets the runtime env of its trials' jobs
     if scaling.address is not None and shared is None:
         runtime_env, why_cold = on_joined_nodes(scaling, workers.num_threads)
         context = dataclasses.replace(context, workers=dataclasses.replace(workers, runtime_env=runtime_env))
@@ -193,7 +193,7 @@ def _record_data(session: Session) -> None:
 
 
 def _introduce(context: RunContext, session: Session, changed: list[str]) -> None:
-    """Print what is going to run."""
+    """Print the run's header, the changes since its last invocation, and warnings."""
     from ftexp.data.sampling import epoch_in_words
 
     config, bundle, terminal = context.config, session.bundle, session.terminal
@@ -217,7 +217,7 @@ def _introduce(context: RunContext, session: Session, changed: list[str]) -> Non
 
 
 def _weights(config: Config) -> str | None:
-    """Return the source of pretrained weights and their preprocessing, for the header; None without any."""
+    """Return the source of the pretrained weights and their preprocessing, for the header; None without them."""
     data, pretrained = config.data, config.model.pretrained
     if pretrained is False:
         return None
@@ -226,7 +226,7 @@ def _weights(config: Config) -> str | None:
 
 
 def _teacher(context: RunContext) -> str | None:
-    """Return what a run learns from besides its labels."""
+    """Return a description of the teacher, for the header; None without a teacher."""
     spec, distill = context.teacher, context.config.distill
     if spec is None:
         return None
@@ -235,7 +235,7 @@ def _teacher(context: RunContext) -> str | None:
 
 
 def _conclude(context: RunContext, session: Session) -> None:
-    """The records are closed: print how the run ended, write its report, and let trackers take the rest."""
+    """Once the records are closed: print the summary, write the report, and wait for the trackers."""
     run_dir, terminal = context.run_dir, session.terminal
     session.trackers.end(outcome_of(context.state, run_dir))
     terminal.summary(context.state, run_dir)

@@ -1,4 +1,4 @@
-"""The hub's handler: has what workers and controller say recorded, decided upon and printed."""
+"""The hub's handler: it has messages of workers and controller recorded, decided upon and printed."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _CONTROLLER_DIED = Cause(CRASH, None, "Ray Train's controller died, and its work
 
 
 class Supervisor:
-    """Passes each message to the records, the decider and the printer. For its last three arguments see `Decider`."""
+    """Passes each message to the records, the decider and the printer. For the last three arguments see `Decider`."""
 
     def __init__(
         self,
@@ -57,19 +57,19 @@ class Supervisor:
         self._decider = Decider(record, config, num_before, no_new_ray)
         self._printer = Printer(terminal, record, self.group, config)
         self._asked = KeyboardInterrupt()
-        self._replaces = False  # whether it was decided to replace a worker, and none has come yet
+        self._replaces = False  # whether a worker is to be replaced, and no worker has started since
         self.on_evaluation_wanted: Callable[[EvaluateCheckpoint], None] = lambda _: None
-        # called with each message of workers, once it is on record
+        # called with each recorded message
         self.on_message: Callable[[Message], None] = lambda _: None
-        self.nccl_findings: Callable[[int], list[str]] = lambda _: []  # names of files of a failed attempt
+        self.nccl_findings: Callable[[int], list[str]] = lambda _: []  # returns the files of a failed attempt
 
     def handle(self, message: Message) -> Message | None:
-        """The hub's handler: one message at a time."""
+        """Handle a message and return the answer. The hub calls this for one message at a time."""
         match message:
             case GroupFailed():
                 cause = Cause(message.cause, message.rank, message.error, Ending(message.ending))
                 return self._failed(as_death(cause, self._record.died_rank), others_wait=message.others_wait)
-            case ControllerDied():  # same policy as for a worker; but here the driver must call fit() again
+            case ControllerDied():  # same policy as for a worker, but the driver must call fit() again
                 return self._failed(_CONTROLLER_DIED)
             case CouldNotStart(error):
                 self._could_not_start(error)
@@ -103,15 +103,18 @@ class Supervisor:
         return answer
 
     def _refusal(self) -> Stop | None:
-        """The answer to a worker that starts although the run was given up: Ray's controller doesn't wait for us."""
+        """Return Stop if the run was given up, else None: Ray's controller starts workers without waiting for us."""
         if self._decider.given_up is None and self._decider.leaving:
-            # the end that was announced: Ray asks no callback then
+            # the group before ended by an announced preemption, for which Ray calls no failure callback
             self._failed(as_death(find_cause({}), self._record.died_rank), reported_late=True)
         return Stop(str(self._decider.given_up)) if self._decider.given_up is not None else None
 
     def _failed(self, cause: Cause, reported_late: bool = False, others_wait: bool = False) -> Retry | Stop:
-        """Decide, record and print; the controller obeys the answer. `reported_late`: Ray knew when it began."""
-        if self._decider.given_up is not None:  # by workers that were asked to stop
+        """Decide about a failure, record and print it; return the answer to the controller.
+
+        reported_late: see `RunClock.failed`.
+        """
+        if self._decider.given_up is not None:  # the failure is of workers that were asked to stop
             return Stop(str(self._decider.given_up))
         cause, decision = self._decider.decide(cause, others_wait)
         self.group.failed()
@@ -127,7 +130,7 @@ class Supervisor:
         return Stop(str(error))
 
     def _note_nccl(self, attempt: int) -> None:
-        """Record what Ray's detector has found of an attempt that failed, if it has; what can't be moved stays."""
+        """Record what Ray's NCCL hang detector found in a failed attempt; files that can't be moved stay in place."""
         with contextlib.suppress(OSError):
             if files := self.nccl_findings(attempt):
                 self._note(events.NcclHang(files))
@@ -138,21 +141,21 @@ class Supervisor:
         self._printer.failure(self._record.fail(STARTUP, None, error, decision))
 
     def _ready(self, ready: Ready, start: Start) -> None:
-        """Compare what was restored with what was saved, and print that training begins."""
+        """Compare the restored checkpoint with the last one saved, and print that training begins."""
         state, restored = self._record.state, self.group.restored
         name = restored.checkpoint if restored is not None else None
-        # names begin with the step: what is restored may well be newer than the last that was heard of
+        # names begin with the step; the restored checkpoint may be newer than the last one reported
         saved = state.checkpoint
         if ready.source not in (REPLACED, MEMORY):
             if saved is not None and (name is None or name < saved) and saved not in self.group.rejected:
                 self._note(events.CheckpointRejected(saved, "it is gone"))
-            state.checkpoint = name  # a worker that died after saving it may not have reported it
+            state.checkpoint = name  # a worker may have died after saving it, before reporting it
         if start is Start.RESIZED:
             self._note(events.Resized(state.world_sizes[-1]))
         self._printer.ready(ready, start)
 
     def _note(self, event: events.Event) -> None:
-        """Record and print an event of the driver's own."""
+        """Record and print an event of the driver itself."""
         self._record.event(event)
         self.group.note(Happened(event))
         self._printer.event(event)
@@ -163,13 +166,13 @@ class Supervisor:
         return self._decider.given_up
 
     def ray_lost(self, error: RayLostError) -> None:
-        """Decide and record whether the run begins again with a new Ray; `error` takes the answer along."""
+        """Decide and record whether the run resumes with a new Ray; set `error.begins_again` accordingly."""
         error.begins_again = isinstance(self._failed(Cause(RAY, None, str(error), Ending.DIED)), Retry)
 
     def restart(self, config: Config, overrides: list[str]) -> Restart:
-        """Return the state that the command resumes with in a new interpreter, once that is decided.
+        """Return the state for a new interpreter, after `ray_lost` has decided to resume.
 
-        config: of the run, with nothing decided: the new interpreter decides again.
+        config: the run's config with failure.recovery as configured; the new interpreter decides it again.
         """
         name, noticed_at = self._record.state.name, self._record.clock.noticed_at
         assert noticed_at is not None, "by what was decided upon"
@@ -178,7 +181,7 @@ class Supervisor:
         return Restart(config, overrides, self._decider.num_before, noticed_at, self._record.unwritten_failures)
 
     def stop(self, hub: Hub, asked: KeyboardInterrupt) -> bool:
-        """Ask the workers to end after a final checkpoint; whether there are any."""
+        """Ask the workers to stop after a final checkpoint; return whether there are any."""
         self._asked = asked
         if not hub.broadcast(Stop()):
             return False
@@ -189,5 +192,5 @@ class Supervisor:
         return True
 
     def interrupted(self) -> KeyboardInterrupt:
-        """The interrupt that asked the run to stop."""
+        """Return the interrupt that asked the run to stop."""
         return self._asked

@@ -1,4 +1,4 @@
-"""Finding a run's teacher: which weights `distill.teacher` means, and whether they can teach, before Ray starts."""
+"""Search for a run's teacher before Ray starts: the weights that `distill.teacher` names, and whether they fit."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ _FILES = {"raw": "model.pt", "ema": "extra_state.pt"}  # files of a checkpoint
 
 
 def teacher_of(config: Config, run_dir: Storage) -> tuple[Config, TeacherSpec | None, ConfigError | None]:
-    """As `with_teacher`; of a run that has finished and whose teacher is gone, why it can't train on."""
+    """Like `with_teacher`, but a finished run may have lost its teacher.
+
+    Then the third value is the error, without which it can't train more, and the config has the recorded hashes.
+    """
     try:
         return *with_teacher(config, run_dir), None
     except ConfigError as error:
@@ -35,14 +38,14 @@ def teacher_of(config: Config, run_dir: Storage) -> tuple[Config, TeacherSpec | 
 
 
 def with_teacher(config: Config, run_dir: Storage) -> tuple[Config, TeacherSpec | None]:
-    """Find the teacher and see whether it fits. It takes torch and timm, so that it costs seconds.
+    """Find the teacher and check that it fits. Importing torch and timm takes seconds.
 
     Args:
-        config: a checked config.
-        run_dir: of the run that learns.
+        config: a validated config.
+        run_dir: run directory of the student.
 
     Returns:
-        The config, which names the very weights, and what workers build. Without a teacher, the config and None.
+        The config with the hashes and location of the weights, and the spec for the workers; None without a teacher.
 
     Raises:
         ConfigError: there is no such teacher, or it can't teach this model.
@@ -81,7 +84,7 @@ def with_teacher(config: Config, run_dir: Storage) -> tuple[Config, TeacherSpec 
 
 
 def _named(config: Config) -> TeacherSpec:
-    """The spec of a timm name, with the hub's weights or those of a file."""
+    """Return the spec of a timm model, with weights of the hub or of the file `distill.pretrained`."""
     distill, data = config.distill, config.data
     assert distill.teacher is not None
     if isinstance(distill.pretrained, str):
@@ -105,7 +108,7 @@ def _named(config: Config) -> TeacherSpec:
 
 
 def _of_file(config: Config, path: Path) -> TeacherSpec:
-    """The spec of a weights file that has timm's config.json next to it."""
+    """Return the spec of a weights file with timm's config.json next to it."""
     try:
         content = json.loads(path.with_name(_CONFIG_FILE).read_text(encoding="utf-8"))
         name, arguments = content["architecture"], {**content.get("model_args", {})}
@@ -143,7 +146,7 @@ def _with_file(config: Config, model: ModelConfig, path: Path, source: str) -> T
 
 
 def _statistics(config: Config, model: ModelConfig) -> dict[str, Any]:
-    """The mean and the std that a teacher's weights were trained with: those of the data where timm doesn't say."""
+    """Return mean and std of a teacher's weights; the data's own where timm doesn't give them."""
     from ftexp.model.preprocessing import preprocessing_of
 
     found, _ = preprocessing_of(model, config.data.channels)
@@ -151,7 +154,7 @@ def _statistics(config: Config, model: ModelConfig) -> dict[str, Any]:
 
 
 def _of_run(config: Config, uri: str, begun: str | None) -> tuple[TeacherSpec, dict[str, str]]:
-    """The spec of a run's checkpoint, and how the config names it. begun: see `_checkpoint`."""
+    """Return the spec of a run's checkpoint, and its location for the config. begun: see `_checkpoint`."""
     from ftexp.checkpoint.reading import weights_at
 
     distill = config.distill
@@ -186,9 +189,9 @@ def _of_run(config: Config, uri: str, begun: str | None) -> tuple[TeacherSpec, d
 
 
 def _checkpoint(run: SavedRun, distill: DistillConfig, begun: str | None) -> Manifest:
-    """The checkpoint that `distill.checkpoint` means.
+    """Return the checkpoint that `distill.checkpoint` names.
 
-    begun: the hash of the weights that a run that resumes began with: best and latest mean these as long as they exist.
+    begun: hash of the weights that a resumed run started with; best and latest select these as long as they exist.
     """
     if begun is not None and distill.checkpoint in ("best", "latest"):
         for manifest in run.store.manifests(lambda *_: None):

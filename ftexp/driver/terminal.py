@@ -1,6 +1,6 @@
 """Terminal output of a run: a header, a progress bar, a line for each failure and recovery, a table.
 
-With a terminal, rich draws; without one (CI, nohup) the same comes as plain lines.
+Without a terminal (CI, nohup), a line for each evaluation replaces the bar.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ _RATE_WINDOW_S = 10.0
 
 
 class Terminal:
-    """Prints one run. Values come from the run's records, so that what is seen is what is kept."""
+    """Output of one run. All values come from the run's records, so output and records agree."""
 
     def __init__(self, console: Console | None = None) -> None:
-        # a file or pipe has no width of its own: let lines be as long as they are
+        # a file or pipe has no width: lines aren't wrapped
         plain = console is None and not sys.stdout.isatty()
         self.console = console or Console(highlight=False, width=160 if plain else None, soft_wrap=plain)
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         self._epochs = 0
         self._batch_size = 0
-        self._rates: list[tuple[float, int]] = []  # (time, step) of the last seconds
-        self._deaf = False  # nobody reads any more
+        self._rates: list[tuple[float, int]] = []  # (time, step) within the last _RATE_WINDOW_S
+        self._deaf = False  # whether output has failed, so nothing is printed any more
 
     def say(self, text: str, style: str = "") -> None:
         """Print a line above the bar."""
@@ -45,7 +45,7 @@ class Terminal:
         self._draw(lambda: say(console, text, style))
 
     def _draw(self, draw: Callable[[], None]) -> None:
-        """Call `draw`. What can't be shown never ends a run: from the first failure on, nothing is drawn."""
+        """Call `draw`. Failing output never ends a run: after the first error, nothing is drawn any more."""
         if self._deaf:
             return
         try:
@@ -66,7 +66,7 @@ class Terminal:
         weights: str | None = None,
         teacher: str | None = None,
     ) -> None:
-        """Print what is going to run, and where; `weights`: pretrained ones, and their preprocessing."""
+        """Print the run's header. `weights`: the pretrained weights and their preprocessing."""
         sizes = " · ".join(f"{count:,} {split}" for split, count in data.num_samples.items())
         shape = f"{data.image_size}×{data.image_size}×{data.channels}"
         for title, text in (
@@ -97,14 +97,14 @@ class Terminal:
         self.say(f"{'status':<9}finished before: nothing to train; train.epochs=... trains on")
 
     def changed(self, lines: Sequence[str]) -> None:
-        """Print what is different from the run's last invocation."""
+        """Print the differences from the run's last invocation."""
         for line in lines:
             self.say(f"{'changed':<9}{line}", "yellow")
 
     def ready(
         self, state: RunState, total_steps: int, batch_size: int, epochs: int, pids: list[int], device: str
     ) -> None:
-        """Training is about to start, or to start again."""
+        """Print that training starts, unless after a failure, and open the bar or reset it."""
         self._epochs, self._batch_size, self._rates = epochs, batch_size, []
         pid_text = ", ".join(map(str, pids))
         if state.attempts == 1 or not state.failures or state.failures[-1].seconds_to_restore is None:
@@ -126,7 +126,7 @@ class Terminal:
             self._bar.start()
             self._task = self._bar.add_task("", total=total_steps, epoch=0, epochs=epochs, values="")
         elif self._bar is not None and self._task is not None:
-            self._bar.reset(self._task, completed=step)  # or time left would count the restart as slow steps
+            self._bar.reset(self._task, completed=step)  # else the time left would count the restart as slow steps
 
     def step(self, state: RunState) -> None:
         """Move the bar to the state's step."""
@@ -139,18 +139,18 @@ class Terminal:
             self._draw(lambda: bar.update(task, completed=state.step, epoch=current, values=values))
 
     def epoch(self, state: RunState, step: int, epoch: int) -> None:
-        """An epoch was evaluated, that ended at `step`: without a terminal this is the line that shows life."""
+        """Show the evaluation of an epoch that ended at `step`. Without a terminal, this line shows the progress."""
         self.step(state)
         if self._bar is None:
             self.say(" ".join([f"epoch {epoch}/{self._epochs} step {step}", *self._values(state).values()]))
 
     def failure(self, failure: Failure) -> None:
-        """A worker group failed; say what, where, and what happens now."""
+        """Print a failure: where and when, its cause, and the decision."""
         what = f"✗ {failure.where} failed after step {failure.step} [{failure.cause}]: {failure.error}"
         self.say(f"{what}; {failure.decision}", "red")
 
     def recovered(self, failure: Failure, checkpoint: str | None, rejected: int, pids: list[int]) -> None:
-        """Training continues after a failure."""
+        """Print that training continues after a failure, and the state that it continues from."""
         origin = f"restored {checkpoint}" if checkpoint else "no checkpoint yet: restarting from the beginning"
         if failure.recovery == MEMORY:
             origin = f"restored {checkpoint} from memory"
@@ -167,7 +167,7 @@ class Terminal:
         )
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         if (bar := self._bar) is not None:
             self._draw(bar.stop)
             self._bar = None
@@ -207,7 +207,7 @@ class Terminal:
             self.say(f"{first}To {then}, run the same command with run.name={state.name}")
 
     def _values(self, state: RunState) -> dict[str, str]:
-        """Return {title: text} of what is shown of the last point."""
+        """Return {title: text} of the values of the last point that are shown, and of the speed."""
         last = state.metrics["last"]
         shown = {title: f"{title} {last[key]:.3f}" for key, title in _LIVE if last.get(key) is not None}
         if len(self._rates) > 1 and (seconds := self._rates[-1][0] - self._rates[0][0]) > 0:
@@ -217,7 +217,7 @@ class Terminal:
 
 
 def _fitting(values: Mapping[str, str], room: int) -> str:
-    """Return as many of the values as `room` characters hold, the most useful ones."""
+    """Return the values as a line of at most `room` characters, without the least useful ones if need be."""
     shown = dict(values)
     for title in _DROPPED_FIRST:
         if len(" ".join(shown.values())) > room:
@@ -226,13 +226,13 @@ def _fitting(values: Mapping[str, str], room: int) -> str:
 
 
 def _others(last: Mapping[str, float | None]) -> list[str]:
-    """Return the names of the test split's metrics besides loss and accuracy."""
+    """Return the names of the test split's metrics other than loss and accuracy."""
     known = {f"test_{name}{of}" for name in ALWAYS_LOGGED for of in ("", "_ema")}
     return [key for key, value in last.items() if key.startswith("test_") and key not in known and value is not None]
 
 
 def _reason(state: RunState) -> str:
-    """Return why the run ended, unless the line of its last failure has said so."""
+    """Return why the run ended; "" if the line of its last failure shows it."""
     printed = state.error is None or (state.failures and state.failures[-1].error in state.error)
     return "" if printed else f": {state.error}"
 
@@ -242,7 +242,7 @@ def _goodput(state: RunState) -> str:
 
 
 def _account(failure: Failure) -> str:
-    """Return the cost of one failure, as a line."""
+    """Return a line about a failure and its cost."""
     parts = (
         ("to detect", failure.seconds_to_detect),
         ("to restart", failure.seconds_to_restart),

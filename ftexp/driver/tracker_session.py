@@ -1,4 +1,4 @@
-"""Between a run's records and its trackers: their points, the outcome at the end, and what is logged of them."""
+"""Link from a run's records to its trackers: points, the outcome at the end, and the printing of trackers' events."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ftexp.wire.events import TrackerFailed
 
 
 def trackers_of(config: Config, record: RunRecord, sweep: Storage | None) -> Trackers:
-    """The trackers of a run that is about to train; `sweep`: the directory of the one that it is a trial of."""
+    """Return the trackers of a run that is about to train. sweep: directory of the sweep that the run is a trial of."""
     run_dir, state = record.storage, record.state
     run = None
     if config.tracker.names:
@@ -38,7 +38,7 @@ def outcome_of(state: RunState, run_dir: Storage) -> Outcome:
     directory, best_step = run_dir.child(CHECKPOINTS), state.metrics["best"].get("step")
     names = {"checkpoint": state.checkpoint}
     if best_step is not None:
-        with contextlib.suppress(OSError):  # the store is down: it may still have it
+        with contextlib.suppress(OSError):  # the store is down; the checkpoint may still exist
             found = [name for name in directory.list_directories() if name.startswith(f"step_{best_step:08d}.")]
             names["best_checkpoint"] = found[-1] if found else None
     counted = {
@@ -58,7 +58,10 @@ def outcome_of(state: RunState, run_dir: Storage) -> Outcome:
 
 
 def close_trackers(trackers: Trackers, record: RunRecord, terminal: Terminal) -> None:
-    """After `Trackers.end`, once the records are closed: wait, and report the rest. Never fails the run."""
+    """Wait for the trackers, print and record their last events. Never fails the run.
+
+    To be called after `Trackers.end`, once the records are closed.
+    """
     for event in trackers.wait():
         terminal.say(described(event), "yellow" if isinstance(event, TrackerFailed) else "")
         with contextlib.suppress(OSError):
@@ -66,7 +69,7 @@ def close_trackers(trackers: Trackers, record: RunRecord, terminal: Terminal) ->
 
 
 def deliver_late(context: RunContext, terminal: Terminal) -> None:
-    """Give a run that has finished to the trackers that haven't got all of it: they were down, or are new."""
+    """Deliver a finished run to trackers that lack part of it, because they were down or are new."""
     config, run_dir, state = context.config, context.run_dir, context.state
     late = [name for name in config.tracker.names if name not in read_complete(run_dir)]
     if late:

@@ -1,4 +1,4 @@
-"""The driver: builds the TorchTrainer from the config, supervises it, and keeps the run's records."""
+"""Training on the driver: builds the TorchTrainer, runs it, and closes the run's records."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ from ftexp.wire.messages import ControllerDied, CouldNotStart, Happened, Retry, 
 
 
 def run_training(context: RunContext, session: Session) -> dict[str, float]:
-    """Train to the end; returns the last metrics. However it ends, run.json holds the outcome.
+    """Train to the end and return the last metrics. run.json holds the outcome, also after an error.
 
-    RunFailedError when failures are spent; KeyboardInterrupt passes through once the run is marked interrupted.
-    A RayLostError that `begins_again` is no end: the run's records stay open.
+    RunFailedError if no restart is allowed any more. KeyboardInterrupt is raised again once the run is recorded as
+    interrupted. RayLostError if Ray died; if its `begins_again` is set, the run resumes and its records stay open.
     """
     record, supervisor, terminal, running = session.record, session.supervisor, session.terminal, session.running
     hub = Hub(running.host, supervisor.handle)
@@ -67,7 +67,7 @@ def run_training(context: RunContext, session: Session) -> dict[str, float]:
 
     def lost() -> str | None:
         if (why := running.lost()) is not None:
-            hub.close()  # what follows from it is no failure of its own
+            hub.close()  # what follows from Ray's death is no failure of its own
             if running.is_own:
                 end_workers(record.pids())
         return why
@@ -117,9 +117,9 @@ def run_training(context: RunContext, session: Session) -> dict[str, float]:
 
 
 def _fit(context: RunContext, session: Session, hub: Hub) -> ray.train.Result:
-    """Fit, and again if Ray Train's controller itself dies, for as long as the policy allows.
+    """Call fit(), and again if Ray Train's controller itself died, as long as the policy allows.
 
-    In a Ray that was joined, which resources the controller held is not known: there the run ends.
+    In a Ray that was joined, the run ends instead: it is unknown which resources the dead controller held.
     """
     is_replaced = context.config.failure.recovery == REPLACE
     controller = replacing.TrainController if is_replaced else watching.TrainController
@@ -136,19 +136,19 @@ def _fit(context: RunContext, session: Session, hub: Hub) -> ray.train.Result:
                     raise RunFailedError("Ray Train's controller died: run the same command again") from None
                 case Stop(reason):
                     raise RunFailedError(reason) from None
-                case _:  # the command ends, and nothing is heard any more
+                case _:  # the hub is closed: the invocation is ending
                     raise
 
 
 def _release_workers() -> None:
-    """Give back what a dead controller held: its workers' placement groups, for which the next would wait for ever."""
+    """Remove the placement groups of a dead controller's workers: the next controller would wait for them for ever."""
     for group_id, group in placement_group_table().items():
         if group["state"] != "REMOVED":
             remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group_id))))
 
 
 def _close(record: RunRecord, status: str, reason: str | None, terminal: Terminal) -> None:
-    """Close the records; what goes wrong then must not hide why the run failed."""
+    """Close the records. An error is raised only if the run finished; otherwise it would hide why the run failed."""
     try:
         record.close(status, reason)
     except StorageError as error:
@@ -158,7 +158,10 @@ def _close(record: RunRecord, status: str, reason: str | None, terminal: Termina
 
 
 def build_trainer(context: RunContext, bundle: DataBundle, hub: HubAddress) -> TorchTrainer:
-    """The TorchTrainer of a run. Ray's own snapshot of an earlier call is dropped: the manifests decide."""
+    """Return the TorchTrainer of a run.
+
+    Ray's own snapshot of an earlier fit() is deleted: the checkpoints' manifests decide where a run resumes.
+    """
     config, workers, run_dir, state = context.decided_config, context.workers, context.run_dir, context.state
     run_dir.delete_file(ray_private.SNAPSHOT)
     scaling, failure = config.scaling, config.failure
@@ -175,12 +178,12 @@ def build_trainer(context: RunContext, bundle: DataBundle, hub: HubAddress) -> T
         bundle.decode_cpus,
         teacher=context.teacher,
     )
-    # not in the spec: a reference to an object doesn't survive pickle
+    # not in the spec: an object reference doesn't survive pickle
     classes = Shared(bundle.classes) if bundle.classes is not None else None
     reporter = FailureReporter(hub)
     return TorchTrainer(
         _train_function,
-        # as bytes: Ray unpacks this config in its controller too, where importing torch and timm would only cost time
+        # as bytes: Ray unpickles this config in its controller too, which would then import torch and timm for nothing
         train_loop_config={"spec": pickle.dumps(spec), "streams": bundle.streams, "classes": classes},
         torch_config=ReportingTorchConfig(backend=scaling.backend, timeout_s=scaling.timeout_s, reporter=reporter),
         scaling_config=ScalingConfig(
@@ -193,14 +196,14 @@ def build_trainer(context: RunContext, bundle: DataBundle, hub: HubAddress) -> T
             storage_path=base,
             storage_filesystem=filesystem,
             failure_config=FailureConfig(
-                # ftexp.failure.policy decides, and ends the run by FailureReporter
+                # no limit: ftexp.failure.policy decides, and FailureReporter ends the run
                 max_failures=-1,
                 max_preemption_failures=-1,
                 controller_failure_limit=failure.controller_failure_limit,
                 relax_collectives_on_preemption=failure.relax_collectives_on_preemption,
                 preemption_grace_s=failure.preemption_grace_s,
             ),
-            # the store thins out; Ray must not delete what it keeps
+            # the store deletes old checkpoints; Ray must not delete those that it keeps
             checkpoint_config=CheckpointConfig(num_to_keep=None),
             callbacks=[reporter, RoomAwaited()],
             worker_runtime_env=workers.runtime_env,
@@ -213,7 +216,7 @@ def build_trainer(context: RunContext, bundle: DataBundle, hub: HubAddress) -> T
 
 
 def _anywhere(config: Config) -> Config:
-    """With the path of the weights absolute: Ray Train lets workers begin in a directory of its own."""
+    """Return the config with the weights' path absolute: Ray Train starts workers in another working directory."""
     if not isinstance(config.model.pretrained, str):
         return config
     path = str(Path(config.model.pretrained).expanduser().absolute())
@@ -221,7 +224,7 @@ def _anywhere(config: Config) -> Config:
 
 
 def _train_function(loop_config: dict[str, Any]) -> dict[str, float] | None:
-    from ftexp.worker.loop import train_loop  # it imports timm, which takes seconds that the driver can do without
+    from ftexp.worker.loop import train_loop  # it imports timm, which takes seconds; the driver needs none of it
 
     spec = dataclasses.replace(pickle.loads(loop_config["spec"]), classes=loop_config["classes"])
     return train_loop(spec, loop_config["streams"])

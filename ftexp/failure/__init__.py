@@ -1,1 +1,1 @@
-"""Failures: their causes, what follows from them, and what is reported of them."""
+"""Failures: their causes and detection, the decisions about them, and the reports to the driver."""

@@ -18,9 +18,9 @@ from ftexp.wire.messages import Hung
 BUG, OUT_OF_MEMORY, CRASH, HANG, PREEMPTION, NON_FINITE, STORAGE, STARTUP, RAY, _ = CAUSES
 CONFIG = "config"  # a mistake in the config that only a worker could find; it ends the run, so it has no budget
 
-# what begins a failure, before what follows from it
+# kinds in order of precedence: what starts a failure, before what follows from it
 _FIRST = (PREEMPTION, OUT_OF_MEMORY, HANG, CRASH, CORRUPTION, NON_FINITE, STORAGE, STARTUP, CONFIG, BUG)
-_FINAL = (ConfigError, DataError, StateError, StorageError)  # the next try would end the same way
+_FINAL = (ConfigError, DataError, StateError, StorageError)  # another attempt would end the same way
 _BUGS = (
     *(TypeError, AttributeError, NameError, ImportError, LookupError, AssertionError, ArithmeticError),
     *(NotImplementedError, SyntaxError, ValueError),
@@ -34,7 +34,7 @@ _BUG_WORDS = re.compile(
     r"(?:Missing|Unexpected) key\(s\) in state_dict|out of bounds|does not require grad|has no attribute|"
     r"is not implemented for"
 )
-# messages of gloo, NCCL and the store when another rank is gone; not those for what NCCL can't do on this machine
+# messages of gloo, NCCL and the store when another rank is gone; not NCCL's errors about what this machine can't do
 _BROKEN_WORDS = re.compile(
     r"Connection reset|Connection closed|Connection was likely closed|Connection refused|Broken pipe|[gG]loo|"
     r"process group|Socket Timeout|[Tt]imed out waiting|wait timeout after|ncclRemoteError|remote process exit|"
@@ -48,16 +48,16 @@ _STORAGE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EAC
 
 
 class Ending(StrEnum):
-    """How the process that failed first came to its end."""
+    """How the process that failed first ended."""
 
     RAISED = auto()
-    GAVE_UP = auto()  # it raised an error that ftexp makes on purpose: another try changes nothing
-    DIED = auto()  # it was gone, so that the error says nothing of what it did
+    GAVE_UP = auto()  # it raised one of _FINAL: another attempt would end the same way
+    DIED = auto()  # it was gone, so the error doesn't show what it did
 
 
 @dataclass(frozen=True)
 class Cause:
-    """Why a worker group failed: what kind of failure, the rank that began it, and its error in a line."""
+    """Cause of a worker group's failure: its kind, the rank that failed first, and that rank's error in one line."""
 
     kind: str
     rank: int | None
@@ -74,22 +74,23 @@ def find_cause(worker_exceptions: dict[int, Exception]) -> Cause:
     rank, error = ranked[0]
     if is_echo(error):
         return Cause(CRASH, None, "the connection to another worker was lost", Ending.DIED)
-    began = error.rank if isinstance(error, CorruptionError) else rank  # every rank raises the former
+    # every rank raises a CorruptionError, which names the faulty rank if it is known
+    began = error.rank if isinstance(error, CorruptionError) else rank
     return Cause(_kind(error), began, _in_a_line(error), _ending(error))
 
 
 def as_death(cause: Cause, died_rank: int | None) -> Cause:
-    """The cause, once it is known which rank's process ended first, where Ray handed over what followed from it."""
+    """Return the cause with the rank whose process ended first, if Ray passed only the consequences of its death."""
     if cause.rank is not None or died_rank is None or cause.ending is not Ending.DIED:
         return cause
     return Cause(CRASH, died_rank, _DIED, Ending.DIED)
 
 
 def as_hang(cause: Cause, hung: dict[int, Hung]) -> Cause:
-    """Return the cause, once it is known which ranks, of `hung`, killed themselves since they made no progress."""
+    """Return the cause, given the ranks that killed themselves because they made no progress: `hung`, by rank."""
     if not hung or cause.ending is not Ending.DIED:
         return cause
-    # ranks that wait for another one make no progress either
+    # ranks that wait for a stuck one make no progress either
     rank = min(hung, key=lambda rank: (hung[rank].doing in WAITED_IN, rank))
     found = hung[rank]
     error = f"no progress for {found.seconds:.0f} s ({found.doing}); stack traces: {found.file}"
@@ -97,7 +98,7 @@ def as_hang(cause: Cause, hung: dict[int, Hung]) -> Cause:
 
 
 def as_preemption(cause: Cause, leaving: list[int]) -> Cause:
-    """The cause, once it is known that the machines of the ranks `leaving` had been announced to be taken away."""
+    """Return the cause, given the ranks `leaving`, of whose machines a preemption was announced."""
     if not leaving or cause.ending is not Ending.DIED:
         return cause
     return Cause(PREEMPTION, leaving[0], "its machine was taken away, as announced", Ending.DIED)
@@ -137,7 +138,7 @@ def _ending(error: Exception) -> Ending:
 
 
 def is_echo(error: Exception) -> bool:
-    """Whether this looks like what another rank's death does to a collective."""
+    """Return whether this looks like the error of a collective after another rank's death."""
     return isinstance(error, RuntimeError) and _BROKEN_WORDS.search(str(error)) is not None
 
 
@@ -149,6 +150,6 @@ def _in_a_line(error: Exception) -> str:
     if isinstance(error, FtexpError):
         return str(error)
     lines = [line for line in str(error).splitlines() if line.strip()]
-    # the last says most, but of a CUDA error, which ends with advice
+    # the last line says most, except in CUDA errors, which end with advice
     telling = next((line for line in lines if "CUDA error" in line), lines[-1] if lines else "")
     return f"{type(error).__name__}: {telling.strip()}" if lines else type(error).__name__

@@ -1,8 +1,8 @@
-"""The start of torch's process group, in Ray Train's controller: what fails there is decided upon as any failure is.
+"""Start of torch's process group, in Ray Train's controller; the driver decides about its failures as about any other.
 
-Ray picks a free port, which another process may take before torch listens on it; or a worker dies meanwhile. Ray Train
-would end the run by the first, and after the second start workers for which there is no room: it forgets the placement
-group of those that it had.
+Ray picks a free port, which another process may take before torch listens on it. Ray Train itself would then end the
+run. Or a worker dies meanwhile. Ray Train would then start workers for which there is no room, since it forgets the
+placement group of the earlier ones.
 """
 
 from __future__ import annotations
@@ -22,11 +22,14 @@ from ftexp.failure.reporter import FailureReporter
 
 
 class ReportingBackend(TorchConfig().backend_cls):  # type: ignore[misc]
-    """Ray's own, with failures of the start reported."""
+    """Ray's backend, with reports of a failed start."""
 
     def on_start(self, worker_group: Any, backend_config: ReportingTorchConfig) -> None:
-        """Ray's hook. StopRun if there shall be no further try, else RayActorError: Ray then makes new workers."""
-        if is_replacement(worker_group):  # the ranks form their group themselves
+        """Start the process group; Ray's hook.
+
+        After a failure, StopRun if the run ends; otherwise RayActorError, after which Ray starts new workers.
+        """
+        if is_replacement(worker_group):  # the ranks form the new group themselves
             set_environment(worker_group)
             return
         placement_group = None
@@ -35,14 +38,14 @@ class ReportingBackend(TorchConfig().backend_cls):  # type: ignore[misc]
             super().on_start(worker_group, backend_config)
         except (RayTaskError, RayActorError) as error:
             if placement_group is not None:
-                remove_placement_group(placement_group)  # and with it the workers, which wait for the one that failed
+                remove_placement_group(placement_group)  # ends the workers too, which wait for the failed one
             cause = find_cause({0: error.cause if isinstance(error, RayTaskError) else error})
-            backend_config.reporter.report(dataclasses.replace(cause, rank=None))  # Ray doesn't say which it was
+            backend_config.reporter.report(dataclasses.replace(cause, rank=None))  # Ray doesn't say which rank failed
             raise RayActorError(error_msg=cause.error) from error
 
 
 def _placement_group(worker_group: Any) -> Any:
-    """Return the one of a group of workers, by asking one that lives; RayActorError if none does."""
+    """Return the placement group of the workers, from the first that lives; RayActorError if none does."""
     for rank in range(len(worker_group)):
         with contextlib.suppress(RayActorError):
             return worker_group.execute_single(rank, get_current_placement_group)
@@ -51,11 +54,11 @@ def _placement_group(worker_group: Any) -> Any:
 
 @dataclass(kw_only=True)
 class ReportingTorchConfig(TorchConfig):  # type: ignore[misc]
-    """A TorchConfig whose process group may fail to start: `reporter` passes that to the driver."""
+    """TorchConfig that reports a failed start of the process group to the driver, by `reporter`."""
 
     reporter: FailureReporter
 
     @property
     def backend_cls(self) -> type[ReportingBackend]:
-        """Ray's hook."""
+        """Ray's hook: the class of the backend."""
         return ReportingBackend

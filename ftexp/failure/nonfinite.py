@@ -1,4 +1,4 @@
-"""Handling of a batch whose gradient is NaN or infinite. The gradient is summed over ranks, so all decide the same."""
+"""Handling of a batch with a NaN or infinite gradient. It is summed over ranks, so all ranks decide the same."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def before_step(learner: Learner, meter: Meter) -> list[Tensor]:
 
 
 def put_back(learner: Learner, meter: Meter, before: list[Tensor]) -> None:
-    """Undo a step whose gradient shall not be applied."""
+    """Undo a step whose gradient is not to be applied."""
     learner.optimizer.zero_grad(set_to_none=True)
     meter.put_back(before[0])
     for buffer, value in zip(learner.model.buffers(), before[1:], strict=True):
@@ -38,9 +38,9 @@ def put_back(learner: Learner, meter: Meter, before: list[Tensor]) -> None:
 
 
 class NonFiniteRecovery:
-    """Skips batches that drive no update, or rolls back, as `failure.on_nonfinite` says.
+    """Skips batches with a non-finite gradient, or rolls back, as `failure.on_nonfinite` says.
 
-    `num_skipped` counts skipped steps in a row.
+    `num_skipped`: number of skipped steps in a row.
     """
 
     def __init__(
@@ -57,20 +57,20 @@ class NonFiniteRecovery:
         self.num_skipped = 0
 
     def skips(self, batch: Batch) -> bool:
-        """Whether the batch is known to drive no update; a step that is skipped then counts."""
+        """Return whether the batch is among those to skip; if so, count the skipped step."""
         covered = self._skipped.cover(batch.start)
         if covered:
             self.num_skipped += 1
         return covered
 
     def recovered(self) -> None:
-        """Start counting again: a step was taken."""
+        """Reset `num_skipped`: a step was taken."""
         self.num_skipped = 0
 
     def recover(self, batch: Batch) -> bool:
-        """Skip a batch whose gradient was not finite, or roll back; whether it was a rollback.
+        """Skip a batch whose gradient was not finite, or roll back; return True after a rollback.
 
-        The batch then drives no update in later attempts either. NonFiniteError if that has happened too often.
+        Later attempts skip the batch too. NonFiniteError if this has happened too often.
         """
         if self._config.on_nonfinite == "rollback":
             self._roll_back(batch)
@@ -90,7 +90,7 @@ class NonFiniteRecovery:
         self._leave_out(positions, events.StepSkipped([*positions], step, "the gradient is not finite"))
 
     def _roll_back(self, batch: Batch) -> None:
-        """Go back to the last checkpoint, in memory."""
+        """Roll back to the copy of the last checkpoint in memory, and skip the batches that led to the bad gradient."""
         step, limit = self._progress.step + 1, self._config.max_rollbacks
         if self._checkpoints.num_rollbacks >= limit:
             raise NonFiniteError(
@@ -102,9 +102,9 @@ class NonFiniteRecovery:
         self._leave_out(left_out, events.RolledBack([*left_out], step, self._progress.step))
 
     def _leave_out(self, positions: Range, event: events.Event) -> None:
-        """Have the batches at `positions` drive no update; on record before training continues, so that it stays so."""
+        """Skip the batches at `positions`. Recorded before training continues, so that later attempts skip them too."""
         self._skipped.add(positions)
         if self._group.rank == 0:
             self._channel.send(Happened(event))
-            with contextlib.suppress(OSError):  # the records wait for a disk; without them another attempt looks again
+            with contextlib.suppress(OSError):  # if this can't be recorded, a later attempt checks the batch again
                 self._channel.sync()

@@ -18,17 +18,17 @@ class Past:
     """An earlier failure of the run."""
 
     cause: str
-    step: int  # the last that was done
+    step: int  # last step done before it
     error: str
-    progressed: bool  # whether its attempt had done a step that was never done before
+    progressed: bool  # whether its attempt had done a step that no attempt had done before
 
 
 class Action(Enum):
     """A reaction to a failure."""
 
     RESTART = auto()
-    REPLACE = auto()  # the failed worker alone
-    RESTART_SMALLER_MICRO_BATCHES = auto()  # batches of half the size
+    REPLACE = auto()  # only the failed worker
+    RESTART_SMALLER_MICRO_BATCHES = auto()  # micro-batches of half the size
     STOP = auto()
 
 
@@ -38,7 +38,7 @@ class Decision:
 
     action: Action
     reason: str
-    cause: str  # as the history shows it: the same exception at the same step is a bug
+    cause: str  # cause for the history: BUG if an exception repeats at the same step
     delay_s: float = 0.0
 
 
@@ -54,12 +54,12 @@ def decide(
     """Decide what to do about a failure.
 
     Args:
-        cause: what failed.
-        step: the last that was done when it did.
-        progressed: whether the attempt that failed had done a step that was never done before.
-        past: the failures of this run that came before, oldest first.
-        config: the budgets.
-        micro_batch: images of a worker's largest micro-batch.
+        cause: cause of the failure.
+        step: last step done before it.
+        progressed: whether the failed attempt had done a step that no attempt had done before.
+        past: earlier failures that may be charged to the budgets, oldest first.
+        config: the budgets and reactions.
+        micro_batch: images in a worker's largest micro-batch.
         others_wait: whether all other workers can wait until the one that failed is replaced.
     """
     kind = cause.kind
@@ -88,13 +88,13 @@ def decide(
 
 
 def _can_replace(cause: Cause, config: FailureConfig) -> bool:
-    """Whether the other workers hold all that the failed one held; what rank 0 holds, none of them does."""
-    dies_alone = cause.ending is Ending.DIED and cause.kind != PREEMPTION  # which takes the slot as well
+    """Return whether the failed worker can be replaced alone: the others hold all of its state, unless it is rank 0."""
+    dies_alone = cause.ending is Ending.DIED and cause.kind != PREEMPTION  # a preemption takes the slot too
     return config.recovery == REPLACE and dies_alone and bool(cause.rank)
 
 
 def _halve(micro_batch: int) -> Decision:
-    """Not charged to any budget: it ends by itself."""
+    """Decide to restart with smaller micro-batches; charged to no budget, since the size has a minimum."""
     if micro_batch <= MIN_MICRO_BATCH:
         return Decision(Action.STOP, "micro-batches can't get smaller: stopping", OUT_OF_MEMORY)
     smaller = f"micro-batches of {math.ceil(micro_batch / 2)} images, not {micro_batch}, at the same global batch"
@@ -134,7 +134,7 @@ def _by_budgets(
     arithmetic = ", ".join(parts)
     if exceeded:
         return Decision(Action.STOP, f"{arithmetic}: stopping", kind)
-    if kind == RAY:  # its start is wait enough
+    if kind == RAY:  # no delay: starting Ray takes long enough
         return Decision(Action.RESTART, f"{arithmetic}: starting a new Ray", kind)
     delay_s = min(config.backoff_s * 2.0 ** min(stuck - 1, 99), config.max_backoff_s) if stuck else 0.0
     wait = f" in {delay_s:g} s" if delay_s else ""
@@ -144,7 +144,7 @@ def _by_budgets(
 
 
 def _num_stuck(past: Sequence[Past]) -> int:
-    """Return the number of the latest failures in a row without a new step between them."""
+    """Return the number of latest failures in a row without a new step."""
     return next((number for number, failure in enumerate(reversed(past)) if failure.progressed), len(past))
 
 

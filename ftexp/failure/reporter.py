@@ -1,4 +1,4 @@
-"""The hook in Ray Train's controller: it passes every failure to the driver, and obeys the driver's decision."""
+"""Hook in Ray Train's controller that reports every failure to the driver and carries out its decision."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from ftexp.wire.messages import GroupFailed, Retry, Stop
 
 
 class StopRun(Exception):
-    """Raised in Ray Train's controller to end the run; Ray retries everything but this."""
+    """Exception that ends the run in Ray Train's controller; Ray retries after any other."""
 
 
 class FailureReporter(UserCallback):  # type: ignore[misc]
-    """Reports every failure to the driver, and ends the run if the driver says so."""
+    """Reports every failure to the driver, and ends the run if the driver decides so."""
 
-    # the controller has a process of its own
-    replaces: ClassVar[bool] = False  # what the driver last decided
+    # class attributes, shared with TrainController; each controller has its own process
+    replaces: ClassVar[bool] = False  # whether the driver's last decision was to replace a worker
     others_wait: ClassVar[bool] = False  # whether one worker failed, and the others can wait until it is replaced
 
     def __init__(self, hub: HubAddress) -> None:
         self._hub = hub
 
     def after_exception(self, run_context: object, worker_exceptions: dict[int, Exception]) -> None:  # noqa: ARG002
-        """Ray's hook: one or more workers raised, or died. StopRun if there shall be no further try."""
+        """Report that workers raised an exception or died; Ray's hook. StopRun if the run ends."""
         self.report(find_cause(worker_exceptions), self.others_wait)
 
     def report(self, cause: Cause, others_wait: bool = False) -> None:
-        """Pass a failure to the driver, and wait as long as it says. StopRun if there shall be no further try."""
+        """Report a failure to the driver, and wait for the delay that it decides. StopRun if the run ends."""
         failed = GroupFailed(cause.kind, cause.rank, cause.error, cause.ending, others_wait)
         try:
             channel = Channel(self._hub, failed)
@@ -43,7 +43,7 @@ class FailureReporter(UserCallback):  # type: ignore[misc]
         match channel.answer:
             case Retry(delay_s, replaces):
                 FailureReporter.replaces = replaces
-                time.sleep(delay_s)  # Ray makes the next group when this returns
+                time.sleep(delay_s)  # Ray starts the next group when this returns
             case Stop(reason):
                 raise StopRun(reason)
             case _:

@@ -1,4 +1,4 @@
-"""Which ranks are stragglers: a function of the time that each spends alone in a step, without any I/O."""
+"""Detection of stragglers: a function of each rank's own time in a step, without I/O."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# in a row, that make a straggler of a slow rank, and that end it: logged points, and steps
+# minimum of logged points, and of steps, in a row for a rank to become a straggler, or to stop being one
 MIN_POINTS, MIN_STEPS = 3, 30
 
 Times = Sequence[Sequence[float]]  # [ranks][parts], in any unit
@@ -19,7 +19,7 @@ class Slow:
     """A rank that takes longer than the others."""
 
     rank: int
-    part: int  # in which it exceeds the others most
+    part: int  # part in which it exceeds the median most
     ratio: float  # its time, as a multiple of the median
 
 
@@ -29,7 +29,7 @@ def totals(times: Times) -> list[float]:
 
 
 def median(values: Sequence[float]) -> float:
-    """Return the median; the lower of two: else one of two ranks could never be twice as slow as it."""
+    """Return the lower median: with the usual one, one of two ranks could never be twice as slow as the median."""
     return statistics.median_low(values)
 
 
@@ -49,16 +49,16 @@ def slow_ranks(times: Times, factor: float) -> list[Slow]:
 
 
 class Stragglers:
-    """Follows a worker group's logged points: a rank must stay slow, or stay as fast as others, to count as such."""
+    """Stragglers of a worker group. A rank must stay slow to become one, and stay as fast as others to end it."""
 
     def __init__(self, factor: float, log_every_steps: int) -> None:
         self._factor = factor
         self._num_points = max(MIN_POINTS, math.ceil(MIN_STEPS / log_every_steps))
-        self._ranks: set[int] = set()  # that are stragglers
-        self._since: Counter[int] = Counter()  # points in a row that say otherwise of a rank
+        self._ranks: set[int] = set()  # current stragglers
+        self._since: Counter[int] = Counter()  # by rank: points in a row that contradict `_ranks`
 
     def note(self, times: Times) -> tuple[list[Slow], list[int]]:
-        """Take in a point; returns the ranks that have become stragglers by it, and those that are none any more."""
+        """Add a logged point; return the new stragglers, and the ranks that are no longer stragglers."""
         slow = {each.rank: each for each in slow_ranks(times, self._factor)}
         news = self._ranks ^ slow.keys()
         self._since = Counter({rank: self._since[rank] + 1 for rank in news})

@@ -1,7 +1,7 @@
-"""Turns a hang into a crash: Ray restarts a dead worker, and never notices one without progress.
+"""Watchdog that turns a hang into a crash: Ray restarts a dead worker, but never notices one without progress.
 
-The loop says what it is about to do, and each phase has a limit of its own. When one is exceeded the stacks of all
-threads go to the run directory, the driver gets a message, and the worker kills itself.
+The loop announces each phase, which has its own time limit. If it is exceeded, the driver gets a message, the stacks of
+all threads are written to the run directory, and the worker kills itself.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ if TYPE_CHECKING:
 
 _MAX_POLL_S = 1.0
 _LATER_S = 2.0
-_GRACE_S = 10.0  # beyond a limit, after which even a process that can't run Python is ended
+_GRACE_S = 10.0  # time beyond a limit after which even a process that can't run Python is ended
 
 OnHang = Callable[[str, float, str], None]  # phase, seconds without progress, stacks of all threads
 
 
 class Watchdog:
-    """Watches one worker's loop from a thread. `limits` are seconds by phase; None: never."""
+    """Watches one worker's loop from a thread. `limits`: seconds by phase; None: no limit."""
 
     def __init__(
         self,
@@ -45,20 +45,20 @@ class Watchdog:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._limits, self._on_hang, self._die, self._clock = limits, on_hang, die, clock
-        self.on_phase: Callable[[str], None] = lambda _: None  # called with each that is entered
+        self.on_phase: Callable[[str], None] = lambda _: None  # called with each phase that is entered
         self._phase, self._since = START, clock()
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Begin to watch; does nothing if no phase has a limit."""
+        """Start watching; does nothing if no phase has a limit."""
         given = [limit for limit in self._limits.values() if limit is not None]
         if given:
             self._thread = threading.Thread(target=self._watch, args=(min(given) / 4,), daemon=True, name="watchdog")
             self._thread.start()
 
     def stop(self) -> None:
-        """Watch no more."""
+        """Stop watching."""
         self._ended.set()
         self.on_phase = lambda _: None
         if self._thread is not None:
@@ -66,13 +66,13 @@ class Watchdog:
             faulthandler.cancel_dump_traceback_later()
 
     def beat(self, phase: str = STEP) -> None:
-        """The loop is alive, and enters `phase`."""
+        """Note progress of the loop, which enters `phase`."""
         self._phase, self._since = phase, self._clock()
         self.on_phase(phase)
 
     @contextlib.contextmanager
     def during(self, phase: str) -> Iterator[None]:
-        """Within this block, the limit of `phase` holds."""
+        """Apply the limit of `phase` within this block."""
         before = self._phase
         self.beat(phase)
         try:
@@ -81,7 +81,7 @@ class Watchdog:
             self.beat(before)
 
     def check(self) -> None:
-        """Act if the limit of the current phase is exceeded."""
+        """Report a hang and kill the process if the limit of the current phase is exceeded."""
         phase, still_s = self._phase, self._clock() - self._since
         limit = self._limits.get(phase)
         if limit is not None and still_s > limit:
@@ -93,8 +93,8 @@ class Watchdog:
             self.check()
             limit = self._limits.get(self._phase)
             if limit is not None:
-                # for code that never releases the GIL: a timer in C, set again while this thread can run; it prints
-                # the stack traces to the log of the worker
+                # for code that never releases the GIL: a timer in C, reset while this thread can run; it prints the
+                # stack traces to the worker's log and exits
                 faulthandler.dump_traceback_later(limit + _GRACE_S, exit=True)
             else:
                 faulthandler.cancel_dump_traceback_later()
@@ -107,10 +107,10 @@ class Watchdog:
 
 
 def hang_limits(config: FailureConfig) -> dict[str, float | None]:
-    """Return the seconds that each phase of the loop may take without progress; None: any."""
+    """Return the time limit of each phase of the loop, in seconds without progress; None: no limit."""
     return {
         START: config.start_timeout_s,
-        # the rank that keeps others waiting shall report first
+        # later, so that the rank that keeps the others waiting reports first
         **dict.fromkeys(WAITED_IN, config.hang_timeout_s + _LATER_S if config.hang_timeout_s is not None else None),
         BETWEEN: config.hang_timeout_s,
         EVALUATION: config.evaluation_timeout_s,
@@ -119,13 +119,13 @@ def hang_limits(config: FailureConfig) -> dict[str, float | None]:
 
 
 def hang_reporter(run: RunIdentity, group: ProcessGroup, channel: Channel, run_dir: Storage) -> OnHang:
-    """Return a callback that reports a hang to the driver, and writes all threads' stacks to the run directory."""
+    """Return a callback that reports a hang to the driver and writes all threads' stacks to the run directory."""
 
     def report(phase: str, seconds: float, stacks: str) -> None:
         name = f"a{run.attempt}.r{group.rank}.txt"
         file = run_dir.child(HANGS, name).uri
         channel.send(Hung(group.rank, phase, seconds, file))
-        # the storage may be what hangs
+        # on a thread: the storage itself may hang
         writing = threading.Thread(target=run_dir.child(HANGS).write_bytes, args=(name, stacks.encode()), daemon=True)
         writing.start()
         writing.join(timeout=10)

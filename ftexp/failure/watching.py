@@ -5,5 +5,5 @@ from __future__ import annotations
 from ftexp.cluster.ray_replacing import WatchingController
 
 
-class TrainController(WatchingController):  # its name is that of its process
-    """Notices a death as soon as it can."""
+class TrainController(WatchingController):  # Ray names the process after the class
+    """Controller that notices a worker's death as soon as possible."""

@@ -13,7 +13,7 @@ from ftexp.worker.profiler import profiled
 
 
 def feeding(job: Job, run_dir: Storage) -> Generator[Batch]:
-    """`batches`, timed, and with steps profiled where the config asks for it."""
+    """Yield `batches`, timed, and with the steps profiled that the config selects."""
     return profiled(job, run_dir, job.stopwatch.feeding(batches(job), lambda: job.progress.position))
 
 
@@ -31,7 +31,7 @@ def batches(job: Job) -> Generator[Batch]:
 
 
 def prefetch_depth(job: Job) -> int:
-    """Return the number of batches that are made ahead of the one that trains."""
+    """Return the number of batches that are prepared ahead of the current one."""
     configured = job.config.data.prefetch_batches
     if configured is not None:
         return configured

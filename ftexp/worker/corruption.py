@@ -1,7 +1,8 @@
-"""Finds silent corruption: replicas of the weights that differ, and steps that give another result when repeated.
+"""Detection of silent corruption: replicas of the weights that differ, and steps with another result when repeated.
 
-After each step, DDP's replicas hold the same bits; a step computed twice gives the same bits. Where they don't, a
-processor or its memory has erred. What is saved was compared before, so that the newest checkpoint is from before it.
+After each step, DDP's replicas are bitwise identical, and so are the results of a step that is computed twice. If they
+differ, a processor or its memory is faulty. Replicas are compared before each checkpoint, so the newest checkpoint
+precedes the corruption.
 """
 
 from __future__ import annotations
@@ -20,15 +21,15 @@ from ftexp.model.parallel.parts import local
 from ftexp.wire import events
 from ftexp.wire.messages import Happened
 
-_WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # integers as wide as a value
-_MAX_NAMED = 5  # tensors that an error names
+_WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # integer types by bytes of a value
+_MAX_NAMED = 5  # limit of tensors named in an error
 REPLICAS, REPEAT = "replicas", "repeat"  # kinds of checks
 
 
 def checksums(tensors: Iterable[Tensor]) -> Tensor:
-    """Return a 64-bit sum of each tensor's bits, int64 [tensors]: any change of a single value changes it.
+    """Return the sum of each tensor's values, read as integers: int64 [tensors]. A change of a single value changes it.
 
-    Integers are added: in any order, and on any device, the sum is the same.
+    Sums of integers don't depend on the order of addition or on the device.
     """
     return torch.stack([_words(tensor).sum(dtype=torch.int64) for tensor in tensors])
 
@@ -38,14 +39,14 @@ def _words(tensor: Tensor) -> Tensor:
 
 
 class _Cost:
-    """Reports once in an attempt what a check takes: of the second, since the first also connects and allocates."""
+    """Reports the cost of a check once per attempt: of the second one, since the first also connects and allocates."""
 
     def __init__(self, job: Job, check: str, every_steps: int) -> None:
         self._job, self._about = job, (check, every_steps)
         self._num_checks, self._since = 0, 0.0
 
     def note(self, seconds: float) -> None:
-        """A check has ended that took so long."""
+        """Note that a check has taken this long."""
         self._num_checks += 1
         now = time.perf_counter()
         if self._num_checks == 2 and self._job.group.rank == 0:
@@ -58,14 +59,14 @@ class ReplicaCheck:
     """Compares the weights of all ranks every `failure.check_replicas_every_steps` steps and before each checkpoint."""
 
     def __init__(self, job: Job) -> None:
-        """ConfigError if there are no replicas to compare."""
+        """Raise ConfigError if there is only one rank."""
         self._job, self._every = job, job.config.failure.check_replicas_every_steps
         if self._every is not None:
             _require_replicas(job)
         self._cost = _Cost(job, REPLICAS, self._every or 0)
 
     def check(self, saves: bool) -> None:
-        """Compare if it is time, or the weights are about to be saved; collective. CorruptionError on every rank."""
+        """Compare if due, or if the weights are about to be saved; collective. CorruptionError on every rank."""
         if self._every is None or not (saves or self._job.progress.step % self._every == 0):
             return
         began = time.perf_counter()
@@ -85,7 +86,7 @@ class ReplicaCheck:
 
 
 class StepRepeat:
-    """Computes every `failure.repeat_step_every`-th step twice, and compares losses and gradients bitwise."""
+    """Computes every `failure.repeat_step_every`-th step twice and compares losses and gradients bitwise."""
 
     def __init__(self, job: Job) -> None:
         self._job, self._every = job, job.config.failure.repeat_step_every
@@ -93,11 +94,11 @@ class StepRepeat:
 
     @property
     def is_due(self) -> bool:
-        """Whether the coming step is to be repeated."""
+        """Whether the next step is to be computed twice."""
         return self._every is not None and (self._job.progress.step + 1) % self._every == 0
 
     def compare(self, losses: Sequence[Tensor], again: Callable[[], Sequence[Tensor]]) -> Sequence[Tensor]:
-        """Return the losses that `again` computes, with gradients; collective. CorruptionError if they differ."""
+        """Repeat the step by `again`, return its losses; collective. CorruptionError if losses or gradients differ."""
         names, before = self._result(losses)
         began = time.perf_counter()
         losses = again()
@@ -109,14 +110,14 @@ class StepRepeat:
         return losses
 
     def _result(self, losses: Sequence[Tensor]) -> tuple[list[str], Tensor]:
-        """Return the names and checksums of the losses, and of the gradients, which are the sum over all ranks."""
+        """Return names and checksums of the losses, and of the gradients, which are summed over ranks."""
         named = [(f"loss of micro-batch {number}", values) for number, values in enumerate(losses)]
         parameters = self._job.learner.trainable.named_parameters()
         named += [(f"gradient of {name}", each.grad) for name, each in parameters if each.grad is not None]
         return [name for name, _ in named], checksums(local(values) for _, values in named)
 
     def _refuse(self, names: Sequence[str], differs: Tensor, num_losses: int) -> None:
-        """Losses are each rank's own: they say which it was."""
+        """Raise CorruptionError, with the faulty rank if losses differ: each rank has its own, unlike gradients."""
         ranks = differs[:, :num_losses].any(dim=1).nonzero().flatten().tolist() or ([0] if len(differs) == 1 else [])
         rank = ranks[0] if len(ranks) == 1 else None
         where = f"rank {rank}" if rank is not None else "a rank"
@@ -147,7 +148,7 @@ def _listed(names: Sequence[str], chosen: Tensor) -> str:
 
 
 def odd_rank(rows: Sequence[tuple[int, ...]]) -> int | None:
-    """Return the rank whose row is unlike that of a majority; None if there is no majority."""
+    """Return the rank whose row differs from the majority's; None if there is no majority."""
     usual, count = Counter(rows).most_common(1)[0]
     if 2 * count <= len(rows):
         return None

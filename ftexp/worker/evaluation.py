@@ -24,14 +24,16 @@ from ftexp.worker.log import log_point
 
 
 def evaluation_due(job: Job, epoch_ended: bool) -> bool:
-    """Whether to evaluate after the step just done: at the end, and after every so many epochs."""
+    """Return whether to evaluate after the step just done: at the end, and every `train.eval_every_epochs` epochs."""
     return job.progress.finished or (epoch_ended and job.progress.epoch % job.config.train.eval_every_epochs == 0)
 
 
 def evaluate(job: Job, split: str, findings: Findings | None = None) -> None:
-    """Measure `<split>_loss`, `<split>_accuracy` and train.metrics over all ranks, the EMA's with `_ema`; collective.
+    """Log `<split>_loss`, `<split>_accuracy` and train.metrics over all ranks; collective.
 
-    An empty split has none, and a regression no accuracy. `findings` are the weights' own, not the EMA's.
+    The EMA's have the suffix `_ema`. A regression has no accuracy. An empty split is not evaluated.
+
+    findings: gets the batches and outputs of the weights, not of the EMA.
     """
     if not len(job.data.rows[split]):
         return
@@ -49,16 +51,16 @@ def evaluate(job: Job, split: str, findings: Findings | None = None) -> None:
 
 
 def _share_statistics(job: Job, split: str) -> None:
-    """Bring them together for an evaluation, so that a run that resumes from the last checkpoint has the same ones."""
+    """Share batch norm's statistics, so that an evaluation uses the same ones after resuming from the checkpoint."""
     learner, world_size = job.learner, job.group.world_size
-    # the test follows the last checkpoint, so it takes the statistics that the checkpoint holds: those of rank 0
+    # the test follows the last checkpoint, so it uses the checkpoint's statistics, which are rank 0's
     share_statistics(learner.model, "broadcast" if split == "test" else job.config.train.dist_bn, world_size)
-    if learner.ema is not None:  # each rank averages its own statistics, and rank 0 saves the EMA
+    if learner.ema is not None:  # each rank averages its own statistics; rank 0 saves the EMA
         share_statistics(learner.ema.model, "broadcast", world_size)
 
 
 def share_statistics(model: nn.Module, dist_bn: str, world_size: int) -> None:
-    """Bring together batch norm's statistics, which are each rank's own between steps; collective."""
+    """Share batch norm's statistics, which differ between ranks during training; collective."""
     if dist_bn == "broadcast":
         for buffer in model.buffers():
             dist.broadcast(buffer, src=0)
@@ -67,16 +69,19 @@ def share_statistics(model: nn.Module, dist_bn: str, world_size: int) -> None:
 
 
 def _batch_size(job: Job) -> int:
-    """Rows that a rank evaluates at a time: as configured, or what surely has room."""
+    """Return the rows of a rank's evaluation batch: as configured, or four times a micro-batch, which surely fits."""
     config, accumulate_steps = job.config.train, job.data.accumulate_steps
     has_room = max(1, 4 * config.global_batch_size // (job.group.world_size * accumulate_steps))
     size = config.eval_batch_size or has_room
-    # with more micro-batches than configured, memory has run out before
+    # more micro-batches than configured: memory ran out before
     return min(size, has_room) if accumulate_steps > config.accumulate_steps else size
 
 
 def _idle_batches(job: Job, split: str, size: int) -> list[Tensor]:
-    """Images for a rank that has fewer batches of `size` rows than rank 0: all gather a sharded model equally often."""
+    """Return extra images for a rank with fewer batches than rank 0: all must gather a sharded model equally often.
+
+    size: rows of a batch.
+    """
     group, info, num_rows = job.group, job.info, len(job.data.rows[split])
     max_batches, own = (
         math.ceil((last - first) / size)
@@ -87,7 +92,7 @@ def _idle_batches(job: Job, split: str, size: int) -> list[Tensor]:
 
 
 def test(job: Job, run_dir: Storage) -> None:
-    """Evaluate the test split, and leave what a report shows of it in the run directory; collective."""
+    """Evaluate the test split, and write the results for the report to the run directory; collective."""
     if not job.config.report.enabled or not len(job.data.rows["test"]):
         evaluate(job, "test")
         return
@@ -102,5 +107,5 @@ def test(job: Job, run_dir: Storage) -> None:
         content = {**head, **values, "metrics": metrics, **found}
         try:
             run_dir.write_bytes(evaluation_file("test"), json.dumps(content).encode())
-        except OSError as error:  # the run is as good without
+        except OSError as error:  # only the report needs the file
             job.channel.send(Happened(events.ReportFailed(f"{evaluation_file('test')}: {error}")))

@@ -13,7 +13,7 @@ _LINUX = platform.system() == "Linux"
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """This node's processor, cores that this process may use, memory, and the device if it is another."""
+    """Return this node's system, processor and memory, the cores that this process may use, and its GPU, if any."""
     facts: dict[str, Any] = {"node": platform.node(), "system": f"{platform.system()} {platform.release()}"}
     facts |= {"processor": _processor(), "cores": len(os.sched_getaffinity(0)) if _LINUX else os.cpu_count()}
     if _LINUX:
@@ -24,7 +24,7 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def _processor() -> str:
-    """Return the processor's model, where Linux knows it."""
+    """Return the processor's model name, or its architecture if Linux gives no name."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -13,13 +13,13 @@ from ftexp.worker.hardware import describe
 from ftexp.worker.ranks import RankTimes
 from ftexp.worker.speed import speeds
 
-_TICK_INTERVAL_S = 0.1  # between messages that only move the progress bar
+_TICK_INTERVAL_S = 0.1  # minimum between messages that only move the progress bar
 
 
 def announce(job: Job, source: str) -> None:
-    """Report to the driver what was built, once everything is ready to train.
+    """Report the model, the hardware and the initial step to the driver, once everything is ready to train.
 
-    source: of the state, see `Ready`.
+    source: source of the state, see `Ready`.
     """
     if job.group.rank == 0:
         ready = Ready(
@@ -36,7 +36,10 @@ def announce(job: Job, source: str) -> None:
 
 
 def log_train(job: Job, ranks: RankTimes | None = None) -> None:
-    """Log the mean training loss, and accuracy where there is one, since the last point; collective."""
+    """Log the mean training loss, and the accuracy if the task has one, since the last point; collective.
+
+    NonFiniteError if a loss was not finite, or if fp16 gradients overflow at any loss scale.
+    """
     learner, progress = job.learner, job.progress
     totals, times = progress.train.totals_with(ranks.own() if ranks is not None else [])
     if totals[3]:
@@ -58,7 +61,7 @@ def log_train(job: Job, ranks: RankTimes | None = None) -> None:
 
 
 def log_point(job: Job, split: str, values: dict[str, float], measured: dict[str, float] | None = None) -> None:
-    """Log a point. Checkpoints don't hold `measured`: speeds and times."""
+    """Log a point. `measured`: speeds and times, which checkpoints don't hold."""
     progress = job.progress
     progress.metrics.update(values)
     if job.group.rank == 0:
@@ -67,14 +70,14 @@ def log_point(job: Job, split: str, values: dict[str, float], measured: dict[str
 
 
 class Ticker:
-    """Keeps the driver's progress bar moving, at a bounded rate."""
+    """Reports steps for the driver's progress bar, at a limited rate."""
 
     def __init__(self, job: Job) -> None:
         self._job = job
         self._last = 0.0
 
     def tick(self, at_once: bool = False) -> None:
-        """Report the step to the driver, unless it was reported a moment ago and this isn't to be `at_once`."""
+        """Report the step to the driver: at most once per _TICK_INTERVAL_S, unless `at_once`."""
         now = time.monotonic()
         if self._job.group.rank == 0 and (at_once or now - self._last >= _TICK_INTERVAL_S):
             self._last = now

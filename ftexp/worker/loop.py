@@ -41,10 +41,12 @@ if TYPE_CHECKING:
 
 
 def train_loop(spec: JobSpec, streams: dict[str, IndexedSplit]) -> dict[str, float] | None:
-    """Train from the latest verified checkpoint, or from the start, to the end; returns the last metrics.
+    """Train from the latest verified checkpoint, or from the start, to the end; return the last metrics.
 
-    None if it was stopped before the end, after a final checkpoint.
-    Runs on every worker of a Ray Train group, with the datasets train, val and test, or else with `streams` of them.
+    None if the run was stopped before its end, after a final checkpoint.
+    Runs on every worker of a Ray Train group.
+
+    streams: those of the splits train, val and test that are streamed; the others are Ray Train's datasets.
     """
     load_plugins(spec.config.plugins)
     job = build_job(spec, streams)
@@ -73,7 +75,7 @@ def _train(job: Job, run_dir: Storage) -> dict[str, float] | None:
     try:
         replacing = begin(job, store, checkpoints)
         with watchdog.during(EVALUATION):
-            settle(job, max_pending=1)  # a run that was stopped while it waited has two
+            settle(job, max_pending=1)  # two are pending if the run was stopped while it waited
         run_steps(job, batches, checkpoints, watchdog, chaos, replacing)
         has_ended = progress.finished and not progress.pending
         if has_ended:
@@ -81,10 +83,10 @@ def _train(job: Job, run_dir: Storage) -> dict[str, float] | None:
                 test(job, run_dir)
             job.hooks.at_end()
     finally:
-        MEETING.expect(False)  # at once: what follows takes a while
+        MEETING.expect(False)  # first, since the rest takes a while
         watchdog.stop()
         checkpoints.close()
-        batches.close()  # ends what decodes for it
+        batches.close()  # also stops the decoding
     return dict(progress.metrics) if has_ended else None
 
 
@@ -93,13 +95,13 @@ def planned_chaos(job: Job, run_dir: Storage) -> Chaos | None:
     faults = planned_faults(job.config.chaos, job.total_steps)
     if not faults:
         return None
-    from ftexp.chaos.strike import Chaos  # nothing of it is loaded where no fault is asked for
+    from ftexp.chaos.strike import Chaos  # imported only if there are faults
 
     return Chaos(faults, job.group, job.progress, job.data.skipped, job.channel, run_dir)
 
 
 def begin(job: Job, store: CheckpointStore, checkpoints: CheckpointManager) -> Replacing:
-    """Restore the state that the attempt starts from, or take it over from ranks that live; collective."""
+    """Restore the attempt's initial state, or receive it from the living ranks as a replacement; collective."""
     if job.group.is_awaited:
         return come(job, checkpoints)
     settle_gradient_order(job)
@@ -123,7 +125,7 @@ def run_steps(
     replicas, repeat, ranks = ReplicaCheck(job), StepRepeat(job), RankTimes(job)
     recovery = NonFiniteRecovery(config.failure, job.group, progress, job.data.skipped, job.channel, checkpoints)
     recovers = replacing.prepared(ranks, recovery, watchdog) if replacing is not None else None
-    in_step = START  # until one step is done: the first compiles, and fills what is prefetched
+    in_step = START  # the first step compiles, and fills the prefetch queue: it has the start's time limit
     for batch in batches:
         watchdog.beat(in_step)
         if thaw(job):
@@ -132,7 +134,7 @@ def run_steps(
             if train_step(job, batch, repeat, recovers):
                 recovery.recovered()
             elif recovery.recover(batch):
-                continue  # from where it was rolled back to
+                continue  # the batches continue from the restored position
         in_step = STEP
         watchdog.beat(BETWEEN)
         epoch_ended = advance(job, batch)
@@ -145,7 +147,7 @@ def run_steps(
             with watchdog.during(EVALUATION), job.stopwatch.apart():
                 if not validate(job):
                     checkpoints.stop()
-        if progress.finished and not is_logged:  # a hook has ended the run just now
+        if progress.finished and not is_logged:  # a hook ended the run at this step
             with watchdog.during(AGREEMENT):
                 log_train(job, ranks)
         if chaos is not None:
@@ -172,8 +174,8 @@ def run_steps(
 
 
 def advance(job: Job, batch: Batch) -> bool:
-    """Count the step just done; returns whether an epoch ended in it."""
-    job.learner.before_change()  # after a step that was skipped: hooks may change it
+    """Count the step just done; return whether an epoch ended in it."""
+    job.learner.before_change()  # a skipped step didn't call it, and hooks may change the state
     epoch_ended = job.progress.advance(batch.end, len(job.data.rows["train"]))
     job.ledger.note(job.progress.step, batch, skipped=job.data.skipped.cover(batch.start))
     job.learner.scheduler.step_update(job.progress.step)

@@ -1,4 +1,4 @@
-"""profile=true: a torch profiler trace of chosen steps of one rank, as chrome://tracing and Perfetto read it."""
+"""Traces of chosen steps of one rank by torch's profiler, for chrome://tracing and Perfetto (profile=true)."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from ftexp.wire.messages import Happened
 
 
 def profiled(job: Job, run_dir: Storage, batches: Generator[Batch]) -> Generator[Batch]:
-    """`batches`, with `profile.num_steps` steps from `profile.start_step` on traced, if `profile.enabled`.
+    """Yield `batches`; if `profile.enabled`, trace `profile.num_steps` steps from `profile.start_step` on.
 
-    The trace goes into the run directory when the last of these steps is done, or the run ends in them.
+    The trace is written to the run directory after the last of these steps, or when the run ends before it.
     """
     config, progress = job.config.profile, job.progress
     with contextlib.closing(batches):

@@ -1,14 +1,15 @@
-"""Compares how long ranks take for a step, each without waiting for the others, to find those that keep all waiting.
+"""Comparison of the ranks' own times in a step, to find stragglers, which keep all others waiting.
 
-The times of a step that ends in a collective are the same on every rank; so what is compared is each rank's own time.
-Ranks wait for others
+A step that ends in a collective takes equally long on every rank. So only each rank's own time is compared, without its
+waiting for others. Ranks wait
 
-- under DDP, once a backward pass has computed its last gradient; and at the beginning of a forward pass, where the
-  model has buffers, which rank 0 broadcasts;
-- in a sharded model, where the forward pass gathers a block, and all through the backward pass, which isn't compared;
-- with train.sync_bn, in each batch norm: then neither pass is compared.
+- with DDP, after the last gradient of a backward pass, and at the start of a forward pass if the model has buffers,
+  which rank 0 broadcasts;
+- with a sharded model, when the forward pass gathers a block, and throughout the backward pass, which isn't compared;
+- with train.sync_bn, in each batch norm; then neither pass is compared.
 
-Each rank's times are summed over ranks with what a logged point sums anyway, each in its own place.
+The times are exchanged in the collective that sums the metrics of a logged point: each rank fills its own slots of a
+list, and adds zeros to the others'.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ from ftexp.job.stopwatch import BACKWARD, FORWARD, OWN, RANKS
 from ftexp.wire import events
 from ftexp.wire.messages import Happened
 
-_US = 1_000_000  # times are summed as whole microseconds
+_US = 1_000_000  # microseconds per second; times are summed as whole microseconds
 
 
 class RankTimes:
-    """One rank's part in the comparison; none is made with one rank, or without `scaling.straggler_factor`."""
+    """One rank's part in the comparison. Nothing is compared with one rank, or without `scaling.straggler_factor`."""
 
     def __init__(self, job: Job) -> None:
         self._job = job
@@ -39,14 +40,14 @@ class RankTimes:
             self._stragglers = Stragglers(factor, job.config.train.log_every_steps)
         self._compared = _compared_sections(job)
         self._remove: list[Callable[[], None]] = []
-        self._gradients: dict[Tensor, Any] = {}  # parameter -> the handle of its hook
-        self._last: Tensor | None = None  # whose gradient is computed last
+        self._gradients: dict[Tensor, Any] = {}  # parameter -> handle of its hook
+        self._last: Tensor | None = None  # parameter whose gradient is computed last
         self.watch()
 
     def watch(self) -> None:
-        """Notice where the model waits; to be called again when other parts of it are trained."""
+        """Add hooks where the model waits. To be called again when other parameters are trained, or DDP is rebuilt."""
         self.stop()
-        self._job.stopwatch.go_on()  # gradients that were computed for their order alone belong to no step
+        self._job.stopwatch.go_on()  # the backward pass of `settle_gradient_order` belongs to no step
         if self._stragglers is None:
             return
         learner = self._job.learner
@@ -61,13 +62,13 @@ class RankTimes:
             self._gradients = {each: _hooked(each, self._computed) for each in trained}
 
     def stop(self) -> None:
-        """Notice nothing any more."""
+        """Remove the hooks."""
         for remove in [*self._remove, *(handle.remove for handle in self._gradients.values())]:
             remove()
         self._remove, self._gradients, self._last = [], {}, None
 
     def _watch_forward(self, outer: nn.Module, inner: nn.Module) -> None:
-        """A forward pass waits from the call of `outer` to the beginning of `inner` itself."""
+        """Count the time from the call of `outer` to the start of `inner`'s own forward pass as waiting."""
         stopwatch = self._job.stopwatch
         before = outer.register_forward_pre_hook(lambda *_: stopwatch.wait(), prepend=True)
         after = inner.register_forward_pre_hook(lambda *_: stopwatch.go_on())
@@ -78,10 +79,13 @@ class RankTimes:
         self._job.stopwatch.wait(only_from_now=True)
 
     def own(self) -> list[int]:
-        """Return this rank's times since the last point, in its place among those of all ranks; empty without them."""
+        """Return this rank's mean times of a step since the last point, in its slots of a list for all ranks.
+
+        In microseconds; [] if nothing is compared.
+        """
         if self._stragglers is None:
             return []
-        if self._last is not None and len(self._gradients) > 1:  # the order of gradients stays as it is
+        if self._last is not None and len(self._gradients) > 1:  # their order doesn't change: one hook is enough
             for parameter, handle in self._gradients.items():
                 if parameter is not self._last:
                     handle.remove()
@@ -94,7 +98,10 @@ class RankTimes:
         return times
 
     def take(self, summed: Sequence[int]) -> dict[str, float]:
-        """Return what a logged point holds of all ranks' `own`; rank 0 reports who is a straggler, or none any more."""
+        """Return the values of RANKS for a logged point, and report new and former stragglers; {} except on rank 0.
+
+        summed: the sum of all ranks' `own`.
+        """
         if self._stragglers is None or self._job.group.rank != 0 or not any(summed):
             return {}
         times = [summed[first : first + len(OWN)] for first in range(0, len(summed), len(OWN))]

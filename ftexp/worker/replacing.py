@@ -1,4 +1,4 @@
-"""Ranks that live through the death of another in a step: they wait until it is started again, and repeat the step."""
+"""Survival of another rank's death within a step: the living ranks wait for its replacement and repeat the step."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from ftexp.worker.log import announce
 from ftexp.worker.ranks import RankTimes
 from ftexp.worker.step import settle_gradient_order
 
-_ELSEWHERE = (EVALUATION, SAVE)  # phases in which a death makes this rank raise
-_NOTICE_S = 30.0  # that Ray may take to notice a death; without one, the error is what it seems
+_ELSEWHERE = (EVALUATION, SAVE)  # phases in which another rank's death raises an error in this one
+_NOTICE_S = 30.0  # time limit for Ray to notice a death; after it, the error counts as this rank's own
 _LOOK_S = 0.005
 _CONNECT_S = 30.0
 _INVITED_S = 90.0  # longer than the controller waits for a worker to start
@@ -35,24 +35,24 @@ _INVITED_S = 90.0  # longer than the controller waits for a worker to start
 
 @dataclass(frozen=True)
 class Facts:
-    """Facts of the attempt for a rank that is started again, besides the state that is saved."""
+    """Facts of the attempt that a replacement needs in addition to the saved state."""
 
     began: int  # the step after which the attempt began
-    num_skipped: int = 0  # steps in a row that were skipped
-    sums: Tensor | None = None  # sums of metrics of the rank that died
+    num_skipped: int = 0  # number of skipped steps in a row
+    sums: Tensor | None = None  # the dead rank's sums of metrics
 
 
 class Replacing:
-    """One rank's part, under failure.recovery=replace; its methods are called by every rank that lives."""
+    """One rank's part in a replacement (failure.recovery=replace). Every living rank calls its methods."""
 
     def __init__(self, job: Job, checkpoints: CheckpointManager, facts: Facts) -> None:
         self._job, self._checkpoints, self._facts = job, checkpoints, facts
-        self._store: TCPStore | None = None  # where the ranks meet
+        self._store: TCPStore | None = None  # store through which the ranks form the new group
 
     def prepared(
         self, ranks: RankTimes, recovery: NonFiniteRecovery, watchdog: Watchdog
     ) -> Callable[[RuntimeError], bool] | None:
-        """Return what `train_step` calls where a rank may have died; None unless the config asks for it."""
+        """Return `recovers` for `train_step`; None unless failure.recovery=replace, with more than one rank."""
         if self._job.config.failure.recovery != REPLACE or self._job.group.world_size == 1:
             return None
         recovery.num_skipped = self._facts.num_skipped
@@ -61,20 +61,20 @@ class Replacing:
         def recovers(error: RuntimeError) -> bool:
             with watchdog.during(START), self._job.stopwatch.apart():
                 is_back = self._recovers(error, ranks, recovery)
-            self._job.stopwatch.begin()  # the step, which it does again
+            self._job.stopwatch.begin()  # restart the timing: the step is repeated
             return is_back
 
         return recovers
 
     def _recovers(self, error: RuntimeError, ranks: RankTimes, recovery: NonFiniteRecovery) -> bool:
-        """Wait until a rank that died in the current step is back; False if there is no such rank.
+        """Wait until a rank that died in the current step was replaced; return False if none was.
 
-        Then the step is to be repeated from the state before it, which the caller has restored.
+        If True, the step is to be repeated from the state before it, which the caller has restored.
         """
         while is_echo(error) and self._checkpoints.is_idle and not self._job.progress.pending:
             try:
                 return self._met(ranks, recovery)
-            except RuntimeError as again:  # who came has died as well
+            except RuntimeError as again:  # the replacement has died too
                 error = again
         return False
 
@@ -96,7 +96,7 @@ class Replacing:
         return True
 
     def _summoned(self) -> Invitation | None:
-        """Return the invitation to the meeting that the newcomer has come to; None if nobody has died."""
+        """Return the invitation of the meeting that the replacement has joined; None if no rank died or none came."""
         if MEETING.invitation(_NOTICE_S) is None and not MEETING.is_noticed:
             return None
         if MEETING.invitation(_INVITED_S) is None:
@@ -104,7 +104,7 @@ class Replacing:
         while True:
             invitation = MEETING.invitation(0.0)
             assert invitation is not None, "there was one, and only a later one takes its place"
-            if self._store is None:  # rank 0 serves the same one for as long as it waits
+            if self._store is None:  # rank 0 serves the same store as long as it waits
                 self._store = connected(invitation)
             if self._store.check([_key(invitation)]):
                 MEETING.leave()
@@ -113,9 +113,9 @@ class Replacing:
 
 
 def come(job: Job, checkpoints: CheckpointManager) -> Replacing:
-    """Join ranks that wait, as the one that was started again, and take over their state; collective with theirs.
+    """Join the waiting ranks as a replacement, and receive their state; collective with `Replacing`.
 
-    FtexpError if there was no invitation.
+    FtexpError if no invitation comes.
     """
     invitation = MEETING.invitation(_INVITED_S)
     if invitation is None:
@@ -133,7 +133,7 @@ def come(job: Job, checkpoints: CheckpointManager) -> Replacing:
 
 
 def resume_together(job: Job, checkpoints: CheckpointManager, ranks: RankTimes | None) -> None:
-    """Make what depends on the group again; collective."""
+    """Rebuild everything that depends on the process group; collective."""
     learner = job.learner
     learner.wrapped = learner.wrap(learner.trainable)
     settle_gradient_order(job)
@@ -144,7 +144,7 @@ def resume_together(job: Job, checkpoints: CheckpointManager, ranks: RankTimes |
 
 
 def connected(invitation: Invitation) -> TCPStore:
-    """Return a client of the store where ranks meet."""
+    """Return a client of the store that rank 0 serves."""
     return TCPStore(*invitation.address, is_master=False, timeout=timedelta(seconds=_CONNECT_S))
 
 
@@ -169,7 +169,7 @@ def _own_address() -> str:
 
 
 def _leave_group(job: Job) -> None:
-    """Break the connections to the other ranks, so that those who wait for this one learn of the death too."""
+    """Break the connections to the other ranks, so that ranks that wait for this one notice the death too."""
     job.learner.wrapped = job.learner.trainable  # drop the DDP wrapper and what it holds of the unfinished step
     if dist.is_initialized():
         group = dist.distributed_c10d._get_default_group()
@@ -178,7 +178,7 @@ def _leave_group(job: Job) -> None:
 
 
 def _note_missing(job: Job, began: int) -> None:
-    """Have the ledger hold what the process that died had done, and not yet written."""
+    """Add the steps to the sample ledger that the dead process had done but not yet written."""
     progress, batch = job.progress, job.config.train.global_batch_size
     first = max(job.ledger.last_step(), began)
     for step, share in enumerate(job.data.feed.shares(first * batch), start=first + 1):

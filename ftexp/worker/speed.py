@@ -8,11 +8,12 @@ from ftexp.wire.messages import Happened
 
 
 def speeds(job: Job) -> dict[str, float]:
-    """images/s over all ranks, MFU, and milliseconds of a step, since the last logged point; see `ftexp.job.stopwatch`.
+    """Return images/s over all ranks, MFU, and milliseconds of a step by section, since the last logged point.
 
-    Where tasks make this rank's samples, also milliseconds of one, by part: see `ftexp.data.feeds.feed.COSTS`.
+    See `ftexp.job.stopwatch`. If tasks prepare this rank's samples, also the milliseconds of a sample by part, see
+    `ftexp.data.feeds.feed.COSTS`.
 
-    To be called where the GPU has caught up with the loop. Empty on other ranks than 0, which log nothing.
+    To be called when the GPU has caught up with the loop. {} on ranks other than 0, which log nothing.
     """
     found = job.stopwatch.take(job.progress.position)
     if job.group.rank != 0 or not found:

@@ -1,4 +1,4 @@
-"""One optimiser step on a rank's share of a global batch: what the loop repeats."""
+"""One optimiser step on a rank's share of a global batch; the training loop repeats it."""
 
 from __future__ import annotations
 
@@ -36,12 +36,15 @@ def train_step(
     repeat: StepRepeat | None = None,
     recovers: Callable[[RuntimeError], bool] | None = None,
 ) -> bool:
-    """One optimiser step on this rank's share of a global batch; False if its gradient was NaN or infinite.
+    """Take one optimiser step on this rank's share of a global batch; return False if its gradient was NaN or infinite.
 
-    If failure.on_nonfinite is not "raise", the state is then what it was before; else the next logged point raises.
-    In fp16 a gradient that is too large for the loss scale is none of that: the scaler leaves the step out, lowers the
-    scale, and `job.progress.num_overflows` counts it.
-    recovers: waits until a rank that has died is back, whose death may have given the error; False if none has died.
+    After False, the state is what it was before the step. With failure.on_nonfinite=raise, gradients aren't checked
+    here: the next logged point raises NonFiniteError. In fp16, a gradient that overflows at the current loss scale
+    returns True: the scaler skips the step and lowers the scale, and `job.progress.num_overflows` counts it.
+
+    repeat: computes the step twice if it is due, and compares the results.
+    recovers: called after a RuntimeError; waits until a dead rank that may have caused it was replaced, and returns
+        False if none was.
     """
     learner, meter = job.learner, job.progress.train
     micro_batches = [job.data.augmented(micro, batch.start) for micro in batch.micro_batches]
@@ -54,26 +57,26 @@ def train_step(
         except RuntimeError as error:
             if recovers is None:
                 raise
-            traceback.clear_frames(error.__traceback__)  # DDP, which they hold, would hear of the gradients that follow
+            traceback.clear_frames(error.__traceback__)  # they hold DDP, whose hooks would react to later gradients
             put_back(learner, meter, before)
             if not recovers(error):
                 raise
 
 
 def _looks(job: Job) -> bool:
-    """Whether each step looks for gradients that aren't finite."""
+    """Return whether each step is checked for non-finite gradients."""
     return job.config.failure.on_nonfinite != "raise"
 
 
 def _take_step(
     job: Job, micro_batches: Sequence[MicroBatch], before: list[Tensor], repeat: StepRepeat | None, shares: bool
 ) -> bool:
-    """Do what `train_step` does once a batch is prepared.
+    """Take the step of `train_step`, once the batch is prepared.
 
-    before: the state for `put_back`; empty if nothing may undo the step. `put_back` restores all that is changed before
-    the last collective, the one that shares the sums.
+    before: the state for `put_back`; empty if nothing may undo the step. `put_back` restores everything that changes
+        before the last collective, which shares the sums of metrics.
     repeat: compares the step with a second computation; None: it is computed once.
-    shares: whether ranks keep each other's sums of metrics.
+    shares: whether every rank keeps the sums of metrics of all ranks, for a replacement.
     """
     learner, meter = job.learner, job.progress.train
     _seed_step(job)
@@ -100,11 +103,11 @@ def _take_step(
 
 
 def _gradients(job: Job, micro_batches: Sequence[MicroBatch]) -> Sequence[Tensor]:
-    """Compute the gradient of a step; returns the losses of each micro-batch."""
+    """Compute the gradient of a step; return the losses of each micro-batch."""
     learner, losses = job.learner, []
     learner.optimizer.zero_grad(set_to_none=True)
     if learner.sharding is not None:
-        job.stopwatch.wait()  # until the buffers of rank 0 arrive, this rank waits
+        job.stopwatch.wait()  # this rank waits until rank 0's buffers arrive
         learner.sharding.begin_step(learner.model)
         job.stopwatch.go_on()
     for number, micro in enumerate(micro_batches):
@@ -114,24 +117,24 @@ def _gradients(job: Job, micro_batches: Sequence[MicroBatch]) -> Sequence[Tensor
 
 
 def _gradients_again(job: Job, micro_batches: Sequence[MicroBatch], before: list[Tensor]) -> Sequence[Tensor]:
-    """As `_gradients`, from the same state."""
+    """Repeat `_gradients` from the same state."""
     put_back(job.learner, job.progress.train, before)
     _seed_step(job)
     return _gradients(job, micro_batches)
 
 
 def _seed_step(job: Job) -> None:
-    """Make what the coming step draws from torch, numpy or Python depend on (seed, step, rank) alone."""
+    """Seed torch, numpy and Python for the next step, by (seed, step, rank) alone."""
     seed = derive_seed(job.config.seed, _STEP, job.progress.step, job.group.rank) % 2**63
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    torch.default_generator.manual_seed(seed)  # torch.manual_seed asks every backend, which takes longer
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed seeds every backend, which takes longer
     if job.group.device.type == "cuda":
         torch.cuda.manual_seed(seed)
 
 
 def _forward_backward(job: Job, micro: MicroBatch) -> Tensor:
-    """Add the gradient of a micro-batch; returns its losses, [rows]."""
+    """Add the gradient of a micro-batch; return its losses, [rows]."""
     learner, distiller = job.learner, job.learner.distiller
     if distiller is not None:
         answers = distiller.answers(micro.images)
@@ -149,11 +152,14 @@ def _forward_backward(job: Job, micro: MicroBatch) -> Tensor:
 
 
 def _is_finite(job: Job, losses: Sequence[Tensor], norm: Tensor | None) -> bool:
-    """Whether the step is worth taking; the same on every rank, and collective. `norm`: None in fp16."""
+    """Return whether the gradient is finite, in fp16 the losses; the same on every rank, collective.
+
+    norm: norm of the gradient; None in fp16.
+    """
     if norm is None:
         # the scaler handles an overflowing gradient; no scale makes a non-finite loss finite
         return job.group.all_agree(bool(torch.isfinite(torch.cat(list(losses))).all()))
-    # gradients are summed over ranks: if they are not finite on one rank, they are not on any
+    # gradients are summed over ranks: if they aren't finite on one rank, they are finite on none
     return bool(torch.isfinite(norm))
 
 
@@ -163,7 +169,7 @@ def _gradient_norm(learner: Learner) -> Tensor:
 
 
 def _clip(learner: Learner, config: TrainConfig, norm: Tensor | None) -> None:
-    """Clip gradients in the one way that the config names, if any. `norm`: of all of them, if it is known already."""
+    """Clip gradients as configured, if at all. `norm`: norm of all gradients; None if it isn't known yet."""
     if config.clip_grad_norm is None and config.clip_grad_value is None and config.clip_grad_agc is None:
         return
     learner.scaler.unscale_(learner.optimizer)
@@ -180,7 +186,7 @@ def _clip(learner: Learner, config: TrainConfig, norm: Tensor | None) -> None:
 
 
 def _gradient_sync(learner: Learner, is_last: bool) -> contextlib.AbstractContextManager[Any]:
-    """DDP, and replicas of a sharded model, average gradients in the last micro-batch of a step only."""
+    """Let ranks reduce gradients only in the last micro-batch of a step: with DDP, and replicas of a sharded model."""
     if learner.sharding is not None:
         learner.sharding.sync_replicas(learner.model, is_last=is_last)
     if is_last or not isinstance(learner.wrapped, torch.nn.parallel.DistributedDataParallel):
@@ -189,7 +195,7 @@ def _gradient_sync(learner: Learner, is_last: bool) -> contextlib.AbstractContex
 
 
 def thaw(job: Job) -> bool:
-    """Freeze and unfreeze what the epoch asks for; returns whether that changed anything, and then it is collective."""
+    """Freeze and unfreeze parameters as the epoch requires; return whether any changed. Collective if so."""
     learner, progress = job.learner, job.progress
     if not learner.thaw(progress.epoch):
         return False
@@ -201,13 +207,13 @@ def thaw(job: Job) -> bool:
 
 
 def settle_gradient_order(job: Job) -> None:
-    """Have DDP arrange its buckets for good before the first step; collective.
+    """Make DDP rebuild its buckets before the first step, by a backward pass that is undone; collective.
 
-    It does so after an attempt's first backward pass. Gradients then lie elsewhere in the buffers that are summed
-    over ranks, and with three ranks or more the sums are added up in another order: an attempt that resumed would
-    round its first step otherwise than the run that was never stopped. FSDP2 arranges them once, by the model alone.
+    DDP rebuilds them after an attempt's first backward pass. This moves gradients within the buffers that are summed
+    over ranks. With three or more ranks, it changes the order of addition: the first step of a resumed attempt would be
+    rounded differently from the same step of an uninterrupted run. FSDP2's layout depends on the model alone.
     """
-    if job.group.world_size < 3 or job.learner.sharding is not None:  # a + b is b + a
+    if job.group.world_size < 3 or job.learner.sharding is not None:  # of two, a + b equals b + a
         return
     learner, meter = job.learner, job.progress.train
     before = before_step(learner, meter)

@@ -1,4 +1,4 @@
-"""Validation while a run trains: by the workers themselves, or besides them, from checkpoints."""
+"""Validation during training: by the workers themselves, or of checkpoints, while the workers continue."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ from ftexp.worker.evaluation import evaluate
 def validate(job: Job) -> bool:
     """Evaluate the step just done, or have its checkpoint evaluated; collective.
 
-    The result of the evaluation before is waited for then: what follows from it (the best checkpoint) follows one
-    evaluation later, at the same step whatever the evaluation takes, so that a run is the same bits after a failure.
-    False if the run was asked to stop before the result came: then this step must be its last.
+    First, wait for the result of the previous evaluation. Its consequences, such as the best checkpoint, thus always
+    follow one evaluation later, at the same step however long the evaluation takes. So a run stays bitwise identical
+    after a failure.
+
+    Return False if a stop was requested before the result came: this step must then be the last.
     """
     progress = job.progress
-    is_settled = settle(job)  # also where evaluation was besides training before the run was resumed
+    is_settled = settle(job)  # also with train.eval=inline: evaluations of train.eval=beside may be pending
     if job.config.train.eval == BESIDE and len(job.data.rows["val"]):
         name = checkpoint_name(progress.step, job.run.attempt)
         progress.pending.append(Pending(progress.step, progress.epoch, name))
@@ -34,7 +36,7 @@ def validate(job: Job) -> bool:
 
 
 def ask_again(job: Job, store: CheckpointStore) -> None:
-    """Have evaluated what a restored run still waits for: the driver may be another by now. Collective."""
+    """Request the pending evaluations of a restored run again, since the driver may be a new process; collective."""
     progress = job.progress
     if not progress.pending:
         return
@@ -53,14 +55,14 @@ def _oldest_first(store: CheckpointStore) -> list[Manifest]:
 
 
 def settle(job: Job, max_pending: int = 0) -> bool:
-    """Wait for the evaluations that are pending, the oldest first, and take in their results; collective.
+    """Wait for pending evaluations, oldest first, and apply their results; collective.
 
     Args:
         job: the run.
-        max_pending: how many may stay pending.
+        max_pending: number of evaluations that may stay pending.
 
     Returns:
-        False if the run was asked to stop meanwhile, and more than that stay pending.
+        False if a stop was requested meanwhile and more than `max_pending` stay pending.
     """
     progress = job.progress
     while len(progress.pending) > max_pending:
@@ -74,11 +76,13 @@ def settle(job: Job, max_pending: int = 0) -> bool:
 
 
 def _take_in(job: Job, found: Evaluated) -> None:
-    """Add an evaluation to what the run knows; the driver has logged it.
+    """Apply the result of an evaluation; the driver has logged it.
+
+    If the checkpoint was not saved, or is a bad one of an earlier attempt, only its metrics are lost: the run doesn't
+    resume from it.
 
     Raises:
-        CheckpointError: the checkpoint is corrupt, though this attempt saved it: the run has to resume from the one
-            before. Of an earlier attempt's, what was restored is newer, so that its metrics are lost.
+        CheckpointError: a checkpoint of this attempt is missing or corrupt; the run has to resume from the one before.
         RuntimeError: the evaluation failed.
     """
     of_this_attempt = found.checkpoint == checkpoint_name(found.step, job.run.attempt)
@@ -94,7 +98,7 @@ def _take_in(job: Job, found: Evaluated) -> None:
 
 
 def _evaluated(job: Job, step: int, epoch: int) -> None:
-    """Do what follows from the metrics of a step; collective."""
+    """Update the best metrics and call the hooks, for the evaluation of `step`; collective."""
     saving = job.config.checkpoint
     job.progress.update_best(saving.checkpoint_score_attribute, saving.checkpoint_score_order, step)
     job.hooks.after_evaluation(step, epoch)

@@ -1,1 +1,1 @@
-"""Alerts to operators: when (rules), by which way (mailbox), and the thread that watches (watch)."""
+"""Alerts to operators: the rules for them (rules), their delivery (mailbox), and the watching thread (watch)."""

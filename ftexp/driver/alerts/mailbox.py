@@ -1,4 +1,4 @@
-"""One URL that alerts go to, with a thread of its own: whoever doesn't answer keeps nobody waiting but this thread."""
+"""Delivery of alerts to one URL, on its own thread: a server that doesn't answer delays nothing else."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ftexp.config.masking import masked, without_path
 from ftexp.config.schema import HTTP_SCHEMES
 from ftexp.wire.events import AlertFailed, AlertSent
 
-_RETRY_S = (1.0, 5.0)  # between the tries to send an alert
+_RETRY_S = (1.0, 5.0)  # pauses between tries to send an alert
 _MAX_REASON_CHARS = 300
 
 Body = dict[str, Any]
@@ -43,16 +43,16 @@ class Mailbox:
 
     @property
     def to(self) -> str:
-        """Return the URL that it sends to, with secrets masked."""
+        """URL that alerts are sent to, with secrets masked."""
         return without_path(self._url)
 
     def post(self, body: Body) -> None:
-        """Queue an alert; returns at once."""
+        """Queue an alert and return at once."""
         self._pending.append(body["alert"])
         self._waiting.put(body)
 
     def close(self, timeout_s: float) -> list[AlertFailed]:
-        """Wait until all is sent, but not longer; returns an event for each alert that wasn't."""
+        """Wait until all alerts are sent, up to `timeout_s`; return an event for each that wasn't."""
         self._closing.set()
         self._waiting.put(None)
         self._thread.join(timeout_s)
@@ -66,12 +66,12 @@ class Mailbox:
             self._report(AlertSent(kind, self.to) if problem is None else AlertFailed(kind, self.to, problem))
 
     def _try(self, body: Body) -> str | None:
-        """Send an alert, by several tries unless the command ends; returns why it couldn't be."""
+        """Send an alert, with retries until `close` is called; return why it failed, or None."""
         for wait_s in (*self._retry_s, None):
             try:
                 self._send(self._url, body, self._timeout_s)
                 return None
-            except Exception as error:  # whatever the server or a package raises: the run must not fail
+            except Exception as error:  # whatever the server or a package raises, the run must not fail
                 problem = self._without_url(f"{type(error).__name__}: {error}")
             if wait_s is None or self._closing.wait(wait_s):
                 break
@@ -83,13 +83,13 @@ class Mailbox:
 
 
 def sender_of(url: str) -> Send:
-    """Return what sends to URLs of this kind; it raises if that fails."""
+    """Return the function that sends to URLs of this kind; it raises an exception if that fails."""
     scheme = url.partition("://")[0].lower()
     return post_json if scheme in HTTP_SCHEMES else notify_by_apprise
 
 
 def post_json(url: str, body: Body, timeout_s: float) -> None:
-    """POST an alert as JSON; urllib raises for an answer that is no success."""
+    """POST an alert as JSON; urllib raises an exception if the status is an error."""
     url, headers = _apart(url)
     headers |= {"Content-Type": "application/json", "User-Agent": "ftexp"}
     request = urllib.request.Request(url, json.dumps(body).encode(), headers)
@@ -107,11 +107,11 @@ def _apart(url: str) -> tuple[str, dict[str, str]]:
     return urlunsplit(parts._replace(netloc=host)), {"Authorization": f"Basic {encoded}"}
 
 
-def notify_by_apprise(url: str, body: Body, timeout_s: float) -> None:  # noqa: ARG001 - apprise has its own
+def notify_by_apprise(url: str, body: Body, timeout_s: float) -> None:  # noqa: ARG001 - apprise has its own time limits
     """Send an alert to one of the services that apprise knows."""
     import apprise
 
-    logging.getLogger("apprise").setLevel(logging.CRITICAL)  # it logs URLs, and what goes wrong is raised here
+    logging.getLogger("apprise").setLevel(logging.CRITICAL)  # it logs URLs; errors are raised here
     sender = apprise.Apprise()
     if not sender.add(url):
         raise ValueError("apprise does not know such a URL")

@@ -1,4 +1,4 @@
-"""When there is an alert: functions of a run's events and of the time since its last new step, without any I/O."""
+"""Rules for alerts: functions of a run's events and of the time since its last new step, without I/O."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ftexp.wire import events
 
 @dataclass(frozen=True)
 class Alert:
-    """Something that an operator wants to hear of, once."""
+    """An alert to an operator, sent once."""
 
     kind: str  # one of ftexp.config.schema.ALERTS
     text: str  # a sentence without the run's name
@@ -21,13 +21,13 @@ class Alert:
 
 
 class Rules:
-    """Decides for one invocation. `state`: state of the run, which the records keep up to date."""
+    """Decides on the alerts of one invocation. `state`: the run's state, which the records keep up to date."""
 
     def __init__(self, config: NotifyConfig, state: RunState, now: float) -> None:
         self._config, self._state = config, state
         self._farthest, self._since = state.farthest_step, now
         self._is_stalled = self._saves_fail = False
-        self._stragglers: set[tuple[int, str | None]] = set()  # (rank, node) that there was an alert of
+        self._stragglers: set[tuple[int, str | None]] = set()  # (rank, node) pairs that had an alert
 
     def after(self, event: events.Event) -> Alert | None:
         """Return the alert that follows from an event, if any."""
@@ -49,7 +49,7 @@ class Rules:
         return None
 
     def at(self, now: float) -> Alert | None:
-        """Return an alert if there has been no new step for too long; again only after there was one."""
+        """Return an alert if there was no new step for too long; it is repeated only after a new step."""
         if self._state.farthest_step != self._farthest:
             self._farthest, self._since, self._is_stalled = self._state.farthest_step, now, False
         limit_s, still_s = self._config.no_progress_s, now - self._since
@@ -68,7 +68,7 @@ class Rules:
         return Alert("straggler", described(event), event.fields)
 
     def _recovered(self) -> Alert | None:
-        """Return an alert at the first recovery that is more than allowed; later ones are no news."""
+        """Return an alert at the first recovery beyond `notify.max_recoveries`; none at later ones."""
         limit, recovered = self._config.max_recoveries, [each for each in self._state.failures if _is_over(each)]
         if limit is None or len(recovered) != limit + 1 or recovered[-1] is not self._state.failures[-1]:
             return None
@@ -82,7 +82,7 @@ class Rules:
 
 
 def described(event: events.Straggler) -> str:
-    """Return a sentence about a straggler, for people."""
+    """Return a sentence about a straggler, for messages."""
     where = f" on {event.node}" if event.node is not None else ""
     return (
         f"rank {event.rank}{where} stays slow: {event.own_ms:.1f} ms a step without waiting for others, "
@@ -91,5 +91,5 @@ def described(event: events.Straggler) -> str:
 
 
 def _is_over(failure: Any) -> bool:
-    """Whether training continued after a failure."""
+    """Return whether training continued after a failure."""
     return failure.steps_replayed is not None

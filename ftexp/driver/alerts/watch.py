@@ -1,4 +1,4 @@
-"""Watches a run's records, and has alerts sent: from threads, so that it neither delays nor fails the run."""
+"""Sending of alerts from a run's records, on threads: it neither delays nor fails the run."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from ftexp.driver.alerts.rules import Alert, Rules
 from ftexp.rundir.record import RunRecord
 from ftexp.wire.events import AlertFailed, AlertSent, Event
 
-_LOOK_EVERY_S = 1.0  # for new steps
+_LOOK_EVERY_S = 1.0  # interval of checks for new steps
 
 
 class Alerts:
-    """The alerts of one invocation. `report`, once set, records the outcome of each, or returns False."""
+    """The alerts of one invocation. `report`, once set, records an outcome; it returns False if it can't any more."""
 
     def __init__(self, config: NotifyConfig, look_every_s: float = _LOOK_EVERY_S) -> None:
         self._config, self._look_every_s = config, look_every_s
@@ -39,7 +39,7 @@ class Alerts:
         threading.Thread(target=self._look, args=(rules,), daemon=True, name="alerts").start()
 
     def close(self, warn: Callable[[AlertFailed], object]) -> None:
-        """Wait for what is still to be sent, `notify.timeout_s` at most; `warn` of what isn't, and record all."""
+        """Wait for unsent alerts, up to `notify.timeout_s`; record all open outcomes, and `warn` of failed alerts."""
         self._ended.set()
         end = time.monotonic() + self._config.timeout_s
         late = [failed for each in self._mailboxes for failed in each.close(max(0.0, end - time.monotonic()))]
@@ -61,7 +61,7 @@ class Alerts:
                 mailbox.post(body)
 
     def _body(self, alert: Alert) -> Body:
-        """Return what is sent; `text` is what chat services show of a JSON POST."""
+        """Return the content of an alert. Chat services show `text` of a JSON POST."""
         assert self._record is not None, "it has alerts"
         state, run_dir = self._record.state, self._record.storage.uri
         body: Body = masked(
@@ -85,5 +85,5 @@ class Alerts:
 
 
 def _verb(alert: Alert) -> str:
-    """Return the alert's text so that it follows the run's name."""
+    """Return the alert's text as it follows the run's name."""
     return alert.text if alert.kind in ("gave_up", "finished", "recoveries") else f"has a problem: {alert.text}"
