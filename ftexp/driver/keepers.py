@@ -29,7 +29,7 @@ class Keepers:
     def __init__(self, config: FailureConfig, workers: Workers, hub: Hub) -> None:
         self._config, self._workers, self._hub = config, workers, hub
         self._nodes: dict[int, str] = {}  # Ray's id of each rank's node, in the current group
-        self._started: dict[str, Any] = {}  # handles by node; None until it has started
+        self._started: dict[str, Any] = {}  # keepers by node; None until one has started
         self._closed = threading.Event()
         self._lock = threading.Lock()  # held while keepers are started
 

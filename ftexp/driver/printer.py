@@ -185,7 +185,7 @@ def unsent(event: events.AlertFailed) -> str:
 
 
 def _how_to_keep_rates(config: Config) -> str:
-    """Return how to add epochs without changing the learning rates; "" if schedule.min_lr is 0: none would train."""
+    """Return how to add epochs without changing the learning rates; "" if schedule.min_lr is 0."""
     schedule = config.schedule
     if not schedule.min_lr:
         return ""

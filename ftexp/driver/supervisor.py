@@ -1,4 +1,4 @@
-"""The hub's handler: it has messages of workers and controller recorded, decided upon and printed."""
+"""The hub's handler: records messages of workers and controller, decides what follows, and prints."""
 
 from __future__ import annotations
 
