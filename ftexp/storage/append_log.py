@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from ftexp.storage.directory import Storage
 class AppendLog:
     """A file to which lines are appended. An object store can't append, so there the whole file is written again.
 
-    A line that can't be written is kept, and retried with the next one: a full disk loses none.
+    A line that can't be written is kept, and retried with the next one: a full disk loses none. One thread
+    writes; any may call `lines`.
     """
 
     def __init__(self, storage: Storage, name: str) -> None:
@@ -24,6 +26,7 @@ class AppendLog:
         self._lines: list[str] = []  # local: lines not yet written; object store: all lines
         self._file: Any = None
         self._num_there: int | None = None  # lines in the copy on the object store; None: no copy yet
+        self._moving = threading.Lock()  # between _lines and the file: a reader would find lines twice, or not at all
         if (path := storage.local_path) is not None:
             path.mkdir(parents=True, exist_ok=True)
             _end_truncated_line(path / name)
@@ -48,14 +51,15 @@ class AppendLog:
             self._storage.write_bytes(self._name, content)
             self._num_there = len(self._lines)
             return
-        size = self._file.seek(0, os.SEEK_END)
-        try:
-            if self._file.write(content) != len(content):
-                raise OSError(f"{self._name} was written only partly: the disk is full")
-        except OSError:
-            self._file.truncate(size)  # no incomplete line in the middle of the file
-            raise
-        self._lines.clear()
+        with self._moving:
+            size = self._file.seek(0, os.SEEK_END)
+            try:
+                if self._file.write(content) != len(content):
+                    raise OSError(f"{self._name} was written only partly: the disk is full")
+            except OSError:
+                self._file.truncate(size)  # no incomplete line in the middle of the file
+                raise
+            self._lines.clear()
 
     def sync(self) -> None:
         """Flush; on a local disk the lines then survive a power cut."""
@@ -75,10 +79,11 @@ class AppendLog:
             return
         path = self._storage.local_path
         assert path is not None, "it has a file"
-        self._storage.write_bytes(self._name, "".join(f"{line}\n" for line in lines).encode())
-        self._file.close()
-        self._file = (path / self._name).open("ab", buffering=0)
-        self._lines.clear()
+        with self._moving:
+            self._storage.write_bytes(self._name, "".join(f"{line}\n" for line in lines).encode())
+            self._file.close()
+            self._file = (path / self._name).open("ab", buffering=0)
+            self._lines.clear()
 
     def lines(self) -> list[str]:
         """Return every line so far, also those that couldn't be written yet."""
@@ -86,7 +91,8 @@ class AppendLog:
             return list(self._lines)
         path = self._storage.local_path
         assert path is not None, "it has a file"
-        return [*(path / self._name).read_text(encoding="utf-8").splitlines(), *self._lines]
+        with self._moving:
+            return [*(path / self._name).read_text(encoding="utf-8").splitlines(), *self._lines]
 
     def close(self) -> None:
         """Flush, and release the file."""

@@ -131,8 +131,12 @@ class Follower:
             return points
 
     def _deliver(self, tracker: Tracker, points: Iterable[Point]) -> None:
-        """Send the tracker what it lacks: the same point may come from the run directory and from memory."""
-        missing = [left for point in points if (left := point.without(self._held)).values]
+        """Send the tracker what it lacks, once: the same point may come from the run directory and from memory."""
+        missing, known = list[Point](), set(self._held)
+        for point in points:
+            if (left := point.without(known)).values:
+                missing.append(left)
+                known |= left.keys()
         for start in range(0, len(missing), _BATCH):
             batch = missing[start : start + _BATCH]
             tracker.log(batch)

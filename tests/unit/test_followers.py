@@ -136,6 +136,12 @@ def test_replays_and_the_command_given_again_bring_nothing_twice(tmp_path, backe
     assert backend.num_made == 2
 
 
+def test_a_point_that_is_read_twice_at_once_is_sent_once(backend):
+    following = Following(backend, [point(1), point(2), point(2)])
+    assert following.finish() is None
+    assert backend.stored == [("train_loss", 1), ("train_loss", 2)]
+
+
 def test_what_was_sent_but_not_known_to_have_arrived_is_there_once(backend):
     backend.trouble = [well, answer_lost, down, down]  # make; log, whose answer is lost; make, make
     following = Following(backend, [point(1), point(2)])

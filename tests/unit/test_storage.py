@@ -1,5 +1,6 @@
 """Storage: files are complete or absent, on a local disk and on an object store."""
 
+import threading
 from types import SimpleNamespace
 
 import pyarrow.fs
@@ -263,3 +264,26 @@ def test_an_object_store_gets_a_log_again_only_with_new_lines(storage, monkeypat
     log.append("2")
     log.close()
     assert written == [b"", b"1\n", b"1\n2\n"]
+
+
+def test_lines_that_another_thread_reads_while_they_are_written_are_there_once(tmp_path):
+    log, found = AppendLog(Storage.at(str(tmp_path)), "log"), []
+    reader = threading.Thread(target=lambda: found.extend(log.lines()))
+
+    class Watched:
+        def __init__(self, file):
+            self.file = file
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+        def write(self, content):
+            written = self.file.write(content)
+            reader.start()
+            reader.join(0.2)  # without a lock it would end here, with the line from the file and from memory
+            return written
+
+    log._file = Watched(log._file)
+    log.append("a")
+    reader.join()
+    assert found == ["a"]
