@@ -92,7 +92,7 @@ def file_name_of(data: DataConfig) -> str:
 
 def require_data(data: DataConfig) -> None:
     """Raise ConfigError if a run's data is no longer where it was on disk."""
-    if is_missing(data.root):
+    if is_missing(data):
         raise ConfigError(f"data.root={data.root}, the run's data, does not exist: add data.root=<where it is now>")
 
 

@@ -5,6 +5,7 @@
 - The snapshot file: Ray Train would load an earlier invocation's checkpoints from it, and refuses to start if it is
   truncated or names a missing directory. ftexp finds checkpoints by their manifests, so it is removed before each fit.
 - The error of a dead worker: a private class wraps Ray's public RayActorError.
+- The error of a worker that did not answer Ray Train's controller in time.
 - The error of a fit() whose workers never started: a private class inside the public ControllerError.
 - Ray's random ids: forks of a process that has imported Ray must not share the generator that draws them. It is seeded
   at the first draw, and the decorator of actor classes draws when Ray's modules are imported.

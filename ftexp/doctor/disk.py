@@ -113,7 +113,7 @@ def data_root(config: Config) -> Finding:
         return not_here(check, f"data={data.name}: nothing to check before a run")
     if is_remote(data.root):
         return not_here(check, f"data.root={masked(data.root)} is listed when a run starts")
-    if is_missing(data.root):
+    if is_missing(data):
         return fails(check, f"data.root={data.root} does not exist", "set data.root to where the images are")
     return ok(check, f"data.root={data.root} exists")
 

@@ -6,6 +6,7 @@ import pytest
 from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
 
 import ftexp.data.listing
+from ftexp.cli.trained_run import require_data
 from ftexp.config.schema import DataConfig
 from ftexp.data.info import BadSample, Excluded, reasons
 from ftexp.data.root import require_root
@@ -229,4 +230,6 @@ def test_a_missing_root_is_noticed_before_ray_is_imported(tmp_path, monkeypatch,
     ],
 )
 def test_what_may_be_there_is_left_to_the_source(tmp_path, name, root):
-    require_root(DataConfig(name=name, root=root and root.format(tmp_path)))
+    data = DataConfig(name=name, root=root and root.format(tmp_path))
+    require_root(data)
+    require_data(data)

@@ -20,6 +20,7 @@ from ray.train.v2._internal.exceptions import (
     WorkerGroupStartupFailedError,
     WorkerGroupStartupTimeoutError,
     WorkerHealthCheckFailedError,
+    WorkerHealthCheckTimeoutError,
 )
 
 from ftexp.cluster import ray_private
@@ -53,11 +54,13 @@ def test_the_nccl_detector_reads_what_is_set_and_leaves_its_findings_where_they_
     assert ray_private._MAX_NCCL_POLL_S == constants.DEFAULT_NCCL_RAS_MIN_POLL_INTERVAL_S
 
 
-def test_the_error_of_a_dead_worker_is_unwrapped():
+def test_the_error_of_a_dead_worker_is_unwrapped_and_that_of_a_silent_one_known():
     died = ray.exceptions.ActorDiedError()
     assert ray_private.unwrap(WorkerHealthCheckFailedError("no answer", died)) is died
     bug = TypeError("x")
     assert ray_private.unwrap(bug) is bug
+    assert ray_private.is_unanswered(WorkerHealthCheckTimeoutError("no answer"))
+    assert not any(map(ray_private.is_unanswered, (died, bug)))
 
 
 def test_a_group_that_never_began_is_told_from_one_that_failed():
