@@ -325,6 +325,28 @@ def test_a_worker_is_gone_when_its_launcher_is_killed_after_the_preloader(light)
     wait_for_end_of(child)
 
 
+@pytest.mark.parametrize("preloader_first", [False, True])
+def test_a_worker_is_gone_when_its_raylet_has_ended_and_a_driver_is_not(light, preloader_first):
+    """A killed driver takes the preloader with it, and then its raylet."""
+    with subprocess.Popen(["sleep", "600"]) as raylet:
+        worker = light.start(READY_THEN_READ, env=light.environment | {"RAY_RAYLET_PID": str(raylet.pid)})
+        without = {name: value for name, value in light.environment.items() if name != "RAY_RAYLET_PID"}
+        driver = light.start(READY_THEN_READ, env=without)
+        child, other = int(worker.stdout.readline()), int(driver.stdout.readline())
+        forkers = [parent_of(child), parent_of(other)]
+        assert len({*forkers, light.process.pid}) == 3
+        if preloader_first:
+            light.process.kill()
+            light.process.wait()
+            wait_for_end_of(forkers[1])
+            assert parent_of(child) == forkers[0]
+        raylet.kill()
+    wait_for_end_of(child)
+    wait_for_end_of(forkers[0])
+    assert worker.wait(DEADLINE_S) != 0
+    assert outcome(driver)[1:] == ("read to the end\n", "")
+
+
 def test_workers_start_and_end_where_a_process_holds_many_files_open(tmp_path):
     """First the preloader and its forker hold many open files, then the launcher."""
 
@@ -431,8 +453,9 @@ def test_a_worker_that_imports_from_elsewhere_starts_plainly(preloaded):
 def test_a_worker_of_another_raylet_or_setting_has_another_forker_and_one_of_another_job_has_not(enduring, name):
     """Ray reads all three variables when it is imported; at that time the forker has no job."""
     look = f"import os, ray; print(os.getppid(), os.environ['{name}'], os.environ['{MARK}'])"
-    seen = [enduring.run(look, env=enduring.environment | {name: value})[1].split() for value in ("02000000", "3", "3")]
-    assert [value for _, value, _ in seen] == ["02000000", "3", "3"]
+    values = ["1", *[str(os.getppid())] * 2] if name == "RAY_RAYLET_PID" else ["02000000", "3", "3"]
+    seen = [enduring.run(look, env=enduring.environment | {name: value})[1].split() for value in values]
+    assert [value for _, value, _ in seen] == values
     assert (seen[0][0] == seen[1][0]) == (name == "RAY_JOB_ID")
     assert seen[1][0] == seen[2][0]
 

@@ -3,6 +3,9 @@
 At import, Ray reads the raylet, the settings and the cluster's token from the environment, which the first worker
 sends. Processes without a raylet, such as the drivers of a sweep's trials, have a forker of their own. A forker ends
 when the preloaded process ends, or after a while without requests.
+
+It kills its raylet's workers and agents when the raylet ends. Ray's own would continue: a worker for ten seconds, and
+an agent for a minute if the GCS has died too.
 """
 
 from __future__ import annotations
@@ -59,6 +62,8 @@ class Forker:
         self._children: dict[int, socket.socket] = {}  # pid -> connection to its launcher
         self._wakeup = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         os.environ.update({name: value for name, value in environment.items() if os.environ.get(name) != value})
+        raylet = environment.get("RAY_RAYLET_PID")
+        self._raylet = os.pidfd_open(int(raylet)) if raylet else None  # None once it has ended
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         self._is_fit = self._import_ray()
 
@@ -72,23 +77,38 @@ class Forker:
         return len({_in_a_fork(ray_private.random_id) for _ in range(2)}) == 2
 
     def serve(self) -> None:
-        """Serve until the preloaded process ends, or until no worker has run or been requested for _IDLE_S."""
+        """Serve until the preloaded process or the raylet ends, or until _IDLE_S without a worker or a request.
+
+        A raylet's forker ends after its workers: a killed driver ends the preloaded process first, then the raylet.
+        """
         signal.set_wakeup_fd(self._wakeup[1])
         signal.signal(signal.SIGCHLD, lambda *_: None)
-        while True:
+        sources, has_raylet = [self._channel.fileno()], self._raylet is not None
+        while sources or (has_raylet and self._children):
             launchers = {connection.fileno(): pid for pid, connection in self._children.items()}
-            watched = [self._channel.fileno(), self._wakeup[0], *launchers]
-            ready = readable(watched, None if launchers else _IDLE_S)
+            raylet = [] if self._raylet is None else [self._raylet]
+            ready = readable([*sources, *raylet, self._wakeup[0], *launchers], None if launchers else _IDLE_S)
             if not ready:
                 return
+            if self._raylet in ready:
+                self._raylet_ended()
+                sources.clear()
             if self._wakeup[0] in ready:
                 os.read(self._wakeup[0], 4096)
                 self._reap()
             for descriptor in ready:
                 if descriptor in launchers:
                     self._launcher_died(launchers[descriptor])
-            if self._channel.fileno() in ready and not self._take():
-                return
+            if sources and self._channel.fileno() in ready and not self._take():
+                sources.clear()
+
+    def _raylet_ended(self) -> None:
+        """Kill its workers and agents. Their launchers end with them."""
+        assert self._raylet is not None
+        os.close(self._raylet)
+        self._raylet = None
+        for pid in self._children:
+            _kill(pid)
 
     def _launcher_died(self, pid: int) -> None:
         """Kill its child. A launcher sends nothing after its request, so a readable connection has closed."""
@@ -143,7 +163,7 @@ class Forker:
                 os.dup2(descriptor, number)
                 os.close(descriptor)
             self._channel.close()
-            for descriptor in self._wakeup:
+            for descriptor in (*self._wakeup, *([] if self._raylet is None else [self._raylet])):
                 os.close(descriptor)
             for other in self._children.values():
                 other.close()
