@@ -101,7 +101,7 @@ def main() -> None:
         if RATES in options.only:
             for name in options.images:
                 results.rates[name] = measure_rates(Path(directory) / name, name, options.rounds, options.set)
-                console.print(f"rates of {name}: measured")
+                print_rates(console, name, results.rates[name])
         if PROCESS in options.only:
             results.process_ms = measure_process(Path(directory) / PROCESS, options.rounds, options.set)
             console.print("training process: measured")
@@ -365,10 +365,8 @@ def measure_memory(directory: Path) -> dict[str, float]:
 
 
 def report(console: Console, results: Results) -> list[str]:
-    """Print the tables; return a line for each target that is missed."""
-    checks: list[Check] = []
-    if results.rates:
-        checks += report_rates(console, results.rates)
+    """Print the tables, except for those of rates; return a line for each target that is missed."""
+    checks = checks_of_rates(results.rates)
     if results.process_ms:
         checks += report_process(console, results.process_ms)
     if results.first_batch_s:
@@ -393,22 +391,25 @@ def report(console: Console, results: Results) -> list[str]:
     return print_targets(console, checks)
 
 
-def report_rates(console: Console, rates: dict[str, dict[str, Turns]]) -> list[Check]:
-    """Print the speed of each side and the ratio of the streaming feed's to it; return the checks."""
-    table = Table("images", "feed", "images/s", "least", "most", "streaming :", "least", "most", "CPU ms", box=None)
+def print_rates(console: Console, name: str, sides: dict[str, Turns]) -> None:
+    """Print the speed of each side for these images, and the ratio of the streaming feed's to it."""
+    table = Table(name, "images/s", "least", "most", "streaming :", "least", "most", "CPU ms", box=None)
+    for side, turns in sides.items():
+        streaming = sides[STREAMING + (WITH_RAND_AUGMENT if side.endswith("RandAugment") else "")]
+        speeds = figures(turns.images_per_s)
+        ratios = figures(quotients(streaming.images_per_s, turns.images_per_s))
+        cells = [f"{speed:,.0f}" for speed in speeds] + [f"{ratio:.2f}" for ratio in ratios]
+        table.add_row(side, *cells, f"{statistics.median(turns.cpu_ms):.2f}")
+    console.print(table)
+
+
+def checks_of_rates(rates: dict[str, dict[str, Turns]]) -> list[Check]:
+    """Return the checks of all images: medians of the ratios within a turn."""
     checks: list[Check] = []
     for name, sides in rates.items():
-        for side, turns in sides.items():
-            streaming = sides[STREAMING + (WITH_RAND_AUGMENT if side.endswith("RandAugment") else "")]
-            speeds = figures(turns.images_per_s)
-            ratios = figures(quotients(streaming.images_per_s, turns.images_per_s))
-            cpu_ms = statistics.median(turns.cpu_ms)
-            cells = [f"{speed:,.0f}" for speed in speeds] + [f"{ratio:.2f}" for ratio in ratios]
-            table.add_row(name, side, *cells, f"{cpu_ms:.2f}")
         for ours, theirs, target in TARGETS:
             ratio = statistics.median(quotients(sides[ours].images_per_s, sides[theirs].images_per_s))
             checks.append((f"{name}: {ours} : {theirs}", ratio, target, True))
-    console.print(table)
     return checks
 
 
