@@ -12,6 +12,7 @@
 - The thread that prints raylet's messages: it starts whatever log_to_driver says. Ray's logs have the messages too.
 - The script that raylet starts for each worker: Ray's imports all of ray before it becomes the worker's interpreter.
 - The processes that ray.init has started: by these, a dead Ray is noticed and its remains are killed.
+- The names of the files that raylet's agents keep open among Ray's logs: agents outlive a killed raylet.
 - Three processes that ray.init starts and that a Ray for one command does not need.
 - The actor that removes a dead controller's placement group: it can't do so in a Ray without an API server.
 - Ray Train's controller: Ray gives it only the job's runtime env, and gives the workers' runtime env only to workers.
@@ -25,7 +26,7 @@ import contextlib
 import os
 import signal
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,7 @@ _NCCL_POLL_S = "RAY_TRAIN_NCCL_RAS_MIN_POLL_INTERVAL_S"
 _NCCL_CONFIRM_S = "RAY_TRAIN_NCCL_RAS_CONFIRM_DURATION_S"
 _MAX_NCCL_POLL_S = 15.0  # Ray's default
 _WRAPPED_FAILURE = "health_check_failure"
+_LOGS_OF_AGENTS = ("dashboard_agent.err", "runtime_env_agent.err")
 _VITAL = {"gcs_server": "GCS", "raylet": "raylet"}  # kind of process -> its name in Ray's documentation
 
 
@@ -241,3 +243,23 @@ def kill_started() -> None:
             words = (entry / "cmdline").read_bytes().split(b"\0")
             if parent == os.getpid() and any(word.startswith(code) for word in words):
                 os.kill(int(entry.name), signal.SIGKILL)
+    kill_agents(logs_dir())
+
+
+def kill_agents(logs: str) -> None:
+    """Kill the agents of raylets that have ended, by the directory of their Ray's logs.
+
+    They find that out themselves, but then wait a minute for a GCS that has ended too.
+    """
+    kept_open = [Path(logs).resolve() / name for name in _LOGS_OF_AGENTS]
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # ended meanwhile, or another user's
+            if any(_is_one_of(kept_open, file) for file in (entry / "fd").iterdir()):
+                os.kill(int(entry.name), signal.SIGKILL)
+
+
+def _is_one_of(files: Sequence[Path], link: Path) -> bool:
+    try:
+        return link.readlink() in files
+    except OSError:  # closed meanwhile
+        return False

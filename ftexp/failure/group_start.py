@@ -1,8 +1,10 @@
-"""Start of torch's process group, in Ray Train's controller; the driver decides about its failures as about any other.
+"""Start and end of torch's process group, in Ray Train's controller; the driver decides about a failed start.
 
 Ray picks a free port, which another process may take before torch listens on it. Ray Train itself would then end the
 run. Or a worker dies meanwhile. Ray Train would then start workers for which there is no room, since it forgets the
 placement group of the earlier ones.
+
+At the end, Ray would destroy the process group in workers that still train, as after another's death.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from ftexp.failure.reporter import FailureReporter
 
 
 class ReportingBackend(TorchConfig().backend_cls):  # type: ignore[misc]
-    """Ray's backend, with reports of a failed start."""
+    """Ray's backend, with reports of a failed start, and without an end of the process group before the workers'."""
 
     def on_start(self, worker_group: Any, backend_config: ReportingTorchConfig) -> None:
         """Start the process group; Ray's hook.
@@ -42,6 +44,13 @@ class ReportingBackend(TorchConfig().backend_cls):  # type: ignore[misc]
             cause = find_cause({0: error.cause if isinstance(error, RayTaskError) else error})
             backend_config.reporter.report(dataclasses.replace(cause, rank=None))  # Ray doesn't say which rank failed
             raise RayActorError(error_msg=cause.error) from error
+
+    def on_shutdown(self, worker_group: Any, backend_config: TorchConfig) -> None:
+        """Leave the process group as it is; Ray's hook, called before it kills the workers.
+
+        Without a group, a rank that still trains would take itself for the only one: it would log its own part of an
+        evaluation as the result.
+        """
 
 
 def _placement_group(worker_group: Any) -> Any:

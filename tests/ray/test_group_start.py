@@ -1,8 +1,9 @@
-"""Failures while torch's process group starts, in Ray Train's own controller and workers."""
+"""Failures while torch's process group starts or is used, in Ray Train's own controller and workers."""
 
 import contextlib
 import os
 import socket
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
@@ -10,7 +11,7 @@ from unittest import mock
 import pytest
 import ray.train
 from ray.exceptions import RayActorError
-from ray.train import RunConfig, ScalingConfig
+from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from ftexp.cluster import ray_private
@@ -83,3 +84,38 @@ def test_workers_start_again_where_another_process_took_the_port_and_where_one_d
     assert taken.error.startswith("DistNetworkError: ")
     assert "EADDRINUSE" in taken.error
     assert [(each.cause, each.rank, each.ending) for each in died] == [("crash", None, Ending.DIED)] * 2
+
+
+def survive(config):
+    """Rank 1 dies in the first attempt; rank 0 then notes whether it has a process group until it is killed."""
+    import torch
+
+    notes = Path(config["notes"])
+    is_second = notes.exists()
+    total = torch.ones(1)
+    torch.distributed.all_reduce(total)
+    if is_second:
+        return total.item()
+    if ray.train.get_context().get_world_rank() == 1:
+        while not notes.exists():
+            time.sleep(0.001)
+        os._exit(1)
+    with notes.open("a", buffering=1) as file:
+        while True:
+            print("group" if torch.distributed.is_initialized() else "none", file=file)
+            time.sleep(0.001)
+
+
+def test_a_rank_that_outlives_another_keeps_the_process_group_to_its_end(tmp_path):
+    notes = tmp_path / "notes"
+    trainer = TorchTrainer(
+        survive,
+        train_loop_config={"notes": str(notes)},
+        torch_config=ReportingTorchConfig(reporter=None, timeout_s=60),
+        scaling_config=ScalingConfig(num_workers=2),
+        run_config=RunConfig(
+            name="run", storage_path=str(tmp_path / "storage"), failure_config=FailureConfig(max_failures=1)
+        ),
+    )
+    assert ray_private.fitted(trainer).return_value == 2
+    assert set(notes.read_text().split()) == {"group"}

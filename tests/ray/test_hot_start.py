@@ -168,13 +168,13 @@ def is_forked(preloaded, **options):
     return output == "1\n"
 
 
-def wait_for_end_of(pid):
+def wait_for_end_of(pid, within_s=DEADLINE_S):
     try:
         process = os.pidfd_open(pid)
     except ProcessLookupError:
         return
     with open(process):  # noqa: PTH123 - a descriptor
-        assert launcher.readable([process], DEADLINE_S), f"{pid} goes on"
+        assert launcher.readable([process], within_s), f"{pid} goes on"
 
 
 def has_signal(pid, number, field):
@@ -712,6 +712,52 @@ hot_start.stop()
     assert ways == others == [["hot_start"], name.split("=")[1] + "!"]  # not by Ray's own setup_worker.py
     for left in {pid, other_pid, *processes_with(name)}:
         wait_for_end_of(left)
+
+
+def agents_of(raylet):
+    """Return the pids of the agents of a raylet that have started."""
+    children = Path(f"/proc/{raylet}/task/{raylet}/children").read_text().split()
+    agents = (b"ray::DashboardAgent", b"ray::RuntimeEnvAgent")
+    return [int(pid) for pid in children if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(agents)]
+
+
+KILLED_RAY = f"""
+import os, ray, sys
+from ftexp.config.schema import ScalingConfig
+from ftexp.cluster import ray_private
+from ftexp.cluster.hot_start.driver import HotStart
+hot_start = HotStart(ScalingConfig(hot_start=sys.argv[1]), 1)
+with hot_start.raylet_settings(), ray_private.starting_fewer_processes(prints_logs=False):
+    ray.init(
+        address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env=hot_start.runtime_env()
+    )
+vital = ray_private.started_processes()
+print(ray.get(ray.remote(lambda: os.environ.get("{MARK}")).remote()), vital["raylet"].pid, flush=True)
+sys.stdin.readline()
+vital["GCS"].kill()
+ray_private.kill_started()
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize(("hot_start", "killed"), [("auto", "the driver"), ("auto", "the GCS"), ("off", "the GCS")])
+def test_agents_are_gone_soon_after_their_ray_was_killed(tmp_path, hot_start, killed):
+    """They would wait a minute for the GCS."""
+    environment = {**os.environ, "PYTHONPATH": python_path_without_torch(tmp_path)}
+    options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    command = [sys.executable, "-c", KILLED_RAY, hot_start]
+    with subprocess.Popen(command, env=environment, cwd=tmp_path, **options) as driver:
+        mark, raylet = driver.stdout.readline().split()
+        assert mark == ("1" if hot_start == "auto" else "None")
+        wait_until(lambda: len(agents_of(int(raylet))) == 2)
+        agents = agents_of(int(raylet))
+        if killed == "the driver":
+            driver.kill()
+        else:
+            print(file=driver.stdin, flush=True)
+        for pid in agents:
+            wait_for_end_of(pid, within_s=15)
+        driver.kill()
 
 
 # The raylet's own start of a worker
