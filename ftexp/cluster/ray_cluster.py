@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from ftexp.cluster import ray_private
 from ftexp.cluster.hot_start.driver import HotStart
 from ftexp.cluster.ray_watch import JoinedRay, OwnRay, ending_with
-from ftexp.cluster.resources import may_decode
+from ftexp.cluster.resources import living_nodes, may_decode
 from ftexp.cluster.signals import terminable
 from ftexp.config.checks.scaling import is_pair
 from ftexp.config.machine import prepare_machine, usable_cpus
@@ -34,8 +35,6 @@ _ELASTIC_CONTROLLER = {
 }
 # Read by Ray when it is imported or when workers start. Only set where ftexp starts Ray itself.
 _OWN_CLUSTER = {
-    # the process group is discarded anyway, and NCCL may wait for a rank that no longer exists
-    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "2",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # otherwise every worker starts through `uv run` again
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process per run that only asks whether this node is being drained
@@ -45,6 +44,7 @@ _QUIET = {
     "RAY_DEDUP_LOGS": "0",
     "RAY_LOG_TO_STDERR": "0",
 }
+_RAYLET_ENDS_WITHIN_S = 15.0
 
 
 @dataclass(frozen=True)
@@ -174,6 +174,15 @@ def leave_ray(running: RunningRay | None) -> None:
     if running is not None:
         running.close()
     ray.shutdown()
+
+
+def wait_if_ending(running: RunningRay) -> None:
+    """If the Ray that this process has started is dead or about to end, wait to be interrupted by its watch.
+
+    Ray exits a process that uses the object store of a dead raylet. A raylet leaves the cluster before it ends.
+    """
+    if running.is_own and (running.lost() is not None or not living_nodes()):
+        time.sleep(_RAYLET_ENDS_WITHIN_S)
 
 
 def _no_node() -> str | None:

@@ -19,6 +19,7 @@ from ray.util.placement_group import PlacementGroup, placement_group_table, remo
 
 from ftexp.cluster import ray_private
 from ftexp.cluster.interruptible import fit_interruptibly
+from ftexp.cluster.ray_cluster import wait_if_ending
 from ftexp.cluster.ray_elastic import RoomAwaited
 from ftexp.cluster.ray_watch import end_workers
 from ftexp.cluster.signals import ignore_termination
@@ -128,6 +129,7 @@ def _fit(context: RunContext, session: Session, hub: Hub) -> ray.train.Result:
         try:
             return ray_private.fitted(trainer, controller)
         except ray.exceptions.RayActorError:
+            wait_if_ending(session.running)  # the controller's death would follow from Ray's
             match hub.handle(ControllerDied()):
                 case Retry(delay_s) if session.running.is_own:
                     _release_workers()

@@ -9,11 +9,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from ftexp.cluster import ray_private, ray_watch, signals
+from ftexp.cluster import ray_cluster, ray_private, ray_watch, signals
 from ftexp.cluster.interruptible import Terminated
 from ftexp.cluster.ray_cluster import RunningRay, leave_ray, start_ray
 from ftexp.cluster.ray_watch import JoinedRay, OwnRay, end_workers
 from ftexp.config.schema import Config, ScalingConfig
+from ftexp.errors import RunFailedError
+from ftexp.wire.messages import Stop
 from tests.support.processes import many_open_files, wait_for_command_line
 
 
@@ -34,6 +36,43 @@ def test_a_ray_of_our_own_is_lost_with_its_gcs_or_its_raylet_and_all_of_it_is_en
     gcs.kill()
     gcs.communicate()
     assert watch.lost() == "Ray's GCS process was killed by SIGKILL (its logs: /logs)"
+
+
+class Interrupted(BaseException):
+    """What the watch over Ray raises in the thread that trains."""
+
+
+@pytest.mark.parametrize(
+    ("is_own", "lost", "is_alive", "is_asked"),
+    [
+        (True, None, True, True),
+        (True, None, False, False),  # raylet has left the GCS, and ends in a moment
+        (True, "Ray's raylet process was killed", True, False),
+        (False, None, False, True),  # the node that has died is another's
+    ],
+)
+def test_a_controller_that_dies_of_its_rays_end_is_not_started_again(monkeypatch, is_own, lost, is_alive, is_asked):
+    """Ray exits a process that would then use its object store."""
+    import ray
+
+    from ftexp.driver import trainer
+
+    def died(*_):
+        raise ray.exceptions.RayActorError
+
+    def interrupt(_):
+        raise Interrupted
+
+    asked = []
+    monkeypatch.setattr(trainer, "build_trainer", lambda *_: None)
+    monkeypatch.setattr(ray_private, "fitted", died)
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": is_alive}])
+    monkeypatch.setattr(ray_cluster.time, "sleep", interrupt)
+    hub = SimpleNamespace(address=None, handle=lambda message: asked.append(message) or Stop("no more"))
+    session = SimpleNamespace(bundle=None, running=RunningRay("127.0.0.1", is_own, lambda: lost))
+    with pytest.raises(RunFailedError if is_asked else Interrupted):
+        trainer._fit(SimpleNamespace(config=Config()), session, hub)
+    assert len(asked) == is_asked
 
 
 def test_a_dead_rays_workers_are_ended_and_no_process_that_got_their_numbers():
