@@ -71,7 +71,7 @@ def main() -> None:
     options = parser.parse_args()
     console, storage = Console(highlight=False, width=140), Path(tempfile.mkdtemp(prefix="soak_"))
     words = [*options.overrides, f"run.storage={storage}", "train.ledger=true", "train.log_every_steps=1"]
-    os.environ[_MARK] = str(storage)
+    os.environ |= {_MARK: str(storage), "RAY_TMPDIR": str(storage)}
     shared_before = _shared_memory()
     began = time.time()
     subprocess.run(_command(words, _CLEAN), check=True, stdout=subprocess.DEVNULL)
@@ -291,7 +291,12 @@ def _marked(storage: str) -> list[int]:
 
 
 def _is_marked(pid: int, storage: str) -> bool:
-    return f"{_MARK}={storage}".encode() in _read(Path(f"/proc/{pid}/environ")).split(b"\0")
+    """Return whether a process is of the runs, by its environment, or by its files: Ray's agents write over the former."""
+    if f"{_MARK}={storage}".encode() in _read(Path(f"/proc/{pid}/environ")).split(b"\0"):
+        return True
+    with contextlib.suppress(OSError):
+        return any(str(file.readlink()).startswith(f"{storage}/ray/") for file in Path(f"/proc/{pid}/fd").iterdir())
+    return False
 
 
 def _below(root: int, titles: tuple[bytes, ...]) -> list[int]:
