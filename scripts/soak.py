@@ -291,7 +291,7 @@ def _marked(storage: str) -> list[int]:
 
 
 def _is_marked(pid: int, storage: str) -> bool:
-    """Return whether a process is of the runs, by its environment, or by its files: Ray's agents write over the former."""
+    """Return whether a process is of the runs, by its environment, or by its files: Ray's agents lose the former."""
     if f"{_MARK}={storage}".encode() in _read(Path(f"/proc/{pid}/environ")).split(b"\0"):
         return True
     with contextlib.suppress(OSError):
