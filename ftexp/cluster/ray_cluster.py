@@ -9,10 +9,11 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ftexp.cluster import ray_private
-from ftexp.cluster.hot_start.driver import HotStart
+from ftexp.cluster.hot_start.driver import HotStart, supported
 from ftexp.cluster.ray_watch import JoinedRay, OwnRay, ending_with
 from ftexp.cluster.resources import living_nodes, may_decode
 from ftexp.cluster.signals import terminable
@@ -44,6 +45,7 @@ _QUIET = {
     "RAY_DEDUP_LOGS": "0",
     "RAY_LOG_TO_STDERR": "0",
 }
+_GUARD = Path(__file__).with_name("agent_guard.py")
 _RAYLET_ENDS_WITHIN_S = 15.0
 
 
@@ -113,9 +115,8 @@ def start_ray(
     decodes = may_decode(config) if decodes is None else decodes
     decoding = (config.data.decode_cpus or usable_cpus()) if decodes else 0
     options: dict[str, Any] = {"include_dashboard": False, "num_cpus": usable_cpus() + decoding} if own else {}
-    fewer = ray_private.starting_fewer_processes(config.verbose) if own else contextlib.nullcontext()
     try:
-        with fewer, terminable():
+        with _own_processes(config.verbose) if own else contextlib.nullcontext(), terminable():
             context = ray.init(
                 address="local" if own else address,
                 log_to_driver=config.verbose,
@@ -145,6 +146,14 @@ def start_ray(
     sockets = [node["RayletSocketName"] for node in ray.nodes() if node["NodeID"] == context.address_info["node_id"]]
     joined = JoinedRay(sockets[0], ray.get_runtime_context().gcs_address)
     return RunningRay(host, own, joined.lost, joined.close)
+
+
+@contextlib.contextmanager
+def _own_processes(prints_logs: bool) -> Iterator[None]:
+    """Make ray.init start no process that a command doesn't need, and guard raylet's agents."""
+    guarding = ray_private.agents_guarded_by(_GUARD) if supported() else contextlib.nullcontext()
+    with guarding, ray_private.starting_fewer_processes(prints_logs):
+        yield
 
 
 def _not_shipped(error: Exception) -> str:

@@ -12,7 +12,7 @@
 - The thread that prints raylet's messages: it starts whatever log_to_driver says. Ray's logs have the messages too.
 - The script that raylet starts for each worker: Ray's imports all of ray before it becomes the worker's interpreter.
 - The processes that ray.init has started: by these, a dead Ray is noticed and its remains are killed.
-- The names of the files that raylet's agents keep open among Ray's logs: agents outlive a killed raylet.
+- The commands by which raylet starts its agents: a guard is put before them.
 - Three processes that ray.init starts and that a Ray for one command does not need.
 - The actor that removes a dead controller's placement group: it can't do so in a Ray without an API server.
 - Ray Train's controller: Ray gives it only the job's runtime env, and gives the workers' runtime env only to workers.
@@ -26,7 +26,8 @@ import contextlib
 import os
 import signal
 import subprocess
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +42,6 @@ _NCCL_POLL_S = "RAY_TRAIN_NCCL_RAS_MIN_POLL_INTERVAL_S"
 _NCCL_CONFIRM_S = "RAY_TRAIN_NCCL_RAS_CONFIRM_DURATION_S"
 _MAX_NCCL_POLL_S = 15.0  # Ray's default
 _WRAPPED_FAILURE = "health_check_failure"
-_LOGS_OF_AGENTS = ("dashboard_agent.err", "runtime_env_agent.err")
 _VITAL = {"gcs_server": "GCS", "raylet": "raylet"}  # kind of process -> its name in Ray's documentation
 
 
@@ -122,6 +122,22 @@ def workers_set_up_by(script: Path) -> Iterator[None]:
 
     # Ray joins this name to a directory; an absolute path replaces the directory
     with _replaced(ray_constants, SETUP_WORKER_FILENAME=str(script)):
+        yield
+
+
+@contextlib.contextmanager
+def agents_guarded_by(script: Path) -> Iterator[None]:
+    """Make a raylet that is started in this block start its agents by `script`, which gets their commands."""
+    from ray._private import ray_constants, services
+
+    build = services._build_python_executable_command_memory_profileable
+    agents = (ray_constants.PROCESS_TYPE_DASHBOARD_AGENT, ray_constants.PROCESS_TYPE_RUNTIME_ENV_AGENT)
+
+    def guarded(component: str, *arguments: Any, **options: Any) -> list[str]:
+        guard = [sys.executable, "-S", "-E", str(script)] if component in agents else []
+        return [*guard, *build(component, *arguments, **options)]
+
+    with _replaced(services, _build_python_executable_command_memory_profileable=guarded):
         yield
 
 
@@ -243,23 +259,3 @@ def kill_started() -> None:
             words = (entry / "cmdline").read_bytes().split(b"\0")
             if parent == os.getpid() and any(word.startswith(code) for word in words):
                 os.kill(int(entry.name), signal.SIGKILL)
-    kill_agents(logs_dir())
-
-
-def kill_agents(logs: str) -> None:
-    """Kill the agents of raylets that have ended, by the directory of their Ray's logs.
-
-    They find that out themselves, but then wait a minute for a GCS that has ended too.
-    """
-    kept_open = [Path(logs).resolve() / name for name in _LOGS_OF_AGENTS]
-    for entry in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # ended meanwhile, or another user's
-            if any(_is_one_of(kept_open, file) for file in (entry / "fd").iterdir()):
-                os.kill(int(entry.name), signal.SIGKILL)
-
-
-def _is_one_of(files: Sequence[Path], link: Path) -> bool:
-    try:
-        return link.readlink() in files
-    except OSError:  # closed meanwhile
-        return False

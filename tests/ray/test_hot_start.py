@@ -14,6 +14,7 @@ import stat
 import subprocess
 import sys
 import textwrap
+import time
 import uuid
 from pathlib import Path
 
@@ -715,48 +716,51 @@ hot_start.stop()
 
 
 def agents_of(raylet):
-    """Return the pids of the agents of a raylet that have started."""
-    children = Path(f"/proc/{raylet}/task/{raylet}/children").read_text().split()
+    """Return the pids of the agents of a raylet that have started; their guards are its children."""
     agents = (b"ray::DashboardAgent", b"ray::RuntimeEnvAgent")
-    return [int(pid) for pid in children if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(agents)]
+    found = [child for guard in children_of(raylet) for child in children_of(guard)]
+    return [pid for pid in found if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(agents)]
 
 
-KILLED_RAY = f"""
+def children_of(pid):
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+MORTAL_RAY = """
 import os, ray, sys
-from ftexp.config.schema import ScalingConfig
+from ftexp.config.schema import Config, ScalingConfig
 from ftexp.cluster import ray_private
-from ftexp.cluster.hot_start.driver import HotStart
-hot_start = HotStart(ScalingConfig(hot_start=sys.argv[1]), 1)
-with hot_start.raylet_settings(), ray_private.starting_fewer_processes(prints_logs=False):
-    ray.init(
-        address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env=hot_start.runtime_env()
-    )
+from ftexp.cluster.ray_cluster import start_ray
+start_ray(Config(), decodes=False)
+kept = ray.put("found")  # the driver looks for it when the node is said to be dead
 vital = ray_private.started_processes()
-print(ray.get(ray.remote(lambda: os.environ.get("{MARK}")).remote()), vital["raylet"].pid, flush=True)
-sys.stdin.readline()
-vital["GCS"].kill()
-ray_private.kill_started()
+print(vital["raylet"].pid, flush=True)
+if sys.stdin.readline() == "the GCS\\n":
+    vital["GCS"].kill()
+    ray_private.kill_started()
+print(vital["raylet"].wait(), flush=True)
 sys.stdin.read()
 """
 
 
-@pytest.mark.parametrize(("hot_start", "killed"), [("auto", "the driver"), ("auto", "the GCS"), ("off", "the GCS")])
-def test_agents_are_gone_soon_after_their_ray_was_killed(tmp_path, hot_start, killed):
-    """They would wait a minute for the GCS."""
-    environment = {**os.environ, "PYTHONPATH": python_path_without_torch(tmp_path)}
-    options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    command = [sys.executable, "-c", KILLED_RAY, hot_start]
-    with subprocess.Popen(command, env=environment, cwd=tmp_path, **options) as driver:
-        mark, raylet = driver.stdout.readline().split()
-        assert mark == ("1" if hot_start == "auto" else "None")
-        wait_until(lambda: len(agents_of(int(raylet))) == 2)
-        agents = agents_of(int(raylet))
-        if killed == "the driver":
-            driver.kill()
-        else:
-            print(file=driver.stdin, flush=True)
+@pytest.mark.parametrize("killed", ["an agent", "the driver", "the GCS", "the raylet"])
+def test_the_agents_and_their_raylet_end_together_and_at_once(tmp_path, killed):
+    """An agent of Ray's own would wait a minute for the GCS; and Ray would exit the driver after an agent's death."""
+    options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", MORTAL_RAY], cwd=tmp_path, **options) as driver:
+        raylet = int(driver.stdout.readline())
+        wait_until(lambda: len(agents_of(raylet)) == 2)
+        agents = agents_of(raylet)
+        victim = {"an agent": agents[0], "the driver": driver.pid, "the raylet": raylet}.get(killed)
+        if victim is not None:
+            os.kill(victim, signal.SIGKILL)
+        if killed != "the driver":
+            print(killed, file=driver.stdin, flush=True)
+            assert driver.stdout.readline() == f"{-signal.SIGKILL}\n"
         for pid in agents:
-            wait_for_end_of(pid, within_s=15)
+            wait_for_end_of(pid, within_s=10)
+        time.sleep(0.3)  # Ray looks for objects every 0.1 s
+        assert driver.poll() == (-signal.SIGKILL if killed == "the driver" else None)
         driver.kill()
 
 

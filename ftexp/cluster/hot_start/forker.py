@@ -4,8 +4,7 @@ At import, Ray reads the raylet, the settings and the cluster's token from the e
 sends. Processes without a raylet, such as the drivers of a sweep's trials, have a forker of their own. A forker ends
 when the preloaded process ends, or after a while without requests.
 
-When its raylet ends, it kills its workers, which would continue for ten seconds. If the driver started that raylet, it
-also kills Ray's agents, which would wait a minute for a GCS that has died too.
+When its raylet ends, it kills its workers, which would continue for ten seconds.
 """
 
 from __future__ import annotations
@@ -55,18 +54,15 @@ def import_all(names: tuple[str, ...], without: tuple[str, ...] = ()) -> None:
 
 
 class Forker:
-    """Forker of workers: forks a child for each launcher's request, and sends the launcher its pid and wait status.
+    """Forker of workers: forks a child for each launcher's request, and sends the launcher its pid and wait status."""
 
-    is_own: whether the driver of the preloaded process started the raylet, and no other Ray's workers are forked here.
-    """
-
-    def __init__(self, channel: socket.socket, environment: dict[str, str], is_own: bool) -> None:
-        self._channel, self._is_own = channel, is_own
+    def __init__(self, channel: socket.socket, environment: dict[str, str]) -> None:
+        self._channel = channel
         self._children: dict[int, socket.socket] = {}  # pid -> connection to its launcher
         self._wakeup = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         os.environ.update({name: value for name, value in environment.items() if os.environ.get(name) != value})
-        self._has_raylet, self._logs = "RAY_RAYLET_PID" in environment, ""
-        self._raylet = os.pidfd_open(int(environment["RAY_RAYLET_PID"])) if self._has_raylet else None  # None: it ended
+        raylet = environment.get("RAY_RAYLET_PID")
+        self._raylet = os.pidfd_open(int(raylet)) if raylet else None  # None once it has ended
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         self._is_fit = self._import_ray()
 
@@ -82,13 +78,12 @@ class Forker:
     def serve(self) -> None:
         """Serve until the preloaded process or the raylet ends, or until _IDLE_S without a worker or a request.
 
-        A raylet's forker ends after its workers, and after a raylet that the driver started: when the driver is killed,
-        the preloaded process ends first.
+        A raylet's forker ends after its workers: a killed driver ends the preloaded process first, then the raylet.
         """
         signal.set_wakeup_fd(self._wakeup[1])
         signal.signal(signal.SIGCHLD, lambda *_: None)
-        sources = [self._channel.fileno()]
-        while sources or (self._has_raylet and self._children) or (self._is_own and self._raylet is not None):
+        sources, has_raylet = [self._channel.fileno()], self._raylet is not None
+        while sources or (has_raylet and self._children):
             launchers = {connection.fileno(): pid for pid, connection in self._children.items()}
             raylet = [] if self._raylet is None else [self._raylet]
             ready = readable([*sources, *raylet, self._wakeup[0], *launchers], None if launchers else _IDLE_S)
@@ -107,16 +102,12 @@ class Forker:
                 sources.clear()
 
     def _raylet_ended(self) -> None:
-        """Kill its workers, whose launchers end with them, and the agents of the driver's own raylet."""
-        from ftexp.cluster import ray_private
-
+        """Kill its workers, whose launchers end with them."""
         assert self._raylet is not None
         os.close(self._raylet)
         self._raylet = None
         for pid in self._children:
             _kill(pid)
-        if self._is_own:
-            ray_private.kill_agents(self._logs)
 
     def _launcher_died(self, pid: int) -> None:
         """Kill its child. A launcher sends nothing after its request, so a readable connection has closed."""
@@ -139,7 +130,6 @@ class Forker:
         except (OSError, ValueError):
             return False
         connection = socket.socket(fileno=asker)
-        self._logs = str(Path(f"/proc/self/fd/{descriptors[1]}").readlink().parent)  # the worker's output is in there
         try:
             # the launcher may have timed out and become a plain interpreter: a second worker must not start
             if not self._is_fit or _hung_up(connection):

@@ -103,7 +103,7 @@ class Preloader:
                         other.close()
                     for descriptor in not_its_own:  # otherwise a worker's output would stay open after its end
                         os.close(descriptor)
-                    Forker(theirs, {**environment, **read}, is_own=self._owner == 0).serve()
+                    Forker(theirs, {**environment, **read}).serve()
                 finally:  # after any error too: the fork must never continue as a second preloader
                     os._exit(0)
             theirs.close()
