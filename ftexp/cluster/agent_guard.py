@@ -1,9 +1,9 @@
 """Guard of one of Ray's agents: kills raylet when the agent dies, and the agent when raylet dies.
 
-Ray ends a raylet in an orderly way when an agent dies. The driver is then told that its objects are lost, looks for
-them in that raylet's object store, and is exited by Ray, without a message, once the store is gone. A raylet that was
-killed is noticed by the driver first (ray_watch.py). And where raylet and GCS are killed, an agent would wait a minute
-for the GCS.
+When an agent dies, a raylet of Ray's own leaves the cluster and ends. Ray then recovers the driver's objects, which
+needs the object store of that raylet, and exits the driver without a message, since the store is gone. The driver
+notices a raylet that was killed before Ray does (ray_watch.py). And where raylet and GCS are killed, an agent of Ray's
+own waits a minute for the GCS.
 
 Run by path as a child of raylet, as `python -S -E agent_guard.py <command of the agent>`, so that it starts quickly.
 """
