@@ -57,7 +57,6 @@ TARGETS = (*_FIRST_TARGETS, ANY_WORKER, TWO_WORKERS, AFTER_WORKER_1, NEWCOMER, *
 _EARLY = 0.2  # share of kills that come within a second of the start of training
 _NUM_WORDS = 3  # interpreter, option and script identify a process; further arguments of raylet name other scripts
 _BUDGETS = ("max_failures", "max_ray_failures", "max_failures_without_progress")
-_TRAINING_CONTINUES = (KEEPER,)  # training continues when it is killed: no new `ready` event follows
 
 
 def main() -> None:
@@ -173,7 +172,7 @@ class Soak:
         self.kills.append(kill)
         self._console.print(f"kill {len(self.kills)}: {target} at step {kill['at_step']} of attempt {ready['attempt']}")
         self._kill_another(target, process, ready["pids"])
-        if target not in _TRAINING_CONTINUES:
+        if target != KEEPER:  # training continues without it, and no new `ready` event follows
             self._num_ready = max(num_ready, len(self._events("ready")))
         if victims == [process.pid]:
             process.wait()
