@@ -4,7 +4,7 @@ Ray picks a free port, which another process may take before torch listens on it
 run. Or a worker dies meanwhile. Ray Train would then start workers for which there is no room, since it forgets the
 placement group of the earlier ones.
 
-At the end, Ray would destroy the process group in workers that still train, as after another's death.
+At the end, Ray would destroy the process group in workers that still train after another's death. Here they keep it.
 """
 
 from __future__ import annotations
