@@ -36,6 +36,8 @@ _ELASTIC_CONTROLLER = {
 }
 # Read by Ray when it is imported or when workers start. Only set where ftexp starts Ray itself.
 _OWN_CLUSTER = {
+    # where Ray ends a process group (doctor's), NCCL may wait for a rank that no longer exists
+    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "2",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # otherwise every worker starts through `uv run` again
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process per run that only asks whether this node is being drained
@@ -196,9 +198,7 @@ def wait_if_ending(running: RunningRay) -> None:
 
 def _no_node() -> str | None:
     """Return an error if the raylet has left the new Ray: it exits when one of its helpers dies at the start."""
-    import ray
-
-    return None if ray.cluster_resources().get("CPU") else "Ray's raylet process gave up while it started"
+    return None if living_nodes() else "Ray's raylet process gave up while it started"
 
 
 def _not_started(error: Exception) -> RunFailedError:

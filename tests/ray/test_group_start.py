@@ -20,6 +20,7 @@ from ftexp.failure.group_start import ReportingBackend, ReportingTorchConfig
 from ftexp.failure.reporter import FailureReporter
 from ftexp.wire.hub import Hub
 from ftexp.wire.messages import GroupFailed, Retry
+from tests.support.processes import wait_until
 
 pytestmark = pytest.mark.usefixtures("data_ray")
 
@@ -97,13 +98,13 @@ def survive(config):
     if is_second:
         return total.item()
     if ray.train.get_context().get_world_rank() == 1:
-        while not notes.exists():
-            time.sleep(0.001)
+        wait_until(notes.exists, every_s=0.001)
         os._exit(1)
     with notes.open("a", buffering=1) as file:
-        while True:
+        for _ in range(60_000):  # a minute at least
             print("group" if torch.distributed.is_initialized() else "none", file=file)
             time.sleep(0.001)
+    raise AssertionError("it was not killed")
 
 
 def test_a_rank_that_outlives_another_keeps_the_process_group_to_its_end(tmp_path):

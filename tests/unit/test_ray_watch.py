@@ -39,7 +39,7 @@ def test_a_ray_of_our_own_is_lost_with_its_gcs_or_its_raylet_and_all_of_it_is_en
 
 
 class Interrupted(BaseException):
-    """What the watch over Ray raises in the thread that trains."""
+    """The exception that the watch over Ray raises in the training thread."""
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ class Forker:
         self._wakeup = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         os.environ.update({name: value for name, value in environment.items() if os.environ.get(name) != value})
         raylet = environment.get("RAY_RAYLET_PID")
-        self._raylet = os.pidfd_open(int(raylet)) if raylet else None  # None once it has ended
+        self._raylet = [os.pidfd_open(int(raylet))] if raylet else []  # empty once it has ended
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         self._is_fit = self._import_ray()
 
@@ -82,14 +82,14 @@ class Forker:
         """
         signal.set_wakeup_fd(self._wakeup[1])
         signal.signal(signal.SIGCHLD, lambda *_: None)
-        sources, has_raylet = [self._channel.fileno()], self._raylet is not None
+        sources, has_raylet = [self._channel.fileno()], bool(self._raylet)
         while sources or (has_raylet and self._children):
             launchers = {connection.fileno(): pid for pid, connection in self._children.items()}
-            raylet = [] if self._raylet is None else [self._raylet]
-            ready = readable([*sources, *raylet, self._wakeup[0], *launchers], None if launchers else _IDLE_S)
+            watched = [*sources, *self._raylet, self._wakeup[0], *launchers]
+            ready = readable(watched, None if launchers else _IDLE_S)
             if not ready:
                 return
-            if self._raylet in ready:
+            if any(descriptor in ready for descriptor in self._raylet):
                 self._raylet_ended()
                 sources.clear()
             if self._wakeup[0] in ready:
@@ -103,9 +103,7 @@ class Forker:
 
     def _raylet_ended(self) -> None:
         """Kill its workers, whose launchers end with them."""
-        assert self._raylet is not None
-        os.close(self._raylet)
-        self._raylet = None
+        os.close(self._raylet.pop())
         for pid in self._children:
             _kill(pid)
 
@@ -162,7 +160,7 @@ class Forker:
                 os.dup2(descriptor, number)
                 os.close(descriptor)
             self._channel.close()
-            for descriptor in (*self._wakeup, *([] if self._raylet is None else [self._raylet])):
+            for descriptor in (*self._wakeup, *self._raylet):
                 os.close(descriptor)
             for other in self._children.values():
                 other.close()
